@@ -1,0 +1,141 @@
+"""El Niño in 168 months of air pressure.
+
+The trade winds follow the difference of air pressure between Easter Island and
+Darwin: a level, an annual cycle and two slower ones whose periods are unknown.
+Nine parameters, strongly correlated, each on a scale of its own: Adam crawls.
+
+Whitened by their Fisher matrix the same Adam finds NIST's certified values from
+NIST's first start, and the projector that whitened them holds the standard errors.
+"""
+
+import argparse
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import vernal as vn
+
+jax.config.update("jax_enable_x64", True)
+HERE = Path(__file__).parent
+ROUNDS, STEPS = 3, 500
+
+
+class Cycle(eqx.Module):
+    """One oscillation. A period that is a plain number is not fitted."""
+
+    period: jax.Array | float
+    cos: jax.Array
+    sin: jax.Array
+
+    def __call__(self, month):
+        phase = 2 * jnp.pi * month / self.period
+        return self.cos * jnp.cos(phase) + self.sin * jnp.sin(phase)
+
+
+class Pressure(eqx.Module):
+    """The pressure difference: a level and three cycles."""
+
+    level: jax.Array
+    annual: Cycle
+    el_nino: Cycle
+    southern: Cycle
+
+    def __call__(self, month):
+        slow = self.el_nino(month) + self.southern(month)
+        return self.level + self.annual(month) + slow
+
+
+class PressureFit(vn.Trainer):
+    def residuals(self, model, batch):
+        month, pressure = batch
+        return model(month) - pressure
+
+
+def whiten(model, batch):
+    """The projector in whose space all nine parameters are alike at `model`."""
+    fit = PressureFit(model)
+
+    def residuals(params):
+        return fit.residuals(eqx.combine(params, model), batch)
+
+    fisher = vn.gauss_newton(residuals, fit.params)
+    return vn.EigenProjector.from_fisher(fisher, fit.params)
+
+
+def digits(value, certified):
+    return -np.log10(np.abs(value - certified) / np.abs(certified))
+
+
+def main(output):
+    batch = jnp.asarray(np.loadtxt(HERE / "data/enso.csv", delimiter=",")).T
+    nist = np.loadtxt(HERE / "data/enso_nist.csv", delimiter=",", usecols=(1, 3, 4)).T
+    first, certified, deviations = jnp.asarray(nist)
+    start = Pressure(
+        first[0], Cycle(12.0, *first[1:3]), Cycle(*first[3:6]), Cycle(*first[6:])
+    )
+    paths = vn.paths(PressureFit(start).params)
+    adam = optax.adam(optax.cosine_decay_schedule(0.3, STEPS))
+    plain = PressureFit(start, optax.adam(0.3)).fit(batch, ROUNDS * STEPS)
+
+    model, history = start, None
+    for _ in range(ROUNDS):  # whiten, fit, and again where that has led
+        trainer = PressureFit(model, adam, projector=whiten(model, batch))
+        result = trainer.fit(batch, STEPS, record=paths)
+        model = result.model
+        history = result.history if history is None else history + result.history
+
+    # The loss is half the sum of squares, which tells how far the data scatter.
+    scatter = jnp.sqrt(2 * result.trainer.best_loss / (batch.shape[1] - len(paths)))
+    errors = scatter * np.array(jax.tree.leaves(whiten(model, batch).standard_errors()))
+    fitted = np.array(jax.tree.leaves(PressureFit(model).params))
+    right, right_errors = digits(fitted, certified), digits(errors, deviations)
+
+    print("parameter            value      error  right digits")
+    for row in zip(paths, fitted, errors, right, right_errors, strict=True):
+        print("{:15}{:11.6f}{:11.6f}{:7.1f}{:7.1f}".format(*row))
+    assert right.min() >= 4, "a parameter has fewer than 4 certified digits"
+    assert right_errors.min() >= 3, "an error has fewer than 3 certified digits"
+
+    distances = {
+        path: (history[path] - value) / error
+        for path, value, error in zip(paths, certified, deviations, strict=True)
+    }
+    draw(batch, model, plain.history.loss, history.loss, distances, output)
+
+
+def draw(batch, model, plain, whitened, distances, output):
+    """Data and fit above; below, the loss and the paths of the parameters."""
+    plt.style.use(HERE / "style.mplstyle")
+    figure, axes = plt.subplot_mosaic("AA;BC", figsize=(9, 6.4))
+    data, loss, ways = axes["A"], axes["B"], axes["C"]
+    month = jnp.linspace(1, 168, 1000)
+    slow = model.level + model.el_nino(month) + model.southern(month)
+    data.plot(*batch, "o", ms=3.5, color="0.6", label="measured")
+    data.plot(month, model(month), label="fitted")
+    data.plot(month, slow, lw=2, label="without the annual cycle")
+    data.set(xlabel="month", title="Air pressure, Easter Island less Darwin")
+    data.legend(ncols=3, loc="upper center")
+
+    for values, name in (plain, "Adam"), (whitened, "Adam, whitened"):
+        loss.semilogy(np.maximum(values - whitened.min(), 1e-13), label=name)
+    loss.set(xlabel="step", title="Loss above its minimum")
+    loss.legend()
+
+    for path, distance in distances.items():
+        ways.plot(distance, label=path)
+    ways.set_yscale("symlog", linthresh=1)
+    ways.set(xlabel="step", title="Parameters, in NIST's errors from NIST's values")
+    ways.legend(ncols=2)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(output) / "enso.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="output", help="folder for the picture")
+    main(parser.parse_args().output)

@@ -1,0 +1,124 @@
+"""A gradient that turns NaN behind a finite loss, and a policy of one's own.
+
+A pendulum swings at the frequency `sqrt(stiffness - damping**2)`. Overdamped, the
+root would be imaginary; the model guards it with a `maximum`. So the loss stays
+finite, but the derivative of the root at zero does not, and a step too long puts
+NaN into two of the three gradients.
+
+The default policy stops there, and the report says where and when. `ZeroNans` goes
+on with the one parameter that is left. `Retreat`, written here, takes the last
+step back, halves its pace, and finds the minimum.
+"""
+
+import argparse
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import vernal as vn
+
+HERE = Path(__file__).parent
+TRUTH, NOISE = {"amplitude": 2.0, "damping": 0.25, "stiffness": 1.5}, 0.05
+
+
+class Pendulum(eqx.Module):
+    amplitude: jax.Array
+    damping: jax.Array
+    stiffness: jax.Array
+
+    def __call__(self, time):
+        frequency = jnp.sqrt(jnp.maximum(self.stiffness - self.damping**2, 0))
+        decay = jnp.exp(-self.damping * time)
+        return self.amplitude * decay * jnp.cos(frequency * time)
+
+
+class PendulumFit(vn.Trainer):
+    def loss(self, model, batch):
+        time, angle = batch
+        return jnp.mean((model(time) - angle) ** 2) / 2
+
+
+class Retreat(vn.NanPolicy):
+    """Takes back the step that led to a non-finite value, then halves the pace.
+
+    The last gradient, with its sign turned, undoes a step of plain gradient descent.
+    """
+
+    def init(self, params):
+        return jax.tree.map(jnp.zeros_like, params), jnp.asarray(1.0)
+
+    def apply(self, loss, grads, state):
+        last, pace = state
+        values = jax.tree.leaves((loss, grads))
+        finite = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in values]))
+
+        def walk(grad, last):
+            return jnp.where(finite, pace * grad, -last)
+
+        grads = jax.tree.map(walk, grads, last)
+        last = jax.tree.map(lambda grad: jnp.where(finite, grad, 0), grads)
+        pace = jnp.where(finite, pace, pace / 2)
+        always, never = jnp.asarray(True), jnp.asarray(False)
+        return grads, vn.Verdict(accept=always, stop=never), (last, pace)
+
+
+def main(output):
+    time = jnp.linspace(0, 10, 80)
+    noise = NOISE * jax.random.normal(jax.random.key(0), time.shape)
+    angle = Pendulum(**{k: jnp.asarray(v) for k, v in TRUTH.items()})(time) + noise
+    start = Pendulum(jnp.asarray(1.0), jnp.asarray(0.6), jnp.asarray(0.8))
+    rates = {"amplitude": optax.sgd(1.0), ("damping", "stiffness"): optax.sgd(2.0)}
+
+    results = {}
+    for policy in vn.StopFit(), vn.ZeroNans(), Retreat():
+        trainer = PendulumFit(start, vn.ParamOptimiser(rates), nan_policy=policy)
+        result = trainer.fit((time, angle), 600, record=vn.paths(start))
+        results[type(policy).__name__] = result
+        print(f"\n{type(policy).__name__}: {result.stop_reason}")
+        steps = len(result.history.loss)
+        print(f"  {steps} steps, best loss {result.trainer.best_loss:.5f}")
+        for path, count in result.trainer.nan_report().items():
+            if count.total:
+                print(f"  {path}: {count.total} NaN, first at step {count.first_step}")
+
+    report = results["StopFit"].trainer.nan_report()
+    assert report["loss"].total == report["amplitude"].total == 0
+    assert report["damping"].total == report["stiffness"].total == 1
+    assert results["ZeroNans"].trainer.best_loss > 10 * NOISE**2
+    found = results["Retreat"].model
+    for name, value in TRUTH.items():
+        assert abs(getattr(found, name) - value) < 0.03, name
+
+    draw(time, angle, results, output)
+
+
+def draw(time, angle, results, output):
+    """The fits, and the way of each policy past the edge of the swinging."""
+    plt.style.use(HERE / "style.mplstyle")
+    figure, (fits, ways) = plt.subplots(1, 2, figsize=(9, 3.8))
+    fits.plot(time, angle, "o", ms=3.5, color="0.55", label="measured")
+    for name, result in results.items():
+        fits.plot(time, result.best(time), label=name)
+        history = result.history
+        ways.plot(history["damping"], history["stiffness"], ".-", ms=3, label=name)
+    fits.set(title="Best fit under each policy", xlabel="time", ylabel="angle")
+    fits.legend()
+    damping = np.linspace(0, 1.4)
+    ways.fill_between(damping, damping**2, color="0.93", zorder=0)
+    ways.annotate("overdamped", (1.05, 0.3), color="0.4")
+    ways.plot(TRUTH["damping"], TRUTH["stiffness"], "k*", ms=9, label="truth")
+    ways.set(title="Way of the fit", xlabel="damping", ylabel="stiffness")
+    ways.legend()
+    Path(output).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(output) / "nan_policy.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="output", help="folder for the picture")
+    main(parser.parse_args().output)

@@ -1,0 +1,64 @@
+"""The project's checks, each in an environment of its own.
+
+`nox` runs all that must pass; `nox -s bench` and `nox -s examples` are on request.
+"""
+
+import nox
+
+nox.needs_version = ">=2025.10.14"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "types", "docs", "tests_min", "tests"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and layout."""
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Pyright: the source, and how complete the public types are."""
+    session.install(".[types]")
+    session.run("pyright")
+    session.run("pyright", "--verifytypes", "vernal", "--ignoreexternal")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, built strictly; the examples run while it is built."""
+    session.install(".[docs]")
+    quiet = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", *session.posargs, env=quiet)
+
+
+@nox.session
+def tests_min(session: nox.Session) -> None:
+    """The tests with the oldest dependencies that are supported."""
+    session.install(".[test]", "--constraint", "tests/lower-bounds.txt")
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests, examples and code blocks of the documentation among them."""
+    session.install(".[test]")
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Runs the examples and renews the picture that the README shows."""
+    session.install(".[examples]")
+    for name in ("enso", "digits", "nan_policy"):
+        session.run("python", f"examples/{name}.py", "--output", "output")
+    session.run("python", "examples/enso.py", "--output", "docs")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time and memory against hand-written loops, as a Markdown table."""
+    session.install(".[test]")
+    session.run("python", "-m", "tests.benchmarks", *session.posargs)

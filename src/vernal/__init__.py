@@ -1,0 +1,33 @@
+"""Immutable optimisers for physical models, in JAX and Equinox."""
+
+from ._data import (
+    Minibatches as Minibatches,
+    Stream as Stream,
+    StreamExhaustedError as StreamExhaustedError,
+)
+from ._history import History as History
+from ._loop import FitResult as FitResult, StopReason as StopReason
+from ._nonfinite import (
+    BreakOnNan as BreakOnNan,
+    NanCount as NanCount,
+    NanPolicy as NanPolicy,
+    NonFiniteError as NonFiniteError,
+    RaiseOnNan as RaiseOnNan,
+    SkipStep as SkipStep,
+    StopAfter as StopAfter,
+    StopFit as StopFit,
+    Verdict as Verdict,
+    ZeroNans as ZeroNans,
+    debug_nan_check as debug_nan_check,
+    zero_nan_check as zero_nan_check,
+)
+from ._optimiser import ParamOptimiser as ParamOptimiser
+from ._partition import partition as partition
+from ._paths import (
+    UnknownPathError as UnknownPathError,
+    paths as paths,
+    split as split,
+)
+from ._projector import EigenProjector as EigenProjector
+from ._schedule import delay as delay
+from ._trainer import StepInfo as StepInfo, Trainer as Trainer, fit as fit

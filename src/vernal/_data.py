@@ -1,0 +1,229 @@
+"""Where a fit's batches come from: one batch, minibatches, or a user's own loader."""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar, final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+
+from ._paths import dotted
+
+Batch = TypeVar("Batch")
+
+
+@final
+class Whole(eqx.Module, Generic[Batch]):
+    """One batch, used whole at every step."""
+
+    batch: Batch
+
+    def start(self, step: Int[Array, ""]) -> None:
+        """Has no place to remember."""
+
+    def next(self, cursor: None, step: Int[Array, ""]) -> tuple[Batch, None]:
+        """Returns the batch."""
+        return self.batch, None
+
+
+class _Epoch(NamedTuple):
+    number: Int[Array, ""]
+    order: Int[Array, " examples"]
+
+
+@final
+class Minibatches(eqx.Module):
+    """Batches of `size` examples, shuffled on the device anew for each epoch.
+
+    The examples that are left over at the end of an epoch, fewer than `size`, are
+    dropped; the next shuffle gives each of them its chance. Which examples a batch
+    holds depends on `key` and on the trainer's step count alone, so that a fit in two
+    parts sees the same batches as a fit in one.
+
+    ```python
+    data = vn.Minibatches((images, labels), 32, key=jax.random.key(0))
+    trainer.fit(data, steps=10 * data.steps_per_epoch)
+    ```
+    """
+
+    arrays: PyTree[Array]
+    size: int = eqx.field(static=True)
+    key: PRNGKeyArray
+
+    def __init__(self, arrays: PyTree, size: int, *, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `arrays`: a pytree of arrays, with the examples along the first axis of each.
+        - `size`: the number of examples in a batch.
+        - `key`: a PRNG key for the shuffles.
+
+        **Raises:**
+
+        - `ValueError`: if the arrays disagree in length, or `size` is not between 1
+            and that length.
+        """
+        self.arrays = jax.tree.map(jnp.asarray, arrays)
+        self.size = whole_number(size, "size", least=1)
+        self.key = key
+        lengths = {}
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(self.arrays)[0]:
+            if leaf.ndim == 0:
+                raise ValueError(
+                    f"`arrays`: the leaf {dotted(keys)!r} is a scalar. Each array must "
+                    "have the examples along its first axis."
+                )
+            lengths.setdefault(leaf.shape[0], dotted(keys))
+        if not lengths:
+            raise ValueError("`arrays` has no array in it: there are no examples.")
+        if len(lengths) > 1:
+            (a, first), (b, second), *_ = lengths.items()
+            raise ValueError(
+                f"`arrays` is ragged: {first!r} has {a} examples and {second!r} has "
+                f"{b}. The first axes must be equally long."
+            )
+        if not isinstance(key, jax.Array):
+            raise TypeError(
+                f"`key` is {key!r}, not a PRNG key. Give `jax.random.key(0)`."
+            )
+        if self.size > self.examples:
+            raise ValueError(
+                f"`size` is {self.size}, but there are only {self.examples} examples. "
+                "For all of them at every step, pass the arrays themselves to `fit`."
+            )
+
+    @property
+    def examples(self) -> int:
+        """The number of examples."""
+        return jax.tree.leaves(self.arrays)[0].shape[0]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of whole batches in one pass over the examples."""
+        return self.examples // self.size
+
+    def _epoch(self, number: Int[Array, ""]) -> _Epoch:
+        key = jax.random.fold_in(self.key, number)
+        return _Epoch(number, jax.random.permutation(key, self.examples))
+
+    def start(self, step: Int[Array, ""]) -> _Epoch:
+        """Shuffles the epoch that `step` lies in."""
+        return self._epoch(step // self.steps_per_epoch)
+
+    def next(self, cursor: _Epoch, step: Int[Array, ""]) -> tuple[PyTree, _Epoch]:
+        """Returns the batch of one step."""
+        number, index = jnp.divmod(step, self.steps_per_epoch)
+        cursor = jax.lax.cond(
+            number == cursor.number, lambda: cursor, lambda: self._epoch(number)
+        )
+        rows = jax.lax.dynamic_slice(cursor.order, (index * self.size,), (self.size,))
+        take = lambda array: array.at[rows].get(mode="promise_in_bounds")
+        return jax.tree.map(take, self.arrays), cursor
+
+
+@final
+class Stream:
+    """One batch a step from the user's own loader.
+
+    The loader is read from Python, one batch ahead of each step, and goes on from
+    where the last fit left it. Batches of one structure and shape share one
+    compilation; each new shape compiles once.
+
+    !!! example
+
+        ```python
+        trainer.fit(vn.Stream(loader), steps=1000)
+        trainer.fit(vn.Stream(lambda step: batches_from(step)), steps=1000)
+        ```
+    """
+
+    def __init__(self, source: Iterable[Any] | Callable[[int], Iterable[Any]]):
+        """**Arguments:**
+
+        - `source`: an iterable of batches; or a function that, given the number of
+            steps which the trainer has already taken, returns one.
+        """
+        if not isinstance(source, Iterable) and not callable(source):
+            raise TypeError(
+                f"`source` is {source!r}, which cannot be iterated over. A Stream "
+                "takes an iterable of batches, or a function `step -> iterable`."
+            )
+        self._source = source
+        self._iterator: Iterator[Any] | None = None
+
+    def open(self, step: int) -> Iterator[Any]:
+        """Returns the iterator to take batches from, at the given step."""
+        if not isinstance(self._source, Iterable):
+            return iter(self._source(step))
+        if self._iterator is None:
+            self._iterator = iter(self._source)
+        return self._iterator
+
+
+class StreamExhaustedError(RuntimeError):
+    """A [`vernal.Stream`][] ended before the fit did.
+
+    **Attributes:**
+
+    - `result`: the `FitResult` up to there: nothing is lost.
+    """
+
+    def __init__(self, taken: int, steps: int, result: Any):
+        """Says how far the stream went."""
+        self.result = result
+        super().__init__(
+            f"`data`: the stream ran dry after {taken} of {steps} steps. Everything up "
+            "to there is in `.result`. Ask for fewer `steps`, or let the stream repeat "
+            "(a generator that loops for ever, `itertools.cycle`)."
+        )
+
+
+Source = Whole[Any] | Minibatches | Stream
+
+
+def as_source(data: Any) -> Source:
+    """Turns what a user gives to `fit` into a source of batches."""
+    if isinstance(data, Minibatches | Stream):
+        return data
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"`data` is {type(data).__name__!r}, an iterator. To take one batch a step "
+            "from it, wrap it: `fit(vn.Stream(data), steps)`."
+        )
+    return Whole(as_batch(data))
+
+
+def as_batch(batch: Any) -> Any:
+    """Turns the numbers of a batch into arrays, so that new ones compile nothing."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(batch)
+    return structure.unflatten([_as_datum(dotted(keys), leaf) for keys, leaf in flat])
+
+
+def _as_datum(path: str, leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray | np.generic | float | complex):
+        return jnp.asarray(leaf)
+    if not hasattr(leaf, "shape") and not isinstance(leaf, str | bytes):
+        if isinstance(leaf, Iterable):
+            where = f"`data` has the leaf {path!r}," if path else "`data` is"
+            raise TypeError(
+                f"{where} a {type(leaf).__name__}, which is no array. To take one "
+                "batch a step from it, wrap it: `fit(vn.Stream(data), steps)`."
+            )
+    return leaf
+
+
+def whole_number(value: Any, name: str, *, least: int) -> int:
+    """Checks a count: a whole number, not a boolean, and not too small."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` is {value!r}, but must be a whole number of at least {least}."
+        )
+    if number < least:
+        raise ValueError(f"`{name}` is {number}, but must be at least {least}.")
+    return number

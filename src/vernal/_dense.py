@@ -1,0 +1,295 @@
+"""A linear map that whitens flat vectors, kept as the factors of its matrix."""
+
+import math
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
+
+from ._directions import list_parameters, name_null_space
+from ._eigen import Matrix, as_real_square, equilibrated_eigh, refuse, refuse_non_finite
+from ._ravel import element_name, ravel_dtype, ravel_size
+from ._typing import Params
+
+OnNull = Literal["drop", "raise", "prior"]
+Kind = Literal["fmat", "cov"]
+
+
+def _product(left: Array, right: Array) -> Array:
+    """Multiplies in full precision, which accelerators do only when asked."""
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+class DenseWhitening(eqx.Module):
+    r"""The matrix $P = S V R$, or $S [V R, N]$ where null directions have a prior.
+
+    $S$ is diagonal and holds the units; $[V, N]$ is orthogonal and $R$ diagonal, both
+    free of units. Every product passes through the factors one after the other, so
+    that no number ever carries the square of a unit.
+    """
+
+    scale: Float[Array, " D"]
+    vectors: Float[Array, "D rank"]
+    roots: Float[Array, " rank"]
+    null_vectors: Float[Array, "D nullity"]
+    eigenvalues: Float[Array, " D"]
+    has_prior: bool = eqx.field(static=True)
+    resolution: float = eqx.field(static=True)
+    """The size below which a component of a null direction counts as zero."""
+
+    @property
+    def rank(self) -> int:
+        """The number of directions that are not null."""
+        return self.roots.shape[-1]
+
+    @property
+    def latent_size(self) -> int:
+        """The number of columns of $P$."""
+        return self.scale.shape[-1] if self.has_prior else self.rank
+
+    def apply(self, latent: Float[Array, " latent"]) -> Float[Array, " D"]:
+        """Returns $P u$."""
+        scaled = _product(self.vectors, self.roots * latent[: self.rank])
+        if self.has_prior:
+            scaled = scaled + _product(self.null_vectors, latent[self.rank :])
+        return self.scale * scaled
+
+    def _components(
+        self, scaled: Float[Array, " D"], roots: Float[Array, " rank"]
+    ) -> Float[Array, " latent"]:
+        kept = roots * _product(scaled, self.vectors)
+        if self.has_prior:
+            return jnp.concatenate([kept, _product(scaled, self.null_vectors)])
+        return kept
+
+    def transpose(self, vector: Float[Array, " D"]) -> Float[Array, " latent"]:
+        """Returns $P^T g$."""
+        return self._components(self.scale * vector, self.roots)
+
+    def invert(self, vector: Float[Array, " D"]) -> Float[Array, " latent"]:
+        """Returns $P^+ x$, with the pseudo-inverse in the metric of $S^{-2}$."""
+        return self._components(vector / self.scale, 1 / self.roots)
+
+    def _scaled_matrix(self) -> Float[Array, "D latent"]:
+        kept = self.vectors * self.roots
+        if self.has_prior:
+            return jnp.concatenate([kept, self.null_vectors], axis=1)
+        return kept
+
+    def matrix(self) -> Float[Array, "D latent"]:
+        """Returns $P$."""
+        return self.scale[:, None] * self._scaled_matrix()
+
+    def log_abs_det(self) -> Float[Array, ""]:
+        r"""Returns $\frac12 \log\det(P^T P)$.
+
+        For an orthogonal $[V, N]$ Jacobi's identity of complementary minors gives
+        $\det(V^T S^2 V) = \det(S^2) \det(N^T S^{-2} N)$, whose last factor is as small
+        as the null space.
+        """
+        value = jnp.sum(jnp.log(self.scale)) + jnp.sum(jnp.log(self.roots))
+        if self.has_prior or self.null_vectors.shape[-1] == 0:
+            return value
+        # Householder reflections keep rows of very different size accurate only
+        # where the largest come first.
+        descending = jnp.argsort(self.scale)
+        rows = (self.null_vectors / self.scale[:, None])[descending]
+        triangle = jnp.linalg.qr(rows, mode="r")
+        return value + jnp.sum(jnp.log(jnp.abs(jnp.diag(triangle))))
+
+    def _unbounded(self) -> Bool[Array, " D"]:
+        """Which elements have a part in a direction that was dropped."""
+        if self.has_prior:
+            return jnp.zeros(self.scale.shape, bool)
+        return jnp.linalg.norm(self.null_vectors, axis=1) > self.resolution
+
+    def standard_errors(self) -> Float[Array, " D"]:
+        """Returns the root of the diagonal of `covariance`."""
+        errors = self.scale * jnp.linalg.norm(self._scaled_matrix(), axis=1)
+        return jnp.where(self._unbounded(), jnp.inf, errors)
+
+    def covariance(self) -> Float[Array, "D D"]:
+        r"""Returns $P P^T$, with the limit $\pm\infty$ where directions were dropped.
+
+        The limit is that of $S N N^T S / \lambda$ as $\lambda$ goes to zero from above.
+        """
+        factor = self._scaled_matrix()
+        scaled = _product(factor, factor.T)
+        covariance = self.scale[:, None] * scaled * self.scale
+        if self.has_prior:
+            return covariance
+        unbounded = self._unbounded()
+        null = _product(self.null_vectors, self.null_vectors.T)
+        size = jnp.sqrt(jnp.diag(null))
+        infinite = (
+            unbounded[:, None]
+            & unbounded
+            & (jnp.abs(null) > self.resolution * size[:, None] * size)
+        )
+        return jnp.where(infinite, jnp.sign(null) * jnp.inf, covariance)
+
+
+_REMEDY = {
+    "fmat": "Such a point is not a minimum. Go on with the fit, or use `gauss_newton`, "
+    "whose matrix has no negative eigenvalue anywhere.",
+    "cov": "Such a matrix belongs to no covariance. If it is the inverse of a Hessian, "
+    "its point is not a minimum: use `gauss_newton`, whose matrix has no negative "
+    "eigenvalue anywhere.",
+}
+
+
+def whiten(
+    given: Matrix,
+    params: Params,
+    rtol: float | None,
+    rank: int | None,
+    on_null: OnNull,
+    kind: Kind,
+) -> DenseWhitening:
+    """Finds the map that whitens `given`, a matrix over the elements of `params`."""
+    size = ravel_size(params)
+    matrix = jax.lax.stop_gradient(as_real_square(given, kind))
+    if matrix.shape[0] != size:
+        raise ValueError(
+            f"`{kind}` has shape {matrix.shape}, but `params` holds {size} elements "
+            f"and needs a matrix of shape {(size, size)}, in the order of "
+            "`jax.flatten_util.ravel_pytree(params)`."
+        )
+    eps = _noise(given, matrix)
+    threshold = size * eps if rtol is None else rtol
+    _check_options(threshold, rank, on_null, size)
+    matrix = _refuse_bad_rows(refuse_non_finite(matrix, kind), kind, params)
+
+    dtype = jnp.promote_types(matrix.dtype, ravel_dtype(params))
+    scale, values, vectors = _decompose(matrix.astype(dtype))
+    tolerance = threshold * values[0]
+    values = refuse(
+        values,
+        values[-1] < -tolerance,
+        f"`{kind}` is indefinite: scaled to a unit diagonal it has a negative "
+        f"eigenvalue. {_REMEDY[kind]}",
+        lambda: (
+            f"The lowest is {values[-1]}, beyond the tolerance of {tolerance}; its "
+            f"direction involves {list_parameters(params, vectors[:, -1])}."
+        ),
+    )
+    rank, values = _choose_rank(values, tolerance, rank, kind)
+
+    null_vectors, resolution = vectors[:, rank:], math.sqrt(eps)
+    if on_null == "raise" and rank < size:
+        shown = "; ".join(
+            " and ".join(f"{name} ({weight:+.3g})" for name, weight in null.items())
+            for null in name_null_space(params, null_vectors, resolution)
+        )
+        raise ValueError(
+            f"`{kind}` does not constrain {size - rank} of {size} directions: {shown}. "
+            'Freeze a parameter of each, or use `on_null="drop"` or `"prior"`.'
+        )
+    if on_null == "drop" and rank == 0:
+        raise ValueError(
+            f"`{kind}` constrains no parameter at all, so that nothing is left once "
+            'its null directions are dropped. Use `on_null="prior"`.'
+        )
+    roots = jnp.sqrt(values[:rank])
+    return DenseWhitening(
+        scale=1 / scale if kind == "fmat" else scale,
+        vectors=vectors[:, :rank],
+        roots=1 / roots if kind == "fmat" else roots,
+        null_vectors=null_vectors,
+        eigenvalues=values,
+        has_prior=on_null == "prior",
+        resolution=resolution,
+    )
+
+
+def _noise(given: Matrix, matrix: Float[Array, "D D"]) -> float:
+    """Returns the epsilon of the matrix as given, or as held where that is coarser."""
+    dtypes = [matrix.dtype]
+    if jnp.issubdtype(given.dtype, jnp.floating):
+        dtypes.append(given.dtype)
+    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+def _check_options(
+    threshold: float, rank: int | None, on_null: OnNull, size: int
+) -> None:
+    if not 0 <= threshold < 1:
+        raise ValueError(
+            f"`rtol` must be at least 0 and less than 1, not {threshold}: it is a "
+            "fraction of the largest eigenvalue."
+        )
+    if rank is None:
+        return
+    if not 1 <= rank <= size:
+        raise ValueError(
+            f"`rank` must be between 1 and the number of parameters, {size}, not "
+            f"{rank}."
+        )
+    if rank < size and on_null == "raise":
+        raise ValueError(
+            f"`rank={rank}` leaves {size - rank} null directions, but "
+            '`on_null="raise"` allows none. Use `"drop"` or `"prior"`, or leave `rank` '
+            "out."
+        )
+
+
+@jax.jit
+def _decompose(
+    matrix: Float[Array, "D D"],
+) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
+    diagonal = jnp.diag(matrix)
+    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    values, vectors = equilibrated_eigh(matrix, scale)
+    return scale, values, vectors
+
+
+def _refuse_bad_rows(
+    matrix: Float[Array, "D D"], kind: Kind, params: Params
+) -> Float[Array, "D D"]:
+    """Finds what no scale can mend, before the cost of a decomposition."""
+    diagonal = jnp.diag(matrix)
+    largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
+    bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
+
+    def first() -> str:
+        index = int(np.flatnonzero(bad)[0])
+        return f"The first is that of {element_name(params, index)}: {diagonal[index]}."
+
+    return refuse(
+        matrix,
+        bad,
+        f"`{kind}` is indefinite: it has an element on its diagonal that is negative, "
+        f"or zero in a row that is not. {_REMEDY[kind]}",
+        first,
+    )
+
+
+def _choose_rank(
+    values: Float[Array, " D"],
+    tolerance: Float[Array, ""],
+    rank: int | None,
+    kind: Kind,
+) -> tuple[int, Float[Array, " D"]]:
+    """Returns the number of directions to keep, and the eigenvalues, checked."""
+    if rank is not None:
+        return rank, refuse(
+            values,
+            ~(values[rank - 1] > tolerance),
+            f"`rank={rank}` keeps directions that `{kind}` does not constrain. Lower "
+            "`rank` or `rtol`.",
+            lambda: (
+                f"Only {np.count_nonzero(values > tolerance)} of {values.size} "
+                f"eigenvalues are above the tolerance of {tolerance}."
+            ),
+        )
+    if isinstance(values, Tracer):
+        raise ValueError(
+            "`rank` must be given under `jax.jit` and `jax.vmap`, where the number of "
+            "null directions, and with it the shape of the latent space, cannot depend "
+            f"on values. `rank={values.size}` keeps them all."
+        )
+    return int(np.count_nonzero(values > tolerance)), values

@@ -1,0 +1,92 @@
+"""What is fitted: a user's `loss`, `nll` or `residuals`, called and checked."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+METHODS = ("loss", "residuals", "nll")
+
+
+class Scored(NamedTuple):
+    """A loss, and the metrics that were returned beside it."""
+
+    loss: Float[Array, ""]
+    metrics: dict[str, Any]
+
+
+def defined(trainer: Any) -> tuple[str, ...]:
+    """Lists which of the three methods a trainer's class defines."""
+    return tuple(name for name in METHODS if hasattr(type(trainer), name))
+
+
+def score(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Scored:
+    """Evaluates what a trainer's class minimises.
+
+    That is `loss` where it is defined, else the negative log-likelihood.
+    """
+    if "loss" not in defined(trainer):
+        return Scored(negative_log_likelihood(trainer, model, batch, key), {})
+    returned = _call(trainer, "loss", model, batch, key)
+    if isinstance(returned, tuple):
+        if len(returned) != 2 or not isinstance(returned[1], dict):
+            raise TypeError(
+                f"`{type(trainer).__name__}.loss` returned a tuple of "
+                f"{len(returned)}. It must return a scalar, or the pair "
+                "`(scalar, dict of metrics)`."
+            )
+        loss, metrics = returned
+        named = {str(name): jnp.asarray(value) for name, value in metrics.items()}
+        return Scored(_as_scalar(trainer, "loss", loss), named)
+    return Scored(_as_scalar(trainer, "loss", returned), {})
+
+
+def negative_log_likelihood(
+    trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None
+) -> Float[Array, ""]:
+    """Evaluates `nll` where it is defined, else half the sum of squared residuals."""
+    if "nll" in defined(trainer):
+        nll = _call(trainer, "nll", model, batch, key)
+        return _as_scalar(trainer, "nll", nll)
+    residuals = _call(trainer, "residuals", model, batch, key)
+    if not hasattr(residuals, "shape"):
+        raise TypeError(
+            f"`{type(trainer).__name__}.residuals` returned a "
+            f"{type(residuals).__name__}. It must return one array, such as "
+            "`(model(x) - y) / sigma`."
+        )
+    squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
+    return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
+
+
+def _call(
+    trainer: Any, name: str, model: Any, batch: Any, key: PRNGKeyArray | None
+) -> Any:
+    method = getattr(trainer, name)
+    return method(model, batch) if key is None else method(model, batch, key=key)
+
+
+def _is_complex(value: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(value), jnp.complexfloating))
+
+
+def _as_scalar(trainer: Any, name: str, value: Any) -> Float[Array, ""]:
+    where = f"`{type(trainer).__name__}.{name}`"
+    if not isinstance(value, jax.Array | float | int) and not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{where} returned a {type(value).__name__}, but must return a scalar."
+        )
+    array = jnp.asarray(value)
+    if array.shape != ():
+        raise ValueError(
+            f"{where} returned an array of shape {array.shape}, but must return a "
+            "scalar. Sum or average it; if it is a vector of residuals, define "
+            "`residuals` instead."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{where} returned a scalar of dtype {array.dtype}, but must return a "
+            "real floating-point one."
+        )
+    return array

@@ -1,0 +1,380 @@
+"""An Optax optimiser for each parameter, by path."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike
+
+from ._closures import Closure
+from ._partition import init_groups, update_groups
+from ._parts import parameters, strong
+from ._paths import UnknownPathError, dotted, is_inexact, keep, nearest_names, resolve
+from ._transform import AbstractTransform, Transform, as_transform
+
+
+class ParamOptimiserState(eqx.Module):
+    """The state of a [`vernal.ParamOptimiser`][].
+
+    `groups` has the state of each rule, in order, and then that of the default.
+    `paths` are the parameters that are trained, `owners` the group of each.
+    """
+
+    first: Any
+    groups: tuple[Any, ...]
+    paths: tuple[str, ...] = eqx.field(static=True)
+    owners: tuple[int, ...] = eqx.field(static=True)
+
+
+@final
+class ParamOptimiser(AbstractTransform):
+    """An Optax optimiser for each parameter, or group of parameters, by path.
+
+    ```python
+    optimiser = vn.ParamOptimiser({
+        ("mean", "std"): optax.adam(1e-2),
+        "optics.wfe": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-9)),
+        "**.bias": None,  # frozen
+        "power": vn.window(optax.sgd(5e-3, momentum=0.5), start=50),
+    })
+    ```
+
+    A tuple is one group with one joint transformation: clipping by the global norm
+    sees the norm of the group. The most specific rule wins: an exact path, then the
+    longest node, then a glob by its number of literal segments, then a predicate.
+
+    It is a pytree, whose leaves are the rates: one with other rates compiles nothing
+    anew. To Optax it is a `GradientTransformationExtraArgs`, and goes wherever one
+    goes: into `optax.chain`, into `optimistix.OptaxMinimiser`, into a fit loop of
+    another library. Within, a transformation sees its own parameters alone, in an
+    ordered dictionary by path. An extra argument `value_fn` (for a line search, as in
+    `optax.lbfgs`) becomes a function of these, the others held at their values.
+    """
+
+    selectors: Closure
+    transforms: tuple[AbstractTransform | None, ...]
+    scales: tuple[Array, ...]
+    first: AbstractTransform | None
+    default: AbstractTransform | None
+    strict: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        rules: Mapping[Any, optax.GradientTransformation | None],
+        *,
+        first: optax.GradientTransformation | None = None,
+        default: optax.GradientTransformation | None = None,
+        strict: bool = False,
+    ):
+        """**Arguments:**
+
+        - `rules`: from selectors (see [`vernal.split`][]) to Optax transformations. A
+            rule whose value is `None` freezes its parameters.
+        - `first`: a transformation of all trained parameters together, before the
+            rules: clipping, preconditioning.
+        - `default`: the transformation of the parameters without a rule. Where it is
+            `None` they are frozen.
+        - `strict`: whether a parameter without a rule is an error.
+
+        **Raises:**
+
+        - `TypeError`: if a rule is not an Optax transformation.
+        """
+        if not isinstance(rules, Mapping):
+            raise TypeError(
+                f"`rules` is of type `{type(rules).__name__}`, but must map selectors "
+                'to Optax transformations: `{"power": optax.adam(1e-2)}`. For one '
+                "transformation of everything, use `default=`."
+            )
+        self.selectors = Closure.encode(tuple(rules))
+        self.transforms = tuple(
+            None if tx is None else as_transform(tx, f"rules[{_named(selector)}]")
+            for selector, tx in rules.items()
+        )
+        self.scales = tuple(_as_scale(1.0) for _ in rules)
+        self.first = None if first is None else as_transform(first, "first")
+        self.default = None if default is None else as_transform(default, "default")
+        self.strict = strict
+
+    def owners(self, model: Any, *, filtered: bool = False) -> tuple[int | None, ...]:
+        """Finds the group of each leaf of a model: `None` for a frozen one.
+
+        Group `i` is the rule `i`; the one after the last is the default.
+
+        **Arguments:**
+
+        - `model`: any pytree.
+        - `filtered`: whether leaves that rules name may have been replaced by `None`.
+
+        **Raises:**
+
+        - `UnknownPathError`: if a rule matches nothing.
+        - `ValueError`: if two equally specific rules meet on a parameter, or if
+            `strict` and a parameter has none.
+        """
+        selectors = self.selectors.decode()
+        found = resolve(model, selectors, argument="rules", filtered=filtered)
+        flat, _ = jax.tree_util.tree_flatten_with_path(model)
+        owners = []
+        for (keys, leaf), rule in zip(flat, found, strict=True):
+            if rule is not None:
+                owners.append(None if self.transforms[rule] is None else rule)
+                continue
+            if self.strict and is_inexact(leaf):
+                raise ValueError(
+                    f"`rules`: {dotted(keys)!r} has no rule, and `strict=True`. Give "
+                    "it one: `None` to freeze it."
+                )
+            has_default = self.default is not None and is_inexact(leaf)
+            owners.append(len(self.transforms) if has_default else None)
+        return tuple(owners)
+
+    def init(self, params: Any) -> ParamOptimiserState:
+        """Makes the first state.
+
+        **Arguments:**
+
+        - `params`: a whole model, a filtered one, or a dictionary.
+        """
+        owners = self.owners(params, filtered=True)
+        trained = _by_path(parameters(params, owners))
+        paths = tuple(trained)
+        groups = tuple(owner for owner in owners if owner is not None)
+        leaves = list(trained.values())
+        states = init_groups(self._groups(), groups, paths, leaves)
+        first = None if self.first is None else self.first.init(trained)
+        return ParamOptimiserState(first, states, paths, groups)
+
+    def update(
+        self,
+        updates: Any,
+        state: ParamOptimiserState,
+        params: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, ParamOptimiserState]:
+        """Turns gradients into updates, each by its own rule.
+
+        **Arguments:**
+
+        - `updates`: the gradients, a tree like the parameters.
+        - `state`: the state of the step before.
+        - `params`: the parameters; a whole model will do.
+        - `**extra`: `value`, `grad`, `value_fn` and whatever else a transformation
+            asks for.
+
+        **Returns:**
+
+        The updates, zero where a parameter is frozen, and the new state.
+        """
+        flat, structure = jax.tree_util.tree_flatten_with_path(updates)
+        grads = _own(dict((dotted(k), g) for k, g in flat), state.paths, "updates")
+        values = None
+        if params is not None:
+            values = _own(_by_path(params), state.paths, "params")
+            _check_shapes(grads, values)
+        extras = _Extras(extra, params, state.paths)
+
+        first = state.first
+        if self.first is not None:
+            everyone = tuple(range(len(state.paths)))
+            grads, first = self.first.update(
+                grads, first, values, **extras.of(everyone, state.paths)
+            )
+        moved, groups = update_groups(
+            self._groups(),
+            state.owners,
+            state.paths,
+            list(grads.values()),
+            state.groups,
+            None if values is None else list(values.values()),
+            extras.of,
+        )
+        scales = (*self.scales, None)
+        by_path = {
+            path: update if (scale := scales[owner]) is None else _scaled(update, scale)
+            for path, update, owner in zip(
+                state.paths, moved, state.owners, strict=True
+            )
+        }
+        new = [
+            by_path[path] if (path := dotted(keys)) in by_path else _still(grad)
+            for keys, grad in flat
+        ]
+        state = ParamOptimiserState(first, groups, state.paths, state.owners)
+        return structure.unflatten(new), state
+
+    def _groups(self) -> list[optax.GradientTransformation]:
+        # A frozen rule keeps its place, so that rules and groups have the same index.
+        rules = [optax.set_to_zero() if tx is None else tx for tx in self.transforms]
+        return rules if self.default is None else [*rules, self.default]  # pyright: ignore[reportReturnType]
+
+    def split(self, model: Any) -> tuple[Any, Any]:
+        """Splits a model into what the rules train and what is frozen.
+
+        **Returns:**
+
+        The pair `(trainable, frozen)`, each with `None` in the place of the other.
+        """
+        return keep(model, [owner is not None for owner in self.owners(model)])
+
+    def with_scale(self, scales: Mapping[Any, ArrayLike]) -> "ParamOptimiser":
+        """Multiplies the updates of some rules by a factor, which is 1 unless set.
+
+        The factors are array leaves: other values compile nothing anew, and they can
+        be vmapped and differentiated.
+
+        **Arguments:**
+
+        - `scales`: from selectors, as the rules have them, to scalars. A rule with a
+            tuple is named by any of its members.
+
+        **Raises:**
+
+        - `UnknownPathError`: if there is no rule of that name.
+        """
+        names: dict[Any, int] = {}
+        for index, selector in enumerate(self.selectors.decode()):
+            names.setdefault(selector, index)
+            for member in _members(selector):
+                names.setdefault(member, index)
+        new = list(self.scales)
+        for name, value in scales.items():
+            if name not in names:
+                known = [n for n in names if isinstance(n, str)]
+                raise UnknownPathError(
+                    f"`scales`: there is no rule {name!r}. "
+                    f"{nearest_names(str(name), known)}"
+                )
+            if jnp.shape(value) != ():
+                raise ValueError(
+                    f"`scales[{name!r}]` has shape {jnp.shape(value)}, but must be a "
+                    "scalar. For one factor per element, use `optax.masked` or a rule "
+                    "of its own."
+                )
+            new[names[name]] = _as_scale(value)
+        return eqx.tree_at(lambda o: o.scales, self, tuple(new))
+
+    def summary(self, model: Any) -> str:
+        """Tabulates each parameter of a model: shape, dtype, rule, transformation."""
+        selectors = (*self.selectors.decode(), "default")
+        rules = (*self.transforms, self.default)
+        rows = [("parameter", "shape", "dtype", "rule", "transformation")]
+        owners = self.owners(model)
+        flat, _ = jax.tree_util.tree_flatten_with_path(model)
+        for (keys, leaf), owner in zip(flat, owners, strict=True):
+            if owner is None and not is_inexact(leaf):
+                continue
+            array = jnp.asarray(leaf)
+            shape = "×".join(map(str, array.shape)) or "scalar"
+            rule, name = "frozen", ""
+            if owner is not None:
+                rule, name = _named(selectors[owner]), _describe(rules[owner])
+            rows.append((dotted(keys), shape, str(array.dtype), rule, name))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            )
+            for row in rows
+        ]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        return "\n".join(line.rstrip() for line in lines)
+
+
+class _Extras:
+    """Extra arguments, and what of them one group of parameters is given."""
+
+    def __init__(self, extra: Mapping[str, Any], params: Any, paths: Sequence[str]):
+        self.extra = dict(extra)
+        self.params = params
+        self.paths = paths
+        if "grad" in extra:
+            self.grad = _own(_by_path(extra["grad"]), paths, "grad")
+
+    def of(self, members: tuple[int, ...], names: Sequence[str]) -> dict[str, Any]:
+        given = dict(self.extra)
+        own = [names[index] for index in members]
+        if "grad" in given:
+            given["grad"] = OrderedDict((name, self.grad[name]) for name in own)
+        if given.get("value_fn") is not None:
+            given["value_fn"] = self._value_fn(given["value_fn"])
+        return given
+
+    def _value_fn(self, value_fn: Callable[[Any], Array]) -> Callable[[Any], Array]:
+        if self.params is None:
+            raise ValueError(
+                "`update` was given `value_fn` without `params`: the value depends on "
+                "all parameters. Call `update(grads, state, params, value_fn=...)`."
+            )
+        flat, structure = jax.tree_util.tree_flatten_with_path(self.params)
+
+        def within(group: Mapping[str, Array]) -> Array:
+            leaves = [group.get(dotted(keys), leaf) for keys, leaf in flat]
+            return value_fn(structure.unflatten(leaves))
+
+        return within
+
+
+def _by_path(tree: Any) -> OrderedDict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return OrderedDict((dotted(keys), leaf) for keys, leaf in flat)
+
+
+def _own(
+    leaves: Mapping[str, Any], paths: Sequence[str], name: str
+) -> OrderedDict[str, Any]:
+    missing = [path for path in paths if path not in leaves]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"`{name}` has no leaf at {', '.join(map(repr, missing[:3]))}{more}, which "
+            "the optimiser was initialised with. Give a tree like the one that `init` "
+            "was given."
+        )
+    return OrderedDict((path, leaves[path]) for path in paths)
+
+
+def _check_shapes(grads: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    for path, grad in grads.items():
+        if jnp.shape(grad) != jnp.shape(params[path]):
+            raise ValueError(
+                f"`updates`: the gradient of {path!r} has shape {jnp.shape(grad)}, but "
+                f"the parameter has shape {jnp.shape(params[path])}."
+            )
+
+
+def _as_scale(value: ArrayLike) -> Array:
+    # One dtype for all, so that a factor which was set has the type of one that was
+    # not; it takes that of the update where it is used.
+    return strong(jnp.asarray(value, jnp.result_type(float)))
+
+
+def _scaled(update: Array, scale: Array) -> Array:
+    return update * scale.astype(update.dtype)
+
+
+def _still(grad: Any) -> Any:
+    return jnp.zeros_like(grad) if hasattr(grad, "dtype") else grad
+
+
+def _members(selector: Any) -> list[Any]:
+    if isinstance(selector, tuple):
+        return [atom for part in selector for atom in _members(part)]
+    return [selector]
+
+
+def _named(selector: Any) -> str:
+    if isinstance(selector, tuple):
+        return f"({', '.join(map(_named, selector))})"
+    return repr(selector) if isinstance(selector, str) else selector.__name__
+
+
+def _describe(tx: AbstractTransform | None) -> str:
+    """Names the Optax functions that a transformation was made by."""
+    if issubclass(type(tx), Transform):
+        return ", ".join(tx.closure.skeleton.makers())  # pyright: ignore
+    return type(tx).__name__

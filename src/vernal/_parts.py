@@ -1,0 +1,103 @@
+"""A model taken apart: what is trained, what is frozen, what is no array at all."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import PyTreeDef
+
+from ._closures import Closure
+
+
+def strong(leaf: Any) -> jax.Array:
+    """Makes an array of `leaf` whose dtype no longer bends to what it meets.
+
+    A weakly typed array, such as `jnp.array(1.0)`, turns strong in the first step
+    that is taken with it, and the second step would then be compiled anew.
+    """
+    array = jnp.asarray(leaf)
+    return jax.lax.convert_element_type(array, array.dtype)
+
+
+def parameters(model: Any, owners: Sequence[int | None]) -> Any:
+    """Picks the owned leaves of a model, as arrays, with `None` elsewhere."""
+    leaves, structure = jax.tree.flatten(model)
+    return structure.unflatten(
+        [
+            None if owner is None else strong(leaf)
+            for leaf, owner in zip(leaves, owners, strict=True)
+        ]
+    )
+
+
+class Parts(eqx.Module):
+    """All of a model but its trained parameters.
+
+    Arrays are leaves; what is no array (functions, Python numbers, strings) is static
+    and compared by value. So the whole goes through plain `jax.jit`, whatever leaves
+    the model has.
+    """
+
+    frozen: tuple[Any, ...]
+    others: Closure
+    kinds: tuple[str, ...] = eqx.field(static=True)
+    structure: PyTreeDef = eqx.field(static=True)
+
+    def __init__(self, model: Any, owners: Sequence[int | None]):
+        """**Arguments:**
+
+        - `model`: the model.
+        - `owners`: for each of its leaves, `None` if it is not trained.
+        """
+        leaves, self.structure = jax.tree.flatten(model)
+        self.kinds = tuple(map(_kind, leaves, owners))
+        self.frozen = tuple(
+            leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+            for leaf, kind in zip(leaves, self.kinds, strict=True)
+            if kind == "frozen"
+        )
+        self.others = Closure.encode(
+            tuple(
+                leaf
+                for leaf, kind in zip(leaves, self.kinds, strict=True)
+                if kind == "other"
+            )
+        )
+
+    def join(self, params: Any) -> Any:
+        """Puts the model together again around the parameters."""
+        sources = {
+            "trained": iter(jax.tree.leaves(params)),
+            "frozen": iter(self.frozen),
+            "other": iter(self.others.decode()),
+        }
+        return self.structure.unflatten([next(sources[kind]) for kind in self.kinds])
+
+    def trained(self, model: Any) -> Any:
+        """Picks the parameters out of another model of the same structure."""
+        leaves, structure = jax.tree.flatten(model)
+        if structure != self.structure:
+            raise ValueError(
+                "`constrain` must return a model of the same structure as it was "
+                f"given.\nGiven:    {self.structure}\nReturned: {structure}"
+            )
+        return self.pick(leaves)
+
+    def pick(self, leaves: Sequence[Any]) -> Any:
+        """Keeps the trained ones among the model's leaves, `None` elsewhere."""
+        return self.structure.unflatten(
+            [
+                leaf if kind == "trained" else None
+                for leaf, kind in zip(leaves, self.kinds, strict=True)
+            ]
+        )
+
+
+def _kind(leaf: Any, owner: int | None) -> str:
+    if owner is not None:
+        return "trained"
+    is_numeric = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV"
+    return "frozen" if isinstance(leaf, jax.Array) or is_numeric else "other"

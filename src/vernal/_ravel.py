@@ -1,0 +1,115 @@
+"""Trees of parameters as flat vectors, in the order of `ravel_pytree`."""
+
+import math
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_flatten_with_path
+from jaxtyping import Array, DTypeLike, Float
+
+from ._paths import dotted
+from ._typing import Params
+
+
+def as_parameters(params: Params, name: str = "params") -> Params:
+    """Checks that every leaf is real and floating, and makes each of them an array.
+
+    **Raises:**
+
+    A `TypeError` for a leaf of any other kind, a `ValueError` where there is no leaf.
+    """
+    pairs, structure = tree_flatten_with_path(params)
+    if not pairs:
+        raise ValueError(
+            f"`{name}` holds no parameter: it needs at least one floating-point array."
+        )
+    return jax.tree.unflatten(
+        structure, [_as_parameter(dotted(keys), leaf, name) for keys, leaf in pairs]
+    )
+
+
+def _as_parameter(path: str, leaf: object, name: str) -> Array:
+    if isinstance(leaf, float):
+        # Written out, the dtype is a strong one, and stays so across a step.
+        return jnp.asarray(leaf, jnp.result_type(float))
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        kind = type(leaf).__name__ if dtype is None else dtype
+        raise TypeError(
+            f"`{name}` may hold floating-point arrays only, with `None` elsewhere, but "
+            f"its leaf '{path}' is {kind}. Select the trained leaves first, for "
+            "instance with `eqx.filter(model, eqx.is_inexact_array)`."
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"`{name}` must be real, but its leaf '{path}' is {dtype}. Write it as two "
+            "real parameters, its real and its imaginary part."
+        )
+    return jnp.asarray(leaf)
+
+
+def ravel_dtype(params: Params) -> np.dtype:
+    """Returns the dtype that holds every leaf of `params`."""
+    return reduce(jnp.promote_types, [leaf.dtype for leaf in jax.tree.leaves(params)])
+
+
+def ravel(params: Params, dtype: DTypeLike | None = None) -> Float[Array, " D"]:
+    """Joins the leaves of `params` into one vector of `dtype`.
+
+    Each leaf is cast by name rather than by promotion, so that leaves of different
+    precision meet under strict promotion too.
+    """
+    dtype = ravel_dtype(params) if dtype is None else dtype
+    return jnp.concatenate(
+        [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(params)]
+    )
+
+
+def unravel(flat: Float[Array, " D"], like: Params) -> Params:
+    """Undoes `ravel`: every leaf has the shape and the dtype it has in `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    pieces = [
+        jax.lax.slice(flat, (end - leaf.size,), (end,))
+        .reshape(leaf.shape)
+        .astype(leaf.dtype)
+        for leaf, end in zip(leaves, ends, strict=True)
+    ]
+    return jax.tree.unflatten(structure, pieces)
+
+
+def ravel_size(params: Params) -> int:
+    """Returns the number of elements in all the leaves of `params`."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def check_alike(tree: Params, like: Params, name: str) -> None:
+    """Raises a `ValueError` unless `tree` has the structure and shapes of `like`."""
+    found, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if found != expected:
+        raise ValueError(
+            f"`{name}` must have the structure of the projector's parameters.\n"
+            f"Found:    {found}\nExpected: {expected}"
+        )
+    for (keys, leaf), other in zip(
+        tree_flatten_with_path(tree)[0], jax.tree.leaves(like), strict=True
+    ):
+        if jnp.shape(leaf) != other.shape:
+            raise ValueError(
+                f"The leaf '{dotted(keys)}' of `{name}` has shape {jnp.shape(leaf)}, "
+                f"but that of the projector's parameters has shape {other.shape}."
+            )
+
+
+def element_name(params: Params, index: int) -> str:
+    """Returns the name of one element of `ravel(params)`, such as `wfe[6]`."""
+    for keys, leaf in tree_flatten_with_path(params)[0]:
+        size = math.prod(leaf.shape)
+        if index < size:
+            position = np.unravel_index(index, leaf.shape) if leaf.shape else ()
+            suffix = f"[{','.join(map(str, position))}]" if position else ""
+            return dotted(keys) + suffix
+        index -= size
+    raise IndexError(f"No element {index} beyond the last.")

@@ -1,0 +1,57 @@
+"""How a fit ended."""
+
+import enum
+from typing import Any, final
+
+import equinox as eqx
+
+from ._history import History
+
+
+class StopReason(enum.Enum):
+    """Why a fit ended. Prints as a sentence."""
+
+    STEPS_TAKEN = "All steps were taken."
+    NON_FINITE = (
+        "The NaN policy ended the fit at a value that is not finite: "
+        "`trainer.nan_report()` says where."
+    )
+    CALLBACK = "The callback ended the fit."
+    INTERRUPTED = "The fit was interrupted from the keyboard."
+
+    def __str__(self) -> str:
+        """The sentence."""
+        return self.value
+
+
+@final
+class FitResult(eqx.Module):
+    """What a fit returns.
+
+    **Attributes:**
+
+    - `trainer`: the trainer after the last step, ready to go on.
+    - `history`: what was recorded.
+    - `stop_reason`: why the fit ended; it prints as a sentence.
+    """
+
+    trainer: Any
+    history: History
+    stop_reason: StopReason = eqx.field(static=True)
+
+    @property
+    def model(self) -> Any:
+        """The model after the last step."""
+        return self.trainer.model
+
+    @property
+    def best(self) -> Any:
+        """The model with the lowest loss that was scored."""
+        return self.trainer.best
+
+    def __repr__(self) -> str:
+        return (
+            f"FitResult(steps={int(self.trainer.step_count)}, "
+            f"best_loss={float(self.trainer.best_loss):.6g}, "
+            f"stop_reason={str(self.stop_reason)!r}, history={self.history!r})"
+        )

@@ -1,0 +1,212 @@
+"""One step of a fit, pure: the order of things, the last guard, best, counts."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._nonfinite import all_finite
+from ._objective import score
+
+
+class Progress(eqx.Module):
+    """All that changes while a trainer fits. The rest of a trainer is configuration.
+
+    `latent` is what the optimiser moves if there is a projector, and `None` if it
+    moves the parameters themselves. Row 0 of `nan_counts` has the totals, row 1 the
+    first steps, -1 for none; the columns are the loss, each leaf, and the update.
+    """
+
+    params: PyTree
+    latent: PyTree
+    opt_state: PyTree
+    policy_state: PyTree
+    best: PyTree
+    best_loss: Float[Array, ""]
+    nan_counts: Int[Array, "2 columns"]
+    step_count: Int[Array, ""]
+    stopped: Bool[Array, ""]
+
+
+class Outcome(NamedTuple):
+    """What can be told of one step."""
+
+    loss: Float[Array, ""]
+    grads: PyTree
+    accepted: Bool[Array, ""]
+    metrics: dict[str, Any]
+
+
+class _Moved(NamedTuple):
+    """The part of the progress that a step which is not taken leaves alone."""
+
+    params: PyTree
+    latent: PyTree
+    opt_state: PyTree
+
+
+def initial_progress(
+    params: PyTree, latent: PyTree, opt_state: PyTree, policy_state: PyTree
+) -> Progress:
+    """Returns the progress of a trainer that has not taken a step."""
+    columns = len(jax.tree.leaves(params)) + 2
+    return Progress(
+        params=params,
+        latent=latent,
+        opt_state=opt_state,
+        policy_state=policy_state,
+        best=params,
+        best_loss=jnp.asarray(jnp.inf, jnp.result_type(float)),
+        nan_counts=jnp.stack(
+            [jnp.zeros(columns, jnp.int32), jnp.full(columns, -1, jnp.int32)]
+        ),
+        step_count=jnp.asarray(0, jnp.int32),
+        stopped=jnp.asarray(False),
+    )
+
+
+def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
+    """Takes one step.
+
+    The order: key; loss and gradients at the current parameters; best; policy;
+    `transform_grads`; pull back; optimiser; last guard; `constrain`; counter.
+
+    **Arguments:**
+
+    - `trainer`: a `Trainer` with an optimiser.
+    - `batch`: what its `loss` is given.
+
+    **Returns:**
+
+    The progress after the step, and what can be told of the step.
+    """
+    old: Progress = trainer._progress
+    key = (
+        None if trainer.key is None else jax.random.fold_in(trainer.key, old.step_count)
+    )
+
+    def scored(params: PyTree) -> tuple[Array, dict[str, Any]]:
+        live = trainer._at(eqx.tree_at(lambda p: p.params, old, params))
+        return score(live, live.model, batch, key)
+
+    (loss, metrics), grads = jax.value_and_grad(scored, has_aux=True)(old.params)
+    grads = jax.tree.map(_descending, grads)
+    measured = loss.astype(old.best_loss.dtype)
+
+    better = jnp.isfinite(measured) & (measured < old.best_loss)
+    best, best_loss = lax.cond(
+        better, lambda: (old.params, measured), lambda: (old.best, old.best_loss)
+    )
+
+    policy = trainer.nan_policy
+    heeded, verdict, policy_state = policy.apply(loss, grads, old.policy_state)
+    held = _Moved(old.params, old.latent, old.opt_state)
+
+    def take() -> tuple[_Moved, Bool[Array, ""]]:
+        moved = _move(trainer, heeded, loss, lambda params: scored(params)[0])
+        sound = all_finite(moved)
+        return lax.cond(sound, lambda: moved, lambda: held), sound
+
+    moved, sound = lax.cond(verdict.accept, take, lambda: (held, jnp.array(True)))
+
+    def undisturbed() -> tuple[Array, Bool[Array, ""], PyTree]:
+        return old.nan_counts, jnp.asarray(verdict.stop), policy_state
+
+    def disturbed() -> tuple[Array, Bool[Array, ""], PyTree]:
+        bad = [~all_finite(x) for x in (loss, *jax.tree.leaves(grads))]
+        counts = _count(old.nan_counts, jnp.stack([*bad, ~sound]), old.step_count)
+
+        # The policy has no say on the update, which it does not see. Shown the step
+        # as one whose loss is not finite, it decides whether the fit goes on.
+        def judge_again() -> tuple[Bool[Array, ""], PyTree]:
+            nan = jnp.full_like(loss, jnp.nan)
+            _, again, state = policy.apply(nan, grads, old.policy_state)
+            return jnp.asarray(again.stop), _like(state, policy_state)
+
+        stop, state = lax.cond(
+            sound, lambda: (jnp.asarray(verdict.stop), policy_state), judge_again
+        )
+        return counts, stop, state
+
+    nan_counts, stop, policy_state = lax.cond(
+        sound & all_finite((loss, grads)), undisturbed, disturbed
+    )
+    new = Progress(
+        params=moved.params,
+        latent=moved.latent,
+        opt_state=moved.opt_state,
+        policy_state=_like(policy_state, old.policy_state),
+        best=best,
+        best_loss=best_loss,
+        nan_counts=nan_counts,
+        step_count=old.step_count + 1,
+        stopped=old.stopped | stop,
+    )
+    return new, Outcome(measured, grads, verdict.accept & sound, metrics)
+
+
+def _descending(grad: Array) -> Array:
+    # JAX's gradient of a complex parameter is the conjugate of the ascent direction.
+    return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
+
+
+def _move(
+    trainer: Any, grads: PyTree, loss: Array, value: Callable[[PyTree], Array]
+) -> _Moved:
+    """Applies the optimiser, in the latent space if there is one."""
+    old: Progress = trainer._progress
+    projector = trainer.projector
+    if trainer._overrides("transform_grads"):
+        grads = trainer.transform_grads(grads, trainer.model)
+    if projector is None:
+        point, value_fn = old.params, value
+    else:
+        point, grads = old.latent, projector.pull_back(grads)
+        value_fn = lambda latent: value(projector.to_params(latent))
+    updates, opt_state = trainer.optimiser.update(
+        grads, old.opt_state, point, value=loss, grad=grads, value_fn=value_fn
+    )
+    point = _like(optax.apply_updates(point, updates), point)
+    params = point if projector is None else projector.to_params(point)
+    latent = None if projector is None else point
+    if trainer._overrides("constrain"):
+        # Mending what is not finite is no business of a constraint.
+        finite = all_finite((params, latent))
+        params, latent = _constrain(trainer, params)
+        params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
+    return _Moved(params, latent, _like(opt_state, old.opt_state))
+
+
+def _constrain(trainer: Any, params: PyTree) -> tuple[PyTree, PyTree]:
+    model = trainer._parts.join(params)
+    params = _like(trainer._parts.trained(trainer.constrain(model)), params)
+    if trainer.projector is None:
+        return params, None
+    latent = trainer.projector.to_latent(params)
+    return trainer.projector.to_params(latent), latent
+
+
+def _count(
+    counts: Int[Array, "2 columns"],
+    bad: Bool[Array, " columns"],
+    step: Int[Array, ""],
+) -> Int[Array, "2 columns"]:
+    totals, first = counts
+    return jnp.stack([totals + bad, jnp.where(bad & (first < 0), step, first)])
+
+
+def _like(new: PyTree, old: PyTree) -> PyTree:
+    """Keeps the dtypes of the step before: a loop has no place for others."""
+    return jax.tree.map(_cast, new, old)
+
+
+def _cast(new: Any, old: Any) -> Array:
+    new = jnp.asarray(new)
+    if new.dtype == old.dtype and (old.weak_type or not new.weak_type):
+        return new
+    return lax.convert_element_type(new, old.dtype)

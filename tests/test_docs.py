@@ -1,0 +1,64 @@
+"""Every public name is documented once, and every code block of the prose runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import vernal
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def python_of(text: str) -> str:
+    """The Python blocks of a page, each on the lines that it has there."""
+    lines = [""] * (text.count("\n") + 1)
+    for block in FENCE.finditer(text):
+        first = text.count("\n", 0, block.start(1))
+        code = block[1].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+def test_every_public_name_is_documented_once():
+    public = {
+        name
+        for name, value in vars(vernal).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    documented = [
+        name
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: vernal\.(\w+)$", page.read_text(), re.MULTILINE)
+    ]
+    assert sorted(documented) == sorted(public)
+
+
+@pytest.mark.parametrize("name", sorted(vars(vernal)))
+def test_public_objects_have_docstrings(name):
+    value = getattr(vernal, name)
+    if not name.startswith("_") and callable(value):
+        assert (value.__doc__ or "").strip()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+def test_code_blocks_run(page, tmp_path):
+    script = tmp_path / "blocks.py"
+    script.write_text(python_of(page.read_text(encoding="utf-8")), encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
