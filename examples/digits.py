@@ -107,7 +107,10 @@ def draw(history, held_out, images, labels, guesses, output):
     loss, right_on = left.subplots(2, sharex=True)
     epochs = np.arange(len(history.loss)) / len(history.loss) * len(held_out)
     loss.semilogy(epochs, history.loss, lw=0.8)
+    skipped = epochs[~np.isfinite(history.loss)]
+    loss.plot(skipped, np.full_like(skipped, 3e-3), "|", ms=5, label="skipped: NaN")
     loss.set_title("Loss of each minibatch")
+    loss.legend(loc="upper right")
     right_on.plot(epochs, history["accuracy"], lw=0.6, alpha=0.5, label="minibatch")
     right_on.plot(np.arange(len(held_out)) + 1, held_out, label="held out")
     right_on.set(title="Accuracy", xlabel="epoch", ylim=(0.85, 1.005))

@@ -11,8 +11,8 @@ X = jnp.linspace(-1, 1, 9)
 
 
 BATCHES = [
-    *((batch_size, jnp.float64) for batch_size in (None, 1, 3, 7, 100)),
-    *((batch_size, jnp.float32) for batch_size in (None, 3)),
+    *((batch_size, jnp.float64) for batch_size in (None, 1, 3, 100)),
+    (3, jnp.float32),
 ]
 
 
@@ -49,14 +49,14 @@ def test_hessian_is_that_of_jax(batch_size, dtype):
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, found.T)
     atol = 100 * jnp.finfo(dtype).eps
-    np.testing.assert_allclose(found, jax.hessian(fn)(start), atol=atol)
+    np.testing.assert_allclose(found, jax.jit(jax.hessian(fn))(start), atol=atol)
 
 
 @pytest.mark.parametrize(("batch_size", "dtype"), BATCHES)
 def test_gauss_newton_is_the_square_of_the_jacobian(batch_size, dtype):
     params = tree(dtype)
     fn, start = flat(residuals, params)
-    jacobian = jax.jacobian(fn)(start).reshape(-1, 7)
+    jacobian = jax.jit(jax.jacobian(fn))(start).reshape(-1, 7)
     found = vn.gauss_newton(residuals, params, batch_size=batch_size)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, found.T)
@@ -95,13 +95,13 @@ def test_a_module_with_frozen_leaves():
 
     found = vn.gauss_newton(misfit, params)
     fn, start = flat(misfit, params)
-    jacobian = jax.jacobian(fn)(start).reshape(-1, 6)
+    jacobian = jax.jit(jax.jacobian(fn))(start).reshape(-1, 6)
     np.testing.assert_allclose(found, jacobian.T @ jacobian, atol=1e-12)
 
 
 def test_same_under_jit_and_vmap():
     stack = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree())
-    mapped = jax.vmap(lambda p: vn.hessian(loss, p, batch_size=3))(stack)
+    mapped = jax.jit(jax.vmap(lambda p: vn.hessian(loss, p, batch_size=3)))(stack)
     for k in range(2):
         params = jax.tree.map(lambda x, k=k: x[k], stack)
         plain = vn.hessian(loss, params)
@@ -151,18 +151,18 @@ def test_errors_common_to_both(curvature):
             curvature(fn, tree(), batch_size=batch_size)
     with pytest.raises(ValueError, match="`params` holds no parameter"):
         curvature(fn, {"a": None})
-    with pytest.raises(TypeError, match="'a.b'.*complex128"):
+    with pytest.raises(TypeError, match=r"'a.b'.*complex128"):
         curvature(fn, {"a": {"b": jnp.ones(2) * 1j}})
-    with pytest.raises(TypeError, match="'n'.*int"):
+    with pytest.raises(TypeError, match=r"'n'.*int"):
         curvature(fn, {"n": jnp.arange(2), "x": jnp.ones(2)})
-    with pytest.raises(TypeError, match="return a real floating-point array.*list"):
+    with pytest.raises(TypeError, match=r"return a real floating-point array.*list"):
         curvature(lambda p: [p], jnp.ones(2))
-    with pytest.raises(TypeError, match="return a real floating-point array.*complex"):
+    with pytest.raises(TypeError, match=r"return a real floating-point array.*complex"):
         curvature(lambda p: p * 1j, jnp.ones(2))
 
 
 def test_hessian_wants_a_scalar_and_gauss_newton_wants_none():
     with pytest.raises(ValueError, match=r"scalar.*\(2, 9\).*gauss_newton"):
         vn.hessian(residuals, tree())
-    with pytest.raises(ValueError, match="scalar.*hessian"):
+    with pytest.raises(ValueError, match=r"scalar.*hessian"):
         vn.gauss_newton(loss, tree())

@@ -75,12 +75,12 @@ PROJECTORS = {
     "zero row": lambda: vn.EigenProjector.from_fisher(
         two_null_directions(), telescope()
     ),
-    "rank": lambda: vn.EigenProjector.from_fisher(fisher(), telescope(), rank=3),
+    "rank": lambda: vn.EigenProjector.from_fisher(fisher(), telescope(), rank=5),
     "prior": lambda: vn.EigenProjector.from_fisher(
         two_null_directions(), telescope(), on_null="prior"
     ),
     "prior covariance": lambda: vn.EigenProjector.from_covariance(
-        fisher(4), telescope(), on_null="prior"
+        fisher(5), telescope(), on_null="prior"
     ),
     "no information": lambda: vn.EigenProjector.from_fisher(
         jnp.zeros((D, D)), telescope(), on_null="prior"
@@ -135,20 +135,12 @@ def test_the_origin_is_zero(projector):
 
 
 def test_to_latent_is_the_inverse(projector):
-    latent = latent_of(projector)
-    # What is lost is lost by rounding x = x0 + P u, in units of the narrowest scale.
-    start = abs(ravel_pytree(projector.to_params(latent))[0])
-    inverse = np.linalg.pinv(np.asarray(projector.matrix, float), rcond=1e-30)
-    if projector.latent_size == D:
-        loss = float(np.max(abs(inverse) @ np.asarray(start, float)))
-        atol = 20 * precision(projector) * loss
-        if atol < 0.1:
-            found = projector.to_latent(projector.to_params(latent))
-            np.testing.assert_allclose(found, latent, atol=atol + 1e-6)
+    # Around zero, since `x0 + P u` rounds away what is small beside `x0`.
     origin = jax.tree.map(jnp.zeros_like, projector.origin)
     centred = eqx.tree_at(lambda p: p._origin, projector, origin)
+    latent = latent_of(projector)
     found = centred.to_latent(centred.to_params(latent))
-    np.testing.assert_allclose(found, latent, atol=1e6 * precision(projector) / 1e3)
+    np.testing.assert_allclose(found, latent, atol=1e3 * precision(projector))
 
 
 def test_pull_back_is_the_transpose(projector):
@@ -321,8 +313,8 @@ def test_a_dropped_direction_has_infinite_errors(make):
     )
     assert jnp.isfinite(errors.position[0])
     covariance = projector.covariance()
-    np.testing.assert_array_equal(
-        jnp.sqrt(jnp.diag(covariance)), ravel_pytree(errors)[0]
+    np.testing.assert_allclose(
+        jnp.sqrt(jnp.diag(covariance)), ravel_pytree(errors)[0], rtol=1e-14
     )
     # The two go opposite ways; neither of them has to do with the flux.
     assert covariance[1, 6] == covariance[6, 1] == -jnp.inf
@@ -426,25 +418,24 @@ def test_a_small_negative_eigenvalue_is_null():
 def test_made_under_jit_and_vmap():
     stack = jnp.stack([fisher(5, key=k) for k in range(3)])
     make = lambda fmat: vn.EigenProjector.from_fisher(fmat, telescope(), rank=5)
-    latent = jnp.ones(5)
-    mapped = eqx.filter_vmap(make)(stack)
-    found = jax.vmap(lambda p: p.to_latent(p.to_params(latent)))(mapped)
+    mapped = eqx.filter_jit(eqx.filter_vmap(make))(stack)
+    found = jax.jit(jax.vmap(lambda p: p.to_latent(p.to_params(jnp.ones(5)))))(mapped)
     np.testing.assert_allclose(found, np.ones((3, 5)), atol=1e-4)
-    assert mapped.rank == 5
+    assert (mapped.rank, mapped.latent_size) == (5, 5)
     for k in range(3):
-        plain = make(stack[k])
         one = jax.tree.map(lambda x, k=k: x[k], mapped)
-        jitted = eqx.filter_jit(make)(stack[k])
-        for other in (one, jitted):
-            np.testing.assert_allclose(abs(other.matrix), abs(plain.matrix), rtol=1e-7)
-            assert other.latent_size == 5
+        np.testing.assert_allclose(
+            abs(one.matrix), abs(make(stack[k]).matrix), rtol=1e-7
+        )
 
 
-def test_rank_is_asked_for_under_jit():
+@pytest.mark.parametrize(
+    "transform", [jax.jit, lambda f: lambda x: jax.vmap(f)(x[None])]
+)
+def test_rank_is_asked_for_under_jit_and_vmap(transform):
     make = lambda fmat: vn.EigenProjector.from_fisher(fmat, telescope())
-    for transformed in (jax.jit(make), jax.vmap(make)):
-        with pytest.raises(ValueError, match="`rank` must be given"):
-            transformed(fisher()[None] if transformed is not jax.jit else fisher())
+    with pytest.raises(ValueError, match="`rank` must be given"):
+        transform(make)(fisher())
 
 
 def test_null_space_is_not_known_under_jit():
@@ -504,7 +495,7 @@ def test_construction_under_jit_raises_when_it_runs(fmat, rank, message):
 
 
 def test_covariances_have_their_own_words():
-    with pytest.raises(ValueError, match="`cov`.*covariance.*gauss_newton"):
+    with pytest.raises(ValueError, match=r"`cov`.*covariance.*gauss_newton"):
         vn.EigenProjector.from_covariance(INDEFINITE, telescope())
 
 
@@ -526,7 +517,7 @@ def test_arguments_of_methods_are_checked():
     projector = vn.EigenProjector.from_fisher(fisher(5), telescope())
     with pytest.raises(ValueError, match=r"`latent`.*\(8,\).*\(5,\)"):
         projector.to_params(jnp.ones(8))
-    with pytest.raises(ValueError, match="`params`.*structure"):
+    with pytest.raises(ValueError, match=r"`params`.*structure"):
         projector.to_latent({"a": jnp.ones(8)})
     wrong = eqx.tree_at(lambda p: p.optics.wfe, telescope(), jnp.ones(6))
     with pytest.raises(ValueError, match=r"'optics.wfe' of `grads`.*\(6,\).*\(2, 3\)"):

@@ -1,12 +1,14 @@
 """Immutable optimisers for physical models, in JAX and Equinox."""
 
+from ._curvature import gauss_newton as gauss_newton, hessian as hessian
 from ._data import (
     Minibatches as Minibatches,
     Stream as Stream,
     StreamExhaustedError as StreamExhaustedError,
 )
+from ._eigen import decompose as decompose, eigen_projection as eigen_projection
 from ._history import History as History
-from ._loop import FitResult as FitResult, StopReason as StopReason
+from ._map_optimisers import map_optimisers as map_optimisers
 from ._nonfinite import (
     BreakOnNan as BreakOnNan,
     NanCount as NanCount,
@@ -28,6 +30,9 @@ from ._paths import (
     paths as paths,
     split as split,
 )
+from ._precondition import precondition as precondition
 from ._projector import EigenProjector as EigenProjector
+from ._result import FitResult as FitResult, StopReason as StopReason
 from ._schedule import delay as delay
 from ._trainer import StepInfo as StepInfo, Trainer as Trainer, fit as fit
+from ._transform import window as window

@@ -204,13 +204,13 @@ def as_batch(batch: Any) -> Any:
 def _as_datum(path: str, leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         return jnp.asarray(leaf)
-    if not hasattr(leaf, "shape") and not isinstance(leaf, str | bytes):
-        if isinstance(leaf, Iterable):
-            where = f"`data` has the leaf {path!r}," if path else "`data` is"
-            raise TypeError(
-                f"{where} a {type(leaf).__name__}, which is no array. To take one "
-                "batch a step from it, wrap it: `fit(vn.Stream(data), steps)`."
-            )
+    is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
+    if is_loader and not isinstance(leaf, str | bytes):
+        where = f"`data` has the leaf {path!r}," if path else "`data` is"
+        raise TypeError(
+            f"{where} a {type(leaf).__name__}, which is no array. To take one batch a "
+            "step from it, wrap it: `fit(vn.Stream(data), steps)`."
+        )
     return leaf
 
 

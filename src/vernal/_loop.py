@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from ._data import (
@@ -22,7 +23,7 @@ from ._data import (
 )
 from ._history import History, concatenate
 from ._nonfinite import NonFiniteError
-from ._record import Record, Rows
+from ._record import GRAD_NORM, Record, Rows
 from ._result import FitResult, StopReason
 from ._step import Progress, advance
 
@@ -43,26 +44,24 @@ def _run_chunk(
     record: Record,
 ) -> tuple[Progress, Rows]:
     """Takes `count` steps, or fewer if the fit stops or the rows are full."""
-    last = trainer._progress.step_count + count
-
-    def look(progress: Progress, cursor: Any) -> tuple[Any, ...]:
-        batch, cursor = source.next(cursor, progress.step_count)
-        new, outcome = advance(trainer._at(progress), batch)
-        return new, cursor, outcome.loss, record.values(progress.params, outcome)
+    progress = trainer._progress
+    last = progress.step_count + count
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         progress, cursor, rows = carry
-        new, cursor, loss, values = look(progress, cursor)
         step = progress.step_count
-        return new, cursor, rows.add(step, loss, values, step % every == 0)
+        batch, cursor = source.next(cursor, step)
+        new, outcome = advance(trainer._at(progress), batch)
+        values = record.values(progress.params, outcome)
+        return new, cursor, rows.add(outcome.loss, values, step % every == 0)
 
     def goes_on(carry: tuple[Any, ...]) -> Array:
         progress, _, rows = carry
         return (progress.step_count < last) & ~progress.stopped & ~rows.full
 
-    progress = trainer._progress
     cursor = source.start(progress.step_count)
-    rows = Rows.empty(*jax.eval_shape(look, progress, cursor)[2:])
+    batch, _ = jax.eval_shape(source.next, cursor, progress.step_count)
+    rows = Rows.empty(progress.best_loss, record.shapes(trainer, batch))
     progress, _, rows = lax.while_loop(goes_on, body, (progress, cursor, rows))
     return progress, rows
 
@@ -77,7 +76,7 @@ def fit(
     progress: bool,
     callback: Callback | None,
     chunk: int | None,
-) -> FitResult:
+) -> FitResult[Any, Any]:
     """Takes `steps` steps. The documentation is that of `Trainer.fit`."""
     steps = whole_number(steps, "steps", least=0)
     every = whole_number(every, "every", least=1)
@@ -88,10 +87,7 @@ def fit(
             "`(trainer, history) -> None`, `True` to end the fit, or a trainer."
         )
     if trainer.optimiser is None:
-        raise ValueError(
-            f"`{type(trainer).__name__}` has no optimiser. Give it one: "
-            "`Trainer(model, optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
-        )
+        raise no_optimiser(trainer)
     feed = _Feed(trainer, as_source(data), steps)
     plan = Record(trainer, record, feed.peek)
     run = _Fit(trainer, steps, plan, every)
@@ -122,6 +118,14 @@ def fit(
         last = int(run.trainer.step_count) - 1
         raise NonFiniteError(last, run.trainer.nan_report(), result)
     return result
+
+
+def no_optimiser(trainer: Any) -> ValueError:
+    """Says what to do about a trainer that cannot take a step."""
+    return ValueError(
+        f"`{type(trainer).__name__}` has no optimiser. Give it one: "
+        "`Trainer(model, optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
+    )
 
 
 class _Dry(Exception):
@@ -169,7 +173,7 @@ class _Fit:
     def __init__(self, trainer: Any, steps: int, record: Record, every: int):
         self.trainer = trainer
         self.record = record
-        self.every = jnp.asarray(every, jnp.int32)
+        self.every, self._every = every, jnp.asarray(every, jnp.int32)
         self.start = int(trainer.step_count)
         self.steps = steps
         self.taken = 0
@@ -187,13 +191,15 @@ class _Fit:
             for source, count in sources:
                 count = jnp.asarray(count, jnp.int32)
                 progress, rows = _run_chunk(
-                    trainer, source, count, self.every, self.record
+                    trainer, source, count, self._every, self.record
                 )
+                pending.append((trainer.step_count, rows))
                 trainer = trainer._at(progress)
-                pending.append(rows)
         finally:
             # Also where the stream ran dry: what was computed is kept.
-            histories = [rows.to_history() for rows in pending]
+            histories = [
+                rows.to_history(int(start), self.every) for start, rows in pending
+            ]
             taken = int(trainer.step_count) - self.start
             self.last_count = taken - self.taken
             self.trainer, self.taken = trainer, taken
@@ -220,22 +226,19 @@ class _Fit:
 
     def history(self) -> History:
         if not self._histories:
-            return _empty_history(self.trainer, self.record)
+            return _empty_history(self.record)
         self._histories = [concatenate(self._histories)]
         return self._histories[0]
 
-    def result(self, reason: StopReason) -> FitResult:
+    def result(self, reason: StopReason) -> FitResult[Any, Any]:
         return FitResult(self.trainer, self.history(), reason)
 
 
-def _empty_history(trainer: Any, record: Record) -> History:
-    import numpy as np
-
+def _empty_history(record: Record) -> History:
     names = [*record.paths, *record.metrics]
-    names += ["grad_norm"] if record.grad_norm else []
-    return History(
-        np.zeros(0, np.int32), np.zeros(0), dict.fromkeys(names, np.zeros(0))
-    )
+    names += [GRAD_NORM] if record.grad_norm else []
+    none = np.zeros(0)
+    return History(none.astype(int), none, dict.fromkeys(names, none))
 
 
 class _Pace:

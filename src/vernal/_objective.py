@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -40,6 +41,13 @@ def score(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Sco
         named = {str(name): jnp.asarray(value) for name, value in metrics.items()}
         return Scored(_as_scalar(trainer, "loss", loss), named)
     return Scored(_as_scalar(trainer, "loss", returned), {})
+
+
+def metric_shapes(trainer: Any, batch: Any) -> dict[str, Any]:
+    """Finds the metrics that a trainer's loss returns, without evaluating it."""
+    return eqx.filter_eval_shape(
+        lambda t, b: score(t, t.model, b, t.key).metrics, trainer, batch
+    )
 
 
 def negative_log_likelihood(

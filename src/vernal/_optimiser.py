@@ -7,6 +7,7 @@ from typing import Any, final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike
 
@@ -171,7 +172,9 @@ class ParamOptimiser(AbstractTransform):
         The updates, zero where a parameter is frozen, and the new state.
         """
         flat, structure = jax.tree_util.tree_flatten_with_path(updates)
-        grads = _own(dict((dotted(k), g) for k, g in flat), state.paths, "updates")
+        grads = _own(
+            {dotted(keys): grad for keys, grad in flat}, state.paths, "updates"
+        )
         values = None
         if params is not None:
             values = _own(_by_path(params), state.paths, "params")
@@ -350,7 +353,10 @@ def _check_shapes(grads: Mapping[str, Any], params: Mapping[str, Any]) -> None:
 def _as_scale(value: ArrayLike) -> Array:
     # One dtype for all, so that a factor which was set has the type of one that was
     # not; it takes that of the update where it is used.
-    return strong(jnp.asarray(value, jnp.result_type(float)))
+    dtype = jnp.result_type(float)
+    if isinstance(value, jax.Array):
+        return strong(value.astype(dtype))
+    return jnp.asarray(np.asarray(value, dtype))
 
 
 def _scaled(update: Array, scale: Array) -> Array:

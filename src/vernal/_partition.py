@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
@@ -54,7 +53,7 @@ def init_groups(
     One state for each group.
     """
     return tuple(
-        _explained(tx.init, _by_name(members, names, leaves))
+        _explained(tx.init, group_leaves(members, names, leaves))
         for tx, members in zip(
             transforms, group_members(owners, len(transforms)), strict=True
         )
@@ -79,7 +78,8 @@ def update_groups(
     - `states`: of each group.
     - `params`: the value of each leaf, or `None`.
     - `extra_of`: the extra arguments of a group, given the indices of its leaves and
-        the names of all.
+        the names of all. Those that are dictionaries by the names of its leaves are
+        handed on like the leaves.
 
     **Returns:**
 
@@ -94,10 +94,10 @@ def update_groups(
     for tx, members, state in zip(transforms, all_members, states, strict=True):
         new, new_state = _explained(
             optax.with_extra_args_support(tx).update,
-            _by_name(members, names, updates),
+            group_leaves(members, names, updates),
             state,
-            None if params is None else _by_name(members, names, params),
-            **extra_of(members, names),
+            None if params is None else group_leaves(members, names, params),
+            **_alike(extra_of(members, names), members, names),
         )
         for index in members:
             out[index] = new[names[index]]
@@ -105,12 +105,35 @@ def update_groups(
     return out, tuple(new_states)
 
 
-def _by_name(
-    members: tuple[int, ...], names: Sequence[str], leaves: Sequence[Any]
-) -> OrderedDict[str, Any]:
-    # Ordered: JAX sorts the keys of a plain dictionary, and a sum over the leaves in
-    # another order has other bits.
-    return OrderedDict((names[i], leaves[i]) for i in members)
+def group_leaves(
+    members: tuple[int, ...],
+    names: Sequence[str],
+    leaves: Sequence[Any] | Mapping[int, Any],
+) -> dict[str, Any]:
+    """Returns the leaves of one group as its transformation sees them, by name.
+
+    **Arguments:**
+
+    - `members`: the indices of the group's leaves.
+    - `names`, `leaves`: of all.
+    """
+    # JAX sorts the keys of a plain dictionary, and a sum over the leaves in another
+    # order has other bits. It is the faster by far, though, and one leaf has one order.
+    kind = dict if len(members) == 1 else OrderedDict
+    return kind((names[i], leaves[i]) for i in members)
+
+
+def _alike(
+    extra: Mapping[str, Any], members: tuple[int, ...], names: Sequence[str]
+) -> dict[str, Any]:
+    own = {names[i] for i in members}
+
+    def alike(arg: Any) -> Any:
+        if isinstance(arg, dict) and arg.keys() == own:
+            return group_leaves(members, names, {i: arg[names[i]] for i in members})
+        return arg
+
+    return {name: alike(arg) for name, arg in extra.items()}
 
 
 def _explained(fn: Callable[..., Any], leaves: Any, *args: Any, **extra: Any) -> Any:
@@ -122,11 +145,12 @@ def _explained(fn: Callable[..., Any], leaves: Any, *args: Any, **extra: Any) ->
             raise
         raise ValueError(
             f"The transformation of {_listed(leaves)} met trees that do not match. It "
-            "sees its own leaves only, in a `collections.OrderedDict` by path. Where "
-            "its configuration is a tree of the whole model's shape (a mask, labels), "
-            "or an extra argument is, give a function of the parameters instead, or "
-            "such a dictionary by path. A state must come from this transformation's "
-            f"own `init`. JAX says: {error}"
+            "sees its own leaves only, in a dictionary by path. Where its "
+            "configuration is a tree of the whole model's shape (a mask, labels), or "
+            "an extra argument is, give a function of the parameters instead, or such "
+            "a dictionary: a `collections.OrderedDict`, or a `dict` if it has one "
+            "leaf. A state must come from this transformation's own `init`. JAX says: "
+            f"{error}"
         ) from error
 
 
@@ -150,9 +174,10 @@ def partition(
     As `optax.partition`, with the same updates to the last bit, at a cost that grows
     with the number of parameters and not with its square.
 
-    Inside, a transformation sees the parameters of its own label only, in a
-    `collections.OrderedDict` by dotted path, e.g. `layers.0.weight`. A mask given as a
-    function of the parameters is called with that.
+    Inside, a transformation sees the parameters of its own label only, in a dictionary
+    by dotted path, e.g. `layers.0.weight`: a `collections.OrderedDict`, or a `dict` if
+    there is but one. A mask given as a function of the parameters is called with that,
+    so that a function that asks for the path of a leaf meets one key, the dotted path.
 
     **Arguments:**
 
@@ -220,7 +245,7 @@ def partition(
                     # A bare array's structure is that of any scalar.
                     bare = jtu.treedef_is_leaf(treedef) and name != "grad"
                     if not bare and jtu.tree_structure(arg) == treedef:
-                        given[name] = _by_name(members, names, jtu.tree_leaves(arg))
+                        given[name] = group_leaves(members, names, jtu.tree_leaves(arg))
             value_fn = extra.get("value_fn")
             if callable(value_fn) and fill is not None:
                 given["value_fn"] = _within(value_fn, fill, members, names)

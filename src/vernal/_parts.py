@@ -5,9 +5,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import PyTreeDef
+from jaxtyping import PyTreeDef
 
 from ._closures import Closure
 
@@ -19,7 +20,12 @@ def strong(leaf: Any) -> jax.Array:
     that is taken with it, and the second step would then be compiled anew.
     """
     array = jnp.asarray(leaf)
-    return jax.lax.convert_element_type(array, array.dtype)
+    if not array.weak_type:
+        return array
+    if isinstance(array, jax.core.Tracer):
+        return jax.lax.convert_element_type(array, array.dtype)
+    # Through NumPy, which knows no weak types: nothing is compiled for it.
+    return jnp.asarray(np.asarray(array))
 
 
 def parameters(model: Any, owners: Sequence[int | None]) -> Any:

@@ -1,19 +1,18 @@
 """What a fit keeps of each step, and where it puts it inside a compiled loop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Int, PyTree
 
 from ._history import History
-from ._objective import score
+from ._objective import metric_shapes
 from ._paths import UnknownPathError, dotted, nearest_names, paths, resolve
-from ._step import Outcome
+from ._step import Outcome, grad_norm
 
 GRAD_NORM = "grad_norm"
 
@@ -34,7 +33,7 @@ class Record(eqx.Module):
 
         - `trainer`: whose fit it is.
         - `record`: what the user named.
-        - `batch`: the structure of a batch, or a function that returns it.
+        - `batch`: a function that returns a batch, or its shapes.
         """
         if isinstance(record, str) or callable(record):
             record = (record,)
@@ -46,7 +45,7 @@ class Record(eqx.Module):
             try:
                 chosen += _selected(trainer, name)
             except UnknownPathError:
-                known = _metric_names(trainer, batch)
+                known = metric_shapes(trainer, batch())
                 if name not in known:
                     raise _unknown(trainer, name, known) from None
                 metrics.append(name)
@@ -55,15 +54,23 @@ class Record(eqx.Module):
 
     def values(self, params: PyTree, outcome: Outcome) -> dict[str, Array]:
         """Picks what is recorded of one step."""
-        values = {}
-        if self.grad_norm:
-            values[GRAD_NORM] = optax.global_norm(outcome.grads)
-        if self.paths:
-            wanted = set(self.paths)
-            flat, _ = jax.tree_util.tree_flatten_with_path(params)
-            by_path = {dotted(keys): leaf for keys, leaf in flat}
-            values |= {path: by_path[path] for path in self.paths if path in wanted}
-        return values | {name: outcome.metrics[name] for name in self.metrics}
+        norm = {GRAD_NORM: grad_norm(outcome.grads)} if self.grad_norm else {}
+        metrics = {name: outcome.metrics[name] for name in self.metrics}
+        return norm | self._parameters(params) | metrics
+
+    def shapes(self, trainer: Any, batch: Any) -> dict[str, Any]:
+        """Tells the shape and dtype of each of the values."""
+        norm = {GRAD_NORM: trainer.best_loss} if self.grad_norm else {}
+        known = metric_shapes(trainer, batch) if self.metrics else {}
+        metrics = {name: known[name] for name in self.metrics}
+        return norm | self._parameters(trainer.params) | metrics
+
+    def _parameters(self, params: PyTree) -> dict[str, Array]:
+        if not self.paths:
+            return {}
+        flat, _ = jax.tree_util.tree_flatten_with_path(params)
+        by_path = {dotted(keys): leaf for keys, leaf in flat}
+        return {path: by_path[path] for path in self.paths}
 
 
 def _selected(trainer: Any, selector: Any) -> list[str]:
@@ -81,15 +88,7 @@ def _selected(trainer: Any, selector: Any) -> list[str]:
     return kept
 
 
-def _metric_names(trainer: Any, batch: Any) -> list[str]:
-    """Finds the metrics that a loss returns, by tracing it."""
-    metrics = eqx.filter_eval_shape(
-        lambda t, b: score(t, t.model, b, t.key).metrics, trainer, batch()
-    )
-    return list(metrics)
-
-
-def _unknown(trainer: Any, name: Any, metrics: Sequence[str]) -> UnknownPathError:
+def _unknown(trainer: Any, name: Any, metrics: Iterable[str]) -> UnknownPathError:
     known = [*paths(trainer.params), *metrics, GRAD_NORM]
     return UnknownPathError(
         f"`record`: {name!r} is neither a parameter nor a metric that the loss "
@@ -100,7 +99,6 @@ def _unknown(trainer: Any, name: Any, metrics: Sequence[str]) -> UnknownPathErro
 class Rows(eqx.Module):
     """A buffer of recorded rows on the device, filled from the top."""
 
-    steps: Int[Array, " rows"]
     loss: Array
     values: dict[str, Array]
     filled: Int[Array, ""]
@@ -114,7 +112,6 @@ class Rows(eqx.Module):
         rows = int(np.clip(_MOST_BYTES // (4 + sum(sizes)), 1, _MOST_ROWS)) + 1
         room = lambda x: jnp.zeros((rows, *x.shape), x.dtype)
         return cls(
-            jnp.zeros(rows, jnp.int32),
             room(loss),
             {name: room(value) for name, value in values.items()},
             jnp.asarray(0, jnp.int32),
@@ -123,28 +120,32 @@ class Rows(eqx.Module):
     @property
     def full(self) -> Array:
         """Whether there is no room for another row."""
-        return self.filled >= self.steps.shape[0] - 1
+        return self.filled >= self.loss.shape[0] - 1
 
-    def add(
-        self, step: Array, loss: Array, values: dict[str, Array], keep: Array
-    ) -> "Rows":
+    def add(self, loss: Array, values: dict[str, Array], keep: Array) -> "Rows":
         """Writes a row, and moves on to the next if this one is to be kept."""
         put = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
             buffer, value.astype(buffer.dtype), self.filled, 0
         )
         return Rows(
-            put(self.steps, step),
             put(self.loss, loss),
             {name: put(self.values[name], value) for name, value in values.items()},
             self.filled + keep.astype(jnp.int32),
         )
 
-    def to_history(self) -> History:
-        """Copies the rows to the host."""
+    def to_history(self, start: int, every: int) -> History:
+        """Copies the rows to the host.
+
+        **Arguments:**
+
+        - `start`: the step at which the chunk began.
+        - `every`: how far two rows are apart.
+        """
         rows = jax.device_get(self)
         n = int(rows.filled)
+        first = -(-start // every) * every
         return History(
-            rows.steps[:n].copy(),
+            np.arange(first, first + n * every, every),
             rows.loss[:n].copy(),
             {name: value[:n].copy() for name, value in rows.values.items()},
         )

@@ -1,11 +1,14 @@
 """How a fit ended."""
 
 import enum
-from typing import Any, final
+from typing import Any, Generic, TypeVar, final
 
 import equinox as eqx
 
 from ._history import History
+
+TrainerT = TypeVar("TrainerT")
+Model = TypeVar("Model")
 
 
 class StopReason(enum.Enum):
@@ -25,7 +28,7 @@ class StopReason(enum.Enum):
 
 
 @final
-class FitResult(eqx.Module):
+class FitResult(eqx.Module, Generic[TrainerT, Model]):
     """What a fit returns.
 
     **Attributes:**
@@ -35,23 +38,28 @@ class FitResult(eqx.Module):
     - `stop_reason`: why the fit ended; it prints as a sentence.
     """
 
-    trainer: Any
+    trainer: TrainerT
     history: History
     stop_reason: StopReason = eqx.field(static=True)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The model after the last step."""
-        return self.trainer.model
+        return self._trainer.model
 
     @property
-    def best(self) -> Any:
+    def best(self) -> Model:
         """The model with the lowest loss that was scored."""
-        return self.trainer.best
+        return self._trainer.best
+
+    @property
+    def _trainer(self) -> Any:
+        # Its class lives a floor above, and knows this one.
+        return self.trainer
 
     def __repr__(self) -> str:
         return (
-            f"FitResult(steps={int(self.trainer.step_count)}, "
-            f"best_loss={float(self.trainer.best_loss):.6g}, "
+            f"FitResult(steps={int(self._trainer.step_count)}, "
+            f"best_loss={float(self._trainer.best_loss):.6g}, "
             f"stop_reason={str(self.stop_reason)!r}, history={self.history!r})"
         )

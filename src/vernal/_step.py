@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -54,6 +55,7 @@ def initial_progress(
     params: PyTree, latent: PyTree, opt_state: PyTree, policy_state: PyTree
 ) -> Progress:
     """Returns the progress of a trainer that has not taken a step."""
+    # NumPy makes these arrays, for which JAX would compile a program each.
     columns = len(jax.tree.leaves(params)) + 2
     return Progress(
         params=params,
@@ -61,12 +63,10 @@ def initial_progress(
         opt_state=opt_state,
         policy_state=policy_state,
         best=params,
-        best_loss=jnp.asarray(jnp.inf, jnp.result_type(float)),
-        nan_counts=jnp.stack(
-            [jnp.zeros(columns, jnp.int32), jnp.full(columns, -1, jnp.int32)]
-        ),
-        step_count=jnp.asarray(0, jnp.int32),
-        stopped=jnp.asarray(False),
+        best_loss=jnp.asarray(np.asarray(np.inf, jnp.result_type(float))),
+        nan_counts=jnp.asarray(np.repeat(np.int32([[0], [-1]]), columns, axis=1)),
+        step_count=jnp.asarray(np.int32(0)),
+        stopped=jnp.asarray(np.bool_(False)),
     )
 
 
@@ -148,6 +148,11 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
         stopped=old.stopped | stop,
     )
     return new, Outcome(measured, grads, verdict.accept & sound, metrics)
+
+
+def grad_norm(grads: PyTree) -> Float[Array, ""]:
+    """Returns the norm of the gradients, all leaves together."""
+    return optax.global_norm(grads).astype(jnp.result_type(float))
 
 
 def _descending(grad: Array) -> Array:

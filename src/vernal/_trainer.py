@@ -5,6 +5,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
@@ -12,15 +13,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ._closures import Closure
 from ._data import Minibatches, Stream, as_batch
 from ._history import History
-from ._loop import fit as run_fit
+from ._loop import fit as run_fit, no_optimiser
 from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
-from ._objective import METHODS, defined
+from ._objective import METHODS, defined, metric_shapes
 from ._optimiser import ParamOptimiser
 from ._parts import Parts, parameters, strong
 from ._paths import is_inexact, paths, resolve
 from ._projector import EigenProjector
 from ._result import FitResult
-from ._step import Progress, advance, initial_progress
+from ._step import Progress, advance, grad_norm, initial_progress
 from ._transform import AbstractTransform, as_transform
 
 Model = TypeVar("Model")
@@ -215,10 +216,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
         if self.optimiser is None:
-            raise ValueError(
-                f"`{type(self).__name__}` has no optimiser. Give it one: "
-                "`Trainer(model, optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
-            )
+            raise no_optimiser(self)
         progress, info = _step(self, as_batch(batch))
         trainer = self._at(progress)
         if not self.nan_policy.raises:
@@ -227,7 +225,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             progress = eqx.error_if(
                 progress,
                 info.stopped,
-                "A loss, gradient or update is not finite, and the policy is RaiseOnNan.",
+                "A value is not finite, and the policy is RaiseOnNan.",
             )
             return self._at(progress), info
         if info.stopped:
@@ -237,7 +235,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         return trainer, info
 
     def fit(
-        self,
+        self: SelfT,
         data: Batch | Minibatches | Stream,
         steps: int,
         *,
@@ -246,7 +244,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         progress: bool = True,
         callback: Callable[[Any, History], Any] | None = None,
         chunk: int | None = None,
-    ) -> FitResult:
+    ) -> FitResult[SelfT, Model]:
         """Takes many steps, in one compiled program.
 
         **Arguments:**
@@ -381,14 +379,14 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
 
 def _with(trainer: SelfT, **fields: Any) -> SelfT:
-    """Copies a trainer with other fields, subclasses' own `__init__` aside."""
-    names = list(fields)
-    return eqx.tree_at(
-        lambda t: [getattr(t, name) for name in names],
-        trainer,
-        list(fields.values()),
-        is_leaf=lambda x: x is None,
-    )
+    """Copies a trainer with other fields, its class's own `__init__` aside.
+
+    As unflattening it would, without the flattening: this stands between the chunks
+    of every fit.
+    """
+    new = object.__new__(type(trainer))
+    vars(new).update(vars(trainer), **fields)
+    return new
 
 
 @eqx.filter_jit
@@ -397,17 +395,16 @@ def _step(trainer: Any, batch: Any) -> tuple[Progress, StepInfo]:
         progress, outcome = advance(trainer, batch)
         return progress, StepInfo(
             outcome.loss,
-            optax.global_norm(outcome.grads),
+            grad_norm(outcome.grads),
             outcome.accepted,
             progress.stopped,
             outcome.metrics,
         )
 
     def stay() -> tuple[Progress, StepInfo]:
-        _, info = jax.eval_shape(take)
-        blank = jax.tree.map(_blank, info)
-        stopped = jnp.asarray(True)
-        return trainer._progress, blank._replace(stopped=stopped)
+        nan, no = jnp.full_like(trainer.best_loss, jnp.nan), jnp.asarray(False)
+        metrics = jax.tree.map(_blank, metric_shapes(trainer, batch))
+        return trainer._progress, StepInfo(nan, nan, no, ~no, metrics)
 
     return jax.lax.cond(trainer.stopped, stay, take)
 
@@ -536,7 +533,7 @@ def fit(
     projector: EigenProjector | None = None,
     key: PRNGKeyArray | None = None,
     **options: Any,
-) -> FitResult:
+) -> FitResult[Trainer[Model, Any], Model]:
     """Fits a model in one call, without a subclass of [`vernal.Trainer`][].
 
     ```python

@@ -28,9 +28,9 @@ RATE_NAMES = frozenset(
 """What Optax calls a rate, or a value of a schedule, where its closures hold one."""
 
 
-# XLA multiplies a constant rate into the constants next to it, which changes the last
-# bit, and cannot do so with an array. Where these stand together it is known to.
-_FOLDED_BY_XLA = tuple(
+# Optax's arithmetic has other last bits with a rate that is an array than with one that
+# is a constant, which the compiler may merge with others, where these stand together.
+_NEEDS_CONSTANTS = tuple(
     frozenset(f"{name}.<locals>.update_fn" for name in names)
     for names in (
         ("scale_by_factored_rms", "scale_by_param_block_rms"),
@@ -138,7 +138,7 @@ class Transform(AbstractTransform):
         """
         closure = Closure.encode(require_transformation(tx, where), RATE_NAMES)
         names = closure.skeleton.function_names
-        if any(folded <= names for folded in _FOLDED_BY_XLA):
+        if any(found <= names for found in _NEEDS_CONSTANTS):
             closure = Closure.encode(tx)
         return cls(closure)
 

@@ -53,8 +53,10 @@ def _trace_and_dispatch(
     state = tx.init(params)
     # A new function each time: JAX remembers the traces of one that it knows.
     traced = _seconds(
-        lambda: jax.make_jaxpr(lambda *args: tx.update(*args))(params, state, params)
-        and None,
+        lambda: (
+            jax.make_jaxpr(lambda *args: tx.update(*args))(params, state, params)
+            and None
+        ),
         repeats=3,
     )
     compiled = (
