@@ -82,7 +82,7 @@ def render(script: Path, source: str) -> tuple[str, bytes]:
 It prints:
 
 ```text
-{run.stdout.strip()}
+{run.stdout.rstrip()}
 ```
 
 The script, `examples/{script.name}`:

@@ -23,7 +23,7 @@ import vernal as vn
 
 jax.config.update("jax_enable_x64", True)
 HERE = Path(__file__).parent
-STEPS, RATES = 300, (0.5, 0.05, 0.005)
+STEPS, RATES = 300, (0.5, 0.05)
 
 
 class Cycle(eqx.Module):
@@ -82,7 +82,7 @@ def main(output):
     paths = vn.paths(PressureFit(start).params)
 
     model, history = start, None
-    for rate in RATES:  # whiten, fit, and again where that has led
+    for rate in RATES:  # whiten and fit, then once more from there
         adam = optax.adam(optax.cosine_decay_schedule(rate, STEPS))
         trainer = PressureFit(model, adam, projector=whiten(model, batch))
         result = trainer.fit(batch, STEPS, record=paths)

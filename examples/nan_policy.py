@@ -101,19 +101,24 @@ def draw(time, angle, results, output):
     """The fits, and the way of each policy past the edge of the swinging."""
     plt.style.use(HERE / "style.mplstyle")
     figure, (fits, ways) = plt.subplots(1, 2, figsize=(9, 3.8))
-    fits.plot(time, angle, "o", ms=3.5, color="0.55", label="measured")
-    for name, result in results.items():
-        fits.plot(time, result.best(time), label=name)
-        history = result.history
-        ways.plot(history["damping"], history["stiffness"], ".-", ms=3, label=name)
+    fits.plot(time, angle, "o", ms=3.5, color="0.6", label="measured")
+    for style, (name, result) in zip(("-", ":", "-"), results.items(), strict=True):
+        fits.plot(time, result.best(time), style, lw=2, label=name)
     fits.set(title="Best fit under each policy", xlabel="time", ylabel="angle")
     fits.legend()
-    damping = np.linspace(0, 1.4)
-    ways.fill_between(damping, damping**2, color="0.93", zorder=0)
-    ways.annotate("overdamped", (1.05, 0.3), color="0.4")
+
+    damping = np.linspace(0, 2)
+    ways.fill_between(damping, damping**2, color="0.92", zorder=0)
+    ways.fill_between((2, 5), (4, 4), color="0.92", zorder=0)
+    ways.annotate("overdamped: NaN", (2.2, 0.8), color="0.4")
+    history = results["Retreat"].history
+    ways.plot(history["damping"], history["stiffness"], "C2.-", label="Retreat")
+    stop = results["StopFit"].model
+    ways.plot(stop.damping, stop.stiffness, "C0X", ms=8, label="StopFit ends here")
     ways.plot(TRUTH["damping"], TRUTH["stiffness"], "k*", ms=9, label="truth")
-    ways.set(title="Way of the fit", xlabel="damping", ylabel="stiffness")
-    ways.legend()
+    ways.set(xlim=(-0.1, 4.5), ylim=(0.6, 2.1), xlabel="damping", ylabel="stiffness")
+    ways.set_title("From step to step")
+    ways.legend(loc="upper right", ncols=3, columnspacing=1)
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "nan_policy.png")
 

@@ -1,6 +1,5 @@
 """Where a fit's batches come from: one batch, minibatches, or a user's own loader."""
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar, final
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from ._paths import dotted
+from ._typing import prng_key, whole_number
 
 Batch = TypeVar("Batch")
 
@@ -67,7 +67,7 @@ class Minibatches(eqx.Module):
         """
         self.arrays = jax.tree.map(jnp.asarray, arrays)
         self.size = whole_number(size, "size", least=1)
-        self.key = key
+        self.key = prng_key(key)
         lengths = {}
         for keys, leaf in jax.tree_util.tree_flatten_with_path(self.arrays)[0]:
             if leaf.ndim == 0:
@@ -83,10 +83,6 @@ class Minibatches(eqx.Module):
             raise ValueError(
                 f"`arrays` is ragged: {first!r} has {a} examples and {second!r} has "
                 f"{b}. The first axes must be equally long."
-            )
-        if not isinstance(key, jax.Array):
-            raise TypeError(
-                f"`key` is {key!r}, not a PRNG key. Give `jax.random.key(0)`."
             )
         if self.size > self.examples:
             raise ValueError(
@@ -196,34 +192,33 @@ def as_source(data: Any) -> Source:
 
 
 def as_batch(batch: Any) -> Any:
-    """Turns the numbers of a batch into arrays, so that new ones compile nothing."""
+    """Turns the numbers of a batch into arrays, so that new ones compile nothing.
+
+    What is no number (a string, a function) stays as it is, and is static.
+    """
+    if isinstance(batch, Minibatches | Stream | Iterator):
+        raise TypeError(
+            f"a step takes one batch, not a {type(batch).__name__}. Give it to `fit`, "
+            "or take a batch from it."
+        )
     flat, structure = jax.tree_util.tree_flatten_with_path(batch)
     return structure.unflatten([_as_datum(dotted(keys), leaf) for keys, leaf in flat])
 
 
 def _as_datum(path: str, leaf: Any) -> Any:
+    where = f"`data` has the leaf {path!r}," if path else "`data` is"
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
+        array = np.asarray(leaf)
+        if array.dtype.kind in "OSUMm":
+            raise TypeError(
+                f"{where} an array of dtype {array.dtype}, which JAX cannot compute "
+                "with. Turn it into numbers, or leave it out."
+            )
         return jnp.asarray(leaf)
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):
-        where = f"`data` has the leaf {path!r}," if path else "`data` is"
         raise TypeError(
             f"{where} a {type(leaf).__name__}, which is no array. To take one batch a "
             "step from it, wrap it: `fit(vn.Stream(data), steps)`."
         )
     return leaf
-
-
-def whole_number(value: Any, name: str, *, least: int) -> int:
-    """Checks a count: a whole number, not a boolean, and not too small."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(
-            f"`{name}` is {value!r}, but must be a whole number of at least {least}."
-        )
-    if number < least:
-        raise ValueError(f"`{name}` is {number}, but must be at least {least}.")
-    return number

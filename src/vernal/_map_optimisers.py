@@ -9,8 +9,10 @@ import optax
 
 from ._partition import partition
 from ._transform import require_transformation
+from ._typing import checked
 
 
+@checked
 def map_optimisers(
     params: Mapping[Any, Any], optimisers: Mapping[Any, Any], strict: bool = False
 ) -> tuple[optax.GradientTransformationExtraArgs, Any]:

@@ -3,7 +3,7 @@
 import abc
 import functools as ft
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, final
 
 import equinox as eqx
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._typing import checked
+from ._typing import whole_number
 
 T = TypeVar("T")
 
@@ -111,16 +111,20 @@ class NonFiniteError(FloatingPointError):
         from `step`. The step that failed is not taken, so nothing in it is poisoned.
     """
 
-    def __init__(self, step: int, report: Mapping[str, NanCount], result: Any):
-        """Collects what was not finite for the first time at `step`."""
+    def __init__(
+        self,
+        step: int,
+        paths: Sequence[str],
+        report: Mapping[str, NanCount],
+        result: Any,
+    ):
+        """**Arguments:** see the attributes."""
         self.step = step
+        self.paths = tuple(paths)
         self.report = dict(report)
-        self.paths = tuple(
-            path for path, count in report.items() if count.first_step == step
-        )
         self.result = result
         super().__init__(
-            f"not finite at step {step}: {', '.join(self.paths) or 'a value'}. "
+            f"not finite at step {step}: {', '.join(self.paths)}. "
             "The step was not taken: `.result` has everything up to it. To go on "
             "past such steps, use `nan_policy=vn.SkipStep() | vn.StopAfter(10)`."
         )
@@ -283,18 +287,12 @@ class StopAfter(NanPolicy):
 
     patience: int = eqx.field(static=True)
 
-    @checked
     def __init__(self, patience: int):
         """**Arguments:**
 
         - `patience`: how many bad steps in a row are one too many, at least 1.
         """
-        if patience < 1:
-            raise ValueError(
-                f"`patience` is {patience}, but must be at least 1: `StopAfter(1)` "
-                "ends the fit at the first bad step."
-            )
-        self.patience = patience
+        self.patience = whole_number(patience, "patience", least=1)
 
     def init(self, params: PyTree) -> Int[Array, ""]:
         """Counts the bad steps in a row from zero."""

@@ -19,7 +19,8 @@ class Scored(NamedTuple):
 
 def defined(trainer: Any) -> tuple[str, ...]:
     """Lists which of the three methods a trainer's class defines."""
-    return tuple(name for name in METHODS if hasattr(type(trainer), name))
+    kind = type(trainer)
+    return tuple(name for name in METHODS if callable(getattr(kind, name, None)))
 
 
 def score(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Scored:
@@ -38,7 +39,7 @@ def score(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Sco
                 "`(scalar, dict of metrics)`."
             )
         loss, metrics = returned
-        named = {str(name): jnp.asarray(value) for name, value in metrics.items()}
+        named = {str(k): _as_metric(trainer, k, v) for k, v in metrics.items()}
         return Scored(_as_scalar(trainer, "loss", loss), named)
     return Scored(_as_scalar(trainer, "loss", returned), {})
 
@@ -73,6 +74,15 @@ def _call(
 ) -> Any:
     method = getattr(trainer, name)
     return method(model, batch) if key is None else method(model, batch, key=key)
+
+
+def _as_metric(trainer: Any, name: Any, value: Any) -> Array:
+    if hasattr(value, "dtype") or isinstance(value, int | float | complex):
+        return jnp.asarray(value)
+    raise TypeError(
+        f"`{type(trainer).__name__}.loss` returned the metric {name!r} as a "
+        f"{type(value).__name__}. A metric is an array or a number."
+    )
 
 
 def _is_complex(value: Any) -> bool:

@@ -14,7 +14,15 @@ from jaxtyping import Array, ArrayLike
 from ._closures import Closure
 from ._partition import init_groups, update_groups
 from ._parts import parameters, strong
-from ._paths import UnknownPathError, dotted, is_inexact, keep, nearest_names, resolve
+from ._paths import (
+    UnknownPathError,
+    atoms,
+    dotted,
+    is_inexact,
+    keep,
+    nearest_names,
+    resolve,
+)
 from ._transform import AbstractTransform, Transform, as_transform
 
 
@@ -28,6 +36,7 @@ class ParamOptimiserState(eqx.Module):
     first: Any
     groups: tuple[Any, ...]
     paths: tuple[str, ...] = eqx.field(static=True)
+    shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
     owners: tuple[int, ...] = eqx.field(static=True)
 
 
@@ -91,6 +100,8 @@ class ParamOptimiser(AbstractTransform):
                 'to Optax transformations: `{"power": optax.adam(1e-2)}`. For one '
                 "transformation of everything, use `default=`."
             )
+        for selector in rules:
+            list(atoms(selector, "rules"))
         self.selectors = Closure.encode(tuple(rules))
         self.transforms = tuple(
             None if tx is None else as_transform(tx, f"rules[{_named(selector)}]")
@@ -148,7 +159,8 @@ class ParamOptimiser(AbstractTransform):
         leaves = list(trained.values())
         states = init_groups(self._groups(), groups, paths, leaves)
         first = None if self.first is None else self.first.init(trained)
-        return ParamOptimiserState(first, states, paths, groups)
+        shapes = tuple(jnp.shape(leaf) for leaf in leaves)
+        return ParamOptimiserState(first, states, paths, shapes, groups)
 
     def update(
         self,
@@ -171,14 +183,20 @@ class ParamOptimiser(AbstractTransform):
 
         The updates, zero where a parameter is frozen, and the new state.
         """
+        if not isinstance(state, ParamOptimiserState):
+            raise TypeError(
+                f"`state` is of type `{type(state).__name__}`, not the state of a "
+                "ParamOptimiser. Give what its `init` or its last `update` returned."
+            )
         flat, structure = jax.tree_util.tree_flatten_with_path(updates)
         grads = _own(
             {dotted(keys): grad for keys, grad in flat}, state.paths, "updates"
         )
+        _check_shapes(grads, state, "updates")
         values = None
         if params is not None:
             values = _own(_by_path(params), state.paths, "params")
-            _check_shapes(grads, values)
+            _check_shapes(values, state, "params")
         extras = _Extras(extra, params, state.paths)
 
         first = state.first
@@ -207,8 +225,9 @@ class ParamOptimiser(AbstractTransform):
             by_path[path] if (path := dotted(keys)) in by_path else _still(grad)
             for keys, grad in flat
         ]
-        state = ParamOptimiserState(first, groups, state.paths, state.owners)
-        return structure.unflatten(new), state
+        return structure.unflatten(new), ParamOptimiserState(
+            first, groups, state.paths, state.shapes, state.owners
+        )
 
     def _groups(self) -> list[optax.GradientTransformation]:
         # A frozen rule keeps its place, so that rules and groups have the same index.
@@ -252,11 +271,16 @@ class ParamOptimiser(AbstractTransform):
                     f"`scales`: there is no rule {name!r}. "
                     f"{nearest_names(str(name), known)}"
                 )
-            if jnp.shape(value) != ():
+            if self.transforms[names[name]] is None:
                 raise ValueError(
-                    f"`scales[{name!r}]` has shape {jnp.shape(value)}, but must be a "
-                    "scalar. For one factor per element, use `optax.masked` or a rule "
-                    "of its own."
+                    f"`scales`: the rule {name!r} freezes its parameters: there is no "
+                    "update to scale."
+                )
+            is_number = isinstance(value, jax.Array | np.ndarray | np.generic | float)
+            if not (is_number or isinstance(value, int)) or jnp.shape(value) != ():
+                raise ValueError(
+                    f"`scales[{name!r}]` is {value!r}, but must be one number. For a "
+                    "factor per element, see `vernal.precondition`."
                 )
             new[names[name]] = _as_scale(value)
         return eqx.tree_at(lambda o: o.scales, self, tuple(new))
@@ -322,6 +346,10 @@ class _Extras:
         return within
 
 
+# What stands around other transformations, and says nothing of what they do.
+_WRAPPERS = ("chain", "with_extra_args_support", "init_empty_state")
+
+
 def _by_path(tree: Any) -> OrderedDict[str, Any]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return OrderedDict((dotted(keys), leaf) for keys, leaf in flat)
@@ -341,12 +369,14 @@ def _own(
     return OrderedDict((path, leaves[path]) for path in paths)
 
 
-def _check_shapes(grads: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-    for path, grad in grads.items():
-        if jnp.shape(grad) != jnp.shape(params[path]):
+def _check_shapes(
+    leaves: Mapping[str, Any], state: ParamOptimiserState, name: str
+) -> None:
+    for (path, leaf), shape in zip(leaves.items(), state.shapes, strict=True):
+        if jnp.shape(leaf) != shape:
             raise ValueError(
-                f"`updates`: the gradient of {path!r} has shape {jnp.shape(grad)}, but "
-                f"the parameter has shape {jnp.shape(params[path])}."
+                f"`{name}`: the leaf {path!r} has shape {jnp.shape(leaf)}, but the "
+                f"optimiser was initialised with shape {shape}."
             )
 
 
@@ -376,11 +406,15 @@ def _members(selector: Any) -> list[Any]:
 def _named(selector: Any) -> str:
     if isinstance(selector, tuple):
         return f"({', '.join(map(_named, selector))})"
-    return repr(selector) if isinstance(selector, str) else selector.__name__
+    if isinstance(selector, str):
+        return repr(selector)
+    return getattr(selector, "__name__", repr(selector))
 
 
 def _describe(tx: AbstractTransform | None) -> str:
     """Names the Optax functions that a transformation was made by."""
-    if issubclass(type(tx), Transform):
-        return ", ".join(tx.closure.skeleton.makers())  # pyright: ignore
-    return type(tx).__name__
+    if not issubclass(type(tx), Transform):
+        return type(tx).__name__
+    names = sorted(tx.closure.skeleton.function_names)  # pyright: ignore
+    makers = dict.fromkeys(name.split(".<locals>")[0] for name in names)
+    return ", ".join(name for name in makers if name not in _WRAPPERS)

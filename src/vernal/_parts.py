@@ -8,7 +8,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTreeDef
 
 from ._closures import Closure
 
@@ -50,7 +49,7 @@ class Parts(eqx.Module):
     frozen: tuple[Any, ...]
     others: Closure
     kinds: tuple[str, ...] = eqx.field(static=True)
-    structure: PyTreeDef = eqx.field(static=True)
+    structure: Any = eqx.field(static=True)
 
     def __init__(self, model: Any, owners: Sequence[int | None]):
         """**Arguments:**
@@ -84,16 +83,7 @@ class Parts(eqx.Module):
 
     def trained(self, model: Any) -> Any:
         """Picks the parameters out of another model of the same structure."""
-        leaves, structure = jax.tree.flatten(model)
-        if structure != self.structure:
-            raise ValueError(
-                "`constrain` must return a model of the same structure as it was "
-                f"given.\nGiven:    {self.structure}\nReturned: {structure}"
-            )
-        return self.pick(leaves)
-
-    def pick(self, leaves: Sequence[Any]) -> Any:
-        """Keeps the trained ones among the model's leaves, `None` elsewhere."""
+        leaves = self.structure.flatten_up_to(model)
         return self.structure.unflatten(
             [
                 leaf if kind == "trained" else None

@@ -194,12 +194,13 @@ def _glob_regex(segments: list[str]) -> str:
     return pattern
 
 
-def _atoms(selector: Any, argument: str) -> Iterator[Any]:
+def atoms(selector: Any, argument: str) -> Iterator[Any]:
+    """Lists the paths, globs and predicates that a selector is made of."""
     if isinstance(selector, str) or callable(selector):
         yield selector
     elif isinstance(selector, tuple | list):
         for part in selector:
-            yield from _atoms(part, argument)
+            yield from atoms(part, argument)
     else:
         raise TypeError(
             f"`{argument}` has the selector {selector!r}, a "
@@ -232,7 +233,7 @@ def resolve(
     index = _Index(leaves)
     claims: list[list[tuple[tuple[int, int], int, Any]]] = [[] for _ in leaves]
     for rule, selector in enumerate(selectors):
-        for atom in _atoms(selector, argument):
+        for atom in atoms(selector, argument):
             matches = list(index.match(atom))
             found = False
             for match in matches:
@@ -408,6 +409,3 @@ def split(tree: T, selector: Selector) -> tuple[T, T]:
     """
     owners = resolve(tree, [selector], argument="selector")
     return keep(tree, [owner is not None for owner in owners])
-
-
-leaf_paths = paths

@@ -1,6 +1,6 @@
 """What a fit keeps of each step, and where it puts it inside a compiled loop."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -15,9 +15,10 @@ from ._paths import UnknownPathError, dotted, nearest_names, paths, resolve
 from ._step import Outcome, grad_norm
 
 GRAD_NORM = "grad_norm"
+LOSS = "loss"
 
 # A chunk keeps its rows on the device: many of them, but not without bound.
-_MOST_ROWS = 16_384
+MOST_ROWS = 16_384
 _MOST_BYTES = 2**24
 
 
@@ -28,7 +29,7 @@ class Record(eqx.Module):
     paths: tuple[str, ...] = eqx.field(static=True)
     metrics: tuple[str, ...] = eqx.field(static=True)
 
-    def __init__(self, trainer: Any, record: Any, batch: Any):
+    def __init__(self, trainer: Any, record: Any, batch: Callable[[], Any]):
         """**Arguments:**
 
         - `trainer`: whose fit it is.
@@ -37,6 +38,11 @@ class Record(eqx.Module):
         """
         if isinstance(record, str) or callable(record):
             record = (record,)
+        if not isinstance(record, tuple | list):
+            raise TypeError(
+                f"`record` is {record!r}, but must be a tuple of names and selectors: "
+                '`record=("grad_norm", "mean")`.'
+            )
         self.grad_norm = GRAD_NORM in record
         chosen, metrics = [], []
         for name in record:
@@ -46,6 +52,8 @@ class Record(eqx.Module):
                 chosen += _selected(trainer, name)
             except UnknownPathError:
                 known = metric_shapes(trainer, batch())
+                if name == LOSS:
+                    continue
                 if name not in known:
                     raise _unknown(trainer, name, known) from None
                 metrics.append(name)
@@ -58,10 +66,10 @@ class Record(eqx.Module):
         metrics = {name: outcome.metrics[name] for name in self.metrics}
         return norm | self._parameters(params) | metrics
 
-    def shapes(self, trainer: Any, batch: Any) -> dict[str, Any]:
+    def shapes(self, trainer: Any, batch: Callable[[], Any]) -> dict[str, Any]:
         """Tells the shape and dtype of each of the values."""
         norm = {GRAD_NORM: trainer.best_loss} if self.grad_norm else {}
-        known = metric_shapes(trainer, batch) if self.metrics else {}
+        known = metric_shapes(trainer, batch()) if self.metrics else {}
         metrics = {name: known[name] for name in self.metrics}
         return norm | self._parameters(trainer.params) | metrics
 
@@ -104,12 +112,12 @@ class Rows(eqx.Module):
     filled: Int[Array, ""]
 
     @classmethod
-    def empty(cls, loss: Any, values: dict[str, Any]) -> "Rows":
-        """Makes room for as many rows as is reasonable, given what one row holds."""
+    def empty(cls, loss: Any, values: dict[str, Any], most: int) -> "Rows":
+        """Makes room for `most` rows, or as many as is reasonable for their size."""
         sizes = [np.prod(v.shape) * v.dtype.itemsize for v in (loss, *values.values())]
         # One more than can be filled: a row that is not to be kept is written there
         # too, and overwritten by the next.
-        rows = int(np.clip(_MOST_BYTES // (4 + sum(sizes)), 1, _MOST_ROWS)) + 1
+        rows = int(np.clip(_MOST_BYTES // (4 + sum(sizes)), 1, most)) + 1
         room = lambda x: jnp.zeros((rows, *x.shape), x.dtype)
         return cls(
             room(loss),

@@ -7,8 +7,8 @@ import equinox as eqx
 
 from ._history import History
 
-TrainerT = TypeVar("TrainerT")
-Model = TypeVar("Model")
+TrainerT = TypeVar("TrainerT", covariant=True)
+Model = TypeVar("Model", covariant=True)
 
 
 class StopReason(enum.Enum):
@@ -19,6 +19,7 @@ class StopReason(enum.Enum):
         "The NaN policy ended the fit at a value that is not finite: "
         "`trainer.nan_report()` says where."
     )
+    DATA_EXHAUSTED = "The stream ran dry."
     CALLBACK = "The callback ended the fit."
     INTERRUPTED = "The fit was interrupted from the keyboard."
 

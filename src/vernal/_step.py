@@ -1,5 +1,7 @@
 """One step of a fit, pure: the order of things, the last guard, best, counts."""
 
+import functools as ft
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,16 +13,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._nonfinite import all_finite
+from ._nonfinite import Verdict, all_finite
 from ._objective import score
+from ._paths import dotted
 
 
 class Progress(eqx.Module):
     """All that changes while a trainer fits. The rest of a trainer is configuration.
 
     `latent` is what the optimiser moves if there is a projector, and `None` if it
-    moves the parameters themselves. Row 0 of `nan_counts` has the totals, row 1 the
-    first steps, -1 for none; the columns are the loss, each leaf, and the update.
+    moves the parameters themselves. The rows of `nan_counts` are totals, first steps
+    and last steps, -1 for none; the columns are the loss, each leaf, and the update.
     """
 
     params: PyTree
@@ -29,7 +32,7 @@ class Progress(eqx.Module):
     policy_state: PyTree
     best: PyTree
     best_loss: Float[Array, ""]
-    nan_counts: Int[Array, "2 columns"]
+    nan_counts: Int[Array, "3 columns"]
     step_count: Int[Array, ""]
     stopped: Bool[Array, ""]
 
@@ -57,6 +60,7 @@ def initial_progress(
     """Returns the progress of a trainer that has not taken a step."""
     # NumPy makes these arrays, for which JAX would compile a program each.
     columns = len(jax.tree.leaves(params)) + 2
+    no_counts = np.array([[0], [-1], [-1]], np.int32)
     return Progress(
         params=params,
         latent=latent,
@@ -64,7 +68,7 @@ def initial_progress(
         policy_state=policy_state,
         best=params,
         best_loss=jnp.asarray(np.asarray(np.inf, jnp.result_type(float))),
-        nan_counts=jnp.asarray(np.repeat(np.int32([[0], [-1]]), columns, axis=1)),
+        nan_counts=jnp.asarray(np.repeat(no_counts, columns, axis=1)),
         step_count=jnp.asarray(np.int32(0)),
         stopped=jnp.asarray(np.bool_(False)),
     )
@@ -104,12 +108,14 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
     )
 
     policy = trainer.nan_policy
-    heeded, verdict, policy_state = policy.apply(loss, grads, old.policy_state)
+    heeded, verdict, policy_state = _judged(policy, loss, grads, old.policy_state)
     held = _Moved(old.params, old.latent, old.opt_state)
 
     def take() -> tuple[_Moved, Bool[Array, ""]]:
         moved = _move(trainer, heeded, loss, lambda params: scored(params)[0])
-        sound = all_finite(moved)
+        sound = all_finite((moved.params, moved.latent)) & ~_any_poisoned(
+            moved.opt_state, old.opt_state
+        )
         return lax.cond(sound, lambda: moved, lambda: held), sound
 
     moved, sound = lax.cond(verdict.accept, take, lambda: (held, jnp.array(True)))
@@ -125,7 +131,7 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
         # as one whose loss is not finite, it decides whether the fit goes on.
         def judge_again() -> tuple[Bool[Array, ""], PyTree]:
             nan = jnp.full_like(loss, jnp.nan)
-            _, again, state = policy.apply(nan, grads, old.policy_state)
+            _, again, state = _judged(policy, nan, grads, old.policy_state)
             return jnp.asarray(again.stop), _like(state, policy_state)
 
         stop, state = lax.cond(
@@ -150,9 +156,57 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
     return new, Outcome(measured, grads, verdict.accept & sound, metrics)
 
 
+def _judged(
+    policy: Any, loss: Array, grads: PyTree, state: PyTree
+) -> tuple[PyTree, Verdict, PyTree]:
+    """Lets a policy judge, and checks what it returned: it may be a user's own."""
+    name = f"`{type(policy).__name__}.apply`"
+    returned = policy.apply(loss, grads, state)
+    is_triple = isinstance(returned, tuple) and len(returned) == 3
+    if not is_triple or not isinstance(returned[1], Verdict):
+        raise TypeError(
+            f"{name} must return `(grads, vn.Verdict(accept=..., stop=...), state)`, "
+            f"but returned {returned!r}."
+        )
+    heeded, verdict, new_state = returned
+    require_alike(heeded, grads, f"the gradients that {name} returned")
+    require_alike(new_state, state, f"the state that {name} returned")
+    return _like(heeded, grads), verdict, new_state
+
+
+def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
+    """Whether an optimiser's state turned bad in this step.
+
+    Some hold an infinity by design, such as the best value before there is one.
+    """
+    flags = [
+        jnp.any(~jnp.isfinite(n) & (jnp.isfinite(o) | (jnp.isnan(n) & ~jnp.isnan(o))))
+        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+        if jnp.issubdtype(n.dtype, jnp.inexact)
+    ]
+    return ft.reduce(operator.or_, flags, jnp.array(False))
+
+
+def require_alike(new: PyTree, old: PyTree, what: str) -> None:
+    """Checks that a tree from a user's code has the structure and shapes it must."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"{what} must have the structure of what went in.\n"
+            f"Given:    {jax.tree.structure(old)}\n"
+            f"Returned: {jax.tree.structure(new)}"
+        )
+    flat, _ = jax.tree_util.tree_flatten_with_path(new)
+    for (keys, leaf), like in zip(flat, jax.tree.leaves(old), strict=True):
+        if jnp.shape(leaf) != jnp.shape(like):
+            raise ValueError(
+                f"{what} must have the shapes of what went in: {dotted(keys)!r} has "
+                f"shape {jnp.shape(leaf)}, but was {jnp.shape(like)}."
+            )
+
+
 def grad_norm(grads: PyTree) -> Float[Array, ""]:
     """Returns the norm of the gradients, all leaves together."""
-    return optax.global_norm(grads).astype(jnp.result_type(float))
+    return optax.tree.norm(grads).astype(jnp.result_type(float))
 
 
 def _descending(grad: Array) -> Array:
@@ -167,7 +221,9 @@ def _move(
     old: Progress = trainer._progress
     projector = trainer.projector
     if trainer._overrides("transform_grads"):
-        grads = trainer.transform_grads(grads, trainer.model)
+        changed = trainer.transform_grads(grads, trainer.model)
+        require_alike(changed, grads, "what `transform_grads` returns")
+        grads = _like(changed, grads)
     if projector is None:
         point, value_fn = old.params, value
     else:
@@ -189,7 +245,9 @@ def _move(
 
 def _constrain(trainer: Any, params: PyTree) -> tuple[PyTree, PyTree]:
     model = trainer._parts.join(params)
-    params = _like(trainer._parts.trained(trainer.constrain(model)), params)
+    constrained = trainer.constrain(model)
+    require_alike(constrained, model, "what `constrain` returns")
+    params = _like(trainer._parts.trained(constrained), params)
     if trainer.projector is None:
         return params, None
     latent = trainer.projector.to_latent(params)
@@ -197,12 +255,18 @@ def _constrain(trainer: Any, params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _count(
-    counts: Int[Array, "2 columns"],
+    counts: Int[Array, "3 columns"],
     bad: Bool[Array, " columns"],
     step: Int[Array, ""],
-) -> Int[Array, "2 columns"]:
-    totals, first = counts
-    return jnp.stack([totals + bad, jnp.where(bad & (first < 0), step, first)])
+) -> Int[Array, "3 columns"]:
+    totals, first, last = counts
+    return jnp.stack(
+        [
+            totals + bad,
+            jnp.where(bad & (first < 0), step, first),
+            jnp.where(bad, step, last),
+        ]
+    )
 
 
 def _like(new: PyTree, old: PyTree) -> PyTree:

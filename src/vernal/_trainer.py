@@ -21,8 +21,9 @@ from ._parts import Parts, parameters, strong
 from ._paths import is_inexact, paths, resolve
 from ._projector import EigenProjector
 from ._result import FitResult
-from ._step import Progress, advance, grad_norm, initial_progress
+from ._step import Progress, advance, grad_norm, initial_progress, require_alike
 from ._transform import AbstractTransform, as_transform
+from ._typing import prng_key
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
@@ -229,9 +230,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             )
             return self._at(progress), info
         if info.stopped:
-            raise NonFiniteError(
-                int(trainer.step_count) - 1, trainer.nan_report(), trainer
-            )
+            raise trainer._non_finite_error(trainer)
         return trainer, info
 
     def fit(
@@ -298,15 +297,23 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         were not taken. (Where a parameter is called so itself, its path is the key,
         and the other's is `"<loss>"` or `"<update>"`.)
         """
-        names = paths(self.params)
-        free = lambda name: f"<{name}>" if name in names else name
-        counts = jax.device_get(self._progress.nan_counts)
+        totals, firsts, _ = jax.device_get(self._progress.nan_counts)
         return {
             name: NanCount(int(total), int(first) if first >= 0 else None)
-            for name, total, first in zip(
-                (free("loss"), *names, free("update")), *counts, strict=True
-            )
+            for name, total, first in zip(self._watched(), totals, firsts, strict=True)
         }
+
+    def _watched(self) -> tuple[str, ...]:
+        names = paths(self.params)
+        free = lambda name: f"<{name}>" if name in names else name
+        return (free("loss"), *names, free("update"))
+
+    def _non_finite_error(self, result: Any) -> NonFiniteError:
+        *_, lasts = jax.device_get(self._progress.nan_counts)
+        step = int(lasts.max())
+        watched = zip(self._watched(), lasts, strict=True)
+        bad = [name for name, last in watched if last == step]
+        return NonFiniteError(step, bad, self.nan_report(), result)
 
     def replace(
         self: SelfT,
@@ -336,7 +343,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
                     "another model, make a new trainer."
                 )
             kinds = [0 if kind == "trained" else None for kind in parts.kinds]
-            params, parts = parameters(model, kinds), Parts(model, kinds)
+            require_alike(parameters(model, kinds), params, "`model`")
+            params = _cast_like(parameters(model, kinds), params)
+            parts = Parts(model, kinds)
             if self.projector is not None:
                 latent = self.projector.to_latent(params)
                 params = self.projector.to_params(latent)
@@ -435,10 +444,8 @@ def _check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
             f"`projector` is of type `{type(projector).__name__}`, but must be an "
             "EigenProjector: `vn.EigenProjector.from_fisher(fmat, params)`."
         )
-    if key is not None and not isinstance(key, jax.Array):
-        raise TypeError(
-            f"`key` is {key!r}, not a PRNG key. Give `jax.random.key(0)`, or nothing."
-        )
+    if key is not None:
+        prng_key(key)
 
 
 def _trained(
@@ -497,6 +504,10 @@ def _opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:
     if optimiser is None:
         return None
     return optimiser.init(params if latent is None else latent)
+
+
+def _cast_like(new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
 
 
 def _kept(old: PyTree, new: PyTree) -> PyTree:

@@ -218,7 +218,7 @@ def _not_a_transformation(tx: Any, where: str) -> str:
 class WindowState(NamedTuple):
     """The state of [`window`][vernal.window]."""
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     inner_state: Any
 
 
@@ -259,7 +259,7 @@ def window(
         return WindowState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update_fn(
-        updates: Any, state: WindowState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, WindowState]:
         def act() -> tuple[Any, Any]:
             return inner.update(updates, state.inner_state, params, **extra)

@@ -1,8 +1,11 @@
 """The type-checker at the boundary, and the names its annotations share."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import jax
+import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import jaxtyped
 
@@ -13,6 +16,10 @@ Params = Any
 """A pytree of parameters: arrays, with `None` where a leaf is left out."""
 
 
+# Of the generators that JAX comes with: threefry, and the two of XLA.
+_RAW = ((2,), (4,))
+
+
 def checked(fn: Callable[P, R]) -> Callable[P, R]:
     """Checks a public function's arguments against its jaxtyping annotations.
 
@@ -20,3 +27,33 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     program pays nothing for it.
     """
     return jaxtyped(fn, typechecker=beartype)  # pyright: ignore
+
+
+def whole_number(value: Any, name: str, *, least: int) -> int:
+    """Checks a count: a whole number, not a boolean, and not too small."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` is {value!r}, but must be a whole number of at least {least}."
+        )
+    if number < least:
+        raise ValueError(f"`{name}` is {number}, but must be at least {least}.")
+    return number
+
+
+def prng_key(key: Any) -> jax.Array:
+    """Checks that an argument is one PRNG key, of the new kind or the old."""
+    is_typed = isinstance(key, jax.Array) and jnp.issubdtype(
+        key.dtype, jax.dtypes.prng_key
+    )
+    is_raw = (
+        isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape in _RAW
+    )
+    if not (is_raw or (is_typed and key.shape == ())):
+        raise TypeError(
+            f"`key` is {key!r}, not one PRNG key. Give `jax.random.key(0)`."
+        )
+    return key

@@ -12,7 +12,7 @@ import zodiax.optimisation as seed
 import vernal as vn
 
 SIZE = 1_000
-ROUNDS = 15
+ROUNDS = 7
 
 
 def eigen_projection_ratio() -> dict[str, float]:

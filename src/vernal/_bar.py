@@ -1,0 +1,45 @@
+"""The progress bar of a fit."""
+
+from typing import Any
+
+
+class Bar:
+    """A progress bar, which says that it compiles until the first step is taken.
+
+    It is a context manager, and shows nothing where nobody looks, as in the log file
+    of a batch job.
+    """
+
+    def __init__(self, steps: int, *, shown: bool):
+        """**Arguments:**
+
+        - `steps`: how many there will be.
+        - `shown`: whether the user wants to see it.
+        """
+        self._bar = None
+        if shown and steps > 0:
+            from tqdm.auto import tqdm
+
+            bar = tqdm(total=steps, desc="compiling", disable=None)
+            self._bar = None if bar.disable else bar
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, steps: int, trainer: Any, loss: float | None) -> None:
+        """Moves on by so many steps, and shows where the fit is."""
+        if self._bar is None:
+            return
+        shown = {} if loss is None else {"loss": f"{loss:.6g}"}
+        shown["best"] = f"{float(trainer.best_loss):.6g}"
+        bad = max(count.total for count in trainer.nan_report().values())
+        if bad:
+            shown["non-finite"] = str(bad)
+        self._bar.set_description("fitting", refresh=False)
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(steps)
+        self._bar.refresh()
