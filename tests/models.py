@@ -159,6 +159,8 @@ poisoned.defvjp(
 def script(steps):
     """Batches from a string: `.` good, `l` loss, `a`, `b` gradients, `i` inf in `a`.
 
+    Good ones make it up to eight, so that all scripts share their compilations.
+
     `u` is a gradient so large that Adam's second moment in float32 overflows.
     """
     factors = {
@@ -170,7 +172,9 @@ def script(steps):
         "i": {"a": jnp.inf},
         "u": {"a": 1e20},
     }
-    chosen = [{"loss": 1.0, "a": 1.0, "b": 1.0} | factors[c] for c in steps]
+    chosen = [
+        {"loss": 1.0, "a": 1.0, "b": 1.0} | factors[c] for c in steps.ljust(8, ".")
+    ]
     return Script(
         **{
             name: jnp.asarray([c[name] for c in chosen], jnp.float32)

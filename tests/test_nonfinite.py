@@ -27,47 +27,38 @@ def optimiser():
     return optax.adam(schedule)
 
 
-def by_step(trainer, batches):
+def by_step(trainer, steps):
     infos = []
-    for i in range(len(batches.a)):
-        trainer, info = trainer.step(batches)
+    for _ in steps:
+        trainer, info = trainer.step(script(steps))
         infos.append(info)
     return trainer, infos
 
 
-def by_fit(trainer, batches):
-    result = trainer.fit(batches, len(batches.a), progress=False)
+def by_fit(trainer, steps):
+    result = trainer.fit(script(steps), len(steps), progress=False)
     return result.trainer, result
 
 
-def by_scan(trainer, batches):
+def by_scan(trainer, steps):
     @jax.jit
     def run(trainer, batches):
-        dynamic, static = eqx.partition(trainer, eqx.is_array)
+        step = lambda trainer, _: trainer.step(batches)
+        return jax.lax.scan(step, trainer, length=len(steps))
 
-        def body(dynamic, _):
-            trainer, info = eqx.combine(dynamic, static).step(batches)
-            return eqx.filter(trainer, eqx.is_array), info
-
-        dynamic, infos = jax.lax.scan(body, dynamic, length=len(batches.a))
-        return eqx.combine(dynamic, static), infos
-
-    return run(trainer, batches)
+    return run(trainer, script(steps))
 
 
-def by_vmap(trainer, batches):
+def by_vmap(trainer, steps):
     """Two trainers at once, the other of which has only good steps."""
-    n = len(batches.a)
-    good = script("." * n)
-    stacked = jax.tree.map(lambda x, y: jnp.stack([x, y]), batches, good)
-    twice = eqx.filter_vmap(lambda _: trainer)(jnp.arange(2))
-    step = eqx.filter_jit(eqx.filter_vmap(lambda t, b: t.step(b)))
-    for _ in range(n):
-        twice, _ = step(twice, stacked)
-    first, second = (
-        jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, twice) for i in range(2)
-    )
-    undisturbed, _ = by_step(trainer, good)
+    batches = jax.tree.map(lambda *x: jnp.stack(x), script(steps), script(""))
+    twice = jax.tree.map(lambda x: jnp.stack([x, x]), trainer)
+    step = jax.jit(jax.vmap(lambda trainer, batch: trainer.step(batch)))
+    for _ in steps:
+        twice, _ = step(twice, batches)
+    first = jax.tree.map(lambda x: x[0], twice)
+    second = jax.tree.map(lambda x: x[1], twice)
+    undisturbed, _ = by_step(trainer, "." * len(steps))
     close(second, undisturbed)
     return first, None
 
@@ -115,14 +106,14 @@ def no_breakpoint(monkeypatch):
 def test_a_policy_step_by_step(case, walk, no_breakpoint):
     make, steps, taken, stops = case
     trainer = Walk(two(), optimiser(), nan_policy=make())
-    after, told = WALKS[walk](trainer, script(steps))
+    after, told = WALKS[walk](trainer, steps)
     reached = len(taken.rstrip())
 
     assert int(after.step_count) == reached
     assert bool(after.stopped) == stops
 
     # The run without the bad steps ends in the same place: moments and schedule too.
-    good = script("." * taken.count("+"))
+    good = "." * taken.count("+")
     reference = Walk(two(), optimiser(), nan_policy=make())
     if taken.count("+"):
         reference, _ = by_step(reference, good)
@@ -156,9 +147,9 @@ def test_a_policy_step_by_step(case, walk, no_breakpoint):
 def test_an_observer_on_its_own_takes_every_step_that_the_guard_lets_through(walk):
     """`StopAfter` alone accepts: it is the last guard that holds the parameters."""
     trainer = Walk(two(), optimiser(), nan_policy=vn.StopAfter(2))
-    after, _ = WALKS[walk](trainer, script(".a.ai."))
+    after, _ = WALKS[walk](trainer, ".a.ai.")
     assert int(after.step_count) == 5
-    reference, _ = by_step(trainer, script(".."))
+    reference, _ = by_step(trainer, "..")
     close(after.model, reference.model)
     report = after.nan_report()
     assert report["a"] == vn.NanCount(3, 1)
@@ -168,7 +159,7 @@ def test_an_observer_on_its_own_takes_every_step_that_the_guard_lets_through(wal
 @pytest.mark.parametrize("walk", ["step", "fit", "scan", "vmap"])
 def test_zeroed_entries_and_a_step_that_is_taken(walk):
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=vn.ZeroNans())
-    after, _ = WALKS[walk](trainer, script("abil"))
+    after, _ = WALKS[walk](trainer, "abil")
     close(after.model, zeroed([(0, 1), (1, 0), (0, 1), (1, 1)]))
     report = after.nan_report()
     assert report["a"] == vn.NanCount(2, 0)
@@ -329,14 +320,14 @@ def test_a_state_that_is_infinite_by_design(make):
 def test_an_error_that_says_where_and_when(by, steps, step, paths):
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=vn.RaiseOnNan())
     with pytest.raises(vn.NonFiniteError) as caught:
-        WALKS[by](trainer, script(steps))
+        WALKS[by](trainer, steps)
     error = caught.value
     assert (error.step, error.paths) == (step, paths)
     assert f"not finite at step {step}: {paths[0]}." in str(error)
     assert isinstance(error, FloatingPointError)
     assert error.report[paths[0]] == vn.NanCount(1, step)
     kept = error.result.trainer if by == "fit" else error.result
-    reference, _ = by_step(trainer, script("." * step)) if step else (trainer, None)
+    reference, _ = by_step(trainer, "." * step) if step else (trainer, None)
     close(kept.model, reference.model)
     if by == "fit":
         assert len(error.result.history) == step + 1
@@ -345,7 +336,7 @@ def test_an_error_that_says_where_and_when(by, steps, step, paths):
 
 def test_an_error_about_what_has_been_bad_before():
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=vn.SkipStep())
-    trainer, _ = by_step(trainer, script(".a"))
+    trainer, _ = by_step(trainer, ".a")
     trainer = trainer.replace(nan_policy=vn.RaiseOnNan())
     with pytest.raises(vn.NonFiniteError) as caught:
         trainer.fit(script("...a"), 4, progress=False)
@@ -377,10 +368,10 @@ def test_in_a_jit_of_ones_own_it_raises_as_well(jit):
 @pytest.mark.parametrize("walk", WALKS)
 def test_a_breakpoint_at_the_bad_step_alone(no_breakpoint, walk):
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=vn.BreakOnNan())
-    after, _ = WALKS[walk](trainer, script("..a"))
+    after, _ = WALKS[walk](trainer, "..a")
     jax.effects_barrier()
     assert no_breakpoint == [True]
-    good, _ = WALKS[walk](trainer, script("..."))
+    good, _ = WALKS[walk](trainer, "...")
     jax.effects_barrier()
     assert no_breakpoint == [True]
     assert after.stopped
@@ -412,7 +403,7 @@ class Halve(vn.NanPolicy):
 @pytest.mark.parametrize("walk", WALKS)
 def test_a_policy_of_ones_own(walk):
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=Halve())
-    after, _ = WALKS[walk](trainer, script(".a.l.b.."))
+    after, _ = WALKS[walk](trainer, ".a.l.b..")
     assert int(after.step_count) == 6
     assert after.stopped
     params = two()
@@ -424,7 +415,7 @@ def test_a_policy_of_ones_own(walk):
 
 def test_composed_policies_have_each_their_own_state_and_order():
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=Halve() | Halve(floor=0.0))
-    after, _ = by_step(trainer, script("a."))
+    after, _ = by_step(trainer, "a.")
     params = two()
     grads = {"a": 2 * (params["a"] - 1), "b": 2 * (params["b"] + 2)}
     close(after.model, jax.tree.map(lambda p, g: p - 0.025 * g, params, grads))
@@ -439,7 +430,7 @@ def test_verdicts_of_plain_python_are_enough():
             return grads, vn.Verdict(True, False), state + 1
 
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=Careless())
-    assert not by_step(trainer, script("..."))[0].stopped
+    assert not by_step(trainer, "...")[0].stopped
 
 
 # Gradients through a fit.

@@ -1,5 +1,6 @@
 """Immutable optimisers for physical models, in JAX and Equinox."""
 
+from ._compiled import StepInfo as StepInfo
 from ._curvature import gauss_newton as gauss_newton, hessian as hessian
 from ._data import (
     Minibatches as Minibatches,
@@ -7,6 +8,7 @@ from ._data import (
     StreamExhaustedError as StreamExhaustedError,
 )
 from ._eigen import decompose as decompose, eigen_projection as eigen_projection
+from ._function import fit as fit
 from ._history import History as History
 from ._map_optimisers import map_optimisers as map_optimisers
 from ._nonfinite import (
@@ -25,14 +27,11 @@ from ._nonfinite import (
 )
 from ._optimiser import ParamOptimiser as ParamOptimiser
 from ._partition import partition as partition
-from ._paths import (
-    UnknownPathError as UnknownPathError,
-    paths as paths,
-    split as split,
-)
+from ._paths import UnknownPathError as UnknownPathError, paths as paths
 from ._precondition import precondition as precondition
 from ._projector import EigenProjector as EigenProjector
 from ._result import FitResult as FitResult, StopReason as StopReason
 from ._schedule import delay as delay
-from ._trainer import StepInfo as StepInfo, Trainer as Trainer, fit as fit
+from ._selectors import split as split
+from ._trainer import Trainer as Trainer
 from ._transform import window as window

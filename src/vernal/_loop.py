@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._alike import require_alike
 from ._bar import Bar
-from ._chunk import run_chunk
+from ._compiled import run_chunk
 from ._data import (
     Minibatches,
     Source,
@@ -23,7 +24,6 @@ from ._data import (
 from ._history import History, concatenate
 from ._record import MOST_ROWS, Record
 from ._result import FitResult, StopReason
-from ._step import require_alike
 from ._typing import whole_number
 
 # How long a chunk should take: short enough for a progress bar and for Ctrl-C, long
@@ -201,7 +201,8 @@ class _Fit:
                 f"`callback` returned {answer!r}. It may return `None`, `True` to end "
                 "the fit, or a trainer to go on with."
             )
-        require_alike(answer, self.trainer, "the trainer that `callback` returned")
+        what = "the trainer that `callback` returned"
+        require_alike(answer, self.trainer, what, "the one it was given")
         self.trainer = answer
         self.stopped = bool(answer.stopped)
 

@@ -1,5 +1,6 @@
 """An Optax optimiser for each parameter, by path."""
 
+import functools as ft
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -14,15 +15,9 @@ from jaxtyping import Array, ArrayLike
 from ._closures import Closure
 from ._partition import init_groups, update_groups
 from ._parts import parameters, strong
-from ._paths import (
-    UnknownPathError,
-    atoms,
-    dotted,
-    is_inexact,
-    keep,
-    nearest_names,
-    resolve,
-)
+from ._paths import UnknownPathError, dotted, is_inexact, nearest_names
+from ._selectors import atoms, keep, resolve
+from ._table import aligned
 from ._transform import AbstractTransform, Transform, as_transform
 
 
@@ -301,15 +296,7 @@ class ParamOptimiser(AbstractTransform):
             if owner is not None:
                 rule, name = _named(selectors[owner]), _describe(rules[owner])
             rows.append((dotted(keys), shape, str(array.dtype), rule, name))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            )
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned(rows)
 
 
 class _Extras:
@@ -331,7 +318,7 @@ class _Extras:
             given["value_fn"] = self._value_fn(given["value_fn"])
         return given
 
-    def _value_fn(self, value_fn: Callable[[Any], Array]) -> Callable[[Any], Array]:
+    def _value_fn(self, value_fn: Callable[..., Array]) -> Callable[..., Array]:
         if self.params is None:
             raise ValueError(
                 "`update` was given `value_fn` without `params`: the value depends on "
@@ -339,9 +326,11 @@ class _Extras:
             )
         flat, structure = jax.tree_util.tree_flatten_with_path(self.params)
 
-        def within(group: Mapping[str, Array]) -> Array:
+        # A line search passes on the arguments that it finds in the signature.
+        @ft.wraps(value_fn)
+        def within(group: Mapping[str, Array], *args: Any, **kwargs: Any) -> Array:
             leaves = [group.get(dotted(keys), leaf) for keys, leaf in flat]
-            return value_fn(structure.unflatten(leaves))
+            return value_fn(structure.unflatten(leaves), *args, **kwargs)
 
         return within
 

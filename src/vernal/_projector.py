@@ -5,10 +5,11 @@ import jax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from ._alike import require_alike
 from ._dense import DenseWhitening, OnNull, whiten
 from ._directions import name_null_space
 from ._eigen import Matrix
-from ._ravel import as_parameters, check_alike, ravel, unravel
+from ._ravel import as_parameters, ravel, unravel
 from ._typing import Params, checked
 
 
@@ -161,6 +162,25 @@ class EigenProjector(eqx.Module):
         return self._held.log_abs_det()
 
     @checked
+    def at(self, params: Params) -> "EigenProjector":
+        """Returns the projector of the same directions around another point.
+
+        **Arguments:**
+
+        - `params`: the new origin. It may be a tree of another structure, if its
+            leaves have the same shapes in the same order.
+        """
+        origin = as_parameters(params)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(origin)]
+        expected = [leaf.shape for leaf in jax.tree.leaves(self._origin)]
+        if shapes != expected:
+            raise ValueError(
+                f"`params` has leaves of the shapes {shapes}, but the projector was "
+                f"made for {expected}."
+            )
+        return EigenProjector(jax.lax.stop_gradient(origin), self._whitening)
+
+    @checked
     def to_params(self, latent: Float[Array, "..."]) -> Params:
         """Returns $x_0 + P u$ as a tree.
 
@@ -237,7 +257,7 @@ class EigenProjector(eqx.Module):
 
     def _ravel(self, tree: Params, name: str) -> Float[Array, " D"]:
         arrays = as_parameters(tree, name)
-        check_alike(arrays, self._origin, name)
+        require_alike(arrays, self._origin, f"`{name}`", "the projector's parameters")
         return ravel(arrays, self._whitening.scale.dtype)
 
     @checked

@@ -85,24 +85,6 @@ def ravel_size(params: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def check_alike(tree: Params, like: Params, name: str) -> None:
-    """Raises a `ValueError` unless `tree` has the structure and shapes of `like`."""
-    found, expected = jax.tree.structure(tree), jax.tree.structure(like)
-    if found != expected:
-        raise ValueError(
-            f"`{name}` must have the structure of the projector's parameters.\n"
-            f"Found:    {found}\nExpected: {expected}"
-        )
-    for (keys, leaf), other in zip(
-        tree_flatten_with_path(tree)[0], jax.tree.leaves(like), strict=True
-    ):
-        if jnp.shape(leaf) != other.shape:
-            raise ValueError(
-                f"The leaf '{dotted(keys)}' of `{name}` has shape {jnp.shape(leaf)}, "
-                f"but that of the projector's parameters has shape {other.shape}."
-            )
-
-
 def element_name(params: Params, index: int) -> str:
     """Returns the name of one element of `ravel(params)`, such as `wfe[6]`."""
     for keys, leaf in tree_flatten_with_path(params)[0]:

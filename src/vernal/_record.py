@@ -11,7 +11,8 @@ from jaxtyping import Array, Int, PyTree
 
 from ._history import History
 from ._objective import metric_shapes
-from ._paths import UnknownPathError, dotted, nearest_names, paths, resolve
+from ._paths import UnknownPathError, dotted, nearest_names, paths
+from ._selectors import resolve
 from ._step import Outcome, grad_norm
 
 GRAD_NORM = "grad_norm"

@@ -13,9 +13,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._alike import cast_like, require_alike
 from ._nonfinite import Verdict, all_finite
 from ._objective import score
-from ._paths import dotted
+
+_INPUT = "what it was given"
 
 
 class Progress(eqx.Module):
@@ -132,7 +134,7 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
         def judge_again() -> tuple[Bool[Array, ""], PyTree]:
             nan = jnp.full_like(loss, jnp.nan)
             _, again, state = _judged(policy, nan, grads, old.policy_state)
-            return jnp.asarray(again.stop), _like(state, policy_state)
+            return jnp.asarray(again.stop), cast_like(state, policy_state)
 
         stop, state = lax.cond(
             sound, lambda: (jnp.asarray(verdict.stop), policy_state), judge_again
@@ -146,7 +148,7 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
         params=moved.params,
         latent=moved.latent,
         opt_state=moved.opt_state,
-        policy_state=_like(policy_state, old.policy_state),
+        policy_state=cast_like(policy_state, old.policy_state),
         best=best,
         best_loss=best_loss,
         nan_counts=nan_counts,
@@ -169,9 +171,9 @@ def _judged(
             f"but returned {returned!r}."
         )
     heeded, verdict, new_state = returned
-    require_alike(heeded, grads, f"the gradients that {name} returned")
-    require_alike(new_state, state, f"the state that {name} returned")
-    return _like(heeded, grads), verdict, new_state
+    require_alike(heeded, grads, f"the gradients that {name} returned", _INPUT)
+    require_alike(new_state, state, f"the state that {name} returned", _INPUT)
+    return cast_like(heeded, grads), verdict, new_state
 
 
 def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
@@ -185,23 +187,6 @@ def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
         if jnp.issubdtype(n.dtype, jnp.inexact)
     ]
     return ft.reduce(operator.or_, flags, jnp.array(False))
-
-
-def require_alike(new: PyTree, old: PyTree, what: str) -> None:
-    """Checks that a tree from a user's code has the structure and shapes it must."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        raise ValueError(
-            f"{what} must have the structure of what went in.\n"
-            f"Given:    {jax.tree.structure(old)}\n"
-            f"Returned: {jax.tree.structure(new)}"
-        )
-    flat, _ = jax.tree_util.tree_flatten_with_path(new)
-    for (keys, leaf), like in zip(flat, jax.tree.leaves(old), strict=True):
-        if jnp.shape(leaf) != jnp.shape(like):
-            raise ValueError(
-                f"{what} must have the shapes of what went in: {dotted(keys)!r} has "
-                f"shape {jnp.shape(leaf)}, but was {jnp.shape(like)}."
-            )
 
 
 def grad_norm(grads: PyTree) -> Float[Array, ""]:
@@ -222,8 +207,8 @@ def _move(
     projector = trainer.projector
     if trainer._overrides("transform_grads"):
         changed = trainer.transform_grads(grads, trainer.model)
-        require_alike(changed, grads, "what `transform_grads` returns")
-        grads = _like(changed, grads)
+        require_alike(changed, grads, "what `transform_grads` returns", _INPUT)
+        grads = cast_like(changed, grads)
     if projector is None:
         point, value_fn = old.params, value
     else:
@@ -232,7 +217,7 @@ def _move(
     updates, opt_state = trainer.optimiser.update(
         grads, old.opt_state, point, value=loss, grad=grads, value_fn=value_fn
     )
-    point = _like(optax.apply_updates(point, updates), point)
+    point = cast_like(optax.apply_updates(point, updates), point)
     params = point if projector is None else projector.to_params(point)
     latent = None if projector is None else point
     if trainer._overrides("constrain"):
@@ -240,14 +225,14 @@ def _move(
         finite = all_finite((params, latent))
         params, latent = _constrain(trainer, params)
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
-    return _Moved(params, latent, _like(opt_state, old.opt_state))
+    return _Moved(params, latent, cast_like(opt_state, old.opt_state))
 
 
 def _constrain(trainer: Any, params: PyTree) -> tuple[PyTree, PyTree]:
     model = trainer._parts.join(params)
     constrained = trainer.constrain(model)
-    require_alike(constrained, model, "what `constrain` returns")
-    params = _like(trainer._parts.trained(constrained), params)
+    require_alike(constrained, model, "what `constrain` returns", _INPUT)
+    params = cast_like(trainer._parts.trained(constrained), params)
     if trainer.projector is None:
         return params, None
     latent = trainer.projector.to_latent(params)
@@ -267,15 +252,3 @@ def _count(
             jnp.where(bad, step, last),
         ]
     )
-
-
-def _like(new: PyTree, old: PyTree) -> PyTree:
-    """Keeps the dtypes of the step before: a loop has no place for others."""
-    return jax.tree.map(_cast, new, old)
-
-
-def _cast(new: Any, old: Any) -> Array:
-    new = jnp.asarray(new)
-    if new.dtype == old.dtype and (old.weak_type or not new.weak_type):
-        return new
-    return lax.convert_element_type(new, old.dtype)

@@ -1,7 +1,7 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -10,43 +10,31 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._closures import Closure
+from ._alike import cast_like, require_alike
+from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
 from ._history import History
-from ._loop import fit as run_fit, no_optimiser
+from ._loop import fit, no_optimiser
 from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
-from ._objective import METHODS, defined, metric_shapes
-from ._optimiser import ParamOptimiser
 from ._parts import Parts, parameters, strong
-from ._paths import is_inexact, paths, resolve
+from ._paths import paths
 from ._projector import EigenProjector
 from ._result import FitResult
-from ._step import Progress, advance, grad_norm, initial_progress, require_alike
+from ._setup import (
+    check_arguments,
+    check_class,
+    find_trained,
+    fit_projector,
+    initial_opt_state,
+    kept,
+    refuse_names_in_latent_space,
+)
+from ._step import Progress, initial_progress
 from ._transform import AbstractTransform, as_transform
-from ._typing import prng_key
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
 SelfT = TypeVar("SelfT", bound="Trainer[Any, Any]")
-
-
-class StepInfo(NamedTuple):
-    """What one step tells of itself.
-
-    **Attributes:**
-
-    - `loss`: the loss at the parameters before the step.
-    - `grad_norm`: the norm of its gradient in the model's own parameters.
-    - `accepted`: whether the step was taken.
-    - `stopped`: whether the trainer has stopped, and takes no further step.
-    - `metrics`: what the loss returned beside the scalar.
-    """
-
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    accepted: Bool[Array, ""]
-    stopped: Bool[Array, ""]
-    metrics: dict[str, Any]
 
 
 class Trainer(eqx.Module, Generic[Model, Batch]):
@@ -118,21 +106,26 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train, or the projector does not fit.
         """
-        _check_class(self)
-        _check_arguments(nan_policy, projector, key)
+        check_class(self)
+        check_arguments(nan_policy, projector, key)
         self.nan_policy = nan_policy
         self.key = key
         self.optimiser = (
             None if optimiser is None else as_transform(optimiser, "optimiser")
         )
-        owners = _trained(model, self.optimiser, train, projector)
+        owners = find_trained(model, self.optimiser, train, projector)
         params = parameters(model, owners)
         self._parts = Parts(model, owners)
-        self.projector, latent = _fitted(projector, params, self.optimiser)
+        self.projector, latent = fit_projector(
+            projector,
+            params,
+            self.optimiser,
+            constrained=self._overrides("constrain"),
+        )
         self._progress = initial_progress(
             params,
             latent,
-            _opt_state(self.optimiser, params, latent),
+            initial_opt_state(self.optimiser, params, latent),
             jax.tree.map(strong, nan_policy.init(params)),
         )
 
@@ -218,7 +211,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         if self.optimiser is None:
             raise no_optimiser(self)
-        progress, info = _step(self, as_batch(batch))
+        progress, info = run_step(self, as_batch(batch))
         trainer = self._at(progress)
         if not self.nan_policy.raises:
             return trainer, info
@@ -275,7 +268,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `StreamExhaustedError`: if a stream ends before the fit.
         - `UnknownPathError`: if `record` names what there is not.
         """
-        return run_fit(
+        return fit(
             self,
             data,
             steps,
@@ -343,24 +336,25 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
                     "another model, make a new trainer."
                 )
             kinds = [0 if kind == "trained" else None for kind in parts.kinds]
-            require_alike(parameters(model, kinds), params, "`model`")
-            params = _cast_like(parameters(model, kinds), params)
+            require_alike(
+                parameters(model, kinds), params, "`model`", "the one that is fitted"
+            )
+            params = cast_like(parameters(model, kinds), params)
             parts = Parts(model, kinds)
             if self.projector is not None:
                 latent = self.projector.to_latent(params)
                 params = self.projector.to_params(latent)
-        transform = self.optimiser
-        opt_state = old.opt_state
+        transform, opt_state = self.optimiser, old.opt_state
         if optimiser is not None:
             transform = as_transform(optimiser, "optimiser")
-            _fitted(self.projector, params, transform)
-            opt_state = _kept(opt_state, _opt_state(transform, params, latent))
+            refuse_names_in_latent_space(self.projector, transform)
+            opt_state = kept(opt_state, initial_opt_state(transform, params, latent))
         policy, policy_state = self.nan_policy, old.policy_state
         if nan_policy is not None:
-            _check_arguments(nan_policy, None, None)
+            check_arguments(nan_policy, None, None)
             policy = nan_policy
             fresh = jax.tree.map(strong, policy.init(params))
-            policy_state = _kept(policy_state, fresh)
+            policy_state = kept(policy_state, fresh)
         progress = Progress(
             params=params,
             latent=latent,
@@ -396,188 +390,3 @@ def _with(trainer: SelfT, **fields: Any) -> SelfT:
     new = object.__new__(type(trainer))
     vars(new).update(vars(trainer), **fields)
     return new
-
-
-@eqx.filter_jit
-def _step(trainer: Any, batch: Any) -> tuple[Progress, StepInfo]:
-    def take() -> tuple[Progress, StepInfo]:
-        progress, outcome = advance(trainer, batch)
-        return progress, StepInfo(
-            outcome.loss,
-            grad_norm(outcome.grads),
-            outcome.accepted,
-            progress.stopped,
-            outcome.metrics,
-        )
-
-    def stay() -> tuple[Progress, StepInfo]:
-        nan, no = jnp.full_like(trainer.best_loss, jnp.nan), jnp.asarray(False)
-        metrics = jax.tree.map(_blank, metric_shapes(trainer, batch))
-        return trainer._progress, StepInfo(nan, nan, no, ~no, metrics)
-
-    return jax.lax.cond(trainer.stopped, stay, take)
-
-
-def _blank(like: jax.ShapeDtypeStruct) -> Array:
-    inexact = jnp.issubdtype(like.dtype, jnp.inexact)
-    return jnp.full(like.shape, jnp.nan if inexact else 0, like.dtype)
-
-
-def _check_class(trainer: Any) -> None:
-    if not defined(trainer):
-        raise TypeError(
-            f"`{type(trainer).__name__}` defines none of "
-            f"{', '.join(f'`{name}`' for name in METHODS)}. Subclass `Trainer` and "
-            "say what is fitted: `def residuals(self, model, batch): ...`."
-        )
-
-
-def _check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
-    if not isinstance(nan_policy, NanPolicy):
-        made = isinstance(nan_policy, type) and issubclass(nan_policy, NanPolicy)
-        remedy = f"`{nan_policy.__name__}()`" if made else "`vn.SkipStep()`"
-        raise TypeError(
-            f"`nan_policy` is {nan_policy!r}, not a NanPolicy. Did you mean {remedy}?"
-        )
-    if projector is not None and not isinstance(projector, EigenProjector):
-        raise TypeError(
-            f"`projector` is of type `{type(projector).__name__}`, but must be an "
-            "EigenProjector: `vn.EigenProjector.from_fisher(fmat, params)`."
-        )
-    if key is not None:
-        prng_key(key)
-
-
-def _trained(
-    model: Any, optimiser: Any, train: Any, projector: EigenProjector | None
-) -> tuple[int | None, ...]:
-    """Finds which leaves of the model are trained."""
-    by_rules = type(optimiser) is ParamOptimiser
-    ruled = cast(ParamOptimiser, optimiser).owners(model) if by_rules else ()
-    if train is not None:
-        owners = resolve(model, [train], argument="train")
-    elif by_rules:
-        owners = ruled
-    elif projector is not None:
-        names = paths(projector.origin)
-        owners = resolve(model, names, argument="projector") if names else ()
-    else:
-        owners = [0 if is_inexact(leaf) else None for leaf in jax.tree.leaves(model)]
-    if all(owner is None for owner in owners):
-        known = ", ".join(map(repr, paths(model)[:5]))
-        raise ValueError(
-            "`model` has no parameter to train: "
-            + (
-                f"all of its parameters ({known}) are frozen or Python floats, which "
-                "are trained where `train` or a rule names them."
-                if known
-                else "there is no array of floats in it."
-            )
-        )
-    return tuple(owners)
-
-
-def _fitted(
-    projector: EigenProjector | None, params: PyTree, optimiser: Any
-) -> tuple[EigenProjector | None, PyTree]:
-    """Checks that a projector fits the parameters, and returns it with their latent."""
-    if projector is None:
-        return None, None
-    if type(optimiser) is ParamOptimiser:
-        raise ValueError(
-            "`optimiser` is a ParamOptimiser, and `projector` mixes all parameters: "
-            "in its latent space they have no names. Use a plain Optax transformation "
-            "there, such as `optax.adam(1e-2)`."
-        )
-    names, own = paths(params), paths(projector.origin)
-    if names != own:
-        odd = sorted(set(names) ^ set(own))
-        raise ValueError(
-            "`projector` was made for other parameters than are trained: they differ "
-            f"at {', '.join(map(repr, odd[:5])) or 'their order'}. Make it from "
-            "`trainer.params`."
-        )
-    return projector, projector.to_latent(params)
-
-
-def _opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:
-    if optimiser is None:
-        return None
-    return optimiser.init(params if latent is None else latent)
-
-
-def _cast_like(new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
-
-
-def _kept(old: PyTree, new: PyTree) -> PyTree:
-    """Keeps a state if its like is what a new one would be."""
-    kind = lambda tree: [
-        (jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)
-    ]
-    same = jax.tree.structure(old) == jax.tree.structure(new) and kind(old) == kind(new)
-    return old if same else new
-
-
-class _FunctionTrainer(Trainer[Model, Batch]):
-    """The trainer of a loss that is a plain function."""
-
-    function: Closure
-
-    def __init__(self, function: Callable[..., Any], *args: Any, **options: Any):
-        self.function = Closure.encode(function)
-        super().__init__(*args, **options)
-
-    def loss(self, model: Model, batch: Batch, **key: Any) -> Any:
-        return self.function.decode()(model, batch, **key)
-
-
-def fit(
-    loss: Callable[..., Any],
-    model: Model,
-    optimiser: optax.GradientTransformation,
-    data: Any,
-    steps: int,
-    *,
-    train: Any = None,
-    nan_policy: NanPolicy = StopFit(),  # noqa: B008
-    projector: EigenProjector | None = None,
-    key: PRNGKeyArray | None = None,
-    **options: Any,
-) -> FitResult[Trainer[Model, Any], Model]:
-    """Fits a model in one call, without a subclass of [`vernal.Trainer`][].
-
-    ```python
-    def loss(model, batch):
-        x, y = batch
-        return jnp.mean((model(x) - y) ** 2)
-
-    result = vn.fit(loss, model, optax.adam(1e-2), (x, y), steps=500)
-    ```
-
-    **Arguments:**
-
-    - `loss`: a function `(model, batch) -> scalar`, or `-> (scalar, dict of metrics)`.
-        With `key=` it is called with a keyword argument `key` too.
-    - `model`, `optimiser`, `train`, `nan_policy`, `projector`, `key`: as for
-        [`vernal.Trainer`][].
-    - `data`, `steps`, `**options`: as for [`vernal.Trainer.fit`][].
-
-    **Returns:**
-
-    A [`vernal.FitResult`][].
-    """
-    if not callable(loss):
-        raise TypeError(
-            f"`loss` is {loss!r}, but must be a function `(model, batch) -> scalar`."
-        )
-    trainer = _FunctionTrainer(
-        loss,
-        model,
-        optimiser,
-        train=train,
-        nan_policy=nan_policy,
-        projector=projector,
-        key=key,
-    )
-    return trainer.fit(data, steps, **options)

@@ -1,0 +1,80 @@
+"""`vernal.fit`: a fit of a loss that is a plain function, in one call."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import optax
+from jaxtyping import PRNGKeyArray
+
+from ._closures import Closure
+from ._nonfinite import NanPolicy, StopFit
+from ._projector import EigenProjector
+from ._result import FitResult
+from ._trainer import Trainer
+
+Model = TypeVar("Model")
+Batch = TypeVar("Batch")
+
+
+class _FunctionTrainer(Trainer[Model, Batch]):
+    """The trainer of a loss that is a plain function."""
+
+    function: Closure
+
+    def __init__(self, function: Callable[..., Any], *args: Any, **options: Any):
+        self.function = Closure.encode(function)
+        super().__init__(*args, **options)
+
+    def loss(self, model: Model, batch: Batch, **key: Any) -> Any:
+        return self.function.decode()(model, batch, **key)
+
+
+def fit(
+    loss: Callable[..., Any],
+    model: Model,
+    optimiser: optax.GradientTransformation,
+    data: Any,
+    steps: int,
+    *,
+    train: Any = None,
+    nan_policy: NanPolicy = StopFit(),  # noqa: B008
+    projector: EigenProjector | None = None,
+    key: PRNGKeyArray | None = None,
+    **options: Any,
+) -> FitResult[Trainer[Model, Any], Model]:
+    """Fits a model in one call, without a subclass of [`vernal.Trainer`][].
+
+    ```python
+    def loss(model, batch):
+        x, y = batch
+        return jnp.mean((model(x) - y) ** 2)
+
+    result = vn.fit(loss, model, optax.adam(1e-2), (x, y), steps=500)
+    ```
+
+    **Arguments:**
+
+    - `loss`: a function `(model, batch) -> scalar`, or `-> (scalar, dict of metrics)`.
+        With `key=` it is called with a keyword argument `key` too.
+    - `model`, `optimiser`, `train`, `nan_policy`, `projector`, `key`: as for
+        [`vernal.Trainer`][].
+    - `data`, `steps`, `**options`: as for [`vernal.Trainer.fit`][].
+
+    **Returns:**
+
+    A [`vernal.FitResult`][].
+    """
+    if not callable(loss):
+        raise TypeError(
+            f"`loss` is {loss!r}, but must be a function `(model, batch) -> scalar`."
+        )
+    trainer = _FunctionTrainer(
+        loss,
+        model,
+        optimiser,
+        train=train,
+        nan_policy=nan_policy,
+        projector=projector,
+        key=key,
+    )
+    return trainer.fit(data, steps, **options)

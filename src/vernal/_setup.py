@@ -1,0 +1,137 @@
+"""What a trainer is made of: its arguments checked, its parameters found."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ._alike import cast_like
+from ._nonfinite import NanPolicy
+from ._objective import METHODS, defined
+from ._optimiser import ParamOptimiser
+from ._paths import is_inexact, paths
+from ._projector import EigenProjector
+from ._selectors import resolve
+from ._typing import prng_key
+
+
+def check_class(trainer: Any) -> None:
+    if not defined(trainer):
+        raise TypeError(
+            f"`{type(trainer).__name__}` defines none of "
+            f"{', '.join(f'`{name}`' for name in METHODS)}. Subclass `Trainer` and "
+            "say what is fitted: `def residuals(self, model, batch): ...`."
+        )
+
+
+def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
+    if not isinstance(nan_policy, NanPolicy):
+        made = isinstance(nan_policy, type) and issubclass(nan_policy, NanPolicy)
+        remedy = f"`{nan_policy.__name__}()`" if made else "`vn.SkipStep()`"
+        raise TypeError(
+            f"`nan_policy` is {nan_policy!r}, not a NanPolicy. Did you mean {remedy}?"
+        )
+    if projector is not None and not isinstance(projector, EigenProjector):
+        raise TypeError(
+            f"`projector` is of type `{type(projector).__name__}`, but must be an "
+            "EigenProjector: `vn.EigenProjector.from_fisher(fmat, params)`."
+        )
+    if key is not None:
+        prng_key(key)
+
+
+def find_trained(
+    model: Any, optimiser: Any, train: Any, projector: EigenProjector | None
+) -> tuple[int | None, ...]:
+    """Finds which leaves of the model are trained."""
+    by_rules = type(optimiser) is ParamOptimiser
+    ruled = cast(ParamOptimiser, optimiser).owners(model) if by_rules else ()
+    if train is not None:
+        owners = resolve(model, [train], argument="train")
+    elif by_rules:
+        owners = ruled
+    elif projector is not None:
+        names = paths(projector.origin)
+        owners = resolve(model, names, argument="projector") if names else ()
+    else:
+        owners = [0 if is_inexact(leaf) else None for leaf in jax.tree.leaves(model)]
+    if all(owner is None for owner in owners):
+        known = ", ".join(map(repr, paths(model)[:5]))
+        raise ValueError(
+            "`model` has no parameter to train: "
+            + (
+                f"all of its parameters ({known}) are frozen or Python floats, which "
+                "are trained where `train` or a rule names them."
+                if known
+                else "there is no array of floats in it."
+            )
+        )
+    return tuple(owners)
+
+
+def fit_projector(
+    projector: EigenProjector | None,
+    params: PyTree,
+    optimiser: Any,
+    *,
+    constrained: bool,
+) -> tuple[EigenProjector | None, PyTree]:
+    """Checks that a projector fits the parameters, and returns it with their latent."""
+    if projector is None:
+        return None, None
+    refuse_names_in_latent_space(projector, optimiser)
+    names, own = paths(params), paths(projector.origin)
+    leaves = jax.tree.leaves(params)
+    origin = jax.tree.leaves(projector.origin)
+    odd = sorted(set(names) ^ set(own)) or [
+        name
+        for name, leaf, other in zip(names, leaves, origin, strict=True)
+        if leaf.shape != other.shape
+    ]
+    if odd or names != own:
+        raise ValueError(
+            "`projector` was made for other parameters than are trained: they differ "
+            f"at {', '.join(map(repr, odd[:5])) or 'their order'}. Make it from "
+            "`trainer.params`."
+        )
+    if projector.latent_size < sum(leaf.size for leaf in leaves):
+        if constrained:
+            raise ValueError(
+                "`constrain` leads out of the latent space of `projector`, which has "
+                "dropped directions that the data do not constrain. Make the "
+                'projector with `on_null="prior"`, or drop the constraint.'
+            )
+        # A point off the origin may lie where the latent space does not reach.
+        projector = projector.at(params)
+    else:
+        projector = projector.at(
+            cast_like(jax.tree.structure(params).unflatten(origin), params)
+        )
+    return projector, projector.to_latent(params)
+
+
+def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
+    if projector is not None and type(optimiser) is ParamOptimiser:
+        raise ValueError(
+            "`optimiser` is a ParamOptimiser, and `projector` mixes all parameters: "
+            "in its latent space they have no names. Use a plain Optax transformation "
+            "there, such as `optax.adam(1e-2)`; or keep the rules, without a "
+            "projector, and precondition: "
+            "`ParamOptimiser(rules, first=vn.precondition(projector))`."
+        )
+
+
+def initial_opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:
+    if optimiser is None:
+        return None
+    return optimiser.init(params if latent is None else latent)
+
+
+def kept(old: PyTree, new: PyTree) -> PyTree:
+    """Keeps a state if its like is what a new one would be."""
+    kind = lambda tree: [
+        (jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)
+    ]
+    same = jax.tree.structure(old) == jax.tree.structure(new) and kind(old) == kind(new)
+    return old if same else new
