@@ -33,7 +33,7 @@ def gradients(params, seed=0):
     return structure.unflatten(list(map(draw, keys, leaves)))
 
 
-def walk(optimiser, params, steps=4):
+def walk(optimiser, params, steps=3):
     """Several updates by hand: params, state."""
     state = optimiser.init(params)
 
@@ -68,7 +68,7 @@ def test_a_group_is_one_transformation_of_its_members_together():
     assert same(ours["e"], tree()["e"])
 
 
-def walk_of(part, optimiser, steps=4):
+def walk_of(part, optimiser, steps=3):
     """The walk of a part of the tree alone, with the gradients it has in the whole."""
     params = part(tree())
     state = optimiser.init(params)
@@ -93,23 +93,28 @@ def test_members_apart_are_clipped_apart():
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "form"),
     [
-        lambda: optax.adam(1e-2),
-        lambda: optax.adamw(1e-2, weight_decay=0.1),
-        lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 3), momentum=0.9),
-        lambda: optax.lamb(1e-2),
-        lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(1e-2)),
-        lambda: optax.adafactor(1e-2),
+        (lambda: optax.adam(1e-2), "default"),
+        (lambda: optax.adamw(1e-2, weight_decay=0.1), "all"),
+        (
+            lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 3), momentum=0.9),
+            "default",
+        ),
+        (lambda: optax.lamb(1e-2), "glob"),
+        (
+            lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(1e-2)),
+            "glob",
+        ),
+        (lambda: optax.adafactor(1e-2), "all"),
     ],
 )
-@pytest.mark.parametrize("rules", ["default", "all", "glob"])
-def test_one_rule_for_all_is_the_optimiser_itself(make, rules):
+def test_one_rule_for_all_is_the_optimiser_itself(make, form):
     optimiser = {
-        "default": vn.ParamOptimiser({}, default=make()),
-        "all": vn.ParamOptimiser({("a", "b", "e"): make()}),
-        "glob": vn.ParamOptimiser({"**": make()}),
-    }[rules]
+        "default": lambda tx: vn.ParamOptimiser({}, default=tx),
+        "all": lambda tx: vn.ParamOptimiser({("a", "b", "e"): tx}),
+        "glob": lambda tx: vn.ParamOptimiser({"**": tx}),
+    }[form](make())
     assert same(walk(optimiser, tree())[0], walk(make(), tree())[0])
 
 
@@ -176,7 +181,7 @@ def test_a_line_search_is_closed_over_what_the_rule_does_not_move():
     np.testing.assert_allclose(result.history.loss, values, rtol=1e-9)
     np.testing.assert_allclose(result.model.mean, params["mean"], rtol=1e-9)
     np.testing.assert_allclose(result.model.std, params["std"], rtol=1e-9)
-    assert values[-1] < 0.9 * values[0]
+    assert values[-1] < 0.95 * values[0]
     assert same(result.model.power, start.power)
 
 
@@ -212,14 +217,18 @@ def test_arguments_of_the_value_function_are_passed_on():
         return scale * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
 
     def run(solver):
-        params = {"a": jnp.arange(3.0), "b": jnp.asarray(2.0)}
-        state = solver.init(params)
-        for _ in range(3):
+        @jax.jit
+        def step(params, state):
             fn, grad = jax.value_and_grad(value)(params, 2.0)
             updates, state = solver.update(
                 grad, state, params, value=fn, grad=grad, value_fn=value, scale=2.0
             )
-            params = optax.apply_updates(params, updates)
+            return optax.apply_updates(params, updates), state
+
+        params = {"a": jnp.arange(3.0), "b": jnp.asarray(2.0)}
+        state = solver.init(params)
+        for _ in range(3):
+            params, state = step(params, state)
         return params
 
     ours = run(vn.ParamOptimiser({("a", "b"): optax.lbfgs()}))
@@ -327,8 +336,8 @@ def test_in_the_fit_loop_of_flowjax():
         jnp.full((40, 1), 3.0),
         loss_fn=loss,
         optimizer=vn.ParamOptimiser({"mean": optax.adam(0.3)}),
-        max_epochs=80,
-        max_patience=80,
+        max_epochs=60,
+        max_patience=60,
         batch_size=20,
         show_progress=False,
         return_best=False,
@@ -470,7 +479,7 @@ def test_summary():
     assert "frozen" in rows["power"]
     assert "2×3" in rows["w"]
     assert "<lambda>" in rows["w"]
-    assert "sgd" in rows["w"]
+    assert "scale" in rows["w"]
     assert "float64" in rows["std"]
 
 

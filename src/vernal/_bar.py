@@ -1,5 +1,6 @@
 """The progress bar of a fit."""
 
+import sys
 from typing import Any
 
 
@@ -17,11 +18,11 @@ class Bar:
         - `shown`: whether the user wants to see it.
         """
         self._bar = None
-        if shown and steps > 0:
+        if shown and steps > 0 and _somebody_looks():
+            # Here, since a fit without a bar should not wait for the import.
             from tqdm.auto import tqdm
 
-            bar = tqdm(total=steps, desc="compiling", disable=None)
-            self._bar = None if bar.disable else bar
+            self._bar = tqdm(total=steps, desc="compiling")
 
     def __enter__(self) -> "Bar":
         return self
@@ -43,3 +44,7 @@ class Bar:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(steps)
         self._bar.refresh()
+
+
+def _somebody_looks() -> bool:
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -18,22 +18,26 @@ from ._step import Progress, advance, grad_norm
 def run_chunk(
     trainer: Any,
     source: Whole[Any] | Minibatches,
-    count: Int[Array, ""],
+    goal: Int[Array, ""],
     every: Int[Array, ""],
     record: Record,
     most_rows: int,
 ) -> tuple[Progress, Rows]:
-    """Takes `count` steps, or fewer if the fit stops or the rows are full.
+    """Takes steps up to the count `goal`, or until the fit stops or the rows are full.
 
-    The count is an array, and the rows are as many as there is room for, so that one
+    The goal is an array, and the rows are as many as there is room for, so that one
     program serves whatever the number of steps.
     """
-    progress = trainer._progress
-    last = progress.step_count + count
+    start = trainer._progress
+    cursor = source.start(start.step_count)
 
     def first_batch() -> Any:
-        cursor = source.start(progress.step_count)
-        return eqx.filter_eval_shape(source.next, cursor, progress.step_count)[0]
+        return eqx.filter_eval_shape(source.next, cursor, start.step_count)[0]
+
+    shapes = record.shapes(trainer, first_batch)
+    rows = Rows.empty(start.best_loss, shapes, most_rows)
+    first_row = -(-start.step_count // every)
+    end = jnp.minimum(goal, _times(first_row + rows.room, every))
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         progress, cursor, rows = carry
@@ -41,17 +45,20 @@ def run_chunk(
         batch, cursor = source.next(cursor, step)
         new, outcome = advance(trainer._at(progress), batch)
         values = record.values(progress.params, outcome)
-        return new, cursor, rows.add(outcome.loss, values, step % every == 0)
+        row = jnp.where(step % every == 0, step // every - first_row, rows.room)
+        return new, cursor, rows.put(row, outcome.loss, values)
 
     def goes_on(carry: tuple[Any, ...]) -> Array:
-        progress, _, rows = carry
-        return (progress.step_count < last) & ~progress.stopped & ~rows.full
+        progress, *_ = carry
+        return (progress.step_count < end) & ~progress.stopped
 
-    cursor = source.start(progress.step_count)
-    shapes = record.shapes(trainer, first_batch)
-    rows = Rows.empty(progress.best_loss, shapes, most_rows)
-    progress, _, rows = lax.while_loop(goes_on, body, (progress, cursor, rows))
+    progress, _, rows = lax.while_loop(goes_on, body, (start, cursor, rows))
     return progress, rows
+
+
+def _times(a: Int[Array, ""], b: Int[Array, ""]) -> Int[Array, ""]:
+    most = jnp.iinfo(a.dtype).max
+    return jnp.where(a > most // b, most, a * b)
 
 
 class StepInfo(NamedTuple):

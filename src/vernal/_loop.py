@@ -166,15 +166,21 @@ class _Fit:
 
     def _take(self, count: int) -> None:
         trainer, pending = self.trainer, []
-        start, every = int(trainer.step_count), jnp.asarray(np.int32(self.every))
+        start = now = int(trainer.step_count)
+        every = jnp.asarray(np.int32(self.every))
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
             for source, steps in self.feed.sources(count):
-                steps = jnp.asarray(np.int32(steps))
+                now += steps
                 progress, rows = run_chunk(
-                    trainer, source, steps, every, self.record, most_rows
+                    trainer,
+                    source,
+                    jnp.asarray(np.int32(now)),
+                    every,
+                    self.record,
+                    most_rows,
                 )
-                pending.append((trainer.step_count, rows))
+                pending.append((trainer.step_count, progress.step_count, rows))
                 # The step before the last is done by now: to ask it costs no waiting,
                 # and a loader is not read much further than it is of use.
                 was_stopped, trainer = trainer.stopped, trainer._at(progress)
@@ -182,7 +188,10 @@ class _Fit:
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
-            kept = [rows.to_history(int(step), self.every) for step, rows in pending]
+            kept = [
+                rows.to_history(int(first), int(end), self.every)
+                for first, end, rows in pending
+            ]
             taken = self.taken + int(trainer.step_count) - start
             stopped = bool(trainer.stopped)
             self.trainer, self.taken, self.stopped, self._histories = (

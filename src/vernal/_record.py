@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from ._history import History
 from ._objective import metric_shapes
@@ -106,55 +106,48 @@ def _unknown(trainer: Any, name: Any, metrics: Iterable[str]) -> UnknownPathErro
 
 
 class Rows(eqx.Module):
-    """A buffer of recorded rows on the device, filled from the top."""
+    """Buffers on the device, with a row for every step that is recorded."""
 
     loss: Array
     values: dict[str, Array]
-    filled: Int[Array, ""]
 
     @classmethod
     def empty(cls, loss: Any, values: dict[str, Any], most: int) -> "Rows":
         """Makes room for `most` rows, or as many as is reasonable for their size."""
         sizes = [np.prod(v.shape) * v.dtype.itemsize for v in (loss, *values.values())]
-        # One more than can be filled: a row that is not to be kept is written there
-        # too, and overwritten by the next.
-        rows = int(np.clip(_MOST_BYTES // (4 + sum(sizes)), 1, most)) + 1
-        room = lambda x: jnp.zeros((rows, *x.shape), x.dtype)
-        return cls(
-            room(loss),
-            {name: room(value) for name, value in values.items()},
-            jnp.asarray(0, jnp.int32),
-        )
+        rows = int(np.clip(_MOST_BYTES // sum(sizes), 1, most))
+        # A step that is not to be recorded is written all the same, to a last row that
+        # nobody reads.
+        room = lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype)
+        return cls(room(loss), {name: room(value) for name, value in values.items()})
 
     @property
-    def full(self) -> Array:
-        """Whether there is no room for another row."""
-        return self.filled >= self.loss.shape[0] - 1
+    def room(self) -> int:
+        """How many steps can be recorded."""
+        return self.loss.shape[0] - 1
 
-    def add(self, loss: Array, values: dict[str, Array], keep: Array) -> "Rows":
-        """Writes a row, and moves on to the next if this one is to be kept."""
+    def put(self, index: Array, loss: Array, values: dict[str, Array]) -> "Rows":
+        """Writes one row."""
         put = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
-            buffer, value.astype(buffer.dtype), self.filled, 0
+            buffer, value.astype(buffer.dtype), index, 0
         )
         return Rows(
             put(self.loss, loss),
             {name: put(self.values[name], value) for name, value in values.items()},
-            self.filled + keep.astype(jnp.int32),
         )
 
-    def to_history(self, start: int, every: int) -> History:
+    def to_history(self, start: int, stop: int, every: int) -> History:
         """Copies the rows to the host.
 
         **Arguments:**
 
-        - `start`: the step at which the chunk began.
-        - `every`: how far two rows are apart.
+        - `start`, `stop`: the first step of the chunk, and that after its last.
+        - `every`: how many steps lie between two rows.
         """
         rows = jax.device_get(self)
-        n = int(rows.filled)
-        first = -(-start // every) * every
+        steps = np.arange(-(-start // every) * every, stop, every)
         return History(
-            np.arange(first, first + n * every, every),
-            rows.loss[:n].copy(),
-            {name: value[:n].copy() for name, value in rows.values.items()},
+            steps,
+            rows.loss[: len(steps)].copy(),
+            {name: value[: len(steps)].copy() for name, value in rows.values.items()},
         )

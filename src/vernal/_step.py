@@ -77,7 +77,7 @@ def initial_progress(
 
 
 def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
-    """Takes one step.
+    """Takes one step of a trainer that has not stopped.
 
     The order: key; loss and gradients at the current parameters; best; policy;
     `transform_grads`; pull back; optimiser; last guard; `constrain`; counter.
@@ -153,7 +153,7 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
         best_loss=best_loss,
         nan_counts=nan_counts,
         step_count=old.step_count + 1,
-        stopped=old.stopped | stop,
+        stopped=stop,
     )
     return new, Outcome(measured, grads, verdict.accept & sound, metrics)
 
@@ -182,7 +182,7 @@ def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
     Some hold an infinity by design, such as the best value before there is one.
     """
     flags = [
-        jnp.any(~jnp.isfinite(n) & (jnp.isfinite(o) | (jnp.isnan(n) & ~jnp.isnan(o))))
+        jnp.any(jnp.isfinite(o) & ~jnp.isfinite(n))
         for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
         if jnp.issubdtype(n.dtype, jnp.inexact)
     ]

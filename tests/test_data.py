@@ -1,0 +1,253 @@
+"""Where the batches come from."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vernal as vn
+from models import LineFit, line, line_batch, same
+
+
+class Seen(vn.Trainer):
+    """Tells which examples it was given: they are their own numbers."""
+
+    def loss(self, model, batch):
+        return model * 0.0, {"seen": batch["id"], "pair": batch["x"][:, 0]}
+
+
+N, SIZE = 11, 3
+
+
+def examples():
+    return {"id": jnp.arange(N), "x": np.arange(2.0 * N).reshape(N, 2)}
+
+
+def seen(steps, start=0, key=0, **options):
+    data = vn.Minibatches(examples(), SIZE, key=jax.random.key(key))
+    trainer = Seen(jnp.asarray(1.0), optax.sgd(0.1))
+    if start:
+        trainer = trainer.fit(data, start, progress=False).trainer
+    result = trainer.fit(
+        data, steps, record=("seen", "pair"), progress=False, **options
+    )
+    np.testing.assert_array_equal(result.history["pair"], 2 * result.history["seen"])
+    return result.history["seen"]
+
+
+def test_each_example_once_an_epoch():
+    per_epoch = N // SIZE
+    assert vn.Minibatches(examples(), SIZE, key=jax.random.key(0)).steps_per_epoch == 3
+    order = seen(20 * per_epoch).reshape(20, per_epoch * SIZE)
+    assert all(len(set(epoch)) == per_epoch * SIZE for epoch in order)
+    # The tail that is dropped is another one each time.
+    dropped = {frozenset(range(N)) - frozenset(epoch.tolist()) for epoch in order}
+    assert len(dropped) > 5
+    assert len({tuple(epoch) for epoch in order}) == 20
+    assert set(order.ravel()) == set(range(N))
+
+
+def test_the_order_depends_on_key_and_step_alone():
+    whole = seen(14)
+    np.testing.assert_array_equal(whole, seen(14))
+    np.testing.assert_array_equal(whole, seen(14, chunk=2))
+    for start in (1, 3, 5):
+        np.testing.assert_array_equal(whole[start:], seen(14 - start, start))
+    assert not np.array_equal(whole, seen(14, key=1))
+
+
+@pytest.mark.parametrize("size", [1, N - 1, N])
+def test_sizes_at_the_edge(size):
+    data = vn.Minibatches(examples(), size, key=jax.random.key(0))
+    assert data.steps_per_epoch == N // size
+    result = Seen(jnp.asarray(1.0), optax.sgd(0.1)).fit(
+        data, 2 * data.steps_per_epoch, record="seen", progress=False
+    )
+    assert result.history["seen"].shape == (2 * data.steps_per_epoch, size)
+
+
+def test_an_old_style_key():
+    data = vn.Minibatches(examples(), SIZE, key=jax.random.PRNGKey(0))
+    assert Seen(jnp.asarray(1.0), optax.sgd(0.1)).fit(data, 2, progress=False).history
+
+
+# Streams.
+
+BATCH = line_batch()
+
+
+def batches(shift=0):
+    for i in itertools.count(shift):
+        yield BATCH[0], BATCH[1] + 0.1 * i
+
+
+def trainer():
+    return LineFit(line(), optax.adam(0.1))
+
+
+def expected(steps, shift=0):
+    t = trainer()
+    for batch in itertools.islice(batches(shift), steps):
+        t, _ = t.step(batch)
+    return t
+
+
+SOURCES = {
+    "list": lambda: list(itertools.islice(batches(), 9)),
+    "generator": batches,
+    "factory": lambda: batches,
+    "loader": lambda: type("Loader", (), {"__iter__": lambda self: batches()})(),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_batch_a_step(source):
+    stream = vn.Stream(SOURCES[source]())
+    result = trainer().fit(stream, 9, progress=False)
+    reference = expected(9)
+    np.testing.assert_allclose(result.model.slope, reference.model.slope, rtol=1e-13)
+    assert len(result.history) == 9
+    assert result.stop_reason is vn.StopReason.STEPS_TAKEN
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("options", [{}, {"chunk": 2}])
+def test_a_stream_goes_on_where_the_last_fit_left_it(source, options):
+    stream = vn.Stream(SOURCES[source]())
+    first = trainer().fit(stream, 4, progress=False, **options)
+    second = first.trainer.fit(stream, 5, progress=False, **options)
+    whole = trainer().fit(vn.Stream(batches()), 9, progress=False)
+    assert same(second.trainer, whole.trainer)
+
+
+def test_a_factory_is_given_the_step():
+    asked = []
+
+    def factory(step):
+        asked.append(step)
+        return batches(step)
+
+    stream = vn.Stream(factory)
+    result = trainer().fit(stream, 3, progress=False)
+    result.trainer.fit(stream, 2, progress=False)
+    assert asked == [0, 3]
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
+@pytest.mark.parametrize("record", [(), "grad_norm"])
+def test_a_stream_that_runs_dry_keeps_what_there_is(chunk, record):
+    stream = vn.Stream(list(itertools.islice(batches(), 7)))
+    with pytest.raises(vn.StreamExhaustedError, match="after 7 of 10 steps") as caught:
+        trainer().fit(stream, 10, chunk=chunk, record=record, progress=False)
+    result = caught.value.result
+    assert len(result.history) == int(result.trainer.step_count) == 7
+    assert result.stop_reason is not vn.StopReason.STEPS_TAKEN
+    np.testing.assert_allclose(result.model.slope, expected(7).model.slope, rtol=1e-13)
+
+
+class Told(LineFit):
+    def loss(self, model, batch):
+        return super().loss(model, batch), {"last": batch[1][-1]}
+
+
+def test_looking_at_a_batch_does_not_use_it_up():
+    """The metrics are known only once there is a batch."""
+    t = Told(line(), optax.adam(0.1))
+    stream = vn.Stream(list(itertools.islice(batches(), 5)))
+    first = t.fit(stream, 2, record="last", progress=False)
+    second = first.trainer.fit(stream, 3, record="last", progress=False)
+    told = (first.history + second.history)["last"]
+    np.testing.assert_allclose(told, 3 + 0.1 * np.arange(5), rtol=1e-12)
+
+
+def test_an_empty_stream_with_a_metric():
+    t = Told(line(), optax.adam(0.1))
+    with pytest.raises(vn.StreamExhaustedError, match="after 0 of 5 steps") as caught:
+        t.fit(vn.Stream([]), 5, record="last", progress=False)
+    assert same(caught.value.result.trainer, t)
+    assert len(caught.value.result.history) == 0
+
+
+def test_no_steps_of_a_stream_with_a_metric():
+    t = Told(line(), optax.adam(0.1))
+    result = t.fit(vn.Stream([BATCH]), 0, record="last", progress=False)
+    assert len(result.history) == 0
+
+
+def test_a_stop_leaves_the_rest_of_a_stream_unread():
+    read = []
+
+    def bad_at_three():
+        for i in range(1000):
+            read.append(i)
+            yield BATCH[0], BATCH[1] * (jnp.nan if i == 3 else 1.0)
+
+    result = trainer().fit(vn.Stream(bad_at_three()), 1000, chunk=900, progress=False)
+    assert int(result.trainer.step_count) == 4
+    # One ahead of the step, and what a step in flight hides.
+    assert len(read) <= 40
+
+
+def test_each_shape_of_a_stream_compiles_once():
+    traces = []
+
+    class Counted(LineFit):
+        def loss(self, model, batch):
+            traces.append(batch[0].shape)
+            return super().loss(model, batch)
+
+    def ragged():
+        for i in range(12):
+            x, y = BATCH
+            yield (x, y) if i % 3 else (x[:5], y[:5])
+
+    Counted(line(), optax.sgd(0.1)).fit(vn.Stream(ragged()), 12, progress=False)
+    per_shape = traces.count((16,))
+    assert traces.count((5,)) == per_shape <= 2
+    assert len(traces) == 2 * per_shape
+
+
+def test_rows_of_a_stream_cost_no_buffer_each():
+    """Thousands of steps of a stream hold thousands of rows, and no more."""
+    t = Told(line(), optax.sgd(1e-3))
+    arrays = []
+
+    def watched():
+        for i in range(600):
+            if i == 599:
+                arrays.append(sum(x.nbytes for x in jax.live_arrays()))
+            yield BATCH
+
+    before = sum(x.nbytes for x in jax.live_arrays())
+    t.fit(vn.Stream(watched()), 600, chunk=600, progress=False)
+    assert arrays[0] - before < 2e6
+
+
+# One batch.
+
+
+@pytest.mark.parametrize(
+    "batch", [2.0, np.float64(2), np.asarray(2.0), jnp.asarray(2.0)], ids=repr
+)
+def test_numbers_are_batches(batch):
+    loss = lambda model, batch: (model - batch) ** 2
+    result = vn.fit(loss, jnp.asarray(0.0), optax.sgd(0.25), batch, 2, progress=False)
+    np.testing.assert_allclose(result.model, 1.5)
+
+
+def test_none_is_a_batch():
+    loss = lambda model, batch: model**2 if batch is None else jnp.nan
+    result = vn.fit(loss, jnp.asarray(1.0), optax.sgd(0.25), None, 1, progress=False)
+    assert result.model == 0.5
+
+
+def test_the_data_may_change_during_the_fit_and_after():
+    x, y = (np.array(v) for v in BATCH)
+    result = trainer().fit(
+        (x, y), 6, chunk=2, progress=False, callback=lambda t, h: y.fill(0.0)
+    )
+    reference = trainer().fit(BATCH, 6, progress=False)
+    assert same(result.trainer, reference.trainer)
