@@ -65,15 +65,16 @@ class Minibatches(eqx.Module):
         - `ValueError`: if the arrays disagree in length, or `size` is not between 1
             and that length.
         """
-        self.arrays = jax.tree.map(jnp.asarray, arrays)
+        self.arrays = as_batch(arrays)
         self.size = whole_number(size, "size", least=1)
         self.key = prng_key(key)
         lengths = {}
         for keys, leaf in jax.tree_util.tree_flatten_with_path(self.arrays)[0]:
-            if leaf.ndim == 0:
+            if not getattr(leaf, "shape", ()):
+                what = "a scalar" if hasattr(leaf, "shape") else repr(leaf)
                 raise ValueError(
-                    f"`arrays`: the leaf {dotted(keys)!r} is a scalar. Each array must "
-                    "have the examples along its first axis."
+                    f"`arrays`: the leaf {dotted(keys)!r} is {what}. Each must be an "
+                    "array with the examples along its first axis."
                 )
             lengths.setdefault(leaf.shape[0], dotted(keys))
         if not lengths:
@@ -152,7 +153,13 @@ class Stream:
     def open(self, step: int) -> Iterator[Any]:
         """Returns the iterator to take batches from, at the given step."""
         if not isinstance(self._source, Iterable):
-            return iter(self._source(step))
+            batches = self._source(step)
+            if not isinstance(batches, Iterable):
+                raise TypeError(
+                    f"`source` returned {batches!r} for step {step}, but must return "
+                    "an iterable of batches."
+                )
+            return iter(batches)
         if self._iterator is None:
             self._iterator = iter(self._source)
         return self._iterator

@@ -57,7 +57,14 @@ def fit(
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
     feed = _Feed(trainer, as_source(data))
-    run = _Fit(trainer, Record(trainer, record, feed.peek), every, feed)
+    try:
+        plan = Record(trainer, record, feed.peek)
+    except _Dry:
+        result = FitResult(
+            trainer, History(np.zeros(0, int), np.zeros(0)), StopReason.DATA_EXHAUSTED
+        )
+        raise StreamExhaustedError(0, steps, result) from None
+    run = _Fit(trainer, plan, every, feed)
     reason = StopReason.STEPS_TAKEN
     with Bar(steps, shown=progress) as bar:
         pace = _Pace(chunk)

@@ -253,6 +253,11 @@ class ParamOptimiser(AbstractTransform):
 
         - `UnknownPathError`: if there is no rule of that name.
         """
+        if not isinstance(scales, Mapping):
+            raise TypeError(
+                f"`scales` is {scales!r}, but must map rules to factors: "
+                '`{"power": 0.1}`.'
+            )
         names: dict[Any, int] = {}
         for index, selector in enumerate(self.selectors.decode()):
             names.setdefault(selector, index)
@@ -336,7 +341,7 @@ class _Extras:
 
 
 # What stands around other transformations, and says nothing of what they do.
-_WRAPPERS = ("chain", "with_extra_args_support", "init_empty_state")
+_WRAPPERS = ("chain", "identity", "init_empty_state", "with_extra_args_support")
 
 
 def _by_path(tree: Any) -> OrderedDict[str, Any]:

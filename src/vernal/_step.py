@@ -132,8 +132,10 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
         # The policy has no say on the update, which it does not see. Shown the step
         # as one whose loss is not finite, it decides whether the fit goes on.
         def judge_again() -> tuple[Bool[Array, ""], PyTree]:
-            nan = jnp.full_like(loss, jnp.nan)
-            _, again, state = _judged(policy, nan, grads, old.policy_state)
+            # Under `vmap` both sides of a condition run: a sound step is shown as one.
+            shown = jnp.where(sound, jnp.zeros_like(loss), jnp.nan)
+            blank = jax.tree.map(lambda g: jnp.where(sound, 0, g), grads)
+            _, again, state = _judged(policy, shown, blank, old.policy_state)
             return jnp.asarray(again.stop), cast_like(state, policy_state)
 
         stop, state = lax.cond(
@@ -171,6 +173,12 @@ def _judged(
             f"but returned {returned!r}."
         )
     heeded, verdict, new_state = returned
+    for field, value in verdict._asdict().items():
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"{name} returned a Verdict whose `{field}` has shape "
+                f"{jnp.shape(value)}, but it must be a scalar, for the whole step."
+            )
     require_alike(heeded, grads, f"the gradients that {name} returned", _INPUT)
     require_alike(new_state, state, f"the state that {name} returned", _INPUT)
     return cast_like(heeded, grads), verdict, new_state
