@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from ._paths import dotted
+from ._typing import PyTree
 
 
 def require_alike(tree: PyTree, like: PyTree, what: str, whose: str) -> None:

@@ -7,10 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from ._paths import dotted
-from ._typing import prng_key, whole_number
+from ._typing import PyTree, prng_key, whole_number
 
 Batch = TypeVar("Batch")
 
@@ -49,7 +49,7 @@ class Minibatches(eqx.Module):
     ```
     """
 
-    arrays: PyTree[Array]
+    arrays: PyTree
     size: int = eqx.field(static=True)
     key: PRNGKeyArray
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeVar, final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Int
 
-from ._typing import whole_number
+from ._typing import PyTree, whole_number
 
 T = TypeVar("T")
 
@@ -119,9 +119,9 @@ class NonFiniteError(FloatingPointError):
         result: Any,
     ):
         """**Arguments:** see the attributes."""
-        self.step = step
-        self.paths = tuple(paths)
-        self.report = dict(report)
+        self.step: int = step
+        self.paths: tuple[str, ...] = tuple(paths)
+        self.report: dict[str, NanCount] = dict(report)
         self.result = result
         super().__init__(
             f"not finite at step {step}: {', '.join(self.paths)}. "

@@ -7,13 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from ._history import History
 from ._objective import metric_shapes
 from ._paths import UnknownPathError, dotted, nearest_names, paths
 from ._selectors import resolve
 from ._step import Outcome, grad_norm
+from ._typing import PyTree
 
 GRAD_NORM = "grad_norm"
 LOSS = "loss"

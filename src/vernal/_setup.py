@@ -4,7 +4,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from ._alike import cast_like
 from ._nonfinite import NanPolicy
@@ -13,7 +12,7 @@ from ._optimiser import ParamOptimiser
 from ._paths import is_inexact, paths
 from ._projector import EigenProjector
 from ._selectors import resolve
-from ._typing import prng_key
+from ._typing import PyTree, prng_key
 
 
 def check_class(trainer: Any) -> None:

@@ -11,11 +11,12 @@ import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from ._alike import cast_like, require_alike
 from ._nonfinite import Verdict, all_finite
 from ._objective import score
+from ._typing import PyTree
 
 _INPUT = "what it was given"
 

@@ -8,7 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._alike import cast_like, require_alike
 from ._compiled import StepInfo, run_step
@@ -31,6 +31,7 @@ from ._setup import (
 )
 from ._step import Progress, initial_progress
 from ._transform import AbstractTransform, as_transform
+from ._typing import PyTree
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")

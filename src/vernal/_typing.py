@@ -12,6 +12,9 @@ from jaxtyping import jaxtyped
 P = ParamSpec("P")
 R = TypeVar("R")
 
+PyTree = Any
+"""Any pytree: what its leaves must be, no annotation says."""
+
 Params = Any
 """A pytree of parameters: arrays, with `None` where a leaf is left out."""
 
