@@ -1,5 +1,6 @@
+import functools
 import importlib
-import time
+import re
 import unittest
 import warnings
 from collections import OrderedDict
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 import vernal as vn
+from vernal import _groups
 from vernal._partition import init_groups, update_groups
 from vernal._transform import Transform
 
@@ -309,16 +311,123 @@ def test_groups_over_flat_leaves():
     assert list(states[1].trace) == ["c", "d"]
 
 
-def test_tracing_is_linear():
-    def seconds(size):
-        params = {f"p{i}": jnp.asarray(1.0) for i in range(size)}
-        tx = vn.partition(
-            {name: optax.sgd(0.1) for name in params}, {name: name for name in params}
-        )
-        state = tx.init(params)
-        start = time.process_time()
-        jax.make_jaxpr(tx.update)(params, state, params)
-        return time.process_time() - start
+PAIRS = {"a": jnp.ones(3), "b": jnp.ones(3), "c": [jnp.ones(2)] * 2, "d": jnp.ones(3)}
+PAIR_LABELS = {"a": "a", "b": "b", "c": ["c", "c"], "d": "d"}
 
-    seconds(10)
-    assert seconds(400) < 12 * seconds(100)
+
+def make_pairs(make, *, by):
+    # All of one kind, but for the rate of one.
+    rules = {label: make(0.2 if label == "d" else 0.1) for label in PAIRS}
+    if by == "partition":
+        return vn.partition(rules, PAIR_LABELS)
+    return vn.ParamOptimiser(rules)
+
+
+def program(tx, **extra):
+    # The rates are arguments: constants are listed in the order that they are met in.
+    rates, rest = eqx.partition(tx, eqx.is_array)
+
+    def update(rates, grads, state, params):
+        tx = eqx.combine(rates, rest)
+        value = loss(params)
+        return tx.update(grads, state, params, value=value, grad=grads, **extra)
+
+    args = rates, PAIRS, tx.init(PAIRS), PAIRS
+    jaxpr, out = jax.make_jaxpr(update, return_shape=True)(*args)
+    return re.sub("0x[0-9a-f]+", "", str(jaxpr)), out
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Appends to a list whenever Adam is traced."""
+    seen = []
+    update_moment = optax.tree.update_moment
+
+    def spy(*args):
+        seen.append(args)
+        return update_moment(*args)
+
+    monkeypatch.setattr(optax.tree, "update_moment", spy)
+    return seen
+
+
+SHARED = {
+    "adam": optax.adam,
+    "schedule": lambda rate: optax.adam(optax.cosine_decay_schedule(rate, 9)),
+    "polyak": optax.polyak_sgd,
+    "delay": lambda rate: optax.adam(vn.delay(rate, 2)),
+    "global norm": lambda _: TRANSFORMS["global norm"](),
+    "mask by path": lambda _: TRANSFORMS["mask by path"](),
+    "inject": lambda _: TRANSFORMS["inject"](),
+}
+
+
+@pytest.mark.parametrize("by", ["partition", "rules"])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_shared_trace_makes_the_same_program(name, by, monkeypatch):
+    tx = make_pairs(SHARED[name], by=by)
+    shared, shared_out = program(tx, value_fn=loss)
+    monkeypatch.setattr(_groups, "_kind", lambda *_: None)
+    alone, alone_out = program(tx, value_fn=loss)
+    assert shared == alone
+    # With the paths in the structure of the state, and all types.
+    assert jax.tree.structure(shared_out) == jax.tree.structure(alone_out)
+    assert jax.tree.structure(shared_out[1]) == jax.tree.structure(tx.init(PAIRS))
+    assert jax.tree.leaves(shared_out) == jax.tree.leaves(alone_out)
+
+
+def test_a_shared_window(monkeypatch):
+    # Its branches are the same, but JAX prints them once where it met them once.
+    tx = make_pairs(lambda rate: vn.window(optax.adam(rate), 1, 3), by="rules")
+    shared = run(tx, PAIRS)
+    monkeypatch.setattr(_groups, "_kind", lambda *_: None)
+    assert_same_bits(shared, run(tx, PAIRS))
+
+
+@pytest.mark.parametrize(("by", "least"), [("partition", 3), ("rules", 2)])
+def test_groups_of_a_kind_are_traced_once(by, least, traces):
+    # A float of Optax's own is a constant of the program, a rate of ours is a leaf.
+    program(make_pairs(lambda rate: optax.adam(rate, b1=0.8), by=by), value_fn=loss)
+    assert len(traces) == least
+
+
+def test_traces_do_not_grow_with_the_groups(traces):
+    params = {f"p{i}": jnp.asarray(1.0) for i in range(60)}
+    tx = vn.ParamOptimiser({name: optax.adam(0.1, b1=0.7) for name in params})
+    jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+    assert len(traces) == 1
+
+
+def test_functions_of_the_user_see_the_paths():
+    seen = []
+
+    def mask(params):
+        seen.append(list(params))
+        return jax.tree.map(lambda _: True, params)
+
+    @functools.wraps(optax.constant_schedule(0.1))
+    def schedule(count):
+        seen.append("schedule")
+        return 0.1
+
+    program(make_pairs(lambda _: optax.adamw(0.1, mask=mask), by="rules"))
+    for own in (["a"], ["b"], ["c.0", "c.1"], ["d"]):
+        # When the state is made, and in the update.
+        assert seen.count(own) == 2
+    seen.clear()
+    program(make_pairs(lambda _: optax.sgd(schedule), by="partition"))
+    assert len(seen) == len(PAIRS)
+
+
+def test_an_error_in_a_shared_trace_has_the_path():
+    tx = make_pairs(lambda rate: optax.adam(rate), by="partition")
+    state = tx.init({**PAIRS, "a": [jnp.ones(3)]} | {"b": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"`a` met trees that do not match"):
+        jax.make_jaxpr(tx.update)(PAIRS, state, PAIRS)
+
+
+def test_line_searches_of_many_groups():
+    tx = vn.ParamOptimiser({"p": LBFGS, "q": LBFGS})
+    params = {"p": jnp.asarray([0.3]), "q": jnp.asarray([0.4])}
+    new, _ = run(tx, params, 3, value_fn=loss)
+    assert loss(new) < 0.5 * loss(params)

@@ -1,13 +1,20 @@
 """One transformation for each group of leaves, over flat lists."""
 
+import functools
 import inspect
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
+from jax.core import Tracer
+
+from ._closures import Closure
+from ._skeleton import Skeleton
+from ._transform import AbstractTransform, Transform
 
 
 def group_members(
@@ -85,18 +92,125 @@ def update_groups(
     ]
     new_states = []
     all_members = group_members(owners, len(transforms))
-    for tx, members, state in zip(transforms, all_members, states, strict=True):
-        new, new_state = _explained(
-            optax.with_extra_args_support(tx).update,
+    # Outside a trace there is none to share, and what is compiled has other bits.
+    is_traced = any(isinstance(update, Tracer) for update in updates)
+    kinds = [
+        _kind(tx, [updates[i] for i in members]) if is_traced and members else None
+        for tx, members in zip(transforms, all_members, strict=True)
+    ]
+    frequency = Counter(kind.key for kind in kinds if kind is not None)
+    for tx, members, state, kind in zip(
+        transforms, all_members, states, kinds, strict=True
+    ):
+        update = optax.with_extra_args_support(tx).update
+        args = (
             group_leaves(members, names, updates),
             state,
             None if params is None else group_leaves(members, names, params),
-            **_alike(extra_of(members, names), members, names),
         )
+        extra = _alike(extra_of(members, names), members, names)
+        done = None
+        if kind is not None:
+            shared = kind.shared_update if frequency[kind.key] > 1 else update
+            done = _update_nameless(shared, kind, args, extra)
+        new, new_state = done or _explained(update, *args, **extra)
         for index in members:
             out[index] = new[names[index]]
         new_states.append(new_state)
     return out, tuple(new_states)
+
+
+# The functions of these look at no name of a parameter. JAX's caches hash no key of a
+# dictionary: a thousand groups of a key each would be a thousand traces of everything
+# that Optax calls, each one found among all of the others.
+_NAMELESS = (
+    "optax.",
+    "jax.",
+    "jaxlib.",
+    f"{__package__}._transform",
+    f"{__package__}._schedule",
+)
+
+
+class _Kind(NamedTuple):
+    """A transformation that cannot look at names; groups of one key share a trace."""
+
+    closure: Closure
+    words: frozenset[str]
+    avals: tuple[Any, ...]
+
+    @property
+    def key(self) -> tuple[Skeleton, tuple[Any, ...]]:
+        return self.closure.skeleton, self.avals
+
+    def shared_update(self, *args: Any, **extra: Any) -> Any:
+        return _shared(self.closure.skeleton)(self.closure.leaves, args, extra)
+
+
+def _kind(tx: Any, leaves: Sequence[Any]) -> _Kind | None:
+    if issubclass(type(tx), AbstractTransform):
+        closure = tx.closure if type(tx) is Transform else None
+    else:
+        closure = Closure.encode(tx)
+    words = None if closure is None else _words(closure.skeleton)
+    if closure is None or words is None:
+        return None
+    avals = tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
+    return _Kind(closure, words, avals)
+
+
+@functools.lru_cache(maxsize=4096)
+def _words(skeleton: Skeleton) -> frozenset[str] | None:
+    return skeleton.words() if skeleton.is_made_of(_NAMELESS) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared(skeleton: Skeleton) -> Callable[..., Any]:
+    # Inline, so that the program is the one that a trace of each group makes.
+    @functools.partial(jax.jit, inline=True)
+    def update(leaves: Any, args: Any, extra: Any) -> Any:
+        tx = optax.with_extra_args_support(Closure(leaves, skeleton).decode())
+        return tx.update(*args, **extra)
+
+    return update
+
+
+def _update_nameless(
+    update: Callable[..., Any],
+    kind: _Kind,
+    args: tuple[Any, ...],
+    extra: Mapping[str, Any],
+) -> Any:
+    """Updates a group under names that all groups of its size have.
+
+    Returns `None` where it must be done under its own.
+    """
+    functions = {name for name, arg in extra.items() if callable(arg)}
+    if functions & kind.words:
+        return None
+    extra = {name: arg for name, arg in extra.items() if name not in functions}
+    names = tuple(args[0])
+    aliases = tuple(map(str, range(len(names))))
+    try:
+        args, extra = _renamed((args, extra), names, aliases)
+        return _renamed(update(*args, **extra), aliases, names)
+    except (TypeError, ValueError):
+        # Once more, for an error that has the names.
+        return None
+
+
+def _renamed(tree: Any, old: Sequence[str], new: Sequence[str]) -> Any:
+    keys = set(old)
+
+    def is_group(node: Any) -> bool:
+        return isinstance(node, dict) and node.keys() == keys
+
+    def rename(node: Any) -> Any:
+        if not is_group(node):
+            return node
+        return type(node)(zip(new, map(node.__getitem__, old), strict=True))
+
+    return jtu.tree_map(rename, tree, is_leaf=is_group)
 
 
 def group_leaves(

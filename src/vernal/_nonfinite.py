@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, final
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, ArrayLike, Bool, Int
 
 from ._typing import PyTree, whole_number
 
@@ -24,12 +24,19 @@ def _is_inexact(leaf: Any) -> bool:
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in the inexact leaves of a tree is finite."""
-    flags = [
-        jnp.all(jnp.isfinite(leaf))
-        for leaf in jax.tree.leaves(tree)
-        if _is_inexact(leaf)
-    ]
+    flags = [is_finite(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
     return ft.reduce(operator.and_, flags, jnp.array(True))
+
+
+def is_finite(array: ArrayLike) -> Bool[Array, ""]:
+    """Whether every number in an array is finite.
+
+    The largest magnitude tells: it is infinite or NaN if any is. To reduce floats is
+    three times as fast on a CPU as to reduce the booleans of `isfinite`.
+    """
+    if jnp.size(array) == 0:
+        return jnp.array(True)
+    return jnp.isfinite(jnp.max(jnp.abs(array)))
 
 
 def debug_nan_check(grads: T) -> T:

@@ -3,8 +3,12 @@
 import dataclasses
 import types
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
+
+import jax
+import jax.tree_util as jtu
+import numpy as np
 
 # The parts of a skeleton. Each knows how to build its object again.
 
@@ -121,8 +125,87 @@ class Skeleton:
         """The qualified names of the functions with something in them."""
         return frozenset(s.metadata["__qualname__"] for s in self.plan.shells)
 
+    def words(self) -> frozenset[str]:
+        """All names and strings in the code of the functions."""
+        codes = [shell.code for shell in self.plan.shells]
+        codes += [
+            value.__code__
+            for part in _all_parts(self.plan)
+            if isinstance(part, Static)
+            and isinstance(value := part.value, types.FunctionType)
+        ]
+        found: set[str] = set()
+        while codes:
+            code = codes.pop()
+            found.update(code.co_names, code.co_varnames)
+            found.update(c for c in code.co_consts if isinstance(c, str))
+            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        return frozenset(found)
+
+    def is_made_of(self, modules: tuple[str, ...]) -> bool:
+        """Whether there is nothing here but numbers and functions of some modules.
+
+        **Arguments:**
+
+        - `modules`: their names; one that ends with a dot stands for a package.
+        """
+        # Not `__module__`, which `functools.wraps` copies.
+        scopes = (shell.scope["__name__"] for shell in self.plan.shells)
+        return all(_is_from(name, modules) for name in scopes) and all(
+            _is_plain(part, modules) for part in _all_parts(self.plan)
+        )
+
     def __repr__(self) -> str:
         return f"Skeleton({', '.join(sorted(self.function_names))})"
+
+
+def _all_parts(plan: Plan) -> Iterator[Part]:
+    todo = [plan.root, *(part for part in plan.cells if part is not None)]
+    for shell in plan.shells:
+        todo.append(shell.defaults)
+        # Dictionaries, but by the names of arguments and attributes.
+        for part in (shell.kwdefaults, shell.attributes):
+            todo += part.parts if isinstance(part, Group) else [part]
+    while todo:
+        part = todo.pop()
+        yield part
+        if isinstance(part, Group):
+            todo += part.parts
+
+
+def _is_from(name: str, modules: tuple[str, ...]) -> bool:
+    return name in modules or any(
+        f"{name}.".startswith(module) for module in modules if module.endswith(".")
+    )
+
+
+def _is_plain(part: Part, modules: tuple[str, ...]) -> bool:
+    if isinstance(part, Leaf | Function):
+        return True
+    if isinstance(part, Group):
+        if isinstance(part.key, type):
+            return part.key in (tuple, list, types.MethodType)
+        if isinstance(part.key, tuple) and isinstance(part.key[0], jtu.PyTreeDef):
+            data = part.key[0].node_data()
+            return data is not None and issubclass(data[0], tuple)
+        return part.key == (dict, ())
+    value = part.value if isinstance(part, Static) else part
+    if isinstance(value, types.CellType):
+        try:
+            value = value.cell_contents
+        except ValueError:
+            return True
+    if type(value) is _JITTED:
+        value = getattr(value, "__wrapped__", None)
+    if isinstance(value, types.FunctionType):
+        return _is_from(value.__globals__["__name__"], modules)
+    if isinstance(value, type):
+        return _is_from(value.__module__, (*modules, "builtins", "numpy.", "ml_dtypes"))
+    numbers = bool | int | float | complex | np.generic | np.ndarray | jax.Array
+    return value is None or isinstance(value, numbers | str | np.dtype)
+
+
+_JITTED = type(jax.jit(lambda: None))
 
 
 interned: weakref.WeakValueDictionary[Plan, Skeleton] = weakref.WeakValueDictionary()

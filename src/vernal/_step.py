@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._alike import cast_like, require_alike
-from ._nonfinite import Verdict, all_finite
+from ._nonfinite import Verdict, all_finite, is_finite
 from ._objective import score
 from ._typing import PyTree
 
@@ -191,7 +191,7 @@ def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
     Some hold an infinity by design, such as the best value before there is one.
     """
     flags = [
-        jnp.any(jnp.isfinite(o) & ~jnp.isfinite(n))
+        ~is_finite(jnp.where(jnp.isfinite(o), n, 0))
         for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
         if jnp.issubdtype(n.dtype, jnp.inexact)
     ]
