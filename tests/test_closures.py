@@ -102,8 +102,9 @@ def test_rates_are_weak_leaves_by_name():
     assert isinstance(options["beta"], float)
     for other, equal in ((make(0.2, 0.9), True), (make(0.1, 0.8), False)):
         assert (Closure.encode(other, RATES).skeleton == closure.skeleton) is equal
-    # An integer may be a count.
+    # An integer may be a count, and another package's function may look at a rate.
     assert Closure.encode(make(1, 0.9), RATES).leaves == ()
+    assert Closure.encode(make(0.1, 0.9), RATES, within=("optax",)).leaves == ()
 
 
 def test_shared_cells_are_one_leaf():
@@ -185,13 +186,28 @@ def test_methods_partials_and_modules():
         assert closure.skeleton != Closure.encode(c).skeleton
 
 
-def test_unhashable_objects_are_kept_by_identity():
-    class Odd:
-        __hash__ = None
+def test_what_may_change_unseen_is_never_shared():
+    """A configuration object is the same when its contents are not."""
 
-    a, b = Odd(), Odd()
-    assert same(holding(a), holding(a))
-    assert not same(holding(a), holding(b))
+    class Configuration:
+        rate = 0.1
+
+    fn = holding(Configuration())
+    assert same(fn, fn)
+    config = Configuration()
+    assert not same(holding(config), holding(config))
+    # Nor where a helper reads it, or a number that has changed since.
+    scope = {"__name__": "user", "weight": 3.0, "config": None}
+    exec("def helper(x):\n    return weight * x", scope)
+    exec("def make():\n    return lambda x: helper(x)", scope)
+    first = scope["make"]()
+    assert same(first, scope["make"]())
+    before = Closure.encode(first)
+    scope["weight"] = 10.0
+    assert Closure.encode(scope["make"]()).skeleton != before.skeleton
+
+
+def test_containers_are_kept_by_value():
     loop = [1]
     loop.append(loop)
     assert same(holding(loop), holding(loop))

@@ -556,3 +556,42 @@ def test_steps_on_rows_of_data_need_no_copy_of_the_trainer():
         alone, info = trainer.step((BATCH[0], rows[i]))
         np.testing.assert_allclose(at(infos, i).loss, info.loss, rtol=1e-14)
         np.testing.assert_allclose(many.model.slope[i], alone.model.slope, rtol=1e-14)
+
+
+def test_a_parameter_that_is_trained_has_a_rule():
+    model = {"a": jnp.asarray(1.0), "b": jnp.asarray(2.0)}
+
+    class Sum(vn.Trainer):
+        def loss(self, model, batch):
+            return model["a"] ** 2 + model["b"] ** 2
+
+    with pytest.raises(ValueError, match=r"no rule for 'a'"):
+        Sum(model, vn.ParamOptimiser({"b": optax.sgd(0.1)}), train="a")
+    trainer = Sum(model, vn.ParamOptimiser({"a": optax.sgd(0.1)}))
+    with pytest.raises(ValueError, match=r"no rule for 'a'"):
+        trainer.replace(optimiser=vn.ParamOptimiser({"b": optax.sgd(0.1)}))
+
+
+def test_a_constraint_sees_its_model_in_self():
+    class Sum(vn.Trainer):
+        def loss(self, model, batch):
+            return model**2
+
+        def constrain(self, model):
+            return jnp.where(self.model == model, model, jnp.nan)
+
+    trainer, info = Sum(jnp.asarray(2.0), optax.sgd(0.1)).step(None)
+    assert info.accepted
+    np.testing.assert_allclose(trainer.model, 1.6)
+
+
+def test_a_transformation_of_the_users_own_may_look_at_its_rate():
+    def mine(learning_rate):
+        def update(updates, state, params=None):
+            factor = -learning_rate if learning_rate > 0 else 0.0
+            return jax.tree.map(lambda g: factor * g, updates), state
+
+        return optax.GradientTransformation(lambda params: {"n": 0}, update)
+
+    result = vn.fit(lambda m, b: m**2, jnp.asarray(1.0), mine(0.25), None, 2)
+    np.testing.assert_allclose(result.model, 0.25)

@@ -24,14 +24,15 @@ from ._skeleton import (
     Static,
     interned,
 )
-from ._values import Same, globals_key, names_used, value_key
+from ._values import Same, globals_key, may_change, names_used, value_key
 
 
 class _Encoder:
     """One walk over an object. Shared cells and functions are met once."""
 
-    def __init__(self, rates: frozenset[str]):
+    def __init__(self, rates: frozenset[str], within: tuple[str, ...] | None):
         self.rates = rates
+        self.within = within
         self.leaves: list[Array] = []
         self.shells: list[Shell | None] = []
         self.cells: list[Part | None] = []
@@ -128,6 +129,8 @@ class _Encoder:
             fn.__module__,
             fn.__doc__,
         )
+        if any(map(may_change, _instances(fn))):
+            key = (Same(fn), *key)
         contents = fn.__closure__, fn.__defaults__, fn.__kwdefaults__, fn.__dict__
         if not any(contents):
             return Static(key, fn)
@@ -137,6 +140,9 @@ class _Encoder:
         self.shells.append(None)
         self.alive.append(fn)
         _, rebound = names_used(fn.__code__)
+        outer_rates, package = self.rates, fn.__globals__.get("__name__", "")
+        if self.within is not None and package.split(".")[0] not in self.within:
+            self.rates = frozenset()
         cells = tuple(
             self.cell(cell, name, name in rebound)
             for name, cell in zip(
@@ -153,6 +159,7 @@ class _Encoder:
             fn.__globals__,
             _metadata(fn),
         )
+        self.rates = outer_rates
         return Function(index)
 
     def cell(self, cell: types.CellType, name: str, rebound: bool) -> int:
@@ -174,6 +181,17 @@ class _Encoder:
         return index
 
 
+def _instances(fn: types.FunctionType) -> list[Any]:
+    """The objects in a function's cells: containers are walked, and compared so."""
+    contents = []
+    for cell in fn.__closure__ or ():
+        try:
+            contents.append(cell.cell_contents)
+        except ValueError:
+            continue
+    return [x for x in contents if not isinstance(x, list | dict | set)]
+
+
 def _metadata(fn: types.FunctionType) -> dict[str, Any]:
     names = ["__name__", "__qualname__", "__module__", "__doc__"]
     # Where annotations are lazy, asking for them may fail; their maker can be kept.
@@ -193,7 +211,12 @@ class Closure(eqx.Module):
     skeleton: Skeleton = eqx.field(static=True)
 
     @classmethod
-    def encode(cls, obj: Any, rates: frozenset[str] = frozenset()) -> "Closure":
+    def encode(
+        cls,
+        obj: Any,
+        rates: frozenset[str] = frozenset(),
+        within: tuple[str, ...] | None = None,
+    ) -> "Closure":
         """Separates an object into its arrays and the rest.
 
         **Arguments:**
@@ -204,12 +227,14 @@ class Closure(eqx.Module):
         - `rates`: names. A float in a variable or under a dictionary key of such a
             name becomes a leaf as well. For transformations: what they rebind by
             `nonlocal` is taken by value.
+        - `within`: packages. Where given, `rates` holds in their functions alone: what
+            others do with a rate, nobody knows; they may look at it in Python.
 
         **Returns:**
 
         The closure, which [`decode`][vernal._closures.Closure.decode] turns back.
         """
-        encoder = _Encoder(rates)
+        encoder = _Encoder(rates, within)
         root = encoder.walk(obj)
         shells = cast(tuple[Shell, ...], tuple(encoder.shells))
         plan = Plan(root, shells, tuple(encoder.cells))

@@ -124,9 +124,10 @@ class Minibatches(eqx.Module):
 class Stream:
     """One batch a step from the user's own loader.
 
-    The loader is read from Python, one batch ahead of each step, and goes on from
-    where the last fit left it. Batches of one structure and shape share one
-    compilation; each new shape compiles once.
+    The loader is read from Python, and goes on from where the last fit left it. A fit
+    that is stopped by its NaN policy may have read a batch or two beyond that step.
+    Batches of one structure and shape share one compilation; each new shape compiles
+    once.
 
     !!! example
 
@@ -199,9 +200,10 @@ def as_source(data: Any) -> Source:
 
 
 def as_batch(batch: Any) -> Any:
-    """Turns the numbers of a batch into arrays, so that new ones compile nothing.
+    """Turns NumPy's arrays and the floats of a batch into JAX's arrays.
 
-    What is no number (a string, a function) stays as it is, and is static.
+    So new ones compile nothing. Integers, strings and functions stay as they are, and
+    are static: they may decide a shape or a branch.
     """
     if isinstance(batch, Minibatches | Stream | Iterator):
         raise TypeError(

@@ -1,7 +1,6 @@
 """Eigendecompositions of symmetric matrices whose units differ."""
 
 from collections.abc import Callable
-from functools import partial
 
 import equinox as eqx
 import jax
@@ -100,19 +99,7 @@ def equilibrated_eigh(
     The eigenvalues, descending, and the eigenvectors as columns.
     """
     scaled = matrix / scale[:, None] / scale
-    values, vectors = _descending((scaled + scaled.T) / 2, symmetrize=False)
-    # The solver's vectors are orthogonal to a few roundings for each dimension, which
-    # shows only in a matrix that has no worse condition than that.
-    is_easy = jnp.abs(values[0]) < values.size * jnp.abs(values[-1])
-    vectors = jax.lax.cond(is_easy, _orthonormalised, lambda v: v, vectors)
-    return values, vectors
-
-
-def _orthonormalised(vectors: Float[Array, "D D"]) -> Float[Array, "D D"]:
-    """Takes one Newton-Schulz step towards the nearest orthogonal matrix."""
-    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    excess = product(vectors.T, vectors) - jnp.eye(len(vectors), dtype=vectors.dtype)
-    return vectors - product(vectors, excess) / 2
+    return _descending((scaled + scaled.T) / 2, symmetrize=False)
 
 
 @jax.jit

@@ -31,6 +31,9 @@ from ._typing import whole_number
 _CHUNK_SECONDS = 0.5
 _FASTEST_GROWTH = 100
 
+# Steps are counted in 32 bits.
+_MOST_STEPS = 2**31 - 1
+
 Callback = Callable[[Any, History], Any]
 
 
@@ -47,7 +50,7 @@ def fit(
 ) -> FitResult[Any, Any]:
     """Takes `steps` steps. The documentation is that of `Trainer.fit`."""
     steps = whole_number(steps, "steps", least=0)
-    every = whole_number(every, "every", least=1)
+    every = min(whole_number(every, "every", least=1), _MOST_STEPS)
     chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)
     if callback is not None and not callable(callback):
         raise TypeError(
@@ -76,7 +79,7 @@ def fit(
                 bar.update(run.taken - before, run.trainer, run.last_loss)
                 if callback is not None:
                     answer = callback(run.trainer, run.history())
-                    if _is_true(answer):
+                    if _is_boolean(answer) and answer:
                         reason = StopReason.CALLBACK
                         break
                     run.go_on_with(answer)
@@ -85,9 +88,12 @@ def fit(
         except _Dry:
             result = run.result(StopReason.DATA_EXHAUSTED)
             raise StreamExhaustedError(run.taken, steps, result) from None
-    result = run.result(StopReason.NON_FINITE if run.stopped else reason)
-    if run.stopped and trainer.nan_policy.raises:
-        raise run.trainer._non_finite_error(result)
+    if run.stopped:
+        is_bad = run.trainer._is_at_a_bad_step()
+        reason = StopReason.NON_FINITE if is_bad else StopReason.POLICY
+    result = run.result(reason)
+    if run.taken:
+        run.trainer._raise_if_non_finite(result)
     return result
 
 
@@ -99,9 +105,10 @@ def no_optimiser(trainer: Any) -> ValueError:
     )
 
 
-def _is_true(answer: Any) -> bool:
+def _is_boolean(answer: Any) -> bool:
     # The outcome of a comparison is a boolean of NumPy or of JAX, as often as not.
-    return isinstance(answer, bool | np.bool_ | jax.Array) and bool(answer)
+    is_one = isinstance(answer, bool | np.bool_ | jax.Array)
+    return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
 
 
 class _Dry(Exception):
@@ -152,7 +159,7 @@ class _Fit:
     """A fit on its way: the trainer as it is now, and what was recorded so far."""
 
     def __init__(self, trainer: Any, record: Record, every: int, feed: _Feed):
-        self.trainer = trainer
+        self.trainer: Any = trainer
         self.record = record
         self.every = every
         self.feed = feed
@@ -210,7 +217,7 @@ class _Fit:
 
     def go_on_with(self, answer: Any) -> None:
         """Takes what a callback returned."""
-        if answer is None or isinstance(answer, bool | np.bool_ | jax.Array):
+        if answer is None or _is_boolean(answer):
             return
         if type(answer) is not type(self.trainer):
             raise TypeError(

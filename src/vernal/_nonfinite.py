@@ -1,4 +1,4 @@
-"""What to do with non-finite values: the seed's two checks, and `NanPolicy`."""
+"""What to do with non-finite values: the two checks of zodiax, and `NanPolicy`."""
 
 import abc
 import functools as ft

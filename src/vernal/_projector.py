@@ -45,7 +45,7 @@ class EigenProjector(eqx.Module):
         fmat: Matrix,
         params: Params,
         *,
-        rtol: float | None = None,
+        rtol: float | int | None = None,
         rank: int | None = None,
         on_null: OnNull = "drop",
     ) -> "EigenProjector":
@@ -87,7 +87,7 @@ class EigenProjector(eqx.Module):
         cov: Matrix,
         params: Params,
         *,
-        rtol: float | None = None,
+        rtol: float | int | None = None,
         rank: int | None = None,
         on_null: OnNull = "drop",
     ) -> "EigenProjector":

@@ -19,6 +19,7 @@ class StopReason(enum.Enum):
         "The NaN policy ended the fit at a value that is not finite: "
         "`trainer.nan_report()` says where."
     )
+    POLICY = "The NaN policy ended the fit."
     DATA_EXHAUSTED = "The stream ran dry."
     CALLBACK = "The callback ended the fit."
     INTERRUPTED = "The fit was interrupted from the keyboard."
@@ -55,7 +56,7 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
 
     @property
     def _trainer(self) -> Any:
-        # Its class lives a floor above, and knows this one.
+        # Its class imports this one, and cannot be named here.
         return self.trainer
 
     def __repr__(self) -> str:

@@ -121,10 +121,25 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
         )
 
 
+def check_ruled(optimiser: Any, params: PyTree) -> None:
+    """Refuses a parameter that would be trained, and never moved."""
+    if type(optimiser) is not ParamOptimiser:
+        return
+    owners = cast(ParamOptimiser, optimiser).owners(params, filtered=True)
+    names = paths(params)
+    idle = [n for n, owner in zip(names, owners, strict=True) if owner is None]
+    if idle:
+        raise ValueError(
+            f"`optimiser` has no rule for {', '.join(map(repr, idle[:5]))}, which is "
+            "trained. Give it one, or a `default`; or leave it out of `train`."
+        )
+
+
 def initial_opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:
     if optimiser is None:
         return None
-    return optimiser.init(params if latent is None else latent)
+    state = optimiser.init(params if latent is None else latent)
+    return jax.tree.map(jnp.asarray, state)
 
 
 def kept(old: PyTree, new: PyTree) -> PyTree:

@@ -101,7 +101,7 @@ class Skeleton:
     __slots__ = ("__weakref__", "_hash", "plan")
 
     def __init__(self, plan: Plan, hashed: int):
-        self.plan = plan
+        self.plan: Plan = plan
         self._hash = hashed
 
     def __hash__(self) -> int:

@@ -1,5 +1,6 @@
 """One step of a fit, pure: the order of things, the last guard, best, counts."""
 
+import dataclasses
 import functools as ft
 import operator
 from collections.abc import Callable
@@ -191,7 +192,7 @@ def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
     Some hold an infinity by design, such as the best value before there is one.
     """
     flags = [
-        ~is_finite(jnp.where(jnp.isfinite(o), n, 0))
+        ~is_finite(jnp.where(jnp.isnan(o) | (jnp.isinf(o) & jnp.isinf(n)), 0, n))
         for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
         if jnp.issubdtype(n.dtype, jnp.inexact)
     ]
@@ -239,7 +240,8 @@ def _move(
 
 def _constrain(trainer: Any, params: PyTree) -> tuple[PyTree, PyTree]:
     model = trainer._parts.join(params)
-    constrained = trainer.constrain(model)
+    progress = dataclasses.replace(trainer._progress, params=params)
+    constrained = trainer._at(progress).constrain(model)
     require_alike(constrained, model, "what `constrain` returns", _INPUT)
     params = cast_like(trainer._parts.trained(constrained), params)
     if trainer.projector is None:

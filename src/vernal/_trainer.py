@@ -23,6 +23,7 @@ from ._result import FitResult
 from ._setup import (
     check_arguments,
     check_class,
+    check_ruled,
     find_trained,
     fit_projector,
     initial_opt_state,
@@ -123,6 +124,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             self.optimiser,
             constrained=self._overrides("constrain"),
         )
+        check_ruled(self.optimiser, params)
         self._progress = initial_progress(
             params,
             latent,
@@ -143,7 +145,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         return grads
 
     def constrain(self, model: Model) -> Model:
-        """A hook: changes the model after each update, to clip or to renormalise."""
+        """A hook: changes the model after each update, to clip or to renormalise.
+
+        Of the model that it returns the trained parameters are kept.
+        """
         return model
 
     # What a trainer holds.
@@ -223,8 +228,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
                 "A value is not finite, and the policy is RaiseOnNan.",
             )
             return self._at(progress), info
-        if info.stopped:
-            raise trainer._non_finite_error(trainer)
+        if not self.stopped:
+            trainer._raise_if_non_finite(trainer)
         return trainer, info
 
     def fit(
@@ -302,12 +307,19 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         free = lambda name: f"<{name}>" if name in names else name
         return (free("loss"), *names, free("update"))
 
-    def _non_finite_error(self, result: Any) -> NonFiniteError:
+    def _is_at_a_bad_step(self) -> bool:
+        """Whether the last step had a value that is not finite."""
+        *_, lasts = jax.device_get(self._progress.nan_counts)
+        return int(lasts.max()) == int(self.step_count) - 1 >= 0
+
+    def _raise_if_non_finite(self, result: Any) -> None:
+        if not (self.stopped and self.nan_policy.raises and self._is_at_a_bad_step()):
+            return
         *_, lasts = jax.device_get(self._progress.nan_counts)
         step = int(lasts.max())
         watched = zip(self._watched(), lasts, strict=True)
         bad = [name for name, last in watched if last == step]
-        return NonFiniteError(step, bad, self.nan_report(), result)
+        raise NonFiniteError(step, bad, self.nan_report(), result)
 
     def replace(
         self: SelfT,
@@ -319,8 +331,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """Changes some of what the trainer holds, and keeps what still fits.
 
         The state of an optimiser or a policy is kept if the new one's has the same
-        structure, shapes and dtypes, and made anew otherwise. The step count, the best
-        and the counts of `nan_report` are kept. A trainer that has stopped goes on.
+        structure, shapes and dtypes, and made anew otherwise. The step count and the
+        counts of `nan_report` are kept, and the best too, unless the model is another.
+        A trainer that has stopped goes on.
 
         **Arguments:**
 
@@ -330,6 +343,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         old = self._progress
         params, latent, parts = old.params, old.latent, self._parts
+        best, best_loss = old.best, old.best_loss
         if model is not None:
             if jax.tree.structure(model) != parts.structure:
                 raise ValueError(
@@ -345,10 +359,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             if self.projector is not None:
                 latent = self.projector.to_latent(params)
                 params = self.projector.to_params(latent)
+            best, best_loss = params, jnp.full_like(best_loss, jnp.inf)
         transform, opt_state = self.optimiser, old.opt_state
         if optimiser is not None:
             transform = as_transform(optimiser, "optimiser")
             refuse_names_in_latent_space(self.projector, transform)
+            check_ruled(transform, params)
             opt_state = kept(opt_state, initial_opt_state(transform, params, latent))
         policy, policy_state = self.nan_policy, old.policy_state
         if nan_policy is not None:
@@ -361,8 +377,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             latent=latent,
             opt_state=opt_state,
             policy_state=policy_state,
-            best=old.best,
-            best_loss=old.best_loss,
+            best=best,
+            best_loss=best_loss,
             nan_counts=old.nan_counts,
             step_count=old.step_count,
             stopped=jnp.zeros_like(old.stopped),

@@ -136,7 +136,8 @@ class Transform(AbstractTransform):
 
         `TypeError` if `tx` is not an Optax transformation.
         """
-        closure = Closure.encode(require_transformation(tx, where), RATE_NAMES)
+        tx = require_transformation(tx, where)
+        closure = Closure.encode(tx, RATE_NAMES, within=("optax",))
         names = closure.skeleton.function_names
         if any(found <= names for found in _NEEDS_CONSTANTS):
             closure = Closure.encode(tx)

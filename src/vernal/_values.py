@@ -70,14 +70,42 @@ def names_used(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(read - written), frozenset(rebound & set(code.co_freevars))
 
 
-def globals_key(fn: types.FunctionType) -> Hashable:
+# Libraries whose functions and objects do not change while a program runs.
+_SETTLED = ("builtins", "jax", "jaxlib", "numpy", "equinox", "optax", "vernal", "math")
+
+
+def _is_settled(module: str | None) -> bool:
+    return (module or "").split(".")[0] in _SETTLED
+
+
+def may_change(value: Any) -> bool:
+    """Whether a value may change its meaning and yet be the same to a comparison."""
+    if isinstance(value, list | dict | set | bytearray):
+        return True
+    if isinstance(value, type | types.ModuleType | types.FunctionType):
+        return False
+    own = type(value)
+    return own.__eq__ is object.__eq__ and not _is_settled(own.__module__)
+
+
+def globals_key(fn: types.FunctionType, seen: frozenset[int] = frozenset()) -> Hashable:
+    """A key of the globals that a function reads, by way of its helpers too."""
     # A notebook's cell run again makes an equal function over the same globals, in
     # which a number may have changed. Compiled code has the old one baked in.
     scope = fn.__globals__
+    seen = seen | {id(fn)}
     read, _ = names_used(fn.__code__)
-    plain = (bool, int, float, complex, str, type(None))
-    return Same(scope), frozenset(
-        (name, value_key(value) if type(value) in plain else Same(value))
-        for name in read
-        if (value := scope.get(name, scope)) is not scope
-    )
+    found = {name: scope[name] for name in read if name in scope}
+    if any(map(may_change, found.values())):
+        return Same(fn)
+    keys = ((name, _global_key(value, seen)) for name, value in found.items())
+    return Same(scope), frozenset(keys)
+
+
+def _global_key(value: Any, seen: frozenset[int]) -> Hashable:
+    plain = (bool, int, float, complex, str, type(None), np.ndarray)
+    if type(value) in plain:
+        return value_key(value)
+    if type(value) is not types.FunctionType or _is_settled(value.__module__):
+        return Same(value)
+    return Same(value), None if id(value) in seen else globals_key(value, seen)
