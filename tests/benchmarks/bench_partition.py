@@ -1,5 +1,6 @@
 """One adam for each parameter: `vernal.partition` against a loop written by hand."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,13 @@ def _seconds(fn: Callable[[], Any], repeats: int) -> float:
         jax.block_until_ready(fn())
         return time.perf_counter() - start
 
-    return min(once() for _ in range(repeats))
+    # As `timeit` does: the collector's work grows with all that lives here.
+    gc.collect()
+    gc.disable()
+    try:
+        return min(once() for _ in range(repeats))
+    finally:
+        gc.enable()
 
 
 def _trace_and_dispatch(
