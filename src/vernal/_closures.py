@@ -31,7 +31,7 @@ class _Encoder:
     """One walk over an object. Shared cells and functions are met once."""
 
     def __init__(self, rates: frozenset[str], within: tuple[str, ...] | None):
-        self.rates = rates
+        self.rates = self.all_rates = rates
         self.within = within
         self.leaves: list[Array] = []
         self.shells: list[Shell | None] = []
@@ -141,8 +141,8 @@ class _Encoder:
         self.alive.append(fn)
         _, rebound = names_used(fn.__code__)
         outer_rates, package = self.rates, fn.__globals__.get("__name__", "")
-        if self.within is not None and package.split(".")[0] not in self.within:
-            self.rates = frozenset()
+        is_within = self.within is None or package.split(".")[0] in self.within
+        self.rates = self.all_rates if is_within else frozenset()
         cells = tuple(
             self.cell(cell, name, name in rebound)
             for name, cell in zip(
