@@ -223,7 +223,8 @@ def _as_datum(path: str, leaf: Any) -> Any:
                 f"{where} an array of dtype {array.dtype}, which JAX cannot compute "
                 "with. Turn it into numbers, or leave it out."
             )
-        return jnp.asarray(leaf)
+        # A copy: JAX may otherwise share the memory of an array that is changed later.
+        return jnp.array(leaf)
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):
         raise TypeError(

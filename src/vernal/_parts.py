@@ -18,7 +18,8 @@ def strong(leaf: Any) -> jax.Array:
     A weakly typed array, such as `jnp.array(1.0)`, turns strong in the first step
     that is taken with it, and the second step would then be compiled anew.
     """
-    array = jnp.asarray(leaf)
+    # A copy of NumPy's: JAX may otherwise share the memory of what is changed later.
+    array = jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
     if not array.weak_type:
         return array
     if isinstance(array, jax.core.Tracer):
@@ -60,7 +61,7 @@ class Parts(eqx.Module):
         leaves, self.structure = jax.tree.flatten(model)
         self.kinds = tuple(map(_kind, leaves, owners))
         self.frozen = tuple(
-            leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+            leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
             for leaf, kind in zip(leaves, self.kinds, strict=True)
             if kind == "frozen"
         )
