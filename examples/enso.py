@@ -57,17 +57,6 @@ class PressureFit(vn.Trainer):
         return model(month) - pressure
 
 
-def whiten(model, batch):
-    """The projector in whose space all nine parameters are alike at `model`."""
-    fit = PressureFit(model)
-
-    def residuals(params):
-        return fit.residuals(eqx.combine(params, model), batch)
-
-    fisher = vn.gauss_newton(residuals, fit.params)
-    return vn.EigenProjector.from_fisher(fisher, fit.params)
-
-
 def digits(value, certified):
     return -np.log10(np.abs(value - certified) / np.abs(certified))
 
@@ -79,20 +68,20 @@ def main(output):
     start = Pressure(
         first[0], Cycle(12.0, *first[1:3]), Cycle(*first[3:6]), Cycle(*first[6:])
     )
-    paths = vn.paths(PressureFit(start).params)
+    trainer, history = PressureFit(start), None
+    paths = vn.paths(trainer.params)
 
-    model, history = start, None
     for rate in RATES:  # whiten and fit, then once more from there
         adam = optax.adam(optax.cosine_decay_schedule(rate, STEPS))
-        trainer = PressureFit(model, adam, projector=whiten(model, batch))
+        trainer = trainer.whiten(batch, optimiser=adam)
         result = trainer.fit(batch, STEPS, record=paths)
-        model = result.model
+        trainer = result.trainer
         history = result.history if history is None else history + result.history
 
     # The loss is half the sum of squares, which tells how far the data scatter.
-    scatter = jnp.sqrt(2 * result.trainer.best_loss / (batch.shape[1] - len(paths)))
-    errors = scatter * np.array(jax.tree.leaves(whiten(model, batch).standard_errors()))
-    fitted = np.array(jax.tree.leaves(PressureFit(model).params))
+    scatter = jnp.sqrt(2 * trainer.best_loss / (batch.shape[1] - len(paths)))
+    errors = scatter * np.array(jax.tree.leaves(trainer.standard_errors(batch)))
+    fitted = np.array(jax.tree.leaves(trainer.params))
     right, right_errors = digits(fitted, certified), digits(errors, deviations)
 
     print("                                     digits as NIST's")
@@ -106,7 +95,7 @@ def main(output):
         path: (history[path] - value) / error
         for path, value, error in zip(paths, certified, deviations, strict=True)
     }
-    draw(batch, model, history.loss, distances, output)
+    draw(batch, trainer.model, history.loss, distances, output)
 
 
 def draw(batch, model, losses, distances, output):

@@ -18,6 +18,7 @@ PUBLIC = sorted(
     if not name.startswith("_") and not isinstance(value, ModuleType)
 )
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OUTPUT = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def python_of(text: str) -> str:
@@ -49,9 +50,9 @@ def test_public_name_has_a_docstring(name):
     [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")],
     ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
-def test_code_blocks_run(page, tmp_path):
-    script = tmp_path / "blocks.py"
-    script.write_text(python_of(page.read_text(encoding="utf-8")), encoding="utf-8")
+def test_code_blocks_run_and_print_what_is_shown(page, tmp_path):
+    script, text = tmp_path / "blocks.py", page.read_text(encoding="utf-8")
+    script.write_text(python_of(text), encoding="utf-8")
     run = subprocess.run(
         [sys.executable, "-W", "error", script],
         capture_output=True,
@@ -60,3 +61,5 @@ def test_code_blocks_run(page, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
+    for shown in OUTPUT.findall(text):
+        assert shown in run.stdout

@@ -45,10 +45,10 @@ def _real(value: Any, name: str) -> Array:
     return value
 
 
-@eqx.filter_jit
-def _hessian(
+def hessian_matrix(
     fn: Callable[[Params], Any], params: Params, batch_size: int | None
 ) -> Array:
+    """Computes what `hessian` returns; to be compiled with what is around it."""
     def flat_fn(flat: Array) -> Array:
         value = _real(fn(unravel(flat, params)), "fn")
         if value.shape != ():
@@ -63,10 +63,10 @@ def _hessian(
     return _columns(matvec, flat, batch_size)
 
 
-@eqx.filter_jit
-def _gauss_newton(
+def gauss_newton_matrix(
     residuals: Callable[[Params], Any], params: Params, batch_size: int | None
 ) -> Array:
+    """Computes what `gauss_newton` returns; to be compiled with what is around it."""
     def flat_residuals(flat: Array) -> Array:
         value = _real(residuals(unravel(flat, params)), "residuals")
         if value.ndim == 0:
@@ -80,6 +80,10 @@ def _gauss_newton(
     _, push = jax.linearize(flat_residuals, flat)
     pull = jax.linear_transpose(push, flat)
     return _columns(lambda tangent: pull(push(tangent))[0], flat, batch_size)
+
+
+_hessian = eqx.filter_jit(hessian_matrix)
+_gauss_newton = eqx.filter_jit(gauss_newton_matrix)
 
 
 @checked

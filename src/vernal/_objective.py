@@ -23,6 +23,18 @@ def defined(trainer: Any) -> tuple[str, ...]:
     return tuple(name for name in METHODS if callable(getattr(kind, name, None)))
 
 
+def live(trainer: Any, params: Any) -> Any:
+    """Returns the trainer as its methods see it when they are called at `params`."""
+    return trainer._at(eqx.tree_at(lambda p: p.params, trainer._progress, params))
+
+
+def step_key(trainer: Any) -> PRNGKeyArray | None:
+    """Returns the key of the step that comes next, if the trainer has a key."""
+    if trainer.key is None:
+        return None
+    return jax.random.fold_in(trainer.key, trainer.step_count)
+
+
 def score(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Scored:
     """Evaluates what a trainer's class minimises.
 
@@ -58,6 +70,26 @@ def negative_log_likelihood(
     if "nll" in defined(trainer):
         nll = _call(trainer, "nll", model, batch, key)
         return _as_scalar(trainer, "nll", nll)
+    residuals = _residuals(trainer, model, batch, key)
+    squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
+    return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
+
+
+def real_residuals(
+    trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None
+) -> Float[Array, " N"]:
+    """Evaluates `residuals` as one real vector: of a complex one, both its parts."""
+    residuals = _residuals(trainer, model, batch, key)
+    if jnp.ndim(residuals) == 0:
+        raise ValueError(
+            f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
+            "an array, with a residual for each datum; for a scalar, define `nll`."
+        )
+    flat = jnp.ravel(residuals)
+    return jnp.concatenate([flat.real, flat.imag]) if _is_complex(flat) else flat
+
+
+def _residuals(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Array:
     residuals = _call(trainer, "residuals", model, batch, key)
     if not hasattr(residuals, "shape"):
         raise TypeError(
@@ -65,8 +97,7 @@ def negative_log_likelihood(
             f"{type(residuals).__name__}. It must return one array, such as "
             "`(model(x) - y) / sigma`."
         )
-    squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
-    return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
+    return residuals
 
 
 def _call(

@@ -12,17 +12,22 @@ Model = TypeVar("Model", covariant=True)
 
 
 class StopReason(enum.Enum):
-    """Why a fit ended. Prints as a sentence."""
+    """Why a fit or a solve ended. Prints as a sentence."""
 
     STEPS_TAKEN = "All steps were taken."
     NON_FINITE = (
-        "The NaN policy ended the fit at a value that is not finite: "
-        "`trainer.nan_report()` says where."
+        "Ended at a value that is not finite: `trainer.nan_report()` says where."
     )
     POLICY = "The NaN policy ended the fit."
     DATA_EXHAUSTED = "The stream ran dry."
     CALLBACK = "The callback ended the fit."
     INTERRUPTED = "The fit was interrupted from the keyboard."
+    CONVERGED = "The solver converged."
+    MAX_STEPS = "The solver took `max_steps` steps and has not converged."
+    DIVERGED = "The solver diverged."
+    FAILED = (
+        "The solver gave up: a linear problem within one of its steps had no solution."
+    )
 
     def __str__(self) -> str:
         """The sentence."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._alike import cast_like, require_alike
 from ._nonfinite import Verdict, all_finite, is_finite
-from ._objective import score
+from ._objective import live, score, step_key
 from ._typing import PyTree
 
 _INPUT = "what it was given"
@@ -94,13 +94,11 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
     The progress after the step, and what can be told of the step.
     """
     old: Progress = trainer._progress
-    key = (
-        None if trainer.key is None else jax.random.fold_in(trainer.key, old.step_count)
-    )
+    key = step_key(trainer)
 
     def scored(params: PyTree) -> tuple[Array, dict[str, Any]]:
-        live = trainer._at(eqx.tree_at(lambda p: p.params, old, params))
-        return score(live, live.model, batch, key)
+        there = live(trainer, params)
+        return score(there, there.model, batch, key)
 
     (loss, metrics), grads = jax.value_and_grad(scored, has_aux=True)(old.params)
     grads = jax.tree.map(_descending, grads)
@@ -129,7 +127,9 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
 
     def disturbed() -> tuple[Array, Bool[Array, ""], PyTree]:
         bad = [~all_finite(x) for x in (loss, *jax.tree.leaves(grads))]
-        counts = _count(old.nan_counts, jnp.stack([*bad, ~sound]), old.step_count)
+        counts = count_non_finite(
+            old.nan_counts, jnp.stack([*bad, ~sound]), old.step_count
+        )
 
         # The policy has no say on the update, which it does not see. Shown the step
         # as one whose loss is not finite, it decides whether the fit goes on.
@@ -250,7 +250,7 @@ def _constrain(trainer: Any, params: PyTree) -> tuple[PyTree, PyTree]:
     return trainer.projector.to_params(latent), latent
 
 
-def _count(
+def count_non_finite(
     counts: Int[Array, "3 columns"],
     bad: Bool[Array, " columns"],
     step: Int[Array, ""],

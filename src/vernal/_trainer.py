@@ -1,16 +1,15 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import equinox as eqx
 import jax
 import jax.core
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ._alike import cast_like, require_alike
+from ._change import replace, reproject
 from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
 from ._history import History
@@ -27,12 +26,20 @@ from ._setup import (
     find_trained,
     fit_projector,
     initial_opt_state,
-    kept,
-    refuse_names_in_latent_space,
 )
+from ._solve import solve
 from ._step import Progress, initial_progress
 from ._transform import AbstractTransform, as_transform
-from ._typing import PyTree
+from ._typing import Params, PyTree
+from ._uncertainty import (
+    Blocks,
+    curvature,
+    fisher,
+    has_likelihood,
+    objective,
+    standard_errors,
+    table,
+)
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
@@ -285,6 +292,217 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             chunk=chunk,
         )
 
+    def solve(
+        self: SelfT, solver: Any, batch: Batch, *, max_steps: int = 256
+    ) -> FitResult[SelfT, Model]:
+        """Solves for the parameters with a solver of Optimistix.
+
+        ```python
+        trainer.whiten(batch).solve(optx.BFGS(rtol=1e-8, atol=1e-8), batch).model
+        trainer.solve(optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8), batch).model
+        ```
+
+        If there is a projector the solver works in its latent space, where its
+        tolerances and its first steps are in error bars. The whole is one compiled
+        program, for any `max_steps` up to 256, and then up to each power of two.
+
+        A minimiser minimises what `fit` minimises; a least-squares solver, half the
+        sum of squared `residuals`. With `key=` the random numbers are those of one
+        step, the same throughout.
+
+        **Arguments:**
+
+        - `solver`: an Optimistix minimiser; or, where `residuals` is defined, a
+            least-squares solver.
+        - `batch`: what the loss is given, any pytree.
+        - `max_steps`: the number of steps after which to give up.
+
+        **Returns:**
+
+        A [`vernal.FitResult`][], whose `stop_reason` tells how the solver ended. The
+        history has the loss that the solver reported at each step, before the step.
+        The moments of an optimiser start anew.
+
+        **Raises:**
+
+        - `TypeError`: if `solver` is none, or is a least-squares solver of a class
+            that does not define `residuals`; or if a parameter is complex.
+        - `ValueError`: if the class defines `transform_grads` or `constrain`.
+        - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
+        """
+        return solve(self, solver, batch, max_steps)
+
+    # The space of the parameters.
+
+    @overload
+    def fisher(
+        self, batch: Batch, *, blocks: None = None, batch_size: int | None = None
+    ) -> Float[Array, "D D"]: ...
+    @overload
+    def fisher(
+        self, batch: Batch, *, blocks: Blocks, batch_size: int | None = None
+    ) -> dict[Any, Float[Array, "D D"]]: ...
+    def fisher(
+        self, batch: Batch, *, blocks: Any = None, batch_size: int | None = None
+    ) -> Any:
+        r"""The Fisher matrix of the trained parameters at the current point.
+
+        It is $J^\top J$ with the Jacobian $J$ of `residuals`, where that is defined;
+        else the Hessian of `nll`. Those of independent exposures add up. It compiles
+        once for each class and each set of shapes.
+
+        **Arguments:**
+
+        - `batch`: what the methods are given, any pytree.
+        - `blocks`: selectors (see [`vernal.split`][]) for a matrix each, such as
+            `("position", "flux")`. What is between the blocks is not computed.
+        - `batch_size`: the number of columns to compute at a time, to bound memory.
+
+        **Returns:**
+
+        A matrix of shape `(D, D)`, in the order of
+        `jax.flatten_util.ravel_pytree(trainer.params)`; with `blocks`, a dictionary of
+        matrices by selector, for [`vernal.EigenProjector.from_blocks`][].
+
+        **Raises:**
+
+        - `TypeError`: if the class defines only `loss`: error bars from a mean would be
+            wrong; or if a parameter is complex.
+        - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
+        """
+        return fisher(self, batch, blocks, batch_size)
+
+    @overload
+    def curvature(
+        self, batch: Batch, *, blocks: None = None, batch_size: int | None = None
+    ) -> Float[Array, "D D"]: ...
+    @overload
+    def curvature(
+        self, batch: Batch, *, blocks: Blocks, batch_size: int | None = None
+    ) -> dict[Any, Float[Array, "D D"]]: ...
+    def curvature(
+        self, batch: Batch, *, blocks: Any = None, batch_size: int | None = None
+    ) -> Any:
+        """The Hessian of what is minimised, at the current point: for whitening only.
+
+        A loss that is a mean, or has a penalty, says nothing of error bars.
+
+        **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
+        """
+        return curvature(self, batch, blocks, batch_size)
+
+    def reproject(
+        self: SelfT,
+        projector: EigenProjector | None,
+        optimiser: optax.GradientTransformation | None = None,
+    ) -> SelfT:
+        """Goes on in the latent space of another projector, from the current point.
+
+        The moments of the optimiser start anew. All else is kept; the best too, since
+        it is kept in the model's own parameters.
+
+        **Arguments:**
+
+        - `projector`: the projector; `None` to go on in the parameters themselves.
+        - `optimiser`: an optimiser for that space. By default the present one, but for
+            a [`vernal.ParamOptimiser`][] in a space where parameters have no names:
+            the result then has none, and can `solve`.
+        """
+        return _with(self, **reproject(self, projector, optimiser))
+
+    def whiten(
+        self: SelfT,
+        batch: Batch,
+        *,
+        optimiser: optax.GradientTransformation | None = None,
+        blocks: Blocks | None = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> SelfT:
+        """Goes on in a latent space that is whitened at the current point.
+
+        By the Fisher matrix; or, where only `loss` is defined, by its Hessian.
+
+        ```python
+        trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
+        ```
+
+        **Arguments:**
+
+        - `batch`, `blocks`, `batch_size`: as for [`vernal.Trainer.fisher`][].
+        - `optimiser`: as for [`vernal.Trainer.reproject`][].
+        - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
+            for [`vernal.EigenProjector.from_blocks`][].
+        """
+        of = fisher if has_likelihood(self) else curvature
+        matrix = of(self, batch, blocks, batch_size)
+        if blocks is None:
+            projector = EigenProjector.from_fisher(matrix, self.params, **options)
+        else:
+            projector = EigenProjector.from_blocks(matrix, self.params, **options)
+        return self.reproject(projector, optimiser)
+
+    def standard_errors(self, batch: Batch) -> Params:
+        """The standard errors of the parameters, from the Fisher matrix here.
+
+        Infinite for a parameter that the data do not constrain.
+
+        **Arguments:**
+
+        - `batch`: all of the data.
+
+        **Returns:**
+
+        A tree like the parameters.
+
+        **Raises:**
+
+        As [`vernal.Trainer.fisher`][].
+        """
+        return standard_errors(self, batch)
+
+    def table(self, batch: Batch | None = None) -> str:
+        """Tabulates the parameters, element by element.
+
+        **Arguments:**
+
+        - `batch`: all of the data, for the standard errors; without it there are none.
+
+        **Returns:**
+
+        A table of each parameter's path, its value, and its standard error or that it
+        is frozen or unconstrained.
+        """
+        return table(self, batch)
+
+    def objective(
+        self, batch: Batch
+    ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
+        """The negative log-likelihood as a function, for a sampler.
+
+        ```python
+        potential, start = trainer.whiten(batch).objective(batch)
+        kernel = numpyro.infer.NUTS(potential_fn=potential)
+        ```
+
+        **Arguments:**
+
+        - `batch`: all of the data.
+
+        **Returns:**
+
+        The pair `(fn, start)`: a pure function of the latent vector, or, if there is no
+        projector, of the flat vector in the order of
+        `jax.flatten_util.ravel_pytree(trainer.params)`; and that vector now.
+
+        **Raises:**
+
+        As [`vernal.Trainer.fisher`][].
+        """
+        return objective(self, batch)
+
+    # Diagnosis and change.
+
     def nan_report(self) -> dict[str, NanCount]:
         """Tells what was not finite, how often, and when first.
 
@@ -313,13 +531,16 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         return int(lasts.max()) == int(self.step_count) - 1 >= 0
 
     def _raise_if_non_finite(self, result: Any) -> None:
-        if not (self.stopped and self.nan_policy.raises and self._is_at_a_bad_step()):
-            return
+        if self.stopped and self.nan_policy.raises and self._is_at_a_bad_step():
+            raise self._non_finite_error(result)
+
+    def _non_finite_error(self, result: Any) -> NonFiniteError:
+        """Names what was not finite at the last bad step."""
         *_, lasts = jax.device_get(self._progress.nan_counts)
         step = int(lasts.max())
         watched = zip(self._watched(), lasts, strict=True)
         bad = [name for name, last in watched if last == step]
-        raise NonFiniteError(step, bad, self.nan_report(), result)
+        return NonFiniteError(step, bad, self.nan_report(), result)
 
     def replace(
         self: SelfT,
@@ -341,58 +562,23 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `optimiser`: another optimiser, or the same one with another rate.
         - `nan_policy`: another policy.
         """
-        old = self._progress
-        params, latent, parts = old.params, old.latent, self._parts
-        best, best_loss = old.best, old.best_loss
-        if model is not None:
-            if jax.tree.structure(model) != parts.structure:
-                raise ValueError(
-                    "`model` has another structure than the one that is fitted. For "
-                    "another model, make a new trainer."
-                )
-            kinds = [0 if kind == "trained" else None for kind in parts.kinds]
-            require_alike(
-                parameters(model, kinds), params, "`model`", "the one that is fitted"
-            )
-            params = cast_like(parameters(model, kinds), params)
-            parts = Parts(model, kinds)
-            if self.projector is not None:
-                latent = self.projector.to_latent(params)
-                params = self.projector.to_params(latent)
-            best, best_loss = params, jnp.full_like(best_loss, jnp.inf)
-        transform, opt_state = self.optimiser, old.opt_state
-        if optimiser is not None:
-            transform = as_transform(optimiser, "optimiser")
-            refuse_names_in_latent_space(self.projector, transform)
-            check_ruled(transform, params)
-            opt_state = kept(opt_state, initial_opt_state(transform, params, latent))
-        policy, policy_state = self.nan_policy, old.policy_state
-        if nan_policy is not None:
-            check_arguments(nan_policy, None, None)
-            policy = nan_policy
-            fresh = jax.tree.map(strong, policy.init(params))
-            policy_state = kept(policy_state, fresh)
-        progress = Progress(
-            params=params,
-            latent=latent,
-            opt_state=opt_state,
-            policy_state=policy_state,
-            best=best,
-            best_loss=best_loss,
-            nan_counts=old.nan_counts,
-            step_count=old.step_count,
-            stopped=jnp.zeros_like(old.stopped),
-        )
-        return _with(
-            self,
-            optimiser=transform,
-            nan_policy=policy,
-            _parts=parts,
-            _progress=progress,
-        )
+        return _with(self, **replace(self, model, optimiser, nan_policy))
 
     def _at(self: SelfT, progress: Progress) -> SelfT:
         return _with(self, _progress=progress)
+
+    def _bare(self: SelfT) -> SelfT:
+        """Leaves out what no loss depends on, so that programs are shared."""
+        every: dict[str, Any] = dict.fromkeys(vars(self._progress))
+        every["params"] = self.params
+        every["step_count"] = self.step_count
+        return _with(
+            self,
+            optimiser=None,
+            nan_policy=StopFit(),
+            projector=None,
+            _progress=Progress(**every),
+        )
 
     def _overrides(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(Trainer, hook)

@@ -1,0 +1,108 @@
+"""A trainer with other parts: what of its state still fits is kept."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._alike import cast_like, require_alike
+from ._nonfinite import NanPolicy
+from ._optimiser import ParamOptimiser
+from ._parts import Parts, parameters, strong
+from ._projector import EigenProjector
+from ._setup import (
+    check_arguments,
+    check_ruled,
+    fit_projector,
+    initial_opt_state,
+    kept,
+    refuse_names_in_latent_space,
+)
+from ._transform import as_transform
+
+
+def replace(
+    trainer: Any,
+    model: Any,
+    optimiser: optax.GradientTransformation | None,
+    nan_policy: NanPolicy | None,
+) -> dict[str, Any]:
+    """Finds the fields of `Trainer.replace`, which has the documentation."""
+    old, parts, transform = trainer._progress, trainer._parts, trainer.optimiser
+    new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
+    params, latent = old.params, old.latent
+    if model is not None:
+        if jax.tree.structure(model) != parts.structure:
+            raise ValueError(
+                "`model` has another structure than the one that is fitted. For "
+                "another model, make a new trainer."
+            )
+        kinds = [0 if kind == "trained" else None for kind in parts.kinds]
+        require_alike(
+            parameters(model, kinds), params, "`model`", "the one that is fitted"
+        )
+        params = cast_like(parameters(model, kinds), params)
+        parts = Parts(model, kinds)
+        if trainer.projector is not None:
+            latent = trainer.projector.to_latent(params)
+            params = trainer.projector.to_params(latent)
+        infinite = jnp.full_like(old.best_loss, jnp.inf)
+        new |= {"params": params, "latent": latent, "best": params}
+        new |= {"best_loss": infinite}
+    if optimiser is not None:
+        transform = as_transform(optimiser, "optimiser")
+        refuse_names_in_latent_space(trainer.projector, transform)
+        check_ruled(transform, params)
+        fresh = initial_opt_state(transform, params, latent)
+        new["opt_state"] = kept(old.opt_state, fresh)
+    policy = trainer.nan_policy
+    if nan_policy is not None:
+        check_arguments(nan_policy, None, None)
+        policy = nan_policy
+        fresh = jax.tree.map(strong, policy.init(params))
+        new["policy_state"] = kept(old.policy_state, fresh)
+    return {
+        "optimiser": transform,
+        "nan_policy": policy,
+        "_parts": parts,
+        "_progress": dataclasses.replace(old, **new),
+    }
+
+
+def reproject(
+    trainer: Any,
+    projector: EigenProjector | None,
+    optimiser: optax.GradientTransformation | None,
+) -> dict[str, Any]:
+    """Finds the fields of `Trainer.reproject`, which has the documentation."""
+    check_arguments(trainer.nan_policy, projector, None)
+    transform = trainer.optimiser
+    if optimiser is not None:
+        transform = as_transform(optimiser, "optimiser")
+    elif type(transform) is ParamOptimiser and not _keeps_names(projector):
+        transform = None
+    params = trainer.params
+    constrained = trainer._overrides("constrain")
+    projector, latent = fit_projector(
+        projector, params, transform, constrained=constrained
+    )
+    check_ruled(transform, params)
+    if projector is not None:
+        params = projector.to_params(latent)
+    progress = dataclasses.replace(
+        trainer._progress,
+        params=params,
+        latent=latent,
+        opt_state=initial_opt_state(transform, params, latent),
+    )
+    return {"optimiser": transform, "projector": projector, "_progress": progress}
+
+
+def _keeps_names(projector: EigenProjector | None) -> bool:
+    """Whether the rules of a `ParamOptimiser` mean something in the latent space."""
+    if projector is None:
+        return True
+    latent = jax.eval_shape(projector.to_latent, projector.origin)
+    return not jax.tree_util.treedef_is_leaf(jax.tree.structure(latent))

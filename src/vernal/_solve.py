@@ -1,0 +1,200 @@
+"""`solve`: a solver of Optimistix on what a trainer fits."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int
+
+from ._closures import Closure
+from ._history import History
+from ._nonfinite import all_finite
+from ._objective import defined, live, real_residuals, score, step_key
+from ._projector import EigenProjector
+from ._ravel import as_parameters
+from ._result import FitResult, StopReason
+from ._setup import initial_opt_state
+from ._step import Progress, count_non_finite
+from ._typing import PyTree, whole_number
+from ._watched import Seen, better, watch
+
+# Fewer steps than these share a program with others.
+_LEAST_ROWS = 256
+
+
+def solve(trainer: Any, solver: Any, batch: Any, max_steps: int) -> FitResult[Any, Any]:
+    """Solves for the parameters. The documentation is that of `Trainer.solve`."""
+    max_steps = whole_number(max_steps, "max_steps", least=1)
+    _check(trainer, solver)
+    as_parameters(trainer.params)
+    end = _run(
+        trainer._bare(),
+        trainer.projector,
+        trainer.latent,
+        (trainer._progress.best, trainer.best_loss),
+        batch,
+        Closure.encode(solver),
+        jnp.asarray(np.int32(max_steps)),
+        max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length()),
+    )
+    return _result(trainer, batch, end)
+
+
+class _End(NamedTuple):
+    """Where a solver arrived, and how."""
+
+    params: PyTree
+    latent: PyTree
+    best: PyTree
+    best_loss: Float[Array, ""]
+    step_count: Int[Array, ""]
+    losses: Float[Array, " rows"]
+    steps: Int[Array, ""]
+    reason: Int[Array, ""]
+    in_vain: Bool[Array, ""]
+
+
+# As the compiled program numbers them.
+_REASONS = (
+    StopReason.NON_FINITE,
+    StopReason.DIVERGED,
+    StopReason.FAILED,
+    StopReason.CONVERGED,
+    StopReason.MAX_STEPS,
+)
+
+
+@eqx.filter_jit
+def _run(
+    trainer: Any,
+    projector: EigenProjector | None,
+    latent: PyTree,
+    held: tuple[PyTree, Float[Array, ""]],
+    batch: Any,
+    encoded: Closure,
+    goal: Int[Array, ""],
+    rows: int,
+) -> _End:
+    key, dtype = step_key(trainer), held[1].dtype
+
+    def to_params(point: PyTree) -> PyTree:
+        return point if projector is None else projector.to_params(point)
+
+    def seen(loss: Array, point: PyTree) -> Seen:
+        return Seen(loss.astype(dtype), point, jnp.array(True))
+
+    def scored(point: PyTree, _: Any) -> tuple[Array, Seen]:
+        there = live(trainer, to_params(point))
+        loss = score(there, there.model, batch, key).loss
+        return loss, seen(loss, point)
+
+    def residuals(point: PyTree, _: Any) -> tuple[Array, Seen]:
+        there = live(trainer, to_params(point))
+        vector = real_residuals(there, there.model, batch, key)
+        if defined(trainer) == ("residuals",):
+            return vector, seen(0.5 * jnp.sum(jnp.square(vector)), point)
+        return vector, seen(score(there, there.model, batch, key).loss, point)
+
+    start = trainer.params if projector is None else latent
+    solver = watch(encoded.decode(), goal, jnp.full(rows, jnp.nan, dtype))
+    options: Any = {"has_aux": True, "max_steps": None, "throw": False}
+    if isinstance(solver, optx.AbstractMinimiser):
+        ended = optx.minimise(scored, solver, start, **options)
+    else:
+        ended = optx.least_squares(residuals, solver, start, **options)
+    state, stats = ended.state, ended.stats
+
+    # A solver reports what it has left behind: the last point is yet to be scored.
+    last = scored(ended.value, None)[1].loss
+    best, best_loss = better(ended.value, last, state.best, state.best_loss)
+    sound = all_finite((ended.value, last))
+    point = jax.tree.map(lambda y, b: jnp.where(sound, y, b), ended.value, best)
+    why = [~sound | state.is_broken, stats["diverged"], stats["failed"], stats["done"]]
+    all_best, all_best_loss = better(to_params(best), best_loss, *held)
+    return _End(
+        params=to_params(point),
+        latent=None if projector is None else point,
+        best=all_best,
+        best_loss=all_best_loss,
+        step_count=trainer.step_count + state.steps,
+        losses=state.losses,
+        steps=state.steps,
+        reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
+        in_vain=~(best_loss < state.losses[0]),
+    )
+
+
+def _result(trainer: Any, batch: Any, end: _End) -> FitResult[Any, Any]:
+    """Turns the end of a solve into what a fit returns."""
+    old: Progress = trainer._progress
+    start, losses, steps, reason, in_vain = jax.device_get(
+        (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
+    )
+    reason, counts = _REASONS[reason], old.nan_counts
+    if reason not in (StopReason.CONVERGED, StopReason.MAX_STEPS) or in_vain:
+        # What the solver stumbled over, it does not say.
+        bad = _find_bad(trainer._bare(), end.params, batch)
+        unexplained = reason is StopReason.NON_FINITE and not np.any(bad)
+        last = jnp.asarray(start + max(steps - 1, 0))
+        counts = count_non_finite(counts, jnp.append(bad, unexplained), last)
+        reason = StopReason.NON_FINITE if np.any(bad) else reason
+    progress = dataclasses.replace(
+        old,
+        params=end.params,
+        latent=end.latent,
+        opt_state=initial_opt_state(trainer.optimiser, end.params, end.latent),
+        best=end.best,
+        best_loss=end.best_loss,
+        nan_counts=counts,
+        step_count=end.step_count,
+    )
+    history = History(np.arange(start, start + steps), losses[:steps])
+    result = FitResult(trainer._at(progress), history, reason)
+    if reason is StopReason.NON_FINITE and trainer.nan_policy.raises:
+        raise result.trainer._non_finite_error(result)
+    return result
+
+
+@eqx.filter_jit
+def _find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns"]:
+    """Tells whether the loss, and the gradient of each leaf, is not finite."""
+    key = step_key(trainer)
+
+    def scored(params: PyTree) -> Array:
+        there = live(trainer, params)
+        return score(there, there.model, batch, key).loss
+
+    loss, grads = jax.value_and_grad(scored)(params)
+    return jnp.stack([~all_finite(x) for x in (loss, *jax.tree.leaves(grads))])
+
+
+def _check(trainer: Any, solver: Any) -> None:
+    is_solver = isinstance(
+        solver, optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver
+    )
+    if not is_solver:
+        raise TypeError(
+            f"`solver` is {solver!r}, not a minimiser or a least-squares solver of "
+            "Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, atol=1e-8)` or "
+            "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
+            "is for `fit`."
+        )
+    name = type(trainer).__name__
+    is_minimiser = isinstance(solver, optx.AbstractMinimiser)
+    if not is_minimiser and "residuals" not in defined(trainer):
+        raise TypeError(
+            f"`solver` is a {type(solver).__name__}, which minimises a sum of squares, "
+            f"but `{name}` does not define `residuals`. Define it, or use a minimiser, "
+            "such as `optx.BFGS(rtol=1e-8, atol=1e-8)`."
+        )
+    for hook in ("transform_grads", "constrain"):
+        if trainer._overrides(hook):
+            raise ValueError(
+                f"`{name}` defines `{hook}`, which a solver of Optimistix knows "
+                "nothing of. Use `fit`; or write the constraint into the model, for "
+                "instance with the logarithm of a positive parameter."
+            )

@@ -1,0 +1,217 @@
+"""What the data say of the parameters: Fisher matrix, errors, likelihood."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._blocks import find_blocks
+from ._curvature import gauss_newton_matrix, hessian_matrix
+from ._objective import (
+    defined,
+    live,
+    negative_log_likelihood,
+    real_residuals,
+    score,
+    step_key,
+)
+from ._paths import named_leaves
+from ._projector import EigenProjector
+from ._ravel import as_parameters, element_name, ravel, unravel
+from ._table import aligned
+from ._typing import Params, PyTree, whole_number
+
+Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
+
+# The rows that a table gives to one array.
+_MOST_ROWS = 64
+
+
+def fisher(
+    trainer: Any, batch: Any, blocks: Blocks | None, batch_size: int | None
+) -> Any:
+    """The curvature of `nll`. The documentation is that of `Trainer.fisher`."""
+    methods = defined(trainer)
+    require_likelihood(trainer, "A Fisher matrix")
+    kind = "residuals" if "residuals" in methods else "nll"
+    return _matrices(trainer, batch, kind, blocks, batch_size)
+
+
+def curvature(
+    trainer: Any, batch: Any, blocks: Blocks | None, batch_size: int | None
+) -> Any:
+    """The Hessian of `loss`. The documentation is that of `Trainer.curvature`."""
+    return _matrices(trainer, batch, "loss", blocks, batch_size)
+
+
+def has_likelihood(trainer: Any) -> bool:
+    """Whether a trainer's class defines more than a loss, whose scale is anyone's."""
+    return bool({"residuals", "nll"} & set(defined(trainer)))
+
+
+def require_likelihood(trainer: Any, what: str) -> None:
+    if not has_likelihood(trainer):
+        raise TypeError(
+            f"{what} needs a likelihood, and `{type(trainer).__name__}` defines only "
+            "`loss`: error bars from a mean, or from a sum with a penalty, would be "
+            "wrong. Define `residuals` or `nll` beside it. (To whiten the parameters, "
+            "`curvature` will do.)"
+        )
+
+
+def _matrices(
+    trainer: Any, batch: Any, kind: str, blocks: Blocks | None, batch_size: int | None
+) -> Any:
+    if batch_size is not None:
+        batch_size = whole_number(batch_size, "batch_size", least=1)
+    params = as_parameters(trainer.params)
+    bare = trainer._bare()
+    if blocks is None:
+        everything = tuple(range(len(jax.tree.leaves(params))))
+        (matrix,) = _compute(bare, batch, kind, (everything,), batch_size)
+        return matrix
+    selectors = _as_selectors(blocks)
+    members = find_blocks(params, selectors, "blocks")
+    matrices = _compute(bare, batch, kind, members, batch_size)
+    return OrderedDict(zip(selectors, matrices, strict=True))
+
+
+def _as_selectors(blocks: Blocks) -> tuple[Any, ...]:
+    if isinstance(blocks, str) or callable(blocks):
+        return (blocks,)
+    if not isinstance(blocks, Sequence | Mapping) or not blocks:
+        raise TypeError(
+            f"`blocks` is {blocks!r}, but must be a sequence of selectors, one for "
+            'each matrix: `("position", "flux")`; `vn.paths(trainer.params)` gives '
+            "each parameter its own, the rules of a ParamOptimiser each rule."
+        )
+    return tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
+
+
+@eqx.filter_jit
+def _compute(
+    trainer: Any,
+    batch: Any,
+    kind: str,
+    blocks: tuple[tuple[int, ...], ...],
+    batch_size: int | None,
+) -> tuple[Float[Array, "D D"], ...]:
+    """Computes one matrix for each group of leaves."""
+    key = step_key(trainer)
+    leaves, structure = jax.tree.flatten(trainer.params)
+
+    def within(block: tuple[int, ...], evaluate: Callable[..., Any]) -> Any:
+        def of_leaves(own: list[Array]) -> Array:
+            changed = dict(zip(block, own, strict=True))
+            every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
+            there = live(trainer, structure.unflatten(every))
+            return evaluate(there, there.model, batch, key)
+
+        return of_leaves
+
+    matrices = []
+    for block in blocks:
+        own = [leaves[index] for index in block]
+        match kind:
+            case "residuals":
+                residuals = within(block, real_residuals)
+                matrices.append(gauss_newton_matrix(residuals, own, batch_size))
+            case "nll":
+                nll = within(block, negative_log_likelihood)
+                matrices.append(hessian_matrix(nll, own, batch_size))
+            case _:
+                loss = within(block, lambda *args: score(*args).loss)
+                matrices.append(hessian_matrix(loss, own, batch_size))
+    return tuple(matrices)
+
+
+def standard_errors(trainer: Any, batch: Any) -> Params:
+    """The errors of the parameters, from the Fisher matrix at the current point."""
+    require_likelihood(trainer, "A standard error")
+    matrix = fisher(trainer, batch, None, None)
+    return EigenProjector.from_fisher(matrix, trainer.params).standard_errors()
+
+
+class Objective(eqx.Module):
+    """The negative log-likelihood as a function of the latent vector.
+
+    Of the flat vector of the parameters, in the order of `ravel_pytree`, if there is
+    no projector. It is pure, and a pytree.
+    """
+
+    _trainer: Any
+    _projector: EigenProjector | None
+    _batch: Any
+
+    def __call__(self, point: PyTree) -> Float[Array, ""]:
+        """Evaluates it at a point."""
+        trainer, projector = self._trainer, self._projector
+        if projector is None:
+            params = unravel(point, trainer.params)
+        else:
+            params = projector.to_params(point)
+        there = live(trainer, params)
+        return negative_log_likelihood(
+            there, there.model, self._batch, step_key(trainer)
+        )
+
+
+def objective(trainer: Any, batch: Any) -> tuple[Objective, PyTree]:
+    """The likelihood for a sampler, and where to start it."""
+    require_likelihood(trainer, "The posterior of a sampler")
+    params = as_parameters(trainer.params)
+    start = ravel(params) if trainer.projector is None else trainer.latent
+    return Objective(trainer._bare(), trainer.projector, batch), start
+
+
+def table(trainer: Any, batch: Any = None) -> str:
+    """The values of all parameters, with their errors if there are data."""
+    errors = {}
+    if batch is not None:
+        found = standard_errors(trainer, batch)
+        errors = {leaf.path: np.asarray(leaf.value) for leaf in named_leaves(found)}
+    trained = {leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter}
+    rows = [("parameter", "value", "standard error" if errors else "")]
+    for leaf in named_leaves(trainer.model):
+        if leaf.path in trained:
+            error = errors.get(leaf.path)
+            rows += _rows(leaf.path, np.asarray(leaf.value), error)
+        elif leaf.is_parameter:
+            size = np.size(leaf.value)
+            value = f"{np.asarray(leaf.value).item():.6g}" if size == 1 else "…"
+            rows.append((leaf.path, value, "frozen"))
+    return aligned(rows)
+
+
+def _rows(
+    path: str, values: np.ndarray, errors: np.ndarray | None
+) -> Iterator[tuple[str, str, str]]:
+    """Yields a row for each element, with a gap in an array of very many."""
+    for index in range(values.size):
+        if values.size > _MOST_ROWS and _MOST_ROWS // 2 <= index < values.size - 1:
+            if index == _MOST_ROWS // 2:
+                yield f"{path}: {values.size - 1 - index} more", "…", ""
+            continue
+        name = element_name({path: values}, index)
+        value = values.flat[index]
+        if errors is None:
+            yield name, f"{value:.6g}", ""
+        else:
+            yield name, *_rounded(float(value), float(errors.flat[index]))
+
+
+def _rounded(value: float, error: float) -> tuple[str, str]:
+    """Writes an error with two significant digits, and its value with as many."""
+    if math.isinf(error):
+        return f"{value:.6g}", "unconstrained"
+    if not error > 0 or not math.isfinite(value):
+        return f"{value:.6g}", f"{error:.2g}"
+    last = math.floor(math.log10(error)) - 1
+    first = math.floor(math.log10(abs(value))) if value else last
+    digits = min(max(first - last + 1, 1), 17)
+    return f"{value:#.{digits}g}".rstrip("."), f"{error:#.2g}".rstrip(".")
