@@ -1,6 +1,8 @@
 """What a fit promises: one compilation, nothing printed, nothing lost."""
 
+import copy
 import itertools
+import pickle
 
 import equinox as eqx
 import jax
@@ -254,3 +256,19 @@ def test_the_work_of_a_compilation_does_not_grow_with_the_steps(count):
     optimiser = vn.ParamOptimiser({f"p{i}": optax.adam(0.1) for i in range(count)})
     Sum(model, optimiser).fit(None, 5, progress=False)
     assert len(traces) <= 2
+
+
+def test_a_deep_copy_is_the_same_trainer(counted):
+    cls, _ = counted
+    trainer = make(cls)
+    twin = copy.deepcopy(trainer)
+    assert same(fit(twin).trainer, fit(trainer).trainer)
+
+
+def test_errors_can_be_pickled():
+    error = vn.NonFiniteError(3, ["power"], {"power": vn.NanCount(1, 3)}, None)
+    twin = pickle.loads(pickle.dumps(error))
+    assert str(twin) == str(error)
+    assert twin.report == error.report
+    dry = vn.StreamExhaustedError(3, 5, None)
+    assert str(pickle.loads(pickle.dumps(dry))) == str(dry)

@@ -177,7 +177,12 @@ class StreamExhaustedError(RuntimeError):
     def __init__(self, taken: int, steps: int, result: Any):
         """Says how far the stream went."""
         self.result = result
-        super().__init__(
+        super().__init__(taken, steps, result)
+
+    def __str__(self) -> str:
+        """The message: how far the stream went, and what to do about it."""
+        taken, steps, _ = self.args
+        return (
             f"`data`: the stream ran dry after {taken} of {steps} steps. Everything up "
             "to there is in `.result`. Ask for fewer `steps`, or let the stream repeat "
             "(a generator that loops for ever, `itertools.cycle`)."

@@ -130,8 +130,13 @@ class NonFiniteError(FloatingPointError):
         self.paths: tuple[str, ...] = tuple(paths)
         self.report: dict[str, NanCount] = dict(report)
         self.result = result
-        super().__init__(
-            f"not finite at step {step}: {', '.join(self.paths)}. "
+        # The arguments as they are, so that a copy and a pickle can be made of it.
+        super().__init__(step, self.paths, self.report, result)
+
+    def __str__(self) -> str:
+        """The message: where, and what to do about it."""
+        return (
+            f"not finite at step {self.step}: {', '.join(self.paths)}. "
             "The step was not taken: `.result` has everything up to it. To go on "
             "past such steps, use `nan_policy=vn.SkipStep() | vn.StopAfter(10)`."
         )

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, ArrayLike
 
 from ._closures import Closure
-from ._partition import init_groups, update_groups
+from ._groups import init_groups, update_groups
 from ._parts import parameters, strong
 from ._paths import UnknownPathError, dotted, is_inexact, nearest_names
 from ._selectors import atoms, keep, resolve

@@ -7,12 +7,7 @@ from typing import Any
 import jax.tree_util as jtu
 import optax
 
-from ._groups import (
-    group_leaves as group_leaves,
-    init_groups as init_groups,
-    listed,
-    update_groups as update_groups,
-)
+from ._groups import group_leaves, init_groups, listed, update_groups
 from ._paths import dotted
 from ._transform import require_transformation
 from ._typing import checked

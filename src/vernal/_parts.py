@@ -73,6 +73,10 @@ class Parts(eqx.Module):
             )
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Parts":
+        # Immutable, and its structure has markers that are compared by identity.
+        return self
+
     def join(self, params: Any) -> Any:
         """Puts the model together again around the parameters."""
         sources = {
