@@ -81,8 +81,8 @@ def reproject(
     transform = trainer.optimiser
     if optimiser is not None:
         transform = as_transform(optimiser, "optimiser")
-    elif type(transform) is ParamOptimiser and not _keeps_names(projector):
-        transform = None
+    elif type(transform) is ParamOptimiser and projector is not None:
+        transform = transform if projector._has_names else None
     params = trainer.params
     constrained = trainer._overrides("constrain")
     projector, latent = fit_projector(
@@ -98,11 +98,3 @@ def reproject(
         opt_state=initial_opt_state(transform, params, latent),
     )
     return {"optimiser": transform, "projector": projector, "_progress": progress}
-
-
-def _keeps_names(projector: EigenProjector | None) -> bool:
-    """Whether the rules of a `ParamOptimiser` mean something in the latent space."""
-    if projector is None:
-        return True
-    latent = jax.eval_shape(projector.to_latent, projector.origin)
-    return not jax.tree_util.treedef_is_leaf(jax.tree.structure(latent))

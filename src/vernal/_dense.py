@@ -12,8 +12,10 @@ from jaxtyping import Array, Bool, Float
 
 from ._directions import list_parameters, name_null_space
 from ._eigen import Matrix, as_real_square, equilibrated_eigh, refuse, refuse_non_finite
+from ._paths import paths
 from ._ravel import element_name, ravel_dtype, ravel_size
 from ._typing import Params
+from ._whitening import AbstractWhitening
 
 OnNull = Literal["drop", "raise", "prior"]
 Kind = Literal["fmat", "cov"]
@@ -24,7 +26,7 @@ def _product(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-class DenseWhitening(eqx.Module):
+class DenseWhitening(AbstractWhitening):
     r"""The matrix $P = S V R$, or $S [V R, N]$ where null directions have a prior.
 
     $S$ is diagonal and holds the units; $[V, N]$ is orthogonal and $R$ diagonal, both
@@ -42,14 +44,24 @@ class DenseWhitening(eqx.Module):
     """The size below which a component of a null direction counts as zero."""
 
     @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the factors."""
+        return self.scale.dtype
+
+    @property
     def rank(self) -> int:
         """The number of directions that are not null."""
         return self.roots.shape[-1]
 
     @property
-    def latent_size(self) -> int:
-        """The number of columns of $P$."""
-        return self.scale.shape[-1] if self.has_prior else self.rank
+    def latent_shape(self) -> tuple[int, ...]:
+        """The latent array is a vector, with an element for each column of $P$."""
+        return (self.scale.shape[-1] if self.has_prior else self.rank,)
+
+    @property
+    def spectrum(self) -> Float[Array, " D"]:
+        """The eigenvalues of the scaled matrix."""
+        return self.eigenvalues
 
     def apply(self, latent: Float[Array, " latent"]) -> Float[Array, " D"]:
         """Returns $P u$."""
@@ -149,20 +161,25 @@ def whiten(
     rank: int | None,
     on_null: OnNull,
     kind: Kind,
+    name: str,
 ) -> DenseWhitening:
-    """Finds the map that whitens `given`, a matrix over the elements of `params`."""
+    """Finds the map that whitens `given`, a matrix over the elements of `params`.
+
+    An error calls the matrix `name`. Where there is nothing but null directions, the
+    latent vector is empty.
+    """
     size = ravel_size(params)
-    matrix = jax.lax.stop_gradient(as_real_square(given, kind))
+    matrix = jax.lax.stop_gradient(as_real_square(given, name))
     if matrix.shape[0] != size:
         raise ValueError(
-            f"`{kind}` has shape {matrix.shape}, but `params` holds {size} elements "
-            f"and needs a matrix of shape {(size, size)}, in the order of "
-            "`jax.flatten_util.ravel_pytree(params)`."
+            f"`{name}` has shape {matrix.shape}, but it is that of {size} elements, "
+            f"those of {', '.join(map(repr, paths(params)[:5]))}, and must have shape "
+            f"{(size, size)}, in the order of `jax.flatten_util.ravel_pytree`."
         )
     eps = _noise(given, matrix)
     threshold = size * eps if rtol is None else rtol
     _check_options(threshold, rank, on_null, size)
-    matrix = _refuse_bad_rows(refuse_non_finite(matrix, kind), kind, params)
+    matrix = _refuse_bad_rows(refuse_non_finite(matrix, name), kind, name, params)
 
     dtype = jnp.promote_types(matrix.dtype, ravel_dtype(params))
     scale, values, vectors = _decompose(matrix.astype(dtype))
@@ -170,14 +187,14 @@ def whiten(
     values = refuse(
         values,
         values[-1] < -tolerance,
-        f"`{kind}` is indefinite: scaled to a unit diagonal it has a negative "
+        f"`{name}` is indefinite: scaled to a unit diagonal it has a negative "
         f"eigenvalue. {_REMEDY[kind]}",
         lambda: (
             f"The lowest is {values[-1]}, beyond the tolerance of {tolerance}; its "
             f"direction involves {list_parameters(params, vectors[:, -1])}."
         ),
     )
-    rank, values = _choose_rank(values, tolerance, rank, kind)
+    rank, values = _choose_rank(values, tolerance, rank, name)
 
     null_vectors, resolution = vectors[:, rank:], math.sqrt(eps)
     if on_null == "raise" and rank < size:
@@ -186,13 +203,8 @@ def whiten(
             for null in name_null_space(params, null_vectors, resolution)
         )
         raise ValueError(
-            f"`{kind}` does not constrain {size - rank} of {size} directions: {shown}. "
+            f"`{name}` does not constrain {size - rank} of {size} directions: {shown}. "
             'Freeze a parameter of each, or use `on_null="drop"` or `"prior"`.'
-        )
-    if on_null == "drop" and rank == 0:
-        raise ValueError(
-            f"`{kind}` constrains no parameter at all, so that nothing is left once "
-            'its null directions are dropped. Use `on_null="prior"`.'
         )
     roots = jnp.sqrt(values[:rank])
     return DenseWhitening(
@@ -248,7 +260,7 @@ def _decompose(
 
 
 def _refuse_bad_rows(
-    matrix: Float[Array, "D D"], kind: Kind, params: Params
+    matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
 ) -> Float[Array, "D D"]:
     """Finds what no scale can mend, before the cost of a decomposition."""
     diagonal = jnp.diag(matrix)
@@ -262,7 +274,7 @@ def _refuse_bad_rows(
     return refuse(
         matrix,
         bad,
-        f"`{kind}` is indefinite: it has an element on its diagonal that is negative, "
+        f"`{name}` is indefinite: it has an element on its diagonal that is negative, "
         f"or zero in a row that is not. {_REMEDY[kind]}",
         first,
     )
@@ -272,14 +284,14 @@ def _choose_rank(
     values: Float[Array, " D"],
     tolerance: Float[Array, ""],
     rank: int | None,
-    kind: Kind,
+    name: str,
 ) -> tuple[int, Float[Array, " D"]]:
     """Returns the number of directions to keep, and the eigenvalues, checked."""
     if rank is not None:
         return rank, refuse(
             values,
             ~(values[rank - 1] > tolerance),
-            f"`rank={rank}` keeps directions that `{kind}` does not constrain. Lower "
+            f"`rank={rank}` keeps directions that `{name}` does not constrain. Lower "
             "`rank` or `rtol`.",
             lambda: (
                 f"Only {np.count_nonzero(values > tolerance)} of {values.size} "

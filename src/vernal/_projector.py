@@ -1,16 +1,32 @@
 """An affine map between a tree of parameters and a whitened latent vector."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._alike import require_alike
-from ._dense import DenseWhitening, OnNull, whiten
+from ._blocks import (
+    Block,
+    find_blocks,
+    nest_blocks,
+    only,
+    places,
+    ravel_blocks,
+    unravel_blocks,
+)
+from ._dense import DenseWhitening, Kind, OnNull, whiten
 from ._directions import name_null_space
 from ._eigen import Matrix
-from ._ravel import as_parameters, ravel, unravel
-from ._typing import Params, checked
+from ._low_rank import whiten_matvec
+from ._ravel import as_parameters, ravel_size
+from ._typing import Params, PyTree, checked
+from ._whitening import AbstractWhitening, Unchanged
 
 
 class EigenProjector(eqx.Module):
@@ -30,13 +46,19 @@ class EigenProjector(eqx.Module):
     $S = \mathrm{diag}(C)^{1/2}$, $S^{-1} C S^{-1} = V \Lambda V^\top$ and
     $P = S V \Lambda^{1/2}$.
 
-    Make one with [`vernal.EigenProjector.from_fisher`][] or
-    [`vernal.EigenProjector.from_covariance`][]. A projector never changes: no gradient
-    flows into its arrays.
+    Make one from a matrix with [`vernal.EigenProjector.from_fisher`][] or
+    [`vernal.EigenProjector.from_covariance`][]; from a matrix for each group of
+    parameters, with [`vernal.EigenProjector.from_blocks`][]; from products with a
+    matrix too large to form, with [`vernal.EigenProjector.from_matvec`][].
+
+    A projector never changes: no gradient flows into its arrays.
     """
 
     _origin: Params
-    _whitening: DenseWhitening
+    _whitenings: tuple[AbstractWhitening, ...]
+    # The leaves that each of them is of, and whether the latent space has names.
+    _blocks: tuple[Block, ...] = eqx.field(static=True)
+    _has_names: bool = eqx.field(static=True)
 
     @classmethod
     @checked
@@ -77,8 +99,7 @@ class EigenProjector(eqx.Module):
         null; under `jax.jit`, an error when the program runs. A `TypeError` if a
         parameter is complex or not an array of floats.
         """
-        origin = jax.lax.stop_gradient(as_parameters(params))
-        return cls(origin, whiten(fmat, origin, rtol, rank, on_null, "fmat"))
+        return cls._dense(fmat, params, rtol, rank, on_null, "fmat")
 
     @classmethod
     @checked
@@ -108,12 +129,192 @@ class EigenProjector(eqx.Module):
 
         As [`vernal.EigenProjector.from_fisher`][].
         """
+        return cls._dense(cov, params, rtol, rank, on_null, "cov")
+
+    @classmethod
+    def _dense(
+        cls,
+        matrix: Matrix,
+        params: Params,
+        rtol: float | None,
+        rank: int | None,
+        on_null: OnNull,
+        kind: Kind,
+    ) -> "EigenProjector":
         origin = jax.lax.stop_gradient(as_parameters(params))
-        return cls(origin, whiten(cov, origin, rtol, rank, on_null, "cov"))
+        whitening = whiten(matrix, origin, rtol, rank, on_null, kind, kind)
+        _refuse_empty((whitening,), kind)
+        every = tuple(range(len(jax.tree.leaves(origin))))
+        return cls(origin, (whitening,), (every,), False)
+
+    @classmethod
+    @checked
+    def from_blocks(
+        cls,
+        blocks: Mapping[Any, Matrix],
+        params: Params,
+        *,
+        rtol: float | int | None = None,
+        rank: Mapping[Any, int] | None = None,
+        on_null: OnNull = "drop",
+    ) -> "EigenProjector":
+        r"""Makes a projector from a Fisher matrix for each of several groups.
+
+        As if the Fisher matrix were block-diagonal, at the sum of the costs of its
+        blocks: thousands of parameters, a few at a time. Parameters without a block are
+        left as they are: their part of the latent space is their distance from the
+        origin.
+
+        The latent space is a dictionary with the same paths as the parameters, so that
+        the rules of a [`vernal.ParamOptimiser`][] keep their names. The block of one
+        parameter is a vector at its path; that of several is a vector at the path of
+        the first, with `None` at the others, and belongs to one rule.
+
+        ```python
+        trainer = Fit(model, vn.ParamOptimiser(rules))
+        blocks = trainer.fisher(batch, blocks=("position", "flux"))
+        projector = vn.EigenProjector.from_blocks(blocks, trainer.params)
+        trainer = trainer.reproject(projector)
+        ```
+
+        **Arguments:**
+
+        - `blocks`: from selectors (see [`vernal.split`][]) to Fisher matrices of the
+            parameters that they select, each in the order of `ravel_pytree`.
+        - `params`: as in [`vernal.EigenProjector.from_fisher`][].
+        - `rtol`, `on_null`: as there, for each block. A block that the data do not
+            constrain at all may be dropped; its latent vector is then empty.
+        - `rank`: from selectors to the number of leading directions to keep. Must be
+            given, for every block, under `jax.jit` and `jax.vmap`.
+
+        **Raises:**
+
+        As [`vernal.EigenProjector.from_fisher`][]; an error names the block. An
+        `UnknownPathError` if a selector matches nothing, a `ValueError` if two blocks
+        share a parameter.
+        """
+        if not blocks:
+            raise ValueError(
+                "`blocks` is empty: it needs at least one matrix, such as "
+                '`{"flux": fmat}`.'
+            )
+        ranks = dict(rank or {})
+        if odd := [selector for selector in ranks if selector not in blocks]:
+            raise ValueError(
+                f"`rank` has {odd[0]!r}, which is no block. The blocks are "
+                f"{', '.join(map(repr, blocks))}."
+            )
+        origin = jax.lax.stop_gradient(as_parameters(params))
+        members = dict(
+            zip(blocks, find_blocks(origin, tuple(blocks), "blocks"), strict=True)
+        )
+        leaves = jax.tree.leaves(origin)
+        found: dict[Block, AbstractWhitening] = {
+            (index,): Unchanged(leaf.shape, leaf.dtype)
+            for index, leaf in enumerate(leaves)
+            if not any(index in block for block in members.values())
+        }
+        for selector, block in members.items():
+            found[block] = whiten(
+                blocks[selector],
+                only(origin, block),
+                rtol,
+                ranks.get(selector),
+                on_null,
+                "fmat",
+                f"blocks[{selector!r}]",
+            )
+        order = tuple(sorted(found))
+        whitenings = tuple(found[block] for block in order)
+        _refuse_empty(whitenings, "blocks")
+        return cls(origin, whitenings, order, True)
+
+    @classmethod
+    @checked
+    def from_matvec(
+        cls,
+        matvec: Callable[[Params], Params],
+        params: Params,
+        rank: int,
+        *,
+        key: PRNGKeyArray,
+        scale: Params = None,
+    ) -> "EigenProjector":
+        r"""Makes a projector from products with a Fisher matrix that is never formed.
+
+        The `rank` leading eigenvectors $V$ and eigenvalues $\Lambda$ of the scaled
+        matrix $SFS$ are found by Lanczos iterations, with all vectors kept orthogonal.
+        The complement, which is not looked at direction by direction, is scaled by one
+        number, its own mean curvature
+
+        $$c = \frac{\operatorname{tr}(SFS) - \sum_i \Lambda_i}{D - \text{rank}},$$
+
+        whose trace is estimated by random probes, and
+
+        $$P = S \left( c^{-1/2} (I - V V^\top) + V \Lambda^{-1/2} V^\top \right).$$
+
+        So the latent space keeps all $D$ dimensions and is close to whitened
+        everywhere, on the kept directions exactly. Memory is that of some multiple of
+        `rank` vectors.
+
+        See Lanczos, *An iteration method for the solution of the eigenvalue problem of
+        linear differential and integral operators*, Journal of Research of the
+        National Bureau of Standards 45 (1950); Meyer, Musco, Musco and Woodruff,
+        *Hutch++: optimal stochastic trace estimation* (2021).
+
+        **Arguments:**
+
+        - `matvec`: a function from a tree like `params` to one, the product with a
+            symmetric matrix, such as [`vernal.gauss_newton_matvec`][] and
+            [`vernal.hessian_matvec`][] return. It is compiled once.
+        - `params`: as in [`vernal.EigenProjector.from_fisher`][].
+        - `rank`: the number of leading directions.
+        - `key`: a PRNG key, for the first vector and the probes.
+        - `scale`: a tree like `params` of positive numbers $S$, the size of each
+            parameter in its own unit; ones by default. A matrix that is never formed
+            cannot be scaled to a unit diagonal, so that parameters whose units differ
+            by orders of magnitude need this.
+
+        **Raises:**
+
+        A `ValueError` if `rank` is not between 1 and $D$ or larger than the number of
+        directions that the matrix constrains, if a product is not finite or the matrix
+        not symmetric, or if it has a negative eigenvalue; under `jax.jit`, an error
+        when the program runs. A `TypeError` if a parameter is complex or not an array
+        of floats.
+        """
+        origin = jax.lax.stop_gradient(as_parameters(params))
+        whitening = whiten_matvec(matvec, origin, rank, key=key, scale=scale)
+        every = tuple(range(len(jax.tree.leaves(origin))))
+        return cls(origin, (whitening,), (every,), False)
 
     @property
-    def _held(self) -> DenseWhitening:
-        return jax.lax.stop_gradient(self._whitening)
+    def _held(self) -> tuple[AbstractWhitening, ...]:
+        return jax.lax.stop_gradient(self._whitenings)
+
+    # The latent space.
+
+    @property
+    def _layout(self) -> PyTree:
+        """The latent tree, with the index of a block for each leaf."""
+        return nest_blocks(self._origin, self._blocks) if self._has_names else 0
+
+    def _assemble(self, pieces: list[Any]) -> PyTree:
+        return jax.tree.map(lambda index: pieces[index], self._layout)
+
+    def _pieces(self, latent: PyTree) -> list[Array]:
+        """Takes a latent tree apart, once it is known to be one."""
+        shapes = [w.latent_shape for w in self._whitenings]
+        like = self._assemble([jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
+        if not self._has_names and jnp.shape(latent) != shapes[0]:
+            raise ValueError(
+                f"`latent` has shape {jnp.shape(latent)}, but the latent space of this "
+                f"projector is made of vectors of shape {shapes[0]}."
+            )
+        require_alike(latent, like, "`latent`", "this projector's latent space")
+        order = jax.tree.leaves(self._layout)
+        pieces = dict(zip(order, jax.tree.leaves(latent), strict=True))
+        return [pieces[index] for index in range(len(order))]
 
     @property
     def origin(self) -> Params:
@@ -122,29 +323,52 @@ class EigenProjector(eqx.Module):
 
     @property
     def matrix(self) -> Float[Array, "D latent"]:
-        """The matrix $P$, of shape `(D, latent_size)`. It is formed when asked for."""
-        return self._held.matrix()
+        """The matrix $P$, of shape `(D, latent_size)`. It is formed when asked for.
+
+        Rows are in the order of `ravel_pytree` of the parameters, columns in that of
+        `ravel_pytree` of the latent tree.
+        """
+        matrices = [whitening.matrix() for whitening in self._held]
+        if len(matrices) == 1:
+            return matrices[0]
+        shape = (ravel_size(self._origin), self.latent_size)
+        order = jax.tree.leaves(self._layout)
+        sizes = [self._whitenings[index].latent_size for index in order]
+        columns = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        by_block = [columns[order.index(index)] for index in range(len(order))]
+        return _scatter(matrices, self._rows, by_block, shape)
+
+    @property
+    def _rows(self) -> list[np.ndarray]:
+        return places(self._origin, self._blocks)
 
     @property
     def eigenvalues(self) -> Float[Array, " D"]:
         r"""All $D$ eigenvalues $\Lambda$ of the scaled matrix, descending.
 
-        Those of null directions come last, as they were found.
+        Those of null directions come last, as they were found. A parameter without a
+        block has the eigenvalue 1. Of [`vernal.EigenProjector.from_matvec`][] it is
+        the leading ones that are known.
         """
-        return self._held.eigenvalues
+        spectra = [(w.spectrum, w.rank) for w in self._held]
+        if len(spectra) == 1:
+            return spectra[0][0]
+        kept = jnp.concatenate([values[:rank] for values, rank in spectra])
+        null = jnp.concatenate([values[rank:] for values, rank in spectra])
+        return jnp.concatenate([jnp.sort(kept)[::-1], jnp.sort(null)[::-1]])
 
     @property
     def rank(self) -> int:
         """The number of directions that are not null."""
-        return self._whitening.rank
+        return sum(whitening.rank for whitening in self._whitenings)
 
     @property
     def latent_size(self) -> int:
-        """The length of the latent vector.
+        """The number of elements of the latent space.
 
         It is $D$, or `rank` where null directions were dropped.
         """
-        return self._whitening.latent_size
+        return sum(whitening.latent_size for whitening in self._whitenings)
 
     @property
     def condition_number(self) -> Float[Array, ""]:
@@ -159,7 +383,9 @@ class EigenProjector(eqx.Module):
         It is $\log|\det P|$, and $\frac12\log\det(P^\top P)$ where directions were
         dropped and $P$ has fewer columns than rows.
         """
-        return self._held.log_abs_det()
+        return sum(
+            (whitening.log_abs_det() for whitening in self._held), start=jnp.zeros(())
+        )
 
     @checked
     def at(self, params: Params) -> "EigenProjector":
@@ -178,32 +404,37 @@ class EigenProjector(eqx.Module):
                 f"`params` has leaves of the shapes {shapes}, but the projector was "
                 f"made for {expected}."
             )
-        return EigenProjector(jax.lax.stop_gradient(origin), self._whitening)
+        return EigenProjector(
+            jax.lax.stop_gradient(origin),
+            self._whitenings,
+            self._blocks,
+            self._has_names,
+        )
 
     @checked
-    def to_params(self, latent: Float[Array, "..."]) -> Params:
+    def to_params(self, latent: PyTree) -> Params:
         """Returns $x_0 + P u$ as a tree.
 
         **Arguments:**
 
-        - `latent`: the latent vector $u$, of shape `(latent_size,)`.
+        - `latent`: the latent vector $u$, of shape `(latent_size,)`; of
+            [`vernal.EigenProjector.from_blocks`][] the dictionary by parameter.
 
         **Returns:**
 
         A tree like the parameters, each leaf in its own dtype.
         """
-        if latent.shape != (self.latent_size,):
-            raise ValueError(
-                f"`latent` has shape {latent.shape}, but the latent space of this "
-                f"projector is made of vectors of shape {(self.latent_size,)}."
-            )
-        held = self._held
-        dtype = held.scale.dtype
-        start = ravel(self.origin, dtype)
-        return unravel(start + held.apply(latent.astype(dtype)), self._origin)
+
+        starts = self._ravel(self.origin)
+        pieces = self._pieces(latent)
+        moved = [
+            start + whitening.apply(piece.astype(whitening.dtype))
+            for whitening, start, piece in zip(self._held, starts, pieces, strict=True)
+        ]
+        return unravel_blocks(moved, self._blocks, self._origin)
 
     @checked
-    def to_latent(self, params: Params) -> Float[Array, " latent"]:
+    def to_latent(self, params: Params) -> PyTree:
         r"""Returns the latent vector of a point.
 
         It is $P^+ (x - x_0)$ with $P^+ = P^\top F = \Lambda^{1/2} V^\top S^{-1}$,
@@ -218,15 +449,21 @@ class EigenProjector(eqx.Module):
 
         **Returns:**
 
-        A vector of shape `(latent_size,)`.
+        A vector of shape `(latent_size,)`; of
+        [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
-        held = self._held
-        dtype = held.scale.dtype
-        shift = self._ravel(params, "params") - ravel(self.origin, dtype)
-        return held.invert(shift)
+        points, starts = self._checked(params, "params"), self._ravel(self.origin)
+        return self._assemble(
+            [
+                whitening.invert(point - start)
+                for whitening, point, start in zip(
+                    self._held, points, starts, strict=True
+                )
+            ]
+        )
 
     @checked
-    def pull_back(self, grads: Params) -> Float[Array, " latent"]:
+    def pull_back(self, grads: Params) -> PyTree:
         r"""Returns $P^\top g$, the gradient with respect to the latent vector.
 
         **Arguments:**
@@ -235,9 +472,13 @@ class EigenProjector(eqx.Module):
 
         **Returns:**
 
-        A vector of shape `(latent_size,)`.
+        A vector of shape `(latent_size,)`; of
+        [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
-        return self._held.transpose(self._ravel(grads, "grads"))
+        flats = self._checked(grads, "grads")
+        return self._assemble(
+            [w.transpose(flat) for w, flat in zip(self._held, flats, strict=True)]
+        )
 
     @checked
     def precondition(self, grads: Params) -> Params:
@@ -251,14 +492,22 @@ class EigenProjector(eqx.Module):
 
         A tree like the parameters. It is zero along directions that were dropped.
         """
-        held = self._held
-        latent = held.transpose(self._ravel(grads, "grads"))
-        return unravel(held.apply(latent), self._origin)
 
-    def _ravel(self, tree: Params, name: str) -> Float[Array, " D"]:
+        flats = self._checked(grads, "grads")
+        natural = [
+            whitening.apply(whitening.transpose(flat))
+            for whitening, flat in zip(self._held, flats, strict=True)
+        ]
+        return unravel_blocks(natural, self._blocks, self._origin)
+
+    def _checked(self, tree: Params, name: str) -> list[Float[Array, " D"]]:
         arrays = as_parameters(tree, name)
         require_alike(arrays, self._origin, f"`{name}`", "the projector's parameters")
-        return ravel(arrays, self._whitening.scale.dtype)
+        return self._ravel(arrays)
+
+    def _ravel(self, tree: Params) -> list[Float[Array, " D"]]:
+        dtypes = [whitening.dtype for whitening in self._whitenings]
+        return ravel_blocks(tree, self._blocks, dtypes)
 
     @checked
     def null_space(self) -> tuple[dict[str, float], ...]:
@@ -276,40 +525,87 @@ class EigenProjector(eqx.Module):
 
         **Raises:**
 
-        A `ValueError` under `jax.jit`, where the weights are not known.
+        A `ValueError` under `jax.jit`, where the weights are not known; or of
+        [`vernal.EigenProjector.from_matvec`][], which does not look at the directions
+        of the complement.
         """
-        whitening = self._whitening
-        if isinstance(whitening.null_vectors, Tracer):
-            raise ValueError(
-                "`null_space` names parameters by the values of the projector, which "
-                "are not known under `jax.jit`. Call it outside."
-            )
-        return name_null_space(
-            self._origin, whitening.null_vectors, whitening.resolution
-        )
+        found: list[dict[str, float]] = []
+        for whitening, block in zip(self._whitenings, self._blocks, strict=True):
+            match whitening:
+                case DenseWhitening():
+                    if isinstance(whitening.null_vectors, Tracer):
+                        raise ValueError(
+                            "`null_space` names parameters by the values of the "
+                            "projector, which are not known under `jax.jit`. Call it "
+                            "outside."
+                        )
+                    found += name_null_space(
+                        only(self._origin, block),
+                        whitening.null_vectors,
+                        whitening.resolution,
+                    )
+                case Unchanged():
+                    pass
+                case _:
+                    raise ValueError(
+                        "`from_matvec` finds the leading directions, and does not look "
+                        "at the others one by one. Form the matrix, of some of the "
+                        "parameters at a time if it is large, and use `from_fisher` or "
+                        "`from_blocks`."
+                    )
+        return tuple(found)
 
     @checked
     def covariance(self) -> Float[Array, "D D"]:
         r"""Returns the covariance of the parameters, $P P^\top = F^{-1}$.
 
         Where directions were dropped, elements that grow without bound as such a
-        direction gets less and less constrained are $\pm\infty$.
+        direction gets less and less constrained are $\pm\infty$. Of parameters without
+        a block nothing is known, and they are NaN.
 
         **Returns:**
 
         A matrix of shape `(D, D)`, in the order of `ravel_pytree`.
         """
-        return self._held.covariance()
+        matrices = [whitening.covariance() for whitening in self._held]
+        if len(matrices) == 1:
+            return matrices[0]
+        size = ravel_size(self._origin)
+        return _scatter(matrices, self._rows, self._rows, (size, size))
 
     @checked
     def standard_errors(self) -> Params:
         """Returns the standard error of each parameter.
 
         It is the root of the diagonal of the covariance, infinite for a parameter that
-        has a part in a direction that was dropped.
+        has a part in a direction that was dropped, NaN for one without a block.
 
         **Returns:**
 
         A tree like the parameters.
         """
-        return unravel(self._held.standard_errors(), self._origin)
+
+        errors = [whitening.standard_errors() for whitening in self._held]
+        return unravel_blocks(errors, self._blocks, self._origin)
+
+
+def _scatter(
+    matrices: list[Array],
+    rows: list[np.ndarray],
+    columns: list[np.ndarray],
+    shape: tuple[int, int],
+) -> Float[Array, "rows columns"]:
+    """Puts the matrices of several blocks into one."""
+    dtype = jnp.result_type(*matrices)
+    whole = jnp.zeros(shape, dtype)
+    for down, across, matrix in zip(rows, columns, matrices, strict=True):
+        whole = whole.at[np.ix_(down, across)].set(matrix.astype(dtype))
+    return whole
+
+
+def _refuse_empty(whitenings: tuple[AbstractWhitening, ...], name: str) -> None:
+    if not any(whitening.latent_size for whitening in whitenings):
+        raise ValueError(
+            f"`{name}` constrains no parameter at all, so that nothing is left once "
+            'its null directions are dropped. Use `on_null="prior"`.'
+        )

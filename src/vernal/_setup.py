@@ -111,14 +111,27 @@ def fit_projector(
 
 
 def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
-    if projector is not None and type(optimiser) is ParamOptimiser:
+    """Refuses rules that have no meaning in the latent space of a projector."""
+    if projector is None or type(optimiser) is not ParamOptimiser:
+        return
+    if not projector._has_names:
         raise ValueError(
             "`optimiser` is a ParamOptimiser, and `projector` mixes all parameters: "
             "in its latent space they have no names. Use a plain Optax transformation "
-            "there, such as `optax.adam(1e-2)`; or keep the rules, without a "
+            "there, such as `optax.adam(1e-2)`; or whiten each parameter or group by "
+            "itself, with `EigenProjector.from_blocks`; or keep the rules, without a "
             "projector, and precondition: "
             "`ParamOptimiser(rules, first=vn.precondition(projector))`."
         )
+    names = paths(projector.origin)
+    owners = optimiser.owners(projector.origin, filtered=True)
+    for block in projector._blocks:
+        if len({owners[index] for index in block}) > 1:
+            mixed = " and ".join(repr(names[index]) for index in block[:5])
+            raise ValueError(
+                f"`optimiser` has several rules for {mixed}, which one block of "
+                "`projector` mixes. Give them one rule, by a tuple, or a block each."
+            )
 
 
 def check_ruled(optimiser: Any, params: PyTree) -> None:
