@@ -1,7 +1,12 @@
 """Immutable optimisers for physical models, in JAX and Equinox."""
 
 from ._compiled import StepInfo as StepInfo
-from ._curvature import gauss_newton as gauss_newton, hessian as hessian
+from ._curvature import (
+    gauss_newton as gauss_newton,
+    gauss_newton_matvec as gauss_newton_matvec,
+    hessian as hessian,
+    hessian_matvec as hessian_matvec,
+)
 from ._data import (
     Minibatches as Minibatches,
     Stream as Stream,

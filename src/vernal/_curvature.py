@@ -8,23 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._ravel import as_parameters, ravel, unravel
+from ._alike import require_alike
+from ._ravel import as_parameters, ravel, ravel_dtype, unravel
 from ._typing import Params, checked
-
-
-def _columns(
-    matvec: Callable[[Array], Array], like: Array, batch_size: int | None
-) -> Float[Array, "D D"]:
-    """Forms a symmetric matrix from its products with the unit vectors."""
-    size = like.size
-
-    def column(index: Array) -> Array:
-        # Made where it is used: the identity would be a second matrix in memory.
-        return matvec(jax.nn.one_hot(index, size, dtype=like.dtype))
-
-    batch = size if batch_size is None else min(batch_size, size)
-    matrix = jax.lax.map(column, jnp.arange(size), batch_size=batch)
-    return (matrix + matrix.T) / 2
 
 
 def _check_batch_size(batch_size: int | None) -> None:
@@ -45,10 +31,7 @@ def _real(value: Any, name: str) -> Array:
     return value
 
 
-def hessian_matrix(
-    fn: Callable[[Params], Any], params: Params, batch_size: int | None
-) -> Array:
-    """Computes what `hessian` returns; to be compiled with what is around it."""
+def _flat_fn(fn: Callable[[Params], Any], params: Params) -> Callable[[Array], Array]:
     def flat_fn(flat: Array) -> Array:
         value = _real(fn(unravel(flat, params)), "fn")
         if value.shape != ():
@@ -58,15 +41,12 @@ def hessian_matrix(
             )
         return value
 
-    flat = ravel(params)
-    _, matvec = jax.linearize(jax.grad(flat_fn), flat)
-    return _columns(matvec, flat, batch_size)
+    return flat_fn
 
 
-def gauss_newton_matrix(
-    residuals: Callable[[Params], Any], params: Params, batch_size: int | None
-) -> Array:
-    """Computes what `gauss_newton` returns; to be compiled with what is around it."""
+def _flat_residuals(
+    residuals: Callable[[Params], Any], params: Params
+) -> Callable[[Array], Array]:
     def flat_residuals(flat: Array) -> Array:
         value = _real(residuals(unravel(flat, params)), "residuals")
         if value.ndim == 0:
@@ -74,16 +54,88 @@ def gauss_newton_matrix(
                 "`residuals` must return an array of residuals, one for each datum, "
                 "but it returned a scalar. For a scalar loss, use `hessian`."
             )
-        return value
+        return value.ravel()
 
+    return flat_residuals
+
+
+def _along_axes(
+    product: Callable[[Array], Array], like: Array, batch_size: int | None
+) -> Float[Array, "D image"]:
+    """Applies a linear map to the unit vectors, `batch_size` of them at a time."""
+    size = like.size
+
+    def image(index: Array) -> Array:
+        # Made where it is used: the identity would be a second matrix in memory.
+        return product(jax.nn.one_hot(index, size, dtype=like.dtype))
+
+    batch = size if batch_size is None else min(batch_size, size)
+    return jax.lax.map(image, jnp.arange(size), batch_size=batch)
+
+
+def hessian_matrix(
+    fn: Callable[[Params], Any], params: Params, batch_size: int | None
+) -> Float[Array, "D D"]:
+    """Computes what `hessian` returns; to be compiled with what is around it."""
     flat = ravel(params)
-    _, push = jax.linearize(flat_residuals, flat)
-    pull = jax.linear_transpose(push, flat)
-    return _columns(lambda tangent: pull(push(tangent))[0], flat, batch_size)
+    _, product = jax.linearize(jax.grad(_flat_fn(fn, params)), flat)
+    matrix = _along_axes(product, flat, batch_size)
+    return (matrix + matrix.T) / 2
+
+
+def gauss_newton_matrix(
+    residuals: Callable[[Params], Any], params: Params, batch_size: int | None
+) -> Float[Array, "D D"]:
+    """Computes what `gauss_newton` returns; to be compiled with what is around it."""
+    flat = ravel(params)
+    _, push = jax.linearize(_flat_residuals(residuals, params), flat)
+    if batch_size is None:
+        transposed = _along_axes(push, flat, None)
+        matrix = jnp.matmul(
+            transposed, transposed.T, precision=jax.lax.Precision.HIGHEST
+        )
+    else:
+        pull = jax.linear_transpose(push, flat)
+        matrix = _along_axes(lambda v: pull(push(v))[0], flat, batch_size)
+    return (matrix + matrix.T) / 2
 
 
 _hessian = eqx.filter_jit(hessian_matrix)
 _gauss_newton = eqx.filter_jit(gauss_newton_matrix)
+
+
+class MatrixFree(eqx.Module):
+    """The product with a curvature matrix that is not formed.
+
+    It maps a tree like the parameters to one, and compiles once for each function and
+    each set of shapes.
+    """
+
+    function: Callable[[Params], Any]
+    params: Params
+    is_gauss_newton: bool = eqx.field(static=True)
+
+    def __call__(self, tangent: Params) -> Params:
+        """Multiplies the matrix with a tree like the parameters."""
+        arrays = as_parameters(tangent, "tangent")
+        require_alike(arrays, self.params, "`tangent`", "`params`")
+        return _multiply(self, arrays)
+
+    def flat(self) -> Callable[[Float[Array, " D"]], Float[Array, " D"]]:
+        """Returns the product with flat vectors, all else computed beforehand."""
+        flat = ravel(self.params)
+        if not self.is_gauss_newton:
+            gradient = jax.grad(_flat_fn(self.function, self.params))
+            return jax.linearize(gradient, flat)[1]
+        _, push = jax.linearize(_flat_residuals(self.function, self.params), flat)
+        pull = jax.linear_transpose(push, flat)
+        return lambda vector: pull(push(vector))[0]
+
+
+@eqx.filter_jit
+def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
+    flat = ravel(tangent, ravel_dtype(matrix.params))
+    return unravel(matrix.flat()(flat), matrix.params)
 
 
 @checked
@@ -96,7 +148,8 @@ def hessian(
 
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`. Each
     column is a forward derivative of the gradient; the matrix is then made exactly
-    symmetric. It compiles once for each `fn` and each set of shapes.
+    symmetric. It compiles once for each `fn`, which is known by its identity, and each
+    set of shapes: what `fn` reads from outside of its arguments must not change.
 
     **Arguments:**
 
@@ -136,9 +189,10 @@ def gauss_newton(
     themselves. Unlike the Hessian it has no negative eigenvalue, at a minimum or not.
 
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`.
-    Each column is a forward derivative of `residuals` followed by its transpose, so
-    that $J$ as a whole is not kept. It compiles once for each `residuals` and each
-    set of shapes.
+    $J$ is formed by forward derivatives; or, with `batch_size`, each column of $F$ is a
+    forward derivative followed by its transpose, and $J$ as a whole is never kept. It
+    compiles once for each `residuals`, which is known by its identity, and each set of
+    shapes: what `residuals` reads from outside of its arguments must not change.
 
     **Arguments:**
 
@@ -161,3 +215,62 @@ def gauss_newton(
     """
     _check_batch_size(batch_size)
     return _gauss_newton(residuals, as_parameters(params), batch_size)
+
+
+@checked
+def hessian_matvec(
+    fn: Callable[[Params], Any], params: Params
+) -> Callable[[Params], Params]:
+    r"""The product of a Hessian with a vector, without the matrix.
+
+    $$v \mapsto H v, \qquad H_{ij} = \frac{\partial^2 f}{\partial x_i \, \partial x_j}$$
+
+    at the cost of some evaluations of `fn`, for
+    [`vernal.EigenProjector.from_matvec`][]. See Pearlmutter, *Fast exact
+    multiplication by the Hessian*, Neural Computation 6 (1994).
+
+    **Arguments:**
+
+    - `fn`, `params`: as for [`vernal.hessian`][].
+
+    **Returns:**
+
+    A function from a tree like `params` to one. It is a pytree, and goes through
+    `jax.jit` as an argument.
+
+    **Raises:**
+
+    A `TypeError` if a parameter is complex or not an array of floats. When it is
+    called: a `ValueError` if `fn` returns anything but a scalar, or the tree is not
+    like `params`.
+    """
+    return MatrixFree(fn, as_parameters(params), False)
+
+
+@checked
+def gauss_newton_matvec(
+    residuals: Callable[[Params], Any], params: Params
+) -> Callable[[Params], Params]:
+    r"""The product of a Gauss-Newton matrix with a vector, without the matrix.
+
+    $$v \mapsto J^\top (J v), \qquad J_{ni} = \frac{\partial r_n}{\partial x_i}$$
+
+    at the cost of some evaluations of `residuals`, for
+    [`vernal.EigenProjector.from_matvec`][].
+
+    **Arguments:**
+
+    - `residuals`, `params`: as for [`vernal.gauss_newton`][].
+
+    **Returns:**
+
+    A function from a tree like `params` to one. It is a pytree, and goes through
+    `jax.jit` as an argument.
+
+    **Raises:**
+
+    A `TypeError` if a parameter is complex or not an array of floats. When it is
+    called: a `ValueError` if `residuals` returns a scalar, or the tree is not like
+    `params`.
+    """
+    return MatrixFree(residuals, as_parameters(params), True)

@@ -10,17 +10,30 @@ from jaxtyping import Array, Float
 
 
 class AbstractWhitening(eqx.Module):
-    """A linear map $P$ from a latent array to flat vectors, and what is known of it.
+    """A linear map $P$ from a latent array to flat vectors, and what is known of it."""
 
-    It computes in `dtype`; `rank` is the number of directions that are not null. The
-    `spectrum` has the eigenvalues of the matrix that was whitened, scaled to be free
-    of units: those of the directions that were kept, descending, then the null ones.
-    """
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> np.dtype:
+        """The dtype in which it computes."""
 
-    dtype: eqx.AbstractVar[np.dtype]
-    latent_shape: eqx.AbstractVar[tuple[int, ...]]
-    rank: eqx.AbstractVar[int]
-    spectrum: eqx.AbstractVar[Float[Array, " D"]]
+    @property
+    @abc.abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of the latent array."""
+
+    @property
+    @abc.abstractmethod
+    def rank(self) -> int:
+        """The number of directions that are not null."""
+
+    @property
+    @abc.abstractmethod
+    def spectrum(self) -> Float[Array, " D"]:
+        """The eigenvalues, `rank` of them descending, and then the null ones.
+
+        They are those of the matrix that was whitened, scaled to be free of units.
+        """
 
     @abc.abstractmethod
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
@@ -59,8 +72,18 @@ class AbstractWhitening(eqx.Module):
 class Unchanged(AbstractWhitening):
     """The identity, for a parameter of which nothing is known."""
 
-    latent_shape: tuple[int, ...] = eqx.field(static=True)
-    dtype: np.dtype = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+    kind: np.dtype = eqx.field(static=True)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the parameter."""
+        return self.kind
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """That of the parameter."""
+        return self.shape
 
     @property
     def rank(self) -> int:
