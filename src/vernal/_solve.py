@@ -10,6 +10,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
+from ._alike import cast_like
 from ._closures import Closure
 from ._history import History
 from ._nonfinite import all_finite
@@ -56,6 +57,8 @@ class _End(NamedTuple):
     steps: Int[Array, ""]
     reason: Int[Array, ""]
     in_vain: Bool[Array, ""]
+    stumble: PyTree
+    """The parameters that the solver ended at, if they are finite."""
 
 
 # As the compiled program numbers them.
@@ -82,24 +85,27 @@ def _run(
     key, dtype = step_key(trainer), held[1].dtype
 
     def to_params(point: PyTree) -> PyTree:
-        return point if projector is None else projector.to_params(point)
-
-    def seen(loss: Array, point: PyTree) -> Seen:
-        return Seen(loss.astype(dtype), point, jnp.array(True))
+        if projector is None:
+            return cast_like(point, trainer.params)
+        return projector.to_params(cast_like(point, latent))
 
     def scored(point: PyTree, _: Any) -> tuple[Array, Seen]:
         there = live(trainer, to_params(point))
-        loss = score(there, there.model, batch, key).loss
-        return loss, seen(loss, point)
+        loss = score(there, there.model, batch, key).loss.astype(dtype)
+        return loss, Seen(loss, point, jnp.array(True))
 
     def residuals(point: PyTree, _: Any) -> tuple[Array, Seen]:
         there = live(trainer, to_params(point))
-        vector = real_residuals(there, there.model, batch, key)
+        vector = real_residuals(there, there.model, batch, key).astype(dtype)
         if defined(trainer) == ("residuals",):
-            return vector, seen(0.5 * jnp.sum(jnp.square(vector)), point)
-        return vector, seen(score(there, there.model, batch, key).loss, point)
+            loss = 0.5 * jnp.sum(jnp.square(vector))
+        else:
+            loss = score(there, there.model, batch, key).loss.astype(dtype)
+        return vector, Seen(loss, point, jnp.array(True))
 
+    # Solvers mix what they are given with numbers of the default precision.
     start = trainer.params if projector is None else latent
+    start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
     solver = watch(encoded.decode(), goal, jnp.full(rows, jnp.nan, dtype))
     options: Any = {"has_aux": True, "max_steps": None, "throw": False}
     if isinstance(solver, optx.AbstractMinimiser):
@@ -115,9 +121,11 @@ def _run(
     point = jax.tree.map(lambda y, b: jnp.where(sound, y, b), ended.value, best)
     why = [~sound | state.is_broken, stats["diverged"], stats["failed"], stats["done"]]
     all_best, all_best_loss = better(to_params(best), best_loss, *held)
+    arrived = all_finite(ended.value)
+    stumble = jax.tree.map(lambda y, b: jnp.where(arrived, y, b), ended.value, best)
     return _End(
         params=to_params(point),
-        latent=None if projector is None else point,
+        latent=None if projector is None else cast_like(point, latent),
         best=all_best,
         best_loss=all_best_loss,
         step_count=trainer.step_count + state.steps,
@@ -125,6 +133,7 @@ def _run(
         steps=state.steps,
         reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
         in_vain=~(best_loss < state.losses[0]),
+        stumble=to_params(stumble),
     )
 
 
@@ -135,9 +144,10 @@ def _result(trainer: Any, batch: Any, end: _End) -> FitResult[Any, Any]:
         (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
     )
     reason, counts = _REASONS[reason], old.nan_counts
-    if reason not in (StopReason.CONVERGED, StopReason.MAX_STEPS) or in_vain:
+    in_vain = in_vain and reason is StopReason.MAX_STEPS
+    if in_vain or reason not in (StopReason.CONVERGED, StopReason.MAX_STEPS):
         # What the solver stumbled over, it does not say.
-        bad = _find_bad(trainer._bare(), end.params, batch)
+        bad = _find_bad(trainer._bare(), end.stumble, batch)
         unexplained = reason is StopReason.NON_FINITE and not np.any(bad)
         last = jnp.asarray(start + max(steps - 1, 0))
         counts = count_non_finite(counts, jnp.append(bad, unexplained), last)
@@ -177,8 +187,9 @@ def _check(trainer: Any, solver: Any) -> None:
         solver, optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver
     )
     if not is_solver:
+        told = solver if isinstance(solver, str | type) else type(solver)
         raise TypeError(
-            f"`solver` is {solver!r}, not a minimiser or a least-squares solver of "
+            f"`solver` is {told!r}, not a minimiser or a least-squares solver of "
             "Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, atol=1e-8)` or "
             "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
             "is for `fit`."

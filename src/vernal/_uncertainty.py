@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ._blocks import find_blocks
@@ -134,7 +135,10 @@ def standard_errors(trainer: Any, batch: Any) -> Params:
     """The errors of the parameters, from the Fisher matrix at the current point."""
     require_likelihood(trainer, "A standard error")
     matrix = fisher(trainer, batch, None, None)
-    return EigenProjector.from_fisher(matrix, trainer.params).standard_errors()
+    # Under `jax.vmap` there is no telling how many directions are null: none may be.
+    rank = len(matrix) if isinstance(matrix, Tracer) else None
+    projector = EigenProjector.from_fisher(matrix, trainer.params, rank=rank)
+    return projector.standard_errors()
 
 
 class Objective(eqx.Module):
@@ -209,9 +213,11 @@ def _rounded(value: float, error: float) -> tuple[str, str]:
     """Writes an error with two significant digits, and its value with as many."""
     if math.isinf(error):
         return f"{value:.6g}", "unconstrained"
-    if not error > 0 or not math.isfinite(value):
+    if not (error > 0 and math.isfinite(value)):
         return f"{value:.6g}", f"{error:.2g}"
     last = math.floor(math.log10(error)) - 1
+    if 1e-4 <= max(abs(value), error) < 1e6:
+        decimals = max(-last, 0)
+        return f"{value:.{decimals}f}", f"{error:.{decimals}f}"
     first = math.floor(math.log10(abs(value))) if value else last
-    digits = min(max(first - last + 1, 1), 17)
-    return f"{value:#.{digits}g}".rstrip("."), f"{error:#.2g}".rstrip(".")
+    return f"{value:.{max(first - last, 0)}e}", f"{error:.1e}"

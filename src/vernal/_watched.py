@@ -81,8 +81,9 @@ class _Watched(optx.AbstractIterativeSolver):
         new_y, inner, seen = self.solver.step(fn, y, args, options, state.inner, tags)
         loss = jnp.where(seen.is_seen, seen.loss, state.best_loss)
         best, best_loss = better(seen.point, loss, state.best, state.best_loss)
-        # Where the first value is not finite there is nothing to compare others with.
-        is_lost = jnp.isinf(best_loss) & seen.is_seen
+        # A trial that is not finite is no matter, a place to stand on is.
+        stands = _same(seen.point, y) | _same(seen.point, new_y)
+        is_lost = seen.is_seen & stands & ~jnp.isfinite(loss)
         new_state = WatchedState(
             inner=inner,
             steps=state.steps + 1,
@@ -151,6 +152,11 @@ def watch(
         atol=solver.atol,
         norm=solver.norm,
     )
+
+
+def _same(point: PyTree, other: PyTree) -> Bool[Array, ""]:
+    equal = jax.tree.map(lambda x, y: jnp.all(x == y), point, other)
+    return jax.tree.reduce(jnp.logical_and, equal, jnp.array(True))
 
 
 def better(
