@@ -53,7 +53,7 @@ def tests(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Runs the examples and renews the picture that the README shows."""
     session.install(".[examples]")
-    for name in ("enso", "digits", "nan_policy"):
+    for name in ("enso", "nist", "digits", "nan_policy"):
         session.run("python", f"examples/{name}.py", "--output", "output")
     session.run("python", "examples/enso.py", "--output", "docs")
 

@@ -73,6 +73,9 @@ def render(script: Path, source: str) -> tuple[str, bytes]:
         if run.returncode:
             raise RuntimeError(f"{script.name} failed:\n{run.stderr}")
         picture = (Path(folder) / f"{script.stem}.png").read_bytes()
+    printed = run.stdout.rstrip()
+    if not printed.startswith("|"):  # a table stands as one
+        printed = f"```text\n{printed}\n```"
     page = f"""# {title.rstrip(".")}
 
 {story.strip()}
@@ -81,9 +84,7 @@ def render(script: Path, source: str) -> tuple[str, bytes]:
 
 It prints:
 
-```text
-{run.stdout.rstrip()}
-```
+{printed}
 
 The script, `examples/{script.name}`:
 

@@ -1,0 +1,218 @@
+"""Certified answers: NIST's reference data.
+
+Nine curves that NIST certifies to eleven digits, each from two starts, near and far.
+
+- *LM*: Optimistix's Levenberg–Marquardt through `solve`, in the parameters as they are,
+  with as many steps as it wants (5,000).
+- *BFGS, whitened*: at most 200 steps in the space that the Fisher matrix whitens at
+  the start, and again from where they end, until they converge: four times at most.
+- Beside them Optimistix's BFGS by itself, and SciPy, with the same tolerances and as
+  many steps, and with derivatives from JAX.
+
+A cell is the number of correct digits at the worst parameter, and the steps it took
+(for SciPy's `lm` the evaluations). Six digits count as an answer. With the parameters
+come their standard errors, whose digits have a column of their own.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optimistix as optx
+import scipy.optimize
+from jax.numpy import cos, exp, sin
+
+import vernal as vn
+
+jax.config.update("jax_enable_x64", True)
+HERE = Path(__file__).parent
+TOLERANCE, STEPS, STEPS_A_ROUND, ROUNDS = 1e-12, 5_000, 200, 5
+LM = optx.LevenbergMarquardt(TOLERANCE, TOLERANCE)
+BFGS = optx.BFGS(TOLERANCE, TOLERANCE)
+
+
+def saturation(b, x):
+    return b[0] * (1 - exp(-b[1] * x))
+
+
+def cubics(b, x):
+    return jnp.polyval(b[3::-1], x) / (1 + x * jnp.polyval(b[:3:-1], x))
+
+
+def cycle(cosine, sine, period, x):
+    phase = 2 * jnp.pi * x / period
+    return cosine * cos(phase) + sine * sin(phase)
+
+
+def peak(height, place, width, x):
+    return height * exp(-(((x - place) / width) ** 2))
+
+
+FORMULAS = {
+    "Misra1a": saturation,
+    "Chwirut2": lambda b, x: exp(-b[0] * x) / (b[1] + b[2] * x),
+    "Gauss1": lambda b, x: b[0] * exp(-b[1] * x) + peak(*b[2:5], x) + peak(*b[5:], x),
+    "Misra1d": lambda b, x: b[0] * b[1] * x / (1 + b[1] * x),
+    "Hahn1": cubics,
+    "ENSO": lambda b, x: (
+        b[0]
+        + cycle(b[1], b[2], 12, x)
+        + cycle(b[4], b[5], b[3], x)
+        + cycle(b[7], b[8], b[6], x)
+    ),
+    "Thurber": cubics,
+    "MGH10": lambda b, x: b[0] * exp(b[1] / (x + b[2])),
+    "BoxBOD": saturation,
+}
+
+
+class Curve(eqx.Module):
+    """A formula, and the parameters that are put into it."""
+
+    b: jax.Array
+    formula: Callable = eqx.field(static=True)
+
+    def __call__(self, x):
+        return self.formula(self.b, x)
+
+
+class Fit(vn.Trainer):
+    def residuals(self, curve, batch):
+        x, y = batch
+        return curve(x) - y
+
+
+def digits(values, certified):
+    error = np.abs(np.asarray(values) / certified - 1)
+    return np.clip(-np.log10(np.maximum(error, 1e-11)), 0, None).min()
+
+
+def levenberg_marquardt(trainer, batch):
+    result = trainer.solve(LM, batch, max_steps=STEPS)
+    return result.trainer, len(result.history)
+
+
+def whitened_bfgs(trainer, batch):
+    steps = 0
+    for _ in range(ROUNDS):
+        # Where the data do not constrain a direction yet, it is left as it is.
+        trainer = trainer.whiten(batch, on_null="prior")
+        result = trainer.solve(BFGS, batch, max_steps=STEPS_A_ROUND)
+        trainer, steps = result.trainer, steps + len(result.history)
+        if result.stop_reason is vn.StopReason.CONVERGED:
+            break
+    return trainer, steps
+
+
+def others(name, x, y):
+    """Solvers of other libraries, as functions of a start."""
+
+    def residuals(b, _=None):
+        return FORMULAS[name](b, x) - y
+
+    def loss(b, _=None):
+        return 0.5 * jnp.sum(residuals(b) ** 2)
+
+    def optimistix_bfgs(start):
+        options = {"max_steps": ROUNDS * STEPS_A_ROUND, "throw": False}
+        found = optx.minimise(loss, BFGS, start, **options)
+        return found.value, int(found.stats["num_steps"])
+
+    vector, jacobian = jax.jit(residuals), jax.jit(jax.jacfwd(residuals))
+    scalar, gradient = jax.jit(loss), jax.jit(jax.grad(loss))
+
+    def scipy_lm(start):
+        tight = dict.fromkeys(("xtol", "ftol", "gtol"), TOLERANCE)
+        found = scipy.optimize.least_squares(
+            vector, start, jacobian, method="lm", max_nfev=STEPS, **tight
+        )
+        return found.x, found.nfev
+
+    def scipy_bfgs(start):
+        options = {"gtol": TOLERANCE, "maxiter": ROUNDS * STEPS_A_ROUND}
+        found = scipy.optimize.minimize(scalar, start, jac=gradient, options=options)
+        return found.x, found.nit
+
+    return {
+        "Optimistix BFGS": optimistix_bfgs,
+        "SciPy lm": scipy_lm,
+        "SciPy BFGS": scipy_bfgs,
+    }
+
+
+def main(output):
+    sets = json.loads((HERE / "data/nist.json").read_text())
+    rows, right = [], {}
+    for name, formula in FORMULAS.items():
+        given = sets[name]
+        x, y, certified = (jnp.asarray(given[key]) for key in ("x", "y", "certified"))
+        solvers = others(name, x, y)
+        for number, start in enumerate(given["starts"], 1):
+            start = jnp.asarray(start)
+            trainer, steps = levenberg_marquardt(Fit(Curve(start, formula)), (x, y))
+            # The loss is half the sum of squares, which tells how far the data scatter.
+            scatter = jnp.sqrt(2 * trainer.best_loss / (len(x) - len(certified)))
+            errors = scatter * trainer.standard_errors((x, y)).b
+            found = {"LM": (trainer.model.b, steps)}
+            trainer, steps = whitened_bfgs(Fit(Curve(start, formula)), (x, y))
+            found["BFGS, whitened"] = trainer.best.b, steps
+            with warnings.catch_warnings():  # SciPy's, on the way
+                warnings.simplefilter("ignore", RuntimeWarning)
+                found |= {label: solve(start) for label, solve in solvers.items()}
+
+            correct = {k: digits(values, certified) for k, (values, _) in found.items()}
+            correct["errors"] = digits(errors, jnp.asarray(given["errors"]))
+            for label, value in correct.items():
+                right.setdefault(label, []).append(value)
+            cells = [f"{correct[k]:.1f} ({steps:,})" for k, (_, steps) in found.items()]
+            cells.insert(1, f"{correct['errors']:.1f}")
+            rows.append([f"{name}, {number}", *cells])
+
+    labels = ["LM", "errors", "BFGS, whitened", *solvers]
+    answers = {
+        k: sum(v >= (4 if k == "errors" else 6) for v in right[k]) for k in right
+    }
+    total = ["**answers**", *(f"**{answers[k]} of {len(rows)}**" for k in labels)]
+    for row in (["set, start", *labels], ["---"] * 7, *rows, total):
+        print("|", " | ".join(row), "|")
+    assert answers["LM"] == answers["errors"] == 18, "LM misses a certified answer"
+    assert answers["BFGS, whitened"] >= 16, "whitened BFGS misses more than two"
+    draw(
+        [row[0] for row in rows], {k: right[k] for k in labels if k != "errors"}, output
+    )
+
+
+def draw(names, right, output):
+    """The digits of every run, a column of marks for each method."""
+    plt.style.use(HERE / "style.mplstyle")
+    figure, axes = plt.subplots(figsize=(9, 5.2))
+    places = np.arange(len(names))
+    for index, (label, values) in enumerate(right.items()):
+        ours = index < 2
+        axes.plot(
+            places + 0.13 * (index - 2),
+            values,
+            "o" if ours else "x",
+            ms=7 if ours else 5,
+            label=label,
+        )
+    axes.axhline(6, color="0.6", lw=1, zorder=0)
+    axes.set_xticks(places, names, rotation=60, ha="right")
+    axes.set(ylabel="correct digits, worst parameter", ylim=(-0.5, 14))
+    axes.set_title("Nine certified problems, from two starts each")
+    axes.legend(ncols=3, loc="upper center")
+    Path(output).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(output) / "nist.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="output", help="folder for the picture")
+    main(parser.parse_args().output)
