@@ -45,7 +45,7 @@ def tests_min(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests, examples and code blocks of the documentation among them."""
-    session.install(".[test]")
+    session.install(".[test,examples]")
     session.run("pytest", "-n", "2", *session.posargs)
 
 
@@ -53,7 +53,7 @@ def tests(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Runs the examples and renews the picture that the README shows."""
     session.install(".[examples]")
-    for name in ("enso", "nist", "digits", "nan_policy"):
+    for name in ("enso", "nist", "telescope", "posterior", "digits", "nan_policy"):
         session.run("python", f"examples/{name}.py", "--output", "output")
     session.run("python", "examples/enso.py", "--output", "docs")
 
@@ -61,5 +61,5 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Time and memory against hand-written loops, as a Markdown table."""
-    session.install(".[test]")
+    session.install(".[test,examples]")
     session.run("python", "-m", "tests.benchmarks", *session.posargs)
