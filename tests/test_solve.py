@@ -71,11 +71,14 @@ def by_hand(trainer, solver, batch, max_steps):
     return to_params, optx.least_squares(residuals, solver, start, **options)
 
 
-@pytest.mark.parametrize("space", ["parameters", "latent"])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [
+        *((name, "parameters") for name in SOLVERS),
+        *((name, "latent") for name in ("BFGS", "LBFGS", "LevenbergMarquardt")),
+    ],
+)
 def test_as_by_hand(name, space):
-    if (name, space) == ("ParamOptimiser", "latent"):
-        pytest.skip("the latent space has no names")
     # Not to where the last steps are decided by rounding.
     solver = SOLVERS[name](1e-4)
     trainer = GaussianFit(peak(*START))
@@ -98,7 +101,7 @@ def test_as_by_hand(name, space):
         assert converged
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["BFGS", "NelderMead", "Optax", "LevenbergMarquardt"])
 def test_the_history_has_the_losses_and_the_best_is_none_of_them_above(name):
     trainer = GaussianFit(peak(*START))
     result = trainer.solve(SOLVERS[name](1e-8), data(), max_steps=60)
@@ -113,7 +116,7 @@ def test_the_history_has_the_losses_and_the_best_is_none_of_them_above(name):
 
 
 @pytest.mark.parametrize("whiten", [False, True])
-@pytest.mark.parametrize("name", ["BFGS", "LBFGS", "NelderMead", *LEAST_SQUARES])
+@pytest.mark.parametrize("name", ["LBFGS", "NelderMead", "LevenbergMarquardt"])
 @pytest.mark.parametrize("kind", ["float32", "mixed"])
 def test_single_precision_and_mixed(kind, name, whiten):
     if kind == "float32":

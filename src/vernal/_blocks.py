@@ -1,17 +1,20 @@
 """Groups of parameters, each with a matrix of its own."""
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from ._paths import named_leaves, paths
 from ._ravel import ravel, unravel
-from ._selectors import resolve
-from ._typing import Params
+from ._selectors import atoms, resolve
+from ._typing import Params, PyTree
 
 Block = tuple[int, ...]
 """The indices of some leaves, in the order of `jax.tree.leaves`."""
@@ -38,11 +41,17 @@ def find_blocks(
     - `ValueError`: if two blocks share a parameter.
     """
     names = paths(params)
+    # With a block for each parameter, resolving one by one would be quadratic.
+    indices = {name: index for index, name in enumerate(names)}
     owner: dict[int, Any] = {}
     blocks = []
     for selector in selectors:
-        owners = resolve(params, [selector], argument=argument)
-        block = tuple(i for i, found in enumerate(owners) if found is not None)
+        wanted = list(atoms(selector, argument))
+        if all(isinstance(atom, str) and atom in indices for atom in wanted):
+            block = tuple(sorted({indices[atom] for atom in wanted}))
+        else:
+            owners = resolve(params, [selector], argument=argument)
+            block = tuple(i for i, found in enumerate(owners) if found is not None)
         for index in block:
             if index in owner:
                 raise ValueError(
@@ -54,12 +63,12 @@ def find_blocks(
     return tuple(blocks)
 
 
-def only(params: Params, block: Block) -> Params:
-    """Leaves out all but the leaves of one block."""
-    leaves, structure = jax.tree.flatten(params)
-    return structure.unflatten(
-        [leaf if index in block else None for index, leaf in enumerate(leaves)]
-    )
+def leaves_by_path(
+    params: Params, blocks: Sequence[Block]
+) -> list[OrderedDict[str, Array]]:
+    """Lists the leaves of each block, by path."""
+    names, leaves = paths(params), jax.tree.leaves(params)
+    return [OrderedDict((names[i], leaves[i]) for i in block) for block in blocks]
 
 
 def ravel_blocks(
@@ -95,18 +104,51 @@ def places(params: Params, blocks: Sequence[Block]) -> list[np.ndarray]:
     ]
 
 
-def nest_blocks(params: Params, blocks: Sequence[Block]) -> dict[str, Any]:
+def nest_blocks(params: Params, blocks: Sequence[Block]) -> OrderedDict[str, Any]:
     """Nests the indices of blocks in dictionaries with the paths of the parameters.
 
-    A block of several leaves is at the path of the first; at the others is `None`.
+    A block of several leaves is at the path of the first; at the others is `None`, as
+    where `params` has `None`.
     """
-    nested: dict[str, Any] = {}
-    named = [leaf for leaf in named_leaves(params) if leaf.value is not None]
-    for index, block in enumerate(blocks):
-        for member in block:
-            *way, last = named[member].segments or ("",)
-            node = nested
-            for segment in way:
-                node = node.setdefault(segment, {})
-            node[last] = index if member == block[0] else None
+    firsts = {block[0]: index for index, block in enumerate(blocks)}
+    nested: OrderedDict[str, Any] = OrderedDict()
+    count = 0
+    for leaf in named_leaves(params):
+        *way, last = leaf.segments or ("",)
+        node = nested
+        for segment in way:
+            node = node.setdefault(segment, OrderedDict())
+        if leaf.value is None:
+            node[last] = None
+        else:
+            node[last] = firsts.get(count)
+            count += 1
     return nested
+
+
+def arrange(tree: PyTree, like: PyTree) -> PyTree:
+    """Brings the keys of nested dictionaries in the order of others.
+
+    A key that was left out, where the other has no leaf, is no mistake.
+    """
+    is_nested = isinstance(tree, Mapping) and isinstance(like, OrderedDict)
+    if not (is_nested and tree.keys() <= like.keys()):
+        return tree
+    empty = lambda node: OrderedDict() if isinstance(node, OrderedDict) else None
+    return OrderedDict(
+        (key, arrange(tree.get(key, empty(node)), node)) for key, node in like.items()
+    )
+
+
+def scatter(
+    matrices: Sequence[Float[Array, "..."]],
+    rows: Sequence[np.ndarray],
+    columns: Sequence[np.ndarray],
+    shape: tuple[int, int],
+) -> Float[Array, "rows columns"]:
+    """Puts the matrices of several blocks into one, at their rows and columns."""
+    dtype = reduce(jnp.promote_types, [matrix.dtype for matrix in matrices])
+    whole = jnp.zeros(shape, dtype)
+    for down, across, matrix in zip(rows, columns, matrices, strict=True):
+        whole = whole.at[np.ix_(down, across)].set(matrix.astype(dtype))
+    return whole

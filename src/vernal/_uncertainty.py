@@ -141,36 +141,26 @@ def standard_errors(trainer: Any, batch: Any) -> Params:
     return projector.standard_errors()
 
 
-class Objective(eqx.Module):
-    """The negative log-likelihood as a function of the latent vector.
-
-    Of the flat vector of the parameters, in the order of `ravel_pytree`, if there is
-    no projector. It is pure, and a pytree.
-    """
-
-    _trainer: Any
-    _projector: EigenProjector | None
-    _batch: Any
-
-    def __call__(self, point: PyTree) -> Float[Array, ""]:
-        """Evaluates it at a point."""
-        trainer, projector = self._trainer, self._projector
-        if projector is None:
-            params = unravel(point, trainer.params)
-        else:
-            params = projector.to_params(point)
-        there = live(trainer, params)
-        return negative_log_likelihood(
-            there, there.model, self._batch, step_key(trainer)
-        )
+def _potential(
+    trainer: Any, projector: EigenProjector | None, batch: Any, point: PyTree
+) -> Float[Array, ""]:
+    """Evaluates the negative log-likelihood at a point of the latent space."""
+    if projector is None:
+        params = unravel(point, trainer.params)
+    else:
+        params = projector.to_params(point)
+    there = live(trainer, params)
+    return negative_log_likelihood(there, there.model, batch, step_key(trainer))
 
 
-def objective(trainer: Any, batch: Any) -> tuple[Objective, PyTree]:
+def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
     """The likelihood for a sampler, and where to start it."""
     require_likelihood(trainer, "The posterior of a sampler")
     params = as_parameters(trainer.params)
     start = ravel(params) if trainer.projector is None else trainer.latent
-    return Objective(trainer._bare(), trainer.projector, batch), start
+    # A pytree, as a module would be, and hashable, as what `jax.jit` is given must be.
+    bare, projector = trainer._bare(), trainer.projector
+    return jax.tree_util.Partial(_potential, bare, projector, batch), start
 
 
 def table(trainer: Any, batch: Any = None) -> str:
