@@ -38,7 +38,7 @@ def find_blocks(
     **Raises:**
 
     - `UnknownPathError`: if a selector matches nothing.
-    - `ValueError`: if two blocks share a parameter.
+    - `ValueError`: if two blocks share a parameter, or one is of none.
     """
     names = paths(params)
     # With a block for each parameter, resolving one by one would be quadratic.
@@ -52,6 +52,8 @@ def find_blocks(
         else:
             owners = resolve(params, [selector], argument=argument)
             block = tuple(i for i, found in enumerate(owners) if found is not None)
+        if not block:
+            raise ValueError(f"`{argument}`: the block {selector!r} selects nothing.")
         for index in block:
             if index in owner:
                 raise ValueError(

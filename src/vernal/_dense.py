@@ -302,6 +302,6 @@ def _choose_rank(
         raise ValueError(
             "`rank` must be given under `jax.jit` and `jax.vmap`, where the number of "
             "null directions, and with it the shape of the latent space, cannot depend "
-            f"on values. `rank={values.size}` keeps them all."
+            f"on values. For `{name}`, {values.size} keeps them all."
         )
     return int(np.count_nonzero(values > tolerance)), values

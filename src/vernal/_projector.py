@@ -1,6 +1,7 @@
 """An affine map between a tree of parameters and a whitened latent vector."""
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 import equinox as eqx
@@ -11,13 +12,15 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._alike import require_alike
+from ._block_diagonal import whiten_blocks
 from ._blocks import (
     Block,
-    find_blocks,
+    arrange,
+    leaves_by_path,
     nest_blocks,
-    only,
     places,
     ravel_blocks,
+    scatter,
     unravel_blocks,
 )
 from ._dense import DenseWhitening, Kind, OnNull, whiten
@@ -27,6 +30,8 @@ from ._low_rank import whiten_matvec
 from ._ravel import as_parameters, ravel_size
 from ._typing import Params, PyTree, checked
 from ._whitening import AbstractWhitening, Unchanged
+
+_VECTOR = jax.tree.structure(0)
 
 
 class EigenProjector(eqx.Module):
@@ -56,9 +61,9 @@ class EigenProjector(eqx.Module):
 
     _origin: Params
     _whitenings: tuple[AbstractWhitening, ...]
-    # The leaves that each of them is of, and whether the latent space has names.
+    # The leaves that each of them is of, and the tree of their latent arrays.
     _blocks: tuple[Block, ...] = eqx.field(static=True)
-    _has_names: bool = eqx.field(static=True)
+    _structure: Any = eqx.field(static=True)
 
     @classmethod
     @checked
@@ -143,9 +148,15 @@ class EigenProjector(eqx.Module):
     ) -> "EigenProjector":
         origin = jax.lax.stop_gradient(as_parameters(params))
         whitening = whiten(matrix, origin, rtol, rank, on_null, kind, kind)
-        _refuse_empty((whitening,), kind)
+        return cls._of_vectors(origin, whitening, kind)
+
+    @classmethod
+    def _of_vectors(
+        cls, origin: Params, whitening: AbstractWhitening, name: str
+    ) -> "EigenProjector":
+        _refuse_empty((whitening,), name)
         every = tuple(range(len(jax.tree.leaves(origin))))
-        return cls(origin, (whitening,), (every,), False)
+        return cls(origin, (whitening,), (every,), _VECTOR)
 
     @classmethod
     @checked
@@ -165,10 +176,11 @@ class EigenProjector(eqx.Module):
         left as they are: their part of the latent space is their distance from the
         origin.
 
-        The latent space is a dictionary with the same paths as the parameters, so that
-        the rules of a [`vernal.ParamOptimiser`][] keep their names. The block of one
-        parameter is a vector at its path; that of several is a vector at the path of
-        the first, with `None` at the others, and belongs to one rule.
+        The latent space is a dictionary with the same paths as the parameters, `None`
+        at those that are not trained, so that the rules of a
+        [`vernal.ParamOptimiser`][] keep their names. The block of one parameter is a
+        vector at its path; that of several is a vector at the path of the first, with
+        `None` at the others, and belongs to one rule.
 
         ```python
         trainer = Fit(model, vn.ParamOptimiser(rules))
@@ -193,41 +205,11 @@ class EigenProjector(eqx.Module):
         `UnknownPathError` if a selector matches nothing, a `ValueError` if two blocks
         share a parameter.
         """
-        if not blocks:
-            raise ValueError(
-                "`blocks` is empty: it needs at least one matrix, such as "
-                '`{"flux": fmat}`.'
-            )
-        ranks = dict(rank or {})
-        if odd := [selector for selector in ranks if selector not in blocks]:
-            raise ValueError(
-                f"`rank` has {odd[0]!r}, which is no block. The blocks are "
-                f"{', '.join(map(repr, blocks))}."
-            )
         origin = jax.lax.stop_gradient(as_parameters(params))
-        members = dict(
-            zip(blocks, find_blocks(origin, tuple(blocks), "blocks"), strict=True)
-        )
-        leaves = jax.tree.leaves(origin)
-        found: dict[Block, AbstractWhitening] = {
-            (index,): Unchanged(leaf.shape, leaf.dtype)
-            for index, leaf in enumerate(leaves)
-            if not any(index in block for block in members.values())
-        }
-        for selector, block in members.items():
-            found[block] = whiten(
-                blocks[selector],
-                only(origin, block),
-                rtol,
-                ranks.get(selector),
-                on_null,
-                "fmat",
-                f"blocks[{selector!r}]",
-            )
-        order = tuple(sorted(found))
-        whitenings = tuple(found[block] for block in order)
+        members, whitenings = whiten_blocks(blocks, origin, rtol, rank or {}, on_null)
         _refuse_empty(whitenings, "blocks")
-        return cls(origin, whitenings, order, True)
+        structure = jax.tree.structure(nest_blocks(origin, members))
+        return cls(origin, whitenings, members, structure)
 
     @classmethod
     @checked
@@ -285,36 +267,34 @@ class EigenProjector(eqx.Module):
         """
         origin = jax.lax.stop_gradient(as_parameters(params))
         whitening = whiten_matvec(matvec, origin, rank, key=key, scale=scale)
-        every = tuple(range(len(jax.tree.leaves(origin))))
-        return cls(origin, (whitening,), (every,), False)
+        return cls._of_vectors(origin, whitening, "matvec")
 
     @property
     def _held(self) -> tuple[AbstractWhitening, ...]:
         return jax.lax.stop_gradient(self._whitenings)
 
-    # The latent space.
+    @property
+    def _has_names(self) -> bool:
+        return self._structure != _VECTOR
 
     @property
-    def _layout(self) -> PyTree:
-        """The latent tree, with the index of a block for each leaf."""
-        return nest_blocks(self._origin, self._blocks) if self._has_names else 0
-
-    def _assemble(self, pieces: list[Any]) -> PyTree:
-        return jax.tree.map(lambda index: pieces[index], self._layout)
+    def _latent_like(self) -> PyTree:
+        """The shapes of the latent arrays, as their tree."""
+        return self._structure.unflatten(
+            jax.ShapeDtypeStruct(w.latent_shape, w.dtype) for w in self._whitenings
+        )
 
     def _pieces(self, latent: PyTree) -> list[Array]:
         """Takes a latent tree apart, once it is known to be one."""
-        shapes = [w.latent_shape for w in self._whitenings]
-        like = self._assemble([jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
-        if not self._has_names and jnp.shape(latent) != shapes[0]:
+        like = self._latent_like
+        if not self._has_names and jnp.shape(latent) != like.shape:
             raise ValueError(
                 f"`latent` has shape {jnp.shape(latent)}, but the latent space of this "
-                f"projector is made of vectors of shape {shapes[0]}."
+                f"projector is made of vectors of shape {like.shape}."
             )
+        latent = arrange(latent, like)
         require_alike(latent, like, "`latent`", "this projector's latent space")
-        order = jax.tree.leaves(self._layout)
-        pieces = dict(zip(order, jax.tree.leaves(latent), strict=True))
-        return [pieces[index] for index in range(len(order))]
+        return jax.tree.leaves(latent)
 
     @property
     def origin(self) -> Params:
@@ -331,12 +311,10 @@ class EigenProjector(eqx.Module):
         matrices = [whitening.matrix() for whitening in self._held]
         if len(matrices) == 1:
             return matrices[0]
-        shape = (ravel_size(self._origin), self.latent_size)
-        order = jax.tree.leaves(self._layout)
-        sizes = [self._whitenings[index].latent_size for index in order]
+        sizes = [whitening.latent_size for whitening in self._whitenings]
         columns = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-        by_block = [columns[order.index(index)] for index in range(len(order))]
-        return _scatter(matrices, self._rows, by_block, shape)
+        shape = (ravel_size(self._origin), sum(sizes))
+        return scatter(matrices, self._rows, columns, shape)
 
     @property
     def _rows(self) -> list[np.ndarray]:
@@ -350,12 +328,16 @@ class EigenProjector(eqx.Module):
         block has the eigenvalue 1. Of [`vernal.EigenProjector.from_matvec`][] it is
         the leading ones that are known.
         """
-        spectra = [(w.spectrum, w.rank) for w in self._held]
-        if len(spectra) == 1:
-            return spectra[0][0]
+        if len(self._whitenings) == 1:
+            return self._held[0].spectrum
+        spectra = [(w.spectrum.astype(self._dtype), w.rank) for w in self._held]
         kept = jnp.concatenate([values[:rank] for values, rank in spectra])
         null = jnp.concatenate([values[rank:] for values, rank in spectra])
         return jnp.concatenate([jnp.sort(kept)[::-1], jnp.sort(null)[::-1]])
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return reduce(jnp.promote_types, [w.dtype for w in self._whitenings])
 
     @property
     def rank(self) -> int:
@@ -383,9 +365,8 @@ class EigenProjector(eqx.Module):
         It is $\log|\det P|$, and $\frac12\log\det(P^\top P)$ where directions were
         dropped and $P$ has fewer columns than rows.
         """
-        return sum(
-            (whitening.log_abs_det() for whitening in self._held), start=jnp.zeros(())
-        )
+        volumes = [w.log_abs_det().astype(self._dtype) for w in self._held]
+        return reduce(jnp.add, volumes)
 
     @checked
     def at(self, params: Params) -> "EigenProjector":
@@ -404,11 +385,11 @@ class EigenProjector(eqx.Module):
                 f"`params` has leaves of the shapes {shapes}, but the projector was "
                 f"made for {expected}."
             )
+        structure = self._structure
+        if self._has_names:
+            structure = jax.tree.structure(nest_blocks(origin, self._blocks))
         return EigenProjector(
-            jax.lax.stop_gradient(origin),
-            self._whitenings,
-            self._blocks,
-            self._has_names,
+            jax.lax.stop_gradient(origin), self._whitenings, self._blocks, structure
         )
 
     @checked
@@ -424,11 +405,10 @@ class EigenProjector(eqx.Module):
 
         A tree like the parameters, each leaf in its own dtype.
         """
-
         starts = self._ravel(self.origin)
         pieces = self._pieces(latent)
         moved = [
-            start + whitening.apply(piece.astype(whitening.dtype))
+            start + whitening.apply(jnp.asarray(piece, whitening.dtype))
             for whitening, start, piece in zip(self._held, starts, pieces, strict=True)
         ]
         return unravel_blocks(moved, self._blocks, self._origin)
@@ -453,13 +433,9 @@ class EigenProjector(eqx.Module):
         [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
         points, starts = self._checked(params, "params"), self._ravel(self.origin)
-        return self._assemble(
-            [
-                whitening.invert(point - start)
-                for whitening, point, start in zip(
-                    self._held, points, starts, strict=True
-                )
-            ]
+        return self._structure.unflatten(
+            whitening.invert(point - start)
+            for whitening, point, start in zip(self._held, points, starts, strict=True)
         )
 
     @checked
@@ -476,8 +452,8 @@ class EigenProjector(eqx.Module):
         [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
         flats = self._checked(grads, "grads")
-        return self._assemble(
-            [w.transpose(flat) for w, flat in zip(self._held, flats, strict=True)]
+        return self._structure.unflatten(
+            w.transpose(flat) for w, flat in zip(self._held, flats, strict=True)
         )
 
     @checked
@@ -492,7 +468,6 @@ class EigenProjector(eqx.Module):
 
         A tree like the parameters. It is zero along directions that were dropped.
         """
-
         flats = self._checked(grads, "grads")
         natural = [
             whitening.apply(whitening.transpose(flat))
@@ -530,7 +505,8 @@ class EigenProjector(eqx.Module):
         of the complement.
         """
         found: list[dict[str, float]] = []
-        for whitening, block in zip(self._whitenings, self._blocks, strict=True):
+        leaves = leaves_by_path(self._origin, self._blocks)
+        for whitening, own in zip(self._whitenings, leaves, strict=True):
             match whitening:
                 case DenseWhitening():
                     if isinstance(whitening.null_vectors, Tracer):
@@ -540,9 +516,7 @@ class EigenProjector(eqx.Module):
                             "outside."
                         )
                     found += name_null_space(
-                        only(self._origin, block),
-                        whitening.null_vectors,
-                        whitening.resolution,
+                        own, whitening.null_vectors, whitening.resolution
                     )
                 case Unchanged():
                     pass
@@ -571,7 +545,7 @@ class EigenProjector(eqx.Module):
         if len(matrices) == 1:
             return matrices[0]
         size = ravel_size(self._origin)
-        return _scatter(matrices, self._rows, self._rows, (size, size))
+        return scatter(matrices, self._rows, self._rows, (size, size))
 
     @checked
     def standard_errors(self) -> Params:
@@ -584,23 +558,8 @@ class EigenProjector(eqx.Module):
 
         A tree like the parameters.
         """
-
         errors = [whitening.standard_errors() for whitening in self._held]
         return unravel_blocks(errors, self._blocks, self._origin)
-
-
-def _scatter(
-    matrices: list[Array],
-    rows: list[np.ndarray],
-    columns: list[np.ndarray],
-    shape: tuple[int, int],
-) -> Float[Array, "rows columns"]:
-    """Puts the matrices of several blocks into one."""
-    dtype = jnp.result_type(*matrices)
-    whole = jnp.zeros(shape, dtype)
-    for down, across, matrix in zip(rows, columns, matrices, strict=True):
-        whole = whole.at[np.ix_(down, across)].set(matrix.astype(dtype))
-    return whole
 
 
 def _refuse_empty(whitenings: tuple[AbstractWhitening, ...], name: str) -> None:

@@ -9,7 +9,7 @@ from ._alike import cast_like
 from ._nonfinite import NanPolicy
 from ._objective import METHODS, defined
 from ._optimiser import ParamOptimiser
-from ._paths import is_inexact, paths
+from ._paths import UnknownPathError, is_inexact, paths
 from ._projector import EigenProjector
 from ._selectors import resolve
 from ._typing import PyTree, prng_key
@@ -132,6 +132,24 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
                 f"`optimiser` has several rules for {mixed}, which one block of "
                 "`projector` mixes. Give them one rule, by a tuple, or a block each."
             )
+    there = _latent_owners(projector, optimiser)
+    for index, block in enumerate(projector._blocks):
+        if there is None or there[index] != owners[block[0]]:
+            raise ValueError(
+                f"`optimiser` has another rule for {names[block[0]]!r} in the latent "
+                "space of `projector`, where its array has another shape. Name the "
+                "parameters, rather than by a predicate on their leaves."
+            )
+
+
+def _latent_owners(
+    projector: EigenProjector, optimiser: Any
+) -> tuple[int | None, ...] | None:
+    """Finds the rule of each latent array, if every rule finds something to own."""
+    try:
+        return optimiser.owners(projector._latent_like, filtered=True)
+    except UnknownPathError:
+        return None
 
 
 def check_ruled(optimiser: Any, params: PyTree) -> None:

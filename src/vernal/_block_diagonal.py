@@ -1,0 +1,51 @@
+"""Whitening of a block-diagonal matrix, block by block."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ._blocks import Block, find_blocks, leaves_by_path
+from ._dense import OnNull, whiten
+from ._eigen import Matrix
+from ._typing import Params
+from ._whitening import AbstractWhitening, Unchanged
+
+
+def whiten_blocks(
+    given: Mapping[Any, Matrix],
+    params: Params,
+    rtol: float | None,
+    ranks: Mapping[Any, int],
+    on_null: OnNull,
+) -> tuple[tuple[Block, ...], tuple[AbstractWhitening, ...]]:
+    """Finds the maps that whiten matrices of several groups of `params`.
+
+    **Returns:**
+
+    The blocks, in the order of their first leaves, and a map for each. A leaf without a
+    matrix is a block of its own that stays as it is.
+    """
+    if not given:
+        raise ValueError(
+            '`blocks` is empty: it needs at least one matrix, such as `{"flux": fmat}`.'
+        )
+    if odd := [selector for selector in ranks if selector not in given]:
+        raise ValueError(
+            f"`rank` has {odd[0]!r}, which is no block. The blocks are "
+            f"{', '.join(map(repr, given))}."
+        )
+    selectors = tuple(given)
+    blocks = find_blocks(params, selectors, "blocks")
+    found: dict[Block, AbstractWhitening] = {}
+    for selector, block, own in zip(
+        selectors, blocks, leaves_by_path(params, blocks), strict=True
+    ):
+        name, rank = f"blocks[{selector!r}]", ranks.get(selector)
+        found[block] = whiten(given[selector], own, rtol, rank, on_null, "fmat", name)
+    owned = {index for block in blocks for index in block}
+    for index, leaf in enumerate(jax.tree.leaves(params)):
+        if index not in owned:
+            found[index,] = Unchanged(leaf.shape, leaf.dtype)
+    order = tuple(sorted(found))
+    return order, tuple(found[block] for block in order)
