@@ -285,6 +285,8 @@ def test_compiles_once():
             moved.whiten(data(seed)).solve(solver, data(seed), max_steps=max_steps)
 
     run(START, 0, 200)
+    # What looks for the cause of a bad end is a program of its own.
+    Counted(peak(jnp.nan, 1.0, 3.0)).solve(optx.BFGS(1e-8, 1e-8), data())
     once = traces
     run((0.1, 1.1, 3.5), 1, 201)
     assert traces == once

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial, all_leaves
 from jaxtyping import Array, Float
 
 from ._alike import require_alike
@@ -132,6 +133,11 @@ class MatrixFree(eqx.Module):
         return lambda vector: pull(push(vector))[0]
 
 
+def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
+    """Hides a plain function from `jax.jit`, which takes no leaf of such a kind."""
+    return Partial(function) if all_leaves([function]) else function
+
+
 @eqx.filter_jit
 def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
     flat = ravel(tangent, ravel_dtype(matrix.params))
@@ -244,7 +250,7 @@ def hessian_matvec(
     called: a `ValueError` if `fn` returns anything but a scalar, or the tree is not
     like `params`.
     """
-    return MatrixFree(fn, as_parameters(params), False)
+    return MatrixFree(_as_pytree(fn), as_parameters(params), False)
 
 
 @checked
@@ -273,4 +279,4 @@ def gauss_newton_matvec(
     called: a `ValueError` if `residuals` returns a scalar, or the tree is not like
     `params`.
     """
-    return MatrixFree(residuals, as_parameters(params), True)
+    return MatrixFree(_as_pytree(residuals), as_parameters(params), True)
