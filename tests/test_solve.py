@@ -10,7 +10,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from models import Gaussian, GaussianFit
+from models import Gaussian, GaussianFit, same
 
 X = jnp.linspace(-5.0, 5.0, 60)
 TRUTH = (0.3, 1.2, 4.0)
@@ -343,3 +343,48 @@ def test_frozen_parameters_stay():
     result = trainer.solve(optx.LevenbergMarquardt(1e-8, 1e-8), data())
     assert result.model.std == START[1]
     assert result.stop_reason is vn.StopReason.CONVERGED
+
+
+def test_a_stop_of_a_fit_does_not_last():
+    trainer = GaussianFit(peak(*START), optax.adam(1e-2))
+    stopped = trainer.fit(NAN_DATA, 3, progress=False).trainer
+    assert stopped.stopped
+    result = stopped.solve(optx.BFGS(1e-8, 1e-8), data())
+    assert result.trainer.nan_report() == stopped.nan_report()
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    on = result.trainer.fit(data(), 3, progress=False)
+    assert on.stop_reason is vn.StopReason.STEPS_TAKEN
+
+
+def test_the_start_counts_even_if_the_solver_never_looks_at_it():
+    trainer = GaussianFit(peak(*START))
+    result = trainer.solve(optx.NelderMead(1e-8, 1e-8), data(), max_steps=3)
+    start = 0.5 * jnp.sum(trainer.residuals(trainer.model, data()) ** 2)
+    np.testing.assert_allclose(result.history.loss[0], start, rtol=1e-12)
+    assert result.trainer.best_loss <= start
+
+
+@pytest.mark.parametrize("solver", [optx.BFGS, optx.NonlinearCG])
+def test_what_has_no_minimum_ends_at_finite_parameters(solver):
+    class Slope(vn.Trainer):
+        def nll(self, model, batch):
+            return -jnp.sum(model["a"] ** 4)
+
+    result = Slope({"a": jnp.asarray([1.0, 2.0])}).solve(solver(1e-8, 1e-8), None)
+    assert result.stop_reason is vn.StopReason.NON_FINITE
+    assert finite((result.model, result.best, result.trainer.best_loss))
+
+
+def test_data_are_taken_as_a_fit_takes_them():
+    x, y, sigma = map(np.asarray, data())
+    solver = optx.BFGS(1e-8, 1e-8)
+    expected = GaussianFit(peak(*START)).solve(solver, data())
+    found = GaussianFit(peak(*START)).solve(solver, (x, y, sigma))
+    assert same(found.model, expected.model)
+    with pytest.raises(TypeError, match="dtype"):
+        GaussianFit(peak(*START)).solve(solver, (x, y.astype(str), sigma))
+
+
+def test_more_steps_than_can_be_kept():
+    with pytest.raises(ValueError, match="Solve several times"):
+        GaussianFit(peak(*START)).solve(optx.BFGS(1e-8, 1e-8), data(), max_steps=2**40)

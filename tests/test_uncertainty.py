@@ -253,6 +253,16 @@ def test_what_is_not_constrained_has_an_infinite_error():
     assert np.isinf(errors["dead"]).all()
 
 
+def test_where_nothing_is_constrained_every_error_is_infinite():
+    class Deaf(vn.Trainer):
+        def residuals(self, model, batch):
+            return jnp.ones(3) + 0 * model["a"][0]
+
+    trainer = Deaf({"a": jnp.ones(2)})
+    assert np.isinf(trainer.standard_errors(None)["a"]).all()
+    assert trainer.table(jnp.zeros(())).count("unconstrained") == 2
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -320,6 +330,7 @@ class Scaled(vn.Trainer):
         (0.5, 3.0, ["0.5", "3.0"]),
         (99955.4, 367.0, ["99955", "367"]),
         (0.0, 1e-9, ["0e+00", "1.0e-09"]),
+        (12.345, 0.0996, ["12.35", "0.10"]),
     ],
 )
 def test_values_have_the_digits_of_their_errors(value, error, expected):
@@ -368,6 +379,7 @@ BAD_BLOCKS = {
     "nothing": (("meen",), vn.UnknownPathError, "Did you mean 'mean'"),
     "empty": ((), TypeError, "sequence of selectors"),
     "number": (3, TypeError, "sequence of selectors"),
+    "optimiser": (optax.adam(0.1), TypeError, "sequence of selectors"),
 }
 
 

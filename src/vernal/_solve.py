@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._alike import cast_like
 from ._closures import Closure
+from ._data import as_batch
 from ._history import History
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
@@ -23,14 +24,21 @@ from ._step import Progress, count_non_finite
 from ._typing import PyTree, whole_number
 from ._watched import Seen, better, watch
 
-# Fewer steps than these share a program with others.
+# Fewer steps than these share a program with others; the losses of more would not fit.
 _LEAST_ROWS = 256
+_MOST_ROWS = 2**24
 
 
 def solve(trainer: Any, solver: Any, batch: Any, max_steps: int) -> FitResult[Any, Any]:
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
     max_steps = whole_number(max_steps, "max_steps", least=1)
+    if max_steps > _MOST_ROWS:
+        raise ValueError(
+            f"`max_steps` is {max_steps}, but at most {_MOST_ROWS} losses are kept. "
+            "Solve several times, each time from the trainer of the last result."
+        )
     _check(trainer, solver)
+    batch = as_batch(batch)
     as_parameters(trainer.params)
     end = _run(
         trainer._bare(),
@@ -161,6 +169,7 @@ def _result(trainer: Any, batch: Any, end: _End) -> FitResult[Any, Any]:
         best_loss=end.best_loss,
         nan_counts=counts,
         step_count=end.step_count,
+        stopped=jnp.zeros_like(old.stopped),
     )
     history = History(np.arange(start, start + steps), losses[:steps])
     result = FitResult(trainer._at(progress), history, reason)

@@ -8,11 +8,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ._blocks import find_blocks
 from ._curvature import gauss_newton_matrix, hessian_matrix
+from ._data import as_batch
+from ._dense import whiten
 from ._objective import (
     defined,
     live,
@@ -71,7 +74,7 @@ def _matrices(
     if batch_size is not None:
         batch_size = whole_number(batch_size, "batch_size", least=1)
     params = as_parameters(trainer.params)
-    bare = trainer._bare()
+    bare, batch = trainer._bare(), as_batch(batch)
     if blocks is None:
         everything = tuple(range(len(jax.tree.leaves(params))))
         (matrix,) = _compute(bare, batch, kind, (everything,), batch_size)
@@ -85,7 +88,8 @@ def _matrices(
 def _as_selectors(blocks: Blocks) -> tuple[Any, ...]:
     if isinstance(blocks, str) or callable(blocks):
         return (blocks,)
-    if not isinstance(blocks, Sequence | Mapping) or not blocks:
+    is_optimiser = isinstance(blocks, optax.GradientTransformation)
+    if not isinstance(blocks, Sequence | Mapping) or is_optimiser or not blocks:
         raise TypeError(
             f"`blocks` is {blocks!r}, but must be a sequence of selectors, one for "
             'each matrix: `("position", "flux")`; `vn.paths(trainer.params)` gives '
@@ -137,8 +141,10 @@ def standard_errors(trainer: Any, batch: Any) -> Params:
     matrix = fisher(trainer, batch, None, None)
     # Under `jax.vmap` there is no telling how many directions are null: none may be.
     rank = len(matrix) if isinstance(matrix, Tracer) else None
-    projector = EigenProjector.from_fisher(matrix, trainer.params, rank=rank)
-    return projector.standard_errors()
+    params = as_parameters(trainer.params)
+    # No projector: where nothing is constrained at all, there is none.
+    whitening = whiten(matrix, params, None, rank, "drop", "fmat", "fisher")
+    return unravel(whitening.standard_errors(), params)
 
 
 def _potential(
@@ -159,7 +165,7 @@ def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
     params = as_parameters(trainer.params)
     start = ravel(params) if trainer.projector is None else trainer.latent
     # A pytree, as a module would be, and hashable, as what `jax.jit` is given must be.
-    bare, projector = trainer._bare(), trainer.projector
+    bare, projector, batch = trainer._bare(), trainer.projector, as_batch(batch)
     return jax.tree_util.Partial(_potential, bare, projector, batch), start
 
 
@@ -205,7 +211,8 @@ def _rounded(value: float, error: float) -> tuple[str, str]:
         return f"{value:.6g}", "unconstrained"
     if not (error > 0 and math.isfinite(value)):
         return f"{value:.6g}", f"{error:.2g}"
-    last = math.floor(math.log10(error)) - 1
+    # Through its own rounding: of 0.0996 the two digits are those of 0.10.
+    last = math.floor(math.log10(float(f"{error:.1e}"))) - 1
     if 1e-4 <= max(abs(value), error) < 1e6:
         decimals = max(-last, 0)
         return f"{value:.{decimals}f}", f"{error:.{decimals}f}"

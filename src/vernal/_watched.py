@@ -60,12 +60,16 @@ class _Watched(optx.AbstractIterativeSolver):
         aux_struct: PyTree,
         tags: frozenset[object],
     ) -> WatchedState:
+        # Not every solver looks at its first point before it moves on.
+        _, seen = fn(y, args)
+        best_loss = jnp.full_like(seen.loss, jnp.inf)
+        _, best_loss = better(y, seen.loss, y, best_loss)
         return WatchedState(
             inner=self.solver.init(fn, y, args, options, f_struct, aux_struct, tags),
             steps=jnp.zeros_like(self.goal),
             losses=self.losses,
             best=y,
-            best_loss=jnp.full((), jnp.inf, self.losses.dtype),
+            best_loss=best_loss,
             is_broken=jnp.array(False),
         )
 
@@ -162,7 +166,7 @@ def _same(point: PyTree, other: PyTree) -> Bool[Array, ""]:
 def better(
     point: PyTree, loss: Float[Array, ""], best: PyTree, best_loss: Float[Array, ""]
 ) -> tuple[PyTree, Float[Array, ""]]:
-    """Returns the point of the lower loss, and the loss; a NaN is never lower."""
-    is_better = loss < best_loss
+    """Returns the point of the lower loss, and the loss, if both are finite."""
+    is_better = (loss < best_loss) & all_finite((loss, point))
     chosen = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), point, best)
     return chosen, jnp.where(is_better, loss, best_loss)
