@@ -388,3 +388,14 @@ def test_single_precision_survives_the_units():
     np.testing.assert_allclose(errors["b"], 1e12 / 0.75**0.5, rtol=1e-5)
     np.testing.assert_allclose(projector.log_abs_det, -0.5 * np.log(0.75), atol=1e-5)
     assert jnp.isfinite(projector.covariance()).all()
+
+
+def test_two_precisions_meet_under_strict_promotion():
+    fmat = jnp.diag(jnp.arange(1.0, 9.0))
+    mixed = telescope(other=jnp.float32)
+    expected = vn.EigenProjector.from_fisher(fmat, mixed).matrix
+    with jax.numpy_dtype_promotion("strict"):
+        projector = vn.EigenProjector.from_fisher(fmat, mixed)
+        latent = projector.to_latent(mixed)
+        assert projector.to_params(latent).flux.dtype == jnp.float32
+    np.testing.assert_array_equal(projector.matrix, expected)

@@ -171,6 +171,17 @@ def test_under_jit():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_under_vmap():
+    spectra = jnp.stack([jnp.linspace(4.0, 1.0, 6), jnp.linspace(9.0, 2.0, 6)])
+    many = eqx.filter_vmap(lambda values: make(jnp.diag(values), rank=2))(spectra)
+    assert many.latent_size == 6
+    latent = eqx.filter_vmap(lambda p: p.to_latent({"a": jnp.ones(6)}))(many)
+    expected = [
+        make(jnp.diag(s), rank=2).to_latent({"a": jnp.ones(6)}) for s in spectra
+    ]
+    np.testing.assert_allclose(latent, jnp.stack(expected), rtol=1e-6)
+
+
 PARAMS = {"a": jnp.zeros(4)}
 DIAGONAL = jnp.asarray([4.0, 3.0, 2.0, 1.0])
 BAD = {

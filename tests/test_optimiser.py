@@ -17,6 +17,7 @@ from models import (
     GaussianFit,
     Line,
     LineFit,
+    Pull,
     gaussian,
     gaussian_batch,
     line,
@@ -272,6 +273,14 @@ def test_an_optimiser_of_the_whole_serves_a_part():
     assert updates.offset is None
     with pytest.raises(vn.UnknownPathError, match="offset"):
         optimiser.init({"slope": jnp.ones(1)})
+
+
+def test_a_predicate_that_freezes_finds_nothing_in_what_it_froze():
+    weights = lambda path, leaf: leaf.ndim == 2
+    rules = {"scalar": optax.sgd(0.1), weights: None}
+    trainer = Pull(zoo(), vn.ParamOptimiser(rules))
+    assert vn.paths(trainer.params) == ("scalar",)
+    assert trainer.step(jnp.zeros(()))[1].accepted
 
 
 def test_split():

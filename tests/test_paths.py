@@ -127,6 +127,11 @@ def test_a_key_that_looks_like_a_glob_is_a_path():
     assert chosen(tree, "**") == ("**",)
 
 
+def test_a_tree_that_is_one_array():
+    assert vn.split(jnp.ones(2), "**")[1] is None
+    assert vn.split(jnp.ones(2), "")[1] is None
+
+
 def test_regular_expressions_have_no_meaning_in_a_glob():
     tree = {"a+b": jnp.ones(1), "aab": jnp.ones(1), "a\nb": jnp.ones(1)}
     assert set(chosen(tree, "a+*")) == {"a+b"}

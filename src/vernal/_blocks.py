@@ -3,7 +3,6 @@
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from ._paths import named_leaves, paths
+from ._precision import widest
 from ._ravel import ravel, unravel
 from ._selectors import atoms, resolve
 from ._typing import Params, PyTree
@@ -149,7 +149,7 @@ def scatter(
     shape: tuple[int, int],
 ) -> Float[Array, "rows columns"]:
     """Puts the matrices of several blocks into one, at their rows and columns."""
-    dtype = reduce(jnp.promote_types, [matrix.dtype for matrix in matrices])
+    dtype = widest(matrix.dtype for matrix in matrices)
     whole = jnp.zeros(shape, dtype)
     for down, across, matrix in zip(rows, columns, matrices, strict=True):
         whole = whole.at[np.ix_(down, across)].set(matrix.astype(dtype))

@@ -10,16 +10,19 @@ from jax.tree_util import Partial, all_leaves
 from jaxtyping import Array, Float
 
 from ._alike import require_alike
+from ._precision import matmul
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
-from ._typing import Params, checked
+from ._typing import Params, checked, whole_number
+
+Product = Callable[[Array], Array]
+"""A linear map of flat vectors."""
 
 
-def _check_batch_size(batch_size: int | None) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(
-            f"`batch_size` is the number of columns computed at a time and must be at "
-            f"least 1, not {batch_size}; leave it out for all columns at once."
-        )
+def checked_batch_size(batch_size: int | None) -> int | None:
+    """Checks a number of columns to compute at a time: `None` stands for all."""
+    if batch_size is None:
+        return None
+    return whole_number(batch_size, "batch_size", least=1)
 
 
 def _real(value: Any, name: str) -> Array:
@@ -74,13 +77,27 @@ def _along_axes(
     return jax.lax.map(image, jnp.arange(size), batch_size=batch)
 
 
+def _hessian_product(fn: Callable[[Params], Any], params: Params) -> Product:
+    """Returns the product with flat vectors, all else computed beforehand."""
+    return jax.linearize(jax.grad(_flat_fn(fn, params)), ravel(params))[1]
+
+
+def _jacobian_products(
+    residuals: Callable[[Params], Any], params: Params
+) -> tuple[Product, Product]:
+    """Returns the products with the Jacobian and with its transpose."""
+    flat = ravel(params)
+    _, push = jax.linearize(_flat_residuals(residuals, params), flat)
+    transposed = jax.linear_transpose(push, flat)
+    return push, lambda cotangent: transposed(cotangent)[0]
+
+
 def hessian_matrix(
     fn: Callable[[Params], Any], params: Params, batch_size: int | None
 ) -> Float[Array, "D D"]:
     """Computes what `hessian` returns; to be compiled with what is around it."""
-    flat = ravel(params)
-    _, product = jax.linearize(jax.grad(_flat_fn(fn, params)), flat)
-    matrix = _along_axes(product, flat, batch_size)
+    product = _hessian_product(fn, params)
+    matrix = _along_axes(product, ravel(params), batch_size)
     return (matrix + matrix.T) / 2
 
 
@@ -89,15 +106,12 @@ def gauss_newton_matrix(
 ) -> Float[Array, "D D"]:
     """Computes what `gauss_newton` returns; to be compiled with what is around it."""
     flat = ravel(params)
-    _, push = jax.linearize(_flat_residuals(residuals, params), flat)
+    push, pull = _jacobian_products(residuals, params)
     if batch_size is None:
         transposed = _along_axes(push, flat, None)
-        matrix = jnp.matmul(
-            transposed, transposed.T, precision=jax.lax.Precision.HIGHEST
-        )
+        matrix = matmul(transposed, transposed.T)
     else:
-        pull = jax.linear_transpose(push, flat)
-        matrix = _along_axes(lambda v: pull(push(v))[0], flat, batch_size)
+        matrix = _along_axes(lambda v: pull(push(v)), flat, batch_size)
     return (matrix + matrix.T) / 2
 
 
@@ -122,15 +136,12 @@ class MatrixFree(eqx.Module):
         require_alike(arrays, self.params, "`tangent`", "`params`")
         return _multiply(self, arrays)
 
-    def flat(self) -> Callable[[Float[Array, " D"]], Float[Array, " D"]]:
+    def flat(self) -> Product:
         """Returns the product with flat vectors, all else computed beforehand."""
-        flat = ravel(self.params)
         if not self.is_gauss_newton:
-            gradient = jax.grad(_flat_fn(self.function, self.params))
-            return jax.linearize(gradient, flat)[1]
-        _, push = jax.linearize(_flat_residuals(self.function, self.params), flat)
-        pull = jax.linear_transpose(push, flat)
-        return lambda vector: pull(push(vector))[0]
+            return _hessian_product(self.function, self.params)
+        push, pull = _jacobian_products(self.function, self.params)
+        return lambda vector: pull(push(vector))
 
 
 def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
@@ -175,8 +186,7 @@ def hessian(
     if `batch_size` is less than 1. A `TypeError` if a parameter is complex or not an
     array of floats.
     """
-    _check_batch_size(batch_size)
-    return _hessian(fn, as_parameters(params), batch_size)
+    return _hessian(fn, as_parameters(params), checked_batch_size(batch_size))
 
 
 @checked
@@ -219,7 +229,7 @@ def gauss_newton(
     `batch_size` is less than 1. A `TypeError` if `residuals` returns no real array, or
     if a parameter is complex or not an array of floats.
     """
-    _check_batch_size(batch_size)
+    batch_size = checked_batch_size(batch_size)
     return _gauss_newton(residuals, as_parameters(params), batch_size)
 
 

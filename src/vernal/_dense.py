@@ -13,17 +13,13 @@ from jaxtyping import Array, Bool, Float
 from ._directions import list_parameters, name_null_space
 from ._eigen import Matrix, as_real_square, equilibrated_eigh, refuse, refuse_non_finite
 from ._paths import paths
+from ._precision import matmul, widest
 from ._ravel import element_name, ravel_dtype, ravel_size
 from ._typing import Params
 from ._whitening import AbstractWhitening
 
 OnNull = Literal["drop", "raise", "prior"]
 Kind = Literal["fmat", "cov"]
-
-
-def _product(left: Array, right: Array) -> Array:
-    """Multiplies in full precision, which accelerators do only when asked."""
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 class DenseWhitening(AbstractWhitening):
@@ -65,17 +61,17 @@ class DenseWhitening(AbstractWhitening):
 
     def apply(self, latent: Float[Array, " latent"]) -> Float[Array, " D"]:
         """Returns $P u$."""
-        scaled = _product(self.vectors, self.roots * latent[: self.rank])
+        scaled = matmul(self.vectors, self.roots * latent[: self.rank])
         if self.has_prior:
-            scaled = scaled + _product(self.null_vectors, latent[self.rank :])
+            scaled = scaled + matmul(self.null_vectors, latent[self.rank :])
         return self.scale * scaled
 
     def _components(
         self, scaled: Float[Array, " D"], roots: Float[Array, " rank"]
     ) -> Float[Array, " latent"]:
-        kept = roots * _product(scaled, self.vectors)
+        kept = roots * matmul(scaled, self.vectors)
         if self.has_prior:
-            return jnp.concatenate([kept, _product(scaled, self.null_vectors)])
+            return jnp.concatenate([kept, matmul(scaled, self.null_vectors)])
         return kept
 
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, " latent"]:
@@ -130,12 +126,12 @@ class DenseWhitening(AbstractWhitening):
         The limit is that of $S N N^T S / \lambda$ as $\lambda$ goes to zero from above.
         """
         factor = self._scaled_matrix()
-        scaled = _product(factor, factor.T)
+        scaled = matmul(factor, factor.T)
         covariance = self.scale[:, None] * scaled * self.scale
         if self.has_prior:
             return covariance
         unbounded = self._unbounded()
-        null = _product(self.null_vectors, self.null_vectors.T)
+        null = matmul(self.null_vectors, self.null_vectors.T)
         size = jnp.sqrt(jnp.diag(null))
         infinite = (
             unbounded[:, None]
@@ -181,7 +177,7 @@ def whiten(
     _check_options(threshold, rank, on_null, size)
     matrix = _refuse_bad_rows(refuse_non_finite(matrix, name), kind, name, params)
 
-    dtype = jnp.promote_types(matrix.dtype, ravel_dtype(params))
+    dtype = widest((matrix.dtype, ravel_dtype(params)))
     scale, values, vectors = _decompose(matrix.astype(dtype))
     tolerance = threshold * values[0]
     values = refuse(

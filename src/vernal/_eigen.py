@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Inexact, Num
 
+from ._precision import widest
 from ._typing import checked
 
 Matrix = Num[Array, "..."] | Num[np.ndarray, "..."]
@@ -27,7 +28,7 @@ def as_square(matrix: Matrix, name: str) -> Inexact[Array, "D D"]:
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return array.astype(float)
     # No eigensolver works in half precision.
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(widest((array.dtype, jnp.dtype("float32"))))
 
 
 def as_real_square(matrix: Matrix, name: str) -> Float[Array, "D D"]:
@@ -79,7 +80,7 @@ def refuse_non_finite(matrix: Inexact[Array, "D D"], name: str) -> Array:
     )
 
 
-def _descending(
+def descending(
     matrix: Inexact[Array, "D D"], symmetrize: bool = True
 ) -> tuple[Float[Array, " D"], Inexact[Array, "D D"]]:
     vectors, values = jax.lax.linalg.eigh(matrix, symmetrize_input=symmetrize)
@@ -99,12 +100,12 @@ def equilibrated_eigh(
     The eigenvalues, descending, and the eigenvectors as columns.
     """
     scaled = matrix / scale[:, None] / scale
-    return _descending((scaled + scaled.T) / 2, symmetrize=False)
+    return descending((scaled + scaled.T) / 2, symmetrize=False)
 
 
 @jax.jit
 def _eigh_rows(matrix: Array) -> tuple[Array, Array]:
-    values, vectors = _descending(matrix)
+    values, vectors = descending(matrix)
     return values, vectors.T
 
 

@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from matfree.decomp import tridiag_sym
 
 from ._alike import require_alike
-from ._curvature import MatrixFree
+from ._curvature import MatrixFree, Product
+from ._eigen import descending
+from ._precision import matmul
 from ._ravel import as_parameters, ravel, unravel
 from ._typing import Params
-
-Product = Callable[[Float[Array, " D"]], Float[Array, " D"]]
 
 # A second search, in the complement of what was found, and what it may add: Lanczos
 # iterations from one vector see one direction only of an eigenvalue that has several.
@@ -59,7 +59,7 @@ def find_leading(
 
     x, y = jax.random.normal(keys[0], (2, size), dtype)
     fx, fy = product(x), product(y)
-    difference = jnp.abs(_dot(y, fx) - _dot(x, fy))
+    difference = jnp.abs(matmul(y, fx) - matmul(x, fy))
     norms = jnp.linalg.norm(fx) + jnp.linalg.norm(fy)
     eps = jnp.finfo(dtype).eps
     is_symmetric = difference <= 10 * eps**0.5 * norms
@@ -92,10 +92,10 @@ def find_leading(
 
     basis, _ = jnp.linalg.qr(basis)
     images = _images(product, basis)
-    values, rotation = _descending(_multiply(basis.T, images))
+    values, rotation = descending(matmul(basis.T, images))
     rotation, values = rotation[:, :rank], values[:rank]
-    leading = _multiply(basis, rotation)
-    residuals = jnp.linalg.norm(_multiply(images, rotation) - leading * values, axis=0)
+    leading = matmul(basis, rotation)
+    residuals = jnp.linalg.norm(matmul(images, rotation) - leading * values, axis=0)
     tolerance = 1e-3 * values + eps**0.5 * values[0]
     is_converged = jnp.all(residuals <= tolerance)
     is_converged &= surprise <= values[-1] + tolerance[-1]
@@ -144,13 +144,8 @@ def _ritz(
     """Returns Ritz vectors and values, descending."""
     lanczos = tridiag_sym(iterations, reortho="full", custom_vjp=False)
     decomposition: Any = lanczos(product, start)
-    values, rotation = _descending(decomposition.J_small)
-    return _multiply(decomposition.Q_tall.T, rotation), values
-
-
-def _descending(matrix: Array) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(matrix)
-    return values[::-1], vectors[:, ::-1]
+    values, rotation = descending(decomposition.J_small)
+    return matmul(decomposition.Q_tall.T, rotation), values
 
 
 def _images(product: Product, basis: Float[Array, "D n"]) -> Float[Array, "D n"]:
@@ -160,12 +155,4 @@ def _images(product: Product, basis: Float[Array, "D n"]) -> Float[Array, "D n"]
 
 def _without(basis: Float[Array, "D n"], vector: Float[Array, " D"]) -> Array:
     """Projects a vector on the complement of a space."""
-    return vector - _multiply(basis, _multiply(vector, basis))
-
-
-def _multiply(left: Array, right: Array) -> Array:
-    """Multiplies in full precision, which accelerators do only when asked."""
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
-
-
-_dot = _multiply
+    return vector - matmul(basis, matmul(vector, basis))

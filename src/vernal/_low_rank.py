@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ._alike import require_alike
 from ._eigen import refuse
 from ._lanczos import Leading, find_leading
+from ._precision import matmul, widest
 from ._ravel import as_parameters, ravel, ravel_dtype, ravel_size
 from ._typing import Params, prng_key, whole_number
 from ._whitening import AbstractWhitening
@@ -42,7 +43,7 @@ class LowRankWhitening(AbstractWhitening):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """The latent array is a vector as long as that of the parameters."""
-        return self.scale.shape
+        return self.scale.shape[-1:]
 
     @property
     def rank(self) -> int:
@@ -57,8 +58,8 @@ class LowRankWhitening(AbstractWhitening):
     def _times(self, vector: Float[Array, " D"], power: float) -> Float[Array, " D"]:
         r"""Multiplies by $c^p (I - V V^\top) + V \Lambda^p V^\top$."""
         rest = self.curvature**power
-        kept = (self.eigenvalues**power - rest) * _product(vector, self.vectors)
-        return rest * vector + _product(self.vectors, kept)
+        kept = (self.eigenvalues**power - rest) * matmul(vector, self.vectors)
+        return rest * vector + matmul(self.vectors, kept)
 
     def apply(self, latent: Float[Array, " D"]) -> Float[Array, " D"]:
         """Returns $P u$."""
@@ -76,7 +77,7 @@ class LowRankWhitening(AbstractWhitening):
         rest = self.curvature**power
         kept = self.vectors * (self.eigenvalues**power - rest)
         identity = jnp.eye(self.latent_size, dtype=self.dtype)
-        return rest * identity + _product(kept, self.vectors.T)
+        return rest * identity + matmul(kept, self.vectors.T)
 
     def matrix(self) -> Float[Array, "D D"]:
         """Returns $P$."""
@@ -110,11 +111,6 @@ class LowRankWhitening(AbstractWhitening):
         covariance = self.scale[:, None] * self._dense(-1.0) * self.scale
         diagonal = jnp.where(self._unbounded(), jnp.inf, jnp.diag(covariance))
         return jnp.fill_diagonal(covariance, diagonal, inplace=False)
-
-
-def _product(left: Array, right: Array) -> Array:
-    """Multiplies in full precision, which accelerators do only when asked."""
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def whiten_matvec(
@@ -175,7 +171,7 @@ def whiten_matvec(
 
 def _computed_in(params: Params) -> np.dtype:
     # No eigensolver works in half precision.
-    return jnp.promote_types(ravel_dtype(params), jnp.float32)
+    return widest((ravel_dtype(params), jnp.dtype("float32")))
 
 
 def _flat_scale(scale: Params, params: Params, dtype: np.dtype) -> Float[Array, " D"]:

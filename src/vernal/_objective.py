@@ -35,14 +35,14 @@ def step_key(trainer: Any) -> PRNGKeyArray | None:
     return jax.random.fold_in(trainer.key, trainer.step_count)
 
 
-def score(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Scored:
+def score(trainer: Any, batch: Any, key: PRNGKeyArray | None) -> Scored:
     """Evaluates what a trainer's class minimises.
 
     That is `loss` where it is defined, else the negative log-likelihood.
     """
     if "loss" not in defined(trainer):
-        return Scored(negative_log_likelihood(trainer, model, batch, key), {})
-    returned = _call(trainer, "loss", model, batch, key)
+        return Scored(negative_log_likelihood(trainer, batch, key), {})
+    returned = _call(trainer, "loss", batch, key)
     if isinstance(returned, tuple):
         if len(returned) != 2 or not isinstance(returned[1], dict):
             raise TypeError(
@@ -59,27 +59,27 @@ def score(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Sco
 def metric_shapes(trainer: Any, batch: Any) -> dict[str, Any]:
     """Finds the metrics that a trainer's loss returns, without evaluating it."""
     return eqx.filter_eval_shape(
-        lambda t, b: score(t, t.model, b, t.key).metrics, trainer, batch
+        lambda t, b: score(t, b, t.key).metrics, trainer, batch
     )
 
 
 def negative_log_likelihood(
-    trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None
+    trainer: Any, batch: Any, key: PRNGKeyArray | None
 ) -> Float[Array, ""]:
     """Evaluates `nll` where it is defined, else half the sum of squared residuals."""
     if "nll" in defined(trainer):
-        nll = _call(trainer, "nll", model, batch, key)
+        nll = _call(trainer, "nll", batch, key)
         return _as_scalar(trainer, "nll", nll)
-    residuals = _residuals(trainer, model, batch, key)
+    residuals = _residuals(trainer, batch, key)
     squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
     return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
 
 
 def real_residuals(
-    trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None
+    trainer: Any, batch: Any, key: PRNGKeyArray | None
 ) -> Float[Array, " N"]:
     """Evaluates `residuals` as one real vector: of a complex one, both its parts."""
-    residuals = _residuals(trainer, model, batch, key)
+    residuals = _residuals(trainer, batch, key)
     if jnp.ndim(residuals) == 0:
         raise ValueError(
             f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
@@ -89,8 +89,8 @@ def real_residuals(
     return jnp.concatenate([flat.real, flat.imag]) if _is_complex(flat) else flat
 
 
-def _residuals(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Array:
-    residuals = _call(trainer, "residuals", model, batch, key)
+def _residuals(trainer: Any, batch: Any, key: PRNGKeyArray | None) -> Array:
+    residuals = _call(trainer, "residuals", batch, key)
     if not hasattr(residuals, "shape"):
         raise TypeError(
             f"`{type(trainer).__name__}.residuals` returned a "
@@ -100,11 +100,10 @@ def _residuals(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -
     return residuals
 
 
-def _call(
-    trainer: Any, name: str, model: Any, batch: Any, key: PRNGKeyArray | None
-) -> Any:
+def _call(trainer: Any, name: str, batch: Any, key: PRNGKeyArray | None) -> Any:
     method = getattr(trainer, name)
-    return method(model, batch) if key is None else method(model, batch, key=key)
+    options = {} if key is None else {"key": key}
+    return method(trainer.model, batch, **options)
 
 
 def _as_metric(trainer: Any, name: Any, value: Any) -> Array:

@@ -27,6 +27,7 @@ from ._dense import DenseWhitening, Kind, OnNull, whiten
 from ._directions import name_null_space
 from ._eigen import Matrix
 from ._low_rank import whiten_matvec
+from ._precision import widest
 from ._ravel import as_parameters, ravel_size
 from ._typing import Params, PyTree, checked
 from ._whitening import AbstractWhitening, Unchanged
@@ -337,7 +338,7 @@ class EigenProjector(eqx.Module):
 
     @property
     def _dtype(self) -> np.dtype:
-        return reduce(jnp.promote_types, [w.dtype for w in self._whitenings])
+        return widest(w.dtype for w in self._whitenings)
 
     @property
     def rank(self) -> int:

@@ -1,7 +1,6 @@
 """Trees of parameters as flat vectors, in the order of `ravel_pytree`."""
 
 import math
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, DTypeLike, Float
 
 from ._paths import dotted
+from ._precision import widest
 from ._typing import Params
 
 
@@ -52,7 +52,7 @@ def _as_parameter(path: str, leaf: object, name: str) -> Array:
 
 def ravel_dtype(params: Params) -> np.dtype:
     """Returns the dtype that holds every leaf of `params`."""
-    return reduce(jnp.promote_types, [leaf.dtype for leaf in jax.tree.leaves(params)])
+    return widest(leaf.dtype for leaf in jax.tree.leaves(params))
 
 
 def ravel(params: Params, dtype: DTypeLike | None = None) -> Float[Array, " D"]:

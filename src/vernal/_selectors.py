@@ -43,6 +43,8 @@ class _Index:
         self.glob_names: dict[str, set[str]] = {}
         for i, leaf in enumerate(leaves):
             self.exact.setdefault(leaf.path, []).append(i)
+            if not leaf.segments:
+                self.glob_names[leaf.path] = {leaf.path}
             for depth in range(1, len(leaf.segments) + 1):
                 prefix = leaf.segments[:depth]
                 name = ".".join(prefix)
@@ -88,7 +90,7 @@ def _glob_regex(segments: list[str]) -> str:
             pattern += joint + text
             joint = rf"[.{_INNER_DOT}]"
     if segments[-1] == "**" and joint == "":
-        pattern += "[^.]+"
+        pattern += "[^.]*"
     return pattern
 
 
@@ -133,7 +135,8 @@ def resolve(
     for rule, selector in enumerate(selectors):
         for atom in atoms(selector, argument):
             matches = list(index.match(atom))
-            found = False
+            # A predicate is not asked about what was replaced.
+            found = filtered and callable(atom) and any(x.value is None for x in leaves)
             for match in matches:
                 value = leaves[match.leaf].value
                 if is_inexact(value) or (match.named and is_float(value)):

@@ -22,7 +22,7 @@ from ._result import FitResult, StopReason
 from ._setup import initial_opt_state
 from ._step import Progress, count_non_finite
 from ._typing import PyTree, whole_number
-from ._watched import Seen, better, watch
+from ._watched import Seen, better, choose, watch
 
 # Fewer steps than these share a program with others; the losses of more would not fit.
 _LEAST_ROWS = 256
@@ -99,16 +99,16 @@ def _run(
 
     def scored(point: PyTree, _: Any) -> tuple[Array, Seen]:
         there = live(trainer, to_params(point))
-        loss = score(there, there.model, batch, key).loss.astype(dtype)
+        loss = score(there, batch, key).loss.astype(dtype)
         return loss, Seen(loss, point, jnp.array(True))
 
     def residuals(point: PyTree, _: Any) -> tuple[Array, Seen]:
         there = live(trainer, to_params(point))
-        vector = real_residuals(there, there.model, batch, key).astype(dtype)
+        vector = real_residuals(there, batch, key).astype(dtype)
         if defined(trainer) == ("residuals",):
             loss = 0.5 * jnp.sum(jnp.square(vector))
         else:
-            loss = score(there, there.model, batch, key).loss.astype(dtype)
+            loss = score(there, batch, key).loss.astype(dtype)
         return vector, Seen(loss, point, jnp.array(True))
 
     # Solvers mix what they are given with numbers of the default precision.
@@ -126,11 +126,10 @@ def _run(
     last = scored(ended.value, None)[1].loss
     best, best_loss = better(ended.value, last, state.best, state.best_loss)
     sound = all_finite((ended.value, last))
-    point = jax.tree.map(lambda y, b: jnp.where(sound, y, b), ended.value, best)
+    point = choose(sound, ended.value, best)
     why = [~sound | state.is_broken, stats["diverged"], stats["failed"], stats["done"]]
     all_best, all_best_loss = better(to_params(best), best_loss, *held)
-    arrived = all_finite(ended.value)
-    stumble = jax.tree.map(lambda y, b: jnp.where(arrived, y, b), ended.value, best)
+    stumble = choose(all_finite(ended.value), ended.value, best)
     return _End(
         params=to_params(point),
         latent=None if projector is None else cast_like(point, latent),
@@ -185,7 +184,7 @@ def _find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns
 
     def scored(params: PyTree) -> Array:
         there = live(trainer, params)
-        return score(there, there.model, batch, key).loss
+        return score(there, batch, key).loss
 
     loss, grads = jax.value_and_grad(scored)(params)
     return jnp.stack([~all_finite(x) for x in (loss, *jax.tree.leaves(grads))])

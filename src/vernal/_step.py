@@ -98,7 +98,7 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
 
     def scored(params: PyTree) -> tuple[Array, dict[str, Any]]:
         there = live(trainer, params)
-        return score(there, there.model, batch, key)
+        return score(there, batch, key)
 
     (loss, metrics), grads = jax.value_and_grad(scored, has_aux=True)(old.params)
     grads = jax.tree.map(_descending, grads)

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ._blocks import find_blocks
-from ._curvature import gauss_newton_matrix, hessian_matrix
+from ._curvature import checked_batch_size, gauss_newton_matrix, hessian_matrix
 from ._data import as_batch
 from ._dense import whiten
 from ._objective import (
@@ -28,7 +28,7 @@ from ._paths import named_leaves
 from ._projector import EigenProjector
 from ._ravel import as_parameters, element_name, ravel, unravel
 from ._table import aligned
-from ._typing import Params, PyTree, whole_number
+from ._typing import Params, PyTree
 
 Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
 
@@ -71,8 +71,7 @@ def require_likelihood(trainer: Any, what: str) -> None:
 def _matrices(
     trainer: Any, batch: Any, kind: str, blocks: Blocks | None, batch_size: int | None
 ) -> Any:
-    if batch_size is not None:
-        batch_size = whole_number(batch_size, "batch_size", least=1)
+    batch_size = checked_batch_size(batch_size)
     params = as_parameters(trainer.params)
     bare, batch = trainer._bare(), as_batch(batch)
     if blocks is None:
@@ -115,7 +114,7 @@ def _compute(
             changed = dict(zip(block, own, strict=True))
             every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
             there = live(trainer, structure.unflatten(every))
-            return evaluate(there, there.model, batch, key)
+            return evaluate(there, batch, key)
 
         return of_leaves
 
@@ -156,7 +155,7 @@ def _potential(
     else:
         params = projector.to_params(point)
     there = live(trainer, params)
-    return negative_log_likelihood(there, there.model, batch, step_key(trainer))
+    return negative_log_likelihood(there, batch, step_key(trainer))
 
 
 def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:

@@ -1,7 +1,7 @@
 """A solver of Optimistix that keeps what a fit keeps: the losses and the best."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._nonfinite import all_finite
 from ._typing import PyTree
+
+T = TypeVar("T")
 
 
 class Seen(NamedTuple):
@@ -168,5 +170,9 @@ def better(
 ) -> tuple[PyTree, Float[Array, ""]]:
     """Returns the point of the lower loss, and the loss, if both are finite."""
     is_better = (loss < best_loss) & all_finite((loss, point))
-    chosen = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), point, best)
-    return chosen, jnp.where(is_better, loss, best_loss)
+    return choose(is_better, (point, loss), (best, best_loss))
+
+
+def choose(is_first: Bool[Array, ""], first: T, second: T) -> T:
+    """Returns the first of two trees, or the second."""
+    return jax.tree.map(lambda x, y: jnp.where(is_first, x, y), first, second)
