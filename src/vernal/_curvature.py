@@ -73,8 +73,9 @@ def _along_axes(
         # Made where it is used: the identity would be a second matrix in memory.
         return product(jax.nn.one_hot(index, size, dtype=like.dtype))
 
-    batch = size if batch_size is None else min(batch_size, size)
-    return jax.lax.map(image, jnp.arange(size), batch_size=batch)
+    if batch_size is None:
+        return jax.vmap(image)(jnp.arange(size))
+    return jax.lax.map(image, jnp.arange(size), batch_size=min(batch_size, size))
 
 
 def _hessian_product(fn: Callable[[Params], Any], params: Params) -> Product:

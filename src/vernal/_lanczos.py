@@ -18,7 +18,7 @@ from ._typing import Params
 
 # A second search, in the complement of what was found, and what it may add: Lanczos
 # iterations from one vector see one direction only of an eigenvalue that has several.
-_ITERATIONS_AFTER = 20
+ITERATIONS_AFTER = 20
 _MOST_ADDED = 10
 
 _PROBES = 16
@@ -74,10 +74,10 @@ def find_leading(
         return product(vector) + noise * vector[order]
 
     start = jax.random.normal(keys[2], (size,), dtype)
-    vectors, values = _ritz(noisy, start, iterations)
-    lowest, basis = values[-1], vectors[:, :rank]
+    basis, values = _ritz(noisy, start, iterations, rank)
+    lowest = values[-1]
 
-    after = min(_ITERATIONS_AFTER, size - rank)
+    after = min(ITERATIONS_AFTER, size - rank)
     surprise = -jnp.inf
     if after:
         basis, _ = jnp.linalg.qr(basis)
@@ -86,9 +86,9 @@ def find_leading(
             return _without(basis, noisy(_without(basis, vector)))
 
         start = _without(basis, jax.random.normal(keys[3], (size,), dtype))
-        more, values = _ritz(beyond, start, after)
+        more, values = _ritz(beyond, start, after, min(after, _MOST_ADDED))
         surprise, lowest = values[0], jnp.minimum(lowest, values[-1])
-        basis = jnp.concatenate([basis, more[:, : min(after, _MOST_ADDED)]], axis=1)
+        basis = jnp.concatenate([basis, more], axis=1)
 
     basis, _ = jnp.linalg.qr(basis)
     images = _images(product, basis)
@@ -139,13 +139,13 @@ def _scaled(
 
 
 def _ritz(
-    product: Product, start: Float[Array, " D"], iterations: int
-) -> tuple[Float[Array, "D iterations"], Float[Array, " iterations"]]:
-    """Returns Ritz vectors and values, descending."""
+    product: Product, start: Float[Array, " D"], iterations: int, count: int
+) -> tuple[Float[Array, "D count"], Float[Array, " iterations"]]:
+    """Returns the leading Ritz vectors, so many of them, and all values, descending."""
     lanczos = tridiag_sym(iterations, reortho="full", custom_vjp=False)
     decomposition: Any = lanczos(product, start)
     values, rotation = descending(decomposition.J_small)
-    return matmul(decomposition.Q_tall.T, rotation), values
+    return matmul(decomposition.Q_tall.T, rotation[:, :count]), values
 
 
 def _images(product: Product, basis: Float[Array, "D n"]) -> Float[Array, "D n"]:

@@ -37,11 +37,10 @@ def solve(trainer: Any, solver: Any, batch: Any, max_steps: int) -> FitResult[An
             f"`max_steps` is {max_steps}, but at most {_MOST_ROWS} losses are kept. "
             "Solve several times, each time from the trainer of the last result."
         )
-    _check(trainer, solver)
-    batch = as_batch(batch)
-    as_parameters(trainer.params)
+    _check_solver(solver)
+    batch, bare = as_batch(batch), trainer._bare()
     end = _run(
-        trainer._bare(),
+        bare,
         trainer.projector,
         trainer.latent,
         (trainer._progress.best, trainer.best_loss),
@@ -50,7 +49,7 @@ def solve(trainer: Any, solver: Any, batch: Any, max_steps: int) -> FitResult[An
         jnp.asarray(np.int32(max_steps)),
         max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length()),
     )
-    return _result(trainer, batch, end)
+    return _result(trainer, bare, batch, end)
 
 
 class _End(NamedTuple):
@@ -65,6 +64,7 @@ class _End(NamedTuple):
     steps: Int[Array, ""]
     reason: Int[Array, ""]
     in_vain: Bool[Array, ""]
+    stopped: Bool[Array, ""]
     stumble: PyTree
     """The parameters that the solver ended at, if they are finite."""
 
@@ -90,6 +90,9 @@ def _run(
     goal: Int[Array, ""],
     rows: int,
 ) -> _End:
+    solver = encoded.decode()
+    _check_class(trainer, solver)
+    as_parameters(trainer.params)
     key, dtype = step_key(trainer), held[1].dtype
 
     def to_params(point: PyTree) -> PyTree:
@@ -114,7 +117,7 @@ def _run(
     # Solvers mix what they are given with numbers of the default precision.
     start = trainer.params if projector is None else latent
     start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
-    solver = watch(encoded.decode(), goal, jnp.full(rows, jnp.nan, dtype))
+    solver = watch(solver, goal, jnp.full(rows, jnp.nan, dtype))
     options: Any = {"has_aux": True, "max_steps": None, "throw": False}
     if isinstance(solver, optx.AbstractMinimiser):
         ended = optx.minimise(scored, solver, start, **options)
@@ -140,11 +143,12 @@ def _run(
         steps=state.steps,
         reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
         in_vain=~(best_loss < state.losses[0]),
+        stopped=jnp.array(False),
         stumble=to_params(stumble),
     )
 
 
-def _result(trainer: Any, batch: Any, end: _End) -> FitResult[Any, Any]:
+def _result(trainer: Any, bare: Any, batch: Any, end: _End) -> FitResult[Any, Any]:
     """Turns the end of a solve into what a fit returns."""
     old: Progress = trainer._progress
     start, losses, steps, reason, in_vain = jax.device_get(
@@ -154,7 +158,7 @@ def _result(trainer: Any, batch: Any, end: _End) -> FitResult[Any, Any]:
     in_vain = in_vain and reason is StopReason.MAX_STEPS
     if in_vain or reason not in (StopReason.CONVERGED, StopReason.MAX_STEPS):
         # What the solver stumbled over, it does not say.
-        bad = _find_bad(trainer._bare(), end.stumble, batch)
+        bad = _find_bad(bare, end.stumble, batch)
         unexplained = reason is StopReason.NON_FINITE and not np.any(bad)
         last = jnp.asarray(start + max(steps - 1, 0))
         counts = count_non_finite(counts, jnp.append(bad, unexplained), last)
@@ -168,7 +172,7 @@ def _result(trainer: Any, batch: Any, end: _End) -> FitResult[Any, Any]:
         best_loss=end.best_loss,
         nan_counts=counts,
         step_count=end.step_count,
-        stopped=jnp.zeros_like(old.stopped),
+        stopped=end.stopped,
     )
     history = History(np.arange(start, start + steps), losses[:steps])
     result = FitResult(trainer._at(progress), history, reason)
@@ -190,7 +194,7 @@ def _find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns
     return jnp.stack([~all_finite(x) for x in (loss, *jax.tree.leaves(grads))])
 
 
-def _check(trainer: Any, solver: Any) -> None:
+def _check_solver(solver: Any) -> None:
     is_solver = isinstance(
         solver, optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver
     )
@@ -202,6 +206,10 @@ def _check(trainer: Any, solver: Any) -> None:
             "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
             "is for `fit`."
         )
+
+
+def _check_class(trainer: Any, solver: Any) -> None:
+    """Checks what depends on classes alone, so that it is enough to do it once."""
     name = type(trainer).__name__
     is_minimiser = isinstance(solver, optx.AbstractMinimiser)
     if not is_minimiser and "residuals" not in defined(trainer):

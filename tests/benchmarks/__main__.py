@@ -4,10 +4,28 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 
-from . import bench_eigen, bench_fit, bench_import, bench_partition  # noqa: E402
+from . import (  # noqa: E402
+    bench_curvature,
+    bench_eigen,
+    bench_fit,
+    bench_import,
+    bench_partition,
+    bench_solve,
+    bench_telescope,
+)
+
+MODULES = (
+    bench_fit,
+    bench_partition,
+    bench_eigen,
+    bench_curvature,
+    bench_solve,
+    bench_telescope,
+    bench_import,
+)
 
 print("| measured | result | bound |")
 print("|---|---|---|")
-for module in (bench_fit, bench_partition, bench_eigen, bench_import):
+for module in MODULES:
     for row in module.rows():
         print(f"| {' | '.join(row)} |", flush=True)

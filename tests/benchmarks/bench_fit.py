@@ -5,7 +5,7 @@ five parameters, which returns the losses. `fit` watches for NaN, guards each up
 keeps the best and the history. Two models: the light curve of a pulsating star, and,
 where a step is so short that all of this shows, one Gaussian line.
 
-    python tests/benchmarks/bench_fit.py
+    python -m tests.benchmarks.bench_fit
 
 prints the rows; with arguments it is one side of a measurement that wants a process
 of its own (`first hand star 500`).
@@ -27,6 +27,8 @@ import numpy as np
 import optax
 
 import vernal as vn
+
+from .timing import in_turns, seconds
 
 STEPS = 20_000
 ROUNDS = 9
@@ -125,23 +127,15 @@ def by_vernal(name: str, points: int) -> Callable[[int], np.ndarray]:
 SIDES = {"hand": by_hand, "vernal": by_vernal}
 
 
-def _seconds(fn: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
-
-
 def warm(model: str, points: int) -> dict[str, float]:
     """Interleaved runs, everything compiled."""
     fits = {name: make(model, points) for name, make in SIDES.items()}
     losses = {name: fit(STEPS) for name, fit in fits.items()}
     np.testing.assert_allclose(losses["hand"][:500], losses["vernal"][:500], rtol=1e-6)
-    runs: dict[str, list[float]] = {name: [] for name in fits}
-    for _ in range(ROUNDS):
-        for name, fit in fits.items():
-            runs[name].append(_seconds(lambda fit=fit: fit(STEPS)))
+    sides = {name: lambda fit=fit: fit(STEPS) for name, fit in fits.items()}
+    runs = in_turns(sides, ROUNDS)
     best = {name: min(times) / STEPS * 1e6 for name, times in runs.items()}
-    ten = statistics.median(_seconds(lambda: fits["vernal"](10)) for _ in range(ROUNDS))
+    ten = statistics.median(seconds(lambda: fits["vernal"](10)) for _ in range(ROUNDS))
     return {
         "hand_us": best["hand"],
         "vernal_us": best["vernal"],
@@ -152,7 +146,7 @@ def warm(model: str, points: int) -> dict[str, float]:
 
 def _alone(what: str, side: str, model: str, points: int) -> float:
     """Measures one side in a process of its own."""
-    command = [sys.executable, __file__, what, side, model, str(points)]
+    command = [sys.executable, "-m", __spec__.name, what, side, model, str(points)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
