@@ -6,12 +6,14 @@ Nine curves that NIST certifies to eleven digits, each from two starts, near and
   with as many steps as it wants (5,000).
 - *BFGS, whitened*: at most 200 steps in the space that the Fisher matrix whitens at
   the start, and again from where they end, until they converge: four times at most.
-- Beside them Optimistix's BFGS by itself, and SciPy, with the same tolerances and as
-  many steps, and with derivatives from JAX.
+- Beside them Optimistix's solvers by themselves, with the same tolerances and as many
+  steps, and SciPy's with the tightest tolerances that it takes and derivatives from JAX.
 
 A cell is the number of correct digits at the worst parameter, and the steps it took
 (for SciPy's `lm` the evaluations). Six digits count as an answer. With the parameters
-come their standard errors, whose digits have a column of their own.
+come their standard errors, whose digits have a column of their own. (MGH10 from afar is
+a valley that is curved and nearly flat: Levenberg–Marquardt arrives, after thousands of
+steps.)
 """
 
 import argparse
@@ -120,6 +122,11 @@ def others(name, x, y):
     def loss(b, _=None):
         return 0.5 * jnp.sum(residuals(b) ** 2)
 
+    def optimistix_lm(start):
+        options = {"max_steps": STEPS, "throw": False}
+        found = optx.least_squares(residuals, LM, start, **options)
+        return found.value, int(found.stats["num_steps"])
+
     def optimistix_bfgs(start):
         options = {"max_steps": ROUNDS * STEPS_A_ROUND, "throw": False}
         found = optx.minimise(loss, BFGS, start, **options)
@@ -129,18 +136,19 @@ def others(name, x, y):
     scalar, gradient = jax.jit(loss), jax.jit(jax.grad(loss))
 
     def scipy_lm(start):
-        tight = dict.fromkeys(("xtol", "ftol", "gtol"), TOLERANCE)
+        tight = dict.fromkeys(("xtol", "ftol", "gtol"), np.finfo(float).eps)
         found = scipy.optimize.least_squares(
             vector, start, jacobian, method="lm", max_nfev=STEPS, **tight
         )
         return found.x, found.nfev
 
     def scipy_bfgs(start):
-        options = {"gtol": TOLERANCE, "maxiter": ROUNDS * STEPS_A_ROUND}
+        options = {"gtol": 0.0, "maxiter": ROUNDS * STEPS_A_ROUND}
         found = scipy.optimize.minimize(scalar, start, jac=gradient, options=options)
         return found.x, found.nit
 
     return {
+        "Optimistix LM": optimistix_lm,
         "Optimistix BFGS": optimistix_bfgs,
         "SciPy lm": scipy_lm,
         "SciPy BFGS": scipy_bfgs,
@@ -180,7 +188,7 @@ def main(output):
         k: sum(v >= (4 if k == "errors" else 6) for v in right[k]) for k in right
     }
     total = ["**answers**", *(f"**{answers[k]} of {len(rows)}**" for k in labels)]
-    for row in (["set, start", *labels], ["---"] * 7, *rows, total):
+    for row in (["set, start", *labels], ["---"] * 8, *rows, total):
         print("|", " | ".join(row), "|")
     assert answers["LM"] == answers["errors"] == 18, "LM misses a certified answer"
     assert answers["BFGS, whitened"] >= 16, "whitened BFGS misses more than two"
@@ -197,7 +205,7 @@ def draw(names, right, output):
     for index, (label, values) in enumerate(right.items()):
         ours = index < 2
         axes.plot(
-            places + 0.13 * (index - 2),
+            places + 0.12 * (index - 2.5),
             values,
             "o" if ours else "x",
             ms=7 if ours else 5,
