@@ -7,7 +7,8 @@ Nine curves that NIST certifies to eleven digits, each from two starts, near and
 - *BFGS, whitened*: at most 200 steps in the space that the Fisher matrix whitens at
   the start, and again from where they end, until they converge: four times at most.
 - Beside them Optimistix's solvers by themselves, with the same tolerances and as many
-  steps, and SciPy's with the tightest tolerances that it takes and derivatives from JAX.
+  steps, and SciPy's, with the tightest tolerances that they take and derivatives from
+  JAX.
 
 A cell is the number of correct digits at the worst parameter, and the steps it took
 (for SciPy's `lm` the evaluations). Six digits count as an answer. With the parameters

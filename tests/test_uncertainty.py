@@ -263,6 +263,38 @@ def test_where_nothing_is_constrained_every_error_is_infinite():
     assert trainer.table(jnp.zeros(())).count("unconstrained") == 2
 
 
+# Models in which only one combination of `a` and `b` counts.
+TWINS = {
+    "product": lambda m, x: m["a"] * m["b"] * jnp.exp(-(x**2)),
+    "amplitude": lambda m, x: m["a"] * jnp.exp(m["b"] - 0.3 * x**2),
+    "ratio": lambda m, x: m["c"] * jnp.sin(m["a"] / m["b"] * x),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("method", ["residuals", "nll"])
+def test_rounding_constrains_nothing(method, name, dtype):
+    """Summed over thousands of data, rounding is larger than the machine epsilon."""
+
+    def residuals(self, model, batch):
+        x, y = batch
+        return (TWINS[name](model, x) - y) / 0.1
+
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(residuals(self, model, batch) ** 2)
+
+    methods = {"residuals": residuals, "nll": nll}
+    kind = type("Twins", (vn.Trainer,), {method: methods[method]})
+    x, rng = jnp.linspace(-3, 3, 5_000), np.random.default_rng(0)
+    for _ in range(10):
+        model = {k: jnp.asarray(rng.uniform(0.5, 2.0), dtype) for k in "abc"}
+        trainer = kind(model, train=("a", "b"))
+        batch = x, TWINS[name](model, x)
+        assert np.isinf(jax.tree.leaves(trainer.standard_errors(batch))).all()
+        assert trainer.whiten(batch).projector.rank == 1
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -113,7 +113,8 @@ def gauss_newton_matrix(
         matrix = matmul(transposed, transposed.T)
     else:
         matrix = _along_axes(lambda v: pull(push(v)), flat, batch_size)
-    return (matrix + matrix.T) / 2
+    # Residuals of higher precision do not make the parameters any more precise.
+    return ((matrix + matrix.T) / 2).astype(flat.dtype)
 
 
 _hessian = eqx.filter_jit(hessian_matrix)

@@ -36,6 +36,7 @@ from ._uncertainty import (
     curvature,
     fisher,
     has_likelihood,
+    null_threshold,
     objective,
     standard_errors,
     table,
@@ -432,13 +433,17 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `batch`, `blocks`, `batch_size`: as for [`vernal.Trainer.fisher`][].
         - `optimiser`: as for [`vernal.Trainer.reproject`][].
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
-            for [`vernal.EigenProjector.from_blocks`][].
+            for [`vernal.EigenProjector.from_blocks`][]. By default `rtol` is at least
+            64 times the machine epsilon, which is what summing over data may leave of a
+            zero.
         """
         of = fisher if has_likelihood(self) else curvature
         matrix = of(self, batch, blocks, batch_size)
         if blocks is None:
+            options = {"rtol": null_threshold([matrix]), **options}
             projector = EigenProjector.from_fisher(matrix, self.params, **options)
         else:
+            options = {"rtol": null_threshold([*matrix.values()]), **options}
             projector = EigenProjector.from_blocks(matrix, self.params, **options)
         return self.reproject(projector, optimiser)
 
@@ -564,8 +569,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         return _with(self, **replace(self, model, optimiser, nan_policy))
 
-    def _at(self: SelfT, progress: Progress) -> SelfT:
-        return _with(self, _progress=progress)
+    def _at(self: SelfT, progress: Progress, **fields: Any) -> SelfT:
+        return _with(self, _progress=progress, **fields)
 
     def _bare(self: SelfT) -> SelfT:
         """Leaves out what no loss depends on, so that programs are shared."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -31,6 +32,10 @@ from ._table import aligned
 from ._typing import Params, PyTree
 
 Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
+
+# Of an eigenvalue that is zero rounding leaves so many times the machine epsilon, with
+# room to spare: it has summed over all the data.
+_ROUNDING = 64
 
 # The rows that a table gives to one array.
 _MOST_ROWS = 64
@@ -134,6 +139,12 @@ def _compute(
     return tuple(matrices)
 
 
+def null_threshold(matrices: Sequence[Float[Array, "D D"]]) -> float:
+    """Tells the `rtol` below which a direction of a computed matrix is null."""
+    noise = [max(len(m), _ROUNDING) * float(jnp.finfo(m.dtype).eps) for m in matrices]
+    return max(noise)
+
+
 def standard_errors(trainer: Any, batch: Any) -> Params:
     """The errors of the parameters, from the Fisher matrix at the current point."""
     require_likelihood(trainer, "A standard error")
@@ -142,7 +153,8 @@ def standard_errors(trainer: Any, batch: Any) -> Params:
     rank = len(matrix) if isinstance(matrix, Tracer) else None
     params = as_parameters(trainer.params)
     # No projector: where nothing is constrained at all, there is none.
-    whitening = whiten(matrix, params, None, rank, "drop", "fmat", "fisher")
+    rtol = null_threshold([matrix])
+    whitening = whiten(matrix, params, rtol, rank, "drop", "fmat", "fisher")
     return unravel(whitening.standard_errors(), params)
 
 
