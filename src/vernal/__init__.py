@@ -13,8 +13,14 @@ from ._data import (
     StreamExhaustedError as StreamExhaustedError,
 )
 from ._eigen import decompose as decompose, eigen_projection as eigen_projection
+from ._file import (
+    DamagedFileError as DamagedFileError,
+    ForeignFileError as ForeignFileError,
+    NewerFormatError as NewerFormatError,
+)
 from ._function import fit as fit
 from ._history import History as History
+from ._leaves import LoadError as LoadError, MismatchError as MismatchError
 from ._map_optimisers import map_optimisers as map_optimisers
 from ._nonfinite import (
     BreakOnNan as BreakOnNan,
@@ -36,6 +42,7 @@ from ._paths import UnknownPathError as UnknownPathError, paths as paths
 from ._precondition import precondition as precondition
 from ._projector import EigenProjector as EigenProjector
 from ._result import FitResult as FitResult, StopReason as StopReason
+from ._save import load as load, save as save
 from ._schedule import delay as delay
 from ._selectors import split as split
 from ._trainer import Trainer as Trainer

@@ -1,0 +1,126 @@
+"""What of a trainer is state, to be kept and put into another one like it."""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from ._leaves import Kind, NamedArray, from_arrays, require_alike_kinds, to_arrays
+from ._parts import strong
+from ._paths import nearest_names
+from ._setup import initial_opt_state
+from ._step import Progress, initial_progress
+from ._typing import PyTree
+
+# What can start anew, and the fields that it stands for.
+_ANEW = {
+    "opt_state": ("opt_state",),
+    "policy_state": ("policy_state",),
+    "best": ("best", "best_loss"),
+    "nan_report": ("nan_counts",),
+    "step_count": ("step_count",),
+}
+
+
+def is_trainer(tree: Any) -> bool:
+    """Whether a tree is a trainer, whose class is defined above this room."""
+    return isinstance(getattr(tree, "_progress", None), Progress)
+
+
+def snapshot(trainer: Any) -> dict[str, NamedArray]:
+    """Lists all that a fit changes: parameters, moments, counts, best, projector.
+
+    What is frozen, the rates and the policies are configuration: they are no part of
+    it.
+    """
+    return to_arrays(_state(trainer))
+
+
+def _state(trainer: Any) -> OrderedDict[str, PyTree]:
+    progress: Progress = trainer._progress
+    # In order, the parameters first: what differs there is what a user knows about.
+    names = [field.name for field in dataclasses.fields(progress)]
+    state = OrderedDict((name, getattr(progress, name)) for name in names)
+    state["projector"] = trainer.projector
+    return state
+
+
+def kinds(arrays: Mapping[str, NamedArray]) -> dict[str, Kind]:
+    """Tells what kind of leaf each one is."""
+    return {path: leaf.kind for path, leaf in arrays.items()}
+
+
+def require_restorable(
+    kept: Mapping[str, Kind], trainer: Any, source: str, anew: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Checks that a snapshot fits a trainer, from the kinds of its leaves alone.
+
+    **Returns:**
+
+    The fields that are not restored, but start anew: those of `anew`, and the state of
+    a NaN policy if it was another policy's.
+    """
+    fields = set()
+    for name in (anew,) if isinstance(anew, str) else anew:
+        if name not in _ANEW:
+            raise ValueError(
+                f"`reset` names {name!r}, which cannot start anew. "
+                f"{nearest_names(name, list(_ANEW))}"
+            )
+        fields |= set(_ANEW[name])
+    expected = kinds(snapshot(trainer))
+    if _beneath(kept, "policy_state") != _beneath(expected, "policy_state"):
+        fields.add("policy_state")
+    require_alike_kinds(_without(kept, fields), _without(expected, fields), source)
+    return tuple(fields)
+
+
+def restore(
+    kept: Mapping[str, NamedArray], trainer: Any, source: str, anew: Iterable[str] = ()
+) -> Any:
+    """Puts a snapshot into a trainer of the same model and the same optimiser.
+
+    **Arguments:**
+
+    - `kept`: what `snapshot` returned.
+    - `trainer`: where the configuration comes from.
+    - `source`: what an error calls the place where it was kept.
+    - `anew`: what is to start anew instead.
+
+    **Raises:**
+
+    - `MismatchError`: if the model or the optimiser is another; it names the leaves
+        that differ.
+    """
+    fields = require_restorable(kinds(kept), trainer, source, anew)
+    like = _state(trainer)
+    for name in fields:
+        del like[name]
+    state = from_arrays(_without(kept, fields), like, source)
+    projector, params = state.pop("projector"), state["params"]
+    if fields:
+        state |= _fresh(trainer, params, state["latent"], fields)
+    return trainer._at(Progress(**state), projector=projector)
+
+
+def _fresh(
+    trainer: Any, params: PyTree, latent: PyTree, fields: tuple[str, ...]
+) -> dict[str, PyTree]:
+    """Makes fields as those of a trainer that has not taken a step."""
+    opt_state = None
+    if "opt_state" in fields:
+        opt_state = initial_opt_state(trainer.optimiser, params, latent)
+    policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
+    new = initial_progress(params, latent, opt_state, policy_state)
+    return {name: getattr(new, name) for name in fields}
+
+
+def _beneath(paths: Mapping[str, Any], field: str) -> dict[str, Any]:
+    return {path: paths[path] for path in paths if path.split(".")[0] == field}
+
+
+def _without(paths: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    left_out = set(fields)
+    return {path: paths[path] for path in paths if path.split(".")[0] not in left_out}
