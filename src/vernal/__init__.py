@@ -1,5 +1,6 @@
 """Immutable optimisers for physical models, in JAX and Equinox."""
 
+from ._checkpoint import Checkpoints as Checkpoints
 from ._compiled import StepInfo as StepInfo
 from ._curvature import (
     gauss_newton as gauss_newton,

@@ -11,18 +11,19 @@ class Bar:
     of a batch job.
     """
 
-    def __init__(self, steps: int, *, shown: bool):
+    def __init__(self, steps: int, taken: int, *, shown: bool):
         """**Arguments:**
 
         - `steps`: how many there will be.
+        - `taken`: how many were taken already, by a fit that goes on.
         - `shown`: whether the user wants to see it.
         """
         self._bar = None
-        if shown and steps > 0 and _somebody_looks():
+        if shown and steps > taken and _somebody_looks():
             # Here, since a fit without a bar should not wait for the import.
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=steps, desc="compiling")
+            self._bar = tqdm(total=steps, initial=taken, desc="compiling")
 
     def __enter__(self) -> "Bar":
         return self

@@ -151,6 +151,11 @@ class Stream:
         self._source = source
         self._iterator: Iterator[Any] | None = None
 
+    @property
+    def can_resume(self) -> bool:
+        """Whether it can be opened at any step."""
+        return not isinstance(self._source, Iterable)
+
     def open(self, step: int) -> Iterator[Any]:
         """Returns the iterator to take batches from, at the given step."""
         if not isinstance(self._source, Iterable):

@@ -1,5 +1,6 @@
 """`fit`: what happens between the compiled chunks of steps."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from ._alike import require_alike
 from ._bar import Bar
+from ._checkpoint import Checkpoints
 from ._compiled import run_chunk
 from ._data import (
     Minibatches,
@@ -22,6 +24,7 @@ from ._data import (
     as_source,
 )
 from ._history import History, concatenate
+from ._keeper import Keeper
 from ._record import MOST_ROWS, Record
 from ._result import FitResult, StopReason
 from ._typing import whole_number
@@ -47,6 +50,7 @@ def fit(
     progress: bool,
     callback: Callback | None,
     chunk: int | None,
+    checkpoint: Checkpoints | None,
 ) -> FitResult[Any, Any]:
     """Takes `steps` steps. The documentation is that of `Trainer.fit`."""
     steps = whole_number(steps, "steps", least=0)
@@ -59,35 +63,28 @@ def fit(
         )
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
-    feed = _Feed(trainer, as_source(data))
-    try:
-        plan = Record(trainer, record, feed.peek)
-    except _Dry:
-        result = FitResult(
-            trainer, History(np.zeros(0, int), np.zeros(0)), StopReason.DATA_EXHAUSTED
-        )
-        raise StreamExhaustedError(0, steps, result) from None
-    run = _Fit(trainer, plan, every, feed)
-    reason = StopReason.STEPS_TAKEN
-    with Bar(steps, shown=progress) as bar:
-        pace = _Pace(chunk)
+    source = as_source(data)
+    with contextlib.ExitStack() as stack:
+        keeper = None
+        if checkpoint is not None:
+            keeper = stack.enter_context(Keeper(_checked(checkpoint, source)))
         try:
-            while run.taken < steps and not run.stopped:
-                before, started = run.taken, time.perf_counter()
-                run.take(min(pace.count, steps - run.taken))
-                pace.measured(run.taken - before, time.perf_counter() - started)
-                bar.update(run.taken - before, run.trainer, run.last_loss)
-                if callback is not None:
-                    answer = callback(run.trainer, run.history())
-                    if _is_boolean(answer) and answer:
-                        reason = StopReason.CALLBACK
-                        break
-                    run.go_on_with(answer)
-        except KeyboardInterrupt:
-            reason = StopReason.INTERRUPTED
+            run = _Fit(trainer, source, record, every, keeper)
         except _Dry:
-            result = run.result(StopReason.DATA_EXHAUSTED)
-            raise StreamExhaustedError(run.taken, steps, result) from None
+            raise _exhausted(trainer, None, steps) from None
+        try:
+            with Bar(steps, run.taken, shown=progress) as bar:
+                reason = _go_on(run, steps, bar, callback, chunk)
+        except _Dry:
+            raise _exhausted(trainer, run, steps) from None
+        except Exception as error:
+            # What was reached is not lost with whatever went wrong.
+            with contextlib.suppress(AttributeError):
+                error.result = run.result(StopReason.ERROR)  # pyright: ignore
+                error.add_note("The fit up to here is `.result` of this error.")
+            raise
+        finally:
+            run.keep()
     if run.stopped:
         is_bad = run.trainer._is_at_a_bad_step()
         reason = StopReason.NON_FINITE if is_bad else StopReason.POLICY
@@ -95,6 +92,54 @@ def fit(
     if run.taken:
         run.trainer._raise_if_non_finite(result)
     return result
+
+
+def _go_on(
+    run: "_Fit", steps: int, bar: Bar, callback: Callback | None, chunk: int | None
+) -> StopReason:
+    """Takes the steps that are left, and tells why it ended."""
+    if run.is_resumed and run.taken >= steps:
+        return StopReason.TAKEN_BEFORE
+    pace = _Pace(chunk)
+    try:
+        while run.taken < steps and not run.stopped:
+            before, started = run.taken, time.perf_counter()
+            run.take(min(pace.count, steps - run.taken))
+            pace.measured(run.taken - before, time.perf_counter() - started)
+            bar.update(run.taken - before, run.trainer, run.last_loss)
+            if callback is not None:
+                answer = callback(run.trainer, run.history())
+                if _is_boolean(answer) and answer:
+                    return StopReason.CALLBACK
+                run.go_on_with(answer)
+            if run.is_asked_to_end:
+                return StopReason.TERMINATED
+            run.keep_if_due()
+    except KeyboardInterrupt:
+        return StopReason.INTERRUPTED
+    return StopReason.STEPS_TAKEN
+
+
+def _exhausted(trainer: Any, run: "_Fit | None", steps: int) -> StreamExhaustedError:
+    reason = StopReason.DATA_EXHAUSTED
+    if run is None:
+        empty = History(np.zeros(0, int), np.zeros(0))
+        return StreamExhaustedError(0, steps, FitResult(trainer, empty, reason))
+    return StreamExhaustedError(run.taken, steps, run.result(reason))
+
+
+def _checked(checkpoint: Any, source: Source) -> Checkpoints:
+    if not isinstance(checkpoint, Checkpoints):
+        raise TypeError(
+            f"`checkpoint` is {checkpoint!r}, but must be `vn.Checkpoints(directory)`."
+        )
+    if isinstance(source, Stream) and not source.can_resume:
+        raise TypeError(
+            "`data` is a Stream of an iterable, which a fit that resumes cannot take "
+            "up where it was. With `checkpoint`, give it a function of the step: "
+            "`vn.Stream(lambda step: batches_from(step))`."
+        )
+    return checkpoint
 
 
 def no_optimiser(trainer: Any) -> ValueError:
@@ -158,14 +203,28 @@ class _Feed:
 class _Fit:
     """A fit on its way: the trainer as it is now, and what was recorded so far."""
 
-    def __init__(self, trainer: Any, record: Record, every: int, feed: _Feed):
+    def __init__(
+        self,
+        trainer: Any,
+        source: Source,
+        record: Any,
+        every: int,
+        keeper: Keeper | None,
+    ):
+        self._keeper, self._histories, first = keeper, [], int(trainer.step_count)
+        self.is_resumed = False
+        if keeper is not None:
+            trainer, history = keeper.restore(trainer)
+            self.is_resumed = history is not None
+            self._histories = [] if history is None else [history]
         self.trainer: Any = trainer
-        self.record = record
+        self.feed = _Feed(trainer, source)
+        self.record = Record(trainer, record, self.feed.peek)
         self.every = every
-        self.feed = feed
-        self.taken = 0
+        self.taken = int(trainer.step_count) - first
         self.stopped = bool(trainer.stopped)
-        self._histories: list[History] = []
+        if keeper is not None:
+            keeper.begin(self._no_history())
 
     @property
     def last_loss(self) -> float | None:
@@ -229,12 +288,30 @@ class _Fit:
         self.trainer = answer
         self.stopped = bool(answer.stopped)
 
+    @property
+    def is_asked_to_end(self) -> bool:
+        return self._keeper is not None and self._keeper.asked_to_end
+
+    def keep(self) -> None:
+        """Writes a checkpoint, if any are wanted."""
+        if self._keeper is not None:
+            self._keeper.write(self.trainer, self.history())
+
+    def keep_if_due(self) -> None:
+        if self._keeper is not None and self._keeper.is_due(
+            int(self.trainer.step_count)
+        ):
+            self.keep()
+
+    def _no_history(self) -> History:
+        shapes = self.record.shapes(self.trainer, self.feed.peek)
+        loss = np.zeros(0, self.trainer.best_loss.dtype)
+        rows = {k: np.zeros((0, *v.shape), v.dtype) for k, v in shapes.items()}
+        return History(np.zeros(0, int), loss, rows)
+
     def history(self) -> History:
         if not self._histories:
-            shapes = self.record.shapes(self.trainer, self.feed.peek)
-            loss = np.zeros(0, self.trainer.best_loss.dtype)
-            rows = {k: np.zeros((0, *v.shape), v.dtype) for k, v in shapes.items()}
-            self._histories = [History(np.zeros(0, int), loss, rows)]
+            self._histories = [self._no_history()]
         self._histories = [concatenate(self._histories)]
         return self._histories[0]
 

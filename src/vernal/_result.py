@@ -15,6 +15,7 @@ class StopReason(enum.Enum):
     """Why a fit or a solve ended. Prints as a sentence."""
 
     STEPS_TAKEN = "All steps were taken."
+    TAKEN_BEFORE = "All steps had been taken before: the checkpoint has the result."
     NON_FINITE = (
         "Ended at a value that is not finite: `trainer.nan_report()` says where."
     )
@@ -22,6 +23,8 @@ class StopReason(enum.Enum):
     DATA_EXHAUSTED = "The stream ran dry."
     CALLBACK = "The callback ended the fit."
     INTERRUPTED = "The fit was interrupted from the keyboard."
+    TERMINATED = "The process was told to end (SIGTERM); the checkpoint has its state."
+    ERROR = "An error ended the fit."
     CONVERGED = "The solver converged."
     MAX_STEPS = "The solver took `max_steps` steps and has not converged."
     DIVERGED = "The solver diverged."

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._change import replace, reproject
+from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
 from ._history import History
@@ -250,6 +251,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         progress: bool = True,
         callback: Callable[[Any, History], Any] | None = None,
         chunk: int | None = None,
+        checkpoint: Checkpoints | None = None,
     ) -> FitResult[SelfT, Model]:
         """Takes many steps, in one compiled program.
 
@@ -270,15 +272,20 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             same structure to go on with.
         - `chunk`: the number of steps between two calls. By default as many as take
             about half a second.
+        - `checkpoint`: a [`vernal.Checkpoints`][], where the fit writes its state, and
+            from where it goes on if it was killed: it then does what is left of its
+            `steps`.
 
         **Returns:**
 
         A [`vernal.FitResult`][]. Ctrl-C ends a fit between two chunks, with the result
-        up to there.
+        up to there. Any other error that a fit meets on its way (in the callback, in
+        the data) has the result up to there as its attribute `result`.
 
         **Raises:**
 
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
+        - `MismatchError`: if the checkpoint is of another model or optimiser.
         - `StreamExhaustedError`: if a stream ends before the fit.
         - `UnknownPathError`: if `record` names what there is not.
         """
@@ -291,6 +298,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             progress=progress,
             callback=callback,
             chunk=chunk,
+            checkpoint=checkpoint,
         )
 
     def solve(

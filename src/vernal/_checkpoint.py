@@ -1,0 +1,74 @@
+"""`Checkpoints`: where and how often a fit writes down where it is."""
+
+import datetime
+import os
+from pathlib import Path
+from typing import final
+
+from ._typing import whole_number
+
+
+@final
+class Checkpoints:
+    """Writes the state of a fit to a directory, again and again, in the background.
+
+    ```python
+    checkpoints = vn.Checkpoints("runs/first", every=datetime.timedelta(minutes=1))
+    result = trainer.fit(data, steps=1_000_000, checkpoint=checkpoints)
+    ```
+
+    Run the same program again, after it was killed or has ended, and the fit does what
+    is left of its steps: to the same bits as if nothing had happened. Parameters,
+    moments, counts, the best, the projector and the history come from the directory;
+    what is configuration (the model, rates, policies, the key, the data) comes from the
+    program. A directory is for one fit.
+
+    Needs `pip install vernal[checkpoint]`, which is
+    [Orbax](https://orbax.readthedocs.io).
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every: int | datetime.timedelta = 100,
+        keep: int = 3,
+    ):
+        """**Arguments:**
+
+        - `directory`: a directory that is empty or does not exist yet; or the one of an
+            earlier run of the same fit.
+        - `every`: a number of steps, or the time between two checkpoints. One that is
+            due while the last is still being written is left out. The last state of a
+            fit is always written.
+        - `keep`: how many checkpoints to keep, the newest.
+
+        **Raises:**
+
+        - `ImportError`: if Orbax is not installed.
+        - `TypeError`, `ValueError`: if `every` or `keep` is not positive.
+        """
+        require_orbax()
+        self.directory = Path(directory).absolute()
+        if isinstance(every, datetime.timedelta):
+            if every <= datetime.timedelta(0):
+                raise ValueError(f"`every` is {every}, but must be a time above zero.")
+            self.every: int | datetime.timedelta = every
+        else:
+            self.every = whole_number(every, "every", least=1)
+        self.keep = whole_number(keep, "keep", least=1)
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoints({str(self.directory)!r}, every={self.every!r}, "
+            f"keep={self.keep})"
+        )
+
+
+def require_orbax() -> None:
+    try:
+        import orbax.checkpoint  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "`Checkpoints` needs Orbax: `pip install vernal[checkpoint]`. (`vn.save`, "
+            "which writes one file after a fit, does not.)"
+        ) from error

@@ -1,0 +1,259 @@
+"""A directory of checkpoints while a fit is under way."""
+
+import datetime
+import json
+import logging
+import math
+import signal
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._checkpoint import Checkpoints
+from ._history import History
+from ._leaves import Kind, MismatchError, NamedArray
+from ._log import HistoryLog
+from ._snapshot import require_restorable, restore, snapshot
+
+_FORMAT = 1
+_MARKER = "vernal.json"
+
+# Arrays below this many bytes are written together: each one by itself takes longer to
+# describe than to write.
+_LARGE = 2**16
+
+
+class Kept(NamedTuple):
+    """What a checkpoint says of a leaf: what it is, and what was written for it."""
+
+    shape: list[int]
+    dtype: str
+    data_shape: list[int]
+    data_dtype: str
+
+
+class Keeper:
+    """Writes a fit's state to a directory that no other fit writes to."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        """Claims the directory."""
+        import orbax.checkpoint as ocp
+
+        self._ocp: Any = ocp
+        self.folder, self._every = checkpoints.directory, checkpoints.every
+        self._lock = _claim(self.folder)
+        # It reports each write on the log; errors it raises.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._manager: Any = ocp.CheckpointManager(
+            self.folder / "steps",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=checkpoints.keep,
+                create=True,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+        self._log = HistoryLog(self.folder)
+        self._last_step = -1
+        self._last_time = time.monotonic()
+        self.asked_to_end = False
+
+    def __enter__(self) -> "Keeper":
+        self._handler: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._ask_to_end)
+        return self
+
+    def _ask_to_end(self, *_: Any) -> None:
+        self.asked_to_end = True
+
+    def __exit__(self, *exc: Any) -> None:
+        """Waits for what is being written, and gives the directory free."""
+        try:
+            self._manager.close()
+        finally:
+            self._lock.close()
+            if self._handler is not None:
+                signal.signal(signal.SIGTERM, self._handler)
+        if self.asked_to_end:
+            # Everything is written: now the process may end, or do what it wants.
+            signal.raise_signal(signal.SIGTERM)
+
+    def restore(self, trainer: Any) -> tuple[Any, History | None]:
+        """Puts the newest checkpoint that is whole into a trainer, if there is one.
+
+        **Returns:**
+
+        The trainer, and the history so far, `None` for none.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                meta, arrays = self._read(step, trainer)
+                history = self._log.read(meta["rows"])
+            except MismatchError:
+                raise
+            except Exception as error:  # Torn bytes may mean anything.
+                history, arrays, reason = None, {}, error
+            else:
+                reason = "its history is incomplete"
+            if history is None:
+                warnings.warn(
+                    f"The checkpoint of step {step} in {self.folder} is not whole "
+                    f"({reason}). Going on from the one before.",
+                    stacklevel=2,
+                )
+                self._manager.delete(step)
+                continue
+            if step < int(trainer.step_count):
+                raise ValueError(
+                    f"`checkpoint`: {self.folder} holds a fit at step {step}, and the "
+                    f"trainer is at step {int(trainer.step_count)} already. Give each "
+                    "fit a directory of its own."
+                )
+            self._last_step = step
+            return restore(arrays, trainer, self._source), history
+        self._log.read(0)
+        return trainer, None
+
+    def begin(self, like: History) -> None:
+        """Says what is recorded, before the first `write`."""
+        self._log.begin(like)
+
+    @property
+    def _source(self) -> str:
+        return f"`checkpoint`: {self.folder}"
+
+    def _read(self, step: int, trainer: Any) -> tuple[Any, dict[str, NamedArray]]:
+        ocp = self._ocp
+        described = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = self._manager.restore(step, args=described)["meta"]
+        leaves = {path: Kept(*fields) for path, *fields in meta["leaves"]}
+        kinds = {path: Kind(tuple(k.shape), k.dtype) for path, k in leaves.items()}
+        require_restorable(kinds, trainer, self._source)
+        target = {
+            path: jax.ShapeDtypeStruct(leaves[path].data_shape, leaves[path].data_dtype)
+            for path in meta["large"]
+        }
+        small = np.zeros(meta["bytes"], np.uint8)
+        kept = ocp.args.StandardRestore([small, *target.values()])
+        small, *large = self._manager.restore(
+            step, args=ocp.args.Composite(state=kept)
+        )["state"]
+        small = np.asarray(small)
+        if zlib.crc32(small.tobytes()) != meta["crc"]:
+            raise ValueError("a checksum is another")
+        arrays, place = dict(zip(target, large, strict=True)), 0
+        for path, leaf in leaves.items():
+            if path not in target:
+                dtype, shape = jnp.dtype(leaf.data_dtype), leaf.data_shape
+                end = place + dtype.itemsize * math.prod(shape)
+                arrays[path] = small[place:end].view(dtype).reshape(shape)
+                place = end
+        return meta, {path: NamedArray(kinds[path], arrays[path]) for path in leaves}
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to write, and the last write is done."""
+        if isinstance(self._every, datetime.timedelta):
+            since = time.monotonic() - self._last_time
+            is_due = since >= self._every.total_seconds()
+        else:
+            is_due = step // self._every > max(self._last_step, 0) // self._every
+        return is_due and not self._manager.is_saving_in_progress()
+
+    def write(self, trainer: Any, history: History) -> None:
+        """Writes a checkpoint in the background, unless this step has one.
+
+        **Arguments:**
+
+        - `trainer`: the trainer now.
+        - `history`: the whole history.
+        """
+        step, log = int(trainer.step_count), self._log
+        if step == self._last_step:
+            return
+        new = len(history) - log.rows
+        rows = log.append(_tail(history, new)) if new else log.rows
+        arrays = snapshot(trainer)
+        small, large = _apart(arrays)
+        meta = {
+            "rows": rows,
+            "leaves": [
+                [path, *leaf.kind, leaf.array.shape, str(leaf.array.dtype)]
+                for path, leaf in arrays.items()
+            ],
+            "large": list(large),
+            "bytes": len(small),
+            "crc": zlib.crc32(small),
+        }
+        state = [np.frombuffer(small, np.uint8), *large.values()]
+        ocp = self._ocp
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            ),
+            force=True,
+        )
+        self._last_step, self._last_time = step, time.monotonic()
+
+
+def _tail(history: History, rows: int) -> History:
+    return jax.tree.map(lambda column: column[len(column) - rows :], history)
+
+
+def _apart(arrays: Mapping[str, NamedArray]) -> tuple[bytes, dict[str, Any]]:
+    """Returns the bytes of all small arrays, and the large ones as they are."""
+    large = {p: leaf.array for p, leaf in arrays.items() if leaf.array.nbytes >= _LARGE}
+    small = [leaf.array for p, leaf in arrays.items() if p not in large]
+    return b"".join(np.asarray(x).tobytes() for x in jax.device_get(small)), large
+
+
+def _claim(folder: Path) -> IO[str]:
+    """Makes a directory one's own, until the file that is returned is closed."""
+    marker = folder / _MARKER
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"`checkpoint`: {folder} is a file, not a directory.")
+    # A lock alone is what a process leaves that was killed in its first moments.
+    if folder.exists() and not marker.exists() and _names(folder) - {"lock"}:
+        raise ValueError(
+            f"`checkpoint`: {folder} holds something else than checkpoints. Give an "
+            "empty directory, or one that does not exist yet."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
+    except OSError as error:
+        error.add_note(f"`checkpoint`: {folder} cannot be written to. Give another.")
+        raise
+    _lock_or_refuse(lock, folder)
+    if not marker.exists():
+        marker.write_text(json.dumps({"format": _FORMAT}))
+    return lock
+
+
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def _lock_or_refuse(lock: IO[str], folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # On Windows two fits in one directory go unnoticed.
+        return
+    try:
+        # The kernel unlocks it when the process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(
+            f"`checkpoint`: another fit is writing to {folder} now. Wait for it, or "
+            "give another directory."
+        ) from None

@@ -1,0 +1,62 @@
+"""A fit that is to be killed: `python long_fit.py directory result pause`."""
+
+import datetime
+import sys
+import time
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+
+import vernal as vn  # noqa: E402
+
+STEPS = 12_000
+
+
+class Noisy(vn.Trainer):
+    """Needs its key and its minibatches, and is not finite now and then."""
+
+    def loss(self, model, batch, *, key):
+        x, y = batch
+        noise = 0.01 * jax.random.normal(key, x.shape)
+        bad = jnp.where(self.step_count % 1_000 == 7, jnp.nan, 1.0)
+        return jnp.mean((model["slope"] * x + model["offset"] * bad - y + noise) ** 2)
+
+
+def trainer():
+    model = {"slope": jnp.asarray(0.0), "offset": jnp.asarray(1.0), "none": None}
+    rate = optax.cosine_decay_schedule(1e-3, STEPS)
+    rules = {"slope": optax.adam(rate), "offset": optax.sgd(rate, momentum=0.9)}
+    policy = vn.SkipStep() | vn.StopAfter(3)
+    key = jax.random.key(3)
+    return Noisy(model, vn.ParamOptimiser(rules), nan_policy=policy, key=key)
+
+
+def fit(checkpoint=None, pause=0.0, chunk=None):
+    x = jnp.linspace(-1.0, 1.0, 101)
+    data = vn.Minibatches((x, 2 * x + 0.5), 7, key=jax.random.key(5))
+
+    def slowly(trainer, history):
+        print(int(trainer.step_count), flush=True)
+        time.sleep(pause)
+
+    options = {"callback": slowly, "chunk": chunk} if pause else {}
+    return trainer().fit(
+        data,
+        STEPS,
+        record=("slope", "grad_norm"),
+        progress=False,
+        checkpoint=checkpoint,
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    directory, output, pause = sys.argv[1:]
+    every = datetime.timedelta(seconds=0.05)
+    checkpoints = vn.Checkpoints(directory, every=every, keep=2)
+    result = fit(checkpoints, float(pause), chunk=5)
+    vn.save(output, result)
