@@ -138,8 +138,14 @@ class Keeper:
         leaves = {path: Kept(*fields) for path, *fields in meta["leaves"]}
         kinds = {path: Kind(tuple(k.shape), k.dtype) for path, k in leaves.items()}
         require_restorable(kinds, trainer, self._source)
+        own = snapshot(trainer)
         target = {
-            path: jax.ShapeDtypeStruct(leaves[path].data_shape, leaves[path].data_dtype)
+            path: jax.ShapeDtypeStruct(
+                leaves[path].data_shape,
+                leaves[path].data_dtype,
+                # A part of the state that starts anew has no place here.
+                sharding=own[path].array.sharding if path in own else None,
+            )
             for path in meta["large"]
         }
         small = np.zeros(meta["bytes"], np.uint8)
