@@ -36,6 +36,10 @@ _MOST_TICKS = 40
 _MOST_LINES = 200
 # Points among which matplotlib looks for the best place of a legend in good time.
 _MOST_POINTS = 50_000
+# The margins that matplotlib leaves around larger numbers overflow.
+_LARGEST = 1e150
+# What a symmetric axis shows of the way to zero.
+_DEEPEST = 1e15
 # Sizes further apart than this do not share an axis.
 _COMPARABLE = 100
 
@@ -72,7 +76,7 @@ def history(history: History | FitResult[Any, Any], *, ax: Axes | None = None) -
     A `ValueError` if the history is empty.
     """
     recorded = _recorded(history)
-    steps, losses = recorded.steps, np.asarray(recorded.loss, float)
+    steps, losses = recorded.steps, _drawable(recorded.loss)
     finite = np.isfinite(losses)
     axes, is_new = _prepare(ax, (6.4, 3.6))
     values = np.where(finite, losses, np.nan)
@@ -271,6 +275,12 @@ def _recorded(history: History | FitResult[Any, Any]) -> History:
     return found
 
 
+def _drawable(values: np.ndarray) -> np.ndarray:
+    """Cuts off what a fit passes through when it diverges; infinity stays."""
+    floats = np.asarray(values, float)
+    return np.where(np.isinf(floats), floats, np.clip(floats, -_LARGEST, _LARGEST))
+
+
 def _legend(axes: Axes) -> None:
     """Names what there is to name, out of the way of the lines if it can be found."""
     names = axes.get_legend_handles_labels()[1]
@@ -292,7 +302,7 @@ def _line(
     there = np.pad(np.isfinite(values), 1)
     alone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:])
     dots = {"marker": ".", "markevery": alone.tolist()} if alone.size else {}
-    return axes.plot(steps, values, **dots, **style)
+    return axes.plot(steps, _drawable(values), **dots, **style)
 
 
 def _loss_scale(losses: np.ndarray) -> tuple[str, dict[str, float]]:
@@ -304,7 +314,7 @@ def _loss_scale(losses: np.ndarray) -> tuple[str, dict[str, float]]:
         return "log", {}
     below = -losses.min()
     lesser, greater = sorted((losses.max(), below))
-    threshold = lesser / 10 if lesser > 0 else sizes.min()
+    threshold = max(lesser / 10 if lesser > 0 else sizes.min(), greater / _DEEPEST)
     # Where both sides are of a size, zero is in nobody's way.
     if greater <= 1_000 * threshold:
         return "linear", {}
@@ -363,7 +373,7 @@ def _elements(
         _Line(
             _text(group),
             _text(element_name(like, int(index)) + suffix),
-            part.reshape(len(rows), size)[:, index].astype(float),
+            _drawable(part.reshape(len(rows), size)[:, index]),
             float(found.flat[index]),
         )
         for suffix, part in parts.items()
