@@ -53,7 +53,8 @@ def tests(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Runs the examples and renews the picture that the README shows."""
     session.install(".[examples]")
-    for name in ("enso", "nist", "telescope", "posterior", "digits", "nan_policy"):
+    names = ("enso", "nist", "telescope", "posterior", "digits", "nan_policy")
+    for name in (*names, "pictures"):
         session.run("python", f"examples/{name}.py", "--output", "output")
     session.run("python", "examples/enso.py", "--output", "docs")
 

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 import vernal
+import vernal.plot
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -16,6 +17,11 @@ PUBLIC = sorted(
     name
     for name, value in vars(vernal).items()
     if not name.startswith("_") and not isinstance(value, ModuleType)
+)
+PLOTS = sorted(
+    name
+    for name, value in vars(vernal.plot).items()
+    if getattr(value, "__module__", None) == "vernal.plot" and not name.startswith("_")
 )
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -35,14 +41,19 @@ def test_every_public_name_is_documented_once():
     documented = [
         name
         for page in (ROOT / "docs" / "api").glob("*.md")
-        for name in re.findall(r"^::: vernal\.(\w+)$", page.read_text(), re.MULTILINE)
+        for name in re.findall(r"^::: vernal\.(.+)$", page.read_text(), re.MULTILINE)
     ]
-    assert sorted(documented) == sorted(PUBLIC)
+    assert sorted(documented) == sorted([*PUBLIC, *(f"plot.{name}" for name in PLOTS)])
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_name_has_a_docstring(name):
     assert (getattr(vernal, name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_public_plot_has_a_docstring(name):
+    assert (getattr(vernal.plot, name).__doc__ or "").strip()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,652 @@
+"""`vernal.plot`: what is on the pictures, and what they are not to do."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import pytest
+from matplotlib import pyplot as plt
+
+import vernal as vn
+import vernal.plot
+from models import GaussianFit, LineFit, gaussian, gaussian_batch, line, line_batch
+
+NAN, INF = np.nan, np.inf
+
+
+@pytest.fixture(autouse=True)
+def pictures():
+    """Draws every figure in full, with nothing shown and nothing left behind."""
+    plt.switch_backend("Agg")
+    before = matplotlib.rcParams.copy()
+    yield
+    try:
+        for number in plt.get_fignums():
+            plt.figure(number).canvas.draw()
+    finally:
+        plt.close("all")
+    assert matplotlib.rcParams == before
+
+
+def recorded(loss=(1.0,), /, **records):
+    """A history by hand; `__` in a name stands for a dot."""
+    rows = {name.replace("__", "."): np.asarray(v) for name, v in records.items()}
+    count = len(next(iter(rows.values()))) if rows else len(loss)
+    losses = np.resize(np.asarray(loss, float), count)
+    return vn.History(np.arange(count), losses, rows)
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def curves(ax):
+    """The lines with points on them, by label."""
+    return {line.get_label(): line for line in ax.lines if np.size(line.get_xdata())}
+
+
+def ticks(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def is_alone_dotted(line):
+    return line.get_marker() == "." and list(line.get_markevery())
+
+
+# --- the loss ---
+
+
+def test_history_has_the_loss_and_the_lowest():
+    ax = vernal.plot.history(recorded((5.0, 3.0, 4.0, 2.0, 6.0)))
+    loss, lowest = ax.lines
+    np.testing.assert_array_equal(loss.get_xdata(), range(5))
+    np.testing.assert_array_equal(loss.get_ydata(), [5, 3, 4, 2, 6])
+    np.testing.assert_array_equal(lowest.get_ydata(), [5, 3, 3, 2, 2])
+    assert lowest.get_linewidth() < loss.get_linewidth()
+    assert legend(ax) == ["loss", "lowest so far"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "loss")
+    assert ax.figure.get_layout_engine() is not None
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ((5.0, 3.0, 1.0), "linear"),
+        ((5.0, 0.5), "linear"),
+        ((5.0, 0.4), "log"),
+        ((1e9, 1e-9), "log"),
+        ((1e9, NAN, 1.0, INF), "log"),
+        ((3.0, 0.0), "linear"),
+        ((1e6, 10.0, 0.0), "symlog"),
+        ((1e6, -50.0), "symlog"),
+        ((50.0, -1e6), "symlog"),
+        ((1e6, -1e5), "linear"),
+        ((1.0, 1e-3, -2.0), "linear"),
+        ((-1.0, -1e6), "linear"),
+        ((-1e6, 0.0), "linear"),
+        ((0.0, 0.0), "linear"),
+        ((7.0,), "linear"),
+        ((NAN, NAN), "linear"),
+    ],
+)
+def test_the_scale_of_the_loss(losses, scale):
+    ax = vernal.plot.history(recorded(losses))
+    assert ax.get_yscale() == scale
+    low, high = ax.get_ylim()
+    finite = [loss for loss in losses if np.isfinite(loss)]
+    assert all(low <= loss <= high for loss in finite)
+
+
+@pytest.mark.parametrize("most", [1e308, -1e308])
+@pytest.mark.parametrize("least", [1.0, 0.0, -1.0, 1e-308, 1e308])
+def test_a_fit_that_diverged_is_drawn(most, least):
+    loss = vernal.plot.history(recorded((least, most, INF))).lines[0]
+    np.testing.assert_array_equal(abs(loss.get_ydata()[1]), 1e150)
+    history = recorded(a=[least, most, INF], b=[1.0, 1.0, 1.0])
+    vernal.plot.trajectories(history)
+    errors = {"a": np.asarray(1e-8), "b": np.asarray(1.0)}
+    vernal.plot.trajectories(history, errors=errors)
+
+
+def test_losses_that_are_not_finite_are_marked_and_counted():
+    losses = (NAN, 4.0, INF, 3.0, 5.0, -INF, NAN)
+    ax = vernal.plot.history(recorded(losses))
+    loss, lowest, marks = ax.lines
+    np.testing.assert_array_equal(loss.get_ydata(), [NAN, 4, NAN, 3, 5, NAN, NAN])
+    np.testing.assert_array_equal(lowest.get_ydata(), [NAN, 4, 4, 3, 3, 3, 3])
+    np.testing.assert_array_equal(marks.get_xdata(), [0, 2, 5, 6])
+    assert legend(ax)[-1] == "not finite: 4 of 7"
+    # At the bottom, whatever the scale: the lower edge in the axes' own coordinates.
+    ax.figure.canvas.draw()
+    drawn = marks.get_transform().transform(marks.get_xydata())
+    np.testing.assert_allclose(ax.transAxes.inverted().transform(drawn)[:, 1], 0)
+    # A point between two gaps makes no line.
+    assert is_alone_dotted(loss) == [1]
+
+
+def test_nothing_but_nan():
+    ax = vernal.plot.history(recorded((NAN, NAN, INF)))
+    assert legend(ax) == ["loss", "not finite: 3 of 3"]
+    np.testing.assert_array_equal(ax.lines[-1].get_xdata(), range(3))
+
+
+def test_one_step_is_a_dot():
+    ax = vernal.plot.history(recorded((3.0,)))
+    assert is_alone_dotted(ax.lines[0]) == [0]
+
+
+def test_a_line_without_gaps_has_no_dots():
+    ax = vernal.plot.history(recorded((3.0, 2.0)))
+    assert ax.lines[0].get_marker() == "None"
+
+
+def test_a_result_is_as_good_as_its_history():
+    trainer = LineFit(line(), optax.sgd(0.1))
+    result = trainer.fit(line_batch(), 6, every=2, progress=False)
+    for given in (result, result.history):
+        loss = vernal.plot.history(given).lines[0]
+        np.testing.assert_array_equal(loss.get_xdata(), [0, 2, 4])
+        np.testing.assert_array_equal(loss.get_ydata(), result.history.loss)
+
+
+def test_a_fit_in_half_precision():
+    history = vn.History(np.arange(2), np.asarray(jnp.ones(2, jnp.bfloat16)))
+    np.testing.assert_array_equal(vernal.plot.history(history).lines[0].get_ydata(), 1)
+
+
+# --- the parameters ---
+
+
+def test_values_of_one_size_are_drawn_as_they_are():
+    history = recorded(
+        mean=[1.0, 2.0, 3.0], wfe=np.arange(1.0, 7.0).reshape(3, 2), grad_norm=[1, 2, 3]
+    )
+    ax = vernal.plot.trajectories(history)
+    assert legend(ax) == ["mean", "wfe[0]", "wfe[1]"]
+    np.testing.assert_array_equal(curves(ax)["wfe[1]"].get_ydata(), [2, 4, 6])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "value")
+    assert ax.get_yscale() == "linear"
+
+
+def test_names_choose():
+    history = recorded(a=[1.0, 2.0], b__c=[[[3.0]], [[4.0]]], loss_of_mine=[1.0, 1.0])
+    assert legend(vernal.plot.trajectories(history, "b.c")) == ["b.c[0,0]"]
+    assert legend(vernal.plot.trajectories(history, "b.c", "a")) == ["b.c[0,0]", "a"]
+
+
+def test_sizes_apart_share_the_axis_in_their_own_ranges():
+    history = recorded(
+        flux=[1e6, 3e6, 2e6], wfe=[[-1e-8, 5e-8], [1e-8, 5e-8], [3e-8, 5e-8]]
+    )
+    ax = vernal.plot.trajectories(history)
+    assert ax.get_ylabel() == "from the last value, each in its own range"
+    drawn = curves(ax)
+    np.testing.assert_allclose(drawn["flux"].get_ydata(), [-0.5, 0.5, 0])
+    np.testing.assert_allclose(drawn["wfe[0]"].get_ydata(), [-1, -0.5, 0])
+    np.testing.assert_array_equal(drawn["wfe[1]"].get_ydata(), 0)
+
+
+@pytest.mark.parametrize(("other", "is_plain"), [(99.0, True), (101.0, False)])
+def test_a_factor_of_a_hundred_is_the_border(other, is_plain):
+    ax = vernal.plot.trajectories(recorded(a=[1.0, 1.0], b=[other, other]))
+    assert (ax.get_ylabel() == "value") is is_plain
+
+
+def test_zeros_have_no_size():
+    ax = vernal.plot.trajectories(recorded(a=[2.0, 3.0], b=[0.0, 0.0], c=[NAN, NAN]))
+    assert ax.get_ylabel() == "value"
+    assert vernal.plot.trajectories(recorded(b=[0.0])).get_ylabel() == "value"
+
+
+def test_standard_errors_are_the_unit():
+    history = recorded(flux=[1e6, 2e6], wfe=[[1e-8, 2e-8], [3e-8, 2e-8]])
+    errors = {"flux": jnp.asarray(1e5), "wfe": jnp.asarray([1e-8, 1e-9]), "not": None}
+    ax = vernal.plot.trajectories(history, errors=errors)
+    assert ax.get_ylabel() == "from the last value, in standard errors"
+    drawn = curves(ax)
+    np.testing.assert_allclose(drawn["flux"].get_ydata(), [-10, 0])
+    np.testing.assert_allclose(drawn["wfe[0]"].get_ydata(), [-2, 0])
+    np.testing.assert_allclose(drawn["wfe[1]"].get_ydata(), [0, 0])
+    assert ax.get_yscale() == "linear"
+    errors["flux"] /= 2
+    assert vernal.plot.trajectories(history, errors=errors).get_yscale() == "symlog"
+
+
+def test_an_element_without_a_finite_error_is_named_and_not_drawn():
+    history = recorded(a=[1.0, 2.0], b=[[1.0, 2.0, 3.0]] * 2)
+    errors = {"a": jnp.asarray(INF), "b": jnp.asarray([NAN, 1.0, 0.0])}
+    ax = vernal.plot.trajectories(history, errors=errors)
+    assert legend(ax) == ["b[1]", "no finite error: a, b[0], b[2]"]
+    assert next(iter(curves(ax))) == "b[1]"
+    ax = vernal.plot.trajectories(history, "a", errors=errors)
+    assert legend(ax) == ["no finite error: a"]
+    history = recorded(a=np.ones((2, 5)))
+    ax = vernal.plot.trajectories(history, errors={"a": np.full(5, INF)})
+    assert legend(ax) == ["no finite error: a[0], a[1], a[2], ..."]
+
+
+def test_the_last_value_is_the_last_finite_one():
+    history = recorded(a=[1.0, 3.0, NAN], b=[NAN, INF, NAN])
+    errors = {"a": np.asarray(2.0), "b": np.asarray(1.0)}
+    drawn = curves(vernal.plot.trajectories(history, errors=errors))
+    np.testing.assert_array_equal(drawn["a"].get_ydata(), [-1, 0, NAN])
+    assert not np.isfinite(drawn["b"].get_ydata()).any()
+
+
+def test_many_lines_are_labelled_by_array():
+    history = recorded(a=np.ones((2, 3, 4)), b=[1.0, 2.0])
+    ax = vernal.plot.trajectories(history)
+    assert len(ax.lines) == 13
+    assert legend(ax) == ["a (12)", "b"]
+    first, *others, last = ax.lines
+    assert {line.get_color() for line in others} == {first.get_color()}
+    assert last.get_color() != first.get_color()
+    ax = vernal.plot.trajectories(history, "a")
+    assert len(legend(ax)) == 12
+
+
+def test_many_arrays_are_not_all_labelled():
+    history = recorded(**{f"p{i}": [float(i), 1.0] for i in range(30)})
+    ax = vernal.plot.trajectories(history)
+    assert len(curves(ax)) == 30
+    assert legend(ax) == [*(f"p{i}" for i in range(12)), "and 18 more"]
+
+
+def test_labelled_lines_look_different():
+    history = recorded(a=np.ones((2, 12)))
+    lines = vernal.plot.trajectories(history).lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+
+
+def test_of_a_large_array_some_elements_are_drawn():
+    ax = vernal.plot.trajectories(recorded(a=np.ones((2, 100, 100))))
+    assert len(ax.lines) == 200
+    assert legend(ax) == ["a (200 of 10000)"]
+
+
+def test_complex_parameters_have_two_lines():
+    history = recorded(wave=np.array([[1 + 2j], [3 - 1j]]))
+    drawn = curves(vernal.plot.trajectories(history))
+    np.testing.assert_array_equal(drawn["wave[0].real"].get_ydata(), [1, 3])
+    np.testing.assert_array_equal(drawn["wave[0].imag"].get_ydata(), [2, -1])
+
+
+def test_one_step_and_empty_arrays():
+    ax = vernal.plot.trajectories(recorded(a=[[1.0, 2.0]]))
+    assert [is_alone_dotted(line) for line in ax.lines] == [[0], [0]]
+    assert not vernal.plot.trajectories(recorded(a=np.zeros((3, 0)))).lines
+
+
+def test_names_that_matplotlib_would_read_otherwise():
+    history = recorded(**{"_raw": [1.0, 2.0], "a$b$": [1.0, 2.0]})
+    ax = vernal.plot.trajectories(history)
+    assert legend(ax) == [" _raw", r"a\$b\$"]
+
+
+class Told(GaussianFit):
+    def loss(self, model, batch):
+        loss = jnp.mean(self.residuals(model, batch) ** 2)
+        return loss, {"double": 2 * loss}
+
+
+def test_a_result_tells_parameters_from_metrics():
+    trainer = Told(gaussian(), optax.sgd(0.01), train=("std", "mean"))
+    result = trainer.fit(
+        gaussian_batch(), 4, record=("grad_norm", "double", "*"), progress=False
+    )
+    assert legend(vernal.plot.trajectories(result)) == ["mean", "std"]
+    assert set(legend(vernal.plot.trajectories(result.history))) == {
+        "double",
+        "mean",
+        "std",
+    }
+    errors = result.trainer.standard_errors(gaussian_batch())
+    for given in (result, result.history):
+        ax = vernal.plot.trajectories(given, errors=errors)
+        assert legend(ax) == ["mean", "std"]
+    distance = curves(ax)["mean"].get_ydata()
+    values = result.history["mean"]
+    np.testing.assert_allclose(distance, (values - values[-1]) / errors.mean)
+
+
+# --- the eigenvalues ---
+
+PARAMS = {"flux": jnp.asarray(1e6), "wfe": jnp.zeros(4), "zero": jnp.asarray(0.0)}
+NAMES = ["flux", "wfe[0]", "wfe[1]", "wfe[2]", "wfe[3]", "zero"]
+
+
+def fisher(size=6, seed=0):
+    factor = np.random.default_rng(seed).normal(size=(3 * size, size))
+    return factor.T @ factor
+
+
+def with_null():
+    """The first is not seen at all; of the last two only the sum is."""
+    matrix = fisher()
+    matrix[0, :] = matrix[:, 0] = 0
+    matrix[5, :] = matrix[4, :]
+    matrix[:, 5] = matrix[:, 4]
+    return jnp.asarray(matrix)
+
+
+def of_matvec(rank=3, size=20):
+    values = jnp.linspace(size, 1.0, size)
+    return vn.EigenProjector.from_matvec(
+        lambda tree: {"a": values * tree["a"]},
+        {"a": jnp.zeros(size)},
+        rank,
+        key=jax.random.key(0),
+    )
+
+
+def test_spectrum_is_what_the_projector_knows():
+    projector = vn.EigenProjector.from_fisher(jnp.asarray(fisher()), PARAMS)
+    ax = vernal.plot.spectrum(projector)
+    (kept,) = ax.lines
+    np.testing.assert_array_equal(kept.get_xdata(), range(1, 7))
+    np.testing.assert_allclose(kept.get_ydata(), projector.eigenvalues)
+    condition = float(projector.condition_number)
+    assert legend(ax) == [f"6 constrained, condition number {condition:.3g}"]
+    assert ax.get_yscale() == "log"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (
+        "direction",
+        "eigenvalue of the scaled matrix",
+    )
+
+
+@pytest.mark.parametrize("on_null", ["drop", "prior"])
+def test_null_directions_lost_in_rounding_stand_at_the_bottom(on_null):
+    projector = vn.EigenProjector.from_fisher(with_null(), PARAMS, on_null=on_null)
+    ax = vernal.plot.spectrum(projector)
+    kept, lost = ax.lines
+    np.testing.assert_array_equal(lost.get_xdata(), [5, 6])
+    assert 0 < lost.get_ydata()[0] < kept.get_ydata().min()
+    assert lost.get_marker() != kept.get_marker()
+    assert lost.get_color() != kept.get_color()
+    assert legend(ax)[-1] == "2 null, no larger than rounding"
+    low, high = ax.get_ylim()
+    assert low < lost.get_ydata()[0] < kept.get_ydata()[0] < high
+
+
+def test_null_directions_with_a_size_are_where_they_are():
+    matrix = jnp.diag(jnp.asarray([1.0] * 6)).at[4, 5].set(1 - 1e-8)
+    matrix = matrix.at[5, 4].set(1 - 1e-8)
+    projector = vn.EigenProjector.from_fisher(matrix, PARAMS, rtol=1e-3)
+    ax = vernal.plot.spectrum(projector)
+    kept, null = ax.lines
+    assert legend(ax)[-1] == "1 null"
+    np.testing.assert_allclose(null.get_ydata(), 1e-8, rtol=1e-6)
+    assert null.get_color() != kept.get_color()
+
+
+def test_null_directions_of_both_kinds():
+    matrix = with_null().at[1, :].mul(1e-9).at[:, 1].mul(1e-9)
+    projector = vn.EigenProjector.from_fisher(matrix, PARAMS, rank=2)
+    kept, null, lost = vernal.plot.spectrum(projector).lines
+    assert [len(line.get_xdata()) for line in (kept, null, lost)] == [2, 2, 2]
+
+
+def test_nothing_is_constrained():
+    zeros = jnp.zeros((6, 6))
+    projector = vn.EigenProjector.from_fisher(zeros, PARAMS, on_null="prior")
+    ax = vernal.plot.spectrum(projector)
+    assert legend(ax) == ["6 null, no larger than rounding"]
+
+
+def test_spectrum_of_one_parameter():
+    projector = vn.EigenProjector.from_fisher(jnp.ones((1, 1)), {"a": jnp.ones(1)})
+    assert legend(vernal.plot.spectrum(projector)) == [
+        "1 constrained, condition number 1"
+    ]
+
+
+def test_spectrum_of_blocks():
+    blocks = {"flux": jnp.ones((1, 1)), "wfe": with_null()[1:5, 1:5]}
+    projector = vn.EigenProjector.from_blocks(blocks, PARAMS)
+    ax = vernal.plot.spectrum(projector)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), projector.eigenvalues)
+
+
+def test_spectrum_of_matvec_has_the_leading_ones():
+    ax = vernal.plot.spectrum(of_matvec())
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [20, 19, 18], rtol=1e-6)
+    assert legend(ax) == ["3 leading of 20, condition number 1.11"]
+
+
+# --- the correlations ---
+
+
+def matrix_of(ax):
+    return ax.images[0].get_array()
+
+
+def test_correlation_is_that_of_the_inverse():
+    units = np.diag(10.0 ** np.array([-6, 8, 8, 8, 8, 0]))
+    matrix = jnp.asarray(units @ fisher() @ units)
+    ax = vernal.plot.correlation(vn.EigenProjector.from_fisher(matrix, PARAMS))
+    covariance = np.linalg.inv(fisher())
+    deviation = np.sqrt(np.diag(covariance))
+    expected = covariance / np.outer(deviation, deviation)
+    found = matrix_of(ax)
+    assert not np.ma.getmaskarray(found).any()
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    assert ax.images[0].get_clim() == (-1, 1)
+    assert ticks(ax.xaxis) == ticks(ax.yaxis) == NAMES
+    np.testing.assert_array_equal(ax.get_yticks(), range(6))
+    assert ax.images[0].colorbar.ax.get_ylabel() == "correlation"
+
+
+def test_rows_without_bound_are_grey():
+    ax = vernal.plot.correlation(vn.EigenProjector.from_fisher(with_null(), PARAMS))
+    mask = np.ma.getmaskarray(matrix_of(ax))
+    unbounded = np.isin(np.arange(6), [0, 4, 5])
+    np.testing.assert_array_equal(mask, unbounded[:, None] | unbounded)
+    label = ax.images[0].colorbar.ax.get_ylabel()
+    assert label == "correlation (grey: no finite error)"
+    assert tuple(ax.images[0].get_cmap().get_bad()) == (0.8, 0.8, 0.8, 1.0)
+    with_prior = vn.EigenProjector.from_fisher(with_null(), PARAMS, on_null="prior")
+    assert not np.ma.getmaskarray(matrix_of(vernal.plot.correlation(with_prior))).any()
+
+
+def test_parameters_without_a_block_are_grey():
+    projector = vn.EigenProjector.from_blocks({"wfe": jnp.asarray(fisher(4))}, PARAMS)
+    found = matrix_of(vernal.plot.correlation(projector))
+    unknown = np.isin(np.arange(6), [0, 5])
+    np.testing.assert_array_equal(np.ma.getmaskarray(found), unknown[:, None] | unknown)
+    np.testing.assert_allclose(np.diag(found)[1:5].astype(float), 1)
+
+
+def test_correlation_of_matvec():
+    ax = vernal.plot.correlation(of_matvec())
+    np.testing.assert_allclose(matrix_of(ax), np.eye(20), atol=1e-6)
+    flat = vn.EigenProjector.from_matvec(
+        lambda tree: {"a": jnp.ones(4) * jnp.sum(tree["a"])},
+        {"a": jnp.zeros(4)},
+        1,
+        key=jax.random.key(0),
+    )
+    assert np.ma.getmaskarray(matrix_of(vernal.plot.correlation(flat))).all()
+
+
+def test_many_elements_are_named_by_array():
+    params = {"a": jnp.zeros(30), "b": jnp.zeros((2, 5)), "c": jnp.asarray(0.0)}
+    params["d"] = jnp.zeros(20)
+    projector = vn.EigenProjector.from_fisher(jnp.eye(61), params)
+    ax = vernal.plot.correlation(projector)
+    assert ticks(ax.yaxis) == ["a", "b", "c", "d"]
+    np.testing.assert_array_equal(ax.get_yticks(), [14.5, 34.5, 40, 50.5])
+
+
+@pytest.mark.parametrize(("size", "first"), [(40, "a[0]"), (41, "a")])
+def test_the_number_that_is_named_one_by_one(size, first):
+    projector = vn.EigenProjector.from_fisher(jnp.eye(size), {"a": jnp.zeros(size)})
+    shown = ticks(vernal.plot.correlation(projector).xaxis)
+    assert shown[0] == first
+    assert len(shown) == (size if size == 40 else 1)
+
+
+def test_names_without_room_are_left_out():
+    params = {f"p{i:03}": jnp.asarray(0.0) for i in range(200)}
+    projector = vn.EigenProjector.from_fisher(jnp.eye(200), params)
+    shown = vernal.plot.correlation(projector)
+    assert ticks(shown.yaxis) == [f"p{i:03}" for i in range(0, 200, 5)]
+    params = {"a": jnp.zeros(100), "b": jnp.asarray(0.0), "c": jnp.asarray(0.0)}
+    projector = vn.EigenProjector.from_fisher(jnp.eye(102), params)
+    assert ticks(vernal.plot.correlation(projector).yaxis) == ["a", "b"]
+
+
+def test_correlation_in_single_precision_with_small_units():
+    matrix = jnp.diag(jnp.asarray([1e14, 1e14], "f4")).at[0, 1].set(5e13)
+    matrix = matrix.at[1, 0].set(5e13)
+    projector = vn.EigenProjector.from_fisher(matrix, {"a": jnp.zeros(2, "f4")})
+    found = matrix_of(vernal.plot.correlation(projector))
+    np.testing.assert_allclose(found, [[1, -0.5], [-0.5, 1]], rtol=1e-5)
+
+
+# --- the axes ---
+
+PROJECTOR = vn.EigenProjector.from_fisher(jnp.asarray(fisher()), PARAMS)
+CALLS = {
+    "history": lambda ax: vernal.plot.history(recorded((1.0, NAN, 30.0)), ax=ax),
+    "trajectories": lambda ax: vernal.plot.trajectories(recorded(a=[1.0, 2.0]), ax=ax),
+    "spectrum": lambda ax: vernal.plot.spectrum(PROJECTOR, ax=ax),
+    "correlation": lambda ax: vernal.plot.correlation(PROJECTOR, ax=ax),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("layout", [None, "constrained", "tight"])
+def test_axes_that_are_given_are_drawn_on(name, layout):
+    figure, (left, right) = plt.subplots(1, 2, layout=layout)
+    assert CALLS[name](right) is right
+    assert plt.get_fignums() == [figure.number]
+    assert not left.has_data()
+    assert right.has_data()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_without_axes_makes_a_figure(name):
+    assert CALLS[name](None) is not CALLS[name](None)
+    assert len(plt.get_fignums()) == 2
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_twins_and_parts_of_figures(name):
+    figure = plt.figure(layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    CALLS[name](left.subplots())
+    ax = right.subplots()
+    ax.plot([0, 1], [5, 6])
+    assert CALLS[name](ax.twinx()) is not ax
+    assert len(ax.lines) == 1
+
+
+def test_axes_with_a_picture_keep_their_scale():
+    ax = vernal.plot.history(recorded((1e3, 1.0)))
+    vernal.plot.history(recorded((3.0, 2.0)), ax=ax)
+    assert ax.get_yscale() == "log"
+    assert len(ax.lines) == 4
+    _, ax = plt.subplots()
+    ax.plot([0, 1], [5, 6])
+    vernal.plot.history(recorded((1e3, 1.0)), ax=ax)
+    vernal.plot.trajectories(recorded(a=[1e3, 1.0]), errors={"a": np.ones(())}, ax=ax)
+    assert ax.get_yscale() == "linear"
+
+
+def test_a_long_fit_finds_its_legend_a_place_in_good_time(monkeypatch):
+    ax = vernal.plot.history(recorded(np.linspace(2, 1, 60_000)))
+    assert ax.get_legend()._get_loc() == 1
+
+
+def test_nothing_is_shown(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda *_: pytest.fail("shown"))
+    for call in CALLS.values():
+        call(None)
+
+
+# --- what is refused ---
+
+
+def test_an_empty_history():
+    empty = vn.History(np.zeros(0, int), np.zeros(0), {"a": np.zeros((0, 2))})
+    for call in (vernal.plot.history, vernal.plot.trajectories):
+        with pytest.raises(ValueError, match=r"`history` is empty.*trainer\.fit"):
+            call(empty)
+    assert not plt.get_fignums()
+
+
+def test_nothing_recorded():
+    for history in (recorded((1.0, 2.0)), recorded(grad_norm=[1.0])):
+        with pytest.raises(ValueError, match=r"no parameter.*`record=vn\.paths"):
+            vernal.plot.trajectories(history)
+
+
+def test_unknown_names():
+    with pytest.raises(vn.UnknownPathError, match=r"no 'meen'.*'mean'.*`record="):
+        vernal.plot.trajectories(recorded(mean=[1.0]), "meen")
+    with pytest.raises(vn.UnknownPathError, match=r"`errors` has no 'mean'.*'men'"):
+        vernal.plot.trajectories(
+            recorded(mean=[1.0]), "mean", errors={"men": np.ones(())}
+        )
+
+
+def test_errors_of_another_shape():
+    with pytest.raises(ValueError, match=r"`errors`.*\(3,\) at 'a'.*\(2,\)"):
+        vernal.plot.trajectories(recorded(a=[[1.0, 2.0]]), errors={"a": np.ones(3)})
+
+
+def test_a_batch_of_projectors():
+    make = lambda matrix: vn.EigenProjector.from_fisher(matrix, PARAMS, rank=6)
+    batch = jax.vmap(make)(jnp.stack([jnp.asarray(fisher())] * 2))
+    for call in (vernal.plot.spectrum, vernal.plot.correlation):
+        with pytest.raises(ValueError, match=r"batch of projectors.*x\[0\]"):
+            call(batch)
+        call(jax.tree.map(lambda x: x[0], batch))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: vernal.plot.history([1.0]),
+        lambda: vernal.plot.history(recorded(), ax=plt),
+        lambda: vernal.plot.trajectories(recorded(a=[1.0]), 3),
+        lambda: vernal.plot.spectrum(None),
+        lambda: vernal.plot.correlation(jnp.eye(2)),
+    ],
+)
+def test_arguments_of_another_kind(call):
+    with pytest.raises(TypeError):
+        call()
+
+
+# --- what is imported ---
+
+
+def python(code):
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_vernal_does_not_import_matplotlib():
+    code = "import sys, vernal; print('matplotlib' in sys.modules)"
+    assert python(code).strip() == "False"
+
+
+def test_without_matplotlib_the_error_says_what_to_install():
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+import vernal
+try:
+    import vernal.plot
+except ImportError as error:
+    print(error)
+"""
+    assert "`pip install vernal[plot]`" in python(code)
