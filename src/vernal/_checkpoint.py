@@ -27,6 +27,10 @@ class Checkpoints:
     [Orbax](https://orbax.readthedocs.io).
     """
 
+    directory: Path
+    every: int | datetime.timedelta
+    keep: int
+
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -52,7 +56,7 @@ class Checkpoints:
         if isinstance(every, datetime.timedelta):
             if every <= datetime.timedelta(0):
                 raise ValueError(f"`every` is {every}, but must be a time above zero.")
-            self.every: int | datetime.timedelta = every
+            self.every = every
         else:
             self.every = whole_number(every, "every", least=1)
         self.keep = whole_number(keep, "keep", least=1)

@@ -15,11 +15,11 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
-except ModuleNotFoundError as error:
+except ModuleNotFoundError:
     raise ImportError(
         "`vernal.plot` draws with matplotlib, which is not installed: "
         "`pip install vernal[plot]`."
-    ) from error
+    ) from None
 
 from ._history import History
 from ._paths import UnknownPathError, dotted, named_leaves, nearest_names, paths
