@@ -5,6 +5,7 @@ import jax
 jax.config.update("jax_enable_x64", True)
 
 from . import (  # noqa: E402
+    bench_checkpoint,
     bench_curvature,
     bench_eigen,
     bench_fit,
@@ -21,6 +22,7 @@ MODULES = (
     bench_curvature,
     bench_solve,
     bench_telescope,
+    bench_checkpoint,
     bench_import,
 )
 
