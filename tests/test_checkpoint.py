@@ -207,6 +207,19 @@ def test_the_newest_that_is_whole(tear, tmp_path):
     with pytest.warns(UserWarning, match="step 40 .* is not whole"):
         result = fit(60, tmp_path)
     assert alike(result, fit(60))
+    assert alike(fit(60, tmp_path), result)
+    assert [path.name[:3] for path in (tmp_path / "torn").iterdir()] == ["40-"]
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint of step")
+def test_none_that_is_whole(tmp_path):
+    seldom = vn.Checkpoints(tmp_path, every=1_000)
+    trainer().fit(BATCH, 20, checkpoint=seldom, progress=False)
+    log = (tmp_path / "history.bin").read_bytes()
+    tear_small(tmp_path)
+    with pytest.raises(vn.DamagedFileError, match=r"none of the 1 .*torn now"):
+        fit(40, tmp_path)
+    assert (tmp_path / "history.bin").read_bytes() == log
 
 
 def test_as_many_as_are_to_be_kept(tmp_path):

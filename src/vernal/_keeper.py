@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checkpoint import Checkpoints
+from ._file import DamagedFileError
 from ._history import History
 from ._leaves import Kind, MismatchError, NamedArray
 from ._log import HistoryLog
@@ -94,7 +95,8 @@ class Keeper:
 
         The trainer, and the history so far, `None` for none.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
             try:
                 meta, arrays = self._read(step, trainer)
                 history = self._log.read(meta["rows"])
@@ -107,10 +109,10 @@ class Keeper:
             if history is None:
                 warnings.warn(
                     f"The checkpoint of step {step} in {self.folder} is not whole "
-                    f"({reason}). Going on from the one before.",
+                    f"({reason}). It is in {self._put_aside(step)} now; going on from "
+                    "the one before.",
                     stacklevel=2,
                 )
-                self._manager.delete(step)
                 continue
             if step < int(trainer.step_count):
                 raise ValueError(
@@ -120,8 +122,25 @@ class Keeper:
                 )
             self._last_step = step
             return restore(arrays, trainer, self._source), history
+        if steps:
+            raise DamagedFileError(
+                f"{self._source}: none of the {len(steps)} checkpoints is whole. They "
+                f"are in {self._torn} now. Give another directory to begin anew."
+            )
         self._log.read(0)
         return trainer, None
+
+    @property
+    def _torn(self) -> Path:
+        return self.folder / "torn"
+
+    def _put_aside(self, step: int) -> Path:
+        """Moves a checkpoint out of the way, rather than to throw it away."""
+        place = self._torn / f"{step}-{time.time_ns()}"
+        place.parent.mkdir(exist_ok=True)
+        (self.folder / "steps" / str(step)).rename(place)
+        self._manager.reload()
+        return place
 
     def begin(self, like: History) -> None:
         """Says what is recorded, before the first `write`."""
