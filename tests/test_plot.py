@@ -489,6 +489,18 @@ def test_the_number_that_is_named_one_by_one(size, first):
     assert len(shown) == (size if size == 40 else 1)
 
 
+def test_names_are_as_small_as_the_axes_demand():
+    projector = vn.EigenProjector.from_fisher(jnp.eye(40), {"a": jnp.zeros(40)})
+    sizes = []
+    for height in (12, 6, 3):
+        ax = vernal.plot.correlation(
+            projector, ax=plt.figure(figsize=(12, height)).gca()
+        )
+        sizes.append(ax.get_yticklabels()[0].get_fontsize())
+    assert sizes[0] == plt.rcParams["font.size"] > sizes[1]
+    assert ticks(ax.yaxis) == ["a"]
+
+
 def test_names_without_room_are_left_out():
     params = {f"p{i:03}": jnp.asarray(0.0) for i in range(200)}
     projector = vn.EigenProjector.from_fisher(jnp.eye(200), params)

@@ -83,7 +83,8 @@ def history(history: History | FitResult[Any, Any], *, ax: Axes | None = None) -
     _line(axes, steps, values, label="loss")
     if finite.any():
         lowest = np.fmin.accumulate(values)
-        thin = {"linewidth": 0.6 * plt.rcParams["lines.linewidth"]}
+        # Beneath the loss, which it would hide wherever the fit goes down all the way.
+        thin = {"linewidth": 0.6 * plt.rcParams["lines.linewidth"], "zorder": 1.9}
         _line(axes, steps, lowest, label="lowest so far", ds="steps-post", **thin)
     if not finite.all():
         axes.plot(
@@ -232,8 +233,8 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
 
     **Returns:**
 
-    The axes. Up to 40 elements are named one by one, more of them by array, as far as
-    there is room.
+    The axes. Up to 40 elements are named one by one; more of them, or in axes too small
+    for that, by array.
     """
     _refuse_batch(projector)
     covariance = np.asarray(projector.covariance(), float)
@@ -251,9 +252,12 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     has_gap = bool(np.ma.getmaskarray(matrix).any())
     label = "correlation (grey: no finite error)" if has_gap else "correlation"
     axes.figure.colorbar(image, ax=axes, label=label)
-    ticks = _ticks(projector.origin)
-    axes.set_xticks(list(ticks), list(ticks.values()), rotation=90)
-    axes.set_yticks(list(ticks), list(ticks.values()))
+    box = axes.get_window_extent()
+    room = 0.9 * min(box.width, box.height) / axes.figure.dpi * 72 / len(matrix)
+    ticks = _ticks(projector.origin, len(matrix) <= _MOST_TICKS and room > 4)
+    font = min(plt.rcParams["font.size"], room) if len(ticks) == len(matrix) else None
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=font)
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=font)
     axes.grid(False)
     return axes
 
@@ -455,10 +459,10 @@ def _label_lines(axes: Axes, steps: np.ndarray, lines: list[_Line]) -> None:
         axes.plot([], [], " ", label=f"and {len(order) - _MOST_LABELS} more")
 
 
-def _ticks(params: Params) -> dict[float, str]:
+def _ticks(params: Params, one_by_one: bool) -> dict[float, str]:
     """Maps places along the elements of `params` to the names that stand there."""
     size = ravel_size(params)
-    if size <= _MOST_TICKS:
+    if one_by_one:
         return {i: _text(element_name(params, i)) for i in range(size)}
     leaves, _ = tree_flatten_with_path(params)
     ends = np.cumsum([leaf.size for _, leaf in leaves]).tolist()
