@@ -60,6 +60,16 @@ def is_alone_dotted(line):
 # --- the loss ---
 
 
+def test_history_has_the_validation_and_its_lowest():
+    steps, scores = np.array([2, 4]), np.array([7.0, np.nan])
+    history = vn.History(np.arange(5), np.full(5, 2.0), {}, scores, steps)
+    loss, validation, lowest = vernal.plot.history(history).lines
+    np.testing.assert_array_equal(validation.get_xdata(), steps)
+    np.testing.assert_array_equal(validation.get_ydata(), scores)
+    np.testing.assert_array_equal(lowest.get_ydata(), [7, 7])
+    np.testing.assert_array_equal(loss.get_ydata(), np.full(5, 2.0))
+
+
 def test_history_has_the_loss_and_the_lowest():
     ax = vernal.plot.history(recorded((5.0, 3.0, 4.0, 2.0, 6.0)))
     loss, lowest = ax.lines

@@ -42,9 +42,16 @@ from ._partition import partition as partition
 from ._paths import UnknownPathError as UnknownPathError, paths as paths
 from ._precondition import precondition as precondition
 from ._projector import EigenProjector as EigenProjector
-from ._result import FitResult as FitResult, StopReason as StopReason
+from ._result import FitResult as FitResult
 from ._save import load as load, save as save
 from ._schedule import delay as delay
 from ._selectors import split as split
+from ._stop import (
+    Converged as Converged,
+    Patience as Patience,
+    StepView as StepView,
+    StopCriterion as StopCriterion,
+    StopReason as StopReason,
+)
 from ._trainer import Trainer as Trainer
 from ._transform import window as window

@@ -1,6 +1,7 @@
 """The progress bar of a fit."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -32,11 +33,11 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, steps: int, trainer: Any, loss: float | None) -> None:
+    def update(self, steps: int, trainer: Any, losses: Mapping[str, float]) -> None:
         """Moves on by so many steps, and shows where the fit is."""
         if self._bar is None:
             return
-        shown = {} if loss is None else {"loss": f"{loss:.6g}"}
+        shown = {name: f"{loss:.6g}" for name, loss in losses.items()}
         shown["best"] = f"{float(trainer.best_loss):.6g}"
         bad = max(count.total for count in trainer.nan_report().values())
         if bad:

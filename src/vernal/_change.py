@@ -21,6 +21,7 @@ from ._setup import (
     refuse_names_in_latent_space,
 )
 from ._transform import as_transform
+from ._typing import PyTree
 
 
 def replace(
@@ -28,6 +29,7 @@ def replace(
     model: Any,
     optimiser: optax.GradientTransformation | None,
     nan_policy: NanPolicy | None,
+    state: PyTree,
 ) -> dict[str, Any]:
     """Finds the fields of `Trainer.replace`, which has the documentation."""
     old, parts, transform = trainer._progress, trainer._parts, trainer.optimiser
@@ -50,7 +52,10 @@ def replace(
             params = trainer.projector.to_params(latent)
         infinite = jnp.full_like(old.best_loss, jnp.inf)
         new |= {"params": params, "latent": latent, "best": params}
-        new |= {"best_loss": infinite}
+        new |= {"best_state": old.state, "best_loss": infinite}
+    if state is not None:
+        require_alike(state, old.state, "`state`", "the one that the trainer has")
+        new["state"] = cast_like(state, old.state)
     if optimiser is not None:
         transform = as_transform(optimiser, "optimiser")
         refuse_names_in_latent_space(trainer.projector, transform)

@@ -9,56 +9,73 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ._data import Minibatches, Whole
+from ._monitor import Monitor, MonitorState
 from ._objective import metric_shapes
 from ._record import Record, Rows
-from ._step import Progress, advance, grad_norm
+from ._step import Progress, advance, grad_norm, scored_anew
+
+
+class Chunk(NamedTuple):
+    """What a chunk of steps comes to."""
+
+    progress: Progress
+    watched: MonitorState | None
+    rows: Rows
+    scores: Rows | None
 
 
 @eqx.filter_jit
 def run_chunk(
     trainer: Any,
     source: Whole[Any] | Minibatches,
+    monitor: Monitor,
+    watched: MonitorState | None,
     goal: Int[Array, ""],
     every: Int[Array, ""],
     record: Record,
     most_rows: int,
-) -> tuple[Progress, Rows]:
+) -> Chunk:
     """Takes steps up to the count `goal`, or until the fit stops or the rows are full.
 
     The goal is an array, and the rows are as many as there is room for, so that one
     program serves whatever the number of steps.
     """
-    start = trainer._progress
+    start = scored_anew(trainer._progress, monitor.validates)
     cursor = source.start(start.step_count)
 
     def first_batch() -> Any:
         return eqx.filter_eval_shape(source.next, cursor, start.step_count)[0]
 
-    shapes = record.shapes(trainer, first_batch)
-    rows = Rows.empty(start.best_loss, shapes, most_rows)
-    first_row = -(-start.step_count // every)
-    end = jnp.minimum(goal, _times(first_row + rows.room, every))
+    shapes, step = record.shapes(trainer, first_batch), start.step_count
+    rows = Rows.empty(start.best_loss, shapes, step, every, most_rows)
+    end, scores = jnp.minimum(goal, rows.end), None
+    if monitor.validation is not None:
+        per = monitor.validation.every
+        # A score is of the parameters after a step, a row of those before one.
+        scores = Rows.empty(start.best_loss, {}, step + 1, per, most_rows)
+        end = jnp.minimum(end, scores.end - 1)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        progress, cursor, rows = carry
-        step = progress.step_count
-        batch, cursor = source.next(cursor, step)
-        new, outcome = advance(trainer._at(progress), batch)
+        progress, watched, cursor, rows, scores = carry
+        batch, cursor = source.next(cursor, progress.step_count)
+        there = trainer._at(progress)
+        new, outcome = advance(there, batch, by_validation=monitor.validates)
         values = record.values(progress.params, outcome)
-        row = jnp.where(step % every == 0, step // every - first_row, rows.room)
-        return new, cursor, rows.put(row, outcome.loss, values)
+        rows = rows.put(progress.step_count, outcome.loss, values)
+        if watched is not None:
+            new, watched = monitor.look(trainer._at(new), outcome, watched)
+            if scores is not None:
+                scores = scores.put(new.step_count, watched.score, {})
+        return new, watched, cursor, rows, scores
 
     def goes_on(carry: tuple[Any, ...]) -> Array:
-        progress, *_ = carry
-        return (progress.step_count < end) & ~progress.stopped
+        progress, watched, *_ = carry
+        within = (progress.step_count < end) & ~progress.stopped
+        return within if watched is None else within & ~watched.is_over
 
-    progress, _, rows = lax.while_loop(goes_on, body, (start, cursor, rows))
-    return progress, rows
-
-
-def _times(a: Int[Array, ""], b: Int[Array, ""]) -> Int[Array, ""]:
-    most = jnp.iinfo(a.dtype).max
-    return jnp.where(a > most // b, most, a * b)
+    carry = (start, watched, cursor, rows, scores)
+    progress, watched, _, rows, scores = lax.while_loop(goes_on, body, carry)
+    return Chunk(progress, watched, rows, scores)
 
 
 class StepInfo(NamedTuple):
@@ -85,7 +102,8 @@ def run_step(trainer: Any, batch: Any) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
 
     def take() -> tuple[Progress, StepInfo]:
-        progress, outcome = advance(trainer, batch)
+        there = trainer._at(scored_anew(trainer._progress, False))
+        progress, outcome = advance(there, batch)
         return progress, StepInfo(
             outcome.loss,
             grad_norm(outcome.grads),

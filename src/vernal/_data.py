@@ -209,23 +209,31 @@ def as_source(data: Any) -> Source:
     return Whole(as_batch(data))
 
 
-def as_batch(batch: Any) -> Any:
+def as_batch(batch: Any, argument: str = "data") -> Any:
     """Turns NumPy's arrays and the floats of a batch into JAX's arrays.
 
     So new ones compile nothing. Integers, strings and functions stay as they are, and
     are static: they may decide a shape or a branch.
+
+    **Arguments:**
+
+    - `batch`: any pytree.
+    - `argument`: what an error calls it.
     """
     if isinstance(batch, Minibatches | Stream | Iterator):
+        what = "a step takes" if argument == "data" else f"`{argument}` is"
         raise TypeError(
-            f"a step takes one batch, not a {type(batch).__name__}. Give it to `fit`, "
+            f"{what} one batch, not a {type(batch).__name__}. Give it to `fit`, "
             "or take a batch from it."
         )
     flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-    return structure.unflatten([_as_datum(dotted(keys), leaf) for keys, leaf in flat])
+    return structure.unflatten(
+        [_as_datum(argument, dotted(keys), leaf) for keys, leaf in flat]
+    )
 
 
-def _as_datum(path: str, leaf: Any) -> Any:
-    where = f"`data` has the leaf {path!r}," if path else "`data` is"
+def _as_datum(argument: str, path: str, leaf: Any) -> Any:
+    where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         array = np.asarray(leaf)
         if array.dtype.kind in "OSUMm":

@@ -25,8 +25,8 @@ class _FunctionTrainer(Trainer[Model, Batch]):
         self.function = Closure.encode(function)
         super().__init__(*args, **options)
 
-    def loss(self, model: Model, batch: Batch, **key: Any) -> Any:
-        return self.function.decode()(model, batch, **key)
+    def loss(self, model: Model, batch: Batch, **options: Any) -> Any:
+        return self.function.decode()(model, batch, **options)
 
 
 def fit(
@@ -40,6 +40,7 @@ def fit(
     nan_policy: NanPolicy = StopFit(),  # noqa: B008
     projector: EigenProjector | None = None,
     key: PRNGKeyArray | None = None,
+    state: Any = None,
     **options: Any,
 ) -> FitResult[Trainer[Model, Any], Model]:
     """Fits a model in one call, without a subclass of [`vernal.Trainer`][].
@@ -55,8 +56,9 @@ def fit(
     **Arguments:**
 
     - `loss`: a function `(model, batch) -> scalar`, or `-> (scalar, dict of metrics)`.
-        With `key=` it is called with a keyword argument `key` too.
-    - `model`, `optimiser`, `train`, `nan_policy`, `projector`, `key`: as for
+        With `key=` or `state=` it is called with these keyword arguments too, and
+        returns the new state last.
+    - `model`, `optimiser`, `train`, `nan_policy`, `projector`, `key`, `state`: as for
         [`vernal.Trainer`][].
     - `data`, `steps`, `**options`: as for [`vernal.Trainer.fit`][].
 
@@ -76,5 +78,6 @@ def fit(
         nan_policy=nan_policy,
         projector=projector,
         key=key,
+        state=state,
     )
     return trainer.fit(data, steps, **options)

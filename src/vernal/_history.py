@@ -8,6 +8,8 @@ import numpy as np
 
 from ._paths import UnknownPathError, nearest_names
 
+_COLUMNS = ("steps", "loss", "validation", "validation_steps")
+
 
 @final
 class History(eqx.Module):
@@ -25,6 +27,8 @@ class History(eqx.Module):
 
     - `steps`: the steps that were recorded, counted from the trainer's first.
     - `loss`: the loss at the parameters *before* each of these steps.
+    - `validation`: the scores of the validation, of which there may be none.
+    - `validation_steps`: how many steps had been taken when it was scored.
     - `records`: what else was recorded, by name. `history["name"]` is short for
         `history.records["name"]`.
     """
@@ -32,26 +36,33 @@ class History(eqx.Module):
     steps: np.ndarray
     loss: np.ndarray
     records: dict[str, np.ndarray]
+    validation: np.ndarray
+    validation_steps: np.ndarray
 
     def __init__(
         self,
         steps: np.ndarray,
         loss: np.ndarray,
         records: Mapping[str, np.ndarray] | None = None,
+        validation: np.ndarray | None = None,
+        validation_steps: np.ndarray | None = None,
     ):
         """**Arguments:** see the attributes."""
         self.steps = steps
         self.loss = loss
         self.records = dict(records or {})
+        self.validation = loss[:0] if validation is None else validation
+        none = validation_steps is None
+        self.validation_steps = steps[:0] if none else validation_steps
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self.records:
             return self.records[name]
-        if name in ("loss", "steps"):
+        if name in _COLUMNS:
             return getattr(self, name)
         raise UnknownPathError(
             f"The history has no {name!r}. "
-            f"{nearest_names(name, [*self.records, 'loss', 'steps'])} "
+            f"{nearest_names(name, [*self.records, *_COLUMNS])} "
             f"To keep it, pass `record=({name!r},)` to `fit`."
         )
 
@@ -82,11 +93,12 @@ def concatenate(histories: list[History]) -> History:
     """Joins histories of the same records, in order."""
     if len(histories) == 1:
         return histories[0]
-    return History(
-        np.concatenate([history.steps for history in histories]),
-        np.concatenate([history.loss for history in histories]),
-        {
-            name: np.concatenate([history.records[name] for history in histories])
-            for name in histories[0].records
-        },
-    )
+    columns = {
+        name: np.concatenate([getattr(history, name) for history in histories])
+        for name in _COLUMNS
+    }
+    records = {
+        name: np.concatenate([history.records[name] for history in histories])
+        for name in histories[0].records
+    }
+    return History(records=records, **columns)

@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,18 @@ import numpy as np
 from ._checkpoint import Checkpoints
 from ._file import DamagedFileError
 from ._history import History
-from ._leaves import Kind, MismatchError, NamedArray
+from ._leaves import Kind, MismatchError, NamedArray, from_arrays, to_arrays
 from ._log import HistoryLog
-from ._snapshot import require_restorable, restore, snapshot
+from ._snapshot import kinds, require_restorable, restore, snapshot
+from ._typing import PyTree
 
 _FORMAT = 1
 _MARKER = "vernal.json"
+
+# What stands before the paths of what is not the trainer's, but the fit's.
+_FITS = "fit."
+
+T = TypeVar("T")
 
 # Arrays below this many bytes are written together: each one by itself takes longer to
 # describe than to write.
@@ -63,6 +69,7 @@ class Keeper:
             ),
         )
         self._log = HistoryLog(self.folder)
+        self._stop = ""
         self._last_step = -1
         self._last_time = time.monotonic()
         self.asked_to_end = False
@@ -88,13 +95,24 @@ class Keeper:
             # Everything is written: now the process may end, or do what it wants.
             signal.raise_signal(signal.SIGTERM)
 
-    def restore(self, trainer: Any) -> tuple[Any, History | None]:
+    def restore(
+        self, trainer: Any, watched: PyTree, stop: str
+    ) -> tuple[Any, PyTree, History | None]:
         """Puts the newest checkpoint that is whole into a trainer, if there is one.
+
+        **Arguments:**
+
+        - `trainer`: the trainer.
+        - `watched`: what the fit's monitor remembers, as yet nothing.
+        - `stop`: what tells its criterion from another: with another one, nothing is
+            remembered.
 
         **Returns:**
 
-        The trainer, and the history so far, `None` for none.
+        The trainer, what the monitor remembers, and the history so far, `None` for
+        none.
         """
+        self._stop = stop
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
@@ -103,7 +121,7 @@ class Keeper:
             except MismatchError:
                 raise
             except Exception as error:  # Torn bytes may mean anything.
-                history, arrays, reason = None, {}, error
+                meta, arrays, history, reason = {}, {}, None, error
             else:
                 reason = "its history is incomplete"
             if history is None:
@@ -121,14 +139,17 @@ class Keeper:
                     "fit a directory of its own."
                 )
             self._last_step = step
-            return restore(arrays, trainer, self._source), history
+            own, fits = _split(arrays)
+            if meta["stop"] == stop and kinds(fits) == kinds(to_arrays(watched)):
+                watched = from_arrays(fits, watched, self._source)
+            return restore(own, trainer, self._source), watched, history
         if steps:
             raise DamagedFileError(
                 f"{self._source}: none of the {len(steps)} checkpoints is whole. They "
                 f"are in {self._torn} now. Give another directory to begin anew."
             )
-        self._log.read(0)
-        return trainer, None
+        self._log.read([0, 0])
+        return trainer, watched, None
 
     @property
     def _torn(self) -> Path:
@@ -155,8 +176,8 @@ class Keeper:
         described = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=described)["meta"]
         leaves = {path: Kept(*fields) for path, *fields in meta["leaves"]}
-        kinds = {path: Kind(tuple(k.shape), k.dtype) for path, k in leaves.items()}
-        require_restorable(kinds, trainer, self._source)
+        kept = {path: Kind(tuple(k.shape), k.dtype) for path, k in leaves.items()}
+        require_restorable(_split(kept)[0], trainer, self._source)
         own = snapshot(trainer)
         target = {
             path: jax.ShapeDtypeStruct(
@@ -168,9 +189,9 @@ class Keeper:
             for path in meta["large"]
         }
         small = np.zeros(meta["bytes"], np.uint8)
-        kept = ocp.args.StandardRestore([small, *target.values()])
+        wanted = ocp.args.StandardRestore([small, *target.values()])
         small, *large = self._manager.restore(
-            step, args=ocp.args.Composite(state=kept)
+            step, args=ocp.args.Composite(state=wanted)
         )["state"]
         small = np.asarray(small)
         if zlib.crc32(small.tobytes()) != meta["crc"]:
@@ -182,7 +203,7 @@ class Keeper:
                 end = place + dtype.itemsize * math.prod(shape)
                 arrays[path] = small[place:end].view(dtype).reshape(shape)
                 place = end
-        return meta, {path: NamedArray(kinds[path], arrays[path]) for path in leaves}
+        return meta, {path: NamedArray(kept[path], arrays[path]) for path in leaves}
 
     def is_due(self, step: int) -> bool:
         """Whether it is time to write, and the last write is done."""
@@ -193,23 +214,24 @@ class Keeper:
             is_due = step // self._every > max(self._last_step, 0) // self._every
         return is_due and not self._manager.is_saving_in_progress()
 
-    def write(self, trainer: Any, history: History) -> None:
+    def write(self, trainer: Any, watched: PyTree, history: History) -> None:
         """Writes a checkpoint in the background, unless this step has one.
 
         **Arguments:**
 
         - `trainer`: the trainer now.
+        - `watched`: what the fit's monitor remembers.
         - `history`: the whole history.
         """
-        step, log = int(trainer.step_count), self._log
+        step = int(trainer.step_count)
         if step == self._last_step:
             return
-        new = len(history) - log.rows
-        rows = log.append(_tail(history, new)) if new else log.rows
-        arrays = snapshot(trainer)
+        fits = {f"{_FITS}{p}": leaf for p, leaf in to_arrays(watched).items()}
+        arrays = snapshot(trainer) | fits
         small, large = _apart(arrays)
         meta = {
-            "rows": rows,
+            "rows": self._log.append(history),
+            "stop": self._stop,
             "leaves": [
                 [path, *leaf.kind, leaf.array.shape, str(leaf.array.dtype)]
                 for path, leaf in arrays.items()
@@ -230,8 +252,11 @@ class Keeper:
         self._last_step, self._last_time = step, time.monotonic()
 
 
-def _tail(history: History, rows: int) -> History:
-    return jax.tree.map(lambda column: column[len(column) - rows :], history)
+def _split(paths: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """Tells apart what belongs to the trainer, and what to the fit."""
+    fits = {p: leaf for p, leaf in paths.items() if p.startswith(_FITS)}
+    own = {p: leaf for p, leaf in paths.items() if p not in fits}
+    return own, {p.removeprefix(_FITS): leaf for p, leaf in fits.items()}
 
 
 def _apart(arrays: Mapping[str, NamedArray]) -> tuple[bytes, dict[str, Any]]:

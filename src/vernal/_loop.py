@@ -13,7 +13,7 @@ import numpy as np
 from ._alike import require_alike
 from ._bar import Bar
 from ._checkpoint import Checkpoints
-from ._compiled import run_chunk
+from ._compiled import Chunk, run_chunk
 from ._data import (
     Minibatches,
     Source,
@@ -25,17 +25,17 @@ from ._data import (
 )
 from ._history import History, concatenate
 from ._keeper import Keeper
+from ._monitor import Monitor, MonitorState
 from ._record import MOST_ROWS, Record
-from ._result import FitResult, StopReason
+from ._result import FitResult
+from ._step import MOST_STEPS
+from ._stop import StopReason
 from ._typing import whole_number
 
 # How long a chunk should take: short enough for a progress bar and for Ctrl-C, long
 # enough that what happens between two of them costs nothing.
 _CHUNK_SECONDS = 0.5
 _FASTEST_GROWTH = 100
-
-# Steps are counted in 32 bits.
-_MOST_STEPS = 2**31 - 1
 
 Callback = Callable[[Any, History], Any]
 
@@ -47,6 +47,8 @@ def fit(
     *,
     record: Any,
     every: int,
+    validation: Any,
+    stop: Any,
     progress: bool,
     callback: Callback | None,
     chunk: int | None,
@@ -54,7 +56,7 @@ def fit(
 ) -> FitResult[Any, Any]:
     """Takes `steps` steps. The documentation is that of `Trainer.fit`."""
     steps = whole_number(steps, "steps", least=0)
-    every = min(whole_number(every, "every", least=1), _MOST_STEPS)
+    every = min(whole_number(every, "every", least=1), MOST_STEPS)
     chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)
     if callback is not None and not callable(callback):
         raise TypeError(
@@ -63,13 +65,13 @@ def fit(
         )
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
-    source = as_source(data)
+    source, monitor = as_source(data), Monitor(validation, stop)
     with contextlib.ExitStack() as stack:
         keeper = None
         if checkpoint is not None:
             keeper = stack.enter_context(Keeper(_checked(checkpoint, source)))
         try:
-            run = _Fit(trainer, source, record, every, keeper)
+            run = _Fit(trainer, source, monitor, record, every, keeper)
         except _Dry:
             raise _exhausted(trainer, None, steps) from None
         try:
@@ -85,9 +87,11 @@ def fit(
             raise
         finally:
             run.keep()
-    if run.stopped:
+    if run.trainer.stopped:
         is_bad = run.trainer._is_at_a_bad_step()
         reason = StopReason.NON_FINITE if is_bad else StopReason.POLICY
+    elif (met := monitor.reason(run.watched)) is not None:
+        reason = met
     result = run.result(reason)
     if run.taken:
         run.trainer._raise_if_non_finite(result)
@@ -106,7 +110,7 @@ def _go_on(
             before, started = run.taken, time.perf_counter()
             run.take(min(pace.count, steps - run.taken))
             pace.measured(run.taken - before, time.perf_counter() - started)
-            bar.update(run.taken - before, run.trainer, run.last_loss)
+            bar.update(run.taken - before, run.trainer, run.last_losses)
             if callback is not None:
                 answer = callback(run.trainer, run.history())
                 if _is_boolean(answer) and answer:
@@ -207,14 +211,18 @@ class _Fit:
         self,
         trainer: Any,
         source: Source,
+        monitor: Monitor,
         record: Any,
         every: int,
         keeper: Keeper | None,
     ):
         self._keeper, self._histories, first = keeper, [], int(trainer.step_count)
+        self.monitor, self.watched = monitor, monitor.init(trainer)
         self.is_resumed = False
         if keeper is not None:
-            trainer, history = keeper.restore(trainer)
+            trainer, self.watched, history = keeper.restore(
+                trainer, self.watched, repr(monitor.stop)
+            )
             self.is_resumed = history is not None
             self._histories = [] if history is None else [history]
         self.trainer: Any = trainer
@@ -222,14 +230,26 @@ class _Fit:
         self.record = Record(trainer, record, self.feed.peek)
         self.every = every
         self.taken = int(trainer.step_count) - first
-        self.stopped = bool(trainer.stopped)
+        self.stopped = self._is_over(trainer, self.watched)
         if keeper is not None:
             keeper.begin(self._no_history())
 
+    @staticmethod
+    def _is_over(trainer: Any, watched: MonitorState | None) -> bool:
+        return bool(trainer.stopped) or (watched is not None and bool(watched.is_over))
+
     @property
-    def last_loss(self) -> float | None:
-        rows = [history.loss[-1] for history in self._histories if len(history)]
-        return float(rows[-1]) if rows else None
+    def last_losses(self) -> dict[str, float]:
+        """The newest loss and the newest score of a validation, as far as there are."""
+        columns = {
+            "loss": [history.loss for history in self._histories],
+            "validation": [history.validation for history in self._histories],
+        }
+        return {
+            name: float(parts[-1][-1])
+            for name, column in columns.items()
+            if (parts := [part for part in column if len(part)])
+        }
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
@@ -238,41 +258,51 @@ class _Fit:
             self._take(goal - self.taken)
 
     def _take(self, count: int) -> None:
-        trainer, pending = self.trainer, []
+        trainer, watched, pending = self.trainer, self.watched, []
         start = now = int(trainer.step_count)
         every = jnp.asarray(np.int32(self.every))
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
             for source, steps in self.feed.sources(count):
                 now += steps
-                progress, rows = run_chunk(
+                chunk = run_chunk(
                     trainer,
                     source,
+                    self.monitor,
+                    watched,
                     jnp.asarray(np.int32(now)),
                     every,
                     self.record,
                     most_rows,
                 )
-                pending.append((trainer.step_count, progress.step_count, rows))
+                pending.append(chunk)
                 # The step before the last is done by now: to ask it costs no waiting,
                 # and a loader is not read much further than it is of use.
-                was_stopped, trainer = trainer.stopped, trainer._at(progress)
+                was_stopped = self._is_over(trainer, watched)
+                trainer, watched = trainer._at(chunk.progress), chunk.watched
                 if was_stopped:
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
-            kept = [
-                rows.to_history(int(first), int(end), self.every)
-                for first, end, rows in pending
-            ]
+            kept = [self._recorded(chunk) for chunk in pending]
             taken = self.taken + int(trainer.step_count) - start
-            stopped = bool(trainer.stopped)
-            self.trainer, self.taken, self.stopped, self._histories = (
+            stopped = self._is_over(trainer, watched)
+            self.trainer, self.watched, self.taken, self.stopped, self._histories = (
                 trainer,
+                watched,
                 taken,
                 stopped,
                 self._histories + kept,
             )
+
+    @staticmethod
+    def _recorded(chunk: Chunk) -> History:
+        end = int(chunk.progress.step_count)
+        steps, loss, records = chunk.rows.columns(end)
+        if chunk.scores is None:
+            return History(steps, loss, records)
+        scored, scores, _ = chunk.scores.columns(end + 1)
+        return History(steps, loss, records, scores, scored)
 
     def go_on_with(self, answer: Any) -> None:
         """Takes what a callback returned."""
@@ -286,7 +316,7 @@ class _Fit:
         what = "the trainer that `callback` returned"
         require_alike(answer, self.trainer, what, "the one it was given")
         self.trainer = answer
-        self.stopped = bool(answer.stopped)
+        self.stopped = self._is_over(answer, self.watched)
 
     @property
     def is_asked_to_end(self) -> bool:
@@ -295,7 +325,7 @@ class _Fit:
     def keep(self) -> None:
         """Writes a checkpoint, if any are wanted."""
         if self._keeper is not None:
-            self._keeper.write(self.trainer, self.history())
+            self._keeper.write(self.trainer, self.watched, self.history())
 
     def keep_if_due(self) -> None:
         if self._keeper is not None and self._keeper.is_due(

@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ._alike import cast_like, require_alike
+from ._typing import PyTree
+
 METHODS = ("loss", "residuals", "nll")
 
 
 class Scored(NamedTuple):
-    """A loss, and the metrics that were returned beside it."""
+    """A loss, the metrics that were returned beside it, and the new state."""
 
     loss: Float[Array, ""]
     metrics: dict[str, Any]
+    state: PyTree
 
 
 def defined(trainer: Any) -> tuple[str, ...]:
@@ -35,25 +39,52 @@ def step_key(trainer: Any) -> PRNGKeyArray | None:
     return jax.random.fold_in(trainer.key, trainer.step_count)
 
 
-def score(trainer: Any, batch: Any, key: PRNGKeyArray | None) -> Scored:
+def score(
+    trainer: Any, batch: Any, key: PRNGKeyArray | None, model: Any = None
+) -> Scored:
     """Evaluates what a trainer's class minimises.
 
-    That is `loss` where it is defined, else the negative log-likelihood.
+    That is `loss` where it is defined, else the negative log-likelihood. The model is
+    the trainer's own, unless another is given.
     """
+    model = trainer.model if model is None else model
     if "loss" not in defined(trainer):
-        return Scored(negative_log_likelihood(trainer, batch, key), {})
-    returned = _call(trainer, "loss", batch, key)
-    if isinstance(returned, tuple):
-        if len(returned) != 2 or not isinstance(returned[1], dict):
-            raise TypeError(
-                f"`{type(trainer).__name__}.loss` returned a tuple of "
-                f"{len(returned)}. It must return a scalar, or the pair "
-                "`(scalar, dict of metrics)`."
-            )
-        loss, metrics = returned
-        named = {str(k): _as_metric(trainer, k, v) for k, v in metrics.items()}
-        return Scored(_as_scalar(trainer, "loss", loss), named)
-    return Scored(_as_scalar(trainer, "loss", returned), {})
+        return Scored(negative_log_likelihood(trainer, batch, key, model), {}, None)
+    options = {} if trainer.state is None else {"state": trainer.state}
+    returned = _call(trainer, "loss", model, batch, key, **options)
+    loss, metrics, state = _taken_apart(trainer, returned)
+    if options:
+        require_alike(state, trainer.state, "The state that `loss` returns", "`state`")
+        state = cast_like(state, trainer.state)
+    named = {str(k): _as_metric(trainer, k, v) for k, v in metrics.items()}
+    return Scored(_as_scalar(trainer, "loss", loss), named, state)
+
+
+def _taken_apart(trainer: Any, returned: Any) -> tuple[Any, dict[Any, Any], Any]:
+    """Finds the loss, the metrics and the state in what a `loss` returned."""
+    parts = returned if isinstance(returned, tuple) else (returned,)
+    has_state = trainer.state is not None
+    match parts if has_state else (*parts, None):
+        case (loss, state):
+            return loss, {}, state
+        case (loss, dict() as metrics, state):
+            return loss, metrics, state
+    found = f"a tuple of {len(parts)}" if len(parts) > 1 else "one value"
+    expected = (
+        "with `state=` the pair `(scalar, state)`, or `(scalar, metrics, state)` with "
+        "a dict of metrics"
+        if has_state
+        else "a scalar, or the pair `(scalar, dict of metrics)`"
+    )
+    raise TypeError(
+        f"`{type(trainer).__name__}.loss` returned {found}. It must return {expected}."
+    )
+
+
+def evaluate(trainer: Any, batch: Any) -> Float[Array, ""]:
+    """Scores a trainer's model on a validation batch."""
+    value = trainer.evaluate(trainer.model, batch)
+    return _as_scalar(trainer, "evaluate", value)
 
 
 def metric_shapes(trainer: Any, batch: Any) -> dict[str, Any]:
@@ -64,13 +95,14 @@ def metric_shapes(trainer: Any, batch: Any) -> dict[str, Any]:
 
 
 def negative_log_likelihood(
-    trainer: Any, batch: Any, key: PRNGKeyArray | None
+    trainer: Any, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Float[Array, ""]:
     """Evaluates `nll` where it is defined, else half the sum of squared residuals."""
+    model = trainer.model if model is None else model
     if "nll" in defined(trainer):
-        nll = _call(trainer, "nll", batch, key)
+        nll = _call(trainer, "nll", model, batch, key)
         return _as_scalar(trainer, "nll", nll)
-    residuals = _residuals(trainer, batch, key)
+    residuals = _residuals(trainer, model, batch, key)
     squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
     return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
 
@@ -79,7 +111,7 @@ def real_residuals(
     trainer: Any, batch: Any, key: PRNGKeyArray | None
 ) -> Float[Array, " N"]:
     """Evaluates `residuals` as one real vector: of a complex one, both its parts."""
-    residuals = _residuals(trainer, batch, key)
+    residuals = _residuals(trainer, trainer.model, batch, key)
     if jnp.ndim(residuals) == 0:
         raise ValueError(
             f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
@@ -89,8 +121,8 @@ def real_residuals(
     return jnp.concatenate([flat.real, flat.imag]) if _is_complex(flat) else flat
 
 
-def _residuals(trainer: Any, batch: Any, key: PRNGKeyArray | None) -> Array:
-    residuals = _call(trainer, "residuals", batch, key)
+def _residuals(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Array:
+    residuals = _call(trainer, "residuals", model, batch, key)
     if not hasattr(residuals, "shape"):
         raise TypeError(
             f"`{type(trainer).__name__}.residuals` returned a "
@@ -100,10 +132,18 @@ def _residuals(trainer: Any, batch: Any, key: PRNGKeyArray | None) -> Array:
     return residuals
 
 
-def _call(trainer: Any, name: str, batch: Any, key: PRNGKeyArray | None) -> Any:
+def _call(
+    trainer: Any,
+    name: str,
+    model: Any,
+    batch: Any,
+    key: PRNGKeyArray | None,
+    **options: Any,
+) -> Any:
     method = getattr(trainer, name)
-    options = {} if key is None else {"key": key}
-    return method(trainer.model, batch, **options)
+    if key is not None:
+        options["key"] = key
+    return method(model, batch, **options)
 
 
 def _as_metric(trainer: Any, name: Any, value: Any) -> Array:

@@ -7,9 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from ._history import History
 from ._objective import metric_shapes
 from ._paths import UnknownPathError, dotted, nearest_names, paths
 from ._selectors import resolve
@@ -107,48 +106,85 @@ def _unknown(trainer: Any, name: Any, metrics: Iterable[str]) -> UnknownPathErro
 
 
 class Rows(eqx.Module):
-    """Buffers on the device, with a row for every step that is recorded."""
+    """Buffers on the device, with a row for every so many steps.
+
+    `first` is the number of the first row: that of the step `first * every`.
+    """
 
     loss: Array
     values: dict[str, Array]
+    first: Int[Array, ""]
+    every: Int[Array, ""]
 
     @classmethod
-    def empty(cls, loss: Any, values: dict[str, Any], most: int) -> "Rows":
-        """Makes room for `most` rows, or as many as is reasonable for their size."""
+    def empty(
+        cls,
+        loss: Any,
+        values: dict[str, Any],
+        start: Int[Array, ""],
+        every: Int[Array, ""],
+        most: int,
+    ) -> "Rows":
+        """Makes room for `most` rows, or as many as is reasonable for their size.
+
+        **Arguments:**
+
+        - `loss`, `values`: what will be recorded of a step, or their shapes.
+        - `start`: the first step that may be recorded.
+        - `every`: how many steps lie between two rows.
+        - `most`: how many rows to make at most.
+        """
         sizes = [np.prod(v.shape) * v.dtype.itemsize for v in (loss, *values.values())]
         rows = int(np.clip(_MOST_BYTES // sum(sizes), 1, most))
         # A step that is not to be recorded is written all the same, to a last row that
         # nobody reads.
         room = lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype)
-        return cls(room(loss), {name: room(value) for name, value in values.items()})
+        return cls(
+            loss=room(loss),
+            values={name: room(value) for name, value in values.items()},
+            first=-(-start // every),
+            every=every,
+        )
 
     @property
-    def room(self) -> int:
-        """How many steps can be recorded."""
+    def _room(self) -> int:
         return self.loss.shape[0] - 1
 
-    def put(self, index: Array, loss: Array, values: dict[str, Array]) -> "Rows":
-        """Writes one row."""
+    @property
+    def end(self) -> Int[Array, ""]:
+        """The first step that is to be recorded and finds no room."""
+        most, row = jnp.iinfo(self.first.dtype).max, self.first + self._room
+        return jnp.where(row > most // self.every, most, row * self.every)
+
+    def put(self, step: Array, loss: Array, values: dict[str, Array]) -> "Rows":
+        """Writes a row, if one is due at this step."""
+        number, rest = jnp.divmod(step, self.every)
+        index = jnp.where(rest == 0, number - self.first, self._room)
         put = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
             buffer, value.astype(buffer.dtype), index, 0
         )
         return Rows(
             put(self.loss, loss),
             {name: put(self.values[name], value) for name, value in values.items()},
+            self.first,
+            self.every,
         )
 
-    def to_history(self, start: int, stop: int, every: int) -> History:
+    def columns(
+        self, stop: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Copies the rows to the host.
 
         **Arguments:**
 
-        - `start`, `stop`: the first step of the chunk, and that after its last.
-        - `every`: how many steps lie between two rows.
+        - `stop`: the step after the last one.
+
+        **Returns:**
+
+        The steps that have a row, their losses, and their values by name.
         """
         rows = jax.device_get(self)
-        steps = np.arange(-(-start // every) * every, stop, every)
-        return History(
-            steps,
-            rows.loss[: len(steps)].copy(),
-            {name: value[: len(steps)].copy() for name, value in rows.values.items()},
-        )
+        every = int(rows.every)
+        steps = np.arange(int(rows.first) * every, stop, every)
+        cut = lambda column: column[: len(steps)].copy()
+        return steps, cut(rows.loss), {n: cut(v) for n, v in rows.values.items()}

@@ -1,40 +1,14 @@
 """How a fit ended."""
 
-import enum
 from typing import Any, Generic, TypeVar, final
 
 import equinox as eqx
 
 from ._history import History
+from ._stop import StopReason
 
 TrainerT = TypeVar("TrainerT", covariant=True)
 Model = TypeVar("Model", covariant=True)
-
-
-class StopReason(enum.Enum):
-    """Why a fit or a solve ended. Prints as a sentence."""
-
-    STEPS_TAKEN = "All steps were taken."
-    TAKEN_BEFORE = "All steps had been taken before: the checkpoint has the result."
-    NON_FINITE = (
-        "Ended at a value that is not finite: `trainer.nan_report()` says where."
-    )
-    POLICY = "The NaN policy ended the fit."
-    DATA_EXHAUSTED = "The stream ran dry."
-    CALLBACK = "The callback ended the fit."
-    INTERRUPTED = "The fit was interrupted from the keyboard."
-    TERMINATED = "The process was told to end (SIGTERM); the checkpoint has its state."
-    ERROR = "An error ended the fit."
-    CONVERGED = "The solver converged."
-    MAX_STEPS = "The solver took `max_steps` steps and has not converged."
-    DIVERGED = "The solver diverged."
-    FAILED = (
-        "The solver gave up: a linear problem within one of its steps had no solution."
-    )
-
-    def __str__(self) -> str:
-        """The sentence."""
-        return self.value
 
 
 @final

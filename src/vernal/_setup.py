@@ -9,19 +9,35 @@ from ._alike import cast_like
 from ._nonfinite import NanPolicy
 from ._objective import METHODS, defined
 from ._optimiser import ParamOptimiser
-from ._paths import UnknownPathError, is_inexact, paths
+from ._paths import UnknownPathError, dotted, is_inexact, paths
 from ._projector import EigenProjector
 from ._selectors import resolve
 from ._typing import PyTree, prng_key
 
 
-def check_class(trainer: Any) -> None:
-    if not defined(trainer):
+def check_class(trainer: Any, state: PyTree) -> None:
+    methods = defined(trainer)
+    if not methods:
         raise TypeError(
             f"`{type(trainer).__name__}` defines none of "
             f"{', '.join(f'`{name}`' for name in METHODS)}. Subclass `Trainer` and "
             "say what is fitted: `def residuals(self, model, batch): ...`."
         )
+    if state is None:
+        return
+    if "loss" not in methods:
+        raise TypeError(
+            f"`state` is for a `loss`, which `{type(trainer).__name__}` does not "
+            "define: `def loss(self, model, batch, *, state): ...`, which returns "
+            "`(scalar, state)`."
+        )
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"`state` has the leaf {dotted(keys)!r} of type "
+                f"`{type(leaf).__name__}`, but may have arrays alone: "
+                "`eqx.filter(state, eqx.is_array)` picks them."
+            )
 
 
 def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:

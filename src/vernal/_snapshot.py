@@ -18,8 +18,9 @@ from ._typing import PyTree
 _ANEW = {
     "opt_state": ("opt_state",),
     "policy_state": ("policy_state",),
-    "best": ("best", "best_loss"),
+    "best": ("best", "best_state", "best_loss", "is_validated"),
     "nan_report": ("nan_counts",),
+    "state": ("state",),
     "step_count": ("step_count",),
 }
 
@@ -113,7 +114,7 @@ def _fresh(
     if "opt_state" in fields:
         opt_state = initial_opt_state(trainer.optimiser, params, latent)
     policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
-    new = initial_progress(params, latent, opt_state, policy_state)
+    new = initial_progress(params, latent, opt_state, policy_state, trainer.state)
     return {name: getattr(new, name) for name in fields}
 
 

@@ -18,9 +18,10 @@ from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
 from ._projector import EigenProjector
 from ._ravel import as_parameters
-from ._result import FitResult, StopReason
+from ._result import FitResult
 from ._setup import initial_opt_state
 from ._step import Progress, count_non_finite
+from ._stop import StopReason
 from ._typing import PyTree, whole_number
 from ._watched import Seen, better, choose, watch
 
@@ -38,12 +39,12 @@ def solve(trainer: Any, solver: Any, batch: Any, max_steps: int) -> FitResult[An
             "Solve several times, each time from the trainer of the last result."
         )
     _check_solver(solver)
-    batch, bare = as_batch(batch), trainer._bare()
+    batch, bare, old = as_batch(batch), trainer._bare(), trainer._progress
     end = _run(
         bare,
         trainer.projector,
         trainer.latent,
-        (trainer._progress.best, trainer.best_loss),
+        _Held(old.best, old.best_state, old.best_loss, old.is_validated),
         batch,
         Closure.encode(solver),
         jnp.asarray(np.int32(max_steps)),
@@ -52,19 +53,30 @@ def solve(trainer: Any, solver: Any, batch: Any, max_steps: int) -> FitResult[An
     return _result(trainer, bare, batch, end)
 
 
+class _Held(NamedTuple):
+    """The best before a solver began."""
+
+    best: PyTree
+    state: PyTree
+    loss: Float[Array, ""]
+    is_validated: Bool[Array, ""]
+
+
 class _End(NamedTuple):
     """Where a solver arrived, and how."""
 
     params: PyTree
     latent: PyTree
     best: PyTree
+    best_state: PyTree
     best_loss: Float[Array, ""]
     step_count: Int[Array, ""]
     losses: Float[Array, " rows"]
     steps: Int[Array, ""]
     reason: Int[Array, ""]
     in_vain: Bool[Array, ""]
-    stopped: Bool[Array, ""]
+    no: Bool[Array, ""]
+    """False: an array that is made in passing."""
     stumble: PyTree
     """The parameters that the solver ended at, if they are finite."""
 
@@ -84,7 +96,7 @@ def _run(
     trainer: Any,
     projector: EigenProjector | None,
     latent: PyTree,
-    held: tuple[PyTree, Float[Array, ""]],
+    held: _Held,
     batch: Any,
     encoded: Closure,
     goal: Int[Array, ""],
@@ -93,7 +105,7 @@ def _run(
     solver = encoded.decode()
     _check_class(trainer, solver)
     as_parameters(trainer.params)
-    key, dtype = step_key(trainer), held[1].dtype
+    key, dtype = step_key(trainer), held.loss.dtype
 
     def to_params(point: PyTree) -> PyTree:
         if projector is None:
@@ -131,19 +143,23 @@ def _run(
     sound = all_finite((ended.value, last))
     point = choose(sound, ended.value, best)
     why = [~sound | state.is_broken, stats["diverged"], stats["failed"], stats["done"]]
-    all_best, all_best_loss = better(to_params(best), best_loss, *held)
+    # The score of a validation is not to be compared with a loss.
+    held_loss = jnp.where(held.is_validated, jnp.inf, held.loss)
+    all_best, all_best_loss = better(to_params(best), best_loss, held.best, held_loss)
+    is_new = all_best_loss < held_loss
     stumble = choose(all_finite(ended.value), ended.value, best)
     return _End(
         params=to_params(point),
         latent=None if projector is None else cast_like(point, latent),
         best=all_best,
+        best_state=choose(is_new, trainer.state, held.state),
         best_loss=all_best_loss,
         step_count=trainer.step_count + state.steps,
         losses=state.losses,
         steps=state.steps,
         reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
         in_vain=~(best_loss < state.losses[0]),
-        stopped=jnp.array(False),
+        no=jnp.array(False),
         stumble=to_params(stumble),
     )
 
@@ -169,10 +185,12 @@ def _result(trainer: Any, bare: Any, batch: Any, end: _End) -> FitResult[Any, An
         latent=end.latent,
         opt_state=initial_opt_state(trainer.optimiser, end.params, end.latent),
         best=end.best,
+        best_state=end.best_state,
         best_loss=end.best_loss,
+        is_validated=end.no,
         nan_counts=counts,
         step_count=end.step_count,
-        stopped=end.stopped,
+        stopped=end.no,
     )
     history = History(np.arange(start, start + steps), losses[:steps])
     result = FitResult(trainer._at(progress), history, reason)

@@ -19,6 +19,9 @@ from ._nonfinite import Verdict, all_finite, is_finite
 from ._objective import live, score, step_key
 from ._typing import PyTree
 
+# Steps are counted in 32 bits.
+MOST_STEPS = 2**31 - 1
+
 _INPUT = "what it was given"
 
 
@@ -28,14 +31,18 @@ class Progress(eqx.Module):
     `latent` is what the optimiser moves if there is a projector, and `None` if it
     moves the parameters themselves. The rows of `nan_counts` are totals, first steps
     and last steps, -1 for none; the columns are the loss, each leaf, and the update.
+    `is_validated` tells whether it is a validation that `best_loss` is a score of.
     """
 
     params: PyTree
     latent: PyTree
     opt_state: PyTree
     policy_state: PyTree
+    state: PyTree
     best: PyTree
+    best_state: PyTree
     best_loss: Float[Array, ""]
+    is_validated: Bool[Array, ""]
     nan_counts: Int[Array, "3 columns"]
     step_count: Int[Array, ""]
     stopped: Bool[Array, ""]
@@ -56,10 +63,15 @@ class _Moved(NamedTuple):
     params: PyTree
     latent: PyTree
     opt_state: PyTree
+    state: PyTree
 
 
 def initial_progress(
-    params: PyTree, latent: PyTree, opt_state: PyTree, policy_state: PyTree
+    params: PyTree,
+    latent: PyTree,
+    opt_state: PyTree,
+    policy_state: PyTree,
+    state: PyTree,
 ) -> Progress:
     """Returns the progress of a trainer that has not taken a step."""
     # NumPy makes these arrays, for which JAX would compile a program each.
@@ -70,15 +82,55 @@ def initial_progress(
         latent=latent,
         opt_state=opt_state,
         policy_state=policy_state,
+        state=state,
         best=params,
+        best_state=state,
         best_loss=jnp.asarray(np.asarray(np.inf, jnp.result_type(float))),
+        is_validated=jnp.asarray(np.bool_(False)),
         nan_counts=jnp.asarray(np.repeat(no_counts, columns, axis=1)),
         step_count=jnp.asarray(np.int32(0)),
         stopped=jnp.asarray(np.bool_(False)),
     )
 
 
-def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
+def scored_anew(progress: Progress, by_validation: bool) -> Progress:
+    """Forgets the best if it was scored otherwise: the two do not compare."""
+    is_other = progress.is_validated != by_validation
+    pick = lambda x, y: jnp.where(is_other, x, y)
+    return dataclasses.replace(
+        progress,
+        best=jax.tree.map(pick, progress.params, progress.best),
+        best_state=jax.tree.map(pick, progress.state, progress.best_state),
+        best_loss=pick(jnp.full_like(progress.best_loss, jnp.inf), progress.best_loss),
+        is_validated=jnp.asarray(by_validation),
+    )
+
+
+class Best(NamedTuple):
+    """The parameters of the lowest score, and the score."""
+
+    params: PyTree
+    state: PyTree
+    loss: Float[Array, ""]
+
+
+def held_best(progress: Progress) -> Best:
+    """Returns the best so far."""
+    return Best(progress.best, progress.best_state, progress.best_loss)
+
+
+def ranked(progress: Progress, score: Float[Array, ""]) -> Best:
+    """Returns the best, given the score of the current parameters."""
+    return lax.cond(
+        jnp.isfinite(score) & (score < progress.best_loss),
+        lambda: Best(progress.params, progress.state, score),
+        lambda: held_best(progress),
+    )
+
+
+def advance(
+    trainer: Any, batch: Any, *, by_validation: bool = False
+) -> tuple[Progress, Outcome]:
     """Takes one step of a trainer that has not stopped.
 
     The order: key; loss and gradients at the current parameters; best; policy;
@@ -88,6 +140,7 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
 
     - `trainer`: a `Trainer` with an optimiser.
     - `batch`: what its `loss` is given.
+    - `by_validation`: whether the best is left to a validation.
 
     **Returns:**
 
@@ -96,27 +149,25 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
     old: Progress = trainer._progress
     key = step_key(trainer)
 
-    def scored(params: PyTree) -> tuple[Array, dict[str, Any]]:
-        there = live(trainer, params)
-        return score(there, batch, key)
+    def scored(params: PyTree) -> tuple[Array, tuple[dict[str, Any], PyTree]]:
+        loss, metrics, state = score(live(trainer, params), batch, key)
+        return loss, (metrics, state)
 
-    (loss, metrics), grads = jax.value_and_grad(scored, has_aux=True)(old.params)
+    value_and_grad = jax.value_and_grad(scored, has_aux=True)
+    (loss, (metrics, state)), grads = value_and_grad(old.params)
     grads = jax.tree.map(_descending, grads)
     measured = loss.astype(old.best_loss.dtype)
-
-    better = jnp.isfinite(measured) & (measured < old.best_loss)
-    best, best_loss = lax.cond(
-        better, lambda: (old.params, measured), lambda: (old.best, old.best_loss)
-    )
+    best = held_best(old) if by_validation else ranked(old, measured)
 
     policy = trainer.nan_policy
     heeded, verdict, policy_state = _judged(policy, loss, grads, old.policy_state)
-    held = _Moved(old.params, old.latent, old.opt_state)
+    held = _Moved(old.params, old.latent, old.opt_state, old.state)
 
     def take() -> tuple[_Moved, Bool[Array, ""]]:
-        moved = _move(trainer, heeded, loss, lambda params: scored(params)[0])
+        value = lambda params: scored(params)[0]
+        moved = _move(trainer, heeded, loss, state, value)
         sound = all_finite((moved.params, moved.latent)) & ~_any_poisoned(
-            moved.opt_state, old.opt_state
+            (moved.opt_state, state), (old.opt_state, old.state)
         )
         return lax.cond(sound, lambda: moved, lambda: held), sound
 
@@ -153,8 +204,11 @@ def advance(trainer: Any, batch: Any) -> tuple[Progress, Outcome]:
         latent=moved.latent,
         opt_state=moved.opt_state,
         policy_state=cast_like(policy_state, old.policy_state),
-        best=best,
-        best_loss=best_loss,
+        state=moved.state,
+        best=best.params,
+        best_state=best.state,
+        best_loss=best.loss,
+        is_validated=old.is_validated,
         nan_counts=nan_counts,
         step_count=old.step_count + 1,
         stopped=stop,
@@ -210,7 +264,11 @@ def _descending(grad: Array) -> Array:
 
 
 def _move(
-    trainer: Any, grads: PyTree, loss: Array, value: Callable[[PyTree], Array]
+    trainer: Any,
+    grads: PyTree,
+    loss: Array,
+    state: PyTree,
+    value: Callable[[PyTree], Array],
 ) -> _Moved:
     """Applies the optimiser, in the latent space if there is one."""
     old: Progress = trainer._progress
@@ -235,7 +293,7 @@ def _move(
         finite = all_finite((params, latent))
         params, latent = _constrain(trainer, params)
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
-    return _Moved(params, latent, cast_like(opt_state, old.opt_state))
+    return _Moved(params, latent, cast_like(opt_state, old.opt_state), state)
 
 
 def _constrain(trainer: Any, params: PyTree) -> tuple[PyTree, PyTree]:

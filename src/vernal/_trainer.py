@@ -16,6 +16,7 @@ from ._data import Minibatches, Stream, as_batch
 from ._history import History
 from ._loop import fit, no_optimiser
 from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
+from ._objective import score, step_key
 from ._parts import Parts, parameters, strong
 from ._paths import paths
 from ._projector import EigenProjector
@@ -30,6 +31,7 @@ from ._setup import (
 )
 from ._solve import solve
 from ._step import Progress, initial_progress
+from ._stop import StopCriterion
 from ._transform import AbstractTransform, as_transform
 from ._typing import Params, PyTree
 from ._uncertainty import (
@@ -69,10 +71,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     Where there is no `loss`, the negative log-likelihood is minimised, which for
     `residuals` is half their sum of squares. With `key=`, the three are called with a
-    keyword argument `key` too, another one at every step. It may also define the hooks
-    `transform_grads` and `constrain`, and have fields of its own, by an `__init__`
-    that calls `super().__init__(...)`. All of them are pure functions: what they need
-    is in their arguments and in `self`, where `self.model` is `model`.
+    keyword argument `key` too, another one at every step. With `state=`, `loss` is
+    called with a keyword argument `state`, and returns the new one last:
+    `(scalar, state)` or `(scalar, metrics, state)`. It may also define `evaluate` and
+    the hooks `transform_grads` and `constrain`, and have fields of its own, by an
+    `__init__` that calls `super().__init__(...)`. All of them are pure functions: what
+    they need is in their arguments and in `self`, where `self.model` is `model`.
 
     A trainer is a pytree of arrays, and immutable: `step` and `fit` return a new one.
     It goes through `jax.jit`, `jax.vmap` and `jax.lax.scan` as it is.
@@ -98,6 +102,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         nan_policy: NanPolicy = StopFit(),  # noqa: B008
         projector: EigenProjector | None = None,
         key: PRNGKeyArray | None = None,
+        state: PyTree = None,
     ):
         """**Arguments:**
 
@@ -109,6 +114,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `nan_policy`: what to do with values that are not finite.
         - `projector`: fits in its latent space instead of the parameters'.
         - `key`: a PRNG key, for a loss that draws random numbers.
+        - `state`: what the loss carries from step to step beside the parameters: an
+            `equinox.nn.State`, or any pytree of arrays. A step that is not accepted
+            holds it.
 
         **Raises:**
 
@@ -117,7 +125,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train, or the projector does not fit.
         """
-        check_class(self)
+        check_class(self, state)
         check_arguments(nan_policy, projector, key)
         self.nan_policy = nan_policy
         self.key = key
@@ -139,6 +147,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             latent,
             initial_opt_state(self.optimiser, params, latent),
             jax.tree.map(strong, nan_policy.init(params)),
+            jax.tree.map(strong, state),
         )
 
     # What a subclass may override.
@@ -160,6 +169,30 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         return model
 
+    def evaluate(self, model: Model, batch: Batch) -> Float[Array, ""]:
+        """Scores a model on the batch of `fit(validation=...)`: lower is better.
+
+        By default it is the loss. Override it for what the loss does in training
+        alone:
+
+        ```python
+        def evaluate(self, model, batch):
+            images, labels = batch
+            logits = jax.vmap(eqx.nn.inference_mode(model))(images)
+            return jnp.mean(jnp.argmax(logits, axis=1) != labels)
+        ```
+
+        **Arguments:**
+
+        - `model`: the model after a step. The state that goes with it is `self.state`.
+        - `batch`: the validation batch.
+
+        **Returns:**
+
+        A scalar.
+        """
+        return score(self, batch, step_key(self), model).loss
+
     # What a trainer holds.
 
     @property
@@ -177,14 +210,26 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """The model with the lowest finite loss that was scored.
 
         A step scores the parameters that it starts from, so that the last iterate of a
-        fit is not scored until there is a further step.
+        fit is not scored until there is a further step. In a fit with `validation` it
+        is the model with the lowest score there.
         """
         return self._parts.join(self._progress.best)
 
     @property
     def best_loss(self) -> Float[Array, ""]:
-        """The loss of `best`: infinite before the first step."""
+        """The loss of `best`, or its validation score: infinite before there is one."""
         return self._progress.best_loss
+
+    @property
+    def state(self) -> PyTree:
+        """What the loss carries from step to step, `None` if there is no such thing."""
+        # A copy: of Equinox's states one is invalid as soon as there is a newer one.
+        return jax.tree.map(lambda leaf: leaf, self._progress.state)
+
+    @property
+    def best_state(self) -> PyTree:
+        """The state that goes with `best`."""
+        return jax.tree.map(lambda leaf: leaf, self._progress.best_state)
 
     @property
     def step_count(self) -> Int[Array, ""]:
@@ -248,6 +293,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         *,
         record: Any = (),
         every: int = 1,
+        validation: tuple[Batch, int] | None = None,
+        stop: StopCriterion | None = None,
         progress: bool = True,
         callback: Callable[[Any, History], Any] | None = None,
         chunk: int | None = None,
@@ -265,6 +312,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             model's parameters), selectors (the values before the update), names of
             metrics.
         - `every`: keep every so many steps only; the loss too.
+        - `validation`: a pair `(batch, n)`: after every `n` steps `evaluate` scores the
+            model on that batch, and `best` is the one with the lowest score.
+        - `stop`: [`vernal.Converged`][], [`vernal.Patience`][] or a criterion of one's
+            own, a [`vernal.StopCriterion`][]. Each fit begins to count anew.
         - `progress`: whether to show a progress bar, where there is a terminal or a
             notebook to show it in.
         - `callback`: a function `(trainer, history)`, called on the host after every
@@ -295,6 +346,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             steps,
             record=record,
             every=every,
+            validation=validation,
+            stop=stop,
             progress=progress,
             callback=callback,
             chunk=chunk,
@@ -561,6 +614,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         model: Model | None = None,
         optimiser: optax.GradientTransformation | None = None,
         nan_policy: NanPolicy | None = None,
+        state: PyTree = None,
     ) -> SelfT:
         """Changes some of what the trainer holds, and keeps what still fits.
 
@@ -574,8 +628,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `model`: a model of the same structure, with other values.
         - `optimiser`: another optimiser, or the same one with another rate.
         - `nan_policy`: another policy.
+        - `state`: a state of the same structure, with other values.
         """
-        return _with(self, **replace(self, model, optimiser, nan_policy))
+        return _with(self, **replace(self, model, optimiser, nan_policy, state))
 
     def _at(self: SelfT, progress: Progress, **fields: Any) -> SelfT:
         return _with(self, _progress=progress, **fields)
@@ -584,6 +639,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """Leaves out what no loss depends on, so that programs are shared."""
         every: dict[str, Any] = dict.fromkeys(vars(self._progress))
         every["params"] = self.params
+        every["state"] = self._progress.state
         every["step_count"] = self.step_count
         return _with(
             self,

@@ -46,7 +46,7 @@ _COMPARABLE = 100
 
 @checked
 def history(history: History | FitResult[Any, Any], *, ax: Axes | None = None) -> Axes:
-    """Draws the loss over the steps, and the lowest so far.
+    """Draws the loss over the steps, the validation, and the lowest so far of these.
 
     The axis of the loss is logarithmic where the losses are positive and spread over
     more than a decade, and symmetrically so where they cross zero on the way from
@@ -81,11 +81,15 @@ def history(history: History | FitResult[Any, Any], *, ax: Axes | None = None) -
     axes, is_new = _prepare(ax, (6.4, 3.6))
     values = np.where(finite, losses, np.nan)
     _line(axes, steps, values, label="loss")
-    if finite.any():
-        lowest = np.fmin.accumulate(values)
-        # Beneath the loss, which it would hide wherever the fit goes down all the way.
+    scores, best = _drawable(recorded.validation), (steps, values)
+    if scores.size:
+        best = recorded.validation_steps, np.where(np.isfinite(scores), scores, np.nan)
+        _line(axes, *best, label="validation")
+    if np.isfinite(best[1]).any():
+        lowest = np.fmin.accumulate(best[1])
+        # Beneath the others, which it would hide where they go down all the way.
         thin = {"linewidth": 0.6 * plt.rcParams["lines.linewidth"], "zorder": 1.9}
-        _line(axes, steps, lowest, label="lowest so far", ds="steps-post", **thin)
+        _line(axes, best[0], lowest, label="lowest so far", ds="steps-post", **thin)
     if not finite.all():
         axes.plot(
             steps[~finite],
@@ -98,7 +102,9 @@ def history(history: History | FitResult[Any, Any], *, ax: Axes | None = None) -
             label=f"not finite: {np.count_nonzero(~finite)} of {len(losses)}",
         )
     if is_new:
-        scale, options = _loss_scale(losses[finite])
+        scale, options = _loss_scale(
+            np.concatenate([losses[finite], best[1][np.isfinite(best[1])]])
+        )
         axes.set_yscale(scale, **options)
     axes.set(xlabel="step", ylabel="loss")
     _legend(axes)

@@ -1,0 +1,410 @@
+"""Knowing when to stop: the validation, the best that follows it, the criteria."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import vernal as vn
+from models import LineFit, TwoFit, line, line_batch, same, script, two
+
+BATCH = line_batch()
+HELD_OUT = (jnp.linspace(-1, 1, 5), jnp.linspace(-1, 1, 5) * 1.9 + 1.1)
+TRAINER = LineFit(line(), optax.sgd(0.1))
+
+
+def fit(trainer=TRAINER, data=BATCH, steps=20, **options):
+    return trainer.fit(data, steps, **{"progress": False, **options})
+
+
+def by_hand(trainer, count, every, batch=HELD_OUT):
+    """The validation as a loop of single steps comes to it."""
+    scores, models = [], []
+    for step in range(1, count + 1):
+        trainer, _ = trainer.step(BATCH)
+        if step % every == 0:
+            scores.append(float(LineFit.loss(trainer, trainer.model, batch)))
+            models.append(trainer.model)
+    return np.array(scores), models
+
+
+# The validation.
+
+
+@pytest.mark.parametrize("every", [1, 3, 20, 21])
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+def test_scores_are_of_the_model_after_so_many_steps(every, chunk):
+    result = fit(validation=(HELD_OUT, every), chunk=chunk)
+    scores, models = by_hand(TRAINER, 20, every)
+    np.testing.assert_allclose(result.history.validation, scores, rtol=1e-12)
+    steps = np.arange(every, 21, every)
+    np.testing.assert_array_equal(result.history.validation_steps, steps)
+    assert len(result.history.loss) == 20
+    if len(scores):
+        best = models[int(np.argmin(scores))]
+        np.testing.assert_allclose(result.best.slope, best.slope, rtol=1e-12)
+        assert float(result.trainer.best_loss) == result.history.validation.min()
+
+
+def test_the_best_follows_the_validation_and_not_the_loss():
+    """The held-out data say otherwise: the best is on the way, not at the end."""
+    away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
+    result = fit(validation=(away, 1), steps=60)
+    scores = result.history.validation
+    assert 0 < np.argmin(scores) < 59
+    there = LineFit(result.best, optax.sgd(0.1))
+    assert float(LineFit.loss(there, result.best, away)) == pytest.approx(scores.min())
+    assert np.argmin(result.history.loss) == 59
+
+
+class Judged(LineFit):
+    def evaluate(self, model, batch):
+        return jnp.max(jnp.abs(model(batch[0]) - batch[1])) + 0 * self.step_count
+
+
+def test_what_is_evaluated_is_the_users_to_say():
+    trainer = Judged(line(), optax.sgd(0.1))
+    result = fit(trainer, validation=(HELD_OUT, 5), steps=5)
+    worst = np.max(np.abs(result.model(HELD_OUT[0]) - HELD_OUT[1]))
+    np.testing.assert_allclose(result.history.validation, [worst])
+
+
+class Keyed(LineFit):
+    def loss(self, model, batch, key):
+        noise = 1e-3 * jax.random.normal(key)
+        return super().loss(model, batch) + noise, {"noise": noise}
+
+    def evaluate(self, model, batch):
+        other = eqx.tree_at(lambda m: m.slope, model, model.slope + 1)
+        loss = super().evaluate
+        return jnp.maximum(loss(model, batch), loss(other, batch))
+
+
+def test_the_default_scores_the_model_that_it_is_given():
+    trainer = Keyed(line(5.0), optax.sgd(0.0), key=jax.random.key(0))
+    result = fit(trainer, validation=(BATCH, 1), steps=3)
+    assert np.all(result.history.validation > result.history.loss + 0.1)
+
+
+def test_a_validation_changes_nothing_of_the_fit():
+    plain, watched = fit(), fit(validation=(HELD_OUT, 3), stop=vn.Patience(99))
+    np.testing.assert_allclose(plain.model.slope, watched.model.slope, rtol=1e-14)
+    np.testing.assert_allclose(plain.history.loss, watched.history.loss, rtol=1e-14)
+
+
+@pytest.mark.parametrize("data", ["minibatches", "stream"])
+def test_validations_of_batches(data):
+    source = {
+        "minibatches": lambda: vn.Minibatches(BATCH, 4, key=jax.random.key(0)),
+        "stream": lambda: vn.Stream(lambda step: (BATCH for _ in range(99))),
+    }[data]
+    result = fit(data=source(), steps=12, validation=(HELD_OUT, 4))
+    np.testing.assert_array_equal(result.history.validation_steps, [4, 8, 12])
+
+
+@pytest.mark.parametrize("cut", [1, 4, 6, 11])
+def test_two_fits_with_a_validation_are_one(cut):
+    options = {"validation": (HELD_OUT, 3), "record": "slope"}
+    whole = fit(steps=12, **options)
+    first = fit(steps=cut, **options)
+    second = fit(first.trainer, steps=12 - cut, **options)
+    assert same(second.trainer, whole.trainer)
+    joined = first.history + second.history
+    assert same(
+        jax.tree.map(jnp.asarray, joined), jax.tree.map(jnp.asarray, whole.history)
+    )
+
+
+def test_scores_of_another_kind_do_not_compare():
+    """A loss far below every score of the validation does not remain the best."""
+    far = (BATCH[0], BATCH[1] + 100)
+    low = fit(steps=50).trainer
+    validated = fit(low, steps=2, validation=(far, 1)).trainer
+    assert float(validated.best_loss) > 1e3
+    assert same(validated.best, validated.model)
+    for again in (fit(validated, steps=1).trainer, validated.step(BATCH)[0]):
+        assert float(again.best_loss) < 1
+        assert same(again.best, validated.model)
+
+
+def test_a_score_that_is_not_finite_is_never_the_best():
+    class Odd(LineFit):
+        def evaluate(self, model, batch):
+            return jnp.where(self.step_count == 2, -jnp.inf, jnp.nan + 0 * batch)
+
+    result = fit(Odd(line(), optax.sgd(0.1)), steps=4, validation=(jnp.array(0.0), 1))
+    assert np.isinf(result.trainer.best_loss)
+    assert result.history.validation[1] == -np.inf
+
+
+# The criteria.
+
+
+def converged_by_hand(losses, rtol, patience, atol):
+    """How many steps a fit with these losses takes."""
+    reference, waited = np.inf, 0
+    for index, loss in enumerate(losses):
+        fell = loss < reference - max(rtol * abs(reference), atol)
+        if fell or np.isinf(reference):
+            reference, waited = loss, 0
+        else:
+            waited += 1
+        if waited >= patience:
+            return index + 1
+    return len(losses)
+
+
+class Told(vn.Trainer):
+    """Its losses are told by the batch."""
+
+    def loss(self, model, batch):
+        return batch[self.step_count] + 0 * model
+
+    def evaluate(self, model, batch):
+        return batch[self.step_count]
+
+
+def told(losses, room=24):
+    padded = np.concatenate([losses, np.full(room - len(losses), losses[-1])])
+    return jnp.asarray(padded, float)
+
+
+TOLD = Told(jnp.array(1.0), optax.sgd(0.1), nan_policy=vn.SkipStep())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-100, 100), min_size=1, max_size=20),
+    st.sampled_from([(0.0, 1, 0.0), (0.1, 2, 0.0), (0.0, 3, 5.0), (0.5, 2, 1.0)]),
+)
+def test_convergence_is_what_it_says(losses, options):
+    rtol, patience, atol = options
+    stop = vn.Converged(rtol, patience, atol=atol)
+    result = fit(TOLD, told(losses), len(losses), stop=stop)
+    expected = converged_by_hand(losses, rtol, patience, atol)
+    assert int(result.trainer.step_count) == expected
+    if expected < len(losses):
+        assert result.stop_reason is vn.StopReason.CONVERGED
+
+
+def test_a_slow_fall_is_no_convergence():
+    losses = 1 - 0.003 * np.arange(20)
+    assert len(fit(TOLD, told(losses), 20, stop=vn.Converged(0.01, 5)).history) == 20
+    assert len(fit(TOLD, told(losses), 20, stop=vn.Converged(0.02, 5)).history) == 6
+
+
+def test_steps_that_are_not_taken_are_no_convergence():
+    losses = [3.0, np.nan, np.nan, np.nan, np.nan, 2.0, 2.0, 2.0, 1.0]
+    result = fit(TOLD, told(losses), 9, stop=vn.Converged(1e-3, 2))
+    assert int(result.trainer.step_count) == 8
+    assert result.stop_reason is vn.StopReason.CONVERGED
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 9) | st.just(np.nan), min_size=1, max_size=20),
+    st.integers(1, 3),
+)
+def test_patience_is_what_it_says(scores, n):
+    batch = told([0.0, *scores])
+    result = fit(TOLD, batch, len(scores), validation=(batch, 1), stop=vn.Patience(n))
+    lowest, waited, expected = np.inf, 0, len(scores)
+    for index, score in enumerate(scores):
+        lowest, waited = (score, 0) if score < lowest else (lowest, waited + 1)
+        if waited >= n:
+            expected = index + 1
+            break
+    assert int(result.trainer.step_count) == expected
+    ended = result.stop_reason is vn.StopReason.NO_PATIENCE
+    assert ended == (waited >= n)
+
+
+def test_patience_counts_validations_and_not_steps():
+    away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
+    result = fit(steps=500, validation=(away, 5), stop=vn.Patience(3))
+    scores = result.history.validation
+    assert len(scores) == np.argmin(scores) + 4
+    assert int(result.trainer.step_count) == 5 * len(scores)
+    assert result.stop_reason is vn.StopReason.NO_PATIENCE
+    assert "patience" in str(result.stop_reason)
+
+
+class Flat(vn.StopCriterion):
+    """One of the user's own, with a state and an array in it."""
+
+    norm: jax.Array
+
+    def init(self, params):
+        return jax.tree.map(jnp.zeros_like, params), 0
+
+    def apply(self, view, state):
+        _, count = state
+        small = optax.tree.norm(view.grads) < self.norm
+        return small, (view.params, count + 1)
+
+
+def test_a_criterion_of_ones_own():
+    result = fit(stop=Flat(jnp.array(1e-3)), steps=5000, record="grad_norm")
+    assert result.history["grad_norm"][-1] < 1e-3 <= result.history["grad_norm"][-2]
+    assert result.stop_reason is vn.StopReason.CRITERION
+    other = eqx.debug.assert_max_traces(TRAINER.fit, max_traces=None)
+    assert len(other(BATCH, 9, stop=Flat(jnp.array(1e9)), progress=False).history) == 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason", "steps"),
+    [
+        (vn.Converged(1e-9, 2) | Flat(jnp.array(1e9)), "CRITERION", 1),
+        (Flat(jnp.array(1e9)) | vn.Converged(1e-9, 2), "CRITERION", 1),
+        (vn.Converged(0.99, 2) | Flat(jnp.array(0.0)), "CONVERGED", 3),
+        (Flat(jnp.array(0.0)) | vn.Converged(0.99, 2), "CONVERGED", 3),
+        (vn.Patience(9) | Flat(jnp.array(0.0)) | vn.Converged(0.99, 2), "CONVERGED", 3),
+    ],
+)
+def test_either_of_two(stop, reason, steps):
+    result = fit(stop=stop, validation=(HELD_OUT, 1))
+    assert result.stop_reason is vn.StopReason[reason]
+    assert len(result.history) == steps
+
+
+def test_the_end_of_a_fit_is_not_the_end_of_the_trainer():
+    stop = vn.Converged(1e-3, 3)
+    first = fit(steps=500, stop=stop)
+    assert not first.trainer.stopped
+    again = fit(first.trainer, steps=5)
+    assert len(again.history) == 5
+    assert len(fit(first.trainer, steps=500, stop=stop).history) == 4
+
+
+def test_a_bad_step_comes_before_a_criterion():
+    trainer = TwoFit(two(), optax.sgd(0.1), nan_policy=vn.StopFit())
+    stop = vn.Converged(1e9, 1)
+    batch = jax.tree.map(lambda x: x[0], script("a"))
+    result = fit(trainer, batch, stop=stop)
+    assert result.stop_reason is vn.StopReason.NON_FINITE
+
+
+def test_other_data_thresholds_and_intervals_compile_nothing():
+    count = 0
+
+    class Counted(LineFit):
+        def loss(self, model, batch):
+            nonlocal count
+            count += 1
+            return super().loss(model, batch)
+
+    trainer = Counted(line(), optax.sgd(0.1))
+    options = {"validation": (HELD_OUT, 3), "stop": Flat(jnp.array(1e-3))}
+    first = fit(trainer, **options)
+    traced = count
+    other = tuple(2 * x for x in HELD_OUT)
+    fit(trainer, validation=(other, 7), stop=Flat(jnp.array(1e-1)), steps=31)
+    fit(first.trainer, **options)
+    assert count == traced
+
+
+def test_a_converged_fit_is_over_within_a_chunk():
+    result = fit(steps=10**6, stop=vn.Converged(1e-6, 5), every=10**6)
+    assert int(result.trainer.step_count) < 1000
+
+
+# Kept with the fit.
+
+
+def test_checkpoints_remember_how_patient_they_have_been(tmp_path):
+    away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
+    options = {"validation": (away, 5), "stop": vn.Patience(3), "record": "slope"}
+    whole = fit(steps=500, **options)
+    taken = int(whole.trainer.step_count)
+    run = lambda steps, **new: fit(
+        steps=steps, **{**options, **new, "checkpoint": vn.Checkpoints(tmp_path)}
+    )
+    for steps in (taken - 12, taken - 7, taken - 1):
+        run(steps)
+    result = run(500)
+    assert same(result.trainer, whole.trainer)
+    assert result.stop_reason is whole.stop_reason
+    for name in ("loss", "slope", "validation", "validation_steps"):
+        np.testing.assert_array_equal(result.history[name], whole.history[name])
+
+    again = run(500)
+    assert again.stop_reason is whole.stop_reason
+    assert len(again.history) == taken
+    # Another criterion begins to count anew: the first score is the lowest to it.
+    longer = run(500, stop=vn.Patience(5))
+    assert int(longer.trainer.step_count) == taken + 30
+
+
+# What goes wrong.
+
+
+class Forgetful(vn.StopCriterion):
+    answer: object = eqx.field(static=True)
+
+    def init(self, params):
+        return jnp.array(0)
+
+    def apply(self, view, state):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"stop": vn.Patience(2)}, ValueError, r"`stop` is Patience.*validation=\(b"),
+        ({"stop": vn.Patience}, TypeError, r"Did you mean `Patience\(\.\.\.\)`"),
+        ({"stop": 3}, TypeError, r"`stop` is 3.*vn\.Converged"),
+        ({"stop": vn.Converged(0, 1) | vn.Patience(1)}, ValueError, "watches a val"),
+        ({"validation": BATCH + BATCH}, TypeError, "pair.*a tuple of 4"),
+        ({"validation": [BATCH, 3]}, TypeError, "pair.*list"),
+        ({"validation": (BATCH, 0)}, ValueError, r"validation\[1\].*at least 1"),
+        ({"validation": (BATCH, 2.5)}, TypeError, r"validation\[1\]"),
+        (
+            {"validation": (vn.Minibatches(BATCH, 2, key=jax.random.key(0)), 3)},
+            TypeError,
+            "`validation` is one batch, not a Minibatches",
+        ),
+        ({"validation": (["a", object()], 1)}, TypeError, "."),
+        ({"stop": Forgetful(True)}, TypeError, "must return `.whether to stop"),
+        ({"stop": Forgetful((1.0, 0))}, TypeError, "a boolean scalar"),
+        ({"stop": Forgetful((True, None))}, ValueError, "state that `Forgetful"),
+    ],
+)
+def test_what_cannot_be(options, error, match):
+    with pytest.raises(error, match=match):
+        fit(**options)
+
+
+def test_a_score_must_be_a_scalar():
+    class Pair(LineFit):
+        def evaluate(self, model, batch):
+            return model(batch[0])
+
+    with pytest.raises(
+        ValueError, match=r"`Pair\.evaluate` returned an array of shape"
+    ):
+        fit(Pair(line(), optax.sgd(0.1)), validation=(HELD_OUT, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: vn.Converged(-1e-3, 5), "`rtol` is -0.001"),
+        (lambda: vn.Converged(np.nan, 5), "`rtol` is nan"),
+        (lambda: vn.Converged("1", 5), "`rtol` is '1'"),
+        (lambda: vn.Converged(1e-3, 0), "`patience`"),
+        (lambda: vn.Converged(1e-3, 5, atol=-1), "`atol` is -1"),
+        (lambda: vn.Patience(0), "`n`"),
+    ],
+)
+def test_criteria_that_cannot_be(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_what_composes():
+    with pytest.raises(TypeError, match="cannot compose a StopCriterion with 3"):
+        vn.Patience(2) | 3
