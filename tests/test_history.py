@@ -1,5 +1,6 @@
 """What a fit records."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import vernal as vn
-from models import LineFit, Pull, line, line_batch, zoo
+from models import LineFit, Pull, TwoFit, line, line_batch, script, two, zoo
 
 BATCH = line_batch()
 
@@ -150,3 +151,115 @@ def test_any_cuts_and_any_thinning(cuts, every):
     for part in parts[1:]:
         joined = joined + part
     np.testing.assert_array_equal(joined.steps, np.arange(0, sum(cuts), every))
+
+
+# The norms of each rule.
+
+
+RULES = {
+    ("scalar", "pair"): optax.sgd(0.1),
+    "layers.*.bias": optax.adam(0.01),
+    "wave": None,
+}
+NAMES = ("scalar, pair", "layers.*.bias", "default")
+
+
+def norm(leaves):
+    return np.sqrt(sum(np.sum(np.abs(np.asarray(leaf)) ** 2) for leaf in leaves))
+
+
+def test_norms_of_each_rule():
+    optimiser = vn.ParamOptimiser(RULES, default=optax.sgd(0.3))
+    trainer = Pull(zoo(), optimiser)
+    record = ("grad_norms", "update_ratios", "grad_norm", "**")
+    batch = jnp.asarray(0.5)
+    result = trainer.fit(batch, 4, record=record, progress=False)
+    history = result.history
+    names = ["grad_norm", *(f"grad_norm[{name}]" for name in NAMES)]
+    names += [f"update_ratio[{name}]" for name in NAMES]
+    assert set(history.records) == {*names, *vn.paths(trainer.params)}
+    own = {
+        "scalar, pair": ("scalar", "pair.left", "pair.right.0"),
+        "layers.*.bias": ("layers.0.bias", "layers.1.bias"),
+    }
+    ruled = {path for paths in own.values() for path in paths}
+    own["default"] = tuple(p for p in vn.paths(trainer.params) if p not in ruled)
+    total = sum(history[f"grad_norm[{name}]"] ** 2 for name in NAMES)
+    np.testing.assert_allclose(total, history["grad_norm"] ** 2, rtol=1e-6)
+    for name, paths in own.items():
+        for step in range(3):
+            now = [history[path][step] for path in paths]
+            then = [history[path][step + 1] for path in paths]
+            # The gradient of a sum of squares.
+            grads = norm([2 * (leaf - 0.5) for leaf in now])
+            assert history[f"grad_norm[{name}]"][step] == pytest.approx(grads, rel=1e-6)
+            moved = [b - a for a, b in zip(now, then, strict=True)]
+            ratio = history[f"update_ratio[{name}]"][step]
+            assert ratio == pytest.approx(norm(moved) / norm(now), rel=1e-5)
+
+
+def test_without_rules_each_parameter_is_one():
+    history = fit(3, record=("update_ratios", "slope")).history
+    assert set(history.records) == {
+        "update_ratio[slope]",
+        "update_ratio[offset]",
+        "slope",
+    }
+    moved = np.abs(np.diff(history["slope"]) / history["slope"][:-1])
+    np.testing.assert_allclose(history["update_ratio[slope]"][:-1], moved, rtol=1e-12)
+
+
+def test_a_step_that_is_not_taken_is_no_update():
+    policy = vn.SkipStep()
+    trainer = TwoFit(two(), optax.sgd(0.1), nan_policy=policy)
+    batch = jax.tree.map(lambda x: x[0], script("a"))
+    history = trainer.fit(
+        batch, 2, record=("update_ratios", "grad_norms"), progress=False
+    ).history
+    np.testing.assert_array_equal(history["update_ratio[a]"], 0)
+    assert np.isnan(history["grad_norm[a]"]).all()
+    assert np.isfinite(history["grad_norm[b]"]).all()
+
+
+def test_rules_of_the_same_name():
+    rules = {
+        lambda p, _: p == "slope": optax.sgd(0.1),
+        lambda p, _: p == "offset": optax.adam(0.1),
+    }
+    trainer = Told(line(), vn.ParamOptimiser(rules))
+    history = fit(2, trainer, record="grad_norms").history
+    assert set(history.records) == {"grad_norm[<lambda> 1]", "grad_norm[<lambda> 2]"}
+
+
+# Elsewhere.
+
+
+@pytest.mark.parametrize("options", [{}, {"validation": (BATCH, 5), "record": FULL}])
+def test_a_history_in_a_file(tmp_path, options):
+    history = fit(**options).history
+    history.save(tmp_path / "history")
+    back = vn.History.load(tmp_path / "history")
+    assert list(back.to_dict()) == list(history.to_dict())
+    for name, column in history.to_dict().items():
+        np.testing.assert_array_equal(back[name], column)
+        assert back[name].dtype == column.dtype
+    with np.load(tmp_path / "history") as archive:
+        np.testing.assert_array_equal(archive["loss"], history.loss)
+    assert len(back + history) == 24
+
+
+def test_a_history_as_a_dictionary():
+    told = fit(record="slope").history.to_dict()
+    assert list(told) == ["steps", "loss", "slope"]
+    scored = fit(record="slope", validation=(BATCH, 5)).history.to_dict()
+    assert list(scored) == ["steps", "loss", "validation", "validation_steps", "slope"]
+    assert list(scored["validation_steps"]) == [5, 10]
+
+
+def test_files_that_are_no_history(tmp_path):
+    vn.save(tmp_path / "trainer", TRAINER)
+    with pytest.raises(vn.MismatchError, match="another tree than a History"):
+        vn.History.load(tmp_path / "trainer")
+    (tmp_path / "other").write_text("steps, loss")
+    with pytest.raises(vn.ForeignFileError):
+        vn.History.load(tmp_path / "other")

@@ -12,7 +12,7 @@ from ._data import Minibatches, Whole
 from ._monitor import Monitor, MonitorState
 from ._objective import metric_shapes
 from ._record import Record, Rows
-from ._step import Progress, advance, grad_norm, scored_anew
+from ._step import Progress, advance, scored_anew, tree_norm
 
 
 class Chunk(NamedTuple):
@@ -60,7 +60,7 @@ def run_chunk(
         batch, cursor = source.next(cursor, progress.step_count)
         there = trainer._at(progress)
         new, outcome = advance(there, batch, by_validation=monitor.validates)
-        values = record.values(progress.params, outcome)
+        values = record.values(progress.params, new.params, outcome)
         rows = rows.put(progress.step_count, outcome.loss, values)
         if watched is not None:
             new, watched = monitor.look(trainer._at(new), outcome, watched)
@@ -106,7 +106,7 @@ def run_step(trainer: Any, batch: Any) -> tuple[Progress, StepInfo]:
         progress, outcome = advance(there, batch)
         return progress, StepInfo(
             outcome.loss,
-            grad_norm(outcome.grads),
+            tree_norm(outcome.grads),
             outcome.accepted,
             progress.stopped,
             outcome.metrics,

@@ -1,14 +1,21 @@
 """What a fit recorded, step by step."""
 
+import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import final
 
 import equinox as eqx
 import numpy as np
 
+from ._file import read_file, write_file
+from ._leaves import MismatchError, to_arrays
 from ._paths import UnknownPathError, nearest_names
 
 _COLUMNS = ("steps", "loss", "validation", "validation_steps")
+
+# What stands in a file before the names of the records, which may be any.
+_RECORDS = "records."
 
 
 @final
@@ -65,6 +72,52 @@ class History(eqx.Module):
             f"{nearest_names(name, [*self.records, *_COLUMNS])} "
             f"To keep it, pass `record=({name!r},)` to `fit`."
         )
+
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """Returns all that was recorded, by name, as for `pandas.DataFrame`.
+
+        The scores of a validation and their steps are in it if there are any.
+        """
+        scored = len(self.validation) > 0
+        names = _COLUMNS if scored else _COLUMNS[:2]
+        return {name: getattr(self, name) for name in names} | self.records
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the history to one file, which [`numpy.load`][] can read too.
+
+        **Arguments:**
+
+        - `path`: the file. One that is there is replaced.
+
+        **Raises:**
+
+        - `OSError`: if the file cannot be written; one that was there is as it was.
+        """
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        columns |= {f"{_RECORDS}{name}": rows for name, rows in self.records.items()}
+        write_file(path, to_arrays(OrderedDict(columns)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "History":
+        """Reads what `save` wrote.
+
+        **Arguments:**
+
+        - `path`: the file.
+
+        **Raises:**
+
+        - `LoadError`: as [`vernal.load`][].
+        """
+        columns = {name: np.asarray(x.array) for name, x in read_file(path).items()}
+        if not columns.keys() >= set(_COLUMNS):
+            raise MismatchError(
+                f"`path`: {os.fspath(path)} holds another tree than a History. Read it "
+                "with `vn.load`."
+            )
+        own = {name: columns.pop(name) for name in _COLUMNS}
+        records = {n.removeprefix(_RECORDS): rows for n, rows in columns.items()}
+        return cls(records=records, **own)
 
     def __len__(self) -> int:
         return len(self.steps)

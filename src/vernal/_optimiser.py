@@ -140,6 +140,14 @@ class ParamOptimiser(AbstractTransform):
             owners.append(len(self.transforms) if has_default else None)
         return tuple(owners)
 
+    def name_of(self, owner: int) -> str:
+        """Names a group: by the selector of its rule, or `default`."""
+        selectors = self.selectors.decode()
+        if owner == len(selectors):
+            return "default"
+        members = _members(selectors[owner])
+        return ", ".join(m if isinstance(m, str) else _named(m) for m in members)
+
     def init(self, params: Any) -> ParamOptimiserState:
         """Makes the first state.
 

@@ -1,6 +1,6 @@
 """What a fit keeps of each step, and where it puts it inside a compiled loop."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -10,13 +10,20 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ._objective import metric_shapes
+from ._optimiser import ParamOptimiser
 from ._paths import UnknownPathError, dotted, nearest_names, paths
 from ._selectors import resolve
-from ._step import Outcome, grad_norm
+from ._step import Outcome, tree_norm
 from ._typing import PyTree
 
 GRAD_NORM = "grad_norm"
+GRAD_NORMS = "grad_norms"
+UPDATE_RATIOS = "update_ratios"
 LOSS = "loss"
+_NORMS = (GRAD_NORM, GRAD_NORMS, UPDATE_RATIOS)
+
+# The name of each rule, and the leaves that it owns.
+Rules = tuple[tuple[str, tuple[int, ...]], ...]
 
 # A chunk keeps its rows on the device: many of them, but not without bound.
 MOST_ROWS = 16_384
@@ -26,7 +33,8 @@ _MOST_BYTES = 2**24
 class Record(eqx.Module):
     """What is recorded beside the loss: static, and compared by value."""
 
-    grad_norm: bool = eqx.field(static=True)
+    norms: tuple[str, ...] = eqx.field(static=True)
+    rules: Rules = eqx.field(static=True)
     paths: tuple[str, ...] = eqx.field(static=True)
     metrics: tuple[str, ...] = eqx.field(static=True)
 
@@ -44,10 +52,12 @@ class Record(eqx.Module):
                 f"`record` is {record!r}, but must be a tuple of names and selectors: "
                 '`record=("grad_norm", "mean")`.'
             )
-        self.grad_norm = GRAD_NORM in record
+        names = [name for name in record if isinstance(name, str)]
+        self.norms = tuple(name for name in _NORMS if name in names)
+        self.rules = _rules(trainer) if set(self.norms) - {GRAD_NORM} else ()
         chosen, metrics = [], []
         for name in record:
-            if isinstance(name, str) and name == GRAD_NORM:
+            if isinstance(name, str) and name in _NORMS:
                 continue
             try:
                 chosen += _selected(trainer, name)
@@ -61,18 +71,48 @@ class Record(eqx.Module):
         self.paths = tuple(dict.fromkeys(chosen))
         self.metrics = tuple(metrics)
 
-    def values(self, params: PyTree, outcome: Outcome) -> dict[str, Array]:
-        """Picks what is recorded of one step."""
-        norm = {GRAD_NORM: grad_norm(outcome.grads)} if self.grad_norm else {}
+    def values(self, old: PyTree, new: PyTree, outcome: Outcome) -> dict[str, Array]:
+        """Picks what is recorded of one step.
+
+        **Arguments:**
+
+        - `old`, `new`: the parameters before and after.
+        - `outcome`: what can be told of the step.
+        """
+        norms = self._norms(old, new, outcome.grads)
         metrics = {name: outcome.metrics[name] for name in self.metrics}
-        return norm | self._parameters(params) | metrics
+        return norms | self._parameters(old) | metrics
 
     def shapes(self, trainer: Any, batch: Callable[[], Any]) -> dict[str, Any]:
         """Tells the shape and dtype of each of the values."""
-        norm = {GRAD_NORM: trainer.best_loss} if self.grad_norm else {}
+        norms = dict.fromkeys(self._norm_names(), trainer.best_loss)
         known = metric_shapes(trainer, batch()) if self.metrics else {}
         metrics = {name: known[name] for name in self.metrics}
-        return norm | self._parameters(trainer.params) | metrics
+        return norms | self._parameters(trainer.params) | metrics
+
+    def _norm_names(self) -> Iterator[str]:
+        for norm in self.norms:
+            if norm == GRAD_NORM:
+                yield norm
+            else:
+                # That of one rule is called in the singular.
+                yield from (f"{norm[:-1]}[{name}]" for name, _ in self.rules)
+
+    def _norms(self, old: PyTree, new: PyTree, grads: PyTree) -> dict[str, Array]:
+        grads, old, new = map(jax.tree.leaves, (grads, old, new))
+        pick = lambda leaves, members: [leaves[index] for index in members]
+
+        def computed() -> Iterator[Array]:
+            if GRAD_NORM in self.norms:
+                yield tree_norm(grads)
+            if GRAD_NORMS in self.norms:
+                yield from (tree_norm(pick(grads, own)) for _, own in self.rules)
+            if UPDATE_RATIOS in self.norms:
+                for _, own in self.rules:
+                    moved = [new[index] - old[index] for index in own]
+                    yield tree_norm(moved) / tree_norm(pick(old, own))
+
+        return dict(zip(self._norm_names(), computed(), strict=True))
 
     def _parameters(self, params: PyTree) -> dict[str, Array]:
         if not self.paths:
@@ -97,8 +137,25 @@ def _selected(trainer: Any, selector: Any) -> list[str]:
     return kept
 
 
+def _rules(trainer: Any) -> Rules:
+    """Finds the rules of an optimiser; without rules, each parameter is one."""
+    optimiser, params = trainer.optimiser, trainer.params
+    if type(optimiser) is not ParamOptimiser:
+        return tuple((path, (index,)) for index, path in enumerate(paths(params)))
+    owners = optimiser.owners(params, filtered=True)
+    present = sorted({owner for owner in owners if owner is not None})
+    members = [tuple(i for i, o in enumerate(owners) if o == p) for p in present]
+    names = [optimiser.name_of(owner) for owner in present]
+    # Two predicates may have the same name.
+    numbered = [
+        name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+    return tuple(zip(numbered, members, strict=True))
+
+
 def _unknown(trainer: Any, name: Any, metrics: Iterable[str]) -> UnknownPathError:
-    known = [*paths(trainer.params), *metrics, GRAD_NORM]
+    known = [*paths(trainer.params), *metrics, *_NORMS]
     return UnknownPathError(
         f"`record`: {name!r} is neither a parameter nor a metric that the loss "
         f"returns. {nearest_names(str(name), known)}"

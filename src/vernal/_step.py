@@ -253,9 +253,9 @@ def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
     return ft.reduce(operator.or_, flags, jnp.array(False))
 
 
-def grad_norm(grads: PyTree) -> Float[Array, ""]:
-    """Returns the norm of the gradients, all leaves together."""
-    return optax.tree.norm(grads).astype(jnp.result_type(float))
+def tree_norm(tree: PyTree) -> Float[Array, ""]:
+    """Returns the norm of a tree, all leaves together."""
+    return optax.tree.norm(tree).astype(jnp.result_type(float))
 
 
 def _descending(grad: Array) -> Array:

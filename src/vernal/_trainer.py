@@ -310,7 +310,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             compiling anew.
         - `record`: what the history keeps beside the loss: `"grad_norm"` (in the
             model's parameters), selectors (the values before the update), names of
-            metrics.
+            metrics; `"grad_norms"` and `"update_ratios"`, for each rule of the
+            optimiser the norm of its gradients, and that of its updates over that of
+            its parameters, as `history["grad_norm[mean]"]` and
+            `history["update_ratio[mean]"]`.
         - `every`: keep every so many steps only; the loss too.
         - `validation`: a pair `(batch, n)`: after every `n` steps `evaluate` scores the
             model on that batch, and `best` is the one with the lowest score.
