@@ -9,6 +9,7 @@ from . import (  # noqa: E402
     bench_curvature,
     bench_eigen,
     bench_fit,
+    bench_history,
     bench_import,
     bench_partition,
     bench_solve,
@@ -17,6 +18,7 @@ from . import (  # noqa: E402
 
 MODULES = (
     bench_fit,
+    bench_history,
     bench_partition,
     bench_eigen,
     bench_curvature,
