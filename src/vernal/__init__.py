@@ -43,6 +43,7 @@ from ._paths import UnknownPathError as UnknownPathError, paths as paths
 from ._precondition import precondition as precondition
 from ._projector import EigenProjector as EigenProjector
 from ._result import FitResult as FitResult
+from ._retrace import explain_retrace as explain_retrace
 from ._save import load as load, save as save
 from ._schedule import delay as delay
 from ._selectors import split as split

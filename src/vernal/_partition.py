@@ -56,13 +56,13 @@ def partition(
     }
 
     def init_fn(params: Any) -> optax.transforms.PartitionState:
-        names, leaves, _ = _named_leaves(params)
+        names, leaves, _ = named_tree(params)
         if not leaves:
             # Nothing to divide. Optax's `tree_map_params` comes with such a tree, and
             # looks for it in the state.
             states = tuple(tx.init(params) for tx in transforms.values())
         else:
-            owners = _owners(param_labels, params, names, transforms)
+            owners = leaf_owners(param_labels, params, names, transforms)
             states = init_groups(tuple(transforms.values()), owners, names, leaves)
         return _as_state(transforms, states)
 
@@ -73,7 +73,7 @@ def partition(
         **extra: Any,
     ) -> tuple[Any, optax.transforms.PartitionState]:
         states = [state.inner_states[label].inner_state for label in transforms]
-        names, leaves, treedef = _named_leaves(updates)
+        names, leaves, treedef = named_tree(updates)
         if not leaves:
             new_states = []
             for tx, inner in zip(transforms.values(), states, strict=True):
@@ -81,7 +81,7 @@ def partition(
                 updates, new = tx.update(updates, inner, params, **extra)
                 new_states.append(new)
             return updates, _as_state(transforms, new_states)
-        owners = _owners(param_labels, updates, names, transforms)
+        owners = leaf_owners(param_labels, updates, names, transforms)
         values, fill = None, None
         if params is not None:
             values, fill = _aligned(params, names)
@@ -116,7 +116,8 @@ def _as_state(
     return optax.transforms.PartitionState(dict(zip(labels, inner, strict=True)))
 
 
-def _named_leaves(tree: Any) -> tuple[tuple[str, ...], list[Any], Any]:
+def named_tree(tree: Any) -> tuple[tuple[str, ...], list[Any], Any]:
+    """Takes a tree apart: names that all differ, leaves, structure."""
     flat, treedef = jtu.tree_flatten_with_path(tree)
     names = tuple(dotted(path) for path, _ in flat)
     if len(set(names)) < len(names):
@@ -124,9 +125,10 @@ def _named_leaves(tree: Any) -> tuple[tuple[str, ...], list[Any], Any]:
     return names, [leaf for _, leaf in flat], treedef
 
 
-def _owners(
+def leaf_owners(
     param_labels: Any, tree: Any, names: Sequence[str], transforms: Mapping[Any, Any]
 ) -> list[int]:
+    """Finds the index of the transformation of each leaf."""
     labels = param_labels(tree) if _is_function(param_labels) else param_labels
     flat, treedef = jtu.tree_flatten(labels)
     try:
@@ -172,7 +174,7 @@ def _aligned(
     params: Any, names: Sequence[str]
 ) -> tuple[list[Any], Callable[[Mapping[str, Any]], Any]]:
     """The parameters by the updates' names, and the whole tree around new ones."""
-    own_names, leaves, treedef = _named_leaves(params)
+    own_names, leaves, treedef = named_tree(params)
     values = dict(zip(own_names, leaves, strict=True))
     odd = [name for name in names if name not in values]
     wanted = set(names)

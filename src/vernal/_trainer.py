@@ -20,6 +20,7 @@ from ._objective import score, step_key
 from ._parts import Parts, parameters, strong
 from ._paths import paths
 from ._projector import EigenProjector
+from ._rates import learning_rates
 from ._result import FitResult
 from ._setup import (
     check_arguments,
@@ -588,6 +589,33 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             name: NanCount(int(total), int(first) if first >= 0 else None)
             for name, total, first in zip(self._watched(), totals, firsts, strict=True)
         }
+
+    def learning_rates(self) -> dict[str, float | None]:
+        """Tells the learning rate of each parameter in the next update.
+
+        The product of the factors that the optimiser's transformations have: the rate
+        itself, its schedule at the count in the optimiser's state, the factor of
+        `with_scale`; zero while a [`vernal.window`][] is closed. Positive is downhill.
+        What a transformation makes of the gradient beside that, such as momentum, the
+        second moments of Adam and clipping, is not counted; nor is a factor that stands
+        before one which divides it out again, as Adam does.
+
+        Outside of `jax.jit` only, as schedules are evaluated.
+
+        **Returns:**
+
+        A dictionary with a float for each trained parameter by its path. `None` where
+        no rate can be told: of a line search, of `optax.scale_by_adam()` alone, of a
+        transformation of your own. In the latent space of a projector a rate is that
+        of the coordinates to which the parameter belongs.
+
+        **Raises:**
+
+        - `ValueError`: if there is no optimiser.
+        """
+        if self.optimiser is None:
+            raise no_optimiser(self)
+        return learning_rates(self)
 
     def _watched(self) -> tuple[str, ...]:
         names = paths(self.params)
