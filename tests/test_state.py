@@ -224,6 +224,18 @@ def test_a_state_can_start_anew(tmp_path):
     assert same(trainer.replace(optimiser=optax.sgd(0.2)).state, trainer.state)
 
 
+def test_a_key_in_the_state():
+    class Drawn(LineFit):
+        def loss(self, model, batch, *, state):
+            key, own = jax.random.split(state)
+            return super().loss(model, batch), {"draw": jax.random.normal(own)}, key
+
+    trainer = Drawn(line(), optax.sgd(0.1), state=jax.random.key(3))
+    result = fit(trainer, 4, record="draw")
+    assert len(set(result.history["draw"])) == 4
+    assert result.trainer.state.dtype == trainer.state.dtype
+
+
 def test_it_compiles_once():
     count = 0
 

@@ -40,8 +40,13 @@ def cast_like(new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(_cast, new, old)
 
 
+def is_weak(array: Array) -> bool:
+    """Whether the dtype of an array bends to what it meets; that of a key does not."""
+    return getattr(array, "weak_type", False)
+
+
 def _cast(new: Any, old: Any) -> Array:
     new = jnp.asarray(new)
-    if new.dtype == old.dtype and (old.weak_type or not new.weak_type):
+    if new.dtype == old.dtype and (is_weak(old) or not is_weak(new)):
         return new
     return lax.convert_element_type(new, old.dtype)

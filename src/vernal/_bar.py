@@ -1,7 +1,7 @@
 """The progress bar of a fit."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 
@@ -33,17 +33,12 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, steps: int, trainer: Any, losses: Mapping[str, float]) -> None:
+    def update(self, steps: int, shown: Callable[[], dict[str, str]]) -> None:
         """Moves on by so many steps, and shows where the fit is."""
         if self._bar is None:
             return
-        shown = {name: f"{loss:.6g}" for name, loss in losses.items()}
-        shown["best"] = f"{float(trainer.best_loss):.6g}"
-        bad = max(count.total for count in trainer.nan_report().values())
-        if bad:
-            shown["non-finite"] = str(bad)
         self._bar.set_description("fitting", refresh=False)
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix(shown(), refresh=False)
         self._bar.update(steps)
         self._bar.refresh()
 

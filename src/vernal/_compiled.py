@@ -1,5 +1,6 @@
 """The compiled parts of a fit: a chunk of steps, in one program, and a single step."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -41,41 +42,99 @@ def run_chunk(
     program serves whatever the number of steps.
     """
     start = scored_anew(trainer._progress, monitor.validates)
-    cursor = source.start(start.step_count)
+    step = start.step_count
+
+    def take(
+        progress: Progress, watched: MonitorState | None, batch: Any, is_due: Array
+    ) -> Taken:
+        return take_one(trainer._at(progress), watched, batch, is_due, monitor, record)
 
     def first_batch() -> Any:
-        return eqx.filter_eval_shape(source.next, cursor, start.step_count)[0]
+        cursor = source.start(step)
+        return eqx.filter_eval_shape(source.next, cursor, step)[0]
 
-    shapes, step = record.shapes(trainer, first_batch), start.step_count
+    shapes = record.shapes(trainer, first_batch)
     rows = Rows.empty(start.best_loss, shapes, step, every, most_rows)
-    end, scores = jnp.minimum(goal, rows.end), None
-    if monitor.validation is not None:
-        per = monitor.validation.every
+    scores = monitor.room(start.best_loss, step, most_rows)
+    return run_loop(
+        take, source, monitor, goal, step, Chunk(start, watched, rows, scores)
+    )
+
+
+class Taken(NamedTuple):
+    """What a step comes to."""
+
+    progress: Progress
+    watched: MonitorState | None
+    loss: Array
+    values: dict[str, Array]
+
+
+def take_one(
+    trainer: Any,
+    watched: MonitorState | None,
+    batch: Any,
+    is_due: Bool[Array, ""],
+    monitor: Monitor,
+    record: Record,
+) -> Taken:
+    """Takes one step of a trainer, and looks at it."""
+    old = trainer.params
+    new, outcome = advance(trainer, batch, by_validation=monitor.validates)
+    values = record.values(old, new.params, outcome)
+    if watched is not None:
+        new, watched = monitor.look(trainer._at(new), outcome, watched, is_due)
+    return Taken(new, watched, outcome.loss, values)
+
+
+def is_over(
+    progress: Progress, watched: MonitorState | None
+) -> Bool[Array, ""] | Bool[Array, " members"]:
+    """Whether there are no more steps to be taken, of each member if there are many."""
+    if watched is None:
+        return progress.stopped
+    return progress.stopped | watched.is_over
+
+
+def run_loop(
+    take: Callable[..., Taken],
+    source: Whole[Any] | Minibatches,
+    monitor: Monitor,
+    goal: Int[Array, ""],
+    step: Int[Array, ""],
+    start: Chunk,
+) -> Chunk:
+    """Takes steps, of one trainer or of many at once, until all are over.
+
+    **Arguments:**
+
+    - `take`: takes one step.
+    - `source`, `monitor`: of the fit.
+    - `goal`: how many steps there will be.
+    - `step`: how many there have been.
+    - `start`: where to start from, with empty rows.
+    """
+    end = jnp.minimum(goal, start.rows.end)
+    if start.scores is not None:
         # A score is of the parameters after a step, a row of those before one.
-        scores = Rows.empty(start.best_loss, {}, step + 1, per, most_rows)
-        end = jnp.minimum(end, scores.end - 1)
+        end = jnp.minimum(end, start.scores.end - 1)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        progress, watched, cursor, rows, scores = carry
-        batch, cursor = source.next(cursor, progress.step_count)
-        there = trainer._at(progress)
-        new, outcome = advance(there, batch, by_validation=monitor.validates)
-        values = record.values(progress.params, new.params, outcome)
-        rows = rows.put(progress.step_count, outcome.loss, values)
-        if watched is not None:
-            new, watched = monitor.look(trainer._at(new), outcome, watched)
-            if scores is not None:
-                scores = scores.put(new.step_count, watched.score, {})
-        return new, watched, cursor, rows, scores
+        chunk, cursor, step = carry
+        batch, cursor = source.next(cursor, step)
+        is_due = monitor.is_due(step + 1)
+        taken = take(chunk.progress, chunk.watched, batch, is_due)
+        rows, scores = chunk.rows.put(step, taken.loss, taken.values), chunk.scores
+        if scores is not None and taken.watched is not None:
+            scores = scores.put(step + 1, taken.watched.score, {})
+        return Chunk(taken.progress, taken.watched, rows, scores), cursor, step + 1
 
     def goes_on(carry: tuple[Any, ...]) -> Array:
-        progress, watched, *_ = carry
-        within = (progress.step_count < end) & ~progress.stopped
-        return within if watched is None else within & ~watched.is_over
+        chunk, _, step = carry
+        return (step < end) & ~jnp.all(is_over(chunk.progress, chunk.watched))
 
-    carry = (start, watched, cursor, rows, scores)
-    progress, watched, _, rows, scores = lax.while_loop(goes_on, body, carry)
-    return Chunk(progress, watched, rows, scores)
+    chunk, _, _ = lax.while_loop(goes_on, body, (start, source.start(step), step))
+    return chunk
 
 
 class StepInfo(NamedTuple):

@@ -96,13 +96,14 @@ class Keeper:
             signal.raise_signal(signal.SIGTERM)
 
     def restore(
-        self, trainer: Any, watched: PyTree, stop: str
+        self, trainer: Any, begun: int, watched: PyTree, stop: str
     ) -> tuple[Any, PyTree, History | None]:
         """Puts the newest checkpoint that is whole into a trainer, if there is one.
 
         **Arguments:**
 
         - `trainer`: the trainer.
+        - `begun`: how many steps it has taken.
         - `watched`: what the fit's monitor remembers, as yet nothing.
         - `stop`: what tells its criterion from another: with another one, nothing is
             remembered.
@@ -132,11 +133,11 @@ class Keeper:
                     stacklevel=2,
                 )
                 continue
-            if step < int(trainer.step_count):
+            if step < begun:
                 raise ValueError(
                     f"`checkpoint`: {self.folder} holds a fit at step {step}, and the "
-                    f"trainer is at step {int(trainer.step_count)} already. Give each "
-                    "fit a directory of its own."
+                    f"trainer is at step {begun} already. Give each fit a directory "
+                    "of its own."
                 )
             self._last_step = step
             own, fits = _split(arrays)
@@ -214,16 +215,16 @@ class Keeper:
             is_due = step // self._every > max(self._last_step, 0) // self._every
         return is_due and not self._manager.is_saving_in_progress()
 
-    def write(self, trainer: Any, watched: PyTree, history: History) -> None:
+    def write(self, step: int, trainer: Any, watched: PyTree, history: History) -> None:
         """Writes a checkpoint in the background, unless this step has one.
 
         **Arguments:**
 
+        - `step`: how many steps were taken.
         - `trainer`: the trainer now.
         - `watched`: what the fit's monitor remembers.
         - `history`: the whole history.
         """
-        step = int(trainer.step_count)
         if step == self._last_step:
             return
         fits = {f"{_FITS}{p}": leaf for p, leaf in to_arrays(watched).items()}

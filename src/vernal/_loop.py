@@ -2,10 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,29 +12,19 @@ import numpy as np
 from ._alike import require_alike
 from ._bar import Bar
 from ._checkpoint import Checkpoints
-from ._compiled import Chunk, run_chunk
-from ._data import (
-    Minibatches,
-    Source,
-    Stream,
-    StreamExhaustedError,
-    Whole,
-    as_batch,
-    as_source,
-)
+from ._compiled import Chunk
+from ._data import Source, Stream, StreamExhaustedError
+from ._feed import Dry, Feed, Pace
 from ._history import History, concatenate
 from ._keeper import Keeper
-from ._monitor import Monitor, MonitorState
+from ._monitor import Monitor
+from ._one import One
 from ._record import MOST_ROWS, Record
-from ._result import FitResult
 from ._step import MOST_STEPS
 from ._stop import StopReason
 from ._typing import whole_number
 
-# How long a chunk should take: short enough for a progress bar and for Ctrl-C, long
-# enough that what happens between two of them costs nothing.
-_CHUNK_SECONDS = 0.5
-_FASTEST_GROWTH = 100
+ONE = One()
 
 Callback = Callable[[Any, History], Any]
 
@@ -45,16 +34,20 @@ def fit(
     data: Any,
     steps: int,
     *,
-    record: Any,
-    every: int,
-    validation: Any,
-    stop: Any,
-    progress: bool,
-    callback: Callback | None,
-    chunk: int | None,
-    checkpoint: Checkpoints | None,
-) -> FitResult[Any, Any]:
-    """Takes `steps` steps. The documentation is that of `Trainer.fit`."""
+    record: Any = (),
+    every: int = 1,
+    validation: Any = None,
+    stop: Any = None,
+    progress: bool = True,
+    callback: Callback | None = None,
+    chunk: int | None = None,
+    checkpoint: Checkpoints | None = None,
+    kind: One = ONE,
+) -> Any:
+    """Takes `steps` steps. The documentation is that of `Trainer.fit`.
+
+    `kind` tells what is fitted: one trainer, or many at once.
+    """
     steps = whole_number(steps, "steps", least=0)
     every = min(whole_number(every, "every", least=1), MOST_STEPS)
     chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)
@@ -65,36 +58,34 @@ def fit(
         )
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
-    source, monitor = as_source(data), Monitor(validation, stop)
+    source, monitor = kind.source(data), kind.monitor(validation, stop)
     with contextlib.ExitStack() as stack:
         keeper = None
         if checkpoint is not None:
             keeper = stack.enter_context(Keeper(_checked(checkpoint, source)))
         try:
-            run = _Fit(trainer, source, monitor, record, every, keeper)
-        except _Dry:
-            raise _exhausted(trainer, None, steps) from None
+            run = _Fit(kind, trainer, source, monitor, record, every, keeper)
+        except Dry:
+            empty = History(np.zeros(0, int), np.zeros(0))
+            result = kind.cut_short(trainer, empty, StopReason.DATA_EXHAUSTED)
+            raise StreamExhaustedError(0, steps, result) from None
         try:
             with Bar(steps, run.taken, shown=progress) as bar:
                 reason = _go_on(run, steps, bar, callback, chunk)
-        except _Dry:
-            raise _exhausted(trainer, run, steps) from None
+        except Dry:
+            result = run.cut_short(StopReason.DATA_EXHAUSTED)
+            raise StreamExhaustedError(run.taken, steps, result) from None
         except Exception as error:
             # What was reached is not lost with whatever went wrong.
             with contextlib.suppress(AttributeError):
-                error.result = run.result(StopReason.ERROR)  # pyright: ignore
+                error.result = run.cut_short(StopReason.ERROR)  # pyright: ignore
                 error.add_note("The fit up to here is `.result` of this error.")
             raise
         finally:
             run.keep()
-    if run.trainer.stopped:
-        is_bad = run.trainer._is_at_a_bad_step()
-        reason = StopReason.NON_FINITE if is_bad else StopReason.POLICY
-    elif (met := monitor.reason(run.watched)) is not None:
-        reason = met
-    result = run.result(reason)
+    result = kind.ended(run.trainer, run.history(), monitor, run.watched, reason)
     if run.taken:
-        run.trainer._raise_if_non_finite(result)
+        kind.raise_if_non_finite(result)
     return result
 
 
@@ -104,13 +95,13 @@ def _go_on(
     """Takes the steps that are left, and tells why it ended."""
     if run.is_resumed and run.taken >= steps:
         return StopReason.TAKEN_BEFORE
-    pace = _Pace(chunk)
+    pace = Pace(chunk)
     try:
         while run.taken < steps and not run.stopped:
             before, started = run.taken, time.perf_counter()
             run.take(min(pace.count, steps - run.taken))
             pace.measured(run.taken - before, time.perf_counter() - started)
-            bar.update(run.taken - before, run.trainer, run.last_losses)
+            bar.update(run.taken - before, run.shown)
             if callback is not None:
                 answer = callback(run.trainer, run.history())
                 if _is_boolean(answer) and answer:
@@ -122,14 +113,6 @@ def _go_on(
     except KeyboardInterrupt:
         return StopReason.INTERRUPTED
     return StopReason.STEPS_TAKEN
-
-
-def _exhausted(trainer: Any, run: "_Fit | None", steps: int) -> StreamExhaustedError:
-    reason = StopReason.DATA_EXHAUSTED
-    if run is None:
-        empty = History(np.zeros(0, int), np.zeros(0))
-        return StreamExhaustedError(0, steps, FitResult(trainer, empty, reason))
-    return StreamExhaustedError(run.taken, steps, run.result(reason))
 
 
 def _checked(checkpoint: Any, source: Source) -> Checkpoints:
@@ -160,55 +143,12 @@ def _is_boolean(answer: Any) -> bool:
     return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
 
 
-class _Dry(Exception):
-    """A stream has no further batch."""
-
-
-class _Feed:
-    """What a fit is fed with: one source for a whole chunk, or one for each step."""
-
-    def __init__(self, trainer: Any, source: Source):
-        self.source = source
-        self._ahead: list[Any] = []
-        if isinstance(source, Stream):
-            self._iterator = source.open(int(trainer.step_count))
-
-    @property
-    def is_stream(self) -> bool:
-        return isinstance(self.source, Stream)
-
-    def _read(self) -> Any:
-        if self._ahead:
-            return self._ahead.pop()
-        try:
-            return as_batch(next(self._iterator))
-        except StopIteration:
-            raise _Dry from None
-
-    def peek(self) -> Any:
-        """Returns a batch, or its shapes, without using it up."""
-        source = self.source
-        if not isinstance(source, Stream):
-            zero = jnp.asarray(np.int32(0))
-            return eqx.filter_eval_shape(source.next, source.start(zero), zero)[0]
-        if not self._ahead:
-            self._ahead.append(self._read())
-        return self._ahead[-1]
-
-    def sources(self, count: int) -> Iterator[tuple[Whole[Any] | Minibatches, int]]:
-        """Yields sources, and the number of steps to take from each."""
-        if not isinstance(self.source, Stream):
-            yield self.source, count
-            return
-        for _ in range(count):
-            yield Whole(self._read()), 1
-
-
 class _Fit:
     """A fit on its way: the trainer as it is now, and what was recorded so far."""
 
     def __init__(
         self,
+        kind: One,
         trainer: Any,
         source: Source,
         monitor: Monitor,
@@ -216,40 +156,30 @@ class _Fit:
         every: int,
         keeper: Keeper | None,
     ):
-        self._keeper, self._histories, first = keeper, [], int(trainer.step_count)
-        self.monitor, self.watched = monitor, monitor.init(trainer)
-        self.is_resumed = False
+        self._kind, self._keeper, self._histories = kind, keeper, []
+        self.monitor, self.watched = monitor, kind.watched(monitor, trainer)
+        self.is_resumed, first = False, kind.count(trainer)
         if keeper is not None:
             trainer, self.watched, history = keeper.restore(
-                trainer, self.watched, repr(monitor.stop)
+                trainer, first, self.watched, repr(monitor.stop)
             )
             self.is_resumed = history is not None
             self._histories = [] if history is None else [history]
         self.trainer: Any = trainer
-        self.feed = _Feed(trainer, source)
-        self.record = Record(trainer, record, self.feed.peek)
+        self.feed = Feed(source, kind.count(trainer), kind.prepare)
+        self.record = Record(kind.template(trainer), record, self._peek)
         self.every = every
-        self.taken = int(trainer.step_count) - first
-        self.stopped = self._is_over(trainer, self.watched)
+        self.taken = kind.count(trainer) - first
+        self.stopped = kind.is_over(trainer, self.watched)
         if keeper is not None:
             keeper.begin(self._no_history())
 
-    @staticmethod
-    def _is_over(trainer: Any, watched: MonitorState | None) -> bool:
-        return bool(trainer.stopped) or (watched is not None and bool(watched.is_over))
+    def _peek(self) -> Any:
+        return self._kind.row(self.feed.peek())
 
-    @property
-    def last_losses(self) -> dict[str, float]:
-        """The newest loss and the newest score of a validation, as far as there are."""
-        columns = {
-            "loss": [history.loss for history in self._histories],
-            "validation": [history.validation for history in self._histories],
-        }
-        return {
-            name: float(parts[-1][-1])
-            for name, column in columns.items()
-            if (parts := [part for part in column if len(part)])
-        }
+    def shown(self) -> dict[str, str]:
+        """What is shown of the fit on its way."""
+        return self._kind.shown(self.trainer, self.history())
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
@@ -259,13 +189,14 @@ class _Fit:
 
     def _take(self, count: int) -> None:
         trainer, watched, pending = self.trainer, self.watched, []
-        start = now = int(trainer.step_count)
+        kind, start = self._kind, self._kind.count(trainer)
+        now = start
         every = jnp.asarray(np.int32(self.every))
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
             for source, steps in self.feed.sources(count):
                 now += steps
-                chunk = run_chunk(
+                chunk = kind.run(
                     trainer,
                     source,
                     self.monitor,
@@ -278,15 +209,15 @@ class _Fit:
                 pending.append(chunk)
                 # The step before the last is done by now: to ask it costs no waiting,
                 # and a loader is not read much further than it is of use.
-                was_stopped = self._is_over(trainer, watched)
+                was_stopped = kind.is_over(trainer, watched)
                 trainer, watched = trainer._at(chunk.progress), chunk.watched
                 if was_stopped:
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
             kept = [self._recorded(chunk) for chunk in pending]
-            taken = self.taken + int(trainer.step_count) - start
-            stopped = self._is_over(trainer, watched)
+            taken = self.taken + kind.count(trainer) - start
+            stopped = kind.is_over(trainer, watched)
             self.trainer, self.watched, self.taken, self.stopped, self._histories = (
                 trainer,
                 watched,
@@ -295,9 +226,8 @@ class _Fit:
                 self._histories + kept,
             )
 
-    @staticmethod
-    def _recorded(chunk: Chunk) -> History:
-        end = int(chunk.progress.step_count)
+    def _recorded(self, chunk: Chunk) -> History:
+        end = self._kind.count(chunk.progress)
         steps, loss, records = chunk.rows.columns(end)
         if chunk.scores is None:
             return History(steps, loss, records)
@@ -316,7 +246,7 @@ class _Fit:
         what = "the trainer that `callback` returned"
         require_alike(answer, self.trainer, what, "the one it was given")
         self.trainer = answer
-        self.stopped = self._is_over(answer, self.watched)
+        self.stopped = self._kind.is_over(answer, self.watched)
 
     @property
     def is_asked_to_end(self) -> bool:
@@ -325,18 +255,19 @@ class _Fit:
     def keep(self) -> None:
         """Writes a checkpoint, if any are wanted."""
         if self._keeper is not None:
-            self._keeper.write(self.trainer, self.watched, self.history())
+            step = self._kind.count(self.trainer)
+            self._keeper.write(step, self.trainer, self.watched, self.history())
 
     def keep_if_due(self) -> None:
-        if self._keeper is not None and self._keeper.is_due(
-            int(self.trainer.step_count)
-        ):
+        step = self._kind.count(self.trainer)
+        if self._keeper is not None and self._keeper.is_due(step):
             self.keep()
 
     def _no_history(self) -> History:
-        shapes = self.record.shapes(self.trainer, self.feed.peek)
-        loss = np.zeros(0, self.trainer.best_loss.dtype)
-        rows = {k: np.zeros((0, *v.shape), v.dtype) for k, v in shapes.items()}
+        template, shape = self._kind.template(self.trainer), (0, *self._kind.shape)
+        shapes = self.record.shapes(template, self._peek)
+        loss = np.zeros(shape, self.trainer.best_loss.dtype)
+        rows = {k: np.zeros((*shape, *v.shape), v.dtype) for k, v in shapes.items()}
         return History(np.zeros(0, int), loss, rows)
 
     def history(self) -> History:
@@ -345,20 +276,5 @@ class _Fit:
         self._histories = [concatenate(self._histories)]
         return self._histories[0]
 
-    def result(self, reason: StopReason) -> FitResult[Any, Any]:
-        return FitResult(self.trainer, self.history(), reason)
-
-
-class _Pace:
-    """How many steps to take at once."""
-
-    def __init__(self, chunk: int | None):
-        self._fixed = chunk is not None
-        # One step to begin with: it may be a slow one, and it has to be compiled.
-        self.count = chunk or 1
-
-    def measured(self, count: int, seconds: float) -> None:
-        """Learns from a chunk how many steps the next should have."""
-        if not self._fixed and count > 0:
-            growth = _CHUNK_SECONDS / max(seconds, 1e-6)
-            self.count = max(1, int(count * min(growth, _FASTEST_GROWTH)))
+    def cut_short(self, reason: StopReason) -> Any:
+        return self._kind.cut_short(self.trainer, self.history(), reason)

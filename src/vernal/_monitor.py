@@ -14,6 +14,7 @@ from ._alike import cast_like, require_alike
 from ._data import as_batch
 from ._objective import evaluate
 from ._parts import strong
+from ._record import Rows
 from ._step import MOST_STEPS, Best, Outcome, Progress, held_best, ranked
 from ._stop import StepView, StopCriterion, StopReason
 from ._typing import PyTree, whole_number
@@ -67,30 +68,53 @@ class Monitor(eqx.Module):
         """Whether there is a validation."""
         return self.validation is not None
 
-    def init(self, trainer: Any) -> MonitorState | None:
+    def init(self, progress: Progress) -> MonitorState | None:
         """Makes the first state, `None` if there is nothing to look at."""
         if self.validation is None and self.stop is None:
             return None
-        nan = np.asarray(np.nan, trainer.best_loss.dtype)
+        nan = np.asarray(np.nan, progress.best_loss.dtype)
         stop_state = None
         if self.stop is not None:
-            stop_state = jax.tree.map(strong, self.stop.init(trainer.params))
+            stop_state = jax.tree.map(strong, self.stop.init(progress.params))
         no = jnp.asarray(np.bool_(False))
         return MonitorState(jnp.asarray(nan), stop_state, no)
 
+    def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether there is a validation after so many steps."""
+        if self.validation is None:
+            return jnp.array(False)
+        return count % self.validation.every == 0
+
+    def room(self, like: Array, step: Int[Array, ""], most: int) -> Rows | None:
+        """Makes room for the scores from here on, if there is a validation."""
+        if self.validation is None:
+            return None
+        return Rows.empty(like, {}, step + 1, self.validation.every, most)
+
     def look(
-        self, trainer: Any, outcome: Outcome, state: MonitorState
+        self,
+        trainer: Any,
+        outcome: Outcome,
+        state: MonitorState,
+        is_due: Bool[Array, ""],
     ) -> tuple[Progress, MonitorState]:
         """Looks at a trainer after a step.
+
+        **Arguments:**
+
+        - `trainer`: after the step.
+        - `outcome`: of the step.
+        - `state`: of the monitor.
+        - `is_due`: whether to validate. It is not asked of the trainer, since for many
+            at once it must be one answer.
 
         **Returns:**
 
         Its progress, with the best as the validation has it, and the new state.
         """
         progress: Progress = trainer._progress
-        is_due, score = jnp.array(False), state.score
+        score = state.score
         if self.validation is not None:
-            is_due = progress.step_count % self.validation.every == 0
             progress, score = self._validated(trainer, self.validation, is_due, score)
         if self.stop is None:
             return progress, MonitorState(score, None, state.is_over)

@@ -9,6 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from ._alike import is_weak
 from ._closures import Closure
 
 
@@ -20,7 +21,7 @@ def strong(leaf: Any) -> jax.Array:
     """
     # A copy of NumPy's: JAX may otherwise share the memory of what is changed later.
     array = jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
-    if not array.weak_type:
+    if not is_weak(array):
         return array
     if isinstance(array, jax.core.Tracer):
         return jax.lax.convert_element_type(array, array.dtype)

@@ -32,37 +32,51 @@ _MOST_ROWS = 2**24
 
 def solve(trainer: Any, solver: Any, batch: Any, max_steps: int) -> FitResult[Any, Any]:
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
-    max_steps = whole_number(max_steps, "max_steps", least=1)
-    if max_steps > _MOST_ROWS:
-        raise ValueError(
-            f"`max_steps` is {max_steps}, but at most {_MOST_ROWS} losses are kept. "
-            "Solve several times, each time from the trainer of the last result."
-        )
-    _check_solver(solver)
-    batch, bare, old = as_batch(batch), trainer._bare(), trainer._progress
-    end = _run(
-        bare,
-        trainer.projector,
-        trainer.latent,
-        _Held(old.best, old.best_state, old.best_loss, old.is_validated),
-        batch,
-        Closure.encode(solver),
-        jnp.asarray(np.int32(max_steps)),
-        max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length()),
-    )
+    encoded, rows = checked_solver(solver, max_steps, "max_steps")
+    batch, bare = as_batch(batch), trainer._bare()
+    goal = jnp.asarray(np.int32(max_steps))
+    start = Start.of(trainer)
+    end = _run(bare, trainer.projector, start, batch, encoded, goal, rows)
     return _result(trainer, bare, batch, end)
 
 
-class _Held(NamedTuple):
-    """The best before a solver began."""
+def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:
+    """Checks a solver, and the number of its steps.
 
+    **Returns:**
+
+    The solver as a pytree, and how many losses to make room for.
+    """
+    max_steps = whole_number(max_steps, argument, least=1)
+    if max_steps > _MOST_ROWS:
+        raise ValueError(
+            f"`{argument}` is {max_steps}, but at most {_MOST_ROWS} losses are kept. "
+            "Solve several times, each time from the trainer of the last result."
+        )
+    _check_solver(solver)
+    rows = max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length())
+    return Closure.encode(solver), rows
+
+
+class Start(NamedTuple):
+    """Where a solver begins, and the best before it did."""
+
+    latent: PyTree
     best: PyTree
     state: PyTree
     loss: Float[Array, ""]
     is_validated: Bool[Array, ""]
 
+    @classmethod
+    def of(cls, trainer: Any) -> "Start":
+        """Takes out of a trainer what `_bare` leaves out."""
+        old: Progress = trainer._progress
+        return cls(
+            old.latent, old.best, old.best_state, old.best_loss, old.is_validated
+        )
 
-class _End(NamedTuple):
+
+class End(NamedTuple):
     """Where a solver arrived, and how."""
 
     params: PyTree
@@ -82,7 +96,7 @@ class _End(NamedTuple):
 
 
 # As the compiled program numbers them.
-_REASONS = (
+REASONS = (
     StopReason.NON_FINITE,
     StopReason.DIVERGED,
     StopReason.FAILED,
@@ -91,18 +105,27 @@ _REASONS = (
 )
 
 
-@eqx.filter_jit
-def _run(
+def run_solver(
     trainer: Any,
     projector: EigenProjector | None,
-    latent: PyTree,
-    held: _Held,
+    held: Start,
     batch: Any,
     encoded: Closure,
     goal: Int[Array, ""],
     rows: int,
-) -> _End:
-    solver = encoded.decode()
+) -> End:
+    """Solves, within a compiled program.
+
+    **Arguments:**
+
+    - `trainer`: bare, so that programs are shared.
+    - `projector`: of the trainer that is not.
+    - `held`: its start.
+    - `batch`: what the methods are given.
+    - `encoded`, `rows`: the solver, and the room for its losses.
+    - `goal`: how many steps it may take.
+    """
+    solver, latent = encoded.decode(), held.latent
     _check_class(trainer, solver)
     as_parameters(trainer.params)
     key, dtype = step_key(trainer), held.loss.dtype
@@ -148,7 +171,7 @@ def _run(
     all_best, all_best_loss = better(to_params(best), best_loss, held.best, held_loss)
     is_new = all_best_loss < held_loss
     stumble = choose(all_finite(ended.value), ended.value, best)
-    return _End(
+    return End(
         params=to_params(point),
         latent=None if projector is None else cast_like(point, latent),
         best=all_best,
@@ -164,15 +187,17 @@ def _run(
     )
 
 
-def _result(trainer: Any, bare: Any, batch: Any, end: _End) -> FitResult[Any, Any]:
+_run = eqx.filter_jit(run_solver)
+
+
+def _result(trainer: Any, bare: Any, batch: Any, end: End) -> FitResult[Any, Any]:
     """Turns the end of a solve into what a fit returns."""
     old: Progress = trainer._progress
     start, losses, steps, reason, in_vain = jax.device_get(
         (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
     )
-    reason, counts = _REASONS[reason], old.nan_counts
-    in_vain = in_vain and reason is StopReason.MAX_STEPS
-    if in_vain or reason not in (StopReason.CONVERGED, StopReason.MAX_STEPS):
+    reason, counts = REASONS[reason], old.nan_counts
+    if is_suspect(reason, in_vain):
         # What the solver stumbled over, it does not say.
         bad = _find_bad(bare, end.stumble, batch)
         unexplained = reason is StopReason.NON_FINITE and not np.any(bad)
@@ -199,8 +224,14 @@ def _result(trainer: Any, bare: Any, batch: Any, end: _End) -> FitResult[Any, An
     return result
 
 
-@eqx.filter_jit
-def _find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns"]:
+def is_suspect(reason: StopReason, in_vain: Any) -> bool:
+    """Whether a value that is not finite may be why a solver ended so."""
+    if reason is StopReason.MAX_STEPS:
+        return bool(in_vain)
+    return reason is not StopReason.CONVERGED
+
+
+def find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns"]:
     """Tells whether the loss, and the gradient of each leaf, is not finite."""
     key = step_key(trainer)
 
@@ -210,6 +241,9 @@ def _find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns
 
     loss, grads = jax.value_and_grad(scored)(params)
     return jnp.stack([~all_finite(x) for x in (loss, *jax.tree.leaves(grads))])
+
+
+_find_bad = eqx.filter_jit(find_bad)
 
 
 def _check_solver(solver: Any) -> None:

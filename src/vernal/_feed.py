@@ -1,0 +1,81 @@
+"""What a fit is fed with, and how much at a time."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from ._data import Minibatches, Source, Stream, Whole
+
+# How long a chunk should take: short enough for a progress bar and for Ctrl-C, long
+# enough that what happens between two of them costs nothing.
+_CHUNK_SECONDS = 0.5
+_FASTEST_GROWTH = 100
+
+
+class Dry(Exception):
+    """A stream has no further batch."""
+
+
+class Feed:
+    """What a fit is fed with: one source for a whole chunk, or one for each step."""
+
+    def __init__(self, source: Source, step: int, prepare: Callable[[Any], Any]):
+        """**Arguments:**
+
+        - `source`: where batches come from.
+        - `step`: the step to begin with.
+        - `prepare`: what is done to a batch of a stream before it is used.
+        """
+        self.source = source
+        self._prepare = prepare
+        self._ahead: list[Any] = []
+        if isinstance(source, Stream):
+            self._iterator = source.open(step)
+
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.source, Stream)
+
+    def _read(self) -> Any:
+        if self._ahead:
+            return self._ahead.pop()
+        try:
+            return self._prepare(next(self._iterator))
+        except StopIteration:
+            raise Dry from None
+
+    def peek(self) -> Any:
+        """Returns a batch, or its shapes, without using it up."""
+        source = self.source
+        if not isinstance(source, Stream):
+            zero = jnp.asarray(np.int32(0))
+            return eqx.filter_eval_shape(source.next, source.start(zero), zero)[0]
+        if not self._ahead:
+            self._ahead.append(self._read())
+        return self._ahead[-1]
+
+    def sources(self, count: int) -> Iterator[tuple[Whole[Any] | Minibatches, int]]:
+        """Yields sources, and the number of steps to take from each."""
+        if not isinstance(self.source, Stream):
+            yield self.source, count
+            return
+        for _ in range(count):
+            yield Whole(self._read()), 1
+
+
+class Pace:
+    """How many steps to take at once."""
+
+    def __init__(self, chunk: int | None):
+        self._fixed = chunk is not None
+        # One step to begin with: it may be a slow one, and it has to be compiled.
+        self.count = chunk or 1
+
+    def measured(self, count: int, seconds: float) -> None:
+        """Learns from a chunk how many steps the next should have."""
+        if not self._fixed and count > 0:
+            growth = _CHUNK_SECONDS / max(seconds, 1e-6)
+            self.count = max(1, int(count * min(growth, _FASTEST_GROWTH)))

@@ -1,0 +1,136 @@
+"""A solver of Optimistix on many trainers at once."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from ._closures import Closure
+from ._history import History
+from ._setup import initial_opt_state
+from ._solve import REASONS, End, Start, find_bad, is_suspect, run_solver
+from ._spread import Flags, apart
+from ._step import Progress, count_non_finite
+from ._stop import StopReason
+from ._typing import PyTree
+
+
+class Solved(NamedTuple):
+    """What solving many comes to: the stacked trainer, and how each ended."""
+
+    trainers: Any
+    history: History
+    reasons: list[StopReason]
+
+
+class _Ends(NamedTuple):
+    end: End
+    opt_state: PyTree
+
+
+@eqx.filter_jit
+def _run(
+    trainers: Any,
+    flags: tuple[Flags, Flags],
+    group: int,
+    batch: Any,
+    encoded: Closure,
+    goal: Int[Array, ""],
+    rows: int,
+) -> _Ends:
+    config, progress = trainers._at(None), trainers._progress
+    own_config, join_config = apart(config, flags[0])
+    own_batch, join_batch = apart(batch, flags[1])
+
+    def solve_one(own: tuple[list[Array], Progress, list[Array]]) -> _Ends:
+        config, progress, batch = own
+        trainer = join_config(config)._at(progress)
+        args = (trainer._bare(), trainer.projector, Start.of(trainer))
+        end = run_solver(*args, join_batch(batch), encoded, goal, rows)
+        opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
+        return _Ends(end, opt_state)
+
+    own = (own_config, progress, own_batch)
+    if group == len(progress.step_count):
+        return jax.vmap(solve_one)(own)
+    return lax.map(solve_one, own, batch_size=group)
+
+
+@eqx.filter_jit
+def _find_bad(
+    trainers: Any, flags: tuple[Flags, Flags], params: PyTree, batch: Any
+) -> Bool[Array, "members columns"]:
+    config, progress = trainers._at(None), trainers._progress
+    own_config, join_config = apart(config, flags[0])
+    own_batch, join_batch = apart(batch, flags[1])
+
+    def of_one(
+        config: list[Array], progress: Progress, params: PyTree, batch: list[Array]
+    ) -> Bool[Array, " columns"]:
+        trainer = join_config(config)._at(progress)._bare()
+        return find_bad(trainer, params, join_batch(batch))
+
+    return jax.vmap(of_one)(own_config, progress, params, own_batch)
+
+
+def solve_many(
+    trainers: Any,
+    flags: tuple[Flags, Flags],
+    group: int,
+    batch: Any,
+    encoded: Closure,
+    max_steps: int,
+    rows: int,
+) -> Solved:
+    """Solves for the parameters of each.
+
+    **Arguments:**
+
+    - `trainers`: stacked.
+    - `flags`: what of its configuration and of the batch has a row for each.
+    - `group`: how many to compute at a time.
+    - `batch`: what the methods are given.
+    - `encoded`, `max_steps`, `rows`: the solver, its steps, the room for its losses.
+    """
+    goal = jnp.asarray(np.int32(max_steps))
+    end, opt_state = _run(trainers, flags, group, batch, encoded, goal, rows)
+    old: Progress = trainers._progress
+    starts, losses, steps, numbers, in_vain = jax.device_get(
+        (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
+    )
+    reasons = [REASONS[number] for number in numbers]
+    suspect = np.array(
+        [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
+    )
+    counts = old.nan_counts
+    if suspect.any():
+        bad = np.asarray(_find_bad(trainers, flags, end.stumble, batch))
+        bad = bad & suspect[:, None]
+        is_named = bad.any(axis=1)
+        for index in np.flatnonzero(is_named):
+            reasons[index] = StopReason.NON_FINITE
+        lost = [reason is StopReason.NON_FINITE for reason in reasons]
+        bad = np.column_stack([bad, np.array(lost) & ~is_named])
+        lasts = jnp.asarray(starts + np.maximum(steps - 1, 0))
+        counts = jax.vmap(count_non_finite)(counts, jnp.asarray(bad), lasts)
+    progress = dataclasses.replace(
+        old,
+        params=end.params,
+        latent=end.latent,
+        opt_state=opt_state,
+        best=end.best,
+        best_state=end.best_state,
+        best_loss=end.best_loss,
+        is_validated=end.no,
+        nan_counts=counts,
+        step_count=end.step_count,
+        stopped=end.no,
+    )
+    most = int(steps.max())
+    history = History(np.arange(most), losses.T[:most].copy())
+    return Solved(trainers._at(progress), history, reasons)
