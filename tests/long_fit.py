@@ -17,13 +17,18 @@ STEPS = 12_000
 
 
 class Noisy(vn.Trainer):
-    """Needs its key and its minibatches, and is not finite now and then."""
+    """Needs its key, its minibatches and its state, and is not finite now and then."""
 
-    def loss(self, model, batch, *, key):
+    def loss(self, model, batch, *, key, state):
         x, y = batch
         noise = 0.01 * jax.random.normal(key, x.shape)
         bad = jnp.where(self.step_count % 1_000 == 7, jnp.nan, 1.0)
-        return jnp.mean((model["slope"] * x + model["offset"] * bad - y + noise) ** 2)
+        told = model["slope"] * x + model["offset"] * bad + noise
+        return jnp.mean((told - y) ** 2), 0.99 * state + 0.01 * model["slope"]
+
+    def evaluate(self, model, batch):
+        x, y = batch
+        return jnp.mean((self.state * x + model["offset"] - y) ** 2)
 
 
 def trainer():
@@ -32,7 +37,8 @@ def trainer():
     rules = {"slope": optax.adam(rate), "offset": optax.sgd(rate, momentum=0.9)}
     policy = vn.SkipStep() | vn.StopAfter(3)
     key = jax.random.key(3)
-    return Noisy(model, vn.ParamOptimiser(rules), nan_policy=policy, key=key)
+    optimiser, state = vn.ParamOptimiser(rules), jnp.asarray(0.0)
+    return Noisy(model, optimiser, nan_policy=policy, key=key, state=state)
 
 
 def fit(checkpoint=None, pause=0.0, chunk=None):
@@ -48,6 +54,9 @@ def fit(checkpoint=None, pause=0.0, chunk=None):
         data,
         STEPS,
         record=("slope", "grad_norm"),
+        every=3,
+        validation=((x, 2 * x + 0.5), 50),
+        stop=vn.Converged(0.0, 10 * STEPS) | vn.Patience(STEPS),
         progress=False,
         checkpoint=checkpoint,
         **options,

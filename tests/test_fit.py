@@ -446,3 +446,63 @@ def test_trainer_and_data_are_the_callers():
     assert same(trainer, before)
     assert not any(x.is_deleted() for x in jax.tree.leaves((trainer, result.trainer)))
     assert same(fit(trainer, data, 5).trainer, result.trainer)
+
+
+def test_a_boolean_is_no_number():
+    """To Python they are equal, and might share a program."""
+
+    class Choosy(vn.Trainer):
+        def loss(self, model, batch):
+            return (model - (1.0 if batch is True else 2.0)) ** 2
+
+    trainer = Choosy(jnp.asarray(0.0), optax.sgd(0.1))
+    for given, loss in ((1, 4.0), (True, 1.0), (1, 4.0)):
+        assert fit(trainer, given, 1).history.loss[0] == loss
+        assert float(trainer.step(given)[1].loss) == loss
+        scores = fit(trainer, given, 1, validation=(given, 1)).history.validation
+        np.testing.assert_allclose(scores, (np.sqrt(loss) * 0.8) ** 2)
+
+
+def test_a_stream_keeps_no_parameters_of_the_steps_behind_it():
+    class Broad(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.sum((model - batch) ** 2)
+
+    sizes = []
+
+    def batches():
+        for step in range(60):
+            live = [x.nbytes for x in jax.live_arrays() if x.nbytes > 10_000]
+            sizes.append(sum(live))
+            yield jnp.asarray(float(step))
+
+    trainer = Broad(jnp.zeros(5_000), optax.adam(0.1))
+    fit(trainer, vn.Stream(batches()), 60, chunk=60)
+    # The first chunk has one step, and is compiled by it.
+    assert sizes[-1] <= sizes[5] + 5 * 5_000 * 8
+
+
+def test_a_fit_is_no_part_of_a_program():
+    trainer = LineFit(line(), ADAM)
+    with pytest.raises(TypeError, match=r"`fit` runs .*call `step` in a"):
+        jax.jit(lambda t: fit(t).trainer.model)(trainer)
+
+
+def test_more_steps_than_can_be_counted():
+    trainer = LineFit(line(), ADAM)
+    last = jnp.asarray(2**31 - 1 - 300, jnp.int32)
+    late = eqx.tree_at(lambda t: t._progress.step_count, trainer, last)
+    assert len(fit(late, steps=300, every=7).history) == 43
+    with pytest.raises(ValueError, match=r"`steps` is 301.*counts to"):
+        fit(late, steps=301)
+
+
+def test_an_error_keeps_a_result_of_its_own():
+    inner = LineFit(line(jnp.nan), ADAM, nan_policy=vn.RaiseOnNan())
+
+    def callback(trainer, history):
+        fit(inner)
+
+    with pytest.raises(vn.NonFiniteError) as caught:
+        fit(LineFit(line(), ADAM), callback=callback)
+    assert np.isnan(caught.value.result.trainer.model.slope)

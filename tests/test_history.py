@@ -263,3 +263,28 @@ def test_files_that_are_no_history(tmp_path):
     (tmp_path / "other").write_text("steps, loss")
     with pytest.raises(vn.ForeignFileError):
         vn.History.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["steps", "loss", "validation"])
+def test_what_is_called_as_a_column(name):
+    class Odd(LineFit):
+        def loss(self, model, batch):
+            return super().loss(line(model[name]), batch), {}
+
+    class Told(LineFit):
+        def loss(self, model, batch):
+            return super().loss(model, batch), {name: jnp.array(3.0)}
+
+    for trainer in (
+        Odd({name: jnp.array(1.0)}, optax.sgd(0.1)),
+        Told(line(), optax.sgd(0.1)),
+    ):
+        with pytest.raises(ValueError, match=f"`record`: '{name}' is a column of"):
+            fit(2, trainer, record=(name,))
+
+
+def test_norms_of_small_dtypes():
+    trainer = Pull({"a": jnp.full(4, 100.0, jnp.float16)}, optax.sgd(0.0))
+    batch = jnp.asarray(0.0, jnp.float16)
+    history = trainer.fit(batch, 1, record="grad_norm", progress=False).history
+    np.testing.assert_allclose(history["grad_norm"], 400)

@@ -357,3 +357,14 @@ def test_what_a_state_may_be():
         mean(state={"name": "a"})
     with pytest.raises(ValueError, match="`state` must have the structure"):
         mean().replace(state=jnp.array(0))
+
+
+def test_the_best_and_its_state_belong_together(tmp_path):
+    trainer = fit(mean()).trainer
+    vn.save(tmp_path / "trainer", trainer)
+    loaded = vn.load(tmp_path / "trainer", mean(), reset="best")
+    assert same(loaded.best, trainer.model)
+    assert same(loaded.best_state, trainer.state)
+    replaced = trainer.replace(model=line(3.0), state=START)
+    assert same(replaced.best, replaced.model)
+    assert same(replaced.best_state, mean().state)

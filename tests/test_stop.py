@@ -408,3 +408,29 @@ def test_criteria_that_cannot_be(make, match):
 def test_what_composes():
     with pytest.raises(TypeError, match="cannot compose a StopCriterion with 3"):
         vn.Patience(2) | 3
+
+
+def test_what_was_seen_of_another_model_says_nothing_of_this_one():
+    """A callback that replaces the model begins anew; another rate does not."""
+    away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
+    options = {"validation": (away, 5), "stop": vn.Patience(3), "chunk": 5}
+    plain = fit(steps=500, **options)
+    taken = int(plain.trainer.step_count)
+
+    def changed(**parts):
+        def callback(trainer, history):
+            if trainer.step_count == taken - 5:
+                return trainer.replace(**parts)
+            return None
+
+        result = fit(steps=500, callback=callback, **options)
+        return int(result.trainer.step_count)
+
+    assert changed(model=line()) == taken - 5 + taken
+    assert changed(optimiser=optax.sgd(0.1)) == taken
+
+
+def test_with_the_hunt_for_nan_turned_on():
+    with jax.debug_nans(True):
+        result = fit(steps=5, validation=(HELD_OUT, 2), stop=vn.Converged(1e-9, 3))
+        assert len(result.history.validation) == 2

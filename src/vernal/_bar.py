@@ -40,8 +40,14 @@ class Bar:
         self._bar.set_description("fitting", refresh=False)
         self._bar.set_postfix(shown(), refresh=False)
         self._bar.update(steps)
-        self._bar.refresh()
 
 
 def _somebody_looks() -> bool:
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    # There is no standard error where there is no console.
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return is_terminal or _is_in_notebook()
+
+
+def _is_in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")

@@ -56,6 +56,8 @@ def replace(
     if state is not None:
         require_alike(state, old.state, "`state`", "the one that the trainer has")
         new["state"] = cast_like(state, old.state)
+        if model is not None:
+            new["best_state"] = new["state"]
     if optimiser is not None:
         transform = as_transform(optimiser, "optimiser")
         refuse_names_in_latent_space(trainer.projector, transform)

@@ -71,7 +71,9 @@ class Checkpoints:
 def require_orbax() -> None:
     try:
         import orbax.checkpoint  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("orbax"):
+            raise
         raise ImportError(
             "`Checkpoints` needs Orbax: `pip install vernal[checkpoint]`. (`vn.save`, "
             "which writes one file after a fit, does not.)"

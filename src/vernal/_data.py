@@ -16,6 +16,28 @@ Batch = TypeVar("Batch")
 
 
 @final
+class Flag:
+    """A boolean in a batch, which a compiled program does not mistake for 0 or 1.
+
+    To Python `True == 1`, and programs are found by what is static in their arguments.
+    """
+
+    def __init__(self, value: bool):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Flag) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return hash((Flag, self.value))
+
+
+def as_given(batch: Any) -> Any:
+    """Returns a batch as the methods of a trainer are to see it."""
+    return jax.tree.map(lambda x: x.value if isinstance(x, Flag) else x, batch)
+
+
+@final
 class Whole(eqx.Module, Generic[Batch]):
     """One batch, used whole at every step."""
 
@@ -233,6 +255,8 @@ def as_batch(batch: Any, argument: str = "data") -> Any:
 
 
 def _as_datum(argument: str, path: str, leaf: Any) -> Any:
+    if isinstance(leaf, bool):
+        return Flag(leaf)
     where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         array = np.asarray(leaf)

@@ -6,6 +6,7 @@ header in JSON.
 
 import json
 import os
+import uuid
 import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -43,7 +44,7 @@ def write_file(path: str | os.PathLike[str], arrays: Mapping[str, NamedArray]) -
         raise FileNotFoundError(
             f"`path`: there is no folder {target.parent}. Make it first."
         )
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
             _write(file, arrays)
@@ -71,7 +72,7 @@ def _write(file: Any, arrays: Mapping[str, NamedArray]) -> None:
         archive.writestr(_HEADER, json.dumps(header, indent=1))
         for path, leaf in arrays.items():
             with archive.open(_member(path), "w", force_zip64=True) as member:
-                array = _plain(np.asarray(jax.device_get(leaf.array)))
+                array = plain(np.asarray(jax.device_get(leaf.array)))
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
@@ -120,7 +121,7 @@ def _member(path: str) -> str:
     return f"{path}.npy"
 
 
-def _plain(array: np.ndarray) -> np.ndarray:
+def plain(array: np.ndarray) -> np.ndarray:
     """Shows a dtype that NumPy itself does not have, such as bfloat16, as integers."""
     if array.dtype.isbuiltin == 1:
         return array

@@ -12,10 +12,10 @@ from ._file import read_file, write_file
 from ._leaves import MismatchError, to_arrays
 from ._paths import UnknownPathError, nearest_names
 
-_COLUMNS = ("steps", "loss", "validation", "validation_steps")
+COLUMNS = ("steps", "loss", "validation", "validation_steps")
 
 # What stands in a file before the names of the records, which may be any.
-_RECORDS = "records."
+RECORDS = "records."
 
 
 @final
@@ -65,21 +65,22 @@ class History(eqx.Module):
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self.records:
             return self.records[name]
-        if name in _COLUMNS:
+        if name in COLUMNS:
             return getattr(self, name)
         raise UnknownPathError(
             f"The history has no {name!r}. "
-            f"{nearest_names(name, [*self.records, *_COLUMNS])} "
+            f"{nearest_names(name, [*self.records, *COLUMNS])} "
             f"To keep it, pass `record=({name!r},)` to `fit`."
         )
 
     def to_dict(self) -> dict[str, np.ndarray]:
-        """Returns all that was recorded, by name, as for `pandas.DataFrame`.
+        """Returns all that was recorded, by name.
 
-        The scores of a validation and their steps are in it if there are any.
+        The scores of a validation and their steps are in it if there are any: two
+        columns that are shorter than the others.
         """
         scored = len(self.validation) > 0
-        names = _COLUMNS if scored else _COLUMNS[:2]
+        names = COLUMNS if scored else COLUMNS[:2]
         return {name: getattr(self, name) for name in names} | self.records
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -93,8 +94,8 @@ class History(eqx.Module):
 
         - `OSError`: if the file cannot be written; one that was there is as it was.
         """
-        columns = {name: getattr(self, name) for name in _COLUMNS}
-        columns |= {f"{_RECORDS}{name}": rows for name, rows in self.records.items()}
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        columns |= {f"{RECORDS}{name}": rows for name, rows in self.records.items()}
         write_file(path, to_arrays(OrderedDict(columns)))
 
     @classmethod
@@ -110,13 +111,13 @@ class History(eqx.Module):
         - `LoadError`: as [`vernal.load`][].
         """
         columns = {name: np.asarray(x.array) for name, x in read_file(path).items()}
-        if not columns.keys() >= set(_COLUMNS):
+        if not columns.keys() >= set(COLUMNS):
             raise MismatchError(
                 f"`path`: {os.fspath(path)} holds another tree than a History. Read it "
                 "with `vn.load`."
             )
-        own = {name: columns.pop(name) for name in _COLUMNS}
-        records = {n.removeprefix(_RECORDS): rows for n, rows in columns.items()}
+        own = {name: columns.pop(name) for name in COLUMNS}
+        records = {n.removeprefix(RECORDS): rows for n, rows in columns.items()}
         return cls(records=records, **own)
 
     def __len__(self) -> int:
@@ -148,7 +149,7 @@ def concatenate(histories: list[History]) -> History:
         return histories[0]
     columns = {
         name: np.concatenate([getattr(history, name) for history in histories])
-        for name in _COLUMNS
+        for name in COLUMNS
     }
     records = {
         name: np.concatenate([history.records[name] for history in histories])

@@ -1,6 +1,8 @@
 """A directory of checkpoints while a fit is under way."""
 
+import contextlib
 import datetime
+import errno
 import json
 import logging
 import math
@@ -9,16 +11,18 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from ._checkpoint import Checkpoints
-from ._file import DamagedFileError
+from ._file import DamagedFileError, NewerFormatError
 from ._history import History
 from ._leaves import Kind, MismatchError, NamedArray, from_arrays, to_arrays
 from ._log import HistoryLog
@@ -27,6 +31,12 @@ from ._typing import PyTree
 
 _FORMAT = 1
 _MARKER = "vernal.json"
+
+# What Orbax reports on, and reports again when it has raised an error.
+_TALKERS = ("absl", "asyncio")
+
+# Of errors in reading, those that say nothing of the file.
+_NOT_TORN = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO)
 
 # What stands before the paths of what is not the trainer's, but the fit's.
 _FITS = "fit."
@@ -50,15 +60,24 @@ class Kept(NamedTuple):
 class Keeper:
     """Writes a fit's state to a directory that no other fit writes to."""
 
-    def __init__(self, checkpoints: Checkpoints):
-        """Claims the directory."""
+    def __init__(self, checkpoints: Checkpoints, stop: str):
+        """Claims the directory.
+
+        **Arguments:**
+
+        - `checkpoints`: what the user wants.
+        - `stop`: what tells the criterion of the fit from another one, with which
+            nothing of what it remembers is restored.
+        """
         import orbax.checkpoint as ocp
 
         self._ocp: Any = ocp
         self.folder, self._every = checkpoints.directory, checkpoints.every
+        self._stop = stop
         self._lock = _claim(self.folder)
-        # It reports each write on the log; errors it raises.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._levels = {name: logging.getLogger(name).level for name in _TALKERS}
+        for name in _TALKERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._manager: Any = ocp.CheckpointManager(
             self.folder / "steps",
             options=ocp.CheckpointManagerOptions(
@@ -69,8 +88,7 @@ class Keeper:
             ),
         )
         self._log = HistoryLog(self.folder)
-        self._stop = ""
-        self._last_step = -1
+        self._last_step, self._last = -1, None
         self._last_time = time.monotonic()
         self.asked_to_end = False
 
@@ -86,17 +104,35 @@ class Keeper:
     def __exit__(self, *exc: Any) -> None:
         """Waits for what is being written, and gives the directory free."""
         try:
-            self._manager.close()
+            with self._writing():
+                self._manager.wait_until_finished()
         finally:
+            # What is wrong with it was said by then.
+            with contextlib.suppress(Exception):
+                self._manager.close()
             self._lock.close()
+            for name, level in self._levels.items():
+                logging.getLogger(name).setLevel(level)
             if self._handler is not None:
                 signal.signal(signal.SIGTERM, self._handler)
         if self.asked_to_end:
             # Everything is written: now the process may end, or do what it wants.
             signal.raise_signal(signal.SIGTERM)
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what to do if a checkpoint cannot be written."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"{self._source} could not be written to: {error}\nThe checkpoints "
+                "before this one are as they were. Make room, and run the program "
+                "again: it goes on from the last of them."
+            ) from error
+
     def restore(
-        self, trainer: Any, begun: int, watched: PyTree, stop: str
+        self, trainer: Any, begun: int, watched: PyTree
     ) -> tuple[Any, PyTree, History | None]:
         """Puts the newest checkpoint that is whole into a trainer, if there is one.
 
@@ -105,33 +141,28 @@ class Keeper:
         - `trainer`: the trainer.
         - `begun`: how many steps it has taken.
         - `watched`: what the fit's monitor remembers, as yet nothing.
-        - `stop`: what tells its criterion from another: with another one, nothing is
-            remembered.
 
         **Returns:**
 
         The trainer, what the monitor remembers, and the history so far, `None` for
         none.
         """
-        self._stop = stop
         steps = sorted(self._manager.all_steps(), reverse=True)
+        torn: dict[int, Any] = {}
         for step in steps:
             try:
                 meta, arrays = self._read(step, trainer)
                 history = self._log.read(meta["rows"])
-            except MismatchError:
+            except (MismatchError, MemoryError):
                 raise
             except Exception as error:  # Torn bytes may mean anything.
+                if isinstance(error, OSError) and error.errno in _NOT_TORN:
+                    raise
                 meta, arrays, history, reason = {}, {}, None, error
             else:
                 reason = "its history is incomplete"
             if history is None:
-                warnings.warn(
-                    f"The checkpoint of step {step} in {self.folder} is not whole "
-                    f"({reason}). It is in {self._put_aside(step)} now; going on from "
-                    "the one before.",
-                    stacklevel=2,
-                )
+                torn[step] = reason
                 continue
             if step < begun:
                 raise ValueError(
@@ -139,26 +170,32 @@ class Keeper:
                     f"trainer is at step {begun} already. Give each fit a directory "
                     "of its own."
                 )
+            for number, reason in torn.items():
+                warnings.warn(
+                    f"The checkpoint of step {number} in {self.folder} is not whole "
+                    f"({reason}). It is in {self._put_aside(number)} now; going on "
+                    f"from that of step {step}.",
+                    stacklevel=2,
+                )
             self._last_step = step
             own, fits = _split(arrays)
-            if meta["stop"] == stop and kinds(fits) == kinds(to_arrays(watched)):
+            if meta["stop"] == self._stop and kinds(fits) == kinds(to_arrays(watched)):
                 watched = from_arrays(fits, watched, self._source)
-            return restore(own, trainer, self._source), watched, history
-        if steps:
+            restored = restore(own, trainer, self._source)
+            self._last = restored._progress
+            return restored, watched, history
+        if torn:
+            reasons = "; ".join(f"step {n}: {reason}" for n, reason in torn.items())
             raise DamagedFileError(
-                f"{self._source}: none of the {len(steps)} checkpoints is whole. They "
-                f"are in {self._torn} now. Give another directory to begin anew."
+                f"{self._source}: none of the {len(steps)} checkpoints is whole "
+                f"({reasons}). Give another directory to begin anew."
             )
-        self._log.read([0, 0])
+        self._log.forget()
         return trainer, watched, None
-
-    @property
-    def _torn(self) -> Path:
-        return self.folder / "torn"
 
     def _put_aside(self, step: int) -> Path:
         """Moves a checkpoint out of the way, rather than to throw it away."""
-        place = self._torn / f"{step}-{time.time_ns()}"
+        place = self.folder / "torn" / f"{step}-{time.time_ns()}"
         place.parent.mkdir(exist_ok=True)
         (self.folder / "steps" / str(step)).rename(place)
         self._manager.reload()
@@ -196,8 +233,10 @@ class Keeper:
         )["state"]
         small = np.asarray(small)
         if zlib.crc32(small.tobytes()) != meta["crc"]:
-            raise ValueError("a checksum is another")
+            raise ValueError("the checksum is another")
         arrays, place = dict(zip(target, large, strict=True)), 0
+        if [_checksum(array) for array in arrays.values()] != meta["sums"]:
+            raise ValueError("the checksum of an array is another")
         for path, leaf in leaves.items():
             if path not in target:
                 dtype, shape = jnp.dtype(leaf.data_dtype), leaf.data_shape
@@ -216,7 +255,7 @@ class Keeper:
         return is_due and not self._manager.is_saving_in_progress()
 
     def write(self, step: int, trainer: Any, watched: PyTree, history: History) -> None:
-        """Writes a checkpoint in the background, unless this step has one.
+        """Writes a checkpoint in the background, unless there is one of this state.
 
         **Arguments:**
 
@@ -225,8 +264,22 @@ class Keeper:
         - `watched`: what the fit's monitor remembers.
         - `history`: the whole history.
         """
-        if step == self._last_step:
+        if trainer._progress is self._last:
             return
+        with self._writing():
+            self._write(step, trainer, watched, history)
+        self._last, self._last_step = trainer._progress, step
+        self._last_time = time.monotonic()
+
+    def _write(
+        self, step: int, trainer: Any, watched: PyTree, history: History
+    ) -> None:
+        if step <= self._last_step:
+            # A callback has gone back to where the fit was before.
+            self._manager.wait_until_finished()
+            for later in self._manager.all_steps():
+                if later >= step:
+                    self._manager.delete(later)
         fits = {f"{_FITS}{p}": leaf for p, leaf in to_arrays(watched).items()}
         arrays = snapshot(trainer) | fits
         small, large = _apart(arrays)
@@ -238,6 +291,7 @@ class Keeper:
                 for path, leaf in arrays.items()
             ],
             "large": list(large),
+            "sums": [_checksum(array) for array in large.values()],
             "bytes": len(small),
             "crc": zlib.crc32(small),
         }
@@ -250,7 +304,6 @@ class Keeper:
             ),
             force=True,
         )
-        self._last_step, self._last_time = step, time.monotonic()
 
 
 def _split(paths: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
@@ -267,18 +320,36 @@ def _apart(arrays: Mapping[str, NamedArray]) -> tuple[bytes, dict[str, Any]]:
     return b"".join(np.asarray(x).tobytes() for x in jax.device_get(small)), large
 
 
+@jax.jit
+def _sum(array: Array) -> Array:
+    """Adds up the bits of an array, each word times its place, on its own device."""
+    if jnp.iscomplexobj(array):
+        array = jnp.stack([array.real, array.imag])
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    word = min(array.dtype.itemsize, 4)
+    words = lax.bitcast_convert_type(array, f"uint{8 * word}").ravel()
+    places = 2 * lax.iota(jnp.uint32, words.size) + 1
+    return jnp.sum(words.astype(jnp.uint32) * places, dtype=jnp.uint32)
+
+
+def _checksum(array: Any) -> int:
+    return int(_sum(array))
+
+
 def _claim(folder: Path) -> IO[str]:
     """Makes a directory one's own, until the file that is returned is closed."""
     marker = folder / _MARKER
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"`checkpoint`: {folder} is a file, not a directory.")
-    # A lock alone is what a process leaves that was killed in its first moments.
-    if folder.exists() and not marker.exists() and _names(folder) - {"lock"}:
-        raise ValueError(
-            f"`checkpoint`: {folder} holds something else than checkpoints. Give an "
-            "empty directory, or one that does not exist yet."
-        )
     try:
+        # A lock alone is what a process leaves that was killed in its first moments.
+        is_other = folder.exists() and not marker.exists() and _names(folder) - {"lock"}
+        if is_other:
+            raise ValueError(
+                f"`checkpoint`: {folder} holds something else than checkpoints. Give "
+                "an empty directory, or one that does not exist yet."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a")
     except OSError as error:
@@ -287,6 +358,11 @@ def _claim(folder: Path) -> IO[str]:
     _lock_or_refuse(lock, folder)
     if not marker.exists():
         marker.write_text(json.dumps({"format": _FORMAT}))
+    elif json.loads(marker.read_text() or "{}").get("format", 0) > _FORMAT:
+        raise NewerFormatError(
+            f"`checkpoint`: {folder} was written by a later version of vernal. Upgrade "
+            "it, or give another directory."
+        )
     return lock
 
 
@@ -308,3 +384,5 @@ def _lock_or_refuse(lock: IO[str], folder: Path) -> None:
             f"`checkpoint`: another fit is writing to {folder} now. Wait for it, or "
             "give another directory."
         ) from None
+    except OSError:  # Some file systems of networks know no locks.
+        return

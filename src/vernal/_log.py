@@ -2,16 +2,26 @@
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from ._history import History
+from ._file import plain
+from ._history import RECORDS, History
 from ._leaves import MismatchError
 
 Columns = Mapping[str, np.ndarray]
+
+
+class Extent(NamedTuple):
+    """How much of a table belongs to a checkpoint, and the checksum of that."""
+
+    rows: int
+    crc: int
 
 
 class HistoryLog:
@@ -28,39 +38,47 @@ class HistoryLog:
         """
         self._tables = _Table(folder, "history"), _Table(folder, "validation")
 
-    def read(self, rows: list[int]) -> History | None:
-        """Reads the first rows, and forgets the others; `None` if they are not all."""
-        pairs = zip(self._tables, rows, strict=True)
-        recorded, scored = (table.read(count) for table, count in pairs)
+    def read(self, extents: list[Any]) -> History | None:
+        """Reads the first rows, and forgets the others; `None` if they are not whole.
+
+        **Arguments:**
+
+        - `extents`: what `append` returned.
+        """
+        pairs = zip(self._tables, extents, strict=True)
+        recorded, scored = (table.read(Extent(*extent)) for table, extent in pairs)
         if not recorded or not scored:
             return None
-        steps, loss, *records = recorded.values()
-        names = list(recorded)[2:]
-        return History(steps, loss, dict(zip(names, records, strict=True)), **scored)
+        records = {
+            name.removeprefix(RECORDS): rows
+            for name, rows in recorded.items()
+            if name.startswith(RECORDS)
+        }
+        return History(recorded["steps"], recorded["loss"], records, **scored)
+
+    def forget(self) -> None:
+        """Begins with nothing."""
+        for table in self._tables:
+            table.read(Extent(0, 0))
 
     def begin(self, like: History) -> None:
         """Checks that what is recorded is what there is already, if there is any."""
         for table, columns in zip(self._tables, _columns(like), strict=True):
             table.begin(columns)
 
-    def append(self, history: History) -> list[int]:
-        """Adds what is new in a history.
-
-        **Returns:**
-
-        How many rows there are now, and how many scores of a validation.
-        """
+    def append(self, history: History) -> list[Extent]:
+        """Adds what is new in a history, and returns how much there is now."""
         pairs = zip(self._tables, _columns(history), strict=True)
         return [table.append(columns) for table, columns in pairs]
 
 
 def _columns(history: History) -> tuple[Columns, Columns]:
-    recorded = {"steps": history.steps, "loss": history.loss} | history.records
+    records = {f"{RECORDS}{name}": rows for name, rows in history.records.items()}
     scored = {
         "validation": history.validation,
         "validation_steps": history.validation_steps,
     }
-    return recorded, scored
+    return {"steps": history.steps, "loss": history.loss} | records, scored
 
 
 class _Table:
@@ -69,41 +87,67 @@ class _Table:
     def __init__(self, folder: Path, name: str):
         self._path, self._header = folder / f"{name}.bin", folder / f"{name}.json"
         self._path.touch()
-        self.rows = 0
+        self._extent = Extent(0, 0)
 
     def _described(self) -> list[Any]:
-        if not self._header.exists():
+        """The name, dtype and shape of each column, of which there may be none yet."""
+        try:
+            columns = json.loads(self._header.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
             return []
-        columns = json.loads(self._header.read_text())
         return [(name, dtype, tuple(shape)) for name, dtype, shape in columns]
 
-    def read(self, rows: int) -> dict[str, np.ndarray] | None:
-        row = np.dtype(self._described())
-        if self._path.stat().st_size < rows * row.itemsize:
-            return None
-        os.truncate(self._path, rows * row.itemsize)
-        self.rows = rows
-        table = np.fromfile(self._path, row) if row.names else {}
-        return {name: table[name].copy() for name in row.names or ()}
+    def read(self, extent: Extent) -> dict[str, np.ndarray] | None:
+        described = self._described()
+        row = _row(described)
+        length = extent.rows * row.itemsize
+        with self._path.open("r+b") as file:
+            data = file.read(length)
+            if len(data) < length or zlib.crc32(data) != extent.crc:
+                return None
+            file.truncate(length)
+        self._extent = extent
+        table = np.frombuffer(data, row) if described else {}
+        return {
+            name: table[name].copy().view(jnp.dtype(dtype))
+            for name, dtype, _ in described
+        }
 
     def begin(self, columns: Columns) -> None:
-        described = [(n, c.dtype.str, c.shape[1:]) for n, c in columns.items()]
+        described = [(n, str(c.dtype), c.shape[1:]) for n, c in columns.items()]
         there = self._described()
-        if self.rows and there != described:
+        if there == described:
+            return
+        if self._extent.rows:
+            told = lambda names: ", ".join(n.removeprefix(RECORDS) for n in names)
             raise MismatchError(
                 f"`checkpoint`: the history in {self._path.parent} has "
-                f"{', '.join(name for name, *_ in there)}, and this fit records "
-                f"{', '.join(columns)}. Give the same `record`, or another directory."
+                f"{told(name for name, *_ in there)}, and this fit records "
+                f"{told(columns)}. Give the same `record`, or another directory."
             )
-        self._header.write_text(json.dumps(described))
+        new = self._header.with_suffix(".new")
+        new.write_text(json.dumps(described))
+        new.replace(self._header)
 
-    def append(self, columns: Columns) -> int:
-        length = len(next(iter(columns.values())))
-        if length > self.rows:
-            table = np.empty(length - self.rows, np.dtype(self._described()))
+    def append(self, columns: Columns) -> Extent:
+        done, length = self._extent.rows, len(next(iter(columns.values())))
+        if length > done:
+            row = _row(self._described())
+            table = np.empty(length - done, row)
             for name, column in columns.items():
-                table[name] = column[self.rows :]
-            with self._path.open("ab") as file:
-                table.tofile(file)
-            self.rows = length
-        return self.rows
+                table[name] = plain(column[done:])
+            data = table.tobytes()
+            with self._path.open("r+b") as file:
+                # Over what a write that failed may have left behind.
+                file.truncate(done * row.itemsize)
+                file.seek(0, os.SEEK_END)
+                file.write(data)
+            self._extent = Extent(length, zlib.crc32(data, self._extent.crc))
+        return self._extent
+
+
+def _row(described: list[Any]) -> np.dtype:
+    empty = lambda dtype: plain(np.empty(0, jnp.dtype(dtype)))
+    return np.dtype(
+        [(name, empty(dtype).dtype, shape) for name, dtype, shape in described]
+    )

@@ -3,23 +3,25 @@
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ._alike import require_alike
 from ._bar import Bar
 from ._checkpoint import Checkpoints
-from ._compiled import Chunk
 from ._data import Source, Stream, StreamExhaustedError
 from ._feed import Dry, Feed, Pace
 from ._history import History, concatenate
 from ._keeper import Keeper
-from ._monitor import Monitor
+from ._monitor import Monitor, MonitorState
 from ._one import One
-from ._record import MOST_ROWS, Record
+from ._record import MOST_ROWS, Record, Rows
+from ._recorder import Recorder
+from ._setup import no_optimiser
 from ._step import MOST_STEPS
 from ._stop import StopReason
 from ._typing import whole_number
@@ -58,31 +60,49 @@ def fit(
         )
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
+    if isinstance(trainer.step_count, Tracer):
+        raise TypeError(
+            "`fit` runs compiled programs from the host, and cannot be a part of one. "
+            "Within `jax.jit` or `jax.vmap`, call `step` in a `jax.lax.scan`."
+        )
+    if kind.count(trainer) + steps > MOST_STEPS:
+        raise ValueError(
+            f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "
+            "fewer."
+        )
     source, monitor = kind.source(data), kind.monitor(validation, stop)
-    with contextlib.ExitStack() as stack:
-        keeper = None
-        if checkpoint is not None:
-            keeper = stack.enter_context(Keeper(_checked(checkpoint, source)))
-        try:
+    run = None
+    try:
+        with contextlib.ExitStack() as stack:
+            keeper = None
+            if checkpoint is not None:
+                keeper = Keeper(_checked(checkpoint, source), monitor.fingerprint)
+                stack.enter_context(keeper)
             run = _Fit(kind, trainer, source, monitor, record, every, keeper)
-        except Dry:
+            try:
+                with Bar(steps, run.taken, shown=progress) as bar:
+                    reason = _go_on(run, steps, bar, callback, chunk)
+            finally:
+                run.keep()
+    except KeyboardInterrupt:
+        # A second one, while the last state was written.
+        if run is None:
+            raise
+        reason = StopReason.INTERRUPTED
+    except Dry:
+        if run is None:
             empty = History(np.zeros(0, int), np.zeros(0))
             result = kind.cut_short(trainer, empty, StopReason.DATA_EXHAUSTED)
             raise StreamExhaustedError(0, steps, result) from None
-        try:
-            with Bar(steps, run.taken, shown=progress) as bar:
-                reason = _go_on(run, steps, bar, callback, chunk)
-        except Dry:
-            result = run.cut_short(StopReason.DATA_EXHAUSTED)
-            raise StreamExhaustedError(run.taken, steps, result) from None
-        except Exception as error:
-            # What was reached is not lost with whatever went wrong.
+        result = run.cut_short(StopReason.DATA_EXHAUSTED)
+        raise StreamExhaustedError(run.taken, steps, result) from None
+    except Exception as error:
+        # What was reached is not lost with whatever went wrong.
+        if run is not None and not hasattr(error, "result"):
             with contextlib.suppress(AttributeError):
                 error.result = run.cut_short(StopReason.ERROR)  # pyright: ignore
                 error.add_note("The fit up to here is `.result` of this error.")
-            raise
-        finally:
-            run.keep()
+        raise
     result = kind.ended(run.trainer, run.history(), monitor, run.watched, reason)
     if run.taken:
         kind.raise_if_non_finite(result)
@@ -129,18 +149,27 @@ def _checked(checkpoint: Any, source: Source) -> Checkpoints:
     return checkpoint
 
 
-def no_optimiser(trainer: Any) -> ValueError:
-    """Says what to do about a trainer that cannot take a step."""
-    return ValueError(
-        f"`{type(trainer).__name__}` has no optimiser. Give it one: "
-        "`Trainer(model, optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
-    )
-
-
 def _is_boolean(answer: Any) -> bool:
     # The outcome of a comparison is a boolean of NumPy or of JAX, as often as not.
     is_one = isinstance(answer, bool | np.bool_ | jax.Array)
     return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
+
+
+class _Reached(NamedTuple):
+    """How far the chunks have come."""
+
+    trainer: Any
+    watched: MonitorState | None
+    chunks: int
+
+
+def _recorded(count: Any, rows: Rows, scores: Rows | None) -> History:
+    end = int(np.asarray(count).max())
+    steps, loss, records = rows.columns(end)
+    if scores is None:
+        return History(steps, loss, records)
+    scored, score, _ = scores.columns(end + 1)
+    return History(steps, loss, records, score, scored)
 
 
 class _Fit:
@@ -156,15 +185,17 @@ class _Fit:
         every: int,
         keeper: Keeper | None,
     ):
-        self._kind, self._keeper, self._histories = kind, keeper, []
+        self._kind, self._keeper = kind, keeper
+        self._recorder = Recorder(self._no_history)
         self.monitor, self.watched = monitor, kind.watched(monitor, trainer)
         self.is_resumed, first = False, kind.count(trainer)
         if keeper is not None:
             trainer, self.watched, history = keeper.restore(
-                trainer, first, self.watched, repr(monitor.stop)
+                trainer, first, self.watched
             )
             self.is_resumed = history is not None
-            self._histories = [] if history is None else [history]
+            if history is not None:
+                self._recorder.extend(history)
         self.trainer: Any = trainer
         self.feed = Feed(source, kind.count(trainer), kind.prepare)
         self.record = Record(kind.template(trainer), record, self._peek)
@@ -188,8 +219,8 @@ class _Fit:
             self._take(goal - self.taken)
 
     def _take(self, count: int) -> None:
-        trainer, watched, pending = self.trainer, self.watched, []
-        kind, start = self._kind, self._kind.count(trainer)
+        reached, pending = _Reached(self.trainer, self.watched, 0), []
+        kind, start = self._kind, self._kind.count(self.trainer)
         now = start
         every = jnp.asarray(np.int32(self.every))
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
@@ -197,42 +228,38 @@ class _Fit:
             for source, steps in self.feed.sources(count):
                 now += steps
                 chunk = kind.run(
-                    trainer,
+                    reached.trainer,
                     source,
                     self.monitor,
-                    watched,
+                    reached.watched,
                     jnp.asarray(np.int32(now)),
                     every,
                     self.record,
                     most_rows,
                 )
-                pending.append(chunk)
+                # Not the chunk itself: of a stream's every step it would keep the
+                # parameters.
+                pending.append((chunk.progress.step_count, chunk.rows, chunk.scores))
+                before = reached
+                trainer = before.trainer._at(chunk.progress)
+                reached = _Reached(trainer, chunk.watched, len(pending))
                 # The step before the last is done by now: to ask it costs no waiting,
                 # and a loader is not read much further than it is of use.
-                was_stopped = kind.is_over(trainer, watched)
-                trainer, watched = trainer._at(chunk.progress), chunk.watched
-                if was_stopped:
+                if kind.is_over(before.trainer, before.watched):
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
-            kept = [self._recorded(chunk) for chunk in pending]
-            taken = self.taken + kind.count(trainer) - start
-            stopped = kind.is_over(trainer, watched)
-            self.trainer, self.watched, self.taken, self.stopped, self._histories = (
-                trainer,
-                watched,
+            kept = [_recorded(*entry) for entry in pending[: reached.chunks]]
+            stopped = kind.is_over(reached.trainer, reached.watched)
+            taken = self.taken + kind.count(reached.trainer) - start
+            self.trainer, self.watched, self.taken, self.stopped = (
+                reached.trainer,
+                reached.watched,
                 taken,
                 stopped,
-                self._histories + kept,
             )
-
-    def _recorded(self, chunk: Chunk) -> History:
-        end = self._kind.count(chunk.progress)
-        steps, loss, records = chunk.rows.columns(end)
-        if chunk.scores is None:
-            return History(steps, loss, records)
-        scored, scores, _ = chunk.scores.columns(end + 1)
-        return History(steps, loss, records, scores, scored)
+            if kept:
+                self._recorder.extend(concatenate(kept))
 
     def go_on_with(self, answer: Any) -> None:
         """Takes what a callback returned."""
@@ -240,11 +267,14 @@ class _Fit:
             return
         if type(answer) is not type(self.trainer):
             raise TypeError(
-                f"`callback` returned {answer!r}. It may return `None`, `True` to end "
-                "the fit, or a trainer to go on with."
+                f"`callback` returned an object of type `{type(answer).__name__}`. It "
+                "may return `None`, `True` to end the fit, or a trainer to go on with."
             )
         what = "the trainer that `callback` returned"
         require_alike(answer, self.trainer, what, "the one it was given")
+        if answer._progress.params is not self.trainer._progress.params:
+            # What was seen of other parameters says nothing of these.
+            self.watched = self._kind.watched(self.monitor, answer)
         self.trainer = answer
         self.stopped = self._kind.is_over(answer, self.watched)
 
@@ -271,10 +301,7 @@ class _Fit:
         return History(np.zeros(0, int), loss, rows)
 
     def history(self) -> History:
-        if not self._histories:
-            self._histories = [self._no_history()]
-        self._histories = [concatenate(self._histories)]
-        return self._histories[0]
+        return self._recorder.history
 
     def cut_short(self, reason: StopReason) -> Any:
         return self._kind.cut_short(self.trainer, self.history(), reason)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._alike import cast_like, require_alike
+from ._data import as_given
 from ._typing import PyTree
 
 METHODS = ("loss", "residuals", "nll")
@@ -83,7 +84,7 @@ def _taken_apart(trainer: Any, returned: Any) -> tuple[Any, dict[Any, Any], Any]
 
 def evaluate(trainer: Any, batch: Any) -> Float[Array, ""]:
     """Scores a trainer's model on a validation batch."""
-    value = trainer.evaluate(trainer.model, batch)
+    value = trainer.evaluate(trainer.model, as_given(batch))
     return _as_scalar(trainer, "evaluate", value)
 
 
@@ -143,7 +144,7 @@ def _call(
     method = getattr(trainer, name)
     if key is not None:
         options["key"] = key
-    return method(model, batch, **options)
+    return method(model, as_given(batch), **options)
 
 
 def _as_metric(trainer: Any, name: Any, value: Any) -> Array:

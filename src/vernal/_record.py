@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from ._history import COLUMNS
 from ._objective import metric_shapes
 from ._optimiser import ParamOptimiser
 from ._paths import UnknownPathError, dotted, nearest_names, paths
@@ -63,13 +64,19 @@ class Record(eqx.Module):
                 chosen += _selected(trainer, name)
             except UnknownPathError:
                 known = metric_shapes(trainer, batch())
-                if name == LOSS:
+                if name == LOSS and name not in known:
                     continue
                 if name not in known:
                     raise _unknown(trainer, name, known) from None
                 metrics.append(name)
         self.paths = tuple(dict.fromkeys(chosen))
         self.metrics = tuple(metrics)
+        for name in (*self.paths, *self.metrics):
+            if name in COLUMNS:
+                raise ValueError(
+                    f"`record`: {name!r} is a column of every history, and cannot be "
+                    "recorded as a parameter or a metric beside it. Rename that."
+                )
 
     def values(self, old: PyTree, new: PyTree, outcome: Outcome) -> dict[str, Array]:
         """Picks what is recorded of one step.
@@ -210,8 +217,9 @@ class Rows(eqx.Module):
     @property
     def end(self) -> Int[Array, ""]:
         """The first step that is to be recorded and finds no room."""
-        most, row = jnp.iinfo(self.first.dtype).max, self.first + self._room
-        return jnp.where(row > most // self.every, most, row * self.every)
+        most = jnp.iinfo(self.first.dtype).max
+        is_far = self.first > most // self.every - self._room
+        return jnp.where(is_far, most, (self.first + self._room) * self.every)
 
     def put(self, step: Array, loss: Array, values: dict[str, Array]) -> "Rows":
         """Writes a row, if one is due at this step."""

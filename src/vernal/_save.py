@@ -55,7 +55,7 @@ def load(
         structure, shapes and dtypes as the one that was saved.
     - `reset`: of a trainer, what is to start anew rather than to be restored:
         `"opt_state"` (the moments; the optimiser may then be another), `"best"`,
-        `"nan_report"`, `"policy_state"`, `"step_count"`.
+        `"nan_report"`, `"policy_state"`, `"state"`, `"step_count"`.
 
     **Returns:**
 

@@ -56,6 +56,14 @@ def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
         prng_key(key)
 
 
+def no_optimiser(trainer: Any) -> ValueError:
+    """Says what to do about a trainer that cannot take a step."""
+    return ValueError(
+        f"`{type(trainer).__name__}` has no optimiser. Give it one: "
+        "`Trainer(model, optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
+    )
+
+
 def find_trained(
     model: Any, optimiser: Any, train: Any, projector: EigenProjector | None
 ) -> tuple[int | None, ...]:

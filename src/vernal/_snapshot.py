@@ -102,19 +102,24 @@ def restore(
     state = from_arrays(_without(kept, fields), like, source)
     projector, params = state.pop("projector"), state["params"]
     if fields:
-        state |= _fresh(trainer, params, state["latent"], fields)
+        own_state = trainer.state if "state" in fields else state["state"]
+        state |= _fresh(trainer, params, state["latent"], own_state, fields)
     return trainer._at(Progress(**state), projector=projector)
 
 
 def _fresh(
-    trainer: Any, params: PyTree, latent: PyTree, fields: tuple[str, ...]
+    trainer: Any,
+    params: PyTree,
+    latent: PyTree,
+    state: PyTree,
+    fields: tuple[str, ...],
 ) -> dict[str, PyTree]:
     """Makes fields as those of a trainer that has not taken a step."""
     opt_state = None
     if "opt_state" in fields:
         opt_state = initial_opt_state(trainer.optimiser, params, latent)
     policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
-    new = initial_progress(params, latent, opt_state, policy_state, trainer.state)
+    new = initial_progress(params, latent, opt_state, policy_state, state)
     return {name: getattr(new, name) for name in fields}
 
 

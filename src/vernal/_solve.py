@@ -89,8 +89,6 @@ class End(NamedTuple):
     steps: Int[Array, ""]
     reason: Int[Array, ""]
     in_vain: Bool[Array, ""]
-    no: Bool[Array, ""]
-    """False: an array that is made in passing."""
     stumble: PyTree
     """The parameters that the solver ended at, if they are finite."""
 
@@ -152,7 +150,7 @@ def run_solver(
     # Solvers mix what they are given with numbers of the default precision.
     start = trainer.params if projector is None else latent
     start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
-    solver = watch(solver, goal, jnp.full(rows, jnp.nan, dtype))
+    solver = watch(solver, goal, jnp.zeros(rows, dtype))
     options: Any = {"has_aux": True, "max_steps": None, "throw": False}
     if isinstance(solver, optx.AbstractMinimiser):
         ended = optx.minimise(scored, solver, start, **options)
@@ -182,7 +180,6 @@ def run_solver(
         steps=state.steps,
         reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
         in_vain=~(best_loss < state.losses[0]),
-        no=jnp.array(False),
         stumble=to_params(stumble),
     )
 
@@ -212,10 +209,10 @@ def _result(trainer: Any, bare: Any, batch: Any, end: End) -> FitResult[Any, Any
         best=end.best,
         best_state=end.best_state,
         best_loss=end.best_loss,
-        is_validated=end.no,
+        is_validated=jnp.asarray(np.bool_(False)),
         nan_counts=counts,
         step_count=end.step_count,
-        stopped=end.no,
+        stopped=jnp.asarray(np.bool_(False)),
     )
     history = History(np.arange(start, start + steps), losses[:steps])
     result = FitResult(trainer._at(progress), history, reason)

@@ -118,6 +118,7 @@ def solve_many(
         bad = np.column_stack([bad, np.array(lost) & ~is_named])
         lasts = jnp.asarray(starts + np.maximum(steps - 1, 0))
         counts = jax.vmap(count_non_finite)(counts, jnp.asarray(bad), lasts)
+    none = jnp.asarray(np.zeros(len(reasons), bool))
     progress = dataclasses.replace(
         old,
         params=end.params,
@@ -126,11 +127,13 @@ def solve_many(
         best=end.best,
         best_state=end.best_state,
         best_loss=end.best_loss,
-        is_validated=end.no,
+        is_validated=none,
         nan_counts=counts,
         step_count=end.step_count,
-        stopped=end.no,
+        stopped=none,
     )
-    most = int(steps.max())
-    history = History(np.arange(most), losses.T[:most].copy())
+    row = np.arange(int(steps.max()))
+    # Those that have ended have no more losses.
+    kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
+    history = History(row, kept)
     return Solved(trainers._at(progress), history, reasons)

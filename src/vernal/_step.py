@@ -255,7 +255,11 @@ def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
 
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
     """Returns the norm of a tree, all leaves together."""
-    return optax.tree.norm(tree).astype(jnp.result_type(float))
+    # The squares of a small dtype would overflow long before the norm does.
+    wide = lambda leaf: leaf.astype(
+        jnp.promote_types(leaf.dtype, jnp.result_type(float))
+    )
+    return optax.tree.norm(jax.tree.map(wide, tree)).astype(jnp.result_type(float))
 
 
 def _descending(grad: Array) -> Array:

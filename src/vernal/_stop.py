@@ -51,7 +51,7 @@ class StepView(NamedTuple):
     - `grads`: its gradients, `None` for what is not trained.
     - `params`: the parameters after the step.
     - `accepted`: whether the step was taken. If not, the parameters are as they were.
-    - `validation`: the last score of a validation, NaN before the first.
+    - `validation`: the last score of a validation, infinite before the first.
     - `is_validated`: whether that was after this step.
     """
 

@@ -14,7 +14,7 @@ from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
 from ._history import History
-from ._loop import fit, no_optimiser
+from ._loop import fit
 from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
 from ._parts import Parts, parameters, strong
@@ -29,6 +29,7 @@ from ._setup import (
     find_trained,
     fit_projector,
     initial_opt_state,
+    no_optimiser,
 )
 from ._solve import solve
 from ._step import Progress, initial_progress

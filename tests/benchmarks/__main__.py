@@ -11,6 +11,7 @@ from . import (  # noqa: E402
     bench_fit,
     bench_history,
     bench_import,
+    bench_many,
     bench_partition,
     bench_solve,
     bench_telescope,
@@ -25,6 +26,7 @@ MODULES = (
     bench_solve,
     bench_telescope,
     bench_checkpoint,
+    bench_many,
     bench_import,
 )
 

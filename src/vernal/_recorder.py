@@ -1,0 +1,60 @@
+"""A history while it grows."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ._history import COLUMNS, History
+
+
+class Recorder:
+    """Joins histories to one, at a cost that is linear in its length."""
+
+    def __init__(self, empty: Callable[[], History]):
+        """**Arguments:**
+
+        - `empty`: makes a history without rows, if it is asked for before there is one.
+        """
+        self._empty = empty
+        self._columns: dict[str, _Column] | None = None
+        self._records: dict[str, _Column] = {}
+
+    def extend(self, history: History) -> None:
+        """Adds what was recorded since."""
+        if self._columns is None:
+            self._columns = {name: _Column(getattr(history, name)) for name in COLUMNS}
+            self._records = {n: _Column(rows) for n, rows in history.records.items()}
+            return
+        for name, column in self._columns.items():
+            column.extend(getattr(history, name))
+        for name, column in self._records.items():
+            column.extend(history.records[name])
+
+    @property
+    def history(self) -> History:
+        """All of it so far."""
+        if self._columns is None:
+            self.extend(self._empty())
+        columns = {name: column.rows for name, column in (self._columns or {}).items()}
+        records = {name: column.rows for name, column in self._records.items()}
+        return History(records=records, **columns)
+
+
+class _Column:
+    """An array with room for more at its end."""
+
+    def __init__(self, rows: np.ndarray):
+        self._room, self._length = rows, len(rows)
+
+    def extend(self, rows: np.ndarray) -> None:
+        length = self._length + len(rows)
+        if length > len(self._room):
+            grown = np.empty((2 * length, *rows.shape[1:]), rows.dtype)
+            grown[: self._length] = self.rows
+            self._room = grown
+        self._room[self._length : length] = rows
+        self._length = length
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self._room[: self._length]
