@@ -35,14 +35,14 @@ LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
 
 
 def solve_from_many_starts(name, data):
-    """Returns the starts, and the digits that each one reached."""
+    """Returns the number of correct digits that each start reached."""
     x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
     first, certified = jnp.asarray(data["starts"][0]), np.asarray(data["certified"])
     factors = np.random.default_rng(0).uniform(-1, 1, (STARTS, len(first)))
     starts = first * 2.0**factors
     trainers = [Fit(Curve(start, FORMULAS[name])) for start in starts]
     result = vn.fit_many(trainers, (x, y), 200, solver=LM)
-    return starts, [digits(b, certified) for b in result.trainers.params.b]
+    return np.array([digits(b, certified) for b in result.trainers.params.b])
 
 
 class Transit(eqx.Module):
@@ -83,10 +83,9 @@ def main(output):
     reached = {}
     sets = json.loads((HERE / "data" / "nist.json").read_text())
     for name in FORMULAS:
-        starts, found = solve_from_many_starts(name, sets[name])
-        reached[name] = starts, np.array(found)
-        print(f"  {name:8} {np.sum(reached[name][1] >= 6):3} of {STARTS}")
-    lost = [name for name, (_, found) in reached.items() if not (found >= 6).any()]
+        reached[name] = solve_from_many_starts(name, sets[name])
+        print(f"  {name:8} {np.sum(reached[name] >= 6):3} of {STARTS}")
+    lost = [name for name, found in reached.items() if not (found >= 6).any()]
     assert lost == ["MGH10"]
 
     truth, data = stars()
@@ -106,7 +105,6 @@ def main(output):
 
     found = np.stack(jax.tree.leaves(result.trainers.params), axis=1)
     whole = np.setdiff1d(np.arange(STARS), bad)
-    hours, flux, error = data
     chi = 2 * np.asarray(result.best_losses)[whole] / (POINTS - 6)
     print(f"  chi-squared per degree of freedom: {np.median(chi):.2f}")
     assert 0.95 < np.median(chi) < 1.05
@@ -121,11 +119,13 @@ def draw(reached, truth, found, whole, data, output):
     plt.style.use(HERE / "style.mplstyle")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9))
     rng = np.random.default_rng(2)
-    for row, (name, (_, digits_)) in enumerate(reached.items()):
+    for row, found_digits in enumerate(reached.values()):
         places = row + 0.28 * rng.uniform(-1, 1, STARTS)
-        good = digits_ >= 6
+        good = found_digits >= 6
         for mask, color in ((good, "C0"), (~good, "C3")):
-            left.plot(digits_[mask], places[mask], "o", ms=3, alpha=0.5, color=color)
+            left.plot(
+                found_digits[mask], places[mask], "o", ms=3, alpha=0.5, color=color
+            )
         label = f"{np.sum(good)} of {STARTS}"
         left.annotate(label, (11.4, row), va="center", fontsize=8)
     left.axvline(6, color="0.7", lw=1, zorder=0)

@@ -8,6 +8,7 @@ import sys
 import termios
 import textwrap
 import time
+import types
 
 import equinox as eqx
 import jax
@@ -446,6 +447,27 @@ def test_trainer_and_data_are_the_callers():
     assert same(trainer, before)
     assert not any(x.is_deleted() for x in jax.tree.leaves((trainer, result.trainer)))
     assert same(fit(trainer, data, 5).trainer, result.trainer)
+
+
+class Shell:
+    """What IPython tells of itself in a notebook."""
+
+    kernel, config = object(), {}
+
+
+@pytest.mark.parametrize(
+    ("shell", "is_shown"), [(Shell(), True), (object(), False), (None, False)]
+)
+def test_a_bar_in_a_notebook(shell, is_shown, monkeypatch, capfd):
+    ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    fit(LineFit(line(), ADAM), progress=True)
+    assert ("10/10" in capfd.readouterr().err) is is_shown
+
+
+def test_where_there_is_no_console(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(fit(LineFit(line(), ADAM), progress=True).history) == 10
 
 
 def test_a_boolean_is_no_number():

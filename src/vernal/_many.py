@@ -266,8 +266,9 @@ def _as_stacked(trainer: Any) -> tuple[Any, Flags, int]:
 
 def _require_one_step(stacked: Any) -> None:
     counts, stopped = map(np.asarray, (stacked.step_count, stacked.stopped))
-    found = sorted(set(counts[~stopped].tolist()))
-    if len(found) > 1:
+    # One that has stopped may be behind the others, but not ahead of them.
+    found = sorted({*counts[~stopped].tolist(), counts.max().item()})
+    if len(found) > 1 and not stopped.all():
         raise ValueError(
             f"`trainers` stand at different steps ({', '.join(map(str, found))}), and "
             "those that go on must stand at one. Fit each to the same step first."

@@ -318,7 +318,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             `history["update_ratio[mean]"]`.
         - `every`: keep every so many steps only; the loss too.
         - `validation`: a pair `(batch, n)`: after every `n` steps `evaluate` scores the
-            model on that batch, and `best` is the one with the lowest score.
+            model on that batch, and `best` is the one with the lowest score. With
+            another batch than that of the fit before, `replace(model=trainer.model)`
+            lets the best begin anew.
         - `stop`: [`vernal.Converged`][], [`vernal.Patience`][] or a criterion of one's
             own, a [`vernal.StopCriterion`][]. Each fit begins to count anew.
         - `progress`: whether to show a progress bar, where there is a terminal or a
