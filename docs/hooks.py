@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,9 @@ FORMULA = re.compile(
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages and pictures to the site."""
     home = re.sub(r'(\]\(|src=")docs/', r"\1", (ROOT / "README.md").read_text("utf-8"))
+    # Two at a time, each in a process of its own; what they make is remembered.
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda path: render(path, path.read_text("utf-8")), EXAMPLES))
     for script in EXAMPLES:
         home = home.replace(
             f"](examples/{script.name})", f"](examples/{script.stem}.md)"
@@ -64,13 +68,13 @@ def render(script: Path, source: str) -> tuple[str, bytes]:
     code = source.split('"""', 2)[2].strip()
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
-            [sys.executable, script, "--output", folder],
+            [sys.executable, "-W", "error", script, "--output", folder],
             capture_output=True,
             check=False,
             text=True,
             env={**os.environ, "MPLBACKEND": "Agg"},
         )
-        if run.returncode:
+        if run.returncode or "Warning" in run.stderr:
             raise RuntimeError(f"{script.name} failed:\n{run.stderr}")
         picture = (Path(folder) / f"{script.stem}.png").read_bytes()
     printed = run.stdout.rstrip()

@@ -506,7 +506,7 @@ def test_a_stream_keeps_no_parameters_of_the_steps_behind_it():
 
 def test_a_fit_is_no_part_of_a_program():
     trainer = LineFit(line(), ADAM)
-    with pytest.raises(TypeError, match=r"`fit` runs .*call `step` in a"):
+    with pytest.raises(TypeError, match=r"`fit` runs .*use `vn.unroll`"):
         jax.jit(lambda t: fit(t).trainer.model)(trainer)
 
 

@@ -63,7 +63,7 @@ def fit(
     if isinstance(trainer.step_count, Tracer):
         raise TypeError(
             "`fit` runs compiled programs from the host, and cannot be a part of one. "
-            "Within `jax.jit` or `jax.vmap`, call `step` in a `jax.lax.scan`."
+            "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
         )
     if kind.count(trainer) + steps > MOST_STEPS:
         raise ValueError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._data import Minibatches, Stream, Whole, as_batch
-from ._loop import no_optimiser
+from ._setup import no_optimiser
 from ._step import Progress, advance, ranked, scored_anew
 from ._trainer import Trainer
 from ._typing import PyTree, whole_number
