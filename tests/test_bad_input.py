@@ -443,12 +443,12 @@ TABLE = {
     "a callback's number": (
         lambda: fit(callback=lambda t, h: 3),
         TypeError,
-        "`callback` returned 3",
+        "`callback` returned an object of type `int`",
     ),
     "a callback's model": (
         lambda: fit(callback=lambda t, h: t.model),
         TypeError,
-        "`callback` returned Line",
+        "`callback` returned an object of type `Line`",
     ),
     "a callback's other optimiser": (
         lambda: fit(callback=lambda t, h: t.replace(optimiser=optax.adam(0.1))),

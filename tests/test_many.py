@@ -21,7 +21,6 @@ from models import (
     same,
     script,
     two,
-    zoo,
 )
 
 BATCH = line_batch()
@@ -75,6 +74,14 @@ class Noisy(LineFit):
 
 RULES = {"slope": optax.sgd(0.1, momentum=0.5), "offset": vn.window(ADAM, 3, 12)}
 
+
+def mixed():
+    """Leaves of several dtypes, and some that are no arrays of floats."""
+    wave, small = jnp.asarray([1 + 2j, -1j]), jnp.asarray(2.0, "f4")
+    others = {"none": None, "count": jnp.asarray(3), "name": "mixed"}
+    return {"scalar": jnp.asarray(1.5), "wave": wave, "small": small} | others
+
+
 VARIED = {
     "starts": lambda: starts(),
     "rates": lambda: [LineFit(line(), optax.adam(r)) for r in (1e-3, 1e-2, 0.1)],
@@ -90,7 +97,7 @@ VARIED = {
     "frozen": lambda: [
         LineFit(line(0.5, offset), ADAM, train="slope") for offset in (0.0, 1.0)
     ],
-    "zoo": lambda: [Pull(zoo(), optax.adam(rate)) for rate in (0.1, 0.01)],
+    "mixed": lambda: [Pull(mixed(), optax.adam(rate)) for rate in (0.1, 0.01)],
     "one": lambda: starts()[:1],
 }
 
@@ -98,12 +105,12 @@ VARIED = {
 @pytest.mark.parametrize("name", VARIED)
 def test_each_is_as_it_were_alone(name):
     trainers = VARIED[name]()
-    data = jnp.array(0.2) if name == "zoo" else BATCH
-    record = ("grad_norm", "scalar" if name == "zoo" else "slope")
+    data = jnp.array(0.2) if name == "mixed" else BATCH
+    record = ("grad_norm", "scalar" if name == "mixed" else "slope")
     result = many(trainers, data, record=record)
     assert len(result) == len(trainers)
-    # Some of the leaves there are of single precision, and so are sums with them.
-    rtol = 1e-5 if name == "zoo" else 1e-9
+    # One of the leaves there is of single precision, and so are sums with it.
+    rtol = 1e-5 if name == "mixed" else 1e-9
     require_alone(result, trainers, lambda _: data, rtol=rtol, record=lambda _: record)
 
 
