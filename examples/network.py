@@ -1,17 +1,18 @@
-"""How far away a galaxy is, from its colours, with an honest error bar.
+"""How far away a galaxy is, from its colours, with an error bar to believe.
 
 The redshift of a galaxy takes an hour of spectroscopy, its brightness through six
-filters a minute of imaging. 200 galaxies have had both. A small network learns from
-them to tell the redshift and its standard error from the colours alone. Another 200
-are held out, and 5,000 are there for judgement at the end.
+filters a minute of imaging. 150 galaxies have had both. From these a small network
+learns to tell the redshift, and its standard error, by brightness and colours alone.
+Another 150 are held out, and 5,000 are there to judge it at the end.
 
-So few galaxies a network soon knows by heart, and then believes itself more precise
-than it is. `Patience` ends the fit when the held-out likelihood has not improved for a
-while; then it goes on from the best network, at a tenth of the rate.
+A network soon knows so few by heart. It then believes itself far more precise than it
+is: others are twice as far off as its error bars say. With `validation` and
+`vn.Patience` the fit ends when the held-out likelihood no longer improves. It goes on
+from the best network at a tenth of the rate, finds little left to gain, and ends again.
 
-The rates warm up and follow a cosine, the weights decay, and biases and BatchNorm's
-scales do not. Dropout draws from `key`; BatchNorm's running means are the `state`, of
-which the best network has its own.
+The rate warms up and follows a cosine. Weights decay; biases and the scales of
+BatchNorm do not. Dropout draws from the trainer's `key`. The running means of
+BatchNorm are its `state`, and the best network comes with its own, `best_state`.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def observe(count, rng):
             young_stars += np.exp(-0.5 * ((emitted - line) / 3) ** 2)
         stars = (1 - young) * (old_stars + 0.05) + young * young_stars
         flux = np.mean(stars * np.exp(-dust * 400 / emitted), axis=1)
-        magnitudes.append(-2.5 * np.log10(flux) + rng.normal(0, 0.05, count))
+        magnitudes.append(-2.5 * np.log10(flux) + rng.normal(0, 0.07, count))
     colours = np.diff(magnitudes, axis=0)
     distance = 5 * np.log10(redshift + 0.01) + rng.normal(0, 0.8, count)
     inputs = np.column_stack([magnitudes[3] + distance, *colours])
@@ -66,8 +67,9 @@ class Network(eqx.Module):
             eqx.nn.Linear(WIDTH, WIDTH, key=keys[1]),
             eqx.nn.Linear(WIDTH, 2, key=keys[2]),
         )
-        norm = eqx.nn.BatchNorm(WIDTH, axis_name="batch", mode="batch")
-        self.norms = (norm, eqx.nn.BatchNorm(WIDTH, axis_name="batch", mode="batch"))
+        self.norms = tuple(
+            eqx.nn.BatchNorm(WIDTH, axis_name="batch", mode="batch") for _ in range(2)
+        )
         self.dropout = eqx.nn.Dropout(0.1)
 
     def __call__(self, x, state, key=None):
@@ -106,7 +108,7 @@ class RedshiftFit(vn.Trainer):
 
 
 def rules(rate):
-    """Only weights decay: a node, `norms`, is more specific than a glob."""
+    """Weights decay, but not those of `norms`: a node is more specific than a glob."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, STEPS // 10, STEPS)
     return vn.ParamOptimiser(
         {
@@ -117,11 +119,17 @@ def rules(rate):
 
 
 def main(output):
-    rng = np.random.default_rng(0)
-    train, held_out, test = (observe(count, rng) for count in (200, 200, 5_000))
+    rng = np.random.default_rng(3)
+    train, held_out, test = (observe(count, rng) for count in (150, 150, 5_000))
     keys = jax.random.split(jax.random.key(0), 3)
     model, state = eqx.nn.make_with_state(Network)(keys[0])
     trainer = RedshiftFit(model, rules(RATE), state=state, key=keys[1])
+    groups = trainer.optimiser.owners(trainer.params)
+    owned = zip(vn.paths(trainer.params), groups, strict=True)
+    decaying = [path for path, group in owned if group == 0]
+    print(f"These decay: {', '.join(decaying)}.\n")
+    assert decaying == [f"layers.{i}.weight" for i in range(3)]
+
     batches = vn.Minibatches(train, 50, key=keys[2])
     rates = []
 
@@ -129,78 +137,95 @@ def main(output):
         rate = trainer.learning_rates()["layers.0.weight"]
         rates.append((int(trainer.step_count), rate))
 
-    options = {"validation": (held_out, EVERY), "callback": watch, "chunk": EVERY}
+    options = {"validation": (held_out, EVERY), "chunk": EVERY}
     unstopped = trainer.fit(batches, STEPS, **options)
-    rates.clear()
-    stopped = trainer.fit(batches, STEPS, stop=vn.Patience(15), **options)
+
+    options |= {"stop": vn.Patience(15), "callback": watch}
+    stopped = trainer.fit(batches, STEPS, **options)
     trainer = stopped.trainer.replace(
         model=stopped.best,
         state=stopped.trainer.best_state,
-        optimiser=rules(RATE / 10),
+        optimiser=rules(RATE / 10),  # whose cosine goes on from the same step
     )
-    resumed = trainer.fit(batches, STEPS, stop=vn.Patience(15), **options)
-    results = {"stopped in time": stopped, "and resumed": resumed}
+    resumed = trainer.fit(batches, STEPS, **options)
 
-    for name, result in results.items():
+    told = {"not stopped": tell(unstopped.model, unstopped.trainer.state, test[0])}
+    for name, result in {"stopped": stopped, "resumed": resumed}.items():
+        print(f"{name:11} after {result.trainer.step_count} steps, the best", end=" ")
         lowest = result.history.validation.argmin()
-        print(f"{name}, after {result.trainer.step_count} steps.", end=" ")
-        print(f"The best was after {result.history.validation_steps[lowest]}.")
-        print(f"  {result.stop_reason}")
+        print(f"after {result.history.validation_steps[lowest]}: {result.stop_reason}")
         assert result.stop_reason is vn.StopReason.NO_PATIENCE
+        best, state = result.best, result.trainer.best_state
+        score = surprise(tell(best, state, held_out[0]), held_out[1])
+        assert np.isclose(score, result.trainer.best_loss, rtol=1e-4)
+        told[name] = tell(best, state, test[0])
 
-    told = {
-        name: tell(result.best, result.trainer.best_state, test[0])
-        for name, result in results.items()
-    }
-    told["not stopped"] = tell(unstopped.model, unstopped.trainer.state, test[0])
-    print(f"\n{len(test[0])} other galaxies  surprise  rms of (true - told) / error")
-    scores = {}
-    for name, (mean, log_sigma) in {name: x.T for name, x in told.items()}.items():
-        scores[name] = float(surprise(told[name], test[1]))
-        rms = np.sqrt(np.mean(((test[1] - mean) / np.exp(log_sigma)) ** 2))
-        print(f"{name:19}{scores[name]:10.2f}{rms:29.2f}")
-    assert scores["and resumed"] < scores["stopped in time"] < scores["not stopped"]
-    draw(unstopped.history, results, rates, test[1], told["and resumed"], output)
+    print(f"\n{len(test[1])} others   surprise   error told   true - told, in errors")
+    scores, pulls, spread = {}, {}, {}
+    for name, of_test in told.items():
+        mean, sigma = of_test[:, 0], jnp.exp(of_test[:, 1])
+        scores[name] = surprise(of_test, test[1])
+        pulls[name] = (test[1] - mean) / sigma
+        spread[name] = jnp.sqrt(jnp.mean(pulls[name] ** 2))
+        row = scores[name], jnp.median(sigma), spread[name]
+        print("{:11}{:11.2f}{:13.3f}{:14.2f}".format(name, *row))
+    assert spread["not stopped"] > 1.5
+    assert abs(spread["resumed"] - 1) < 0.4
+    assert scores["stopped"] < scores["not stopped"] - 0.3
+    assert scores["resumed"] < scores["stopped"] + 0.05
+    draw(unstopped, stopped, resumed, rates, test[1], told, pulls, output)
 
 
-def draw(unstopped, results, rates, redshift, told, output):
-    """The scores and the rate on the way, and what is told of other galaxies."""
+def draw(unstopped, stopped, resumed, rates, redshift, told, pulls, output):
+    """The way of the fit and its rate; what the network tells, and how it errs."""
     plt.style.use(HERE / "style.mplstyle")
-    figure = plt.figure(figsize=(9, 4.4))
-    grid = figure.add_gridspec(2, 2, height_ratios=(3, 1), width_ratios=(3, 2))
-    scores, rate = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
-    told_of = figure.add_subplot(grid[:, 1])
+    figure = plt.figure(figsize=(9, 5.6))
+    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
+    loss, rate = left.subplots(2, sharex=True, height_ratios=(2.6, 1))
+    grey = {"color": "0.6", "lw": 1, "label": "held out, not stopped"}
+    loss.plot(unstopped.history.validation_steps, unstopped.history.validation, **grey)
+    bests = []
+    for colour, result in ("C0", stopped), ("C1", resumed):
+        history, label = result.history, colour == "C0"
+        steps, scores = history.validation_steps, history.validation
+        means = history.loss.reshape(-1, EVERY).mean(axis=1)
+        lowest = scores.argmin()
+        bests.append((steps[lowest], scores[lowest]))
+        names = ("training", "held out", "best", "stopped") if label else [None] * 4
+        loss.plot(steps, means, "--", lw=1, color=colour, label=names[0])
+        loss.plot(steps, scores, color=colour, label=names[1])
+        star, cross = {"ms": 11, "mec": "w"}, {"ms": 7, "mec": "w"}
+        loss.plot(*bests[-1], "*", color=colour, label=names[2], **star)
+        loss.plot(steps[-1], scores[-1], "X", color=colour, label=names[3], **cross)
+    loss.plot(*np.transpose(bests), "C1:", lw=1, zorder=1)
+    loss.set(ylim=(-2.6, 0.5))
+    loss.set_title("Surprise: the mean negative log-likelihood")
+    loss.legend(ncols=2)
 
-    label = "held out, not stopped"
-    scores.plot(
-        unstopped.validation_steps, unstopped.validation, color="0.7", label=label
-    )
-    for color, (name, result) in zip(("C0", "C2"), results.items(), strict=True):
-        history = result.history
-        batches = history.loss[: len(history) // EVERY * EVERY].reshape(-1, EVERY)
-        middle = history.steps[EVERY // 2 :: EVERY][: len(batches)]
-        scores.plot(middle, batches.mean(axis=1), ":", lw=1, color=color)
-        steps, score = history.validation_steps, history.validation
-        scores.plot(steps, score, color=color, label=f"held out, {name}")
-        best = score.argmin()
-        scores.plot(steps[best], score[best], "o", color=color)
-        scores.axvline(steps[-1], color=color, lw=0.8, ls="--")
-    scores.plot([], [], ":", lw=1, color="0.3", label="training")
-    scores.set(title="Stopped, and resumed from the best", ylabel="surprise")
-    scores.set(ylim=(-2.6, 0.2), xlim=(0, STEPS))
-    scores.legend(loc="upper right", fontsize=8)
-    scores.tick_params(labelbottom=False)
-    rate.semilogy(*np.transpose(rates), ".", ms=2.5, color="0.3")
-    rate.set(xlabel="step", ylabel="rate", xlim=(0, STEPS))
+    end = stopped.history.validation_steps[-1]
+    steps, values = np.array(rates).T
+    for colour, is_leg in ("C0", steps <= end), ("C1", steps > end):
+        rate.plot(steps[is_leg], values[is_leg], color=colour)
+    rate.set(yscale="log", ylim=(1e-4, 1e-2), xlabel="step")
+    rate.set_title("Learning rate")
 
-    mean, log_sigma = np.asarray(told).T
-    dots = told_of.scatter(
-        redshift, mean, s=3, c=np.exp(log_sigma), vmax=0.5, cmap="viridis_r"
-    )
-    told_of.plot([0, 3], [0, 3], color="0.5", lw=1, zorder=0)
-    told_of.set(title=f"{len(redshift)} other galaxies", xlabel="true redshift")
-    told_of.set(ylabel="redshift told", xlim=(0, 2.5), ylim=(0, 2.5))
-    figure.colorbar(dots, label="error bar told")
+    points, histogram = right.subplots(2, height_ratios=(1.5, 1))
+    mean, log_sigma = told["resumed"][:400].T
+    bars = {"fmt": "C1.", "ms": 3, "lw": 0.5, "alpha": 0.6}
+    points.errorbar(redshift[:400], mean, np.exp(log_sigma), **bars)
+    points.plot((0, 2), (0, 2), color="0.4", lw=0.8)
+    points.set(xlim=(0, 2), ylim=(0, 2), xlabel="true redshift")
+    points.set_title("Redshift as told, with its error")
+    bins = np.linspace(-6, 6, 61)
+    for colour, name in ("0.6", "not stopped"), ("C1", "resumed"):
+        weights = np.full(len(redshift), 5 / len(redshift))  # five bins to the unit
+        look = {"histtype": "step", "color": colour, "label": name, "lw": 1.4}
+        histogram.hist(np.asarray(pulls[name]), bins, weights=weights, **look)
+    bell = np.exp(-(bins**2) / 2) / np.sqrt(2 * np.pi)
+    histogram.plot(bins, bell, "k:", lw=1, label="Gaussian")
+    histogram.set(xlim=(-6, 6))
+    histogram.set_title("(true - told) / error")
+    histogram.legend()
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "network.png")
 

@@ -315,7 +315,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             metrics; `"grad_norms"` and `"update_ratios"`, for each rule of the
             optimiser the norm of its gradients, and that of its updates over that of
             its parameters, as `history["grad_norm[mean]"]` and
-            `history["update_ratio[mean]"]`.
+            `history["update_ratio[mean]"]` (zero at a step that was not taken, and not
+            finite where all of the parameters are zero).
         - `every`: keep every so many steps only; the loss too.
         - `validation`: a pair `(batch, n)`: after every `n` steps `evaluate` scores the
             model on that batch, and `best` is the one with the lowest score. With
@@ -653,7 +654,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """Changes some of what the trainer holds, and keeps what still fits.
 
         The state of an optimiser or a policy is kept if the new one's has the same
-        structure, shapes and dtypes, and made anew otherwise. The step count and the
+        structure, shapes and dtypes, and made anew otherwise; what is kept goes on, the
+        counts of schedules among it. The step count and the
         counts of `nan_report` are kept, and the best too, unless the model is another.
         A trainer that has stopped goes on.
 
