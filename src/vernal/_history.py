@@ -84,7 +84,7 @@ class History(eqx.Module):
         return {name: getattr(self, name) for name in names} | self.records
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the history to one file, which [`numpy.load`][] can read too.
+        """Writes the history to one file, which `numpy.load` can read too.
 
         **Arguments:**
 
