@@ -5,6 +5,8 @@ import jax
 
 # Both precisions are tested from one process: float32 arrays are asked for by dtype.
 jax.config.update("jax_enable_x64", True)
+# What is said of several devices is tested on virtual ones.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # `import models`: in the import mode that these tests have, no folder is a package.
 sys.path.append(str(Path(__file__).parent))

@@ -265,11 +265,14 @@ def test_one_that_has_converged_waits_for_the_others():
         assert int(alone.trainer.step_count) == counts[index]
         assert result.stop_reasons[index] is vn.StopReason.CONVERGED
         close(result.trainer(index), alone.trainer)
-        # Scored on where it ended.
-        np.testing.assert_array_equal(
-            result.history["slope"][counts[index] :, index],
-            result.trainer(index).model.slope,
-        )
+        for name in "loss", "slope":
+            column = result.history[name][:, index]
+            assert not np.isnan(column[: counts[index]]).any()
+            assert np.isnan(column[counts[index] :]).all()
+        assert result.losses[index] == result.history.loss[counts[index] - 1, index]
+    for batch in 1, 3:
+        parts = many(trainers, steps=2000, stop=stop, record="slope", batch=batch)
+        np.testing.assert_allclose(parts.history.loss, result.history.loss, rtol=1e-9)
 
 
 def test_a_policy_that_raises_does_so_at_the_end():

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ._data import Minibatches, Whole
 from ._monitor import Monitor, MonitorState
 from ._objective import metric_shapes
+from ._placement import Placement
 from ._record import Record, Rows
 from ._step import Progress, advance, scored_anew, tree_norm
 
@@ -35,6 +36,7 @@ def run_chunk(
     every: Int[Array, ""],
     record: Record,
     most_rows: int,
+    place: Placement | None = None,
 ) -> Chunk:
     """Takes steps up to the count `goal`, or until the fit stops or the rows are full.
 
@@ -47,7 +49,10 @@ def run_chunk(
     def take(
         progress: Progress, watched: MonitorState | None, batch: Any, is_due: Array
     ) -> Taken:
-        return take_one(trainer._at(progress), watched, batch, is_due, monitor, record)
+        if place is not None and isinstance(source, Minibatches):
+            batch = place.pin_batch(batch)
+        taken = take_one(trainer._at(progress), watched, batch, is_due, monitor, record)
+        return taken if place is None else place.pin(taken)
 
     def first_batch() -> Any:
         cursor = source.start(step)
@@ -56,9 +61,10 @@ def run_chunk(
     shapes = record.shapes(trainer, first_batch)
     rows = Rows.empty(start.best_loss, shapes, step, every, most_rows)
     scores = monitor.room(start.best_loss, step, most_rows)
-    return run_loop(
-        take, source, monitor, goal, step, Chunk(start, watched, rows, scores)
-    )
+    chunk = Chunk(start, watched, rows, scores)
+    chunk = run_loop(take, source, monitor, goal, step, chunk)
+    # The next chunk is the same program if it finds everything where this one did.
+    return chunk if place is None else place.pin(chunk)
 
 
 class Taken(NamedTuple):
@@ -157,7 +163,9 @@ class StepInfo(NamedTuple):
 
 
 @eqx.filter_jit
-def run_step(trainer: Any, batch: Any) -> tuple[Progress, StepInfo]:
+def run_step(
+    trainer: Any, batch: Any, place: Placement | None = None
+) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
 
     def take() -> tuple[Progress, StepInfo]:
@@ -176,7 +184,8 @@ def run_step(trainer: Any, batch: Any) -> tuple[Progress, StepInfo]:
         metrics = jax.tree.map(_blank, metric_shapes(trainer, batch))
         return trainer._progress, StepInfo(nan, nan, no, ~no, metrics)
 
-    return jax.lax.cond(trainer.stopped, stay, take)
+    taken = jax.lax.cond(trainer.stopped, stay, take)
+    return taken if place is None else place.pin(taken)
 
 
 def _blank(like: jax.ShapeDtypeStruct) -> Array:

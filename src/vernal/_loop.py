@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -19,7 +18,7 @@ from ._history import History, concatenate
 from ._keeper import Keeper
 from ._monitor import Monitor, MonitorState
 from ._one import One
-from ._record import MOST_ROWS, Record, Rows
+from ._record import MOST_ROWS, Record
 from ._recorder import Recorder
 from ._setup import no_optimiser
 from ._step import MOST_STEPS
@@ -163,15 +162,6 @@ class _Reached(NamedTuple):
     chunks: int
 
 
-def _recorded(count: Any, rows: Rows, scores: Rows | None) -> History:
-    end = int(np.asarray(count).max())
-    steps, loss, records = rows.columns(end)
-    if scores is None:
-        return History(steps, loss, records)
-    scored, score, _ = scores.columns(end + 1)
-    return History(steps, loss, records, score, scored)
-
-
 class _Fit:
     """A fit on its way: the trainer as it is now, and what was recorded so far."""
 
@@ -188,6 +178,7 @@ class _Fit:
         self._kind, self._keeper = kind, keeper
         self._recorder = Recorder(self._no_history)
         self.monitor, self.watched = monitor, kind.watched(monitor, trainer)
+        trainer = kind.placed(trainer)
         self.is_resumed, first = False, kind.count(trainer)
         if keeper is not None:
             trainer, self.watched, history = keeper.restore(
@@ -196,6 +187,8 @@ class _Fit:
             self.is_resumed = history is not None
             if history is not None:
                 self._recorder.extend(history)
+                trainer = kind.placed(trainer)
+                self.watched = kind.placed_state(self.watched)
         self.trainer: Any = trainer
         self.feed = Feed(source, kind.count(trainer), kind.prepare)
         self.record = Record(kind.template(trainer), record, self._peek)
@@ -222,7 +215,7 @@ class _Fit:
         reached, pending = _Reached(self.trainer, self.watched, 0), []
         kind, start = self._kind, self._kind.count(self.trainer)
         now = start
-        every = jnp.asarray(np.int32(self.every))
+        every = kind.number(self.every)
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
             for source, steps in self.feed.sources(count):
@@ -232,7 +225,7 @@ class _Fit:
                     source,
                     self.monitor,
                     reached.watched,
-                    jnp.asarray(np.int32(now)),
+                    kind.number(now),
                     every,
                     self.record,
                     most_rows,
@@ -249,7 +242,7 @@ class _Fit:
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
-            kept = [_recorded(*entry) for entry in pending[: reached.chunks]]
+            kept = [kind.recorded(*entry) for entry in pending[: reached.chunks]]
             stopped = kind.is_over(reached.trainer, reached.watched)
             taken = self.taken + kind.count(reached.trainer) - start
             self.trainer, self.watched, self.taken, self.stopped = (
@@ -275,7 +268,7 @@ class _Fit:
         if answer._progress.params is not self.trainer._progress.params:
             # What was seen of other parameters says nothing of these.
             self.watched = self._kind.watched(self.monitor, answer)
-        self.trainer = answer
+        self.trainer = self._kind.placed(answer)
         self.stopped = self._kind.is_over(answer, self.watched)
 
     @property

@@ -7,20 +7,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ._compiled import Chunk
 from ._data import Minibatches, Source, Whole, as_batch, as_source
 from ._history import History
 from ._loop import fit
-from ._monitor import Monitor, MonitorState, Validation
+from ._monitor import Monitor, MonitorState
 from ._nonfinite import NanCount
 from ._one import One
 from ._paths import dotted
-from ._record import Record
+from ._placement import Placement, placement
+from ._record import Record, Rows
 from ._retrace import explain_retrace
 from ._solve import checked_solver
-from ._solve_many import solve_many
+from ._solve_many import Members, solve_many
 from ._spread import Flags, Spread, apart, run_chunk_of_many
 from ._stop import StopReason
 from ._trainer import Trainer
@@ -38,8 +40,7 @@ class ManyResult(eqx.Module, Generic[TrainerT]):
     - `trainers`: all trainers after the last step, stacked: a trainer whose arrays have
         a row for each member. It can be given to `fit_many` again.
     - `history`: what was recorded, with a column for each member:
-        `history.loss[row, i]`. A member that was over before the others is scored on
-        at the parameters where it ended.
+        `history.loss[row, i]`. Where a member was over before the others, it is NaN.
     - `stop_reasons`: why the fit of each ended.
     """
 
@@ -59,10 +60,12 @@ class ManyResult(eqx.Module, Generic[TrainerT]):
 
     @property
     def losses(self) -> Float[np.ndarray, " members"]:
-        """The last recorded loss of each member, NaN if none was recorded."""
+        """The last recorded loss of each member that is a number, NaN if none is."""
         if not len(self.history):
             return np.full(len(self), np.nan)
-        return self.history.loss[-1]
+        backwards = self.history.loss[::-1]
+        last = np.argmin(np.isnan(backwards), axis=0)
+        return np.take_along_axis(backwards, last[None], axis=0)[0]
 
     @property
     def best_losses(self) -> Float[Array, " members"]:
@@ -99,6 +102,7 @@ def fit_many(
     data_axis: Any = None,
     solver: Any = None,
     batch: int | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> ManyResult[TrainerT]:
     """Fits many trainers at once, in one compiled program.
@@ -134,6 +138,9 @@ def fit_many(
         one batch then, and there are no other options.
     - `batch`: how many to compute at a time, to bound memory; it must divide their
         number. By default all.
+    - `mesh`: devices to spread the trainers over, along the first axis of the mesh,
+        whose length must divide `batch`. Each device has a copy of the data that they
+        share. In several processes each gives all trainers and all data.
     - `**options`: as for [`vernal.Trainer.fit`][]. A callback is given the stacked
         trainer.
 
@@ -155,7 +162,10 @@ def fit_many(
             f"`batch` is {group}, which does not divide the {size} trainers evenly. "
             f"Give one of {', '.join(map(str, _divisors(size)))}."
         )
-    many = _Many(size, group, flags, data_axis)
+    place = placement(stacked, mesh)
+    if place is not None:
+        _check_spread(place, size, group)
+    many = _Many(size, group, flags, data_axis, place)
     if solver is not None:
         if options:
             raise TypeError(
@@ -165,6 +175,17 @@ def fit_many(
         return many.solved(stacked, data, solver, steps)
     _require_one_step(stacked)
     return fit(stacked, data, steps, kind=many, **options)
+
+
+def _check_spread(place: Placement, size: int, group: int) -> None:
+    """Checks that each device has as many of a group as any other."""
+    if group % place.size:
+        what = f"{size} trainers" if group == size else f"`batch`, {group} trainers,"
+        raise ValueError(
+            f"`mesh`: {what} cannot be spread evenly over the {place.size} devices "
+            f"along the axis {place.axis!r}. Make their number a multiple of "
+            f"{place.size}, or give a smaller mesh."
+        )
 
 
 def _divisors(size: int) -> list[int]:
@@ -281,7 +302,15 @@ def _require_one_step(stacked: Any) -> None:
 class _Many(One):
     """A fit of many trainers at once, which are one that is stacked."""
 
-    def __init__(self, size: int, group: int, config: Flags, data_axis: Any):
+    def __init__(
+        self,
+        size: int,
+        group: int,
+        config: Flags,
+        data_axis: Any,
+        place: Placement | None,
+    ):
+        super().__init__(place)
         self.size, self.group, self.config = size, group, config
         self.data_axis, self.shape = data_axis, (size,)
 
@@ -294,6 +323,8 @@ class _Many(One):
                 "`data` is Minibatches, which all trainers share; `data_axis` is for "
                 "a batch, or for the batches of a Stream, with a part for each."
             )
+        if self.place is not None and isinstance(source, Minibatches):
+            return self.place.put(source)
         return source
 
     def prepare(self, batch: Any, argument: str = "data") -> Any:
@@ -313,7 +344,27 @@ class _Many(One):
                     f"trainers, {self.size}."
                 )
             leaves.append(jnp.moveaxis(leaf, axis, 0))
-        return structure.unflatten(leaves)
+        batch = structure.unflatten(leaves)
+        if self.place is None:
+            return batch
+        return self.place.put_rows(batch, [axis is not None for axis in axes])
+
+    def placed(self, trainer: Any) -> Any:
+        if self.place is None:
+            return trainer
+        config = self.place.put_rows(trainer._at(None), self.config)
+        return config._at(self.placed_state(trainer._progress))
+
+    def placed_state(self, state: Any) -> Any:
+        if self.place is None:
+            return state
+        return self.place.put_rows(state, (True,) * len(jax.tree.leaves(state)))
+
+    def _whole(self, array: Any) -> Any:
+        return array if self.place is None else self.place.whole(array)
+
+    def _on_host(self, array: Any) -> np.ndarray:
+        return np.asarray(self._whole(array))
 
     def _axes(self, batch: Any, argument: str) -> list[int | None]:
         """Finds the axis of each leaf of a batch, `None` for what is shared."""
@@ -336,18 +387,14 @@ class _Many(One):
     def _flags(self, batch: Any) -> Flags:
         return tuple(axis is not None for axis in self._axes(batch, "data"))
 
-    def monitor(self, validation: Any, stop: Any) -> Monitor:
-        monitor = Monitor(validation, stop)
-        if monitor.validation is None:
-            return monitor
-        batch = self.prepare(monitor.validation.batch, "validation")
-        scored = Validation(batch, monitor.validation.every)
-        return eqx.tree_at(lambda m: m.validation, monitor, scored)
+    def _scored(self, batch: Any) -> Any:
+        return self.prepare(batch, "validation")
 
     def watched(self, monitor: Monitor, trainer: Any) -> MonitorState | None:
         return eqx.filter_vmap(monitor.init, axis_size=self.size)(trainer._progress)
 
     def template(self, trainer: Any) -> Any:
+        trainer = jax.tree.map(self._whole, trainer)
         own, join = apart(trainer._at(None), self.config)
         progress = jax.tree.map(_first, trainer._progress)
         return join([_first(leaf) for leaf in own])._at(progress)
@@ -361,10 +408,13 @@ class _Many(One):
         return structure.unflatten(rows)
 
     def count(self, trainer: Any) -> int:
-        return int(np.asarray(trainer.step_count).max())
+        return int(self._on_host(trainer.step_count).max())
 
     def is_over(self, trainer: Any, watched: MonitorState | None) -> bool:
-        return bool(np.all(_over(trainer, watched)))
+        is_over = self._on_host(trainer.stopped)
+        if watched is not None:
+            is_over = is_over | self._on_host(watched.is_over)
+        return bool(is_over.all())
 
     def run(
         self,
@@ -383,6 +433,7 @@ class _Many(One):
             config=self.config,
             monitor=self._monitor_flags(monitor),
             source=self._source_flags(source),
+            place=self.place,
         )
         return run_chunk_of_many(
             trainer, source, monitor, watched, goal, every, record, most_rows, spread
@@ -400,9 +451,19 @@ class _Many(One):
             return self._flags(source.batch)
         return (False,) * len(jax.tree.leaves(source))
 
+    def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
+        counts = self._on_host(step_count)
+        history = super().recorded(counts.max(), rows, scores)
+        # One that is over is computed on with the others: of that there is no record.
+        is_over = history.steps[:, None] >= counts
+        for column in (history.loss, *history.records.values()):
+            column[is_over] = np.nan if np.issubdtype(column.dtype, np.inexact) else 0
+        history.validation[history.validation_steps[:, None] > counts] = np.nan
+        return history
+
     def shown(self, trainer: Any, history: History) -> dict[str, str]:
-        best = float(np.asarray(trainer.best_loss).min())
-        over = int(np.asarray(trainer.stopped).sum())
+        best = float(self._on_host(trainer.best_loss).min())
+        over = int(self._on_host(trainer.stopped).sum())
         shown = {"trainers": str(self.size), "best": f"{best:.6g}"}
         return shown | ({"stopped": str(over)} if over else {})
 
@@ -414,13 +475,15 @@ class _Many(One):
         watched: MonitorState | None,
         reason: StopReason,
     ) -> ManyResult[Any]:
-        progress, watched = jax.device_get((trainer._progress, watched))
-        *_, lasts = np.moveaxis(progress.nan_counts, 1, 0)
-        is_bad = lasts.max(axis=1) == progress.step_count - 1
+        progress = trainer._progress
+        lasts = self._on_host(progress.nan_counts)[:, -1]
+        is_bad = lasts.max(axis=1) == self._on_host(progress.step_count) - 1
+        stopped = self._on_host(progress.stopped)
+        watched = jax.device_get(jax.tree.map(self._whole, watched))
         reasons = []
         for index in range(self.size):
             own = jax.tree.map(lambda x, i=index: x[i], watched)
-            if progress.stopped[index]:
+            if stopped[index]:
                 bad = is_bad[index]
                 reasons.append(StopReason.NON_FINITE if bad else StopReason.POLICY)
             else:
@@ -435,6 +498,7 @@ class _Many(One):
     def _result(
         self, trainer: Any, history: History, reasons: list[StopReason]
     ) -> ManyResult[Any]:
+        trainer = self.home(trainer)
         leaves, structure = jax.tree.flatten(trainer._at(None))
         rows = [
             _stack((leaf,) * self.size)
@@ -452,9 +516,8 @@ class _Many(One):
         encoded, rows = checked_solver(solver, steps, "steps")
         batch = self.prepare(data)
         flags = self.config, self._flags(batch)
-        trainers, history, reasons = solve_many(
-            trainer, flags, self.group, batch, encoded, steps, rows
-        )
+        there = Members(self.placed(trainer), flags, self.group, self.place)
+        trainers, history, reasons = solve_many(there, batch, encoded, steps, rows)
         result = self._result(trainers, history, reasons)
         self.raise_if_non_finite(result)
         return result
@@ -469,8 +532,3 @@ class _Many(One):
 
 def _flatten(tree: PyTree) -> Any:
     return jax.tree_util.tree_flatten_with_path(tree)
-
-
-def _over(trainer: Any, watched: MonitorState | None) -> np.ndarray:
-    stopped = np.asarray(trainer.stopped)
-    return stopped if watched is None else stopped | np.asarray(watched.is_over)

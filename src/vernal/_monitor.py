@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -65,6 +66,13 @@ class Monitor(eqx.Module):
                 "Pass `validation=(batch, every)`."
             )
         self.stop = stop
+
+    def on_batch(self, fn: Callable[[Any], Any]) -> "Monitor":
+        """The same with another batch to validate on, if there is one."""
+        if self.validation is None:
+            return self
+        scored = Validation(fn(self.validation.batch), self.validation.every)
+        return eqx.tree_at(lambda monitor: monitor.validation, self, scored)
 
     @property
     def fingerprint(self) -> str:

@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import jax
+import numpy as np
+from jaxtyping import Array
+
 from ._compiled import Chunk, run_chunk
 from ._data import Minibatches, Source, Whole, as_batch, as_source
 from ._history import History
 from ._monitor import Monitor, MonitorState
-from ._record import Record
+from ._placement import Placement
+from ._record import Record, Rows
 from ._result import FitResult
 from ._stop import StopReason
 
@@ -17,21 +22,51 @@ class One:
     shape: tuple[int, ...] = ()
     """What stands before the shape of everything that is recorded."""
 
+    def __init__(self, place: Placement | None = None):
+        """**Arguments:**
+
+        - `place`: where the arrays of the fit lie, `None` for wherever they do.
+        """
+        self.place = place
+
     def source(self, data: Any) -> Source:
         """Turns what a user gave into a source of batches."""
-        return as_source(data)
+        source = as_source(data)
+        return source if self.place is None else self.place.source(source)
 
     def prepare(self, batch: Any) -> Any:
         """Turns a batch of a stream into what a step takes."""
-        return as_batch(batch)
+        batch = as_batch(batch)
+        return batch if self.place is None else self.place.share(batch)
 
     def monitor(self, validation: Any, stop: Any) -> Monitor:
         """Makes the monitor of the fit."""
-        return Monitor(validation, stop)
+        return Monitor(validation, stop).on_batch(self._scored)
+
+    def _scored(self, batch: Any) -> Any:
+        """Turns the batch of a validation into what is scored."""
+        return batch if self.place is None else self.place.batch(batch, "validation")
 
     def watched(self, monitor: Monitor, trainer: Any) -> MonitorState | None:
         """Makes the first state of the monitor."""
-        return monitor.init(trainer._progress)
+        return self.placed_state(monitor.init(trainer._progress))
+
+    def placed(self, trainer: Any) -> Any:
+        """Puts a trainer to where the fit takes place."""
+        return trainer if self.place is None else self.place.put(trainer)
+
+    def placed_state(self, state: Any) -> Any:
+        """Puts what changes from step to step there."""
+        return state if self.place is None else self.place.put(state)
+
+    def number(self, value: int) -> Array:
+        """Puts a number there that programs do not depend on."""
+        number = jax.device_put(np.int32(value))
+        return number if self.place is None else self.place.put(number)
+
+    def home(self, trainer: Any) -> Any:
+        """Brings a trainer back from there."""
+        return trainer if self.place is None else self.place.home(trainer)
 
     def template(self, trainer: Any) -> Any:
         """Returns a trainer that has the names and the shapes of each."""
@@ -61,9 +96,23 @@ class One:
         most_rows: int,
     ) -> Chunk:
         """Takes the steps of one chunk."""
-        return run_chunk(
-            trainer, source, monitor, watched, goal, every, record, most_rows
-        )
+        options = every, record, most_rows, self.place
+        return run_chunk(trainer, source, monitor, watched, goal, *options)
+
+    def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
+        """Copies what a chunk recorded to the host.
+
+        **Arguments:**
+
+        - `step_count`: of the trainer after the chunk.
+        - `rows`, `scores`: the buffers on the device.
+        """
+        end = int(step_count)
+        steps, loss, records = rows.columns(end)
+        if scores is None:
+            return History(steps, loss, records)
+        scored, score, _ = scores.columns(end + 1)
+        return History(steps, loss, records, score, scored)
 
     def shown(self, trainer: Any, history: History) -> dict[str, str]:
         """What a progress bar shows."""
@@ -94,11 +143,11 @@ class One:
             reason = StopReason.NON_FINITE if is_bad else StopReason.POLICY
         elif (met := monitor.reason(watched)) is not None:
             reason = met
-        return FitResult(trainer, history, reason)
+        return self.cut_short(trainer, history, reason)
 
     def cut_short(self, trainer: Any, history: History, reason: StopReason) -> Any:
         """Makes the result of a fit that did not."""
-        return FitResult(trainer, history, reason)
+        return FitResult(self.home(trainer), history, reason)
 
     def raise_if_non_finite(self, result: Any) -> None:
         """Raises, under a policy that does."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ._alike import cast_like
@@ -16,6 +17,7 @@ from ._data import as_batch
 from ._history import History
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
+from ._placement import placement
 from ._projector import EigenProjector
 from ._ravel import as_parameters
 from ._result import FitResult
@@ -30,13 +32,19 @@ _LEAST_ROWS = 256
 _MOST_ROWS = 2**24
 
 
-def solve(trainer: Any, solver: Any, batch: Any, max_steps: int) -> FitResult[Any, Any]:
+def solve(
+    trainer: Any, solver: Any, batch: Any, max_steps: int, mesh: Mesh | None
+) -> FitResult[Any, Any]:
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
     encoded, rows = checked_solver(solver, max_steps, "max_steps")
-    batch, bare = as_batch(batch), trainer._bare()
+    batch, there, place = as_batch(batch), trainer, placement(trainer, mesh)
+    if place is not None:
+        batch, there = place.batch(batch, "batch"), place.put(trainer)
+    bare, start = there._bare(), Start.of(there)
     goal = jnp.asarray(np.int32(max_steps))
-    start = Start.of(trainer)
-    end = _run(bare, trainer.projector, start, batch, encoded, goal, rows)
+    end = _run(bare, there.projector, start, batch, encoded, goal, rows)
+    if place is not None:
+        end = place.home(end)
     return _result(trainer, bare, batch, end)
 
 

@@ -5,16 +5,16 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from ._closures import Closure
 from ._history import History
+from ._placement import Placement
 from ._setup import initial_opt_state
 from ._solve import REASONS, End, Start, find_bad, is_suspect, run_solver
-from ._spread import Flags, apart
+from ._spread import Flags, apart, in_groups
 from ._step import Progress, count_non_finite
 from ._stop import StopReason
 from ._typing import PyTree
@@ -33,16 +33,24 @@ class _Ends(NamedTuple):
     opt_state: PyTree
 
 
+class Members(NamedTuple):
+    """The trainers that are solved.
+
+    `flags` tells what of their configuration and of the batch has a row for each,
+    `group` how many to compute at a time.
+    """
+
+    trainers: Any
+    flags: tuple[Flags, Flags]
+    group: int
+    place: Placement | None
+
+
 @eqx.filter_jit
 def _run(
-    trainers: Any,
-    flags: tuple[Flags, Flags],
-    group: int,
-    batch: Any,
-    encoded: Closure,
-    goal: Int[Array, ""],
-    rows: int,
+    members: Members, batch: Any, encoded: Closure, goal: Int[Array, ""], rows: int
 ) -> _Ends:
+    trainers, flags, group, place = members
     config, progress = trainers._at(None), trainers._progress
     own_config, join_config = apart(config, flags[0])
     own_batch, join_batch = apart(batch, flags[1])
@@ -56,15 +64,15 @@ def _run(
         return _Ends(end, opt_state)
 
     own = (own_config, progress, own_batch)
-    if group == len(progress.step_count):
-        return jax.vmap(solve_one)(own)
-    return lax.map(solve_one, own, batch_size=group)
+    ends = in_groups(jax.vmap(solve_one), own, group, place)
+    return ends if place is None else place.pin_rows(ends)
 
 
 @eqx.filter_jit
 def _find_bad(
-    trainers: Any, flags: tuple[Flags, Flags], params: PyTree, batch: Any
+    members: Members, params: PyTree, batch: Any
 ) -> Bool[Array, "members columns"]:
+    trainers, flags, _, _ = members
     config, progress = trainers._at(None), trainers._progress
     own_config, join_config = apart(config, flags[0])
     own_batch, join_batch = apart(batch, flags[1])
@@ -79,29 +87,25 @@ def _find_bad(
 
 
 def solve_many(
-    trainers: Any,
-    flags: tuple[Flags, Flags],
-    group: int,
-    batch: Any,
-    encoded: Closure,
-    max_steps: int,
-    rows: int,
+    members: Members, batch: Any, encoded: Closure, max_steps: int, rows: int
 ) -> Solved:
     """Solves for the parameters of each.
 
     **Arguments:**
 
-    - `trainers`: stacked.
-    - `flags`: what of its configuration and of the batch has a row for each.
-    - `group`: how many to compute at a time.
+    - `members`: the trainers, stacked.
     - `batch`: what the methods are given.
     - `encoded`, `max_steps`, `rows`: the solver, its steps, the room for its losses.
     """
     goal = jnp.asarray(np.int32(max_steps))
-    end, opt_state = _run(trainers, flags, group, batch, encoded, goal, rows)
+    trainers, _, _, place = members
+    end, opt_state = _run(members, batch, encoded, goal, rows)
+    whole = (lambda tree: tree) if place is None else place.whole
     old: Progress = trainers._progress
     starts, losses, steps, numbers, in_vain = jax.device_get(
-        (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
+        jax.tree.map(
+            whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
+        )
     )
     reasons = [REASONS[number] for number in numbers]
     suspect = np.array(
@@ -109,7 +113,7 @@ def solve_many(
     )
     counts = old.nan_counts
     if suspect.any():
-        bad = np.asarray(_find_bad(trainers, flags, end.stumble, batch))
+        bad = np.asarray(whole(_find_bad(members, end.stumble, batch)))
         bad = bad & suspect[:, None]
         is_named = bad.any(axis=1)
         for index in np.flatnonzero(is_named):

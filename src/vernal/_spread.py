@@ -1,7 +1,7 @@
 """Many fits in one program: a row for each of them, and one loop around all."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,11 +12,15 @@ from jaxtyping import Array, Int
 from ._compiled import Chunk, Taken, is_over, run_loop, take_one
 from ._data import Minibatches, Whole
 from ._monitor import Monitor, MonitorState
+from ._placement import Placement
 from ._record import Record, Rows
 from ._step import Progress, scored_anew
 from ._typing import PyTree
 
 Flags = tuple[bool, ...]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Spread(eqx.Module):
@@ -30,6 +34,7 @@ class Spread(eqx.Module):
     config: Flags = eqx.field(static=True)
     monitor: Flags = eqx.field(static=True)
     source: Flags = eqx.field(static=True)
+    place: Placement | None = None
 
 
 def apart(
@@ -57,6 +62,39 @@ def member(tree: PyTree, flags: Sequence[bool], index: int) -> Any:
     return join([leaf[index] for leaf in own])
 
 
+def in_groups(fn: Callable[[T], R], rows: T, group: int, place: Placement | None) -> R:
+    """Calls a function with some members at a time, and joins what it returns.
+
+    Each device has its share in every group.
+
+    **Arguments:**
+
+    - `fn`: a function of a tree with a row for each member, which returns one.
+    - `rows`: that of all members.
+    - `group`: how many members to give it at a time.
+    - `place`: where the members are.
+    """
+    size = len(jax.tree.leaves(rows)[0])
+    if group == size:
+        return fn(rows)
+    parts = 1 if place is None else place.size
+
+    def split(x: Array) -> Array:
+        rest = x.shape[1:]
+        groups = x.reshape(parts, -1, group // parts, *rest).swapaxes(0, 1)
+        return groups.reshape(-1, group, *rest)
+
+    def merge(x: Array) -> Array:
+        rest = x.shape[2:]
+        whole = x.reshape(-1, parts, group // parts, *rest).swapaxes(0, 1)
+        return whole.reshape(size, *rest)
+
+    groups = jax.tree.map(split, rows)
+    if place is not None:
+        groups = place.pin_rows(groups, axis=1)
+    return jax.tree.map(merge, lax.map(fn, groups))
+
+
 @eqx.filter_jit
 def run_chunk_of_many(
     trainers: Any,
@@ -75,49 +113,63 @@ def run_chunk_of_many(
     mapped itself would copy all of its buffers in each step.
     """
     fixed = (trainers._at(None), monitor, source)
-    flags = (*spread.config, *spread.monitor, *spread.source)
-    step = jnp.max(trainers.step_count)
+    counts = (goal, jnp.max(trainers.step_count), every)
+    own, join = apart(fixed, (*spread.config, *spread.monitor, *spread.source))
 
-    def run(fixed: Any, progress: Progress, watched: MonitorState | None) -> Chunk:
-        return _run_group(
-            fixed, spread, progress, watched, goal, step, every, record, most_rows
+    def run(members: tuple[list[Array], Progress, MonitorState | None]) -> Chunk:
+        own, progress, watched = members
+        fixed = join(own)
+        return _by_member(
+            _run_group(fixed, spread, progress, watched, counts, record, most_rows)
         )
 
-    progress = trainers._progress
-    if spread.group == spread.size:
-        return run(fixed, progress, watched)
-    own, join = apart(fixed, flags)
-    split = lambda x: x.reshape(-1, spread.group, *x.shape[1:])
-    one_group = lambda xs: run(join(xs[0]), *xs[1:])
-    chunk = lax.map(one_group, jax.tree.map(split, (own, progress, watched)))
-    merge = lambda x: x.reshape(-1, *x.shape[2:])
-    return Chunk(
-        progress=jax.tree.map(merge, chunk.progress),
-        watched=jax.tree.map(merge, chunk.watched),
-        rows=_merged(chunk.rows),
-        scores=None if chunk.scores is None else _merged(chunk.scores),
+    members = (own, trainers._progress, watched)
+    chunk = _by_step(in_groups(run, members, spread.group, spread.place))
+    if spread.place is None:
+        return chunk
+    progress, watched = spread.place.pin_rows((chunk.progress, chunk.watched))
+    # What goes to the host goes from one device.
+    return Chunk(progress, watched, *spread.place.pin((chunk.rows, chunk.scores)))
+
+
+def _by_member(chunk: Chunk) -> Chunk:
+    """Gives all of a chunk a row for each member: what is recorded has one by step."""
+    turn = lambda rows: Rows(
+        jnp.moveaxis(rows.loss, 1, 0),
+        {name: jnp.moveaxis(value, 1, 0) for name, value in rows.values.items()},
+        jnp.broadcast_to(rows.first, rows.loss.shape[1:]),
+        jnp.broadcast_to(rows.every, rows.loss.shape[1:]),
     )
+    scores = None if chunk.scores is None else turn(chunk.scores)
+    return chunk._replace(rows=turn(chunk.rows), scores=scores)
 
 
-def _merged(rows: Rows) -> Rows:
-    """Joins the rows of all groups: a row has a column for each member."""
-    merge = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
-    values = {name: merge(value) for name, value in rows.values.items()}
-    return Rows(merge(rows.loss), values, rows.first[0], rows.every[0])
+def _by_step(chunk: Chunk) -> Chunk:
+    """The other way round."""
+    turn = lambda rows: Rows(
+        jnp.moveaxis(rows.loss, 0, 1),
+        {name: jnp.moveaxis(value, 0, 1) for name, value in rows.values.items()},
+        rows.first[0],
+        rows.every[0],
+    )
+    scores = None if chunk.scores is None else turn(chunk.scores)
+    return chunk._replace(rows=turn(chunk.rows), scores=scores)
+
+
+Fixed = tuple[Any, Monitor, Whole[Any] | Minibatches]
+Counts = tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]
 
 
 def _run_group(
-    fixed: tuple[Any, Monitor, Whole[Any] | Minibatches],
+    fixed: Fixed,
     spread: Spread,
     progress: Progress,
     watched: MonitorState | None,
-    goal: Int[Array, ""],
-    step: Int[Array, ""],
-    every: Int[Array, ""],
+    counts: Counts,
     record: Record,
     most_rows: int,
 ) -> Chunk:
-    config, monitor, source = fixed
+    (config, monitor, source), (goal, step, every) = fixed, counts
     own_config, join_config = apart(config, spread.config)
     own_monitor, join_monitor = apart(monitor, spread.monitor)
     start = jax.vmap(lambda p: scored_anew(p, monitor.validates))(progress)
@@ -142,7 +194,8 @@ def _run_group(
         taken = jax.vmap(take_member)(
             own_config, own_monitor, own_batch, progress, watched
         )
-        return _held(taken, progress, watched)
+        taken = _held(taken, progress, watched)
+        return taken if spread.place is None else spread.place.pin_rows(taken)
 
     like = start.best_loss
     shapes = _shapes(spread, config, source, start, step, record)

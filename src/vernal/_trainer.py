@@ -1,12 +1,13 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, overload
 
 import equinox as eqx
 import jax
 import jax.core
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._change import replace, reproject
@@ -17,8 +18,10 @@ from ._history import History
 from ._loop import fit
 from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
+from ._one import One
 from ._parts import Parts, parameters, strong
 from ._paths import paths
+from ._placement import placement
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
@@ -255,12 +258,16 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     # What a trainer does.
 
-    def step(self: SelfT, batch: Batch) -> tuple[SelfT, StepInfo]:
+    def step(
+        self: SelfT, batch: Batch, *, mesh: Mesh | None = None, sharding: Any = None
+    ) -> tuple[SelfT, StepInfo]:
         """Takes one compiled step.
 
         **Arguments:**
 
         - `batch`: what the loss is given, any pytree.
+        - `mesh`, `sharding`: as for [`vernal.Trainer.fit`][]. The trainer that is
+            returned lies on the mesh.
 
         **Returns:**
 
@@ -273,8 +280,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         if self.optimiser is None:
             raise no_optimiser(self)
-        progress, info = run_step(self, as_batch(batch))
-        trainer = self._at(progress)
+        batch, trainer, place = as_batch(batch), self, placement(self, mesh, sharding)
+        if place is not None:
+            batch, trainer = place.batch(batch, "batch"), place.put(self)
+        progress, info = run_step(trainer, batch, place)
+        trainer = trainer._at(progress)
         if not self.nan_policy.raises:
             return trainer, info
         if isinstance(info.stopped, jax.core.Tracer):
@@ -301,6 +311,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         callback: Callable[[Any, History], Any] | None = None,
         chunk: int | None = None,
         checkpoint: Checkpoints | None = None,
+        mesh: Mesh | None = None,
+        sharding: Mapping[Any, PartitionSpec] | None = None,
     ) -> FitResult[SelfT, Model]:
         """Takes many steps, in one compiled program.
 
@@ -334,6 +346,16 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `checkpoint`: a [`vernal.Checkpoints`][], where the fit writes its state, and
             from where it goes on if it was killed: it then does what is left of its
             `steps`.
+        - `mesh`: devices that share the work, such as
+            `jax.make_mesh((8,), ("data",))`. Each batch is split along the first axis
+            of the mesh, of all else each device has a copy; the result is that of one
+            device, to rounding. An array of the batch whose first axis is not one of
+            examples stays as it is where it lies on the mesh already. In several
+            processes each gives all of the data, or of a [`vernal.Stream`][] its share
+            of each batch.
+        - `sharding`: with a mesh, a dictionary from selectors to the
+            `jax.sharding.PartitionSpec` by which arrays of the model too large for one
+            device are split, with their moments. The trainer then stays on the mesh.
 
         **Returns:**
 
@@ -360,10 +382,16 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             callback=callback,
             chunk=chunk,
             checkpoint=checkpoint,
+            kind=One(placement(self, mesh, sharding)),
         )
 
     def solve(
-        self: SelfT, solver: Any, batch: Batch, *, max_steps: int = 256
+        self: SelfT,
+        solver: Any,
+        batch: Batch,
+        *,
+        max_steps: int = 256,
+        mesh: Mesh | None = None,
     ) -> FitResult[SelfT, Model]:
         """Solves for the parameters with a solver of Optimistix.
 
@@ -386,6 +414,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             least-squares solver.
         - `batch`: what the loss is given, any pytree.
         - `max_steps`: the number of steps after which to give up.
+        - `mesh`: devices that share the work, as for [`vernal.Trainer.fit`][].
 
         **Returns:**
 
@@ -400,7 +429,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `ValueError`: if the class defines `transform_grads` or `constrain`.
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
-        return solve(self, solver, batch, max_steps)
+        return solve(self, solver, batch, max_steps, mesh)
 
     # The space of the parameters.
 
