@@ -41,6 +41,7 @@ from ._nonfinite import (
 from ._optimiser import ParamOptimiser as ParamOptimiser
 from ._partition import partition as partition
 from ._paths import UnknownPathError as UnknownPathError, paths as paths
+from ._peers import PeerError as PeerError
 from ._precondition import precondition as precondition
 from ._projector import EigenProjector as EigenProjector
 from ._result import FitResult as FitResult

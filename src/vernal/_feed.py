@@ -8,11 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._data import Minibatches, Source, Stream, Whole
+from ._leaves import to_arrays
+from ._peers import Peers
 
 # How long a chunk should take: short enough for a progress bar and for Ctrl-C, long
 # enough that what happens between two of them costs nothing.
 _CHUNK_SECONDS = 0.5
 _FASTEST_GROWTH = 100
+
+
+# What there is after the last batch.
+_DRY = "the stream ran dry"
 
 
 class Dry(Exception):
@@ -22,14 +28,21 @@ class Dry(Exception):
 class Feed:
     """What a fit is fed with: one source for a whole chunk, or one for each step."""
 
-    def __init__(self, source: Source, step: int, prepare: Callable[[Any], Any]):
+    def __init__(
+        self,
+        source: Source,
+        step: int,
+        prepare: Callable[[Any], Any],
+        peers: Peers,
+    ):
         """**Arguments:**
 
         - `source`: where batches come from.
         - `step`: the step to begin with.
         - `prepare`: what is done to a batch of a stream before it is used.
+        - `peers`: who reads from a stream each time that this process does.
         """
-        self.source = source
+        self.source, self._peers = source, peers
         self._prepare = prepare
         self._ahead: list[Any] = []
         if isinstance(source, Stream):
@@ -42,10 +55,24 @@ class Feed:
     def _read(self) -> Any:
         if self._ahead:
             return self._ahead.pop()
-        try:
-            return self._prepare(next(self._iterator))
-        except StopIteration:
-            raise Dry from None
+        batch, told = self._peers.together(self._next, self._told)
+        if _DRY in told:
+            raise Dry
+        if odd := [shapes for shapes in told if shapes != told[0]]:
+            raise ValueError(
+                "`data`: all processes must give equally large shares of a batch, but "
+                f"one gives {told[0]} and another {odd[0]}."
+            )
+        return batch
+
+    def _next(self) -> Any:
+        batch = next(self._iterator, _DRY)
+        return _DRY if batch is _DRY else self._prepare(batch)
+
+    def _told(self, batch: Any) -> str:
+        if batch is _DRY or not self._peers.are_many:
+            return _DRY if batch is _DRY else ""
+        return ", ".join(str(leaf.kind) for leaf in to_arrays(batch).values())
 
     def peek(self) -> Any:
         """Returns a batch, or its shapes, without using it up."""

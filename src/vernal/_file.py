@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from ._leaves import Kind, LoadError, NamedArray
 
@@ -36,7 +37,15 @@ class NewerFormatError(LoadError):
 
 
 def write_file(path: str | os.PathLike[str], arrays: Mapping[str, NamedArray]) -> None:
-    """Writes a file, or leaves the one that was there as it was."""
+    """Writes a file, or leaves the one that was there as it was.
+
+    Of several processes all must call it, and the first one writes.
+    """
+    arrays = {
+        path: leaf._replace(array=_whole(leaf.array)) for path, leaf in arrays.items()
+    }
+    if jax.process_index() > 0:
+        return
     target = Path(path).resolve()
     if target.is_dir():
         raise IsADirectoryError(f"`path`: {target} is a folder. Name a file in it.")
@@ -74,6 +83,13 @@ def _write(file: Any, arrays: Mapping[str, NamedArray]) -> None:
             with archive.open(_member(path), "w", force_zip64=True) as member:
                 array = plain(np.asarray(jax.device_get(leaf.array)))
                 np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _whole(array: Any) -> Any:
+    is_part = isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    )
+    return process_allgather(array, tiled=True) if is_part else array
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, NamedArray]:

@@ -26,6 +26,7 @@ from ._file import DamagedFileError, NewerFormatError
 from ._history import History
 from ._leaves import Kind, MismatchError, NamedArray, from_arrays, to_arrays
 from ._log import HistoryLog
+from ._peers import Peers
 from ._snapshot import kinds, require_restorable, restore, snapshot
 from ._typing import PyTree
 
@@ -60,7 +61,7 @@ class Kept(NamedTuple):
 class Keeper:
     """Writes a fit's state to a directory that no other fit writes to."""
 
-    def __init__(self, checkpoints: Checkpoints, stop: str):
+    def __init__(self, checkpoints: Checkpoints, stop: str, peers: Peers):
         """Claims the directory.
 
         **Arguments:**
@@ -68,13 +69,16 @@ class Keeper:
         - `checkpoints`: what the user wants.
         - `stop`: what tells the criterion of the fit from another one, with which
             nothing of what it remembers is restored.
+        - `peers`: the processes of the fit. All write their part of a checkpoint; what
+            is one file is written by the first alone.
         """
         import orbax.checkpoint as ocp
 
         self._ocp: Any = ocp
         self.folder, self._every = checkpoints.directory, checkpoints.every
-        self._stop = stop
-        self._lock = _claim(self.folder)
+        self._stop, self._peers = stop, peers
+        claim = lambda: _claim(self.folder) if peers.is_first else None
+        self._lock, _ = peers.together(claim, lambda lock: None)
         self._levels = {name: logging.getLogger(name).level for name in _TALKERS}
         for name in _TALKERS:
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -87,7 +91,7 @@ class Keeper:
                 enable_async_checkpointing=True,
             ),
         )
-        self._log = HistoryLog(self.folder)
+        self._log = HistoryLog(self.folder, writes=peers.is_first)
         self._last_step, self._last = -1, None
         self._last_time = time.monotonic()
         self.asked_to_end = False
@@ -110,7 +114,8 @@ class Keeper:
             # What is wrong with it was said by then.
             with contextlib.suppress(Exception):
                 self._manager.close()
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
             for name, level in self._levels.items():
                 logging.getLogger(name).setLevel(level)
             if self._handler is not None:
@@ -196,8 +201,13 @@ class Keeper:
     def _put_aside(self, step: int) -> Path:
         """Moves a checkpoint out of the way, rather than to throw it away."""
         place = self.folder / "torn" / f"{step}-{time.time_ns()}"
-        place.parent.mkdir(exist_ok=True)
-        (self.folder / "steps" / str(step)).rename(place)
+
+        def move() -> None:
+            if self._peers.is_first:
+                place.parent.mkdir(exist_ok=True)
+                (self.folder / "steps" / str(step)).rename(place)
+
+        self._peers.together(move, lambda _: None)
         self._manager.reload()
         return place
 
@@ -283,8 +293,10 @@ class Keeper:
         fits = {f"{_FITS}{p}": leaf for p, leaf in to_arrays(watched).items()}
         arrays = snapshot(trainer) | fits
         small, large = _apart(arrays)
+        add = lambda: self._log.append(history)
+        extents, _ = self._peers.together(add, lambda _: None)
         meta = {
-            "rows": self._log.append(history),
+            "rows": extents,
             "stop": self._stop,
             "leaves": [
                 [path, *leaf.kind, leaf.array.shape, str(leaf.array.dtype)]
@@ -315,9 +327,16 @@ def _split(paths: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
 
 def _apart(arrays: Mapping[str, NamedArray]) -> tuple[bytes, dict[str, Any]]:
     """Returns the bytes of all small arrays, and the large ones as they are."""
-    large = {p: leaf.array for p, leaf in arrays.items() if leaf.array.nbytes >= _LARGE}
+    large = {p: leaf.array for p, leaf in arrays.items() if _is_large(leaf.array)}
     small = [leaf.array for p, leaf in arrays.items() if p not in large]
     return b"".join(np.asarray(x).tobytes() for x in jax.device_get(small)), large
+
+
+def _is_large(array: Any) -> bool:
+    is_whole = not isinstance(array, jax.Array) or (
+        array.is_fully_addressable or array.is_fully_replicated
+    )
+    return array.nbytes >= _LARGE or not is_whole
 
 
 @jax.jit

@@ -31,12 +31,14 @@ class HistoryLog:
     when a fit goes on from there.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, writes: bool):
         """**Arguments:**
 
         - `folder`: where the files are, or will be.
+        - `writes`: whether to write to them. Of several processes one does.
         """
-        self._tables = _Table(folder, "history"), _Table(folder, "validation")
+        names = "history", "validation"
+        self._tables = tuple(_Table(folder, name, writes) for name in names)
 
     def read(self, extents: list[Any]) -> History | None:
         """Reads the first rows, and forgets the others; `None` if they are not whole.
@@ -59,7 +61,7 @@ class HistoryLog:
     def forget(self) -> None:
         """Begins with nothing."""
         for table in self._tables:
-            table.read(Extent(0, 0))
+            table.forget()
 
     def begin(self, like: History) -> None:
         """Checks that what is recorded is what there is already, if there is any."""
@@ -84,10 +86,11 @@ def _columns(history: History) -> tuple[Columns, Columns]:
 class _Table:
     """Columns of equal length in one file, as records of fixed size."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, writes: bool):
         self._path, self._header = folder / f"{name}.bin", folder / f"{name}.json"
-        self._path.touch()
-        self._extent = Extent(0, 0)
+        self._writes, self._extent = writes, Extent(0, 0)
+        if writes:
+            self._path.touch()
 
     def _described(self) -> list[Any]:
         """The name, dtype and shape of each column, of which there may be none yet."""
@@ -101,17 +104,22 @@ class _Table:
         described = self._described()
         row = _row(described)
         length = extent.rows * row.itemsize
-        with self._path.open("r+b") as file:
+        with self._path.open("r+b" if self._writes else "rb") as file:
             data = file.read(length)
             if len(data) < length or zlib.crc32(data) != extent.crc:
                 return None
-            file.truncate(length)
+            if self._writes:
+                file.truncate(length)
         self._extent = extent
         table = np.frombuffer(data, row) if described else {}
         return {
             name: table[name].copy().view(jnp.dtype(dtype))
             for name, dtype, _ in described
         }
+
+    def forget(self) -> None:
+        if self._writes:
+            self.read(Extent(0, 0))
 
     def begin(self, columns: Columns) -> None:
         described = [(n, str(c.dtype), c.shape[1:]) for n, c in columns.items()]
@@ -125,13 +133,14 @@ class _Table:
                 f"{told(name for name, *_ in there)}, and this fit records "
                 f"{told(columns)}. Give the same `record`, or another directory."
             )
-        new = self._header.with_suffix(".new")
-        new.write_text(json.dumps(described))
-        new.replace(self._header)
+        if self._writes:
+            new = self._header.with_suffix(".new")
+            new.write_text(json.dumps(described))
+            new.replace(self._header)
 
     def append(self, columns: Columns) -> Extent:
         done, length = self._extent.rows, len(next(iter(columns.values())))
-        if length > done:
+        if length > done and self._writes:
             row = _row(self._described())
             table = np.empty(length - done, row)
             for name, column in columns.items():

@@ -1,10 +1,13 @@
 """`fit`: what happens between the compiled chunks of steps."""
 
 import contextlib
+import hashlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import numpy as np
 from jax.core import Tracer
@@ -18,10 +21,11 @@ from ._history import History, concatenate
 from ._keeper import Keeper
 from ._monitor import Monitor, MonitorState
 from ._one import One
+from ._peers import Peers, Wish, described
 from ._record import MOST_ROWS, Record
 from ._recorder import Recorder
 from ._setup import no_optimiser
-from ._step import MOST_STEPS
+from ._step import MOST_STEPS, advance
 from ._stop import StopReason
 from ._typing import whole_number
 
@@ -73,13 +77,21 @@ def fit(
     run = None
     try:
         with contextlib.ExitStack() as stack:
+            peers = stack.enter_context(Peers(kind.place and kind.place.mesh))
             keeper = None
             if checkpoint is not None:
-                keeper = Keeper(_checked(checkpoint, source), monitor.fingerprint)
+                checkpoint = _checked(checkpoint, source)
+                keeper = Keeper(checkpoint, monitor.fingerprint, peers)
                 stack.enter_context(keeper)
-            run = _Fit(kind, trainer, source, monitor, record, every, keeper)
+            run = _Fit(kind, peers, trainer, source, monitor, record, every, keeper)
+            if peers.are_many:
+                given = {"steps": steps, "every": every, "chunk": chunk}
+                trees = {"trainer": trainer, "data": data, "validation": validation}
+                told = {name: described(tree) for name, tree in trees.items()}
+                peers.require_same(given | told | run.described())
             try:
-                with Bar(steps, run.taken, shown=progress) as bar:
+                shown = progress and peers.is_first
+                with Bar(steps, run.taken, shown=shown) as bar:
                     reason = _go_on(run, steps, bar, callback, chunk)
             finally:
                 run.keep()
@@ -114,21 +126,21 @@ def _go_on(
     """Takes the steps that are left, and tells why it ended."""
     if run.is_resumed and run.taken >= steps:
         return StopReason.TAKEN_BEFORE
-    pace = Pace(chunk)
+    pace, peers = Pace(chunk), run.peers
     try:
         while run.taken < steps and not run.stopped:
             before, started = run.taken, time.perf_counter()
             run.take(min(pace.count, steps - run.taken))
             pace.measured(run.taken - before, time.perf_counter() - started)
             bar.update(run.taken - before, run.shown)
-            if callback is not None:
-                answer = callback(run.trainer, run.history())
-                if _is_boolean(answer) and answer:
-                    return StopReason.CALLBACK
-                run.go_on_with(answer)
-            if run.is_asked_to_end:
-                return StopReason.TERMINATED
-            run.keep_if_due()
+            end, _ = peers.together(lambda: run.call(callback), lambda end: None)
+            own = Wish(pace.count, end and end.name, run.is_to_be_kept)
+            wish = peers.agree(own)
+            pace.count = wish.steps
+            if wish.end is not None:
+                return StopReason[wish.end]
+            if wish.keeps:
+                run.keep()
     except KeyboardInterrupt:
         return StopReason.INTERRUPTED
     return StopReason.STEPS_TAKEN
@@ -168,6 +180,7 @@ class _Fit:
     def __init__(
         self,
         kind: One,
+        peers: Peers,
         trainer: Any,
         source: Source,
         monitor: Monitor,
@@ -175,7 +188,7 @@ class _Fit:
         every: int,
         keeper: Keeper | None,
     ):
-        self._kind, self._keeper = kind, keeper
+        self._kind, self._keeper, self.peers = kind, keeper, peers
         self._recorder = Recorder(self._no_history)
         self.monitor, self.watched = monitor, kind.watched(monitor, trainer)
         trainer = kind.placed(trainer)
@@ -190,7 +203,7 @@ class _Fit:
                 trainer = kind.placed(trainer)
                 self.watched = kind.placed_state(self.watched)
         self.trainer: Any = trainer
-        self.feed = Feed(source, kind.count(trainer), kind.prepare)
+        self.feed = Feed(source, kind.count(trainer), kind.prepare, peers)
         self.record = Record(kind.template(trainer), record, self._peek)
         self.every = every
         self.taken = kind.count(trainer) - first
@@ -208,8 +221,13 @@ class _Fit:
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
         goal = self.taken + count
-        while self.taken < goal and not self.stopped:
-            self._take(goal - self.taken)
+        try:
+            while self.taken < goal and not self.stopped:
+                self._take(goal - self.taken)
+        except jax.errors.JaxRuntimeError:
+            # Devices of another process no longer answer, as likely as not.
+            self.peers.are_lost = self.peers.are_many
+            raise
 
     def _take(self, count: int) -> None:
         reached, pending = _Reached(self.trainer, self.watched, 0), []
@@ -254,8 +272,18 @@ class _Fit:
             if kept:
                 self._recorder.extend(concatenate(kept))
 
-    def go_on_with(self, answer: Any) -> None:
-        """Takes what a callback returned."""
+    def call(self, callback: Callback | None) -> StopReason | None:
+        """Calls the callback, if there is one, and tells why to end, if at all."""
+        if callback is not None:
+            answer = callback(self.trainer, self.history())
+            if _is_boolean(answer) and answer:
+                return StopReason.CALLBACK
+            self._go_on_with(answer)
+        if self._keeper is not None and self._keeper.asked_to_end:
+            return StopReason.TERMINATED
+        return StopReason.INTERRUPTED if self.peers.is_interrupted else None
+
+    def _go_on_with(self, answer: Any) -> None:
         if answer is None or _is_boolean(answer):
             return
         if type(answer) is not type(self.trainer):
@@ -272,19 +300,30 @@ class _Fit:
         self.stopped = self._kind.is_over(answer, self.watched)
 
     @property
-    def is_asked_to_end(self) -> bool:
-        return self._keeper is not None and self._keeper.asked_to_end
+    def is_to_be_kept(self) -> bool:
+        """Whether a checkpoint is due."""
+        step = self._kind.count(self.trainer)
+        return self._keeper is not None and self._keeper.is_due(step)
 
     def keep(self) -> None:
-        """Writes a checkpoint, if any are wanted."""
-        if self._keeper is not None:
+        """Writes a checkpoint, if any are wanted, and all can do so."""
+        if self._keeper is not None and not self.peers.are_lost:
             step = self._kind.count(self.trainer)
             self._keeper.write(step, self.trainer, self.watched, self.history())
 
-    def keep_if_due(self) -> None:
-        step = self._kind.count(self.trainer)
-        if self._keeper is not None and self._keeper.is_due(step):
-            self.keep()
+    def described(self) -> dict[str, str]:
+        """Describes what is fitted, as to find out whether another process does so."""
+        template, kind = self._kind.template(self.trainer), type(self.trainer)
+        batch = self._peek()
+        program = eqx.filter_make_jaxpr(lambda t, b: advance(t, b)[0])(template, batch)
+        # Where an object lies says nothing of what it is.
+        text = re.sub(r" at 0x[0-9a-f]+", "", f"{program[0]} {self.record}")
+        return {
+            "class": kind.__qualname__,
+            "stop": self.monitor.fingerprint,
+            "record": self.record.names,
+            "program": hashlib.sha256(text.encode()).hexdigest(),
+        }
 
     def _no_history(self) -> History:
         template, shape = self._kind.template(self.trainer), (0, *self._kind.shape)

@@ -97,6 +97,11 @@ class Record(eqx.Module):
         metrics = {name: known[name] for name in self.metrics}
         return norms | self._parameters(trainer.params) | metrics
 
+    @property
+    def names(self) -> str:
+        """All that is recorded, in one text."""
+        return ", ".join((*self.norms, *self.paths, *self.metrics))
+
     def _norm_names(self) -> Iterator[str]:
         for norm in self.norms:
             if norm == GRAD_NORM:

@@ -32,7 +32,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     **Arguments:**
 
-    - `path`: the file. One that is there is replaced.
+    - `path`: the file. One that is there is replaced. In a program of several processes
+        all of them call this, and the first one writes.
     - `tree`: a [`vernal.Trainer`][] or any pytree.
 
     **Raises:**

@@ -1,0 +1,211 @@
+"""The processes of a fit: what one of them decides, all of them do."""
+
+import itertools
+import json
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ._leaves import to_arrays
+from ._typing import PyTree
+
+T = TypeVar("T")
+
+# How long one process waits for another: longer than any compilation should take.
+_SECONDS = 600
+
+# Fits are numbered, as what two processes say must be of the same one.
+_FITS = itertools.count()
+
+
+class PeerError(RuntimeError):
+    """Another process of the fit met an error, or does not answer."""
+
+
+class Wish(NamedTuple):
+    """What a process wants after a chunk of steps."""
+
+    steps: int
+    """How many steps to take next."""
+    end: str | None = None
+    """Which reason it has to end the fit, by name."""
+    keeps: bool = False
+    """Whether a checkpoint is due."""
+
+
+class Peers:
+    """The processes that share the devices of a mesh; without a mesh, this one alone.
+
+    They run the same program, and their devices wait for each other in each step. So
+    whatever is decided on the host, where clocks and signals differ, they must decide
+    together: they say what they have to say through the service by which JAX brought
+    them together, which has a time limit.
+    """
+
+    def __init__(self, mesh: Mesh | None):
+        """**Arguments:**
+
+        - `mesh`: the devices of the fit.
+        """
+        devices = () if mesh is None else mesh.devices.flat
+        self.numbers = sorted({device.process_index for device in devices})
+        self._own = jax.process_index() if len(self.numbers) > 1 else 0
+        self._fit = next(_FITS) if len(self.numbers) > 1 else None
+        self._rounds = itertools.count()
+        self._handler: Any = None
+        self.is_interrupted, self.are_lost = False, False
+
+    @property
+    def are_many(self) -> bool:
+        """Whether there is more than one process."""
+        return self._fit is not None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and shows what one alone should."""
+        return not self.are_many or self._own == self.numbers[0]
+
+    def __enter__(self) -> "Peers":
+        # An exception in the middle of a step would leave the others waiting.
+        is_main = threading.current_thread() is threading.main_thread()
+        if self.are_many and is_main:
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _interrupt(self, *_: Any) -> None:
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+        self.is_interrupted = True
+
+    def exchange(self, own: Any) -> list[Any]:
+        """Tells all processes something, and hears what each of them tells.
+
+        **Arguments:**
+
+        - `own`: anything that JSON can express.
+
+        **Returns:**
+
+        What each of them told, in the order of their numbers.
+        """
+        if not self.are_many:
+            return [own]
+        # JAX has no public name for it; what it has cannot stop waiting.
+        from jax._src.distributed import global_state
+
+        client: Any = global_state.client
+        turn = next(self._rounds)
+        name = lambda turn, number: f"vernal/{self._fit}/{turn}/{number}"
+        client.key_value_set(name(turn, self._own), json.dumps(own))
+        heard = []
+        for number in self.numbers:
+            try:
+                told = client.blocking_key_value_get(
+                    name(turn, number), 1_000 * _SECONDS
+                )
+            except Exception as error:
+                self.are_lost = True
+                raise PeerError(
+                    f"Process {number} of this fit has not answered within {_SECONDS} "
+                    "seconds. It has ended, or runs another program: see what it "
+                    "printed. All processes must call `fit` alike."
+                ) from error
+            heard.append(json.loads(told))
+        if turn:
+            # All have heard the last round, or they would not have told in this one.
+            client.key_value_delete(name(turn - 1, self._own))
+        return heard
+
+    def together(self, fn: Callable[[], T], say: Callable[[T], Any]) -> tuple[T, Any]:
+        """Calls what may fail in one process and not in another: then all raise.
+
+        **Arguments:**
+
+        - `fn`: the function.
+        - `say`: what to tell the others of its value.
+
+        **Returns:**
+
+        The value, and what each process told.
+        """
+        if not self.are_many:
+            value = fn()
+            return value, [say(value)]
+        try:
+            value = fn()
+        except Exception as error:
+            self.exchange({"error": f"{type(error).__name__}: {error}"})
+            raise
+        heard = self.exchange({"said": say(value)})
+        for number, told in zip(self.numbers, heard, strict=True):
+            if "error" in told:
+                raise PeerError(f"Process {number} met an error: {told['error']}")
+        return value, [told["said"] for told in heard]
+
+    def agree(self, wish: Wish) -> Wish:
+        """Makes one wish of what all processes want.
+
+        The first that wants to end has its way; else the first process of all has.
+        """
+        wishes = [Wish(*told) for told in self.exchange(wish)]
+        ends = [wish.end for wish in wishes if wish.end is not None]
+        return wishes[0]._replace(end=ends[0] if ends else None)
+
+    def require_same(self, described: Mapping[str, Any]) -> None:
+        """Checks that all processes were given the same.
+
+        **Arguments:**
+
+        - `described`: by the name of each argument a number or a text; or, of a tree,
+            a dictionary with one for each leaf.
+        """
+        if not self.are_many:
+            return
+        first, *others = self.exchange(described)
+        for number, other in zip(self.numbers[1:], others, strict=True):
+            odd = [name for name in first if first[name] != other.get(name)]
+            if odd:
+                raise ValueError(
+                    f"The processes of this fit disagree: {_told(odd[0], first, other)}"
+                    f" on processes {self.numbers[0]} and {number}. All must be given "
+                    "the same, from the same program; of a `vn.Stream` alone each has "
+                    "its own share."
+                )
+
+
+def _told(name: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    mine, theirs = first[name], other.get(name)
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        odd = next(p for p in (*mine, *theirs) if mine.get(p) != theirs.get(p))
+        return f"`{name}` differs at {odd!r}"
+    short = all(len(str(value)) < 40 for value in (mine, theirs))
+    return f"`{name}` is {mine} and {theirs}" if short else f"`{name}` differs"
+
+
+def described(tree: PyTree) -> dict[str, str]:
+    """Describes each array of a tree, for `Peers.require_same`.
+
+    Of what a process has a part only, that is the shape alone.
+    """
+    return {
+        path: f"{leaf.kind} {_checksum(leaf.array)}"
+        for path, leaf in to_arrays(tree).items()
+    }
+
+
+def _checksum(array: Any) -> int:
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        return 0
+    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
