@@ -25,25 +25,53 @@ class Chunk(NamedTuple):
     rows: Rows
     scores: Rows | None
 
+    @property
+    def moving(self) -> "Moving":
+        """What the next chunk goes on from."""
+        return Moving(self.progress, self.watched)
 
-@eqx.filter_jit
-def run_chunk(
-    trainer: Any,
-    source: Whole[Any] | Minibatches,
-    monitor: Monitor,
-    watched: MonitorState | None,
-    goal: Int[Array, ""],
-    every: Int[Array, ""],
-    record: Record,
-    most_rows: int,
-    place: Placement | None = None,
-) -> Chunk:
-    """Takes steps up to the count `goal`, or until the fit stops or the rows are full.
+
+class Moving(NamedTuple):
+    """What a chunk changes."""
+
+    progress: Progress
+    watched: MonitorState | None
+
+
+class Task(NamedTuple):
+    """What a chunk is given beside that: it stays as it is.
 
     The goal is an array, and the rows are as many as there is room for, so that one
     program serves whatever the number of steps.
     """
-    start = scored_anew(trainer._progress, monitor.validates)
+
+    trainer: Any
+    """Without its progress."""
+    source: Whole[Any] | Minibatches
+    monitor: Monitor
+    record: Record
+    goal: Int[Array, ""]
+    every: Int[Array, ""]
+    most_rows: int
+
+
+class Ended(NamedTuple):
+    """Where a chunk ended, in arrays of its own: the progress may be donated."""
+
+    step_count: Int[Array, ""]
+    is_over: Bool[Array, ""]
+
+    @classmethod
+    def of(cls, moving: Moving) -> "Ended":
+        return cls(jnp.copy(moving.progress.step_count), is_over(*moving))
+
+
+def chunk_of_one(
+    task: Task, moving: Moving, place: Placement | None
+) -> tuple[Chunk, Ended]:
+    """Takes steps up to the count `goal`, or until it stops or the rows are full."""
+    trainer, source, monitor, record = task[:4]
+    start = scored_anew(moving.progress, monitor.validates)
     step = start.step_count
 
     def take(
@@ -58,13 +86,14 @@ def run_chunk(
         cursor = source.start(step)
         return eqx.filter_eval_shape(source.next, cursor, step)[0]
 
-    shapes = record.shapes(trainer, first_batch)
-    rows = Rows.empty(start.best_loss, shapes, step, every, most_rows)
-    scores = monitor.room(start.best_loss, step, most_rows)
-    chunk = Chunk(start, watched, rows, scores)
-    chunk = run_loop(take, source, monitor, goal, step, chunk)
+    shapes = record.shapes(trainer._at(start), first_batch)
+    rows = Rows.empty(start.best_loss, shapes, step, task.every, task.most_rows)
+    scores = monitor.room(start.best_loss, step, task.most_rows)
+    chunk = Chunk(start, moving.watched, rows, scores)
+    chunk = run_loop(take, source, monitor, task.goal, step, chunk)
     # The next chunk is the same program if it finds everything where this one did.
-    return chunk if place is None else place.pin(chunk)
+    chunk = chunk if place is None else place.pin(chunk)
+    return chunk, Ended.of(chunk.moving)
 
 
 class Taken(NamedTuple):
@@ -191,3 +220,10 @@ def run_step(
 def _blank(like: jax.ShapeDtypeStruct) -> Array:
     inexact = jnp.issubdtype(like.dtype, jnp.inexact)
     return jnp.full(like.shape, jnp.nan if inexact else 0, like.dtype)
+
+
+run_chunk = eqx.filter_jit(chunk_of_one)
+
+# The same where what it goes on from is not needed any more: there the memory is used
+# again, and what it was is gone.
+run_chunk_in_place = eqx.filter_jit(chunk_of_one, donate="all-except-first")

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ._compiled import Chunk
+from ._compiled import Chunk, Ended, Moving, Task
 from ._data import Minibatches, Source, Whole, as_batch, as_source
 from ._history import History
 from ._loop import fit
@@ -19,11 +19,11 @@ from ._nonfinite import NanCount
 from ._one import One
 from ._paths import dotted
 from ._placement import Placement, placement
-from ._record import Record, Rows
+from ._record import Rows
 from ._retrace import explain_retrace
 from ._solve import checked_solver
 from ._solve_many import Members, solve_many
-from ._spread import Flags, Spread, apart, run_chunk_of_many
+from ._spread import Flags, Spread, apart, run_many, run_many_in_place
 from ._stop import StopReason
 from ._trainer import Trainer
 from ._typing import PyTree, whole_number
@@ -410,34 +410,19 @@ class _Many(One):
     def count(self, trainer: Any) -> int:
         return int(self._on_host(trainer.step_count).max())
 
-    def is_over(self, trainer: Any, watched: MonitorState | None) -> bool:
-        is_over = self._on_host(trainer.stopped)
-        if watched is not None:
-            is_over = is_over | self._on_host(watched.is_over)
-        return bool(is_over.all())
+    def is_over(self, flags: Any) -> bool:
+        return bool(self._on_host(flags).all())
 
-    def run(
-        self,
-        trainer: Any,
-        source: Whole[Any] | Minibatches,
-        monitor: Monitor,
-        watched: MonitorState | None,
-        goal: Any,
-        every: Any,
-        record: Record,
-        most_rows: int,
-    ) -> Chunk:
+    def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
         spread = Spread(
             size=self.size,
             group=self.group,
             config=self.config,
-            monitor=self._monitor_flags(monitor),
-            source=self._source_flags(source),
+            monitor=self._monitor_flags(task.monitor),
+            source=self._source_flags(task.source),
             place=self.place,
         )
-        return run_chunk_of_many(
-            trainer, source, monitor, watched, goal, every, record, most_rows, spread
-        )
+        return (run_many_in_place if in_place else run_many)(task, moving, spread)
 
     def _monitor_flags(self, monitor: Monitor) -> Flags:
         every = len(jax.tree.leaves(monitor))

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from ._compiled import Chunk, run_chunk
-from ._data import Minibatches, Source, Whole, as_batch, as_source
+from ._compiled import Chunk, Ended, Moving, Task, run_chunk, run_chunk_in_place
+from ._data import Source, as_batch, as_source
 from ._history import History
 from ._monitor import Monitor, MonitorState
 from ._placement import Placement
-from ._record import Record, Rows
+from ._record import Rows
 from ._result import FitResult
 from ._stop import StopReason
 
@@ -80,24 +80,19 @@ class One:
         """Tells how many steps were taken."""
         return int(trainer.step_count)
 
-    def is_over(self, trainer: Any, watched: MonitorState | None) -> bool:
+    def is_over(self, flags: Any) -> bool:
         """Whether there are no more steps to be taken."""
-        return bool(trainer.stopped) or (watched is not None and bool(watched.is_over))
+        return bool(flags)
 
-    def run(
-        self,
-        trainer: Any,
-        source: Whole[Any] | Minibatches,
-        monitor: Monitor,
-        watched: MonitorState | None,
-        goal: Any,
-        every: Any,
-        record: Record,
-        most_rows: int,
-    ) -> Chunk:
-        """Takes the steps of one chunk."""
-        options = every, record, most_rows, self.place
-        return run_chunk(trainer, source, monitor, watched, goal, *options)
+    def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
+        """Takes the steps of one chunk.
+
+        **Arguments:**
+
+        - `task`, `moving`: what it is given, and what it changes.
+        - `in_place`: whether `moving` may be overwritten.
+        """
+        return (run_chunk_in_place if in_place else run_chunk)(task, moving, self.place)
 
     def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
         """Copies what a chunk recorded to the host.

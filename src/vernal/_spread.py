@@ -9,9 +9,18 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ._compiled import Chunk, Taken, is_over, run_loop, take_one
+from ._compiled import (
+    Chunk,
+    Ended,
+    Moving,
+    Taken,
+    Task,
+    is_over,
+    run_loop,
+    take_one,
+)
 from ._data import Minibatches, Whole
-from ._monitor import Monitor, MonitorState
+from ._monitor import MonitorState
 from ._placement import Placement
 from ._record import Record, Rows
 from ._step import Progress, scored_anew
@@ -95,41 +104,32 @@ def in_groups(fn: Callable[[T], R], rows: T, group: int, place: Placement | None
     return jax.tree.map(merge, lax.map(fn, groups))
 
 
-@eqx.filter_jit
-def run_chunk_of_many(
-    trainers: Any,
-    source: Whole[Any] | Minibatches,
-    monitor: Monitor,
-    watched: MonitorState | None,
-    goal: Int[Array, ""],
-    every: Int[Array, ""],
-    record: Record,
-    most_rows: int,
-    spread: Spread,
-) -> Chunk:
-    """Does for many trainers what `run_chunk` does for one.
+def chunk_of_many(task: Task, moving: Moving, spread: Spread) -> tuple[Chunk, Ended]:
+    """Does for many trainers what `chunk_of_one` does for one.
 
     There is one loop with one condition around a body that is mapped: a loop that is
     mapped itself would copy all of its buffers in each step.
     """
-    fixed = (trainers._at(None), monitor, source)
-    counts = (goal, jnp.max(trainers.step_count), every)
+    fixed = (task.trainer, task.monitor, task.source)
+    step = jnp.max(moving.progress.step_count)
     own, join = apart(fixed, (*spread.config, *spread.monitor, *spread.source))
 
-    def run(members: tuple[list[Array], Progress, MonitorState | None]) -> Chunk:
-        own, progress, watched = members
-        fixed = join(own)
-        return _by_member(
-            _run_group(fixed, spread, progress, watched, counts, record, most_rows)
-        )
+    def run(members: tuple[list[Array], Moving]) -> Chunk:
+        own, moving = members
+        trainer, monitor, source = join(own)
+        part = task._replace(trainer=trainer, monitor=monitor, source=source)
+        return _by_member(_run_group(part, moving, spread, step))
 
-    members = (own, trainers._progress, watched)
-    chunk = _by_step(in_groups(run, members, spread.group, spread.place))
-    if spread.place is None:
-        return chunk
-    progress, watched = spread.place.pin_rows((chunk.progress, chunk.watched))
-    # What goes to the host goes from one device.
-    return Chunk(progress, watched, *spread.place.pin((chunk.rows, chunk.scores)))
+    chunk = _by_step(in_groups(run, (own, moving), spread.group, spread.place))
+    if spread.place is not None:
+        moving = spread.place.pin_rows(chunk.moving)
+        # What goes to the host goes from one device.
+        chunk = Chunk(*moving, *spread.place.pin((chunk.rows, chunk.scores)))
+    return chunk, Ended.of(chunk.moving)
+
+
+run_many = eqx.filter_jit(chunk_of_many)
+run_many_in_place = eqx.filter_jit(chunk_of_many, donate="all-except-first")
 
 
 def _by_member(chunk: Chunk) -> Chunk:
@@ -156,20 +156,11 @@ def _by_step(chunk: Chunk) -> Chunk:
     return chunk._replace(rows=turn(chunk.rows), scores=scores)
 
 
-Fixed = tuple[Any, Monitor, Whole[Any] | Minibatches]
-Counts = tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]
-
-
 def _run_group(
-    fixed: Fixed,
-    spread: Spread,
-    progress: Progress,
-    watched: MonitorState | None,
-    counts: Counts,
-    record: Record,
-    most_rows: int,
+    task: Task, moving: Moving, spread: Spread, step: Int[Array, ""]
 ) -> Chunk:
-    (config, monitor, source), (goal, step, every) = fixed, counts
+    config, source, monitor, record = task[:4]
+    progress, watched = moving
     own_config, join_config = apart(config, spread.config)
     own_monitor, join_monitor = apart(monitor, spread.monitor)
     start = jax.vmap(lambda p: scored_anew(p, monitor.validates))(progress)
@@ -203,11 +194,10 @@ def _run_group(
         n: jax.ShapeDtypeStruct((len(like), *s.shape), s.dtype)
         for n, s in shapes.items()
     }
-    rows = Rows.empty(like, shapes, step, every, most_rows)
-    scores = monitor.room(like, step, most_rows)
-    return run_loop(
-        take, source, monitor, goal, step, Chunk(start, watched, rows, scores)
-    )
+    rows = Rows.empty(like, shapes, step, task.every, task.most_rows)
+    scores = monitor.room(like, step, task.most_rows)
+    chunk = Chunk(start, watched, rows, scores)
+    return run_loop(take, source, monitor, task.goal, step, chunk)
 
 
 def _shapes(
