@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import errno
-import os
 import random
 import resource
 import shutil
@@ -49,17 +48,8 @@ class Process:
     def __init__(self, folder, pause=PAUSE):
         script = Path(long_fit.__file__)
         arguments = [str(folder / "steps"), str(folder / "result"), str(pause)]
-        # Each runs the same program, which need not be compiled as often.
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
         self.run = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | cache,
+            [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True
         )
 
     def until_it_steps(self):
