@@ -387,10 +387,10 @@ for data in 1.0, float("nan"):
 """
 
 
-def run_on_terminal(code):
+def run_on_terminal(code, columns=120):
     """Runs a script whose standard error is a terminal: its output, its error."""
     leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, 120))
+    termios.tcsetwinsize(follower, (24, columns))
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         stdout=subprocess.PIPE,
@@ -413,13 +413,30 @@ def run_on_terminal(code):
 def test_a_bar_that_says_that_it_compiles():
     output, shown = run_on_terminal(BARRED)
     assert output == ""
-    first, last = shown.index("compiling"), shown.rindex("fitting")
-    assert first < shown.index("fitting") <= last
-    assert "30/30" in shown
-    assert "loss=" in shown
-    assert "best=" in shown
-    assert "non-finite=30" in shown
+    first, *_, last = shown.strip().split("\r")
+    assert first.startswith("compiling")
+    assert "compiling" not in last
+    assert "30/30" in last
+    assert "loss=" in last
+    assert "best=" in last
+    assert "non-finite=30" in last
     assert "Traceback" not in shown
+
+
+def test_what_compiling_took_is_no_rate():
+    """Of one slow step out of 30 nothing is told of the time that is left."""
+    _, shown = run_on_terminal(BARRED)
+    first = next(bar for bar in shown.split("\r") if " 1/30 " in bar)
+    assert "<?, ?it/s, loss=0," in first
+
+
+@pytest.mark.parametrize("columns", [80, 0])
+def test_a_narrow_terminal_has_room_for_all_of_it(columns):
+    """Also one that does not know how wide it is."""
+    _, shown = run_on_terminal(BARRED, columns)
+    last = shown.rstrip().split("\r")[-1]
+    assert "non-finite=30, loss=nan, best=inf]" in last
+    assert len(last) <= 80
 
 
 def test_silence_without_a_terminal(capfd):
