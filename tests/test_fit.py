@@ -154,8 +154,15 @@ def test_a_result():
     assert str(result.stop_reason) == "All steps were taken."
     assert "steps=20" in repr(result)
     assert "All steps were taken." in repr(result)
+    assert "non_finite" not in repr(result)
     assert repr(result.trainer).startswith("LineFit(")
     assert np.min(result.history.loss) == result.trainer.best_loss
+
+
+def test_a_result_tells_of_steps_that_were_skipped():
+    trainer = LineFit(line(), ADAM, nan_policy=vn.SkipStep())
+    bad = jax.tree.map(lambda x: x * jnp.nan, BATCH)
+    assert "non_finite=3, " in repr(fit(trainer, bad, 3))
 
 
 def test_the_best_outlives_what_follows():
