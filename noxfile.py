@@ -71,7 +71,7 @@ def examples(session: nox.Session) -> None:
     """Runs the examples and renews the picture that the README shows."""
     session.install(".[examples]")
     names = ("enso", "nist", "telescope", "posterior", "digits", "nan_policy")
-    for name in (*names, "network", "watching", "many_starts", "pictures"):
+    for name in (*names, "network", "watching", "many_starts", "tuning", "pictures"):
         session.run("python", f"examples/{name}.py", "--output", "output")
     session.run("python", "examples/enso.py", "--output", "docs")
 

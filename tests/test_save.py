@@ -262,8 +262,10 @@ def test_reset_of_what_there_is_not(file):
 
 
 def test_where_there_is_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="`path`: there is no file"):
         vn.load(tmp_path / "none", trainer())
+    with pytest.raises(IsADirectoryError, match=r"`path`: .* is a folder"):
+        vn.load(tmp_path, trainer())
     with pytest.raises(FileNotFoundError, match="Make it first"):
         vn.save(tmp_path / "none" / "fit", trainer())
     with pytest.raises(IsADirectoryError, match="folder"):
@@ -301,9 +303,10 @@ def test_no_permission(tmp_path, file, monkeypatch):
 
     # Root may write anywhere: the refusal has to be made.
     monkeypatch.setattr("pathlib.Path.open", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(PermissionError) as caught:
         vn.save(file, fit(trainer(), 3).trainer)
     monkeypatch.undo()
+    assert caught.value.__notes__[0].startswith(f"`path`: {file} could not be written")
     with builtins.open(file, "rb") as same_file:
         assert same_file.read() == before
 

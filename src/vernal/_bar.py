@@ -1,8 +1,14 @@
 """The progress bar of a fit."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
+
+# How wide to draw where a terminal does not know how wide it is, as some that a program
+# opens for another do not.
+_COLUMNS = 80
 
 
 class Bar:
@@ -19,27 +25,52 @@ class Bar:
         - `taken`: how many were taken already, by a fit that goes on.
         - `shown`: whether the user wants to see it.
         """
-        self._bar = None
+        self._bar, self._taken = None, taken
+        self._is_compiling = True
         if shown and steps > taken and _somebody_looks():
             # Here, since a fit without a bar should not wait for the import.
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=steps, initial=taken, desc="compiling")
+            # It is asked to draw only about twice a second, and then should.
+            look = {"desc": "compiling", "miniters": 1, **_width()}
+            self._bar = tqdm(total=steps, initial=taken, **look)
 
     def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *exc: Any) -> None:
         if self._bar is not None:
+            self._bar.initial = self._taken
             self._bar.close()
 
     def update(self, steps: int, shown: Callable[[], dict[str, str]]) -> None:
         """Moves on by so many steps, and shows where the fit is."""
         if self._bar is None:
             return
-        self._bar.set_description("fitting", refresh=False)
-        self._bar.set_postfix(shown(), refresh=False)
-        self._bar.update(steps)
+        self._bar.set_postfix_str(_joined(shown()), refresh=False)
+        if not self._is_compiling:
+            self._bar.update(steps)
+            return
+        # What compiling took tells nothing of the time that is left: the rate counts
+        # from here, where `initial` is, and the average in the end from the start.
+        self._is_compiling = False
+        self._bar.set_description("", refresh=False)
+        self._bar.n += steps
+        self._bar.initial = self._bar.last_print_n = self._bar.n
+        self._bar.last_print_t = time.time()
+        self._bar.refresh()
+
+
+def _joined(shown: dict[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _width() -> dict[str, Any]:
+    try:
+        is_unknown = os.get_terminal_size(sys.stderr.fileno()).columns == 0
+    except (OSError, ValueError, AttributeError):  # It is no terminal.
+        is_unknown = False
+    return {"ncols": _COLUMNS} if is_unknown else {"dynamic_ncols": True}
 
 
 def _somebody_looks() -> bool:

@@ -62,8 +62,9 @@ def write_file(path: str | os.PathLike[str], arrays: Mapping[str, NamedArray]) -
         temporary.replace(target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and target.exists():
-            error.add_note(f"{target} is as it was before.")
+        if isinstance(error, OSError):
+            left = f" {target} is as it was before." if target.exists() else ""
+            error.add_note(f"`path`: {target} could not be written.{left}")
         raise
 
 
@@ -95,6 +96,13 @@ def _whole(array: Any) -> Any:
 def read_file(path: str | os.PathLike[str]) -> dict[str, NamedArray]:
     """Reads a file that `write_file` wrote."""
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(
+            f"`path`: {target} is a folder. Name a file that `vernal.save` wrote. "
+            "(With a directory of checkpoints `fit` goes on by itself.)"
+        )
+    if not target.exists():
+        raise FileNotFoundError(f"`path`: there is no file {target}.")
     with target.open("rb") as file:
         begins_like_ours = _HEADER.encode() in file.read(64)
         file.seek(0)

@@ -111,13 +111,13 @@ class One:
 
     def shown(self, trainer: Any, history: History) -> dict[str, str]:
         """What a progress bar shows."""
-        shown = {}
+        bad = max(count.total for count in trainer.nan_report().values())
+        # First, as a narrow terminal has no room for the last.
+        shown = {"non-finite": str(bad)} if bad else {}
         for name in ("loss", "validation"):
             if len(history[name]):
                 shown[name] = f"{history[name][-1]:.6g}"
-        shown["best"] = f"{float(trainer.best_loss):.6g}"
-        bad = max(count.total for count in trainer.nan_report().values())
-        return shown | ({"non-finite": str(bad)} if bad else {})
+        return shown | {"best": f"{float(trainer.best_loss):.6g}"}
 
     def ended(
         self,

@@ -42,8 +42,10 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
         return self.trainer
 
     def __repr__(self) -> str:
+        bad = max(count.total for count in self._trainer.nan_report().values())
+        non_finite = f"non_finite={bad}, " if bad else ""
         return (
             f"FitResult(steps={int(self._trainer.step_count)}, "
-            f"best_loss={float(self._trainer.best_loss):.6g}, "
+            f"best_loss={float(self._trainer.best_loss):.6g}, {non_finite}"
             f"stop_reason={str(self.stop_reason)!r}, history={self.history!r})"
         )

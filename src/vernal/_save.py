@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from ._file import read_file, write_file
-from ._leaves import from_arrays, to_arrays
+from ._leaves import MismatchError, from_arrays, to_arrays
 from ._snapshot import is_trainer, restore, snapshot
 from ._typing import PyTree
 
@@ -69,10 +69,19 @@ def load(
     - `NewerFormatError`: if it was written by a later version of vernal.
     - `MismatchError`: if `like` is not alike; it names the leaves that differ. These
         four are a `LoadError`, and that a `ValueError`.
+    - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
     kept, source = read_file(path), f"`path`: {os.fspath(path)}"
     if is_trainer(like):
-        return restore(kept, like, source, reset)
+        try:
+            return restore(kept, like, source, reset)
+        except MismatchError as error:
+            if "opt_state" not in reset:
+                error.add_note(
+                    "If the optimiser alone is another, on purpose, "
+                    '`reset=("opt_state",)` starts its moments anew.'
+                )
+            raise
     if reset:
         raise ValueError(
             "`reset` is for trainers, and `like` is none. Replace its leaves after "
