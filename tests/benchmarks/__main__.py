@@ -12,6 +12,7 @@ from . import (  # noqa: E402
     bench_history,
     bench_import,
     bench_many,
+    bench_mesh,
     bench_partition,
     bench_solve,
     bench_telescope,
@@ -27,6 +28,7 @@ MODULES = (
     bench_telescope,
     bench_checkpoint,
     bench_many,
+    bench_mesh,
     bench_import,
 )
 
