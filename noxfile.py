@@ -3,6 +3,8 @@
 `nox` runs all that must pass; `nox -s bench` and `nox -s examples` are on request.
 """
 
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2025.10.14"
@@ -70,9 +72,8 @@ def tests(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Runs the examples and renews the picture that the README shows."""
     session.install(".[examples]")
-    names = ("enso", "nist", "telescope", "posterior", "digits", "nan_policy")
-    for name in (*names, "network", "watching", "many_starts", "tuning", "pictures"):
-        session.run("python", f"examples/{name}.py", "--output", "output")
+    for path in sorted(Path("examples").glob("*.py")):
+        session.run("python", path, "--output", "output")
     session.run("python", "examples/enso.py", "--output", "docs")
 
 
