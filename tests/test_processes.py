@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import processes
+from vernal import _bar
 
 HERE = Path(__file__).parent
 
@@ -58,12 +59,15 @@ def found(scenario, folder):
         return run.found()
 
 
-def test_two_processes_have_the_answer_of_one(tmp_path):
+def test_two_processes_have_the_answer_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(_bar, "_somebody_looks", _bar._somebody_looks)
     alone = tmp_path / "alone"
     alone.mkdir()
     with Run("answers", tmp_path) as run:
         expected = processes.answers(alone)
         answers = run.found()
+    bars = ["30/30" in log.read_text() for log in run.logs]
+    assert bars == [True, False]
     for answer in answers:
         assert answer.keys() == expected.keys()
         for name, own in answer.items():

@@ -22,8 +22,9 @@ from ._file import (
 from ._function import fit as fit
 from ._history import History as History
 from ._leaves import LoadError as LoadError, MismatchError as MismatchError
-from ._many import ManyResult as ManyResult, fit_many as fit_many
+from ._many import fit_many as fit_many
 from ._map_optimisers import map_optimisers as map_optimisers
+from ._members import ManyResult as ManyResult
 from ._nonfinite import (
     BreakOnNan as BreakOnNan,
     NanCount as NanCount,

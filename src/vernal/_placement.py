@@ -80,6 +80,12 @@ class Placement(eqx.Module):
         """Puts a trainer, or a part of it, onto the devices."""
         return jax.tree.map(put, tree, self._shardings(tree))
 
+    def pin(self, tree: PyTree) -> Any:
+        """The same within a compiled program."""
+        if not jax.tree.leaves(tree):
+            return tree
+        return lax.with_sharding_constraint(tree, self._shardings(tree))
+
     def put_rows(self, tree: PyTree, flags: Sequence[bool]) -> Any:
         """Spreads the rows of the flagged leaves of a tree over the devices."""
         leaves, structure = jax.tree.flatten(tree)
@@ -91,12 +97,6 @@ class Placement(eqx.Module):
         spec = PartitionSpec(*[None] * axis, self.axis)
         pin = lambda leaf: lax.with_sharding_constraint(leaf, self.on(spec))
         return jax.tree.map(pin, tree)
-
-    def pin(self, tree: PyTree) -> Any:
-        """The same within a compiled program."""
-        if not jax.tree.leaves(tree):
-            return tree
-        return lax.with_sharding_constraint(tree, self._shardings(tree))
 
     def home(self, tree: PyTree) -> Any:
         """Brings a tree back to one device; but not where some of it is split."""
@@ -169,8 +169,13 @@ class Placement(eqx.Module):
     def _is_here(self, leaf: jax.Array) -> bool:
         """Whether somebody has put an array onto the mesh already."""
         sharding = leaf.sharding
-        devices = set(self.mesh.devices.flat)
-        return isinstance(sharding, NamedSharding) and sharding.device_set == devices
+        if not isinstance(sharding, NamedSharding) or not isinstance(
+            sharding.mesh, Mesh
+        ):
+            return False
+        names, devices = sharding.mesh.axis_names, sharding.mesh.devices
+        is_same = names == self.mesh.axis_names
+        return is_same and np.array_equal(devices, self.mesh.devices)
 
     @property
     def _told(self) -> str:
