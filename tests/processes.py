@@ -136,6 +136,15 @@ def answers(folder):
     # What comes back belongs to each process: one may go on with it alone.
     _bar._somebody_looks = lambda: True
     result = fit(progress=True)
+    if ONE_OF_TWO:
+        many |= {"progress": True, "checkpoint": vn.Checkpoints(folder / "many")}
+        for steps in 11, 30:
+            resumed = vn.fit_many(starts(optax.adam(0.1)), DATA, steps, **many)
+        assert told(resumed) == found["many"]
+        # Each by itself.
+        own = vn.Checkpoints(folder / f"own-{NUMBER}")
+        fit(steps=20, mesh=None, checkpoint=own)
+        assert [path.name for path in (own.directory / "steps").iterdir()] == ["20"]
     if NUMBER == 0:
         assert np.isfinite(result.model(2.0))
         result.trainer.fit(DATA, 3, progress=False)
@@ -167,6 +176,16 @@ def broken_on_one():
     yield from [(DATA[0][SHARE], DATA[1][SHARE])] * 50
 
 
+def move_on_one(trainer, history):
+    moved = eqx.tree_at(lambda m: m.slope, trainer.model, jnp.array(100.0))
+    return trainer.replace(model=moved) if NUMBER == 1 else None
+
+
+def quit_on_one(trainer, history):
+    if NUMBER == 1 and len(history) >= 10:
+        raise SystemExit(3)
+
+
 class Twice(LineFit):
     def residuals(self, model, batch):
         return (1 + NUMBER) * super().residuals(model, batch)
@@ -175,7 +194,8 @@ class Twice(LineFit):
 def decisions(folder):
     """What one process decides, or gets wrong."""
     steps = {"chunk": 5, "steps": 5_000}
-    taken = vn.Checkpoints(folder / "taken")
+    checkpoints = lambda name: vn.Checkpoints(folder / name)
+    taken = checkpoints("taken")
     if NUMBER == 0:
         taken.directory.mkdir()
         (taken.directory / "diary.txt").write_text("Dear diary")
@@ -192,16 +212,21 @@ def decisions(folder):
         "code": lambda: fit(own=trainer(Twice)),
         "record": lambda: fit(record=("slope", "offset")[NUMBER]),
         "directory": lambda: fit(checkpoint=taken),
+        "moved": lambda: fit(callback=move_on_one),
+        "unknown": lambda: fit(record=("slope", "nothing")[NUMBER]),
+        "quits": lambda: fit(callback=quit_on_one, **steps),
+        "negative": lambda: fit(steps=30 - 31 * NUMBER),
+        "elsewhere": lambda: fit(checkpoint=(None, checkpoints("once"))[NUMBER]),
     }
     found = {}
     for name, case in cases.items():
         try:
             found[name] = told(case())
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             end = getattr(error, "result", None)
-            steps = None if end is None else int(end.trainer.step_count)
+            count = None if end is None else int(end.trainer.step_count)
             kind = type(error).__name__
-            found[name] = {"told": f"{kind}: {error}", "steps": steps}
+            found[name] = {"told": f"{kind}: {error}", "steps": count}
     return found
 
 

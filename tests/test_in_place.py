@@ -3,6 +3,7 @@
 import os
 import signal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 import vernal as vn
 from models import GaussianFit, gaussian, gaussian_batch, same
-from test_mesh import FITS, mesh_of, starts
+from test_mesh import FITS, Settled, mesh_of, starts
 from vernal import _running
 from vernal._compiled import Moving, Task, run_chunk, run_chunk_in_place
 from vernal._data import as_source
@@ -70,6 +71,28 @@ def test_ctrl_c_loses_nothing():
     assert steps >= 50
     assert len(result.history) == steps
     assert np.isfinite(result.model.mean)
+
+
+@pytest.mark.parametrize("mesh", [None, mesh_of(2)], ids=["one", "two"])
+def test_a_criterion_may_hold_the_parameters(mesh):
+    trainer = GaussianFit(gaussian(), optax.adam(0.01))
+    options = {"stop": Settled(), "progress": False, "chunk": 3, "mesh": mesh}
+    result = trainer.fit(BATCH, 9, **options)
+    assert np.isfinite(trainer.params.mean)
+    assert int(result.trainer.step_count) == 9
+
+
+def test_an_error_is_not_hidden():
+    class Broken(GaussianFit):
+        def residuals(self, model, batch):
+            residuals = super().residuals(model, batch)
+            return eqx.error_if(residuals, self.step_count == 7, "the lamp has gone")
+
+    trainer = Broken(gaussian(), optax.adam(0.01))
+    with pytest.raises(Exception, match="the lamp has gone") as caught:
+        trainer.fit(BATCH, 20, progress=False, chunk=3)
+    assert "in place" in caught.value.__notes__[-1]
+    assert np.isfinite(trainer.params.mean)
 
 
 def test_the_state_is_there_once():

@@ -24,6 +24,7 @@ from models import (
 )
 from vernal._alike import is_weak
 from vernal._compiled import run_chunk, run_step
+from vernal._paths import dotted
 from vernal._placement import placement
 
 BATCH = gaussian_batch(24)
@@ -288,6 +289,49 @@ def test_large_leaves_are_split(frozen):
     np.testing.assert_allclose(again.history.loss, whole.history.loss, rtol=1e-9)
 
 
+class Sum(vn.Trainer):
+    def loss(self, model, batch):
+        return sum(jnp.sum(jnp.square(leaf - batch)) for leaf in jax.tree.leaves(model))
+
+
+def split_leaves(trainer, sharding):
+    """The paths of all that is split, as it lies after a step."""
+    after, _ = trainer.step(1.0, mesh=mesh_of(4, 2), sharding=sharding)
+    flat, _ = jax.tree_util.tree_flatten_with_path(after)
+    return {
+        dotted(keys).removeprefix("_progress.")
+        for keys, leaf in flat
+        if hasattr(leaf, "sharding") and not leaf.sharding.is_fully_replicated
+    }
+
+
+def of_adam(path):
+    moments = [f"opt_state.0.{moment}" for moment in ("mu", "nu")]
+    return {f"{node}.{path}".rstrip(".") for node in ("params", "best", *moments)}
+
+
+def test_a_leaf_is_known_by_its_place():
+    adam, spec, ones = optax.adam(0.1), P("model"), jnp.ones(8)
+    assert split_leaves(Sum(ones, adam), {lambda *_: True: spec}) == of_adam("")
+    twice = Sum({"w": ones, "a": {"w": ones}}, adam)
+    assert split_leaves(twice, {"w": spec}) == of_adam("w")
+    assert split_leaves(twice, {"a": spec}) == of_adam("a.w")
+    frozen = Sum([ones, ones], adam, train="0")
+    assert split_leaves(frozen, {"0": spec}) == of_adam("0")
+    assert split_leaves(frozen, {"1": spec}) == {"_parts.frozen.0"}
+
+
+@pytest.mark.parametrize(
+    "spec", [P("model", None), P(None, None), P(("data", "model"))]
+)
+def test_chunks_of_split_leaves_compile_once(spec):
+    trainer = Chain(chain(1), optax.adam(1e-2))
+    before = run_chunk._cached._cache_size()
+    options = {"mesh": mesh_of(4, 2), "sharding": {"*.weight": spec}, "chunk": 2}
+    trainer.fit(CHAIN, 6, progress=False, callback=lambda t, h: None, **options)
+    assert run_chunk._cached._cache_size() == before + 1
+
+
 def test_what_lies_on_the_mesh_already_stays_there():
     class Shared(vn.Trainer):
         def residuals(self, model, batch):
@@ -396,10 +440,39 @@ def test_a_fit_goes_on_with_other_devices(tmp_path, widths):
     }
     trainer.fit(data, 11, **keep(meshes[0]))
     parts = trainer.fit(data, 30, **keep(meshes[1]))
+    last = tmp_path / "steps" / "30"
+    written = last.stat().st_mtime_ns
+    again = trainer.fit(data, 30, **keep(meshes[1]))
+    assert again.stop_reason is vn.StopReason.TAKEN_BEFORE
+    assert last.stat().st_mtime_ns == written
+    close(again.trainer, parts.trainer)
     whole = trainer.fit(data, 30, progress=False, record="mean")
     close(parts.trainer, whole.trainer)
     same_histories(parts.history, whole.history)
     assert len(parts.history) == 30
+
+
+class Settled(vn.StopCriterion):
+    """Ends when no parameter has moved; holds them, and much else."""
+
+    def init(self, params):
+        return params, params, jnp.zeros((8, 2_000))
+
+    def apply(self, view, state):
+        moved = jax.tree.map(lambda x, y: jnp.any(x != y), view.params, state[0])
+        is_over = ~jax.tree.reduce(jnp.logical_or, moved)
+        return is_over, (view.params, *state[1:])
+
+    def reason(self, state):
+        return vn.StopReason.CRITERION
+
+
+def test_a_large_criterion_goes_on_with_other_devices(tmp_path):
+    keep = {"checkpoint": vn.Checkpoints(tmp_path), "progress": False}
+    trainer, stop = GaussianFit(gaussian(), ADAM), Settled()
+    trainer.fit(BATCH, 5, stop=stop, mesh=MESH, **keep)
+    parts = trainer.fit(BATCH, 9, stop=stop, **keep)
+    close(parts.trainer, trainer.fit(BATCH, 9, progress=False).trainer)
 
 
 # What cannot be.

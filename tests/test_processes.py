@@ -105,6 +105,11 @@ def test_what_one_decides_all_do(tmp_path):
             )
             assert what in told[name]
         assert "holds something else than checkpoints" in told["directory"]
+        assert "`callback` returned another trainer on one process" in told["moved"]
+        assert "UnknownPathError" in told["unknown"]
+        assert told["quits"].endswith("SystemExit: 3")
+        assert "`steps` is -1" in told["negative"]
+        assert "`checkpoint` differs" in told["elsewhere"]
 
 
 def test_two_processes_that_are_killed_lose_nothing(tmp_path):

@@ -55,7 +55,7 @@ class Feed:
     def _read(self) -> Any:
         if self._ahead:
             return self._ahead.pop()
-        batch, told = self._peers.together(self._next, self._told)
+        batch, told = self._peers.together(self._next, self._told, "a batch")
         if _DRY in told:
             raise Dry
         if odd := [shapes for shapes in told if shapes != told[0]]:

@@ -78,7 +78,7 @@ class Keeper:
         self.folder, self._every = checkpoints.directory, checkpoints.every
         self._stop, self._peers = stop, peers
         claim = lambda: _claim(self.folder) if peers.is_first else None
-        self._lock, _ = peers.together(claim, lambda lock: None)
+        self._lock, _ = peers.together(claim, lambda lock: None, "a directory")
         self._levels = {name: logging.getLogger(name).level for name in _TALKERS}
         for name in _TALKERS:
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -86,15 +86,27 @@ class Keeper:
             self.folder / "steps",
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=checkpoints.keep,
-                create=True,
+                create=False,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                multiprocessing_options=self._processes(),
             ),
         )
         self._log = HistoryLog(self.folder, writes=peers.is_first)
         self._last_step, self._last = -1, None
         self._last_time = time.monotonic()
         self.asked_to_end = False
+
+    def _processes(self) -> Any:
+        """Tells Orbax who writes: without a mesh, each process by itself."""
+        if jax.process_count() == 1:
+            return self._ocp.options.MultiprocessingOptions()
+        numbers = self._peers.numbers or [jax.process_index()]
+        return self._ocp.options.MultiprocessingOptions(
+            primary_host=numbers[0],
+            active_processes=set(numbers),
+            barrier_sync_key_prefix=f"vernal{numbers[0]}",
+        )
 
     def __enter__(self) -> "Keeper":
         self._handler: Any = None
@@ -156,7 +168,7 @@ class Keeper:
         torn: dict[int, Any] = {}
         for step in steps:
             try:
-                meta, arrays = self._read(step, trainer)
+                meta, arrays = self._read(step, trainer, watched)
                 history = self._log.read(meta["rows"])
             except (MismatchError, MemoryError):
                 raise
@@ -186,9 +198,7 @@ class Keeper:
             own, fits = _split(arrays)
             if meta["stop"] == self._stop and kinds(fits) == kinds(to_arrays(watched)):
                 watched = from_arrays(fits, watched, self._source)
-            restored = restore(own, trainer, self._source)
-            self._last = restored._progress
-            return restored, watched, history
+            return restore(own, trainer, self._source), watched, history
         if torn:
             reasons = "; ".join(f"step {n}: {reason}" for n, reason in torn.items())
             raise DamagedFileError(
@@ -197,6 +207,10 @@ class Keeper:
             )
         self._log.forget()
         return trainer, watched, None
+
+    def holds(self, trainer: Any) -> None:
+        """Takes note that the newest checkpoint is of this very state."""
+        self._last = trainer._progress
 
     def _put_aside(self, step: int) -> Path:
         """Moves a checkpoint out of the way, rather than to throw it away."""
@@ -207,7 +221,7 @@ class Keeper:
                 place.parent.mkdir(exist_ok=True)
                 (self.folder / "steps" / str(step)).rename(place)
 
-        self._peers.together(move, lambda _: None)
+        self._peers.together(move, lambda _: None, "a torn checkpoint")
         self._manager.reload()
         return place
 
@@ -219,29 +233,32 @@ class Keeper:
     def _source(self) -> str:
         return f"`checkpoint`: {self.folder}"
 
-    def _read(self, step: int, trainer: Any) -> tuple[Any, dict[str, NamedArray]]:
+    def _read(
+        self, step: int, trainer: Any, watched: PyTree
+    ) -> tuple[Any, dict[str, NamedArray]]:
         ocp = self._ocp
         described = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=described)["meta"]
         leaves = {path: Kept(*fields) for path, *fields in meta["leaves"]}
         kept = {path: Kind(tuple(k.shape), k.dtype) for path, k in leaves.items()}
         require_restorable(_split(kept)[0], trainer, self._source)
-        own = snapshot(trainer)
+        own = snapshot(trainer) | _of_the_fit(watched)
+        anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = {
             path: jax.ShapeDtypeStruct(
                 leaves[path].data_shape,
                 leaves[path].data_dtype,
                 # A part of the state that starts anew has no place here.
-                sharding=own[path].array.sharding if path in own else None,
+                sharding=own[path].array.sharding if path in own else anywhere,
             )
             for path in meta["large"]
         }
-        small = np.zeros(meta["bytes"], np.uint8)
+        small = np.zeros(len(_padded(bytes(meta["bytes"]))), np.uint8)
         wanted = ocp.args.StandardRestore([small, *target.values()])
         small, *large = self._manager.restore(
             step, args=ocp.args.Composite(state=wanted)
         )["state"]
-        small = np.asarray(small)
+        small = np.asarray(small)[: meta["bytes"]]
         if zlib.crc32(small.tobytes()) != meta["crc"]:
             raise ValueError("the checksum is another")
         arrays, place = dict(zip(target, large, strict=True)), 0
@@ -284,17 +301,16 @@ class Keeper:
     def _write(
         self, step: int, trainer: Any, watched: PyTree, history: History
     ) -> None:
-        if step <= self._last_step:
+        is_back = step <= self._last_step
+        if is_back:
             # A callback has gone back to where the fit was before.
             self._manager.wait_until_finished()
-            for later in self._manager.all_steps():
-                if later >= step:
-                    self._manager.delete(later)
-        fits = {f"{_FITS}{p}": leaf for p, leaf in to_arrays(watched).items()}
-        arrays = snapshot(trainer) | fits
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+        arrays = snapshot(trainer) | _of_the_fit(watched)
         small, large = _apart(arrays)
         add = lambda: self._log.append(history)
-        extents, _ = self._peers.together(add, lambda _: None)
+        extents, _ = self._peers.together(add, lambda _: None, "a checkpoint")
         meta = {
             "rows": extents,
             "stop": self._stop,
@@ -307,7 +323,7 @@ class Keeper:
             "bytes": len(small),
             "crc": zlib.crc32(small),
         }
-        state = [np.frombuffer(small, np.uint8), *large.values()]
+        state = [np.frombuffer(_padded(small), np.uint8), *large.values()]
         ocp = self._ocp
         self._manager.save(
             step,
@@ -316,6 +332,21 @@ class Keeper:
             ),
             force=True,
         )
+        if is_back:
+            # Not before there is another to go on from.
+            self._manager.wait_until_finished()
+            for later in self._manager.all_steps():
+                if later > step:
+                    self._manager.delete(later)
+
+
+def _of_the_fit(watched: PyTree) -> dict[str, NamedArray]:
+    return {f"{_FITS}{path}": leaf for path, leaf in to_arrays(watched).items()}
+
+
+def _padded(small: bytes) -> bytes:
+    # Orbax writes no array without elements.
+    return small or bytes(1)
 
 
 def _split(paths: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
@@ -382,6 +413,7 @@ def _claim(folder: Path) -> IO[str]:
             f"`checkpoint`: {folder} was written by a later version of vernal. Upgrade "
             "it, or give another directory."
         )
+    (folder / "steps").mkdir(exist_ok=True)
     return lock
 
 

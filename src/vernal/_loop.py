@@ -43,31 +43,24 @@ def fit(
 
     `kind` tells what is fitted: one trainer, or many at once.
     """
-    steps = whole_number(steps, "steps", least=0)
-    every = min(whole_number(every, "every", least=1), MOST_STEPS)
-    chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)
-    if callback is not None and not callable(callback):
-        raise TypeError(
-            f"`callback` is {callback!r}, but must be a function `(trainer, history)` "
-            "that returns `None`, `True` to end the fit, or a trainer to go on with."
-        )
-    if trainer.optimiser is None:
-        raise no_optimiser(trainer)
-    if isinstance(trainer.step_count, Tracer):
-        raise TypeError(
-            "`fit` runs compiled programs from the host, and cannot be a part of one. "
-            "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
-        )
-    if kind.count(trainer) + steps > MOST_STEPS:
-        raise ValueError(
-            f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "
-            "fewer."
-        )
-    source, monitor = kind.source(data), kind.monitor(validation, stop)
     run = None
     try:
         with contextlib.ExitStack() as stack:
             peers = stack.enter_context(Peers(kind.place and kind.place.mesh))
+            steps = whole_number(steps, "steps", least=0)
+            every = min(whole_number(every, "every", least=1), MOST_STEPS)
+            chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)
+            _check(trainer, steps, callback, kind)
+            source, monitor = kind.source(data), kind.monitor(validation, stop)
+            if peers.are_many:
+                numbers = {"steps": steps, "every": every, "chunk": chunk}
+                presence = {"callback": callback, "checkpoint": checkpoint}
+                trees = {"trainer": trainer, "data": data, "validation": validation}
+                peers.require_same(
+                    numbers
+                    | {name: str(type(given)) for name, given in presence.items()}
+                    | {name: described(tree) for name, tree in trees.items()}
+                )
             keeper = None
             if checkpoint is not None:
                 checkpoint = _checked(checkpoint, source)
@@ -77,10 +70,7 @@ def fit(
             options = record, every, keeper, is_seen
             run = Running(kind, peers, trainer, source, monitor, *options)
             if peers.are_many:
-                given = {"steps": steps, "every": every, "chunk": chunk}
-                trees = {"trainer": trainer, "data": data, "validation": validation}
-                told = {name: described(tree) for name, tree in trees.items()}
-                peers.require_same(given | told | run.described())
+                peers.require_same(run.described())
             try:
                 shown = progress and peers.is_first
                 with Bar(steps, run.taken, shown=shown) as bar:
@@ -101,13 +91,14 @@ def fit(
         raise StreamExhaustedError(run.taken, steps, result) from None
     except Exception as error:
         # What was reached is not lost with whatever went wrong.
-        if run is not None and not hasattr(error, "result"):
-            # Some errors take no attributes; some took the memory with them.
-            with contextlib.suppress(AttributeError, RuntimeError):
+        if run is not None and not run.is_whole:
+            error.add_note("The fit up to here is lost: it was computed in place.")
+        elif run is not None and not hasattr(error, "result"):
+            with contextlib.suppress(AttributeError):
                 error.result = run.cut_short(StopReason.ERROR)  # pyright: ignore
                 error.add_note("The fit up to here is `.result` of this error.")
         raise
-    result = kind.ended(run.trainer, run.history(), monitor, run.watched, reason)
+    result = kind.ended(run.trainer, run.history(), run.monitor, run.watched, reason)
     if run.taken:
         kind.raise_if_non_finite(result)
     return result
@@ -125,8 +116,10 @@ def _go_on(
             before, started = run.taken, time.perf_counter()
             run.take(min(pace.count, steps - run.taken))
             pace.measured(run.taken - before, time.perf_counter() - started)
-            bar.update(run.taken - before, run.shown)
-            end, _ = peers.together(lambda: run.call(callback), lambda end: None)
+            # What is shown of many trainers on many devices, all must say.
+            told = run.shown() if peers.are_many else None
+            bar.update(run.taken - before, lambda told=told: told or run.shown())
+            end = run.call(callback)
             own = Wish(pace.count, end and end.name, run.is_to_be_kept)
             wish = peers.agree(own)
             pace.count = wish.steps
@@ -137,6 +130,26 @@ def _go_on(
     except KeyboardInterrupt:
         return StopReason.INTERRUPTED
     return StopReason.STEPS_TAKEN
+
+
+def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"`callback` is {callback!r}, but must be a function `(trainer, history)` "
+            "that returns `None`, `True` to end the fit, or a trainer to go on with."
+        )
+    if trainer.optimiser is None:
+        raise no_optimiser(trainer)
+    if isinstance(trainer.step_count, Tracer):
+        raise TypeError(
+            "`fit` runs compiled programs from the host, and cannot be a part of one. "
+            "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
+        )
+    if kind.count(trainer) + steps > MOST_STEPS:
+        raise ValueError(
+            f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "
+            "fewer."
+        )
 
 
 def _checked(checkpoint: Any, source: Source) -> Checkpoints:

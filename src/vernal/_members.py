@@ -116,7 +116,7 @@ class Many(One):
                 "a batch, or for the batches of a Stream, with a part for each."
             )
         if self.place is not None and isinstance(source, Minibatches):
-            return self.place.put(source)
+            return self.place.put_whole(source)
         return source
 
     def prepare(self, batch: Any, argument: str = "data") -> Any:

@@ -57,16 +57,20 @@ class One:
 
     def placed_state(self, state: Any) -> Any:
         """Puts what changes from step to step there."""
-        return state if self.place is None else self.place.put(state)
+        return state if self.place is None else self.place.put_state(state)
 
     def number(self, value: int) -> Array:
         """Puts a number there that programs do not depend on."""
         number = jax.device_put(np.int32(value))
-        return number if self.place is None else self.place.put(number)
+        return number if self.place is None else self.place.put_whole(number)
 
     def home(self, trainer: Any) -> Any:
         """Brings a trainer back from there."""
-        return trainer if self.place is None else self.place.home(trainer)
+        return trainer._at(self.home_state(trainer._progress))
+
+    def home_state(self, state: Any) -> Any:
+        """Brings a part of it back."""
+        return state if self.place is None else self.place.home(state)
 
     def template(self, trainer: Any) -> Any:
         """Returns a trainer that has the names and the shapes of each."""

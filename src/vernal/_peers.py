@@ -1,5 +1,6 @@
 """The processes of a fit: what one of them decides, all of them do."""
 
+import contextlib
 import itertools
 import json
 import signal
@@ -59,7 +60,7 @@ class Peers:
         self._fit = next(_FITS) if len(self.numbers) > 1 else None
         self._rounds = itertools.count()
         self._handler: Any = None
-        self.is_interrupted, self.are_lost = False, False
+        self.is_interrupted, self.is_heeded, self.are_lost = False, False, False
 
     @property
     def are_many(self) -> bool:
@@ -78,86 +79,113 @@ class Peers:
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
+        if self.are_many and error is not None:
+            # Where the others wait for this process, or will, they hear of it.
+            with contextlib.suppress(Exception):
+                self._tell(next(self._rounds), {"error": _named(error)})
+        elif self.is_interrupted and not self.is_heeded:
+            signal.raise_signal(signal.SIGINT)
 
     def _interrupt(self, *_: Any) -> None:
         if self.is_interrupted:
+            self.are_lost = True
             raise KeyboardInterrupt
         self.is_interrupted = True
 
-    def exchange(self, own: Any) -> list[Any]:
+    @property
+    def _client(self) -> Any:
+        # JAX has no public name for it; what it has cannot stop waiting.
+        from jax._src.distributed import global_state
+
+        return global_state.client
+
+    def _name(self, turn: int, number: int) -> str:
+        return f"vernal/{self._fit}/{turn}/{number}"
+
+    def _tell(self, turn: int, message: dict[str, Any]) -> None:
+        self._client.key_value_set(self._name(turn, self._own), json.dumps(message))
+
+    def exchange(self, own: Any, about: str) -> list[Any]:
         """Tells all processes something, and hears what each of them tells.
 
         **Arguments:**
 
         - `own`: anything that JSON can express.
+        - `about`: what it is about, so that no two talk of different things.
 
         **Returns:**
 
         What each of them told, in the order of their numbers.
-        """
-        if not self.are_many:
-            return [own]
-        # JAX has no public name for it; what it has cannot stop waiting.
-        from jax._src.distributed import global_state
 
-        client: Any = global_state.client
+        **Raises:**
+
+        - `PeerError`: if one of them met an error, or does not answer.
+        """
+        return self._exchange({"about": about, "said": own}) if self.are_many else [own]
+
+    def _exchange(self, message: dict[str, Any]) -> list[Any]:
         turn = next(self._rounds)
-        name = lambda turn, number: f"vernal/{self._fit}/{turn}/{number}"
-        client.key_value_set(name(turn, self._own), json.dumps(own))
-        heard = []
-        for number in self.numbers:
-            try:
-                told = client.blocking_key_value_get(
-                    name(turn, number), 1_000 * _SECONDS
-                )
-            except Exception as error:
+        self._tell(turn, message)
+        heard = {number: self._hear(turn, number) for number in self.numbers}
+        for number, told in heard.items():
+            if "error" in told and number != self._own:
+                raise PeerError(f"Process {number} met an error: {told['error']}")
+            if "error" not in message and told["about"] != message["about"]:
                 self.are_lost = True
                 raise PeerError(
-                    f"Process {number} of this fit has not answered within {_SECONDS} "
-                    "seconds. It has ended, or runs another program: see what it "
-                    "printed. All processes must call `fit` alike."
-                ) from error
-            heard.append(json.loads(told))
+                    f"Process {number} is elsewhere in the program: at "
+                    f"{told['about']}, and this one at {message['about']}. All "
+                    "processes must call `fit` alike."
+                )
         if turn:
             # All have heard the last round, or they would not have told in this one.
-            client.key_value_delete(name(turn - 1, self._own))
-        return heard
+            self._client.key_value_delete(self._name(turn - 1, self._own))
+        return [told.get("said") for told in heard.values()]
 
-    def together(self, fn: Callable[[], T], say: Callable[[T], Any]) -> tuple[T, Any]:
+    def _hear(self, turn: int, number: int) -> dict[str, Any]:
+        name, limit = self._name(turn, number), 1_000 * _SECONDS
+        try:
+            return json.loads(self._client.blocking_key_value_get(name, limit))
+        except Exception as error:
+            self.are_lost = True
+            raise PeerError(
+                f"Process {number} of this fit has not answered within {_SECONDS} "
+                "seconds. It has ended, or runs another program: see what it "
+                "printed. All processes must call `fit` alike."
+            ) from error
+
+    def together(
+        self, fn: Callable[[], T], say: Callable[[T], Any], about: str
+    ) -> tuple[T, list[Any]]:
         """Calls what may fail in one process and not in another: then all raise.
 
         **Arguments:**
 
         - `fn`: the function.
         - `say`: what to tell the others of its value.
+        - `about`: what it is about.
 
         **Returns:**
 
         The value, and what each process told.
         """
-        if not self.are_many:
-            value = fn()
-            return value, [say(value)]
         try:
             value = fn()
         except Exception as error:
-            self.exchange({"error": f"{type(error).__name__}: {error}"})
+            if self.are_many:
+                self._exchange({"error": _named(error)})
             raise
-        heard = self.exchange({"said": say(value)})
-        for number, told in zip(self.numbers, heard, strict=True):
-            if "error" in told:
-                raise PeerError(f"Process {number} met an error: {told['error']}")
-        return value, [told["said"] for told in heard]
+        return value, self.exchange(say(value), about)
 
     def agree(self, wish: Wish) -> Wish:
         """Makes one wish of what all processes want.
 
         The first that wants to end has its way; else the first process of all has.
         """
-        wishes = [Wish(*told) for told in self.exchange(wish)]
+        wishes = [Wish(*told) for told in self.exchange(wish, "the end of a chunk")]
         ends = [wish.end for wish in wishes if wish.end is not None]
         return wishes[0]._replace(end=ends[0] if ends else None)
 
@@ -171,7 +199,7 @@ class Peers:
         """
         if not self.are_many:
             return
-        first, *others = self.exchange(described)
+        first, *others = self.exchange(described, "the start of a fit")
         for number, other in zip(self.numbers[1:], others, strict=True):
             odd = [name for name in first if first[name] != other.get(name)]
             if odd:
@@ -181,6 +209,10 @@ class Peers:
                     "the same, from the same program; of a `vn.Stream` alone each has "
                     "its own share."
                 )
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _told(name: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> str:

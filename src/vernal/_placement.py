@@ -22,10 +22,9 @@ WHOLE = PartitionSpec()
 Sharding = Mapping[Any, PartitionSpec]
 
 
-class _Split(NamedTuple):
-    """An array that no device holds whole; what goes with it is split as it is."""
+class Split(NamedTuple):
+    """How an array that no device holds whole is split."""
 
-    path: str
     shape: tuple[int, ...]
     spec: PartitionSpec
 
@@ -35,14 +34,18 @@ class Placement(eqx.Module):
     """The devices of a fit, and which arrays they share.
 
     A batch is split along the first axis of the mesh. Of all else each device holds a
-    copy, but for what `split` lists: parameters, and the moments and the best of them.
+    copy, but for what is to be split: frozen arrays, and parameters with their moments
+    and the best of them.
 
     The compiler divides the work, from where the arrays lie. So the methods of a
     trainer see whole batches, and what they compute is what they compute on one device.
     """
 
     mesh: Mesh = eqx.field(static=True)
-    split: tuple[_Split, ...] = eqx.field(static=True)
+    trained: tuple[tuple[str, Split | None], ...] = eqx.field(static=True, default=())
+    """Each trained parameter by its path, where there is anything to be split."""
+    frozen: tuple[Split | None, ...] = eqx.field(static=True, default=())
+    """Each frozen array, in order."""
 
     @property
     def axis(self) -> str:
@@ -54,37 +57,61 @@ class Placement(eqx.Module):
         """How many parts a batch is split into."""
         return self.mesh.shape[self.axis]
 
+    @property
+    def splits(self) -> bool:
+        """Whether there is anything but batches to be split."""
+        return any((*self.frozen, *(split for _, split in self.trained)))
+
     def on(self, spec: PartitionSpec) -> NamedSharding:
         """Names a way to lie on the devices."""
-        return NamedSharding(self.mesh, spec)
+        entries = list(spec)
+        # To JAX it is another sharding, and so another program, with them.
+        while entries and entries[-1] is None:
+            entries.pop()
+        return NamedSharding(self.mesh, PartitionSpec(*entries))
 
     # What a fit holds.
 
+    def _sharding(self, path: str, leaf: Any) -> NamedSharding:
+        # The moments and the best of a parameter end in its path; those of one within
+        # another node of the same name, in a longer one.
+        owners = [
+            (len(name), split)
+            for name, split in self.trained
+            if not name or f".{path}".endswith(f".{name}")
+        ]
+        split = max(owners, key=lambda owner: owner[0])[1] if owners else None
+        fits = split is not None and split.shape == jnp.shape(leaf)
+        return self.on(split.spec if split and fits else WHOLE)
+
     def _shardings(self, tree: PyTree) -> PyTree:
-        """Finds how each array of a trainer, or of a part of it, is to lie."""
         flat, structure = jax.tree_util.tree_flatten_with_path(tree)
         return structure.unflatten(
-            [self.on(self._spec(dotted(keys), leaf)) for keys, leaf in flat]
+            [self._sharding(dotted(keys), leaf) for keys, leaf in flat]
         )
 
-    def _spec(self, path: str, leaf: Any) -> PartitionSpec:
-        # The moments and the best of a parameter end in its path.
-        owners = [
-            split
-            for split in self.split
-            if f".{path}".endswith(f".{split.path}") and split.shape == jnp.shape(leaf)
-        ]
-        return max(owners, key=lambda split: len(split.path)).spec if owners else WHOLE
+    def put(self, trainer: Any) -> Any:
+        """Puts a trainer onto the devices."""
+        config, progress = self.put_whole(trainer._at(None)), trainer._progress
+        if self.frozen:
+            splits = [split.spec if split else WHOLE for split in self.frozen]
+            arrays = map(put, trainer._parts.frozen, map(self.on, splits))
+            config = eqx.tree_at(lambda t: t._parts.frozen, config, tuple(arrays))
+        return config._at(self.put_state(progress))
 
-    def put(self, tree: PyTree) -> Any:
-        """Puts a trainer, or a part of it, onto the devices."""
-        return jax.tree.map(put, tree, self._shardings(tree))
+    def put_state(self, state: PyTree) -> Any:
+        """Puts what changes from step to step onto the devices."""
+        return jax.tree.map(put, state, self._shardings(state))
 
-    def pin(self, tree: PyTree) -> Any:
-        """The same within a compiled program."""
-        if not jax.tree.leaves(tree):
-            return tree
-        return lax.with_sharding_constraint(tree, self._shardings(tree))
+    def put_whole(self, tree: PyTree) -> Any:
+        """Puts a copy of a tree onto each of the devices."""
+        return jax.tree.map(lambda leaf: put(leaf, self.on(WHOLE)), tree)
+
+    def pin(self, state: PyTree) -> Any:
+        """As `put_state`, within a compiled program."""
+        if not jax.tree.leaves(state):
+            return state
+        return lax.with_sharding_constraint(state, self._shardings(state))
 
     def put_rows(self, tree: PyTree, flags: Sequence[bool]) -> Any:
         """Spreads the rows of the flagged leaves of a tree over the devices."""
@@ -98,11 +125,11 @@ class Placement(eqx.Module):
         pin = lambda leaf: lax.with_sharding_constraint(leaf, self.on(spec))
         return jax.tree.map(pin, tree)
 
-    def home(self, tree: PyTree) -> Any:
-        """Brings a tree back to one device; but not where some of it is split."""
-        if self.split:
-            return tree
-        return jax.tree.map(lambda leaf: _home(self.whole(leaf)), tree)
+    def home(self, state: PyTree) -> Any:
+        """Brings a state back to one device; but not where some of it is split."""
+        if self.splits:
+            return state
+        return jax.tree.map(lambda leaf: _home(self.whole(leaf)), state)
 
     def whole(self, leaf: Any) -> Any:
         """Gives every process the whole of an array."""
@@ -124,7 +151,7 @@ class Placement(eqx.Module):
                 f"`data`: Minibatches of size {source.size} cannot be shared evenly by "
                 f"{self._told}. Make `size` a multiple of {self.size}."
             )
-        return eqx.tree_at(lambda s: s.arrays, source, self.put(source.arrays))
+        return eqx.tree_at(lambda s: s.arrays, source, self.put_whole(source.arrays))
 
     def batch(self, batch: PyTree, argument: str) -> Any:
         """Splits a batch, which every process has whole."""
@@ -155,12 +182,13 @@ class Placement(eqx.Module):
         if not leaf.ndim:
             return WHOLE
         if leaf.shape[0] % self.size:
-            rest = leaf.shape[0] % self.size
-            where = f"the leaf {path!r} of `{argument}`" if path else f"`{argument}`"
+            rows, where = leaf.shape[0], f"`{argument}`"
+            where = f"the leaf {path!r} of {where}" if path else where
+            leave = f"Leave out {rows % self.size} of them, or pad"
             raise ValueError(
                 f"`mesh`: {where} has the shape {leaf.shape}, and {self._told} cannot "
-                f"share its {leaf.shape[0]} rows evenly. Leave out {rest} of them, or "
-                "pad with rows that weigh nothing. If its first axis is not one of "
+                f"share its {rows} rows evenly. {leave if rows > self.size else 'Pad'} "
+                "with rows that weigh nothing. If its first axis is not one of "
                 "examples, put it onto the mesh yourself, and it stays as it is: "
                 "`jax.device_put(x, NamedSharding(mesh, PartitionSpec()))`."
             )
@@ -201,11 +229,15 @@ def placement(trainer: Any, mesh: Any, sharding: Any = None) -> Placement | None
         )
     # The compiler is to divide the work, whoever makes the mesh for what.
     mesh = Mesh(mesh.devices, mesh.axis_names)
-    split = () if sharding is None else tuple(_splits(trainer, mesh, sharding))
-    return Placement(mesh, split)
+    if sharding is None:
+        return Placement(mesh)
+    return Placement(mesh, *_splits(trainer, mesh, sharding))
 
 
-def _splits(trainer: Any, mesh: Mesh, sharding: Any) -> list[_Split]:
+def _splits(
+    trainer: Any, mesh: Mesh, sharding: Any
+) -> tuple[tuple[tuple[str, Split | None], ...], tuple[Split | None, ...]]:
+    """Finds what is split of the trained parameters, and of the frozen arrays."""
     if not isinstance(sharding, Mapping):
         raise TypeError(
             f"`sharding` is {sharding!r}, but must be a dictionary of selectors: "
@@ -221,15 +253,17 @@ def _splits(trainer: Any, mesh: Mesh, sharding: Any) -> list[_Split]:
     model = trainer.model
     owners = resolve(model, list(sharding), argument="sharding")
     leaves = [leaf for leaf in named_leaves(model) if leaf.value is not None]
-    splits, frozen = [], 0
+    trained, frozen = [], []
     for leaf, kind, owner in zip(leaves, trainer._parts.kinds, owners, strict=True):
+        split = None
         if owner is not None:
-            shape, spec = jnp.shape(leaf.value), specs[owner]
-            _check_spec(leaf.path, shape, spec, mesh)
-            path = f"_parts.frozen.{frozen}" if kind == "frozen" else leaf.path
-            splits.append(_Split(path, shape, spec))
-        frozen += kind == "frozen"
-    return splits
+            split = Split(jnp.shape(leaf.value), specs[owner])
+            _check_spec(leaf.path, *split, mesh)
+        if kind == "trained":
+            trained.append((leaf.path, split))
+        elif kind == "frozen":
+            frozen.append(split)
+    return tuple(trained), tuple(frozen)
 
 
 def _check_spec(
@@ -286,8 +320,4 @@ def _home(leaf: Any) -> Any:
         data = _home(jax.random.key_data(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     # Through the host: so it belongs to no device, and goes with whatever it meets.
-    host = np.asarray(leaf)
-    if not is_weak(leaf):
-        return jax.device_put(host)
-    numbers = jax.device_put(host.ravel().tolist())
-    return jnp.stack(numbers).reshape(leaf.shape) if leaf.ndim else numbers[0]
+    return jax.device_put(np.asarray(leaf))

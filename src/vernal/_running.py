@@ -20,7 +20,7 @@ from ._history import History, concatenate
 from ._keeper import Keeper
 from ._monitor import Monitor
 from ._one import One
-from ._peers import Peers
+from ._peers import Peers, described
 from ._record import MOST_ROWS, Record
 from ._recorder import Recorder
 from ._step import advance
@@ -82,31 +82,51 @@ class Running:
         - `is_seen`: whether somebody else has a hold on the trainer between two chunks.
         """
         self._kind, self._keeper, self.peers = kind, keeper, peers
+        self.is_whole = True
         self._recorder = Recorder(self._no_history)
         self.monitor, self.watched = monitor, kind.watched(monitor, trainer)
-        trainer = kind.placed(trainer)
-        self.is_resumed, first = False, kind.count(trainer)
+        there, self.is_resumed = kind.placed(trainer), False
+        first = kind.count(there)
         if keeper is not None:
-            trainer, self.watched, history = keeper.restore(
-                trainer, first, self.watched
-            )
-            self.is_resumed = history is not None
+            there, self.watched, history = keeper.restore(there, first, self.watched)
             if history is not None:
+                projector = kind.home_state(there.projector)
+                trainer = trainer._at(there._progress, projector=projector)
+                self.is_resumed = True
                 self._recorder.extend(history)
-                trainer = kind.placed(trainer)
+                there = kind.placed(there)
                 self.watched = kind.placed_state(self.watched)
-        self._in_place = not is_seen and _is_worth_reuse(trainer._progress)
+                keeper.holds(there)
+        self._hold(trainer, there)
+        self._in_place = not is_seen and _is_worth_reuse(there._progress)
         if self._in_place:
-            # That of the user is never overwritten.
-            trainer = trainer._at(jax.tree.map(lambda x: x.copy(), trainer._progress))
-        self.trainer: Any = trainer
-        self.feed = Feed(source, kind.count(trainer), kind.prepare, peers)
-        self.record = Record(kind.template(trainer), record, self._peek)
+            # What is the user's is never overwritten, nor anything twice.
+            mine = jax.tree.map(lambda leaf: leaf.copy(), self._moving)
+            self._move_to(mine)
+        self.feed = Feed(source, kind.count(there), kind.prepare, peers)
+        self._template = kind.template(there)
+        self.record = Record(self._template, record, self._peek)
         self.every = every
-        self.taken = kind.count(trainer) - first
+        self.taken = kind.count(there) - first
         self.stopped = self._is_over()
         if keeper is not None:
             keeper.begin(self._no_history())
+
+    def _hold(self, trainer: Any, there: Any) -> None:
+        """Goes on with a trainer.
+
+        **Arguments:**
+
+        - `trainer`: as it was given. What of it does not change is given back as it is.
+        - `there`: the same where the fit takes place.
+        """
+        is_split = self._kind.place is not None and self._kind.place.splits
+        self._config = there._at(None)
+        self.trainer: Any = there if is_split else trainer._at(there._progress)
+
+    def _move_to(self, moving: Moving) -> None:
+        self.trainer = self.trainer._at(moving.progress)
+        self.watched = moving.watched
 
     def _peek(self) -> Any:
         return self._kind.row(self.feed.peek())
@@ -128,7 +148,7 @@ class Running:
 
     def _take(self, count: int) -> None:
         kind, start = self._kind, self._kind.count(self.trainer)
-        config, moving = self.trainer._at(None), self._moving
+        config, moving, is_whole = self._config, self._moving, True
         now, every, pending = start, kind.number(self.every), []
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
@@ -137,8 +157,9 @@ class Running:
                 parts = config, source, self.monitor, self.record
                 task = Task(*parts, kind.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
+                    is_whole = not self._in_place
                     chunk, ended = kind.run(task, moving, self._in_place)
-                    moving = chunk.moving
+                    moving, is_whole = chunk.moving, True
                     # Not the chunk itself: of a stream's every step it would keep the
                     # parameters.
                     pending.append((ended, chunk.rows, chunk.scores))
@@ -148,13 +169,14 @@ class Running:
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
-            kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
-            self.trainer = self.trainer._at(moving.progress)
-            self.watched = moving.watched
-            self.taken += kind.count(self.trainer) - start
-            self.stopped = self._is_over()
-            if kept:
-                self._recorder.extend(concatenate(kept))
+            self.is_whole = is_whole
+            if is_whole:
+                self._move_to(moving)
+                kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
+                self.taken += kind.count(self.trainer) - start
+                self.stopped = self._is_over()
+                if kept:
+                    self._recorder.extend(concatenate(kept))
 
     @property
     def _moving(self) -> Moving:
@@ -165,18 +187,32 @@ class Running:
 
     def call(self, callback: Callback | None) -> StopReason | None:
         """Calls the callback, if there is one, and tells why to end, if at all."""
+        reason = None
         if callback is not None:
-            answer = callback(self.trainer, self.history())
-            if _is_boolean(answer) and answer:
-                return StopReason.CALLBACK
-            self._go_on_with(answer)
+            call = lambda: callback(self.trainer, self.history())
+            answer, told = self.peers.together(call, self._told, "a callback")
+            if _is_boolean(answer):
+                reason = StopReason.CALLBACK if answer else None
+            if any(one != told[0] for one in told):
+                raise ValueError(
+                    "`callback` returned another trainer on one process than on "
+                    "another, or none. It must return the same on all."
+                )
+            if not _is_boolean(answer) and answer is not None:
+                self._go_on_with(answer)
         if self._keeper is not None and self._keeper.asked_to_end:
-            return StopReason.TERMINATED
-        return StopReason.INTERRUPTED if self.peers.is_interrupted else None
+            reason = reason or StopReason.TERMINATED
+        if self.peers.is_interrupted:
+            self.peers.is_heeded = True
+            reason = reason or StopReason.INTERRUPTED
+        return reason
+
+    def _told(self, answer: Any) -> Any:
+        """What the other processes hear of the answer of a callback."""
+        is_trainer = type(answer) is type(self.trainer)
+        return described(answer) if self.peers.are_many and is_trainer else None
 
     def _go_on_with(self, answer: Any) -> None:
-        if answer is None or _is_boolean(answer):
-            return
         if type(answer) is not type(self.trainer):
             raise TypeError(
                 f"`callback` returned an object of type `{type(answer).__name__}`. It "
@@ -187,7 +223,7 @@ class Running:
         if answer._progress.params is not self.trainer._progress.params:
             # What was seen of other parameters says nothing of these.
             self.watched = self._kind.watched(self.monitor, answer)
-        self.trainer = self._kind.placed(answer)
+        self._hold(answer, self._kind.placed(answer))
         self.stopped = self._is_over()
 
     @property
@@ -198,27 +234,28 @@ class Running:
 
     def keep(self) -> None:
         """Writes a checkpoint, if any are wanted, and all can do so."""
-        if self._keeper is not None and not self.peers.are_lost:
+        if self._keeper is not None and self.is_whole and not self.peers.are_lost:
             step = self._kind.count(self.trainer)
             self._keeper.write(step, self.trainer, self.watched, self.history())
 
     def described(self) -> dict[str, str]:
         """Describes what is fitted, as to find out whether another process does so."""
-        template, kind = self._kind.template(self.trainer), type(self.trainer)
-        batch = self._peek()
-        program = eqx.filter_make_jaxpr(lambda t, b: advance(t, b)[0])(template, batch)
+        step = eqx.filter_make_jaxpr(lambda trainer, batch: advance(trainer, batch)[0])
+        program = step(self._template, self._peek())
         # Where an object lies says nothing of what it is.
         text = re.sub(r" at 0x[0-9a-f]+", "", f"{program[0]} {self.record}")
         return {
-            "class": kind.__qualname__,
+            "class": type(self.trainer).__qualname__,
             "stop": self.monitor.fingerprint,
             "record": self.record.names,
             "program": hashlib.sha256(text.encode()).hexdigest(),
         }
 
     def _no_history(self) -> History:
-        template, shape = self._kind.template(self.trainer), (0, *self._kind.shape)
-        shapes = self.record.shapes(template, self._peek)
+        shapes, shape = (
+            self.record.shapes(self._template, self._peek),
+            (0, *self._kind.shape),
+        )
         loss = np.zeros(shape, self.trainer.best_loss.dtype)
         rows = {k: np.zeros((*shape, *v.shape), v.dtype) for k, v in shapes.items()}
         return History(np.zeros(0, int), loss, rows)
