@@ -13,10 +13,11 @@ Whether that is worth while can be told on paper. Per step and device, of *n*:
   and receives 2 (*n* − 1)/*n* times their 4 (*P* + 1) bytes, as a ring does it.
 
 So it pays where the first is much more than what a device could compute while the
-second is under way. Here *W* and *U* are found from two programs for one device, and
-the compiled programs for 2, 4 and 8 devices are asked what they do, and say so. The
-devices of this script are eight views of one processor: they show that it is right, not
-how fast it is.
+second is under way: the more samples to a batch, the better. Here a batch is all of
+them. *W* and *U* are found from two programs for one device; the compiled programs for
+2, 4 and 8 devices are then asked what they do, and what they sum. (What goes over the
+wire is computed from that.) The devices of this script are eight views of one
+processor: they show that it is right, not how fast it is.
 """
 
 import argparse

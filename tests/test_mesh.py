@@ -149,6 +149,17 @@ def test_a_mesh_of_which_the_compiler_asks_for_types():
     close(many.trainer, one.trainer)
 
 
+def test_a_mesh_that_is_set_around_it():
+    trainer = GaussianFit(gaussian(), ADAM)
+    one = trainer.fit(BATCH, 9, progress=False)
+    mesh = jax.make_mesh((4,), ("data",))
+    with jax.set_mesh(mesh):
+        many = trainer.fit(BATCH, 9, progress=False, mesh=mesh)
+        trainer.step(BATCH, mesh=mesh)
+        trainer.solve(SOLVERS["LM"], BATCH, mesh=mesh)
+    close(many.trainer, one.trainer)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_steps_on_devices(jit):
     trainer = alone = GaussianFit(gaussian(), vn.ParamOptimiser(RULES))
@@ -236,8 +247,9 @@ def test_one_device_needs_no_collectives():
 
 @pytest.mark.parametrize("mesh", [None, MESH], ids=["one", "eight"])
 def test_nothing_goes_to_the_host_within_a_chunk(mesh):
-    trainer = GaussianFit(gaussian(), ADAM)
-    options = {"progress": False, "mesh": mesh}
+    trainer, stop = GaussianFit(gaussian(), ADAM), vn.Converged(0.0, 99)
+    batch = jax.device_put(BATCH)
+    options = {"progress": False, "mesh": mesh, "stop": stop, "validation": (batch, 5)}
     trainer.fit(BATCH, 2, **options)
     with jax.transfer_guard("disallow"):
         trainer.fit(BATCH, 50, **options)

@@ -294,7 +294,8 @@ class Many(One):
         batch = self.prepare(data)
         flags = self.config, self._flags(batch)
         there = Members(self.placed(trainer), flags, self.group, self.place)
-        trainers, history, reasons = solve_many(there, batch, encoded, steps, rows)
+        with self.context():
+            trainers, history, reasons = solve_many(there, batch, encoded, steps, rows)
         result = self._result(trainers, history, reasons)
         self.raise_if_non_finite(result)
         return result

@@ -52,7 +52,7 @@ class Monitor(eqx.Module):
             batch, every = _pair(validation)
             batch = as_batch(batch, "validation")
             every = min(whole_number(every, "validation[1]", least=1), MOST_STEPS)
-            self.validation = Validation(batch, jnp.asarray(np.int32(every)))
+            self.validation = Validation(batch, jax.device_put(np.int32(every)))
         if stop is not None and not isinstance(stop, StopCriterion):
             made = isinstance(stop, type) and issubclass(stop, StopCriterion)
             remedy = f" Did you mean `{stop.__name__}(...)`?" if made else ""
@@ -67,12 +67,16 @@ class Monitor(eqx.Module):
             )
         self.stop = stop
 
-    def on_batch(self, fn: Callable[[Any], Any]) -> "Monitor":
-        """The same with another batch to validate on, if there is one."""
-        if self.validation is None:
-            return self
-        scored = Validation(fn(self.validation.batch), self.validation.every)
-        return eqx.tree_at(lambda monitor: monitor.validation, self, scored)
+    def placed(
+        self, batch: Callable[[PyTree], PyTree], rest: Callable[[PyTree], PyTree]
+    ) -> "Monitor":
+        """The same with its batch, and what else it has, put elsewhere."""
+        stop, validation = rest(self.stop), self.validation
+        if validation is not None:
+            validation = Validation(batch(validation.batch), rest(validation.every))
+        both = lambda monitor: (monitor.validation, monitor.stop)
+        is_none = lambda node: node is None
+        return eqx.tree_at(both, self, (validation, stop), is_leaf=is_none)
 
     @property
     def fingerprint(self) -> str:
@@ -95,8 +99,8 @@ class Monitor(eqx.Module):
         stop_state = None
         if self.stop is not None:
             stop_state = jax.tree.map(strong, self.stop.init(progress.params))
-        no = jnp.asarray(np.bool_(False))
-        return MonitorState(jnp.asarray(none_yet), stop_state, no)
+        no = jax.device_put(np.bool_(False))
+        return MonitorState(jax.device_put(none_yet), stop_state, no)
 
     def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether there is a validation after so many steps."""

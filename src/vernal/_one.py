@@ -1,5 +1,6 @@
 """What a fit asks of what it fits: here, one trainer."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -29,6 +30,10 @@ class One:
         """
         self.place = place
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What the fit takes place in."""
+        return contextlib.nullcontext() if self.place is None else self.place.context()
+
     def source(self, data: Any) -> Source:
         """Turns what a user gave into a source of batches."""
         source = as_source(data)
@@ -41,7 +46,8 @@ class One:
 
     def monitor(self, validation: Any, stop: Any) -> Monitor:
         """Makes the monitor of the fit."""
-        return Monitor(validation, stop).on_batch(self._scored)
+        rest = self.place.put_whole if self.place is not None else lambda tree: tree
+        return Monitor(validation, stop).placed(self._scored, rest)
 
     def _scored(self, batch: Any) -> Any:
         """Turns the batch of a validation into what is scored."""

@@ -1,5 +1,6 @@
 """Where the arrays of a fit lie when there are several devices."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -69,6 +70,10 @@ class Placement(eqx.Module):
         while entries and entries[-1] is None:
             entries.pop()
         return NamedSharding(self.mesh, PartitionSpec(*entries))
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What programs are made in: a mesh that is set around a fit has no say."""
+        return jax.set_mesh(self.mesh)
 
     # What a fit holds.
 

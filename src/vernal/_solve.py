@@ -1,5 +1,6 @@
 """`solve`: a solver of Optimistix on what a trainer fits."""
 
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -37,15 +38,16 @@ def solve(
 ) -> FitResult[Any, Any]:
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
     encoded, rows = checked_solver(solver, max_steps, "max_steps")
-    batch, there, place = as_batch(batch), trainer, placement(trainer, mesh)
-    if place is not None:
-        batch, there = place.batch(batch, "batch"), place.put(trainer)
-    bare, start = there._bare(), Start.of(there)
-    goal = jnp.asarray(np.int32(max_steps))
-    end = _run(bare, there.projector, start, batch, encoded, goal, rows)
-    if place is not None:
-        end = place.home(end)
-    return _result(trainer, bare, batch, end)
+    place = placement(trainer, mesh)
+    with contextlib.nullcontext() if place is None else place.context():
+        batch, there = as_batch(batch), trainer
+        if place is not None:
+            batch, there = place.batch(batch, "batch"), place.put(trainer)
+        bare, start = there._bare(), Start.of(there)
+        goal = jnp.asarray(np.int32(max_steps))
+        end = _run(bare, there.projector, start, batch, encoded, goal, rows)
+        end = end if place is None else place.home(end)
+        return _result(trainer, bare, batch, end)
 
 
 def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple, final
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -138,7 +139,7 @@ class _Either(StopCriterion):
 
     def init(self, params: PyTree) -> PyTree:
         # NumPy makes the flag, for which JAX would compile a program.
-        no = jnp.asarray(np.bool_(False))
+        no = jax.device_put(np.bool_(False))
         return self.first.init(params), self.second.init(params), no
 
     def apply(self, view: StepView, state: Any) -> tuple[Bool[Array, ""], PyTree]:
@@ -248,7 +249,7 @@ class Patience(StopCriterion):
 
 def _infinite_and_zero() -> tuple[Float[Array, ""], Int[Array, ""]]:
     infinite = np.asarray(np.inf, jnp.result_type(float))
-    return jnp.asarray(infinite), jnp.asarray(np.int32(0))
+    return jax.device_put(infinite), jax.device_put(np.int32(0))
 
 
 def _tolerance(value: Any, name: str) -> float:

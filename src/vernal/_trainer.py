@@ -1,5 +1,6 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, overload
 
@@ -283,7 +284,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         batch, trainer, place = as_batch(batch), self, placement(self, mesh, sharding)
         if place is not None:
             batch, trainer = place.batch(batch, "batch"), place.put(self)
-        progress, info = run_step(trainer, batch, place)
+        is_traced = isinstance(self.step_count, jax.core.Tracer)
+        # Within a user's own program it is theirs to say which mesh there is.
+        none = contextlib.nullcontext()
+        with none if place is None or is_traced else place.context():
+            progress, info = run_step(trainer, batch, place)
         trainer = trainer._at(progress)
         if not self.nan_policy.raises:
             return trainer, info
