@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 # Both precisions are tested from one process: float32 arrays are asked for by dtype.
 jax.config.update("jax_enable_x64", True)
@@ -10,3 +11,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # `import models`: in the import mode that these tests have, no folder is a package.
 sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Lets go of the programs of a file: a process may map only so many into memory."""
+    yield
+    jax.clear_caches()

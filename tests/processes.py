@@ -141,10 +141,6 @@ def answers(folder):
         for steps in 11, 30:
             resumed = vn.fit_many(starts(optax.adam(0.1)), DATA, steps, **many)
         assert told(resumed) == found["many"]
-        # Each by itself.
-        own = vn.Checkpoints(folder / f"own-{NUMBER}")
-        fit(steps=20, mesh=None, checkpoint=own)
-        assert [path.name for path in (own.directory / "steps").iterdir()] == ["20"]
     if NUMBER == 0:
         assert np.isfinite(result.model(2.0))
         result.trainer.fit(DATA, 3, progress=False)
@@ -212,6 +208,7 @@ def decisions(folder):
         "code": lambda: fit(own=trainer(Twice)),
         "record": lambda: fit(record=("slope", "offset")[NUMBER]),
         "directory": lambda: fit(checkpoint=taken),
+        "alone": lambda: fit(mesh=None, checkpoint=checkpoints(f"own-{NUMBER}")),
         "moved": lambda: fit(callback=move_on_one),
         "unknown": lambda: fit(record=("slope", "nothing")[NUMBER]),
         "quits": lambda: fit(callback=quit_on_one, **steps),

@@ -251,3 +251,10 @@ def test_the_data_may_change_during_the_fit_and_after():
     )
     reference = trainer().fit(BATCH, 6, progress=False)
     assert same(result.trainer, reference.trainer)
+
+
+@pytest.mark.parametrize("batch", [(np.ones(3), jnp.ones(3)), {"x": np.ones(3)}])
+def test_a_function_of_the_step_that_returns_one_batch(batch):
+    trainer = LineFit(line(), optax.adam(0.1))
+    with pytest.raises(TypeError, match="iterable of all batches from that step on"):
+        trainer.fit(vn.Stream(lambda step: batch), 3, progress=False)

@@ -105,6 +105,7 @@ def test_what_one_decides_all_do(tmp_path):
             )
             assert what in told[name]
         assert "holds something else than checkpoints" in told["directory"]
+        assert "Pass a `mesh` with the devices of all" in told["alone"]
         assert "`callback` returned another trainer on one process" in told["moved"]
         assert "UnknownPathError" in told["unknown"]
         assert told["quits"].endswith("SystemExit: 3")

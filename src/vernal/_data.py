@@ -163,7 +163,8 @@ class Stream:
         """**Arguments:**
 
         - `source`: an iterable of batches; or a function that, given the number of
-            steps which the trainer has already taken, returns one.
+            steps which the trainer has already taken, returns an iterable of the
+            batches from there on.
         """
         if not isinstance(source, Iterable) and not callable(source):
             raise TypeError(
@@ -182,15 +183,22 @@ class Stream:
         """Returns the iterator to take batches from, at the given step."""
         if not isinstance(self._source, Iterable):
             batches = self._source(step)
-            if not isinstance(batches, Iterable):
+            if not isinstance(batches, Iterable) or _is_one_batch(batches):
                 raise TypeError(
                     f"`source` returned {batches!r} for step {step}, but must return "
-                    "an iterable of batches."
+                    "an iterable of all batches from that step on: let it be a "
+                    "generator, which yields one batch after another."
                 )
             return iter(batches)
         if self._iterator is None:
             self._iterator = iter(self._source)
         return self._iterator
+
+
+def _is_one_batch(batches: Any) -> bool:
+    is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
+    of_arrays = isinstance(batches, tuple) and all(map(is_array, batches))
+    return isinstance(batches, dict) or (of_arrays and len(batches) > 0)
 
 
 class StreamExhaustedError(RuntimeError):

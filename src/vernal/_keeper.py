@@ -77,6 +77,11 @@ class Keeper:
         self._ocp: Any = ocp
         self.folder, self._every = checkpoints.directory, checkpoints.every
         self._stop, self._peers = stop, peers
+        if max(len(peers.numbers), 1) < jax.process_count():
+            raise ValueError(
+                "`checkpoint`: in a program of several processes all of them write a "
+                "checkpoint together. Pass a `mesh` with the devices of all."
+            )
         claim = lambda: _claim(self.folder) if peers.is_first else None
         self._lock, _ = peers.together(claim, lambda lock: None, "a directory")
         self._levels = {name: logging.getLogger(name).level for name in _TALKERS}
@@ -89,24 +94,12 @@ class Keeper:
                 create=False,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
-                multiprocessing_options=self._processes(),
             ),
         )
         self._log = HistoryLog(self.folder, writes=peers.is_first)
         self._last_step, self._last = -1, None
         self._last_time = time.monotonic()
         self.asked_to_end = False
-
-    def _processes(self) -> Any:
-        """Tells Orbax who writes: without a mesh, each process by itself."""
-        if jax.process_count() == 1:
-            return self._ocp.options.MultiprocessingOptions()
-        numbers = self._peers.numbers or [jax.process_index()]
-        return self._ocp.options.MultiprocessingOptions(
-            primary_host=numbers[0],
-            active_processes=set(numbers),
-            barrier_sync_key_prefix=f"vernal{numbers[0]}",
-        )
 
     def __enter__(self) -> "Keeper":
         self._handler: Any = None

@@ -47,7 +47,6 @@ def fit(
     try:
         with contextlib.ExitStack() as stack:
             peers = stack.enter_context(Peers(kind.place and kind.place.mesh))
-            stack.enter_context(kind.context())
             steps = whole_number(steps, "steps", least=0)
             every = min(whole_number(every, "every", least=1), MOST_STEPS)
             chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)

@@ -202,8 +202,8 @@ class Many(One):
     def count(self, trainer: Any) -> int:
         return int(self._on_host(trainer.step_count).max())
 
-    def is_over(self, flags: Any) -> bool:
-        return bool(self._on_host(flags).all())
+    def is_over(self, *flags: Any) -> bool:
+        return bool(np.logical_or.reduce([*map(self._on_host, flags)]).all())
 
     def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
         spread = Spread(
@@ -214,7 +214,9 @@ class Many(One):
             source=self._source_flags(task.source),
             place=self.place,
         )
-        return (run_many_in_place if in_place else run_many)(task, moving, spread)
+        run = run_many_in_place if in_place else run_many
+        with self.context():
+            return run(task, moving, spread)
 
     def _monitor_flags(self, monitor: Monitor) -> Flags:
         every = len(jax.tree.leaves(monitor))

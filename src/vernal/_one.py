@@ -31,7 +31,7 @@ class One:
         self.place = place
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """What the fit takes place in."""
+        """What the programs of the fit are made and run in."""
         return contextlib.nullcontext() if self.place is None else self.place.context()
 
     def source(self, data: Any) -> Source:
@@ -90,9 +90,9 @@ class One:
         """Tells how many steps were taken."""
         return int(trainer.step_count)
 
-    def is_over(self, flags: Any) -> bool:
-        """Whether there are no more steps to be taken."""
-        return bool(flags)
+    def is_over(self, *flags: Any) -> bool:
+        """Whether there are no more steps to be taken, as one of the flags says."""
+        return any(map(bool, flags))
 
     def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
         """Takes the steps of one chunk.
@@ -102,7 +102,9 @@ class One:
         - `task`, `moving`: what it is given, and what it changes.
         - `in_place`: whether `moving` may be overwritten.
         """
-        return (run_chunk_in_place if in_place else run_chunk)(task, moving, self.place)
+        run = run_chunk_in_place if in_place else run_chunk
+        with self.context():
+            return run(task, moving, self.place)
 
     def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
         """Copies what a chunk recorded to the host.

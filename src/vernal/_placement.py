@@ -202,9 +202,10 @@ class Placement(eqx.Module):
     def _is_here(self, leaf: jax.Array) -> bool:
         """Whether somebody has put an array onto the mesh already."""
         sharding = leaf.sharding
-        if not isinstance(sharding, NamedSharding) or not isinstance(
-            sharding.mesh, Mesh
-        ):
+        # Within `jax.set_mesh` JAX makes arrays there of its own accord.
+        if not leaf.committed or not isinstance(sharding, NamedSharding):
+            return False
+        if not isinstance(sharding.mesh, Mesh):
             return False
         names, devices = sharding.mesh.axis_names, sharding.mesh.devices
         is_same = names == self.mesh.axis_names

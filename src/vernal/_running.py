@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ._alike import require_alike
-from ._compiled import Moving, Task, is_over
+from ._compiled import Moving, Task
 from ._data import Source
 from ._feed import Feed
 from ._history import History, concatenate
@@ -105,7 +105,8 @@ class Running:
             self._move_to(mine)
         self.feed = Feed(source, kind.count(there), kind.prepare, peers)
         self._template = kind.template(there)
-        self.record = Record(self._template, record, self._peek)
+        with kind.context():
+            self.record = Record(self._template, record, self._peek)
         self.every = every
         self.taken = kind.count(there) - first
         self.stopped = self._is_over()
@@ -183,7 +184,10 @@ class Running:
         return Moving(self.trainer._progress, self.watched)
 
     def _is_over(self) -> bool:
-        return self._kind.is_over(is_over(*self._moving))
+        flags = [self.trainer.stopped]
+        if self.watched is not None:
+            flags.append(self.watched.is_over)
+        return self._kind.is_over(*flags)
 
     def call(self, callback: Callback | None) -> StopReason | None:
         """Calls the callback, if there is one, and tells why to end, if at all."""

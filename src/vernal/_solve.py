@@ -38,11 +38,10 @@ def solve(
 ) -> FitResult[Any, Any]:
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
     encoded, rows = checked_solver(solver, max_steps, "max_steps")
-    place = placement(trainer, mesh)
+    batch, there, place = as_batch(batch), trainer, placement(trainer, mesh)
+    if place is not None:
+        batch, there = place.batch(batch, "batch"), place.put(trainer)
     with contextlib.nullcontext() if place is None else place.context():
-        batch, there = as_batch(batch), trainer
-        if place is not None:
-            batch, there = place.batch(batch, "batch"), place.put(trainer)
         bare, start = there._bare(), Start.of(there)
         goal = jnp.asarray(np.int32(max_steps))
         end = _run(bare, there.projector, start, batch, encoded, goal, rows)
