@@ -157,6 +157,7 @@ def test_a_mesh_that_is_set_around_it():
         many = trainer.fit(BATCH, 9, progress=False, mesh=mesh)
         trainer.step(BATCH, mesh=mesh)
         trainer.solve(SOLVERS["LM"], BATCH, mesh=mesh)
+        vn.fit_many([trainer] * 4, BATCH, 9, progress=False, mesh=mesh)
     close(many.trainer, one.trainer)
 
 

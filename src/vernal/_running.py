@@ -104,8 +104,8 @@ class Running:
             mine = jax.tree.map(lambda leaf: leaf.copy(), self._moving)
             self._move_to(mine)
         self.feed = Feed(source, kind.count(there), kind.prepare, peers)
-        self._template = kind.template(there)
         with kind.context():
+            self._template = kind.template(there)
             self.record = Record(self._template, record, self._peek)
         self.every = every
         self.taken = kind.count(there) - first
