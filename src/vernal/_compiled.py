@@ -63,7 +63,7 @@ class Ended(NamedTuple):
 
     @classmethod
     def of(cls, moving: Moving) -> "Ended":
-        return cls(jnp.copy(moving.progress.step_count), is_over(*moving))
+        return cls(jnp.copy(moving.progress.step_count), jnp.copy(is_over(*moving)))
 
 
 def chunk_of_one(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from ._leaves import Kind, LoadError, NamedArray
+from ._leaves import Kind, LoadError, NamedArray, is_part
 
 _FORMAT = 1
 _HEADER = "vernal.json"
@@ -87,10 +87,7 @@ def _write(file: Any, arrays: Mapping[str, NamedArray]) -> None:
 
 
 def _whole(array: Any) -> Any:
-    is_part = isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    )
-    return process_allgather(array, tiled=True) if is_part else array
+    return process_allgather(array, tiled=True) if is_part(array) else array
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, NamedArray]:

@@ -24,7 +24,14 @@ from jaxtyping import Array
 from ._checkpoint import Checkpoints
 from ._file import DamagedFileError, NewerFormatError
 from ._history import History
-from ._leaves import Kind, MismatchError, NamedArray, from_arrays, to_arrays
+from ._leaves import (
+    Kind,
+    MismatchError,
+    NamedArray,
+    from_arrays,
+    is_part,
+    to_arrays,
+)
 from ._log import HistoryLog
 from ._peers import Peers
 from ._snapshot import kinds, require_restorable, restore, snapshot
@@ -357,10 +364,7 @@ def _apart(arrays: Mapping[str, NamedArray]) -> tuple[bytes, dict[str, Any]]:
 
 
 def _is_large(array: Any) -> bool:
-    is_whole = not isinstance(array, jax.Array) or (
-        array.is_fully_addressable or array.is_fully_replicated
-    )
-    return array.nbytes >= _LARGE or not is_whole
+    return array.nbytes >= _LARGE or is_part(array)
 
 
 @jax.jit

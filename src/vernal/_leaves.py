@@ -119,7 +119,8 @@ def _can_be_kept(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) or type(leaf).__name__ in _NUMBERS
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of PRNG keys."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(
         leaf.dtype, jax.dtypes.prng_key
     )
@@ -132,14 +133,14 @@ def _kind(leaf: Any) -> Kind:
 
 
 def _data(leaf: Any) -> Any:
-    if _is_key(leaf):
+    if is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if _is_array(leaf) else np.asarray(leaf)
 
 
 def _as_before(array: Any, like: Any) -> Any:
     """Makes of an array the kind of leaf that `like` is."""
-    if _is_key(like):
+    if is_key(like):
         data = jnp.asarray(array)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
     if isinstance(like, jax.Array):
@@ -147,3 +148,10 @@ def _as_before(array: Any, like: Any) -> Any:
     if isinstance(like, np.ndarray):
         return np.asarray(array)
     return type(like)(np.asarray(array)[()])
+
+
+def is_part(leaf: Any) -> bool:
+    """Whether a leaf is an array of which other processes have what this has not."""
+    return isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    )

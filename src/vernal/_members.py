@@ -207,7 +207,6 @@ class Many(One):
 
     def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
         spread = Spread(
-            size=self.size,
             group=self.group,
             config=self.config,
             monitor=self._monitor_flags(task.monitor),

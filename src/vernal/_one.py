@@ -11,7 +11,7 @@ from ._compiled import Chunk, Ended, Moving, Task, run_chunk, run_chunk_in_place
 from ._data import Source, as_batch, as_source
 from ._history import History
 from ._monitor import Monitor, MonitorState
-from ._placement import Placement
+from ._placement import Placement, context
 from ._record import Rows
 from ._result import FitResult
 from ._stop import StopReason
@@ -32,7 +32,7 @@ class One:
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """What the programs of the fit are made and run in."""
-        return contextlib.nullcontext() if self.place is None else self.place.context()
+        return context(self.place)
 
     def source(self, data: Any) -> Source:
         """Turns what a user gave into a source of batches."""

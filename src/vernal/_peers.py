@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ._leaves import to_arrays
+from ._leaves import is_part, to_arrays
 from ._typing import PyTree
 
 T = TypeVar("T")
@@ -197,8 +197,6 @@ class Peers:
         - `described`: by the name of each argument a number or a text; or, of a tree,
             a dictionary with one for each leaf.
         """
-        if not self.are_many:
-            return
         first, *others = self.exchange(described, "the start of a fit")
         for number, other in zip(self.numbers[1:], others, strict=True):
             odd = [name for name in first if first[name] != other.get(name)]
@@ -236,8 +234,6 @@ def described(tree: PyTree) -> dict[str, str]:
 
 
 def _checksum(array: Any) -> int:
-    if isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    ):
+    if is_part(array):
         return 0
     return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._alike import is_weak
 from ._data import Source, Stream, Whole
+from ._leaves import is_key, is_part
 from ._paths import dotted, named_leaves
 from ._selectors import resolve
 from ._typing import PyTree
@@ -70,10 +71,6 @@ class Placement(eqx.Module):
         while entries and entries[-1] is None:
             entries.pop()
         return NamedSharding(self.mesh, PartitionSpec(*entries))
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """What programs are made in: a mesh that is set around a fit has no say."""
-        return jax.set_mesh(self.mesh)
 
     # What a fit holds.
 
@@ -138,10 +135,7 @@ class Placement(eqx.Module):
 
     def whole(self, leaf: Any) -> Any:
         """Gives every process the whole of an array."""
-        is_part = isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        )
-        return jax.device_put(leaf, self.on(WHOLE)) if is_part else leaf
+        return jax.device_put(leaf, self.on(WHOLE)) if is_part(leaf) else leaf
 
     # What a fit is fed with.
 
@@ -214,6 +208,11 @@ class Placement(eqx.Module):
     @property
     def _told(self) -> str:
         return f"the {self.size} devices along the axis {self.axis!r}"
+
+
+def context(place: Placement | None) -> contextlib.AbstractContextManager[Any]:
+    """What programs are made and run in: a mesh that is set around has no say."""
+    return contextlib.nullcontext() if place is None else jax.set_mesh(place.mesh)
 
 
 def placement(trainer: Any, mesh: Any, sharding: Any = None) -> Placement | None:
@@ -291,10 +290,6 @@ def _check_spec(
             )
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def put(leaf: Any, sharding: NamedSharding) -> Any:
     """Puts an array onto devices. Each process has the whole of it."""
     if not isinstance(leaf, jax.Array):
@@ -303,7 +298,7 @@ def put(leaf: Any, sharding: NamedSharding) -> Any:
         return lax.with_sharding_constraint(leaf, sharding)
     if sharding.is_fully_addressable or not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    if _is_key(leaf):
+    if is_key(leaf):
         data = put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if is_weak(leaf):
@@ -322,7 +317,7 @@ def _put_share(leaf: Any, sharding: NamedSharding) -> Any:
 def _home(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array):
         return leaf
-    if _is_key(leaf):
+    if is_key(leaf):
         data = _home(jax.random.key_data(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     # Through the host: so it belongs to no device, and goes with whatever it meets.

@@ -1,6 +1,5 @@
 """`solve`: a solver of Optimistix on what a trainer fits."""
 
-import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from ._data import as_batch
 from ._history import History
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
-from ._placement import placement
+from ._placement import context, placement
 from ._projector import EigenProjector
 from ._ravel import as_parameters
 from ._result import FitResult
@@ -41,7 +40,7 @@ def solve(
     batch, there, place = as_batch(batch), trainer, placement(trainer, mesh)
     if place is not None:
         batch, there = place.batch(batch, "batch"), place.put(trainer)
-    with contextlib.nullcontext() if place is None else place.context():
+    with context(place):
         bare, start = there._bare(), Start.of(there)
         goal = jnp.asarray(np.int32(max_steps))
         end = _run(bare, there.projector, start, batch, encoded, goal, rows)

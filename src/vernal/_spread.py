@@ -38,7 +38,6 @@ class Spread(eqx.Module):
     All else is shared. `group` members are computed at a time.
     """
 
-    size: int = eqx.field(static=True)
     group: int = eqx.field(static=True)
     config: Flags = eqx.field(static=True)
     monitor: Flags = eqx.field(static=True)

@@ -1,14 +1,13 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
 import equinox as eqx
 import jax
 import jax.core
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._change import replace, reproject
@@ -22,7 +21,7 @@ from ._objective import score, step_key
 from ._one import One
 from ._parts import Parts, parameters, strong
 from ._paths import paths
-from ._placement import placement
+from ._placement import Sharding, context, placement
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
@@ -260,7 +259,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     # What a trainer does.
 
     def step(
-        self: SelfT, batch: Batch, *, mesh: Mesh | None = None, sharding: Any = None
+        self: SelfT,
+        batch: Batch,
+        *,
+        mesh: Mesh | None = None,
+        sharding: Sharding | None = None,
     ) -> tuple[SelfT, StepInfo]:
         """Takes one compiled step.
 
@@ -286,8 +289,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             batch, trainer = place.batch(batch, "batch"), place.put(self)
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
-        none = contextlib.nullcontext()
-        with none if place is None or is_traced else place.context():
+        with context(None if is_traced else place):
             progress, info = run_step(trainer, batch, place)
         trainer = trainer._at(progress)
         if not self.nan_policy.raises:
@@ -317,7 +319,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         chunk: int | None = None,
         checkpoint: Checkpoints | None = None,
         mesh: Mesh | None = None,
-        sharding: Mapping[Any, PartitionSpec] | None = None,
+        sharding: Sharding | None = None,
     ) -> FitResult[SelfT, Model]:
         """Takes many steps, in one compiled program.
 
