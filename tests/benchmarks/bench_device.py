@@ -15,8 +15,9 @@ import optax
 
 import vernal as vn
 
-from .bench_fit import RATES, ChiSquared, problem
+from .bench_fit import ChiSquared, problem, rules
 from .bench_many import starts
+from .scan import chi_squared, scan_by_hand
 from .timing import in_turns
 
 ROUNDS = 5
@@ -44,36 +45,15 @@ def chain(width: int, depth: int, rows: int) -> tuple[Any, Any]:
     return model, (x, jnp.roll(x, 1, axis=1))
 
 
-def by_hand(loss: Any, tx: Any, model: Any, batch: Any, steps: int) -> Callable:
-    @jax.jit
-    def run(model: Any, batch: Any) -> Any:
-        def body(carry: Any, _: None) -> Any:
-            model, state = carry
-            value, grads = jax.value_and_grad(loss)(model, batch)
-            updates, state = tx.update(grads, state, model)
-            return (optax.apply_updates(model, updates), state), value
-
-        return jax.lax.scan(body, (model, tx.init(model)), None, length=steps)
-
-    return lambda: np.asarray(run(model, batch)[1])
-
-
 def ratio(sides: dict[str, Callable]) -> tuple[float, float]:
     """Of the first to the second, and the seconds of the second."""
     ours, theirs = (min(times) for times in in_turns(sides, ROUNDS).values())
     return ours / theirs, theirs
 
 
-def chi_squared(model: Any, batch: Any) -> jax.Array:
-    x, y, sigma = batch
-    return 0.5 * jnp.sum(jnp.square((model(x) - y) / sigma))
-
-
-def rules(model: Any) -> tuple[Any, Any]:
-    """One optimiser for each parameter: ours, and that of Optax."""
-    each = dict(zip(vn.paths(model), map(optax.adam, RATES), strict=True))
-    labels = type(model)(*vn.paths(model))
-    return vn.ParamOptimiser(each), optax.partition(each, lambda _: labels)
+def by_hand(loss: Any, tx: Any, model: Any, batch: Any, steps: int) -> Callable:
+    run = jax.jit(scan_by_hand(loss, tx, steps))
+    return lambda: np.asarray(run(model, batch)[1])
 
 
 def single(tree: Any) -> Any:
@@ -110,23 +90,11 @@ def rows() -> list[tuple[str, str]]:
     ours, theirs = rules(models[0])
     trainers = [ChiSquared(model, ours) for model in models]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
-    each = lambda model: jax.value_and_grad(chi_squared)(model, batch)
-
-    @jax.jit
-    def run(models: Any) -> Any:
-        def body(carry: Any, _: None) -> Any:
-            models, states = carry
-            values, grads = jax.vmap(each)(models)
-            updates, states = jax.vmap(theirs.update)(grads, states, models)
-            return (optax.apply_updates(models, updates), states), values
-
-        start = models, jax.vmap(theirs.init)(models)
-        return jax.lax.scan(body, start, None, length=1_000)
-
+    run = jax.jit(jax.vmap(scan_by_hand(chi_squared, theirs, 1_000), (0, None)))
     value, took = ratio(
         {
             "vernal": lambda: vn.fit_many(trainers, batch, 1_000).history.loss,
-            "hand": lambda: np.asarray(run(stacked)[1]),
+            "hand": lambda: np.asarray(run(stacked, batch)[1]),
         }
     )
     told = f"`fit_many`, {len(models)} light curves ({took / 1_000 * 1e6:.0f} µs)"

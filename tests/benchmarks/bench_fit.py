@@ -28,6 +28,7 @@ import optax
 
 import vernal as vn
 
+from .scan import chi_squared
 from .timing import in_turns, seconds
 
 STEPS = 20_000
@@ -87,21 +88,22 @@ def problem(name: str, points: int) -> tuple[Any, Any]:
     return make(start), batch
 
 
+def rules(model: Any) -> tuple[vn.ParamOptimiser, optax.GradientTransformation]:
+    """One Adam for each parameter: ours, and that of Optax."""
+    each = dict(zip(vn.paths(model), map(optax.adam, RATES), strict=True))
+    labels = type(model)(*vn.paths(model))
+    return vn.ParamOptimiser(each), optax.partition(each, lambda _: labels)
+
+
 def by_hand(name: str, points: int) -> Callable[[int], np.ndarray]:
     model, batch = problem(name, points)
-    labels = type(model)(*vn.paths(model))
-    rules = dict(zip(vn.paths(model), map(optax.adam, RATES), strict=True))
-    tx = optax.partition(rules, lambda _: labels)
-
-    def loss(model: Any, batch: Any) -> jax.Array:
-        x, y, sigma = batch
-        return 0.5 * jnp.sum(jnp.square((model(x) - y) / sigma))
+    _, tx = rules(model)
 
     @jax.jit
     def run(model: Any, state: Any, batch: Any) -> Any:
         def body(carry: Any, _: None) -> Any:
             model, state = carry
-            value, grads = jax.value_and_grad(loss)(model, batch)
+            value, grads = jax.value_and_grad(chi_squared)(model, batch)
             updates, state = tx.update(grads, state, model)
             return (optax.apply_updates(model, updates), state), value
 
@@ -119,8 +121,8 @@ def by_hand(name: str, points: int) -> Callable[[int], np.ndarray]:
 
 def by_vernal(name: str, points: int) -> Callable[[int], np.ndarray]:
     model, batch = problem(name, points)
-    rules = dict(zip(vn.paths(model), map(optax.adam, RATES), strict=True))
-    trainer = ChiSquared(model, vn.ParamOptimiser(rules))
+    optimiser, _ = rules(model)
+    trainer = ChiSquared(model, optimiser)
     return lambda steps: trainer.fit(batch, steps).history.loss
 
 

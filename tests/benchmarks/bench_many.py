@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import vernal as vn
 
-from .bench_fit import RATES, ChiSquared, problem
+from .bench_fit import ChiSquared, problem, rules
+from .scan import chi_squared, scan_by_hand
 from .timing import in_turns
 
 STEPS = 2_000
@@ -45,31 +45,15 @@ def starts(name: str, points: int) -> tuple[list[Any], Any]:
 def by_hand(name: str, points: int) -> Callable[[], np.ndarray]:
     models, batch = starts(name, points)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
-    labels = type(models[0])(*vn.paths(models[0]))
-    rules = dict(zip(vn.paths(models[0]), map(optax.adam, RATES), strict=True))
-    tx = optax.partition(rules, lambda _: labels)
-
-    def loss(model: Any, batch: Any) -> jax.Array:
-        x, y, sigma = batch
-        return 0.5 * jnp.sum(jnp.square((model(x) - y) / sigma))
-
-    def run(model: Any, batch: Any) -> Any:
-        def body(carry: Any, _: None) -> Any:
-            model, state = carry
-            value, grads = jax.value_and_grad(loss)(model, batch)
-            updates, state = tx.update(grads, state, model)
-            return (optax.apply_updates(model, updates), state), value
-
-        return jax.lax.scan(body, (model, tx.init(model)), None, length=STEPS)
-
+    _, tx = rules(models[0])
+    run = scan_by_hand(chi_squared, tx, STEPS)
     mapped = jax.jit(jax.vmap(run, in_axes=(0, None)))
     return lambda: np.asarray(mapped(stacked, batch)[1]).T
 
 
 def by_vernal(name: str, points: int) -> Callable[[], np.ndarray]:
     models, batch = starts(name, points)
-    rules = dict(zip(vn.paths(models[0]), map(optax.adam, RATES), strict=True))
-    optimiser = vn.ParamOptimiser(rules)
+    optimiser, _ = rules(models[0])
     trainers = [ChiSquared(model, optimiser) for model in models]
     return lambda: vn.fit_many(trainers, batch, STEPS).history.loss
 

@@ -13,11 +13,10 @@ import sys
 
 import jax
 import numpy as np
-import optax
 
 import vernal as vn
 
-from .bench_fit import RATES, STEPS, ChiSquared, problem
+from .bench_fit import STEPS, ChiSquared, problem, rules
 from .bench_many import STARTS, STEPS as MANY_STEPS, starts
 from .timing import in_turns
 
@@ -28,15 +27,11 @@ def mesh_of(count: int) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices()[:count]), ("data",))
 
 
-def optimiser(model: object) -> vn.ParamOptimiser:
-    rules = dict(zip(vn.paths(model), map(optax.adam, RATES), strict=True))
-    return vn.ParamOptimiser(rules)
-
-
 def fit() -> list[float]:
     """Fits of a star on a mesh of one device, and without a mesh."""
     model, batch = problem("star", 500)
-    trainer = ChiSquared(model, optimiser(model))
+    optimiser, _ = rules(model)
+    trainer = ChiSquared(model, optimiser)
     mesh = mesh_of(1)
     runs = in_turns(
         {
@@ -51,7 +46,8 @@ def fit() -> list[float]:
 def many() -> list[float]:
     """Many starts, spread over all devices."""
     models, batch = starts("star", 500)
-    trainers = [ChiSquared(model, optimiser(model)) for model in models]
+    optimiser, _ = rules(models[0])
+    trainers = [ChiSquared(model, optimiser) for model in models]
     mesh = mesh_of(jax.device_count()) if jax.device_count() > 1 else None
     run = lambda: vn.fit_many(trainers, batch, MANY_STEPS, mesh=mesh).history.loss
     return [min(in_turns({"all": run}, ROUNDS)["all"])]
