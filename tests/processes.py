@@ -172,6 +172,11 @@ def broken_on_one():
     yield from [(DATA[0][SHARE], DATA[1][SHARE])] * 50
 
 
+def terminate_one(trainer, history):
+    if NUMBER == 1 and len(history) == 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def move_on_one(trainer, history):
     moved = eqx.tree_at(lambda m: m.slope, trainer.model, jnp.array(100.0))
     return trainer.replace(model=moved) if NUMBER == 1 else None
@@ -198,6 +203,9 @@ def decisions(folder):
     cases = {
         "callback": lambda: fit(callback=stop_on_one, **steps),
         "interrupt": lambda: fit(callback=interrupt_one, **steps),
+        "terminate": lambda: fit(
+            callback=terminate_one, checkpoint=checkpoints("told"), **steps
+        ),
         "error": lambda: fit(callback=fail_on_one, **steps),
         "dry": lambda: fit(stream(10 + NUMBER)),
         "loader": lambda: fit(vn.Stream(broken_on_one())),
@@ -215,6 +223,9 @@ def decisions(folder):
         "negative": lambda: fit(steps=30 - 31 * NUMBER),
         "elsewhere": lambda: fit(checkpoint=(None, checkpoints("once"))[NUMBER]),
     }
+    # Once everything is written the fit passes it on, to whoever was there before.
+    passed_on = []
+    signal.signal(signal.SIGTERM, lambda *args: passed_on.append(args))
     found = {}
     for name, case in cases.items():
         try:
@@ -224,6 +235,7 @@ def decisions(folder):
             count = None if end is None else int(end.trainer.step_count)
             kind = type(error).__name__
             found[name] = {"told": f"{kind}: {error}", "steps": count}
+    assert len(passed_on) == NUMBER
     return found
 
 

@@ -84,7 +84,9 @@ def test_what_one_decides_all_do(tmp_path):
         steps = {name: case["steps"] for name, case in cases.items()}
         assert told["callback"] == "The callback ended the fit."
         assert told["interrupt"] == "The fit was interrupted from the keyboard."
+        assert "told to end (SIGTERM)" in told["terminate"]
         assert steps["callback"] == steps["interrupt"] == steps["error"] == 10
+        assert steps["terminate"] == 10
         own = "ZeroDivisionError: the dog ate it"
         assert told["error"] == (
             own if number else f"PeerError: Process 1 met an error: {own}"
