@@ -22,6 +22,7 @@ from ._one import One
 from ._parts import Parts, parameters, strong
 from ._paths import paths
 from ._placement import Sharding, context, placement
+from ._printed import in_short, printed
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
@@ -703,6 +704,18 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `state`: a state of the same structure, with other values.
         """
         return _with(self, **replace(self, model, optimiser, nan_policy, state))
+
+    def __repr__(self) -> str:
+        """One line: the class, the model, how far it is. `print` shows more."""
+        return in_short(self)
+
+    def __str__(self) -> str:
+        """A table of the parameters, and what happens to each.
+
+        What looks like a parameter and is not fitted is listed: Python floats, which
+        are frozen unless named, and integer arrays of one element.
+        """
+        return printed(self)
 
     def _at(self: SelfT, progress: Progress, **fields: Any) -> SelfT:
         return _with(self, _progress=progress, **fields)

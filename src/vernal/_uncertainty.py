@@ -192,10 +192,10 @@ def table(trainer: Any, batch: Any = None) -> str:
         if leaf.path in trained:
             error = errors.get(leaf.path)
             rows += _rows(leaf.path, np.asarray(leaf.value), error)
-        elif leaf.is_parameter:
+        elif leaf.unfitted:
             size = np.size(leaf.value)
             value = f"{np.asarray(leaf.value).item():.6g}" if size == 1 else "…"
-            rows.append((leaf.path, value, "frozen"))
+            rows.append((leaf.path, value, leaf.unfitted))
     return aligned(rows)
 
 
