@@ -692,9 +692,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         The state of an optimiser or a policy is kept if the new one's has the same
         structure, shapes and dtypes, and made anew otherwise; what is kept goes on, the
-        counts of schedules among it. The step count and the
+        counts of schedules among it. Hyperparameters in the state, those of
+        `optax.inject_hyperparams`, become the new optimiser's wherever these differ
+        from the ones that the old optimiser began with. The step count and the
         counts of `nan_report` are kept, and the best too, unless the model is another.
-        A trainer that has stopped goes on.
+        A trainer that has stopped goes on. Of a stacked trainer each member is changed.
 
         **Arguments:**
 

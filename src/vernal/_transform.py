@@ -23,6 +23,8 @@ RATE_NAMES = frozenset(
         "init_value",
         "peak_value",
         "end_value",
+        # The dictionary of `inject_hyperparams`, which copies it to its first state.
+        "numeric_hps",
     }
 )
 """What Optax calls a rate, or a value of a schedule, where its closures hold one."""
