@@ -24,6 +24,7 @@ from ._setup import (
 )
 from ._transform import as_transform
 from ._typing import PyTree
+from ._x64 import narrowed_model
 
 
 def replace(
@@ -40,6 +41,7 @@ def replace(
     new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
     params, latent = old.params, old.latent
     if model is not None:
+        model = narrowed_model(model)
         if jax.tree.structure(model) != parts.structure:
             raise ValueError(
                 "`model` has another structure than the one that is fitted. For "

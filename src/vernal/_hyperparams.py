@@ -13,6 +13,7 @@ from ._alike import cast_like
 from ._paths import is_inexact
 from ._setup import initial_opt_state
 from ._typing import PyTree
+from ._x64 import precision_of
 
 # The fields of Optax's states that begin with what a user gave. All else in a state is
 # made from the parameters and the gradients.
@@ -62,8 +63,10 @@ def beginning(trainer: Any) -> PyTree:
     """Returns what the user set of a trainer's optimiser, as it begins with it."""
     if not jax.tree.leaves(user_set(trainer.opt_state)):
         return None
-    state = initial_opt_state(trainer.optimiser, trainer.params, trainer.latent)
-    return user_set(state)
+    with precision_of(trainer):
+        return user_set(
+            initial_opt_state(trainer.optimiser, trainer.params, trainer.latent)
+        )
 
 
 def settled(state: PyTree, before: PyTree, now: PyTree) -> PyTree:

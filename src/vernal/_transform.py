@@ -14,6 +14,7 @@ import wadler_lindig as wl
 from jax import Array
 
 from ._closures import Closure
+from ._x64 import narrowed_tree
 
 RATE_NAMES = frozenset(
     {
@@ -176,7 +177,7 @@ def as_transform(tx: Any, where: str) -> AbstractTransform:
     `TypeError` if `tx` is not an Optax transformation.
     """
     if isinstance(tx, AbstractTransform):
-        return tx
+        return narrowed_tree(tx)
     return Transform.of(tx, where)
 
 
