@@ -124,7 +124,7 @@ def test_parts_in_float64_of_a_trainer_in_float32(name):
     with jax.enable_x64(True):
         other = made()
         optimiser, batch = other.optimiser, jax.tree.map(jnp.asarray, BATCH)
-        model = {"line": other.model, "frozen": jnp.arange(8.0), "host": X}
+        model = {"line": other.model, "frozen": jnp.arange(8.0), "host": X + 0}
 
     class Fit(vn.Trainer):
         def residuals(self, model, batch):
