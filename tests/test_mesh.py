@@ -60,7 +60,7 @@ def same_histories(ours, theirs):
         np.testing.assert_allclose(ours[name], column, rtol=1e-8, atol=1e-12)
 
 
-class Drawn(GaussianFit):
+class Drawn(vn.Trainer):
     """Draws random numbers for each example, and keeps a mean over all of them."""
 
     def loss(self, model, batch, *, key, state):

@@ -315,6 +315,7 @@ class Both(vn.Trainer):
         return jnp.mean((model["a"] - 2.0) ** 2)
 
 
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
 def test_minimisers_take_the_loss_and_least_squares_the_residuals():
     trainer = Both({"a": jnp.zeros(2)})
     minimised = trainer.solve(optx.BFGS(1e-10, 1e-10), None)

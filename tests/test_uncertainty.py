@@ -193,6 +193,7 @@ def test_a_loss_that_is_no_likelihood_whitens_by_its_curvature():
     np.testing.assert_allclose(hessian, np.eye(3), atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
 @pytest.mark.parametrize("how", ["reproject", "precondition"])
 def test_a_callback_may_renew_the_projector_without_compiling(how):
     traces = 0

@@ -77,7 +77,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     - `nll(self, model, batch) -> scalar`, the negative log-likelihood.
 
     Where there is no `loss`, the negative log-likelihood is minimised, which for
-    `residuals` is half their sum of squares. With `key=`, the three are called with a
+    `residuals` is half their sum of squares. Define one of them, if it will do: of
+    several, each method uses its own, and `residuals` beside another is warned of. With `key=`, the three are called with a
     keyword argument `key` too, another one at every step. With `state=`, `loss` is
     called with a keyword argument `state`, and returns the new one last:
     `(scalar, state)` or `(scalar, metrics, state)`. It may also define `evaluate` and

@@ -13,6 +13,18 @@ class PrecisionWarning(UserWarning):
     """
 
 
+class ObjectiveWarning(UserWarning):
+    """A trainer's class defines `residuals` beside `loss` or `nll`.
+
+    What is in one of them alone, such as a prior, is left out by the methods that use
+    another. If that is on purpose:
+
+    ```python
+    warnings.filterwarnings("ignore", category=vn.ObjectiveWarning)
+    ```
+    """
+
+
 # What stands between a user's line and what warns of it.
 _INSIDE = frozenset({"vernal", "equinox", "jaxtyping", "beartype", "jax"})
 
