@@ -78,13 +78,15 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     Where there is no `loss`, the negative log-likelihood is minimised, which for
     `residuals` is half their sum of squares. Define one of them, if it will do: of
-    several, each method uses its own, and `residuals` beside another is warned of. With `key=`, the three are called with a
-    keyword argument `key` too, another one at every step. With `state=`, `loss` is
-    called with a keyword argument `state`, and returns the new one last:
-    `(scalar, state)` or `(scalar, metrics, state)`. It may also define `evaluate` and
-    the hooks `transform_grads` and `constrain`, and have fields of its own, by an
-    `__init__` that calls `super().__init__(...)`. All of them are pure functions: what
-    they need is in their arguments and in `self`, where `self.model` is `model`.
+    several, each method uses its own, and `residuals` beside another is warned of.
+
+    With `key=`, the three are called with a keyword argument `key` too, another one at
+    every step. With `state=`, `loss` is called with a keyword argument `state`, and
+    returns the new one last: `(scalar, state)` or `(scalar, metrics, state)`. A class
+    may also define `evaluate` and the hooks `transform_grads` and `constrain`, and have
+    fields of its own, by an `__init__` that calls `super().__init__(...)`. All of them
+    are pure functions: what they need is in their arguments and in `self`, where
+    `self.model` is `model`.
 
     A trainer is a pytree of arrays, and immutable: `step` and `fit` return a new one.
     It goes through `jax.jit`, `jax.vmap` and `jax.lax.scan` as it is.
