@@ -35,6 +35,7 @@ UNFITTED = {
     "np.int64": (np.int64(3), "not fitted (int64)"),
     "frozen array": (jnp.ones(2), "frozen"),
     "np.float32": (np.float32(1.5), "frozen"),
+    "np.longdouble": (np.longdouble(1.5), f"not fitted ({np.dtype(np.longdouble)})"),
 }
 UNLISTED = {
     "Python int": 3,

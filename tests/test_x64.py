@@ -175,6 +175,20 @@ FINE = {
 }
 
 
+def test_what_is_no_number_has_no_precision():
+    odd = {
+        "key": jax.random.key(0),
+        "keys": jax.random.split(jax.random.key(0), 3),
+        "raw": jax.random.PRNGKey(0),
+        "bfloat16": jnp.ones(2, jnp.bfloat16),
+        "int4": jnp.ones(2, jnp.int4),
+        "nothing": None,
+    }
+    with jax.enable_x64(False):
+        trainer = Ignore({"a": jnp.asarray(1.0, jnp.float32), **odd}, optax.sgd(0.1))
+        assert trainer.step(odd)[1].accepted
+
+
 class Ignore(vn.Trainer):
     def loss(self, model, batch):
         return model["a"] ** 2

@@ -318,8 +318,10 @@ class ParamOptimiser(AbstractTransform):
                 rule, name = _named(selectors[owner]), _describe(rules[owner])
             if rule:
                 shape = "×".join(map(str, jnp.shape(leaf.value))) or "scalar"
-                dtype = str(jnp.result_type(leaf.value))
-                rows.append((leaf.path, shape, dtype, rule, name))
+                dtype = getattr(leaf.value, "dtype", None) or jnp.result_type(
+                    leaf.value
+                )
+                rows.append((leaf.path, shape, str(dtype), rule, name))
         return aligned(rows)
 
 

@@ -38,11 +38,10 @@ class Leaf(NamedTuple):
             return "frozen"
         if isinstance(self.value, float | complex):
             return f"frozen (a Python {type(self.value).__name__})"
-        # A lone integer among parameters is often a float whose dot was forgotten.
         dtype = getattr(self.value, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
-            return f"not fitted ({dtype})" if np.size(self.value) == 1 else ""
-        return ""
+        # A lone integer among parameters is often a float whose dot was forgotten.
+        is_number = dtype is not None and jnp.issubdtype(dtype, jnp.number)
+        return f"not fitted ({dtype})" if is_number and np.size(self.value) == 1 else ""
 
 
 def _segment(key: Any) -> str:
@@ -65,12 +64,14 @@ def dotted(keys: tuple[Any, ...]) -> str:
 def is_inexact(leaf: Any) -> bool:
     """Whether `leaf` is an array of floats or complex numbers.
 
-    Abstract arrays and NumPy's scalars count, `np.float64` among them.
+    Abstract arrays and NumPy's scalars count, `np.float64` among them; long doubles,
+    which JAX does not have, do not.
     """
     return (
         hasattr(leaf, "shape")
         and hasattr(leaf, "dtype")
         and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+        and leaf.dtype.char not in "gG"
     )
 
 

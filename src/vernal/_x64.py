@@ -29,6 +29,8 @@ def is_on() -> bool:
 
 def is_wide(dtype: Any) -> bool:
     """Whether JAX has that dtype only while `jax_enable_x64` is on."""
+    if not isinstance(dtype, np.dtype):
+        return False  # Of a key.
     kind, size = dtype.kind, dtype.itemsize
     return size > 8 if kind == "c" else size > 4 and kind in "fiu"
 
