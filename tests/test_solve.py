@@ -71,6 +71,7 @@ def by_hand(trainer, solver, batch, max_steps):
     return to_params, optx.least_squares(residuals, solver, start, **options)
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize(
     ("name", "space"),
     [
