@@ -324,17 +324,17 @@ def test_table():
     trainer = Fit(model, train="line")
     assert trainer.table((x, x, sigma)).splitlines() == [
         "parameter    value   standard error",
-        "───────────  ──────  ──────────────",
+        "───────────  ──────  ───────────────────────",
         "line.slope   -1.500  0.017",
         "line.offset  0.000   0.041",
-        "unit         3       frozen",
+        "unit         3       frozen (a Python float)",
     ]
     assert Fit(model, train="line.slope").table().splitlines() == [
         "parameter    value",
-        "───────────  ─────  ──────",
+        "───────────  ─────  ───────────────────────",
         "line.slope   -1.5",
         "line.offset  0      frozen",
-        "unit         3      frozen",
+        "unit         3      frozen (a Python float)",
     ]
 
 

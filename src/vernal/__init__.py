@@ -60,3 +60,4 @@ from ._stop import (
 from ._trainer import Trainer as Trainer
 from ._transform import window as window
 from ._unroll import unroll as unroll
+from ._warn import PrecisionWarning as PrecisionWarning

@@ -68,14 +68,14 @@ class _Encoder:
             return part
         self.alive.append(obj)
         self.open.add(id(obj))
-        part = self.met[id(obj)] = self.group(obj)
+        part = self.met[id(obj)] = self.group(obj, name)
         self.open.remove(id(obj))
         return part
 
     def parts(self, objs: Iterable[Any]) -> tuple[Part, ...]:
         return tuple(self.walk(obj) for obj in objs)
 
-    def group(self, obj: Any) -> Part:
+    def group(self, obj: Any, name: str | None = None) -> Part:
         kind = type(obj)
         if kind is tuple:
             return Group(kind, self.parts(obj), tuple)
@@ -88,7 +88,7 @@ class _Encoder:
         if kind is set:
             return Group((kind, value_key(obj)), (), lambda _, v=frozenset(obj): {*v})
         if kind is dict:
-            return self.dictionary(obj)
+            return self.dictionary(obj, name)
         if kind is types.MethodType:
             parts = self.parts((obj.__func__, obj.__self__))
             return Group(kind, parts, lambda built: types.MethodType(*built))
@@ -97,9 +97,12 @@ class _Encoder:
             return Group(kind, parts, lambda b: kind(b[0], *b[1], **b[2]))
         return self.node(obj)
 
-    def dictionary(self, obj: dict[Any, Any]) -> Part:
+    def dictionary(self, obj: dict[Any, Any], name: str | None) -> Part:
         keys = tuple(obj)
         names = (key if isinstance(key, str) else None for key in keys)
+        if name in self.rates:
+            # A dictionary of rates: each is one, whatever its own name.
+            names = (name for _ in keys)
         parts = tuple(map(self.walk, obj.values(), names))
         return Group(
             (dict, tuple(map(value_key, keys))),
@@ -225,8 +228,8 @@ class Closure(eqx.Module):
             of them. What is none of these is kept as it is: compared by type and
             value if it can be hashed, by identity if it cannot.
         - `rates`: names. A float in a variable or under a dictionary key of such a
-            name becomes a leaf as well. For transformations: what they rebind by
-            `nonlocal` is taken by value.
+            name becomes a leaf as well, and so does each in a dictionary of that name.
+            For transformations: what they rebind by `nonlocal` is taken by value.
         - `within`: packages. Where given, `rates` holds in their functions alone: what
             others do with a rate, nobody knows; they may look at it in Python.
 

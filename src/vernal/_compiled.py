@@ -202,7 +202,7 @@ def run_step(
         progress, outcome = advance(there, batch)
         return progress, StepInfo(
             outcome.loss,
-            tree_norm(outcome.grads),
+            tree_norm(outcome.grads).astype(outcome.loss.dtype),
             outcome.accepted,
             progress.stopped,
             outcome.metrics,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from ._paths import dotted
 from ._typing import PyTree, prng_key, whole_number
+from ._x64 import narrowed
 
 Batch = TypeVar("Batch")
 
@@ -266,6 +267,7 @@ def _as_datum(argument: str, path: str, leaf: Any) -> Any:
     if isinstance(leaf, bool):
         return Flag(leaf)
     where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
+    leaf = narrowed(leaf, f"`{argument}`: the leaf {path!r}" if path else argument)
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         array = np.asarray(leaf)
         if array.dtype.kind in "OSUMm":

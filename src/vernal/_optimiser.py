@@ -15,7 +15,14 @@ from jaxtyping import Array, ArrayLike
 from ._closures import Closure
 from ._groups import init_groups, update_groups
 from ._parts import parameters, strong
-from ._paths import UnknownPathError, dotted, is_inexact, nearest_names
+from ._paths import (
+    UnknownPathError,
+    dotted,
+    is_float,
+    is_inexact,
+    named_leaves,
+    nearest_names,
+)
 from ._selectors import atoms, keep, resolve
 from ._table import aligned
 from ._transform import AbstractTransform, Transform, as_transform
@@ -131,10 +138,11 @@ class ParamOptimiser(AbstractTransform):
             if rule is not None:
                 owners.append(None if self.transforms[rule] is None else rule)
                 continue
-            if self.strict and is_inexact(leaf):
+            if self.strict and (is_inexact(leaf) or is_float(leaf)):
+                what = ", a Python float," if is_float(leaf) else ""
                 raise ValueError(
-                    f"`rules`: {dotted(keys)!r} has no rule, and `strict=True`. Give "
-                    "it one: `None` to freeze it."
+                    f"`rules`: {dotted(keys)!r}{what} has no rule, and `strict=True`. "
+                    "Give it one by its own path: `None` to freeze it."
                 )
             has_default = self.default is not None and is_inexact(leaf)
             owners.append(len(self.transforms) if has_default else None)
@@ -294,21 +302,24 @@ class ParamOptimiser(AbstractTransform):
         return eqx.tree_at(lambda o: o.scales, self, tuple(new))
 
     def summary(self, model: Any) -> str:
-        """Tabulates each parameter of a model: shape, dtype, rule, transformation."""
+        """Tabulates each parameter of a model: shape, dtype, rule, transformation.
+
+        What looks like a parameter and is not fitted is listed too: Python floats
+        without a rule of their own, integer arrays of one element.
+        """
         selectors = (*self.selectors.decode(), "default")
         rules = (*self.transforms, self.default)
         rows = [("parameter", "shape", "dtype", "rule", "transformation")]
         owners = self.owners(model)
-        flat, _ = jax.tree_util.tree_flatten_with_path(model)
-        for (keys, leaf), owner in zip(flat, owners, strict=True):
-            if owner is None and not is_inexact(leaf):
-                continue
-            array = jnp.asarray(leaf)
-            shape = "×".join(map(str, array.shape)) or "scalar"
-            rule, name = "frozen", ""
+        leaves = [leaf for leaf in named_leaves(model) if leaf.value is not None]
+        for leaf, owner in zip(leaves, owners, strict=True):
+            rule, name = leaf.unfitted, ""
             if owner is not None:
                 rule, name = _named(selectors[owner]), _describe(rules[owner])
-            rows.append((dotted(keys), shape, str(array.dtype), rule, name))
+            if rule:
+                shape = "×".join(map(str, jnp.shape(leaf.value))) or "scalar"
+                dtype = str(jnp.result_type(leaf.value))
+                rows.append((leaf.path, shape, dtype, rule, name))
         return aligned(rows)
 
 

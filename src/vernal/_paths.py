@@ -31,6 +31,19 @@ class Leaf(NamedTuple):
         """Whether it is an array of floats or complex numbers, or a Python float."""
         return is_inexact(self.value) or is_float(self.value)
 
+    @property
+    def unfitted(self) -> str:
+        """What a table says of the leaf if it is not fitted; empty for no row."""
+        if is_inexact(self.value):
+            return "frozen"
+        if isinstance(self.value, float | complex):
+            return f"frozen (a Python {type(self.value).__name__})"
+        # A lone integer among parameters is often a float whose dot was forgotten.
+        dtype = getattr(self.value, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
+            return f"not fitted ({dtype})" if np.size(self.value) == 1 else ""
+        return ""
+
 
 def _segment(key: Any) -> str:
     match key:
@@ -50,18 +63,20 @@ def dotted(keys: tuple[Any, ...]) -> str:
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether `leaf` is an array of floats or complex numbers, abstract ones too."""
+    """Whether `leaf` is an array of floats or complex numbers.
+
+    Abstract arrays and NumPy's scalars count, `np.float64` among them.
+    """
     return (
         hasattr(leaf, "shape")
         and hasattr(leaf, "dtype")
-        and not isinstance(leaf, np.generic)
         and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
     )
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether `leaf` is a Python float, or one of NumPy's scalars."""
-    return isinstance(leaf, float | np.floating)
+    """Whether `leaf` is a Python float. NumPy's `float64`, a subclass, is an array."""
+    return isinstance(leaf, float) and not isinstance(leaf, np.generic)
 
 
 def named_leaves(tree: Any) -> list[Leaf]:
@@ -92,9 +107,9 @@ def _refuse_collisions(leaves: list[Leaf]) -> None:
 def paths(tree: Any) -> tuple[str, ...]:
     """Lists the dotted path of every parameter of a pytree.
 
-    A parameter is an array of floats or complex numbers, or a Python float. A path
-    joins the fields, keys and indices that lead to it: `optics.layers.wfe`,
-    `layers.0.weight`.
+    A parameter is an array of floats or complex numbers, NumPy's scalars included, or
+    a Python float. A path joins the fields, keys and indices that lead to it:
+    `optics.layers.wfe`, `layers.0.weight`.
 
     !!! example
 

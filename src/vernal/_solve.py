@@ -134,7 +134,8 @@ def run_solver(
     solver, latent = encoded.decode(), held.latent
     _check_class(trainer, solver)
     as_parameters(trainer.params)
-    key, dtype = step_key(trainer), held.loss.dtype
+    # That of the loss, but for a trainer made while `jax_enable_x64` was off.
+    key, dtype = step_key(trainer), jnp.result_type(float)
 
     def to_params(point: PyTree) -> PyTree:
         if projector is None:
@@ -182,7 +183,7 @@ def run_solver(
         latent=None if projector is None else cast_like(point, latent),
         best=all_best,
         best_state=choose(is_new, trainer.state, held.state),
-        best_loss=all_best_loss,
+        best_loss=all_best_loss.astype(held.loss.dtype),
         step_count=trainer.step_count + state.steps,
         losses=state.losses,
         steps=state.steps,

@@ -22,6 +22,7 @@ from ._one import One
 from ._parts import Parts, parameters, strong
 from ._paths import paths
 from ._placement import Sharding, context, placement
+from ._printed import in_short, printed
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
@@ -49,6 +50,7 @@ from ._uncertainty import (
     standard_errors,
     table,
 )
+from ._x64 import narrowed_model, narrowed_tree, precision_of, require_precision
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
@@ -132,6 +134,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         check_class(self, state)
         check_arguments(nan_policy, projector, key)
+        model = narrowed_model(model)
+        projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
         self.key = key
         self.optimiser = (
@@ -282,6 +286,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
+        require_precision(self)
         if self.optimiser is None:
             raise no_optimiser(self)
         batch, trainer, place = as_batch(batch), self, placement(self, mesh, sharding)
@@ -377,6 +382,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `StreamExhaustedError`: if a stream ends before the fit.
         - `UnknownPathError`: if `record` names what there is not.
         """
+        require_precision(self)
         return fit(
             self,
             data,
@@ -436,6 +442,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `ValueError`: if the class defines `transform_grads` or `constrain`.
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
+        require_precision(self)
         return solve(self, solver, batch, max_steps, mesh)
 
     # The space of the parameters.
@@ -476,6 +483,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             wrong; or if a parameter is complex.
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
+        require_precision(self)
         return fisher(self, batch, blocks, batch_size)
 
     @overload
@@ -495,6 +503,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
+        require_precision(self)
         return curvature(self, batch, blocks, batch_size)
 
     def reproject(
@@ -514,6 +523,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             a [`vernal.ParamOptimiser`][] in a space where parameters have no names:
             the result then has none, and can `solve`.
         """
+        require_precision(self)
         return _with(self, **reproject(self, projector, optimiser))
 
     def whiten(
@@ -542,6 +552,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             64 times the machine epsilon, which is what summing over data may leave of a
             zero.
         """
+        require_precision(self)
         of = fisher if has_likelihood(self) else curvature
         matrix = of(self, batch, blocks, batch_size)
         if blocks is None:
@@ -569,6 +580,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         As [`vernal.Trainer.fisher`][].
         """
+        require_precision(self)
         return standard_errors(self, batch)
 
     def table(self, batch: Batch | None = None) -> str:
@@ -581,8 +593,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         **Returns:**
 
         A table of each parameter's path, its value, and its standard error or that it
-        is frozen or unconstrained.
+        is frozen or unconstrained. An error smaller than the distance of the value to
+        the next one in its dtype is marked. What looks like a parameter and is not
+        fitted is listed: Python floats, integer arrays of one element.
         """
+        if batch is not None:
+            require_precision(self)
         return table(self, batch)
 
     def objective(
@@ -609,6 +625,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         As [`vernal.Trainer.fisher`][].
         """
+        require_precision(self)
         return objective(self, batch)
 
     # Diagnosis and change.
@@ -655,7 +672,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         if self.optimiser is None:
             raise no_optimiser(self)
-        return learning_rates(self)
+        with precision_of(self):
+            return learning_rates(self)
 
     def _watched(self) -> tuple[str, ...]:
         names = paths(self.params)
@@ -691,9 +709,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         The state of an optimiser or a policy is kept if the new one's has the same
         structure, shapes and dtypes, and made anew otherwise; what is kept goes on, the
-        counts of schedules among it. The step count and the
+        counts of schedules among it. Hyperparameters in the state, those of
+        `optax.inject_hyperparams`, become the new optimiser's wherever these differ
+        from the ones that the old optimiser began with. The step count and the
         counts of `nan_report` are kept, and the best too, unless the model is another.
-        A trainer that has stopped goes on.
+        A trainer that has stopped goes on. Of a stacked trainer each member is changed.
 
         **Arguments:**
 
@@ -702,7 +722,20 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `nan_policy`: another policy.
         - `state`: a state of the same structure, with other values.
         """
+        require_precision(self)
         return _with(self, **replace(self, model, optimiser, nan_policy, state))
+
+    def __repr__(self) -> str:
+        """One line: the class, the model, how far it is. `print` shows more."""
+        return in_short(self)
+
+    def __str__(self) -> str:
+        """A table of the parameters, and what happens to each.
+
+        What looks like a parameter and is not fitted is listed: Python floats, which
+        are frozen unless named, and integer arrays of one element.
+        """
+        return printed(self)
 
     def _at(self: SelfT, progress: Progress, **fields: Any) -> SelfT:
         return _with(self, _progress=progress, **fields)

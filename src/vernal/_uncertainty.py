@@ -30,6 +30,7 @@ from ._projector import EigenProjector
 from ._ravel import as_parameters, element_name, ravel, unravel
 from ._table import aligned
 from ._typing import Params, PyTree
+from ._x64 import spacing
 
 Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
 
@@ -192,10 +193,10 @@ def table(trainer: Any, batch: Any = None) -> str:
         if leaf.path in trained:
             error = errors.get(leaf.path)
             rows += _rows(leaf.path, np.asarray(leaf.value), error)
-        elif leaf.is_parameter:
+        elif leaf.unfitted:
             size = np.size(leaf.value)
             value = f"{np.asarray(leaf.value).item():.6g}" if size == 1 else "…"
-            rows.append((leaf.path, value, "frozen"))
+            rows.append((leaf.path, value, leaf.unfitted))
     return aligned(rows)
 
 
@@ -213,7 +214,11 @@ def _rows(
         if errors is None:
             yield name, f"{value:.6g}", ""
         else:
-            yield name, *_rounded(float(value), float(errors.flat[index]))
+            error = float(errors.flat[index])
+            value, told = _rounded(float(value), error)
+            if 0 < error < (apart := spacing(values.flat[index], values.dtype)):
+                told += f", below the spacing of {values.dtype} ({apart:.2g})"
+            yield name, value, told
 
 
 def _rounded(value: float, error: float) -> tuple[str, str]:

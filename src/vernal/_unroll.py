@@ -17,6 +17,7 @@ from ._setup import no_optimiser
 from ._step import Progress, advance, ranked, scored_anew
 from ._trainer import Trainer
 from ._typing import PyTree, whole_number
+from ._x64 import require_precision
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
@@ -82,6 +83,7 @@ def unroll(
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"`trainer` is {trainer!r}, but must be a `vernal.Trainer`.")
+    require_precision(trainer)
     steps = whole_number(steps, "steps", least=0)
     if segment is not None:
         segment = whole_number(segment, "segment", least=0)
