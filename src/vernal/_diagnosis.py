@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr
 
 from ._data import Minibatches, as_batch
+from ._nonfinite import SKIP_ADVICE
 from ._objective import (
     defined,
     live,
@@ -26,6 +27,8 @@ from ._typing import PyTree
 
 # How many leaves are named.
 _MOST_NAMED = 4
+
+DATA_ADVICE = "Leave such data out of the batch, or give them no weight."
 
 _GRADIENT_REMEDY = (
     "Look for `jnp.sqrt` or `jnp.linalg.norm` at zero, and for a `jnp.where` that "
@@ -43,13 +46,18 @@ class Diagnosis(NamedTuple):
     - `results`: what is computed from them.
     """
 
-    data: tuple[str, ...]
-    model: tuple[str, ...]
-    results: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """All of it, as sentences."""
         return " ".join((*self.data, *self.model, *self.results))
+
+    @property
+    def advised(self) -> str:
+        """All of it, and what to do about it."""
+        return f"{self} {DATA_ADVICE if self.data else SKIP_ADVICE}".lstrip()
 
 
 def explain_non_finite(trainer: Any, batch: Any) -> str:

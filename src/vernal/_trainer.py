@@ -14,9 +14,11 @@ from ._change import replace, reproject
 from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
+from ._diagnosis import diagnosed
+from ._frames import entrance
 from ._history import History
 from ._loop import fit
-from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
+from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
 from ._one import One
 from ._parts import Parts, parameters, strong
@@ -258,6 +260,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     # What a trainer does.
 
+    @entrance
     def step(
         self: SelfT,
         batch: Batch,
@@ -301,10 +304,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
                 "A value is not finite, and the policy is RaiseOnNan.",
             )
             return self._at(progress), info
-        if not self.stopped:
-            trainer._raise_if_non_finite(trainer)
+        if not self.stopped and trainer.stopped:
+            diagnosis = diagnosed(place.put(trainer) if place else trainer, batch)
+            trainer._raise_if_non_finite(trainer, diagnosis.advised)
         return trainer, info
 
+    @entrance
     def fit(
         self: SelfT,
         data: Batch | Minibatches | Stream,
@@ -392,6 +397,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             kind=One(placement(self, mesh, sharding)),
         )
 
+    @entrance
     def solve(
         self: SelfT,
         solver: Any,
@@ -448,6 +454,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     def fisher(
         self, batch: Batch, *, blocks: Blocks, batch_size: int | None = None
     ) -> dict[Any, Float[Array, "D D"]]: ...
+    @entrance
     def fisher(
         self, batch: Batch, *, blocks: Any = None, batch_size: int | None = None
     ) -> Any:
@@ -486,6 +493,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     def curvature(
         self, batch: Batch, *, blocks: Blocks, batch_size: int | None = None
     ) -> dict[Any, Float[Array, "D D"]]: ...
+    @entrance
     def curvature(
         self, batch: Batch, *, blocks: Any = None, batch_size: int | None = None
     ) -> Any:
@@ -497,6 +505,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         return curvature(self, batch, blocks, batch_size)
 
+    @entrance
     def reproject(
         self: SelfT,
         projector: EigenProjector | None,
@@ -516,6 +525,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         return _with(self, **reproject(self, projector, optimiser))
 
+    @entrance
     def whiten(
         self: SelfT,
         batch: Batch,
@@ -552,6 +562,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             projector = EigenProjector.from_blocks(matrix, self.params, **options)
         return self.reproject(projector, optimiser)
 
+    @entrance
     def standard_errors(self, batch: Batch) -> Params:
         """The standard errors of the parameters, from the Fisher matrix here.
 
@@ -571,6 +582,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         return standard_errors(self, batch)
 
+    @entrance
     def table(self, batch: Batch | None = None) -> str:
         """Tabulates the parameters, element by element.
 
@@ -585,6 +597,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         return table(self, batch)
 
+    @entrance
     def objective(
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
@@ -664,21 +677,27 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     def _is_at_a_bad_step(self) -> bool:
         """Whether the last step had a value that is not finite."""
+        return self._last_bad_step() == int(self.step_count) - 1 >= 0
+
+    def _last_bad_step(self) -> int:
         *_, lasts = jax.device_get(self._progress.nan_counts)
-        return int(lasts.max()) == int(self.step_count) - 1 >= 0
+        return int(lasts.max())
 
-    def _raise_if_non_finite(self, result: Any) -> None:
+    def _raise_if_non_finite(self, result: Any, explanation: str = SKIP_ADVICE) -> None:
         if self.stopped and self.nan_policy.raises and self._is_at_a_bad_step():
-            raise self._non_finite_error(result)
+            raise self._non_finite_error(result, explanation)
 
-    def _non_finite_error(self, result: Any) -> NonFiniteError:
+    def _non_finite_error(
+        self, result: Any, explanation: str = SKIP_ADVICE
+    ) -> NonFiniteError:
         """Names what was not finite at the last bad step."""
         *_, lasts = jax.device_get(self._progress.nan_counts)
         step = int(lasts.max())
         watched = zip(self._watched(), lasts, strict=True)
         bad = [name for name, last in watched if last == step]
-        return NonFiniteError(step, bad, self.nan_report(), result)
+        return NonFiniteError(step, bad, self.nan_report(), result, explanation)
 
+    @entrance
     def replace(
         self: SelfT,
         *,
