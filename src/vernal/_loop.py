@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from ._bar import Bar
 from ._checkpoint import Checkpoints
+from ._constrain import check_elementwise
 from ._data import Source, Stream, StreamExhaustedError
 from ._feed import Dry, Pace
 from ._frames import warn
@@ -150,6 +151,7 @@ def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
             "`fit` runs compiled programs from the host, and cannot be a part of one. "
             "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
         )
+    check_elementwise(kind.template(trainer))
     if kind.count(trainer) + steps > MOST_STEPS:
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "

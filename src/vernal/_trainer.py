@@ -172,7 +172,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     def constrain(self, model: Model) -> Model:
         """A hook: changes the model after each update, to clip or to renormalise.
 
-        Of the model that it returns the trained parameters are kept.
+        Of the model that it returns the trained parameters are kept. If a projector
+        couples what it changes with other elements, it has to clip each element by
+        itself: it is then made a projection in the metric of the projector, and the fit
+        ends at the best point that the constraint allows. With a
+        [`vernal.precondition`][] that couples them it is refused.
         """
         return model
 
