@@ -391,7 +391,9 @@ def test_ctrl_c():
 # The progress bar.
 
 BARRED = """
+import warnings
 import jax.numpy as jnp, optax, vernal as vn
+warnings.simplefilter("ignore")
 loss = lambda m, b: jnp.sum((m - b) ** 2)
 policy = vn.SkipStep()
 for data in 1.0, float("nan"):

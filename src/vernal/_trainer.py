@@ -14,11 +14,13 @@ from ._change import replace, reproject
 from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
+from ._diagnosis import diagnosed
+from ._frames import entrance
 from ._history import History
 from ._loop import fit
 from ._metric import Blocks, curvature, fisher, whitened
 from ._modes import Mode
-from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
+from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
 from ._one import One
 from ._parts import Parts, parameters, strong
@@ -167,7 +169,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     def constrain(self, model: Model) -> Model:
         """A hook: changes the model after each update, to clip or to renormalise.
 
-        Of the model that it returns the trained parameters are kept.
+        Of the model that it returns the trained parameters are kept. If a projector
+        couples what it changes with other elements, it has to clip each element by
+        itself: it is then made a projection in the metric of the projector, and the fit
+        ends at the best point that the constraint allows. With a
+        [`vernal.precondition`][] that couples them it is refused.
         """
         return model
 
@@ -255,6 +261,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     # What a trainer does.
 
+    @entrance
     def step(
         self: SelfT,
         batch: Batch,
@@ -299,10 +306,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
                 "A value is not finite, and the policy is RaiseOnNan.",
             )
             return self._at(progress), info
-        if not self.stopped:
-            trainer._raise_if_non_finite(trainer)
+        if not self.stopped and trainer.stopped:
+            diagnosis = diagnosed(place.put(trainer) if place else trainer, batch)
+            trainer._raise_if_non_finite(trainer, diagnosis.advised)
         return trainer, info
 
+    @entrance
     def fit(
         self: SelfT,
         data: Batch | Minibatches | Stream,
@@ -391,6 +400,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             kind=One(placement(self, mesh, sharding)),
         )
 
+    @entrance
     def solve(
         self: SelfT,
         solver: Any,
@@ -458,6 +468,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         batch_size: int | None = None,
         jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "D D"]]: ...
+    @entrance
     def fisher(
         self,
         batch: Batch,
@@ -516,6 +527,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         batch_size: int | None = None,
         jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "D D"]]: ...
+    @entrance
     def curvature(
         self,
         batch: Batch,
@@ -533,6 +545,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         require_precision(self)
         return curvature(self, batch, blocks, batch_size, jac)
 
+    @entrance
     def reproject(
         self: SelfT,
         projector: EigenProjector | None,
@@ -553,6 +566,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         require_precision(self)
         return _with(self, **reproject(self, projector, optimiser))
 
+    @entrance
     def whiten(
         self: SelfT,
         batch: Batch,
@@ -586,6 +600,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         projector = whitened(self, batch, blocks, batch_size, jac, **options)
         return self.reproject(projector, optimiser)
 
+    @entrance
     def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:
         """The standard errors of the parameters, from the Fisher matrix here.
 
@@ -607,6 +622,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         require_precision(self)
         return standard_errors(self, batch, jac)
 
+    @entrance
     def table(self, batch: Batch | None = None, *, jac: Mode | None = None) -> str:
         """Tabulates the parameters, element by element.
 
@@ -625,6 +641,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         require_precision(self)
         return table(self, batch, jac)
 
+    @entrance
     def objective(
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
@@ -706,21 +723,27 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     def _is_at_a_bad_step(self) -> bool:
         """Whether the last step had a value that is not finite."""
+        return self._last_bad_step() == int(self.step_count) - 1 >= 0
+
+    def _last_bad_step(self) -> int:
         *_, lasts = jax.device_get(self._progress.nan_counts)
-        return int(lasts.max()) == int(self.step_count) - 1 >= 0
+        return int(lasts.max())
 
-    def _raise_if_non_finite(self, result: Any) -> None:
+    def _raise_if_non_finite(self, result: Any, explanation: str = SKIP_ADVICE) -> None:
         if self.stopped and self.nan_policy.raises and self._is_at_a_bad_step():
-            raise self._non_finite_error(result)
+            raise self._non_finite_error(result, explanation)
 
-    def _non_finite_error(self, result: Any) -> NonFiniteError:
+    def _non_finite_error(
+        self, result: Any, explanation: str = SKIP_ADVICE
+    ) -> NonFiniteError:
         """Names what was not finite at the last bad step."""
         *_, lasts = jax.device_get(self._progress.nan_counts)
         step = int(lasts.max())
         watched = zip(self._watched(), lasts, strict=True)
         bad = [name for name, last in watched if last == step]
-        return NonFiniteError(step, bad, self.nan_report(), result)
+        return NonFiniteError(step, bad, self.nan_report(), result, explanation)
 
+    @entrance
     def replace(
         self: SelfT,
         *,

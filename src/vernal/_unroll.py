@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._data import Minibatches, Stream, Whole, as_batch
+from ._frames import entrance
 from ._setup import no_optimiser
 from ._step import Progress, advance, ranked, scored_anew
 from ._trainer import Trainer
@@ -22,6 +23,7 @@ from ._x64 import require_precision
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
 
+@entrance
 def unroll(
     trainer: TrainerT,
     batch: Any,
