@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from ._alike import require_alike
 from ._precision import matmul
+from ._programs import program
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
 from ._typing import Params, checked, whole_number
 
@@ -117,8 +118,8 @@ def gauss_newton_matrix(
     return ((matrix + matrix.T) / 2).astype(flat.dtype)
 
 
-_hessian = eqx.filter_jit(hessian_matrix)
-_gauss_newton = eqx.filter_jit(gauss_newton_matrix)
+_hessian = program(hessian_matrix)
+_gauss_newton = program(gauss_newton_matrix)
 
 
 class MatrixFree(eqx.Module):
@@ -151,7 +152,7 @@ def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
     return Partial(function) if all_leaves([function]) else function
 
 
-@eqx.filter_jit
+@program
 def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
     flat = ravel(tangent, ravel_dtype(matrix.params))
     return unravel(matrix.flat()(flat), matrix.params)

@@ -130,7 +130,7 @@ class Skeleton:
         codes = [shell.code for shell in self.plan.shells]
         codes += [
             value.__code__
-            for part in _all_parts(self.plan)
+            for part in all_parts(self.plan)
             if isinstance(part, Static)
             and isinstance(value := part.value, types.FunctionType)
         ]
@@ -152,14 +152,14 @@ class Skeleton:
         # Not `__module__`, which `functools.wraps` copies.
         scopes = (shell.scope["__name__"] for shell in self.plan.shells)
         return all(_is_from(name, modules) for name in scopes) and all(
-            _is_plain(part, modules) for part in _all_parts(self.plan)
+            _is_plain(part, modules) for part in all_parts(self.plan)
         )
 
     def __repr__(self) -> str:
         return f"Skeleton({', '.join(sorted(self.function_names))})"
 
 
-def _all_parts(plan: Plan) -> Iterator[Part]:
+def all_parts(plan: Plan) -> Iterator[Part]:
     todo = [plan.root, *(part for part in plan.cells if part is not None)]
     for shell in plan.shells:
         todo.append(shell.defaults)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._data import Minibatches, Stream, Whole, as_batch
+from ._programs import program
 from ._setup import no_optimiser
 from ._step import Progress, advance, ranked, scored_anew
 from ._trainer import Trainer
@@ -128,7 +129,7 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
     return after
 
 
-@eqx.filter_jit
+@program
 def _run(
     trainer: Any, source: Whole[Any] | Minibatches, steps: int, segment: int
 ) -> tuple[Progress, Float[Array, " steps"]]:
