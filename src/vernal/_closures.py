@@ -25,7 +25,7 @@ from ._skeleton import (
     Static,
     interned,
 )
-from ._values import Same, names_rebound, value_key
+from ._values import Hashed, Same, names_rebound, value_key
 
 
 class _Encoder:
@@ -125,6 +125,7 @@ class _Encoder:
     def function(self, fn: types.FunctionType) -> Part:
         key = (
             fn.__code__,
+            Same(fn.__globals__),
             scope_key(fn),
             fn.__name__,
             fn.__qualname__,
@@ -227,9 +228,10 @@ class Closure(eqx.Module):
         root = encoder.walk(obj)
         shells = cast(tuple[Shell, ...], tuple(encoder.shells))
         plan = Plan(root, shells, tuple(encoder.cells))
-        skeleton = interned.get(plan)
+        key = Hashed(plan)
+        skeleton = interned.get(key)
         if skeleton is None:
-            skeleton = interned[plan] = Skeleton(plan, hash(plan))
+            skeleton = interned[key] = Skeleton(plan, hash(key))
         return cls(tuple(encoder.leaves), skeleton)
 
     def decode(self) -> Any:

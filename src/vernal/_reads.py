@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax.tree_util as jtu
 import numpy as np
 
-from ._skeleton import Skeleton, Static, all_parts
-from ._values import Same, is_atom, value_key
+from ._skeleton import Group, Skeleton, Static, all_parts
+from ._values import Hashed, Same, is_atom, value_key
 
 # A walk ends after so many objects, and does not enter a container of more elements
 # than this: it is known by its identity and its length.
@@ -80,7 +80,7 @@ class Watch(NamedTuple):
 class Reads(NamedTuple):
     """What was found: `key` compares it by value, `watches` tell if it is current."""
 
-    key: tuple[Hashable, ...]
+    key: Hashed
     watches: list[Watch]
 
     def is_current(self) -> bool:
@@ -170,7 +170,7 @@ class _Walk:
                     self.names(scope, sorted(self.words & scope.keys()))
         for scope, names in self.scopes.values():
             self.watches += _watches_of_names(scope, names)
-        return Reads(tuple(self.tokens), self.watches)
+        return Reads(Hashed(tuple(self.tokens)), self.watches)
 
     # What is looked at next.
 
@@ -194,6 +194,7 @@ class _Walk:
         if (id(owner), None) in kept:
             self.tokens.append("kept")
             return
+        self.tokens.append((*names,))
         if not kept.isdisjoint((id(owner), name) for name in names):
             places = [
                 place
@@ -202,7 +203,7 @@ class _Walk:
             ]
             whole, names = look, [names[place] for place in places]
             look = lambda owner: tuple(map(whole(owner).__getitem__, places))
-            self.tokens.append(("kept", *names))
+            self.tokens.append("kept")
         values = look(owner)
         self.watches.append(Watch(look, owner, names, values))
         pairs = zip(names, values, strict=True)
@@ -260,15 +261,17 @@ class _Walk:
 
     def elements(self, obj: Any, look: Callable[[Any], tuple[Any, ...]]) -> None:
         kind, count = type(obj), len(obj)
-        self.tokens.append((kind, count))
+        self.tokens.append(kind)
         if count > _MOST_ELEMENTS:
             self.tokens.append(Same(obj))
             self.hold(lambda held: (len(held) == count,), obj, ("length",))
         elif issubclass(kind, tuple):
+            self.tokens.append(count)
             self.todo.extend(obj)
         elif issubclass(kind, set | frozenset):
             # Their order is not one of values.
-            self.tokens.append(frozenset(map(value_key, obj)))
+            if (id(obj), None) not in kept:
+                self.tokens.append(frozenset(map(value_key, obj)))
             self.hold(look, obj, range(count))
         else:
             self.hold(look, obj, range(len(look(obj))))
@@ -307,7 +310,6 @@ class _Walk:
         if _is_library(kind):
             return
         look = lambda kind: (kind.__mro__, *vars(kind).values())
-        self.tokens.append(tuple(vars(kind)))
         self.hold(look, kind, ("", *vars(kind)), _is_member)
         self.todo.append(type(kind))
 
@@ -331,10 +333,14 @@ class _Walk:
         for shell in plan.shells:
             if not is_library_file(shell.code.co_filename):
                 self.code(shell.code, shell.scope)
-        statics = (part for part in all_parts(plan) if isinstance(part, Static))
-        # A cell that a function writes to holds its state.
-        values = (part.value for part in statics)
-        self.todo.extend(v for v in values if not isinstance(v, types.CellType))
+        for part in all_parts(plan):
+            if isinstance(part, Group) and isinstance(part.key, tuple):
+                # The class and the static values of a node, where it is one.
+                found = [key for key in part.key if type(key) is jtu.PyTreeDef]
+                self.todo.extend(found)
+            # A cell that a function writes to holds its state.
+            elif isinstance(part, Static) and type(part.value) is not types.CellType:
+                self.todo.append(part.value)
 
     def instance(self, obj: Any) -> None:
         kind = type(obj)
@@ -354,13 +360,13 @@ class _Walk:
                 self.todo.append(kind)
             if not self.attributes(obj):
                 # A mark, such as `object()`, is known by its identity.
-                self.tokens.append(Same(obj))
+                is_mark = kind.__eq__ is object.__eq__
+                self.tokens.append(Same(obj) if is_mark else value_key(obj))
 
     def attributes(self, obj: Any) -> bool:
         """Watches and walks the attributes of an object; whether it has any."""
         there = getattr(obj, "__dict__", None)
         if type(there) is dict:
-            self.tokens.append(tuple(there))
             self.hold(_values, there, tuple(there))
         slots = _slots(type(obj))
         if slots:

@@ -10,6 +10,8 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
+from ._values import Hashed
+
 # The parts of a skeleton. Each knows how to build its object again.
 
 
@@ -208,4 +210,4 @@ def _is_plain(part: Part, modules: tuple[str, ...]) -> bool:
 _JITTED = type(jax.jit(lambda: None))
 
 
-interned: weakref.WeakValueDictionary[Plan, Skeleton] = weakref.WeakValueDictionary()
+interned: weakref.WeakValueDictionary[Hashed, Skeleton] = weakref.WeakValueDictionary()

@@ -28,6 +28,25 @@ class Same:
         return id(self.obj)
 
 
+class Hashed:
+    """A value whose hash is computed once: what it is made of may be much."""
+
+    __slots__ = ("_hash", "value")
+
+    def __init__(self, value: Hashable):
+        self.value, self._hash = value, hash(value)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Hashed)
+            and self._hash == other._hash
+            and self.value == other.value
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 _ATOMS = frozenset(
     (bool, int, float, complex, str, bytes, type(None), type(...), types.CodeType)
 )
