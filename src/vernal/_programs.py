@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import equinox as eqx
@@ -26,6 +26,8 @@ _generation = jax.make_user_context(0)
 
 # The number of slots whose last values are known.
 _MOST_SLOTS = 2**14
+
+_MOST_RECORDS = 512
 
 
 class _Changes:
@@ -98,10 +100,10 @@ class _Call:
 class Version:
     """A call, and the code of one moment: what a program is compiled for."""
 
-    __slots__ = ("__weakref__", "call", "generation", "is_traced", "record")
+    __slots__ = ("__weakref__", "call", "generation", "is_traced")
 
-    def __init__(self, call: _Call, record: "_Record"):
-        self.call, self.record = call, record
+    def __init__(self, call: _Call):
+        self.call = call
         self.generation, self.is_traced = _changes.count, False
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
@@ -112,25 +114,29 @@ class Version:
 class _Record:
     """What the code of a call reads, and the version that this makes."""
 
-    __slots__ = ("__weakref__", "call", "found", "version")
+    __slots__ = ("call", "found", "version")
 
     def __init__(self, call: _Call):
         self.call = call
-        self.version = self._look()
+        self._look()
 
-    def _look(self) -> Version:
-        self.found = reads(self.call.structure, *self.call.statics)
-        _changes.look(self.found)
+    def _look(self) -> None:
+        self.found = self._read()
         key = self.call, self.found.key
         version = _versions.get(key)
         if version is None:
-            version = _versions[key] = Version(self.call, self)
-        return version
+            version = _versions[key] = Version(self.call)
+        self.version = version
+
+    def _read(self) -> Reads:
+        found = reads(self.call.structure, *self.call.statics)
+        _changes.look(found)
+        return found
 
     def now(self) -> Version:
         """Returns the version of the code as it is now."""
         if not self.found.is_current():
-            self.version = self._look()
+            self._look()
         return self.version
 
     def settle(self) -> None:
@@ -140,30 +146,33 @@ class _Record:
             return
         for watch in self.found.watches:
             kept.add(watch)
-        self.found = reads(self.call.structure, *self.call.statics)
-        _changes.look(self.found)
+        self.found = self._read()
         _versions[self.call, self.found.key] = self.version
 
+    @classmethod
+    def of(cls, structure: Any, statics: Sequence[Any]) -> "_Record":
+        """Returns the record of a call, which may be a new one."""
+        call = _Call(structure, tuple(statics))
+        record = _records.get(call)
+        if record is None:
+            record = _records[call] = cls(call)
+            if len(_records) > _MOST_RECORDS:
+                del _records[next(iter(_records))]
+        return record
 
-# Versions live as long as their programs, in the caches of JAX, and records with them.
-_records: weakref.WeakValueDictionary[_Call, _Record] = weakref.WeakValueDictionary()
+
+# Records hold what was read, and so are few. Versions live as long as their programs.
+_records: dict[_Call, _Record] = {}
 _versions: weakref.WeakValueDictionary[Hashable, Version] = (
     weakref.WeakValueDictionary()
 )
 
 
-def _version(structure: Any, statics: tuple[Any, ...]) -> Version:
-    call = _Call(structure, statics)
-    record = _records.get(call)
-    if record is None:
-        record = _records[call] = _Record(call)
-    return record.now()
-
-
 def version_of(tree: Any) -> Version:
     """Returns the version of the code of a tree as it is now: static, to JAX."""
     leaves, structure = jax.tree.flatten(tree)
-    return _version(structure, tuple(x for x in leaves if not isinstance(x, _ARRAYS)))
+    statics = [x for x in leaves if not isinstance(x, _ARRAYS)]
+    return _Record.of(structure, statics).now()
 
 
 def program(
@@ -187,7 +196,8 @@ def program(
         statics = [x for x in leaves if not isinstance(x, _ARRAYS)]
         if statics:
             leaves = [x if isinstance(x, _ARRAYS) else None for x in leaves]
-        version = _version(structure, tuple(statics))
+        record = _Record.of(structure, statics)
+        version = record.now()
         first: list[Any] = []
         if donate != "none":
             count = structure.children()[0].num_leaves
@@ -199,7 +209,7 @@ def program(
             result = jitted(first, leaves, version)
         if version.is_traced:
             version.is_traced = False
-            version.record.settle()
+            record.settle()
         return result
 
     return run

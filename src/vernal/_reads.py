@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._skeleton import Group, Skeleton, Static, all_parts
-from ._values import Hashed, Same, is_atom, value_key
+from ._values import Hashed, is_atom, value_key
 
 # A walk ends after so many objects, and does not enter a container of more elements
 # than this: it is known by its identity and its length.
@@ -124,6 +124,25 @@ class Kept:
 
 
 kept = Kept()
+
+
+class _Only:
+    """As `Same`, without keeping its object alive: another one has another mark."""
+
+    __slots__ = ("_hash", "mark")
+
+    def __init__(self, obj: Any):
+        self._hash = id(obj)
+        try:
+            self.mark = weakref.ref(obj)
+        except TypeError:
+            self.mark = obj
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Only) and self.mark is other.mark
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def reads(*roots: Any) -> Reads:
@@ -248,14 +267,14 @@ class _Walk:
 
     def array(self, array: np.ndarray) -> None:
         if array.dtype.hasobject:
-            self.tokens.append(Same(array))
+            self.tokens.append(_Only(array))
             return
         seen = _bytes(array).copy()
         digest = value_key(seen)
         look = lambda array: (digest if _is_same(_bytes(array), seen) else None,)
         self.hold(look, array, ("content",), lambda name, value: False)
         is_whole = array.nbytes <= _MOST_BYTES
-        mark = (array.shape, array.dtype) if is_whole else Same(array)
+        mark = (array.shape, array.dtype) if is_whole else _Only(array)
         is_kept = (id(array), "content") in kept
         self.tokens.append((mark, type(array), None if is_kept else digest))
 
@@ -263,7 +282,7 @@ class _Walk:
         kind, count = type(obj), len(obj)
         self.tokens.append(kind)
         if count > _MOST_ELEMENTS:
-            self.tokens.append(Same(obj))
+            self.tokens.append(_Only(obj))
             self.hold(lambda held: (len(held) == count,), obj, ("length",))
         elif issubclass(kind, tuple):
             self.tokens.append(count)
@@ -306,7 +325,7 @@ class _Walk:
                 self.todo.append(module)
 
     def kind(self, kind: type) -> None:
-        self.tokens.append(Same(kind))
+        self.tokens.append(_Only(kind))
         if _is_library(kind):
             return
         look = lambda kind: (kind.__mro__, *vars(kind).values())
@@ -314,7 +333,7 @@ class _Walk:
         self.todo.append(type(kind))
 
     def module(self, module: types.ModuleType) -> None:
-        self.tokens.append(Same(module))
+        self.tokens.append(_Only(module))
         if not _is_library_module(module.__name__, module):
             self.modules.append(vars(module))
 
@@ -346,22 +365,22 @@ class _Walk:
         kind = type(obj)
         package = kind.__module__.split(".")[0]
         if package in _RESTLESS:
-            self.tokens.append(Same(obj))
+            self.tokens.append(_Only(obj))
         elif package in ("jax", "jaxlib") or kind is _CACHED:
             # Functions that are compiled, or have rules of their own for derivatives.
             wrapped = getattr(obj, "__wrapped__", None)
-            self.tokens.append(Same(obj) if wrapped is None else kind)
+            self.tokens.append(_Only(obj) if wrapped is None else kind)
             self.todo.append(wrapped)
             if wrapped is not None and kind.__name__.startswith("custom_"):
                 self.attributes(obj)
         else:
-            self.tokens.append(kind if _is_plain(kind) else Same(obj))
+            self.tokens.append(kind if _is_plain(kind) else _Only(obj))
             if not _is_library(kind):
                 self.todo.append(kind)
             if not self.attributes(obj):
                 # A mark, such as `object()`, is known by its identity.
                 is_mark = kind.__eq__ is object.__eq__
-                self.tokens.append(Same(obj) if is_mark else value_key(obj))
+                self.tokens.append(_Only(obj) if is_mark else value_key(obj))
 
     def attributes(self, obj: Any) -> bool:
         """Watches and walks the attributes of an object; whether it has any."""
