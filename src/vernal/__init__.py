@@ -45,6 +45,7 @@ from ._partition import partition as partition
 from ._paths import UnknownPathError as UnknownPathError, paths as paths
 from ._peers import PeerError as PeerError
 from ._precondition import precondition as precondition
+from ._programs import forget as forget
 from ._projector import EigenProjector as EigenProjector
 from ._result import FitResult as FitResult
 from ._retrace import explain_retrace as explain_retrace

@@ -13,6 +13,7 @@ from ._data import Minibatches, Whole
 from ._monitor import Monitor, MonitorState
 from ._objective import metric_shapes
 from ._placement import Placement
+from ._programs import program
 from ._record import Record, Rows
 from ._step import Progress, advance, scored_anew, tree_norm
 
@@ -199,7 +200,7 @@ class StepInfo(NamedTuple):
     metrics: dict[str, Any]
 
 
-@eqx.filter_jit
+@program
 def run_step(
     trainer: Any, batch: Any, place: Placement | None = None
 ) -> tuple[Progress, StepInfo]:
@@ -230,8 +231,8 @@ def _blank(like: jax.ShapeDtypeStruct) -> Array:
     return jnp.full(like.shape, jnp.nan if inexact else 0, like.dtype)
 
 
-run_chunk = eqx.filter_jit(chunk_of_one)
+run_chunk = program(chunk_of_one)
 
 # The same where what it goes on from is not needed any more: there the memory is used
 # again, and what it was is gone.
-run_chunk_in_place = eqx.filter_jit(chunk_of_one, donate="all-except-first")
+run_chunk_in_place = program(chunk_of_one, donate="all-except-first")

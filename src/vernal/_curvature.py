@@ -21,6 +21,7 @@ from ._modes import (
     traced,
 )
 from ._precision import matmul
+from ._programs import program
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
 from ._singular import Spectrum, of_jacobian, of_products
 from ._typing import Params, checked, whole_number
@@ -140,9 +141,9 @@ def gauss_newton_matrix(
     return ((matrix + matrix.T) / 2).astype(flat.dtype)
 
 
-_hessian = eqx.filter_jit(hessian_matrix)
-_gauss_newton = eqx.filter_jit(gauss_newton_matrix)
-_jacobian = eqx.filter_jit(jacobian_of)
+_hessian = program(hessian_matrix)
+_gauss_newton = program(gauss_newton_matrix)
+_jacobian = program(jacobian_of)
 
 
 class MatrixFree(eqx.Module):
@@ -184,7 +185,7 @@ def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
     return Partial(function) if all_leaves([function]) else function
 
 
-@eqx.filter_jit
+@program
 def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
     flat = ravel(tangent, ravel_dtype(matrix.params))
     return unravel(matrix.flat()(flat), matrix.params)

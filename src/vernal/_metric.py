@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +34,7 @@ from ._objective import (
     step_key,
 )
 from ._precision import matmul, widest
+from ._programs import program
 from ._projector import EigenProjector
 from ._ravel import as_parameters, ravel_dtype
 from ._singular import Spectrum, of_jacobian
@@ -165,7 +165,7 @@ def _subject(trainer: Any, kind: str, jac: Mode | None) -> Subject:
     return Subject(f"`{kind}` of `{type(trainer).__name__}`", jac)
 
 
-@eqx.filter_jit
+@program
 def _compute(
     trainer: Any,
     batch: Any,
@@ -187,7 +187,7 @@ def _compute(
     )
 
 
-@eqx.filter_jit
+@program
 def _jacobian(trainer: Any, batch: Any, jac: Mode | None) -> Float[Array, "N D"]:
     """Computes the Jacobian of all residuals, of which everything else is made."""
     (block,) = _members(trainer.params, None)
@@ -204,7 +204,7 @@ def _gram(jac: Float[Array, "N D"], dtype: np.dtype) -> Float[Array, "D D"]:
 _spectrum = jax.jit(of_jacobian)
 
 
-@eqx.filter_jit
+@program
 def _spectra(
     trainer: Any,
     batch: Any,

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from ._history import History
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
 from ._placement import context, placement
+from ._programs import program
 from ._projector import EigenProjector
 from ._ravel import as_parameters
 from ._result import FitResult
@@ -193,7 +193,7 @@ def run_solver(
     )
 
 
-_run = eqx.filter_jit(run_solver)
+_run = program(run_solver)
 
 
 def _result(trainer: Any, bare: Any, batch: Any, end: End) -> FitResult[Any, Any]:
@@ -249,7 +249,7 @@ def find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns"
     return jnp.stack([~all_finite(x) for x in (loss, *jax.tree.leaves(grads))])
 
 
-_find_bad = eqx.filter_jit(find_bad)
+_find_bad = program(find_bad)
 
 
 def _check_solver(solver: Any) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 from ._closures import Closure
 from ._history import History
 from ._placement import Placement
+from ._programs import program
 from ._setup import initial_opt_state
 from ._solve import REASONS, End, Start, find_bad, is_suspect, run_solver
 from ._spread import Flags, apart, in_groups
@@ -46,7 +46,7 @@ class Members(NamedTuple):
     place: Placement | None
 
 
-@eqx.filter_jit
+@program
 def _run(
     members: Members, batch: Any, encoded: Closure, goal: Int[Array, ""], rows: int
 ) -> _Ends:
@@ -68,7 +68,7 @@ def _run(
     return ends if place is None else place.pin_rows(ends)
 
 
-@eqx.filter_jit
+@program
 def _find_bad(
     members: Members, params: PyTree, batch: Any
 ) -> Bool[Array, "members columns"]:

@@ -22,6 +22,7 @@ from ._compiled import (
 from ._data import Minibatches, Whole
 from ._monitor import MonitorState
 from ._placement import Placement
+from ._programs import program
 from ._record import Record, Rows
 from ._step import Progress, scored_anew
 from ._typing import PyTree
@@ -127,8 +128,8 @@ def chunk_of_many(task: Task, moving: Moving, spread: Spread) -> tuple[Chunk, En
     return chunk, Ended.of(chunk)
 
 
-run_many = eqx.filter_jit(chunk_of_many)
-run_many_in_place = eqx.filter_jit(chunk_of_many, donate="all-except-first")
+run_many = program(chunk_of_many)
+run_many_in_place = program(chunk_of_many, donate="all-except-first")
 
 
 def _by_member(chunk: Chunk) -> Chunk:

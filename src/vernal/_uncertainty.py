@@ -13,6 +13,7 @@ from ._metric import require_likelihood, whitening
 from ._modes import Mode
 from ._objective import live, negative_log_likelihood, step_key
 from ._paths import named_leaves
+from ._programs import Version, version_of
 from ._projector import EigenProjector
 from ._ravel import as_parameters, element_name, ravel, unravel
 from ._table import aligned
@@ -32,7 +33,11 @@ def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
 
 
 def _potential(
-    trainer: Any, projector: EigenProjector | None, batch: Any, point: PyTree
+    _: Version,
+    trainer: Any,
+    projector: EigenProjector | None,
+    batch: Any,
+    point: PyTree,
 ) -> Float[Array, ""]:
     """Evaluates the negative log-likelihood at a point of the latent space."""
     if projector is None:
@@ -40,7 +45,9 @@ def _potential(
     else:
         params = projector.to_params(point)
     there = live(trainer, params)
-    return negative_log_likelihood(there, batch, step_key(trainer))
+    # Not the version that it was made for: it may be called without a program.
+    with version_of((trainer, batch)).context():
+        return negative_log_likelihood(there, batch, step_key(trainer))
 
 
 def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
@@ -50,7 +57,8 @@ def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
     start = ravel(params) if trainer.projector is None else trainer.latent
     # A pytree, as a module would be, and hashable, as what `jax.jit` is given must be.
     bare, projector, batch = trainer._bare(), trainer.projector, as_batch(batch)
-    return jax.tree_util.Partial(_potential, bare, projector, batch), start
+    version = version_of((bare, batch))
+    return jax.tree_util.Partial(_potential, version, bare, projector, batch), start
 
 
 def table(trainer: Any, batch: Any, jac: Mode | None) -> str:

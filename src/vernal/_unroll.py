@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._data import Minibatches, Stream, Whole, as_batch
 from ._frames import entrance
+from ._programs import program
 from ._setup import no_optimiser
 from ._step import Progress, advance, ranked, scored_anew
 from ._trainer import Trainer
@@ -132,7 +133,7 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
     return after
 
 
-@eqx.filter_jit
+@program
 def _run(
     trainer: Any, source: Whole[Any] | Minibatches, steps: int, segment: int
 ) -> tuple[Progress, Float[Array, " steps"]]:
