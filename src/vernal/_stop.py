@@ -31,6 +31,7 @@ class StopReason(enum.Enum):
     CRITERION = "The criterion of `stop` was met."
     NO_PATIENCE = "The validation has not improved, and `stop` has no more patience."
     CONVERGED = "Converged."
+    STALLED = "The solver stopped short of a minimum."
     MAX_STEPS = "The solver took `max_steps` steps and has not converged."
     DIVERGED = "The solver diverged."
     FAILED = (

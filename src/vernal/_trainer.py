@@ -1,7 +1,7 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -25,6 +25,7 @@ from ._placement import Sharding, context, placement
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
+from ._rounds import solve
 from ._setup import (
     check_arguments,
     check_class,
@@ -34,7 +35,6 @@ from ._setup import (
     initial_opt_state,
     no_optimiser,
 )
-from ._solve import solve
 from ._step import Progress, initial_progress
 from ._stop import StopCriterion
 from ._transform import AbstractTransform, as_transform
@@ -398,6 +398,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         batch: Batch,
         *,
         max_steps: int = 256,
+        rewhiten: bool = True,
+        jac: Literal["fwd", "bwd"] | None = None,
         mesh: Mesh | None = None,
     ) -> FitResult[SelfT, Model]:
         """Solves for the parameters with a solver of Optimistix.
@@ -436,7 +438,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `ValueError`: if the class defines `transform_grads` or `constrain`.
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
-        return solve(self, solver, batch, max_steps, mesh)
+        return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
 
     # The space of the parameters.
 
