@@ -222,13 +222,12 @@ def _unit(step: Array) -> Array:
     return step / jnp.where(length > 0, length, 1)
 
 
-def told(edm: float, direction: np.ndarray, params: Params) -> str:
-    """Says how far the loss could fall, and along which parameters."""
+def along(direction: np.ndarray, params: Params) -> str:
+    """Names the parameters that a direction involves most, with their weights."""
     order = np.argsort(-abs(direction), kind="stable")
     names = [
         f"{element_name(params, int(index))} ({direction[index]:+.2g})"
         for index in order[:5]
         if abs(direction[index]) > 0.1
     ]
-    along = f", along {', '.join(names)}" if names else ""
-    return f"The loss could still fall by about {edm:.3g} (edm){along}."
+    return f", along {', '.join(names)}" if names else ""

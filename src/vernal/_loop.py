@@ -99,6 +99,7 @@ def fit(
                 error.add_note("The fit up to here is `.result` of this error.")
         raise
     result = kind.ended(run.trainer, run.history(), run.monitor, run.watched, reason)
+    result = kind.checked(result, run.source)
     if run.taken:
         kind.raise_if_non_finite(result)
     return result

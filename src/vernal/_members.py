@@ -271,6 +271,9 @@ class Many(One):
                 reasons.append(monitor.reason(own) or reason)
         return self._result(trainer, history, reasons)
 
+    def checked(self, result: Any, source: Source) -> Any:
+        return result
+
     def cut_short(
         self, trainer: Any, history: History, reason: StopReason
     ) -> ManyResult[Any]:

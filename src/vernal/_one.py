@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from ._arrival import checked_end
 from ._compiled import Chunk, Ended, Moving, Task, run_chunk, run_chunk_in_place
 from ._data import Source, as_batch, as_source
 from ._history import History
@@ -151,6 +152,10 @@ class One:
         elif (met := monitor.reason(watched)) is not None:
             reason = met
         return self.cut_short(trainer, history, reason)
+
+    def checked(self, result: Any, source: Source) -> Any:
+        """Checks that a fit which has converged is at a minimum."""
+        return checked_end(result, source) if self.place is None else result
 
     def cut_short(self, trainer: Any, history: History, reason: StopReason) -> Any:
         """Makes the result of a fit that did not."""

@@ -6,7 +6,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._edm import told
+from ._edm import along
 from ._history import History
 from ._stop import StopReason
 
@@ -60,8 +60,12 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
         if self._direction is None or not np.isfinite(self.edm):
             return str(self.stop_reason)
         direction = np.asarray(self._direction, float)
-        fall = told(float(self.edm), direction, self._trainer.params)
-        return f"{self.stop_reason} {fall}"
+        is_short = self.stop_reason is not StopReason.CONVERGED
+        where = along(direction, self._trainer.params) if is_short else ""
+        return (
+            f"{self.stop_reason} The loss could still fall by about {self.edm:.3g} "
+            f"(edm){where}."
+        )
 
     @property
     def _trainer(self) -> Any:

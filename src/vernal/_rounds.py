@@ -90,7 +90,7 @@ class _Rounds:
 
     def go(self, max_steps: int, rewhiten: bool) -> None:
         """Goes on until it arrives, gets no further, or has taken its steps."""
-        left, before = max_steps, np.inf
+        left, before = max_steps, None
         while True:
             goal = jnp.asarray(np.int32(left))
             end = run(self._bare, self._projector, self._held, self._problem, goal)
@@ -101,7 +101,7 @@ class _Rounds:
             self._losses.append(losses[:steps])
             self._reason = settled(REASONS[reason], distance)
             left -= steps
-            has_fallen = before - last > distance.limit
+            has_fallen = before is None or before - last > distance.limit
             if not (rewhiten and left > 0 and has_fallen and self._may_go_on()):
                 return
             again = _whitened_again(live(self._there, end.params), self._problem.batch)

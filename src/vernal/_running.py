@@ -82,6 +82,7 @@ class Running:
         - `is_seen`: whether somebody else has a hold on the trainer between two chunks.
         """
         self._kind, self._keeper, self.peers = kind, keeper, peers
+        self.source = source
         self.is_whole = True
         self._recorder = Recorder(self._no_history)
         self.monitor, self.watched = monitor, kind.watched(monitor, trainer)

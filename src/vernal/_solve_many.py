@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._edm import Distance
 from ._history import History
+from ._one_by_one import solve_each
 from ._placement import Placement
 from ._setup import initial_opt_state
 from ._solve import (
@@ -105,7 +106,14 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
     """
     goal = jnp.asarray(np.int32(max_steps))
     trainers, _, _, place = members
-    end, opt_state = _run(members, problem, goal)
+    broken: list[int] = []
+    try:
+        end, opt_state = jax.block_until_ready(_run(members, problem, goal))
+    except RuntimeError:
+        if place is not None:
+            raise
+        one_by_one = solve_each(trainers, members.flags, problem, goal)
+        end, opt_state, broken = one_by_one
     whole = (lambda tree: tree) if place is None else place.whole
     old: Progress = trainers._progress
     starts, losses, steps, numbers, in_vain = jax.device_get(
@@ -122,6 +130,8 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )
     counts = old.nan_counts
+    # An error is no value that is not finite.
+    suspect[broken] = False
     if suspect.any():
         bad = np.asarray(whole(_find_bad(members, end.stumble, problem.batch)))
         bad = bad & suspect[:, None]

@@ -34,9 +34,7 @@ class StopReason(enum.Enum):
     STALLED = "The solver stopped short of a minimum."
     MAX_STEPS = "The solver took `max_steps` steps and has not converged."
     DIVERGED = "The solver diverged."
-    FAILED = (
-        "The solver gave up: a linear problem within one of its steps had no solution."
-    )
+    FAILED = "The solver gave up: one of its steps had no solution."
 
     def __str__(self) -> str:
         """The sentence."""

@@ -13,6 +13,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from ._arrival import edm_note
 from ._blocks import find_blocks
 from ._curvature import checked_batch_size, gauss_newton_matrix, hessian_matrix
 from ._data import as_batch
@@ -196,7 +197,8 @@ def table(trainer: Any, batch: Any = None) -> str:
             size = np.size(leaf.value)
             value = f"{np.asarray(leaf.value).item():.6g}" if size == 1 else "…"
             rows.append((leaf.path, value, "frozen"))
-    return aligned(rows)
+    note = None if batch is None else edm_note(trainer, batch)
+    return aligned(rows) if note is None else f"{aligned(rows)}\n{note}"
 
 
 def _rows(
