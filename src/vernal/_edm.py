@@ -93,7 +93,7 @@ def of_residuals(
     degrees = jnp.maximum(count - jnp.sum(is_kept), 1)
     limit = jnp.fmax(TOLERANCE * 2 * loss / degrees, _rounding(loss, flat * scale, eps))
     # Without scatter there is nothing but the parameters themselves to measure by.
-    is_exact = loss - edm <= TOLERANCE * edm
+    is_exact = loss - edm <= 0.1 * edm
     exact = 0.5 * jnp.sum(jnp.square(np.maximum(eps, _EXACT) * flat * scale))
     limit = jnp.where(is_exact, jnp.fmax(limit, exact), limit)
     return Distance(
@@ -209,7 +209,7 @@ def of_products(
 
 def _rounding(loss: Array, flat: Array, eps: np.ndarray) -> Array:
     """Estimates what rounding of the loss, and of the parameters, may hide."""
-    of_params = 0.5 * jnp.sum(jnp.square(4 * eps * flat))
+    of_params = 0.5 * jnp.sum(jnp.square(16 * eps * flat))
     return 4 * jnp.finfo(loss.dtype).eps * jnp.abs(loss) + of_params
 
 

@@ -1,5 +1,6 @@
 """Many trainers solved one after the other, where together one would end them all."""
 
+import re
 import warnings
 from typing import Any
 
@@ -48,7 +49,8 @@ def solve_each(
         ends.append((end, opt_state))
     if errors:
         first, error = next(iter(errors.items()))
-        message = str(error).strip().splitlines()[0]
+        found = re.search(r"EquinoxRuntimeError: (.+)", str(error))
+        message = found[1] if found else str(error).strip().splitlines()[0]
         warnings.warn(
             f"{len(errors)} of {len(ends)} members met an error, and are where they "
             f"began. That of member {first}: {message}",
