@@ -7,6 +7,7 @@ from ._curvature import (
     gauss_newton_matvec as gauss_newton_matvec,
     hessian as hessian,
     hessian_matvec as hessian_matvec,
+    jacobian as jacobian,
 )
 from ._data import (
     Minibatches as Minibatches,

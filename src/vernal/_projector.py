@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._alike import require_alike
 from ._block_diagonal import whiten_blocks
@@ -91,12 +91,13 @@ class EigenProjector(eqx.Module):
         - `rtol`: the threshold below which a direction is null. By default $D$ times
             the machine epsilon of `fmat`.
         - `rank`: the number of leading directions to keep; those that follow are then
-            the null directions, whatever their eigenvalues. Must be given under
-            `jax.jit` and `jax.vmap`, where a shape cannot depend on values.
+            the null directions, whatever their eigenvalues. To drop directions under
+            `jax.jit` and `jax.vmap` it must be given, since a shape cannot depend on
+            values.
         - `on_null`: what becomes of null directions. `"drop"`: the latent space goes
             without them. `"raise"`: an error that names the parameters involved.
             `"prior"`: each gets the eigenvalue 1 in $\Lambda$, a Gaussian prior as wide
-            as the parameter's own scale.
+            as the parameter's own scale. No shape then depends on how many there are.
 
         **Raises:**
 
@@ -197,8 +198,8 @@ class EigenProjector(eqx.Module):
         - `params`: as in [`vernal.EigenProjector.from_fisher`][].
         - `rtol`, `on_null`: as there, for each block. A block that the data do not
             constrain at all may be dropped; its latent vector is then empty.
-        - `rank`: from selectors to the number of leading directions to keep. Must be
-            given, for every block, under `jax.jit` and `jax.vmap`.
+        - `rank`: from selectors to the number of leading directions to keep. To drop
+            directions under `jax.jit` and `jax.vmap` it must be given for every block.
 
         **Raises:**
 
@@ -331,10 +332,12 @@ class EigenProjector(eqx.Module):
         """
         if len(self._whitenings) == 1:
             return self._held[0].spectrum
-        spectra = [(w.spectrum.astype(self._dtype), w.rank) for w in self._held]
-        kept = jnp.concatenate([values[:rank] for values, rank in spectra])
-        null = jnp.concatenate([values[rank:] for values, rank in spectra])
-        return jnp.concatenate([jnp.sort(kept)[::-1], jnp.sort(null)[::-1]])
+        values = jnp.concatenate([w.spectrum.astype(self._dtype) for w in self._held])
+        return values[jnp.lexsort((-values, self._is_null))]
+
+    @property
+    def _is_null(self) -> Bool[Array, " D"]:
+        return jnp.concatenate([w.is_null for w in self._held], axis=-1)
 
     @property
     def _dtype(self) -> np.dtype:
@@ -342,8 +345,12 @@ class EigenProjector(eqx.Module):
 
     @property
     def rank(self) -> int:
-        """The number of directions that are not null."""
-        return sum(whitening.rank for whitening in self._whitenings)
+        """The number of directions that are not null.
+
+        With `on_null="prior"` it is an array under `jax.jit` and `jax.vmap`.
+        """
+        rank = sum(whitening.rank for whitening in self._whitenings)
+        return rank if isinstance(rank, Tracer) or np.ndim(rank) else int(rank)
 
     @property
     def latent_size(self) -> int:
@@ -357,7 +364,8 @@ class EigenProjector(eqx.Module):
     def condition_number(self) -> Float[Array, ""]:
         r"""The largest eigenvalue in $\Lambda$ over the smallest that is not null."""
         values = self.eigenvalues
-        return values[..., 0] / values[..., max(self.rank, 1) - 1]
+        last = jnp.maximum(jnp.asarray(self.rank), 1)[..., None] - 1
+        return values[..., 0] / jnp.take_along_axis(values, last, axis=-1)[..., 0]
 
     @property
     def log_abs_det(self) -> Float[Array, ""]:
@@ -510,15 +518,14 @@ class EigenProjector(eqx.Module):
         for whitening, own in zip(self._whitenings, leaves, strict=True):
             match whitening:
                 case DenseWhitening():
-                    if isinstance(whitening.null_vectors, Tracer):
+                    if isinstance(whitening.vectors, Tracer):
                         raise ValueError(
                             "`null_space` names parameters by the values of the "
                             "projector, which are not known under `jax.jit`. Call it "
                             "outside."
                         )
-                    found += name_null_space(
-                        own, whitening.null_vectors, whitening.resolution
-                    )
+                    null = whitening.null_space()
+                    found += name_null_space(own, null, whitening.resolution)
                 case Unchanged():
                     pass
                 case _:

@@ -16,6 +16,7 @@ from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
 from ._history import History
 from ._loop import fit
+from ._modes import Mode
 from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
 from ._one import One
@@ -444,14 +445,29 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     @overload
     def fisher(
-        self, batch: Batch, *, blocks: None = None, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: None = None,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> Float[Array, "D D"]: ...
     @overload
     def fisher(
-        self, batch: Batch, *, blocks: Blocks, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: Blocks,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "D D"]]: ...
     def fisher(
-        self, batch: Batch, *, blocks: Any = None, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: Any = None,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> Any:
         r"""The Fisher matrix of the trained parameters at the current point.
 
@@ -465,6 +481,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `blocks`: selectors (see [`vernal.split`][]) for a matrix each, such as
             `("position", "flux")`. What is between the blocks is not computed.
         - `batch_size`: the number of columns to compute at a time, to bound memory.
+        - `jac`: how to differentiate: `"fwd"` in forward mode, `"bwd"` in reverse mode.
+            By default in the mode that is possible; where it is not the better one, a
+            warning says so once. A `while_loop` has forward mode alone, a `custom_vjp`
+            (such as diffrax's default adjoint) reverse mode alone.
 
         **Returns:**
 
@@ -475,21 +495,36 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         **Raises:**
 
         - `TypeError`: if the class defines only `loss`: error bars from a mean would be
-            wrong; or if a parameter is complex.
+            wrong; if a parameter is complex; or if there is no mode.
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
-        return fisher(self, batch, blocks, batch_size)
+        return fisher(self, batch, blocks, batch_size, jac)
 
     @overload
     def curvature(
-        self, batch: Batch, *, blocks: None = None, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: None = None,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> Float[Array, "D D"]: ...
     @overload
     def curvature(
-        self, batch: Batch, *, blocks: Blocks, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: Blocks,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "D D"]]: ...
     def curvature(
-        self, batch: Batch, *, blocks: Any = None, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: Any = None,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> Any:
         """The Hessian of what is minimised, at the current point: for whitening only.
 
@@ -497,7 +532,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
-        return curvature(self, batch, blocks, batch_size)
+        return curvature(self, batch, blocks, batch_size, jac)
 
     def reproject(
         self: SelfT,
@@ -525,11 +560,13 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         optimiser: optax.GradientTransformation | None = None,
         blocks: Blocks | None = None,
         batch_size: int | None = None,
+        jac: Mode | None = None,
         **options: Any,
     ) -> SelfT:
         """Goes on in a latent space that is whitened at the current point.
 
-        By the Fisher matrix; or, where only `loss` is defined, by its Hessian.
+        By the Fisher matrix; or, where only `loss` is defined, by its Hessian. No shape
+        depends on values, so that whitening at another point compiles nothing anew.
 
         ```python
         trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
@@ -537,24 +574,26 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         **Arguments:**
 
-        - `batch`, `blocks`, `batch_size`: as for [`vernal.Trainer.fisher`][].
+        - `batch`, `blocks`, `batch_size`, `jac`: as for [`vernal.Trainer.fisher`][].
         - `optimiser`: as for [`vernal.Trainer.reproject`][].
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
-            for [`vernal.EigenProjector.from_blocks`][]. By default `rtol` is at least
-            64 times the machine epsilon, which is what summing over data may leave of a
-            zero.
+            for [`vernal.EigenProjector.from_blocks`][]. But `on_null` is `"prior"`:
+            what is not seen from here, such as the width of a peak without height, may
+            be seen later, and keeps a scale of its own. And `rtol` is at least 64 times
+            the machine epsilon, which is what summing over data may leave of a zero.
         """
         of = fisher if has_likelihood(self) else curvature
-        matrix = of(self, batch, blocks, batch_size)
+        matrix = of(self, batch, blocks, batch_size, jac)
         if blocks is None:
-            options = {"rtol": null_threshold([matrix]), **options}
+            options = {"rtol": null_threshold([matrix]), "on_null": "prior", **options}
             projector = EigenProjector.from_fisher(matrix, self.params, **options)
         else:
-            options = {"rtol": null_threshold([*matrix.values()]), **options}
+            rtol = null_threshold([*matrix.values()])
+            options = {"rtol": rtol, "on_null": "prior", **options}
             projector = EigenProjector.from_blocks(matrix, self.params, **options)
         return self.reproject(projector, optimiser)
 
-    def standard_errors(self, batch: Batch) -> Params:
+    def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:
         """The standard errors of the parameters, from the Fisher matrix here.
 
         Infinite for a parameter that the data do not constrain.
@@ -562,6 +601,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         **Arguments:**
 
         - `batch`: all of the data.
+        - `jac`: as for [`vernal.Trainer.fisher`][].
 
         **Returns:**
 
@@ -571,21 +611,22 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         As [`vernal.Trainer.fisher`][].
         """
-        return standard_errors(self, batch)
+        return standard_errors(self, batch, jac)
 
-    def table(self, batch: Batch | None = None) -> str:
+    def table(self, batch: Batch | None = None, *, jac: Mode | None = None) -> str:
         """Tabulates the parameters, element by element.
 
         **Arguments:**
 
         - `batch`: all of the data, for the standard errors; without it there are none.
+        - `jac`: as for [`vernal.Trainer.fisher`][].
 
         **Returns:**
 
         A table of each parameter's path, its value, and its standard error or that it
         is frozen or unconstrained.
         """
-        return table(self, batch)
+        return table(self, batch, jac)
 
     def objective(
         self, batch: Batch

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ._arrival import edm_note
@@ -18,6 +17,7 @@ from ._blocks import find_blocks
 from ._curvature import checked_batch_size, gauss_newton_matrix, hessian_matrix
 from ._data import as_batch
 from ._dense import whiten
+from ._modes import Mode, Subject, checked_mode
 from ._objective import (
     defined,
     live,
@@ -43,20 +43,28 @@ _MOST_ROWS = 64
 
 
 def fisher(
-    trainer: Any, batch: Any, blocks: Blocks | None, batch_size: int | None
+    trainer: Any,
+    batch: Any,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
 ) -> Any:
     """The curvature of `nll`. The documentation is that of `Trainer.fisher`."""
     methods = defined(trainer)
     require_likelihood(trainer, "A Fisher matrix")
     kind = "residuals" if "residuals" in methods else "nll"
-    return _matrices(trainer, batch, kind, blocks, batch_size)
+    return _matrices(trainer, batch, kind, blocks, batch_size, jac)
 
 
 def curvature(
-    trainer: Any, batch: Any, blocks: Blocks | None, batch_size: int | None
+    trainer: Any,
+    batch: Any,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
 ) -> Any:
     """The Hessian of `loss`. The documentation is that of `Trainer.curvature`."""
-    return _matrices(trainer, batch, "loss", blocks, batch_size)
+    return _matrices(trainer, batch, "loss", blocks, batch_size, jac)
 
 
 def has_likelihood(trainer: Any) -> bool:
@@ -75,18 +83,23 @@ def require_likelihood(trainer: Any, what: str) -> None:
 
 
 def _matrices(
-    trainer: Any, batch: Any, kind: str, blocks: Blocks | None, batch_size: int | None
+    trainer: Any,
+    batch: Any,
+    kind: str,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
 ) -> Any:
-    batch_size = checked_batch_size(batch_size)
+    batch_size, jac = checked_batch_size(batch_size), checked_mode(jac)
     params = as_parameters(trainer.params)
     bare, batch = trainer._bare(), as_batch(batch)
     if blocks is None:
         everything = tuple(range(len(jax.tree.leaves(params))))
-        (matrix,) = _compute(bare, batch, kind, (everything,), batch_size)
+        (matrix,) = _compute(bare, batch, kind, (everything,), batch_size, jac)
         return matrix
     selectors = _as_selectors(blocks)
     members = find_blocks(params, selectors, "blocks")
-    matrices = _compute(bare, batch, kind, members, batch_size)
+    matrices = _compute(bare, batch, kind, members, batch_size, jac)
     return OrderedDict(zip(selectors, matrices, strict=True))
 
 
@@ -110,8 +123,10 @@ def _compute(
     kind: str,
     blocks: tuple[tuple[int, ...], ...],
     batch_size: int | None,
+    jac: Mode | None,
 ) -> tuple[Float[Array, "D D"], ...]:
     """Computes one matrix for each group of leaves."""
+    subject = Subject(f"`{kind}` of `{type(trainer).__name__}`", jac)
     key = step_key(trainer)
     leaves, structure = jax.tree.flatten(trainer.params)
 
@@ -127,16 +142,15 @@ def _compute(
     matrices = []
     for block in blocks:
         own = [leaves[index] for index in block]
+        of = hessian_matrix
         match kind:
             case "residuals":
-                residuals = within(block, real_residuals)
-                matrices.append(gauss_newton_matrix(residuals, own, batch_size))
+                of, fn = gauss_newton_matrix, within(block, real_residuals)
             case "nll":
-                nll = within(block, negative_log_likelihood)
-                matrices.append(hessian_matrix(nll, own, batch_size))
+                fn = within(block, negative_log_likelihood)
             case _:
-                loss = within(block, lambda *args: score(*args).loss)
-                matrices.append(hessian_matrix(loss, own, batch_size))
+                fn = within(block, lambda *args: score(*args).loss)
+        matrices.append(of(fn, own, batch_size, subject))
     return tuple(matrices)
 
 
@@ -146,17 +160,15 @@ def null_threshold(matrices: Sequence[Float[Array, "D D"]]) -> float:
     return max(noise)
 
 
-def standard_errors(trainer: Any, batch: Any) -> Params:
+def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
     """The errors of the parameters, from the Fisher matrix at the current point."""
     require_likelihood(trainer, "A standard error")
-    matrix = fisher(trainer, batch, None, None)
-    # Under `jax.vmap` there is no telling how many directions are null: none may be.
-    rank = len(matrix) if isinstance(matrix, Tracer) else None
+    matrix = fisher(trainer, batch, None, None, jac)
     params = as_parameters(trainer.params)
     # No projector: where nothing is constrained at all, there is none.
     rtol = null_threshold([matrix])
-    whitening = whiten(matrix, params, rtol, rank, "drop", "fmat", "fisher")
-    return unravel(whitening.standard_errors(), params)
+    whitening = whiten(matrix, params, rtol, None, "prior", "fmat", "fisher")
+    return unravel(whitening.errors_of_the_data(), params)
 
 
 def _potential(
@@ -181,11 +193,11 @@ def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
     return jax.tree_util.Partial(_potential, bare, projector, batch), start
 
 
-def table(trainer: Any, batch: Any = None) -> str:
+def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
     """The values of all parameters, with their errors if there are data."""
     errors = {}
     if batch is not None:
-        found = standard_errors(trainer, batch)
+        found = standard_errors(trainer, batch, jac)
         errors = {leaf.path: np.asarray(leaf.value) for leaf in named_leaves(found)}
     trained = {leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter}
     rows = [("parameter", "value", "standard error" if errors else "")]
