@@ -61,7 +61,7 @@ class ReverseOnly(Fit):
 
 
 class Integrated(Fit):
-    """Diffrax's decay."""
+    """Decay by diffrax, in few and rough steps."""
 
     adjoint: diffrax.AbstractAdjoint
 
@@ -72,16 +72,15 @@ class Integrated(Fit):
     def curve(self, model):
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, rate: -rate * y),
-            diffrax.Tsit5(),
+            diffrax.Heun(),
             0.0,
             2.0,
-            0.01,
+            0.1,
             model["size"],
             args=model["rate"],
             saveat=diffrax.SaveAt(ts=T),
-            stepsize_controller=diffrax.PIDController(1e-9, 1e-9),
             adjoint=self.adjoint,
-            max_steps=256,
+            max_steps=32,
         )
         return solution.ys
 
@@ -131,8 +130,8 @@ ADJOINTS = {
 def test_diffrax_with_each_of_its_adjoints(name):
     result = Integrated(start(), ADJOINTS[name]).solve(LM, Y)
     assert result.stop_reason is vn.StopReason.CONVERGED
-    np.testing.assert_allclose(result.model["rate"], TRUTH["rate"], rtol=1e-4)
-    np.testing.assert_allclose(result.model["size"], TRUTH["size"], rtol=1e-4)
+    np.testing.assert_allclose(result.model["rate"], TRUTH["rate"], rtol=1e-2)
+    np.testing.assert_allclose(result.model["size"], TRUTH["size"], rtol=1e-2)
 
 
 def test_the_mode_can_be_asked_for():

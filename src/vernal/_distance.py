@@ -8,17 +8,21 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from ._edm import TOLERANCE, Distance, of_hessian, of_products, of_residuals
+from ._modes import (
+    Flat,
+    Subject,
+    choose_mode,
+    columns,
+    gauss_newton_products,
+    gradient,
+    hessian_product,
+    jacobian_matrix,
+    traced,
+)
 from ._objective import defined, live, real_residuals, score
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
-from ._ways import (
-    HESSIANS,
-    Function,
-    first_that_works,
-    forward_jacobian,
-    hessian_products,
-    jacobian_products,
-    reverse_jacobian,
-)
+
+_SUBJECT = Subject("what is minimised", is_quiet=True)
 
 # A matrix is formed of no more parameters, and no more elements, than these.
 _MOST_PARAMETERS = 512
@@ -57,60 +61,46 @@ def measure(
         [np.full(x.size, jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)]
     ).astype(flat.dtype)
     at = lambda flat: live(trainer, unravel(flat, params))
-    if kind == "residuals":
-        residuals = lambda flat: real_residuals(at(flat), batch, key)
-        return _of_residuals(residuals, flat, eps, projector, params)
-    loss = lambda flat: score(at(flat), batch, key).loss
     limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
-    return _of_loss(loss, flat, eps, projector, params, limit)
+    try:
+        if kind == "residuals":
+            fn = traced(lambda flat: real_residuals(at(flat), batch, key), flat)
+            return _of_residuals(fn, flat, eps, projector, params)
+        fn = traced(lambda flat: score(at(flat), batch, key).loss, flat)
+        return _of_loss(fn, flat, eps, projector, params, limit)
+    except TypeError:
+        # Derivatives of this order there are in no mode.
+        return unknown(flat)
 
 
 def _of_residuals(
-    residuals: Function, flat: Array, eps: np.ndarray, projector: Any, params: Any
+    residuals: Flat, flat: Array, eps: np.ndarray, projector: Any, params: Any
 ) -> Distance:
-    count = jax.eval_shape(residuals, flat).size
-    if flat.size <= _MOST_PARAMETERS and count * flat.size <= _MOST_ELEMENTS:
-        found = first_that_works(residuals, flat, (forward_jacobian, reverse_jacobian))
-        if found is None:
-            return unknown(flat)
-        jacobian, vector = found
+    vector = residuals(flat)
+    if flat.size <= _MOST_PARAMETERS and vector.size * flat.size <= _MOST_ELEMENTS:
+        jacobian = jacobian_matrix(residuals, flat, choose_mode(residuals, flat, _SUBJECT))
         return of_residuals(jacobian, vector, flat, eps, _basis(projector))
-    found = first_that_works(residuals, flat, (jacobian_products,))
-    if found is None:
+    products = gauss_newton_products(residuals, flat, _SUBJECT)
+    if products is None:
         return unknown(flat)
-    vector, push, pull = found
+    push, pull = products
     loss = 0.5 * jnp.sum(jnp.square(vector))
-    degrees = max(count - flat.size, 1)
-    solved = _solved(projector, params)
-    return of_products(
-        loss,
-        pull(vector),
-        lambda v: pull(push(v)),
-        solved,
-        TOLERANCE * 2 * loss / degrees,
-    )
+    degrees = max(vector.size - flat.size, 1)
+    limit = TOLERANCE * 2 * loss / degrees
+    product = lambda v: pull(push(v))
+    return of_products(loss, pull(vector), product, _solved(projector, params), limit)
 
 
 def _of_loss(
-    loss: Function,
-    flat: Array,
-    eps: np.ndarray,
-    projector: Any,
-    params: Any,
-    limit: Any,
+    loss: Flat, flat: Array, eps: np.ndarray, projector: Any, params: Any, limit: Any
 ) -> Distance:
-    if flat.size <= _MOST_PARAMETERS:
-        found = first_that_works(loss, flat, HESSIANS)
-        if found is None:
-            return unknown(flat)
-        value, gradient, hessian = found
-        basis = _basis(projector)
-        return of_hessian(value, gradient, hessian, flat, eps, limit, basis)
-    found = first_that_works(loss, flat, (hessian_products,))
-    if found is None:
-        return unknown(flat)
-    value, gradient, product = found
-    return of_products(value, gradient, product, _solved(projector, params), limit)
+    value = loss(flat)
+    slope = gradient(loss, flat, choose_mode(loss, flat, _SUBJECT, ("bwd", "fwd")))
+    product = hessian_product(loss, flat, _SUBJECT)
+    if flat.size > _MOST_PARAMETERS:
+        return of_products(value, slope, product, _solved(projector, params), limit)
+    hessian, basis = columns(product, flat), _basis(projector)
+    return of_hessian(value, slope, hessian, flat, eps, limit, basis)
 
 
 def unknown(flat: Array) -> Distance:
@@ -126,7 +116,7 @@ def _basis(projector: Any) -> Array | None:
     return projector.matrix
 
 
-def _solved(projector: Any, params: Any) -> Function:
+def _solved(projector: Any, params: Any) -> Flat:
     """Multiplies with a rough inverse of the curvature."""
     if projector is None:
         return lambda vector: vector

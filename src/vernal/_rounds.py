@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ._data import as_batch
 from ._dense import DenseWhitening
 from ._history import History
+from ._modes import Mode, checked_mode
 from ._objective import live
 from ._paths import paths
 from ._placement import Placement, context, placement
@@ -22,7 +23,6 @@ from ._solve import (
     End,
     Problem,
     Start,
-    check_mode,
     checked_solver,
     find_bad_alone,
     is_suspect,
@@ -43,17 +43,17 @@ def solve(
     batch: Any,
     max_steps: int,
     rewhiten: bool,
-    jac: str | None,
+    jac: Mode | None,
     mesh: Mesh | None,
 ) -> FitResult[Any, Any]:
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
     encoded, rows = checked_solver(solver, max_steps, "max_steps")
-    check_mode(jac)
     batch, there, place = as_batch(batch), trainer, placement(trainer, mesh)
     if place is not None:
         batch, there = place.batch(batch, "batch"), place.put(trainer)
     with context(place):
-        rounds = _Rounds(trainer, there, Problem(batch, encoded, rows, jac), place)
+        problem = Problem(batch, encoded, rows, checked_mode(jac))
+        rounds = _Rounds(trainer, there, problem, place)
         try:
             rounds.go(max_steps, rewhiten)
         except RuntimeError as error:

@@ -12,6 +12,7 @@ from ._alike import cast_like
 from ._closures import Closure
 from ._distance import measure, what_falls
 from ._edm import Distance
+from ._modes import Mode, Subject, choose_mode, gradient, traced
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
 from ._projector import EigenProjector
@@ -20,7 +21,6 @@ from ._step import Progress
 from ._stop import StopReason
 from ._typing import PyTree, whole_number
 from ._watched import Seen, better, choose, watch
-from ._ways import GRADIENTS, first_that_works, mode_of
 
 # Fewer steps than these share a program with others; the losses of more would not fit.
 _LEAST_ROWS = 256
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     batch: Any
     encoded: Closure
     rows: int
-    jac: str | None
+    jac: Mode | None
 
 
 def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:
@@ -162,12 +162,14 @@ def run_solver(
     solver = watch(solver, goal, jnp.zeros(rows, dtype))
     common: Any = {"has_aux": True, "max_steps": None, "throw": False}
     if is_minimiser := isinstance(solver, optx.AbstractMinimiser):
-        mode = jac or mode_of(lambda point: scored(point, None)[0], start, "bwd")
-        options = {"autodiff_mode": mode}
+        loss = traced(lambda point: scored(point, None)[0], start)
+        subject = Subject(f"The loss of `{type(trainer).__name__}`", jac)
+        options = {"autodiff_mode": choose_mode(loss, start, subject, ("bwd", "fwd"))}
         ended = optx.minimise(scored, solver, start, options=options, **common)
     else:
-        mode = jac or mode_of(lambda point: residuals(point, None)[0], start, "fwd")
-        options = {"jac": mode}
+        vector = traced(lambda point: residuals(point, None)[0], start)
+        subject = Subject(f"`residuals` of `{type(trainer).__name__}`", jac)
+        options = {"jac": choose_mode(vector, start, subject)}
         ended = optx.least_squares(residuals, solver, start, options=options, **common)
     state, stats = ended.state, ended.stats
 
@@ -235,23 +237,18 @@ def find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns"
         return score(there, batch, key).loss
 
     flat = ravel(params)
-    # In whichever mode works; where none does, the gradients are not known.
-    found = first_that_works(scored, flat, GRADIENTS)
-    loss, gradient = (scored(flat), jnp.zeros_like(flat)) if found is None else found
-    grads = jax.tree.leaves(unravel(gradient, params))
-    return jnp.stack([~all_finite(x) for x in (loss, *grads)])
+    try:
+        order = ("bwd", "fwd")
+        mode = choose_mode(traced(scored, flat), flat, Subject("", None, True), order)
+        slope = gradient(scored, flat, mode)
+    except TypeError:
+        # Without derivatives it is the loss alone that can be looked at.
+        slope = jnp.zeros_like(flat)
+    grads = jax.tree.leaves(unravel(slope, params))
+    return jnp.stack([~all_finite(x) for x in (scored(flat), *grads)])
 
 
 find_bad_alone = eqx.filter_jit(find_bad)
-
-
-def check_mode(jac: Any) -> None:
-    """Checks a mode of differentiation."""
-    if jac not in (None, "fwd", "bwd"):
-        raise ValueError(
-            f'`jac` is {jac!r}, but must be "fwd" or "bwd", or `None` for the one that '
-            "works."
-        )
 
 
 def _check_solver(solver: Any) -> None:

@@ -1,7 +1,7 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -400,7 +400,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         *,
         max_steps: int = 256,
         rewhiten: bool = True,
-        jac: Literal["fwd", "bwd"] | None = None,
+        jac: Mode | None = None,
         mesh: Mesh | None = None,
     ) -> FitResult[SelfT, Model]:
         """Solves for the parameters with a solver of Optimistix.
