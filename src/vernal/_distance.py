@@ -62,15 +62,11 @@ def measure(
     ).astype(flat.dtype)
     at = lambda flat: live(trainer, unravel(flat, params))
     limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
-    try:
-        if kind == "residuals":
-            fn = traced(lambda flat: real_residuals(at(flat), batch, key), flat)
-            return _of_residuals(fn, flat, eps, projector, params)
-        fn = traced(lambda flat: score(at(flat), batch, key).loss, flat)
-        return _of_loss(fn, flat, eps, projector, params, limit)
-    except TypeError:
-        # Derivatives of this order there are in no mode.
-        return unknown(flat)
+    if kind == "residuals":
+        fn = traced(lambda flat: real_residuals(at(flat), batch, key), flat)
+        return _of_residuals(fn, flat, eps, projector, params)
+    fn = traced(lambda flat: score(at(flat), batch, key).loss, flat)
+    return _of_loss(fn, flat, eps, projector, params, limit)
 
 
 def _of_residuals(
@@ -78,9 +74,13 @@ def _of_residuals(
 ) -> Distance:
     vector = residuals(flat)
     if flat.size <= _MOST_PARAMETERS and vector.size * flat.size <= _MOST_ELEMENTS:
-        jacobian = jacobian_matrix(residuals, flat, choose_mode(residuals, flat, _SUBJECT))
+        try:
+            mode = choose_mode(residuals, flat, _SUBJECT)
+        except TypeError:
+            return unknown(flat)
+        jacobian = jacobian_matrix(residuals, flat, mode)
         return of_residuals(jacobian, vector, flat, eps, _basis(projector))
-    products = gauss_newton_products(residuals, flat, _SUBJECT)
+    products = gauss_newton_products(residuals, flat)
     if products is None:
         return unknown(flat)
     push, pull = products
@@ -95,8 +95,13 @@ def _of_loss(
     loss: Flat, flat: Array, eps: np.ndarray, projector: Any, params: Any, limit: Any
 ) -> Distance:
     value = loss(flat)
-    slope = gradient(loss, flat, choose_mode(loss, flat, _SUBJECT, ("bwd", "fwd")))
-    product = hessian_product(loss, flat, _SUBJECT)
+    try:
+        mode = choose_mode(loss, flat, _SUBJECT, ("bwd", "fwd"))
+        product = hessian_product(loss, flat, _SUBJECT)
+    except TypeError:
+        # There are no second derivatives in any mode.
+        return unknown(flat)
+    slope = gradient(loss, flat, mode)
     if flat.size > _MOST_PARAMETERS:
         return of_products(value, slope, product, _solved(projector, params), limit)
     hessian, basis = columns(product, flat), _basis(projector)
