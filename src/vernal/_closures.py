@@ -1,6 +1,7 @@
 """Functions as values: a closure split into array leaves and a comparable skeleton."""
 
 import functools
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any, cast
@@ -144,6 +145,7 @@ class _Encoder:
         self.shells.append(None)
         self.alive.append(fn)
         rebound = names_rebound(fn.__code__)
+        met = len(self.leaves)
         outer_rates, package = self.rates, fn.__globals__.get("__name__", "")
         is_within = self.within is None or package.split(".")[0] in self.within
         self.rates = self.all_rates if is_within else frozenset()
@@ -162,6 +164,7 @@ class _Encoder:
             fn.__code__,
             fn.__globals__,
             _metadata(fn),
+            fn if _is_importable(fn) and len(self.leaves) == met else None,
         )
         self.rates = outer_rates
         return Function(index)
@@ -183,6 +186,12 @@ class _Encoder:
                 return index
             self.cells[index] = self.cells[index] or part
         return index
+
+
+def _is_importable(fn: types.FunctionType) -> bool:
+    """Whether a function is the one of its name in its module."""
+    module = sys.modules.get(fn.__module__ or "")
+    return getattr(module, fn.__qualname__, None) is fn
 
 
 def _metadata(fn: types.FunctionType) -> dict[str, Any]:

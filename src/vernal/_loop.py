@@ -102,6 +102,7 @@ def fit(
         raise
     parts = run.trainer, run.history(), run.monitor, run.watched
     result = kind.ended(*parts, reason, run.is_all_skipped)
+    result = kind.checked(result, run.source)
     if run.taken and (end := kind.bad_end(result)):
         diagnosis = run.diagnosis(end)
         kind.raise_if_non_finite(result, diagnosis.advised)

@@ -17,7 +17,7 @@ from ._one import BadEnd, One
 from ._paths import dotted
 from ._placement import Placement
 from ._record import Rows
-from ._solve import checked_solver
+from ._solve import Problem, checked_solver
 from ._solve_many import Members, solve_many
 from ._spread import Flags, Spread, apart, member, run_many, run_many_in_place
 from ._stack import first_row, stack
@@ -39,11 +39,14 @@ class ManyResult(eqx.Module, Generic[TrainerT]):
     - `history`: what was recorded, with a column for each member:
         `history.loss[row, i]`. Where a member was over before the others, it is NaN.
     - `stop_reasons`: why the fit of each ended.
+    - `edms`: by how much the loss of each could still fall, as `edm` of a
+        [`vernal.FitResult`][]; NaN of a fit.
     """
 
     trainers: TrainerT
     history: History
     stop_reasons: tuple[StopReason, ...] = eqx.field(static=True)
+    edms: Float[Array | np.ndarray, " members"]
 
     def __len__(self) -> int:
         return len(self.stop_reasons)
@@ -273,15 +276,24 @@ class Many(One):
                 reasons.append(reason)
         return self._result(trainer, history, reasons)
 
+    def checked(self, result: Any, source: Source) -> Any:
+        return result
+
     def cut_short(
         self, trainer: Any, history: History, reason: StopReason
     ) -> ManyResult[Any]:
         return self._result(trainer, history, [reason] * self.size)
 
     def _result(
-        self, trainer: Any, history: History, reasons: list[StopReason]
+        self,
+        trainer: Any,
+        history: History,
+        reasons: list[StopReason],
+        edms: Any = None,
     ) -> ManyResult[Any]:
-        trainer = self.home(trainer)
+        trainer, edms = self.home(trainer), self.home_state(edms)
+        if edms is None:
+            edms = np.full(self.size, np.nan)
         leaves, structure = jax.tree.flatten(trainer._at(None))
         rows = [
             stack((leaf,) * self.size)
@@ -290,7 +302,7 @@ class Many(One):
             for leaf, flag in zip(leaves, self.config, strict=True)
         ]
         stacked = structure.unflatten(rows)._at(trainer._progress)
-        return ManyResult(stacked, history, tuple(reasons))
+        return ManyResult(stacked, history, tuple(reasons), edms)
 
     def solved(
         self, trainer: Any, data: Any, solver: Any, steps: int
@@ -301,8 +313,9 @@ class Many(One):
         flags = self.config, self._flags(batch)
         there = Members(self.placed(trainer), flags, self.group, self.place)
         with self.context():
-            trainers, history, reasons = solve_many(there, batch, encoded, steps, rows)
-        result = self._result(trainers, history, reasons)
+            problem = Problem(batch, encoded, rows, None)
+            trainers, history, reasons, edms = solve_many(there, problem, steps)
+        result = self._result(trainers, history, reasons, edms)
         self.raise_if_non_finite(result)
         return result
 

@@ -44,6 +44,8 @@ class Subject(NamedTuple):
     name: str
     """Such as "`residuals` of `LineFit`"."""
     jac: Mode | None = None
+    is_quiet: bool = False
+    """Whether nobody is told which mode is used."""
 
 
 def checked_mode(jac: Any) -> Mode | None:
@@ -114,7 +116,7 @@ def first_possible(
         except Exception as error:
             failures[way] = error
             continue
-        if failures:
+        if failures and not subject.is_quiet:
             _tell(subject.name, way, failures)
         return way
     said = "; ".join(f"{_WORDS[w]}: {_first_line(e)}" for w, e in failures.items())

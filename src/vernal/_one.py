@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from ._arrival import checked_end
 from ._compiled import Chunk, Ended, Moving, Task, run_chunk, run_chunk_in_place
 from ._data import Minibatches, Source, Whole, as_batch, as_source
 from ._history import History
@@ -168,6 +169,10 @@ class One:
         elif reason is StopReason.STEPS_TAKEN and is_all_skipped:
             reason = StopReason.ALL_SKIPPED
         return self.cut_short(trainer, history, reason)
+
+    def checked(self, result: Any, source: Source) -> Any:
+        """Checks that a fit which has converged is at a minimum."""
+        return checked_end(result, source) if self.place is None else result
 
     def cut_short(self, trainer: Any, history: History, reason: StopReason) -> Any:
         """Makes the result of a fit that did not."""

@@ -85,6 +85,7 @@ class Running:
         """
         self._kind, self._keeper, self.peers = kind, keeper, peers
         self._counts = kind.on_host(trainer._progress.nan_counts)
+        self.source = source
         self.is_whole = True
         self._recorder = Recorder(self._no_history)
         self.monitor, self.watched = monitor, kind.watched(monitor, trainer)

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.tree_util as jtu
@@ -76,8 +76,12 @@ class Shell:
     code: types.CodeType = dataclasses.field(compare=False)
     scope: dict[str, Any] = dataclasses.field(compare=False)
     metadata: dict[str, Any] = dataclasses.field(compare=False)
+    original: types.FunctionType | None = dataclasses.field(compare=False)
+    """The function itself, where others may know it by its identity."""
 
     def open(self, cells: list[types.CellType]) -> types.FunctionType:
+        if self.original is not None:
+            return cast(types.FunctionType, self.original)
         closure = tuple(cells[i] for i in self.cells)
         fn = types.FunctionType(self.code, self.scope, closure=closure)
         for name, value in self.metadata.items():
@@ -85,6 +89,8 @@ class Shell:
         return fn
 
     def fill(self, fn: types.FunctionType, site: Site) -> None:
+        if fn is self.original:
+            return
         fn.__defaults__ = self.defaults.build(site)
         fn.__kwdefaults__ = self.kwdefaults.build(site)
         fn.__dict__.update(self.attributes.build(site))

@@ -30,6 +30,7 @@ from ._printed import in_short, printed
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
+from ._rounds import solve
 from ._setup import (
     check_arguments,
     check_class,
@@ -39,7 +40,6 @@ from ._setup import (
     initial_opt_state,
     no_optimiser,
 )
-from ._solve import solve
 from ._step import Progress, initial_progress
 from ._stop import StopCriterion
 from ._transform import AbstractTransform, as_transform
@@ -407,6 +407,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         batch: Batch,
         *,
         max_steps: int = 256,
+        rewhiten: bool = True,
+        jac: Mode | None = None,
         mesh: Mesh | None = None,
     ) -> FitResult[SelfT, Model]:
         """Solves for the parameters with a solver of Optimistix.
@@ -446,7 +448,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
         require_precision(self)
-        return solve(self, solver, batch, max_steps, mesh)
+        return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
 
     # The space of the parameters.
 

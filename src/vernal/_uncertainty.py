@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from ._arrival import edm_note
 from ._data import as_batch
 from ._metric import require_likelihood, whitening
 from ._modes import Mode
@@ -77,7 +78,8 @@ def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
             size = np.size(leaf.value)
             value = f"{np.asarray(leaf.value).item():.6g}" if size == 1 else "…"
             rows.append((leaf.path, value, leaf.unfitted))
-    return aligned(rows)
+    note = None if batch is None else edm_note(trainer, batch)
+    return aligned(rows) if note is None else f"{aligned(rows)}\n{note}"
 
 
 def _rows(
