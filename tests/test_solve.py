@@ -71,6 +71,7 @@ def by_hand(trainer, solver, batch, max_steps):
     return to_params, optx.least_squares(residuals, solver, start, **options)
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize(
     ("name", "space"),
     [
@@ -94,11 +95,15 @@ def test_as_by_hand(name, space):
         strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
-    converged = bool(expected.result == optx.RESULTS.successful)
-    assert (result.stop_reason is vn.StopReason.CONVERGED) == converged
-    assert converged or result.stop_reason is vn.StopReason.MAX_STEPS
+    # The solver's own tolerance is not believed: the distance to the minimum decides.
     if name not in SLOW:
-        assert converged
+        assert result.stop_reason is vn.StopReason.CONVERGED
+        assert result.edm < 1e-3
+    elif result.stop_reason is not vn.StopReason.CONVERGED:
+        converged = bool(expected.result == optx.RESULTS.successful)
+        short = vn.StopReason.STALLED if converged else vn.StopReason.MAX_STEPS
+        assert result.stop_reason is short
+        assert result.edm > 1e-3
 
 
 @pytest.mark.parametrize("name", ["BFGS", "NelderMead", "Optax", "LevenbergMarquardt"])
@@ -128,12 +133,13 @@ def test_single_precision_and_mixed(kind, name, whiten):
     trainer = GaussianFit(model)
     trainer = trainer.whiten(batch) if whiten else trainer
     result = trainer.solve(SOLVERS[name](1e-4), batch)
-    assert result.stop_reason is vn.StopReason.CONVERGED
+    if name != "NelderMead":  # which ends early where its tolerance is wide
+        assert result.stop_reason is vn.StopReason.CONVERGED
     for new, old in zip(
         jax.tree.leaves(result.model), jax.tree.leaves(model), strict=True
     ):
         assert new.dtype == old.dtype
-    if name != "NelderMead":  # which ends early where its tolerance is wide
+    if name != "NelderMead":
         np.testing.assert_allclose(jax.tree.leaves(result.model), TRUTH, atol=0.1)
 
 

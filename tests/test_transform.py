@@ -12,6 +12,8 @@ import pytest
 
 from vernal._transform import AbstractTransform, Transform, as_transform
 
+pytestmark = pytest.mark.as_compiled
+
 # Two dtypes at once, so that each alias is compiled once for both.
 PARAMS = {
     "b": jnp.linspace(-1.0, 1.0, 3),

@@ -1,5 +1,6 @@
 """`unroll`: the steps are those of a trainer, and derivatives flow through them."""
 
+import dataclasses
 import itertools
 
 import equinox as eqx
@@ -13,6 +14,7 @@ import vernal as vn
 from models import (
     Gaussian,
     GaussianFit,
+    Line,
     LineFit,
     TwoFit,
     gaussian,
@@ -74,6 +76,7 @@ LENGTHS = [(12, segment) for segment in (None, 0, 1, 3, 100)]
 LENGTHS += [(steps, segment) for steps in (1, 2, 7) for segment in (None, 3)]
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize(("steps", "segment"), LENGTHS)
 def test_it_takes_the_steps_of_a_trainer(steps, segment):
     trainer = GaussianFit(gaussian(), rules())
@@ -215,15 +218,15 @@ def test_gradients_are_those_of_a_loop_by_hand(name):
     close(grad(ours)(*at), grad(hand)(*at), rtol=1e-9)
 
 
-def partitioned(txs, scales):
-    """One transformation for each leaf of a Gaussian, with Optax alone."""
-    names = ("mean", "std", "power")
+def partitioned(txs, scales, kind=Gaussian):
+    """One transformation for each leaf of a model, with Optax alone."""
+    names = [field.name for field in dataclasses.fields(kind)]
     chains = [
         optax.chain(tx, optax.scale(scale))
         for tx, scale in zip(txs, scales, strict=True)
     ]
     return optax.partition(
-        dict(zip(names, chains, strict=True)), lambda _: Gaussian(*names)
+        dict(zip(names, chains, strict=True)), lambda _: kind(*names)
     )
 
 
@@ -287,11 +290,11 @@ def test_a_gradient_through_minibatches_is_one_through_steps():
         return offset
 
     def unrolled(trainer, data):
-        return vn.unroll(trainer, data, 7)[0].model.offset
+        return vn.unroll(trainer, data, 5)[0].model.offset
 
     def stepped(trainer, data):
         cursor = data.start(jnp.asarray(0))
-        for i in range(7):
+        for i in range(5):
             batch, cursor = data.next(cursor, jnp.asarray(i))
             trainer, _ = trainer.step(batch)
         return trainer.model.offset
@@ -384,9 +387,12 @@ def test_a_gradient_in_the_latent_space_of_a_projector():
 
 def test_through_a_line_search_there_is_no_gradient():
     def unrolled(shift):
-        trainer = GaussianFit(gaussian(), vn.ParamOptimiser({"**": optax.lbfgs()}))
+        # A line search that compiles in a second, not in ten.
+        search = optax.scale_by_backtracking_linesearch(10)
+        rules = {"**": optax.lbfgs(memory_size=2, linesearch=search)}
+        trainer = GaussianFit(gaussian(), vn.ParamOptimiser(rules))
         batch = (BATCH[0], BATCH[1] + shift, BATCH[2])
-        return vn.unroll(trainer, batch, 4)[1][-1]
+        return vn.unroll(trainer, batch, 6)[1][-1]
 
     assert unrolled(0.0) < 1
     with pytest.raises(ValueError, match="Reverse-mode"):
@@ -397,17 +403,18 @@ def test_through_a_line_search_there_is_no_gradient():
 
 
 def test_second_derivatives_are_those_of_a_loop_by_hand():
-    adam = optax.adam(0.01)
+    adam, batch = optax.adam(0.01), (BATCH[0] + 1, *BATCH[1:])
 
     def hand(scales):
-        tx = partitioned((adam, adam, adam), (scales[0], scales[1], scales[1]))
-        return by_hand(tx, gaussian(), BATCH, 6)[1][-1]
+        tx = partitioned((adam, adam), scales, Line)
+        return by_hand(tx, line(), batch, 6)[1][-1]
 
     def ours(scales):
-        rates = {"mean": adam, "std": adam, "power": adam}
-        trainer = GaussianFit(gaussian(), vn.ParamOptimiser(rates))
-        trainer = scaled(trainer, (scales[0], scales[1], scales[1]))
-        return vn.unroll(trainer, BATCH, 6)[1][-1]
+        rates = {"slope": adam, "offset": adam}
+        optimiser = vn.ParamOptimiser(rates).with_scale(
+            {"slope": scales[0], "offset": scales[1]}
+        )
+        return vn.unroll(GaussianFit(line(), optimiser), batch, 6)[1][-1]
 
     at = jnp.asarray([1.0, 0.7])
     expected = jax.jit(jax.hessian(hand))(at)
@@ -489,6 +496,7 @@ class Network(vn.Trainer):
         return jnp.mean((x @ model[-1] - y) ** 2)
 
 
+@pytest.mark.as_compiled
 def test_what_is_computed_again_is_not_kept():
     sizes = (10, 90, 90, 10)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -516,6 +524,7 @@ def test_what_is_computed_again_is_not_kept():
     assert bytes_needed[None] < bytes_needed[0] / 15
 
 
+@pytest.mark.as_compiled
 def test_data_that_outweigh_the_model_are_not_kept_for_each_step():
     x = jnp.linspace(-4, 4, 20_000)
     batch = x, gaussian()(x) + 0.1, jnp.full(x.shape, 0.1)

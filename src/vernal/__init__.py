@@ -7,6 +7,7 @@ from ._curvature import (
     gauss_newton_matvec as gauss_newton_matvec,
     hessian as hessian,
     hessian_matvec as hessian_matvec,
+    jacobian as jacobian,
 )
 from ._data import (
     Minibatches as Minibatches,
@@ -44,6 +45,7 @@ from ._partition import partition as partition
 from ._paths import UnknownPathError as UnknownPathError, paths as paths
 from ._peers import PeerError as PeerError
 from ._precondition import precondition as precondition
+from ._programs import forget as forget
 from ._projector import EigenProjector as EigenProjector
 from ._result import FitResult as FitResult
 from ._retrace import explain_retrace as explain_retrace

@@ -1,6 +1,7 @@
 """Functions as values: a closure split into array leaves and a comparable skeleton."""
 
 import functools
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any, cast
@@ -12,6 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
+from ._reads import reads, scope_key
 from ._skeleton import (
     Function,
     Group,
@@ -24,7 +26,7 @@ from ._skeleton import (
     Static,
     interned,
 )
-from ._values import Same, globals_key, may_change, names_used, value_key
+from ._values import Hashed, Same, names_rebound, value_key
 
 
 class _Encoder:
@@ -113,7 +115,8 @@ class _Encoder:
     def node(self, obj: Any) -> Part:
         children, treedef = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
         if jtu.treedef_is_leaf(treedef):
-            return Static(value_key(obj), obj)
+            # What is equal to another object may hold something else.
+            return Static((value_key(obj), reads(obj).key), obj)
         node = treedef.node_data()
         try:
             # A treedef compares its static data by `==`, which is too generous.
@@ -126,14 +129,13 @@ class _Encoder:
     def function(self, fn: types.FunctionType) -> Part:
         key = (
             fn.__code__,
-            globals_key(fn),
+            Same(fn.__globals__),
+            scope_key(fn),
             fn.__name__,
             fn.__qualname__,
             fn.__module__,
             fn.__doc__,
         )
-        if any(map(may_change, _instances(fn))):
-            key = (Same(fn), *key)
         contents = fn.__closure__, fn.__defaults__, fn.__kwdefaults__, fn.__dict__
         if not any(contents):
             return Static(key, fn)
@@ -142,7 +144,8 @@ class _Encoder:
         index = self.function_index[id(fn)] = len(self.shells)
         self.shells.append(None)
         self.alive.append(fn)
-        _, rebound = names_used(fn.__code__)
+        rebound = names_rebound(fn.__code__)
+        met = len(self.leaves)
         outer_rates, package = self.rates, fn.__globals__.get("__name__", "")
         is_within = self.within is None or package.split(".")[0] in self.within
         self.rates = self.all_rates if is_within else frozenset()
@@ -161,6 +164,7 @@ class _Encoder:
             fn.__code__,
             fn.__globals__,
             _metadata(fn),
+            fn if _is_importable(fn) and len(self.leaves) == met else None,
         )
         self.rates = outer_rates
         return Function(index)
@@ -184,15 +188,10 @@ class _Encoder:
         return index
 
 
-def _instances(fn: types.FunctionType) -> list[Any]:
-    """The objects in a function's cells: containers are walked, and compared so."""
-    contents = []
-    for cell in fn.__closure__ or ():
-        try:
-            contents.append(cell.cell_contents)
-        except ValueError:
-            continue
-    return [x for x in contents if not isinstance(x, list | dict | set)]
+def _is_importable(fn: types.FunctionType) -> bool:
+    """Whether a function is the one of its name in its module."""
+    module = sys.modules.get(fn.__module__ or "")
+    return getattr(module, fn.__qualname__, None) is fn
 
 
 def _metadata(fn: types.FunctionType) -> dict[str, Any]:
@@ -241,9 +240,10 @@ class Closure(eqx.Module):
         root = encoder.walk(obj)
         shells = cast(tuple[Shell, ...], tuple(encoder.shells))
         plan = Plan(root, shells, tuple(encoder.cells))
-        skeleton = interned.get(plan)
+        key = Hashed(plan)
+        skeleton = interned.get(key)
         if skeleton is None:
-            skeleton = interned[plan] = Skeleton(plan, hash(plan))
+            skeleton = interned[key] = Skeleton(plan, hash(key))
         return cls(tuple(encoder.leaves), skeleton)
 
     def decode(self) -> Any:

@@ -4,14 +4,26 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial, all_leaves
 from jaxtyping import Array, Float
 
 from ._alike import require_alike
+from ._modes import (
+    Mode,
+    Subject,
+    checked_mode,
+    choose_mode,
+    columns,
+    gauss_newton_products,
+    hessian_product,
+    jacobian_matrix,
+    traced,
+)
 from ._precision import matmul
+from ._programs import program
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
+from ._singular import Spectrum, of_jacobian, of_products
 from ._typing import Params, checked, whole_number
 
 Product = Callable[[Array], Array]
@@ -63,62 +75,75 @@ def _flat_residuals(
     return flat_residuals
 
 
-def _along_axes(
-    product: Callable[[Array], Array], like: Array, batch_size: int | None
-) -> Float[Array, "D image"]:
-    """Applies a linear map to the unit vectors, `batch_size` of them at a time."""
-    size = like.size
-
-    def image(index: Array) -> Array:
-        # Made where it is used: the identity would be a second matrix in memory.
-        return product(jax.nn.one_hot(index, size, dtype=like.dtype))
-
-    if batch_size is None:
-        return jax.vmap(image)(jnp.arange(size))
-    return jax.lax.map(image, jnp.arange(size), batch_size=min(batch_size, size))
+def _subject(name: str, jac: Any) -> Subject:
+    return Subject(f"`{name}`", checked_mode(jac))
 
 
-def _hessian_product(fn: Callable[[Params], Any], params: Params) -> Product:
-    """Returns the product with flat vectors, all else computed beforehand."""
-    return jax.linearize(jax.grad(_flat_fn(fn, params)), ravel(params))[1]
-
-
-def _jacobian_products(
-    residuals: Callable[[Params], Any], params: Params
-) -> tuple[Product, Product]:
-    """Returns the products with the Jacobian and with its transpose."""
+def jacobian_of(
+    residuals: Callable[[Params], Any],
+    params: Params,
+    batch_size: int | None,
+    subject: Subject,
+) -> Float[Array, "N D"]:
+    """Computes what `jacobian` returns; to be compiled with what is around it."""
     flat = ravel(params)
-    _, push = jax.linearize(_flat_residuals(residuals, params), flat)
-    transposed = jax.linear_transpose(push, flat)
-    return push, lambda cotangent: transposed(cotangent)[0]
+    fn = traced(_flat_residuals(residuals, params), flat)
+    return jacobian_matrix(fn, flat, choose_mode(fn, flat, subject), batch_size)
+
+
+def spectrum_of(
+    residuals: Callable[[Params], Any],
+    params: Params,
+    batch_size: int | None,
+    subject: Subject,
+) -> Spectrum:
+    """Decomposes the Gauss-Newton matrix by the singular values of the Jacobian."""
+    flat = ravel(params)
+    fn = traced(_flat_residuals(residuals, params), flat)
+    if batch_size is not None:
+        return of_products(fn, flat, batch_size, subject)
+    return of_jacobian(jacobian_matrix(fn, flat, choose_mode(fn, flat, subject)))
 
 
 def hessian_matrix(
-    fn: Callable[[Params], Any], params: Params, batch_size: int | None
+    fn: Callable[[Params], Any],
+    params: Params,
+    batch_size: int | None,
+    subject: Subject,
 ) -> Float[Array, "D D"]:
     """Computes what `hessian` returns; to be compiled with what is around it."""
-    product = _hessian_product(fn, params)
-    matrix = _along_axes(product, ravel(params), batch_size)
+    flat = ravel(params)
+    product = hessian_product(traced(_flat_fn(fn, params), flat), flat, subject)
+    matrix = columns(product, flat, batch_size)
     return (matrix + matrix.T) / 2
 
 
 def gauss_newton_matrix(
-    residuals: Callable[[Params], Any], params: Params, batch_size: int | None
+    residuals: Callable[[Params], Any],
+    params: Params,
+    batch_size: int | None,
+    subject: Subject,
 ) -> Float[Array, "D D"]:
     """Computes what `gauss_newton` returns; to be compiled with what is around it."""
     flat = ravel(params)
-    push, pull = _jacobian_products(residuals, params)
-    if batch_size is None:
-        transposed = _along_axes(push, flat, None)
-        matrix = matmul(transposed, transposed.T)
+    fn = traced(_flat_residuals(residuals, params), flat)
+    products = None
+    if batch_size is not None and subject.jac is None:
+        products = gauss_newton_products(fn, flat)
+    if products is not None:
+        push, pull = products
+        matrix = columns(lambda v: pull(push(v)), flat, batch_size)
     else:
-        matrix = _along_axes(lambda v: pull(push(v)), flat, batch_size)
+        mode = choose_mode(fn, flat, subject)
+        jac = jacobian_matrix(fn, flat, mode, batch_size)
+        matrix = matmul(jac.T, jac)
     # Residuals of higher precision do not make the parameters any more precise.
     return ((matrix + matrix.T) / 2).astype(flat.dtype)
 
 
-_hessian = eqx.filter_jit(hessian_matrix)
-_gauss_newton = eqx.filter_jit(gauss_newton_matrix)
+_hessian = program(hessian_matrix)
+_gauss_newton = program(gauss_newton_matrix)
+_jacobian = program(jacobian_of)
 
 
 class MatrixFree(eqx.Module):
@@ -140,9 +165,18 @@ class MatrixFree(eqx.Module):
 
     def flat(self) -> Product:
         """Returns the product with flat vectors, all else computed beforehand."""
+        flat = ravel(self.params)
         if not self.is_gauss_newton:
-            return _hessian_product(self.function, self.params)
-        push, pull = _jacobian_products(self.function, self.params)
+            fn = traced(_flat_fn(self.function, self.params), flat)
+            return hessian_product(fn, flat, Subject("`fn`"))
+        fn = traced(_flat_residuals(self.function, self.params), flat)
+        products = gauss_newton_products(fn, flat)
+        if products is None:
+            raise TypeError(
+                "`residuals` can be differentiated in one mode only, and a product "
+                "with $J^T J$ needs both. Form the matrix, with `gauss_newton`."
+            )
+        push, pull = products
         return lambda vector: pull(push(vector))
 
 
@@ -151,7 +185,7 @@ def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
     return Partial(function) if all_leaves([function]) else function
 
 
-@eqx.filter_jit
+@program
 def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
     flat = ravel(tangent, ravel_dtype(matrix.params))
     return unravel(matrix.flat()(flat), matrix.params)
@@ -159,16 +193,21 @@ def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
 
 @checked
 def hessian(
-    fn: Callable[[Params], Any], params: Params, *, batch_size: int | None = None
+    fn: Callable[[Params], Any],
+    params: Params,
+    *,
+    batch_size: int | None = None,
+    jac: Mode | None = None,
 ) -> Float[Array, "D D"]:
     r"""The Hessian of a scalar function of a tree of parameters.
 
     $$H_{ij} = \frac{\partial^2 f}{\partial x_i \, \partial x_j}$$
 
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`. Each
-    column is a forward derivative of the gradient; the matrix is then made exactly
-    symmetric. It compiles once for each `fn`, which is known by its identity, and each
-    set of shapes: what `fn` reads from outside of its arguments must not change.
+    column is a forward derivative of the gradient, if that is possible; the matrix is
+    then made exactly symmetric. It compiles once for each `fn`, which is known by its
+    identity, and each set of shapes: what `fn` reads from outside of its arguments must
+    not change.
 
     **Arguments:**
 
@@ -177,6 +216,8 @@ def hessian(
         whatever is not a parameter. $D$ is the number of all their elements.
     - `batch_size`: the number of columns to compute at a time, to bound memory; all
         of them at once by default.
+    - `jac`: how to take the gradient: `"fwd"` in forward mode, `"bwd"` in reverse
+        mode. By default in reverse mode, where that is possible.
 
     **Returns:**
 
@@ -186,9 +227,10 @@ def hessian(
 
     A `ValueError` if `fn` returns anything but a scalar, if `params` has no leaf, or
     if `batch_size` is less than 1. A `TypeError` if a parameter is complex or not an
-    array of floats.
+    array of floats, or if `fn` cannot be differentiated twice.
     """
-    return _hessian(fn, as_parameters(params), checked_batch_size(batch_size))
+    batch_size, subject = checked_batch_size(batch_size), _subject("fn", jac)
+    return _hessian(fn, as_parameters(params), batch_size, subject)
 
 
 @checked
@@ -197,6 +239,7 @@ def gauss_newton(
     params: Params,
     *,
     batch_size: int | None = None,
+    jac: Mode | None = None,
 ) -> Float[Array, "D D"]:
     r"""The Gauss–Newton matrix of a vector of residuals.
 
@@ -208,9 +251,10 @@ def gauss_newton(
 
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`.
     $J$ is formed by forward derivatives; or, with `batch_size`, each column of $F$ is a
-    forward derivative followed by its transpose, and $J$ as a whole is never kept. It
-    compiles once for each `residuals`, which is known by its identity, and each set of
-    shapes: what `residuals` reads from outside of its arguments must not change.
+    forward derivative followed by its transpose, and $J$ as a whole is never kept.
+    Where one mode alone is possible, or asked for, $J$ is kept as a whole. It compiles
+    once for each `residuals`, which is known by its identity, and each set of shapes:
+    what `residuals` reads from outside of its arguments must not change.
 
     **Arguments:**
 
@@ -220,6 +264,9 @@ def gauss_newton(
         whatever is not a parameter. $D$ is the number of all their elements.
     - `batch_size`: the number of columns to compute at a time, to bound memory; all
         of them at once by default.
+    - `jac`: how to differentiate: `"fwd"` in forward mode, a pass for each parameter;
+        `"bwd"` in reverse mode, a pass for each residual. By default in forward mode,
+        where that is possible.
 
     **Returns:**
 
@@ -228,11 +275,48 @@ def gauss_newton(
     **Raises:**
 
     A `ValueError` if `residuals` returns a scalar, if `params` has no leaf, or if
-    `batch_size` is less than 1. A `TypeError` if `residuals` returns no real array, or
-    if a parameter is complex or not an array of floats.
+    `batch_size` is less than 1. A `TypeError` if `residuals` returns no real array, if
+    it cannot be differentiated, or if a parameter is complex or not an array of floats.
     """
-    batch_size = checked_batch_size(batch_size)
-    return _gauss_newton(residuals, as_parameters(params), batch_size)
+    batch_size, subject = checked_batch_size(batch_size), _subject("residuals", jac)
+    return _gauss_newton(residuals, as_parameters(params), batch_size, subject)
+
+
+@checked
+def jacobian(
+    residuals: Callable[[Params], Any],
+    params: Params,
+    *,
+    batch_size: int | None = None,
+    jac: Mode | None = None,
+) -> Float[Array, "N D"]:
+    r"""The Jacobian of a vector of residuals.
+
+    $$J_{ni} = \frac{\partial r_n}{\partial x_i}$$
+
+    Rows are in the order of the ravelled residuals, columns in that of
+    `jax.flatten_util.ravel_pytree(params)`. A projector that is made from it, with
+    [`vernal.EigenProjector.from_jacobian`][], has twice the digits of one made from
+    $J^\top J$. It compiles once for each `residuals`, which is known by its identity,
+    and each set of shapes: what `residuals` reads from outside of its arguments must
+    not change.
+
+    **Arguments:**
+
+    - `residuals`, `params`, `jac`: as for [`vernal.gauss_newton`][].
+    - `batch_size`: the number of columns, or in reverse mode of rows, to compute at a
+        time, to bound the memory of the derivatives; all of them at once by default.
+
+    **Returns:**
+
+    A matrix of shape `(N, D)`, in the dtype of the residuals.
+
+    **Raises:**
+
+    As [`vernal.gauss_newton`][].
+    """
+    batch_size, subject = checked_batch_size(batch_size), _subject("residuals", jac)
+    return _jacobian(residuals, as_parameters(params), batch_size, subject)
 
 
 @checked

@@ -1,39 +1,40 @@
 """A linear map that whitens flat vectors, kept as the factors of its matrix."""
 
-import math
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from ._directions import list_parameters, name_null_space
-from ._eigen import Matrix, as_real_square, equilibrated_eigh, refuse, refuse_non_finite
-from ._paths import paths
-from ._precision import matmul, widest
-from ._ravel import element_name, ravel_dtype, ravel_size
+from ._directions import name_null_space
+from ._eigen import refuse
+from ._precision import matmul
+from ._singular import Spectrum
 from ._typing import Params
 from ._whitening import AbstractWhitening
 
 OnNull = Literal["drop", "raise", "prior"]
-Kind = Literal["fmat", "cov"]
 
 
 class DenseWhitening(AbstractWhitening):
-    r"""The matrix $P = S V R$, or $S [V R, N]$ where null directions have a prior.
+    r"""The matrix $P = S V R$.
 
-    $S$ is diagonal and holds the units; $[V, N]$ is orthogonal and $R$ diagonal, both
-    free of units. Every product passes through the factors one after the other, so
-    that no number ever carries the square of a unit.
+    $S$ is diagonal and holds the units; the columns of $V$ are orthonormal and $R$ is
+    diagonal, both free of units. Every product passes through the factors one after the
+    other, so that no number ever carries the square of a unit.
+
+    Where null directions have a prior, $V$ has them too, last, each with a minus one in
+    $R$: no shape then depends on how many there are, and the sign, which is free, marks
+    them.
     """
 
     scale: Float[Array, " D"]
-    vectors: Float[Array, "D rank"]
-    roots: Float[Array, " rank"]
-    null_vectors: Float[Array, "D nullity"]
+    vectors: Float[Array, "D latent"]
+    roots: Float[Array, " latent"]
+    null_vectors: Float[Array, "D dropped"]
+    """The directions that were dropped."""
     eigenvalues: Float[Array, " D"]
     has_prior: bool = eqx.field(static=True)
     resolution: float = eqx.field(static=True)
@@ -45,14 +46,24 @@ class DenseWhitening(AbstractWhitening):
         return self.scale.dtype
 
     @property
-    def rank(self) -> int:
+    def is_null(self) -> Bool[Array, " D"]:
+        """Which of the eigenvalues are those of null directions."""
+        if self.has_prior:
+            return self.roots < 0
+        is_null = jnp.arange(self.eigenvalues.shape[-1]) >= self.roots.shape[-1]
+        return jnp.broadcast_to(is_null, self.eigenvalues.shape)
+
+    @property
+    def rank(self) -> Any:
         """The number of directions that are not null."""
+        if self.has_prior:
+            return jnp.sum(self.roots > 0, axis=-1)
         return self.roots.shape[-1]
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """The latent array is a vector, with an element for each column of $P$."""
-        return (self.scale.shape[-1] if self.has_prior else self.rank,)
+        return self.roots.shape[-1:]
 
     @property
     def spectrum(self) -> Float[Array, " D"]:
@@ -61,36 +72,19 @@ class DenseWhitening(AbstractWhitening):
 
     def apply(self, latent: Float[Array, " latent"]) -> Float[Array, " D"]:
         """Returns $P u$."""
-        scaled = matmul(self.vectors, self.roots * latent[: self.rank])
-        if self.has_prior:
-            scaled = scaled + matmul(self.null_vectors, latent[self.rank :])
-        return self.scale * scaled
-
-    def _components(
-        self, scaled: Float[Array, " D"], roots: Float[Array, " rank"]
-    ) -> Float[Array, " latent"]:
-        kept = roots * matmul(scaled, self.vectors)
-        if self.has_prior:
-            return jnp.concatenate([kept, matmul(scaled, self.null_vectors)])
-        return kept
+        return self.scale * matmul(self.vectors, self.roots * latent)
 
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, " latent"]:
         """Returns $P^T g$."""
-        return self._components(self.scale * vector, self.roots)
+        return self.roots * matmul(self.scale * vector, self.vectors)
 
     def invert(self, vector: Float[Array, " D"]) -> Float[Array, " latent"]:
         """Returns $P^+ x$, with the pseudo-inverse in the metric of $S^{-2}$."""
-        return self._components(vector / self.scale, 1 / self.roots)
-
-    def _scaled_matrix(self) -> Float[Array, "D latent"]:
-        kept = self.vectors * self.roots
-        if self.has_prior:
-            return jnp.concatenate([kept, self.null_vectors], axis=1)
-        return kept
+        return matmul(vector / self.scale, self.vectors) / self.roots
 
     def matrix(self) -> Float[Array, "D latent"]:
         """Returns $P$."""
-        return self.scale[:, None] * self._scaled_matrix()
+        return self.scale[:, None] * (self.vectors * self.roots)
 
     def log_abs_det(self) -> Float[Array, ""]:
         r"""Returns $\frac12 \log\det(P^T P)$.
@@ -99,8 +93,8 @@ class DenseWhitening(AbstractWhitening):
         $\det(V^T S^2 V) = \det(S^2) \det(N^T S^{-2} N)$, whose last factor is as small
         as the null space.
         """
-        value = jnp.sum(jnp.log(self.scale)) + jnp.sum(jnp.log(self.roots))
-        if self.has_prior or self.null_vectors.shape[-1] == 0:
+        value = jnp.sum(jnp.log(self.scale)) + jnp.sum(jnp.log(abs(self.roots)))
+        if self.null_vectors.shape[-1] == 0:
             return value
         # Householder reflections keep rows of very different size accurate only
         # where the largest come first.
@@ -109,28 +103,40 @@ class DenseWhitening(AbstractWhitening):
         triangle = jnp.linalg.qr(rows, mode="r")
         return value + jnp.sum(jnp.log(jnp.abs(jnp.diag(triangle))))
 
-    def _unbounded(self) -> Bool[Array, " D"]:
-        """Which elements have a part in a direction that was dropped."""
-        if self.has_prior:
-            return jnp.zeros(self.scale.shape, bool)
-        return jnp.linalg.norm(self.null_vectors, axis=1) > self.resolution
+    def null_space(self) -> Float[Array, "D nullity"]:
+        """Returns the null directions, as columns. Not under `jax.jit`."""
+        basis = jnp.concatenate([self.vectors, self.null_vectors], axis=1)
+        return basis[:, np.asarray(self.is_null)]
+
+    def _unbounded(self, null: Float[Array, "D nullity"]) -> Bool[Array, " D"]:
+        """Which elements have a part in any of some null directions."""
+        return jnp.linalg.norm(null, axis=1) > self.resolution
 
     def standard_errors(self) -> Float[Array, " D"]:
         """Returns the root of the diagonal of `covariance`."""
-        errors = self.scale * jnp.linalg.norm(self._scaled_matrix(), axis=1)
-        return jnp.where(self._unbounded(), jnp.inf, errors)
+        errors = self.scale * jnp.linalg.norm(self.vectors * self.roots, axis=1)
+        return jnp.where(self._unbounded(self.null_vectors), jnp.inf, errors)
+
+    def errors_of_the_data(self) -> Float[Array, " D"]:
+        """Returns the standard errors without a prior, in any case."""
+        is_null = self.roots < 0
+        factor = self.vectors * jnp.where(is_null, 0, self.roots)
+        errors = self.scale * jnp.linalg.norm(factor, axis=1)
+        own = jnp.where(is_null, self.vectors, 0)
+        null = jnp.concatenate([own, self.null_vectors], axis=1)
+        return jnp.where(self._unbounded(null), jnp.inf, errors)
 
     def covariance(self) -> Float[Array, "D D"]:
         r"""Returns $P P^T$, with the limit $\pm\infty$ where directions were dropped.
 
         The limit is that of $S N N^T S / \lambda$ as $\lambda$ goes to zero from above.
         """
-        factor = self._scaled_matrix()
+        factor = self.vectors * self.roots
         scaled = matmul(factor, factor.T)
         covariance = self.scale[:, None] * scaled * self.scale
-        if self.has_prior:
+        if self.null_vectors.shape[-1] == 0:
             return covariance
-        unbounded = self._unbounded()
+        unbounded = self._unbounded(self.null_vectors)
         null = matmul(self.null_vectors, self.null_vectors.T)
         size = jnp.sqrt(jnp.diag(null))
         infinite = (
@@ -141,88 +147,57 @@ class DenseWhitening(AbstractWhitening):
         return jnp.where(infinite, jnp.sign(null) * jnp.inf, covariance)
 
 
-_REMEDY = {
-    "fmat": "Such a point is not a minimum. Go on with the fit, or use `gauss_newton`, "
-    "whose matrix has no negative eigenvalue anywhere.",
-    "cov": "Such a matrix belongs to no covariance. If it is the inverse of a Hessian, "
-    "its point is not a minimum: use `gauss_newton`, whose matrix has no negative "
-    "eigenvalue anywhere.",
-}
+class Cut(NamedTuple):
+    """Which directions are null, and what becomes of them."""
+
+    threshold: float
+    rank: int | None
+    on_null: OnNull
+    resolution: float
 
 
-def whiten(
-    given: Matrix,
-    params: Params,
-    rtol: float | None,
-    rank: int | None,
-    on_null: OnNull,
-    kind: Kind,
-    name: str,
+def of_spectrum(
+    spectrum: Spectrum, params: Params, cut: Cut, name: str, *, is_inverse: bool
 ) -> DenseWhitening:
-    """Finds the map that whitens `given`, a matrix over the elements of `params`.
+    """Makes the map from a decomposition.
 
-    An error calls the matrix `name`. Where there is nothing but null directions, the
-    latent vector is empty.
+    **Arguments:**
+
+    - `spectrum`: of the matrix called `name` over the elements of `params`.
+    - `cut`: which of the directions are null.
+    - `is_inverse`: whether the matrix is the inverse of a covariance.
     """
-    size = ravel_size(params)
-    matrix = jax.lax.stop_gradient(as_real_square(given, name))
-    if matrix.shape[0] != size:
-        raise ValueError(
-            f"`{name}` has shape {matrix.shape}, but it is that of {size} elements, "
-            f"those of {', '.join(map(repr, paths(params)[:5]))}, and must have shape "
-            f"{(size, size)}, in the order of `jax.flatten_util.ravel_pytree`."
-        )
-    eps = _noise(given, matrix)
-    threshold = size * eps if rtol is None else rtol
-    _check_options(threshold, rank, on_null, size)
-    matrix = _refuse_bad_rows(refuse_non_finite(matrix, name), kind, name, params)
-
-    dtype = widest((matrix.dtype, ravel_dtype(params)))
-    scale, values, vectors = _decompose(matrix.astype(dtype))
-    tolerance = threshold * values[0]
-    values = refuse(
-        values,
-        values[-1] < -tolerance,
-        f"`{name}` is indefinite: scaled to a unit diagonal it has a negative "
-        f"eigenvalue. {_REMEDY[kind]}",
-        lambda: (
-            f"The lowest is {values[-1]}, beyond the tolerance of {tolerance}; its "
-            f"direction involves {list_parameters(params, vectors[:, -1])}."
-        ),
-    )
-    rank, values = _choose_rank(values, tolerance, rank, name)
-
-    null_vectors, resolution = vectors[:, rank:], math.sqrt(eps)
-    if on_null == "raise" and rank < size:
+    scale, values, vectors = spectrum
+    threshold, rank, on_null, resolution = cut
+    size = values.size
+    rank, values = _choose_rank(values, cut, name)
+    if on_null == "raise" and rank is not None and rank < size:
         shown = "; ".join(
-            " and ".join(f"{name} ({weight:+.3g})" for name, weight in null.items())
-            for null in name_null_space(params, null_vectors, resolution)
+            " and ".join(f"{path} ({weight:+.3g})" for path, weight in null.items())
+            for null in name_null_space(params, vectors[:, rank:], resolution)
         )
         raise ValueError(
-            f"`{name}` does not constrain {size - rank} of {size} directions: {shown}. "
+            f"{name} does not constrain {size - rank} of {size} directions: {shown}. "
             'Freeze a parameter of each, or use `on_null="drop"` or `"prior"`.'
         )
-    roots = jnp.sqrt(values[:rank])
+    is_null = ~(values > threshold * values[0])
+    if rank is not None:
+        is_null = jnp.arange(size) >= rank
+    roots = jnp.sqrt(jnp.where(is_null, 1, values))
+    roots = jnp.where(is_null, -1, 1 / roots if is_inverse else roots)
+    kept = size if on_null == "prior" else rank
     return DenseWhitening(
-        scale=1 / scale if kind == "fmat" else scale,
-        vectors=vectors[:, :rank],
-        roots=1 / roots if kind == "fmat" else roots,
-        null_vectors=null_vectors,
+        scale=scale,
+        vectors=vectors[:, :kept],
+        roots=roots[:kept],
+        null_vectors=vectors[:, kept:],
         eigenvalues=values,
         has_prior=on_null == "prior",
         resolution=resolution,
     )
 
 
-def _noise(given: Matrix, matrix: Float[Array, "D D"]) -> float:
-    """Returns the epsilon of the matrix as given, or as held where that is coarser."""
-    dtypes = [matrix.dtype]
-    if jnp.issubdtype(given.dtype, jnp.floating):
-        dtypes.append(given.dtype)
-    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-
-
-def _check_options(
+def check_options(
     threshold: float, rank: int | None, on_null: OnNull, size: int
 ) -> None:
     if not 0 <= threshold < 1:
@@ -245,59 +220,37 @@ def _check_options(
         )
 
 
-@jax.jit
-def _decompose(
-    matrix: Float[Array, "D D"],
-) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
-    diagonal = jnp.diag(matrix)
-    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    values, vectors = equilibrated_eigh(matrix, scale)
-    return scale, values, vectors
-
-
-def _refuse_bad_rows(
-    matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
-) -> Float[Array, "D D"]:
-    """Finds what no scale can mend, before the cost of a decomposition."""
-    diagonal = jnp.diag(matrix)
-    largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
-    bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
-
-    def first() -> str:
-        index = int(np.flatnonzero(bad)[0])
-        return f"The first is that of {element_name(params, index)}: {diagonal[index]}."
-
-    return refuse(
-        matrix,
-        bad,
-        f"`{name}` is indefinite: it has an element on its diagonal that is negative, "
-        f"or zero in a row that is not. {_REMEDY[kind]}",
-        first,
-    )
-
-
 def _choose_rank(
-    values: Float[Array, " D"],
-    tolerance: Float[Array, ""],
-    rank: int | None,
-    name: str,
-) -> tuple[int, Float[Array, " D"]]:
-    """Returns the number of directions to keep, and the eigenvalues, checked."""
-    if rank is not None:
+    values: Float[Array, " D"], cut: Cut, name: str
+) -> tuple[int | None, Float[Array, " D"]]:
+    """Returns the number of directions that are not null, and the checked values.
+
+    The number is `None` where it depends on values that are not known.
+    """
+    tolerance, size = cut.threshold * values[0], values.size
+    rank, is_traced = cut.rank, isinstance(values, Tracer)
+    if rank is not None or (is_traced and cut.on_null == "raise"):
+        rank = size if rank is None else rank
         return rank, refuse(
             values,
             ~(values[rank - 1] > tolerance),
-            f"`rank={rank}` keeps directions that `{name}` does not constrain. Lower "
-            "`rank` or `rtol`.",
+            f"`rank={rank}` keeps directions that {name} does not constrain. Lower "
+            "`rank` or `rtol`."
+            if cut.rank is not None
+            else f"{name} does not constrain every direction. Make the projector "
+            'outside of `jax.jit` to see which, or use `on_null="prior"`.',
             lambda: (
                 f"Only {np.count_nonzero(values > tolerance)} of {values.size} "
                 f"eigenvalues are above the tolerance of {tolerance}."
             ),
         )
-    if isinstance(values, Tracer):
-        raise ValueError(
-            "`rank` must be given under `jax.jit` and `jax.vmap`, where the number of "
-            "null directions, and with it the shape of the latent space, cannot depend "
-            f"on values. For `{name}`, {values.size} keeps them all."
-        )
-    return int(np.count_nonzero(values > tolerance)), values
+    if not is_traced:
+        return int(np.count_nonzero(values > tolerance)), values
+    if cut.on_null == "prior":
+        return None, values
+    raise ValueError(
+        "`rank` must be given under `jax.jit` and `jax.vmap`, where the number of "
+        "null directions, and with it the shape of the latent space, cannot depend "
+        f"on values. For {name}, {size} keeps them all. Or use "
+        '`on_null="prior"`, which leaves the latent space its shape.'
+    )

@@ -9,8 +9,10 @@ from jax.core import Tracer
 
 from ._bar import Bar
 from ._checkpoint import Checkpoints
+from ._constrain import check_elementwise
 from ._data import Source, Stream, StreamExhaustedError
 from ._feed import Dry, Pace
+from ._frames import warn
 from ._history import History
 from ._keeper import Keeper
 from ._one import One
@@ -98,9 +100,14 @@ def fit(
                 error.result = run.cut_short(StopReason.ERROR)  # pyright: ignore
                 error.add_note("The fit up to here is `.result` of this error.")
         raise
-    result = kind.ended(run.trainer, run.history(), run.monitor, run.watched, reason)
-    if run.taken:
-        kind.raise_if_non_finite(result)
+    parts = run.trainer, run.history(), run.monitor, run.watched
+    result = kind.ended(*parts, reason, run.is_all_skipped)
+    result = kind.checked(result, run.source)
+    if run.taken and (end := kind.bad_end(result)):
+        diagnosis = run.diagnosis(end)
+        kind.raise_if_non_finite(result, diagnosis.advised)
+        if str(diagnosis):
+            warn(f"{end.sentence} {diagnosis}")
     return result
 
 
@@ -145,6 +152,7 @@ def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
             "`fit` runs compiled programs from the host, and cannot be a part of one. "
             "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
         )
+    check_elementwise(kind.template(trainer))
     if kind.count(trainer) + steps > MOST_STEPS:
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "

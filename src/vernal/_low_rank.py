@@ -46,9 +46,9 @@ class LowRankWhitening(AbstractWhitening):
         return self.scale.shape[-1:]
 
     @property
-    def rank(self) -> int:
-        """The number of directions that were kept."""
-        return self.eigenvalues.shape[-1]
+    def is_null(self) -> Bool[Array, " rank"]:
+        """None of the directions that were kept is null."""
+        return jnp.zeros(self.eigenvalues.shape, bool)
 
     @property
     def spectrum(self) -> Float[Array, " rank"]:
@@ -85,7 +85,7 @@ class LowRankWhitening(AbstractWhitening):
 
     def log_abs_det(self) -> Float[Array, ""]:
         r"""Returns $\log\det S - \frac12 (\log\det\Lambda + (D - r) \log c)$."""
-        rest = (self.latent_size - self.rank) * jnp.log(self.curvature)
+        rest = (self.latent_size - self.eigenvalues.size) * jnp.log(self.curvature)
         spread = jnp.sum(jnp.log(self.eigenvalues)) + rest
         return jnp.sum(jnp.log(self.scale)) - 0.5 * spread
 

@@ -4,11 +4,13 @@ import dataclasses
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.tree_util as jtu
 import numpy as np
+
+from ._values import Hashed
 
 # The parts of a skeleton. Each knows how to build its object again.
 
@@ -74,8 +76,12 @@ class Shell:
     code: types.CodeType = dataclasses.field(compare=False)
     scope: dict[str, Any] = dataclasses.field(compare=False)
     metadata: dict[str, Any] = dataclasses.field(compare=False)
+    original: types.FunctionType | None = dataclasses.field(compare=False)
+    """The function itself, where others may know it by its identity."""
 
     def open(self, cells: list[types.CellType]) -> types.FunctionType:
+        if self.original is not None:
+            return cast(types.FunctionType, self.original)
         closure = tuple(cells[i] for i in self.cells)
         fn = types.FunctionType(self.code, self.scope, closure=closure)
         for name, value in self.metadata.items():
@@ -83,6 +89,8 @@ class Shell:
         return fn
 
     def fill(self, fn: types.FunctionType, site: Site) -> None:
+        if fn is self.original:
+            return
         fn.__defaults__ = self.defaults.build(site)
         fn.__kwdefaults__ = self.kwdefaults.build(site)
         fn.__dict__.update(self.attributes.build(site))
@@ -130,7 +138,7 @@ class Skeleton:
         codes = [shell.code for shell in self.plan.shells]
         codes += [
             value.__code__
-            for part in _all_parts(self.plan)
+            for part in all_parts(self.plan)
             if isinstance(part, Static)
             and isinstance(value := part.value, types.FunctionType)
         ]
@@ -152,14 +160,14 @@ class Skeleton:
         # Not `__module__`, which `functools.wraps` copies.
         scopes = (shell.scope["__name__"] for shell in self.plan.shells)
         return all(_is_from(name, modules) for name in scopes) and all(
-            _is_plain(part, modules) for part in _all_parts(self.plan)
+            _is_plain(part, modules) for part in all_parts(self.plan)
         )
 
     def __repr__(self) -> str:
         return f"Skeleton({', '.join(sorted(self.function_names))})"
 
 
-def _all_parts(plan: Plan) -> Iterator[Part]:
+def all_parts(plan: Plan) -> Iterator[Part]:
     todo = [plan.root, *(part for part in plan.cells if part is not None)]
     for shell in plan.shells:
         todo.append(shell.defaults)
@@ -208,4 +216,4 @@ def _is_plain(part: Part, modules: tuple[str, ...]) -> bool:
 _JITTED = type(jax.jit(lambda: None))
 
 
-interned: weakref.WeakValueDictionary[Plan, Skeleton] = weakref.WeakValueDictionary()
+interned: weakref.WeakValueDictionary[Hashed, Skeleton] = weakref.WeakValueDictionary()

@@ -1,28 +1,23 @@
-"""`solve`: a solver of Optimistix on what a trainer fits."""
+"""The program of `solve`: a solver of Optimistix on what a trainer fits."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optimistix as optx
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ._alike import cast_like
 from ._closures import Closure
-from ._data import as_batch
-from ._history import History
+from ._distance import measure, what_falls
+from ._edm import Distance
+from ._modes import Mode, Subject, choose_mode, gradient, traced
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
-from ._placement import context, placement
+from ._programs import program
 from ._projector import EigenProjector
-from ._ravel import as_parameters
-from ._result import FitResult
-from ._setup import initial_opt_state
-from ._step import Progress, count_non_finite
+from ._ravel import as_parameters, ravel, unravel
+from ._step import Progress
 from ._stop import StopReason
 from ._typing import PyTree, whole_number
 from ._watched import Seen, better, choose, watch
@@ -32,20 +27,17 @@ _LEAST_ROWS = 256
 _MOST_ROWS = 2**24
 
 
-def solve(
-    trainer: Any, solver: Any, batch: Any, max_steps: int, mesh: Mesh | None
-) -> FitResult[Any, Any]:
-    """Solves for the parameters. The documentation is that of `Trainer.solve`."""
-    encoded, rows = checked_solver(solver, max_steps, "max_steps")
-    batch, there, place = as_batch(batch), trainer, placement(trainer, mesh)
-    if place is not None:
-        batch, there = place.batch(batch, "batch"), place.put(trainer)
-    with context(place):
-        bare, start = there._bare(), Start.of(there)
-        goal = jnp.asarray(np.int32(max_steps))
-        end = _run(bare, there.projector, start, batch, encoded, goal, rows)
-        end = end if place is None else place.home(end)
-        return _result(trainer, bare, batch, end)
+class Problem(NamedTuple):
+    """What is solved, but for where to begin.
+
+    `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
+    differentiation, `None` for the one that works.
+    """
+
+    batch: Any
+    encoded: Closure
+    rows: int
+    jac: Mode | None
 
 
 def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:
@@ -74,13 +66,20 @@ class Start(NamedTuple):
     state: PyTree
     loss: Float[Array, ""]
     is_validated: Bool[Array, ""]
+    first: Float[Array, ""]
+    """The loss where the first of several rounds began, NaN in the first."""
 
     @classmethod
     def of(cls, trainer: Any) -> "Start":
         """Takes out of a trainer what `_bare` leaves out."""
         old: Progress = trainer._progress
         return cls(
-            old.latent, old.best, old.best_state, old.best_loss, old.is_validated
+            old.latent,
+            old.best,
+            old.best_state,
+            old.best_loss,
+            old.is_validated,
+            jnp.full_like(old.best_loss, jnp.nan),
         )
 
 
@@ -99,6 +98,10 @@ class End(NamedTuple):
     in_vain: Bool[Array, ""]
     stumble: PyTree
     """The parameters that the solver ended at, if they are finite."""
+    first: Float[Array, ""]
+    last: Float[Array, ""]
+    """The loss at the beginning, and at the end."""
+    distance: Distance
 
 
 # As the compiled program numbers them.
@@ -115,10 +118,8 @@ def run_solver(
     trainer: Any,
     projector: EigenProjector | None,
     held: Start,
-    batch: Any,
-    encoded: Closure,
+    problem: Problem,
     goal: Int[Array, ""],
-    rows: int,
 ) -> End:
     """Solves, within a compiled program.
 
@@ -127,10 +128,10 @@ def run_solver(
     - `trainer`: bare, so that programs are shared.
     - `projector`: of the trainer that is not.
     - `held`: its start.
-    - `batch`: what the methods are given.
-    - `encoded`, `rows`: the solver, and the room for its losses.
+    - `problem`: what is solved.
     - `goal`: how many steps it may take.
     """
+    batch, encoded, rows, jac = problem
     solver, latent = encoded.decode(), held.latent
     _check_class(trainer, solver)
     as_parameters(trainer.params)
@@ -160,11 +161,17 @@ def run_solver(
     start = trainer.params if projector is None else latent
     start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
     solver = watch(solver, goal, jnp.zeros(rows, dtype))
-    options: Any = {"has_aux": True, "max_steps": None, "throw": False}
-    if isinstance(solver, optx.AbstractMinimiser):
-        ended = optx.minimise(scored, solver, start, **options)
+    common: Any = {"has_aux": True, "max_steps": None, "throw": False}
+    if is_minimiser := isinstance(solver, optx.AbstractMinimiser):
+        loss = traced(lambda point: scored(point, None)[0], start)
+        subject = Subject(f"The loss of `{type(trainer).__name__}`", jac)
+        options = {"autodiff_mode": choose_mode(loss, start, subject, ("bwd", "fwd"))}
+        ended = optx.minimise(scored, solver, start, options=options, **common)
     else:
-        ended = optx.least_squares(residuals, solver, start, **options)
+        vector = traced(lambda point: residuals(point, None)[0], start)
+        subject = Subject(f"`residuals` of `{type(trainer).__name__}`", jac)
+        options = {"jac": choose_mode(vector, start, subject)}
+        ended = optx.least_squares(residuals, solver, start, options=options, **common)
     state, stats = ended.state, ended.stats
 
     # A solver reports what it has left behind: the last point is yet to be scored.
@@ -178,6 +185,11 @@ def run_solver(
     all_best, all_best_loss = better(to_params(best), best_loss, held.best, held_loss)
     is_new = all_best_loss < held_loss
     stumble = choose(all_finite(ended.value), ended.value, best)
+    first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
+    last = jnp.where(sound, last, best_loss)
+    there = live(trainer, to_params(point))
+    kind = what_falls(trainer, not is_minimiser)
+    distance = measure(there, projector, batch, key, kind, first - last)
     return End(
         params=to_params(point),
         latent=None if projector is None else cast_like(point, latent),
@@ -190,66 +202,54 @@ def run_solver(
         reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
         in_vain=~(best_loss < state.losses[0]),
         stumble=to_params(stumble),
+        first=first,
+        last=last,
+        distance=distance,
     )
 
 
-_run = eqx.filter_jit(run_solver)
+run = program(run_solver)
 
 
-def _result(trainer: Any, bare: Any, batch: Any, end: End) -> FitResult[Any, Any]:
-    """Turns the end of a solve into what a fit returns."""
-    old: Progress = trainer._progress
-    start, losses, steps, reason, in_vain = jax.device_get(
-        (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
-    )
-    reason, counts = REASONS[reason], old.nan_counts
-    if is_suspect(reason, in_vain):
-        # What the solver stumbled over, it does not say.
-        bad = _find_bad(bare, end.stumble, batch)
-        unexplained = reason is StopReason.NON_FINITE and not np.any(bad)
-        last = jnp.asarray(start + max(steps - 1, 0))
-        counts = count_non_finite(counts, jnp.append(bad, unexplained), last)
-        reason = StopReason.NON_FINITE if np.any(bad) else reason
-    progress = dataclasses.replace(
-        old,
-        params=end.params,
-        latent=end.latent,
-        opt_state=initial_opt_state(trainer.optimiser, end.params, end.latent),
-        best=end.best,
-        best_state=end.best_state,
-        best_loss=end.best_loss,
-        is_validated=jnp.asarray(np.bool_(False)),
-        nan_counts=counts,
-        step_count=end.step_count,
-        stopped=jnp.asarray(np.bool_(False)),
-    )
-    history = History(np.arange(start, start + steps), losses[:steps])
-    result = FitResult(trainer._at(progress), history, reason)
-    if reason is StopReason.NON_FINITE and trainer.nan_policy.raises:
-        raise result.trainer._non_finite_error(result)
-    return result
+def settled(reason: StopReason, distance: Distance) -> StopReason:
+    """Tells why a solver ended, once it is known how far from a minimum that was."""
+    if reason is StopReason.NON_FINITE:
+        return reason
+    if distance.is_minimum:
+        return StopReason.CONVERGED
+    if reason is StopReason.CONVERGED and distance.is_short:
+        return StopReason.STALLED
+    return reason
 
 
 def is_suspect(reason: StopReason, in_vain: Any) -> bool:
     """Whether a value that is not finite may be why a solver ended so."""
     if reason is StopReason.MAX_STEPS:
         return bool(in_vain)
-    return reason is not StopReason.CONVERGED
+    return reason not in (StopReason.CONVERGED, StopReason.STALLED)
 
 
 def find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns"]:
     """Tells whether the loss, and the gradient of each leaf, is not finite."""
     key = step_key(trainer)
 
-    def scored(params: PyTree) -> Array:
-        there = live(trainer, params)
+    def scored(flat: Array) -> Array:
+        there = live(trainer, unravel(flat, params))
         return score(there, batch, key).loss
 
-    loss, grads = jax.value_and_grad(scored)(params)
-    return jnp.stack([~all_finite(x) for x in (loss, *jax.tree.leaves(grads))])
+    flat = ravel(params)
+    try:
+        order = ("bwd", "fwd")
+        mode = choose_mode(traced(scored, flat), flat, Subject("", None, True), order)
+        slope = gradient(scored, flat, mode)
+    except TypeError:
+        # Without derivatives it is the loss alone that can be looked at.
+        slope = jnp.zeros_like(flat)
+    grads = jax.tree.leaves(unravel(slope, params))
+    return jnp.stack([~all_finite(x) for x in (scored(flat), *grads)])
 
 
-_find_bad = eqx.filter_jit(find_bad)
+find_bad_alone = program(find_bad)
 
 
 def _check_solver(solver: Any) -> None:

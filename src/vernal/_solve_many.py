@@ -3,17 +3,27 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ._closures import Closure
+from ._edm import Distance
 from ._history import History
+from ._one_by_one import solve_each
 from ._placement import Placement
+from ._programs import program
 from ._setup import initial_opt_state
-from ._solve import REASONS, End, Start, find_bad, is_suspect, run_solver
+from ._solve import (
+    REASONS,
+    End,
+    Problem,
+    Start,
+    find_bad,
+    is_suspect,
+    run_solver,
+    settled,
+)
 from ._spread import Flags, apart, in_groups
 from ._step import Progress, count_non_finite
 from ._stop import StopReason
@@ -26,6 +36,7 @@ class Solved(NamedTuple):
     trainers: Any
     history: History
     reasons: list[StopReason]
+    edms: Float[Array, " members"]
 
 
 class _Ends(NamedTuple):
@@ -46,20 +57,18 @@ class Members(NamedTuple):
     place: Placement | None
 
 
-@eqx.filter_jit
-def _run(
-    members: Members, batch: Any, encoded: Closure, goal: Int[Array, ""], rows: int
-) -> _Ends:
+@program
+def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
     trainers, flags, group, place = members
     config, progress = trainers._at(None), trainers._progress
     own_config, join_config = apart(config, flags[0])
-    own_batch, join_batch = apart(batch, flags[1])
+    own_batch, join_batch = apart(problem.batch, flags[1])
 
     def solve_one(own: tuple[list[Array], Progress, list[Array]]) -> _Ends:
         config, progress, batch = own
         trainer = join_config(config)._at(progress)
         args = (trainer._bare(), trainer.projector, Start.of(trainer))
-        end = run_solver(*args, join_batch(batch), encoded, goal, rows)
+        end = run_solver(*args, problem._replace(batch=join_batch(batch)), goal)
         opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
         return _Ends(end, opt_state)
 
@@ -68,7 +77,7 @@ def _run(
     return ends if place is None else place.pin_rows(ends)
 
 
-@eqx.filter_jit
+@program
 def _find_bad(
     members: Members, params: PyTree, batch: Any
 ) -> Bool[Array, "members columns"]:
@@ -86,20 +95,25 @@ def _find_bad(
     return jax.vmap(of_one)(own_config, progress, params, own_batch)
 
 
-def solve_many(
-    members: Members, batch: Any, encoded: Closure, max_steps: int, rows: int
-) -> Solved:
+def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
     """Solves for the parameters of each.
 
     **Arguments:**
 
     - `members`: the trainers, stacked.
-    - `batch`: what the methods are given.
-    - `encoded`, `max_steps`, `rows`: the solver, its steps, the room for its losses.
+    - `problem`: what is solved.
+    - `max_steps`: how many steps each may take.
     """
     goal = jnp.asarray(np.int32(max_steps))
     trainers, _, _, place = members
-    end, opt_state = _run(members, batch, encoded, goal, rows)
+    broken: list[int] = []
+    try:
+        end, opt_state = jax.block_until_ready(_run(members, problem, goal))
+    except RuntimeError:
+        if place is not None:
+            raise
+        one_by_one = solve_each(trainers, members.flags, problem, goal)
+        end, opt_state, broken = one_by_one
     whole = (lambda tree: tree) if place is None else place.whole
     old: Progress = trainers._progress
     starts, losses, steps, numbers, in_vain = jax.device_get(
@@ -107,13 +121,19 @@ def solve_many(
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
         )
     )
-    reasons = [REASONS[number] for number in numbers]
+    distances = jax.device_get(jax.tree.map(whole, end.distance))
+    reasons = [
+        settled(REASONS[number], Distance(*own))
+        for number, *own in zip(numbers, *distances, strict=True)
+    ]
     suspect = np.array(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )
     counts = old.nan_counts
+    # An error is no value that is not finite.
+    suspect[broken] = False
     if suspect.any():
-        bad = np.asarray(whole(_find_bad(members, end.stumble, batch)))
+        bad = np.asarray(whole(_find_bad(members, end.stumble, problem.batch)))
         bad = bad & suspect[:, None]
         is_named = bad.any(axis=1)
         for index in np.flatnonzero(is_named):
@@ -140,4 +160,4 @@ def solve_many(
     # Those that have ended have no more losses.
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
     history = History(row, kept)
-    return Solved(trainers._at(progress), history, reasons)
+    return Solved(trainers._at(progress), history, reasons, end.distance.edm)

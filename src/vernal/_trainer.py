@@ -14,9 +14,13 @@ from ._change import replace, reproject
 from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
+from ._diagnosis import diagnosed
+from ._frames import entrance
 from ._history import History
 from ._loop import fit
-from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
+from ._metric import Blocks, curvature, fisher, whitened
+from ._modes import Mode
+from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
 from ._one import One
 from ._parts import Parts, parameters, strong
@@ -26,6 +30,7 @@ from ._printed import in_short, printed
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
+from ._rounds import solve
 from ._setup import (
     check_arguments,
     check_class,
@@ -35,21 +40,11 @@ from ._setup import (
     initial_opt_state,
     no_optimiser,
 )
-from ._solve import solve
 from ._step import Progress, initial_progress
 from ._stop import StopCriterion
 from ._transform import AbstractTransform, as_transform
 from ._typing import Params, PyTree
-from ._uncertainty import (
-    Blocks,
-    curvature,
-    fisher,
-    has_likelihood,
-    null_threshold,
-    objective,
-    standard_errors,
-    table,
-)
+from ._uncertainty import objective, standard_errors, table
 from ._x64 import narrowed_model, narrowed_tree, precision_of, require_precision
 
 Model = TypeVar("Model")
@@ -177,7 +172,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     def constrain(self, model: Model) -> Model:
         """A hook: changes the model after each update, to clip or to renormalise.
 
-        Of the model that it returns the trained parameters are kept.
+        Of the model that it returns the trained parameters are kept. If a projector
+        couples what it changes with other elements, it has to clip each element by
+        itself: it is then made a projection in the metric of the projector, and the fit
+        ends at the best point that the constraint allows. With a
+        [`vernal.precondition`][] that couples them it is refused.
         """
         return model
 
@@ -265,6 +264,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     # What a trainer does.
 
+    @entrance
     def step(
         self: SelfT,
         batch: Batch,
@@ -309,10 +309,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
                 "A value is not finite, and the policy is RaiseOnNan.",
             )
             return self._at(progress), info
-        if not self.stopped:
-            trainer._raise_if_non_finite(trainer)
+        if not self.stopped and trainer.stopped:
+            diagnosis = diagnosed(place.put(trainer) if place else trainer, batch)
+            trainer._raise_if_non_finite(trainer, diagnosis.advised)
         return trainer, info
 
+    @entrance
     def fit(
         self: SelfT,
         data: Batch | Minibatches | Stream,
@@ -401,12 +403,15 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             kind=One(placement(self, mesh, sharding)),
         )
 
+    @entrance
     def solve(
         self: SelfT,
         solver: Any,
         batch: Batch,
         *,
         max_steps: int = 256,
+        rewhiten: bool = True,
+        jac: Mode | None = None,
         mesh: Mesh | None = None,
     ) -> FitResult[SelfT, Model]:
         """Solves for the parameters with a solver of Optimistix.
@@ -446,20 +451,36 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
         require_precision(self)
-        return solve(self, solver, batch, max_steps, mesh)
+        return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
 
     # The space of the parameters.
 
     @overload
     def fisher(
-        self, batch: Batch, *, blocks: None = None, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: None = None,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> Float[Array, "D D"]: ...
     @overload
     def fisher(
-        self, batch: Batch, *, blocks: Blocks, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: Blocks,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "D D"]]: ...
+    @entrance
     def fisher(
-        self, batch: Batch, *, blocks: Any = None, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: Any = None,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> Any:
         r"""The Fisher matrix of the trained parameters at the current point.
 
@@ -473,6 +494,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `blocks`: selectors (see [`vernal.split`][]) for a matrix each, such as
             `("position", "flux")`. What is between the blocks is not computed.
         - `batch_size`: the number of columns to compute at a time, to bound memory.
+        - `jac`: how to differentiate: `"fwd"` in forward mode, `"bwd"` in reverse mode.
+            By default in the mode that is possible; where it is not the better one, a
+            warning says so once. A `while_loop` has forward mode alone, a `custom_vjp`
+            (such as diffrax's default adjoint) reverse mode alone.
 
         **Returns:**
 
@@ -483,22 +508,38 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         **Raises:**
 
         - `TypeError`: if the class defines only `loss`: error bars from a mean would be
-            wrong; or if a parameter is complex.
+            wrong; if a parameter is complex; or if there is no mode.
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
         require_precision(self)
-        return fisher(self, batch, blocks, batch_size)
+        return fisher(self, batch, blocks, batch_size, jac)
 
     @overload
     def curvature(
-        self, batch: Batch, *, blocks: None = None, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: None = None,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> Float[Array, "D D"]: ...
     @overload
     def curvature(
-        self, batch: Batch, *, blocks: Blocks, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: Blocks,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "D D"]]: ...
+    @entrance
     def curvature(
-        self, batch: Batch, *, blocks: Any = None, batch_size: int | None = None
+        self,
+        batch: Batch,
+        *,
+        blocks: Any = None,
+        batch_size: int | None = None,
+        jac: Mode | None = None,
     ) -> Any:
         """The Hessian of what is minimised, at the current point: for whitening only.
 
@@ -507,8 +548,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
-        return curvature(self, batch, blocks, batch_size)
+        return curvature(self, batch, blocks, batch_size, jac)
 
+    @entrance
     def reproject(
         self: SelfT,
         projector: EigenProjector | None,
@@ -529,6 +571,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         require_precision(self)
         return _with(self, **reproject(self, projector, optimiser))
 
+    @entrance
     def whiten(
         self: SelfT,
         batch: Batch,
@@ -536,11 +579,13 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         optimiser: optax.GradientTransformation | None = None,
         blocks: Blocks | None = None,
         batch_size: int | None = None,
+        jac: Mode | None = None,
         **options: Any,
     ) -> SelfT:
         """Goes on in a latent space that is whitened at the current point.
 
-        By the Fisher matrix; or, where only `loss` is defined, by its Hessian.
+        By the Fisher matrix; or, where only `loss` is defined, by its Hessian. No shape
+        depends on values, so that whitening at another point compiles nothing anew.
 
         ```python
         trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
@@ -548,25 +593,20 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         **Arguments:**
 
-        - `batch`, `blocks`, `batch_size`: as for [`vernal.Trainer.fisher`][].
+        - `batch`, `blocks`, `batch_size`, `jac`: as for [`vernal.Trainer.fisher`][].
         - `optimiser`: as for [`vernal.Trainer.reproject`][].
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
-            for [`vernal.EigenProjector.from_blocks`][]. By default `rtol` is at least
-            64 times the machine epsilon, which is what summing over data may leave of a
-            zero.
+            for [`vernal.EigenProjector.from_blocks`][]. But `on_null` is `"prior"`:
+            what is not seen from here, such as the width of a peak without height, may
+            be seen later, and keeps a scale of its own. And `rtol` is at least 64 times
+            the machine epsilon, which is what summing over data may leave of a zero.
         """
         require_precision(self)
-        of = fisher if has_likelihood(self) else curvature
-        matrix = of(self, batch, blocks, batch_size)
-        if blocks is None:
-            options = {"rtol": null_threshold([matrix]), **options}
-            projector = EigenProjector.from_fisher(matrix, self.params, **options)
-        else:
-            options = {"rtol": null_threshold([*matrix.values()]), **options}
-            projector = EigenProjector.from_blocks(matrix, self.params, **options)
+        projector = whitened(self, batch, blocks, batch_size, jac, **options)
         return self.reproject(projector, optimiser)
 
-    def standard_errors(self, batch: Batch) -> Params:
+    @entrance
+    def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:
         """The standard errors of the parameters, from the Fisher matrix here.
 
         Infinite for a parameter that the data do not constrain.
@@ -574,6 +614,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         **Arguments:**
 
         - `batch`: all of the data.
+        - `jac`: as for [`vernal.Trainer.fisher`][].
 
         **Returns:**
 
@@ -584,14 +625,16 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         As [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
-        return standard_errors(self, batch)
+        return standard_errors(self, batch, jac)
 
-    def table(self, batch: Batch | None = None) -> str:
+    @entrance
+    def table(self, batch: Batch | None = None, *, jac: Mode | None = None) -> str:
         """Tabulates the parameters, element by element.
 
         **Arguments:**
 
         - `batch`: all of the data, for the standard errors; without it there are none.
+        - `jac`: as for [`vernal.Trainer.fisher`][].
 
         **Returns:**
 
@@ -600,10 +643,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         the next one in its dtype is marked. What looks like a parameter and is not
         fitted is listed: Python floats, integer arrays of one element.
         """
-        if batch is not None:
-            require_precision(self)
-        return table(self, batch)
+        require_precision(self)
+        return table(self, batch, jac)
 
+    @entrance
     def objective(
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
@@ -685,21 +728,27 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     def _is_at_a_bad_step(self) -> bool:
         """Whether the last step had a value that is not finite."""
+        return self._last_bad_step() == int(self.step_count) - 1 >= 0
+
+    def _last_bad_step(self) -> int:
         *_, lasts = jax.device_get(self._progress.nan_counts)
-        return int(lasts.max()) == int(self.step_count) - 1 >= 0
+        return int(lasts.max())
 
-    def _raise_if_non_finite(self, result: Any) -> None:
+    def _raise_if_non_finite(self, result: Any, explanation: str = SKIP_ADVICE) -> None:
         if self.stopped and self.nan_policy.raises and self._is_at_a_bad_step():
-            raise self._non_finite_error(result)
+            raise self._non_finite_error(result, explanation)
 
-    def _non_finite_error(self, result: Any) -> NonFiniteError:
+    def _non_finite_error(
+        self, result: Any, explanation: str = SKIP_ADVICE
+    ) -> NonFiniteError:
         """Names what was not finite at the last bad step."""
         *_, lasts = jax.device_get(self._progress.nan_counts)
         step = int(lasts.max())
         watched = zip(self._watched(), lasts, strict=True)
         bad = [name for name, last in watched if last == step]
-        return NonFiniteError(step, bad, self.nan_report(), result)
+        return NonFiniteError(step, bad, self.nan_report(), result, explanation)
 
+    @entrance
     def replace(
         self: SelfT,
         *,

@@ -1,166 +1,44 @@
 """What the data say of the parameters: Fisher matrix, errors, likelihood."""
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ._blocks import find_blocks
-from ._curvature import checked_batch_size, gauss_newton_matrix, hessian_matrix
+from ._arrival import edm_note
 from ._data import as_batch
-from ._dense import whiten
-from ._objective import (
-    defined,
-    live,
-    negative_log_likelihood,
-    real_residuals,
-    score,
-    step_key,
-)
+from ._metric import require_likelihood, whitening
+from ._modes import Mode
+from ._objective import live, negative_log_likelihood, step_key
 from ._paths import named_leaves
+from ._programs import Version, version_of
 from ._projector import EigenProjector
 from ._ravel import as_parameters, element_name, ravel, unravel
 from ._table import aligned
 from ._typing import Params, PyTree
 from ._x64 import spacing
 
-Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
-
-# Of an eigenvalue that is zero rounding leaves so many times the machine epsilon, with
-# room to spare: it has summed over all the data.
-_ROUNDING = 64
-
 # The rows that a table gives to one array.
 _MOST_ROWS = 64
 
 
-def fisher(
-    trainer: Any, batch: Any, blocks: Blocks | None, batch_size: int | None
-) -> Any:
-    """The curvature of `nll`. The documentation is that of `Trainer.fisher`."""
-    methods = defined(trainer)
-    require_likelihood(trainer, "A Fisher matrix")
-    kind = "residuals" if "residuals" in methods else "nll"
-    return _matrices(trainer, batch, kind, blocks, batch_size)
-
-
-def curvature(
-    trainer: Any, batch: Any, blocks: Blocks | None, batch_size: int | None
-) -> Any:
-    """The Hessian of `loss`. The documentation is that of `Trainer.curvature`."""
-    return _matrices(trainer, batch, "loss", blocks, batch_size)
-
-
-def has_likelihood(trainer: Any) -> bool:
-    """Whether a trainer's class defines more than a loss, whose scale is anyone's."""
-    return bool({"residuals", "nll"} & set(defined(trainer)))
-
-
-def require_likelihood(trainer: Any, what: str) -> None:
-    if not has_likelihood(trainer):
-        raise TypeError(
-            f"{what} needs a likelihood, and `{type(trainer).__name__}` defines only "
-            "`loss`: error bars from a mean, or from a sum with a penalty, would be "
-            "wrong. Define `residuals` or `nll` beside it. (To whiten the parameters, "
-            "`curvature` will do.)"
-        )
-
-
-def _matrices(
-    trainer: Any, batch: Any, kind: str, blocks: Blocks | None, batch_size: int | None
-) -> Any:
-    batch_size = checked_batch_size(batch_size)
-    params = as_parameters(trainer.params)
-    bare, batch = trainer._bare(), as_batch(batch)
-    if blocks is None:
-        everything = tuple(range(len(jax.tree.leaves(params))))
-        (matrix,) = _compute(bare, batch, kind, (everything,), batch_size)
-        return matrix
-    selectors = _as_selectors(blocks)
-    members = find_blocks(params, selectors, "blocks")
-    matrices = _compute(bare, batch, kind, members, batch_size)
-    return OrderedDict(zip(selectors, matrices, strict=True))
-
-
-def _as_selectors(blocks: Blocks) -> tuple[Any, ...]:
-    if isinstance(blocks, str) or callable(blocks):
-        return (blocks,)
-    is_optimiser = isinstance(blocks, optax.GradientTransformation)
-    if not isinstance(blocks, Sequence | Mapping) or is_optimiser or not blocks:
-        raise TypeError(
-            f"`blocks` is {blocks!r}, but must be a sequence of selectors, one for "
-            'each matrix: `("position", "flux")`; `vn.paths(trainer.params)` gives '
-            "each parameter its own, the rules of a ParamOptimiser each rule."
-        )
-    return tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
-
-
-@eqx.filter_jit
-def _compute(
-    trainer: Any,
-    batch: Any,
-    kind: str,
-    blocks: tuple[tuple[int, ...], ...],
-    batch_size: int | None,
-) -> tuple[Float[Array, "D D"], ...]:
-    """Computes one matrix for each group of leaves."""
-    key = step_key(trainer)
-    leaves, structure = jax.tree.flatten(trainer.params)
-
-    def within(block: tuple[int, ...], evaluate: Callable[..., Any]) -> Any:
-        def of_leaves(own: list[Array]) -> Array:
-            changed = dict(zip(block, own, strict=True))
-            every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-            there = live(trainer, structure.unflatten(every))
-            return evaluate(there, batch, key)
-
-        return of_leaves
-
-    matrices = []
-    for block in blocks:
-        own = [leaves[index] for index in block]
-        match kind:
-            case "residuals":
-                residuals = within(block, real_residuals)
-                matrices.append(gauss_newton_matrix(residuals, own, batch_size))
-            case "nll":
-                nll = within(block, negative_log_likelihood)
-                matrices.append(hessian_matrix(nll, own, batch_size))
-            case _:
-                loss = within(block, lambda *args: score(*args).loss)
-                matrices.append(hessian_matrix(loss, own, batch_size))
-    return tuple(matrices)
-
-
-def null_threshold(matrices: Sequence[Float[Array, "D D"]]) -> float:
-    """Tells the `rtol` below which a direction of a computed matrix is null."""
-    noise = [max(len(m), _ROUNDING) * float(jnp.finfo(m.dtype).eps) for m in matrices]
-    return max(noise)
-
-
-def standard_errors(trainer: Any, batch: Any) -> Params:
-    """The errors of the parameters, from the Fisher matrix at the current point."""
+def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
+    """The errors of the parameters, from the data at the current point."""
     require_likelihood(trainer, "A standard error")
-    matrix = fisher(trainer, batch, None, None)
-    # Under `jax.vmap` there is no telling how many directions are null: none may be.
-    rank = len(matrix) if isinstance(matrix, Tracer) else None
-    params = as_parameters(trainer.params)
     # No projector: where nothing is constrained at all, there is none.
-    rtol = null_threshold([matrix])
-    whitening = whiten(matrix, params, rtol, rank, "drop", "fmat", "fisher")
-    return unravel(whitening.standard_errors(), params)
+    errors = whitening(trainer, batch, None, jac).errors_of_the_data()
+    return unravel(errors, as_parameters(trainer.params))
 
 
 def _potential(
-    trainer: Any, projector: EigenProjector | None, batch: Any, point: PyTree
+    _: Version,
+    trainer: Any,
+    projector: EigenProjector | None,
+    batch: Any,
+    point: PyTree,
 ) -> Float[Array, ""]:
     """Evaluates the negative log-likelihood at a point of the latent space."""
     if projector is None:
@@ -168,7 +46,9 @@ def _potential(
     else:
         params = projector.to_params(point)
     there = live(trainer, params)
-    return negative_log_likelihood(there, batch, step_key(trainer))
+    # Not the version that it was made for: it may be called without a program.
+    with version_of((trainer, batch)).context():
+        return negative_log_likelihood(there, batch, step_key(trainer))
 
 
 def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
@@ -178,14 +58,15 @@ def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
     start = ravel(params) if trainer.projector is None else trainer.latent
     # A pytree, as a module would be, and hashable, as what `jax.jit` is given must be.
     bare, projector, batch = trainer._bare(), trainer.projector, as_batch(batch)
-    return jax.tree_util.Partial(_potential, bare, projector, batch), start
+    version = version_of((bare, batch))
+    return jax.tree_util.Partial(_potential, version, bare, projector, batch), start
 
 
-def table(trainer: Any, batch: Any = None) -> str:
+def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
     """The values of all parameters, with their errors if there are data."""
     errors = {}
     if batch is not None:
-        found = standard_errors(trainer, batch)
+        found = standard_errors(trainer, batch, jac)
         errors = {leaf.path: np.asarray(leaf.value) for leaf in named_leaves(found)}
     trained = {leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter}
     rows = [("parameter", "value", "standard error" if errors else "")]
@@ -197,7 +78,8 @@ def table(trainer: Any, batch: Any = None) -> str:
             size = np.size(leaf.value)
             value = f"{np.asarray(leaf.value).item():.6g}" if size == 1 else "…"
             rows.append((leaf.path, value, leaf.unfitted))
-    return aligned(rows)
+    note = None if batch is None else edm_note(trainer, batch)
+    return aligned(rows) if note is None else f"{aligned(rows)}\n{note}"
 
 
 def _rows(

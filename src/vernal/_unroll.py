@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._data import Minibatches, Stream, Whole, as_batch
+from ._frames import entrance
+from ._programs import program
 from ._setup import no_optimiser
 from ._step import Progress, advance, ranked, scored_anew
 from ._trainer import Trainer
@@ -22,6 +24,7 @@ from ._x64 import require_precision
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
 
+@entrance
 def unroll(
     trainer: TrainerT,
     batch: Any,
@@ -130,7 +133,7 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
     return after
 
 
-@eqx.filter_jit
+@program
 def _run(
     trainer: Any, source: Whole[Any] | Minibatches, steps: int, segment: int
 ) -> tuple[Progress, Float[Array, " steps"]]:

@@ -2,11 +2,12 @@
 
 import abc
 import math
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class AbstractWhitening(eqx.Module):
@@ -23,14 +24,19 @@ class AbstractWhitening(eqx.Module):
         """The shape of the latent array."""
 
     @property
+    def rank(self) -> Any:
+        """The number of directions that are not null: an array where values decide."""
+        return self.spectrum.shape[-1]
+
+    @property
     @abc.abstractmethod
-    def rank(self) -> int:
-        """The number of directions that are not null."""
+    def is_null(self) -> Bool[Array, " D"]:
+        """Which directions of `spectrum` are null: the last ones."""
 
     @property
     @abc.abstractmethod
     def spectrum(self) -> Float[Array, " D"]:
-        """The eigenvalues, `rank` of them descending, and then the null ones.
+        """The eigenvalues, descending, and then the null ones.
 
         They are those of the matrix that was whitened, scaled to be free of units.
         """
@@ -86,9 +92,9 @@ class Unchanged(AbstractWhitening):
         return self.shape
 
     @property
-    def rank(self) -> int:
-        """The number of elements."""
-        return self.latent_size
+    def is_null(self) -> Bool[Array, " D"]:
+        """No direction is null."""
+        return jnp.zeros(self.latent_size, bool)
 
     @property
     def spectrum(self) -> Float[Array, " D"]:

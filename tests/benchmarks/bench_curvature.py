@@ -20,6 +20,7 @@ from matfree.decomp import tridiag_sym
 import vernal as vn
 from vernal._curvature import gauss_newton_matrix
 from vernal._lanczos import ITERATIONS_AFTER, find_leading
+from vernal._modes import Subject
 
 from .timing import in_turns
 
@@ -58,7 +59,9 @@ def gauss_newton() -> dict[str, float]:
 def temporary_megabytes(batch_size: int | None) -> float:
     """What the compiled program needs beside its arguments and its result."""
     residuals, params = images()
-    program = jax.jit(lambda p: gauss_newton_matrix(residuals, p, batch_size))
+    program = jax.jit(
+        lambda p: gauss_newton_matrix(residuals, p, batch_size, Subject("`residuals`"))
+    )
     analysis: Any = program.lower(params).compile().memory_analysis()
     return analysis.temp_size_in_bytes / 1e6
 
