@@ -317,7 +317,41 @@ def test_what_is_not_finite_is_refused():
     for call in calls:
         with pytest.raises(ValueError, match="`residuals` of `Linear` is not finite"):
             call()
+    with pytest.raises(RuntimeError, match="`residuals` of `Linear` is not finite"):
+        jax.block_until_ready(jax.jit(lambda b: trainer.standard_errors(b))(bad))
     assert jnp.isnan(jax.jit(lambda batch: trainer.fisher(batch))(bad)).any()
+
+
+def test_units_whose_squares_are_not_representable():
+    dtype = np.float32
+    jac = prescribed(10.0, 30.0, dtype)
+    trainer = Linear(tree(dtype))
+    with pytest.raises(ValueError, match="too large"):
+        trainer.fisher(jnp.asarray(jac))
+    _, norms = scaled(jac)
+    for options in ({}, {"batch_size": 2}):
+        white = trainer.whiten(jnp.asarray(jac), **options)
+        assert white.projector.rank == D
+        assert defect(white.projector, jac) <= 1e3 * np.finfo(dtype).eps
+    errors = jax.tree.leaves(trainer.standard_errors(jnp.asarray(jac)))
+    found = np.concatenate([np.ravel(x) for x in errors]) * norms
+    assert np.all((found + 1e-5 >= 1) & (found < 20))
+
+
+OPTIONS = {
+    "on_null": ({"on_null": "dorp"}, ValueError, "`on_null` is 'dorp'"),
+    "rtol": ({"rtol": 1.5}, ValueError, "`rtol`"),
+    "rank": ({"rank": 9}, ValueError, "`rank` must be between 1"),
+    "ranks": ({"rank": {"a": 1}}, TypeError, "`rank` must be a mapping"),
+    "rank of blocks": ({"rank": 1, "blocks": BLOCKS}, TypeError, "`rank` must be a"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bad_options_of_whiten(name):
+    options, error, message = OPTIONS[name]
+    with pytest.raises(error, match=message):
+        Linear(tree()).whiten(jnp.asarray(ILL), **options)
 
 
 def test_a_hessian_that_is_no_minimum():
