@@ -494,6 +494,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `blocks`: selectors (see [`vernal.split`][]) for a matrix each, such as
             `("position", "flux")`. What is between the blocks is not computed.
         - `batch_size`: the number of columns to compute at a time, to bound memory.
+            Where forward mode alone is possible, or asked for, the Jacobian is kept.
         - `jac`: how to differentiate: `"fwd"` in forward mode, `"bwd"` in reverse mode.
             By default in the mode that is possible; where it is not the better one, a
             warning says so once. A `while_loop` has forward mode alone, a `custom_vjp`
@@ -584,8 +585,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     ) -> SelfT:
         """Goes on in a latent space that is whitened at the current point.
 
-        By the Fisher matrix; or, where only `loss` is defined, by its Hessian. No shape
-        depends on values, so that whitening at another point compiles nothing anew.
+        By the singular values of the Jacobian of `residuals`, where that is defined
+        (see [`vernal.EigenProjector.from_jacobian`][]); else by the Hessian of `nll` or
+        `loss`. No shape depends on values, so that whitening at another point compiles
+        nothing anew.
 
         ```python
         trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
@@ -598,8 +601,15 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
             for [`vernal.EigenProjector.from_blocks`][]. But `on_null` is `"prior"`:
             what is not seen from here, such as the width of a peak without height, may
-            be seen later, and keeps a scale of its own. And `rtol` is at least 64 times
-            the machine epsilon, which is what summing over data may leave of a zero.
+            be seen later, and keeps a scale of its own. By default `rtol` is as in
+            [`vernal.EigenProjector.from_jacobian`][]; for a Hessian it is at least 64
+            times the machine epsilon, which is what summing over data may leave of a
+            zero.
+
+        **Raises:**
+
+        - `ValueError`: if the derivatives are not finite, or a Hessian has a negative
+            eigenvalue; under `jax.jit`, an error when the program runs.
         """
         require_precision(self)
         projector = whitened(self, batch, blocks, batch_size, jac, **options)
@@ -607,9 +617,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     @entrance
     def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:
-        """The standard errors of the parameters, from the Fisher matrix here.
+        """The standard errors of the parameters, from the data at the current point.
 
-        Infinite for a parameter that the data do not constrain.
+        They are those of the Fisher matrix; where `residuals` is defined, by way of the
+        singular values of its Jacobian, which have twice the digits. Infinite for a
+        parameter that the data do not constrain.
 
         **Arguments:**
 
