@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ._alike import require_alike
-from ._compiled import Moving, Task
+from ._compiled import Ended, Moving, Task
 from ._data import Minibatches, Source, Stream, Whole
 from ._diagnosis import Diagnosis, bad_data, diagnosed
 from ._feed import Feed
@@ -180,14 +180,20 @@ class Running:
             # Also where a stream ran dry: what was computed is kept.
             self.is_whole = is_whole
             if is_whole:
-                self._move_to(moving)
-                kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
-                for ended, *_ in pending:
-                    self._has_accepted |= kind.on_host(ended.has_accepted)
-                self.taken += kind.count(self.trainer) - start
-                self.stopped = self._is_over()
-                if kept:
-                    self._recorder.extend(concatenate(kept))
+                with _held_back():
+                    self._settle(moving, pending)
+
+    def _settle(self, moving: Moving, pending: list[tuple[Ended, Any, Any]]) -> None:
+        """Takes over what a chunk has computed."""
+        kind, start = self._kind, self._kind.count(self.trainer)
+        self._move_to(moving)
+        kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
+        for ended, *_ in pending:
+            self._has_accepted |= kind.on_host(ended.has_accepted)
+        self.taken += kind.count(self.trainer) - start
+        self.stopped = self._is_over()
+        if kept:
+            self._recorder.extend(concatenate(kept))
 
     @property
     def _moving(self) -> Moving:
