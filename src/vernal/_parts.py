@@ -11,6 +11,7 @@ import numpy as np
 
 from ._alike import is_weak
 from ._closures import Closure
+from ._static import refuse_static_arrays
 
 
 def strong(leaf: Any) -> jax.Array:
@@ -60,6 +61,7 @@ class Parts(eqx.Module):
         - `owners`: for each of its leaves, `None` if it is not trained.
         """
         leaves, self.structure = jax.tree.flatten(model)
+        refuse_static_arrays(model)
         self.kinds = tuple(map(_kind, leaves, owners))
         self.frozen = tuple(
             leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)

@@ -23,7 +23,7 @@ from ._keeper import Keeper
 from ._monitor import Monitor
 from ._one import BadEnd, One
 from ._peers import Peers, described
-from ._record import MOST_ROWS, Record
+from ._record import MOST_ROWS, LackingMetricError, Record
 from ._recorder import Recorder
 from ._step import advance
 from ._stop import StopReason
@@ -167,7 +167,12 @@ class Running:
                 task = Task(*parts, kind.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     is_whole = not self._in_place
-                    chunk, ended = kind.run(task, moving, self._in_place)
+                    try:
+                        chunk, ended = kind.run(task, moving, self._in_place)
+                    except LackingMetricError as error:
+                        is_whole = True
+                        error.args += (now - steps,)
+                        raise
                     moving, is_whole = chunk.moving, True
                     # Not the chunk itself: of a stream's every step it would keep the
                     # parameters.
