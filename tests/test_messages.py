@@ -143,6 +143,30 @@ def test_an_error_of_attributes_elsewhere_is_the_users():
         fitted(vn.ParamOptimiser(rules))
 
 
+def test_optax_maps_the_parts_of_a_state_that_are_like_parameters():
+    rules = {"w": optax.adam(0.1), "n.b": vn.window(optax.sgd(0.1, momentum=0.9), 1)}
+    optimiser = vn.ParamOptimiser(rules, first=optax.trace(0.5))
+    state = optimiser.init(MODEL)
+    ones = jax.tree.map(jnp.ones_like, MODEL)
+    _, state = optimiser.update(ones, state, MODEL)
+    doubled = optax.tree_map_params(optimiser, lambda x: 2 * x, state)
+    adam, window = doubled.groups
+    assert adam[0].count == 1
+    assert window.count == 1
+    for name in ("mu", "nu"):
+        own, before = getattr(adam[0], name), getattr(state.groups[0][0], name)
+        np.testing.assert_array_equal(own["w"], 2 * before["w"])
+    np.testing.assert_array_equal(doubled.first.trace["w"], 2 * np.ones(2))
+    # It is a state like any other.
+    updates, after = jax.jit(optimiser.update)(ones, doubled, MODEL)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert bool(jnp.all(updates["w"] < 0))
+    marks = optax.tree_map_params(
+        optimiser, lambda _: 1, state, transform_non_params=lambda _: 0
+    )
+    assert sum(jax.tree.leaves(marks)) == 5
+
+
 # Static fields.
 
 
@@ -156,7 +180,6 @@ STATIC = {
     "in a tuple": ((1, np.ones(1)), False),
     "in a dict": ({"x": np.arange(2)}, False),
     "numbers": ((1.0, "text", None), True),
-    "scalar": (np.float64(1.0), True),
     "list": ([1, 2], True),
 }
 
