@@ -98,7 +98,8 @@ def fit(
         elif run is not None and not hasattr(error, "result"):
             with contextlib.suppress(AttributeError):
                 error.result = run.cut_short(StopReason.ERROR)  # pyright: ignore
-                error.add_note("The fit up to here is `.result` of this error.")
+                if run.taken:
+                    error.add_note("The fit up to here is `.result` of this error.")
         raise
     parts = run.trainer, run.history(), run.monitor, run.watched
     result = kind.ended(*parts, reason, run.is_all_skipped)
@@ -135,6 +136,7 @@ def _go_on(
             if wish.keeps:
                 run.keep()
     except KeyboardInterrupt:
+        peers.is_heeded = True
         return StopReason.INTERRUPTED
     return StopReason.STEPS_TAKEN
 
