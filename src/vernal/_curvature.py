@@ -169,7 +169,7 @@ def hessian(
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`. Each
     column is a forward derivative of the gradient; the matrix is then made exactly
     symmetric. It compiles once for each `fn`, which is known by its identity, and each
-    set of shapes: what `fn` reads from outside of its arguments must not change.
+    set of shapes; and anew where the code of `fn`, or what it reads, has changed.
 
     **Arguments:**
 
@@ -211,7 +211,7 @@ def gauss_newton(
     $J$ is formed by forward derivatives; or, with `batch_size`, each column of $F$ is a
     forward derivative followed by its transpose, and $J$ as a whole is never kept. It
     compiles once for each `residuals`, which is known by its identity, and each set of
-    shapes: what `residuals` reads from outside of its arguments must not change.
+    shapes; and anew where its code, or what it reads, has changed.
 
     **Arguments:**
 
