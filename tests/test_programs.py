@@ -98,6 +98,11 @@ KINDS = {
         "helper(settings)",
         "settings.rate = 2.0",
     ),
+    "a module by getattr": (
+        SETTINGS,
+        "getattr(settings, 'rate')",
+        "settings.rate = 2.0",
+    ),
     "a chain of attributes": (
         SETTINGS + "settings.optics = types.SimpleNamespace(rate=1.0)",
         "settings.optics.rate",
@@ -142,10 +147,9 @@ KINDS = {
         "found |= {0.5, 0.25, 0.125, 0.12, 0.005}",
     ),
     "a partial": (
-        "def times(a, b):\n    return a * b\nhelper = functools.partial(times, 1.0, 1.0)",
+        "S = 1.0\ndef fn(a):\n    return S * a\nhelper = functools.partial(fn, 1)",
         "helper()",
-        "def times(a, b):\n    return 2 * a * b\n"
-        "helper = functools.partial(times, 1.0, 1.0)",
+        "S = 2.0",
     ),
     "an object in a partial": (
         "def read(c):\n    return c['a']\nc = {'a': 1.0}\n"
@@ -247,6 +251,36 @@ KINDS = {
         "unit = Unit()",
         "unit",
         "Unit.__mul__ = lambda self, other: 2.0 * other",
+    ),
+    "a compiled method": (
+        "S = 1.0\nclass C(eqx.Module):\n    @eqx.filter_jit\n"
+        "    def read(self, x):\n        return S * x\nc = C()",
+        "c.read(1.0)",
+        "S = 2.0",
+    ),
+    "a function whose types are checked": (
+        "from beartype import beartype\nfrom jaxtyping import jaxtyped\nS = 1.0\n"
+        "@jaxtyped(typechecker=beartype)\ndef helper(x: float):\n    return S * x",
+        "helper(1.0)",
+        "S = 2.0",
+    ),
+    "a named tuple": (
+        "class C(NamedTuple):\n    scale: float\n    @property\n"
+        "    def twice(self):\n        return self.scale\nc = C(1.0)",
+        "c.twice",
+        "C.twice = property(lambda self: 2 * self.scale)",
+    ),
+    "a descriptor": (
+        "class D:\n    scale = 1.0\n    def __get__(self, obj, owner):\n"
+        "        return self.scale\nclass C:\n    d = D()",
+        "C().d",
+        "D.scale = 2.0",
+    ),
+    "a metaclass": (
+        "class Meta(type):\n    @property\n    def scale(cls):\n        return 1.0\n"
+        "class C(metaclass=Meta): pass",
+        "C.scale",
+        "Meta.scale = property(lambda cls: 2.0)",
     ),
     "an import within a function": (
         SETTINGS + "import sys; sys.modules['vn_test_settings'] = settings\n"

@@ -342,7 +342,8 @@ class _Walk:
         data = structure.node_data()
         self.tokens.append((jtu.PyTreeDef, structure.num_leaves, data is None))
         if data is not None:
-            self.todo.extend(data)
+            # The keys of a dictionary are a list that was made for us.
+            self.todo.extend(tuple(x) if type(x) is list else x for x in data)
             self.todo.extend(structure.children())
 
     def skeleton(self, skeleton: Skeleton) -> None:
@@ -385,7 +386,7 @@ class _Walk:
     def attributes(self, obj: Any) -> bool:
         """Watches and walks the attributes of an object; whether it has any."""
         there = getattr(obj, "__dict__", None)
-        if type(there) is dict:
+        if type(there) is dict and (there or not _is_library(type(obj))):
             self.hold(_values, there, tuple(there))
         slots = _slots(type(obj))
         if slots:
@@ -492,14 +493,17 @@ def _names_in(
     read, written, words, imported = set(), set(), set(code.co_names), set()
     for instruction in dis.get_instructions(code):
         match instruction.opname:
-            case "LOAD_GLOBAL" | "LOAD_NAME":
+            case "LOAD_GLOBAL" | "LOAD_NAME" | "LOAD_FROM_DICT_OR_GLOBALS":
                 read.add(instruction.argval)
             case "STORE_GLOBAL" | "DELETE_GLOBAL":
                 written.add(instruction.argval)
             case "IMPORT_NAME":
                 imported.add(instruction.argval)
     for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
+        if isinstance(constant, str):
+            # `getattr(settings, "rate")`.
+            words.add(constant)
+        elif isinstance(constant, types.CodeType):
             inner, inner_words, inner_imported = _names_in(constant)
             read |= set(inner)
             words |= inner_words
