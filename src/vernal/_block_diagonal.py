@@ -1,25 +1,32 @@
 """Whitening of a block-diagonal matrix, block by block."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 
 from ._blocks import Block, find_blocks, leaves_by_path
-from ._dense import OnNull, whiten
-from ._eigen import Matrix
 from ._typing import Params
 from ._whitening import AbstractWhitening, Unchanged
 
+T = TypeVar("T")
+
 
 def whiten_blocks(
-    given: Mapping[Any, Matrix],
+    given: Mapping[Any, T],
     params: Params,
-    rtol: float | None,
     ranks: Mapping[Any, int],
-    on_null: OnNull,
+    whiten: Callable[[T, Params, int | None, str], AbstractWhitening],
 ) -> tuple[tuple[Block, ...], tuple[AbstractWhitening, ...]]:
-    """Finds the maps that whiten matrices of several groups of `params`.
+    """Finds the maps that whiten several groups of `params`.
+
+    **Arguments:**
+
+    - `given`: from selectors to what `whiten` takes: a matrix, say.
+    - `params`: a tree of the trained leaves.
+    - `ranks`: from selectors to how many directions to keep.
+    - `whiten`: a function of what is given for a group, its parameters, its rank, and
+        what an error calls it.
 
     **Returns:**
 
@@ -42,7 +49,7 @@ def whiten_blocks(
         selectors, blocks, leaves_by_path(params, blocks), strict=True
     ):
         name, rank = f"blocks[{selector!r}]", ranks.get(selector)
-        found[block] = whiten(given[selector], own, rtol, rank, on_null, "fmat", name)
+        found[block] = whiten(given[selector], own, rank, name)
     owned = {index for block in blocks for index in block}
     for index, leaf in enumerate(jax.tree.leaves(params)):
         if index not in owned:

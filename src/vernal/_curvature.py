@@ -22,6 +22,7 @@ from ._modes import (
 )
 from ._precision import matmul
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
+from ._singular import Spectrum, of_jacobian, of_products
 from ._typing import Params, checked, whole_number
 
 Product = Callable[[Array], Array]
@@ -87,6 +88,20 @@ def jacobian_of(
     flat = ravel(params)
     fn = traced(_flat_residuals(residuals, params), flat)
     return jacobian_matrix(fn, flat, choose_mode(fn, flat, subject), batch_size)
+
+
+def spectrum_of(
+    residuals: Callable[[Params], Any],
+    params: Params,
+    batch_size: int | None,
+    subject: Subject,
+) -> Spectrum:
+    """Decomposes the Gauss-Newton matrix by the singular values of the Jacobian."""
+    flat = ravel(params)
+    fn = traced(_flat_residuals(residuals, params), flat)
+    if batch_size is not None:
+        return of_products(fn, flat, batch_size, subject)
+    return of_jacobian(jacobian_matrix(fn, flat, choose_mode(fn, flat, subject)))
 
 
 def hessian_matrix(

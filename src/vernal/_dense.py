@@ -1,25 +1,21 @@
 """A linear map that whitens flat vectors, kept as the factors of its matrix."""
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from ._directions import list_parameters, name_null_space
-from ._eigen import Matrix, as_real_square, equilibrated_eigh, refuse, refuse_non_finite
-from ._paths import paths
-from ._precision import matmul, widest
-from ._ravel import element_name, ravel_dtype, ravel_size
+from ._directions import name_null_space
+from ._eigen import refuse
+from ._precision import matmul
+from ._singular import Spectrum
 from ._typing import Params
 from ._whitening import AbstractWhitening
 
 OnNull = Literal["drop", "raise", "prior"]
-Kind = Literal["fmat", "cov"]
 
 
 class DenseWhitening(AbstractWhitening):
@@ -151,72 +147,6 @@ class DenseWhitening(AbstractWhitening):
         return jnp.where(infinite, jnp.sign(null) * jnp.inf, covariance)
 
 
-_REMEDY = {
-    "fmat": "Such a point is not a minimum. Go on with the fit, or use `gauss_newton`, "
-    "whose matrix has no negative eigenvalue anywhere.",
-    "cov": "Such a matrix belongs to no covariance. If it is the inverse of a Hessian, "
-    "its point is not a minimum: use `gauss_newton`, whose matrix has no negative "
-    "eigenvalue anywhere.",
-}
-
-
-def whiten(
-    given: Matrix,
-    params: Params,
-    rtol: float | None,
-    rank: int | None,
-    on_null: OnNull,
-    kind: Kind,
-    name: str,
-) -> DenseWhitening:
-    """Finds the map that whitens `given`, a matrix over the elements of `params`.
-
-    An error calls the matrix `name`. Where there is nothing but null directions, the
-    latent vector is empty.
-    """
-    size = ravel_size(params)
-    matrix = jax.lax.stop_gradient(as_real_square(given, name))
-    if matrix.shape[0] != size:
-        raise ValueError(
-            f"`{name}` has shape {matrix.shape}, but it is that of {size} elements, "
-            f"those of {', '.join(map(repr, paths(params)[:5]))}, and must have shape "
-            f"{(size, size)}, in the order of `jax.flatten_util.ravel_pytree`."
-        )
-    eps = _noise(given, matrix)
-    threshold = size * eps if rtol is None else rtol
-    _check_options(threshold, rank, on_null, size)
-    matrix = _refuse_bad_rows(refuse_non_finite(matrix, name), kind, name, params)
-
-    dtype = widest((matrix.dtype, ravel_dtype(params)))
-    scale, values, vectors = _decompose(matrix.astype(dtype))
-    tolerance = threshold * values[0]
-    values = refuse(
-        values,
-        values[-1] < -tolerance,
-        f"`{name}` is indefinite: scaled to a unit diagonal it has a negative "
-        f"eigenvalue. {_REMEDY[kind]}",
-        lambda: (
-            f"The lowest is {values[-1]}, beyond the tolerance of {tolerance}; its "
-            f"direction involves {list_parameters(params, vectors[:, -1])}."
-        ),
-    )
-    return of_spectrum(
-        Spectrum(1 / scale if kind == "fmat" else scale, values, vectors),
-        params,
-        Cut(threshold, rank, on_null, math.sqrt(eps)),
-        name,
-        is_inverse=kind == "fmat",
-    )
-
-
-class Spectrum(NamedTuple):
-    """A matrix in units of `scale`, by its eigenvalues (descending) and -vectors."""
-
-    scale: Float[Array, " D"]
-    values: Float[Array, " D"]
-    vectors: Float[Array, "D D"]
-
-
 class Cut(NamedTuple):
     """Which directions are null, and what becomes of them."""
 
@@ -243,11 +173,11 @@ def of_spectrum(
     rank, values = _choose_rank(values, cut, name)
     if on_null == "raise" and rank is not None and rank < size:
         shown = "; ".join(
-            " and ".join(f"{name} ({weight:+.3g})" for name, weight in null.items())
+            " and ".join(f"{path} ({weight:+.3g})" for path, weight in null.items())
             for null in name_null_space(params, vectors[:, rank:], resolution)
         )
         raise ValueError(
-            f"`{name}` does not constrain {size - rank} of {size} directions: {shown}. "
+            f"{name} does not constrain {size - rank} of {size} directions: {shown}. "
             'Freeze a parameter of each, or use `on_null="drop"` or `"prior"`.'
         )
     is_null = ~(values > threshold * values[0])
@@ -267,15 +197,7 @@ def of_spectrum(
     )
 
 
-def _noise(given: Matrix, matrix: Float[Array, "D D"]) -> float:
-    """Returns the epsilon of the matrix as given, or as held where that is coarser."""
-    dtypes = [matrix.dtype]
-    if jnp.issubdtype(given.dtype, jnp.floating):
-        dtypes.append(given.dtype)
-    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-
-
-def _check_options(
+def check_options(
     threshold: float, rank: int | None, on_null: OnNull, size: int
 ) -> None:
     if not 0 <= threshold < 1:
@@ -298,37 +220,6 @@ def _check_options(
         )
 
 
-@jax.jit
-def _decompose(
-    matrix: Float[Array, "D D"],
-) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
-    diagonal = jnp.diag(matrix)
-    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    values, vectors = equilibrated_eigh(matrix, scale)
-    return scale, values, vectors
-
-
-def _refuse_bad_rows(
-    matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
-) -> Float[Array, "D D"]:
-    """Finds what no scale can mend, before the cost of a decomposition."""
-    diagonal = jnp.diag(matrix)
-    largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
-    bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
-
-    def first() -> str:
-        index = int(np.flatnonzero(bad)[0])
-        return f"The first is that of {element_name(params, index)}: {diagonal[index]}."
-
-    return refuse(
-        matrix,
-        bad,
-        f"`{name}` is indefinite: it has an element on its diagonal that is negative, "
-        f"or zero in a row that is not. {_REMEDY[kind]}",
-        first,
-    )
-
-
 def _choose_rank(
     values: Float[Array, " D"], cut: Cut, name: str
 ) -> tuple[int | None, Float[Array, " D"]]:
@@ -343,10 +234,10 @@ def _choose_rank(
         return rank, refuse(
             values,
             ~(values[rank - 1] > tolerance),
-            f"`rank={rank}` keeps directions that `{name}` does not constrain. Lower "
+            f"`rank={rank}` keeps directions that {name} does not constrain. Lower "
             "`rank` or `rtol`."
             if cut.rank is not None
-            else f"`{name}` does not constrain every direction. Make the projector "
+            else f"{name} does not constrain every direction. Make the projector "
             'outside of `jax.jit` to see which, or use `on_null="prior"`.',
             lambda: (
                 f"Only {np.count_nonzero(values > tolerance)} of {values.size} "
@@ -360,6 +251,6 @@ def _choose_rank(
     raise ValueError(
         "`rank` must be given under `jax.jit` and `jax.vmap`, where the number of "
         "null directions, and with it the shape of the latent space, cannot depend "
-        f"on values. For `{name}`, {size} keeps them all. Or use "
+        f"on values. For {name}, {size} keeps them all. Or use "
         '`on_null="prior"`, which leaves the latent space its shape.'
     )

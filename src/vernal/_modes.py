@@ -153,9 +153,14 @@ def _first_line(error: Exception) -> str:
 
 
 def columns(
-    product: Flat, like: Array, batch_size: int | None = None
-) -> Float[Array, "D image"]:
-    """Applies a linear map to the unit vectors, `batch_size` of them at a time."""
+    product: Callable[[Array], Any], like: Array, batch_size: int | None = None
+) -> Any:
+    """Applies a map to the unit vectors, `batch_size` of them at a time.
+
+    **Returns:**
+
+    What it returns, with a first axis for the vectors.
+    """
     size = like.size
 
     def image(index: Array) -> Array:
@@ -181,10 +186,11 @@ def jacobian_matrix(
     if mode == "fwd":
         return columns(jax.linearize(fn, flat)[1], flat, batch_size).T
     like = jnp.zeros_like(fn(flat))
-    return columns(_pull(fn, flat), like, batch_size)
+    return columns(transposed_product(fn, flat), like, batch_size)
 
 
-def _pull(fn: Flat, x: Array) -> Flat:
+def transposed_product(fn: Flat, x: Array) -> Flat:
+    """Returns the product with the transposed Jacobian, by reverse mode."""
     _, pull = jax.vjp(fn, x)
     return lambda cotangent: pull(cotangent)[0]
 
@@ -200,7 +206,7 @@ def hessian_product(
     products: dict[str, Callable[[Array], Flat]] = {
         "fwd-bwd": lambda x: jax.linearize(grad("bwd"), x)[1],
         # A Hessian is its own transpose.
-        "bwd-bwd": lambda x: _pull(grad("bwd"), x),
+        "bwd-bwd": lambda x: transposed_product(grad("bwd"), x),
         "fwd-fwd": lambda x: jax.linearize(grad("fwd"), x)[1],
     }
     ways = {
@@ -225,7 +231,7 @@ def gauss_newton_products(
         return push, lambda cotangent: transposed(cotangent)[0]
 
     def reverse(x: Array) -> tuple[Flat, Flat]:
-        pull = _pull(fn, x)
+        pull = transposed_product(fn, x)
         transposed = jax.linear_transpose(pull, fn(x))
         return lambda tangent: transposed(tangent)[0], pull
 

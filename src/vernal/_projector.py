@@ -1,6 +1,6 @@
 """An affine map between a tree of parameters and a whitened latent vector."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -16,6 +16,7 @@ from ._block_diagonal import whiten_blocks
 from ._blocks import (
     Block,
     arrange,
+    find_blocks,
     leaves_by_path,
     nest_blocks,
     places,
@@ -23,7 +24,8 @@ from ._blocks import (
     scatter,
     unravel_blocks,
 )
-from ._dense import DenseWhitening, Kind, OnNull, whiten
+from ._decompose import Kind, whiten, whiten_jacobian
+from ._dense import DenseWhitening, OnNull
 from ._directions import name_null_space
 from ._eigen import Matrix
 from ._low_rank import whiten_matvec
@@ -52,7 +54,9 @@ class EigenProjector(eqx.Module):
     $S = \mathrm{diag}(C)^{1/2}$, $S^{-1} C S^{-1} = V \Lambda V^\top$ and
     $P = S V \Lambda^{1/2}$.
 
-    Make one from a matrix with [`vernal.EigenProjector.from_fisher`][] or
+    Make one from the Jacobian of residuals with
+    [`vernal.EigenProjector.from_jacobian`][]; from a matrix, if that is all there is,
+    with [`vernal.EigenProjector.from_fisher`][] or
     [`vernal.EigenProjector.from_covariance`][]; from a matrix for each group of
     parameters, with [`vernal.EigenProjector.from_blocks`][]; from products with a
     matrix too large to form, with [`vernal.EigenProjector.from_matvec`][].
@@ -110,6 +114,76 @@ class EigenProjector(eqx.Module):
 
     @classmethod
     @checked
+    def from_jacobian(
+        cls,
+        jac: Matrix,
+        params: Params,
+        *,
+        blocks: Sequence[Any] | None = None,
+        rtol: float | int | None = None,
+        rank: int | Mapping[Any, int] | None = None,
+        on_null: OnNull = "drop",
+    ) -> "EigenProjector":
+        r"""Makes a projector from the Jacobian of residuals, such that $F = J^\top J$.
+
+        The square of a number has twice its digits, and $J^\top J$ loses what it has no
+        room for: a line through the years 2010 to 2024 has a Fisher matrix that is
+        singular in single precision. So $\Lambda$ and $V$ are found from the singular
+        values of $JS$, its columns scaled to unit norm, to a relative accuracy of the
+        machine epsilon times their condition number, and not its square. Where that is
+        small the eigenvalues of $S J^\top J S$ do as well, and are used, as they are
+        cheaper.
+
+        See Golub and Van Loan, *Matrix computations* (2013), sections 5.2 and 5.3.
+
+        **Arguments:**
+
+        - `jac`: the Jacobian $J$, of shape `(N, D)`, as [`vernal.jacobian`][] returns
+            it: a row for each residual, columns in the order of
+            `jax.flatten_util.ravel_pytree(params)`.
+        - `params`, `on_null`: as in [`vernal.EigenProjector.from_fisher`][].
+        - `blocks`: selectors of groups of parameters, to be whitened each by its own
+            columns, as in [`vernal.EigenProjector.from_blocks`][].
+        - `rtol`: the fraction of the largest eigenvalue of $S J^\top J S$, the square
+            of a singular value, up to which a direction is null. By default the square
+            of the larger of $D$ and 64 times the machine epsilon of `jac`: as much of
+            a singular value is left by the rounding of the elements of $J$.
+        - `rank`: as in [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as in
+            [`vernal.EigenProjector.from_blocks`][].
+
+        **Raises:**
+
+        A `ValueError` if `jac` is not a finite matrix with $D$ columns, or if a
+        direction that is kept is null; under `jax.jit`, an error when the program runs.
+        A `TypeError` if `jac` or a parameter is complex.
+        """
+        origin = jax.lax.stop_gradient(as_parameters(params))
+        if blocks is None:
+            if isinstance(rank, Mapping):
+                raise TypeError("`rank` by selectors needs `blocks`; give one number.")
+            whitening = whiten_jacobian(jac, origin, rtol, rank, on_null, "`jac`")
+            return cls._of_vectors(origin, whitening, "`jac`")
+        if isinstance(rank, int):
+            raise TypeError(
+                "With `blocks`, `rank` must be a mapping from the selectors to numbers."
+            )
+        selectors = tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
+        size = ravel_size(origin)
+        if np.ndim(jac) != 2 or np.shape(jac)[1] != size:
+            raise ValueError(
+                f"`jac` has shape {np.shape(jac)}, but must have {size} columns, one "
+                "for each element of `params`."
+            )
+        own = places(origin, find_blocks(origin, selectors, "blocks"))
+        given = {s: jac[:, index] for s, index in zip(selectors, own, strict=True)}
+
+        def whiten_one(jac: Matrix, own: Params, rank: int | None, name: str) -> Any:
+            return whiten_jacobian(jac, own, rtol, rank, on_null, f"`{name}`")
+
+        return cls._of_blocks(given, origin, rank or {}, whiten_one)
+
+    @classmethod
+    @checked
     def from_covariance(
         cls,
         cov: Matrix,
@@ -149,14 +223,15 @@ class EigenProjector(eqx.Module):
         kind: Kind,
     ) -> "EigenProjector":
         origin = jax.lax.stop_gradient(as_parameters(params))
-        whitening = whiten(matrix, origin, rtol, rank, on_null, kind, kind)
-        return cls._of_vectors(origin, whitening, kind)
+        whitening = whiten(matrix, origin, rtol, rank, on_null, kind, f"`{kind}`")
+        return cls._of_vectors(origin, whitening, f"`{kind}`")
 
     @classmethod
     def _of_vectors(
         cls, origin: Params, whitening: AbstractWhitening, name: str
     ) -> "EigenProjector":
         _refuse_empty((whitening,), name)
+        origin = jax.lax.stop_gradient(as_parameters(origin))
         every = tuple(range(len(jax.tree.leaves(origin))))
         return cls(origin, (whitening,), (every,), _VECTOR)
 
@@ -207,9 +282,23 @@ class EigenProjector(eqx.Module):
         `UnknownPathError` if a selector matches nothing, a `ValueError` if two blocks
         share a parameter.
         """
+
+        def whiten_one(matrix: Matrix, own: Params, rank: int | None, name: str) -> Any:
+            return whiten(matrix, own, rtol, rank, on_null, "fmat", f"`{name}`")
+
+        return cls._of_blocks(blocks, params, rank or {}, whiten_one)
+
+    @classmethod
+    def _of_blocks(
+        cls,
+        given: Mapping[Any, Any],
+        params: Params,
+        rank: Mapping[Any, int],
+        whiten: Callable[[Any, Params, int | None, str], AbstractWhitening],
+    ) -> "EigenProjector":
         origin = jax.lax.stop_gradient(as_parameters(params))
-        members, whitenings = whiten_blocks(blocks, origin, rtol, rank or {}, on_null)
-        _refuse_empty(whitenings, "blocks")
+        members, whitenings = whiten_blocks(given, origin, rank, whiten)
+        _refuse_empty(whitenings, "`blocks`")
         structure = jax.tree.structure(nest_blocks(origin, members))
         return cls(origin, whitenings, members, structure)
 
@@ -269,7 +358,7 @@ class EigenProjector(eqx.Module):
         """
         origin = jax.lax.stop_gradient(as_parameters(params))
         whitening = whiten_matvec(matvec, origin, rank, key=key, scale=scale)
-        return cls._of_vectors(origin, whitening, "matvec")
+        return cls._of_vectors(origin, whitening, "`matvec`")
 
     @property
     def _held(self) -> tuple[AbstractWhitening, ...]:
@@ -573,6 +662,6 @@ class EigenProjector(eqx.Module):
 def _refuse_empty(whitenings: tuple[AbstractWhitening, ...], name: str) -> None:
     if not any(whitening.latent_size for whitening in whitenings):
         raise ValueError(
-            f"`{name}` constrains no parameter at all, so that nothing is left once "
+            f"{name} constrains no parameter at all, so that nothing is left once "
             'its null directions are dropped. Use `on_null="prior"`.'
         )

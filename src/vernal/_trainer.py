@@ -16,6 +16,7 @@ from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
 from ._history import History
 from ._loop import fit
+from ._metric import Blocks, curvature, fisher, whitened
 from ._modes import Mode
 from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
@@ -40,16 +41,7 @@ from ._step import Progress, initial_progress
 from ._stop import StopCriterion
 from ._transform import AbstractTransform, as_transform
 from ._typing import Params, PyTree
-from ._uncertainty import (
-    Blocks,
-    curvature,
-    fisher,
-    has_likelihood,
-    null_threshold,
-    objective,
-    standard_errors,
-    table,
-)
+from ._uncertainty import objective, standard_errors, table
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
@@ -582,15 +574,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             be seen later, and keeps a scale of its own. And `rtol` is at least 64 times
             the machine epsilon, which is what summing over data may leave of a zero.
         """
-        of = fisher if has_likelihood(self) else curvature
-        matrix = of(self, batch, blocks, batch_size, jac)
-        if blocks is None:
-            options = {"rtol": null_threshold([matrix]), "on_null": "prior", **options}
-            projector = EigenProjector.from_fisher(matrix, self.params, **options)
-        else:
-            rtol = null_threshold([*matrix.values()])
-            options = {"rtol": rtol, "on_null": "prior", **options}
-            projector = EigenProjector.from_blocks(matrix, self.params, **options)
+        projector = whitened(self, batch, blocks, batch_size, jac, **options)
         return self.reproject(projector, optimiser)
 
     def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:

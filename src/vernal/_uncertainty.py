@@ -1,174 +1,34 @@
 """What the data say of the parameters: Fisher matrix, errors, likelihood."""
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from ._arrival import edm_note
-from ._blocks import find_blocks
-from ._curvature import checked_batch_size, gauss_newton_matrix, hessian_matrix
 from ._data import as_batch
-from ._dense import whiten
-from ._modes import Mode, Subject, checked_mode
-from ._objective import (
-    defined,
-    live,
-    negative_log_likelihood,
-    real_residuals,
-    score,
-    step_key,
-)
+from ._metric import require_likelihood, whitening
+from ._modes import Mode
+from ._objective import live, negative_log_likelihood, step_key
 from ._paths import named_leaves
 from ._projector import EigenProjector
 from ._ravel import as_parameters, element_name, ravel, unravel
 from ._table import aligned
 from ._typing import Params, PyTree
 
-Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
-
-# Of an eigenvalue that is zero rounding leaves so many times the machine epsilon, with
-# room to spare: it has summed over all the data.
-_ROUNDING = 64
-
 # The rows that a table gives to one array.
 _MOST_ROWS = 64
 
 
-def fisher(
-    trainer: Any,
-    batch: Any,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
-) -> Any:
-    """The curvature of `nll`. The documentation is that of `Trainer.fisher`."""
-    methods = defined(trainer)
-    require_likelihood(trainer, "A Fisher matrix")
-    kind = "residuals" if "residuals" in methods else "nll"
-    return _matrices(trainer, batch, kind, blocks, batch_size, jac)
-
-
-def curvature(
-    trainer: Any,
-    batch: Any,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
-) -> Any:
-    """The Hessian of `loss`. The documentation is that of `Trainer.curvature`."""
-    return _matrices(trainer, batch, "loss", blocks, batch_size, jac)
-
-
-def has_likelihood(trainer: Any) -> bool:
-    """Whether a trainer's class defines more than a loss, whose scale is anyone's."""
-    return bool({"residuals", "nll"} & set(defined(trainer)))
-
-
-def require_likelihood(trainer: Any, what: str) -> None:
-    if not has_likelihood(trainer):
-        raise TypeError(
-            f"{what} needs a likelihood, and `{type(trainer).__name__}` defines only "
-            "`loss`: error bars from a mean, or from a sum with a penalty, would be "
-            "wrong. Define `residuals` or `nll` beside it. (To whiten the parameters, "
-            "`curvature` will do.)"
-        )
-
-
-def _matrices(
-    trainer: Any,
-    batch: Any,
-    kind: str,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
-) -> Any:
-    batch_size, jac = checked_batch_size(batch_size), checked_mode(jac)
-    params = as_parameters(trainer.params)
-    bare, batch = trainer._bare(), as_batch(batch)
-    if blocks is None:
-        everything = tuple(range(len(jax.tree.leaves(params))))
-        (matrix,) = _compute(bare, batch, kind, (everything,), batch_size, jac)
-        return matrix
-    selectors = _as_selectors(blocks)
-    members = find_blocks(params, selectors, "blocks")
-    matrices = _compute(bare, batch, kind, members, batch_size, jac)
-    return OrderedDict(zip(selectors, matrices, strict=True))
-
-
-def _as_selectors(blocks: Blocks) -> tuple[Any, ...]:
-    if isinstance(blocks, str) or callable(blocks):
-        return (blocks,)
-    is_optimiser = isinstance(blocks, optax.GradientTransformation)
-    if not isinstance(blocks, Sequence | Mapping) or is_optimiser or not blocks:
-        raise TypeError(
-            f"`blocks` is {blocks!r}, but must be a sequence of selectors, one for "
-            'each matrix: `("position", "flux")`; `vn.paths(trainer.params)` gives '
-            "each parameter its own, the rules of a ParamOptimiser each rule."
-        )
-    return tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
-
-
-@eqx.filter_jit
-def _compute(
-    trainer: Any,
-    batch: Any,
-    kind: str,
-    blocks: tuple[tuple[int, ...], ...],
-    batch_size: int | None,
-    jac: Mode | None,
-) -> tuple[Float[Array, "D D"], ...]:
-    """Computes one matrix for each group of leaves."""
-    subject = Subject(f"`{kind}` of `{type(trainer).__name__}`", jac)
-    key = step_key(trainer)
-    leaves, structure = jax.tree.flatten(trainer.params)
-
-    def within(block: tuple[int, ...], evaluate: Callable[..., Any]) -> Any:
-        def of_leaves(own: list[Array]) -> Array:
-            changed = dict(zip(block, own, strict=True))
-            every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-            there = live(trainer, structure.unflatten(every))
-            return evaluate(there, batch, key)
-
-        return of_leaves
-
-    matrices = []
-    for block in blocks:
-        own = [leaves[index] for index in block]
-        of = hessian_matrix
-        match kind:
-            case "residuals":
-                of, fn = gauss_newton_matrix, within(block, real_residuals)
-            case "nll":
-                fn = within(block, negative_log_likelihood)
-            case _:
-                fn = within(block, lambda *args: score(*args).loss)
-        matrices.append(of(fn, own, batch_size, subject))
-    return tuple(matrices)
-
-
-def null_threshold(matrices: Sequence[Float[Array, "D D"]]) -> float:
-    """Tells the `rtol` below which a direction of a computed matrix is null."""
-    noise = [max(len(m), _ROUNDING) * float(jnp.finfo(m.dtype).eps) for m in matrices]
-    return max(noise)
-
-
 def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
-    """The errors of the parameters, from the Fisher matrix at the current point."""
+    """The errors of the parameters, from the data at the current point."""
     require_likelihood(trainer, "A standard error")
-    matrix = fisher(trainer, batch, None, None, jac)
-    params = as_parameters(trainer.params)
     # No projector: where nothing is constrained at all, there is none.
-    rtol = null_threshold([matrix])
-    whitening = whiten(matrix, params, rtol, None, "prior", "fmat", "fisher")
-    return unravel(whitening.errors_of_the_data(), params)
+    errors = whitening(trainer, batch, None, jac).errors_of_the_data()
+    return unravel(errors, as_parameters(trainer.params))
 
 
 def _potential(

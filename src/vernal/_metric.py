@@ -1,0 +1,347 @@
+"""The metric of the parameters at a point: Fisher matrices, and what whitens them."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from ._blocks import find_blocks
+from ._curvature import (
+    checked_batch_size,
+    gauss_newton_matrix,
+    hessian_matrix,
+    jacobian_of,
+    spectrum_of,
+)
+from ._data import as_batch
+from ._decompose import ROUNDING, jacobian_cut, whiten
+from ._dense import DenseWhitening, OnNull, check_options, of_spectrum
+from ._modes import Mode, Subject, checked_mode
+from ._nonfinite import all_finite
+from ._objective import (
+    defined,
+    live,
+    negative_log_likelihood,
+    real_residuals,
+    score,
+    step_key,
+)
+from ._precision import matmul, widest
+from ._projector import EigenProjector
+from ._ravel import as_parameters, ravel_dtype
+from ._singular import Spectrum, of_jacobian
+from ._typing import Params
+
+Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
+
+
+def fisher(
+    trainer: Any,
+    batch: Any,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
+) -> Any:
+    """The curvature of `nll`. The documentation is that of `Trainer.fisher`."""
+    methods = defined(trainer)
+    require_likelihood(trainer, "A Fisher matrix")
+    kind = "residuals" if "residuals" in methods else "nll"
+    return _matrices(trainer, batch, kind, blocks, batch_size, jac)
+
+
+def curvature(
+    trainer: Any,
+    batch: Any,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
+) -> Any:
+    """The Hessian of `loss`. The documentation is that of `Trainer.curvature`."""
+    return _matrices(trainer, batch, "loss", blocks, batch_size, jac)
+
+
+def has_likelihood(trainer: Any) -> bool:
+    """Whether a trainer's class defines more than a loss, whose scale is anyone's."""
+    return bool({"residuals", "nll"} & set(defined(trainer)))
+
+
+def require_likelihood(trainer: Any, what: str) -> None:
+    if not has_likelihood(trainer):
+        raise TypeError(
+            f"{what} needs a likelihood, and `{type(trainer).__name__}` defines only "
+            "`loss`: error bars from a mean, or from a sum with a penalty, would be "
+            "wrong. Define `residuals` or `nll` beside it. (To whiten the parameters, "
+            "`curvature` will do.)"
+        )
+
+
+def _matrices(
+    trainer: Any,
+    batch: Any,
+    kind: str,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
+) -> Any:
+    batch_size, jac = checked_batch_size(batch_size), checked_mode(jac)
+    params = as_parameters(trainer.params)
+    bare, batch = trainer._bare(), as_batch(batch)
+    selectors = None if blocks is None else _as_selectors(blocks)
+    if selectors is None and kind == "residuals" and batch_size is None:
+        matrices = (_gram(_jacobian(bare, batch, jac), ravel_dtype(params)),)
+    else:
+        members = _members(params, selectors)
+        matrices = _compute(bare, batch, kind, members, batch_size, jac)
+    _require_finite(matrices, f"The curvature of `{kind}`", trainer, batch)
+    if selectors is None:
+        return matrices[0]
+    return OrderedDict(zip(selectors, matrices, strict=True))
+
+
+def _members(
+    params: Params, selectors: tuple[Any, ...] | None
+) -> tuple[tuple[int, ...], ...]:
+    if selectors is None:
+        return (tuple(range(len(jax.tree.leaves(params)))),)
+    return find_blocks(params, selectors, "blocks")
+
+
+def _require_finite(found: Any, what: str, trainer: Any, batch: Any) -> None:
+    """Refuses what is not finite, unless it is traced."""
+    leaves = jax.tree.leaves(found)
+    if any(isinstance(leaf, Tracer) for leaf in leaves) or _all_finite(leaves):
+        return
+    raise ValueError(
+        f"{what} of `{type(trainer).__name__}` is not finite. "
+        + _explain_non_finite(trainer, batch)
+    )
+
+
+_all_finite = jax.jit(all_finite)
+
+
+def _explain_non_finite(trainer: Any, batch: Any) -> str:
+    return "Look at the data, the parameters and the derivatives of the model."
+
+
+def _as_selectors(blocks: Blocks) -> tuple[Any, ...]:
+    if isinstance(blocks, str) or callable(blocks):
+        return (blocks,)
+    is_optimiser = isinstance(blocks, optax.GradientTransformation)
+    if not isinstance(blocks, Sequence | Mapping) or is_optimiser or not blocks:
+        raise TypeError(
+            f"`blocks` is {blocks!r}, but must be a sequence of selectors, one for "
+            'each matrix: `("position", "flux")`; `vn.paths(trainer.params)` gives '
+            "each parameter its own, the rules of a ParamOptimiser each rule."
+        )
+    return tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
+
+
+def _within(
+    trainer: Any, batch: Any, block: tuple[int, ...], evaluate: Callable[..., Any]
+) -> tuple[Callable[[list[Array]], Array], list[Array]]:
+    """Returns what is evaluated as a function of some of the leaves, and these."""
+    key = step_key(trainer)
+    leaves, structure = jax.tree.flatten(trainer.params)
+
+    def of_leaves(own: list[Array]) -> Array:
+        changed = dict(zip(block, own, strict=True))
+        every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
+        there = live(trainer, structure.unflatten(every))
+        return evaluate(there, batch, key)
+
+    return of_leaves, [leaves[index] for index in block]
+
+
+def _subject(trainer: Any, kind: str, jac: Mode | None) -> Subject:
+    return Subject(f"`{kind}` of `{type(trainer).__name__}`", jac)
+
+
+@eqx.filter_jit
+def _compute(
+    trainer: Any,
+    batch: Any,
+    kind: str,
+    blocks: tuple[tuple[int, ...], ...],
+    batch_size: int | None,
+    jac: Mode | None,
+) -> tuple[Float[Array, "D D"], ...]:
+    """Computes one matrix for each group of leaves."""
+    of, evaluate = {
+        "residuals": (gauss_newton_matrix, real_residuals),
+        "nll": (hessian_matrix, negative_log_likelihood),
+        "loss": (hessian_matrix, lambda *args: score(*args).loss),
+    }[kind]
+    subject = _subject(trainer, kind, jac)
+    return tuple(
+        of(*_within(trainer, batch, block, evaluate), batch_size, subject)
+        for block in blocks
+    )
+
+
+@eqx.filter_jit
+def _jacobian(trainer: Any, batch: Any, jac: Mode | None) -> Float[Array, "N D"]:
+    """Computes the Jacobian of all residuals, of which everything else is made."""
+    (block,) = _members(trainer.params, None)
+    subject = _subject(trainer, "residuals", jac)
+    return jacobian_of(*_within(trainer, batch, block, real_residuals), None, subject)
+
+
+@partial(jax.jit, static_argnums=1)
+def _gram(jac: Float[Array, "N D"], dtype: np.dtype) -> Float[Array, "D D"]:
+    # Residuals of higher precision do not make the parameters any more precise.
+    return matmul(jac.T, jac).astype(dtype)
+
+
+_spectrum = jax.jit(of_jacobian)
+
+
+@eqx.filter_jit
+def _spectra(
+    trainer: Any,
+    batch: Any,
+    blocks: tuple[tuple[int, ...], ...],
+    batch_size: int | None,
+    jac: Mode | None,
+) -> tuple[Spectrum, ...]:
+    """Decomposes the Jacobian of each group of leaves."""
+    subject = _subject(trainer, "residuals", jac)
+    found = []
+    for block in blocks:
+        fn, own = _within(trainer, batch, block, real_residuals)
+        found.append(spectrum_of(fn, own, batch_size, subject))
+    return tuple(found)
+
+
+def _decomposed(
+    trainer: Any,
+    batch: Any,
+    selectors: tuple[Any, ...] | None,
+    batch_size: int | None,
+    jac: Mode | None,
+) -> tuple[tuple[Spectrum, ...], float]:
+    """Decomposes the Jacobians of the residuals.
+
+    **Returns:**
+
+    The spectra, in the dtype of the parameters, and the epsilon of the coarsest dtype.
+    """
+    batch_size, jac = checked_batch_size(batch_size), checked_mode(jac)
+    params = as_parameters(trainer.params)
+    bare, batch = trainer._bare(), as_batch(batch)
+    if selectors is None and batch_size is None:
+        spectra = (_spectrum(_jacobian(bare, batch, jac)),)
+    else:
+        members = _members(params, selectors)
+        spectra = _spectra(bare, batch, members, batch_size, jac)
+    _require_finite(spectra, "The Jacobian of `residuals`", trainer, batch)
+    own = widest((ravel_dtype(params), jnp.dtype("float32")))
+    dtypes = (ravel_dtype(params), spectra[0].values.dtype)
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    return jax.tree.map(lambda x: x.astype(own), spectra), eps
+
+
+WhitenOne = Callable[[Any, Params, int | None, str], DenseWhitening]
+
+
+def _by_matrix(
+    trainer: Any,
+    batch: Any,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
+    rtol: float | None,
+    on_null: OnNull,
+) -> tuple[Any, WhitenOne]:
+    """Finds Hessians, and what makes a whitening of one."""
+    kind = "nll" if has_likelihood(trainer) else "loss"
+    found = _matrices(trainer, batch, kind, blocks, batch_size, jac)
+    if rtol is None:
+        sizes = [max(len(matrix), ROUNDING) for matrix in jax.tree.leaves(found)]
+        dtype = jax.tree.leaves(found)[0].dtype
+        rtol = max(sizes) * float(jnp.finfo(dtype).eps)
+
+    def whiten_one(
+        matrix: Any, own: Params, rank: int | None, name: str
+    ) -> DenseWhitening:
+        label = f"The Hessian of `{kind}` at this point{name}"
+        return whiten(matrix, own, rtol, rank, on_null, "hessian", label)
+
+    return found, whiten_one
+
+
+def _by_jacobian(
+    trainer: Any,
+    batch: Any,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
+    rtol: float | None,
+    on_null: OnNull,
+) -> tuple[Any, WhitenOne]:
+    """Finds decomposed Jacobians, and what makes a whitening of one."""
+    selectors = None if blocks is None else _as_selectors(blocks)
+    spectra, eps = _decomposed(trainer, batch, selectors, batch_size, jac)
+
+    def whiten_one(
+        spectrum: Any, own: Params, rank: int | None, name: str
+    ) -> DenseWhitening:
+        size = spectrum.values.size
+        check_options(0 if rtol is None else rtol, rank, on_null, size)
+        cut = jacobian_cut(size, eps, rtol, rank, on_null)
+        return of_spectrum(spectrum, own, cut, f"`residuals`{name}", is_inverse=True)
+
+    if selectors is None:
+        return spectra[0], whiten_one
+    return OrderedDict(zip(selectors, spectra, strict=True)), whiten_one
+
+
+def whitening(
+    trainer: Any,
+    batch: Any,
+    batch_size: int | None,
+    jac: Mode | None,
+    *,
+    rtol: float | None = None,
+    rank: int | None = None,
+    on_null: OnNull = "prior",
+) -> DenseWhitening:
+    """Finds the map that whitens all parameters at the current point."""
+    by = _by_jacobian if "residuals" in defined(trainer) else _by_matrix
+    found, whiten_one = by(trainer, batch, None, batch_size, jac, rtol, on_null)
+    return whiten_one(found, as_parameters(trainer.params), rank, "")
+
+
+def whitened(
+    trainer: Any,
+    batch: Any,
+    blocks: Blocks | None,
+    batch_size: int | None,
+    jac: Mode | None,
+    *,
+    rtol: float | None = None,
+    rank: Any = None,
+    on_null: OnNull = "prior",
+) -> EigenProjector:
+    """Makes the projector of `Trainer.whiten`, which has the documentation."""
+    if blocks is None:
+        options: Any = {"rtol": rtol, "rank": rank, "on_null": on_null}
+        made = whitening(trainer, batch, batch_size, jac, **options)
+        return EigenProjector._of_vectors(trainer.params, made, "`batch`")
+    by = _by_jacobian if "residuals" in defined(trainer) else _by_matrix
+    found, whiten_one = by(trainer, batch, blocks, batch_size, jac, rtol, on_null)
+
+    def of_block(
+        given: Any, own: Params, rank: int | None, name: str
+    ) -> DenseWhitening:
+        return whiten_one(given, own, rank, f" (`{name}`)")
+
+    return EigenProjector._of_blocks(found, trainer.params, rank or {}, of_block)
