@@ -125,6 +125,7 @@ def test_compiles_once_for_a_function_and_a_shape():
     assert len(traces) == first
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize("curvature", [vn.hessian, vn.gauss_newton])
 def test_memory_is_that_of_a_batch(curvature):
     matrix = jnp.ones((5_000, 200))

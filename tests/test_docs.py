@@ -56,6 +56,7 @@ def test_public_plot_has_a_docstring(name):
     assert (getattr(vernal.plot, name).__doc__ or "").strip()
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")],

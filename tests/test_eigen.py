@@ -8,6 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 import vernal as vn
 
+pytestmark = pytest.mark.as_compiled
+
 
 def spectral(size, condition, units=0.0, dtype=np.float64, key=0):
     """A matrix in units of `10**±units`, and what it is without them.

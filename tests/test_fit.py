@@ -43,6 +43,7 @@ def fit(trainer, data=BATCH, steps=10, **options):
 # Against a loop by hand.
 
 
+@pytest.mark.as_compiled
 def test_a_fit_is_one_scan_by_hand():
     """Within a few units of the last place: the compiler may fuse the two otherwise."""
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05))
@@ -73,6 +74,7 @@ def test_a_fit_is_one_scan_by_hand():
     assert result.history.loss[-1] < 0.1 * values[0]
 
 
+@pytest.mark.as_compiled
 def test_a_fit_is_its_steps_to_the_bit():
     trainer = LineFit(line(), ADAM)
     stepped, losses = trainer, []
@@ -93,6 +95,7 @@ class Everything(LineFit):
         return loss * (1 + 0.1 * noise), {"noise": noise}
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize("cut", [1, 7, 16])
 @pytest.mark.parametrize("data", ["whole", "minibatches", "stream"])
 def test_two_fits_are_one_to_the_bit(cut, data):
@@ -125,6 +128,7 @@ def test_two_fits_are_one_to_the_bit(cut, data):
     assert len(set(whole.history["noise"])) == steps
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_chunks_change_nothing(chunk):
     trainer = LineFit(line(), ADAM)
@@ -133,6 +137,7 @@ def test_chunks_change_nothing(chunk):
     np.testing.assert_array_equal(one.history.loss, other.history.loss)
 
 
+@pytest.mark.as_compiled
 def test_twice_the_same():
     trainer = LineFit(line(), ADAM)
     assert same(fit(trainer).trainer, fit(trainer).trainer)
@@ -386,7 +391,9 @@ def test_ctrl_c():
 # The progress bar.
 
 BARRED = """
+import warnings
 import jax.numpy as jnp, optax, vernal as vn
+warnings.simplefilter("ignore")
 loss = lambda m, b: jnp.sum((m - b) ** 2)
 policy = vn.SkipStep()
 for data in 1.0, float("nan"):

@@ -19,6 +19,8 @@ from vernal._data import as_source
 from vernal._monitor import Monitor
 from vernal._record import Record
 
+pytestmark = pytest.mark.as_compiled
+
 BATCH = gaussian_batch(24)
 
 

@@ -102,6 +102,7 @@ VARIED = {
 }
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize("name", VARIED)
 def test_each_is_as_it_were_alone(name):
     trainers = VARIED[name]()

@@ -60,7 +60,7 @@ def same_histories(ours, theirs):
         np.testing.assert_allclose(ours[name], column, rtol=1e-8, atol=1e-12)
 
 
-class Drawn(GaussianFit):
+class Drawn(vn.Trainer):
     """Draws random numbers for each example, and keeps a mean over all of them."""
 
     def loss(self, model, batch, *, key, state):
@@ -228,6 +228,7 @@ def collectives(trainer, batch, mesh):
     return [match[1] for match in COLLECTIVE.finditer(text)]
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize("rules", ["one", "each"])
 def test_the_number_of_collectives_does_not_grow_with_the_parameters(rules):
     def found(depth):
@@ -242,6 +243,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_parameters(rules):
     assert set(few) == {"all-reduce"}
 
 
+@pytest.mark.as_compiled
 def test_one_device_needs_no_collectives():
     assert collectives(Chain(chain(2), ADAM), CHAIN, mesh_of(1)) == []
 

@@ -26,6 +26,8 @@ from models import (
     zoo,
 )
 
+pytestmark = pytest.mark.as_compiled
+
 
 def gradients(params, seed=0):
     leaves, structure = jax.tree.flatten(params)

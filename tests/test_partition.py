@@ -17,6 +17,8 @@ from vernal import _groups
 from vernal._partition import init_groups, update_groups
 from vernal._transform import Transform
 
+pytestmark = pytest.mark.as_compiled
+
 
 class Layer(eqx.Module):
     weight: jax.Array

@@ -303,6 +303,7 @@ class Told(GaussianFit):
         return loss, {"double": 2 * loss}
 
 
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
 def test_a_result_tells_parameters_from_metrics():
     trainer = Told(gaussian(), optax.sgd(0.01), train=("std", "mean"))
     result = trainer.fit(

@@ -12,6 +12,8 @@ from jax.flatten_util import ravel_pytree
 
 import vernal as vn
 
+pytestmark = pytest.mark.as_compiled
+
 D = 8
 
 

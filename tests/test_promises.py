@@ -14,6 +14,8 @@ import pytest
 import vernal as vn
 from models import Line, LineFit, line, line_batch, same
 
+pytestmark = pytest.mark.as_compiled
+
 
 class Count:
     """Counts how often it is traced."""

@@ -71,6 +71,7 @@ def by_hand(trainer, solver, batch, max_steps):
     return to_params, optx.least_squares(residuals, solver, start, **options)
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize(
     ("name", "space"),
     [
@@ -320,6 +321,7 @@ class Both(vn.Trainer):
         return jnp.mean((model["a"] - 2.0) ** 2)
 
 
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
 def test_minimisers_take_the_loss_and_least_squares_the_residuals():
     trainer = Both({"a": jnp.zeros(2)})
     minimised = trainer.solve(optx.BFGS(1e-10, 1e-10), None)

@@ -25,6 +25,7 @@ from models import (
 BATCH = line_batch()
 
 
+@pytest.mark.as_compiled
 def test_a_step_is_that_of_optax_by_hand():
     optimiser = optax.adam(0.1)
     trainer = LineFit(line(), optimiser)
@@ -457,6 +458,19 @@ def test_replace_keeps_what_fits():
 
     patient = trainer.replace(nan_policy=vn.SkipStep() | vn.StopAfter(3))
     assert isinstance(patient.step(BATCH)[0], LineFit)
+
+
+def test_replace_keeps_the_state_of_a_policy_of_the_same_kind():
+    bad = (BATCH[0], BATCH[1] * jnp.nan)
+    make = lambda patience: vn.SkipStep() | vn.StopAfter(patience)
+    trainer = LineFit(line(), optax.sgd(0.1), nan_policy=make(5))
+    trainer = trainer.step(bad)[0].step(bad)[0]
+    # Two bad steps in a row are behind it: the third is one too many.
+    assert trainer.replace(nan_policy=make(3)).step(bad)[0].stopped
+    assert not trainer.replace(nan_policy=make(4)).step(bad)[0].stopped
+    # The count of another policy has nothing to do with it.
+    alone = trainer.replace(nan_policy=vn.StopAfter(3))
+    assert not alone.step(bad)[0].stopped
 
 
 def test_replace_changes_what_is_frozen_too():

@@ -193,6 +193,7 @@ def test_a_loss_that_is_no_likelihood_whitens_by_its_curvature():
     np.testing.assert_allclose(hessian, np.eye(3), atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
 @pytest.mark.parametrize("how", ["reproject", "precondition"])
 def test_a_callback_may_renew_the_projector_without_compiling(how):
     traces = 0
@@ -324,17 +325,17 @@ def test_table():
     trainer = Fit(model, train="line")
     assert trainer.table((x, x, sigma)).splitlines() == [
         "parameter    value   standard error",
-        "───────────  ──────  ──────────────",
+        "───────────  ──────  ───────────────────────",
         "line.slope   -1.500  0.017",
         "line.offset  0.000   0.041",
-        "unit         3       frozen",
+        "unit         3       frozen (a Python float)",
     ]
     assert Fit(model, train="line.slope").table().splitlines() == [
         "parameter    value",
-        "───────────  ─────  ──────",
+        "───────────  ─────  ───────────────────────",
         "line.slope   -1.5",
         "line.offset  0      frozen",
-        "unit         3      frozen",
+        "unit         3      frozen (a Python float)",
     ]
 
 

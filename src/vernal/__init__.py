@@ -45,6 +45,7 @@ from ._partition import partition as partition
 from ._paths import UnknownPathError as UnknownPathError, paths as paths
 from ._peers import PeerError as PeerError
 from ._precondition import precondition as precondition
+from ._programs import forget as forget
 from ._projector import EigenProjector as EigenProjector
 from ._result import FitResult as FitResult
 from ._retrace import explain_retrace as explain_retrace
@@ -61,3 +62,7 @@ from ._stop import (
 from ._trainer import Trainer as Trainer
 from ._transform import window as window
 from ._unroll import unroll as unroll
+from ._warn import (
+    ObjectiveWarning as ObjectiveWarning,
+    PrecisionWarning as PrecisionWarning,
+)

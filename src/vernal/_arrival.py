@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from ._data import Source, Whole, as_batch
 from ._distance import measure, what_falls
 from ._edm import Distance, along
 from ._objective import step_key
+from ._programs import program
 from ._ravel import as_parameters
 from ._result import FitResult
 from ._solve import settled
@@ -20,7 +20,7 @@ from ._stop import StopReason
 _WORTH_A_NOTE = 20
 
 
-@eqx.filter_jit
+@program
 def _measure(trainer: Any, projector: Any, batch: Any, kind: str, fall: Any) -> Any:
     return measure(trainer, projector, batch, step_key(trainer), kind, fall)
 

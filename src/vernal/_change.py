@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 
 from ._alike import cast_like, require_alike
+from ._hyperparams import carried_over
 from ._nonfinite import NanPolicy
 from ._optimiser import ParamOptimiser
 from ._parts import Parts, parameters, strong
@@ -22,6 +24,7 @@ from ._setup import (
 )
 from ._transform import as_transform
 from ._typing import PyTree
+from ._x64 import narrowed_model
 
 
 def replace(
@@ -32,10 +35,13 @@ def replace(
     state: PyTree,
 ) -> dict[str, Any]:
     """Finds the fields of `Trainer.replace`, which has the documentation."""
+    if trainer.step_count.ndim:
+        return _replace_each(trainer, model, optimiser, nan_policy, state)
     old, parts, transform = trainer._progress, trainer._parts, trainer.optimiser
     new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
     params, latent = old.params, old.latent
     if model is not None:
+        model = narrowed_model(model)
         if jax.tree.structure(model) != parts.structure:
             raise ValueError(
                 "`model` has another structure than the one that is fitted. For "
@@ -63,7 +69,7 @@ def replace(
         refuse_names_in_latent_space(trainer.projector, transform)
         check_ruled(transform, params)
         fresh = initial_opt_state(transform, params, latent)
-        new["opt_state"] = kept(old.opt_state, fresh)
+        new["opt_state"] = carried_over(trainer, params, latent, fresh)
     policy = trainer.nan_policy
     if nan_policy is not None:
         check_arguments(nan_policy, None, None)
@@ -76,6 +82,35 @@ def replace(
         "_parts": parts,
         "_progress": dataclasses.replace(old, **new),
     }
+
+
+def _replace_each(
+    trainer: Any, model: Any, optimiser: Any, nan_policy: Any, state: PyTree
+) -> dict[str, Any]:
+    """Finds the fields for each member of a stacked trainer."""
+    size = len(trainer.step_count)
+    # What all members share may have no rows.
+    own = lambda leaf: 0 if eqx.is_array(leaf) and leaf.shape[:1] == (size,) else None
+    if optimiser is not None:
+        optimiser = as_transform(optimiser, "optimiser")
+    rows = eqx.if_array(0)
+    found = eqx.filter_vmap(replace, in_axes=(own, rows, own, own, rows))(
+        trainer, model, optimiser, nan_policy, state
+    )
+    for name, new in {"optimiser": optimiser, "nan_policy": nan_policy}.items():
+        old = getattr(trainer, name)
+        found[name] = old if new is None else _with_rows(new, old, size)
+    if model is None:
+        found["_parts"] = trainer._parts
+    return found
+
+
+def _with_rows(new: Any, old: Any, size: int) -> Any:
+    """Gives new configuration a row for each member, where the old has them."""
+    leaves = jax.tree.leaves(old)
+    have = [leaf.shape[:1] == (size,) for leaf in leaves if eqx.is_array(leaf)]
+    rows = lambda x: x if x.shape[:1] == (size,) else jnp.stack([x] * size)
+    return jax.tree.map(rows, new) if all(have) else new
 
 
 def reproject(

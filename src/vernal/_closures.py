@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
+from ._reads import reads, scope_key
 from ._skeleton import (
     Function,
     Group,
@@ -25,7 +26,7 @@ from ._skeleton import (
     Static,
     interned,
 )
-from ._values import Same, globals_key, may_change, names_used, value_key
+from ._values import Hashed, Same, names_rebound, value_key
 
 
 class _Encoder:
@@ -69,14 +70,14 @@ class _Encoder:
             return part
         self.alive.append(obj)
         self.open.add(id(obj))
-        part = self.met[id(obj)] = self.group(obj)
+        part = self.met[id(obj)] = self.group(obj, name)
         self.open.remove(id(obj))
         return part
 
     def parts(self, objs: Iterable[Any]) -> tuple[Part, ...]:
         return tuple(self.walk(obj) for obj in objs)
 
-    def group(self, obj: Any) -> Part:
+    def group(self, obj: Any, name: str | None = None) -> Part:
         kind = type(obj)
         if kind is tuple:
             return Group(kind, self.parts(obj), tuple)
@@ -89,7 +90,7 @@ class _Encoder:
         if kind is set:
             return Group((kind, value_key(obj)), (), lambda _, v=frozenset(obj): {*v})
         if kind is dict:
-            return self.dictionary(obj)
+            return self.dictionary(obj, name)
         if kind is types.MethodType:
             parts = self.parts((obj.__func__, obj.__self__))
             return Group(kind, parts, lambda built: types.MethodType(*built))
@@ -98,9 +99,12 @@ class _Encoder:
             return Group(kind, parts, lambda b: kind(b[0], *b[1], **b[2]))
         return self.node(obj)
 
-    def dictionary(self, obj: dict[Any, Any]) -> Part:
+    def dictionary(self, obj: dict[Any, Any], name: str | None) -> Part:
         keys = tuple(obj)
         names = (key if isinstance(key, str) else None for key in keys)
+        if name in self.rates:
+            # A dictionary of rates: each is one, whatever its own name.
+            names = (name for _ in keys)
         parts = tuple(map(self.walk, obj.values(), names))
         return Group(
             (dict, tuple(map(value_key, keys))),
@@ -111,7 +115,8 @@ class _Encoder:
     def node(self, obj: Any) -> Part:
         children, treedef = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
         if jtu.treedef_is_leaf(treedef):
-            return Static(value_key(obj), obj)
+            # What is equal to another object may hold something else.
+            return Static((value_key(obj), reads(obj).key), obj)
         node = treedef.node_data()
         try:
             # A treedef compares its static data by `==`, which is too generous.
@@ -124,14 +129,13 @@ class _Encoder:
     def function(self, fn: types.FunctionType) -> Part:
         key = (
             fn.__code__,
-            globals_key(fn),
+            Same(fn.__globals__),
+            scope_key(fn),
             fn.__name__,
             fn.__qualname__,
             fn.__module__,
             fn.__doc__,
         )
-        if any(map(may_change, _instances(fn))):
-            key = (Same(fn), *key)
         contents = fn.__closure__, fn.__defaults__, fn.__kwdefaults__, fn.__dict__
         if not any(contents):
             return Static(key, fn)
@@ -140,7 +144,7 @@ class _Encoder:
         index = self.function_index[id(fn)] = len(self.shells)
         self.shells.append(None)
         self.alive.append(fn)
-        _, rebound = names_used(fn.__code__)
+        rebound = names_rebound(fn.__code__)
         met = len(self.leaves)
         outer_rates, package = self.rates, fn.__globals__.get("__name__", "")
         is_within = self.within is None or package.split(".")[0] in self.within
@@ -184,17 +188,6 @@ class _Encoder:
         return index
 
 
-def _instances(fn: types.FunctionType) -> list[Any]:
-    """The objects in a function's cells: containers are walked, and compared so."""
-    contents = []
-    for cell in fn.__closure__ or ():
-        try:
-            contents.append(cell.cell_contents)
-        except ValueError:
-            continue
-    return [x for x in contents if not isinstance(x, list | dict | set)]
-
-
 def _is_importable(fn: types.FunctionType) -> bool:
     """Whether a function is the one of its name in its module."""
     module = sys.modules.get(fn.__module__ or "")
@@ -234,8 +227,8 @@ class Closure(eqx.Module):
             of them. What is none of these is kept as it is: compared by type and
             value if it can be hashed, by identity if it cannot.
         - `rates`: names. A float in a variable or under a dictionary key of such a
-            name becomes a leaf as well. For transformations: what they rebind by
-            `nonlocal` is taken by value.
+            name becomes a leaf as well, and so does each in a dictionary of that name.
+            For transformations: what they rebind by `nonlocal` is taken by value.
         - `within`: packages. Where given, `rates` holds in their functions alone: what
             others do with a rate, nobody knows; they may look at it in Python.
 
@@ -247,9 +240,10 @@ class Closure(eqx.Module):
         root = encoder.walk(obj)
         shells = cast(tuple[Shell, ...], tuple(encoder.shells))
         plan = Plan(root, shells, tuple(encoder.cells))
-        skeleton = interned.get(plan)
+        key = Hashed(plan)
+        skeleton = interned.get(key)
         if skeleton is None:
-            skeleton = interned[plan] = Skeleton(plan, hash(plan))
+            skeleton = interned[key] = Skeleton(plan, hash(key))
         return cls(tuple(encoder.leaves), skeleton)
 
     def decode(self) -> Any:

@@ -13,6 +13,7 @@ from ._data import Minibatches, Whole
 from ._monitor import Monitor, MonitorState
 from ._objective import metric_shapes
 from ._placement import Placement
+from ._programs import program
 from ._record import Record, Rows
 from ._step import Progress, advance, scored_anew, tree_norm
 
@@ -24,6 +25,7 @@ class Chunk(NamedTuple):
     watched: MonitorState | None
     rows: Rows
     scores: Rows | None
+    has_accepted: Bool[Array, ""] | Bool[Array, " members"]
 
     @property
     def moving(self) -> "Moving":
@@ -60,10 +62,13 @@ class Ended(NamedTuple):
 
     step_count: Int[Array, ""]
     is_over: Bool[Array, ""]
+    has_accepted: Bool[Array, ""]
 
     @classmethod
-    def of(cls, moving: Moving) -> "Ended":
-        return cls(jnp.copy(moving.progress.step_count), jnp.copy(is_over(*moving)))
+    def of(cls, chunk: Chunk) -> "Ended":
+        over = is_over(*chunk.moving)
+        count = jnp.copy(chunk.progress.step_count)
+        return cls(count, jnp.copy(over), chunk.has_accepted)
 
 
 def chunk_of_one(
@@ -89,11 +94,12 @@ def chunk_of_one(
     shapes = record.shapes(trainer._at(start), first_batch)
     rows = Rows.empty(start.best_loss, shapes, step, task.every, task.most_rows)
     scores = monitor.room(start.best_loss, step, task.most_rows)
-    chunk = Chunk(start, moving.watched, rows, scores)
+    none_yet = jnp.zeros_like(start.stopped)
+    chunk = Chunk(start, moving.watched, rows, scores, none_yet)
     chunk = run_loop(take, source, monitor, task.goal, step, chunk)
     # The next chunk is the same program if it finds everything where this one did.
     chunk = chunk if place is None else place.pin(chunk)
-    return chunk, Ended.of(chunk.moving)
+    return chunk, Ended.of(chunk)
 
 
 class Taken(NamedTuple):
@@ -103,6 +109,7 @@ class Taken(NamedTuple):
     watched: MonitorState | None
     loss: Array
     values: dict[str, Array]
+    accepted: Bool[Array, ""]
 
 
 def take_one(
@@ -119,7 +126,7 @@ def take_one(
     values = record.values(old, new.params, outcome)
     if watched is not None:
         new, watched = monitor.look(trainer._at(new), outcome, watched, is_due)
-    return Taken(new, watched, outcome.loss, values)
+    return Taken(new, watched, outcome.loss, values, outcome.accepted)
 
 
 def is_over(
@@ -162,7 +169,9 @@ def run_loop(
         rows, scores = chunk.rows.put(step, taken.loss, taken.values), chunk.scores
         if scores is not None and taken.watched is not None:
             scores = scores.put(step + 1, taken.watched.score, {})
-        return Chunk(taken.progress, taken.watched, rows, scores), cursor, step + 1
+        has_accepted = chunk.has_accepted | taken.accepted
+        chunk = Chunk(taken.progress, taken.watched, rows, scores, has_accepted)
+        return chunk, cursor, step + 1
 
     def goes_on(carry: tuple[Any, ...]) -> Array:
         chunk, _, step = carry
@@ -191,7 +200,7 @@ class StepInfo(NamedTuple):
     metrics: dict[str, Any]
 
 
-@eqx.filter_jit
+@program
 def run_step(
     trainer: Any, batch: Any, place: Placement | None = None
 ) -> tuple[Progress, StepInfo]:
@@ -202,7 +211,7 @@ def run_step(
         progress, outcome = advance(there, batch)
         return progress, StepInfo(
             outcome.loss,
-            tree_norm(outcome.grads),
+            tree_norm(outcome.grads).astype(outcome.loss.dtype),
             outcome.accepted,
             progress.stopped,
             outcome.metrics,
@@ -222,8 +231,8 @@ def _blank(like: jax.ShapeDtypeStruct) -> Array:
     return jnp.full(like.shape, jnp.nan if inexact else 0, like.dtype)
 
 
-run_chunk = eqx.filter_jit(chunk_of_one)
+run_chunk = program(chunk_of_one)
 
 # The same where what it goes on from is not needed any more: there the memory is used
 # again, and what it was is gone.
-run_chunk_in_place = eqx.filter_jit(chunk_of_one, donate="all-except-first")
+run_chunk_in_place = program(chunk_of_one, donate="all-except-first")

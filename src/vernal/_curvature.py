@@ -21,6 +21,7 @@ from ._modes import (
     traced,
 )
 from ._precision import matmul
+from ._programs import program
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
 from ._singular import Spectrum, of_jacobian, of_products
 from ._typing import Params, checked, whole_number
@@ -140,9 +141,9 @@ def gauss_newton_matrix(
     return ((matrix + matrix.T) / 2).astype(flat.dtype)
 
 
-_hessian = eqx.filter_jit(hessian_matrix)
-_gauss_newton = eqx.filter_jit(gauss_newton_matrix)
-_jacobian = eqx.filter_jit(jacobian_of)
+_hessian = program(hessian_matrix)
+_gauss_newton = program(gauss_newton_matrix)
+_jacobian = program(jacobian_of)
 
 
 class MatrixFree(eqx.Module):
@@ -184,7 +185,7 @@ def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
     return Partial(function) if all_leaves([function]) else function
 
 
-@eqx.filter_jit
+@program
 def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
     flat = ravel(tangent, ravel_dtype(matrix.params))
     return unravel(matrix.flat()(flat), matrix.params)
@@ -205,8 +206,8 @@ def hessian(
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`. Each
     column is a forward derivative of the gradient, if that is possible; the matrix is
     then made exactly symmetric. It compiles once for each `fn`, which is known by its
-    identity, and each set of shapes: what `fn` reads from outside of its arguments must
-    not change.
+    identity, and each set of shapes; and anew where the code of `fn`, or what it reads,
+    has changed.
 
     **Arguments:**
 
@@ -252,8 +253,8 @@ def gauss_newton(
     $J$ is formed by forward derivatives; or, with `batch_size`, each column of $F$ is a
     forward derivative followed by its transpose, and $J$ as a whole is never kept.
     Where one mode alone is possible, or asked for, $J$ is kept as a whole. It compiles
-    once for each `residuals`, which is known by its identity, and each set of shapes:
-    what `residuals` reads from outside of its arguments must not change.
+    once for each `residuals`, which is known by its identity, and each set of shapes;
+    and anew where its code, or what it reads, has changed.
 
     **Arguments:**
 

@@ -7,6 +7,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from ._closures import Closure
+from ._frames import entrance
 from ._nonfinite import NanPolicy, StopFit
 from ._projector import EigenProjector
 from ._result import FitResult
@@ -29,6 +30,7 @@ class _FunctionTrainer(Trainer[Model, Batch]):
         return self.function.decode()(model, batch, **options)
 
 
+@entrance
 def fit(
     loss: Callable[..., Any],
     model: Model,

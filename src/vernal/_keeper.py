@@ -34,7 +34,7 @@ from ._leaves import (
 )
 from ._log import HistoryLog
 from ._peers import Peers
-from ._snapshot import kinds, require_restorable, restore, snapshot
+from ._snapshot import begun, kinds, require_restorable, restore, snapshot
 from ._typing import PyTree
 
 _FORMAT = 1
@@ -149,14 +149,14 @@ class Keeper:
             ) from error
 
     def restore(
-        self, trainer: Any, begun: int, watched: PyTree
+        self, trainer: Any, first: int, watched: PyTree
     ) -> tuple[Any, PyTree, History | None]:
         """Puts the newest checkpoint that is whole into a trainer, if there is one.
 
         **Arguments:**
 
         - `trainer`: the trainer.
-        - `begun`: how many steps it has taken.
+        - `first`: how many steps it has taken.
         - `watched`: what the fit's monitor remembers, as yet nothing.
 
         **Returns:**
@@ -164,6 +164,8 @@ class Keeper:
         The trainer, what the monitor remembers, and the history so far, `None` for
         none.
         """
+        # Those of the program: a callback may have given others since.
+        self._begun = begun(trainer)
         steps = sorted(self._manager.all_steps(), reverse=True)
         torn: dict[int, Any] = {}
         for step in steps:
@@ -181,10 +183,10 @@ class Keeper:
             if history is None:
                 torn[step] = reason
                 continue
-            if step < begun:
+            if step < first:
                 raise ValueError(
                     f"`checkpoint`: {self.folder} holds a fit at step {step}, and the "
-                    f"trainer is at step {begun} already. Give each fit a directory "
+                    f"trainer is at step {first} already. Give each fit a directory "
                     "of its own."
                 )
             for number, reason in torn.items():
@@ -307,7 +309,7 @@ class Keeper:
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
                 self._manager.delete(step)
-        arrays = snapshot(trainer) | _of_the_fit(watched)
+        arrays = snapshot(trainer) | self._begun | _of_the_fit(watched)
         small, large = _apart(arrays)
         add = lambda: self._log.append(history)
         extents, _ = self._peers.together(add, lambda _: None, "a checkpoint")

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -13,6 +12,7 @@ from ._alike import require_alike
 from ._curvature import MatrixFree, Product
 from ._eigen import descending
 from ._precision import matmul
+from ._programs import program
 from ._ravel import as_parameters, ravel, unravel
 from ._typing import Params
 
@@ -39,7 +39,7 @@ class Leading(NamedTuple):
     is_finite: Bool[Array, ""]
 
 
-@eqx.filter_jit
+@program
 def find_leading(
     matvec: Callable[[Params], Params],
     params: Params,

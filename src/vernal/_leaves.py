@@ -9,6 +9,7 @@ import numpy as np
 
 from ._paths import dotted
 from ._typing import PyTree
+from ._x64 import is_on, is_wide
 
 _NUMBERS = {kind.__name__: kind for kind in (bool, int, float, complex)}
 
@@ -70,6 +71,12 @@ def from_arrays(kept: Mapping[str, NamedArray], like: PyTree, source: str) -> Py
     own = dict(_named(like))
     expected = {path: _kind(leaf) for path, leaf in own.items() if _can_be_kept(leaf)}
     require_alike_kinds({p: k.kind for p, k in kept.items()}, expected, source)
+    wide = [p for p, leaf in own.items() if _is_cut(leaf)]
+    if wide:
+        raise MismatchError(
+            f"{source} holds {wide[0]!r} as {expected[wide[0]]}, and so does the tree "
+            "that it is to be loaded into, but `jax_enable_x64` is off. Turn it on."
+        )
     leaves = [
         _as_before(kept[path].array, leaf) if path in expected else leaf
         for path, leaf in own.items()
@@ -88,12 +95,19 @@ def require_alike_kinds(
         if there != here
     ]
     if odd:
+        with_x64 = ", with `jax_enable_x64` as it was" if _by_precision(pairs) else ""
         more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
         raise MismatchError(
             f"{source} holds another tree than the one that it is to be loaded into: "
             f"{'; '.join(odd[:5])}{more}. Make the model and its optimiser as they "
-            "were."
+            f"were{with_x64}."
         )
+
+
+def _by_precision(pairs: Mapping[str, tuple[Kind | None, Kind | None]]) -> bool:
+    """Whether what differs may do so in the number of bits alone."""
+    name = lambda kind: kind and kind.dtype.rstrip("0123456789")
+    return any(a != b and name(a) == name(b) for a, b in pairs.values())
 
 
 def _told(kind: Kind | None) -> str:
@@ -117,6 +131,11 @@ def _can_be_kept(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind not in "OSUMm"
     return isinstance(leaf, jax.Array) or type(leaf).__name__ in _NUMBERS
+
+
+def _is_cut(leaf: Any) -> bool:
+    is_number = isinstance(leaf, jax.Array) and not is_key(leaf)
+    return is_number and is_wide(leaf.dtype) and not is_on()
 
 
 def is_key(leaf: Any) -> bool:

@@ -9,8 +9,10 @@ from jax.core import Tracer
 
 from ._bar import Bar
 from ._checkpoint import Checkpoints
+from ._constrain import check_elementwise
 from ._data import Source, Stream, StreamExhaustedError
 from ._feed import Dry, Pace
+from ._frames import warn
 from ._history import History
 from ._keeper import Keeper
 from ._one import One
@@ -96,12 +98,17 @@ def fit(
         elif run is not None and not hasattr(error, "result"):
             with contextlib.suppress(AttributeError):
                 error.result = run.cut_short(StopReason.ERROR)  # pyright: ignore
-                error.add_note("The fit up to here is `.result` of this error.")
+                if run.taken:
+                    error.add_note("The fit up to here is `.result` of this error.")
         raise
-    result = kind.ended(run.trainer, run.history(), run.monitor, run.watched, reason)
+    parts = run.trainer, run.history(), run.monitor, run.watched
+    result = kind.ended(*parts, reason, run.is_all_skipped)
     result = kind.checked(result, run.source)
-    if run.taken:
-        kind.raise_if_non_finite(result)
+    if run.taken and (end := kind.bad_end(result)):
+        diagnosis = run.diagnosis(end)
+        kind.raise_if_non_finite(result, diagnosis.advised)
+        if str(diagnosis):
+            warn(f"{end.sentence} {diagnosis}")
     return result
 
 
@@ -129,6 +136,7 @@ def _go_on(
             if wish.keeps:
                 run.keep()
     except KeyboardInterrupt:
+        peers.is_heeded = True
         return StopReason.INTERRUPTED
     return StopReason.STEPS_TAKEN
 
@@ -146,6 +154,7 @@ def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
             "`fit` runs compiled programs from the host, and cannot be a part of one. "
             "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
         )
+    check_elementwise(kind.template(trainer))
     if kind.count(trainer) + steps > MOST_STEPS:
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "

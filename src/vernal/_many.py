@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
+from ._frames import entrance
 from ._loop import fit
 from ._members import Many, ManyResult
 from ._placement import Placement, placement
@@ -15,6 +16,7 @@ from ._typing import whole_number
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
 
+@entrance
 def fit_many(
     trainers: Sequence[TrainerT] | TrainerT,
     data: Any,

@@ -12,16 +12,16 @@ from ._compiled import Chunk, Ended, Moving, Task
 from ._data import Minibatches, Source, Whole, as_batch, as_source
 from ._history import History
 from ._monitor import Monitor, MonitorState
-from ._nonfinite import NanCount
-from ._one import One
+from ._nonfinite import SKIP_ADVICE, NanCount
+from ._one import BadEnd, One
 from ._paths import dotted
 from ._placement import Placement
 from ._record import Rows
 from ._solve import Problem, checked_solver
 from ._solve_many import Members, solve_many
-from ._spread import Flags, Spread, apart, run_many, run_many_in_place
+from ._spread import Flags, Spread, apart, member, run_many, run_many_in_place
 from ._stack import first_row, stack
-from ._stop import StopReason
+from ._stop import AT_NON_FINITE, StopReason
 from ._trainer import Trainer
 from ._typing import PyTree
 
@@ -158,7 +158,7 @@ class Many(One):
     def _whole(self, array: Any) -> Any:
         return array if self.place is None else self.place.whole(array)
 
-    def _on_host(self, array: Any) -> np.ndarray:
+    def on_host(self, array: Any) -> np.ndarray:
         return np.asarray(self._whole(array))
 
     def _axes(self, batch: Any, argument: str) -> list[int | None]:
@@ -203,10 +203,10 @@ class Many(One):
         return structure.unflatten(rows)
 
     def count(self, trainer: Any) -> int:
-        return int(self._on_host(trainer.step_count).max())
+        return int(self.on_host(trainer.step_count).max())
 
     def is_over(self, *flags: Any) -> bool:
-        return bool(np.logical_or.reduce([*map(self._on_host, flags)]).all())
+        return bool(np.logical_or.reduce([*map(self.on_host, flags)]).all())
 
     def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
         spread = Spread(
@@ -233,7 +233,7 @@ class Many(One):
         return (False,) * len(jax.tree.leaves(source))
 
     def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
-        counts = self._on_host(step_count)
+        counts = self.on_host(step_count)
         history = super().recorded(counts.max(), rows, scores)
         # One that is over is computed on with the others: of that there is no record.
         is_over = history.steps[:, None] >= counts
@@ -243,8 +243,8 @@ class Many(One):
         return history
 
     def shown(self, trainer: Any, history: History) -> dict[str, str]:
-        best = float(self._on_host(trainer.best_loss).min())
-        over = int(self._on_host(trainer.stopped).sum())
+        best = float(self.on_host(trainer.best_loss).min())
+        over = int(self.on_host(trainer.stopped).sum())
         shown = {"trainers": str(self.size), "best": f"{best:.6g}"}
         return shown | ({"stopped": str(over)} if over else {})
 
@@ -255,11 +255,12 @@ class Many(One):
         monitor: Monitor,
         watched: MonitorState | None,
         reason: StopReason,
+        is_all_skipped: np.ndarray,
     ) -> ManyResult[Any]:
         progress = trainer._progress
-        lasts = self._on_host(progress.nan_counts)[:, -1]
-        is_bad = lasts.max(axis=1) == self._on_host(progress.step_count) - 1
-        stopped = self._on_host(progress.stopped)
+        lasts = self.on_host(progress.nan_counts)[:, -1]
+        is_bad = lasts.max(axis=1) == self.on_host(progress.step_count) - 1
+        stopped = self.on_host(progress.stopped)
         watched = jax.device_get(jax.tree.map(self._whole, watched))
         reasons = []
         for index in range(self.size):
@@ -267,8 +268,12 @@ class Many(One):
             if stopped[index]:
                 bad = is_bad[index]
                 reasons.append(StopReason.NON_FINITE if bad else StopReason.POLICY)
+            elif (met := monitor.reason(own)) is not None:
+                reasons.append(met)
+            elif reason is StopReason.STEPS_TAKEN and is_all_skipped[index]:
+                reasons.append(StopReason.ALL_SKIPPED)
             else:
-                reasons.append(monitor.reason(own) or reason)
+                reasons.append(reason)
         return self._result(trainer, history, reasons)
 
     def checked(self, result: Any, source: Source) -> Any:
@@ -314,12 +319,32 @@ class Many(One):
         self.raise_if_non_finite(result)
         return result
 
-    def raise_if_non_finite(self, result: ManyResult[Any]) -> None:
+    def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:
+        are_bad = [reason in AT_NON_FINITE for reason in result.stop_reasons]
+        raises = result.trainers.nan_policy.raises
+        if not (any(are_bad) if raises else all(are_bad)):
+            return None
+        index = are_bad.index(True)
+        sentence = (
+            f"`fit_many`: all {len(result)} trainers ended at values that are not "
+            "finite. The first:"
+        )
+        return BadEnd(index, result.trainer(index), sentence)
+
+    def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
+        source = self.home_state(source)
+        if isinstance(source, Whole):
+            return member(source, self._source_flags(source), index).batch
+        return source
+
+    def raise_if_non_finite(
+        self, result: ManyResult[Any], explanation: str = SKIP_ADVICE
+    ) -> None:
         if not result.trainers.nan_policy.raises:
             return
         for index, reason in enumerate(result.stop_reasons):
             if reason is StopReason.NON_FINITE:
-                raise result.trainer(index)._non_finite_error(result)
+                raise result.trainer(index)._non_finite_error(result, explanation)
 
 
 def _flatten(tree: PyTree) -> Any:

@@ -105,6 +105,11 @@ class NanCount(NamedTuple):
     first_step: int | None
 
 
+SKIP_ADVICE = (
+    "To go on past such steps, use `nan_policy=vn.SkipStep() | vn.StopAfter(10)`."
+)
+
+
 class NonFiniteError(FloatingPointError):
     """A fit under [`vernal.RaiseOnNan`][] met a value that is not finite.
 
@@ -116,6 +121,8 @@ class NonFiniteError(FloatingPointError):
     - `report`: the whole of [`vernal.Trainer.nan_report`][].
     - `result`: what there was when it happened: a `FitResult` from `fit`, a `Trainer`
         from `step`. The step that failed is not taken, so nothing in it is poisoned.
+    - `explanation`: sentences that say where it comes from: the data, the parameters or
+        the model; and what to do about it.
     """
 
     def __init__(
@@ -124,21 +131,23 @@ class NonFiniteError(FloatingPointError):
         paths: Sequence[str],
         report: Mapping[str, NanCount],
         result: Any,
+        explanation: str = SKIP_ADVICE,
     ):
         """**Arguments:** see the attributes."""
         self.step: int = step
         self.paths: tuple[str, ...] = tuple(paths)
         self.report: dict[str, NanCount] = dict(report)
         self.result = result
+        self.explanation = explanation
         # The arguments as they are, so that a copy and a pickle can be made of it.
-        super().__init__(step, self.paths, self.report, result)
+        super().__init__(step, self.paths, self.report, result, explanation)
 
     def __str__(self) -> str:
         """The message: where, and what to do about it."""
         return (
             f"not finite at step {self.step}: {', '.join(self.paths)}. "
-            "The step was not taken: `.result` has everything up to it. To go on "
-            "past such steps, use `nan_policy=vn.SkipStep() | vn.StopAfter(10)`."
+            "The step was not taken: `.result` has everything up to it. "
+            f"{self.explanation}"
         )
 
 

@@ -103,7 +103,7 @@ def negative_log_likelihood(
     if "nll" in defined(trainer):
         nll = _call(trainer, "nll", model, batch, key)
         return _as_scalar(trainer, "nll", nll)
-    residuals = _residuals(trainer, model, batch, key)
+    residuals = residuals_as_returned(trainer, batch, key, model)
     squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
     return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
 
@@ -112,7 +112,7 @@ def real_residuals(
     trainer: Any, batch: Any, key: PRNGKeyArray | None
 ) -> Float[Array, " N"]:
     """Evaluates `residuals` as one real vector: of a complex one, both its parts."""
-    residuals = _residuals(trainer, trainer.model, batch, key)
+    residuals = residuals_as_returned(trainer, batch, key)
     if jnp.ndim(residuals) == 0:
         raise ValueError(
             f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
@@ -122,7 +122,11 @@ def real_residuals(
     return jnp.concatenate([flat.real, flat.imag]) if _is_complex(flat) else flat
 
 
-def _residuals(trainer: Any, model: Any, batch: Any, key: PRNGKeyArray | None) -> Array:
+def residuals_as_returned(
+    trainer: Any, batch: Any, key: PRNGKeyArray | None, model: Any = None
+) -> Array:
+    """Evaluates `residuals`, in the shape that they have."""
+    model = trainer.model if model is None else model
     residuals = _call(trainer, "residuals", model, batch, key)
     if not hasattr(residuals, "shape"):
         raise TypeError(

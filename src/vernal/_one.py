@@ -1,7 +1,7 @@
 """What a fit asks of what it fits: here, one trainer."""
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,13 +9,21 @@ from jaxtyping import Array
 
 from ._arrival import checked_end
 from ._compiled import Chunk, Ended, Moving, Task, run_chunk, run_chunk_in_place
-from ._data import Source, as_batch, as_source
+from ._data import Minibatches, Source, Whole, as_batch, as_source
 from ._history import History
 from ._monitor import Monitor, MonitorState
 from ._placement import Placement, context
 from ._record import Rows
 from ._result import FitResult
-from ._stop import StopReason
+from ._stop import AT_NON_FINITE, StopReason
+
+
+class BadEnd(NamedTuple):
+    """What ended at a value that is not finite: its index, if there are many."""
+
+    index: Any
+    trainer: Any
+    sentence: str
 
 
 class One:
@@ -87,6 +95,10 @@ class One:
         """Returns what of a batch each trainer sees, or its shapes."""
         return batch
 
+    def on_host(self, array: Any) -> np.ndarray:
+        """Copies an array to the host."""
+        return np.asarray(array)
+
     def count(self, trainer: Any) -> int:
         """Tells how many steps were taken."""
         return int(trainer.step_count)
@@ -139,10 +151,13 @@ class One:
         monitor: Monitor,
         watched: MonitorState | None,
         reason: StopReason,
+        is_all_skipped: np.ndarray,
     ) -> Any:
         """Makes the result of a fit that came to its end.
 
         **Arguments:**
+
+        - `is_all_skipped`: whether no step was accepted.
 
         - `reason`: why there were no more chunks, unless the trainer knows better.
         """
@@ -151,6 +166,8 @@ class One:
             reason = StopReason.NON_FINITE if is_bad else StopReason.POLICY
         elif (met := monitor.reason(watched)) is not None:
             reason = met
+        elif reason is StopReason.STEPS_TAKEN and is_all_skipped:
+            reason = StopReason.ALL_SKIPPED
         return self.cut_short(trainer, history, reason)
 
     def checked(self, result: Any, source: Source) -> Any:
@@ -161,6 +178,20 @@ class One:
         """Makes the result of a fit that did not."""
         return FitResult(self.home(trainer), history, reason)
 
-    def raise_if_non_finite(self, result: Any) -> None:
+    def bad_end(self, result: Any) -> BadEnd | None:
+        """Finds what ended at a value that is not finite, if anything did.
+
+        Of many trainers it is the first, if there is an error to raise or all ended so.
+        """
+        reason = result.stop_reason
+        if reason not in AT_NON_FINITE:
+            return None
+        return BadEnd((), self.placed(result.trainer), f"`fit`: {reason}")
+
+    def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
+        """Returns what one trainer saw of a source: a batch, or all minibatches."""
+        return source.batch if isinstance(source, Whole) else source
+
+    def raise_if_non_finite(self, result: Any, explanation: str) -> None:
         """Raises, under a policy that does."""
-        result.trainer._raise_if_non_finite(result)
+        result.trainer._raise_if_non_finite(result, explanation)

@@ -15,7 +15,14 @@ from jaxtyping import Array, ArrayLike
 from ._closures import Closure
 from ._groups import init_groups, update_groups
 from ._parts import parameters, strong
-from ._paths import UnknownPathError, dotted, is_inexact, nearest_names
+from ._paths import (
+    UnknownPathError,
+    dotted,
+    is_float,
+    is_inexact,
+    named_leaves,
+    nearest_names,
+)
 from ._selectors import atoms, keep, resolve
 from ._table import aligned
 from ._transform import AbstractTransform, Transform, as_transform
@@ -33,6 +40,29 @@ class ParamOptimiserState(eqx.Module):
     paths: tuple[str, ...] = eqx.field(static=True)
     shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
     owners: tuple[int, ...] = eqx.field(static=True)
+
+
+class _Learned:
+    """What is static in a state that was made without parameters.
+
+    `optax.tree_map_params` makes such a state, compares it with a whole one, and fills
+    it with the values of that. It is equal to what it first meets, and remembers that.
+    """
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def __eq__(self, other: object) -> bool:
+        other = _known(other)
+        self.value = other if self.value is None else self.value
+        return self.value == other
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+
+def _known(static: Any) -> Any:
+    return static.value if isinstance(static, _Learned) else static
 
 
 @final
@@ -131,10 +161,11 @@ class ParamOptimiser(AbstractTransform):
             if rule is not None:
                 owners.append(None if self.transforms[rule] is None else rule)
                 continue
-            if self.strict and is_inexact(leaf):
+            if self.strict and (is_inexact(leaf) or is_float(leaf)):
+                what = ", a Python float," if is_float(leaf) else ""
                 raise ValueError(
-                    f"`rules`: {dotted(keys)!r} has no rule, and `strict=True`. Give "
-                    "it one: `None` to freeze it."
+                    f"`rules`: {dotted(keys)!r}{what} has no rule, and `strict=True`. "
+                    "Give it one by its own path: `None` to freeze it."
                 )
             has_default = self.default is not None and is_inexact(leaf)
             owners.append(len(self.transforms) if has_default else None)
@@ -155,6 +186,12 @@ class ParamOptimiser(AbstractTransform):
 
         - `params`: a whole model, a filtered one, or a dictionary.
         """
+        if type(params).__name__ == "_ParamsPlaceholder":
+            # What `optax.tree_map_params` puts in the place of all parameters.
+            first = None if self.first is None else self.first.init(params)
+            states = tuple(tx.init(params) for tx in self._groups())
+            static: Any = _Learned(), _Learned(), _Learned()
+            return ParamOptimiserState(first, states, *static)
         owners = self.owners(params, filtered=True)
         trained = _by_path(parameters(params, owners))
         paths = tuple(trained)
@@ -191,6 +228,8 @@ class ParamOptimiser(AbstractTransform):
                 f"`state` is of type `{type(state).__name__}`, not the state of a "
                 "ParamOptimiser. Give what its `init` or its last `update` returned."
             )
+        static = map(_known, (state.paths, state.shapes, state.owners))
+        state = ParamOptimiserState(state.first, state.groups, *static)
         flat, structure = jax.tree_util.tree_flatten_with_path(updates)
         grads = _own(
             {dotted(keys): grad for keys, grad in flat}, state.paths, "updates"
@@ -294,21 +333,26 @@ class ParamOptimiser(AbstractTransform):
         return eqx.tree_at(lambda o: o.scales, self, tuple(new))
 
     def summary(self, model: Any) -> str:
-        """Tabulates each parameter of a model: shape, dtype, rule, transformation."""
+        """Tabulates each parameter of a model: shape, dtype, rule, transformation.
+
+        What looks like a parameter and is not fitted is listed too: Python floats
+        without a rule of their own, integer arrays of one element.
+        """
         selectors = (*self.selectors.decode(), "default")
         rules = (*self.transforms, self.default)
         rows = [("parameter", "shape", "dtype", "rule", "transformation")]
         owners = self.owners(model)
-        flat, _ = jax.tree_util.tree_flatten_with_path(model)
-        for (keys, leaf), owner in zip(flat, owners, strict=True):
-            if owner is None and not is_inexact(leaf):
-                continue
-            array = jnp.asarray(leaf)
-            shape = "×".join(map(str, array.shape)) or "scalar"
-            rule, name = "frozen", ""
+        leaves = [leaf for leaf in named_leaves(model) if leaf.value is not None]
+        for leaf, owner in zip(leaves, owners, strict=True):
+            rule, name = leaf.unfitted, ""
             if owner is not None:
                 rule, name = _named(selectors[owner]), _describe(rules[owner])
-            rows.append((dotted(keys), shape, str(array.dtype), rule, name))
+            if rule:
+                shape = "×".join(map(str, jnp.shape(leaf.value))) or "scalar"
+                dtype = getattr(leaf.value, "dtype", None) or jnp.result_type(
+                    leaf.value
+                )
+                rows.append((leaf.path, shape, str(dtype), rule, name))
         return aligned(rows)
 
 

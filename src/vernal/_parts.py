@@ -11,6 +11,8 @@ import numpy as np
 
 from ._alike import is_weak
 from ._closures import Closure
+from ._paths import is_inexact
+from ._static import refuse_static_arrays
 
 
 def strong(leaf: Any) -> jax.Array:
@@ -60,6 +62,7 @@ class Parts(eqx.Module):
         - `owners`: for each of its leaves, `None` if it is not trained.
         """
         leaves, self.structure = jax.tree.flatten(model)
+        refuse_static_arrays(model)
         self.kinds = tuple(map(_kind, leaves, owners))
         self.frozen = tuple(
             leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
@@ -102,4 +105,6 @@ def _kind(leaf: Any, owner: int | None) -> str:
     if owner is not None:
         return "trained"
     is_numeric = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV"
-    return "frozen" if isinstance(leaf, jax.Array) or is_numeric else "other"
+    # NumPy's scalars of integers stay as they are: one may be the size of an array.
+    is_array = isinstance(leaf, jax.Array) or is_numeric or is_inexact(leaf)
+    return "frozen" if is_array else "other"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
 
 
@@ -31,6 +32,18 @@ class Leaf(NamedTuple):
         """Whether it is an array of floats or complex numbers, or a Python float."""
         return is_inexact(self.value) or is_float(self.value)
 
+    @property
+    def unfitted(self) -> str:
+        """What a table says of the leaf if it is not fitted; empty for no row."""
+        if is_inexact(self.value):
+            return "frozen"
+        if isinstance(self.value, float | complex):
+            return f"frozen (a Python {type(self.value).__name__})"
+        dtype = getattr(self.value, "dtype", None)
+        # A lone integer among parameters is often a float whose dot was forgotten.
+        is_number = dtype is not None and jnp.issubdtype(dtype, jnp.number)
+        return f"not fitted ({dtype})" if is_number and np.size(self.value) == 1 else ""
+
 
 def _segment(key: Any) -> str:
     match key:
@@ -50,25 +63,35 @@ def dotted(keys: tuple[Any, ...]) -> str:
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether `leaf` is an array of floats or complex numbers, abstract ones too."""
+    """Whether `leaf` is an array of floats or complex numbers.
+
+    Abstract arrays and NumPy's scalars count, `np.float64` among them; long doubles,
+    which JAX does not have, do not.
+    """
     return (
         hasattr(leaf, "shape")
         and hasattr(leaf, "dtype")
-        and not isinstance(leaf, np.generic)
         and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+        and leaf.dtype.char not in "gG"
     )
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether `leaf` is a Python float, or one of NumPy's scalars."""
-    return isinstance(leaf, float | np.floating)
+    """Whether `leaf` is a Python float. NumPy's `float64`, a subclass, is an array."""
+    return isinstance(leaf, float) and not isinstance(leaf, np.generic)
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def named_leaves(tree: Any) -> list[Leaf]:
     """Lists every leaf of `tree`, `None` included."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
     leaves = []
     for keys, value in flat:
+        # What `optax.masked` and `optax.partition` put into a gap.
+        value = None if isinstance(value, optax.MaskedNode) else value
         segments = tuple(map(_segment, keys))
         leaves.append(Leaf(".".join(segments), segments, keys, value))
     _refuse_collisions(leaves)
@@ -92,9 +115,9 @@ def _refuse_collisions(leaves: list[Leaf]) -> None:
 def paths(tree: Any) -> tuple[str, ...]:
     """Lists the dotted path of every parameter of a pytree.
 
-    A parameter is an array of floats or complex numbers, or a Python float. A path
-    joins the fields, keys and indices that lead to it: `optics.layers.wfe`,
-    `layers.0.weight`.
+    A parameter is an array of floats or complex numbers, NumPy's scalars included, or
+    a Python float. A path joins the fields, keys and indices that lead to it:
+    `optics.layers.wfe`, `layers.0.weight`.
 
     !!! example
 

@@ -5,6 +5,7 @@ import hashlib
 import re
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,15 +14,16 @@ import jax
 import numpy as np
 
 from ._alike import require_alike
-from ._compiled import Moving, Task
-from ._data import Source
+from ._compiled import Ended, Moving, Task
+from ._data import Minibatches, Source, Stream, Whole
+from ._diagnosis import Diagnosis, bad_data, diagnosed
 from ._feed import Feed
 from ._history import History, concatenate
 from ._keeper import Keeper
 from ._monitor import Monitor
-from ._one import One
+from ._one import BadEnd, One
 from ._peers import Peers, described
-from ._record import MOST_ROWS, Record
+from ._record import MOST_ROWS, LackingMetricError, Record
 from ._recorder import Recorder
 from ._step import advance
 from ._stop import StopReason
@@ -82,6 +84,7 @@ class Running:
         - `is_seen`: whether somebody else has a hold on the trainer between two chunks.
         """
         self._kind, self._keeper, self.peers = kind, keeper, peers
+        self._counts = kind.on_host(trainer._progress.nan_counts)
         self.source = source
         self.is_whole = True
         self._recorder = Recorder(self._no_history)
@@ -109,6 +112,9 @@ class Running:
             self._template = kind.template(there)
             self.record = Record(self._template, record, self._peek)
         self.every = every
+        self._has_accepted = np.zeros(kind.shape, bool)
+        # Of a stream the steps and the batches that were last: a stop is noticed late.
+        self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
         self.taken = kind.count(there) - first
         self.stopped = self._is_over()
         if keeper is not None:
@@ -155,12 +161,19 @@ class Running:
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
             for source, steps in self.feed.sources(count):
+                if self.feed.is_stream:
+                    self._last.append((now, source))
                 now += steps
                 parts = config, source, self.monitor, self.record
                 task = Task(*parts, kind.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     is_whole = not self._in_place
-                    chunk, ended = kind.run(task, moving, self._in_place)
+                    try:
+                        chunk, ended = kind.run(task, moving, self._in_place)
+                    except LackingMetricError as error:
+                        is_whole = True
+                        error.args += (now - steps,)
+                        raise
                     moving, is_whole = chunk.moving, True
                     # Not the chunk itself: of a stream's every step it would keep the
                     # parameters.
@@ -173,12 +186,20 @@ class Running:
             # Also where a stream ran dry: what was computed is kept.
             self.is_whole = is_whole
             if is_whole:
-                self._move_to(moving)
-                kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
-                self.taken += kind.count(self.trainer) - start
-                self.stopped = self._is_over()
-                if kept:
-                    self._recorder.extend(concatenate(kept))
+                with _held_back():
+                    self._settle(moving, pending)
+
+    def _settle(self, moving: Moving, pending: list[tuple[Ended, Any, Any]]) -> None:
+        """Takes over what a chunk has computed."""
+        kind, start = self._kind, self._kind.count(self.trainer)
+        self._move_to(moving)
+        kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
+        for ended, *_ in pending:
+            self._has_accepted |= kind.on_host(ended.has_accepted)
+        self.taken += kind.count(self.trainer) - start
+        self.stopped = self._is_over()
+        if kept:
+            self._recorder.extend(concatenate(kept))
 
     @property
     def _moving(self) -> Moving:
@@ -267,6 +288,31 @@ class Running:
 
     def history(self) -> History:
         return self._recorder.history
+
+    @property
+    def is_all_skipped(self) -> np.ndarray:
+        """Whether each step, of each member, had a bad value and was not accepted."""
+        bad = self._kind.on_host(self.trainer._progress.nan_counts) - self._counts
+        is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)
+        return is_bad & ~self._has_accepted
+
+    def diagnosis(self, end: BadEnd) -> Diagnosis:
+        """Finds out why a fit ended at a value that is not finite.
+
+        The model is evaluated for this where no step was accepted, or where an error is
+        to be raised. Later on the fit may have gone astray by itself: there only the
+        data of that step are looked at.
+        """
+        index, trainer, _ = end
+        source, step = self.feed.source, trainer._last_bad_step()
+        if isinstance(source, Stream):
+            source = dict(self._last).get(step, Whole(None))
+        batch = self._kind.seen(source, index)
+        with self._kind.context():
+            if trainer.nan_policy.raises or not self._has_accepted[index]:
+                return diagnosed(trainer, batch)
+            data = bad_data(batch)
+            return Diagnosis((f"At step {step}:", *data) if data else ())
 
     def cut_short(self, reason: StopReason) -> Any:
         return self._kind.cut_short(self.trainer, self.history(), reason)

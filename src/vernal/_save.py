@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from ._file import read_file, write_file
 from ._leaves import MismatchError, from_arrays, to_arrays
-from ._snapshot import is_trainer, restore, snapshot
+from ._snapshot import begun, is_trainer, restore, snapshot
 from ._typing import PyTree
 
 T = TypeVar("T")
@@ -17,8 +17,10 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     Of a trainer it is all that a fit changes: parameters, moments, counts, the best,
     the projector. What is configuration (the frozen part of the model, rates, policies,
-    the key) is not: it comes from the program that loads the file. Of any other pytree
-    it is every array, PRNG key and Python number.
+    the key) is not: it comes from the program that loads the file. Hyperparameters in
+    the state, those of `optax.inject_hyperparams`, are in the file with the values that
+    they began with: where the program has others, the program's are taken. Of any other
+    pytree it is every array, PRNG key and Python number.
 
     ```python
     vn.save("fit.vernal", result.trainer)
@@ -40,7 +42,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     - `OSError`: if the file cannot be written.
     """
-    write_file(path, snapshot(tree) if is_trainer(tree) else to_arrays(tree))
+    is_one = is_trainer(tree)
+    write_file(path, snapshot(tree) | begun(tree) if is_one else to_arrays(tree))
 
 
 def load(

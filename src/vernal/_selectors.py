@@ -197,7 +197,8 @@ def _refuse(
         raise TypeError(f"`{argument}`: {what} {_describe(leaf)}. {remedy}")
     if matches:
         raise UnknownPathError(
-            f"`{argument}`: {name} is `None` in this tree: there is nothing to train."
+            f"`{argument}`: {name} is `None` in this tree, or masked: there is nothing "
+            "to train."
         )
     if _is_attribute(tree, atom):
         raise TypeError(

@@ -1,5 +1,7 @@
 """What a trainer is made of: its arguments checked, its parameters found."""
 
+import weakref
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -13,6 +15,7 @@ from ._paths import UnknownPathError, dotted, is_inexact, paths
 from ._projector import EigenProjector
 from ._selectors import resolve
 from ._typing import PyTree, prng_key
+from ._warn import ObjectiveWarning, warn
 
 
 def check_class(trainer: Any, state: PyTree) -> None:
@@ -23,6 +26,7 @@ def check_class(trainer: Any, state: PyTree) -> None:
             f"{', '.join(f'`{name}`' for name in METHODS)}. Subclass `Trainer` and "
             "say what is fitted: `def residuals(self, model, batch): ...`."
         )
+    _warn_of_differences(type(trainer), methods)
     if state is None:
         return
     if "loss" not in methods:
@@ -38,6 +42,33 @@ def check_class(trainer: Any, state: PyTree) -> None:
                 f"`{type(leaf).__name__}`, but may have arrays alone: "
                 "`eqx.filter(state, eqx.is_array)` picks them."
             )
+
+
+# The classes that were warned of: once each, however many trainers there are.
+_warned: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
+    """Says which method uses which, where least squares leave something out."""
+    others = [name for name in methods if name != "residuals"]
+    if "residuals" not in methods or not others or kind in _warned:
+        return
+    minimised = "loss" if "loss" in methods else "nll"
+    likelihood = "nll" if "nll" in methods else "residuals"
+    beside = " and ".join(f"`{name}`" for name in others)
+    warn(
+        f"`{kind.__name__}` defines `residuals` beside {beside}. `fit`, `step` and a "
+        f"minimiser in `solve` use `{minimised}`; a least-squares solver in `solve`, "
+        "`fisher`, `whiten`, `standard_errors` and `table` use `residuals`; "
+        f"`objective` uses `{likelihood}`. What is in one of them alone, such as a "
+        "prior or a robust loss, the others leave out. Write it once: as `nll`, "
+        "without `residuals`, or as residuals (a normal prior is one more, "
+        "`(value - mean) / std`). If it is on purpose: "
+        '`warnings.filterwarnings("ignore", category=vn.ObjectiveWarning)`.',
+        ObjectiveWarning,
+        kind,
+    )
+    _warned.add(kind)
 
 
 def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:

@@ -10,6 +10,8 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
+from ._values import Hashed
+
 # The parts of a skeleton. Each knows how to build its object again.
 
 
@@ -136,7 +138,7 @@ class Skeleton:
         codes = [shell.code for shell in self.plan.shells]
         codes += [
             value.__code__
-            for part in _all_parts(self.plan)
+            for part in all_parts(self.plan)
             if isinstance(part, Static)
             and isinstance(value := part.value, types.FunctionType)
         ]
@@ -158,14 +160,14 @@ class Skeleton:
         # Not `__module__`, which `functools.wraps` copies.
         scopes = (shell.scope["__name__"] for shell in self.plan.shells)
         return all(_is_from(name, modules) for name in scopes) and all(
-            _is_plain(part, modules) for part in _all_parts(self.plan)
+            _is_plain(part, modules) for part in all_parts(self.plan)
         )
 
     def __repr__(self) -> str:
         return f"Skeleton({', '.join(sorted(self.function_names))})"
 
 
-def _all_parts(plan: Plan) -> Iterator[Part]:
+def all_parts(plan: Plan) -> Iterator[Part]:
     todo = [plan.root, *(part for part in plan.cells if part is not None)]
     for shell in plan.shells:
         todo.append(shell.defaults)
@@ -214,4 +216,4 @@ def _is_plain(part: Part, modules: tuple[str, ...]) -> bool:
 _JITTED = type(jax.jit(lambda: None))
 
 
-interned: weakref.WeakValueDictionary[Plan, Skeleton] = weakref.WeakValueDictionary()
+interned: weakref.WeakValueDictionary[Hashed, Skeleton] = weakref.WeakValueDictionary()

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from ._hyperparams import beginning, settled
 from ._leaves import Kind, NamedArray, from_arrays, require_alike_kinds, to_arrays
 from ._parts import strong
 from ._paths import nearest_names
@@ -25,6 +26,10 @@ _ANEW = {
 }
 
 
+# What stands before the paths of the hyperparameters that an optimiser began with.
+_BEGUN = "begun"
+
+
 def is_trainer(tree: Any) -> bool:
     """Whether a tree is a trainer, whose class is defined above this room."""
     return isinstance(getattr(tree, "_progress", None), Progress)
@@ -37,6 +42,14 @@ def snapshot(trainer: Any) -> dict[str, NamedArray]:
     it.
     """
     return to_arrays(_state(trainer))
+
+
+def begun(trainer: Any) -> dict[str, NamedArray]:
+    """Lists the hyperparameters in an optimiser's state, as it begins with them.
+
+    Kept beside a snapshot, they tell which of them the program has changed since.
+    """
+    return to_arrays({_BEGUN: beginning(trainer)})
 
 
 def _state(trainer: Any) -> OrderedDict[str, PyTree]:
@@ -63,6 +76,7 @@ def require_restorable(
     The fields that are not restored, but start anew: those of `anew`, and the state of
     a NaN policy if it was another policy's.
     """
+    kept = _without(kept, (_BEGUN,))
     fields = set()
     for name in (anew,) if isinstance(anew, str) else anew:
         if name not in _ANEW:
@@ -85,7 +99,7 @@ def restore(
 
     **Arguments:**
 
-    - `kept`: what `snapshot` returned.
+    - `kept`: what `snapshot` returned, and `begun` if it is there.
     - `trainer`: where the configuration comes from.
     - `source`: what an error calls the place where it was kept.
     - `anew`: what is to start anew instead.
@@ -99,7 +113,11 @@ def restore(
     like = _state(trainer)
     for name in fields:
         del like[name]
-    state = from_arrays(_without(kept, fields), like, source)
+    state = from_arrays(_without(kept, (*fields, _BEGUN)), like, source)
+    before, own = _beneath(kept, _BEGUN), {_BEGUN: beginning(trainer)}
+    if "opt_state" in state and before and kinds(before) == kinds(to_arrays(own)):
+        before = from_arrays(before, own, source)
+        state["opt_state"] = settled(state["opt_state"], before[_BEGUN], own[_BEGUN])
     projector, params = state.pop("projector"), state["params"]
     if fields:
         own_state = trainer.state if "state" in fields else state["state"]

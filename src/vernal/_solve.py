@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
@@ -15,6 +14,7 @@ from ._edm import Distance
 from ._modes import Mode, Subject, choose_mode, gradient, traced
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
+from ._programs import program
 from ._projector import EigenProjector
 from ._ravel import as_parameters, ravel, unravel
 from ._step import Progress
@@ -135,7 +135,8 @@ def run_solver(
     solver, latent = encoded.decode(), held.latent
     _check_class(trainer, solver)
     as_parameters(trainer.params)
-    key, dtype = step_key(trainer), held.loss.dtype
+    # That of the loss, but for a trainer made while `jax_enable_x64` was off.
+    key, dtype = step_key(trainer), jnp.result_type(float)
 
     def to_params(point: PyTree) -> PyTree:
         if projector is None:
@@ -194,7 +195,7 @@ def run_solver(
         latent=None if projector is None else cast_like(point, latent),
         best=all_best,
         best_state=choose(is_new, trainer.state, held.state),
-        best_loss=all_best_loss,
+        best_loss=all_best_loss.astype(held.loss.dtype),
         step_count=trainer.step_count + state.steps,
         losses=state.losses,
         steps=state.steps,
@@ -207,7 +208,7 @@ def run_solver(
     )
 
 
-run = eqx.filter_jit(run_solver)
+run = program(run_solver)
 
 
 def settled(reason: StopReason, distance: Distance) -> StopReason:
@@ -248,7 +249,7 @@ def find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns"
     return jnp.stack([~all_finite(x) for x in (scored(flat), *grads)])
 
 
-find_bad_alone = eqx.filter_jit(find_bad)
+find_bad_alone = program(find_bad)
 
 
 def _check_solver(solver: Any) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from ._edm import Distance
 from ._history import History
 from ._one_by_one import solve_each
 from ._placement import Placement
+from ._programs import program
 from ._setup import initial_opt_state
 from ._solve import (
     REASONS,
@@ -57,7 +57,7 @@ class Members(NamedTuple):
     place: Placement | None
 
 
-@eqx.filter_jit
+@program
 def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
     trainers, flags, group, place = members
     config, progress = trainers._at(None), trainers._progress
@@ -77,7 +77,7 @@ def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
     return ends if place is None else place.pin_rows(ends)
 
 
-@eqx.filter_jit
+@program
 def _find_bad(
     members: Members, params: PyTree, batch: Any
 ) -> Bool[Array, "members columns"]:

@@ -22,6 +22,7 @@ from ._compiled import (
 from ._data import Minibatches, Whole
 from ._monitor import MonitorState
 from ._placement import Placement
+from ._programs import program
 from ._record import Record, Rows
 from ._step import Progress, scored_anew
 from ._typing import PyTree
@@ -123,12 +124,12 @@ def chunk_of_many(task: Task, moving: Moving, spread: Spread) -> tuple[Chunk, En
     if spread.place is not None:
         moving = spread.place.pin_rows(chunk.moving)
         # What goes to the host goes from one device.
-        chunk = Chunk(*moving, *spread.place.pin((chunk.rows, chunk.scores)))
-    return chunk, Ended.of(chunk.moving)
+        chunk = Chunk(*moving, *spread.place.pin(tuple(chunk[2:])))
+    return chunk, Ended.of(chunk)
 
 
-run_many = eqx.filter_jit(chunk_of_many)
-run_many_in_place = eqx.filter_jit(chunk_of_many, donate="all-except-first")
+run_many = program(chunk_of_many)
+run_many_in_place = program(chunk_of_many, donate="all-except-first")
 
 
 def _by_member(chunk: Chunk) -> Chunk:
@@ -195,7 +196,8 @@ def _run_group(
     }
     rows = Rows.empty(like, shapes, step, task.every, task.most_rows)
     scores = monitor.room(like, step, task.most_rows)
-    chunk = Chunk(start, watched, rows, scores)
+    none_yet = jnp.zeros_like(start.stopped)
+    chunk = Chunk(start, watched, rows, scores, none_yet)
     return run_loop(take, source, monitor, task.goal, step, chunk)
 
 
@@ -234,7 +236,7 @@ def _held(taken: Taken, progress: Progress, watched: MonitorState | None) -> Tak
 
     go_on = lambda: (taken.progress, taken.watched)
     progress, watched = lax.cond(jnp.any(over), hold, go_on)
-    return Taken(progress, watched, taken.loss, taken.values)
+    return taken._replace(progress=progress, watched=watched)
 
 
 def _none(tree: PyTree) -> Flags:

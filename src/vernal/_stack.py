@@ -12,6 +12,7 @@ from ._paths import dotted
 from ._retrace import explain_retrace
 from ._spread import Flags
 from ._trainer import Trainer
+from ._x64 import require_precision
 
 
 def stacked(trainers: Any) -> tuple[Any, Flags, int]:
@@ -23,6 +24,7 @@ def stacked(trainers: Any) -> tuple[Any, Flags, int]:
     many they are.
     """
     if isinstance(trainers, Trainer):
+        require_precision(trainers)
         return _as_stacked(trainers)
     if not isinstance(trainers, Sequence) or isinstance(trainers, str):
         raise TypeError(
@@ -35,6 +37,7 @@ def stacked(trainers: Any) -> tuple[Any, Flags, int]:
     for index, trainer in enumerate(trainers):
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
+        require_precision(trainer)
         _require_alike(first, trainer, index)
     configs = [trainer._at(None) for trainer in trainers]
     # What all of them share, such as a large frozen array, needs no rows.

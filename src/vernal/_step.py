@@ -15,8 +15,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._alike import cast_like, require_alike
+from ._constrain import clip_of, coupled, project
 from ._nonfinite import Verdict, all_finite, is_finite
 from ._objective import live, score, step_key
+from ._projector import EigenProjector
 from ._typing import PyTree
 
 # Steps are counted in 32 bits.
@@ -281,35 +283,51 @@ def _move(
         changed = trainer.transform_grads(grads, trainer.model)
         require_alike(changed, grads, "what `transform_grads` returns", _INPUT)
         grads = cast_like(changed, grads)
+    is_constrained = trainer._overrides("constrain")
+    clip = clip_of(trainer, _INPUT) if is_constrained else None
+    metric = None if clip is None else coupled(trainer, clip)
     if projector is None:
         point, value_fn = old.params, value
     else:
         point, grads = old.latent, projector.pull_back(grads)
         value_fn = lambda latent: value(projector.to_params(latent))
+    if clip is not None and metric is not None:
+        grads = _within(clip, metric, point, grads)
     updates, opt_state = trainer.optimiser.update(
         grads, old.opt_state, point, value=loss, grad=grads, value_fn=value_fn
     )
     point = cast_like(optax.apply_updates(point, updates), point)
     params = point if projector is None else projector.to_params(point)
     latent = None if projector is None else point
-    if trainer._overrides("constrain"):
+    if clip is not None:
         # Mending what is not finite is no business of a constraint.
         finite = all_finite((params, latent))
-        params, latent = _constrain(trainer, params)
+        params, _ = project(clip, metric, params)
+        if projector is not None:
+            # What comes back is clipped once more, against rounding.
+            latent = projector.to_latent(params)
+            params = clip(projector.to_params(latent))
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
     return _Moved(params, latent, cast_like(opt_state, old.opt_state), state)
 
 
-def _constrain(trainer: Any, params: PyTree) -> tuple[PyTree, PyTree]:
-    model = trainer._parts.join(params)
-    progress = dataclasses.replace(trainer._progress, params=params)
-    constrained = trainer._at(progress).constrain(model)
-    require_alike(constrained, model, "what `constrain` returns", _INPUT)
-    params = cast_like(trainer._parts.trained(constrained), params)
-    if trainer.projector is None:
-        return params, None
-    latent = trainer.projector.to_latent(params)
-    return trainer.projector.to_params(latent), latent
+def _within(
+    clip: Callable[[PyTree], PyTree],
+    metric: EigenProjector,
+    latent: PyTree,
+    grads: PyTree,
+) -> PyTree:
+    """Takes from a latent gradient what a constraint does not let go.
+
+    It is the way to the point of a full step, projected. Where that is zero the
+    parameters are the best ones that the constraint allows, whatever the optimiser
+    makes of it element by element.
+    """
+    goal = jax.tree.map(jnp.subtract, latent, grads)
+    there, is_clipped = project(clip, metric, metric.to_params(goal))
+    within = jax.tree.map(jnp.subtract, latent, metric.to_latent(there))
+    pick = lambda new, old: jnp.where(is_clipped, new, old).astype(old.dtype)
+    return jax.tree.map(pick, within, grads)
 
 
 def count_non_finite(

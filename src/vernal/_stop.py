@@ -18,6 +18,10 @@ class StopReason(enum.Enum):
     """Why a fit or a solve ended. Prints as a sentence."""
 
     STEPS_TAKEN = "All steps were taken."
+    ALL_SKIPPED = (
+        "No step was accepted: every one had a value that is not finite "
+        "(`trainer.nan_report()` says which)."
+    )
     TAKEN_BEFORE = "All steps had been taken before: the checkpoint has the result."
     NON_FINITE = (
         "Ended at a value that is not finite: `trainer.nan_report()` says where."
@@ -39,6 +43,10 @@ class StopReason(enum.Enum):
     def __str__(self) -> str:
         """The sentence."""
         return self.value
+
+
+AT_NON_FINITE = (StopReason.NON_FINITE, StopReason.ALL_SKIPPED)
+"""The reasons of a fit that values which are not finite have ended or made vain."""
 
 
 class StepView(NamedTuple):

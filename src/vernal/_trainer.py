@@ -14,16 +14,19 @@ from ._change import replace, reproject
 from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
 from ._data import Minibatches, Stream, as_batch
+from ._diagnosis import diagnosed
+from ._frames import entrance
 from ._history import History
 from ._loop import fit
 from ._metric import Blocks, curvature, fisher, whitened
 from ._modes import Mode
-from ._nonfinite import NanCount, NanPolicy, NonFiniteError, StopFit
+from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
 from ._one import One
 from ._parts import Parts, parameters, strong
 from ._paths import paths
 from ._placement import Sharding, context, placement
+from ._printed import in_short, printed
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
@@ -42,6 +45,7 @@ from ._stop import StopCriterion
 from ._transform import AbstractTransform, as_transform
 from ._typing import Params, PyTree
 from ._uncertainty import objective, standard_errors, table
+from ._x64 import narrowed_model, narrowed_tree, precision_of, require_precision
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
@@ -68,13 +72,16 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     - `nll(self, model, batch) -> scalar`, the negative log-likelihood.
 
     Where there is no `loss`, the negative log-likelihood is minimised, which for
-    `residuals` is half their sum of squares. With `key=`, the three are called with a
-    keyword argument `key` too, another one at every step. With `state=`, `loss` is
-    called with a keyword argument `state`, and returns the new one last:
-    `(scalar, state)` or `(scalar, metrics, state)`. It may also define `evaluate` and
-    the hooks `transform_grads` and `constrain`, and have fields of its own, by an
-    `__init__` that calls `super().__init__(...)`. All of them are pure functions: what
-    they need is in their arguments and in `self`, where `self.model` is `model`.
+    `residuals` is half their sum of squares. Define one of them, if it will do: of
+    several, each method uses its own, and `residuals` beside another is warned of.
+
+    With `key=`, the three are called with a keyword argument `key` too, another one at
+    every step. With `state=`, `loss` is called with a keyword argument `state`, and
+    returns the new one last: `(scalar, state)` or `(scalar, metrics, state)`. A class
+    may also define `evaluate` and the hooks `transform_grads` and `constrain`, and have
+    fields of its own, by an `__init__` that calls `super().__init__(...)`. All of them
+    are pure functions: what they need is in their arguments and in `self`, where
+    `self.model` is `model`.
 
     A trainer is a pytree of arrays, and immutable: `step` and `fit` return a new one.
     It goes through `jax.jit`, `jax.vmap` and `jax.lax.scan` as it is.
@@ -125,6 +132,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         check_class(self, state)
         check_arguments(nan_policy, projector, key)
+        model = narrowed_model(model)
+        projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
         self.key = key
         self.optimiser = (
@@ -163,7 +172,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     def constrain(self, model: Model) -> Model:
         """A hook: changes the model after each update, to clip or to renormalise.
 
-        Of the model that it returns the trained parameters are kept.
+        Of the model that it returns the trained parameters are kept. If a projector
+        couples what it changes with other elements, it has to clip each element by
+        itself: it is then made a projection in the metric of the projector, and the fit
+        ends at the best point that the constraint allows. With a
+        [`vernal.precondition`][] that couples them it is refused.
         """
         return model
 
@@ -251,6 +264,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     # What a trainer does.
 
+    @entrance
     def step(
         self: SelfT,
         batch: Batch,
@@ -275,6 +289,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
+        require_precision(self)
         if self.optimiser is None:
             raise no_optimiser(self)
         batch, trainer, place = as_batch(batch), self, placement(self, mesh, sharding)
@@ -294,10 +309,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
                 "A value is not finite, and the policy is RaiseOnNan.",
             )
             return self._at(progress), info
-        if not self.stopped:
-            trainer._raise_if_non_finite(trainer)
+        if not self.stopped and trainer.stopped:
+            diagnosis = diagnosed(place.put(trainer) if place else trainer, batch)
+            trainer._raise_if_non_finite(trainer, diagnosis.advised)
         return trainer, info
 
+    @entrance
     def fit(
         self: SelfT,
         data: Batch | Minibatches | Stream,
@@ -370,6 +387,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `StreamExhaustedError`: if a stream ends before the fit.
         - `UnknownPathError`: if `record` names what there is not.
         """
+        require_precision(self)
         return fit(
             self,
             data,
@@ -385,6 +403,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             kind=One(placement(self, mesh, sharding)),
         )
 
+    @entrance
     def solve(
         self: SelfT,
         solver: Any,
@@ -444,6 +463,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         An error that is raised while the solver runs, such as by `eqx.error_if`, has
         the result up to there as its attribute `result`.
         """
+        require_precision(self)
         return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
 
     # The space of the parameters.
@@ -466,6 +486,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         batch_size: int | None = None,
         jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "D D"]]: ...
+    @entrance
     def fisher(
         self,
         batch: Batch,
@@ -486,6 +507,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `blocks`: selectors (see [`vernal.split`][]) for a matrix each, such as
             `("position", "flux")`. What is between the blocks is not computed.
         - `batch_size`: the number of columns to compute at a time, to bound memory.
+            Where forward mode alone is possible, or asked for, the Jacobian is kept.
         - `jac`: how to differentiate: `"fwd"` in forward mode, `"bwd"` in reverse mode.
             By default in the mode that is possible; where it is not the better one, a
             warning says so once. A `while_loop` has forward mode alone, a `custom_vjp`
@@ -503,6 +525,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             wrong; if a parameter is complex; or if there is no mode.
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
+        require_precision(self)
         return fisher(self, batch, blocks, batch_size, jac)
 
     @overload
@@ -523,6 +546,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         batch_size: int | None = None,
         jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "D D"]]: ...
+    @entrance
     def curvature(
         self,
         batch: Batch,
@@ -537,8 +561,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
+        require_precision(self)
         return curvature(self, batch, blocks, batch_size, jac)
 
+    @entrance
     def reproject(
         self: SelfT,
         projector: EigenProjector | None,
@@ -556,8 +582,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             a [`vernal.ParamOptimiser`][] in a space where parameters have no names:
             the result then has none, and can `solve`.
         """
+        require_precision(self)
         return _with(self, **reproject(self, projector, optimiser))
 
+    @entrance
     def whiten(
         self: SelfT,
         batch: Batch,
@@ -570,8 +598,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     ) -> SelfT:
         """Goes on in a latent space that is whitened at the current point.
 
-        By the Fisher matrix; or, where only `loss` is defined, by its Hessian. No shape
-        depends on values, so that whitening at another point compiles nothing anew.
+        By the singular values of the Jacobian of `residuals`, where that is defined
+        (see [`vernal.EigenProjector.from_jacobian`][]); else by the Hessian of `nll` or
+        `loss`. No shape depends on values, so that whitening at another point compiles
+        nothing anew.
 
         ```python
         trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
@@ -584,16 +614,27 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
             for [`vernal.EigenProjector.from_blocks`][]. But `on_null` is `"prior"`:
             what is not seen from here, such as the width of a peak without height, may
-            be seen later, and keeps a scale of its own. And `rtol` is at least 64 times
-            the machine epsilon, which is what summing over data may leave of a zero.
+            be seen later, and keeps a scale of its own. By default `rtol` is as in
+            [`vernal.EigenProjector.from_jacobian`][]; for a Hessian it is at least 64
+            times the machine epsilon, which is what summing over data may leave of a
+            zero.
+
+        **Raises:**
+
+        - `ValueError`: if the derivatives are not finite, or a Hessian has a negative
+            eigenvalue; under `jax.jit`, an error when the program runs.
         """
+        require_precision(self)
         projector = whitened(self, batch, blocks, batch_size, jac, **options)
         return self.reproject(projector, optimiser)
 
+    @entrance
     def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:
-        """The standard errors of the parameters, from the Fisher matrix here.
+        """The standard errors of the parameters, from the data at the current point.
 
-        Infinite for a parameter that the data do not constrain.
+        They are those of the Fisher matrix; where `residuals` is defined, by way of the
+        singular values of its Jacobian, which have twice the digits. Infinite for a
+        parameter that the data do not constrain.
 
         **Arguments:**
 
@@ -608,8 +649,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         As [`vernal.Trainer.fisher`][].
         """
+        require_precision(self)
         return standard_errors(self, batch, jac)
 
+    @entrance
     def table(self, batch: Batch | None = None, *, jac: Mode | None = None) -> str:
         """Tabulates the parameters, element by element.
 
@@ -621,10 +664,14 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         **Returns:**
 
         A table of each parameter's path, its value, and its standard error or that it
-        is frozen or unconstrained.
+        is frozen or unconstrained. An error smaller than the distance of the value to
+        the next one in its dtype is marked. What looks like a parameter and is not
+        fitted is listed: Python floats, integer arrays of one element.
         """
+        require_precision(self)
         return table(self, batch, jac)
 
+    @entrance
     def objective(
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
@@ -649,6 +696,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         As [`vernal.Trainer.fisher`][].
         """
+        require_precision(self)
         return objective(self, batch)
 
     # Diagnosis and change.
@@ -695,7 +743,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         if self.optimiser is None:
             raise no_optimiser(self)
-        return learning_rates(self)
+        with precision_of(self):
+            return learning_rates(self)
 
     def _watched(self) -> tuple[str, ...]:
         names = paths(self.params)
@@ -704,21 +753,27 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     def _is_at_a_bad_step(self) -> bool:
         """Whether the last step had a value that is not finite."""
+        return self._last_bad_step() == int(self.step_count) - 1 >= 0
+
+    def _last_bad_step(self) -> int:
         *_, lasts = jax.device_get(self._progress.nan_counts)
-        return int(lasts.max()) == int(self.step_count) - 1 >= 0
+        return int(lasts.max())
 
-    def _raise_if_non_finite(self, result: Any) -> None:
+    def _raise_if_non_finite(self, result: Any, explanation: str = SKIP_ADVICE) -> None:
         if self.stopped and self.nan_policy.raises and self._is_at_a_bad_step():
-            raise self._non_finite_error(result)
+            raise self._non_finite_error(result, explanation)
 
-    def _non_finite_error(self, result: Any) -> NonFiniteError:
+    def _non_finite_error(
+        self, result: Any, explanation: str = SKIP_ADVICE
+    ) -> NonFiniteError:
         """Names what was not finite at the last bad step."""
         *_, lasts = jax.device_get(self._progress.nan_counts)
         step = int(lasts.max())
         watched = zip(self._watched(), lasts, strict=True)
         bad = [name for name, last in watched if last == step]
-        return NonFiniteError(step, bad, self.nan_report(), result)
+        return NonFiniteError(step, bad, self.nan_report(), result, explanation)
 
+    @entrance
     def replace(
         self: SelfT,
         *,
@@ -731,9 +786,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         The state of an optimiser or a policy is kept if the new one's has the same
         structure, shapes and dtypes, and made anew otherwise; what is kept goes on, the
-        counts of schedules among it. The step count and the
+        counts of schedules among it. Hyperparameters in the state, those of
+        `optax.inject_hyperparams`, become the new optimiser's wherever these differ
+        from the ones that the old optimiser began with. The step count and the
         counts of `nan_report` are kept, and the best too, unless the model is another.
-        A trainer that has stopped goes on.
+        A trainer that has stopped goes on. Of a stacked trainer each member is changed.
 
         **Arguments:**
 
@@ -742,7 +799,20 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `nan_policy`: another policy.
         - `state`: a state of the same structure, with other values.
         """
+        require_precision(self)
         return _with(self, **replace(self, model, optimiser, nan_policy, state))
+
+    def __repr__(self) -> str:
+        """One line: the class, the model, how far it is. `print` shows more."""
+        return in_short(self)
+
+    def __str__(self) -> str:
+        """A table of the parameters, and what happens to each.
+
+        What looks like a parameter and is not fitted is listed: Python floats, which
+        are frozen unless named, and integer arrays of one element.
+        """
+        return printed(self)
 
     def _at(self: SelfT, progress: Progress, **fields: Any) -> SelfT:
         return _with(self, _progress=progress, **fields)

@@ -14,6 +14,7 @@ import wadler_lindig as wl
 from jax import Array
 
 from ._closures import Closure
+from ._x64 import narrowed_tree
 
 RATE_NAMES = frozenset(
     {
@@ -23,6 +24,8 @@ RATE_NAMES = frozenset(
         "init_value",
         "peak_value",
         "end_value",
+        # The dictionary of `inject_hyperparams`, which copies it to its first state.
+        "numeric_hps",
     }
 )
 """What Optax calls a rate, or a value of a schedule, where its closures hold one."""
@@ -174,7 +177,7 @@ def as_transform(tx: Any, where: str) -> AbstractTransform:
     `TypeError` if `tx` is not an Optax transformation.
     """
     if isinstance(tx, AbstractTransform):
-        return tx
+        return narrowed_tree(tx)
     return Transform.of(tx, where)
 
 

@@ -14,10 +14,12 @@ from ._metric import require_likelihood, whitening
 from ._modes import Mode
 from ._objective import live, negative_log_likelihood, step_key
 from ._paths import named_leaves
+from ._programs import Version, version_of
 from ._projector import EigenProjector
 from ._ravel import as_parameters, element_name, ravel, unravel
 from ._table import aligned
 from ._typing import Params, PyTree
+from ._x64 import spacing
 
 # The rows that a table gives to one array.
 _MOST_ROWS = 64
@@ -32,7 +34,11 @@ def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
 
 
 def _potential(
-    trainer: Any, projector: EigenProjector | None, batch: Any, point: PyTree
+    _: Version,
+    trainer: Any,
+    projector: EigenProjector | None,
+    batch: Any,
+    point: PyTree,
 ) -> Float[Array, ""]:
     """Evaluates the negative log-likelihood at a point of the latent space."""
     if projector is None:
@@ -40,7 +46,9 @@ def _potential(
     else:
         params = projector.to_params(point)
     there = live(trainer, params)
-    return negative_log_likelihood(there, batch, step_key(trainer))
+    # Not the version that it was made for: it may be called without a program.
+    with version_of((trainer, batch)).context():
+        return negative_log_likelihood(there, batch, step_key(trainer))
 
 
 def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
@@ -50,7 +58,8 @@ def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
     start = ravel(params) if trainer.projector is None else trainer.latent
     # A pytree, as a module would be, and hashable, as what `jax.jit` is given must be.
     bare, projector, batch = trainer._bare(), trainer.projector, as_batch(batch)
-    return jax.tree_util.Partial(_potential, bare, projector, batch), start
+    version = version_of((bare, batch))
+    return jax.tree_util.Partial(_potential, version, bare, projector, batch), start
 
 
 def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
@@ -65,10 +74,10 @@ def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
         if leaf.path in trained:
             error = errors.get(leaf.path)
             rows += _rows(leaf.path, np.asarray(leaf.value), error)
-        elif leaf.is_parameter:
+        elif leaf.unfitted:
             size = np.size(leaf.value)
             value = f"{np.asarray(leaf.value).item():.6g}" if size == 1 else "…"
-            rows.append((leaf.path, value, "frozen"))
+            rows.append((leaf.path, value, leaf.unfitted))
     note = None if batch is None else edm_note(trainer, batch)
     return aligned(rows) if note is None else f"{aligned(rows)}\n{note}"
 
@@ -87,7 +96,11 @@ def _rows(
         if errors is None:
             yield name, f"{value:.6g}", ""
         else:
-            yield name, *_rounded(float(value), float(errors.flat[index]))
+            error = float(errors.flat[index])
+            value, told = _rounded(float(value), error)
+            if 0 < error < (apart := spacing(values.flat[index], values.dtype)):
+                told += f", below the spacing of {values.dtype} ({apart:.2g})"
+            yield name, value, told
 
 
 def _rounded(value: float, error: float) -> tuple[str, str]:

@@ -13,14 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._data import Minibatches, Stream, Whole, as_batch
+from ._frames import entrance
+from ._programs import program
 from ._setup import no_optimiser
 from ._step import Progress, advance, ranked, scored_anew
 from ._trainer import Trainer
 from ._typing import PyTree, whole_number
+from ._x64 import require_precision
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
 
+@entrance
 def unroll(
     trainer: TrainerT,
     batch: Any,
@@ -82,6 +86,7 @@ def unroll(
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"`trainer` is {trainer!r}, but must be a `vernal.Trainer`.")
+    require_precision(trainer)
     steps = whole_number(steps, "steps", least=0)
     if segment is not None:
         segment = whole_number(segment, "segment", least=0)
@@ -128,7 +133,7 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
     return after
 
 
-@eqx.filter_jit
+@program
 def _run(
     trainer: Any, source: Whole[Any] | Minibatches, steps: int, segment: int
 ) -> tuple[Progress, Float[Array, " steps"]]:

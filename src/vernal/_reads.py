@@ -1,0 +1,546 @@
+"""What code reads from outside of its arguments: found by a walk, and watched."""
+
+import collections
+import dis
+import functools
+import operator
+import sys
+import sysconfig
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.tree_util as jtu
+import numpy as np
+
+from ._skeleton import Group, Skeleton, Static, all_parts
+from ._values import Hashed, is_atom, value_key
+
+# A walk ends after so many objects, and does not enter a container of more elements
+# than this: it is known by its identity and its length.
+_MOST_OBJECTS = 20_000
+_MOST_ELEMENTS = 1_024
+
+# Arrays of NumPy up to this size are compared as a whole, larger ones by as many
+# bytes, evenly spread.
+_MOST_BYTES = 2**20
+_SAMPLE = 4_096
+
+# Libraries whose objects change by themselves, and configure no computation.
+_RESTLESS = frozenset(
+    (
+        *("asyncio", "concurrent", "contextvars", "io", "logging", "matplotlib"),
+        *("multiprocessing", "random", "re", "subprocess", "threading", "tqdm"),
+        "weakref",
+    )
+)
+
+_CACHED = type(functools.lru_cache(lambda: None))
+
+# What looking at an object may raise where it was changed under way.
+_GONE = (KeyError, IndexError, AttributeError, RuntimeError)
+
+Slot = tuple[int, Hashable]
+"""Where a value is read: the id of what holds it, and its name there."""
+
+
+class Watch(NamedTuple):
+    """What one object holds, as it was seen.
+
+    `look` returns what it holds now, in the order of `names`, to be compared by
+    identity.
+    """
+
+    look: Callable[[Any], tuple[Any, ...]]
+    owner: Any
+    names: Sequence[Hashable]
+    values: tuple[Any, ...]
+
+    def slots(self) -> Iterator[tuple[Slot, Any]]:
+        """Yields each slot, with the value that was seen there."""
+        for name, value in zip(self.names, self.values, strict=True):
+            yield (id(self.owner), name), value
+
+    def changed(self) -> Iterator[Slot]:
+        """Yields the slots that have another value now."""
+        try:
+            now = self.look(self.owner)
+        except _GONE:
+            return
+        if len(now) != len(self.values):
+            yield id(self.owner), None
+            return
+        for name, new, old in zip(self.names, now, self.values, strict=True):
+            if new is not old:
+                yield id(self.owner), name
+
+
+class Reads(NamedTuple):
+    """What was found: `key` compares it by value, `watches` tell if it is current."""
+
+    key: Hashed
+    watches: list[Watch]
+
+    def is_current(self) -> bool:
+        """Whether nothing of what was read has changed."""
+        # Before every call: hence no call of a function more than there must be.
+        try:
+            for look, owner, _, values in self.watches:
+                now = look(owner)
+                if len(now) != len(values) or not all(map(operator.is_, now, values)):
+                    return False
+        except _GONE:
+            return False
+        return True
+
+
+class Kept:
+    """The slots that programs write to while they are made or run.
+
+    A counter, a list of what was traced: such is not what a program is made from.
+    """
+
+    def __init__(self, most: int = 1_024):
+        self._most = most
+        self._owners: dict[Slot, Any] = {}
+
+    def __contains__(self, slot: Slot) -> bool:
+        return slot in self._owners
+
+    def isdisjoint(self, slots: Iterable[Slot]) -> bool:
+        return self._owners.keys().isdisjoint(slots)
+
+    def add(self, watch: Watch) -> None:
+        # The owner is held, so that no other can take its id.
+        for slot in watch.changed():
+            self._owners[slot] = watch.owner
+        while len(self._owners) > self._most:
+            del self._owners[next(iter(self._owners))]
+
+    def clear(self) -> None:
+        self._owners.clear()
+
+
+kept = Kept()
+
+
+class _Only:
+    """As `Same`, without keeping its object alive: another one has another mark."""
+
+    __slots__ = ("_hash", "mark")
+
+    def __init__(self, obj: Any):
+        self._hash = id(obj)
+        try:
+            self.mark = weakref.ref(obj)
+        except TypeError:
+            self.mark = obj
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Only) and self.mark is other.mark
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def reads(*roots: Any) -> Reads:
+    """Finds all that some objects and their code read, and its values now.
+
+    **Arguments:**
+
+    - `roots`: functions, classes, structures of pytrees, objects of any kind.
+    """
+    return _Walk().run(roots)
+
+
+def scope_key(fn: types.FunctionType) -> Hashable:
+    """A key of what a function reads from its globals, by way of its helpers too."""
+    if is_library_file(fn.__code__.co_filename):
+        return None
+    walk = _Walk()
+    walk.code(fn.__code__, fn.__globals__)
+    return walk.run(()).key
+
+
+class _Walk:
+    """One walk. What an object is becomes a token, what it holds is looked at next."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Hashable] = []
+        self.watches: list[Watch] = []
+        self.todo: collections.deque[Any] = collections.deque()
+        self.met: dict[int, int] = {}
+        # Objects made on the way must outlive the walk, or their ids are reused.
+        self.alive: list[Any] = []
+        self.words: set[str] = set()
+        self.scopes: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+        self.modules: list[dict[str, Any]] = []
+
+    def run(self, roots: Iterable[Any]) -> Reads:
+        self.todo.extend(roots)
+        seen = -1
+        while self.todo and len(self.met) < _MOST_OBJECTS:
+            self.see(self.todo.popleft())
+            if not self.todo and seen != (seen := len(self.words) + len(self.modules)):
+                # Attributes of a module count where any code has a word for them.
+                for scope in self.modules:
+                    self.names(scope, sorted(self.words & scope.keys()))
+        for scope, names in self.scopes.values():
+            self.watches += _watches_of_names(scope, names)
+        return Reads(Hashed(tuple(self.tokens)), self.watches)
+
+    # What is looked at next.
+
+    def names(self, scope: dict[str, Any], names: Iterable[str]) -> None:
+        """Walks on to names of a namespace, those that no code has read before."""
+        _, known = self.scopes.setdefault(id(scope), (scope, {}))
+        new = [n for n in names if n not in known and (id(scope), n) not in kept]
+        known.update(dict.fromkeys(new))
+        there = tuple(name for name in new if name in scope)
+        self.tokens.append(there)
+        self.todo.extend(scope[name] for name in there)
+
+    def hold(
+        self,
+        look: Callable[[Any], tuple[Any, ...]],
+        owner: Any,
+        names: Sequence[Hashable],
+        is_walked: Callable[[Any, Any], bool] = lambda name, value: True,
+    ) -> None:
+        """Watches what an object holds, but for what is kept there, and walks on."""
+        if (id(owner), None) in kept:
+            self.tokens.append("kept")
+            return
+        self.tokens.append((*names,))
+        if not kept.isdisjoint((id(owner), name) for name in names):
+            places = [
+                place
+                for place, name in enumerate(names)
+                if (id(owner), name) not in kept
+            ]
+            whole, names = look, [names[place] for place in places]
+            look = lambda owner: tuple(map(whole(owner).__getitem__, places))
+            self.tokens.append("kept")
+        values = look(owner)
+        self.watches.append(Watch(look, owner, names, values))
+        pairs = zip(names, values, strict=True)
+        self.todo.extend(value for name, value in pairs if is_walked(name, value))
+
+    # What is seen.
+
+    def see(self, obj: Any) -> None:
+        kind = type(obj)
+        if is_atom(obj):
+            self.tokens.append(value_key(obj))
+        elif (place := self.met.get(id(obj))) is not None:
+            self.tokens.append(("again", place))
+        else:
+            self.met[id(obj)] = len(self.met)
+            self.alive.append(obj)
+            self.see_first(obj, kind)
+
+    def see_first(self, obj: Any, kind: type) -> None:
+        # By `type`, not `isinstance`: an optimiser says that it is a tuple.
+        if issubclass(kind, np.ndarray):
+            self.array(obj)
+        elif kind is types.FunctionType:
+            self.function(obj)
+        elif issubclass(kind, type):
+            self.kind(obj)
+        elif issubclass(kind, types.ModuleType):
+            self.module(obj)
+        elif kind is jtu.PyTreeDef:
+            self.structure(obj)
+        elif kind is Skeleton:
+            self.skeleton(obj)
+        elif (parts := _parts(obj)) is not None:
+            self.tokens.append((kind, len(parts)))
+            self.todo.extend(parts)
+        elif issubclass(kind, dict | types.MappingProxyType):
+            self.elements(obj, _keys_and_values)
+        elif issubclass(kind, list | tuple | set | frozenset | collections.deque):
+            self.elements(obj, tuple)
+        else:
+            self.instance(obj)
+
+    def array(self, array: np.ndarray) -> None:
+        if array.dtype.hasobject:
+            self.tokens.append(_Only(array))
+            return
+        seen = _bytes(array).copy()
+        digest = value_key(seen)
+        look = lambda array: (digest if _is_same(_bytes(array), seen) else None,)
+        self.hold(look, array, ("content",), lambda name, value: False)
+        is_whole = array.nbytes <= _MOST_BYTES
+        mark = (array.shape, array.dtype) if is_whole else _Only(array)
+        is_kept = (id(array), "content") in kept
+        self.tokens.append((mark, type(array), None if is_kept else digest))
+
+    def elements(self, obj: Any, look: Callable[[Any], tuple[Any, ...]]) -> None:
+        kind, count = type(obj), len(obj)
+        self.tokens.append(kind)
+        if count > _MOST_ELEMENTS:
+            self.tokens.append(_Only(obj))
+            self.hold(lambda held: (len(held) == count,), obj, ("length",))
+        elif issubclass(kind, tuple):
+            self.tokens.append(count)
+            self.todo.extend(obj)
+        elif issubclass(kind, set | frozenset):
+            # Their order is not one of values.
+            if (id(obj), None) not in kept:
+                self.tokens.append(frozenset(map(value_key, obj)))
+            self.hold(look, obj, range(count))
+        else:
+            self.hold(look, obj, range(len(look(obj))))
+        if not _is_library(kind):
+            self.todo.append(kind)
+            self.attributes(obj)
+
+    def function(self, fn: types.FunctionType) -> None:
+        is_library = is_library_file(fn.__code__.co_filename)
+        self.tokens.append((fn.__code__, len(fn.__closure__ or ())))
+        if is_library and not (fn.__closure__ or fn.__dict__):
+            return
+        self.hold(_made_of, fn, ("code", "defaults", "kwdefaults"), _is_content)
+        self.todo.append(fn.__dict__ or None)
+        for cell in fn.__closure__ or ():
+            # There may be nothing in it yet.
+            self.hold(_content, cell, ("content",)[: len(_content(cell))])
+        if not is_library:
+            self.code(fn.__code__, fn.__globals__)
+
+    def code(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+        """What the code of a user's function reads by name."""
+        read, words, imported = _names_in(code)
+        self.words |= words
+        self.names(scope, read)
+        package = scope.get("__package__") or ""
+        for name in imported:
+            module = sys.modules.get(name)
+            if module is None and package:
+                module = sys.modules.get(f"{package}.{name.lstrip('.')}".rstrip("."))
+            if module is not None:
+                self.todo.append(module)
+
+    def kind(self, kind: type) -> None:
+        self.tokens.append(_Only(kind))
+        if _is_library(kind):
+            return
+        look = lambda kind: (kind.__mro__, *vars(kind).values())
+        self.hold(look, kind, ("", *vars(kind)), _is_member)
+        self.todo.append(type(kind))
+
+    def module(self, module: types.ModuleType) -> None:
+        self.tokens.append(_Only(module))
+        if not _is_library_module(module.__name__, module):
+            self.modules.append(vars(module))
+
+    def structure(self, structure: Any) -> None:
+        """The classes and the static values of a pytree."""
+        data = structure.node_data()
+        self.tokens.append((jtu.PyTreeDef, structure.num_leaves, data is None))
+        if data is not None:
+            # The keys of a dictionary are a list that was made for us.
+            self.todo.extend(tuple(x) if type(x) is list else x for x in data)
+            self.todo.extend(structure.children())
+
+    def skeleton(self, skeleton: Skeleton) -> None:
+        """The functions and the objects that are captured in a closure."""
+        plan = skeleton.plan
+        self.tokens.append((Skeleton, len(plan.shells)))
+        for shell in plan.shells:
+            if not is_library_file(shell.code.co_filename):
+                self.code(shell.code, shell.scope)
+        for part in all_parts(plan):
+            if isinstance(part, Group) and isinstance(part.key, tuple):
+                # The class and the static values of a node, where it is one.
+                found = [key for key in part.key if type(key) is jtu.PyTreeDef]
+                self.todo.extend(found)
+            # A cell that a function writes to holds its state.
+            elif isinstance(part, Static) and type(part.value) is not types.CellType:
+                self.todo.append(part.value)
+
+    def instance(self, obj: Any) -> None:
+        kind = type(obj)
+        package = kind.__module__.split(".")[0]
+        if package in _RESTLESS:
+            self.tokens.append(_Only(obj))
+        elif package in ("jax", "jaxlib") or kind is _CACHED:
+            # Functions that are compiled, or have rules of their own for derivatives.
+            wrapped = getattr(obj, "__wrapped__", None)
+            self.tokens.append(_Only(obj) if wrapped is None else kind)
+            self.todo.append(wrapped)
+            if wrapped is not None and kind.__name__.startswith("custom_"):
+                self.attributes(obj)
+        else:
+            self.tokens.append(kind if _is_plain(kind) else _Only(obj))
+            if not _is_library(kind):
+                self.todo.append(kind)
+            if not self.attributes(obj):
+                # A mark, such as `object()`, is known by its identity.
+                is_mark = kind.__eq__ is object.__eq__
+                self.tokens.append(_Only(obj) if is_mark else value_key(obj))
+
+    def attributes(self, obj: Any) -> bool:
+        """Watches and walks the attributes of an object; whether it has any."""
+        there = getattr(obj, "__dict__", None)
+        if type(there) is dict and (there or not _is_library(type(obj))):
+            self.hold(_values, there, tuple(there))
+        slots = _slots(type(obj))
+        if slots:
+            look = lambda obj: tuple([getattr(obj, name, None) for name in slots])
+            self.hold(look, obj, slots)
+        return bool(there or slots)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """Returns the bytes of an array, or of a large one some, evenly spread."""
+    if array.nbytes > _MOST_BYTES:
+        array = array.flat[:: array.size // _SAMPLE + 1]
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.size == other.size and bool((one == other).all())
+
+
+def _watches_of_names(scope: dict[str, Any], names: Iterable[str]) -> Iterator[Watch]:
+    there = [name for name in names if name in scope]
+    absent = frozenset(names).difference(there)
+    if there:
+        pick = operator.itemgetter(*there)
+        look = pick if len(there) > 1 else lambda scope: (pick(scope),)
+        yield Watch(look, scope, there, look(scope))
+    if absent:
+        # One of them, such as a builtin, may be defined later.
+        look = lambda scope: (absent.isdisjoint(scope),)
+        yield Watch(look, scope, ("absent",), (True,))
+
+
+def _parts(obj: Any) -> tuple[Any, ...] | None:
+    """What an object that never changes is made of, `None` if it is not known."""
+    kind = type(obj)
+    if kind is types.MethodType:
+        return obj.__func__, obj.__self__
+    if kind in (staticmethod, classmethod):
+        return (obj.__func__,)
+    if kind is property:
+        return (obj.fget,)
+    if issubclass(kind, functools.partial):
+        return obj.func, obj.args, obj.keywords, vars(obj) or None
+    return None
+
+
+def _values(held: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(held.values())
+
+
+def _keys_and_values(held: Any) -> tuple[Any, ...]:
+    return (*held, *held.values())
+
+
+def _made_of(fn: types.FunctionType) -> tuple[Any, ...]:
+    return fn.__code__, fn.__defaults__, fn.__kwdefaults__
+
+
+def _is_content(name: str, value: Any) -> bool:
+    return name != "code"
+
+
+def _content(cell: types.CellType) -> tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
+
+
+def _is_member(name: str, value: Any) -> bool:
+    """Whether a name of a class's namespace is code or configuration."""
+    if not name:
+        return True
+    if not (name.startswith("__") and name.endswith("__")):
+        return name != "_abc_impl"
+    return hasattr(type(value), "__get__")
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether an object of a class is no more than its attributes."""
+    if kind is types.SimpleNamespace:
+        return True
+    heap = 1 << 9
+    return all(base.__flags__ & heap for base in kind.__mro__[:-1])
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: type) -> tuple[str, ...]:
+    return tuple(
+        name
+        for base in kind.__mro__
+        for name, value in vars(base).items()
+        if isinstance(value, types.MemberDescriptorType)
+        and base.__flags__ & (1 << 9)
+        and not name.startswith("__")
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(
+    code: types.CodeType,
+) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
+    """The globals that a code object reads, all of its names, and its imports."""
+    read, written, words, imported = set(), set(), set(code.co_names), set()
+    for instruction in dis.get_instructions(code):
+        match instruction.opname:
+            case "LOAD_GLOBAL" | "LOAD_NAME" | "LOAD_FROM_DICT_OR_GLOBALS":
+                read.add(instruction.argval)
+            case "STORE_GLOBAL" | "DELETE_GLOBAL":
+                written.add(instruction.argval)
+            case "IMPORT_NAME":
+                imported.add(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            # `getattr(settings, "rate")`.
+            words.add(constant)
+        elif isinstance(constant, types.CodeType):
+            inner, inner_words, inner_imported = _names_in(constant)
+            read |= set(inner)
+            words |= inner_words
+            imported |= inner_imported
+    return tuple(sorted(read - written)), frozenset(words), frozenset(imported)
+
+
+# What is a library's, and so does not change while a program runs.
+
+_OWN = str(Path(__file__).parent)
+_STANDARD = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library_file(path: str) -> bool:
+    """Whether a file is one of the standard library, of a package, or of vernal."""
+    if path.startswith("<frozen") or path.startswith((_OWN, *_STANDARD)):
+        return True
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
+
+
+def _is_library_module(name: str, module: types.ModuleType | None) -> bool:
+    if name == "__main__":
+        return False
+    path = getattr(module, "__file__", None)
+    if path is not None:
+        return is_library_file(path)
+    return name.split(".")[0] in sys.stdlib_module_names
+
+
+_library_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _is_library(kind: type) -> bool:
+    found = _library_kinds.get(kind)
+    if found is None:
+        name = kind.__module__
+        found = _is_library_module(name, sys.modules.get(name))
+        _library_kinds[kind] = found
+    return found

@@ -1,0 +1,231 @@
+"""Which numbers of a model are parameters, and how the others are seen."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vernal as vn
+from models import Gaussian, GaussianFit, gaussian_batch
+
+FLOATS = {
+    "np.mean": np.mean(np.asarray([1.0, 2.0])),
+    "np.float64": np.float64(1.5),
+    "np.float32": np.float32(1.5),
+    "np.float16": np.float16(1.5),
+    "bfloat16": jnp.bfloat16(1.5).dtype.type(1.5),
+    "0-d array of NumPy": np.asarray(1.5),
+    "array of NumPy": np.asarray([1.5, 1.5]),
+    "array": jnp.asarray(1.5),
+}
+COMPLEX = {
+    "np.complex128": np.complex128(1.5),
+    "np.complex64": np.complex64(1.5),
+    "complex array": jnp.asarray(1.5 + 0j),
+}
+# What is listed of each, and what it says of it.
+UNFITTED = {
+    "Python float": (1.5, "frozen (a Python float)"),
+    "Python complex": (1.5j, "frozen (a Python complex)"),
+    "int32": (jnp.asarray(3, jnp.int32), "not fitted (int32)"),
+    "int64, one element": (jnp.asarray([3], jnp.int64), "not fitted (int64)"),
+    "uint8 of NumPy": (np.asarray(3, np.uint8), "not fitted (uint8)"),
+    "np.int64": (np.int64(3), "not fitted (int64)"),
+    "frozen array": (jnp.ones(2), "frozen"),
+    "np.float32": (np.float32(1.5), "frozen"),
+    "np.longdouble": (np.longdouble(1.5), f"not fitted ({np.dtype(np.longdouble)})"),
+}
+UNLISTED = {
+    "Python int": 3,
+    "bool": True,
+    "np.bool_": np.bool_(True),
+    "string": "text",
+    "function": jnp.sin,
+    "key": jax.random.key(0),
+    "many integers": jnp.arange(3),
+    "nothing": None,
+}
+
+
+class Decay(eqx.Module):
+    """A number that is a parameter beside what may be one."""
+
+    rate: jax.Array
+    nested: dict
+
+    def __call__(self, x):
+        return self.rate * x
+
+
+class Pull(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.abs(model.nested["x"] - batch).sum().astype(float) + model.rate**2
+
+
+def decay(value):
+    return Decay(jnp.asarray(2.0), {"x": value, "none": None})
+
+
+@pytest.mark.parametrize("name", [*FLOATS, *COMPLEX])
+def test_scalars_of_numpy_are_parameters_as_arrays_are(name):
+    value = (FLOATS | COMPLEX)[name]
+    model = decay(value)
+    assert vn.paths(model) == ("rate", "nested.x")
+    chosen, rest = vn.split(model, "nested")
+    assert chosen.nested["x"] is value
+    assert rest.nested["x"] is None
+    # By a node, by a glob, by default; and as the whole model.
+    everything = optax.sgd(0.5)
+    for optimiser in (
+        everything,
+        vn.ParamOptimiser({"nested": everything}),
+        vn.ParamOptimiser({"**": everything}, strict=True),
+        vn.ParamOptimiser({lambda path, leaf: leaf.ndim <= 1: everything}),
+        vn.ParamOptimiser({"rate": None}, default=everything),
+    ):
+        trainer = Pull(model, optimiser)
+        (own,) = jax.tree.leaves(trainer.params.nested)
+        assert isinstance(own, jax.Array)
+        assert own.dtype == value.dtype
+        assert own.shape == value.shape
+    trainer, _ = trainer.step(jnp.asarray(0.0))
+    np.testing.assert_allclose(trainer.model.nested["x"], 1.0)
+    with pytest.raises(ValueError, match=r"'nested\.x' has no rule"):
+        vn.ParamOptimiser({"rate": everything}, strict=True).owners(model)
+
+
+def test_a_fit_from_scalars_is_that_from_arrays():
+    values = (0.3, np.float64(1.2), np.asarray([0.8]).mean())
+    fit = lambda model: GaussianFit(model, optax.adam(0.1)).fit(
+        gaussian_batch(), 5, progress=False
+    )
+    one = fit(Gaussian(*map(np.float64, values)))
+    other = fit(Gaussian(*map(jnp.asarray, values)))
+    assert (one.history.loss == other.history.loss).all()
+    assert one.history.loss[-1] < one.history.loss[0]
+
+
+def test_a_frozen_scalar_is_no_part_of_the_program():
+    class Fit(vn.Trainer):
+        def loss(self, model, batch):
+            traces.append(model.nested["x"])
+            return (model.rate - model.nested["x"]) ** 2
+
+    counts, traces = [], []
+    for value in (np.float64(1.0), np.float64(3.0)):
+        trainer, _ = Fit(decay(value), optax.sgd(0.5), train="rate").step(0.0)
+        np.testing.assert_allclose(trainer.model.rate, value)
+        counts.append(len(traces))
+    assert counts[0] == counts[1] > 0
+
+
+def test_integers_of_numpy_may_be_sizes():
+    class Fit(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.sum((jnp.ones(model.nested["x"]) - model.rate) ** 2)
+
+    _trainer, info = Fit(decay(np.int64(3)), optax.sgd(0.1)).step(0.0)
+    np.testing.assert_allclose(info.loss, 3.0)
+
+
+def test_strict_objects_to_a_python_float():
+    rules = {"rate": optax.sgd(0.1)}
+    with pytest.raises(ValueError, match=r"'nested\.x', a Python float, has no rule"):
+        Pull(decay(1.5), vn.ParamOptimiser(rules, strict=True))
+    # A glob is not its own name.
+    with pytest.raises(ValueError, match="a Python float"):
+        Pull(decay(1.5), vn.ParamOptimiser({**rules, "**": None}, strict=True))
+    for rule in (None, optax.sgd(0.1)):
+        exact = vn.ParamOptimiser({**rules, "nested.x": rule}, strict=True)
+        assert len(jax.tree.leaves(Pull(decay(1.5), exact).params)) == 1 + bool(rule)
+    lax = Pull(decay(1.5), vn.ParamOptimiser(rules))
+    assert lax.model.nested["x"] == 1.5
+    assert type(lax.model.nested["x"]) is float
+
+
+def listed(model):
+    """What each of the three tables says of `nested.x`."""
+    optimiser = vn.ParamOptimiser({"rate": optax.sgd(0.1)})
+    trainer = Pull(model, optimiser)
+    tables = optimiser.summary(model), str(trainer), trainer.table()
+    rows = [[r for r in t.splitlines() if r.startswith("nested.x")] for t in tables]
+    assert all("rate" in table for table in tables)
+    return [row[0] if row else None for row in rows]
+
+
+@pytest.mark.parametrize("name", UNFITTED)
+def test_what_is_not_fitted_is_listed(name):
+    value, told = UNFITTED[name]
+    for row in listed(decay(value)):
+        assert row is not None
+        assert row.rstrip().endswith(f"  {told}")
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_what_is_no_number_to_fit_is_not_listed(name):
+    assert listed(decay(UNLISTED[name])) == [None, None, None]
+
+
+# print(trainer)
+
+
+def test_print_says_what_happens_to_each():
+    model = {"a": jnp.ones(3), "b": np.float64(0.5), "c": 2.0, "d": jnp.asarray(1)}
+    rules = {("a", "b"): optax.adam(0.1)}
+
+    class Fit(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.sum(model["a"] ** 2) + model["b"] ** 2
+
+    trainer = Fit(model, vn.ParamOptimiser(rules))
+    assert str(trainer).splitlines() == [
+        "Fit(dict, 2 parameters, step_count=0, best_loss=inf)",
+        "parameter  value",
+        "─────────  ──────────  ───────────────────────",
+        "a          float64[3]  trained by a, b",
+        "b          0.5         trained by a, b",
+        "c          2           frozen (a Python float)",
+        "d          1           not fitted (int64)",
+    ]
+    trainer, _ = trainer.step(0.0)
+    assert repr(trainer) == "Fit(dict, 2 parameters, step_count=1, best_loss=3.25)"
+
+
+def deleted(trainer):
+    for leaf in jax.tree.leaves(trainer._progress):
+        leaf.delete()
+    return trainer
+
+
+STATES = {
+    "solver alone": lambda t: type(t)(t.model),
+    "a leaf": lambda t: type(t)(jnp.asarray(1.0)),
+    "deleted": lambda t: deleted(t.replace(model=jax.tree.map(jnp.copy, t.model))),
+    "filtered": lambda t: eqx.filter(t, lambda _: False),
+    "shapes": lambda t: jax.eval_shape(lambda: t),
+    "tuples": lambda t: jax.tree.map(lambda x: x.shape, t),
+    "half made": lambda t: object.__new__(type(t)),
+    "many leaves": lambda t: type(t)({str(n): jnp.ones(2) for n in range(1000)}),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_trainer_can_always_be_printed(name):
+    trainer = Pull(decay(np.float64(1.0)), vn.ParamOptimiser({"**": optax.adam(0.1)}))
+    odd = STATES[name](trainer)
+    assert repr(odd).startswith("Pull(")
+    assert len(repr(odd)) < 100
+    assert str(odd).startswith(repr(odd))
+    assert len(str(odd).splitlines()) < 80
+
+
+def test_a_stacked_trainer_and_a_traced_one_can_be_printed():
+    make = lambda x: Pull(Decay(x, {"x": x}), optax.adam(0.1))
+    stacked = eqx.filter_vmap(make)(jnp.arange(3.0))
+    assert "2 parameters, 3 members" in repr(stacked)
+    assert "rate       float64[3]  trained" in str(stacked)
+    told = []
+    eqx.filter_jit(lambda t: told.extend((str(t), repr(t))))(make(jnp.asarray(1.0)))
+    assert all("step_count=int32[]" in text for text in told)
