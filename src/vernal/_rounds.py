@@ -166,9 +166,7 @@ class _Rounds:
         )
         history = History(np.arange(start, start + len(losses)), losses)
         trainer = self._trainer._at(progress, projector=projector)
-        return FitResult(
-            trainer, history, reason, end.distance.edm, end.distance.direction
-        )
+        return FitResult(trainer, history, reason, end.distance)
 
 
 def _whitened_again(trainer: Any, batch: Any) -> tuple[EigenProjector, Any] | None:

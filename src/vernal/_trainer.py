@@ -435,20 +435,33 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             least-squares solver.
         - `batch`: what the loss is given, any pytree.
         - `max_steps`: the number of steps after which to give up.
+        - `rewhiten`: whether to go on in a space that is whitened anew where the solver
+            stops short of a minimum. Of a space made by [`vernal.Trainer.whiten`][],
+            or another that keeps all directions; `max_steps` counts all steps.
+        - `jac`: `"fwd"` or `"bwd"`, the mode of differentiation; by default the one
+            that works.
         - `mesh`: devices that share the work, as for [`vernal.Trainer.fit`][].
 
         **Returns:**
 
-        A [`vernal.FitResult`][], whose `stop_reason` tells how the solver ended. The
+        A [`vernal.FitResult`][], whose `stop_reason` tells how the solver ended, and
+        whose `edm` by how much the loss could still fall. What a solver's own
+        tolerances say is checked: it is `CONVERGED` where `edm` is below a thousandth
+        of the scatter (of the reduced chi-squared for `residuals`, of one for `nll`, of
+        the fall so far for `loss`), or of what rounding leaves; else `STALLED`. The
         history has the loss that the solver reported at each step, before the step.
         The moments of an optimiser start anew.
 
         **Raises:**
 
         - `TypeError`: if `solver` is none, or is a least-squares solver of a class
-            that does not define `residuals`; or if a parameter is complex.
+            that does not define `residuals`; if a parameter is complex; or if there
+            is no derivative, in the mode that was asked for or in any.
         - `ValueError`: if the class defines `transform_grads` or `constrain`.
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
+
+        An error that is raised while the solver runs, such as by `eqx.error_if`, has
+        the result up to there as its attribute `result`.
         """
         require_precision(self)
         return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
