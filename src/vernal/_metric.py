@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ._blocks import find_blocks
 from ._curvature import (
@@ -30,6 +30,7 @@ from ._dense import (
     check_rank_kind,
     of_spectrum,
 )
+from ._diagnosis import explain_non_finite
 from ._modes import Mode, Subject, checked_mode
 from ._nonfinite import all_finite
 from ._objective import (
@@ -103,11 +104,12 @@ def _matrices(
     bare, batch = trainer._bare(), as_batch(batch)
     selectors = None if blocks is None else _as_selectors(blocks)
     if selectors is None and kind == "residuals" and batch_size is None:
-        matrices = (_gram(_jacobian(bare, batch, jac), ravel_dtype(params)),)
+        found, is_finite = _jacobian(bare, batch, jac)
+        matrices = (_gram(found, ravel_dtype(params)),)
     else:
         members = _members(params, selectors)
-        matrices = _compute(bare, batch, kind, members, batch_size, jac)
-    _require_finite(matrices, f"The curvature of `{kind}`", trainer, batch)
+        matrices, is_finite = _compute(bare, batch, kind, members, batch_size, jac)
+    _require_finite(matrices, is_finite, f"The curvature of `{kind}`", trainer, batch)
     if selectors is None:
         return matrices[0]
     return OrderedDict(zip(selectors, matrices, strict=True))
@@ -121,16 +123,29 @@ def _members(
     return find_blocks(params, selectors, "blocks")
 
 
-def _require_finite(found: Any, what: str, trainer: Any, batch: Any) -> None:
-    """Refuses what is not finite, unless it is traced."""
-    leaves = jax.tree.leaves(found)
-    if any(isinstance(leaf, Tracer) for leaf in leaves) or _all_finite(leaves):
+def _require_finite(
+    found: Any, is_finite: Any, what: str, trainer: Any, batch: Any
+) -> None:
+    """Refuses what is not finite, unless it is traced.
+
+    **Arguments:**
+
+    - `found`: derivatives, in any tree.
+    - `is_finite`: whether what was differentiated is finite. If it is not, its
+        derivatives may still be: those of `model - data` know nothing of the data.
+    - `what`: what an error calls the derivatives.
+    """
+    leaves = jax.tree.leaves((found, is_finite))
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         return
-    is_nan = any(np.isnan(leaf).any() for leaf in leaves)
+    if is_finite and _all_finite(found):
+        return
+    fault = "is not finite" if is_finite else "says nothing here"
+    is_overflow = is_finite and not any(np.isnan(leaf).any() for leaf in leaves)
     raise ValueError(
-        f"{what} of `{type(trainer).__name__}` is not finite. "
-        + _explain_non_finite(trainer, batch)
-        + ("" if is_nan else _TOO_LARGE)
+        f"{what} of `{type(trainer).__name__}` {fault}. "
+        + explain_non_finite(trainer, batch)
+        + (_TOO_LARGE if is_overflow else "")
     )
 
 
@@ -141,10 +156,6 @@ _TOO_LARGE = (
 )
 
 _all_finite = jax.jit(all_finite)
-
-
-def _explain_non_finite(trainer: Any, batch: Any) -> str:
-    return "Look at the data, the parameters and the derivatives of the model."
 
 
 def _as_selectors(blocks: Blocks) -> tuple[Any, ...]:
@@ -188,26 +199,33 @@ def _compute(
     blocks: tuple[tuple[int, ...], ...],
     batch_size: int | None,
     jac: Mode | None,
-) -> tuple[Float[Array, "D D"], ...]:
-    """Computes one matrix for each group of leaves."""
+) -> tuple[tuple[Float[Array, "D D"], ...], Bool[Array, ""]]:
+    """Computes one matrix for each group of leaves, and whether there is a meaning.
+
+    That is, whether what is differentiated is finite.
+    """
     of, evaluate = {
         "residuals": (gauss_newton_matrix, real_residuals),
         "nll": (hessian_matrix, negative_log_likelihood),
         "loss": (hessian_matrix, lambda *args: score(*args).loss),
     }[kind]
     subject = _subject(trainer, kind, jac)
-    return tuple(
+    found = tuple(
         of(*_within(trainer, batch, block, evaluate), batch_size, subject)
         for block in blocks
     )
+    return found, all_finite(evaluate(trainer, batch, step_key(trainer)))
 
 
 @program
-def _jacobian(trainer: Any, batch: Any, jac: Mode | None) -> Float[Array, "N D"]:
-    """Computes the Jacobian of all residuals, of which everything else is made."""
+def _jacobian(
+    trainer: Any, batch: Any, jac: Mode | None
+) -> tuple[Float[Array, "N D"], Bool[Array, ""]]:
+    """Computes the Jacobian of all residuals, and whether these are finite."""
     (block,) = _members(trainer.params, None)
     subject = _subject(trainer, "residuals", jac)
-    return jacobian_of(*_within(trainer, batch, block, real_residuals), None, subject)
+    fn, own = _within(trainer, batch, block, real_residuals)
+    return jacobian_of(fn, own, None, subject), all_finite(fn(own))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -226,14 +244,14 @@ def _spectra(
     blocks: tuple[tuple[int, ...], ...],
     batch_size: int | None,
     jac: Mode | None,
-) -> tuple[Spectrum, ...]:
-    """Decomposes the Jacobian of each group of leaves."""
+) -> tuple[tuple[Spectrum, ...], Bool[Array, ""]]:
+    """Decomposes the Jacobian of each group of leaves; says if residuals are finite."""
     subject = _subject(trainer, "residuals", jac)
     found = []
     for block in blocks:
         fn, own = _within(trainer, batch, block, real_residuals)
         found.append(spectrum_of(fn, own, batch_size, subject))
-    return tuple(found)
+    return tuple(found), all_finite(real_residuals(trainer, batch, step_key(trainer)))
 
 
 def _decomposed(
@@ -253,12 +271,13 @@ def _decomposed(
     params = as_parameters(trainer.params)
     bare, batch = trainer._bare(), as_batch(batch)
     if selectors is None and batch_size is None:
-        spectra = (_spectrum(_jacobian(bare, batch, jac)),)
+        found, is_finite = _jacobian(bare, batch, jac)
+        spectra = (_spectrum(found),)
     else:
         members = _members(params, selectors)
-        spectra = _spectra(bare, batch, members, batch_size, jac)
+        spectra, is_finite = _spectra(bare, batch, members, batch_size, jac)
     what = "The Jacobian of `residuals`"
-    _require_finite(spectra, what, trainer, batch)
+    _require_finite(spectra, is_finite, what, trainer, batch)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):
         message = f"{what} of `{type(trainer).__name__}` is not finite."
         spectra = eqx.error_if(spectra, ~all_finite(spectra), message)
