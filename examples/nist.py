@@ -12,7 +12,8 @@ Nine curves that NIST certifies to eleven digits, each from two starts, near and
 
 A cell is the number of correct digits at the worst parameter, and the steps it took
 (for SciPy's `lm` the evaluations). Six digits count as an answer. With the parameters
-come their standard errors, whose digits have a column of their own. (MGH10 from afar is
+come their standard errors, whose digits have a column of their own, and `edm`, by how
+much the loss could still fall, as a fraction of the scatter. (MGH10 from afar is
 a valley that is curved and nearly flat: Levenberg–Marquardt arrives, after thousands of
 steps.)
 """
@@ -98,8 +99,7 @@ def digits(values, certified):
 
 
 def levenberg_marquardt(trainer, batch):
-    result = trainer.solve(LM, batch, max_steps=STEPS)
-    return result.trainer, len(result.history)
+    return trainer.solve(LM, batch, max_steps=STEPS)
 
 
 def whitened_bfgs(trainer, batch):
@@ -165,11 +165,14 @@ def main(output):
         solvers = others(name, x, y)
         for number, start in enumerate(given["starts"], 1):
             start = jnp.asarray(start)
-            trainer, steps = levenberg_marquardt(Fit(Curve(start, formula)), (x, y))
+            result = levenberg_marquardt(Fit(Curve(start, formula)), (x, y))
+            assert result.stop_reason is vn.StopReason.CONVERGED, f"{name} has not"
+            trainer = result.trainer
             # The loss is half the sum of squares, which tells how far the data scatter.
             scatter = jnp.sqrt(2 * trainer.best_loss / (len(x) - len(certified)))
             errors = scatter * trainer.standard_errors((x, y)).b
-            found = {"LM": (trainer.model.b, steps)}
+            found = {"LM": (trainer.model.b, len(result.history))}
+            edm = f"{result.edm / scatter**2:.0e}"
             trainer, steps = whitened_bfgs(Fit(Curve(start, formula)), (x, y))
             found["BFGS, whitened"] = trainer.best.b, steps
             with warnings.catch_warnings():  # SciPy's, on the way
@@ -181,7 +184,7 @@ def main(output):
             for label, value in correct.items():
                 right.setdefault(label, []).append(value)
             cells = [f"{correct[k]:.1f} ({steps:,})" for k, (_, steps) in found.items()]
-            cells.insert(1, f"{correct['errors']:.1f}")
+            cells[1:1] = f"{correct['errors']:.1f}", edm
             rows.append([f"{name}, {number}", *cells])
 
     labels = ["LM", "errors", "BFGS, whitened", *solvers]
@@ -189,7 +192,10 @@ def main(output):
         k: sum(v >= (4 if k == "errors" else 6) for v in right[k]) for k in right
     }
     total = ["**answers**", *(f"**{answers[k]} of {len(rows)}**" for k in labels)]
-    for row in (["set, start", *labels], ["---"] * 8, *rows, total):
+    titles = ["set, start", *labels]
+    for row in (titles, total):
+        row.insert(3, "edm" if row is titles else "")
+    for row in (titles, ["---"] * len(titles), *rows, total):
         print("|", " | ".join(row), "|")
     assert answers["LM"] == answers["errors"] == 18, "LM misses a certified answer"
     assert answers["BFGS, whitened"] >= 16, "whitened BFGS misses more than two"

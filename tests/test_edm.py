@@ -219,6 +219,19 @@ def test_a_saddle_is_no_minimum():
     assert result.stop_reason is REASON.STALLED
 
 
+def test_a_plateau_is_no_minimum():
+    x = jnp.linspace(1.0, 2.0, 9)
+
+    class Far(vn.Trainer):
+        def residuals(self, model, batch):
+            return jnp.exp(model["a"] * x) - 1.0
+
+    result = Far({"a": jnp.asarray(-1e4)}).solve(LM, None)
+    assert result.stop_reason is REASON.STALLED
+    assert result.edm == 0
+    assert "flat" in result.explain()
+
+
 class Edge(vn.Trainer):
     """A sum of absolute values: no curvature to measure by."""
 

@@ -137,9 +137,9 @@ def test_diffrax_with_each_of_its_adjoints(name):
 def test_the_mode_can_be_asked_for():
     result = Fit(start()).solve(LM, Y, jac="bwd")
     np.testing.assert_allclose(result.model["rate"], TRUTH["rate"], rtol=1e-8)
-    with pytest.raises(ValueError, match="`jac` is \"up\"|`jac` is 'up'"):
+    with pytest.raises(ValueError, match="`jac` is 'up'"):
         Fit(start()).solve(LM, Y, jac="up")
-    with pytest.raises(Exception, match="custom_vjp|differentiat"):
+    with pytest.raises(Exception, match="cannot be differentiated"):
         ReverseOnly(start()).solve(LM, Y, jac="fwd")
 
 

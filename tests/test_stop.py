@@ -259,9 +259,10 @@ def test_a_criterion_of_ones_own():
     [
         (vn.Converged(1e-9, 2) | Flat(jnp.array(1e9)), "CRITERION", 1),
         (Flat(jnp.array(1e9)) | vn.Converged(1e-9, 2), "CRITERION", 1),
-        (vn.Converged(0.99, 2) | Flat(jnp.array(0.0)), "CONVERGED", 3),
-        (Flat(jnp.array(0.0)) | vn.Converged(0.99, 2), "CONVERGED", 3),
-        (vn.Patience(9) | Flat(jnp.array(0.0)) | vn.Converged(0.99, 2), "CONVERGED", 3),
+        # With a tolerance as wide as this, the minimum is still far away.
+        (vn.Converged(0.99, 2) | Flat(jnp.array(0.0)), "STALLED", 3),
+        (Flat(jnp.array(0.0)) | vn.Converged(0.99, 2), "STALLED", 3),
+        (vn.Patience(9) | Flat(jnp.array(0.0)) | vn.Converged(0.99, 2), "STALLED", 3),
     ],
 )
 def test_either_of_two(stop, reason, steps):

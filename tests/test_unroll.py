@@ -1,6 +1,7 @@
 """`unroll`: the steps are those of a trainer, and derivatives flow through them."""
 
 import dataclasses
+import functools
 import itertools
 
 import equinox as eqx
@@ -65,6 +66,11 @@ def after_scales(scales, steps=10, **options):
     """The last loss of a fit with one rule for each leaf."""
     trainer = scaled(GaussianFit(gaussian(), rules()), scales)
     return vn.unroll(trainer, BATCH, steps, **options)[1][-1]
+
+
+@functools.cache
+def gradient():
+    return jax.grad(after_scales)(SCALES)
 
 
 # The steps are those of a trainer.
@@ -242,11 +248,10 @@ def test_gradients_through_one_rule_for_each_leaf():
 
 
 def test_gradients_are_those_of_finite_differences():
-    grad = jax.grad(after_scales)(SCALES)
     for i in range(3):
         h = jnp.zeros(3).at[i].set(1e-5)
         slope = (after_scales(SCALES + h) - after_scales(SCALES - h)) / 2e-5
-        np.testing.assert_allclose(grad[i], slope, rtol=1e-6)
+        np.testing.assert_allclose(gradient()[i], slope, rtol=1e-6)
 
 
 def test_a_rate_within_a_rule_may_be_what_is_differentiated():
@@ -264,19 +269,16 @@ def test_a_rate_within_a_rule_may_be_what_is_differentiated():
     np.testing.assert_allclose(jax.grad(direct)(0.02), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("segment", [0, 1, 3, 5, 12])
+@pytest.mark.parametrize("segment", [0, 1, 3, 5, 10])
 def test_gradients_do_not_depend_on_what_is_kept(segment):
-    expected = jax.grad(after_scales)(SCALES, 12)
-    found = jax.grad(after_scales)(SCALES, 12, segment=segment)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    found = jax.grad(after_scales)(SCALES, segment=segment)
+    np.testing.assert_allclose(found, gradient(), rtol=1e-12)
 
 
 def test_forward_and_in_reverse_derivatives_are_the_same():
     tangent = jnp.asarray([0.3, -1.0, 0.5])
     _, slope = jax.jvp(after_scales, (SCALES,), (tangent,))
-    np.testing.assert_allclose(
-        slope, jax.grad(after_scales)(SCALES) @ tangent, rtol=1e-10
-    )
+    np.testing.assert_allclose(slope, gradient() @ tangent, rtol=1e-10)
 
 
 def test_a_gradient_through_minibatches_is_one_through_steps():
@@ -649,9 +651,13 @@ def test_a_stopped_trainer_goes_no_further():
     after, losses = unrolled(0.0)
     assert same(after, stopped)
     assert np.isnan(losses).all()
-    for of in (jax.grad, jax.jacfwd):
-        assert of(lambda shift: jnp.nansum(unrolled(shift)[1]))(0.0) == 0
-        assert of(lambda shift: unrolled(shift)[0].model.slope)(0.0) == 0
+
+    def both(shift):
+        after, losses = unrolled(shift)
+        return jnp.stack([jnp.nansum(losses), after.model.slope])
+
+    for of in (jax.jacrev, jax.jacfwd):
+        np.testing.assert_array_equal(of(both)(0.0), 0)
     going = stopped.replace(nan_policy=vn.SkipStep())
     assert np.isfinite(vn.unroll(going, (x, y), 4)[1]).all()
 

@@ -39,9 +39,7 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
     args = trainer._bare(), trainer.projector, source.batch, what_falls(trainer)
     distance = _measure(*args, jnp.asarray(fall))
     reason = settled(result.stop_reason, jax.device_get(distance))
-    return dataclasses.replace(
-        result, stop_reason=reason, edm=distance.edm, _direction=distance.direction
-    )
+    return dataclasses.replace(result, stop_reason=reason, _distance=distance)
 
 
 def edm_note(trainer: Any, batch: Any) -> str | None:

@@ -173,8 +173,9 @@ class MatrixFree(eqx.Module):
         products = gauss_newton_products(fn, flat)
         if products is None:
             raise TypeError(
-                "`residuals` can be differentiated in one mode only, and a product "
-                "with $J^T J$ needs both. Form the matrix, with `gauss_newton`."
+                "`residuals` can be differentiated in one mode alone, and "
+                "`gauss_newton_matvec` needs both. Form the matrix, with "
+                "`gauss_newton`, which does not."
             )
         push, pull = products
         return lambda vector: pull(push(vector))
@@ -206,8 +207,8 @@ def hessian(
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`. Each
     column is a forward derivative of the gradient, if that is possible; the matrix is
     then made exactly symmetric. It compiles once for each `fn`, which is known by its
-    identity, and each set of shapes: what `fn` reads from outside of its arguments must
-    not change.
+    identity, and each set of shapes; and anew where the code of `fn`, or what it reads,
+    has changed.
 
     **Arguments:**
 
@@ -253,8 +254,8 @@ def gauss_newton(
     $J$ is formed by forward derivatives; or, with `batch_size`, each column of $F$ is a
     forward derivative followed by its transpose, and $J$ as a whole is never kept.
     Where one mode alone is possible, or asked for, $J$ is kept as a whole. It compiles
-    once for each `residuals`, which is known by its identity, and each set of shapes:
-    what `residuals` reads from outside of its arguments must not change.
+    once for each `residuals`, which is known by its identity, and each set of shapes;
+    and anew where its code, or what it reads, has changed.
 
     **Arguments:**
 

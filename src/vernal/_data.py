@@ -9,28 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from ._datum import Flag, as_datum
 from ._paths import dotted
 from ._typing import PyTree, prng_key, whole_number
-from ._x64 import narrowed
 
 Batch = TypeVar("Batch")
-
-
-@final
-class Flag:
-    """A boolean in a batch, which a compiled program does not mistake for 0 or 1.
-
-    To Python `True == 1`, and programs are found by what is static in their arguments.
-    """
-
-    def __init__(self, value: bool):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Flag) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return hash((Flag, self.value))
 
 
 def as_given(batch: Any) -> Any:
@@ -241,10 +224,10 @@ def as_source(data: Any) -> Source:
 
 
 def as_batch(batch: Any, argument: str = "data") -> Any:
-    """Turns NumPy's arrays and the floats of a batch into JAX's arrays.
+    """Turns the arrays and the floats of a batch into JAX's arrays.
 
-    So new ones compile nothing. Integers, strings and functions stay as they are, and
-    are static: they may decide a shape or a branch.
+    So new ones compile nothing. Those of other libraries are copied. Integers, strings
+    and functions stay as they are, and are static: they may decide a shape or a branch.
 
     **Arguments:**
 
@@ -259,28 +242,5 @@ def as_batch(batch: Any, argument: str = "data") -> Any:
         )
     flat, structure = jax.tree_util.tree_flatten_with_path(batch)
     return structure.unflatten(
-        [_as_datum(argument, dotted(keys), leaf) for keys, leaf in flat]
+        [as_datum(leaf, argument, dotted(keys)) for keys, leaf in flat]
     )
-
-
-def _as_datum(argument: str, path: str, leaf: Any) -> Any:
-    if isinstance(leaf, bool):
-        return Flag(leaf)
-    where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
-    leaf = narrowed(leaf, f"`{argument}`: the leaf {path!r}" if path else argument)
-    if isinstance(leaf, np.ndarray | np.generic | float | complex):
-        array = np.asarray(leaf)
-        if array.dtype.kind in "OSUMm":
-            raise TypeError(
-                f"{where} an array of dtype {array.dtype}, which JAX cannot compute "
-                "with. Turn it into numbers, or leave it out."
-            )
-        # A copy: JAX may otherwise share the memory of an array that is changed later.
-        return jnp.array(leaf)
-    is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
-    if is_loader and not isinstance(leaf, str | bytes):
-        raise TypeError(
-            f"{where} a {type(leaf).__name__}, which is no array. To take one batch a "
-            "step from it, wrap it: `fit(vn.Stream(data), steps)`."
-        )
-    return leaf

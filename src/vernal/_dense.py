@@ -1,6 +1,7 @@
 """A linear map that whitens flat vectors, kept as the factors of its matrix."""
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -156,6 +157,15 @@ class Cut(NamedTuple):
     resolution: float
 
 
+def check_rank_kind(rank: Any, blocks: Any) -> None:
+    """Checks that there is a rank for each block, or one where there are none."""
+    if rank is not None and isinstance(rank, Mapping) != (blocks is not None):
+        raise TypeError(
+            "`rank` must be a mapping from the selectors in `blocks` to whole numbers, "
+            f"or one number where there are no blocks, but it is {rank!r}."
+        )
+
+
 def of_spectrum(
     spectrum: Spectrum, params: Params, cut: Cut, name: str, *, is_inverse: bool
 ) -> DenseWhitening:
@@ -200,6 +210,10 @@ def of_spectrum(
 def check_options(
     threshold: float, rank: int | None, on_null: OnNull, size: int
 ) -> None:
+    if on_null not in get_args(OnNull):
+        raise ValueError(
+            f'`on_null` is {on_null!r}, but must be "drop", "raise" or "prior".'
+        )
     if not 0 <= threshold < 1:
         raise ValueError(
             f"`rtol` must be at least 0 and less than 1, not {threshold}: it is a "

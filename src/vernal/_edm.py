@@ -30,7 +30,7 @@ class Distance(NamedTuple):
 
     - `edm`: $\frac12 g^\top F^{-1} g$, NaN where it cannot be had.
     - `limit`: what of it is too little to matter.
-    - `is_saddle`: whether the loss curves downwards.
+    - `is_saddle`: whether the loss curves downwards, or is flat wherever one looks.
     - `is_complete`: whether `edm` is more than a lower bound.
     - `direction`: where the minimum is; each parameter in units of its own scale, and
         the whole of length one.
@@ -83,7 +83,7 @@ def of_residuals(
     factor = jnp.linalg.qr(together, mode="r")
     left, values, right = jnp.linalg.svd(factor[:size, :size], full_matrices=False)
     noise = max(_ROUNDING, size) * float(jnp.finfo(values.dtype).eps)
-    is_kept = values > noise * values[0]
+    is_kept = (values > noise * values[0]) & (values > 0)
     along = jnp.where(is_kept, matmul(left.T, factor[:size, size]), 0)
     edm = 0.5 * jnp.sum(jnp.square(along))
     step = -matmul(right.T, along / jnp.where(is_kept, values, 1)) / own
@@ -99,7 +99,8 @@ def of_residuals(
     return Distance(
         jnp.where(is_finite, edm, jnp.nan),
         limit,
-        jnp.array(False),
+        # Far out a model may underflow, and nothing depends on any parameter.
+        ~jnp.any(is_kept) & (loss > 0),
         jnp.array(True),
         _unit(scale * step),
     )

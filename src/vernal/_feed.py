@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr
 
 from ._data import Minibatches, Source, Stream, Whole
+from ._frames import warn
 from ._leaves import to_arrays
 from ._peers import Peers
 
@@ -16,6 +19,9 @@ from ._peers import Peers
 _CHUNK_SECONDS = 0.5
 _FASTEST_GROWTH = 100
 
+
+# How many values a stream may have for what is static in its batches.
+_MOST_STATIC = 3
 
 # What there is after the last batch.
 _DRY = "the stream ran dry"
@@ -45,6 +51,7 @@ class Feed:
         self.source, self._peers = source, peers
         self._prepare = prepare
         self._ahead: list[Any] = []
+        self._static = _Static()
         if isinstance(source, Stream):
             self._iterator = source.open(step)
 
@@ -67,7 +74,11 @@ class Feed:
 
     def _next(self) -> Any:
         batch = next(self._iterator, _DRY)
-        return _DRY if batch is _DRY else self._prepare(batch)
+        if batch is _DRY:
+            return _DRY
+        batch = self._prepare(batch)
+        self._static.look(batch)
+        return batch
 
     def _told(self, batch: Any) -> str:
         if batch is _DRY or not self._peers.are_many:
@@ -91,6 +102,35 @@ class Feed:
             return
         for _ in range(count):
             yield Whole(self._read()), 1
+
+
+class _Static:
+    """What is no array in the batches of a stream, of which each value compiles."""
+
+    def __init__(self) -> None:
+        self._seen: list[dict[str, Any]] = []
+
+    def look(self, batch: Any) -> None:
+        """Warns, once, if it has been changing from batch to batch."""
+        is_array = lambda leaf: isinstance(leaf, jax.Array)
+        if len(self._seen) > _MOST_STATIC or all(map(is_array, jax.tree.leaves(batch))):
+            return
+        flat, _ = jax.tree_util.tree_flatten_with_path(batch)
+        static = {keystr(keys): leaf for keys, leaf in flat if not is_array(leaf)}
+        if static in self._seen:
+            return
+        self._seen.append(static)
+        if len(self._seen) <= _MOST_STATIC:
+            return
+        last = self._seen[-2]
+        both = [path for path in static if path in last and last[path] != static[path]]
+        changes = [f"`batch{p}` (from {last[p]!r} to {static[p]!r})" for p in both[:4]]
+        if changes:
+            warn(
+                f"`data`: the batches of the stream change in {', '.join(changes)}, "
+                "which is static: each new value is compiled anew. Make it an array, "
+                "`numpy.asarray(...)`, or leave it out."
+            )
 
 
 class Pace:

@@ -247,6 +247,16 @@ def _alike(
 def _explained(fn: Callable[..., Any], leaves: Any, *args: Any, **extra: Any) -> Any:
     try:
         return fn(leaves, *args, **extra)
+    except AttributeError as error:
+        if not isinstance(error.obj, dict) or not isinstance(leaves, Mapping):
+            raise
+        likely = [p for p in leaves if error.name in p.split(".")] or [*leaves]
+        raise AttributeError(
+            f"The transformation of {listed(leaves)} has a function (a mask, labels) "
+            f"that asks the parameters for the attribute {error.name!r}. Within a rule "
+            "it is given the rule's own leaves, in an ordered dictionary by path: ask "
+            f"for `params[{likely[0]!r}]`, or use `jax.tree.map`."
+        ) from error
     except (TypeError, ValueError) as error:
         frames = inspect.getinnerframes(error.__traceback__, context=0)  # pyright: ignore
         if not any(frame.filename == inspect.getfile(jtu.tree_map) for frame in frames):

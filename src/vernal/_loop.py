@@ -21,7 +21,7 @@ from ._running import Callback, Running
 from ._setup import no_optimiser
 from ._step import MOST_STEPS
 from ._stop import StopReason
-from ._typing import whole_number
+from ._typing import takes, whole_number
 
 ONE = One()
 
@@ -98,7 +98,8 @@ def fit(
         elif run is not None and not hasattr(error, "result"):
             with contextlib.suppress(AttributeError):
                 error.result = run.cut_short(StopReason.ERROR)  # pyright: ignore
-                error.add_note("The fit up to here is `.result` of this error.")
+                if run.taken:
+                    error.add_note("The fit up to here is `.result` of this error.")
         raise
     parts = run.trainer, run.history(), run.monitor, run.watched
     result = kind.ended(*parts, reason, run.is_all_skipped)
@@ -135,6 +136,7 @@ def _go_on(
             if wish.keeps:
                 run.keep()
     except KeyboardInterrupt:
+        peers.is_heeded = True
         return StopReason.INTERRUPTED
     return StopReason.STEPS_TAKEN
 
@@ -145,6 +147,8 @@ def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
             f"`callback` is {callback!r}, but must be a function `(trainer, history)` "
             "that returns `None`, `True` to end the fit, or a trainer to go on with."
         )
+    if callback is not None:
+        takes(callback, 2, "callback", "callback(trainer, history)")
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
     if isinstance(trainer.step_count, Tracer):

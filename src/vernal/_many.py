@@ -57,8 +57,10 @@ def fit_many(
         own, or a tree of such axes that is a prefix of `data`, `None` for what is
         shared: as `in_axes` of `jax.vmap`. It holds for the batch of a `validation`
         too.
-    - `solver`: solves, as [`vernal.Trainer.solve`][] does, instead of to fit. `data` is
-        one batch then, and there are no other options.
+    - `solver`: solves, as [`vernal.Trainer.solve`][] does with `rewhiten=False`,
+        instead of to fit. `data` is one batch then, and there are no other options. A
+        member that meets an error ends as `FAILED`, where it began, with a warning; the
+        others are then solved one by one.
     - `batch`: how many to compute at a time, to bound memory; it must divide their
         number. By default all.
     - `mesh`: devices to spread the trainers over, along the first axis of the mesh,

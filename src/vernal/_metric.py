@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,13 @@ from ._curvature import (
 )
 from ._data import as_batch
 from ._decompose import ROUNDING, jacobian_cut, whiten
-from ._dense import DenseWhitening, OnNull, check_options, of_spectrum
+from ._dense import (
+    DenseWhitening,
+    OnNull,
+    check_options,
+    check_rank_kind,
+    of_spectrum,
+)
 from ._modes import Mode, Subject, checked_mode
 from ._nonfinite import all_finite
 from ._objective import (
@@ -119,11 +126,19 @@ def _require_finite(found: Any, what: str, trainer: Any, batch: Any) -> None:
     leaves = jax.tree.leaves(found)
     if any(isinstance(leaf, Tracer) for leaf in leaves) or _all_finite(leaves):
         return
+    is_nan = any(np.isnan(leaf).any() for leaf in leaves)
     raise ValueError(
         f"{what} of `{type(trainer).__name__}` is not finite. "
         + _explain_non_finite(trainer, batch)
+        + ("" if is_nan else _TOO_LARGE)
     )
 
+
+_TOO_LARGE = (
+    " If all of them are finite, its elements are too large for their dtype: `whiten` "
+    "and `standard_errors` do not form them, where `residuals` is defined; or change "
+    "the units of a parameter."
+)
 
 _all_finite = jax.jit(all_finite)
 
@@ -242,7 +257,11 @@ def _decomposed(
     else:
         members = _members(params, selectors)
         spectra = _spectra(bare, batch, members, batch_size, jac)
-    _require_finite(spectra, "The Jacobian of `residuals`", trainer, batch)
+    what = "The Jacobian of `residuals`"
+    _require_finite(spectra, what, trainer, batch)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):
+        message = f"{what} of `{type(trainer).__name__}` is not finite."
+        spectra = eqx.error_if(spectra, ~all_finite(spectra), message)
     own = widest((ravel_dtype(params), jnp.dtype("float32")))
     dtypes = (ravel_dtype(params), spectra[0].values.dtype)
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
@@ -332,6 +351,8 @@ def whitened(
     on_null: OnNull = "prior",
 ) -> EigenProjector:
     """Makes the projector of `Trainer.whiten`, which has the documentation."""
+    check_rank_kind(rank, blocks)
+    check_options(0 if rtol is None else rtol, None, on_null, 0)
     if blocks is None:
         options: Any = {"rtol": rtol, "rank": rank, "on_null": on_null}
         made = whitening(trainer, batch, batch_size, jac, **options)

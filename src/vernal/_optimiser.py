@@ -42,6 +42,29 @@ class ParamOptimiserState(eqx.Module):
     owners: tuple[int, ...] = eqx.field(static=True)
 
 
+class _Learned:
+    """What is static in a state that was made without parameters.
+
+    `optax.tree_map_params` makes such a state, compares it with a whole one, and fills
+    it with the values of that. It is equal to what it first meets, and remembers that.
+    """
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def __eq__(self, other: object) -> bool:
+        other = _known(other)
+        self.value = other if self.value is None else self.value
+        return self.value == other
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+
+def _known(static: Any) -> Any:
+    return static.value if isinstance(static, _Learned) else static
+
+
 @final
 class ParamOptimiser(AbstractTransform):
     """An Optax optimiser for each parameter, or group of parameters, by path.
@@ -163,6 +186,12 @@ class ParamOptimiser(AbstractTransform):
 
         - `params`: a whole model, a filtered one, or a dictionary.
         """
+        if type(params).__name__ == "_ParamsPlaceholder":
+            # What `optax.tree_map_params` puts in the place of all parameters.
+            first = None if self.first is None else self.first.init(params)
+            states = tuple(tx.init(params) for tx in self._groups())
+            static: Any = _Learned(), _Learned(), _Learned()
+            return ParamOptimiserState(first, states, *static)
         owners = self.owners(params, filtered=True)
         trained = _by_path(parameters(params, owners))
         paths = tuple(trained)
@@ -199,6 +228,8 @@ class ParamOptimiser(AbstractTransform):
                 f"`state` is of type `{type(state).__name__}`, not the state of a "
                 "ParamOptimiser. Give what its `init` or its last `update` returned."
             )
+        static = map(_known, (state.paths, state.shapes, state.owners))
+        state = ParamOptimiserState(state.first, state.groups, *static)
         flat, structure = jax.tree_util.tree_flatten_with_path(updates)
         grads = _own(
             {dotted(keys): grad for keys, grad in flat}, state.paths, "updates"

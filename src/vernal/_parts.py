@@ -12,6 +12,7 @@ import numpy as np
 from ._alike import is_weak
 from ._closures import Closure
 from ._paths import is_inexact
+from ._static import refuse_static_arrays
 
 
 def strong(leaf: Any) -> jax.Array:
@@ -61,6 +62,7 @@ class Parts(eqx.Module):
         - `owners`: for each of its leaves, `None` if it is not trained.
         """
         leaves, self.structure = jax.tree.flatten(model)
+        refuse_static_arrays(model)
         self.kinds = tuple(map(_kind, leaves, owners))
         self.frozen = tuple(
             leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
 
 
@@ -80,11 +81,17 @@ def is_float(leaf: Any) -> bool:
     return isinstance(leaf, float) and not isinstance(leaf, np.generic)
 
 
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
 def named_leaves(tree: Any) -> list[Leaf]:
     """Lists every leaf of `tree`, `None` included."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
     leaves = []
     for keys, value in flat:
+        # What `optax.masked` and `optax.partition` put into a gap.
+        value = None if isinstance(value, optax.MaskedNode) else value
         segments = tuple(map(_segment, keys))
         leaves.append(Leaf(".".join(segments), segments, keys, value))
     _refuse_collisions(leaves)

@@ -60,6 +60,7 @@ class Peers:
         self._fit = next(_FITS) if len(self.numbers) > 1 else None
         self._rounds = itertools.count()
         self._handler: Any = None
+        self._presses = 0
         self.is_interrupted, self.is_heeded, self.are_lost = False, False, False
 
     @property
@@ -73,9 +74,11 @@ class Peers:
         return not self.are_many or self._own == self.numbers[0]
 
     def __enter__(self) -> "Peers":
-        # An exception in the middle of a step would leave the others waiting.
+        # An exception in the middle of a step would leave the others waiting. Where
+        # there are none, a handler of the user's own stays.
         is_main = threading.current_thread() is threading.main_thread()
-        if self.are_many and is_main:
+        is_free = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if is_main and (self.are_many or is_free):
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
@@ -90,8 +93,10 @@ class Peers:
             signal.raise_signal(signal.SIGINT)
 
     def _interrupt(self, *_: Any) -> None:
-        if self.is_interrupted:
-            self.are_lost = True
+        """Asks the fit to end after the chunk; the second time, at once."""
+        self._presses += 1
+        if self.is_interrupted and not (self.is_heeded and self._presses == 2):
+            self.are_lost = self.are_many
             raise KeyboardInterrupt
         self.is_interrupted = True
 

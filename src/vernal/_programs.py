@@ -3,21 +3,22 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
 import numpy as np
 
 from ._reads import Reads, Slot, kept, reads
-from ._values import is_atom, value_key
+from ._values import Hashed, is_atom, value_key
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # As Equinox has them: what is none of these is static.
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
+_array_types: set[type] = set()
 
 # JAX has caches of its own for the functions within a program (the body of a loop,
 # helpers that are compiled by themselves), which know a function by its identity. They
@@ -67,27 +68,22 @@ def _mark(value: Any) -> Any:
 _changes = _Changes()
 
 
-class _Call:
+def _statics(leaves: list[Any]) -> tuple[Any, ...]:
+    """Picks the leaves that are no arrays."""
+    if _array_types.issuperset(map(type, leaves)):
+        return ()
+    # To ask each is dear: `jax.Array` is an abstract class.
+    _array_types.update({type(x) for x in leaves if isinstance(x, _ARRAYS)})
+    return tuple(x for x in leaves if type(x) not in _array_types)
+
+
+class _Call(NamedTuple):
     """The arguments of a call but for their arrays."""
 
-    __slots__ = ("__weakref__", "_hash", "statics", "structure", "types")
-
-    def __init__(self, structure: Any, statics: tuple[Any, ...]):
-        self.structure, self.statics = structure, statics
-        self.types = tuple(map(type, statics))
-        self._hash = hash((structure, statics))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Call)
-            and self._hash == other._hash
-            and self.structure == other.structure
-            and self.types == other.types
-            and self.statics == other.statics
-        )
+    structure: Any
+    statics: tuple[Any, ...]
+    types: tuple[type, ...]
+    """Of the static ones: to Python, `1` and `True` are one."""
 
     def joined(self, arrays: list[Any]) -> Any:
         """Puts the arguments together again."""
@@ -122,7 +118,7 @@ class _Record:
 
     def _look(self) -> None:
         self.found = self._read()
-        key = self.call, self.found.key
+        key = Hashed((self.call, self.found.key))
         version = _versions.get(key)
         if version is None:
             version = _versions[key] = Version(self.call)
@@ -147,12 +143,12 @@ class _Record:
         for watch in self.found.watches:
             kept.add(watch)
         self.found = self._read()
-        _versions[self.call, self.found.key] = self.version
+        _versions[Hashed((self.call, self.found.key))] = self.version
 
     @classmethod
-    def of(cls, structure: Any, statics: Sequence[Any]) -> "_Record":
+    def of(cls, structure: Any, statics: tuple[Any, ...]) -> "_Record":
         """Returns the record of a call, which may be a new one."""
-        call = _Call(structure, tuple(statics))
+        call = _Call(structure, statics, tuple(map(type, statics)))
         record = _records.get(call)
         if record is None:
             record = _records[call] = cls(call)
@@ -163,16 +159,13 @@ class _Record:
 
 # Records hold what was read, and so are few. Versions live as long as their programs.
 _records: dict[_Call, _Record] = {}
-_versions: weakref.WeakValueDictionary[Hashable, Version] = (
-    weakref.WeakValueDictionary()
-)
+_versions: weakref.WeakValueDictionary[Hashed, Version] = weakref.WeakValueDictionary()
 
 
 def version_of(tree: Any) -> Version:
     """Returns the version of the code of a tree as it is now: static, to JAX."""
     leaves, structure = jax.tree.flatten(tree)
-    statics = [x for x in leaves if not isinstance(x, _ARRAYS)]
-    return _Record.of(structure, statics).now()
+    return _Record.of(structure, _statics(leaves)).now()
 
 
 def program(
@@ -184,18 +177,18 @@ def program(
 
     def enter(first: list[Any], rest: list[Any], version: Version) -> R:
         version.is_traced = True
-        return fn(*version.call.joined([*first, *rest]))
+        call: Callable[..., R] = fn
+        return call(*version.call.joined([*first, *rest]))
 
     enter.__name__, enter.__qualname__ = fn.__name__, fn.__qualname__
     jitted: Any = eqx.filter_jit(enter, donate=donate)
     _jitted.append(jitted)
 
-    @functools.wraps(fn)
     def run(*args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
-        statics = [x for x in leaves if not isinstance(x, _ARRAYS)]
+        statics = _statics(leaves)
         if statics:
-            leaves = [x if isinstance(x, _ARRAYS) else None for x in leaves]
+            leaves = [x if type(x) in _array_types else None for x in leaves]
         record = _Record.of(structure, statics)
         version = record.now()
         first: list[Any] = []
@@ -212,7 +205,8 @@ def program(
             record.settle()
         return result
 
-    return run
+    wrapped: Any = functools.wraps(fn)(run)
+    return wrapped
 
 
 _jitted: list[Any] = []

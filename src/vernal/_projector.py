@@ -25,7 +25,7 @@ from ._blocks import (
     unravel_blocks,
 )
 from ._decompose import Kind, whiten, whiten_jacobian
-from ._dense import DenseWhitening, OnNull
+from ._dense import DenseWhitening, OnNull, check_rank_kind
 from ._directions import name_null_space
 from ._eigen import Matrix
 from ._low_rank import whiten_matvec
@@ -158,15 +158,11 @@ class EigenProjector(eqx.Module):
         A `TypeError` if `jac` or a parameter is complex.
         """
         origin = jax.lax.stop_gradient(as_parameters(params))
+        check_rank_kind(rank, blocks)
+        ranks: Any = rank
         if blocks is None:
-            if isinstance(rank, Mapping):
-                raise TypeError("`rank` by selectors needs `blocks`; give one number.")
-            whitening = whiten_jacobian(jac, origin, rtol, rank, on_null, "`jac`")
+            whitening = whiten_jacobian(jac, origin, rtol, ranks, on_null, "`jac`")
             return cls._of_vectors(origin, whitening, "`jac`")
-        if isinstance(rank, int):
-            raise TypeError(
-                "With `blocks`, `rank` must be a mapping from the selectors to numbers."
-            )
         selectors = tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
         size = ravel_size(origin)
         if np.ndim(jac) != 2 or np.shape(jac)[1] != size:
@@ -180,7 +176,7 @@ class EigenProjector(eqx.Module):
         def whiten_one(jac: Matrix, own: Params, rank: int | None, name: str) -> Any:
             return whiten_jacobian(jac, own, rtol, rank, on_null, f"`{name}`")
 
-        return cls._of_blocks(given, origin, rank or {}, whiten_one)
+        return cls._of_blocks(given, origin, ranks or {}, whiten_one)
 
     @classmethod
     @checked

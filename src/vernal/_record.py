@@ -31,6 +31,20 @@ MOST_ROWS = 16_384
 _MOST_BYTES = 2**24
 
 
+class LackingMetricError(UnknownPathError):
+    """A loss does not return, for some batch, a metric that is recorded."""
+
+    def __str__(self) -> str:
+        name, metrics, *step = self.args
+        where = f"at step {step[0]}" if step else "for a later batch"
+        found = ", ".join(map(repr, metrics)) or "none"
+        return (
+            f"`record`: the loss returned no metric {name!r} {where}; there are "
+            f"{found}. What is recorded must be returned for every batch: return "
+            "`jnp.nan` where it has no value."
+        )
+
+
 class Record(eqx.Module):
     """What is recorded beside the loss: static, and compared by value."""
 
@@ -87,15 +101,18 @@ class Record(eqx.Module):
         - `outcome`: what can be told of the step.
         """
         norms = self._norms(old, new, outcome.grads)
-        metrics = {name: outcome.metrics[name] for name in self.metrics}
-        return norms | self._parameters(old) | metrics
+        return norms | self._parameters(old) | self._picked(outcome.metrics)
 
     def shapes(self, trainer: Any, batch: Callable[[], Any]) -> dict[str, Any]:
         """Tells the shape and dtype of each of the values."""
         norms = dict.fromkeys(self._norm_names(), trainer.best_loss)
         known = metric_shapes(trainer, batch()) if self.metrics else {}
-        metrics = {name: known[name] for name in self.metrics}
-        return norms | self._parameters(trainer.params) | metrics
+        return norms | self._parameters(trainer.params) | self._picked(known)
+
+    def _picked(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        if lacking := [name for name in self.metrics if name not in metrics]:
+            raise LackingMetricError(lacking[0], tuple(metrics))
+        return {name: metrics[name] for name in self.metrics}
 
     @property
     def names(self) -> str:

@@ -3,10 +3,11 @@
 from typing import Any, Generic, TypeVar, final
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._edm import along
+from ._edm import Distance, along
 from ._history import History
 from ._stop import StopReason
 
@@ -23,18 +24,31 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
     - `trainer`: the trainer after the last step, ready to go on.
     - `history`: what was recorded.
     - `stop_reason`: why the fit ended; it prints as a sentence.
-    - `edm`: the estimated distance to the minimum, by how much the loss could still
-        fall: $\frac12 g^\top F^{-1} g$, with the gradient $g$ where it ended. NaN where
-        it is not known. See [`vernal.Trainer.solve`][].
     """
 
     trainer: TrainerT
     history: History
     stop_reason: StopReason = eqx.field(static=True)
-    edm: Float[Array | np.ndarray, ""] = eqx.field(
-        default_factory=lambda: np.array(np.nan)
-    )
-    _direction: Float[Array, " D"] | None = None
+    _distance: Distance | None = None
+
+    @property
+    def edm(self) -> Float[Array | np.ndarray, ""]:
+        r"""The estimated distance to the minimum: how far the loss could still fall.
+
+        $$\mathrm{edm} = \frac12 g^\top F^{-1} g$$
+
+        with the gradient $g$ and the curvature $F$ where the fit ended: $J^\top J$ of
+        `residuals`, else the Hessian. An error of $k$ error bars is an `edm` of
+        $k^2/2$. NaN where it is not known: of a fit that nothing but its steps ended,
+        of minibatches and streams, with a `key`, with `constrain` or
+        `transform_grads`, on a mesh. `solve` always has it, unless what it minimises
+        has no second derivatives.
+
+        The name is that of Minuit, see James and Roos, *Minuit: a system for function
+        minimization and analysis of the parameter errors and correlations*, Computer
+        Physics Communications 10 (1975).
+        """
+        return np.array(np.nan) if self._distance is None else self._distance.edm
 
     @property
     def model(self) -> Model:
@@ -57,15 +71,19 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
         The numbers are the direction of the minimum, as far as it can be seen from
         here, with each parameter in units of its own scale.
         """
-        if self._direction is None or not np.isfinite(self.edm):
+        distance: Distance | None = jax.device_get(self._distance)
+        if distance is None or not np.isfinite(distance.edm):
             return str(self.stop_reason)
-        direction = np.asarray(self._direction, float)
         is_short = self.stop_reason is not StopReason.CONVERGED
+        direction = np.asarray(distance.direction, float)
         where = along(direction, self._trainer.params) if is_short else ""
-        return (
-            f"{self.stop_reason} The loss could still fall by about {self.edm:.3g} "
+        told = (
+            f"{self.stop_reason} The loss could still fall by about {distance.edm:.3g} "
             f"(edm){where}."
         )
+        if not distance.is_saddle:
+            return told
+        return f"{told} It is flat here, or curves downwards: start from elsewhere."
 
     @property
     def _trainer(self) -> Any:

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from ._data import as_batch
 from ._dense import DenseWhitening
 from ._history import History
+from ._metric import has_likelihood
 from ._modes import Mode, checked_mode
 from ._objective import live
 from ._paths import paths
 from ._placement import Placement, context, placement
+from ._precision import matmul
 from ._projector import EigenProjector
 from ._result import FitResult
 from ._setup import initial_opt_state
@@ -163,9 +166,7 @@ class _Rounds:
         )
         history = History(np.arange(start, start + len(losses)), losses)
         trainer = self._trainer._at(progress, projector=projector)
-        return FitResult(
-            trainer, history, reason, end.distance.edm, end.distance.direction
-        )
+        return FitResult(trainer, history, reason, end.distance)
 
 
 def _whitened_again(trainer: Any, batch: Any) -> tuple[EigenProjector, Any] | None:
@@ -189,9 +190,33 @@ def _whitened_again(trainer: Any, batch: Any) -> tuple[EigenProjector, Any] | No
             for block, whitening in whitenings
             if isinstance(whitening, DenseWhitening)
         )
+    options: Any = {"blocks": blocks, "on_null": "prior"}
     try:
-        again = trainer.whiten(batch, blocks=blocks, on_null="prior")
+        again = trainer.whiten(batch, **options)
     except ValueError:
-        # A Hessian that curves downwards measures nothing.
+        again = _whitened_without_signs(trainer, batch, blocks)
+    return None if again is None else (again.projector, again.latent)
+
+
+def _whitened_without_signs(trainer: Any, batch: Any, blocks: Any) -> Any:
+    """Whitens where a Hessian curves downwards too: by how much, either way.
+
+    See Dauphin et al., *Identifying and attacking the saddle point problem in
+    high-dimensional non-convex optimization* (2014).
+    """
+    of = trainer.fisher if has_likelihood(trainer) else trainer.curvature
+    found = jax.tree.map(_without_signs, of(batch, blocks=blocks))
+    make = EigenProjector.from_fisher if blocks is None else EigenProjector.from_blocks
+    try:
+        return trainer.reproject(make(found, trainer.params, on_null="prior"))
+    except ValueError:
+        # Neither is it finite.
         return None
-    return again.projector, again.latent
+
+
+def _without_signs(matrix: Array) -> Array:
+    """Takes the absolute values of the eigenvalues of the scaled matrix."""
+    scale = jnp.sqrt(jnp.abs(jnp.diag(matrix)))
+    scale = jnp.where(scale > 0, scale, 1)
+    values, vectors = jnp.linalg.eigh(matrix / scale / scale[:, None])
+    return matmul(vectors * jnp.abs(values), vectors.T) * scale * scale[:, None]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ._alike import require_alike
-from ._compiled import Moving, Task
+from ._compiled import Ended, Moving, Task
 from ._data import Minibatches, Source, Stream, Whole
 from ._diagnosis import Diagnosis, bad_data, diagnosed
 from ._feed import Feed
@@ -23,7 +23,7 @@ from ._keeper import Keeper
 from ._monitor import Monitor
 from ._one import BadEnd, One
 from ._peers import Peers, described
-from ._record import MOST_ROWS, Record
+from ._record import MOST_ROWS, LackingMetricError, Record
 from ._recorder import Recorder
 from ._step import advance
 from ._stop import StopReason
@@ -168,7 +168,12 @@ class Running:
                 task = Task(*parts, kind.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     is_whole = not self._in_place
-                    chunk, ended = kind.run(task, moving, self._in_place)
+                    try:
+                        chunk, ended = kind.run(task, moving, self._in_place)
+                    except LackingMetricError as error:
+                        is_whole = True
+                        error.args += (now - steps,)
+                        raise
                     moving, is_whole = chunk.moving, True
                     # Not the chunk itself: of a stream's every step it would keep the
                     # parameters.
@@ -181,14 +186,20 @@ class Running:
             # Also where a stream ran dry: what was computed is kept.
             self.is_whole = is_whole
             if is_whole:
-                self._move_to(moving)
-                kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
-                for ended, *_ in pending:
-                    self._has_accepted |= kind.on_host(ended.has_accepted)
-                self.taken += kind.count(self.trainer) - start
-                self.stopped = self._is_over()
-                if kept:
-                    self._recorder.extend(concatenate(kept))
+                with _held_back():
+                    self._settle(moving, pending)
+
+    def _settle(self, moving: Moving, pending: list[tuple[Ended, Any, Any]]) -> None:
+        """Takes over what a chunk has computed."""
+        kind, start = self._kind, self._kind.count(self.trainer)
+        self._move_to(moving)
+        kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
+        for ended, *_ in pending:
+            self._has_accepted |= kind.on_host(ended.has_accepted)
+        self.taken += kind.count(self.trainer) - start
+        self.stopped = self._is_over()
+        if kept:
+            self._recorder.extend(concatenate(kept))
 
     @property
     def _moving(self) -> Moving:

@@ -435,20 +435,33 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             least-squares solver.
         - `batch`: what the loss is given, any pytree.
         - `max_steps`: the number of steps after which to give up.
+        - `rewhiten`: whether to go on in a space that is whitened anew where the solver
+            stops short of a minimum. Of a space made by [`vernal.Trainer.whiten`][],
+            or another that keeps all directions; `max_steps` counts all steps.
+        - `jac`: `"fwd"` or `"bwd"`, the mode of differentiation; by default the one
+            that works.
         - `mesh`: devices that share the work, as for [`vernal.Trainer.fit`][].
 
         **Returns:**
 
-        A [`vernal.FitResult`][], whose `stop_reason` tells how the solver ended. The
+        A [`vernal.FitResult`][], whose `stop_reason` tells how the solver ended, and
+        whose `edm` by how much the loss could still fall. What a solver's own
+        tolerances say is checked: it is `CONVERGED` where `edm` is below a thousandth
+        of the scatter (of the reduced chi-squared for `residuals`, of one for `nll`, of
+        the fall so far for `loss`), or of what rounding leaves; else `STALLED`. The
         history has the loss that the solver reported at each step, before the step.
         The moments of an optimiser start anew.
 
         **Raises:**
 
         - `TypeError`: if `solver` is none, or is a least-squares solver of a class
-            that does not define `residuals`; or if a parameter is complex.
+            that does not define `residuals`; if a parameter is complex; or if there
+            is no derivative, in the mode that was asked for or in any.
         - `ValueError`: if the class defines `transform_grads` or `constrain`.
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
+
+        An error that is raised while the solver runs, such as by `eqx.error_if`, has
+        the result up to there as its attribute `result`.
         """
         require_precision(self)
         return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
@@ -494,6 +507,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `blocks`: selectors (see [`vernal.split`][]) for a matrix each, such as
             `("position", "flux")`. What is between the blocks is not computed.
         - `batch_size`: the number of columns to compute at a time, to bound memory.
+            Where forward mode alone is possible, or asked for, the Jacobian is kept.
         - `jac`: how to differentiate: `"fwd"` in forward mode, `"bwd"` in reverse mode.
             By default in the mode that is possible; where it is not the better one, a
             warning says so once. A `while_loop` has forward mode alone, a `custom_vjp`
@@ -584,8 +598,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     ) -> SelfT:
         """Goes on in a latent space that is whitened at the current point.
 
-        By the Fisher matrix; or, where only `loss` is defined, by its Hessian. No shape
-        depends on values, so that whitening at another point compiles nothing anew.
+        By the singular values of the Jacobian of `residuals`, where that is defined
+        (see [`vernal.EigenProjector.from_jacobian`][]); else by the Hessian of `nll` or
+        `loss`. No shape depends on values, so that whitening at another point compiles
+        nothing anew.
 
         ```python
         trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
@@ -598,8 +614,15 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
             for [`vernal.EigenProjector.from_blocks`][]. But `on_null` is `"prior"`:
             what is not seen from here, such as the width of a peak without height, may
-            be seen later, and keeps a scale of its own. And `rtol` is at least 64 times
-            the machine epsilon, which is what summing over data may leave of a zero.
+            be seen later, and keeps a scale of its own. By default `rtol` is as in
+            [`vernal.EigenProjector.from_jacobian`][]; for a Hessian it is at least 64
+            times the machine epsilon, which is what summing over data may leave of a
+            zero.
+
+        **Raises:**
+
+        - `ValueError`: if the derivatives are not finite, or a Hessian has a negative
+            eigenvalue; under `jax.jit`, an error when the program runs.
         """
         require_precision(self)
         projector = whitened(self, batch, blocks, batch_size, jac, **options)
@@ -607,9 +630,11 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
     @entrance
     def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:
-        """The standard errors of the parameters, from the Fisher matrix here.
+        """The standard errors of the parameters, from the data at the current point.
 
-        Infinite for a parameter that the data do not constrain.
+        They are those of the Fisher matrix; where `residuals` is defined, by way of the
+        singular values of its Jacobian, which have twice the digits. Infinite for a
+        parameter that the data do not constrain.
 
         **Arguments:**
 

@@ -14,6 +14,7 @@ from . import (  # noqa: E402
     bench_many,
     bench_mesh,
     bench_partition,
+    bench_programs,
     bench_solve,
     bench_telescope,
 )
@@ -29,6 +30,7 @@ MODULES = (
     bench_checkpoint,
     bench_many,
     bench_mesh,
+    bench_programs,
     bench_import,
 )
 

@@ -56,6 +56,33 @@ def gauss_newton() -> dict[str, float]:
     return {name: statistics.median(times) for name, times in runs.items()}
 
 
+class Linear(vn.Trainer):
+    """Residuals of a design that is the batch."""
+
+    def residuals(self, model: Any, batch: Any) -> jax.Array:
+        return batch @ model["map"]
+
+
+def whitening(size: int = 2_000, data: int = 20_000) -> dict[str, float]:
+    """Medians of whitening by J^T J alone, and by vernal: without and with a QR."""
+    well = jax.random.normal(jax.random.key(0), (data, size))
+    # Two columns that are almost the same have a condition number of 1e9.
+    ill = well.at[:, 0].set(well[:, 1] + 1e-9 * well[:, 0])
+    trainer = Linear({"map": jnp.zeros(size)})
+
+    def by_fisher() -> Any:
+        fisher = trainer.fisher(well)
+        return vn.EigenProjector.from_fisher(fisher, trainer.params).matrix
+
+    sides = {
+        "fisher": by_fisher,
+        "well": lambda: trainer.whiten(well).projector.matrix,
+        "ill": lambda: trainer.whiten(ill).projector.matrix,
+    }
+    runs = in_turns(sides, rounds=3)
+    return {name: statistics.median(times) for name, times in runs.items()}
+
+
 def temporary_megabytes(batch_size: int | None) -> float:
     """What the compiled program needs beside its arguments and its result."""
     residuals, params = images()
@@ -120,7 +147,7 @@ def peak_gigabytes() -> float:
 
 def rows() -> list[tuple[str, str, str]]:
     """The table's rows: what, ratio or figure, bound."""
-    product, search = gauss_newton(), lanczos()
+    product, search, white = gauss_newton(), lanczos(), whitening()
     whole, some, few = map(temporary_megabytes, (None, 40, 4))
     return [
         (
@@ -133,6 +160,17 @@ def rows() -> list[tuple[str, str, str]]:
             f"({whole:.1f} MB)",
             f"{some / whole:.2f}, {few / whole:.2f}",
             "",
+        ),
+        (
+            "`whiten`, D = 2,000, 20,000 data, well-conditioned, against `from_fisher` "
+            f"of J^T J ({white['fisher']:.1f} s)",
+            f"{white['well'] / white['fisher']:.2f}",
+            "1.10",
+        ),
+        (
+            "the same with a condition number of 1e9, which takes a QR and an SVD",
+            f"{white['ill'] / white['fisher']:.2f}",
+            "3.00",
         ),
         (
             f"`from_matvec`, D = {SIZE:,}, rank {RANK}, against the {ITERATIONS} "

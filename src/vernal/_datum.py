@@ -1,0 +1,110 @@
+"""One leaf of a batch: turned into an array, or refused where that would lose sense."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._x64 import narrowed
+
+
+@final
+class Flag:
+    """A boolean in a batch, which a compiled program does not mistake for 0 or 1.
+
+    To Python `True == 1`, and programs are found by what is static in their arguments.
+    """
+
+    def __init__(self, value: bool):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Flag) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return hash((Flag, self.value))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def as_datum(leaf: Any, argument: str, path: str) -> Any:
+    """Turns arrays of other libraries, and floats, into JAX's arrays.
+
+    **Arguments:**
+
+    - `leaf`: a leaf of a batch.
+    - `argument`, `path`: what an error calls the batch, and where in it the leaf is.
+
+    **Returns:**
+
+    An array of its own memory; or the leaf itself, which is static then.
+
+    **Raises:**
+
+    - `TypeError`: if it is not an array of numbers alone.
+    """
+    where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
+    name = f"`{argument}`: the leaf {path!r}" if path else f"`{argument}`"
+    if isinstance(leaf, jax.Array):
+        return narrowed(leaf, name)
+    if isinstance(leaf, bool):
+        return Flag(leaf)
+    if isinstance(leaf, np.ndarray | np.generic | float | complex):
+        return _copied(leaf, where, name)
+    if not isinstance(leaf, type) and hasattr(leaf, "__array__"):
+        return _copied(_converted(leaf, where), where, name)
+    if not isinstance(leaf, type) and hasattr(leaf, "__dlpack__"):
+        return jnp.array(jnp.from_dlpack(leaf))
+    is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
+    if is_loader and not isinstance(leaf, str | bytes):
+        raise TypeError(
+            f"{where} a {type(leaf).__name__}, which is no array. To take one batch a "
+            "step from it, wrap it: `fit(vn.Stream(data), steps)`."
+        )
+    return leaf
+
+
+def _converted(leaf: Any, where: str) -> Any:
+    try:
+        return np.asarray(leaf)
+    except Exception as error:
+        # NumPy does not see arrays on another device.
+        with contextlib.suppress(Exception):
+            return np.asarray(jnp.from_dlpack(leaf))
+        raise TypeError(
+            f"{where} a {type(leaf).__name__}, which cannot be turned into an array. "
+            f"Turn it into one of NumPy's first. It says: {error}"
+        ) from error
+
+
+def _copied(leaf: Any, where: str, name: str) -> jax.Array:
+    _refuse_meaning(leaf, where)
+    array = np.asarray(leaf)
+    if array.dtype.kind in "OSUMm" or array.dtype.names is not None:
+        raise TypeError(
+            f"{where} an array of dtype {array.dtype}, which JAX cannot compute "
+            "with. Turn it into numbers, or leave it out."
+        )
+    # A copy: JAX may otherwise share the memory of an array that is changed later.
+    return jnp.array(narrowed(leaf, name))
+
+
+def _refuse_meaning(leaf: Any, where: str) -> None:
+    """Refuses arrays that mean more than the numbers which JAX takes of them."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(
+            f"{where} a masked array, and JAX would compute with what is masked. Leave "
+            "those data out (`y.compressed()`, and `x[~y.mask]` of all else), or give "
+            "them no weight: `y.filled(0)` with an infinite sigma."
+        )
+    if isinstance(leaf, np.ndarray) and type(leaf) not in (np.ndarray, np.memmap):
+        unit = " (of a Quantity, `x.to_value(unit)`)" if hasattr(leaf, "unit") else ""
+        raise TypeError(
+            f"{where} a {type(leaf).__name__}, an array that means more than its "
+            f"numbers, and JAX would drop the rest. Give the numbers: "
+            f"`numpy.asarray(x)`{unit}."
+        )

@@ -1,0 +1,43 @@
+"""Static fields of a model: compiled programs are found by comparing them."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+
+def refuse_static_arrays(model: Any) -> None:
+    """Refuses a model with an array in a static field, by the path of the field."""
+    is_module = lambda node: isinstance(node, eqx.Module)
+    for path, value in _static_fields(model, ()):
+        leaves = jax.tree.leaves(value, is_leaf=is_module)
+        if any(isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves):
+            raise TypeError(
+                f"`model`: the static field {'.'.join(path)!r} holds an array. What is "
+                "static is compared to find compiled programs, and arrays do not "
+                "compare as one value. Drop `static=True`, and freeze the array by a "
+                "rule `None` or by `train`; or make it a tuple."
+            )
+
+
+def _static_fields(node: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
+    """Yields the path and the value of each static field in a tree of modules."""
+    if isinstance(node, dict):
+        parts = [(str(key), value, False) for key, value in node.items()]
+    elif isinstance(node, tuple | list):
+        parts = [(str(index), value, False) for index, value in enumerate(node)]
+    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
+        parts = [
+            (field.name, getattr(node, field.name, None), field.metadata.get("static"))
+            for field in dataclasses.fields(node)
+        ]
+    else:
+        parts = []
+    for name, value, is_static in parts:
+        if is_static:
+            yield (*path, name), value
+        else:
+            yield from _static_fields(value, (*path, name))
