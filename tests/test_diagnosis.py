@@ -134,6 +134,7 @@ ORIGINS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
 @pytest.mark.parametrize("name", ORIGINS)
 def test_the_origin_is_named(name):
     make, sentence = ORIGINS[name]
