@@ -10,8 +10,9 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ._reads import Reads, Slot, kept, reads
+from ._reads import reads
 from ._values import Hashed, is_atom, value_key
+from ._watch import Reads, Slot, kept
 
 P = ParamSpec("P")
 R = TypeVar("R")
