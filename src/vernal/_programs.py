@@ -10,8 +10,9 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ._reads import Reads, Slot, kept, reads
+from ._reads import reads
 from ._values import Hashed, is_atom, value_key
+from ._watch import Reads, Slot, kept
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,16 +37,18 @@ class _Changes:
 
     def __init__(self) -> None:
         self.count = 0
-        self._last: dict[Slot, Any] = {}
+        self._last: dict[Slot, tuple[Any, Any]] = {}
 
     def look(self, found: Reads) -> None:
         is_new = False
         for watch in found.watches:
+            owner = _mark(watch.owner)
             for slot, value in watch.slots():
-                mark = _mark(value)
-                last = self._last.setdefault(slot, mark)
-                if last is not mark and (type(mark) is weakref.ref or last != mark):
-                    self._last[slot], is_new = mark, True
+                mark, last = _mark(value), self._last.get(slot)
+                self._last[slot] = owner, mark
+                # Of another owner, which had its id once, it says nothing.
+                if last is not None and _is_one(last[0], owner):
+                    is_new |= not _is_one(last[1], mark)
         if len(self._last) > _MOST_SLOTS:
             self._last, is_new = {}, True
         self.count += is_new
@@ -63,6 +66,10 @@ def _mark(value: Any) -> Any:
         return weakref.ref(value)
     except TypeError:
         return id(value)
+
+
+def _is_one(mark: Any, other: Any) -> bool:
+    return mark is other or (type(mark) is not weakref.ref and mark == other)
 
 
 _changes = _Changes()

@@ -3,30 +3,38 @@
 import collections
 import dis
 import functools
-import operator
 import sys
-import sysconfig
 import types
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import jax.tree_util as jtu
 import numpy as np
 
+from ._library import is_library, is_library_file, is_library_module
 from ._skeleton import Group, Skeleton, Static, all_parts
 from ._values import Hashed, is_atom, value_key
+from ._watch import (
+    MOST_BYTES,
+    Look,
+    Names,
+    Only,
+    Reads,
+    Watch,
+    content_of,
+    kept,
+    keys_and_values,
+    look_at_array,
+    made_of,
+    values_of,
+    watches_of_names,
+    without,
+)
 
 # A walk ends after so many objects, and does not enter a container of more elements
 # than this: it is known by its identity and its length.
 _MOST_OBJECTS = 20_000
 _MOST_ELEMENTS = 1_024
-
-# Arrays of NumPy up to this size are compared as a whole, larger ones by as many
-# bytes, evenly spread.
-_MOST_BYTES = 2**20
-_SAMPLE = 4_096
 
 # Libraries whose objects change by themselves, and configure no computation.
 _RESTLESS = frozenset(
@@ -38,114 +46,6 @@ _RESTLESS = frozenset(
 )
 
 _CACHED = type(functools.lru_cache(lambda: None))
-
-# What looking at an object may raise where it was changed under way.
-_GONE = (KeyError, IndexError, AttributeError, RuntimeError, ValueError)
-
-Slot = tuple[int, Hashable]
-"""Where a value is read: the id of what holds it, and its name there."""
-
-
-class Watch(NamedTuple):
-    """What one object holds, as it was seen.
-
-    `look` returns what it holds now, in the order of `names`, to be compared by
-    identity.
-    """
-
-    look: Callable[[Any], tuple[Any, ...]]
-    owner: Any
-    names: Sequence[Hashable]
-    values: tuple[Any, ...]
-    names_of: Callable[[Any], Sequence[Hashable]] | None = None
-    """Where there may be new names: all that there are."""
-
-    def slots(self) -> Iterator[tuple[Slot, Any]]:
-        """Yields each slot, with the value that was seen there."""
-        for name, value in zip(self.names, self.values, strict=True):
-            yield (id(self.owner), name), value
-
-    def changed(self) -> Iterator[Slot]:
-        """Yields the slots that have another value now."""
-        try:
-            now, names = self.look(self.owner), self.names
-            if self.names_of is not None:
-                names = self.names_of(self.owner)
-        except _GONE:
-            return
-        if len(now) != len(names):
-            # A list, for instance: its elements have no names of their own.
-            yield id(self.owner), None
-            return
-        old = dict(zip(self.names, self.values, strict=True))
-        for name, value in zip(names, now, strict=True):
-            if name not in old or old[name] is not value:
-                yield id(self.owner), name
-
-
-class Reads(NamedTuple):
-    """What was found: `key` compares it by value, `watches` tell if it is current."""
-
-    key: Hashed
-    watches: list[Watch]
-
-    def is_current(self) -> bool:
-        """Whether nothing of what was read has changed."""
-        # Before every call: hence no call of a function more than there must be.
-        try:
-            for look, owner, _, values, _ in self.watches:
-                now = look(owner)
-                if len(now) != len(values) or not all(map(operator.is_, now, values)):
-                    return False
-        except _GONE:
-            return False
-        return True
-
-
-class Kept:
-    """The slots that programs write to while they are made or run.
-
-    A counter, a list of what was traced: such is not what a program is made from.
-    """
-
-    def __init__(self, most: int = 1_024):
-        self._most = most
-        self._owners: dict[Slot, Any] = {}
-
-    def __contains__(self, slot: Slot) -> bool:
-        return slot in self._owners
-
-    def add(self, watch: Watch) -> None:
-        # The owner is held, so that no other can take its id.
-        for slot in watch.changed():
-            self._owners[slot] = watch.owner
-        while len(self._owners) > self._most:
-            del self._owners[next(iter(self._owners))]
-
-    def clear(self) -> None:
-        self._owners.clear()
-
-
-kept = Kept()
-
-
-class _Only:
-    """As `Same`, without keeping its object alive: another one has another mark."""
-
-    __slots__ = ("_hash", "mark")
-
-    def __init__(self, obj: Any):
-        self._hash = id(obj)
-        try:
-            self.mark = weakref.ref(obj)
-        except TypeError:
-            self.mark = obj
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Only) and self.mark is other.mark
-
-    def __hash__(self) -> int:
-        return self._hash
 
 
 def reads(*roots: Any) -> Reads:
@@ -191,7 +91,7 @@ class _Walk:
                 for scope in self.modules:
                     self.names(scope, sorted(self.words & scope.keys()))
         for scope, names in self.scopes.values():
-            self.watches += _watches_of_names(scope, names)
+            self.watches += watches_of_names(scope, names)
         return Reads(Hashed(tuple(self.tokens)), self.watches)
 
     # What is looked at next.
@@ -207,9 +107,9 @@ class _Walk:
 
     def hold(
         self,
-        look: Callable[[Any], tuple[Any, ...]],
+        look: Look,
         owner: Any,
-        names: Sequence[Hashable] | Callable[[Any], Sequence[Hashable]],
+        names: Sequence[Hashable] | Names,
         is_walked: Callable[[Any, Any], bool] = lambda name, value: True,
     ) -> None:
         """Watches what an object holds, but for what is kept there, and walks on.
@@ -229,7 +129,7 @@ class _Walk:
         hidden = {name for name in all_names if (id(owner), name) in kept}
         if hidden:
             self.tokens.append("kept")
-            look, names_of = _without(hidden, look, names_of or (lambda _: every))
+            look, names_of = without(hidden, look, names_of or (lambda _: every))
             all_names = names_of(owner)
         self.tokens.append((*all_names,))
         values = look(owner)
@@ -268,7 +168,7 @@ class _Walk:
             self.tokens.append((kind, len(parts)))
             self.todo.extend(parts)
         elif issubclass(kind, dict | types.MappingProxyType):
-            self.elements(obj, _keys_and_values)
+            self.elements(obj, keys_and_values)
         elif issubclass(kind, list | tuple | set | frozenset | collections.deque):
             self.elements(obj, tuple)
         else:
@@ -276,22 +176,20 @@ class _Walk:
 
     def array(self, array: np.ndarray) -> None:
         if array.dtype.hasobject:
-            self.tokens.append(_Only(array))
+            self.tokens.append(Only(array))
             return
-        seen = _bytes(array).copy()
-        digest = value_key(seen)
-        look = lambda array: (digest if _is_same(_bytes(array), seen) else None,)
+        look, digest = look_at_array(array)
         self.hold(look, array, ("content",), lambda name, value: False)
-        is_whole = array.nbytes <= _MOST_BYTES
-        mark = (array.shape, array.dtype) if is_whole else _Only(array)
+        is_whole = array.nbytes <= MOST_BYTES
+        mark = (array.shape, array.dtype) if is_whole else Only(array)
         is_kept = (id(array), "content") in kept
         self.tokens.append((mark, type(array), None if is_kept else digest))
 
-    def elements(self, obj: Any, look: Callable[[Any], tuple[Any, ...]]) -> None:
+    def elements(self, obj: Any, look: Look) -> None:
         kind, count = type(obj), len(obj)
         self.tokens.append(kind)
         if count > _MOST_ELEMENTS:
-            self.tokens.append(_Only(obj))
+            self.tokens.append(Only(obj))
             self.hold(lambda held: (len(held) == count,), obj, ("length",))
         elif issubclass(kind, tuple):
             self.tokens.append(count)
@@ -303,7 +201,7 @@ class _Walk:
             self.hold(look, obj, range(count))
         else:
             self.hold(look, obj, range(len(look(obj))))
-        if not _is_library(kind):
+        if not is_library(kind):
             self.todo.append(kind)
             self.attributes(obj)
 
@@ -312,11 +210,11 @@ class _Walk:
         self.tokens.append((fn.__code__, len(fn.__closure__ or ())))
         if is_library and not (fn.__closure__ or fn.__dict__):
             return
-        self.hold(_made_of, fn, ("code", "defaults", "kwdefaults"), _is_content)
+        self.hold(made_of, fn, ("code", "defaults", "kwdefaults"), _is_content)
         self.todo.append(fn.__dict__ or None)
         for cell in fn.__closure__ or ():
             # There may be nothing in it yet.
-            self.hold(_content, cell, ("content",)[: len(_content(cell))])
+            self.hold(content_of, cell, ("content",)[: len(content_of(cell))])
         if not is_library:
             self.code(fn.__code__, fn.__globals__)
 
@@ -334,16 +232,16 @@ class _Walk:
                 self.todo.append(module)
 
     def kind(self, kind: type) -> None:
-        self.tokens.append(_Only(kind))
-        if _is_library(kind):
+        self.tokens.append(Only(kind))
+        if is_library(kind):
             return
         look = lambda kind: (kind.__mro__, *vars(kind).values())
         self.hold(look, kind, lambda kind: ("", *vars(kind)), _is_member)
         self.todo.append(type(kind))
 
     def module(self, module: types.ModuleType) -> None:
-        self.tokens.append(_Only(module))
-        if not _is_library_module(module.__name__, module):
+        self.tokens.append(Only(module))
+        if not is_library_module(module.__name__, module):
             self.modules.append(vars(module))
 
     def structure(self, structure: Any) -> None:
@@ -375,57 +273,33 @@ class _Walk:
         kind = type(obj)
         package = kind.__module__.split(".")[0]
         if package in _RESTLESS:
-            self.tokens.append(_Only(obj))
+            self.tokens.append(Only(obj))
         elif package in ("jax", "jaxlib") or kind is _CACHED:
             # Functions that are compiled, or have rules of their own for derivatives.
             wrapped = getattr(obj, "__wrapped__", None)
-            self.tokens.append(_Only(obj) if wrapped is None else kind)
+            self.tokens.append(Only(obj) if wrapped is None else kind)
             self.todo.append(wrapped)
             if wrapped is not None and kind.__name__.startswith("custom_"):
                 self.attributes(obj)
         else:
-            self.tokens.append(kind if _is_plain(kind) else _Only(obj))
-            if not _is_library(kind):
+            self.tokens.append(kind if _is_plain(kind) else Only(obj))
+            if not is_library(kind):
                 self.todo.append(kind)
             if not self.attributes(obj):
                 # A mark, such as `object()`, is known by its identity.
                 is_mark = kind.__eq__ is object.__eq__
-                self.tokens.append(_Only(obj) if is_mark else value_key(obj))
+                self.tokens.append(Only(obj) if is_mark else value_key(obj))
 
     def attributes(self, obj: Any) -> bool:
         """Watches and walks the attributes of an object; whether it has any."""
         there = getattr(obj, "__dict__", None)
-        if type(there) is dict and (there or not _is_library(type(obj))):
-            self.hold(_values, there, tuple)
+        if type(there) is dict and (there or not is_library(type(obj))):
+            self.hold(values_of, there, tuple)
         slots = _slots(type(obj))
         if slots:
             look = lambda obj: tuple([getattr(obj, name, None) for name in slots])
             self.hold(look, obj, slots)
         return bool(there or slots)
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """Returns the bytes of an array, or of a large one some, evenly spread."""
-    if array.nbytes > _MOST_BYTES:
-        array = array.flat[:: array.size // _SAMPLE + 1]
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.size == other.size and bool((one == other).all())
-
-
-def _watches_of_names(scope: dict[str, Any], names: Iterable[str]) -> Iterator[Watch]:
-    there = [name for name in names if name in scope]
-    absent = frozenset(names).difference(there)
-    if there:
-        pick = operator.itemgetter(*there)
-        look = pick if len(there) > 1 else lambda scope: (pick(scope),)
-        yield Watch(look, scope, there, look(scope))
-    if absent:
-        # One of them, such as a builtin, may be defined later.
-        look = lambda scope: (absent.isdisjoint(scope),)
-        yield Watch(look, scope, ("absent",), (True,))
 
 
 def _parts(obj: Any) -> tuple[Any, ...] | None:
@@ -442,44 +316,8 @@ def _parts(obj: Any) -> tuple[Any, ...] | None:
     return None
 
 
-def _without(
-    hidden: set[Hashable],
-    look: Callable[[Any], tuple[Any, ...]],
-    names_of: Callable[[Any], Sequence[Hashable]],
-) -> tuple[Callable[[Any], tuple[Any, ...]], Callable[[Any], Sequence[Hashable]]]:
-    """Looks at what an object holds but for some names."""
-
-    def pairs(owner: Any) -> Iterator[tuple[Hashable, Any]]:
-        both = zip(names_of(owner), look(owner), strict=True)
-        return ((name, value) for name, value in both if name not in hidden)
-
-    return (
-        lambda owner: tuple([value for _, value in pairs(owner)]),
-        lambda owner: [name for name, _ in pairs(owner)],
-    )
-
-
-def _values(held: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(held.values())
-
-
-def _keys_and_values(held: Any) -> tuple[Any, ...]:
-    return (*held, *held.values())
-
-
-def _made_of(fn: types.FunctionType) -> tuple[Any, ...]:
-    return fn.__code__, fn.__defaults__, fn.__kwdefaults__
-
-
 def _is_content(name: str, value: Any) -> bool:
     return name != "code"
-
-
-def _content(cell: types.CellType) -> tuple[Any, ...]:
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()
 
 
 def _is_member(name: str, value: Any) -> bool:
@@ -535,38 +373,3 @@ def _names_in(
             words |= inner_words
             imported |= inner_imported
     return tuple(sorted(read - written)), frozenset(words), frozenset(imported)
-
-
-# What is a library's, and so does not change while a program runs.
-
-_OWN = str(Path(__file__).parent)
-_STANDARD = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
-
-
-@functools.lru_cache(maxsize=4096)
-def is_library_file(path: str) -> bool:
-    """Whether a file is one of the standard library, of a package, or of vernal."""
-    if path.startswith("<frozen") or path.startswith((_OWN, *_STANDARD)):
-        return True
-    return not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
-
-
-def _is_library_module(name: str, module: types.ModuleType | None) -> bool:
-    if name == "__main__":
-        return False
-    path = getattr(module, "__file__", None)
-    if path is not None:
-        return is_library_file(path)
-    return name.split(".")[0] in sys.stdlib_module_names
-
-
-_library_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-
-
-def _is_library(kind: type) -> bool:
-    found = _library_kinds.get(kind)
-    if found is None:
-        name = kind.__module__
-        found = _is_library_module(name, sys.modules.get(name))
-        _library_kinds[kind] = found
-    return found

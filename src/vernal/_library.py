@@ -1,0 +1,43 @@
+"""What is a library's: its code does not change while a program runs."""
+
+import functools
+import os
+import sys
+import sysconfig
+import types
+import weakref
+from pathlib import Path
+
+_OWN = f"{Path(__file__).parent}{os.sep}"
+_STANDARD = tuple(
+    f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib")
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library_file(path: str) -> bool:
+    """Whether a file is one of the standard library, of a package, or of vernal."""
+    if path.startswith("<frozen") or path.startswith((_OWN, *_STANDARD)):
+        return True
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
+
+
+def is_library_module(name: str, module: types.ModuleType | None) -> bool:
+    if name == "__main__":
+        return False
+    path = getattr(module, "__file__", None)
+    if path is not None:
+        return is_library_file(path)
+    return name.split(".")[0] in sys.stdlib_module_names
+
+
+_library_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def is_library(kind: type) -> bool:
+    found = _library_kinds.get(kind)
+    if found is None:
+        name = kind.__module__
+        found = is_library_module(name, sys.modules.get(name))
+        _library_kinds[kind] = found
+    return found
