@@ -137,6 +137,28 @@ def test_within_the_bounds_nothing_is_touched():
     np.testing.assert_allclose(model, trainer.fit(batch, 20).model, rtol=1e-12)
 
 
+@pytest.mark.parametrize("high", [INF, 0.05])
+def test_a_gradient_through_the_projection(high):
+    batch = problem(3, 4)
+    start = Linear(jnp.zeros(3), low=-0.1, high=high).whiten(batch)
+
+    def unrolled(rate, low):
+        trainer = start.reproject(start.projector, optax.sgd(rate))
+        trainer = eqx.tree_at(lambda t: t.low, trainer, low)
+        after, _ = vn.unroll(trainer, batch, 3)
+        return jnp.sum(after.model * jnp.arange(1.0, 4.0))
+
+    point = 0.3, -0.1
+    found = jax.grad(unrolled, argnums=(0, 1))(*map(jnp.asarray, point))
+    for index, slope in enumerate(found):
+        ends = []
+        for sign in (-1, 1):
+            there = [v + sign * 1e-6 * (i == index) for i, v in enumerate(point)]
+            ends.append(unrolled(*map(jnp.asarray, there)))
+        np.testing.assert_allclose(slope, (ends[1] - ends[0]) / 2e-6, rtol=1e-5)
+        assert slope != 0
+
+
 # What is refused.
 
 

@@ -117,20 +117,24 @@ def project(
         return _Pivoting(
             jax.tree.map(jnp.where, flip, outside, state.active),
             jax.tree.map(jnp.where, flip, bounds, state.bounds),
-            point,
+            jax.tree.map(jnp.where, flip, probe, state.probe),
             is_over,
             state.changes + 1,
         )
 
     start = _Pivoting(active, clipped, params, ~is_clipped, jnp.asarray(0))
     goes_on = lambda state: ~state.is_over & (state.changes < _MOST_CHANGES)
-    return clip(lax.while_loop(goes_on, body, start).point), is_clipped
+    # Which elements are on a bound has no derivative; where they are then has one.
+    fixed = lambda state: lax.stop_gradient(state)
+    found = lax.while_loop(goes_on, lambda s: fixed(body(fixed(s))), fixed(start))
+    point, _ = solved(found.active, clip(lax.stop_gradient(found.probe)))
+    return clip(point), is_clipped
 
 
 class _Pivoting(NamedTuple):
     active: PyTree
     bounds: PyTree
-    point: PyTree
+    probe: PyTree
     is_over: Bool[Array, ""]
     changes: Int[Array, ""]
 

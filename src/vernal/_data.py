@@ -133,7 +133,7 @@ class Stream:
     The loader is read from Python, and goes on from where the last fit left it. A fit
     that is stopped by its NaN policy may have read a batch or two beyond that step.
     Batches of one structure and shape share one compilation; each new shape compiles
-    once.
+    once, and so does each new value of what is no array, such as an integer.
 
     !!! example
 

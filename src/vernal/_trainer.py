@@ -376,9 +376,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
 
         **Returns:**
 
-        A [`vernal.FitResult`][]. Ctrl-C ends a fit between two chunks, with the result
-        up to there. Any other error that a fit meets on its way (in the callback, in
-        the data) has the result up to there as its attribute `result`.
+        A [`vernal.FitResult`][]. Ctrl-C ends a fit between two chunks, pressed again at
+        once, with the result up to there. A fit that ends at a value that is not finite
+        warns of where it comes from. Any other error that a fit meets on its way (in
+        the callback, in the data) has the result up to there as its attribute `result`.
 
         **Raises:**
 
