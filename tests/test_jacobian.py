@@ -338,6 +338,15 @@ def test_units_whose_squares_are_not_representable():
     assert np.all((found + 1e-5 >= 1) & (found < 20))
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"blocks": BLOCKS}])
+def test_no_gradient_flows_through_a_whitening(options):
+    def total(batch):
+        projector = Linear(tree()).whiten(batch, **options).projector
+        return jnp.sum(projector.matrix) + projector.log_abs_det
+
+    assert not jnp.any(jax.grad(total)(jnp.asarray(ILL)))
+
+
 OPTIONS = {
     "on_null": ({"on_null": "dorp"}, ValueError, "`on_null` is 'dorp'"),
     "rtol": ({"rtol": 1.5}, ValueError, "`rtol`"),

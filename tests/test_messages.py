@@ -331,6 +331,48 @@ def test_a_metric_that_a_later_batch_lacks():
     assert len(caught.value.result.history["loss/e0"]) == 2
 
 
+# Functions that take other arguments than they are given.
+
+ARITY = {
+    "callback": (
+        lambda: fitted().fit(BATCH, 2, callback=lambda trainer: None),
+        r"`callback`.*called as `callback\(trainer, history\)`",
+    ),
+    "loss": (
+        lambda: vn.fit(lambda model: model.slope, line(), optax.sgd(0.1), BATCH, 2),
+        r"`loss`.*called as `loss\(model, batch\)`",
+    ),
+    "predicate": (
+        lambda: vn.split(line(), lambda leaf: True),
+        r"`selector`.*called as `predicate\(path, leaf\)`",
+    ),
+    "rule": (
+        lambda: fitted(vn.ParamOptimiser({lambda leaf: True: optax.sgd(0.1)})),
+        r"`rules`.*called as `predicate\(path, leaf\)`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARITY)
+def test_a_function_of_the_wrong_arity_is_named(name):
+    act, message = ARITY[name]
+    with pytest.raises(TypeError, match=message):
+        act()
+
+
+class Callable:
+    def __call__(self, trainer, history):
+        return None
+
+
+FORMS = [lambda *args: None, lambda a, b, c=3, **d: None, Callable()]
+
+
+@pytest.mark.parametrize("callback", FORMS)
+def test_functions_of_other_forms_are_taken(callback):
+    assert fitted().fit(BATCH, 1, callback=callback).trainer.step_count == 1
+
+
 # Ctrl-C.
 
 PRESSED = """

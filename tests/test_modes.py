@@ -203,6 +203,22 @@ def test_functions(curve):
         np.testing.assert_allclose(asked, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_products():
+    """Of a `custom_vjp` the reverse mode is linear, and its transpose is the other."""
+    square = lambda curve: lambda m: 0.5 * jnp.sum(CURVES[curve](m, X) ** 2)
+    residuals = lambda curve: lambda m: CURVES[curve](m, X)
+    for curve, of, fn in (
+        ("custom_vjp", vn.gauss_newton_matvec, residuals),
+        ("custom_vjp", vn.hessian_matvec, square),
+        ("while_loop", vn.hessian_matvec, square),
+    ):
+        found, expected = (of(fn(c), start())(start()) for c in (curve, "either"))
+        for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9)
+    with pytest.raises(TypeError, match="`gauss_newton_matvec` needs both"):
+        vn.gauss_newton_matvec(residuals("while_loop"), start())(start())
+
+
 @pytest.mark.parametrize("curve", ["while_loop", "custom_vjp"])
 def test_the_other_mode_is_refused_by_name(curve):
     trainer = Decay(curve, start())

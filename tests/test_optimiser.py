@@ -26,8 +26,6 @@ from models import (
     zoo,
 )
 
-pytestmark = pytest.mark.as_compiled
-
 
 def gradients(params, seed=0):
     leaves, structure = jax.tree.flatten(params)
@@ -59,6 +57,7 @@ def tree():
 CLIP = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
 
 
+@pytest.mark.as_compiled
 def test_a_group_is_one_transformation_of_its_members_together():
     ours, _ = walk(
         vn.ParamOptimiser({("a", "b.d"): CLIP, "b.c": optax.sgd(0.1)}), tree()
@@ -82,6 +81,7 @@ def walk_of(part, optimiser, steps=3):
     return params, state
 
 
+@pytest.mark.as_compiled
 def test_members_apart_are_clipped_apart():
     sgd = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1.0))
     one, _ = walk(vn.ParamOptimiser({("a", "b.d"): sgd}), tree(), 1)
@@ -95,6 +95,7 @@ def test_members_apart_are_clipped_apart():
     np.testing.assert_allclose(norm(two), 0.1 * 2**0.5)
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize(
     ("make", "form"),
     [
@@ -131,6 +132,7 @@ def test_frozen_default_and_first():
     np.testing.assert_array_equal(ours["e"], tree()["e"] - grads["e"])
 
 
+@pytest.mark.as_compiled
 def test_first_sees_all_that_is_trained_and_nothing_else():
     first = optax.clip_by_global_norm(1.0)
     optimiser = vn.ParamOptimiser(

@@ -173,8 +173,9 @@ class MatrixFree(eqx.Module):
         products = gauss_newton_products(fn, flat)
         if products is None:
             raise TypeError(
-                "`residuals` can be differentiated in one mode only, and a product "
-                "with $J^T J$ needs both. Form the matrix, with `gauss_newton`."
+                "`residuals` can be differentiated in one mode alone, and "
+                "`gauss_newton_matvec` needs both. Form the matrix, with "
+                "`gauss_newton`, which does not."
             )
         push, pull = products
         return lambda vector: pull(push(vector))

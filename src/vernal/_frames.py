@@ -35,12 +35,12 @@ def _is_users(frame: FrameType) -> bool:
     return package not in _LIBRARIES
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns, and points to the line of the user's that led here."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and not _is_users(frame):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def entrance(fn: Callable[P, R]) -> Callable[P, R]:

@@ -12,6 +12,7 @@ from ._nonfinite import NanPolicy, StopFit
 from ._projector import EigenProjector
 from ._result import FitResult
 from ._trainer import Trainer
+from ._typing import takes
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
@@ -72,6 +73,7 @@ def fit(
         raise TypeError(
             f"`loss` is {loss!r}, but must be a function `(model, batch) -> scalar`."
         )
+    takes(loss, 2, "loss", "loss(model, batch)")
     trainer = _FunctionTrainer(
         loss,
         model,

@@ -21,7 +21,7 @@ from ._running import Callback, Running
 from ._setup import no_optimiser
 from ._step import MOST_STEPS
 from ._stop import StopReason
-from ._typing import whole_number
+from ._typing import takes, whole_number
 
 ONE = One()
 
@@ -147,6 +147,8 @@ def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
             f"`callback` is {callback!r}, but must be a function `(trainer, history)` "
             "that returns `None`, `True` to end the fit, or a trainer to go on with."
         )
+    if callback is not None:
+        takes(callback, 2, "callback", "callback(trainer, history)")
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
     if isinstance(trainer.step_count, Tracer):

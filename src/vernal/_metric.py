@@ -129,13 +129,15 @@ def _require_finite(found: Any, what: str, trainer: Any, batch: Any) -> None:
     is_nan = any(np.isnan(leaf).any() for leaf in leaves)
     raise ValueError(
         f"{what} of `{type(trainer).__name__}` is not finite. "
-        + (_explain_non_finite(trainer, batch) if is_nan else _TOO_LARGE)
+        + _explain_non_finite(trainer, batch)
+        + ("" if is_nan else _TOO_LARGE)
     )
 
 
 _TOO_LARGE = (
-    "It has elements too large for their dtype. `whiten` and `standard_errors` do not "
-    "square them, where `residuals` is defined; or change the units of a parameter."
+    " If all of them are finite, its elements are too large for their dtype: `whiten` "
+    "and `standard_errors` do not form them, where `residuals` is defined; or change "
+    "the units of a parameter."
 )
 
 _all_finite = jax.jit(all_finite)

@@ -40,7 +40,7 @@ _RESTLESS = frozenset(
 _CACHED = type(functools.lru_cache(lambda: None))
 
 # What looking at an object may raise where it was changed under way.
-_GONE = (KeyError, IndexError, AttributeError, RuntimeError)
+_GONE = (KeyError, IndexError, AttributeError, RuntimeError, ValueError)
 
 Slot = tuple[int, Hashable]
 """Where a value is read: the id of what holds it, and its name there."""
@@ -57,6 +57,8 @@ class Watch(NamedTuple):
     owner: Any
     names: Sequence[Hashable]
     values: tuple[Any, ...]
+    names_of: Callable[[Any], Sequence[Hashable]] | None = None
+    """Where there may be new names: all that there are."""
 
     def slots(self) -> Iterator[tuple[Slot, Any]]:
         """Yields each slot, with the value that was seen there."""
@@ -66,14 +68,18 @@ class Watch(NamedTuple):
     def changed(self) -> Iterator[Slot]:
         """Yields the slots that have another value now."""
         try:
-            now = self.look(self.owner)
+            now, names = self.look(self.owner), self.names
+            if self.names_of is not None:
+                names = self.names_of(self.owner)
         except _GONE:
             return
-        if len(now) != len(self.values):
+        if len(now) != len(names):
+            # A list, for instance: its elements have no names of their own.
             yield id(self.owner), None
             return
-        for name, new, old in zip(self.names, now, self.values, strict=True):
-            if new is not old:
+        old = dict(zip(self.names, self.values, strict=True))
+        for name, value in zip(names, now, strict=True):
+            if name not in old or old[name] is not value:
                 yield id(self.owner), name
 
 
@@ -87,7 +93,7 @@ class Reads(NamedTuple):
         """Whether nothing of what was read has changed."""
         # Before every call: hence no call of a function more than there must be.
         try:
-            for look, owner, _, values in self.watches:
+            for look, owner, _, values, _ in self.watches:
                 now = look(owner)
                 if len(now) != len(values) or not all(map(operator.is_, now, values)):
                     return False
@@ -108,9 +114,6 @@ class Kept:
 
     def __contains__(self, slot: Slot) -> bool:
         return slot in self._owners
-
-    def isdisjoint(self, slots: Iterable[Slot]) -> bool:
-        return self._owners.keys().isdisjoint(slots)
 
     def add(self, watch: Watch) -> None:
         # The owner is held, so that no other can take its id.
@@ -206,26 +209,32 @@ class _Walk:
         self,
         look: Callable[[Any], tuple[Any, ...]],
         owner: Any,
-        names: Sequence[Hashable],
+        names: Sequence[Hashable] | Callable[[Any], Sequence[Hashable]],
         is_walked: Callable[[Any, Any], bool] = lambda name, value: True,
     ) -> None:
-        """Watches what an object holds, but for what is kept there, and walks on."""
+        """Watches what an object holds, but for what is kept there, and walks on.
+
+        **Arguments:**
+
+        - `look`, `names`: what it holds, and under which names; a function of the
+            object if there may be new ones.
+        - `owner`: the object.
+        - `is_walked`: whether to walk on to a name and its value.
+        """
         if (id(owner), None) in kept:
             self.tokens.append("kept")
             return
-        self.tokens.append((*names,))
-        if not kept.isdisjoint((id(owner), name) for name in names):
-            places = [
-                place
-                for place, name in enumerate(names)
-                if (id(owner), name) not in kept
-            ]
-            whole, names = look, [names[place] for place in places]
-            look = lambda owner: tuple(map(whole(owner).__getitem__, places))
+        names_of = names if callable(names) else None
+        every = all_names = names(owner) if callable(names) else names
+        hidden = {name for name in all_names if (id(owner), name) in kept}
+        if hidden:
             self.tokens.append("kept")
+            look, names_of = _without(hidden, look, names_of or (lambda _: every))
+            all_names = names_of(owner)
+        self.tokens.append((*all_names,))
         values = look(owner)
-        self.watches.append(Watch(look, owner, names, values))
-        pairs = zip(names, values, strict=True)
+        self.watches.append(Watch(look, owner, all_names, values, names_of))
+        pairs = zip(all_names, values, strict=True)
         self.todo.extend(value for name, value in pairs if is_walked(name, value))
 
     # What is seen.
@@ -329,7 +338,7 @@ class _Walk:
         if _is_library(kind):
             return
         look = lambda kind: (kind.__mro__, *vars(kind).values())
-        self.hold(look, kind, ("", *vars(kind)), _is_member)
+        self.hold(look, kind, lambda kind: ("", *vars(kind)), _is_member)
         self.todo.append(type(kind))
 
     def module(self, module: types.ModuleType) -> None:
@@ -387,7 +396,7 @@ class _Walk:
         """Watches and walks the attributes of an object; whether it has any."""
         there = getattr(obj, "__dict__", None)
         if type(there) is dict and (there or not _is_library(type(obj))):
-            self.hold(_values, there, tuple(there))
+            self.hold(_values, there, tuple)
         slots = _slots(type(obj))
         if slots:
             look = lambda obj: tuple([getattr(obj, name, None) for name in slots])
@@ -431,6 +440,23 @@ def _parts(obj: Any) -> tuple[Any, ...] | None:
     if issubclass(kind, functools.partial):
         return obj.func, obj.args, obj.keywords, vars(obj) or None
     return None
+
+
+def _without(
+    hidden: set[Hashable],
+    look: Callable[[Any], tuple[Any, ...]],
+    names_of: Callable[[Any], Sequence[Hashable]],
+) -> tuple[Callable[[Any], tuple[Any, ...]], Callable[[Any], Sequence[Hashable]]]:
+    """Looks at what an object holds but for some names."""
+
+    def pairs(owner: Any) -> Iterator[tuple[Hashable, Any]]:
+        both = zip(names_of(owner), look(owner), strict=True)
+        return ((name, value) for name, value in both if name not in hidden)
+
+    return (
+        lambda owner: tuple([value for _, value in pairs(owner)]),
+        lambda owner: [name for name, _ in pairs(owner)],
+    )
 
 
 def _values(held: dict[str, Any]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from ._paths import (
     named_leaves,
     nearest_names,
 )
+from ._typing import takes
 
 T = TypeVar("T")
 Selector = str | Callable[[str, Any], Any] | Sequence[Any]
@@ -96,7 +97,10 @@ def _glob_regex(segments: list[str]) -> str:
 
 def atoms(selector: Any, argument: str) -> Iterator[Any]:
     """Lists the paths, globs and predicates that a selector is made of."""
-    if isinstance(selector, str) or callable(selector):
+    if isinstance(selector, str):
+        yield selector
+    elif callable(selector):
+        takes(selector, 2, argument, "predicate(path, leaf)")
         yield selector
     elif isinstance(selector, tuple | list):
         for part in selector:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._alike import cast_like
+from ._frames import warn
 from ._nonfinite import NanPolicy
 from ._objective import METHODS, defined
 from ._optimiser import ParamOptimiser
@@ -15,7 +16,7 @@ from ._paths import UnknownPathError, dotted, is_inexact, paths
 from ._projector import EigenProjector
 from ._selectors import resolve
 from ._typing import PyTree, prng_key
-from ._warn import ObjectiveWarning, warn
+from ._warn import ObjectiveWarning
 
 
 def check_class(trainer: Any, state: PyTree) -> None:
@@ -66,7 +67,6 @@ def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
         "`(value - mean) / std`). If it is on purpose: "
         '`warnings.filterwarnings("ignore", category=vn.ObjectiveWarning)`.',
         ObjectiveWarning,
-        kind,
     )
     _warned.add(kind)
 

@@ -41,7 +41,8 @@ def of_jacobian(jac: Float[Array, "N D"]) -> Spectrum:
     from $J = QR$.
     """
     # No eigensolver works in half precision.
-    jac = jac.astype(widest((jac.dtype, jnp.dtype("float32"))))
+    dtype = widest((jac.dtype, jnp.dtype("float32")))
+    jac = jax.lax.stop_gradient(jac).astype(dtype)
     units = _positive(jnp.max(jnp.abs(jac), axis=0, initial=0))
     scaled = jac / units
     gram = matmul(scaled.T, scaled)
@@ -74,7 +75,7 @@ def of_products(
         unit = unit * _positive(jnp.linalg.norm(column / unit))
         return unit, pull(column / unit)
 
-    units, rows = columns(image, flat, batch_size)
+    units, rows = jax.lax.stop_gradient(columns(image, flat, batch_size))
 
     def triangle(norms: Array) -> Array:
         scaled = lambda cotangent: pull(cotangent) / units / norms
@@ -133,7 +134,8 @@ def _triangle_by_rows(
 
     def row(index: Array) -> Array:
         # Beyond the last datum this is zero, and so is the row.
-        return pull(jax.nn.one_hot(index, like.size, dtype=like.dtype))
+        unit = jax.nn.one_hot(index, like.size, dtype=like.dtype)
+        return jax.lax.stop_gradient(pull(unit))
 
     def update(factor: Array, first: Array) -> tuple[Array, None]:
         index = first + jnp.arange(chunk)

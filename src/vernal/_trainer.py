@@ -668,7 +668,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         the next one in its dtype is marked. What looks like a parameter and is not
         fitted is listed: Python floats, integer arrays of one element.
         """
-        require_precision(self)
+        if batch is not None:
+            require_precision(self)
         return table(self, batch, jac)
 
     @entrance

@@ -1,5 +1,6 @@
 """The type-checker at the boundary, and the names its annotations share."""
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -45,6 +46,30 @@ def whole_number(value: Any, name: str, *, least: int) -> int:
     if number < least:
         raise ValueError(f"`{name}` is {number}, but must be at least {least}.")
     return number
+
+
+def takes(fn: Any, count: int, name: str, form: str) -> None:
+    """Checks that a function can be called with so many arguments.
+
+    **Arguments:**
+
+    - `fn`: the function.
+    - `count`: how many arguments it is given, all by position.
+    - `name`: the argument that it was given as.
+    - `form`: what it should look like, for the error.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return  # One that is written in C may not say.
+    try:
+        signature.bind_partial(*range(count))
+    except TypeError as error:
+        called = getattr(fn, "__name__", type(fn).__name__)
+        raise TypeError(
+            f"`{name}`: the function `{called}{signature}` is called as `{form}`: "
+            f"{error}."
+        ) from None
 
 
 def prng_key(key: Any) -> jax.Array:

@@ -1,7 +1,8 @@
-"""Warnings that point at the user's own line, each of them once."""
+"""What is warned of, each of it once."""
 
-import sys
 import warnings
+
+from ._frames import warn
 
 
 class PrecisionWarning(UserWarning):
@@ -25,34 +26,23 @@ class ObjectiveWarning(UserWarning):
     """
 
 
-# What stands between a user's line and what warns of it.
-_INSIDE = frozenset({"vernal", "equinox", "jaxtyping", "beartype", "jax"})
-
 # What was said, and the filters under which it was: with others, as in the next test
 # of a suite, it is said again.
 _said: set[object] = set()
 _filters: list[object] = [None]
 
 
-def warn(message: str, category: type[Warning], once: object) -> None:
-    """Warns at the line outside of this package, and not again of the same.
+def warn_once(message: str, category: type[Warning], of: object) -> None:
+    """Warns at the user's line, and not again of the same.
 
     **Arguments:**
 
     - `message`, `category`: as for `warnings.warn`.
-    - `once`: what tells this warning from others.
+    - `of`: what tells this warning from others.
     """
     if _filters[0] is not warnings.filters:
         _filters[0] = warnings.filters
         _said.clear()
-    if once in _said:
-        return
-    level, frame = 1, sys._getframe()
-    while frame is not None and _package(frame) in _INSIDE:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
-    _said.add(once)
-
-
-def _package(frame: object) -> str:
-    return str(frame.f_globals.get("__name__", "")).split(".")[0]  # pyright: ignore[reportAttributeAccessIssue]
+    if of not in _said:
+        warn(message, category)
+        _said.add(of)

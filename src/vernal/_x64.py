@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ._paths import dotted
-from ._warn import PrecisionWarning, warn
+from ._warn import PrecisionWarning, warn_once
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
             f"{spacing(_largest(low, high), np.float32):.2g}, while the data span "
             f"{low:.10g} to {high:.10g}"
         )
-    warn(
+    warn_once(
         f"{where} {what}. Turn on `jax_enable_x64`, by {_REMEDY}; or subtract a "
         "reference first.",
         PrecisionWarning,
