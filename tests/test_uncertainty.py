@@ -329,6 +329,7 @@ def test_table():
         "line.slope   -1.500  0.017",
         "line.offset  0.000   0.041",
         "unit         3       frozen (a Python float)",
+        "not at a minimum: edm 1.93e+04, along line.slope (+1)",
     ]
     assert Fit(model, train="line.slope").table().splitlines() == [
         "parameter    value",
