@@ -261,7 +261,7 @@ def test_a_linear_problem_without_a_solution(solver):
 
 def test_dropping_the_slack_solves_it():
     model = {"a": jnp.asarray(3.0), "b": jnp.asarray(1.0)}
-    trainer = Slack(model).whiten(None)
+    trainer = Slack(model).whiten(None, on_null="drop")
     assert trainer.projector.latent_size == 1
     result = trainer.solve(optx.GaussNewton(1e-8, 1e-8), None)
     assert result.stop_reason is vn.StopReason.CONVERGED
