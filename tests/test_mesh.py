@@ -133,11 +133,11 @@ def test_chunks_on_devices_compile_once(width):
     callback = lambda trainer, history: trainer
     options = {"mesh": mesh, "progress": False, "chunk": 3, "callback": callback}
     stop = vn.Converged(0.0, 99)
-    before = run_chunk._cached._cache_size()
+    before = run_chunk.cache_size()
     parts = trainer.fit(BATCH, 12, stop=stop, **options)
     parts.trainer.fit(BATCH, 5, stop=stop, **options)
     assert len(traces) == 1
-    assert run_chunk._cached._cache_size() == before + 1
+    assert run_chunk.cache_size() == before + 1
     close(parts.trainer, trainer.fit(BATCH, 12, progress=False).trainer)
 
 
@@ -341,10 +341,10 @@ def test_a_leaf_is_known_by_its_place():
 )
 def test_chunks_of_split_leaves_compile_once(spec):
     trainer = Chain(chain(1), optax.adam(1e-2))
-    before = run_chunk._cached._cache_size()
+    before = run_chunk.cache_size()
     options = {"mesh": mesh_of(4, 2), "sharding": {"*.weight": spec}, "chunk": 2}
     trainer.fit(CHAIN, 6, progress=False, callback=lambda t, h: None, **options)
-    assert run_chunk._cached._cache_size() == before + 1
+    assert run_chunk.cache_size() == before + 1
 
 
 def test_what_lies_on_the_mesh_already_stays_there():

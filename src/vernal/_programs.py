@@ -4,7 +4,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -175,48 +175,74 @@ def version_of(tree: Any) -> Version:
     return _Record.of(structure, _statics(leaves)).now()
 
 
-def program(
-    fn: Callable[P, R], donate: Literal["none", "all-except-first"] = "none"
-) -> Callable[P, R]:
-    """Compiles a function: for arrays as `equinox.filter_jit` does, and anew where
-    what the code of its arguments reads has changed.
-    """
+class Program(Generic[P, R]):
+    """A compiled function: see [`program`][vernal._programs.program]."""
 
-    def enter(first: list[Any], rest: list[Any], version: Version) -> R:
-        version.is_traced = True
-        call: Callable[..., R] = fn
-        return call(*version.call.joined([*first, *rest]))
+    def __init__(self, fn: Callable[P, R], donate: Literal["none", "all-except-first"]):
+        def enter(first: list[Any], rest: list[Any], version: Version) -> R:
+            version.is_traced = True
+            call: Callable[..., R] = fn
+            return call(*version.call.joined([*first, *rest]))
 
-    enter.__name__, enter.__qualname__ = fn.__name__, fn.__qualname__
-    jitted: Any = eqx.filter_jit(enter, donate=donate)
-    _jitted.append(jitted)
+        enter.__name__, enter.__qualname__ = fn.__name__, fn.__qualname__
+        self._donates = donate != "none"
+        self._jitted: Any = eqx.filter_jit(enter, donate=donate)
+        functools.update_wrapper(self, fn)
+        _programs.append(self)
 
-    def run(*args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args)
-        statics = _statics(leaves)
-        if statics:
-            leaves = [x if type(x) in _array_types else None for x in leaves]
-        record = _Record.of(structure, statics)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        record, first, rest = self._taken_apart(args)
         version = record.now()
-        first: list[Any] = []
-        if donate != "none":
-            count = structure.children()[0].num_leaves
-            first, leaves = leaves[:count], leaves[count:]
         if version.generation:
             with version.context():
-                result = jitted(first, leaves, version)
+                result = self._jitted(first, rest, version)
         else:
-            result = jitted(first, leaves, version)
+            result = self._jitted(first, rest, version)
         if version.is_traced:
             version.is_traced = False
             record.settle()
         return result
 
-    wrapped: Any = functools.wraps(fn)(run)
-    return wrapped
+    def _taken_apart(
+        self, args: tuple[Any, ...]
+    ) -> tuple["_Record", list[Any], list[Any]]:
+        """Finds the record of a call, and its arrays: of the first argument, the rest.
+
+        They are told apart only where it matters, since the rest is donated.
+        """
+        leaves, structure = jax.tree.flatten(args)
+        statics = _statics(leaves)
+        if statics:
+            leaves = [x if type(x) in _array_types else None for x in leaves]
+        count = structure.children()[0].num_leaves if self._donates else 0
+        return _Record.of(structure, statics), leaves[:count], leaves[count:]
+
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Traces the function without running it, to look at what is compiled."""
+        record, first, rest = self._taken_apart(args)
+        return self._jitted.lower(first, rest, record.now())
+
+    def cache_size(self) -> int:
+        """Counts the compiled programs."""
+        return self._jitted._cached._cache_size()
+
+    def forget(self) -> None:
+        """Drops the compiled programs."""
+        self._jitted._cached.clear_cache()
 
 
-_jitted: list[Any] = []
+def program(
+    fn: Callable[P, R], donate: Literal["none", "all-except-first"] = "none"
+) -> Program[P, R]:
+    """Compiles a function: for arrays as `equinox.filter_jit` does, and anew where
+    what the code of its arguments reads has changed.
+
+    It takes positional arguments alone.
+    """
+    return Program(fn, donate)
+
+
+_programs: list[Program[Any, Any]] = []
 
 
 def forget() -> None:
@@ -231,8 +257,8 @@ def forget() -> None:
     where a model or a loss calls them. Programs of your own around vernal, such as a
     `jax.jit` of `trainer.step`, are left alone: `jax.clear_caches()` drops those.
     """
-    for jitted in _jitted:
-        jitted._cached.clear_cache()
+    for each in _programs:
+        each.forget()
     _records.clear()
     _versions.clear()
     kept.clear()

@@ -187,11 +187,13 @@ class Running:
             self.is_whole = is_whole
             if is_whole:
                 with _held_back():
-                    self._settle(moving, pending)
+                    self._settle(start, moving, pending)
 
-    def _settle(self, moving: Moving, pending: list[tuple[Ended, Any, Any]]) -> None:
-        """Takes over what a chunk has computed."""
-        kind, start = self._kind, self._kind.count(self.trainer)
+    def _settle(
+        self, start: int, moving: Moving, pending: list[tuple[Ended, Any, Any]]
+    ) -> None:
+        """Takes over what chunks have computed, from the step `start` on."""
+        kind = self._kind
         self._move_to(moving)
         kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
