@@ -176,7 +176,15 @@ def gradient(fn: Flat, flat: Float[Array, " D"], mode: Mode) -> Float[Array, " D
     """Computes the gradient of a scalar function."""
     if mode == "bwd":
         return jax.grad(fn)(flat)
-    return columns(jax.linearize(fn, flat)[1], flat)
+    return columns(_pushed(fn, flat), flat)
+
+
+def _pushed(fn: Flat, x: Array) -> Flat:
+    """Returns the product with the Jacobian. Nested, it goes through any loop.
+
+    `jax.linearize` within another one does not, in some versions of JAX.
+    """
+    return lambda tangent: jax.jvp(fn, (x,), (tangent,))[1]
 
 
 def jacobian_matrix(
@@ -207,7 +215,7 @@ def hessian_product(
         "fwd-bwd": lambda x: jax.linearize(grad("bwd"), x)[1],
         # A Hessian is its own transpose.
         "bwd-bwd": lambda x: transposed_product(grad("bwd"), x),
-        "fwd-fwd": lambda x: jax.linearize(grad("fwd"), x)[1],
+        "fwd-fwd": lambda x: _pushed(grad("fwd"), x),
     }
     ways = {
         way: lambda x, tangent, product=product: product(x)(tangent)
