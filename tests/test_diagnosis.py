@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 
 import vernal as vn
@@ -293,3 +294,20 @@ def test_in_a_program_nothing_can_be_said():
 
     run(curve())
     assert "jax.jit" in told[0]
+
+
+SOLVERS = {
+    "least squares": optx.LevenbergMarquardt(1e-6, 1e-6),
+    "minimiser": optx.BFGS(1e-6, 1e-6),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_solve_of_bad_data_warns_of_where_they_are(solver):
+    batch = curve(np.float32, y={17: NAN})
+    with pytest.warns(UserWarning, match=r"`solve`.*`batch\[1\]` has 1 NaN, at \[17\]"):
+        result = GaussianFit(gaussian()).solve(solver, batch)
+    assert result.stop_reason is vn.StopReason.NON_FINITE
+    raising = GaussianFit(gaussian(), nan_policy=vn.RaiseOnNan())
+    with pytest.raises(vn.NonFiniteError, match=r"`batch\[1\]`.*no weight"):
+        raising.solve(solver, batch)

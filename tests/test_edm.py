@@ -256,6 +256,26 @@ def test_a_solver_whose_tolerance_is_too_wide_stalls():
     assert "(edm), along power (+0." in result.explain()
 
 
+def test_a_jacobian_whose_squares_overflow_is_measured():
+    class PowerLaw(vn.Trainer):
+        def residuals(self, model, batch):
+            x, y, sigma = batch
+            return (model["norm"] * x ** model["index"] - y) / sigma
+
+    x = jnp.logspace(-1, 1, 30, dtype=jnp.float32)
+    y = 2.5e-26 * x**-0.7
+    model = {"norm": jnp.float32(1e-26), "index": jnp.float32(0.0)}
+    batch = x, y, 0.03 * y
+    # In these units no step of 1 along the gradient is small enough.
+    idle = PowerLaw(model).solve(BFGS, batch)
+    assert idle.stop_reason is not REASON.CONVERGED
+    # The loss would be zero at the minimum.
+    assert 0.1 * idle.trainer.best_loss < idle.edm < 2 * idle.trainer.best_loss
+    result = PowerLaw(model).solve(LM, batch)
+    assert result.stop_reason is REASON.CONVERGED
+    np.testing.assert_allclose(result.model["norm"], 2.5e-26, rtol=1e-4)
+
+
 def test_single_precision_arrives_whatever_the_tolerance():
     batch = data(jnp.float32)
     starts = jax.random.normal(jax.random.key(1), (24, 3)) * 0.1

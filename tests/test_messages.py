@@ -256,7 +256,7 @@ class Quantity(np.ndarray):
 
 MEANINGFUL = {
     "masked": (np.ma.masked_array(X, X > 0.5), r"a masked array.*compressed"),
-    "masked, nothing": (np.ma.masked_array(X), "a masked array"),
+    "masked, nothing": (np.ma.masked_array(X), r"Nothing is masked.*`y\.data`"),
     "quantity": (X.view(Quantity), r"a Quantity.*to_value"),
     "records": (np.zeros(5, [("a", float)]), "dtype"),
     "objects": (np.array([1, None, 2]), "dtype object"),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import vernal as vn
-from notebook import MODEL, Notebook, X, fisher
+from notebook import MODEL, START, Notebook, X, fisher
 
 SETTINGS = "settings = types.ModuleType('settings')\nsettings.rate = 1.0\n"
 
@@ -579,3 +579,13 @@ def test_nothing_outlives_its_programs():
     vn.forget()
     gc.collect()
     assert dead() is None
+
+
+def test_a_namespace_without_a_name_is_followed_too():
+    names = {}
+    for cell in (START, "SCALE = 1.0", MODEL.format("SCALE"), "fitted = trainer()"):
+        exec(cell, names)
+    assert names["M"].__module__ == "builtins"
+    assert fisher(names["fitted"]) == 5
+    exec("SCALE = 2.0", names)
+    assert fisher(names["fitted"]) == 20

@@ -221,6 +221,9 @@ def test_data_whose_rounding_matters_are_told_once(name):
         assert told[0].filename == __file__
         assert "'t'" in str(told[0].message)
         assert "jax_enable_x64" in str(told[0].message)
+        remedy = "another unit" if name.startswith("too ") else "subtract a reference"
+        assert remedy in str(told[0].message)
+        assert ("infinite in float32" in str(told[0].message)) == (name == "too large")
         assert not heard(work, x64=True)
         # In another context of warnings it is told again.
         assert len(heard(work)) == 1

@@ -96,10 +96,15 @@ def _copied(leaf: Any, where: str, name: str) -> jax.Array:
 def _refuse_meaning(leaf: Any, where: str) -> None:
     """Refuses arrays that mean more than the numbers which JAX takes of them."""
     if isinstance(leaf, np.ma.MaskedArray):
+        remedy = (
+            "Leave those data out (`y.compressed()`, and `x[~y.mask]` of all else), or "
+            "give them no weight: `y.filled(0)` with an infinite sigma."
+            if np.ma.is_masked(leaf)
+            else "Nothing is masked in this one: give `y.data`."
+        )
         raise TypeError(
-            f"{where} a masked array, and JAX would compute with what is masked. Leave "
-            "those data out (`y.compressed()`, and `x[~y.mask]` of all else), or give "
-            "them no weight: `y.filled(0)` with an infinite sigma."
+            f"{where} a masked array, and JAX would compute with what is masked. "
+            f"{remedy}"
         )
     if isinstance(leaf, np.ndarray) and type(leaf) not in (np.ndarray, np.memmap):
         unit = " (of a Quantity, `x.to_value(unit)`)" if hasattr(leaf, "unit") else ""

@@ -72,9 +72,9 @@ def of_residuals(
     - `eps`: the spacing of each parameter, relative to itself.
     - `basis`: the directions that are free, all of them by default.
     """
-    scale = _nonzero(jnp.linalg.norm(jacobian, axis=0))
+    scale = _column_norms(jacobian)
     free = jacobian if basis is None else matmul(jacobian, basis)
-    own = scale if basis is None else _nonzero(jnp.linalg.norm(free, axis=0))
+    own = scale if basis is None else _column_norms(free)
     count, size = free.shape
     together = jnp.column_stack([free / own, residuals])
     # Of a NaN LAPACK may not come back.
@@ -212,6 +212,12 @@ def _rounding(loss: Array, flat: Array, eps: np.ndarray) -> Array:
     """Estimates what rounding of the loss, and of the parameters, may hide."""
     of_params = 0.5 * jnp.sum(jnp.square(16 * eps * flat))
     return 4 * jnp.finfo(loss.dtype).eps * jnp.abs(loss) + of_params
+
+
+def _column_norms(matrix: Array) -> Array:
+    """Returns the norms of columns whose squares need not be representable."""
+    units = _nonzero(jnp.max(jnp.abs(matrix), axis=0, initial=0))
+    return units * _nonzero(jnp.linalg.norm(matrix / units, axis=0))
 
 
 def _nonzero(scale: Array) -> Array:

@@ -31,6 +31,8 @@ def is_library_module(name: str, module: types.ModuleType | None) -> bool:
     return name.split(".")[0] in sys.stdlib_module_names
 
 
+_HEAP_TYPE = 1 << 9
+
 _library_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
@@ -39,5 +41,8 @@ def is_library(kind: type) -> bool:
     if found is None:
         name = kind.__module__
         found = is_library_module(name, sys.modules.get(name))
+        # A class made by `exec` in a namespace without `__name__` says "builtins" too,
+        # but unlike a real builtin it was made by a statement of Python's.
+        found = found and not (name == "builtins" and bool(kind.__flags__ & _HEAP_TYPE))
         _library_kinds[kind] = found
     return found

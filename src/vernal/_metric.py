@@ -140,7 +140,7 @@ def _require_finite(
         return
     if is_finite and _all_finite(found):
         return
-    fault = "is not finite" if is_finite else "says nothing here"
+    fault = "is not finite" if is_finite else "cannot be computed here"
     is_overflow = is_finite and not any(np.isnan(leaf).any() for leaf in leaves)
     raise ValueError(
         f"{what} of `{type(trainer).__name__}` {fault}. "

@@ -11,6 +11,8 @@ from jaxtyping import Array
 
 from ._data import as_batch
 from ._dense import DenseWhitening
+from ._diagnosis import Diagnosis, bad_data, diagnosed
+from ._frames import warn
 from ._history import History
 from ._metric import has_likelihood
 from ._modes import Mode, checked_mode
@@ -66,9 +68,24 @@ def solve(
                 error.add_note("The solve up to here is `.result` of this error.")
             raise
         result = rounds.result()
-    if result.stop_reason is StopReason.NON_FINITE and trainer.nan_policy.raises:
-        raise result.trainer._non_finite_error(result)
+    if result.stop_reason is StopReason.NON_FINITE:
+        with context(place):
+            _tell_non_finite(there, batch, result)
     return result
+
+
+def _tell_non_finite(start: Any, batch: Any, result: FitResult[Any, Any]) -> None:
+    """Warns, or raises under a policy that does, and says what is not finite.
+
+    Where the solver has begun well, only the data are looked at: it may have gone
+    astray by itself.
+    """
+    is_first = not np.isfinite(result.history.loss[:1]).all()
+    found = diagnosed(start, batch) if is_first else Diagnosis(bad_data(batch))
+    if start.nan_policy.raises:
+        raise result.trainer._non_finite_error(result, found.advised)
+    if str(found):
+        warn(f"`solve`: {result.stop_reason} {found}")
 
 
 class _Rounds:

@@ -118,7 +118,7 @@ def find_trained(
                 f"all of its parameters ({known}) are frozen or Python floats, which "
                 "are trained where `train` or a rule names them."
                 if known
-                else "there is no array of floats in it."
+                else "there is no array of floats in it, such as `jnp.array(1.0)`."
             )
         )
     return tuple(owners)

@@ -279,7 +279,7 @@ def _check_class(trainer: Any, solver: Any) -> None:
     for hook in ("transform_grads", "constrain"):
         if trainer._overrides(hook):
             raise ValueError(
-                f"`{name}` defines `{hook}`, which a solver of Optimistix knows "
-                "nothing of. Use `fit`; or write the constraint into the model, for "
+                f"`{name}` defines `{hook}`, which solvers of Optimistix do not "
+                "support. Use `fit`; or write the constraint into the model, for "
                 "instance with the logarithm of a positive parameter."
             )

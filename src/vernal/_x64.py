@@ -114,8 +114,15 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
     if _is_fine(few) or not _loses(array):
         return
     low, high = _range(array)
+    is_normal = array.dtype.kind in "iu" or 1e-30 < _largest(low, high) < 1e38
+    otherwise = "subtract a reference first" if is_normal else "use another unit"
     if array.dtype.kind in "iu":
         what = f"has numbers up to {_largest(low, high)}, which do not fit into 32 bits"
+    elif np.isnan(spacing(_largest(low, high), np.float32)):
+        what = (
+            f"has numbers up to {_largest(low, high):.4g}, which are infinite in "
+            "float32"
+        )
     else:
         what = (
             "is rounded to float32, whose spacing there is "
@@ -123,8 +130,7 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
             f"{low:.10g} to {high:.10g}"
         )
     warn_once(
-        f"{where} {what}. Turn on `jax_enable_x64`, by {_REMEDY}; or subtract a "
-        "reference first.",
+        f"{where} {what}. Turn on `jax_enable_x64`, by {_REMEDY}; or {otherwise}.",
         PrecisionWarning,
         (where, int(np.log10(_largest(low, high)))),
     )
