@@ -64,7 +64,10 @@ ENTRANCES = {
     "curvature": (lambda t: t.curvature(X)[0, 0], curvature),
     "whiten": (lambda t: t.whiten(X).projector.standard_errors().w, error),
     "standard errors": (lambda t: t.standard_errors(X).w, error),
-    "table": (lambda t: float(t.table(X).split()[-1]), lambda s: round(error(s), 2)),
+    "table": (
+        lambda t: float(t.table(X).splitlines()[2].split()[-1]),
+        lambda s: round(error(s), 2),
+    ),
     "objective": (
         lambda t: (lambda fn, u: fn(u))(*t.objective(X)),
         ft.partial(loss_at, 0),
