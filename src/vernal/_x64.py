@@ -61,8 +61,13 @@ def precision_of(trainer: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.enable_x64(is_on() or trainer.best_loss.dtype == np.float64)
 
 
+def _is_swapped(leaf: Any) -> bool:
+    """Whether an array has another byte order than the machine: those of FITS files."""
+    return isinstance(leaf, np.ndarray) and not leaf.dtype.isnative
+
+
 def narrowed(leaf: Any, where: str) -> Any:
-    """Returns an array in the precision that JAX computes with.
+    """Returns an array in the precision and the byte order that JAX computes with.
 
     A warning tells where its digits matter: where the spacing of float32 at the data is
     more than a thousandth of their spread.
@@ -72,6 +77,8 @@ def narrowed(leaf: Any, where: str) -> Any:
     - `leaf`: anything.
     - `where`: what the warning calls it.
     """
+    if _is_swapped(leaf):
+        leaf = leaf.astype(leaf.dtype.newbyteorder("="))
     if not _is_cut(leaf):
         return leaf
     array: Any = np.asarray(leaf)
@@ -90,7 +97,7 @@ def narrowed_tree(tree: T) -> T:
 
 def narrowed_model(model: T) -> T:
     """Does so for a model, whose arrays a warning calls by their paths."""
-    if not any(map(_is_cut, jax.tree.leaves(model))):
+    if not any(_is_cut(leaf) or _is_swapped(leaf) for leaf in jax.tree.leaves(model)):
         return model
     flat, structure = jax.tree_util.tree_flatten_with_path(model)
     where = "`model`: the array at {!r}"
@@ -114,19 +121,22 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
     if _is_fine(few) or not _loses(array):
         return
     low, high = _range(array)
+    largest = max(abs(low), abs(high))
     if array.dtype.kind in "iu":
-        what = f"has numbers up to {_largest(low, high)}, which do not fit into 32 bits"
+        what = f"has numbers up to {largest}, which do not fit into 32 bits"
+    elif largest > np.finfo(np.float32).max:
+        what = f"has numbers up to {largest:.3g}, which are infinite in float32"
     else:
         what = (
             "is rounded to float32, whose spacing there is "
-            f"{spacing(_largest(low, high), np.float32):.2g}, while the data span "
+            f"{spacing(largest, np.float32):.2g}, while the data span "
             f"{low:.10g} to {high:.10g}"
         )
     warn_once(
         f"{where} {what}. Turn on `jax_enable_x64`, by {_REMEDY}; or subtract a "
         "reference first.",
         PrecisionWarning,
-        (where, int(np.log10(_largest(low, high)))),
+        (where, int(np.log10(largest))),
     )
 
 
@@ -145,7 +155,7 @@ def _is_fine(few: np.ndarray) -> bool:
 def _loses(array: np.ndarray) -> bool:
     """Whether what matters is lost in 32 bits."""
     low, high = _range(array)
-    largest = _largest(low, high)
+    largest = max(abs(low), abs(high))
     if array.dtype.kind in "iu":
         return largest > np.iinfo(f"{array.dtype.kind}4").max
     # The spacing is NaN where float32 does not go so far.
@@ -175,7 +185,3 @@ def _range(array: np.ndarray) -> tuple[Any, Any]:
         finite = array[np.isfinite(array)]
         return (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     return low, high
-
-
-def _largest(low: Any, high: Any) -> Any:
-    return max(abs(low), abs(high))
