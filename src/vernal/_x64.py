@@ -37,17 +37,18 @@ def is_wide(dtype: Any) -> bool:
 
 def _is_cut(leaf: Any) -> bool:
     """Whether JAX would compute with less than what an array has."""
+    # In this order, since it is asked at every step: to ask for `jax.Array` is dear.
     return (
-        not is_on()
+        is_wide(getattr(leaf, "dtype", None))
+        and not is_on()
         and isinstance(leaf, jax.Array | np.ndarray)
         and not isinstance(leaf, Tracer)
-        and is_wide(leaf.dtype)
     )
 
 
 def require_precision(trainer: Any) -> None:
     """Refuses a trainer that was made in float64 while JAX computes in float32."""
-    if is_on() or trainer.best_loss.dtype != np.float64:
+    if not is_wide(trainer.best_loss.dtype) or is_on():
         return
     raise ValueError(
         f"`{type(trainer).__name__}` was made in float64, while `jax_enable_x64` was "
