@@ -224,3 +224,29 @@ def test_a_constraint_that_mixes_is_refused_beside_a_projector():
     assert trainer.fit(batch, 2).model.shape == (3,)
     with pytest.raises(ValueError, match=r"`constrain` mixes elements.*`projector`"):
         trainer.whiten(batch).fit(batch, 2)
+
+
+OTHERS = {
+    "a reflection": jnp.abs,
+    "a wrapping": lambda p: jnp.mod(p, 2 * jnp.pi),
+    "a shrinkage": lambda p: 0.9 * p,
+    "a threshold": lambda p: jnp.sign(p) * jnp.maximum(jnp.abs(p) - 0.1, 0),
+    "a rounding": jnp.round,
+    "a saturation": jnp.tanh,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_more_than_a_clip_is_refused_beside_a_projector(name):
+    class Other(Normalised):
+        def constrain(self, model):
+            return OTHERS[name](model)
+
+    batch = problem(3, 0)
+    trainer = Other(jnp.ones(3), optax.sgd(0.1))
+    trainer.step(batch)
+    with pytest.raises(ValueError, match=r"`constrain` does more than to clip"):
+        trainer.whiten(batch)
+    projector = vn.EigenProjector.from_fisher(trainer.fisher(batch), trainer.params)
+    with pytest.raises(ValueError, match=r"`constrain` does more than to clip"):
+        Other(jnp.ones(3), optax.sgd(0.1), projector=projector).fit(batch, 2)

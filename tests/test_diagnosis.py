@@ -13,6 +13,7 @@ import pytest
 
 import vernal as vn
 from models import GaussianFit, LineFit, Pair, gaussian, line
+from notebook import MODEL, Notebook
 from vernal._diagnosis import bad_data, explain_non_finite
 
 
@@ -311,3 +312,18 @@ def test_a_solve_of_bad_data_warns_of_where_they_are(solver):
     raising = GaussianFit(gaussian(), nan_policy=vn.RaiseOnNan())
     with pytest.raises(vn.NonFiniteError, match=r"`batch\[1\]`.*no weight"):
         raising.solve(solver, batch)
+
+
+def test_a_diagnosis_follows_the_code():
+    book = Notebook(
+        """
+        S = jnp.nan
+        def body(carry, x):
+            return carry * S, None
+        """,
+        MODEL.format("jax.lax.scan(body, 1.0, jnp.zeros(1))[0]"),
+    )
+    trainer = book["trainer"]()
+    assert "`residuals` is NaN" in explain_non_finite(trainer, np.arange(3.0))
+    book.run("S = 1.0")
+    assert "its gradient are finite" in explain_non_finite(trainer, np.arange(3.0))

@@ -250,8 +250,24 @@ def test_arrays_of_other_libraries_are_turned_into_ours(kind):
     np.testing.assert_array_equal(data.arrays[1], BATCH[1])
 
 
+@pytest.mark.parametrize("kind", [">f4", ">f8", ">i4", "<f8"])
+def test_an_array_of_either_byte_order_is_an_array(kind):
+    x = np.array(X).astype(kind)
+    batch = np.asarray(x, float), BATCH[1]
+    trainer = fitted()
+    assert trainer.step((x, BATCH[1]))[1].loss == trainer.step(batch)[1].loss
+    model = np.ones(2).astype(kind)
+    if model.dtype.kind == "f":
+        params = Named(model, optax.sgd(0.1)).params
+        assert params.dtype == model.dtype.newbyteorder("=")
+
+
 class Quantity(np.ndarray):
     unit = "m"
+
+
+class Unhashable:
+    __hash__ = None  # pyright: ignore
 
 
 MEANINGFUL = {
@@ -263,6 +279,9 @@ MEANINGFUL = {
     "foreign objects": (Foreign(np.array([1, None])), "dtype object"),
     "foreign masked": (Foreign(None), "Foreign.*detach"),
     "dates": (np.array(["2020-01-01"], "M8[D]"), "dtype datetime64"),
+    "bytes": (np.void(b"a"), "dtype .V1"),
+    "long doubles": (np.longdouble([1, 2]), "long doubles"),
+    "no hash": (Unhashable(), "cannot be hashed"),
 }
 
 
@@ -422,3 +441,25 @@ def test_a_handler_of_the_users_own_is_left_alone():
         signal.signal(signal.SIGINT, before)
     assert heard
     assert result.stop_reason is vn.StopReason.STEPS_TAKEN
+
+
+class Sized(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.sum(model**2), {"rows": batch["x"], "count": batch["count"]}
+
+
+def test_a_metric_that_has_another_shape_for_a_later_batch():
+    batches = [{"x": np.zeros(n), "count": np.ones(())} for n in (3, 3, 4)]
+    trainer = Sized(jnp.ones(2), optax.sgd(0.1))
+    message = r"`record`: 'rows' has the shape \(3,\) up to step 1, and \(4,\)"
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.fit(vn.Stream(batches), 3, record="rows")
+    assert len(caught.value.result.history.loss) == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_metric_that_is_an_integer_first_is_not_rounded_later(chunk):
+    batches = [{"x": X, "count": np.asarray(n)} for n in (1, 0.5)]
+    trainer = Sized(jnp.ones(2), optax.sgd(0.1))
+    result = trainer.fit(vn.Stream(batches), 2, record="count", chunk=chunk)
+    np.testing.assert_array_equal(result.history["count"], [1, 0.5])

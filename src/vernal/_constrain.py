@@ -11,6 +11,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int
 
@@ -188,9 +189,10 @@ def check_elementwise(trainer: Any) -> None:
     """Refuses a `constrain` that cannot be projected, before a fit begins.
 
     In a metric that couples what it changes, it has to clip each element by itself.
-    That is looked at for some points around the present one.
+    That is tried at some points around the present one.
     """
-    if trainer.projector is None or not trainer._overrides("constrain"):
+    is_there = trainer.projector is not None and trainer._overrides("constrain")
+    if not is_there or isinstance(trainer.step_count, Tracer):
         return
     clip = clip_of(trainer, "what it was given")
     if coupled(trainer, clip) is None:
@@ -198,22 +200,41 @@ def check_elementwise(trainer: Any) -> None:
     flat, unravel = ravel_pytree(trainer.params)
     random = np.random.default_rng(0)
     spread = 2 * (1 + np.abs(flat))
-    first, second = flat + spread * random.normal(size=(2, flat.size))
-    image = lambda x: ravel_pytree(clip(unravel(jnp.asarray(x, flat.dtype))))[0]
-    one, two = image(first), image(second)
+    # Apart by no round numbers, and on either side of zero.
+    places = _PLACES + random.uniform(-0.2, 0.2, (len(_PLACES), flat.size))
+    points = np.asarray(flat + spread * places, flat.dtype)
+    image = lambda x: np.asarray(ravel_pytree(clip(unravel(jnp.asarray(x))))[0])
+    images = np.stack([image(point) for point in points])
+    is_same = lambda a, b: np.allclose(a, b, rtol=1e-5, equal_nan=True)
     # Any two elements have another bit in their indices.
     for bit in range(max(flat.size - 1, 1).bit_length()):
         mask = (np.arange(flat.size) >> bit) % 2 == 0
-        found = image(np.where(mask, first, second))
-        if not np.allclose(found, np.where(mask, one, two), rtol=1e-5, equal_nan=True):
+        mixed = image(np.where(mask, points[0], points[-1]))
+        if not is_same(mixed, np.where(mask, images[0], images[-1])):
             raise ValueError(
                 "`constrain` mixes elements of the parameters, as a normalisation "
-                "does, and `projector` couples them: the fit would not end at the best "
-                "point that the constraint allows. Beside a projector, `constrain` may "
-                "clip each element by itself. Write the constraint into the model, or "
-                "use `EigenProjector.from_blocks` without a block for what is "
-                "constrained."
+                f"does, {_REFUSAL}"
             )
+    # What moves to the nearest point of an interval keeps the order, stretches
+    # nothing, and leaves what is there already.
+    rises, steps = np.diff(images, axis=0), np.diff(points, axis=0)
+    is_other = (rises < 0) | (rises > steps * (1 + 1e-3))
+    if is_other.any() or not is_same(image(images[0]), images[0]):
+        raise ValueError(
+            "`constrain` does more than to clip, as a reflection, a wrapping or a "
+            f"shrinkage does, {_REFUSAL}"
+        )
+
+
+# Where a constraint is tried, in units of the parameters.
+_PLACES = np.array([-3.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 3.0])[:, None]
+
+_REFUSAL = (
+    "and `projector` couples them: the fit would not end at the best point that the "
+    "constraint allows. Beside a projector, `constrain` may clip each element by "
+    "itself, to an interval. Write the constraint into the model, or use "
+    "`EigenProjector.from_blocks` without a block for what is constrained."
+)
 
 
 def _touched(clip: Clip, params: PyTree) -> set[str]:

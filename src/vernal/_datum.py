@@ -45,7 +45,8 @@ def as_datum(leaf: Any, argument: str, path: str) -> Any:
 
     **Raises:**
 
-    - `TypeError`: if it is not an array of numbers alone.
+    - `TypeError`: if it is an array of something other than numbers, a loader, or an
+        object that cannot be hashed.
     """
     where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
     name = f"`{argument}`: the leaf {path!r}" if path else f"`{argument}`"
@@ -65,6 +66,14 @@ def as_datum(leaf: Any, argument: str, path: str) -> Any:
             f"{where} a {type(leaf).__name__}, which is no array. To take one batch a "
             "step from it, wrap it: `fit(vn.Stream(data), steps)`."
         )
+    try:
+        hash(leaf)
+    except TypeError:
+        raise TypeError(
+            f"{where} a {type(leaf).__name__}, which is no array and cannot be hashed, "
+            "so that no compiled program could be found by it. Leave it out, or give "
+            "what can be hashed, such as a tuple of numbers."
+        ) from None
     return leaf
 
 
@@ -84,10 +93,16 @@ def _converted(leaf: Any, where: str) -> Any:
 def _copied(leaf: Any, where: str, name: str) -> jax.Array:
     _refuse_meaning(leaf, where)
     array = np.asarray(leaf)
-    if array.dtype.kind in "OSUMm" or array.dtype.names is not None:
+    if array.dtype.kind in "OSUMm" or array.dtype.type is np.void:
         raise TypeError(
             f"{where} an array of dtype {array.dtype}, which JAX cannot compute "
             "with. Turn it into numbers, or leave it out."
+        )
+    if array.dtype.char in "gG":
+        raise TypeError(
+            f"{where} an array of long doubles ({array.dtype}), which JAX does not "
+            "have. Subtract a reference, and then turn it into float64: "
+            "`(x - x[0]).astype(float)`."
         )
     # A copy: JAX may otherwise share the memory of an array that is changed later.
     return jnp.array(narrowed(leaf, name))

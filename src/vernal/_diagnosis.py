@@ -23,6 +23,7 @@ from ._objective import (
     step_key,
 )
 from ._paths import dotted, is_inexact
+from ._programs import version_of
 from ._typing import PyTree
 
 # How many leaves are named.
@@ -222,8 +223,8 @@ def _gradients(trainer: Any, batch: Any, key: Any) -> PyTree:
 
 def _evaluated(trainer: Any, batch: Any, method: Callable[..., Any]) -> Any:
     """Evaluates a method, `None` if that fails: what is explained is another error."""
-    # A function of its own, which is compiled anew: the user's code may have changed.
+    # A new function, so that it is compiled anew: the user's code may have changed.
     fn = eqx.filter_jit(lambda t, b: method(t, b, step_key(t)))
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), version_of((trainer, batch)).context():
         return fn(trainer, batch)
     return None

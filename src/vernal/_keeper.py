@@ -9,7 +9,6 @@ import math
 import signal
 import threading
 import time
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxtyping import Array
 
 from ._checkpoint import Checkpoints
 from ._file import DamagedFileError, NewerFormatError
+from ._frames import warn
 from ._history import History
 from ._leaves import (
     Kind,
@@ -190,11 +190,10 @@ class Keeper:
                     "of its own."
                 )
             for number, reason in torn.items():
-                warnings.warn(
+                warn(
                     f"The checkpoint of step {number} in {self.folder} is not whole "
                     f"({reason}). It is in {self._put_aside(number)} now; going on "
-                    f"from that of step {step}.",
-                    stacklevel=2,
+                    f"from that of step {step}."
                 )
             self._last_step = step
             own, fits = _split(arrays)

@@ -25,7 +25,8 @@ def is_library_file(path: str) -> bool:
 def is_library_module(name: str, module: types.ModuleType | None) -> bool:
     if name == "__main__":
         return False
-    path = getattr(module, "__file__", None)
+    # Not `getattr`: a module may define `__getattr__`.
+    path = None if module is None else vars(module).get("__file__")
     if path is not None:
         return is_library_file(path)
     return name.split(".")[0] in sys.stdlib_module_names

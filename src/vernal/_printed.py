@@ -17,19 +17,19 @@ _MOST_ROWS = 64
 
 def in_short(trainer: Any) -> str:
     """Describes a trainer in one line. Never raises."""
-    told = ["..."]
+    parts = ["..."]
     # It may be half made, or have anything for its leaves.
     with contextlib.suppress(Exception):
         progress = trainer._progress
         node = trainer._parts.structure.node_data()
         model = "array" if node is None else node[0].__name__
         count = len(jax.tree.leaves(progress.params))
-        told = [model, f"{count} parameter{'' if count == 1 else 's'}"]
+        parts = [model, f"{count} parameter{'' if count == 1 else 's'}"]
         if np.ndim(progress.step_count):
-            told.append(f"{len(progress.step_count)} members")
-        told.append(f"step_count={_value(progress.step_count)}")
-        told.append(f"best_loss={_value(progress.best_loss)}")
-    return f"{type(trainer).__name__}({', '.join(told)})"
+            parts.append(f"{len(progress.step_count)} members")
+        parts.append(f"step_count={_value(progress.step_count)}")
+        parts.append(f"best_loss={_value(progress.best_loss)}")
+    return f"{type(trainer).__name__}({', '.join(parts)})"
 
 
 def printed(trainer: Any) -> str:

@@ -46,7 +46,7 @@ class _Changes:
             for slot, value in watch.slots():
                 mark, last = _mark(value), self._last.get(slot)
                 self._last[slot] = owner, mark
-                # Of another owner, which had its id once, it says nothing.
+                # The id may have been that of another owner, which is gone.
                 if last is not None and _is_one(last[0], owner):
                     is_new |= not _is_one(last[1], mark)
         if len(self._last) > _MOST_SLOTS:
@@ -123,11 +123,13 @@ class _Record:
         self.call = call
         self._look()
 
-    def _look(self) -> None:
+    def _look(self, is_again: bool = False) -> None:
         self.found = self._read()
         key = Hashed((self.call, self.found.key))
         version = _versions.get(key)
         if version is None:
+            # Also where names were added or removed, which no slot tells.
+            _changes.count += is_again
             version = _versions[key] = Version(self.call)
         self.version = version
 
@@ -139,7 +141,7 @@ class _Record:
     def now(self) -> Version:
         """Returns the version of the code as it is now."""
         if not self.found.is_current():
-            self._look()
+            self._look(is_again=True)
         return self.version
 
     def settle(self) -> None:

@@ -87,9 +87,10 @@ class _Walk:
         while self.todo and len(self.met) < _MOST_OBJECTS:
             self.see(self.todo.popleft())
             if not self.todo and seen != (seen := len(self.words) + len(self.modules)):
-                # Attributes of a module count where any code has a word for them.
+                # Attributes of a module count where any code has a word for them,
+                # also those that it may have later.
                 for scope in self.modules:
-                    self.names(scope, sorted(self.words & scope.keys()))
+                    self.names(scope, sorted({*self.words, "__getattr__"}))
         for scope, names in self.scopes.values():
             self.watches += watches_of_names(scope, names)
         return Reads(Hashed(tuple(self.tokens)), self.watches)
@@ -177,6 +178,8 @@ class _Walk:
     def array(self, array: np.ndarray) -> None:
         if array.dtype.hasobject:
             self.tokens.append(Only(array))
+            if array.dtype == object and array.size <= _MOST_ELEMENTS:
+                self.hold(lambda held: (*held.flat,), array, range(array.size))
             return
         look, digest = look_at_array(array)
         self.hold(look, array, ("content",), lambda name, value: False)
@@ -223,13 +226,13 @@ class _Walk:
         read, words, imported = _names_in(code)
         self.words |= words
         self.names(scope, read)
-        package = scope.get("__package__") or ""
+        # The name of a relative import does not say from which of the packages.
+        parts = (scope.get("__package__") or "").split(".")
+        packages = [".".join(parts[: i + 1]) for i in range(len(parts))]
         for name in imported:
-            module = sys.modules.get(name)
-            if module is None and package:
-                module = sys.modules.get(f"{package}.{name.lstrip('.')}".rstrip("."))
-            if module is not None:
-                self.todo.append(module)
+            for full in (name, *(f"{p}.{name}".rstrip(".") for p in packages)):
+                if (module := sys.modules.get(full)) is not None:
+                    self.todo.append(module)
 
     def kind(self, kind: type) -> None:
         self.tokens.append(Only(kind))
@@ -292,7 +295,11 @@ class _Walk:
 
     def attributes(self, obj: Any) -> bool:
         """Watches and walks the attributes of an object; whether it has any."""
-        there = getattr(obj, "__dict__", None)
+        # Not `getattr`, which may call code of the user's.
+        try:
+            there = object.__getattribute__(obj, "__dict__")
+        except AttributeError:
+            there = None
         if type(there) is dict and (there or not is_library(type(obj))):
             self.hold(values_of, there, tuple)
         slots = _slots(type(obj))

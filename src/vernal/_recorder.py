@@ -25,6 +25,14 @@ class Recorder:
             self._columns = {name: _Column(getattr(history, name)) for name in COLUMNS}
             self._records = {n: _Column(rows) for n, rows in history.records.items()}
             return
+        for name, column in self._records.items():
+            old, new = column.rows.shape[1:], history.records[name].shape[1:]
+            if old != new:
+                raise ValueError(
+                    f"`record`: {name!r} has the shape {old} up to step "
+                    f"{self._columns['steps'].rows[-1]}, and {new} afterwards. What is "
+                    "recorded must have one shape for all batches."
+                )
         for name, column in self._columns.items():
             column.extend(getattr(history, name))
         for name, column in self._records.items():
@@ -52,6 +60,8 @@ class _Column:
             grown = np.empty((2 * length, *rows.shape[1:]), rows.dtype)
             grown[: self._length] = self.rows
             self._room = grown
+        dtype = np.promote_types(self._room.dtype, rows.dtype)
+        self._room = self._room.astype(dtype, copy=False)
         self._room[self._length : length] = rows
         self._length = length
 

@@ -18,7 +18,7 @@ from ._compiled import Ended, Moving, Task
 from ._data import Minibatches, Source, Stream, Whole
 from ._diagnosis import Diagnosis, bad_data, diagnosed
 from ._feed import Feed
-from ._history import History, concatenate
+from ._history import History
 from ._keeper import Keeper
 from ._monitor import Monitor
 from ._one import BadEnd, One
@@ -156,7 +156,7 @@ class Running:
 
     def _take(self, count: int) -> None:
         kind, start = self._kind, self._kind.count(self.trainer)
-        config, moving, is_whole = self._config, self._moving, True
+        config, moving = self._config, self._moving
         now, every, pending = start, kind.number(self.every), []
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
@@ -167,14 +167,12 @@ class Running:
                 parts = config, source, self.monitor, self.record
                 task = Task(*parts, kind.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
-                    is_whole = not self._in_place
                     try:
                         chunk, ended = kind.run(task, moving, self._in_place)
                     except LackingMetricError as error:
-                        is_whole = True
                         error.args += (now - steps,)
                         raise
-                    moving, is_whole = chunk.moving, True
+                    moving = chunk.moving
                     # Not the chunk itself: of a stream's every step it would keep the
                     # parameters.
                     pending.append((ended, chunk.rows, chunk.scores))
@@ -184,8 +182,8 @@ class Running:
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
-            self.is_whole = is_whole
-            if is_whole:
+            self.is_whole = not any(x.is_deleted() for x in jax.tree.leaves(moving))
+            if self.is_whole:
                 with _held_back():
                     self._settle(start, moving, pending)
 
@@ -200,8 +198,8 @@ class Running:
             self._has_accepted |= kind.on_host(ended.has_accepted)
         self.taken += kind.count(self.trainer) - start
         self.stopped = self._is_over()
-        if kept:
-            self._recorder.extend(concatenate(kept))
+        for history in kept:
+            self._recorder.extend(history)
 
     @property
     def _moving(self) -> Moving:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ._change import replace, reproject
 from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
+from ._constrain import check_elementwise
 from ._data import Minibatches, Stream, as_batch
 from ._diagnosis import diagnosed
 from ._frames import entrance
@@ -173,9 +174,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """A hook: changes the model after each update, to clip or to renormalise.
 
         Of the model that it returns the trained parameters are kept. If a projector
-        couples what it changes with other elements, it has to clip each element by
-        itself: it is then made a projection in the metric of the projector, and the fit
-        ends at the best point that the constraint allows. With a
+        couples what it changes with other elements, it has to clip each element to an
+        interval: it is then made a projection in the metric of the projector, and the
+        fit ends at the best point that the constraint allows. With a
         [`vernal.precondition`][] that couples them it is refused.
         """
         return model
@@ -584,7 +585,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             the result then has none, and can `solve`.
         """
         require_precision(self)
-        return _with(self, **reproject(self, projector, optimiser))
+        trainer = _with(self, **reproject(self, projector, optimiser))
+        check_elementwise(trainer)
+        return trainer
 
     @entrance
     def whiten(

@@ -1,4 +1,4 @@
-"""What is warned of, each of it once."""
+"""Categories of warnings, and how to give each warning once."""
 
 import warnings
 
@@ -26,19 +26,19 @@ class ObjectiveWarning(UserWarning):
     """
 
 
-# What was said, and the filters under which it was: with others, as in the next test
-# of a suite, it is said again.
+# The warnings that were given, and the filters at that time. Under other filters, as in
+# the next test of a suite, they are given again.
 _said: set[object] = set()
 _filters: list[object] = [None]
 
 
 def warn_once(message: str, category: type[Warning], of: object) -> None:
-    """Warns at the user's line, and not again of the same.
+    """Warns at the user's line, once for each value of `of`.
 
     **Arguments:**
 
     - `message`, `category`: as for `warnings.warn`.
-    - `of`: what tells this warning from others.
+    - `of`: identifies the warning.
     """
     if _filters[0] is not warnings.filters:
         _filters[0] = warnings.filters

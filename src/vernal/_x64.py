@@ -37,17 +37,18 @@ def is_wide(dtype: Any) -> bool:
 
 def _is_cut(leaf: Any) -> bool:
     """Whether JAX would compute with less than what an array has."""
+    # In this order, since it is asked at every step: to ask for `jax.Array` is dear.
     return (
-        not is_on()
+        is_wide(getattr(leaf, "dtype", None))
+        and not is_on()
         and isinstance(leaf, jax.Array | np.ndarray)
         and not isinstance(leaf, Tracer)
-        and is_wide(leaf.dtype)
     )
 
 
 def require_precision(trainer: Any) -> None:
     """Refuses a trainer that was made in float64 while JAX computes in float32."""
-    if is_on() or trainer.best_loss.dtype != np.float64:
+    if not is_wide(trainer.best_loss.dtype) or is_on():
         return
     raise ValueError(
         f"`{type(trainer).__name__}` was made in float64, while `jax_enable_x64` was "
@@ -61,8 +62,13 @@ def precision_of(trainer: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.enable_x64(is_on() or trainer.best_loss.dtype == np.float64)
 
 
+def _is_swapped(leaf: Any) -> bool:
+    """Whether an array has another byte order than the machine: those of FITS files."""
+    return isinstance(leaf, np.ndarray) and not leaf.dtype.isnative
+
+
 def narrowed(leaf: Any, where: str) -> Any:
-    """Returns an array in the precision that JAX computes with.
+    """Returns an array in the precision and the byte order that JAX computes with.
 
     A warning tells where its digits matter: where the spacing of float32 at the data is
     more than a thousandth of their spread.
@@ -72,6 +78,8 @@ def narrowed(leaf: Any, where: str) -> Any:
     - `leaf`: anything.
     - `where`: what the warning calls it.
     """
+    if _is_swapped(leaf):
+        leaf = leaf.astype(leaf.dtype.newbyteorder("="))
     if not _is_cut(leaf):
         return leaf
     array: Any = np.asarray(leaf)
@@ -90,7 +98,7 @@ def narrowed_tree(tree: T) -> T:
 
 def narrowed_model(model: T) -> T:
     """Does so for a model, whose arrays a warning calls by their paths."""
-    if not any(map(_is_cut, jax.tree.leaves(model))):
+    if not any(_is_cut(leaf) or _is_swapped(leaf) for leaf in jax.tree.leaves(model)):
         return model
     flat, structure = jax.tree_util.tree_flatten_with_path(model)
     where = "`model`: the array at {!r}"
@@ -114,25 +122,23 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
     if _is_fine(few) or not _loses(array):
         return
     low, high = _range(array)
-    is_normal = array.dtype.kind in "iu" or 1e-30 < _largest(low, high) < 1e38
+    largest = max(abs(low), abs(high))
+    is_normal = array.dtype.kind in "iu" or 1e-30 < largest < 1e38
     otherwise = "subtract a reference first" if is_normal else "use another unit"
     if array.dtype.kind in "iu":
-        what = f"has numbers up to {_largest(low, high)}, which do not fit into 32 bits"
-    elif np.isnan(spacing(_largest(low, high), np.float32)):
-        what = (
-            f"has numbers up to {_largest(low, high):.4g}, which are infinite in "
-            "float32"
-        )
+        what = f"has numbers up to {largest}, which do not fit into 32 bits"
+    elif largest > np.finfo(np.float32).max:
+        what = f"has numbers up to {largest:.3g}, which are infinite in float32"
     else:
         what = (
             "is rounded to float32, whose spacing there is "
-            f"{spacing(_largest(low, high), np.float32):.2g}, while the data span "
+            f"{spacing(largest, np.float32):.2g}, while the data span "
             f"{low:.10g} to {high:.10g}"
         )
     warn_once(
         f"{where} {what}. Turn on `jax_enable_x64`, by {_REMEDY}; or {otherwise}.",
         PrecisionWarning,
-        (where, int(np.log10(_largest(low, high)))),
+        (where, int(np.log10(largest))),
     )
 
 
@@ -151,7 +157,7 @@ def _is_fine(few: np.ndarray) -> bool:
 def _loses(array: np.ndarray) -> bool:
     """Whether what matters is lost in 32 bits."""
     low, high = _range(array)
-    largest = _largest(low, high)
+    largest = max(abs(low), abs(high))
     if array.dtype.kind in "iu":
         return largest > np.iinfo(f"{array.dtype.kind}4").max
     # The spacing is NaN where float32 does not go so far.
@@ -181,7 +187,3 @@ def _range(array: np.ndarray) -> tuple[Any, Any]:
         finite = array[np.isfinite(array)]
         return (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     return low, high
-
-
-def _largest(low: Any, high: Any) -> Any:
-    return max(abs(low), abs(high))
