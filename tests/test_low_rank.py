@@ -9,8 +9,6 @@ import pytest
 
 import vernal as vn
 
-pytestmark = pytest.mark.as_compiled
-
 D, RANK = 100, 12
 SPECTRA = {
     "geometric": 10.0 ** -np.linspace(0, 5, D),
