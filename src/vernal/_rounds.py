@@ -109,9 +109,9 @@ class _Rounds:
         while True:
             goal = jnp.asarray(np.int32(left))
             end = run(self._bare, self._projector, self._held, self._problem, goal)
-            told = end.losses, end.steps, end.reason, end.in_vain, end.last
-            losses, steps, reason, in_vain, last = jax.device_get(told)
-            distance = distance_of(end.local)
+            told = end.losses, end.steps, end.reason, end.in_vain, end.last, end.local
+            losses, steps, reason, in_vain, last, local = jax.device_get(told)
+            distance = distance_of(local)
             self._end, self._in_vain, self._distance = end, in_vain, distance
             self._losses.append(losses[:steps])
             self._reason = settled(REASONS[reason], distance)
