@@ -334,3 +334,108 @@ def test_a_table_is_marked():
     # It is of the likelihood, and a loss beside it may have its minimum elsewhere.
     model, batch = rates()
     assert "not at a minimum" in Poisson(model).table(batch)
+
+
+class Offset(vn.Trainer):
+    """In single precision the square of a residual overflows beyond 1e19."""
+
+    def residuals(self, model, batch):
+        return model["a"] + model["b"] * batch[0] - batch[1]
+
+
+class OffsetNll(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(Offset.residuals(self, model, batch)))
+
+
+def offset(cls=Offset, **options):
+    start = {"a": jnp.zeros((), jnp.float32), "b": jnp.ones((), jnp.float32)}
+    return cls(start, **options)
+
+
+NAMED = {
+    "nan": (lambda y: y.at[3].set(jnp.nan), r"`batch\[1\]` has 1 NaN, at \[3\]"),
+    "inf": (lambda y: y.at[2].set(jnp.inf), r"`batch\[1\]` has 1 infinity, at \[2\]"),
+    "overflow": (lambda y: y + 1e25, "data and the parameters are finite: .* infinite"),
+}
+LINE = jnp.arange(5.0, dtype=jnp.float32), 2 * jnp.arange(5.0, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("cls", [Offset, OffsetNll])
+@pytest.mark.parametrize("case", NAMED)
+def test_what_is_not_finite_is_named_and_has_no_distance(case, cls):
+    spoil, match = NAMED[case]
+    batch = LINE[0], spoil(LINE[1])
+    solver = LM if cls is Offset else BFGS
+    with jax.enable_x64(False):
+        with pytest.warns(UserWarning, match=f"`solve`: Ended at .*{match}"):
+            result = offset(cls).solve(solver, batch)
+        assert result.stop_reason is REASON.NON_FINITE
+        assert np.isnan(result.edm)
+        careful = offset(cls, nan_policy=vn.RaiseOnNan())
+        with pytest.raises(vn.NonFiniteError, match=match):
+            careful.solve(solver, batch)
+
+
+def test_what_is_not_finite_in_many_is_named():
+    batch = LINE[0], jnp.stack([LINE[1], LINE[1].at[3].set(jnp.nan)])
+    options = {"data_axis": (None, 0), "solver": LM, "jac": "bwd"}
+    result = vn.fit_many([offset()] * 2, batch, 50, **options)
+    assert result.stop_reasons == (REASON.CONVERGED, REASON.NON_FINITE)
+    np.testing.assert_array_equal(np.isnan(result.edms), [False, True])
+    match = NAMED["nan"][1]
+    careful = offset(nan_policy=vn.RaiseOnNan())
+    with pytest.raises(vn.NonFiniteError, match=match):
+        vn.fit_many([careful] * 2, batch, 50, **options)
+    batch = LINE[0], batch[1].at[:, 3].set(jnp.nan)
+    with pytest.warns(UserWarning, match=f"all 2 trainers .*{match}"):
+        vn.fit_many([offset()] * 2, batch, 50, **options)
+    with pytest.raises(TypeError, match="`jac` is for a `solver`"):
+        vn.fit_many([offset(optimiser=optax.sgd(0.1))] * 2, LINE, 5, jac="bwd")
+
+
+class PeakNll(vn.Trainer):
+    def nll(self, model, batch):
+        x, y, sigma = batch
+        return 0.5 * jnp.sum(jnp.square((model(x) - y) / sigma))
+
+
+@pytest.mark.parametrize("cls", [GaussianFit, PeakNll])
+def test_a_peak_far_from_all_data_is_no_minimum(cls):
+    trainer = cls(peak(1e3, 1.0, 3.0))
+    result = trainer.solve(BFGS, data())
+    many = vn.fit_many([trainer] * 2, data(), 50, solver=BFGS)
+    assert {result.stop_reason, *many.stop_reasons} == {REASON.STALLED}
+    assert "flat" in result.explain()
+
+
+def test_no_data_at_all_are_no_minimum():
+    nothing = LINE[0][:0], LINE[1][:0]
+    assert offset().solve(LM, nothing).stop_reason is REASON.STALLED
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("cls", [Offset, OffsetNll])
+def test_in_half_precision(dtype, cls):
+    batch = jax.tree.map(lambda x: x.astype(dtype), LINE)
+    start = {"a": jnp.ones((), dtype), "b": jnp.ones((), dtype)}
+    result = cls(start).solve(IDLE, batch, max_steps=1)
+    vector = np.asarray(1.0 - LINE[0])
+    # A straight line has all of it as its distance.
+    np.testing.assert_allclose(result.edm, 0.5 * vector @ vector, rtol=1e-2)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_units_do_not_matter(unit):
+    start = {"a": jnp.asarray(0.5 / unit, jnp.float32), "b": jnp.zeros((), jnp.float32)}
+
+    class InUnits(vn.Trainer):
+        def residuals(self, model, batch):
+            x, y = batch
+            return model["a"] * (jnp.float32(unit) * x) + model["b"] - jnp.sin(y)
+
+    result = InUnits(start).solve(IDLE, LINE, max_steps=1)
+    line, y = np.vander(LINE[0], 2).astype(float), np.sin(np.asarray(LINE[1], float))
+    span, _ = np.linalg.qr(line)
+    expected = 0.5 * np.sum(np.square(span.T @ (line[:, 0] * 0.5 - y)))
+    np.testing.assert_allclose(result.edm, expected, rtol=1e-4)

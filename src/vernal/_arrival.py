@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ._data import Source, Whole, as_batch
 from ._distance import measure, what_falls
-from ._edm import Distance, along
+from ._edm import along, distance_of
 from ._objective import step_key
 from ._programs import program
 from ._ravel import as_parameters
@@ -37,8 +36,8 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
     losses = result.history.loss
     fall = np.asarray(losses[0] - losses[-1] if len(losses) else 0, losses.dtype)
     args = trainer._bare(), trainer.projector, source.batch, what_falls(trainer)
-    distance = _measure(*args, jnp.asarray(fall))
-    reason = settled(result.stop_reason, jax.device_get(distance))
+    distance = distance_of(_measure(*args, jnp.asarray(fall)))
+    reason = settled(result.stop_reason, distance)
     return dataclasses.replace(result, stop_reason=reason, _distance=distance)
 
 
@@ -53,7 +52,7 @@ def edm_note(trainer: Any, batch: Any) -> str | None:
     if kind == "loss" or not _has_minimum(trainer):
         return None
     args = trainer._bare(), trainer.projector, as_batch(batch), kind, jnp.zeros(())
-    distance: Distance = jax.device_get(_measure(*args))
+    distance = distance_of(_measure(*args))
     if not distance.edm > _WORTH_A_NOTE * distance.limit:
         return None
     where = along(np.asarray(distance.direction, float), trainer.params)

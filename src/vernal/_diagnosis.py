@@ -57,8 +57,13 @@ class Diagnosis(NamedTuple):
 
     @property
     def advised(self) -> str:
-        """All of it, and what to do about it."""
+        """All of it, and what to do about it in a fit."""
         return f"{self} {DATA_ADVICE if self.data else SKIP_ADVICE}".lstrip()
+
+    @property
+    def advised_on_data(self) -> str:
+        """All of it, and what to do about it in a solve, which skips no step."""
+        return f"{self} {DATA_ADVICE}" if self.data else str(self)
 
 
 def explain_non_finite(trainer: Any, batch: Any) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from ._edm import TOLERANCE, Distance, of_hessian, of_products, of_residuals
+from ._edm import TOLERANCE, Local, curved, of_products, triangle, unknown
 from ._modes import (
     Flat,
     Subject,
@@ -20,12 +20,13 @@ from ._modes import (
     traced,
 )
 from ._objective import defined, live, real_residuals, score
+from ._precision import widest
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
 
 _SUBJECT = Subject("what is minimised", is_quiet=True)
 
 # A matrix is formed of no more parameters, and no more elements, than these.
-_MOST_PARAMETERS = 512
+MOST_PARAMETERS = 512
 _MOST_ELEMENTS = 2**25
 
 
@@ -44,8 +45,8 @@ def measure(
     key: PRNGKeyArray | None,
     kind: str,
     fall: Any,
-) -> Distance:
-    """Measures the distance to the minimum, within a compiled program.
+) -> Local:
+    """Measures what `distance_of` needs, within a compiled program.
 
     **Arguments:**
 
@@ -53,33 +54,38 @@ def measure(
     - `projector`: of the trainer that is not; what it has dropped is not free.
     - `batch`, `key`: what the methods are given.
     - `kind`: as `what_falls` tells.
-    - `fall`: by how much the loss has fallen, for a `loss`.
+    - `fall`: by how much the loss has fallen, on the way here.
     """
     params = as_parameters(trainer.params)
-    flat = ravel(params)
+    flat = _wide(ravel(params))
     eps = np.concatenate(
         [np.full(x.size, jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)]
     ).astype(flat.dtype)
     at = lambda flat: live(trainer, unravel(flat, params))
     limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
     if kind == "residuals":
-        fn = traced(lambda flat: real_residuals(at(flat), batch, key), flat)
-        return _of_residuals(fn, flat, eps, projector, params)
-    fn = traced(lambda flat: score(at(flat), batch, key).loss, flat)
+        fn = traced(lambda flat: _wide(real_residuals(at(flat), batch, key)), flat)
+        return _of_residuals(fn, flat, eps, projector, params, fall)
+    fn = traced(lambda flat: _wide(score(at(flat), batch, key).loss), flat)
     return _of_loss(fn, flat, eps, projector, params, limit)
 
 
 def _of_residuals(
-    residuals: Flat, flat: Array, eps: np.ndarray, projector: Any, params: Any
-) -> Distance:
+    residuals: Flat,
+    flat: Array,
+    eps: np.ndarray,
+    projector: Any,
+    params: Any,
+    fall: Any,
+) -> Local:
     vector = residuals(flat)
-    if flat.size <= _MOST_PARAMETERS and vector.size * flat.size <= _MOST_ELEMENTS:
+    if flat.size <= MOST_PARAMETERS and vector.size * flat.size <= _MOST_ELEMENTS:
         try:
             mode = choose_mode(residuals, flat, _SUBJECT)
         except TypeError:
             return unknown(flat)
         jacobian = jacobian_matrix(residuals, flat, mode)
-        return of_residuals(jacobian, vector, flat, eps, _basis(projector))
+        return triangle(jacobian, vector, flat, eps, fall, _basis(projector))
     products = gauss_newton_products(residuals, flat)
     if products is None:
         return unknown(flat)
@@ -93,7 +99,7 @@ def _of_residuals(
 
 def _of_loss(
     loss: Flat, flat: Array, eps: np.ndarray, projector: Any, params: Any, limit: Any
-) -> Distance:
+) -> Local:
     value = loss(flat)
     try:
         mode = choose_mode(loss, flat, _SUBJECT, ("bwd", "fwd"))
@@ -102,16 +108,15 @@ def _of_loss(
         # There are no second derivatives in any mode.
         return unknown(flat)
     slope = gradient(loss, flat, mode)
-    if flat.size > _MOST_PARAMETERS:
+    if flat.size > MOST_PARAMETERS:
         return of_products(value, slope, product, _solved(projector, params), limit)
     hessian, basis = columns(product, flat), _basis(projector)
-    return of_hessian(value, slope, hessian, flat, eps, limit, basis)
+    return curved(value, slope, hessian, flat, eps, limit, basis)
 
 
-def unknown(flat: Array) -> Distance:
-    """The distance where it cannot be had."""
-    nan, no = jnp.full((), jnp.nan, flat.dtype), jnp.array(False)
-    return Distance(nan, nan, no, no, jnp.zeros_like(flat))
+def _wide(array: Array) -> Array:
+    # No decomposition works in half precision.
+    return array.astype(widest((array.dtype, jnp.dtype("float32"))))
 
 
 def _basis(projector: Any) -> Array | None:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from ._nonfinite import all_finite
 from ._precision import matmul
 from ._ravel import element_name
+from ._singular import column_norms, positive, square_factor
 from ._typing import Params
 
 # A loss that can fall by this fraction of its scatter is at its minimum.
@@ -36,11 +38,11 @@ class Distance(NamedTuple):
         the whole of length one.
     """
 
-    edm: Float[Array, ""]
-    limit: Float[Array, ""]
-    is_saddle: Bool[Array, ""]
-    is_complete: Bool[Array, ""]
-    direction: Float[Array, " D"]
+    edm: Float[Array | np.ndarray, ""]
+    limit: Float[Array | np.ndarray, ""]
+    is_saddle: Bool[Array | np.ndarray, ""]
+    is_complete: Bool[Array | np.ndarray, ""]
+    direction: Float[Array | np.ndarray, " D"]
 
     @property
     def is_minimum(self) -> bool:
@@ -53,60 +55,83 @@ class Distance(NamedTuple):
         return bool(self.edm > self.limit or (self.is_saddle and self.edm >= 0))
 
 
-def of_residuals(
+class Triangle(NamedTuple):
+    """Residuals and their Jacobian at a point, reduced to a matrix of few rows.
+
+    - `factor`: the factor $R$ of the columns of the Jacobian, each divided by its own
+        norm, and of the residuals as the last column.
+    - `turn`: turns a step in these units into one of parameters in units of theirs.
+    - `loss`, `size`: half the sum of squares, NaN if a derivative is not finite, and
+        of how many.
+    - `rounding`, `exact`: what of the distance rounding may hide, and what is nothing
+        where there is no scatter.
+    - `has_fallen`: whether the loss has on the way.
+    """
+
+    factor: Float[Array, "L+1 L+1"]
+    turn: Float[Array, "D L"] | None
+    loss: Float[Array, ""]
+    size: Int[Array, ""]
+    rounding: Float[Array, ""]
+    exact: Float[Array, ""]
+    has_fallen: Bool[Array, ""]
+
+
+class Curved(NamedTuple):
+    """The gradient and the Hessian at a point, in units of the Hessian's diagonal.
+
+    `turn` and `loss` are as in `Triangle`; `limit` is that of the distance.
+    """
+
+    slope: Float[Array, " L"]
+    hessian: Float[Array, "L L"]
+    turn: Float[Array, "D L"] | None
+    loss: Float[Array, ""]
+    limit: Float[Array, ""]
+
+
+Local = Triangle | Curved | Distance
+"""What a program finds out about the surroundings of a point."""
+
+
+def triangle(
     jacobian: Float[Array, "N D"],
     residuals: Float[Array, " N"],
     flat: Float[Array, " D"],
     eps: Float[np.ndarray, " D"],
+    fall: Any,
     basis: Float[Array, "D L"] | None = None,
-) -> Distance:
-    r"""Finds the distance by a QR of the Jacobian, never by $J^\top J$.
-
-    With the orthonormal columns $Q$ that span those of $J$ it is
-    $\frac12 \lVert Q^\top r \rVert^2$.
+) -> Triangle:
+    """Reduces the Jacobian by a QR, never to the product with its transpose.
 
     **Arguments:**
 
-    - `jacobian`, `residuals`: $J$ and $r$.
+    - `jacobian`, `residuals`: at the point.
     - `flat`: the parameters.
     - `eps`: the spacing of each parameter, relative to itself.
+    - `fall`: by how much the loss has fallen.
     - `basis`: the directions that are free, all of them by default.
     """
-    scale = _column_norms(jacobian)
+    scale = column_norms(jacobian)
     free = jacobian if basis is None else matmul(jacobian, basis)
-    own = scale if basis is None else _column_norms(free)
-    count, size = free.shape
+    own = scale if basis is None else column_norms(free)
     together = jnp.column_stack([free / own, residuals])
     # Of a NaN LAPACK may not come back.
     is_finite = jnp.all(jnp.isfinite(together))
     together = jnp.where(is_finite, together, 0)
-    factor = jnp.linalg.qr(together, mode="r")
-    left, values, right = jnp.linalg.svd(factor[:size, :size], full_matrices=False)
-    noise = max(_ROUNDING, size) * float(jnp.finfo(values.dtype).eps)
-    is_kept = (values > noise * values[0]) & (values > 0)
-    along = jnp.where(is_kept, matmul(left.T, factor[:size, size]), 0)
-    edm = 0.5 * jnp.sum(jnp.square(along))
-    step = -matmul(right.T, along / jnp.where(is_kept, values, 1)) / own
-    step = step if basis is None else matmul(basis, step)
-
-    loss = 0.5 * jnp.sum(jnp.square(residuals))
-    degrees = jnp.maximum(count - jnp.sum(is_kept), 1)
-    limit = jnp.fmax(TOLERANCE * 2 * loss / degrees, _rounding(loss, flat * scale, eps))
-    # Without scatter there is nothing but the parameters themselves to measure by.
-    is_exact = loss - edm <= 0.1 * edm
-    exact = 0.5 * jnp.sum(jnp.square(np.maximum(eps, _EXACT) * flat * scale))
-    limit = jnp.where(is_exact, jnp.fmax(limit, exact), limit)
-    return Distance(
-        jnp.where(is_finite, edm, jnp.nan),
-        limit,
-        # Far out a model may underflow, and nothing depends on any parameter.
-        ~jnp.any(is_kept) & (loss > 0),
-        jnp.array(True),
-        _unit(scale * step),
+    loss = jnp.where(is_finite, 0.5 * jnp.sum(jnp.square(residuals)), jnp.nan)
+    return Triangle(
+        factor=square_factor(together),
+        turn=None if basis is None else scale[:, None] * basis / own,
+        loss=loss,
+        size=jnp.array(residuals.size),
+        rounding=_rounding(loss, flat * scale, eps),
+        exact=0.5 * jnp.sum(jnp.square(np.maximum(eps, _EXACT) * flat * scale)),
+        has_fallen=jnp.asarray(fall > 0),
     )
 
 
-def of_hessian(
+def curved(
     loss: Float[Array, ""],
     gradient: Float[Array, " D"],
     hessian: Float[Array, "D D"],
@@ -114,42 +139,97 @@ def of_hessian(
     eps: Float[np.ndarray, " D"],
     limit: Any,
     basis: Float[Array, "D L"] | None = None,
-) -> Distance:
-    """Finds the distance by the eigenvalues of the scaled Hessian.
+) -> Curved:
+    """Scales a Hessian.
 
     **Arguments:**
 
     - `loss`, `gradient`, `hessian`: of what is minimised.
-    - `flat`, `eps`, `basis`: as for `of_residuals`.
-    - `limit`: what of it is too little to matter, rounding aside.
+    - `flat`, `eps`, `basis`: as for `triangle`.
+    - `limit`: what of the distance is too little to matter, rounding aside.
     """
-    scale = _nonzero(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
-    rounding = _rounding(loss, flat * scale, eps)
-    own = scale
+    scale = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
+    rounding, own = _rounding(loss, flat * scale, eps), scale
     if basis is not None:
         hessian = matmul(matmul(basis.T, hessian), basis)
         gradient = matmul(basis.T, gradient)
-        own = _nonzero(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
-    scaled, slope = hessian / own / own[:, None], gradient / own
-    is_finite = jnp.all(jnp.isfinite(scaled)) & jnp.all(jnp.isfinite(slope))
-    scaled = jnp.where(is_finite, (scaled + scaled.T) / 2, 0)
-    values, vectors = jnp.linalg.eigh(scaled)
-    eps_here = float(jnp.finfo(values.dtype).eps)
-    largest = jnp.max(jnp.abs(values))
-    is_kept = jnp.abs(values) > max(_ROUNDING, len(values)) * eps_here * largest
-    along = jnp.where(is_kept, matmul(vectors.T, slope), 0)
-    curvature = jnp.where(is_kept, jnp.abs(values), 1)
-    edm = 0.5 * jnp.sum(jnp.square(along) / curvature)
-    step = -matmul(vectors, along / curvature) / own
-    step = step if basis is None else matmul(basis, step)
-    return Distance(
+        own = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
+    slope, hessian = gradient / own, hessian / own / own[:, None]
+    return Curved(
+        slope=slope,
+        hessian=hessian,
+        turn=None if basis is None else scale[:, None] * basis / own,
+        loss=jnp.where(all_finite((slope, hessian)), loss, jnp.nan),
+        limit=jnp.fmax(limit, rounding),
+    )
+
+
+def distance_of(local: Any) -> Distance:
+    """Finds the distance from a `Local` that a program has returned, by NumPy.
+
+    The matrices are small, and a program would be compiled for each of their shapes.
+    """
+    local = jax.device_get(local)
+    if isinstance(local, Distance):
+        return local
+    if not np.isfinite(local.loss):
+        return unknown(np.zeros(0, local.loss.dtype))
+    return _of_triangle(local) if isinstance(local, Triangle) else _of_curved(local)
+
+
+def _of_triangle(local: Triangle) -> Distance:
+    r"""Finds the distance by singular values.
+
+    With the orthonormal columns $Q$ that span those of $J$ it is
+    $\frac12 \lVert Q^\top r \rVert^2$.
+    """
+    factor, loss = local.factor.astype(float), local.loss
+    left, values, right = np.linalg.svd(factor[:-1, :-1])
+    noise = max(_ROUNDING, len(values)) * np.finfo(local.factor.dtype).eps
+    is_kept = (values > noise * values[0]) & (values > 0)
+    along = np.where(is_kept, left.T @ factor[:-1, -1], 0)
+    edm = 0.5 * np.sum(np.square(along))
+    step = -right.T @ (along / np.where(is_kept, values, 1))
+
+    degrees = max(local.size - np.sum(is_kept), 1)
+    limit = np.fmax(TOLERANCE * 2 * loss / degrees, local.rounding)
+    # Without scatter there is nothing but the parameters themselves to measure by.
+    if loss - edm <= 0.1 * edm:
+        limit = np.fmax(limit, local.exact)
+    # Far out a model may underflow, and nothing depends on any parameter.
+    is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
+    return _distance(edm, limit, is_flat, local, step)
+
+
+def _of_curved(local: Curved) -> Distance:
+    """Finds the distance by the eigenvalues of the scaled Hessian."""
+    slope, hessian = local.slope.astype(float), local.hessian.astype(float)
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    eps, largest = np.finfo(local.hessian.dtype).eps, np.abs(values).max()
+    is_kept = np.abs(values) > max(_ROUNDING, len(values)) * eps * largest
+    along = np.where(is_kept, vectors.T @ slope, 0)
+    curvature = np.where(is_kept, np.abs(values), 1)
+    edm, is_flat = 0.5 * np.sum(np.square(along) / curvature), largest == 0
+    if is_flat and slope.any():
         # Without any curvature, as of a sum of absolute values, nobody knows.
-        jnp.where(is_finite & (largest > 0), edm, jnp.nan),
-        jnp.fmax(limit, rounding),
-        # What rounding makes of a zero is smaller.
-        values[0] < -(eps_here**0.5) * largest,
-        jnp.array(True),
-        _unit(scale * step),
+        edm = np.nan
+    # What rounding makes of a zero is smaller.
+    is_saddle = is_flat or values[0] < -(eps**0.5) * largest
+    return _distance(edm, local.limit, is_saddle, local, -vectors @ (along / curvature))
+
+
+def _distance(
+    edm: Any, limit: Any, is_saddle: Any, local: Any, step: np.ndarray
+) -> Distance:
+    dtype = local.loss.dtype
+    step = step if local.turn is None else local.turn @ step
+    length = np.linalg.norm(step)
+    return Distance(
+        np.asarray(edm, dtype),
+        np.asarray(limit, dtype),
+        np.asarray(is_saddle),
+        np.asarray(True),
+        (step / length if length > 0 else step).astype(dtype),
     )
 
 
@@ -169,7 +249,7 @@ def of_products(
     - `loss`, `gradient`: of what is minimised.
     - `product`: that of its curvature with a vector.
     - `precondition`: the product with a rough inverse of the curvature.
-    - `limit`: as for `of_hessian`.
+    - `limit`: as for `curved`.
     """
     eps = float(jnp.finfo(gradient.dtype).eps)
     first = precondition(gradient)
@@ -200,7 +280,7 @@ def of_products(
     start = (0, zero, gradient, first, size, jnp.zeros_like(size), no)
     _, step, _, _, now, edm, is_saddle = jax.lax.while_loop(goes_on, iterate, start)
     return Distance(
-        edm,
+        jnp.where(jnp.isfinite(loss), edm, jnp.nan),
         jnp.fmax(limit, 4 * eps * jnp.abs(loss)),
         is_saddle,
         now <= 1e-6 * size,
@@ -208,20 +288,16 @@ def of_products(
     )
 
 
+def unknown(like: Array | np.ndarray) -> Distance:
+    """The distance where it cannot be had, in the dtype of the parameters."""
+    nan, no = np.asarray(np.nan, like.dtype), np.asarray(False)
+    return Distance(nan, nan, no, no, np.zeros(like.shape, like.dtype))
+
+
 def _rounding(loss: Array, flat: Array, eps: np.ndarray) -> Array:
     """Estimates what rounding of the loss, and of the parameters, may hide."""
     of_params = 0.5 * jnp.sum(jnp.square(16 * eps * flat))
     return 4 * jnp.finfo(loss.dtype).eps * jnp.abs(loss) + of_params
-
-
-def _column_norms(matrix: Array) -> Array:
-    """Returns the norms of columns whose squares need not be representable."""
-    units = _nonzero(jnp.max(jnp.abs(matrix), axis=0, initial=0))
-    return units * _nonzero(jnp.linalg.norm(matrix / units, axis=0))
-
-
-def _nonzero(scale: Array) -> Array:
-    return jnp.where(scale > 0, scale, 1)
 
 
 def _unit(step: Array) -> Array:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ._frames import entrance
 from ._loop import fit
 from ._members import Many, ManyResult
+from ._modes import Mode
 from ._placement import Placement, placement
 from ._stack import require_one_step, stacked
 from ._trainer import Trainer
@@ -24,6 +25,7 @@ def fit_many(
     *,
     data_axis: Any = None,
     solver: Any = None,
+    jac: Mode | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
     **options: Any,
@@ -57,10 +59,11 @@ def fit_many(
         own, or a tree of such axes that is a prefix of `data`, `None` for what is
         shared: as `in_axes` of `jax.vmap`. It holds for the batch of a `validation`
         too.
-    - `solver`: solves, as [`vernal.Trainer.solve`][] does with `rewhiten=False`,
-        instead of to fit. `data` is one batch then, and there are no other options. A
-        member that meets an error ends as `FAILED`, where it began, with a warning; the
-        others are then solved one by one.
+    - `solver`: solves, as [`vernal.Trainer.solve`][] does with `rewhiten=False`
+        (nothing is whitened again here), instead of to fit. `data` is one batch then,
+        and there are no other options but `jac`. A member that meets an error ends as
+        `FAILED`, where it began, with a warning; the others are then solved one by one.
+    - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.
     - `batch`: how many to compute at a time, to bound memory; it must divide their
         number. By default all.
     - `mesh`: devices to spread the trainers over, along the first axis of the mesh,
@@ -97,7 +100,9 @@ def fit_many(
                 f"`{next(iter(options))}` is for a fit, and with `solver` there is "
                 "none. Leave it out."
             )
-        return many.solved(together, data, solver, steps)
+        return many.solved(together, data, solver, steps, jac)
+    if jac is not None:
+        raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
     require_one_step(together)
     return fit(together, data, steps, kind=many, **options)
 

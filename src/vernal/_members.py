@@ -10,7 +10,10 @@ from jaxtyping import Array, Float
 
 from ._compiled import Chunk, Ended, Moving, Task
 from ._data import Minibatches, Source, Whole, as_batch, as_source
+from ._diagnosis import diagnosed
+from ._frames import warn
 from ._history import History
+from ._modes import Mode, checked_mode
 from ._monitor import Monitor, MonitorState
 from ._nonfinite import SKIP_ADVICE, NanCount
 from ._one import BadEnd, One
@@ -46,7 +49,7 @@ class ManyResult(eqx.Module, Generic[TrainerT]):
     trainers: TrainerT
     history: History
     stop_reasons: tuple[StopReason, ...] = eqx.field(static=True)
-    edms: Float[Array | np.ndarray, " members"]
+    edms: Float[np.ndarray, " members"]
 
     def __len__(self) -> int:
         return len(self.stop_reasons)
@@ -291,7 +294,7 @@ class Many(One):
         reasons: list[StopReason],
         edms: Any = None,
     ) -> ManyResult[Any]:
-        trainer, edms = self.home(trainer), self.home_state(edms)
+        trainer = self.home(trainer)
         if edms is None:
             edms = np.full(self.size, np.nan)
         leaves, structure = jax.tree.flatten(trainer._at(None))
@@ -305,7 +308,7 @@ class Many(One):
         return ManyResult(stacked, history, tuple(reasons), edms)
 
     def solved(
-        self, trainer: Any, data: Any, solver: Any, steps: int
+        self, trainer: Any, data: Any, solver: Any, steps: int, jac: Mode | None
     ) -> ManyResult[Any]:
         """Solves for all of them, rather than to fit."""
         encoded, rows = checked_solver(solver, steps, "steps")
@@ -313,10 +316,13 @@ class Many(One):
         flags = self.config, self._flags(batch)
         there = Members(self.placed(trainer), flags, self.group, self.place)
         with self.context():
-            problem = Problem(batch, encoded, rows, None)
+            problem = Problem(batch, encoded, rows, checked_mode(jac))
             trainers, history, reasons, edms = solve_many(there, problem, steps)
         result = self._result(trainers, history, reasons, edms)
-        self.raise_if_non_finite(result)
+        if (end := self.bad_end(result)) is not None:
+            diagnosis = diagnosed(end.trainer, self.seen(Whole(batch), end.index))
+            self.raise_if_non_finite(result, diagnosis.advised_on_data)
+            warn(f"{end.sentence} {diagnosis}")
         return result
 
     def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:

@@ -66,7 +66,6 @@ def _unmoved(
     """The end of a solver that has not taken a step."""
     shapes = eqx.filter_eval_shape(run_solver, trainer, projector, held, problem, goal)
     end: End = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    nan = jnp.full_like(end.distance.edm, jnp.nan)
     return end._replace(
         params=trainer.params,
         latent=held.latent,
@@ -76,5 +75,8 @@ def _unmoved(
         step_count=trainer.step_count,
         reason=jnp.full_like(end.reason, REASONS.index(StopReason.FAILED)),
         stumble=trainer.params,
-        distance=end.distance._replace(edm=nan),
+        local=jax.tree.map(
+            lambda x: jnp.full_like(x, jnp.nan if eqx.is_inexact_array(x) else 0),
+            end.local,
+        ),
     )

@@ -3,9 +3,8 @@
 from typing import Any, Generic, TypeVar, final
 
 import equinox as eqx
-import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from ._edm import Distance, along
 from ._history import History
@@ -32,7 +31,7 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
     _distance: Distance | None = None
 
     @property
-    def edm(self) -> Float[Array | np.ndarray, ""]:
+    def edm(self) -> Float[np.ndarray, ""]:
         r"""The estimated distance to the minimum: how far the loss could still fall.
 
         $$\mathrm{edm} = \frac12 g^\top F^{-1} g$$
@@ -48,7 +47,8 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
         minimization and analysis of the parameter errors and correlations*, Computer
         Physics Communications 10 (1975).
         """
-        return np.array(np.nan) if self._distance is None else self._distance.edm
+        known = self._distance
+        return np.asarray(np.nan if known is None else known.edm)
 
     @property
     def model(self) -> Model:
@@ -71,7 +71,7 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
         The numbers are the direction of the minimum, as far as it can be seen from
         here, with each parameter in units of its own scale.
         """
-        distance: Distance | None = jax.device_get(self._distance)
+        distance = self._distance
         if distance is None or not np.isfinite(distance.edm):
             return str(self.stop_reason)
         is_short = self.stop_reason is not StopReason.CONVERGED

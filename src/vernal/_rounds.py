@@ -11,7 +11,9 @@ from jaxtyping import Array
 
 from ._data import as_batch
 from ._dense import DenseWhitening
-from ._diagnosis import Diagnosis, bad_data, diagnosed
+from ._diagnosis import Diagnosis, diagnosed
+from ._distance import MOST_PARAMETERS
+from ._edm import Distance, distance_of
 from ._frames import warn
 from ._history import History
 from ._metric import has_likelihood
@@ -37,6 +39,9 @@ from ._solve import (
 from ._step import Progress, count_non_finite
 from ._stop import StopReason
 from ._whitening import Unchanged
+
+# How many columns of a matrix are computed at a time.
+_COLUMNS = 64
 
 # What another metric may help.
 _GOES_ON = (StopReason.STALLED, StopReason.FAILED, StopReason.DIVERGED)
@@ -68,24 +73,13 @@ def solve(
                 error.add_note("The solve up to here is `.result` of this error.")
             raise
         result = rounds.result()
-    if result.stop_reason is StopReason.NON_FINITE:
-        with context(place):
-            _tell_non_finite(there, batch, result)
+        if result.stop_reason is not StopReason.NON_FINITE:
+            return result
+        diagnosis = rounds.diagnosis()
+    if trainer.nan_policy.raises:
+        raise result.trainer._non_finite_error(result, diagnosis.advised_on_data)
+    warn(f"`solve`: {result.stop_reason} {diagnosis}")
     return result
-
-
-def _tell_non_finite(start: Any, batch: Any, result: FitResult[Any, Any]) -> None:
-    """Warns, or raises under a policy that does, and says what is not finite.
-
-    Where the solver has begun well, only the data are looked at: it may have gone
-    astray by itself.
-    """
-    is_first = not np.isfinite(result.history.loss[:1]).all()
-    found = diagnosed(start, batch) if is_first else Diagnosis(bad_data(batch))
-    if start.nan_policy.raises:
-        raise result.trainer._non_finite_error(result, found.advised)
-    if str(found):
-        warn(f"`solve`: {result.stop_reason} {found}")
 
 
 class _Rounds:
@@ -104,6 +98,7 @@ class _Rounds:
         self._problem, self._bare = problem, there._bare()
         self._projector, self._held = there.projector, Start.of(there)
         self._end: End | None = None
+        self._distance: Distance | None = None
         self._losses: list[np.ndarray] = []
         self._reason = StopReason.ERROR
         self._in_vain = False
@@ -114,17 +109,17 @@ class _Rounds:
         while True:
             goal = jnp.asarray(np.int32(left))
             end = run(self._bare, self._projector, self._held, self._problem, goal)
-            told = end.losses, end.steps, end.reason, end.in_vain, end.last
-            losses, steps, reason, in_vain, last = jax.device_get(told)
-            distance = jax.device_get(end.distance)
-            self._end, self._in_vain = end, in_vain
+            told = end.losses, end.steps, end.reason, end.in_vain, end.last, end.local
+            losses, steps, reason, in_vain, last, local = jax.device_get(told)
+            distance = distance_of(local)
+            self._end, self._in_vain, self._distance = end, in_vain, distance
             self._losses.append(losses[:steps])
             self._reason = settled(REASONS[reason], distance)
             left -= steps
             has_fallen = before is None or before - last > distance.limit
             if not (rewhiten and left > 0 and has_fallen and self._may_go_on()):
                 return
-            again = _whitened_again(live(self._there, end.params), self._problem.batch)
+            again = _whitened_again(live(self._there, end.params), self._problem)
             if again is None:
                 return
             before, (self._projector, latent) = last, again
@@ -141,6 +136,12 @@ class _Rounds:
     def _may_go_on(self) -> bool:
         """Whether another metric may help."""
         return self._reason in _GOES_ON and self._projector is not None
+
+    def diagnosis(self) -> Diagnosis:
+        """Finds out why it ended at a value that is not finite, at that point."""
+        assert self._end is not None
+        there = live(self._there, self._end.stumble)
+        return diagnosed(there, self._problem.batch)
 
     def result(self, reason: StopReason | None = None) -> FitResult[Any, Any]:
         """Makes of it what a fit returns.
@@ -183,11 +184,15 @@ class _Rounds:
         )
         history = History(np.arange(start, start + len(losses)), losses)
         trainer = self._trainer._at(progress, projector=projector)
-        return FitResult(trainer, history, reason, end.distance)
+        return FitResult(trainer, history, reason, self._distance)
 
 
-def _whitened_again(trainer: Any, batch: Any) -> tuple[EigenProjector, Any] | None:
-    """Whitens where a trainer is now, as `Trainer.whiten` whitened it before.
+def _whitened_again(
+    trainer: Any, problem: Problem
+) -> tuple[EigenProjector, Any] | None:
+    """Whitens where a trainer is now, as `Trainer.whiten` does by default.
+
+    Of many parameters the Jacobian, which `solve` may not have formed, is not kept.
 
     **Returns:**
 
@@ -207,23 +212,28 @@ def _whitened_again(trainer: Any, batch: Any) -> tuple[EigenProjector, Any] | No
             for block, whitening in whitenings
             if isinstance(whitening, DenseWhitening)
         )
-    options: Any = {"blocks": blocks, "on_null": "prior"}
+    options: Any = {
+        "blocks": blocks,
+        "batch_size": _COLUMNS if size > MOST_PARAMETERS else None,
+        "jac": problem.jac,
+    }
     try:
-        again = trainer.whiten(batch, **options)
+        again = trainer.whiten(problem.batch, **options)
     except ValueError:
-        again = _whitened_without_signs(trainer, batch, blocks)
+        again = _whitened_without_signs(trainer, problem.batch, options)
     return None if again is None else (again.projector, again.latent)
 
 
-def _whitened_without_signs(trainer: Any, batch: Any, blocks: Any) -> Any:
+def _whitened_without_signs(trainer: Any, batch: Any, options: Any) -> Any:
     """Whitens where a Hessian curves downwards too: by how much, either way.
 
     See Dauphin et al., *Identifying and attacking the saddle point problem in
     high-dimensional non-convex optimization* (2014).
     """
     of = trainer.fisher if has_likelihood(trainer) else trainer.curvature
-    found = jax.tree.map(_without_signs, of(batch, blocks=blocks))
-    make = EigenProjector.from_fisher if blocks is None else EigenProjector.from_blocks
+    found = jax.tree.map(_without_signs, of(batch, **options))
+    is_whole = options["blocks"] is None
+    make = EigenProjector.from_fisher if is_whole else EigenProjector.from_blocks
     try:
         return trainer.reproject(make(found, trainer.params, on_null="prior"))
     except ValueError:

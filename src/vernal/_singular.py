@@ -43,10 +43,10 @@ def of_jacobian(jac: Float[Array, "N D"]) -> Spectrum:
     # No eigensolver works in half precision.
     dtype = widest((jac.dtype, jnp.dtype("float32")))
     jac = jax.lax.stop_gradient(jac).astype(dtype)
-    units = _positive(jnp.max(jnp.abs(jac), axis=0, initial=0))
+    units = positive(jnp.max(jnp.abs(jac), axis=0, initial=0))
     scaled = jac / units
     gram = matmul(scaled.T, scaled)
-    return _of_gram(gram, units, lambda norms: _triangle(scaled / norms))
+    return _of_gram(gram, units, lambda norms: square_factor(scaled / norms))
 
 
 def of_products(
@@ -71,8 +71,7 @@ def of_products(
 
     def image(tangent: Array) -> tuple[Array, Array]:
         column = push(tangent)
-        unit = _positive(jnp.max(jnp.abs(column), initial=0))
-        unit = unit * _positive(jnp.linalg.norm(column / unit))
+        unit = column_norms(column[:, None])[0]
         return unit, pull(column / unit)
 
     units, rows = jax.lax.stop_gradient(columns(image, flat, batch_size))
@@ -84,8 +83,18 @@ def of_products(
     return _of_gram(rows / units, units, triangle)
 
 
-def _positive(sizes: Array) -> Array:
+def positive(sizes: Array) -> Array:
+    """Replaces zeros by ones."""
     return jnp.where(sizes > 0, sizes, 1)
+
+
+def column_norms(matrix: Float[Array, "N D"]) -> Float[Array, " D"]:
+    """Computes norms, one for a column of zeros.
+
+    By way of the largest elements, whose squares need not be representable.
+    """
+    units = positive(jnp.max(jnp.abs(matrix), axis=0, initial=0))
+    return units * positive(jnp.linalg.norm(matrix / units, axis=0))
 
 
 def _of_gram(
@@ -98,7 +107,7 @@ def _of_gram(
     If its eigenvalues are not accurate, `triangle` is asked for the factor $R$ of the
     columns, divided by their norms too.
     """
-    norms = jnp.sqrt(_positive(jnp.diag(gram)))
+    norms = jnp.sqrt(positive(jnp.diag(gram)))
     values, vectors = equilibrated_eigh(gram, norms)
 
     def by_singular_values() -> tuple[Array, Array]:
@@ -113,7 +122,7 @@ def _of_gram(
     return Spectrum(1 / norms / units, values, vectors)
 
 
-def _triangle(rows: Float[Array, "N D"]) -> Float[Array, "D D"]:
+def square_factor(rows: Float[Array, "N D"]) -> Float[Array, "D D"]:
     """Computes the factor $R$; rows of zeros make up for those that are missing."""
     missing = max(rows.shape[1] - rows.shape[0], 0)
     return jnp.linalg.qr(jnp.pad(rows, ((0, missing), (0, 0))), mode="r")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ._alike import cast_like
 from ._closures import Closure
 from ._distance import measure, what_falls
-from ._edm import Distance
+from ._edm import Distance, Local
 from ._modes import Mode, Subject, choose_mode, gradient, traced
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
@@ -101,7 +101,8 @@ class End(NamedTuple):
     first: Float[Array, ""]
     last: Float[Array, ""]
     """The loss at the beginning, and at the end."""
-    distance: Distance
+    local: Local
+    """What tells how far it is from the minimum."""
 
 
 # As the compiled program numbers them.
@@ -189,7 +190,7 @@ def run_solver(
     last = jnp.where(sound, last, best_loss)
     there = live(trainer, to_params(point))
     kind = what_falls(trainer, not is_minimiser)
-    distance = measure(there, projector, batch, key, kind, first - last)
+    local = measure(there, projector, batch, key, kind, first - last)
     return End(
         params=to_params(point),
         latent=None if projector is None else cast_like(point, latent),
@@ -204,7 +205,7 @@ def run_solver(
         stumble=to_params(stumble),
         first=first,
         last=last,
-        distance=distance,
+        local=local,
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ._edm import Distance
+from ._edm import distance_of
 from ._history import History
 from ._one_by_one import solve_each
 from ._placement import Placement
@@ -36,7 +36,7 @@ class Solved(NamedTuple):
     trainers: Any
     history: History
     reasons: list[StopReason]
-    edms: Float[Array, " members"]
+    edms: Float[np.ndarray, " members"]
 
 
 class _Ends(NamedTuple):
@@ -121,11 +121,10 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
         )
     )
-    distances = jax.device_get(jax.tree.map(whole, end.distance))
-    reasons = [
-        settled(REASONS[number], Distance(*own))
-        for number, *own in zip(numbers, *distances, strict=True)
-    ]
+    local = jax.device_get(jax.tree.map(whole, end.local))
+    rows = range(len(numbers))
+    distances = [distance_of(jax.tree.map(lambda x, i=i: x[i], local)) for i in rows]
+    reasons = [settled(REASONS[i], d) for i, d in zip(numbers, distances, strict=True)]
     suspect = np.array(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )
@@ -160,4 +159,6 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
     # Those that have ended have no more losses.
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
     history = History(row, kept)
-    return Solved(trainers._at(progress), history, reasons, end.distance.edm)
+    return Solved(
+        trainers._at(progress), history, reasons, np.stack([d.edm for d in distances])
+    )

@@ -438,8 +438,10 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `batch`: what the loss is given, any pytree.
         - `max_steps`: the number of steps after which to give up.
         - `rewhiten`: whether to go on in a space that is whitened anew where the solver
-            stops short of a minimum. Of a space made by [`vernal.Trainer.whiten`][],
-            or another that keeps all directions; `max_steps` counts all steps.
+            stops short of a minimum: as [`vernal.Trainer.whiten`][] does by default,
+            in the same blocks, with the mode `jac`. It replaces any space that has all
+            directions, from `from_fisher` and `from_covariance` too. `max_steps`
+            counts all steps.
         - `jac`: `"fwd"` or `"bwd"`, the mode of differentiation; by default the one
             that works.
         - `mesh`: devices that share the work, as for [`vernal.Trainer.fit`][].
@@ -452,7 +454,8 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         of the scatter (of the reduced chi-squared for `residuals`, of one for `nll`, of
         the fall so far for `loss`), or of what rounding leaves; else `STALLED`. The
         history has the loss that the solver reported at each step, before the step.
-        The moments of an optimiser start anew.
+        The moments of an optimiser start anew. Where it ends at a value that is not
+        finite, a warning says where that comes from: the data, a parameter, a method.
 
         **Raises:**
 
