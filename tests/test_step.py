@@ -118,6 +118,7 @@ METHODS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
 @pytest.mark.parametrize(
     ("names", "loss"),
     [

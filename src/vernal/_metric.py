@@ -31,7 +31,7 @@ from ._dense import (
     of_spectrum,
 )
 from ._diagnosis import explain_non_finite
-from ._modes import Mode, Subject, checked_mode
+from ._modes import Mode, Subject, checked_mode, traced
 from ._nonfinite import all_finite
 from ._objective import (
     defined,
@@ -138,9 +138,10 @@ def _require_finite(
     leaves = jax.tree.leaves((found, is_finite))
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         return
-    if is_finite and _all_finite(found):
+    has_finite = bool(_all_finite(found))
+    if is_finite and has_finite:
         return
-    fault = "is not finite" if is_finite else "cannot be computed here"
+    fault = "cannot be computed here" if has_finite else "is not finite"
     is_overflow = is_finite and not any(np.isnan(leaf).any() for leaf in leaves)
     raise ValueError(
         f"{what} of `{type(trainer).__name__}` {fault}. "
@@ -184,7 +185,13 @@ def _within(
         there = live(trainer, structure.unflatten(every))
         return evaluate(there, batch, key)
 
-    return of_leaves, [leaves[index] for index in block]
+    own = [leaves[index] for index in block]
+    return traced(of_leaves, own), own
+
+
+def _is_finite_at(fn: Callable[[list[Array]], Array], own: list[Array]) -> Array:
+    """Whether what is differentiated is finite; it is so for all blocks or for none."""
+    return all_finite(fn(own))
 
 
 def _subject(trainer: Any, kind: str, jac: Mode | None) -> Subject:
@@ -210,11 +217,9 @@ def _compute(
         "loss": (hessian_matrix, lambda *args: score(*args).loss),
     }[kind]
     subject = _subject(trainer, kind, jac)
-    found = tuple(
-        of(*_within(trainer, batch, block, evaluate), batch_size, subject)
-        for block in blocks
-    )
-    return found, all_finite(evaluate(trainer, batch, step_key(trainer)))
+    each = [_within(trainer, batch, block, evaluate) for block in blocks]
+    found = tuple(of(fn, own, batch_size, subject) for fn, own in each)
+    return found, _is_finite_at(*each[0])
 
 
 @program
@@ -225,7 +230,7 @@ def _jacobian(
     (block,) = _members(trainer.params, None)
     subject = _subject(trainer, "residuals", jac)
     fn, own = _within(trainer, batch, block, real_residuals)
-    return jacobian_of(fn, own, None, subject), all_finite(fn(own))
+    return jacobian_of(fn, own, None, subject), _is_finite_at(fn, own)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -247,11 +252,9 @@ def _spectra(
 ) -> tuple[tuple[Spectrum, ...], Bool[Array, ""]]:
     """Decomposes the Jacobian of each group of leaves; says if residuals are finite."""
     subject = _subject(trainer, "residuals", jac)
-    found = []
-    for block in blocks:
-        fn, own = _within(trainer, batch, block, real_residuals)
-        found.append(spectrum_of(fn, own, batch_size, subject))
-    return tuple(found), all_finite(real_residuals(trainer, batch, step_key(trainer)))
+    each = [_within(trainer, batch, block, real_residuals) for block in blocks]
+    spectra = tuple(spectrum_of(fn, own, batch_size, subject) for fn, own in each)
+    return spectra, _is_finite_at(*each[0])
 
 
 def _decomposed(
