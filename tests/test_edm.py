@@ -439,3 +439,14 @@ def test_units_do_not_matter(unit):
     span, _ = np.linalg.qr(line)
     expected = 0.5 * np.sum(np.square(span.T @ (line[:, 0] * 0.5 - y)))
     np.testing.assert_allclose(result.edm, expected, rtol=1e-4)
+
+
+def test_derivatives_that_overflow_are_no_minimum():
+    class Steep(vn.Trainer):
+        def nll(self, model, batch):
+            return 0.5 * jnp.sum(((model - batch) * 1e26) ** 2)
+
+    batch = jnp.asarray([1e-26, 2e-26, 3e-26], jnp.float32)
+    result = Steep(jnp.asarray(5e-26, jnp.float32)).solve(optx.BFGS(1e-8, 1e-8), batch)
+    assert result.stop_reason is vn.StopReason.STALLED
+    assert result.explain().endswith("Its derivatives there are not finite.")

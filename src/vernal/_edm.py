@@ -32,7 +32,8 @@ class Distance(NamedTuple):
 
     - `edm`: $\frac12 g^\top F^{-1} g$, NaN where it cannot be had.
     - `limit`: what of it is too little to matter.
-    - `is_saddle`: whether the loss curves downwards, or is flat wherever one looks.
+    - `is_saddle`: whether this is no place for a minimum: the loss curves downwards, is
+        flat wherever one looks, or has derivatives that are not finite.
     - `is_complete`: whether `edm` is more than a lower bound.
     - `direction`: where the minimum is; each parameter in units of its own scale, and
         the whole of length one.
@@ -52,7 +53,7 @@ class Distance(NamedTuple):
     @property
     def is_short(self) -> bool:
         """Whether it can."""
-        return bool(self.edm > self.limit or (self.is_saddle and self.edm >= 0))
+        return bool(self.edm > self.limit or self.is_saddle)
 
 
 class Triangle(NamedTuple):
@@ -173,7 +174,8 @@ def distance_of(local: Any) -> Distance:
     if isinstance(local, Distance):
         return local
     if not np.isfinite(local.loss):
-        return unknown(np.zeros(0, local.loss.dtype))
+        there = unknown(np.zeros(0, local.loss.dtype))
+        return there._replace(is_saddle=np.asarray(True))
     return _of_triangle(local) if isinstance(local, Triangle) else _of_curved(local)
 
 
@@ -209,12 +211,13 @@ def _of_curved(local: Curved) -> Distance:
     is_kept = np.abs(values) > max(_ROUNDING, len(values)) * eps * largest
     along = np.where(is_kept, vectors.T @ slope, 0)
     curvature = np.where(is_kept, np.abs(values), 1)
-    edm, is_flat = 0.5 * np.sum(np.square(along) / curvature), largest == 0
-    if is_flat and slope.any():
+    edm, is_flat = 0.5 * np.sum(np.square(along) / curvature), not slope.any()
+    if largest == 0 and not is_flat:
         # Without any curvature, as of a sum of absolute values, nobody knows.
         edm = np.nan
     # What rounding makes of a zero is smaller.
-    is_saddle = is_flat or values[0] < -(eps**0.5) * largest
+    curves_down = values[0] < -(eps**0.5) * largest
+    is_saddle = (largest == 0 and is_flat) or curves_down
     return _distance(edm, local.limit, is_saddle, local, -vectors @ (along / curvature))
 
 

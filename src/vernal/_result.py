@@ -73,7 +73,9 @@ class FitResult(eqx.Module, Generic[TrainerT, Model]):
         """
         distance = self._distance
         if distance is None or not np.isfinite(distance.edm):
-            return str(self.stop_reason)
+            is_stalled = self.stop_reason is StopReason.STALLED
+            why = " Its derivatives there are not finite." if is_stalled else ""
+            return f"{self.stop_reason}{why}"
         is_short = self.stop_reason is not StopReason.CONVERGED
         direction = np.asarray(distance.direction, float)
         where = along(direction, self._trainer.params) if is_short else ""
