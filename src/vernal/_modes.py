@@ -4,7 +4,6 @@ What is differentiated here is what `traced` returns, so that a user's function 
 called once, however many modes are tried.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, cast
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._typing import PyTree
+from ._warn import warn_once
 
 Mode = Literal["fwd", "bwd"]
 
@@ -34,8 +34,6 @@ _REMEDY = (
     "diffrax, `diffeqsolve(..., adjoint=diffrax.DirectAdjoint())` has both, "
     "`diffrax.ForwardMode()` forward mode and the default reverse mode."
 )
-
-_told: set[tuple[str, str]] = set()
 
 
 class Subject(NamedTuple):
@@ -132,15 +130,15 @@ def _tell(name: str, way: str, failures: Mapping[str, Exception]) -> None:
     first, error = next(iter(failures.items()))
     mode = way.split("-")[-1]
     # The order of the second derivative costs nothing; only that of the first does.
-    if mode == first.split("-")[-1] or (name, mode) in _told:
+    if mode == first.split("-")[-1]:
         return
-    _told.add((name, mode))
     passes = "parameter" if mode == "fwd" else "datum"
-    warnings.warn(
+    warn_once(
         f"{name} cannot be differentiated in {_WORDS[first]} ({_first_line(error)}). "
         f"{_WORDS[way].capitalize()} is used, which takes a pass for each {passes}. "
         f'`jac="{mode}"` asks for it, without this warning.',
-        stacklevel=2,
+        UserWarning,
+        (name, mode),
     )
 
 

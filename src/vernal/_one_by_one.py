@@ -1,7 +1,6 @@
 """Many trainers solved one after the other, where together one would end them all."""
 
 import re
-import warnings
 from typing import Any
 
 import equinox as eqx
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from ._frames import warn
 from ._setup import initial_opt_state
 from ._solve import REASONS, End, Problem, Start, run, run_solver
 from ._spread import Flags, apart
@@ -51,10 +51,9 @@ def solve_each(
         first, error = next(iter(errors.items()))
         found = re.search(r"EquinoxRuntimeError: (.+)", str(error))
         message = found[1] if found else str(error).strip().splitlines()[0]
-        warnings.warn(
+        warn(
             f"{len(errors)} of {len(ends)} members met an error, and are where they "
-            f"began. That of member {first}: {message}",
-            stacklevel=5,
+            f"began. That of member {first}: {message}"
         )
     end, opt_state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
     return end, opt_state, list(errors)
