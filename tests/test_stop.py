@@ -158,10 +158,10 @@ def converged_by_hand(losses, rtol, patience, atol):
 
 
 class Told(vn.Trainer):
-    """Its losses are told by the batch."""
+    """Its losses are those of the batch, at a minimum: it starts at 1, and stays."""
 
     def loss(self, model, batch):
-        return batch[self.step_count] + 0 * model
+        return batch[self.step_count] + (model - 1) ** 2
 
     def evaluate(self, model, batch):
         return batch[self.step_count]
