@@ -18,6 +18,9 @@ from ._x64 import is_on, is_wide
 _NUMBERS = {kind.__name__: kind for kind in (bool, int, float, complex)}
 _Number = bool | int | float | complex
 
+# They have another layout on other machines.
+_LONG = (np.longdouble, np.clongdouble)
+
 
 class LoadError(ValueError):
     """A file, or a checkpoint, cannot be loaded. What is wrong is in the subclass."""
@@ -125,7 +128,7 @@ def require_keepable(tree: PyTree, argument: str) -> None:
         where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
         refuse_meaning(leaf, where, "its mask would be lost")
         if isinstance(leaf, np.ndarray | np.generic):
-            if not _is_kept(leaf.dtype) or leaf.dtype.char in "gG":
+            if not _is_kept(leaf.dtype) or leaf.dtype.type in _LONG:
                 raise TypeError(
                     f"{where} an array of dtype {leaf.dtype}, which a file cannot hold "
                     "for every machine. Turn it into arrays of numbers (of a "
@@ -262,6 +265,8 @@ def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
         # Unlike `jnp.asarray`, which may copy, this takes over the memory if it can.
         return jax.device_put(array)
     if isinstance(like, np.ndarray):
+        where = f"`like` has the leaf {path!r}," if path else "`like` is"
+        refuse_meaning(like, where, "its mask would be lost")
         return array
     if isinstance(like, np.generic):
         return array[()]
