@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._meaning import refuse_meaning
 from ._x64 import narrowed
 
 
@@ -91,7 +92,7 @@ def _converted(leaf: Any, where: str) -> Any:
 
 
 def _copied(leaf: Any, where: str, name: str) -> jax.Array:
-    _refuse_meaning(leaf, where)
+    refuse_meaning(leaf, where, "JAX would compute with what is masked")
     array = np.asarray(leaf)
     if array.dtype.kind in "OSUMm" or array.dtype.type is np.void:
         raise TypeError(
@@ -106,25 +107,3 @@ def _copied(leaf: Any, where: str, name: str) -> jax.Array:
         )
     # A copy: JAX may otherwise share the memory of an array that is changed later.
     return jnp.array(narrowed(leaf, name))
-
-
-def _refuse_meaning(leaf: Any, where: str) -> None:
-    """Refuses arrays that mean more than the numbers which JAX takes of them."""
-    if isinstance(leaf, np.ma.MaskedArray):
-        remedy = (
-            "Leave those data out (`y.compressed()`, and `x[~y.mask]` of all else), or "
-            "give them no weight: `y.filled(0)` with an infinite sigma."
-            if np.ma.is_masked(leaf)
-            else "Nothing is masked in this one: give `y.data`."
-        )
-        raise TypeError(
-            f"{where} a masked array, and JAX would compute with what is masked. "
-            f"{remedy}"
-        )
-    if isinstance(leaf, np.ndarray) and type(leaf) not in (np.ndarray, np.memmap):
-        unit = " (of a Quantity, `x.to_value(unit)`)" if hasattr(leaf, "unit") else ""
-        raise TypeError(
-            f"{where} a {type(leaf).__name__}, an array that means more than its "
-            f"numbers, and JAX would drop the rest. Give the numbers: "
-            f"`numpy.asarray(x)`{unit}."
-        )

@@ -8,7 +8,7 @@ from typing import final
 import equinox as eqx
 import numpy as np
 
-from ._file import read_file, write_file
+from ._file import opened, write_file
 from ._leaves import MismatchError, to_arrays
 from ._paths import UnknownPathError, nearest_names
 
@@ -110,7 +110,8 @@ class History(eqx.Module):
 
         - `LoadError`: as [`vernal.load`][].
         """
-        columns = {name: np.asarray(x.array) for name, x in read_file(path).items()}
+        with opened(path) as kept:
+            columns = {name: np.asarray(leaf.array) for name, leaf in kept.items()}
         if not columns.keys() >= set(COLUMNS):
             raise MismatchError(
                 f"`path`: {os.fspath(path)} holds another tree than a History. Read it "
