@@ -23,7 +23,8 @@ class History(eqx.Module):
     """What a fit recorded: the loss, and whatever `record` named beside it.
 
     Each array has one row for each recorded step. Two histories of consecutive fits
-    join with `+`.
+    join with `+`. The arrays of a result may be changed; those that a callback is given
+    are read-only.
 
     ```python
     result = trainer.fit(data, steps=500, record=("grad_norm", "mean"), every=10)
@@ -63,6 +64,12 @@ class History(eqx.Module):
         self.validation_steps = steps[:0] if none else validation_steps
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"`history[...]` takes the name of a column, and {name!r} is none. "
+                "Take rows of one column (`history.loss[0]`); `history.to_dict()` has "
+                "all of them."
+            )
         if name in self.records:
             return self.records[name]
         if name in COLUMNS:
@@ -132,6 +139,13 @@ class History(eqx.Module):
                 "Two histories that join must record the same: one has "
                 f"{sorted(self.records)}, the other {sorted(other.records)}."
             )
+        for name, rows in self.to_dict().items():
+            shape, others = rows.shape[1:], other[name].shape[1:]
+            if shape != others:
+                raise ValueError(
+                    f"Two histories that join must record the same: {name!r} has the "
+                    f"shape {shape} in one, and {others} in the other."
+                )
         return concatenate([self, other])
 
     def __repr__(self) -> str:

@@ -215,7 +215,8 @@ class Running:
         """Calls the callback, if there is one, and tells why to end, if at all."""
         reason = None
         if callback is not None:
-            call = lambda: callback(self.trainer, self.history())
+            seen = self._recorder.history(is_final=False)
+            call = lambda: callback(self.trainer, seen)
             answer, told = self.peers.together(call, self._told, "a callback")
             if _is_boolean(answer):
                 reason = StopReason.CALLBACK if answer else None
@@ -287,7 +288,7 @@ class Running:
         return History(np.zeros(0, int), loss, rows)
 
     def history(self) -> History:
-        return self._recorder.history
+        return self._recorder.history()
 
     @property
     def is_all_skipped(self) -> np.ndarray:
