@@ -197,7 +197,8 @@ def draw(batch, model, losses, goal, output):
     """One exposure above; below, the ways there."""
     plt.style.use(HERE / "style.mplstyle")
     figure, axes = plt.subplot_mosaic("ABC;DDD", figsize=(9, 6.4))
-    (data, _, _), (sigma, _, _), (fitted, _, _) = *batch, model()
+    (data, _, _), (sigma, _, _) = batch
+    fitted, _, _ = model()
     pictures = {
         "data, square root": (jnp.sqrt(jnp.maximum(data, 0)), "magma"),
         "fitted, square root": (jnp.sqrt(fitted), "magma"),

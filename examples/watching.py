@@ -210,10 +210,11 @@ def draw(history, scatter, images, models, output):
     panels = right.subplots(2)
     for panel, name, model in zip(panels, ("before", "repaired"), models, strict=True):
         rest = np.nanmean(images, axis=0) - model()
-        shown = panel.imshow(rest, cmap="RdBu", vmin=-1000, vmax=1000)
+        panel.imshow(rest, cmap="RdBu", vmin=-1000, vmax=1000)
         panel.set_title(name, fontweight="normal")
         panel.set(xticks=[], yticks=[])
-    right.colorbar(shown, ax=panels, orientation="horizontal", shrink=0.7, aspect=30)
+    colours = {"orientation": "horizontal", "shrink": 0.7, "aspect": 30}
+    right.colorbar(panels[0].images[0], ax=panels, **colours)
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "watching.png")
 

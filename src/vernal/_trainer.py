@@ -49,7 +49,7 @@ from ._solve import Solver
 from ._step import Progress, initial_progress
 from ._stop import StopCriterion
 from ._transform import as_transform
-from ._typing import Params, PyTree
+from ._typing import PyTree
 from ._uncertainty import objective, standard_errors, table
 from ._x64 import narrowed_model, narrowed_tree, precision_of, require_precision
 
@@ -658,7 +658,7 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         return self.reproject(projector, optimiser)
 
     @entrance
-    def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:
+    def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Model:
         """The standard errors of the parameters, from the data at the current point.
 
         They are those of the Fisher matrix; where `residuals` is defined, by way of the

@@ -4,7 +4,7 @@ import abc
 import numbers
 import operator
 from collections.abc import Iterator
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, SupportsIndex, final
 
 import equinox as eqx
 import jax
@@ -227,7 +227,9 @@ class WindowState(NamedTuple):
 
 
 def window(
-    tx: Any, start: Any = 0, stop: Any = None
+    tx: optax.GradientTransformation,
+    start: SupportsIndex = 0,
+    stop: SupportsIndex | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets a transformation act on a range of steps only.
 
