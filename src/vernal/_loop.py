@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jax.core import Tracer
@@ -18,12 +18,26 @@ from ._keeper import Keeper
 from ._one import One
 from ._peers import Peers, Wish, described
 from ._running import Callback, Running
+from ._selectors import Selector
 from ._setup import no_optimiser
 from ._step import MOST_STEPS
-from ._stop import StopReason
+from ._stop import StopCriterion, StopReason
 from ._typing import takes, whole_number
 
 ONE = One()
+
+
+class FitOptions(TypedDict, total=False):
+    """What a fit may be told beside its data and steps, see `Trainer.fit`."""
+
+    record: Selector
+    every: int
+    validation: tuple[Any, int] | None
+    stop: StopCriterion | None
+    progress: bool
+    callback: Callback | None
+    chunk: int | None
+    checkpoint: Checkpoints | None
 
 
 def fit(

@@ -1,12 +1,13 @@
 """What a fit asks of many trainers at once, and what comes of it."""
 
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from typing_extensions import TypeVar
 
 from ._compiled import Chunk, Ended, Moving, Task
 from ._data import Minibatches, Source, Whole, as_batch, as_source
@@ -28,7 +29,10 @@ from ._stop import AT_NON_FINITE, StopReason
 from ._trainer import Trainer
 from ._typing import PyTree
 
-TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
+TrainerT = TypeVar(
+    "TrainerT", bound=Trainer[Any, Any], covariant=True, default=Trainer[Any, Any]
+)
+Model = TypeVar("Model")
 
 
 @final
@@ -81,7 +85,7 @@ class ManyResult(eqx.Module, Generic[TrainerT]):
         return int(np.argmin(self.best_losses))
 
     @property
-    def best(self) -> Any:
+    def best(self: "ManyResult[Trainer[Model, Any]]") -> Model:
         """The best model of all members."""
         return self.trainer(self.best_index).best
 

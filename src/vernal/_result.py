@@ -1,17 +1,18 @@
 """How a fit ended."""
 
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, final
 
 import equinox as eqx
 import numpy as np
 from jaxtyping import Float
+from typing_extensions import TypeVar
 
 from ._edm import Distance, along
 from ._history import History
 from ._stop import StopReason
 
-TrainerT = TypeVar("TrainerT", covariant=True)
-Model = TypeVar("Model", covariant=True)
+TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
+Model = TypeVar("Model", covariant=True, default=Any)
 
 
 @final

@@ -40,6 +40,12 @@ class Problem(NamedTuple):
     jac: Mode | None
 
 
+Solver = (
+    optx.AbstractMinimiser[Any, Any, Any]
+    | optx.AbstractLeastSquaresSolver[Any, Any, Any, Any]
+)
+
+
 def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:
     """Checks a solver, and the number of its steps.
 
