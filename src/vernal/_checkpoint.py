@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import final
 
-from ._typing import whole_number
+from ._typing import file_path, whole_number
 
 
 @final
@@ -52,7 +52,7 @@ class Checkpoints:
         - `TypeError`, `ValueError`: if `every` or `keep` is not positive.
         """
         require_orbax()
-        self.directory = Path(directory).absolute()
+        self.directory = file_path(directory, "directory").absolute()
         if isinstance(every, datetime.timedelta):
             if every <= datetime.timedelta(0):
                 raise ValueError(f"`every` is {every}, but must be a time above zero.")

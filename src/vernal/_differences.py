@@ -32,6 +32,8 @@ def array_differences(old: Any, new: Any) -> Iterator[str]:
 
 def abstract(array: Any) -> Any:
     """What JAX compiles for: the dtypes that it does not have, e.g., are others'."""
+    if isinstance(array, np.ma.MaskedArray):
+        array = array.data
     try:
         return jax.typeof(array)
     except TypeError:

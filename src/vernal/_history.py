@@ -3,14 +3,16 @@
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import equinox as eqx
+import jax
 import numpy as np
 
 from ._file import read_file, write_file
 from ._leaves import MismatchError, to_arrays
 from ._paths import UnknownPathError, nearest_names
+from ._typing import file_path
 
 COLUMNS = ("steps", "loss", "validation", "validation_steps")
 
@@ -55,6 +57,13 @@ class History(eqx.Module):
         validation_steps: np.ndarray | None = None,
     ):
         """**Arguments:** see the attributes."""
+        given = {"steps": steps, "loss": loss}
+        given |= {"validation": validation, "validation_steps": validation_steps}
+        for name, column in given.items():
+            if column is not None or name in ("steps", "loss"):
+                _check_column(column, name)
+        if not isinstance(records, Mapping | None):
+            raise TypeError(f"`records` is {records!r}, but must map names to arrays.")
         self.steps = steps
         self.loss = loss
         self.records = dict(records or {})
@@ -63,6 +72,11 @@ class History(eqx.Module):
         self.validation_steps = steps[:0] if none else validation_steps
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"A history is indexed by names, and not by {name!r}: "
+                "`history['loss'][0]` is the loss of the first row."
+            )
         if name in self.records:
             return self.records[name]
         if name in COLUMNS:
@@ -94,6 +108,7 @@ class History(eqx.Module):
 
         - `OSError`: if the file cannot be written; one that was there is as it was.
         """
+        file_path(path, "path")
         columns = {name: getattr(self, name) for name in COLUMNS}
         columns |= {f"{RECORDS}{name}": rows for name, rows in self.records.items()}
         write_file(path, to_arrays(OrderedDict(columns)))
@@ -110,6 +125,7 @@ class History(eqx.Module):
 
         - `LoadError`: as [`vernal.load`][].
         """
+        file_path(path, "path")
         columns = {name: np.asarray(x.array) for name, x in read_file(path).items()}
         if not columns.keys() >= set(COLUMNS):
             raise MismatchError(
@@ -140,6 +156,13 @@ class History(eqx.Module):
         return (
             f"History({len(self)} rows, steps {self.steps[0]} to {self.steps[-1]}, "
             f"loss {self.loss[0]:.6g} to {self.loss[-1]:.6g}{names})"
+        )
+
+
+def _check_column(column: Any, name: str) -> None:
+    if not isinstance(column, np.ndarray | jax.Array) or not column.ndim:
+        raise TypeError(
+            f"`{name}` is {column!r}, but must be an array with an entry for each row."
         )
 
 

@@ -1,11 +1,11 @@
 """`fit`: what happens between the compiled chunks of steps."""
 
 import contextlib
+import inspect
 import time
 from typing import Any
 
 import numpy as np
-from jax.core import Tracer
 
 from ._bar import Bar
 from ._checkpoint import Checkpoints
@@ -21,7 +21,8 @@ from ._running import Callback, Running
 from ._setup import no_optimiser
 from ._step import MOST_STEPS
 from ._stop import StopReason
-from ._typing import takes, whole_number
+from ._traced import UNROLL, refuse_traced
+from ._typing import boolean, takes, whole_number
 
 ONE = One()
 
@@ -45,6 +46,8 @@ def fit(
 
     `kind` tells what is fitted: one trainer, or many at once.
     """
+    refuse_traced("fit", trainer, data, validation, remedy=UNROLL)
+    progress = boolean(progress, "progress")
     run = None
     try:
         with contextlib.ExitStack() as stack:
@@ -112,6 +115,14 @@ def fit(
     return result
 
 
+OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(fit).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "kind"
+)
+"""The names of what a fit may be told beside its data and its steps."""
+
+
 def _go_on(
     run: Running, steps: int, bar: Bar, callback: Callback | None, chunk: int | None
 ) -> StopReason:
@@ -151,11 +162,6 @@ def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
         takes(callback, 2, "callback", "callback(trainer, history)")
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
-    if isinstance(trainer.step_count, Tracer):
-        raise TypeError(
-            "`fit` runs compiled programs from the host, and cannot be a part of one. "
-            "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
-        )
     check_elementwise(kind.template(trainer))
     if kind.count(trainer) + steps > MOST_STEPS:
         raise ValueError(

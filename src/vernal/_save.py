@@ -7,7 +7,8 @@ from typing import TypeVar
 from ._file import read_file, write_file
 from ._leaves import MismatchError, from_arrays, to_arrays
 from ._snapshot import begun, is_trainer, restore, snapshot
-from ._typing import PyTree
+from ._traced import refuse_traced
+from ._typing import PyTree, file_path
 
 T = TypeVar("T")
 
@@ -42,6 +43,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     - `OSError`: if the file cannot be written.
     """
+    file_path(path, "path")
+    refuse_traced("save", tree)
     is_one = is_trainer(tree)
     write_file(path, snapshot(tree) | begun(tree) if is_one else to_arrays(tree))
 
@@ -74,6 +77,13 @@ def load(
         four are a `LoadError`, and that a `ValueError`.
     - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
+    file_path(path, "path")
+    names = (reset,) if isinstance(reset, str) else reset
+    is_sequence = isinstance(names, Sequence)
+    if not is_sequence or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f'`reset` is {reset!r}, but must be names such as `("opt_state",)`.'
+        )
     kept, source = read_file(path), f"`path`: {os.fspath(path)}"
     if is_trainer(like):
         try:

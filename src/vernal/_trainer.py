@@ -20,6 +20,7 @@ from ._frames import entrance
 from ._history import History
 from ._loop import fit
 from ._metric import Blocks, curvature, fisher, whitened
+from ._model import checked_model
 from ._modes import Mode
 from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
@@ -43,10 +44,11 @@ from ._setup import (
 )
 from ._step import Progress, initial_progress
 from ._stop import StopCriterion
+from ._traced import refuse_traced
 from ._transform import AbstractTransform, as_transform
 from ._typing import Params, PyTree
 from ._uncertainty import objective, standard_errors, table
-from ._x64 import narrowed_model, narrowed_tree, precision_of, require_precision
+from ._x64 import narrowed_tree, precision_of, require_precision
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
@@ -131,9 +133,9 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train, or the projector does not fit.
         """
-        check_class(self, state)
         check_arguments(nan_policy, projector, key)
-        model = narrowed_model(model)
+        check_class(self, key, state)
+        model = checked_model(model)
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
         self.key = key
@@ -720,6 +722,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         were not taken. (Where a parameter is called so itself, its path is the key,
         and the other's is `"<loss>"` or `"<update>"`.)
         """
+        refuse_traced("nan_report", self._progress.nan_counts)
         totals, firsts, _ = jax.device_get(self._progress.nan_counts)
         return {
             name: NanCount(int(total), int(first) if first >= 0 else None)
@@ -751,6 +754,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         if self.optimiser is None:
             raise no_optimiser(self)
+        refuse_traced("learning_rates", self)
         with precision_of(self):
             return learning_rates(self)
 
