@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import inspect
 import pickle
 
@@ -258,9 +259,20 @@ def test_the_face_towards_optax():
     tx = of(optax.adam(1e-2))
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     assert isinstance(tx, eqx.Module)
+    assert tx.__class__ is type(tx) is Transform
+    assert {eqx.Module, optax.GradientTransformationExtraArgs} < {*Transform.__mro__}
     init, update = tx
-    assert len(tx) == 2
+    assert len(tx) == len([*tx]) == len({**tx._asdict()}) == 2
     assert tx[0] == init
+    assert type(tx._replace(init=init)) is optax.GradientTransformationExtraArgs
+    with pytest.raises(dataclasses.FrozenInstanceError, match="'closure'"):
+        tx.closure = None
+    with pytest.raises(dataclasses.FrozenInstanceError, match="'other'"):
+        tx.other = None
+    assert [field.name for field in dataclasses.fields(tx)] == ["closure"]
+    assert eqx.tree_equal(tx, dataclasses.replace(tx, closure=tx.closure))
+    (keys, _), *_ = jax.tree_util.tree_flatten_with_path(tx)[0]
+    assert jax.tree_util.keystr(keys) == ".closure.leaves[0]"
     state = jax.jit(tx.init)(PARAMS)
     assert_same_bits(jax.jit(update)(PARAMS, state), jax.jit(tx.update)(PARAMS, state))
     assert optax.with_extra_args_support(tx) is tx

@@ -124,7 +124,7 @@ def reproject(
     transform = trainer.optimiser
     if optimiser is not None:
         transform = as_transform(optimiser, "optimiser")
-    elif type(transform) is ParamOptimiser and projector is not None:
+    elif isinstance(transform, ParamOptimiser) and projector is not None:
         transform = transform if projector._has_names else None
     params = trainer.params
     constrained = trainer._overrides("constrain")

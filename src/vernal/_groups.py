@@ -148,8 +148,8 @@ class _Kind(NamedTuple):
 
 
 def _kind(tx: Any, leaves: Sequence[Any]) -> _Kind | None:
-    if issubclass(type(tx), AbstractTransform):
-        closure = tx.closure if type(tx) is Transform else None
+    if isinstance(tx, AbstractTransform):
+        closure = tx.closure if isinstance(tx, Transform) else None
     else:
         closure = Closure.encode(tx)
     words = None if closure is None else _words(closure.skeleton)

@@ -464,8 +464,8 @@ def _named(selector: Any) -> str:
 
 def _describe(tx: AbstractTransform | None) -> str:
     """Names the Optax functions that a transformation was made by."""
-    if not issubclass(type(tx), Transform):
+    if not isinstance(tx, Transform):
         return type(tx).__name__
-    names = sorted(tx.closure.skeleton.function_names)  # pyright: ignore
+    names = sorted(tx.closure.skeleton.function_names)
     makers = dict.fromkeys(name.split(".<locals>")[0] for name in names)
     return ", ".join(name for name in makers if name not in _WRAPPERS)

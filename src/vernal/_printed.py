@@ -55,7 +55,7 @@ def _trained_by(trainer: Any) -> dict[str, str]:
     """Says of each trained parameter what trains it."""
     names = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
     optimiser = trainer.optimiser
-    if type(optimiser) is not ParamOptimiser:
+    if not isinstance(optimiser, ParamOptimiser):
         return dict.fromkeys(names, "trained")
     try:
         owners = optimiser.owners(trainer.params, filtered=True)

@@ -184,7 +184,7 @@ def _selected(trainer: Any, selector: Any) -> list[str]:
 def _rules(trainer: Any) -> Rules:
     """Finds the rules of an optimiser; without rules, each parameter is one."""
     optimiser, params = trainer.optimiser, trainer.params
-    if type(optimiser) is not ParamOptimiser:
+    if not isinstance(optimiser, ParamOptimiser):
         return tuple((path, (index,)) for index, path in enumerate(paths(params)))
     owners = optimiser.owners(params, filtered=True)
     present = sorted({owner for owner in owners if owner is not None})

@@ -109,7 +109,7 @@ def find_trained(
     model: Any, optimiser: Any, train: Any, projector: EigenProjector | None
 ) -> tuple[int | None, ...]:
     """Finds which leaves of the model are trained."""
-    by_rules = type(optimiser) is ParamOptimiser
+    by_rules = isinstance(optimiser, ParamOptimiser)
     ruled = cast(ParamOptimiser, optimiser).owners(model) if by_rules else ()
     if train is not None:
         owners = resolve(model, [train], argument="train")
@@ -179,7 +179,7 @@ def fit_projector(
 
 def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
     """Refuses rules that have no meaning in the latent space of a projector."""
-    if projector is None or type(optimiser) is not ParamOptimiser:
+    if projector is None or not isinstance(optimiser, ParamOptimiser):
         return
     if not projector._has_names:
         raise ValueError(
@@ -221,7 +221,7 @@ def _latent_owners(
 
 def check_ruled(optimiser: Any, params: PyTree) -> None:
     """Refuses a parameter that would be trained, and never moved."""
-    if type(optimiser) is not ParamOptimiser:
+    if not isinstance(optimiser, ParamOptimiser):
         return
     owners = cast(ParamOptimiser, optimiser).owners(params, filtered=True)
     names = paths(params)

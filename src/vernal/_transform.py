@@ -1,18 +1,15 @@
 """Optax transformations as pytrees: rates are leaves, the rest compares by value."""
 
-import abc
 import numbers
 import operator
-from collections.abc import Iterator
 from typing import Any, NamedTuple, final
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-import wadler_lindig as wl
 from jax import Array
 
+from ._abstract_transform import AbstractTransform
 from ._closures import Closure
 from ._rate_check import check_rates
 from ._x64 import narrowed_tree
@@ -42,79 +39,6 @@ _NEEDS_CONSTANTS = tuple(
         ("scale_by_lbfgs", "scale"),
     )
 )
-
-
-class AbstractTransform(eqx.Module):
-    """A pytree that is a gradient transformation to Optax.
-
-    Subclasses define `init` and `update`. All else here is the face that Optax looks
-    for: a named tuple of two functions, of the class that is given extra arguments.
-    """
-
-    # Optax passes extra arguments only to what is an instance of this class, and no
-    # Module can inherit from a named tuple. Equinox and JAX ask for `type(self)`.
-    @property
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return optax.GradientTransformationExtraArgs
-
-    # `jax.jit(tx.update)` hashes the module that the method is bound to.
-    def __hash__(self) -> int:
-        return id(self)
-
-    @abc.abstractmethod
-    def init(self, params: Any) -> Any:
-        """Makes the first state.
-
-        **Arguments:**
-
-        - `params`: the parameters.
-
-        **Returns:**
-
-        The state.
-        """
-
-    @abc.abstractmethod
-    def update(
-        self, updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Any]:
-        """Transforms gradients to updates.
-
-        **Arguments:**
-
-        - `updates`: the gradients, a tree like the parameters.
-        - `state`: of the step before.
-        - `params`: the parameters, where the transformation asks for them.
-        - `**extra`: what else a transformation may ask for, e.g. `value`.
-
-        **Returns:**
-
-        The updates, to be added to the parameters, and the new state.
-        """
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.init, self.update))
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> Any:
-        return (self.init, self.update)[index]
-
-    # Printers that meet a tuple print its two methods, each of which prints the tuple.
-    def __pdoc__(self, **kwargs: Any) -> wl.AbstractDoc:
-        fields = (
-            (name, getattr(self, name))
-            for name, field in type(self).__dataclass_fields__.items()
-            if field.repr
-        )
-        return wl.bracketed(
-            begin=wl.TextDoc(f"{type(self).__name__}("),
-            docs=wl.named_objs(fields, **kwargs),
-            sep=wl.comma,
-            end=wl.TextDoc(")"),
-            indent=kwargs.get("indent", 2),
-        )
 
 
 @final
