@@ -11,7 +11,9 @@ from ._paths import dotted
 from ._typing import PyTree
 
 
-def require_alike(tree: PyTree, like: PyTree, what: str, whose: str) -> None:
+def require_alike(
+    tree: PyTree, like: PyTree, what: str, whose: str, hint: str = ""
+) -> None:
     """Checks that one tree has the structure and the shapes of another.
 
     **Arguments:**
@@ -19,6 +21,7 @@ def require_alike(tree: PyTree, like: PyTree, what: str, whose: str) -> None:
     - `tree`, `like`: the two.
     - `what`: what an error calls the one.
     - `whose`: what it calls the other.
+    - `hint`: what it says at the end.
     """
     found, expected = jax.tree.structure(tree), jax.tree.structure(like)
     if found != expected:
@@ -31,7 +34,7 @@ def require_alike(tree: PyTree, like: PyTree, what: str, whose: str) -> None:
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
                 f"{what} must have the shapes of {whose}: {dotted(keys)!r} has shape "
-                f"{jnp.shape(leaf)} instead of {jnp.shape(other)}."
+                f"{jnp.shape(leaf)} instead of {jnp.shape(other)}.{hint}"
             )
 
 

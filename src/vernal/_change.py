@@ -10,6 +10,7 @@ import optax
 
 from ._alike import cast_like, require_alike
 from ._hyperparams import carried_over
+from ._model import check_state, checked_model
 from ._nonfinite import NanPolicy
 from ._optimiser import ParamOptimiser
 from ._parts import Parts, parameters, strong
@@ -24,7 +25,6 @@ from ._setup import (
 )
 from ._transform import as_transform
 from ._typing import PyTree
-from ._x64 import narrowed_model
 
 
 def replace(
@@ -41,7 +41,7 @@ def replace(
     new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
     params, latent = old.params, old.latent
     if model is not None:
-        model = narrowed_model(model)
+        model = checked_model(model)
         if jax.tree.structure(model) != parts.structure:
             raise ValueError(
                 "`model` has another structure than the one that is fitted. For "
@@ -60,6 +60,7 @@ def replace(
         new |= {"params": params, "latent": latent, "best": params}
         new |= {"best_state": old.state, "best_loss": infinite}
     if state is not None:
+        check_state(state)
         require_alike(state, old.state, "`state`", "the one that the trainer has")
         new["state"] = cast_like(state, old.state)
         if model is not None:

@@ -24,7 +24,7 @@ from ._precision import matmul
 from ._programs import program
 from ._ravel import as_parameters, ravel, ravel_dtype, unravel
 from ._singular import Spectrum, of_jacobian, of_products
-from ._typing import Params, checked, whole_number
+from ._typing import Params, checked, takes, whole_number
 
 Product = Callable[[Array], Array]
 """A linear map of flat vectors."""
@@ -75,7 +75,8 @@ def _flat_residuals(
     return flat_residuals
 
 
-def _subject(name: str, jac: Any) -> Subject:
+def _subject(function: Any, name: str, jac: Any) -> Subject:
+    takes(function, 1, name, f"{name}(params)")
     return Subject(f"`{name}`", checked_mode(jac))
 
 
@@ -230,7 +231,7 @@ def hessian(
     if `batch_size` is less than 1. A `TypeError` if a parameter is complex or not an
     array of floats, or if `fn` cannot be differentiated twice.
     """
-    batch_size, subject = checked_batch_size(batch_size), _subject("fn", jac)
+    batch_size, subject = checked_batch_size(batch_size), _subject(fn, "fn", jac)
     return _hessian(fn, as_parameters(params), batch_size, subject)
 
 
@@ -279,7 +280,10 @@ def gauss_newton(
     `batch_size` is less than 1. A `TypeError` if `residuals` returns no real array, if
     it cannot be differentiated, or if a parameter is complex or not an array of floats.
     """
-    batch_size, subject = checked_batch_size(batch_size), _subject("residuals", jac)
+    batch_size, subject = (
+        checked_batch_size(batch_size),
+        _subject(residuals, "residuals", jac),
+    )
     return _gauss_newton(residuals, as_parameters(params), batch_size, subject)
 
 
@@ -316,7 +320,10 @@ def jacobian(
 
     As [`vernal.gauss_newton`][].
     """
-    batch_size, subject = checked_batch_size(batch_size), _subject("residuals", jac)
+    batch_size, subject = (
+        checked_batch_size(batch_size),
+        _subject(residuals, "residuals", jac),
+    )
     return _jacobian(residuals, as_parameters(params), batch_size, subject)
 
 
@@ -347,6 +354,7 @@ def hessian_matvec(
     called: a `ValueError` if `fn` returns anything but a scalar, or the tree is not
     like `params`.
     """
+    takes(fn, 1, "fn", "fn(params)")
     return MatrixFree(_as_pytree(fn), as_parameters(params), False)
 
 
@@ -376,4 +384,5 @@ def gauss_newton_matvec(
     called: a `ValueError` if `residuals` returns a scalar, or the tree is not like
     `params`.
     """
+    takes(residuals, 1, "residuals", "residuals(params)")
     return MatrixFree(_as_pytree(residuals), as_parameters(params), True)

@@ -1,6 +1,7 @@
 """Where a fit's batches come from: one batch, minibatches, or a user's own loader."""
 
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Any, Generic, NamedTuple, TypeVar, final
 
 import equinox as eqx
@@ -10,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from ._datum import Flag, as_datum
-from ._paths import dotted
-from ._typing import PyTree, prng_key, whole_number
+from ._paths import spelled
+from ._typing import PyTree, prng_key, takes, whole_number
 
 Batch = TypeVar("Batch")
 
@@ -71,25 +72,26 @@ class Minibatches(eqx.Module):
         - `ValueError`: if the arrays disagree in length, or `size` is not between 1
             and that length.
         """
-        self.arrays = as_batch(arrays)
+        self.arrays = as_batch(arrays, "arrays")
         self.size = whole_number(size, "size", least=1)
         self.key = prng_key(key)
         lengths = {}
         for keys, leaf in jax.tree_util.tree_flatten_with_path(self.arrays)[0]:
-            if not getattr(leaf, "shape", ()):
-                what = "a scalar" if hasattr(leaf, "shape") else repr(leaf)
+            where, is_array = spelled("arrays", keys), isinstance(leaf, jax.Array)
+            if not is_array or not leaf.ndim:
+                what = "a scalar" if is_array else repr(leaf)
                 raise ValueError(
-                    f"`arrays`: the leaf {dotted(keys)!r} is {what}. Each must be an "
-                    "array with the examples along its first axis."
+                    f"{where} is {what}. Each leaf must be an array with the examples "
+                    "along its first axis."
                 )
-            lengths.setdefault(leaf.shape[0], dotted(keys))
+            lengths.setdefault(leaf.shape[0], where)
         if not lengths:
             raise ValueError("`arrays` has no array in it: there are no examples.")
         if len(lengths) > 1:
             (a, first), (b, second), *_ = lengths.items()
             raise ValueError(
-                f"`arrays` is ragged: {first!r} has {a} examples and {second!r} has "
-                f"{b}. The first axes must be equally long."
+                f"`arrays` is ragged: {first} has {a} examples and {second} has {b}. "
+                "The first axes must be equally long."
             )
         if self.size > self.examples:
             raise ValueError(
@@ -150,6 +152,20 @@ class Stream:
             steps which the trainer has already taken, returns an iterable of the
             batches from there on.
         """
+        if isinstance(source, str | bytes) or hasattr(source, "keys"):
+            raise TypeError(
+                f"`source` is a {type(source).__name__}, which would be read key by "
+                "key or letter by letter. A Stream takes an iterable of batches; for "
+                "the same batch at every step, pass it to `fit` as it is."
+            )
+        if _is_one_batch(source):
+            raise TypeError(
+                "`source` is a tuple of arrays, which is one batch. A Stream takes an "
+                "iterable of batches; for the same batch at every step, pass it to "
+                "`fit` as it is."
+            )
+        if isinstance(source, FunctionType):
+            takes(source, 1, "source", "source(step)")
         if not isinstance(source, Iterable) and not callable(source):
             raise TypeError(
                 f"`source` is {source!r}, which cannot be iterated over. A Stream "
@@ -220,10 +236,10 @@ def as_source(data: Any) -> Source:
             f"`data` is {type(data).__name__!r}, an iterator. To take one batch a step "
             "from it, wrap it: `fit(vn.Stream(data), steps)`."
         )
-    return Whole(as_batch(data))
+    return Whole(as_batch(data, "data"))
 
 
-def as_batch(batch: Any, argument: str = "data") -> Any:
+def as_batch(batch: Any, argument: str = "batch") -> Any:
     """Turns the arrays and the floats of a batch into JAX's arrays.
 
     So new ones compile nothing. Those of other libraries are copied. Integers, strings
@@ -235,12 +251,9 @@ def as_batch(batch: Any, argument: str = "data") -> Any:
     - `argument`: what an error calls it.
     """
     if isinstance(batch, Minibatches | Stream | Iterator):
-        what = "a step takes" if argument == "data" else f"`{argument}` is"
         raise TypeError(
-            f"{what} one batch, not a {type(batch).__name__}. Give it to `fit`, "
-            "or take a batch from it."
+            f"`{argument}` must be one batch, not a {type(batch).__name__}. Give it to "
+            "`fit`, or take a batch from it."
         )
     flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-    return structure.unflatten(
-        [as_datum(leaf, argument, dotted(keys)) for keys, leaf in flat]
-    )
+    return structure.unflatten([as_datum(leaf, argument, keys) for keys, leaf in flat])

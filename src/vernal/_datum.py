@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._meaning import refuse_meaning
-from ._x64 import narrowed
+from ._foreign import is_deleted, refuse_foreign, refuse_sparse
+from ._paths import spelled
+from ._x64 import is_cut, narrowed
 
 
 @final
@@ -32,13 +33,13 @@ class Flag:
         return repr(self.value)
 
 
-def as_datum(leaf: Any, argument: str, path: str) -> Any:
+def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     """Turns arrays of other libraries, and floats, into JAX's arrays.
 
     **Arguments:**
 
     - `leaf`: a leaf of a batch.
-    - `argument`, `path`: what an error calls the batch, and where in it the leaf is.
+    - `argument`, `keys`: what an error calls the batch, and where in it the leaf is.
 
     **Returns:**
 
@@ -48,30 +49,36 @@ def as_datum(leaf: Any, argument: str, path: str) -> Any:
 
     - `TypeError`: if it is an array of something other than numbers, a loader, or an
         object that cannot be hashed.
+    - `ValueError`: if it is an array that has been deleted.
     """
-    where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
-    name = f"`{argument}`: the leaf {path!r}" if path else f"`{argument}`"
-    if isinstance(leaf, jax.Array):
-        return narrowed(leaf, name)
+    is_array = isinstance(leaf, jax.Array)
+    # Of each leaf at every step: its name is not spelled out in vain.
+    if is_array and not is_cut(leaf) and not is_deleted(leaf):
+        return leaf
+    where = spelled(argument, keys)
+    if is_array:
+        refuse_foreign(leaf, where)
+        return narrowed(leaf, where)
     if isinstance(leaf, bool):
         return Flag(leaf)
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
-        return _copied(leaf, where, name)
+        return _copied(leaf, where)
     if not isinstance(leaf, type) and hasattr(leaf, "__array__"):
-        return _copied(_converted(leaf, where), where, name)
+        return _copied(_converted(leaf, where), where)
     if not isinstance(leaf, type) and hasattr(leaf, "__dlpack__"):
         return jnp.array(jnp.from_dlpack(leaf))
+    refuse_sparse(leaf, where)
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):
         raise TypeError(
-            f"{where} a {type(leaf).__name__}, which is no array. To take one batch a "
+            f"{where} is a {type(leaf).__name__}, which is no array. To take one batch a "
             "step from it, wrap it: `fit(vn.Stream(data), steps)`."
         )
     try:
         hash(leaf)
     except TypeError:
         raise TypeError(
-            f"{where} a {type(leaf).__name__}, which is no array and cannot be hashed, "
+            f"{where} is a {type(leaf).__name__}, which is no array and cannot be hashed, "
             "so that no compiled program could be found by it. Leave it out, or give "
             "what can be hashed, such as a tuple of numbers."
         ) from None
@@ -86,24 +93,20 @@ def _converted(leaf: Any, where: str) -> Any:
         with contextlib.suppress(Exception):
             return np.asarray(jnp.from_dlpack(leaf))
         raise TypeError(
-            f"{where} a {type(leaf).__name__}, which cannot be turned into an array. "
+            f"{where} is a {type(leaf).__name__}, which cannot be turned into an array. "
             f"Turn it into one of NumPy's first. It says: {error}"
         ) from error
 
 
-def _copied(leaf: Any, where: str, name: str) -> jax.Array:
-    refuse_meaning(leaf, where, "JAX would compute with what is masked")
+def _copied(leaf: Any, where: str) -> jax.Array:
+    refuse_foreign(leaf, where)
     array = np.asarray(leaf)
-    if array.dtype.kind in "OSUMm" or array.dtype.type is np.void:
-        raise TypeError(
-            f"{where} an array of dtype {array.dtype}, which JAX cannot compute "
-            "with. Turn it into numbers, or leave it out."
-        )
+    refuse_foreign(array, where)
     if array.dtype.char in "gG":
         raise TypeError(
-            f"{where} an array of long doubles ({array.dtype}), which JAX does not "
+            f"{where} is an array of long doubles ({array.dtype}), which JAX does not "
             "have. Subtract a reference, and then turn it into float64: "
             "`(x - x[0]).astype(float)`."
         )
     # A copy: JAX may otherwise share the memory of an array that is changed later.
-    return jnp.array(narrowed(leaf, name))
+    return jnp.array(narrowed(leaf, where))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from ._dense import Cut, DenseWhitening, OnNull, check_options, of_spectrum
 from ._directions import list_parameters
 from ._eigen import Matrix, as_real_square, equilibrated_eigh, refuse, refuse_non_finite
+from ._foreign import refuse_foreign
 from ._paths import paths
 from ._precision import widest
 from ._ravel import element_name, ravel_dtype, ravel_size
@@ -131,6 +132,7 @@ def whiten_jacobian(
     name: str,
 ) -> DenseWhitening:
     """Does for `given`, a Jacobian, what `whiten` does for a matrix."""
+    refuse_foreign(given, name)
     size, shape = ravel_size(params), np.shape(given)
     if len(shape) != 2 or shape[1] != size or shape[0] == 0:
         raise ValueError(

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import keystr
 
 from ._data import Minibatches, as_batch
 from ._nonfinite import SKIP_ADVICE
@@ -22,7 +21,7 @@ from ._objective import (
     score,
     step_key,
 )
-from ._paths import dotted, is_inexact
+from ._paths import dotted, is_inexact, spelled
 from ._programs import version_of
 from ._typing import PyTree
 
@@ -92,6 +91,8 @@ def diagnosed(trainer: Any, batch: Any) -> Diagnosis:
         step = trainer.step_count
         batch = batch.next(batch.start(step), step)[0]
     results = _bad_results(trainer._bare(), as_batch(batch))
+    if results:
+        results = (*_empty(batch), *results)
     if data or model:
         return Diagnosis(data, model, tuple(f"{r[0].upper()}{r[1:]}" for r in results))
     if results:
@@ -99,7 +100,7 @@ def diagnosed(trainer: Any, batch: Any) -> Diagnosis:
         first = f"The data and the parameters are finite: {first}"
         return Diagnosis((), (), (first, *rest))
     found = "The data, the parameters, the loss and its gradient are finite."
-    return Diagnosis((), (), (found,))
+    return Diagnosis((), (), (found, *_bad_update(trainer, as_batch(batch))))
 
 
 def bad_data(batch: Any) -> tuple[str, ...]:
@@ -111,8 +112,41 @@ def bad_data(batch: Any) -> tuple[str, ...]:
     tree = batch.arrays if is_whole else as_batch(batch)
     of_all = " of all the examples" if is_whole else ""
     bad = _bad_leaves(tree)
-    named = [f"`batch{keystr(keys)}` {what}{of_all}." for keys, what in bad]
+    named = [f"{spelled('batch', keys)} {what}{of_all}." for keys, what in bad]
     return _abridged(named)
+
+
+def _empty(batch: Any) -> tuple[str, ...]:
+    """Names the arrays of a batch that have no numbers: a mean over nothing is NaN."""
+    empty = [keys for keys, leaf in _leaves(as_batch(batch)) if 0 in np.shape(leaf)]
+    return _abridged([f"{spelled('batch', keys)} is empty." for keys in empty])
+
+
+def _bad_update(trainer: Any, batch: Any) -> tuple[str, ...]:
+    """Says which hook, or else that the optimiser, makes an update that is not finite.
+
+    The hooks are tried at the parameters before the step.
+    """
+    *_, lasts = jax.device_get(trainer._progress.nan_counts)
+    if lasts[-1] < lasts.max() or lasts[-1] < 0:
+        return ()
+    hooks: dict[str, Callable[..., Any]] = {
+        "transform_grads": lambda *args: args[0].transform_grads(
+            _gradients(*args), args[0].model
+        ),
+        "constrain": lambda *args: trainer._parts.trained(
+            args[0].constrain(args[0].model)
+        ),
+    }
+    for name, hook in hooks.items():
+        if trainer._overrides(name):
+            changed = _evaluated(trainer._bare(), batch, hook)
+            if bad := [repr(dotted(keys)) for keys, _ in _bad_leaves(changed)]:
+                names = ", ".join(bad[:_MOST_NAMED])
+                return (f"What `{name}` returns is not finite in {names}.",)
+    own = [f"`{name}`" for name in hooks if trainer._overrides(name)]
+    makers = " or ".join(["the optimiser", *own])
+    return (f"The update that {makers} made of it is not.",)
 
 
 def _bad_model(trainer: Any) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.tree_util import PyTreeDef
@@ -32,6 +33,8 @@ def array_differences(old: Any, new: Any) -> Iterator[str]:
 
 def abstract(array: Any) -> Any:
     """What JAX compiles for: the dtypes that it does not have, e.g., are others'."""
+    if isinstance(array, np.ma.MaskedArray):
+        array = array.data
     try:
         return jax.typeof(array)
     except TypeError:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Inexact, Num
 
+from ._foreign import refuse_foreign
 from ._precision import widest
 from ._typing import checked
 
@@ -17,6 +18,7 @@ Matrix = Num[Array, "..."] | Num[np.ndarray, "..."]
 
 def as_square(matrix: Matrix, name: str) -> Inexact[Array, "D D"]:
     """Returns `matrix` as an array of floats, once it is known to be square."""
+    refuse_foreign(matrix, f"`{name}`")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(
             f"`{name}` must be a square matrix, with as many rows as columns, but it "

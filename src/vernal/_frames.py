@@ -1,13 +1,17 @@
 """Whose code is it: tracebacks and warnings that point to the user's."""
 
 import functools as ft
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+
+from ._foreign import has_been_deleted, is_deleted
+from ._paths import spelled
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,12 +61,26 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
         try:
             return fn(*args, **kwargs)
         except Exception as error:
+            if isinstance(error, RuntimeError) and "has been deleted" in str(error):
+                if (clearer := _deleted(fn, args, kwargs)) is not None:
+                    raise clearer from None
             if getattr(jax.config, "jax_traceback_filtering", None) != "off":
                 users = _users(error.__traceback__)
                 error.__traceback__ = users or error.__traceback__
             raise
 
     return entered
+
+
+def _deleted(fn: Callable[..., Any], args: Any, kwargs: Any) -> ValueError | None:
+    """Finds what was given that has been deleted, and says so by its name."""
+    given = inspect.signature(fn).bind_partial(*args, **kwargs).arguments
+    for name, tree in given.items():
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if isinstance(leaf, jax.Array) and is_deleted(leaf):
+                where = spelled("trainer" if name == "self" else name, keys)
+                return has_been_deleted(where.replace("._progress", ""))
+    return None
 
 
 def _users(traceback: TracebackType | None) -> TracebackType | None:

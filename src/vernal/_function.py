@@ -9,14 +9,14 @@ from jaxtyping import PRNGKeyArray
 
 from ._closures import Closure
 from ._frames import entrance
-from ._loop import FitOptions
+from ._loop import OPTIONS, FitOptions
 from ._nonfinite import NanPolicy, StopFit
 from ._placement import Sharding
 from ._projector import EigenProjector
 from ._result import FitResult
 from ._selectors import Selector
 from ._trainer import Trainer
-from ._typing import takes
+from ._typing import refuse_unknown, takes
 
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
@@ -79,7 +79,10 @@ def fit(
         raise TypeError(
             f"`loss` is {loss!r}, but must be a function `(model, batch) -> scalar`."
         )
-    takes(loss, 2, "loss", "loss(model, batch)")
+    keywords = [n for n, x in (("key", key), ("state", state)) if x is not None]
+    form = ", ".join(["model, batch", *(f"{name}={name}" for name in keywords)])
+    takes(loss, 2, "loss", f"loss({form})", keywords)
+    refuse_unknown(options, (*OPTIONS, "mesh", "sharding"), "fit")
     trainer = _FunctionTrainer(
         loss,
         model,

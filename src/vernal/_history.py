@@ -3,14 +3,16 @@
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import equinox as eqx
+import jax
 import numpy as np
 
 from ._file import opened, write_file
 from ._leaves import MismatchError, to_arrays
 from ._paths import UnknownPathError, nearest_names
+from ._typing import file_path
 
 COLUMNS = ("steps", "loss", "validation", "validation_steps")
 
@@ -56,6 +58,13 @@ class History(eqx.Module):
         validation_steps: np.ndarray | None = None,
     ):
         """**Arguments:** see the attributes."""
+        given = {"steps": steps, "loss": loss}
+        given |= {"validation": validation, "validation_steps": validation_steps}
+        for name, column in given.items():
+            if column is not None or name in ("steps", "loss"):
+                _check_column(column, name)
+        if not isinstance(records, Mapping | None):
+            raise TypeError(f"`records` is {records!r}, but must map names to arrays.")
         self.steps = steps
         self.loss = loss
         self.records = dict(records or {})
@@ -101,6 +110,7 @@ class History(eqx.Module):
 
         - `OSError`: if the file cannot be written; one that was there is as it was.
         """
+        file_path(path, "path")
         columns = {name: getattr(self, name) for name in COLUMNS}
         columns |= {f"{RECORDS}{name}": rows for name, rows in self.records.items()}
         write_file(path, to_arrays(OrderedDict(columns)))
@@ -117,6 +127,7 @@ class History(eqx.Module):
 
         - `LoadError`: as [`vernal.load`][].
         """
+        file_path(path, "path")
         with opened(path) as kept:
             columns = {name: np.asarray(leaf.array) for name, leaf in kept.items()}
         if not columns.keys() >= set(COLUMNS):
@@ -155,6 +166,13 @@ class History(eqx.Module):
         return (
             f"History({len(self)} rows, steps {self.steps[0]} to {self.steps[-1]}, "
             f"loss {self.loss[0]:.6g} to {self.loss[-1]:.6g}{names})"
+        )
+
+
+def _check_column(column: Any, name: str) -> None:
+    if not isinstance(column, np.ndarray | jax.Array) or not column.ndim:
+        raise TypeError(
+            f"`{name}` is {column!r}, but must be an array with an entry for each row."
         )
 
 

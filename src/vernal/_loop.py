@@ -5,7 +5,6 @@ import time
 from typing import Any, TypedDict
 
 import numpy as np
-from jax.core import Tracer
 
 from ._bar import Bar
 from ._checkpoint import Checkpoints
@@ -22,7 +21,8 @@ from ._selectors import Selector
 from ._setup import no_optimiser
 from ._step import MOST_STEPS
 from ._stop import StopCriterion, StopReason
-from ._typing import takes, whole_number
+from ._traced import UNROLL, refuse_traced
+from ._typing import boolean, takes, whole_number
 
 ONE = One()
 
@@ -38,6 +38,10 @@ class FitOptions(TypedDict, total=False):
     callback: Callback | None
     chunk: int | None
     checkpoint: Checkpoints | None
+
+
+OPTIONS = tuple(FitOptions.__annotations__)
+"""Their names."""
 
 
 def fit(
@@ -59,6 +63,8 @@ def fit(
 
     `kind` tells what is fitted: one trainer, or many at once.
     """
+    refuse_traced("fit", trainer, data, validation, remedy=UNROLL)
+    progress = boolean(progress, "progress")
     run = None
     try:
         with contextlib.ExitStack() as stack:
@@ -165,11 +171,6 @@ def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
         takes(callback, 2, "callback", "callback(trainer, history)")
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
-    if isinstance(trainer.step_count, Tracer):
-        raise TypeError(
-            "`fit` runs compiled programs from the host, and cannot be a part of one. "
-            "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
-        )
     check_elementwise(kind.template(trainer))
     if kind.count(trainer) + steps > MOST_STEPS:
         raise ValueError(

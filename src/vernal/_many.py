@@ -6,14 +6,15 @@ from typing import Any, TypeVar, Unpack
 from jax.sharding import Mesh
 
 from ._frames import entrance
-from ._loop import FitOptions, fit
+from ._loop import OPTIONS, FitOptions, fit
 from ._members import Many, ManyResult
 from ._modes import Mode
 from ._placement import Placement, placement
 from ._solve import Solver
 from ._stack import require_one_step, stacked
+from ._traced import UNROLL, refuse_traced
 from ._trainer import Trainer
-from ._typing import whole_number
+from ._typing import refuse_unknown, whole_number
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
@@ -84,6 +85,9 @@ def fit_many(
         are trainers, or `batch` does not divide that number.
     - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][], once all are over.
     """
+    given = trainers, data, options.get("validation")
+    refuse_traced("fit_many", *given, remedy=UNROLL)
+    refuse_unknown(options, OPTIONS, "fit_many")
     together, flags, size = stacked(trainers)
     group = size if batch is None else whole_number(batch, "batch", least=1)
     if size % group:

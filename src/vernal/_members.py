@@ -18,7 +18,7 @@ from ._modes import Mode, checked_mode
 from ._monitor import Monitor, MonitorState
 from ._nonfinite import SKIP_ADVICE, NanCount
 from ._one import BadEnd, One
-from ._paths import dotted
+from ._paths import spelled
 from ._placement import Placement
 from ._record import Rows
 from ._solve import Problem, checked_solver
@@ -27,7 +27,7 @@ from ._spread import Flags, Spread, apart, member, run_many, run_many_in_place
 from ._stack import first_row, stack
 from ._stop import AT_NON_FINITE, StopReason
 from ._trainer import Trainer
-from ._typing import PyTree
+from ._typing import PyTree, whole_number
 
 TrainerT = TypeVar(
     "TrainerT", bound=Trainer[Any, Any], covariant=True, default=Trainer[Any, Any]
@@ -60,6 +60,7 @@ class ManyResult(eqx.Module, Generic[TrainerT]):
 
     def trainer(self, index: int) -> TrainerT:
         """The trainer of one member."""
+        index = whole_number(index, "index")
         if not -len(self) <= index < len(self):
             raise IndexError(f"`index` is {index}, and there are {len(self)} members.")
         is_array = lambda leaf: isinstance(leaf, jax.Array)
@@ -139,9 +140,8 @@ class Many(One):
                 continue
             length = leaf.shape[axis] if -leaf.ndim <= axis < leaf.ndim else None
             if length != self.size:
-                name = f"the leaf {dotted(keys)!r} of `{argument}`"
                 raise ValueError(
-                    f"`data_axis`: {name if keys else f'`{argument}`'} has the shape "
+                    f"`data_axis`: {spelled(argument, keys)} has the shape "
                     f"{leaf.shape}, whose axis {axis} must be as long as there are "
                     f"trainers, {self.size}."
                 )
@@ -171,19 +171,24 @@ class Many(One):
     def _axes(self, batch: Any, argument: str) -> list[int | None]:
         """Finds the axis of each leaf of a batch, `None` for what is shared."""
         is_none = lambda node: node is None
+        for axis in jax.tree.leaves(self.data_axis):
+            whole_number(axis, "data_axis")
         spread = lambda axis, part: jax.tree.map(lambda _: axis, part)
         try:
             axes = jax.tree.map(spread, self.data_axis, batch, is_leaf=is_none)
         except ValueError as error:
+            like = jax.tree.map(lambda _: 0, batch)
             raise ValueError(
-                f"`data_axis` is {self.data_axis!r}, which is no prefix of "
-                f"`{argument}`: {error}"
+                f"`data_axis` is {self.data_axis!r}, but must be one axis, or a tree "
+                f"of axes like `{argument}`, such as {like!r}, with `None` for what "
+                "all share."
             ) from error
         found = jax.tree.leaves(axes, is_leaf=is_none)
-        leaves = jax.tree.leaves(batch)
+        leaves = jax.tree.leaves(batch, is_leaf=is_none)
         return [
             axis if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
             for axis, leaf in zip(found, leaves, strict=True)
+            if leaf is not None
         ]
 
     def _flags(self, batch: Any) -> Flags:
@@ -337,7 +342,7 @@ class Many(One):
         index = are_bad.index(True)
         sentence = (
             f"`fit_many`: all {len(result)} trainers ended at values that are not "
-            "finite. The first:"
+            f"finite. Of member {index}:"
         )
         return BadEnd(index, result.trainer(index), sentence)
 
@@ -354,7 +359,8 @@ class Many(One):
             return
         for index, reason in enumerate(result.stop_reasons):
             if reason is StopReason.NON_FINITE:
-                raise result.trainer(index)._non_finite_error(result, explanation)
+                told = f"That is member {index} of {len(result)}. {explanation}"
+                raise result.trainer(index)._non_finite_error(result, told)
 
 
 def _flatten(tree: PyTree) -> Any:

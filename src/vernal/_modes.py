@@ -4,7 +4,8 @@ What is differentiated here is what `traced` returns, so that a user's function 
 called once, however many modes are tried.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import equinox as eqx
@@ -48,7 +49,7 @@ class Subject(NamedTuple):
 
 def checked_mode(jac: Any) -> Mode | None:
     """Checks the argument `jac`."""
-    if jac not in (None, "fwd", "bwd"):
+    if jac is not None and not (isinstance(jac, str) and jac in ("fwd", "bwd")):
         raise ValueError(
             f'`jac` is {jac!r}, but must be "fwd" (forward mode: a pass for each '
             'parameter), "bwd" (reverse mode: a pass for each datum) or `None`, for '
@@ -60,6 +61,22 @@ def checked_mode(jac: Any) -> Mode | None:
 def traced(fn: Callable[[PyTree], PyTree], point: PyTree) -> Callable[[PyTree], PyTree]:
     """Traces a function once; what is wrong with it by itself is raised here."""
     return cast(Any, eqx.filter_closure_convert(fn, point))
+
+
+@contextlib.contextmanager
+def in_reverse(name: str) -> Iterator[None]:
+    """Says what to do where what is differentiated has forward mode alone."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Reverse-mode differentiation does not work"):
+            raise
+        raise TypeError(
+            f"{name} cannot be differentiated in reverse mode, which a step takes. "
+            f"JAX says: {_first_line(error)}. Give the loop a length that is known, by "
+            "`jax.lax.scan` or a `jax.lax.fori_loop` between Python numbers; or use "
+            '`trainer.solve(solver, batch, jac="fwd")`.'
+        ) from error
 
 
 def choose_mode(

@@ -21,7 +21,9 @@ from ._parts import strong
 from ._record import Rows
 from ._step import MOST_STEPS, Best, Outcome, Progress, held_best, ranked
 from ._stop import StepView, StopCriterion, StopReason
-from ._typing import PyTree, whole_number
+from ._typing import PyTree, takes_methods, whole_number
+
+_OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
 
 
 class MonitorState(eqx.Module):
@@ -60,6 +62,8 @@ class Monitor(eqx.Module):
                 f"`stop` is {stop!r}, but must be a StopCriterion, such as "
                 f"`vn.Converged(1e-8, 20)`.{remedy}"
             )
+        if stop is not None:
+            takes_methods(type(stop), _OF_CRITERION, "stop")
         if stop is not None and stop.needs_validation and validation is None:
             raise ValueError(
                 f"`stop` is {stop!r}, which watches a validation, and there is none. "

@@ -134,6 +134,12 @@ def residuals_as_returned(
             f"{type(residuals).__name__}. It must return one array, such as "
             "`(model(x) - y) / sigma`."
         )
+    if 0 in residuals.shape:
+        raise ValueError(
+            f"`{type(trainer).__name__}.residuals` returned an array of shape "
+            f"{residuals.shape}, which has no residual in it. The batch is empty, and "
+            "any model would fit it."
+        )
     return residuals
 
 

@@ -50,7 +50,7 @@ class One:
 
     def prepare(self, batch: Any) -> Any:
         """Turns a batch of a stream into what a step takes."""
-        batch = as_batch(batch)
+        batch = as_batch(batch, "data")
         return batch if self.place is None else self.place.share(batch)
 
     def monitor(self, validation: Any, stop: Any) -> Monitor:

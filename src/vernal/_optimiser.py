@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, ArrayLike
 
 from ._closures import Closure
+from ._foreign import refuse_foreign
 from ._groups import init_groups, update_groups
 from ._parts import parameters, strong
 from ._paths import (
@@ -26,6 +27,7 @@ from ._paths import (
 from ._selectors import atoms, keep, resolve
 from ._table import aligned
 from ._transform import AbstractTransform, Transform, as_transform
+from ._typing import boolean, whole_number
 
 
 class ParamOptimiserState(eqx.Module):
@@ -135,7 +137,7 @@ class ParamOptimiser(AbstractTransform):
         self.scales = tuple(_as_scale(1.0) for _ in rules)
         self.first = None if first is None else as_transform(first, "first")
         self.default = None if default is None else as_transform(default, "default")
-        self.strict = strict
+        self.strict = boolean(strict, "strict")
 
     def owners(self, model: Any, *, filtered: bool = False) -> tuple[int | None, ...]:
         """Finds the group of each leaf of a model: `None` for a frozen one.
@@ -154,6 +156,7 @@ class ParamOptimiser(AbstractTransform):
             `strict` and a parameter has none.
         """
         selectors = self.selectors.decode()
+        filtered = boolean(filtered, "filtered")
         found = resolve(model, selectors, argument="rules", filtered=filtered)
         flat, _ = jax.tree_util.tree_flatten_with_path(model)
         owners = []
@@ -174,6 +177,7 @@ class ParamOptimiser(AbstractTransform):
     def name_of(self, owner: int) -> str:
         """Names a group: by the selector of its rule, or `default`."""
         selectors = self.selectors.decode()
+        owner = whole_number(owner, "owner", least=0, most=len(selectors))
         if owner == len(selectors):
             return "default"
         members = _members(selectors[owner])
@@ -329,6 +333,7 @@ class ParamOptimiser(AbstractTransform):
                     f"`scales[{name!r}]` is {value!r}, but must be one number. For a "
                     "factor per element, see `vernal.precondition`."
                 )
+            refuse_foreign(value, f"`scales[{name!r}]`")
             new[names[name]] = _as_scale(value)
         return eqx.tree_at(lambda o: o.scales, self, tuple(new))
 

@@ -62,6 +62,11 @@ def dotted(keys: tuple[Any, ...]) -> str:
     return ".".join(map(_segment, keys))
 
 
+def spelled(name: str, keys: tuple[Any, ...]) -> str:
+    """Writes where a leaf is as Python does: `` `data['x'][0]` ``, in backticks."""
+    return f"`{name}{keystr(keys)}`"
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether `leaf` is an array of floats or complex numbers.
 
@@ -70,7 +75,7 @@ def is_inexact(leaf: Any) -> bool:
     """
     return (
         hasattr(leaf, "shape")
-        and hasattr(leaf, "dtype")
+        and isinstance(getattr(leaf, "dtype", None), np.dtype)
         and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
         and leaf.dtype.char not in "gG"
     )

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ._alike import is_weak
 from ._data import Source, Stream, Whole
 from ._leaves import is_key, is_part
-from ._paths import dotted, named_leaves
+from ._paths import dotted, named_leaves, spelled
 from ._selectors import resolve
 from ._typing import PyTree
 
@@ -168,21 +168,22 @@ class Placement(eqx.Module):
         flat, structure = jax.tree_util.tree_flatten_with_path(batch)
         return structure.unflatten(
             [
-                fn(leaf, self.on(self._spec_of_datum(leaf, dotted(keys), argument)))
+                fn(leaf, self.on(self._spec_of_datum(leaf, keys, argument)))
                 if isinstance(leaf, jax.Array)
                 else leaf
                 for keys, leaf in flat
             ]
         )
 
-    def _spec_of_datum(self, leaf: Any, path: str, argument: str) -> PartitionSpec:
+    def _spec_of_datum(
+        self, leaf: Any, keys: tuple[Any, ...], argument: str
+    ) -> PartitionSpec:
         if not isinstance(leaf, Tracer) and self._is_here(leaf):
             return leaf.sharding.spec
         if not leaf.ndim:
             return WHOLE
         if leaf.shape[0] % self.size:
-            rows, where = leaf.shape[0], f"`{argument}`"
-            where = f"the leaf {path!r} of {where}" if path else where
+            rows, where = leaf.shape[0], spelled(argument, keys)
             leave = f"Leave out {rows % self.size} of them, or pad"
             raise ValueError(
                 f"`mesh`: {where} has the shape {leaf.shape}, and {self._told} cannot "
@@ -277,12 +278,16 @@ def _check_spec(
     where = f"`sharding`: {path!r}, of shape {shape}, cannot be split by {spec}"
     if len(spec) > len(shape):
         raise ValueError(f"{where}, which has more entries than there are axes.")
+    used: list[str] = []
     for length, entry in zip(shape, spec, strict=False):
         names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
         for name in names:
             if name not in mesh.axis_names:
                 known = ", ".join(map(repr, mesh.axis_names))
                 raise ValueError(f"{where}: the axes of the mesh are {known}.")
+        used += names
+        if len(used) > len(set(used)):
+            raise ValueError(f"{where}, which names an axis of the mesh twice.")
         parts = int(np.prod([mesh.shape[name] for name in names], dtype=int))
         if length % parts:
             raise ValueError(

@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import tree_flatten_with_path
 
-from ._paths import dotted
+from ._foreign import refuse_foreign
+from ._paths import dotted, spelled
 from ._projector import EigenProjector
 
 
@@ -49,6 +51,9 @@ def precondition(
             "like the parameters."
         )
 
+    if not is_projector:
+        _check_scales(projector)
+
     def update(updates: Any, params: Any) -> Any:
         _check(updates, like)
         grads, structure = jax.tree.flatten(updates)
@@ -60,6 +65,18 @@ def precondition(
         return structure.unflatten(jax.tree.leaves(new))
 
     return optax.stateless(update)
+
+
+def _check_scales(scales: Any) -> None:
+    for keys, leaf in tree_flatten_with_path(scales)[0]:
+        where = spelled("projector", keys)
+        refuse_foreign(leaf, where)
+        numbers = jax.Array | np.ndarray | np.generic | int | float | complex
+        if not isinstance(leaf, numbers) or isinstance(leaf, bool):
+            raise TypeError(
+                f"{where} is {leaf!r}, but must be a scale: give an EigenProjector, or "
+                "a tree of arrays like the parameters."
+            )
 
 
 def _check(updates: Any, like: Any) -> None:

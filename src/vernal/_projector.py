@@ -28,10 +28,12 @@ from ._decompose import Kind, whiten, whiten_jacobian
 from ._dense import DenseWhitening, OnNull, check_rank_kind
 from ._directions import name_null_space
 from ._eigen import Matrix
+from ._foreign import refuse_foreign
 from ._low_rank import whiten_matvec
+from ._paths import spelled
 from ._precision import widest
 from ._ravel import as_parameters, ravel_size
-from ._typing import Params, PyTree, checked
+from ._typing import Params, PyTree, checked, takes
 from ._whitening import AbstractWhitening, Unchanged
 
 _VECTOR = jax.tree.structure(0)
@@ -353,6 +355,7 @@ class EigenProjector(eqx.Module):
         of floats.
         """
         origin = jax.lax.stop_gradient(as_parameters(params))
+        takes(matvec, 1, "matvec", "matvec(tree)")
         whitening = whiten_matvec(matvec, origin, rank, key=key, scale=scale)
         return cls._of_vectors(origin, whitening, "`matvec`")
 
@@ -374,6 +377,8 @@ class EigenProjector(eqx.Module):
     def _pieces(self, latent: PyTree) -> list[Array]:
         """Takes a latent tree apart, once it is known to be one."""
         like = self._latent_like
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(latent)[0]:
+            refuse_foreign(leaf, spelled("latent", keys))
         if not self._has_names and jnp.shape(latent) != like.shape:
             raise ValueError(
                 f"`latent` has shape {jnp.shape(latent)}, but the latent space of this "

@@ -1,6 +1,7 @@
 """Trees of parameters as flat vectors, in the order of `ravel_pytree`."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, DTypeLike, Float
 
-from ._paths import dotted
+from ._foreign import refuse_foreign
+from ._paths import dotted, spelled
 from ._precision import widest
 from ._typing import Params
 
@@ -26,11 +28,12 @@ def as_parameters(params: Params, name: str = "params") -> Params:
             f"`{name}` holds no parameter: it needs at least one floating-point array."
         )
     return jax.tree.unflatten(
-        structure, [_as_parameter(dotted(keys), leaf, name) for keys, leaf in pairs]
+        structure, [_as_parameter(keys, leaf, name) for keys, leaf in pairs]
     )
 
 
-def _as_parameter(path: str, leaf: object, name: str) -> Array:
+def _as_parameter(keys: tuple[Any, ...], leaf: object, name: str) -> Array:
+    refuse_foreign(leaf, spelled(name, keys))
     if isinstance(leaf, float):
         # Written out, the dtype is a strong one, and stays so across a step.
         return jnp.asarray(leaf, jnp.result_type(float))
@@ -39,12 +42,12 @@ def _as_parameter(path: str, leaf: object, name: str) -> Array:
         kind = type(leaf).__name__ if dtype is None else dtype
         raise TypeError(
             f"`{name}` may hold floating-point arrays only, with `None` elsewhere, but "
-            f"its leaf '{path}' is {kind}. Select the trained leaves first, for "
+            f"its leaf {dotted(keys)!r} is {kind}. Select the trained leaves first, for "
             "instance with `eqx.filter(model, eqx.is_inexact_array)`."
         )
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
-            f"`{name}` must be real, but its leaf '{path}' is {dtype}. Write it as two "
+            f"`{name}` must be real, but its leaf {dotted(keys)!r} is {dtype}. Write it as two "
             "real parameters, its real and its imaginary part."
         )
     return jnp.asarray(leaf)

@@ -23,6 +23,11 @@ UPDATE_RATIOS = "update_ratios"
 LOSS = "loss"
 _NORMS = (GRAD_NORM, GRAD_NORMS, UPDATE_RATIOS)
 
+_AMBIGUOUS = (
+    "{!r} is the name of {}, and of something else that can be recorded. Rename the "
+    "one or the other."
+)
+
 # The name of each rule, and the leaves that it owns.
 Rules = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -52,6 +57,8 @@ class Record(eqx.Module):
     rules: Rules = eqx.field(static=True)
     paths: tuple[str, ...] = eqx.field(static=True)
     metrics: tuple[str, ...] = eqx.field(static=True)
+    others: tuple[str, ...] = eqx.field(static=True)
+    """What was named, and is not a metric: of that name there must be no metric."""
 
     def __init__(self, trainer: Any, record: Any, batch: Callable[[], Any]):
         """**Arguments:**
@@ -85,6 +92,11 @@ class Record(eqx.Module):
                 metrics.append(name)
         self.paths = tuple(dict.fromkeys(chosen))
         self.metrics = tuple(metrics)
+        self.others = tuple(name for name in names if name not in metrics)
+        parameters = paths(trainer.params)
+        for name in self.norms:
+            if name in parameters:
+                raise ValueError(f"`record`: {_AMBIGUOUS.format(name, 'a parameter')}")
         for name in (*self.paths, *self.metrics):
             if name in COLUMNS:
                 raise ValueError(
@@ -100,6 +112,9 @@ class Record(eqx.Module):
         - `old`, `new`: the parameters before and after.
         - `outcome`: what can be told of the step.
         """
+        for name in self.others:
+            if name in outcome.metrics:
+                raise ValueError(f"`record`: {_AMBIGUOUS.format(name, 'a metric')}")
         norms = self._norms(old, new, outcome.grads)
         return norms | self._parameters(old) | self._picked(outcome.metrics)
 

@@ -38,10 +38,17 @@ from ._solve import (
 )
 from ._step import Progress, count_non_finite
 from ._stop import StopReason
+from ._traced import refuse_traced
+from ._typing import boolean
 from ._whitening import Unchanged
 
 # How many columns of a matrix are computed at a time.
 _COLUMNS = 64
+
+_IN_A_PROGRAM = (
+    "Within a compiled program, minimise `trainer.objective(batch)` by "
+    "`optimistix.minimise`, or call `vn.unroll`."
+)
 
 # What another metric may help.
 _GOES_ON = (StopReason.STALLED, StopReason.FAILED, StopReason.DIVERGED)
@@ -57,6 +64,8 @@ def solve(
     mesh: Mesh | None,
 ) -> FitResult[Any, Any]:
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
+    refuse_traced("solve", trainer, batch, remedy=_IN_A_PROGRAM)
+    rewhiten = boolean(rewhiten, "rewhiten")
     encoded, rows = checked_solver(solver, max_steps, "max_steps")
     batch, there, place = as_batch(batch), trainer, placement(trainer, mesh)
     if place is not None:

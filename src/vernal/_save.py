@@ -9,7 +9,8 @@ import jax
 from ._file import opened, write_file
 from ._leaves import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
 from ._snapshot import begun, is_trainer, restore, snapshot
-from ._typing import PyTree
+from ._traced import refuse_traced
+from ._typing import PyTree, file_path
 
 T = TypeVar("T")
 
@@ -44,6 +45,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     - `OSError`: if the file cannot be written.
     """
+    file_path(path, "path")
+    refuse_traced("save", tree)
     if is_trainer(tree):
         arrays = snapshot(tree) | begun(tree)
     else:
@@ -80,6 +83,13 @@ def load(
         four are a `LoadError`, and that a `ValueError`.
     - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
+    file_path(path, "path")
+    names = (reset,) if isinstance(reset, str) else reset
+    is_sequence = isinstance(names, Sequence)
+    if not is_sequence or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f'`reset` is {reset!r}, but must be names such as `("opt_state",)`.'
+        )
     source = f"`path`: {os.fspath(path)}"
     with opened(path) as kept:
         if is_trainer(like):

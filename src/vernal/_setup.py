@@ -9,17 +9,25 @@ import jax.numpy as jnp
 
 from ._alike import cast_like
 from ._frames import warn
+from ._model import check_state
 from ._nonfinite import NanPolicy
 from ._objective import METHODS, defined
 from ._optimiser import ParamOptimiser
-from ._paths import UnknownPathError, dotted, is_inexact, paths
+from ._paths import UnknownPathError, is_inexact, paths
 from ._projector import EigenProjector
 from ._selectors import resolve
-from ._typing import PyTree, prng_key
+from ._typing import PyTree, prng_key, takes_methods
 from ._warn import ObjectiveWarning
 
+_HOOKS = {
+    "evaluate": ("model", "batch"),
+    "transform_grads": ("grads", "model"),
+    "constrain": ("model",),
+}
+_OF_POLICY = {"init": ("params",), "apply": ("loss", "grads", "state")}
 
-def check_class(trainer: Any, state: PyTree) -> None:
+
+def check_class(trainer: Any, key: Any, state: PyTree) -> None:
     methods = defined(trainer)
     if not methods:
         raise TypeError(
@@ -28,6 +36,12 @@ def check_class(trainer: Any, state: PyTree) -> None:
             "say what is fitted: `def residuals(self, model, batch): ...`."
         )
     _warn_of_differences(type(trainer), methods)
+    keyed = () if key is None else ("key=",)
+    stateful = () if state is None else ("state=",)
+    called = dict.fromkeys(methods, ("model", "batch", *keyed))
+    if "loss" in methods:
+        called["loss"] += stateful
+    takes_methods(type(trainer), called | _HOOKS, type(trainer).__name__)
     if state is None:
         return
     if "loss" not in methods:
@@ -36,13 +50,7 @@ def check_class(trainer: Any, state: PyTree) -> None:
             "define: `def loss(self, model, batch, *, state): ...`, which returns "
             "`(scalar, state)`."
         )
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
-            raise TypeError(
-                f"`state` has the leaf {dotted(keys)!r} of type "
-                f"`{type(leaf).__name__}`, but may have arrays alone: "
-                "`eqx.filter(state, eqx.is_array)` picks them."
-            )
+    check_state(state)
 
 
 # The classes that were warned of: once each, however many trainers there are.
@@ -78,6 +86,7 @@ def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
         raise TypeError(
             f"`nan_policy` is {nan_policy!r}, not a NanPolicy. Did you mean {remedy}?"
         )
+    takes_methods(type(nan_policy), _OF_POLICY, "nan_policy")
     if projector is not None and not isinstance(projector, EigenProjector):
         raise TypeError(
             f"`projector` is of type `{type(projector).__name__}`, but must be an "
@@ -115,7 +124,9 @@ def find_trained(
         raise ValueError(
             "`model` has no parameter to train: "
             + (
-                f"all of its parameters ({known}) are frozen or Python floats, which "
+                f"it is the class `{model.__name__}`, rather than one of its instances."
+                if isinstance(model, type)
+                else f"all of its parameters ({known}) are frozen or Python floats, which "
                 "are trained where `train` or a rule names them."
                 if known
                 else "there is no array of floats in it, such as `jnp.array(1.0)`."

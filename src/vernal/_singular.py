@@ -139,7 +139,7 @@ def _triangle_by_rows(
     As many as it has rows itself, since each update costs as much as if there were.
     """
     size = flat.size
-    chunk = max(size, batch_size)
+    chunk = max(size, min(batch_size, like.size))
 
     def row(index: Array) -> Array:
         # Beyond the last datum this is zero, and so is the row.

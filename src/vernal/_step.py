@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._alike import cast_like, require_alike
 from ._constrain import clip_of, coupled, project
+from ._modes import in_reverse
 from ._nonfinite import Verdict, all_finite, is_finite
 from ._objective import live, score, step_key
 from ._projector import EigenProjector
@@ -25,6 +26,7 @@ from ._typing import PyTree
 MOST_STEPS = 2**31 - 1
 
 _INPUT = "what it was given"
+_MOVED = ("the parameters", " A learning rate must be one number.")
 
 
 class Progress(eqx.Module):
@@ -156,7 +158,8 @@ def advance(
         return loss, (metrics, state)
 
     value_and_grad = jax.value_and_grad(scored, has_aux=True)
-    (loss, (metrics, state)), grads = value_and_grad(old.params)
+    with in_reverse(f"The loss of `{type(trainer).__name__}`"):
+        (loss, (metrics, state)), grads = value_and_grad(old.params)
     grads = jax.tree.map(_descending, grads)
     measured = loss.astype(old.best_loss.dtype)
     best = held_best(old) if by_validation else ranked(old, measured)
@@ -296,7 +299,9 @@ def _move(
     updates, opt_state = trainer.optimiser.update(
         grads, old.opt_state, point, value=loss, grad=grads, value_fn=value_fn
     )
-    point = cast_like(optax.apply_updates(point, updates), point)
+    moved = optax.apply_updates(point, updates)
+    require_alike(moved, point, "what `optimiser` makes of the parameters", *_MOVED)
+    point = cast_like(moved, point)
     params = point if projector is None else projector.to_params(point)
     latent = None if projector is None else point
     if clip is not None:

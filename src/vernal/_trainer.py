@@ -22,6 +22,7 @@ from ._frames import entrance
 from ._history import History
 from ._loop import fit
 from ._metric import Blocks, curvature, fisher, whitened
+from ._model import checked_model
 from ._modes import Mode
 from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
@@ -48,10 +49,11 @@ from ._setup import (
 from ._solve import Solver
 from ._step import Progress, initial_progress
 from ._stop import StopCriterion
+from ._traced import refuse_traced
 from ._transform import as_transform
 from ._typing import PyTree
 from ._uncertainty import objective, standard_errors, table
-from ._x64 import narrowed_model, narrowed_tree, precision_of, require_precision
+from ._x64 import narrowed_tree, precision_of, require_precision
 
 Model = TypeVar("Model", default=Any)
 Batch = TypeVar("Batch", default=Any)
@@ -153,9 +155,9 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train, or the projector does not fit.
         """
-        check_class(self, state)
         check_arguments(nan_policy, projector, key)
-        model = narrowed_model(model)
+        check_class(self, key, state)
+        model = checked_model(model)
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
         self.key = key
@@ -742,6 +744,7 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         were not taken. (Where a parameter is called so itself, its path is the key,
         and the other's is `"<loss>"` or `"<update>"`.)
         """
+        refuse_traced("nan_report", self._progress.nan_counts)
         totals, firsts, _ = jax.device_get(self._progress.nan_counts)
         return {
             name: NanCount(int(total), int(first) if first >= 0 else None)
@@ -773,6 +776,7 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         """
         if self.optimiser is None:
             raise no_optimiser(self)
+        refuse_traced("learning_rates", self)
         with precision_of(self):
             return learning_rates(self)
 

@@ -11,6 +11,7 @@ from jax import Array
 
 from ._abstract_transform import AbstractTransform
 from ._closures import Closure
+from ._rate_check import check_rates
 from ._x64 import narrowed_tree
 
 RATE_NAMES = frozenset(
@@ -64,6 +65,7 @@ class Transform(AbstractTransform):
         `TypeError` if `tx` is not an Optax transformation.
         """
         tx = require_transformation(tx, where)
+        check_rates(tx, where)
         closure = Closure.encode(tx, RATE_NAMES, within=("optax",))
         names = closure.skeleton.function_names
         if any(found <= names for found in _NEEDS_CONSTANTS):

@@ -16,7 +16,7 @@ from ._data import Minibatches, Stream, Whole, as_batch
 from ._frames import entrance
 from ._programs import program
 from ._setup import no_optimiser
-from ._step import Progress, advance, ranked, scored_anew
+from ._step import MOST_STEPS, Progress, advance, ranked, scored_anew
 from ._trainer import Trainer
 from ._typing import PyTree, whole_number
 from ._x64 import require_precision
@@ -87,7 +87,7 @@ def unroll(
     if not isinstance(trainer, Trainer):
         raise TypeError(f"`trainer` is {trainer!r}, but must be a `vernal.Trainer`.")
     require_precision(trainer)
-    steps = whole_number(steps, "steps", least=0)
+    steps = whole_number(steps, "steps", least=0, most=MOST_STEPS)
     if segment is not None:
         segment = whole_number(segment, "segment", least=0)
     if trainer.optimiser is None:

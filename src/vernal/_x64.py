@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._paths import dotted
+from ._paths import spelled
 from ._warn import PrecisionWarning, warn_once
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ def is_wide(dtype: Any) -> bool:
     return size > 8 if kind == "c" else size > 4 and kind in "fiu"
 
 
-def _is_cut(leaf: Any) -> bool:
+def is_cut(leaf: Any) -> bool:
     """Whether JAX would compute with less than what an array has."""
     # In this order, since it is asked at every step: to ask for `jax.Array` is dear.
     return (
@@ -80,7 +80,7 @@ def narrowed(leaf: Any, where: str) -> Any:
     """
     if _is_swapped(leaf):
         leaf = leaf.astype(leaf.dtype.newbyteorder("="))
-    if not _is_cut(leaf):
+    if not is_cut(leaf):
         return leaf
     array: Any = np.asarray(leaf)
     if array.size > 1 or array.dtype.kind in "iu":
@@ -92,18 +92,17 @@ def narrowed_tree(tree: T) -> T:
     """Does so for JAX's own arrays in a tree, without a warning."""
     if is_on():
         return tree
-    is_one = lambda leaf: isinstance(leaf, jax.Array) and _is_cut(leaf)
+    is_one = lambda leaf: isinstance(leaf, jax.Array) and is_cut(leaf)
     return jax.tree.map(lambda leaf: _cut(leaf) if is_one(leaf) else leaf, tree)
 
 
 def narrowed_model(model: T) -> T:
     """Does so for a model, whose arrays a warning calls by their paths."""
-    if not any(_is_cut(leaf) or _is_swapped(leaf) for leaf in jax.tree.leaves(model)):
+    if not any(is_cut(leaf) or _is_swapped(leaf) for leaf in jax.tree.leaves(model)):
         return model
     flat, structure = jax.tree_util.tree_flatten_with_path(model)
-    where = "`model`: the array at {!r}"
     return structure.unflatten(
-        [narrowed(leaf, where.format(dotted(keys))) for keys, leaf in flat]
+        [narrowed(leaf, spelled("model", keys)) for keys, leaf in flat]
     )
 
 

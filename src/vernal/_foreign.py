@@ -1,0 +1,74 @@
+"""Arrays that JAX would take for less than they are, or cannot take at all."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from ._meaning import refuse_meaning
+
+
+def refuse_foreign(leaf: Any, where: str) -> None:
+    """Refuses an array whose meaning JAX would drop, or that it cannot compute with.
+
+    **Arguments:**
+
+    - `leaf`: anything. What is not an array passes.
+    - `where`: what an error calls it.
+
+    **Raises:**
+
+    - `TypeError`: for a masked array, a quantity with a unit, a sparse matrix, an array
+        of objects, text, dates or records.
+    - `ValueError`: for an array of JAX that has been deleted.
+    """
+    if isinstance(leaf, jax.Array):
+        if is_deleted(leaf):
+            raise has_been_deleted(where)
+    elif isinstance(leaf, np.ndarray):
+        refuse_meaning(leaf, f"{where} is", "JAX would compute with what is masked")
+        _refuse_kind(leaf, where)
+    elif not isinstance(leaf, type | np.generic | jax.ShapeDtypeStruct):
+        _refuse_other(leaf, where)
+
+
+def is_deleted(leaf: Any) -> bool:
+    """Whether the memory of an array of JAX is gone."""
+    return not isinstance(leaf, Tracer) and leaf.is_deleted()
+
+
+def has_been_deleted(where: str) -> ValueError:
+    """Says that an array is gone, and why."""
+    return ValueError(
+        f"{where} is an array that has been deleted: its memory was given to another "
+        "one, by `donate_argnums` or `donate=`. Make it anew, or do not donate it."
+    )
+
+
+def _refuse_kind(leaf: np.ndarray, where: str) -> None:
+    if leaf.dtype.kind in "OSUMm" or leaf.dtype.type is np.void:
+        raise TypeError(
+            f"{where} is an array of dtype {leaf.dtype}, which JAX cannot compute "
+            "with. Turn it into numbers, or leave it out."
+        )
+
+
+def _refuse_other(leaf: Any, where: str) -> None:
+    name = type(leaf).__name__
+    if hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__"):
+        raise TypeError(
+            f"{where} is a {name}, an array of another library. Turn it into one of "
+            "JAX's: `jax.numpy.asarray(numpy.asarray(x))`."
+        )
+    refuse_sparse(leaf, where)
+
+
+def refuse_sparse(leaf: Any, where: str) -> None:
+    """Refuses a matrix of SciPy that is sparse, which NumPy takes for an object."""
+    if hasattr(leaf, "toarray") and hasattr(leaf, "tocsr"):
+        raise TypeError(
+            f"{where} is a {type(leaf).__name__}, a sparse matrix of SciPy, which JAX "
+            "cannot compute with. Give `x.toarray()`, or "
+            "`jax.experimental.sparse.BCOO.from_scipy_sparse(x)`."
+        )

@@ -1,0 +1,30 @@
+"""What runs on the host, and cannot be a part of a compiled program."""
+
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+OUTSIDE = "Return the trainer from the compiled function, and call it there."
+UNROLL = "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether a tree has values that are not known before a program runs."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def refuse_traced(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
+    """Refuses to run within `jax.jit`, `jax.vmap`, `jax.grad` or `jax.lax.scan`.
+
+    **Arguments:**
+
+    - `name`: the function that would run.
+    - `trees`: what it is given.
+    - `remedy`: what to do instead.
+    """
+    if is_traced(*trees):
+        raise TypeError(
+            f"`{name}` runs on the host, and cannot be a part of a compiled program or "
+            f"be differentiated: it was given tracers. {remedy}"
+        )
