@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import jax
 
+from ._debugging import undebugged
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,7 +52,10 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
     frames of libraries in between are left out: there are some forty. An error that is
     raised without any code of the user's keeps its traceback, and with JAX's option
     `jax_traceback_filtering="off"` all do.
+
+    JAX's checks of every value for NaN are off meanwhile: see `undebugged`.
     """
+    fn = undebugged(fn)
 
     @ft.wraps(fn)
     def entered(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
+from ._debugging import undebugged
 from ._file import read_file, write_file
 from ._leaves import MismatchError, from_arrays, to_arrays
 from ._snapshot import begun, is_trainer, restore, snapshot
@@ -12,6 +13,7 @@ from ._typing import PyTree
 T = TypeVar("T")
 
 
+@undebugged
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes a trainer, or any pytree, to one file.
 
@@ -46,6 +48,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     write_file(path, snapshot(tree) | begun(tree) if is_one else to_arrays(tree))
 
 
+@undebugged
 def load(
     path: str | os.PathLike[str], like: T, *, reset: str | Sequence[str] = ()
 ) -> T:
