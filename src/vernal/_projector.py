@@ -24,6 +24,7 @@ from ._blocks import (
     scatter,
     unravel_blocks,
 )
+from ._debugging import undebugged
 from ._decompose import Kind, whiten, whiten_jacobian
 from ._dense import DenseWhitening, OnNull, check_rank_kind
 from ._directions import name_null_space
@@ -627,6 +628,7 @@ class EigenProjector(eqx.Module):
                     )
         return tuple(found)
 
+    @undebugged
     @checked
     def covariance(self) -> Float[Array, "D D"]:
         r"""Returns the covariance of the parameters, $P P^\top = F^{-1}$.
@@ -645,6 +647,7 @@ class EigenProjector(eqx.Module):
         size = ravel_size(self._origin)
         return scatter(matrices, self._rows, self._rows, (size, size))
 
+    @undebugged
     @checked
     def standard_errors(self) -> Params:
         """Returns the standard error of each parameter.

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import jax
 
+from ._debugging import undebugged
 from ._file import opened, write_file
 from ._leaves import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
 from ._snapshot import begun, is_trainer, restore, snapshot
@@ -15,6 +16,7 @@ from ._typing import PyTree, file_path
 T = TypeVar("T")
 
 
+@undebugged
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes a trainer, or any pytree, to one file.
 
@@ -55,6 +57,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     write_file(path, arrays)
 
 
+@undebugged
 def load(
     path: str | os.PathLike[str], like: T, *, reset: str | Sequence[str] = ()
 ) -> T:

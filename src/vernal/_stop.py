@@ -240,7 +240,7 @@ class Patience(StopCriterion):
         """Counts the validations since the lowest."""
         lowest, waited = state
         is_lower = view.is_validated & (view.validation < lowest)
-        waited = jnp.where(is_lower, 0, waited + view.is_validated)
+        waited = jnp.where(is_lower, 0, waited + view.is_validated.astype(waited.dtype))
         lowest = jnp.where(is_lower, view.validation, lowest)
         return waited >= self.n, (lowest, waited)
 

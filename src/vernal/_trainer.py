@@ -17,6 +17,7 @@ from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
 from ._constrain import check_elementwise
 from ._data import Minibatches, Stream, as_batch
+from ._debugging import is_debugged, undebugged
 from ._diagnosis import diagnosed
 from ._frames import entrance
 from ._history import History
@@ -123,6 +124,7 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
     _parts: Parts
     _progress: Progress
 
+    @undebugged
     def __init__(
         self,
         model: Model,
@@ -325,9 +327,12 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         with context(None if is_traced else place):
             progress, info = run_step(trainer, batch, place)
         trainer = trainer._at(progress)
-        if not self.nan_policy.raises:
+        raises = self.nan_policy.raises
+        if not (raises or is_debugged()):
             return trainer, info
         if isinstance(info.stopped, jax.core.Tracer):
+            if not raises:
+                return trainer, info
             progress = eqx.error_if(
                 progress,
                 info.stopped,
