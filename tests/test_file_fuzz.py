@@ -198,8 +198,12 @@ def test_lies_about_each_leaf(content, file):
                 is_true = SAME_ARRAY.get(whole["dtype"]) == value
                 if believer is not None and field != "path" and not is_true:
                     like = tree() | {whole["path"]: believer}
-                    with pytest.raises(vn.LoadError, match=str(file)):
+                    try:
                         vn.load(file, like)
+                    except vn.LoadError:
+                        pass
+                    else:
+                        pytest.fail(f"{whole} with the {field} {value!r}")
                     count += 1
     assert count > 100
 
