@@ -11,6 +11,7 @@ import numpy as np
 from ._file import read_file, write_file
 from ._leaves import MismatchError, to_arrays
 from ._paths import UnknownPathError, nearest_names
+from ._pickling import Portable
 
 COLUMNS = ("steps", "loss", "validation", "validation_steps")
 
@@ -19,7 +20,7 @@ RECORDS = "records."
 
 
 @final
-class History(eqx.Module):
+class History(Portable, eqx.Module):
     """What a fit recorded: the loss, and whatever `record` named beside it.
 
     Each array has one row for each recorded step. Two histories of consecutive fits

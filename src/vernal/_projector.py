@@ -29,6 +29,7 @@ from ._dense import DenseWhitening, OnNull, check_rank_kind
 from ._directions import name_null_space
 from ._eigen import Matrix
 from ._low_rank import whiten_matvec
+from ._pickling import Portable
 from ._precision import widest
 from ._ravel import as_parameters, ravel_size
 from ._typing import Params, PyTree, checked
@@ -37,7 +38,7 @@ from ._whitening import AbstractWhitening, Unchanged
 _VECTOR = jax.tree.structure(0)
 
 
-class EigenProjector(eqx.Module):
+class EigenProjector(Portable, eqx.Module):
     r"""An affine map between parameters and a latent space in which they are whitened.
 
     $$x = x_0 + P u, \qquad P^\top F P = I$$

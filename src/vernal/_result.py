@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from ._edm import Distance, along
 from ._history import History
+from ._pickling import Portable
 from ._stop import StopReason
 
 TrainerT = TypeVar("TrainerT", covariant=True)
@@ -15,7 +16,7 @@ Model = TypeVar("Model", covariant=True)
 
 
 @final
-class FitResult(eqx.Module, Generic[TrainerT, Model]):
+class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
     r"""What a fit returns.
 
     **Attributes:**

@@ -26,6 +26,7 @@ from ._objective import score, step_key
 from ._one import One
 from ._parts import Parts, parameters, strong
 from ._paths import paths
+from ._pickling import Portable
 from ._placement import Sharding, context, placement
 from ._printed import in_short, printed
 from ._projector import EigenProjector
@@ -53,7 +54,7 @@ Batch = TypeVar("Batch")
 SelfT = TypeVar("SelfT", bound="Trainer[Any, Any]")
 
 
-class Trainer(eqx.Module, Generic[Model, Batch]):
+class Trainer(Portable, eqx.Module, Generic[Model, Batch]):
     """Fits a model. To be subclassed: the subclass says what is minimised.
 
     ```python
