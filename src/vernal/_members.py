@@ -19,6 +19,7 @@ from ._monitor import Monitor, MonitorState
 from ._nonfinite import SKIP_ADVICE, NanCount
 from ._one import BadEnd, One
 from ._paths import spelled
+from ._pickling import Portable
 from ._placement import Placement
 from ._record import Rows
 from ._solve import Problem, checked_solver
@@ -36,7 +37,7 @@ Model = TypeVar("Model")
 
 
 @final
-class ManyResult(eqx.Module, Generic[TrainerT]):
+class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     """What [`vernal.fit_many`][] returns. `len(result)` is the number of members.
 
     **Attributes:**

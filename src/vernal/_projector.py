@@ -32,6 +32,7 @@ from ._eigen import Matrix
 from ._foreign import refuse_foreign
 from ._low_rank import whiten_matvec
 from ._paths import spelled
+from ._pickling import Portable
 from ._precision import widest
 from ._ravel import as_parameters, ravel_size
 from ._typing import Params, PyTree, checked, takes
@@ -40,7 +41,7 @@ from ._whitening import AbstractWhitening, Unchanged
 _VECTOR = jax.tree.structure(0)
 
 
-class EigenProjector(eqx.Module):
+class EigenProjector(Portable, eqx.Module):
     r"""An affine map between parameters and a latent space in which they are whitened.
 
     $$x = x_0 + P u, \qquad P^\top F P = I$$

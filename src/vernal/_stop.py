@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ._pickling import Portable
 from ._typing import PyTree, whole_number
 
 
@@ -72,7 +73,7 @@ class StepView(NamedTuple):
     is_validated: Bool[Array, ""]
 
 
-class StopCriterion(eqx.Module):
+class StopCriterion(Portable, eqx.Module):
     """The abstract base of what decides that a fit has come to its end.
 
     A criterion sees every step, inside the compiled loop. It is a pytree. Two of them

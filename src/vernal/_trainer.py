@@ -31,6 +31,7 @@ from ._one import One
 from ._optimiser import ParamOptimiser
 from ._parts import Parts, parameters, strong
 from ._paths import paths
+from ._pickling import Portable
 from ._placement import Sharding, context, placement
 from ._printed import in_short, printed
 from ._projector import EigenProjector
@@ -76,7 +77,7 @@ else:
     _Meta = type(eqx.Module)
 
 
-class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
+class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
     """Fits a model. To be subclassed: the subclass says what is minimised.
 
     ```python
