@@ -47,8 +47,9 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     **Raises:**
 
     - `OSError`: if the file cannot be written, is read-only, or is a pipe or a device.
-    - `TypeError`: if a leaf has data that would be lost: a masked array, a quantity with
-        a unit, a structured array, one of objects or of long doubles, a `Fraction`.
+    - `TypeError`: if a leaf has data that would be lost: a masked array, a quantity
+        with a unit, a structured array, one of objects or of long doubles, a
+        `Fraction`.
     - `ValueError`: if an integer has more than 64 bits, a leaf has no values, or a name
         is not valid Unicode.
     """
