@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,16 @@ def test_fewer_steps_than_were_taken(tmp_path):
     again = fit(20, tmp_path)
     assert again.stop_reason is vn.StopReason.TAKEN_BEFORE
     assert alike(again, done)
+
+
+def test_another_thinning(tmp_path):
+    """The steps say which rows there are; the state is the same."""
+    fit(20, tmp_path, every=3)
+    result, whole = fit(40, tmp_path, every=5), fit(40)
+    assert same(result.trainer, whole.trainer)
+    steps = [*range(0, 20, 3), *range(20, 40, 5)]
+    np.testing.assert_array_equal(result.history.steps, steps)
+    np.testing.assert_array_equal(result.history.loss, whole.history.loss[steps])
 
 
 def test_other_rates_and_another_policy(tmp_path):
@@ -466,6 +477,36 @@ def test_mistakes(name, tmp_path):
     options, error, match = MISTAKES[name]
     with pytest.raises(error, match=match):
         vn.Checkpoints(tmp_path, **options)
+
+
+NOWHERE = {
+    "an address": ("gs://bucket/run", ValueError, "Mount the store"),
+    "of another store": ("s3+http://host/run", ValueError, "Mount the store"),
+    "as a path": (Path("gs://bucket/run"), ValueError, "Mount the store"),
+    "empty": ("", ValueError, "must name a directory"),
+    "blank": (" ", ValueError, "must name a directory"),
+    "a null byte": ("a\0b", ValueError, "must name a directory"),
+    "nobody's home": ("~nobody-at-all/run", ValueError, "no such home"),
+    "none": (None, TypeError, "a string, or a `pathlib.Path`"),
+    "bytes": (b"runs", TypeError, "a string, or a `pathlib.Path`"),
+    "a number": (3, TypeError, "a string, or a `pathlib.Path`"),
+}
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_what_names_no_directory(name):
+    directory, error, match = NOWHERE[name]
+    with pytest.raises(error, match=f"`directory` is .*{match}"):
+        vn.Checkpoints(directory)
+
+
+def test_names_of_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/runs", "runs", Path("runs"), tmp_path / "runs", "./runs"):
+        assert vn.Checkpoints(name).directory == tmp_path / "runs"
+    # One letter may be a drive.
+    assert vn.Checkpoints("c:/runs").directory.name == "runs"
 
 
 def test_what_is_no_checkpoint(tmp_path):
