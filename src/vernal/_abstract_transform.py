@@ -11,9 +11,14 @@ import jax.tree_util as jtu
 import optax
 import wadler_lindig as wl
 
+if TYPE_CHECKING:
+    from equinox._module._module import _ModuleMeta
+else:
+    _ModuleMeta = type(eqx.Module)
+
 
 @dataclass_transform(field_specifiers=(dataclasses.field, eqx.field))
-class _TupleModuleMeta(type(eqx.Module)):
+class _TupleModuleMeta(_ModuleMeta):
     """Makes modules that are named tuples as well.
 
     Equinox tells JAX to rebuild its modules by `object.__new__`, which Python refuses

@@ -3,7 +3,7 @@
 import functools as ft
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import equinox as eqx
 import jax
@@ -28,6 +28,8 @@ from ._selectors import atoms, keep, resolve
 from ._table import aligned
 from ._transform import AbstractTransform, Transform, as_transform
 from ._typing import boolean, whole_number
+
+T = TypeVar("T")
 
 
 class ParamOptimiserState(eqx.Module):
@@ -280,7 +282,7 @@ class ParamOptimiser(AbstractTransform):
         rules = [optax.set_to_zero() if tx is None else tx for tx in self.transforms]
         return rules if self.default is None else [*rules, self.default]  # pyright: ignore[reportReturnType]
 
-    def split(self, model: Any) -> tuple[Any, Any]:
+    def split(self, model: T) -> tuple[T, T]:
         """Splits a model into what the rules train and what is frozen.
 
         **Returns:**

@@ -38,7 +38,8 @@ def check_class(trainer: Any, key: Any, state: PyTree) -> None:
     _warn_of_differences(type(trainer), methods)
     keyed = () if key is None else ("key=",)
     stateful = () if state is None else ("state=",)
-    called = dict.fromkeys(methods, ("model", "batch", *keyed))
+    arguments: tuple[str, ...] = ("model", "batch", *keyed)
+    called: dict[str, tuple[str, ...]] = dict.fromkeys(methods, arguments)
     if "loss" in methods:
         called["loss"] += stateful
     takes_methods(type(trainer), called | _HOOKS, type(trainer).__name__)

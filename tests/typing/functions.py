@@ -51,6 +51,7 @@ late = vn.window(optax.adam(schedule), 2)
 optimiser = vn.ParamOptimiser({"slope": late, ("offset",): optax.sgd(0.1)})
 assert_type(optimiser.with_scale({"slope": 2.0}), vn.ParamOptimiser)
 assert_type(optimiser.summary(line), str)
+assert_type(optimiser.split(line), tuple[Line, Line])
 chained: optax.GradientTransformation = optax.chain(optax.clip(1.0), optimiser)
 anywhere: list[optax.GradientTransformation] = [
     optimiser,
