@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 V = TypeVar("V")
 
@@ -24,7 +24,7 @@ class Shelves(Generic[V]):
     shelf of its own, where those that are used once cannot drive it out.
     """
 
-    def __init__(self, on_drop: Callable[[Hashable, V], None]):
+    def __init__(self, on_drop: Callable[[Any, V], None]):
         """**Arguments:**
 
         - `on_drop`: called with each key and value that has to go.
