@@ -32,6 +32,9 @@ class One:
     shape: tuple[int, ...] = ()
     """What stands before the shape of everything that is recorded."""
 
+    entrance = "fit"
+    """What the user has called."""
+
     def __init__(self, place: Placement | None = None):
         """**Arguments:**
 

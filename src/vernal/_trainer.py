@@ -22,6 +22,7 @@ from ._diagnosis import diagnosed
 from ._frames import entrance
 from ._history import History
 from ._loop import fit
+from ._meeting import meeting
 from ._metric import Blocks, curvature, fisher, whitened
 from ._model import checked_model
 from ._modes import Mode
@@ -320,12 +321,15 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         require_precision(self)
         if self.optimiser is None:
             raise no_optimiser(self)
-        batch, trainer, place = as_batch(batch), self, placement(self, mesh, sharding)
-        if place is not None:
-            batch, trainer = place.batch(batch, "batch"), place.put(self)
+        place, trainer = placement(self, mesh, sharding), self
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
-        with context(None if is_traced else place):
+        there = None if is_traced else place
+        with meeting("step", there) as agree, context(there):
+            batch = as_batch(batch)
+            agree(self, batch, sharding=sharding)
+            if place is not None:
+                batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
         trainer = trainer._at(progress)
         raises = self.nan_policy.raises
