@@ -3,6 +3,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# What the annotations say is checked at every call, inside the library too.
+install_import_hook("vernal", "beartype.beartype")
 
 # Both precisions are tested from one process: float32 arrays are asked for by dtype.
 jax.config.update("jax_enable_x64", True)

@@ -154,7 +154,7 @@ class DenseWhitening(AbstractWhitening):
 class Cut(NamedTuple):
     """Which directions are null, and what becomes of them."""
 
-    threshold: float
+    threshold: float | int
     rank: int | None
     on_null: OnNull
     resolution: float
@@ -211,7 +211,7 @@ def of_spectrum(
 
 
 def check_options(
-    threshold: float, rank: int | None, on_null: OnNull, size: int
+    threshold: float | int, rank: int | None, on_null: OnNull, size: int
 ) -> None:
     if on_null not in get_args(OnNull):
         raise ValueError(

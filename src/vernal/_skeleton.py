@@ -4,7 +4,7 @@ import dataclasses
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.tree_util as jtu
@@ -15,6 +15,7 @@ from ._values import Hashed
 # The parts of a skeleton. Each knows how to build its object again.
 
 
+@runtime_checkable
 class Part(Protocol):
     def build(self, site: "Site") -> Any: ...
 

@@ -52,6 +52,7 @@ from ._x64 import narrowed_model, narrowed_tree, precision_of, require_precision
 Model = TypeVar("Model")
 Batch = TypeVar("Batch")
 SelfT = TypeVar("SelfT", bound="Trainer[Any, Any]")
+ModuleT = TypeVar("ModuleT", bound=eqx.Module)
 
 
 class Trainer(eqx.Module, Generic[Model, Batch]):
@@ -230,7 +231,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         return self._parts.join(self._progress.best)
 
     @property
-    def best_loss(self) -> Float[Array, ""]:
+    def best_loss(self) -> Float[Array, "*members"]:
         """The loss of `best`, or its validation score: infinite before there is one."""
         return self._progress.best_loss
 
@@ -246,12 +247,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         return jax.tree.map(lambda leaf: leaf, self._progress.best_state)
 
     @property
-    def step_count(self) -> Int[Array, ""]:
+    def step_count(self) -> Int[Array, "*members"]:
         """The number of steps, those that were not accepted included."""
         return self._progress.step_count
 
     @property
-    def stopped(self) -> Bool[Array, ""]:
+    def stopped(self) -> Bool[Array, "*members"]:
         """Whether the NaN policy has ended the fit. `replace` lets it go on."""
         return self._progress.stopped
 
@@ -495,7 +496,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         blocks: Blocks,
         batch_size: int | None = None,
         jac: Mode | None = None,
-    ) -> dict[Any, Float[Array, "D D"]]: ...
+    ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
     def fisher(
         self,
@@ -555,7 +556,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         blocks: Blocks,
         batch_size: int | None = None,
         jac: Mode | None = None,
-    ) -> dict[Any, Float[Array, "D D"]]: ...
+    ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
     def curvature(
         self,
@@ -827,7 +828,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         """
         return printed(self)
 
-    def _at(self: SelfT, progress: Progress, **fields: Any) -> SelfT:
+    def _at(self: SelfT, progress: Progress | None, **fields: Any) -> SelfT:
         return _with(self, _progress=progress, **fields)
 
     def _bare(self: SelfT) -> SelfT:
@@ -841,19 +842,19 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
             optimiser=None,
             nan_policy=StopFit(),
             projector=None,
-            _progress=Progress(**every),
+            _progress=_with(self._progress, **every),
         )
 
     def _overrides(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(Trainer, hook)
 
 
-def _with(trainer: SelfT, **fields: Any) -> SelfT:
-    """Copies a trainer with other fields, its class's own `__init__` aside.
+def _with(module: ModuleT, **fields: Any) -> ModuleT:
+    """Copies a module with other fields, its class's own `__init__` aside.
 
     As unflattening it would, without the flattening: this stands between the chunks
     of every fit.
     """
-    new = object.__new__(type(trainer))
-    vars(new).update(vars(trainer), **fields)
+    new = object.__new__(type(module))
+    vars(new).update(vars(module), **fields)
     return new
