@@ -1,6 +1,6 @@
 """Natural gradients inside Optax: `precondition`."""
 
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ def precondition(
             "like the parameters."
         )
 
+    # Known by its code, which a type checker must not wrap.
+    @no_type_check
     def update(updates: Any, params: Any) -> Any:
         _check(updates, like)
         grads, structure = jax.tree.flatten(updates)

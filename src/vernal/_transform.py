@@ -4,7 +4,7 @@ import abc
 import numbers
 import operator
 from collections.abc import Iterator
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, final, no_type_check
 
 import equinox as eqx
 import jax
@@ -259,9 +259,12 @@ def window(
             f"at step {stop}. Give a `stop` greater than `start`."
         )
 
+    # Known by their code, which a type checker must not wrap.
+    @no_type_check
     def init_fn(params: Any) -> WindowState:
         return WindowState(jnp.zeros((), jnp.int32), inner.init(params))
 
+    @no_type_check
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, WindowState]:
