@@ -297,6 +297,7 @@ def test_gradients_with_respect_to_a_rate():
     np.testing.assert_allclose(jax.vmap(moved)(rates), slope * rates, rtol=1e-6)
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("tx", "message"),
     [

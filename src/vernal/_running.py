@@ -289,7 +289,7 @@ class Running:
         return self._recorder.history()
 
     @property
-    def is_all_skipped(self) -> np.ndarray:
+    def is_all_skipped(self) -> np.ndarray | np.bool_:
         """Whether each step, of each member, had a bad value and was not accepted."""
         bad = self._kind.on_host(self.trainer._progress.nan_counts) - self._counts
         is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.tree_util as jtu
@@ -18,6 +18,7 @@ from ._values import Hashed
 # are without their keys, which are found anew in the process that loads it.
 
 
+@runtime_checkable
 class Part(Protocol):
     def build(self, site: "Site") -> Any: ...
 

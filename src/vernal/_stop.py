@@ -182,7 +182,7 @@ class Converged(StopCriterion):
     patience: int = eqx.field(static=True)
     atol: float = eqx.field(static=True)
 
-    def __init__(self, rtol: float, patience: int, *, atol: float = 0.0):
+    def __init__(self, rtol: float | int, patience: int, *, atol: float | int = 0.0):
         """**Arguments:**
 
         - `rtol`: the fraction of itself by which the loss has to fall.
