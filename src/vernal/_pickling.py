@@ -110,13 +110,20 @@ class _Packing:
             parts = self.of(there["__func__"]), self.of(there["__self__"])
             return Stand(type(obj), *parts)
         if _is_simple(type(obj)):
-            fields = self.fields(vars(obj))
-            # Others keep their identity, where nothing of them needs to be replaced.
-            is_same = all(map(operator.is_, fields.values(), vars(obj).values()))
-            if isinstance(obj, eqx.Module) or not is_same:
-                return Stand(build, type(obj), fields)
-            return obj
+            return self.simple(obj)
         return self.node(obj)
+
+    def simple(self, obj: Any) -> Any:
+        fields = self.fields(vars(obj))
+        if isinstance(obj, eqx.Module):
+            return Stand(build, type(obj), fields)
+        if not fields and not jtu.tree_leaves(obj):
+            # A node that is empty may be known by its identity, and is so Equinox's
+            # mark of a field that is missing.
+            return Stand(_empty_node, type(obj))
+        # Others keep their identity, where nothing of them needs to be replaced.
+        is_same = all(map(operator.is_, fields.values(), vars(obj).values()))
+        return obj if is_same else Stand(build, type(obj), fields)
 
     def function(self, fn: types.FunctionType) -> Stand:
         empty = by_code(fn.__code__, fn.__globals__, metadata(fn))
@@ -158,6 +165,10 @@ def _is_simple(kind: type) -> bool:
 
 
 _OF_PICKLE = ("__setstate__", "__getnewargs__", "__getnewargs_ex__")
+
+
+def _empty_node(kind: type) -> Any:
+    return jtu.tree_map(lambda leaf: leaf, build(kind, {}))
 
 
 def _is_transformed(fn: Any) -> bool:
