@@ -91,7 +91,7 @@ def is_slope(path, leaf):
 
 BY = {
     "pickle": lambda obj: pickle.loads(pickle.dumps(obj)),
-    "oldest": lambda obj: pickle.loads(pickle.dumps(obj, protocol=0)),
+    "older": lambda obj: pickle.loads(pickle.dumps(obj, protocol=2)),
     "cloudpickle": lambda obj: pickle.loads(cloudpickle.dumps(obj)),
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
@@ -113,7 +113,6 @@ OPTIMISERS = {
     "multi_steps": lambda: optax.MultiSteps(
         optax.adam(0.1), 2
     ).gradient_transformation(),
-    "lbfgs": lambda: optax.lbfgs(),
     "rules": lambda: vn.ParamOptimiser(
         {is_slope: vn.window(optax.adam(1e-2), 1), "off*": None},
         first=optax.clip(1.0),

@@ -97,9 +97,8 @@ class _Packing:
                 parts = self.of(obj.__func__), self.of(obj.__self__)
                 return Stand(_method, *parts)
             case functools.partial():
-                return Stand(
-                    _partial, *map(self.of, (obj.func, obj.args, obj.keywords))
-                )
+                parts = obj.func, obj.args, obj.keywords
+                return Stand(_partial, type(obj), *map(self.of, parts))
             case jtu.PyTreeDef():
                 tree = obj.unflatten([...] * obj.num_leaves)
                 return Stand(_structure, self.of(tree))
@@ -144,9 +143,8 @@ class _Packing:
         if jtu.treedef_is_leaf(structure):
             return obj
         new = [self.of(child) for child in children]
-        return (
-            obj if all(map(operator.is_, new, children)) else structure.unflatten(new)
-        )
+        is_same = all(map(operator.is_, new, children))
+        return obj if is_same else structure.unflatten(new)
 
 
 def _is_simple(kind: type) -> bool:
@@ -206,8 +204,8 @@ def _method(fn: Any, owner: Any) -> types.MethodType:
     return types.MethodType(fn, owner)
 
 
-def _partial(fn: Any, args: Any, keywords: Any) -> Any:
-    return functools.partial(fn, *args, **keywords)
+def _partial(kind: Any, fn: Any, args: Any, keywords: Any) -> Any:
+    return kind(fn, *args, **keywords)
 
 
 def _structure(tree: Any) -> Any:
