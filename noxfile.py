@@ -37,6 +37,8 @@ SEAMS = tuple(
         "retrace.py::test_a_fit_compiles_anew_exactly_if_a_difference_is_told",
         "retrace.py::test_a_function_compiles_anew_exactly_if_a_difference_is_told",
         "closures.py",
+        "pickle.py::test_optimisers_and_their_trainers",
+        "pickle.py::test_models",
         "programs.py::test_cells_that_are_run_again",
         "programs.py::test_two_models_share_a_helper_that_jax_keeps",
         "programs.py::test_forget_reaches_what_jax_keeps",

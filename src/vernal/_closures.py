@@ -273,13 +273,7 @@ class Closure(eqx.Module):
         return Closure(copy.deepcopy(self.leaves, memo), self.skeleton)
 
     def __reduce__(self) -> Any:
-        skeleton = self.skeleton
-        return _encoded_anew, (
-            self.leaves,
-            skeleton.plan,
-            skeleton.rates,
-            skeleton.within,
-        )
+        return Closure, (self.leaves, self.skeleton)
 
 
 def _skeleton(encoder: _Encoder, obj: Any) -> Skeleton:
@@ -289,17 +283,14 @@ def _skeleton(encoder: _Encoder, obj: Any) -> Skeleton:
     key = Hashed(plan)
     skeleton = interned.get(key)
     if skeleton is None:
-        skeleton = Skeleton(plan, hash(key), encoder.all_rates, encoder.within)
-        interned[key] = skeleton
+        recipe = _encoded_anew, (plan, encoder.all_rates, encoder.within)
+        skeleton = interned[key] = Skeleton(plan, hash(key), recipe)
     return skeleton
 
 
 def _encoded_anew(
-    leaves: tuple[Array, ...],
-    plan: Plan,
-    rates: frozenset[str],
-    within: tuple[str, ...] | None,
-) -> Closure:
+    plan: Plan, rates: frozenset[str], within: tuple[str, ...] | None
+) -> Skeleton:
     """Builds the object of a pickle, with marks for the leaves, and encodes it here."""
     marks = {part.index: part for part in all_parts(plan) if isinstance(part, Leaf)}
     encoder = _Encoder(rates, within)
@@ -310,4 +301,4 @@ def _encoded_anew(
             "there. Pickles are for processes of one environment; to keep a trainer, "
             "use `vernal.save`."
         )
-    return Closure(leaves, skeleton)
+    return skeleton

@@ -97,9 +97,8 @@ class _Packing:
                 parts = self.of(obj.__func__), self.of(obj.__self__)
                 return Stand(_method, *parts)
             case functools.partial():
-                return Stand(
-                    _partial, *map(self.of, (obj.func, obj.args, obj.keywords))
-                )
+                parts = obj.func, obj.args, obj.keywords
+                return Stand(_partial, type(obj), *map(self.of, parts))
             case jtu.PyTreeDef():
                 tree = obj.unflatten([...] * obj.num_leaves)
                 return Stand(_structure, self.of(tree))
@@ -110,13 +109,20 @@ class _Packing:
             parts = self.of(there["__func__"]), self.of(there["__self__"])
             return Stand(type(obj), *parts)
         if _is_simple(type(obj)):
-            fields = self.fields(vars(obj))
-            # Others keep their identity, where nothing of them needs to be replaced.
-            is_same = all(map(operator.is_, fields.values(), vars(obj).values()))
-            if isinstance(obj, eqx.Module) or not is_same:
-                return Stand(build, type(obj), fields)
-            return obj
+            return self.simple(obj)
         return self.node(obj)
+
+    def simple(self, obj: Any) -> Any:
+        fields = self.fields(vars(obj))
+        if isinstance(obj, eqx.Module):
+            return Stand(build, type(obj), fields)
+        if not fields and not jtu.tree_leaves(obj):
+            # A node that is empty may be known by its identity, and is so Equinox's
+            # mark of a field that is missing.
+            return Stand(_empty_node, type(obj))
+        # Others keep their identity, where nothing of them needs to be replaced.
+        is_same = all(map(operator.is_, fields.values(), vars(obj).values()))
+        return obj if is_same else Stand(build, type(obj), fields)
 
     def function(self, fn: types.FunctionType) -> Stand:
         empty = by_code(fn.__code__, fn.__globals__, metadata(fn))
@@ -137,9 +143,8 @@ class _Packing:
         if jtu.treedef_is_leaf(structure):
             return obj
         new = [self.of(child) for child in children]
-        return (
-            obj if all(map(operator.is_, new, children)) else structure.unflatten(new)
-        )
+        is_same = all(map(operator.is_, new, children))
+        return obj if is_same else structure.unflatten(new)
 
 
 def _is_simple(kind: type) -> bool:
@@ -158,6 +163,10 @@ def _is_simple(kind: type) -> bool:
 
 
 _OF_PICKLE = ("__setstate__", "__getnewargs__", "__getnewargs_ex__")
+
+
+def _empty_node(kind: type) -> Any:
+    return jtu.tree_map(lambda leaf: leaf, build(kind, {}))
 
 
 def _is_transformed(fn: Any) -> bool:
@@ -195,8 +204,8 @@ def _method(fn: Any, owner: Any) -> types.MethodType:
     return types.MethodType(fn, owner)
 
 
-def _partial(fn: Any, args: Any, keywords: Any) -> Any:
-    return functools.partial(fn, *args, **keywords)
+def _partial(kind: Any, fn: Any, args: Any, keywords: Any) -> Any:
+    return kind(fn, *args, **keywords)
 
 
 def _structure(tree: Any) -> Any:

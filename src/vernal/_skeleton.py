@@ -223,14 +223,21 @@ def _plan(
 class Skeleton:
     """All of a closure but its arrays: hashable, compared by value, interned."""
 
-    __slots__ = ("__weakref__", "_hash", "plan", "rates", "within")
+    __slots__ = ("__weakref__", "_hash", "_recipe", "plan")
 
-    def __init__(self, plan: Plan, hashed: int, rates: Any, within: Any):
+    def __init__(self, plan: Plan, hashed: int, recipe: tuple[Any, ...]):
+        """**Arguments:**
+
+        - `plan`: what it is of.
+        - `hashed`: the hash of that.
+        - `recipe`: a function and its arguments, by which another process makes it.
+        """
         self.plan: Plan = plan
         self._hash = hashed
-        # What it was encoded with, for pickles.
-        self.rates: frozenset[str] = rates
-        self.within: tuple[str, ...] | None = within
+        self._recipe = recipe
+
+    def __reduce__(self) -> Any:
+        return self._recipe
 
     def __hash__(self) -> int:
         return self._hash
