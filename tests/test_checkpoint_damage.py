@@ -197,6 +197,17 @@ def test_one_sign_alone(names, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
+@pytest.mark.parametrize("count", range(4))
+def test_killed_at_its_beginning(count, tmp_path):
+    """The first run of all, which has made some of the names."""
+    for name in ("lock", "steps", "vernal.new")[:count]:
+        (tmp_path / name).mkdir() if name == "steps" else (tmp_path / name).touch()
+    assert int(fit(10, tmp_path).trainer.step_count) == 10
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("lock", "steps", "vernal.json", "history.bin", "validation.bin")
+    }
+
+
 def test_a_later_version(whole, tmp_path, monkeypatch):
     """It is known by its checkpoints too."""
     copy = tmp_path / "copy"
