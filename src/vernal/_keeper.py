@@ -17,6 +17,7 @@ import jax
 from ._checkpoint import Checkpoints
 from ._claim import claim, require_known
 from ._file import DamagedFileError, NewerFormatError
+from ._first_log import read_first_format
 from ._frames import warn
 from ._history import History
 from ._leaves import MismatchError, NamedArray, from_arrays, to_arrays
@@ -163,7 +164,11 @@ class Keeper:
                 f"The history in {self.folder} is damaged: {found.lost} are lost. The "
                 f"state of step {found.step} is whole; going on from it without them."
             )
-        self._log.go_on(found.meta["log"], found.history)
+        if found.meta["format"] == 1:
+            # The next checkpoint writes all of it, as it is written now.
+            self._log.forget()
+        else:
+            self._log.go_on(found.meta["log"], found.history)
         self._last_step = found.step
         own, fits = _split(found.arrays)
         is_same = found.meta["stop"] == self._stop
@@ -183,7 +188,7 @@ class Keeper:
         for step in steps:
             try:
                 meta = self._described(step)
-                history, lost = self._log.read(meta["log"])
+                history, lost = self._logged(meta)
                 if lost and found:
                     continue
                 arrays = self._read(step, meta, trainer, watched)
@@ -242,9 +247,16 @@ class Keeper:
     def _described(self, step: int) -> Mapping[str, Any]:
         described = self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
         kept = self._manager.restore(step, args=described)["meta"]
+        if "rows" in kept:
+            return kept | {"format": 1}
         meta = unsealed(json.dumps(kept))
         require_known(meta["format"], self.folder)
         return meta
+
+    def _logged(self, meta: Mapping[str, Any]) -> tuple[History, str]:
+        if meta["format"] == 1:
+            return read_first_format(self.folder, meta["rows"])
+        return self._log.read(meta["log"])
 
     def _read(
         self, step: int, meta: Mapping[str, Any], trainer: Any, watched: PyTree

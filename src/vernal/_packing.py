@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from ._leaves import Kind, NamedArray, is_part
 
-FORMAT = 1
+FORMAT = 2
 
 # Arrays below this many bytes are written together: each one by itself takes longer to
 # describe than to write.

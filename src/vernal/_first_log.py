@@ -1,0 +1,56 @@
+"""Histories in checkpoints of the first format, which had one checksum for all rows."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ._file import plain
+from ._history import RECORDS, History
+
+
+def read_first_format(
+    folder: Path, extents: Sequence[tuple[int, int]]
+) -> tuple[History, str]:
+    """Reads the history of a checkpoint, and says whether it is lost: `""` if not.
+
+    **Arguments:**
+
+    - `folder`: the directory of checkpoints.
+    - `extents`: of the history and of the validation scores, the number of rows and
+        their checksum.
+
+    **Raises:**
+
+    - `OSError`, `ValueError`: if what describes the columns is lost or damaged.
+    """
+    (recorded, lost), (scored, lost_scores) = (
+        _columns(folder / name, *extent)
+        for name, extent in zip(("history", "validation"), extents, strict=True)
+    )
+    records = {
+        name.removeprefix(RECORDS): rows
+        for name, rows in recorded.items()
+        if name.startswith(RECORDS)
+    }
+    history = History(recorded["steps"], recorded["loss"], records, **scored)
+    return history, " and ".join(filter(None, (lost, lost_scores)))
+
+
+def _columns(path: Path, rows: int, checksum: int) -> tuple[dict[str, np.ndarray], str]:
+    described = json.loads(path.with_suffix(".json").read_text())
+    empty = lambda dtype: plain(np.empty(0, jnp.dtype(dtype))).dtype
+    row = np.dtype(
+        [(name, empty(kind), tuple(shape)) for name, kind, shape in described]
+    )
+    data = path.with_suffix(".bin").read_bytes()[: rows * row.itemsize]
+    lost = ""
+    if zlib.crc32(data) != checksum:
+        data, lost = b"", f"{rows} of {rows} rows of the {path.name}"
+    table = np.frombuffer(data, row)
+    columns = {name: table[name].view(jnp.dtype(kind)) for name, kind, _ in described}
+    return {name: column.copy() for name, column in columns.items()}, lost

@@ -1,0 +1,72 @@
+"""Directories of checkpoints that the first format has: a fit goes on from them."""
+
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vernal as vn
+from models import Line, LineFit
+
+FIRST = Path(__file__).parent / "files" / "checkpoints_1.zip"
+"""50 steps of `make()`, with checkpoints every 10 and the slope recorded."""
+
+
+def make():
+    model = Line(jnp.asarray(1.0), jnp.asarray(0.0, jnp.float32))
+    rules = {
+        "slope": optax.adam(1e-2),
+        "offset": optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+    }
+    return LineFit(model, vn.ParamOptimiser(rules))
+
+
+def fit(steps, folder=None):
+    x = jnp.linspace(0, 1, 20)
+    checkpoints = folder and vn.Checkpoints(folder, every=10)
+    options = {"record": "slope", "progress": False, "checkpoint": checkpoints}
+    return make().fit((x, 2 * x + 1), steps, **options)
+
+
+def same(result, other):
+    for a, b in zip(
+        jax.tree.leaves(result.trainer.params),
+        jax.tree.leaves(other.trainer.params),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with zipfile.ZipFile(FIRST) as archive:
+        archive.extractall(tmp_path / "fit")
+    return tmp_path / "fit"
+
+
+def test_a_fit_goes_on(folder):
+    whole, resumed = fit(100), fit(80, folder)
+    np.testing.assert_array_equal(resumed.history.steps, np.arange(80))
+    for name in ("loss", "slope"):
+        np.testing.assert_allclose(
+            resumed.history[name], whole.history[name][:80], rtol=1e-6
+        )
+    # What it writes then is of the present format.
+    resumed = fit(100, folder)
+    same(resumed, whole)
+    np.testing.assert_array_equal(resumed.history.steps, np.arange(100))
+
+
+def test_a_damaged_history_costs_no_step(folder):
+    path = folder / "history.bin"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="50 of 50 rows of the history are lost"):
+        resumed = fit(100, folder)
+    same(resumed, fit(100))
+    np.testing.assert_array_equal(resumed.history.steps, np.arange(50, 100))
