@@ -238,7 +238,7 @@ def _dtype(kind: Kind, array: Described) -> np.dtype:
                 return array.dtype
         else:
             dtype = np.dtype(kind.dtype)
-            if array.dtype == dtype and array.dtype.str == dtype.str:
+            if array.dtype == dtype:
                 return dtype
             # Formerly numbers of another byte order were written as integers too.
             as_integers = _is_foreign(dtype) or not dtype.isnative
@@ -255,7 +255,6 @@ class _Stored:
     ):
         self._file, self._path = file, path
         self._array, self._dtype = array, dtype
-        self.shape = array.shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         with _damage(self._path):

@@ -195,15 +195,14 @@ def _named(tree: PyTree) -> Iterable[tuple[str, Any]]:
     """Yields every leaf with a path that no other leaf has."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     dotted_paths = [dotted(keys) for keys, _ in flat]
-    taken, seen = set(dotted_paths), set[str]()
+    taken, counts = set(dotted_paths), dict[str, int]()
     for path, (_, leaf) in zip(dotted_paths, flat, strict=True):
-        name, count = path, 1
-        # A key may look like the name that is given to another leaf.
-        while name in seen or (count > 1 and name in taken):
+        count = counts.get(path, 0) + 1
+        # A key may look like the name that would be given to another leaf.
+        while count > 1 and f"{path}#{count}" in taken:
             count += 1
-            name = f"{path}#{count}"
-        seen.add(name)
-        yield name, leaf
+        counts[path] = count
+        yield (path if count == 1 else f"{path}#{count}"), leaf
 
 
 def _is_of_jax(leaf: Any) -> bool:
