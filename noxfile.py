@@ -37,6 +37,8 @@ SEAMS = tuple(
         "retrace.py::test_a_fit_compiles_anew_exactly_if_a_difference_is_told",
         "retrace.py::test_a_function_compiles_anew_exactly_if_a_difference_is_told",
         "closures.py",
+        "pickle.py::test_optimisers_and_their_trainers",
+        "pickle.py::test_models",
         "programs.py::test_cells_that_are_run_again",
         "programs.py::test_two_models_share_a_helper_that_jax_keeps",
         "programs.py::test_forget_reaches_what_jax_keeps",
@@ -130,12 +132,16 @@ def tests_min(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests, the code blocks of the documentation among them.
 
-    The examples run, with the same checks, while `docs` builds their pages.
+    What is not compiled as for users has each annotation of the library checked, at
+    every call. The examples run, with the same checks, while `docs` builds their pages.
     """
     session.install(".[test]")
     left_out = "--ignore=tests/test_examples.py"
+    quick = cheap(session)
     run_tests(session, left_out, "-m", "as_compiled")
-    run_tests(session, left_out, "-m", "not as_compiled", env=cheap(session))
+    run_tests(session, left_out, "-m", "own_words and not as_compiled", env=quick)
+    rest = "not own_words and not as_compiled"
+    run_tests(session, left_out, "--annotations", "-m", rest, env=quick)
 
 
 def run_tests(session: nox.Session, *options: str, env: Environment = None) -> None:

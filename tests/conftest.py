@@ -3,6 +3,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
 # Both precisions are tested from one process: float32 arrays are asked for by dtype.
 jax.config.update("jax_enable_x64", True)
@@ -11,6 +12,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # `import models`: in the import mode that these tests have, no folder is a package.
 sys.path.append(str(Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--annotations",
+        action="store_true",
+        help="check every annotation in vernal at every call, private ones too",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--annotations"):
+        install_import_hook("vernal", "beartype.beartype")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,8 +1,15 @@
-"""A fit that is to be killed: `python long_fit.py directory result pause`."""
+"""A fit that is to be killed, in processes that are forked from this program.
+
+For each line `directory result pause` of its input it says the number of a new process,
+what that one says, and `ended` with its exit code. What all of them import is imported
+once; nothing of JAX runs before the fork, and so there are no threads yet.
+"""
 
 import datetime
+import os
 import sys
 import time
+import warnings
 
 import jax
 
@@ -63,9 +70,22 @@ def fit(checkpoint=None, pause=0.0, chunk=None):
     )
 
 
-if __name__ == "__main__":
-    directory, output, pause = sys.argv[1:]
+def run(directory, output, pause):
     every = datetime.timedelta(seconds=0.05)
     checkpoints = vn.Checkpoints(directory, every=every, keep=2)
-    result = fit(checkpoints, float(pause), chunk=5)
-    vn.save(output, result)
+    vn.save(output, fit(checkpoints, float(pause), chunk=5))
+
+
+if __name__ == "__main__":
+    import orbax.checkpoint  # noqa: F401
+
+    # What JAX has running by then is for the compiler, of which nothing is used yet.
+    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run(*line.split())
+            os._exit(0)
+        print(f"began {child}", flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(f"ended {code}", flush=True)

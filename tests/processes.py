@@ -192,6 +192,62 @@ class Twice(LineFit):
         return (1 + NUMBER) * super().residuals(model, batch)
 
 
+def step(own=None, data=DATA):
+    trainer_, info = (trainer() if own is None else own).step(data, mesh=MESH)
+    return trainer_, info
+
+
+def solve(data=DATA, own=None, rtol=1e-8, **options):
+    own = LineFit(model()) if own is None else own
+    solver = optx.LevenbergMarquardt(rtol=rtol, atol=1e-8)
+    return own.solve(solver, data, mesh=MESH, **options)
+
+
+def solve_many(own=None, data=DATA):
+    own = starts() if own is None else own
+    return vn.fit_many(own, data, 30, solver=LM, mesh=MESH)
+
+
+OTHER = X, 2 * X + NUMBER
+BROKEN = (DATA, (X, object()))[NUMBER]
+
+
+def meetings(folder):
+    """What one process calls, or is given, and the other is not."""
+    first, _ = step()
+    cases = {
+        "step: data": lambda: step(data=OTHER),
+        "step: start": lambda: step(trainer(slope=NUMBER / 2)),
+        "step: code": lambda: step(trainer(Twice)),
+        "step: the second": lambda: step(first, OTHER),
+        "step: another": lambda: step((first, first.step(DATA)[0])[NUMBER]),
+        "step: broken": lambda: step(data=BROKEN),
+        "solve: data": lambda: solve(OTHER),
+        "solve: start": lambda: solve(own=LineFit(model(NUMBER / 2))),
+        "solve: code": lambda: solve(own=Twice(model())),
+        "solve: solver": lambda: solve(rtol=10.0 ** (-8 - NUMBER)),
+        "solve: steps": lambda: solve(max_steps=100 + NUMBER),
+        "solve: broken": lambda: solve(BROKEN),
+        "many: data": lambda: solve_many(data=OTHER),
+        "many: start": lambda: solve_many(starts()[:: 1 - 2 * NUMBER]),
+        "many: code": lambda: solve_many([Twice(model(slope)) for slope in SLOPES]),
+        "many: broken": lambda: solve_many(data=BROKEN),
+        "fit, step": (fit, step)[NUMBER],
+        "solve, step": (solve, step)[NUMBER],
+        "fit, many": (fit, solve_many)[NUMBER],
+    }
+    found = {}
+    for name, case in cases.items():
+        try:
+            case()
+            found[name] = "nothing"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    # What did not agree leaves nothing behind.
+    assert np.isfinite(step()[1].loss)
+    return found
+
+
 def decisions(folder):
     """What one process decides, or gets wrong."""
     steps = {"chunk": 5, "steps": 5_000}
@@ -274,6 +330,7 @@ def absent(folder):
 
 if ONE_OF_TWO:
     scenarios = {"answers": answers, "decisions": decisions, "long": long}
+    scenarios["meetings"] = meetings
     scenario, folder = sys.argv[1], Path(sys.argv[4])
     found = (scenarios | {"absent": absent})[scenario](folder)
     (folder / f"{scenario}-{NUMBER}.json").write_text(json.dumps(found))

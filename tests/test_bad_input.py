@@ -13,6 +13,8 @@ import pytest
 import vernal as vn
 from models import Line, LineFit, gaussian, line, line_batch, zoo
 
+pytestmark = pytest.mark.own_words
+
 BATCH = line_batch()
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(0)

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import os
 import random
 import resource
 import signal
@@ -42,41 +43,53 @@ def alike(result, expected):
 
 
 class Process:
-    """A long fit in a process of its own."""
+    """A long fit in a process of its own, forked from one that has imported all."""
 
-    def __init__(self, folder, pause=PAUSE):
-        script = Path(long_fit.__file__)
-        arguments = [str(folder / "steps"), str(folder / "result"), str(pause)]
-        self.run = subprocess.Popen(
-            [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, server, folder, pause=PAUSE):
+        self._server = server
+        print(folder / "steps", folder / "result", pause, file=server.stdin, flush=True)
+        # The new process may say something before the server does.
+        self._said = []
+        self.number = int(self._heard("began"))
 
-    def until_it_steps(self):
-        return bool(self.run.stdout.readline())
+    def _heard(self, word):
+        while not (line := self._server.stdout.readline()).startswith(word):
+            assert line, "the server has ended"
+            self._said.append(int(line))
+        return line.split()[1]
 
-    def end(self, number):
-        self.run.send_signal(number)
-        self.run.stdout.read()
-        code = self.run.wait(60)
-        self.run.stdout.close()
-        return code
+    def first_step(self):
+        return self._said[0] if self._said else int(self._server.stdout.readline())
+
+    def end(self, number=0):
+        os.kill(self.number, number)
+        return int(self._heard("ended"))
 
 
-def test_killed_twenty_times(tmp_path):
-    """In the middle of anything: importing, restoring, stepping, writing."""
+@pytest.fixture(scope="module")
+def server():
+    script = [sys.executable, long_fit.__file__]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(script, text=True, **pipes) as process:
+        yield process
+        process.stdin.close()
+        process.wait(60)
+
+
+def test_killed_twenty_times(server, tmp_path):
+    """In the middle of anything: restoring, compiling, stepping, writing."""
     rng, stepped = random.Random(0), 0
     for kill in range(20):
-        process = Process(tmp_path)
+        process = Process(server, tmp_path)
         if kill % 5 == 4:
-            time.sleep(rng.uniform(0.5, 2.0))
-        elif process.until_it_steps():
+            time.sleep(rng.uniform(0.0, 1.5))
+        else:
+            process.first_step()
             stepped += 1
             time.sleep(rng.uniform(0.0, 0.4))
         assert process.end(signal.SIGKILL) == -signal.SIGKILL
     assert stepped == 16, "it was done too soon"
-    last = Process(tmp_path, pause=0)
-    assert last.run.wait(120) == 0
-    last.run.stdout.close()
+    assert Process(server, tmp_path, pause=0).end() == 0
     expected = long_fit.fit()
     result = vn.load(tmp_path / "result", expected)
     assert same(result, expected)
@@ -84,15 +97,15 @@ def test_killed_twenty_times(tmp_path):
     assert expected.trainer.nan_report()["offset"].total == 12
 
 
-def test_told_to_end(tmp_path):
+def test_told_to_end(server, tmp_path):
     """What a cluster does before it takes a machine away."""
-    process = Process(tmp_path)
-    process.until_it_steps()
+    process = Process(server, tmp_path)
+    process.first_step()
     time.sleep(0.3)
     assert process.end(signal.SIGTERM) == -signal.SIGTERM
     assert not (tmp_path / "result").exists()
-    again = Process(tmp_path)
-    first = int(again.run.stdout.readline())
+    again = Process(server, tmp_path)
+    first = again.first_step()
     assert again.end(signal.SIGTERM) == -signal.SIGTERM
     assert first > 5
 
@@ -148,6 +161,16 @@ def test_fewer_steps_than_were_taken(tmp_path):
     again = fit(20, tmp_path)
     assert again.stop_reason is vn.StopReason.TAKEN_BEFORE
     assert alike(again, done)
+
+
+def test_another_thinning(tmp_path):
+    """The steps say which rows there are; the state is the same."""
+    fit(20, tmp_path, every=3)
+    result, whole = fit(40, tmp_path, every=5), fit(40)
+    assert same(result.trainer, whole.trainer)
+    steps = [*range(0, 20, 3), *range(20, 40, 5)]
+    np.testing.assert_array_equal(result.history.steps, steps)
+    np.testing.assert_array_equal(result.history.loss, whole.history.loss[steps])
 
 
 def test_other_rates_and_another_policy(tmp_path):
@@ -454,6 +477,36 @@ def test_mistakes(name, tmp_path):
     options, error, match = MISTAKES[name]
     with pytest.raises(error, match=match):
         vn.Checkpoints(tmp_path, **options)
+
+
+NOWHERE = {
+    "an address": ("gs://bucket/run", ValueError, "Mount the store"),
+    "of another store": ("s3+http://host/run", ValueError, "Mount the store"),
+    "as a path": (Path("gs://bucket/run"), ValueError, "Mount the store"),
+    "empty": ("", ValueError, "must name a directory"),
+    "blank": (" ", ValueError, "must name a directory"),
+    "a null byte": ("a\0b", ValueError, "must name a directory"),
+    "nobody's home": ("~nobody-at-all/run", ValueError, "no such home"),
+    "none": (None, TypeError, "a string, or a `pathlib.Path`"),
+    "bytes": (b"runs", TypeError, "a string, or a `pathlib.Path`"),
+    "a number": (3, TypeError, "a string, or a `pathlib.Path`"),
+}
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_what_names_no_directory(name):
+    directory, error, match = NOWHERE[name]
+    with pytest.raises(error, match=f"`directory` is .*{match}"):
+        vn.Checkpoints(directory)
+
+
+def test_names_of_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/runs", "runs", Path("runs"), tmp_path / "runs", "./runs"):
+        assert vn.Checkpoints(name).directory == tmp_path / "runs"
+    # One letter may be a drive.
+    assert vn.Checkpoints("c:/runs").directory.name == "runs"
 
 
 def test_what_is_no_checkpoint(tmp_path):

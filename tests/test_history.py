@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import vernal as vn
-from models import LineFit, Pull, TwoFit, line, line_batch, script, two, zoo
+from models import LineFit, Pull, TwoFit, line, line_batch, same, script, two, zoo
 
 BATCH = line_batch()
 
@@ -118,6 +118,15 @@ def test_histories_of_different_records_do_not_join():
         _ = fit(2, record="slope").history + fit(2).history
     with pytest.raises(TypeError):
         _ = fit(2).history + 3
+    wide = vn.History(np.arange(2), np.zeros(2), {"slope": np.zeros((2, 3))})
+    with pytest.raises(ValueError, match=r"the shape \(\) in one, and \(3,\)"):
+        _ = fit(2, record="slope").history + wide
+
+
+@pytest.mark.parametrize("name", [0, slice(2), None, ("loss", 0), 1.5])
+def test_rows_are_taken_of_a_column(name):
+    with pytest.raises(TypeError, match=r"the name of a column.*history\.loss\[0\]"):
+        fit(2).history[name]
 
 
 @pytest.mark.parametrize("record", ["layers", "wave", "scalar", "grad_norm"])
@@ -137,6 +146,43 @@ def test_a_history_is_the_users_own():
     result = fit(4, record="slope")
     result.history.loss[:] = 0
     assert fit(4, record="slope").history.loss[0] > 0
+
+
+def test_a_callback_is_given_nothing_to_change():
+    """What it sees is a part of the result."""
+
+    def change(trainer, history):
+        for column in history.to_dict().values():
+            with pytest.raises(ValueError, match="read-only"):
+                column.fill(-1)
+        history.records.clear()
+        trainer.nan_report().clear()
+
+    options = {"record": "slope", "validation": (BATCH, 2), "chunk": 5}
+    result, expected = fit(**options, callback=change), fit(**options)
+    assert same((result.trainer, result.history), (expected.trainer, expected.history))
+
+
+def test_arrays_that_are_changed_while_a_fit_goes_on():
+    """A fit has copies of its own of what it was given."""
+    x, y = (np.array(column) for column in BATCH[:2])
+    scored = (np.array(BATCH[0]), np.array(BATCH[1]))
+
+    def change(trainer, history):
+        for column in (x, y, *scored):
+            column.fill(-1)
+
+    def reused(step):
+        for k in range(step, 20):
+            x[:], y[:] = BATCH[0], BATCH[1] + k
+            yield x, y
+
+    fresh = lambda step: ((BATCH[0], BATCH[1] + k) for k in range(step, 20))
+    run = lambda data, **options: TRAINER.fit(data, 12, progress=False, **options)
+    expected = run(BATCH[:2], validation=(BATCH[:2], 3), chunk=2)
+    result = run((x, y), validation=(scored, 3), chunk=2, callback=change)
+    assert same((result.trainer, result.history), (expected.trainer, expected.history))
+    assert same(run(vn.Stream(reused)).trainer, run(vn.Stream(fresh)).trainer)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5))

@@ -402,6 +402,7 @@ def test_a_solver_in_the_space_of_each():
 # What goes wrong.
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [

@@ -215,6 +215,7 @@ def test_a_conflict_that_a_third_rule_settles_is_none():
     assert found["layers.0.bias"] == "layers.0.bias"
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("selector", "error", "match"),
     [

@@ -103,7 +103,7 @@ def test_what_one_decides_all_do(tmp_path):
             "record": "`record` is slope and offset",
         }.items():
             assert told[name].startswith(
-                "ValueError: The processes of this fit disagree"
+                "ValueError: The processes of this `fit` disagree"
             )
             assert what in told[name]
         assert "holds something else than checkpoints" in told["directory"]
@@ -113,6 +113,42 @@ def test_what_one_decides_all_do(tmp_path):
         assert told["quits"].endswith("SystemExit: 3")
         assert "`steps` is -1" in told["negative"]
         assert "`checkpoint` differs" in told["elsewhere"]
+
+
+PLACES = {
+    "step: data": "`batch` differs at '1'",
+    "step: start": "`trainer` differs at '_progress.params.slope'",
+    "step: code": "`program` differs",
+    "step: the second": "`batch` differs at '1'",
+    "step: another": "`trainer` differs at '_progress",
+    "solve: data": "`batch` differs at '1'",
+    "solve: start": "`trainer` differs at '_progress.params.slope'",
+    "solve: code": "`program` differs",
+    "solve: solver": "`solver` differs",
+    "solve: steps": "`max_steps` is 100 and 101",
+    "many: data": "`batch` differs at '1'",
+    "many: start": "`trainer` differs at '_progress.params.slope'",
+    "many: code": "`program` differs",
+}
+CALLED = {"step": "step", "solve": "solve", "many": "fit_many", "fit": "fit"}
+
+
+def test_processes_meet_before_they_compute_together(tmp_path):
+    both = found("meetings", tmp_path)
+    for number, cases in enumerate(both):
+        for name, place in PLACES.items():
+            called = CALLED[name.split(":")[0]]
+            start = f"ValueError: The processes of this `{called}` disagree"
+            assert cases[name].startswith(start), (name, cases[name])
+            assert place in cases[name], (name, cases[name])
+        for name in ("step: broken", "solve: broken", "many: broken"):
+            kind = cases[name].split(":")[0]
+            assert kind == ("PeerError", "TypeError")[number], cases[name]
+        for name in ("fit, step", "solve, step", "fit, many"):
+            one, other = (CALLED[each] for each in name.split(", "))
+            assert cases[name].startswith("PeerError: Process")
+            assert f"the start of `{one}`" in cases[name]
+            assert f"the start of `{other}`" in cases[name]
 
 
 def test_two_processes_that_are_killed_lose_nothing(tmp_path):
@@ -138,4 +174,4 @@ def test_two_processes_that_are_killed_lose_nothing(tmp_path):
 
 def test_a_process_that_does_not_come(tmp_path):
     first, _ = found("absent", tmp_path)
-    assert "Process 1 of this fit has not answered within 3 seconds" in first["told"]
+    assert "Process 1 of this `fit` has not answered within 3 seconds" in first["told"]

@@ -1,7 +1,6 @@
 import copy
 import dataclasses
 import inspect
-import pickle
 
 import equinox as eqx
 import jax
@@ -297,6 +296,7 @@ def test_gradients_with_respect_to_a_rate():
     np.testing.assert_allclose(jax.vmap(moved)(rates), slope * rates, rtol=1e-6)
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("tx", "message"),
     [
@@ -317,8 +317,3 @@ def test_as_transform_leaves_one_alone():
     tx = Doubled(jnp.ones(()))
     assert as_transform(tx, "tx") is tx
     assert isinstance(as_transform(optax.sgd(0.1), "tx"), Transform)
-
-
-def test_pickle_is_refused():
-    with pytest.raises((TypeError, pickle.PicklingError, AttributeError)):
-        pickle.dumps(of(optax.sgd(0.1)))

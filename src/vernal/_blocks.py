@@ -75,7 +75,7 @@ def leaves_by_path(
 
 def ravel_blocks(
     params: Params, blocks: Sequence[Block], dtypes: Sequence[DTypeLike]
-) -> list[Float[Array, " D"]]:
+) -> list[Float[Array, " _"]]:
     """Joins the leaves of each block into one vector."""
     leaves = jax.tree.leaves(params)
     return [
@@ -85,7 +85,7 @@ def ravel_blocks(
 
 
 def unravel_blocks(
-    flats: Sequence[Float[Array, " D"]], blocks: Sequence[Block], like: Params
+    flats: Sequence[Float[Array, " _"]], blocks: Sequence[Block], like: Params
 ) -> Params:
     """Undoes `ravel_blocks`: every leaf has the shape and dtype it has in `like`."""
     leaves, structure = jax.tree.flatten(like)

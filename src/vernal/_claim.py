@@ -34,9 +34,11 @@ def claim(folder: Path) -> IO[str]:
     with contextlib.ExitStack() as stack:
         try:
             _require_ours(folder)
-            (folder / "steps").mkdir(parents=True, exist_ok=True)
+            # In this order: wherever the process is killed, the directory is known.
+            folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((folder / "lock").open("a"))
             _lock_or_refuse(lock, folder)
+            (folder / "steps").mkdir(exist_ok=True)
             _mark(folder / _MARKER)
         except OSError as error:
             raise OSError(

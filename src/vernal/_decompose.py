@@ -37,7 +37,7 @@ _REMEDY = {
 def whiten(
     given: Matrix,
     params: Params,
-    rtol: float | None,
+    rtol: float | int | None,
     rank: int | None,
     on_null: OnNull,
     kind: Kind,
@@ -126,7 +126,7 @@ def _refuse_bad_rows(
 def whiten_jacobian(
     given: Matrix,
     params: Params,
-    rtol: float | None,
+    rtol: float | int | None,
     rank: int | None,
     on_null: OnNull,
     name: str,
@@ -161,7 +161,7 @@ _of_jacobian = jax.jit(of_jacobian)
 
 
 def jacobian_cut(
-    size: int, eps: float, rtol: float | None, rank: int | None, on_null: OnNull
+    size: int, eps: float, rtol: float | int | None, rank: int | None, on_null: OnNull
 ) -> Cut:
     """Finds which directions of a Jacobian are null.
 

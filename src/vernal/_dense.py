@@ -47,7 +47,7 @@ class DenseWhitening(AbstractWhitening):
         return self.scale.dtype
 
     @property
-    def is_null(self) -> Bool[Array, " D"]:
+    def is_null(self) -> Bool[Array, "*members D"]:
         """Which of the eigenvalues are those of null directions."""
         if self.has_prior:
             return self.roots < 0
@@ -67,7 +67,7 @@ class DenseWhitening(AbstractWhitening):
         return self.roots.shape[-1:]
 
     @property
-    def spectrum(self) -> Float[Array, " D"]:
+    def spectrum(self) -> Float[Array, "*members D"]:
         """The eigenvalues of the scaled matrix."""
         return self.eigenvalues
 
@@ -154,7 +154,7 @@ class DenseWhitening(AbstractWhitening):
 class Cut(NamedTuple):
     """Which directions are null, and what becomes of them."""
 
-    threshold: float
+    threshold: float | int
     rank: int | None
     on_null: OnNull
     resolution: float
@@ -211,7 +211,7 @@ def of_spectrum(
 
 
 def check_options(
-    threshold: float, rank: int | None, on_null: OnNull, size: int
+    threshold: float | int, rank: int | None, on_null: OnNull, size: int
 ) -> None:
     if on_null not in get_args(OnNull):
         raise ValueError(

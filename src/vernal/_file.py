@@ -40,6 +40,9 @@ _HEADER = "vernal.json"
 # The longest name of a leaf that is the name of its member too.
 _LONGEST_NAME = 200
 
+# What NumPy makes of a Python integer, on one machine or another.
+_INTEGERS = (np.int64, np.uint64, np.int32)
+
 
 class ForeignFileError(LoadError):
     """A file was not written by [`vernal.save`][]."""
@@ -230,7 +233,7 @@ def _dtype(kind: Kind, array: Described) -> np.dtype:
     elif array.shape == kind.shape:
         if kind.is_number:
             number = np.dtype(kind.dtype)
-            is_integer = kind.dtype == "int" and array.dtype.kind in "iu"
+            is_integer = kind.dtype == "int" and array.dtype in _INTEGERS
             if is_integer or array.dtype == number:
                 return array.dtype
         else:

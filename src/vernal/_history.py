@@ -12,6 +12,7 @@ import numpy as np
 from ._file import opened, write_file
 from ._leaves import MismatchError, to_arrays
 from ._paths import UnknownPathError, nearest_names
+from ._pickling import Portable
 from ._typing import file_path
 
 COLUMNS = ("steps", "loss", "validation", "validation_steps")
@@ -21,7 +22,7 @@ RECORDS = "records."
 
 
 @final
-class History(eqx.Module):
+class History(Portable, eqx.Module):
     """What a fit recorded: the loss, and whatever `record` named beside it.
 
     Each array has one row for each recorded step. Two histories of consecutive fits

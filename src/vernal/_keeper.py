@@ -340,7 +340,12 @@ def _silent() -> Iterator[None]:
 
     With a filter of its own: levels would be those of all fits in the process.
     """
-    is_other = lambda record: "orbax" not in f"{record.pathname} {record.getMessage()}"
+
+    def is_other(record: logging.LogRecord) -> bool:
+        # A task that was given up is told of by `asyncio`, with the path of its code.
+        told = str(record.msg) if record.name == "asyncio" else record.pathname
+        return "orbax" not in told
+
     loggers = [logging.getLogger(name) for name in _TALKERS]
     for logger in loggers:
         logger.addFilter(is_other)

@@ -281,8 +281,8 @@ def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
 
 
 def _as_key(path: str, data: np.ndarray, like: Any, source: str) -> Any:
-    one = jnp.empty((), like.dtype)
-    if data.shape[-1:] != jax.random.key_data(one).shape:
+    one = like if isinstance(like, jax.Array) else jnp.empty((), like.dtype)
+    if data.shape[-1:] != jax.random.key_data(one).shape[-1:]:
         raise MismatchError(
             f"{source} holds {path!r} as a key of {data.shape[-1]} words, which no "
             f"{like.dtype} has."

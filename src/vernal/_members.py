@@ -14,11 +14,13 @@ from ._data import Minibatches, Source, Whole, as_batch, as_source
 from ._diagnosis import diagnosed
 from ._frames import warn
 from ._history import History
+from ._meeting import meeting
 from ._modes import Mode, checked_mode
 from ._monitor import Monitor, MonitorState
 from ._nonfinite import SKIP_ADVICE, NanCount
 from ._one import BadEnd, One
 from ._paths import spelled
+from ._pickling import Portable
 from ._placement import Placement
 from ._record import Rows
 from ._solve import Problem, checked_solver
@@ -36,7 +38,7 @@ Model = TypeVar("Model")
 
 
 @final
-class ManyResult(eqx.Module, Generic[TrainerT]):
+class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     """What [`vernal.fit_many`][] returns. `len(result)` is the number of members.
 
     **Attributes:**
@@ -104,6 +106,8 @@ class ManyResult(eqx.Module, Generic[TrainerT]):
 
 class Many(One):
     """A fit of many trainers at once, which are one that is stacked."""
+
+    entrance = "fit_many"
 
     def __init__(
         self,
@@ -267,7 +271,7 @@ class Many(One):
         monitor: Monitor,
         watched: MonitorState | None,
         reason: StopReason,
-        is_all_skipped: np.ndarray,
+        is_all_skipped: np.ndarray | np.bool_,
     ) -> ManyResult[Any]:
         progress = trainer._progress
         lasts = self.on_host(progress.nan_counts)[:, -1]
@@ -320,11 +324,14 @@ class Many(One):
         self, trainer: Any, data: Any, solver: Any, steps: int, jac: Mode | None
     ) -> ManyResult[Any]:
         """Solves for all of them, rather than to fit."""
-        encoded, rows = checked_solver(solver, steps, "steps")
-        batch = self.prepare(data)
-        flags = self.config, self._flags(batch)
-        there = Members(self.placed(trainer), flags, self.group, self.place)
-        with self.context():
+        with meeting(self.entrance, self.place) as agree, self.context():
+            encoded, rows = checked_solver(solver, steps, "steps")
+            batch = self.prepare(data)
+            flags = self.config, self._flags(batch)
+            options: dict[str, Any] = {"steps": steps, "jac": jac, "group": self.group}
+            options |= {"solver": (solver, encoded), "data_axis": self.data_axis}
+            agree(trainer, batch, (self.template(trainer), self.row(batch)), **options)
+            there = Members(self.placed(trainer), flags, self.group, self.place)
             problem = Problem(batch, encoded, rows, checked_mode(jac))
             trainers, history, reasons, edms = solve_many(there, problem, steps)
         result = self._result(trainers, history, reasons, edms)

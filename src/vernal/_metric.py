@@ -206,7 +206,7 @@ def _compute(
     blocks: tuple[tuple[int, ...], ...],
     batch_size: int | None,
     jac: Mode | None,
-) -> tuple[tuple[Float[Array, "D D"], ...], Bool[Array, ""]]:
+) -> tuple[tuple[Float[Array, "_ _"], ...], Bool[Array, ""]]:
     """Computes one matrix for each group of leaves, and whether there is a meaning.
 
     That is, whether what is differentiated is finite.
@@ -299,7 +299,7 @@ def _by_matrix(
     blocks: Blocks | None,
     batch_size: int | None,
     jac: Mode | None,
-    rtol: float | None,
+    rtol: float | int | None,
     on_null: OnNull,
 ) -> tuple[Any, WhitenOne]:
     """Finds Hessians, and what makes a whitening of one."""
@@ -325,7 +325,7 @@ def _by_jacobian(
     blocks: Blocks | None,
     batch_size: int | None,
     jac: Mode | None,
-    rtol: float | None,
+    rtol: float | int | None,
     on_null: OnNull,
 ) -> tuple[Any, WhitenOne]:
     """Finds decomposed Jacobians, and what makes a whitening of one."""
@@ -351,7 +351,7 @@ def whitening(
     batch_size: int | None,
     jac: Mode | None,
     *,
-    rtol: float | None = None,
+    rtol: float | int | None = None,
     rank: int | None = None,
     on_null: OnNull = "prior",
 ) -> DenseWhitening:
@@ -368,7 +368,7 @@ def whitened(
     batch_size: int | None,
     jac: Mode | None,
     *,
-    rtol: float | None = None,
+    rtol: float | int | None = None,
     rank: Any = None,
     on_null: OnNull = "prior",
 ) -> EigenProjector:

@@ -32,6 +32,9 @@ class One:
     shape: tuple[int, ...] = ()
     """What stands before the shape of everything that is recorded."""
 
+    entrance = "fit"
+    """What the user has called."""
+
     def __init__(self, place: Placement | None = None):
         """**Arguments:**
 
@@ -151,7 +154,7 @@ class One:
         monitor: Monitor,
         watched: MonitorState | None,
         reason: StopReason,
-        is_all_skipped: np.ndarray,
+        is_all_skipped: np.ndarray | np.bool_,
     ) -> Any:
         """Makes the result of a fit that came to its end.
 

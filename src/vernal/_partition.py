@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import jax.tree_util as jtu
 import optax
@@ -55,6 +55,8 @@ def partition(
         for label, tx in transforms.items()
     }
 
+    # Known by their code, which a type checker must not wrap.
+    @no_type_check
     def init_fn(params: Any) -> optax.transforms.PartitionState:
         names, leaves, _ = named_tree(params)
         if not leaves:
@@ -66,6 +68,7 @@ def partition(
             states = init_groups(tuple(transforms.values()), owners, names, leaves)
         return _as_state(transforms, states)
 
+    @no_type_check
     def update_fn(
         updates: Any,
         state: Any,

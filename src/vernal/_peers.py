@@ -1,12 +1,14 @@
 """The processes of a fit: what one of them decides, all of them do."""
 
 import contextlib
+import hashlib
 import itertools
 import json
+import re
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -21,8 +23,12 @@ T = TypeVar("T")
 # How long one process waits for another: longer than any compilation should take.
 _SECONDS = 600
 
-# Fits are numbered, as what two processes say must be of the same one.
-_FITS = itertools.count()
+# What the same processes do together is numbered, as what two of them say must be of
+# the same.
+_COUNTS: dict[str, Iterator[int]] = {}
+
+# The last message to each circle of processes, which somebody may yet have to hear.
+_LAST: dict[str, str] = {}
 
 
 class PeerError(RuntimeError):
@@ -49,15 +55,19 @@ class Peers:
     them together, which has a time limit.
     """
 
-    def __init__(self, mesh: Mesh | None):
+    def __init__(self, mesh: Mesh | None, entrance: str = "fit"):
         """**Arguments:**
 
         - `mesh`: the devices of the fit.
+        - `entrance`: the name of the function that all of them must have called.
         """
         devices = () if mesh is None else mesh.devices.flat
         self.numbers = sorted({device.process_index for device in devices})
         self._own = jax.process_index() if len(self.numbers) > 1 else 0
-        self._fit = next(_FITS) if len(self.numbers) > 1 else None
+        self._entrance, self._circle = entrance, "-".join(map(str, self.numbers))
+        self._fit = None
+        if len(self.numbers) > 1:
+            self._fit = next(_COUNTS.setdefault(self._circle, itertools.count()))
         self._rounds = itertools.count()
         self._handler: Any = None
         self._presses = 0
@@ -108,7 +118,7 @@ class Peers:
         return global_state.client
 
     def _name(self, turn: int, number: int) -> str:
-        return f"vernal/{self._fit}/{turn}/{number}"
+        return f"vernal/{self._circle}/{self._fit}/{turn}/{number}"
 
     def _tell(self, turn: int, message: dict[str, Any]) -> None:
         self._client.key_value_set(self._name(turn, self._own), json.dumps(message))
@@ -134,6 +144,8 @@ class Peers:
     def _exchange(self, message: dict[str, Any]) -> list[Any]:
         turn = next(self._rounds)
         self._tell(turn, message)
+        last = _LAST.get(self._circle)
+        _LAST[self._circle] = self._name(turn, self._own)
         heard = {number: self._hear(turn, number) for number in self.numbers}
         for number, told in heard.items():
             if "error" in told and number != self._own:
@@ -143,11 +155,11 @@ class Peers:
                 raise PeerError(
                     f"Process {number} is elsewhere in the program: at "
                     f"{told['about']}, and this one at {message['about']}. All "
-                    "processes must call `fit` alike."
+                    "processes must make the same calls in the same order."
                 )
-        if turn:
-            # All have heard the last round, or they would not have told in this one.
-            self._client.key_value_delete(self._name(turn - 1, self._own))
+        if last is not None:
+            # All have heard it, or they would not have told anything since.
+            self._client.key_value_delete(last)
         return [told.get("said") for told in heard.values()]
 
     def _hear(self, turn: int, number: int) -> dict[str, Any]:
@@ -157,9 +169,9 @@ class Peers:
         except Exception as error:
             self.are_lost = True
             raise PeerError(
-                f"Process {number} of this fit has not answered within {_SECONDS} "
-                "seconds. It has ended, or runs another program: see what it "
-                "printed. All processes must call `fit` alike."
+                f"Process {number} of this `{self._entrance}` has not answered within "
+                f"{_SECONDS} seconds. It has ended, or runs another program: see what "
+                "it printed. All processes must make the same calls in the same order."
             ) from error
 
     def together(
@@ -202,15 +214,15 @@ class Peers:
         - `described`: by the name of each argument a number or a text; or, of a tree,
             a dictionary with one for each leaf.
         """
-        first, *others = self.exchange(described, "the start of a fit")
+        first, *others = self.exchange(described, f"the start of `{self._entrance}`")
         for number, other in zip(self.numbers[1:], others, strict=True):
             odd = [name for name in first if first[name] != other.get(name)]
             if odd:
                 raise ValueError(
-                    f"The processes of this fit disagree: {_told(odd[0], first, other)}"
-                    f" on processes {self.numbers[0]} and {number}. All must be given "
-                    "the same, from the same program; of a `vn.Stream` alone each has "
-                    "its own share."
+                    f"The processes of this `{self._entrance}` disagree: "
+                    f"{_told(odd[0], first, other)} on processes {self.numbers[0]} and "
+                    f"{number}. All must be given the same, from the same program; of "
+                    "a `vn.Stream` alone each has its own share."
                 )
 
 
@@ -227,18 +239,33 @@ def _told(name: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return f"`{name}` is {mine} and {theirs}" if short else f"`{name}` differs"
 
 
-def described(tree: PyTree) -> dict[str, str]:
+def described(tree: PyTree, most_bytes: int | None = None) -> dict[str, str]:
     """Describes each array of a tree, for `Peers.require_same`.
 
     Of what a process has a part only, that is the shape alone.
+
+    **Arguments:**
+
+    - `most_bytes`: of larger arrays that lie on the devices of all already, the shape
+        alone, too.
     """
+
+    def checksum(array: Any) -> int:
+        is_here = not isinstance(array, jax.Array) or array.is_fully_addressable
+        if is_part(array) or not (
+            is_here or most_bytes is None or array.nbytes <= most_bytes
+        ):
+            return 0
+        return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
+
     return {
-        path: f"{leaf.kind} {_checksum(leaf.array)}"
+        path: f"{leaf.kind} {checksum(leaf.array)}"
         for path, leaf in to_arrays(tree).items()
     }
 
 
-def _checksum(array: Any) -> int:
-    if is_part(array):
-        return 0
-    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
+def fingerprint(text: Any) -> str:
+    """A short text for a long one, from which it cannot be told apart by addresses."""
+    # Where an object lies says nothing of what it is.
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(text))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,13 +4,15 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import equinox as eqx
 import jax
 import numpy as np
 
 from ._reads import reads
+from ._shelves import Shelves
+from ._skeleton import Skeleton
 from ._values import Hashed, is_atom, value_key
 from ._watch import Reads, Slot, kept
 
@@ -103,11 +105,21 @@ class _Call(NamedTuple):
 class Version:
     """A call, and the code of one moment: what a program is compiled for."""
 
-    __slots__ = ("__weakref__", "call", "generation", "is_traced")
+    __slots__ = ("__weakref__", "_hash", "call", "generation", "is_traced")
 
-    def __init__(self, call: _Call):
-        self.call = call
+    def __init__(self, call: _Call, hashed: int):
+        """**Arguments:**
+
+        - `hashed`: a hash that another version of the same code has, too.
+        """
+        self.call, self._hash = call, hashed
         self.generation, self.is_traced = _changes.count, False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """What JAX looks at its functions in, to trace them for this version."""
@@ -130,7 +142,7 @@ class _Record:
         if version is None:
             # Also where names were added or removed, which no slot tells.
             _changes.count += is_again
-            version = _versions[key] = Version(self.call)
+            version = _versions[key] = Version(self.call, hash(key))
         self.version = version
 
     def _read(self) -> Reads:
@@ -181,29 +193,45 @@ class Program(Generic[P, R]):
     """A compiled function: see [`program`][vernal._programs.program]."""
 
     def __init__(self, fn: Callable[P, R], donate: Literal["none", "all-except-first"]):
-        def enter(first: list[Any], rest: list[Any], version: Version) -> R:
-            version.is_traced = True
-            call: Callable[..., R] = fn
-            return call(*version.call.joined([*first, *rest]))
-
-        enter.__name__, enter.__qualname__ = fn.__name__, fn.__qualname__
-        self._donates = donate != "none"
-        self._jitted: Any = eqx.filter_jit(enter, donate=donate)
+        self._fn = fn
+        self._donate: Literal["none", "all-except-first"] = donate
+        self._compiled: Shelves[Any] = Shelves(_drop)
         functools.update_wrapper(self, fn)
         _programs.append(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         record, first, rest = self._taken_apart(args)
         version = record.now()
+        jitted = self._of(version)
         if version.generation:
             with version.context():
-                result = self._jitted(first, rest, version)
+                result = jitted(first, rest)
         else:
-            result = self._jitted(first, rest, version)
+            result = jitted(first, rest)
         if version.is_traced:
             version.is_traced = False
             record.settle()
         return result
+
+    def _of(self, version: Version) -> Any:
+        """Returns what is compiled for a version, by JAX for each shape of arrays."""
+        return self._compiled.get(version) or self._compiled.put(
+            version, self._jitted(version), _kind(version.call)
+        )
+
+    def _jitted(self, version: Version) -> Any:
+        # One for each: only as a whole can what it has compiled be dropped. Equinox and
+        # JAX keep the function, so that it must not keep the version.
+        called: Callable[..., R] = self._fn
+        made_for = weakref.ref(version)
+
+        def enter(first: list[Any], rest: list[Any]) -> R:
+            version = cast(Version, made_for())
+            version.is_traced = True
+            return called(*version.call.joined([*first, *rest]))
+
+        enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
+        return eqx.filter_jit(enter, donate=self._donate)
 
     def _taken_apart(
         self, args: tuple[Any, ...]
@@ -216,21 +244,50 @@ class Program(Generic[P, R]):
         statics = _statics(leaves)
         if statics:
             leaves = [x if type(x) in _array_types else None for x in leaves]
-        count = structure.children()[0].num_leaves if self._donates else 0
+        donates = self._donate != "none"
+        count = structure.children()[0].num_leaves if donates else 0
         return _Record.of(structure, statics), leaves[:count], leaves[count:]
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Traces the function without running it, to look at what is compiled."""
         record, first, rest = self._taken_apart(args)
-        return self._jitted.lower(first, rest, record.now())
+        return self._of(record.now()).lower(first, rest)
 
     def cache_size(self) -> int:
         """Counts the compiled programs."""
-        return self._jitted._cached._cache_size()
+        return sum(x._cached._cache_size() for x in self._compiled.values())
 
     def forget(self) -> None:
         """Drops the compiled programs."""
-        self._jitted._cached.clear_cache()
+        self._compiled.clear()
+
+
+def _drop(version: Version, jitted: Any) -> None:
+    """Lets go of what was compiled for a version, and of what its code reads."""
+    jitted._cached.clear_cache()
+    for call, record in list(_records.items()):
+        if record.version is version:
+            _records.pop(call, None)
+
+
+def _kind(call: _Call) -> frozenset[str]:
+    """The names of the classes and the functions of a call: these stay the same where
+    a cell or a function defines them anew."""
+    names: set[str] = set()
+    todo = [call.structure, *call.statics]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, jax.tree_util.PyTreeDef):
+            data = part.node_data()
+            if data is not None:
+                todo += [data[0], data[1], *part.children()]
+        elif isinstance(part, tuple):
+            todo += part
+        elif isinstance(part, Skeleton):
+            names |= part.function_names
+        else:
+            names.add(getattr(part, "__qualname__", type(part).__qualname__))
+    return frozenset(names)
 
 
 def program(
@@ -259,9 +316,9 @@ def forget() -> None:
     where a model or a loss calls them. Programs of your own around vernal, such as a
     `jax.jit` of `trainer.step`, are left alone: `jax.clear_caches()` drops those.
     """
+    _records.clear()
     for each in _programs:
         each.forget()
-    _records.clear()
     _versions.clear()
     kept.clear()
     _changes.forget()

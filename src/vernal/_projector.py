@@ -32,6 +32,7 @@ from ._eigen import Matrix
 from ._foreign import refuse_foreign
 from ._low_rank import whiten_matvec
 from ._paths import spelled
+from ._pickling import Portable
 from ._precision import widest
 from ._ravel import as_parameters, ravel_size
 from ._typing import Params, PyTree, checked, takes
@@ -40,7 +41,7 @@ from ._whitening import AbstractWhitening, Unchanged
 _VECTOR = jax.tree.structure(0)
 
 
-class EigenProjector(eqx.Module):
+class EigenProjector(Portable, eqx.Module):
     r"""An affine map between parameters and a latent space in which they are whitened.
 
     $$x = x_0 + P u, \qquad P^\top F P = I$$
@@ -216,7 +217,7 @@ class EigenProjector(eqx.Module):
         cls,
         matrix: Matrix,
         params: Params,
-        rtol: float | None,
+        rtol: float | int | None,
         rank: int | None,
         on_null: OnNull,
         kind: Kind,
@@ -435,7 +436,7 @@ class EigenProjector(eqx.Module):
         return widest(w.dtype for w in self._whitenings)
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int | Any:
         """The number of directions that are not null.
 
         With `on_null="prior"` it is an array under `jax.jit` and `jax.vmap`.
@@ -575,12 +576,12 @@ class EigenProjector(eqx.Module):
         ]
         return unravel_blocks(natural, self._blocks, self._origin)
 
-    def _checked(self, tree: Params, name: str) -> list[Float[Array, " D"]]:
+    def _checked(self, tree: Params, name: str) -> list[Float[Array, " _"]]:
         arrays = as_parameters(tree, name)
         require_alike(arrays, self._origin, f"`{name}`", "the projector's parameters")
         return self._ravel(arrays)
 
-    def _ravel(self, tree: Params) -> list[Float[Array, " D"]]:
+    def _ravel(self, tree: Params) -> list[Float[Array, " _"]]:
         dtypes = [whitening.dtype for whitening in self._whitenings]
         return ravel_blocks(tree, self._blocks, dtypes)
 

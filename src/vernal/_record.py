@@ -214,8 +214,8 @@ class Rows(eqx.Module):
 
     loss: Array
     values: dict[str, Array]
-    first: Int[Array, ""]
-    every: Int[Array, ""]
+    first: Int[Array, "*members"]
+    every: Int[Array, "*members"]
 
     @classmethod
     def empty(

@@ -9,6 +9,7 @@ from typing_extensions import TypeVar
 
 from ._edm import Distance, along
 from ._history import History
+from ._pickling import Portable
 from ._stop import StopReason
 
 TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
@@ -16,7 +17,7 @@ Model = TypeVar("Model", covariant=True, default=Any)
 
 
 @final
-class FitResult(eqx.Module, Generic[TrainerT, Model]):
+class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
     r"""What a fit returns.
 
     **Attributes:**

@@ -16,6 +16,7 @@ from ._distance import MOST_PARAMETERS
 from ._edm import Distance, distance_of
 from ._frames import warn
 from ._history import History
+from ._meeting import meeting
 from ._metric import has_likelihood
 from ._modes import Mode, checked_mode
 from ._objective import live
@@ -66,11 +67,14 @@ def solve(
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
     refuse_traced("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     rewhiten = boolean(rewhiten, "rewhiten")
-    encoded, rows = checked_solver(solver, max_steps, "max_steps")
-    batch, there, place = as_batch(batch), trainer, placement(trainer, mesh)
-    if place is not None:
-        batch, there = place.batch(batch, "batch"), place.put(trainer)
-    with context(place):
+    place, there = placement(trainer, mesh), trainer
+    with meeting("solve", place) as agree, context(place):
+        encoded, rows = checked_solver(solver, max_steps, "max_steps")
+        batch = as_batch(batch)
+        options = {"max_steps": max_steps, "rewhiten": rewhiten, "jac": jac}
+        agree(trainer, batch, solver=(solver, encoded), **options)
+        if place is not None:
+            batch, there = place.batch(batch, "batch"), place.put(trainer)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
         rounds = _Rounds(trainer, there, problem, place)
         try:

@@ -1,8 +1,6 @@
 """A fit on its way: the trainer as it is now, and what was recorded so far."""
 
 import contextlib
-import hashlib
-import re
 import signal
 import threading
 from collections import deque
@@ -23,7 +21,7 @@ from ._history import History
 from ._keeper import Keeper
 from ._monitor import Monitor
 from ._one import BadEnd, One
-from ._peers import Peers, described
+from ._peers import Peers, described, fingerprint
 from ._record import MOST_ROWS, LackingMetricError, Record
 from ._recorder import Recorder
 from ._step import advance
@@ -271,13 +269,11 @@ class Running:
         """Describes what is fitted, as to find out whether another process does so."""
         step = eqx.filter_make_jaxpr(lambda trainer, batch: advance(trainer, batch)[0])
         program = step(self._template, self._peek())
-        # Where an object lies says nothing of what it is.
-        text = re.sub(r" at 0x[0-9a-f]+", "", f"{program[0]} {self.record}")
         return {
             "class": type(self.trainer).__qualname__,
             "stop": self.monitor.fingerprint,
             "record": self.record.names,
-            "program": hashlib.sha256(text.encode()).hexdigest(),
+            "program": fingerprint(f"{program[0]} {self.record}"),
         }
 
     def _no_history(self) -> History:
@@ -293,7 +289,7 @@ class Running:
         return self._recorder.history()
 
     @property
-    def is_all_skipped(self) -> np.ndarray:
+    def is_all_skipped(self) -> np.ndarray | np.bool_:
         """Whether each step, of each member, had a bad value and was not accepted."""
         bad = self._kind.on_host(self.trainer._progress.nan_counts) - self._counts
         is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)

@@ -25,7 +25,9 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     the key) is not: it comes from the program that loads the file. Hyperparameters in
     the state, those of `optax.inject_hyperparams`, are in the file with the values that
     they began with: where the program has others, the program's are taken. Of any other
-    pytree it is every array, PRNG key and Python number.
+    pytree it is every array (of numbers, dates or text), PRNG key and Python number,
+    members of an `IntEnum` included. Strings, functions and other objects are left out:
+    they come from the program too.
 
     ```python
     vn.save("fit.vernal", result.trainer)
@@ -35,17 +37,24 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     The file is a zip archive of NumPy's arrays, which `numpy.load` can read too, with
     a header that has the version of the format and the path, shape and dtype of each
     leaf. No code is run when it is read. A write that fails leaves the file that was
-    there as it was.
+    there as it was, also if the process is killed; what it had written by then goes
+    with the next write of that file.
 
     **Arguments:**
 
-    - `path`: the file. One that is there is replaced. In a program of several processes
-        all of them call this, and the first one writes.
+    - `path`: the file. One that is there is replaced, by one of the same mode; of a
+        symbolic link, the target. Other hard links keep what was there. In a program of
+        several processes all of them call this, and the first one writes.
     - `tree`: a [`vernal.Trainer`][] or any pytree.
 
     **Raises:**
 
-    - `OSError`: if the file cannot be written.
+    - `OSError`: if the file cannot be written, is read-only, or is a pipe or a device.
+    - `TypeError`: if a leaf has data that would be lost: a masked array, a quantity
+        with a unit, a structured array, one of objects or of long doubles, a
+        `Fraction`.
+    - `ValueError`: if an integer has more than 64 bits, a leaf has no values, or a name
+        is not valid Unicode.
     """
     file_path(path, "path")
     refuse_traced("save", tree)
@@ -68,19 +77,23 @@ def load(
     - `path`: the file.
     - `like`: a trainer of the same model and optimiser, as the program makes it; its
         rates, its NaN policy and its key may be others. Or a pytree of the same
-        structure, shapes and dtypes as the one that was saved.
+        structure, shapes and dtypes as the one that was saved; its arrays may be
+        `jax.ShapeDtypeStruct`, as `equinox.filter_eval_shape` makes them.
     - `reset`: of a trainer, what is to start anew rather than to be restored:
         `"opt_state"` (the moments; the optimiser may then be another), `"best"`,
         `"nan_report"`, `"policy_state"`, `"state"`, `"step_count"`.
 
     **Returns:**
 
-    A tree like `like`, with the values of the file.
+    A tree like `like`, with the values of the file. Each array is read into its own
+    memory, after its shape and dtype were compared with those of `like`.
 
     **Raises:**
 
-    - `ForeignFileError`: if the file was not written by `save`.
-    - `DamagedFileError`: if it is no longer whole.
+    - `ForeignFileError`: if the file was not written by `save`, or is a pipe or a
+        device.
+    - `DamagedFileError`: if it is no longer whole, or what is in it is not what its
+        header says. No more memory is taken than the file has.
     - `NewerFormatError`: if it was written by a later version of vernal.
     - `MismatchError`: if `like` is not alike; it names the leaves that differ. These
         four are a `LoadError`, and that a `ValueError`.

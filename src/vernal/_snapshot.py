@@ -138,7 +138,7 @@ def _set_otherwise(kept: Mapping[str, Kind], own: Mapping[str, Kind]) -> set[str
         in_state = f"opt_state{path.removeprefix(_BEGUN)}"
         # Of the first files it is not known what they began with.
         is_known = (path in kept) == (in_state in kept)
-        if is_known and kept.get(path) != own.get(path):
+        if is_known and any(kept.get(p) != own.get(p) for p in (path, in_state)):
             others |= {path, in_state}
     return others
 

@@ -46,11 +46,11 @@ class Progress(eqx.Module):
     state: PyTree
     best: PyTree
     best_state: PyTree
-    best_loss: Float[Array, ""]
-    is_validated: Bool[Array, ""]
-    nan_counts: Int[Array, "3 columns"]
-    step_count: Int[Array, ""]
-    stopped: Bool[Array, ""]
+    best_loss: Float[Array, "*members"]
+    is_validated: Bool[Array, "*members"]
+    nan_counts: Int[Array, "*members 3 columns"]
+    step_count: Int[Array, "*members"]
+    stopped: Bool[Array, "*members"]
 
 
 class Outcome(NamedTuple):

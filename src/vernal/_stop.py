@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ._pickling import Portable
 from ._typing import PyTree, whole_number
 
 
@@ -72,7 +73,7 @@ class StepView(NamedTuple):
     is_validated: Bool[Array, ""]
 
 
-class StopCriterion(eqx.Module):
+class StopCriterion(Portable, eqx.Module):
     """The abstract base of what decides that a fit has come to its end.
 
     A criterion sees every step, inside the compiled loop. It is a pytree. Two of them
@@ -181,7 +182,7 @@ class Converged(StopCriterion):
     patience: int = eqx.field(static=True)
     atol: float = eqx.field(static=True)
 
-    def __init__(self, rtol: float, patience: int, *, atol: float = 0.0):
+    def __init__(self, rtol: float | int, patience: int, *, atol: float | int = 0.0):
         """**Arguments:**
 
         - `rtol`: the fraction of itself by which the loss has to fall.

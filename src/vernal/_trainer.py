@@ -22,6 +22,7 @@ from ._diagnosis import diagnosed
 from ._frames import entrance
 from ._history import History
 from ._loop import fit
+from ._meeting import meeting
 from ._metric import Blocks, curvature, fisher, whitened
 from ._model import checked_model
 from ._modes import Mode
@@ -31,6 +32,7 @@ from ._one import One
 from ._optimiser import ParamOptimiser
 from ._parts import Parts, parameters, strong
 from ._paths import paths
+from ._pickling import Portable
 from ._placement import Sharding, context, placement
 from ._printed import in_short, printed
 from ._projector import EigenProjector
@@ -59,6 +61,7 @@ from ._x64 import narrowed_tree, precision_of, require_precision
 Model = TypeVar("Model", default=Any)
 Batch = TypeVar("Batch", default=Any)
 SelfT = TypeVar("SelfT", bound="Trainer[Any, Any]")
+ModuleT = TypeVar("ModuleT", bound=eqx.Module)
 Answer = bool | np.bool_ | Bool[Array, ""] | None
 
 if TYPE_CHECKING:
@@ -76,7 +79,7 @@ else:
     _Meta = type(eqx.Module)
 
 
-class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
+class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
     """Fits a model. To be subclassed: the subclass says what is minimised.
 
     ```python
@@ -254,7 +257,7 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         return self._parts.join(self._progress.best)
 
     @property
-    def best_loss(self) -> Float[Array, ""]:
+    def best_loss(self) -> Float[Array, "*members"]:
         """The loss of `best`, or its validation score: infinite before there is one."""
         return self._progress.best_loss
 
@@ -270,12 +273,12 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         return jax.tree.map(lambda leaf: leaf, self._progress.best_state)
 
     @property
-    def step_count(self) -> Int[Array, ""]:
+    def step_count(self) -> Int[Array, "*members"]:
         """The number of steps, those that were not accepted included."""
         return self._progress.step_count
 
     @property
-    def stopped(self) -> Bool[Array, ""]:
+    def stopped(self) -> Bool[Array, "*members"]:
         """Whether the NaN policy has ended the fit. `replace` lets it go on."""
         return self._progress.stopped
 
@@ -319,12 +322,15 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         require_precision(self)
         if self.optimiser is None:
             raise no_optimiser(self)
-        batch, trainer, place = as_batch(batch), self, placement(self, mesh, sharding)
-        if place is not None:
-            batch, trainer = place.batch(batch, "batch"), place.put(self)
+        place, trainer = placement(self, mesh, sharding), self
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
-        with context(None if is_traced else place):
+        there = None if is_traced else place
+        with meeting("step", there) as agree, context(there):
+            batch = as_batch(batch)
+            agree(self, batch, sharding=sharding)
+            if place is not None:
+                batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
         trainer = trainer._at(progress)
         raises = self.nan_policy.raises
@@ -519,7 +525,7 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         blocks: Blocks,
         batch_size: int | None = None,
         jac: Mode | None = None,
-    ) -> dict[Any, Float[Array, "D D"]]: ...
+    ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
     def fisher(
         self,
@@ -579,7 +585,7 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         blocks: Blocks,
         batch_size: int | None = None,
         jac: Mode | None = None,
-    ) -> dict[Any, Float[Array, "D D"]]: ...
+    ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
     def curvature(
         self,
@@ -853,7 +859,7 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         """
         return printed(self)
 
-    def _at(self: SelfT, progress: Progress, **fields: Any) -> SelfT:
+    def _at(self: SelfT, progress: Progress | None, **fields: Any) -> SelfT:
         return _with(self, _progress=progress, **fields)
 
     def _bare(self: SelfT) -> SelfT:
@@ -867,19 +873,19 @@ class Trainer(eqx.Module, Generic[Model, Batch], metaclass=_Meta):
             optimiser=None,
             nan_policy=StopFit(),
             projector=None,
-            _progress=Progress(**every),
+            _progress=_with(self._progress, **every),
         )
 
     def _overrides(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(Trainer, hook)
 
 
-def _with(trainer: SelfT, **fields: Any) -> SelfT:
-    """Copies a trainer with other fields, its class's own `__init__` aside.
+def _with(module: ModuleT, **fields: Any) -> ModuleT:
+    """Copies a module with other fields, its class's own `__init__` aside.
 
     As unflattening it would, without the flattening: this stands between the chunks
     of every fit.
     """
-    new = object.__new__(type(trainer))
-    vars(new).update(vars(trainer), **fields)
+    new = object.__new__(type(module))
+    vars(new).update(vars(module), **fields)
     return new

@@ -2,7 +2,7 @@
 
 import numbers
 import operator
-from typing import Any, NamedTuple, SupportsIndex, final
+from typing import Any, NamedTuple, SupportsIndex, final, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -187,9 +187,12 @@ def window(
             f"at step {stop}. Give a `stop` greater than `start`."
         )
 
+    # Known by their code, which a type checker must not wrap.
+    @no_type_check
     def init_fn(params: Any) -> WindowState:
         return WindowState(jnp.zeros((), jnp.int32), inner.init(params))
 
+    @no_type_check
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, WindowState]:

@@ -1,5 +1,6 @@
 """The type-checker at the boundary, and the names its annotations share."""
 
+import functools
 import inspect
 import operator
 import os
@@ -35,7 +36,14 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     The check runs in Python, when the function is called or traced: a compiled
     program pays nothing for it.
     """
-    return jaxtyped(fn, typechecker=beartype)  # pyright: ignore
+
+    @functools.wraps(fn)
+    def body(*args: P.args, **kwargs: P.kwargs) -> R:
+        # A user's function may use the same names of axes for other lengths.
+        with jaxtyped("context"):  # pyright: ignore
+            return fn(*args, **kwargs)
+
+    return jaxtyped(body, typechecker=beartype)  # pyright: ignore
 
 
 def whole_number(

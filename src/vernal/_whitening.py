@@ -30,12 +30,12 @@ class AbstractWhitening(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def is_null(self) -> Bool[Array, " D"]:
+    def is_null(self) -> Bool[Array, "*members D"]:
         """Which directions of `spectrum` are null: the last ones."""
 
     @property
     @abc.abstractmethod
-    def spectrum(self) -> Float[Array, " D"]:
+    def spectrum(self) -> Float[Array, "*members D"]:
         """The eigenvalues, descending, and then the null ones.
 
         They are those of the matrix that was whitened, scaled to be free of units.
@@ -92,12 +92,12 @@ class Unchanged(AbstractWhitening):
         return self.shape
 
     @property
-    def is_null(self) -> Bool[Array, " D"]:
+    def is_null(self) -> Bool[Array, "*members D"]:
         """No direction is null."""
         return jnp.zeros(self.latent_size, bool)
 
     @property
-    def spectrum(self) -> Float[Array, " D"]:
+    def spectrum(self) -> Float[Array, "*members D"]:
         """Ones: no direction is scaled."""
         return jnp.ones(self.latent_size, self.dtype)
 

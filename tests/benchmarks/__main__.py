@@ -12,6 +12,7 @@ from . import (  # noqa: E402
     bench_history,
     bench_import,
     bench_many,
+    bench_memory,
     bench_mesh,
     bench_partition,
     bench_programs,
@@ -31,6 +32,7 @@ MODULES = (
     bench_many,
     bench_mesh,
     bench_programs,
+    bench_memory,
     bench_import,
 )
 

@@ -1,0 +1,74 @@
+"""How processes meet before `step` and `solve`, as they do before a fit."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+
+from ._objective import live, score, step_key
+from ._peers import Peers, described, fingerprint
+from ._placement import Placement
+from ._programs import Version, version_of
+from ._step import advance
+
+# Larger arrays that a step returned are not copied from the devices for the next one.
+_MOST_BYTES = 4_096
+
+_programs: weakref.WeakKeyDictionary[Version, str] = weakref.WeakKeyDictionary()
+
+Agree = Callable[..., None]
+
+
+@contextlib.contextmanager
+def meeting(entrance: str, place: Placement | None) -> Iterator[Agree]:
+    """Yields a function that raises where another process was given something else.
+
+    It is called as `agree(trainer, batch, **others)` before the processes compute
+    together; of many, with the shapes of a single one as `like`. What one raises before
+    that, the others hear of.
+
+    **Arguments:**
+
+    - `entrance`: what the user has called, by name.
+    - `place`: where it takes place.
+    """
+    peers = Peers(place and place.mesh, entrance)
+    if not peers.are_many:
+        yield lambda *_, **others: None
+        return
+
+    def agree(trainer: Any, batch: Any, like: Any = None, /, **others: Any) -> None:
+        told = {
+            "class": type(trainer).__qualname__,
+            **{name: _short(other) for name, other in others.items()},
+            "trainer": described(trainer, _MOST_BYTES),
+            "batch": described(batch, _MOST_BYTES),
+            "program": _program(*(like or (trainer, batch))),
+        }
+        peers.require_same(told)
+
+    with peers:
+        yield agree
+
+
+def _short(other: Any) -> Any:
+    return other if other is None or isinstance(other, int) else fingerprint(other)
+
+
+def _program(trainer: Any, batch: Any) -> str:
+    """Tells one program from another, by what is computed."""
+    version = version_of((trainer, batch))
+    known = _programs.get(version)
+    if known is None:
+        jaxpr = eqx.filter_make_jaxpr(_computed)(trainer, batch)[0]
+        known = _programs[version] = fingerprint(jaxpr)
+    return known
+
+
+def _computed(trainer: Any, batch: Any) -> Any:
+    if trainer.optimiser is not None:
+        return advance(trainer, batch)[0]
+    there = live(trainer, trainer.params)
+    return score(there, batch, step_key(trainer)).loss
