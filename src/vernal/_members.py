@@ -271,7 +271,7 @@ class Many(One):
         monitor: Monitor,
         watched: MonitorState | None,
         reason: StopReason,
-        is_all_skipped: np.ndarray | np.bool_,
+        is_all_skipped: np.ndarray,
     ) -> ManyResult[Any]:
         progress = trainer._progress
         lasts = self.on_host(progress.nan_counts)[:, -1]

@@ -154,7 +154,7 @@ class One:
         monitor: Monitor,
         watched: MonitorState | None,
         reason: StopReason,
-        is_all_skipped: np.ndarray | np.bool_,
+        is_all_skipped: np.ndarray,
     ) -> Any:
         """Makes the result of a fit that came to its end.
 

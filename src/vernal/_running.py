@@ -289,11 +289,11 @@ class Running:
         return self._recorder.history()
 
     @property
-    def is_all_skipped(self) -> np.ndarray | np.bool_:
+    def is_all_skipped(self) -> np.ndarray:
         """Whether each step, of each member, had a bad value and was not accepted."""
         bad = self._kind.on_host(self.trainer._progress.nan_counts) - self._counts
         is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)
-        return is_bad & ~self._has_accepted
+        return np.asarray(is_bad & ~self._has_accepted)
 
     def diagnosis(self, end: BadEnd) -> Diagnosis:
         """Finds out why a fit ended at a value that is not finite.
