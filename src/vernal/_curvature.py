@@ -280,7 +280,10 @@ def gauss_newton(
     `batch_size` is less than 1. A `TypeError` if `residuals` returns no real array, if
     it cannot be differentiated, or if a parameter is complex or not an array of floats.
     """
-    batch_size, subject = checked_batch_size(batch_size), _subject(residuals, "residuals", jac)
+    batch_size, subject = (
+        checked_batch_size(batch_size),
+        _subject(residuals, "residuals", jac),
+    )
     return _gauss_newton(residuals, as_parameters(params), batch_size, subject)
 
 
@@ -317,7 +320,10 @@ def jacobian(
 
     As [`vernal.gauss_newton`][].
     """
-    batch_size, subject = checked_batch_size(batch_size), _subject(residuals, "residuals", jac)
+    batch_size, subject = (
+        checked_batch_size(batch_size),
+        _subject(residuals, "residuals", jac),
+    )
     return _jacobian(residuals, as_parameters(params), batch_size, subject)
 
 

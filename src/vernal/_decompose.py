@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from ._dense import Cut, DenseWhitening, OnNull, check_options, of_spectrum
 from ._directions import list_parameters
-from ._foreign import refuse_foreign
 from ._eigen import Matrix, as_real_square, equilibrated_eigh, refuse, refuse_non_finite
+from ._foreign import refuse_foreign
 from ._paths import paths
 from ._precision import widest
 from ._ravel import element_name, ravel_dtype, ravel_size

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.tree_util import PyTreeDef

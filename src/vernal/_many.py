@@ -11,8 +11,8 @@ from ._members import Many, ManyResult
 from ._modes import Mode
 from ._placement import Placement, placement
 from ._stack import require_one_step, stacked
-from ._trainer import Trainer
 from ._traced import UNROLL, refuse_traced
+from ._trainer import Trainer
 from ._typing import refuse_unknown, whole_number
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])

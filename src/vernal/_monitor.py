@@ -23,7 +23,6 @@ from ._step import MOST_STEPS, Best, Outcome, Progress, held_best, ranked
 from ._stop import StepView, StopCriterion, StopReason
 from ._typing import PyTree, takes_methods, whole_number
 
-
 _OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
 
 
