@@ -104,10 +104,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Pyright: the source, and how complete the public types are."""
+    """Pyright: the source, how complete its types are. And mypy: users' code."""
     session.install(".[types]")
     session.run("pyright")
     session.run("pyright", "--verifytypes", "vernal", "--ignoreexternal")
+    session.run("python", "tests/typing/check.py")
 
 
 @nox.session

@@ -92,6 +92,11 @@ def sums(compiled):
     return found
 
 
+def operations(compiled):
+    """How many a compiled program takes on each device."""
+    return compiled.cost_analysis()["flops"]
+
+
 def main(output):
     sky, data = observe(np.random.default_rng(2))
     rate = optax.cosine_decay_schedule(0.1, STEPS)
@@ -110,8 +115,8 @@ def main(output):
 
     half = tuple(column[: SAMPLES // 2] for column in data)
     work = {count: compiled_step(trainer, data, count) for count in DEVICES}
-    flops = {count: step.cost_analysis()["flops"] for count, step in work.items()}
-    less = compiled_step(trainer, half, 1).cost_analysis()["flops"]
+    flops = {count: operations(step) for count, step in work.items()}
+    less = operations(compiled_step(trainer, half, 1))
     model = 2 * (flops[1] - less)
     optimiser = flops[1] - model
     print(f"\nW = {model:,.0f} operations, U = {optimiser:,.0f}\n")
@@ -156,7 +161,7 @@ def draw(sky, found, table, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     jax.config.update("jax_num_cpu_devices", 8)
     main(parser.parse_args().output)

@@ -64,6 +64,7 @@ def main(output):
     train_x, test_x, train_y, test_y = train_test_split(
         images, labels.astype(np.int32), test_size=0.2, stratify=labels, random_state=0
     )
+    train_x = np.asarray(train_x)
     train_x[[100, 500, 900], 3, 3] = np.nan
 
     model_key, data_key = jax.random.split(jax.random.key(0))
@@ -103,7 +104,7 @@ def draw(history, held_out, images, labels, guesses, output):
     """The loss and the accuracy, and held-out images with the mistakes first."""
     plt.style.use(HERE / "style.mplstyle")
     figure = plt.figure(figsize=(9, 4.5))
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.1))
     loss, right_on = left.subplots(2, sharex=True)
     epochs = np.arange(len(history.loss)) / len(history.loss) * len(held_out)
     loss.semilogy(epochs, history.loss, lw=0.8)
@@ -130,6 +131,6 @@ def draw(history, held_out, images, labels, guesses, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

@@ -10,6 +10,8 @@ projector that whitened them holds the standard errors.
 """
 
 import argparse
+import functools
+import operator
 from pathlib import Path
 
 import equinox as eqx
@@ -68,7 +70,7 @@ def main(output):
     start = Pressure(
         first[0], Cycle(12.0, *first[1:3]), Cycle(*first[3:6]), Cycle(*first[6:])
     )
-    trainer, history = PressureFit(start), None
+    trainer, histories = PressureFit(start), []
     paths = vn.paths(trainer.params)
 
     for rate in RATES:  # whiten and fit, then once more from there
@@ -76,7 +78,8 @@ def main(output):
         trainer = trainer.whiten(batch, optimiser=adam)
         result = trainer.fit(batch, STEPS, record=paths)
         trainer = result.trainer
-        history = result.history if history is None else history + result.history
+        histories.append(result.history)
+    history = functools.reduce(operator.add, histories)
 
     # The loss is half the sum of squares, which tells how far the data scatter.
     scatter = jnp.sqrt(2 * trainer.best_loss / (batch.shape[1] - len(paths)))
@@ -127,6 +130,6 @@ def draw(batch, model, losses, distances, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

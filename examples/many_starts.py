@@ -147,6 +147,6 @@ def draw(reached, truth, found, whole, data, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

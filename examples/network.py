@@ -180,7 +180,7 @@ def draw(unstopped, stopped, resumed, rates, redshift, told, pulls, output):
     """The way of the fit and its rate; what the network tells, and how it errs."""
     plt.style.use(HERE / "style.mplstyle")
     figure = plt.figure(figsize=(9, 5.6))
-    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
+    ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.35, 1))
     loss, rate = left.subplots(2, sharex=True, height_ratios=(2.6, 1))
     grey = {"color": "0.6", "lw": 1, "label": "held out, not stopped"}
     loss.plot(unstopped.history.validation_steps, unstopped.history.validation, **grey)
@@ -231,6 +231,6 @@ def draw(unstopped, stopped, resumed, rates, redshift, told, pulls, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

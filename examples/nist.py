@@ -23,6 +23,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -55,14 +56,14 @@ def cycle(cosine, sine, period, x):
     return cosine * cos(phase) + sine * sin(phase)
 
 
-def peak(height, place, width, x):
+def peak(x, height, place, width):
     return height * exp(-(((x - place) / width) ** 2))
 
 
 FORMULAS = {
     "Misra1a": saturation,
     "Chwirut2": lambda b, x: exp(-b[0] * x) / (b[1] + b[2] * x),
-    "Gauss1": lambda b, x: b[0] * exp(-b[1] * x) + peak(*b[2:5], x) + peak(*b[5:], x),
+    "Gauss1": lambda b, x: b[0] * exp(-b[1] * x) + peak(x, *b[2:5]) + peak(x, *b[5:]),
     "Misra1d": lambda b, x: b[0] * b[1] * x / (1 + b[1] * x),
     "Hahn1": cubics,
     "ENSO": lambda b, x: (
@@ -133,7 +134,9 @@ def others(name, x, y):
         found = optx.minimise(loss, BFGS, start, **options)
         return found.value, int(found.stats["num_steps"])
 
-    vector, jacobian = jax.jit(residuals), jax.jit(jax.jacfwd(residuals))
+    # To type checkers SciPy takes no function for `jac`.
+    jacobian: Any = jax.jit(jax.jacfwd(residuals))
+    vector = jax.jit(residuals)
     scalar, gradient = jax.jit(loss), jax.jit(jax.grad(loss))
 
     def scipy_lm(start):
@@ -158,7 +161,7 @@ def others(name, x, y):
 
 def main(output):
     sets = json.loads((HERE / "data/nist.json").read_text())
-    rows, right = [], {}
+    rows, right, solvers = [], {}, {}
     for name, formula in FORMULAS.items():
         given = sets[name]
         x, y, certified = (jnp.asarray(given[key]) for key in ("x", "y", "certified"))
@@ -228,6 +231,6 @@ def draw(names, right, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

@@ -12,6 +12,7 @@ held to that, and then to the Fisher errors of the whole.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import blackjax
 import equinox as eqx
@@ -64,7 +65,8 @@ def sample_numpyro(potential, start):
 
 def sample_blackjax(potential, start):
     """Draws with that of BlackJAX, in a scan of one's own."""
-    nuts = blackjax.nuts(
+    # To type checkers its states have no position.
+    nuts: Any = blackjax.nuts(
         lambda latent: -potential(latent),
         step_size=STEP_SIZE,
         inverse_mass_matrix=jnp.ones(start.size),
@@ -164,6 +166,6 @@ def draw(paths, fitted, errors, draws, covariance, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

@@ -27,8 +27,6 @@ import argparse
 import time
 from pathlib import Path
 
-import dLux as dl
-import dLux.utils as dlu
 import equinox as eqx
 import jax
 import jax.flatten_util
@@ -37,6 +35,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import optimistix as optx
+from dLux.layers.optics import BasisOptic
+from dLux.optical_systems import AngularOpticalSystem
+from dLux.utils.coordinates import pixel_coords
+from dLux.utils.geometry import circle
+from dLux.utils.zernikes import zernike_basis
 
 import vernal as vn
 
@@ -56,7 +59,7 @@ class Exposures(eqx.Module):
     position: jax.Array  # radians
     flux: jax.Array  # photons
     defocus: jax.Array  # metres, known
-    optics: dl.AngularOpticalSystem
+    optics: AngularOpticalSystem
 
     def __call__(self):
         def image(position, flux, defocus):
@@ -75,15 +78,15 @@ class Fit(vn.Trainer):
 
 def telescope():
     """The optics: an annulus of one metre, and the twelve Zernikes after tilt."""
-    grid = dlu.pixel_coords(64, 1.0)
-    zernikes = dlu.zernike_basis(list(range(4, 16)), grid, 1.0)
-    pupil = dl.BasisOptic(
+    grid = pixel_coords(64, 1.0)
+    zernikes = zernike_basis(list(range(4, 16)), grid, 1.0)
+    pupil = BasisOptic(
         basis=zernikes,
-        transmission=dlu.circle(grid, 0.5) - dlu.circle(grid, 0.3),
+        transmission=circle(grid, 0.5) - circle(grid, 0.3),
         coefficients=jnp.zeros(12),
         normalise=True,
     )
-    return dl.AngularOpticalSystem(64, 1.0, [("pupil", pupil)], 32, 0.03)
+    return AngularOpticalSystem(64, 1.0, [("pupil", pupil)], 32, 0.03)
 
 
 def observe(seed):
@@ -194,15 +197,16 @@ def draw(batch, model, losses, goal, output):
     """One exposure above; below, the ways there."""
     plt.style.use(HERE / "style.mplstyle")
     figure, axes = plt.subplot_mosaic("ABC;DDD", figsize=(9, 6.4))
-    (data, _, _), (sigma, _, _), (fitted, _, _) = *batch, model()
+    (data, _, _), (sigma, _, _) = batch
+    fitted, _, _ = model()
     pictures = {
         "data, square root": (jnp.sqrt(jnp.maximum(data, 0)), "magma"),
         "fitted, square root": (jnp.sqrt(fitted), "magma"),
         "difference in error bars": ((data - fitted) / sigma, "RdBu"),
     }
     for label, (title, (image, colours)) in zip("ABC", pictures.items(), strict=True):
-        limits = {"vmin": -4, "vmax": 4} if colours == "RdBu" else {}
-        axes[label].imshow(image, cmap=colours, **limits)
+        low, high = (-4, 4) if colours == "RdBu" else (None, None)
+        axes[label].imshow(image, cmap=colours, vmin=low, vmax=high)
         axes[label].set_title(title)
         axes[label].set_axis_off()
     ways = axes["D"]
@@ -216,6 +220,6 @@ def draw(batch, model, losses, goal, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

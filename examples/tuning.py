@@ -167,7 +167,7 @@ def draw(tuning, choices, above, models, counts, output):
     plt.style.use(HERE / "style.mplstyle")
     colours = dict(zip(above, ("0.5", "C2", "C0", "C1"), strict=True))
     figure = plt.figure(figsize=(9, 5.6))
-    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
+    ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.35, 1))
     distance, way = left.subplots(2, height_ratios=(1.5, 1))
     for name, (low, middle, high) in above.items():
         step = np.arange(STEPS + 1)
@@ -197,6 +197,6 @@ def draw(tuning, choices, above, models, counts, output):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

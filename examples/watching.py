@@ -29,13 +29,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto import event_pb2
 
 import vernal as vn
 
 jax.config.update("jax_enable_x64", True)
 HERE = Path(__file__).parent
 SIZE, READ_NOISE, STEPS, CHUNK = 32, 5.0, 400, 50
+EVENT = vars(event_pb2)["Event"]  # a class that is made when it is imported
 
 
 class Board:
@@ -66,7 +67,7 @@ def read(folder):
         data, start = file.read_bytes(), 0
         while start < len(data):  # length (8 bytes), checksum (4), event, checksum (4)
             (length,) = struct.unpack_from("<Q", data, start)
-            event = Event.FromString(data[start + 12 : start + 12 + length])
+            event = EVENT.FromString(data[start + 12 : start + 12 + length])
             for value in event.summary.value:
                 scalars.setdefault(value.tag, {})[event.step] = value.simple_value
             start += length + 16
@@ -163,7 +164,7 @@ def main(output):
     scalars = read(folder)
     for name, values in {"loss": history.loss, **history.records}.items():
         written = scalars[name.replace("[", "/").removesuffix("]")]
-        rows = zip(history.steps, np.float32(values), strict=True)
+        rows = zip(history.steps, values.astype(np.float32), strict=True)
         assert written == {step: value for step, value in rows if np.isfinite(value)}
     skipped = scalars["not_finite/loss"][2 * STEPS]
     assert skipped == after.trainer.nan_report()["loss"].total > 0
@@ -186,7 +187,7 @@ def draw(history, scatter, images, models, output):
     """The relative updates and the loss; what the models leave of the stars."""
     plt.style.use(HERE / "style.mplstyle")
     figure = plt.figure(figsize=(9, 5.6))
-    left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
+    ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.4, 1))
     ratios, loss = left.subplots(2, sharex=True, height_ratios=(2, 1))
     middles = history.steps.reshape(-1, 10).mean(axis=1)
     for index, rule in enumerate(("position", "flux", "sky", "width")):
@@ -209,15 +210,16 @@ def draw(history, scatter, images, models, output):
     panels = right.subplots(2)
     for panel, name, model in zip(panels, ("before", "repaired"), models, strict=True):
         rest = np.nanmean(images, axis=0) - model()
-        shown = panel.imshow(rest, cmap="RdBu", vmin=-1000, vmax=1000)
+        panel.imshow(rest, cmap="RdBu", vmin=-1000, vmax=1000)
         panel.set_title(name, fontweight="normal")
         panel.set(xticks=[], yticks=[])
-    right.colorbar(shown, ax=panels, orientation="horizontal", shrink=0.7, aspect=30)
+    colours = {"orientation": "horizontal", "shrink": 0.7, "aspect": 30}
+    right.colorbar(panels[0].images[0], ax=panels, **colours)
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "watching.png")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", default="output", help="folder for the picture")
     main(parser.parse_args().output)

@@ -5,7 +5,6 @@ import datetime
 import errno
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -309,15 +308,6 @@ def test_a_history_that_was_written_in_part(tmp_path):
     np.testing.assert_array_equal(history.loss, broad(steps=30).history.loss)
 
 
-@pytest.mark.parametrize("left", ["", '[["ste'])
-def test_a_header_that_was_written_in_part(left, tmp_path):
-    """By a fit that was killed before it had its first checkpoint."""
-    fit(0, tmp_path)
-    shutil.rmtree(tmp_path / "steps")
-    (tmp_path / "history.json").write_text(left)
-    assert alike(fit(20, tmp_path), fit(20))
-
-
 def test_errors_that_say_nothing_of_the_file(tmp_path, monkeypatch):
     fit(20, tmp_path)
 
@@ -442,7 +432,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     with pytest.raises(PermissionError) as caught:
         fit(10, tmp_path / "new")
-    assert "cannot be written to" in caught.value.__notes__[0]
+    assert "cannot be written to" in str(caught.value)
 
 
 def test_a_fit_at_an_earlier_step(tmp_path):

@@ -3,16 +3,14 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import vernal
 import vernal.plot
+from pages import PAGES, ROOT, python_of
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PUBLIC = sorted(
     name
     for name, value in vars(vernal).items()
@@ -23,18 +21,7 @@ PLOTS = sorted(
     for name, value in vars(vernal.plot).items()
     if getattr(value, "__module__", None) == "vernal.plot" and not name.startswith("_")
 )
-FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def python_of(text: str) -> str:
-    """The Python blocks of a page, each on the lines that it has there."""
-    lines = [""] * (text.count("\n") + 1)
-    for block in FENCE.finditer(text):
-        first = text.count("\n", 0, block.start(1))
-        code = block[1].splitlines()
-        lines[first : first + len(code)] = code
-    return "\n".join(lines)
 
 
 def test_every_public_name_is_documented_once():

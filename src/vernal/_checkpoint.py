@@ -2,10 +2,11 @@
 
 import datetime
 import os
+import re
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
-from ._typing import file_path, whole_number
+from ._typing import whole_number
 
 
 @final
@@ -40,7 +41,9 @@ class Checkpoints:
         """**Arguments:**
 
         - `directory`: a directory that is empty or does not exist yet; or the one of an
-            earlier run of the same fit.
+            earlier run of the same fit. `~` is the home directory. An object store
+            (`gs://...`) must be mounted, since the directory is locked, and the
+            history is appended to.
         - `every`: a number of steps, or the time between two checkpoints. One that is
             due while the last is still being written is left out. The last state of a
             fit is always written.
@@ -49,10 +52,11 @@ class Checkpoints:
         **Raises:**
 
         - `ImportError`: if Orbax is not installed.
-        - `TypeError`, `ValueError`: if `every` or `keep` is not positive.
+        - `TypeError`, `ValueError`: if `directory` is no path of a directory, or
+            `every` or `keep` is not positive.
         """
         require_orbax()
-        self.directory = file_path(directory, "directory").absolute()
+        self.directory = _local(directory)
         if isinstance(every, datetime.timedelta):
             if every <= datetime.timedelta(0):
                 raise ValueError(f"`every` is {every}, but must be a time above zero.")
@@ -66,6 +70,32 @@ class Checkpoints:
             f"Checkpoints({str(self.directory)!r}, every={self.every!r}, "
             f"keep={self.keep})"
         )
+
+
+def _local(directory: Any) -> Path:
+    """Returns the absolute path of a directory of this machine."""
+    is_path = isinstance(directory, str | os.PathLike)
+    text = os.fspath(directory) if is_path else None
+    if not isinstance(text, str):
+        raise TypeError(
+            f"`directory` is {directory!r}, but must be the path of a directory: a "
+            "string, or a `pathlib.Path`."
+        )
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"`directory` is {text!r}, but must name a directory.")
+    # `pathlib` makes one slash of two; a single letter is a drive.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise ValueError(
+            f"`directory` is {text!r}: checkpoints go to a directory of a file system, "
+            "not to an address. Mount the store, and give the path of the mount."
+        )
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(
+            f"`directory` is {text!r}, and there is no such home directory. Write the "
+            "path in full."
+        ) from error
 
 
 def require_orbax() -> None:

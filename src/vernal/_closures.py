@@ -1,6 +1,8 @@
 """Functions as values: a closure split into array leaves and a comparable skeleton."""
 
+import copy
 import functools
+import pickle
 import sys
 import types
 from collections.abc import Iterable
@@ -13,17 +15,19 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
+from ._code import metadata
 from ._reads import reads, scope_key
 from ._skeleton import (
     Function,
     Group,
+    Hollow,
     Leaf,
     Part,
     Plan,
     Shell,
-    Site,
     Skeleton,
     Static,
+    all_parts,
     interned,
 )
 from ._values import Hashed, Same, names_rebound, value_key
@@ -88,15 +92,16 @@ class _Encoder:
             # whoever waits for what is appended holds this very one.
             return Static(Same(obj), obj)
         if kind is set:
-            return Group((kind, value_key(obj)), (), lambda _, v=frozenset(obj): {*v})
+            make = functools.partial(_as_set, frozenset(obj))
+            return Group((kind, value_key(obj)), (), make)
         if kind is dict:
             return self.dictionary(obj, name)
         if kind is types.MethodType:
             parts = self.parts((obj.__func__, obj.__self__))
-            return Group(kind, parts, lambda built: types.MethodType(*built))
+            return Group(kind, parts, _as_method)
         if kind in (functools.partial, jtu.Partial):
             parts = self.parts((obj.func, obj.args, obj.keywords))
-            return Group(kind, parts, lambda b: kind(b[0], *b[1], **b[2]))
+            return Group(kind, parts, functools.partial(_as_partial, kind))
         return self.node(obj)
 
     def dictionary(self, obj: dict[Any, Any], name: str | None) -> Part:
@@ -109,10 +114,13 @@ class _Encoder:
         return Group(
             (dict, tuple(map(value_key, keys))),
             parts,
-            lambda built: dict(zip(keys, built, strict=True)),
+            functools.partial(_as_dict, keys),
         )
 
     def node(self, obj: Any) -> Part:
+        if isinstance(obj, Leaf):
+            # The mark of one, in what was pickled.
+            return obj
         children, treedef = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
         if jtu.treedef_is_leaf(treedef):
             # What is equal to another object may hold something else.
@@ -124,7 +132,7 @@ class _Encoder:
             hash(key)
         except TypeError:
             return Static(Same(obj), obj)
-        return Group(key, self.parts(children), treedef.unflatten)
+        return Group(key, self.parts(children), Hollow(treedef))
 
     def function(self, fn: types.FunctionType) -> Part:
         key = (
@@ -163,7 +171,7 @@ class _Encoder:
             self.walk(fn.__dict__),
             fn.__code__,
             fn.__globals__,
-            _metadata(fn),
+            metadata(fn),
             fn if _is_importable(fn) and len(self.leaves) == met else None,
         )
         self.rates = outer_rates
@@ -188,18 +196,26 @@ class _Encoder:
         return index
 
 
+def _as_set(items: frozenset[Any], parts: list[Any]) -> set[Any]:
+    return {*items}
+
+
+def _as_dict(keys: tuple[Any, ...], parts: list[Any]) -> dict[Any, Any]:
+    return dict(zip(keys, parts, strict=True))
+
+
+def _as_method(parts: list[Any]) -> types.MethodType:
+    return types.MethodType(*parts)
+
+
+def _as_partial(kind: Any, parts: list[Any]) -> Any:
+    return kind(parts[0], *parts[1], **parts[2])
+
+
 def _is_importable(fn: types.FunctionType) -> bool:
     """Whether a function is the one of its name in its module."""
     module = sys.modules.get(fn.__module__ or "")
     return getattr(module, fn.__qualname__, None) is fn
-
-
-def _metadata(fn: types.FunctionType) -> dict[str, Any]:
-    names = ["__name__", "__qualname__", "__module__", "__doc__"]
-    # Where annotations are lazy, asking for them may fail; their maker can be kept.
-    lazy = hasattr(fn, "__annotate__")
-    names.append("__annotate__" if lazy else "__annotations__")
-    return {name: getattr(fn, name) for name in names}
 
 
 class Closure(eqx.Module):
@@ -237,13 +253,7 @@ class Closure(eqx.Module):
         The closure, which [`decode`][vernal._closures.Closure.decode] turns back.
         """
         encoder = _Encoder(rates, within)
-        root = encoder.walk(obj)
-        shells = cast(tuple[Shell, ...], tuple(encoder.shells))
-        plan = Plan(root, shells, tuple(encoder.cells))
-        key = Hashed(plan)
-        skeleton = interned.get(key)
-        if skeleton is None:
-            skeleton = interned[key] = Skeleton(plan, hash(key))
+        skeleton = _skeleton(encoder, obj)
         return cls(tuple(encoder.leaves), skeleton)
 
     def decode(self) -> Any:
@@ -254,20 +264,50 @@ class Closure(eqx.Module):
         An object that behaves as the encoded one. Cells that functions shared are
         shared again.
         """
-        plan = self.skeleton.plan
-        cells = [
-            part.value
-            if isinstance(part, Static) and isinstance(part.value, types.CellType)
-            else types.CellType()
-            for part in plan.cells
-        ]
-        functions = [shell.open(cells) for shell in plan.shells]
-        site = Site(self.leaves, functions)
-        for shell, fn in zip(plan.shells, functions, strict=True):
-            shell.fill(fn, site)
-        for cell, part in zip(cells, plan.cells, strict=True):
-            if part is not None and not (
-                isinstance(part, Static) and part.value is cell
-            ):
-                cell.cell_contents = part.build(site)
-        return plan.root.build(site)
+        return self.skeleton.plan.build(self.leaves)
+
+    def __copy__(self) -> "Closure":
+        return Closure(self.leaves, self.skeleton)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Closure":
+        return Closure(copy.deepcopy(self.leaves, memo), self.skeleton)
+
+    def __reduce__(self) -> Any:
+        skeleton = self.skeleton
+        return _encoded_anew, (
+            self.leaves,
+            skeleton.plan,
+            skeleton.rates,
+            skeleton.within,
+        )
+
+
+def _skeleton(encoder: _Encoder, obj: Any) -> Skeleton:
+    root = encoder.walk(obj)
+    shells = cast(tuple[Shell, ...], tuple(encoder.shells))
+    plan = Plan(root, shells, tuple(encoder.cells))
+    key = Hashed(plan)
+    skeleton = interned.get(key)
+    if skeleton is None:
+        skeleton = Skeleton(plan, hash(key), encoder.all_rates, encoder.within)
+        interned[key] = skeleton
+    return skeleton
+
+
+def _encoded_anew(
+    leaves: tuple[Array, ...],
+    plan: Plan,
+    rates: frozenset[str],
+    within: tuple[str, ...] | None,
+) -> Closure:
+    """Builds the object of a pickle, with marks for the leaves, and encodes it here."""
+    marks = {part.index: part for part in all_parts(plan) if isinstance(part, Leaf)}
+    encoder = _Encoder(rates, within)
+    skeleton = _skeleton(encoder, plan.build(marks))
+    if encoder.leaves:
+        raise pickle.UnpicklingError(
+            f"What was pickled with {skeleton!r} has an array here that it had not "
+            "there. Pickles are for processes of one environment; to keep a trainer, "
+            "use `vernal.save`."
+        )
+    return Closure(leaves, skeleton)

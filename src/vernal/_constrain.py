@@ -202,7 +202,7 @@ def check_elementwise(trainer: Any) -> None:
     spread = 2 * (1 + np.abs(flat))
     # Apart by no round numbers, and on either side of zero.
     places = _PLACES + random.uniform(-0.2, 0.2, (len(_PLACES), flat.size))
-    points = np.asarray(flat + spread * places, flat.dtype)
+    points = np.asarray(np.asarray(flat) + np.asarray(spread) * places, flat.dtype)
     image = lambda x: np.asarray(ravel_pytree(clip(unravel(jnp.asarray(x))))[0])
     images = np.stack([image(point) for point in points])
     is_same = lambda a, b: np.allclose(a, b, rtol=1e-5, equal_nan=True)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from ._datum import Flag, as_datum
 from ._paths import spelled
+from ._pickling import Portable
 from ._typing import PyTree, prng_key, takes, whole_number
 
 Batch = TypeVar("Batch")
@@ -42,7 +43,7 @@ class _Epoch(NamedTuple):
 
 
 @final
-class Minibatches(eqx.Module):
+class Minibatches(Portable, eqx.Module):
     """Batches of `size` examples, shuffled on the device anew for each epoch.
 
     The examples that are left over at the end of an epoch, fewer than `size`, are
@@ -174,6 +175,17 @@ class Stream:
         self._source = source
         self._iterator: Iterator[Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        for held in (self._source, self._iterator):
+            # Of those of lists, pickle takes the place too.
+            if isinstance(held, Iterator) and not isinstance(held, _OF_SEQUENCES):
+                raise TypeError(
+                    f"A Stream over a {type(held).__name__} cannot be pickled: its place "
+                    "in it is known to this process alone. Give `Stream` a function of "
+                    "a module, `step -> iterable`, which begins where a fit begins."
+                )
+        return vars(self)
+
     @property
     def can_resume(self) -> bool:
         """Whether it can be opened at any step."""
@@ -193,6 +205,9 @@ class Stream:
         if self._iterator is None:
             self._iterator = iter(self._source)
         return self._iterator
+
+
+_OF_SEQUENCES = tuple({type(iter(kind())) for kind in (list, tuple)})
 
 
 def _is_one_batch(batches: Any) -> bool:

@@ -83,9 +83,13 @@ class DenseWhitening(AbstractWhitening):
         """Returns $P^+ x$, with the pseudo-inverse in the metric of $S^{-2}$."""
         return matmul(vector / self.scale, self.vectors) / self.roots
 
+    @property
+    def _factor(self) -> Float[Array, "D latent"]:
+        return self.vectors * self.roots[None, :]
+
     def matrix(self) -> Float[Array, "D latent"]:
         """Returns $P$."""
-        return self.scale[:, None] * (self.vectors * self.roots)
+        return self.scale[:, None] * self._factor
 
     def log_abs_det(self) -> Float[Array, ""]:
         r"""Returns $\frac12 \log\det(P^T P)$.
@@ -115,15 +119,15 @@ class DenseWhitening(AbstractWhitening):
 
     def standard_errors(self) -> Float[Array, " D"]:
         """Returns the root of the diagonal of `covariance`."""
-        errors = self.scale * jnp.linalg.norm(self.vectors * self.roots, axis=1)
+        errors = self.scale * jnp.linalg.norm(self._factor, axis=1)
         return jnp.where(self._unbounded(self.null_vectors), jnp.inf, errors)
 
     def errors_of_the_data(self) -> Float[Array, " D"]:
         """Returns the standard errors without a prior, in any case."""
         is_null = self.roots < 0
-        factor = self.vectors * jnp.where(is_null, 0, self.roots)
+        factor = self.vectors * jnp.where(is_null, 0, self.roots)[None, :]
         errors = self.scale * jnp.linalg.norm(factor, axis=1)
-        own = jnp.where(is_null, self.vectors, 0)
+        own = jnp.where(is_null[None, :], self.vectors, 0)
         null = jnp.concatenate([own, self.null_vectors], axis=1)
         return jnp.where(self._unbounded(null), jnp.inf, errors)
 
@@ -132,9 +136,8 @@ class DenseWhitening(AbstractWhitening):
 
         The limit is that of $S N N^T S / \lambda$ as $\lambda$ goes to zero from above.
         """
-        factor = self.vectors * self.roots
-        scaled = matmul(factor, factor.T)
-        covariance = self.scale[:, None] * scaled * self.scale
+        scaled = matmul(self._factor, self._factor.T)
+        covariance = self.scale[:, None] * scaled * self.scale[None, :]
         if self.null_vectors.shape[-1] == 0:
             return covariance
         unbounded = self._unbounded(self.null_vectors)
@@ -142,8 +145,8 @@ class DenseWhitening(AbstractWhitening):
         size = jnp.sqrt(jnp.diag(null))
         infinite = (
             unbounded[:, None]
-            & unbounded
-            & (jnp.abs(null) > self.resolution * size[:, None] * size)
+            & unbounded[None, :]
+            & (jnp.abs(null) > self.resolution * size[:, None] * size[None, :])
         )
         return jnp.where(infinite, jnp.sign(null) * jnp.inf, covariance)
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ._data import Minibatches, as_batch
+from ._debugging import debugged, is_debugged
 from ._nonfinite import SKIP_ADVICE
 from ._objective import (
     defined,
@@ -82,7 +83,13 @@ def explain_non_finite(trainer: Any, batch: Any) -> str:
 
 
 def diagnosed(trainer: Any, batch: Any) -> Diagnosis:
-    """Returns what `explain_non_finite` says, by origin."""
+    """Returns what `explain_non_finite` says, by origin.
+
+    **Raises:**
+
+    - `FloatingPointError`: at the operation that it comes from, if JAX was asked to, by
+        `jax_debug_nans` or `jax_debug_infs`.
+    """
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((trainer.params, batch))):
         return Diagnosis((), (), ("Outside of `jax.jit` it can be said where from.",))
     data, model = bad_data(batch), _bad_model(trainer)
@@ -90,7 +97,10 @@ def diagnosed(trainer: Any, batch: Any) -> Diagnosis:
     if isinstance(batch, Minibatches):
         step = trainer.step_count
         batch = batch.next(batch.start(step), step)[0]
-    results = _bad_results(trainer._bare(), as_batch(batch))
+    trainer, batch = trainer._bare(), as_batch(batch)
+    if is_debugged():
+        _raise_at_origin(trainer, batch)
+    results = _bad_results(trainer, batch)
     if results:
         results = (*_empty(batch), *results)
     if data or model:
@@ -258,6 +268,20 @@ def _bad_result(trainer: Any, batch: Any, name: str) -> str:
 def _gradients(trainer: Any, batch: Any, key: Any) -> PyTree:
     loss = lambda params: score(live(trainer, params), batch, key).loss
     return jax.grad(loss)(trainer.params)
+
+
+def _raise_at_origin(trainer: Any, batch: Any) -> None:
+    """Evaluates the loss and its gradient one operation after the other."""
+    key = step_key(trainer)
+    with debugged(), jax.disable_jit():
+        for evaluate in (score, _gradients):
+            try:
+                evaluate(trainer, batch, key)
+            except FloatingPointError:
+                raise
+            except Exception:
+                # What is explained is another error, as in `_evaluated`.
+                return
 
 
 def _evaluated(trainer: Any, batch: Any, method: Callable[..., Any]) -> Any:

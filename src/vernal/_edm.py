@@ -116,14 +116,14 @@ def triangle(
     scale = column_norms(jacobian)
     free = jacobian if basis is None else matmul(jacobian, basis)
     own = scale if basis is None else column_norms(free)
-    together = jnp.column_stack([free / own, residuals])
+    together = jnp.column_stack([free / own[None, :], residuals])
     # Of a NaN LAPACK may not come back.
     is_finite = jnp.all(jnp.isfinite(together))
     together = jnp.where(is_finite, together, 0)
     loss = jnp.where(is_finite, 0.5 * jnp.sum(jnp.square(residuals)), jnp.nan)
     return Triangle(
         factor=square_factor(together),
-        turn=None if basis is None else scale[:, None] * basis / own,
+        turn=None if basis is None else scale[:, None] * basis / own[None, :],
         loss=loss,
         size=jnp.array(residuals.size),
         rounding=_rounding(loss, flat * scale, eps),
@@ -155,11 +155,11 @@ def curved(
         hessian = matmul(matmul(basis.T, hessian), basis)
         gradient = matmul(basis.T, gradient)
         own = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
-    slope, hessian = gradient / own, hessian / own / own[:, None]
+    slope, hessian = gradient / own, hessian / own[None, :] / own[:, None]
     return Curved(
         slope=slope,
         hessian=hessian,
-        turn=None if basis is None else scale[:, None] * basis / own,
+        turn=None if basis is None else scale[:, None] * basis / own[None, :],
         loss=jnp.where(all_finite((slope, hessian)), loss, jnp.nan),
         limit=jnp.fmax(limit, rounding),
     )

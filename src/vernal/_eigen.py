@@ -101,7 +101,7 @@ def equilibrated_eigh(
 
     The eigenvalues, descending, and the eigenvectors as columns.
     """
-    scaled = matrix / scale[:, None] / scale
+    scaled = matrix / scale[:, None] / scale[None, :]
     return descending((scaled + scaled.T) / 2, symmetrize=False)
 
 
@@ -194,8 +194,8 @@ def _project(
     # The error path reads the direction of a null column, so none may be infinite.
     roots = jnp.sqrt(jnp.where(null, 1, values))
     if is_fisher:
-        return vectors / roots / scale[:, None], values, null
-    return vectors * roots * scale[:, None], values, null
+        return vectors / roots[None, :] / scale[:, None], values, null
+    return vectors * roots[None, :] * scale[:, None], values, null
 
 
 @checked

@@ -4,24 +4,44 @@ It is a zip archive of NumPy's `.npy` files, which `numpy.load` can read too, be
 header in JSON.
 """
 
+import contextlib
+import errno
 import json
 import os
-import uuid
+import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental.multihost_utils import process_allgather
 
-from ._leaves import Kind, LoadError, NamedArray, is_part
+from ._atomic import replacing
+from ._leaves import Kind, LoadError, NamedArray, as_kind, is_part
+from ._npy import (
+    Described,
+    described,
+    directory,
+    located,
+    read_array,
+    read_bytes,
+    write_array,
+)
 
-_FORMAT = 1
+# In the second format a leaf may lie in a member that has another name than the leaf.
+_FORMAT = 2
 _HEADER = "vernal.json"
+
+# The longest name of a leaf that is the name of its member too.
+_LONGEST_NAME = 200
+
+# What NumPy makes of a Python integer, on one machine or another.
+_INTEGERS = (np.int64, np.uint64, np.int32)
 
 
 class ForeignFileError(LoadError):
@@ -41,109 +61,202 @@ def write_file(path: str | os.PathLike[str], arrays: Mapping[str, NamedArray]) -
 
     Of several processes all must call it, and the first one writes.
     """
-    arrays = {
-        path: leaf._replace(array=_whole(leaf.array)) for path, leaf in arrays.items()
-    }
+    for name, leaf in arrays.items():
+        _require_values(name, leaf.array)
+    members = {name: _member(name, n) for n, name in enumerate(arrays)}
+    header = _described(arrays, members)
+    whole = {name: _whole(leaf.array) for name, leaf in arrays.items()}
     if jax.process_index() > 0:
         return
-    target = Path(path).resolve()
-    if target.is_dir():
-        raise IsADirectoryError(f"`path`: {target} is a folder. Name a file in it.")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"`path`: there is no folder {target.parent}. Make it first."
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(_HEADER, header)
+        for name, array in whole.items():
+            write_array(archive, members[name], plain(np.asarray(array)))
+
+
+def _require_values(name: str, array: Any) -> None:
+    if isinstance(array, jax.ShapeDtypeStruct | Tracer):
+        raise ValueError(
+            f"`tree`: the leaf {name!r} has no values ({array}). Save a tree of "
+            "arrays, outside of `jax.jit` and the like."
         )
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            _write(file, arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            left = f" {target} is as it was before." if target.exists() else ""
-            error.add_note(f"`path`: {target} could not be written.{left}")
-        raise
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise ValueError(
+            f"`tree`: the leaf {name!r} was deleted: it was donated to a program, or "
+            "`delete` was called. Save what the program returned."
+        )
 
 
-def _write(file: Any, arrays: Mapping[str, NamedArray]) -> None:
-    leaves = [
-        {"path": path, "shape": leaf.kind.shape, "dtype": leaf.kind.dtype}
-        for path, leaf in arrays.items()
-    ]
+def _member(name: str, number: int) -> str:
+    # What is odd could not be unpacked everywhere, and some of it not be found again.
+    is_plain = name.isprintable() and not set(name) & set("/\\:")
+    if is_plain and len(name) <= _LONGEST_NAME:
+        return f"{name}.npy"
+    return f"leaves/{number}.npy"
+
+
+def _described(arrays: Mapping[str, NamedArray], members: Mapping[str, str]) -> bytes:
+    """Makes the header, and checks that it can be read again."""
+    leaves = []
+    for name, leaf in arrays.items():
+        entry = {"path": name, "shape": leaf.kind.shape, "dtype": leaf.kind.dtype}
+        if members[name] != f"{name}.npy":
+            entry["member"] = members[name]
+        leaves.append(entry)
     header = {
-        "format": _FORMAT,
+        "format": _FORMAT if any("member" in entry for entry in leaves) else 1,
         "written_by": f"vernal {version('vernal')}",
         "leaves": leaves,
     }
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(_HEADER, json.dumps(header, indent=1))
-        for path, leaf in arrays.items():
-            with archive.open(_member(path), "w", force_zip64=True) as member:
-                array = plain(np.asarray(jax.device_get(leaf.array)))
-                np.lib.format.write_array(member, array, allow_pickle=False)
+    text = json.dumps(header).encode()
+    for entry, name in zip(json.loads(text)["leaves"], arrays, strict=True):
+        if entry["path"] != name:
+            raise ValueError(
+                f"`tree`: the name of the leaf {name!r} is not valid Unicode and would "
+                "be read as another one. Rename the key."
+            )
+    if len(text) > _longest_header(list(members.values())):
+        raise ValueError(
+            f"`tree`: the names of its leaves take {len(text)} bytes together. Shorten "
+            "the keys."
+        )
+    return text
+
+
+def _longest_header(members: list[str]) -> int:
+    """The bytes that a header may have: what is longer was not written by `save`."""
+    return 2**20 + sum(2**12 + 12 * len(name) for name in members)
 
 
 def _whole(array: Any) -> Any:
     return process_allgather(array, tiled=True) if is_part(array) else array
 
 
-def read_file(path: str | os.PathLike[str]) -> dict[str, NamedArray]:
-    """Reads a file that `write_file` wrote."""
+def plain(array: np.ndarray) -> np.ndarray:
+    """Shows a dtype that NumPy itself does not have, such as bfloat16, as integers."""
+    return array.view(f"u{array.dtype.itemsize}") if _is_foreign(array.dtype) else array
+
+
+def _is_foreign(dtype: np.dtype) -> bool:
+    return dtype.isbuiltin == 2
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[dict[str, NamedArray]]:
+    """Opens a file that `write_file` wrote.
+
+    Within the block each array is read when NumPy asks for it, and not before.
+    """
     target = Path(path)
-    if target.is_dir():
+    try:
+        mode = target.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"`path`: there is no file {target}.") from None
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(
             f"`path`: {target} is a folder. Name a file that `vernal.save` wrote. "
             "(With a directory of checkpoints `fit` goes on by itself.)"
         )
-    if not target.exists():
-        raise FileNotFoundError(f"`path`: there is no file {target}.")
+    # To open a pipe would wait for a writer, and a device may have no end.
+    if not stat.S_ISREG(mode):
+        raise ForeignFileError(
+            f"`path`: {target} is not a regular file, but a pipe, a socket or a device."
+        )
     with target.open("rb") as file:
-        begins_like_ours = _HEADER.encode() in file.read(64)
-        file.seek(0)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                if _HEADER in archive.namelist():
-                    return _read(archive, target)
-        except NewerFormatError:
+        if _HEADER.encode() not in file.read(64):
+            raise ForeignFileError(
+                f"`path`: {target} is not a file that `vernal.save` wrote. Name one "
+                "that is."
+            )
+        with _damage(target):
+            kept = _contents(file, target)
+        yield kept
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Tells what is wrong in the bytes of a file, which may be anything."""
+    try:
+        yield
+    except (LoadError, MemoryError):
+        raise
+    except Exception as error:
+        # The disk is at fault, unless it was asked for a place that there is not.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        except Exception as error:  # Bytes that are not as they were may mean anything.
-            if begins_like_ours:
-                raise DamagedFileError(
-                    f"`path`: {target} is damaged, or was cut short: {error}. There is "
-                    "no way to mend it; load an earlier one."
-                ) from error
-    raise ForeignFileError(
-        f"`path`: {target} is no file that `vernal.save` wrote. Name one that is."
-    )
+        raise DamagedFileError(
+            f"`path`: {path} is damaged, or was cut short: {str(error)[:200]}. There "
+            "is no way to mend it; load an earlier one."
+        ) from error
 
 
-def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, NamedArray]:
-    header = json.loads(archive.read(_HEADER))
-    if header["format"] > _FORMAT:
+def _contents(file: BufferedReader, path: Path) -> dict[str, NamedArray]:
+    entries, ends = directory(file)
+    if not entries or entries[0].orig_filename != _HEADER or entries[0].header_offset:
+        raise ValueError("its header is not at its beginning")
+    names = [entry.orig_filename for entry in entries]
+    first = located(file, entries[0], ends[0])
+    if first.size > _longest_header(names):
+        raise ValueError("its header is longer than its leaves can make it")
+    header = json.loads(read_bytes(file, first))
+    form, leaves = header["format"], header["leaves"]
+    if type(form) is not int or form < 1:
+        raise ValueError(f"its format is {form!r}")
+    if form > _FORMAT:
         raise NewerFormatError(
             f"`path`: {path} was written by {header['written_by']}, in a format that "
             f"vernal {version('vernal')} does not know. Upgrade vernal."
         )
-    arrays = {}
-    for leaf in header["leaves"]:
-        kind = Kind(tuple(leaf["shape"]), leaf["dtype"])
-        with archive.open(_member(leaf["path"])) as member:
-            array = np.lib.format.read_array(member, allow_pickle=False)
-        if array.dtype.kind == "u" and not kind.dtype.startswith(("u", "key")):
-            array = array.view(jnp.dtype(kind.dtype))
-        arrays[leaf["path"]] = NamedArray(kind, array)
-    return arrays
+    members = {
+        entry.orig_filename: located(file, entry, end)
+        for entry, end in zip(entries[1:], ends[1:], strict=True)
+    }
+    kept = {}
+    for leaf in leaves:
+        name, kind = leaf["path"], as_kind(leaf["shape"], leaf["dtype"])
+        member = leaf.get("member", f"{name}.npy")
+        if member not in members:
+            raise ValueError(f"it has no array for {name!r}")
+        array = described(file, members[member])
+        kept[name] = NamedArray(kind, _Stored(file, path, array, _dtype(kind, array)))
+    if len(kept) != len(entries) - 1 or len(kept) != len(leaves):
+        raise ValueError("its header does not list what is in it")
+    return kept
 
 
-def _member(path: str) -> str:
-    return f"{path}.npy"
+def _dtype(kind: Kind, array: Described) -> np.dtype:
+    """Returns the dtype of an array, which must be what the header says of it."""
+    if kind.is_key:
+        is_alike = array.dtype == np.uint32 and array.shape[:-1] == kind.shape
+        if is_alike and len(array.shape) == len(kind.shape) + 1:
+            return array.dtype
+    elif array.shape == kind.shape:
+        if kind.is_number:
+            number = np.dtype(kind.dtype)
+            is_integer = kind.dtype == "int" and array.dtype in _INTEGERS
+            if is_integer or array.dtype == number:
+                return array.dtype
+        else:
+            dtype = np.dtype(kind.dtype)
+            if array.dtype == dtype and array.dtype.str == dtype.str:
+                return dtype
+            # Formerly numbers of another byte order were written as integers too.
+            as_integers = _is_foreign(dtype) or not dtype.isnative
+            if as_integers and array.dtype == np.dtype(f"u{dtype.itemsize}"):
+                return dtype
+    raise ValueError(f"its header has {kind}, and an array {array.dtype}{array.shape}")
 
 
-def plain(array: np.ndarray) -> np.ndarray:
-    """Shows a dtype that NumPy itself does not have, such as bfloat16, as integers."""
-    if array.dtype.isbuiltin == 1:
-        return array
-    return array.view(f"u{array.dtype.itemsize}")
+class _Stored:
+    """An array in an open file. NumPy reads it by `__array__`."""
+
+    def __init__(
+        self, file: BufferedReader, path: Path, array: Described, dtype: np.dtype
+    ):
+        self._file, self._path = file, path
+        self._array, self._dtype = array, dtype
+        self.shape = array.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        with _damage(self._path):
+            return read_array(self._file, self._array).view(self._dtype)

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+from ._debugging import undebugged
 from ._foreign import has_been_deleted, is_deleted
 from ._paths import spelled
 
@@ -54,7 +55,10 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
     frames of libraries in between are left out: there are some forty. An error that is
     raised without any code of the user's keeps its traceback, and with JAX's option
     `jax_traceback_filtering="off"` all do.
+
+    JAX's checks of every value for NaN are off meanwhile: see `undebugged`.
     """
+    fn = undebugged(fn)
 
     @ft.wraps(fn)
     def entered(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,17 +1,20 @@
 """`vernal.fit`: a fit of a loss that is a plain function, in one call."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from ._closures import Closure
 from ._frames import entrance
-from ._loop import OPTIONS
+from ._loop import OPTIONS, FitOptions
 from ._nonfinite import NanPolicy, StopFit
+from ._placement import Sharding
 from ._projector import EigenProjector
 from ._result import FitResult
+from ._selectors import Selector
 from ._trainer import Trainer
 from ._typing import refuse_unknown, takes
 
@@ -34,18 +37,20 @@ class _FunctionTrainer(Trainer[Model, Batch]):
 
 @entrance
 def fit(
-    loss: Callable[..., Any],
+    loss: Callable[[Model, Any], Any] | Callable[..., Any],
     model: Model,
     optimiser: optax.GradientTransformation,
     data: Any,
     steps: int,
     *,
-    train: Any = None,
+    train: Selector | None = None,
     nan_policy: NanPolicy = StopFit(),  # noqa: B008
     projector: EigenProjector | None = None,
     key: PRNGKeyArray | None = None,
     state: Any = None,
-    **options: Any,
+    mesh: Mesh | None = None,
+    sharding: Sharding | None = None,
+    **options: Unpack[FitOptions],
 ) -> FitResult[Trainer[Model, Any], Model]:
     """Fits a model in one call, without a subclass of [`vernal.Trainer`][].
 
@@ -64,7 +69,7 @@ def fit(
         returns the new state last.
     - `model`, `optimiser`, `train`, `nan_policy`, `projector`, `key`, `state`: as for
         [`vernal.Trainer`][].
-    - `data`, `steps`, `**options`: as for [`vernal.Trainer.fit`][].
+    - `data`, `steps`, `mesh`, `sharding`, `**options`: as for [`vernal.Trainer.fit`][].
 
     **Returns:**
 
@@ -88,4 +93,4 @@ def fit(
         key=key,
         state=state,
     )
-    return trainer.fit(data, steps, **options)
+    return trainer.fit(data, steps, mesh=mesh, sharding=sharding, **options)

@@ -9,9 +9,10 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ._file import read_file, write_file
+from ._file import opened, write_file
 from ._leaves import MismatchError, to_arrays
 from ._paths import UnknownPathError, nearest_names
+from ._pickling import Portable
 from ._typing import file_path
 
 COLUMNS = ("steps", "loss", "validation", "validation_steps")
@@ -21,11 +22,12 @@ RECORDS = "records."
 
 
 @final
-class History(eqx.Module):
+class History(Portable, eqx.Module):
     """What a fit recorded: the loss, and whatever `record` named beside it.
 
     Each array has one row for each recorded step. Two histories of consecutive fits
-    join with `+`.
+    join with `+`. The arrays of a result may be changed; those that a callback is given
+    are read-only.
 
     ```python
     result = trainer.fit(data, steps=500, record=("grad_norm", "mean"), every=10)
@@ -74,8 +76,9 @@ class History(eqx.Module):
     def __getitem__(self, name: str) -> np.ndarray:
         if not isinstance(name, str):
             raise TypeError(
-                f"A history is indexed by names, and not by {name!r}: "
-                "`history['loss'][0]` is the loss of the first row."
+                f"`history[...]` takes the name of a column, and {name!r} is none. "
+                "Take rows of one column (`history.loss[0]`); `history.to_dict()` has "
+                "all of them."
             )
         if name in self.records:
             return self.records[name]
@@ -126,7 +129,8 @@ class History(eqx.Module):
         - `LoadError`: as [`vernal.load`][].
         """
         file_path(path, "path")
-        columns = {name: np.asarray(x.array) for name, x in read_file(path).items()}
+        with opened(path) as kept:
+            columns = {name: np.asarray(leaf.array) for name, leaf in kept.items()}
         if not columns.keys() >= set(COLUMNS):
             raise MismatchError(
                 f"`path`: {os.fspath(path)} holds another tree than a History. Read it "
@@ -147,6 +151,13 @@ class History(eqx.Module):
                 "Two histories that join must record the same: one has "
                 f"{sorted(self.records)}, the other {sorted(other.records)}."
             )
+        for name, rows in self.to_dict().items():
+            shape, others = rows.shape[1:], other[name].shape[1:]
+            if shape != others:
+                raise ValueError(
+                    f"Two histories that join must record the same: {name!r} has the "
+                    f"shape {shape} in one, and {others} in the other."
+                )
         return concatenate([self, other])
 
     def __repr__(self) -> str:

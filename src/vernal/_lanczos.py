@@ -95,7 +95,8 @@ def find_leading(
     values, rotation = descending(matmul(basis.T, images))
     rotation, values = rotation[:, :rank], values[:rank]
     leading = matmul(basis, rotation)
-    residuals = jnp.linalg.norm(matmul(images, rotation) - leading * values, axis=0)
+    left_over = matmul(images, rotation) - leading * values[None, :]
+    residuals = jnp.linalg.norm(left_over, axis=0)
     tolerance = 1e-3 * values + eps**0.5 * values[0]
     is_converged = jnp.all(residuals <= tolerance)
     is_converged &= surprise <= values[-1] + tolerance[-1]

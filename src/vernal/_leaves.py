@@ -1,5 +1,7 @@
 """The leaves of a tree as plain arrays with names, and back again."""
 
+import enum
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,11 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._meaning import refuse_meaning
 from ._paths import dotted
 from ._typing import PyTree
 from ._x64 import is_on, is_wide
 
+# In this order: a boolean is an integer too.
 _NUMBERS = {kind.__name__: kind for kind in (bool, int, float, complex)}
+_Number = bool | int | float | complex
+
+# They have another layout on other machines.
+_LONG = (np.longdouble, np.clongdouble)
 
 
 class LoadError(ValueError):
@@ -29,10 +37,35 @@ class Kind(NamedTuple):
     dtype: str
     """That of an array, `key<...>` of a PRNG key, or the name of a Python number."""
 
+    @property
+    def is_key(self) -> bool:
+        """Whether it is that of PRNG keys."""
+        return self.dtype.startswith("key<")
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is that of a Python number. (An array of one boolean looks so.)"""
+        return self.dtype in _NUMBERS and not self.shape
+
     def __str__(self) -> str:
-        if self.dtype in _NUMBERS:
+        if self.is_number:
             return f"a Python {self.dtype}"
         return f"{self.dtype}{list(self.shape)}"
+
+
+def as_kind(shape: Any, dtype: Any) -> Kind:
+    """Makes a kind of what a file says, which may be anything."""
+    is_shape = isinstance(shape, list) and all(
+        type(side) is int and side >= 0 for side in shape
+    )
+    if is_shape and isinstance(dtype, str):
+        kind = Kind(tuple(shape), dtype)
+        if kind.is_key or kind.is_number:
+            return kind
+        named = np.dtype(dtype)
+        if str(named) == dtype and _is_kept(named):
+            return kind
+    raise ValueError(f"there is no array of shape {shape!r} and dtype {dtype!r}")
 
 
 class NamedArray(NamedTuple):
@@ -47,6 +80,7 @@ def to_arrays(tree: PyTree) -> dict[str, NamedArray]:
     """Lists what can be kept of a tree by path: arrays, PRNG keys and numbers.
 
     Functions, strings and the like are left out: they are the program, not its data.
+    So is what `require_keepable` refuses.
     """
     return {
         path: NamedArray(_kind(leaf), _data(leaf))
@@ -69,7 +103,11 @@ def from_arrays(kept: Mapping[str, NamedArray], like: PyTree, source: str) -> Py
     - `MismatchError`: if the two are not alike; it names the leaves that differ.
     """
     own = dict(_named(like))
-    expected = {path: _kind(leaf) for path, leaf in own.items() if _can_be_kept(leaf)}
+    expected = {
+        path: _kind(leaf)
+        for path, leaf in own.items()
+        if _can_be_kept(leaf) and (path in kept or not _was_left_out(leaf))
+    }
     require_alike_kinds({p: k.kind for p, k in kept.items()}, expected, source)
     wide = [p for p, leaf in own.items() if _is_cut(leaf)]
     if wide:
@@ -78,10 +116,49 @@ def from_arrays(kept: Mapping[str, NamedArray], like: PyTree, source: str) -> Py
             "that it is to be loaded into, but `jax_enable_x64` is off. Turn it on."
         )
     leaves = [
-        _as_before(kept[path].array, leaf) if path in expected else leaf
+        _as_before(path, kept[path].array, leaf, source) if path in expected else leaf
         for path, leaf in own.items()
     ]
     return jax.tree.structure(like).unflatten(leaves)
+
+
+def require_keepable(tree: PyTree, argument: str) -> None:
+    """Refuses a tree with data that could not be kept, or not as what they are."""
+    for path, leaf in _named(tree):
+        where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
+        refuse_meaning(leaf, where, "its mask would be lost")
+        if isinstance(leaf, np.ndarray | np.generic):
+            if not _is_kept(leaf.dtype) or leaf.dtype.type in _LONG:
+                raise TypeError(
+                    f"{where} an array of dtype {leaf.dtype}, which a file cannot hold "
+                    "for every machine. Turn it into arrays of numbers (of a "
+                    "structured one, a dictionary with one for each field), or leave "
+                    "it out."
+                )
+        elif isinstance(leaf, _Number):
+            _require_plain(leaf, where)
+        elif not isinstance(leaf, jax.Array | type) and (
+            hasattr(leaf, "__array__") or isinstance(leaf, numbers.Number)
+        ):
+            raise TypeError(
+                f"{where} a {type(leaf).__name__}, which is data that a file cannot "
+                "hold. Turn it into an array of NumPy or a Python number, or leave it "
+                "out."
+            )
+
+
+def _require_plain(number: _Number, where: str) -> None:
+    if isinstance(number, int) and not -(2**63) <= number < 2**64:
+        raise ValueError(
+            f"{where} an integer of {number.bit_length()} bits, and a file holds 64. "
+            "Give a float, or leave it out."
+        )
+    if not isinstance(number, enum.Enum) and getattr(number, "__dict__", None):
+        raise TypeError(
+            f"{where} a {type(number).__name__}, a number with attributes "
+            f"({', '.join(vars(number))}), and these would be lost. Give the plain "
+            "number."
+        )
 
 
 def require_alike_kinds(
@@ -116,57 +193,101 @@ def _told(kind: Kind | None) -> str:
 
 def _named(tree: PyTree) -> Iterable[tuple[str, Any]]:
     """Yields every leaf with a path that no other leaf has."""
-    seen: dict[str, int] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        path = dotted(keys)
-        seen[path] = seen.get(path, 0) + 1
-        yield (path if seen[path] == 1 else f"{path}#{seen[path]}"), leaf
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    dotted_paths = [dotted(keys) for keys, _ in flat]
+    taken, seen = set(dotted_paths), set[str]()
+    for path, (_, leaf) in zip(dotted_paths, flat, strict=True):
+        name, count = path, 1
+        # A key may look like the name that is given to another leaf.
+        while name in seen or (count > 1 and name in taken):
+            count += 1
+            name = f"{path}#{count}"
+        seen.add(name)
+        yield name, leaf
+
+
+def _is_of_jax(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return _is_of_jax(leaf) or isinstance(leaf, np.ndarray | np.generic)
+
+
+def _is_kept(dtype: np.dtype) -> bool:
+    """Whether arrays of a dtype of NumPy are kept. Those of JAX all have a name."""
+    return dtype.kind in "biufcmMSU" or dtype.isbuiltin == 2
 
 
 def _can_be_kept(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray | np.generic):
-        return leaf.dtype.kind not in "OSUMm"
-    return isinstance(leaf, jax.Array) or type(leaf).__name__ in _NUMBERS
+        return _is_kept(leaf.dtype) and not isinstance(leaf, str | bytes)
+    return _is_of_jax(leaf) or isinstance(leaf, _Number)
+
+
+def _was_left_out(leaf: Any) -> bool:
+    """Whether files of the first versions, which left some leaves out, lack this."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind in "SUMm"
+    return isinstance(leaf, _Number) and type(leaf) not in _NUMBERS.values()
 
 
 def _is_cut(leaf: Any) -> bool:
-    is_number = isinstance(leaf, jax.Array) and not is_key(leaf)
-    return is_number and is_wide(leaf.dtype) and not is_on()
+    return _is_of_jax(leaf) and not is_key(leaf) and is_wide(leaf.dtype) and not is_on()
 
 
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of PRNG keys."""
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
+    return _is_of_jax(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _kind(leaf: Any) -> Kind:
     if _is_array(leaf):
         return Kind(tuple(leaf.shape), str(leaf.dtype))
-    return Kind((), type(leaf).__name__)
+    name = next(name for name, kind in _NUMBERS.items() if isinstance(leaf, kind))
+    return Kind((), name)
 
 
 def _data(leaf: Any) -> Any:
-    if is_key(leaf):
+    if isinstance(leaf, jax.Array) and is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if _is_array(leaf) else np.asarray(leaf)
 
 
-def _as_before(array: Any, like: Any) -> Any:
+def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
     """Makes of an array the kind of leaf that `like` is."""
+    array = np.asarray(array)
     if is_key(like):
-        data = jnp.asarray(array)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+        return _as_key(path, array, like, source)
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return jax.device_put(array, like.sharding)
     if isinstance(like, jax.Array):
-        return jnp.asarray(array)
+        # Unlike `jnp.asarray`, which may copy, this takes over the memory if it can.
+        return jax.device_put(array)
     if isinstance(like, np.ndarray):
-        return np.asarray(array)
-    return type(like)(np.asarray(array)[()])
+        where = f"`like` has the leaf {path!r}," if path else "`like` is"
+        refuse_meaning(like, where, "its mask would be lost")
+        return array
+    if isinstance(like, np.generic):
+        return array[()]
+    number = array.item()
+    try:
+        return type(like)(number)
+    except (TypeError, ValueError) as error:
+        raise MismatchError(
+            f"{source} holds {path!r} as {number}, which is no {type(like).__name__}: "
+            f"{error}"
+        ) from error
+
+
+def _as_key(path: str, data: np.ndarray, like: Any, source: str) -> Any:
+    one = like if isinstance(like, jax.Array) else jnp.empty((), like.dtype)
+    if data.shape[-1:] != jax.random.key_data(one).shape[-1:]:
+        raise MismatchError(
+            f"{source} holds {path!r} as a key of {data.shape[-1]} words, which no "
+            f"{like.dtype} has."
+        )
+    return jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(one))
 
 
 def is_part(leaf: Any) -> bool:

@@ -1,9 +1,9 @@
 """A history on disk, which grows by rows and is never rewritten."""
 
-import json
+import math
 import os
-import zlib
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +16,24 @@ from ._leaves import MismatchError
 
 Columns = Mapping[str, np.ndarray]
 
+# An odd number whose bits are without a pattern: that of the golden ratio.
+_MIXER = np.uint64(0x9E3779B97F4A7C15)
+
 
 class Extent(NamedTuple):
-    """How much of a table belongs to a checkpoint, and the checksum of that."""
+    """How much of a table belongs to a checkpoint."""
 
     rows: int
-    crc: int
+    columns: list[Any]
+    """The name, dtype and shape of each column."""
 
 
 class HistoryLog:
     """The rows of a history in files that are only appended to.
 
     A checkpoint says how many rows belong to it: what was written after it is cut off
-    when a fit goes on from there.
+    when a fit goes on from there. Each row has a checksum, so that damage to some of
+    them costs these rows alone.
     """
 
     def __init__(self, folder: Path, *, writes: bool):
@@ -40,28 +45,47 @@ class HistoryLog:
         names = "history", "validation"
         self._tables = tuple(_Table(folder, name, writes) for name in names)
 
-    def read(self, extents: list[Any]) -> History | None:
-        """Reads the first rows, and forgets the others; `None` if they are not whole.
+    def read(self, extents: Sequence[Any]) -> tuple[History, str]:
+        """Reads the first rows, and says which of them are lost: `""` if none is.
 
         **Arguments:**
 
         - `extents`: what `append` returned.
         """
         pairs = zip(self._tables, extents, strict=True)
-        recorded, scored = (table.read(Extent(*extent)) for table, extent in pairs)
-        if not recorded or not scored:
-            return None
+        read = [table.read(Extent(*extent)) for table, extent in pairs]
+        (recorded, whole), (scored, whole_scores) = read
+        lost = [
+            _lost("rows", recorded["steps"], whole),
+            _lost("validation scores", scored["validation_steps"], whole_scores),
+        ]
+        recorded = {name: rows[whole] for name, rows in recorded.items()}
+        scored = {name: rows[whole_scores] for name, rows in scored.items()}
         records = {
             name.removeprefix(RECORDS): rows
             for name, rows in recorded.items()
             if name.startswith(RECORDS)
         }
-        return History(recorded["steps"], recorded["loss"], records, **scored)
+        history = History(recorded["steps"], recorded["loss"], records, **scored)
+        return history, " and ".join(filter(None, lost))
+
+    def go_on(self, extents: Sequence[Any], history: History) -> None:
+        """Forgets all rows but the first, and goes on from there.
+
+        **Arguments:**
+
+        - `extents`: what `append` returned.
+        - `history`: what `read` made of them.
+        """
+        for table, extent, columns in zip(
+            self._tables, extents, _columns(history), strict=True
+        ):
+            table.go_on(Extent(*extent), len(next(iter(columns.values()))))
 
     def forget(self) -> None:
         """Begins with nothing."""
         for table in self._tables:
-            table.forget()
+            table.go_on(Extent(0, []), 0)
 
     def begin(self, like: History) -> None:
         """Checks that what is recorded is what there is already, if there is any."""
@@ -83,80 +107,107 @@ def _columns(history: History) -> tuple[Columns, Columns]:
     return {"steps": history.steps, "loss": history.loss} | records, scored
 
 
+def _lost(what: str, steps: np.ndarray, whole: np.ndarray) -> str:
+    """Says which rows are lost, by the steps between which they were."""
+    if whole.all():
+        return ""
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], whole, [True]])))
+    gaps = [
+        (f"after step {steps[first - 1]}" if first else "")
+        + (" and " if first and last < len(whole) else "")
+        + (f"before step {steps[last]}" if last < len(whole) else "")
+        for first, last in edges.reshape(-1, 2)
+    ]
+    more = "; ..." if len(gaps) > 3 else ""
+    where = f" ({'; '.join(gaps[:3])}{more})" if gaps[0] else ""
+    return f"{np.sum(~whole)} of {len(whole)} {what}{where}"
+
+
 class _Table:
     """Columns of equal length in one file, as records of fixed size."""
 
     def __init__(self, folder: Path, name: str, writes: bool):
-        self._path, self._header = folder / f"{name}.bin", folder / f"{name}.json"
-        self._writes, self._extent = writes, Extent(0, 0)
-        if writes:
-            self._path.touch()
+        self._path, self._writes = folder / f"{name}.bin", writes
+        self._extent, self._length = Extent(0, []), 0
 
-    def _described(self) -> list[Any]:
-        """The name, dtype and shape of each column, of which there may be none yet."""
+    def read(self, extent: Extent) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns the first rows, and which of them are whole."""
+        table = np.zeros(extent.rows, _row(extent.columns))
         try:
-            columns = json.loads(self._header.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return []
-        return [(name, dtype, tuple(shape)) for name, dtype, shape in columns]
-
-    def read(self, extent: Extent) -> dict[str, np.ndarray] | None:
-        described = self._described()
-        row = _row(described)
-        length = extent.rows * row.itemsize
-        with self._path.open("r+b" if self._writes else "rb") as file:
-            data = file.read(length)
-            if len(data) < length or zlib.crc32(data) != extent.crc:
-                return None
-            if self._writes:
-                file.truncate(length)
-        self._extent = extent
-        table = np.frombuffer(data, row) if described else {}
-        return {
+            with self._path.open("rb") as file:
+                data = np.frombuffer(file.read(table.nbytes), np.uint8)
+            table.view(np.uint8)[: len(data)] = data
+        except (FileNotFoundError, IsADirectoryError):
+            pass
+        columns = {
             name: table[name].copy().view(jnp.dtype(dtype))
-            for name, dtype, _ in described
+            for name, dtype, _ in extent.columns
         }
+        return columns, table["check"] == _checks(table, 0)
 
-    def forget(self) -> None:
-        if self._writes:
-            self.read(Extent(0, 0))
+    def go_on(self, extent: Extent, length: int) -> None:
+        """Goes on after the first rows, of which `length` are whole."""
+        self._extent, self._length = extent, length
+        if not self._writes:
+            return
+        if self._path.is_dir():
+            place = self._path.parent / "torn" / f"{self._path.name}-{time.time_ns()}"
+            place.parent.mkdir(exist_ok=True)
+            self._path.rename(place)
+        with self._open() as file:
+            # Rows that the file lacks become zeros, of which the checksum is wrong.
+            file.truncate(extent.rows * _row(extent.columns).itemsize)
 
     def begin(self, columns: Columns) -> None:
-        described = [(n, str(c.dtype), c.shape[1:]) for n, c in columns.items()]
-        there = self._described()
-        if there == described:
-            return
-        if self._extent.rows:
+        described = [[n, str(c.dtype), [*c.shape[1:]]] for n, c in columns.items()]
+        there = self._extent.columns
+        if self._extent.rows and there != described:
             told = lambda names: ", ".join(n.removeprefix(RECORDS) for n in names)
             raise MismatchError(
                 f"`checkpoint`: the history in {self._path.parent} has "
                 f"{told(name for name, *_ in there)}, and this fit records "
                 f"{told(columns)}. Give the same `record`, or another directory."
             )
-        if self._writes:
-            new = self._header.with_suffix(".new")
-            new.write_text(json.dumps(described))
-            new.replace(self._header)
+        self._extent = self._extent._replace(columns=described)
 
     def append(self, columns: Columns) -> Extent:
-        done, length = self._extent.rows, len(next(iter(columns.values())))
-        if length > done and self._writes:
-            row = _row(self._described())
-            table = np.empty(length - done, row)
-            for name, column in columns.items():
-                table[name] = plain(column[done:])
-            data = table.tobytes()
-            with self._path.open("r+b") as file:
+        new = {name: column[self._length :] for name, column in columns.items()}
+        count = len(next(iter(new.values())))
+        if count and self._writes:
+            rows, described = self._extent
+            table = np.zeros(count, _row(described))
+            for name, column in new.items():
+                table[name] = plain(column)
+            table["check"] = _checks(table, rows)
+            with self._open() as file:
                 # Over what a write that failed may have left behind.
-                file.truncate(done * row.itemsize)
+                file.truncate(rows * table.itemsize)
                 file.seek(0, os.SEEK_END)
-                file.write(data)
-            self._extent = Extent(length, zlib.crc32(data, self._extent.crc))
+                file.write(table.tobytes())
+            self._extent = Extent(rows + count, described)
+            self._length += count
         return self._extent
+
+    def _open(self) -> Any:
+        return os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
 
 def _row(described: list[Any]) -> np.dtype:
-    empty = lambda dtype: plain(np.empty(0, jnp.dtype(dtype)))
-    return np.dtype(
-        [(name, empty(dtype).dtype, shape) for name, dtype, shape in described]
-    )
+    """Returns the dtype of a row: its checksum and the columns, in whole words."""
+    empty = lambda dtype: plain(np.empty(0, jnp.dtype(dtype))).dtype
+    fields = [(name, empty(dtype), tuple(shape)) for name, dtype, shape in described]
+    fields = [("check", np.dtype(np.uint64), ()), *fields]
+    length = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in fields)
+    return np.dtype([*fields, ("pad", np.dtype(np.uint8), (-length % 8,))])
+
+
+def _checks(table: np.ndarray, first: int) -> np.ndarray:
+    """Returns a checksum of each row, of which the first has the number `first`.
+
+    Each word counts by its place in the row, and the row by its own: another bit, or
+    zeros, or a row elsewhere, give another sum.
+    """
+    words = table.view(np.uint64).reshape(len(table), table.itemsize // 8)[:, 1:]
+    weights = np.arange(1, 2 * words.shape[1], 2, dtype=np.uint64) * _MIXER
+    numbers = np.arange(first + 1, first + len(table) + 1, dtype=np.uint64)
+    return words @ weights + numbers * _MIXER

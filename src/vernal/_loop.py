@@ -1,9 +1,8 @@
 """`fit`: what happens between the compiled chunks of steps."""
 
 import contextlib
-import inspect
 import time
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -18,13 +17,31 @@ from ._keeper import Keeper
 from ._one import One
 from ._peers import Peers, Wish, described
 from ._running import Callback, Running
+from ._selectors import Selector
 from ._setup import no_optimiser
 from ._step import MOST_STEPS
-from ._stop import StopReason
+from ._stop import StopCriterion, StopReason
 from ._traced import UNROLL, refuse_traced
 from ._typing import boolean, takes, whole_number
 
 ONE = One()
+
+
+class FitOptions(TypedDict, total=False):
+    """What a fit may be told beside its data and steps, see `Trainer.fit`."""
+
+    record: Selector
+    every: int
+    validation: tuple[Any, int] | None
+    stop: StopCriterion | None
+    progress: bool
+    callback: Callback | None
+    chunk: int | None
+    checkpoint: Checkpoints | None
+
+
+OPTIONS = tuple(FitOptions.__annotations__)
+"""Their names."""
 
 
 def fit(
@@ -113,14 +130,6 @@ def fit(
         if str(diagnosis):
             warn(f"{end.sentence} {diagnosis}")
     return result
-
-
-OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(fit).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name != "kind"
-)
-"""The names of what a fit may be told beside its data and its steps."""
 
 
 def _go_on(

@@ -75,7 +75,7 @@ class LowRankWhitening(AbstractWhitening):
 
     def _dense(self, power: float) -> Float[Array, "D D"]:
         rest = self.curvature**power
-        kept = self.vectors * (self.eigenvalues**power - rest)
+        kept = self.vectors * (self.eigenvalues**power - rest)[None, :]
         identity = jnp.eye(self.latent_size, dtype=self.dtype)
         return rest * identity + matmul(kept, self.vectors.T)
 
@@ -102,13 +102,13 @@ class LowRankWhitening(AbstractWhitening):
 
     def standard_errors(self) -> Float[Array, " D"]:
         """Returns the root of the diagonal of `covariance`."""
-        kept = jnp.sum(jnp.square(self.vectors) / self.eigenvalues, axis=1)
+        kept = jnp.sum(jnp.square(self.vectors) / self.eigenvalues[None, :], axis=1)
         errors = self.scale * jnp.sqrt(kept + self._in_complement() / self.curvature)
         return jnp.where(self._unbounded(), jnp.inf, errors)
 
     def covariance(self) -> Float[Array, "D D"]:
         """Returns $P P^T$, infinite on the diagonal where the complement is flat."""
-        covariance = self.scale[:, None] * self._dense(-1.0) * self.scale
+        covariance = self.scale[:, None] * self._dense(-1.0) * self.scale[None, :]
         diagonal = jnp.where(self._unbounded(), jnp.inf, jnp.diag(covariance))
         return jnp.fill_diagonal(covariance, diagonal, inplace=False)
 

@@ -1,15 +1,16 @@
 """`fit_many`: many starts, a sweep of rates, or many data sets, in one program."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from jax.sharding import Mesh
 
 from ._frames import entrance
-from ._loop import OPTIONS, fit
+from ._loop import OPTIONS, FitOptions, fit
 from ._members import Many, ManyResult
 from ._modes import Mode
 from ._placement import Placement, placement
+from ._solve import Solver
 from ._stack import require_one_step, stacked
 from ._traced import UNROLL, refuse_traced
 from ._trainer import Trainer
@@ -25,11 +26,11 @@ def fit_many(
     steps: int,
     *,
     data_axis: Any = None,
-    solver: Any = None,
+    solver: Solver | None = None,
     jac: Mode | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
-    **options: Any,
+    **options: Unpack[FitOptions],
 ) -> ManyResult[TrainerT]:
     """Fits many trainers at once, in one compiled program.
 

@@ -1,12 +1,13 @@
 """What a fit asks of many trainers at once, and what comes of it."""
 
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from typing_extensions import TypeVar
 
 from ._compiled import Chunk, Ended, Moving, Task
 from ._data import Minibatches, Source, Whole, as_batch, as_source
@@ -18,6 +19,7 @@ from ._monitor import Monitor, MonitorState
 from ._nonfinite import SKIP_ADVICE, NanCount
 from ._one import BadEnd, One
 from ._paths import spelled
+from ._pickling import Portable
 from ._placement import Placement
 from ._record import Rows
 from ._solve import Problem, checked_solver
@@ -28,11 +30,14 @@ from ._stop import AT_NON_FINITE, StopReason
 from ._trainer import Trainer
 from ._typing import PyTree, whole_number
 
-TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
+TrainerT = TypeVar(
+    "TrainerT", bound=Trainer[Any, Any], covariant=True, default=Trainer[Any, Any]
+)
+Model = TypeVar("Model")
 
 
 @final
-class ManyResult(eqx.Module, Generic[TrainerT]):
+class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     """What [`vernal.fit_many`][] returns. `len(result)` is the number of members.
 
     **Attributes:**
@@ -82,7 +87,7 @@ class ManyResult(eqx.Module, Generic[TrainerT]):
         return int(np.argmin(self.best_losses))
 
     @property
-    def best(self) -> Any:
+    def best(self: "ManyResult[Trainer[Model, Any]]") -> Model:
         """The best model of all members."""
         return self.trainer(self.best_index).best
 

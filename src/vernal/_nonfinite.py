@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int
 
+from ._pickling import Portable
 from ._typing import PyTree, whole_number
 
 T = TypeVar("T")
@@ -154,7 +155,7 @@ class NonFiniteError(FloatingPointError):
         )
 
 
-class NanPolicy(eqx.Module):
+class NanPolicy(Portable, eqx.Module):
     """The abstract base of what is done with non-finite values.
 
     A value is non-finite if it is NaN or infinite, in the loss or in the gradients.

@@ -12,6 +12,7 @@ import numpy as np
 from ._alike import is_weak
 from ._closures import Closure
 from ._paths import is_inexact
+from ._pickling import Portable
 from ._static import refuse_static_arrays
 
 
@@ -42,7 +43,7 @@ def parameters(model: Any, owners: Sequence[int | None]) -> Any:
     )
 
 
-class Parts(eqx.Module):
+class Parts(Portable, eqx.Module):
     """All of a model but its trained parameters.
 
     Arrays are leaves; what is no array (functions, Python numbers, strings) is static
@@ -76,10 +77,6 @@ class Parts(eqx.Module):
                 if kind == "other"
             )
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Parts":
-        # Immutable, and its structure has markers that are compared by identity.
-        return self
 
     def join(self, params: Any) -> Any:
         """Puts the model together again around the parameters."""

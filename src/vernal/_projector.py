@@ -24,6 +24,7 @@ from ._blocks import (
     scatter,
     unravel_blocks,
 )
+from ._debugging import undebugged
 from ._decompose import Kind, whiten, whiten_jacobian
 from ._dense import DenseWhitening, OnNull, check_rank_kind
 from ._directions import name_null_space
@@ -31,6 +32,7 @@ from ._eigen import Matrix
 from ._foreign import refuse_foreign
 from ._low_rank import whiten_matvec
 from ._paths import spelled
+from ._pickling import Portable
 from ._precision import widest
 from ._ravel import as_parameters, ravel_size
 from ._typing import Params, PyTree, checked, takes
@@ -39,7 +41,7 @@ from ._whitening import AbstractWhitening, Unchanged
 _VECTOR = jax.tree.structure(0)
 
 
-class EigenProjector(eqx.Module):
+class EigenProjector(Portable, eqx.Module):
     r"""An affine map between parameters and a latent space in which they are whitened.
 
     $$x = x_0 + P u, \qquad P^\top F P = I$$
@@ -627,6 +629,7 @@ class EigenProjector(eqx.Module):
                     )
         return tuple(found)
 
+    @undebugged
     @checked
     def covariance(self) -> Float[Array, "D D"]:
         r"""Returns the covariance of the parameters, $P P^\top = F^{-1}$.
@@ -645,6 +648,7 @@ class EigenProjector(eqx.Module):
         size = ravel_size(self._origin)
         return scatter(matrices, self._rows, self._rows, (size, size))
 
+    @undebugged
     @checked
     def standard_errors(self) -> Params:
         """Returns the standard error of each parameter.

@@ -38,14 +38,27 @@ class Recorder:
         for name, column in self._records.items():
             column.extend(history.records[name])
 
-    @property
-    def history(self) -> History:
-        """All of it so far."""
+    def history(self, *, is_final: bool = True) -> History:
+        """Returns all of it so far.
+
+        **Arguments:**
+
+        - `is_final`: whether the arrays may be changed. Those that are handed out while
+            the fit goes on are a part of its result.
+        """
         if self._columns is None:
             self.extend(self._empty())
-        columns = {name: column.rows for name, column in (self._columns or {}).items()}
-        records = {name: column.rows for name, column in self._records.items()}
-        return History(records=records, **columns)
+        rows = lambda columns: {
+            name: column.rows if is_final else _read_only(column.rows)
+            for name, column in columns.items()
+        }
+        return History(records=rows(self._records), **rows(self._columns))
+
+
+def _read_only(rows: np.ndarray) -> np.ndarray:
+    view = rows.view()
+    view.flags.writeable = False
+    return view
 
 
 class _Column:

@@ -1,21 +1,23 @@
 """How a fit ended."""
 
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, final
 
 import equinox as eqx
 import numpy as np
 from jaxtyping import Float
+from typing_extensions import TypeVar
 
 from ._edm import Distance, along
 from ._history import History
+from ._pickling import Portable
 from ._stop import StopReason
 
-TrainerT = TypeVar("TrainerT", covariant=True)
-Model = TypeVar("Model", covariant=True)
+TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
+Model = TypeVar("Model", covariant=True, default=Any)
 
 
 @final
-class FitResult(eqx.Module, Generic[TrainerT, Model]):
+class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
     r"""What a fit returns.
 
     **Attributes:**

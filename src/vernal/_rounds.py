@@ -254,5 +254,6 @@ def _without_signs(matrix: Array) -> Array:
     """Takes the absolute values of the eigenvalues of the scaled matrix."""
     scale = jnp.sqrt(jnp.abs(jnp.diag(matrix)))
     scale = jnp.where(scale > 0, scale, 1)
-    values, vectors = jnp.linalg.eigh(matrix / scale / scale[:, None])
-    return matmul(vectors * jnp.abs(values), vectors.T) * scale * scale[:, None]
+    rows, columns = scale[:, None], scale[None, :]
+    values, vectors = jnp.linalg.eigh(matrix / columns / rows)
+    return matmul(vectors * jnp.abs(values)[None, :], vectors.T) * columns * rows

@@ -16,6 +16,7 @@ import numpy as np
 from ._alike import require_alike
 from ._compiled import Ended, Moving, Task
 from ._data import Minibatches, Source, Stream, Whole
+from ._debugging import debugged, is_debugged
 from ._diagnosis import Diagnosis, bad_data, diagnosed
 from ._feed import Feed
 from ._history import History
@@ -215,8 +216,10 @@ class Running:
         """Calls the callback, if there is one, and tells why to end, if at all."""
         reason = None
         if callback is not None:
-            call = lambda: callback(self.trainer, self.history())
-            answer, told = self.peers.together(call, self._told, "a callback")
+            seen = self._recorder.history(is_final=False)
+            call = lambda: callback(self.trainer, seen)
+            with debugged():
+                answer, told = self.peers.together(call, self._told, "a callback")
             if _is_boolean(answer):
                 reason = StopReason.CALLBACK if answer else None
             if any(one != told[0] for one in told):
@@ -287,7 +290,7 @@ class Running:
         return History(np.zeros(0, int), loss, rows)
 
     def history(self) -> History:
-        return self._recorder.history
+        return self._recorder.history()
 
     @property
     def is_all_skipped(self) -> np.ndarray:
@@ -309,7 +312,8 @@ class Running:
             source = dict(self._last).get(step, Whole(None))
         batch = self._kind.seen(source, index)
         with self._kind.context():
-            if trainer.nan_policy.raises or not self._has_accepted[index]:
+            is_asked = trainer.nan_policy.raises or is_debugged()
+            if is_asked or not self._has_accepted[index]:
                 return diagnosed(trainer, batch)
             data = bad_data(batch)
             return Diagnosis((f"At step {step}:", *data) if data else ())

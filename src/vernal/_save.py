@@ -1,11 +1,14 @@
 """`save` and `load`: a trainer, or any pytree, in one file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from ._file import read_file, write_file
-from ._leaves import MismatchError, from_arrays, to_arrays
+import jax
+
+from ._debugging import undebugged
+from ._file import opened, write_file
+from ._leaves import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
 from ._snapshot import begun, is_trainer, restore, snapshot
 from ._traced import refuse_traced
 from ._typing import PyTree, file_path
@@ -13,6 +16,7 @@ from ._typing import PyTree, file_path
 T = TypeVar("T")
 
 
+@undebugged
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes a trainer, or any pytree, to one file.
 
@@ -45,10 +49,15 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """
     file_path(path, "path")
     refuse_traced("save", tree)
-    is_one = is_trainer(tree)
-    write_file(path, snapshot(tree) | begun(tree) if is_one else to_arrays(tree))
+    if is_trainer(tree):
+        arrays = snapshot(tree) | begun(tree)
+    else:
+        require_keepable(tree, "tree")
+        arrays = to_arrays(tree)
+    write_file(path, arrays)
 
 
+@undebugged
 def load(
     path: str | os.PathLike[str], like: T, *, reset: str | Sequence[str] = ()
 ) -> T:
@@ -84,20 +93,32 @@ def load(
         raise TypeError(
             f'`reset` is {reset!r}, but must be names such as `("opt_state",)`.'
         )
-    kept, source = read_file(path), f"`path`: {os.fspath(path)}"
-    if is_trainer(like):
-        try:
-            return restore(kept, like, source, reset)
-        except MismatchError as error:
-            if "opt_state" not in reset:
-                error.add_note(
-                    "If the optimiser alone is another, on purpose, "
-                    '`reset=("opt_state",)` starts its moments anew.'
-                )
-            raise
-    if reset:
+    source = f"`path`: {os.fspath(path)}"
+    with opened(path) as kept:
+        if is_trainer(like):
+            return _restored(kept, like, source, reset)
+        if reset:
+            raise ValueError(
+                "`reset` is for trainers, and `like` is none. Replace its leaves after "
+                "loading instead, with `equinox.tree_at`."
+            )
+        return from_arrays(kept, like, source)
+
+
+def _restored(
+    kept: Mapping[str, NamedArray], like: T, source: str, reset: str | Sequence[str]
+) -> T:
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
         raise ValueError(
-            "`reset` is for trainers, and `like` is none. Replace its leaves after "
-            "loading instead, with `equinox.tree_at`."
+            "`like` is a trainer without values, and its rates, its key and what is "
+            "frozen in its model would stay so. Make it outside of `eval_shape`."
         )
-    return from_arrays(kept, like, source)
+    try:
+        return restore(kept, like, source, reset)
+    except MismatchError as error:
+        if "opt_state" not in reset:
+            error.add_note(
+                "If the optimiser alone is another, on purpose, "
+                '`reset=("opt_state",)` starts its moments anew.'
+            )
+        raise

@@ -44,9 +44,9 @@ def of_jacobian(jac: Float[Array, "N D"]) -> Spectrum:
     dtype = widest((jac.dtype, jnp.dtype("float32")))
     jac = jax.lax.stop_gradient(jac).astype(dtype)
     units = positive(jnp.max(jnp.abs(jac), axis=0, initial=0))
-    scaled = jac / units
+    scaled = jac / units[None, :]
     gram = matmul(scaled.T, scaled)
-    return _of_gram(gram, units, lambda norms: square_factor(scaled / norms))
+    return _of_gram(gram, units, lambda norms: square_factor(scaled / norms[None, :]))
 
 
 def of_products(
@@ -80,7 +80,7 @@ def of_products(
         scaled = lambda cotangent: pull(cotangent) / units / norms
         return _triangle_by_rows(scaled, fn(flat), flat, batch_size)
 
-    return _of_gram(rows / units, units, triangle)
+    return _of_gram(rows / units[None, :], units, triangle)
 
 
 def positive(sizes: Array) -> Array:
@@ -94,7 +94,7 @@ def column_norms(matrix: Float[Array, "N D"]) -> Float[Array, " D"]:
     By way of the largest elements, whose squares need not be representable.
     """
     units = positive(jnp.max(jnp.abs(matrix), axis=0, initial=0))
-    return units * positive(jnp.linalg.norm(matrix / units, axis=0))
+    return units * positive(jnp.linalg.norm(matrix / units[None, :], axis=0))
 
 
 def _of_gram(

@@ -10,20 +10,26 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
+from ._code import by_code, metadata
+from ._pickling import packed
 from ._values import Hashed
 
-# The parts of a skeleton. Each knows how to build its object again.
+# The parts of a skeleton. Each knows how to build its object again. In a pickle they
+# are without their keys, which are found anew in the process that loads it.
 
 
 class Part(Protocol):
     def build(self, site: "Site") -> Any: ...
 
 
+Leaves = tuple[Any, ...] | dict[int, Any]
+
+
 @dataclasses.dataclass(slots=True)
 class Site:
     """What the parts of one skeleton are built from."""
 
-    leaves: tuple[Any, ...]
+    leaves: Leaves
     functions: list[types.FunctionType]
 
 
@@ -42,6 +48,19 @@ class Static:
 
     def build(self, site: Site) -> Any:
         return self.value
+
+    def __reduce__(self) -> Any:
+        value = self.value
+        if isinstance(value, types.CellType):
+            try:
+                return _static_cell, (packed(value.cell_contents),)
+            except ValueError:
+                return _static_cell, ()
+        return Static, (None, packed(value))
+
+
+def _static_cell(*contents: Any) -> Static:
+    return Static(None, types.CellType(*contents))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,6 +81,27 @@ class Group:
 
     def build(self, site: Site) -> Any:
         return self.make([part.build(site) for part in self.parts])
+
+    def __reduce__(self) -> Any:
+        return Group, (None, self.parts, self.make)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hollow:
+    """Makes a node of its children. In a pickle it is such a node, without children."""
+
+    structure: Any
+
+    def __call__(self, children: list[Any]) -> Any:
+        return self.structure.unflatten(children)
+
+    def __reduce__(self) -> Any:
+        node = self.structure.unflatten([...] * self.structure.num_leaves)
+        return _hollow, (packed(node),)
+
+
+def _hollow(node: Any) -> Hollow:
+    return Hollow(jtu.tree_structure(node, is_leaf=lambda x: x is not node))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,6 +135,30 @@ class Shell:
         fn.__kwdefaults__ = self.kwdefaults.build(site)
         fn.__dict__.update(self.attributes.build(site))
 
+    def __reduce__(self) -> Any:
+        if self.original is not None:
+            return _original_shell, (self.original,)
+        empty = by_code(self.code, self.scope, self.metadata)
+        contents = self.cells, self.defaults, self.kwdefaults, self.attributes
+        return _shell, (empty, *contents)
+
+
+def _shell(
+    fn: types.FunctionType,
+    cells: tuple[int, ...],
+    defaults: Part,
+    kwdefaults: Part,
+    attributes: Part,
+) -> Shell:
+    contents = cells, defaults, kwdefaults, attributes
+    return Shell(None, *contents, fn.__code__, fn.__globals__, metadata(fn), None)
+
+
+def _original_shell(fn: types.FunctionType) -> Shell:
+    nothing = Static(None, None)
+    shell = _shell(fn, (), nothing, nothing, nothing)
+    return dataclasses.replace(shell, original=fn)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
@@ -102,15 +166,70 @@ class Plan:
     shells: tuple[Shell, ...]
     cells: tuple[Part | None, ...]
 
+    def build(self, leaves: Leaves) -> Any:
+        """Builds the object, around some leaves."""
+        cells = [
+            part.value
+            if isinstance(part, Static) and isinstance(part.value, types.CellType)
+            else types.CellType()
+            for part in self.cells
+        ]
+        functions = [shell.open(cells) for shell in self.shells]
+        site = Site(leaves, functions)
+        for shell, fn in zip(self.shells, functions, strict=True):
+            shell.fill(fn, site)
+        for cell, part in zip(cells, self.cells, strict=True):
+            if part is not None and not (
+                isinstance(part, Static) and part.value is cell
+            ):
+                cell.cell_contents = part.build(site)
+        return self.root.build(site)
+
+    def __reduce__(self) -> Any:
+        """What is in a function that its module has under its name is not pickled."""
+        shells: dict[int, Shell] = {}
+        cells: dict[int, Part | None] = {}
+        todo: list[Part | None] = [self.root]
+        while todo:
+            part = todo.pop()
+            if isinstance(part, Group):
+                todo += part.parts
+            elif isinstance(part, Function) and part.index not in shells:
+                shell = shells[part.index] = self.shells[part.index]
+                if shell.original is None:
+                    todo += shell.defaults, shell.kwdefaults, shell.attributes
+                    new = {i: self.cells[i] for i in shell.cells if i not in cells}
+                    cells |= new
+                    todo += new.values()
+        return _plan, (self.root, shells, cells, len(self.shells), len(self.cells))
+
+
+def _plan(
+    root: Part,
+    shells: dict[int, Shell],
+    cells: dict[int, Part | None],
+    shell_count: int,
+    cell_count: int,
+) -> Plan:
+    nothing = _original_shell(_plan)
+    return Plan(
+        root,
+        tuple(shells.get(i, nothing) for i in range(shell_count)),
+        tuple(cells.get(i) for i in range(cell_count)),
+    )
+
 
 class Skeleton:
     """All of a closure but its arrays: hashable, compared by value, interned."""
 
-    __slots__ = ("__weakref__", "_hash", "plan")
+    __slots__ = ("__weakref__", "_hash", "plan", "rates", "within")
 
-    def __init__(self, plan: Plan, hashed: int):
+    def __init__(self, plan: Plan, hashed: int, rates: Any, within: Any):
         self.plan: Plan = plan
         self._hash = hashed
+        # What it was encoded with, for pickles.
+        self.rates: frozenset[str] = rates
+        self.within: tuple[str, ...] | None = within
 
     def __hash__(self) -> int:
         return self._hash

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from ._hyperparams import beginning, settled
 from ._leaves import Kind, NamedArray, from_arrays, require_alike_kinds, to_arrays
@@ -76,6 +77,10 @@ def require_restorable(
     The fields that are not restored, but start anew: those of `anew`, and the state of
     a NaN policy if it was another policy's.
     """
+    own = kinds(snapshot(trainer) | begun(trainer))
+    others = _set_otherwise(kept, own)
+    kept = {path: kept[path] for path in kept if path not in others}
+    kept |= {path: own[path] for path in own if path in others}
     kept = _without(kept, (_BEGUN,))
     fields = set()
     for name in (anew,) if isinstance(anew, str) else anew:
@@ -85,7 +90,7 @@ def require_restorable(
                 f"{nearest_names(name, list(_ANEW))}"
             )
         fields |= set(_ANEW[name])
-    expected = kinds(snapshot(trainer))
+    expected = _without(own, (_BEGUN,))
     if _beneath(kept, "policy_state") != _beneath(expected, "policy_state"):
         fields.add("policy_state")
     require_alike_kinds(_without(kept, fields), _without(expected, fields), source)
@@ -110,6 +115,7 @@ def restore(
         that differ.
     """
     fields = require_restorable(kinds(kept), trainer, source, anew)
+    kept = _with_own_settings(kept, snapshot(trainer) | begun(trainer))
     like = _state(trainer)
     for name in fields:
         del like[name]
@@ -123,6 +129,34 @@ def restore(
         own_state = trainer.state if "state" in fields else state["state"]
         state |= _fresh(trainer, params, state["latent"], own_state, fields)
     return trainer._at(Progress(**state), projector=projector)
+
+
+def _set_otherwise(kept: Mapping[str, Kind], own: Mapping[str, Kind]) -> set[str]:
+    """Finds the hyperparameters that one of the two has not, or of another kind."""
+    others = set()
+    for path in _beneath(kept, _BEGUN) | _beneath(own, _BEGUN):
+        in_state = f"opt_state{path.removeprefix(_BEGUN)}"
+        # Of the first files it is not known what they began with.
+        is_known = (path in kept) == (in_state in kept)
+        if is_known and kept.get(path) != own.get(path):
+            others |= {path, in_state}
+    return others
+
+
+def _with_own_settings(
+    kept: Mapping[str, NamedArray], own: Mapping[str, NamedArray]
+) -> dict[str, NamedArray]:
+    """Takes those of the program: what a user sets is configuration."""
+    mine = dict(kept)
+    for path in _set_otherwise(kinds(kept), kinds(own)):
+        there, here = mine.pop(path, None), own.get(path)
+        if here is None:
+            continue
+        if there is not None and there.kind.shape == here.kind.shape:
+            # Of another dtype alone: a callback may have changed the number since.
+            here = here._replace(array=np.asarray(there.array).astype(here.kind.dtype))
+        mine[path] = here
+    return mine
 
 
 def _fresh(

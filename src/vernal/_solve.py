@@ -40,6 +40,12 @@ class Problem(NamedTuple):
     jac: Mode | None
 
 
+Solver = (
+    optx.AbstractMinimiser[Any, Any, Any]
+    | optx.AbstractLeastSquaresSolver[Any, Any, Any, Any]
+)
+
+
 def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:
     """Checks a solver, and the number of its steps.
 
@@ -144,10 +150,14 @@ def run_solver(
             return cast_like(point, trainer.params)
         return projector.to_params(cast_like(point, latent))
 
+    def seen(loss: Array, point: PyTree) -> Seen:
+        # Under `jax.disable_jit` a constant would come back as a Python boolean.
+        return Seen(loss, point, jnp.ones_like(loss, bool))
+
     def scored(point: PyTree, _: Any) -> tuple[Array, Seen]:
         there = live(trainer, to_params(point))
         loss = score(there, batch, key).loss.astype(dtype)
-        return loss, Seen(loss, point, jnp.array(True))
+        return loss, seen(loss, point)
 
     def residuals(point: PyTree, _: Any) -> tuple[Array, Seen]:
         there = live(trainer, to_params(point))
@@ -156,7 +166,7 @@ def run_solver(
             loss = 0.5 * jnp.sum(jnp.square(vector))
         else:
             loss = score(there, batch, key).loss.astype(dtype)
-        return vector, Seen(loss, point, jnp.array(True))
+        return vector, seen(loss, point)
 
     # Solvers mix what they are given with numbers of the default precision.
     start = trainer.params if projector is None else latent

@@ -19,6 +19,7 @@ from ._constrain import clip_of, coupled, project
 from ._modes import in_reverse
 from ._nonfinite import Verdict, all_finite, is_finite
 from ._objective import live, score, step_key
+from ._precision import widest
 from ._projector import EigenProjector
 from ._typing import PyTree
 
@@ -261,10 +262,9 @@ def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
     """Returns the norm of a tree, all leaves together."""
     # The squares of a small dtype would overflow long before the norm does.
-    wide = lambda leaf: leaf.astype(
-        jnp.promote_types(leaf.dtype, jnp.result_type(float))
-    )
-    return optax.tree.norm(jax.tree.map(wide, tree)).astype(jnp.result_type(float))
+    default = jnp.result_type(float)
+    wide = lambda leaf: leaf.astype(widest((leaf.dtype, default)))
+    return optax.tree.norm(jax.tree.map(wide, tree)).astype(default)
 
 
 def _descending(grad: Array) -> Array:
@@ -343,7 +343,7 @@ def count_non_finite(
     totals, first, last = counts
     return jnp.stack(
         [
-            totals + bad,
+            totals + bad.astype(totals.dtype),
             jnp.where(bad & (first < 0), step, first),
             jnp.where(bad, step, last),
         ]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ._pickling import Portable
 from ._typing import PyTree, whole_number
 
 
@@ -72,7 +73,7 @@ class StepView(NamedTuple):
     is_validated: Bool[Array, ""]
 
 
-class StopCriterion(eqx.Module):
+class StopCriterion(Portable, eqx.Module):
     """The abstract base of what decides that a fit has come to its end.
 
     A criterion sees every step, inside the compiled loop. It is a pytree. Two of them
@@ -240,7 +241,7 @@ class Patience(StopCriterion):
         """Counts the validations since the lowest."""
         lowest, waited = state
         is_lower = view.is_validated & (view.validation < lowest)
-        waited = jnp.where(is_lower, 0, waited + view.is_validated)
+        waited = jnp.where(is_lower, 0, waited + view.is_validated.astype(waited.dtype))
         lowest = jnp.where(is_lower, view.validation, lowest)
         return waited >= self.n, (lowest, waited)
 

@@ -1,20 +1,23 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 import equinox as eqx
 import jax
 import jax.core
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from typing_extensions import TypeVar
 
 from ._change import replace, reproject
 from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
 from ._constrain import check_elementwise
 from ._data import Minibatches, Stream, as_batch
+from ._debugging import is_debugged, undebugged
 from ._diagnosis import diagnosed
 from ._frames import entrance
 from ._history import History
@@ -25,14 +28,17 @@ from ._modes import Mode
 from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFit
 from ._objective import score, step_key
 from ._one import One
+from ._optimiser import ParamOptimiser
 from ._parts import Parts, parameters, strong
 from ._paths import paths
+from ._pickling import Portable
 from ._placement import Sharding, context, placement
 from ._printed import in_short, printed
 from ._projector import EigenProjector
 from ._rates import learning_rates
 from ._result import FitResult
 from ._rounds import solve
+from ._selectors import Selector
 from ._setup import (
     check_arguments,
     check_class,
@@ -42,20 +48,36 @@ from ._setup import (
     initial_opt_state,
     no_optimiser,
 )
+from ._solve import Solver
 from ._step import Progress, initial_progress
 from ._stop import StopCriterion
 from ._traced import refuse_traced
-from ._transform import AbstractTransform, as_transform
-from ._typing import Params, PyTree
+from ._transform import as_transform
+from ._typing import PyTree
 from ._uncertainty import objective, standard_errors, table
 from ._x64 import narrowed_tree, precision_of, require_precision
 
-Model = TypeVar("Model")
-Batch = TypeVar("Batch")
+Model = TypeVar("Model", default=Any)
+Batch = TypeVar("Batch", default=Any)
 SelfT = TypeVar("SelfT", bound="Trainer[Any, Any]")
+Answer = bool | np.bool_ | Bool[Array, ""] | None
+
+if TYPE_CHECKING:
+    from equinox._module._module import _ModuleMeta
+
+    class _Meta(_ModuleMeta):
+        """To a type checker: a subclass has the `__init__` that it inherits.
+
+        So it is when a program runs, for a class whose parent has an `__init__` of its
+        own. Of Equinox's metaclass itself a checker believes that each subclass has a
+        new one, with an argument for each field.
+        """
+
+else:
+    _Meta = type(eqx.Module)
 
 
-class Trainer(eqx.Module, Generic[Model, Batch]):
+class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
     """Fits a model. To be subclassed: the subclass says what is minimised.
 
     ```python
@@ -94,19 +116,22 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     - `optimiser`, `nan_policy`, `projector`, `key`: as they were given.
     """
 
-    optimiser: AbstractTransform | None
+    # Or `None`, as the user knows best: with that instead of `Any` a type checker would
+    # ask for an `assert` before each use.
+    optimiser: ParamOptimiser | Any
     nan_policy: NanPolicy
-    projector: EigenProjector | None
+    projector: EigenProjector | Any
     key: PRNGKeyArray | None
     _parts: Parts
     _progress: Progress
 
+    @undebugged
     def __init__(
         self,
         model: Model,
         optimiser: optax.GradientTransformation | None = None,
         *,
-        train: Any = None,
+        train: Selector | None = None,
         nan_policy: NanPolicy = StopFit(),  # noqa: B008
         projector: EigenProjector | None = None,
         key: PRNGKeyArray | None = None,
@@ -303,9 +328,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         with context(None if is_traced else place):
             progress, info = run_step(trainer, batch, place)
         trainer = trainer._at(progress)
-        if not self.nan_policy.raises:
+        raises = self.nan_policy.raises
+        if not (raises or is_debugged()):
             return trainer, info
         if isinstance(info.stopped, jax.core.Tracer):
+            if not raises:
+                return trainer, info
             progress = eqx.error_if(
                 progress,
                 info.stopped,
@@ -323,12 +351,12 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         data: Batch | Minibatches | Stream,
         steps: int,
         *,
-        record: Any = (),
+        record: Selector = (),
         every: int = 1,
         validation: tuple[Batch, int] | None = None,
         stop: StopCriterion | None = None,
         progress: bool = True,
-        callback: Callable[[Any, History], Any] | None = None,
+        callback: Callable[[SelfT, History], SelfT | Answer] | None = None,
         chunk: int | None = None,
         checkpoint: Checkpoints | None = None,
         mesh: Mesh | None = None,
@@ -410,7 +438,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
     @entrance
     def solve(
         self: SelfT,
-        solver: Any,
+        solver: Solver,
         batch: Batch,
         *,
         max_steps: int = 256,
@@ -638,7 +666,7 @@ class Trainer(eqx.Module, Generic[Model, Batch]):
         return self.reproject(projector, optimiser)
 
     @entrance
-    def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Params:
+    def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Model:
         """The standard errors of the parameters, from the data at the current point.
 
         They are those of the Fisher matrix; where `residuals` is defined, by way of the

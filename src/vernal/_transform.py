@@ -2,7 +2,7 @@
 
 import numbers
 import operator
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, SupportsIndex, final
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +153,9 @@ class WindowState(NamedTuple):
 
 
 def window(
-    tx: Any, start: Any = 0, stop: Any = None
+    tx: optax.GradientTransformation,
+    start: SupportsIndex = 0,
+    stop: SupportsIndex | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets a transformation act on a range of steps only.
 

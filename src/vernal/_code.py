@@ -1,0 +1,171 @@
+"""Functions in pickles: by their names, or by where their code is."""
+
+import functools
+import hashlib
+import importlib
+import pickle
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Pickle knows a function by its module and its name. The functions within functions,
+# of which Optax's transformations consist, have no name there, but their code stands in
+# the code of their module.
+
+
+class Stand:
+    """What stands for an object in a pickle, and is that object when it is loaded."""
+
+    __slots__ = ("args", "make")
+
+    def __init__(self, make: Any, *args: Any):
+        """**Arguments:**
+
+        - `make`: a function of a module.
+        - `args`: what it makes the object of.
+        """
+        self.make, self.args = make, args
+
+    def __reduce__(self) -> Any:
+        return self.make, self.args
+
+
+def is_named(obj: Any) -> bool:
+    """Whether a module has an object under its own name."""
+    found = sys.modules.get(getattr(obj, "__module__", None) or "")
+    for name in _name_of(obj).split("."):
+        found = getattr(found, name, None)
+    return found is obj and found is not None
+
+
+def _name_of(obj: Any) -> str:
+    name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
+    return name if isinstance(name, str) else ""
+
+
+def by_name(obj: Any) -> Stand:
+    """Refers to what a module has under its own name."""
+    return Stand(_named, obj.__module__, _name_of(obj))
+
+
+def _named(module: str, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def by_code(
+    code: types.CodeType, scope: dict[str, Any], metadata: Mapping[str, Any]
+) -> Stand:
+    """Refers to a function without its contents, by the code of its module.
+
+    **Arguments:**
+
+    - `code`, `scope`: the code of the function, and its globals.
+    - `metadata`: what `metadata` returned of it.
+    """
+    module = scope.get("__name__", "")
+    is_module = scope is vars(sys.modules.get(module, types))
+    for _ in range(2 if is_module else 0):
+        if any(known == code for known in _codes_in(module)):
+            names = {name: metadata[name] for name in _NAMES}
+            return Stand(_coded, module, code.co_qualname, _digest(code), names)
+        # It may have been imported again since.
+        _codes_in.cache_clear()
+    # What takes functions by value takes this, and restores what is not its name. All
+    # else names it by this in its error.
+    fn = bare(code, scope, metadata)
+    fn.__qualname__ += (
+        f" ({code.co_filename}:{code.co_firstlineno}), which no module has under this "
+        "name. Move it to one, or use `cloudpickle` instead of `pickle`"
+    )
+    return Stand(_renamed, fn, metadata["__qualname__"])
+
+
+def bare(
+    code: types.CodeType, scope: dict[str, Any], metadata: Mapping[str, Any]
+) -> types.FunctionType:
+    """Makes a function whose variables have nothing in them yet."""
+    cells = tuple(types.CellType() for _ in code.co_freevars)
+    fn = types.FunctionType(code, scope, closure=cells)
+    for name, value in metadata.items():
+        setattr(fn, name, value)
+    return fn
+
+
+_NAMES = ("__name__", "__qualname__", "__module__", "__doc__")
+
+
+def metadata(fn: types.FunctionType) -> dict[str, Any]:
+    """What else a function has than its code and its contents."""
+    # Where annotations are lazy, asking for them may fail; their maker can be kept.
+    lazy = hasattr(fn, "__annotate__")
+    names = (*_NAMES, "__annotate__" if lazy else "__annotations__")
+    return {name: getattr(fn, name) for name in names}
+
+
+def _coded(
+    module: str, name: str, digest: bytes, names: Mapping[str, Any]
+) -> types.FunctionType:
+    scope = vars(importlib.import_module(module))
+    found = [code for code in _codes_in(module) if code.co_qualname == name]
+    for code in found:
+        if _digest(code) == digest:
+            return bare(code, scope, names)
+    what = "has other code" if found else "is not there"
+    raise pickle.UnpicklingError(
+        f"The function `{name}` of `{module}` {what}. It was pickled under another "
+        f"version of Python or of `{module.split('.')[0]}`. Pickles are for processes "
+        "of one environment; to keep a trainer, use `vernal.save`."
+    )
+
+
+def _renamed(fn: types.FunctionType, name: str) -> types.FunctionType:
+    fn.__qualname__ = name
+    return fn
+
+
+@functools.lru_cache(maxsize=256)
+def _codes_in(module: str) -> tuple[types.CodeType, ...]:
+    """All code of a module, of which there may be none to be had."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    get_code = getattr(getattr(spec, "loader", None), "get_code", None)
+    try:
+        code = None if get_code is None else get_code(module)
+    except (ImportError, OSError, SyntaxError):
+        code = None
+    return () if code is None else tuple(_within(code))
+
+
+def _within(code: types.CodeType) -> Iterator[types.CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from _within(constant)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(code: types.CodeType) -> bytes:
+    """Of what code does, and not of where in its file it stands."""
+    parts = (
+        code.co_code,
+        code.co_exceptiontable,
+        code.co_names,
+        code.co_varnames,
+        code.co_freevars,
+        code.co_cellvars,
+        code.co_flags,
+        (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount),
+        [_constant(constant) for constant in code.co_consts],
+    )
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def _constant(value: Any) -> Any:
+    match value:
+        case types.CodeType():
+            return _digest(value)
+        case tuple():
+            return [_constant(item) for item in value]
+        case frozenset():
+            return sorted(map(repr, value))
+    return value

@@ -1,0 +1,63 @@
+"""JAX's flags `jax_debug_nans` and `jax_debug_infs`, beside values that mean "none"."""
+
+import contextlib
+import contextvars
+import functools as ft
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+import jax
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# The flags as the user has them, while they are off.
+_asked: contextvars.ContextVar[tuple[bool, bool] | None] = contextvars.ContextVar(
+    "asked", default=None
+)
+
+
+def _flags() -> tuple[bool, bool]:
+    return jax.config.jax_debug_nans, jax.config.jax_debug_infs  # pyright: ignore
+
+
+def undebugged(fn: Callable[P, R]) -> Callable[P, R]:
+    """Switches the two flags off while a function runs.
+
+    An infinite `best_loss`, or the infinite error of a parameter without data, is an
+    answer, not a fault; and it is for the NaN policy to say what a bad step leads to.
+    """
+
+    @ft.wraps(fn)
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
+        flags = _flags()
+        if not any(flags):
+            return fn(*args, **kwargs)
+        token = _asked.set(flags)
+        try:
+            with jax.debug_nans(False), jax.debug_infs(False):
+                return fn(*args, **kwargs)
+        finally:
+            _asked.reset(token)
+
+    return quiet
+
+
+def is_debugged() -> bool:
+    """Whether the user has set one of the flags, now switched off by `undebugged`."""
+    return _asked.get() is not None
+
+
+@contextlib.contextmanager
+def debugged() -> Iterator[None]:
+    """Switches the flags back to what the user has, to run code of theirs."""
+    flags = _asked.get()
+    if flags is None:
+        yield
+        return
+    token = _asked.set(None)
+    try:
+        with jax.debug_nans(flags[0]), jax.debug_infs(flags[1]):
+            yield
+    finally:
+        _asked.reset(token)

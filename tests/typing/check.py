@@ -1,0 +1,125 @@
+"""Type-checks what users write: the documentation, the examples, the programs here.
+
+`python tests/typing/check.py` runs pyright and mypy, once each, over all of it, with
+the vernal that is installed. A line with a mistake that both must find has the comment
+`# caught`; no other line may have an error. The programs here are checked strictly.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+from pages import PAGES, ROOT, python_of  # noqa: E402
+
+# For each line of each file, what a checker says of it.
+Said = dict[tuple[str, int], list[str]]
+MARK = "# caught"
+
+MYPY = """
+[mypy]
+python_version = 3.11
+ignore_missing_imports = True
+# The blocks of a page share their names.
+allow_redefinition = True
+# `solver = optx.BFGS(...)`: Optimistix leaves parameters of its types open.
+disable_error_code = var-annotated
+[mypy-optax.*]
+follow_untyped_imports = True
+[mypy-programs.*]
+check_untyped_defs = True
+disallow_any_generics = True
+disallow_incomplete_defs = True
+disallow_subclassing_any = True
+disallow_untyped_calls = True
+disallow_untyped_decorators = True
+disallow_untyped_defs = True
+extra_checks = True
+strict_equality = True
+warn_return_any = True
+"""
+
+
+def copy(folder: Path) -> dict[str, Path]:
+    """Copies what is to be checked; returns the origin of each file by its name."""
+    origins = {}
+    for page in PAGES:
+        if "```python" in page.read_text(encoding="utf-8"):
+            origins["_".join(page.relative_to(ROOT).with_suffix(".py").parts)] = page
+    origins |= {path.name: path for path in (ROOT / "examples").glob("*.py")}
+    programs = (path for path in HERE.glob("*.py") if path.name != Path(__file__).name)
+    origins |= {f"programs/{path.name}": path for path in programs}
+    for name, origin in origins.items():
+        text = origin.read_text(encoding="utf-8")
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(python_of(text) if origin.suffix == ".md" else text, "utf-8")
+    (folder / "programs" / "__init__.py").touch()
+    return origins
+
+
+def run(folder: Path, *command: str) -> str:
+    module = [sys.executable, "-m", *command]
+    done = subprocess.run(
+        module, cwd=folder, capture_output=True, text=True, check=False
+    )
+    if done.returncode not in (0, 1):  # it could not check
+        raise RuntimeError(f"{command[0]}:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def pyright(folder: Path) -> Said:
+    (folder / "pyrightconfig.json").write_text('{"pythonVersion": "3.11"}')
+    python = "--pythonpath", sys.executable
+    report = json.loads(run(folder, "pyright", *python, "--outputjson"))
+    said: Said = defaultdict(list)
+    for told in report["generalDiagnostics"]:
+        if told["severity"] == "error":
+            name = Path(told["file"]).relative_to(folder).as_posix()
+            line = told["range"]["start"]["line"] + 1
+            said[name, line].append(f"{told['message']} ({told.get('rule')})")
+    return said
+
+
+def mypy(folder: Path) -> Said:
+    (folder / "mypy.ini").write_text(MYPY)
+    said: Said = defaultdict(list)
+    for line in run(folder, "mypy", "--output", "json", ".").splitlines():
+        told = json.loads(line)
+        if told["severity"] == "error":
+            name = Path(told["file"]).as_posix()
+            said[name, told["line"]].append(f"{told['message']} ({told['code']})")
+    return said
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
+        folder = Path(name).resolve()
+        origins = copy(folder)
+        marked = {
+            (name, number)
+            for name in origins
+            for number, line in enumerate((folder / name).open(encoding="utf-8"), 1)
+            if line.rstrip().endswith(MARK)
+        }
+        checkers = pyright, mypy
+        answers = list(pool.map(lambda check: check(folder), checkers))
+    faults = [
+        f"{origins[name].relative_to(ROOT)}:{line}: {checker.__name__}: "
+        + ("\n  ".join(said[name, line]) if (name, line) in said else "not caught")
+        for checker, said in zip(checkers, answers, strict=True)
+        for name, line in sorted(marked ^ said.keys())
+    ]
+    print(*faults, sep="\n")
+    print(f"{len(origins)} files, {len(marked)} mistakes, {len(faults)} faults.")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
