@@ -464,7 +464,7 @@ TABLE = {
     "an iterator in the data": (
         lambda: fit(data={"x": range(3)}),
         TypeError,
-        r"`data`.*'x'.*range.*vn\.Stream",
+        r"`data\['x'\]` is a range.*vn\.Stream",
     ),
     "objects for data": (
         lambda: fit(data=np.array([None, 1], object)),
