@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import vernal as vn
+from vernal import _running as running
 
 STEPS, ROWS = 6, 8
 BAD = (np.nan, np.inf, -np.inf, 1e30, -1e200)
@@ -99,6 +100,18 @@ def fitted(trainer, data):
         return error.result, True
 
 
+@pytest.fixture
+def seldom_explained(monkeypatch):
+    """One case in many is explained: for each, a program is compiled."""
+    seen, explain = itertools.count(), running.diagnosed
+
+    def sometimes(*args):
+        return running.Diagnosis() if next(seen) % EACH else explain(*args)
+
+    monkeypatch.setattr(running, "diagnosed", sometimes)
+
+
+@pytest.mark.usefixtures("seldom_explained")
 @pytest.mark.filterwarnings("ignore:.*PrecisionWarning", "ignore:.*rounded to float32")
 @pytest.mark.parametrize("index", range(len(COMBINATIONS)), ids=map(str, COMBINATIONS))
 def test_no_trainer_ever_holds_what_is_not_finite(index):
