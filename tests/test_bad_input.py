@@ -466,7 +466,7 @@ TABLE = {
     "an iterator in the data": (
         lambda: fit(data={"x": range(3)}),
         TypeError,
-        r"`data`.*'x'.*range.*vn\.Stream",
+        r"`data\['x'\]` is a range.*vn\.Stream",
     ),
     "objects for data": (
         lambda: fit(data=np.array([None, 1], object)),
@@ -476,22 +476,22 @@ TABLE = {
     "a stream for one step": (
         lambda: trainer().step(vn.Stream([BATCH])),
         TypeError,
-        "a step takes one batch, not a .*Give it to `fit`",
+        "`batch` must be one batch, not a .*Give it to `fit`",
     ),
     "minibatches for one step": (
         lambda: trainer().step(vn.Minibatches(BATCH, 2, key=KEY)),
         TypeError,
-        "a step takes one batch, not a .*Give it to `fit`",
+        "`batch` must be one batch, not a .*Give it to `fit`",
     ),
     "a generator for one step": (
         lambda: trainer().step(iter([BATCH])),
         TypeError,
-        "a step takes one batch",
+        "`batch` must be one batch",
     ),
     "ragged minibatches": (
         lambda: vn.Minibatches((jnp.ones(3), jnp.ones(4)), 2, key=KEY),
         ValueError,
-        "`arrays` is ragged: '0' has 3 examples and '1' has 4",
+        r"`arrays` is ragged: `arrays\[0\]` has 3 examples and `arrays\[1\]` has 4",
     ),
     "oversized minibatches": (
         lambda: vn.Minibatches(BATCH, 17, key=KEY),
@@ -511,7 +511,7 @@ TABLE = {
     "minibatches of a scalar": (
         lambda: vn.Minibatches({"x": jnp.ones(4), "s": 1.0}, 2, key=KEY),
         ValueError,
-        "`arrays`: the leaf 's' is a scalar",
+        r"`arrays\['s'\]` is a scalar",
     ),
     "minibatches of no arrays": (
         lambda: vn.Minibatches(None, 2, key=KEY),

@@ -272,7 +272,9 @@ def test_of_many_each_has_its_own_reason_and_the_warning_is_for_all():
         result = vn.fit_many(both, (x, np.stack([y, BAD[1]]), sigma), 5, data_axis=axes)
     own = vn.StopReason.STEPS_TAKEN, vn.StopReason.ALL_SKIPPED
     assert result.stop_reasons == own
-    with pytest.warns(UserWarning, match=r"all 2 trainers.*`batch\[1\]` has 1 NaN"):
+    with pytest.warns(
+        UserWarning, match=r"all 2 trainers.*member 0: `batch\[1\]` has 1 NaN"
+    ):
         vn.fit_many(both, (x, np.stack([BAD[1]] * 2), sigma), 5, data_axis=axes)
 
 

@@ -498,7 +498,7 @@ MISTAKES: Mapping = {
     "tail": (
         lambda fit: fit(gaussian_batch(26), mesh=MESH),
         ValueError,
-        r"`mesh`: the leaf '0' of `data` has the shape \(26,\), and the 8 devices "
+        r"`mesh`: `data\[0\]` has the shape \(26,\), and the 8 devices "
         r"along the axis 'data' cannot share its 26 rows evenly. Leave out 2",
     ),
     "minibatches": (
@@ -509,12 +509,12 @@ MISTAKES: Mapping = {
     "stream": (
         lambda fit: fit(vn.Stream([gaussian_batch(9)]), mesh=MESH),
         ValueError,
-        "the leaf '0' of `data`.*9 rows",
+        r"`data\[0\]`.*9 rows",
     ),
     "validation": (
         lambda fit: fit(validation=(gaussian_batch(9), 2), mesh=MESH),
         ValueError,
-        "the leaf '0' of `validation`.*9 rows",
+        r"`validation\[0\]`.*9 rows",
     ),
     "alone": (
         lambda fit: fit(sharding={"mean": P("data")}),

@@ -353,7 +353,7 @@ def test_what_a_state_may_be():
 
     with pytest.raises(TypeError, match=r"`state` is for a `loss`.*Likely"):
         Likely(line(), optax.sgd(0.1), state=jnp.array(0.0))
-    with pytest.raises(TypeError, match=r"`state` has the leaf 'name' of type `str`"):
+    with pytest.raises(TypeError, match=r"`state\['name'\]` is of type `str`"):
         mean(state={"name": "a"})
     with pytest.raises(ValueError, match="`state` must have the structure"):
         mean().replace(state=jnp.array(0))

@@ -180,9 +180,10 @@ class Stream:
             # Of those of lists, pickle takes the place too.
             if isinstance(held, Iterator) and not isinstance(held, _OF_SEQUENCES):
                 raise TypeError(
-                    f"A Stream over a {type(held).__name__} cannot be pickled: where "
-                    "it is, only this process knows. Give `Stream` a function of "
-                    "a module, `step -> iterable`, which begins where a fit begins."
+                    f"A Stream over a {type(held).__name__} cannot be pickled: its "
+                    "place in it is known to this process alone. Give `Stream` a "
+                    "function of a module, `step -> iterable`, which begins where a "
+                    "fit begins."
                 )
         return vars(self)
 

@@ -71,16 +71,16 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):
         raise TypeError(
-            f"{where} is a {type(leaf).__name__}, which is no array. To take one batch a "
-            "step from it, wrap it: `fit(vn.Stream(data), steps)`."
+            f"{where} is a {type(leaf).__name__}, which is no array. To take one batch "
+            "a step from it, wrap it: `fit(vn.Stream(data), steps)`."
         )
     try:
         hash(leaf)
     except TypeError:
         raise TypeError(
-            f"{where} is a {type(leaf).__name__}, which is no array and cannot be hashed, "
-            "so that no compiled program could be found by it. Leave it out, or give "
-            "what can be hashed, such as a tuple of numbers."
+            f"{where} is a {type(leaf).__name__}, which is no array and cannot be "
+            "hashed, so that no compiled program could be found by it. Leave it out, "
+            "or give what can be hashed, such as a tuple of numbers."
         ) from None
     return leaf
 
@@ -93,8 +93,8 @@ def _converted(leaf: Any, where: str) -> Any:
         with contextlib.suppress(Exception):
             return np.asarray(jnp.from_dlpack(leaf))
         raise TypeError(
-            f"{where} is a {type(leaf).__name__}, which cannot be turned into an array. "
-            f"Turn it into one of NumPy's first. It says: {error}"
+            f"{where} is a {type(leaf).__name__}, which cannot be turned into an "
+            f"array. Turn it into one of NumPy's first. It says: {error}"
         ) from error
 
 

@@ -97,10 +97,10 @@ def diagnosed(trainer: Any, batch: Any) -> Diagnosis:
     if isinstance(batch, Minibatches):
         step = trainer.step_count
         batch = batch.next(batch.start(step), step)[0]
-    trainer, batch = trainer._bare(), as_batch(batch)
+    bare, batch = trainer._bare(), as_batch(batch)
     if is_debugged():
-        _raise_at_origin(trainer, batch)
-    results = _bad_results(trainer, batch)
+        _raise_at_origin(bare, batch)
+    results = _bad_results(bare, batch)
     if results:
         results = (*_empty(batch), *results)
     if data or model:
@@ -110,7 +110,7 @@ def diagnosed(trainer: Any, batch: Any) -> Diagnosis:
         first = f"The data and the parameters are finite: {first}"
         return Diagnosis((), (), (first, *rest))
     found = "The data, the parameters, the loss and its gradient are finite."
-    return Diagnosis((), (), (found, *_bad_update(trainer, as_batch(batch))))
+    return Diagnosis((), (), (found, *_bad_update(trainer, batch)))
 
 
 def bad_data(batch: Any) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from jax.core import Tracer
 
 from ._meaning import refuse_meaning
 
+_NUMBERS = jax.Array | np.ndarray | np.generic | int | float | complex
+
 
 def refuse_foreign(leaf: Any, where: str) -> None:
     """Refuses an array whose meaning JAX would drop, or that it cannot compute with.
@@ -31,6 +33,24 @@ def refuse_foreign(leaf: Any, where: str) -> None:
         _refuse_kind(leaf, where)
     elif not isinstance(leaf, type | np.generic | jax.ShapeDtypeStruct):
         _refuse_other(leaf, where)
+
+
+def require_number(leaf: Any, where: str, remedy: str) -> None:
+    """Requires an array of numbers, or a number that JAX can hold.
+
+    **Arguments:**
+
+    - `leaf`, `where`: as for `refuse_foreign`.
+    - `remedy`: what an error says at the end.
+    """
+    if not isinstance(leaf, _NUMBERS):
+        raise TypeError(
+            f"{where} is of type `{type(leaf).__name__}`, but must be an array or a "
+            f"number. {remedy}"
+        )
+    refuse_foreign(leaf, where)
+    if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+        raise ValueError(f"{where} is {leaf}, which no integer of JAX can hold.")
 
 
 def is_deleted(leaf: Any) -> bool:

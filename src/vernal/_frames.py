@@ -65,9 +65,8 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
         try:
             return fn(*args, **kwargs)
         except Exception as error:
-            if isinstance(error, RuntimeError) and "has been deleted" in str(error):
-                if (clearer := _deleted(fn, args, kwargs)) is not None:
-                    raise clearer from None
+            if clearer := _deleted(error, fn, args, kwargs):
+                raise clearer from None
             if getattr(jax.config, "jax_traceback_filtering", None) != "off":
                 users = _users(error.__traceback__)
                 error.__traceback__ = users or error.__traceback__
@@ -76,8 +75,12 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
     return entered
 
 
-def _deleted(fn: Callable[..., Any], args: Any, kwargs: Any) -> ValueError | None:
-    """Finds what was given that has been deleted, and says so by its name."""
+def _deleted(
+    error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any
+) -> ValueError | None:
+    """Says of an array that was given, and has been deleted, which one it is."""
+    if not isinstance(error, RuntimeError) or "has been deleted" not in str(error):
+        return None
     given = inspect.signature(fn).bind_partial(*args, **kwargs).arguments
     for name, tree in given.items():
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

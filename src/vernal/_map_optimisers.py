@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._foreign import require_number
 from ._partition import partition
+from ._paths import spelled
 from ._transform import require_transformation
 from ._typing import checked
 
@@ -36,6 +38,8 @@ def map_optimisers(
     `TypeError` if an optimiser is no Optax transformation; `ValueError` if `strict` and
     the names differ.
     """
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        require_number(leaf, spelled("params", keys), "Leave it out.")
     params = jax.tree.map(_as_float, _unpacked(params))
     optimisers = _unpacked(optimisers)
     for name, tx in optimisers.items():

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ._foreign import is_deleted, refuse_foreign, refuse_sparse
+from ._foreign import is_deleted, refuse_foreign, refuse_sparse, require_number
 from ._paths import spelled
 from ._typing import PyTree
 from ._x64 import narrowed_model
@@ -70,13 +70,8 @@ def _as_array(leaf: Any, where: str) -> Any:
 def check_state(state: PyTree) -> None:
     """Checks that every leaf of a loss's state is an array or a number."""
     for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        where = spelled("state", keys)
-        numbers = jax.Array | np.ndarray | np.generic | int | float | complex
-        if not isinstance(leaf, numbers):
-            raise TypeError(
-                f"{where} is of type `{type(leaf).__name__}`, but the state may have "
-                "arrays alone: `eqx.filter(state, eqx.is_array)` picks them."
-            )
-        refuse_foreign(leaf, where)
-        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
-            raise ValueError(f"{where} is {leaf}, which no integer of JAX can hold.")
+        require_number(
+            leaf,
+            spelled("state", keys),
+            "Pick the arrays by `eqx.filter(state, eqx.is_array)`.",
+        )

@@ -4,11 +4,10 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.tree_util import tree_flatten_with_path
 
-from ._foreign import refuse_foreign
+from ._foreign import require_number
 from ._paths import dotted, spelled
 from ._projector import EigenProjector
 
@@ -71,14 +70,8 @@ def precondition(
 
 def _check_scales(scales: Any) -> None:
     for keys, leaf in tree_flatten_with_path(scales)[0]:
-        where = spelled("projector", keys)
-        refuse_foreign(leaf, where)
-        numbers = jax.Array | np.ndarray | np.generic | int | float | complex
-        if not isinstance(leaf, numbers) or isinstance(leaf, bool):
-            raise TypeError(
-                f"{where} is {leaf!r}, but must be a scale: give an EigenProjector, or "
-                "a tree of arrays like the parameters."
-            )
+        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
+        require_number(leaf, spelled("projector", keys), remedy)
 
 
 def _check(updates: Any, like: Any) -> None:

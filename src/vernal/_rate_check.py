@@ -41,7 +41,8 @@ def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
         for part in node:
             yield from _rates(part, seen)
     elif isinstance(node, FunctionType) and node.__module__.startswith("optax"):
-        for name, cell in zip(node.__code__.co_freevars, node.__closure__ or ()):
+        cells = node.__closure__ or ()
+        for name, cell in zip(node.__code__.co_freevars, cells, strict=True):
             try:
                 value = cell.cell_contents
             except ValueError:

@@ -42,13 +42,13 @@ def _as_parameter(keys: tuple[Any, ...], leaf: object, name: str) -> Array:
         kind = type(leaf).__name__ if dtype is None else dtype
         raise TypeError(
             f"`{name}` may hold floating-point arrays only, with `None` elsewhere, but "
-            f"its leaf {dotted(keys)!r} is {kind}. Select the trained leaves first, for "
-            "instance with `eqx.filter(model, eqx.is_inexact_array)`."
+            f"its leaf {dotted(keys)!r} is {kind}. Select the trained leaves first, "
+            "for instance with `eqx.filter(model, eqx.is_inexact_array)`."
         )
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
-            f"`{name}` must be real, but its leaf {dotted(keys)!r} is {dtype}. Write it as two "
-            "real parameters, its real and its imaginary part."
+            f"`{name}` must be real, but its leaf {dotted(keys)!r} is {dtype}. Write "
+            "it as two real parameters, its real and its imaginary part."
         )
     return jnp.asarray(leaf)
 

@@ -38,10 +38,10 @@ def check_class(trainer: Any, key: Any, state: PyTree) -> None:
     _warn_of_differences(type(trainer), methods)
     keyed = () if key is None else ("key=",)
     stateful = () if state is None else ("state=",)
-    arguments: tuple[str, ...] = ("model", "batch", *keyed)
-    called: dict[str, tuple[str, ...]] = dict.fromkeys(methods, arguments)
-    if "loss" in methods:
-        called["loss"] += stateful
+    called: dict[str, tuple[str, ...]] = {
+        name: ("model", "batch", *keyed, *(stateful if name == "loss" else ()))
+        for name in methods
+    }
     takes_methods(type(trainer), called | _HOOKS, type(trainer).__name__)
     if state is None:
         return
@@ -127,8 +127,8 @@ def find_trained(
             + (
                 f"it is the class `{model.__name__}`, rather than one of its instances."
                 if isinstance(model, type)
-                else f"all of its parameters ({known}) are frozen or Python floats, which "
-                "are trained where `train` or a rule names them."
+                else f"all of its parameters ({known}) are frozen or Python floats, "
+                "which are trained where `train` or a rule names them."
                 if known
                 else "there is no array of floats in it, such as `jnp.array(1.0)`."
             )

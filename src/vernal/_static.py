@@ -27,13 +27,14 @@ def _static_fields(node: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any]
     """Yields the path and the value of each static field in a tree of modules."""
     if isinstance(node, dict):
         parts = [(str(key), value, False) for key, value in node.items()]
-    elif isinstance(node, tuple | list):
-        parts = [(str(index), value, False) for index, value in enumerate(node)]
+    # Before tuples: a module may be one too.
     elif dataclasses.is_dataclass(node) and not isinstance(node, type):
         parts = [
             (field.name, getattr(node, field.name, None), field.metadata.get("static"))
             for field in dataclasses.fields(node)
         ]
+    elif isinstance(node, tuple | list):
+        parts = [(str(index), value, False) for index, value in enumerate(node)]
     else:
         parts = []
     for name, value, is_static in parts:

@@ -1,5 +1,6 @@
 """What runs on the host, and cannot be a part of a compiled program."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ UNROLL = "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
 
 def is_traced(*trees: Any) -> bool:
     """Whether a tree has values that are not known before a program runs."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+    # JAX warns of an iterator in a tree.
+    known = [tree for tree in trees if not isinstance(tree, Iterator)]
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(known))
 
 
 def refuse_traced(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
