@@ -1,4 +1,4 @@
-"""Directories of checkpoints that the first format has: a fit goes on from them."""
+"""Checkpoints of the first format, and of leaves whose names are alike."""
 
 import zipfile
 from pathlib import Path
@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import vernal as vn
-from models import Line, LineFit
+from models import Line, LineFit, line, line_batch
 
 FIRST = Path(__file__).parent / "files" / "checkpoints_1.zip"
 """50 steps of `make()`, with checkpoints every 10 and the slope recorded."""
@@ -70,3 +70,21 @@ def test_a_damaged_history_costs_no_step(folder):
         resumed = fit(100, folder)
     same(resumed, fit(100))
     np.testing.assert_array_equal(resumed.history.steps, np.arange(50, 100))
+
+
+class Counting(LineFit):
+    def loss(self, model, batch, *, state):
+        return super().loss(model, batch), jax.tree.map(lambda x: x + 1, state)
+
+
+def test_names_that_are_alike(tmp_path):
+    zero = jnp.zeros(1)
+    state = {"a.b": zero, "a": {"b": zero + 100}, "a.b#2": zero + 200}
+    trainer = Counting(line(), optax.adam(0.1), state=state)
+    checkpoints = vn.Checkpoints(tmp_path / "fit", every=5)
+    fit = lambda steps: trainer.fit(
+        line_batch(), steps, progress=False, checkpoint=checkpoints
+    )
+    fit(10)
+    found = fit(20).trainer.state
+    assert [found["a.b"], found["a"]["b"], found["a.b#2"]] == [20, 120, 220]

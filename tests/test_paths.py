@@ -347,3 +347,12 @@ def test_every_path_selects_its_own_leaf(tree):
         return
     for name in names:
         assert chosen(tree, name) == (name,)
+
+
+def test_floats_of_eight_bits_are_no_long_doubles():
+    tree = {
+        "small": jnp.ones(2, jnp.float8_e4m3fnuz),
+        "long": np.ones(2, np.longdouble),
+        "complex": np.ones(2, np.clongdouble),
+    }
+    assert vn.paths(tree) == ("small",)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._foreign import is_deleted, refuse_foreign, refuse_sparse
-from ._paths import spelled
+from ._paths import LONG_DOUBLES, spelled
 from ._x64 import is_cut, narrowed
 
 
@@ -102,7 +102,7 @@ def _copied(leaf: Any, where: str) -> jax.Array:
     refuse_foreign(leaf, where)
     array = np.asarray(leaf)
     refuse_foreign(array, where)
-    if array.dtype.char in "gG":
+    if array.dtype.type in LONG_DOUBLES:
         raise TypeError(
             f"{where} is an array of long doubles ({array.dtype}), which JAX does not "
             "have. Subtract a reference, and then turn it into float64: "

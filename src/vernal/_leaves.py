@@ -10,16 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._meaning import refuse_meaning
-from ._paths import dotted
+from ._paths import LONG_DOUBLES, dotted
 from ._typing import PyTree
 from ._x64 import is_on, is_wide
 
 # In this order: a boolean is an integer too.
 _NUMBERS = {kind.__name__: kind for kind in (bool, int, float, complex)}
 _Number = bool | int | float | complex
-
-# They have another layout on other machines.
-_LONG = (np.longdouble, np.clongdouble)
 
 
 class LoadError(ValueError):
@@ -128,7 +125,7 @@ def require_keepable(tree: PyTree, argument: str) -> None:
         where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
         refuse_meaning(leaf, where, "its mask would be lost")
         if isinstance(leaf, np.ndarray | np.generic):
-            if not _is_kept(leaf.dtype) or leaf.dtype.type in _LONG:
+            if not _is_kept(leaf.dtype) or leaf.dtype.type in LONG_DOUBLES:
                 raise TypeError(
                     f"{where} an array of dtype {leaf.dtype}, which a file cannot hold "
                     "for every machine. Turn it into arrays of numbers (of a "

@@ -57,6 +57,10 @@ def _segment(key: Any) -> str:
             return str(key)
 
 
+# Of NumPy, not of JAX. By type: their characters are those of small floats too.
+LONG_DOUBLES = (np.longdouble, np.clongdouble)
+
+
 def dotted(keys: tuple[Any, ...]) -> str:
     """Returns the dotted path of one of JAX's key paths."""
     return ".".join(map(_segment, keys))
@@ -77,7 +81,7 @@ def is_inexact(leaf: Any) -> bool:
         hasattr(leaf, "shape")
         and isinstance(getattr(leaf, "dtype", None), np.dtype)
         and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
-        and leaf.dtype.char not in "gG"
+        and leaf.dtype.type not in LONG_DOUBLES
     )
 
 
