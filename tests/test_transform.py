@@ -10,6 +10,7 @@ import optax
 import optax.contrib
 import pytest
 
+import vernal as vn
 from vernal._reads import reads
 from vernal._transform import AbstractTransform, Transform, as_transform
 
