@@ -10,6 +10,8 @@ import optax
 import optax.contrib
 import pytest
 
+import vernal as vn
+from vernal._reads import reads
 from vernal._transform import AbstractTransform, Transform, as_transform
 
 pytestmark = pytest.mark.as_compiled
@@ -317,3 +319,10 @@ def test_as_transform_leaves_one_alone():
     tx = Doubled(jnp.ones(()))
     assert as_transform(tx, "tx") is tx
     assert isinstance(as_transform(optax.sgd(0.1), "tx"), Transform)
+
+
+def test_what_code_reads_from_an_optimiser_is_its_fields():
+    made = lambda decay: vn.ParamOptimiser({"w": optax.adam(1e-2, b1=decay)})
+    first = made(0.9)
+    assert reads(first).key == reads(first).key
+    assert reads(first).key != reads(made(0.8)).key

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
@@ -152,7 +153,6 @@ class _Walk:
             self.see_first(obj, kind)
 
     def see_first(self, obj: Any, kind: type) -> None:
-        # By `type`, not `isinstance`: an optimiser says that it is a tuple.
         if issubclass(kind, np.ndarray):
             self.array(obj)
         elif kind is types.FunctionType:
@@ -170,6 +170,9 @@ class _Walk:
             self.todo.extend(parts)
         elif issubclass(kind, dict | types.MappingProxyType):
             self.elements(obj, keys_and_values)
+        elif issubclass(kind, eqx.Module):
+            # Before tuples: an optimiser is one of its two methods.
+            self.instance(obj)
         elif issubclass(kind, list | tuple | set | frozenset | collections.deque):
             self.elements(obj, tuple)
         else:
@@ -338,7 +341,7 @@ def _is_member(name: str, value: Any) -> bool:
 
 def _is_plain(kind: type) -> bool:
     """Whether an object of a class is no more than its attributes."""
-    if kind is types.SimpleNamespace:
+    if kind is types.SimpleNamespace or issubclass(kind, eqx.Module):
         return True
     heap = 1 << 9
     return all(base.__flags__ & heap for base in kind.__mro__[:-1])
