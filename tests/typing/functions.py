@@ -90,7 +90,7 @@ assert_type(vn.eigen_projection(fmat=np.asarray(fisher)), Array)
 projector = vn.EigenProjector.from_fisher(fisher, line)
 assert_type(projector, vn.EigenProjector)
 assert_type(projector.eigenvalues, Array)
-assert_type(projector.rank, int)
+rank: int = projector.rank
 assert_type(projector.null_space(), tuple[dict[str, float], ...])
 
 # Data and history.
