@@ -1,6 +1,7 @@
 """What is float64, and what becomes of it while `jax_enable_x64` is off."""
 
 import contextlib
+import re
 from typing import Any, TypeVar
 
 import jax
@@ -137,7 +138,8 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
     warn_once(
         f"{where} {what}. Turn on `jax_enable_x64`, by {_REMEDY}; or {otherwise}.",
         PrecisionWarning,
-        (where, int(np.log10(largest))),
+        # The same leaf is a part of `data` to `fit`, and of `batch` to `step`.
+        (re.sub(r"^`(data|batch)", "", where), int(np.log10(largest))),
     )
 
 
