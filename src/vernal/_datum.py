@@ -61,6 +61,8 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
         return narrowed(leaf, where)
     if isinstance(leaf, bool):
         return Flag(leaf)
+    if isinstance(leaf, np.str_ | np.bytes_):
+        return leaf.item()
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         return _copied(leaf, where)
     if not isinstance(leaf, type) and hasattr(leaf, "__array__"):

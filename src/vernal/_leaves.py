@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._meaning import refuse_meaning
+from ._foreign import refuse_meaning
 from ._paths import LONG_DOUBLES, dotted
 from ._typing import PyTree
 from ._x64 import is_on, is_wide

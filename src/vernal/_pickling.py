@@ -15,6 +15,7 @@ import jax
 import jax.tree_util as jtu
 
 from ._code import Stand, by_code, by_name, is_named, metadata
+from ._library import module_of
 from ._x64 import is_on, is_wide
 
 
@@ -174,7 +175,7 @@ def _is_transformed(fn: Any) -> bool:
 
     Pickle takes it for the one that it wraps, whose name it has.
     """
-    is_of_jax = type(fn).__module__.split(".")[0] in ("jax", "jaxlib")
+    is_of_jax = module_of(type(fn)).split(".")[0] in ("jax", "jaxlib")
     return is_of_jax and is_named(fn) and fn.__module__ != "__main__"
 
 
