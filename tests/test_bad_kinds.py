@@ -453,6 +453,15 @@ def test_a_class_need_not_name_its_module():
     assert Chosen(line(), SGD).step(batch)[1].loss > 0
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_a_validation_without_a_finite_score_is_told_of(many):
+    fit = vn.fit_many if many else Residuals.fit
+    trainer = [made(), made()] if many else made()
+    validation = (X, Y * np.nan), 1
+    with pytest.warns(UserWarning, match="`validation`: no score was finite"):
+        fit(trainer, BATCH, 2, validation=validation, progress=False)
+
+
 def test_a_batch_may_have_gaps():
     data = {"x": jnp.ones((2, 4)), "mask": None}
 

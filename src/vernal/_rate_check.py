@@ -28,11 +28,7 @@ def check_rates(tx: optax.GradientTransformation, where: str) -> None:
     """
     for rate in _rates(tx, set()):
         is_schedule = callable(rate) and not isinstance(rate, type)
-        is_number = isinstance(rate, int | float) or any(
-            hasattr(rate, name) for name in ("dtype", "__jax_array__")
-        )
-        is_real = is_number and not np.iscomplexobj(rate)
-        if not (is_schedule or is_real or rate is None):
+        if not (is_schedule or _is_real(rate) or rate is None):
             raise TypeError(
                 f"`{where}` has a rate of type `{type(rate).__name__}`, which is "
                 "neither a real number nor a schedule: `optax.adam(1e-3)`."
@@ -67,3 +63,9 @@ def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
 
 def _is_optax(fn: FunctionType) -> bool:
     return (fn.__module__ or "").startswith("optax.")
+
+
+def _is_real(rate: Any) -> bool:
+    """Whether it is a real number, or an array of them."""
+    is_array = hasattr(rate, "dtype") or hasattr(rate, "__jax_array__")
+    return (is_array or isinstance(rate, int | float)) and not np.iscomplexobj(rate)
