@@ -392,6 +392,31 @@ TABLE = {
         lambda: fit().history[0],
         "takes the name of a column, and 0 is none",
     ),
+    "a history of rows that differ": (
+        lambda: vn.History(np.arange(3), np.ones(2)),
+        "`loss` has 2 rows, but `steps` has 3",
+    ),
+    "a record of rows that differ": (
+        lambda: vn.History(np.arange(3), np.ones(3), {"a": np.ones(2)}),
+        "`a` has 2 rows, but `steps` has 3",
+    ),
+    "a record that is a list": (
+        lambda: vn.History(np.arange(2), np.ones(2), {"a": [1, 2]}),
+        r"`a` is \[1, 2\], but must be an array",
+    ),
+    **{
+        f"{door} {path!r}": (
+            lambda do=do, path=path: do(path),
+            "which no file can be called",
+        )
+        for path in ("a\0b", "\ud800")
+        for door, do in (
+            ("save to", lambda path: vn.save(path, line())),
+            ("load", lambda path: vn.load(path, line())),
+            ("history of", vn.History.load),
+            ("checkpoints in", vn.Checkpoints),
+        )
+    },
     "a directory of None": (lambda: vn.Checkpoints(None), "`directory` is None"),
     "too many steps": (
         lambda: vn.unroll(made(), BATCH, 10**30),
