@@ -398,11 +398,11 @@ TABLE = {
     ),
     "a record of rows that differ": (
         lambda: vn.History(np.arange(3), np.ones(3), {"a": np.ones(2)}),
-        "`a` has 2 rows, but `steps` has 3",
+        r"`records\['a'\]` has 2 rows, but `steps` has 3",
     ),
     "a record that is a list": (
         lambda: vn.History(np.arange(2), np.ones(2), {"a": [1, 2]}),
-        r"`a` is \[1, 2\], but must be an array",
+        r"`records\['a'\]` is \[1, 2\], but must be an array",
     ),
     **{
         f"{door} {path!r}": (

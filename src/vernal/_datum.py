@@ -52,7 +52,7 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     - `ValueError`: if it is an array that has been deleted.
     """
     is_array = isinstance(leaf, jax.Array)
-    # Of each leaf at every step: its name is not spelled out in vain.
+    # Asked of each leaf at every step: its name is spelled out only for an error.
     if is_array and not is_cut(leaf) and not is_deleted(leaf):
         return leaf
     where = spelled(argument, keys)

@@ -66,7 +66,8 @@ class History(Portable, eqx.Module):
                 _check_column(column, name)
         if not isinstance(records, Mapping | None):
             raise TypeError(f"`records` is {records!r}, but must map names to arrays.")
-        for name, rows in {"loss": loss, **(records or {})}.items():
+        named = {f"records[{name!r}]": rows for name, rows in (records or {}).items()}
+        for name, rows in {"loss": loss, **named}.items():
             _check_column(rows, name)
             if len(rows) != len(steps):
                 raise ValueError(
