@@ -272,7 +272,10 @@ class Unhashable:
 
 MEANINGFUL = {
     "masked": (np.ma.masked_array(X, X > 0.5), r"a masked array.*compressed"),
-    "masked, nothing": (np.ma.masked_array(X), r"a masked array.*Nothing is masked.*`y\.data`"),
+    "masked, nothing": (
+        np.ma.masked_array(X),
+        r"a masked array.*Nothing is masked.*`y\.data`",
+    ),
     "quantity": (X.view(Quantity), r"a Quantity.*to_value"),
     "records": (np.zeros(5, [("a", float)]), "an array of dtype"),
     "objects": (np.array([1, None, 2]), "an array of dtype object"),
