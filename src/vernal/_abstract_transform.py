@@ -4,7 +4,7 @@ import abc
 import copyreg
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Self, dataclass_transform
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -81,7 +81,7 @@ class AbstractTransform(
     tuple itself is empty: the two are methods, and what they need are fields.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         del args, kwargs
         return tuple.__new__(cls)
 

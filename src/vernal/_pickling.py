@@ -8,7 +8,7 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,6 +16,8 @@ import jax.tree_util as jtu
 
 from ._code import Stand, by_code, by_name, is_named, metadata
 from ._x64 import is_on, is_wide
+
+T = TypeVar("T")
 
 
 class Portable:
@@ -25,10 +27,10 @@ class Portable:
     `__init__`, as pickle does, can be changed for ever, and is never freed.
     """
 
-    def __copy__(self) -> Self:
+    def __copy__(self: T) -> T:
         return build(type(self), vars(self))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self: T, memo: dict[int, Any]) -> T:
         return jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
 
     def __reduce__(self) -> Any:
