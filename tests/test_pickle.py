@@ -89,6 +89,11 @@ def is_slope(path, leaf):
     return path == "slope"
 
 
+@eqx.filter_jit
+def halved(x):
+    return x / 2
+
+
 BY = {
     "pickle": lambda obj: pickle.loads(pickle.dumps(obj)),
     "older": lambda obj: pickle.loads(pickle.dumps(obj, protocol=2)),
@@ -275,6 +280,7 @@ def test_keys_and_state(kind):
 MODELS = {
     "every kind of leaf": zoo,
     "functions of JAX": lambda: Shifted(jnp.asarray(2.0), None, jnp.tanh, jax.nn.relu),
+    "functions of Equinox": lambda: Shifted(jnp.asarray(2.0), None, halved, jnp.tanh),
     "functions of a library": lambda: Shifted(
         jnp.asarray(2.0), None, vn.delay(0.1, 2), optax.linear_schedule(0.0, 1.0, 3)
     ),

@@ -170,12 +170,13 @@ def _empty_node(kind: type) -> Any:
 
 
 def _is_transformed(fn: Any) -> bool:
-    """Whether a function is one of a module's that JAX has transformed.
+    """Whether a function is one of a module's that JAX or Equinox has transformed.
 
     Pickle takes it for the one that it wraps, whose name it has.
     """
-    is_of_jax = type(fn).__module__.split(".")[0] in ("jax", "jaxlib")
-    return is_of_jax and is_named(fn) and fn.__module__ != "__main__"
+    package = type(fn).__module__.split(".")[0]
+    is_one = package in ("jax", "jaxlib", "equinox") and is_named(fn)
+    return is_one and fn.__module__ != "__main__"
 
 
 def _contents(cell: types.CellType) -> tuple[Any, ...]:
