@@ -182,7 +182,7 @@ class _Record:
         return record
 
 
-# Of what threads share here: it is held to change it, and for nothing that takes long.
+# Held to change what threads share here, and only for as long as that takes.
 _lock = threading.RLock()
 
 # Records hold what was read, and so are few. Versions live as long as their programs.
@@ -279,8 +279,10 @@ def _drop(version: Version, jitted: Any) -> None:
 
 
 def _kind(call: _Call) -> frozenset[str]:
-    """The names of the classes and the functions of a call: these stay the same where
-    a cell or a function defines them anew."""
+    """Returns the names of the classes and functions of a call.
+
+    They stay the same where a cell or a function defines them anew.
+    """
     names: set[str] = set()
     todo = [call.structure, *call.statics]
     while todo:

@@ -7,11 +7,11 @@ from typing import Any, Generic, TypeVar
 V = TypeVar("V")
 
 # Programs of one kind differ in the closure or the class that they were made for. Each
-# takes some megabytes, and JAX never lets go of a class, so that nothing tells whether
-# it is still of use. Hence the last ones are kept.
+# takes some megabytes. JAX keeps every class alive, so nothing shows whether a program
+# is still needed: the ones used last are kept.
 MOST_OF_A_KIND = 24
 
-# A name may be new each time, too.
+# Classes may have a new name each time, so that each is a kind.
 MOST_KINDS = 32
 
 # Those that were dropped and then needed again are kept beside these.
@@ -23,10 +23,10 @@ _MISSED = object()
 
 
 class Shelves(Generic[V]):
-    """Keeps the values of each kind that were used last, of the kinds used last.
+    """Keeps the values that were used last: some of each kind, of some kinds.
 
-    What was dropped and comes back is used in turns with many others. It goes to a
-    shelf of its own, where those that are used once cannot drive it out.
+    A value that comes back after it was dropped is used in turns with many others. It
+    goes to a separate shelf, from which values that are used once cannot displace it.
     """
 
     def __init__(self, on_drop: Callable[[Any, V], None]):
@@ -59,7 +59,7 @@ class Shelves(Generic[V]):
         return shelf
 
     def put(self, key: Hashable, value: V, kind: Hashable) -> V:
-        """Keeps a value, and drops the one of its kind that was used longest ago.
+        """Keeps a value. Drops the one of its kind, or the kind, used longest ago.
 
         **Returns:**
 
