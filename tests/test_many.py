@@ -425,7 +425,7 @@ def test_a_solver_in_the_space_of_each():
         (
             lambda: many(starts(), curves(), data_axis=(None, 0)),
             ValueError,
-            r"'1' of `data` has the shape \(3, 16\), whose axis 0.*trainers, 4",
+            r"`data\[1\]` has the shape \(3, 16\), whose axis 0.*trainers, 4",
         ),
         (
             lambda: many(starts(), curves(), data_axis=(None, 5)),
@@ -435,7 +435,7 @@ def test_a_solver_in_the_space_of_each():
         (
             lambda: many(starts(), BATCH, data_axis=(None, 0, 0)),
             ValueError,
-            "no prefix of `data`",
+            "a tree of axes like `data`",
         ),
         (
             lambda: many(

@@ -19,6 +19,7 @@ from equinox._module._module import _currently_initialising
 
 import vernal as vn
 from models import line, line_batch, zoo
+from vernal._code import _digest
 
 HERE = Path(__file__).parent
 
@@ -87,6 +88,11 @@ def everything(params):
 
 def is_slope(path, leaf):
     return path == "slope"
+
+
+@eqx.filter_jit
+def halved(x):
+    return x / 2
 
 
 BY = {
@@ -275,6 +281,7 @@ def test_keys_and_state(kind):
 MODELS = {
     "every kind of leaf": zoo,
     "functions of JAX": lambda: Shifted(jnp.asarray(2.0), None, jnp.tanh, jax.nn.relu),
+    "functions of Equinox": lambda: Shifted(jnp.asarray(2.0), None, halved, jnp.tanh),
     "functions of a library": lambda: Shifted(
         jnp.asarray(2.0), None, vn.delay(0.1, 2), optax.linear_schedule(0.0, 1.0, 3)
     ),
@@ -416,13 +423,19 @@ def test_streams_over_lists_go_on():
         assert [*twin.open(1)] == [2, 3]
 
 
-def test_other_versions_are_told(monkeypatch):
+def test_other_versions_are_told():
     pickled = pickle.dumps(Fit(line(), optax.adam(0.1)))
     name = b"scale_by_adam.<locals>.update_fn"
     assert name in pickled
     # As if that function had been renamed since.
     other = pickled.replace(name, name.replace(b"adam.", b"mada."))
     with pytest.raises(pickle.UnpicklingError, match=r"mada.*is not there.*version"):
+        pickle.loads(other)
+    # As if its code had been changed.
+    digest = _digest(optax.scale_by_adam().update.__code__)
+    assert digest in pickled
+    other = pickled.replace(digest, bytes(len(digest)))
+    with pytest.raises(pickle.UnpicklingError, match=r"adam.*has other code.*version"):
         pickle.loads(other)
 
 

@@ -1,6 +1,9 @@
 """Which programs are kept: those in use, and of those for new classes the last ones."""
 
 import gc
+import random
+import sys
+import threading
 import weakref
 
 import equinox as eqx
@@ -11,8 +14,8 @@ import pytest
 
 import vernal as vn
 from vernal._compiled import run_chunk
-from vernal._programs import program
-from vernal._shelves import MOST_MISSED, MOST_OF_A_KIND, Shelves
+from vernal._programs import _MOST_RECORDS, program, version_of
+from vernal._shelves import MOST_KINDS, MOST_MISSED, MOST_OF_A_KIND, Shelves
 
 X = jnp.arange(3.0)
 
@@ -171,3 +174,67 @@ def test_shelves_hold_no_more_than_they_may():
     shelves.clear()
     assert not shelves.values()
     assert shelves.get(0) is None
+
+
+def test_names_that_are_new_each_time():
+    gone = []
+    shelves = Shelves(lambda key, value: gone.append(key))
+    shelves.put("mine", "mine", "my kind")
+    for number in range(2 * MOST_KINDS):
+        shelves.put(number, number, f"kind {number}")
+        assert shelves.get("mine") == "mine"
+    assert len(shelves.values()) == MOST_KINDS
+    assert gone == [*range(MOST_KINDS + 1)]
+    # Those that are used in turns are kept in the end.
+    for _ in range(3):
+        for number in range(2 * MOST_KINDS):
+            shelves.get(number) or shelves.put(number, number, f"kind {number}")
+    assert {*range(2 * MOST_KINDS)} <= {*shelves.values()}
+
+
+def shelved():
+    shelves = Shelves(lambda key, value: None)
+    keys = range(6 * MOST_OF_A_KIND)
+
+    def use(number):
+        key = keys[number % len(keys)]
+        assert shelves.get(key) in (None, -key)
+        shelves.put(key, -key, key % 3)
+        if number % 500 == 0:
+            shelves.clear()
+
+    return use
+
+
+def recorded():
+    own = [own_function_of(factor) for factor in range(2 * _MOST_RECORDS)]
+    return lambda number: version_of(own[number % len(own)])
+
+
+def own_function_of(factor):
+    return lambda x: factor * x
+
+
+@pytest.mark.parametrize("shared", [shelved, recorded])
+def test_threads_that_use_all_at_once(shared):
+    use, errors = shared(), []
+
+    def work(seed):
+        numbers = random.Random(seed)
+        try:
+            for _ in range(4_000):
+                use(numbers.randrange(10_000))
+        except Exception as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors

@@ -495,7 +495,6 @@ class Network(vn.Trainer):
         return jnp.mean((x @ model[-1] - y) ** 2)
 
 
-@pytest.mark.as_compiled
 def test_what_is_computed_again_is_not_kept():
     sizes = (10, 40, 40, 10)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -523,7 +522,6 @@ def test_what_is_computed_again_is_not_kept():
     assert bytes_needed[None] < bytes_needed[0] / 15
 
 
-@pytest.mark.as_compiled
 def test_data_that_outweigh_the_model_are_not_kept_for_each_step():
     x = jnp.linspace(-4, 4, 20_000)
     batch = x, gaussian()(x) + 0.1, jnp.full(x.shape, 0.1)

@@ -4,7 +4,7 @@ import abc
 import copyreg
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Self, dataclass_transform
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -35,8 +35,8 @@ class _TupleModuleMeta(_ModuleMeta):
             _register(cls)
             return cls
 
-        # Equinox keeps a list of what is being initialised, and checks the fields of
-        # classes that it made.
+        # Equinox's own keeps a list of what is being initialised, and checks the fields
+        # of the classes that it made.
         __call__ = type.__call__
 
 
@@ -76,12 +76,12 @@ class AbstractTransform(
 ):
     """A pytree that is a gradient transformation to Optax.
 
-    Subclasses define `init` and `update`. All else here is the face that Optax looks
-    for: a named tuple of two functions, of the class that is given extra arguments. The
-    tuple itself is empty: the two are methods, and what they need are fields.
+    Subclasses define `init` and `update`. The rest is the interface that Optax expects:
+    a named tuple of two functions, of the class that takes extra arguments. The tuple
+    itself is empty: the two functions are methods, and their data are fields.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         del args, kwargs
         return tuple.__new__(cls)
 
@@ -95,7 +95,7 @@ class AbstractTransform(
             raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
         object.__setattr__(self, name, value)
 
-    # For pickles and copies: those of a tuple are made of its items.
+    # A tuple would be pickled and copied by its items.
     def __reduce__(self) -> Any:
         return copyreg.__newobj__, (type(self),), dict(vars(self))  # pyright: ignore
 
@@ -130,7 +130,7 @@ class AbstractTransform(
         The updates, to be added to the parameters, and the new state.
         """
 
-    # Of `_replace`: what has another function is a plain transformation of Optax's.
+    # For `_replace`: with another function it is a plain transformation of Optax's.
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Any:  # pyright: ignore
         return optax.GradientTransformationExtraArgs(*iterable)

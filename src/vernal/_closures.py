@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-import sys
 import types
 from collections.abc import Iterable
 from typing import Any, cast
@@ -15,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
-from ._code import metadata
+from ._code import is_named, metadata
 from ._reads import reads, scope_key
 from ._skeleton import (
     Function,
@@ -172,7 +171,7 @@ class _Encoder:
             fn.__code__,
             fn.__globals__,
             metadata(fn),
-            fn if _is_importable(fn) and len(self.leaves) == met else None,
+            fn if is_named(fn) and len(self.leaves) == met else None,
         )
         self.rates = outer_rates
         return Function(index)
@@ -210,12 +209,6 @@ def _as_method(parts: list[Any]) -> types.MethodType:
 
 def _as_partial(kind: Any, parts: list[Any]) -> Any:
     return kind(parts[0], *parts[1], **parts[2])
-
-
-def _is_importable(fn: types.FunctionType) -> bool:
-    """Whether a function is the one of its name in its module."""
-    module = sys.modules.get(fn.__module__ or "")
-    return getattr(module, fn.__qualname__, None) is fn
 
 
 class Closure(eqx.Module):

@@ -32,7 +32,7 @@ class Stand:
 
 
 def is_named(obj: Any) -> bool:
-    """Whether a module has an object under its own name."""
+    """Whether an object is found in its module under its name."""
     found = sys.modules.get(getattr(obj, "__module__", None) or "")
     for name in _name_of(obj).split("."):
         found = getattr(found, name, None)
@@ -45,7 +45,7 @@ def _name_of(obj: Any) -> str:
 
 
 def by_name(obj: Any) -> Stand:
-    """Refers to what a module has under its own name."""
+    """Refers to an object of a module by its name."""
     return Stand(_named, obj.__module__, _name_of(obj))
 
 
@@ -71,8 +71,8 @@ def by_code(
             return Stand(_coded, module, code.co_qualname, _digest(code), names)
         # It may have been imported again since.
         _codes_in.cache_clear()
-    # What takes functions by value takes this, and restores what is not its name. All
-    # else names it by this in its error.
+    # Cloudpickle takes this by value, and `_renamed` restores the name. Pickle refuses
+    # it, and has the name in its error.
     fn = bare(code, scope, metadata)
     fn.__qualname__ += (
         f" ({code.co_filename}:{code.co_firstlineno}), which no module has under this "
@@ -82,10 +82,14 @@ def by_code(
 
 
 def bare(
-    code: types.CodeType, scope: dict[str, Any], metadata: Mapping[str, Any]
+    code: types.CodeType,
+    scope: dict[str, Any],
+    metadata: Mapping[str, Any],
+    cells: tuple[types.CellType, ...] | None = None,
 ) -> types.FunctionType:
-    """Makes a function whose variables have nothing in them yet."""
-    cells = tuple(types.CellType() for _ in code.co_freevars)
+    """Makes a function without its contents: by default each of its cells is empty."""
+    if cells is None:
+        cells = tuple(types.CellType() for _ in code.co_freevars)
     fn = types.FunctionType(code, scope, closure=cells)
     for name, value in metadata.items():
         setattr(fn, name, value)
@@ -96,7 +100,7 @@ _NAMES = ("__name__", "__qualname__", "__module__", "__doc__")
 
 
 def metadata(fn: types.FunctionType) -> dict[str, Any]:
-    """What else a function has than its code and its contents."""
+    """Returns what a function has beside its code and its contents."""
     # Where annotations are lazy, asking for them may fail; their maker can be kept.
     lazy = hasattr(fn, "__annotate__")
     names = (*_NAMES, "__annotate__" if lazy else "__annotations__")
@@ -126,7 +130,7 @@ def _renamed(fn: types.FunctionType, name: str) -> types.FunctionType:
 
 @functools.lru_cache(maxsize=256)
 def _codes_in(module: str) -> tuple[types.CodeType, ...]:
-    """All code of a module, of which there may be none to be had."""
+    """Returns all code within a module: none where its source is not to be had."""
     spec = getattr(sys.modules.get(module), "__spec__", None)
     get_code = getattr(getattr(spec, "loader", None), "get_code", None)
     try:
@@ -145,7 +149,7 @@ def _within(code: types.CodeType) -> Iterator[types.CodeType]:
 
 @functools.lru_cache(maxsize=4096)
 def _digest(code: types.CodeType) -> bytes:
-    """Of what code does, and not of where in its file it stands."""
+    """Hashes what code does, without its place in the file."""
     parts = (
         code.co_code,
         code.co_exceptiontable,

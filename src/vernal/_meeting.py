@@ -25,9 +25,9 @@ Agree = Callable[..., None]
 def meeting(entrance: str, place: Placement | None) -> Iterator[Agree]:
     """Yields a function that raises where another process was given something else.
 
-    It is called as `agree(trainer, batch, **others)` before the processes compute
-    together; of many, with the shapes of a single one as `like`. What one raises before
-    that, the others hear of.
+    Call it as `agree(trainer, batch, **others)` before the processes compute together;
+    for many trainers, with the shapes of a single one as `like`. If a process raises
+    before that, the others raise too.
 
     **Arguments:**
 
@@ -40,14 +40,14 @@ def meeting(entrance: str, place: Placement | None) -> Iterator[Agree]:
         return
 
     def agree(trainer: Any, batch: Any, like: Any = None, /, **others: Any) -> None:
-        told = {
+        given = {
             "class": type(trainer).__qualname__,
             **{name: _short(other) for name, other in others.items()},
             "trainer": described(trainer, _MOST_BYTES),
             "batch": described(batch, _MOST_BYTES),
             "program": _program(*(like or (trainer, batch))),
         }
-        peers.require_same(told)
+        peers.require_same(given)
 
     with peers:
         yield agree
@@ -58,7 +58,7 @@ def _short(other: Any) -> Any:
 
 
 def _program(trainer: Any, batch: Any) -> str:
-    """Tells one program from another, by what is computed."""
+    """Returns a fingerprint of what is computed."""
     version = version_of((trainer, batch))
     known = _programs.get(version)
     if known is None:

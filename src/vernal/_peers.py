@@ -23,11 +23,10 @@ T = TypeVar("T")
 # How long one process waits for another: longer than any compilation should take.
 _SECONDS = 600
 
-# What the same processes do together is numbered, as what two of them say must be of
-# the same.
+# Each set of processes numbers its meetings, so that messages of two do not mix.
 _COUNTS: dict[str, Iterator[int]] = {}
 
-# The last message to each circle of processes, which somebody may yet have to hear.
+# The last message to each set of processes, which another one may not have read yet.
 _LAST: dict[str, str] = {}
 
 
@@ -158,7 +157,7 @@ class Peers:
                     "processes must make the same calls in the same order."
                 )
         if last is not None:
-            # All have heard it, or they would not have told anything since.
+            # All have read it, or they would not have sent another one since.
             self._client.key_value_delete(last)
         return [told.get("said") for told in heard.values()]
 
@@ -265,7 +264,6 @@ def described(tree: PyTree, most_bytes: int | None = None) -> dict[str, str]:
 
 
 def fingerprint(text: Any) -> str:
-    """A short text for a long one, from which it cannot be told apart by addresses."""
-    # Where an object lies says nothing of what it is.
+    """Hashes a text, without the addresses of objects in it."""
     text = re.sub(r" at 0x[0-9a-f]+", "", str(text))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -8,7 +8,7 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -18,18 +18,20 @@ from ._code import Stand, by_code, by_name, is_named, metadata
 from ._library import module_of
 from ._x64 import is_on, is_wide
 
+T = TypeVar("T")
+
 
 class Portable:
-    """A module that goes through pickle, and is as immutable when it comes out.
+    """A mixin for `equinox.Module`: pickled and copied modules stay immutable.
 
-    To be inherited from beside `equinox.Module`. What Equinox makes without calling
-    `__init__`, as pickle does, can be changed for ever, and is never freed.
+    Equinox takes a module that is made without a call of its class, as pickle makes it,
+    for one that is still being initialised: it stays mutable, and is never freed.
     """
 
-    def __copy__(self) -> Self:
+    def __copy__(self: T) -> T:
         return build(type(self), vars(self))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self: T, memo: dict[int, Any]) -> T:
         return jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
 
     def __reduce__(self) -> Any:
@@ -51,23 +53,23 @@ def _loaded(kind: type, fields: Mapping[str, Any], is_float64: bool) -> Any:
 
 
 def build(kind: type, fields: Mapping[str, Any]) -> Any:
-    """Makes an object of what is in it."""
+    """Makes an object from its fields, without `__init__`."""
     new = object.__new__(kind)
     vars(new).update(fields)
     return new
 
 
 def packed(obj: Any) -> Any:
-    """Returns what stands for an object in a pickle: itself, where pickle takes it.
+    """Returns what to pickle in place of an object: itself, where pickle accepts it.
 
-    Functions and structures of trees, wherever in it they are, are referred to or taken
-    apart; modules are made again as they were.
+    Functions and tree structures anywhere within it are referred to by name, or by
+    their code, or taken apart. Modules are rebuilt from their fields.
     """
     return _Packing().of(obj)
 
 
 class _Packing:
-    """One walk. What was met before is the same object again when it is loaded."""
+    """One walk. An object that is met twice is one object again when it is loaded."""
 
     def __init__(self) -> None:
         self.met: dict[int, Any] = {}
@@ -83,7 +85,7 @@ class _Packing:
         if id(obj) in self.met:
             return self.met[id(obj)]
         self.alive.append(obj)
-        # What is within itself is left to the pickler.
+        # Cycles are left to the pickler.
         self.met[id(obj)] = obj
         new = self.met[id(obj)] = self.first(obj)
         return new
@@ -102,7 +104,7 @@ class _Packing:
                 return Stand(_partial, type(obj), *map(self.of, parts))
             case jtu.PyTreeDef():
                 tree = obj.unflatten([...] * obj.num_leaves)
-                return Stand(_structure, self.of(tree))
+                return Stand(jtu.tree_structure, self.of(tree))
         if callable(obj) and _is_transformed(obj):
             return by_name(obj)
         if isinstance(obj, eqx.Module) and "__func__" in (there := vars(obj)):
@@ -132,7 +134,7 @@ class _Packing:
         return Stand(_filled, empty, cells, *others)
 
     def node(self, obj: Any) -> Any:
-        """One node of a tree: containers, and what others have registered."""
+        """Takes one node of a tree apart: a container, or a registered class."""
         kind = type(obj)
         if kind.__reduce__ is not object.__reduce__ and kind is not OrderedDict:
             return obj
@@ -149,7 +151,7 @@ class _Packing:
 
 
 def _is_simple(kind: type) -> bool:
-    """Whether an object is what is in its dictionary, and has no pickles of its own."""
+    """Whether its `__dict__` is all of an object, and pickle has no hooks for it."""
     heap = 1 << 9
     return (
         kind.__reduce__ is object.__reduce__
@@ -171,12 +173,13 @@ def _empty_node(kind: type) -> Any:
 
 
 def _is_transformed(fn: Any) -> bool:
-    """Whether a function is one of a module's that JAX has transformed.
+    """Whether a function is one of a module's that JAX or Equinox has transformed.
 
     Pickle takes it for the one that it wraps, whose name it has.
     """
-    is_of_jax = module_of(type(fn)).split(".")[0] in ("jax", "jaxlib")
-    return is_of_jax and is_named(fn) and fn.__module__ != "__main__"
+    package = module_of(type(fn)).split(".")[0]
+    is_one = package in ("jax", "jaxlib", "equinox") and is_named(fn)
+    return is_one and fn.__module__ != "__main__"
 
 
 def _contents(cell: types.CellType) -> tuple[Any, ...]:
@@ -207,7 +210,3 @@ def _method(fn: Any, owner: Any) -> types.MethodType:
 
 def _partial(kind: Any, fn: Any, args: Any, keywords: Any) -> Any:
     return kind(fn, *args, **keywords)
-
-
-def _structure(tree: Any) -> Any:
-    return jtu.tree_structure(tree)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
@@ -138,11 +139,12 @@ class _Record:
     def _look(self, is_again: bool = False) -> None:
         self.found = self._read()
         key = Hashed((self.call, self.found.key))
-        version = _versions.get(key)
-        if version is None:
-            # Also where names were added or removed, which no slot tells.
-            _changes.count += is_again
-            version = _versions[key] = Version(self.call, hash(key))
+        with _lock:
+            version = _versions.get(key)
+            if version is None:
+                # Also where names were added or removed, which no slot tells.
+                _changes.count += is_again
+                version = _versions[key] = Version(self.call, hash(key))
         self.version = version
 
     def _read(self) -> Reads:
@@ -172,11 +174,16 @@ class _Record:
         call = _Call(structure, statics, tuple(map(type, statics)))
         record = _records.get(call)
         if record is None:
-            record = _records[call] = cls(call)
-            if len(_records) > _MOST_RECORDS:
-                del _records[next(iter(_records))]
+            record = cls(call)
+            with _lock:
+                _records[call] = record
+                while len(_records) > _MOST_RECORDS:
+                    del _records[next(iter(_records))]
         return record
 
+
+# Held to change what threads share here, and only for as long as that takes.
+_lock = threading.RLock()
 
 # Records hold what was read, and so are few. Versions live as long as their programs.
 _records: dict[_Call, _Record] = {}
@@ -265,14 +272,17 @@ class Program(Generic[P, R]):
 def _drop(version: Version, jitted: Any) -> None:
     """Lets go of what was compiled for a version, and of what its code reads."""
     jitted._cached.clear_cache()
-    for call, record in list(_records.items()):
-        if record.version is version:
-            _records.pop(call, None)
+    with _lock:
+        for call, record in list(_records.items()):
+            if record.version is version:
+                del _records[call]
 
 
 def _kind(call: _Call) -> frozenset[str]:
-    """The names of the classes and the functions of a call: these stay the same where
-    a cell or a function defines them anew."""
+    """Returns the names of the classes and functions of a call.
+
+    They stay the same where a cell or a function defines them anew.
+    """
     names: set[str] = set()
     todo = [call.structure, *call.statics]
     while todo:
@@ -316,7 +326,8 @@ def forget() -> None:
     where a model or a loss calls them. Programs of your own around vernal, such as a
     `jax.jit` of `trainer.step`, are left alone: `jax.clear_caches()` drops those.
     """
-    _records.clear()
+    with _lock:
+        _records.clear()
     for each in _programs:
         each.forget()
     _versions.clear()

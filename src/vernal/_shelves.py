@@ -7,21 +7,26 @@ from typing import Any, Generic, TypeVar
 V = TypeVar("V")
 
 # Programs of one kind differ in the closure or the class that they were made for. Each
-# takes some megabytes, and JAX never lets go of a class, so that nothing tells whether
-# it is still of use. Hence the last ones are kept.
+# takes some megabytes. JAX keeps every class alive, so nothing shows whether a program
+# is still needed: the ones used last are kept.
 MOST_OF_A_KIND = 24
+
+# Classes may have a new name each time, so that each is a kind.
+MOST_KINDS = 32
 
 # Those that were dropped and then needed again are kept beside these.
 MOST_MISSED = 128
 
 _MOST_DROPPED = 4_096
 
+_MISSED = object()
+
 
 class Shelves(Generic[V]):
-    """Keeps the values of each kind that were used last.
+    """Keeps the values that were used last: some of each kind, of some kinds.
 
-    What was dropped and comes back is used in turns with many others. It goes to a
-    shelf of its own, where those that are used once cannot drive it out.
+    A value that comes back after it was dropped is used in turns with many others. It
+    goes to a separate shelf, from which values that are used once cannot displace it.
     """
 
     def __init__(self, on_drop: Callable[[Any, V], None]):
@@ -30,64 +35,77 @@ class Shelves(Generic[V]):
         - `on_drop`: called with each key and value that has to go.
         """
         self._on_drop = on_drop
-        self._values: dict[Hashable, V] = {}
-        self._shelf_of: dict[Hashable, dict[Hashable, None]] = {}
-        self._shelves: dict[Hashable, dict[Hashable, None]] = {}
-        self._missed: dict[Hashable, None] = {}
+        self._kinds: dict[Hashable, Hashable] = {}
+        self._shelves: dict[Hashable, dict[Hashable, V]] = {}
+        self._missed: dict[Hashable, V] = {}
         # Their hashes, which keep nothing alive.
         self._dropped: dict[int, None] = {}
-        self._lock = threading.Lock()
+        # Garbage may be collected while it is held, and finalisers may call anything.
+        self._lock = threading.RLock()
 
     def get(self, key: Hashable) -> V | None:
         """Returns a value, which counts as used now."""
-        value = self._values.get(key)
-        if value is not None:
-            shelf = self._shelf_of.get(key)
-            if shelf and next(reversed(shelf), key) is not key:
-                with self._lock:
-                    if key in shelf:
-                        shelf[key] = shelf.pop(key)
-        return value
+        with self._lock:
+            if key not in self._kinds:
+                return None
+            shelf = self._shelf(self._kinds[key])
+            value = shelf[key] = shelf.pop(key)
+            return value
+
+    def _shelf(self, kind: Hashable) -> dict[Hashable, V]:
+        if kind is _MISSED:
+            return self._missed
+        shelf = self._shelves[kind] = self._shelves.pop(kind, {})
+        return shelf
 
     def put(self, key: Hashable, value: V, kind: Hashable) -> V:
-        """Keeps a value, and drops the one of its kind that was used longest ago.
+        """Keeps a value. Drops the one of its kind, or the kind, used longest ago.
 
         **Returns:**
 
         The value that is kept: another one if another thread was faster.
         """
         with self._lock:
-            if key in self._values:
-                return self._values[key]
+            if (there := self.get(key)) is not None:
+                return there
             if hash(key) in self._dropped:
-                shelf, most = self._missed, MOST_MISSED
-            else:
-                shelf, most = self._shelves.setdefault(kind, {}), MOST_OF_A_KIND
-            shelf[key] = None
-            self._values[key], self._shelf_of[key] = value, shelf
-            old = list(shelf)[: max(len(shelf) - most, 0)]
+                kind = _MISSED
+            shelf, old = self._shelf(kind), []
+            shelf[key], self._kinds[key] = value, kind
+            if len(shelf) > (MOST_MISSED if kind is _MISSED else MOST_OF_A_KIND):
+                old = [next(iter(shelf))]
+            elif len(self._shelves) > MOST_KINDS:
+                old = list(next(iter(self._shelves.values())))
             gone = [(each, self._take_off(each)) for each in old]
         for each in gone:
             self._on_drop(*each)
         return value
 
     def _take_off(self, key: Hashable) -> V:
-        del self._shelf_of.pop(key)[key]
         self._dropped[hash(key)] = None
         if len(self._dropped) > _MOST_DROPPED:
             del self._dropped[next(iter(self._dropped))]
-        return self._values.pop(key)
+        kind = self._kinds.pop(key)
+        shelf = self._missed if kind is _MISSED else self._shelves[kind]
+        value = shelf.pop(key)
+        if not shelf:
+            self._shelves.pop(kind, None)
+        return value
+
+    def _items(self) -> list[tuple[Any, V]]:
+        shelves = self._missed, *self._shelves.values()
+        return [item for shelf in shelves for item in shelf.items()]
 
     def values(self) -> list[V]:
         """Returns all that is kept."""
-        return list(self._values.values())
+        with self._lock:
+            return [value for _, value in self._items()]
 
     def clear(self) -> None:
         """Drops everything."""
         with self._lock:
-            gone = list(self._values.items())
-            for held in self._values, self._shelf_of, self._shelves, self._missed:
+            gone = self._items()
+            for held in self._kinds, self._shelves, self._missed, self._dropped:
                 held.clear()
-            self._dropped.clear()
         for each in gone:
             self._on_drop(*each)

@@ -10,7 +10,7 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from ._code import by_code, metadata
+from ._code import bare, by_code, metadata
 from ._pickling import packed
 from ._values import Hashed
 
@@ -124,10 +124,7 @@ class Shell:
         if self.original is not None:
             return cast(types.FunctionType, self.original)
         closure = tuple(cells[i] for i in self.cells)
-        fn = types.FunctionType(self.code, self.scope, closure=closure)
-        for name, value in self.metadata.items():
-            setattr(fn, name, value)
-        return fn
+        return bare(self.code, self.scope, self.metadata, closure)
 
     def fill(self, fn: types.FunctionType, site: Site) -> None:
         if fn is self.original:
@@ -187,7 +184,7 @@ class Plan:
         return self.root.build(site)
 
     def __reduce__(self) -> Any:
-        """What is in a function that its module has under its name is not pickled."""
+        """Leaves out the contents of functions that are pickled by name."""
         shells: dict[int, Shell] = {}
         cells: dict[int, Part | None] = {}
         todo: list[Part | None] = [self.root]

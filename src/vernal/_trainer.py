@@ -32,7 +32,7 @@ from ._one import One
 from ._optimiser import ParamOptimiser
 from ._parts import Parts, parameters, strong
 from ._paths import paths
-from ._pickling import Portable
+from ._pickling import Portable, build
 from ._placement import Sharding, context, placement
 from ._printed import in_short, printed
 from ._projector import EigenProjector
@@ -886,6 +886,4 @@ def _with(module: ModuleT, **fields: Any) -> ModuleT:
     As unflattening it would, without the flattening: this stands between the chunks
     of every fit.
     """
-    new = object.__new__(type(module))
-    vars(new).update(vars(module), **fields)
-    return new
+    return build(type(module), {**vars(module), **fields})

@@ -1,6 +1,7 @@
 """What objects hold, as it was seen, and whether it is still the same."""
 
 import operator
+import threading
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -93,19 +94,22 @@ class Kept:
     def __init__(self, most: int = 1_024):
         self._most = most
         self._owners: dict[Slot, Any] = {}
+        self._lock = threading.RLock()
 
     def __contains__(self, slot: Slot) -> bool:
         return slot in self._owners
 
     def add(self, watch: Watch) -> None:
-        # The owner is held, so that no other can take its id.
-        for slot in watch.changed():
-            self._owners[slot] = watch.owner
-        while len(self._owners) > self._most:
-            del self._owners[next(iter(self._owners))]
+        changed = list(watch.changed())
+        with self._lock:
+            # The owner is held, so that no other can take its id.
+            self._owners.update(dict.fromkeys(changed, watch.owner))
+            while len(self._owners) > self._most:
+                del self._owners[next(iter(self._owners))]
 
     def clear(self) -> None:
-        self._owners.clear()
+        with self._lock:
+            self._owners.clear()
 
 
 kept = Kept()
