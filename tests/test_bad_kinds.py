@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 import vernal as vn
 from models import Line, LineFit, Pull, line, line_batch
 
+pytestmark = pytest.mark.own_words
+
 BATCH = X, Y = line_batch(4)
 SGD, KEY = optax.sgd(0.1), jax.random.key(0)
 SOLVER = optx.LevenbergMarquardt(1e-8, 1e-8)

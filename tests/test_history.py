@@ -123,6 +123,7 @@ def test_histories_of_different_records_do_not_join():
         _ = fit(2, record="slope").history + wide
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("name", [0, slice(2), None, ("loss", 0), 1.5])
 def test_rows_are_taken_of_a_column(name):
     with pytest.raises(TypeError, match=r"the name of a column.*history\.loss\[0\]"):

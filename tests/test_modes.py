@@ -219,6 +219,7 @@ def test_products():
         vn.gauss_newton_matvec(residuals("while_loop"), start())(start())
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("curve", ["while_loop", "custom_vjp"])
 def test_the_other_mode_is_refused_by_name(curve):
     trainer = Decay(curve, start())

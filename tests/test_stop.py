@@ -354,6 +354,7 @@ class Forgetful(vn.StopCriterion):
         return self.answer
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
@@ -392,6 +393,7 @@ def test_a_score_must_be_a_scalar():
         fit(Pair(line(), optax.sgd(0.1)), validation=(HELD_OUT, 1))
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("make", "match"),
     [

@@ -417,6 +417,7 @@ BAD_BLOCKS = {
 }
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("name", BAD_BLOCKS)
 def test_bad_blocks(name):
     blocks, error, message = BAD_BLOCKS[name]
@@ -459,6 +460,7 @@ BAD_SOLVES = {
 }
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("name", BAD_SOLVES)
 def test_bad_solves(name):
     trainer, solver, options, error, message = BAD_SOLVES[name]

@@ -23,6 +23,8 @@ import vernal as vn
 import vernal.plot
 from models import GaussianFit, line, line_batch
 
+pytestmark = pytest.mark.own_words
+
 BATCH = (*line_batch(4), jnp.ones(4))
 MODEL, KEY, SGD, EYE = line(), jax.random.key(0), optax.sgd(0.1), jnp.eye(2)
 

@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 from jax.tree_util import PyTreeDef
 
+from ._abstract_transform import AbstractTransform
 from ._closures import Closure
 from ._skeleton import Function, Group, Leaf, Part, Plan, Shell, Static
 from ._values import Same
@@ -281,4 +282,6 @@ def _node_type(group: Group) -> type | None:
 
 def _is_transformation(group: Group) -> bool:
     node = _node_type(group)
-    return node is not None and issubclass(node, optax.GradientTransformation)
+    if node is None or issubclass(node, AbstractTransform):
+        return False  # Those of vernal have fields instead of the two functions.
+    return issubclass(node, optax.GradientTransformation)

@@ -178,7 +178,7 @@ def columns(
     """
     size = like.size
 
-    def image(index: Array) -> Array:
+    def image(index: Array) -> Any:
         # Made where it is used: the identity would be a second matrix in memory.
         return product(jax.nn.one_hot(index, size, dtype=like.dtype))
 

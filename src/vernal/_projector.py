@@ -415,7 +415,7 @@ class EigenProjector(Portable, eqx.Module):
         return places(self._origin, self._blocks)
 
     @property
-    def eigenvalues(self) -> Float[Array, " D"]:
+    def eigenvalues(self) -> Float[Array, "*members D"]:
         r"""All $D$ eigenvalues $\Lambda$ of the scaled matrix, descending.
 
         Those of null directions come last, as they were found. A parameter without a
@@ -453,14 +453,14 @@ class EigenProjector(Portable, eqx.Module):
         return sum(whitening.latent_size for whitening in self._whitenings)
 
     @property
-    def condition_number(self) -> Float[Array, ""]:
+    def condition_number(self) -> Float[Array, "*members"]:
         r"""The largest eigenvalue in $\Lambda$ over the smallest that is not null."""
         values = self.eigenvalues
         last = jnp.maximum(jnp.asarray(self.rank), 1)[..., None] - 1
         return values[..., 0] / jnp.take_along_axis(values, last, axis=-1)[..., 0]
 
     @property
-    def log_abs_det(self) -> Float[Array, ""]:
+    def log_abs_det(self) -> Float[Array, "*members"]:
         r"""The logarithm of the volume that $P$ gives to a unit cube.
 
         It is $\log|\det P|$, and $\frac12\log\det(P^\top P)$ where directions were

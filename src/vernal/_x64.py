@@ -160,10 +160,10 @@ def _loses(array: np.ndarray) -> bool:
     low, high = _range(array)
     largest = max(abs(low), abs(high))
     if array.dtype.kind in "iu":
-        return largest > np.iinfo(f"{array.dtype.kind}4").max
+        return bool(largest > np.iinfo(f"{array.dtype.kind}4").max)
     # The spacing is NaN where float32 does not go so far.
     is_fine = spacing(largest, np.float32) <= _FRACTION * (high - low)
-    return low < high and not is_fine
+    return bool(low < high and not is_fine)
 
 
 def spacing(value: Any, dtype: Any) -> float:
