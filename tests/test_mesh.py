@@ -544,6 +544,7 @@ MISTAKES: Mapping = {
 }
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(name):
     make, error, match = MISTAKES[name]

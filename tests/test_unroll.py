@@ -674,6 +674,8 @@ def test_a_policy_that_raises():
 # What cannot be.
 
 
+@pytest.mark.own_words
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "match"),
     [

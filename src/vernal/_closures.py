@@ -218,7 +218,8 @@ class Closure(eqx.Module):
     that one compiled program serves both, whatever is in their leaves.
     """
 
-    leaves: tuple[Array, ...]
+    # A tuple of arrays; within the structure of a tree, what stands for it.
+    leaves: Any
     skeleton: Skeleton = eqx.field(static=True)
 
     @classmethod

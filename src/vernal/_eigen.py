@@ -72,7 +72,7 @@ def _any_non_finite(matrix: Inexact[Array, "D D"]) -> Bool[Array, ""]:
     return ~jnp.all(jnp.isfinite(matrix))
 
 
-def refuse_non_finite(matrix: Inexact[Array, "D D"], name: str) -> Array:
+def refuse_non_finite(matrix: Inexact[Array, "N D"], name: str) -> Array:
     """Returns `matrix`, or raises an error that names its first non-finite element."""
     return refuse(
         matrix,

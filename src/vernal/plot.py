@@ -465,7 +465,7 @@ def _label_lines(axes: Axes, steps: np.ndarray, lines: list[_Line]) -> None:
         axes.plot([], [], " ", label=f"and {len(order) - _MOST_LABELS} more")
 
 
-def _ticks(params: Params, one_by_one: bool) -> dict[float, str]:
+def _ticks(params: Params, one_by_one: bool | np.bool_) -> dict[float, str]:
     """Maps places along the elements of `params` to the names that stand there."""
     size = ravel_size(params)
     if one_by_one:
