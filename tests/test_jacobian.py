@@ -356,6 +356,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("name", OPTIONS)
 def test_bad_options_of_whiten(name):
     options, error, message = OPTIONS[name]

@@ -53,6 +53,7 @@ ENTRANCES = {
 }
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("name", ENTRANCES)
 def test_a_traceback_shows_the_users_frames_and_few_others(name):
     with pytest.raises(TypeError, match="incompatible shapes") as caught:

@@ -135,6 +135,7 @@ def test_diffrax_with_each_of_its_adjoints(name):
     np.testing.assert_allclose(result.model["size"], TRUTH["size"], rtol=1e-2)
 
 
+@pytest.mark.own_words
 def test_the_mode_can_be_asked_for():
     result = Fit(start()).solve(LM, Y, jac="bwd")
     np.testing.assert_allclose(result.model["rate"], TRUTH["rate"], rtol=1e-8)

@@ -675,7 +675,6 @@ def test_a_policy_that_raises():
 
 
 @pytest.mark.own_words
-@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "match"),
     [
@@ -698,6 +697,7 @@ def test_what_it_refuses(arguments, options, error, match):
         vn.unroll(trainer, batch, steps, **options)
 
 
+@pytest.mark.own_words
 def test_a_number_of_steps_is_no_tracer():
     trainer = LineFit(line(), optax.sgd(0.1))
     run = jax.jit(lambda steps: vn.unroll(trainer, line_batch(), steps)[1])

@@ -68,7 +68,7 @@ def first_index(bad: Bool[Array, "..."]) -> str:
 
 
 @jax.jit
-def _any_non_finite(matrix: Inexact[Array, "D D"]) -> Bool[Array, ""]:
+def _any_non_finite(matrix: Inexact[Array, "N D"]) -> Bool[Array, ""]:
     return ~jnp.all(jnp.isfinite(matrix))
 
 

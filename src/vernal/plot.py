@@ -260,7 +260,8 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     axes.figure.colorbar(image, ax=axes, label=label)
     box = axes.get_window_extent()
     room = 0.9 * min(box.width, box.height) / axes.figure.dpi * 72 / len(matrix)
-    ticks = _ticks(projector.origin, len(matrix) <= _MOST_TICKS and room > 4)
+    is_roomy = len(matrix) <= _MOST_TICKS and bool(room > 4)
+    ticks = _ticks(projector.origin, is_roomy)
     font = min(plt.rcParams["font.size"], room) if len(ticks) == len(matrix) else None
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=font)
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=font)
@@ -465,7 +466,7 @@ def _label_lines(axes: Axes, steps: np.ndarray, lines: list[_Line]) -> None:
         axes.plot([], [], " ", label=f"and {len(order) - _MOST_LABELS} more")
 
 
-def _ticks(params: Params, one_by_one: bool | np.bool_) -> dict[float, str]:
+def _ticks(params: Params, one_by_one: bool) -> dict[int | float, str]:
     """Maps places along the elements of `params` to the names that stand there."""
     size = ravel_size(params)
     if one_by_one:
