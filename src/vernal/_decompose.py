@@ -84,7 +84,7 @@ def whiten(
     )
 
 
-def _noise(given: Matrix, matrix: Float[Array, "D D"]) -> float:
+def _noise(given: Matrix, matrix: Float[Array, "N D"]) -> float:
     """Returns the epsilon of the matrix as given, or as held where that is coarser."""
     dtypes = [matrix.dtype]
     if jnp.issubdtype(given.dtype, jnp.floating):

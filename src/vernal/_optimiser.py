@@ -41,9 +41,10 @@ class ParamOptimiserState(eqx.Module):
 
     first: Any
     groups: tuple[Any, ...]
-    paths: tuple[str, ...] = eqx.field(static=True)
-    shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
-    owners: tuple[int, ...] = eqx.field(static=True)
+    # Tuples of strings, shapes and integers; `_Learned` in what Optax makes to map over.
+    paths: Any = eqx.field(static=True)
+    shapes: Any = eqx.field(static=True)
+    owners: Any = eqx.field(static=True)
 
 
 class _Learned:
