@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import optax
 
 from ._foreign import is_deleted, refuse_foreign, refuse_sparse, require_number
 from ._paths import spelled
@@ -25,9 +26,15 @@ def checked_model(model: T) -> T:
 
     **Raises:**
 
-    - `TypeError`: if an array of it means more than its numbers, or it is a trainer.
+    - `TypeError`: if an array of it means more than its numbers, or it is a trainer
+        or an optimiser.
     - `ValueError`: if an array of it has been deleted.
     """
+    if isinstance(model, optax.GradientTransformation):
+        raise TypeError(
+            "`model` is an Optax transformation. Were `model` and `optimiser` "
+            "swapped? The model comes first: `Trainer(model, optimiser)`."
+        )
     if type(model).__module__.startswith("vernal") or hasattr(model, "_progress"):
         _refuse_holder(model)
     if any(map(_is_odd, jax.tree.leaves(model))):
