@@ -1,5 +1,9 @@
 """Kinds of bad input, each at every door that it may come through."""
 
+import functools
+from decimal import Decimal
+from fractions import Fraction
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -311,6 +315,31 @@ TABLE = {
         lambda: LineFit(line(), optax.adam("fast")),
         "`optimiser`.*rate",
     ),
+    **{
+        f"a rate of type {type(rate).__name__}": (
+            lambda rate=rate: LineFit(line(), optax.adam(rate)),
+            f"`optimiser` has a rate of type `{type(rate).__name__}`",
+        )
+        for rate in (dict, "0.1", (0.1,), [0.1], 1j, Fraction(1, 10), Decimal("0.1"))
+    },
+    "an injected rate": (
+        lambda: LineFit(line(), optax.inject_hyperparams(optax.adam)("0.1")),
+        "`optimiser` has a rate of type `str`",
+    ),
+    "a rate in a partition": (
+        lambda: LineFit(line(), optax.partition({0: optax.sgd("1")}, lambda p: 0)),
+        "`optimiser` has a rate of type `str`",
+    ),
+    "a model without values": (
+        lambda: LineFit(jax.eval_shape(line), SGD),
+        "`model.slope` has no values",
+    ),
+    "residuals that are integers": (
+        lambda: having(Residuals, residuals=lambda s, m, b: m(X) > Y)(line(), SGD).step(
+            BATCH
+        ),
+        "residuals` returned an array of dtype bool",
+    ),
     "rates for one parameter": (
         lambda: LineFit(line(), optax.adam(jnp.ones(2))).step(BATCH),
         r"`optimiser`.*'slope' has shape \(2,\).*rate must be one number",
@@ -363,6 +392,31 @@ TABLE = {
         lambda: fit().history[0],
         "takes the name of a column, and 0 is none",
     ),
+    "a history of rows that differ": (
+        lambda: vn.History(np.arange(3), np.ones(2)),
+        "`loss` has 2 rows, but `steps` has 3",
+    ),
+    "a record of rows that differ": (
+        lambda: vn.History(np.arange(3), np.ones(3), {"a": np.ones(2)}),
+        r"`records\['a'\]` has 2 rows, but `steps` has 3",
+    ),
+    "a record that is a list": (
+        lambda: vn.History(np.arange(2), np.ones(2), {"a": [1, 2]}),
+        r"`records\['a'\]` is \[1, 2\], but must be an array",
+    ),
+    **{
+        f"{door} {path!r}": (
+            lambda do=do, path=path: do(path),
+            "which no file can be called",
+        )
+        for path in ("a\0b", "\ud800")
+        for door, do in (
+            ("save to", lambda path: vn.save(path, line())),
+            ("load", lambda path: vn.load(path, line())),
+            ("history of", vn.History.load),
+            ("checkpoints in", vn.Checkpoints),
+        )
+    },
     "a directory of None": (lambda: vn.Checkpoints(None), "`directory` is None"),
     "too many steps": (
         lambda: vn.unroll(made(), BATCH, 10**30),
@@ -376,6 +430,61 @@ def test_a_mistake_names_what_is_wrong(mistake):
     do, told = TABLE[mistake]
     with pytest.raises((TypeError, ValueError), match=f"(?s){told}"):
         do()
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        0.1,
+        np.float64(0.1),
+        np.array(0.1),
+        jnp.array(0.1),
+        lambda *counts: 0.1,
+        functools.partial(lambda rate, count: rate, 0.1),
+        jax.jit(lambda count: 0.1),
+        eqx.filter_jit(lambda count: 0.1),
+    ],
+)
+def test_rates_of_many_kinds_are_alike(rate):
+    moved, _ = Residuals(line(0.5), optax.sgd(rate)).step(BATCH)
+    expected, _ = made().step(BATCH)
+    np.testing.assert_allclose(moved.model.slope, expected.model.slope, rtol=1e-6)
+
+
+def test_labels_called_like_a_rate_are_none():
+    labels = {"learning_rate": "a", "step_size": "a"}
+    optimiser = optax.partition({"a": SGD}, labels)
+    trainer = Pull({name: jnp.ones(2) for name in labels}, optimiser)
+    assert trainer.step(X[:2])[0].step_count == 1
+
+
+class Chosen(vn.Trainer):
+    def loss(self, model, batch):
+        assert batch["kind"] == "line"
+        return jnp.sum((model(X) - Y) ** 2)
+
+
+def test_text_of_numpy_is_text():
+    batch = {"kind": np.array(["line"])[0]}
+    assert Chosen(line(), SGD).step(batch)[1].loss > 0
+
+
+# So do classes that are written in C, such as `pandas.Timestamp`.
+Moduleless = type("Moduleless", (), {"__module__": property(lambda self: "")})
+
+
+def test_a_class_need_not_name_its_module():
+    batch = {"kind": "line", "when": Moduleless()}
+    assert Chosen(line(), SGD).step(batch)[1].loss > 0
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_validation_without_a_finite_score_is_told_of(many):
+    fit = vn.fit_many if many else Residuals.fit
+    trainer = [made(), made()] if many else made()
+    validation = (X, Y * np.nan), 1
+    with pytest.warns(UserWarning, match="`validation`: no score was finite"):
+        fit(trainer, BATCH, 2, validation=validation, progress=False)
 
 
 def test_a_batch_may_have_gaps():

@@ -485,11 +485,11 @@ NOWHERE = {
     "as a path": (Path("gs://bucket/run"), ValueError, "Mount the store"),
     "empty": ("", ValueError, "must name a directory"),
     "blank": (" ", ValueError, "must name a directory"),
-    "a null byte": ("a\0b", ValueError, "must name a directory"),
+    "a null byte": ("a\0b", ValueError, "no file can be called"),
     "nobody's home": ("~nobody-at-all/run", ValueError, "no such home"),
-    "none": (None, TypeError, "a string, or a `pathlib.Path`"),
-    "bytes": (b"runs", TypeError, "a string, or a `pathlib.Path`"),
-    "a number": (3, TypeError, "a string, or a `pathlib.Path`"),
+    "none": (None, TypeError, "a string or a `pathlib.Path`"),
+    "bytes": (b"runs", TypeError, "a string or a `pathlib.Path`"),
+    "a number": (3, TypeError, "a string or a `pathlib.Path`"),
 }
 
 

@@ -77,6 +77,11 @@ class Counting(LineFit):
         return super().loss(model, batch), jax.tree.map(lambda x: x + 1, state)
 
 
+class Keeping(LineFit):
+    def loss(self, model, batch, *, state):
+        return super().loss(model, batch), state
+
+
 def test_names_that_are_alike(tmp_path):
     zero = jnp.zeros(1)
     state = {"a.b": zero, "a": {"b": zero + 100}, "a.b#2": zero + 200}
@@ -88,3 +93,20 @@ def test_names_that_are_alike(tmp_path):
     fit(10)
     found = fit(20).trainer.state
     assert [found["a.b"], found["a"]["b"], found["a.b#2"]] == [20, 120, 220]
+
+
+def test_many_numbers_of_few_bits(tmp_path):
+    # Orbax itself does not write all of these dtypes.
+    names = "int4", "uint4", "float8_e4m3", "float8_e5m2"
+    state = [(jnp.arange(2**17) % 4).astype(name) for name in names]
+    trainer = Keeping(line(), optax.adam(0.1), state=state)
+    checkpoints = vn.Checkpoints(tmp_path / "fit", every=5)
+    fit = lambda steps: trainer.fit(
+        line_batch(), steps, progress=False, checkpoint=checkpoints
+    )
+    first = fit(5)
+    again = fit(5)
+    assert again.stop_reason is vn.StopReason.TAKEN_BEFORE
+    for a, b in zip(first.trainer.state, again.trainer.state, strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -222,7 +222,7 @@ def test_what_would_be_lost_is_refused_by_name(name, tmp_path):
 
 
 def test_a_traced_array_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"'a' has no values.*outside of `jax\.jit`"):
+    with pytest.raises(TypeError, match="`save` runs on the host"):
         jax.jit(lambda x: vn.save(tmp_path / "file", {"a": x}))(1.0)
 
 

@@ -135,7 +135,9 @@ def test_a_score_that_is_not_finite_is_never_the_best():
         def evaluate(self, model, batch):
             return jnp.where(self.step_count == 2, -jnp.inf, jnp.nan + 0 * batch)
 
-    result = fit(Odd(line(), optax.sgd(0.1)), steps=4, validation=(jnp.array(0.0), 1))
+    trainer = Odd(line(), optax.sgd(0.1))
+    with pytest.warns(UserWarning, match="no score was finite"):
+        result = fit(trainer, steps=4, validation=(jnp.array(0.0), 1))
     assert np.isinf(result.trainer.best_loss)
     assert result.history.validation[1] == -np.inf
 

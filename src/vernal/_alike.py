@@ -10,7 +10,6 @@ from jaxtyping import Array
 from ._paths import dotted
 from ._typing import PyTree
 
-
 LIKE_STATE = "Let `init` return {}, such as `jnp.zeros((), jnp.{})`."
 """What to do about the state of a policy or a criterion that changes its dtype."""
 

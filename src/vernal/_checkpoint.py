@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, final
 
-from ._typing import whole_number
+from ._typing import file_path, whole_number
 
 
 @final
@@ -79,14 +79,9 @@ class Checkpoints:
 
 def _local(directory: Any) -> Path:
     """Returns the absolute path of a directory of this machine."""
-    is_path = isinstance(directory, str | os.PathLike)
-    text = os.fspath(directory) if is_path else None
-    if not isinstance(text, str):
-        raise TypeError(
-            f"`directory` is {directory!r}, but must be the path of a directory: a "
-            "string, or a `pathlib.Path`."
-        )
-    if not text.strip() or "\0" in text:
+    file_path(directory, "directory")
+    text = os.fspath(directory)
+    if not text.strip():
         raise ValueError(f"`directory` is {text!r}, but must name a directory.")
     # `pathlib` makes one slash of two; a single letter is a drive.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):

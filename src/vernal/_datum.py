@@ -6,6 +6,7 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 
 from ._foreign import is_deleted, refuse_foreign, refuse_sparse
@@ -33,6 +34,43 @@ class Flag:
         return repr(self.value)
 
 
+def refuse_lists(flat: list[tuple[Any, Any]], batch: Any, argument: str) -> None:
+    """Refuses long lists of numbers, each of which JAX would take for an array.
+
+    **Arguments:**
+
+    - `flat`: the leaves of a batch, with their keys.
+    - `batch`, `argument`: that batch, and what an error calls it.
+    """
+    # Most batches have few leaves, and each step has a batch.
+    if len(flat) < _LONG or not any(keys and _is_late(keys[-1]) for keys, _ in flat):
+        return
+    for keys, node in jtu.tree_flatten_with_path(batch, is_leaf=_is_long_list)[0]:
+        if _is_long_list(node):
+            raise _list_of_numbers(node, spelled(argument, keys))
+
+
+# A shorter list may be meant as a tree.
+_LONG = 9
+
+
+def _is_late(key: Any) -> bool:
+    return isinstance(key, jtu.SequenceKey) and key.idx == _LONG - 1
+
+
+def _is_long_list(node: Any) -> bool:
+    numbers = int | float | complex | np.number | np.bool_
+    is_long = type(node) is list and len(node) >= _LONG
+    return is_long and all(isinstance(item, numbers) for item in node)
+
+
+def _list_of_numbers(leaf: Any, where: str) -> TypeError:
+    return TypeError(
+        f"{where} is a {type(leaf).__name__} of {len(leaf)} numbers, which JAX cannot "
+        "compute with as one. Give an array: `jnp.asarray(...)`."
+    )
+
+
 def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     """Turns arrays of other libraries, and floats, into JAX's arrays.
 
@@ -52,7 +90,7 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     - `ValueError`: if it is an array that has been deleted.
     """
     is_array = isinstance(leaf, jax.Array)
-    # Of each leaf at every step: its name is not spelled out in vain.
+    # Asked of each leaf at every step: its name is spelled out only for an error.
     if is_array and not is_cut(leaf) and not is_deleted(leaf):
         return leaf
     where = spelled(argument, keys)
@@ -61,6 +99,8 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
         return narrowed(leaf, where)
     if isinstance(leaf, bool):
         return Flag(leaf)
+    if isinstance(leaf, np.str_ | np.bytes_):
+        return leaf.item()
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         return _copied(leaf, where)
     if not isinstance(leaf, type) and hasattr(leaf, "__array__"):
@@ -68,6 +108,8 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     if not isinstance(leaf, type) and hasattr(leaf, "__dlpack__"):
         return jnp.array(jnp.from_dlpack(leaf))
     refuse_sparse(leaf, where)
+    if isinstance(leaf, range):
+        raise _list_of_numbers(leaf, where)
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):
         raise TypeError(

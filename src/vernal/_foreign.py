@@ -6,8 +6,6 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from ._meaning import refuse_meaning
-
 _NUMBERS = jax.Array | np.ndarray | np.generic | int | float | complex
 
 
@@ -33,6 +31,33 @@ def refuse_foreign(leaf: Any, where: str) -> None:
         _refuse_kind(leaf, where)
     elif not isinstance(leaf, type | np.generic | jax.ShapeDtypeStruct):
         _refuse_other(leaf, where)
+
+
+def refuse_meaning(leaf: Any, where: str, loss: str) -> None:
+    """Refuses arrays that mean more than the numbers which would be taken of them.
+
+    **Arguments:**
+
+    - `leaf`: anything.
+    - `where`: how the error begins, such as "`batch` has the leaf 'x',".
+    - `loss`: what would become of a mask, such as "JAX would compute with what is
+        masked".
+    """
+    if isinstance(leaf, np.ma.MaskedArray):
+        remedy = (
+            "Leave those data out (`y.compressed()`, and `x[~y.mask]` of all else), or "
+            "give them no weight: `y.filled(0)` with an infinite sigma."
+            if np.ma.is_masked(leaf)
+            else "Nothing is masked in this one: give `y.data`."
+        )
+        raise TypeError(f"{where} a masked array, and {loss}. {remedy}")
+    if isinstance(leaf, np.ndarray) and type(leaf) not in (np.ndarray, np.memmap):
+        unit = " (of a Quantity, `x.to_value(unit)`)" if hasattr(leaf, "unit") else ""
+        raise TypeError(
+            f"{where} a {type(leaf).__name__}, an array that means more than its "
+            f"numbers, and the rest would be dropped. Give the numbers: "
+            f"`numpy.asarray(x)`{unit}."
+        )
 
 
 def require_number(leaf: Any, where: str, remedy: str) -> None:

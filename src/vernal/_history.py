@@ -66,6 +66,13 @@ class History(Portable, eqx.Module):
                 _check_column(column, name)
         if not isinstance(records, Mapping | None):
             raise TypeError(f"`records` is {records!r}, but must map names to arrays.")
+        named = {f"records[{name!r}]": rows for name, rows in (records or {}).items()}
+        for name, rows in {"loss": loss, **named}.items():
+            _check_column(rows, name)
+            if len(rows) != len(steps):
+                raise ValueError(
+                    f"`{name}` has {len(rows)} rows, but `steps` has {len(steps)}."
+                )
         self.steps = steps
         self.loss = loss
         self.records = dict(records or {})

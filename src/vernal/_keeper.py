@@ -30,7 +30,7 @@ from ._typing import PyTree
 # What Orbax reports on, and reports again when it has raised an error.
 _TALKERS = ("absl", "asyncio")
 
-# Of errors in reading, those that say nothing of the file.
+# Errors in reading that do not mean that the file is damaged.
 _NOT_TORN = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO)
 
 # What stands before the paths of what is not the trainer's, but the fit's.
@@ -354,9 +354,9 @@ def _silent() -> Iterator[None]:
     """
 
     def is_other(record: logging.LogRecord) -> bool:
-        # A task that was given up is told of by `asyncio`, with the path of its code.
-        told = str(record.msg) if record.name == "asyncio" else record.pathname
-        return "orbax" not in told
+        # `asyncio` reports a task that was given up, with the path of its code.
+        text = str(record.msg) if record.name == "asyncio" else record.pathname
+        return "orbax" not in text
 
     loggers = [logging.getLogger(name) for name in _TALKERS]
     for logger in loggers:

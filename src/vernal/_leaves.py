@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._meaning import refuse_meaning
+from ._foreign import refuse_meaning
 from ._paths import LONG_DOUBLES, dotted
 from ._typing import PyTree
 from ._x64 import is_on, is_wide
@@ -164,7 +164,7 @@ def require_alike_kinds(
     """Names the leaves in which what was kept differs from what is expected."""
     pairs = {path: (kept.get(path), expected.get(path)) for path in (*kept, *expected)}
     odd = [
-        f"{path!r} is {_told(there)} there and {_told(here)} here"
+        f"{path!r} is {_described(there)} there and {_described(here)} here"
         for path, (there, here) in pairs.items()
         if there != here
     ]
@@ -184,7 +184,7 @@ def _by_precision(pairs: Mapping[str, tuple[Kind | None, Kind | None]]) -> bool:
     return any(a != b and name(a) == name(b) for a, b in pairs.values())
 
 
-def _told(kind: Kind | None) -> str:
+def _described(kind: Kind | None) -> str:
     return "absent" if kind is None else str(kind)
 
 

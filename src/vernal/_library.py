@@ -32,6 +32,12 @@ def is_library_module(name: str, module: types.ModuleType | None) -> bool:
     return name.split(".")[0] in sys.stdlib_module_names
 
 
+def module_of(kind: type) -> str:
+    """Returns the name of a class's module; `""` if it has none, as some in C do."""
+    name = kind.__module__
+    return name if isinstance(name, str) else ""
+
+
 _HEAP_TYPE = 1 << 9
 
 _library_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
@@ -40,7 +46,7 @@ _library_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionar
 def is_library(kind: type) -> bool:
     found = _library_kinds.get(kind)
     if found is None:
-        name = kind.__module__
+        name = module_of(kind)
         found = is_library_module(name, sys.modules.get(name))
         # A class made by `exec` in a namespace without `__name__` says "builtins" too,
         # but unlike a real builtin it was made by a statement of Python's.

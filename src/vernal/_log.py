@@ -162,11 +162,11 @@ class _Table:
         described = [[n, str(c.dtype), [*c.shape[1:]]] for n, c in columns.items()]
         there = self._extent.columns
         if self._extent.rows and there != described:
-            told = lambda names: ", ".join(n.removeprefix(RECORDS) for n in names)
+            listed = lambda names: ", ".join(n.removeprefix(RECORDS) for n in names)
             raise MismatchError(
                 f"`checkpoint`: the history in {self._path.parent} has "
-                f"{told(name for name, *_ in there)}, and this fit records "
-                f"{told(columns)}. Give the same `record`, or another directory."
+                f"{listed(name for name, *_ in there)}, and this fit records "
+                f"{listed(columns)}. Give the same `record`, or another directory."
             )
         self._extent = self._extent._replace(columns=described)
 

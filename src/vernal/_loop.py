@@ -131,6 +131,11 @@ def fit(
         kind.raise_if_non_finite(result, diagnosis.advised)
         if str(diagnosis):
             warn(f"{end.sentence} {diagnosis}")
+    elif (scores := parts[1].validation).size and not np.isfinite(scores).any():
+        warn(
+            "`validation`: no score was finite, so that `best` is no better than the "
+            "model that the fit began with. Check the batch, and `evaluate`."
+        )
     return result
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from ._foreign import is_deleted, refuse_foreign, refuse_sparse, require_number
+from ._library import module_of
 from ._paths import spelled
 from ._typing import PyTree
 from ._x64 import narrowed_model
@@ -26,16 +27,12 @@ def checked_model(model: T) -> T:
 
     **Raises:**
 
-    - `TypeError`: if an array of it means more than its numbers, or it is a trainer
-        or an optimiser.
+    - `TypeError`: if an array of it means more than its numbers or has no values, or it
+        is a trainer or an optimiser.
     - `ValueError`: if an array of it has been deleted.
     """
-    if isinstance(model, optax.GradientTransformation):
-        raise TypeError(
-            "`model` is an Optax transformation. Were `model` and `optimiser` "
-            "swapped? The model comes first: `Trainer(model, optimiser)`."
-        )
-    if type(model).__module__.startswith("vernal") or hasattr(model, "_progress"):
+    _refuse_optimiser(model)
+    if module_of(type(model)).startswith("vernal") or hasattr(model, "_progress"):
         _refuse_holder(model)
     if any(map(_is_odd, jax.tree.leaves(model))):
         flat, structure = jax.tree_util.tree_flatten_with_path(model)
@@ -43,6 +40,14 @@ def checked_model(model: T) -> T:
             [_as_array(leaf, spelled("model", keys)) for keys, leaf in flat]
         )
     return narrowed_model(model)
+
+
+def _refuse_optimiser(model: Any) -> None:
+    if isinstance(model, optax.GradientTransformation):
+        raise TypeError(
+            "`model` is an Optax transformation. Were `model` and `optimiser` "
+            "swapped? The model comes first: `Trainer(model, optimiser)`."
+        )
 
 
 def _refuse_holder(model: Any) -> None:
@@ -70,6 +75,11 @@ def _as_array(leaf: Any, where: str) -> Any:
     is_label = type(leaf) is np.ndarray and leaf.dtype.kind in "OSU"
     if isinstance(leaf, jax.Array | np.ndarray) and not is_label:
         refuse_foreign(leaf, where)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{where} has no values ({leaf}). Make the trainer within "
+            "`eqx.filter_eval_shape`, together with its model."
+        )
     refuse_sparse(leaf, where)
     return leaf
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._alike import cast_alike
 from ._data import as_given
+from ._paths import is_inexact
 from ._typing import PyTree
 
 METHODS = ("loss", "residuals", "nll")
@@ -133,6 +134,12 @@ def residuals_as_returned(
             f"`{type(trainer).__name__}.residuals` returned a "
             f"{type(residuals).__name__}. It must return one array, such as "
             "`(model(x) - y) / sigma`."
+        )
+    if not is_inexact(residuals):
+        raise TypeError(
+            f"`{type(trainer).__name__}.residuals` returned an array of dtype "
+            f"{residuals.dtype}, whose gradient is zero. It must return real or "
+            "complex floating-point numbers."
         )
     if 0 in residuals.shape:
         raise ValueError(

@@ -15,6 +15,7 @@ import jax
 import jax.tree_util as jtu
 
 from ._code import Stand, by_code, by_name, is_named, metadata
+from ._library import module_of
 from ._x64 import is_on, is_wide
 
 T = TypeVar("T")
@@ -176,7 +177,7 @@ def _is_transformed(fn: Any) -> bool:
 
     Pickle takes it for the one that it wraps, whose name it has.
     """
-    package = type(fn).__module__.split(".")[0]
+    package = module_of(type(fn)).split(".")[0]
     is_one = package in ("jax", "jaxlib", "equinox") and is_named(fn)
     return is_one and fn.__module__ != "__main__"
 

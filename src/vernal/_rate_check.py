@@ -4,12 +4,16 @@ from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import optax
 
 from ._typing import takes
 
 # What Optax calls a rate or a schedule where its closures hold one.
 _RATES = ("learning_rate", "step_size", "step_size_fn")
+
+# What it calls the arguments that `inject_hyperparams` passes on.
+_OPTIONS = ("numeric_hps", "other_hps")
 
 
 def check_rates(tx: optax.GradientTransformation, where: str) -> None:
@@ -23,10 +27,11 @@ def check_rates(tx: optax.GradientTransformation, where: str) -> None:
     - `where`: what an error calls it.
     """
     for rate in _rates(tx, set()):
-        if isinstance(rate, str | bytes | list | dict | set):
+        is_schedule = callable(rate) and not isinstance(rate, type)
+        if not (is_schedule or _is_real(rate) or rate is None):
             raise TypeError(
-                f"`{where}` has the rate {rate!r}, which is neither a number nor a "
-                "schedule: `optax.adam(1e-3)`."
+                f"`{where}` has a rate of type `{type(rate).__name__}`, which is "
+                "neither a real number nor a schedule: `optax.adam(1e-3)`."
             )
         if isinstance(rate, FunctionType):
             takes(rate, 1, where, "schedule(count)")
@@ -40,7 +45,9 @@ def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
     if isinstance(node, tuple | list):
         for part in node:
             yield from _rates(part, seen)
-    elif isinstance(node, FunctionType) and node.__module__.startswith("optax"):
+    elif isinstance(node, dict):
+        yield from _rates(list(node.values()), seen)
+    elif isinstance(node, FunctionType) and _is_optax(node):
         cells = node.__closure__ or ()
         for name, cell in zip(node.__code__.co_freevars, cells, strict=True):
             try:
@@ -49,4 +56,16 @@ def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
                 continue  # Not filled yet.
             if name in _RATES:
                 yield value
+            elif name in _OPTIONS and isinstance(value, dict):
+                yield from (value[rate] for rate in _RATES if rate in value)
             yield from _rates(value, seen)
+
+
+def _is_optax(fn: FunctionType) -> bool:
+    return (fn.__module__ or "").startswith("optax.")
+
+
+def _is_real(rate: Any) -> bool:
+    """Whether it is a real number, or an array of them."""
+    is_array = hasattr(rate, "dtype") or hasattr(rate, "__jax_array__")
+    return (is_array or isinstance(rate, int | float)) and not np.iscomplexobj(rate)

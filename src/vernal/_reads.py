@@ -12,7 +12,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from ._library import is_library, is_library_file, is_library_module
+from ._library import is_library, is_library_file, is_library_module, module_of
 from ._skeleton import Group, Skeleton, Static, all_parts
 from ._values import Hashed, is_atom, value_key
 from ._watch import (
@@ -277,7 +277,7 @@ class _Walk:
 
     def instance(self, obj: Any) -> None:
         kind = type(obj)
-        package = kind.__module__.split(".")[0]
+        package = module_of(kind).split(".")[0]
         if package in _RESTLESS:
             self.tokens.append(Only(obj))
         elif package in ("jax", "jaxlib") or kind is _CACHED:

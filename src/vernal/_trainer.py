@@ -382,7 +382,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
             its parameters, as `history["grad_norm[mean]"]` and
             `history["update_ratio[mean]"]` (zero at a step that was not taken, and not
             finite where all of the parameters are zero).
-        - `every`: keep every so many steps only; the loss too.
+        - `every`: keep every n-th step only, of the loss too.
         - `validation`: a pair `(batch, n)`: after every `n` steps `evaluate` scores the
             model on that batch, and `best` is the one with the lowest score. With
             another batch than that of the fit before, `replace(model=trainer.model)`

@@ -107,6 +107,12 @@ def file_path(value: Any, name: str) -> Path:
         raise TypeError(
             f"`{name}` is {value!r}, but must be a path: a string or a `pathlib.Path`."
         )
+    try:
+        is_name = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise ValueError(f"`{name}` is {path!r}, which no file can be called.")
     return Path(path)
 
 

@@ -38,7 +38,7 @@ def is_wide(dtype: Any) -> bool:
 
 def is_cut(leaf: Any) -> bool:
     """Whether JAX would compute with less than what an array has."""
-    # In this order, since it is asked at every step: to ask for `jax.Array` is dear.
+    # In this order for speed, since it is asked at every step.
     return (
         is_wide(getattr(leaf, "dtype", None))
         and not is_on()
