@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from ._datum import Flag, as_datum, refuse_lists
+from ._datum import Flag, as_datum
 from ._paths import spelled
 from ._pickling import Portable
 from ._typing import PyTree, prng_key, takes, whole_number
@@ -272,5 +272,6 @@ def as_batch(batch: Any, argument: str = "batch") -> Any:
             "`fit`, or take a batch from it."
         )
     flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-    refuse_lists(flat, batch, argument)
-    return structure.unflatten([as_datum(leaf, argument, keys) for keys, leaf in flat])
+    return structure.unflatten(
+        [as_datum(leaf, argument, keys, batch) for keys, leaf in flat]
+    )
