@@ -463,10 +463,10 @@ TABLE = {
         TypeError,
         r"`data` is.*generator.*vn\.Stream\(data\)",
     ),
-    "an iterator in the data": (
-        lambda: fit(data={"x": range(3)}),
+    "a loader in the data": (
+        lambda: fit(data={"x": {1.0}}),
         TypeError,
-        r"`data\['x'\]` is a range.*vn\.Stream",
+        r"`data\['x'\]` is a set.*vn\.Stream",
     ),
     "objects for data": (
         lambda: fit(data=np.array([None, 1], object)),

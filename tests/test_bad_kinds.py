@@ -223,6 +223,19 @@ def test_what_runs_on_the_host_says_so_in_a_program(name, program):
         PROGRAMS[program](within)
 
 
+@pytest.mark.parametrize("name", ["fit", "solve", "fit_many", "table"])
+def test_what_runs_on_the_host_does_not_run_in_a_loss(name):
+    inner = made()
+
+    class Outer(vn.Trainer):
+        def loss(self, model, batch):
+            ON_THE_HOST[name][0](inner, BATCH)
+            return model.slope**2
+
+    with pytest.raises(TypeError, match=f"`{name}` runs on the host.*Call it before"):
+        Outer(line(), SGD).step(BATCH)
+
+
 # Functions and methods that cannot be called as they are.
 
 
@@ -420,6 +433,54 @@ TABLE = {
         )
     },
     "a directory of None": (lambda: vn.Checkpoints(None), "`directory` is None"),
+    "a long list": (
+        lambda: fit(data=([0.5] * 80, Y)),
+        r"`data\[0\]` is a list of 80 numbers.*`jnp.asarray",
+    ),
+    "a list of NumPy's numbers": (
+        lambda: made().step({"x": list(np.arange(9.0)), "y": Y}),
+        r"`batch\['x'\]` is a list of 9 numbers",
+    ),
+    "nothing but a list": (
+        lambda: made().solve(SOLVER, list(range(9))),
+        "`batch` is a list of 9 numbers",
+    ),
+    "a range": (
+        lambda: fit(data=(range(80), Y)),
+        r"`data\[0\]` is a range of 80 numbers",
+    ),
+    "a list of examples": (
+        lambda: vn.Minibatches(([1.0] * 9, X), 2, key=KEY),
+        r"`arrays\[0\]` is a list of 9 numbers",
+    ),
+    "swapped": (lambda: LineFit(SGD, line()), "`model` is an Optax.*swapped"),
+    "swapped rules": (
+        lambda: LineFit(vn.ParamOptimiser({"slope": SGD}), line()),
+        "`model` is an Optax.*swapped",
+    ),
+    "a model for an optimiser": (
+        lambda: LineFit(line(), line()),
+        "`optimiser` is of type `Line`, not an Optax transformation",
+    ),
+    "an option of whiten": (
+        lambda: made().whiten(BATCH, on_nul="prior"),
+        "`whiten` has no argument `on_nul`. Did you mean 'on_null'",
+    ),
+    "a time in words": (
+        lambda: vn.Checkpoints("nowhere", every="1 minute"),
+        r"`every` is '1 minute'.*datetime.timedelta\(minutes=1\)",
+    ),
+    "complex gradients": (
+        lambda: having(
+            LineFit,
+            transform_grads=lambda s, g, m: jax.tree.map(lambda x: x + 1j, g),
+        )(line(), SGD).step(BATCH),
+        "`transform_grads` returns is complex.*at 'slope'.*cannot hold",
+    ),
+    "a complex model": (
+        lambda: made().replace(model=jax.tree.map(lambda x: x + 1j, line())),
+        "`model` is complex.*at 'slope'.*make a new trainer",
+    ),
     "too many steps": (
         lambda: vn.unroll(made(), BATCH, 10**30),
         "`steps` is 1000.*at most",

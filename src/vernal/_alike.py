@@ -10,6 +10,9 @@ from jaxtyping import Array
 from ._paths import dotted
 from ._typing import PyTree
 
+LIKE_STATE = "Let `init` return {}, such as `jnp.zeros((), jnp.{})`."
+"""What to do about the state of a policy or a criterion that changes its dtype."""
+
 
 def require_alike(
     tree: PyTree, like: PyTree, what: str, whose: str, hint: str = ""
@@ -38,6 +41,35 @@ def require_alike(
             )
 
 
+def cast_alike(
+    tree: PyTree, like: PyTree, what: str, whose: str, remedy: str, hint: str = ""
+) -> PyTree:
+    """Checks that one tree is like another, and casts it to the dtypes of that one.
+
+    **Arguments:**
+
+    - `tree`, `like`, `what`, `whose`, `hint`: as for `require_alike`.
+    - `remedy`: what to do if a cast would lose something; `{}` stands for the dtype.
+
+    **Raises:**
+
+    - `ValueError`: as `require_alike`.
+    - `TypeError`: if a leaf is of a kind that the other cannot hold, such as a float
+        where the other is an integer.
+    """
+    require_alike(tree, like, what, whose, hint)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for (keys, leaf), other in zip(flat, jax.tree.leaves(like), strict=True):
+        new, old = jnp.asarray(leaf), jnp.asarray(other)
+        if not _can_hold(old, new):
+            at = f" at {dotted(keys)!r}" if keys else ""
+            raise TypeError(
+                f"{what} is {new.dtype}{at}, where {whose} is {old.dtype}, which "
+                f"cannot hold it. {remedy.replace('{}', str(new.dtype))}"
+            )
+    return cast_like(tree, like)
+
+
 def cast_like(new: PyTree, old: PyTree) -> PyTree:
     """Casts every leaf to the dtype of its like: a loop has no place for others."""
     return jax.tree.map(_cast, new, old)
@@ -46,6 +78,30 @@ def cast_like(new: PyTree, old: PyTree) -> PyTree:
 def is_weak(array: Array) -> bool:
     """Whether the dtype of an array bends to what it meets; that of a key does not."""
     return getattr(array, "weak_type", False)
+
+
+# Each holds those before it.
+_KINDS = (
+    jnp.bool_,
+    jnp.unsignedinteger,
+    jnp.signedinteger,
+    jnp.floating,
+    jnp.complexfloating,
+)
+
+
+def _can_hold(old: Array, new: Array) -> bool:
+    """Whether a dtype can take in another, up to its precision."""
+    if new.dtype == old.dtype:
+        return True
+    kinds = [
+        [jnp.issubdtype(array.dtype, kind) for kind in _KINDS] for array in (new, old)
+    ]
+    if not all(map(any, kinds)):
+        return False  # The keys of random numbers.
+    is_count = is_weak(new) and jnp.issubdtype(old.dtype, jnp.unsignedinteger)
+    rank, most = (kind.index(True) for kind in kinds)
+    return rank <= most or (is_count and rank == most + 1)
 
 
 def _cast(new: Any, old: Any) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._alike import cast_like, require_alike
+from ._alike import cast_alike
 from ._hyperparams import carried_over
 from ._model import check_state, checked_model
 from ._nonfinite import NanPolicy
@@ -48,10 +48,13 @@ def replace(
                 "another model, make a new trainer."
             )
         kinds = [0 if kind == "trained" else None for kind in parts.kinds]
-        require_alike(
-            parameters(model, kinds), params, "`model`", "the one that is fitted"
+        params = cast_alike(
+            parameters(model, kinds),
+            params,
+            "`model`",
+            "the one that is fitted",
+            "For {} parameters, make a new trainer.",
         )
-        params = cast_like(parameters(model, kinds), params)
         parts = Parts(model, kinds)
         if trainer.projector is not None:
             latent = trainer.projector.to_latent(params)
@@ -61,8 +64,8 @@ def replace(
         new |= {"best_state": old.state, "best_loss": infinite}
     if state is not None:
         check_state(state)
-        require_alike(state, old.state, "`state`", "the one that the trainer has")
-        new["state"] = cast_like(state, old.state)
+        whose, remedy = "the one that the trainer has", "Make a new trainer for it."
+        new["state"] = cast_alike(state, old.state, "`state`", whose, remedy)
         if model is not None:
             new["best_state"] = new["state"]
     if optimiser is not None:

@@ -61,6 +61,11 @@ class Checkpoints:
             if every <= datetime.timedelta(0):
                 raise ValueError(f"`every` is {every}, but must be a time above zero.")
             self.every = every
+        elif isinstance(every, str):
+            raise TypeError(
+                f"`every` is {every!r}, but must be a number of steps or a time, such "
+                "as `datetime.timedelta(minutes=1)`."
+            )
         else:
             self.every = whole_number(every, "every", least=1)
         self.keep = whole_number(keep, "keep", least=1)

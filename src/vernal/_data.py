@@ -272,4 +272,6 @@ def as_batch(batch: Any, argument: str = "batch") -> Any:
             "`fit`, or take a batch from it."
         )
     flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-    return structure.unflatten([as_datum(leaf, argument, keys) for keys, leaf in flat])
+    return structure.unflatten(
+        [as_datum(leaf, argument, keys, batch) for keys, leaf in flat]
+    )

@@ -6,6 +6,7 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 
 from ._foreign import is_deleted, refuse_foreign, refuse_sparse
@@ -33,13 +34,14 @@ class Flag:
         return repr(self.value)
 
 
-def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
+def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> Any:
     """Turns arrays of other libraries, and floats, into JAX's arrays.
 
     **Arguments:**
 
     - `leaf`: a leaf of a batch.
     - `argument`, `keys`: what an error calls the batch, and where in it the leaf is.
+    - `batch`: the whole batch.
 
     **Returns:**
 
@@ -48,7 +50,7 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     **Raises:**
 
     - `TypeError`: if it is an array of something other than numbers, a loader, or an
-        object that cannot be hashed.
+        object that cannot be hashed; or if it is in a long list of numbers.
     - `ValueError`: if it is an array that has been deleted.
     """
     is_array = isinstance(leaf, jax.Array)
@@ -59,6 +61,8 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     if is_array:
         refuse_foreign(leaf, where)
         return narrowed(leaf, where)
+    if isinstance(leaf, _NUMBERS):
+        _refuse_lists(batch, argument, keys)
     if isinstance(leaf, bool):
         return Flag(leaf)
     if isinstance(leaf, np.str_ | np.bytes_):
@@ -70,6 +74,8 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...]) -> Any:
     if not isinstance(leaf, type) and hasattr(leaf, "__dlpack__"):
         return jnp.array(jnp.from_dlpack(leaf))
     refuse_sparse(leaf, where)
+    if isinstance(leaf, range):
+        raise _list_of_numbers(leaf, where)
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):
         raise TypeError(
@@ -112,3 +118,30 @@ def _copied(leaf: Any, where: str) -> jax.Array:
         )
     # A copy: JAX may otherwise share the memory of an array that is changed later.
     return jnp.array(narrowed(leaf, where))
+
+
+# A list of no more may be meant as a tree.
+_LONG = 8
+_NUMBERS = int | float | complex | np.number | np.bool_
+
+
+def _refuse_lists(batch: Any, argument: str, keys: tuple[Any, ...]) -> None:
+    """Refuses long lists of numbers, each of which JAX would take for an array."""
+    # Each such list has this one leaf.
+    if not (keys and isinstance(keys[-1], jtu.SequenceKey) and keys[-1].idx == _LONG):
+        return
+    for where, node in jtu.tree_flatten_with_path(batch, is_leaf=_is_long_list)[0]:
+        if _is_long_list(node):
+            raise _list_of_numbers(node, spelled(argument, where))
+
+
+def _is_long_list(node: Any) -> bool:
+    is_long = type(node) is list and len(node) > _LONG
+    return is_long and all(isinstance(item, _NUMBERS) for item in node)
+
+
+def _list_of_numbers(leaf: Any, where: str) -> TypeError:
+    return TypeError(
+        f"{where} is a {type(leaf).__name__} of {len(leaf)} numbers, which JAX cannot "
+        "compute with as one. Give an array: `jnp.asarray(...)`."
+    )

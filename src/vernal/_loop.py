@@ -21,7 +21,7 @@ from ._selectors import Selector
 from ._setup import no_optimiser
 from ._step import MOST_STEPS
 from ._stop import StopCriterion, StopReason
-from ._traced import UNROLL, refuse_traced
+from ._traced import UNROLL, refuse_program
 from ._typing import boolean, takes, whole_number
 
 ONE = One()
@@ -63,7 +63,7 @@ def fit(
 
     `kind` tells what is fitted: one trainer, or many at once.
     """
-    refuse_traced("fit", trainer, data, validation, remedy=UNROLL)
+    refuse_program("fit", trainer, data, validation, remedy=UNROLL)
     progress = boolean(progress, "progress")
     run = None
     try:

@@ -12,7 +12,7 @@ from ._modes import Mode
 from ._placement import Placement, placement
 from ._solve import Solver
 from ._stack import require_one_step, stacked
-from ._traced import UNROLL, refuse_traced
+from ._traced import UNROLL, refuse_program
 from ._trainer import Trainer
 from ._typing import refuse_unknown, whole_number
 
@@ -86,7 +86,7 @@ def fit_many(
     - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][], once all are over.
     """
     given = trainers, data, options.get("validation")
-    refuse_traced("fit_many", *given, remedy=UNROLL)
+    refuse_program("fit_many", *given, remedy=UNROLL)
     refuse_unknown(options, OPTIONS, "fit_many")
     together, flags, size = stacked(trainers)
     group = size if batch is None else whole_number(batch, "batch", least=1)

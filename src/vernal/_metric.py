@@ -361,6 +361,10 @@ def whitening(
     return whiten_one(found, as_parameters(trainer.params), rank, "")
 
 
+OF_WHITEN = ("blocks", "batch_size", "jac", "optimiser", "rtol", "rank", "on_null")
+"""The options of `Trainer.whiten`."""
+
+
 def whitened(
     trainer: Any,
     batch: Any,

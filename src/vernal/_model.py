@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import optax
 
 from ._foreign import is_deleted, refuse_foreign, refuse_sparse, require_number
 from ._library import module_of
@@ -27,9 +28,10 @@ def checked_model(model: T) -> T:
     **Raises:**
 
     - `TypeError`: if an array of it means more than its numbers or has no values, or it
-        is a trainer.
+        is a trainer or an optimiser.
     - `ValueError`: if an array of it has been deleted.
     """
+    _refuse_optimiser(model)
     if module_of(type(model)).startswith("vernal") or hasattr(model, "_progress"):
         _refuse_holder(model)
     if any(map(_is_odd, jax.tree.leaves(model))):
@@ -38,6 +40,14 @@ def checked_model(model: T) -> T:
             [_as_array(leaf, spelled("model", keys)) for keys, leaf in flat]
         )
     return narrowed_model(model)
+
+
+def _refuse_optimiser(model: Any) -> None:
+    if isinstance(model, optax.GradientTransformation):
+        raise TypeError(
+            "`model` is an Optax transformation. Were `model` and `optimiser` "
+            "swapped? The model comes first: `Trainer(model, optimiser)`."
+        )
 
 
 def _refuse_holder(model: Any) -> None:

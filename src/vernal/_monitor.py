@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ._alike import cast_like, require_alike
+from ._alike import LIKE_STATE, cast_alike
 from ._data import as_batch
 from ._leaves import to_arrays
 from ._objective import evaluate
@@ -213,5 +213,5 @@ def _asked(
             f"{name} must return a boolean scalar first, but returned {is_over!r}."
         )
     what = f"the state that {name} returned"
-    require_alike(new_state, state, what, "what it was given")
-    return jnp.asarray(is_over), cast_like(new_state, state)
+    new_state = cast_alike(new_state, state, what, "what it was given", LIKE_STATE)
+    return jnp.asarray(is_over), new_state

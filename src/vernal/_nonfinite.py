@@ -92,8 +92,8 @@ class Verdict(NamedTuple):
     - `stop`: whether to end the fit.
     """
 
-    accept: Bool[Array, ""]
-    stop: Bool[Array, ""]
+    accept: bool | Bool[Array, ""]
+    stop: bool | Bool[Array, ""]
 
 
 class NanCount(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._alike import cast_like, require_alike
+from ._alike import cast_alike
 from ._data import as_given
 from ._paths import is_inexact
 from ._typing import PyTree
@@ -56,8 +56,8 @@ def score(
     returned = _call(trainer, "loss", model, batch, key, **options)
     loss, metrics, state = _taken_apart(trainer, returned)
     if options:
-        require_alike(state, trainer.state, "The state that `loss` returns", "`state`")
-        state = cast_like(state, trainer.state)
+        what, remedy = "The state that `loss` returns", "Give `state=` as {}."
+        state = cast_alike(state, trainer.state, what, "`state`", remedy)
     named = {str(k): _as_metric(trainer, k, v) for k, v in metrics.items()}
     return Scored(_as_scalar(trainer, "loss", loss), named, state)
 

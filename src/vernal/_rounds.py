@@ -39,7 +39,7 @@ from ._solve import (
 )
 from ._step import Progress, count_non_finite
 from ._stop import StopReason
-from ._traced import refuse_traced
+from ._traced import refuse_program
 from ._typing import boolean
 from ._whitening import Unchanged
 
@@ -65,7 +65,7 @@ def solve(
     mesh: Mesh | None,
 ) -> FitResult[Any, Any]:
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
-    refuse_traced("solve", trainer, batch, remedy=_IN_A_PROGRAM)
+    refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     rewhiten = boolean(rewhiten, "rewhiten")
     place, there = placement(trainer, mesh), trainer
     with meeting("solve", place) as agree, context(place):

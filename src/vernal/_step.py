@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._alike import cast_like, require_alike
+from ._alike import LIKE_STATE, cast_alike, cast_like, require_alike
 from ._constrain import clip_of, coupled, project
 from ._modes import in_reverse
 from ._nonfinite import Verdict, all_finite, is_finite
@@ -27,6 +27,7 @@ from ._typing import PyTree
 MOST_STEPS = 2**31 - 1
 
 _INPUT = "what it was given"
+_LIKE_INPUT = "Return gradients of the dtypes that it is given."
 _MOVED = ("the parameters", " A learning rate must be one number.")
 
 
@@ -195,7 +196,7 @@ def advance(
             shown = jnp.where(sound, jnp.zeros_like(loss), jnp.nan)
             blank = jax.tree.map(lambda g: jnp.where(sound, 0, g), grads)
             _, again, state = _judged(policy, shown, blank, old.policy_state)
-            return jnp.asarray(again.stop), cast_like(state, policy_state)
+            return jnp.asarray(again.stop), state
 
         stop, state = lax.cond(
             sound, lambda: (jnp.asarray(verdict.stop), policy_state), judge_again
@@ -209,7 +210,7 @@ def advance(
         params=moved.params,
         latent=moved.latent,
         opt_state=moved.opt_state,
-        policy_state=cast_like(policy_state, old.policy_state),
+        policy_state=policy_state,
         state=moved.state,
         best=best.params,
         best_state=best.state,
@@ -241,9 +242,11 @@ def _judged(
                 f"{name} returned a Verdict whose `{field}` has shape "
                 f"{jnp.shape(value)}, but it must be a scalar, for the whole step."
             )
-    require_alike(heeded, grads, f"the gradients that {name} returned", _INPUT)
-    require_alike(new_state, state, f"the state that {name} returned", _INPUT)
-    return cast_like(heeded, grads), verdict, new_state
+    what = f"the gradients that {name} returned"
+    heeded = cast_alike(heeded, grads, what, _INPUT, _LIKE_INPUT)
+    what = f"the state that {name} returned"
+    new_state = cast_alike(new_state, state, what, _INPUT, LIKE_STATE)
+    return heeded, verdict, new_state
 
 
 def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
@@ -284,8 +287,8 @@ def _move(
     projector = trainer.projector
     if trainer._overrides("transform_grads"):
         changed = trainer.transform_grads(grads, trainer.model)
-        require_alike(changed, grads, "what `transform_grads` returns", _INPUT)
-        grads = cast_like(changed, grads)
+        what = "what `transform_grads` returns"
+        grads = cast_alike(changed, grads, what, _INPUT, _LIKE_INPUT)
     is_constrained = trainer._overrides("constrain")
     clip = clip_of(trainer, _INPUT) if is_constrained else None
     metric = None if clip is None else coupled(trainer, clip)

@@ -108,7 +108,9 @@ class StopCriterion(Portable, eqx.Module):
         """
 
     @abc.abstractmethod
-    def apply(self, view: StepView, state: Any) -> tuple[Bool[Array, ""], PyTree]:
+    def apply(
+        self, view: StepView, state: Any
+    ) -> tuple[bool | Bool[Array, ""], PyTree]:
         """Looks at one step.
 
         **Arguments:**

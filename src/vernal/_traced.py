@@ -31,3 +31,18 @@ def refuse_traced(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
             f"`{name}` runs on the host, and cannot be a part of a compiled program or "
             f"be differentiated: it was given tracers. {remedy}"
         )
+
+
+def refuse_program(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
+    """Refuses, as `refuse_traced`, what runs programs of its own.
+
+    Those are traced too where JAX traces a function, whatever they are given.
+    """
+    refuse_traced(name, *trees, remedy=remedy)
+    # Under such a trace each operation has a tracer for a result.
+    if isinstance(jax.device_put(0.0), Tracer):
+        raise TypeError(
+            f"`{name}` runs on the host, and was called in a function that JAX traces, "
+            "such as the loss of another trainer. Call it before, and use its result "
+            f"there. {remedy}"
+        )

@@ -23,7 +23,7 @@ from ._frames import entrance
 from ._history import History
 from ._loop import fit
 from ._meeting import meeting
-from ._metric import Blocks, curvature, fisher, whitened
+from ._metric import OF_WHITEN, Blocks, curvature, fisher, whitened
 from ._model import checked_model
 from ._modes import Mode
 from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFit
@@ -54,7 +54,7 @@ from ._step import Progress, initial_progress
 from ._stop import StopCriterion
 from ._traced import refuse_traced
 from ._transform import as_transform
-from ._typing import PyTree
+from ._typing import PyTree, refuse_unknown
 from ._uncertainty import objective, standard_errors, table
 from ._x64 import narrowed_tree, precision_of, require_precision
 
@@ -666,6 +666,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         - `ValueError`: if the derivatives are not finite, or a Hessian has a negative
             eigenvalue; under `jax.jit`, an error when the program runs.
         """
+        refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)
         projector = whitened(self, batch, blocks, batch_size, jac, **options)
         return self.reproject(projector, optimiser)

@@ -132,8 +132,8 @@ def _not_a_transformation(tx: Any, where: str) -> str:
     elif hasattr(tx, "gradient_transformation"):
         what = f"a `{type(tx).__name__}`"
         remedy = "Did you mean its `.gradient_transformation()`?"
-    elif callable(tx):
-        name = getattr(tx, "__name__", type(tx).__name__)
+    elif callable(tx) and hasattr(tx, "__name__"):
+        name = tx.__name__
         what = f"the function `{name}`"
         remedy = (
             f"Did you mean `{name}(1e-3)`, or, if it is a schedule, "

@@ -18,7 +18,7 @@ from ._programs import Version, version_of
 from ._projector import EigenProjector
 from ._ravel import as_parameters, element_name, ravel, unravel
 from ._table import aligned
-from ._traced import refuse_traced
+from ._traced import refuse_program
 from ._typing import Params, PyTree
 from ._x64 import spacing
 
@@ -65,7 +65,7 @@ def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
 
 def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
     """The values of all parameters, with their errors if there are data."""
-    refuse_traced("table", trainer, batch)
+    refuse_program("table", trainer, batch)
     errors = {}
     if batch is not None:
         found = standard_errors(trainer, batch, jac)

@@ -111,6 +111,24 @@ class Halve(vn.NanPolicy):
         return grads, vn.Verdict(accept=is_finite, stop=state < 1e-3), state
 
 
+class Always(vn.NanPolicy):
+    def init(self, params: Any) -> None:
+        return None
+
+    def apply(
+        self, loss: Array, grads: Any, state: None
+    ) -> tuple[Any, vn.Verdict, None]:
+        return grads, vn.Verdict(True, False), state
+
+
+class Never(vn.StopCriterion):
+    def init(self, params: Any) -> None:
+        return None
+
+    def apply(self, view: vn.StepView, state: None) -> tuple[bool, None]:
+        return False, state
+
+
 class Flat(vn.StopCriterion):
     norm: float
 
