@@ -1,5 +1,7 @@
 """Which numbers of a model are parameters, and how the others are seen."""
 
+import enum
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,14 @@ COMPLEX = {
     "np.complex64": np.complex64(1.5),
     "complex array": jnp.asarray(1.5 + 0j),
 }
+
+
+class Flavour(enum.IntEnum):
+    """A choice, rather than a number."""
+
+    ONE = 1
+
+
 # What is listed of each, and what it says of it.
 UNFITTED = {
     "Python float": (1.5, "frozen (a Python float)"),
@@ -32,19 +42,29 @@ UNFITTED = {
     "int32": (jnp.asarray(3, jnp.int32), "not fitted (int32)"),
     "int64, one element": (jnp.asarray([3], jnp.int64), "not fitted (int64)"),
     "uint8 of NumPy": (np.asarray(3, np.uint8), "not fitted (uint8)"),
+    "many integers": (jnp.arange(3, dtype=jnp.int32), "not fitted (int32)"),
+    "sixteen, unsigned": (np.ones((4, 4), np.uint8), "not fitted (uint8)"),
+    "uint32": (jnp.ones(3, jnp.uint32), "not fitted (uint32)"),
+    "Python int": (3, "not fitted (a Python int)"),
+    "a long Python int": (-(10**15), "not fitted (a Python int)"),
     "np.int64": (np.int64(3), "not fitted (int64)"),
     "frozen array": (jnp.ones(2), "frozen"),
     "np.float32": (np.float32(1.5), "frozen"),
     "np.longdouble": (np.longdouble(1.5), f"not fitted ({np.dtype(np.longdouble)})"),
 }
 UNLISTED = {
-    "Python int": 3,
+    "integer of more bits": 10**400,
     "bool": True,
+    "booleans": jnp.ones(3, bool),
+    "enumeration": Flavour.ONE,
     "np.bool_": np.bool_(True),
     "string": "text",
     "function": jnp.sin,
     "key": jax.random.key(0),
-    "many integers": jnp.arange(3),
+    "key of old": jax.random.PRNGKey(0),
+    "keys of old": jax.random.split(jax.random.PRNGKey(0), 3),
+    "labels": jnp.arange(17),
+    "no integers": jnp.zeros(0, int),
     "nothing": None,
 }
 

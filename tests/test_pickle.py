@@ -19,7 +19,7 @@ from equinox._module._module import _currently_initialising
 
 import vernal as vn
 from models import line, line_batch, zoo
-from vernal._code import _digest
+from vernal._code import digest_of
 
 HERE = Path(__file__).parent
 
@@ -432,7 +432,7 @@ def test_other_versions_are_told():
     with pytest.raises(pickle.UnpicklingError, match=r"mada.*is not there.*version"):
         pickle.loads(other)
     # As if its code had been changed.
-    digest = _digest(optax.scale_by_adam().update.__code__)
+    digest = digest_of(optax.scale_by_adam().update.__code__)
     assert digest in pickled
     other = pickled.replace(digest, bytes(len(digest)))
     with pytest.raises(pickle.UnpicklingError, match=r"adam.*has other code.*version"):

@@ -22,7 +22,8 @@ class Checkpoints:
     is left of its steps: to the same bits as if nothing had happened. Parameters,
     moments, counts, the best, the projector and the history come from the directory;
     what is configuration (the model, rates, policies, the key, the data) comes from the
-    program. A directory is for one fit.
+    program. A directory is for one fit: a checkpoint holds checksums of the data and of
+    the methods of the class, and others are warned of.
 
     Needs `pip install vernal[checkpoint]`, which is
     [Orbax](https://orbax.readthedocs.io).

@@ -68,7 +68,7 @@ def by_code(
     for _ in range(2 if is_module else 0):
         if any(known == code for known in _codes_in(module)):
             names = {name: metadata[name] for name in _NAMES}
-            return Stand(_coded, module, code.co_qualname, _digest(code), names)
+            return Stand(_coded, module, code.co_qualname, digest_of(code), names)
         # It may have been imported again since.
         _codes_in.cache_clear()
     # Cloudpickle takes this by value, and `_renamed` restores the name. Pickle refuses
@@ -113,7 +113,7 @@ def _coded(
     scope = vars(importlib.import_module(module))
     found = [code for code in _codes_in(module) if code.co_qualname == name]
     for code in found:
-        if _digest(code) == digest:
+        if digest_of(code) == digest:
             return bare(code, scope, names)
     what = "has other code" if found else "is not there"
     raise pickle.UnpicklingError(
@@ -148,7 +148,7 @@ def _within(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _digest(code: types.CodeType) -> bytes:
+def digest_of(code: types.CodeType) -> bytes:
     """Hashes what code does, without its place in the file."""
     parts = (
         code.co_code,
@@ -167,7 +167,7 @@ def _digest(code: types.CodeType) -> bytes:
 def _constant(value: Any) -> Any:
     match value:
         case types.CodeType():
-            return _digest(value)
+            return digest_of(value)
         case tuple():
             return [_constant(item) for item in value]
         case frozenset():

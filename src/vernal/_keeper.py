@@ -22,6 +22,7 @@ from ._frames import warn
 from ._history import History
 from ._leaves import MismatchError, NamedArray, from_arrays, to_arrays
 from ._log import HistoryLog
+from ._origin import differences
 from ._packing import layout, leaves, pack, sealed, unpack, unsealed
 from ._peers import Peers
 from ._snapshot import begun, kinds, require_restorable, restore, snapshot
@@ -53,12 +54,19 @@ class _Found(NamedTuple):
 class Keeper:
     """Writes a fit's state to a directory that no other fit writes to."""
 
-    def __init__(self, checkpoints: Checkpoints, stop: str, peers: Peers):
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        stop: str,
+        made_of: Mapping[str, Any],
+        peers: Peers,
+    ):
         """**Arguments:**
 
         - `checkpoints`: what the user wants.
         - `stop`: what tells the criterion of the fit from another one, with which
             nothing of what it remembers is restored.
+        - `made_of`: the class and the data, as `origin` describes them.
         - `peers`: the processes of the fit. All write their part of a checkpoint; what
             is one file is written by the first alone.
         """
@@ -69,6 +77,7 @@ class Keeper:
             )
         self.folder, self._every = checkpoints.directory, checkpoints.every
         self._keep, self._stop, self._peers = checkpoints.keep, stop, peers
+        self._made_of = made_of
         self._last_step, self._last = -1, None
         self._last_time = time.monotonic()
         self.asked_to_end = False
@@ -164,6 +173,7 @@ class Keeper:
                 f"The history in {self.folder} is damaged: {found.lost} are lost. The "
                 f"state of step {found.step} is whole; going on from it without them."
             )
+        self._warn_of_another(found.meta)
         if found.meta["format"] == 1:
             # The next checkpoint writes all of it, as it is written now.
             self._log.forget()
@@ -175,6 +185,16 @@ class Keeper:
         if is_same and kinds(fits) == kinds(to_arrays(watched)):
             watched = from_arrays(fits, watched, self._source)
         return restore(own, trainer, self._source), watched, found.history
+
+    def _warn_of_another(self, meta: Mapping[str, Any]) -> None:
+        # Checkpoints of earlier versions do not say.
+        old = meta.get("made_of") if self._peers.is_first else None
+        if odd := list(differences(old, self._made_of)) if old else []:
+            warn(
+                f"{self._source} was written by a fit {' and '.join(odd)}. The fit "
+                "takes up its state and its history, with what this program gives. If "
+                "that is not on purpose, give each fit a directory of its own."
+            )
 
     def _find(self, trainer: Any, watched: PyTree) -> _Found | None:
         """Returns the newest checkpoint that is whole, and puts later ones aside.
@@ -310,7 +330,8 @@ class Keeper:
         description, state = pack(arrays)
         add = lambda: self._log.append(history)
         extents, _ = self._peers.together(add, lambda _: None, "a checkpoint")
-        meta = sealed({"log": extents, "stop": self._stop} | description)
+        fit = {"log": extents, "stop": self._stop, "made_of": self._made_of}
+        meta = sealed(fit | description)
         ocp = self._ocp
         self._manager.save(
             step,

@@ -15,6 +15,7 @@ from ._frames import warn
 from ._history import History
 from ._keeper import Keeper
 from ._one import One
+from ._origin import origin
 from ._peers import Peers, Wish, described
 from ._running import Callback, Running
 from ._selectors import Selector
@@ -88,7 +89,8 @@ def fit(
             keeper = None
             if checkpoint is not None:
                 checkpoint = _checked(checkpoint, source)
-                keeper = Keeper(checkpoint, monitor.fingerprint, peers)
+                made_of = origin(trainer, source)
+                keeper = Keeper(checkpoint, monitor.fingerprint, made_of, peers)
                 stack.enter_context(keeper)
             is_seen = keeper is not None or callback is not None
             options = record, every, keeper, is_seen

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._alike import cast_alike
 from ._data import as_given
+from ._outer import warn_of_outer
 from ._paths import is_inexact
 from ._typing import PyTree
 
@@ -147,6 +148,7 @@ def residuals_as_returned(
             f"{residuals.shape}, which has no residual in it. The batch is empty, and "
             "any model would fit it."
         )
+    warn_of_outer(trainer, residuals, batch)
     return residuals
 
 

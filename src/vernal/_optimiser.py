@@ -344,7 +344,7 @@ class ParamOptimiser(AbstractTransform):
         """Tabulates each parameter of a model: shape, dtype, rule, transformation.
 
         What looks like a parameter and is not fitted is listed too: Python floats
-        without a rule of their own, integer arrays of one element.
+        without a rule of their own, Python ints, integer arrays of few elements.
         """
         selectors = (*self.selectors.decode(), "default")
         rules = (*self.transforms, self.default)
@@ -357,9 +357,9 @@ class ParamOptimiser(AbstractTransform):
                 rule, name = _named(selectors[owner]), _describe(rules[owner])
             if rule:
                 shape = "×".join(map(str, jnp.shape(leaf.value))) or "scalar"
-                dtype = getattr(leaf.value, "dtype", None) or jnp.result_type(
-                    leaf.value
-                )
+                dtype = getattr(leaf.value, "dtype", None)
+                # By its type: an integer may need more bits than there are.
+                dtype = dtype or jnp.result_type(type(leaf.value))
                 rows.append((leaf.path, shape, str(dtype), rule, name))
         return aligned(rows)
 

@@ -1,6 +1,7 @@
 """Parameters by name: the dotted path of every leaf."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,10 +40,23 @@ class Leaf(NamedTuple):
             return "frozen"
         if isinstance(self.value, float | complex):
             return f"frozen (a Python {type(self.value).__name__})"
-        dtype = getattr(self.value, "dtype", None)
-        # A lone integer among parameters is often a float whose dot was forgotten.
-        is_number = dtype is not None and jnp.issubdtype(dtype, jnp.number)
-        return f"not fitted ({dtype})" if is_number and np.size(self.value) == 1 else ""
+        # An integer among parameters is often a float whose dot was forgotten. Not a
+        # boolean, a member of an enumeration, or what no float could be.
+        if type(self.value) is int:
+            return "not fitted (a Python int)" if abs(self.value) < 2**63 else ""
+        return f"not fitted ({self.value.dtype})" if _is_few(self.value) else ""
+
+
+# Of more integers than these an array is taken for indices, or labels.
+_MOST_INTEGERS = 16
+
+
+def _is_few(leaf: Any) -> bool:
+    """Whether a leaf is an array of few numbers, which are not those of a PRNG key."""
+    dtype, shape = getattr(leaf, "dtype", None), np.shape(leaf)
+    is_number = dtype is not None and jnp.issubdtype(dtype, jnp.number)
+    is_key = is_number and dtype == np.uint32 and shape[-1:] in [(2,), (4,)]
+    return is_number and not is_key and 0 < math.prod(shape) <= _MOST_INTEGERS
 
 
 def _segment(key: Any) -> str:

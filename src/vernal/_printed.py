@@ -69,7 +69,9 @@ def _trained_by(trainer: Any) -> dict[str, str]:
 
 def _value(leaf: Any) -> str:
     """Writes one number out, and of an array the dtype and the shape."""
-    if isinstance(leaf, float | int | complex):
+    if isinstance(leaf, int):
+        return str(leaf)
+    if isinstance(leaf, float | complex):
         return f"{leaf:.6g}"
     kind = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     if np.size(leaf) != 1 or isinstance(leaf, jax.core.Tracer):

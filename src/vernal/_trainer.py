@@ -709,7 +709,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         A table of each parameter's path, its value, and its standard error or that it
         is frozen or unconstrained. An error smaller than the distance of the value to
         the next one in its dtype is marked. What looks like a parameter and is not
-        fitted is listed: Python floats, integer arrays of one element.
+        fitted is listed: Python floats and ints, integer arrays of few elements.
         """
         if batch is not None:
             require_precision(self)
@@ -856,7 +856,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         """A table of the parameters, and what happens to each.
 
         What looks like a parameter and is not fitted is listed: Python floats, which
-        are frozen unless named, and integer arrays of one element.
+        are frozen unless named, Python ints, and integer arrays of few elements.
         """
         return printed(self)
 

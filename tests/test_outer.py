@@ -1,0 +1,128 @@
+"""Residuals that are broadcast to more than there are data."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import vernal as vn
+
+N = 5
+ONES = jnp.ones(N)
+COLUMN, ROW = ONES[:, None], ONES[None, :]
+SIMPLE = lambda model, batch: model["a"] * batch["x"] - batch["y"]
+WIDE = lambda model, batch: model["a"] * batch["x"].sum(-1) - batch["y"]
+
+# The residuals, the batch, and what is named.
+OUTER = {
+    "column beside a vector": (SIMPLE, {"x": ONES, "y": COLUMN}, ("'y'", "'x'")),
+    "vector beside a column": (SIMPLE, {"x": COLUMN, "y": ONES}, ("'x'", "'y'")),
+    "row beside a column": (SIMPLE, {"x": ROW, "y": COLUMN}, ("'x'", "'y'")),
+    "in three axes": (SIMPLE, {"x": ONES, "y": COLUMN[None]}, ("'y'", "'x'")),
+    "column of uncertainties": (
+        lambda model, batch: (model["a"] * batch["x"] - batch["y"]) / batch["s"],
+        {"x": ONES, "y": ONES, "s": COLUMN},
+        ("'s'", "'x'"),
+    ),
+    "features beside a column": (
+        WIDE,
+        {"x": jnp.ones((N, 3)), "y": COLUMN},
+        ("'y'", "'x'"),
+    ),
+    "many features": (WIDE, {"x": jnp.ones((N, 99)), "y": COLUMN}, ("'y'", "'x'")),
+    "column of a network": (
+        lambda model, batch: model["a"] * batch["x"][:, :1] - batch["y"],
+        {"x": jnp.ones((N, 3)), "y": ONES},
+        ("'y'", "'x'"),
+    ),
+    "x in the model": (
+        lambda model, batch: model["a"] * ONES - batch["y"],
+        {"y": COLUMN},
+        ("'y'",),
+    ),
+    "complex": (SIMPLE, {"x": ONES, "y": COLUMN * 1j}, ("'y'", "'x'")),
+    "tuples": (
+        lambda model, batch: model["a"] * batch[0] - batch[1],
+        (ONES, COLUMN),
+        ("`batch[1]`", "`batch[0]`"),
+    ),
+}
+INNER = {
+    "vectors": (SIMPLE, {"x": ONES, "y": ONES}),
+    "columns": (SIMPLE, {"x": COLUMN, "y": COLUMN}),
+    "one datum": (SIMPLE, {"x": ONES[:1], "y": COLUMN[:1]}),
+    "a grid": (
+        lambda model, batch: model["a"] * batch["x"] * batch["y"] - batch["z"],
+        {"x": ONES, "y": COLUMN, "z": jnp.ones((N, N))},
+    ),
+    "a flat image": (
+        lambda model, batch: SIMPLE(model, batch) - batch["z"].reshape(N, N),
+        {"x": ONES, "y": COLUMN, "z": jnp.ones(N * N)},
+    ),
+    "a square image": (SIMPLE, {"x": jnp.ones((N, N)), "y": jnp.ones((1, N, N))}),
+    "an image for each": (SIMPLE, {"x": jnp.ones((3, N, N)), "y": jnp.ones(N)}),
+    "a grid that is not square": (SIMPLE, {"x": ONES, "y": COLUMN[:3]}),
+    "image of the trainer": (
+        lambda model, batch: model["a"] * batch - jnp.ones((N, N)),
+        ONES,
+    ),
+    "on purpose": (
+        lambda model, batch: SIMPLE(model, batch).ravel(),
+        {"x": ONES, "y": COLUMN},
+    ),
+    "numbers and words": (
+        lambda model, batch: SIMPLE(model, batch),
+        {"x": ONES, "y": 1.0, "n": 3, "name": "text", "none": None},
+    ),
+}
+
+
+def trainer_of(residuals):
+    class Fit(vn.Trainer):
+        def residuals(self, model, batch):
+            return residuals(model, batch)
+
+    return Fit({"a": jnp.asarray(2.0), "none": None}, optax.sgd(1e-3))
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_outer_residuals_are_warned_of_once(name):
+    residuals, batch, named = OUTER[name]
+    trainer = trainer_of(residuals)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer, _ = trainer.step(batch)
+        trainer.step(batch)
+    (warning,) = caught
+    assert warning.filename == __file__
+    text = str(warning.message)
+    assert all(part in text for part in ("`Fit.residuals`", "`y[:, 0]`", *named))
+    assert f"{N}, {N})" in text
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_other_residuals_are_not(name):
+    residuals, batch = INNER[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer_of(residuals).step(batch)
+
+
+ENTRANCES = {
+    "fit": lambda trainer, batch: trainer.fit(batch, 1, progress=False),
+    "minibatches": lambda trainer, batch: trainer.fit(
+        vn.Minibatches(batch, 3, key=jax.random.key(0)), 1, progress=False
+    ),
+    "standard errors": lambda trainer, batch: trainer.standard_errors(batch),
+    "many": lambda trainer, batch: vn.fit_many(
+        [trainer, trainer], batch, 1, progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_each_entrance_warns(name):
+    with pytest.warns(UserWarning, match=r"`Fit\.residuals` returned an array of"):
+        ENTRANCES[name](trainer_of(SIMPLE), {"x": ONES, "y": COLUMN})
