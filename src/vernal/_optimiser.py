@@ -41,7 +41,7 @@ class ParamOptimiserState(eqx.Module):
 
     first: Any
     groups: tuple[Any, ...]
-    # Tuples of strings, shapes and integers; `_Learned` in what Optax makes to map over.
+    # Tuples; `_Learned` in what Optax makes to map over.
     paths: Any = eqx.field(static=True)
     shapes: Any = eqx.field(static=True)
     owners: Any = eqx.field(static=True)
