@@ -252,9 +252,11 @@ def _data(leaf: Any) -> Any:
 
 def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
     """Makes of an array the kind of leaf that `like` is."""
-    array = np.asarray(array)
     if is_key(like):
         return _as_key(path, array, like, source)
+    if isinstance(array, jax.Array) and isinstance(like, jax.Array):
+        return array  # It may be spread over processes.
+    array = np.asarray(array)
     if isinstance(like, jax.ShapeDtypeStruct):
         return jax.device_put(array, like.sharding)
     if isinstance(like, jax.Array):
@@ -276,14 +278,15 @@ def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
         ) from error
 
 
-def _as_key(path: str, data: np.ndarray, like: Any, source: str) -> Any:
+def _as_key(path: str, data: np.ndarray | jax.Array, like: Any, source: str) -> Any:
     one = like if isinstance(like, jax.Array) else jnp.empty((), like.dtype)
     if data.shape[-1:] != jax.random.key_data(one).shape[-1:]:
         raise MismatchError(
             f"{source} holds {path!r} as a key of {data.shape[-1]} words, which no "
             f"{like.dtype} has."
         )
-    return jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(one))
+    data = data if isinstance(data, jax.Array) else jax.device_put(data)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(one))
 
 
 def is_part(leaf: Any) -> bool:
