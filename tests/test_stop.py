@@ -205,6 +205,7 @@ def test_steps_that_are_not_taken_are_no_convergence():
     assert result.stop_reason is vn.StopReason.CONVERGED
 
 
+@pytest.mark.filterwarnings("ignore:`validation`. no score was finite")
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(0, 9) | st.just(np.nan), min_size=1, max_size=20),
@@ -369,7 +370,7 @@ class Forgetful(vn.StopCriterion):
         (
             {"validation": (vn.Minibatches(BATCH, 2, key=jax.random.key(0)), 3)},
             TypeError,
-            "`validation` is one batch, not a Minibatches",
+            "`validation` must be one batch, not a Minibatches",
         ),
         ({"validation": (["a", object()], 1)}, TypeError, "."),
         ({"stop": Forgetful(True)}, TypeError, "must return `.whether to stop"),

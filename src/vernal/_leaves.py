@@ -252,10 +252,12 @@ def _data(leaf: Any) -> Any:
 
 def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
     """Makes of an array the kind of leaf that `like` is."""
+    is_placed = isinstance(array, jax.Array)  # It may be spread over processes.
+    array = array if is_placed else np.asarray(array)
     if is_key(like):
         return _as_key(path, array, like, source)
-    if isinstance(array, jax.Array) and isinstance(like, jax.Array):
-        return array  # It may be spread over processes.
+    if is_placed and isinstance(like, jax.Array):
+        return array
     array = np.asarray(array)
     if isinstance(like, jax.ShapeDtypeStruct):
         return jax.device_put(array, like.sharding)
@@ -285,8 +287,8 @@ def _as_key(path: str, data: np.ndarray | jax.Array, like: Any, source: str) -> 
             f"{source} holds {path!r} as a key of {data.shape[-1]} words, which no "
             f"{like.dtype} has."
         )
-    data = data if isinstance(data, jax.Array) else jax.device_put(data)
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(one))
+    placed = data if isinstance(data, jax.Array) else jax.device_put(data)
+    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(one))
 
 
 def is_part(leaf: Any) -> bool:
