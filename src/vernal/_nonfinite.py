@@ -4,7 +4,7 @@ import abc
 import functools as ft
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, NamedTuple, SupportsIndex, TypeVar, final
 
 import equinox as eqx
 import jax
@@ -312,7 +312,7 @@ class StopAfter(NanPolicy):
 
     patience: int = eqx.field(static=True)
 
-    def __init__(self, patience: int):
+    def __init__(self, patience: SupportsIndex):
         """**Arguments:**
 
         - `patience`: how many bad steps in a row are one too many, at least 1.
