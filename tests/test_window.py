@@ -89,6 +89,7 @@ def test_rates_inside_are_leaves():
     assert other.closure.skeleton != a.closure.skeleton
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("start", "stop"), [(-1, None), (1.5, None), (0, -1), (0, 2.5), ("1", None)]
 )
@@ -103,6 +104,7 @@ def test_backwards(start, stop):
         vn.window(optax.sgd(0.1), start, stop)
 
 
+@pytest.mark.own_words
 def test_not_a_transformation():
     with pytest.raises(TypeError, match=r"optax.sgd\(0.1\)"):
         vn.window(0.1)
