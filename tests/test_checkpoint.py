@@ -472,6 +472,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(name, tmp_path):
     options, error, match = MISTAKES[name]
@@ -493,6 +494,7 @@ NOWHERE = {
 }
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize("name", NOWHERE)
 def test_what_names_no_directory(name):
     directory, error, match = NOWHERE[name]
@@ -509,6 +511,7 @@ def test_names_of_directories(tmp_path, monkeypatch):
     assert vn.Checkpoints("c:/runs").directory.name == "runs"
 
 
+@pytest.mark.own_words
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(TypeError, match=r"must be `vn\.Checkpoints"):
         trainer().fit(BATCH, 3, checkpoint=str(tmp_path))
