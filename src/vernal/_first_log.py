@@ -13,7 +13,7 @@ from ._history import RECORDS, History
 
 
 def read_first_format(
-    folder: Path, extents: Sequence[tuple[int, int]]
+    folder: Path, extents: Sequence[Sequence[int]]
 ) -> tuple[History, str]:
     """Reads the history of a checkpoint, and says whether it is lost: `""` if not.
 
