@@ -1,15 +1,9 @@
-"""A fit that is to be killed, in processes that are forked from this program.
-
-For each line `directory result pause` of its input it says the number of a new process,
-what that one says, and `ended` with its exit code. What all of them import is imported
-once; nothing of JAX runs before the fork, and so there are no threads yet.
-"""
+"""A fit that is to be killed: `python long_fit.py directory result pause`."""
 
 import datetime
 import os
 import sys
 import time
-import warnings
 
 import jax
 
@@ -78,15 +72,4 @@ def run(directory, output, pause):
 
 
 if __name__ == "__main__":
-    import orbax.checkpoint  # noqa: F401
-
-    # What JAX has running by then is for the compiler, of which nothing is used yet.
-    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            run(*line.split())
-            os._exit(0)
-        print(f"began {child}", flush=True)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(f"ended {code}", flush=True)
+    run(*sys.argv[1:])

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import errno
-import os
 import random
 import resource
 import signal
@@ -43,53 +42,41 @@ def alike(result, expected):
 
 
 class Process:
-    """A long fit in a process of its own, forked from one that has imported all."""
+    """A long fit in a process of its own."""
 
-    def __init__(self, server, folder, pause=PAUSE):
-        self._server = server
-        print(folder / "steps", folder / "result", pause, file=server.stdin, flush=True)
-        # The new process may say something before the server does.
-        self._said = []
-        self.number = int(self._heard("began"))
-
-    def _heard(self, word):
-        while not (line := self._server.stdout.readline()).startswith(word):
-            assert line, "the server has ended"
-            self._said.append(int(line))
-        return line.split()[1]
+    def __init__(self, folder, pause=PAUSE):
+        arguments = [str(folder / "steps"), str(folder / "result"), str(pause)]
+        self.run = subprocess.Popen(
+            [sys.executable, long_fit.__file__, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def first_step(self):
-        return self._said[0] if self._said else int(self._server.stdout.readline())
+        return int(self.run.stdout.readline())
 
     def end(self, number=0):
-        os.kill(self.number, number)
-        return int(self._heard("ended"))
+        self.run.send_signal(number)
+        self.run.stdout.read()
+        code = self.run.wait(120)
+        self.run.stdout.close()
+        return code
 
 
-@pytest.fixture(scope="module")
-def server():
-    script = [sys.executable, long_fit.__file__]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(script, text=True, **pipes) as process:
-        yield process
-        process.stdin.close()
-        process.wait(60)
-
-
-def test_killed_twenty_times(server, tmp_path):
-    """In the middle of anything: restoring, compiling, stepping, writing."""
+def test_killed_twenty_times(tmp_path):
+    """In the middle of anything: importing, restoring, stepping, writing."""
     rng, stepped = random.Random(0), 0
     for kill in range(20):
-        process = Process(server, tmp_path)
+        process = Process(tmp_path)
         if kill % 5 == 4:
-            time.sleep(rng.uniform(0.0, 1.5))
+            time.sleep(rng.uniform(0.5, 2.5))
         else:
             process.first_step()
             stepped += 1
             time.sleep(rng.uniform(0.0, 0.4))
         assert process.end(signal.SIGKILL) == -signal.SIGKILL
     assert stepped == 16, "it was done too soon"
-    assert Process(server, tmp_path, pause=0).end() == 0
+    assert Process(tmp_path, pause=0).end() == 0
     expected = long_fit.fit()
     result = vn.load(tmp_path / "result", expected)
     assert same(result, expected)
@@ -97,14 +84,14 @@ def test_killed_twenty_times(server, tmp_path):
     assert expected.trainer.nan_report()["offset"].total == 12
 
 
-def test_told_to_end(server, tmp_path):
+def test_told_to_end(tmp_path):
     """What a cluster does before it takes a machine away."""
-    process = Process(server, tmp_path)
+    process = Process(tmp_path)
     process.first_step()
     time.sleep(0.3)
     assert process.end(signal.SIGTERM) == -signal.SIGTERM
     assert not (tmp_path / "result").exists()
-    again = Process(server, tmp_path)
+    again = Process(tmp_path)
     first = again.first_step()
     assert again.end(signal.SIGTERM) == -signal.SIGTERM
     assert first > 5
