@@ -8,8 +8,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from ._file import plain
-from ._history import RECORDS, History
+from ._history import History, from_columns
+from ._log import fields_of
 
 
 def read_first_format(
@@ -31,21 +31,13 @@ def read_first_format(
         _columns(folder / name, *extent)
         for name, extent in zip(("history", "validation"), extents, strict=True)
     )
-    records = {
-        name.removeprefix(RECORDS): rows
-        for name, rows in recorded.items()
-        if name.startswith(RECORDS)
-    }
-    history = History(recorded["steps"], recorded["loss"], records, **scored)
+    history = from_columns(recorded | scored)
     return history, " and ".join(filter(None, (lost, lost_scores)))
 
 
 def _columns(path: Path, rows: int, checksum: int) -> tuple[dict[str, np.ndarray], str]:
     described = json.loads(path.with_suffix(".json").read_text())
-    empty = lambda dtype: plain(np.empty(0, jnp.dtype(dtype))).dtype
-    row = np.dtype(
-        [(name, empty(kind), tuple(shape)) for name, kind, shape in described]
-    )
+    row = np.dtype(fields_of(described))
     data = path.with_suffix(".bin").read_bytes()[: rows * row.itemsize]
     lost = ""
     if zlib.crc32(data) != checksum:

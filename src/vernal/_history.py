@@ -59,10 +59,10 @@ class History(Portable, eqx.Module):
         validation_steps: np.ndarray | None = None,
     ):
         """**Arguments:** see the attributes."""
-        given = {"steps": steps, "loss": loss}
-        given |= {"validation": validation, "validation_steps": validation_steps}
-        for name, column in given.items():
-            if column is not None or name in ("steps", "loss"):
+        _check_column(steps, "steps")
+        scored = {"validation": validation, "validation_steps": validation_steps}
+        for name, column in scored.items():
+            if column is not None:
                 _check_column(column, name)
         if not isinstance(records, Mapping | None):
             raise TypeError(f"`records` is {records!r}, but must map names to arrays.")
@@ -119,9 +119,7 @@ class History(Portable, eqx.Module):
         - `OSError`: if the file cannot be written; one that was there is as it was.
         """
         file_path(path, "path")
-        columns = {name: getattr(self, name) for name in COLUMNS}
-        columns |= {f"{RECORDS}{name}": rows for name, rows in self.records.items()}
-        write_file(path, to_arrays(OrderedDict(columns)))
+        write_file(path, to_arrays(OrderedDict(to_columns(self))))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "History":
@@ -143,9 +141,7 @@ class History(Portable, eqx.Module):
                 f"`path`: {os.fspath(path)} holds another tree than a History. Read it "
                 "with `vn.load`."
             )
-        own = {name: columns.pop(name) for name in COLUMNS}
-        records = {n.removeprefix(RECORDS): rows for n, rows in columns.items()}
-        return cls(records=records, **own)
+        return from_columns(columns)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -182,6 +178,22 @@ def _check_column(column: Any, name: str) -> None:
         raise TypeError(
             f"`{name}` is {column!r}, but must be an array with an entry for each row."
         )
+
+
+def to_columns(history: History) -> dict[str, np.ndarray]:
+    """Returns all arrays of a history by the names that they have in a file."""
+    records = {f"{RECORDS}{name}": rows for name, rows in history.records.items()}
+    return {name: getattr(history, name) for name in COLUMNS} | records
+
+
+def from_columns(columns: Mapping[str, np.ndarray]) -> History:
+    """Makes a history of what `to_columns` returned."""
+    records = {
+        name.removeprefix(RECORDS): rows
+        for name, rows in columns.items()
+        if name not in COLUMNS
+    }
+    return History(records=records, **{name: columns[name] for name in COLUMNS})
 
 
 def concatenate(histories: list[History]) -> History:

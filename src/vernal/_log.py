@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._file import plain
-from ._history import RECORDS, History
+from ._history import RECORDS, History, from_columns, to_columns
 from ._leaves import MismatchError
 
 Columns = Mapping[str, np.ndarray]
@@ -61,13 +61,7 @@ class HistoryLog:
         ]
         recorded = {name: rows[whole] for name, rows in recorded.items()}
         scored = {name: rows[whole_scores] for name, rows in scored.items()}
-        records = {
-            name.removeprefix(RECORDS): rows
-            for name, rows in recorded.items()
-            if name.startswith(RECORDS)
-        }
-        history = History(recorded["steps"], recorded["loss"], records, **scored)
-        return history, " and ".join(filter(None, lost))
+        return from_columns(recorded | scored), " and ".join(filter(None, lost))
 
     def go_on(self, extents: Sequence[Any], history: History) -> None:
         """Forgets all rows but the first, and goes on from there.
@@ -99,12 +93,9 @@ class HistoryLog:
 
 
 def _columns(history: History) -> tuple[Columns, Columns]:
-    records = {f"{RECORDS}{name}": rows for name, rows in history.records.items()}
-    scored = {
-        "validation": history.validation,
-        "validation_steps": history.validation_steps,
-    }
-    return {"steps": history.steps, "loss": history.loss} | records, scored
+    recorded = to_columns(history)
+    scored = {name: recorded.pop(name) for name in ("validation", "validation_steps")}
+    return recorded, scored
 
 
 def _lost(what: str, steps: np.ndarray, whole: np.ndarray) -> str:
@@ -192,11 +183,15 @@ class _Table:
         return os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
 
+def fields_of(described: list[Any]) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+    """Returns the columns of a table as fields of a structured dtype."""
+    empty = lambda dtype: plain(np.empty(0, jnp.dtype(dtype))).dtype
+    return [(name, empty(dtype), tuple(shape)) for name, dtype, shape in described]
+
+
 def _row(described: list[Any]) -> np.dtype:
     """Returns the dtype of a row: its checksum and the columns, in whole words."""
-    empty = lambda dtype: plain(np.empty(0, jnp.dtype(dtype))).dtype
-    fields = [(name, empty(dtype), tuple(shape)) for name, dtype, shape in described]
-    fields = [("check", np.dtype(np.uint64), ()), *fields]
+    fields = [("check", np.dtype(np.uint64), ()), *fields_of(described)]
     length = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in fields)
     return np.dtype([*fields, ("pad", np.dtype(np.uint8), (-length % 8,))])
 

@@ -286,7 +286,7 @@ class Many(One):
                 reasons.append(StopReason.NON_FINITE if bad else StopReason.POLICY)
             elif (met := monitor.reason(own)) is not None:
                 reasons.append(met)
-            elif reason is StopReason.STEPS_TAKEN and np.asarray(is_all_skipped)[index]:
+            elif reason is StopReason.STEPS_TAKEN and is_all_skipped[index]:
                 reasons.append(StopReason.ALL_SKIPPED)
             else:
                 reasons.append(reason)
