@@ -24,7 +24,7 @@ from models import (
 )
 from vernal._alike import is_weak
 from vernal._compiled import run_chunk, run_step
-from vernal._paths import dotted
+from vernal._names import dotted
 from vernal._placement import placement
 
 BATCH = gaussian_batch(24)

@@ -1,13 +1,16 @@
 """Trees that must be like other trees: checked, and cast."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from ._paths import dotted
+from ._names import dotted
 from ._typing import PyTree
 
 LIKE_STATE = "Let `init` return {}, such as `jnp.zeros((), jnp.{})`."
@@ -109,3 +112,30 @@ def _cast(new: Any, old: Any) -> Array:
     if new.dtype == old.dtype and (is_weak(old) or not is_weak(new)):
         return new
     return lax.convert_element_type(new, old.dtype)
+
+
+def strong(leaf: Any) -> jax.Array:
+    """Makes an array of `leaf` whose dtype no longer bends to what it meets.
+
+    A weakly typed array, such as `jnp.array(1.0)`, turns strong in the first step
+    that is taken with it, and the second step would then be compiled anew.
+    """
+    # A copy of NumPy's: JAX may otherwise share the memory of what is changed later.
+    array = jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
+    if not is_weak(array):
+        return array
+    if isinstance(array, jax.core.Tracer):
+        return jax.lax.convert_element_type(array, array.dtype)
+    # Through NumPy, which knows no weak types: nothing is compiled for it.
+    return jnp.asarray(np.asarray(array))
+
+
+def parameters(model: Any, owners: Sequence[int | None]) -> Any:
+    """Picks the owned leaves of a model, as arrays, with `None` elsewhere."""
+    leaves, structure = jax.tree.flatten(model)
+    return structure.unflatten(
+        [
+            None if owner is None else strong(leaf)
+            for leaf, owner in zip(leaves, owners, strict=True)
+        ]
+    )

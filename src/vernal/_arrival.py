@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._data import Source, Whole, as_batch
-from ._distance import measure, what_falls
+from ._distance import measure, settled, what_falls
 from ._edm import along, distance_of
 from ._objective import step_key
 from ._programs import program
 from ._ravel import as_parameters
 from ._result import FitResult
-from ._solve import settled
 from ._stop import StopReason
 
 _WORTH_A_NOTE = 20

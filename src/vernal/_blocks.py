@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from ._paths import named_leaves, paths
-from ._precision import widest
-from ._ravel import ravel, unravel
+from ._ravel import ravel, unravel, widest
 from ._selectors import atoms, resolve
 from ._typing import Params, PyTree
 

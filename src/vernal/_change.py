@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._alike import cast_alike
+from ._alike import cast_alike, parameters, strong
 from ._hyperparams import carried_over
 from ._model import check_state, checked_model
 from ._nonfinite import NanPolicy
 from ._optimiser import ParamOptimiser
-from ._parts import Parts, parameters, strong
+from ._parts import Parts
 from ._projector import EigenProjector
 from ._setup import (
     check_arguments,

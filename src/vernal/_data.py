@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from ._datum import Flag, as_datum
-from ._paths import spelled
+from ._names import spelled
 from ._pickling import Portable
 from ._typing import PyTree, prng_key, takes, whole_number
 

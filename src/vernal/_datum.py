@@ -10,7 +10,8 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._foreign import is_deleted, refuse_foreign, refuse_sparse
-from ._paths import LONG_DOUBLES, spelled
+from ._names import spelled
+from ._paths import LONG_DOUBLES
 from ._x64 import is_cut, narrowed
 
 

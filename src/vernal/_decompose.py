@@ -13,8 +13,7 @@ from ._directions import list_parameters
 from ._eigen import Matrix, as_real_square, equilibrated_eigh, refuse, refuse_non_finite
 from ._foreign import refuse_foreign
 from ._paths import paths
-from ._precision import widest
-from ._ravel import element_name, ravel_dtype, ravel_size
+from ._ravel import element_name, ravel_dtype, ravel_size, widest
 from ._singular import Spectrum, of_jacobian
 from ._typing import Params
 

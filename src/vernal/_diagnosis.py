@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from ._data import Minibatches, as_batch
 from ._debugging import debugged, is_debugged
+from ._names import dotted, spelled
 from ._nonfinite import SKIP_ADVICE
 from ._objective import (
     defined,
@@ -22,7 +23,7 @@ from ._objective import (
     score,
     step_key,
 )
-from ._paths import dotted, is_inexact, spelled
+from ._paths import is_inexact
 from ._programs import version_of
 from ._typing import PyTree
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from ._edm import TOLERANCE, Local, curved, of_products, triangle, unknown
+from ._edm import TOLERANCE, Distance, Local, curved, of_products, triangle, unknown
 from ._modes import (
     Flat,
     Subject,
@@ -20,8 +20,8 @@ from ._modes import (
     traced,
 )
 from ._objective import defined, live, real_residuals, score
-from ._precision import widest
-from ._ravel import as_parameters, ravel, ravel_dtype, unravel
+from ._ravel import as_parameters, ravel, ravel_dtype, unravel, widest
+from ._stop import StopReason
 
 _SUBJECT = Subject("what is minimised", is_quiet=True)
 
@@ -132,3 +132,14 @@ def _solved(projector: Any, params: Any) -> Flat:
         return lambda vector: vector
     dtype = ravel_dtype(params)
     return lambda v: ravel(projector.precondition(unravel(v, params)), dtype)
+
+
+def settled(reason: StopReason, distance: Distance) -> StopReason:
+    """Tells why a solver ended, once it is known how far from a minimum that was."""
+    if reason is StopReason.NON_FINITE:
+        return reason
+    if distance.is_minimum:
+        return StopReason.CONVERGED
+    if reason is StopReason.CONVERGED and distance.is_short:
+        return StopReason.STALLED
+    return reason

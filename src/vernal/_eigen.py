@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Inexact, Num
 
 from ._foreign import refuse_foreign
-from ._precision import widest
+from ._ravel import widest
 from ._typing import checked
 
 Matrix = Num[Array, "..."] | Num[np.ndarray, "..."]

@@ -12,7 +12,7 @@ import jax
 
 from ._debugging import undebugged
 from ._foreign import has_been_deleted, is_deleted
-from ._paths import spelled
+from ._names import spelled
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,11 +11,11 @@ import numpy as np
 
 from ._file import opened, write_file
 from ._leaves import MismatchError, to_arrays
-from ._paths import UnknownPathError, nearest_names
+from ._names import nearest_names
+from ._paths import UnknownPathError
 from ._pickling import Portable
+from ._record import COLUMNS
 from ._typing import file_path
-
-COLUMNS = ("steps", "loss", "validation", "validation_steps")
 
 # What stands in a file before the names of the records, which may be any.
 RECORDS = "records."

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._foreign import refuse_meaning
-from ._paths import LONG_DOUBLES, dotted
+from ._names import dotted
+from ._paths import LONG_DOUBLES
 from ._typing import PyTree
 from ._x64 import is_on, is_wide
 

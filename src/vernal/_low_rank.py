@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ._alike import require_alike
 from ._eigen import refuse
 from ._lanczos import Leading, find_leading
-from ._precision import matmul, widest
-from ._ravel import as_parameters, ravel, ravel_dtype, ravel_size
+from ._precision import matmul
+from ._ravel import as_parameters, ravel, ravel_dtype, ravel_size, widest
 from ._typing import Params, prng_key, whole_number
 from ._whitening import AbstractWhitening
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from ._foreign import require_number
+from ._names import spelled
 from ._partition import partition
-from ._paths import spelled
 from ._transform import require_transformation
 from ._typing import checked
 

@@ -17,9 +17,9 @@ from ._history import History
 from ._meeting import meeting
 from ._modes import Mode, checked_mode
 from ._monitor import Monitor, MonitorState
+from ._names import spelled
 from ._nonfinite import SKIP_ADVICE, NanCount
 from ._one import BadEnd, One
-from ._paths import spelled
 from ._pickling import Portable
 from ._placement import Placement
 from ._record import Rows

@@ -41,10 +41,10 @@ from ._objective import (
     score,
     step_key,
 )
-from ._precision import matmul, widest
+from ._precision import matmul
 from ._programs import program
 from ._projector import EigenProjector
-from ._ravel import as_parameters, ravel_dtype
+from ._ravel import as_parameters, ravel_dtype, widest
 from ._singular import Spectrum, of_jacobian
 from ._typing import Params
 

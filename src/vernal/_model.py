@@ -8,7 +8,7 @@ import optax
 
 from ._foreign import is_deleted, refuse_foreign, refuse_sparse, require_number
 from ._library import module_of
-from ._paths import spelled
+from ._names import spelled
 from ._typing import PyTree
 from ._x64 import narrowed_model
 

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ._alike import LIKE_STATE, cast_alike
+from ._alike import LIKE_STATE, cast_alike, strong
 from ._data import as_batch
 from ._leaves import to_arrays
 from ._objective import evaluate
-from ._parts import strong
 from ._record import Rows
 from ._step import MOST_STEPS, Best, Outcome, Progress, held_best, ranked
 from ._stop import StepView, StopCriterion, StopReason

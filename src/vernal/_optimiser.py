@@ -12,18 +12,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike
 
+from ._alike import parameters, strong
 from ._closures import Closure
 from ._foreign import refuse_foreign
 from ._groups import init_groups, update_groups
-from ._parts import parameters, strong
-from ._paths import (
-    UnknownPathError,
-    dotted,
-    is_float,
-    is_inexact,
-    named_leaves,
-    nearest_names,
-)
+from ._names import dotted, nearest_names
+from ._paths import UnknownPathError, is_float, is_inexact, named_leaves
 from ._selectors import atoms, keep, resolve
 from ._table import aligned
 from ._transform import AbstractTransform, Transform, as_transform

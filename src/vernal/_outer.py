@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from ._paths import spelled
+from ._names import spelled
 from ._warn import warn_once
 
 

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 import optax
 
 from ._groups import group_leaves, init_groups, listed, update_groups
-from ._paths import dotted
+from ._names import dotted
 from ._transform import require_transformation
 from ._typing import checked
 

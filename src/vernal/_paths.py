@@ -1,15 +1,15 @@
 """Parameters by name: the dotted path of every leaf."""
 
-import difflib
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
+from jax.tree_util import keystr
+
+from ._names import segment
 
 
 class UnknownPathError(KeyError):
@@ -59,30 +59,8 @@ def _is_few(leaf: Any) -> bool:
     return is_number and not is_key and 0 < math.prod(shape) <= _MOST_INTEGERS
 
 
-def _segment(key: Any) -> str:
-    match key:
-        case GetAttrKey(name=name):
-            return str(name)
-        case DictKey(key=name) | FlattenedIndexKey(key=name):
-            return str(name)
-        case SequenceKey(idx=index):
-            return str(index)
-        case _:
-            return str(key)
-
-
 # Of NumPy, not of JAX. By type: their characters are those of small floats too.
 LONG_DOUBLES = (np.longdouble, np.clongdouble)
-
-
-def dotted(keys: tuple[Any, ...]) -> str:
-    """Returns the dotted path of one of JAX's key paths."""
-    return ".".join(map(_segment, keys))
-
-
-def spelled(name: str, keys: tuple[Any, ...]) -> str:
-    """Writes where a leaf is as Python does: `` `data['x'][0]` ``, in backticks."""
-    return f"`{name}{keystr(keys)}`"
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -115,7 +93,7 @@ def named_leaves(tree: Any) -> list[Leaf]:
     for keys, value in flat:
         # What `optax.masked` and `optax.partition` put into a gap.
         value = None if isinstance(value, optax.MaskedNode) else value
-        segments = tuple(map(_segment, keys))
+        segments = tuple(map(segment, keys))
         leaves.append(Leaf(".".join(segments), segments, keys, value))
     _refuse_collisions(leaves)
     return leaves
@@ -165,13 +143,3 @@ def paths(tree: Any) -> tuple[str, ...]:
       `{"a.b": x, "a": {"b": y}}`.
     """
     return tuple(leaf.path for leaf in named_leaves(tree) if leaf.is_parameter)
-
-
-def nearest_names(name: str, candidates: Sequence[str]) -> str:
-    """Returns a sentence with the candidates that look most like `name`."""
-    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(map(repr, close))}?"
-    shown = ", ".join(map(repr, candidates[:8]))
-    more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
-    return f"There is {shown or 'nothing'}{more}."

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ._alike import is_weak
 from ._data import Source, Stream, Whole
 from ._leaves import is_key, is_part
-from ._paths import dotted, named_leaves, spelled
+from ._names import dotted, spelled
+from ._paths import named_leaves
 from ._selectors import resolve
 from ._typing import PyTree
 

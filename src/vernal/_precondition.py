@@ -8,7 +8,7 @@ import optax
 from jax.tree_util import tree_flatten_with_path
 
 from ._foreign import require_number
-from ._paths import dotted, spelled
+from ._names import dotted, spelled
 from ._projector import EigenProjector
 
 

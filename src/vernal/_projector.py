@@ -31,10 +31,9 @@ from ._directions import name_null_space
 from ._eigen import Matrix
 from ._foreign import refuse_foreign
 from ._low_rank import whiten_matvec
-from ._paths import spelled
+from ._names import spelled
 from ._pickling import Portable
-from ._precision import widest
-from ._ravel import as_parameters, ravel_size
+from ._ravel import as_parameters, ravel_size, widest
 from ._typing import Params, PyTree, checked, takes
 from ._whitening import AbstractWhitening, Unchanged
 

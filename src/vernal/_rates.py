@@ -11,9 +11,10 @@ import numpy as np
 import optax
 
 from ._groups import group_leaves, group_members
+from ._names import dotted
 from ._optimiser import ParamOptimiser
 from ._partition import leaf_owners, named_tree
-from ._paths import dotted, paths
+from ._paths import paths
 from ._transform import Transform
 
 

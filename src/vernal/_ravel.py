@@ -1,6 +1,8 @@
 """Trees of parameters as flat vectors, in the order of `ravel_pytree`."""
 
 import math
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -10,8 +12,7 @@ from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, DTypeLike, Float
 
 from ._foreign import refuse_foreign
-from ._paths import dotted, spelled
-from ._precision import widest
+from ._names import dotted, spelled
 from ._typing import Params
 
 
@@ -98,3 +99,9 @@ def element_name(params: Params, index: int) -> str:
             return dotted(keys) + suffix
         index -= size
     raise IndexError(f"No element {index} beyond the last.")
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Returns the dtype that holds all others, under strict promotion too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return reduce(jnp.promote_types, dtypes)

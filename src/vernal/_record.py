@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ._history import COLUMNS
+from ._names import dotted, nearest_names
 from ._objective import metric_shapes
 from ._optimiser import ParamOptimiser
-from ._paths import UnknownPathError, dotted, nearest_names, paths
+from ._paths import UnknownPathError, paths
 from ._selectors import resolve
 from ._step import Outcome, tree_norm
 from ._typing import PyTree
@@ -290,3 +290,6 @@ class Rows(eqx.Module):
         steps = np.arange(int(rows.first) * every, stop, every)
         cut = lambda column: column[: len(steps)].copy()
         return steps, cut(rows.loss), {n: cut(v) for n, v in rows.values.items()}
+
+
+COLUMNS = ("steps", "loss", "validation", "validation_steps")

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ._history import COLUMNS, History
+from ._history import History
+from ._record import COLUMNS
 
 
 class Recorder:

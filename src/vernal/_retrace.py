@@ -17,8 +17,8 @@ from ._differences import (
     said,
     value_text,
 )
+from ._names import dotted
 from ._parts import Parts
-from ._paths import dotted
 from ._trainer import Trainer
 from ._transform import Transform
 

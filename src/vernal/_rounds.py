@@ -12,7 +12,7 @@ from jaxtyping import Array
 from ._data import as_batch
 from ._dense import DenseWhitening
 from ._diagnosis import Diagnosis, diagnosed
-from ._distance import MOST_PARAMETERS
+from ._distance import MOST_PARAMETERS, settled
 from ._edm import Distance, distance_of
 from ._frames import warn
 from ._history import History
@@ -35,7 +35,6 @@ from ._solve import (
     find_bad_alone,
     is_suspect,
     run,
-    settled,
 )
 from ._step import Progress, count_non_finite
 from ._stop import StopReason

@@ -7,14 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from ._paths import (
-    Leaf,
-    UnknownPathError,
-    is_float,
-    is_inexact,
-    named_leaves,
-    nearest_names,
-)
+from ._names import nearest_names
+from ._paths import Leaf, UnknownPathError, is_float, is_inexact, named_leaves
 from ._typing import takes
 
 T = TypeVar("T")

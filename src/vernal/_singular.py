@@ -16,7 +16,8 @@ from ._modes import (
     jacobian_matrix,
     transposed_product,
 )
-from ._precision import matmul, widest
+from ._precision import matmul
+from ._ravel import widest
 
 # Where the smallest eigenvalue of the scaled J^T J is at least this fraction of the
 # largest, its relative error, eps / fraction, is at most 32 times the one of a singular

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from ._alike import strong
 from ._hyperparams import beginning, settled
 from ._leaves import Kind, NamedArray, from_arrays, require_alike_kinds, to_arrays
-from ._parts import strong
-from ._paths import nearest_names
+from ._names import nearest_names
 from ._setup import initial_opt_state
 from ._step import Progress, initial_progress
 from ._typing import PyTree

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ._alike import cast_like
 from ._closures import Closure
 from ._distance import measure, what_falls
-from ._edm import Distance, Local
+from ._edm import Local
 from ._modes import Mode, Subject, choose_mode, gradient, traced
 from ._nonfinite import all_finite
 from ._objective import defined, live, real_residuals, score, step_key
@@ -220,17 +220,6 @@ def run_solver(
 
 
 run = program(run_solver)
-
-
-def settled(reason: StopReason, distance: Distance) -> StopReason:
-    """Tells why a solver ended, once it is known how far from a minimum that was."""
-    if reason is StopReason.NON_FINITE:
-        return reason
-    if distance.is_minimum:
-        return StopReason.CONVERGED
-    if reason is StopReason.CONVERGED and distance.is_short:
-        return StopReason.STALLED
-    return reason
 
 
 def is_suspect(reason: StopReason, in_vain: Any) -> bool:

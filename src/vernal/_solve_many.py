@@ -8,22 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ._distance import settled
 from ._edm import distance_of
 from ._history import History
 from ._one_by_one import solve_each
 from ._placement import Placement
 from ._programs import program
 from ._setup import initial_opt_state
-from ._solve import (
-    REASONS,
-    End,
-    Problem,
-    Start,
-    find_bad,
-    is_suspect,
-    run_solver,
-    settled,
-)
+from ._solve import REASONS, End, Problem, Start, find_bad, is_suspect, run_solver
 from ._spread import Flags, apart, in_groups
 from ._step import Progress, count_non_finite
 from ._stop import StopReason

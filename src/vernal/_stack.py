@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._paths import dotted
+from ._names import dotted
 from ._retrace import explain_retrace
 from ._spread import Flags
 from ._trainer import Trainer

@@ -19,8 +19,8 @@ from ._constrain import clip_of, coupled, project
 from ._modes import in_reverse
 from ._nonfinite import Verdict, all_finite, is_finite
 from ._objective import live, score, step_key
-from ._precision import widest
 from ._projector import EigenProjector
+from ._ravel import widest
 from ._typing import PyTree
 
 # Steps are counted in 32 bits.

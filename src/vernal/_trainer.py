@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
+from ._alike import parameters, strong
 from ._change import replace, reproject
 from ._checkpoint import Checkpoints
 from ._compiled import StepInfo, run_step
@@ -30,7 +31,7 @@ from ._nonfinite import SKIP_ADVICE, NanCount, NanPolicy, NonFiniteError, StopFi
 from ._objective import score, step_key
 from ._one import One
 from ._optimiser import ParamOptimiser
-from ._parts import Parts, parameters, strong
+from ._parts import Parts
 from ._paths import paths
 from ._pickling import Portable, build
 from ._placement import Sharding, context, placement

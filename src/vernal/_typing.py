@@ -14,7 +14,7 @@ import numpy as np
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from ._paths import nearest_names
+from ._names import nearest_names
 
 P = ParamSpec("P")
 R = TypeVar("R")

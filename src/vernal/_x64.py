@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._paths import spelled
+from ._names import spelled
 from ._warn import PrecisionWarning, warn_once
 
 T = TypeVar("T")

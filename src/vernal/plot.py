@@ -22,7 +22,8 @@ except ModuleNotFoundError:
     ) from None
 
 from ._history import History
-from ._paths import UnknownPathError, dotted, named_leaves, nearest_names, paths
+from ._names import dotted, nearest_names
+from ._paths import UnknownPathError, named_leaves, paths
 from ._projector import EigenProjector
 from ._ravel import element_name, ravel_size
 from ._record import GRAD_NORM
