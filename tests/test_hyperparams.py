@@ -292,7 +292,7 @@ def test_a_callback_that_lowers_a_rate_is_heeded_after_a_resumption(ends, tmp_pa
 def test_a_file_without_what_the_optimiser_began_with(file, monkeypatch):
     trainer = fit(Bowl(tree(), sgd()), 2)
     with monkeypatch.context() as patch:
-        patch.setattr("vernal._save.begun", lambda trainer: {})
+        patch.setattr("vernal._storage.save.begun", lambda trainer: {})
         vn.save(file, trainer)
     assert same(vn.load(file, Bowl(tree(), sgd()))._progress, trainer._progress)
     # There is no telling what it began with: the rate of the file stays.

@@ -22,10 +22,10 @@ from models import (
     line,
     line_batch,
 )
-from vernal._alike import is_weak
-from vernal._compiled import run_chunk, run_step
-from vernal._names import dotted
-from vernal._placement import placement
+from vernal._boundary.names import dotted
+from vernal._devices.placement import placement
+from vernal._loop.chunk import run_chunk, run_step
+from vernal._tree.structure import is_weak
 
 BATCH = gaussian_batch(24)
 ADAM = optax.adam(0.02)

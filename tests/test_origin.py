@@ -11,7 +11,7 @@ import pytest
 
 import vernal as vn
 from vernal import _origin
-from vernal._origin import differences, origin
+from vernal._storage.origin import differences, origin
 
 X = jnp.linspace(0.0, 1.0, 8)
 DATA = {"x": X, "more": [2 * X, None, 3.0]}

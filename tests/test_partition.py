@@ -14,8 +14,8 @@ import pytest
 
 import vernal as vn
 from vernal import _groups
-from vernal._partition import init_groups, update_groups
-from vernal._transform import Transform
+from vernal._optimiser.partition import init_groups, update_groups
+from vernal._optimiser.transform import Transform
 
 pytestmark = pytest.mark.as_compiled
 

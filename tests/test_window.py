@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import vernal as vn
-from vernal._transform import Transform
+from vernal._optimiser.transform import Transform
 
 PARAMS = {"a": jnp.arange(3.0), "b": jnp.ones((), jnp.float32), "c": None}
 

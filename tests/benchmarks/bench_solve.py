@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optimistix as optx
 
-from vernal._arrival import _measure
-from vernal._edm import distance_of
+from vernal._fit.arrival import _measure
+from vernal._minimum.edm import distance_of
 
 from .bench_fit import ChiSquared, problem
 from .timing import in_turns

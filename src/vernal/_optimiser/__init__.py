@@ -1,0 +1,14 @@
+"""An Optax transformation for each parameter."""
+
+from .abstract_transform import AbstractTransform as AbstractTransform
+from .learning_rates import learning_rates as learning_rates
+from .map_optimisers import map_optimisers as map_optimisers
+from .param_optimiser import ParamOptimiser as ParamOptimiser
+from .partition import partition as partition
+from .precondition import precondition as precondition
+from .schedule import delay as delay
+from .transform import (
+    Transform as Transform,
+    as_transform as as_transform,
+    window as window,
+)
