@@ -28,7 +28,8 @@ import optimistix as optx  # noqa: E402
 from jax.sharding import Mesh, PartitionSpec as P  # noqa: E402
 
 import vernal as vn  # noqa: E402
-from vernal import _bar, _peers  # noqa: E402
+from vernal._devices import processes as _peers  # noqa: E402
+from vernal._fit import progress_bar as _bar  # noqa: E402
 
 MESH = Mesh(np.array(jax.devices()), ("data",)) if ONE_OF_TWO else None
 X = np.linspace(-1, 1, 32)

@@ -13,8 +13,8 @@ import pytest
 import vernal as vn
 from models import GaussianFit, gaussian, gaussian_batch, same
 from test_mesh import FITS, Settled, mesh_of, starts
-from vernal import _running
 from vernal._data.sources import as_source
+from vernal._fit import run as _running
 from vernal._loop.chunk import Moving, Task, run_chunk, run_chunk_in_place
 from vernal._loop.monitor import Monitor
 from vernal._loop.record import Record

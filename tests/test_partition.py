@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import vernal as vn
-from vernal import _groups
-from vernal._optimiser.partition import init_groups, update_groups
+from vernal._optimiser import groups as _groups
+from vernal._optimiser.groups import init_groups, update_groups
 from vernal._optimiser.transform import Transform
 
 pytestmark = pytest.mark.as_compiled

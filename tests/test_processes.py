@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import processes
-from vernal import _bar
+from vernal._fit import progress_bar as _bar
 
 HERE = Path(__file__).parent
 

@@ -1,6 +1,6 @@
 """Compiled programs: found again, and dropped."""
 
-from .program import (
+from .programs import (
     Version as Version,
     forget as forget,
     program as program,
