@@ -333,7 +333,7 @@ def test_a_leaf_is_known_by_its_place():
     assert split_leaves(twice, {"a": spec}) == of_adam("a.w")
     frozen = Sum([ones, ones], adam, train="0")
     assert split_leaves(frozen, {"0": spec}) == of_adam("0")
-    assert split_leaves(frozen, {"1": spec}) == {"_parts.frozen.0"}
+    assert split_leaves(frozen, {"1": spec}) == {"_template.frozen.0"}
 
 
 @pytest.mark.parametrize(

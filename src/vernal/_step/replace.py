@@ -12,32 +12,44 @@ from .._boundary import PyTree
 from .._optimiser import ParamOptimiser, as_transform
 from .._policy import NanPolicy
 from .._projection import EigenProjector
-from .._step import (
-    Parts,
-    carried_over,
+from .._tree import cast_alike, parameters, strong
+from .abstract_trainer import (
+    AbstractTrainer,
+    TrainerT,
+    changed,
+    overrides,
+    progress_of,
+    template_of,
+)
+from .constrain import check_elementwise
+from .construct import (
     check_arguments,
     check_ruled,
-    check_state,
-    checked_model,
     fit_projector,
     initial_opt_state,
     kept,
     refuse_names_in_latent_space,
 )
-from .._tree import cast_alike, parameters, strong
+from .hyperparams import carried_over
+from .model import check_state, checked_model
+from .model_template import ModelTemplate
 
 
-def replace(
-    trainer: Any,
+def replaced_fields(
+    trainer: AbstractTrainer,
     model: Any,
     optimiser: optax.GradientTransformation | None,
     nan_policy: NanPolicy | None,
     state: PyTree,
 ) -> dict[str, Any]:
-    """Finds the fields of `Trainer.replace`, which has the documentation."""
+    """Returns the fields that `Trainer.replace` changes."""
     if trainer.step_count.ndim:
         return _replace_each(trainer, model, optimiser, nan_policy, state)
-    old, parts, transform = trainer._progress, trainer._parts, trainer.optimiser
+    old, parts, transform = (
+        progress_of(trainer),
+        template_of(trainer),
+        trainer.optimiser,
+    )
     new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
     params, latent = old.params, old.latent
     if model is not None:
@@ -55,7 +67,7 @@ def replace(
             "the one that is fitted",
             "For {} parameters, make a new trainer.",
         )
-        parts = Parts(model, kinds)
+        parts = ModelTemplate(model, kinds)
         if trainer.projector is not None:
             latent = trainer.projector.to_latent(params)
             params = trainer.projector.to_params(latent)
@@ -83,13 +95,13 @@ def replace(
     return {
         "optimiser": transform,
         "nan_policy": policy,
-        "_parts": parts,
+        "_template": parts,
         "_progress": dataclasses.replace(old, **new),
     }
 
 
 def _replace_each(
-    trainer: Any, model: Any, optimiser: Any, nan_policy: Any, state: PyTree
+    trainer: AbstractTrainer, model: Any, optimiser: Any, nan_policy: Any, state: PyTree
 ) -> dict[str, Any]:
     """Finds the fields for each member of a stacked trainer."""
     size = len(trainer.step_count)
@@ -98,14 +110,14 @@ def _replace_each(
     if optimiser is not None:
         optimiser = as_transform(optimiser, "optimiser")
     rows = eqx.if_array(0)
-    found = eqx.filter_vmap(replace, in_axes=(own, rows, own, own, rows))(
+    found = eqx.filter_vmap(replaced_fields, in_axes=(own, rows, own, own, rows))(
         trainer, model, optimiser, nan_policy, state
     )
     for name, new in {"optimiser": optimiser, "nan_policy": nan_policy}.items():
         old = getattr(trainer, name)
         found[name] = old if new is None else _with_rows(new, old, size)
     if model is None:
-        found["_parts"] = trainer._parts
+        found["_template"] = template_of(trainer)
     return found
 
 
@@ -118,11 +130,11 @@ def _with_rows(new: Any, old: Any, size: int) -> Any:
 
 
 def reproject(
-    trainer: Any,
+    trainer: TrainerT,
     projector: EigenProjector | None,
     optimiser: optax.GradientTransformation | None,
-) -> dict[str, Any]:
-    """Finds the fields of `Trainer.reproject`, which has the documentation."""
+) -> TrainerT:
+    """Implements `Trainer.reproject`."""
     check_arguments(trainer.nan_policy, projector, None)
     transform = trainer.optimiser
     if optimiser is not None:
@@ -130,7 +142,7 @@ def reproject(
     elif isinstance(transform, ParamOptimiser) and projector is not None:
         transform = transform if projector._has_names else None
     params = trainer.params
-    constrained = trainer._overrides("constrain")
+    constrained = overrides(trainer, "constrain")
     projector, latent = fit_projector(
         projector, params, transform, constrained=constrained
     )
@@ -138,9 +150,13 @@ def reproject(
     if projector is not None:
         params = projector.to_params(latent)
     progress = dataclasses.replace(
-        trainer._progress,
+        progress_of(trainer),
         params=params,
         latent=latent,
         opt_state=initial_opt_state(transform, params, latent),
     )
-    return {"optimiser": transform, "projector": projector, "_progress": progress}
+    trainer = changed(
+        trainer, optimiser=transform, projector=projector, _progress=progress
+    )
+    check_elementwise(trainer)
+    return trainer
