@@ -3,193 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
-import jax.numpy as jnp
-from jax.tree_util import Partial, all_leaves
 from jaxtyping import Array, Float
 
-from .._boundary import Params, checked, takes, whole_number
+from .._boundary import Params, checked, takes
 from .._program import program
-from .._tree import as_parameters, ravel, ravel_dtype, require_alike, unravel
-from .linalg import matmul
-from .modes import (
-    Mode,
-    Subject,
-    checked_mode,
-    choose_mode,
-    columns,
-    gauss_newton_products,
-    hessian_product,
-    jacobian_matrix,
-    traced,
-)
-from .singular import Spectrum, of_jacobian, of_products
-
-Product = Callable[[Array], Array]
-"""A linear map of flat vectors."""
-
-
-def checked_batch_size(batch_size: int | None) -> int | None:
-    """Checks a number of columns to compute at a time: `None` stands for all."""
-    if batch_size is None:
-        return None
-    return whole_number(batch_size, "batch_size", least=1)
-
-
-def _real(value: Any, name: str) -> Array:
-    """Returns what the user's function returned, if it is a real array."""
-    if not eqx.is_array(value) or not jnp.issubdtype(value.dtype, jnp.floating):
-        kind = value.dtype if eqx.is_array(value) else type(value).__name__
-        raise TypeError(
-            f"`{name}` must return a real floating-point array, but it returned {kind}."
-        )
-    return value
-
-
-def _flat_fn(fn: Callable[[Params], Any], params: Params) -> Callable[[Array], Array]:
-    def flat_fn(flat: Array) -> Array:
-        value = _real(fn(unravel(flat, params)), "fn")
-        if value.shape != ():
-            raise ValueError(
-                f"`fn` must return a scalar, but it returned an array of shape "
-                f"{value.shape}. For a vector of residuals, use `gauss_newton`."
-            )
-        return value
-
-    return flat_fn
-
-
-def _flat_residuals(
-    residuals: Callable[[Params], Any], params: Params
-) -> Callable[[Array], Array]:
-    def flat_residuals(flat: Array) -> Array:
-        value = _real(residuals(unravel(flat, params)), "residuals")
-        if value.ndim == 0:
-            raise ValueError(
-                "`residuals` must return an array of residuals, one for each datum, "
-                "but it returned a scalar. For a scalar loss, use `hessian`."
-            )
-        return value.ravel()
-
-    return flat_residuals
-
-
-def _subject(function: Any, name: str, jac: Any) -> Subject:
-    takes(function, 1, name, f"{name}(params)")
-    return Subject(f"`{name}`", checked_mode(jac))
-
-
-def jacobian_of(
-    residuals: Callable[[Params], Any],
-    params: Params,
-    batch_size: int | None,
-    subject: Subject,
-) -> Float[Array, "N D"]:
-    """Computes what `jacobian` returns; to be compiled with what is around it."""
-    flat = ravel(params)
-    fn = traced(_flat_residuals(residuals, params), flat)
-    return jacobian_matrix(fn, flat, choose_mode(fn, flat, subject), batch_size)
-
-
-def spectrum_of(
-    residuals: Callable[[Params], Any],
-    params: Params,
-    batch_size: int | None,
-    subject: Subject,
-) -> Spectrum:
-    """Decomposes the Gauss-Newton matrix by the singular values of the Jacobian."""
-    flat = ravel(params)
-    fn = traced(_flat_residuals(residuals, params), flat)
-    if batch_size is not None:
-        return of_products(fn, flat, batch_size, subject)
-    return of_jacobian(jacobian_matrix(fn, flat, choose_mode(fn, flat, subject)))
-
-
-def hessian_matrix(
-    fn: Callable[[Params], Any],
-    params: Params,
-    batch_size: int | None,
-    subject: Subject,
-) -> Float[Array, "D D"]:
-    """Computes what `hessian` returns; to be compiled with what is around it."""
-    flat = ravel(params)
-    product = hessian_product(traced(_flat_fn(fn, params), flat), flat, subject)
-    matrix = columns(product, flat, batch_size)
-    return (matrix + matrix.T) / 2
-
-
-def gauss_newton_matrix(
-    residuals: Callable[[Params], Any],
-    params: Params,
-    batch_size: int | None,
-    subject: Subject,
-) -> Float[Array, "D D"]:
-    """Computes what `gauss_newton` returns; to be compiled with what is around it."""
-    flat = ravel(params)
-    fn = traced(_flat_residuals(residuals, params), flat)
-    products = None
-    if batch_size is not None and subject.jac is None:
-        products = gauss_newton_products(fn, flat)
-    if products is not None:
-        push, pull = products
-        matrix = columns(lambda v: pull(push(v)), flat, batch_size)
-    else:
-        mode = choose_mode(fn, flat, subject)
-        jac = jacobian_matrix(fn, flat, mode, batch_size)
-        matrix = matmul(jac.T, jac)
-    # Residuals of higher precision do not make the parameters any more precise.
-    return ((matrix + matrix.T) / 2).astype(flat.dtype)
-
+from .._tree import as_parameters
+from .flat import checked_batch_size, gauss_newton_matrix, hessian_matrix, jacobian_of
+from .modes import Mode, Subject, checked_mode
 
 _hessian = program(hessian_matrix)
 _gauss_newton = program(gauss_newton_matrix)
 _jacobian = program(jacobian_of)
-
-
-class MatrixFree(eqx.Module):
-    """The product with a curvature matrix that is not formed.
-
-    It maps a tree like the parameters to one, and compiles once for each function and
-    each set of shapes.
-    """
-
-    function: Callable[[Params], Any]
-    params: Params
-    is_gauss_newton: bool = eqx.field(static=True)
-
-    def __call__(self, tangent: Params) -> Params:
-        """Multiplies the matrix with a tree like the parameters."""
-        arrays = as_parameters(tangent, "tangent")
-        require_alike(arrays, self.params, "`tangent`", "`params`")
-        return _multiply(self, arrays)
-
-    def flat(self) -> Product:
-        """Returns the product with flat vectors, all else computed beforehand."""
-        flat = ravel(self.params)
-        if not self.is_gauss_newton:
-            fn = traced(_flat_fn(self.function, self.params), flat)
-            return hessian_product(fn, flat, Subject("`fn`"))
-        fn = traced(_flat_residuals(self.function, self.params), flat)
-        products = gauss_newton_products(fn, flat)
-        if products is None:
-            raise TypeError(
-                "`residuals` can be differentiated in one mode alone, and "
-                "`gauss_newton_matvec` needs both. Form the matrix, with "
-                "`gauss_newton`, which does not."
-            )
-        push, pull = products
-        return lambda vector: pull(push(vector))
-
-
-def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
-    """Hides a plain function from `jax.jit`, which takes no leaf of such a kind."""
-    return Partial(function) if all_leaves([function]) else function
-
-
-@program
-def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
-    flat = ravel(tangent, ravel_dtype(matrix.params))
-    return unravel(matrix.flat()(flat), matrix.params)
 
 
 @checked
@@ -230,8 +54,7 @@ def hessian(
     if `batch_size` is less than 1. A `TypeError` if a parameter is complex or not an
     array of floats, or if `fn` cannot be differentiated twice.
     """
-    batch_size, subject = checked_batch_size(batch_size), _subject(fn, "fn", jac)
-    return _hessian(fn, as_parameters(params), batch_size, subject)
+    return _compute(_hessian, fn, "fn", params, batch_size, jac)
 
 
 @checked
@@ -279,11 +102,7 @@ def gauss_newton(
     `batch_size` is less than 1. A `TypeError` if `residuals` returns no real array, if
     it cannot be differentiated, or if a parameter is complex or not an array of floats.
     """
-    batch_size, subject = (
-        checked_batch_size(batch_size),
-        _subject(residuals, "residuals", jac),
-    )
-    return _gauss_newton(residuals, as_parameters(params), batch_size, subject)
+    return _compute(_gauss_newton, residuals, "residuals", params, batch_size, jac)
 
 
 @checked
@@ -319,69 +138,19 @@ def jacobian(
 
     As [`vernal.gauss_newton`][].
     """
-    batch_size, subject = (
-        checked_batch_size(batch_size),
-        _subject(residuals, "residuals", jac),
-    )
-    return _jacobian(residuals, as_parameters(params), batch_size, subject)
+    return _compute(_jacobian, residuals, "residuals", params, batch_size, jac)
 
 
-@checked
-def hessian_matvec(
-    fn: Callable[[Params], Any], params: Params
-) -> Callable[[Params], Params]:
-    r"""The product of a Hessian with a vector, without the matrix.
-
-    $$v \mapsto H v, \qquad H_{ij} = \frac{\partial^2 f}{\partial x_i \, \partial x_j}$$
-
-    at the cost of some evaluations of `fn`, for
-    [`vernal.EigenProjector.from_matvec`][]. See Pearlmutter, *Fast exact
-    multiplication by the Hessian*, Neural Computation 6 (1994).
-
-    **Arguments:**
-
-    - `fn`, `params`: as for [`vernal.hessian`][].
-
-    **Returns:**
-
-    A function from a tree like `params` to one. It is a pytree, and goes through
-    `jax.jit` as an argument.
-
-    **Raises:**
-
-    A `TypeError` if a parameter is complex or not an array of floats. When it is
-    called: a `ValueError` if `fn` returns anything but a scalar, or the tree is not
-    like `params`.
-    """
-    takes(fn, 1, "fn", "fn(params)")
-    return MatrixFree(_as_pytree(fn), as_parameters(params), False)
-
-
-@checked
-def gauss_newton_matvec(
-    residuals: Callable[[Params], Any], params: Params
-) -> Callable[[Params], Params]:
-    r"""The product of a Gauss-Newton matrix with a vector, without the matrix.
-
-    $$v \mapsto J^\top (J v), \qquad J_{ni} = \frac{\partial r_n}{\partial x_i}$$
-
-    at the cost of some evaluations of `residuals`, for
-    [`vernal.EigenProjector.from_matvec`][].
-
-    **Arguments:**
-
-    - `residuals`, `params`: as for [`vernal.gauss_newton`][].
-
-    **Returns:**
-
-    A function from a tree like `params` to one. It is a pytree, and goes through
-    `jax.jit` as an argument.
-
-    **Raises:**
-
-    A `TypeError` if a parameter is complex or not an array of floats. When it is
-    called: a `ValueError` if `residuals` returns a scalar, or the tree is not like
-    `params`.
-    """
-    takes(residuals, 1, "residuals", "residuals(params)")
-    return MatrixFree(_as_pytree(residuals), as_parameters(params), True)
+def _compute(
+    of: Callable[..., Array],
+    function: Callable[[Params], Any],
+    name: str,
+    params: Params,
+    batch_size: int | None,
+    jac: Mode | None,
+) -> Array:
+    """Checks the arguments, and runs the program `of`."""
+    batch_size = checked_batch_size(batch_size)
+    takes(function, 1, name, f"{name}(params)")
+    subject = Subject(f"`{name}`", checked_mode(jac))
+    return of(function, as_parameters(params), batch_size, subject)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._tree import widest
-from .eigen import equilibrated_eigh
-from .linalg import matmul
+from .linalg import equilibrated_eigh, matmul
 from .modes import (
     Subject,
     choose_mode,

@@ -29,7 +29,7 @@ def learning_rates(trainer: Any) -> dict[str, float | None]:
     if projector is not None:
         of_leaf = {
             index: rate
-            for block, rate in zip(projector._blocks, rates, strict=True)
+            for block, rate in zip(projector.blocks, rates, strict=True)
             for index in block
         }
         rates = [of_leaf[index] for index in range(len(names))]

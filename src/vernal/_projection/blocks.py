@@ -1,9 +1,9 @@
-"""Groups of parameters, each with a matrix of its own."""
+"""Blocks: groups of parameters, each whitened by its own matrix."""
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,10 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._boundary import Params, PyTree
 from .._tree import atoms, named_leaves, paths, ravel, resolve, unravel, widest
+from .null_policy import NullPolicy
+from .whitening import AbstractWhitening, Unchanged
+
+T = TypeVar("T")
 
 Block = tuple[int, ...]
 """The indices of some leaves, in the order of `jax.tree.leaves`."""
@@ -151,3 +155,49 @@ def scatter(
     for down, across, matrix in zip(rows, columns, matrices, strict=True):
         whole = whole.at[np.ix_(down, across)].set(matrix.astype(dtype))
     return whole
+
+
+def whiten_blocks(
+    given: Mapping[Any, T],
+    params: Params,
+    nulls: NullPolicy,
+    whiten: Callable[[T, Params, NullPolicy, str], AbstractWhitening],
+) -> tuple[tuple[Block, ...], tuple[AbstractWhitening, ...]]:
+    """Finds the maps that whiten several blocks of `params`.
+
+    **Arguments:**
+
+    - `given`: from selectors to what `whiten` takes: a matrix, say.
+    - `params`: a tree of the trained leaves.
+    - `nulls`: the policy; its `rank` is a mapping from selectors, or `None`.
+    - `whiten`: a function of what is given for a group, its parameters, its policy, and
+        its name in errors.
+
+    **Returns:**
+
+    The blocks, in the order of their first leaves, and a map for each. A leaf without a
+    matrix is a block of its own that stays as it is.
+    """
+    if not given:
+        raise ValueError(
+            '`blocks` is empty: it needs at least one matrix, such as `{"flux": fmat}`.'
+        )
+    if odd := [selector for selector in nulls.rank or () if selector not in given]:
+        raise ValueError(
+            f"`rank` has {odd[0]!r}, which is not a block. The blocks are "
+            f"{', '.join(map(repr, given))}."
+        )
+    selectors = tuple(given)
+    blocks = find_blocks(params, selectors, "blocks")
+    found: dict[Block, AbstractWhitening] = {}
+    for selector, block, own in zip(
+        selectors, blocks, leaves_by_path(params, blocks), strict=True
+    ):
+        name = f"`blocks[{selector!r}]`"
+        found[block] = whiten(given[selector], own, nulls.of_block(selector), name)
+    owned = {index for block in blocks for index in block}
+    for index, leaf in enumerate(jax.tree.leaves(params)):
+        if index not in owned:
+            found[index,] = Unchanged(leaf.shape, leaf.dtype)
+    order = tuple(sorted(found))
+    return order, tuple(found[block] for block in order)

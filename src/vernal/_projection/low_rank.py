@@ -110,6 +110,14 @@ class LowRankWhitening(AbstractWhitening):
         diagonal = jnp.where(self._unbounded(), jnp.inf, jnp.diag(covariance))
         return jnp.fill_diagonal(covariance, diagonal, inplace=False)
 
+    def null_space(self, params: Params) -> tuple[dict[str, float], ...]:
+        """Raises an error: the directions of the complement are not known."""
+        raise ValueError(
+            "`from_matvec` finds the leading directions, and does not look at the "
+            "others one by one. Form the matrix, of some of the parameters at a time "
+            "if it is large, and use `from_fisher` or `from_blocks`."
+        )
+
 
 def whiten_matvec(
     matvec: Callable[[Params], Params],

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._boundary import Params
+
 
 class AbstractWhitening(eqx.Module):
     """A linear map $P$ from a latent array to flat vectors, and what is known of it."""
@@ -69,6 +71,10 @@ class AbstractWhitening(eqx.Module):
     def covariance(self) -> Float[Array, "D D"]:
         """Returns $P P^T$, infinite where it has no bound."""
 
+    @abc.abstractmethod
+    def null_space(self, params: Params) -> tuple[dict[str, float], ...]:
+        """Names the null directions in the space of `params`."""
+
     @property
     def latent_size(self) -> int:
         """The number of elements of the latent array."""
@@ -128,3 +134,7 @@ class Unchanged(AbstractWhitening):
     def covariance(self) -> Float[Array, "D D"]:
         """Returns NaN: no matrix was given."""
         return jnp.full((self.latent_size, self.latent_size), jnp.nan, self.dtype)
+
+    def null_space(self, params: Params) -> tuple[dict[str, float], ...]:
+        """No direction is null."""
+        return ()

@@ -208,14 +208,14 @@ def _whitened_again(
     The projector and the latent point; `None` if the space was another.
     """
     projector: EigenProjector = trainer.projector
-    kinds = {type(whitening) for whitening in projector._whitenings}
+    kinds = {type(whitening) for whitening in projector.whitenings}
     size = sum(leaf.size for leaf in jax.tree.leaves(trainer.params))
     if projector.latent_size < size or not kinds <= {DenseWhitening, Unchanged}:
         return None
     blocks = None
-    if projector._has_names:
+    if projector.has_names:
         names = paths(trainer.params)
-        whitenings = zip(projector._blocks, projector._whitenings, strict=True)
+        whitenings = zip(projector.blocks, projector.whitenings, strict=True)
         blocks = tuple(
             tuple(names[index] for index in block)
             for block, whitening in whitenings

@@ -682,7 +682,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         """
         refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)
-        projector = whitened(self, batch, blocks, batch_size, jac, **options)
+        projector = whitened(self, batch, blocks, batch_size, jac, options)
         return self.reproject(projector, optimiser)
 
     @entrance
