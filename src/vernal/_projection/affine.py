@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .._boundary import Params, PyTree, checked, refuse_foreign, spelled, undebugged
 from .._pickling import Portable
@@ -119,11 +119,8 @@ class AbstractProjector(Portable, eqx.Module):
         if len(self._whitenings) == 1:
             return self._held[0].spectrum
         values = jnp.concatenate([w.spectrum.astype(self._dtype) for w in self._held])
-        return values[jnp.lexsort((-values, self._is_null))]
-
-    @property
-    def _is_null(self) -> Bool[Array, " D"]:
-        return jnp.concatenate([w.is_null for w in self._held], axis=-1)
+        is_null = jnp.concatenate([w.is_null for w in self._held], axis=-1)
+        return values[jnp.lexsort((-values, is_null))]
 
     @property
     def _dtype(self) -> np.dtype:
