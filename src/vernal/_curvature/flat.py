@@ -1,6 +1,6 @@
-"""Derivatives of functions of a tree of parameters, by its flat vector.
+"""Derivatives with respect to the flat vector of a tree of parameters.
 
-They are compiled with what is around them.
+These functions are not compiled by themselves: programs call them.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ from .singular import Spectrum, of_jacobian, of_products
 
 
 def checked_batch_size(batch_size: int | None) -> int | None:
-    """Checks a number of columns to compute at a time: `None` stands for all."""
+    """Checks the number of columns to compute at a time; `None` stands for all."""
     if batch_size is None:
         return None
     return whole_number(batch_size, "batch_size", least=1)
 
 
 def _real(value: Any, name: str) -> Array:
-    """Returns what the user's function returned, if it is a real array."""
+    """Refuses a returned value that is not a real array."""
     if not eqx.is_array(value) or not jnp.issubdtype(value.dtype, jnp.floating):
         kind = value.dtype if eqx.is_array(value) else type(value).__name__
         raise TypeError(
@@ -76,7 +76,7 @@ def jacobian_of(
     batch_size: int | None,
     subject: Subject,
 ) -> Float[Array, "N D"]:
-    """Computes what `jacobian` returns; to be compiled with what is around it."""
+    """Computes the result of `jacobian`."""
     flat = ravel(params)
     fn = traced(flat_residuals(residuals, params), flat)
     return jacobian_matrix(fn, flat, choose_mode(fn, flat, subject), batch_size)
@@ -102,7 +102,7 @@ def hessian_matrix(
     batch_size: int | None,
     subject: Subject,
 ) -> Float[Array, "D D"]:
-    """Computes what `hessian` returns; to be compiled with what is around it."""
+    """Computes the result of `hessian`."""
     flat = ravel(params)
     product = hessian_product(traced(flat_fn(fn, params), flat), flat, subject)
     matrix = columns(product, flat, batch_size)
@@ -115,7 +115,7 @@ def gauss_newton_matrix(
     batch_size: int | None,
     subject: Subject,
 ) -> Float[Array, "D D"]:
-    """Computes what `gauss_newton` returns; to be compiled with what is around it."""
+    """Computes the result of `gauss_newton`."""
     flat = ravel(params)
     fn = traced(flat_residuals(residuals, params), flat)
     products = None
@@ -128,5 +128,5 @@ def gauss_newton_matrix(
         mode = choose_mode(fn, flat, subject)
         jac = jacobian_matrix(fn, flat, mode, batch_size)
         matrix = matmul(jac.T, jac)
-    # Residuals of higher precision do not make the parameters any more precise.
+    # Residuals of higher precision do not make the parameters more precise.
     return ((matrix + matrix.T) / 2).astype(flat.dtype)

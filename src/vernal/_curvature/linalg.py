@@ -16,7 +16,7 @@ Matrix = Num[Array, "..."] | Num[np.ndarray, "..."]
 
 
 def as_square(matrix: Matrix, name: str) -> Inexact[Array, "D D"]:
-    """Returns `matrix` as an array of floats, once it is known to be square."""
+    """Returns a square matrix as an array of floats; refuses any other."""
     refuse_foreign(matrix, f"`{name}`")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(
@@ -33,7 +33,7 @@ def as_square(matrix: Matrix, name: str) -> Inexact[Array, "D D"]:
 
 
 def as_real_square(matrix: Matrix, name: str) -> Float[Array, "D D"]:
-    """Returns `matrix` as `as_square` does, if it is real."""
+    """Returns a real square matrix as an array of floats; refuses any other."""
     array = as_square(matrix, name)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(
@@ -49,10 +49,10 @@ def refuse(
     message: str,
     detail: Callable[[], str] = str,
 ) -> Array:
-    """Returns `array`, or raises an error where any of `bad` is true.
+    """Returns `array`, or raises an error if any element of `bad` is true.
 
-    Known values raise a `ValueError` that ends in `detail()`. Traced ones are checked
-    when the program runs, by `eqx.error_if`, whose message is fixed beforehand.
+    Known values raise a `ValueError` that ends in `detail()`. Traced values are checked
+    by `eqx.error_if` when the program runs, with the message alone.
     """
     if isinstance(bad, Tracer):
         return eqx.error_if(array, bad, message)
@@ -84,6 +84,7 @@ def refuse_non_finite(matrix: Inexact[Array, "N D"], name: str) -> Array:
 def descending(
     matrix: Inexact[Array, "D D"], symmetrize: bool = True
 ) -> tuple[Float[Array, " D"], Inexact[Array, "D D"]]:
+    """Returns the eigenvalues, descending, and the eigenvectors as columns."""
     vectors, values = jax.lax.linalg.eigh(matrix, symmetrize_input=symmetrize)
     return values[::-1], vectors[:, ::-1]
 
@@ -93,17 +94,13 @@ def equilibrated_eigh(
 ) -> tuple[Float[Array, " D"], Float[Array, "D D"]]:
     """Decomposes the symmetric part of `matrix` divided by `scale` from both sides.
 
-    The sides are divided one after the other, since the product of two scales may
-    overflow where no element of the result does.
-
-    **Returns:**
-
-    The eigenvalues, descending, and the eigenvectors as columns.
+    Returns the eigenvalues, descending, and the eigenvectors as columns.
     """
+    # One side after the other: the product of two scales may overflow.
     scaled = matrix / scale[:, None] / scale[None, :]
     return descending((scaled + scaled.T) / 2, symmetrize=False)
 
 
 def matmul(left: Array, right: Array) -> Array:
-    """Multiplies in full precision, which accelerators do only when asked."""
+    """Multiplies in full precision, which is not the default on accelerators."""
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -24,25 +24,24 @@ def hessian(
     batch_size: int | None = None,
     jac: Mode | None = None,
 ) -> Float[Array, "D D"]:
-    r"""The Hessian of a scalar function of a tree of parameters.
+    r"""Computes the Hessian of a scalar function of a tree of parameters.
 
     $$H_{ij} = \frac{\partial^2 f}{\partial x_i \, \partial x_j}$$
 
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`. Each
-    column is a forward derivative of the gradient, if that is possible; the matrix is
-    then made exactly symmetric. It compiles once for each `fn`, which is known by its
-    identity, and each set of shapes; and anew where the code of `fn`, or what it reads,
-    has changed.
+    column is a forward derivative of the gradient, if that is possible. The matrix is
+    exactly symmetric. It compiles once for each `fn`, compared by identity, and each
+    set of shapes, and again if the code of `fn`, or what it reads, has changed.
 
     **Arguments:**
 
     - `fn`: a function from a tree like `params` to a real scalar.
-    - `params`: the point, a pytree of real floating-point arrays, with `None` for
-        whatever is not a parameter. $D$ is the number of all their elements.
+    - `params`: the point, a pytree of real floating-point arrays, with `None` for all
+        that is not a parameter. $D$ is the number of all their elements.
     - `batch_size`: the number of columns to compute at a time, to bound memory; all
         of them at once by default.
-    - `jac`: how to take the gradient: `"fwd"` in forward mode, `"bwd"` in reverse
-        mode. By default in reverse mode, where that is possible.
+    - `jac`: the mode of the gradient, `"fwd"` (forward) or `"bwd"` (reverse). By
+        default reverse mode, if that is possible.
 
     **Returns:**
 
@@ -50,9 +49,10 @@ def hessian(
 
     **Raises:**
 
-    A `ValueError` if `fn` returns anything but a scalar, if `params` has no leaf, or
-    if `batch_size` is less than 1. A `TypeError` if a parameter is complex or not an
-    array of floats, or if `fn` cannot be differentiated twice.
+    - `ValueError`: if `fn` does not return a scalar, if `params` has no leaf, or if
+        `batch_size` is less than 1.
+    - `TypeError`: if a parameter is complex or not an array of floats, or if `fn`
+        cannot be differentiated twice.
     """
     return _compute(_hessian, fn, "fn", params, batch_size, jac)
 
@@ -65,32 +65,32 @@ def gauss_newton(
     batch_size: int | None = None,
     jac: Mode | None = None,
 ) -> Float[Array, "D D"]:
-    r"""The Gauss–Newton matrix of a vector of residuals.
+    r"""Computes the Gauss–Newton matrix of a vector of residuals.
 
     $$F = J^\top J, \qquad J_{ni} = \frac{\partial r_n}{\partial x_i}$$
 
-    It is the Fisher matrix where each residual is divided by its standard deviation,
-    and the Hessian of $\frac12 \sum_n r_n^2$ without the curvature of the residuals
-    themselves. Unlike the Hessian it has no negative eigenvalue, at a minimum or not.
+    It is the Fisher matrix if each residual is divided by its standard deviation, and
+    the Hessian of $\frac12 \sum_n r_n^2$ without the second derivatives of the
+    residuals. Unlike the Hessian it has no negative eigenvalue, at a minimum or not.
 
     Rows and columns are in the order of `jax.flatten_util.ravel_pytree(params)`.
-    $J$ is formed by forward derivatives; or, with `batch_size`, each column of $F$ is a
-    forward derivative followed by its transpose, and $J$ as a whole is never kept.
-    Where one mode alone is possible, or asked for, $J$ is kept as a whole. It compiles
-    once for each `residuals`, which is known by its identity, and each set of shapes;
-    and anew where its code, or what it reads, has changed.
+    Forward derivatives form $J$. With `batch_size`, each column of $F$ is a forward
+    derivative followed by its transpose, and $J$ is not kept, unless only one mode is
+    possible or `jac` is given. It compiles once for each `residuals`, compared by
+    identity, and each set of shapes, and again if its code, or what it reads, has
+    changed.
 
     **Arguments:**
 
-    - `residuals`: a function from a tree like `params` to a real array of any shape
-        but that of a scalar.
-    - `params`: the point, a pytree of real floating-point arrays, with `None` for
-        whatever is not a parameter. $D$ is the number of all their elements.
+    - `residuals`: a function from a tree like `params` to a real array of at least one
+        dimension.
+    - `params`: the point, a pytree of real floating-point arrays, with `None` for all
+        that is not a parameter. $D$ is the number of all their elements.
     - `batch_size`: the number of columns to compute at a time, to bound memory; all
         of them at once by default.
-    - `jac`: how to differentiate: `"fwd"` in forward mode, a pass for each parameter;
-        `"bwd"` in reverse mode, a pass for each residual. By default in forward mode,
-        where that is possible.
+    - `jac`: the mode of differentiation, `"fwd"` (forward: a pass for each parameter)
+        or `"bwd"` (reverse: a pass for each residual). By default forward mode, if that
+        is possible.
 
     **Returns:**
 
@@ -98,9 +98,10 @@ def gauss_newton(
 
     **Raises:**
 
-    A `ValueError` if `residuals` returns a scalar, if `params` has no leaf, or if
-    `batch_size` is less than 1. A `TypeError` if `residuals` returns no real array, if
-    it cannot be differentiated, or if a parameter is complex or not an array of floats.
+    - `ValueError`: if `residuals` returns a scalar, if `params` has no leaf, or if
+        `batch_size` is less than 1.
+    - `TypeError`: if `residuals` does not return a real array or cannot be
+        differentiated, or if a parameter is complex or not an array of floats.
     """
     return _compute(_gauss_newton, residuals, "residuals", params, batch_size, jac)
 
@@ -113,21 +114,19 @@ def jacobian(
     batch_size: int | None = None,
     jac: Mode | None = None,
 ) -> Float[Array, "N D"]:
-    r"""The Jacobian of a vector of residuals.
+    r"""Computes the Jacobian of a vector of residuals.
 
     $$J_{ni} = \frac{\partial r_n}{\partial x_i}$$
 
     Rows are in the order of the ravelled residuals, columns in that of
-    `jax.flatten_util.ravel_pytree(params)`. A projector that is made from it, with
-    [`vernal.EigenProjector.from_jacobian`][], has twice the digits of one made from
-    $J^\top J$. It compiles once for each `residuals`, which is known by its identity,
-    and each set of shapes: what `residuals` reads from outside of its arguments must
-    not change.
+    `jax.flatten_util.ravel_pytree(params)`. A projector made from it by
+    [`vernal.EigenProjector.from_jacobian`][] has twice the digits of one made from
+    $J^\top J$. It compiles as [`vernal.gauss_newton`][] does.
 
     **Arguments:**
 
     - `residuals`, `params`, `jac`: as for [`vernal.gauss_newton`][].
-    - `batch_size`: the number of columns, or in reverse mode of rows, to compute at a
+    - `batch_size`: the number of columns (in reverse mode, of rows) to compute at a
         time, to bound the memory of the derivatives; all of them at once by default.
 
     **Returns:**

@@ -20,8 +20,8 @@ Product = Callable[[Array], Array]
 class MatrixFree(eqx.Module):
     """The product with a curvature matrix that is not formed.
 
-    It maps a tree like the parameters to one, and compiles once for each function and
-    each set of shapes.
+    It maps a tree like the parameters to another, and compiles once for each function
+    and each set of shapes.
     """
 
     function: Callable[[Params], Any]
@@ -35,7 +35,7 @@ class MatrixFree(eqx.Module):
         return _multiply(self, arrays)
 
     def flat(self) -> Product:
-        """Returns the product with flat vectors, all else computed beforehand."""
+        """Returns the product with flat vectors; all else is computed first."""
         flat = ravel(self.params)
         if not self.is_gauss_newton:
             fn = traced(flat_fn(self.function, self.params), flat)
@@ -53,7 +53,7 @@ class MatrixFree(eqx.Module):
 
 
 def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
-    """Hides a plain function from `jax.jit`, which takes no leaf of such a kind."""
+    """Makes a pytree of a plain function, which `jax.jit` refuses as a leaf."""
     return Partial(function) if all_leaves([function]) else function
 
 
@@ -67,11 +67,11 @@ def _multiply(matrix: MatrixFree, tangent: Params) -> Params:
 def hessian_matvec(
     fn: Callable[[Params], Any], params: Params
 ) -> Callable[[Params], Params]:
-    r"""The product of a Hessian with a vector, without the matrix.
+    r"""Returns the product of a Hessian with vectors, without forming the matrix.
 
     $$v \mapsto H v, \qquad H_{ij} = \frac{\partial^2 f}{\partial x_i \, \partial x_j}$$
 
-    at the cost of some evaluations of `fn`, for
+    A product costs a few evaluations of `fn`. It is meant for
     [`vernal.EigenProjector.from_matvec`][]. See Pearlmutter, *Fast exact
     multiplication by the Hessian*, Neural Computation 6 (1994).
 
@@ -81,14 +81,14 @@ def hessian_matvec(
 
     **Returns:**
 
-    A function from a tree like `params` to one. It is a pytree, and goes through
-    `jax.jit` as an argument.
+    A function from a tree like `params` to another. It is a pytree, and can be an
+    argument of a function under `jax.jit`.
 
     **Raises:**
 
-    A `TypeError` if a parameter is complex or not an array of floats. When it is
-    called: a `ValueError` if `fn` returns anything but a scalar, or the tree is not
-    like `params`.
+    - `TypeError`: if a parameter is complex or not an array of floats.
+    - `ValueError`: when the product is called, if `fn` does not return a scalar or the
+        tree is not like `params`.
     """
     takes(fn, 1, "fn", "fn(params)")
     return MatrixFree(_as_pytree(fn), as_parameters(params), False)
@@ -98,11 +98,11 @@ def hessian_matvec(
 def gauss_newton_matvec(
     residuals: Callable[[Params], Any], params: Params
 ) -> Callable[[Params], Params]:
-    r"""The product of a Gauss-Newton matrix with a vector, without the matrix.
+    r"""Returns the product of a Gauss–Newton matrix with vectors, without forming it.
 
     $$v \mapsto J^\top (J v), \qquad J_{ni} = \frac{\partial r_n}{\partial x_i}$$
 
-    at the cost of some evaluations of `residuals`, for
+    A product costs a few evaluations of `residuals`. It is meant for
     [`vernal.EigenProjector.from_matvec`][].
 
     **Arguments:**
@@ -111,14 +111,14 @@ def gauss_newton_matvec(
 
     **Returns:**
 
-    A function from a tree like `params` to one. It is a pytree, and goes through
-    `jax.jit` as an argument.
+    A function from a tree like `params` to another. It is a pytree, and can be an
+    argument of a function under `jax.jit`.
 
     **Raises:**
 
-    A `TypeError` if a parameter is complex or not an array of floats. When it is
-    called: a `ValueError` if `residuals` returns a scalar, or the tree is not like
-    `params`.
+    - `TypeError`: if a parameter is complex or not an array of floats.
+    - `ValueError`: when the product is called, if `residuals` returns a scalar or the
+        tree is not like `params`.
     """
     takes(residuals, 1, "residuals", "residuals(params)")
     return MatrixFree(_as_pytree(residuals), as_parameters(params), True)

@@ -1,4 +1,4 @@
-"""Derivatives of what a trainer fits, for each block of its parameters."""
+"""Derivatives of what a trainer fits, with respect to blocks of its parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,7 +35,7 @@ from .._tree import as_parameters
 
 Block = tuple[int, ...]
 
-# For each kind of derivatives: what is differentiated, how, and by what name.
+# Kinds of derivatives: what is differentiated, how, and its name in messages.
 _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
     "fisher": (real_residuals, gauss_newton_matrix, "residuals"),
     "jacobian": (real_residuals, jacobian_of, "residuals"),
@@ -96,15 +96,14 @@ def _derive(
 def _within(
     trainer: Any, batch: Any, block: tuple[int, ...], evaluate: Callable[..., Any]
 ) -> tuple[Callable[[list[Array]], Array], list[Array]]:
-    """Returns what is evaluated as a function of some of the leaves, and these."""
+    """Returns `evaluate` as a function of the leaves of a block, and these leaves."""
     key = step_key(trainer)
     leaves, structure = jax.tree.flatten(trainer.params)
 
     def of_leaves(own: list[Array]) -> Array:
         changed = dict(zip(block, own, strict=True))
         every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-        there = live(trainer, structure.unflatten(every))
-        return evaluate(there, batch, key)
+        return evaluate(live(trainer, structure.unflatten(every)), batch, key)
 
     own = [leaves[index] for index in block]
     return traced(of_leaves, own), own
@@ -113,14 +112,14 @@ def _within(
 def require_finite(
     found: Any, is_finite: Any, what: str, trainer: Any, batch: Any
 ) -> None:
-    """Refuses what is not finite, unless it is traced.
+    """Refuses non-finite derivatives, unless they are traced.
 
     **Arguments:**
 
     - `found`: derivatives, in any tree.
     - `is_finite`: whether what was differentiated is finite. If it is not, its
-        derivatives may still be: those of `model - data` know nothing of the data.
-    - `what`: what an error calls the derivatives.
+        derivatives may still be: those of `model - data` do not depend on the data.
+    - `what`: the name of the derivatives in errors.
     """
     leaves = jax.tree.leaves((found, is_finite))
     if any(isinstance(leaf, Tracer) for leaf in leaves):

@@ -26,7 +26,7 @@ def fisher(
     batch_size: int | None,
     jac: Mode | None,
 ) -> Any:
-    """The curvature of `nll`. The documentation is that of `Trainer.fisher`."""
+    """Implements `Trainer.fisher`."""
     methods = defined(trainer)
     require_likelihood(trainer, "A Fisher matrix")
     kind = "fisher" if "residuals" in methods else "nll"
@@ -40,16 +40,17 @@ def curvature(
     batch_size: int | None,
     jac: Mode | None,
 ) -> Any:
-    """The Hessian of `loss`. The documentation is that of `Trainer.curvature`."""
+    """Implements `Trainer.curvature`."""
     return matrices(trainer, batch, "loss", blocks, batch_size, jac)
 
 
 def has_likelihood(trainer: Any) -> bool:
-    """Whether a trainer's class defines more than a loss, whose scale is anyone's."""
+    """Whether a trainer's class defines more than a loss, whose scale is arbitrary."""
     return bool({"residuals", "nll"} & set(defined(trainer)))
 
 
 def require_likelihood(trainer: Any, what: str) -> None:
+    """Refuses to compute `what` from a loss alone."""
     if not has_likelihood(trainer):
         raise TypeError(
             f"{what} needs a likelihood, and `{type(trainer).__name__}` defines only "
@@ -81,7 +82,7 @@ def matrices(
 
 @partial(jax.jit, static_argnums=1)
 def _gram(jac: Float[Array, "N D"], dtype: np.dtype) -> Float[Array, "D D"]:
-    # Residuals of higher precision do not make the parameters any more precise.
+    # Residuals of higher precision do not make the parameters more precise.
     return matmul(jac.T, jac).astype(dtype)
 
 

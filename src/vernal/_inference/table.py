@@ -17,7 +17,7 @@ _MOST_ROWS = 64
 
 
 def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
-    """The values of all parameters, with their errors if there are data."""
+    """Implements `Trainer.table`."""
     refuse_program("table", trainer, batch)
     errors = {}
     if batch is not None:
@@ -40,7 +40,7 @@ def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
 def _rows(
     path: str, values: np.ndarray, errors: np.ndarray | None
 ) -> Iterator[tuple[str, str, str]]:
-    """Yields a row for each element, with a gap in an array of very many."""
+    """Yields a row for each element, with a gap in a large array."""
     for index in range(values.size):
         if values.size > _MOST_ROWS and _MOST_ROWS // 2 <= index < values.size - 1:
             if index == _MOST_ROWS // 2:
@@ -52,19 +52,19 @@ def _rows(
             yield name, f"{value:.6g}", ""
         else:
             error = float(errors.flat[index])
-            value, told = _rounded(float(value), error)
+            value, shown = _rounded(float(value), error)
             if 0 < error < (apart := spacing(values.flat[index], values.dtype)):
-                told += f", below the spacing of {values.dtype} ({apart:.2g})"
-            yield name, value, told
+                shown += f", below the spacing of {values.dtype} ({apart:.2g})"
+            yield name, value, shown
 
 
 def _rounded(value: float, error: float) -> tuple[str, str]:
-    """Writes an error with two significant digits, and its value with as many."""
+    """Writes an error with two significant digits, and its value to the same place."""
     if math.isinf(error):
         return f"{value:.6g}", "unconstrained"
     if not (error > 0 and math.isfinite(value)):
         return f"{value:.6g}", f"{error:.2g}"
-    # Through its own rounding: of 0.0996 the two digits are those of 0.10.
+    # Rounded first: the two digits of 0.0996 are those of 0.10.
     last = math.floor(math.log10(float(f"{error:.1e}"))) - 1
     if 1e-4 <= max(abs(value), error) < 1e6:
         decimals = max(-last, 0)

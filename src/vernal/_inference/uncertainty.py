@@ -17,9 +17,9 @@ from .whiten import whiten_all
 
 
 def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
-    """The errors of the parameters, from the data at the current point."""
+    """Implements `Trainer.standard_errors`."""
     require_likelihood(trainer, "A standard error")
-    # No projector: where nothing is constrained at all, there is none.
+    # No projector: if the data constrain nothing at all, there is none.
     whitening = whiten_all(trainer, batch, None, jac, NullPolicy(on_null="prior"))
     return unravel(whitening.errors_of_the_data(), as_parameters(trainer.params))
 
@@ -31,23 +31,22 @@ def _potential(
     batch: Any,
     point: PyTree,
 ) -> Float[Array, ""]:
-    """Evaluates the negative log-likelihood at a point of the latent space."""
+    """Computes the negative log-likelihood at a latent point."""
     if projector is None:
         params = unravel(point, trainer.params)
     else:
         params = projector.to_params(point)
-    there = live(trainer, params)
-    # Not the version that it was made for: it may be called without a program.
+    # The present version, since it may be called without a program.
     with version_of((trainer, batch)).context():
-        return negative_log_likelihood(there, batch, step_key(trainer))
+        return negative_log_likelihood(live(trainer, params), batch, step_key(trainer))
 
 
 def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
-    """The likelihood for a sampler, and where to start it."""
+    """Implements `Trainer.objective`."""
     require_likelihood(trainer, "The posterior of a sampler")
     params = as_parameters(trainer.params)
     start = ravel(params) if trainer.projector is None else trainer.latent
-    # A pytree, as a module would be, and hashable, as what `jax.jit` is given must be.
+    # A pytree, and hashable, as an argument of `jax.jit` must be.
     bare, projector, batch = trainer._bare(), trainer.projector, as_batch(batch)
     version = version_of((bare, batch))
     return jax.tree_util.Partial(_potential, version, bare, projector, batch), start

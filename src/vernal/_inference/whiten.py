@@ -1,4 +1,4 @@
-"""What whitens the parameters at the current point of a trainer."""
+"""Whitening of the parameters at the current point of a trainer."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,7 +42,7 @@ def whitened(
     jac: Mode | None,
     options: Mapping[str, Any],
 ) -> EigenProjector:
-    """Makes the projector of `Trainer.whiten`; `options` are those of `NullPolicy`."""
+    """Makes the projector of `Trainer.whiten`; `options` are for `NullPolicy`."""
     nulls = NullPolicy(**{"on_null": "prior", **options})
     nulls.check_rank_kind(blocks)
     nulls.check()
@@ -72,7 +72,7 @@ def _decomposed(
     batch_size: int | None,
     jac: Mode | None,
 ) -> tuple[Any, WhitenOne]:
-    """Returns what there is to whiten, by selector, and what makes a map of each."""
+    """Returns matrices or spectra, by selector, and the function that whitens one."""
     by = _by_jacobian if "residuals" in defined(trainer) else _by_matrix
     return by(trainer, batch, blocks, batch_size, jac)
 
@@ -138,11 +138,9 @@ def _spectra(
 ) -> tuple[tuple[Spectrum, ...], float]:
     """Decomposes the Jacobians of the residuals.
 
-    **Returns:**
-
-    The spectra, in the dtype of the parameters, and the epsilon of the coarsest dtype.
+    Returns the spectra, in the dtype of the parameters, and the coarsest epsilon.
     """
-    batch, spectra = as_batch(batch), ()
+    batch = as_batch(batch)
     if selectors is None and batch_size is None:
         found, is_finite = derive(trainer, batch, "jacobian", None, None, jac)
         spectra = tuple(map(_spectrum, found))

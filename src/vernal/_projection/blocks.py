@@ -24,25 +24,16 @@ Block = tuple[int, ...]
 def find_blocks(
     params: Params, selectors: Sequence[Any], argument: str
 ) -> tuple[Block, ...]:
-    """Finds which leaves of `params` belong to which block.
-
-    **Arguments:**
-
-    - `params`: a tree of the trained leaves, with `None` for the others.
-    - `selectors`: one selector for each block.
-    - `argument`: what an error calls the selectors.
-
-    **Returns:**
-
-    For each block the indices of its leaves, in the order of `jax.tree.leaves`.
+    """Finds the leaves of the block of each selector.
 
     **Raises:**
 
     - `UnknownPathError`: if a selector matches nothing.
-    - `ValueError`: if two blocks share a parameter, or one is of none.
+    - `ValueError`: if two blocks share a parameter, or one is empty. The error calls
+        the selectors `argument`.
     """
     names = paths(params)
-    # With a block for each parameter, resolving one by one would be quadratic.
+    # With a block for each parameter, resolving each selector would be quadratic.
     indices = {name: index for index, name in enumerate(names)}
     owner: dict[int, Any] = {}
     blocks = []
@@ -88,7 +79,7 @@ def ravel_blocks(
 def unravel_blocks(
     flats: Sequence[Float[Array, " _"]], blocks: Sequence[Block], like: Params
 ) -> Params:
-    """Undoes `ravel_blocks`: every leaf has the shape and dtype it has in `like`."""
+    """Undoes `ravel_blocks`; shapes and dtypes are those of `like`."""
     leaves, structure = jax.tree.flatten(like)
     for flat, block in zip(flats, blocks, strict=True):
         own = unravel(flat, [leaves[index] for index in block])
@@ -98,7 +89,7 @@ def unravel_blocks(
 
 
 def places(params: Params, blocks: Sequence[Block]) -> list[np.ndarray]:
-    """Finds where in `ravel(params)` the elements of each block are."""
+    """Finds the indices of the elements of each block in `ravel(params)`."""
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
     ends = np.cumsum(sizes)
     return [
@@ -108,10 +99,10 @@ def places(params: Params, blocks: Sequence[Block]) -> list[np.ndarray]:
 
 
 def nest_blocks(params: Params, blocks: Sequence[Block]) -> OrderedDict[str, Any]:
-    """Nests the indices of blocks in dictionaries with the paths of the parameters.
+    """Nests the indices of blocks in dictionaries, by the paths of the parameters.
 
-    A block of several leaves is at the path of the first; at the others is `None`, as
-    where `params` has `None`.
+    A block of several leaves is at the path of the first. The others have `None`, as do
+    the leaves that are `None` in `params`.
     """
     firsts = {block[0]: index for index, block in enumerate(blocks)}
     nested: OrderedDict[str, Any] = OrderedDict()
@@ -130,9 +121,9 @@ def nest_blocks(params: Params, blocks: Sequence[Block]) -> OrderedDict[str, Any
 
 
 def arrange(tree: PyTree, like: PyTree) -> PyTree:
-    """Brings the keys of nested dictionaries in the order of others.
+    """Sorts the keys of nested dictionaries like those of `like`.
 
-    A key that was left out, where the other has no leaf, is no mistake.
+    Keys without leaves in `like` may be missing.
     """
     is_nested = isinstance(tree, Mapping) and isinstance(like, OrderedDict)
     if not (is_nested and tree.keys() <= like.keys()):
@@ -167,16 +158,16 @@ def whiten_blocks(
 
     **Arguments:**
 
-    - `given`: from selectors to what `whiten` takes: a matrix, say.
+    - `given`: a mapping from selectors to what `whiten` takes, such as a matrix.
     - `params`: a tree of the trained leaves.
     - `nulls`: the policy; its `rank` is a mapping from selectors, or `None`.
-    - `whiten`: a function of what is given for a group, its parameters, its policy, and
+    - `whiten`: a function of what is given for a block, its parameters, its policy, and
         its name in errors.
 
     **Returns:**
 
     The blocks, in the order of their first leaves, and a map for each. A leaf without a
-    matrix is a block of its own that stays as it is.
+    selector is a block by itself, and unchanged.
     """
     if not given:
         raise ValueError(

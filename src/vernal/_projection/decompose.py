@@ -1,4 +1,4 @@
-"""Whitening of a matrix, or of a Jacobian, as it was given."""
+"""Whitening by a given matrix or Jacobian."""
 
 from typing import Literal
 
@@ -22,7 +22,7 @@ from .dense import DenseWhitening, whiten_spectrum
 from .null_policy import NullPolicy
 from .null_space import list_parameters
 
-# Of what is zero rounding leaves so many times the machine epsilon, with room to spare.
+# Rounding leaves a zero below this many machine epsilons.
 ROUNDING = 64
 
 Kind = Literal["fmat", "cov", "hessian"]
@@ -41,10 +41,10 @@ _REMEDY = {
 def whiten(
     given: Matrix, params: Params, nulls: NullPolicy, name: str, kind: Kind
 ) -> DenseWhitening:
-    """Finds the map that whitens `given`, a matrix over the elements of `params`.
+    """Finds the map that whitens the parameters by their matrix `given`.
 
-    An error calls the matrix `name`, and has a remedy by its `kind`. Where there is
-    nothing but null directions, the latent vector is empty.
+    Errors call the matrix `name`, with a remedy for its `kind`. If all directions are
+    null, the latent vector is empty.
     """
     size = ravel_size(params)
     bare = name.strip("`")
@@ -79,7 +79,7 @@ def whiten(
 
 
 def _noise(given: Matrix, matrix: Float[Array, "N D"]) -> float:
-    """Returns the epsilon of the matrix as given, or as held where that is coarser."""
+    """Returns the coarser machine epsilon of the given and the converted matrix."""
     dtypes = [matrix.dtype]
     if jnp.issubdtype(given.dtype, jnp.floating):
         dtypes.append(given.dtype)
@@ -99,7 +99,7 @@ def _decompose(
 def _refuse_bad_rows(
     matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
 ) -> Float[Array, "D D"]:
-    """Finds what no scale can mend, before the cost of a decomposition."""
+    """Refuses rows that no scale can repair, before the costly decomposition."""
     diagonal = jnp.diag(matrix)
     largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
     bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
@@ -120,7 +120,7 @@ def _refuse_bad_rows(
 def whiten_jacobian(
     given: Matrix, params: Params, nulls: NullPolicy, name: str
 ) -> DenseWhitening:
-    """Does for `given`, a Jacobian, what `whiten` does for a matrix."""
+    """Finds the map that whitens the parameters by their Jacobian `given`."""
     refuse_foreign(given, name)
     size, shape = ravel_size(params), np.shape(given)
     if len(shape) != 2 or shape[1] != size or shape[0] == 0:
@@ -149,10 +149,8 @@ _of_jacobian = jax.jit(of_jacobian)
 
 
 def jacobian_rtol(size: int, eps: float) -> float:
-    """Returns the fraction of the largest eigenvalue below which a direction is null.
+    """Returns the default `rtol` for the square of a singular value.
 
-    Each element of a Jacobian is a sum of a few terms, with a few roundings of `eps` in
-    all but awkward cases. A singular value that is zero is then about this large, and
-    its eigenvalue is the square.
+    The elements of a Jacobian are right to a few `eps`, except in awkward cases.
     """
     return (max(size, ROUNDING) * eps) ** 2

@@ -1,4 +1,4 @@
-"""A linear map that whitens flat vectors, kept as the factors of its matrix."""
+"""Whitening by the factors of a matrix."""
 
 import math
 from typing import Any
@@ -20,12 +20,11 @@ class DenseWhitening(AbstractWhitening):
     r"""The matrix $P = S V R$.
 
     $S$ is diagonal and holds the units; the columns of $V$ are orthonormal and $R$ is
-    diagonal, both free of units. Every product passes through the factors one after the
-    other, so that no number ever carries the square of a unit.
+    diagonal, both without units. Products multiply by one factor after the other: the
+    square of a unit may overflow.
 
-    Where null directions have a prior, $V$ has them too, last, each with a minus one in
-    $R$: no shape then depends on how many there are, and the sign, which is free, marks
-    them.
+    With a prior, null directions are the last columns of $V$, and have -1 in $R$. No
+    shape then depends on their number, and the sign, which is arbitrary, marks them.
     """
 
     scale: Float[Array, " D"]
@@ -36,7 +35,7 @@ class DenseWhitening(AbstractWhitening):
     eigenvalues: Float[Array, " D"]
     has_prior: bool = eqx.field(static=True)
     resolution: float = eqx.field(static=True)
-    """The size below which a component of a null direction counts as zero."""
+    """Smaller components of a null direction count as zero."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -45,7 +44,7 @@ class DenseWhitening(AbstractWhitening):
 
     @property
     def is_null(self) -> Bool[Array, "*members D"]:
-        """Which of the eigenvalues are those of null directions."""
+        """Which eigenvalues belong to null directions."""
         if self.has_prior:
             return self.roots < 0
         is_null = jnp.arange(self.eigenvalues.shape[-1]) >= self.roots.shape[-1]
@@ -98,8 +97,8 @@ class DenseWhitening(AbstractWhitening):
         value = jnp.sum(jnp.log(self.scale)) + jnp.sum(jnp.log(abs(self.roots)))
         if self.null_vectors.shape[-1] == 0:
             return value
-        # Householder reflections keep rows of very different size accurate only
-        # where the largest come first.
+        # Householder reflections are accurate for rows of very different sizes only if
+        # the largest come first.
         descending = jnp.argsort(self.scale)
         rows = (self.null_vectors / self.scale[:, None])[descending]
         triangle = jnp.linalg.qr(rows, mode="r")
@@ -117,7 +116,7 @@ class DenseWhitening(AbstractWhitening):
         return name_null_space(params, null, self.resolution)
 
     def _unbounded(self, null: Float[Array, "D nullity"]) -> Bool[Array, " D"]:
-        """Which elements have a part in any of some null directions."""
+        """Which elements contribute to any of these null directions."""
         return jnp.linalg.norm(null, axis=1) > self.resolution
 
     def standard_errors(self) -> Float[Array, " D"]:
@@ -126,7 +125,7 @@ class DenseWhitening(AbstractWhitening):
         return jnp.where(self._unbounded(self.null_vectors), jnp.inf, errors)
 
     def errors_of_the_data(self) -> Float[Array, " D"]:
-        """Returns the standard errors without a prior, in any case."""
+        """Returns the standard errors without a prior."""
         is_null = self.roots < 0
         factor = self.vectors * jnp.where(is_null, 0, self.roots)[None, :]
         errors = self.scale * jnp.linalg.norm(factor, axis=1)

@@ -1,4 +1,4 @@
-"""A map that whitens the leading directions of a matrix that is never formed."""
+"""Whitening by the leading directions of a matrix that is never formed."""
 
 from collections.abc import Callable
 
@@ -14,15 +14,15 @@ from .._tree import as_parameters, ravel, ravel_dtype, ravel_size, require_alike
 from .lanczos import Leading, find_leading
 from .whitening import AbstractWhitening
 
-# Beyond these, the directions that have not converged stay as they are.
+# After these, directions that have not converged are used as they are.
 _MOST_ITERATIONS_PER_DIRECTION = 8
 
 
 class LowRankWhitening(AbstractWhitening):
     r"""The matrix $P = S (c^{-1/2} (I - V V^\top) + V \Lambda^{-1/2} V^\top)$.
 
-    The columns of $V$ are orthonormal, so that its inverse and its determinant have a
-    closed form and no product needs more than $V$.
+    The columns of $V$ are orthonormal, so that inverse and determinant have a closed
+    form, and products need only $V$.
     """
 
     scale: Float[Array, " D"]
@@ -88,10 +88,7 @@ class LowRankWhitening(AbstractWhitening):
         return jnp.sum(jnp.log(self.scale)) - 0.5 * spread
 
     def _in_complement(self) -> Float[Array, " D"]:
-        """The share of each element in the complement: the diagonal of its projector.
-
-        Rounding is cut off, so that where every direction was kept it is zero.
-        """
+        """The share of each element in the complement; rounding counts as zero."""
         share = 1 - jnp.sum(jnp.square(self.vectors), axis=1)
         return jnp.where(share > jnp.sqrt(jnp.finfo(self.dtype).eps), share, 0)
 
@@ -132,8 +129,8 @@ def whiten_matvec(
     **Arguments:**
 
     - `matvec`: the product with the matrix, from a tree like `params` to one.
-    - `params`: the point, of which only shapes and dtypes count.
-    - `rank`: how many directions.
+    - `params`: the point; only its shapes and dtypes matter.
+    - `rank`: the number of directions.
     - `key`: for the first vector and the probes.
     - `scale`: the size of each parameter, or `None` for ones.
     """
@@ -150,7 +147,7 @@ def whiten_matvec(
         )
     prng_key(key)
     scales = _flat_scale(scale, params, dtype)
-    # More than are wanted: the last of them converge last.
+    # More than `rank`: the last ones converge last.
     iterations = min(size, 2 * rank + 20)
     most = min(size, _MOST_ITERATIONS_PER_DIRECTION * (rank + 10))
     found = find_leading(matvec, params, scales, key, rank, iterations)
@@ -169,7 +166,7 @@ def whiten_matvec(
         scale=held(scales),
         vectors=held(found.vectors),
         eigenvalues=held(values),
-        # No step into a flat complement is larger than in the softest direction kept.
+        # Steps in a flat complement are no larger than in the softest direction kept.
         curvature=held(jnp.where(is_flat, values[-1], found.curvature)),
         is_flat=held(is_flat),
     )
@@ -197,7 +194,7 @@ def _flat_scale(scale: Params, params: Params, dtype: np.dtype) -> Float[Array, 
 def _refuse_bad(
     found: Leading, tolerance: Float[Array, ""], rank: int
 ) -> Float[Array, " rank"]:
-    """Returns the eigenvalues, if they are those of a Fisher matrix."""
+    """Returns the eigenvalues; refuses any that are not those of a Fisher matrix."""
     values = refuse(
         found.values,
         ~found.is_finite,
@@ -217,7 +214,7 @@ def _refuse_bad(
         "`matvec` is the product with a matrix that has a negative eigenvalue. Such a "
         "point is not a minimum. Go on with the fit, or use `vn.gauss_newton_matvec`, "
         "whose matrix has no negative eigenvalue anywhere.",
-        lambda: f"The lowest that was met is {found.lowest}.",
+        lambda: f"The lowest found is {found.lowest}.",
     )
     return refuse(
         values,

@@ -13,7 +13,7 @@ from .._boundary import Params
 
 
 class AbstractWhitening(eqx.Module):
-    """A linear map $P$ from a latent array to flat vectors, and what is known of it."""
+    """A linear map $P$ from a latent array to flat vectors."""
 
     @property
     @abc.abstractmethod
@@ -27,7 +27,7 @@ class AbstractWhitening(eqx.Module):
 
     @property
     def rank(self) -> Any:
-        """The number of directions that are not null: an array where values decide."""
+        """The number of directions that are not null; an array if values decide."""
         return self.spectrum.shape[-1]
 
     @property
@@ -38,10 +38,7 @@ class AbstractWhitening(eqx.Module):
     @property
     @abc.abstractmethod
     def spectrum(self) -> Float[Array, "*members D"]:
-        """The eigenvalues, descending, and then the null ones.
-
-        They are those of the matrix that was whitened, scaled to be free of units.
-        """
+        """The eigenvalues of the scaled matrix, descending, and then the null ones."""
 
     @abc.abstractmethod
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
@@ -69,7 +66,7 @@ class AbstractWhitening(eqx.Module):
 
     @abc.abstractmethod
     def covariance(self) -> Float[Array, "D D"]:
-        """Returns $P P^T$, infinite where it has no bound."""
+        """Returns $P P^T$, infinite where it is unbounded."""
 
     @abc.abstractmethod
     def null_space(self, params: Params) -> tuple[dict[str, float], ...]:
@@ -82,19 +79,19 @@ class AbstractWhitening(eqx.Module):
 
 
 class Unchanged(AbstractWhitening):
-    """The identity, for a parameter of which nothing is known."""
+    """The identity, for a parameter without a matrix."""
 
     shape: tuple[int, ...] = eqx.field(static=True)
     kind: np.dtype = eqx.field(static=True)
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the parameter."""
+        """The one of the parameter."""
         return self.kind
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """That of the parameter."""
+        """The one of the parameter."""
         return self.shape
 
     @property
