@@ -44,10 +44,7 @@ def as_real_square(matrix: Matrix, name: str) -> Float[Array, "D D"]:
 
 
 def refuse(
-    array: Array,
-    bad: Bool[Array, "..."],
-    message: str,
-    detail: Callable[[], str] = str,
+    array: Array, bad: Bool[Array, "..."], message: str, detail: Callable[[], str] = str
 ) -> Array:
     """Returns `array`, or raises an error if any element of `bad` is true.
 

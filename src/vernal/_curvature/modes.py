@@ -103,9 +103,7 @@ def choose_mode(
 
 
 def first_possible(
-    ways: Mapping[str, Callable[[PyTree, PyTree], Any]],
-    point: PyTree,
-    subject: Subject,
+    ways: Mapping[str, Callable[[PyTree, PyTree], Any]], point: PyTree, subject: Subject
 ) -> str:
     """Finds the first of several ways to differentiate that JAX can trace.
 

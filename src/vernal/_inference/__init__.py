@@ -5,6 +5,7 @@
 `derivatives` is the compiled program beneath them.
 """
 
+from .derivatives import Passes as Passes
 from .fisher import (
     Blocks as Blocks,
     curvature as curvature,

@@ -1,7 +1,7 @@
 """Derivatives of what a trainer fits, with respect to blocks of its parameters."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,28 +45,26 @@ _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
 }
 
 
+class Passes(NamedTuple):
+    """How to differentiate: `batch_size` and `jac` of `Trainer.fisher`."""
+
+    batch_size: int | None = None
+    jac: Mode | None = None
+
+
 def derive(
     trainer: Any,
     batch: Any,
     kind: str,
     selectors: tuple[Any, ...] | None,
-    batch_size: int | None,
-    jac: Mode | None,
+    passes: Passes,
 ) -> tuple[tuple[Any, ...], Bool[Array, ""]]:
-    """Computes derivatives at the current point, for each block or for all parameters.
+    """Computes derivatives at the current point, for the block of each selector.
 
-    **Arguments:**
-
-    - `kind`: `"jacobian"` or `"spectrum"` of `residuals` (a decomposed Jacobian), or
-        its `"fisher"` matrix; the Hessian of `"nll"` or `"loss"`.
-    - `selectors`: one for each block; `None` for one block with everything.
-    - `batch_size`, `jac`: as for `Trainer.fisher`.
-
-    **Returns:**
-
-    The derivatives, and whether what was differentiated is finite.
+    Without selectors, all parameters are one block. Returns the derivatives, and
+    whether what was differentiated is finite.
     """
-    batch_size, jac = checked_batch_size(batch_size), checked_mode(jac)
+    batch_size, jac = checked_batch_size(passes.batch_size), checked_mode(passes.jac)
     params = as_parameters(trainer.params)
     if selectors is None:
         blocks = (tuple(range(len(jax.tree.leaves(params)))),)
@@ -112,14 +110,10 @@ def _within(
 def require_finite(
     found: Any, is_finite: Any, what: str, trainer: Any, batch: Any
 ) -> None:
-    """Refuses non-finite derivatives, unless they are traced.
+    """Refuses derivatives, called `what`, if they or their function are not finite.
 
-    **Arguments:**
-
-    - `found`: derivatives, in any tree.
-    - `is_finite`: whether what was differentiated is finite. If it is not, its
-        derivatives may still be: those of `model - data` do not depend on the data.
-    - `what`: the name of the derivatives in errors.
+    The derivatives alone do not show it: those of `model - data` do not depend on the
+    data. Traced ones are not checked.
     """
     leaves = jax.tree.leaves((found, is_finite))
     if any(isinstance(leaf, Tracer) for leaf in leaves):

@@ -10,38 +10,26 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from .._curvature import Mode, matmul
+from .._curvature import matmul
 from .._data import as_batch
 from .._step import defined
 from .._tree import as_parameters, ravel_dtype
-from .derivatives import derive, require_finite
+from .derivatives import Passes, derive, require_finite
 
 Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
 
 
-def fisher(
-    trainer: Any,
-    batch: Any,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
-) -> Any:
+def fisher(trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes) -> Any:
     """Implements `Trainer.fisher`."""
     methods = defined(trainer)
     require_likelihood(trainer, "A Fisher matrix")
     kind = "fisher" if "residuals" in methods else "nll"
-    return matrices(trainer, batch, kind, blocks, batch_size, jac)
+    return matrices(trainer, batch, kind, blocks, passes)
 
 
-def curvature(
-    trainer: Any,
-    batch: Any,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
-) -> Any:
+def curvature(trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes) -> Any:
     """Implements `Trainer.curvature`."""
-    return matrices(trainer, batch, "loss", blocks, batch_size, jac)
+    return matrices(trainer, batch, "loss", blocks, passes)
 
 
 def has_likelihood(trainer: Any) -> bool:
@@ -61,20 +49,15 @@ def require_likelihood(trainer: Any, what: str) -> None:
 
 
 def matrices(
-    trainer: Any,
-    batch: Any,
-    kind: str,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
+    trainer: Any, batch: Any, kind: str, blocks: Blocks | None, passes: Passes
 ) -> Any:
     """Computes the matrix of a `kind` of `derive`, or with blocks one by selector."""
     selectors, batch = as_selectors(blocks), as_batch(batch)
-    if selectors is None and kind == "fisher" and batch_size is None:
-        (found,), is_finite = derive(trainer, batch, "jacobian", None, None, jac)
+    if selectors is None and kind == "fisher" and passes.batch_size is None:
+        (found,), is_finite = derive(trainer, batch, "jacobian", None, passes)
         matrices = (_gram(found, ravel_dtype(as_parameters(trainer.params))),)
     else:
-        matrices, is_finite = derive(trainer, batch, kind, selectors, batch_size, jac)
+        matrices, is_finite = derive(trainer, batch, kind, selectors, passes)
     name = "residuals" if kind == "fisher" else kind
     require_finite(matrices, is_finite, f"The curvature of `{name}`", trainer, batch)
     return by_selector(selectors, matrices)

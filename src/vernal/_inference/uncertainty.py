@@ -12,6 +12,7 @@ from .._program import Version, version_of
 from .._projection import EigenProjector, NullPolicy
 from .._step import live, negative_log_likelihood, step_key
 from .._tree import as_parameters, ravel, unravel
+from .derivatives import Passes
 from .fisher import require_likelihood
 from .whiten import whiten_all
 
@@ -20,7 +21,7 @@ def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
     """Implements `Trainer.standard_errors`."""
     require_likelihood(trainer, "A standard error")
     # No projector: if the data constrain nothing at all, there is none.
-    whitening = whiten_all(trainer, batch, None, jac, NullPolicy(on_null="prior"))
+    whitening = whiten_all(trainer, batch, Passes(jac=jac), NullPolicy(on_null="prior"))
     return unravel(whitening.errors_of_the_data(), as_parameters(trainer.params))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from .._boundary import Params
-from .._curvature import Mode, Spectrum, of_jacobian
+from .._curvature import Spectrum, of_jacobian
 from .._data import as_batch
 from .._policy import all_finite
 from .._projection import (
@@ -25,7 +25,7 @@ from .._projection import (
 )
 from .._step import defined
 from .._tree import as_parameters, ravel_dtype, widest
-from .derivatives import derive, require_finite
+from .derivatives import Passes, derive, require_finite
 from .fisher import Blocks, as_selectors, by_selector, has_likelihood, matrices
 
 WhitenOne = Callable[[Any, Params, NullPolicy, str], DenseWhitening]
@@ -38,8 +38,7 @@ def whitened(
     trainer: Any,
     batch: Any,
     blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
+    passes: Passes,
     options: Mapping[str, Any],
 ) -> EigenProjector:
     """Makes the projector of `Trainer.whiten`; `options` are for `NullPolicy`."""
@@ -47,46 +46,34 @@ def whitened(
     nulls.check_rank_kind(blocks)
     nulls.check()
     if blocks is None:
-        whitening = whiten_all(trainer, batch, batch_size, jac, nulls)
+        whitening = whiten_all(trainer, batch, passes, nulls)
         return make_projector(whitening, trainer.params, "`batch`")
-    found, whiten_one = _decomposed(trainer, batch, blocks, batch_size, jac)
+    found, whiten_one = _decomposed(trainer, batch, blocks, passes)
     return make_block_projector(found, trainer.params, nulls, whiten_one)
 
 
 def whiten_all(
-    trainer: Any,
-    batch: Any,
-    batch_size: int | None,
-    jac: Mode | None,
-    nulls: NullPolicy,
+    trainer: Any, batch: Any, passes: Passes, nulls: NullPolicy
 ) -> DenseWhitening:
     """Finds the map that whitens all parameters at the current point."""
-    found, whiten_one = _decomposed(trainer, batch, None, batch_size, jac)
+    found, whiten_one = _decomposed(trainer, batch, None, passes)
     return whiten_one(found, as_parameters(trainer.params), nulls, "")
 
 
 def _decomposed(
-    trainer: Any,
-    batch: Any,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
+    trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> tuple[Any, WhitenOne]:
     """Returns matrices or spectra, by selector, and the function that whitens one."""
     by = _by_jacobian if "residuals" in defined(trainer) else _by_matrix
-    return by(trainer, batch, blocks, batch_size, jac)
+    return by(trainer, batch, blocks, passes)
 
 
 def _by_matrix(
-    trainer: Any,
-    batch: Any,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
+    trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> tuple[Any, WhitenOne]:
     """Finds Hessians."""
     kind = "nll" if has_likelihood(trainer) else "loss"
-    found = matrices(trainer, batch, kind, blocks, batch_size, jac)
+    found = matrices(trainer, batch, kind, blocks, passes)
     sizes = [len(matrix) for matrix in jax.tree.leaves(found)]
     eps = float(jnp.finfo(jax.tree.leaves(found)[0].dtype).eps)
     rtol = max(*sizes, ROUNDING) * eps
@@ -101,15 +88,11 @@ def _by_matrix(
 
 
 def _by_jacobian(
-    trainer: Any,
-    batch: Any,
-    blocks: Blocks | None,
-    batch_size: int | None,
-    jac: Mode | None,
+    trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> tuple[Any, WhitenOne]:
     """Finds decomposed Jacobians."""
     selectors = as_selectors(blocks)
-    spectra, eps = _spectra(trainer, batch, selectors, batch_size, jac)
+    spectra, eps = _spectra(trainer, batch, selectors, passes)
 
     def whiten_one(
         spectrum: Any, own: Params, nulls: NullPolicy, name: str
@@ -130,23 +113,18 @@ _spectrum = jax.jit(of_jacobian)
 
 
 def _spectra(
-    trainer: Any,
-    batch: Any,
-    selectors: tuple[Any, ...] | None,
-    batch_size: int | None,
-    jac: Mode | None,
+    trainer: Any, batch: Any, selectors: tuple[Any, ...] | None, passes: Passes
 ) -> tuple[tuple[Spectrum, ...], float]:
     """Decomposes the Jacobians of the residuals.
 
     Returns the spectra, in the dtype of the parameters, and the coarsest epsilon.
     """
     batch = as_batch(batch)
-    if selectors is None and batch_size is None:
-        found, is_finite = derive(trainer, batch, "jacobian", None, None, jac)
+    if selectors is None and passes.batch_size is None:
+        found, is_finite = derive(trainer, batch, "jacobian", None, passes)
         spectra = tuple(map(_spectrum, found))
     else:
-        kind = "spectrum"
-        spectra, is_finite = derive(trainer, batch, kind, selectors, batch_size, jac)
+        spectra, is_finite = derive(trainer, batch, "spectrum", selectors, passes)
     what = "The Jacobian of `residuals`"
     require_finite(spectra, is_finite, what, trainer, batch)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):

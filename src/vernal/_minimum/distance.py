@@ -59,13 +59,8 @@ def measure(
 ) -> Local:
     """Measures what `distance_of` needs, within a compiled program.
 
-    **Arguments:**
-
-    - `trainer`: bare, at the point.
-    - `projector`: that of the full trainer; directions that it dropped are not free.
-    - `batch`, `key`: the arguments of the trainer's methods.
-    - `kind`: as `what_falls` returns it.
-    - `fall`: by how much the loss has fallen on the way here.
+    The trainer is bare; directions that its `projector` dropped are not free. `kind` is
+    what `what_falls` returns, and `fall` is how far the loss fell on the way here.
     """
     params = as_parameters(trainer.params)
     here = _Here(_wide(ravel(params)), params, projector)

@@ -252,12 +252,7 @@ def of_products(
 ) -> Distance:
     """Finds the distance by conjugate gradients, from below, without a matrix.
 
-    **Arguments:**
-
-    - `loss`, `gradient`: of what is minimised.
-    - `product`: the product of its curvature with a vector.
-    - `precondition`: the product with a rough inverse of the curvature.
-    - `limit`: as for `curved`.
+    `product` multiplies with the curvature, `precondition` with a rough inverse.
     """
     eps = float(jnp.finfo(gradient.dtype).eps)
     first = precondition(gradient)

@@ -121,21 +121,16 @@ def _error(name: str, shape: tuple[int, ...], errors: dict[str, Any]) -> np.ndar
 def to_one_scale(lines: list[Line], has_errors: bool) -> tuple[str, list[Line]]:
     """Brings lines to one scale, if need be. Returns its label, and the lines."""
     if has_errors:
-        lines = [
-            line._replace(values=(line.values - _last(line.values)) / line.error)
-            for line in lines
-        ]
-        return "from the last value, in standard errors", lines
-    sizes = [size for line in lines if (size := largest(line.values))]
-    if not sizes or max(sizes) <= _COMPARABLE * min(sizes):
-        return "value", lines
-    lines = [
-        line._replace(
-            values=(line.values - _last(line.values)) / (_range(line.values) or 1)
-        )
-        for line in lines
+        label, units = "in standard errors", [line.error for line in lines]
+    else:
+        sizes = [size for line in lines if (size := largest(line.values))]
+        if not sizes or max(sizes) <= _COMPARABLE * min(sizes):
+            return "value", lines
+        label, units = "each in its own range", [_range(x.values) or 1 for x in lines]
+    return f"from the last value, {label}", [
+        line._replace(values=(line.values - _last(line.values)) / unit)
+        for line, unit in zip(lines, units, strict=True)
     ]
-    return "from the last value, each in its own range", lines
 
 
 def largest(values: np.ndarray) -> float:

@@ -156,18 +156,9 @@ def whiten_blocks(
 ) -> tuple[tuple[Block, ...], tuple[AbstractWhitening, ...]]:
     """Finds the maps that whiten several blocks of `params`.
 
-    **Arguments:**
-
-    - `given`: a mapping from selectors to what `whiten` takes, such as a matrix.
-    - `params`: a tree of the trained leaves.
-    - `nulls`: the policy; its `rank` is a mapping from selectors, or `None`.
-    - `whiten`: a function of what is given for a block, its parameters, its policy, and
-        its name in errors.
-
-    **Returns:**
-
-    The blocks, in the order of their first leaves, and a map for each. A leaf without a
-    selector is a block by itself, and unchanged.
+    For each selector, `whiten` takes what is given, the parameters of the block, its
+    policy, and its name in errors. Returns the blocks, in the order of their first
+    leaves, and a map for each. A leaf without a selector is an unchanged block.
     """
     if not given:
         raise ValueError(

@@ -39,12 +39,10 @@ class DenseWhitening(AbstractWhitening):
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the factors."""
         return self.scale.dtype
 
     @property
     def is_null(self) -> Bool[Array, "*members D"]:
-        """Which eigenvalues belong to null directions."""
         if self.has_prior:
             return self.roots < 0
         is_null = jnp.arange(self.eigenvalues.shape[-1]) >= self.roots.shape[-1]
@@ -52,27 +50,22 @@ class DenseWhitening(AbstractWhitening):
 
     @property
     def rank(self) -> Any:
-        """The number of directions that are not null."""
         if self.has_prior:
             return jnp.sum(self.roots > 0, axis=-1)
         return self.roots.shape[-1]
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The latent array is a vector, with an element for each column of $P$."""
         return self.roots.shape[-1:]
 
     @property
     def spectrum(self) -> Float[Array, "*members D"]:
-        """The eigenvalues of the scaled matrix."""
         return self.eigenvalues
 
     def apply(self, latent: Float[Array, " latent"]) -> Float[Array, " D"]:
-        """Returns $P u$."""
         return self.scale * matmul(self.vectors, self.roots * latent)
 
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, " latent"]:
-        """Returns $P^T g$."""
         return self.roots * matmul(self.scale * vector, self.vectors)
 
     def invert(self, vector: Float[Array, " D"]) -> Float[Array, " latent"]:
@@ -84,7 +77,6 @@ class DenseWhitening(AbstractWhitening):
         return self.vectors * self.roots[None, :]
 
     def matrix(self) -> Float[Array, "D latent"]:
-        """Returns $P$."""
         return self.scale[:, None] * self._factor
 
     def log_abs_det(self) -> Float[Array, ""]:
@@ -120,7 +112,6 @@ class DenseWhitening(AbstractWhitening):
         return jnp.linalg.norm(null, axis=1) > self.resolution
 
     def standard_errors(self) -> Float[Array, " D"]:
-        """Returns the root of the diagonal of `covariance`."""
         errors = self.scale * jnp.linalg.norm(self._factor, axis=1)
         return jnp.where(self._unbounded(self.null_vectors), jnp.inf, errors)
 
@@ -162,14 +153,10 @@ def whiten_spectrum(
     *,
     is_inverse: bool = True,
 ) -> DenseWhitening:
-    """Makes the map from a decomposition.
+    """Makes the map from the decomposition of a matrix that errors call `name`.
 
-    **Arguments:**
-
-    - `spectrum`: of the matrix called `name` over the elements of `params`.
-    - `nulls`: which of the directions are null.
-    - `eps`: the relative rounding error of the matrix.
-    - `is_inverse`: whether the matrix is the inverse of a covariance.
+    `eps` is the relative rounding error of the matrix, and `is_inverse` says whether it
+    is the inverse of a covariance.
     """
     scale, values, vectors = spectrum
     size, on_null, resolution = values.size, nulls.on_null, math.sqrt(eps)

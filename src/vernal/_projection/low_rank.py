@@ -35,17 +35,18 @@ class LowRankWhitening(AbstractWhitening):
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the vectors."""
         return self.scale.dtype
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The latent array is a vector as long as that of the parameters."""
         return self.scale.shape[-1:]
 
     @property
+    def rank(self) -> int:
+        return self.eigenvalues.shape[-1]
+
+    @property
     def is_null(self) -> Bool[Array, " rank"]:
-        """None of the directions that were kept is null."""
         return jnp.zeros(self.eigenvalues.shape, bool)
 
     @property
@@ -60,15 +61,12 @@ class LowRankWhitening(AbstractWhitening):
         return rest * vector + matmul(self.vectors, kept)
 
     def apply(self, latent: Float[Array, " D"]) -> Float[Array, " D"]:
-        """Returns $P u$."""
         return self.scale * self._times(latent, -0.5)
 
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, " D"]:
-        """Returns $P^T g$."""
         return self._times(self.scale * vector, -0.5)
 
     def invert(self, vector: Float[Array, " D"]) -> Float[Array, " D"]:
-        """Returns $P^{-1} x$."""
         return self._times(vector / self.scale, 0.5)
 
     def _dense(self, power: float) -> Float[Array, "D D"]:
@@ -78,7 +76,6 @@ class LowRankWhitening(AbstractWhitening):
         return rest * identity + matmul(kept, self.vectors.T)
 
     def matrix(self) -> Float[Array, "D D"]:
-        """Returns $P$."""
         return self.scale[:, None] * self._dense(-0.5)
 
     def log_abs_det(self) -> Float[Array, ""]:
@@ -96,7 +93,6 @@ class LowRankWhitening(AbstractWhitening):
         return self.is_flat & (self._in_complement() > 0)
 
     def standard_errors(self) -> Float[Array, " D"]:
-        """Returns the root of the diagonal of `covariance`."""
         kept = jnp.sum(jnp.square(self.vectors) / self.eigenvalues[None, :], axis=1)
         errors = self.scale * jnp.sqrt(kept + self._in_complement() / self.curvature)
         return jnp.where(self._unbounded(), jnp.inf, errors)
@@ -124,17 +120,9 @@ def whiten_matvec(
     key: PRNGKeyArray,
     scale: Params,
 ) -> LowRankWhitening:
-    """Finds the map that whitens the leading directions of a symmetric matrix.
-
-    **Arguments:**
-
-    - `matvec`: the product with the matrix, from a tree like `params` to one.
-    - `params`: the point; only its shapes and dtypes matter.
-    - `rank`: the number of directions.
-    - `key`: for the first vector and the probes.
-    - `scale`: the size of each parameter, or `None` for ones.
-    """
-    size, dtype = ravel_size(params), _computed_in(params)
+    """Finds the map that whitens the leading directions; see `from_matvec`."""
+    # No eigensolver works in half precision.
+    size, dtype = ravel_size(params), widest((ravel_dtype(params), np.dtype("float32")))
     if not callable(matvec):
         raise TypeError(
             f"`matvec` is {matvec!r}, but must be a function, such as "
@@ -170,11 +158,6 @@ def whiten_matvec(
         curvature=held(jnp.where(is_flat, values[-1], found.curvature)),
         is_flat=held(is_flat),
     )
-
-
-def _computed_in(params: Params) -> np.dtype:
-    # No eigensolver works in half precision.
-    return widest((ravel_dtype(params), jnp.dtype("float32")))
 
 
 def _flat_scale(scale: Params, params: Params, dtype: np.dtype) -> Float[Array, " D"]:

@@ -26,9 +26,9 @@ class AbstractWhitening(eqx.Module):
         """The shape of the latent array."""
 
     @property
+    @abc.abstractmethod
     def rank(self) -> Any:
         """The number of directions that are not null; an array if values decide."""
-        return self.spectrum.shape[-1]
 
     @property
     @abc.abstractmethod
@@ -86,52 +86,44 @@ class Unchanged(AbstractWhitening):
 
     @property
     def dtype(self) -> np.dtype:
-        """The one of the parameter."""
         return self.kind
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The one of the parameter."""
         return self.shape
 
     @property
+    def rank(self) -> int:
+        return self.latent_size
+
+    @property
     def is_null(self) -> Bool[Array, "*members D"]:
-        """No direction is null."""
         return jnp.zeros(self.latent_size, bool)
 
     @property
     def spectrum(self) -> Float[Array, "*members D"]:
-        """Ones: no direction is scaled."""
         return jnp.ones(self.latent_size, self.dtype)
 
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
-        """Returns the elements."""
         return jnp.ravel(latent)
 
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, "..."]:
-        """Returns the elements in their shape."""
         return vector.reshape(self.latent_shape)
 
     def invert(self, vector: Float[Array, " D"]) -> Float[Array, "..."]:
-        """Returns the elements in their shape."""
         return vector.reshape(self.latent_shape)
 
     def matrix(self) -> Float[Array, "D latent"]:
-        """Returns the identity."""
         return jnp.eye(self.latent_size, dtype=self.dtype)
 
     def log_abs_det(self) -> Float[Array, ""]:
-        """Returns zero."""
         return jnp.zeros((), self.dtype)
 
     def standard_errors(self) -> Float[Array, " D"]:
-        """Returns NaN: no matrix was given."""
         return jnp.full(self.latent_size, jnp.nan, self.dtype)
 
     def covariance(self) -> Float[Array, "D D"]:
-        """Returns NaN: no matrix was given."""
         return jnp.full((self.latent_size, self.latent_size), jnp.nan, self.dtype)
 
     def null_space(self, params: Params) -> tuple[dict[str, float], ...]:
-        """No direction is null."""
         return ()

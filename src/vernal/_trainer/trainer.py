@@ -30,6 +30,7 @@ from .._fit import FitResult, One, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
+    Passes,
     curvature,
     fisher,
     objective,
@@ -580,7 +581,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
         require_precision(self)
-        return fisher(self, batch, blocks, batch_size, jac)
+        return fisher(self, batch, blocks, Passes(batch_size, jac))
 
     @overload
     def curvature(
@@ -616,7 +617,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
-        return curvature(self, batch, blocks, batch_size, jac)
+        return curvature(self, batch, blocks, Passes(batch_size, jac))
 
     @entrance
     def reproject(
@@ -682,7 +683,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         """
         refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)
-        projector = whitened(self, batch, blocks, batch_size, jac, options)
+        projector = whitened(self, batch, blocks, Passes(batch_size, jac), options)
         return self.reproject(projector, optimiser)
 
     @entrance
