@@ -35,7 +35,7 @@ def learning_rates(
     if projector is not None:
         of_leaf = {
             index: rate
-            for block, rate in zip(projector._blocks, rates, strict=True)
+            for block, rate in zip(projector.blocks, rates, strict=True)
             for index in block
         }
         rates = [of_leaf[index] for index in range(len(names))]

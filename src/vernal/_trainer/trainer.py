@@ -28,6 +28,7 @@ from .._fit import FitResult, One, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
+    Passes,
     curvature,
     fisher,
     objective,
@@ -489,7 +490,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
         require_precision(self)
-        return fisher(self, batch, blocks, batch_size, jac)
+        return fisher(self, batch, blocks, Passes(batch_size, jac))
 
     @overload
     def curvature(
@@ -525,7 +526,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
-        return curvature(self, batch, blocks, batch_size, jac)
+        return curvature(self, batch, blocks, Passes(batch_size, jac))
 
     @entrance
     def reproject(
@@ -589,7 +590,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)
-        projector = whitened(self, batch, blocks, batch_size, jac, **options)
+        projector = whitened(self, batch, blocks, Passes(batch_size, jac), options)
         return self.reproject(projector, optimiser)
 
     @entrance
