@@ -1,13 +1,9 @@
 """Optax transformations as pytrees: rates are leaves, the rest compares by value."""
 
 import numbers
-import operator
-from typing import Any, NamedTuple, SupportsIndex, final, no_type_check
+from typing import Any, final
 
-import jax
-import jax.numpy as jnp
 import optax
-from jax import Array
 
 from .._boundary import narrowed_tree
 from .._closure import Closure
@@ -143,89 +139,3 @@ def _not_a_transformation(tx: Any, where: str) -> str:
         what = f"of type `{type(tx).__name__}`"
         remedy = "Give it one, e.g. `optax.adam(1e-3)`."
     return f"`{where}` is {what}, not an Optax transformation. {remedy}"
-
-
-class WindowState(NamedTuple):
-    """The state of [`window`][vernal.window]."""
-
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    inner_state: Any
-
-
-def window(
-    tx: optax.GradientTransformation,
-    start: SupportsIndex = 0,
-    stop: SupportsIndex | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Lets a transformation act on a range of steps only.
-
-    Outside `[start, stop)` the updates are zero, and the transformation sees nothing:
-    neither the gradient nor the passing of a step. Its moments do not grow while it
-    waits, and its schedule starts when it does.
-
-    **Arguments:**
-
-    - `tx`: an Optax transformation.
-    - `start`: the first step on which it acts, counted in updates taken.
-    - `stop`: the first step on which it no longer acts. `None`: it goes on.
-
-    **Returns:**
-
-    An Optax transformation.
-
-    **Raises:**
-
-    `TypeError` if `tx` is not an Optax transformation; `ValueError` if `start` or
-    `stop` is negative or not an integer, or the window is empty or backwards.
-    """
-    inner = optax.with_extra_args_support(require_transformation(tx, "tx"))
-    start = _step(start, "start")
-    stop = None if stop is None else _step(stop, "stop")
-    if stop is not None and stop <= start:
-        raise ValueError(
-            f"The window is empty or backwards: it starts at step {start} and stops "
-            f"at step {stop}. Give a `stop` greater than `start`."
-        )
-
-    # Known by their code, which a type checker must not wrap.
-    @no_type_check
-    def init_fn(params: Any) -> WindowState:
-        return WindowState(jnp.zeros((), jnp.int32), inner.init(params))
-
-    @no_type_check
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, WindowState]:
-        def act() -> tuple[Any, Any]:
-            return inner.update(updates, state.inner_state, params, **extra)
-
-        def wait() -> tuple[Any, Any]:
-            zeros, held = jax.eval_shape(act)
-            return (
-                jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros),
-                jax.tree.map(
-                    lambda x, like: jnp.asarray(x, like.dtype), state.inner_state, held
-                ),
-            )
-
-        inside = state.count >= start
-        if stop is not None:
-            inside &= state.count < stop
-        updates, inner_state = jax.lax.cond(inside, act, wait)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, WindowState(count, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _step(value: Any, name: str) -> int:
-    try:
-        step = operator.index(value)
-    except TypeError:
-        step = -1
-    if step < 0:
-        raise ValueError(
-            f"`{name}` is {value!r}, and must be an integer that is not negative: it "
-            "counts updates."
-        )
-    return step

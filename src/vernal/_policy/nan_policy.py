@@ -1,85 +1,17 @@
-"""What to do with non-finite values: the two checks of zodiax, and `NanPolicy`."""
+"""What to do with non-finite values: `NanPolicy`."""
 
 import abc
-import functools as ft
-import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, SupportsIndex, TypeVar, final
+from typing import Any, NamedTuple, SupportsIndex, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from .._boundary import PyTree, whole_number
 from .._pickling import Portable
-
-T = TypeVar("T")
-
-
-def _is_inexact(leaf: Any) -> bool:
-    return isinstance(leaf, float | complex) or (
-        hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
-    )
-
-
-def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every number in the inexact leaves of a tree is finite."""
-    flags = [is_finite(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
-    return ft.reduce(operator.and_, flags, jnp.array(True))
-
-
-def is_finite(array: ArrayLike) -> Bool[Array, ""]:
-    """Whether every number in an array is finite.
-
-    The largest magnitude tells: it is infinite or NaN if any is. To reduce floats is
-    three times as fast on a CPU as to reduce the booleans of `isfinite`.
-    """
-    if jnp.size(array) == 0:
-        return jnp.array(True)
-    if jnp.iscomplexobj(array):
-        # The magnitude of a finite number may overflow.
-        array = jnp.stack([jnp.real(array), jnp.imag(array)])
-    return jnp.isfinite(jnp.max(jnp.abs(array)))
-
-
-def debug_nan_check(grads: T) -> T:
-    """Opens a breakpoint if there is a NaN in the gradients.
-
-    Infinities do not open it. Integer and `None` leaves are passed over.
-
-    **Arguments:**
-
-    - `grads`: any pytree.
-
-    **Returns:**
-
-    `grads` itself.
-    """
-    leaves = filter(_is_inexact, jax.tree.leaves(grads))
-    flags = [jnp.any(jnp.isnan(leaf)) for leaf in leaves]
-    eqx.debug.breakpoint_if(ft.reduce(operator.or_, flags, jnp.array(False)))
-    return grads
-
-
-def zero_nan_check(grads: T) -> T:
-    """Replaces every NaN in the gradients by zero.
-
-    Infinities stay, and each leaf keeps its dtype; integer and `None` leaves are
-    passed over. To look for infinities too, and for a loss that is not finite, give
-    a `Trainer` the policy [`vernal.ZeroNans`][].
-
-    **Arguments:**
-
-    - `grads`: any pytree.
-
-    **Returns:**
-
-    A pytree of the same structure.
-    """
-    return jax.tree.map(
-        lambda x: jnp.where(jnp.isnan(x), 0, x) if _is_inexact(x) else x, grads
-    )
+from .finite import all_finite
 
 
 class Verdict(NamedTuple):
