@@ -1,7 +1,8 @@
 """What users compose: policies for non-finite values, and stop criteria.
 
-`nan_policy` and `stop_criterion` have the base classes and those of vernal, `finite`
-the checks of arrays, `stop_reason` the reasons why a fit ends.
+`nan_policy` and `stop_criterion` have the base classes and the subclasses of vernal;
+`returned` checks what they return; `finite` has the checks of arrays, `stop_reason` the
+reasons why a fit ends.
 """
 
 from .finite import (
@@ -23,6 +24,7 @@ from .nan_policy import (
     Verdict as Verdict,
     ZeroNans as ZeroNans,
 )
+from .returned import asked as asked, judged as judged
 from .stop_criterion import (
     Converged as Converged,
     Patience as Patience,

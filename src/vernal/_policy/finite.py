@@ -27,11 +27,9 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 def is_finite(array: ArrayLike) -> Bool[Array, ""]:
-    """Whether every number in an array is finite.
-
-    The largest magnitude tells: it is infinite or NaN if any is. To reduce floats is
-    three times as fast on a CPU as to reduce the booleans of `isfinite`.
-    """
+    """Whether every number in an array is finite."""
+    # The largest magnitude is infinite or NaN if any number is. To reduce floats is
+    # three times as fast on a CPU as to reduce the booleans of `isfinite`.
     if jnp.size(array) == 0:
         return jnp.array(True)
     if jnp.iscomplexobj(array):
@@ -43,7 +41,7 @@ def is_finite(array: ArrayLike) -> Bool[Array, ""]:
 def debug_nan_check(grads: T) -> T:
     """Opens a breakpoint if there is a NaN in the gradients.
 
-    Infinities do not open it. Integer and `None` leaves are passed over.
+    Infinities do not open it. Leaves that are integers or `None` are ignored.
 
     **Arguments:**
 
@@ -62,9 +60,9 @@ def debug_nan_check(grads: T) -> T:
 def zero_nan_check(grads: T) -> T:
     """Replaces every NaN in the gradients by zero.
 
-    Infinities stay, and each leaf keeps its dtype; integer and `None` leaves are
-    passed over. To look for infinities too, and for a loss that is not finite, give
-    a `Trainer` the policy [`vernal.ZeroNans`][].
+    Infinities stay, and each leaf keeps its dtype. Leaves that are integers or `None`
+    are ignored. To look for infinities too, and for a loss that is not finite, give a
+    `Trainer` the policy [`vernal.ZeroNans`][].
 
     **Arguments:**
 

@@ -35,4 +35,4 @@ class StopReason(enum.Enum):
 
 
 AT_NON_FINITE = (StopReason.NON_FINITE, StopReason.ALL_SKIPPED)
-"""The reasons of a fit that values which are not finite have ended or made vain."""
+"""The reasons of a fit that non-finite values have ended, or left without a step."""
