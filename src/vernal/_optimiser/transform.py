@@ -68,18 +68,19 @@ class Transform(AbstractTransform):
             closure = Closure.encode(tx)
         return cls(closure)
 
-    def _decode(self) -> optax.GradientTransformationExtraArgs:
+    def decode(self) -> optax.GradientTransformationExtraArgs:
+        """Returns the encoded transformation."""
         return optax.with_extra_args_support(self.closure.decode())
 
     def init(self, params: Any) -> Any:
         """As the encoded transformation's."""
-        return self._decode().init(params)
+        return self.decode().init(params)
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         """As the encoded transformation's."""
-        return self._decode().update(updates, state, params, **extra)
+        return self.decode().update(updates, state, params, **extra)
 
 
 def as_transform(tx: Any, where: str) -> AbstractTransform:

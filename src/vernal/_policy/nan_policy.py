@@ -185,7 +185,7 @@ class AbstractStatelessPolicy(NanPolicy):
     """A policy that has nothing to remember."""
 
     @abc.abstractmethod
-    def judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
         """Returns the gradients to go on with, and the verdict."""
 
     def init(self, params: PyTree) -> None:
@@ -195,7 +195,7 @@ class AbstractStatelessPolicy(NanPolicy):
         self, loss: Array, grads: PyTree, state: None
     ) -> tuple[PyTree, Verdict, None]:
         """Judges one step, by itself."""
-        return *self.judge(loss, grads), None
+        return *self._judge(loss, grads), None
 
 
 @final
@@ -206,8 +206,7 @@ class ZeroNans(AbstractStatelessPolicy):
     holds it.
     """
 
-    def judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        """Zeroes what is not finite."""
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
         return grads, Verdict(jnp.array(True), jnp.array(False))
 
@@ -220,8 +219,7 @@ class SkipStep(AbstractStatelessPolicy):
     goes on, and with it the random key and the minibatch.
     """
 
-    def judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        """Accepts finite steps only."""
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
         return grads, Verdict(all_finite((loss, grads)), jnp.array(False))
 
 
@@ -229,8 +227,7 @@ class SkipStep(AbstractStatelessPolicy):
 class StopFit(AbstractStatelessPolicy):
     """Does not take a step that is not finite, and ends the fit. The default."""
 
-    def judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        """Stops at the first step that is not finite."""
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
         return grads, _stop_unless(all_finite((loss, grads)))
 
 
@@ -243,8 +240,7 @@ class RaiseOnNan(AbstractStatelessPolicy):
     through `equinox.error_if`.
     """
 
-    def judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        """Stops at the first step that is not finite."""
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
         return grads, _stop_unless(all_finite((loss, grads)))
 
     @property
@@ -257,8 +253,7 @@ class RaiseOnNan(AbstractStatelessPolicy):
 class BreakOnNan(AbstractStatelessPolicy):
     """Opens a breakpoint at a step that is not finite, and then ends the fit."""
 
-    def judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        """Breaks, then stops."""
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
         finite = all_finite((loss, grads))
         eqx.debug.breakpoint_if(~finite)
         return grads, _stop_unless(finite)
