@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import optax
 
+from .._boundary import PyTree
+from .._projection import EigenProjector
 from .._tree import paths
 from .groups import Group, Leaves
 from .named_tree import by_path, uniquely_named
@@ -18,14 +20,19 @@ from .partition import partition_groups
 from .transform import Transform
 
 
-def learning_rates(trainer: Any) -> dict[str, float | None]:
+def learning_rates(
+    optimiser: Any,
+    opt_state: PyTree,
+    params: PyTree,
+    projector: EigenProjector | None,
+    latent: PyTree,
+) -> dict[str, float | None]:
     """Implements `Trainer.learning_rates`."""
-    latent, projector = trainer.latent, trainer.projector
-    point = trainer.params if projector is None else latent
+    point = params if projector is None else latent
     start = jax.tree.map(lambda _: Factor(), point)
-    ends = _through(trainer.optimiser.update, trainer.opt_state, start, point)
+    ends = _through(optimiser.update, opt_state, start, point)
     rates = [factor.rate for factor in jax.tree.leaves(ends)]
-    names = paths(trainer.params)
+    names = paths(params)
     if projector is not None:
         of_leaf = {
             index: rate
