@@ -372,7 +372,7 @@ SHARED = {
 def test_a_shared_trace_makes_the_same_program(name, by, monkeypatch):
     tx = make_pairs(SHARED[name], by=by)
     shared, shared_out = program(tx, value_fn=loss)
-    monkeypatch.setattr(_groups, "_kind", lambda *_: None)
+    monkeypatch.setattr(_groups, "_nameless", lambda *_: None)
     alone, alone_out = program(tx, value_fn=loss)
     assert shared == alone
     # With the paths in the structure of the state, and all types.
@@ -385,7 +385,7 @@ def test_a_shared_window(monkeypatch):
     # Its branches are the same, but JAX prints them once where it met them once.
     tx = make_pairs(lambda rate: vn.window(optax.adam(rate), 1, 3), by="rules")
     shared = run(tx, PAIRS)
-    monkeypatch.setattr(_groups, "_kind", lambda *_: None)
+    monkeypatch.setattr(_groups, "_nameless", lambda *_: None)
     assert_same_bits(shared, run(tx, PAIRS))
 
 

@@ -1,4 +1,9 @@
-"""An Optax transformation for each parameter."""
+"""An Optax transformation for each parameter.
+
+`param_optimiser` finds the parameters by path, `partition` by label; `groups` updates
+each group of them by its own transformation, and shares the traces of like groups.
+`transform` makes pytrees of Optax's closures; `learning_rates` reads the rates in them.
+"""
 
 from .abstract_transform import AbstractTransform as AbstractTransform
 from .learning_rates import learning_rates as learning_rates

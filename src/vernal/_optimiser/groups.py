@@ -48,15 +48,7 @@ def make_groups(
     names: Sequence[str],
     states: Sequence[Any] | None = None,
 ) -> list[Group]:
-    """Makes a group for each transformation.
-
-    **Arguments:**
-
-    - `transforms`: the transformations.
-    - `owners`: for each leaf, the index of its transformation.
-    - `names`: of the leaves.
-    - `states`: of the groups.
-    """
+    """Makes a group for each transformation, given the index of each leaf's."""
     members: list[list[str]] = [[] for _ in transforms]
     for owner, name in zip(owners, names, strict=True):
         members[owner].append(name)
@@ -75,25 +67,18 @@ def update_groups(
 ) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """Updates each group by its own transformation.
 
-    **Arguments:**
-
-    - `groups`: with their states.
-    - `updates`: the gradients.
-    - `params`: the parameters, if there are any.
-    - `extra_of`: returns the extra arguments of a group, given its members. A
-        dictionary by the members becomes like the group's updates.
-
-    **Returns:**
-
-    The updates, and the new states.
+    `extra_of` returns the extra arguments of a group, given its members: a dictionary
+    by these becomes like the updates of the group.
     """
     # Outside a trace there is none to share, and what is compiled has other bits.
     is_traced = any(isinstance(update, Tracer) for update in updates.values())
-    kinds = [_kind(x, updates) if is_traced and x.members else None for x in groups]
-    frequency = Counter(kind.key for kind in kinds if kind is not None)
+    traces = [
+        _nameless(x, updates) if is_traced and x.members else None for x in groups
+    ]
+    frequency = Counter(trace.key for trace in traces if trace is not None)
     new: dict[str, Any] = {}
     states = []
-    for group, kind in zip(groups, kinds, strict=True):
+    for group, trace in zip(groups, traces, strict=True):
         update = optax.with_extra_args_support(group.transform).update
         values = None if params is None else group.own(params)
         args = group.own(updates), group.state, values
@@ -103,9 +88,9 @@ def update_groups(
             for name, arg in extra_of(group.members).items()
         }
         done = None
-        if kind is not None:
-            shared = kind.shared_update if frequency[kind.key] > 1 else update
-            done = _update_nameless(shared, kind, args, extra)
+        if trace is not None:
+            shared = trace.shared_update if frequency[trace.key] > 1 else update
+            done = _update_nameless(shared, trace, args, extra)
         moved, state = done or _explained(update, *args, **extra)
         new |= {name: moved[name] for name in group.members}
         states.append(state)
@@ -128,8 +113,8 @@ _NAMELESS = (
 )
 
 
-class _Kind(NamedTuple):
-    """A transformation that cannot look at names; groups of one key share a trace."""
+class _Nameless(NamedTuple):
+    """A transformation that looks at no names; groups of one key share a trace."""
 
     closure: Closure
     words: frozenset[str]
@@ -143,7 +128,7 @@ class _Kind(NamedTuple):
         return _shared(self.closure.skeleton)(self.closure.leaves, args, extra)
 
 
-def _kind(group: Group, leaves: Leaves) -> _Kind | None:
+def _nameless(group: Group, leaves: Leaves) -> _Nameless | None:
     tx = group.transform
     if isinstance(tx, AbstractTransform):
         closure = tx.closure if isinstance(tx, Transform) else None
@@ -154,7 +139,7 @@ def _kind(group: Group, leaves: Leaves) -> _Kind | None:
         return None
     own = (leaves[name] for name in group.members)
     avals = tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in own)
-    return _Kind(closure, words, avals)
+    return _Nameless(closure, words, avals)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -175,16 +160,13 @@ def _shared(skeleton: Skeleton) -> Callable[..., Any]:
 
 def _update_nameless(
     update: Callable[..., Any],
-    kind: _Kind,
+    trace: _Nameless,
     args: tuple[Any, ...],
     extra: Mapping[str, Any],
 ) -> Any:
-    """Updates a group under names that all groups of its size have.
-
-    Returns `None` where it must be done under its own.
-    """
+    """Updates a group under aliases; returns `None` where it needs its own names."""
     functions = {name for name, arg in extra.items() if callable(arg)}
-    if functions & kind.words:
+    if functions & trace.words:
         return None
     extra = {name: arg for name, arg in extra.items() if name not in functions}
     names = tuple(args[0])

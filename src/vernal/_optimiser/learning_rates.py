@@ -85,13 +85,7 @@ Cells = Mapping[str, Any]
 
 
 def _through(update: Any, state: Any, factors: Any, params: Any) -> Any:
-    """Returns the factors after one transformation.
-
-    **Arguments:**
-
-    - `update`, `state`: of the transformation.
-    - `factors`, `params`: two trees of one structure.
-    """
+    """Returns the factors after one transformation."""
     owner = getattr(update, "__self__", None)
     if isinstance(owner, Transform):
         return _through(owner.decode().update, state, factors, params)
@@ -207,10 +201,6 @@ def _named_chain(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
     return factors
 
 
-def _with_extra_args(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    return _through(cells["tx"].update, state, factors, params)
-
-
 def _inside(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
     return _through(cells["inner"].update, state.inner_state, factors, params)
 
@@ -307,11 +297,13 @@ def _in_groups(
     return new
 
 
-# Transformations of others, of Optax and of this package.
+# Those of Optax and of this package.
 _AROUND_OTHERS: dict[str, Callable[[Cells, Any, Any, Any], Any]] = {
     "optax.chain": _chain,
     "optax.named_chain": _named_chain,
-    "optax.with_extra_args_support": _with_extra_args,
+    "optax.with_extra_args_support": lambda cells, *args: _through(
+        cells["tx"].update, *args
+    ),
     "optax.apply_if_finite": _inside,
     "optax.flatten": _flatten,
     "optax.inject_hyperparams": _inject,

@@ -49,12 +49,12 @@ class ParamOptimiser(AbstractTransform):
     sees the norm of the group. The most specific rule wins: an exact path, then the
     longest node, then a glob by its number of literal segments, then a predicate.
 
-    It is a pytree, whose leaves are the rates: one with other rates compiles nothing
-    anew. To Optax it is a `GradientTransformationExtraArgs`, and goes wherever one
-    goes: into `optax.chain`, into `optimistix.OptaxMinimiser`, into a fit loop of
-    another library. Within, a transformation sees its own parameters alone, in an
-    ordered dictionary by path. An extra argument `value_fn` (for a line search, as in
-    `optax.lbfgs`) becomes a function of these, the others held at their values.
+    It is a pytree whose leaves are the rates: other rates compile nothing again. To
+    Optax it is a `GradientTransformationExtraArgs`: it works in `optax.chain`, in
+    `optimistix.OptaxMinimiser`, in the fit loops of other libraries. A transformation
+    sees only its own parameters, in an ordered dictionary by path. An extra argument
+    `value_fn` (for a line search, as in `optax.lbfgs`) becomes a function of these; the
+    other parameters are held at their values.
     """
 
     selectors: Closure
@@ -78,8 +78,8 @@ class ParamOptimiser(AbstractTransform):
             rule whose value is `None` freezes its parameters.
         - `first`: a transformation of all trained parameters together, before the
             rules: clipping, preconditioning.
-        - `default`: the transformation of the parameters without a rule. Where it is
-            `None` they are frozen.
+        - `default`: the transformation of the parameters without a rule; `None` freezes
+            them.
         - `strict`: whether a parameter without a rule is an error.
 
         **Raises:**
@@ -105,14 +105,15 @@ class ParamOptimiser(AbstractTransform):
         self.strict = boolean(strict, "strict")
 
     def owners(self, model: Any, *, filtered: bool = False) -> tuple[int | None, ...]:
-        """Finds the group of each leaf of a model: `None` for a frozen one.
+        """Finds the group of each leaf of a model, `None` if it is frozen.
 
-        Group `i` is the rule `i`; the one after the last is the default.
+        Group `i` is that of rule `i`; the group after the last rule is the default.
 
         **Arguments:**
 
         - `model`: any pytree.
-        - `filtered`: whether leaves that rules name may have been replaced by `None`.
+        - `filtered`: whether some leaves may have been replaced by `None`, so that a
+            rule which matches only these is allowed.
 
         **Raises:**
 
@@ -182,9 +183,9 @@ class ParamOptimiser(AbstractTransform):
 
         - `updates`: the gradients, a tree like the parameters.
         - `state`: the state of the step before.
-        - `params`: the parameters; a whole model will do.
-        - `**extra`: `value`, `grad`, `value_fn` and whatever else a transformation
-            asks for.
+        - `params`: the parameters, or a whole model.
+        - `**extra`: `value`, `grad`, `value_fn` and any other argument of the
+            transformations.
 
         **Returns:**
 
@@ -234,13 +235,13 @@ class ParamOptimiser(AbstractTransform):
     def with_scale(self, scales: Mapping[Any, ArrayLike]) -> "ParamOptimiser":
         """Multiplies the updates of some rules by a factor, which is 1 unless set.
 
-        The factors are array leaves: other values compile nothing anew, and they can
+        The factors are array leaves: other values compile nothing again, and they can
         be vmapped and differentiated.
 
         **Arguments:**
 
-        - `scales`: from selectors, as the rules have them, to scalars. A rule with a
-            tuple is named by any of its members.
+        - `scales`: from selectors of the rules to scalars. Any member of a tuple of
+            selectors names its rule.
 
         **Raises:**
 
@@ -282,8 +283,8 @@ class ParamOptimiser(AbstractTransform):
     def summary(self, model: Any) -> str:
         """Tabulates each parameter of a model: shape, dtype, rule, transformation.
 
-        What looks like a parameter and is not fitted is listed too: Python floats
-        without a rule of their own, Python ints, integer arrays of few elements.
+        Leaves that look like parameters and are not fitted are listed too: Python
+        floats without a rule, Python ints, integer arrays of few elements.
         """
         selectors = (*self.selectors.decode(), "default")
         transforms = (*self.transforms, self.default)
@@ -296,13 +297,7 @@ def rule_groups(
     paths: Sequence[str],
     states: Sequence[Any] | None = None,
 ) -> list[Group]:
-    """Makes the group of each rule, and of the default.
-
-    **Arguments:**
-
-    - `optimiser`: whose rules they are.
-    - `owners`, `paths`, `states`: as in a `ParamOptimiserState`.
-    """
+    """Makes the group of each rule, and of the default, as in the optimiser's state."""
     # A frozen rule keeps its place, so that rules and groups have the same index.
     still: Any = optax.set_to_zero()
     rules = [still if tx is None else tx for tx in optimiser.transforms]
@@ -353,8 +348,8 @@ def _check_shapes(leaves: Mapping[str, Any], shapes: Any, name: str) -> None:
 
 
 def _as_scale(value: ArrayLike) -> Array:
-    # One dtype for all, so that a factor which was set has the type of one that was
-    # not; it takes that of the update where it is used.
+    # One dtype for all, so that setting one compiles nothing. Where it is used it is
+    # cast to the dtype of the update.
     dtype = jnp.result_type(float)
     if isinstance(value, jax.Array):
         return strong(value.astype(dtype))

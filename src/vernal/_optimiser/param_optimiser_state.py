@@ -9,22 +9,22 @@ class ParamOptimiserState(eqx.Module):
     """The state of a [`vernal.ParamOptimiser`][].
 
     `groups` has the state of each rule, in order, and then that of the default.
-    `paths` are the parameters that are trained, `owners` the group of each.
+    `paths` are those of the trained parameters, `owners` the group of each.
     """
 
     first: Any
     groups: tuple[Any, ...]
-    # Tuples; `Learned` in what Optax makes to map over.
+    # Tuples; `Learned` in a state that Optax makes to map over.
     paths: Any = eqx.field(static=True)
     shapes: Any = eqx.field(static=True)
     owners: Any = eqx.field(static=True)
 
 
 class Learned:
-    """What is static in a state that was made without parameters.
+    """A static field of a state that was made without parameters.
 
-    `optax.tree_map_params` makes such a state, compares it with a whole one, and fills
-    it with the values of that. It is equal to what it first meets, and remembers that.
+    `optax.tree_map_params` makes such a state, compares it with a complete one, and
+    fills it with values. This is equal to the first value that it is compared with.
     """
 
     def __init__(self) -> None:

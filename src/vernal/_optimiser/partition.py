@@ -20,24 +20,24 @@ def partition(
     *,
     mask_compatible_extra_args: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives each label's parameters a transformation of their own.
+    """Gives the parameters of each label their own transformation.
 
-    As `optax.partition`, with the same updates to the last bit, at a cost that grows
-    with the number of parameters and not with its square.
+    The updates are those of `optax.partition`, to the last bit. The cost grows with the
+    number of parameters, and not with its square.
 
-    Inside, a transformation sees the parameters of its own label only, in a dictionary
-    by dotted path, e.g. `layers.0.weight`: a `collections.OrderedDict`, or a `dict` if
-    there is but one. A mask given as a function of the parameters is called with that,
-    so that a function that asks for the path of a leaf meets one key, the dotted path.
+    A transformation sees only the parameters of its own label, in a dictionary by
+    dotted path, e.g. `layers.0.weight`: a `collections.OrderedDict`, or a `dict` if
+    there is only one. A mask that is a function of the parameters is called with this
+    dictionary: in it, the path of a leaf is one key, the dotted path.
 
     **Arguments:**
 
     - `transforms`: from labels to Optax transformations.
     - `param_labels`: a tree of labels, of the structure of the parameters or a prefix
-        of it; or a function that makes one of the parameters. A module is a tree, even
-        if it can be called.
-    - `mask_compatible_extra_args`: whether a transformation is given its own leaves
-        only of each extra argument that has the structure of the updates.
+        of it; or a function from the parameters to such a tree. A module is a tree,
+        even if it can be called.
+    - `mask_compatible_extra_args`: whether a transformation is given only its own
+        leaves of each extra argument that has the structure of the updates.
 
     **Returns:**
 
@@ -47,8 +47,9 @@ def partition(
 
     **Raises:**
 
-    `TypeError` if one of `transforms` is no Optax transformation. When it is used:
-    `ValueError` if a label has no transformation, or trees do not match.
+    - `TypeError`: if one of `transforms` is not an Optax transformation.
+    - `ValueError`: when it is used, if a label has no transformation, or if trees do
+        not match.
     """
     transforms = {
         label: require_transformation(tx, f"transforms[{label!r}]")
@@ -129,14 +130,7 @@ def partition_groups(
     names: Sequence[str],
     state: Any = None,
 ) -> list[Group]:
-    """Makes the groups of a partition.
-
-    **Arguments:**
-
-    - `transforms`, `param_labels`: as for `partition`.
-    - `tree`, `names`: the tree to divide, and the names of its leaves.
-    - `state`: of the partition, if there is one.
-    """
+    """Makes the groups of a partition of `tree`, whose leaves have these names."""
     labels = _leaf_labels(param_labels, tree, names)
     index: dict[Hashable, int] = {label: i for i, label in enumerate(transforms)}
     unknown: dict[Any, list[str]] = {}

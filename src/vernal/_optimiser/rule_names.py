@@ -43,14 +43,7 @@ def rule_table(
     selectors: Sequence[Any],
     transforms: Sequence[optax.GradientTransformation | None],
 ) -> str:
-    """Implements `ParamOptimiser.summary`.
-
-    **Arguments:**
-
-    - `model`: whose parameters are listed.
-    - `owners`: the rule of each of its leaves.
-    - `selectors`, `transforms`: of the rules.
-    """
+    """Implements `ParamOptimiser.summary`; `owners` are the rules of the leaves."""
     rows = [("parameter", "shape", "dtype", "rule", "transformation")]
     leaves = [leaf for leaf in named_leaves(model) if leaf.value is not None]
     for leaf, owner in zip(leaves, owners, strict=True):

@@ -43,17 +43,15 @@ def delay(lr: Rate, start: Step, length: Step = 1) -> optax.Schedule:
     so that it is zero up to and including step `start`, and `lr` from step
     `start + length` on.
 
-    Only the *rate* waits. Whatever an optimiser accumulates, such as momentum or the
-    moments of Adam, goes on accumulating from the gradients seen while the rate is
-    zero, and its step count goes on too. To hold the whole transformation still until
-    a given step, use [`vernal.window`][] instead.
+    Only the *rate* waits. The optimiser itself does not: while the rate is zero, its
+    momentum or moments accumulate, and it counts its steps. To hold the whole
+    transformation until a given step, use [`vernal.window`][] instead.
 
-    The function has its origin in `zodiax.optimisation.delay`, and returns the same
-    values.
+    The values are those of `zodiax.optimisation.delay`.
 
     **Arguments:**
 
-    - `lr`: the learning rate at the end, a finite scalar. May be traced.
+    - `lr`: the learning rate at the end, a finite scalar. It may be traced.
     - `start`: the number of steps to wait, at least 0.
     - `length`: the number of steps of the rise, at least 1.
 
@@ -63,8 +61,8 @@ def delay(lr: Rate, start: Step, length: Step = 1) -> optax.Schedule:
 
     **Raises:**
 
-    A `ValueError` if `start` or `length` is out of range or not whole, or if `lr` is
-    known and not finite.
+    - `ValueError`: if `start` or `length` is out of range or not whole, or if `lr` is
+        not traced and not finite.
     """
     begin = _whole(start, "start", least=0)
     steps = _whole(length, "length", least=1)
@@ -88,17 +86,16 @@ def window(
     start: SupportsIndex = 0,
     stop: SupportsIndex | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets a transformation act on a range of steps only.
+    """Makes a transformation act on a range of steps only.
 
-    Outside `[start, stop)` the updates are zero, and the transformation sees nothing:
-    neither the gradient nor the passing of a step. Its moments do not grow while it
-    waits, and its schedule starts when it does.
+    Outside `[start, stop)` the updates are zero, and the transformation is not called:
+    its moments do not grow, and its schedule does not advance.
 
     **Arguments:**
 
     - `tx`: an Optax transformation.
-    - `start`: the first step on which it acts, counted in updates taken.
-    - `stop`: the first step on which it no longer acts. `None`: it goes on.
+    - `start`: the first step on which it acts. Steps are counted in updates taken.
+    - `stop`: the first step on which it no longer acts; `None` for no end.
 
     **Returns:**
 
@@ -106,8 +103,9 @@ def window(
 
     **Raises:**
 
-    `TypeError` if `tx` is not an Optax transformation; `ValueError` if `start` or
-    `stop` is negative or not an integer, or the window is empty or backwards.
+    - `TypeError`: if `tx` is not an Optax transformation.
+    - `ValueError`: if `start` or `stop` is negative or not an integer, or if the window
+        is empty or backwards.
     """
     inner = optax.with_extra_args_support(require_transformation(tx, "tx"))
     start = _step(start, "start")

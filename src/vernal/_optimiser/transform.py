@@ -1,4 +1,4 @@
-"""Optax transformations as pytrees: rates are leaves, the rest compares by value."""
+"""Optax transformations as pytrees whose rates are leaves."""
 
 import numbers
 from typing import Any, final
@@ -22,11 +22,10 @@ RATE_NAMES = frozenset(
         "numeric_hps",
     }
 )
-"""What Optax calls a rate, or a value of a schedule, where its closures hold one."""
+"""Optax's names of rates, and of the values of schedules, in its closures."""
 
-
-# Optax's arithmetic has other last bits with a rate that is an array than with one that
-# is a constant, which the compiler may merge with others, where these stand together.
+# Where these occur together the compiler merges a rate that is a constant with others:
+# the last bits would differ from Optax's if it were an array.
 _NEEDS_CONSTANTS = tuple(
     frozenset(f"{name}.<locals>.update_fn" for name in names)
     for names in (
@@ -45,21 +44,7 @@ class Transform(AbstractTransform):
 
     @classmethod
     def of(cls, tx: optax.GradientTransformation, where: str) -> "Transform":
-        """Encodes an Optax transformation.
-
-        **Arguments:**
-
-        - `tx`: the transformation.
-        - `where`: what an error calls it.
-
-        **Returns:**
-
-        The same transformation as a pytree.
-
-        **Raises:**
-
-        `TypeError` if `tx` is not an Optax transformation.
-        """
+        """Encodes a transformation, which an error calls `where`."""
         tx = require_transformation(tx, where)
         check_rates(tx, where)
         closure = Closure.encode(tx, RATE_NAMES, within=("optax",))
@@ -73,49 +58,25 @@ class Transform(AbstractTransform):
         return optax.with_extra_args_support(self.closure.decode())
 
     def init(self, params: Any) -> Any:
-        """As the encoded transformation's."""
+        """Calls the encoded transformation."""
         return self.decode().init(params)
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        """As the encoded transformation's."""
+        """Calls the encoded transformation."""
         return self.decode().update(updates, state, params, **extra)
 
 
 def as_transform(tx: Any, where: str) -> AbstractTransform:
-    """Makes a pytree of an Optax transformation, unless it is one.
-
-    **Arguments:**
-
-    - `tx`: an Optax transformation.
-    - `where`: what an error calls it, e.g. `optimisers['power']`.
-
-    **Returns:**
-
-    The transformation as a pytree.
-
-    **Raises:**
-
-    `TypeError` if `tx` is not an Optax transformation.
-    """
+    """Makes a pytree of an Optax transformation, which an error calls `where`."""
     if isinstance(tx, AbstractTransform):
         return narrowed_tree(tx)
     return Transform.of(tx, where)
 
 
 def require_transformation(tx: Any, where: str) -> optax.GradientTransformation:
-    """Returns `tx` itself.
-
-    **Arguments:**
-
-    - `tx`: what should be an Optax transformation.
-    - `where`: what an error calls it.
-
-    **Raises:**
-
-    `TypeError`, with a remedy, if it is not one.
-    """
+    """Returns `tx` itself; raises a `TypeError` if Optax could not use it."""
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(_not_a_transformation(tx, where))
     return tx
