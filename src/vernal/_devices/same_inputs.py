@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 
 from .._program import Version, version_of
-from .._step import advance, live, score, step_key
+from .._step import AbstractTrainer, advance, live, score, step_key
 from .fingerprint import fingerprint, leaf_fingerprints
 from .placement import Placement
 from .processes import Peers
@@ -35,7 +35,7 @@ def same_inputs(
         return
 
     def require_same(
-        trainer: Any, batch: Any, like: Any = None, /, **others: Any
+        trainer: AbstractTrainer, batch: Any, like: Any = None, /, **others: Any
     ) -> None:
         given = {
             "class": type(trainer).__qualname__,
@@ -54,7 +54,7 @@ def _short(other: Any) -> Any:
     return other if other is None or isinstance(other, int) else fingerprint(other)
 
 
-def _program_fingerprint(trainer: Any, batch: Any) -> str:
+def _program_fingerprint(trainer: AbstractTrainer, batch: Any) -> str:
     version = version_of((trainer, batch))
     known = _programs.get(version)
     if known is None:
@@ -63,7 +63,7 @@ def _program_fingerprint(trainer: Any, batch: Any) -> str:
     return known
 
 
-def _compute(trainer: Any, batch: Any) -> Any:
+def _compute(trainer: AbstractTrainer, batch: Any) -> Any:
     if trainer.optimiser is not None:
         return advance(trainer, batch)[0]
     there = live(trainer, trainer.params)

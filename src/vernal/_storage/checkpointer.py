@@ -8,6 +8,7 @@ import jax
 
 from .._boundary import PyTree, warn
 from .._devices import Peers
+from .._step import AbstractTrainer, progress_of
 from .._tree import NamedArray, from_arrays, to_arrays
 from .checkpoint_directory import claim
 from .checkpoint_format import leaves
@@ -112,7 +113,7 @@ class Checkpointer:
         return f"`checkpoint`: {self._folder}"
 
     def restore(
-        self, trainer: Any, first: int, monitor_state: PyTree
+        self, trainer: AbstractTrainer, first: int, monitor_state: PyTree
     ) -> tuple[Any, PyTree, History | None]:
         """Puts the newest checkpoint that is whole into a trainer, if there is one.
 
@@ -155,7 +156,7 @@ class Checkpointer:
         self,
         step: int,
         description: Mapping[str, Any],
-        trainer: Any,
+        trainer: AbstractTrainer,
         expected: Mapping[str, NamedArray],
     ) -> dict[str, NamedArray]:
         written = {path: leaf.kind for path, leaf in leaves(description).items()}
@@ -181,15 +182,19 @@ class Checkpointer:
         """Checks that what is recorded fits the history there is, before a `write`."""
         self._log.require_columns(like)
 
-    def mark_as_written(self, trainer: Any) -> None:
+    def mark_as_written(self, trainer: AbstractTrainer) -> None:
         """Notes that the newest checkpoint holds this trainer."""
-        self._written = trainer._progress
+        self._written = progress_of(trainer)
 
     def write(
-        self, step: int, trainer: Any, monitor_state: PyTree, history: History
+        self,
+        step: int,
+        trainer: AbstractTrainer,
+        monitor_state: PyTree,
+        history: History,
     ) -> None:
         """Writes a checkpoint in the background, unless there is one of this state."""
-        if trainer._progress is self._written:
+        if progress_of(trainer) is self._written:
             return
         with self._explained():
             own = to_arrays({_FIT: monitor_state})

@@ -11,14 +11,14 @@ import numpy as np
 
 from .._data import Source, Stream, Whole
 from .._pickling import digest_of
-from .._step import defined
+from .._step import AbstractTrainer, defined
 from .._tree import is_part, to_arrays
 
 # Of arrays with more bytes only a sample is compared.
 _MAX_BYTES = 2**26
 
 
-def origin(trainer: Any, source: Source) -> dict[str, Any]:
+def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     """Returns checksums of the class and the data of a fit, for JSON."""
     kind, data = type(trainer), None
     if not isinstance(source, Stream):

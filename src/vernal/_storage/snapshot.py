@@ -9,7 +9,16 @@ import jax
 import numpy as np
 
 from .._boundary import PyTree, nearest_names
-from .._step import Progress, beginning, initial_opt_state, initial_progress, settled
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    beginning,
+    initial_opt_state,
+    initial_progress,
+    progress_of,
+    settled,
+    with_progress,
+)
 from .._tree import (
     Kind,
     NamedArray,
@@ -35,12 +44,7 @@ _RESETTABLE = {
 _INITIAL = "begun"
 
 
-def is_trainer(tree: Any) -> bool:
-    """Whether a tree is a trainer, whose class is defined on a higher floor."""
-    return isinstance(getattr(tree, "_progress", None), Progress)
-
-
-def snapshot(trainer: Any) -> dict[str, NamedArray]:
+def snapshot(trainer: AbstractTrainer) -> dict[str, NamedArray]:
     """Returns all that a fit changes: parameters, moments, counts, best, projector.
 
     Configuration (frozen leaves, rates, policies) is not a part of it.
@@ -48,7 +52,7 @@ def snapshot(trainer: Any) -> dict[str, NamedArray]:
     return to_arrays(_state(trainer))
 
 
-def initial_hyperparams(trainer: Any) -> dict[str, NamedArray]:
+def initial_hyperparams(trainer: AbstractTrainer) -> dict[str, NamedArray]:
     """Returns the hyperparameters in an optimiser's state at its beginning.
 
     Saved beside a snapshot, they show which of them a program has changed since.
@@ -56,8 +60,8 @@ def initial_hyperparams(trainer: Any) -> dict[str, NamedArray]:
     return to_arrays({_INITIAL: beginning(trainer)})
 
 
-def _state(trainer: Any) -> OrderedDict[str, PyTree]:
-    progress: Progress = trainer._progress
+def _state(trainer: AbstractTrainer) -> OrderedDict[str, PyTree]:
+    progress = progress_of(trainer)
     # The parameters come first, so that errors name what a user knows about.
     names = [field.name for field in dataclasses.fields(progress)]
     state = OrderedDict((name, getattr(progress, name)) for name in names)
@@ -85,7 +89,10 @@ def _field(path: str) -> str:
 
 
 def require_restorable(
-    saved: Mapping[str, Kind], trainer: Any, source: str, reset: Iterable[str] = ()
+    saved: Mapping[str, Kind],
+    trainer: AbstractTrainer,
+    source: str,
+    reset: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Checks that a snapshot fits a trainer, from the kinds of its leaves alone.
 
@@ -113,7 +120,7 @@ def require_restorable(
 
 def restore(
     saved: Mapping[str, NamedArray],
-    trainer: Any,
+    trainer: AbstractTrainer,
     source: str,
     reset: Iterable[str] = (),
 ) -> Any:
@@ -136,7 +143,7 @@ def restore(
     projector = state.pop("projector")
     if fields:
         state |= _initial_fields(trainer, state, fields)
-    return trainer._at(Progress(**state), projector=projector)
+    return with_progress(trainer, Progress(**state), projector=projector)
 
 
 def _changed_hyperparams(
@@ -154,7 +161,7 @@ def _changed_hyperparams(
 
 
 def _with_own_hyperparams(
-    saved: Mapping[str, NamedArray], trainer: Any
+    saved: Mapping[str, NamedArray], trainer: AbstractTrainer
 ) -> dict[str, NamedArray]:
     """Takes changed hyperparameters from the program, whose configuration they are."""
     own, merged = snapshot(trainer) | initial_hyperparams(trainer), dict(saved)
@@ -170,7 +177,7 @@ def _with_own_hyperparams(
 
 
 def _initial_fields(
-    trainer: Any, restored: Mapping[str, PyTree], fields: tuple[str, ...]
+    trainer: AbstractTrainer, restored: Mapping[str, PyTree], fields: tuple[str, ...]
 ) -> dict[str, PyTree]:
     """Returns fields as those of a trainer that has not taken a step."""
     params, latent = restored["params"], restored["latent"]
