@@ -12,7 +12,7 @@ from jaxtyping import Array
 from .._boundary import boolean, refuse_program, warn
 from .._curvature import Mode, checked_mode, matmul
 from .._data import as_batch
-from .._devices import Placement, context, meeting, placement
+from .._devices import Placement, context, placement, same_inputs
 from .._fit import FitResult
 from .._inference import Passes, curvature, fisher, has_likelihood, whitened
 from .._minimum import MOST_PARAMETERS, Distance, distance_of, settled
@@ -70,11 +70,11 @@ def solve(
     refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     rewhiten = boolean(rewhiten, "rewhiten")
     place, there = placement(trainer, mesh), trainer
-    with meeting("solve", place) as agree, context(place):
+    with same_inputs("solve", place) as require_same, context(place):
         encoded, rows = checked_solver(solver, max_steps, "max_steps")
         batch = as_batch(batch)
         options = {"max_steps": max_steps, "rewhiten": rewhiten, "jac": jac}
-        agree(trainer, batch, solver=(solver, encoded), **options)
+        require_same(trainer, batch, solver=(solver, encoded), **options)
         if place is not None:
             batch, there = place.batch(batch, "batch"), place.put(trainer)
         problem = Problem(batch, encoded, rows, checked_mode(jac))

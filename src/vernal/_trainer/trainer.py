@@ -23,7 +23,7 @@ from .._boundary import (
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
-from .._devices import Sharding, context, meeting, placement
+from .._devices import Sharding, context, placement, same_inputs
 from .._fit import FitResult, One, fit
 from .._inference import (
     OF_WHITEN,
@@ -250,9 +250,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
         there = None if is_traced else place
-        with meeting("step", there) as agree, context(there):
+        with same_inputs("step", there) as require_same, context(there):
             batch = as_batch(batch)
-            agree(self, batch, sharding=sharding)
+            require_same(self, batch, sharding=sharding)
             if place is not None:
                 batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
