@@ -14,9 +14,5 @@ from .placement import (
     context as context,
     placement as placement,
 )
-from .processes import (
-    Decision as Decision,
-    PeerError as PeerError,
-    Peers as Peers,
-)
+from .processes import Decision as Decision, PeerError as PeerError, Peers as Peers
 from .same_inputs import same_inputs as same_inputs

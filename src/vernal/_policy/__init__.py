@@ -31,7 +31,4 @@ from .stop_criterion import (
     StepView as StepView,
     StopCriterion as StopCriterion,
 )
-from .stop_reason import (
-    AT_NON_FINITE as AT_NON_FINITE,
-    StopReason as StopReason,
-)
+from .stop_reason import AT_NON_FINITE as AT_NON_FINITE, StopReason as StopReason
