@@ -21,13 +21,12 @@ except ModuleNotFoundError:
         "`pip install vernal[plot]`."
     ) from None
 
-from ._history import History
-from ._paths import UnknownPathError, dotted, named_leaves, nearest_names, paths
-from ._projector import EigenProjector
-from ._ravel import element_name, ravel_size
-from ._record import GRAD_NORM
-from ._result import FitResult
-from ._typing import Params, checked
+from ._boundary import Params, checked, dotted, nearest_names
+from ._fit import FitResult
+from ._loop import GRAD_NORM
+from ._projection import EigenProjector
+from ._storage import History
+from ._tree import UnknownPathError, element_name, named_leaves, paths, ravel_size
 
 # Beyond these, lines and rows are named by array and no longer by element.
 _MOST_LABELS = 12

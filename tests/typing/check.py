@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
+sys.path.append(str(HERE.parent / "helpers"))
 
 from pages import PAGES, ROOT, python_of  # noqa: E402
 
@@ -25,8 +25,8 @@ Said = dict[tuple[str, int], list[str]]
 MARK = "# caught"
 # Optax does not say that it has types, so that here its classes are no known bases.
 OF_OPTAX = (
-    "vernal._abstract_transform.AbstractTransform",
-    "vernal._optimiser.ParamOptimiser",
+    "vernal._optimiser.abstract_transform.AbstractTransform",
+    "vernal._optimiser.param_optimiser.ParamOptimiser",
 )
 
 MYPY = """

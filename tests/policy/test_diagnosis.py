@@ -1,0 +1,331 @@
+"""Values that are not finite are traced to the data, the parameters or the model."""
+
+import re
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from models import GaussianFit, LineFit, Pair, gaussian, line
+from notebook import MODEL, Notebook
+from vernal._step.diagnosis import bad_data, explain_non_finite
+
+
+def curve(dtype=np.float64, **bad):
+    """Data of a Gaussian, with some values that are bad."""
+    x = np.linspace(-2.0, 2.0, 200, dtype=dtype)
+    data = {"x": x, "y": np.exp(-(x**2) / 2), "sigma": np.ones_like(x)}
+    for name, values in bad.items():
+        for index, value in values.items():
+            data[name][index] = value
+    return tuple(data.values())
+
+
+def fitted(policy=vn.StopFit(), model=None):  # noqa: B008
+    return GaussianFit(model or gaussian(), optax.sgd(1e-3), nan_policy=policy)
+
+
+NAN, INF = np.nan, np.inf
+GRID = np.array([[1.0, NAN, 1.0], [INF, 1.0, -INF]])
+
+DATA = {
+    "one": ((np.ones(3), np.array([1.0, 1.0, NAN])), "`batch[1]` has 1 NaN, at [2]."),
+    "infinities": (
+        {"flux": np.array([[1.0, 1.0], [-INF, INF]])},
+        "`batch['flux']` has 2 infinities, the first at [1, 0].",
+    ),
+    "both": (
+        [GRID],
+        "`batch[0]` has 1 NaN, at [0, 1], and 2 infinities, the first at [1, 0].",
+    ),
+    "an array": (jnp.array([NAN, NAN]), "`batch` has 2 NaNs, the first at [0]."),
+    "float": ({"a": {"b": NAN}}, "`batch['a']['b']` is NaN."),
+    "0-d": (Pair(1.0, jnp.asarray(INF)), "`batch.right` is infinite."),
+    "complex": (np.array([1j, 1 + NAN * 1j]), "`batch` has 1 NaN, at [1]."),
+    "bfloat16": (jnp.array([1, INF], jnp.bfloat16), "`batch` has 1 infinity, at [1]."),
+    "float32": (np.array([NAN], np.float32), "`batch` has 1 NaN, at [0]."),
+    "no floats": ((np.arange(3), "text", True, None, np.zeros((0, 2)), 7), ""),
+    "a key": (jax.random.key(0), ""),
+    "many": (
+        [NAN] * 6,
+        "`batch[0]` is NaN. `batch[1]` is NaN. `batch[2]` is NaN. `batch[3]` is NaN. "
+        "2 more leaves are not finite.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_are_named(name):
+    batch, sentence = DATA[name]
+    assert " ".join(bad_data(batch)) == sentence
+
+
+def with_field(name, value):
+    return eqx.tree_at(lambda m: getattr(m, name), gaussian(), jnp.asarray(value))
+
+
+class Rooted(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.sqrt(model["a"]["b"]) + jnp.sum(model["c"] * 1.0)
+
+
+class Huge(vn.Trainer):
+    def residuals(self, model, batch):
+        return 1e200 * (model.slope + batch)
+
+
+class Both(GaussianFit):
+    def loss(self, model, batch):
+        return jnp.log(model.power)
+
+
+def rooted(value):
+    return Rooted({"a": {"b": jnp.asarray(value)}, "c": jnp.ones(2), "d": None})
+
+
+FINITE = "The data and the parameters are finite: "
+ORIGINS = {
+    "data": (
+        lambda: (fitted(), curve(y={17: NAN})),
+        "`batch[1]` has 1 NaN, at [17]. `residuals` is NaN first at [17] of 200.",
+    ),
+    "a parameter": (
+        lambda: (fitted(model=with_field("std", NAN)), curve()),
+        "The parameter 'std' is NaN. `residuals` is NaN first at [0] of 200.",
+    ),
+    "an element": (
+        lambda: (
+            Rooted({"a": {"b": jnp.ones(())}, "c": jnp.array([1.0, INF])}),
+            None,
+        ),
+        "The parameter 'c' has 1 infinity, at [1]. `loss` is infinite.",
+    ),
+    "frozen": (
+        lambda: (
+            GaussianFit(with_field("std", NAN), optax.sgd(1.0), train="mean"),
+            curve(),
+        ),
+        "The frozen value 'std' is NaN. `residuals` is NaN first at [0] of 200.",
+    ),
+    "residuals": (
+        lambda: (fitted(), curve(sigma={5: 0.0})),
+        FINITE + "`residuals` is infinite first at [5] of 200.",
+    ),
+    "loss": (
+        lambda: (Both(with_field("power", -1.0)), curve()),
+        FINITE + "`loss` is NaN.",
+    ),
+    "sum": (
+        lambda: (Huge(line()), np.ones(3)),
+        FINITE + "half the sum of squared `residuals` is infinite.",
+    ),
+    "gradient": (
+        lambda: (rooted(0.0), None),
+        FINITE + "the loss is finite, but not its gradient in 'a.b'.",
+    ),
+    "nothing": (
+        lambda: (rooted(1.0), None),
+        "The data, the parameters, the loss and its gradient are finite.",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
+@pytest.mark.parametrize("name", ORIGINS)
+def test_the_origin_is_named(name):
+    make, sentence = ORIGINS[name]
+    told = explain_non_finite(*make())
+    assert told.startswith(sentence)
+    assert ("jnp.where" in told) == (name == "gradient")
+
+
+def test_a_loss_that_cannot_be_evaluated_hides_nothing():
+    class Broken(LineFit):
+        def loss(self, model, batch):
+            raise RuntimeError
+
+    told = explain_non_finite(Broken(line()), (np.ones(2), np.array([1.0, NAN])))
+    assert told == "`batch[1]` has 1 NaN, at [1]."
+
+
+def test_of_minibatches_the_place_is_that_in_all_of_the_data():
+    data = vn.Minibatches(curve(y={150: NAN}), 10, key=jax.random.key(0))
+    assert "`batch[1]` has 1 NaN, at [150] of all the examples." in explain_non_finite(
+        fitted(), data
+    )
+
+
+# What a fit says.
+
+WORD = "`batch[1]` has 1 NaN, at [17]."
+BAD = curve(y={17: NAN})
+
+
+def test_a_fit_that_ends_at_its_first_step_warns_of_the_data():
+    with pytest.warns(UserWarning, match=re.escape(WORD)) as caught:
+        result = fitted().fit(BAD, 10)
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert result.stop_reason is vn.StopReason.NON_FINITE
+
+
+def test_a_good_fit_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fitted().fit(curve(), 3)
+    assert result.stop_reason is vn.StopReason.STEPS_TAKEN
+
+
+@pytest.mark.parametrize("walk", ["fit", "step", "fit_many"])
+@pytest.mark.parametrize("origin", ["data", "model"])
+def test_an_error_says_where_from_and_advises_to_skip_what_may_pass(walk, origin):
+    trainer = fitted(vn.RaiseOnNan())
+    batch = BAD if origin == "data" else curve(sigma={5: 0.0})
+    take = {
+        "fit": lambda: trainer.fit(batch, 3),
+        "step": lambda: trainer.step(batch),
+        "fit_many": lambda: vn.fit_many([trainer, trainer], batch, 3),
+    }
+    with pytest.raises(vn.NonFiniteError) as caught:
+        take[walk]()
+    told = str(caught.value)
+    assert ("SkipStep" in told) == (origin == "model")
+    assert (WORD in told) == (origin == "data")
+    assert "`residuals` is" in caught.value.explanation
+
+
+def test_a_later_batch_of_a_stream_is_named_with_its_step():
+    batches = [curve()] * 3 + [BAD] + [curve()] * 4
+    with pytest.warns(UserWarning, match=r"At step 3: `batch\[1\]` has 1 NaN"):
+        result = fitted().fit(vn.Stream(batches), 6)
+    assert int(result.trainer.step_count) == 4
+
+
+def test_later_minibatches_are_looked_at_too():
+    data = vn.Minibatches(BAD, 10, key=jax.random.key(3))
+    trainer, _ = fitted().step(curve())
+    with pytest.warns(UserWarning, match=r"at \[17\] of all the examples"):
+        trainer.fit(data, 40)
+
+
+class Astray(LineFit):
+    def loss(self, model, batch):
+        return -jnp.exp(model.slope)
+
+
+def test_a_fit_that_went_astray_is_not_blamed_on_the_data():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = Astray(line(1.0), optax.sgd(1e3)).fit(curve(), 50)
+    assert result.stop_reason is vn.StopReason.NON_FINITE
+
+
+# No step was accepted.
+
+SKIPPED = {
+    "skip": (vn.SkipStep(), BAD, vn.StopReason.ALL_SKIPPED),
+    "skip, good": (vn.SkipStep(), curve(), vn.StopReason.STEPS_TAKEN),
+    "zero": (vn.ZeroNans(), BAD, vn.StopReason.STEPS_TAKEN),
+    "patient": (vn.SkipStep() | vn.StopAfter(50), BAD, vn.StopReason.ALL_SKIPPED),
+    "too long": (vn.SkipStep() | vn.StopAfter(4), BAD, vn.StopReason.NON_FINITE),
+    "one in five": (
+        vn.SkipStep(),
+        vn.Minibatches(BAD, 40, key=jax.random.key(0)),
+        vn.StopReason.STEPS_TAKEN,
+    ),
+    "a stream": (
+        vn.SkipStep(),
+        vn.Stream(lambda step: iter([BAD] * 9)),
+        vn.StopReason.ALL_SKIPPED,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_steps_that_were_all_skipped_are_not_taken(name):
+    policy, data, reason = SKIPPED[name]
+    result = fitted(policy).fit(data, 9)
+    assert result.stop_reason is reason
+    if name == "skip":
+        with pytest.warns(UserWarning, match="No step was accepted") as caught:
+            fitted(policy).fit(data, 9)
+        assert WORD in str(caught[0].message)
+        # Of what was before this fit it knows, and is not misled.
+        after = result.trainer.fit(curve(), 2)
+        assert after.stop_reason is vn.StopReason.STEPS_TAKEN
+        again = after.trainer.fit(BAD, 2)
+        assert again.stop_reason is vn.StopReason.ALL_SKIPPED
+
+
+def test_of_many_each_has_its_own_reason_and_the_warning_is_for_all():
+    x, y, sigma = curve()
+    both = [fitted(vn.SkipStep())] * 2
+    axes = None, 0, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = vn.fit_many(both, (x, np.stack([y, BAD[1]]), sigma), 5, data_axis=axes)
+    own = vn.StopReason.STEPS_TAKEN, vn.StopReason.ALL_SKIPPED
+    assert result.stop_reasons == own
+    with pytest.warns(
+        UserWarning, match=r"all 2 trainers.*member 0: `batch\[1\]` has 1 NaN"
+    ):
+        vn.fit_many(both, (x, np.stack([BAD[1]] * 2), sigma), 5, data_axis=axes)
+
+
+def test_on_a_mesh_the_data_are_named():
+    mesh = jax.make_mesh((2,), ("data",))
+    with pytest.warns(
+        UserWarning, match=r"`batch\[1\]` has 1 NaN, at \[17\]"
+    ) as caught:
+        fitted().fit(BAD, 3, mesh=mesh)
+    assert "`residuals` is NaN first at [17] of 200." in str(caught[0].message)
+
+
+def test_in_a_program_nothing_can_be_said():
+    told = []
+
+    @jax.jit
+    def run(batch):
+        told.append(explain_non_finite(fitted(), batch))
+        return batch
+
+    run(curve())
+    assert "jax.jit" in told[0]
+
+
+SOLVERS = {
+    "least squares": optx.LevenbergMarquardt(1e-6, 1e-6),
+    "minimiser": optx.BFGS(1e-6, 1e-6),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_solve_of_bad_data_warns_of_where_they_are(solver):
+    batch = curve(np.float32, y={17: NAN})
+    with pytest.warns(UserWarning, match=r"`solve`.*`batch\[1\]` has 1 NaN, at \[17\]"):
+        result = GaussianFit(gaussian()).solve(solver, batch)
+    assert result.stop_reason is vn.StopReason.NON_FINITE
+    raising = GaussianFit(gaussian(), nan_policy=vn.RaiseOnNan())
+    with pytest.raises(vn.NonFiniteError, match=r"`batch\[1\]`.*no weight"):
+        raising.solve(solver, batch)
+
+
+def test_a_diagnosis_follows_the_code():
+    book = Notebook(
+        """
+        S = jnp.nan
+        def body(carry, x):
+            return carry * S, None
+        """,
+        MODEL.format("jax.lax.scan(body, 1.0, jnp.zeros(1))[0]"),
+    )
+    trainer = book["trainer"]()
+    assert "`residuals` is NaN" in explain_non_finite(trainer, np.arange(3.0))
+    book.run("S = 1.0")
+    assert "its gradient are finite" in explain_non_finite(trainer, np.arange(3.0))
