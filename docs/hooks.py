@@ -12,11 +12,12 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cached_runs
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+import cached_runs
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "examples"
