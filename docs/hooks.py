@@ -52,6 +52,8 @@ def on_page_content(
     content: str, page: Page, config: MkDocsConfig, files: Files
 ) -> str:
     """Turns the formulas of a page from LaTeX into MathML."""
+    if "doc-module" in content:  # what it has is private
+        raise RuntimeError(f"{page.file.src_path} documents a file, not a public name.")
     return FORMULA.sub(mathml, content)
 
 
