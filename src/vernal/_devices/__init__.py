@@ -1,6 +1,13 @@
-"""Several devices, several processes."""
+"""Several devices, several processes.
 
-from .meeting import meeting as meeting
+`placement` says where the arrays of a fit lie. `processes` lets processes decide
+together; `same_inputs` and `fingerprint` find out whether they were given the same.
+"""
+
+from .fingerprint import (
+    fingerprint as fingerprint,
+    leaf_fingerprints as leaf_fingerprints,
+)
 from .placement import (
     Placement as Placement,
     Sharding as Sharding,
@@ -8,9 +15,8 @@ from .placement import (
     placement as placement,
 )
 from .processes import (
+    Decision as Decision,
     PeerError as PeerError,
     Peers as Peers,
-    Wish as Wish,
-    described as described,
-    fingerprint as fingerprint,
 )
+from .same_inputs import same_inputs as same_inputs
