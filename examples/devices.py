@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import vernal as vn
 
 HERE = Path(__file__).parent
-SIDE, SAMPLES, NOISE, STEPS = 48, 65_536, 0.5, 200
+SIDE, SAMPLES, NOISE, STEPS = 48, 65_536, 0.5, 100
 DEVICES = (1, 2, 4, 8)
 
 
@@ -99,7 +99,7 @@ def operations(compiled):
 
 def main(output):
     sky, data = observe(np.random.default_rng(2))
-    rate = optax.cosine_decay_schedule(0.1, STEPS)
+    rate = optax.cosine_decay_schedule(0.2, STEPS)
     trainer = MapFit(jnp.zeros((SIDE, SIDE)), optax.adam(rate))
     batches = vn.Minibatches(data, 8_192, key=jax.random.key(0))
     one = trainer.fit(batches, STEPS)

@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 import vernal as vn
 
 HERE = Path(__file__).parent
-EPOCHS, SIZE = 30, 64
+EPOCHS, SIZE = 15, 64
 
 
 class Network(eqx.Module):
