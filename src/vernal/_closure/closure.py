@@ -27,7 +27,6 @@ from .skeleton import (
     Shell,
     Skeleton,
     Static,
-    all_parts,
     interned,
 )
 
@@ -277,18 +276,16 @@ def _skeleton(encoder: _Encoder, obj: Any) -> Skeleton:
     key = Hashed(plan)
     skeleton = interned.get(key)
     if skeleton is None:
-        recipe = _encoded_anew, (plan, encoder.all_rates, encoder.within)
+        recipe = _encoded_again, encoder.all_rates, encoder.within
         skeleton = interned[key] = Skeleton(plan, hash(key), recipe)
     return skeleton
 
 
-def _encoded_anew(
-    plan: Plan, rates: frozenset[str], within: tuple[str, ...] | None
+def _encoded_again(
+    obj: Any, rates: frozenset[str], within: tuple[str, ...] | None
 ) -> Skeleton:
-    """Builds the object of a pickle, with marks for the leaves, and encodes it here."""
-    marks = {part.index: part for part in all_parts(plan) if isinstance(part, Leaf)}
     encoder = _Encoder(rates, within)
-    skeleton = _skeleton(encoder, plan.build(marks))
+    skeleton = _skeleton(encoder, obj)
     if encoder.leaves:
         raise pickle.UnpicklingError(
             f"What was pickled with {skeleton!r} has an array here that it had not "

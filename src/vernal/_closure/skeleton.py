@@ -10,11 +10,10 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._pickling import bare, by_code, metadata, packed
+from .._pickling import bare, packed
 from .equality import Hashed
 
-# The parts of a skeleton. Each knows how to build its object again. In a pickle they
-# are without their keys, which are found anew in the process that loads it.
+# The parts of a skeleton. Each knows how to build its object again.
 
 
 @runtime_checkable
@@ -49,19 +48,6 @@ class Static:
     def build(self, site: Site) -> Any:
         return self.value
 
-    def __reduce__(self) -> Any:
-        value = self.value
-        if isinstance(value, types.CellType):
-            try:
-                return _static_cell, (packed(value.cell_contents),)
-            except ValueError:
-                return _static_cell, ()
-        return Static, (None, packed(value))
-
-
-def _static_cell(*contents: Any) -> Static:
-    return Static(None, types.CellType(*contents))
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Function:
@@ -82,26 +68,15 @@ class Group:
     def build(self, site: Site) -> Any:
         return self.make([part.build(site) for part in self.parts])
 
-    def __reduce__(self) -> Any:
-        return Group, (None, self.parts, self.make)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hollow:
-    """Makes a node of its children. In a pickle it is such a node, without children."""
+    """Makes a node of its children."""
 
     structure: Any
 
     def __call__(self, children: list[Any]) -> Any:
         return self.structure.unflatten(children)
-
-    def __reduce__(self) -> Any:
-        node = self.structure.unflatten([...] * self.structure.num_leaves)
-        return _hollow, (packed(node),)
-
-
-def _hollow(node: Any) -> Hollow:
-    return Hollow(jtu.tree_structure(node, is_leaf=lambda x: x is not node))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,30 +107,6 @@ class Shell:
         fn.__kwdefaults__ = self.kwdefaults.build(site)
         fn.__dict__.update(self.attributes.build(site))
 
-    def __reduce__(self) -> Any:
-        if self.original is not None:
-            return _original_shell, (self.original,)
-        empty = by_code(self.code, self.scope, self.metadata)
-        contents = self.cells, self.defaults, self.kwdefaults, self.attributes
-        return _shell, (empty, *contents)
-
-
-def _shell(
-    fn: types.FunctionType,
-    cells: tuple[int, ...],
-    defaults: Part,
-    kwdefaults: Part,
-    attributes: Part,
-) -> Shell:
-    contents = cells, defaults, kwdefaults, attributes
-    return Shell(None, *contents, fn.__code__, fn.__globals__, metadata(fn), None)
-
-
-def _original_shell(fn: types.FunctionType) -> Shell:
-    nothing = Static(None, None)
-    shell = _shell(fn, (), nothing, nothing, nothing)
-    return dataclasses.replace(shell, original=fn)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
@@ -182,39 +133,6 @@ class Plan:
                 cell.cell_contents = part.build(site)
         return self.root.build(site)
 
-    def __reduce__(self) -> Any:
-        """Leaves out the contents of functions that are pickled by name."""
-        shells: dict[int, Shell] = {}
-        cells: dict[int, Part | None] = {}
-        todo: list[Part | None] = [self.root]
-        while todo:
-            part = todo.pop()
-            if isinstance(part, Group):
-                todo += part.parts
-            elif isinstance(part, Function) and part.index not in shells:
-                shell = shells[part.index] = self.shells[part.index]
-                if shell.original is None:
-                    todo += shell.defaults, shell.kwdefaults, shell.attributes
-                    new = {i: self.cells[i] for i in shell.cells if i not in cells}
-                    cells |= new
-                    todo += new.values()
-        return _plan, (self.root, shells, cells, len(self.shells), len(self.cells))
-
-
-def _plan(
-    root: Part,
-    shells: dict[int, Shell],
-    cells: dict[int, Part | None],
-    shell_count: int,
-    cell_count: int,
-) -> Plan:
-    nothing = _original_shell(_plan)
-    return Plan(
-        root,
-        tuple(shells.get(i, nothing) for i in range(shell_count)),
-        tuple(cells.get(i) for i in range(cell_count)),
-    )
-
 
 class Skeleton:
     """All of a closure but its arrays: hashable, compared by value, interned."""
@@ -226,14 +144,18 @@ class Skeleton:
 
         - `plan`: what it is of.
         - `hashed`: the hash of that.
-        - `recipe`: a function and its arguments, by which another process makes it.
+        - `recipe`: a function that makes it of an object, and further arguments.
         """
         self.plan: Plan = plan
         self._hash = hashed
         self._recipe = recipe
 
     def __reduce__(self) -> Any:
-        return self._recipe
+        # The object, with marks for its leaves, which is encoded again.
+        parts = all_parts(self.plan)
+        marks = {part.index: part for part in parts if isinstance(part, Leaf)}
+        encode, *options = self._recipe
+        return encode, (packed(self.plan.build(marks)), *options)
 
     def __hash__(self) -> int:
         return self._hash

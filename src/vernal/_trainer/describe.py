@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 from .._boundary import dotted
-from .._closure import Closure, content_of, scope_key
+from .._closure import Closure, scope_key
 from .._optimiser import Transform
+from .._pickling import content_of
 from .._step import Parts
 from .trainer import Trainer
 
