@@ -1,6 +1,5 @@
 """An Optax transformation for each parameter."""
 
-from .abstract_transform import AbstractTransform as AbstractTransform
 from .learning_rates import learning_rates as learning_rates
 from .map_optimisers import map_optimisers as map_optimisers
 from .param_optimiser import ParamOptimiser as ParamOptimiser

@@ -18,7 +18,7 @@ from .._boundary import dotted
 from .._closure import Closure, scope_key
 from .._optimiser import Transform
 from .._pickling import content_of
-from .._step import Parts
+from .._step import ModelTemplate
 from .trainer import Trainer
 
 
@@ -84,7 +84,7 @@ def _tree(tree: Any, place: Place) -> Described:
     parts, structure = {}, jtu.tree_structure(tree)
     if isinstance(tree, Closure):
         parts[""] = _captured(tree.decode(), place, {})
-    elif isinstance(tree, Parts):
+    elif isinstance(tree, ModelTemplate):
         parts[""] = _tree(_marked(tree), place)
     else:
         for name, value in _static_fields(tree):
@@ -101,8 +101,8 @@ def _tree(tree: Any, place: Place) -> Described:
 def _shown(keys: Any, parent: Any) -> str:
     """Returns the name of a child, or of a trainer's what a user knows it by."""
     name = dotted(keys)
-    names = {"_progress": "", "_parts": "model"} if isinstance(parent, Trainer) else {}
-    return names.get(name, name)
+    shown = {"_progress": "", "_template": "model"}
+    return shown.get(name, name) if isinstance(parent, Trainer) else name
 
 
 def _tree_text(tree: Any) -> str:
@@ -124,7 +124,7 @@ class _ModelLeaf:
     value: Any = None
 
 
-def _marked(parts: Parts) -> Any:
+def _marked(parts: ModelTemplate) -> Any:
     """Returns a model that says of each leaf what a trainer makes of it."""
     values = {
         "trained": itertools.repeat(None),
