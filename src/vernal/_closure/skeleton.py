@@ -4,20 +4,19 @@ import dataclasses
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._pickling import bare, packed
+from .._pickling import bare, content_of, packed
 from .equality import Hashed
 
-# The parts of a skeleton. Each knows how to build its object again.
 
-
-@runtime_checkable
 class Part(Protocol):
+    """A part of a skeleton, which can build its object again."""
+
     def build(self, site: "Site") -> Any: ...
 
 
@@ -70,16 +69,6 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Hollow:
-    """Makes a node of its children."""
-
-    structure: Any
-
-    def __call__(self, children: list[Any]) -> Any:
-        return self.structure.unflatten(children)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Shell:
     """A function without its contents: built first, so that cells may hold it."""
 
@@ -110,28 +99,28 @@ class Shell:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
+    """How to build an object: functions and cells are made first, and then filled."""
+
     root: Part
     shells: tuple[Shell, ...]
     cells: tuple[Part | None, ...]
 
     def build(self, leaves: Leaves) -> Any:
-        """Builds the object, around some leaves."""
-        cells = [
-            part.value
-            if isinstance(part, Static) and isinstance(part.value, types.CellType)
-            else types.CellType()
-            for part in self.cells
-        ]
+        cells = [_kept_cell(part) or types.CellType() for part in self.cells]
         functions = [shell.open(cells) for shell in self.shells]
         site = Site(leaves, functions)
         for shell, fn in zip(self.shells, functions, strict=True):
             shell.fill(fn, site)
         for cell, part in zip(cells, self.cells, strict=True):
-            if part is not None and not (
-                isinstance(part, Static) and part.value is cell
-            ):
+            if part is not None and _kept_cell(part) is None:
                 cell.cell_contents = part.build(site)
         return self.root.build(site)
+
+
+def _kept_cell(part: Part | None) -> types.CellType | None:
+    """Returns the cell itself, where functions write to it."""
+    value = part.value if isinstance(part, Static) else None
+    return value if isinstance(value, types.CellType) else None
 
 
 class Skeleton:
@@ -142,13 +131,12 @@ class Skeleton:
     def __init__(self, plan: Plan, hashed: int, recipe: tuple[Any, ...]):
         """**Arguments:**
 
-        - `plan`: what it is of.
-        - `hashed`: the hash of that.
-        - `recipe`: a function that makes it of an object, and further arguments.
+        - `plan`: how to build the object.
+        - `hashed`: the hash of the plan.
+        - `recipe`: a function that encodes an object, and its further arguments.
         """
         self.plan: Plan = plan
-        self._hash = hashed
-        self._recipe = recipe
+        self._hash, self._recipe = hashed, recipe
 
     def __reduce__(self) -> Any:
         # The object, with marks for its leaves, which is encoded again.
@@ -161,11 +149,11 @@ class Skeleton:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Skeleton) or self._hash != other._hash:
-            return False
-        return self.plan == other.plan
+        return self is other or (
+            isinstance(other, Skeleton)
+            and self._hash == other._hash
+            and self.plan == other.plan
+        )
 
     def __copy__(self) -> "Skeleton":
         return self
@@ -175,7 +163,7 @@ class Skeleton:
 
     @property
     def function_names(self) -> frozenset[str]:
-        """The qualified names of the functions with something in them."""
+        """The qualified names of the functions that have captured anything."""
         return frozenset(s.metadata["__qualname__"] for s in self.plan.shells)
 
     def words(self) -> frozenset[str]:
@@ -196,12 +184,7 @@ class Skeleton:
         return frozenset(found)
 
     def is_made_of(self, modules: tuple[str, ...]) -> bool:
-        """Whether there is nothing here but numbers and functions of some modules.
-
-        **Arguments:**
-
-        - `modules`: their names; one that ends with a dot stands for a package.
-        """
+        """Whether it holds only numbers and functions of some modules and packages."""
         # Not `__module__`, which `functools.wraps` copies.
         scopes = (shell.scope["__name__"] for shell in self.plan.shells)
         return all(_is_from(name, modules) for name in scopes) and all(
@@ -213,10 +196,11 @@ class Skeleton:
 
 
 def all_parts(plan: Plan) -> Iterator[Part]:
+    """Yields all parts, those within others too."""
     todo = [plan.root, *(part for part in plan.cells if part is not None)]
     for shell in plan.shells:
         todo.append(shell.defaults)
-        # Dictionaries, but by the names of arguments and attributes.
+        # Dictionaries, whose keys are the names of arguments and attributes.
         for part in (shell.kwdefaults, shell.attributes):
             todo += part.parts if isinstance(part, Group) else [part]
     while todo:
@@ -227,9 +211,7 @@ def all_parts(plan: Plan) -> Iterator[Part]:
 
 
 def _is_from(name: str, modules: tuple[str, ...]) -> bool:
-    return name in modules or any(
-        f"{name}.".startswith(module) for module in modules if module.endswith(".")
-    )
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def _is_plain(part: Part, modules: tuple[str, ...]) -> bool:
@@ -244,16 +226,13 @@ def _is_plain(part: Part, modules: tuple[str, ...]) -> bool:
         return part.key == (dict, ())
     value = part.value if isinstance(part, Static) else part
     if isinstance(value, types.CellType):
-        try:
-            value = value.cell_contents
-        except ValueError:
-            return True
+        return all(_is_plain(Static(None, held), modules) for held in content_of(value))
     if type(value) is _JITTED:
         value = getattr(value, "__wrapped__", None)
     if isinstance(value, types.FunctionType):
         return _is_from(value.__globals__["__name__"], modules)
     if isinstance(value, type):
-        return _is_from(value.__module__, (*modules, "builtins", "numpy.", "ml_dtypes"))
+        return _is_from(value.__module__, (*modules, "builtins", "numpy", "ml_dtypes"))
     numbers = bool | int | float | complex | np.generic | np.ndarray | jax.Array
     return value is None or isinstance(value, numbers | str | np.dtype)
 
