@@ -51,7 +51,7 @@ def what_falls(trainer: Any, is_least_squares: bool = False) -> str:
 
 def measure(
     trainer: Any,
-    projector: Any,
+    projector: EigenProjector | None,
     batch: Any,
     key: PRNGKeyArray | None,
     kind: str,
