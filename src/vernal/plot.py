@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import tree_flatten_with_path
 
 try:
     import matplotlib.pyplot as plt
@@ -21,12 +20,19 @@ except ModuleNotFoundError:
         "`pip install vernal[plot]`."
     ) from None
 
-from ._boundary import Params, checked, dotted, nearest_names
+from ._boundary import Params, checked, nearest_names
 from ._fit import FitResult
 from ._loop import GRAD_NORM
 from ._projection import EigenProjector
 from ._storage import History
-from ._tree import UnknownPathError, element_name, named_leaves, paths, ravel_size
+from ._tree import (
+    UnknownPathError,
+    by_path,
+    element_name,
+    named_leaves,
+    paths,
+    ravel_size,
+)
 
 # Beyond these, lines and rows are named by array and no longer by element.
 _MOST_LABELS = 12
@@ -470,15 +476,15 @@ def _ticks(params: Params, one_by_one: bool) -> dict[int | float, str]:
     size = ravel_size(params)
     if one_by_one:
         return {i: _text(element_name(params, i)) for i in range(size)}
-    leaves, _ = tree_flatten_with_path(params)
+    leaves = by_path(params)
     ends = np.cumsum([leaf.size for _, leaf in leaves]).tolist()
     ticks: dict[float, str] = {}
     # The larger arrays first: where there is no room it is the small that go without.
     for index in sorted(range(len(leaves)), key=lambda index: -leaves[index][1].size):
-        keys, leaf = leaves[index]
+        path, leaf = leaves[index]
         centre = ends[index] - (leaf.size + 1) / 2
         if all(abs(centre - other) >= size / _MOST_TICKS for other in ticks):
-            ticks[centre] = _text(dotted(keys))
+            ticks[centre] = _text(path)
     return dict(sorted(ticks.items()))
 
 

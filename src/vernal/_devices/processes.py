@@ -7,16 +7,14 @@ import json
 import re
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from .._boundary import PyTree
-from .._tree import is_part, to_arrays
+from .._tree import checksum, to_arrays
 
 T = TypeVar("T")
 
@@ -249,16 +247,12 @@ def described(tree: PyTree, most_bytes: int | None = None) -> dict[str, str]:
         alone, too.
     """
 
-    def checksum(array: Any) -> int:
+    def is_seen(array: Any) -> bool:
         is_here = not isinstance(array, jax.Array) or array.is_fully_addressable
-        if is_part(array) or not (
-            is_here or most_bytes is None or array.nbytes <= most_bytes
-        ):
-            return 0
-        return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
+        return is_here or most_bytes is None or array.nbytes <= most_bytes
 
     return {
-        path: f"{leaf.kind} {checksum(leaf.array)}"
+        path: f"{leaf.kind} {checksum(leaf.array) if is_seen(leaf.array) else None}"
         for path, leaf in to_arrays(tree).items()
     }
 

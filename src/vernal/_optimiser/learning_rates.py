@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from .._boundary import dotted
-from .._tree import paths
+from .._tree import by_path, paths
 from .groups import group_leaves, group_members
 from .param_optimiser import ParamOptimiser
 from .partition import leaf_owners, named_tree
@@ -268,8 +268,7 @@ def _in_groups(
 
 
 def _by_rule(optimiser: ParamOptimiser, state: Any, factors: Any, params: Any) -> Any:
-    flat, treedef = jax.tree_util.tree_flatten_with_path(factors)
-    own, like = (_by_path(tree, state.paths) for tree in (factors, params))
+    own, like = (_picked(tree, state.paths) for tree in (factors, params))
     if optimiser.first is not None:
         own = _through(optimiser.first.update, state.first, own, like)
     after = _in_groups(
@@ -287,12 +286,13 @@ def _by_rule(optimiser: ParamOptimiser, state: Any, factors: Any, params: Any) -
         for path, factor, owner in zip(state.paths, after, state.owners, strict=True)
     }
     still = Factor(0.0, told=True)
-    return treedef.unflatten([scaled.get(dotted(keys), still) for keys, _ in flat])
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: scaled.get(dotted(keys), still), factors
+    )
 
 
-def _by_path(tree: Any, names: Sequence[str]) -> OrderedDict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    found = {dotted(keys): leaf for keys, leaf in flat}
+def _picked(tree: Any, names: Sequence[str]) -> OrderedDict[str, Any]:
+    found = dict(by_path(tree))
     return OrderedDict((name, found[name]) for name in names)
 
 

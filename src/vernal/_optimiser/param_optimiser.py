@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike
 
-from .._boundary import boolean, dotted, nearest_names, refuse_foreign, whole_number
+from .._boundary import boolean, nearest_names, refuse_foreign, whole_number
 from .._closure import Closure
 from .._tree import (
     UnknownPathError,
     aligned,
     atoms,
+    by_path,
     is_float,
     is_inexact,
     keep,
@@ -161,16 +162,15 @@ class ParamOptimiser(AbstractTransform):
         selectors = self.selectors.decode()
         filtered = boolean(filtered, "filtered")
         found = resolve(model, selectors, argument="rules", filtered=filtered)
-        flat, _ = jax.tree_util.tree_flatten_with_path(model)
         owners = []
-        for (keys, leaf), rule in zip(flat, found, strict=True):
+        for (path, leaf), rule in zip(by_path(model), found, strict=True):
             if rule is not None:
                 owners.append(None if self.transforms[rule] is None else rule)
                 continue
             if self.strict and (is_inexact(leaf) or is_float(leaf)):
                 what = ", a Python float," if is_float(leaf) else ""
                 raise ValueError(
-                    f"`rules`: {dotted(keys)!r}{what} has no rule, and `strict=True`. "
+                    f"`rules`: {path!r}{what} has no rule, and `strict=True`. "
                     "Give it one by its own path: `None` to freeze it."
                 )
             has_default = self.default is not None and is_inexact(leaf)
@@ -200,7 +200,7 @@ class ParamOptimiser(AbstractTransform):
             static: Any = _Learned(), _Learned(), _Learned()
             return ParamOptimiserState(first, states, *static)
         owners = self.owners(params, filtered=True)
-        trained = _by_path(parameters(params, owners))
+        trained = OrderedDict(by_path(parameters(params, owners)))
         paths = tuple(trained)
         groups = tuple(owner for owner in owners if owner is not None)
         leaves = list(trained.values())
@@ -237,14 +237,12 @@ class ParamOptimiser(AbstractTransform):
             )
         static = map(_known, (state.paths, state.shapes, state.owners))
         state = ParamOptimiserState(state.first, state.groups, *static)
-        flat, structure = jax.tree_util.tree_flatten_with_path(updates)
-        grads = _own(
-            {dotted(keys): grad for keys, grad in flat}, state.paths, "updates"
-        )
+        flat = by_path(updates)
+        grads = _own(dict(flat), state.paths, "updates")
         _check_shapes(grads, state, "updates")
         values = None
         if params is not None:
-            values = _own(_by_path(params), state.paths, "params")
+            values = _own(dict(by_path(params)), state.paths, "params")
             _check_shapes(values, state, "params")
         extras = _Extras(extra, params, state.paths)
 
@@ -264,17 +262,14 @@ class ParamOptimiser(AbstractTransform):
             extras.of,
         )
         scales = (*self.scales, None)
-        by_path = {
+        scaled = {
             path: update if (scale := scales[owner]) is None else _scaled(update, scale)
             for path, update, owner in zip(
                 state.paths, moved, state.owners, strict=True
             )
         }
-        new = [
-            by_path[path] if (path := dotted(keys)) in by_path else _still(grad)
-            for keys, grad in flat
-        ]
-        return structure.unflatten(new), ParamOptimiserState(
+        new = [scaled[path] if path in scaled else _still(grad) for path, grad in flat]
+        return jax.tree.structure(updates).unflatten(new), ParamOptimiserState(
             first, groups, state.paths, state.shapes, state.owners
         )
 
@@ -372,7 +367,7 @@ class _Extras:
         self.params = params
         self.paths = paths
         if "grad" in extra:
-            self.grad = _own(_by_path(extra["grad"]), paths, "grad")
+            self.grad = _own(dict(by_path(extra["grad"])), paths, "grad")
 
     def of(self, members: tuple[int, ...], names: Sequence[str]) -> dict[str, Any]:
         given = dict(self.extra)
@@ -389,12 +384,12 @@ class _Extras:
                 "`update` was given `value_fn` without `params`: the value depends on "
                 "all parameters. Call `update(grads, state, params, value_fn=...)`."
             )
-        flat, structure = jax.tree_util.tree_flatten_with_path(self.params)
+        flat, structure = by_path(self.params), jax.tree.structure(self.params)
 
         # A line search passes on the arguments that it finds in the signature.
         @ft.wraps(value_fn)
         def within(group: Mapping[str, Array], *args: Any, **kwargs: Any) -> Array:
-            leaves = [group.get(dotted(keys), leaf) for keys, leaf in flat]
+            leaves = [group.get(path, leaf) for path, leaf in flat]
             return value_fn(structure.unflatten(leaves), *args, **kwargs)
 
         return within
@@ -402,11 +397,6 @@ class _Extras:
 
 # What stands around other transformations, and says nothing of what they do.
 _WRAPPERS = ("chain", "identity", "init_empty_state", "with_extra_args_support")
-
-
-def _by_path(tree: Any) -> OrderedDict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return OrderedDict((dotted(keys), leaf) for keys, leaf in flat)
 
 
 def _own(

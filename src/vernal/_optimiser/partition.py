@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 import optax
 
 from .._boundary import checked, dotted
+from .._tree import by_path
 from .groups import group_leaves, init_groups, listed, update_groups
 from .transform import require_transformation
 
@@ -136,7 +137,7 @@ def leaf_owners(
     try:
         subtrees = treedef.flatten_up_to(tree)
     except (TypeError, ValueError) as error:
-        at = [dotted(path) for path, _ in jtu.tree_flatten_with_path(labels)[0]]
+        at = [path for path, _ in by_path(labels)]
         odd = [n for n in names if not any(f"{n}.".startswith(f"{p}.") for p in at)]
         odd += [p for p in at if not any(f"{n}.".startswith(f"{p}.") for n in names)]
         raise ValueError(

@@ -5,10 +5,10 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import tree_flatten_with_path
 
-from .._boundary import dotted, require_number, spelled
+from .._boundary import require_numbers
 from .._projection import EigenProjector
+from .._tree import by_path
 
 
 def precondition(
@@ -50,7 +50,8 @@ def precondition(
         )
 
     if not is_projector:
-        _check_scales(projector)
+        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
+        require_numbers(projector, "projector", remedy)
 
     # Known by its code, which a type checker must not wrap.
     @no_type_check
@@ -67,23 +68,15 @@ def precondition(
     return optax.stateless(update)
 
 
-def _check_scales(scales: Any) -> None:
-    for keys, leaf in tree_flatten_with_path(scales)[0]:
-        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
-        require_number(leaf, spelled("projector", keys), remedy)
-
-
 def _check(updates: Any, like: Any) -> None:
     """Compares leaf by leaf: inside an optimiser a tree is a dictionary by path."""
-    flat, _ = tree_flatten_with_path(updates)
-    own, _ = tree_flatten_with_path(like)
-    for (keys, grad), (own_keys, leaf) in zip(flat, own, strict=False):
-        if dotted(keys) != dotted(own_keys) or jnp.shape(grad) != jnp.shape(leaf):
+    flat, own = by_path(updates), by_path(like)
+    for (path, grad), (own_path, leaf) in zip(flat, own, strict=False):
+        if path != own_path or jnp.shape(grad) != jnp.shape(leaf):
             raise ValueError(
-                f"`precondition` was made for {dotted(own_keys)!r} of shape "
-                f"{jnp.shape(leaf)} where the gradients have {dotted(keys)!r} of shape "
-                f"{jnp.shape(grad)}. Make it from the parameters that are trained, in "
-                "the same order."
+                f"`precondition` was made for {own_path!r} of shape {jnp.shape(leaf)} "
+                f"where the gradients have {path!r} of shape {jnp.shape(grad)}. Make "
+                "it from the parameters that are trained, in the same order."
             )
     if len(flat) != len(own):
         raise ValueError(

@@ -16,7 +16,7 @@ from .._boundary import (
     PyTree,
     checked,
     refuse_foreign,
-    spelled,
+    spelled_leaves,
     takes,
     undebugged,
 )
@@ -382,8 +382,8 @@ class EigenProjector(Portable, eqx.Module):
     def _pieces(self, latent: PyTree) -> list[Array]:
         """Takes a latent tree apart, once it is known to be one."""
         like = self._latent_like
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(latent)[0]:
-            refuse_foreign(leaf, spelled("latent", keys))
+        for where, leaf in spelled_leaves("latent", latent):
+            refuse_foreign(leaf, where)
         if not self._has_names and jnp.shape(latent) != like.shape:
             raise ValueError(
                 f"`latent` has shape {jnp.shape(latent)}, but the latent space of this "

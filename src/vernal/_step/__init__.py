@@ -8,7 +8,6 @@ from .construct import (
     find_trained as find_trained,
     fit_projector as fit_projector,
     initial_opt_state as initial_opt_state,
-    kept as kept,
     no_optimiser as no_optimiser,
     refuse_names_in_latent_space as refuse_names_in_latent_space,
 )

@@ -21,10 +21,9 @@ from .._step import (
     checked_model,
     fit_projector,
     initial_opt_state,
-    kept,
     refuse_names_in_latent_space,
 )
-from .._tree import cast_alike, parameters, strong
+from .._tree import cast_alike, is_alike, parameters, strong
 
 
 def replace(
@@ -79,7 +78,8 @@ def replace(
         check_arguments(nan_policy, None, None)
         policy = nan_policy
         fresh = jax.tree.map(strong, policy.init(params))
-        new["policy_state"] = kept(old.policy_state, fresh)
+        if not is_alike(old.policy_state, fresh):
+            new["policy_state"] = fresh
     return {
         "optimiser": transform,
         "nan_policy": policy,

@@ -6,6 +6,7 @@ from .named_arrays import (
     MismatchError as MismatchError,
     NamedArray as NamedArray,
     as_kind as as_kind,
+    checksum as checksum,
     from_arrays as from_arrays,
     is_key as is_key,
     is_part as is_part,
@@ -16,6 +17,7 @@ from .named_arrays import (
 from .paths import (
     LONG_DOUBLES as LONG_DOUBLES,
     UnknownPathError as UnknownPathError,
+    by_path as by_path,
     is_float as is_float,
     is_inexact as is_inexact,
     named_leaves as named_leaves,
@@ -41,9 +43,12 @@ from .structure import (
     LIKE_STATE as LIKE_STATE,
     cast_alike as cast_alike,
     cast_like as cast_like,
+    disagreements as disagreements,
+    is_alike as is_alike,
     is_weak as is_weak,
     parameters as parameters,
     require_alike as require_alike,
+    shape_and_dtype as shape_and_dtype,
     strong as strong,
 )
 from .text_table import aligned as aligned
