@@ -34,14 +34,13 @@ from .names import (
     spelled_leaves as spelled_leaves,
 )
 from .precision import (
+    REMEDY as REMEDY,
     is_cut as is_cut,
     is_wide as is_wide,
     is_x64_on as is_x64_on,
     narrowed as narrowed,
     narrowed_model as narrowed_model,
     narrowed_tree as narrowed_tree,
-    precision_of as precision_of,
-    require_precision as require_precision,
     spacing as spacing,
 )
 from .signatures import takes as takes, takes_methods as takes_methods

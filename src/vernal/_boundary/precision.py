@@ -1,6 +1,5 @@
 """Arrays in 64 bits, and what becomes of them while `jax_enable_x64` is off."""
 
-import contextlib
 import re
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from .warnings import PrecisionWarning, warn_once
 
 T = TypeVar("T")
 
-_REMEDY = '`jax.config.update("jax_enable_x64", True)` at the start of the program'
+REMEDY = '`jax.config.update("jax_enable_x64", True)` at the start of the program'
 
 # How many numbers of an array are looked at first.
 _SAMPLE = 256
@@ -47,21 +46,6 @@ def is_cut(leaf: Any) -> bool:
         and isinstance(leaf, jax.Array | np.ndarray)
         and not isinstance(leaf, Tracer)
     )
-
-
-def require_precision(trainer: Any) -> None:
-    """Refuses a trainer that was made in float64 while JAX computes in float32."""
-    if is_wide(trainer.best_loss.dtype) and not is_x64_on():
-        raise ValueError(
-            f"`{type(trainer).__name__}` was made in float64, while `jax_enable_x64` "
-            "was on, and now it is off: JAX would compute in float32. Turn it on for "
-            f"all of it, by {_REMEDY}; or make the trainer here."
-        )
-
-
-def precision_of(trainer: Any) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context that has the precision in which a trainer was made."""
-    return jax.enable_x64(is_x64_on() or trainer.best_loss.dtype == np.float64)
 
 
 def _is_swapped(leaf: Any) -> bool:
@@ -140,7 +124,7 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
             f"data span {low:.10g} to {high:.10g}"
         )
     warn_once(
-        f"{where} {what}. Turn on `jax_enable_x64`, by {_REMEDY}; or {otherwise}.",
+        f"{where} {what}. Turn on `jax_enable_x64`, by {REMEDY}; or {otherwise}.",
         PrecisionWarning,
         # The same leaf is a part of `data` to `fit`, and of `batch` to `step`.
         (re.sub(r"^`(data|batch)", "", where), int(np.log10(largest))),

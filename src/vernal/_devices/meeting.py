@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 
 from .._program import Version, version_of
-from .._step import advance, live, score, step_key
+from .._step import AbstractTrainer, advance, live, score, step_key
 from .placement import Placement
 from .processes import Peers, described, fingerprint
 
@@ -38,7 +38,9 @@ def meeting(entrance: str, place: Placement | None) -> Iterator[Agree]:
         yield lambda *_, **others: None
         return
 
-    def agree(trainer: Any, batch: Any, like: Any = None, /, **others: Any) -> None:
+    def agree(
+        trainer: AbstractTrainer, batch: Any, like: Any = None, /, **others: Any
+    ) -> None:
         given = {
             "class": type(trainer).__qualname__,
             **{name: _short(other) for name, other in others.items()},
@@ -56,7 +58,7 @@ def _short(other: Any) -> Any:
     return other if other is None or isinstance(other, int) else fingerprint(other)
 
 
-def _program(trainer: Any, batch: Any) -> str:
+def _program(trainer: AbstractTrainer, batch: Any) -> str:
     """Returns a fingerprint of what is computed."""
     version = version_of((trainer, batch))
     known = _programs.get(version)
@@ -66,7 +68,7 @@ def _program(trainer: Any, batch: Any) -> str:
     return known
 
 
-def _computed(trainer: Any, batch: Any) -> Any:
+def _computed(trainer: AbstractTrainer, batch: Any) -> Any:
     if trainer.optimiser is not None:
         return advance(trainer, batch)[0]
     there = live(trainer, trainer.params)

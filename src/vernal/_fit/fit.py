@@ -10,7 +10,7 @@ from .._boundary import UNROLL, boolean, refuse_program, takes, warn, whole_numb
 from .._data import Source, Stream, StreamExhaustedError
 from .._devices import Peers, Wish, described
 from .._policy import StopCriterion, StopReason
-from .._step import MOST_STEPS, check_elementwise, no_optimiser
+from .._step import MOST_STEPS, AbstractTrainer, check_elementwise, no_optimiser
 from .._storage import Checkpoints, History, Keeper, origin
 from .._tree import Selector
 from .feed import Dry, Pace
@@ -39,7 +39,7 @@ OPTIONS = tuple(FitOptions.__annotations__)
 
 
 def fit(
-    trainer: Any,
+    trainer: AbstractTrainer,
     data: Any,
     steps: int,
     *,
@@ -163,7 +163,7 @@ def _go_on(
     return StopReason.STEPS_TAKEN
 
 
-def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
+def _check(trainer: AbstractTrainer, steps: int, callback: Any, kind: One) -> None:
     if callback is not None and not callable(callback):
         raise TypeError(
             f"`callback` is {callback!r}, but must be a function `(trainer, history)` "

@@ -16,7 +16,17 @@ from .._data import Minibatches, Source, Stream, Whole
 from .._devices import Peers, described, fingerprint
 from .._loop import MOST_ROWS, Ended, LackingMetricError, Monitor, Moving, Record, Task
 from .._policy import StopReason
-from .._step import Diagnosis, advance, bad_data, diagnosed
+from .._step import (
+    AbstractTrainer,
+    Diagnosis,
+    advance,
+    bad_data,
+    config_of,
+    diagnosed,
+    last_bad_step,
+    progress_of,
+    with_progress,
+)
 from .._storage import History, Keeper, Recorder
 from .._tree import require_alike
 from .feed import Feed
@@ -65,7 +75,7 @@ class Running:
         self,
         kind: One,
         peers: Peers,
-        trainer: Any,
+        trainer: AbstractTrainer,
         source: Source,
         monitor: Monitor,
         record: Any,
@@ -78,7 +88,7 @@ class Running:
         - `is_seen`: whether somebody else has a hold on the trainer between two chunks.
         """
         self._kind, self._keeper, self.peers = kind, keeper, peers
-        self._counts = kind.on_host(trainer._progress.nan_counts)
+        self._counts = kind.on_host(progress_of(trainer).nan_counts)
         self.source = source
         self.is_whole = True
         self._recorder = Recorder(self._no_history)
@@ -89,14 +99,16 @@ class Running:
             there, self.watched, history = keeper.restore(there, first, self.watched)
             if history is not None:
                 projector = kind.home_state(there.projector)
-                trainer = trainer._at(there._progress, projector=projector)
+                trainer = with_progress(
+                    trainer, progress_of(there), projector=projector
+                )
                 self.is_resumed = True
                 self._recorder.extend(history)
                 there = kind.placed(there)
                 self.watched = kind.placed_state(self.watched)
                 keeper.holds(there)
         self._hold(trainer, there)
-        self._in_place = not is_seen and _is_worth_reuse(there._progress)
+        self._in_place = not is_seen and _is_worth_reuse(progress_of(there))
         if self._in_place:
             # What is the user's is never overwritten, nor anything twice.
             mine = jax.tree.map(lambda leaf: leaf.copy(), self._moving)
@@ -114,7 +126,7 @@ class Running:
         if keeper is not None:
             keeper.begin(self._no_history())
 
-    def _hold(self, trainer: Any, there: Any) -> None:
+    def _hold(self, trainer: AbstractTrainer, there: Any) -> None:
         """Goes on with a trainer.
 
         **Arguments:**
@@ -123,11 +135,13 @@ class Running:
         - `there`: the same where the fit takes place.
         """
         is_split = self._kind.place is not None and self._kind.place.splits
-        self._config = there._at(None)
-        self.trainer: Any = there if is_split else trainer._at(there._progress)
+        self._config = config_of(there)
+        self.trainer: AbstractTrainer = (
+            there if is_split else with_progress(trainer, progress_of(there))
+        )
 
     def _move_to(self, moving: Moving) -> None:
-        self.trainer = self.trainer._at(moving.progress)
+        self.trainer = with_progress(self.trainer, moving.progress)
         self.watched = moving.watched
 
     def _peek(self) -> Any:
@@ -197,7 +211,7 @@ class Running:
 
     @property
     def _moving(self) -> Moving:
-        return Moving(self.trainer._progress, self.watched)
+        return Moving(progress_of(self.trainer), self.watched)
 
     def _is_over(self) -> bool:
         flags = [self.trainer.stopped]
@@ -242,7 +256,7 @@ class Running:
             )
         what = "the trainer that `callback` returned"
         require_alike(answer, self.trainer, what, "the one it was given")
-        if answer._progress.params is not self.trainer._progress.params:
+        if progress_of(answer).params is not progress_of(self.trainer).params:
             # What was seen of other parameters says nothing of these.
             self.watched = self._kind.watched(self.monitor, answer)
         self._hold(answer, self._kind.placed(answer))
@@ -286,7 +300,7 @@ class Running:
     @property
     def is_all_skipped(self) -> np.ndarray:
         """Whether each step, of each member, had a bad value and was not accepted."""
-        bad = self._kind.on_host(self.trainer._progress.nan_counts) - self._counts
+        bad = self._kind.on_host(progress_of(self.trainer).nan_counts) - self._counts
         is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)
         return np.asarray(is_bad & ~self._has_accepted)
 
@@ -298,7 +312,7 @@ class Running:
         data of that step are looked at.
         """
         index, trainer, _ = end
-        source, step = self.feed.source, trainer._last_bad_step()
+        source, step = self.feed.source, last_bad_step(trainer)
         if isinstance(source, Stream):
             source = dict(self._last).get(step, Whole(None))
         batch = self._kind.seen(source, index)

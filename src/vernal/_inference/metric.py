@@ -44,6 +44,7 @@ from .._projection import (
     whiten,
 )
 from .._step import (
+    AbstractTrainer,
     defined,
     explain_non_finite,
     live,
@@ -51,6 +52,7 @@ from .._step import (
     real_residuals,
     score,
     step_key,
+    stripped,
 )
 from .._tree import as_parameters, ravel_dtype, widest
 
@@ -58,7 +60,7 @@ Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
 
 
 def fisher(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     blocks: Blocks | None,
     batch_size: int | None,
@@ -72,7 +74,7 @@ def fisher(
 
 
 def curvature(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     blocks: Blocks | None,
     batch_size: int | None,
@@ -82,12 +84,12 @@ def curvature(
     return _matrices(trainer, batch, "loss", blocks, batch_size, jac)
 
 
-def has_likelihood(trainer: Any) -> bool:
+def has_likelihood(trainer: AbstractTrainer) -> bool:
     """Whether a trainer's class defines more than a loss, whose scale is anyone's."""
     return bool({"residuals", "nll"} & set(defined(trainer)))
 
 
-def require_likelihood(trainer: Any, what: str) -> None:
+def require_likelihood(trainer: AbstractTrainer, what: str) -> None:
     if not has_likelihood(trainer):
         raise TypeError(
             f"{what} needs a likelihood, and `{type(trainer).__name__}` defines only "
@@ -98,7 +100,7 @@ def require_likelihood(trainer: Any, what: str) -> None:
 
 
 def _matrices(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     kind: str,
     blocks: Blocks | None,
@@ -107,7 +109,7 @@ def _matrices(
 ) -> Any:
     batch_size, jac = checked_batch_size(batch_size), checked_mode(jac)
     params = as_parameters(trainer.params)
-    bare, batch = trainer._bare(), as_batch(batch)
+    bare, batch = stripped(trainer), as_batch(batch)
     selectors = None if blocks is None else _as_selectors(blocks)
     if selectors is None and kind == "residuals" and batch_size is None:
         found, is_finite = _jacobian(bare, batch, jac)
@@ -130,7 +132,7 @@ def _members(
 
 
 def _require_finite(
-    found: Any, is_finite: Any, what: str, trainer: Any, batch: Any
+    found: Any, is_finite: Any, what: str, trainer: AbstractTrainer, batch: Any
 ) -> None:
     """Refuses what is not finite, unless it is traced.
 
@@ -179,7 +181,10 @@ def _as_selectors(blocks: Blocks) -> tuple[Any, ...]:
 
 
 def _within(
-    trainer: Any, batch: Any, block: tuple[int, ...], evaluate: Callable[..., Any]
+    trainer: AbstractTrainer,
+    batch: Any,
+    block: tuple[int, ...],
+    evaluate: Callable[..., Any],
 ) -> tuple[Callable[[list[Array]], Array], list[Array]]:
     """Returns what is evaluated as a function of some of the leaves, and these."""
     key = step_key(trainer)
@@ -200,13 +205,13 @@ def _is_finite_at(fn: Callable[[list[Array]], Array], own: list[Array]) -> Array
     return all_finite(fn(own))
 
 
-def _subject(trainer: Any, kind: str, jac: Mode | None) -> Subject:
+def _subject(trainer: AbstractTrainer, kind: str, jac: Mode | None) -> Subject:
     return Subject(f"`{kind}` of `{type(trainer).__name__}`", jac)
 
 
 @program
 def _compute(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     kind: str,
     blocks: tuple[tuple[int, ...], ...],
@@ -230,7 +235,7 @@ def _compute(
 
 @program
 def _jacobian(
-    trainer: Any, batch: Any, jac: Mode | None
+    trainer: AbstractTrainer, batch: Any, jac: Mode | None
 ) -> tuple[Float[Array, "N D"], Bool[Array, ""]]:
     """Computes the Jacobian of all residuals, and whether these are finite."""
     (block,) = _members(trainer.params, None)
@@ -250,7 +255,7 @@ _spectrum = jax.jit(of_jacobian)
 
 @program
 def _spectra(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     blocks: tuple[tuple[int, ...], ...],
     batch_size: int | None,
@@ -264,7 +269,7 @@ def _spectra(
 
 
 def _decomposed(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     selectors: tuple[Any, ...] | None,
     batch_size: int | None,
@@ -278,7 +283,7 @@ def _decomposed(
     """
     batch_size, jac = checked_batch_size(batch_size), checked_mode(jac)
     params = as_parameters(trainer.params)
-    bare, batch = trainer._bare(), as_batch(batch)
+    bare, batch = stripped(trainer), as_batch(batch)
     if selectors is None and batch_size is None:
         found, is_finite = _jacobian(bare, batch, jac)
         spectra = (_spectrum(found),)
@@ -300,7 +305,7 @@ WhitenOne = Callable[[Any, Params, int | None, str], DenseWhitening]
 
 
 def _by_matrix(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     blocks: Blocks | None,
     batch_size: int | None,
@@ -326,7 +331,7 @@ def _by_matrix(
 
 
 def _by_jacobian(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     blocks: Blocks | None,
     batch_size: int | None,
@@ -352,7 +357,7 @@ def _by_jacobian(
 
 
 def whitening(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     batch_size: int | None,
     jac: Mode | None,
@@ -372,7 +377,7 @@ OF_WHITEN = ("blocks", "batch_size", "jac", "optimiser", "rtol", "rank", "on_nul
 
 
 def whitened(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     blocks: Blocks | None,
     batch_size: int | None,

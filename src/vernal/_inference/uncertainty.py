@@ -14,7 +14,7 @@ from .._data import as_batch
 from .._fit import edm_note
 from .._program import Version, version_of
 from .._projection import EigenProjector
-from .._step import live, negative_log_likelihood, step_key
+from .._step import AbstractTrainer, live, negative_log_likelihood, step_key, stripped
 from .._tree import aligned, as_parameters, element_name, named_leaves, ravel, unravel
 from .metric import require_likelihood, whitening
 
@@ -22,7 +22,7 @@ from .metric import require_likelihood, whitening
 _MOST_ROWS = 64
 
 
-def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
+def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
     """The errors of the parameters, from the data at the current point."""
     require_likelihood(trainer, "A standard error")
     # No projector: where nothing is constrained at all, there is none.
@@ -32,7 +32,7 @@ def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
 
 def _potential(
     _: Version,
-    trainer: Any,
+    trainer: AbstractTrainer,
     projector: EigenProjector | None,
     batch: Any,
     point: PyTree,
@@ -48,18 +48,20 @@ def _potential(
         return negative_log_likelihood(there, batch, step_key(trainer))
 
 
-def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
+def objective(
+    trainer: AbstractTrainer, batch: Any
+) -> tuple[jax.tree_util.Partial, PyTree]:
     """The likelihood for a sampler, and where to start it."""
     require_likelihood(trainer, "The posterior of a sampler")
     params = as_parameters(trainer.params)
     start = ravel(params) if trainer.projector is None else trainer.latent
     # A pytree, as a module would be, and hashable, as what `jax.jit` is given must be.
-    bare, projector, batch = trainer._bare(), trainer.projector, as_batch(batch)
+    bare, projector, batch = stripped(trainer), trainer.projector, as_batch(batch)
     version = version_of((bare, batch))
     return jax.tree_util.Partial(_potential, version, bare, projector, batch), start
 
 
-def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
+def table(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> str:
     """The values of all parameters, with their errors if there are data."""
     refuse_program("table", trainer, batch)
     errors = {}

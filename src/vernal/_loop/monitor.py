@@ -16,7 +16,17 @@ from jaxtyping import Array, Bool, Float, Int
 from .._boundary import PyTree, takes_methods, whole_number
 from .._data import as_batch
 from .._policy import StepView, StopCriterion, StopReason
-from .._step import MOST_STEPS, Best, Outcome, Progress, evaluate, held_best, ranked
+from .._step import (
+    MOST_STEPS,
+    AbstractTrainer,
+    Best,
+    Outcome,
+    Progress,
+    evaluate,
+    held_best,
+    progress_of,
+    ranked,
+)
 from .._tree import LIKE_STATE, cast_alike, strong, to_arrays
 from .record import Rows
 
@@ -117,7 +127,7 @@ class Monitor(eqx.Module):
 
     def look(
         self,
-        trainer: Any,
+        trainer: AbstractTrainer,
         outcome: Outcome,
         state: MonitorState,
         is_due: Bool[Array, ""],
@@ -136,7 +146,7 @@ class Monitor(eqx.Module):
 
         Its progress, with the best as the validation has it, and the new state.
         """
-        progress: Progress = trainer._progress
+        progress: Progress = progress_of(trainer)
         score = state.score
         if self.validation is not None:
             progress, score = self._validated(trainer, self.validation, is_due, score)
@@ -156,12 +166,12 @@ class Monitor(eqx.Module):
 
     @staticmethod
     def _validated(
-        trainer: Any,
+        trainer: AbstractTrainer,
         validation: Validation,
         is_due: Bool[Array, ""],
         score: Float[Array, ""],
     ) -> tuple[Progress, Float[Array, ""]]:
-        progress: Progress = trainer._progress
+        progress: Progress = progress_of(trainer)
 
         def score_it() -> tuple[Best, Float[Array, ""]]:
             new = evaluate(trainer, validation.batch).astype(score.dtype)

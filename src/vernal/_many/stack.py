@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._boundary import require_precision
+from .._step import (
+    AbstractTrainer,
+    config_of,
+    progress_of,
+    require_precision,
+    with_progress,
+)
 from .._trainer import Trainer, explain_retrace
 from .._tree import by_path, is_alike, shape_and_dtype
 from .mapped_chunk import Flags
@@ -38,7 +44,7 @@ def stacked(trainers: Any) -> tuple[Any, Flags, int]:
             raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
         require_precision(trainer)
         _require_alike(first, trainer, index)
-    configs = [trainer._at(None) for trainer in trainers]
+    configs = [config_of(trainer) for trainer in trainers]
     # What all of them share, such as a large frozen array, needs no rows.
     flags = [_is_own(column) for column in _columns(configs)]
     leaves = [
@@ -46,9 +52,9 @@ def stacked(trainers: Any) -> tuple[Any, Flags, int]:
         for column, flag in zip(_columns(configs), flags, strict=True)
     ]
     config = jax.tree.structure(configs[0]).unflatten(leaves)
-    rows = map(stack, _columns([trainer._progress for trainer in trainers]))
-    progress = jax.tree.structure(first._progress).unflatten(rows)
-    return config._at(progress), tuple(flags), len(trainers)
+    rows = map(stack, _columns([progress_of(trainer) for trainer in trainers]))
+    progress = jax.tree.structure(progress_of(first)).unflatten(rows)
+    return with_progress(config, progress), tuple(flags), len(trainers)
 
 
 def _columns(trees: list[Any]) -> list[tuple[Any, ...]]:
@@ -86,7 +92,7 @@ def _require_alike(first: Any, other: Any, index: int) -> None:
         )
 
 
-def _as_stacked(trainer: Any) -> tuple[Any, Flags, int]:
+def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
     if trainer.step_count.ndim != 1:
         raise TypeError(
             "`trainers` is one trainer. Give a sequence of them, or a stacked one: "
@@ -99,7 +105,7 @@ def _as_stacked(trainer: Any) -> tuple[Any, Flags, int]:
                 f"`trainers` is stacked, with {size} members, but the array at "
                 f"{path!r} has the shape {leaf.shape}."
             )
-    config = jax.tree.leaves(trainer._at(None))
+    config = jax.tree.leaves(config_of(trainer))
     return trainer, tuple(isinstance(leaf, jax.Array) for leaf in config), size
 
 

@@ -19,7 +19,7 @@ from .._curvature import (
     traced,
 )
 from .._policy import StopReason
-from .._step import defined, live, real_residuals, score
+from .._step import AbstractTrainer, defined, live, real_residuals, score
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import TOLERANCE, Distance, Local, curved, of_products, triangle, unknown
 
@@ -30,7 +30,7 @@ MOST_PARAMETERS = 512
 _MOST_ELEMENTS = 2**25
 
 
-def what_falls(trainer: Any, is_least_squares: bool = False) -> str:
+def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
     """Tells what is minimised: `residuals`, `nll` or `loss`."""
     methods = defined(trainer)
     if is_least_squares or methods == ("residuals",):
@@ -39,7 +39,7 @@ def what_falls(trainer: Any, is_least_squares: bool = False) -> str:
 
 
 def measure(
-    trainer: Any,
+    trainer: AbstractTrainer,
     projector: Any,
     batch: Any,
     key: PRNGKeyArray | None,

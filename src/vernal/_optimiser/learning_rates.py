@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import optax
 
-from .._boundary import dotted
+from .._boundary import PyTree, dotted
+from .._projection import EigenProjector
 from .._tree import by_path, paths
 from .groups import group_leaves, group_members
 from .param_optimiser import ParamOptimiser
@@ -18,14 +19,19 @@ from .partition import leaf_owners, named_tree
 from .transform import Transform
 
 
-def learning_rates(trainer: Any) -> dict[str, float | None]:
-    """Finds what `Trainer.learning_rates` tells, which has the documentation."""
-    latent, projector = trainer.latent, trainer.projector
-    point = trainer.params if projector is None else latent
+def learning_rates(
+    optimiser: Any,
+    opt_state: PyTree,
+    params: PyTree,
+    projector: EigenProjector | None,
+    latent: PyTree,
+) -> dict[str, float | None]:
+    """Implements `Trainer.learning_rates`."""
+    point = params if projector is None else latent
     start = jax.tree.map(lambda _: Factor(), point)
-    ends = _through(trainer.optimiser.update, trainer.opt_state, start, point)
+    ends = _through(optimiser.update, opt_state, start, point)
     rates = [factor.rate for factor in jax.tree.leaves(ends)]
-    names = paths(trainer.params)
+    names = paths(params)
     if projector is not None:
         of_leaf = {
             index: rate

@@ -21,6 +21,7 @@ from .._tree import (
     ravel_size,
     resolve,
 )
+from .abstract_trainer import AbstractTrainer
 from .model import check_state
 from .objective import METHODS, defined
 
@@ -32,7 +33,7 @@ _HOOKS = {
 _OF_POLICY = {"init": ("params",), "apply": ("loss", "grads", "state")}
 
 
-def check_class(trainer: Any, key: Any, state: PyTree) -> None:
+def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
     methods = defined(trainer)
     if not methods:
         raise TypeError(
@@ -102,7 +103,7 @@ def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
         prng_key(key)
 
 
-def no_optimiser(trainer: Any) -> ValueError:
+def no_optimiser(trainer: AbstractTrainer) -> ValueError:
     """Says what to do about a trainer that cannot take a step."""
     return ValueError(
         f"`{type(trainer).__name__}` has no optimiser. Give it one: "

@@ -16,6 +16,7 @@ import jax
 
 from .._boundary import PyTree, warn
 from .._devices import Peers
+from .._step import AbstractTrainer, progress_of
 from .._tree import MismatchError, NamedArray, from_arrays, to_arrays
 from .checkpoint_directory import claim, require_known
 from .checkpoint_format import layout, leaves, pack, sealed, unpack, unsealed
@@ -141,7 +142,7 @@ class Keeper:
             ) from error
 
     def restore(
-        self, trainer: Any, first: int, watched: PyTree
+        self, trainer: AbstractTrainer, first: int, watched: PyTree
     ) -> tuple[Any, PyTree, History | None]:
         """Puts the newest checkpoint that is whole into a trainer, if there is one.
 
@@ -195,7 +196,7 @@ class Keeper:
                 "that is not on purpose, give each fit a directory of its own."
             )
 
-    def _find(self, trainer: Any, watched: PyTree) -> _Found | None:
+    def _find(self, trainer: AbstractTrainer, watched: PyTree) -> _Found | None:
         """Returns the newest checkpoint that is whole, and puts later ones aside.
 
         One whose history lacks rows comes after all that are whole: from those the same
@@ -238,9 +239,9 @@ class Keeper:
                 )
         return found
 
-    def holds(self, trainer: Any) -> None:
+    def holds(self, trainer: AbstractTrainer) -> None:
         """Takes note that the newest checkpoint is of this very state."""
-        self._last = trainer._progress
+        self._last = progress_of(trainer)
 
     def _put_aside(self, step: int) -> Path:
         """Moves a checkpoint out of the way, rather than to throw it away."""
@@ -278,7 +279,11 @@ class Keeper:
         return self._log.read(meta["log"])
 
     def _read(
-        self, step: int, meta: Mapping[str, Any], trainer: Any, watched: PyTree
+        self,
+        step: int,
+        meta: Mapping[str, Any],
+        trainer: AbstractTrainer,
+        watched: PyTree,
     ) -> dict[str, NamedArray]:
         written = {path: leaf.kind for path, leaf in leaves(meta).items()}
         require_restorable(_split(written)[0], trainer, self._source)
@@ -299,7 +304,9 @@ class Keeper:
             is_due = step // self._every > max(self._last_step, 0) // self._every
         return is_due and not self._manager.is_saving_in_progress()
 
-    def write(self, step: int, trainer: Any, watched: PyTree, history: History) -> None:
+    def write(
+        self, step: int, trainer: AbstractTrainer, watched: PyTree, history: History
+    ) -> None:
         """Writes a checkpoint in the background, unless there is one of this state.
 
         **Arguments:**
@@ -309,15 +316,15 @@ class Keeper:
         - `watched`: what the fit's monitor remembers.
         - `history`: the whole history.
         """
-        if trainer._progress is self._last:
+        if progress_of(trainer) is self._last:
             return
         with self._writing():
             self._write(step, trainer, watched, history)
-        self._last, self._last_step = trainer._progress, step
+        self._last, self._last_step = progress_of(trainer), step
         self._last_time = time.monotonic()
 
     def _write(
-        self, step: int, trainer: Any, watched: PyTree, history: History
+        self, step: int, trainer: AbstractTrainer, watched: PyTree, history: History
     ) -> None:
         is_back = step <= self._last_step
         if is_back:

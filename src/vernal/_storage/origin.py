@@ -7,14 +7,14 @@ from typing import Any
 
 from .._data import Source, Stream, Whole
 from .._pickling import digest_of
-from .._step import defined
+from .._step import AbstractTrainer, defined
 from .._tree import checksum, to_arrays
 
 # Of larger arrays, in bytes, only a sample is looked at.
 _MOST = 2**26
 
 
-def origin(trainer: Any, source: Source) -> dict[str, Any]:
+def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     """Describes the class and the data of a fit, as JSON can hold it."""
     kind, data = type(trainer), None
     if not isinstance(source, Stream):

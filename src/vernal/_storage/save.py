@@ -7,9 +7,10 @@ from typing import TypeVar
 import jax
 
 from .._boundary import PyTree, file_path, refuse_traced, undebugged
+from .._step import AbstractTrainer, TrainerT
 from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
 from .file import opened, write_file
-from .snapshot import begun, is_trainer, restore, snapshot
+from .snapshot import begun, restore, snapshot
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """
     file_path(path, "path")
     refuse_traced("save", tree)
-    if is_trainer(tree):
+    if isinstance(tree, AbstractTrainer):
         arrays = snapshot(tree) | begun(tree)
     else:
         require_keepable(tree, "tree")
@@ -106,7 +107,7 @@ def load(
         )
     source = f"`path`: {os.fspath(path)}"
     with opened(path) as kept:
-        if is_trainer(like):
+        if isinstance(like, AbstractTrainer):
             return _restored(kept, like, source, reset)
         if reset:
             raise ValueError(
@@ -117,8 +118,11 @@ def load(
 
 
 def _restored(
-    kept: Mapping[str, NamedArray], like: T, source: str, reset: str | Sequence[str]
-) -> T:
+    kept: Mapping[str, NamedArray],
+    like: TrainerT,
+    source: str,
+    reset: str | Sequence[str],
+) -> TrainerT:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
         raise ValueError(
             "`like` is a trainer without values, and its rates, its key and what is "

@@ -9,7 +9,16 @@ import jax
 import numpy as np
 
 from .._boundary import PyTree, nearest_names
-from .._step import Progress, beginning, initial_opt_state, initial_progress, settled
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    beginning,
+    initial_opt_state,
+    initial_progress,
+    progress_of,
+    settled,
+    with_progress,
+)
 from .._tree import (
     Kind,
     NamedArray,
@@ -34,12 +43,7 @@ _ANEW = {
 _BEGUN = "begun"
 
 
-def is_trainer(tree: Any) -> bool:
-    """Whether a tree is a trainer, whose class is defined above this room."""
-    return isinstance(getattr(tree, "_progress", None), Progress)
-
-
-def snapshot(trainer: Any) -> dict[str, NamedArray]:
+def snapshot(trainer: AbstractTrainer) -> dict[str, NamedArray]:
     """Lists all that a fit changes: parameters, moments, counts, best, projector.
 
     What is frozen, the rates and the policies are configuration: they are no part of
@@ -48,7 +52,7 @@ def snapshot(trainer: Any) -> dict[str, NamedArray]:
     return to_arrays(_state(trainer))
 
 
-def begun(trainer: Any) -> dict[str, NamedArray]:
+def begun(trainer: AbstractTrainer) -> dict[str, NamedArray]:
     """Lists the hyperparameters in an optimiser's state, as it begins with them.
 
     Kept beside a snapshot, they tell which of them the program has changed since.
@@ -56,8 +60,8 @@ def begun(trainer: Any) -> dict[str, NamedArray]:
     return to_arrays({_BEGUN: beginning(trainer)})
 
 
-def _state(trainer: Any) -> OrderedDict[str, PyTree]:
-    progress: Progress = trainer._progress
+def _state(trainer: AbstractTrainer) -> OrderedDict[str, PyTree]:
+    progress: Progress = progress_of(trainer)
     # In order, the parameters first: what differs there is what a user knows about.
     names = [field.name for field in dataclasses.fields(progress)]
     state = OrderedDict((name, getattr(progress, name)) for name in names)
@@ -71,7 +75,10 @@ def kinds(arrays: Mapping[str, NamedArray]) -> dict[str, Kind]:
 
 
 def require_restorable(
-    kept: Mapping[str, Kind], trainer: Any, source: str, anew: Iterable[str] = ()
+    kept: Mapping[str, Kind],
+    trainer: AbstractTrainer,
+    source: str,
+    anew: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Checks that a snapshot fits a trainer, from the kinds of its leaves alone.
 
@@ -101,7 +108,10 @@ def require_restorable(
 
 
 def restore(
-    kept: Mapping[str, NamedArray], trainer: Any, source: str, anew: Iterable[str] = ()
+    kept: Mapping[str, NamedArray],
+    trainer: AbstractTrainer,
+    source: str,
+    anew: Iterable[str] = (),
 ) -> Any:
     """Puts a snapshot into a trainer of the same model and the same optimiser.
 
@@ -131,7 +141,7 @@ def restore(
     if fields:
         own_state = trainer.state if "state" in fields else state["state"]
         state |= _fresh(trainer, params, state["latent"], own_state, fields)
-    return trainer._at(Progress(**state), projector=projector)
+    return with_progress(trainer, Progress(**state), projector=projector)
 
 
 def _set_otherwise(kept: Mapping[str, Kind], own: Mapping[str, Kind]) -> set[str]:
@@ -163,7 +173,7 @@ def _with_own_settings(
 
 
 def _fresh(
-    trainer: Any,
+    trainer: AbstractTrainer,
     params: PyTree,
     latent: PyTree,
     state: PyTree,

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from .._boundary import dotted
 from .._closure import Closure
 from .._optimiser import Transform
-from .._step import Parts
+from .._step import ModelTemplate
 from .differences import (
     abstract,
     array_differences,
@@ -68,7 +68,7 @@ Found = Iterator[tuple[str, str]]
 def _differences(old: Any, new: Any, path: str) -> Found:
     if eqx.is_array(old) and eqx.is_array(new):
         yield from ((path, text) for text in array_differences(old, new))
-    elif type(old) is type(new) is Parts:
+    elif type(old) is type(new) is ModelTemplate:
         yield from _models(old, new, path)
     elif type(old) is type(new) is Closure:
         yield from ((path, text) for text in closure_differences(old, new))
@@ -131,7 +131,7 @@ def _longer(path: str, keys: tuple[Any, ...], parent: Any) -> str:
     name = dotted(keys)
     if isinstance(parent, Trainer):
         # What a user knows these by.
-        name = {"_progress": "", "_parts": "model"}.get(name, name)
+        name = {"_progress": "", "_template": "model"}.get(name, name)
     return ".".join(filter(None, (path, name)))
 
 
@@ -190,7 +190,7 @@ def _marked(structure: Any) -> Any:
 # A trainer's model, in parts.
 
 
-def _models(old: Parts, new: Parts, path: str) -> Found:
+def _models(old: ModelTemplate, new: ModelTemplate, path: str) -> Found:
     """Compares two models in all but their trained parameters."""
     found = False
     for where, text in (*_of_structure(old, new, path), *_of_leaves(old, new, path)):
@@ -200,13 +200,13 @@ def _models(old: Parts, new: Parts, path: str) -> Found:
         yield path, "something in what is not trained differs"
 
 
-def _of_structure(old: Parts, new: Parts, path: str) -> Found:
+def _of_structure(old: ModelTemplate, new: ModelTemplate, path: str) -> Found:
     if not is_same(old.structure, new.structure):
         found = tuple(_structures(old.structure, new.structure, path))
         yield from found or ((path, _restructured(old.structure, new.structure)),)
 
 
-def _of_leaves(old: Parts, new: Parts, path: str) -> Found:
+def _of_leaves(old: ModelTemplate, new: ModelTemplate, path: str) -> Found:
     before, after = _leaves(old), _leaves(new)
     for keys, (kind, index) in before.items():
         if keys not in after:
@@ -223,7 +223,7 @@ def _of_leaves(old: Parts, new: Parts, path: str) -> Found:
                 yield where, text
 
 
-def _leaves(parts: Parts) -> dict[tuple[Any, ...], tuple[str, int]]:
+def _leaves(parts: ModelTemplate) -> dict[tuple[Any, ...], tuple[str, int]]:
     """What becomes of each leaf, and its place among those of its kind."""
     flat, _ = jtu.tree_flatten_with_path(_marked(parts.structure))
     count: Counter[str] = Counter()
