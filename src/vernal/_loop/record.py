@@ -160,7 +160,7 @@ class Record(eqx.Module):
     def _parameters(self, params: PyTree) -> dict[str, Array]:
         if not self.paths:
             return {}
-        leaves = dict(by_path(params))
+        leaves = by_path(params).by_name()
         return {path: leaves[path] for path in self.paths}
 
 
@@ -168,7 +168,7 @@ def _selected(trainer: AbstractTrainer, selector: Any) -> list[str]:
     model = trainer.model
     owners = resolve(model, [selector], argument="record")
     trained = set(paths(trainer.params))
-    both = zip(by_path(model), owners, strict=True)
+    both = zip(by_path(model).items(), owners, strict=True)
     named = [path for (path, _), owner in both if owner is not None]
     kept = [path for path in named if path in trained]
     if not kept:

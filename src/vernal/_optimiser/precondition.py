@@ -19,8 +19,8 @@ def precondition(
     $$g \mapsto P P^\top g$$
 
     where $P P^\top = F^{-1}$ for a projector of a Fisher matrix $F$ of full rank. As
-    the `first` of a [`vernal.ParamOptimiser`][] it is natural gradient with a rate of
-    its own for each parameter:
+    the `first` of a [`vernal.ParamOptimiser`][] it gives natural gradients, with one
+    rate for each parameter:
 
     ```python
     vn.ParamOptimiser(
@@ -35,7 +35,7 @@ def precondition(
     **Arguments:**
 
     - `projector`: a [`vernal.EigenProjector`][] of the parameters; or a tree like them,
-        by whose entries the gradients are scaled.
+        whose entries scale the gradients.
 
     **Returns:**
 
@@ -70,16 +70,19 @@ def precondition(
 
 def _check(updates: Any, like: Any) -> None:
     """Compares leaf by leaf: inside an optimiser a tree is a dictionary by path."""
-    flat, own = by_path(updates), by_path(like)
-    for (path, grad), (own_path, leaf) in zip(flat, own, strict=False):
-        if path != own_path or jnp.shape(grad) != jnp.shape(leaf):
+    found, own = (
+        [(name, jnp.shape(leaf)) for name, leaf in by_path(tree).items()]
+        for tree in (updates, like)
+    )
+    for (name, shape), (own_name, own_shape) in zip(found, own, strict=False):
+        if (name, shape) != (own_name, own_shape):
             raise ValueError(
-                f"`precondition` was made for {own_path!r} of shape {jnp.shape(leaf)} "
-                f"where the gradients have {path!r} of shape {jnp.shape(grad)}. Make "
-                "it from the parameters that are trained, in the same order."
+                f"`precondition` was made for {own_name!r} of shape {own_shape} where "
+                f"the gradients have {name!r} of shape {shape}. Make it from the "
+                "parameters that are trained, in the same order."
             )
-    if len(flat) != len(own):
+    if len(found) != len(own):
         raise ValueError(
             f"`precondition` was made for {len(own)} parameters, but there are "
-            f"gradients of {len(flat)}."
+            f"gradients of {len(found)}."
         )

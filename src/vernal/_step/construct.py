@@ -154,7 +154,7 @@ def fit_projector(
         return None, None
     refuse_names_in_latent_space(projector, optimiser)
     shapes, own = (
-        {path: leaf.shape for path, leaf in by_path(tree)}
+        {path: leaf.shape for path, leaf in by_path(tree).items()}
         for tree in (params, projector.origin)
     )
     if list(shapes.items()) != list(own.items()):
@@ -185,7 +185,7 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
     """Refuses rules that have no meaning in the latent space of a projector."""
     if projector is None or not isinstance(optimiser, ParamOptimiser):
         return
-    if not projector._has_names:
+    if not projector.has_names:
         raise ValueError(
             "`optimiser` is a ParamOptimiser, and `projector` mixes all parameters: "
             "in its latent space they have no names. Use a plain Optax transformation "
@@ -196,7 +196,7 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
         )
     names = paths(projector.origin)
     owners = optimiser.owners(projector.origin, filtered=True)
-    for block in projector._blocks:
+    for block in projector.blocks:
         if len({owners[index] for index in block}) > 1:
             mixed = " and ".join(repr(names[index]) for index in block[:5])
             raise ValueError(
@@ -204,7 +204,7 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
                 "`projector` mixes. Give them one rule, by a tuple, or a block each."
             )
     there = _latent_owners(projector, optimiser)
-    for index, block in enumerate(projector._blocks):
+    for index, block in enumerate(projector.blocks):
         if there is None or there[index] != owners[block[0]]:
             raise ValueError(
                 f"`optimiser` has another rule for {names[block[0]]!r} in the latent "
@@ -218,7 +218,7 @@ def _latent_owners(
 ) -> tuple[int | None, ...] | None:
     """Finds the rule of each latent array, if every rule finds something to own."""
     try:
-        return optimiser.owners(projector._latent_like, filtered=True)
+        return optimiser.owners(projector.latent_like, filtered=True)
     except UnknownPathError:
         return None
 

@@ -140,7 +140,7 @@ def reproject(
     if optimiser is not None:
         transform = as_transform(optimiser, "optimiser")
     elif isinstance(transform, ParamOptimiser) and projector is not None:
-        transform = transform if projector._has_names else None
+        transform = transform if projector.has_names else None
     params = trainer.params
     constrained = overrides(trainer, "constrain")
     projector, latent = fit_projector(

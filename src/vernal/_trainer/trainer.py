@@ -23,11 +23,12 @@ from .._boundary import (
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
-from .._devices import Sharding, context, meeting, placement
+from .._devices import Sharding, context, placement, same_inputs
 from .._fit import FitResult, One, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
+    Passes,
     curvature,
     fisher,
     objective,
@@ -249,9 +250,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
         there = None if is_traced else place
-        with meeting("step", there) as agree, context(there):
+        with same_inputs("step", there) as require_same, context(there):
             batch = as_batch(batch)
-            agree(self, batch, sharding=sharding)
+            require_same(self, batch, sharding=sharding)
             if place is not None:
                 batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
@@ -489,7 +490,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
         require_precision(self)
-        return fisher(self, batch, blocks, batch_size, jac)
+        return fisher(self, batch, blocks, Passes(batch_size, jac))
 
     @overload
     def curvature(
@@ -525,7 +526,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
-        return curvature(self, batch, blocks, batch_size, jac)
+        return curvature(self, batch, blocks, Passes(batch_size, jac))
 
     @entrance
     def reproject(
@@ -589,7 +590,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)
-        projector = whitened(self, batch, blocks, batch_size, jac, **options)
+        projector = whitened(self, batch, blocks, Passes(batch_size, jac), options)
         return self.reproject(projector, optimiser)
 
     @entrance

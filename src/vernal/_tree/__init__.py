@@ -14,10 +14,14 @@ from .named_arrays import (
     require_keepable as require_keepable,
     to_arrays as to_arrays,
 )
+from .named_tree import (
+    NamedTree as NamedTree,
+    by_path as by_path,
+    uniquely_named as uniquely_named,
+)
 from .paths import (
     LONG_DOUBLES as LONG_DOUBLES,
     UnknownPathError as UnknownPathError,
-    by_path as by_path,
     is_float as is_float,
     is_inexact as is_inexact,
     named_leaves as named_leaves,

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import PyTree, is_wide, is_x64_on, refuse_meaning
-from .paths import LONG_DOUBLES, by_path
+from .named_tree import by_path
+from .paths import LONG_DOUBLES
 from .structure import disagreements
 
 # In this order: a boolean is an integer too.
@@ -182,9 +183,9 @@ def require_alike_kinds(
 
 def _named(tree: PyTree) -> Iterable[tuple[str, Any]]:
     """Yields every leaf with a path that no other leaf has."""
-    leaves = by_path(tree)
-    taken, counts = {path for path, _ in leaves}, dict[str, int]()
-    for path, leaf in leaves:
+    named = by_path(tree)
+    taken, counts = set(named.names), dict[str, int]()
+    for path, leaf in named.items():
         count = counts.get(path, 0) + 1
         # A key may look like the name that would be given to another leaf.
         while count > 1 and f"{path}#{count}" in taken:
@@ -285,16 +286,16 @@ def is_part(leaf: Any) -> bool:
     )
 
 
-def checksum(array: Any, most_bytes: float = math.inf) -> int | None:
+def checksum(array: Any, max_bytes: float = math.inf) -> int | None:
     """Returns a checksum of an array; `None` if this process has only a part of it.
 
-    Of an array of more than `most_bytes` only a sample is looked at.
+    Of an array of more than `max_bytes` only a sample is looked at.
     """
     if is_part(array):
         return None
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = array.addressable_data(0)
-    if array.nbytes > most_bytes:
+    if array.nbytes > max_bytes:
         # Odd, so as not to meet the same place of each row of two, four or eight.
-        array = array.reshape(-1)[:: -int(-array.nbytes // most_bytes) | 1]
+        array = array.reshape(-1)[:: -int(-array.nbytes // max_bytes) | 1]
     return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())

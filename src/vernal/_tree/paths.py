@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .._boundary import dotted, segment
+from .._boundary import segment
 
 
 class UnknownPathError(KeyError):
@@ -79,11 +79,6 @@ def is_inexact(leaf: Any) -> bool:
 def is_float(leaf: Any) -> bool:
     """Whether `leaf` is a Python float; NumPy's `float64`, a subclass, is not."""
     return isinstance(leaf, float) and not isinstance(leaf, np.generic)
-
-
-def by_path(tree: Any) -> list[tuple[str, Any]]:
-    """Lists every leaf of a tree beside its dotted path, in order."""
-    return [(dotted(keys), leaf) for keys, leaf in tree_leaves_with_path(tree)]
 
 
 def _is_absent(node: Any) -> bool:

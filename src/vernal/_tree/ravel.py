@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from .._boundary import Params, dotted, refuse_foreign, spelled
-from .paths import by_path
+from .named_tree import by_path
 
 
 def as_parameters(params: Params, name: str = "params") -> Params:
@@ -88,7 +88,7 @@ def ravel_size(params: Params) -> int:
 
 def element_name(params: Params, index: int) -> str:
     """Returns the name of one element of `ravel(params)`, such as `wfe[6]`."""
-    for path, leaf in by_path(params):
+    for path, leaf in by_path(params).items():
         size = math.prod(leaf.shape)
         if index < size:
             position = np.unravel_index(index, leaf.shape) if leaf.shape else ()

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._boundary import PyTree
-from .paths import by_path
+from .named_tree import by_path
 
 T = TypeVar("T")
 
@@ -64,7 +64,8 @@ def require_alike(
             f"{what} must have the structure of {whose}.\n"
             f"Found:    {found}\nExpected: {expected}"
         )
-    for (path, leaf), other in zip(by_path(tree), jax.tree.leaves(like), strict=True):
+    pairs = zip(by_path(tree).items(), jax.tree.leaves(like), strict=True)
+    for (path, leaf), other in pairs:
         if np.shape(leaf) != np.shape(other):
             raise ValueError(
                 f"{what} must have the shapes of {whose}: {path!r} has shape "
@@ -89,7 +90,8 @@ def cast_alike(
         where the other is an integer.
     """
     require_alike(tree, like, what, whose, hint)
-    for (path, leaf), other in zip(by_path(tree), jax.tree.leaves(like), strict=True):
+    pairs = zip(by_path(tree).items(), jax.tree.leaves(like), strict=True)
+    for (path, leaf), other in pairs:
         new, old = jnp.asarray(leaf), jnp.asarray(other)
         if not _can_hold(old, new):
             at = f" at {path!r}" if path else ""
