@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._boundary import is_on, is_wide
+from .._boundary import is_wide, is_x64_on
 from .code import Stand, by_code, by_name, content_of, is_named, new_cell
 from .library import module_of
 
@@ -41,7 +41,7 @@ class Portable:
 
 
 def _loaded(kind: type, fields: Mapping[str, Any], is_float64: bool) -> Any:
-    if is_float64 and not is_on():
+    if is_float64 and not is_x64_on():
         raise ValueError(
             f"The `{kind.__name__}` was pickled while `jax_enable_x64` was on, and in "
             "this process it is off: JAX would round it to 32 bits. Turn it on here "
