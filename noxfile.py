@@ -44,8 +44,11 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The site, built strictly; the examples run while it is built."""
-    session.install(".[docs]")
+    """The site, built strictly; the examples that have changed run while it is built.
+
+    Editable, so that `nox -R -s docs`, which installs nothing again, is of the source.
+    """
+    session.install("--editable", ".[docs]")
     quiet = {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", *session.posargs, env=quiet)
 
@@ -63,7 +66,7 @@ def tests(session: nox.Session) -> None:
     """The tests, the code blocks of the documentation among them.
 
     What is not compiled as for users has each annotation of the library checked, at
-    every call. The examples run, with the same checks, while `docs` builds their pages.
+    every call. The examples run, with the same checks, when `docs` builds the site.
     """
     session.install(".[test]")
     left_out = "--ignore=tests/house/test_examples.py"

@@ -18,9 +18,9 @@ import numpy as np
 from matfree.decomp import tridiag_sym
 
 import vernal as vn
-from vernal._curvature import gauss_newton_matrix
-from vernal._lanczos import ITERATIONS_AFTER, find_leading
-from vernal._modes import Subject
+from vernal._curvature.flat import gauss_newton_matrix
+from vernal._curvature.modes import Subject
+from vernal._projection.lanczos import ITERATIONS_AFTER, find_leading
 
 from .timing import in_turns
 

@@ -15,7 +15,8 @@ import equinox as eqx
 import jax
 
 import vernal as vn
-from vernal import _programs, _trainer
+from vernal._program import programs as _programs
+from vernal._trainer import trainer as _trainer
 
 from .bench_fit import ChiSquared, problem, rules
 

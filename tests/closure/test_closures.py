@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 
-from vernal._closures import Closure
+from vernal._closure.closure import Closure
 
 pytestmark = pytest.mark.seams
 

@@ -13,11 +13,12 @@ import pytest
 import vernal as vn
 from meshes import FITS, Settled, mesh_of, starts
 from models import GaussianFit, gaussian, gaussian_batch, same
-from vernal import _running
-from vernal._compiled import Moving, Task, run_chunk, run_chunk_in_place
-from vernal._data import as_source
-from vernal._monitor import Monitor
-from vernal._record import Record
+from vernal._data.sources import as_source
+from vernal._fit import run as _running
+from vernal._loop.chunk import Moving, Task, run_chunk, run_chunk_in_place
+from vernal._loop.monitor import Monitor
+from vernal._loop.record import Record
+from vernal._step import config_of
 
 pytestmark = pytest.mark.as_compiled
 
@@ -106,7 +107,7 @@ def test_the_state_is_there_once():
     trainer = Large(jnp.zeros(10_000), optax.adam(0.1))
     record, source = Record(trainer, (), lambda: None), as_source(jnp.array(1.0))
     count = jnp.asarray(np.int32(5))
-    parts = trainer._at(None), source, Monitor(None, None), record
+    parts = config_of(trainer), source, Monitor(None, None), record
     task, moving = Task(*parts, count, count, 16), Moving(trainer._progress, None)
     alias = {
         name: run.lower(task, moving, None)

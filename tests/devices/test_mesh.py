@@ -23,10 +23,10 @@ from models import (
     line,
     line_batch,
 )
-from vernal._alike import is_weak
-from vernal._compiled import run_chunk, run_step
-from vernal._paths import dotted
-from vernal._placement import placement
+from vernal._boundary.names import dotted
+from vernal._devices.placement import placement
+from vernal._loop.chunk import run_chunk, run_step
+from vernal._tree.structure import is_weak
 
 WIDTHS = (1, 2, 8)
 
@@ -281,7 +281,7 @@ def test_a_leaf_is_known_by_its_place():
     assert split_leaves(twice, {"a": spec}) == of_adam("a.w")
     frozen = Sum([ones, ones], adam, train="0")
     assert split_leaves(frozen, {"0": spec}) == of_adam("0")
-    assert split_leaves(frozen, {"1": spec}) == {"_parts.frozen.0"}
+    assert split_leaves(frozen, {"1": spec}) == {"_template.frozen.0"}
 
 
 @pytest.mark.parametrize(

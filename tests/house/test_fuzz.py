@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import vernal as vn
-from vernal import _running as running
+from vernal._fit import run as running
 
 STEPS, ROWS = 6, 8
 BAD = (np.nan, np.inf, -np.inf, 1e30, -1e200)

@@ -12,7 +12,7 @@ import pytest
 
 import models
 import vernal as vn
-from vernal._loop import FitOptions
+from vernal._fit.fit import FitOptions
 
 PROGRAMS = Path(__file__).parents[1] / "typing"
 

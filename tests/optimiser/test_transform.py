@@ -11,8 +11,8 @@ import optax.contrib
 import pytest
 
 import vernal as vn
-from vernal._reads import reads
-from vernal._transform import AbstractTransform, Transform, as_transform
+from vernal._closure.reads import reads
+from vernal._optimiser.transform import AbstractTransform, Transform, as_transform
 
 pytestmark = [pytest.mark.as_compiled, pytest.mark.seams]
 

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import vernal as vn
-from vernal._transform import Transform
+from vernal._optimiser.transform import Transform
 
 pytestmark = pytest.mark.seams
 

@@ -19,7 +19,7 @@ from equinox._module._module import _currently_initialising
 
 import vernal as vn
 from models import line, line_batch, zoo
-from vernal._code import digest_of
+from vernal._pickling.code import digest_of
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 

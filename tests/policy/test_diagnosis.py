@@ -14,7 +14,7 @@ import pytest
 import vernal as vn
 from models import GaussianFit, LineFit, Pair, gaussian, line
 from notebook import MODEL, Notebook
-from vernal._diagnosis import bad_data, explain_non_finite
+from vernal._step.diagnosis import bad_data, explain_non_finite
 
 
 def curve(dtype=np.float64, **bad):

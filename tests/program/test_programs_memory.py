@@ -13,9 +13,9 @@ import optax
 import pytest
 
 import vernal as vn
-from vernal._compiled import run_chunk
-from vernal._programs import _MOST_RECORDS, program, version_of
-from vernal._shelves import MOST_KINDS, MOST_MISSED, MOST_OF_A_KIND, Shelves
+from vernal._loop.chunk import run_chunk
+from vernal._program.programs import _MOST_RECORDS, program, version_of
+from vernal._program.shelves import MOST_KINDS, MOST_MISSED, MOST_OF_A_KIND, Shelves
 
 X = jnp.arange(3.0)
 

@@ -10,7 +10,7 @@ from scipy.optimize import lsq_linear
 
 import vernal as vn
 from models import Line
-from vernal._constrain import project
+from vernal._step.constrain import project
 
 INF = np.inf
 

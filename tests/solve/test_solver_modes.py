@@ -9,7 +9,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from vernal._closures import Closure
+from vernal._closure.closure import Closure
 
 T = jnp.linspace(0.1, 2.0, 12)
 TRUTH = {"rate": 0.7, "size": 1.5}

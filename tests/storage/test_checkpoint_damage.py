@@ -212,7 +212,7 @@ def test_a_later_version(whole, tmp_path, monkeypatch):
     """It is known by its checkpoints too."""
     copy = tmp_path / "copy"
     with monkeypatch.context() as patch:
-        patch.setattr("vernal._packing.FORMAT", 99)
+        patch.setattr("vernal._storage.checkpoint_format.FORMAT", 99)
         fit(10, copy)
     with pytest.raises(vn.NewerFormatError, match="Upgrade"):
         fit(20, copy)

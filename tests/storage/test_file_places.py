@@ -19,7 +19,7 @@ import pytest
 import vernal as vn
 
 TREE = {"a": jnp.arange(3.0)}
-ATOMIC = importlib.util.find_spec("vernal._atomic").origin
+ATOMIC = importlib.util.find_spec("vernal._storage.atomic").origin
 
 
 @pytest.fixture

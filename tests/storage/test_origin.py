@@ -1,5 +1,6 @@
 """Checkpoints that are taken up with other data, or with another loss."""
 
+import importlib
 import json
 import warnings
 
@@ -10,9 +11,9 @@ import optax
 import pytest
 
 import vernal as vn
-from vernal import _origin
-from vernal._origin import differences, origin
+from vernal._storage.origin import differences, origin
 
+ORIGIN = importlib.import_module("vernal._storage.origin")
 X = jnp.linspace(0.0, 1.0, 8)
 DATA = {"x": X, "more": [2 * X, None, 3.0]}
 
@@ -81,7 +82,7 @@ THE_SAME = {
 
 
 def told(old, new, trainer=None, other=None):
-    source = lambda data: vn._data.as_source(data)
+    source = lambda data: vn._data.sources.as_source(data)
     before = json.loads(json.dumps(origin(trainer or made(), source(old))))
     return list(differences(before, origin(other or made(), source(new))))
 
@@ -100,7 +101,7 @@ def test_the_same_data_are_not(name):
 
 
 def test_large_arrays_are_sampled(monkeypatch):
-    monkeypatch.setattr(_origin, "_MOST", 64)
+    monkeypatch.setattr(ORIGIN, "_MAX_BYTES", 64)
     large = jnp.arange(1000.0).reshape(50, 20)
     assert told(large, large + 0) == []
     assert len(told(large, large + 1)) == 1
@@ -127,9 +128,9 @@ def test_other_methods_are_told(name):
 
 
 def test_another_python_is_no_other_loss(monkeypatch):
-    before = origin(made(), vn._data.as_source(X))
-    monkeypatch.setattr(_origin.sys, "version_info", (3, 99))
-    now = origin(made(loss=cubes), vn._data.as_source(X))
+    before = origin(made(), vn._data.sources.as_source(X))
+    monkeypatch.setattr(ORIGIN.sys, "version_info", (3, 99))
+    now = origin(made(loss=cubes), vn._data.sources.as_source(X))
     assert list(differences(before, now)) == []
 
 
@@ -148,7 +149,7 @@ def test_a_directory_that_is_used_again(tmp_path):
         warnings.simplefilter("error")
         # Those that were written since are of the new data.
         fit(tmp_path, 25, X + 1)
-    text = r"of other data .* directory of its own"
+    text = r"of other data .* its own directory"
     with pytest.warns(UserWarning, match=text) as got:
         fit(tmp_path, 25, X, made(loss=cubes))
     assert "with another `loss` and of other data" in str(got[0].message)

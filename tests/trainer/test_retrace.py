@@ -58,6 +58,31 @@ def masked(limit=1):
     return optax.adamw(0.1, mask=lambda params: limit < 2)
 
 
+def scaled(scale, *, offset=0.0):
+    def activation(x, by=scale, *, plus=offset):
+        return by * x + plus
+
+    return activation
+
+
+class Scaling(eqx.Module):
+    scale: float
+
+    def apply(self, x):
+        return self.scale * x
+
+
+def counting():
+    count = 0
+
+    def activation(x):
+        nonlocal count
+        count += 1
+        return x
+
+    return activation
+
+
 policies = lambda patience: vn.SkipStep() | vn.StopAfter(patience)
 
 TRAINERS = {
@@ -128,7 +153,7 @@ TRAINERS = {
     "another rule": (
         fitted(rules(optax.sgd(0.1))),
         fitted(vn.ParamOptimiser({"*": optax.sgd(0.1)}), train="weight"),
-        "optimiser.selectors: 0 was 'weight', is '*'",
+        "optimiser.selectors.0: was 'weight', is '*'",
     ),
     "another policy": (
         fitted(nan_policy=vn.SkipStep()),
@@ -169,6 +194,22 @@ TRAINERS = {
         fitted(),
         fitted(model=net(activation=jax.nn.relu)),
         "model.activation: was `tanh`, is `relu`",
+    ),
+    "another default": (
+        fitted(model=net(activation=scaled(2.0))),
+        fitted(model=net(activation=scaled(3.0, offset=1.0))),
+        "model.activation: plus of `activation` was 0.0, is 1.0",
+    ),
+    "a method of another object": (
+        fitted(model=net(activation=Scaling(2.0).apply)),
+        fitted(model=net(activation=Scaling(3.0).apply)),
+        "model.activation.__self__.scale: was 2.0, is 3.0",
+    ),
+    "a variable that is written to": (
+        fitted(model=net(activation=counting())),
+        fitted(model=net(activation=counting())),
+        "model.activation: something differs that has no name: a value that its code "
+        "reads, or a variable that it writes to",
     ),
     "another number": (
         fitted(),

@@ -25,8 +25,8 @@ Said = dict[tuple[str, int], list[str]]
 MARK = "# caught"
 # Optax does not say that it has types, so that here its classes are no known bases.
 OF_OPTAX = (
-    "vernal._abstract_transform.AbstractTransform",
-    "vernal._optimiser.ParamOptimiser",
+    "vernal._optimiser.abstract_transform.AbstractTransform",
+    "vernal._optimiser.param_optimiser.ParamOptimiser",
 )
 
 MYPY = """

@@ -1,0 +1,103 @@
+"""Whose code is it: tracebacks and warnings that point to the user's."""
+
+import functools as ft
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+from .debugging import undebugged
+from .foreign import has_been_deleted, is_deleted
+from .names import spelled
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LIBRARIES = frozenset(
+    {
+        "beartype",
+        "contextlib",
+        "equinox",
+        "functools",
+        "jax",
+        "jaxlib",
+        "jaxtyping",
+        "lineax",
+        "matfree",
+        "optax",
+        "optimistix",
+        "vernal",
+    }
+)
+
+
+def _is_users(frame: FrameType) -> bool:
+    package, *_ = frame.f_globals.get("__name__", "").split(".")
+    return package not in _LIBRARIES
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns, and points to the line of the user's that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and not _is_users(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def entrance(fn: Callable[P, R]) -> Callable[P, R]:
+    """Makes the tracebacks of a function show the user's frames.
+
+    Where the error comes from the user's own code, which this function called, the
+    frames of libraries in between are left out: there are some forty. An error that is
+    raised without any code of the user's keeps its traceback, and with JAX's option
+    `jax_traceback_filtering="off"` all do.
+
+    JAX's checks of every value for NaN are off meanwhile: see `undebugged`.
+    """
+    fn = undebugged(fn)
+
+    @ft.wraps(fn)
+    def entered(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return fn(*args, **kwargs)
+        except Exception as error:
+            if clearer := _deleted(error, fn, args, kwargs):
+                raise clearer from None
+            if getattr(jax.config, "jax_traceback_filtering", None) != "off":
+                users = _users(error.__traceback__)
+                error.__traceback__ = users or error.__traceback__
+            raise
+
+    return entered
+
+
+def _deleted(
+    error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any
+) -> ValueError | None:
+    """Says of an array that was given, and has been deleted, which one it is."""
+    if not isinstance(error, RuntimeError) or "has been deleted" not in str(error):
+        return None
+    given = inspect.signature(fn).bind_partial(*args, **kwargs).arguments
+    for name, tree in given.items():
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if isinstance(leaf, jax.Array) and is_deleted(leaf):
+                where = spelled("trainer" if name == "self" else name, keys)
+                return has_been_deleted(where.replace("._progress", ""))
+    return None
+
+
+def _users(traceback: TracebackType | None) -> TracebackType | None:
+    """Returns the part of a traceback that is the user's, if there is any."""
+    kept = []
+    while traceback is not None:
+        if _is_users(traceback.tb_frame):
+            kept.append(traceback)
+        traceback = traceback.tb_next
+    users = None
+    for part in reversed(kept):
+        users = TracebackType(users, part.tb_frame, part.tb_lasti, part.tb_lineno)
+    return users

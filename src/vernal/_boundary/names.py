@@ -1,0 +1,40 @@
+"""Names of leaves: as dotted paths, as Python writes them, and the nearest ones."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
+
+
+def segment(key: Any) -> str:
+    """Returns one step of a key path as it stands in a dotted path."""
+    match key:
+        case GetAttrKey(name=name):
+            return str(name)
+        case DictKey(key=name) | FlattenedIndexKey(key=name):
+            return str(name)
+        case SequenceKey(idx=index):
+            return str(index)
+        case _:
+            return str(key)
+
+
+def dotted(keys: tuple[Any, ...]) -> str:
+    """Returns the dotted path of one of JAX's key paths."""
+    return ".".join(map(segment, keys))
+
+
+def spelled(name: str, keys: tuple[Any, ...]) -> str:
+    """Writes where a leaf is as Python does: `` `data['x'][0]` ``, in backticks."""
+    return f"`{name}{keystr(keys)}`"
+
+
+def nearest_names(name: str, candidates: Sequence[str]) -> str:
+    """Returns a sentence with the candidates that look most like `name`."""
+    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(map(repr, close))}?"
+    shown = ", ".join(map(repr, candidates[:8]))
+    more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
+    return f"There is {shown or 'nothing'}{more}."

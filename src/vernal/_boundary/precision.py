@@ -1,0 +1,173 @@
+"""What is float64, and what becomes of it while `jax_enable_x64` is off."""
+
+import re
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .names import spelled
+from .warnings import PrecisionWarning, warn_once
+
+T = TypeVar("T")
+
+REMEDY = '`jax.config.update("jax_enable_x64", True)` at the start of the program'
+
+# The numbers of an array that are looked at first.
+_SAMPLE = 256
+
+# Rounding matters where it is more than this part of the spread of the data.
+_FRACTION = 1e-3
+
+
+def is_on() -> bool:
+    """Whether JAX computes in 64 bits, here and now."""
+    return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_wide(dtype: Any) -> bool:
+    """Whether JAX has that dtype only while `jax_enable_x64` is on."""
+    if not isinstance(dtype, np.dtype):
+        return False  # Of a key.
+    kind, size = dtype.kind, dtype.itemsize
+    return size > 8 if kind == "c" else size > 4 and kind in "fiu"
+
+
+def is_cut(leaf: Any) -> bool:
+    """Whether JAX would compute with less than what an array has."""
+    # In this order for speed, since it is asked at every step.
+    return (
+        is_wide(getattr(leaf, "dtype", None))
+        and not is_on()
+        and isinstance(leaf, jax.Array | np.ndarray)
+        and not isinstance(leaf, Tracer)
+    )
+
+
+def _is_swapped(leaf: Any) -> bool:
+    """Whether an array has another byte order than the machine: those of FITS files."""
+    return isinstance(leaf, np.ndarray) and not leaf.dtype.isnative
+
+
+def narrowed(leaf: Any, where: str) -> Any:
+    """Returns an array in the precision and the byte order that JAX computes with.
+
+    A warning tells where its digits matter: where the spacing of float32 at the data is
+    more than a thousandth of their spread.
+
+    **Arguments:**
+
+    - `leaf`: anything.
+    - `where`: what the warning calls it.
+    """
+    if _is_swapped(leaf):
+        leaf = leaf.astype(leaf.dtype.newbyteorder("="))
+    if not is_cut(leaf):
+        return leaf
+    array: Any = np.asarray(leaf)
+    if array.size > 1 or array.dtype.kind in "iu":
+        _warn_of_rounding(array, where)
+    return _cut(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def narrowed_tree(tree: T) -> T:
+    """Does so for JAX's own arrays in a tree, without a warning."""
+    if is_on():
+        return tree
+    is_one = lambda leaf: isinstance(leaf, jax.Array) and is_cut(leaf)
+    return jax.tree.map(lambda leaf: _cut(leaf) if is_one(leaf) else leaf, tree)
+
+
+def narrowed_model(model: T) -> T:
+    """Does so for a model, whose arrays a warning calls by their paths."""
+    if not any(is_cut(leaf) or _is_swapped(leaf) for leaf in jax.tree.leaves(model)):
+        return model
+    flat, structure = jax.tree_util.tree_flatten_with_path(model)
+    return structure.unflatten(
+        [narrowed(leaf, spelled("model", keys)) for keys, leaf in flat]
+    )
+
+
+def _cut(leaf: Any) -> Any:
+    # JAX would leave the dtype of its own arrays as it is, and mix the two.
+    array = np.asarray(leaf)
+    return jnp.asarray(array.item() if leaf.weak_type and not leaf.ndim else array)
+
+
+def _warn_of_rounding(array: np.ndarray, where: str) -> None:
+    if array.dtype.kind == "c":
+        for part in (np.real(array), np.imag(array)):
+            _warn_of_rounding(part, where)
+        return
+    few = array.reshape(-1)[:: max(array.size // _SAMPLE, 1)]
+    if _is_fine(few) or not _loses(array):
+        return
+    low, high = _range(array)
+    largest = max(abs(low), abs(high))
+    is_normal = array.dtype.kind in "iu" or 1e-30 < largest < 1e38
+    otherwise = "subtract a reference first" if is_normal else "use another unit"
+    if array.dtype.kind in "iu":
+        what = f"has numbers up to {largest}, which do not fit into 32 bits"
+    elif largest > np.finfo(np.float32).max:
+        what = f"has numbers up to {largest:.3g}, which are infinite in float32"
+    else:
+        what = (
+            "is rounded to float32, whose spacing there is "
+            f"{spacing(largest, np.float32):.2g}, while the data span "
+            f"{low:.10g} to {high:.10g}"
+        )
+    warn_once(
+        f"{where} {what}. Turn on `jax_enable_x64`, by {REMEDY}; or {otherwise}.",
+        PrecisionWarning,
+        # The same leaf is a part of `data` to `fit`, and of `batch` to `step`.
+        (re.sub(r"^`(data|batch)", "", where), int(np.log10(largest))),
+    )
+
+
+def _is_fine(few: np.ndarray) -> bool:
+    """Whether a sample says, in a few microseconds, that rounding is no matter."""
+    if not few.size:
+        return True
+    low, high = float(few.min()), float(few.max())
+    if few.dtype.kind in "iu":
+        return max(-low, high) < 2**31
+    largest, spread = max(-low, high), high - low
+    is_normal = 1e-30 < largest < 1e38
+    return spread == 0 or (is_normal and largest * 2.0**-23 <= _FRACTION * spread)
+
+
+def _loses(array: np.ndarray) -> bool:
+    """Whether what matters is lost in 32 bits."""
+    low, high = _range(array)
+    largest = max(abs(low), abs(high))
+    if array.dtype.kind in "iu":
+        return bool(largest > np.iinfo(f"{array.dtype.kind}4").max)
+    # The spacing is NaN where float32 does not go so far.
+    is_fine = spacing(largest, np.float32) <= _FRACTION * (high - low)
+    return bool(low < high and not is_fine)
+
+
+def spacing(value: Any, dtype: Any) -> float:
+    """Returns the distance of two neighbours in a floating-point dtype.
+
+    NaN where it is not finite there.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = np.abs(np.asarray(value).astype(dtype))
+        if near.dtype.isbuiltin == 1:
+            return float(np.spacing(near))
+    # One of those that NumPy itself does not have, such as bfloat16.
+    _, exponent = np.frexp(float(near))
+    return float(jnp.finfo(near.dtype).eps) * 2.0 ** (int(exponent) - 1)
+
+
+def _range(array: np.ndarray) -> tuple[Any, Any]:
+    if not array.size:
+        return 0.0, 0.0
+    low, high = array.min(), array.max()
+    if array.dtype.kind == "f" and not (np.isfinite(low) and np.isfinite(high)):
+        finite = array[np.isfinite(array)]
+        return (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    return low, high

@@ -1,0 +1,48 @@
+"""Categories of warnings, and how to give each warning once."""
+
+import warnings
+
+from .frames import warn
+
+
+class PrecisionWarning(UserWarning):
+    """Data lose digits that matter, since JAX computes in float32.
+
+    ```python
+    warnings.filterwarnings("ignore", category=vn.PrecisionWarning)
+    ```
+    """
+
+
+class ObjectiveWarning(UserWarning):
+    """A trainer's class defines `residuals` beside `loss` or `nll`.
+
+    What is in one of them alone, such as a prior, is left out by the methods that use
+    another. If that is on purpose:
+
+    ```python
+    warnings.filterwarnings("ignore", category=vn.ObjectiveWarning)
+    ```
+    """
+
+
+# The warnings that were given, and the filters at that time. Under other filters, as in
+# the next test of a suite, they are given again.
+_said: set[object] = set()
+_filters: list[object] = [None]
+
+
+def warn_once(message: str, category: type[Warning], of: object) -> None:
+    """Warns at the user's line, once for each value of `of`.
+
+    **Arguments:**
+
+    - `message`, `category`: as for `warnings.warn`.
+    - `of`: identifies the warning.
+    """
+    if _filters[0] is not warnings.filters:
+        _filters[0] = warnings.filters
+        _said.clear()
+    if of not in _said:
+        warn(message, category)
+        _said.add(of)

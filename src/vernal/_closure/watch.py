@@ -1,0 +1,209 @@
+"""What objects hold, as it was seen, and whether it is still the same."""
+
+import operator
+import threading
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .equality import Hashed, value_key
+
+# Arrays of NumPy up to this size are compared as a whole, larger ones by as many
+# bytes, evenly spread.
+MOST_BYTES = 2**20
+_SAMPLE = 4_096
+
+# What looking at an object may raise where it was changed under way.
+_GONE = (KeyError, IndexError, AttributeError, RuntimeError, ValueError)
+
+Look = Callable[[Any], tuple[Any, ...]]
+"""Returns what an object holds."""
+
+Names = Callable[[Any], Sequence[Hashable]]
+"""Returns the names under which it does."""
+
+Slot = tuple[int, Hashable]
+"""Where a value is read: the id of what holds it, and its name there."""
+
+
+class Watch(NamedTuple):
+    """What one object holds, as it was seen.
+
+    `look` returns what it holds now, in the order of `names`, to be compared by
+    identity.
+    """
+
+    look: Look
+    owner: Any
+    names: Sequence[Hashable]
+    values: tuple[Any, ...]
+    names_of: Names | None = None
+    """Where there may be new names: all that there are."""
+
+    def slots(self) -> Iterator[tuple[Slot, Any]]:
+        """Yields each slot, with the value that was seen there."""
+        for name, value in zip(self.names, self.values, strict=True):
+            yield (id(self.owner), name), value
+
+    def changed(self) -> Iterator[Slot]:
+        """Yields the slots that have another value now."""
+        try:
+            now, names = self.look(self.owner), self.names
+            if self.names_of is not None:
+                names = self.names_of(self.owner)
+        except _GONE:
+            return
+        if len(now) != len(names):
+            # A list, for instance: its elements have no names of their own.
+            yield id(self.owner), None
+            return
+        old = dict(zip(self.names, self.values, strict=True))
+        for name, value in zip(names, now, strict=True):
+            if name not in old or old[name] is not value:
+                yield id(self.owner), name
+
+
+class Reads(NamedTuple):
+    """What was found: `key` compares it by value, `watches` tell if it is current."""
+
+    key: Hashed
+    watches: list[Watch]
+
+    def is_current(self) -> bool:
+        """Whether nothing of what was read has changed."""
+        # Before every call: hence no call of a function more than there must be.
+        try:
+            for look, owner, _, values, _ in self.watches:
+                now = look(owner)
+                if len(now) != len(values) or not all(map(operator.is_, now, values)):
+                    return False
+        except _GONE:
+            return False
+        return True
+
+
+class Kept:
+    """The slots that programs write to while they are made or run.
+
+    A counter, a list of what was traced: such is not what a program is made from.
+    """
+
+    def __init__(self, most: int = 1_024):
+        self._most = most
+        self._owners: dict[Slot, Any] = {}
+        self._lock = threading.RLock()
+
+    def __contains__(self, slot: Slot) -> bool:
+        return slot in self._owners
+
+    def add(self, watch: Watch) -> None:
+        changed = list(watch.changed())
+        with self._lock:
+            # The owner is held, so that no other can take its id.
+            self._owners.update(dict.fromkeys(changed, watch.owner))
+            while len(self._owners) > self._most:
+                del self._owners[next(iter(self._owners))]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._owners.clear()
+
+
+kept = Kept()
+
+
+class Only:
+    """As `Same`, without keeping its object alive: another one has another mark."""
+
+    __slots__ = ("_hash", "mark")
+
+    def __init__(self, obj: Any):
+        self._hash = id(obj)
+        try:
+            self.mark = weakref.ref(obj)
+        except TypeError:
+            self.mark = obj
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Only) and self.mark is other.mark
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+# What objects of some kinds hold.
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """Returns the bytes of an array, or of a large one some, evenly spread."""
+    if array.nbytes > MOST_BYTES:
+        array = array.flat[:: array.size // _SAMPLE + 1]
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.size == other.size and bool((one == other).all())
+
+
+_seen: weakref.WeakValueDictionary[Hashable, np.ndarray] = weakref.WeakValueDictionary()
+
+
+def look_at_array(array: np.ndarray) -> tuple[Look, Hashable]:
+    """Returns how to look at the content of an array, and a key of it now."""
+    seen = _bytes(array).copy()
+    digest = value_key(seen)
+    # Many programs may read one array.
+    seen = _seen.setdefault(digest, seen)
+    return lambda array: (digest if _is_same(_bytes(array), seen) else None,), digest
+
+
+def watches_of_names(scope: dict[str, Any], names: Iterable[str]) -> Iterator[Watch]:
+    there = [name for name in names if name in scope]
+    absent = frozenset(names).difference(there)
+    if there:
+        pick = operator.itemgetter(*there)
+        look = pick if len(there) > 1 else lambda scope: (pick(scope),)
+        yield Watch(look, scope, there, look(scope))
+    if absent:
+        # One of them, such as a builtin, may be defined later.
+        look = lambda scope: (absent.isdisjoint(scope),)
+        yield Watch(look, scope, ("absent",), (True,))
+
+
+def without(
+    hidden: set[Hashable],
+    look: Look,
+    names_of: Names,
+) -> tuple[Look, Names]:
+    """Looks at what an object holds but for some names."""
+
+    def pairs(owner: Any) -> Iterator[tuple[Hashable, Any]]:
+        both = zip(names_of(owner), look(owner), strict=True)
+        return ((name, value) for name, value in both if name not in hidden)
+
+    return (
+        lambda owner: tuple([value for _, value in pairs(owner)]),
+        lambda owner: [name for name, _ in pairs(owner)],
+    )
+
+
+def values_of(held: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(held.values())
+
+
+def keys_and_values(held: Any) -> tuple[Any, ...]:
+    return (*held, *held.values())
+
+
+def made_of(fn: types.FunctionType) -> tuple[Any, ...]:
+    return fn.__code__, fn.__defaults__, fn.__kwdefaults__
+
+
+def content_of(cell: types.CellType) -> tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()

@@ -1,0 +1,256 @@
+"""Differentiation in forward or reverse mode, whichever is possible.
+
+The functions here are those that `traced` returns: a user's function is called once,
+however many modes are tried.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._boundary import PyTree, warn_once
+
+Mode = Literal["fwd", "bwd"]
+
+Flat = Callable[[Array], Array]
+"""A function of a flat vector."""
+
+_WORDS = {
+    "fwd": "forward mode",
+    "bwd": "reverse mode",
+    "fwd-bwd": "forward over reverse mode",
+    "bwd-bwd": "reverse over reverse mode",
+    "fwd-fwd": "forward over forward mode",
+}
+
+_REMEDY = (
+    "A loop of unknown length (`jax.lax.while_loop`) has forward mode alone, a "
+    "`jax.custom_vjp` reverse mode alone, and one within the other neither. With "
+    "diffrax, `diffeqsolve(..., adjoint=diffrax.DirectAdjoint())` has both, "
+    "`diffrax.ForwardMode()` forward mode and the default reverse mode."
+)
+
+
+class Subject(NamedTuple):
+    """The function that is differentiated, and the mode that the user asked for."""
+
+    name: str
+    """Its name in messages, such as "`residuals` of `LineFit`"."""
+    jac: Mode | None = None
+    is_quiet: bool = False
+    """Whether there is no warning about the mode."""
+
+
+def checked_mode(jac: Any) -> Mode | None:
+    """Checks the argument `jac`."""
+    if jac is not None and not (isinstance(jac, str) and jac in ("fwd", "bwd")):
+        raise ValueError(
+            f'`jac` is {jac!r}, but must be "fwd" (forward mode: a pass for each '
+            'parameter), "bwd" (reverse mode: a pass for each datum) or `None`, for '
+            "the one that is possible."
+        )
+    return jac
+
+
+def traced(fn: Callable[[PyTree], PyTree], point: PyTree) -> Callable[[PyTree], PyTree]:
+    """Traces a function once, and raises its own errors."""
+    return cast(Any, eqx.filter_closure_convert(fn, point))
+
+
+@contextlib.contextmanager
+def in_reverse(name: str) -> Iterator[None]:
+    """Adds a remedy to the error if a function has only forward mode."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Reverse-mode differentiation does not work"):
+            raise
+        raise TypeError(
+            f"{name} cannot be differentiated in reverse mode, which a step takes. "
+            f"JAX says: {_first_line(error)}. Give the loop a length that is known, by "
+            "`jax.lax.scan` or a `jax.lax.fori_loop` between Python numbers; or use "
+            '`trainer.solve(solver, batch, jac="fwd")`.'
+        ) from error
+
+
+def choose_mode(
+    fn: Callable[[PyTree], PyTree],
+    point: PyTree,
+    subject: Subject,
+    order: tuple[Mode, ...] = ("fwd", "bwd"),
+) -> Mode:
+    """Finds the first mode of `order` in which `fn` can be differentiated at `point`.
+
+    Modes are tried on shapes alone, at no cost when the program runs.
+
+    **Raises:**
+
+    - `TypeError`: if there is no mode.
+    """
+
+    def pull(x: PyTree, _: PyTree) -> PyTree:
+        value, pull = jax.vjp(fn, x)
+        return pull(value)
+
+    ways = {"fwd": lambda x, tangent: jax.jvp(fn, (x,), (tangent,))[1], "bwd": pull}
+    chosen = order if subject.jac is None else (subject.jac,)
+    return cast(Mode, first_possible({m: ways[m] for m in chosen}, point, subject))
+
+
+def first_possible(
+    ways: Mapping[str, Callable[[PyTree, PyTree], Any]], point: PyTree, subject: Subject
+) -> str:
+    """Finds the first of several ways to differentiate that JAX can trace.
+
+    Each is a function of a point and a tangent, and is mapped over tangents: the
+    derivative of a `custom_vjp` fails only where it is used. A warning, once for each
+    subject, says which way is used if it is not the first.
+    """
+    failures: dict[str, Exception] = {}
+    for way, derivative in ways.items():
+        try:
+            many = jax.tree.map(lambda x: x[None], point)
+            jax.eval_shape(jax.vmap(derivative, (None, 0)), point, many)
+        # JAX and its libraries raise several kinds, and promise none.
+        except Exception as error:
+            failures[way] = error
+            continue
+        if failures and not subject.is_quiet:
+            _warn(subject.name, way, failures)
+        return way
+    said = "; ".join(f"{_WORDS[w]}: {_first_line(e)}" for w, e in failures.items())
+    asked = f' with `jac="{subject.jac}"`' if subject.jac else ""
+    error = TypeError(
+        f"{subject.name} cannot be differentiated{asked}. JAX says, of {said}. "
+        f"{_REMEDY}"
+    )
+    raise error from list(failures.values())[-1]
+
+
+def _warn(name: str, way: str, failures: Mapping[str, Exception]) -> None:
+    first, error = next(iter(failures.items()))
+    mode = way.split("-")[-1]
+    # Only the mode of the first derivative changes the cost.
+    if mode == first.split("-")[-1]:
+        return
+    passes = "parameter" if mode == "fwd" else "datum"
+    warn_once(
+        f"{name} cannot be differentiated in {_WORDS[first]} ({_first_line(error)}). "
+        f"{_WORDS[way].capitalize()} is used, which takes a pass for each {passes}. "
+        f'`jac="{mode}"` asks for it, without this warning.',
+        UserWarning,
+        (name, mode),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".")
+
+
+# Derivatives in a given mode.
+
+
+def columns(
+    product: Callable[[Array], Any], like: Array, batch_size: int | None = None
+) -> Any:
+    """Maps the unit vectors, `batch_size` at a time; the first axis is for vectors."""
+    size = like.size
+
+    def image(index: Array) -> Any:
+        # Made one by one: the identity would be a second matrix in memory.
+        return product(jax.nn.one_hot(index, size, dtype=like.dtype))
+
+    if batch_size is None:
+        return jax.vmap(image)(jnp.arange(size))
+    return jax.lax.map(image, jnp.arange(size), batch_size=min(batch_size, size))
+
+
+def gradient(fn: Flat, flat: Float[Array, " D"], mode: Mode) -> Float[Array, " D"]:
+    """Computes the gradient of a scalar function."""
+    if mode == "bwd":
+        return jax.grad(fn)(flat)
+    return columns(_pushed(fn, flat), flat)
+
+
+def _pushed(fn: Flat, x: Array) -> Flat:
+    """Returns the product with the Jacobian.
+
+    It can be nested through any loop; `jax.linearize` cannot, in some versions of JAX.
+    """
+    return lambda tangent: jax.jvp(fn, (x,), (tangent,))[1]
+
+
+def jacobian_matrix(
+    fn: Flat, flat: Float[Array, " D"], mode: Mode, batch_size: int | None = None
+) -> Float[Array, "N D"]:
+    """Computes the Jacobian: columns in forward mode, rows in reverse mode."""
+    if mode == "fwd":
+        return columns(jax.linearize(fn, flat)[1], flat, batch_size).T
+    like = jnp.zeros_like(fn(flat))
+    return columns(transposed_product(fn, flat), like, batch_size)
+
+
+def transposed_product(fn: Flat, x: Array) -> Flat:
+    """Returns the product with the transposed Jacobian, by reverse mode."""
+    _, pull = jax.vjp(fn, x)
+    return lambda cotangent: pull(cotangent)[0]
+
+
+def hessian_product(
+    fn: Flat, flat: Float[Array, " D"], subject: Subject
+) -> Callable[[Array], Array]:
+    """Returns the product of a Hessian with vectors; all else is computed first."""
+
+    def grad(mode: Mode) -> Flat:
+        return lambda x: gradient(fn, x, mode)
+
+    products: dict[str, Callable[[Array], Flat]] = {
+        "fwd-bwd": lambda x: jax.linearize(grad("bwd"), x)[1],
+        # A Hessian is its own transpose.
+        "bwd-bwd": lambda x: transposed_product(grad("bwd"), x),
+        "fwd-fwd": lambda x: _pushed(grad("fwd"), x),
+    }
+    ways = {
+        way: lambda x, tangent, product=product: product(x)(tangent)
+        for way, product in products.items()
+        if subject.jac is None or way.endswith(subject.jac)
+    }
+    return products[first_possible(ways, flat, subject)](flat)
+
+
+def gauss_newton_products(
+    fn: Flat, flat: Float[Array, " D"]
+) -> tuple[Flat, Flat] | None:
+    """Returns the products with a Jacobian and its transpose, without forming it.
+
+    Returns `None` if both are not possible.
+    """
+
+    def forward(x: Array) -> tuple[Flat, Flat]:
+        _, push = jax.linearize(fn, x)
+        transposed = jax.linear_transpose(push, x)
+        return push, lambda cotangent: transposed(cotangent)[0]
+
+    def reverse(x: Array) -> tuple[Flat, Flat]:
+        pull = transposed_product(fn, x)
+        transposed = jax.linear_transpose(pull, fn(x))
+        return lambda tangent: transposed(tangent)[0], pull
+
+    for products in (forward, reverse):
+
+        def both(x: Array, tangent: Array, products: Any = products) -> Array:
+            push, pull = products(x)
+            return pull(push(tangent))
+
+        try:
+            jax.eval_shape(jax.vmap(both, (None, 0)), flat, flat[None])
+        except Exception:
+            continue
+        return products(flat)
+    return None

@@ -1,0 +1,331 @@
+"""Where the arrays of a fit lie when there are several devices."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._boundary import PyTree, dotted, spelled
+from .._data import Source, Stream, Whole
+from .._step import AbstractTrainer, config_of, progress_of, template_of, with_progress
+from .._tree import is_key, is_part, is_weak, named_leaves, resolve
+
+WHOLE = PartitionSpec()
+
+Sharding = Mapping[Any, PartitionSpec]
+
+
+class Split(NamedTuple):
+    """How an array that no device holds whole is split."""
+
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+
+
+@final
+class Placement(eqx.Module):
+    """The devices of a fit, and which arrays they share.
+
+    A batch is split along the first axis of the mesh. Of all else each device holds a
+    copy, but for what is to be split: frozen arrays, and parameters with their moments
+    and the best of them.
+
+    The compiler divides the work, from where the arrays lie. So the methods of a
+    trainer see whole batches, and what they compute is what they compute on one device.
+    """
+
+    mesh: Mesh = eqx.field(static=True)
+    trained: tuple[tuple[str, Split | None], ...] = eqx.field(static=True, default=())
+    """Each trained parameter by its path, where there is anything to be split."""
+    frozen: tuple[Split | None, ...] = eqx.field(static=True, default=())
+    """Each frozen array, in order."""
+
+    @property
+    def axis(self) -> str:
+        """The axis of the mesh that batches are split along, or the members of many."""
+        return self.mesh.axis_names[0]
+
+    @property
+    def size(self) -> int:
+        """How many parts a batch is split into."""
+        return self.mesh.shape[self.axis]
+
+    @property
+    def splits(self) -> bool:
+        """Whether there is anything but batches to be split."""
+        return any((*self.frozen, *(split for _, split in self.trained)))
+
+    def on(self, spec: PartitionSpec) -> NamedSharding:
+        """Names a way to lie on the devices."""
+        entries = list(spec)
+        # To JAX it is another sharding, and so another program, with them.
+        while entries and entries[-1] is None:
+            entries.pop()
+        return NamedSharding(self.mesh, PartitionSpec(*entries))
+
+    # What a fit holds.
+
+    def _sharding(self, path: str, leaf: Any) -> NamedSharding:
+        # The moments and the best of a parameter end in its path; those of one within
+        # another node of the same name, in a longer one.
+        owners = [
+            (len(name), split)
+            for name, split in self.trained
+            if not name or f".{path}".endswith(f".{name}")
+        ]
+        split = max(owners, key=lambda owner: owner[0])[1] if owners else None
+        fits = split is not None and split.shape == jnp.shape(leaf)
+        return self.on(split.spec if split and fits else WHOLE)
+
+    def _shardings(self, tree: PyTree) -> PyTree:
+        flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+        return structure.unflatten(
+            [self._sharding(dotted(keys), leaf) for keys, leaf in flat]
+        )
+
+    def put(self, trainer: AbstractTrainer) -> Any:
+        """Puts a trainer onto the devices."""
+        config, progress = self.put_whole(config_of(trainer)), progress_of(trainer)
+        if self.frozen:
+            splits = [split.spec if split else WHOLE for split in self.frozen]
+            arrays = map(put, template_of(trainer).frozen, map(self.on, splits))
+            config = eqx.tree_at(lambda t: template_of(t).frozen, config, tuple(arrays))
+        return with_progress(config, self.put_state(progress))
+
+    def put_state(self, state: PyTree) -> Any:
+        """Puts what changes from step to step onto the devices."""
+        return jax.tree.map(put, state, self._shardings(state))
+
+    def put_whole(self, tree: PyTree) -> Any:
+        """Puts a copy of a tree onto each of the devices."""
+        return jax.tree.map(lambda leaf: put(leaf, self.on(WHOLE)), tree)
+
+    def pin(self, state: PyTree) -> Any:
+        """As `put_state`, within a compiled program."""
+        if not jax.tree.leaves(state):
+            return state
+        return lax.with_sharding_constraint(state, self._shardings(state))
+
+    def put_rows(self, tree: PyTree, flags: Sequence[bool]) -> Any:
+        """Spreads the rows of the flagged leaves of a tree over the devices."""
+        leaves, structure = jax.tree.flatten(tree)
+        specs = [PartitionSpec(self.axis) if flag else WHOLE for flag in flags]
+        return structure.unflatten(map(put, leaves, map(self.on, specs)))
+
+    def pin_rows(self, tree: PyTree, axis: int = 0) -> Any:
+        """Spreads the rows of all leaves, along this axis, within a program."""
+        spec = PartitionSpec(*[None] * axis, self.axis)
+        pin = lambda leaf: lax.with_sharding_constraint(leaf, self.on(spec))
+        return jax.tree.map(pin, tree)
+
+    def home(self, state: PyTree) -> Any:
+        """Brings a state back to one device; but not where some of it is split."""
+        if self.splits:
+            return state
+        return jax.tree.map(lambda leaf: _home(self.whole(leaf)), state)
+
+    def whole(self, leaf: Any) -> Any:
+        """Gives every process the whole of an array."""
+        return jax.device_put(leaf, self.on(WHOLE)) if is_part(leaf) else leaf
+
+    # What a fit is fed with.
+
+    def source(self, source: Source) -> Source:
+        """Puts what a fit is fed with onto the devices, but for a stream."""
+        if isinstance(source, Stream):
+            return source
+        if isinstance(source, Whole):
+            return Whole(self.batch(source.batch, "data"))
+        if source.size % self.size:
+            raise ValueError(
+                f"`data`: Minibatches of size {source.size} cannot be shared evenly by "
+                f"{self._told}. Make `size` a multiple of {self.size}."
+            )
+        return eqx.tree_at(lambda s: s.arrays, source, self.put_whole(source.arrays))
+
+    def batch(self, batch: PyTree, argument: str) -> Any:
+        """Splits a batch, which every process has whole."""
+        return self._map_batch(batch, argument, put)
+
+    def share(self, batch: PyTree) -> Any:
+        """Splits a batch of which every process has its own part."""
+        return self._map_batch(batch, "data", _put_share)
+
+    def pin_batch(self, batch: PyTree) -> Any:
+        """Splits a batch that is made within a compiled program."""
+        return self._map_batch(batch, "data", lax.with_sharding_constraint)
+
+    def _map_batch(self, batch: PyTree, argument: str, fn: Any) -> Any:
+        flat, structure = jax.tree_util.tree_flatten_with_path(batch)
+        return structure.unflatten(
+            [
+                fn(leaf, self.on(self._spec_of_datum(leaf, keys, argument)))
+                if isinstance(leaf, jax.Array)
+                else leaf
+                for keys, leaf in flat
+            ]
+        )
+
+    def _spec_of_datum(
+        self, leaf: Any, keys: tuple[Any, ...], argument: str
+    ) -> PartitionSpec:
+        if not isinstance(leaf, Tracer) and self._is_here(leaf):
+            return leaf.sharding.spec
+        if not leaf.ndim:
+            return WHOLE
+        if leaf.shape[0] % self.size:
+            rows, where = leaf.shape[0], spelled(argument, keys)
+            leave = f"Leave out {rows % self.size} of them, or pad"
+            raise ValueError(
+                f"`mesh`: {where} has the shape {leaf.shape}, and {self._told} cannot "
+                f"share its {rows} rows evenly. {leave if rows > self.size else 'Pad'} "
+                "with rows that weigh nothing. If its first axis is not one of "
+                "examples, put it onto the mesh yourself, and it stays as it is: "
+                "`jax.device_put(x, NamedSharding(mesh, PartitionSpec()))`."
+            )
+        return PartitionSpec(self.axis)
+
+    def _is_here(self, leaf: jax.Array) -> bool:
+        """Whether somebody has put an array onto the mesh already."""
+        sharding = leaf.sharding
+        # Within `jax.set_mesh` JAX makes arrays there of its own accord.
+        if not leaf.committed or not isinstance(sharding, NamedSharding):
+            return False
+        if not isinstance(sharding.mesh, Mesh):
+            return False
+        names, devices = sharding.mesh.axis_names, sharding.mesh.devices
+        is_same = names == self.mesh.axis_names
+        return is_same and np.array_equal(devices, self.mesh.devices)
+
+    @property
+    def _told(self) -> str:
+        return f"the {self.size} devices along the axis {self.axis!r}"
+
+
+def context(place: Placement | None) -> contextlib.AbstractContextManager[Any]:
+    """What programs are made and run in: a mesh that is set around has no say."""
+    return contextlib.nullcontext() if place is None else jax.set_mesh(place.mesh)
+
+
+def placement(
+    trainer: AbstractTrainer, mesh: Any, sharding: Any = None
+) -> Placement | None:
+    """Makes the placement of a fit, `None` if there is no mesh.
+
+    **Arguments:**
+
+    - `trainer`: a trainer.
+    - `mesh`, `sharding`: as a user gave them.
+    """
+    if mesh is None:
+        if sharding is not None:
+            raise ValueError("`sharding` is for a mesh: pass `mesh` too.")
+        return None
+    if not isinstance(mesh, Mesh) or not mesh.axis_names:
+        raise TypeError(
+            f"`mesh` is {mesh!r}, but must be a `jax.sharding.Mesh` with an axis: "
+            '`jax.make_mesh((jax.device_count(),), ("data",))`.'
+        )
+    # The compiler is to divide the work, whoever makes the mesh for what.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
+    if sharding is None:
+        return Placement(mesh)
+    return Placement(mesh, *_splits(trainer, mesh, sharding))
+
+
+def _splits(
+    trainer: AbstractTrainer, mesh: Mesh, sharding: Any
+) -> tuple[tuple[tuple[str, Split | None], ...], tuple[Split | None, ...]]:
+    """Finds what is split of the trained parameters, and of the frozen arrays."""
+    if not isinstance(sharding, Mapping):
+        raise TypeError(
+            f"`sharding` is {sharding!r}, but must be a dictionary of selectors: "
+            '`{"layers.*.weight": PartitionSpec(None, "model")}`.'
+        )
+    specs = list(sharding.values())
+    for selector, spec in sharding.items():
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(
+                f"`sharding`: that of {selector!r} is {spec!r}, but must be a "
+                "`jax.sharding.PartitionSpec`."
+            )
+    model = trainer.model
+    owners = resolve(model, list(sharding), argument="sharding")
+    leaves = [leaf for leaf in named_leaves(model) if leaf.value is not None]
+    trained, frozen = [], []
+    for leaf, kind, owner in zip(
+        leaves, template_of(trainer).kinds, owners, strict=True
+    ):
+        split = None
+        if owner is not None:
+            split = Split(jnp.shape(leaf.value), specs[owner])
+            _check_spec(leaf.path, *split, mesh)
+        if kind == "trained":
+            trained.append((leaf.path, split))
+        elif kind == "frozen":
+            frozen.append(split)
+    return tuple(trained), tuple(frozen)
+
+
+def _check_spec(
+    path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> None:
+    where = f"`sharding`: {path!r}, of shape {shape}, cannot be split by {spec}"
+    if len(spec) > len(shape):
+        raise ValueError(f"{where}, which has more entries than there are axes.")
+    used: list[str] = []
+    for length, entry in zip(shape, spec, strict=False):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        for name in names:
+            if name not in mesh.axis_names:
+                known = ", ".join(map(repr, mesh.axis_names))
+                raise ValueError(f"{where}: the axes of the mesh are {known}.")
+        used += names
+        if len(used) > len(set(used)):
+            raise ValueError(f"{where}, which names an axis of the mesh twice.")
+        parts = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+        if length % parts:
+            raise ValueError(
+                f"{where}: {parts} devices cannot share an axis of {length} evenly."
+            )
+
+
+def put(leaf: Any, sharding: NamedSharding) -> Any:
+    """Puts an array onto devices. Each process has the whole of it."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if isinstance(leaf, Tracer):
+        return lax.with_sharding_constraint(leaf, sharding)
+    if sharding.is_fully_addressable or not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if is_key(leaf):
+        data = put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if is_weak(leaf):
+        # An array of NumPy's would lose that; and it is taken as it is.
+        return leaf
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _put_share(leaf: Any, sharding: NamedSharding) -> Any:
+    if sharding.is_fully_addressable or sharding.is_fully_replicated:
+        return put(leaf, sharding)
+    return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+
+def _home(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if is_key(leaf):
+        data = _home(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    # Through the host: so it belongs to no device, and goes with whatever it meets.
+    return jax.device_put(np.asarray(leaf))

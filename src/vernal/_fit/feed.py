@@ -1,0 +1,123 @@
+"""The batches of a fit, and how many steps to take at once."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr
+
+from .._boundary import warn
+from .._data import Minibatches, Source, Stream, Whole
+from .._devices import Peers
+from .._tree import to_arrays
+
+# How long a chunk should take: short enough for a progress bar and for Ctrl-C, long
+# enough that what happens between two chunks costs nothing.
+_CHUNK_SECONDS = 0.5
+_MAX_GROWTH = 100
+
+# How many values static leaves in the batches of a stream may have without a warning.
+_MAX_STATIC_VALUES = 3
+
+# Stands for the batch after the last one.
+_EXHAUSTED = "exhausted"
+
+
+class DataExhausted(Exception):
+    """A stream has no further batch."""
+
+
+class Feed:
+    """The batches of a fit: one source for a whole chunk, or a batch for each step."""
+
+    def __init__(
+        self, source: Source, step: int, prepare: Callable[[Any], Any], peers: Peers
+    ):
+        """`step` is the first one; `prepare` is applied to each batch of a stream."""
+        self.source, self._prepare, self._peers = source, prepare, peers
+        self._next_batch: list[Any] = []
+        self._static_values: list[dict[str, Any]] = []
+        if isinstance(source, Stream):
+            self._iterator = source.open(step)
+
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.source, Stream)
+
+    def peek(self) -> Any:
+        """Returns the next batch, or its shapes, without using it up."""
+        source = self.source
+        if not isinstance(source, Stream):
+            zero = jnp.asarray(np.int32(0))
+            return eqx.filter_eval_shape(source.next, source.start(zero), zero)[0]
+        if not self._next_batch:
+            self._next_batch.append(self._read())
+        return self._next_batch[0]
+
+    def sources(self, count: int) -> Iterator[tuple[Whole[Any] | Minibatches, int]]:
+        """Yields sources, and the number of steps to take from each."""
+        if not isinstance(self.source, Stream):
+            yield self.source, count
+            return
+        for _ in range(count):
+            yield Whole(self._next_batch.pop() if self._next_batch else self._read()), 1
+
+    def _read(self) -> Any:
+        batch, shares = self._peers.run_and_gather(
+            self._read_own, self._summary, "a batch"
+        )
+        if _EXHAUSTED in shares:
+            raise DataExhausted
+        if odd := [share for share in shares if share != shares[0]]:
+            raise ValueError(
+                "`data`: all processes must give equally large shares of a batch, but "
+                f"one gives {shares[0]} and another {odd[0]}."
+            )
+        return batch
+
+    def _read_own(self) -> Any:
+        batch = next(self._iterator, _EXHAUSTED)
+        if batch is _EXHAUSTED:
+            return _EXHAUSTED
+        batch = self._prepare(batch)
+        self._warn_of_static_values(batch)
+        return batch
+
+    def _summary(self, batch: Any) -> str:
+        """Returns the shapes in a batch, where other processes must have the same."""
+        if batch is _EXHAUSTED or not self._peers.are_many:
+            return _EXHAUSTED if batch is _EXHAUSTED else ""
+        return ", ".join(str(leaf.kind) for leaf in to_arrays(batch).values())
+
+    def _warn_of_static_values(self, batch: Any) -> None:
+        """Warns, once, if static leaves change from batch to batch."""
+        seen, is_array = self._static_values, lambda leaf: isinstance(leaf, jax.Array)
+        if len(seen) > _MAX_STATIC_VALUES:
+            return
+        if all(map(is_array, jax.tree.leaves(batch))):
+            return
+        flat, _ = jax.tree_util.tree_flatten_with_path(batch)
+        static = {keystr(keys): leaf for keys, leaf in flat if not is_array(leaf)}
+        if static in seen:
+            return
+        seen.append(static)
+        if len(seen) <= _MAX_STATIC_VALUES:
+            return
+        last = seen[-2]
+        both = [path for path in static if path in last and last[path] != static[path]]
+        changes = [f"`batch{p}` (from {last[p]!r} to {static[p]!r})" for p in both[:4]]
+        if changes:
+            warn(
+                f"`data`: the batches of the stream change in {', '.join(changes)}, "
+                "which is static: each new value is compiled again. Make it an array, "
+                "`numpy.asarray(...)`, or leave it out."
+            )
+
+
+def next_chunk(steps: int, seconds: float) -> int:
+    """Returns the steps of the next chunk, if the last took so long for its steps."""
+    growth = _CHUNK_SECONDS / max(seconds, 1e-6)
+    return max(1, int(steps * min(growth, _MAX_GROWTH)))

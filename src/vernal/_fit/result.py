@@ -1,0 +1,107 @@
+"""How a fit ended."""
+
+from typing import Any, Generic, final
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Float
+from typing_extensions import TypeVar
+
+from .._minimum import Distance, along
+from .._pickling import Portable
+from .._policy import StopReason
+from .._storage import History
+
+TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
+Model = TypeVar("Model", covariant=True, default=Any)
+
+
+@final
+class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
+    r"""What a fit returns.
+
+    **Attributes:**
+
+    - `trainer`: the trainer after the last step, ready to go on.
+    - `history`: what was recorded.
+    - `stop_reason`: why the fit ended; it prints as a sentence.
+    """
+
+    trainer: TrainerT
+    history: History
+    stop_reason: StopReason = eqx.field(static=True)
+    _distance: Distance | None = None
+
+    @property
+    def edm(self) -> Float[np.ndarray, ""]:
+        r"""The estimated distance to the minimum: how far the loss could still fall.
+
+        $$\mathrm{edm} = \frac12 g^\top F^{-1} g$$
+
+        with the gradient $g$ and the curvature $F$ where the fit ended: $J^\top J$ of
+        `residuals`, else the Hessian. An error of $k$ error bars is an `edm` of
+        $k^2/2$. NaN where it is not known: of a fit that nothing but its steps ended,
+        of minibatches and streams, with a `key`, with `constrain` or
+        `transform_grads`, on a mesh. `solve` always has it, unless what it minimises
+        has no second derivatives.
+
+        The name is that of Minuit, see James and Roos, *Minuit: a system for function
+        minimization and analysis of the parameter errors and correlations*, Computer
+        Physics Communications 10 (1975).
+        """
+        known = self._distance
+        return np.asarray(np.nan if known is None else known.edm)
+
+    @property
+    def model(self) -> Model:
+        """The model after the last step."""
+        return self._trainer.model
+
+    @property
+    def best(self) -> Model:
+        """The model with the lowest loss that was scored."""
+        return self._trainer.best
+
+    def explain(self) -> str:
+        """Says why the fit ended, and what could still fall.
+
+        ```text
+        The solver stopped short of a minimum. The loss could still fall by about 512
+        (edm), along power (+0.98), mean (-0.2).
+        ```
+
+        The numbers are the direction of the minimum, as far as it can be seen from
+        here, with each parameter in units of its own scale.
+        """
+        distance = self._distance
+        if distance is None or not np.isfinite(distance.edm):
+            is_stalled = self.stop_reason is StopReason.STALLED
+            why = " Its derivatives there are not finite." if is_stalled else ""
+            return f"{self.stop_reason}{why}"
+        is_short = self.stop_reason is not StopReason.CONVERGED
+        direction = np.asarray(distance.direction, float)
+        where = along(direction, self._trainer.params) if is_short else ""
+        told = [str(self.stop_reason)]
+        if distance.edm > 0:
+            much = f"about {distance.edm:.3g} (edm)"
+            told.append(f"The loss could still fall by {much}{where}.")
+        elif not distance.is_saddle:
+            told.append("The loss could still fall by less than can be measured.")
+        if distance.is_saddle:
+            told.append("It is flat here, or curves downwards: start from elsewhere.")
+        return " ".join(told)
+
+    @property
+    def _trainer(self) -> Any:
+        # Its class imports this one, and cannot be named here.
+        return self.trainer
+
+    def __repr__(self) -> str:
+        bad = max(count.total for count in self._trainer.nan_report().values())
+        non_finite = f"non_finite={bad}, " if bad else ""
+        edm = f"edm={float(self.edm):.3g}, " if np.isfinite(self.edm) else ""
+        return (
+            f"FitResult(steps={int(self._trainer.step_count)}, "
+            f"best_loss={float(self._trainer.best_loss):.6g}, {non_finite}"
+            f"{edm}stop_reason={str(self.stop_reason)!r}, history={self.history!r})"
+        )

@@ -1,0 +1,203 @@
+"""What a fit looks at after each step: its validation, and whether to end."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from .._boundary import PyTree, takes_methods, whole_number
+from .._data import as_batch
+from .._policy import StepView, StopCriterion, StopReason, asked
+from .._step import (
+    MOST_STEPS,
+    AbstractTrainer,
+    Best,
+    Outcome,
+    Progress,
+    evaluate,
+    held_best,
+    progress_of,
+    ranked,
+)
+from .._tree import strong, to_arrays
+from .record import Rows
+
+_OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
+
+
+class MonitorState(eqx.Module):
+    """What is remembered from step to step."""
+
+    score: Float[Array, ""]
+    stop_state: PyTree
+    is_over: Bool[Array, ""]
+
+
+class Validation(eqx.Module):
+    """A batch to score the model on, after every so many steps."""
+
+    batch: PyTree
+    every: Int[Array, ""]
+
+
+class Monitor(eqx.Module):
+    """The validation and the criterion of a fit, either of which there may not be."""
+
+    validation: Validation | None
+    stop: StopCriterion | None
+
+    def __init__(self, validation: Any, stop: Any):
+        """**Arguments:** as those of `Trainer.fit`."""
+        self.validation = None
+        if validation is not None:
+            batch, every = _pair(validation)
+            batch = as_batch(batch, "validation")
+            every = min(whole_number(every, "validation[1]", least=1), MOST_STEPS)
+            self.validation = Validation(batch, jax.device_put(np.int32(every)))
+        if stop is not None and not isinstance(stop, StopCriterion):
+            made = isinstance(stop, type) and issubclass(stop, StopCriterion)
+            remedy = f" Did you mean `{stop.__name__}(...)`?" if made else ""
+            raise TypeError(
+                f"`stop` is {stop!r}, but must be a StopCriterion, such as "
+                f"`vn.Converged(1e-8, 20)`.{remedy}"
+            )
+        if stop is not None:
+            takes_methods(type(stop), _OF_CRITERION, "stop")
+        if stop is not None and stop.needs_validation and validation is None:
+            raise ValueError(
+                f"`stop` is {stop!r}, which watches a validation, and there is none. "
+                "Pass `validation=(batch, every)`."
+            )
+        self.stop = stop
+
+    def placed(
+        self, batch: Callable[[PyTree], PyTree], rest: Callable[[PyTree], PyTree]
+    ) -> "Monitor":
+        """The same with its batch, and what else it has, put elsewhere."""
+        stop, validation = rest(self.stop), self.validation
+        if validation is not None:
+            validation = Validation(batch(validation.batch), rest(validation.every))
+        both = lambda monitor: (monitor.validation, monitor.stop)
+        is_none = lambda node: node is None
+        return eqx.tree_at(both, self, (validation, stop), is_leaf=is_none)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the criterion from another one, in another process too."""
+        # Where an object lies says nothing of what it is.
+        told = re.sub(r" at 0x[0-9a-f]+", "", repr(self.stop))
+        values = [np.asarray(x.array).tobytes() for x in to_arrays(self.stop).values()]
+        return hashlib.sha256(b"|".join([told.encode(), *values])).hexdigest()
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation."""
+        return self.validation is not None
+
+    def init(self, progress: Progress) -> MonitorState | None:
+        """Makes the first state, `None` if there is nothing to look at."""
+        if self.validation is None and self.stop is None:
+            return None
+        none_yet = np.asarray(np.inf, progress.best_loss.dtype)
+        stop_state = None
+        if self.stop is not None:
+            stop_state = jax.tree.map(strong, self.stop.init(progress.params))
+        no = jax.device_put(np.bool_(False))
+        return MonitorState(jax.device_put(none_yet), stop_state, no)
+
+    def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether there is a validation after so many steps."""
+        if self.validation is None:
+            return jnp.array(False)
+        return count % self.validation.every == 0
+
+    def room(self, like: Array, step: Int[Array, ""], most: int) -> Rows | None:
+        """Makes room for the scores from here on, if there is a validation."""
+        if self.validation is None:
+            return None
+        return Rows.empty(like, {}, step + 1, self.validation.every, most)
+
+    def look(
+        self,
+        trainer: AbstractTrainer,
+        outcome: Outcome,
+        state: MonitorState,
+        is_due: Bool[Array, ""],
+    ) -> tuple[Progress, MonitorState]:
+        """Looks at a trainer after a step.
+
+        **Arguments:**
+
+        - `trainer`: after the step.
+        - `outcome`: of the step.
+        - `state`: of the monitor.
+        - `is_due`: whether to validate. It is not asked of the trainer, since for many
+            at once it must be one answer.
+
+        **Returns:**
+
+        Its progress, with the best as the validation has it, and the new state.
+        """
+        progress: Progress = progress_of(trainer)
+        score = state.score
+        if self.validation is not None:
+            progress, score = self._validated(trainer, self.validation, is_due, score)
+        if self.stop is None:
+            return progress, MonitorState(score, None, state.is_over)
+        view = StepView(
+            step_count=progress.step_count,
+            loss=outcome.loss,
+            grads=outcome.grads,
+            params=progress.params,
+            accepted=outcome.accepted,
+            validation=score,
+            is_validated=is_due,
+        )
+        is_over, stop_state = asked(self.stop, view, state.stop_state)
+        return progress, MonitorState(score, stop_state, is_over)
+
+    @staticmethod
+    def _validated(
+        trainer: AbstractTrainer,
+        validation: Validation,
+        is_due: Bool[Array, ""],
+        score: Float[Array, ""],
+    ) -> tuple[Progress, Float[Array, ""]]:
+        progress: Progress = progress_of(trainer)
+
+        def score_it() -> tuple[Best, Float[Array, ""]]:
+            new = evaluate(trainer, validation.batch).astype(score.dtype)
+            return ranked(progress, new), new
+
+        leave_it = lambda: (held_best(progress), score)
+        best, score = lax.cond(is_due, score_it, leave_it)
+        progress = dataclasses.replace(
+            progress, best=best.params, best_state=best.state, best_loss=best.loss
+        )
+        return progress, score
+
+    def reason(self, state: MonitorState | None) -> StopReason | None:
+        """Tells why the criterion has ended the fit, `None` if it has not."""
+        if self.stop is None or state is None or not state.is_over:
+            return None
+        return self.stop.reason(state.stop_state)
+
+
+def _pair(validation: Any) -> tuple[Any, Any]:
+    if not isinstance(validation, tuple) or len(validation) != 2:
+        found = type(validation).__name__
+        if isinstance(validation, tuple):
+            found = f"a tuple of {len(validation)}"
+        raise TypeError(
+            "`validation` must be a pair `(batch, every)`: the batch to score the "
+            f"model on, and the number of steps between two scores. It is {found}."
+        )
+    return validation

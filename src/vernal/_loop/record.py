@@ -1,0 +1,296 @@
+"""What a fit keeps of each step, and where it puts it inside a compiled loop."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from .._boundary import PyTree, dotted, nearest_names
+from .._optimiser import ParamOptimiser
+from .._step import AbstractTrainer, Outcome, metric_shapes, tree_norm
+from .._tree import UnknownPathError, paths, resolve
+
+GRAD_NORM = "grad_norm"
+GRAD_NORMS = "grad_norms"
+UPDATE_RATIOS = "update_ratios"
+LOSS = "loss"
+_NORMS = (GRAD_NORM, GRAD_NORMS, UPDATE_RATIOS)
+
+_AMBIGUOUS = (
+    "{!r} is the name of {}, and of something else that can be recorded. Rename the "
+    "one or the other."
+)
+
+# The name of each rule, and the leaves that it owns.
+Rules = tuple[tuple[str, tuple[int, ...]], ...]
+
+# A chunk keeps its rows on the device: many of them, but not without bound.
+MOST_ROWS = 16_384
+_MOST_BYTES = 2**24
+
+
+class LackingMetricError(UnknownPathError):
+    """A loss does not return, for some batch, a metric that is recorded."""
+
+    def __str__(self) -> str:
+        name, metrics, *step = self.args
+        where = f"at step {step[0]}" if step else "for a later batch"
+        found = ", ".join(map(repr, metrics)) or "none"
+        return (
+            f"`record`: the loss returned no metric {name!r} {where}; there are "
+            f"{found}. What is recorded must be returned for every batch: return "
+            "`jnp.nan` where it has no value."
+        )
+
+
+class Record(eqx.Module):
+    """What is recorded beside the loss: static, and compared by value."""
+
+    norms: tuple[str, ...] = eqx.field(static=True)
+    rules: Rules = eqx.field(static=True)
+    paths: tuple[str, ...] = eqx.field(static=True)
+    metrics: tuple[str, ...] = eqx.field(static=True)
+    others: tuple[str, ...] = eqx.field(static=True)
+    """What was named, and is not a metric: of that name there must be no metric."""
+
+    def __init__(self, trainer: AbstractTrainer, record: Any, batch: Callable[[], Any]):
+        """**Arguments:**
+
+        - `trainer`: whose fit it is.
+        - `record`: what the user named.
+        - `batch`: a function that returns a batch, or its shapes.
+        """
+        if isinstance(record, str) or callable(record):
+            record = (record,)
+        if not isinstance(record, tuple | list):
+            raise TypeError(
+                f"`record` is {record!r}, but must be a tuple of names and selectors: "
+                '`record=("grad_norm", "mean")`.'
+            )
+        names = [name for name in record if isinstance(name, str)]
+        self.norms = tuple(name for name in _NORMS if name in names)
+        self.rules = _rules(trainer) if set(self.norms) - {GRAD_NORM} else ()
+        chosen, metrics = [], []
+        for name in record:
+            if isinstance(name, str) and name in _NORMS:
+                continue
+            try:
+                chosen += _selected(trainer, name)
+            except UnknownPathError:
+                known = metric_shapes(trainer, batch())
+                if name == LOSS and name not in known:
+                    continue
+                if name not in known:
+                    raise _unknown(trainer, name, known) from None
+                metrics.append(name)
+        self.paths = tuple(dict.fromkeys(chosen))
+        self.metrics = tuple(metrics)
+        self.others = tuple(name for name in names if name not in metrics)
+        parameters = paths(trainer.params)
+        for name in self.norms:
+            if name in parameters:
+                raise ValueError(f"`record`: {_AMBIGUOUS.format(name, 'a parameter')}")
+        for name in (*self.paths, *self.metrics):
+            if name in COLUMNS:
+                raise ValueError(
+                    f"`record`: {name!r} is a column of every history, and cannot be "
+                    "recorded as a parameter or a metric beside it. Rename that."
+                )
+
+    def values(self, old: PyTree, new: PyTree, outcome: Outcome) -> dict[str, Array]:
+        """Picks what is recorded of one step.
+
+        **Arguments:**
+
+        - `old`, `new`: the parameters before and after.
+        - `outcome`: what can be told of the step.
+        """
+        for name in self.others:
+            if name in outcome.metrics:
+                raise ValueError(f"`record`: {_AMBIGUOUS.format(name, 'a metric')}")
+        norms = self._norms(old, new, outcome.grads)
+        return norms | self._parameters(old) | self._picked(outcome.metrics)
+
+    def shapes(
+        self, trainer: AbstractTrainer, batch: Callable[[], Any]
+    ) -> dict[str, Any]:
+        """Tells the shape and dtype of each of the values."""
+        norms = dict.fromkeys(self._norm_names(), trainer.best_loss)
+        known = metric_shapes(trainer, batch()) if self.metrics else {}
+        return norms | self._parameters(trainer.params) | self._picked(known)
+
+    def _picked(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        if lacking := [name for name in self.metrics if name not in metrics]:
+            raise LackingMetricError(lacking[0], tuple(metrics))
+        return {name: metrics[name] for name in self.metrics}
+
+    @property
+    def names(self) -> str:
+        """All that is recorded, in one text."""
+        return ", ".join((*self.norms, *self.paths, *self.metrics))
+
+    def _norm_names(self) -> Iterator[str]:
+        for norm in self.norms:
+            if norm == GRAD_NORM:
+                yield norm
+            else:
+                # That of one rule is called in the singular.
+                yield from (f"{norm[:-1]}[{name}]" for name, _ in self.rules)
+
+    def _norms(self, old: PyTree, new: PyTree, grads: PyTree) -> dict[str, Array]:
+        grads, old, new = map(jax.tree.leaves, (grads, old, new))
+        pick = lambda leaves, members: [leaves[index] for index in members]
+
+        def computed() -> Iterator[Array]:
+            if GRAD_NORM in self.norms:
+                yield tree_norm(grads)
+            if GRAD_NORMS in self.norms:
+                yield from (tree_norm(pick(grads, own)) for _, own in self.rules)
+            if UPDATE_RATIOS in self.norms:
+                for _, own in self.rules:
+                    moved = [new[index] - old[index] for index in own]
+                    yield tree_norm(moved) / tree_norm(pick(old, own))
+
+        return dict(zip(self._norm_names(), computed(), strict=True))
+
+    def _parameters(self, params: PyTree) -> dict[str, Array]:
+        if not self.paths:
+            return {}
+        flat, _ = jax.tree_util.tree_flatten_with_path(params)
+        by_path = {dotted(keys): leaf for keys, leaf in flat}
+        return {path: by_path[path] for path in self.paths}
+
+
+def _selected(trainer: AbstractTrainer, selector: Any) -> list[str]:
+    model = trainer.model
+    owners = resolve(model, [selector], argument="record")
+    trained = set(paths(trainer.params))
+    flat, _ = jax.tree_util.tree_flatten_with_path(model)
+    named = [dotted(k) for (k, _), o in zip(flat, owners, strict=True) if o is not None]
+    kept = [path for path in named if path in trained]
+    if not kept:
+        raise ValueError(
+            f"`record`: {selector!r} selects frozen parameters alone "
+            f"({', '.join(named[:3])}), which never change."
+        )
+    return kept
+
+
+def _rules(trainer: AbstractTrainer) -> Rules:
+    """Finds the rules of an optimiser; without rules, each parameter is one."""
+    optimiser, params = trainer.optimiser, trainer.params
+    if not isinstance(optimiser, ParamOptimiser):
+        return tuple((path, (index,)) for index, path in enumerate(paths(params)))
+    owners = optimiser.owners(params, filtered=True)
+    present = sorted({owner for owner in owners if owner is not None})
+    members = [tuple(i for i, o in enumerate(owners) if o == p) for p in present]
+    names = [optimiser.name_of(owner) for owner in present]
+    # Two predicates may have the same name.
+    numbered = [
+        name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+    return tuple(zip(numbered, members, strict=True))
+
+
+def _unknown(
+    trainer: AbstractTrainer, name: Any, metrics: Iterable[str]
+) -> UnknownPathError:
+    known = [*paths(trainer.params), *metrics, *_NORMS]
+    return UnknownPathError(
+        f"`record`: {name!r} is neither a parameter nor a metric that the loss "
+        f"returns. {nearest_names(str(name), known)}"
+    )
+
+
+class Rows(eqx.Module):
+    """Buffers on the device, with a row for every so many steps.
+
+    `first` is the number of the first row: that of the step `first * every`.
+    """
+
+    loss: Array
+    values: dict[str, Array]
+    first: Int[Array, "*members"]
+    every: Int[Array, "*members"]
+
+    @classmethod
+    def empty(
+        cls,
+        loss: Any,
+        values: dict[str, Any],
+        start: Int[Array, ""],
+        every: Int[Array, ""],
+        most: int,
+    ) -> "Rows":
+        """Makes room for `most` rows, or as many as is reasonable for their size.
+
+        **Arguments:**
+
+        - `loss`, `values`: what will be recorded of a step, or their shapes.
+        - `start`: the first step that may be recorded.
+        - `every`: how many steps lie between two rows.
+        - `most`: how many rows to make at most.
+        """
+        sizes = [np.prod(v.shape) * v.dtype.itemsize for v in (loss, *values.values())]
+        rows = int(np.clip(_MOST_BYTES // sum(sizes), 1, most))
+        # A step that is not to be recorded is written all the same, to a last row that
+        # nobody reads.
+        room = lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype)
+        return cls(
+            loss=room(loss),
+            values={name: room(value) for name, value in values.items()},
+            first=-(-start // every),
+            every=every,
+        )
+
+    @property
+    def _room(self) -> int:
+        return self.loss.shape[0] - 1
+
+    @property
+    def end(self) -> Int[Array, ""]:
+        """The first step that is to be recorded and finds no room."""
+        most = jnp.iinfo(self.first.dtype).max
+        is_far = self.first > most // self.every - self._room
+        return jnp.where(is_far, most, (self.first + self._room) * self.every)
+
+    def put(self, step: Array, loss: Array, values: dict[str, Array]) -> "Rows":
+        """Writes a row, if one is due at this step."""
+        number, rest = jnp.divmod(step, self.every)
+        index = jnp.where(rest == 0, number - self.first, self._room)
+        put = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
+            buffer, value.astype(buffer.dtype), index, 0
+        )
+        return Rows(
+            put(self.loss, loss),
+            {name: put(self.values[name], value) for name, value in values.items()},
+            self.first,
+            self.every,
+        )
+
+    def columns(
+        self, stop: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Copies the rows to the host.
+
+        **Arguments:**
+
+        - `stop`: the step after the last one.
+
+        **Returns:**
+
+        The steps that have a row, their losses, and their values by name.
+        """
+        rows = jax.device_get(self)
+        every = int(rows.every)
+        steps = np.arange(int(rows.first) * every, stop, every)
+        cut = lambda column: column[: len(steps)].copy()
+        return steps, cut(rows.loss), {n: cut(v) for n, v in rows.values.items()}
+
+
+COLUMNS = ("steps", "loss", "validation", "validation_steps")

@@ -1,0 +1,125 @@
+"""`fit_many`: many starts, a sweep of rates, or many data sets, in one program."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar, Unpack
+
+from jax.sharding import Mesh
+
+from .._boundary import UNROLL, entrance, refuse_program, refuse_unknown, whole_number
+from .._curvature import Mode
+from .._devices import Placement, placement
+from .._fit import OPTIONS, FitOptions, fit
+from .._solve import Solver
+from .._trainer import Trainer
+from .many_trainers import Many, ManyResult
+from .stack import require_one_step, stacked
+
+TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
+
+
+@entrance
+def fit_many(
+    trainers: Sequence[TrainerT] | TrainerT,
+    data: Any,
+    steps: int,
+    *,
+    data_axis: Any = None,
+    solver: Solver | None = None,
+    jac: Mode | None = None,
+    batch: int | None = None,
+    mesh: Mesh | None = None,
+    **options: Unpack[FitOptions],
+) -> ManyResult[TrainerT]:
+    """Fits many trainers at once, in one compiled program.
+
+    They may differ in the values of all their arrays: starts, rates, keys, projectors.
+    Each has its own NaN policy, stop and best: one that ends, or turns non-finite, does
+    no harm to another.
+
+    ```python
+    starts = [ModelFit(perturbed(key), optimiser) for key in jax.random.split(key, 64)]
+    result = vn.fit_many(starts, data, steps=2_000)
+    result.best, result.best_losses
+
+    rates = [ModelFit(model, optax.adam(rate)) for rate in (1e-3, 1e-2, 1e-1)]
+    vn.fit_many(rates, data, steps=2_000)
+
+    # 1,000 light curves at the same times, solved for.
+    solver = optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
+    vn.fit_many(trainers, (times, fluxes), 99, data_axis=(None, 0), solver=solver)
+    ```
+
+    **Arguments:**
+
+    - `trainers`: a sequence of trainers; or a stacked one, whose arrays have a row for
+        each, as `eqx.filter_vmap(make)(keys)` returns it.
+    - `data`: as for [`vernal.Trainer.fit`][]. All see the same batch at a step.
+    - `steps`: how many steps to take; with a solver, at most.
+    - `data_axis`: the axis of the arrays in `data` along which each trainer finds its
+        own, or a tree of such axes that is a prefix of `data`, `None` for what is
+        shared: as `in_axes` of `jax.vmap`. It holds for the batch of a `validation`
+        too.
+    - `solver`: solves, as [`vernal.Trainer.solve`][] does with `rewhiten=False`
+        (nothing is whitened again here), instead of to fit. `data` is one batch then,
+        and there are no other options but `jac`. A member that meets an error ends as
+        `FAILED`, where it began, with a warning; the others are then solved one by one.
+    - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.
+    - `batch`: how many to compute at a time, to bound memory; it must divide their
+        number. By default all.
+    - `mesh`: devices to spread the trainers over, along the first axis of the mesh,
+        whose length must divide `batch`. Each device has a copy of the data that they
+        share. In several processes each gives all trainers and all data.
+    - `**options`: as for [`vernal.Trainer.fit`][]. A callback is given the stacked
+        trainer.
+
+    **Returns:**
+
+    A [`vernal.ManyResult`][].
+
+    **Raises:**
+
+    - `ValueError`: if there are no trainers, or they differ in more than the values of
+        arrays, or stand at different steps; if an axis has another length than there
+        are trainers, or `batch` does not divide that number.
+    - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][], once all are over.
+    """
+    given = trainers, data, options.get("validation")
+    refuse_program("fit_many", *given, remedy=UNROLL)
+    refuse_unknown(options, OPTIONS, "fit_many")
+    together, flags, size = stacked(trainers)
+    group = size if batch is None else whole_number(batch, "batch", least=1)
+    if size % group:
+        raise ValueError(
+            f"`batch` is {group}, which does not divide the {size} trainers evenly. "
+            f"Give one of {', '.join(map(str, _divisors(size)))}."
+        )
+    place = placement(together, mesh)
+    if place is not None:
+        _check_spread(place, size, group)
+    many = Many(size, group, flags, data_axis, place)
+    if solver is not None:
+        if options:
+            raise TypeError(
+                f"`{next(iter(options))}` is for a fit, and with `solver` there is "
+                "none. Leave it out."
+            )
+        return many.solved(together, data, solver, steps, jac)
+    if jac is not None:
+        raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
+    require_one_step(together)
+    return fit(together, data, steps, kind=many, **options)
+
+
+def _check_spread(place: Placement, size: int, group: int) -> None:
+    """Checks that each device has as many of a group as any other."""
+    if group % place.size:
+        what = f"{size} trainers" if group == size else f"`batch`, {group} trainers,"
+        raise ValueError(
+            f"`mesh`: {what} cannot be spread evenly over the {place.size} devices "
+            f"along the axis {place.axis!r}. Make their number a multiple of "
+            f"{place.size}, or give a smaller mesh."
+        )
+
+
+def _divisors(size: int) -> list[int]:
+    return [n for n in range(1, size + 1) if size % n == 0]

@@ -1,0 +1,90 @@
+"""Many trainers solved one after the other, where together one would end them all."""
+
+import re
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from .._boundary import PyTree, warn
+from .._policy import StopReason
+from .._solve import REASONS, End, Problem, Start, run, run_solver
+from .._step import (
+    AbstractTrainer,
+    config_of,
+    initial_opt_state,
+    progress_of,
+    stripped,
+    with_progress,
+)
+from .mapped_chunk import Flags, apart
+
+
+def solve_each(
+    trainers: AbstractTrainer,
+    flags: tuple[Flags, Flags],
+    problem: Problem,
+    goal: Int[Array, ""],
+) -> tuple[End, PyTree, list[int]]:
+    """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
+
+    **Arguments:**
+
+    - `trainers`: stacked.
+    - `flags`: what of their configuration and of the batch has a row for each.
+    - `problem`, `goal`: as for `run_solver`.
+
+    **Returns:**
+
+    How each ended, and the first states of their optimisers, stacked; and which of
+    them met an error.
+    """
+    own_config, join_config = apart(config_of(trainers), flags[0])
+    own_batch, join_batch = apart(problem.batch, flags[1])
+    ends, errors = [], {}
+    for index in range(trainers.step_count.shape[0]):
+        row = lambda tree, i=index: jax.tree.map(lambda leaf: leaf[i], tree)
+        progress = row(progress_of(trainers))
+        trainer = with_progress(join_config(row(own_config)), progress)
+        alone = problem._replace(batch=join_batch(row(own_batch)))
+        args = stripped(trainer), trainer.projector, Start.of(trainer), alone, goal
+        try:
+            end = jax.block_until_ready(run(*args))
+        except RuntimeError as error:
+            end, errors[index] = _unmoved(*args), error
+        opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
+        ends.append((end, opt_state))
+    if errors:
+        first, error = next(iter(errors.items()))
+        found = re.search(r"EquinoxRuntimeError: (.+)", str(error))
+        message = found[1] if found else str(error).strip().splitlines()[0]
+        warn(
+            f"{len(errors)} of {len(ends)} members met an error, and are where they "
+            f"began. That of member {first}: {message}"
+        )
+    end, opt_state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
+    return end, opt_state, list(errors)
+
+
+def _unmoved(
+    trainer: AbstractTrainer, projector: Any, held: Start, problem: Problem, goal: Any
+) -> End:
+    """The end of a solver that has not taken a step."""
+    shapes = eqx.filter_eval_shape(run_solver, trainer, projector, held, problem, goal)
+    end: End = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return end._replace(
+        params=trainer.params,
+        latent=held.latent,
+        best=held.best,
+        best_state=held.state,
+        best_loss=jnp.asarray(held.loss, end.best_loss.dtype),
+        step_count=trainer.step_count,
+        reason=jnp.full_like(end.reason, REASONS.index(StopReason.FAILED)),
+        stumble=trainer.params,
+        local=jax.tree.map(
+            lambda x: jnp.full_like(x, jnp.nan if eqx.is_inexact_array(x) else 0),
+            end.local,
+        ),
+    )

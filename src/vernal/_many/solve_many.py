@@ -1,0 +1,166 @@
+"""A solver of Optimistix on many trainers at once."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from .._boundary import PyTree
+from .._devices import Placement
+from .._minimum import distance_of, settled
+from .._policy import StopReason
+from .._program import program
+from .._solve import REASONS, End, Problem, Start, find_bad, is_suspect, run_solver
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    config_of,
+    count_non_finite,
+    initial_opt_state,
+    progress_of,
+    stripped,
+    with_progress,
+)
+from .._storage import History
+from .mapped_chunk import Flags, apart, in_groups
+from .one_by_one import solve_each
+
+
+class Solved(NamedTuple):
+    """What solving many comes to: the stacked trainer, and how each ended."""
+
+    trainers: AbstractTrainer
+    history: History
+    reasons: list[StopReason]
+    edms: Float[np.ndarray, " members"]
+
+
+class _Ends(NamedTuple):
+    end: End
+    opt_state: PyTree
+
+
+class Members(NamedTuple):
+    """The trainers that are solved.
+
+    `flags` tells what of their configuration and of the batch has a row for each,
+    `group` how many to compute at a time.
+    """
+
+    trainers: AbstractTrainer
+    flags: tuple[Flags, Flags]
+    group: int
+    place: Placement | None
+
+
+@program
+def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
+    trainers, flags, group, place = members
+    config, progress = config_of(trainers), progress_of(trainers)
+    own_config, join_config = apart(config, flags[0])
+    own_batch, join_batch = apart(problem.batch, flags[1])
+
+    def solve_one(own: tuple[list[Array], Progress, list[Array]]) -> _Ends:
+        config, progress, batch = own
+        trainer = with_progress(join_config(config), progress)
+        args = (stripped(trainer), trainer.projector, Start.of(trainer))
+        end = run_solver(*args, problem._replace(batch=join_batch(batch)), goal)
+        opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
+        return _Ends(end, opt_state)
+
+    own = (own_config, progress, own_batch)
+    ends = in_groups(jax.vmap(solve_one), own, group, place)
+    return ends if place is None else place.pin_rows(ends)
+
+
+@program
+def _find_bad(
+    members: Members, params: PyTree, batch: Any
+) -> Bool[Array, "members columns"]:
+    trainers, flags, _, _ = members
+    config, progress = config_of(trainers), progress_of(trainers)
+    own_config, join_config = apart(config, flags[0])
+    own_batch, join_batch = apart(batch, flags[1])
+
+    def of_one(
+        config: list[Array], progress: Progress, params: PyTree, batch: list[Array]
+    ) -> Bool[Array, " columns"]:
+        trainer = stripped(with_progress(join_config(config), progress))
+        return find_bad(trainer, params, join_batch(batch))
+
+    return jax.vmap(of_one)(own_config, progress, params, own_batch)
+
+
+def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
+    """Solves for the parameters of each.
+
+    **Arguments:**
+
+    - `members`: the trainers, stacked.
+    - `problem`: what is solved.
+    - `max_steps`: how many steps each may take.
+    """
+    goal = jnp.asarray(np.int32(max_steps))
+    trainers, _, _, place = members
+    broken: list[int] = []
+    try:
+        end, opt_state = jax.block_until_ready(_run(members, problem, goal))
+    except RuntimeError:
+        if place is not None:
+            raise
+        one_by_one = solve_each(trainers, members.flags, problem, goal)
+        end, opt_state, broken = one_by_one
+    whole = (lambda tree: tree) if place is None else place.whole
+    old: Progress = progress_of(trainers)
+    starts, losses, steps, numbers, in_vain = jax.device_get(
+        jax.tree.map(
+            whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
+        )
+    )
+    local = jax.device_get(jax.tree.map(whole, end.local))
+    rows = range(len(numbers))
+    distances = [distance_of(jax.tree.map(lambda x, i=i: x[i], local)) for i in rows]
+    reasons = [settled(REASONS[i], d) for i, d in zip(numbers, distances, strict=True)]
+    suspect = np.array(
+        [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
+    )
+    counts = old.nan_counts
+    # An error is no value that is not finite.
+    suspect[broken] = False
+    if suspect.any():
+        bad = np.asarray(whole(_find_bad(members, end.stumble, problem.batch)))
+        bad = bad & suspect[:, None]
+        is_named = bad.any(axis=1)
+        for index in np.flatnonzero(is_named):
+            reasons[index] = StopReason.NON_FINITE
+        lost = [reason is StopReason.NON_FINITE for reason in reasons]
+        bad = np.column_stack([bad, np.array(lost) & ~is_named])
+        lasts = jnp.asarray(starts + np.maximum(steps - 1, 0))
+        counts = jax.vmap(count_non_finite)(counts, jnp.asarray(bad), lasts)
+    none = jnp.asarray(np.zeros(len(reasons), bool))
+    progress = dataclasses.replace(
+        old,
+        params=end.params,
+        latent=end.latent,
+        opt_state=opt_state,
+        best=end.best,
+        best_state=end.best_state,
+        best_loss=end.best_loss,
+        is_validated=none,
+        nan_counts=counts,
+        step_count=end.step_count,
+        stopped=none,
+    )
+    row = np.arange(int(steps.max()))
+    # Those that have ended have no more losses.
+    kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
+    history = History(row, kept)
+    return Solved(
+        with_progress(trainers, progress),
+        history,
+        reasons,
+        np.stack([d.edm for d in distances]),
+    )

@@ -1,0 +1,123 @@
+"""Many trainers as one, whose arrays have a row for each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .._boundary import dotted
+from .._step import (
+    AbstractTrainer,
+    config_of,
+    progress_of,
+    require_precision,
+    with_progress,
+)
+from .._trainer import Trainer, explain_retrace
+from .mapped_chunk import Flags
+
+
+def stacked(given: Any) -> tuple[Any, Flags, int]:
+    """Makes one trainer of many.
+
+    **Returns:**
+
+    The trainer, which of the leaves of its configuration have a row for each, and how
+    many they are.
+    """
+    if isinstance(given, Trainer):
+        require_precision(given)
+        return _as_stacked(given)
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(
+            f"`trainers` is of type `{type(given).__name__}`, but must be a "
+            "sequence of trainers, or a stacked one: `eqx.filter_vmap(make)(keys)`."
+        )
+    if not given:
+        raise ValueError("`trainers` is empty: there is nothing to fit.")
+    first = given[0]
+    for index, trainer in enumerate(given):
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
+        require_precision(trainer)
+        _require_alike(first, trainer, index)
+    configs = [config_of(trainer) for trainer in given]
+    # What all of them share, such as a large frozen array, needs no rows.
+    flags = [_is_own(column) for column in _columns(configs)]
+    leaves = [
+        stack(column) if flag else column[0]
+        for column, flag in zip(_columns(configs), flags, strict=True)
+    ]
+    config = jax.tree.structure(configs[0]).unflatten(leaves)
+    rows = map(stack, _columns([progress_of(trainer) for trainer in given]))
+    progress = jax.tree.structure(progress_of(first)).unflatten(rows)
+    return with_progress(config, progress), tuple(flags), len(given)
+
+
+def _columns(trees: list[Any]) -> list[tuple[Any, ...]]:
+    return list(zip(*map(jax.tree.leaves, trees), strict=True))
+
+
+def _is_own(column: tuple[Any, ...]) -> bool:
+    is_array = isinstance(column[0], jax.Array)
+    return is_array and any(leaf is not column[0] for leaf in column)
+
+
+def stack(column: tuple[Any, ...]) -> Array:
+    if _is_for_jax_alone(column[0]):
+        return jnp.stack(column)
+    # Through NumPy, for which nothing is compiled.
+    return jnp.asarray(np.stack([np.asarray(leaf) for leaf in column]))
+
+
+def first_row(leaf: Array) -> Array:
+    return leaf[0] if _is_for_jax_alone(leaf) else jnp.asarray(np.asarray(leaf)[0])
+
+
+def _is_for_jax_alone(leaf: Array) -> bool:
+    """Whether NumPy would lose what an array is: a key, or of a weak type."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.weak_type
+
+
+def _require_alike(first: Any, other: Any, index: int) -> None:
+    is_array = lambda leaf: isinstance(leaf, jax.Array)
+    same = jax.tree.structure(first) == jax.tree.structure(other) and all(
+        (a.shape, a.dtype) == (b.shape, b.dtype) if is_array(a) else a is b or a == b
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
+            f"of its arrays:\n{explain_retrace(first, other)}"
+        )
+
+
+def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
+    if trainer.step_count.ndim != 1:
+        raise TypeError(
+            "`trainers` is one trainer. Give a sequence of them, or a stacked one: "
+            "`eqx.filter_vmap(make)(keys)`."
+        )
+    size = len(trainer.step_count)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(trainer)[0]:
+        if isinstance(leaf, jax.Array) and leaf.shape[:1] != (size,):
+            raise ValueError(
+                f"`trainers` is stacked, with {size} members, but the array at "
+                f"{dotted(keys)!r} has the shape {leaf.shape}."
+            )
+    config = jax.tree.leaves(config_of(trainer))
+    return trainer, tuple(isinstance(leaf, jax.Array) for leaf in config), size
+
+
+def require_one_step(stacked: Any) -> None:
+    counts, stopped = map(np.asarray, (stacked.step_count, stacked.stopped))
+    # One that has stopped may be behind the others, but not ahead of them.
+    found = sorted({*counts[~stopped].tolist(), counts.max().item()})
+    if len(found) > 1 and not stopped.all():
+        raise ValueError(
+            f"`trainers` stand at different steps ({', '.join(map(str, found))}), and "
+            "those that go on must stand at one. Fit each to the same step first."
+        )

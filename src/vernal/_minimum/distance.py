@@ -1,0 +1,148 @@
+"""How far a trainer is from the minimum of what it fits."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from .._boundary import Params
+from .._curvature import (
+    Flat,
+    Subject,
+    choose_mode,
+    columns,
+    gauss_newton_products,
+    gradient,
+    hessian_product,
+    jacobian_matrix,
+    traced,
+)
+from .._policy import StopReason
+from .._projection import EigenProjector
+from .._step import AbstractTrainer, defined, live, real_residuals, score
+from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
+from .edm import (
+    TOLERANCE,
+    Distance,
+    Local,
+    Point,
+    curved,
+    of_products,
+    triangle,
+    unknown,
+)
+
+_SUBJECT = Subject("what is minimised", is_quiet=True)
+
+# No matrix with more parameters, or more elements, is formed.
+MOST_PARAMETERS = 512
+_MOST_ELEMENTS = 2**25
+
+
+def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
+    """Returns what is minimised: `"residuals"`, `"nll"` or `"loss"`."""
+    methods = defined(trainer)
+    if is_least_squares or methods == ("residuals",):
+        return "residuals"
+    return "loss" if "loss" in methods else "nll"
+
+
+def measure(
+    trainer: AbstractTrainer,
+    projector: Any,
+    batch: Any,
+    key: PRNGKeyArray | None,
+    kind: str,
+    fall: Any,
+) -> Local:
+    """Measures what `distance_of` needs, within a compiled program.
+
+    The trainer is bare; directions that its `projector` dropped are not free. `kind` is
+    what `what_falls` returns, and `fall` is how far the loss fell on the way here.
+    """
+    params = as_parameters(trainer.params)
+    here = _Here(_wide(ravel(params)), params, projector)
+    at = lambda flat: live(trainer, unravel(flat, params))
+    if kind == "residuals":
+        residuals = lambda flat: _wide(real_residuals(at(flat), batch, key))
+        return _of_residuals(traced(residuals, here.flat), here, fall)
+    loss = lambda flat: _wide(score(at(flat), batch, key).loss)
+    limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
+    return _of_loss(traced(loss, here.flat), here, limit)
+
+
+class _Here(NamedTuple):
+    """The parameters, and the projector of the space in which they can move."""
+
+    flat: Array
+    params: Params
+    projector: EigenProjector | None
+
+    def point(self) -> Point:
+        leaves = jax.tree.leaves(self.params)
+        eps = [np.full(leaf.size, jnp.finfo(leaf.dtype).eps) for leaf in leaves]
+        projector, basis = self.projector, None
+        if projector is not None and projector.latent_size < self.flat.size:
+            basis = projector.matrix
+        return Point(self.flat, np.concatenate(eps).astype(self.flat.dtype), basis)
+
+    def solve(self, vector: Array) -> Array:
+        """Multiplies with a rough inverse of the curvature."""
+        if self.projector is None:
+            return vector
+        natural = self.projector.precondition(unravel(vector, self.params))
+        return ravel(natural, ravel_dtype(self.params))
+
+
+def _of_residuals(residuals: Flat, here: _Here, fall: Any) -> Local:
+    flat = here.flat
+    vector = residuals(flat)
+    if flat.size <= MOST_PARAMETERS and vector.size * flat.size <= _MOST_ELEMENTS:
+        try:
+            mode = choose_mode(residuals, flat, _SUBJECT)
+        except TypeError:
+            return unknown(flat)
+        jacobian = jacobian_matrix(residuals, flat, mode)
+        return triangle(jacobian, vector, here.point(), fall)
+    products = gauss_newton_products(residuals, flat)
+    if products is None:
+        return unknown(flat)
+    push, pull = products
+    loss = 0.5 * jnp.sum(jnp.square(vector))
+    degrees = max(vector.size - flat.size, 1)
+    limit = TOLERANCE * 2 * loss / degrees
+    product = lambda v: pull(push(v))
+    return of_products(loss, pull(vector), product, here.solve, limit)
+
+
+def _of_loss(loss: Flat, here: _Here, limit: Any) -> Local:
+    flat = here.flat
+    value = loss(flat)
+    try:
+        mode = choose_mode(loss, flat, _SUBJECT, ("bwd", "fwd"))
+        product = hessian_product(loss, flat, _SUBJECT)
+    except TypeError:
+        # No mode has second derivatives.
+        return unknown(flat)
+    slope = gradient(loss, flat, mode)
+    if flat.size > MOST_PARAMETERS:
+        return of_products(value, slope, product, here.solve, limit)
+    return curved(value, slope, columns(product, flat), here.point(), limit)
+
+
+def _wide(array: Array) -> Array:
+    # No decomposition works in half precision.
+    return array.astype(widest((array.dtype, jnp.dtype("float32"))))
+
+
+def settled(reason: StopReason, distance: Distance) -> StopReason:
+    """Returns why a solver ended, given its distance to the minimum."""
+    if reason is StopReason.NON_FINITE:
+        return reason
+    if distance.is_minimum:
+        return StopReason.CONVERGED
+    if reason is StopReason.CONVERGED and distance.is_short:
+        return StopReason.STALLED
+    return reason

@@ -1,0 +1,309 @@
+"""The estimated distance to the minimum: how far a loss could still fall."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from .._boundary import Params
+from .._curvature import column_norms, matmul, positive, square_factor
+from .._policy import all_finite
+from .._tree import element_name
+
+# A loss that can fall by this fraction of its scatter is at its minimum.
+TOLERANCE = 1e-3
+
+# Rounding leaves a singular value that is zero at this many machine epsilons.
+_ROUNDING = 64
+
+# Conjugate gradients take at most this many products.
+_MOST_PRODUCTS = 64
+
+# Without scatter, parameters that are right to this fraction count as exact.
+_EXACT = 1e-8
+
+
+class Distance(NamedTuple):
+    r"""How far a point is from a minimum, in units of what is minimised.
+
+    - `edm`: $\frac12 g^\top F^{-1} g$, NaN where it is not known.
+    - `limit`: the largest `edm` of a minimum.
+    - `is_saddle`: whether the point cannot be a minimum: the loss curves downwards, is
+        flat in every direction, or has derivatives that are not finite.
+    - `is_complete`: whether `edm` is more than a lower bound.
+    - `direction`: the direction of the minimum, of length one, with each parameter in
+        units of its scale.
+    """
+
+    edm: Float[Array | np.ndarray, ""]
+    limit: Float[Array | np.ndarray, ""]
+    is_saddle: Bool[Array | np.ndarray, ""]
+    is_complete: Bool[Array | np.ndarray, ""]
+    direction: Float[Array | np.ndarray, " D"]
+
+    @property
+    def is_minimum(self) -> bool:
+        """Whether the loss cannot fall any further. For numbers on the host."""
+        return bool(self.is_complete and self.edm <= self.limit and not self.is_saddle)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the loss can fall further. For numbers on the host."""
+        return bool(self.edm > self.limit or self.is_saddle)
+
+
+class Triangle(NamedTuple):
+    """Residuals and their Jacobian at a point, reduced to a matrix of few rows.
+
+    - `factor`: the factor $R$ of the columns of the Jacobian, each divided by its
+        norm, and of the residuals as the last column.
+    - `turn`: the matrix that turns a step in these units into one of the parameters in
+        units of their scales.
+    - `loss`: half the sum of squares, NaN if a derivative is not finite.
+    - `size`: the number of residuals.
+    - `rounding`: the distance that rounding may hide.
+    - `exact`: the distance that counts as zero without scatter.
+    - `has_fallen`: whether the loss has fallen on the way.
+    """
+
+    factor: Float[Array, "L+1 L+1"]
+    turn: Float[Array, "D L"] | None
+    loss: Float[Array, ""]
+    size: Int[Array, ""]
+    rounding: Float[Array, ""]
+    exact: Float[Array, ""]
+    has_fallen: Bool[Array, ""]
+
+
+class Curved(NamedTuple):
+    """The gradient and the Hessian at a point, in units of the Hessian's diagonal.
+
+    `turn` and `loss` are as in `Triangle`; `limit` is that of the distance.
+    """
+
+    slope: Float[Array, " L"]
+    hessian: Float[Array, "L L"]
+    turn: Float[Array, "D L"] | None
+    loss: Float[Array, ""]
+    limit: Float[Array, ""]
+
+
+Local = Triangle | Curved | Distance
+"""What a compiled program finds out about the surroundings of a point."""
+
+
+class Point(NamedTuple):
+    """Where a distance is measured.
+
+    - `flat`: the parameters.
+    - `eps`: the spacing of each parameter, relative to itself.
+    - `basis`: the directions that are free, `None` for all.
+    """
+
+    flat: Float[Array, " D"]
+    eps: Float[np.ndarray, " D"]
+    basis: Float[Array, "D L"] | None = None
+
+    def rounding(self, loss: Array, scale: Array) -> Array:
+        """Estimates the distance that rounding may hide, of the loss and parameters."""
+        of_params = 0.5 * jnp.sum(jnp.square(16 * self.eps * (self.flat * scale)))
+        return 4 * jnp.finfo(loss.dtype).eps * jnp.abs(loss) + of_params
+
+    def turn(self, scale: Array, own: Array) -> Array | None:
+        """Returns what turns steps in units of `own` into ones in units of `scale`."""
+        if self.basis is None:
+            return None
+        return scale[:, None] * self.basis / own[None, :]
+
+
+def triangle(
+    jacobian: Float[Array, "N D"],
+    residuals: Float[Array, " N"],
+    point: Point,
+    fall: Any,
+) -> Triangle:
+    """Reduces residuals and their Jacobian by a QR; `fall` is how far the loss fell."""
+    scale = own = column_norms(jacobian)
+    free = jacobian
+    if point.basis is not None:
+        free = matmul(jacobian, point.basis)
+        own = column_norms(free)
+    together = jnp.column_stack([free / own[None, :], residuals])
+    # LAPACK may not return if there is a NaN.
+    is_finite = jnp.all(jnp.isfinite(together))
+    together = jnp.where(is_finite, together, 0)
+    loss = jnp.where(is_finite, 0.5 * jnp.sum(jnp.square(residuals)), jnp.nan)
+    return Triangle(
+        factor=square_factor(together),
+        turn=point.turn(scale, own),
+        loss=loss,
+        size=jnp.array(residuals.size),
+        rounding=point.rounding(loss, scale),
+        exact=0.5
+        * jnp.sum(jnp.square(np.maximum(point.eps, _EXACT) * point.flat * scale)),
+        has_fallen=jnp.asarray(fall > 0),
+    )
+
+
+def curved(
+    loss: Float[Array, ""],
+    gradient: Float[Array, " D"],
+    hessian: Float[Array, "D D"],
+    point: Point,
+    limit: Any,
+) -> Curved:
+    """Scales a Hessian; `limit` is that of the distance, without rounding."""
+    scale = own = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
+    rounding = point.rounding(loss, scale)
+    if point.basis is not None:
+        hessian = matmul(matmul(point.basis.T, hessian), point.basis)
+        gradient = matmul(point.basis.T, gradient)
+        own = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
+    slope, hessian = gradient / own, hessian / own[None, :] / own[:, None]
+    return Curved(
+        slope=slope,
+        hessian=hessian,
+        turn=point.turn(scale, own),
+        loss=jnp.where(all_finite((slope, hessian)), loss, jnp.nan),
+        limit=jnp.fmax(limit, rounding),
+    )
+
+
+def distance_of(local: Any) -> Distance:
+    """Finds the distance from a `Local` by NumPy.
+
+    The matrices are small, and a program would compile for each shape.
+    """
+    local = jax.device_get(local)
+    if isinstance(local, Distance):
+        return local
+    if not np.isfinite(local.loss):
+        distance = unknown(np.zeros(0, local.loss.dtype))
+        return distance._replace(is_saddle=np.asarray(True))
+    return _of_triangle(local) if isinstance(local, Triangle) else _of_curved(local)
+
+
+def _of_triangle(local: Triangle) -> Distance:
+    r"""Finds the distance by singular values.
+
+    With the orthonormal columns $Q$ that span those of $J$ it is
+    $\frac12 \lVert Q^\top r \rVert^2$.
+    """
+    factor, loss = local.factor.astype(float), local.loss
+    left, values, right = np.linalg.svd(factor[:-1, :-1])
+    noise = max(_ROUNDING, len(values)) * np.finfo(local.factor.dtype).eps
+    is_kept = (values > noise * values[0]) & (values > 0)
+    along = np.where(is_kept, left.T @ factor[:-1, -1], 0)
+    edm = 0.5 * np.sum(np.square(along))
+    step = -right.T @ (along / np.where(is_kept, values, 1))
+
+    degrees = max(local.size - np.sum(is_kept), 1)
+    limit = np.fmax(TOLERANCE * 2 * loss / degrees, local.rounding)
+    # Without scatter only the spacing of the parameters sets a scale.
+    if loss - edm <= 0.1 * edm:
+        limit = np.fmax(limit, local.exact)
+    # Far from the data a model may underflow, and no residual depends on a parameter.
+    is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
+    return _distance(edm, limit, is_flat, local, step)
+
+
+def _of_curved(local: Curved) -> Distance:
+    """Finds the distance by the eigenvalues of the scaled Hessian."""
+    slope, hessian = local.slope.astype(float), local.hessian.astype(float)
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    eps, largest = np.finfo(local.hessian.dtype).eps, np.abs(values).max()
+    is_kept = np.abs(values) > max(_ROUNDING, len(values)) * eps * largest
+    along = np.where(is_kept, vectors.T @ slope, 0)
+    curvature = np.where(is_kept, np.abs(values), 1)
+    edm, is_flat = 0.5 * np.sum(np.square(along) / curvature), not slope.any()
+    if largest == 0 and not is_flat:
+        # Without curvature, as for a sum of absolute values, it is not known.
+        edm = np.nan
+    # Rounding makes less than this of a zero.
+    curves_down = values[0] < -(eps**0.5) * largest
+    is_saddle = (largest == 0 and is_flat) or curves_down
+    return _distance(edm, local.limit, is_saddle, local, -vectors @ (along / curvature))
+
+
+def _distance(
+    edm: Any, limit: Any, is_saddle: Any, local: Any, step: np.ndarray
+) -> Distance:
+    dtype = local.loss.dtype
+    step = step if local.turn is None else local.turn @ step
+    length = np.linalg.norm(step)
+    return Distance(
+        np.asarray(edm, dtype),
+        np.asarray(limit, dtype),
+        np.asarray(is_saddle),
+        np.asarray(True),
+        (step / length if length > 0 else step).astype(dtype),
+    )
+
+
+def of_products(
+    loss: Float[Array, ""],
+    gradient: Float[Array, " D"],
+    product: Callable[[Array], Array],
+    precondition: Callable[[Array], Array],
+    limit: Any,
+) -> Distance:
+    """Finds the distance by conjugate gradients, from below, without a matrix.
+
+    `product` multiplies with the curvature, `precondition` with a rough inverse.
+    """
+    eps = float(jnp.finfo(gradient.dtype).eps)
+    first = precondition(gradient)
+    size = jnp.vdot(gradient, first)
+
+    def goes_on(carry: Any) -> Array:
+        count, _, _, _, now, _, is_saddle = carry
+        is_left = (now > 1e-6 * size) & jnp.isfinite(now)
+        return (count < _MOST_PRODUCTS) & is_left & ~is_saddle
+
+    def iterate(carry: Any) -> Any:
+        count, step, rest, heading, now, edm, _ = carry
+        image = product(heading)
+        curved = jnp.vdot(heading, image)
+        scale = jnp.linalg.norm(heading) * jnp.linalg.norm(image)
+        is_saddle = curved < -(eps**0.5) * scale
+        is_flat = curved <= eps * scale
+        length = jnp.where(is_flat, 0, now / jnp.where(is_flat, 1, curved))
+        step = step + length * heading
+        new = rest - length * image
+        solved = precondition(new)
+        then = jnp.where(is_flat, 0, jnp.vdot(new, solved))
+        edm = edm + 0.5 * length * now
+        heading = solved + then / now * heading
+        return count + 1, step, new, heading, then, edm, is_saddle
+
+    zero, no = jnp.zeros_like(gradient), jnp.array(False)
+    start = (0, zero, gradient, first, size, jnp.zeros_like(size), no)
+    _, step, _, _, now, edm, is_saddle = jax.lax.while_loop(goes_on, iterate, start)
+    length = jnp.linalg.norm(step)
+    return Distance(
+        jnp.where(jnp.isfinite(loss), edm, jnp.nan),
+        jnp.fmax(limit, 4 * eps * jnp.abs(loss)),
+        is_saddle,
+        now <= 1e-6 * size,
+        -step / jnp.where(length > 0, length, 1),
+    )
+
+
+def unknown(like: Array | np.ndarray) -> Distance:
+    """Returns a distance that is not known, in the dtype of the parameters."""
+    nan, no = np.asarray(np.nan, like.dtype), np.asarray(False)
+    return Distance(nan, nan, no, no, np.zeros(like.shape, like.dtype))
+
+
+def along(direction: np.ndarray, params: Params) -> str:
+    """Names the parameters that a direction involves most, with their weights."""
+    order = np.argsort(-abs(direction), kind="stable")
+    names = [
+        f"{element_name(params, int(index))} ({direction[index]:+.2g})"
+        for index in order[:5]
+        if abs(direction[index]) > 0.1
+    ]
+    return f", along {', '.join(names)}" if names else ""

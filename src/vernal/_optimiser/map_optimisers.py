@@ -1,0 +1,75 @@
+"""A dictionary of optimisers for a dictionary of parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._boundary import checked, require_number, spelled
+from .partition import partition
+from .transform import require_transformation
+
+
+@checked
+def map_optimisers(
+    params: Mapping[Any, Any], optimisers: Mapping[Any, Any], strict: bool = False
+) -> tuple[optax.GradientTransformationExtraArgs, Any]:
+    """Gives each entry of a dictionary of parameters its own optimiser.
+
+    **Arguments:**
+
+    - `params`: from names to parameters, each a pytree of numbers and arrays. Integers
+        become floats.
+    - `optimisers`: from names to Optax transformations. A tuple of names gives each of
+        them that transformation. A parameter without an optimiser is frozen; an
+        optimiser without a parameter is ignored.
+    - `strict`: whether both must have the same names.
+
+    **Returns:**
+
+    The optimiser of the whole dictionary, and its first state.
+
+    **Raises:**
+
+    - `TypeError`: if an optimiser is not an Optax transformation.
+    - `ValueError`: if `strict` and the names differ.
+    """
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        require_number(leaf, spelled("params", keys), "Leave it out.")
+    params = jax.tree.map(_as_float, _unpacked(params))
+    optimisers = _unpacked(optimisers)
+    for name, tx in optimisers.items():
+        require_transformation(tx, f"optimisers[{name!r}]")
+    if strict and params.keys() != optimisers.keys():
+        differences = (
+            f"{what}: {', '.join(repr(name) for name in names)}"
+            for what, names in (
+                ("without an optimiser", [n for n in params if n not in optimisers]),
+                ("without a parameter", [n for n in optimisers if n not in params]),
+            )
+            if names
+        )
+        raise ValueError(
+            "With `strict=True` parameters and optimisers must have the same names. "
+            f"These are {'; '.join(differences)}."
+        )
+    transforms = {name: optimisers.get(name, optax.set_to_zero()) for name in params}
+    optim = partition(transforms, {name: name for name in params})
+    return optim, optim.init(params)
+
+
+def _unpacked(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Gives each name of a tuple of names its own entry."""
+    return {
+        name: value
+        for names, value in mapping.items()
+        for name in (names if isinstance(names, tuple) else (names,))
+    }
+
+
+def _as_float(leaf: Any) -> Any:
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+        return jnp.asarray(leaf)
+    return jnp.asarray(leaf, float)

@@ -1,0 +1,93 @@
+"""Natural gradients inside Optax: `precondition`."""
+
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import tree_flatten_with_path
+
+from .._boundary import require_number, spelled
+from .._projection import EigenProjector
+from .named_tree import by_path
+
+
+def precondition(
+    projector: EigenProjector | Any,
+) -> optax.GradientTransformation:
+    r"""Preconditions gradients by a Fisher matrix: natural gradient descent.
+
+    $$g \mapsto P P^\top g$$
+
+    where $P P^\top = F^{-1}$ for a projector of a Fisher matrix $F$ of full rank. As
+    the `first` of a [`vernal.ParamOptimiser`][] it gives natural gradients, with one
+    rate for each parameter:
+
+    ```python
+    vn.ParamOptimiser(
+        {"position": optax.sgd(0.5), "flux": optax.sgd(1.0)},
+        first=vn.precondition(projector),
+    )
+    ```
+
+    See Amari, *Natural gradient works efficiently in learning*, Neural Computation 10
+    (1998).
+
+    **Arguments:**
+
+    - `projector`: a [`vernal.EigenProjector`][] of the parameters; or a tree like them,
+        whose entries scale the gradients.
+
+    **Returns:**
+
+    An Optax transformation without a state.
+    """
+    is_projector = isinstance(projector, EigenProjector)
+    like = projector.origin if is_projector else projector
+    if not jax.tree.leaves(like):
+        raise ValueError(
+            "`projector` holds no array: give an EigenProjector, or a tree of scales "
+            "like the parameters."
+        )
+
+    if not is_projector:
+        _check_scales(projector)
+
+    # Known by its code, which a type checker must not wrap.
+    @no_type_check
+    def update(updates: Any, params: Any) -> Any:
+        _check(updates, like)
+        grads, structure = jax.tree.flatten(updates)
+        own = jax.tree.structure(like).unflatten(grads)
+        if is_projector:
+            new = projector.precondition(own)
+        else:
+            new = jax.tree.map(lambda g, s: (g * s).astype(g.dtype), own, projector)
+        return structure.unflatten(jax.tree.leaves(new))
+
+    return optax.stateless(update)
+
+
+def _check_scales(scales: Any) -> None:
+    for keys, leaf in tree_flatten_with_path(scales)[0]:
+        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
+        require_number(leaf, spelled("projector", keys), remedy)
+
+
+def _check(updates: Any, like: Any) -> None:
+    """Compares leaf by leaf: inside an optimiser a tree is a dictionary by path."""
+    found, own = by_path(updates), by_path(like)
+    for name, grad, own_name, leaf in zip(
+        found.names, found.leaves, own.names, own.leaves, strict=False
+    ):
+        if name != own_name or jnp.shape(grad) != jnp.shape(leaf):
+            raise ValueError(
+                f"`precondition` was made for {own_name!r} of shape {jnp.shape(leaf)} "
+                f"where the gradients have {name!r} of shape {jnp.shape(grad)}. Make "
+                "it from the parameters that are trained, in the same order."
+            )
+    if len(found.leaves) != len(own.leaves):
+        raise ValueError(
+            f"`precondition` was made for {len(own.leaves)} parameters, but there are "
+            f"gradients of {len(found.leaves)}."
+        )

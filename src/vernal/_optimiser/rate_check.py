@@ -1,0 +1,66 @@
+"""Checks the learning rates that an Optax transformation was given."""
+
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import optax
+
+from .._boundary import takes
+
+# Optax's names of rates and schedules in its closures.
+_RATES = ("learning_rate", "step_size", "step_size_fn")
+
+# Its names of the arguments that `inject_hyperparams` passes on.
+_OPTIONS = ("numeric_hps", "other_hps")
+
+
+def check_rates(tx: optax.GradientTransformation, where: str) -> None:
+    """Checks that each rate is a number or a function of the step count.
+
+    Optax itself would fail in the first update. An error calls `tx` by `where`.
+    """
+    for rate in _rates(tx, set()):
+        is_schedule = callable(rate) and not isinstance(rate, type)
+        if not (is_schedule or _is_real(rate) or rate is None):
+            raise TypeError(
+                f"`{where}` has a rate of type `{type(rate).__name__}`, which is "
+                "neither a real number nor a schedule: `optax.adam(1e-3)`."
+            )
+        if isinstance(rate, FunctionType):
+            takes(rate, 1, where, "schedule(count)")
+
+
+def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
+    """Yields the rates in the closures of Optax's functions."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, tuple | list):
+        for part in node:
+            yield from _rates(part, seen)
+    elif isinstance(node, dict):
+        yield from _rates(list(node.values()), seen)
+    elif isinstance(node, FunctionType) and _is_optax(node):
+        cells = node.__closure__ or ()
+        for name, cell in zip(node.__code__.co_freevars, cells, strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                continue  # Not filled yet.
+            if name in _RATES:
+                yield value
+            elif name in _OPTIONS and isinstance(value, dict):
+                yield from (value[rate] for rate in _RATES if rate in value)
+            yield from _rates(value, seen)
+
+
+def _is_optax(fn: FunctionType) -> bool:
+    return (fn.__module__ or "").startswith("optax.")
+
+
+def _is_real(rate: Any) -> bool:
+    """Whether it is a real number, or an array of them."""
+    is_array = hasattr(rate, "dtype") or hasattr(rate, "__jax_array__")
+    return (is_array or isinstance(rate, int | float)) and not np.iscomplexobj(rate)

@@ -1,0 +1,55 @@
+"""What is a library's: its code does not change while a program runs."""
+
+import functools
+import os
+import sys
+import sysconfig
+import types
+import weakref
+from pathlib import Path
+
+_OWN = f"{Path(__file__).parents[1]}{os.sep}"
+_STANDARD = tuple(
+    f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib")
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library_file(path: str) -> bool:
+    """Whether a file is one of the standard library, of a package, or of vernal."""
+    if path.startswith("<frozen") or path.startswith((_OWN, *_STANDARD)):
+        return True
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
+
+
+def is_library_module(name: str, module: types.ModuleType | None) -> bool:
+    if name == "__main__":
+        return False
+    # Not `getattr`: a module may define `__getattr__`.
+    path = None if module is None else vars(module).get("__file__")
+    if path is not None:
+        return is_library_file(path)
+    return name.split(".")[0] in sys.stdlib_module_names
+
+
+def module_of(kind: type) -> str:
+    """Returns the name of a class's module; `""` if it has none, as some in C do."""
+    name = kind.__module__
+    return name if isinstance(name, str) else ""
+
+
+_HEAP_TYPE = 1 << 9
+
+_library_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def is_library(kind: type) -> bool:
+    found = _library_kinds.get(kind)
+    if found is None:
+        name = module_of(kind)
+        found = is_library_module(name, sys.modules.get(name))
+        # A class made by `exec` in a namespace without `__name__` says "builtins" too,
+        # but unlike a real builtin it was made by a statement of Python's.
+        found = found and not (name == "builtins" and bool(kind.__flags__ & _HEAP_TYPE))
+        _library_kinds[kind] = found
+    return found

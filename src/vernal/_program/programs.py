@@ -1,0 +1,332 @@
+"""Compiled programs, of the code as it is now."""
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from .._closure import Hashed, Reads, Skeleton, Slot, is_atom, kept, reads, value_key
+from .shelves import Shelves
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# As Equinox has them: what is none of these is static.
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+_array_types: set[type] = set()
+
+# JAX has caches of its own for the functions within a program (the body of a loop,
+# helpers that are compiled by themselves), which know a function by its identity. They
+# heed this: where code has changed, programs are made under another number.
+_generation = jax.make_user_context(0)
+
+# The number of slots whose last values are known.
+_MOST_SLOTS = 2**14
+
+_MOST_RECORDS = 512
+
+
+class _Changes:
+    """Counts how often anything was seen to change that a program is made from."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last: dict[Slot, tuple[Any, Any]] = {}
+
+    def look(self, found: Reads) -> None:
+        is_new = False
+        for watch in found.watches:
+            owner = _mark(watch.owner)
+            for slot, value in watch.slots():
+                mark, last = _mark(value), self._last.get(slot)
+                self._last[slot] = owner, mark
+                # The id may have been that of another owner, which is gone.
+                if last is not None and _is_one(last[0], owner):
+                    is_new |= not _is_one(last[1], mark)
+        if len(self._last) > _MOST_SLOTS:
+            self._last, is_new = {}, True
+        self.count += is_new
+
+    def forget(self) -> None:
+        self._last.clear()
+        self.count += 1
+
+
+def _mark(value: Any) -> Any:
+    """What tells a value from another one, without keeping it alive."""
+    if is_atom(value):
+        return value_key(value)
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return id(value)
+
+
+def _is_one(mark: Any, other: Any) -> bool:
+    return mark is other or (type(mark) is not weakref.ref and mark == other)
+
+
+_changes = _Changes()
+
+
+def _statics(leaves: list[Any]) -> tuple[Any, ...]:
+    """Picks the leaves that are no arrays."""
+    if _array_types.issuperset(map(type, leaves)):
+        return ()
+    # To ask each is dear: `jax.Array` is an abstract class.
+    _array_types.update({type(x) for x in leaves if isinstance(x, _ARRAYS)})
+    return tuple(x for x in leaves if type(x) not in _array_types)
+
+
+class _Call(NamedTuple):
+    """The arguments of a call but for their arrays."""
+
+    structure: Any
+    statics: tuple[Any, ...]
+    types: tuple[type, ...]
+    """Of the static ones: to Python, `1` and `True` are one."""
+
+    def joined(self, arrays: list[Any]) -> Any:
+        """Puts the arguments together again."""
+        rest = iter(self.statics)
+        leaves = [next(rest) if x is None else x for x in arrays]
+        return self.structure.unflatten(leaves)
+
+
+@jax.tree_util.register_static
+class Version:
+    """A call, and the code of one moment: what a program is compiled for."""
+
+    __slots__ = ("__weakref__", "_hash", "call", "generation", "is_traced")
+
+    def __init__(self, call: _Call, hashed: int):
+        """**Arguments:**
+
+        - `hashed`: a hash that another version of the same code has, too.
+        """
+        self.call, self._hash = call, hashed
+        self.generation, self.is_traced = _changes.count, False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What JAX looks at its functions in, to trace them for this version."""
+        return _generation(self.generation)
+
+
+class _Record:
+    """What the code of a call reads, and the version that this makes."""
+
+    __slots__ = ("call", "found", "version")
+
+    def __init__(self, call: _Call):
+        self.call = call
+        self._look()
+
+    def _look(self, is_again: bool = False) -> None:
+        self.found = self._read()
+        key = Hashed((self.call, self.found.key))
+        with _lock:
+            version = _versions.get(key)
+            if version is None:
+                # Also where names were added or removed, which no slot tells.
+                _changes.count += is_again
+                version = _versions[key] = Version(self.call, hash(key))
+        self.version = version
+
+    def _read(self) -> Reads:
+        found = reads(self.call.structure, *self.call.statics)
+        _changes.look(found)
+        return found
+
+    def now(self) -> Version:
+        """Returns the version of the code as it is now."""
+        if not self.found.is_current():
+            self._look(is_again=True)
+        return self.version
+
+    def settle(self) -> None:
+        """Sets aside what a program wrote to while it was made, or in its callbacks."""
+        jax.effects_barrier()
+        if self.found.is_current():
+            return
+        for watch in self.found.watches:
+            kept.add(watch)
+        self.found = self._read()
+        _versions[Hashed((self.call, self.found.key))] = self.version
+
+    @classmethod
+    def of(cls, structure: Any, statics: tuple[Any, ...]) -> "_Record":
+        """Returns the record of a call, which may be a new one."""
+        call = _Call(structure, statics, tuple(map(type, statics)))
+        record = _records.get(call)
+        if record is None:
+            record = cls(call)
+            with _lock:
+                _records[call] = record
+                while len(_records) > _MOST_RECORDS:
+                    del _records[next(iter(_records))]
+        return record
+
+
+# Held to change what threads share here, and only for as long as that takes.
+_lock = threading.RLock()
+
+# Records hold what was read, and so are few. Versions live as long as their programs.
+_records: dict[_Call, _Record] = {}
+_versions: weakref.WeakValueDictionary[Hashed, Version] = weakref.WeakValueDictionary()
+
+
+def version_of(tree: Any) -> Version:
+    """Returns the version of the code of a tree as it is now: static, to JAX."""
+    leaves, structure = jax.tree.flatten(tree)
+    return _Record.of(structure, _statics(leaves)).now()
+
+
+class Program(Generic[P, R]):
+    """A compiled function, which `program` makes."""
+
+    def __init__(self, fn: Callable[P, R], donate: Literal["none", "all-except-first"]):
+        self._fn = fn
+        self._donate: Literal["none", "all-except-first"] = donate
+        self._compiled: Shelves[Any] = Shelves(_drop)
+        functools.update_wrapper(self, fn)
+        _programs.append(self)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        record, first, rest = self._taken_apart(args)
+        version = record.now()
+        jitted = self._of(version)
+        if version.generation:
+            with version.context():
+                result = jitted(first, rest)
+        else:
+            result = jitted(first, rest)
+        if version.is_traced:
+            version.is_traced = False
+            record.settle()
+        return result
+
+    def _of(self, version: Version) -> Any:
+        """Returns what is compiled for a version, by JAX for each shape of arrays."""
+        return self._compiled.get(version) or self._compiled.put(
+            version, self._jitted(version), _kind(version.call)
+        )
+
+    def _jitted(self, version: Version) -> Any:
+        # One for each: only as a whole can what it has compiled be dropped. Equinox and
+        # JAX keep the function, so that it must not keep the version.
+        called: Callable[..., R] = self._fn
+        made_for = weakref.ref(version)
+
+        def enter(first: list[Any], rest: list[Any]) -> R:
+            version = cast(Version, made_for())
+            version.is_traced = True
+            return called(*version.call.joined([*first, *rest]))
+
+        enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
+        return eqx.filter_jit(enter, donate=self._donate)
+
+    def _taken_apart(
+        self, args: tuple[Any, ...]
+    ) -> tuple["_Record", list[Any], list[Any]]:
+        """Finds the record of a call, and its arrays: of the first argument, the rest.
+
+        They are told apart only where it matters, since the rest is donated.
+        """
+        leaves, structure = jax.tree.flatten(args)
+        statics = _statics(leaves)
+        if statics:
+            leaves = [x if type(x) in _array_types else None for x in leaves]
+        donates = self._donate != "none"
+        count = structure.children()[0].num_leaves if donates else 0
+        return _Record.of(structure, statics), leaves[:count], leaves[count:]
+
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Traces the function without running it, to look at what is compiled."""
+        record, first, rest = self._taken_apart(args)
+        return self._of(record.now()).lower(first, rest)
+
+    def cache_size(self) -> int:
+        """Counts the compiled programs."""
+        return sum(x._cached._cache_size() for x in self._compiled.values())
+
+    def forget(self) -> None:
+        """Drops the compiled programs."""
+        self._compiled.clear()
+
+
+def _drop(version: Version, jitted: Any) -> None:
+    """Lets go of what was compiled for a version, and of what its code reads."""
+    jitted._cached.clear_cache()
+    with _lock:
+        for call, record in list(_records.items()):
+            if record.version is version:
+                del _records[call]
+
+
+def _kind(call: _Call) -> frozenset[str]:
+    """Returns the names of the classes and functions of a call.
+
+    They stay the same where a cell or a function defines them anew.
+    """
+    names: set[str] = set()
+    todo = [call.structure, *call.statics]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, jax.tree_util.PyTreeDef):
+            data = part.node_data()
+            if data is not None:
+                todo += [data[0], data[1], *part.children()]
+        elif isinstance(part, tuple):
+            todo += part
+        elif isinstance(part, Skeleton):
+            names |= part.function_names
+        else:
+            names.add(getattr(part, "__qualname__", type(part).__qualname__))
+    return frozenset(names)
+
+
+def program(
+    fn: Callable[P, R], donate: Literal["none", "all-except-first"] = "none"
+) -> Program[P, R]:
+    """Compiles a function: for arrays as `equinox.filter_jit` does, and anew where
+    what the code of its arguments reads has changed.
+
+    It takes positional arguments alone.
+    """
+    return Program(fn, donate)
+
+
+_programs: list[Program[Any, Any]] = []
+
+
+def forget() -> None:
+    """Drops every program that vernal has compiled, so that each is made anew.
+
+    A program follows the code that it was made from: where that has changed, the next
+    call compiles anew. This is for what cannot be seen to change: a file that a model
+    reads, an attribute by a computed name, a library that was loaded again.
+
+    It drops the compiled steps, fits, solves, matrices and products, and what is known
+    of the code behind them. Functions that you have compiled yourself are traced anew
+    where a model or a loss calls them. Programs of your own around vernal, such as a
+    `jax.jit` of `trainer.step`, are left alone: `jax.clear_caches()` drops those.
+    """
+    with _lock:
+        _records.clear()
+    for each in _programs:
+        each.forget()
+    _versions.clear()
+    kept.clear()
+    _changes.forget()

@@ -1,0 +1,156 @@
+"""Whitening by a given matrix or Jacobian."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._boundary import Params, refuse_foreign
+from .._curvature import (
+    Matrix,
+    Spectrum,
+    as_real_square,
+    equilibrated_eigh,
+    of_jacobian,
+    refuse,
+    refuse_non_finite,
+)
+from .._tree import element_name, paths, ravel_dtype, ravel_size, widest
+from .dense import DenseWhitening, whiten_spectrum
+from .null_policy import NullPolicy
+from .null_space import list_parameters
+
+# Rounding leaves a zero below this many machine epsilons.
+ROUNDING = 64
+
+Kind = Literal["fmat", "cov", "hessian"]
+
+_REMEDY = {
+    "fmat": "Such a point is not a minimum. Go on with the fit, or use `gauss_newton`, "
+    "whose matrix has no negative eigenvalue anywhere.",
+    "cov": "Such a matrix belongs to no covariance. If it is the inverse of a Hessian, "
+    "its point is not a minimum: use `gauss_newton`, whose matrix has no negative "
+    "eigenvalue anywhere.",
+    "hessian": "This point is not a minimum. Fit first; or define `residuals`, whose "
+    "Fisher matrix has no negative eigenvalue anywhere.",
+}
+
+
+def whiten(
+    given: Matrix, params: Params, nulls: NullPolicy, name: str, kind: Kind
+) -> DenseWhitening:
+    """Finds the map that whitens the parameters by their matrix `given`.
+
+    Errors call the matrix `name`, with a remedy for its `kind`. If all directions are
+    null, the latent vector is empty.
+    """
+    size = ravel_size(params)
+    bare = name.strip("`")
+    matrix = jax.lax.stop_gradient(as_real_square(given, bare))
+    if matrix.shape[0] != size:
+        raise ValueError(
+            f"{name} has shape {matrix.shape}, but it is that of {size} elements, "
+            f"those of {', '.join(map(repr, paths(params)[:5]))}, and must have shape "
+            f"{(size, size)}, in the order of `jax.flatten_util.ravel_pytree`."
+        )
+    eps = _noise(given, matrix)
+    nulls = nulls.or_rtol(size * eps)
+    nulls.check(size)
+    matrix = _refuse_bad_rows(refuse_non_finite(matrix, bare), kind, name, params)
+
+    dtype = widest((matrix.dtype, ravel_dtype(params)))
+    scale, values, vectors = _decompose(matrix.astype(dtype))
+    tolerance = (nulls.rtol or 0) * values[0]
+    values = refuse(
+        values,
+        values[-1] < -tolerance,
+        f"{name} is indefinite: scaled to a unit diagonal it has a negative "
+        f"eigenvalue. {_REMEDY[kind]}",
+        lambda: (
+            f"The lowest is {values[-1]}, beyond the tolerance of {tolerance}; its "
+            f"direction involves {list_parameters(params, vectors[:, -1])}."
+        ),
+    )
+    is_inverse = kind != "cov"
+    spectrum = Spectrum(1 / scale if is_inverse else scale, values, vectors)
+    return whiten_spectrum(spectrum, params, nulls, eps, name, is_inverse=is_inverse)
+
+
+def _noise(given: Matrix, matrix: Float[Array, "N D"]) -> float:
+    """Returns the coarser machine epsilon of the given and the converted matrix."""
+    dtypes = [matrix.dtype]
+    if jnp.issubdtype(given.dtype, jnp.floating):
+        dtypes.append(given.dtype)
+    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+@jax.jit
+def _decompose(
+    matrix: Float[Array, "D D"],
+) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
+    diagonal = jnp.diag(matrix)
+    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    values, vectors = equilibrated_eigh(matrix, scale)
+    return scale, values, vectors
+
+
+def _refuse_bad_rows(
+    matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
+) -> Float[Array, "D D"]:
+    """Refuses rows that no scale can repair, before the costly decomposition."""
+    diagonal = jnp.diag(matrix)
+    largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
+    bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
+
+    def first() -> str:
+        index = int(np.flatnonzero(bad)[0])
+        return f"The first is that of {element_name(params, index)}: {diagonal[index]}."
+
+    return refuse(
+        matrix,
+        bad,
+        f"{name} is indefinite: it has an element on its diagonal that is negative, "
+        f"or zero in a row that is not. {_REMEDY[kind]}",
+        first,
+    )
+
+
+def whiten_jacobian(
+    given: Matrix, params: Params, nulls: NullPolicy, name: str
+) -> DenseWhitening:
+    """Finds the map that whitens the parameters by their Jacobian `given`."""
+    refuse_foreign(given, name)
+    size, shape = ravel_size(params), np.shape(given)
+    if len(shape) != 2 or shape[1] != size or shape[0] == 0:
+        raise ValueError(
+            f"{name} has shape {shape}, but it must have a column for each of {size} "
+            f"elements, those of {', '.join(map(repr, paths(params)[:5]))}, in the "
+            "order of `jax.flatten_util.ravel_pytree`, and a row for each datum."
+        )
+    if jnp.issubdtype(given.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} must be real, but it is {given.dtype}. Of complex residuals, "
+            "stack the rows of the real and of the imaginary part."
+        )
+    nulls.check(size)
+    jac = jax.lax.stop_gradient(jnp.asarray(given))
+    if not jnp.issubdtype(jac.dtype, jnp.floating):
+        jac = jac.astype(float)
+    jac = refuse_non_finite(jac, name.strip("`"))
+    dtype = widest((jac.dtype, ravel_dtype(params), jnp.dtype("float32")))
+    eps = _noise(given, jac)
+    nulls = nulls.or_rtol(jacobian_rtol(size, eps))
+    return whiten_spectrum(_of_jacobian(jac.astype(dtype)), params, nulls, eps, name)
+
+
+_of_jacobian = jax.jit(of_jacobian)
+
+
+def jacobian_rtol(size: int, eps: float) -> float:
+    """Returns the default `rtol` for the square of a singular value.
+
+    The elements of a Jacobian are right to a few `eps`, except in awkward cases.
+    """
+    return (max(size, ROUNDING) * eps) ** 2

@@ -1,0 +1,51 @@
+"""Names of directions in the space of parameters."""
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._boundary import Params
+from .._tree import element_name
+
+
+def name_direction(
+    params: Params, direction: np.ndarray, least: float
+) -> dict[str, float]:
+    """Maps the names of elements to their weights in `direction`, if above `least`.
+
+    The largest weight comes first, and is positive.
+    """
+    order = np.argsort(-abs(direction), kind="stable")
+    sign = np.sign(direction[order[0]])
+    return {
+        element_name(params, int(index)): float(sign * direction[index])
+        for index in order
+        if abs(direction[index]) > least
+    }
+
+
+def list_parameters(params: Params, direction: Float[Array, " D"]) -> str:
+    """Lists the names of the elements with the largest weights, at most ten."""
+    vector = np.asarray(direction, float)
+    names = list(name_direction(params, vector, 0.1 * float(np.max(abs(vector)))))
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def name_null_space(
+    params: Params, null_vectors: Float[Array, "D nullity"], least: float
+) -> tuple[dict[str, float], ...]:
+    """Names a sparse basis of the space that the columns of `null_vectors` span."""
+    basis = _sparse_basis(np.asarray(null_vectors.T, float))
+    return tuple(name_direction(params, vector, least) for vector in basis)
+
+
+def _sparse_basis(rows: np.ndarray) -> np.ndarray:
+    """Combines rows so that each has a column where the others are 0 (Gauss–Jordan)."""
+    basis = rows.copy()
+    for step in range(len(basis)):
+        rest = abs(basis[step:])
+        row, column = np.unravel_index(np.argmax(rest), rest.shape)
+        basis[[step, step + row]] = basis[[step + row, step]]
+        basis[step] /= basis[step, column]
+        others = np.arange(len(basis)) != step
+        basis[others] -= np.outer(basis[others, column], basis[step])
+    return basis / np.linalg.norm(basis, axis=1, keepdims=True)

@@ -1,0 +1,293 @@
+"""The program of `solve`: a solver of Optimistix on what a trainer fits."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int
+
+from .._boundary import PyTree, whole_number
+from .._closure import Closure
+from .._curvature import Mode, Subject, choose_mode, gradient, traced
+from .._minimum import Local, measure, what_falls
+from .._policy import StopReason, all_finite
+from .._program import program
+from .._projection import EigenProjector
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    defined,
+    live,
+    overrides,
+    progress_of,
+    real_residuals,
+    score,
+    step_key,
+)
+from .._tree import as_parameters, cast_like, ravel, unravel
+from .tracked_solver import Seen, better, choose, watch
+
+# Fewer steps than these share a program with others; the losses of more would not fit.
+_LEAST_ROWS = 256
+_MOST_ROWS = 2**24
+
+
+class Problem(NamedTuple):
+    """What is solved, but for where to begin.
+
+    `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
+    differentiation, `None` for the one that works.
+    """
+
+    batch: Any
+    encoded: Closure
+    rows: int
+    jac: Mode | None
+
+
+Solver = (
+    optx.AbstractMinimiser[Any, Any, Any]
+    | optx.AbstractLeastSquaresSolver[Any, Any, Any, Any]
+)
+
+
+def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:
+    """Checks a solver, and the number of its steps.
+
+    **Returns:**
+
+    The solver as a pytree, and how many losses to make room for.
+    """
+    max_steps = whole_number(max_steps, argument, least=1)
+    if max_steps > _MOST_ROWS:
+        raise ValueError(
+            f"`{argument}` is {max_steps}, but at most {_MOST_ROWS} losses are kept. "
+            "Solve several times, each time from the trainer of the last result."
+        )
+    _check_solver(solver)
+    rows = max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length())
+    return Closure.encode(solver), rows
+
+
+class Start(NamedTuple):
+    """Where a solver begins, and the best before it did."""
+
+    latent: PyTree
+    best: PyTree
+    state: PyTree
+    loss: Float[Array, ""]
+    is_validated: Bool[Array, ""]
+    first: Float[Array, ""]
+    """The loss where the first of several rounds began, NaN in the first."""
+
+    @classmethod
+    def of(cls, trainer: AbstractTrainer) -> "Start":
+        """Takes out of a trainer what `_bare` leaves out."""
+        old: Progress = progress_of(trainer)
+        return cls(
+            old.latent,
+            old.best,
+            old.best_state,
+            old.best_loss,
+            old.is_validated,
+            jnp.full_like(old.best_loss, jnp.nan),
+        )
+
+
+class End(NamedTuple):
+    """Where a solver arrived, and how."""
+
+    params: PyTree
+    latent: PyTree
+    best: PyTree
+    best_state: PyTree
+    best_loss: Float[Array, ""]
+    step_count: Int[Array, ""]
+    losses: Float[Array, " rows"]
+    steps: Int[Array, ""]
+    reason: Int[Array, ""]
+    in_vain: Bool[Array, ""]
+    stumble: PyTree
+    """The parameters that the solver ended at, if they are finite."""
+    first: Float[Array, ""]
+    last: Float[Array, ""]
+    """The loss at the beginning, and at the end."""
+    local: Local
+    """What tells how far it is from the minimum."""
+
+
+# As the compiled program numbers them.
+REASONS = (
+    StopReason.NON_FINITE,
+    StopReason.DIVERGED,
+    StopReason.FAILED,
+    StopReason.CONVERGED,
+    StopReason.MAX_STEPS,
+)
+
+
+def run_solver(
+    trainer: AbstractTrainer,
+    projector: EigenProjector | None,
+    held: Start,
+    problem: Problem,
+    goal: Int[Array, ""],
+) -> End:
+    """Solves, within a compiled program.
+
+    **Arguments:**
+
+    - `trainer`: bare, so that programs are shared.
+    - `projector`: of the trainer that is not.
+    - `held`: its start.
+    - `problem`: what is solved.
+    - `goal`: how many steps it may take.
+    """
+    batch, encoded, rows, jac = problem
+    solver, latent = encoded.decode(), held.latent
+    _check_class(trainer, solver)
+    as_parameters(trainer.params)
+    # That of the loss, but for a trainer made while `jax_enable_x64` was off.
+    key, dtype = step_key(trainer), jnp.result_type(float)
+
+    def to_params(point: PyTree) -> PyTree:
+        if projector is None:
+            return cast_like(point, trainer.params)
+        return projector.to_params(cast_like(point, latent))
+
+    def seen(loss: Array, point: PyTree) -> Seen:
+        # Under `jax.disable_jit` a constant would come back as a Python boolean.
+        return Seen(loss, point, jnp.ones_like(loss, bool))
+
+    def scored(point: PyTree, _: Any) -> tuple[Array, Seen]:
+        there = live(trainer, to_params(point))
+        loss = score(there, batch, key).loss.astype(dtype)
+        return loss, seen(loss, point)
+
+    def residuals(point: PyTree, _: Any) -> tuple[Array, Seen]:
+        there = live(trainer, to_params(point))
+        vector = real_residuals(there, batch, key).astype(dtype)
+        if defined(trainer) == ("residuals",):
+            loss = 0.5 * jnp.sum(jnp.square(vector))
+        else:
+            loss = score(there, batch, key).loss.astype(dtype)
+        return vector, seen(loss, point)
+
+    # Solvers mix what they are given with numbers of the default precision.
+    start = trainer.params if projector is None else latent
+    start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
+    solver = watch(solver, goal, jnp.zeros(rows, dtype))
+    common: Any = {"has_aux": True, "max_steps": None, "throw": False}
+    if is_minimiser := isinstance(solver, optx.AbstractMinimiser):
+        loss = traced(lambda point: scored(point, None)[0], start)
+        subject = Subject(f"The loss of `{type(trainer).__name__}`", jac)
+        options = {"autodiff_mode": choose_mode(loss, start, subject, ("bwd", "fwd"))}
+        ended = optx.minimise(scored, solver, start, options=options, **common)
+    else:
+        vector = traced(lambda point: residuals(point, None)[0], start)
+        subject = Subject(f"`residuals` of `{type(trainer).__name__}`", jac)
+        options = {"jac": choose_mode(vector, start, subject)}
+        ended = optx.least_squares(residuals, solver, start, options=options, **common)
+    state, stats = ended.state, ended.stats
+
+    # A solver reports what it has left behind: the last point is yet to be scored.
+    last = scored(ended.value, None)[1].loss
+    best, best_loss = better(ended.value, last, state.best, state.best_loss)
+    sound = all_finite((ended.value, last))
+    point = choose(sound, ended.value, best)
+    why = [~sound | state.is_broken, stats["diverged"], stats["failed"], stats["done"]]
+    # The score of a validation is not to be compared with a loss.
+    held_loss = jnp.where(held.is_validated, jnp.inf, held.loss)
+    all_best, all_best_loss = better(to_params(best), best_loss, held.best, held_loss)
+    is_new = all_best_loss < held_loss
+    stumble = choose(all_finite(ended.value), ended.value, best)
+    first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
+    last = jnp.where(sound, last, best_loss)
+    there = live(trainer, to_params(point))
+    kind = what_falls(trainer, not is_minimiser)
+    local = measure(there, projector, batch, key, kind, first - last)
+    return End(
+        params=to_params(point),
+        latent=None if projector is None else cast_like(point, latent),
+        best=all_best,
+        best_state=choose(is_new, trainer.state, held.state),
+        best_loss=all_best_loss.astype(held.loss.dtype),
+        step_count=trainer.step_count + state.steps,
+        losses=state.losses,
+        steps=state.steps,
+        reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
+        in_vain=~(best_loss < state.losses[0]),
+        stumble=to_params(stumble),
+        first=first,
+        last=last,
+        local=local,
+    )
+
+
+run = program(run_solver)
+
+
+def is_suspect(reason: StopReason, in_vain: Any) -> bool:
+    """Whether a value that is not finite may be why a solver ended so."""
+    if reason is StopReason.MAX_STEPS:
+        return bool(in_vain)
+    return reason not in (StopReason.CONVERGED, StopReason.STALLED)
+
+
+def find_bad(
+    trainer: AbstractTrainer, params: PyTree, batch: Any
+) -> Bool[Array, " columns"]:
+    """Tells whether the loss, and the gradient of each leaf, is not finite."""
+    key = step_key(trainer)
+
+    def scored(flat: Array) -> Array:
+        there = live(trainer, unravel(flat, params))
+        return score(there, batch, key).loss
+
+    flat = ravel(params)
+    try:
+        order = ("bwd", "fwd")
+        mode = choose_mode(traced(scored, flat), flat, Subject("", None, True), order)
+        slope = gradient(scored, flat, mode)
+    except TypeError:
+        # Without derivatives it is the loss alone that can be looked at.
+        slope = jnp.zeros_like(flat)
+    grads = jax.tree.leaves(unravel(slope, params))
+    return jnp.stack([~all_finite(x) for x in (scored(flat), *grads)])
+
+
+find_bad_alone = program(find_bad)
+
+
+def _check_solver(solver: Any) -> None:
+    is_solver = isinstance(
+        solver, optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver
+    )
+    if not is_solver:
+        told = solver if isinstance(solver, str | type) else type(solver)
+        raise TypeError(
+            f"`solver` is {told!r}, not a minimiser or a least-squares solver of "
+            "Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, atol=1e-8)` or "
+            "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
+            "is for `fit`."
+        )
+
+
+def _check_class(trainer: AbstractTrainer, solver: Any) -> None:
+    """Checks what depends on classes alone, so that it is enough to do it once."""
+    name = type(trainer).__name__
+    is_minimiser = isinstance(solver, optx.AbstractMinimiser)
+    if not is_minimiser and "residuals" not in defined(trainer):
+        raise TypeError(
+            f"`solver` is a {type(solver).__name__}, which minimises a sum of squares, "
+            f"but `{name}` does not define `residuals`. Define it, or use a minimiser, "
+            "such as `optx.BFGS(rtol=1e-8, atol=1e-8)`."
+        )
+    for hook in ("transform_grads", "constrain"):
+        if overrides(trainer, hook):
+            raise ValueError(
+                f"`{name}` defines `{hook}`, which solvers of Optimistix do not "
+                "support. Use `fit`; or write the constraint into the model, for "
+                "instance with the logarithm of a positive parameter."
+            )

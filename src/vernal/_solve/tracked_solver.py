@@ -1,0 +1,178 @@
+"""A solver of Optimistix that keeps what a fit keeps: the losses and the best."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int
+
+from .._boundary import PyTree
+from .._policy import all_finite
+
+T = TypeVar("T")
+
+
+class Seen(NamedTuple):
+    """What a function that is solved says of itself, beside its value.
+
+    Solvers differ in which evaluation they report when, hence the point; and report
+    zeros before there was any, hence `is_seen`.
+    """
+
+    loss: Float[Array, ""]
+    point: PyTree
+    is_seen: Bool[Array, ""]
+
+
+class WatchedState(eqx.Module):
+    """The state of a solver, and what was seen of its function."""
+
+    inner: Any
+    steps: Int[Array, ""]
+    losses: Float[Array, " rows"]
+    best: PyTree
+    best_loss: Float[Array, ""]
+    is_broken: Bool[Array, ""]
+
+
+class _Watched(optx.AbstractIterativeSolver):
+    """Takes the steps of another solver, up to the count `goal`.
+
+    The goal is an array, so that one program serves any number of steps. The auxiliary
+    output of the function must be a `Seen`.
+    """
+
+    solver: Any
+    goal: Int[Array, ""]
+    losses: Float[Array, " rows"]
+    rtol: float
+    atol: float
+    norm: Callable[[PyTree], Array]
+
+    def init(
+        self,
+        fn: Any,
+        y: PyTree,
+        args: Any,
+        options: dict[str, Any],
+        f_struct: PyTree,
+        aux_struct: PyTree,
+        tags: frozenset[object],
+    ) -> WatchedState:
+        # Not every solver looks at its first point before it moves on.
+        _, seen = fn(y, args)
+        best_loss = jnp.full_like(seen.loss, jnp.inf)
+        _, best_loss = better(y, seen.loss, y, best_loss)
+        return WatchedState(
+            inner=self.solver.init(fn, y, args, options, f_struct, aux_struct, tags),
+            steps=jnp.zeros_like(self.goal),
+            losses=self.losses,
+            best=y,
+            best_loss=best_loss,
+            is_broken=jnp.array(False),
+        )
+
+    def step(
+        self,
+        fn: Any,
+        y: PyTree,
+        args: Any,
+        options: dict[str, Any],
+        state: WatchedState,
+        tags: frozenset[object],
+    ) -> tuple[PyTree, WatchedState, Seen]:
+        new_y, inner, seen = self.solver.step(fn, y, args, options, state.inner, tags)
+        loss = jnp.where(seen.is_seen, seen.loss, state.best_loss)
+        best, best_loss = better(seen.point, loss, state.best, state.best_loss)
+        # A trial that is not finite is no matter, a place to stand on is.
+        stands = _same(seen.point, y) | _same(seen.point, new_y)
+        is_lost = seen.is_seen & stands & ~jnp.isfinite(loss)
+        new_state = WatchedState(
+            inner=inner,
+            steps=state.steps + 1,
+            losses=state.losses.at[state.steps].set(loss),
+            best=best,
+            best_loss=best_loss,
+            is_broken=is_lost | ~all_finite(new_y),
+        )
+        return new_y, new_state, seen
+
+    def terminate(
+        self,
+        fn: Any,
+        y: PyTree,
+        args: Any,
+        options: dict[str, Any],
+        state: WatchedState,
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        # Failure is told in `postprocess`: some versions go on in spite of it.
+        done, result = self.solver.terminate(fn, y, args, options, state.inner, tags)
+        is_over = state.is_broken | (state.steps >= self.goal)
+        failed = result != optx.RESULTS.successful
+        return done | failed | is_over, optx.RESULTS.successful
+
+    def postprocess(
+        self,
+        fn: Any,
+        y: PyTree,
+        aux: Seen,
+        args: Any,
+        options: dict[str, Any],
+        state: WatchedState,
+        tags: frozenset[object],
+        result: optx.RESULTS,
+    ) -> tuple[PyTree, Seen, dict[str, Any]]:
+        inner = state.inner
+        done, own = self.solver.terminate(fn, y, args, options, inner, tags)
+        y, aux, _ = self.solver.postprocess(
+            fn, y, aux, args, options, inner, tags, result
+        )
+        failed = own != optx.RESULTS.successful
+        diverged = own == optx.RESULTS.nonlinear_divergence
+        return y, aux, {"done": done, "failed": failed, "diverged": diverged}
+
+
+class WatchedMinimiser(_Watched, optx.AbstractMinimiser):
+    """A minimiser that is watched."""
+
+
+class WatchedLeastSquares(_Watched, optx.AbstractLeastSquaresSolver):
+    """A least-squares solver that is watched."""
+
+
+def watch(
+    solver: Any, goal: Int[Array, ""], losses: Float[Array, " rows"]
+) -> WatchedMinimiser | WatchedLeastSquares:
+    """Wraps a solver, which is to take `goal` steps at most."""
+    is_minimiser = isinstance(solver, optx.AbstractMinimiser)
+    kind = WatchedMinimiser if is_minimiser else WatchedLeastSquares
+    return kind(
+        solver=solver,
+        goal=goal,
+        losses=losses,
+        rtol=solver.rtol,
+        atol=solver.atol,
+        norm=solver.norm,
+    )
+
+
+def _same(point: PyTree, other: PyTree) -> Bool[Array, ""]:
+    equal = jax.tree.map(lambda x, y: jnp.all(x == y), point, other)
+    return jax.tree.reduce(jnp.logical_and, equal, jnp.array(True))
+
+
+def better(
+    point: PyTree, loss: Float[Array, ""], best: PyTree, best_loss: Float[Array, ""]
+) -> tuple[PyTree, Float[Array, ""]]:
+    """Returns the point of the lower loss, and the loss, if both are finite."""
+    is_better = (loss < best_loss) & all_finite((loss, point))
+    return choose(is_better, (point, loss), (best, best_loss))
+
+
+def choose(is_first: Bool[Array, ""], first: T, second: T) -> T:
+    """Returns the first of two trees, or the second."""
+    return jax.tree.map(lambda x, y: jnp.where(is_first, x, y), first, second)

@@ -1,0 +1,299 @@
+"""`constrain` in a metric that couples the parameters: projected in it, or refused."""
+
+import contextlib
+import functools as ft
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Int
+
+from .._boundary import PyTree
+from .._closure import Closure
+from .._projection import EigenProjector, Unchanged
+from .._tree import cast_like, paths, require_alike
+from .abstract_trainer import (
+    AbstractTrainer,
+    overrides,
+    progress_of,
+    template_of,
+    with_progress,
+)
+
+Clip = Callable[[PyTree], PyTree]
+"""What `constrain` makes of the parameters."""
+
+# How often all elements on the wrong side of a bound change sides at once. After that
+# it is one at a time, which always comes to an end.
+_TOGETHER = 10
+_MOST_CHANGES = 100
+
+
+def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
+    """Returns what a trainer's `constrain` makes of parameters, and checks that."""
+
+    def clip(params: PyTree) -> PyTree:
+        model = template_of(trainer).join(params)
+        there = with_progress(
+            trainer, eqx.tree_at(lambda p: p.params, progress_of(trainer), params)
+        )
+        constrained = there.constrain(model)
+        require_alike(constrained, model, "what `constrain` returns", given)
+        return cast_like(template_of(trainer).trained(constrained), params)
+
+    return clip
+
+
+def project(
+    clip: Clip, projector: EigenProjector | None, params: PyTree
+) -> tuple[PyTree, Bool[Array, ""]]:
+    r"""Moves parameters to the nearest ones that `clip` lets be.
+
+    Nearest in the metric $F$ that is whitened: the solution $z$ of
+
+    $$\min_z\ (z - x)^\top F (z - x), \quad z \text{ within the bounds},$$
+
+    is $z = x + F^{-1} \mu$, with multipliers $\mu$ that are zero where $z$ is within,
+    and push inwards where it is on a bound. Which elements are on a bound is found by
+    principal pivoting. See Júdice and Pires, *A block principal pivoting algorithm for
+    large-scale strictly monotone linear complementarity problems*, Computers &
+    Operations Research 21 (1994).
+
+    **Arguments:**
+
+    - `clip`: clips each element by itself.
+    - `projector`: whitens the metric; `None` if nothing is coupled.
+    - `params`: the point $x$.
+
+    **Returns:**
+
+    The point $z$, and whether it is another.
+    """
+    clipped = clip(params)
+    active = jax.tree.map(jnp.not_equal, clipped, params)
+    is_clipped = ft.reduce(jnp.logical_or, map(jnp.any, jax.tree.leaves(active)))
+    if projector is None:
+        return clipped, is_clipped
+    scales = jax.tree.map(_positive, projector.standard_errors())
+    masked = lambda tree, mask: jax.tree.map(
+        lambda x, m: jnp.where(m, x, 0), tree, mask
+    )
+    times = lambda tree, other: jax.tree.map(jnp.multiply, tree, other)
+    over = lambda tree, other: jax.tree.map(jnp.divide, tree, other)
+    add = lambda tree, other: jax.tree.map(jnp.add, tree, other)
+
+    def solved(active: PyTree, bounds: PyTree) -> tuple[PyTree, PyTree]:
+        """Holds the active elements at their bounds, and moves the others along."""
+
+        def product(scaled: PyTree) -> PyTree:
+            moved = projector.precondition(over(masked(scaled, active), scales))
+            return masked(over(moved, scales), active)
+
+        gap = jax.tree.map(jnp.subtract, bounds, params)
+        tol = 16 * max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
+        scaled, _ = jax.scipy.sparse.linalg.cg(
+            product, masked(over(gap, scales), active), tol=tol, maxiter=200
+        )
+        forces = over(masked(scaled, active), scales)
+        free = add(params, projector.precondition(forces))
+        held = jax.tree.map(jnp.where, active, bounds, free)
+        return cast_like(held, params), forces
+
+    def body(state: _Pivoting) -> _Pivoting:
+        point, forces = solved(state.active, state.bounds)
+        # An element is on its bound if the force keeps it there.
+        pull = times(forces, jax.tree.map(jnp.square, scales))
+        probe = cast_like(jax.tree.map(jnp.subtract, point, pull), params)
+        bounds = clip(probe)
+        # One that is pulled off its bound is free first, whatever lies beyond.
+        outside = jax.tree.map(
+            lambda new, at, old, is_on: (new != at) & (~is_on | (new == old)),
+            *(bounds, probe, state.bounds, state.active),
+        )
+        changed = jax.tree.map(jnp.not_equal, outside, state.active)
+        is_over = ~ft.reduce(jnp.logical_or, map(jnp.any, jax.tree.leaves(changed)))
+        is_early = state.changes < _TOGETHER
+        pick = lambda all_of_them, one: jnp.where(is_early, all_of_them, one)
+        flip = jax.tree.map(pick, changed, _first_alone(changed))
+        return _Pivoting(
+            jax.tree.map(jnp.where, flip, outside, state.active),
+            jax.tree.map(jnp.where, flip, bounds, state.bounds),
+            jax.tree.map(jnp.where, flip, probe, state.probe),
+            is_over,
+            state.changes + 1,
+        )
+
+    start = _Pivoting(active, clipped, params, ~is_clipped, jnp.asarray(0))
+    goes_on = lambda state: ~state.is_over & (state.changes < _MOST_CHANGES)
+    # Which elements are on a bound has no derivative; where they are then has one.
+    fixed = lambda state: lax.stop_gradient(state)
+    found = lax.while_loop(goes_on, lambda s: fixed(body(fixed(s))), fixed(start))
+    point, _ = solved(found.active, clip(lax.stop_gradient(found.probe)))
+    return clip(point), is_clipped
+
+
+class _Pivoting(NamedTuple):
+    active: PyTree
+    bounds: PyTree
+    probe: PyTree
+    is_over: Bool[Array, ""]
+    changes: Int[Array, ""]
+
+
+def _positive(error: Array) -> Array:
+    # The size of an element: any positive number will do.
+    return jnp.where(jnp.isfinite(error) & (error > 0), error, jnp.ones_like(error))
+
+
+def _first_alone(flags: PyTree) -> PyTree:
+    """Keeps the first flag that is raised."""
+    leaves, structure = jax.tree.flatten(flags)
+    flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
+    first = flat & (jnp.arange(flat.size) == jnp.argmax(flat))
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    parts = jnp.split(first, ends)
+    return structure.unflatten(
+        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
+
+
+def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
+    """Returns the projector in whose metric `clip` has to be a projection, if any.
+
+    **Raises:**
+
+    - `ValueError`: if a `precondition` couples what `constrain` changes.
+    """
+    preconditioners = _preconditioners(trainer.optimiser)
+    if trainer.projector is None and not preconditioners:
+        return None
+    touched = _touched(clip, trainer.params)
+    for projector in preconditioners:
+        if names := sorted(touched & _mixed(projector)):
+            raise ValueError(
+                f"`constrain` changes {', '.join(map(repr, names[:5]))}, and "
+                "`precondition` mixes that with other elements: the fit would not end "
+                "at the best point that the constraint allows. Give the projector to "
+                "the trainer instead, as `projector=`, where `constrain` is a "
+                "projection in its metric; or make it with "
+                "`EigenProjector.from_blocks`, where a constrained number has a block "
+                "of its own; or write the constraint into the model."
+            )
+    projector = trainer.projector
+    if projector is None or not touched & _mixed(projector):
+        return None
+    return projector
+
+
+def check_elementwise(trainer: AbstractTrainer) -> None:
+    """Refuses a `constrain` that cannot be projected, before a fit begins.
+
+    In a metric that couples what it changes, it has to clip each element by itself.
+    That is tried at some points around the present one.
+    """
+    is_there = trainer.projector is not None and overrides(trainer, "constrain")
+    if not is_there or isinstance(trainer.step_count, Tracer):
+        return
+    clip = clip_of(trainer, "what it was given")
+    if coupled(trainer, clip) is None:
+        return
+    flat, unravel = ravel_pytree(trainer.params)
+    random = np.random.default_rng(0)
+    spread = 2 * (1 + np.abs(flat))
+    # Apart by no round numbers, and on either side of zero.
+    places = _PLACES + random.uniform(-0.2, 0.2, (len(_PLACES), flat.size))
+    points = np.asarray(np.asarray(flat) + np.asarray(spread) * places, flat.dtype)
+    image = lambda x: np.asarray(ravel_pytree(clip(unravel(jnp.asarray(x))))[0])
+    images = np.stack([image(point) for point in points])
+    is_same = lambda a, b: np.allclose(a, b, rtol=1e-5, equal_nan=True)
+    # Any two elements have another bit in their indices.
+    for bit in range(max(flat.size - 1, 1).bit_length()):
+        mask = (np.arange(flat.size) >> bit) % 2 == 0
+        mixed = image(np.where(mask, points[0], points[-1]))
+        if not is_same(mixed, np.where(mask, images[0], images[-1])):
+            raise ValueError(
+                "`constrain` mixes elements of the parameters, as a normalisation "
+                f"does, {_REFUSAL}"
+            )
+    # What moves to the nearest point of an interval keeps the order, stretches
+    # nothing, and leaves what is there already.
+    rises, steps = np.diff(images, axis=0), np.diff(points, axis=0)
+    is_other = (rises < 0) | (rises > steps * (1 + 1e-3))
+    if is_other.any() or not is_same(image(images[0]), images[0]):
+        raise ValueError(
+            "`constrain` does more than to clip, as a reflection, a wrapping or a "
+            f"shrinkage does, {_REFUSAL}"
+        )
+
+
+# Where a constraint is tried, in units of the parameters.
+_PLACES = np.array([-3.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 3.0])[:, None]
+
+_REFUSAL = (
+    "and `projector` couples them: the fit would not end at the best point that the "
+    "constraint allows. Beside a projector, `constrain` may clip each element by "
+    "itself, to an interval. Write the constraint into the model, or use "
+    "`EigenProjector.from_blocks` without a block for what is constrained."
+)
+
+
+def _touched(clip: Clip, params: PyTree) -> set[str]:
+    """Finds the parameters that `clip` may change: the others go right through."""
+    program = jax.make_jaxpr(lambda leaves: jax.tree.leaves(clip(unflatten(leaves))))
+    unflatten = jax.tree.structure(params).unflatten
+    jaxpr = program(jax.tree.leaves(params)).jaxpr
+    pairs = zip(paths(params), jaxpr.invars, jaxpr.outvars, strict=True)
+    return {name for name, before, after in pairs if before is not after}
+
+
+def _mixed(projector: EigenProjector) -> set[str]:
+    """Finds the parameters that have elements which are coupled to any others."""
+    names = paths(projector.origin)
+    pairs = zip(projector.blocks, projector.whitenings, strict=True)
+    return {
+        names[index]
+        for block, whitening in pairs
+        if not isinstance(whitening, Unchanged) and whitening.latent_size > 1
+        for index in block
+    }
+
+
+def _preconditioners(optimiser: Any) -> list[EigenProjector]:
+    """Finds the projectors that an optimiser preconditions by."""
+    found: list[EigenProjector] = []
+    waiting, seen = [optimiser], {}
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen[id(part)] = part
+        kind = type(part)
+        if kind is EigenProjector:
+            found.append(part)
+        elif kind is Closure:
+            waiting.append(part.decode())
+        elif kind is types.FunctionType:
+            waiting += map(_contents, part.__closure__ or ())
+        elif kind is types.MethodType:
+            waiting.append(part.__self__)
+        elif kind is ft.partial:
+            waiting += [part.func, *part.args]
+        elif issubclass(kind, eqx.Module | dict):
+            waiting += (part if issubclass(kind, dict) else vars(part)).values()
+        elif issubclass(kind, tuple | list):
+            waiting += part
+    return found
+
+
+def _contents(cell: types.CellType) -> Any:
+    # That of a name which is not bound yet is empty.
+    with contextlib.suppress(ValueError):
+        return cell.cell_contents
+    return None

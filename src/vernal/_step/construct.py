@@ -1,0 +1,246 @@
+"""What a trainer is made of: its arguments checked, its parameters found."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from .._boundary import ObjectiveWarning, PyTree, prng_key, takes_methods, warn
+from .._optimiser import ParamOptimiser
+from .._policy import NanPolicy
+from .._projection import EigenProjector
+from .._tree import UnknownPathError, cast_like, is_inexact, paths, resolve
+from .abstract_trainer import AbstractTrainer
+from .model import check_state
+from .objective import METHODS, defined
+
+_HOOKS = {
+    "evaluate": ("model", "batch"),
+    "transform_grads": ("grads", "model"),
+    "constrain": ("model",),
+}
+_OF_POLICY = {"init": ("params",), "apply": ("loss", "grads", "state")}
+
+
+def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
+    methods = defined(trainer)
+    if not methods:
+        raise TypeError(
+            f"`{type(trainer).__name__}` defines none of "
+            f"{', '.join(f'`{name}`' for name in METHODS)}. Subclass `Trainer` and "
+            "say what is fitted: `def residuals(self, model, batch): ...`."
+        )
+    _warn_of_differences(type(trainer), methods)
+    keyed = () if key is None else ("key=",)
+    stateful = () if state is None else ("state=",)
+    called: dict[str, tuple[str, ...]] = {
+        name: ("model", "batch", *keyed, *(stateful if name == "loss" else ()))
+        for name in methods
+    }
+    takes_methods(type(trainer), called | _HOOKS, type(trainer).__name__)
+    if state is None:
+        return
+    if "loss" not in methods:
+        raise TypeError(
+            f"`state` is for a `loss`, which `{type(trainer).__name__}` does not "
+            "define: `def loss(self, model, batch, *, state): ...`, which returns "
+            "`(scalar, state)`."
+        )
+    check_state(state)
+
+
+# The classes that were warned of: once each, however many trainers there are.
+_warned: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
+    """Says which method uses which, where least squares leave something out."""
+    others = [name for name in methods if name != "residuals"]
+    if "residuals" not in methods or not others or kind in _warned:
+        return
+    minimised = "loss" if "loss" in methods else "nll"
+    likelihood = "nll" if "nll" in methods else "residuals"
+    beside = " and ".join(f"`{name}`" for name in others)
+    warn(
+        f"`{kind.__name__}` defines `residuals` beside {beside}. `fit`, `step` and a "
+        f"minimiser in `solve` use `{minimised}`; a least-squares solver in `solve`, "
+        "`fisher`, `whiten`, `standard_errors` and `table` use `residuals`; "
+        f"`objective` uses `{likelihood}`. What is in one of them alone, such as a "
+        "prior or a robust loss, the others leave out. Write it once: as `nll`, "
+        "without `residuals`, or as residuals (a normal prior is one more, "
+        "`(value - mean) / std`). If it is on purpose: "
+        '`warnings.filterwarnings("ignore", category=vn.ObjectiveWarning)`.',
+        ObjectiveWarning,
+    )
+    _warned.add(kind)
+
+
+def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
+    if not isinstance(nan_policy, NanPolicy):
+        made = isinstance(nan_policy, type) and issubclass(nan_policy, NanPolicy)
+        remedy = f"`{nan_policy.__name__}()`" if made else "`vn.SkipStep()`"
+        raise TypeError(
+            f"`nan_policy` is {nan_policy!r}, not a NanPolicy. Did you mean {remedy}?"
+        )
+    takes_methods(type(nan_policy), _OF_POLICY, "nan_policy")
+    if projector is not None and not isinstance(projector, EigenProjector):
+        raise TypeError(
+            f"`projector` is of type `{type(projector).__name__}`, but must be an "
+            "EigenProjector: `vn.EigenProjector.from_fisher(fmat, params)`."
+        )
+    if key is not None:
+        prng_key(key)
+
+
+def no_optimiser(trainer: AbstractTrainer) -> ValueError:
+    """Says what to do about a trainer that cannot take a step."""
+    return ValueError(
+        f"`{type(trainer).__name__}` has no optimiser. Give it one: "
+        "`Trainer(model, optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
+    )
+
+
+def find_trained(
+    model: Any, optimiser: Any, train: Any, projector: EigenProjector | None
+) -> tuple[int | None, ...]:
+    """Finds which leaves of the model are trained."""
+    by_rules = isinstance(optimiser, ParamOptimiser)
+    ruled = cast(ParamOptimiser, optimiser).owners(model) if by_rules else ()
+    if train is not None:
+        owners = resolve(model, [train], argument="train")
+    elif by_rules:
+        owners = ruled
+    elif projector is not None:
+        names = paths(projector.origin)
+        owners = resolve(model, names, argument="projector") if names else ()
+    else:
+        owners = [0 if is_inexact(leaf) else None for leaf in jax.tree.leaves(model)]
+    if all(owner is None for owner in owners):
+        known = ", ".join(map(repr, paths(model)[:5]))
+        raise ValueError(
+            "`model` has no parameter to train: "
+            + (
+                f"it is the class `{model.__name__}`, rather than one of its instances."
+                if isinstance(model, type)
+                else f"all of its parameters ({known}) are frozen or Python floats, "
+                "which are trained where `train` or a rule names them."
+                if known
+                else "there is no array of floats in it, such as `jnp.array(1.0)`."
+            )
+        )
+    return tuple(owners)
+
+
+def fit_projector(
+    projector: EigenProjector | None,
+    params: PyTree,
+    optimiser: Any,
+    *,
+    constrained: bool,
+) -> tuple[EigenProjector | None, PyTree]:
+    """Checks that a projector fits the parameters, and returns it with their latent."""
+    if projector is None:
+        return None, None
+    refuse_names_in_latent_space(projector, optimiser)
+    names, own = paths(params), paths(projector.origin)
+    leaves = jax.tree.leaves(params)
+    origin = jax.tree.leaves(projector.origin)
+    odd = sorted(set(names) ^ set(own)) or [
+        name
+        for name, leaf, other in zip(names, leaves, origin, strict=True)
+        if leaf.shape != other.shape
+    ]
+    if odd or names != own:
+        raise ValueError(
+            "`projector` was made for other parameters than are trained: they differ "
+            f"at {', '.join(map(repr, odd[:5])) or 'their order'}. Make it from "
+            "`trainer.params`."
+        )
+    if projector.latent_size < sum(leaf.size for leaf in leaves):
+        if constrained:
+            raise ValueError(
+                "`constrain` leads out of the latent space of `projector`, which has "
+                "dropped directions that the data do not constrain. Make the "
+                'projector with `on_null="prior"`, or drop the constraint.'
+            )
+        # A point off the origin may lie where the latent space does not reach.
+        projector = projector.at(params)
+    else:
+        projector = projector.at(
+            cast_like(jax.tree.structure(params).unflatten(origin), params)
+        )
+    return projector, projector.to_latent(params)
+
+
+def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
+    """Refuses rules that have no meaning in the latent space of a projector."""
+    if projector is None or not isinstance(optimiser, ParamOptimiser):
+        return
+    if not projector.has_names:
+        raise ValueError(
+            "`optimiser` is a ParamOptimiser, and `projector` mixes all parameters: "
+            "in its latent space they have no names. Use a plain Optax transformation "
+            "there, such as `optax.adam(1e-2)`; or whiten each parameter or group by "
+            "itself, with `EigenProjector.from_blocks`; or keep the rules, without a "
+            "projector, and precondition: "
+            "`ParamOptimiser(rules, first=vn.precondition(projector))`."
+        )
+    names = paths(projector.origin)
+    owners = optimiser.owners(projector.origin, filtered=True)
+    for block in projector.blocks:
+        if len({owners[index] for index in block}) > 1:
+            mixed = " and ".join(repr(names[index]) for index in block[:5])
+            raise ValueError(
+                f"`optimiser` has several rules for {mixed}, which one block of "
+                "`projector` mixes. Give them one rule, by a tuple, or a block each."
+            )
+    there = _latent_owners(projector, optimiser)
+    for index, block in enumerate(projector.blocks):
+        if there is None or there[index] != owners[block[0]]:
+            raise ValueError(
+                f"`optimiser` has another rule for {names[block[0]]!r} in the latent "
+                "space of `projector`, where its array has another shape. Name the "
+                "parameters, rather than by a predicate on their leaves."
+            )
+
+
+def _latent_owners(
+    projector: EigenProjector, optimiser: Any
+) -> tuple[int | None, ...] | None:
+    """Finds the rule of each latent array, if every rule finds something to own."""
+    try:
+        return optimiser.owners(projector.latent_like, filtered=True)
+    except UnknownPathError:
+        return None
+
+
+def check_ruled(optimiser: Any, params: PyTree) -> None:
+    """Refuses a parameter that would be trained, and never moved."""
+    if not isinstance(optimiser, ParamOptimiser):
+        return
+    owners = cast(ParamOptimiser, optimiser).owners(params, filtered=True)
+    names = paths(params)
+    idle = [n for n, owner in zip(names, owners, strict=True) if owner is None]
+    if idle:
+        raise ValueError(
+            f"`optimiser` has no rule for {', '.join(map(repr, idle[:5]))}, which is "
+            "trained. Give it one, or a `default`; or leave it out of `train`."
+        )
+
+
+def initial_opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:
+    if optimiser is None:
+        return None
+    state = optimiser.init(params if latent is None else latent)
+    return jax.tree.map(jnp.asarray, state)
+
+
+def kept(old: PyTree, new: PyTree) -> PyTree:
+    """Keeps a state if its like is what a new one would be."""
+    kind = lambda tree: [
+        (jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)
+    ]
+    same = jax.tree.structure(old) == jax.tree.structure(new) and kind(old) == kind(new)
+    return old if same else new

@@ -1,0 +1,301 @@
+"""Where a value that is not finite comes from: the data, the parameters, the model."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .._boundary import PyTree, debugged, dotted, is_debugged, spelled
+from .._data import Minibatches, as_batch
+from .._policy import SKIP_ADVICE
+from .._program import version_of
+from .._tree import is_inexact
+from .abstract_trainer import (
+    AbstractTrainer,
+    overrides,
+    progress_of,
+    stripped,
+    template_of,
+    with_progress,
+)
+from .nan_report import is_at_bad_step
+from .objective import (
+    defined,
+    live,
+    negative_log_likelihood,
+    residuals_as_returned,
+    score,
+    step_key,
+)
+
+# How many leaves are named.
+_MOST_NAMED = 4
+
+DATA_ADVICE = "Leave such data out of the batch, or give them no weight."
+
+_GRADIENT_REMEDY = (
+    "Look for `jnp.sqrt` or `jnp.linalg.norm` at zero, and for a `jnp.where` that "
+    "hides a value which is not finite: its gradient still meets that value."
+)
+
+
+class Diagnosis(NamedTuple):
+    """Sentences about what is not finite.
+
+    **Attributes:**
+
+    - `data`: leaves of the batch.
+    - `model`: parameters, and arrays of the model that are frozen.
+    - `results`: what is computed from them.
+    """
+
+    data: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """All of it, as sentences."""
+        return " ".join((*self.data, *self.model, *self.results))
+
+    @property
+    def advised(self) -> str:
+        """All of it, and what to do about it in a fit."""
+        return f"{self} {DATA_ADVICE if self.data else SKIP_ADVICE}".lstrip()
+
+    @property
+    def advised_on_data(self) -> str:
+        """All of it, and what to do about it in a solve, which skips no step."""
+        return f"{self} {DATA_ADVICE}" if self.data else str(self)
+
+
+def explain_non_finite(trainer: AbstractTrainer, batch: Any) -> str:
+    """Says in sentences where a value that is not finite comes from.
+
+    It names the leaves of the batch, the parameters and the frozen arrays that are not
+    finite, and which of the trainer's methods, or which gradient, is not. The methods
+    are evaluated for this, in a program of their own.
+
+    **Arguments:**
+
+    - `trainer`: a trainer. After a step that was not finite, the random key and the
+        minibatch are those of that step.
+    - `batch`: one batch, any pytree, or [`vernal.Minibatches`][].
+    """
+    return str(diagnosed(trainer, batch))
+
+
+def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
+    """Returns what `explain_non_finite` says, by origin.
+
+    **Raises:**
+
+    - `FloatingPointError`: at the operation that it comes from, if JAX was asked to, by
+        `jax_debug_nans` or `jax_debug_infs`.
+    """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((trainer.params, batch))):
+        return Diagnosis((), (), ("Outside of `jax.jit` it can be said where from.",))
+    data, model = bad_data(batch), _bad_model(trainer)
+    trainer = _at_bad_step(trainer)
+    if isinstance(batch, Minibatches):
+        step = trainer.step_count
+        batch = batch.next(batch.start(step), step)[0]
+    bare, batch = stripped(trainer), as_batch(batch)
+    if is_debugged():
+        _raise_at_origin(bare, batch)
+    results = _bad_results(bare, batch)
+    if results:
+        results = (*_empty(batch), *results)
+    if data or model:
+        return Diagnosis(data, model, tuple(f"{r[0].upper()}{r[1:]}" for r in results))
+    if results:
+        first, *rest = results
+        first = f"The data and the parameters are finite: {first}"
+        return Diagnosis((), (), (first, *rest))
+    found = "The data, the parameters, the loss and its gradient are finite."
+    return Diagnosis((), (), (found, *_bad_update(trainer, batch)))
+
+
+def bad_data(batch: Any) -> tuple[str, ...]:
+    """Says of each leaf of a batch how many of its numbers are not finite, and where.
+
+    Of [`vernal.Minibatches`][] it looks at all the examples.
+    """
+    is_whole = isinstance(batch, Minibatches)
+    tree = batch.arrays if is_whole else as_batch(batch)
+    of_all = " of all the examples" if is_whole else ""
+    bad = _bad_leaves(tree)
+    named = [f"{spelled('batch', keys)} {what}{of_all}." for keys, what in bad]
+    return _abridged(named)
+
+
+def _empty(batch: Any) -> tuple[str, ...]:
+    """Names the arrays of a batch that have no numbers: a mean over nothing is NaN."""
+    empty = [keys for keys, leaf in _leaves(as_batch(batch)) if 0 in np.shape(leaf)]
+    return _abridged([f"{spelled('batch', keys)} is empty." for keys in empty])
+
+
+def _bad_update(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
+    """Says which hook, or else that the optimiser, makes an update that is not finite.
+
+    The hooks are tried at the parameters before the step.
+    """
+    *_, lasts = jax.device_get(progress_of(trainer).nan_counts)
+    if lasts[-1] < lasts.max() or lasts[-1] < 0:
+        return ()
+    hooks: dict[str, Callable[..., Any]] = {
+        "transform_grads": lambda *args: args[0].transform_grads(
+            _gradients(*args), args[0].model
+        ),
+        "constrain": lambda *args: template_of(trainer).trained(
+            args[0].constrain(args[0].model)
+        ),
+    }
+    for name, hook in hooks.items():
+        if overrides(trainer, name):
+            changed = _evaluated(stripped(trainer), batch, hook)
+            if bad := [repr(dotted(keys)) for keys, _ in _bad_leaves(changed)]:
+                names = ", ".join(bad[:_MOST_NAMED])
+                return (f"What `{name}` returns is not finite in {names}.",)
+    own = [f"`{name}`" for name in hooks if overrides(trainer, name)]
+    makers = " or ".join(["the optimiser", *own])
+    return (f"The update that {makers} made of it is not.",)
+
+
+def _bad_model(trainer: AbstractTrainer) -> tuple[str, ...]:
+    trained = {keys for keys, _ in _leaves(trainer.params)}
+    return _abridged(
+        [
+            f"The {'parameter' if keys in trained else 'frozen value'} "
+            f"{dotted(keys)!r} {what}."
+            for keys, what in _bad_leaves(trainer.model)
+        ]
+    )
+
+
+def _abridged(sentences: list[str]) -> tuple[str, ...]:
+    more = len(sentences) - _MOST_NAMED
+    if more <= 0:
+        return tuple(sentences)
+    return (*sentences[:_MOST_NAMED], f"{more} more leaves are not finite.")
+
+
+def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _bad_leaves(tree: PyTree) -> list[tuple[Any, str]]:
+    """Lists the keys of each leaf that is not finite, and what is wrong with it."""
+    is_number = lambda leaf: is_inexact(leaf) or isinstance(leaf, float | complex)
+    described = [(k, _described(x)) for k, x in _leaves(tree) if is_number(x)]
+    return [(keys, what) for keys, what in described if what]
+
+
+@jax.jit
+def _counts(array: Any) -> Any:
+    # On the devices where it lies: only two counts and two places come to the host.
+    flags = jnp.isnan(array).ravel(), jnp.isinf(array).ravel()
+    return [(jnp.sum(flag), jnp.argmax(flag)) for flag in flags]
+
+
+def _described(leaf: Any) -> str:
+    """Says what is not finite in an array, nothing if all of it is."""
+    shape, parts = np.shape(leaf), []
+    if math.prod(shape) == 0:
+        return ""
+    (nans, first_nan), (infinities, first_infinity) = jax.device_get(_counts(leaf))
+    if not shape:
+        return "is NaN" if nans else "is infinite" if infinities else ""
+    for count, first, one, many in (
+        (nans, first_nan, "NaN", "NaNs"),
+        (infinities, first_infinity, "infinity", "infinities"),
+    ):
+        if count:
+            where = _index(first, shape)
+            parts.append(
+                f"1 {one}, at {where}"
+                if count == 1
+                else f"{count} {many}, the first at {where}"
+            )
+    return f"has {', and '.join(parts)}" if parts else ""
+
+
+def _index(flat: Any, shape: tuple[int, ...]) -> str:
+    return str([int(i) for i in np.unravel_index(int(flat), shape)])
+
+
+def _at_bad_step(trainer: AbstractTrainer) -> Any:
+    """Returns the trainer as it was before its last step, if that was a bad one."""
+    if not is_at_bad_step(trainer):
+        return trainer
+    progress = progress_of(trainer)
+    before = eqx.tree_at(lambda p: p.step_count, progress, progress.step_count - 1)
+    return with_progress(trainer, before)
+
+
+def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
+    """Says which of a trainer's methods, or which gradient, is not finite."""
+    methods = defined(trainer)
+    found = [_bad_result(trainer, batch, name) for name in methods]
+    if any(found):
+        return tuple(sentence for sentence in found if sentence)
+    bad = _bad_result(trainer, batch, "")
+    if bad:
+        return (bad,)
+    grads = _evaluated(trainer, batch, _gradients)
+    names = [repr(dotted(keys)) for keys, _ in _bad_leaves(grads)]
+    if not names:
+        return ()
+    shown = ", ".join(names[:_MOST_NAMED]) + ", ..." * (len(names) > _MOST_NAMED)
+    return (f"the loss is finite, but not its gradient in {shown}.", _GRADIENT_REMEDY)
+
+
+def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
+    """Says whether one method is finite, by default what a fit minimises."""
+    method = {
+        "residuals": residuals_as_returned,
+        "nll": negative_log_likelihood,
+    }.get(name, lambda *args: score(*args).loss)
+    value = _evaluated(trainer, batch, method)
+    if value is None or not is_inexact(value) or not _described(value):
+        return ""
+    what = f"`{name}`" if name else "half the sum of squared `residuals`"
+    (nans, first_nan), (_, first_infinity) = jax.device_get(_counts(value))
+    kind, first = ("NaN", first_nan) if nans else ("infinite", first_infinity)
+    if not value.shape:
+        return f"{what} is {kind}."
+    size = value.size if value.ndim == 1 else f"shape {value.shape}"
+    return f"{what} is {kind} first at {_index(first, value.shape)} of {size}."
+
+
+def _gradients(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
+    loss = lambda params: score(live(trainer, params), batch, key).loss
+    return jax.grad(loss)(trainer.params)
+
+
+def _raise_at_origin(trainer: AbstractTrainer, batch: Any) -> None:
+    """Evaluates the loss and its gradient one operation after the other."""
+    key = step_key(trainer)
+    with debugged(), jax.disable_jit():
+        for evaluate in (score, _gradients):
+            try:
+                evaluate(trainer, batch, key)
+            except FloatingPointError:
+                raise
+            except Exception:
+                # What is explained is another error, as in `_evaluated`.
+                return
+
+
+def _evaluated(trainer: AbstractTrainer, batch: Any, method: Callable[..., Any]) -> Any:
+    """Evaluates a method, `None` if that fails: what is explained is another error."""
+    # A new function, so that it is compiled anew: the user's code may have changed.
+    fn = eqx.filter_jit(lambda t, b: method(t, b, step_key(t)))
+    with contextlib.suppress(Exception), version_of((trainer, batch)).context():
+        return fn(trainer, batch)
+    return None

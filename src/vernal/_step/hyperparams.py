@@ -1,0 +1,143 @@
+"""Numbers that a user sets, and that live in an optimiser's state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from jax.core import Tracer
+from jaxtyping import Array
+
+from .._boundary import PyTree
+from .._tree import cast_like, is_inexact
+from .abstract_trainer import AbstractTrainer
+from .construct import initial_opt_state
+from .precision import precision_of
+
+# The fields of Optax's states that begin with what a user gave. All else in a state is
+# made from the parameters and the gradients.
+_USER_SET: dict[type, str] = {
+    optax.InjectHyperparamsState: "hyperparams",
+    optax.InjectStatefulHyperparamsState: "hyperparams",
+    optax.AddNoiseState: "rng_key",
+    optax.contrib.DifferentiallyPrivateAggregateState: "rng_key",
+    optax.contrib.ScheduleFreeState: "b1",
+    optax.contrib.MomoState: "lb",
+    optax.contrib.MomoAdamState: "lb",
+    optax.contrib.DAdaptAdamWState: "estim_lr",
+    optax.contrib.ProdigyState: "estim_lr",
+}
+
+
+def user_set(state: PyTree) -> PyTree:
+    """Picks what a user sets out of an optimiser's state, with `None` elsewhere.
+
+    A hyperparameter with a schedule is left out: every step sets it anew.
+    """
+    return jax.tree.map(
+        lambda leaf, flag: leaf if flag else None, state, _flags(state, False)
+    )
+
+
+def _flags(state: PyTree, is_set: bool) -> PyTree:
+    is_known = lambda node: type(node) in _USER_SET
+    return jax.tree.map(
+        lambda node: _flags_of(node) if is_known(node) else is_set,
+        state,
+        is_leaf=is_known,
+    )
+
+
+def _flags_of(node: Any) -> Any:
+    name = _USER_SET[type(node)]
+    fields = {
+        field: _flags(getattr(node, field), field == name) for field in node._fields
+    }
+    for scheduled in getattr(node, "hyperparams_states", ()):
+        fields[name][scheduled] = False
+    return type(node)(**fields)
+
+
+def beginning(trainer: AbstractTrainer) -> PyTree:
+    """Returns what the user set of a trainer's optimiser, as it begins with it."""
+    if not jax.tree.leaves(user_set(trainer.opt_state)):
+        return None
+    with precision_of(trainer):
+        return user_set(
+            initial_opt_state(trainer.optimiser, trainer.params, trainer.latent)
+        )
+
+
+def settled(state: PyTree, before: PyTree, now: PyTree) -> PyTree:
+    """Puts into a state what a user has set otherwise since it began.
+
+    **Arguments:**
+
+    - `state`: the state of an optimiser.
+    - `before`: what `user_set` picks of the state that the optimiser began with.
+    - `now`: the same of the optimiser as it is to be.
+    """
+    return jax.tree.map(_settled, state, before, now)
+
+
+def _settled(old: Any, before: Any, now: Any) -> Any:
+    if before is None or now is None:
+        return old
+    is_other = _differs(before, now)
+    if not isinstance(is_other, Tracer) and not is_other.any():
+        return old
+    # The dtype stays if it can, so that nothing is compiled anew.
+    now = cast_like(now, old) if is_inexact(old) or not is_inexact(now) else now
+    if not isinstance(is_other, Tracer) and is_other.all() and now.shape == old.shape:
+        return now
+    return jnp.where(is_other, now, old)
+
+
+def _differs(a: Array, b: Array) -> Any:
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+        return (a != b).any(-1)
+    if a.dtype == jnp.uint32:
+        # A key of the old kind: its words belong together.
+        return (a != b).any(-1, keepdims=True)
+    return (a != b) & ~((a != a) & (b != b))
+
+
+def carried_over(
+    trainer: AbstractTrainer, params: PyTree, latent: PyTree, fresh: PyTree
+) -> PyTree:
+    """Returns the state with which another optimiser goes on.
+
+    That is the old one's, if the new one's has the same structure, shapes and dtypes,
+    with what the user has set otherwise; else the new one's.
+
+    **Arguments:**
+
+    - `trainer`: the trainer with the old optimiser.
+    - `params`, `latent`: where it stands.
+    - `fresh`: the first state of the new optimiser.
+    """
+    old = trainer.opt_state
+    if not _fits(old, fresh):
+        return fresh
+    now = user_set(fresh)
+    if not jax.tree.leaves(now):
+        return old
+    before = user_set(initial_opt_state(trainer.optimiser, params, latent))
+    return settled(old, before, now)
+
+
+def _fits(old: PyTree, new: PyTree) -> bool:
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        return False
+    # What a user sets may be an integer once, and a float then.
+    flags = jax.tree.leaves(_flags(old, False))
+    kinds = [
+        [
+            (jnp.shape(leaf), None if flag else jnp.result_type(leaf))
+            for leaf, flag in zip(jax.tree.leaves(tree), flags, strict=True)
+        ]
+        for tree in (old, new)
+    ]
+    return kinds[0] == kinds[1]

@@ -1,0 +1,78 @@
+"""A model taken apart: what is trained, what is frozen, what is no array at all."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from .._closure import Closure, refuse_static_arrays
+from .._pickling import Portable
+from .._tree import is_inexact
+
+
+class ModelTemplate(Portable, eqx.Module):
+    """All of a model but its trained parameters.
+
+    Arrays are leaves; what is no array (functions, Python numbers, strings) is static
+    and compared by value. So the whole goes through plain `jax.jit`, whatever leaves
+    the model has.
+    """
+
+    frozen: tuple[Any, ...]
+    others: Closure
+    kinds: tuple[str, ...] = eqx.field(static=True)
+    structure: Any = eqx.field(static=True)
+
+    def __init__(self, model: Any, owners: Sequence[int | None]):
+        """**Arguments:**
+
+        - `model`: the model.
+        - `owners`: for each of its leaves, `None` if it is not trained.
+        """
+        leaves, self.structure = jax.tree.flatten(model)
+        refuse_static_arrays(model)
+        self.kinds = tuple(map(_kind, leaves, owners))
+        self.frozen = tuple(
+            leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+            for leaf, kind in zip(leaves, self.kinds, strict=True)
+            if kind == "frozen"
+        )
+        self.others = Closure.encode(
+            tuple(
+                leaf
+                for leaf, kind in zip(leaves, self.kinds, strict=True)
+                if kind == "other"
+            )
+        )
+
+    def join(self, params: Any) -> Any:
+        """Puts the model together again around the parameters."""
+        sources = {
+            "trained": iter(jax.tree.leaves(params)),
+            "frozen": iter(self.frozen),
+            "other": iter(self.others.decode()),
+        }
+        return self.structure.unflatten([next(sources[kind]) for kind in self.kinds])
+
+    def trained(self, model: Any) -> Any:
+        """Picks the parameters out of another model of the same structure."""
+        leaves = self.structure.flatten_up_to(model)
+        return self.structure.unflatten(
+            [
+                leaf if kind == "trained" else None
+                for leaf, kind in zip(leaves, self.kinds, strict=True)
+            ]
+        )
+
+
+def _kind(leaf: Any, owner: int | None) -> str:
+    if owner is not None:
+        return "trained"
+    is_numeric = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV"
+    # NumPy's scalars of integers stay as they are: one may be the size of an array.
+    is_array = isinstance(leaf, jax.Array) or is_numeric or is_inexact(leaf)
+    return "frozen" if is_array else "other"

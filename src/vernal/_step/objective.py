@@ -1,0 +1,204 @@
+"""What is fitted: a user's `loss`, `nll` or `residuals`, called and checked."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._boundary import PyTree
+from .._data import as_given
+from .._tree import cast_alike, is_inexact
+from .abstract_trainer import AbstractTrainer, progress_of, with_progress
+from .outer import warn_of_outer
+
+METHODS = ("loss", "residuals", "nll")
+
+
+class Scored(NamedTuple):
+    """A loss, the metrics that were returned beside it, and the new state."""
+
+    loss: Float[Array, ""]
+    metrics: dict[str, Any]
+    state: PyTree
+
+
+def defined(trainer: AbstractTrainer) -> tuple[str, ...]:
+    """Lists which of the three methods a trainer's class defines."""
+    kind = type(trainer)
+    return tuple(name for name in METHODS if callable(getattr(kind, name, None)))
+
+
+def live(trainer: AbstractTrainer, params: Any) -> Any:
+    """Returns the trainer as its methods see it when they are called at `params`."""
+    return with_progress(
+        trainer, eqx.tree_at(lambda p: p.params, progress_of(trainer), params)
+    )
+
+
+def step_key(trainer: AbstractTrainer) -> PRNGKeyArray | None:
+    """Returns the key of the step that comes next, if the trainer has a key."""
+    if trainer.key is None:
+        return None
+    return jax.random.fold_in(trainer.key, trainer.step_count)
+
+
+def score(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
+) -> Scored:
+    """Evaluates what a trainer's class minimises.
+
+    That is `loss` where it is defined, else the negative log-likelihood. The model is
+    the trainer's own, unless another is given.
+    """
+    model = trainer.model if model is None else model
+    if "loss" not in defined(trainer):
+        return Scored(negative_log_likelihood(trainer, batch, key, model), {}, None)
+    options = {} if trainer.state is None else {"state": trainer.state}
+    returned = _call(trainer, "loss", model, batch, key, **options)
+    loss, metrics, state = _taken_apart(trainer, returned)
+    if options:
+        what, remedy = "The state that `loss` returns", "Give `state=` as {}."
+        state = cast_alike(state, trainer.state, what, "`state`", remedy)
+    named = {str(k): _as_metric(trainer, k, v) for k, v in metrics.items()}
+    return Scored(_as_scalar(trainer, "loss", loss), named, state)
+
+
+def _taken_apart(
+    trainer: AbstractTrainer, returned: Any
+) -> tuple[Any, dict[Any, Any], Any]:
+    """Finds the loss, the metrics and the state in what a `loss` returned."""
+    parts = returned if isinstance(returned, tuple) else (returned,)
+    has_state = trainer.state is not None
+    match parts if has_state else (*parts, None):
+        case (loss, state):
+            return loss, {}, state
+        case (loss, dict() as metrics, state):
+            return loss, metrics, state
+    found = f"a tuple of {len(parts)}" if len(parts) > 1 else "one value"
+    expected = (
+        "with `state=` the pair `(scalar, state)`, or `(scalar, metrics, state)` with "
+        "a dict of metrics"
+        if has_state
+        else "a scalar, or the pair `(scalar, dict of metrics)`"
+    )
+    raise TypeError(
+        f"`{type(trainer).__name__}.loss` returned {found}. It must return {expected}."
+    )
+
+
+def evaluate(trainer: AbstractTrainer, batch: Any) -> Float[Array, ""]:
+    """Scores a trainer's model on a validation batch."""
+    value = trainer.evaluate(trainer.model, as_given(batch))
+    return _as_scalar(trainer, "evaluate", value)
+
+
+def metric_shapes(trainer: AbstractTrainer, batch: Any) -> dict[str, Any]:
+    """Finds the metrics that a trainer's loss returns, without evaluating it."""
+    return eqx.filter_eval_shape(
+        lambda t, b: score(t, b, t.key).metrics, trainer, batch
+    )
+
+
+def negative_log_likelihood(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
+) -> Float[Array, ""]:
+    """Evaluates `nll` where it is defined, else half the sum of squared residuals."""
+    model = trainer.model if model is None else model
+    if "nll" in defined(trainer):
+        nll = _call(trainer, "nll", model, batch, key)
+        return _as_scalar(trainer, "nll", nll)
+    residuals = residuals_as_returned(trainer, batch, key, model)
+    squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
+    return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
+
+
+def real_residuals(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
+) -> Float[Array, " N"]:
+    """Evaluates `residuals` as one real vector: of a complex one, both its parts."""
+    residuals = residuals_as_returned(trainer, batch, key)
+    if jnp.ndim(residuals) == 0:
+        raise ValueError(
+            f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
+            "an array, with a residual for each datum; for a scalar, define `nll`."
+        )
+    flat = jnp.ravel(residuals)
+    return jnp.concatenate([flat.real, flat.imag]) if _is_complex(flat) else flat
+
+
+def residuals_as_returned(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
+) -> Array:
+    """Evaluates `residuals`, in the shape that they have."""
+    model = trainer.model if model is None else model
+    residuals = _call(trainer, "residuals", model, batch, key)
+    if not hasattr(residuals, "shape"):
+        raise TypeError(
+            f"`{type(trainer).__name__}.residuals` returned a "
+            f"{type(residuals).__name__}. It must return one array, such as "
+            "`(model(x) - y) / sigma`."
+        )
+    if not is_inexact(residuals):
+        raise TypeError(
+            f"`{type(trainer).__name__}.residuals` returned an array of dtype "
+            f"{residuals.dtype}, whose gradient is zero. It must return real or "
+            "complex floating-point numbers."
+        )
+    if 0 in residuals.shape:
+        raise ValueError(
+            f"`{type(trainer).__name__}.residuals` returned an array of shape "
+            f"{residuals.shape}, which has no residual in it. The batch is empty, and "
+            "any model would fit it."
+        )
+    warn_of_outer(trainer, residuals, batch)
+    return residuals
+
+
+def _call(
+    trainer: AbstractTrainer,
+    name: str,
+    model: Any,
+    batch: Any,
+    key: PRNGKeyArray | None,
+    **options: Any,
+) -> Any:
+    method = getattr(trainer, name)
+    if key is not None:
+        options["key"] = key
+    return method(model, as_given(batch), **options)
+
+
+def _as_metric(trainer: AbstractTrainer, name: Any, value: Any) -> Array:
+    if hasattr(value, "dtype") or isinstance(value, int | float | complex):
+        return jnp.asarray(value)
+    raise TypeError(
+        f"`{type(trainer).__name__}.loss` returned the metric {name!r} as a "
+        f"{type(value).__name__}. A metric is an array or a number."
+    )
+
+
+def _is_complex(value: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(value), jnp.complexfloating))
+
+
+def _as_scalar(trainer: AbstractTrainer, name: str, value: Any) -> Float[Array, ""]:
+    where = f"`{type(trainer).__name__}.{name}`"
+    if not isinstance(value, jax.Array | float | int) and not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{where} returned a {type(value).__name__}, but must return a scalar."
+        )
+    array = jnp.asarray(value)
+    if array.shape != ():
+        raise ValueError(
+            f"{where} returned an array of shape {array.shape}, but must return a "
+            "scalar. Sum or average it; if it is a vector of residuals, define "
+            "`residuals` instead."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{where} returned a scalar of dtype {array.dtype}, but must return a "
+            "real floating-point one."
+        )
+    return array

@@ -1,0 +1,73 @@
+"""Residuals of each datum with each value of the model, by broadcasting unawares."""
+
+import math
+import weakref
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from .._boundary import spelled, warn_once
+from .abstract_trainer import AbstractTrainer
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length for length in shape if length != 1)
+
+
+def _suspects(
+    shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
+) -> tuple[str, str | None] | None:
+    """Finds which leaves of a batch make residuals of a shape `(n, n)` from `n` data.
+
+    **Arguments:**
+
+    - `shape`: that of the residuals.
+    - `shapes`: those of the batch, by how a leaf is spelled.
+
+    **Returns:**
+
+    A leaf of `n` elements and one of another shape that goes with it, or `None` for
+    that if the one is a column by itself; `None` if nothing is odd.
+    """
+    square = _squeezed(shape)
+    if len(square) != 2 or square[0] != square[1]:
+        return None
+    size = square[0]
+    # One of so many elements is the data, unless it has many of each datum.
+    is_data = lambda s: (
+        math.prod(s) >= size**2 and (s[0] != size or _squeezed(s) == square)
+    )
+    if any(map(is_data, shapes.values())):
+        return None
+    lines = [name for name, s in shapes.items() if math.prod(s) == size]
+    columns = [name for name in lines if len(shapes[name]) > 1]
+    others = [name for name, s in shapes.items() if name in lines or s[:1] == (size,)]
+    for one in (*columns, *lines):
+        for other in others:
+            if shapes[other] != shapes[one]:
+                return one, other
+    return (columns[0], None) if columns else None
+
+
+def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> None:
+    """Warns, once for a class, of residuals that are more than there are data."""
+    shape = residuals.shape
+    if len(shape) < 2:
+        return
+    flat = jax.tree_util.tree_flatten_with_path(batch)[0]
+    shapes = {spelled("batch", keys): getattr(x, "shape", ()) for keys, x in flat}
+    if (found := _suspects(shape, shapes)) is None:
+        return
+    one, other = found
+    beside = f" and {other} {shapes[other]}" if other else ""
+    warn_once(
+        f"`{type(trainer).__name__}.residuals` returned an array of shape {shape}, "
+        f"and no datum has it: {one} has the shape {shapes[one]}{beside}. Arrays of "
+        f"such shapes broadcast against each other, so that each datum is compared "
+        "with each value of the model, and the fit and its errors are wrong. Give "
+        "them one shape, such as by `y[:, 0]`. If it is on purpose, return "
+        "`residuals.ravel()`.",
+        UserWarning,
+        of=(warn_of_outer, weakref.ref(type(trainer))),
+    )

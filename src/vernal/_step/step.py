@@ -1,0 +1,222 @@
+"""One step of a fit, pure: the order of things, the last guard, best, counts."""
+
+import functools as ft
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from .._boundary import PyTree
+from .._curvature import in_reverse
+from .._policy import all_finite, is_finite, judged
+from .._projection import EigenProjector
+from .._tree import cast_alike, cast_like, require_alike, widest
+from .abstract_trainer import AbstractTrainer, overrides, progress_of
+from .constrain import clip_of, coupled, project
+from .objective import live, score, step_key
+from .progress import Progress, count_non_finite, held_best, ranked
+
+_INPUT = "what it was given"
+_LIKE_INPUT = "Return gradients of the dtypes that it is given."
+_MOVED = ("the parameters", " A learning rate must be one number.")
+
+
+class Outcome(NamedTuple):
+    """What can be told of one step."""
+
+    loss: Float[Array, ""]
+    grads: PyTree
+    accepted: Bool[Array, ""]
+    metrics: dict[str, Any]
+
+
+class _Moved(NamedTuple):
+    """The part of the progress that a step which is not taken leaves alone."""
+
+    params: PyTree
+    latent: PyTree
+    opt_state: PyTree
+    state: PyTree
+
+
+def advance(
+    trainer: AbstractTrainer, batch: Any, *, by_validation: bool = False
+) -> tuple[Progress, Outcome]:
+    """Takes one step of a trainer that has not stopped.
+
+    The order: key; loss and gradients at the current parameters; best; policy;
+    `transform_grads`; pull back; optimiser; last guard; `constrain`; counter.
+
+    **Arguments:**
+
+    - `trainer`: a `Trainer` with an optimiser.
+    - `batch`: what its `loss` is given.
+    - `by_validation`: whether the best is left to a validation.
+
+    **Returns:**
+
+    The progress after the step, and what can be told of the step.
+    """
+    old: Progress = progress_of(trainer)
+    key = step_key(trainer)
+
+    def scored(params: PyTree) -> tuple[Array, tuple[dict[str, Any], PyTree]]:
+        loss, metrics, state = score(live(trainer, params), batch, key)
+        return loss, (metrics, state)
+
+    value_and_grad = jax.value_and_grad(scored, has_aux=True)
+    with in_reverse(f"The loss of `{type(trainer).__name__}`"):
+        (loss, (metrics, state)), grads = value_and_grad(old.params)
+    grads = jax.tree.map(_descending, grads)
+    measured = loss.astype(old.best_loss.dtype)
+    best = held_best(old) if by_validation else ranked(old, measured)
+
+    policy = trainer.nan_policy
+    heeded, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
+    held = _Moved(old.params, old.latent, old.opt_state, old.state)
+
+    def take() -> tuple[_Moved, Bool[Array, ""]]:
+        value = lambda params: scored(params)[0]
+        moved = _move(trainer, heeded, loss, state, value)
+        sound = all_finite((moved.params, moved.latent)) & ~_any_poisoned(
+            (moved.opt_state, state), (old.opt_state, old.state)
+        )
+        return lax.cond(sound, lambda: moved, lambda: held), sound
+
+    moved, sound = lax.cond(verdict.accept, take, lambda: (held, jnp.array(True)))
+
+    def undisturbed() -> tuple[Array, Bool[Array, ""], PyTree]:
+        return old.nan_counts, jnp.asarray(verdict.stop), policy_state
+
+    def disturbed() -> tuple[Array, Bool[Array, ""], PyTree]:
+        bad = [~all_finite(x) for x in (loss, *jax.tree.leaves(grads))]
+        counts = count_non_finite(
+            old.nan_counts, jnp.stack([*bad, ~sound]), old.step_count
+        )
+
+        # The policy has no say on the update, which it does not see. Shown the step
+        # as one whose loss is not finite, it decides whether the fit goes on.
+        def judge_again() -> tuple[Bool[Array, ""], PyTree]:
+            # Under `vmap` both sides of a condition run: a sound step is shown as one.
+            shown = jnp.where(sound, jnp.zeros_like(loss), jnp.nan)
+            blank = jax.tree.map(lambda g: jnp.where(sound, 0, g), grads)
+            _, again, state = judged(policy, shown, blank, old.policy_state)
+            return jnp.asarray(again.stop), state
+
+        stop, state = lax.cond(
+            sound, lambda: (jnp.asarray(verdict.stop), policy_state), judge_again
+        )
+        return counts, stop, state
+
+    nan_counts, stop, policy_state = lax.cond(
+        sound & all_finite((loss, grads)), undisturbed, disturbed
+    )
+    new = Progress(
+        params=moved.params,
+        latent=moved.latent,
+        opt_state=moved.opt_state,
+        policy_state=policy_state,
+        state=moved.state,
+        best=best.params,
+        best_state=best.state,
+        best_loss=best.loss,
+        is_validated=old.is_validated,
+        nan_counts=nan_counts,
+        step_count=old.step_count + 1,
+        stopped=stop,
+    )
+    return new, Outcome(measured, grads, verdict.accept & sound, metrics)
+
+
+def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
+    """Whether an optimiser's state turned bad in this step.
+
+    Some hold an infinity by design, such as the best value before there is one.
+    """
+    flags = [
+        ~is_finite(jnp.where(jnp.isnan(o) | (jnp.isinf(o) & jnp.isinf(n)), 0, n))
+        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+        if jnp.issubdtype(n.dtype, jnp.inexact)
+    ]
+    return ft.reduce(operator.or_, flags, jnp.array(False))
+
+
+def tree_norm(tree: PyTree) -> Float[Array, ""]:
+    """Returns the norm of a tree, all leaves together."""
+    # The squares of a small dtype would overflow long before the norm does.
+    default = jnp.result_type(float)
+    wide = lambda leaf: leaf.astype(widest((leaf.dtype, default)))
+    return optax.tree.norm(jax.tree.map(wide, tree)).astype(default)
+
+
+def _descending(grad: Array) -> Array:
+    # JAX's gradient of a complex parameter is the conjugate of the ascent direction.
+    return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
+
+
+def _move(
+    trainer: AbstractTrainer,
+    grads: PyTree,
+    loss: Array,
+    state: PyTree,
+    value: Callable[[PyTree], Array],
+) -> _Moved:
+    """Applies the optimiser, in the latent space if there is one."""
+    old: Progress = progress_of(trainer)
+    projector = trainer.projector
+    if overrides(trainer, "transform_grads"):
+        changed = trainer.transform_grads(grads, trainer.model)
+        what = "what `transform_grads` returns"
+        grads = cast_alike(changed, grads, what, _INPUT, _LIKE_INPUT)
+    is_constrained = overrides(trainer, "constrain")
+    clip = clip_of(trainer, _INPUT) if is_constrained else None
+    metric = None if clip is None else coupled(trainer, clip)
+    if projector is None:
+        point, value_fn = old.params, value
+    else:
+        point, grads = old.latent, projector.pull_back(grads)
+        value_fn = lambda latent: value(projector.to_params(latent))
+    if clip is not None and metric is not None:
+        grads = _within(clip, metric, point, grads)
+    updates, opt_state = trainer.optimiser.update(
+        grads, old.opt_state, point, value=loss, grad=grads, value_fn=value_fn
+    )
+    moved = optax.apply_updates(point, updates)
+    require_alike(moved, point, "what `optimiser` makes of the parameters", *_MOVED)
+    point = cast_like(moved, point)
+    params = point if projector is None else projector.to_params(point)
+    latent = None if projector is None else point
+    if clip is not None:
+        # Mending what is not finite is no business of a constraint.
+        finite = all_finite((params, latent))
+        params, _ = project(clip, metric, params)
+        if projector is not None:
+            # What comes back is clipped once more, against rounding.
+            latent = projector.to_latent(params)
+            params = clip(projector.to_params(latent))
+        params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
+    return _Moved(params, latent, cast_like(opt_state, old.opt_state), state)
+
+
+def _within(
+    clip: Callable[[PyTree], PyTree],
+    metric: EigenProjector,
+    latent: PyTree,
+    grads: PyTree,
+) -> PyTree:
+    """Takes from a latent gradient what a constraint does not let go.
+
+    It is the way to the point of a full step, projected. Where that is zero the
+    parameters are the best ones that the constraint allows, whatever the optimiser
+    makes of it element by element.
+    """
+    goal = jax.tree.map(jnp.subtract, latent, grads)
+    there, is_clipped = project(clip, metric, metric.to_params(goal))
+    within = jax.tree.map(jnp.subtract, latent, metric.to_latent(there))
+    pick = lambda new, old: jnp.where(is_clipped, new, old).astype(old.dtype)
+    return jax.tree.map(pick, within, grads)

@@ -1,0 +1,104 @@
+"""The directory of a fit's checkpoints: it is recognised, and locked by one fit."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import IO
+
+from .checkpoint_format import FORMAT, sealed, unsealed
+from .file import NewerFormatError
+
+_MARKER = "vernal.json"
+
+# The content of a directory of checkpoints. The marker may be lost or damaged.
+_NAMES = {_MARKER, "lock", "steps", "history.bin", "validation.bin"}
+
+
+def claim(folder: Path) -> IO[str]:
+    """Locks a directory for one fit, until the returned file is closed.
+
+    **Arguments:**
+
+    - `folder`: the directory. It is made if it does not exist.
+
+    **Raises:**
+
+    - `OSError`: if it cannot be written to.
+    - `ValueError`: if another fit is writing to it, or it holds something else.
+    - `NewerFormatError`: if a later version of vernal has written to it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"`checkpoint`: {folder} is a file, not a directory. Name another."
+        )
+    with contextlib.ExitStack() as stack:
+        try:
+            _require_ours(folder)
+            # In this order, the directory is recognised wherever the process is killed.
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / "lock").open("a"))
+            _lock_or_refuse(lock, folder)
+            (folder / "steps").mkdir(exist_ok=True)
+            _mark(folder / _MARKER)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"`checkpoint`: {folder} cannot be written to ({error}). Give another "
+                "directory, or remove what is in the way.",
+            ) from error
+        stack.pop_all()
+        return lock
+
+
+def _require_ours(folder: Path) -> None:
+    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    written_by = _format(folder / _MARKER)
+    # A process that was killed at its beginning leaves a lock and a marker.
+    is_ours = written_by is not None or len(names & _NAMES) > 1
+    if not is_ours and names - {"lock", _MARKER}:
+        raise ValueError(
+            f"`checkpoint`: {folder} holds something else than checkpoints. Give "
+            "an empty directory, or one that does not exist yet."
+        )
+    require_known(written_by or FORMAT, folder)
+
+
+def require_known(written_by: int, folder: Path) -> None:
+    """Checks that this version of vernal knows a format."""
+    if written_by > FORMAT:
+        raise NewerFormatError(
+            f"`checkpoint`: {folder} was written by a later version of vernal. Upgrade "
+            "it, or give another directory."
+        )
+
+
+def _format(marker: Path) -> int | None:
+    """Returns the format that a marker names; `None` if it is lost or damaged."""
+    try:
+        return unsealed(marker.read_bytes())["format"]
+    except (OSError, ValueError):
+        return None
+
+
+def _mark(marker: Path) -> None:
+    if _format(marker) is None:
+        new = marker.with_suffix(".new")
+        new.write_text(sealed({"format": FORMAT}))
+        os.replace(new, marker)
+
+
+def _lock_or_refuse(lock: IO[str], folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # On Windows two fits in one directory are not noticed.
+        return
+    try:
+        # The kernel unlocks it when the process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"`checkpoint`: another fit is writing to {folder} now. Wait for it, or "
+            "give another directory."
+        ) from None
+    except OSError:  # Some file systems of networks have no locks.
+        return

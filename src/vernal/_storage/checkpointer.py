@@ -1,0 +1,205 @@
+"""Writes checkpoints while a fit is under way, and restores from them."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from .._boundary import PyTree, warn
+from .._devices import Peers
+from .._step import AbstractTrainer, progress_of
+from .._tree import NamedArray, from_arrays, to_arrays
+from .checkpoint_directory import claim
+from .checkpoint_format import leaves
+from .checkpoint_search import find_newest_whole
+from .checkpoint_store import CheckpointStore, silenced_orbax
+from .checkpoint_timer import CheckpointTimer
+from .checkpoints import Checkpoints
+from .history import History
+from .history_log import HistoryLog
+from .origin import differences
+from .sigterm import DeferredSigterm
+from .snapshot import (
+    beneath,
+    initial_hyperparams,
+    kinds,
+    require_restorable,
+    restore,
+    snapshot,
+    without,
+)
+
+# The name before the paths of what belongs to the fit, and not to the trainer.
+_FIT = "fit"
+
+
+@contextlib.contextmanager
+def open_checkpointer(
+    checkpoints: Checkpoints, stop: str, made_of: Mapping[str, Any], peers: Peers
+) -> Iterator["Checkpointer"]:
+    """Claims a directory, and releases it when everything is written.
+
+    `stop` is the fingerprint of the fit's stop criterion, `made_of` what `origin`
+    returns of its class and its data.
+    """
+    if max(len(peers.numbers), 1) < jax.process_count():
+        raise ValueError(
+            "`checkpoint`: in a program of several processes all of them write a "
+            "checkpoint together. Pass a `mesh` with the devices of all."
+        )
+    folder = checkpoints.directory
+    own = lambda: claim(folder) if peers.is_first else None
+    with contextlib.ExitStack() as stack:
+        # It ends the process at the end, when everything is written.
+        sigterm = stack.enter_context(DeferredSigterm())
+        stack.enter_context(peers.run(own, "a directory") or contextlib.nullcontext())
+        stack.enter_context(silenced_orbax())
+        identity = {"stop": stop, "made_of": made_of}
+        checkpointer = Checkpointer(checkpoints, identity, peers, sigterm)
+        stack.callback(checkpointer.close)
+        yield checkpointer
+
+
+class Checkpointer:
+    """Writes the state of a fit to a directory, and restores it."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        identity: Mapping[str, Any],
+        peers: Peers,
+        sigterm: DeferredSigterm,
+    ):
+        """`identity` has `stop` and `made_of`, as `open_checkpointer` takes them."""
+        self._folder, self._identity = checkpoints.directory, identity
+        self._peers, self._sigterm = peers, sigterm
+        self._store = CheckpointStore(self._folder, checkpoints.keep, peers)
+        self._log = HistoryLog(self._folder, writes=peers.is_first)
+        self._timer = CheckpointTimer(checkpoints.every)
+        self._initial: dict[str, NamedArray] = {}
+        """The hyperparameters that the program begins with."""
+        self._written = None
+        """The progress that the newest checkpoint holds."""
+
+    @property
+    def is_terminating(self) -> bool:
+        """Whether SIGTERM was received, so that the fit is to end."""
+        return self._sigterm.is_received
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to write, and the last write is done."""
+        return self._timer.is_due(step) and not self._store.is_writing
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        with self._explained():
+            self._store.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says what to do if a checkpoint cannot be written."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"{self._source} could not be written to: {error}\nThe checkpoints "
+                "before this one are as they were. Make room, and run the program "
+                "again: it goes on from the last of them."
+            ) from error
+
+    @property
+    def _source(self) -> str:
+        return f"`checkpoint`: {self._folder}"
+
+    def restore(
+        self, trainer: AbstractTrainer, first: int, monitor_state: PyTree
+    ) -> tuple[Any, PyTree, History | None]:
+        """Puts the newest checkpoint that is whole into a trainer, if there is one.
+
+        `first` is how many steps the trainer has taken. The history is `None` if there
+        is no checkpoint.
+        """
+        # A callback may set others later.
+        self._initial = initial_hyperparams(trainer)
+        own = {_FIT: monitor_state}
+        expected = snapshot(trainer) | to_arrays(own)
+        read = lambda step, description: self._read_arrays(
+            step, description, trainer, expected
+        )
+        found = find_newest_whole(self._store, self._log, read, self._folder)
+        if found is None:
+            self._log.clear()
+            return trainer, monitor_state, None
+        if found.step < first:
+            raise ValueError(
+                f"{self._source} holds a fit at step {found.step}, and the trainer is "
+                f"at step {first} already. Give each fit its own directory."
+            )
+        if found.lost:
+            warn(
+                f"The history in {self._folder} is damaged: {found.lost} are lost. The "
+                f"state of step {found.step} is whole; the fit goes on from it without "
+                "them."
+            )
+        self._warn_of_another_fit(found.description)
+        self._log.resume(found.description, found.history)
+        self._timer.last_step = found.step
+        written = beneath(found.arrays, _FIT)
+        is_same = found.description["stop"] == self._identity["stop"]
+        if is_same and kinds(written) == kinds(to_arrays(own)):
+            monitor_state = from_arrays(written, own, self._source)[_FIT]
+        restored = restore(without(found.arrays, _FIT), trainer, self._source)
+        return restored, monitor_state, found.history
+
+    def _read_arrays(
+        self,
+        step: int,
+        description: Mapping[str, Any],
+        trainer: AbstractTrainer,
+        expected: Mapping[str, NamedArray],
+    ) -> dict[str, NamedArray]:
+        written = {path: leaf.kind for path, leaf in leaves(description).items()}
+        require_restorable(without(written, _FIT), trainer, self._source)
+        # Leaves that are not restored may lie anywhere.
+        anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding = lambda path: (
+            expected[path].array.sharding if path in expected else anywhere
+        )
+        return self._store.read_arrays(step, description, sharding)
+
+    def _warn_of_another_fit(self, description: Mapping[str, Any]) -> None:
+        # Checkpoints of earlier versions do not say.
+        old = description.get("made_of") if self._peers.is_first else None
+        if odd := list(differences(old, self._identity["made_of"])) if old else []:
+            warn(
+                f"{self._source} was written by a fit {' and '.join(odd)}. This fit "
+                "takes over its state and its history, with what this program gives. "
+                "If that is not on purpose, give each fit its own directory."
+            )
+
+    def require_columns(self, like: History) -> None:
+        """Checks that what is recorded fits the history there is, before a `write`."""
+        self._log.require_columns(like)
+
+    def mark_as_written(self, trainer: AbstractTrainer) -> None:
+        """Notes that the newest checkpoint holds this trainer."""
+        self._written = progress_of(trainer)
+
+    def write(
+        self,
+        step: int,
+        trainer: AbstractTrainer,
+        monitor_state: PyTree,
+        history: History,
+    ) -> None:
+        """Writes a checkpoint in the background, unless there is one of this state."""
+        if progress_of(trainer) is self._written:
+            return
+        with self._explained():
+            own = to_arrays({_FIT: monitor_state})
+            add = lambda: self._log.append(history)
+            extra = {"log": self._peers.run(add, "a checkpoint"), **self._identity}
+            self._store.write(step, snapshot(trainer) | self._initial | own, extra)
+        self.mark_as_written(trainer)
+        self._timer.restart(step)

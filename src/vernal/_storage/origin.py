@@ -1,0 +1,82 @@
+"""The data and the methods of a fit, by which a checkpoint of another is noticed."""
+
+import inspect
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._data import Source, Stream, Whole
+from .._pickling import digest_of
+from .._step import AbstractTrainer, defined
+from .._tree import is_part, to_arrays
+
+# Of arrays with more bytes only a sample is compared.
+_MAX_BYTES = 2**26
+
+
+def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
+    """Returns checksums of the class and the data of a fit, for JSON."""
+    kind, data = type(trainer), None
+    if not isinstance(source, Stream):
+        tree = source.batch if isinstance(source, Whole) else source.arrays
+        data = {
+            path: [str(leaf.kind), _checksum(leaf.array)]
+            for path, leaf in to_arrays(tree).items()
+        }
+    methods = {name: _digest(getattr(kind, name)) for name in defined(trainer)}
+    return {
+        "class": kind.__name__,
+        # Another version of Python compiles the same text to other code.
+        "methods": {"python": "{}.{}".format(*sys.version_info), **methods},
+        "data": data,
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yields in words how a fit differs from an earlier one."""
+    if old["class"] != new["class"]:
+        yield f"of the class `{old['class']}`"
+    before, now = old["methods"], new["methods"]
+    if before["python"] == now["python"]:
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                yield f"with another `{name}`"
+    before, now = old["data"], new["data"]
+    if before is None or now is None:
+        return
+    for path in (*now, *before):
+        if not _is_same(before.get(path), now.get(path)):
+            yield "of other data (`data` differs" + (f" at {path!r})" if path else ")")
+            return
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    if old is None or new is None:
+        return False
+    # A process that has a part of an array only has no checksum of it.
+    return old[0] == new[0] and (None in (old[1], new[1]) or old[1] == new[1])
+
+
+def _checksum(array: Any) -> int | None:
+    if is_part(array):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = array.addressable_data(0)
+    if array.nbytes > _MAX_BYTES:
+        # An odd stride meets all places in rows of two, four or eight.
+        array = array.reshape(-1)[:: -(-array.nbytes // _MAX_BYTES) | 1]
+    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
+
+
+def _digest(method: Any) -> str | None:
+    fn = inspect.unwrap(method)
+    if (code := getattr(fn, "__code__", None)) is None:
+        return None
+    first, *others = code.co_consts or (None,)
+    if first is not None and first == fn.__doc__:
+        code = code.replace(co_consts=(None, *others))
+    return digest_of(code).hex()

@@ -1,0 +1,139 @@
+"""`save` and `load`: a trainer, or any pytree, in one file."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import jax
+
+from .._boundary import PyTree, file_path, refuse_traced, undebugged
+from .._step import AbstractTrainer, TrainerT
+from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
+from .file import open_file, write_file
+from .snapshot import initial_hyperparams, restore, snapshot
+
+T = TypeVar("T")
+
+
+@undebugged
+def save(path: str | os.PathLike[str], tree: PyTree) -> None:
+    """Writes a trainer, or any pytree, to one file.
+
+    Of a trainer, the file has all that a fit changes: parameters, moments, counts, the
+    best, the projector. It has no configuration (the frozen part of the model, rates,
+    policies, the key): that comes from the program that loads the file. Hyperparameters
+    in the state, as `optax.inject_hyperparams` keeps them, are in the file with their
+    initial values: where the program has others, the program's are taken. Of any other
+    pytree, the file has every array (of numbers, dates or text), PRNG key and Python
+    number, members of an `IntEnum` included. Strings, functions and other objects are
+    left out: they come from the program too.
+
+    ```python
+    vn.save("fit.vernal", result.trainer)
+    trainer = vn.load("fit.vernal", LineFit(model, optimiser))
+    ```
+
+    The file is a zip archive of NumPy's arrays, which `numpy.load` can read too, with
+    a header that has the version of the format and the path, shape and dtype of each
+    leaf. No code is run when it is read. A write that fails leaves the previous file as
+    it was, also if the process is killed; the next write of that file removes what the
+    failed one left.
+
+    **Arguments:**
+
+    - `path`: the file. An existing one is replaced by one of the same mode; of a
+        symbolic link, the target. Other hard links keep the old content. In a program
+        of several processes all of them call this, and the first one writes.
+    - `tree`: a [`vernal.Trainer`][] or any pytree.
+
+    **Raises:**
+
+    - `OSError`: if the file cannot be written, is read-only, or is a pipe or a device.
+    - `TypeError`: if a leaf has data that would be lost: a masked array, a quantity
+        with a unit, a structured array, one of objects or of long doubles, a
+        `Fraction`.
+    - `ValueError`: if an integer has more than 64 bits, a leaf has no values, or a name
+        is not valid Unicode.
+    """
+    file_path(path, "path")
+    refuse_traced("save", tree)
+    if isinstance(tree, AbstractTrainer):
+        arrays = snapshot(tree) | initial_hyperparams(tree)
+    else:
+        require_keepable(tree, "tree")
+        arrays = to_arrays(tree)
+    write_file(path, arrays)
+
+
+@undebugged
+def load(
+    path: str | os.PathLike[str], like: T, *, reset: str | Sequence[str] = ()
+) -> T:
+    """Reads a file that [`vernal.save`][] wrote.
+
+    **Arguments:**
+
+    - `path`: the file.
+    - `like`: a trainer of the same model and optimiser, as the program makes it; its
+        rates, its NaN policy and its key may differ. Or a pytree of the same structure,
+        shapes and dtypes as the one that was saved; its arrays may be
+        `jax.ShapeDtypeStruct`, as `equinox.filter_eval_shape` makes them.
+    - `reset`: of a trainer, what starts again instead of being restored: `"opt_state"`
+        (the moments; the optimiser may then be another), `"best"`, `"nan_report"`,
+        `"policy_state"`, `"state"`, `"step_count"`.
+
+    **Returns:**
+
+    A tree like `like`, with the values of the file. Each array is read into its own
+    memory, after its shape and dtype were compared with those of `like`.
+
+    **Raises:**
+
+    - `ForeignFileError`: if the file was not written by `save`, or is a pipe or a
+        device.
+    - `DamagedFileError`: if it is no longer whole, or its content is not what its
+        header says. Reading takes no more memory than the file has.
+    - `NewerFormatError`: if it was written by a later version of vernal.
+    - `MismatchError`: if `like` is another tree; it names the leaves that differ. These
+        four are subclasses of `LoadError`, and that of `ValueError`.
+    - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
+    """
+    file_path(path, "path")
+    names = (reset,) if isinstance(reset, str) else reset
+    is_sequence = isinstance(names, Sequence)
+    if not is_sequence or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f'`reset` is {reset!r}, but must be names such as `("opt_state",)`.'
+        )
+    source = f"`path`: {os.fspath(path)}"
+    with open_file(path) as arrays:
+        if isinstance(like, AbstractTrainer):
+            return _restored(arrays, like, source, reset)
+        if reset:
+            raise ValueError(
+                "`reset` is for trainers, and `like` is not one. Replace its leaves "
+                "after loading instead, with `equinox.tree_at`."
+            )
+        return from_arrays(arrays, like, source)
+
+
+def _restored(
+    arrays: Mapping[str, NamedArray],
+    like: TrainerT,
+    source: str,
+    reset: str | Sequence[str],
+) -> TrainerT:
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
+        raise ValueError(
+            "`like` is a trainer without values, and its rates, its key and the "
+            "frozen part of its model would stay so. Make it outside of `eval_shape`."
+        )
+    try:
+        return restore(arrays, like, source, reset)
+    except MismatchError as error:
+        if "opt_state" not in reset:
+            error.add_note(
+                "If only the optimiser is another, on purpose, "
+                '`reset=("opt_state",)` starts its moments again.'
+            )
+        raise

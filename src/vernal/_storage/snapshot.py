@@ -1,0 +1,190 @@
+"""The state of a trainer, as it is saved and put into another one like it."""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from .._boundary import PyTree, nearest_names
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    beginning,
+    initial_opt_state,
+    initial_progress,
+    progress_of,
+    settled,
+    with_progress,
+)
+from .._tree import (
+    Kind,
+    NamedArray,
+    from_arrays,
+    require_alike_kinds,
+    strong,
+    to_arrays,
+)
+
+T = TypeVar("T")
+
+# The fields that each name of `reset` stands for.
+_RESETTABLE = {
+    "opt_state": ("opt_state",),
+    "policy_state": ("policy_state",),
+    "best": ("best", "best_state", "best_loss", "is_validated"),
+    "nan_report": ("nan_counts",),
+    "state": ("state",),
+    "step_count": ("step_count",),
+}
+
+# The name before the paths of the hyperparameters that an optimiser began with.
+_INITIAL = "begun"
+
+
+def snapshot(trainer: AbstractTrainer) -> dict[str, NamedArray]:
+    """Returns all that a fit changes: parameters, moments, counts, best, projector.
+
+    Configuration (frozen leaves, rates, policies) is not a part of it.
+    """
+    return to_arrays(_state(trainer))
+
+
+def initial_hyperparams(trainer: AbstractTrainer) -> dict[str, NamedArray]:
+    """Returns the hyperparameters in an optimiser's state at its beginning.
+
+    Saved beside a snapshot, they show which of them a program has changed since.
+    """
+    return to_arrays({_INITIAL: beginning(trainer)})
+
+
+def _state(trainer: AbstractTrainer) -> OrderedDict[str, PyTree]:
+    progress = progress_of(trainer)
+    # The parameters come first, so that errors name what a user knows about.
+    names = [field.name for field in dataclasses.fields(progress)]
+    state = OrderedDict((name, getattr(progress, name)) for name in names)
+    state["projector"] = trainer.projector
+    return state
+
+
+def kinds(arrays: Mapping[str, NamedArray]) -> dict[str, Kind]:
+    """Returns the kind of each leaf."""
+    return {path: leaf.kind for path, leaf in arrays.items()}
+
+
+def beneath(leaves: Mapping[str, T], *fields: str) -> dict[str, T]:
+    """Returns the leaves whose path begins with one of the fields."""
+    return {path: leaf for path, leaf in leaves.items() if _field(path) in fields}
+
+
+def without(leaves: Mapping[str, T], *fields: str) -> dict[str, T]:
+    """Returns the leaves whose path begins with none of the fields."""
+    return {path: leaf for path, leaf in leaves.items() if _field(path) not in fields}
+
+
+def _field(path: str) -> str:
+    return path.partition(".")[0]
+
+
+def require_restorable(
+    saved: Mapping[str, Kind],
+    trainer: AbstractTrainer,
+    source: str,
+    reset: Iterable[str] = (),
+) -> tuple[str, ...]:
+    """Checks that a snapshot fits a trainer, from the kinds of its leaves alone.
+
+    It returns the fields that are not restored: those of `reset`, and the state of a
+    NaN policy if the snapshot has that of another policy.
+    """
+    own = kinds(snapshot(trainer) | initial_hyperparams(trainer))
+    changed = _changed_hyperparams(saved, own)
+    fields = set()
+    for name in (reset,) if isinstance(reset, str) else reset:
+        if name not in _RESETTABLE:
+            raise ValueError(
+                f"`reset` names {name!r}, which cannot be reset. "
+                f"{nearest_names(name, list(_RESETTABLE))}"
+            )
+        fields |= set(_RESETTABLE[name])
+    saved = {path: kind for path, kind in saved.items() if path not in changed}
+    saved |= {path: kind for path, kind in own.items() if path in changed}
+    saved, own = without(saved, _INITIAL), without(own, _INITIAL)
+    if beneath(saved, "policy_state") != beneath(own, "policy_state"):
+        fields.add("policy_state")
+    require_alike_kinds(without(saved, *fields), without(own, *fields), source)
+    return tuple(fields)
+
+
+def restore(
+    saved: Mapping[str, NamedArray],
+    trainer: AbstractTrainer,
+    source: str,
+    reset: Iterable[str] = (),
+) -> Any:
+    """Puts a snapshot, and `initial_hyperparams` if saved, into a trainer like its own.
+
+    Raises a `MismatchError` if the model or the optimiser is another.
+    """
+    fields = require_restorable(kinds(saved), trainer, source, reset)
+    saved = _with_own_hyperparams(saved, trainer)
+    like = _state(trainer)
+    for name in fields:
+        del like[name]
+    state = from_arrays(without(saved, *fields, _INITIAL), like, source)
+    before, own = beneath(saved, _INITIAL), {_INITIAL: beginning(trainer)}
+    if "opt_state" in state and before and kinds(before) == kinds(to_arrays(own)):
+        before = from_arrays(before, own, source)
+        state["opt_state"] = settled(
+            state["opt_state"], before[_INITIAL], own[_INITIAL]
+        )
+    projector = state.pop("projector")
+    if fields:
+        state |= _initial_fields(trainer, state, fields)
+    return with_progress(trainer, Progress(**state), projector=projector)
+
+
+def _changed_hyperparams(
+    saved: Mapping[str, Kind], own: Mapping[str, Kind]
+) -> set[str]:
+    """Returns the hyperparameters that only one of the two has, or of another kind."""
+    changed = set()
+    for path in beneath(saved, _INITIAL) | beneath(own, _INITIAL):
+        in_state = f"opt_state{path.removeprefix(_INITIAL)}"
+        # The first files do not have the initial values.
+        is_known = (path in saved) == (in_state in saved)
+        if is_known and any(saved.get(p) != own.get(p) for p in (path, in_state)):
+            changed |= {path, in_state}
+    return changed
+
+
+def _with_own_hyperparams(
+    saved: Mapping[str, NamedArray], trainer: AbstractTrainer
+) -> dict[str, NamedArray]:
+    """Takes changed hyperparameters from the program, whose configuration they are."""
+    own, merged = snapshot(trainer) | initial_hyperparams(trainer), dict(saved)
+    for path in _changed_hyperparams(kinds(saved), kinds(own)):
+        old, new = merged.pop(path, None), own.get(path)
+        if new is None:
+            continue
+        if old is not None and old.kind.shape == new.kind.shape:
+            # Only the dtype is another: a callback may have changed the number since.
+            new = new._replace(array=np.asarray(old.array).astype(new.kind.dtype))
+        merged[path] = new
+    return merged
+
+
+def _initial_fields(
+    trainer: AbstractTrainer, restored: Mapping[str, PyTree], fields: tuple[str, ...]
+) -> dict[str, PyTree]:
+    """Returns fields as those of a trainer that has not taken a step."""
+    params, latent = restored["params"], restored["latent"]
+    state = trainer.state if "state" in fields else restored["state"]
+    opt_state = None
+    if "opt_state" in fields:
+        opt_state = initial_opt_state(trainer.optimiser, params, latent)
+    policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
+    new = initial_progress(params, latent, opt_state, policy_state, state)
+    return {name: getattr(new, name) for name in fields}

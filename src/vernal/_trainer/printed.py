@@ -1,0 +1,84 @@
+"""What `print(trainer)` shows, and the short `repr` of tracebacks."""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from .._optimiser import ParamOptimiser
+from .._step import AbstractTrainer, progress_of, template_of
+from .._tree import aligned, named_leaves
+
+_MOST_ROWS = 64
+
+
+def in_short(trainer: AbstractTrainer) -> str:
+    """Describes a trainer in one line. Never raises."""
+    parts = ["..."]
+    # It may be half made, or have anything for its leaves.
+    with contextlib.suppress(Exception):
+        progress = progress_of(trainer)
+        node = template_of(trainer).structure.node_data()
+        model = "array" if node is None else node[0].__name__
+        count = len(jax.tree.leaves(progress.params))
+        parts = [model, f"{count} parameter{'' if count == 1 else 's'}"]
+        if np.ndim(progress.step_count):
+            parts.append(f"{len(progress.step_count)} members")
+        parts.append(f"step_count={_value(progress.step_count)}")
+        parts.append(f"best_loss={_value(progress.best_loss)}")
+    return f"{type(trainer).__name__}({', '.join(parts)})"
+
+
+def printed(trainer: AbstractTrainer) -> str:
+    """Tabulates the parameters of a trainer: values, and which are fitted by what."""
+    line = in_short(trainer)
+    with contextlib.suppress(Exception):
+        return f"{line}\n{aligned(_rows(trainer))}"
+    return line
+
+
+def _rows(trainer: AbstractTrainer) -> list[tuple[str, str, str]]:
+    trained = _trained_by(trainer)
+    rows = []
+    for leaf in named_leaves(trainer.model):
+        if fate := trained.get(leaf.path) or leaf.unfitted:
+            rows.append((leaf.path, _value(leaf.value), fate))
+    more = len(rows) - _MOST_ROWS
+    shown = [*rows[:_MOST_ROWS], *([(f"{more} more", "…", "")] if more > 0 else [])]
+    return [("parameter", "value", ""), *shown]
+
+
+def _trained_by(trainer: AbstractTrainer) -> dict[str, str]:
+    """Says of each trained parameter what trains it."""
+    names = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
+    optimiser = trainer.optimiser
+    if not isinstance(optimiser, ParamOptimiser):
+        return dict.fromkeys(names, "trained")
+    try:
+        owners = optimiser.owners(trainer.params, filtered=True)
+    except Exception:  # A predicate may ask of a leaf what this one does not have.
+        return dict.fromkeys(names, "trained")
+    return {
+        name: "trained" if owner is None else f"trained by {optimiser.name_of(owner)}"
+        for name, owner in zip(names, owners, strict=True)
+    }
+
+
+def _value(leaf: Any) -> str:
+    """Writes one number out, and of an array the dtype and the shape."""
+    if isinstance(leaf, int):
+        return str(leaf)
+    if isinstance(leaf, float | complex):
+        return f"{leaf:.6g}"
+    kind = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    if np.size(leaf) != 1 or isinstance(leaf, jax.core.Tracer):
+        return kind
+    try:
+        number = np.asarray(leaf).item()
+    except Exception:  # Deleted, or on a device of another process.
+        return kind
+    # Integers in full.
+    return str(number) if jnp.issubdtype(leaf.dtype, jnp.integer) else f"{number:.6g}"

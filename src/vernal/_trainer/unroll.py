@@ -1,0 +1,236 @@
+"""`unroll`: a fit as one pure function, to take gradients through."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._boundary import PyTree, entrance, whole_number
+from .._data import Minibatches, Stream, Whole, as_batch
+from .._program import program
+from .._step import (
+    MOST_STEPS,
+    AbstractTrainer,
+    Progress,
+    advance,
+    no_optimiser,
+    progress_of,
+    raise_if_non_finite,
+    ranked,
+    require_precision,
+    with_comparable_best,
+    with_progress,
+)
+from .trainer import Trainer
+
+TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
+
+
+@entrance
+def unroll(
+    trainer: TrainerT,
+    batch: Any,
+    steps: int,
+    *,
+    segment: int | None = None,
+) -> tuple[TrainerT, Float[Array, " steps"]]:
+    """Takes steps as a pure function, to be differentiated through.
+
+    ```python
+    def validation_loss(log_scales):
+        scales = {name: jnp.exp(s) for name, s in log_scales.items()}
+        optimiser = trainer.optimiser.with_scale(scales)
+        fitted, _ = vn.unroll(trainer.replace(optimiser=optimiser), train, 100)
+        return fitted.evaluate(fitted.model, held_out)
+
+    jax.grad(validation_loss)({"mean": 0.0, "power": 0.0})
+    ```
+
+    The steps are those of [`vernal.Trainer.step`][]: policy, hooks, projector, key,
+    state, best. It goes through `jax.jit`, `jax.vmap` and the derivatives of JAX, of
+    any order, forward and reverse: with respect to rates, `with_scale`, the data, the
+    start, the fields of a trainer of one's own. Here is no history, no validation and
+    no bar; to fit, use [`vernal.Trainer.fit`][].
+
+    A step that is not taken changes nothing, and so do its derivatives: the gradient of
+    what follows is that of what was before. Its loss counts as a constant. The same
+    holds from where a trainer has stopped: its losses are NaN from there on, with a
+    gradient of zero, so that to differentiate `jnp.nanmean(losses)` is safe. Under
+    [`vernal.ZeroNans`][] a step with entries that are not finite is taken; it has no
+    derivative, and gradients through it are NaN.
+
+    For gradients in reverse, states of the fit are kept on the way, and the steps
+    between them are computed again, by `jax.checkpoint`: so they need the memory of two
+    square roots of `steps` states and of one step. What a loss does on the side, such
+    as `jax.debug.print`, may happen more than once a step.
+
+    **Arguments:**
+
+    - `trainer`: a trainer with an optimiser. In reverse an optimiser that loops until
+        something is met, such as a line search, has no derivative; forward it has.
+    - `batch`: one batch, any pytree, used whole at every step; or
+        [`vernal.Minibatches`][].
+    - `steps`: how many steps to take. Each number is compiled anew.
+    - `segment`: keep a state every so many steps. By default about the square root of
+        `steps`. 1 keeps each of them, which is faster, and takes less memory too where
+        one step needs much more of it than the parameters. 0 keeps all that each step
+        computes, and computes nothing again.
+
+    **Returns:**
+
+    The trainer after the steps, and the loss before each of them.
+
+    **Raises:**
+
+    - `TypeError`: if `batch` is a [`vernal.Stream`][].
+    - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][]; in compiled code an
+        error of Equinox.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"`trainer` is {trainer!r}, but must be a `vernal.Trainer`.")
+    require_precision(trainer)
+    steps = whole_number(steps, "steps", least=0, most=MOST_STEPS)
+    if segment is not None:
+        segment = whole_number(segment, "segment", least=0)
+    if trainer.optimiser is None:
+        raise no_optimiser(trainer)
+    source = _source(batch)
+    if steps == 0:
+        return trainer, jnp.zeros(0, trainer.best_loss.dtype)
+    length = _segment_near_root(steps) if segment is None else segment
+    progress, losses = _run(trainer, source, steps, length)
+    return _raised_if_bad(trainer, with_progress(trainer, progress)), losses
+
+
+def _source(batch: Any) -> Whole[Any] | Minibatches:
+    if isinstance(batch, Minibatches):
+        return batch
+    if isinstance(batch, Stream | Iterator):
+        raise TypeError(
+            f"`batch` is of type `{type(batch).__name__}`, which is read from Python, "
+            "but an unrolled fit is one pure program. Give it one batch, or all of the "
+            "data as `vn.Minibatches(arrays, size, key=key)`; or call `trainer.step` "
+            "in a loop."
+        )
+    return Whole(as_batch(batch, "batch"))
+
+
+def _segment_near_root(steps: int) -> int:
+    """Returns about the square root of a number, which it divides if that is near."""
+    # A remainder is a second loop to compile.
+    root = math.isqrt(steps)
+    near = range(max(root // 2, 1), 2 * root + 1)
+    return min(near, key=lambda length: (steps % length > 0, abs(length - root)))
+
+
+def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
+    """As a step does: within compiled code no error can name the step."""
+    if not after.nan_policy.raises:
+        return after
+    if isinstance(after.stopped, jax.core.Tracer):
+        message = "A value is not finite, and the policy is RaiseOnNan."
+        return with_progress(
+            after, eqx.error_if(progress_of(after), after.stopped, message)
+        )
+    if not before.stopped:
+        raise_if_non_finite(after, after)
+    return after
+
+
+@program
+def _run(
+    trainer: AbstractTrainer, source: Whole[Any] | Minibatches, steps: int, segment: int
+) -> tuple[Progress, Float[Array, " steps"]]:
+    """Takes the steps that come before the trainer stops."""
+    old: Progress = progress_of(trainer)
+    start = lax.cond(old.stopped, lambda: old, lambda: with_comparable_best(old, False))
+
+    def step(carry: tuple[Progress, Any], _: None) -> tuple[Any, Float[Array, ""]]:
+        progress, cursor = carry
+
+        def take() -> tuple[Any, Float[Array, ""]]:
+            batch, place = source.next(cursor, progress.step_count)
+            new, loss = _differentiable_step(with_progress(trainer, progress), batch)
+            return (new, place), loss
+
+        def stay() -> tuple[Any, Float[Array, ""]]:
+            return carry, jnp.full_like(progress.best_loss, jnp.nan)
+
+        return lax.cond(progress.stopped, stay, take)
+
+    carry = start, source.start(start.step_count)
+    (progress, _), losses = _scan(step, carry, steps, segment)
+    return progress, losses
+
+
+def _scan(
+    step: Callable[[Any, None], tuple[Any, Array]], carry: Any, steps: int, segment: int
+) -> tuple[Any, Float[Array, " steps"]]:
+    """`lax.scan` that keeps the carry of every so many steps for gradients.
+
+    Each step is computed again by itself, in a segment that is computed again: what one
+    of them keeps may be as large as the data.
+    """
+    again = lambda fn: jax.checkpoint(fn, prevent_cse=False)
+    if segment == 0 or steps == 1:
+        return lax.scan(step, carry, length=steps)
+    if segment == 1 or segment >= steps:
+        return lax.scan(again(step), carry, length=steps)
+
+    def take(carry: Any, _: None) -> tuple[Any, Array]:
+        return lax.scan(again(step), carry, length=segment)
+
+    carry, losses = lax.scan(again(take), carry, length=steps // segment)
+    if not steps % segment:
+        return carry, losses.ravel()
+    carry, last = lax.scan(again(step), carry, length=steps % segment)
+    return carry, jnp.concatenate([losses.ravel(), last])
+
+
+def _differentiable_step(
+    trainer: AbstractTrainer, batch: Any
+) -> tuple[Progress, Float[Array, ""]]:
+    """Takes a step, and keeps what is not finite in it out of the derivatives.
+
+    Where a step is not taken its derivatives are zero times what is not finite, which
+    is NaN. So nothing flows into such a step. Whether it is one, the step itself must
+    say, without derivatives; the compiler finds that the two are one.
+    """
+    old: Progress = progress_of(trainer)
+    _, seen = advance(*_live_if(None, (trainer, batch)))
+    new, outcome = advance(*_live_if(seen.accepted, (trainer, batch)))
+    loss = _live_if(seen.accepted, outcome.loss)
+
+    def held() -> Progress:
+        best = ranked(old, loss)
+        return dataclasses.replace(
+            _live_if(None, new),
+            params=old.params,
+            latent=old.latent,
+            opt_state=old.opt_state,
+            state=old.state,
+            best=best.params,
+            best_state=best.state,
+            best_loss=best.loss,
+        )
+
+    return lax.cond(seen.accepted, lambda: new, held), loss
+
+
+def _live_if(is_live: Bool[Array, ""] | None, tree: PyTree) -> PyTree:
+    """The tree itself, through which derivatives flow if `is_live`; `None`: never."""
+
+    def pick(leaf: Any) -> Any:
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        constant = lax.stop_gradient(leaf)
+        return constant if is_live is None else jnp.where(is_live, leaf, constant)
+
+    return jax.tree.map(pick, tree)

@@ -1,0 +1,145 @@
+"""Parameters by name: the dotted path of every leaf."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import keystr
+
+from .._boundary import segment
+
+
+class UnknownPathError(KeyError):
+    """A selector that matches nothing in the tree; it names the nearest paths."""
+
+    def __str__(self) -> str:
+        """Returns the message as it stands: a `KeyError` would quote it."""
+        return str(self.args[0]) if self.args else ""
+
+
+class Leaf(NamedTuple):
+    """One leaf of a tree, and where it is."""
+
+    path: str
+    segments: tuple[str, ...]
+    keys: tuple[Any, ...]
+    value: Any
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is an array of floats or complex numbers, or a Python float."""
+        return is_inexact(self.value) or is_float(self.value)
+
+    @property
+    def unfitted(self) -> str:
+        """What a table says of the leaf if it is not fitted; empty for no row."""
+        if is_inexact(self.value):
+            return "frozen"
+        if isinstance(self.value, float | complex):
+            return f"frozen (a Python {type(self.value).__name__})"
+        # An integer among parameters is often a float whose dot was forgotten. Not a
+        # boolean, a member of an enumeration, or what no float could be.
+        if type(self.value) is int:
+            return "not fitted (a Python int)" if abs(self.value) < 2**63 else ""
+        return f"not fitted ({self.value.dtype})" if _is_few(self.value) else ""
+
+
+# Of more integers than these an array is taken for indices, or labels.
+_MOST_INTEGERS = 16
+
+
+def _is_few(leaf: Any) -> bool:
+    """Whether a leaf is an array of few numbers, which are not those of a PRNG key."""
+    dtype, shape = getattr(leaf, "dtype", None), np.shape(leaf)
+    is_number = dtype is not None and jnp.issubdtype(dtype, jnp.number)
+    is_key = is_number and dtype == np.uint32 and shape[-1:] in [(2,), (4,)]
+    return is_number and not is_key and 0 < math.prod(shape) <= _MOST_INTEGERS
+
+
+# Of NumPy, not of JAX. By type: their characters are those of small floats too.
+LONG_DOUBLES = (np.longdouble, np.clongdouble)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` is an array of floats or complex numbers.
+
+    Abstract arrays and NumPy's scalars count, `np.float64` among them; long doubles,
+    which JAX does not have, do not.
+    """
+    return (
+        hasattr(leaf, "shape")
+        and isinstance(getattr(leaf, "dtype", None), np.dtype)
+        and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+        and leaf.dtype.type not in LONG_DOUBLES
+    )
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether `leaf` is a Python float. NumPy's `float64`, a subclass, is an array."""
+    return isinstance(leaf, float) and not isinstance(leaf, np.generic)
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def named_leaves(tree: Any) -> list[Leaf]:
+    """Lists every leaf of `tree`, `None` included."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+    leaves = []
+    for keys, value in flat:
+        # What `optax.masked` and `optax.partition` put into a gap.
+        value = None if isinstance(value, optax.MaskedNode) else value
+        segments = tuple(map(segment, keys))
+        leaves.append(Leaf(".".join(segments), segments, keys, value))
+    _refuse_collisions(leaves)
+    return leaves
+
+
+def _refuse_collisions(leaves: list[Leaf]) -> None:
+    seen: dict[str, Leaf] = {}
+    for leaf in leaves:
+        if leaf.is_parameter:
+            other = seen.setdefault(leaf.path, leaf)
+            if other is not leaf:
+                raise ValueError(
+                    f"Two parameters have the same path {leaf.path!r}: "
+                    f"tree{keystr(other.keys)} and tree{keystr(leaf.keys)}. "
+                    "Rename one of the keys: a dot in a dictionary's key reads like "
+                    "a step down the tree."
+                )
+
+
+def paths(tree: Any) -> tuple[str, ...]:
+    """Lists the dotted path of every parameter of a pytree.
+
+    A parameter is an array of floats or complex numbers, NumPy's scalars included, or
+    a Python float. A path joins the fields, keys and indices that lead to it:
+    `optics.layers.wfe`, `layers.0.weight`.
+
+    !!! example
+
+        ```python
+        >>> import vernal as vn
+        >>> vn.paths({"star": {"flux": 1e6, "position": (0.0, 1.0)}})
+        ('star.flux', 'star.position.0', 'star.position.1')
+
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree, such as an `equinox.Module`.
+
+    **Returns:**
+
+    A tuple of paths, in the order of the pytree's leaves.
+
+    **Raises:**
+
+    - `ValueError`: if two parameters have the same path, as in
+      `{"a.b": x, "a": {"b": y}}`.
+    """
+    return tuple(leaf.path for leaf in named_leaves(tree) if leaf.is_parameter)

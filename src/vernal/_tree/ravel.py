@@ -1,0 +1,105 @@
+"""Trees of parameters as flat vectors, in the order of `ravel_pytree`."""
+
+import math
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_flatten_with_path
+from jaxtyping import Array, DTypeLike, Float
+
+from .._boundary import Params, dotted, refuse_foreign, spelled
+
+
+def as_parameters(params: Params, name: str = "params") -> Params:
+    """Checks that every leaf is real and floating, and makes each of them an array.
+
+    **Raises:**
+
+    A `TypeError` for a leaf of any other kind, a `ValueError` where there is no leaf.
+    """
+    pairs, structure = tree_flatten_with_path(params)
+    if not pairs:
+        raise ValueError(
+            f"`{name}` holds no parameter: it needs at least one floating-point array."
+        )
+    return jax.tree.unflatten(
+        structure, [_as_parameter(keys, leaf, name) for keys, leaf in pairs]
+    )
+
+
+def _as_parameter(keys: tuple[Any, ...], leaf: object, name: str) -> Array:
+    refuse_foreign(leaf, spelled(name, keys))
+    if isinstance(leaf, float):
+        # Written out, the dtype is a strong one, and stays so across a step.
+        return jnp.asarray(leaf, jnp.result_type(float))
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        kind = type(leaf).__name__ if dtype is None else dtype
+        raise TypeError(
+            f"`{name}` may hold floating-point arrays only, with `None` elsewhere, but "
+            f"its leaf {dotted(keys)!r} is {kind}. Select the trained leaves first, "
+            "for instance with `eqx.filter(model, eqx.is_inexact_array)`."
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"`{name}` must be real, but its leaf {dotted(keys)!r} is {dtype}. Write "
+            "it as two real parameters, its real and its imaginary part."
+        )
+    return jnp.asarray(leaf)
+
+
+def ravel_dtype(params: Params) -> np.dtype:
+    """Returns the dtype that holds every leaf of `params`."""
+    return widest(leaf.dtype for leaf in jax.tree.leaves(params))
+
+
+def ravel(params: Params, dtype: DTypeLike | None = None) -> Float[Array, " D"]:
+    """Joins the leaves of `params` into one vector of `dtype`.
+
+    Each leaf is cast by name rather than by promotion, so that leaves of different
+    precision meet under strict promotion too.
+    """
+    dtype = ravel_dtype(params) if dtype is None else dtype
+    return jnp.concatenate(
+        [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(params)]
+    )
+
+
+def unravel(flat: Float[Array, " D"], like: Params) -> Params:
+    """Undoes `ravel`: every leaf has the shape and the dtype it has in `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    pieces = [
+        jax.lax.slice(flat, (end - leaf.size,), (end,))
+        .reshape(leaf.shape)
+        .astype(leaf.dtype)
+        for leaf, end in zip(leaves, ends, strict=True)
+    ]
+    return jax.tree.unflatten(structure, pieces)
+
+
+def ravel_size(params: Params) -> int:
+    """Returns the number of elements in all the leaves of `params`."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def element_name(params: Params, index: int) -> str:
+    """Returns the name of one element of `ravel(params)`, such as `wfe[6]`."""
+    for keys, leaf in tree_flatten_with_path(params)[0]:
+        size = math.prod(leaf.shape)
+        if index < size:
+            position = np.unravel_index(index, leaf.shape) if leaf.shape else ()
+            suffix = f"[{','.join(map(str, position))}]" if position else ""
+            return dotted(keys) + suffix
+        index -= size
+    raise IndexError(f"No element {index} beyond the last.")
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Returns the dtype that holds all others, under strict promotion too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return reduce(jnp.promote_types, dtypes)

@@ -1,0 +1,296 @@
+"""Selectors: paths, nodes, globs and predicates that choose parameters of a tree."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from .._boundary import nearest_names, takes
+from .paths import Leaf, UnknownPathError, is_float, is_inexact, named_leaves
+
+T = TypeVar("T")
+Selector = str | Callable[[str, Any], Any] | Sequence[Any]
+
+# A dot inside a dictionary's key is no boundary between segments; inside a glob's
+# text the two must still be told apart.
+_INNER_DOT = "\0"
+
+
+class _Match(NamedTuple):
+    """One leaf that a selector hits: how specifically, and whether by its own name."""
+
+    leaf: int
+    specificity: tuple[int, int]
+    named: bool
+
+
+class _Index:
+    """Every leaf and every node of a tree, by path: looked up, never searched."""
+
+    def __init__(self, leaves: list[Leaf]):
+        self.leaves = leaves
+        self.exact: dict[str, list[int]] = {}
+        self.nodes: dict[str, list[int]] = {}
+        # What a glob is compared with: the same paths, inner dots marked.
+        self.glob_names: dict[str, set[str]] = {}
+        for i, leaf in enumerate(leaves):
+            self.exact.setdefault(leaf.path, []).append(i)
+            if not leaf.segments:
+                self.glob_names[leaf.path] = {leaf.path}
+            for depth in range(1, len(leaf.segments) + 1):
+                prefix = leaf.segments[:depth]
+                name = ".".join(prefix)
+                marked = ".".join(s.replace(".", _INNER_DOT) for s in prefix)
+                self.glob_names.setdefault(name, set()).add(marked)
+                if depth < len(leaf.segments):
+                    self.nodes.setdefault(name, []).append(i)
+
+    def match(self, atom: Any) -> Iterator[_Match]:
+        if callable(atom):
+            for i, leaf in enumerate(self.leaves):
+                if is_inexact(leaf.value) and bool(atom(leaf.path, leaf.value)):
+                    yield _Match(i, (0, 0), False)
+        elif atom in self.exact or atom in self.nodes or "*" not in atom:
+            for i in self.exact.get(atom, ()):
+                yield _Match(i, (3, 0), True)
+            for i in self.nodes.get(atom, ()):
+                yield _Match(i, (2, atom.count(".")), False)
+        else:
+            segments = atom.split(".")
+            specificity = (1, sum("*" not in segment for segment in segments))
+            names_leaf = "*" not in segments[-1]
+            pattern = re.compile(_glob_regex(segments), re.DOTALL)
+            for name, marked in self.glob_names.items():
+                if any(map(pattern.fullmatch, marked)):
+                    for i in self.exact.get(name, ()):
+                        yield _Match(i, specificity, names_leaf)
+                    for i in self.nodes.get(name, ()):
+                        yield _Match(i, specificity, False)
+
+
+def _glob_regex(segments: list[str]) -> str:
+    """Translates a glob: `*` stays within one segment, `**` spans any number."""
+    pattern, joint = "", ""
+    for segment in segments:
+        if segment == "**":
+            # The joint moves inside, since zero segments have no dot of their own.
+            pattern += r"(?:[^.]+\.)*" if joint == "" else r"(?:\.[^.]+)*"
+            joint = joint and r"\."
+        else:
+            literals = map(re.escape, segment.split("*"))
+            text = "[^.]*".join(literals) if segment != "*" else "[^.]+"
+            pattern += joint + text
+            joint = rf"[.{_INNER_DOT}]"
+    if segments[-1] == "**" and joint == "":
+        pattern += "[^.]*"
+    return pattern
+
+
+def atoms(selector: Any, argument: str) -> Iterator[Any]:
+    """Lists the paths, globs and predicates that a selector is made of."""
+    if isinstance(selector, str):
+        yield selector
+    elif callable(selector):
+        takes(selector, 2, argument, "predicate(path, leaf)")
+        yield selector
+    elif isinstance(selector, tuple | list):
+        for part in selector:
+            yield from atoms(part, argument)
+    else:
+        raise TypeError(
+            f"`{argument}` has the selector {selector!r}, a "
+            f"{type(selector).__name__}. A selector is a path, a glob, a predicate "
+            "`(path, leaf) -> bool`, or a tuple of these."
+        )
+
+
+def resolve(
+    tree: Any, selectors: Sequence[Any], *, argument: str, filtered: bool = False
+) -> tuple[int | None, ...]:
+    """Decides which of several selectors owns each leaf of a tree.
+
+    The most specific wins: an exact path, then the longest node, then a glob by its
+    number of literal segments, then a predicate.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+    - `selectors`: one selector for each rule.
+    - `argument`: what an error calls the selectors.
+    - `filtered`: whether some leaves of the tree may have been replaced by `None`, so
+        that a selector which finds only those is no mistake.
+
+    **Returns:**
+
+    For each leaf of the tree, in order, the index of its selector, or `None`.
+    """
+    leaves = named_leaves(tree)
+    index = _Index(leaves)
+    claims: list[list[tuple[tuple[int, int], int, Any]]] = [[] for _ in leaves]
+    for rule, selector in enumerate(selectors):
+        for atom in atoms(selector, argument):
+            matches = list(index.match(atom))
+            # A predicate is not asked about what was replaced.
+            found = filtered and callable(atom) and any(x.value is None for x in leaves)
+            for match in matches:
+                value = leaves[match.leaf].value
+                if is_inexact(value) or (match.named and is_float(value)):
+                    claims[match.leaf].append((match.specificity, rule, atom))
+                    found = True
+                elif filtered and value is None:
+                    found = True
+            if not found:
+                _refuse(tree, index, atom, matches, argument)
+    return tuple(
+        _winner(leaf, claim, argument)
+        for leaf, claim in zip(leaves, claims, strict=True)
+        if leaf.value is not None
+    )
+
+
+def _winner(leaf: Leaf, claims: list[Any], argument: str) -> int | None:
+    if not claims:
+        return None
+    highest = max(specificity for specificity, _, _ in claims)
+    best = {rule: atom for spec, rule, atom in claims if spec == highest}
+    if len(best) > 1:
+        first, second, *_ = best.values()
+        raise ValueError(
+            f"`{argument}`: the rules {_show(first)} and {_show(second)} are equally "
+            f"specific on {leaf.path!r}. Give that parameter a rule with its exact "
+            "path, or narrow one of the two."
+        )
+    return next(iter(best))
+
+
+def _show(atom: Any) -> str:
+    return (
+        repr(atom) if isinstance(atom, str) else getattr(atom, "__name__", repr(atom))
+    )
+
+
+def _refuse(
+    tree: Any, index: _Index, atom: Any, matches: list[_Match], argument: str
+) -> None:
+    """Says why a selector finds no parameter."""
+    name = _show(atom)
+    if not isinstance(atom, str):
+        raise UnknownPathError(
+            f"`{argument}`: the predicate {name} is true of no parameter. The "
+            f"parameters are {_listing(index)}."
+        )
+    present = [m for m in matches if index.leaves[m.leaf].value is not None]
+    if present:
+        leaf = index.leaves[present[0].leaf]
+        what = f"{name} names" if len(present) == 1 else f"{name} finds nothing but"
+        if is_float(leaf.value):
+            remedy = f"A Python float is trained where its own path {leaf.path!r} is."
+        else:
+            remedy = (
+                "Only arrays of floats can be trained: convert it, or leave it out."
+            )
+        raise TypeError(f"`{argument}`: {what} {_describe(leaf)}. {remedy}")
+    if matches:
+        raise UnknownPathError(
+            f"`{argument}`: {name} is `None` in this tree, or masked: there is nothing "
+            "to train."
+        )
+    if _is_attribute(tree, atom):
+        raise TypeError(
+            f"`{argument}`: {name} is a static field or a property, not a leaf of the "
+            "tree. Only array leaves can be trained: drop `static=True`, or leave it "
+            "out."
+        )
+    raise UnknownPathError(
+        f"`{argument}`: {name} matches nothing. {_nearest(atom, index)}"
+    )
+
+
+def _describe(leaf: Leaf) -> str:
+    if hasattr(leaf.value, "dtype"):
+        return f"{leaf.path!r}, an array of dtype {leaf.value.dtype}"
+    return f"{leaf.path!r}, a leaf of type {type(leaf.value).__name__}"
+
+
+def _is_attribute(tree: Any, path: str) -> bool:
+    node = tree
+    for segment in path.split("."):
+        if isinstance(node, dict):
+            found = next((v for k, v in node.items() if str(k) == segment), None)
+        elif isinstance(node, tuple | list) and segment.isdecimal():
+            found = node[int(segment)] if int(segment) < len(node) else None
+        else:
+            found = getattr(node, segment, None)
+        if found is None:
+            return False
+        node = found
+    return True
+
+
+def _nearest(atom: str, index: _Index) -> str:
+    parameters = _parameters(index)
+    # Where the last segment is right and the way to it is not, likeness of the whole
+    # path is a poor guide.
+    tail = atom.rsplit(".", 1)[-1]
+    same_tail = [p for p in parameters if p.rsplit(".", 1)[-1] == tail]
+    if same_tail and not difflib.get_close_matches(atom, parameters, n=1):
+        return f"Did you mean {' or '.join(map(repr, same_tail[:3]))}?"
+    return nearest_names(atom, [*parameters, *index.nodes])
+
+
+def _parameters(index: _Index) -> list[str]:
+    return [leaf.path for leaf in index.leaves if leaf.is_parameter]
+
+
+def _listing(index: _Index) -> str:
+    names = _parameters(index)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(map(repr, names[:8])) + more if names else "none"
+
+
+def keep(tree: T, wanted: Sequence[bool]) -> tuple[T, T]:
+    """Splits a tree in two by one flag for each leaf, with `None` in the gaps."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = list(zip(leaves, wanted, strict=True))
+    return (
+        treedef.unflatten([leaf if flag else None for leaf, flag in pairs]),
+        treedef.unflatten([None if flag else leaf for leaf, flag in pairs]),
+    )
+
+
+def split(tree: T, selector: Selector) -> tuple[T, T]:
+    """Splits a pytree into the parameters that a selector chooses and the rest.
+
+    Both parts have the structure of the tree, with `None` where a leaf went to the
+    other, as with `equinox.partition`; `equinox.combine` puts them together again.
+
+    !!! example
+
+        ```python
+        >>> import vernal as vn
+        >>> vn.split({"power": 1.0, "mean": 2.0}, "power")
+        ({'mean': None, 'power': 1.0}, {'mean': 2.0, 'power': None})
+
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+    - `selector`: a path; a node, for every parameter beneath it; a glob, in which `*`
+        stands for one segment and `**` for any number (`layers.*.bias`, `**.bias`);
+        a predicate `(path, leaf) -> bool`, asked about every array of floats; or a
+        tuple of these. A Python float is selected only by its own name.
+
+    **Returns:**
+
+    The pair `(selected, rest)`.
+
+    **Raises:**
+
+    - `UnknownPathError`: if a selector matches nothing; it names the nearest paths.
+    - `TypeError`: if a selector names a leaf that is no parameter.
+    """
+    owners = resolve(tree, [selector], argument="selector")
+    return keep(tree, [owner is not None for owner in owners])
