@@ -19,7 +19,13 @@ from .code import Stand, by_code, by_name, content_of, is_named, new_cell
 from .library import module_of
 
 if TYPE_CHECKING:
-    from equinox._module._module import _ModuleMeta as ModuleMeta  # pyright: ignore[reportPrivateUsage]
+    from equinox._module._module import (
+        _ModuleMeta,  # pyright: ignore[reportPrivateUsage]
+    )
+
+    class ModuleMeta(_ModuleMeta):
+        """The metaclass of Equinox's modules."""
+
 else:
     ModuleMeta = type(eqx.Module)
 
