@@ -32,8 +32,8 @@ class Group(NamedTuple):
 
     def own(self, leaves: Leaves) -> dict[str, Any]:
         """Returns the group's leaves as its transformation sees them."""
-        # JAX sorts the keys of a plain dictionary: a sum over leaves in another order has
-        # other bits. One leaf has one order, and a plain dictionary is much faster.
+        # JAX sorts the keys of a plain dictionary, and a sum in another order has other
+        # bits. For one leaf there is one order, and a plain dictionary is much faster.
         kind = dict if len(self.members) == 1 else OrderedDict
         return kind((name, leaves[name]) for name in self.members)
 
