@@ -18,7 +18,7 @@ import numpy as np
 from matfree.decomp import tridiag_sym
 
 import vernal as vn
-from vernal._curvature.matrices import gauss_newton_matrix
+from vernal._curvature.flat import gauss_newton_matrix
 from vernal._curvature.modes import Subject
 from vernal._projection.lanczos import ITERATIONS_AFTER, find_leading
 

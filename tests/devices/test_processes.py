@@ -58,7 +58,7 @@ def found(scenario, folder):
 
 
 def test_two_processes_have_the_answer_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(_bar, "_somebody_looks", _bar._somebody_looks)
+    monkeypatch.setattr(_bar, "is_interactive", _bar.is_interactive)
     alone = tmp_path / "alone"
     alone.mkdir()
     with Run("answers", tmp_path) as run:

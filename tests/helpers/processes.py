@@ -135,7 +135,7 @@ def answers(folder):
     losses = [info.loss.tolist(), step.step(DATA, mesh=MESH)[1].loss.tolist()]
     found["steps"] = {"loss": losses, "params": [], "told": "", "steps": 2}
     # What comes back belongs to each process: one may go on with it alone.
-    _bar._somebody_looks = lambda: True
+    _bar.is_interactive = lambda: True
     result = fit(progress=True)
     if ONE_OF_TWO:
         many |= {"progress": True, "checkpoint": vn.Checkpoints(folder / "many")}
@@ -319,7 +319,7 @@ def long(folder):
 
 def absent(folder):
     """One of the two does not come."""
-    _peers._SECONDS = 3
+    _peers._TIMEOUT_SECONDS = 3
     if NUMBER == 1:
         return {}
     try:

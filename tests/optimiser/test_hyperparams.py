@@ -3,6 +3,8 @@
 The oracle is stochastic gradient descent with momentum, in three lines of NumPy.
 """
 
+import importlib
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -293,7 +295,9 @@ def test_a_callback_that_lowers_a_rate_is_heeded_after_a_resumption(ends, tmp_pa
 def test_a_file_without_what_the_optimiser_began_with(file, monkeypatch):
     trainer = fit(Bowl(tree(), sgd()), 2)
     with monkeypatch.context() as patch:
-        patch.setattr("vernal._storage.save.begun", lambda trainer: {})
+        # A name of it would lead to the function.
+        module = importlib.import_module("vernal._storage.save")
+        patch.setattr(module, "initial_hyperparams", lambda trainer: {})
         vn.save(file, trainer)
     assert same(vn.load(file, Bowl(tree(), sgd()))._progress, trainer._progress)
     # There is no telling what it began with: the rate of the file stays.

@@ -14,7 +14,7 @@ import pytest
 
 import vernal as vn
 from vernal._optimiser import groups as _groups
-from vernal._optimiser.groups import init_groups, update_groups
+from vernal._optimiser.groups import make_groups, update_groups
 from vernal._optimiser.transform import Transform
 
 pytestmark = [pytest.mark.as_compiled, pytest.mark.seams]
@@ -294,22 +294,25 @@ def test_rates_are_leaves_when_encoded():
     assert len(make(0.1).closure.leaves) == 2
 
 
-def test_groups_over_flat_leaves():
+def test_groups_by_name():
     transforms = (optax.sgd(1.0), optax.trace(0.5))
-    owners, names = (0, None, 1, 1), ("a", "b", "c", "d")
-    leaves = [jnp.full(2, float(i + 1)) for i in range(4)]
-    states = init_groups(transforms, owners, names, leaves)
+    leaves = {name: jnp.full(2, float(i)) for i, name in enumerate("acd")}
+    groups = make_groups(transforms, (0, 1, 1), tuple(leaves))
+    states = [group.init(leaves) for group in groups]
     asked = []
 
-    def extra_of(members, names):
-        asked.append([names[i] for i in members])
+    def extra_of(members):
+        asked.append(members)
         return {"ignored": 1}
 
-    updates, states = update_groups(
-        transforms, owners, names, leaves, states, None, extra_of
-    )
-    assert asked == [["a"], ["c", "d"]]
-    assert [float(u[0]) for u in updates] == [-1, 0, 3, 4]
+    groups = make_groups(transforms, (0, 1, 1), tuple(leaves), states)
+    updates, states = update_groups(groups, leaves, None, extra_of)
+    assert asked == [("a",), ("c", "d")]
+    assert {name: float(u[0]) for name, u in updates.items()} == {
+        "a": 0,
+        "c": 1,
+        "d": 2,
+    }
     assert list(states[1].trace) == ["c", "d"]
 
 
@@ -369,7 +372,7 @@ SHARED = {
 def test_a_shared_trace_makes_the_same_program(name, by, monkeypatch):
     tx = make_pairs(SHARED[name], by=by)
     shared, shared_out = program(tx, value_fn=loss)
-    monkeypatch.setattr(_groups, "_kind", lambda *_: None)
+    monkeypatch.setattr(_groups, "_nameless", lambda *_: None)
     alone, alone_out = program(tx, value_fn=loss)
     assert shared == alone
     # With the paths in the structure of the state, and all types.
@@ -382,7 +385,7 @@ def test_a_shared_window(monkeypatch):
     # Its branches are the same, but JAX prints them once where it met them once.
     tx = make_pairs(lambda rate: vn.window(optax.adam(rate), 1, 3), by="rules")
     shared = run(tx, PAIRS)
-    monkeypatch.setattr(_groups, "_kind", lambda *_: None)
+    monkeypatch.setattr(_groups, "_nameless", lambda *_: None)
     assert_same_bits(shared, run(tx, PAIRS))
 
 

@@ -329,7 +329,7 @@ def test_errors_that_say_nothing_of_the_file(tmp_path, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vernal._storage.checkpointer.Keeper._read", read)
+        patch.setattr("vernal._storage.checkpointer.Checkpointer._read_arrays", read)
         with pytest.raises(OSError, match="Too many"):
             fit(30, tmp_path)
     assert not (tmp_path / "torn").exists()

@@ -66,7 +66,7 @@ def test_a_damaged_history_costs_no_step(folder):
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    with pytest.warns(UserWarning, match="50 of 50 rows of the history are lost"):
+    with pytest.warns(UserWarning, match="50 of 50 rows are lost"):
         resumed = fit(100, folder)
     same(resumed, fit(100))
     np.testing.assert_array_equal(resumed.history.steps, np.arange(50, 100))

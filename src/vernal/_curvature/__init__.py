@@ -1,29 +1,37 @@
-"""Derivatives, eigenvalues and singular values."""
+"""Derivatives, eigenvalues and singular values.
 
-from .eigen import (
+`matrices` and `matvec` have the users' functions of a tree of parameters, `eigen` those
+of a matrix. Beneath them: `flat` differentiates with respect to a flat vector, `modes`
+chooses forward or reverse mode, `singular` decomposes a Jacobian and `linalg` a matrix.
+"""
+
+from .eigen import decompose as decompose, eigen_projection as eigen_projection
+from .flat import (
+    checked_batch_size as checked_batch_size,
+    gauss_newton_matrix as gauss_newton_matrix,
+    hessian_matrix as hessian_matrix,
+    jacobian_of as jacobian_of,
+    spectrum_of as spectrum_of,
+)
+from .linalg import (
     Matrix as Matrix,
     as_real_square as as_real_square,
-    decompose as decompose,
     descending as descending,
-    eigen_projection as eigen_projection,
     equilibrated_eigh as equilibrated_eigh,
+    matmul as matmul,
     refuse as refuse,
     refuse_non_finite as refuse_non_finite,
 )
-from .linalg import matmul as matmul
 from .matrices import (
+    gauss_newton as gauss_newton,
+    hessian as hessian,
+    jacobian as jacobian,
+)
+from .matvec import (
     MatrixFree as MatrixFree,
     Product as Product,
-    checked_batch_size as checked_batch_size,
-    gauss_newton as gauss_newton,
-    gauss_newton_matrix as gauss_newton_matrix,
     gauss_newton_matvec as gauss_newton_matvec,
-    hessian as hessian,
-    hessian_matrix as hessian_matrix,
     hessian_matvec as hessian_matvec,
-    jacobian as jacobian,
-    jacobian_of as jacobian_of,
-    spectrum_of as spectrum_of,
 )
 from .modes import (
     Flat as Flat,

@@ -1,10 +1,103 @@
-"""Dtypes that meet, and products in full precision."""
+"""Matrices: checks, products in full precision, eigendecompositions."""
 
+from collections.abc import Callable
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Inexact, Num
+
+from .._boundary import refuse_foreign
+from .._tree import widest
+
+Matrix = Num[Array, "..."] | Num[np.ndarray, "..."]
+
+
+def as_square(matrix: Matrix, name: str) -> Inexact[Array, "D D"]:
+    """Returns a square matrix as an array of floats; refuses any other."""
+    refuse_foreign(matrix, f"`{name}`")
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(
+            f"`{name}` must be a square matrix, with as many rows as columns, but it "
+            f"has shape {matrix.shape}."
+        )
+    if matrix.size == 0:
+        raise ValueError(f"`{name}` is empty; it needs at least one row.")
+    array = jnp.asarray(matrix)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return array.astype(float)
+    # No eigensolver works in half precision.
+    return array.astype(widest((array.dtype, jnp.dtype("float32"))))
+
+
+def as_real_square(matrix: Matrix, name: str) -> Float[Array, "D D"]:
+    """Returns a real square matrix as an array of floats; refuses any other."""
+    array = as_square(matrix, name)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"`{name}` must be real, but it is {array.dtype}. Write a complex "
+            "parameter as two real ones, its real and its imaginary part."
+        )
+    return array
+
+
+def refuse(
+    array: Array, bad: Bool[Array, "..."], message: str, detail: Callable[[], str] = str
+) -> Array:
+    """Returns `array`, or raises an error if any element of `bad` is true.
+
+    Known values raise a `ValueError` that ends in `detail()`. Traced values are checked
+    by `eqx.error_if` when the program runs, with the message alone.
+    """
+    if isinstance(bad, Tracer):
+        return eqx.error_if(array, bad, message)
+    if np.any(bad):
+        raise ValueError(" ".join([message, detail()]).rstrip())
+    return array
+
+
+def first_index(bad: Bool[Array, "..."]) -> str:
+    """Writes the index of the first true element, such as `[2, 3]`."""
+    return str(np.argwhere(bad)[0].tolist())
+
+
+@jax.jit
+def _any_non_finite(matrix: Inexact[Array, "N D"]) -> Bool[Array, ""]:
+    return ~jnp.all(jnp.isfinite(matrix))
+
+
+def refuse_non_finite(matrix: Inexact[Array, "N D"], name: str) -> Array:
+    """Returns `matrix`, or raises an error that names its first non-finite element."""
+    return refuse(
+        matrix,
+        _any_non_finite(matrix),
+        f"`{name}` has an element that is not finite.",
+        lambda: f"The first of them is at {first_index(~jnp.isfinite(matrix))}.",
+    )
+
+
+def descending(
+    matrix: Inexact[Array, "D D"], symmetrize: bool = True
+) -> tuple[Float[Array, " D"], Inexact[Array, "D D"]]:
+    """Returns the eigenvalues, descending, and the eigenvectors as columns."""
+    vectors, values = jax.lax.linalg.eigh(matrix, symmetrize_input=symmetrize)
+    return values[::-1], vectors[:, ::-1]
+
+
+def equilibrated_eigh(
+    matrix: Float[Array, "D D"], scale: Float[Array, " D"]
+) -> tuple[Float[Array, " D"], Float[Array, "D D"]]:
+    """Decomposes the symmetric part of `matrix` divided by `scale` from both sides.
+
+    Returns the eigenvalues, descending, and the eigenvectors as columns.
+    """
+    # One side after the other: the product of two scales may overflow.
+    scaled = matrix / scale[:, None] / scale[None, :]
+    return descending((scaled + scaled.T) / 2, symmetrize=False)
 
 
 def matmul(left: Array, right: Array) -> Array:
-    """Multiplies in full precision, which accelerators do only when asked."""
+    """Multiplies in full precision, which is not the default on accelerators."""
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

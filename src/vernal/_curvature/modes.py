@@ -1,7 +1,7 @@
-"""Differentiation in the mode that is possible: forward, in reverse, or either.
+"""Differentiation in forward or reverse mode, whichever is possible.
 
-What is differentiated here is what `traced` returns, so that a user's function is
-called once, however many modes are tried.
+The functions here are those that `traced` returns: a user's function is called once,
+however many modes are tried.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ _REMEDY = (
 
 
 class Subject(NamedTuple):
-    """What is differentiated, as messages call it, and what the user asked for."""
+    """The function that is differentiated, and the mode that the user asked for."""
 
     name: str
-    """Such as "`residuals` of `LineFit`"."""
+    """Its name in messages, such as "`residuals` of `LineFit`"."""
     jac: Mode | None = None
     is_quiet: bool = False
-    """Whether nobody is told which mode is used."""
+    """Whether there is no warning about the mode."""
 
 
 def checked_mode(jac: Any) -> Mode | None:
@@ -58,13 +58,13 @@ def checked_mode(jac: Any) -> Mode | None:
 
 
 def traced(fn: Callable[[PyTree], PyTree], point: PyTree) -> Callable[[PyTree], PyTree]:
-    """Traces a function once; what is wrong with it by itself is raised here."""
+    """Traces a function once, and raises its own errors."""
     return cast(Any, eqx.filter_closure_convert(fn, point))
 
 
 @contextlib.contextmanager
 def in_reverse(name: str) -> Iterator[None]:
-    """Says what to do where what is differentiated has forward mode alone."""
+    """Adds a remedy to the error if a function has only forward mode."""
     try:
         yield
     except ValueError as error:
@@ -84,20 +84,13 @@ def choose_mode(
     subject: Subject,
     order: tuple[Mode, ...] = ("fwd", "bwd"),
 ) -> Mode:
-    """Finds the mode in which a function can be differentiated.
+    """Finds the first mode of `order` in which `fn` can be differentiated at `point`.
 
-    It is tried on shapes alone, at no cost when the program runs.
-
-    **Arguments:**
-
-    - `fn`: a function of a tree of arrays that returns one, from `traced`.
-    - `point`: where.
-    - `subject`: what it is.
-    - `order`: the modes, the preferred one first.
+    Modes are tried on shapes alone, at no cost when the program runs.
 
     **Raises:**
 
-    A `TypeError` if there is none.
+    - `TypeError`: if there is no mode.
     """
 
     def pull(x: PyTree, _: PyTree) -> PyTree:
@@ -110,16 +103,13 @@ def choose_mode(
 
 
 def first_possible(
-    ways: Mapping[str, Callable[[PyTree, PyTree], Any]],
-    point: PyTree,
-    subject: Subject,
+    ways: Mapping[str, Callable[[PyTree, PyTree], Any]], point: PyTree, subject: Subject
 ) -> str:
     """Finds the first of several ways to differentiate that JAX can trace.
 
-    Each is a function of a point and a tangent. It is mapped over tangents, since of a
-    `custom_vjp` the derivative fails only where it is used.
-
-    Where it is not the first of all a warning says so, once for each subject.
+    Each is a function of a point and a tangent, and is mapped over tangents: the
+    derivative of a `custom_vjp` fails only where it is used. A warning, once for each
+    subject, says which way is used if it is not the first.
     """
     failures: dict[str, Exception] = {}
     for way, derivative in ways.items():
@@ -131,7 +121,7 @@ def first_possible(
             failures[way] = error
             continue
         if failures and not subject.is_quiet:
-            _tell(subject.name, way, failures)
+            _warn(subject.name, way, failures)
         return way
     said = "; ".join(f"{_WORDS[w]}: {_first_line(e)}" for w, e in failures.items())
     asked = f' with `jac="{subject.jac}"`' if subject.jac else ""
@@ -142,10 +132,10 @@ def first_possible(
     raise error from list(failures.values())[-1]
 
 
-def _tell(name: str, way: str, failures: Mapping[str, Exception]) -> None:
+def _warn(name: str, way: str, failures: Mapping[str, Exception]) -> None:
     first, error = next(iter(failures.items()))
     mode = way.split("-")[-1]
-    # The order of the second derivative costs nothing; only that of the first does.
+    # Only the mode of the first derivative changes the cost.
     if mode == first.split("-")[-1]:
         return
     passes = "parameter" if mode == "fwd" else "datum"
@@ -163,22 +153,14 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200].rstrip(".")
 
 
-# Derivatives in a given mode.
-
-
 def columns(
     product: Callable[[Array], Any], like: Array, batch_size: int | None = None
 ) -> Any:
-    """Applies a map to the unit vectors, `batch_size` of them at a time.
-
-    **Returns:**
-
-    What it returns, with a first axis for the vectors.
-    """
+    """Maps the unit vectors, `batch_size` at a time; the first axis is for vectors."""
     size = like.size
 
     def image(index: Array) -> Any:
-        # Made where it is used: the identity would be a second matrix in memory.
+        # Made one by one: the identity would be a second matrix in memory.
         return product(jax.nn.one_hot(index, size, dtype=like.dtype))
 
     if batch_size is None:
@@ -194,9 +176,9 @@ def gradient(fn: Flat, flat: Float[Array, " D"], mode: Mode) -> Float[Array, " D
 
 
 def _pushed(fn: Flat, x: Array) -> Flat:
-    """Returns the product with the Jacobian. Nested, it goes through any loop.
+    """Returns the product with the Jacobian.
 
-    `jax.linearize` within another one does not, in some versions of JAX.
+    It can be nested through any loop; `jax.linearize` cannot, in some versions of JAX.
     """
     return lambda tangent: jax.jvp(fn, (x,), (tangent,))[1]
 
@@ -220,7 +202,7 @@ def transposed_product(fn: Flat, x: Array) -> Flat:
 def hessian_product(
     fn: Flat, flat: Float[Array, " D"], subject: Subject
 ) -> Callable[[Array], Array]:
-    """Returns the product of a Hessian with vectors, all else computed beforehand."""
+    """Returns the product of a Hessian with vectors; all else is computed first."""
 
     def grad(mode: Mode) -> Flat:
         return lambda x: gradient(fn, x, mode)
@@ -242,9 +224,9 @@ def hessian_product(
 def gauss_newton_products(
     fn: Flat, flat: Float[Array, " D"]
 ) -> tuple[Flat, Flat] | None:
-    """Returns the products with a Jacobian and with its transpose, without forming it.
+    """Returns the products with a Jacobian and its transpose, without forming it.
 
-    `None` where there is no way to have both.
+    Returns `None` if both are not possible.
     """
 
     def forward(x: Array) -> tuple[Flat, Flat]:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._tree import widest
-from .eigen import equilibrated_eigh
-from .linalg import matmul
+from .linalg import equilibrated_eigh, matmul
 from .modes import (
     Subject,
     choose_mode,
@@ -19,14 +18,14 @@ from .modes import (
     transposed_product,
 )
 
-# Where the smallest eigenvalue of the scaled J^T J is at least this fraction of the
-# largest, its relative error, eps / fraction, is at most 32 times the one of a singular
+# If the smallest eigenvalue of the scaled J^T J is at least this fraction of the
+# largest, its relative error, eps / fraction, is at most 32 times that of a singular
 # value, eps / sqrt(fraction).
 _WELL_CONDITIONED = 2.0**-10
 
 
 class Spectrum(NamedTuple):
-    """A matrix in units of `scale`, by its eigenvalues (descending) and -vectors."""
+    """The eigenvalues (descending) and eigenvectors of a matrix in units of `scale`."""
 
     scale: Float[Array, " D"]
     values: Float[Array, " D"]
@@ -36,10 +35,9 @@ class Spectrum(NamedTuple):
 def of_jacobian(jac: Float[Array, "N D"]) -> Spectrum:
     r"""Decomposes $J^\top J$ by the singular values of $J$.
 
-    The columns are scaled to unit norm, by way of their largest elements, whose squares
-    need not be representable. The eigenvalues of the scaled $J^\top J$, which are
-    cheap, tell whether they are accurate enough; if not, the singular values are found
-    from $J = QR$.
+    The columns are first divided by their largest elements, whose squares may overflow,
+    and then by their norms. The eigenvalues of the scaled $J^\top J$ are cheap, and
+    used if they are accurate enough. If not, the singular values come from $J = QR$.
     """
     # No eigensolver works in half precision.
     dtype = widest((jac.dtype, jnp.dtype("float32")))
@@ -58,8 +56,8 @@ def of_products(
 ) -> Spectrum:
     r"""Decomposes $J^\top J$ with `batch_size` derivatives at a time.
 
-    $J$ is not kept, but where `fn` has forward mode alone. In reverse mode the factor
-    $R$ is updated by some of the rows at a time.
+    $J$ is kept only if `fn` has forward mode alone. In reverse mode the factor $R$ is
+    updated by a few rows at a time.
     """
     products = gauss_newton_products(fn, flat) if subject.jac is None else None
     if products is None:
@@ -90,9 +88,9 @@ def positive(sizes: Array) -> Array:
 
 
 def column_norms(matrix: Float[Array, "N D"]) -> Float[Array, " D"]:
-    """Computes norms, one for a column of zeros.
+    """Computes the norms of columns; that of a column of zeros is 1.
 
-    By way of the largest elements, whose squares need not be representable.
+    Each column is first divided by its largest element, whose square may overflow.
     """
     units = positive(jnp.max(jnp.abs(matrix), axis=0, initial=0))
     return units * positive(jnp.linalg.norm(matrix / units[None, :], axis=0))
@@ -103,10 +101,10 @@ def _of_gram(
     units: Float[Array, " D"],
     triangle: Callable[[Array], Array],
 ) -> Spectrum:
-    """Decomposes a matrix of products of columns in `units`.
+    """Decomposes the Gram matrix of columns in `units`.
 
-    If its eigenvalues are not accurate, `triangle` is asked for the factor $R$ of the
-    columns, divided by their norms too.
+    If its eigenvalues are not accurate, `triangle` computes the factor $R$ of the
+    columns from their norms.
     """
     norms = jnp.sqrt(positive(jnp.diag(gram)))
     values, vectors = equilibrated_eigh(gram, norms)
@@ -124,7 +122,7 @@ def _of_gram(
 
 
 def square_factor(rows: Float[Array, "N D"]) -> Float[Array, "D D"]:
-    """Computes the factor $R$; rows of zeros make up for those that are missing."""
+    """Computes the factor $R$, of a matrix padded with zeros to enough rows."""
     missing = max(rows.shape[1] - rows.shape[0], 0)
     return jnp.linalg.qr(jnp.pad(rows, ((0, missing), (0, 0))), mode="r")
 
@@ -135,15 +133,15 @@ def _triangle_by_rows(
     flat: Float[Array, " D"],
     batch_size: int,
 ) -> Float[Array, "D D"]:
-    """Computes the factor $R$ of a Jacobian of which some rows are there at a time.
+    """Computes the factor $R$ of a Jacobian from some of its rows at a time.
 
-    As many as it has rows itself, since each update costs as much as if there were.
+    There are at least as many as in $R$: an update with fewer costs the same.
     """
     size = flat.size
     chunk = max(size, min(batch_size, like.size))
 
     def row(index: Array) -> Array:
-        # Beyond the last datum this is zero, and so is the row.
+        # Zero beyond the last datum, and so is the row.
         unit = jax.nn.one_hot(index, like.size, dtype=like.dtype)
         return jax.lax.stop_gradient(pull(unit))
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree, takes_methods, whole_number
 from .._data import as_batch
-from .._policy import StepView, StopCriterion, StopReason
+from .._policy import StepView, StopCriterion, StopReason, asked
 from .._step import (
     MOST_STEPS,
     AbstractTrainer,
@@ -27,7 +27,7 @@ from .._step import (
     progress_of,
     ranked,
 )
-from .._tree import LIKE_STATE, cast_alike, strong, to_arrays
+from .._tree import strong, to_arrays
 from .record import Rows
 
 _OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
@@ -161,7 +161,7 @@ class Monitor(eqx.Module):
             validation=score,
             is_validated=is_due,
         )
-        is_over, stop_state = _asked(self.stop, view, state.stop_state)
+        is_over, stop_state = asked(self.stop, view, state.stop_state)
         return progress, MonitorState(score, stop_state, is_over)
 
     @staticmethod
@@ -201,24 +201,3 @@ def _pair(validation: Any) -> tuple[Any, Any]:
             f"model on, and the number of steps between two scores. It is {found}."
         )
     return validation
-
-
-def _asked(
-    stop: StopCriterion, view: StepView, state: PyTree
-) -> tuple[Bool[Array, ""], PyTree]:
-    """Asks a criterion, and checks what it returned: it may be a user's own."""
-    name = f"`{type(stop).__name__}.apply`"
-    returned = stop.apply(view, state)
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(
-            f"{name} must return `(whether to stop, state)`, but returned {returned!r}."
-        )
-    is_over, new_state = returned
-    is_boolean = jnp.issubdtype(jnp.result_type(is_over), jnp.bool_)
-    if jnp.shape(is_over) != () or not is_boolean:
-        raise TypeError(
-            f"{name} must return a boolean scalar first, but returned {is_over!r}."
-        )
-    what = f"the state that {name} returned"
-    new_state = cast_alike(new_state, state, what, "what it was given", LIKE_STATE)
-    return jnp.asarray(is_over), new_state

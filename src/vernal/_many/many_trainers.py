@@ -12,13 +12,20 @@ from typing_extensions import TypeVar
 from .._boundary import PyTree, spelled, warn, whole_number
 from .._curvature import Mode, checked_mode
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._devices import Placement, meeting
+from .._devices import Placement, same_inputs
 from .._fit import BadEnd, One
 from .._loop import Chunk, Ended, Monitor, MonitorState, Moving, Rows, Task
 from .._pickling import Portable
 from .._policy import AT_NON_FINITE, SKIP_ADVICE, NanCount, StopReason
 from .._solve import Problem, checked_solver
-from .._step import AbstractTrainer, config_of, diagnosed, progress_of, with_progress
+from .._step import (
+    AbstractTrainer,
+    config_of,
+    diagnosed,
+    non_finite_error,
+    progress_of,
+    with_progress,
+)
 from .._storage import History
 from .._trainer import Trainer
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
@@ -325,13 +332,14 @@ class Many(One):
         jac: Mode | None,
     ) -> ManyResult[Any]:
         """Solves for all of them, rather than to fit."""
-        with meeting(self.entrance, self.place) as agree, self.context():
+        with same_inputs(self.entrance, self.place) as require_same, self.context():
             encoded, rows = checked_solver(solver, steps, "steps")
             batch = self.prepare(data)
             flags = self.config, self._flags(batch)
             options: dict[str, Any] = {"steps": steps, "jac": jac, "group": self.group}
             options |= {"solver": (solver, encoded), "data_axis": self.data_axis}
-            agree(trainer, batch, (self.template(trainer), self.row(batch)), **options)
+            like = self.template(trainer), self.row(batch)
+            require_same(trainer, batch, like, **options)
             there = Members(self.placed(trainer), flags, self.group, self.place)
             problem = Problem(batch, encoded, rows, checked_mode(jac))
             trainers, history, reasons, edms = solve_many(there, problem, steps)
@@ -368,7 +376,7 @@ class Many(One):
         for index, reason in enumerate(result.stop_reasons):
             if reason is StopReason.NON_FINITE:
                 told = f"That is member {index} of {len(result)}. {explanation}"
-                raise result.trainer(index)._non_finite_error(result, told)
+                raise non_finite_error(result.trainer(index), result, told)
 
 
 def _flatten(tree: PyTree) -> Any:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._boundary import dotted
 from .._step import (
     AbstractTrainer,
     config_of,
@@ -17,10 +16,11 @@ from .._step import (
     with_progress,
 )
 from .._trainer import Trainer, explain_retrace
+from .._tree import by_path, is_alike, shape_and_dtype
 from .mapped_chunk import Flags
 
 
-def stacked(trainers: Any) -> tuple[Any, Flags, int]:
+def stacked(given: Any) -> tuple[Any, Flags, int]:
     """Makes one trainer of many.
 
     **Returns:**
@@ -28,23 +28,23 @@ def stacked(trainers: Any) -> tuple[Any, Flags, int]:
     The trainer, which of the leaves of its configuration have a row for each, and how
     many they are.
     """
-    if isinstance(trainers, Trainer):
-        require_precision(trainers)
-        return _as_stacked(trainers)
-    if not isinstance(trainers, Sequence) or isinstance(trainers, str):
+    if isinstance(given, Trainer):
+        require_precision(given)
+        return _as_stacked(given)
+    if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(
-            f"`trainers` is of type `{type(trainers).__name__}`, but must be a "
+            f"`trainers` is of type `{type(given).__name__}`, but must be a "
             "sequence of trainers, or a stacked one: `eqx.filter_vmap(make)(keys)`."
         )
-    if not trainers:
+    if not given:
         raise ValueError("`trainers` is empty: there is nothing to fit.")
-    first = trainers[0]
-    for index, trainer in enumerate(trainers):
+    first = given[0]
+    for index, trainer in enumerate(given):
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
         require_precision(trainer)
         _require_alike(first, trainer, index)
-    configs = [config_of(trainer) for trainer in trainers]
+    configs = [config_of(trainer) for trainer in given]
     # What all of them share, such as a large frozen array, needs no rows.
     flags = [_is_own(column) for column in _columns(configs)]
     leaves = [
@@ -52,9 +52,9 @@ def stacked(trainers: Any) -> tuple[Any, Flags, int]:
         for column, flag in zip(_columns(configs), flags, strict=True)
     ]
     config = jax.tree.structure(configs[0]).unflatten(leaves)
-    rows = map(stack, _columns([progress_of(trainer) for trainer in trainers]))
+    rows = map(stack, _columns([progress_of(trainer) for trainer in given]))
     progress = jax.tree.structure(progress_of(first)).unflatten(rows)
-    return with_progress(config, progress), tuple(flags), len(trainers)
+    return with_progress(config, progress), tuple(flags), len(given)
 
 
 def _columns(trees: list[Any]) -> list[tuple[Any, ...]]:
@@ -84,11 +84,8 @@ def _is_for_jax_alone(leaf: Array) -> bool:
 
 def _require_alike(first: Any, other: Any, index: int) -> None:
     is_array = lambda leaf: isinstance(leaf, jax.Array)
-    same = jax.tree.structure(first) == jax.tree.structure(other) and all(
-        (a.shape, a.dtype) == (b.shape, b.dtype) if is_array(a) else a is b or a == b
-        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
-    )
-    if not same:
+    kind = lambda leaf: shape_and_dtype(leaf) if is_array(leaf) else leaf
+    if not is_alike(first, other, kind):
         raise ValueError(
             f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
             f"of its arrays:\n{explain_retrace(first, other)}"
@@ -102,11 +99,11 @@ def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
             "`eqx.filter_vmap(make)(keys)`."
         )
     size = len(trainer.step_count)
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(trainer)[0]:
+    for path, leaf in by_path(trainer).items():
         if isinstance(leaf, jax.Array) and leaf.shape[:1] != (size,):
             raise ValueError(
                 f"`trainers` is stacked, with {size} members, but the array at "
-                f"{dotted(keys)!r} has the shape {leaf.shape}."
+                f"{path!r} has the shape {leaf.shape}."
             )
     config = jax.tree.leaves(config_of(trainer))
     return trainer, tuple(isinstance(leaf, jax.Array) for leaf in config), size

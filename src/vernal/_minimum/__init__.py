@@ -1,4 +1,8 @@
-"""The estimated distance to the minimum."""
+"""The estimated distance to the minimum (Minuit's EDM).
+
+`distance` measures the surroundings of a trainer within a compiled program, `edm` has
+the formulas and finds the distance on the host.
+"""
 
 from .distance import (
     MOST_PARAMETERS as MOST_PARAMETERS,

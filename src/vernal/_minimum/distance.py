@@ -1,12 +1,13 @@
 """How far a trainer is from the minimum of what it fits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from .._boundary import Params
 from .._curvature import (
     Flat,
     Subject,
@@ -19,19 +20,29 @@ from .._curvature import (
     traced,
 )
 from .._policy import StopReason
+from .._projection import EigenProjector
 from .._step import AbstractTrainer, defined, live, real_residuals, score
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
-from .edm import TOLERANCE, Distance, Local, curved, of_products, triangle, unknown
+from .edm import (
+    TOLERANCE,
+    Distance,
+    Local,
+    Point,
+    curved,
+    of_products,
+    triangle,
+    unknown,
+)
 
 _SUBJECT = Subject("what is minimised", is_quiet=True)
 
-# A matrix is formed of no more parameters, and no more elements, than these.
+# No matrix with more parameters, or more elements, is formed.
 MOST_PARAMETERS = 512
 _MOST_ELEMENTS = 2**25
 
 
 def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
-    """Tells what is minimised: `residuals`, `nll` or `loss`."""
+    """Returns what is minimised: `"residuals"`, `"nll"` or `"loss"`."""
     methods = defined(trainer)
     if is_least_squares or methods == ("residuals",):
         return "residuals"
@@ -40,7 +51,7 @@ def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
 
 def measure(
     trainer: AbstractTrainer,
-    projector: Any,
+    projector: EigenProjector | None,
     batch: Any,
     key: PRNGKeyArray | None,
     kind: str,
@@ -48,36 +59,45 @@ def measure(
 ) -> Local:
     """Measures what `distance_of` needs, within a compiled program.
 
-    **Arguments:**
-
-    - `trainer`: bare, at the point.
-    - `projector`: of the trainer that is not; what it has dropped is not free.
-    - `batch`, `key`: what the methods are given.
-    - `kind`: as `what_falls` tells.
-    - `fall`: by how much the loss has fallen, on the way here.
+    The trainer is bare; directions that its `projector` dropped are not free. `kind` is
+    what `what_falls` returns, and `fall` is how far the loss fell on the way here.
     """
     params = as_parameters(trainer.params)
-    flat = _wide(ravel(params))
-    eps = np.concatenate(
-        [np.full(x.size, jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)]
-    ).astype(flat.dtype)
+    here = _Here(_wide(ravel(params)), params, projector)
     at = lambda flat: live(trainer, unravel(flat, params))
-    limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
     if kind == "residuals":
-        fn = traced(lambda flat: _wide(real_residuals(at(flat), batch, key)), flat)
-        return _of_residuals(fn, flat, eps, projector, params, fall)
-    fn = traced(lambda flat: _wide(score(at(flat), batch, key).loss), flat)
-    return _of_loss(fn, flat, eps, projector, params, limit)
+        residuals = lambda flat: _wide(real_residuals(at(flat), batch, key))
+        return _of_residuals(traced(residuals, here.flat), here, fall)
+    loss = lambda flat: _wide(score(at(flat), batch, key).loss)
+    limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
+    return _of_loss(traced(loss, here.flat), here, limit)
 
 
-def _of_residuals(
-    residuals: Flat,
-    flat: Array,
-    eps: np.ndarray,
-    projector: Any,
-    params: Any,
-    fall: Any,
-) -> Local:
+class _Here(NamedTuple):
+    """The parameters, and the projector of the space in which they can move."""
+
+    flat: Array
+    params: Params
+    projector: EigenProjector | None
+
+    def point(self) -> Point:
+        leaves = jax.tree.leaves(self.params)
+        eps = [np.full(leaf.size, jnp.finfo(leaf.dtype).eps) for leaf in leaves]
+        projector, basis = self.projector, None
+        if projector is not None and projector.latent_size < self.flat.size:
+            basis = projector.matrix
+        return Point(self.flat, np.concatenate(eps).astype(self.flat.dtype), basis)
+
+    def solve(self, vector: Array) -> Array:
+        """Multiplies with a rough inverse of the curvature."""
+        if self.projector is None:
+            return vector
+        natural = self.projector.precondition(unravel(vector, self.params))
+        return ravel(natural, ravel_dtype(self.params))
+
+
+def _of_residuals(residuals: Flat, here: _Here, fall: Any) -> Local:
+    flat = here.flat
     vector = residuals(flat)
     if flat.size <= MOST_PARAMETERS and vector.size * flat.size <= _MOST_ELEMENTS:
         try:
@@ -85,7 +105,7 @@ def _of_residuals(
         except TypeError:
             return unknown(flat)
         jacobian = jacobian_matrix(residuals, flat, mode)
-        return triangle(jacobian, vector, flat, eps, fall, _basis(projector))
+        return triangle(jacobian, vector, here.point(), fall)
     products = gauss_newton_products(residuals, flat)
     if products is None:
         return unknown(flat)
@@ -94,24 +114,22 @@ def _of_residuals(
     degrees = max(vector.size - flat.size, 1)
     limit = TOLERANCE * 2 * loss / degrees
     product = lambda v: pull(push(v))
-    return of_products(loss, pull(vector), product, _solved(projector, params), limit)
+    return of_products(loss, pull(vector), product, here.solve, limit)
 
 
-def _of_loss(
-    loss: Flat, flat: Array, eps: np.ndarray, projector: Any, params: Any, limit: Any
-) -> Local:
+def _of_loss(loss: Flat, here: _Here, limit: Any) -> Local:
+    flat = here.flat
     value = loss(flat)
     try:
         mode = choose_mode(loss, flat, _SUBJECT, ("bwd", "fwd"))
         product = hessian_product(loss, flat, _SUBJECT)
     except TypeError:
-        # There are no second derivatives in any mode.
+        # No mode has second derivatives.
         return unknown(flat)
     slope = gradient(loss, flat, mode)
     if flat.size > MOST_PARAMETERS:
-        return of_products(value, slope, product, _solved(projector, params), limit)
-    hessian, basis = columns(product, flat), _basis(projector)
-    return curved(value, slope, hessian, flat, eps, limit, basis)
+        return of_products(value, slope, product, here.solve, limit)
+    return curved(value, slope, columns(product, flat), here.point(), limit)
 
 
 def _wide(array: Array) -> Array:
@@ -119,23 +137,8 @@ def _wide(array: Array) -> Array:
     return array.astype(widest((array.dtype, jnp.dtype("float32"))))
 
 
-def _basis(projector: Any) -> Array | None:
-    """The directions in which a trainer can go, `None` for all."""
-    if projector is None or projector.latent_size == projector.matrix.shape[0]:
-        return None
-    return projector.matrix
-
-
-def _solved(projector: Any, params: Any) -> Flat:
-    """Multiplies with a rough inverse of the curvature."""
-    if projector is None:
-        return lambda vector: vector
-    dtype = ravel_dtype(params)
-    return lambda v: ravel(projector.precondition(unravel(v, params)), dtype)
-
-
 def settled(reason: StopReason, distance: Distance) -> StopReason:
-    """Tells why a solver ended, once it is known how far from a minimum that was."""
+    """Returns why a solver ended, given its distance to the minimum."""
     if reason is StopReason.NON_FINITE:
         return reason
     if distance.is_minimum:

@@ -19,23 +19,23 @@ TOLERANCE = 1e-3
 # Rounding leaves a singular value that is zero at this many machine epsilons.
 _ROUNDING = 64
 
-# Conjugate gradients take at most so many products.
+# Conjugate gradients take at most this many products.
 _MOST_PRODUCTS = 64
 
-# Without scatter, parameters that are right to this fraction are right.
+# Without scatter, parameters that are right to this fraction count as exact.
 _EXACT = 1e-8
 
 
 class Distance(NamedTuple):
     r"""How far a point is from a minimum, in units of what is minimised.
 
-    - `edm`: $\frac12 g^\top F^{-1} g$, NaN where it cannot be had.
-    - `limit`: what of it is too little to matter.
-    - `is_saddle`: whether this is no place for a minimum: the loss curves downwards, is
-        flat wherever one looks, or has derivatives that are not finite.
+    - `edm`: $\frac12 g^\top F^{-1} g$, NaN where it is not known.
+    - `limit`: the largest `edm` of a minimum.
+    - `is_saddle`: whether the point cannot be a minimum: the loss curves downwards, is
+        flat in every direction, or has derivatives that are not finite.
     - `is_complete`: whether `edm` is more than a lower bound.
-    - `direction`: where the minimum is; each parameter in units of its own scale, and
-        the whole of length one.
+    - `direction`: the direction of the minimum, of length one, with each parameter in
+        units of its scale.
     """
 
     edm: Float[Array | np.ndarray, ""]
@@ -46,26 +46,27 @@ class Distance(NamedTuple):
 
     @property
     def is_minimum(self) -> bool:
-        """Whether the loss cannot fall any further, of numbers on the host."""
+        """Whether the loss cannot fall any further. For numbers on the host."""
         return bool(self.is_complete and self.edm <= self.limit and not self.is_saddle)
 
     @property
     def is_short(self) -> bool:
-        """Whether it can."""
+        """Whether the loss can fall further. For numbers on the host."""
         return bool(self.edm > self.limit or self.is_saddle)
 
 
 class Triangle(NamedTuple):
     """Residuals and their Jacobian at a point, reduced to a matrix of few rows.
 
-    - `factor`: the factor $R$ of the columns of the Jacobian, each divided by its own
+    - `factor`: the factor $R$ of the columns of the Jacobian, each divided by its
         norm, and of the residuals as the last column.
-    - `turn`: turns a step in these units into one of parameters in units of theirs.
-    - `loss`, `size`: half the sum of squares, NaN if a derivative is not finite, and
-        of how many.
-    - `rounding`, `exact`: what of the distance rounding may hide, and what is nothing
-        where there is no scatter.
-    - `has_fallen`: whether the loss has on the way.
+    - `turn`: the matrix that turns a step in these units into one of the parameters in
+        units of their scales.
+    - `loss`: half the sum of squares, NaN if a derivative is not finite.
+    - `size`: the number of residuals.
+    - `rounding`: the distance that rounding may hide.
+    - `exact`: the distance that counts as zero without scatter.
+    - `has_fallen`: whether the loss has fallen on the way.
     """
 
     factor: Float[Array, "L+1 L+1"]
@@ -91,42 +92,58 @@ class Curved(NamedTuple):
 
 
 Local = Triangle | Curved | Distance
-"""What a program finds out about the surroundings of a point."""
+"""What a compiled program finds out about the surroundings of a point."""
+
+
+class Point(NamedTuple):
+    """Where a distance is measured.
+
+    - `flat`: the parameters.
+    - `eps`: the spacing of each parameter, relative to itself.
+    - `basis`: the directions that are free, `None` for all.
+    """
+
+    flat: Float[Array, " D"]
+    eps: Float[np.ndarray, " D"]
+    basis: Float[Array, "D L"] | None = None
+
+    def rounding(self, loss: Array, scale: Array) -> Array:
+        """Estimates the distance that rounding may hide, of the loss and parameters."""
+        of_params = 0.5 * jnp.sum(jnp.square(16 * self.eps * (self.flat * scale)))
+        return 4 * jnp.finfo(loss.dtype).eps * jnp.abs(loss) + of_params
+
+    def turn(self, scale: Array, own: Array) -> Array | None:
+        """Returns what turns steps in units of `own` into ones in units of `scale`."""
+        if self.basis is None:
+            return None
+        return scale[:, None] * self.basis / own[None, :]
 
 
 def triangle(
     jacobian: Float[Array, "N D"],
     residuals: Float[Array, " N"],
-    flat: Float[Array, " D"],
-    eps: Float[np.ndarray, " D"],
+    point: Point,
     fall: Any,
-    basis: Float[Array, "D L"] | None = None,
 ) -> Triangle:
-    """Reduces the Jacobian by a QR, never to the product with its transpose.
-
-    **Arguments:**
-
-    - `jacobian`, `residuals`: at the point.
-    - `flat`: the parameters.
-    - `eps`: the spacing of each parameter, relative to itself.
-    - `fall`: by how much the loss has fallen.
-    - `basis`: the directions that are free, all of them by default.
-    """
-    scale = column_norms(jacobian)
-    free = jacobian if basis is None else matmul(jacobian, basis)
-    own = scale if basis is None else column_norms(free)
+    """Reduces residuals and their Jacobian by a QR; `fall` is how far the loss fell."""
+    scale = own = column_norms(jacobian)
+    free = jacobian
+    if point.basis is not None:
+        free = matmul(jacobian, point.basis)
+        own = column_norms(free)
     together = jnp.column_stack([free / own[None, :], residuals])
-    # Of a NaN LAPACK may not come back.
+    # LAPACK may not return if there is a NaN.
     is_finite = jnp.all(jnp.isfinite(together))
     together = jnp.where(is_finite, together, 0)
     loss = jnp.where(is_finite, 0.5 * jnp.sum(jnp.square(residuals)), jnp.nan)
     return Triangle(
         factor=square_factor(together),
-        turn=None if basis is None else scale[:, None] * basis / own[None, :],
+        turn=point.turn(scale, own),
         loss=loss,
         size=jnp.array(residuals.size),
-        rounding=_rounding(loss, flat * scale, eps),
-        exact=0.5 * jnp.sum(jnp.square(np.maximum(eps, _EXACT) * flat * scale)),
+        rounding=point.rounding(loss, scale),
+        exact=0.5
+        * jnp.sum(jnp.square(np.maximum(point.eps, _EXACT) * point.flat * scale)),
         has_fallen=jnp.asarray(fall > 0),
     )
 
@@ -135,46 +152,37 @@ def curved(
     loss: Float[Array, ""],
     gradient: Float[Array, " D"],
     hessian: Float[Array, "D D"],
-    flat: Float[Array, " D"],
-    eps: Float[np.ndarray, " D"],
+    point: Point,
     limit: Any,
-    basis: Float[Array, "D L"] | None = None,
 ) -> Curved:
-    """Scales a Hessian.
-
-    **Arguments:**
-
-    - `loss`, `gradient`, `hessian`: of what is minimised.
-    - `flat`, `eps`, `basis`: as for `triangle`.
-    - `limit`: what of the distance is too little to matter, rounding aside.
-    """
-    scale = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
-    rounding, own = _rounding(loss, flat * scale, eps), scale
-    if basis is not None:
-        hessian = matmul(matmul(basis.T, hessian), basis)
-        gradient = matmul(basis.T, gradient)
+    """Scales a Hessian; `limit` is that of the distance, without rounding."""
+    scale = own = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
+    rounding = point.rounding(loss, scale)
+    if point.basis is not None:
+        hessian = matmul(matmul(point.basis.T, hessian), point.basis)
+        gradient = matmul(point.basis.T, gradient)
         own = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
     slope, hessian = gradient / own, hessian / own[None, :] / own[:, None]
     return Curved(
         slope=slope,
         hessian=hessian,
-        turn=None if basis is None else scale[:, None] * basis / own[None, :],
+        turn=point.turn(scale, own),
         loss=jnp.where(all_finite((slope, hessian)), loss, jnp.nan),
         limit=jnp.fmax(limit, rounding),
     )
 
 
 def distance_of(local: Any) -> Distance:
-    """Finds the distance from a `Local` that a program has returned, by NumPy.
+    """Finds the distance from a `Local` by NumPy.
 
-    The matrices are small, and a program would be compiled for each of their shapes.
+    The matrices are small, and a program would compile for each shape.
     """
     local = jax.device_get(local)
     if isinstance(local, Distance):
         return local
     if not np.isfinite(local.loss):
-        there = unknown(np.zeros(0, local.loss.dtype))
-        return there._replace(is_saddle=np.asarray(True))
+        distance = unknown(np.zeros(0, local.loss.dtype))
+        return distance._replace(is_saddle=np.asarray(True))
     return _of_triangle(local) if isinstance(local, Triangle) else _of_curved(local)
 
 
@@ -194,10 +202,10 @@ def _of_triangle(local: Triangle) -> Distance:
 
     degrees = max(local.size - np.sum(is_kept), 1)
     limit = np.fmax(TOLERANCE * 2 * loss / degrees, local.rounding)
-    # Without scatter there is nothing but the parameters themselves to measure by.
+    # Without scatter only the spacing of the parameters sets a scale.
     if loss - edm <= 0.1 * edm:
         limit = np.fmax(limit, local.exact)
-    # Far out a model may underflow, and nothing depends on any parameter.
+    # Far from the data a model may underflow, and no residual depends on a parameter.
     is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
     return _distance(edm, limit, is_flat, local, step)
 
@@ -212,9 +220,9 @@ def _of_curved(local: Curved) -> Distance:
     curvature = np.where(is_kept, np.abs(values), 1)
     edm, is_flat = 0.5 * np.sum(np.square(along) / curvature), not slope.any()
     if largest == 0 and not is_flat:
-        # Without any curvature, as of a sum of absolute values, nobody knows.
+        # Without curvature, as for a sum of absolute values, it is not known.
         edm = np.nan
-    # What rounding makes of a zero is smaller.
+    # Rounding makes less than this of a zero.
     curves_down = values[0] < -(eps**0.5) * largest
     is_saddle = (largest == 0 and is_flat) or curves_down
     return _distance(edm, local.limit, is_saddle, local, -vectors @ (along / curvature))
@@ -242,16 +250,9 @@ def of_products(
     precondition: Callable[[Array], Array],
     limit: Any,
 ) -> Distance:
-    """Finds the distance by conjugate gradients, where no matrix is formed.
+    """Finds the distance by conjugate gradients, from below, without a matrix.
 
-    Each iteration brings it closer, from below.
-
-    **Arguments:**
-
-    - `loss`, `gradient`: of what is minimised.
-    - `product`: that of its curvature with a vector.
-    - `precondition`: the product with a rough inverse of the curvature.
-    - `limit`: as for `curved`.
+    `product` multiplies with the curvature, `precondition` with a rough inverse.
     """
     eps = float(jnp.finfo(gradient.dtype).eps)
     first = precondition(gradient)
@@ -281,30 +282,20 @@ def of_products(
     zero, no = jnp.zeros_like(gradient), jnp.array(False)
     start = (0, zero, gradient, first, size, jnp.zeros_like(size), no)
     _, step, _, _, now, edm, is_saddle = jax.lax.while_loop(goes_on, iterate, start)
+    length = jnp.linalg.norm(step)
     return Distance(
         jnp.where(jnp.isfinite(loss), edm, jnp.nan),
         jnp.fmax(limit, 4 * eps * jnp.abs(loss)),
         is_saddle,
         now <= 1e-6 * size,
-        _unit(-step),
+        -step / jnp.where(length > 0, length, 1),
     )
 
 
 def unknown(like: Array | np.ndarray) -> Distance:
-    """The distance where it cannot be had, in the dtype of the parameters."""
+    """Returns a distance that is not known, in the dtype of the parameters."""
     nan, no = np.asarray(np.nan, like.dtype), np.asarray(False)
     return Distance(nan, nan, no, no, np.zeros(like.shape, like.dtype))
-
-
-def _rounding(loss: Array, flat: Array, eps: np.ndarray) -> Array:
-    """Estimates what rounding of the loss, and of the parameters, may hide."""
-    of_params = 0.5 * jnp.sum(jnp.square(16 * eps * flat))
-    return 4 * jnp.finfo(loss.dtype).eps * jnp.abs(loss) + of_params
-
-
-def _unit(step: Array) -> Array:
-    length = jnp.linalg.norm(step)
-    return step / jnp.where(length > 0, length, 1)
 
 
 def along(direction: np.ndarray, params: Params) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._boundary import checked, require_number, spelled
+from .._boundary import checked, require_numbers
 from .partition import partition
 from .transform import require_transformation
 
@@ -20,12 +20,12 @@ def map_optimisers(
 
     **Arguments:**
 
-    - `params`: from names to parameters, each any pytree of numbers and arrays.
-        Integers become floats.
+    - `params`: from names to parameters, each a pytree of numbers and arrays. Integers
+        become floats.
     - `optimisers`: from names to Optax transformations. A tuple of names gives each of
-        them that transformation. A parameter without one is frozen; one without a
-        parameter is ignored.
-    - `strict`: whether the names must be the same.
+        them that transformation. A parameter without an optimiser is frozen; an
+        optimiser without a parameter is ignored.
+    - `strict`: whether both must have the same names.
 
     **Returns:**
 
@@ -33,11 +33,10 @@ def map_optimisers(
 
     **Raises:**
 
-    `TypeError` if an optimiser is no Optax transformation; `ValueError` if `strict` and
-    the names differ.
+    - `TypeError`: if an optimiser is not an Optax transformation.
+    - `ValueError`: if `strict` and the names differ.
     """
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        require_number(leaf, spelled("params", keys), "Leave it out.")
+    require_numbers(params, "params", "Leave it out.")
     params = jax.tree.map(_as_float, _unpacked(params))
     optimisers = _unpacked(optimisers)
     for name, tx in optimisers.items():
@@ -61,7 +60,7 @@ def map_optimisers(
 
 
 def _unpacked(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Gives each name of a tuple of names an entry of its own."""
+    """Gives each name of a tuple of names its own entry."""
     return {
         name: value
         for names, value in mapping.items()

@@ -5,10 +5,10 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import tree_flatten_with_path
 
-from .._boundary import dotted, require_number, spelled
+from .._boundary import require_numbers
 from .._projection import EigenProjector
+from .._tree import by_path
 
 
 def precondition(
@@ -19,8 +19,8 @@ def precondition(
     $$g \mapsto P P^\top g$$
 
     where $P P^\top = F^{-1}$ for a projector of a Fisher matrix $F$ of full rank. As
-    the `first` of a [`vernal.ParamOptimiser`][] it is natural gradient with a rate of
-    its own for each parameter:
+    the `first` of a [`vernal.ParamOptimiser`][] it gives natural gradients, with one
+    rate for each parameter:
 
     ```python
     vn.ParamOptimiser(
@@ -35,7 +35,7 @@ def precondition(
     **Arguments:**
 
     - `projector`: a [`vernal.EigenProjector`][] of the parameters; or a tree like them,
-        by whose entries the gradients are scaled.
+        whose entries scale the gradients.
 
     **Returns:**
 
@@ -50,7 +50,8 @@ def precondition(
         )
 
     if not is_projector:
-        _check_scales(projector)
+        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
+        require_numbers(projector, "projector", remedy)
 
     # Known by its code, which a type checker must not wrap.
     @no_type_check
@@ -67,26 +68,21 @@ def precondition(
     return optax.stateless(update)
 
 
-def _check_scales(scales: Any) -> None:
-    for keys, leaf in tree_flatten_with_path(scales)[0]:
-        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
-        require_number(leaf, spelled("projector", keys), remedy)
-
-
 def _check(updates: Any, like: Any) -> None:
     """Compares leaf by leaf: inside an optimiser a tree is a dictionary by path."""
-    flat, _ = tree_flatten_with_path(updates)
-    own, _ = tree_flatten_with_path(like)
-    for (keys, grad), (own_keys, leaf) in zip(flat, own, strict=False):
-        if dotted(keys) != dotted(own_keys) or jnp.shape(grad) != jnp.shape(leaf):
+    found, own = (
+        [(name, jnp.shape(leaf)) for name, leaf in by_path(tree).items()]
+        for tree in (updates, like)
+    )
+    for (name, shape), (own_name, own_shape) in zip(found, own, strict=False):
+        if (name, shape) != (own_name, own_shape):
             raise ValueError(
-                f"`precondition` was made for {dotted(own_keys)!r} of shape "
-                f"{jnp.shape(leaf)} where the gradients have {dotted(keys)!r} of shape "
-                f"{jnp.shape(grad)}. Make it from the parameters that are trained, in "
-                "the same order."
+                f"`precondition` was made for {own_name!r} of shape {own_shape} where "
+                f"the gradients have {name!r} of shape {shape}. Make it from the "
+                "parameters that are trained, in the same order."
             )
-    if len(flat) != len(own):
+    if len(found) != len(own):
         raise ValueError(
             f"`precondition` was made for {len(own)} parameters, but there are "
-            f"gradients of {len(flat)}."
+            f"gradients of {len(found)}."
         )

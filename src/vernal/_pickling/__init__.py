@@ -19,4 +19,9 @@ from .library import (
     is_of_python as is_of_python,
     module_of as module_of,
 )
-from .portable import Portable as Portable, build as build, packed as packed
+from .portable import (
+    ModuleMeta as ModuleMeta,
+    Portable as Portable,
+    build as build,
+    packed as packed,
+)

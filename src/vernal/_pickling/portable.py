@@ -8,15 +8,26 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._boundary import is_on, is_wide
+from .._boundary import is_wide, is_x64_on
 from .code import Stand, by_code, by_name, content_of, is_named, new_cell
 from .library import is_of_python, module_of
+
+if TYPE_CHECKING:
+    from equinox._module._module import (
+        _ModuleMeta,  # pyright: ignore[reportPrivateUsage]
+    )
+
+    class ModuleMeta(_ModuleMeta):
+        """The metaclass of Equinox's modules."""
+
+else:
+    ModuleMeta = type(eqx.Module)
 
 T = TypeVar("T")
 
@@ -41,7 +52,7 @@ class Portable:
 
 
 def _loaded(kind: type, fields: Mapping[str, Any], is_float64: bool) -> Any:
-    if is_float64 and not is_on():
+    if is_float64 and not is_x64_on():
         raise ValueError(
             f"The `{kind.__name__}` was pickled while `jax_enable_x64` was on, and in "
             "this process it is off: JAX would round it to 32 bits. Turn it on here "

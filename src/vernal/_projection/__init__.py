@@ -1,17 +1,23 @@
-"""Whitening by a Fisher or covariance matrix."""
+"""Whitening: linear maps that make every direction of the parameters alike.
+
+`projector` has the users' `EigenProjector` and the ways to make one, `affine` what it
+does. It has a whitening for each of its blocks (`blocks`): `whitening` declares what
+that is, `dense` and `decompose` make one from a matrix or a Jacobian, `low_rank` and
+`lanczos` from products. `null_policy` and `null_space` are about the directions that
+the data do not constrain.
+"""
 
 from .blocks import find_blocks as find_blocks
 from .decompose import (
     ROUNDING as ROUNDING,
-    jacobian_cut as jacobian_cut,
+    jacobian_rtol as jacobian_rtol,
     whiten as whiten,
 )
-from .dense import (
-    DenseWhitening as DenseWhitening,
-    OnNull as OnNull,
-    check_options as check_options,
-    check_rank_kind as check_rank_kind,
-    of_spectrum as of_spectrum,
+from .dense import DenseWhitening as DenseWhitening, whiten_spectrum as whiten_spectrum
+from .null_policy import NullPolicy as NullPolicy
+from .projector import (
+    EigenProjector as EigenProjector,
+    make_block_projector as make_block_projector,
+    make_projector as make_projector,
 )
-from .projector import EigenProjector as EigenProjector
 from .whitening import Unchanged as Unchanged

@@ -1,9 +1,9 @@
-"""Groups of parameters, each with a matrix of its own."""
+"""Blocks: groups of parameters, each whitened by its own matrix."""
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,10 @@ from jaxtyping import Array, DTypeLike, Float
 
 from .._boundary import Params, PyTree
 from .._tree import atoms, named_leaves, paths, ravel, resolve, unravel, widest
+from .null_policy import NullPolicy
+from .whitening import AbstractWhitening, Unchanged
+
+T = TypeVar("T")
 
 Block = tuple[int, ...]
 """The indices of some leaves, in the order of `jax.tree.leaves`."""
@@ -20,25 +24,16 @@ Block = tuple[int, ...]
 def find_blocks(
     params: Params, selectors: Sequence[Any], argument: str
 ) -> tuple[Block, ...]:
-    """Finds which leaves of `params` belong to which block.
-
-    **Arguments:**
-
-    - `params`: a tree of the trained leaves, with `None` for the others.
-    - `selectors`: one selector for each block.
-    - `argument`: what an error calls the selectors.
-
-    **Returns:**
-
-    For each block the indices of its leaves, in the order of `jax.tree.leaves`.
+    """Finds the leaves of the block of each selector.
 
     **Raises:**
 
     - `UnknownPathError`: if a selector matches nothing.
-    - `ValueError`: if two blocks share a parameter, or one is of none.
+    - `ValueError`: if two blocks share a parameter, or one is empty. The error calls
+        the selectors `argument`.
     """
     names = paths(params)
-    # With a block for each parameter, resolving one by one would be quadratic.
+    # With a block for each parameter, resolving each selector would be quadratic.
     indices = {name: index for index, name in enumerate(names)}
     owner: dict[int, Any] = {}
     blocks = []
@@ -84,7 +79,7 @@ def ravel_blocks(
 def unravel_blocks(
     flats: Sequence[Float[Array, " _"]], blocks: Sequence[Block], like: Params
 ) -> Params:
-    """Undoes `ravel_blocks`: every leaf has the shape and dtype it has in `like`."""
+    """Undoes `ravel_blocks`; shapes and dtypes are those of `like`."""
     leaves, structure = jax.tree.flatten(like)
     for flat, block in zip(flats, blocks, strict=True):
         own = unravel(flat, [leaves[index] for index in block])
@@ -94,7 +89,7 @@ def unravel_blocks(
 
 
 def places(params: Params, blocks: Sequence[Block]) -> list[np.ndarray]:
-    """Finds where in `ravel(params)` the elements of each block are."""
+    """Finds the indices of the elements of each block in `ravel(params)`."""
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
     ends = np.cumsum(sizes)
     return [
@@ -104,10 +99,10 @@ def places(params: Params, blocks: Sequence[Block]) -> list[np.ndarray]:
 
 
 def nest_blocks(params: Params, blocks: Sequence[Block]) -> OrderedDict[str, Any]:
-    """Nests the indices of blocks in dictionaries with the paths of the parameters.
+    """Nests the indices of blocks in dictionaries, by the paths of the parameters.
 
-    A block of several leaves is at the path of the first; at the others is `None`, as
-    where `params` has `None`.
+    A block of several leaves is at the path of the first. The others have `None`, as do
+    the leaves that are `None` in `params`.
     """
     firsts = {block[0]: index for index, block in enumerate(blocks)}
     nested: OrderedDict[str, Any] = OrderedDict()
@@ -126,9 +121,9 @@ def nest_blocks(params: Params, blocks: Sequence[Block]) -> OrderedDict[str, Any
 
 
 def arrange(tree: PyTree, like: PyTree) -> PyTree:
-    """Brings the keys of nested dictionaries in the order of others.
+    """Sorts the keys of nested dictionaries like those of `like`.
 
-    A key that was left out, where the other has no leaf, is no mistake.
+    Keys without leaves in `like` may be missing.
     """
     is_nested = isinstance(tree, Mapping) and isinstance(like, OrderedDict)
     if not (is_nested and tree.keys() <= like.keys()):
@@ -151,3 +146,40 @@ def scatter(
     for down, across, matrix in zip(rows, columns, matrices, strict=True):
         whole = whole.at[np.ix_(down, across)].set(matrix.astype(dtype))
     return whole
+
+
+def whiten_blocks(
+    given: Mapping[Any, T],
+    params: Params,
+    nulls: NullPolicy,
+    whiten: Callable[[T, Params, NullPolicy, str], AbstractWhitening],
+) -> tuple[tuple[Block, ...], tuple[AbstractWhitening, ...]]:
+    """Finds the maps that whiten several blocks of `params`.
+
+    For each selector, `whiten` takes what is given, the parameters of the block, its
+    policy, and its name in errors. Returns the blocks, in the order of their first
+    leaves, and a map for each. A leaf without a selector is an unchanged block.
+    """
+    if not given:
+        raise ValueError(
+            '`blocks` is empty: it needs at least one matrix, such as `{"flux": fmat}`.'
+        )
+    if odd := [selector for selector in nulls.rank or () if selector not in given]:
+        raise ValueError(
+            f"`rank` has {odd[0]!r}, which is not a block. The blocks are "
+            f"{', '.join(map(repr, given))}."
+        )
+    selectors = tuple(given)
+    blocks = find_blocks(params, selectors, "blocks")
+    found: dict[Block, AbstractWhitening] = {}
+    for selector, block, own in zip(
+        selectors, blocks, leaves_by_path(params, blocks), strict=True
+    ):
+        name = f"`blocks[{selector!r}]`"
+        found[block] = whiten(given[selector], own, nulls.of_block(selector), name)
+    owned = {index for block in blocks for index in block}
+    for index, leaf in enumerate(jax.tree.leaves(params)):
+        if index not in owned:
+            found[index,] = Unchanged(leaf.shape, leaf.dtype)
+    order = tuple(sorted(found))
+    return order, tuple(found[block] for block in order)

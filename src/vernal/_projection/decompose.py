@@ -1,6 +1,5 @@
-"""Whitening of a matrix, or of a Jacobian, as it was given."""
+"""Whitening by a given matrix or Jacobian."""
 
-import math
 from typing import Literal
 
 import jax
@@ -19,10 +18,11 @@ from .._curvature import (
     refuse_non_finite,
 )
 from .._tree import element_name, paths, ravel_dtype, ravel_size, widest
-from .dense import Cut, DenseWhitening, OnNull, check_options, of_spectrum
+from .dense import DenseWhitening, whiten_spectrum
+from .null_policy import NullPolicy
 from .null_space import list_parameters
 
-# Of what is zero rounding leaves so many times the machine epsilon, with room to spare.
+# Rounding leaves a zero below this many machine epsilons.
 ROUNDING = 64
 
 Kind = Literal["fmat", "cov", "hessian"]
@@ -39,18 +39,12 @@ _REMEDY = {
 
 
 def whiten(
-    given: Matrix,
-    params: Params,
-    rtol: float | int | None,
-    rank: int | None,
-    on_null: OnNull,
-    kind: Kind,
-    name: str,
+    given: Matrix, params: Params, nulls: NullPolicy, name: str, kind: Kind
 ) -> DenseWhitening:
-    """Finds the map that whitens `given`, a matrix over the elements of `params`.
+    """Finds the map that whitens the parameters by their matrix `given`.
 
-    An error calls the matrix `name`, and has a remedy by its `kind`. Where there is
-    nothing but null directions, the latent vector is empty.
+    Errors call the matrix `name`, with a remedy for its `kind`. If all directions are
+    null, the latent vector is empty.
     """
     size = ravel_size(params)
     bare = name.strip("`")
@@ -62,13 +56,13 @@ def whiten(
             f"{(size, size)}, in the order of `jax.flatten_util.ravel_pytree`."
         )
     eps = _noise(given, matrix)
-    threshold = size * eps if rtol is None else rtol
-    check_options(threshold, rank, on_null, size)
+    nulls = nulls.or_rtol(size * eps)
+    nulls.check(size)
     matrix = _refuse_bad_rows(refuse_non_finite(matrix, bare), kind, name, params)
 
     dtype = widest((matrix.dtype, ravel_dtype(params)))
     scale, values, vectors = _decompose(matrix.astype(dtype))
-    tolerance = threshold * values[0]
+    tolerance = (nulls.rtol or 0) * values[0]
     values = refuse(
         values,
         values[-1] < -tolerance,
@@ -79,17 +73,13 @@ def whiten(
             f"direction involves {list_parameters(params, vectors[:, -1])}."
         ),
     )
-    return of_spectrum(
-        Spectrum(scale if kind == "cov" else 1 / scale, values, vectors),
-        params,
-        Cut(threshold, rank, on_null, math.sqrt(eps)),
-        name,
-        is_inverse=kind != "cov",
-    )
+    is_inverse = kind != "cov"
+    spectrum = Spectrum(1 / scale if is_inverse else scale, values, vectors)
+    return whiten_spectrum(spectrum, params, nulls, eps, name, is_inverse=is_inverse)
 
 
 def _noise(given: Matrix, matrix: Float[Array, "N D"]) -> float:
-    """Returns the epsilon of the matrix as given, or as held where that is coarser."""
+    """Returns the coarser machine epsilon of the given and the converted matrix."""
     dtypes = [matrix.dtype]
     if jnp.issubdtype(given.dtype, jnp.floating):
         dtypes.append(given.dtype)
@@ -109,7 +99,7 @@ def _decompose(
 def _refuse_bad_rows(
     matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
 ) -> Float[Array, "D D"]:
-    """Finds what no scale can mend, before the cost of a decomposition."""
+    """Refuses rows that no scale can repair, before the costly decomposition."""
     diagonal = jnp.diag(matrix)
     largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
     bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
@@ -128,14 +118,27 @@ def _refuse_bad_rows(
 
 
 def whiten_jacobian(
-    given: Matrix,
-    params: Params,
-    rtol: float | int | None,
-    rank: int | None,
-    on_null: OnNull,
-    name: str,
+    given: Matrix, params: Params, nulls: NullPolicy, name: str
 ) -> DenseWhitening:
-    """Does for `given`, a Jacobian, what `whiten` does for a matrix."""
+    """Finds the map that whitens the parameters by their Jacobian `given`."""
+    check_jacobian(given, params, name)
+    size = ravel_size(params)
+    nulls.check(size)
+    jac = jax.lax.stop_gradient(jnp.asarray(given))
+    if not jnp.issubdtype(jac.dtype, jnp.floating):
+        jac = jac.astype(float)
+    jac = refuse_non_finite(jac, name.strip("`"))
+    dtype = widest((jac.dtype, ravel_dtype(params), jnp.dtype("float32")))
+    eps = _noise(given, jac)
+    nulls = nulls.or_rtol(jacobian_rtol(size, eps))
+    return whiten_spectrum(_of_jacobian(jac.astype(dtype)), params, nulls, eps, name)
+
+
+_of_jacobian = jax.jit(of_jacobian)
+
+
+def check_jacobian(given: Matrix, params: Params, name: str) -> None:
+    """Refuses what is not a real matrix with a column for each element of `params`."""
     refuse_foreign(given, name)
     size, shape = ravel_size(params), np.shape(given)
     if len(shape) != 2 or shape[1] != size or shape[0] == 0:
@@ -149,29 +152,11 @@ def whiten_jacobian(
             f"{name} must be real, but it is {given.dtype}. Of complex residuals, "
             "stack the rows of the real and of the imaginary part."
         )
-    check_options(0 if rtol is None else rtol, rank, on_null, size)
-    jac = jax.lax.stop_gradient(jnp.asarray(given))
-    if not jnp.issubdtype(jac.dtype, jnp.floating):
-        jac = jac.astype(float)
-    jac = refuse_non_finite(jac, name.strip("`"))
-    dtype = widest((jac.dtype, ravel_dtype(params), jnp.dtype("float32")))
-    eps = _noise(given, jac)
-    spectrum = _of_jacobian(jac.astype(dtype))
-    cut = jacobian_cut(size, eps, rtol, rank, on_null)
-    return of_spectrum(spectrum, params, cut, name, is_inverse=True)
 
 
-_of_jacobian = jax.jit(of_jacobian)
+def jacobian_rtol(size: int, eps: float) -> float:
+    """Returns the default `rtol` for the square of a singular value.
 
-
-def jacobian_cut(
-    size: int, eps: float, rtol: float | int | None, rank: int | None, on_null: OnNull
-) -> Cut:
-    """Finds which directions of a Jacobian are null.
-
-    Each element of it is a sum of a few terms, with a few roundings of `eps` in all
-    but awkward cases: so much is left of a singular value that is zero, and of an
-    eigenvalue its square.
+    The elements of a Jacobian are right to a few `eps`, except in awkward cases.
     """
-    threshold = (max(size, ROUNDING) * eps) ** 2 if rtol is None else rtol
-    return Cut(threshold, rank, on_null, math.sqrt(eps))
+    return (max(size, ROUNDING) * eps) ** 2

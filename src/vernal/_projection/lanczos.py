@@ -13,8 +13,8 @@ from .._curvature import MatrixFree, Product, descending, matmul
 from .._program import program
 from .._tree import as_parameters, ravel, require_alike, unravel
 
-# A second search, in the complement of what was found, and what it may add: Lanczos
-# iterations from one vector see one direction only of an eigenvalue that has several.
+# A second search, in the complement of the first, and the most directions that it adds:
+# from one vector, Lanczos iterations find one direction of a degenerate eigenvalue.
 ITERATIONS_AFTER = 20
 _MOST_ADDED = 10
 
@@ -22,14 +22,14 @@ _PROBES = 16
 
 
 class Leading(NamedTuple):
-    """What was found of a matrix."""
+    """The leading part of a matrix."""
 
     values: Float[Array, " rank"]
     vectors: Float[Array, "D rank"]
     curvature: Float[Array, ""]
     """The mean eigenvalue of the complement."""
     lowest: Float[Array, ""]
-    """The lowest eigenvalue that was met."""
+    """The lowest eigenvalue found."""
     is_indefinite: Bool[Array, ""]
     is_converged: Bool[Array, ""]
     is_symmetric: Bool[Array, ""]
@@ -47,8 +47,8 @@ def find_leading(
 ) -> Leading:
     """Finds the `rank` leading eigenvectors of $S F S$ by Lanczos iterations.
 
-    The vectors that are found are made exactly orthonormal, and the matrix exactly
-    diagonal on their space (Rayleigh-Ritz), whether they have converged or not.
+    The vectors are exactly orthonormal, and the matrix is exactly diagonal on their
+    space (Rayleigh–Ritz), whether they have converged or not.
     """
     size, dtype = scale.size, scale.dtype
     product = _scaled(matvec, params, scale)
@@ -61,9 +61,9 @@ def find_leading(
     eps = jnp.finfo(dtype).eps
     is_symmetric = difference <= 10 * eps**0.5 * norms
 
-    # Where the space that the iterations span is complete (a matrix of few distinct
-    # eigenvalues), they would divide by zero. So much noise, of the kind that rounding
-    # makes, leads them out of it; what it does to the result is mended below.
+    # If the space that the iterations span is complete (few distinct eigenvalues), they
+    # would divide by zero. A little noise leads them out of it; Rayleigh–Ritz removes
+    # its effect on the result.
     noise = eps ** (2 / 3) * jnp.maximum(jnp.linalg.norm(fx) / size**0.5, eps)
     order = jax.random.permutation(keys[1], size)
 
@@ -123,7 +123,7 @@ def _scaled(
     matvec: Callable[[Params], Params], params: Params, scale: Float[Array, " D"]
 ) -> Product:
     """Returns the product of $S F S$ with flat vectors."""
-    # What does not depend on the vector is computed here, outside of any loop.
+    # Computed here, outside of any loop, where it does not depend on the vector.
     flat = matvec.flat() if isinstance(matvec, MatrixFree) else None
 
     def inner(vector: Array) -> Array:
@@ -139,7 +139,7 @@ def _scaled(
 def _ritz(
     product: Product, start: Float[Array, " D"], iterations: int, count: int
 ) -> tuple[Float[Array, "D count"], Float[Array, " iterations"]]:
-    """Returns the leading Ritz vectors, so many of them, and all values, descending."""
+    """Returns `count` leading Ritz vectors, and all Ritz values, descending."""
     lanczos = tridiag_sym(iterations, reortho="full", custom_vjp=False)
     decomposition: Any = lanczos(product, start)
     values, rotation = descending(decomposition.J_small)
@@ -147,10 +147,10 @@ def _ritz(
 
 
 def _images(product: Product, basis: Float[Array, "D n"]) -> Float[Array, "D n"]:
-    """Applies a product to each column, one after the other: many may not fit."""
+    """Applies a product to each column, one after the other to bound memory."""
     return jax.lax.map(product, basis.T).T
 
 
 def _without(basis: Float[Array, "D n"], vector: Float[Array, " D"]) -> Array:
-    """Projects a vector on the complement of a space."""
+    """Projects a vector onto the complement of a space."""
     return vector - matmul(basis, matmul(vector, basis))

@@ -1,4 +1,4 @@
-"""A map that whitens the leading directions of a matrix that is never formed."""
+"""Whitening by the leading directions of a matrix that is never formed."""
 
 from collections.abc import Callable
 
@@ -14,15 +14,15 @@ from .._tree import as_parameters, ravel, ravel_dtype, ravel_size, require_alike
 from .lanczos import Leading, find_leading
 from .whitening import AbstractWhitening
 
-# Beyond these, the directions that have not converged stay as they are.
+# After these, directions that have not converged are used as they are.
 _MOST_ITERATIONS_PER_DIRECTION = 8
 
 
 class LowRankWhitening(AbstractWhitening):
     r"""The matrix $P = S (c^{-1/2} (I - V V^\top) + V \Lambda^{-1/2} V^\top)$.
 
-    The columns of $V$ are orthonormal, so that its inverse and its determinant have a
-    closed form and no product needs more than $V$.
+    The columns of $V$ are orthonormal, so that inverse and determinant have a closed
+    form, and products need only $V$.
     """
 
     scale: Float[Array, " D"]
@@ -35,17 +35,18 @@ class LowRankWhitening(AbstractWhitening):
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the vectors."""
         return self.scale.dtype
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The latent array is a vector as long as that of the parameters."""
         return self.scale.shape[-1:]
 
     @property
+    def rank(self) -> int:
+        return self.eigenvalues.shape[-1]
+
+    @property
     def is_null(self) -> Bool[Array, " rank"]:
-        """None of the directions that were kept is null."""
         return jnp.zeros(self.eigenvalues.shape, bool)
 
     @property
@@ -60,15 +61,12 @@ class LowRankWhitening(AbstractWhitening):
         return rest * vector + matmul(self.vectors, kept)
 
     def apply(self, latent: Float[Array, " D"]) -> Float[Array, " D"]:
-        """Returns $P u$."""
         return self.scale * self._times(latent, -0.5)
 
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, " D"]:
-        """Returns $P^T g$."""
         return self._times(self.scale * vector, -0.5)
 
     def invert(self, vector: Float[Array, " D"]) -> Float[Array, " D"]:
-        """Returns $P^{-1} x$."""
         return self._times(vector / self.scale, 0.5)
 
     def _dense(self, power: float) -> Float[Array, "D D"]:
@@ -78,7 +76,6 @@ class LowRankWhitening(AbstractWhitening):
         return rest * identity + matmul(kept, self.vectors.T)
 
     def matrix(self) -> Float[Array, "D D"]:
-        """Returns $P$."""
         return self.scale[:, None] * self._dense(-0.5)
 
     def log_abs_det(self) -> Float[Array, ""]:
@@ -88,10 +85,7 @@ class LowRankWhitening(AbstractWhitening):
         return jnp.sum(jnp.log(self.scale)) - 0.5 * spread
 
     def _in_complement(self) -> Float[Array, " D"]:
-        """The share of each element in the complement: the diagonal of its projector.
-
-        Rounding is cut off, so that where every direction was kept it is zero.
-        """
+        """The share of each element in the complement; rounding counts as zero."""
         share = 1 - jnp.sum(jnp.square(self.vectors), axis=1)
         return jnp.where(share > jnp.sqrt(jnp.finfo(self.dtype).eps), share, 0)
 
@@ -99,7 +93,6 @@ class LowRankWhitening(AbstractWhitening):
         return self.is_flat & (self._in_complement() > 0)
 
     def standard_errors(self) -> Float[Array, " D"]:
-        """Returns the root of the diagonal of `covariance`."""
         kept = jnp.sum(jnp.square(self.vectors) / self.eigenvalues[None, :], axis=1)
         errors = self.scale * jnp.sqrt(kept + self._in_complement() / self.curvature)
         return jnp.where(self._unbounded(), jnp.inf, errors)
@@ -110,6 +103,14 @@ class LowRankWhitening(AbstractWhitening):
         diagonal = jnp.where(self._unbounded(), jnp.inf, jnp.diag(covariance))
         return jnp.fill_diagonal(covariance, diagonal, inplace=False)
 
+    def null_space(self, params: Params) -> tuple[dict[str, float], ...]:
+        """Raises an error: the directions of the complement are not known."""
+        raise ValueError(
+            "`from_matvec` finds the leading directions, and does not look at the "
+            "others one by one. Form the matrix, of some of the parameters at a time "
+            "if it is large, and use `from_fisher` or `from_blocks`."
+        )
+
 
 def whiten_matvec(
     matvec: Callable[[Params], Params],
@@ -119,17 +120,9 @@ def whiten_matvec(
     key: PRNGKeyArray,
     scale: Params,
 ) -> LowRankWhitening:
-    """Finds the map that whitens the leading directions of a symmetric matrix.
-
-    **Arguments:**
-
-    - `matvec`: the product with the matrix, from a tree like `params` to one.
-    - `params`: the point, of which only shapes and dtypes count.
-    - `rank`: how many directions.
-    - `key`: for the first vector and the probes.
-    - `scale`: the size of each parameter, or `None` for ones.
-    """
-    size, dtype = ravel_size(params), _computed_in(params)
+    """Finds the map that whitens the leading directions; see `from_matvec`."""
+    # No eigensolver works in half precision.
+    size, dtype = ravel_size(params), widest((ravel_dtype(params), np.dtype("float32")))
     if not callable(matvec):
         raise TypeError(
             f"`matvec` is {matvec!r}, but must be a function, such as "
@@ -142,7 +135,7 @@ def whiten_matvec(
         )
     prng_key(key)
     scales = _flat_scale(scale, params, dtype)
-    # More than are wanted: the last of them converge last.
+    # More than `rank`: the last ones converge last.
     iterations = min(size, 2 * rank + 20)
     most = min(size, _MOST_ITERATIONS_PER_DIRECTION * (rank + 10))
     found = find_leading(matvec, params, scales, key, rank, iterations)
@@ -161,15 +154,10 @@ def whiten_matvec(
         scale=held(scales),
         vectors=held(found.vectors),
         eigenvalues=held(values),
-        # No step into a flat complement is larger than in the softest direction kept.
+        # Steps in a flat complement are no larger than in the softest direction kept.
         curvature=held(jnp.where(is_flat, values[-1], found.curvature)),
         is_flat=held(is_flat),
     )
-
-
-def _computed_in(params: Params) -> np.dtype:
-    # No eigensolver works in half precision.
-    return widest((ravel_dtype(params), jnp.dtype("float32")))
 
 
 def _flat_scale(scale: Params, params: Params, dtype: np.dtype) -> Float[Array, " D"]:
@@ -189,7 +177,7 @@ def _flat_scale(scale: Params, params: Params, dtype: np.dtype) -> Float[Array, 
 def _refuse_bad(
     found: Leading, tolerance: Float[Array, ""], rank: int
 ) -> Float[Array, " rank"]:
-    """Returns the eigenvalues, if they are those of a Fisher matrix."""
+    """Returns the eigenvalues; refuses any that are not those of a Fisher matrix."""
     values = refuse(
         found.values,
         ~found.is_finite,
@@ -209,7 +197,7 @@ def _refuse_bad(
         "`matvec` is the product with a matrix that has a negative eigenvalue. Such a "
         "point is not a minimum. Go on with the fit, or use `vn.gauss_newton_matvec`, "
         "whose matrix has no negative eigenvalue anywhere.",
-        lambda: f"The lowest that was met is {found.lowest}.",
+        lambda: f"The lowest found is {found.lowest}.",
     )
     return refuse(
         values,

@@ -1,4 +1,4 @@
-"""Directions in the space of parameters, by the names of those they involve."""
+"""Names of directions in the space of parameters."""
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -10,7 +10,7 @@ from .._tree import element_name
 def name_direction(
     params: Params, direction: np.ndarray, least: float
 ) -> dict[str, float]:
-    """Maps the elements in which `direction` exceeds `least` to their weights.
+    """Maps the names of elements to their weights in `direction`, if above `least`.
 
     The largest weight comes first, and is positive.
     """
@@ -24,7 +24,7 @@ def name_direction(
 
 
 def list_parameters(params: Params, direction: Float[Array, " D"]) -> str:
-    """Writes the names of the ten elements, at most, that `direction` involves most."""
+    """Lists the names of the elements with the largest weights, at most ten."""
     vector = np.asarray(direction, float)
     names = list(name_direction(params, vector, 0.1 * float(np.max(abs(vector)))))
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
@@ -33,16 +33,13 @@ def list_parameters(params: Params, direction: Float[Array, " D"]) -> str:
 def name_null_space(
     params: Params, null_vectors: Float[Array, "D nullity"], least: float
 ) -> tuple[dict[str, float], ...]:
-    """Names a basis of the space that the columns of `null_vectors` span."""
+    """Names a sparse basis of the space that the columns of `null_vectors` span."""
     basis = _sparse_basis(np.asarray(null_vectors.T, float))
     return tuple(name_direction(params, vector, least) for vector in basis)
 
 
 def _sparse_basis(rows: np.ndarray) -> np.ndarray:
-    """Combines the rows so that each has a column to itself (Gauss–Jordan).
-
-    An eigensolver returns any basis of a null space; this one can be read.
-    """
+    """Combines rows so that each has a column where the others are 0 (Gauss–Jordan)."""
     basis = rows.copy()
     for step in range(len(basis)):
         rest = abs(basis[step:])

@@ -1,81 +1,50 @@
-"""An affine map between a tree of parameters and a whitened latent vector."""
+"""`EigenProjector`, and the ways to make one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from .._boundary import (
-    Params,
-    PyTree,
-    checked,
-    refuse_foreign,
-    spelled,
-    takes,
-    undebugged,
-)
+from .._boundary import Params, checked, takes
 from .._curvature import Matrix
-from .._pickling import Portable
-from .._tree import as_parameters, ravel_size, require_alike, widest
-from .block_diagonal import whiten_blocks
-from .blocks import (
-    Block,
-    arrange,
-    find_blocks,
-    leaves_by_path,
-    nest_blocks,
-    places,
-    ravel_blocks,
-    scatter,
-    unravel_blocks,
-)
-from .decompose import Kind, whiten, whiten_jacobian
-from .dense import DenseWhitening, OnNull, check_rank_kind
+from .._tree import as_parameters
+from .affine import VECTOR, AbstractProjector
+from .blocks import find_blocks, nest_blocks, places, whiten_blocks
+from .decompose import Kind, check_jacobian, whiten, whiten_jacobian
 from .low_rank import whiten_matvec
-from .null_space import name_null_space
-from .whitening import AbstractWhitening, Unchanged
-
-_VECTOR = jax.tree.structure(0)
+from .null_policy import NullPolicy, OnNull
+from .whitening import AbstractWhitening
 
 
-class EigenProjector(Portable, eqx.Module):
+class EigenProjector(AbstractProjector):
     r"""An affine map between parameters and a latent space in which they are whitened.
 
     $$x = x_0 + P u, \qquad P^\top F P = I$$
 
     where $x$ holds the parameters in the order of `jax.flatten_util.ravel_pytree`,
     $x_0$ is the point at which the projector was made, and $F$ the Fisher matrix there.
-    In the latent vector $u$ every direction is constrained equally well, however the
-    units of the parameters differ and however they are correlated.
+    The data constrain every direction of the latent vector $u$ equally well, whatever
+    the units of the parameters and their correlations.
 
     The matrix is first scaled to a unit diagonal, $N = S F S = V \Lambda V^\top$ with
     $S = \mathrm{diag}(F)^{-1/2}$, and then $P = S V \Lambda^{-1/2}$. The scale of a
-    parameter is its entry of $S$: its standard error, were all others known. Where the
-    row of a parameter is zero its scale is 1. For a covariance $C$,
+    parameter is its entry of $S$: its standard error if all others were known, or 1 if
+    its row of $F$ is zero. For a covariance $C$,
     $S = \mathrm{diag}(C)^{1/2}$, $S^{-1} C S^{-1} = V \Lambda V^\top$ and
     $P = S V \Lambda^{1/2}$.
 
-    Make one from the Jacobian of residuals with
-    [`vernal.EigenProjector.from_jacobian`][]; from a matrix, if that is all there is,
-    with [`vernal.EigenProjector.from_fisher`][] or
-    [`vernal.EigenProjector.from_covariance`][]; from a matrix for each group of
-    parameters, with [`vernal.EigenProjector.from_blocks`][]; from products with a
-    matrix too large to form, with [`vernal.EigenProjector.from_matvec`][].
+    Make one from
 
-    A projector never changes: no gradient flows into its arrays.
+    - the Jacobian of residuals: [`vernal.EigenProjector.from_jacobian`][];
+    - a matrix, if that is all you have: [`vernal.EigenProjector.from_fisher`][],
+        [`vernal.EigenProjector.from_covariance`][];
+    - a matrix for each group of parameters: [`vernal.EigenProjector.from_blocks`][];
+    - products with a matrix too large to form: [`vernal.EigenProjector.from_matvec`][].
+
+    A projector is constant: no gradient flows into its arrays.
     """
-
-    _origin: Params
-    _whitenings: tuple[AbstractWhitening, ...]
-    # The leaves that each of them is of, and the tree of their latent arrays.
-    _blocks: tuple[Block, ...] = eqx.field(static=True)
-    _structure: Any = eqx.field(static=True)
 
     @classmethod
     @checked
@@ -90,8 +59,8 @@ class EigenProjector(Portable, eqx.Module):
     ) -> "EigenProjector":
         r"""Makes a projector from a Fisher matrix, or a Hessian at a minimum.
 
-        A direction is null, that is, not constrained by the data, if its eigenvalue in
-        $\Lambda$ is no larger than `rtol` times the largest.
+        A direction is null, that is, the data do not constrain it, if its eigenvalue
+        in $\Lambda$ is at most `rtol` times the largest.
 
         **Arguments:**
 
@@ -99,25 +68,25 @@ class EigenProjector(Portable, eqx.Module):
             `jax.flatten_util.ravel_pytree(params)`.
         - `params`: the point $x_0$, a tree of the trained leaves, with `None` for the
             others. $D$ is the number of all their elements. They may differ in dtype.
-        - `rtol`: the threshold below which a direction is null. By default $D$ times
-            the machine epsilon of `fmat`.
-        - `rank`: the number of leading directions to keep; those that follow are then
-            the null directions, whatever their eigenvalues. To drop directions under
-            `jax.jit` and `jax.vmap` it must be given, since a shape cannot depend on
-            values.
-        - `on_null`: what becomes of null directions. `"drop"`: the latent space goes
-            without them. `"raise"`: an error that names the parameters involved.
-            `"prior"`: each gets the eigenvalue 1 in $\Lambda$, a Gaussian prior as wide
-            as the parameter's own scale. No shape then depends on how many there are.
+        - `rtol`: the fraction of the largest eigenvalue up to which a direction is
+            null. By default $D$ times the machine epsilon of `fmat`.
+        - `rank`: the number of leading directions to keep. All others are then null,
+            whatever their eigenvalues. It is needed to drop directions under `jax.jit`
+            and `jax.vmap`, where shapes cannot depend on values.
+        - `on_null`: what to do with null directions. `"drop"`: leave them out of the
+            latent space. `"raise"`: raise an error that names the parameters involved.
+            `"prior"`: give each the eigenvalue 1 in $\Lambda$, a Gaussian prior as wide
+            as the parameter's own scale; no shape then depends on how many there are.
 
         **Raises:**
 
-        A `ValueError` if `fmat` is not a finite matrix of shape `(D, D)`, if it has a
-        negative eigenvalue beyond the threshold, or if a direction that is kept is
-        null; under `jax.jit`, an error when the program runs. A `TypeError` if a
-        parameter is complex or not an array of floats.
+        - `ValueError`: if `fmat` is not a finite matrix of shape `(D, D)`, has a
+            negative eigenvalue beyond the threshold, or leaves a kept direction
+            unconstrained. Under `jax.jit`, an error when the program runs.
+        - `TypeError`: if a parameter is complex or not an array of floats.
         """
-        return cls._dense(fmat, params, rtol, rank, on_null, "fmat")
+        nulls = NullPolicy(rtol, rank, on_null)
+        return _from_matrix(fmat, params, nulls, "fmat")
 
     @classmethod
     @checked
@@ -133,13 +102,13 @@ class EigenProjector(Portable, eqx.Module):
     ) -> "EigenProjector":
         r"""Makes a projector from the Jacobian of residuals, such that $F = J^\top J$.
 
-        The square of a number has twice its digits, and $J^\top J$ loses what it has no
-        room for: a line through the years 2010 to 2024 has a Fisher matrix that is
-        singular in single precision. So $\Lambda$ and $V$ are found from the singular
-        values of $JS$, its columns scaled to unit norm, to a relative accuracy of the
-        machine epsilon times their condition number, and not its square. Where that is
-        small the eigenvalues of $S J^\top J S$ do as well, and are used, as they are
-        cheaper.
+        Forming $J^\top J$ squares the condition number and loses half of the digits: a
+        line through the years 2010 to 2024 has a Fisher matrix that is singular in
+        single precision. So $\Lambda$ and $V$ come from the singular values of $JS$,
+        the Jacobian with columns of unit norm. Their relative accuracy is the machine
+        epsilon times the condition number of $JS$, and not its square. Where that
+        number is small, the eigenvalues of $S J^\top J S$ are as accurate and cheaper,
+        and are used.
 
         See Golub and Van Loan, *Matrix computations* (2013), sections 5.2 and 5.3.
 
@@ -149,41 +118,34 @@ class EigenProjector(Portable, eqx.Module):
             it: a row for each residual, columns in the order of
             `jax.flatten_util.ravel_pytree(params)`.
         - `params`, `on_null`: as in [`vernal.EigenProjector.from_fisher`][].
-        - `blocks`: selectors of groups of parameters, to be whitened each by its own
+        - `blocks`: selectors of groups of parameters. Each group is whitened by its own
             columns, as in [`vernal.EigenProjector.from_blocks`][].
-        - `rtol`: the fraction of the largest eigenvalue of $S J^\top J S$, the square
-            of a singular value, up to which a direction is null. By default the square
-            of the larger of $D$ and 64 times the machine epsilon of `jac`: as much of
-            a singular value is left by the rounding of the elements of $J$.
+        - `rtol`: the fraction of the largest eigenvalue of $S J^\top J S$ (the square
+            of a singular value) up to which a direction is null. By default
+            $(\max(D, 64)\,\epsilon)^2$ with the machine epsilon $\epsilon$ of `jac`:
+            rounding of the elements of $J$ leaves a zero singular value about this
+            large.
         - `rank`: as in [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as in
             [`vernal.EigenProjector.from_blocks`][].
 
         **Raises:**
 
-        A `ValueError` if `jac` is not a finite matrix with $D$ columns, or if a
-        direction that is kept is null; under `jax.jit`, an error when the program runs.
-        A `TypeError` if `jac` or a parameter is complex.
+        - `ValueError`: if `jac` is not a finite matrix with $D$ columns, or leaves a
+            kept direction unconstrained. Under `jax.jit`, an error when the program
+            runs.
+        - `TypeError`: if `jac` or a parameter is complex.
         """
         origin = jax.lax.stop_gradient(as_parameters(params))
-        check_rank_kind(rank, blocks)
-        ranks: Any = rank
+        nulls = NullPolicy(rtol, rank, on_null)
+        nulls.check_rank_kind(blocks)
         if blocks is None:
-            whitening = whiten_jacobian(jac, origin, rtol, ranks, on_null, "`jac`")
-            return cls._of_vectors(origin, whitening, "`jac`")
+            whitening = whiten_jacobian(jac, origin, nulls, "`jac`")
+            return make_projector(whitening, origin, "`jac`")
+        check_jacobian(jac, origin, "`jac`")
         selectors = tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
-        size = ravel_size(origin)
-        if np.ndim(jac) != 2 or np.shape(jac)[1] != size:
-            raise ValueError(
-                f"`jac` has shape {np.shape(jac)}, but must have {size} columns, one "
-                "for each element of `params`."
-            )
         own = places(origin, find_blocks(origin, selectors, "blocks"))
         given = {s: jac[:, index] for s, index in zip(selectors, own, strict=True)}
-
-        def whiten_one(jac: Matrix, own: Params, rank: int | None, name: str) -> Any:
-            return whiten_jacobian(jac, own, rtol, rank, on_null, f"`{name}`")
-
-        return cls._of_blocks(given, origin, ranks or {}, whiten_one)
+        return make_block_projector(given, origin, nulls, whiten_jacobian)
 
     @classmethod
     @checked
@@ -198,9 +160,9 @@ class EigenProjector(Portable, eqx.Module):
     ) -> "EigenProjector":
         r"""Makes a projector from a covariance matrix, such that $P P^\top = C$.
 
-        A direction without variance is null. It says nothing about the parameters: it
-        is what a pseudo-inverse, or too small a sample, leaves of a direction that the
-        data do not constrain. Hence it has an infinite standard error, and not a zero.
+        A direction without variance is null: its standard error is infinite, not zero.
+        A pseudo-inverse, or a sample that is too small, leaves no variance in a
+        direction that the data do not constrain.
 
         **Arguments:**
 
@@ -213,30 +175,8 @@ class EigenProjector(Portable, eqx.Module):
 
         As [`vernal.EigenProjector.from_fisher`][].
         """
-        return cls._dense(cov, params, rtol, rank, on_null, "cov")
-
-    @classmethod
-    def _dense(
-        cls,
-        matrix: Matrix,
-        params: Params,
-        rtol: float | int | None,
-        rank: int | None,
-        on_null: OnNull,
-        kind: Kind,
-    ) -> "EigenProjector":
-        origin = jax.lax.stop_gradient(as_parameters(params))
-        whitening = whiten(matrix, origin, rtol, rank, on_null, kind, f"`{kind}`")
-        return cls._of_vectors(origin, whitening, f"`{kind}`")
-
-    @classmethod
-    def _of_vectors(
-        cls, origin: Params, whitening: AbstractWhitening, name: str
-    ) -> "EigenProjector":
-        _refuse_empty((whitening,), name)
-        origin = jax.lax.stop_gradient(as_parameters(origin))
-        every = tuple(range(len(jax.tree.leaves(origin))))
-        return cls(origin, (whitening,), (every,), _VECTOR)
+        nulls = NullPolicy(rtol, rank, on_null)
+        return _from_matrix(cov, params, nulls, "cov")
 
     @classmethod
     @checked
@@ -251,16 +191,15 @@ class EigenProjector(Portable, eqx.Module):
     ) -> "EigenProjector":
         r"""Makes a projector from a Fisher matrix for each of several groups.
 
-        As if the Fisher matrix were block-diagonal, at the sum of the costs of its
-        blocks: thousands of parameters, a few at a time. Parameters without a block are
-        left as they are: their part of the latent space is their distance from the
-        origin.
+        The Fisher matrix is taken to be block-diagonal. The cost is the sum of the
+        costs of the blocks, so thousands of parameters can be whitened, a few at a
+        time. Parameters without a block are not whitened: their part of the latent
+        space is their distance from the origin.
 
-        The latent space is a dictionary with the same paths as the parameters, `None`
-        at those that are not trained, so that the rules of a
-        [`vernal.ParamOptimiser`][] keep their names. The block of one parameter is a
-        vector at its path; that of several is a vector at the path of the first, with
-        `None` at the others, and belongs to one rule.
+        The latent space is a dictionary with the same paths as the parameters, so that
+        the rules of a [`vernal.ParamOptimiser`][] keep their names. The block of one
+        parameter is a vector at its path. The block of several is a vector at the path
+        of the first, with `None` at the others, and belongs to one rule.
 
         ```python
         trainer = Fit(model, vn.ParamOptimiser(rules))
@@ -271,39 +210,24 @@ class EigenProjector(Portable, eqx.Module):
 
         **Arguments:**
 
-        - `blocks`: from selectors (see [`vernal.split`][]) to Fisher matrices of the
-            parameters that they select, each in the order of `ravel_pytree`.
+        - `blocks`: a mapping from selectors (see [`vernal.split`][]) to the Fisher
+            matrices of the selected parameters, each in the order of `ravel_pytree`.
         - `params`: as in [`vernal.EigenProjector.from_fisher`][].
         - `rtol`, `on_null`: as there, for each block. A block that the data do not
             constrain at all may be dropped; its latent vector is then empty.
-        - `rank`: from selectors to the number of leading directions to keep. To drop
-            directions under `jax.jit` and `jax.vmap` it must be given for every block.
+        - `rank`: a mapping from selectors to the number of leading directions to keep.
+            To drop directions under `jax.jit` and `jax.vmap`, give it for every block.
 
         **Raises:**
 
-        As [`vernal.EigenProjector.from_fisher`][]; an error names the block. An
-        `UnknownPathError` if a selector matches nothing, a `ValueError` if two blocks
-        share a parameter.
+        As [`vernal.EigenProjector.from_fisher`][], with the name of the block, and
+
+        - `UnknownPathError`: if a selector matches nothing.
+        - `ValueError`: if two blocks share a parameter.
         """
-
-        def whiten_one(matrix: Matrix, own: Params, rank: int | None, name: str) -> Any:
-            return whiten(matrix, own, rtol, rank, on_null, "fmat", f"`{name}`")
-
-        return cls._of_blocks(blocks, params, rank or {}, whiten_one)
-
-    @classmethod
-    def _of_blocks(
-        cls,
-        given: Mapping[Any, Any],
-        params: Params,
-        rank: Mapping[Any, int],
-        whiten: Callable[[Any, Params, int | None, str], AbstractWhitening],
-    ) -> "EigenProjector":
-        origin = jax.lax.stop_gradient(as_parameters(params))
-        members, whitenings = whiten_blocks(given, origin, rank, whiten)
-        _refuse_empty(whitenings, "`blocks`")
-        structure = jax.tree.structure(nest_blocks(origin, members))
-        return cls(origin, whitenings, members, structure)
+        nulls = NullPolicy(rtol, rank, on_null)
+        whiten_one = partial(whiten, kind="fmat")
+        return make_block_projector(blocks, params, nulls, whiten_one)
 
     @classmethod
     @checked
@@ -318,20 +242,18 @@ class EigenProjector(Portable, eqx.Module):
     ) -> "EigenProjector":
         r"""Makes a projector from products with a Fisher matrix that is never formed.
 
-        The `rank` leading eigenvectors $V$ and eigenvalues $\Lambda$ of the scaled
-        matrix $SFS$ are found by Lanczos iterations, with all vectors kept orthogonal.
-        The complement, which is not looked at direction by direction, is scaled by one
-        number, its own mean curvature
+        Lanczos iterations with full reorthogonalisation find the `rank` leading
+        eigenvectors $V$ and eigenvalues $\Lambda$ of the scaled matrix $SFS$. Their
+        orthogonal complement is scaled by one number, its mean curvature
 
         $$c = \frac{\operatorname{tr}(SFS) - \sum_i \Lambda_i}{D - \text{rank}},$$
 
-        whose trace is estimated by random probes, and
+        with a trace estimated from random probes, and
 
         $$P = S \left( c^{-1/2} (I - V V^\top) + V \Lambda^{-1/2} V^\top \right).$$
 
-        So the latent space keeps all $D$ dimensions and is close to whitened
-        everywhere, on the kept directions exactly. Memory is that of some multiple of
-        `rank` vectors.
+        The latent space keeps all $D$ dimensions. It is whitened in the leading
+        directions, and approximately in the others. Memory grows as $D$ times `rank`.
 
         See Lanczos, *An iteration method for the solution of the eigenvalue problem of
         linear differential and integral operators*, Journal of Research of the
@@ -340,331 +262,65 @@ class EigenProjector(Portable, eqx.Module):
 
         **Arguments:**
 
-        - `matvec`: a function from a tree like `params` to one, the product with a
-            symmetric matrix, such as [`vernal.gauss_newton_matvec`][] and
+        - `matvec`: the product with a symmetric matrix, a function from a tree like
+            `params` to another, such as [`vernal.gauss_newton_matvec`][] and
             [`vernal.hessian_matvec`][] return. It is compiled once.
         - `params`: as in [`vernal.EigenProjector.from_fisher`][].
         - `rank`: the number of leading directions.
         - `key`: a PRNG key, for the first vector and the probes.
         - `scale`: a tree like `params` of positive numbers $S$, the size of each
-            parameter in its own unit; ones by default. A matrix that is never formed
-            cannot be scaled to a unit diagonal, so that parameters whose units differ
-            by orders of magnitude need this.
+            parameter in its own unit; ones by default. Give it if units differ by
+            orders of magnitude: a matrix that is never formed cannot be scaled to a
+            unit diagonal.
 
         **Raises:**
 
-        A `ValueError` if `rank` is not between 1 and $D$ or larger than the number of
-        directions that the matrix constrains, if a product is not finite or the matrix
-        not symmetric, or if it has a negative eigenvalue; under `jax.jit`, an error
-        when the program runs. A `TypeError` if a parameter is complex or not an array
-        of floats.
+        - `ValueError`: if `rank` is not between 1 and $D$, or larger than the number of
+            directions that the matrix constrains; if a product is not finite; if the
+            matrix is not symmetric or has a negative eigenvalue. Under `jax.jit`, an
+            error when the program runs.
+        - `TypeError`: if a parameter is complex or not an array of floats.
         """
         origin = jax.lax.stop_gradient(as_parameters(params))
         takes(matvec, 1, "matvec", "matvec(tree)")
         whitening = whiten_matvec(matvec, origin, rank, key=key, scale=scale)
-        return cls._of_vectors(origin, whitening, "`matvec`")
+        return make_projector(whitening, origin, "`matvec`")
 
-    @property
-    def _held(self) -> tuple[AbstractWhitening, ...]:
-        return jax.lax.stop_gradient(self._whitenings)
 
-    @property
-    def _has_names(self) -> bool:
-        return self._structure != _VECTOR
+def make_projector(
+    whitening: AbstractWhitening, params: Params, name: str
+) -> EigenProjector:
+    """Makes a projector whose latent space is one vector.
 
-    @property
-    def _latent_like(self) -> PyTree:
-        """The shapes of the latent arrays, as their tree."""
-        return self._structure.unflatten(
-            jax.ShapeDtypeStruct(w.latent_shape, w.dtype) for w in self._whitenings
-        )
+    **Raises:**
 
-    def _pieces(self, latent: PyTree) -> list[Array]:
-        """Takes a latent tree apart, once it is known to be one."""
-        like = self._latent_like
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(latent)[0]:
-            refuse_foreign(leaf, spelled("latent", keys))
-        if not self._has_names and jnp.shape(latent) != like.shape:
-            raise ValueError(
-                f"`latent` has shape {jnp.shape(latent)}, but the latent space of this "
-                f"projector is made of vectors of shape {like.shape}."
-            )
-        latent = arrange(latent, like)
-        require_alike(latent, like, "`latent`", "this projector's latent space")
-        return jax.tree.leaves(latent)
+    - `ValueError`: if nothing is left of what `name` stands for.
+    """
+    _refuse_empty((whitening,), name)
+    origin = jax.lax.stop_gradient(as_parameters(params))
+    every = tuple(range(len(jax.tree.leaves(origin))))
+    return EigenProjector(origin, (whitening,), (every,), VECTOR)
 
-    @property
-    def origin(self) -> Params:
-        """The point $x_0$, a tree of arrays; it has the latent vector zero."""
-        return jax.lax.stop_gradient(self._origin)
 
-    @property
-    def matrix(self) -> Float[Array, "D latent"]:
-        """The matrix $P$, of shape `(D, latent_size)`. It is formed when asked for.
+def make_block_projector(
+    given: Mapping[Any, Any],
+    params: Params,
+    nulls: NullPolicy,
+    whiten: Callable[[Any, Params, NullPolicy, str], AbstractWhitening],
+) -> EigenProjector:
+    """Makes a projector with a whitening for each block; see `whiten_blocks`."""
+    origin = jax.lax.stop_gradient(as_parameters(params))
+    blocks, whitenings = whiten_blocks(given, origin, nulls, whiten)
+    _refuse_empty(whitenings, "`blocks`")
+    structure = jax.tree.structure(nest_blocks(origin, blocks))
+    return EigenProjector(origin, whitenings, blocks, structure)
 
-        Rows are in the order of `ravel_pytree` of the parameters, columns in that of
-        `ravel_pytree` of the latent tree.
-        """
-        matrices = [whitening.matrix() for whitening in self._held]
-        if len(matrices) == 1:
-            return matrices[0]
-        sizes = [whitening.latent_size for whitening in self._whitenings]
-        columns = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-        shape = (ravel_size(self._origin), sum(sizes))
-        return scatter(matrices, self._rows, columns, shape)
 
-    @property
-    def _rows(self) -> list[np.ndarray]:
-        return places(self._origin, self._blocks)
-
-    @property
-    def eigenvalues(self) -> Float[Array, "*members D"]:
-        r"""All $D$ eigenvalues $\Lambda$ of the scaled matrix, descending.
-
-        Those of null directions come last, as they were found. A parameter without a
-        block has the eigenvalue 1. Of [`vernal.EigenProjector.from_matvec`][] it is
-        the leading ones that are known.
-        """
-        if len(self._whitenings) == 1:
-            return self._held[0].spectrum
-        values = jnp.concatenate([w.spectrum.astype(self._dtype) for w in self._held])
-        return values[jnp.lexsort((-values, self._is_null))]
-
-    @property
-    def _is_null(self) -> Bool[Array, " D"]:
-        return jnp.concatenate([w.is_null for w in self._held], axis=-1)
-
-    @property
-    def _dtype(self) -> np.dtype:
-        return widest(w.dtype for w in self._whitenings)
-
-    @property
-    def rank(self) -> int | Any:
-        """The number of directions that are not null.
-
-        With `on_null="prior"` it is an array under `jax.jit` and `jax.vmap`.
-        """
-        rank = sum(whitening.rank for whitening in self._whitenings)
-        return rank if isinstance(rank, Tracer) or np.ndim(rank) else int(rank)
-
-    @property
-    def latent_size(self) -> int:
-        """The number of elements of the latent space.
-
-        It is $D$, or `rank` where null directions were dropped.
-        """
-        return sum(whitening.latent_size for whitening in self._whitenings)
-
-    @property
-    def condition_number(self) -> Float[Array, "*members"]:
-        r"""The largest eigenvalue in $\Lambda$ over the smallest that is not null."""
-        values = self.eigenvalues
-        last = jnp.maximum(jnp.asarray(self.rank), 1)[..., None] - 1
-        return values[..., 0] / jnp.take_along_axis(values, last, axis=-1)[..., 0]
-
-    @property
-    def log_abs_det(self) -> Float[Array, "*members"]:
-        r"""The logarithm of the volume that $P$ gives to a unit cube.
-
-        It is $\log|\det P|$, and $\frac12\log\det(P^\top P)$ where directions were
-        dropped and $P$ has fewer columns than rows.
-        """
-        volumes = [w.log_abs_det().astype(self._dtype) for w in self._held]
-        return reduce(jnp.add, volumes)
-
-    @checked
-    def at(self, params: Params) -> "EigenProjector":
-        """Returns the projector of the same directions around another point.
-
-        **Arguments:**
-
-        - `params`: the new origin. It may be a tree of another structure, if its
-            leaves have the same shapes in the same order.
-        """
-        origin = as_parameters(params)
-        shapes = [leaf.shape for leaf in jax.tree.leaves(origin)]
-        expected = [leaf.shape for leaf in jax.tree.leaves(self._origin)]
-        if shapes != expected:
-            raise ValueError(
-                f"`params` has leaves of the shapes {shapes}, but the projector was "
-                f"made for {expected}."
-            )
-        structure = self._structure
-        if self._has_names:
-            structure = jax.tree.structure(nest_blocks(origin, self._blocks))
-        return EigenProjector(
-            jax.lax.stop_gradient(origin), self._whitenings, self._blocks, structure
-        )
-
-    @checked
-    def to_params(self, latent: PyTree) -> Params:
-        """Returns $x_0 + P u$ as a tree.
-
-        **Arguments:**
-
-        - `latent`: the latent vector $u$, of shape `(latent_size,)`; of
-            [`vernal.EigenProjector.from_blocks`][] the dictionary by parameter.
-
-        **Returns:**
-
-        A tree like the parameters, each leaf in its own dtype.
-        """
-        starts = self._ravel(self.origin)
-        pieces = self._pieces(latent)
-        moved = [
-            start + whitening.apply(jnp.asarray(piece, whitening.dtype))
-            for whitening, start, piece in zip(self._held, starts, pieces, strict=True)
-        ]
-        return unravel_blocks(moved, self._blocks, self._origin)
-
-    @checked
-    def to_latent(self, params: Params) -> PyTree:
-        r"""Returns the latent vector of a point.
-
-        It is $P^+ (x - x_0)$ with $P^+ = P^\top F = \Lambda^{1/2} V^\top S^{-1}$,
-        computed from the same factors as $P$. Where directions were dropped, this is
-        the pseudo-inverse in the metric of $F$: `to_params` of the result is the
-        nearest point that the latent space can reach, in units of each parameter's
-        scale.
-
-        **Arguments:**
-
-        - `params`: the point $x$, a tree like that of the projector.
-
-        **Returns:**
-
-        A vector of shape `(latent_size,)`; of
-        [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
-        """
-        points, starts = self._checked(params, "params"), self._ravel(self.origin)
-        return self._structure.unflatten(
-            whitening.invert(point - start)
-            for whitening, point, start in zip(self._held, points, starts, strict=True)
-        )
-
-    @checked
-    def pull_back(self, grads: Params) -> PyTree:
-        r"""Returns $P^\top g$, the gradient with respect to the latent vector.
-
-        **Arguments:**
-
-        - `grads`: the gradient $g$ with respect to the parameters, a tree like them.
-
-        **Returns:**
-
-        A vector of shape `(latent_size,)`; of
-        [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
-        """
-        flats = self._checked(grads, "grads")
-        return self._structure.unflatten(
-            w.transpose(flat) for w, flat in zip(self._held, flats, strict=True)
-        )
-
-    @checked
-    def precondition(self, grads: Params) -> Params:
-        r"""Returns $P P^\top g$, the natural gradient.
-
-        **Arguments:**
-
-        - `grads`: the gradient $g$ with respect to the parameters, a tree like them.
-
-        **Returns:**
-
-        A tree like the parameters. It is zero along directions that were dropped.
-        """
-        flats = self._checked(grads, "grads")
-        natural = [
-            whitening.apply(whitening.transpose(flat))
-            for whitening, flat in zip(self._held, flats, strict=True)
-        ]
-        return unravel_blocks(natural, self._blocks, self._origin)
-
-    def _checked(self, tree: Params, name: str) -> list[Float[Array, " _"]]:
-        arrays = as_parameters(tree, name)
-        require_alike(arrays, self._origin, f"`{name}`", "the projector's parameters")
-        return self._ravel(arrays)
-
-    def _ravel(self, tree: Params) -> list[Float[Array, " _"]]:
-        dtypes = [whitening.dtype for whitening in self._whitenings]
-        return ravel_blocks(tree, self._blocks, dtypes)
-
-    @checked
-    def null_space(self) -> tuple[dict[str, float], ...]:
-        """Names the combinations of parameters that the data do not constrain.
-
-        Each null direction is a unit vector in which every parameter is measured in its
-        own scale, so that weights of parameters of different units compare. Directions
-        are combined so that each involves few parameters. They are listed whatever
-        `on_null` was.
-
-        **Returns:**
-
-        A tuple with a dictionary for each null direction, from the names of elements,
-        such as `optics.wfe[6]`, to their weights, the largest first and positive.
-
-        **Raises:**
-
-        A `ValueError` under `jax.jit`, where the weights are not known; or of
-        [`vernal.EigenProjector.from_matvec`][], which does not look at the directions
-        of the complement.
-        """
-        found: list[dict[str, float]] = []
-        leaves = leaves_by_path(self._origin, self._blocks)
-        for whitening, own in zip(self._whitenings, leaves, strict=True):
-            match whitening:
-                case DenseWhitening():
-                    if isinstance(whitening.vectors, Tracer):
-                        raise ValueError(
-                            "`null_space` names parameters by the values of the "
-                            "projector, which are not known under `jax.jit`. Call it "
-                            "outside."
-                        )
-                    null = whitening.null_space()
-                    found += name_null_space(own, null, whitening.resolution)
-                case Unchanged():
-                    pass
-                case _:
-                    raise ValueError(
-                        "`from_matvec` finds the leading directions, and does not look "
-                        "at the others one by one. Form the matrix, of some of the "
-                        "parameters at a time if it is large, and use `from_fisher` or "
-                        "`from_blocks`."
-                    )
-        return tuple(found)
-
-    @undebugged
-    @checked
-    def covariance(self) -> Float[Array, "D D"]:
-        r"""Returns the covariance of the parameters, $P P^\top = F^{-1}$.
-
-        Where directions were dropped, elements that grow without bound as such a
-        direction gets less and less constrained are $\pm\infty$. Of parameters without
-        a block nothing is known, and they are NaN.
-
-        **Returns:**
-
-        A matrix of shape `(D, D)`, in the order of `ravel_pytree`.
-        """
-        matrices = [whitening.covariance() for whitening in self._held]
-        if len(matrices) == 1:
-            return matrices[0]
-        size = ravel_size(self._origin)
-        return scatter(matrices, self._rows, self._rows, (size, size))
-
-    @undebugged
-    @checked
-    def standard_errors(self) -> Params:
-        """Returns the standard error of each parameter.
-
-        It is the root of the diagonal of the covariance, infinite for a parameter that
-        has a part in a direction that was dropped, NaN for one without a block.
-
-        **Returns:**
-
-        A tree like the parameters.
-        """
-        errors = [whitening.standard_errors() for whitening in self._held]
-        return unravel_blocks(errors, self._blocks, self._origin)
+def _from_matrix(
+    matrix: Matrix, params: Params, nulls: NullPolicy, kind: Kind
+) -> EigenProjector:
+    origin, name = jax.lax.stop_gradient(as_parameters(params)), f"`{kind}`"
+    return make_projector(whiten(matrix, origin, nulls, name, kind), origin, name)
 
 
 def _refuse_empty(whitenings: tuple[AbstractWhitening, ...], name: str) -> None:

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._boundary import Params
+
 
 class AbstractWhitening(eqx.Module):
-    """A linear map $P$ from a latent array to flat vectors, and what is known of it."""
+    """A linear map $P$ from a latent array to flat vectors."""
 
     @property
     @abc.abstractmethod
@@ -24,9 +26,9 @@ class AbstractWhitening(eqx.Module):
         """The shape of the latent array."""
 
     @property
+    @abc.abstractmethod
     def rank(self) -> Any:
-        """The number of directions that are not null: an array where values decide."""
-        return self.spectrum.shape[-1]
+        """The number of directions that are not null; an array if values decide."""
 
     @property
     @abc.abstractmethod
@@ -36,10 +38,7 @@ class AbstractWhitening(eqx.Module):
     @property
     @abc.abstractmethod
     def spectrum(self) -> Float[Array, "*members D"]:
-        """The eigenvalues, descending, and then the null ones.
-
-        They are those of the matrix that was whitened, scaled to be free of units.
-        """
+        """The eigenvalues of the scaled matrix, descending, and then the null ones."""
 
     @abc.abstractmethod
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
@@ -67,7 +66,11 @@ class AbstractWhitening(eqx.Module):
 
     @abc.abstractmethod
     def covariance(self) -> Float[Array, "D D"]:
-        """Returns $P P^T$, infinite where it has no bound."""
+        """Returns $P P^T$, infinite where it is unbounded."""
+
+    @abc.abstractmethod
+    def null_space(self, params: Params) -> tuple[dict[str, float], ...]:
+        """Names the null directions in the space of `params`."""
 
     @property
     def latent_size(self) -> int:
@@ -76,55 +79,51 @@ class AbstractWhitening(eqx.Module):
 
 
 class Unchanged(AbstractWhitening):
-    """The identity, for a parameter of which nothing is known."""
+    """The identity, for a parameter without a matrix."""
 
     shape: tuple[int, ...] = eqx.field(static=True)
     kind: np.dtype = eqx.field(static=True)
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the parameter."""
         return self.kind
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """That of the parameter."""
         return self.shape
 
     @property
+    def rank(self) -> int:
+        return self.latent_size
+
+    @property
     def is_null(self) -> Bool[Array, "*members D"]:
-        """No direction is null."""
         return jnp.zeros(self.latent_size, bool)
 
     @property
     def spectrum(self) -> Float[Array, "*members D"]:
-        """Ones: no direction is scaled."""
         return jnp.ones(self.latent_size, self.dtype)
 
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
-        """Returns the elements."""
         return jnp.ravel(latent)
 
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, "..."]:
-        """Returns the elements in their shape."""
         return vector.reshape(self.latent_shape)
 
     def invert(self, vector: Float[Array, " D"]) -> Float[Array, "..."]:
-        """Returns the elements in their shape."""
         return vector.reshape(self.latent_shape)
 
     def matrix(self) -> Float[Array, "D latent"]:
-        """Returns the identity."""
         return jnp.eye(self.latent_size, dtype=self.dtype)
 
     def log_abs_det(self) -> Float[Array, ""]:
-        """Returns zero."""
         return jnp.zeros((), self.dtype)
 
     def standard_errors(self) -> Float[Array, " D"]:
-        """Returns NaN: no matrix was given."""
         return jnp.full(self.latent_size, jnp.nan, self.dtype)
 
     def covariance(self) -> Float[Array, "D D"]:
-        """Returns NaN: no matrix was given."""
         return jnp.full((self.latent_size, self.latent_size), jnp.nan, self.dtype)
+
+    def null_space(self, params: Params) -> tuple[dict[str, float], ...]:
+        return ()

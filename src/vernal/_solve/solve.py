@@ -12,9 +12,9 @@ from jaxtyping import Array
 from .._boundary import boolean, refuse_program, warn
 from .._curvature import Mode, checked_mode, matmul
 from .._data import as_batch
-from .._devices import Placement, context, meeting, placement
+from .._devices import Placement, context, placement, same_inputs
 from .._fit import FitResult
-from .._inference import curvature, fisher, has_likelihood, whitened
+from .._inference import Passes, curvature, fisher, has_likelihood, whitened
 from .._minimum import MOST_PARAMETERS, Distance, distance_of, settled
 from .._policy import StopReason
 from .._projection import DenseWhitening, EigenProjector, Unchanged
@@ -70,11 +70,11 @@ def solve(
     refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     rewhiten = boolean(rewhiten, "rewhiten")
     place, there = placement(trainer, mesh), trainer
-    with meeting("solve", place) as agree, context(place):
+    with same_inputs("solve", place) as require_same, context(place):
         encoded, rows = checked_solver(solver, max_steps, "max_steps")
         batch = as_batch(batch)
         options = {"max_steps": max_steps, "rewhiten": rewhiten, "jac": jac}
-        agree(trainer, batch, solver=(solver, encoded), **options)
+        require_same(trainer, batch, solver=(solver, encoded), **options)
         if place is not None:
             batch, there = place.batch(batch, "batch"), place.put(trainer)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
@@ -218,41 +218,39 @@ def _whitened_again(
     The projector and the latent point; `None` if the space was another.
     """
     projector: EigenProjector = trainer.projector
-    kinds = {type(whitening) for whitening in projector._whitenings}
+    kinds = {type(whitening) for whitening in projector.whitenings}
     size = sum(leaf.size for leaf in jax.tree.leaves(trainer.params))
     if projector.latent_size < size or not kinds <= {DenseWhitening, Unchanged}:
         return None
     blocks = None
-    if projector._has_names:
+    if projector.has_names:
         names = paths(trainer.params)
-        whitenings = zip(projector._blocks, projector._whitenings, strict=True)
+        whitenings = zip(projector.blocks, projector.whitenings, strict=True)
         blocks = tuple(
             tuple(names[index] for index in block)
             for block, whitening in whitenings
             if isinstance(whitening, DenseWhitening)
         )
-    options: Any = {
-        "blocks": blocks,
-        "batch_size": _COLUMNS if size > MOST_PARAMETERS else None,
-        "jac": problem.jac,
-    }
+    passes = Passes(_COLUMNS if size > MOST_PARAMETERS else None, problem.jac)
     try:
-        again = reproject(trainer, whitened(trainer, problem.batch, **options), None)
+        found = whitened(trainer, problem.batch, blocks, passes, {})
+        again = reproject(trainer, found, None)
     except ValueError:
-        again = _whitened_without_signs(trainer, problem.batch, options)
+        again = _whitened_without_signs(trainer, problem.batch, blocks, passes)
     return None if again is None else (again.projector, again.latent)
 
 
-def _whitened_without_signs(trainer: AbstractTrainer, batch: Any, options: Any) -> Any:
+def _whitened_without_signs(
+    trainer: AbstractTrainer, batch: Any, blocks: Any, passes: Passes
+) -> AbstractTrainer | None:
     """Whitens where a Hessian curves downwards too: by how much, either way.
 
     See Dauphin et al., *Identifying and attacking the saddle point problem in
     high-dimensional non-convex optimization* (2014).
     """
     matrix = fisher if has_likelihood(trainer) else curvature
-    found = jax.tree.map(_without_signs, matrix(trainer, batch, **options))
-    is_whole = options["blocks"] is None
-    make = EigenProjector.from_fisher if is_whole else EigenProjector.from_blocks
+    found = jax.tree.map(_without_signs, matrix(trainer, batch, blocks, passes))
+    make = EigenProjector.from_fisher if blocks is None else EigenProjector.from_blocks
     try:
         return reproject(trainer, make(found, trainer.params, on_null="prior"), None)
     except ValueError:

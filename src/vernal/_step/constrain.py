@@ -256,7 +256,7 @@ def _touched(clip: Clip, params: PyTree) -> set[str]:
 def _mixed(projector: EigenProjector) -> set[str]:
     """Finds the parameters that have elements which are coupled to any others."""
     names = paths(projector.origin)
-    pairs = zip(projector._blocks, projector._whitenings, strict=True)
+    pairs = zip(projector.blocks, projector.whitenings, strict=True)
     return {
         names[index]
         for block, whitening in pairs

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._curvature import in_reverse
-from .._policy import Verdict, all_finite, is_finite
+from .._policy import all_finite, is_finite, judged
 from .._projection import EigenProjector
-from .._tree import LIKE_STATE, cast_alike, cast_like, require_alike, widest
+from .._tree import cast_alike, cast_like, require_alike, widest
 from .abstract_trainer import AbstractTrainer, overrides, progress_of
 from .constrain import clip_of, coupled, project
 from .objective import live, score, step_key
@@ -77,7 +77,7 @@ def advance(
     best = held_best(old) if by_validation else ranked(old, measured)
 
     policy = trainer.nan_policy
-    heeded, verdict, policy_state = _judged(policy, loss, grads, old.policy_state)
+    heeded, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
     held = _Moved(old.params, old.latent, old.opt_state, old.state)
 
     def take() -> tuple[_Moved, Bool[Array, ""]]:
@@ -105,7 +105,7 @@ def advance(
             # Under `vmap` both sides of a condition run: a sound step is shown as one.
             shown = jnp.where(sound, jnp.zeros_like(loss), jnp.nan)
             blank = jax.tree.map(lambda g: jnp.where(sound, 0, g), grads)
-            _, again, state = _judged(policy, shown, blank, old.policy_state)
+            _, again, state = judged(policy, shown, blank, old.policy_state)
             return jnp.asarray(again.stop), state
 
         stop, state = lax.cond(
@@ -131,32 +131,6 @@ def advance(
         stopped=stop,
     )
     return new, Outcome(measured, grads, verdict.accept & sound, metrics)
-
-
-def _judged(
-    policy: Any, loss: Array, grads: PyTree, state: PyTree
-) -> tuple[PyTree, Verdict, PyTree]:
-    """Lets a policy judge, and checks what it returned: it may be a user's own."""
-    name = f"`{type(policy).__name__}.apply`"
-    returned = policy.apply(loss, grads, state)
-    is_triple = isinstance(returned, tuple) and len(returned) == 3
-    if not is_triple or not isinstance(returned[1], Verdict):
-        raise TypeError(
-            f"{name} must return `(grads, vn.Verdict(accept=..., stop=...), state)`, "
-            f"but returned {returned!r}."
-        )
-    heeded, verdict, new_state = returned
-    for field, value in verdict._asdict().items():
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"{name} returned a Verdict whose `{field}` has shape "
-                f"{jnp.shape(value)}, but it must be a scalar, for the whole step."
-            )
-    what = f"the gradients that {name} returned"
-    heeded = cast_alike(heeded, grads, what, _INPUT, _LIKE_INPUT)
-    what = f"the state that {name} returned"
-    new_state = cast_alike(new_state, state, what, _INPUT, LIKE_STATE)
-    return heeded, verdict, new_state
 
 
 def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:

@@ -23,11 +23,12 @@ from .._boundary import (
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
-from .._devices import Sharding, context, meeting, placement
+from .._devices import Sharding, context, placement, same_inputs
 from .._fit import FitResult, One, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
+    Passes,
     curvature,
     fisher,
     objective,
@@ -47,6 +48,8 @@ from .._projection import EigenProjector
 from .._solve import Solver, solve
 from .._step import (
     AbstractTrainer,
+    Batch,
+    Model,
     ModelTemplate,
     Progress,
     changed,
@@ -75,8 +78,6 @@ from .._storage import Checkpoints, History
 from .._tree import Selector, parameters, strong
 from .printed import in_short, printed
 
-Model = TypeVar("Model", default=Any)
-Batch = TypeVar("Batch", default=Any)
 SelfT = TypeVar("SelfT", bound="Trainer[Any, Any]")
 Answer = bool | np.bool_ | Bool[Array, ""] | None
 
@@ -249,9 +250,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
         there = None if is_traced else place
-        with meeting("step", there) as agree, context(there):
+        with same_inputs("step", there) as require_same, context(there):
             batch = as_batch(batch)
-            agree(self, batch, sharding=sharding)
+            require_same(self, batch, sharding=sharding)
             if place is not None:
                 batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
@@ -489,7 +490,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
         require_precision(self)
-        return fisher(self, batch, blocks, batch_size, jac)
+        return fisher(self, batch, blocks, Passes(batch_size, jac))
 
     @overload
     def curvature(
@@ -525,7 +526,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
-        return curvature(self, batch, blocks, batch_size, jac)
+        return curvature(self, batch, blocks, Passes(batch_size, jac))
 
     @entrance
     def reproject(
@@ -589,7 +590,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)
-        projector = whitened(self, batch, blocks, batch_size, jac, **options)
+        projector = whitened(self, batch, blocks, Passes(batch_size, jac), options)
         return self.reproject(projector, optimiser)
 
     @entrance

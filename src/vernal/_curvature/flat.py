@@ -1,0 +1,124 @@
+"""Derivatives with respect to the flat vector of a tree of parameters.
+
+These functions are not compiled by themselves: programs call them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._boundary import Params, whole_number
+from .._tree import ravel, unravel
+from .linalg import matmul
+from .modes import (
+    Flat,
+    Subject,
+    choose_mode,
+    columns,
+    gauss_newton_products,
+    hessian_product,
+    jacobian_matrix,
+    traced,
+)
+from .singular import Spectrum, of_jacobian, of_products
+
+TreeFn = Callable[[Params], Any]
+"""A function of a tree of parameters."""
+
+
+def checked_batch_size(batch_size: int | None) -> int | None:
+    """Checks the number of columns to compute at a time; `None` stands for all."""
+    if batch_size is None:
+        return None
+    return whole_number(batch_size, "batch_size", least=1)
+
+
+def _real(value: Any, name: str) -> Array:
+    """Refuses a returned value that is not a real array."""
+    if not eqx.is_array(value) or not jnp.issubdtype(value.dtype, jnp.floating):
+        kind = value.dtype if eqx.is_array(value) else type(value).__name__
+        raise TypeError(
+            f"`{name}` must return a real floating-point array, but it returned {kind}."
+        )
+    return value
+
+
+def flat_fn(fn: TreeFn, params: Params) -> tuple[Flat, Array]:
+    """Returns a scalar function of a flat vector, traced, and the vector."""
+
+    def of_flat(flat: Array) -> Array:
+        value = _real(fn(unravel(flat, params)), "fn")
+        if value.shape != ():
+            raise ValueError(
+                f"`fn` must return a scalar, but it returned an array of shape "
+                f"{value.shape}. For a vector of residuals, use `gauss_newton`."
+            )
+        return value
+
+    flat = ravel(params)
+    return traced(of_flat, flat), flat
+
+
+def flat_residuals(residuals: TreeFn, params: Params) -> tuple[Flat, Array]:
+    """Returns residuals as a function of a flat vector, traced, and the vector."""
+
+    def of_flat(flat: Array) -> Array:
+        value = _real(residuals(unravel(flat, params)), "residuals")
+        if value.ndim == 0:
+            raise ValueError(
+                "`residuals` must return an array of residuals, one for each datum, "
+                "but it returned a scalar. For a scalar loss, use `hessian`."
+            )
+        return value.ravel()
+
+    flat = ravel(params)
+    return traced(of_flat, flat), flat
+
+
+def jacobian_of(
+    residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
+) -> Float[Array, "N D"]:
+    """Computes the result of `jacobian`."""
+    fn, flat = flat_residuals(residuals, params)
+    return jacobian_matrix(fn, flat, choose_mode(fn, flat, subject), batch_size)
+
+
+def spectrum_of(
+    residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
+) -> Spectrum:
+    """Decomposes the Gauss-Newton matrix by the singular values of the Jacobian."""
+    fn, flat = flat_residuals(residuals, params)
+    if batch_size is not None:
+        return of_products(fn, flat, batch_size, subject)
+    return of_jacobian(jacobian_matrix(fn, flat, choose_mode(fn, flat, subject)))
+
+
+def hessian_matrix(
+    fn: TreeFn, params: Params, batch_size: int | None, subject: Subject
+) -> Float[Array, "D D"]:
+    """Computes the result of `hessian`."""
+    of_flat, flat = flat_fn(fn, params)
+    matrix = columns(hessian_product(of_flat, flat, subject), flat, batch_size)
+    return (matrix + matrix.T) / 2
+
+
+def gauss_newton_matrix(
+    residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
+) -> Float[Array, "D D"]:
+    """Computes the result of `gauss_newton`."""
+    fn, flat = flat_residuals(residuals, params)
+    products = None
+    if batch_size is not None and subject.jac is None:
+        products = gauss_newton_products(fn, flat)
+    if products is not None:
+        push, pull = products
+        matrix = columns(lambda v: pull(push(v)), flat, batch_size)
+    else:
+        mode = choose_mode(fn, flat, subject)
+        jac = jacobian_matrix(fn, flat, mode, batch_size)
+        matrix = matmul(jac.T, jac)
+    # Residuals of higher precision do not make the parameters more precise.
+    return ((matrix + matrix.T) / 2).astype(flat.dtype)

@@ -1,0 +1,144 @@
+"""Derivatives of what a trainer fits, with respect to blocks of its parameters."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool
+
+from .._curvature import (
+    Mode,
+    Subject,
+    checked_batch_size,
+    checked_mode,
+    gauss_newton_matrix,
+    hessian_matrix,
+    jacobian_of,
+    spectrum_of,
+    traced,
+)
+from .._data import as_batch
+from .._policy import all_finite
+from .._program import program
+from .._projection import find_blocks
+from .._step import (
+    AbstractTrainer,
+    explain_non_finite,
+    live,
+    negative_log_likelihood,
+    real_residuals,
+    score,
+    step_key,
+    stripped,
+)
+from .._tree import as_parameters
+
+Block = tuple[int, ...]
+
+# Kinds of derivatives: what is differentiated, how, and its name in messages.
+_KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
+    "fisher": (real_residuals, gauss_newton_matrix, "residuals"),
+    "jacobian": (real_residuals, jacobian_of, "residuals"),
+    "spectrum": (real_residuals, spectrum_of, "residuals"),
+    "nll": (negative_log_likelihood, hessian_matrix, "nll"),
+    "loss": (lambda *args: score(*args).loss, hessian_matrix, "loss"),
+}
+
+
+class Passes(NamedTuple):
+    """How to differentiate: `batch_size` and `jac` of `Trainer.fisher`."""
+
+    batch_size: int | None = None
+    jac: Mode | None = None
+
+
+def derive(
+    trainer: AbstractTrainer,
+    batch: Any,
+    kind: str,
+    selectors: tuple[Any, ...] | None,
+    passes: Passes,
+) -> tuple[tuple[Any, ...], Bool[Array, ""]]:
+    """Computes derivatives at the current point, for the block of each selector.
+
+    Without selectors, all parameters are one block. Returns the derivatives, and
+    whether what was differentiated is finite.
+    """
+    batch_size, jac = checked_batch_size(passes.batch_size), checked_mode(passes.jac)
+    params = as_parameters(trainer.params)
+    if selectors is None:
+        blocks = (tuple(range(len(jax.tree.leaves(params)))),)
+    else:
+        blocks = find_blocks(params, selectors, "blocks")
+    return _derive(stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac)
+
+
+@program
+def _derive(
+    trainer: AbstractTrainer,
+    batch: Any,
+    kind: str,
+    blocks: tuple[Block, ...],
+    batch_size: int | None,
+    jac: Mode | None,
+) -> tuple[tuple[Any, ...], Bool[Array, ""]]:
+    evaluate, derivative, name = _KINDS[kind]
+    subject = Subject(f"`{name}` of `{type(trainer).__name__}`", jac)
+    each = [_within(trainer, batch, block, evaluate) for block in blocks]
+    found = tuple(derivative(fn, own, batch_size, subject) for fn, own in each)
+    # It is finite for all blocks or for none.
+    fn, own = each[0]
+    return found, all_finite(fn(own))
+
+
+def _within(
+    trainer: AbstractTrainer,
+    batch: Any,
+    block: tuple[int, ...],
+    evaluate: Callable[..., Any],
+) -> tuple[Callable[[list[Array]], Array], list[Array]]:
+    """Returns `evaluate` as a function of the leaves of a block, and these leaves."""
+    key = step_key(trainer)
+    leaves, structure = jax.tree.flatten(trainer.params)
+
+    def of_leaves(own: list[Array]) -> Array:
+        changed = dict(zip(block, own, strict=True))
+        every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return evaluate(live(trainer, structure.unflatten(every)), batch, key)
+
+    own = [leaves[index] for index in block]
+    return traced(of_leaves, own), own
+
+
+def require_finite(
+    found: Any, is_finite: Any, what: str, trainer: AbstractTrainer, batch: Any
+) -> None:
+    """Refuses derivatives, called `what`, if they or their function are not finite.
+
+    The derivatives alone do not show it: those of `model - data` do not depend on the
+    data. Traced ones are not checked.
+    """
+    leaves = jax.tree.leaves((found, is_finite))
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return
+    has_finite = bool(_all_finite(found))
+    if is_finite and has_finite:
+        return
+    fault = "cannot be computed here" if has_finite else "is not finite"
+    is_overflow = is_finite and not any(np.isnan(leaf).any() for leaf in leaves)
+    raise ValueError(
+        f"{what} of `{type(trainer).__name__}` {fault}. "
+        + explain_non_finite(trainer, batch)
+        + (_TOO_LARGE if is_overflow else "")
+    )
+
+
+_TOO_LARGE = (
+    " If all of them are finite, its elements are too large for their dtype: `whiten` "
+    "and `standard_errors` do not form them, where `residuals` is defined; or change "
+    "the units of a parameter."
+)
+
+_all_finite = jax.jit(all_finite)

@@ -1,0 +1,99 @@
+"""Fisher matrices, and the curvature of a loss."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from .._curvature import matmul
+from .._data import as_batch
+from .._step import AbstractTrainer, defined
+from .._tree import as_parameters, ravel_dtype
+from .derivatives import Passes, derive, require_finite
+
+Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
+
+
+def fisher(
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+) -> Any:
+    """Implements `Trainer.fisher`."""
+    require_likelihood(trainer, "A Fisher matrix")
+    kind = "fisher" if "residuals" in defined(trainer) else "nll"
+    return matrices(trainer, batch, kind, blocks, passes)
+
+
+def curvature(
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+) -> Any:
+    """Implements `Trainer.curvature`."""
+    return matrices(trainer, batch, "loss", blocks, passes)
+
+
+def has_likelihood(trainer: AbstractTrainer) -> bool:
+    """Whether a trainer's class defines more than a loss, whose scale is arbitrary."""
+    return bool({"residuals", "nll"} & set(defined(trainer)))
+
+
+def require_likelihood(trainer: AbstractTrainer, what: str) -> None:
+    """Refuses to compute `what` from a loss alone."""
+    if not has_likelihood(trainer):
+        raise TypeError(
+            f"{what} needs a likelihood, and `{type(trainer).__name__}` defines only "
+            "`loss`: error bars from a mean, or from a sum with a penalty, would be "
+            "wrong. Define `residuals` or `nll` beside it. (To whiten the parameters, "
+            "`curvature` will do.)"
+        )
+
+
+def matrices(
+    trainer: AbstractTrainer,
+    batch: Any,
+    kind: str,
+    blocks: Blocks | None,
+    passes: Passes,
+) -> Any:
+    """Computes the matrix of a `kind` of `derive`, or with blocks one by selector."""
+    selectors, batch = as_selectors(blocks), as_batch(batch)
+    if selectors is None and kind == "fisher" and passes.batch_size is None:
+        (jac,), is_finite = derive(trainer, batch, "jacobian", None, passes)
+        found = (_gram(jac, ravel_dtype(as_parameters(trainer.params))),)
+    else:
+        found, is_finite = derive(trainer, batch, kind, selectors, passes)
+    name = "residuals" if kind == "fisher" else kind
+    require_finite(found, is_finite, f"The curvature of `{name}`", trainer, batch)
+    return by_selector(selectors, found)
+
+
+@partial(jax.jit, static_argnums=1)
+def _gram(jac: Float[Array, "N D"], dtype: np.dtype) -> Float[Array, "D D"]:
+    # Residuals of higher precision do not make the parameters more precise.
+    return matmul(jac.T, jac).astype(dtype)
+
+
+def as_selectors(blocks: Blocks | None) -> tuple[Any, ...] | None:
+    """Returns a selector for each block, `None` where there are none."""
+    if blocks is None:
+        return None
+    if isinstance(blocks, str) or callable(blocks):
+        return (blocks,)
+    is_optimiser = isinstance(blocks, optax.GradientTransformation)
+    if not isinstance(blocks, Sequence | Mapping) or is_optimiser or not blocks:
+        raise TypeError(
+            f"`blocks` is {blocks!r}, but must be a sequence of selectors, one for "
+            'each matrix: `("position", "flux")`; `vn.paths(trainer.params)` gives '
+            "each parameter its own, the rules of a ParamOptimiser each rule."
+        )
+    return tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
+
+
+def by_selector(selectors: tuple[Any, ...] | None, found: Sequence[Any]) -> Any:
+    """Returns what was found for each block as a dictionary; without blocks, alone."""
+    if selectors is None:
+        return found[0]
+    return OrderedDict(zip(selectors, found, strict=True))

@@ -1,0 +1,140 @@
+"""Whitening of the parameters at the current point of a trainer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from .._boundary import Params
+from .._curvature import Spectrum, of_jacobian
+from .._data import as_batch
+from .._policy import all_finite
+from .._projection import (
+    ROUNDING,
+    DenseWhitening,
+    EigenProjector,
+    NullPolicy,
+    jacobian_rtol,
+    make_block_projector,
+    make_projector,
+    whiten,
+    whiten_spectrum,
+)
+from .._step import AbstractTrainer, defined
+from .._tree import as_parameters, ravel_dtype, widest
+from .derivatives import Passes, derive, require_finite
+from .fisher import Blocks, as_selectors, by_selector, has_likelihood, matrices
+
+WhitenOne = Callable[[Any, Params, NullPolicy, str], DenseWhitening]
+
+OF_WHITEN = ("blocks", "batch_size", "jac", "optimiser", "rtol", "rank", "on_null")
+"""The options of `Trainer.whiten`."""
+
+
+def whitened(
+    trainer: AbstractTrainer,
+    batch: Any,
+    blocks: Blocks | None,
+    passes: Passes,
+    options: Mapping[str, Any],
+) -> EigenProjector:
+    """Makes the projector of `Trainer.whiten`; `options` are for `NullPolicy`."""
+    nulls = NullPolicy(**{"on_null": "prior", **options})
+    nulls.check_rank_kind(blocks)
+    nulls.check()
+    if blocks is None:
+        whitening = whiten_all(trainer, batch, passes, nulls)
+        return make_projector(whitening, trainer.params, "`batch`")
+    found, whiten_one = _decomposed(trainer, batch, blocks, passes)
+    return make_block_projector(found, trainer.params, nulls, whiten_one)
+
+
+def whiten_all(
+    trainer: AbstractTrainer, batch: Any, passes: Passes, nulls: NullPolicy
+) -> DenseWhitening:
+    """Finds the map that whitens all parameters at the current point."""
+    found, whiten_one = _decomposed(trainer, batch, None, passes)
+    return whiten_one(found, as_parameters(trainer.params), nulls, "")
+
+
+def _decomposed(
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+) -> tuple[Any, WhitenOne]:
+    """Returns matrices or spectra, by selector, and the function that whitens one."""
+    by = _by_jacobian if "residuals" in defined(trainer) else _by_matrix
+    return by(trainer, batch, blocks, passes)
+
+
+def _by_matrix(
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+) -> tuple[Any, WhitenOne]:
+    """Finds Hessians."""
+    kind = "nll" if has_likelihood(trainer) else "loss"
+    found = matrices(trainer, batch, kind, blocks, passes)
+    sizes = [len(matrix) for matrix in jax.tree.leaves(found)]
+    eps = float(jnp.finfo(jax.tree.leaves(found)[0].dtype).eps)
+    rtol = max(*sizes, ROUNDING) * eps
+
+    def whiten_one(
+        matrix: Any, own: Params, nulls: NullPolicy, name: str
+    ) -> DenseWhitening:
+        label = _label(f"The Hessian of `{kind}` at this point", name)
+        return whiten(matrix, own, nulls.or_rtol(rtol), label, "hessian")
+
+    return found, whiten_one
+
+
+def _by_jacobian(
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+) -> tuple[Any, WhitenOne]:
+    """Finds decomposed Jacobians."""
+    selectors = as_selectors(blocks)
+    spectra, eps = _spectra(trainer, batch, selectors, passes)
+
+    def whiten_one(
+        spectrum: Any, own: Params, nulls: NullPolicy, name: str
+    ) -> DenseWhitening:
+        size = spectrum.values.size
+        nulls.check(size)
+        nulls = nulls.or_rtol(jacobian_rtol(size, eps))
+        return whiten_spectrum(spectrum, own, nulls, eps, _label("`residuals`", name))
+
+    return by_selector(selectors, spectra), whiten_one
+
+
+def _label(what: str, name: str) -> str:
+    return f"{what} ({name})" if name else what
+
+
+_spectrum = jax.jit(of_jacobian)
+
+
+def _spectra(
+    trainer: AbstractTrainer,
+    batch: Any,
+    selectors: tuple[Any, ...] | None,
+    passes: Passes,
+) -> tuple[tuple[Spectrum, ...], float]:
+    """Decomposes the Jacobians of the residuals.
+
+    Returns the spectra, in the dtype of the parameters, and the coarsest epsilon.
+    """
+    batch = as_batch(batch)
+    if selectors is None and passes.batch_size is None:
+        found, is_finite = derive(trainer, batch, "jacobian", None, passes)
+        spectra = tuple(map(_spectrum, found))
+    else:
+        spectra, is_finite = derive(trainer, batch, "spectrum", selectors, passes)
+    what = "The Jacobian of `residuals`"
+    require_finite(spectra, is_finite, what, trainer, batch)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):
+        message = f"{what} of `{type(trainer).__name__}` is not finite."
+        spectra = eqx.error_if(spectra, ~all_finite(spectra), message)
+    dtype = ravel_dtype(as_parameters(trainer.params))
+    dtypes = (dtype, spectra[0].values.dtype)
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    own = widest((dtype, jnp.dtype("float32")))
+    return jax.tree.map(lambda x: x.astype(own), spectra), eps
