@@ -1,4 +1,4 @@
-"""Static fields of a model: compiled programs are found by comparing them."""
+"""Static fields of a model, which are compared to find compiled programs."""
 
 import dataclasses
 from collections.abc import Iterator
