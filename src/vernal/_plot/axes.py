@@ -10,9 +10,8 @@ from matplotlib.lines import Line2D
 from .._boundary import Params
 from .._tree import by_path, element_name, ravel_size
 
-MOST_TICKS = 40
-"""If there are more rows, they are named by array instead of by element."""
-
+# If there are more rows, they are named by array instead of by element.
+_MOST_TICKS = 40
 # With more points matplotlib is slow to find the best place of a legend.
 _MOST_POINTS = 50_000
 # The margins that matplotlib adds to larger numbers overflow.
@@ -74,10 +73,10 @@ def choose_scale(losses: np.ndarray) -> tuple[str, dict[str, float]]:
     return "symlog", {"linthresh": float(threshold)}
 
 
-def choose_ticks(params: Params, one_by_one: bool) -> dict[int | float, str]:
-    """Maps positions along the elements of `params` to labels."""
+def choose_ticks(params: Params, room: float) -> dict[int | float, str]:
+    """Maps positions along the elements of `params` to labels; `room` is for each."""
     size = ravel_size(params)
-    if one_by_one:
+    if size <= _MOST_TICKS and room > 4:
         return {i: as_label(element_name(params, i)) for i in range(size)}
     leaves = list(by_path(params).items())
     ends = np.cumsum([leaf.size for _, leaf in leaves]).tolist()
@@ -86,7 +85,7 @@ def choose_ticks(params: Params, one_by_one: bool) -> dict[int | float, str]:
     for index in sorted(range(len(leaves)), key=lambda index: -leaves[index][1].size):
         path, leaf = leaves[index]
         centre = ends[index] - (leaf.size + 1) / 2
-        if all(abs(centre - other) >= size / MOST_TICKS for other in ticks):
+        if all(abs(centre - other) >= size / _MOST_TICKS for other in ticks):
             ticks[centre] = as_label(path)
     return dict(sorted(ticks.items()))
 
