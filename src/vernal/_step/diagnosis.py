@@ -240,13 +240,11 @@ def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     found = [_bad_result(trainer, batch, name) for name in methods]
     if any(found):
         return tuple(sentence for sentence in found if sentence)
-    bad = _bad_result(trainer, batch, "")
-    if bad:
+    if bad := _bad_result(trainer, batch, ""):
         return (bad,)
-    grads = _evaluated(trainer, batch, _gradients)
-    if not (bad := _bad_paths(grads)):
-        return ()
-    return (f"the loss is finite, but not its gradient in {bad}.", _GRADIENT_REMEDY)
+    if bad := _bad_paths(_evaluated(trainer, batch, _gradients)):
+        return f"the loss is finite, but not its gradient in {bad}.", _GRADIENT_REMEDY
+    return ()
 
 
 def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
