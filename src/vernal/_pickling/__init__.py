@@ -13,4 +13,9 @@ from .library import (
     is_library_module as is_library_module,
     module_of as module_of,
 )
-from .portable import Portable as Portable, build as build, packed as packed
+from .portable import (
+    ModuleMeta as ModuleMeta,
+    Portable as Portable,
+    build as build,
+    packed as packed,
+)
