@@ -1,6 +1,3 @@
-import sys
-from pathlib import Path
-
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -9,9 +6,6 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_enable_x64", True)
 # What is said of several devices is tested on virtual ones.
 jax.config.update("jax_num_cpu_devices", 8)
-
-# `import models`: in the import mode that these tests have, no folder is a package.
-sys.path.append(str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):

@@ -551,6 +551,7 @@ def test_axes_that_are_given_are_drawn_on(name, layout):
     assert right.has_data()
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize("name", CALLS)
 def test_every_call_without_axes_makes_a_figure(name):
     assert CALLS[name](None) is not CALLS[name](None)

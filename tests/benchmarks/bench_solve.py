@@ -9,6 +9,7 @@ import optimistix as optx
 
 from vernal._fit.arrival import _measure
 from vernal._minimum.edm import distance_of
+from vernal._step import stripped
 
 from .bench_fit import ChiSquared, problem
 from .timing import in_turns
@@ -50,7 +51,7 @@ def distance(points: int) -> dict[str, Callable[[], Any]]:
     """Returns the distance to the minimum by itself, and a whole solve."""
     model, batch = problem("star", points)
     trainer = ChiSquared(model).whiten(batch)
-    bare, zero = trainer._bare(), jnp.zeros(())
+    bare, zero = stripped(trainer), jnp.zeros(())
     solver = optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
     return {
         "edm": lambda: distance_of(_measure(bare, None, batch, "residuals", zero)),

@@ -32,14 +32,13 @@ from .names import (
     spelled as spelled,
 )
 from .precision import (
+    REMEDY as REMEDY,
     is_cut as is_cut,
     is_on as is_on,
     is_wide as is_wide,
     narrowed as narrowed,
     narrowed_model as narrowed_model,
     narrowed_tree as narrowed_tree,
-    precision_of as precision_of,
-    require_precision as require_precision,
     spacing as spacing,
 )
 from .traced import (

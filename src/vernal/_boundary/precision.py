@@ -1,6 +1,5 @@
 """What is float64, and what becomes of it while `jax_enable_x64` is off."""
 
-import contextlib
 import re
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from .warnings import PrecisionWarning, warn_once
 
 T = TypeVar("T")
 
-_REMEDY = '`jax.config.update("jax_enable_x64", True)` at the start of the program'
+REMEDY = '`jax.config.update("jax_enable_x64", True)` at the start of the program'
 
 # The numbers of an array that are looked at first.
 _SAMPLE = 256
@@ -45,22 +44,6 @@ def is_cut(leaf: Any) -> bool:
         and isinstance(leaf, jax.Array | np.ndarray)
         and not isinstance(leaf, Tracer)
     )
-
-
-def require_precision(trainer: Any) -> None:
-    """Refuses a trainer that was made in float64 while JAX computes in float32."""
-    if not is_wide(trainer.best_loss.dtype) or is_on():
-        return
-    raise ValueError(
-        f"`{type(trainer).__name__}` was made in float64, while `jax_enable_x64` was "
-        "on, and now it is off: JAX would compute in float32. Turn it on for all of "
-        f"it, by {_REMEDY}; or make the trainer here."
-    )
-
-
-def precision_of(trainer: Any) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context that has the precision in which a trainer was made."""
-    return jax.enable_x64(is_on() or trainer.best_loss.dtype == np.float64)
 
 
 def _is_swapped(leaf: Any) -> bool:
@@ -136,7 +119,7 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
             f"{low:.10g} to {high:.10g}"
         )
     warn_once(
-        f"{where} {what}. Turn on `jax_enable_x64`, by {_REMEDY}; or {otherwise}.",
+        f"{where} {what}. Turn on `jax_enable_x64`, by {REMEDY}; or {otherwise}.",
         PrecisionWarning,
         # The same leaf is a part of `data` to `fit`, and of `batch` to `step`.
         (re.sub(r"^`(data|batch)", "", where), int(np.log10(largest))),

@@ -1,16 +1,18 @@
-"""Several devices, several processes."""
+"""Several devices, several processes.
 
-from .meeting import meeting as meeting
+`placement` says where the arrays of a fit lie. `processes` lets processes decide
+together; `same_inputs` and `fingerprint` find out whether they were given the same.
+"""
+
+from .fingerprint import (
+    fingerprint as fingerprint,
+    leaf_fingerprints as leaf_fingerprints,
+)
 from .placement import (
     Placement as Placement,
     Sharding as Sharding,
     context as context,
     placement as placement,
 )
-from .processes import (
-    PeerError as PeerError,
-    Peers as Peers,
-    Wish as Wish,
-    described as described,
-    fingerprint as fingerprint,
-)
+from .processes import Decision as Decision, PeerError as PeerError, Peers as Peers
+from .same_inputs import same_inputs as same_inputs

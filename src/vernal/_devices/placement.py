@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._boundary import PyTree, dotted, spelled
 from .._data import Source, Stream, Whole
+from .._step import AbstractTrainer, config_of, progress_of, template_of, with_progress
 from .._tree import is_key, is_part, is_weak, named_leaves, resolve
 
 WHOLE = PartitionSpec()
@@ -89,14 +90,14 @@ class Placement(eqx.Module):
             [self._sharding(dotted(keys), leaf) for keys, leaf in flat]
         )
 
-    def put(self, trainer: Any) -> Any:
+    def put(self, trainer: AbstractTrainer) -> Any:
         """Puts a trainer onto the devices."""
-        config, progress = self.put_whole(trainer._at(None)), trainer._progress
+        config, progress = self.put_whole(config_of(trainer)), progress_of(trainer)
         if self.frozen:
             splits = [split.spec if split else WHOLE for split in self.frozen]
-            arrays = map(put, trainer._parts.frozen, map(self.on, splits))
-            config = eqx.tree_at(lambda t: t._parts.frozen, config, tuple(arrays))
-        return config._at(self.put_state(progress))
+            arrays = map(put, template_of(trainer).frozen, map(self.on, splits))
+            config = eqx.tree_at(lambda t: template_of(t).frozen, config, tuple(arrays))
+        return with_progress(config, self.put_state(progress))
 
     def put_state(self, state: PyTree) -> Any:
         """Puts what changes from step to step onto the devices."""
@@ -213,7 +214,9 @@ def context(place: Placement | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if place is None else jax.set_mesh(place.mesh)
 
 
-def placement(trainer: Any, mesh: Any, sharding: Any = None) -> Placement | None:
+def placement(
+    trainer: AbstractTrainer, mesh: Any, sharding: Any = None
+) -> Placement | None:
     """Makes the placement of a fit, `None` if there is no mesh.
 
     **Arguments:**
@@ -238,7 +241,7 @@ def placement(trainer: Any, mesh: Any, sharding: Any = None) -> Placement | None
 
 
 def _splits(
-    trainer: Any, mesh: Mesh, sharding: Any
+    trainer: AbstractTrainer, mesh: Mesh, sharding: Any
 ) -> tuple[tuple[tuple[str, Split | None], ...], tuple[Split | None, ...]]:
     """Finds what is split of the trained parameters, and of the frozen arrays."""
     if not isinstance(sharding, Mapping):
@@ -257,7 +260,9 @@ def _splits(
     owners = resolve(model, list(sharding), argument="sharding")
     leaves = [leaf for leaf in named_leaves(model) if leaf.value is not None]
     trained, frozen = [], []
-    for leaf, kind, owner in zip(leaves, trainer._parts.kinds, owners, strict=True):
+    for leaf, kind, owner in zip(
+        leaves, template_of(trainer).kinds, owners, strict=True
+    ):
         split = None
         if owner is not None:
             split = Split(jnp.shape(leaf.value), specs[owner])

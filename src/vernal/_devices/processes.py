@@ -1,93 +1,80 @@
-"""The processes of a fit: what one of them decides, all of them do."""
+"""The processes of a fit: they decide together, and notice when they differ."""
 
 import contextlib
-import hashlib
 import itertools
 import json
-import re
 import signal
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-
-from .._boundary import PyTree
-from .._tree import is_part, to_arrays
 
 T = TypeVar("T")
 
 # How long one process waits for another: longer than any compilation should take.
-_SECONDS = 600
+_TIMEOUT_SECONDS = 600
 
-# Each set of processes numbers its meetings, so that messages of two do not mix.
-_COUNTS: dict[str, Iterator[int]] = {}
+# Each set of processes numbers its sessions, so that messages of two do not mix.
+_SESSIONS: dict[str, Iterator[int]] = {}
 
-# The last message to each set of processes, which another one may not have read yet.
-_LAST: dict[str, str] = {}
+# The key of the last message to each set, which another process may not have read yet.
+_LAST_KEYS: dict[str, str] = {}
 
 
 class PeerError(RuntimeError):
     """Another process of the fit met an error, or does not answer."""
 
 
-class Wish(NamedTuple):
-    """What a process wants after a chunk of steps."""
+class Decision(NamedTuple):
+    """What to do after a chunk of steps."""
 
     steps: int
-    """How many steps to take next."""
+    """The number of steps to take next."""
     end: str | None = None
-    """Which reason it has to end the fit, by name."""
-    keeps: bool = False
-    """Whether a checkpoint is due."""
+    """The name of the reason to end the fit; `None` to go on."""
+    writes_checkpoint: bool = False
 
 
 class Peers:
-    """The processes that share the devices of a mesh; without a mesh, this one alone.
+    """The processes that share the devices of a mesh; without a mesh, only this one.
 
     They run the same program, and their devices wait for each other in each step. So
-    whatever is decided on the host, where clocks and signals differ, they must decide
-    together: they say what they have to say through the service by which JAX brought
-    them together, which has a time limit.
+    they must decide together what depends on the clocks and signals of a host: they
+    exchange messages through the service of `jax.distributed`, with a time limit.
     """
 
     def __init__(self, mesh: Mesh | None, entrance: str = "fit"):
-        """**Arguments:**
-
-        - `mesh`: the devices of the fit.
-        - `entrance`: the name of the function that all of them must have called.
-        """
+        """`entrance` is the name of the function that all of them must have called."""
         devices = () if mesh is None else mesh.devices.flat
         self.numbers = sorted({device.process_index for device in devices})
         self._own = jax.process_index() if len(self.numbers) > 1 else 0
-        self._entrance, self._circle = entrance, "-".join(map(str, self.numbers))
-        self._fit = None
+        self._entrance, self._set = entrance, "-".join(map(str, self.numbers))
+        self._session = None
         if len(self.numbers) > 1:
-            self._fit = next(_COUNTS.setdefault(self._circle, itertools.count()))
-        self._rounds = itertools.count()
+            self._session = next(_SESSIONS.setdefault(self._set, itertools.count()))
+        self._turns = itertools.count()
         self._handler: Any = None
         self._presses = 0
-        self.is_interrupted, self.is_heeded, self.are_lost = False, False, False
+        self.is_interrupted = self.handles_interrupt = self.is_disconnected = False
 
     @property
     def are_many(self) -> bool:
         """Whether there is more than one process."""
-        return self._fit is not None
+        return self._session is not None
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and shows what one alone should."""
+        """Whether this is the process that writes files and shows the progress bar."""
         return not self.are_many or self._own == self.numbers[0]
 
     def __enter__(self) -> "Peers":
-        # An exception in the middle of a step would leave the others waiting. Where
-        # there are none, a handler of the user's own stays.
+        # An exception in the middle of a step would leave other processes waiting. With
+        # one process, a handler that the user has set stays.
         is_main = threading.current_thread() is threading.main_thread()
-        is_free = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if is_main and (self.are_many or is_free):
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if is_main and (self.are_many or is_default):
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
@@ -95,175 +82,125 @@ class Peers:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         if self.are_many and error is not None:
-            # Where the others wait for this process, or will, they hear of it.
+            # The others read it where they wait for this process.
             with contextlib.suppress(Exception):
-                self._tell(next(self._rounds), {"error": _named(error)})
-        elif self.is_interrupted and not self.is_heeded:
+                self._send(next(self._turns), {"error": _summary(error)})
+        elif self.is_interrupted and not self.handles_interrupt:
             signal.raise_signal(signal.SIGINT)
 
     def _interrupt(self, *_: Any) -> None:
         """Asks the fit to end after the chunk; the second time, at once."""
         self._presses += 1
-        if self.is_interrupted and not (self.is_heeded and self._presses == 2):
-            self.are_lost = self.are_many
+        if self.is_interrupted and not (self.handles_interrupt and self._presses == 2):
+            self.is_disconnected = self.are_many
             raise KeyboardInterrupt
         self.is_interrupted = True
 
     @property
     def _client(self) -> Any:
-        # JAX has no public name for it; what it has cannot stop waiting.
+        # JAX has no public name for it; its public functions cannot stop waiting.
         from jax._src.distributed import global_state
 
         return global_state.client
 
-    def _name(self, turn: int, number: int) -> str:
-        return f"vernal/{self._circle}/{self._fit}/{turn}/{number}"
+    def _key(self, turn: int, number: int) -> str:
+        return f"vernal/{self._set}/{self._session}/{turn}/{number}"
 
-    def _tell(self, turn: int, message: dict[str, Any]) -> None:
-        self._client.key_value_set(self._name(turn, self._own), json.dumps(message))
+    def _send(self, turn: int, message: dict[str, Any]) -> None:
+        self._client.key_value_set(self._key(turn, self._own), json.dumps(message))
 
-    def exchange(self, own: Any, about: str) -> list[Any]:
-        """Tells all processes something, and hears what each of them tells.
+    def all_gather(self, own: Any, topic: str) -> list[Any]:
+        """Sends a value, for JSON, and returns those of all processes, in order.
 
-        **Arguments:**
-
-        - `own`: anything that JSON can express.
-        - `about`: what it is about, so that no two talk of different things.
-
-        **Returns:**
-
-        What each of them told, in the order of their numbers.
-
-        **Raises:**
-
-        - `PeerError`: if one of them met an error, or does not answer.
+        Raises a `PeerError` if a process met an error, does not answer, or is at
+        another topic.
         """
-        return self._exchange({"about": about, "said": own}) if self.are_many else [own]
+        if not self.are_many:
+            return [own]
+        return self._exchange({"topic": topic, "value": own})
 
     def _exchange(self, message: dict[str, Any]) -> list[Any]:
-        turn = next(self._rounds)
-        self._tell(turn, message)
-        last = _LAST.get(self._circle)
-        _LAST[self._circle] = self._name(turn, self._own)
-        heard = {number: self._hear(turn, number) for number in self.numbers}
-        for number, told in heard.items():
-            if "error" in told and number != self._own:
-                raise PeerError(f"Process {number} met an error: {told['error']}")
-            if "error" not in message and told["about"] != message["about"]:
-                self.are_lost = True
+        turn = next(self._turns)
+        self._send(turn, message)
+        last = _LAST_KEYS.get(self._set)
+        _LAST_KEYS[self._set] = self._key(turn, self._own)
+        received = {number: self._receive(turn, number) for number in self.numbers}
+        for number, other in received.items():
+            if "error" in other and number != self._own:
+                raise PeerError(f"Process {number} met an error: {other['error']}")
+            if "error" not in message and other["topic"] != message["topic"]:
+                self.is_disconnected = True
                 raise PeerError(
                     f"Process {number} is elsewhere in the program: at "
-                    f"{told['about']}, and this one at {message['about']}. All "
+                    f"{other['topic']}, and this one at {message['topic']}. All "
                     "processes must make the same calls in the same order."
                 )
         if last is not None:
             # All have read it, or they would not have sent another one since.
             self._client.key_value_delete(last)
-        return [told.get("said") for told in heard.values()]
+        return [other.get("value") for other in received.values()]
 
-    def _hear(self, turn: int, number: int) -> dict[str, Any]:
-        name, limit = self._name(turn, number), 1_000 * _SECONDS
+    def _receive(self, turn: int, number: int) -> dict[str, Any]:
+        key, limit = self._key(turn, number), 1_000 * _TIMEOUT_SECONDS
         try:
-            return json.loads(self._client.blocking_key_value_get(name, limit))
+            return json.loads(self._client.blocking_key_value_get(key, limit))
         except Exception as error:
-            self.are_lost = True
+            self.is_disconnected = True
             raise PeerError(
                 f"Process {number} of this `{self._entrance}` has not answered within "
-                f"{_SECONDS} seconds. It has ended, or runs another program: see what "
-                "it printed. All processes must make the same calls in the same order."
+                f"{_TIMEOUT_SECONDS} seconds. It has ended, or runs another program: "
+                "see what it printed. All processes must make the same calls in the "
+                "same order."
             ) from error
 
-    def together(
-        self, fn: Callable[[], T], say: Callable[[T], Any], about: str
+    def run(self, fn: Callable[[], T], topic: str) -> T:
+        """Calls a function that may fail in one process only: then all raise."""
+        return self.run_and_gather(fn, lambda _: None, topic)[0]
+
+    def run_and_gather(
+        self, fn: Callable[[], T], summary: Callable[[T], Any], topic: str
     ) -> tuple[T, list[Any]]:
-        """Calls what may fail in one process and not in another: then all raise.
-
-        **Arguments:**
-
-        - `fn`: the function.
-        - `say`: what to tell the others of its value.
-        - `about`: what it is about.
-
-        **Returns:**
-
-        The value, and what each process told.
-        """
+        """Does the same, and returns the value with its summaries on all processes."""
         try:
             value = fn()
         except Exception as error:
             if self.are_many:
-                self._exchange({"error": _named(error)})
+                self._exchange({"error": _summary(error)})
             raise
-        return value, self.exchange(say(value), about)
+        return value, self.all_gather(summary(value), topic)
 
-    def agree(self, wish: Wish) -> Wish:
-        """Makes one wish of what all processes want.
+    def decide(self, own: Decision) -> Decision:
+        """Returns one decision for all: to end if any of them does, else the first."""
+        gathered = self.all_gather(own, "the end of a chunk")
+        decisions = [Decision(*fields) for fields in gathered]
+        ends = [decision.end for decision in decisions if decision.end is not None]
+        return decisions[0]._replace(end=ends[0] if ends else None)
 
-        The first that wants to end has its way; else the first process of all has.
-        """
-        wishes = [Wish(*told) for told in self.exchange(wish, "the end of a chunk")]
-        ends = [wish.end for wish in wishes if wish.end is not None]
-        return wishes[0]._replace(end=ends[0] if ends else None)
-
-    def require_same(self, described: Mapping[str, Any]) -> None:
+    def require_same(self, given: Mapping[str, Any]) -> None:
         """Checks that all processes were given the same.
 
-        **Arguments:**
-
-        - `described`: by the name of each argument a number or a text; or, of a tree,
-            a dictionary with one for each leaf.
+        `given` has a number or a text for each argument; for a tree, one for each leaf.
         """
-        first, *others = self.exchange(described, f"the start of `{self._entrance}`")
+        first, *others = self.all_gather(given, f"the start of `{self._entrance}`")
         for number, other in zip(self.numbers[1:], others, strict=True):
             odd = [name for name in first if first[name] != other.get(name)]
             if odd:
                 raise ValueError(
                     f"The processes of this `{self._entrance}` disagree: "
-                    f"{_told(odd[0], first, other)} on processes {self.numbers[0]} and "
-                    f"{number}. All must be given the same, from the same program; of "
-                    "a `vn.Stream` alone each has its own share."
+                    f"{_difference(odd[0], first[odd[0]], other.get(odd[0]))} on "
+                    f"processes {self.numbers[0]} and {number}. All must be given the "
+                    "same, from the same program; only of a `vn.Stream` each has its "
+                    "own share."
                 )
 
 
-def _named(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _told(name: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    mine, theirs = first[name], other.get(name)
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        odd = next(p for p in (*mine, *theirs) if mine.get(p) != theirs.get(p))
+def _difference(name: str, one: Any, other: Any) -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        odd = next(p for p in (*one, *other) if one.get(p) != other.get(p))
         return f"`{name}` differs at {odd!r}"
-    short = all(len(str(value)) < 40 for value in (mine, theirs))
-    return f"`{name}` is {mine} and {theirs}" if short else f"`{name}` differs"
-
-
-def described(tree: PyTree, most_bytes: int | None = None) -> dict[str, str]:
-    """Describes each array of a tree, for `Peers.require_same`.
-
-    Of what a process has a part only, that is the shape alone.
-
-    **Arguments:**
-
-    - `most_bytes`: of larger arrays that lie on the devices of all already, the shape
-        alone, too.
-    """
-
-    def checksum(array: Any) -> int:
-        is_here = not isinstance(array, jax.Array) or array.is_fully_addressable
-        if is_part(array) or not (
-            is_here or most_bytes is None or array.nbytes <= most_bytes
-        ):
-            return 0
-        return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
-
-    return {
-        path: f"{leaf.kind} {checksum(leaf.array)}"
-        for path, leaf in to_arrays(tree).items()
-    }
-
-
-def fingerprint(text: Any) -> str:
-    """Hashes a text, without the addresses of objects in it."""
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(text))
-    return hashlib.sha256(text.encode()).hexdigest()
+    is_short = all(len(str(value)) < 40 for value in (one, other))
+    return f"`{name}` is {one} and {other}" if is_short else f"`{name}` differs"

@@ -10,7 +10,7 @@ from .._data import Source, Whole, as_batch
 from .._minimum import along, distance_of, measure, settled, what_falls
 from .._policy import StopReason
 from .._program import program
-from .._step import step_key
+from .._step import AbstractTrainer, overrides, step_key, stripped
 from .._tree import as_parameters
 from .result import FitResult
 
@@ -18,7 +18,9 @@ _WORTH_A_NOTE = 20
 
 
 @program
-def _measure(trainer: Any, projector: Any, batch: Any, kind: str, fall: Any) -> Any:
+def _measure(
+    trainer: AbstractTrainer, projector: Any, batch: Any, kind: str, fall: Any
+) -> Any:
     return measure(trainer, projector, batch, step_key(trainer), kind, fall)
 
 
@@ -27,19 +29,19 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
 
     That is known where there is one loss: that of one batch.
     """
-    trainer: Any = result.trainer
+    trainer: AbstractTrainer = result.trainer
     is_over = result.stop_reason is StopReason.CONVERGED
     if not (is_over and isinstance(source, Whole) and _has_minimum(trainer)):
         return result
     losses = result.history.loss
     fall = np.asarray(losses[0] - losses[-1] if len(losses) else 0, losses.dtype)
-    args = trainer._bare(), trainer.projector, source.batch, what_falls(trainer)
+    args = stripped(trainer), trainer.projector, source.batch, what_falls(trainer)
     distance = distance_of(_measure(*args, jnp.asarray(fall)))
     reason = settled(result.stop_reason, distance)
     return dataclasses.replace(result, stop_reason=reason, _distance=distance)
 
 
-def edm_note(trainer: Any, batch: Any) -> str | None:
+def edm_note(trainer: AbstractTrainer, batch: Any) -> str | None:
     """Says of a trainer with a likelihood that it is not at a minimum, if it is not.
 
     A fit is over once `edm` is below a thousandth of the scatter. In a table nothing
@@ -49,7 +51,7 @@ def edm_note(trainer: Any, batch: Any) -> str | None:
     # How much of a loss with a penalty matters, nobody knows.
     if kind == "loss" or not _has_minimum(trainer):
         return None
-    args = trainer._bare(), trainer.projector, as_batch(batch), kind, jnp.zeros(())
+    args = stripped(trainer), trainer.projector, as_batch(batch), kind, jnp.zeros(())
     distance = distance_of(_measure(*args))
     if not distance.edm > _WORTH_A_NOTE * distance.limit:
         return None
@@ -57,12 +59,12 @@ def edm_note(trainer: Any, batch: Any) -> str | None:
     return f"not at a minimum: edm {distance.edm:.3g}{where}"
 
 
-def _has_minimum(trainer: Any) -> bool:
+def _has_minimum(trainer: AbstractTrainer) -> bool:
     """Whether a fit ends where the gradient is zero.
 
     Random numbers change with each step, and hooks lead elsewhere.
     """
-    is_led = any(map(trainer._overrides, ("transform_grads", "constrain")))
+    is_led = overrides(trainer, "transform_grads") or overrides(trainer, "constrain")
     return trainer.key is None and not is_led and _is_real(trainer.params)
 
 

@@ -1,4 +1,4 @@
-"""What a fit is fed with, and how much at a time."""
+"""The batches of a fit, and how many steps to take at once."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,43 +15,31 @@ from .._devices import Peers
 from .._tree import to_arrays
 
 # How long a chunk should take: short enough for a progress bar and for Ctrl-C, long
-# enough that what happens between two of them costs nothing.
+# enough that what happens between two chunks costs nothing.
 _CHUNK_SECONDS = 0.5
-_FASTEST_GROWTH = 100
+_MAX_GROWTH = 100
+
+# How many values static leaves in the batches of a stream may have without a warning.
+_MAX_STATIC_VALUES = 3
+
+# Stands for the batch after the last one.
+_EXHAUSTED = "exhausted"
 
 
-# How many values a stream may have for what is static in its batches.
-_MOST_STATIC = 3
-
-# What there is after the last batch.
-_DRY = "the stream ran dry"
-
-
-class Dry(Exception):
+class DataExhausted(Exception):
     """A stream has no further batch."""
 
 
 class Feed:
-    """What a fit is fed with: one source for a whole chunk, or one for each step."""
+    """The batches of a fit: one source for a whole chunk, or a batch for each step."""
 
     def __init__(
-        self,
-        source: Source,
-        step: int,
-        prepare: Callable[[Any], Any],
-        peers: Peers,
+        self, source: Source, step: int, prepare: Callable[[Any], Any], peers: Peers
     ):
-        """**Arguments:**
-
-        - `source`: where batches come from.
-        - `step`: the step to begin with.
-        - `prepare`: what is done to a batch of a stream before it is used.
-        - `peers`: who reads from a stream each time that this process does.
-        """
-        self.source, self._peers = source, peers
-        self._prepare = prepare
-        self._ahead: list[Any] = []
-        self._static = _Static()
+        """`step` is the first one; `prepare` is applied to each batch of a stream."""
+        self.source, self._prepare, self._peers = source, prepare, peers
+        self._next_batch: list[Any] = []
+        self._static_values: list[dict[str, Any]] = []
         if isinstance(source, Stream):
             self._iterator = source.open(step)
 
@@ -59,41 +47,15 @@ class Feed:
     def is_stream(self) -> bool:
         return isinstance(self.source, Stream)
 
-    def _read(self) -> Any:
-        if self._ahead:
-            return self._ahead.pop()
-        batch, told = self._peers.together(self._next, self._told, "a batch")
-        if _DRY in told:
-            raise Dry
-        if odd := [shapes for shapes in told if shapes != told[0]]:
-            raise ValueError(
-                "`data`: all processes must give equally large shares of a batch, but "
-                f"one gives {told[0]} and another {odd[0]}."
-            )
-        return batch
-
-    def _next(self) -> Any:
-        batch = next(self._iterator, _DRY)
-        if batch is _DRY:
-            return _DRY
-        batch = self._prepare(batch)
-        self._static.look(batch)
-        return batch
-
-    def _told(self, batch: Any) -> str:
-        if batch is _DRY or not self._peers.are_many:
-            return _DRY if batch is _DRY else ""
-        return ", ".join(str(leaf.kind) for leaf in to_arrays(batch).values())
-
     def peek(self) -> Any:
-        """Returns a batch, or its shapes, without using it up."""
+        """Returns the next batch, or its shapes, without using it up."""
         source = self.source
         if not isinstance(source, Stream):
             zero = jnp.asarray(np.int32(0))
             return eqx.filter_eval_shape(source.next, source.start(zero), zero)[0]
-        if not self._ahead:
-            self._ahead.append(self._read())
-        return self._ahead[-1]
+        if not self._next_batch:
+            self._next_batch.append(self._read())
+        return self._next_batch[0]
 
     def sources(self, count: int) -> Iterator[tuple[Whole[Any] | Minibatches, int]]:
         """Yields sources, and the number of steps to take from each."""
@@ -101,48 +63,61 @@ class Feed:
             yield self.source, count
             return
         for _ in range(count):
-            yield Whole(self._read()), 1
+            yield Whole(self._next_batch.pop() if self._next_batch else self._read()), 1
 
+    def _read(self) -> Any:
+        batch, shares = self._peers.run_and_gather(
+            self._read_own, self._summary, "a batch"
+        )
+        if _EXHAUSTED in shares:
+            raise DataExhausted
+        if odd := [share for share in shares if share != shares[0]]:
+            raise ValueError(
+                "`data`: all processes must give equally large shares of a batch, but "
+                f"one gives {shares[0]} and another {odd[0]}."
+            )
+        return batch
 
-class _Static:
-    """What is no array in the batches of a stream, of which each value compiles."""
+    def _read_own(self) -> Any:
+        batch = next(self._iterator, _EXHAUSTED)
+        if batch is _EXHAUSTED:
+            return _EXHAUSTED
+        batch = self._prepare(batch)
+        self._warn_of_static_values(batch)
+        return batch
 
-    def __init__(self) -> None:
-        self._seen: list[dict[str, Any]] = []
+    def _summary(self, batch: Any) -> str:
+        """Returns the shapes in a batch, where other processes must have the same."""
+        if batch is _EXHAUSTED or not self._peers.are_many:
+            return _EXHAUSTED if batch is _EXHAUSTED else ""
+        return ", ".join(str(leaf.kind) for leaf in to_arrays(batch).values())
 
-    def look(self, batch: Any) -> None:
-        """Warns, once, if it has been changing from batch to batch."""
-        is_array = lambda leaf: isinstance(leaf, jax.Array)
-        if len(self._seen) > _MOST_STATIC or all(map(is_array, jax.tree.leaves(batch))):
+    def _warn_of_static_values(self, batch: Any) -> None:
+        """Warns, once, if static leaves change from batch to batch."""
+        seen, is_array = self._static_values, lambda leaf: isinstance(leaf, jax.Array)
+        if len(seen) > _MAX_STATIC_VALUES:
+            return
+        if all(map(is_array, jax.tree.leaves(batch))):
             return
         flat, _ = jax.tree_util.tree_flatten_with_path(batch)
         static = {keystr(keys): leaf for keys, leaf in flat if not is_array(leaf)}
-        if static in self._seen:
+        if static in seen:
             return
-        self._seen.append(static)
-        if len(self._seen) <= _MOST_STATIC:
+        seen.append(static)
+        if len(seen) <= _MAX_STATIC_VALUES:
             return
-        last = self._seen[-2]
+        last = seen[-2]
         both = [path for path in static if path in last and last[path] != static[path]]
         changes = [f"`batch{p}` (from {last[p]!r} to {static[p]!r})" for p in both[:4]]
         if changes:
             warn(
                 f"`data`: the batches of the stream change in {', '.join(changes)}, "
-                "which is static: each new value is compiled anew. Make it an array, "
+                "which is static: each new value is compiled again. Make it an array, "
                 "`numpy.asarray(...)`, or leave it out."
             )
 
 
-class Pace:
-    """How many steps to take at once."""
-
-    def __init__(self, chunk: int | None):
-        self._fixed = chunk is not None
-        # One step to begin with: it may be a slow one, and it has to be compiled.
-        self.count = chunk or 1
-
-    def measured(self, count: int, seconds: float) -> None:
-        """Learns from a chunk how many steps the next should have."""
-        if not self._fixed and count > 0:
-            growth = _CHUNK_SECONDS / max(seconds, 1e-6)
-            self.count = max(1, int(count * min(growth, _FASTEST_GROWTH)))
+def next_chunk(steps: int, seconds: float) -> int:
+    """Returns the steps of the next chunk, if the last took so long for its steps."""
+    growth = _CHUNK_SECONDS / max(seconds, 1e-6)
+    return max(1, int(steps * min(growth, _MAX_GROWTH)))

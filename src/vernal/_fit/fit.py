@@ -8,14 +8,14 @@ import numpy as np
 
 from .._boundary import UNROLL, boolean, refuse_program, takes, warn, whole_number
 from .._data import Source, Stream, StreamExhaustedError
-from .._devices import Peers, Wish, described
+from .._devices import Decision, Peers, leaf_fingerprints
 from .._policy import StopCriterion, StopReason
-from .._step import MOST_STEPS, check_elementwise, no_optimiser
-from .._storage import Checkpoints, History, Keeper, origin
+from .._step import MOST_STEPS, AbstractTrainer, check_elementwise, no_optimiser
+from .._storage import Checkpoints, History, open_checkpointer, origin
 from .._tree import Selector
-from .feed import Dry, Pace
+from .feed import DataExhausted, next_chunk
 from .one_trainer import One
-from .progress_bar import Bar
+from .progress_bar import ProgressBar
 from .run import Callback, Running
 
 ONE = One()
@@ -39,7 +39,7 @@ OPTIONS = tuple(FitOptions.__annotations__)
 
 
 def fit(
-    trainer: Any,
+    trainer: AbstractTrainer,
     data: Any,
     steps: int,
     *,
@@ -77,31 +77,32 @@ def fit(
                 peers.require_same(
                     numbers
                     | {name: str(type(given)) for name, given in presence.items()}
-                    | {name: described(tree) for name, tree in trees.items()}
+                    | {name: leaf_fingerprints(tree) for name, tree in trees.items()}
                 )
-            keeper = None
+            checkpointer = None
             if checkpoint is not None:
                 checkpoint = _checked(checkpoint, source)
-                made_of = origin(trainer, source)
-                keeper = Keeper(checkpoint, monitor.fingerprint, made_of, peers)
-                stack.enter_context(keeper)
-            is_seen = keeper is not None or callback is not None
-            options = record, every, keeper, is_seen
+                stop, made_of = monitor.fingerprint, origin(trainer, source)
+                checkpointer = stack.enter_context(
+                    open_checkpointer(checkpoint, stop, made_of, peers)
+                )
+            is_seen = checkpointer is not None or callback is not None
+            options = record, every, checkpointer, is_seen
             run = Running(kind, peers, trainer, source, monitor, *options)
             if peers.are_many:
                 peers.require_same(run.described())
             try:
                 shown = progress and peers.is_first
-                with Bar(steps, run.taken, shown=shown) as bar:
+                with ProgressBar(steps, run.taken, shown=shown) as bar:
                     reason = _go_on(run, steps, bar, callback, chunk)
             finally:
-                run.keep()
+                run.write_checkpoint()
     except KeyboardInterrupt:
         # A second one, while the last state was written.
         if run is None:
             raise
         reason = StopReason.INTERRUPTED
-    except Dry:
+    except DataExhausted:
         if run is None:
             empty = History(np.zeros(0, int), np.zeros(0))
             result = kind.cut_short(trainer, empty, StopReason.DATA_EXHAUSTED)
@@ -135,35 +136,42 @@ def fit(
 
 
 def _go_on(
-    run: Running, steps: int, bar: Bar, callback: Callback | None, chunk: int | None
+    run: Running,
+    steps: int,
+    bar: ProgressBar,
+    callback: Callback | None,
+    chunk: int | None,
 ) -> StopReason:
     """Takes the steps that are left, and tells why it ended."""
     if run.is_resumed and run.taken >= steps:
         return StopReason.TAKEN_BEFORE
-    pace, peers = Pace(chunk), run.peers
+    # The first step may be slow, and has to be compiled.
+    size, peers = chunk or 1, run.peers
     try:
         while run.taken < steps and not run.stopped:
             before, started = run.taken, time.perf_counter()
-            run.take(min(pace.count, steps - run.taken))
-            pace.measured(run.taken - before, time.perf_counter() - started)
+            run.take(min(size, steps - run.taken))
+            taken = run.taken - before
+            if chunk is None and taken:
+                size = next_chunk(taken, time.perf_counter() - started)
             # What is shown of many trainers on many devices, all must say.
             told = run.shown() if peers.are_many else None
-            bar.update(run.taken - before, lambda told=told: told or run.shown())
+            bar.update(taken, lambda told=told: told or run.shown())
             end = run.call(callback)
-            own = Wish(pace.count, end and end.name, run.is_to_be_kept)
-            wish = peers.agree(own)
-            pace.count = wish.steps
-            if wish.end is not None:
-                return StopReason[wish.end]
-            if wish.keeps:
-                run.keep()
+            own = Decision(size, end and end.name, run.checkpoint_is_due)
+            decision = peers.decide(own)
+            size = decision.steps
+            if decision.end is not None:
+                return StopReason[decision.end]
+            if decision.writes_checkpoint:
+                run.write_checkpoint()
     except KeyboardInterrupt:
-        peers.is_heeded = True
+        peers.handles_interrupt = True
         return StopReason.INTERRUPTED
     return StopReason.STEPS_TAKEN
 
 
-def _check(trainer: Any, steps: int, callback: Any, kind: One) -> None:
+def _check(trainer: AbstractTrainer, steps: int, callback: Any, kind: One) -> None:
     if callback is not None and not callable(callback):
         raise TypeError(
             f"`callback` is {callback!r}, but must be a function `(trainer, history)` "

@@ -21,6 +21,14 @@ from .._loop import (
     run_chunk_in_place,
 )
 from .._policy import AT_NON_FINITE, StopReason
+from .._step import (
+    AbstractTrainer,
+    is_at_bad_step,
+    nan_report,
+    progress_of,
+    raise_if_non_finite,
+    with_progress,
+)
 from .._storage import History
 from .arrival import checked_end
 from .result import FitResult
@@ -30,7 +38,7 @@ class BadEnd(NamedTuple):
     """What ended at a value that is not finite: its index, if there are many."""
 
     index: Any
-    trainer: Any
+    trainer: AbstractTrainer
     sentence: str
 
 
@@ -73,11 +81,13 @@ class One:
         """Turns the batch of a validation into what is scored."""
         return batch if self.place is None else self.place.batch(batch, "validation")
 
-    def watched(self, monitor: Monitor, trainer: Any) -> MonitorState | None:
+    def watched(
+        self, monitor: Monitor, trainer: AbstractTrainer
+    ) -> MonitorState | None:
         """Makes the first state of the monitor."""
-        return self.placed_state(monitor.init(trainer._progress))
+        return self.placed_state(monitor.init(progress_of(trainer)))
 
-    def placed(self, trainer: Any) -> Any:
+    def placed(self, trainer: AbstractTrainer) -> Any:
         """Puts a trainer to where the fit takes place."""
         return trainer if self.place is None else self.place.put(trainer)
 
@@ -90,15 +100,15 @@ class One:
         number = jax.device_put(np.int32(value))
         return number if self.place is None else self.place.put_whole(number)
 
-    def home(self, trainer: Any) -> Any:
+    def home(self, trainer: AbstractTrainer) -> Any:
         """Brings a trainer back from there."""
-        return trainer._at(self.home_state(trainer._progress))
+        return with_progress(trainer, self.home_state(progress_of(trainer)))
 
     def home_state(self, state: Any) -> Any:
         """Brings a part of it back."""
         return state if self.place is None else self.place.home(state)
 
-    def template(self, trainer: Any) -> Any:
+    def template(self, trainer: AbstractTrainer) -> Any:
         """Returns a trainer that has the names and the shapes of each."""
         return trainer
 
@@ -110,7 +120,7 @@ class One:
         """Copies an array to the host."""
         return np.asarray(array)
 
-    def count(self, trainer: Any) -> int:
+    def count(self, trainer: AbstractTrainer) -> int:
         """Tells how many steps were taken."""
         return int(trainer.step_count)
 
@@ -145,9 +155,9 @@ class One:
         scored, score, _ = scores.columns(end + 1)
         return History(steps, loss, records, score, scored)
 
-    def shown(self, trainer: Any, history: History) -> dict[str, str]:
+    def shown(self, trainer: AbstractTrainer, history: History) -> dict[str, str]:
         """What a progress bar shows."""
-        bad = max(count.total for count in trainer.nan_report().values())
+        bad = max(count.total for count in nan_report(trainer).values())
         # First, as a narrow terminal has no room for the last.
         shown = {"non-finite": str(bad)} if bad else {}
         for name in ("loss", "validation"):
@@ -157,7 +167,7 @@ class One:
 
     def ended(
         self,
-        trainer: Any,
+        trainer: AbstractTrainer,
         history: History,
         monitor: Monitor,
         watched: MonitorState | None,
@@ -173,7 +183,7 @@ class One:
         - `reason`: why there were no more chunks, unless the trainer knows better.
         """
         if trainer.stopped:
-            is_bad = trainer._is_at_a_bad_step()
+            is_bad = is_at_bad_step(trainer)
             reason = StopReason.NON_FINITE if is_bad else StopReason.POLICY
         elif (met := monitor.reason(watched)) is not None:
             reason = met
@@ -185,7 +195,9 @@ class One:
         """Checks that a fit which has converged is at a minimum."""
         return checked_end(result, source) if self.place is None else result
 
-    def cut_short(self, trainer: Any, history: History, reason: StopReason) -> Any:
+    def cut_short(
+        self, trainer: AbstractTrainer, history: History, reason: StopReason
+    ) -> Any:
         """Makes the result of a fit that did not."""
         return FitResult(self.home(trainer), history, reason)
 
@@ -205,4 +217,4 @@ class One:
 
     def raise_if_non_finite(self, result: Any, explanation: str) -> None:
         """Raises, under a policy that does."""
-        result.trainer._raise_if_non_finite(result, explanation)
+        raise_if_non_finite(result.trainer, result, explanation)

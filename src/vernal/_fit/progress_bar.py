@@ -6,36 +6,29 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# How wide to draw where a terminal does not know how wide it is, as some that a program
-# opens for another do not.
-_COLUMNS = 80
+# The width where a terminal does not know its own, as one that a program opens may not.
+_DEFAULT_COLUMNS = 80
 
 
-class Bar:
-    """A progress bar, which says that it compiles until the first step is taken.
+class ProgressBar:
+    """A context manager that shows the progress of a fit, where it is interactive.
 
-    It is a context manager, and shows nothing where nobody looks, as in the log file
-    of a batch job.
+    The bar says "compiling" until the first step is taken.
     """
 
     def __init__(self, steps: int, taken: int, *, shown: bool):
-        """**Arguments:**
-
-        - `steps`: how many there will be.
-        - `taken`: how many were taken already, by a fit that goes on.
-        - `shown`: whether the user wants to see it.
-        """
+        """`taken` of the `steps` were taken already, by a fit that is resumed."""
         self._bar, self._taken = None, taken
         self._is_compiling = True
-        if shown and steps > taken and _somebody_looks():
-            # Here, since a fit without a bar should not wait for the import.
+        if shown and steps > taken and is_interactive():
+            # Imported here, since a fit without a bar should not wait for it.
             from tqdm.auto import tqdm
 
-            # It is asked to draw only about twice a second, and then should.
-            look = {"desc": "compiling", "miniters": 1, **_width()}
-            self._bar = tqdm(total=steps, initial=taken, **look)
+            # `update` is called about twice a second, and each call should draw.
+            options = {"desc": "compiling", "miniters": 1, **_width()}
+            self._bar = tqdm(total=steps, initial=taken, **options)
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -44,15 +37,16 @@ class Bar:
             self._bar.close()
 
     def update(self, steps: int, shown: Callable[[], dict[str, str]]) -> None:
-        """Moves on by so many steps, and shows where the fit is."""
+        """Advances by a number of steps, and shows the values that `shown` returns."""
         if self._bar is None:
             return
-        self._bar.set_postfix_str(_joined(shown()), refresh=False)
+        values = ", ".join(f"{name}={value}" for name, value in shown().items())
+        self._bar.set_postfix_str(values, refresh=False)
         if not self._is_compiling:
             self._bar.update(steps)
             return
-        # What compiling took tells nothing of the time that is left: the rate counts
-        # from here, where `initial` is, and the average in the end from the start.
+        # The time for compiling says nothing about the time that is left: until the bar
+        # is closed, the rate counts from here, where `initial` is.
         self._is_compiling = False
         self._bar.set_description("", refresh=False)
         self._bar.n += steps
@@ -61,20 +55,17 @@ class Bar:
         self._bar.refresh()
 
 
-def _joined(shown: dict[str, str]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
-
-
 def _width() -> dict[str, Any]:
     try:
         is_unknown = os.get_terminal_size(sys.stderr.fileno()).columns == 0
-    except (OSError, ValueError, AttributeError):  # It is no terminal.
+    except (OSError, ValueError, AttributeError):  # It is not a terminal.
         is_unknown = False
-    return {"ncols": _COLUMNS} if is_unknown else {"dynamic_ncols": True}
+    return {"ncols": _DEFAULT_COLUMNS} if is_unknown else {"dynamic_ncols": True}
 
 
-def _somebody_looks() -> bool:
-    # There is no standard error where there is no console.
+def is_interactive() -> bool:
+    """Whether a user sees the bar: in a terminal or a notebook, not in a log file."""
+    # Without a console there is no standard error.
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     return is_terminal or _is_in_notebook()
 

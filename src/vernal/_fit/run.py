@@ -13,11 +13,21 @@ import numpy as np
 
 from .._boundary import debugged, is_debugged
 from .._data import Minibatches, Source, Stream, Whole
-from .._devices import Peers, described, fingerprint
+from .._devices import Peers, fingerprint, leaf_fingerprints
 from .._loop import MOST_ROWS, Ended, LackingMetricError, Monitor, Moving, Record, Task
 from .._policy import StopReason
-from .._step import Diagnosis, advance, bad_data, diagnosed
-from .._storage import History, Keeper, Recorder
+from .._step import (
+    AbstractTrainer,
+    Diagnosis,
+    advance,
+    bad_data,
+    config_of,
+    diagnosed,
+    last_bad_step,
+    progress_of,
+    with_progress,
+)
+from .._storage import Checkpointer, History, Recorder
 from .._tree import require_alike
 from .feed import Feed
 from .one_trainer import BadEnd, One
@@ -65,38 +75,42 @@ class Running:
         self,
         kind: One,
         peers: Peers,
-        trainer: Any,
+        trainer: AbstractTrainer,
         source: Source,
         monitor: Monitor,
         record: Any,
         every: int,
-        keeper: Keeper | None,
+        checkpointer: Checkpointer | None,
         is_seen: bool,
     ):
         """**Arguments:** as those of `fit`, and
 
         - `is_seen`: whether somebody else has a hold on the trainer between two chunks.
         """
-        self._kind, self._keeper, self.peers = kind, keeper, peers
-        self._counts = kind.on_host(trainer._progress.nan_counts)
+        self._kind, self._checkpointer, self.peers = kind, checkpointer, peers
+        self._counts = kind.on_host(progress_of(trainer).nan_counts)
         self.source = source
         self.is_whole = True
         self._recorder = Recorder(self._no_history)
         self.monitor, self.watched = monitor, kind.watched(monitor, trainer)
         there, self.is_resumed = kind.placed(trainer), False
         first = kind.count(there)
-        if keeper is not None:
-            there, self.watched, history = keeper.restore(there, first, self.watched)
+        if checkpointer is not None:
+            there, self.watched, history = checkpointer.restore(
+                there, first, self.watched
+            )
             if history is not None:
                 projector = kind.home_state(there.projector)
-                trainer = trainer._at(there._progress, projector=projector)
+                trainer = with_progress(
+                    trainer, progress_of(there), projector=projector
+                )
                 self.is_resumed = True
                 self._recorder.extend(history)
                 there = kind.placed(there)
                 self.watched = kind.placed_state(self.watched)
-                keeper.holds(there)
+                checkpointer.mark_as_written(there)
         self._hold(trainer, there)
-        self._in_place = not is_seen and _is_worth_reuse(there._progress)
+        self._in_place = not is_seen and _is_worth_reuse(progress_of(there))
         if self._in_place:
             # What is the user's is never overwritten, nor anything twice.
             mine = jax.tree.map(lambda leaf: leaf.copy(), self._moving)
@@ -111,10 +125,10 @@ class Running:
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
         self.taken = kind.count(there) - first
         self.stopped = self._is_over()
-        if keeper is not None:
-            keeper.begin(self._no_history())
+        if checkpointer is not None:
+            checkpointer.require_columns(self._no_history())
 
-    def _hold(self, trainer: Any, there: Any) -> None:
+    def _hold(self, trainer: AbstractTrainer, there: Any) -> None:
         """Goes on with a trainer.
 
         **Arguments:**
@@ -123,11 +137,13 @@ class Running:
         - `there`: the same where the fit takes place.
         """
         is_split = self._kind.place is not None and self._kind.place.splits
-        self._config = there._at(None)
-        self.trainer: Any = there if is_split else trainer._at(there._progress)
+        self._config = config_of(there)
+        self.trainer: AbstractTrainer = (
+            there if is_split else with_progress(trainer, progress_of(there))
+        )
 
     def _move_to(self, moving: Moving) -> None:
-        self.trainer = self.trainer._at(moving.progress)
+        self.trainer = with_progress(self.trainer, moving.progress)
         self.watched = moving.watched
 
     def _peek(self) -> Any:
@@ -145,7 +161,7 @@ class Running:
                 self._take(goal - self.taken)
         except jax.errors.JaxRuntimeError:
             # Devices of another process no longer answer, as likely as not.
-            self.peers.are_lost = self.peers.are_many
+            self.peers.is_disconnected = self.peers.are_many
             raise
 
     def _take(self, count: int) -> None:
@@ -197,7 +213,7 @@ class Running:
 
     @property
     def _moving(self) -> Moving:
-        return Moving(self.trainer._progress, self.watched)
+        return Moving(progress_of(self.trainer), self.watched)
 
     def _is_over(self) -> bool:
         flags = [self.trainer.stopped]
@@ -212,7 +228,7 @@ class Running:
             seen = self._recorder.history(is_final=False)
             call = lambda: callback(self.trainer, seen)
             with debugged():
-                answer, told = self.peers.together(call, self._told, "a callback")
+                answer, told = self.peers.run_and_gather(call, self._told, "a callback")
             if _is_boolean(answer):
                 reason = StopReason.CALLBACK if answer else None
             if any(one != told[0] for one in told):
@@ -222,17 +238,17 @@ class Running:
                 )
             if not _is_boolean(answer) and answer is not None:
                 self._go_on_with(answer)
-        if self._keeper is not None and self._keeper.asked_to_end:
+        if self._checkpointer is not None and self._checkpointer.is_terminating:
             reason = reason or StopReason.TERMINATED
         if self.peers.is_interrupted:
-            self.peers.is_heeded = True
+            self.peers.handles_interrupt = True
             reason = reason or StopReason.INTERRUPTED
         return reason
 
     def _told(self, answer: Any) -> Any:
         """What the other processes hear of the answer of a callback."""
         is_trainer = type(answer) is type(self.trainer)
-        return described(answer) if self.peers.are_many and is_trainer else None
+        return leaf_fingerprints(answer) if self.peers.are_many and is_trainer else None
 
     def _go_on_with(self, answer: Any) -> None:
         if type(answer) is not type(self.trainer):
@@ -242,23 +258,24 @@ class Running:
             )
         what = "the trainer that `callback` returned"
         require_alike(answer, self.trainer, what, "the one it was given")
-        if answer._progress.params is not self.trainer._progress.params:
+        if progress_of(answer).params is not progress_of(self.trainer).params:
             # What was seen of other parameters says nothing of these.
             self.watched = self._kind.watched(self.monitor, answer)
         self._hold(answer, self._kind.placed(answer))
         self.stopped = self._is_over()
 
     @property
-    def is_to_be_kept(self) -> bool:
+    def checkpoint_is_due(self) -> bool:
         """Whether a checkpoint is due."""
         step = self._kind.count(self.trainer)
-        return self._keeper is not None and self._keeper.is_due(step)
+        return self._checkpointer is not None and self._checkpointer.is_due(step)
 
-    def keep(self) -> None:
-        """Writes a checkpoint, if any are wanted, and all can do so."""
-        if self._keeper is not None and self.is_whole and not self.peers.are_lost:
+    def write_checkpoint(self) -> None:
+        """Writes a checkpoint, if any are wanted, and all processes can do so."""
+        is_possible = self.is_whole and not self.peers.is_disconnected
+        if self._checkpointer is not None and is_possible:
             step = self._kind.count(self.trainer)
-            self._keeper.write(step, self.trainer, self.watched, self.history())
+            self._checkpointer.write(step, self.trainer, self.watched, self.history())
 
     def described(self) -> dict[str, str]:
         """Describes what is fitted, as to find out whether another process does so."""
@@ -286,7 +303,7 @@ class Running:
     @property
     def is_all_skipped(self) -> np.ndarray:
         """Whether each step, of each member, had a bad value and was not accepted."""
-        bad = self._kind.on_host(self.trainer._progress.nan_counts) - self._counts
+        bad = self._kind.on_host(progress_of(self.trainer).nan_counts) - self._counts
         is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)
         return np.asarray(is_bad & ~self._has_accepted)
 
@@ -298,7 +315,7 @@ class Running:
         data of that step are looked at.
         """
         index, trainer, _ = end
-        source, step = self.feed.source, trainer._last_bad_step()
+        source, step = self.feed.source, last_bad_step(trainer)
         if isinstance(source, Stream):
             source = dict(self._last).get(step, Whole(None))
         batch = self._kind.seen(source, index)

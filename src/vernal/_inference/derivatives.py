@@ -24,12 +24,14 @@ from .._policy import all_finite
 from .._program import program
 from .._projection import find_blocks
 from .._step import (
+    AbstractTrainer,
     explain_non_finite,
     live,
     negative_log_likelihood,
     real_residuals,
     score,
     step_key,
+    stripped,
 )
 from .._tree import as_parameters
 
@@ -53,7 +55,7 @@ class Passes(NamedTuple):
 
 
 def derive(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     kind: str,
     selectors: tuple[Any, ...] | None,
@@ -70,12 +72,12 @@ def derive(
         blocks = (tuple(range(len(jax.tree.leaves(params)))),)
     else:
         blocks = find_blocks(params, selectors, "blocks")
-    return _derive(trainer._bare(), as_batch(batch), kind, blocks, batch_size, jac)
+    return _derive(stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac)
 
 
 @program
 def _derive(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     kind: str,
     blocks: tuple[Block, ...],
@@ -92,7 +94,10 @@ def _derive(
 
 
 def _within(
-    trainer: Any, batch: Any, block: tuple[int, ...], evaluate: Callable[..., Any]
+    trainer: AbstractTrainer,
+    batch: Any,
+    block: tuple[int, ...],
+    evaluate: Callable[..., Any],
 ) -> tuple[Callable[[list[Array]], Array], list[Array]]:
     """Returns `evaluate` as a function of the leaves of a block, and these leaves."""
     key = step_key(trainer)
@@ -108,7 +113,7 @@ def _within(
 
 
 def require_finite(
-    found: Any, is_finite: Any, what: str, trainer: Any, batch: Any
+    found: Any, is_finite: Any, what: str, trainer: AbstractTrainer, batch: Any
 ) -> None:
     """Refuses derivatives, called `what`, if they or their function are not finite.
 

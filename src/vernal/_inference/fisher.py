@@ -12,31 +12,35 @@ from jaxtyping import Array, Float
 
 from .._curvature import matmul
 from .._data import as_batch
-from .._step import defined
+from .._step import AbstractTrainer, defined
 from .._tree import as_parameters, ravel_dtype
 from .derivatives import Passes, derive, require_finite
 
 Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
 
 
-def fisher(trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes) -> Any:
+def fisher(
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+) -> Any:
     """Implements `Trainer.fisher`."""
     require_likelihood(trainer, "A Fisher matrix")
     kind = "fisher" if "residuals" in defined(trainer) else "nll"
     return matrices(trainer, batch, kind, blocks, passes)
 
 
-def curvature(trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes) -> Any:
+def curvature(
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+) -> Any:
     """Implements `Trainer.curvature`."""
     return matrices(trainer, batch, "loss", blocks, passes)
 
 
-def has_likelihood(trainer: Any) -> bool:
+def has_likelihood(trainer: AbstractTrainer) -> bool:
     """Whether a trainer's class defines more than a loss, whose scale is arbitrary."""
     return bool({"residuals", "nll"} & set(defined(trainer)))
 
 
-def require_likelihood(trainer: Any, what: str) -> None:
+def require_likelihood(trainer: AbstractTrainer, what: str) -> None:
     """Refuses to compute `what` from a loss alone."""
     if not has_likelihood(trainer):
         raise TypeError(
@@ -48,7 +52,11 @@ def require_likelihood(trainer: Any, what: str) -> None:
 
 
 def matrices(
-    trainer: Any, batch: Any, kind: str, blocks: Blocks | None, passes: Passes
+    trainer: AbstractTrainer,
+    batch: Any,
+    kind: str,
+    blocks: Blocks | None,
+    passes: Passes,
 ) -> Any:
     """Computes the matrix of a `kind` of `derive`, or with blocks one by selector."""
     selectors, batch = as_selectors(blocks), as_batch(batch)

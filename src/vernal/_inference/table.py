@@ -9,6 +9,7 @@ import numpy as np
 from .._boundary import refuse_program, spacing
 from .._curvature import Mode
 from .._fit import edm_note
+from .._step import AbstractTrainer
 from .._tree import aligned, element_name, named_leaves
 from .uncertainty import standard_errors
 
@@ -16,7 +17,7 @@ from .uncertainty import standard_errors
 _MOST_ROWS = 64
 
 
-def table(trainer: Any, batch: Any, jac: Mode | None) -> str:
+def table(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> str:
     """Implements `Trainer.table`."""
     refuse_program("table", trainer, batch)
     errors = {}

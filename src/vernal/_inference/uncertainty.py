@@ -10,14 +10,14 @@ from .._curvature import Mode
 from .._data import as_batch
 from .._program import Version, version_of
 from .._projection import EigenProjector, NullPolicy
-from .._step import live, negative_log_likelihood, step_key
+from .._step import AbstractTrainer, live, negative_log_likelihood, step_key, stripped
 from .._tree import as_parameters, ravel, unravel
 from .derivatives import Passes
 from .fisher import require_likelihood
 from .whiten import whiten_all
 
 
-def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
+def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
     """Implements `Trainer.standard_errors`."""
     require_likelihood(trainer, "A standard error")
     # No projector: if the data constrain nothing at all, there is none.
@@ -27,7 +27,7 @@ def standard_errors(trainer: Any, batch: Any, jac: Mode | None) -> Params:
 
 def _potential(
     _: Version,
-    trainer: Any,
+    trainer: AbstractTrainer,
     projector: EigenProjector | None,
     batch: Any,
     point: PyTree,
@@ -42,12 +42,14 @@ def _potential(
         return negative_log_likelihood(live(trainer, params), batch, step_key(trainer))
 
 
-def objective(trainer: Any, batch: Any) -> tuple[jax.tree_util.Partial, PyTree]:
+def objective(
+    trainer: AbstractTrainer, batch: Any
+) -> tuple[jax.tree_util.Partial, PyTree]:
     """Implements `Trainer.objective`."""
     require_likelihood(trainer, "The posterior of a sampler")
     params = as_parameters(trainer.params)
     start = ravel(params) if trainer.projector is None else trainer.latent
     # A pytree, and hashable, as an argument of `jax.jit` must be.
-    bare, projector, batch = trainer._bare(), trainer.projector, as_batch(batch)
+    bare, projector, batch = stripped(trainer), trainer.projector, as_batch(batch)
     version = version_of((bare, batch))
     return jax.tree_util.Partial(_potential, version, bare, projector, batch), start

@@ -23,7 +23,7 @@ from .._projection import (
     whiten,
     whiten_spectrum,
 )
-from .._step import defined
+from .._step import AbstractTrainer, defined
 from .._tree import as_parameters, ravel_dtype, widest
 from .derivatives import Passes, derive, require_finite
 from .fisher import Blocks, as_selectors, by_selector, has_likelihood, matrices
@@ -35,7 +35,7 @@ OF_WHITEN = ("blocks", "batch_size", "jac", "optimiser", "rtol", "rank", "on_nul
 
 
 def whitened(
-    trainer: Any,
+    trainer: AbstractTrainer,
     batch: Any,
     blocks: Blocks | None,
     passes: Passes,
@@ -53,7 +53,7 @@ def whitened(
 
 
 def whiten_all(
-    trainer: Any, batch: Any, passes: Passes, nulls: NullPolicy
+    trainer: AbstractTrainer, batch: Any, passes: Passes, nulls: NullPolicy
 ) -> DenseWhitening:
     """Finds the map that whitens all parameters at the current point."""
     found, whiten_one = _decomposed(trainer, batch, None, passes)
@@ -61,7 +61,7 @@ def whiten_all(
 
 
 def _decomposed(
-    trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> tuple[Any, WhitenOne]:
     """Returns matrices or spectra, by selector, and the function that whitens one."""
     by = _by_jacobian if "residuals" in defined(trainer) else _by_matrix
@@ -69,7 +69,7 @@ def _decomposed(
 
 
 def _by_matrix(
-    trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> tuple[Any, WhitenOne]:
     """Finds Hessians."""
     kind = "nll" if has_likelihood(trainer) else "loss"
@@ -88,7 +88,7 @@ def _by_matrix(
 
 
 def _by_jacobian(
-    trainer: Any, batch: Any, blocks: Blocks | None, passes: Passes
+    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> tuple[Any, WhitenOne]:
     """Finds decomposed Jacobians."""
     selectors = as_selectors(blocks)
@@ -113,7 +113,10 @@ _spectrum = jax.jit(of_jacobian)
 
 
 def _spectra(
-    trainer: Any, batch: Any, selectors: tuple[Any, ...] | None, passes: Passes
+    trainer: AbstractTrainer,
+    batch: Any,
+    selectors: tuple[Any, ...] | None,
+    passes: Passes,
 ) -> tuple[tuple[Spectrum, ...], float]:
     """Decomposes the Jacobians of the residuals.
 

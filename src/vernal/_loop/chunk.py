@@ -12,7 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 from .._data import Minibatches, Whole
 from .._devices import Placement
 from .._program import program
-from .._step import Progress, advance, metric_shapes, scored_anew, tree_norm
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    advance,
+    metric_shapes,
+    progress_of,
+    tree_norm,
+    with_comparable_best,
+    with_progress,
+)
 from .monitor import Monitor, MonitorState
 from .record import Record, Rows
 
@@ -46,7 +55,7 @@ class Task(NamedTuple):
     program serves whatever the number of steps.
     """
 
-    trainer: Any
+    trainer: AbstractTrainer
     """Without its progress."""
     source: Whole[Any] | Minibatches
     monitor: Monitor
@@ -75,7 +84,7 @@ def chunk_of_one(
 ) -> tuple[Chunk, Ended]:
     """Takes steps up to the count `goal`, or until it stops or the rows are full."""
     trainer, source, monitor, record = task[:4]
-    start = scored_anew(moving.progress, monitor.validates)
+    start = with_comparable_best(moving.progress, monitor.validates)
     step = start.step_count
 
     def take(
@@ -83,14 +92,16 @@ def chunk_of_one(
     ) -> Taken:
         if place is not None and isinstance(source, Minibatches):
             batch = place.pin_batch(batch)
-        taken = take_one(trainer._at(progress), watched, batch, is_due, monitor, record)
+        taken = take_one(
+            with_progress(trainer, progress), watched, batch, is_due, monitor, record
+        )
         return taken if place is None else place.pin(taken)
 
     def first_batch() -> Any:
         cursor = source.start(step)
         return eqx.filter_eval_shape(source.next, cursor, step)[0]
 
-    shapes = record.shapes(trainer._at(start), first_batch)
+    shapes = record.shapes(with_progress(trainer, start), first_batch)
     rows = Rows.empty(start.best_loss, shapes, step, task.every, task.most_rows)
     scores = monitor.room(start.best_loss, step, task.most_rows)
     none_yet = jnp.zeros_like(start.stopped)
@@ -112,7 +123,7 @@ class Taken(NamedTuple):
 
 
 def take_one(
-    trainer: Any,
+    trainer: AbstractTrainer,
     watched: MonitorState | None,
     batch: Any,
     is_due: Bool[Array, ""],
@@ -124,7 +135,9 @@ def take_one(
     new, outcome = advance(trainer, batch, by_validation=monitor.validates)
     values = record.values(old, new.params, outcome)
     if watched is not None:
-        new, watched = monitor.look(trainer._at(new), outcome, watched, is_due)
+        new, watched = monitor.look(
+            with_progress(trainer, new), outcome, watched, is_due
+        )
     return Taken(new, watched, outcome.loss, values, outcome.accepted)
 
 
@@ -201,12 +214,14 @@ class StepInfo(NamedTuple):
 
 @program
 def run_step(
-    trainer: Any, batch: Any, place: Placement | None = None
+    trainer: AbstractTrainer, batch: Any, place: Placement | None = None
 ) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
 
     def take() -> tuple[Progress, StepInfo]:
-        there = trainer._at(scored_anew(trainer._progress, False))
+        there = with_progress(
+            trainer, with_comparable_best(progress_of(trainer), False)
+        )
         progress, outcome = advance(there, batch)
         return progress, StepInfo(
             outcome.loss,
@@ -219,7 +234,7 @@ def run_step(
     def stay() -> tuple[Progress, StepInfo]:
         nan, no = jnp.full_like(trainer.best_loss, jnp.nan), jnp.asarray(False)
         metrics = jax.tree.map(_blank, metric_shapes(trainer, batch))
-        return trainer._progress, StepInfo(nan, nan, no, ~no, metrics)
+        return progress_of(trainer), StepInfo(nan, nan, no, ~no, metrics)
 
     taken = jax.lax.cond(trainer.stopped, stay, take)
     return taken if place is None else place.pin(taken)

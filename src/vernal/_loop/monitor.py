@@ -15,9 +15,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree, takes_methods, whole_number
 from .._data import as_batch
-from .._policy import StepView, StopCriterion, StopReason
-from .._step import MOST_STEPS, Best, Outcome, Progress, evaluate, held_best, ranked
-from .._tree import LIKE_STATE, cast_alike, strong, to_arrays
+from .._policy import StepView, StopCriterion, StopReason, asked
+from .._step import (
+    MOST_STEPS,
+    AbstractTrainer,
+    Best,
+    Outcome,
+    Progress,
+    evaluate,
+    held_best,
+    progress_of,
+    ranked,
+)
+from .._tree import strong, to_arrays
 from .record import Rows
 
 _OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
@@ -117,7 +127,7 @@ class Monitor(eqx.Module):
 
     def look(
         self,
-        trainer: Any,
+        trainer: AbstractTrainer,
         outcome: Outcome,
         state: MonitorState,
         is_due: Bool[Array, ""],
@@ -136,7 +146,7 @@ class Monitor(eqx.Module):
 
         Its progress, with the best as the validation has it, and the new state.
         """
-        progress: Progress = trainer._progress
+        progress: Progress = progress_of(trainer)
         score = state.score
         if self.validation is not None:
             progress, score = self._validated(trainer, self.validation, is_due, score)
@@ -151,17 +161,17 @@ class Monitor(eqx.Module):
             validation=score,
             is_validated=is_due,
         )
-        is_over, stop_state = _asked(self.stop, view, state.stop_state)
+        is_over, stop_state = asked(self.stop, view, state.stop_state)
         return progress, MonitorState(score, stop_state, is_over)
 
     @staticmethod
     def _validated(
-        trainer: Any,
+        trainer: AbstractTrainer,
         validation: Validation,
         is_due: Bool[Array, ""],
         score: Float[Array, ""],
     ) -> tuple[Progress, Float[Array, ""]]:
-        progress: Progress = trainer._progress
+        progress: Progress = progress_of(trainer)
 
         def score_it() -> tuple[Best, Float[Array, ""]]:
             new = evaluate(trainer, validation.batch).astype(score.dtype)
@@ -191,24 +201,3 @@ def _pair(validation: Any) -> tuple[Any, Any]:
             f"model on, and the number of steps between two scores. It is {found}."
         )
     return validation
-
-
-def _asked(
-    stop: StopCriterion, view: StepView, state: PyTree
-) -> tuple[Bool[Array, ""], PyTree]:
-    """Asks a criterion, and checks what it returned: it may be a user's own."""
-    name = f"`{type(stop).__name__}.apply`"
-    returned = stop.apply(view, state)
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(
-            f"{name} must return `(whether to stop, state)`, but returned {returned!r}."
-        )
-    is_over, new_state = returned
-    is_boolean = jnp.issubdtype(jnp.result_type(is_over), jnp.bool_)
-    if jnp.shape(is_over) != () or not is_boolean:
-        raise TypeError(
-            f"{name} must return a boolean scalar first, but returned {is_over!r}."
-        )
-    what = f"the state that {name} returned"
-    new_state = cast_alike(new_state, state, what, "what it was given", LIKE_STATE)
-    return jnp.asarray(is_over), new_state

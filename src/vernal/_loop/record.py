@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from .._boundary import PyTree, dotted, nearest_names
 from .._optimiser import ParamOptimiser
-from .._step import Outcome, metric_shapes, tree_norm
+from .._step import AbstractTrainer, Outcome, metric_shapes, tree_norm
 from .._tree import UnknownPathError, paths, resolve
 
 GRAD_NORM = "grad_norm"
@@ -57,7 +57,7 @@ class Record(eqx.Module):
     others: tuple[str, ...] = eqx.field(static=True)
     """What was named, and is not a metric: of that name there must be no metric."""
 
-    def __init__(self, trainer: Any, record: Any, batch: Callable[[], Any]):
+    def __init__(self, trainer: AbstractTrainer, record: Any, batch: Callable[[], Any]):
         """**Arguments:**
 
         - `trainer`: whose fit it is.
@@ -115,7 +115,9 @@ class Record(eqx.Module):
         norms = self._norms(old, new, outcome.grads)
         return norms | self._parameters(old) | self._picked(outcome.metrics)
 
-    def shapes(self, trainer: Any, batch: Callable[[], Any]) -> dict[str, Any]:
+    def shapes(
+        self, trainer: AbstractTrainer, batch: Callable[[], Any]
+    ) -> dict[str, Any]:
         """Tells the shape and dtype of each of the values."""
         norms = dict.fromkeys(self._norm_names(), trainer.best_loss)
         known = metric_shapes(trainer, batch()) if self.metrics else {}
@@ -163,7 +165,7 @@ class Record(eqx.Module):
         return {path: by_path[path] for path in self.paths}
 
 
-def _selected(trainer: Any, selector: Any) -> list[str]:
+def _selected(trainer: AbstractTrainer, selector: Any) -> list[str]:
     model = trainer.model
     owners = resolve(model, [selector], argument="record")
     trained = set(paths(trainer.params))
@@ -178,7 +180,7 @@ def _selected(trainer: Any, selector: Any) -> list[str]:
     return kept
 
 
-def _rules(trainer: Any) -> Rules:
+def _rules(trainer: AbstractTrainer) -> Rules:
     """Finds the rules of an optimiser; without rules, each parameter is one."""
     optimiser, params = trainer.optimiser, trainer.params
     if not isinstance(optimiser, ParamOptimiser):
@@ -195,7 +197,9 @@ def _rules(trainer: Any) -> Rules:
     return tuple(zip(numbered, members, strict=True))
 
 
-def _unknown(trainer: Any, name: Any, metrics: Iterable[str]) -> UnknownPathError:
+def _unknown(
+    trainer: AbstractTrainer, name: Any, metrics: Iterable[str]
+) -> UnknownPathError:
     known = [*paths(trainer.params), *metrics, *_NORMS]
     return UnknownPathError(
         f"`record`: {name!r} is neither a parameter nor a metric that the loss "

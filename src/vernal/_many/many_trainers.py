@@ -12,13 +12,13 @@ from typing_extensions import TypeVar
 from .._boundary import PyTree, spelled, warn, whole_number
 from .._curvature import Mode, checked_mode
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._devices import Placement, meeting
+from .._devices import Placement, same_inputs
 from .._fit import BadEnd, One
 from .._loop import Chunk, Ended, Monitor, MonitorState, Moving, Rows, Task
 from .._pickling import Portable
 from .._policy import AT_NON_FINITE, SKIP_ADVICE, NanCount, StopReason
 from .._solve import Problem, checked_solver
-from .._step import diagnosed
+from .._step import AbstractTrainer, config_of, diagnosed, progress_of, with_progress
 from .._storage import History
 from .._trainer import Trainer
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
@@ -149,11 +149,11 @@ class Many(One):
             return batch
         return self.place.put_rows(batch, [axis is not None for axis in axes])
 
-    def placed(self, trainer: Any) -> Any:
+    def placed(self, trainer: AbstractTrainer) -> Any:
         if self.place is None:
             return trainer
-        config = self.place.put_rows(trainer._at(None), self.config)
-        return config._at(self.placed_state(trainer._progress))
+        config = self.place.put_rows(config_of(trainer), self.config)
+        return with_progress(config, self.placed_state(progress_of(trainer)))
 
     def placed_state(self, state: Any) -> Any:
         if self.place is None:
@@ -195,14 +195,16 @@ class Many(One):
     def _scored(self, batch: Any) -> Any:
         return self.prepare(batch, "validation")
 
-    def watched(self, monitor: Monitor, trainer: Any) -> MonitorState | None:
-        return eqx.filter_vmap(monitor.init, axis_size=self.size)(trainer._progress)
+    def watched(
+        self, monitor: Monitor, trainer: AbstractTrainer
+    ) -> MonitorState | None:
+        return eqx.filter_vmap(monitor.init, axis_size=self.size)(progress_of(trainer))
 
-    def template(self, trainer: Any) -> Any:
+    def template(self, trainer: AbstractTrainer) -> Any:
         trainer = jax.tree.map(self._whole, trainer)
-        own, join = apart(trainer._at(None), self.config)
-        progress = jax.tree.map(first_row, trainer._progress)
-        return join([first_row(leaf) for leaf in own])._at(progress)
+        own, join = apart(config_of(trainer), self.config)
+        progress = jax.tree.map(first_row, progress_of(trainer))
+        return with_progress(join([first_row(leaf) for leaf in own]), progress)
 
     def row(self, batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(batch)
@@ -212,7 +214,7 @@ class Many(One):
         ]
         return structure.unflatten(rows)
 
-    def count(self, trainer: Any) -> int:
+    def count(self, trainer: AbstractTrainer) -> int:
         return int(self.on_host(trainer.step_count).max())
 
     def is_over(self, *flags: Any) -> bool:
@@ -252,7 +254,7 @@ class Many(One):
         history.validation[history.validation_steps[:, None] > counts] = np.nan
         return history
 
-    def shown(self, trainer: Any, history: History) -> dict[str, str]:
+    def shown(self, trainer: AbstractTrainer, history: History) -> dict[str, str]:
         best = float(self.on_host(trainer.best_loss).min())
         over = int(self.on_host(trainer.stopped).sum())
         shown = {"trainers": str(self.size), "best": f"{best:.6g}"}
@@ -260,14 +262,14 @@ class Many(One):
 
     def ended(
         self,
-        trainer: Any,
+        trainer: AbstractTrainer,
         history: History,
         monitor: Monitor,
         watched: MonitorState | None,
         reason: StopReason,
         is_all_skipped: np.ndarray,
     ) -> ManyResult[Any]:
-        progress = trainer._progress
+        progress = progress_of(trainer)
         lasts = self.on_host(progress.nan_counts)[:, -1]
         is_bad = lasts.max(axis=1) == self.on_host(progress.step_count) - 1
         stopped = self.on_host(progress.stopped)
@@ -290,13 +292,13 @@ class Many(One):
         return result
 
     def cut_short(
-        self, trainer: Any, history: History, reason: StopReason
+        self, trainer: AbstractTrainer, history: History, reason: StopReason
     ) -> ManyResult[Any]:
         return self._result(trainer, history, [reason] * self.size)
 
     def _result(
         self,
-        trainer: Any,
+        trainer: AbstractTrainer,
         history: History,
         reasons: list[StopReason],
         edms: Any = None,
@@ -304,27 +306,33 @@ class Many(One):
         trainer = self.home(trainer)
         if edms is None:
             edms = np.full(self.size, np.nan)
-        leaves, structure = jax.tree.flatten(trainer._at(None))
+        leaves, structure = jax.tree.flatten(config_of(trainer))
         rows = [
             stack((leaf,) * self.size)
             if isinstance(leaf, jax.Array) and not flag
             else leaf
             for leaf, flag in zip(leaves, self.config, strict=True)
         ]
-        stacked = structure.unflatten(rows)._at(trainer._progress)
+        stacked = with_progress(structure.unflatten(rows), progress_of(trainer))
         return ManyResult(stacked, history, tuple(reasons), edms)
 
     def solved(
-        self, trainer: Any, data: Any, solver: Any, steps: int, jac: Mode | None
+        self,
+        trainer: AbstractTrainer,
+        data: Any,
+        solver: Any,
+        steps: int,
+        jac: Mode | None,
     ) -> ManyResult[Any]:
         """Solves for all of them, rather than to fit."""
-        with meeting(self.entrance, self.place) as agree, self.context():
+        with same_inputs(self.entrance, self.place) as require_same, self.context():
             encoded, rows = checked_solver(solver, steps, "steps")
             batch = self.prepare(data)
             flags = self.config, self._flags(batch)
             options: dict[str, Any] = {"steps": steps, "jac": jac, "group": self.group}
             options |= {"solver": (solver, encoded), "data_axis": self.data_axis}
-            agree(trainer, batch, (self.template(trainer), self.row(batch)), **options)
+            like = self.template(trainer), self.row(batch)
+            require_same(trainer, batch, like, **options)
             there = Members(self.placed(trainer), flags, self.group, self.place)
             problem = Problem(batch, encoded, rows, checked_mode(jac))
             trainers, history, reasons, edms = solve_many(there, problem, steps)

@@ -26,7 +26,7 @@ from .._loop import (
     take_one,
 )
 from .._program import program
-from .._step import Progress, scored_anew
+from .._step import Progress, with_comparable_best, with_progress
 
 Flags = tuple[bool, ...]
 
@@ -164,7 +164,7 @@ def _run_group(
     progress, watched = moving
     own_config, join_config = apart(config, spread.config)
     own_monitor, join_monitor = apart(monitor, spread.monitor)
-    start = jax.vmap(lambda p: scored_anew(p, monitor.validates))(progress)
+    start = jax.vmap(lambda p: with_comparable_best(p, monitor.validates))(progress)
 
     def take(
         progress: Progress, watched: MonitorState | None, batch: Any, is_due: Array
@@ -179,7 +179,7 @@ def _run_group(
             progress: Progress,
             watched: MonitorState | None,
         ) -> Taken:
-            trainer = join_config(config)._at(progress)
+            trainer = with_progress(join_config(config), progress)
             batch, own = join_batch(batch), join_monitor(monitor)
             return take_one(trainer, watched, batch, is_due, own, record)
 
@@ -211,7 +211,9 @@ def _shapes(
     record: Record,
 ) -> dict[str, Any]:
     """Finds what is recorded of one member."""
-    first = member(config, spread.config, 0)._at(jax.tree.map(lambda x: x[0], progress))
+    first = with_progress(
+        member(config, spread.config, 0), jax.tree.map(lambda x: x[0], progress)
+    )
 
     def first_batch() -> Any:
         if isinstance(source, Whole):

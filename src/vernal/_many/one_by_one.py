@@ -11,12 +11,22 @@ from jaxtyping import Array, Int
 from .._boundary import PyTree, warn
 from .._policy import StopReason
 from .._solve import REASONS, End, Problem, Start, run, run_solver
-from .._step import initial_opt_state
+from .._step import (
+    AbstractTrainer,
+    config_of,
+    initial_opt_state,
+    progress_of,
+    stripped,
+    with_progress,
+)
 from .mapped_chunk import Flags, apart
 
 
 def solve_each(
-    trainers: Any, flags: tuple[Flags, Flags], problem: Problem, goal: Int[Array, ""]
+    trainers: AbstractTrainer,
+    flags: tuple[Flags, Flags],
+    problem: Problem,
+    goal: Int[Array, ""],
 ) -> tuple[End, PyTree, list[int]]:
     """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
 
@@ -31,15 +41,15 @@ def solve_each(
     How each ended, and the first states of their optimisers, stacked; and which of
     them met an error.
     """
-    own_config, join_config = apart(trainers._at(None), flags[0])
+    own_config, join_config = apart(config_of(trainers), flags[0])
     own_batch, join_batch = apart(problem.batch, flags[1])
     ends, errors = [], {}
     for index in range(trainers.step_count.shape[0]):
         row = lambda tree, i=index: jax.tree.map(lambda leaf: leaf[i], tree)
-        progress = row(trainers._progress)
-        trainer = join_config(row(own_config))._at(progress)
+        progress = row(progress_of(trainers))
+        trainer = with_progress(join_config(row(own_config)), progress)
         alone = problem._replace(batch=join_batch(row(own_batch)))
-        args = trainer._bare(), trainer.projector, Start.of(trainer), alone, goal
+        args = stripped(trainer), trainer.projector, Start.of(trainer), alone, goal
         try:
             end = jax.block_until_ready(run(*args))
         except RuntimeError as error:
@@ -59,7 +69,7 @@ def solve_each(
 
 
 def _unmoved(
-    trainer: Any, projector: Any, held: Start, problem: Problem, goal: Any
+    trainer: AbstractTrainer, projector: Any, held: Start, problem: Problem, goal: Any
 ) -> End:
     """The end of a solver that has not taken a step."""
     shapes = eqx.filter_eval_shape(run_solver, trainer, projector, held, problem, goal)

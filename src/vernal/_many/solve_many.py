@@ -14,7 +14,16 @@ from .._minimum import distance_of, settled
 from .._policy import StopReason
 from .._program import program
 from .._solve import REASONS, End, Problem, Start, find_bad, is_suspect, run_solver
-from .._step import Progress, count_non_finite, initial_opt_state
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    config_of,
+    count_non_finite,
+    initial_opt_state,
+    progress_of,
+    stripped,
+    with_progress,
+)
 from .._storage import History
 from .mapped_chunk import Flags, apart, in_groups
 from .one_by_one import solve_each
@@ -23,7 +32,7 @@ from .one_by_one import solve_each
 class Solved(NamedTuple):
     """What solving many comes to: the stacked trainer, and how each ended."""
 
-    trainers: Any
+    trainers: AbstractTrainer
     history: History
     reasons: list[StopReason]
     edms: Float[np.ndarray, " members"]
@@ -41,7 +50,7 @@ class Members(NamedTuple):
     `group` how many to compute at a time.
     """
 
-    trainers: Any
+    trainers: AbstractTrainer
     flags: tuple[Flags, Flags]
     group: int
     place: Placement | None
@@ -50,14 +59,14 @@ class Members(NamedTuple):
 @program
 def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
     trainers, flags, group, place = members
-    config, progress = trainers._at(None), trainers._progress
+    config, progress = config_of(trainers), progress_of(trainers)
     own_config, join_config = apart(config, flags[0])
     own_batch, join_batch = apart(problem.batch, flags[1])
 
     def solve_one(own: tuple[list[Array], Progress, list[Array]]) -> _Ends:
         config, progress, batch = own
-        trainer = join_config(config)._at(progress)
-        args = (trainer._bare(), trainer.projector, Start.of(trainer))
+        trainer = with_progress(join_config(config), progress)
+        args = (stripped(trainer), trainer.projector, Start.of(trainer))
         end = run_solver(*args, problem._replace(batch=join_batch(batch)), goal)
         opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
         return _Ends(end, opt_state)
@@ -72,14 +81,14 @@ def _find_bad(
     members: Members, params: PyTree, batch: Any
 ) -> Bool[Array, "members columns"]:
     trainers, flags, _, _ = members
-    config, progress = trainers._at(None), trainers._progress
+    config, progress = config_of(trainers), progress_of(trainers)
     own_config, join_config = apart(config, flags[0])
     own_batch, join_batch = apart(batch, flags[1])
 
     def of_one(
         config: list[Array], progress: Progress, params: PyTree, batch: list[Array]
     ) -> Bool[Array, " columns"]:
-        trainer = join_config(config)._at(progress)._bare()
+        trainer = stripped(with_progress(join_config(config), progress))
         return find_bad(trainer, params, join_batch(batch))
 
     return jax.vmap(of_one)(own_config, progress, params, own_batch)
@@ -105,7 +114,7 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
         one_by_one = solve_each(trainers, members.flags, problem, goal)
         end, opt_state, broken = one_by_one
     whole = (lambda tree: tree) if place is None else place.whole
-    old: Progress = trainers._progress
+    old: Progress = progress_of(trainers)
     starts, losses, steps, numbers, in_vain = jax.device_get(
         jax.tree.map(
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
@@ -150,5 +159,8 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
     history = History(row, kept)
     return Solved(
-        trainers._at(progress), history, reasons, np.stack([d.edm for d in distances])
+        with_progress(trainers, progress),
+        history,
+        reasons,
+        np.stack([d.edm for d in distances]),
     )

@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._boundary import dotted, require_precision
+from .._boundary import dotted
+from .._step import (
+    AbstractTrainer,
+    config_of,
+    progress_of,
+    require_precision,
+    with_progress,
+)
 from .._trainer import Trainer, explain_retrace
 from .mapped_chunk import Flags
 
 
-def stacked(trainers: Any) -> tuple[Any, Flags, int]:
+def stacked(given: Any) -> tuple[Any, Flags, int]:
     """Makes one trainer of many.
 
     **Returns:**
@@ -21,23 +28,23 @@ def stacked(trainers: Any) -> tuple[Any, Flags, int]:
     The trainer, which of the leaves of its configuration have a row for each, and how
     many they are.
     """
-    if isinstance(trainers, Trainer):
-        require_precision(trainers)
-        return _as_stacked(trainers)
-    if not isinstance(trainers, Sequence) or isinstance(trainers, str):
+    if isinstance(given, Trainer):
+        require_precision(given)
+        return _as_stacked(given)
+    if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(
-            f"`trainers` is of type `{type(trainers).__name__}`, but must be a "
+            f"`trainers` is of type `{type(given).__name__}`, but must be a "
             "sequence of trainers, or a stacked one: `eqx.filter_vmap(make)(keys)`."
         )
-    if not trainers:
+    if not given:
         raise ValueError("`trainers` is empty: there is nothing to fit.")
-    first = trainers[0]
-    for index, trainer in enumerate(trainers):
+    first = given[0]
+    for index, trainer in enumerate(given):
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
         require_precision(trainer)
         _require_alike(first, trainer, index)
-    configs = [trainer._at(None) for trainer in trainers]
+    configs = [config_of(trainer) for trainer in given]
     # What all of them share, such as a large frozen array, needs no rows.
     flags = [_is_own(column) for column in _columns(configs)]
     leaves = [
@@ -45,9 +52,9 @@ def stacked(trainers: Any) -> tuple[Any, Flags, int]:
         for column, flag in zip(_columns(configs), flags, strict=True)
     ]
     config = jax.tree.structure(configs[0]).unflatten(leaves)
-    rows = map(stack, _columns([trainer._progress for trainer in trainers]))
-    progress = jax.tree.structure(first._progress).unflatten(rows)
-    return config._at(progress), tuple(flags), len(trainers)
+    rows = map(stack, _columns([progress_of(trainer) for trainer in given]))
+    progress = jax.tree.structure(progress_of(first)).unflatten(rows)
+    return with_progress(config, progress), tuple(flags), len(given)
 
 
 def _columns(trees: list[Any]) -> list[tuple[Any, ...]]:
@@ -88,7 +95,7 @@ def _require_alike(first: Any, other: Any, index: int) -> None:
         )
 
 
-def _as_stacked(trainer: Any) -> tuple[Any, Flags, int]:
+def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
     if trainer.step_count.ndim != 1:
         raise TypeError(
             "`trainers` is one trainer. Give a sequence of them, or a stacked one: "
@@ -101,7 +108,7 @@ def _as_stacked(trainer: Any) -> tuple[Any, Flags, int]:
                 f"`trainers` is stacked, with {size} members, but the array at "
                 f"{dotted(keys)!r} has the shape {leaf.shape}."
             )
-    config = jax.tree.leaves(trainer._at(None))
+    config = jax.tree.leaves(config_of(trainer))
     return trainer, tuple(isinstance(leaf, jax.Array) for leaf in config), size
 
 

@@ -21,7 +21,7 @@ from .._curvature import (
 )
 from .._policy import StopReason
 from .._projection import EigenProjector
-from .._step import defined, live, real_residuals, score
+from .._step import AbstractTrainer, defined, live, real_residuals, score
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import (
     TOLERANCE,
@@ -41,7 +41,7 @@ MOST_PARAMETERS = 512
 _MOST_ELEMENTS = 2**25
 
 
-def what_falls(trainer: Any, is_least_squares: bool = False) -> str:
+def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
     """Returns what is minimised: `"residuals"`, `"nll"` or `"loss"`."""
     methods = defined(trainer)
     if is_least_squares or methods == ("residuals",):
@@ -50,7 +50,7 @@ def what_falls(trainer: Any, is_least_squares: bool = False) -> str:
 
 
 def measure(
-    trainer: Any,
+    trainer: AbstractTrainer,
     projector: EigenProjector | None,
     batch: Any,
     key: PRNGKeyArray | None,

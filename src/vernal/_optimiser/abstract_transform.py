@@ -1,4 +1,4 @@
-"""A module that is an Optax transformation: the base class of those of vernal."""
+"""The base class of modules that are Optax transformations."""
 
 import abc
 import copyreg
@@ -21,9 +21,8 @@ else:
 class _TupleModuleMeta(_ModuleMeta):
     """Makes modules that are named tuples as well.
 
-    Equinox tells JAX to rebuild its modules by `object.__new__`, which Python refuses
-    for tuples. So these are registered here, with the same leaves, paths and static
-    fields.
+    JAX rebuilds Equinox's modules by `object.__new__`, which Python refuses for tuples.
+    So these are registered here, with the same leaves, paths and static fields.
     """
 
     if not TYPE_CHECKING:
@@ -35,8 +34,7 @@ class _TupleModuleMeta(_ModuleMeta):
             _register(cls)
             return cls
 
-        # Equinox's own keeps a list of what is being initialised, and checks the fields
-        # of the classes that it made.
+        # Not Equinox's own, which expects classes that it made itself.
         __call__ = type.__call__
 
 
@@ -46,8 +44,8 @@ def _register(cls: type) -> None:
     names = tuple(f.name for f in fields if f.name not in static)
     keys = tuple(map(jtu.GetAttrKey, names))
 
-    # Not `vars` and `setattr`: of a module, these call functions of Python's, and a
-    # tree of a thousand rules is taken apart and put together in every step.
+    # Not `vars` and `setattr`, which are slower for modules: every step takes a tree of
+    # perhaps a thousand rules apart, and puts it together.
     get, put, new = object.__getattribute__, object.__setattr__, tuple.__new__
 
     def flatten(module: Any) -> tuple[Any, Any]:
@@ -63,9 +61,8 @@ def _register(cls: type) -> None:
         module = new(cls)
         for name, value in zip(names, children):  # noqa: B905
             put(module, name, value)
-        if static:
-            for name, value in zip(static, aux):  # noqa: B905
-                put(module, name, value)
+        for name, value in zip(static, aux):  # noqa: B905
+            put(module, name, value)
         return module
 
     jtu.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
@@ -76,9 +73,8 @@ class AbstractTransform(
 ):
     """A pytree that is a gradient transformation to Optax.
 
-    Subclasses define `init` and `update`. The rest is the interface that Optax expects:
-    a named tuple of two functions, of the class that takes extra arguments. The tuple
-    itself is empty: the two functions are methods, and their data are fields.
+    Optax expects a named tuple of two functions. Here the tuple itself is empty: the
+    two functions are methods, which subclasses define, and their data are fields.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -101,36 +97,15 @@ class AbstractTransform(
 
     @abc.abstractmethod
     def init(self, params: Any) -> Any:  # pyright: ignore
-        """Makes the first state.
-
-        **Arguments:**
-
-        - `params`: the parameters.
-
-        **Returns:**
-
-        The state.
-        """
+        """Makes the first state."""
 
     @abc.abstractmethod
     def update(  # pyright: ignore
         self, updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        """Transforms gradients to updates.
+        """Turns gradients into updates; returns these and the new state."""
 
-        **Arguments:**
-
-        - `updates`: the gradients, a tree like the parameters.
-        - `state`: of the step before.
-        - `params`: the parameters, where the transformation asks for them.
-        - `**extra`: what else a transformation may ask for, e.g. `value`.
-
-        **Returns:**
-
-        The updates, to be added to the parameters, and the new state.
-        """
-
-    # For `_replace`: with another function it is a plain transformation of Optax's.
+    # For `_replace`: with another function it is one of Optax's own transformations.
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Any:  # pyright: ignore
         return optax.GradientTransformationExtraArgs(*iterable)
@@ -144,7 +119,7 @@ class AbstractTransform(
     def __getitem__(self, index: Any) -> Any:
         return (self.init, self.update)[index]
 
-    # Printers that meet a tuple print its two methods, each of which prints the tuple.
+    # Printers would print a tuple's two methods, each of which prints the tuple.
     def __pdoc__(self, **kwargs: Any) -> wl.AbstractDoc:
         fields = (
             (name, getattr(self, name))

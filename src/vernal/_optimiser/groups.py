@@ -1,4 +1,4 @@
-"""One transformation for each group of leaves, over flat lists."""
+"""Groups of leaves, each updated by its own transformation."""
 
 import functools
 import inspect
@@ -15,108 +15,90 @@ from jax.core import Tracer
 from .._closure import Closure, Skeleton
 from .transform import AbstractTransform, Transform
 
+Leaves = Mapping[str, Any]
+"""The leaves of a tree, or one value for each, by name."""
 
-def group_members(
-    owners: Sequence[int | None], number: int
-) -> tuple[tuple[int, ...], ...]:
-    """Returns the indices of each group's leaves, in order.
 
-    **Arguments:**
+class Group(NamedTuple):
+    """Leaves that share one transformation, and its state.
 
-    - `owners`: the group of each leaf; `None` for a leaf without one.
-    - `number`: how many groups there are.
+    `members` are the names of the leaves, in the order of the tree.
     """
-    members: list[list[int]] = [[] for _ in range(number)]
-    for index, owner in enumerate(owners):
-        if owner is not None:
-            members[owner].append(index)
-    return tuple(map(tuple, members))
+
+    transform: optax.GradientTransformation
+    members: tuple[str, ...]
+    state: Any = None
+
+    def own(self, leaves: Leaves) -> dict[str, Any]:
+        """Returns the group's leaves as its transformation sees them."""
+        # JAX sorts the keys of a plain dictionary, and a sum over the leaves in another
+        # order has other bits. It is the faster by far, though, and one leaf has one
+        # order.
+        kind = dict if len(self.members) == 1 else OrderedDict
+        return kind((name, leaves[name]) for name in self.members)
+
+    def init(self, leaves: Leaves) -> Any:
+        """Makes the first state."""
+        return _explained(self.transform.init, self.own(leaves))
 
 
-def init_groups(
+def make_groups(
     transforms: Sequence[optax.GradientTransformation],
-    owners: Sequence[int | None],
+    owners: Sequence[int],
     names: Sequence[str],
-    leaves: Sequence[Any],
-) -> tuple[Any, ...]:
-    """Makes the state of each group.
-
-    **Arguments:**
-
-    - `transforms`: one for each group.
-    - `owners`: the group of each leaf; `None` for a leaf without one.
-    - `names`: of the leaves, each different.
-    - `leaves`: the parameters.
-
-    **Returns:**
-
-    One state for each group.
-    """
-    return tuple(
-        _explained(tx.init, group_leaves(members, names, leaves))
-        for tx, members in zip(
-            transforms, group_members(owners, len(transforms)), strict=True
-        )
-    )
+    states: Sequence[Any] | None = None,
+) -> list[Group]:
+    """Makes a group for each transformation, given the index of each leaf's."""
+    members: list[list[str]] = [[] for _ in transforms]
+    for owner, name in zip(owners, names, strict=True):
+        members[owner].append(name)
+    states = [None] * len(members) if states is None else states
+    return [
+        Group(tx, tuple(own), state)
+        for tx, own, state in zip(transforms, members, states, strict=True)
+    ]
 
 
 def update_groups(
-    transforms: Sequence[optax.GradientTransformation],
-    owners: Sequence[int | None],
-    names: Sequence[str],
-    updates: Sequence[Any],
-    states: Sequence[Any],
-    params: Sequence[Any] | None,
-    extra_of: Callable[[tuple[int, ...], Sequence[str]], Mapping[str, Any]],
-) -> tuple[list[Any], tuple[Any, ...]]:
+    groups: Sequence[Group],
+    updates: Leaves,
+    params: Leaves | None,
+    extra_of: Callable[[Sequence[str]], Mapping[str, Any]],
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """Updates each group by its own transformation.
 
-    **Arguments:**
-
-    - `transforms`, `owners`, `names`: as in `init_groups`.
-    - `updates`: the gradient of each leaf.
-    - `states`: of each group.
-    - `params`: the value of each leaf, or `None`.
-    - `extra_of`: the extra arguments of a group, given the indices of its leaves and
-        the names of all. Those that are dictionaries by the names of its leaves are
-        handed on like the leaves.
-
-    **Returns:**
-
-    The update of each leaf, zero for one without a group, and the new states.
+    `extra_of` returns the extra arguments of a group, given its members: a dictionary
+    by these becomes like the updates of the group.
     """
-    out = [
-        jnp.zeros_like(u) if owner is None else u
-        for u, owner in zip(updates, owners, strict=True)
-    ]
-    new_states = []
-    all_members = group_members(owners, len(transforms))
     # Outside a trace there is none to share, and what is compiled has other bits.
-    is_traced = any(isinstance(update, Tracer) for update in updates)
-    kinds = [
-        _kind(tx, [updates[i] for i in members]) if is_traced and members else None
-        for tx, members in zip(transforms, all_members, strict=True)
+    is_traced = any(isinstance(update, Tracer) for update in updates.values())
+    traces = [
+        _nameless(x, updates) if is_traced and x.members else None for x in groups
     ]
-    frequency = Counter(kind.key for kind in kinds if kind is not None)
-    for tx, members, state, kind in zip(
-        transforms, all_members, states, kinds, strict=True
-    ):
-        update = optax.with_extra_args_support(tx).update
-        args = (
-            group_leaves(members, names, updates),
-            state,
-            None if params is None else group_leaves(members, names, params),
-        )
-        extra = _alike(extra_of(members, names), members, names)
+    frequency = Counter(trace.key for trace in traces if trace is not None)
+    new: dict[str, Any] = {}
+    states = []
+    for group, trace in zip(groups, traces, strict=True):
+        update = optax.with_extra_args_support(group.transform).update
+        values = None if params is None else group.own(params)
+        args = group.own(updates), group.state, values
+        members = set(group.members)
+        extra = {
+            name: group.own(arg) if _is_by_name(arg, members) else arg
+            for name, arg in extra_of(group.members).items()
+        }
         done = None
-        if kind is not None:
-            shared = kind.shared_update if frequency[kind.key] > 1 else update
-            done = _update_nameless(shared, kind, args, extra)
-        new, new_state = done or _explained(update, *args, **extra)
-        for index in members:
-            out[index] = new[names[index]]
-        new_states.append(new_state)
-    return out, tuple(new_states)
+        if trace is not None:
+            shared = trace.shared_update if frequency[trace.key] > 1 else update
+            done = _update_nameless(shared, trace, args, extra)
+        moved, state = done or _explained(update, *args, **extra)
+        new |= {name: moved[name] for name in group.members}
+        states.append(state)
+    return new, tuple(states)
+
+
+def _is_by_name(node: Any, names: set[str]) -> bool:
+    return isinstance(node, dict) and node.keys() == names
 
 
 # The functions of these look at no name of a parameter. JAX's caches hash no key of a
@@ -131,8 +113,8 @@ _NAMELESS = (
 )
 
 
-class _Kind(NamedTuple):
-    """A transformation that cannot look at names; groups of one key share a trace."""
+class _Nameless(NamedTuple):
+    """A transformation that looks at no names; groups of one key share a trace."""
 
     closure: Closure
     words: frozenset[str]
@@ -146,7 +128,8 @@ class _Kind(NamedTuple):
         return _shared(self.closure.skeleton)(self.closure.leaves, args, extra)
 
 
-def _kind(tx: Any, leaves: Sequence[Any]) -> _Kind | None:
+def _nameless(group: Group, leaves: Leaves) -> _Nameless | None:
+    tx = group.transform
     if isinstance(tx, AbstractTransform):
         closure = tx.closure if isinstance(tx, Transform) else None
     else:
@@ -154,8 +137,9 @@ def _kind(tx: Any, leaves: Sequence[Any]) -> _Kind | None:
     words = None if closure is None else _words(closure.skeleton)
     if closure is None or words is None:
         return None
-    avals = tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
-    return _Kind(closure, words, avals)
+    own = (leaves[name] for name in group.members)
+    avals = tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in own)
+    return _Nameless(closure, words, avals)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,16 +160,13 @@ def _shared(skeleton: Skeleton) -> Callable[..., Any]:
 
 def _update_nameless(
     update: Callable[..., Any],
-    kind: _Kind,
+    trace: _Nameless,
     args: tuple[Any, ...],
     extra: Mapping[str, Any],
 ) -> Any:
-    """Updates a group under names that all groups of its size have.
-
-    Returns `None` where it must be done under its own.
-    """
+    """Updates a group under aliases; returns `None` where it needs its own names."""
     functions = {name for name, arg in extra.items() if callable(arg)}
-    if functions & kind.words:
+    if functions & trace.words:
         return None
     extra = {name: arg for name, arg in extra.items() if name not in functions}
     names = tuple(args[0])
@@ -199,48 +180,14 @@ def _update_nameless(
 
 
 def _renamed(tree: Any, old: Sequence[str], new: Sequence[str]) -> Any:
-    keys = set(old)
-
-    def is_group(node: Any) -> bool:
-        return isinstance(node, dict) and node.keys() == keys
+    is_own = functools.partial(_is_by_name, names=set(old))
 
     def rename(node: Any) -> Any:
-        if not is_group(node):
+        if not is_own(node):
             return node
         return type(node)(zip(new, map(node.__getitem__, old), strict=True))
 
-    return jtu.tree_map(rename, tree, is_leaf=is_group)
-
-
-def group_leaves(
-    members: tuple[int, ...],
-    names: Sequence[str],
-    leaves: Sequence[Any] | Mapping[int, Any],
-) -> dict[str, Any]:
-    """Returns the leaves of one group as its transformation sees them, by name.
-
-    **Arguments:**
-
-    - `members`: the indices of the group's leaves.
-    - `names`, `leaves`: of all.
-    """
-    # JAX sorts the keys of a plain dictionary, and a sum over the leaves in another
-    # order has other bits. It is the faster by far, though, and one leaf has one order.
-    kind = dict if len(members) == 1 else OrderedDict
-    return kind((names[i], leaves[i]) for i in members)
-
-
-def _alike(
-    extra: Mapping[str, Any], members: tuple[int, ...], names: Sequence[str]
-) -> dict[str, Any]:
-    own = {names[i] for i in members}
-
-    def alike(arg: Any) -> Any:
-        if isinstance(arg, dict) and arg.keys() == own:
-            return group_leaves(members, names, {i: arg[names[i]] for i in members})
-        return arg
-
-    return {name: alike(arg) for name, arg in extra.items()}
+    return jtu.tree_map(rename, tree, is_leaf=is_own)
 
 
 def _explained(fn: Callable[..., Any], leaves: Any, *args: Any, **extra: Any) -> Any:

@@ -10,22 +10,29 @@ import jax
 import numpy as np
 import optax
 
-from .._boundary import dotted
+from .._boundary import PyTree
+from .._projection import EigenProjector
 from .._tree import paths
-from .groups import group_leaves, group_members
-from .param_optimiser import ParamOptimiser
-from .partition import leaf_owners, named_tree
+from .groups import Group, Leaves
+from .named_tree import by_path, uniquely_named
+from .param_optimiser import ParamOptimiser, rule_groups
+from .partition import partition_groups
 from .transform import Transform
 
 
-def learning_rates(trainer: Any) -> dict[str, float | None]:
-    """Finds what `Trainer.learning_rates` tells, which has the documentation."""
-    latent, projector = trainer.latent, trainer.projector
-    point = trainer.params if projector is None else latent
+def learning_rates(
+    optimiser: Any,
+    opt_state: PyTree,
+    params: PyTree,
+    projector: EigenProjector | None,
+    latent: PyTree,
+) -> dict[str, float | None]:
+    """Implements `Trainer.learning_rates`."""
+    point = params if projector is None else latent
     start = jax.tree.map(lambda _: Factor(), point)
-    ends = _through(trainer.optimiser.update, trainer.opt_state, start, point)
+    ends = _through(optimiser.update, opt_state, start, point)
     rates = [factor.rate for factor in jax.tree.leaves(ends)]
-    names = paths(trainer.params)
+    names = paths(params)
     if projector is not None:
         of_leaf = {
             index: rate
@@ -40,55 +47,60 @@ def learning_rates(trainer: Any) -> dict[str, float | None]:
 class Factor:
     """What the gradient of one parameter has been multiplied by so far.
 
-    `value` is `None` if that cannot be told; `told`: whether there was a rate in it.
+    `value` is `None` if it is not known. `has_rate`: whether a rate is part of it.
     """
 
     value: float | None = 1.0
-    told: bool = False
+    has_rate: bool = False
 
     @property
     def rate(self) -> float | None:
         """The rate of descent."""
         # Subtracted, so that no zero is negative.
-        return 0.0 - self.value if self.told and self.value is not None else None
+        return 0.0 - self.value if self.has_rate and self.value is not None else None
 
-    def times(self, number: float | None, *, told: bool = True) -> "Factor":
+    def times(self, number: float | None, *, has_rate: bool = True) -> "Factor":
         """The factor after one more."""
         if self.value is None or number is None:
             return _UNKNOWN
-        return Factor(self.value * number, self.told or told)
+        return Factor(self.value * number, self.has_rate or has_rate)
 
     def normalised(self) -> "Factor":
-        """The factor after what makes the same updates of gradients of any scale."""
-        # What is zero stays so: of the gradient there is nothing left.
+        """The factor after a transformation whose updates have their own scale."""
+        # Zero stays zero: nothing is left of the gradient.
         if not self.value:
             return self
         return Factor(math.copysign(1.0, self.value))
 
     def if_normal(self) -> "Factor":
-        """The factor after what normalises some gradients, and others not."""
+        """The factor after a transformation that normalises some gradients only."""
         return self if self.value in (-1.0, 0.0, 1.0) else _UNKNOWN
 
 
 _UNKNOWN = Factor(None)
+_ZERO = Factor(0.0, has_rate=True)
 
-# A step through one transformation: what is in its function's cells, its state, the
-# factors as a tree like the parameters, the parameters; to the factors after it.
+# What is in the cells of a transformation's function.
 Cells = Mapping[str, Any]
-Step = Callable[[Cells, Any, Any, Any], Any]
 
 
 def _through(update: Any, state: Any, factors: Any, params: Any) -> Any:
-    """Follows the factors through one transformation."""
+    """Returns the factors after one transformation."""
     owner = getattr(update, "__self__", None)
     if isinstance(owner, Transform):
-        return _through(owner._decode().update, state, factors, params)
+        return _through(owner.decode().update, state, factors, params)
     if isinstance(owner, ParamOptimiser):
         return _by_rule(owner, state, factors, params)
-    step = _STEPS.get(_maker(update))
-    if step is None:
-        return _each(lambda _: _UNKNOWN, factors)
-    return step(_cells(update), state, factors, params)
+    name = _maker(update)
+    if name in _AROUND_OTHERS:
+        return _AROUND_OTHERS[name](_cells(update), state, factors, params)
+    if name in _OF_GRADIENTS:
+        return jax.tree.map(_OF_GRADIENTS[name](_cells(update), state), factors)
+    return _unknown(factors)
+
+
+def _unknown(factors: Any) -> Any:
+    return jax.tree.map(lambda _: _UNKNOWN, factors)
 
 
 def _maker(fn: Any) -> str:
@@ -105,12 +117,8 @@ def _cells(fn: Any) -> Cells:
     return dict(zip(fn.__code__.co_freevars, contents, strict=True))
 
 
-def _each(fn: Callable[[Factor], Factor], factors: Any) -> Any:
-    return jax.tree.map(fn, factors)
-
-
 def _number(value: Any) -> float | None:
-    """A real number as a float, and `None` for what is none."""
+    """Returns a real number as a float, and `None` for anything else."""
     array = np.asarray(value)
     return float(array) if array.shape == () and array.dtype.kind != "c" else None
 
@@ -118,45 +126,64 @@ def _number(value: Any) -> float | None:
 # Transformations of gradients.
 
 
-def _scale(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    number = _number(cells["step_size"])
-    return _each(lambda factor: factor.times(number), factors)
+def _times(number: Any, *, has_rate: bool = True) -> Callable[[Factor], Factor]:
+    value = _number(number)
+    return lambda factor: factor.times(value, has_rate=has_rate)
 
 
-def _schedule(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    number = _number(cells["step_size_fn"](state.count))
-    return _each(lambda factor: factor.times(number), factors)
+def _always(change: Callable[[Factor], Factor]) -> "_Change":
+    return lambda cells, state: change
 
 
-def _optimistic(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    number = _number(cells["alpha"])
-    return _each(lambda factor: factor.times(number, told=False), factors)
+def _to_norm(cells: Cells, state: Any) -> Callable[[Factor], Factor]:
+    scaled = _times(cells["scale_factor"], has_rate=False)
+    return lambda factor: scaled(factor.normalised())
 
 
-def _unit_norm(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    number = _number(cells["scale_factor"])
-    return _each(lambda f: f.normalised().times(number, told=False), factors)
-
-
-def _stop(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    return _each(lambda _: Factor(0.0, told=True), factors)
-
-
-def _keep(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    return factors
-
-
-def _normalise(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    return _each(Factor.normalised, factors)
-
-
-def _normalise_some(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    return _each(Factor.if_normal, factors)
-
-
-def _function(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
+def _function(cells: Cells, state: Any) -> Callable[[Factor], Factor]:
     is_known = _maker(cells["f"]) == "vernal.precondition"
-    return factors if is_known else _each(lambda _: _UNKNOWN, factors)
+    return lambda factor: factor if is_known else _UNKNOWN
+
+
+_KEEP = """
+    adaptive_grad_clip add_decayed_weights add_noise centralize clip clip_by_block_rms
+    clip_by_global_norm ema identity keep_params_nonnegative monitor
+    scale_by_param_block_norm scale_by_param_block_rms scale_by_shape snapshot trace
+    zero_nans
+"""
+_NORMALISE = """
+    normalize scale_by_acprop scale_by_adadelta scale_by_adam scale_by_adamax
+    scale_by_ademamix scale_by_adan scale_by_adopt scale_by_amsgrad scale_by_belief
+    scale_by_factored_rms scale_by_lbfgs scale_by_lion scale_by_muon scale_by_novograd
+    scale_by_rms scale_by_rss scale_by_sign scale_by_simplified_ademamix scale_by_sm3
+    scale_by_stddev scale_by_yogi
+"""
+_NORMALISE_SOME = "scale_by_radam scale_by_trust_ratio"
+
+# What a transformation does to a factor, given its cells and its state.
+_Change = Callable[[Cells, Any], Callable[[Factor], Factor]]
+
+# That of all others, those of a user among them, is not known.
+_OF_GRADIENTS: dict[str, _Change] = {
+    "optax.scale": lambda cells, _: _times(cells["step_size"]),
+    "optax.scale_by_schedule": lambda cells, state: _times(
+        cells["step_size_fn"](state.count)
+    ),
+    "optax.scale_by_optimistic_gradient": lambda cells, _: _times(
+        cells["alpha"], has_rate=False
+    ),
+    "optax.normalize_by_update_norm": _to_norm,
+    "optax.set_to_zero": _always(lambda _: _ZERO),
+    "optax.stateless": _function,
+} | {
+    f"optax.{name}": _always(change)
+    for names, change in (
+        (_KEEP, lambda factor: factor),
+        (_NORMALISE, Factor.normalised),
+        (_NORMALISE_SOME, Factor.if_normal),
+    )
+    for name in names.split()
+}
 
 
 # Transformations of transformations.
@@ -174,10 +201,6 @@ def _named_chain(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
     return factors
 
 
-def _with_extra_args(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    return _through(cells["tx"].update, state, factors, params)
-
-
 def _inside(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
     return _through(cells["inner"].update, state.inner_state, factors, params)
 
@@ -185,19 +208,19 @@ def _inside(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
 def _window(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
     count, stop = _number(state.count), cells["stop"]
     if count is None:
-        return _each(lambda _: _UNKNOWN, factors)
+        return _unknown(factors)
     if count < cells["start"] or (stop is not None and count >= stop):
-        return _stop(cells, state, factors, params)
+        return jax.tree.map(lambda _: _ZERO, factors)
     return _inside(cells, state, factors, params)
 
 
 def _flatten(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
     found = set(jax.tree.leaves(factors))
     if len(found) != 1:
-        return _each(lambda _: _UNKNOWN, factors)
+        return _unknown(factors)
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
     after = _through(cells["inner"].update, state, found.pop(), flat)
-    return _each(lambda _: after, factors)
+    return jax.tree.map(lambda _: after, factors)
 
 
 def _inject(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
@@ -205,7 +228,7 @@ def _inject(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
     for name, schedule in cells["sched_hps"].items():
         # Any other may ask for what only the next step knows, e.g. the loss.
         if type(schedule) is not optax.schedules.WrappedSchedule:
-            return _each(lambda _: _UNKNOWN, factors)
+            return _unknown(factors)
         values[name] = schedule(state.hyperparams_states[name])
     tx = cells["inner_factory"](**cells["other_hps"], **values)
     return _through(tx.update, state.inner_state, factors, params)
@@ -239,75 +262,48 @@ def _partition(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
 
 
 def _own_partition(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
-    transforms = cells["transforms"]
-    names, values, treedef = named_tree(params)
-    owners = leaf_owners(cells["param_labels"], params, names, transforms)
-    states = [state.inner_states[label].inner_state for label in transforms]
-    old = jax.tree.leaves(factors)
-    updates = [tx.update for tx in transforms.values()]
-    return treedef.unflatten(_in_groups(updates, states, owners, names, old, values))
-
-
-def _in_groups(
-    updates: Sequence[Any],
-    states: Sequence[Any],
-    owners: Sequence[int | None],
-    names: Sequence[str],
-    factors: Sequence[Factor],
-    params: Sequence[Any],
-) -> list[Factor]:
-    """Follows each group through its own transformation; without one it rests."""
-    after = [Factor(0.0, told=True) for _ in factors]
-    members = group_members(owners, len(updates))
-    for update, state, own in zip(updates, states, members, strict=True):
-        shown, values = (group_leaves(own, names, x) for x in (factors, params))
-        new = _through(update, state, shown, values)
-        for index in own:
-            after[index] = new[names[index]]
-    return after
+    tree = uniquely_named(params)
+    args = cells["transforms"], cells["param_labels"], params, tree.names, state
+    old = tree._replace(leaves=jax.tree.leaves(factors))
+    new = _in_groups(partition_groups(*args), old.by_name(), tree.by_name())
+    return tree.structure.unflatten([new[name] for name in tree.names])
 
 
 def _by_rule(optimiser: ParamOptimiser, state: Any, factors: Any, params: Any) -> Any:
-    flat, treedef = jax.tree_util.tree_flatten_with_path(factors)
-    own, like = (_by_path(tree, state.paths) for tree in (factors, params))
-    if optimiser.first is not None:
-        own = _through(optimiser.first.update, state.first, own, like)
-    after = _in_groups(
-        [tx.update for tx in optimiser._groups()],
-        state.groups,
-        state.owners,
-        state.paths,
-        [own[path] for path in state.paths],
-        list(like.values()),
+    tree, values = by_path(factors), by_path(params).by_name()
+    old, like = (
+        OrderedDict((path, leaves[path]) for path in state.paths)
+        for leaves in (tree.by_name(), values)
     )
+    if optimiser.first is not None:
+        old = _through(optimiser.first.update, state.first, old, like)
+    groups = rule_groups(optimiser, state.owners, state.paths, state.groups)
+    new = _in_groups(groups, old, like)
     # The default, after the rules, has no scale.
     scales = [*map(_number, optimiser.scales), 1.0]
-    scaled = {
-        path: factor.times(scales[owner], told=False)
-        for path, factor, owner in zip(state.paths, after, state.owners, strict=True)
-    }
-    still = Factor(0.0, told=True)
-    return treedef.unflatten([scaled.get(dotted(keys), still) for keys, _ in flat])
+    for path, owner in zip(state.paths, state.owners, strict=True):
+        new[path] = new[path].times(scales[owner], has_rate=False)
+    return tree.structure.unflatten([new.get(name, _ZERO) for name in tree.names])
 
 
-def _by_path(tree: Any, names: Sequence[str]) -> OrderedDict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    found = {dotted(keys): leaf for keys, leaf in flat}
-    return OrderedDict((name, found[name]) for name in names)
+def _in_groups(
+    groups: Sequence[Group], factors: Leaves, params: Leaves
+) -> dict[str, Factor]:
+    """Returns the factors by name, after each group's own transformation."""
+    new: dict[str, Factor] = {}
+    for group in groups:
+        update, own = group.transform.update, group.own
+        new |= _through(update, group.state, own(factors), own(params))
+    return new
 
 
-# What each function of Optax, and of this package, does to a factor. Of all others,
-# those of a user among them, nobody knows.
-_STEPS: dict[str, Step] = {
-    "optax.scale": _scale,
-    "optax.scale_by_schedule": _schedule,
-    "optax.scale_by_optimistic_gradient": _optimistic,
-    "optax.normalize_by_update_norm": _unit_norm,
-    "optax.set_to_zero": _stop,
-    "optax.stateless": _function,
+# Those of Optax and of this package.
+_AROUND_OTHERS: dict[str, Callable[[Cells, Any, Any, Any], Any]] = {
     "optax.chain": _chain,
     "optax.named_chain": _named_chain,
-    "optax.with_extra_args_support": _with_extra_args,
+    "optax.with_extra_args_support": lambda cells, *args: _through(
+        cells["tx"].update, *args
+    ),
     "optax.apply_if_finite": _inside,
     "optax.flatten": _flatten,
     "optax.inject_hyperparams": _inject,
@@ -315,59 +311,4 @@ _STEPS: dict[str, Step] = {
     "optax.partition": _partition,
     "vernal.partition": _own_partition,
     "vernal.window": _window,
-} | {
-    f"optax.{name}": step
-    for step, names in (
-        (
-            _keep,
-            (
-                "adaptive_grad_clip",
-                "add_decayed_weights",
-                "add_noise",
-                "centralize",
-                "clip",
-                "clip_by_block_rms",
-                "clip_by_global_norm",
-                "ema",
-                "identity",
-                "keep_params_nonnegative",
-                "monitor",
-                "scale_by_param_block_norm",
-                "scale_by_param_block_rms",
-                "scale_by_shape",
-                "snapshot",
-                "trace",
-                "zero_nans",
-            ),
-        ),
-        (
-            _normalise,
-            (
-                "normalize",
-                "scale_by_acprop",
-                "scale_by_adadelta",
-                "scale_by_adam",
-                "scale_by_adamax",
-                "scale_by_ademamix",
-                "scale_by_adan",
-                "scale_by_adopt",
-                "scale_by_amsgrad",
-                "scale_by_belief",
-                "scale_by_factored_rms",
-                "scale_by_lbfgs",
-                "scale_by_lion",
-                "scale_by_muon",
-                "scale_by_novograd",
-                "scale_by_rms",
-                "scale_by_rss",
-                "scale_by_sign",
-                "scale_by_simplified_ademamix",
-                "scale_by_sm3",
-                "scale_by_stddev",
-                "scale_by_yogi",
-            ),
-        ),
-        (_normalise_some, ("scale_by_radam", "scale_by_trust_ratio")),
-    )
-    for name in names
 }

@@ -20,12 +20,12 @@ def map_optimisers(
 
     **Arguments:**
 
-    - `params`: from names to parameters, each any pytree of numbers and arrays.
-        Integers become floats.
+    - `params`: from names to parameters, each a pytree of numbers and arrays. Integers
+        become floats.
     - `optimisers`: from names to Optax transformations. A tuple of names gives each of
-        them that transformation. A parameter without one is frozen; one without a
-        parameter is ignored.
-    - `strict`: whether the names must be the same.
+        them that transformation. A parameter without an optimiser is frozen; an
+        optimiser without a parameter is ignored.
+    - `strict`: whether both must have the same names.
 
     **Returns:**
 
@@ -33,8 +33,8 @@ def map_optimisers(
 
     **Raises:**
 
-    `TypeError` if an optimiser is no Optax transformation; `ValueError` if `strict` and
-    the names differ.
+    - `TypeError`: if an optimiser is not an Optax transformation.
+    - `ValueError`: if `strict` and the names differ.
     """
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         require_number(leaf, spelled("params", keys), "Leave it out.")
@@ -61,7 +61,7 @@ def map_optimisers(
 
 
 def _unpacked(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Gives each name of a tuple of names an entry of its own."""
+    """Gives each name of a tuple of names its own entry."""
     return {
         name: value
         for names, value in mapping.items()

@@ -1,6 +1,5 @@
 """An Optax optimiser for each parameter, by path."""
 
-import functools as ft
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, final
@@ -16,58 +15,21 @@ from .._boundary import boolean, dotted, nearest_names, refuse_foreign, whole_nu
 from .._closure import Closure
 from .._tree import (
     UnknownPathError,
-    aligned,
     atoms,
     is_float,
     is_inexact,
     keep,
-    named_leaves,
     parameters,
     resolve,
     strong,
 )
-from .groups import init_groups, update_groups
-from .transform import AbstractTransform, Transform, as_transform
+from .groups import Group, make_groups, update_groups
+from .named_tree import NamedTree, by_path
+from .param_optimiser_state import Learned, ParamOptimiserState, known
+from .rule_names import parts_of, rule_name, rule_table, written
+from .transform import AbstractTransform, as_transform
 
 T = TypeVar("T")
-
-
-class ParamOptimiserState(eqx.Module):
-    """The state of a [`vernal.ParamOptimiser`][].
-
-    `groups` has the state of each rule, in order, and then that of the default.
-    `paths` are the parameters that are trained, `owners` the group of each.
-    """
-
-    first: Any
-    groups: tuple[Any, ...]
-    # Tuples; `_Learned` in what Optax makes to map over.
-    paths: Any = eqx.field(static=True)
-    shapes: Any = eqx.field(static=True)
-    owners: Any = eqx.field(static=True)
-
-
-class _Learned:
-    """What is static in a state that was made without parameters.
-
-    `optax.tree_map_params` makes such a state, compares it with a whole one, and fills
-    it with the values of that. It is equal to what it first meets, and remembers that.
-    """
-
-    def __init__(self) -> None:
-        self.value: Any = None
-
-    def __eq__(self, other: object) -> bool:
-        other = _known(other)
-        self.value = other if self.value is None else self.value
-        return self.value == other
-
-    def __hash__(self) -> int:
-        return hash(self.value)
-
-
-def _known(static: Any) -> Any:
-    return static.value if isinstance(static, _Learned) else static
 
 
 @final
@@ -87,12 +49,12 @@ class ParamOptimiser(AbstractTransform):
     sees the norm of the group. The most specific rule wins: an exact path, then the
     longest node, then a glob by its number of literal segments, then a predicate.
 
-    It is a pytree, whose leaves are the rates: one with other rates compiles nothing
-    anew. To Optax it is a `GradientTransformationExtraArgs`, and goes wherever one
-    goes: into `optax.chain`, into `optimistix.OptaxMinimiser`, into a fit loop of
-    another library. Within, a transformation sees its own parameters alone, in an
-    ordered dictionary by path. An extra argument `value_fn` (for a line search, as in
-    `optax.lbfgs`) becomes a function of these, the others held at their values.
+    It is a pytree whose leaves are the rates: other rates compile nothing again. To
+    Optax it is a `GradientTransformationExtraArgs`: it works in `optax.chain`, in
+    `optimistix.OptaxMinimiser`, in the fit loops of other libraries. A transformation
+    sees only its own parameters, in an ordered dictionary by path. An extra argument
+    `value_fn` (for a line search, as in `optax.lbfgs`) becomes a function of these; the
+    other parameters are held at their values.
     """
 
     selectors: Closure
@@ -116,8 +78,8 @@ class ParamOptimiser(AbstractTransform):
             rule whose value is `None` freezes its parameters.
         - `first`: a transformation of all trained parameters together, before the
             rules: clipping, preconditioning.
-        - `default`: the transformation of the parameters without a rule. Where it is
-            `None` they are frozen.
+        - `default`: the transformation of the parameters without a rule; `None` freezes
+            them.
         - `strict`: whether a parameter without a rule is an error.
 
         **Raises:**
@@ -134,7 +96,7 @@ class ParamOptimiser(AbstractTransform):
             list(atoms(selector, "rules"))
         self.selectors = Closure.encode(tuple(rules))
         self.transforms = tuple(
-            None if tx is None else as_transform(tx, f"rules[{_named(selector)}]")
+            None if tx is None else as_transform(tx, f"rules[{written(selector)}]")
             for selector, tx in rules.items()
         )
         self.scales = tuple(_as_scale(1.0) for _ in rules)
@@ -143,14 +105,15 @@ class ParamOptimiser(AbstractTransform):
         self.strict = boolean(strict, "strict")
 
     def owners(self, model: Any, *, filtered: bool = False) -> tuple[int | None, ...]:
-        """Finds the group of each leaf of a model: `None` for a frozen one.
+        """Finds the group of each leaf of a model, `None` if it is frozen.
 
-        Group `i` is the rule `i`; the one after the last is the default.
+        Group `i` is that of rule `i`; the group after the last rule is the default.
 
         **Arguments:**
 
         - `model`: any pytree.
-        - `filtered`: whether leaves that rules name may have been replaced by `None`.
+        - `filtered`: whether some leaves may have been replaced by `None`, so that a
+            rule which matches only these is allowed.
 
         **Raises:**
 
@@ -181,10 +144,7 @@ class ParamOptimiser(AbstractTransform):
         """Names a group: by the selector of its rule, or `default`."""
         selectors = self.selectors.decode()
         owner = whole_number(owner, "owner", least=0, most=len(selectors))
-        if owner == len(selectors):
-            return "default"
-        members = _members(selectors[owner])
-        return ", ".join(m if isinstance(m, str) else _named(m) for m in members)
+        return "default" if owner == len(selectors) else rule_name(selectors[owner])
 
     def init(self, params: Any) -> ParamOptimiserState:
         """Makes the first state.
@@ -196,18 +156,19 @@ class ParamOptimiser(AbstractTransform):
         if type(params).__name__ == "_ParamsPlaceholder":
             # What `optax.tree_map_params` puts in the place of all parameters.
             first = None if self.first is None else self.first.init(params)
-            states = tuple(tx.init(params) for tx in self._groups())
-            static: Any = _Learned(), _Learned(), _Learned()
+            groups = rule_groups(self, (), ())
+            states = tuple(group.transform.init(params) for group in groups)
+            static: Any = Learned(), Learned(), Learned()
             return ParamOptimiserState(first, states, *static)
-        owners = self.owners(params, filtered=True)
-        trained = _by_path(parameters(params, owners))
-        paths = tuple(trained)
-        groups = tuple(owner for owner in owners if owner is not None)
-        leaves = list(trained.values())
-        states = init_groups(self._groups(), groups, paths, leaves)
+        found = self.owners(params, filtered=True)
+        names, leaves, _ = by_path(parameters(params, found))
+        trained = OrderedDict(zip(names, leaves, strict=True))
+        owners = tuple(owner for owner in found if owner is not None)
+        groups = rule_groups(self, owners, names)
+        states = tuple(group.init(trained) for group in groups)
         first = None if self.first is None else self.first.init(trained)
         shapes = tuple(jnp.shape(leaf) for leaf in leaves)
-        return ParamOptimiserState(first, states, paths, shapes, groups)
+        return ParamOptimiserState(first, states, names, shapes, owners)
 
     def update(
         self,
@@ -222,9 +183,9 @@ class ParamOptimiser(AbstractTransform):
 
         - `updates`: the gradients, a tree like the parameters.
         - `state`: the state of the step before.
-        - `params`: the parameters; a whole model will do.
-        - `**extra`: `value`, `grad`, `value_fn` and whatever else a transformation
-            asks for.
+        - `params`: the parameters, or a whole model.
+        - `**extra`: `value`, `grad`, `value_fn` and any other argument of the
+            transformations.
 
         **Returns:**
 
@@ -235,53 +196,32 @@ class ParamOptimiser(AbstractTransform):
                 f"`state` is of type `{type(state).__name__}`, not the state of a "
                 "ParamOptimiser. Give what its `init` or its last `update` returned."
             )
-        static = map(_known, (state.paths, state.shapes, state.owners))
-        state = ParamOptimiserState(state.first, state.groups, *static)
-        flat, structure = jax.tree_util.tree_flatten_with_path(updates)
-        grads = _own(
-            {dotted(keys): grad for keys, grad in flat}, state.paths, "updates"
-        )
-        _check_shapes(grads, state, "updates")
-        values = None
+        paths, shapes, owners = map(known, (state.paths, state.shapes, state.owners))
+        tree = by_path(updates)
+        grads = _own(tree, paths, "updates")
+        _check_shapes(grads, shapes, "updates")
+        whole = values = None
         if params is not None:
-            values = _own(_by_path(params), state.paths, "params")
-            _check_shapes(values, state, "params")
-        extras = _Extras(extra, params, state.paths)
-
+            whole = by_path(params)
+            values = _own(whole, paths, "params")
+            _check_shapes(values, shapes, "params")
+        extra_of = _extra_of(extra, whole, paths)
         first = state.first
         if self.first is not None:
-            everyone = tuple(range(len(state.paths)))
-            grads, first = self.first.update(
-                grads, first, values, **extras.of(everyone, state.paths)
-            )
-        moved, groups = update_groups(
-            self._groups(),
-            state.owners,
-            state.paths,
-            list(grads.values()),
-            state.groups,
-            None if values is None else list(values.values()),
-            extras.of,
-        )
+            grads, first = self.first.update(grads, first, values, **extra_of(paths))
+        groups = rule_groups(self, owners, paths, state.groups)
+        moved, states = update_groups(groups, grads, values, extra_of)
         scales = (*self.scales, None)
-        by_path = {
-            path: update if (scale := scales[owner]) is None else _scaled(update, scale)
-            for path, update, owner in zip(
-                state.paths, moved, state.owners, strict=True
-            )
+        scaled = {
+            path: _scaled(moved[path], scales[owner])
+            for path, owner in zip(paths, owners, strict=True)
         }
         new = [
-            by_path[path] if (path := dotted(keys)) in by_path else _still(grad)
-            for keys, grad in flat
+            scaled[path] if path in scaled else _still(grad)
+            for path, grad in zip(tree.names, tree.leaves, strict=True)
         ]
-        return structure.unflatten(new), ParamOptimiserState(
-            first, groups, state.paths, state.shapes, state.owners
-        )
-
-    def _groups(self) -> list[optax.GradientTransformation]:
-        # A frozen rule keeps its place, so that rules and groups have the same index.
-        rules = [optax.set_to_zero() if tx is None else tx for tx in self.transforms]
-        return rules if self.default is None else [*rules, self.default]  # pyright: ignore[reportReturnType]
+        new_state = ParamOptimiserState(first, states, paths, shapes, owners)
+        return tree.structure.unflatten(new), new_state
 
     def split(self, model: T) -> tuple[T, T]:
         """Splits a model into what the rules train and what is frozen.
@@ -295,13 +235,13 @@ class ParamOptimiser(AbstractTransform):
     def with_scale(self, scales: Mapping[Any, ArrayLike]) -> "ParamOptimiser":
         """Multiplies the updates of some rules by a factor, which is 1 unless set.
 
-        The factors are array leaves: other values compile nothing anew, and they can
+        The factors are array leaves: other values compile nothing again, and they can
         be vmapped and differentiated.
 
         **Arguments:**
 
-        - `scales`: from selectors, as the rules have them, to scalars. A rule with a
-            tuple is named by any of its members.
+        - `scales`: from selectors of the rules to scalars. Any member of a tuple of
+            selectors names its rule.
 
         **Raises:**
 
@@ -315,8 +255,8 @@ class ParamOptimiser(AbstractTransform):
         names: dict[Any, int] = {}
         for index, selector in enumerate(self.selectors.decode()):
             names.setdefault(selector, index)
-            for member in _members(selector):
-                names.setdefault(member, index)
+            for part in parts_of(selector):
+                names.setdefault(part, index)
         new = list(self.scales)
         for name, value in scales.items():
             if name not in names:
@@ -343,75 +283,50 @@ class ParamOptimiser(AbstractTransform):
     def summary(self, model: Any) -> str:
         """Tabulates each parameter of a model: shape, dtype, rule, transformation.
 
-        What looks like a parameter and is not fitted is listed too: Python floats
-        without a rule of their own, Python ints, integer arrays of few elements.
+        Leaves that look like parameters and are not fitted are listed too: Python
+        floats without a rule, Python ints, integer arrays of few elements.
         """
         selectors = (*self.selectors.decode(), "default")
-        rules = (*self.transforms, self.default)
-        rows = [("parameter", "shape", "dtype", "rule", "transformation")]
-        owners = self.owners(model)
-        leaves = [leaf for leaf in named_leaves(model) if leaf.value is not None]
-        for leaf, owner in zip(leaves, owners, strict=True):
-            rule, name = leaf.unfitted, ""
-            if owner is not None:
-                rule, name = _named(selectors[owner]), _describe(rules[owner])
-            if rule:
-                shape = "×".join(map(str, jnp.shape(leaf.value))) or "scalar"
-                dtype = getattr(leaf.value, "dtype", None)
-                # By its type: an integer may need more bits than there are.
-                dtype = dtype or jnp.result_type(type(leaf.value))
-                rows.append((leaf.path, shape, str(dtype), rule, name))
-        return aligned(rows)
+        transforms = (*self.transforms, self.default)
+        return rule_table(model, self.owners(model), selectors, transforms)
 
 
-class _Extras:
-    """Extra arguments, and what of them one group of parameters is given."""
+def rule_groups(
+    optimiser: ParamOptimiser,
+    owners: Sequence[int],
+    paths: Sequence[str],
+    states: Sequence[Any] | None = None,
+) -> list[Group]:
+    """Makes the group of each rule, and of the default, as in the optimiser's state."""
+    # A frozen rule keeps its place, so that rules and groups have the same index.
+    still: Any = optax.set_to_zero()
+    rules = [still if tx is None else tx for tx in optimiser.transforms]
+    if optimiser.default is not None:
+        rules.append(optimiser.default)
+    return make_groups(rules, owners, paths, states)
 
-    def __init__(self, extra: Mapping[str, Any], params: Any, paths: Sequence[str]):
-        self.extra = dict(extra)
-        self.params = params
-        self.paths = paths
-        if "grad" in extra:
-            self.grad = _own(_by_path(extra["grad"]), paths, "grad")
 
-    def of(self, members: tuple[int, ...], names: Sequence[str]) -> dict[str, Any]:
-        given = dict(self.extra)
-        own = [names[index] for index in members]
-        if "grad" in given:
-            given["grad"] = OrderedDict((name, self.grad[name]) for name in own)
-        if given.get("value_fn") is not None:
-            given["value_fn"] = self._value_fn(given["value_fn"])
-        return given
-
-    def _value_fn(self, value_fn: Callable[..., Array]) -> Callable[..., Array]:
-        if self.params is None:
+def _extra_of(
+    extra: Mapping[str, Any], params: NamedTree | None, paths: Sequence[str]
+) -> Callable[[Sequence[str]], dict[str, Any]]:
+    """Returns a function from the members of a group to its extra arguments."""
+    given = dict(extra)
+    if given.get("value_fn") is not None:
+        if params is None:
             raise ValueError(
                 "`update` was given `value_fn` without `params`: the value depends on "
                 "all parameters. Call `update(grads, state, params, value_fn=...)`."
             )
-        flat, structure = jax.tree_util.tree_flatten_with_path(self.params)
-
-        # A line search passes on the arguments that it finds in the signature.
-        @ft.wraps(value_fn)
-        def within(group: Mapping[str, Array], *args: Any, **kwargs: Any) -> Array:
-            leaves = [group.get(dotted(keys), leaf) for keys, leaf in flat]
-            return value_fn(structure.unflatten(leaves), *args, **kwargs)
-
-        return within
+        given["value_fn"] = params.within(given["value_fn"])
+    if "grad" not in given:
+        return lambda members: given
+    grads = _own(by_path(given["grad"]), paths, "grad")
+    own = lambda members: OrderedDict((name, grads[name]) for name in members)
+    return lambda members: given | {"grad": own(members)}
 
 
-# What stands around other transformations, and says nothing of what they do.
-_WRAPPERS = ("chain", "identity", "init_empty_state", "with_extra_args_support")
-
-
-def _by_path(tree: Any) -> OrderedDict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return OrderedDict((dotted(keys), leaf) for keys, leaf in flat)
-
-
-def _own(
-    leaves: Mapping[str, Any], paths: Sequence[str], name: str
-) -> OrderedDict[str, Any]:
+def _own(tree: NamedTree, paths: Sequence[str], name: str) -> OrderedDict[str, Any]:
+    leaves = tree.by_name()
     missing = [path for path in paths if path not in leaves]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -423,10 +338,8 @@ def _own(
     return OrderedDict((path, leaves[path]) for path in paths)
 
 
-def _check_shapes(
-    leaves: Mapping[str, Any], state: ParamOptimiserState, name: str
-) -> None:
-    for (path, leaf), shape in zip(leaves.items(), state.shapes, strict=True):
+def _check_shapes(leaves: Mapping[str, Any], shapes: Any, name: str) -> None:
+    for (path, leaf), shape in zip(leaves.items(), shapes, strict=True):
         if jnp.shape(leaf) != shape:
             raise ValueError(
                 f"`{name}`: the leaf {path!r} has shape {jnp.shape(leaf)}, but the "
@@ -435,40 +348,17 @@ def _check_shapes(
 
 
 def _as_scale(value: ArrayLike) -> Array:
-    # One dtype for all, so that a factor which was set has the type of one that was
-    # not; it takes that of the update where it is used.
+    # One dtype for all, so that setting one compiles nothing. Where it is used it is
+    # cast to the dtype of the update.
     dtype = jnp.result_type(float)
     if isinstance(value, jax.Array):
         return strong(value.astype(dtype))
     return jnp.asarray(np.asarray(value, dtype))
 
 
-def _scaled(update: Array, scale: Array) -> Array:
-    return update * scale.astype(update.dtype)
+def _scaled(update: Array, scale: Array | None) -> Array:
+    return update if scale is None else update * scale.astype(update.dtype)
 
 
 def _still(grad: Any) -> Any:
     return jnp.zeros_like(grad) if hasattr(grad, "dtype") else grad
-
-
-def _members(selector: Any) -> list[Any]:
-    if isinstance(selector, tuple):
-        return [atom for part in selector for atom in _members(part)]
-    return [selector]
-
-
-def _named(selector: Any) -> str:
-    if isinstance(selector, tuple):
-        return f"({', '.join(map(_named, selector))})"
-    if isinstance(selector, str):
-        return repr(selector)
-    return getattr(selector, "__name__", repr(selector))
-
-
-def _describe(tx: AbstractTransform | None) -> str:
-    """Names the Optax functions that a transformation was made by."""
-    if not isinstance(tx, Transform):
-        return type(tx).__name__
-    names = sorted(tx.closure.skeleton.function_names)
-    makers = dict.fromkeys(name.split(".<locals>")[0] for name in names)
-    return ", ".join(name for name in makers if name not in _WRAPPERS)

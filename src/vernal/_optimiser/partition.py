@@ -1,14 +1,15 @@
 """A transformation for each label of a tree of parameters, at linear cost."""
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, no_type_check
 
 import jax.tree_util as jtu
 import optax
 
 from .._boundary import checked, dotted
-from .groups import group_leaves, init_groups, listed, update_groups
+from .groups import Group, listed, make_groups, update_groups
+from .named_tree import NamedTree, uniquely_named
 from .transform import require_transformation
 
 
@@ -19,24 +20,24 @@ def partition(
     *,
     mask_compatible_extra_args: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives each label's parameters a transformation of their own.
+    """Gives the parameters of each label their own transformation.
 
-    As `optax.partition`, with the same updates to the last bit, at a cost that grows
-    with the number of parameters and not with its square.
+    The updates are those of `optax.partition`, to the last bit. The cost grows with the
+    number of parameters, and not with its square.
 
-    Inside, a transformation sees the parameters of its own label only, in a dictionary
-    by dotted path, e.g. `layers.0.weight`: a `collections.OrderedDict`, or a `dict` if
-    there is but one. A mask given as a function of the parameters is called with that,
-    so that a function that asks for the path of a leaf meets one key, the dotted path.
+    A transformation sees only the parameters of its own label, in a dictionary by
+    dotted path, e.g. `layers.0.weight`: a `collections.OrderedDict`, or a `dict` if
+    there is only one. A mask that is a function of the parameters is called with this
+    dictionary: in it, the path of a leaf is one key, the dotted path.
 
     **Arguments:**
 
     - `transforms`: from labels to Optax transformations.
     - `param_labels`: a tree of labels, of the structure of the parameters or a prefix
-        of it; or a function that makes one of the parameters. A module is a tree, even
-        if it can be called.
-    - `mask_compatible_extra_args`: whether a transformation is given its own leaves
-        only of each extra argument that has the structure of the updates.
+        of it; or a function from the parameters to such a tree. A module is a tree,
+        even if it can be called.
+    - `mask_compatible_extra_args`: whether a transformation is given only its own
+        leaves of each extra argument that has the structure of the updates.
 
     **Returns:**
 
@@ -46,8 +47,9 @@ def partition(
 
     **Raises:**
 
-    `TypeError` if one of `transforms` is no Optax transformation. When it is used:
-    `ValueError` if a label has no transformation, or trees do not match.
+    - `TypeError`: if one of `transforms` is not an Optax transformation.
+    - `ValueError`: when it is used, if a label has no transformation, or if trees do
+        not match.
     """
     transforms = {
         label: require_transformation(tx, f"transforms[{label!r}]")
@@ -57,14 +59,15 @@ def partition(
     # Known by their code, which a type checker must not wrap.
     @no_type_check
     def init_fn(params: Any) -> optax.transforms.PartitionState:
-        names, leaves, _ = named_tree(params)
-        if not leaves:
+        tree = uniquely_named(params)
+        if not tree.leaves:
             # Nothing to divide. Optax's `tree_map_params` comes with such a tree, and
             # looks for it in the state.
-            states = tuple(tx.init(params) for tx in transforms.values())
+            states = [tx.init(params) for tx in transforms.values()]
         else:
-            owners = leaf_owners(param_labels, params, names, transforms)
-            states = init_groups(tuple(transforms.values()), owners, names, leaves)
+            leaves = tree.by_name()
+            groups = partition_groups(transforms, param_labels, params, tree.names)
+            states = [group.init(leaves) for group in groups]
         return _as_state(transforms, states)
 
     @no_type_check
@@ -74,39 +77,41 @@ def partition(
         params: Any = None,
         **extra: Any,
     ) -> tuple[Any, optax.transforms.PartitionState]:
-        states = [state.inner_states[label].inner_state for label in transforms]
-        names, leaves, treedef = named_tree(updates)
+        names, leaves, structure = tree = uniquely_named(updates)
         if not leaves:
             new_states = []
-            for tx, inner in zip(transforms.values(), states, strict=True):
+            for label, tx in transforms.items():
                 tx = optax.with_extra_args_support(tx)
+                inner = state.inner_states[label].inner_state
                 updates, new = tx.update(updates, inner, params, **extra)
                 new_states.append(new)
             return updates, _as_state(transforms, new_states)
-        owners = leaf_owners(param_labels, updates, names, transforms)
-        values, fill = None, None
+        groups = partition_groups(transforms, param_labels, updates, names, state)
+        given, values = dict(extra), None
         if params is not None:
-            values, fill = _aligned(params, names)
+            whole = uniquely_named(params)
+            values = _aligned(whole, names)
+            if callable(value_fn := extra.get("value_fn")):
+                given["value_fn"] = whole.within(value_fn)
+        # A bare array's structure is that of any scalar.
+        is_bare = jtu.treedef_is_leaf(structure)
+        alike = {
+            name: dict(zip(names, jtu.tree_leaves(arg), strict=True))
+            for name, arg in given.items()
+            if (name == "grad" or not is_bare) and jtu.tree_structure(arg) == structure
+        }
 
-        def extra_of(members: tuple[int, ...], names: Sequence[str]) -> dict[str, Any]:
-            given = dict(extra)
+        def extra_of(members: Sequence[str]) -> dict[str, Any]:
             # What had the structure of the updates, and is given whole, must have it
             # still where a transformation owns every leaf.
-            if mask_compatible_extra_args or len(members) == len(names):
-                for name, arg in extra.items():
-                    # A bare array's structure is that of any scalar.
-                    bare = jtu.treedef_is_leaf(treedef) and name != "grad"
-                    if not bare and jtu.tree_structure(arg) == treedef:
-                        given[name] = group_leaves(members, names, jtu.tree_leaves(arg))
-            value_fn = extra.get("value_fn")
-            if callable(value_fn) and fill is not None:
-                given["value_fn"] = _within(value_fn, fill, members, names)
-            return given
+            if not mask_compatible_extra_args and len(members) < len(names):
+                return given
+            own = {k: {n: arg[n] for n in members} for k, arg in alike.items()}
+            return given | own
 
-        new_updates, new_states = update_groups(
-            tuple(transforms.values()), owners, names, leaves, states, values, extra_of
-        )
-        return treedef.unflatten(new_updates), _as_state(transforms, new_states)
+        new, states = update_groups(groups, tree.by_name(), values, extra_of)
+        updates = structure.unflatten([new[name] for name in names])
+        return updates, _as_state(transforms, states)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -118,19 +123,34 @@ def _as_state(
     return optax.transforms.PartitionState(dict(zip(labels, inner, strict=True)))
 
 
-def named_tree(tree: Any) -> tuple[tuple[str, ...], list[Any], Any]:
-    """Takes a tree apart: names that all differ, leaves, structure."""
-    flat, treedef = jtu.tree_flatten_with_path(tree)
-    names = tuple(dotted(path) for path, _ in flat)
-    if len(set(names)) < len(names):
-        names = tuple(jtu.keystr(path) for path, _ in flat)
-    return names, [leaf for _, leaf in flat], treedef
+def partition_groups(
+    transforms: Mapping[Any, optax.GradientTransformation],
+    param_labels: Any,
+    tree: Any,
+    names: Sequence[str],
+    state: Any = None,
+) -> list[Group]:
+    """Makes the groups of a partition of `tree`, whose leaves have these names."""
+    labels = _leaf_labels(param_labels, tree, names)
+    index: dict[Hashable, int] = {label: i for i, label in enumerate(transforms)}
+    unknown: dict[Any, list[str]] = {}
+    for name, label in zip(names, labels, strict=True):
+        if label not in index:
+            unknown.setdefault(label, []).append(name)
+    if unknown:
+        raise ValueError(
+            "There is no transformation for "
+            + "; ".join(f"the label {k!r} of {listed(v)}" for k, v in unknown.items())
+            + f". The known labels are {', '.join(map(repr, transforms))}."
+        )
+    states = None
+    if state is not None:
+        states = [state.inner_states[label].inner_state for label in transforms]
+    owners = [index[label] for label in labels]
+    return make_groups(tuple(transforms.values()), owners, names, states)
 
 
-def leaf_owners(
-    param_labels: Any, tree: Any, names: Sequence[str], transforms: Mapping[Any, Any]
-) -> list[int]:
-    """Finds the index of the transformation of each leaf."""
+def _leaf_labels(param_labels: Any, tree: Any, names: Sequence[str]) -> list[Any]:
     labels = param_labels(tree) if _is_function(param_labels) else param_labels
     flat, treedef = jtu.tree_flatten(labels)
     try:
@@ -143,23 +163,11 @@ def leaf_owners(
             "The labels do not match the tree: give a tree of the same structure, or a "
             f"prefix of it. They differ at {listed(odd)}. JAX says: {error}"
         ) from error
-    spread = [
+    return [
         label
         for label, subtree in zip(flat, subtrees, strict=True)
         for _ in range(jtu.tree_structure(subtree).num_leaves)
     ]
-    index: dict[Hashable, int] = {label: i for i, label in enumerate(transforms)}
-    unknown: dict[Any, list[str]] = {}
-    for name, label in zip(names, spread, strict=True):
-        if label not in index:
-            unknown.setdefault(label, []).append(name)
-    if unknown:
-        raise ValueError(
-            "There is no transformation for "
-            + "; ".join(f"the label {k!r} of {listed(v)}" for k, v in unknown.items())
-            + f". The known labels are {', '.join(map(repr, transforms))}."
-        )
-    return [index[label] for label in spread]
 
 
 def _is_function(param_labels: Any) -> bool:
@@ -172,14 +180,10 @@ def _is_function(param_labels: Any) -> bool:
     )
 
 
-def _aligned(
-    params: Any, names: Sequence[str]
-) -> tuple[list[Any], Callable[[Mapping[str, Any]], Any]]:
-    """The parameters by the updates' names, and the whole tree around new ones."""
-    own_names, leaves, treedef = named_tree(params)
-    values = dict(zip(own_names, leaves, strict=True))
+def _aligned(params: NamedTree, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the parameters by name, if they match the updates."""
+    values, wanted = params.by_name(), set(names)
     odd = [name for name in names if name not in values]
-    wanted = set(names)
     # A whole model comes with leaves that have no gradient, e.g. functions.
     odd += [n for n, v in values.items() if n not in wanted and hasattr(v, "dtype")]
     if odd:
@@ -187,22 +191,4 @@ def _aligned(
             "The updates and the parameters have different structures: "
             f"{listed(odd)} found in one only."
         )
-
-    def fill(own: Mapping[str, Any]) -> Any:
-        return treedef.unflatten([own.get(n, v) for n, v in values.items()])
-
-    return [values[name] for name in names], fill
-
-
-def _within(
-    value_fn: Callable[..., Any],
-    fill: Callable[[Mapping[str, Any]], Any],
-    members: tuple[int, ...],
-    names: Sequence[str],
-) -> Callable[..., Any]:
-    # A line search passes on the arguments that it finds in the function's signature.
-    @functools.wraps(value_fn)
-    def within(own: Any, *args: Any, **kwargs: Any) -> Any:
-        return value_fn(fill(own), *args, **kwargs)
-
-    return within
+    return values

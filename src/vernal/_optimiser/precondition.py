@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_flatten_with_path
 
-from .._boundary import dotted, require_number, spelled
+from .._boundary import require_number, spelled
 from .._projection import EigenProjector
+from .named_tree import by_path
 
 
 def precondition(
@@ -19,8 +20,8 @@ def precondition(
     $$g \mapsto P P^\top g$$
 
     where $P P^\top = F^{-1}$ for a projector of a Fisher matrix $F$ of full rank. As
-    the `first` of a [`vernal.ParamOptimiser`][] it is natural gradient with a rate of
-    its own for each parameter:
+    the `first` of a [`vernal.ParamOptimiser`][] it gives natural gradients, with one
+    rate for each parameter:
 
     ```python
     vn.ParamOptimiser(
@@ -35,7 +36,7 @@ def precondition(
     **Arguments:**
 
     - `projector`: a [`vernal.EigenProjector`][] of the parameters; or a tree like them,
-        by whose entries the gradients are scaled.
+        whose entries scale the gradients.
 
     **Returns:**
 
@@ -75,18 +76,18 @@ def _check_scales(scales: Any) -> None:
 
 def _check(updates: Any, like: Any) -> None:
     """Compares leaf by leaf: inside an optimiser a tree is a dictionary by path."""
-    flat, _ = tree_flatten_with_path(updates)
-    own, _ = tree_flatten_with_path(like)
-    for (keys, grad), (own_keys, leaf) in zip(flat, own, strict=False):
-        if dotted(keys) != dotted(own_keys) or jnp.shape(grad) != jnp.shape(leaf):
+    found, own = by_path(updates), by_path(like)
+    for name, grad, own_name, leaf in zip(
+        found.names, found.leaves, own.names, own.leaves, strict=False
+    ):
+        if name != own_name or jnp.shape(grad) != jnp.shape(leaf):
             raise ValueError(
-                f"`precondition` was made for {dotted(own_keys)!r} of shape "
-                f"{jnp.shape(leaf)} where the gradients have {dotted(keys)!r} of shape "
-                f"{jnp.shape(grad)}. Make it from the parameters that are trained, in "
-                "the same order."
+                f"`precondition` was made for {own_name!r} of shape {jnp.shape(leaf)} "
+                f"where the gradients have {name!r} of shape {jnp.shape(grad)}. Make "
+                "it from the parameters that are trained, in the same order."
             )
-    if len(flat) != len(own):
+    if len(found.leaves) != len(own.leaves):
         raise ValueError(
-            f"`precondition` was made for {len(own)} parameters, but there are "
-            f"gradients of {len(flat)}."
+            f"`precondition` was made for {len(own.leaves)} parameters, but there are "
+            f"gradients of {len(found.leaves)}."
         )

@@ -1,4 +1,4 @@
-"""What an Optax transformation has for a rate: found in its closures, and checked."""
+"""Checks the learning rates that an Optax transformation was given."""
 
 from collections.abc import Iterator
 from types import FunctionType
@@ -9,22 +9,17 @@ import optax
 
 from .._boundary import takes
 
-# What Optax calls a rate or a schedule where its closures hold one.
+# Optax's names of rates and schedules in its closures.
 _RATES = ("learning_rate", "step_size", "step_size_fn")
 
-# What it calls the arguments that `inject_hyperparams` passes on.
+# Its names of the arguments that `inject_hyperparams` passes on.
 _OPTIONS = ("numeric_hps", "other_hps")
 
 
 def check_rates(tx: optax.GradientTransformation, where: str) -> None:
     """Checks that each rate is a number or a function of the step count.
 
-    Optax itself looks at them only in the first update.
-
-    **Arguments:**
-
-    - `tx`: the transformation.
-    - `where`: what an error calls it.
+    Optax itself would fail in the first update. An error calls `tx` by `where`.
     """
     for rate in _rates(tx, set()):
         is_schedule = callable(rate) and not isinstance(rate, type)
@@ -38,7 +33,7 @@ def check_rates(tx: optax.GradientTransformation, where: str) -> None:
 
 
 def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
-    """Yields what the closures of Optax's functions hold as a rate."""
+    """Yields the rates in the closures of Optax's functions."""
     if id(node) in seen:
         return
     seen.add(id(node))

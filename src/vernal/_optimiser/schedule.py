@@ -1,13 +1,18 @@
-"""Schedules of learning rates."""
+"""Transformations that wait: `delay` and `window`."""
 
 import math
+import operator
+from typing import Any, NamedTuple, SupportsIndex, no_type_check
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Real
 
 from .._boundary import checked
+from .transform import require_transformation
 
 Step = int | float | np.integer | np.floating
 Rate = int | float | np.number | Real[Array, ""] | Real[np.ndarray, ""]
@@ -38,17 +43,15 @@ def delay(lr: Rate, start: Step, length: Step = 1) -> optax.Schedule:
     so that it is zero up to and including step `start`, and `lr` from step
     `start + length` on.
 
-    Only the *rate* waits. Whatever an optimiser accumulates, such as momentum or the
-    moments of Adam, goes on accumulating from the gradients seen while the rate is
-    zero, and its step count goes on too. To hold the whole transformation still until
-    a given step, use [`vernal.window`][] instead.
+    Only the *rate* waits. The optimiser itself does not: while the rate is zero, its
+    momentum or moments accumulate, and it counts its steps. To hold the whole
+    transformation until a given step, use [`vernal.window`][] instead.
 
-    The function has its origin in `zodiax.optimisation.delay`, and returns the same
-    values.
+    The values are those of `zodiax.optimisation.delay`.
 
     **Arguments:**
 
-    - `lr`: the learning rate at the end, a finite scalar. May be traced.
+    - `lr`: the learning rate at the end, a finite scalar. It may be traced.
     - `start`: the number of steps to wait, at least 0.
     - `length`: the number of steps of the rise, at least 1.
 
@@ -58,8 +61,8 @@ def delay(lr: Rate, start: Step, length: Step = 1) -> optax.Schedule:
 
     **Raises:**
 
-    A `ValueError` if `start` or `length` is out of range or not whole, or if `lr` is
-    known and not finite.
+    - `ValueError`: if `start` or `length` is out of range or not whole, or if `lr` is
+        not traced and not finite.
     """
     begin = _whole(start, "start", least=0)
     steps = _whole(length, "length", least=1)
@@ -69,3 +72,89 @@ def delay(lr: Rate, start: Step, length: Step = 1) -> optax.Schedule:
             "the rate that is to be reached at the end."
         )
     return optax.linear_schedule(0.0, lr, steps, begin)  # pyright: ignore
+
+
+class WindowState(NamedTuple):
+    """The state of [`window`][vernal.window]."""
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    inner_state: Any
+
+
+def window(
+    tx: optax.GradientTransformation,
+    start: SupportsIndex = 0,
+    stop: SupportsIndex | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation act on a range of steps only.
+
+    Outside `[start, stop)` the updates are zero, and the transformation is not called:
+    its moments do not grow, and its schedule does not advance.
+
+    **Arguments:**
+
+    - `tx`: an Optax transformation.
+    - `start`: the first step on which it acts. Steps are counted in updates taken.
+    - `stop`: the first step on which it no longer acts; `None` for no end.
+
+    **Returns:**
+
+    An Optax transformation.
+
+    **Raises:**
+
+    - `TypeError`: if `tx` is not an Optax transformation.
+    - `ValueError`: if `start` or `stop` is negative or not an integer, or if the window
+        is empty or backwards.
+    """
+    inner = optax.with_extra_args_support(require_transformation(tx, "tx"))
+    start = _step(start, "start")
+    stop = None if stop is None else _step(stop, "stop")
+    if stop is not None and stop <= start:
+        raise ValueError(
+            f"The window is empty or backwards: it starts at step {start} and stops "
+            f"at step {stop}. Give a `stop` greater than `start`."
+        )
+
+    # Known by their code, which a type checker must not wrap.
+    @no_type_check
+    def init_fn(params: Any) -> WindowState:
+        return WindowState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    @no_type_check
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, WindowState]:
+        def act() -> tuple[Any, Any]:
+            return inner.update(updates, state.inner_state, params, **extra)
+
+        def wait() -> tuple[Any, Any]:
+            zeros, held = jax.eval_shape(act)
+            return (
+                jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros),
+                jax.tree.map(
+                    lambda x, like: jnp.asarray(x, like.dtype), state.inner_state, held
+                ),
+            )
+
+        inside = state.count >= start
+        if stop is not None:
+            inside &= state.count < stop
+        updates, inner_state = jax.lax.cond(inside, act, wait)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return updates, WindowState(count, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _step(value: Any, name: str) -> int:
+    try:
+        step = operator.index(value)
+    except TypeError:
+        step = -1
+    if step < 0:
+        raise ValueError(
+            f"`{name}` is {value!r}, and must be an integer that is not negative: it "
+            "counts updates."
+        )
+    return step

@@ -1,85 +1,17 @@
-"""What to do with non-finite values: the two checks of zodiax, and `NanPolicy`."""
+"""What to do with non-finite values: `NanPolicy`."""
 
 import abc
-import functools as ft
-import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, SupportsIndex, TypeVar, final
+from typing import Any, NamedTuple, SupportsIndex, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from .._boundary import PyTree, whole_number
 from .._pickling import Portable
-
-T = TypeVar("T")
-
-
-def _is_inexact(leaf: Any) -> bool:
-    return isinstance(leaf, float | complex) or (
-        hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
-    )
-
-
-def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every number in the inexact leaves of a tree is finite."""
-    flags = [is_finite(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
-    return ft.reduce(operator.and_, flags, jnp.array(True))
-
-
-def is_finite(array: ArrayLike) -> Bool[Array, ""]:
-    """Whether every number in an array is finite.
-
-    The largest magnitude tells: it is infinite or NaN if any is. To reduce floats is
-    three times as fast on a CPU as to reduce the booleans of `isfinite`.
-    """
-    if jnp.size(array) == 0:
-        return jnp.array(True)
-    if jnp.iscomplexobj(array):
-        # The magnitude of a finite number may overflow.
-        array = jnp.stack([jnp.real(array), jnp.imag(array)])
-    return jnp.isfinite(jnp.max(jnp.abs(array)))
-
-
-def debug_nan_check(grads: T) -> T:
-    """Opens a breakpoint if there is a NaN in the gradients.
-
-    Infinities do not open it. Integer and `None` leaves are passed over.
-
-    **Arguments:**
-
-    - `grads`: any pytree.
-
-    **Returns:**
-
-    `grads` itself.
-    """
-    leaves = filter(_is_inexact, jax.tree.leaves(grads))
-    flags = [jnp.any(jnp.isnan(leaf)) for leaf in leaves]
-    eqx.debug.breakpoint_if(ft.reduce(operator.or_, flags, jnp.array(False)))
-    return grads
-
-
-def zero_nan_check(grads: T) -> T:
-    """Replaces every NaN in the gradients by zero.
-
-    Infinities stay, and each leaf keeps its dtype; integer and `None` leaves are
-    passed over. To look for infinities too, and for a loss that is not finite, give
-    a `Trainer` the policy [`vernal.ZeroNans`][].
-
-    **Arguments:**
-
-    - `grads`: any pytree.
-
-    **Returns:**
-
-    A pytree of the same structure.
-    """
-    return jax.tree.map(
-        lambda x: jnp.where(jnp.isnan(x), 0, x) if _is_inexact(x) else x, grads
-    )
+from .finite import all_finite
 
 
 class Verdict(NamedTuple):
@@ -119,14 +51,13 @@ class NonFiniteError(FloatingPointError):
 
     **Attributes:**
 
-    - `step`: the step at which that happened.
-    - `paths`: what was not finite at that step: `"loss"`, the paths of gradients,
-        `"update"`.
-    - `report`: the whole of [`vernal.Trainer.nan_report`][].
-    - `result`: what there was when it happened: a `FitResult` from `fit`, a `Trainer`
-        from `step`. The step that failed is not taken, so nothing in it is poisoned.
-    - `explanation`: sentences that say where it comes from: the data, the parameters or
-        the model; and what to do about it.
+    - `step`: the number of that step.
+    - `paths`: what was not finite: `"loss"`, the paths of gradients, `"update"`.
+    - `report`: what [`vernal.Trainer.nan_report`][] returns.
+    - `result`: everything up to that step: a `FitResult` from `fit`, a `Trainer` from
+        `step`. The step itself is not taken.
+    - `explanation`: where the value comes from (the data, the parameters or the model),
+        and what to do about it.
     """
 
     def __init__(
@@ -143,11 +74,11 @@ class NonFiniteError(FloatingPointError):
         self.report: dict[str, NanCount] = dict(report)
         self.result = result
         self.explanation = explanation
-        # The arguments as they are, so that a copy and a pickle can be made of it.
+        # All arguments, so that it can be copied and pickled.
         super().__init__(step, self.paths, self.report, result, explanation)
 
     def __str__(self) -> str:
-        """The message: where, and what to do about it."""
+        """Says where, and what to do about it."""
         return (
             f"not finite at step {self.step}: {', '.join(self.paths)}. "
             "The step was not taken: `.result` has everything up to it. "
@@ -156,7 +87,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class NanPolicy(Portable, eqx.Module):
-    """The abstract base of what is done with non-finite values.
+    """What a fit does about non-finite values. The abstract base class.
 
     A value is non-finite if it is NaN or infinite, in the loss or in the gradients.
     A policy sees both at every step, and decides whether the step is taken and
@@ -250,64 +181,94 @@ class _Both(NanPolicy):
         return self.first.raises or self.second.raises
 
 
+class AbstractStatelessPolicy(NanPolicy):
+    """A policy that has nothing to remember."""
+
+    @abc.abstractmethod
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
+        """Returns the gradients to go on with, and the verdict."""
+
+    def init(self, params: PyTree) -> None:
+        """Returns `None`: there is nothing to remember."""
+
+    def apply(
+        self, loss: Array, grads: PyTree, state: None
+    ) -> tuple[PyTree, Verdict, None]:
+        """Judges one step, by itself."""
+        return *self._judge(loss, grads), None
+
+
 @final
-class ZeroNans(NanPolicy):
+class ZeroNans(AbstractStatelessPolicy):
     """Zeroes the non-finite entries of the gradients, and takes the step.
 
     Momentum still moves a parameter whose gradient was zeroed; [`vernal.SkipStep`][]
     holds it.
     """
 
-    def init(self, params: PyTree) -> None:
-        """Has nothing to remember."""
-
-    def apply(
-        self, loss: Array, grads: PyTree, state: None
-    ) -> tuple[PyTree, Verdict, None]:
-        """Zeroes what is not finite."""
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
-        return grads, Verdict(jnp.array(True), jnp.array(False)), None
+        return grads, Verdict(jnp.array(True), jnp.array(False))
 
 
 @final
-class SkipStep(NanPolicy):
+class SkipStep(AbstractStatelessPolicy):
     """Does not take a step whose loss or gradients are not finite.
 
     Parameters, moments and schedule counts are held as they are. The step counter
     goes on, and with it the random key and the minibatch.
     """
 
-    def init(self, params: PyTree) -> None:
-        """Has nothing to remember."""
-
-    def apply(
-        self, loss: Array, grads: PyTree, state: None
-    ) -> tuple[PyTree, Verdict, None]:
-        """Accepts finite steps alone."""
-        return grads, Verdict(all_finite((loss, grads)), jnp.array(False)), None
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
+        return grads, Verdict(all_finite((loss, grads)), jnp.array(False))
 
 
 @final
-class StopFit(NanPolicy):
+class StopFit(AbstractStatelessPolicy):
     """Does not take a step that is not finite, and ends the fit. The default."""
 
-    def init(self, params: PyTree) -> None:
-        """Has nothing to remember."""
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
+        return grads, _stop_unless(all_finite((loss, grads)))
 
-    def apply(
-        self, loss: Array, grads: PyTree, state: None
-    ) -> tuple[PyTree, Verdict, None]:
-        """Stops at the first step that is not finite."""
+
+@final
+class RaiseOnNan(AbstractStatelessPolicy):
+    """Ends the fit at the first bad step, and raises [`vernal.NonFiniteError`][].
+
+    The error is raised by `fit` and `step`, outside compiled code, so that it can name
+    the step and the paths. Within your own `jax.jit`, `step` raises a generic error
+    through `equinox.error_if`.
+    """
+
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
+        return grads, _stop_unless(all_finite((loss, grads)))
+
+    @property
+    def raises(self) -> bool:
+        """It does."""
+        return True
+
+
+@final
+class BreakOnNan(AbstractStatelessPolicy):
+    """Opens a breakpoint at a step that is not finite, and then ends the fit."""
+
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
         finite = all_finite((loss, grads))
-        return grads, Verdict(finite, ~finite), None
+        eqx.debug.breakpoint_if(~finite)
+        return grads, _stop_unless(finite)
+
+
+def _stop_unless(finite: Bool[Array, ""]) -> Verdict:
+    return Verdict(accept=finite, stop=~finite)
 
 
 @final
 class StopAfter(NanPolicy):
     """Ends the fit after `patience` bad steps in a row. It only observes.
 
-    What it observes depends on where it stands: in `vn.ZeroNans() | vn.StopAfter(3)`
-    it sees gradients that have been mended already, and only the loss can be bad.
+    In `vn.ZeroNans() | vn.StopAfter(3)` it sees gradients whose non-finite entries are
+    zero already: only the loss can be bad.
     """
 
     patience: int = eqx.field(static=True)
@@ -315,7 +276,7 @@ class StopAfter(NanPolicy):
     def __init__(self, patience: SupportsIndex):
         """**Arguments:**
 
-        - `patience`: how many bad steps in a row are one too many, at least 1.
+        - `patience`: the number of bad steps in a row that ends the fit, at least 1.
         """
         self.patience = whole_number(patience, "patience", least=1)
 
@@ -326,45 +287,6 @@ class StopAfter(NanPolicy):
     def apply(
         self, loss: Array, grads: PyTree, state: Int[Array, ""]
     ) -> tuple[PyTree, Verdict, Int[Array, ""]]:
-        """Counts, and stops when the patience is spent."""
+        """Counts, and stops when the patience is used up."""
         row = jnp.where(all_finite((loss, grads)), 0, state + 1)
         return grads, Verdict(jnp.array(True), row >= self.patience), row
-
-
-@final
-class RaiseOnNan(NanPolicy):
-    """Ends the fit at the first bad step, and raises [`vernal.NonFiniteError`][].
-
-    The error is raised by `fit` and `step`, outside compiled code, so that it can name
-    the step and the paths. Within a user's own `jax.jit`, `step` raises a generic
-    error through `equinox.error_if`.
-    """
-
-    def init(self, params: PyTree) -> None:
-        """Has nothing to remember."""
-
-    def apply(
-        self, loss: Array, grads: PyTree, state: None
-    ) -> tuple[PyTree, Verdict, None]:
-        """Stops at the first step that is not finite."""
-        return StopFit().apply(loss, grads, state)
-
-    @property
-    def raises(self) -> bool:
-        """It does."""
-        return True
-
-
-@final
-class BreakOnNan(NanPolicy):
-    """Opens a breakpoint at a step that is not finite, and then ends the fit."""
-
-    def init(self, params: PyTree) -> None:
-        """Has nothing to remember."""
-
-    def apply(
-        self, loss: Array, grads: PyTree, state: None
-    ) -> tuple[PyTree, Verdict, None]:
-        """Breaks, then stops."""
-        eqx.debug.breakpoint_if(~all_finite((loss, grads)))
-        return StopFit().apply(loss, grads, state)

@@ -1,7 +1,6 @@
-"""When a fit has come to its end: `Converged`, `Patience`, and the reasons."""
+"""When to end a fit: `StopCriterion`, `Converged`, `Patience`."""
 
 import abc
-import enum
 import math
 from typing import Any, NamedTuple, final
 
@@ -13,41 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree, whole_number
 from .._pickling import Portable
-
-
-class StopReason(enum.Enum):
-    """Why a fit or a solve ended. Prints as a sentence."""
-
-    STEPS_TAKEN = "All steps were taken."
-    ALL_SKIPPED = (
-        "No step was accepted: every one had a value that is not finite "
-        "(`trainer.nan_report()` says which)."
-    )
-    TAKEN_BEFORE = "All steps had been taken before: the checkpoint has the result."
-    NON_FINITE = (
-        "Ended at a value that is not finite: `trainer.nan_report()` says where."
-    )
-    POLICY = "The NaN policy ended the fit."
-    DATA_EXHAUSTED = "The stream ran dry."
-    CALLBACK = "The callback ended the fit."
-    INTERRUPTED = "The fit was interrupted from the keyboard."
-    TERMINATED = "The process was told to end (SIGTERM); the checkpoint has its state."
-    ERROR = "An error ended the fit."
-    CRITERION = "The criterion of `stop` was met."
-    NO_PATIENCE = "The validation has not improved, and `stop` has no more patience."
-    CONVERGED = "Converged."
-    STALLED = "The solver stopped short of a minimum."
-    MAX_STEPS = "The solver took `max_steps` steps and has not converged."
-    DIVERGED = "The solver diverged."
-    FAILED = "The solver gave up: one of its steps had no solution."
-
-    def __str__(self) -> str:
-        """The sentence."""
-        return self.value
-
-
-AT_NON_FINITE = (StopReason.NON_FINITE, StopReason.ALL_SKIPPED)
-"""The reasons of a fit that values which are not finite have ended or made vain."""
+from .stop_reason import StopReason
 
 
 class StepView(NamedTuple):
@@ -74,9 +39,9 @@ class StepView(NamedTuple):
 
 
 class StopCriterion(Portable, eqx.Module):
-    """The abstract base of what decides that a fit has come to its end.
+    """When a fit ends. The abstract base class.
 
-    A criterion sees every step, inside the compiled loop. It is a pytree. Two of them
+    A criterion sees every step, inside the compiled loop. It is a pytree. Criteria
     compose: `vn.Converged(1e-8, 20) | vn.Patience(5)` stops where either does.
 
     To write one, subclass it and define `init` and `apply`:
@@ -125,15 +90,15 @@ class StopCriterion(Portable, eqx.Module):
 
     @property
     def needs_validation(self) -> bool:
-        """Whether it makes no sense in a fit without `validation`."""
+        """Whether it needs a fit with `validation`."""
         return False
 
     def reason(self, state: Any) -> StopReason:
-        """Tells, of a fit that it has ended, the reason for the result."""
+        """Returns the `stop_reason` of a fit that this criterion has ended."""
         return StopReason.CRITERION
 
     def __or__(self, other: "StopCriterion") -> "StopCriterion":
-        """Composes two criteria: the fit ends where either says so."""
+        """Composes two criteria: the fit ends as soon as either stops it."""
         if not isinstance(other, StopCriterion):
             raise TypeError(
                 f"cannot compose a StopCriterion with {other!r}: the right-hand side "
@@ -173,11 +138,11 @@ class Converged(StopCriterion):
     """Ends a fit whose loss no longer falls.
 
     That is, if `patience` steps in a row have not brought the loss from where it was,
-    $L_0$, to below $L_0 - \\max(r |L_0|, a)$, with the tolerances $r$ and $a$. Many
-    small steps down add up to a fall. Steps that were not accepted do not count.
+    $L_0$, to below $L_0 - \\max(r |L_0|, a)$, with the tolerances $r$ and $a$. Small
+    decreases add up. Steps that were not accepted do not count.
 
-    For a loss without noise: from minibatch to minibatch a loss falls and rises.
-    There, watch a validation with [`vernal.Patience`][].
+    This is for a loss without noise. With minibatches the loss falls and rises: watch
+    a validation instead, with [`vernal.Patience`][].
     """
 
     rtol: float = eqx.field(static=True)
@@ -188,9 +153,9 @@ class Converged(StopCriterion):
         """**Arguments:**
 
         - `rtol`: the fraction of itself by which the loss has to fall.
-        - `patience`: the number of steps that it has for this, at least 1.
-        - `atol`: the amount by which it has to fall at least. Of a negative
-            log-likelihood 0.01 is far less than the data can tell.
+        - `patience`: within how many steps, at least 1.
+        - `atol`: the least amount by which it has to fall. For a negative
+            log-likelihood, 0.01 is far less than the data can resolve.
         """
         self.rtol = _tolerance(rtol, "rtol")
         self.patience = whole_number(patience, "patience", least=1)
@@ -223,7 +188,7 @@ class Patience(StopCriterion):
     trainer.fit(data, 100_000, validation=(held_out, 500), stop=vn.Patience(5))
     ```
 
-    `result.best` is the model of the lowest score.
+    `result.best` is the model with the lowest score.
     """
 
     n: int = eqx.field(static=True)

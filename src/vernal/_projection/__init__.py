@@ -13,10 +13,7 @@ from .decompose import (
     jacobian_rtol as jacobian_rtol,
     whiten as whiten,
 )
-from .dense import (
-    DenseWhitening as DenseWhitening,
-    whiten_spectrum as whiten_spectrum,
-)
+from .dense import DenseWhitening as DenseWhitening, whiten_spectrum as whiten_spectrum
 from .null_policy import NullPolicy as NullPolicy
 from .projector import (
     EigenProjector as EigenProjector,

@@ -14,7 +14,17 @@ from .._minimum import Local, measure, what_falls
 from .._policy import StopReason, all_finite
 from .._program import program
 from .._projection import EigenProjector
-from .._step import Progress, defined, live, real_residuals, score, step_key
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    defined,
+    live,
+    overrides,
+    progress_of,
+    real_residuals,
+    score,
+    step_key,
+)
 from .._tree import as_parameters, cast_like, ravel, unravel
 from .tracked_solver import Seen, better, choose, watch
 
@@ -72,9 +82,9 @@ class Start(NamedTuple):
     """The loss where the first of several rounds began, NaN in the first."""
 
     @classmethod
-    def of(cls, trainer: Any) -> "Start":
+    def of(cls, trainer: AbstractTrainer) -> "Start":
         """Takes out of a trainer what `_bare` leaves out."""
-        old: Progress = trainer._progress
+        old: Progress = progress_of(trainer)
         return cls(
             old.latent,
             old.best,
@@ -118,7 +128,7 @@ REASONS = (
 
 
 def run_solver(
-    trainer: Any,
+    trainer: AbstractTrainer,
     projector: EigenProjector | None,
     held: Start,
     problem: Problem,
@@ -225,7 +235,9 @@ def is_suspect(reason: StopReason, in_vain: Any) -> bool:
     return reason not in (StopReason.CONVERGED, StopReason.STALLED)
 
 
-def find_bad(trainer: Any, params: PyTree, batch: Any) -> Bool[Array, " columns"]:
+def find_bad(
+    trainer: AbstractTrainer, params: PyTree, batch: Any
+) -> Bool[Array, " columns"]:
     """Tells whether the loss, and the gradient of each leaf, is not finite."""
     key = step_key(trainer)
 
@@ -262,7 +274,7 @@ def _check_solver(solver: Any) -> None:
         )
 
 
-def _check_class(trainer: Any, solver: Any) -> None:
+def _check_class(trainer: AbstractTrainer, solver: Any) -> None:
     """Checks what depends on classes alone, so that it is enough to do it once."""
     name = type(trainer).__name__
     is_minimiser = isinstance(solver, optx.AbstractMinimiser)
@@ -273,7 +285,7 @@ def _check_class(trainer: Any, solver: Any) -> None:
             "such as `optx.BFGS(rtol=1e-8, atol=1e-8)`."
         )
     for hook in ("transform_grads", "constrain"):
-        if trainer._overrides(hook):
+        if overrides(trainer, hook):
             raise ValueError(
                 f"`{name}` defines `{hook}`, which solvers of Optimistix do not "
                 "support. Use `fit`; or write the constraint into the model, for "

@@ -12,19 +12,25 @@ from jaxtyping import Array
 from .._boundary import boolean, refuse_program, warn
 from .._curvature import Mode, checked_mode, matmul
 from .._data import as_batch
-from .._devices import Placement, context, meeting, placement
+from .._devices import Placement, context, placement, same_inputs
 from .._fit import FitResult
-from .._inference import has_likelihood
+from .._inference import Passes, curvature, fisher, has_likelihood, whitened
 from .._minimum import MOST_PARAMETERS, Distance, distance_of, settled
 from .._policy import StopReason
 from .._projection import DenseWhitening, EigenProjector, Unchanged
 from .._step import (
+    AbstractTrainer,
     Diagnosis,
     Progress,
     count_non_finite,
     diagnosed,
     initial_opt_state,
     live,
+    non_finite_error,
+    progress_of,
+    reproject,
+    stripped,
+    with_progress,
 )
 from .._storage import History
 from .._tree import paths
@@ -52,7 +58,7 @@ _GOES_ON = (StopReason.STALLED, StopReason.FAILED, StopReason.DIVERGED)
 
 
 def solve(
-    trainer: Any,
+    trainer: AbstractTrainer,
     solver: Any,
     batch: Any,
     max_steps: int,
@@ -64,11 +70,11 @@ def solve(
     refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     rewhiten = boolean(rewhiten, "rewhiten")
     place, there = placement(trainer, mesh), trainer
-    with meeting("solve", place) as agree, context(place):
+    with same_inputs("solve", place) as require_same, context(place):
         encoded, rows = checked_solver(solver, max_steps, "max_steps")
         batch = as_batch(batch)
         options = {"max_steps": max_steps, "rewhiten": rewhiten, "jac": jac}
-        agree(trainer, batch, solver=(solver, encoded), **options)
+        require_same(trainer, batch, solver=(solver, encoded), **options)
         if place is not None:
             batch, there = place.batch(batch, "batch"), place.put(trainer)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
@@ -86,7 +92,7 @@ def solve(
             return result
         diagnosis = rounds.diagnosis()
     if trainer.nan_policy.raises:
-        raise result.trainer._non_finite_error(result, diagnosis.advised_on_data)
+        raise non_finite_error(result.trainer, result, diagnosis.advised_on_data)
     warn(f"`solve`: {result.stop_reason} {diagnosis}")
     return result
 
@@ -95,7 +101,11 @@ class _Rounds:
     """A solve on its way."""
 
     def __init__(
-        self, trainer: Any, there: Any, problem: Problem, place: Placement | None
+        self,
+        trainer: AbstractTrainer,
+        there: Any,
+        problem: Problem,
+        place: Placement | None,
     ):
         """**Arguments:**
 
@@ -104,7 +114,7 @@ class _Rounds:
         - `place`: where.
         """
         self._trainer, self._there, self._place = trainer, there, place
-        self._problem, self._bare = problem, there._bare()
+        self._problem, self._bare = problem, stripped(there)
         self._projector, self._held = there.projector, Start.of(there)
         self._end: End | None = None
         self._distance: Distance | None = None
@@ -159,7 +169,7 @@ class _Rounds:
 
         - `reason`: why it ended, unless it knows.
         """
-        old: Progress = self._trainer._progress
+        old: Progress = progress_of(self._trainer)
         if self._end is None:
             none = History(np.zeros(0, int), np.zeros(0, old.best_loss.dtype))
             return FitResult(self._trainer, none, reason or self._reason)
@@ -192,12 +202,12 @@ class _Rounds:
             stopped=jnp.asarray(np.bool_(False)),
         )
         history = History(np.arange(start, start + len(losses)), losses)
-        trainer = self._trainer._at(progress, projector=projector)
+        trainer = with_progress(self._trainer, progress, projector=projector)
         return FitResult(trainer, history, reason, self._distance)
 
 
 def _whitened_again(
-    trainer: Any, problem: Problem
+    trainer: AbstractTrainer, problem: Problem
 ) -> tuple[EigenProjector, Any] | None:
     """Whitens where a trainer is now, as `Trainer.whiten` does by default.
 
@@ -221,30 +231,28 @@ def _whitened_again(
             for block, whitening in whitenings
             if isinstance(whitening, DenseWhitening)
         )
-    options: Any = {
-        "blocks": blocks,
-        "batch_size": _COLUMNS if size > MOST_PARAMETERS else None,
-        "jac": problem.jac,
-    }
+    passes = Passes(_COLUMNS if size > MOST_PARAMETERS else None, problem.jac)
     try:
-        again = trainer.whiten(problem.batch, **options)
+        found = whitened(trainer, problem.batch, blocks, passes, {})
+        again = reproject(trainer, found, None)
     except ValueError:
-        again = _whitened_without_signs(trainer, problem.batch, options)
+        again = _whitened_without_signs(trainer, problem.batch, blocks, passes)
     return None if again is None else (again.projector, again.latent)
 
 
-def _whitened_without_signs(trainer: Any, batch: Any, options: Any) -> Any:
+def _whitened_without_signs(
+    trainer: AbstractTrainer, batch: Any, blocks: Any, passes: Passes
+) -> AbstractTrainer | None:
     """Whitens where a Hessian curves downwards too: by how much, either way.
 
     See Dauphin et al., *Identifying and attacking the saddle point problem in
     high-dimensional non-convex optimization* (2014).
     """
-    of = trainer.fisher if has_likelihood(trainer) else trainer.curvature
-    found = jax.tree.map(_without_signs, of(batch, **options))
-    is_whole = options["blocks"] is None
-    make = EigenProjector.from_fisher if is_whole else EigenProjector.from_blocks
+    matrix = fisher if has_likelihood(trainer) else curvature
+    found = jax.tree.map(_without_signs, matrix(trainer, batch, blocks, passes))
+    make = EigenProjector.from_fisher if blocks is None else EigenProjector.from_blocks
     try:
-        return trainer.reproject(make(found, trainer.params, on_null="prior"))
+        return reproject(trainer, make(found, trainer.params, on_null="prior"), None)
     except ValueError:
         # Neither is it finite.
         return None

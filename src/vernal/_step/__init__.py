@@ -1,5 +1,16 @@
 """One step, pure, and what it fits."""
 
+from .abstract_trainer import (
+    AbstractTrainer as AbstractTrainer,
+    TrainerT as TrainerT,
+    changed as changed,
+    config_of as config_of,
+    overrides as overrides,
+    progress_of as progress_of,
+    stripped as stripped,
+    template_of as template_of,
+    with_progress as with_progress,
+)
 from .constrain import check_elementwise as check_elementwise
 from .construct import (
     check_arguments as check_arguments,
@@ -8,9 +19,7 @@ from .construct import (
     find_trained as find_trained,
     fit_projector as fit_projector,
     initial_opt_state as initial_opt_state,
-    kept as kept,
     no_optimiser as no_optimiser,
-    refuse_names_in_latent_space as refuse_names_in_latent_space,
 )
 from .diagnosis import (
     Diagnosis as Diagnosis,
@@ -18,13 +27,16 @@ from .diagnosis import (
     diagnosed as diagnosed,
     explain_non_finite as explain_non_finite,
 )
-from .hyperparams import (
-    beginning as beginning,
-    carried_over as carried_over,
-    settled as settled,
+from .hyperparams import beginning as beginning, settled as settled
+from .model import checked_model as checked_model
+from .model_template import ModelTemplate as ModelTemplate
+from .nan_report import (
+    is_at_bad_step as is_at_bad_step,
+    last_bad_step as last_bad_step,
+    nan_report as nan_report,
+    non_finite_error as non_finite_error,
+    raise_if_non_finite as raise_if_non_finite,
 )
-from .model import check_state as check_state, checked_model as checked_model
-from .model_template import Parts as Parts
 from .objective import (
     defined as defined,
     evaluate as evaluate,
@@ -35,16 +47,19 @@ from .objective import (
     score as score,
     step_key as step_key,
 )
-from .step import (
+from .precision import (
+    precision_of as precision_of,
+    require_precision as require_precision,
+)
+from .progress import (
     MOST_STEPS as MOST_STEPS,
     Best as Best,
-    Outcome as Outcome,
     Progress as Progress,
-    advance as advance,
     count_non_finite as count_non_finite,
     held_best as held_best,
     initial_progress as initial_progress,
     ranked as ranked,
-    scored_anew as scored_anew,
-    tree_norm as tree_norm,
+    with_comparable_best as with_comparable_best,
 )
+from .replace import replaced_fields as replaced_fields, reproject as reproject
+from .step import Outcome as Outcome, advance as advance, tree_norm as tree_norm

@@ -19,6 +19,13 @@ from .._boundary import PyTree
 from .._closure import Closure
 from .._projection import EigenProjector, Unchanged
 from .._tree import cast_like, paths, require_alike
+from .abstract_trainer import (
+    AbstractTrainer,
+    overrides,
+    progress_of,
+    template_of,
+    with_progress,
+)
 
 Clip = Callable[[PyTree], PyTree]
 """What `constrain` makes of the parameters."""
@@ -29,15 +36,17 @@ _TOGETHER = 10
 _MOST_CHANGES = 100
 
 
-def clip_of(trainer: Any, given: str) -> Clip:
+def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
     """Returns what a trainer's `constrain` makes of parameters, and checks that."""
 
     def clip(params: PyTree) -> PyTree:
-        model = trainer._parts.join(params)
-        there = trainer._at(eqx.tree_at(lambda p: p.params, trainer._progress, params))
+        model = template_of(trainer).join(params)
+        there = with_progress(
+            trainer, eqx.tree_at(lambda p: p.params, progress_of(trainer), params)
+        )
         constrained = there.constrain(model)
         require_alike(constrained, model, "what `constrain` returns", given)
-        return cast_like(trainer._parts.trained(constrained), params)
+        return cast_like(template_of(trainer).trained(constrained), params)
 
     return clip
 
@@ -155,7 +164,7 @@ def _first_alone(flags: PyTree) -> PyTree:
     )
 
 
-def coupled(trainer: Any, clip: Clip) -> EigenProjector | None:
+def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
     """Returns the projector in whose metric `clip` has to be a projection, if any.
 
     **Raises:**
@@ -183,13 +192,13 @@ def coupled(trainer: Any, clip: Clip) -> EigenProjector | None:
     return projector
 
 
-def check_elementwise(trainer: Any) -> None:
+def check_elementwise(trainer: AbstractTrainer) -> None:
     """Refuses a `constrain` that cannot be projected, before a fit begins.
 
     In a metric that couples what it changes, it has to clip each element by itself.
     That is tried at some points around the present one.
     """
-    is_there = trainer.projector is not None and trainer._overrides("constrain")
+    is_there = trainer.projector is not None and overrides(trainer, "constrain")
     if not is_there or isinstance(trainer.step_count, Tracer):
         return
     clip = clip_of(trainer, "what it was given")

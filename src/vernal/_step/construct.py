@@ -12,6 +12,7 @@ from .._optimiser import ParamOptimiser
 from .._policy import NanPolicy
 from .._projection import EigenProjector
 from .._tree import UnknownPathError, cast_like, is_inexact, paths, resolve
+from .abstract_trainer import AbstractTrainer
 from .model import check_state
 from .objective import METHODS, defined
 
@@ -23,7 +24,7 @@ _HOOKS = {
 _OF_POLICY = {"init": ("params",), "apply": ("loss", "grads", "state")}
 
 
-def check_class(trainer: Any, key: Any, state: PyTree) -> None:
+def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
     methods = defined(trainer)
     if not methods:
         raise TypeError(
@@ -93,7 +94,7 @@ def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
         prng_key(key)
 
 
-def no_optimiser(trainer: Any) -> ValueError:
+def no_optimiser(trainer: AbstractTrainer) -> ValueError:
     """Says what to do about a trainer that cannot take a step."""
     return ValueError(
         f"`{type(trainer).__name__}` has no optimiser. Give it one: "

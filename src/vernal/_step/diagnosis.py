@@ -16,6 +16,15 @@ from .._data import Minibatches, as_batch
 from .._policy import SKIP_ADVICE
 from .._program import version_of
 from .._tree import is_inexact
+from .abstract_trainer import (
+    AbstractTrainer,
+    overrides,
+    progress_of,
+    stripped,
+    template_of,
+    with_progress,
+)
+from .nan_report import is_at_bad_step
 from .objective import (
     defined,
     live,
@@ -65,7 +74,7 @@ class Diagnosis(NamedTuple):
         return f"{self} {DATA_ADVICE}" if self.data else str(self)
 
 
-def explain_non_finite(trainer: Any, batch: Any) -> str:
+def explain_non_finite(trainer: AbstractTrainer, batch: Any) -> str:
     """Says in sentences where a value that is not finite comes from.
 
     It names the leaves of the batch, the parameters and the frozen arrays that are not
@@ -81,7 +90,7 @@ def explain_non_finite(trainer: Any, batch: Any) -> str:
     return str(diagnosed(trainer, batch))
 
 
-def diagnosed(trainer: Any, batch: Any) -> Diagnosis:
+def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     """Returns what `explain_non_finite` says, by origin.
 
     **Raises:**
@@ -96,7 +105,7 @@ def diagnosed(trainer: Any, batch: Any) -> Diagnosis:
     if isinstance(batch, Minibatches):
         step = trainer.step_count
         batch = batch.next(batch.start(step), step)[0]
-    bare, batch = trainer._bare(), as_batch(batch)
+    bare, batch = stripped(trainer), as_batch(batch)
     if is_debugged():
         _raise_at_origin(bare, batch)
     results = _bad_results(bare, batch)
@@ -131,34 +140,34 @@ def _empty(batch: Any) -> tuple[str, ...]:
     return _abridged([f"{spelled('batch', keys)} is empty." for keys in empty])
 
 
-def _bad_update(trainer: Any, batch: Any) -> tuple[str, ...]:
+def _bad_update(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     """Says which hook, or else that the optimiser, makes an update that is not finite.
 
     The hooks are tried at the parameters before the step.
     """
-    *_, lasts = jax.device_get(trainer._progress.nan_counts)
+    *_, lasts = jax.device_get(progress_of(trainer).nan_counts)
     if lasts[-1] < lasts.max() or lasts[-1] < 0:
         return ()
     hooks: dict[str, Callable[..., Any]] = {
         "transform_grads": lambda *args: args[0].transform_grads(
             _gradients(*args), args[0].model
         ),
-        "constrain": lambda *args: trainer._parts.trained(
+        "constrain": lambda *args: template_of(trainer).trained(
             args[0].constrain(args[0].model)
         ),
     }
     for name, hook in hooks.items():
-        if trainer._overrides(name):
-            changed = _evaluated(trainer._bare(), batch, hook)
+        if overrides(trainer, name):
+            changed = _evaluated(stripped(trainer), batch, hook)
             if bad := [repr(dotted(keys)) for keys, _ in _bad_leaves(changed)]:
                 names = ", ".join(bad[:_MOST_NAMED])
                 return (f"What `{name}` returns is not finite in {names}.",)
-    own = [f"`{name}`" for name in hooks if trainer._overrides(name)]
+    own = [f"`{name}`" for name in hooks if overrides(trainer, name)]
     makers = " or ".join(["the optimiser", *own])
     return (f"The update that {makers} made of it is not.",)
 
 
-def _bad_model(trainer: Any) -> tuple[str, ...]:
+def _bad_model(trainer: AbstractTrainer) -> tuple[str, ...]:
     trained = {keys for keys, _ in _leaves(trainer.params)}
     return _abridged(
         [
@@ -220,16 +229,16 @@ def _index(flat: Any, shape: tuple[int, ...]) -> str:
     return str([int(i) for i in np.unravel_index(int(flat), shape)])
 
 
-def _at_bad_step(trainer: Any) -> Any:
+def _at_bad_step(trainer: AbstractTrainer) -> Any:
     """Returns the trainer as it was before its last step, if that was a bad one."""
-    if not trainer._is_at_a_bad_step():
+    if not is_at_bad_step(trainer):
         return trainer
-    progress = trainer._progress
+    progress = progress_of(trainer)
     before = eqx.tree_at(lambda p: p.step_count, progress, progress.step_count - 1)
-    return trainer._at(before)
+    return with_progress(trainer, before)
 
 
-def _bad_results(trainer: Any, batch: Any) -> tuple[str, ...]:
+def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     """Says which of a trainer's methods, or which gradient, is not finite."""
     methods = defined(trainer)
     found = [_bad_result(trainer, batch, name) for name in methods]
@@ -246,7 +255,7 @@ def _bad_results(trainer: Any, batch: Any) -> tuple[str, ...]:
     return (f"the loss is finite, but not its gradient in {shown}.", _GRADIENT_REMEDY)
 
 
-def _bad_result(trainer: Any, batch: Any, name: str) -> str:
+def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
     """Says whether one method is finite, by default what a fit minimises."""
     method = {
         "residuals": residuals_as_returned,
@@ -264,12 +273,12 @@ def _bad_result(trainer: Any, batch: Any, name: str) -> str:
     return f"{what} is {kind} first at {_index(first, value.shape)} of {size}."
 
 
-def _gradients(trainer: Any, batch: Any, key: Any) -> PyTree:
+def _gradients(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
     loss = lambda params: score(live(trainer, params), batch, key).loss
     return jax.grad(loss)(trainer.params)
 
 
-def _raise_at_origin(trainer: Any, batch: Any) -> None:
+def _raise_at_origin(trainer: AbstractTrainer, batch: Any) -> None:
     """Evaluates the loss and its gradient one operation after the other."""
     key = step_key(trainer)
     with debugged(), jax.disable_jit():
@@ -283,7 +292,7 @@ def _raise_at_origin(trainer: Any, batch: Any) -> None:
                 return
 
 
-def _evaluated(trainer: Any, batch: Any, method: Callable[..., Any]) -> Any:
+def _evaluated(trainer: AbstractTrainer, batch: Any, method: Callable[..., Any]) -> Any:
     """Evaluates a method, `None` if that fails: what is explained is another error."""
     # A new function, so that it is compiled anew: the user's code may have changed.
     fn = eqx.filter_jit(lambda t, b: method(t, b, step_key(t)))

@@ -9,9 +9,11 @@ import optax.contrib
 from jax.core import Tracer
 from jaxtyping import Array
 
-from .._boundary import PyTree, precision_of
+from .._boundary import PyTree
 from .._tree import cast_like, is_inexact
+from .abstract_trainer import AbstractTrainer
 from .construct import initial_opt_state
+from .precision import precision_of
 
 # The fields of Optax's states that begin with what a user gave. All else in a state is
 # made from the parameters and the gradients.
@@ -57,7 +59,7 @@ def _flags_of(node: Any) -> Any:
     return type(node)(**fields)
 
 
-def beginning(trainer: Any) -> PyTree:
+def beginning(trainer: AbstractTrainer) -> PyTree:
     """Returns what the user set of a trainer's optimiser, as it begins with it."""
     if not jax.tree.leaves(user_set(trainer.opt_state)):
         return None
@@ -102,7 +104,9 @@ def _differs(a: Array, b: Array) -> Any:
     return (a != b) & ~((a != a) & (b != b))
 
 
-def carried_over(trainer: Any, params: PyTree, latent: PyTree, fresh: PyTree) -> PyTree:
+def carried_over(
+    trainer: AbstractTrainer, params: PyTree, latent: PyTree, fresh: PyTree
+) -> PyTree:
     """Returns the state with which another optimiser goes on.
 
     That is the old one's, if the new one's has the same structure, shapes and dtypes,

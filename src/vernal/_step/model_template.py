@@ -14,7 +14,7 @@ from .._pickling import Portable
 from .._tree import is_inexact
 
 
-class Parts(Portable, eqx.Module):
+class ModelTemplate(Portable, eqx.Module):
     """All of a model but its trained parameters.
 
     Arrays are leaves; what is no array (functions, Python numbers, strings) is static

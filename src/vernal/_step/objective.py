@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._boundary import PyTree
 from .._data import as_given
 from .._tree import cast_alike, is_inexact
+from .abstract_trainer import AbstractTrainer, progress_of, with_progress
 from .outer import warn_of_outer
 
 METHODS = ("loss", "residuals", "nll")
@@ -23,18 +24,20 @@ class Scored(NamedTuple):
     state: PyTree
 
 
-def defined(trainer: Any) -> tuple[str, ...]:
+def defined(trainer: AbstractTrainer) -> tuple[str, ...]:
     """Lists which of the three methods a trainer's class defines."""
     kind = type(trainer)
     return tuple(name for name in METHODS if callable(getattr(kind, name, None)))
 
 
-def live(trainer: Any, params: Any) -> Any:
+def live(trainer: AbstractTrainer, params: Any) -> Any:
     """Returns the trainer as its methods see it when they are called at `params`."""
-    return trainer._at(eqx.tree_at(lambda p: p.params, trainer._progress, params))
+    return with_progress(
+        trainer, eqx.tree_at(lambda p: p.params, progress_of(trainer), params)
+    )
 
 
-def step_key(trainer: Any) -> PRNGKeyArray | None:
+def step_key(trainer: AbstractTrainer) -> PRNGKeyArray | None:
     """Returns the key of the step that comes next, if the trainer has a key."""
     if trainer.key is None:
         return None
@@ -42,7 +45,7 @@ def step_key(trainer: Any) -> PRNGKeyArray | None:
 
 
 def score(
-    trainer: Any, batch: Any, key: PRNGKeyArray | None, model: Any = None
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Scored:
     """Evaluates what a trainer's class minimises.
 
@@ -62,7 +65,9 @@ def score(
     return Scored(_as_scalar(trainer, "loss", loss), named, state)
 
 
-def _taken_apart(trainer: Any, returned: Any) -> tuple[Any, dict[Any, Any], Any]:
+def _taken_apart(
+    trainer: AbstractTrainer, returned: Any
+) -> tuple[Any, dict[Any, Any], Any]:
     """Finds the loss, the metrics and the state in what a `loss` returned."""
     parts = returned if isinstance(returned, tuple) else (returned,)
     has_state = trainer.state is not None
@@ -83,13 +88,13 @@ def _taken_apart(trainer: Any, returned: Any) -> tuple[Any, dict[Any, Any], Any]
     )
 
 
-def evaluate(trainer: Any, batch: Any) -> Float[Array, ""]:
+def evaluate(trainer: AbstractTrainer, batch: Any) -> Float[Array, ""]:
     """Scores a trainer's model on a validation batch."""
     value = trainer.evaluate(trainer.model, as_given(batch))
     return _as_scalar(trainer, "evaluate", value)
 
 
-def metric_shapes(trainer: Any, batch: Any) -> dict[str, Any]:
+def metric_shapes(trainer: AbstractTrainer, batch: Any) -> dict[str, Any]:
     """Finds the metrics that a trainer's loss returns, without evaluating it."""
     return eqx.filter_eval_shape(
         lambda t, b: score(t, b, t.key).metrics, trainer, batch
@@ -97,7 +102,7 @@ def metric_shapes(trainer: Any, batch: Any) -> dict[str, Any]:
 
 
 def negative_log_likelihood(
-    trainer: Any, batch: Any, key: PRNGKeyArray | None, model: Any = None
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Float[Array, ""]:
     """Evaluates `nll` where it is defined, else half the sum of squared residuals."""
     model = trainer.model if model is None else model
@@ -110,7 +115,7 @@ def negative_log_likelihood(
 
 
 def real_residuals(
-    trainer: Any, batch: Any, key: PRNGKeyArray | None
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
 ) -> Float[Array, " N"]:
     """Evaluates `residuals` as one real vector: of a complex one, both its parts."""
     residuals = residuals_as_returned(trainer, batch, key)
@@ -124,7 +129,7 @@ def real_residuals(
 
 
 def residuals_as_returned(
-    trainer: Any, batch: Any, key: PRNGKeyArray | None, model: Any = None
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Array:
     """Evaluates `residuals`, in the shape that they have."""
     model = trainer.model if model is None else model
@@ -152,7 +157,7 @@ def residuals_as_returned(
 
 
 def _call(
-    trainer: Any,
+    trainer: AbstractTrainer,
     name: str,
     model: Any,
     batch: Any,
@@ -165,7 +170,7 @@ def _call(
     return method(model, as_given(batch), **options)
 
 
-def _as_metric(trainer: Any, name: Any, value: Any) -> Array:
+def _as_metric(trainer: AbstractTrainer, name: Any, value: Any) -> Array:
     if hasattr(value, "dtype") or isinstance(value, int | float | complex):
         return jnp.asarray(value)
     raise TypeError(
@@ -178,7 +183,7 @@ def _is_complex(value: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(value), jnp.complexfloating))
 
 
-def _as_scalar(trainer: Any, name: str, value: Any) -> Float[Array, ""]:
+def _as_scalar(trainer: AbstractTrainer, name: str, value: Any) -> Float[Array, ""]:
     where = f"`{type(trainer).__name__}.{name}`"
     if not isinstance(value, jax.Array | float | int) and not hasattr(value, "dtype"):
         raise TypeError(

@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array
 
 from .._boundary import spelled, warn_once
+from .abstract_trainer import AbstractTrainer
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -49,7 +50,7 @@ def _suspects(
     return (columns[0], None) if columns else None
 
 
-def warn_of_outer(trainer: Any, residuals: Array, batch: Any) -> None:
+def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> None:
     """Warns, once for a class, of residuals that are more than there are data."""
     shape = residuals.shape
     if len(shape) < 2:

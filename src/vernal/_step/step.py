@@ -1,56 +1,29 @@
 """One step of a fit, pure: the order of things, the last guard, best, counts."""
 
-import dataclasses
 import functools as ft
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._curvature import in_reverse
-from .._policy import Verdict, all_finite, is_finite
+from .._policy import all_finite, is_finite, judged
 from .._projection import EigenProjector
-from .._tree import LIKE_STATE, cast_alike, cast_like, require_alike, widest
+from .._tree import cast_alike, cast_like, require_alike, widest
+from .abstract_trainer import AbstractTrainer, overrides, progress_of
 from .constrain import clip_of, coupled, project
 from .objective import live, score, step_key
-
-# Steps are counted in 32 bits.
-MOST_STEPS = 2**31 - 1
+from .progress import Progress, count_non_finite, held_best, ranked
 
 _INPUT = "what it was given"
 _LIKE_INPUT = "Return gradients of the dtypes that it is given."
 _MOVED = ("the parameters", " A learning rate must be one number.")
-
-
-class Progress(eqx.Module):
-    """All that changes while a trainer fits. The rest of a trainer is configuration.
-
-    `latent` is what the optimiser moves if there is a projector, and `None` if it
-    moves the parameters themselves. The rows of `nan_counts` are totals, first steps
-    and last steps, -1 for none; the columns are the loss, each leaf, and the update.
-    `is_validated` tells whether it is a validation that `best_loss` is a score of.
-    """
-
-    params: PyTree
-    latent: PyTree
-    opt_state: PyTree
-    policy_state: PyTree
-    state: PyTree
-    best: PyTree
-    best_state: PyTree
-    best_loss: Float[Array, "*members"]
-    is_validated: Bool[Array, "*members"]
-    nan_counts: Int[Array, "*members 3 columns"]
-    step_count: Int[Array, "*members"]
-    stopped: Bool[Array, "*members"]
 
 
 class Outcome(NamedTuple):
@@ -71,70 +44,8 @@ class _Moved(NamedTuple):
     state: PyTree
 
 
-def initial_progress(
-    params: PyTree,
-    latent: PyTree,
-    opt_state: PyTree,
-    policy_state: PyTree,
-    state: PyTree,
-) -> Progress:
-    """Returns the progress of a trainer that has not taken a step."""
-    # NumPy makes these arrays, for which JAX would compile a program each.
-    columns = len(jax.tree.leaves(params)) + 2
-    no_counts = np.array([[0], [-1], [-1]], np.int32)
-    return Progress(
-        params=params,
-        latent=latent,
-        opt_state=opt_state,
-        policy_state=policy_state,
-        state=state,
-        best=params,
-        best_state=state,
-        best_loss=jnp.asarray(np.asarray(np.inf, jnp.result_type(float))),
-        is_validated=jnp.asarray(np.bool_(False)),
-        nan_counts=jnp.asarray(np.repeat(no_counts, columns, axis=1)),
-        step_count=jnp.asarray(np.int32(0)),
-        stopped=jnp.asarray(np.bool_(False)),
-    )
-
-
-def scored_anew(progress: Progress, by_validation: bool) -> Progress:
-    """Forgets the best if it was scored otherwise: the two do not compare."""
-    is_other = progress.is_validated != by_validation
-    pick = lambda x, y: jnp.where(is_other, x, y)
-    return dataclasses.replace(
-        progress,
-        best=jax.tree.map(pick, progress.params, progress.best),
-        best_state=jax.tree.map(pick, progress.state, progress.best_state),
-        best_loss=pick(jnp.full_like(progress.best_loss, jnp.inf), progress.best_loss),
-        is_validated=jnp.asarray(by_validation),
-    )
-
-
-class Best(NamedTuple):
-    """The parameters of the lowest score, and the score."""
-
-    params: PyTree
-    state: PyTree
-    loss: Float[Array, ""]
-
-
-def held_best(progress: Progress) -> Best:
-    """Returns the best so far."""
-    return Best(progress.best, progress.best_state, progress.best_loss)
-
-
-def ranked(progress: Progress, score: Float[Array, ""]) -> Best:
-    """Returns the best, given the score of the current parameters."""
-    return lax.cond(
-        jnp.isfinite(score) & (score < progress.best_loss),
-        lambda: Best(progress.params, progress.state, score),
-        lambda: held_best(progress),
-    )
-
-
 def advance(
-    trainer: Any, batch: Any, *, by_validation: bool = False
+    trainer: AbstractTrainer, batch: Any, *, by_validation: bool = False
 ) -> tuple[Progress, Outcome]:
     """Takes one step of a trainer that has not stopped.
 
@@ -151,7 +62,7 @@ def advance(
 
     The progress after the step, and what can be told of the step.
     """
-    old: Progress = trainer._progress
+    old: Progress = progress_of(trainer)
     key = step_key(trainer)
 
     def scored(params: PyTree) -> tuple[Array, tuple[dict[str, Any], PyTree]]:
@@ -166,7 +77,7 @@ def advance(
     best = held_best(old) if by_validation else ranked(old, measured)
 
     policy = trainer.nan_policy
-    heeded, verdict, policy_state = _judged(policy, loss, grads, old.policy_state)
+    heeded, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
     held = _Moved(old.params, old.latent, old.opt_state, old.state)
 
     def take() -> tuple[_Moved, Bool[Array, ""]]:
@@ -194,7 +105,7 @@ def advance(
             # Under `vmap` both sides of a condition run: a sound step is shown as one.
             shown = jnp.where(sound, jnp.zeros_like(loss), jnp.nan)
             blank = jax.tree.map(lambda g: jnp.where(sound, 0, g), grads)
-            _, again, state = _judged(policy, shown, blank, old.policy_state)
+            _, again, state = judged(policy, shown, blank, old.policy_state)
             return jnp.asarray(again.stop), state
 
         stop, state = lax.cond(
@@ -220,32 +131,6 @@ def advance(
         stopped=stop,
     )
     return new, Outcome(measured, grads, verdict.accept & sound, metrics)
-
-
-def _judged(
-    policy: Any, loss: Array, grads: PyTree, state: PyTree
-) -> tuple[PyTree, Verdict, PyTree]:
-    """Lets a policy judge, and checks what it returned: it may be a user's own."""
-    name = f"`{type(policy).__name__}.apply`"
-    returned = policy.apply(loss, grads, state)
-    is_triple = isinstance(returned, tuple) and len(returned) == 3
-    if not is_triple or not isinstance(returned[1], Verdict):
-        raise TypeError(
-            f"{name} must return `(grads, vn.Verdict(accept=..., stop=...), state)`, "
-            f"but returned {returned!r}."
-        )
-    heeded, verdict, new_state = returned
-    for field, value in verdict._asdict().items():
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"{name} returned a Verdict whose `{field}` has shape "
-                f"{jnp.shape(value)}, but it must be a scalar, for the whole step."
-            )
-    what = f"the gradients that {name} returned"
-    heeded = cast_alike(heeded, grads, what, _INPUT, _LIKE_INPUT)
-    what = f"the state that {name} returned"
-    new_state = cast_alike(new_state, state, what, _INPUT, LIKE_STATE)
-    return heeded, verdict, new_state
 
 
 def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
@@ -275,20 +160,20 @@ def _descending(grad: Array) -> Array:
 
 
 def _move(
-    trainer: Any,
+    trainer: AbstractTrainer,
     grads: PyTree,
     loss: Array,
     state: PyTree,
     value: Callable[[PyTree], Array],
 ) -> _Moved:
     """Applies the optimiser, in the latent space if there is one."""
-    old: Progress = trainer._progress
+    old: Progress = progress_of(trainer)
     projector = trainer.projector
-    if trainer._overrides("transform_grads"):
+    if overrides(trainer, "transform_grads"):
         changed = trainer.transform_grads(grads, trainer.model)
         what = "what `transform_grads` returns"
         grads = cast_alike(changed, grads, what, _INPUT, _LIKE_INPUT)
-    is_constrained = trainer._overrides("constrain")
+    is_constrained = overrides(trainer, "constrain")
     clip = clip_of(trainer, _INPUT) if is_constrained else None
     metric = None if clip is None else coupled(trainer, clip)
     if projector is None:
@@ -335,18 +220,3 @@ def _within(
     within = jax.tree.map(jnp.subtract, latent, metric.to_latent(there))
     pick = lambda new, old: jnp.where(is_clipped, new, old).astype(old.dtype)
     return jax.tree.map(pick, within, grads)
-
-
-def count_non_finite(
-    counts: Int[Array, "3 columns"],
-    bad: Bool[Array, " columns"],
-    step: Int[Array, ""],
-) -> Int[Array, "3 columns"]:
-    totals, first, last = counts
-    return jnp.stack(
-        [
-            totals + bad.astype(totals.dtype),
-            jnp.where(bad & (first < 0), step, first),
-            jnp.where(bad, step, last),
-        ]
-    )

@@ -11,32 +11,32 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # On Windows nothing tells whether a writer is alive.
+except ImportError:  # On Windows there is no way to know whether a writer lives.
     fcntl = None
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file to be written, which takes its place at the end of the block.
+def open_to_replace(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Opens a new file, which replaces `path` at the end of the block.
 
-    It keeps the mode and, where that is allowed, the owner of the one before. Of a link
-    the target is replaced.
+    It keeps the mode and, where that is allowed, the owner of the file before. Of a
+    link, the target is replaced.
     """
     target = Path(os.path.realpath(path))
-    old = _replaceable(target)
+    old = _check_replaceable(target)
     try:
-        _clear(target)
+        _remove_abandoned(target)
         file = _temporary(target)
         temporary = Path(file.name)
         try:
             with file:
                 if old is not None:
-                    _take_over(temporary, old)
+                    _copy_owner_and_mode(temporary, old)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
                 if fcntl is None:
-                    file.close()  # Windows moves no open file.
+                    file.close()  # Windows does not move an open file.
                 temporary.replace(target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -48,8 +48,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise
 
 
-def _replaceable(target: Path) -> os.stat_result | None:
-    """Returns what the file is that is there, `None` for none."""
+def _check_replaceable(target: Path) -> os.stat_result | None:
+    """Returns the `stat` of the file there is, `None` for none."""
     try:
         old = target.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -65,7 +65,7 @@ def _replaceable(target: Path) -> os.stat_result | None:
             f"`path`: {target} is not a regular file, but a pipe, a socket or a "
             "device. Name a file."
         )
-    # Root may write to any file, which is not to say that it should.
+    # Root may write to any file, and should not to these.
     if not old.st_mode & 0o222 or not os.access(target, os.W_OK):
         raise PermissionError(
             f"`path`: {target} is read-only. Make it writable, or name another file."
@@ -74,26 +74,26 @@ def _replaceable(target: Path) -> os.stat_result | None:
 
 
 def _prefix(target: Path) -> str:
-    # Short, since the name of the file may be as long as a name can be.
+    # It is short, since the name of the file may be as long as a name can be.
     return f".vernal-{zlib.crc32(os.fsencode(target.name)):08x}-"
 
 
 def _temporary(target: Path) -> IO[bytes]:
-    """Opens a new file, which is locked as long as its writer lives."""
+    """Opens a new file, which is locked while its writer lives."""
     while True:
         name = f"{_prefix(target)}{uuid.uuid4().hex}"
         file = target.with_name(name).open("xb")
         if fcntl is None:
             return file
-        with contextlib.suppress(OSError):  # Some file systems know no locks.
+        with contextlib.suppress(OSError):  # Some file systems have no locks.
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # Another writer cleared it before it was locked.
+        file.close()  # Another writer removed it before it was locked.
 
 
-def _clear(target: Path) -> None:
-    """Removes what writers of this file have left that were killed."""
+def _remove_abandoned(target: Path) -> None:
+    """Removes what killed writers of this file have left."""
     if fcntl is None:
         return
     for left in target.parent.glob(f"{_prefix(target)}*"):
@@ -102,18 +102,18 @@ def _clear(target: Path) -> None:
             left.unlink()
 
 
-def _take_over(temporary: Path, old: os.stat_result) -> None:
+def _copy_owner_and_mode(temporary: Path, old: os.stat_result) -> None:
     new = temporary.stat()
     if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
-        with contextlib.suppress(OSError, AttributeError):  # Root alone may do so.
+        with contextlib.suppress(OSError, AttributeError):  # Only root may.
             os.chown(temporary, old.st_uid, old.st_gid)
     if stat.S_IMODE(new.st_mode) != stat.S_IMODE(old.st_mode):
         temporary.chmod(stat.S_IMODE(old.st_mode))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Writes to the disk that a file has taken its place."""
-    with contextlib.suppress(OSError):  # Windows opens no folder.
+    """Makes the renaming of a file survive a power cut."""
+    with contextlib.suppress(OSError):  # Windows does not open folders.
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The directory of a fit's checkpoints: whose it is, and that one fit uses it."""
+"""The directory of a fit's checkpoints: it is recognised, and locked by one fit."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from .file import NewerFormatError
 
 _MARKER = "vernal.json"
 
-# What a directory of checkpoints has in it. The marker alone may be lost or damaged.
-_SIGNS = {_MARKER, "lock", "steps", "history.bin", "validation.bin"}
+# The content of a directory of checkpoints. The marker may be lost or damaged.
+_NAMES = {_MARKER, "lock", "steps", "history.bin", "validation.bin"}
 
 
 def claim(folder: Path) -> IO[str]:
-    """Makes a directory the fit's own, until the file that is returned is closed.
+    """Locks a directory for one fit, until the returned file is closed.
 
     **Arguments:**
 
@@ -34,7 +34,7 @@ def claim(folder: Path) -> IO[str]:
     with contextlib.ExitStack() as stack:
         try:
             _require_ours(folder)
-            # In this order: wherever the process is killed, the directory is known.
+            # In this order, the directory is recognised wherever the process is killed.
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((folder / "lock").open("a"))
             _lock_or_refuse(lock, folder)
@@ -53,8 +53,8 @@ def claim(folder: Path) -> IO[str]:
 def _require_ours(folder: Path) -> None:
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     written_by = _format(folder / _MARKER)
-    # A lock and a marker are what a process leaves that was killed at its beginning.
-    is_ours = written_by is not None or len(names & _SIGNS) > 1
+    # A process that was killed at its beginning leaves a lock and a marker.
+    is_ours = written_by is not None or len(names & _NAMES) > 1
     if not is_ours and names - {"lock", _MARKER}:
         raise ValueError(
             f"`checkpoint`: {folder} holds something else than checkpoints. Give "
@@ -64,7 +64,7 @@ def _require_ours(folder: Path) -> None:
 
 
 def require_known(written_by: int, folder: Path) -> None:
-    """Checks that a format is one that this version of vernal knows."""
+    """Checks that this version of vernal knows a format."""
     if written_by > FORMAT:
         raise NewerFormatError(
             f"`checkpoint`: {folder} was written by a later version of vernal. Upgrade "
@@ -90,7 +90,7 @@ def _mark(marker: Path) -> None:
 def _lock_or_refuse(lock: IO[str], folder: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # On Windows two fits in one directory go unnoticed.
+    except ImportError:  # On Windows two fits in one directory are not noticed.
         return
     try:
         # The kernel unlocks it when the process ends, however it ends.
@@ -100,5 +100,5 @@ def _lock_or_refuse(lock: IO[str], folder: Path) -> None:
             f"`checkpoint`: another fit is writing to {folder} now. Wait for it, or "
             "give another directory."
         ) from None
-    except OSError:  # Some file systems of networks know no locks.
+    except OSError:  # Some file systems of networks have no locks.
         return

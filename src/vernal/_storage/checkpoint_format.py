@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: arrays, and a description with checksums."""
+"""The format of a checkpoint: arrays, and a description with checksums."""
 
 import json
 import math
@@ -13,16 +13,17 @@ import numpy as np
 from jaxtyping import Array
 
 from .._tree import Kind, NamedArray, is_part
+from .npy import is_extended
 
 FORMAT = 2
 
-# Arrays below this many bytes are written together: each one by itself takes longer to
-# describe than to write.
+# Arrays of fewer bytes are written together: Orbax takes longer to describe one than to
+# write it.
 _LARGE = 2**16
 
 
 class Leaf(NamedTuple):
-    """What a checkpoint says of a leaf: what it is, and what was written for it."""
+    """A leaf, and the array that was written for it."""
 
     shape: list[int]
     dtype: str
@@ -35,7 +36,7 @@ class Leaf(NamedTuple):
 
 
 def pack(arrays: Mapping[str, NamedArray]) -> tuple[dict[str, Any], list[Any]]:
-    """Returns what describes arrays, and the arrays to write: few, for many small."""
+    """Returns a description of arrays, and what to write: few arrays."""
     large = {p: leaf.array for p, leaf in arrays.items() if _is_large(leaf.array)}
     others = [leaf.array for path, leaf in arrays.items() if path not in large]
     small = b"".join(np.asarray(x).tobytes() for x in jax.device_get(others))
@@ -54,20 +55,14 @@ def pack(arrays: Mapping[str, NamedArray]) -> tuple[dict[str, Any], list[Any]]:
 
 
 def leaves(description: Mapping[str, Any]) -> dict[str, Leaf]:
-    """Returns what was written, by path."""
+    """Returns the leaves that were written, by path."""
     return {path: Leaf(*fields) for path, *fields in description["leaves"]}
 
 
 def layout(
     description: Mapping[str, Any], sharding: Callable[[str], Any]
 ) -> list[np.ndarray | jax.ShapeDtypeStruct]:
-    """Returns the shapes of the arrays that were written.
-
-    **Arguments:**
-
-    - `description`: what `pack` returned.
-    - `sharding`: says of a path where its array is to be.
-    """
+    """Returns the shapes of the arrays that were written, each with its sharding."""
     written = leaves(description)
     small = np.zeros(len(_padded(bytes(description["bytes"]))), np.uint8)
     return [
@@ -84,33 +79,33 @@ def layout(
 
 
 def unpack(description: Mapping[str, Any], written: list[Any]) -> dict[str, NamedArray]:
-    """Undoes `pack`, or raises a `ValueError` if a checksum is another."""
+    """Undoes `pack`, or raises a `ValueError` if a checksum differs."""
     padded, *large = written
     small = np.asarray(padded)[: description["bytes"]]
     if zlib.crc32(small.tobytes()) != description["crc"]:
-        raise ValueError("the checksum is another")
+        raise ValueError("the checksum differs")
     if [_checksum(array) for array in large] != description["sums"]:
-        raise ValueError("the checksum of an array is another")
-    arrays, place = dict(zip(description["large"], large, strict=True)), 0
+        raise ValueError("the checksum of an array differs")
+    arrays, start = dict(zip(description["large"], large, strict=True)), 0
     named = {}
     for path, leaf in leaves(description).items():
         if path not in arrays:
             dtype, shape = jnp.dtype(leaf.data_dtype), leaf.data_shape
-            end = place + dtype.itemsize * math.prod(shape)
-            arrays[path] = small[place:end].view(dtype).reshape(shape)
-            place = end
+            end = start + dtype.itemsize * math.prod(shape)
+            arrays[path] = small[start:end].view(dtype).reshape(shape)
+            start = end
         named[path] = NamedArray(leaf.kind, arrays[path])
     return named
 
 
 def sealed(content: Any) -> str:
-    """Writes something as JSON, with a checksum."""
+    """Returns something as JSON, with a checksum."""
     text = json.dumps(content)
     return json.dumps({"content": text, "crc": zlib.crc32(text.encode())})
 
 
 def unsealed(text: str | bytes) -> Any:
-    """Reads what `sealed` wrote, or raises a `ValueError` if it is not whole."""
+    """Undoes `sealed`, or raises a `ValueError` if the text is damaged."""
     try:
         seal = json.loads(text)
         content, crc = seal["content"], seal["crc"]
@@ -118,24 +113,24 @@ def unsealed(text: str | bytes) -> Any:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError("its description is damaged") from error
     if not is_whole:
-        raise ValueError("the checksum of its description is another")
+        raise ValueError("the checksum of its description differs")
     return json.loads(content)
 
 
 def _padded(small: bytes) -> bytes:
-    # Orbax writes no array without elements.
+    # Orbax does not write an array without elements.
     return small or bytes(1)
 
 
 def _is_large(array: Any) -> bool:
-    # Of the dtypes of one byte or less that NumPy lacks, Orbax does not write all.
-    is_odd = array.dtype.isbuiltin == 2 and array.dtype.itemsize == 1
+    # Orbax does not write all dtypes of one byte or less that NumPy lacks.
+    is_odd = is_extended(array.dtype) and array.dtype.itemsize == 1
     return is_part(array) or (array.nbytes >= _LARGE and not is_odd)
 
 
 @jax.jit
-def _sum(array: Array) -> Array:
-    """Adds up the bits of an array, each word times its place, on its own device."""
+def _weighted_sum(array: Array) -> Array:
+    """Returns the sum of the words of an array, each times its place, on its device."""
     if jnp.iscomplexobj(array):
         array = jnp.stack([array.real, array.imag])
     if array.dtype == bool:
@@ -147,4 +142,4 @@ def _sum(array: Array) -> Array:
 
 
 def _checksum(array: Any) -> int:
-    return int(_sum(array))
+    return int(_weighted_sum(array))

@@ -1,4 +1,4 @@
-"""`Checkpoints`: where and how often a fit writes down where it is."""
+"""`Checkpoints`: where and how often a fit writes its state."""
 
 import datetime
 import os
@@ -11,19 +11,19 @@ from .._boundary import file_path, whole_number
 
 @final
 class Checkpoints:
-    """Writes the state of a fit to a directory, again and again, in the background.
+    """Writes the state of a fit to a directory at intervals, in the background.
 
     ```python
     checkpoints = vn.Checkpoints("runs/first", every=datetime.timedelta(minutes=1))
     result = trainer.fit(data, steps=1_000_000, checkpoint=checkpoints)
     ```
 
-    Run the same program again, after it was killed or has ended, and the fit does what
-    is left of its steps: to the same bits as if nothing had happened. Parameters,
+    Run the same program again, after it was killed or has ended, and the fit takes the
+    steps that are left: to the same bits as if nothing had happened. Parameters,
     moments, counts, the best, the projector and the history come from the directory;
-    what is configuration (the model, rates, policies, the key, the data) comes from the
+    the configuration (the model, rates, policies, the key, the data) comes from the
     program. A directory is for one fit: a checkpoint holds checksums of the data and of
-    the methods of the class, and others are warned of.
+    the methods of the class, and a fit with others warns.
 
     Needs `pip install vernal[checkpoint]`, which is
     [Orbax](https://orbax.readthedocs.io).
@@ -41,22 +41,22 @@ class Checkpoints:
     ):
         """**Arguments:**
 
-        - `directory`: a directory that is empty or does not exist yet; or the one of an
+        - `directory`: a directory that is empty or does not exist yet; or that of an
             earlier run of the same fit. `~` is the home directory. An object store
             (`gs://...`) must be mounted, since the directory is locked, and the
             history is appended to.
-        - `every`: a number of steps, or the time between two checkpoints. One that is
-            due while the last is still being written is left out. The last state of a
-            fit is always written.
-        - `keep`: how many checkpoints to keep, the newest.
+        - `every`: a number of steps, or the time between two checkpoints. A checkpoint
+            that is due while the last is still being written is left out. The last
+            state of a fit is always written.
+        - `keep`: how many of the newest checkpoints to keep.
 
         **Raises:**
 
         - `ImportError`: if Orbax is not installed.
-        - `TypeError`, `ValueError`: if `directory` is no path of a directory, or
-            `every` or `keep` is not positive.
+        - `TypeError`, `ValueError`: if `directory` is not the path of a directory,
+            or `every` or `keep` is not positive.
         """
-        require_orbax()
+        _require_orbax()
         self.directory = _local(directory)
         if isinstance(every, datetime.timedelta):
             if every <= datetime.timedelta(0):
@@ -99,7 +99,7 @@ def _local(directory: Any) -> Path:
         ) from error
 
 
-def require_orbax() -> None:
+def _require_orbax() -> None:
     try:
         import orbax.checkpoint  # noqa: F401
     except ModuleNotFoundError as error:

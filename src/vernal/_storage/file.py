@@ -22,25 +22,27 @@ from jax.core import Tracer
 from jax.experimental.multihost_utils import process_allgather
 
 from .._tree import Kind, LoadError, NamedArray, as_kind, is_part
-from .atomic import replacing
+from .atomic import open_to_replace
 from .npy import (
-    Described,
-    described,
-    directory,
-    located,
+    StoredArray,
+    is_extended,
+    list_members,
+    locate,
+    numpy_view,
     read_array,
     read_bytes,
+    read_header,
     write_array,
 )
 
-# In the second format a leaf may lie in a member that has another name than the leaf.
+# In the second format a member may have another name than its leaf.
 _FORMAT = 2
 _HEADER = "vernal.json"
 
-# The longest name of a leaf that is the name of its member too.
+# A leaf with a longer name has a member with another name.
 _LONGEST_NAME = 200
 
-# What NumPy makes of a Python integer, on one machine or another.
+# NumPy turns a Python integer into one of these, depending on the machine.
 _INTEGERS = (np.int64, np.uint64, np.int32)
 
 
@@ -64,14 +66,14 @@ def write_file(path: str | os.PathLike[str], arrays: Mapping[str, NamedArray]) -
     for name, leaf in arrays.items():
         _require_values(name, leaf.array)
     members = {name: _member(name, n) for n, name in enumerate(arrays)}
-    header = _described(arrays, members)
+    header = _make_header(arrays, members)
     whole = {name: _whole(leaf.array) for name, leaf in arrays.items()}
     if jax.process_index() > 0:
         return
-    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with open_to_replace(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr(_HEADER, header)
         for name, array in whole.items():
-            write_array(archive, members[name], plain(np.asarray(array)))
+            write_array(archive, members[name], numpy_view(np.asarray(array)))
 
 
 def _require_values(name: str, array: Any) -> None:
@@ -88,15 +90,15 @@ def _require_values(name: str, array: Any) -> None:
 
 
 def _member(name: str, number: int) -> str:
-    # What is odd could not be unpacked everywhere, and some of it not be found again.
+    # Other names cannot be unpacked everywhere.
     is_plain = name.isprintable() and not set(name) & set("/\\:")
     if is_plain and len(name) <= _LONGEST_NAME:
         return f"{name}.npy"
     return f"leaves/{number}.npy"
 
 
-def _described(arrays: Mapping[str, NamedArray], members: Mapping[str, str]) -> bytes:
-    """Makes the header, and checks that it can be read again."""
+def _make_header(arrays: Mapping[str, NamedArray], members: Mapping[str, str]) -> bytes:
+    """Returns the header, and checks that it can be read again."""
     leaves = []
     for name, leaf in arrays.items():
         entry = {"path": name, "shape": leaf.kind.shape, "dtype": leaf.kind.dtype}
@@ -115,7 +117,7 @@ def _described(arrays: Mapping[str, NamedArray], members: Mapping[str, str]) -> 
                 f"`tree`: the name of the leaf {name!r} is not valid Unicode and would "
                 "be read as another one. Rename the key."
             )
-    if len(text) > _longest_header(list(members.values())):
+    if len(text) > _max_header_bytes(list(members.values())):
         raise ValueError(
             f"`tree`: the names of its leaves take {len(text)} bytes together. Shorten "
             "the keys."
@@ -123,8 +125,8 @@ def _described(arrays: Mapping[str, NamedArray], members: Mapping[str, str]) -> 
     return text
 
 
-def _longest_header(members: list[str]) -> int:
-    """The bytes that a header may have: what is longer was not written by `save`."""
+def _max_header_bytes(members: list[str]) -> int:
+    """Returns the size of a header at most: a longer one was not written by `save`."""
     return 2**20 + sum(2**12 + 12 * len(name) for name in members)
 
 
@@ -132,20 +134,11 @@ def _whole(array: Any) -> Any:
     return process_allgather(array, tiled=True) if is_part(array) else array
 
 
-def plain(array: np.ndarray) -> np.ndarray:
-    """Shows a dtype that NumPy itself does not have, such as bfloat16, as integers."""
-    return array.view(f"u{array.dtype.itemsize}") if _is_foreign(array.dtype) else array
-
-
-def _is_foreign(dtype: np.dtype) -> bool:
-    return dtype.isbuiltin == 2
-
-
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[dict[str, NamedArray]]:
+def open_file(path: str | os.PathLike[str]) -> Iterator[dict[str, NamedArray]]:
     """Opens a file that `write_file` wrote.
 
-    Within the block each array is read when NumPy asks for it, and not before.
+    Within the block each array is read when NumPy asks for it.
     """
     target = Path(path)
     try:
@@ -157,7 +150,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[dict[str, NamedArray]]:
             f"`path`: {target} is a folder. Name a file that `vernal.save` wrote. "
             "(With a directory of checkpoints `fit` goes on by itself.)"
         )
-    # To open a pipe would wait for a writer, and a device may have no end.
+    # Opening a pipe would wait for a writer, and a device may have no end.
     if not stat.S_ISREG(mode):
         raise ForeignFileError(
             f"`path`: {target} is not a regular file, but a pipe, a socket or a device."
@@ -168,35 +161,35 @@ def opened(path: str | os.PathLike[str]) -> Iterator[dict[str, NamedArray]]:
                 f"`path`: {target} is not a file that `vernal.save` wrote. Name one "
                 "that is."
             )
-        with _damage(target):
-            kept = _contents(file, target)
-        yield kept
+        with _reported_damage(target):
+            arrays = _list_arrays(file, target)
+        yield arrays
 
 
 @contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Tells what is wrong in the bytes of a file, which may be anything."""
+def _reported_damage(path: Path) -> Iterator[None]:
+    """Raises that a file is damaged, whatever error its bytes cause."""
     try:
         yield
     except (LoadError, MemoryError):
         raise
     except Exception as error:
-        # The disk is at fault, unless it was asked for a place that there is not.
+        # The disk is at fault, unless the file names a place that does not exist.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise DamagedFileError(
-            f"`path`: {path} is damaged, or was cut short: {str(error)[:200]}. There "
-            "is no way to mend it; load an earlier one."
+            f"`path`: {path} is damaged, or was cut short: {str(error)[:200]}. It "
+            "cannot be repaired; load an earlier one."
         ) from error
 
 
-def _contents(file: BufferedReader, path: Path) -> dict[str, NamedArray]:
-    entries, ends = directory(file)
+def _list_arrays(file: BufferedReader, path: Path) -> dict[str, NamedArray]:
+    entries, ends = list_members(file)
     if not entries or entries[0].orig_filename != _HEADER or entries[0].header_offset:
         raise ValueError("its header is not at its beginning")
     names = [entry.orig_filename for entry in entries]
-    first = located(file, entries[0], ends[0])
-    if first.size > _longest_header(names):
+    first = locate(file, entries[0], ends[0])
+    if first.size > _max_header_bytes(names):
         raise ValueError("its header is longer than its leaves can make it")
     header = json.loads(read_bytes(file, first))
     form, leaves = header["format"], header["leaves"]
@@ -208,24 +201,25 @@ def _contents(file: BufferedReader, path: Path) -> dict[str, NamedArray]:
             f"vernal {version('vernal')} does not know. Upgrade vernal."
         )
     members = {
-        entry.orig_filename: located(file, entry, end)
+        entry.orig_filename: locate(file, entry, end)
         for entry, end in zip(entries[1:], ends[1:], strict=True)
     }
-    kept = {}
+    arrays = {}
     for leaf in leaves:
         name, kind = leaf["path"], as_kind(leaf["shape"], leaf["dtype"])
         member = leaf.get("member", f"{name}.npy")
         if member not in members:
             raise ValueError(f"it has no array for {name!r}")
-        array = described(file, members[member])
-        kept[name] = NamedArray(kind, _Stored(file, path, array, _dtype(kind, array)))
-    if len(kept) != len(entries) - 1 or len(kept) != len(leaves):
+        array = read_header(file, members[member])
+        lazy = _LazyArray(file, path, array, _checked_dtype(kind, array))
+        arrays[name] = NamedArray(kind, lazy)
+    if len(arrays) != len(entries) - 1 or len(arrays) != len(leaves):
         raise ValueError("its header does not list what is in it")
-    return kept
+    return arrays
 
 
-def _dtype(kind: Kind, array: Described) -> np.dtype:
-    """Returns the dtype of an array, which must be what the header says of it."""
+def _checked_dtype(kind: Kind, array: StoredArray) -> np.dtype:
+    """Returns the dtype of an array, or raises if it is not that of the header."""
     if kind.is_key:
         is_alike = array.dtype == np.uint32 and array.shape[:-1] == kind.shape
         if is_alike and len(array.shape) == len(kind.shape) + 1:
@@ -240,22 +234,22 @@ def _dtype(kind: Kind, array: Described) -> np.dtype:
             dtype = np.dtype(kind.dtype)
             if array.dtype == dtype:
                 return dtype
-            # Formerly numbers of another byte order were written as integers too.
-            as_integers = _is_foreign(dtype) or not dtype.isnative
+            # Early versions wrote numbers of another byte order as integers too.
+            as_integers = is_extended(dtype) or not dtype.isnative
             if as_integers and array.dtype == np.dtype(f"u{dtype.itemsize}"):
                 return dtype
     raise ValueError(f"its header has {kind}, and an array {array.dtype}{array.shape}")
 
 
-class _Stored:
-    """An array in an open file. NumPy reads it by `__array__`."""
+class _LazyArray:
+    """An array in an open file, which NumPy reads by `__array__`."""
 
     def __init__(
-        self, file: BufferedReader, path: Path, array: Described, dtype: np.dtype
+        self, file: BufferedReader, path: Path, array: StoredArray, dtype: np.dtype
     ):
         self._file, self._path = file, path
         self._array, self._dtype = array, dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        with _damage(self._path):
+        with _reported_damage(self._path):
             return read_array(self._file, self._array).view(self._dtype)

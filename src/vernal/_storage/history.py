@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import equinox as eqx
@@ -13,9 +13,9 @@ from .._boundary import file_path, nearest_names
 from .._loop import COLUMNS
 from .._pickling import Portable
 from .._tree import MismatchError, UnknownPathError, to_arrays
-from .file import opened, write_file
+from .file import open_file, write_file
 
-# What stands in a file before the names of the records, which may be any.
+# In a file it precedes the names of the records, which may be any.
 RECORDS = "records."
 
 
@@ -132,8 +132,8 @@ class History(Portable, eqx.Module):
         - `LoadError`: as [`vernal.load`][].
         """
         file_path(path, "path")
-        with opened(path) as kept:
-            columns = {name: np.asarray(leaf.array) for name, leaf in kept.items()}
+        with open_file(path) as arrays:
+            columns = {name: np.asarray(leaf.array) for name, leaf in arrays.items()}
         if not columns.keys() >= set(COLUMNS):
             raise MismatchError(
                 f"`path`: {os.fspath(path)} holds another tree than a History. Read it "
@@ -179,13 +179,13 @@ def _check_column(column: Any, name: str) -> None:
 
 
 def to_columns(history: History) -> dict[str, np.ndarray]:
-    """Returns all arrays of a history by the names that they have in a file."""
+    """Returns the columns of a history by their names in a file."""
     records = {f"{RECORDS}{name}": rows for name, rows in history.records.items()}
     return {name: getattr(history, name) for name in COLUMNS} | records
 
 
 def from_columns(columns: Mapping[str, np.ndarray]) -> History:
-    """Makes a history of what `to_columns` returned."""
+    """Returns the history whose columns `to_columns` returned."""
     records = {
         name.removeprefix(RECORDS): rows
         for name, rows in columns.items()
@@ -198,12 +198,72 @@ def concatenate(histories: list[History]) -> History:
     """Joins histories of the same records, in order."""
     if len(histories) == 1:
         return histories[0]
-    columns = {
-        name: np.concatenate([getattr(history, name) for history in histories])
-        for name in COLUMNS
-    }
-    records = {
-        name: np.concatenate([history.records[name] for history in histories])
-        for name in histories[0].records
-    }
-    return History(records=records, **columns)
+    parts = [to_columns(history) for history in histories]
+    names = parts[0]
+    return from_columns({n: np.concatenate([part[n] for part in parts]) for n in names})
+
+
+class Recorder:
+    """Joins histories to one, at a cost that is linear in its length."""
+
+    def __init__(self, empty: Callable[[], History]):
+        """`empty` returns a history without rows. It is called only if it is needed."""
+        self._empty = empty
+        self._columns: dict[str, _Column] = {}
+
+    def extend(self, history: History) -> None:
+        """Adds what was recorded since."""
+        new = to_columns(history)
+        if not self._columns:
+            self._columns = {name: _Column(rows) for name, rows in new.items()}
+        else:
+            self._require_same_shapes(new)
+            for name, column in self._columns.items():
+                column.extend(new[name])
+
+    def _require_same_shapes(self, new: dict[str, np.ndarray]) -> None:
+        for name, column in self._columns.items():
+            before, after = column.rows.shape[1:], new[name].shape[1:]
+            if name.startswith(RECORDS) and before != after:
+                raise ValueError(
+                    f"`record`: {name.removeprefix(RECORDS)!r} has the shape {before} "
+                    f"up to step {self._columns['steps'].rows[-1]}, and {after} "
+                    "afterwards. What is recorded must have one shape for all batches."
+                )
+
+    def history(self, *, is_final: bool = True) -> History:
+        """Returns the whole history so far; read-only, unless it is final."""
+        if not self._columns:
+            self.extend(self._empty())
+        columns = {name: column.rows for name, column in self._columns.items()}
+        if not is_final:
+            columns = {name: _read_only(rows) for name, rows in columns.items()}
+        return from_columns(columns)
+
+
+def _read_only(rows: np.ndarray) -> np.ndarray:
+    view = rows.view()
+    view.flags.writeable = False
+    return view
+
+
+class _Column:
+    """An array with room for more rows at its end."""
+
+    def __init__(self, rows: np.ndarray):
+        self._buffer, self._length = rows, len(rows)
+
+    def extend(self, rows: np.ndarray) -> None:
+        length = self._length + len(rows)
+        if length > len(self._buffer):
+            grown = np.empty((2 * length, *rows.shape[1:]), rows.dtype)
+            grown[: self._length] = self.rows
+            self._buffer = grown
+        dtype = np.promote_types(self._buffer.dtype, rows.dtype)
+        self._buffer = self._buffer.astype(dtype, copy=False)
+        self._buffer[self._length : length] = rows
+        self._length = length
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self._buffer[: self._length]

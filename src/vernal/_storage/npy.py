@@ -1,7 +1,7 @@
 """Arrays in NumPy's `.npy` format, as uncompressed members of a zip archive.
 
-They are read where they lie, each straight into its own memory. Nothing is believed
-before it is checked, nothing is evaluated, and no more is allocated than the file has.
+Each is read straight into its own memory. Everything is checked before it is used,
+nothing is evaluated, and no more is allocated than the file has.
 """
 
 import math
@@ -19,46 +19,45 @@ _UTF8 = 0x800
 
 _LOCAL_HEADER = 30
 _MAGIC = b"\x93NUMPY\x01\x00"
-_DESCRIBED = re.compile(
+_HEADER = re.compile(
     rb"\{'descr': '([<>|=][a-zA-Z]\d*(?:\[\w+\])?)', "
     rb"'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
 )
-# The description of an array of 64 dimensions is shorter.
-_LONGEST = 4096
+# The header of an array of 64 dimensions is shorter.
+_LONGEST_HEADER = 4096
 
-# JAX takes over memory that is aligned so, and copies other memory.
+# JAX takes over memory with this alignment, and copies other memory.
 _ALIGNMENT = 64
 
 
 class Member(NamedTuple):
-    """Where in a file the bytes of a member are."""
+    """The bytes of a member in a file."""
 
     start: int
     size: int
     crc: int
 
 
-class Described(NamedTuple):
-    """What the header of a `.npy` member says, and where its numbers are."""
+class StoredArray(NamedTuple):
+    """An array in a file, as the header of its `.npy` member describes it."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     is_fortran: bool
     numbers: Member
-    """With the checksum that stands in the archive: that of the header and these."""
-    crc: int
-    """The checksum of the header alone."""
+    """Their checksum is that of the archive, which counts the header in."""
+    header_crc: int
 
 
-def directory(file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], list[int]]:
-    """Lists the members in the order in which they lie, and where each one must end."""
+def list_members(file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], list[int]]:
+    """Returns the members in the order in which they lie, and where each must end."""
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         end = archive.start_dir
     return entries, [*(entry.header_offset for entry in entries[1:]), end]
 
 
-def located(file: IO[bytes], entry: zipfile.ZipInfo, end: int) -> Member:
+def locate(file: IO[bytes], entry: zipfile.ZipInfo, end: int) -> Member:
     """Finds the bytes of a member, which must be uncompressed and fill its place."""
     name = entry.orig_filename
     encoded = name.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
@@ -80,16 +79,16 @@ def read_bytes(file: IO[bytes], member: Member) -> bytes:
     file.seek(member.start)
     data = file.read(member.size)
     if len(data) != member.size or zlib.crc32(data) != member.crc:
-        raise ValueError("a checksum is another")
+        raise ValueError("a checksum differs")
     return data
 
 
-def described(file: IO[bytes], member: Member) -> Described:
-    """Reads what an array is, and checks that it has the size of its member."""
+def read_header(file: IO[bytes], member: Member) -> StoredArray:
+    """Reads the header of an array, and checks that it has the size of its member."""
     file.seek(member.start)
-    head = file.read(min(member.size, _LONGEST))
+    head = file.read(min(member.size, _LONGEST_HEADER))
     begin = len(_MAGIC) + 2
-    match = _DESCRIBED.match(head, begin)
+    match = _HEADER.match(head, begin)
     length = int.from_bytes(head[begin - 2 : begin], "little")
     if not head.startswith(_MAGIC) or not match or match.end() != begin + length:
         raise ValueError("an array is not described as it should be")
@@ -100,19 +99,20 @@ def described(file: IO[bytes], member: Member) -> Described:
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != size:
         raise ValueError("an array has another size than it says")
     numbers = Member(start, size, member.crc)
-    is_fortran = is_fortran == b"True"
-    return Described(dtype, shape, is_fortran, numbers, zlib.crc32(head[: match.end()]))
+    header_crc = zlib.crc32(head[: match.end()])
+    return StoredArray(dtype, shape, is_fortran == b"True", numbers, header_crc)
 
 
-def read_array(file: BufferedReader, array: Described) -> np.ndarray:
-    """Reads the numbers into memory of their own, which no one else has."""
+def read_array(file: BufferedReader, array: StoredArray) -> np.ndarray:
+    """Reads the numbers into new memory."""
     start, size, crc = array.numbers
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     skip = -memory.__array_interface__["data"][0] % _ALIGNMENT
     data = memory[skip : skip + size]
     file.seek(start)
-    if file.readinto(data.data) != size or zlib.crc32(data.data, array.crc) != crc:
-        raise ValueError("a checksum is another")
+    is_cut = file.readinto(data.data) != size
+    if is_cut or zlib.crc32(data.data, array.header_crc) != crc:
+        raise ValueError("a checksum differs")
     sides = array.shape[::-1] if array.is_fortran else array.shape
     numbers = data.view(array.dtype).reshape(sides)
     return numbers.T if array.is_fortran else numbers
@@ -132,3 +132,15 @@ def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
         member.write(_MAGIC + struct.pack("<H", len(text)) + text.encode())
         if flat.nbytes:
             member.write(flat.view(np.uint8).data)
+
+
+def numpy_view(array: np.ndarray) -> np.ndarray:
+    """Views a dtype that NumPy itself does not have, such as bfloat16, as integers."""
+    if is_extended(array.dtype):
+        return array.view(f"u{array.dtype.itemsize}")
+    return array
+
+
+def is_extended(dtype: np.dtype) -> bool:
+    """Whether a dtype comes from another package than NumPy."""
+    return dtype.isbuiltin == 2

@@ -1,4 +1,4 @@
-"""What a checkpoint was made of: data and methods, to tell a fit from another one."""
+"""The data and the methods of a fit, by which a checkpoint of another is noticed."""
 
 import inspect
 import sys
@@ -11,15 +11,15 @@ import numpy as np
 
 from .._data import Source, Stream, Whole
 from .._pickling import digest_of
-from .._step import defined
+from .._step import AbstractTrainer, defined
 from .._tree import is_part, to_arrays
 
-# Of larger arrays, in bytes, only a sample is looked at.
-_MOST = 2**26
+# Of arrays with more bytes only a sample is compared.
+_MAX_BYTES = 2**26
 
 
-def origin(trainer: Any, source: Source) -> dict[str, Any]:
-    """Describes the class and the data of a fit, as JSON can hold it."""
+def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
+    """Returns checksums of the class and the data of a fit, for JSON."""
     kind, data = type(trainer), None
     if not isinstance(source, Stream):
         tree = source.batch if isinstance(source, Whole) else source.arrays
@@ -30,14 +30,14 @@ def origin(trainer: Any, source: Source) -> dict[str, Any]:
     methods = {name: _digest(getattr(kind, name)) for name in defined(trainer)}
     return {
         "class": kind.__name__,
-        # Another Python makes other code of the same text.
+        # Another version of Python compiles the same text to other code.
         "methods": {"python": "{}.{}".format(*sys.version_info), **methods},
         "data": data,
     }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yields in words what of a fit was another one before."""
+    """Yields in words how a fit differs from an earlier one."""
     if old["class"] != new["class"]:
         yield f"of the class `{old['class']}`"
     before, now = old["methods"], new["methods"]
@@ -49,15 +49,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
     if before is None or now is None:
         return
     for path in (*now, *before):
-        if not _is_one(before.get(path), now.get(path)):
+        if not _is_same(before.get(path), now.get(path)):
             yield "of other data (`data` differs" + (f" at {path!r})" if path else ")")
             return
 
 
-def _is_one(old: Any, new: Any) -> bool:
+def _is_same(old: Any, new: Any) -> bool:
     if old is None or new is None:
         return False
-    # A checksum of `None` is of an array that was not seen whole.
+    # A process that has a part of an array only has no checksum of it.
     return old[0] == new[0] and (None in (old[1], new[1]) or old[1] == new[1])
 
 
@@ -66,9 +66,9 @@ def _checksum(array: Any) -> int | None:
         return None
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = array.addressable_data(0)
-    if array.nbytes > _MOST:
-        # Odd, so as not to meet the same place of each row of two, four or eight.
-        array = array.reshape(-1)[:: -(-array.nbytes // _MOST) | 1]
+    if array.nbytes > _MAX_BYTES:
+        # An odd stride meets all places in rows of two, four or eight.
+        array = array.reshape(-1)[:: -(-array.nbytes // _MAX_BYTES) | 1]
     return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
 
 

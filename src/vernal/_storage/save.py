@@ -7,9 +7,10 @@ from typing import TypeVar
 import jax
 
 from .._boundary import PyTree, file_path, refuse_traced, undebugged
+from .._step import AbstractTrainer, TrainerT
 from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
-from .file import opened, write_file
-from .snapshot import begun, is_trainer, restore, snapshot
+from .file import open_file, write_file
+from .snapshot import initial_hyperparams, restore, snapshot
 
 T = TypeVar("T")
 
@@ -18,14 +19,14 @@ T = TypeVar("T")
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes a trainer, or any pytree, to one file.
 
-    Of a trainer it is all that a fit changes: parameters, moments, counts, the best,
-    the projector. What is configuration (the frozen part of the model, rates, policies,
-    the key) is not: it comes from the program that loads the file. Hyperparameters in
-    the state, those of `optax.inject_hyperparams`, are in the file with the values that
-    they began with: where the program has others, the program's are taken. Of any other
-    pytree it is every array (of numbers, dates or text), PRNG key and Python number,
-    members of an `IntEnum` included. Strings, functions and other objects are left out:
-    they come from the program too.
+    Of a trainer, the file has all that a fit changes: parameters, moments, counts, the
+    best, the projector. It has no configuration (the frozen part of the model, rates,
+    policies, the key): that comes from the program that loads the file. Hyperparameters
+    in the state, as `optax.inject_hyperparams` keeps them, are in the file with their
+    initial values: where the program has others, the program's are taken. Of any other
+    pytree, the file has every array (of numbers, dates or text), PRNG key and Python
+    number, members of an `IntEnum` included. Strings, functions and other objects are
+    left out: they come from the program too.
 
     ```python
     vn.save("fit.vernal", result.trainer)
@@ -34,15 +35,15 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     The file is a zip archive of NumPy's arrays, which `numpy.load` can read too, with
     a header that has the version of the format and the path, shape and dtype of each
-    leaf. No code is run when it is read. A write that fails leaves the file that was
-    there as it was, also if the process is killed; what it had written by then goes
-    with the next write of that file.
+    leaf. No code is run when it is read. A write that fails leaves the previous file as
+    it was, also if the process is killed; the next write of that file removes what the
+    failed one left.
 
     **Arguments:**
 
-    - `path`: the file. One that is there is replaced, by one of the same mode; of a
-        symbolic link, the target. Other hard links keep what was there. In a program of
-        several processes all of them call this, and the first one writes.
+    - `path`: the file. An existing one is replaced by one of the same mode; of a
+        symbolic link, the target. Other hard links keep the old content. In a program
+        of several processes all of them call this, and the first one writes.
     - `tree`: a [`vernal.Trainer`][] or any pytree.
 
     **Raises:**
@@ -56,8 +57,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """
     file_path(path, "path")
     refuse_traced("save", tree)
-    if is_trainer(tree):
-        arrays = snapshot(tree) | begun(tree)
+    if isinstance(tree, AbstractTrainer):
+        arrays = snapshot(tree) | initial_hyperparams(tree)
     else:
         require_keepable(tree, "tree")
         arrays = to_arrays(tree)
@@ -68,18 +69,18 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 def load(
     path: str | os.PathLike[str], like: T, *, reset: str | Sequence[str] = ()
 ) -> T:
-    """Reads what [`vernal.save`][] wrote.
+    """Reads a file that [`vernal.save`][] wrote.
 
     **Arguments:**
 
     - `path`: the file.
     - `like`: a trainer of the same model and optimiser, as the program makes it; its
-        rates, its NaN policy and its key may be others. Or a pytree of the same
-        structure, shapes and dtypes as the one that was saved; its arrays may be
+        rates, its NaN policy and its key may differ. Or a pytree of the same structure,
+        shapes and dtypes as the one that was saved; its arrays may be
         `jax.ShapeDtypeStruct`, as `equinox.filter_eval_shape` makes them.
-    - `reset`: of a trainer, what is to start anew rather than to be restored:
-        `"opt_state"` (the moments; the optimiser may then be another), `"best"`,
-        `"nan_report"`, `"policy_state"`, `"state"`, `"step_count"`.
+    - `reset`: of a trainer, what starts again instead of being restored: `"opt_state"`
+        (the moments; the optimiser may then be another), `"best"`, `"nan_report"`,
+        `"policy_state"`, `"state"`, `"step_count"`.
 
     **Returns:**
 
@@ -90,11 +91,11 @@ def load(
 
     - `ForeignFileError`: if the file was not written by `save`, or is a pipe or a
         device.
-    - `DamagedFileError`: if it is no longer whole, or what is in it is not what its
-        header says. No more memory is taken than the file has.
+    - `DamagedFileError`: if it is no longer whole, or its content is not what its
+        header says. Reading takes no more memory than the file has.
     - `NewerFormatError`: if it was written by a later version of vernal.
-    - `MismatchError`: if `like` is not alike; it names the leaves that differ. These
-        four are a `LoadError`, and that a `ValueError`.
+    - `MismatchError`: if `like` is another tree; it names the leaves that differ. These
+        four are subclasses of `LoadError`, and that of `ValueError`.
     - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
     file_path(path, "path")
@@ -105,31 +106,34 @@ def load(
             f'`reset` is {reset!r}, but must be names such as `("opt_state",)`.'
         )
     source = f"`path`: {os.fspath(path)}"
-    with opened(path) as kept:
-        if is_trainer(like):
-            return _restored(kept, like, source, reset)
+    with open_file(path) as arrays:
+        if isinstance(like, AbstractTrainer):
+            return _restored(arrays, like, source, reset)
         if reset:
             raise ValueError(
-                "`reset` is for trainers, and `like` is none. Replace its leaves after "
-                "loading instead, with `equinox.tree_at`."
+                "`reset` is for trainers, and `like` is not one. Replace its leaves "
+                "after loading instead, with `equinox.tree_at`."
             )
-        return from_arrays(kept, like, source)
+        return from_arrays(arrays, like, source)
 
 
 def _restored(
-    kept: Mapping[str, NamedArray], like: T, source: str, reset: str | Sequence[str]
-) -> T:
+    arrays: Mapping[str, NamedArray],
+    like: TrainerT,
+    source: str,
+    reset: str | Sequence[str],
+) -> TrainerT:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
         raise ValueError(
-            "`like` is a trainer without values, and its rates, its key and what is "
-            "frozen in its model would stay so. Make it outside of `eval_shape`."
+            "`like` is a trainer without values, and its rates, its key and the "
+            "frozen part of its model would stay so. Make it outside of `eval_shape`."
         )
     try:
-        return restore(kept, like, source, reset)
+        return restore(arrays, like, source, reset)
     except MismatchError as error:
         if "opt_state" not in reset:
             error.add_note(
-                "If the optimiser alone is another, on purpose, "
-                '`reset=("opt_state",)` starts its moments anew.'
+                "If only the optimiser is another, on purpose, "
+                '`reset=("opt_state",)` starts its moments again.'
             )
         raise

@@ -1,15 +1,24 @@
-"""What of a trainer is state, to be kept and put into another one like it."""
+"""The state of a trainer, as it is saved and put into another one like it."""
 
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from .._boundary import PyTree, nearest_names
-from .._step import Progress, beginning, initial_opt_state, initial_progress, settled
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    beginning,
+    initial_opt_state,
+    initial_progress,
+    progress_of,
+    settled,
+    with_progress,
+)
 from .._tree import (
     Kind,
     NamedArray,
@@ -19,8 +28,10 @@ from .._tree import (
     to_arrays,
 )
 
-# What can start anew, and the fields that it stands for.
-_ANEW = {
+T = TypeVar("T")
+
+# The fields that each name of `reset` stands for.
+_RESETTABLE = {
     "opt_state": ("opt_state",),
     "policy_state": ("policy_state",),
     "best": ("best", "best_state", "best_loss", "is_validated"),
@@ -29,36 +40,29 @@ _ANEW = {
     "step_count": ("step_count",),
 }
 
-
-# What stands before the paths of the hyperparameters that an optimiser began with.
-_BEGUN = "begun"
-
-
-def is_trainer(tree: Any) -> bool:
-    """Whether a tree is a trainer, whose class is defined above this room."""
-    return isinstance(getattr(tree, "_progress", None), Progress)
+# The name before the paths of the hyperparameters that an optimiser began with.
+_INITIAL = "begun"
 
 
-def snapshot(trainer: Any) -> dict[str, NamedArray]:
-    """Lists all that a fit changes: parameters, moments, counts, best, projector.
+def snapshot(trainer: AbstractTrainer) -> dict[str, NamedArray]:
+    """Returns all that a fit changes: parameters, moments, counts, best, projector.
 
-    What is frozen, the rates and the policies are configuration: they are no part of
-    it.
+    Configuration (frozen leaves, rates, policies) is not a part of it.
     """
     return to_arrays(_state(trainer))
 
 
-def begun(trainer: Any) -> dict[str, NamedArray]:
-    """Lists the hyperparameters in an optimiser's state, as it begins with them.
+def initial_hyperparams(trainer: AbstractTrainer) -> dict[str, NamedArray]:
+    """Returns the hyperparameters in an optimiser's state at its beginning.
 
-    Kept beside a snapshot, they tell which of them the program has changed since.
+    Saved beside a snapshot, they show which of them a program has changed since.
     """
-    return to_arrays({_BEGUN: beginning(trainer)})
+    return to_arrays({_INITIAL: beginning(trainer)})
 
 
-def _state(trainer: Any) -> OrderedDict[str, PyTree]:
-    progress: Progress = trainer._progress
-    # In order, the parameters first: what differs there is what a user knows about.
+def _state(trainer: AbstractTrainer) -> OrderedDict[str, PyTree]:
+    progress = progress_of(trainer)
+    # The parameters come first, so that errors name what a user knows about.
     names = [field.name for field in dataclasses.fields(progress)]
     state = OrderedDict((name, getattr(progress, name)) for name in names)
     state["projector"] = trainer.projector
@@ -66,122 +70,121 @@ def _state(trainer: Any) -> OrderedDict[str, PyTree]:
 
 
 def kinds(arrays: Mapping[str, NamedArray]) -> dict[str, Kind]:
-    """Tells what kind of leaf each one is."""
+    """Returns the kind of each leaf."""
     return {path: leaf.kind for path, leaf in arrays.items()}
 
 
+def beneath(leaves: Mapping[str, T], *fields: str) -> dict[str, T]:
+    """Returns the leaves whose path begins with one of the fields."""
+    return {path: leaf for path, leaf in leaves.items() if _field(path) in fields}
+
+
+def without(leaves: Mapping[str, T], *fields: str) -> dict[str, T]:
+    """Returns the leaves whose path begins with none of the fields."""
+    return {path: leaf for path, leaf in leaves.items() if _field(path) not in fields}
+
+
+def _field(path: str) -> str:
+    return path.partition(".")[0]
+
+
 def require_restorable(
-    kept: Mapping[str, Kind], trainer: Any, source: str, anew: Iterable[str] = ()
+    saved: Mapping[str, Kind],
+    trainer: AbstractTrainer,
+    source: str,
+    reset: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Checks that a snapshot fits a trainer, from the kinds of its leaves alone.
 
-    **Returns:**
-
-    The fields that are not restored, but start anew: those of `anew`, and the state of
-    a NaN policy if it was another policy's.
+    It returns the fields that are not restored: those of `reset`, and the state of a
+    NaN policy if the snapshot has that of another policy.
     """
-    own = kinds(snapshot(trainer) | begun(trainer))
-    others = _set_otherwise(kept, own)
-    kept = {path: kept[path] for path in kept if path not in others}
-    kept |= {path: own[path] for path in own if path in others}
-    kept = _without(kept, (_BEGUN,))
+    own = kinds(snapshot(trainer) | initial_hyperparams(trainer))
+    changed = _changed_hyperparams(saved, own)
     fields = set()
-    for name in (anew,) if isinstance(anew, str) else anew:
-        if name not in _ANEW:
+    for name in (reset,) if isinstance(reset, str) else reset:
+        if name not in _RESETTABLE:
             raise ValueError(
-                f"`reset` names {name!r}, which cannot start anew. "
-                f"{nearest_names(name, list(_ANEW))}"
+                f"`reset` names {name!r}, which cannot be reset. "
+                f"{nearest_names(name, list(_RESETTABLE))}"
             )
-        fields |= set(_ANEW[name])
-    expected = _without(own, (_BEGUN,))
-    if _beneath(kept, "policy_state") != _beneath(expected, "policy_state"):
+        fields |= set(_RESETTABLE[name])
+    saved = {path: kind for path, kind in saved.items() if path not in changed}
+    saved |= {path: kind for path, kind in own.items() if path in changed}
+    saved, own = without(saved, _INITIAL), without(own, _INITIAL)
+    if beneath(saved, "policy_state") != beneath(own, "policy_state"):
         fields.add("policy_state")
-    require_alike_kinds(_without(kept, fields), _without(expected, fields), source)
+    require_alike_kinds(without(saved, *fields), without(own, *fields), source)
     return tuple(fields)
 
 
 def restore(
-    kept: Mapping[str, NamedArray], trainer: Any, source: str, anew: Iterable[str] = ()
+    saved: Mapping[str, NamedArray],
+    trainer: AbstractTrainer,
+    source: str,
+    reset: Iterable[str] = (),
 ) -> Any:
-    """Puts a snapshot into a trainer of the same model and the same optimiser.
+    """Puts a snapshot, and `initial_hyperparams` if saved, into a trainer like its own.
 
-    **Arguments:**
-
-    - `kept`: what `snapshot` returned, and `begun` if it is there.
-    - `trainer`: where the configuration comes from.
-    - `source`: what an error calls the place where it was kept.
-    - `anew`: what is to start anew instead.
-
-    **Raises:**
-
-    - `MismatchError`: if the model or the optimiser is another; it names the leaves
-        that differ.
+    Raises a `MismatchError` if the model or the optimiser is another.
     """
-    fields = require_restorable(kinds(kept), trainer, source, anew)
-    kept = _with_own_settings(kept, snapshot(trainer) | begun(trainer))
+    fields = require_restorable(kinds(saved), trainer, source, reset)
+    saved = _with_own_hyperparams(saved, trainer)
     like = _state(trainer)
     for name in fields:
         del like[name]
-    state = from_arrays(_without(kept, (*fields, _BEGUN)), like, source)
-    before, own = _beneath(kept, _BEGUN), {_BEGUN: beginning(trainer)}
+    state = from_arrays(without(saved, *fields, _INITIAL), like, source)
+    before, own = beneath(saved, _INITIAL), {_INITIAL: beginning(trainer)}
     if "opt_state" in state and before and kinds(before) == kinds(to_arrays(own)):
         before = from_arrays(before, own, source)
-        state["opt_state"] = settled(state["opt_state"], before[_BEGUN], own[_BEGUN])
-    projector, params = state.pop("projector"), state["params"]
+        state["opt_state"] = settled(
+            state["opt_state"], before[_INITIAL], own[_INITIAL]
+        )
+    projector = state.pop("projector")
     if fields:
-        own_state = trainer.state if "state" in fields else state["state"]
-        state |= _fresh(trainer, params, state["latent"], own_state, fields)
-    return trainer._at(Progress(**state), projector=projector)
+        state |= _initial_fields(trainer, state, fields)
+    return with_progress(trainer, Progress(**state), projector=projector)
 
 
-def _set_otherwise(kept: Mapping[str, Kind], own: Mapping[str, Kind]) -> set[str]:
-    """Finds the hyperparameters that one of the two has not, or of another kind."""
-    others = set()
-    for path in _beneath(kept, _BEGUN) | _beneath(own, _BEGUN):
-        in_state = f"opt_state{path.removeprefix(_BEGUN)}"
-        # Of the first files it is not known what they began with.
-        is_known = (path in kept) == (in_state in kept)
-        if is_known and any(kept.get(p) != own.get(p) for p in (path, in_state)):
-            others |= {path, in_state}
-    return others
+def _changed_hyperparams(
+    saved: Mapping[str, Kind], own: Mapping[str, Kind]
+) -> set[str]:
+    """Returns the hyperparameters that only one of the two has, or of another kind."""
+    changed = set()
+    for path in beneath(saved, _INITIAL) | beneath(own, _INITIAL):
+        in_state = f"opt_state{path.removeprefix(_INITIAL)}"
+        # The first files do not have the initial values.
+        is_known = (path in saved) == (in_state in saved)
+        if is_known and any(saved.get(p) != own.get(p) for p in (path, in_state)):
+            changed |= {path, in_state}
+    return changed
 
 
-def _with_own_settings(
-    kept: Mapping[str, NamedArray], own: Mapping[str, NamedArray]
+def _with_own_hyperparams(
+    saved: Mapping[str, NamedArray], trainer: AbstractTrainer
 ) -> dict[str, NamedArray]:
-    """Takes those of the program: what a user sets is configuration."""
-    mine = dict(kept)
-    for path in _set_otherwise(kinds(kept), kinds(own)):
-        there, here = mine.pop(path, None), own.get(path)
-        if here is None:
+    """Takes changed hyperparameters from the program, whose configuration they are."""
+    own, merged = snapshot(trainer) | initial_hyperparams(trainer), dict(saved)
+    for path in _changed_hyperparams(kinds(saved), kinds(own)):
+        old, new = merged.pop(path, None), own.get(path)
+        if new is None:
             continue
-        if there is not None and there.kind.shape == here.kind.shape:
-            # Of another dtype alone: a callback may have changed the number since.
-            here = here._replace(array=np.asarray(there.array).astype(here.kind.dtype))
-        mine[path] = here
-    return mine
+        if old is not None and old.kind.shape == new.kind.shape:
+            # Only the dtype is another: a callback may have changed the number since.
+            new = new._replace(array=np.asarray(old.array).astype(new.kind.dtype))
+        merged[path] = new
+    return merged
 
 
-def _fresh(
-    trainer: Any,
-    params: PyTree,
-    latent: PyTree,
-    state: PyTree,
-    fields: tuple[str, ...],
+def _initial_fields(
+    trainer: AbstractTrainer, restored: Mapping[str, PyTree], fields: tuple[str, ...]
 ) -> dict[str, PyTree]:
-    """Makes fields as those of a trainer that has not taken a step."""
+    """Returns fields as those of a trainer that has not taken a step."""
+    params, latent = restored["params"], restored["latent"]
+    state = trainer.state if "state" in fields else restored["state"]
     opt_state = None
     if "opt_state" in fields:
         opt_state = initial_opt_state(trainer.optimiser, params, latent)
     policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
     new = initial_progress(params, latent, opt_state, policy_state, state)
     return {name: getattr(new, name) for name in fields}
-
-
-def _beneath(paths: Mapping[str, Any], field: str) -> dict[str, Any]:
-    return {path: paths[path] for path in paths if path.split(".")[0] == field}
-
-
-def _without(paths: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    left_out = set(fields)
-    return {path: paths[path] for path in paths if path.split(".")[0] not in left_out}

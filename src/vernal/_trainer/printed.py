@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._optimiser import ParamOptimiser
+from .._step import AbstractTrainer, progress_of, template_of
 from .._tree import aligned, named_leaves
 
 _MOST_ROWS = 64
 
 
-def in_short(trainer: Any) -> str:
+def in_short(trainer: AbstractTrainer) -> str:
     """Describes a trainer in one line. Never raises."""
     parts = ["..."]
     # It may be half made, or have anything for its leaves.
     with contextlib.suppress(Exception):
-        progress = trainer._progress
-        node = trainer._parts.structure.node_data()
+        progress = progress_of(trainer)
+        node = template_of(trainer).structure.node_data()
         model = "array" if node is None else node[0].__name__
         count = len(jax.tree.leaves(progress.params))
         parts = [model, f"{count} parameter{'' if count == 1 else 's'}"]
@@ -31,7 +32,7 @@ def in_short(trainer: Any) -> str:
     return f"{type(trainer).__name__}({', '.join(parts)})"
 
 
-def printed(trainer: Any) -> str:
+def printed(trainer: AbstractTrainer) -> str:
     """Tabulates the parameters of a trainer: values, and which are fitted by what."""
     line = in_short(trainer)
     with contextlib.suppress(Exception):
@@ -39,7 +40,7 @@ def printed(trainer: Any) -> str:
     return line
 
 
-def _rows(trainer: Any) -> list[tuple[str, str, str]]:
+def _rows(trainer: AbstractTrainer) -> list[tuple[str, str, str]]:
     trained = _trained_by(trainer)
     rows = []
     for leaf in named_leaves(trainer.model):
@@ -50,7 +51,7 @@ def _rows(trainer: Any) -> list[tuple[str, str, str]]:
     return [("parameter", "value", ""), *shown]
 
 
-def _trained_by(trainer: Any) -> dict[str, str]:
+def _trained_by(trainer: AbstractTrainer) -> dict[str, str]:
     """Says of each trained parameter what trains it."""
     names = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
     optimiser = trainer.optimiser

@@ -1,7 +1,7 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, overload
+from typing import Any, overload
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ import jax.core
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from typing_extensions import TypeVar
 
 from .._boundary import (
@@ -17,15 +17,13 @@ from .._boundary import (
     entrance,
     is_debugged,
     narrowed_tree,
-    precision_of,
     refuse_traced,
     refuse_unknown,
-    require_precision,
     undebugged,
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
-from .._devices import Sharding, context, meeting, placement
+from .._devices import Sharding, context, placement, same_inputs
 from .._fit import FitResult, One, fit
 from .._inference import (
     OF_WHITEN,
@@ -40,23 +38,21 @@ from .._inference import (
 )
 from .._loop import StepInfo, run_step
 from .._optimiser import ParamOptimiser, as_transform, learning_rates
-from .._pickling import Portable, build
 from .._policy import (
-    SKIP_ADVICE,
     NanCount,
     NanPolicy,
-    NonFiniteError,
     StopCriterion,
     StopFit,
 )
 from .._projection import EigenProjector
 from .._solve import Solver, solve
 from .._step import (
-    Parts,
+    AbstractTrainer,
+    ModelTemplate,
     Progress,
+    changed,
     check_arguments,
     check_class,
-    check_elementwise,
     check_ruled,
     checked_model,
     diagnosed,
@@ -64,37 +60,29 @@ from .._step import (
     fit_projector,
     initial_opt_state,
     initial_progress,
+    nan_report,
     no_optimiser,
+    overrides,
+    precision_of,
+    raise_if_non_finite,
+    replaced_fields,
+    reproject,
+    require_precision,
     score,
     step_key,
+    with_progress,
 )
 from .._storage import Checkpoints, History
-from .._tree import Selector, parameters, paths, strong
+from .._tree import Selector, parameters, strong
 from .printed import in_short, printed
-from .replace import replace, reproject
 
 Model = TypeVar("Model", default=Any)
 Batch = TypeVar("Batch", default=Any)
 SelfT = TypeVar("SelfT", bound="Trainer[Any, Any]")
-ModuleT = TypeVar("ModuleT", bound=eqx.Module)
 Answer = bool | np.bool_ | Bool[Array, ""] | None
 
-if TYPE_CHECKING:
-    from equinox._module._module import _ModuleMeta
 
-    class _Meta(_ModuleMeta):
-        """To a type checker: a subclass has the `__init__` that it inherits.
-
-        So it is when a program runs, for a class whose parent has an `__init__` of its
-        own. Of Equinox's metaclass itself a checker believes that each subclass has a
-        new one, with an argument for each field.
-        """
-
-else:
-    _Meta = type(eqx.Module)
-
-
-class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
+class Trainer(AbstractTrainer[Model, Batch]):
     """Fits a model. To be subclassed: the subclass says what is minimised.
 
     ```python
@@ -139,7 +127,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
     nan_policy: NanPolicy
     projector: EigenProjector | Any
     key: PRNGKeyArray | None
-    _parts: Parts
+    _template: ModelTemplate
     _progress: Progress
 
     @undebugged
@@ -186,12 +174,12 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         )
         owners = find_trained(model, self.optimiser, train, projector)
         params = parameters(model, owners)
-        self._parts = Parts(model, owners)
+        self._template = ModelTemplate(model, owners)
         self.projector, latent = fit_projector(
             projector,
             params,
             self.optimiser,
-            constrained=self._overrides("constrain"),
+            constrained=overrides(self, "constrain"),
         )
         check_ruled(self.optimiser, params)
         self._progress = initial_progress(
@@ -203,27 +191,6 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         )
 
     # What a subclass may override.
-
-    def transform_grads(self, grads: PyTree, model: Model) -> PyTree:
-        """A hook: changes the gradients after the NaN policy, before the optimiser.
-
-        **Arguments:**
-
-        - `grads`: the gradients of the trained parameters, `None` elsewhere.
-        - `model`: the model at which they were taken.
-        """
-        return grads
-
-    def constrain(self, model: Model) -> Model:
-        """A hook: changes the model after each update, to clip or to renormalise.
-
-        Of the model that it returns the trained parameters are kept. If a projector
-        couples what it changes with other elements, it has to clip each element to an
-        interval: it is then made a projection in the metric of the projector, and the
-        fit ends at the best point that the constraint allows. With a
-        [`vernal.precondition`][] that couples them it is refused.
-        """
-        return model
 
     def evaluate(self, model: Model, batch: Batch) -> Float[Array, ""]:
         """Scores a model on the batch of `fit(validation=...)`: lower is better.
@@ -248,64 +215,6 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         A scalar.
         """
         return score(self, batch, step_key(self), model).loss
-
-    # What a trainer holds.
-
-    @property
-    def params(self) -> PyTree:
-        """The trained parameters: the model with `None` for all that is not trained."""
-        return self._progress.params
-
-    @property
-    def model(self) -> Model:
-        """The model with the current values."""
-        return self._parts.join(self._progress.params)
-
-    @property
-    def best(self) -> Model:
-        """The model with the lowest finite loss that was scored.
-
-        A step scores the parameters that it starts from, so that the last iterate of a
-        fit is not scored until there is a further step. In a fit with `validation` it
-        is the model with the lowest score there.
-        """
-        return self._parts.join(self._progress.best)
-
-    @property
-    def best_loss(self) -> Float[Array, "*members"]:
-        """The loss of `best`, or its validation score: infinite before there is one."""
-        return self._progress.best_loss
-
-    @property
-    def state(self) -> PyTree:
-        """What the loss carries from step to step, `None` if there is no such thing."""
-        # A copy: of Equinox's states one is invalid as soon as there is a newer one.
-        return jax.tree.map(lambda leaf: leaf, self._progress.state)
-
-    @property
-    def best_state(self) -> PyTree:
-        """The state that goes with `best`."""
-        return jax.tree.map(lambda leaf: leaf, self._progress.best_state)
-
-    @property
-    def step_count(self) -> Int[Array, "*members"]:
-        """The number of steps, those that were not accepted included."""
-        return self._progress.step_count
-
-    @property
-    def stopped(self) -> Bool[Array, "*members"]:
-        """Whether the NaN policy has ended the fit. `replace` lets it go on."""
-        return self._progress.stopped
-
-    @property
-    def opt_state(self) -> PyTree:
-        """The state of the optimiser."""
-        return self._progress.opt_state
-
-    @property
-    def latent(self) -> PyTree:
-        """The coordinates in the projector's space, `None` if there is no projector."""
-        return self._progress.latent
 
     # What a trainer does.
 
@@ -341,13 +250,13 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
         there = None if is_traced else place
-        with meeting("step", there) as agree, context(there):
+        with same_inputs("step", there) as require_same, context(there):
             batch = as_batch(batch)
-            agree(self, batch, sharding=sharding)
+            require_same(self, batch, sharding=sharding)
             if place is not None:
                 batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
-        trainer = trainer._at(progress)
+        trainer = with_progress(trainer, progress)
         raises = self.nan_policy.raises
         if not (raises or is_debugged()):
             return trainer, info
@@ -359,10 +268,10 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
                 info.stopped,
                 "A value is not finite, and the policy is RaiseOnNan.",
             )
-            return self._at(progress), info
+            return with_progress(self, progress), info
         if not self.stopped and trainer.stopped:
             diagnosis = diagnosed(place.put(trainer) if place else trainer, batch)
-            trainer._raise_if_non_finite(trainer, diagnosis.advised)
+            raise_if_non_finite(trainer, trainer, diagnosis.advised)
         return trainer, info
 
     @entrance
@@ -638,9 +547,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
             the result then has none, and can `solve`.
         """
         require_precision(self)
-        trainer = _with(self, **reproject(self, projector, optimiser))
-        check_elementwise(trainer)
-        return trainer
+        return reproject(self, projector, optimiser)
 
     @entrance
     def whiten(
@@ -772,11 +679,7 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         and the other's is `"<loss>"` or `"<update>"`.)
         """
         refuse_traced("nan_report", self._progress.nan_counts)
-        totals, firsts, _ = jax.device_get(self._progress.nan_counts)
-        return {
-            name: NanCount(int(total), int(first) if first >= 0 else None)
-            for name, total, first in zip(self._watched(), totals, firsts, strict=True)
-        }
+        return nan_report(self)
 
     def learning_rates(self) -> dict[str, float | None]:
         """Tells the learning rate of each parameter in the next update.
@@ -805,34 +708,13 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
             raise no_optimiser(self)
         refuse_traced("learning_rates", self)
         with precision_of(self):
-            return learning_rates(self)
-
-    def _watched(self) -> tuple[str, ...]:
-        names = paths(self.params)
-        free = lambda name: f"<{name}>" if name in names else name
-        return (free("loss"), *names, free("update"))
-
-    def _is_at_a_bad_step(self) -> bool:
-        """Whether the last step had a value that is not finite."""
-        return self._last_bad_step() == int(self.step_count) - 1 >= 0
-
-    def _last_bad_step(self) -> int:
-        *_, lasts = jax.device_get(self._progress.nan_counts)
-        return int(lasts.max())
-
-    def _raise_if_non_finite(self, result: Any, explanation: str = SKIP_ADVICE) -> None:
-        if self.stopped and self.nan_policy.raises and self._is_at_a_bad_step():
-            raise self._non_finite_error(result, explanation)
-
-    def _non_finite_error(
-        self, result: Any, explanation: str = SKIP_ADVICE
-    ) -> NonFiniteError:
-        """Names what was not finite at the last bad step."""
-        *_, lasts = jax.device_get(self._progress.nan_counts)
-        step = int(lasts.max())
-        watched = zip(self._watched(), lasts, strict=True)
-        bad = [name for name, last in watched if last == step]
-        return NonFiniteError(step, bad, self.nan_report(), result, explanation)
+            return learning_rates(
+                self.optimiser,
+                self.opt_state,
+                self.params,
+                self.projector,
+                self.latent,
+            )
 
     @entrance
     def replace(
@@ -861,7 +743,9 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         - `state`: a state of the same structure, with other values.
         """
         require_precision(self)
-        return _with(self, **replace(self, model, optimiser, nan_policy, state))
+        return changed(
+            self, **replaced_fields(self, model, optimiser, nan_policy, state)
+        )
 
     def __repr__(self) -> str:
         """One line: the class, the model, how far it is. `print` shows more."""
@@ -874,32 +758,3 @@ class Trainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
         are frozen unless named, Python ints, and integer arrays of few elements.
         """
         return printed(self)
-
-    def _at(self: SelfT, progress: Progress | None, **fields: Any) -> SelfT:
-        return _with(self, _progress=progress, **fields)
-
-    def _bare(self: SelfT) -> SelfT:
-        """Leaves out what no loss depends on, so that programs are shared."""
-        every: dict[str, Any] = dict.fromkeys(vars(self._progress))
-        every["params"] = self.params
-        every["state"] = self._progress.state
-        every["step_count"] = self.step_count
-        return _with(
-            self,
-            optimiser=None,
-            nan_policy=StopFit(),
-            projector=None,
-            _progress=_with(self._progress, **every),
-        )
-
-    def _overrides(self, hook: str) -> bool:
-        return getattr(type(self), hook) is not getattr(Trainer, hook)
-
-
-def _with(module: ModuleT, **fields: Any) -> ModuleT:
-    """Copies a module with other fields, its class's own `__init__` aside.
-
-    As unflattening it would, without the flattening: this stands between the chunks
-    of every fit.
-    """
-    return build(type(module), {**vars(module), **fields})

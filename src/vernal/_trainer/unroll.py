@@ -12,10 +12,22 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._boundary import PyTree, entrance, require_precision, whole_number
+from .._boundary import PyTree, entrance, whole_number
 from .._data import Minibatches, Stream, Whole, as_batch
 from .._program import program
-from .._step import MOST_STEPS, Progress, advance, no_optimiser, ranked, scored_anew
+from .._step import (
+    MOST_STEPS,
+    AbstractTrainer,
+    Progress,
+    advance,
+    no_optimiser,
+    progress_of,
+    raise_if_non_finite,
+    ranked,
+    require_precision,
+    with_comparable_best,
+    with_progress,
+)
 from .trainer import Trainer
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
@@ -94,7 +106,7 @@ def unroll(
         return trainer, jnp.zeros(0, trainer.best_loss.dtype)
     length = _segment_near_root(steps) if segment is None else segment
     progress, losses = _run(trainer, source, steps, length)
-    return _raised_if_bad(trainer, trainer._at(progress)), losses
+    return _raised_if_bad(trainer, with_progress(trainer, progress)), losses
 
 
 def _source(batch: Any) -> Whole[Any] | Minibatches:
@@ -124,26 +136,28 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
         return after
     if isinstance(after.stopped, jax.core.Tracer):
         message = "A value is not finite, and the policy is RaiseOnNan."
-        return after._at(eqx.error_if(after._progress, after.stopped, message))
+        return with_progress(
+            after, eqx.error_if(progress_of(after), after.stopped, message)
+        )
     if not before.stopped:
-        after._raise_if_non_finite(after)
+        raise_if_non_finite(after, after)
     return after
 
 
 @program
 def _run(
-    trainer: Any, source: Whole[Any] | Minibatches, steps: int, segment: int
+    trainer: AbstractTrainer, source: Whole[Any] | Minibatches, steps: int, segment: int
 ) -> tuple[Progress, Float[Array, " steps"]]:
     """Takes the steps that come before the trainer stops."""
-    old: Progress = trainer._progress
-    start = lax.cond(old.stopped, lambda: old, lambda: scored_anew(old, False))
+    old: Progress = progress_of(trainer)
+    start = lax.cond(old.stopped, lambda: old, lambda: with_comparable_best(old, False))
 
     def step(carry: tuple[Progress, Any], _: None) -> tuple[Any, Float[Array, ""]]:
         progress, cursor = carry
 
         def take() -> tuple[Any, Float[Array, ""]]:
             batch, place = source.next(cursor, progress.step_count)
-            new, loss = _differentiable_step(trainer._at(progress), batch)
+            new, loss = _differentiable_step(with_progress(trainer, progress), batch)
             return (new, place), loss
 
         def stay() -> tuple[Any, Float[Array, ""]]:
@@ -180,14 +194,16 @@ def _scan(
     return carry, jnp.concatenate([losses.ravel(), last])
 
 
-def _differentiable_step(trainer: Any, batch: Any) -> tuple[Progress, Float[Array, ""]]:
+def _differentiable_step(
+    trainer: AbstractTrainer, batch: Any
+) -> tuple[Progress, Float[Array, ""]]:
     """Takes a step, and keeps what is not finite in it out of the derivatives.
 
     Where a step is not taken its derivatives are zero times what is not finite, which
     is NaN. So nothing flows into such a step. Whether it is one, the step itself must
     say, without derivatives; the compiler finds that the two are one.
     """
-    old: Progress = trainer._progress
+    old: Progress = progress_of(trainer)
     _, seen = advance(*_live_if(None, (trainer, batch)))
     new, outcome = advance(*_live_if(seen.accepted, (trainer, batch)))
     loss = _live_if(seen.accepted, outcome.loss)

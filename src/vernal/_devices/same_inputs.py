@@ -1,0 +1,70 @@
+"""Checks that processes call `step` and `solve` with the same, as they do in a fit."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+
+from .._program import Version, version_of
+from .._step import AbstractTrainer, advance, live, score, step_key
+from .fingerprint import fingerprint, leaf_fingerprints
+from .placement import Placement
+from .processes import Peers
+
+# Larger arrays that a step returned are not copied from the devices for the next one.
+_MAX_BYTES = 4_096
+
+_programs: weakref.WeakKeyDictionary[Version, str] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def same_inputs(
+    entrance: str, place: Placement | None
+) -> Iterator[Callable[..., None]]:
+    """Yields a function that raises if another process has other inputs.
+
+    Call it as `require_same(trainer, batch, **others)` before the processes compute
+    together; for many trainers, with the shapes of a single one as `like`. If a process
+    raises before that, the others raise too.
+    """
+    peers = Peers(place and place.mesh, entrance)
+    if not peers.are_many:
+        yield lambda *_, **others: None
+        return
+
+    def require_same(
+        trainer: AbstractTrainer, batch: Any, like: Any = None, /, **others: Any
+    ) -> None:
+        given = {
+            "class": type(trainer).__qualname__,
+            **{name: _short(other) for name, other in others.items()},
+            "trainer": leaf_fingerprints(trainer, _MAX_BYTES),
+            "batch": leaf_fingerprints(batch, _MAX_BYTES),
+            "program": _program_fingerprint(*(like or (trainer, batch))),
+        }
+        peers.require_same(given)
+
+    with peers:
+        yield require_same
+
+
+def _short(other: Any) -> Any:
+    return other if other is None or isinstance(other, int) else fingerprint(other)
+
+
+def _program_fingerprint(trainer: AbstractTrainer, batch: Any) -> str:
+    version = version_of((trainer, batch))
+    known = _programs.get(version)
+    if known is None:
+        jaxpr = eqx.filter_make_jaxpr(_compute)(trainer, batch)[0]
+        known = _programs[version] = fingerprint(jaxpr)
+    return known
+
+
+def _compute(trainer: AbstractTrainer, batch: Any) -> Any:
+    if trainer.optimiser is not None:
+        return advance(trainer, batch)[0]
+    there = live(trainer, trainer.params)
+    return score(there, batch, step_key(trainer)).loss

@@ -1,0 +1,54 @@
+"""Trees taken apart into leaves with names."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.tree_util as jtu
+
+from .._boundary import dotted
+
+
+class NamedTree(NamedTuple):
+    """The leaves of a tree in order, their names, and its structure."""
+
+    names: tuple[str, ...]
+    leaves: list[Any]
+    structure: Any
+
+    def by_name(self) -> dict[str, Any]:
+        """Returns the leaves by name."""
+        return dict(zip(self.names, self.leaves, strict=True))
+
+    def within(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Makes a function of some leaves, by name, from one of the whole tree.
+
+        All other leaves are held.
+        """
+
+        # A line search passes on the arguments that it finds in the signature.
+        @functools.wraps(fn)
+        def within(own: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            pairs = zip(self.names, self.leaves, strict=True)
+            whole = self.structure.unflatten([own.get(n, leaf) for n, leaf in pairs])
+            return fn(whole, *args, **kwargs)
+
+        return within
+
+
+def by_path(tree: Any) -> NamedTree:
+    """Names each leaf by its dotted path."""
+    return _named(tree, dotted)
+
+
+def uniquely_named(tree: Any) -> NamedTree:
+    """Names each leaf by its dotted path, or by JAX's key path if two were the same."""
+    named = by_path(tree)
+    is_unique = len(set(named.names)) == len(named.names)
+    return named if is_unique else _named(tree, jtu.keystr)
+
+
+def _named(tree: Any, name: Callable[[tuple[Any, ...]], str]) -> NamedTree:
+    flat, structure = jtu.tree_flatten_with_path(tree)
+    names = tuple(name(keys) for keys, _ in flat)
+    return NamedTree(names, [leaf for _, leaf in flat], structure)

@@ -1,0 +1,77 @@
+"""Whether numbers are finite, and the two checks of gradients of zodiax."""
+
+import functools as ft
+import operator
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool
+
+from .._boundary import PyTree
+
+T = TypeVar("T")
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return isinstance(leaf, float | complex) or (
+        hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+    )
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number in the inexact leaves of a tree is finite."""
+    flags = [is_finite(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
+    return ft.reduce(operator.and_, flags, jnp.array(True))
+
+
+def is_finite(array: ArrayLike) -> Bool[Array, ""]:
+    """Whether every number in an array is finite."""
+    # The largest magnitude is infinite or NaN if any number is. To reduce floats is
+    # three times as fast on a CPU as to reduce the booleans of `isfinite`.
+    if jnp.size(array) == 0:
+        return jnp.array(True)
+    if jnp.iscomplexobj(array):
+        # The magnitude of a finite number may overflow.
+        array = jnp.stack([jnp.real(array), jnp.imag(array)])
+    return jnp.isfinite(jnp.max(jnp.abs(array)))
+
+
+def debug_nan_check(grads: T) -> T:
+    """Opens a breakpoint if there is a NaN in the gradients.
+
+    Infinities do not open it. Leaves that are integers or `None` are ignored.
+
+    **Arguments:**
+
+    - `grads`: any pytree.
+
+    **Returns:**
+
+    `grads` itself.
+    """
+    leaves = filter(_is_inexact, jax.tree.leaves(grads))
+    flags = [jnp.any(jnp.isnan(leaf)) for leaf in leaves]
+    eqx.debug.breakpoint_if(ft.reduce(operator.or_, flags, jnp.array(False)))
+    return grads
+
+
+def zero_nan_check(grads: T) -> T:
+    """Replaces every NaN in the gradients by zero.
+
+    Infinities stay, and each leaf keeps its dtype. Leaves that are integers or `None`
+    are ignored. To look for infinities too, and for a loss that is not finite, give a
+    `Trainer` the policy [`vernal.ZeroNans`][].
+
+    **Arguments:**
+
+    - `grads`: any pytree.
+
+    **Returns:**
+
+    A pytree of the same structure.
+    """
+    return jax.tree.map(
+        lambda x: jnp.where(jnp.isnan(x), 0, x) if _is_inexact(x) else x, grads
+    )

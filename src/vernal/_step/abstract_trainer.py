@@ -1,0 +1,194 @@
+"""What every room may ask of a trainer, whose class is defined above them.
+
+This file alone reads and writes the private fields of a trainer. The functions here are
+no methods: a user's subclass may have fields of the same names.
+"""
+
+import abc
+from typing import TYPE_CHECKING, Any, Generic
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from typing_extensions import TypeVar
+
+from .._boundary import PyTree
+from .._optimiser import ParamOptimiser
+from .._pickling import Portable, build
+from .._policy import NanPolicy, StopFit
+from .._projection import EigenProjector
+from .model_template import ModelTemplate
+from .progress import Progress
+
+Model = TypeVar("Model", default=Any)
+Batch = TypeVar("Batch", default=Any)
+TrainerT = TypeVar("TrainerT", bound="AbstractTrainer[Any, Any]")
+ModuleT = TypeVar("ModuleT", bound=eqx.Module)
+
+if TYPE_CHECKING:
+    from equinox._module._module import _ModuleMeta
+
+    class _Meta(_ModuleMeta):
+        """To a type checker: a subclass has the `__init__` that it inherits.
+
+        So it is when a program runs, for a class whose parent has an `__init__` of its
+        own. Of Equinox's metaclass itself a checker believes that each subclass has a
+        new one, with an argument for each field.
+        """
+
+else:
+    _Meta = type(eqx.Module)
+
+
+class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
+    """A model, an optimiser and policies: the configuration, and the progress of a fit.
+
+    A trainer whose progress is `None` is a configuration: it goes into compiled
+    programs beside the progress, which changes. The arrays of a stacked trainer have a
+    row for each member.
+    """
+
+    # Or `None`, as the user knows best: with that instead of `Any` a type checker would
+    # ask for an `assert` before each use.
+    optimiser: eqx.AbstractVar[ParamOptimiser | Any]
+    nan_policy: eqx.AbstractVar[NanPolicy]
+    projector: eqx.AbstractVar[EigenProjector | Any]
+    key: eqx.AbstractVar[PRNGKeyArray | None]
+    _template: eqx.AbstractVar[ModelTemplate]
+    _progress: eqx.AbstractVar[Progress]
+
+    # Hooks that a subclass may override.
+
+    def transform_grads(self, grads: PyTree, model: Model) -> PyTree:
+        """A hook: changes the gradients after the NaN policy, before the optimiser.
+
+        **Arguments:**
+
+        - `grads`: the gradients of the trained parameters, `None` elsewhere.
+        - `model`: the model at which they were taken.
+        """
+        return grads
+
+    def constrain(self, model: Model) -> Model:
+        """A hook: changes the model after each update, to clip or to renormalise.
+
+        Of the model that it returns the trained parameters are kept. If a projector
+        couples what it changes with other elements, it has to clip each element to an
+        interval: it is then made a projection in the metric of the projector, and the
+        fit ends at the best point that the constraint allows. With a
+        [`vernal.precondition`][] that couples them it is refused.
+        """
+        return model
+
+    @abc.abstractmethod
+    def evaluate(self, model: Model, batch: Batch) -> Float[Array, ""]:
+        """Scores a model on a validation batch."""
+
+    # What a trainer holds.
+
+    @property
+    def params(self) -> PyTree:
+        """The trained parameters: the model with `None` for all that is not trained."""
+        return self._progress.params
+
+    @property
+    def model(self) -> Model:
+        """The model with the current values."""
+        return self._template.join(self._progress.params)
+
+    @property
+    def best(self) -> Model:
+        """The model with the lowest finite loss that was scored.
+
+        A step scores the parameters that it starts from, so that the last iterate of a
+        fit is not scored until there is a further step. In a fit with `validation` it
+        is the model with the lowest score there.
+        """
+        return self._template.join(self._progress.best)
+
+    @property
+    def best_loss(self) -> Float[Array, "*members"]:
+        """The loss of `best`, or its validation score: infinite before there is one."""
+        return self._progress.best_loss
+
+    @property
+    def state(self) -> PyTree:
+        """What the loss carries from step to step, `None` if there is no such thing."""
+        # A copy: of Equinox's states one is invalid as soon as there is a newer one.
+        return jax.tree.map(lambda leaf: leaf, self._progress.state)
+
+    @property
+    def best_state(self) -> PyTree:
+        """The state that goes with `best`."""
+        return jax.tree.map(lambda leaf: leaf, self._progress.best_state)
+
+    @property
+    def step_count(self) -> Int[Array, "*members"]:
+        """The number of steps, those that were not accepted included."""
+        return self._progress.step_count
+
+    @property
+    def stopped(self) -> Bool[Array, "*members"]:
+        """Whether the NaN policy has ended the fit. `replace` lets it go on."""
+        return self._progress.stopped
+
+    @property
+    def opt_state(self) -> PyTree:
+        """The state of the optimiser."""
+        return self._progress.opt_state
+
+    @property
+    def latent(self) -> PyTree:
+        """The coordinates in the projector's space, `None` if there is no projector."""
+        return self._progress.latent
+
+
+def progress_of(trainer: AbstractTrainer) -> Progress:
+    """Returns what a fit changes of a trainer."""
+    return trainer._progress
+
+
+def with_progress(trainer: TrainerT, progress: Progress, **fields: Any) -> TrainerT:
+    """Returns the trainer with another progress, and perhaps other fields."""
+    return changed(trainer, _progress=progress, **fields)
+
+
+def config_of(trainer: TrainerT) -> TrainerT:
+    """Returns the trainer without its progress: what a fit does not change."""
+    return changed(trainer, _progress=None)
+
+
+def template_of(trainer: AbstractTrainer) -> ModelTemplate:
+    """Returns the model without its trained parameters."""
+    return trainer._template
+
+
+def stripped(trainer: TrainerT) -> TrainerT:
+    """Returns the trainer without all that no loss depends on.
+
+    So programs that evaluate the loss are shared by trainers of any optimiser.
+    """
+    progress = trainer._progress
+    fields: dict[str, Any] = dict.fromkeys(vars(progress))
+    for name in ("params", "state", "step_count"):
+        fields[name] = getattr(progress, name)
+    return changed(
+        trainer,
+        optimiser=None,
+        nan_policy=StopFit(),
+        projector=None,
+        _progress=changed(progress, **fields),
+    )
+
+
+def overrides(trainer: AbstractTrainer, hook: str) -> bool:
+    """Whether the class of a trainer has a hook of its own."""
+    return getattr(type(trainer), hook) is not getattr(AbstractTrainer, hook)
+
+
+def changed(module: ModuleT, **fields: Any) -> ModuleT:
+    """Copies a module with other fields, without the `__init__` of its class.
+
+    Flattening would do the same, but slower: this runs between the chunks of each fit.
+    """
+    return build(type(module), {**vars(module), **fields})

@@ -1,0 +1,54 @@
+"""What was not finite during a fit, from the counts that each step keeps."""
+
+from typing import Any
+
+import jax
+
+from .._policy import SKIP_ADVICE, NanCount, NonFiniteError
+from .._tree import paths
+from .abstract_trainer import AbstractTrainer, progress_of
+
+
+def nan_report(trainer: AbstractTrainer) -> dict[str, NanCount]:
+    """Implements `Trainer.nan_report`."""
+    totals, firsts, _ = jax.device_get(progress_of(trainer).nan_counts)
+    return {
+        name: NanCount(int(total), int(first) if first >= 0 else None)
+        for name, total, first in zip(_columns(trainer), totals, firsts, strict=True)
+    }
+
+
+def _columns(trainer: AbstractTrainer) -> tuple[str, ...]:
+    names = paths(trainer.params)
+    free = lambda name: f"<{name}>" if name in names else name
+    return (free("loss"), *names, free("update"))
+
+
+def last_bad_step(trainer: AbstractTrainer) -> int:
+    """Returns the last step with a non-finite value, -1 if there was none."""
+    *_, lasts = jax.device_get(progress_of(trainer).nan_counts)
+    return int(lasts.max())
+
+
+def is_at_bad_step(trainer: AbstractTrainer) -> bool:
+    """Whether the last step had a non-finite value."""
+    return last_bad_step(trainer) == int(trainer.step_count) - 1 >= 0
+
+
+def raise_if_non_finite(
+    trainer: AbstractTrainer, result: Any, explanation: str = SKIP_ADVICE
+) -> None:
+    """Raises if the last step was bad, under a policy that raises."""
+    if trainer.stopped and trainer.nan_policy.raises and is_at_bad_step(trainer):
+        raise non_finite_error(trainer, result, explanation)
+
+
+def non_finite_error(
+    trainer: AbstractTrainer, result: Any, explanation: str = SKIP_ADVICE
+) -> NonFiniteError:
+    """Names what was not finite at the last bad step."""
+    *_, lasts = jax.device_get(progress_of(trainer).nan_counts)
+    step = int(lasts.max())
+    columns = zip(_columns(trainer), lasts, strict=True)
+    bad = [name for name, last in columns if last == step]
+    return NonFiniteError(step, bad, nan_report(trainer), result, explanation)

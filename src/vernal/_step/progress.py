@@ -1,0 +1,116 @@
+"""What a fit changes of a trainer."""
+
+import dataclasses
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from .._boundary import PyTree
+
+MOST_STEPS = 2**31 - 1
+"""Steps are counted in 32 bits."""
+
+
+class Progress(eqx.Module):
+    """All that a fit changes of a trainer. The rest of a trainer is configuration.
+
+    With a projector the optimiser moves `latent`; without one it moves `params`, and
+    `latent` is `None`. The rows of `nan_counts` are the totals, the first steps and the
+    last steps (-1 for none); its columns are the loss, each leaf, and the update.
+    `is_validated`: whether `best_loss` is the score of a validation.
+    """
+
+    params: PyTree
+    latent: PyTree
+    opt_state: PyTree
+    policy_state: PyTree
+    state: PyTree
+    best: PyTree
+    best_state: PyTree
+    best_loss: Float[Array, "*members"]
+    is_validated: Bool[Array, "*members"]
+    nan_counts: Int[Array, "*members 3 columns"]
+    step_count: Int[Array, "*members"]
+    stopped: Bool[Array, "*members"]
+
+
+def initial_progress(
+    params: PyTree,
+    latent: PyTree,
+    opt_state: PyTree,
+    policy_state: PyTree,
+    state: PyTree,
+) -> Progress:
+    """Returns the progress of a trainer that has not taken a step."""
+    # NumPy makes these arrays, for which JAX would compile a program each.
+    columns = len(jax.tree.leaves(params)) + 2
+    no_counts = np.array([[0], [-1], [-1]], np.int32)
+    return Progress(
+        params=params,
+        latent=latent,
+        opt_state=opt_state,
+        policy_state=policy_state,
+        state=state,
+        best=params,
+        best_state=state,
+        best_loss=jnp.asarray(np.asarray(np.inf, jnp.result_type(float))),
+        is_validated=jnp.asarray(np.bool_(False)),
+        nan_counts=jnp.asarray(np.repeat(no_counts, columns, axis=1)),
+        step_count=jnp.asarray(np.int32(0)),
+        stopped=jnp.asarray(np.bool_(False)),
+    )
+
+
+def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
+    """Drops a best that was scored otherwise: losses and validations do not compare."""
+    is_other = progress.is_validated != by_validation
+    pick = lambda x, y: jnp.where(is_other, x, y)
+    return dataclasses.replace(
+        progress,
+        best=jax.tree.map(pick, progress.params, progress.best),
+        best_state=jax.tree.map(pick, progress.state, progress.best_state),
+        best_loss=pick(jnp.full_like(progress.best_loss, jnp.inf), progress.best_loss),
+        is_validated=jnp.asarray(by_validation),
+    )
+
+
+class Best(NamedTuple):
+    """The parameters of the lowest score, and the score."""
+
+    params: PyTree
+    state: PyTree
+    loss: Float[Array, ""]
+
+
+def held_best(progress: Progress) -> Best:
+    """Returns the best so far."""
+    return Best(progress.best, progress.best_state, progress.best_loss)
+
+
+def ranked(progress: Progress, score: Float[Array, ""]) -> Best:
+    """Returns the best, given the score of the current parameters."""
+    return lax.cond(
+        jnp.isfinite(score) & (score < progress.best_loss),
+        lambda: Best(progress.params, progress.state, score),
+        lambda: held_best(progress),
+    )
+
+
+def count_non_finite(
+    counts: Int[Array, "3 columns"],
+    bad: Bool[Array, " columns"],
+    step: Int[Array, ""],
+) -> Int[Array, "3 columns"]:
+    totals, first, last = counts
+    return jnp.stack(
+        [
+            totals + bad.astype(totals.dtype),
+            jnp.where(bad & (first < 0), step, first),
+            jnp.where(bad, step, last),
+        ]
+    )

@@ -1,0 +1,162 @@
+"""A trainer with other parts: what of its state still fits is kept."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._boundary import PyTree
+from .._optimiser import ParamOptimiser, as_transform
+from .._policy import NanPolicy
+from .._projection import EigenProjector
+from .._tree import cast_alike, parameters, strong
+from .abstract_trainer import (
+    AbstractTrainer,
+    TrainerT,
+    changed,
+    overrides,
+    progress_of,
+    template_of,
+)
+from .constrain import check_elementwise
+from .construct import (
+    check_arguments,
+    check_ruled,
+    fit_projector,
+    initial_opt_state,
+    kept,
+    refuse_names_in_latent_space,
+)
+from .hyperparams import carried_over
+from .model import check_state, checked_model
+from .model_template import ModelTemplate
+
+
+def replaced_fields(
+    trainer: AbstractTrainer,
+    model: Any,
+    optimiser: optax.GradientTransformation | None,
+    nan_policy: NanPolicy | None,
+    state: PyTree,
+) -> dict[str, Any]:
+    """Returns the fields that `Trainer.replace` changes."""
+    if trainer.step_count.ndim:
+        return _replace_each(trainer, model, optimiser, nan_policy, state)
+    old, parts, transform = (
+        progress_of(trainer),
+        template_of(trainer),
+        trainer.optimiser,
+    )
+    new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
+    params, latent = old.params, old.latent
+    if model is not None:
+        model = checked_model(model)
+        if jax.tree.structure(model) != parts.structure:
+            raise ValueError(
+                "`model` has another structure than the one that is fitted. For "
+                "another model, make a new trainer."
+            )
+        kinds = [0 if kind == "trained" else None for kind in parts.kinds]
+        params = cast_alike(
+            parameters(model, kinds),
+            params,
+            "`model`",
+            "the one that is fitted",
+            "For {} parameters, make a new trainer.",
+        )
+        parts = ModelTemplate(model, kinds)
+        if trainer.projector is not None:
+            latent = trainer.projector.to_latent(params)
+            params = trainer.projector.to_params(latent)
+        infinite = jnp.full_like(old.best_loss, jnp.inf)
+        new |= {"params": params, "latent": latent, "best": params}
+        new |= {"best_state": old.state, "best_loss": infinite}
+    if state is not None:
+        check_state(state)
+        whose, remedy = "the one that the trainer has", "Make a new trainer for it."
+        new["state"] = cast_alike(state, old.state, "`state`", whose, remedy)
+        if model is not None:
+            new["best_state"] = new["state"]
+    if optimiser is not None:
+        transform = as_transform(optimiser, "optimiser")
+        refuse_names_in_latent_space(trainer.projector, transform)
+        check_ruled(transform, params)
+        fresh = initial_opt_state(transform, params, latent)
+        new["opt_state"] = carried_over(trainer, params, latent, fresh)
+    policy = trainer.nan_policy
+    if nan_policy is not None:
+        check_arguments(nan_policy, None, None)
+        policy = nan_policy
+        fresh = jax.tree.map(strong, policy.init(params))
+        new["policy_state"] = kept(old.policy_state, fresh)
+    return {
+        "optimiser": transform,
+        "nan_policy": policy,
+        "_template": parts,
+        "_progress": dataclasses.replace(old, **new),
+    }
+
+
+def _replace_each(
+    trainer: AbstractTrainer, model: Any, optimiser: Any, nan_policy: Any, state: PyTree
+) -> dict[str, Any]:
+    """Finds the fields for each member of a stacked trainer."""
+    size = len(trainer.step_count)
+    # What all members share may have no rows.
+    own = lambda leaf: 0 if eqx.is_array(leaf) and leaf.shape[:1] == (size,) else None
+    if optimiser is not None:
+        optimiser = as_transform(optimiser, "optimiser")
+    rows = eqx.if_array(0)
+    found = eqx.filter_vmap(replaced_fields, in_axes=(own, rows, own, own, rows))(
+        trainer, model, optimiser, nan_policy, state
+    )
+    for name, new in {"optimiser": optimiser, "nan_policy": nan_policy}.items():
+        old = getattr(trainer, name)
+        found[name] = old if new is None else _with_rows(new, old, size)
+    if model is None:
+        found["_template"] = template_of(trainer)
+    return found
+
+
+def _with_rows(new: Any, old: Any, size: int) -> Any:
+    """Gives new configuration a row for each member, where the old has them."""
+    leaves = jax.tree.leaves(old)
+    have = [leaf.shape[:1] == (size,) for leaf in leaves if eqx.is_array(leaf)]
+    rows = lambda x: x if x.shape[:1] == (size,) else jnp.stack([x] * size)
+    return jax.tree.map(rows, new) if all(have) else new
+
+
+def reproject(
+    trainer: TrainerT,
+    projector: EigenProjector | None,
+    optimiser: optax.GradientTransformation | None,
+) -> TrainerT:
+    """Implements `Trainer.reproject`."""
+    check_arguments(trainer.nan_policy, projector, None)
+    transform = trainer.optimiser
+    if optimiser is not None:
+        transform = as_transform(optimiser, "optimiser")
+    elif isinstance(transform, ParamOptimiser) and projector is not None:
+        transform = transform if projector.has_names else None
+    params = trainer.params
+    constrained = overrides(trainer, "constrain")
+    projector, latent = fit_projector(
+        projector, params, transform, constrained=constrained
+    )
+    check_ruled(transform, params)
+    if projector is not None:
+        params = projector.to_params(latent)
+    progress = dataclasses.replace(
+        progress_of(trainer),
+        params=params,
+        latent=latent,
+        opt_state=initial_opt_state(transform, params, latent),
+    )
+    trainer = changed(
+        trainer, optimiser=transform, projector=projector, _progress=progress
+    )
+    check_elementwise(trainer)
+    return trainer

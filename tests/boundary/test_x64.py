@@ -1,0 +1,298 @@
+"""Float64 where JAX has it, float32 where it does not, and what is said of it."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from models import Line, same
+
+X = np.linspace(0.0, 1.0, 8)
+BATCH = X, 2 * X + 1
+SOLVER = optx.LevenbergMarquardt(rtol=1e-3, atol=1e-3)
+
+
+class LineFit(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return model(x) - y
+
+
+def made(**options):
+    """A trainer in the precision of here and now."""
+    rules = {
+        "slope": optax.adam(0.1),
+        "offset": optax.inject_hyperparams(optax.sgd)(0.1),
+    }
+    model = Line(jnp.asarray(1.0), jnp.asarray(0.0))
+    return LineFit(model, vn.ParamOptimiser(rules), **options)
+
+
+def fit(trainer, data=BATCH, **options):
+    return trainer.fit(data, 3, progress=False, **options)
+
+
+USES = {
+    "step": lambda t: t.step(BATCH)[0],
+    "step in jit": lambda t: eqx.filter_jit(lambda t: t.step(BATCH)[0])(t),
+    "fit": lambda t: fit(t, record=("grad_norm",), stop=vn.Converged(0.0, 2)).trainer,
+    "fit, validated": lambda t: (
+        fit(t, validation=(BATCH, 1), stop=vn.Patience(2)).trainer
+    ),
+    "minibatches": lambda t: (
+        fit(t, vn.Minibatches(BATCH, 4, key=jax.random.key(0))).trainer
+    ),
+    "stream": lambda t: fit(t, vn.Stream([BATCH] * 3)).trainer,
+    "solve": lambda t: t.solve(SOLVER, BATCH).trainer,
+    "minimise": lambda t: t.solve(optx.BFGS(rtol=1e-3, atol=1e-3), BATCH).trainer,
+    "fit_many": lambda t: vn.fit_many([t, t], BATCH, 2, progress=False).trainers,
+    "solve many": lambda t: vn.fit_many([t, t], BATCH, 9, solver=SOLVER).trainers,
+    "unroll": lambda t: vn.unroll(t, BATCH, 2)[0],
+    "replace": lambda t: t.replace(model=t.model),
+    "whiten": lambda t: t.whiten(BATCH),
+    "whitened": lambda t: t.whiten(BATCH).solve(SOLVER, BATCH).trainer,
+    "fisher": lambda t: t.fisher(BATCH),
+    "curvature": lambda t: t.curvature(BATCH),
+    "errors": lambda t: t.standard_errors(BATCH),
+    "table": lambda t: t.table(BATCH),
+    "objective": lambda t: t.objective(BATCH),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_made_in_float64_and_used_in_float32(name):
+    """It says so, rather than to round."""
+    with jax.enable_x64(True):
+        trainer = made()
+    with (
+        jax.enable_x64(False),
+        pytest.raises(ValueError, match=r"made in float64.*`jax_enable_x64`"),
+    ):
+        USES[name](trainer)
+
+
+@pytest.mark.seams
+@pytest.mark.parametrize("name", USES)
+def test_made_in_float32_and_used_in_float64(name):
+    """It works, and every dtype of the trainer stays."""
+    with jax.enable_x64(False):
+        trainer = made()
+    with jax.enable_x64(True):
+        result = USES[name](trainer)
+    if isinstance(result, vn.Trainer) and result.optimiser is not None:
+        before, after = (jax.tree.leaves(t._progress) for t in (trainer, result))
+        assert [x.dtype for x in before] == [x.dtype for x in after]
+
+
+def test_what_needs_no_computing_works_in_any(tmp_path):
+    with jax.enable_x64(True):
+        trainer = fit(made()).trainer
+        expected = trainer.learning_rates(), str(trainer), trainer.table()
+    with jax.enable_x64(False):
+        assert (trainer.learning_rates(), str(trainer), trainer.table()) == expected
+        assert trainer.nan_report()["loss"].total == 0
+        vn.save(tmp_path / "fit", trainer)
+    with jax.enable_x64(True):
+        loaded = vn.load(tmp_path / "fit", made())
+        assert same(loaded._progress, trainer._progress)
+
+
+def test_a_file_in_float64_is_not_rounded(tmp_path):
+    with jax.enable_x64(True):
+        trainer, tree = made(), {"a": jnp.asarray(0.1), "b": np.asarray(0.1)}
+        vn.save(tmp_path / "trainer", trainer)
+        vn.save(tmp_path / "tree", tree)
+    with jax.enable_x64(False):
+        for like in (trainer, made()):
+            with pytest.raises(vn.MismatchError, match="jax_enable_x64"):
+                vn.load(tmp_path / "trainer", like)
+        with pytest.raises(vn.MismatchError, match=r"'a' as float64.*jax_enable_x64"):
+            vn.load(tmp_path / "tree", tree)
+        only = vn.load(tmp_path / "tree", {"a": np.zeros(()), "b": np.zeros(())})
+        assert only["a"].dtype == np.float64
+        assert only["a"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["step", "fit", "solve", "fit_many"])
+def test_parts_in_float64_of_a_trainer_in_float32(name):
+    """A model, rules, a projector, a state and data from a context that is left."""
+    with jax.enable_x64(True):
+        other = made()
+        optimiser, batch = other.optimiser, jax.tree.map(jnp.asarray, BATCH)
+        model = {"line": other.model, "frozen": jnp.arange(8.0), "host": X + 0}
+
+    class Fit(vn.Trainer):
+        def residuals(self, model, batch):
+            x, y = batch
+            return model["line"](x) - y + 0 * model["frozen"] + 0 * model["host"]
+
+    rules = {"line.slope": optax.adam(0.1), "line.offset": optimiser.transforms[1]}
+    with jax.enable_x64(False):
+        trainer = Fit(model, vn.ParamOptimiser(rules))
+        use = {"step": lambda: trainer.step(batch), "fit": lambda: fit(trainer, batch)}
+        use["solve"] = lambda: trainer.solve(SOLVER, batch)
+        use["fit_many"] = lambda: vn.fit_many([trainer] * 2, batch, 2, progress=False)
+        result = use[name]()
+        floats = [x for x in jax.tree.leaves(result) if eqx.is_inexact_array(x)]
+        assert {x.dtype.name for x in floats if isinstance(x, jax.Array)} == {"float32"}
+
+
+# Data that float32 does not hold
+
+BJD = 2459000.5
+MATTERS = {
+    "BJD": BJD + np.linspace(0, 30, 8),
+    "BJD, a row of NaN": np.r_[np.nan, BJD + np.linspace(0, 30, 7)],
+    "one night": BJD + np.linspace(0, 0.3, 8),
+    "two dimensions": BJD + np.linspace(0, 30, 8).reshape(2, 4),
+    "seconds since 1970": 1.7e9 + np.arange(1000.0) / 10,
+    "wavelengths of one line": np.linspace(6562.8, 6562.9, 8),
+    "a small effect on a large number": 1e6 + np.sin(np.arange(8)),
+    "complex": (BJD + np.linspace(0, 30, 8)) * 1j,
+    "too small": np.linspace(1e-50, 2e-50, 8),
+    "too large": np.linspace(1e300, 2e300, 8),
+    "integers": np.arange(8) + 2**40,
+}
+FINE = {
+    "years": np.linspace(2010, 2024, 8),
+    "MJD of a year": 59000 + np.linspace(0, 365, 8),
+    "spectrum": np.linspace(3000, 9000, 8),
+    "SI": np.linspace(1e-6, 2e-6, 8),
+    "about zero": np.linspace(-1e9, 1e9, 8),
+    "constant": np.full(8, 0.1),
+    "one number": np.asarray([BJD]),
+    "scalar": np.float64(BJD),
+    "nothing": np.zeros(0),
+    "all NaN": np.full(8, np.nan),
+    "float32": (BJD + np.linspace(0, 30, 8)).astype(np.float32),
+    "small integers": np.arange(8),
+    "text beside it": 3,
+}
+
+
+def test_what_is_no_number_has_no_precision():
+    odd = {
+        "key": jax.random.key(0),
+        "keys": jax.random.split(jax.random.key(0), 3),
+        "raw": jax.random.PRNGKey(0),
+        "bfloat16": jnp.ones(2, jnp.bfloat16),
+        "int4": jnp.ones(2, jnp.int4),
+        "nothing": None,
+    }
+    with jax.enable_x64(False):
+        trainer = Ignore({"a": jnp.asarray(1.0, jnp.float32), **odd}, optax.sgd(0.1))
+        assert trainer.step(odd)[1].accepted
+
+
+class Ignore(vn.Trainer):
+    def loss(self, model, batch):
+        return model["a"] ** 2
+
+
+def heard(work, x64=False):
+    with jax.enable_x64(x64), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        work()
+    return [w for w in caught if issubclass(w.category, vn.PrecisionWarning)]
+
+
+def trainer():
+    return Ignore({"a": jnp.asarray(1.0)}, optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("name", MATTERS)
+def test_data_whose_rounding_matters_are_told_once(name):
+    data = {"t": MATTERS[name]}
+
+    def work():
+        stepped = trainer()
+        for _ in range(3):
+            stepped, _ = stepped.step(data)
+        stepped.fit(data, 2, progress=False)
+
+    with np.errstate(over="ignore"):
+        told = heard(work)
+        assert len(told) == 1
+        assert told[0].filename == __file__
+        assert "'t'" in str(told[0].message)
+        assert "jax_enable_x64" in str(told[0].message)
+        remedy = "another unit" if name.startswith("too ") else "subtract a reference"
+        assert remedy in str(told[0].message)
+        assert ("infinite in float32" in str(told[0].message)) == (name == "too large")
+        assert not heard(work, x64=True)
+        # In another context of warnings it is told again.
+        assert len(heard(work)) == 1
+
+
+def test_data_whose_rounding_is_of_no_matter_are_not_told():
+    def work():
+        for data in FINE.values():
+            trainer().step({"t": data})
+
+    assert not heard(work)
+
+
+ENTRANCES = {
+    "fit": lambda t, x: t.fit(x, 1, progress=False),
+    "validation": lambda t, x: t.fit(0.0, 1, progress=False, validation=(x, 1)),
+    "minibatches": lambda t, x: vn.Minibatches(x, 4, key=jax.random.key(0)),
+    "stream": lambda t, x: t.fit(
+        vn.Stream([{"t": x["t"] + i} for i in range(4)]), 4, progress=False
+    ),
+    "curvature": lambda t, x: t.curvature(x),
+    "solve": lambda t, x: t.solve(optx.BFGS(rtol=1e-3, atol=1e-3), x),
+    "fit_many": lambda t, x: vn.fit_many([t], x, 1, progress=False),
+    "unroll": lambda t, x: vn.unroll(t, x, 1),
+    "a frozen array of the model": lambda t, x: Ignore({"a": jnp.asarray(1.0), **x}),
+    "another model": lambda t, x: Ignore(
+        {"a": jnp.asarray(1.0), "t": jnp.zeros(8)}, train="t"
+    ).replace(model={"a": jnp.asarray(1.0), **x}),
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_every_way_in(name):
+    data = {"t": MATTERS["BJD"]}
+    told = heard(lambda: ENTRANCES[name](trainer(), data))
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
+def test_it_can_be_made_an_error_or_silenced():
+    data = {"t": MATTERS["BJD"]}
+    with jax.enable_x64(False), warnings.catch_warnings():
+        warnings.simplefilter("error", vn.PrecisionWarning)
+        for _ in range(2):
+            with pytest.raises(vn.PrecisionWarning):
+                trainer().step(data)
+        warnings.simplefilter("ignore", vn.PrecisionWarning)
+        trainer().step(data)
+
+
+# Errors below the spacing of the dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "told"),
+    [
+        (np.float32, BJD, "5.0e-03, below the spacing of float32 (0.25)"),
+        (jnp.bfloat16, 300.0, "0.0050, below the spacing of bfloat16 (2)"),
+        (np.float32, 1.0, "0.0050"),
+        (np.float64, BJD, "5.0e-03"),
+    ],
+)
+def test_a_table_marks_errors_below_the_spacing(dtype, value, told):
+    class Fit(vn.Trainer):
+        def residuals(self, model, batch):
+            return (model["t"] - batch).astype(jnp.float64) / 0.01
+
+    model = {"t": jnp.asarray([value], dtype), "n": jnp.asarray(1)}
+    row = Fit(model).table(jnp.zeros(4)).splitlines()[3]
+    assert row.startswith("t[0]")
+    assert row.endswith(f"  {told}")

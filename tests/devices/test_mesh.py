@@ -1,0 +1,507 @@
+"""Several devices give the answer of one, to rounding."""
+
+import re
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import vernal as vn
+from meshes import ADAM, BATCH, FITS, RULES, Drawn, Settled, mesh_of, starts, stream
+from models import (
+    Gaussian,
+    GaussianFit,
+    LineFit,
+    gaussian,
+    gaussian_batch,
+    line,
+    line_batch,
+)
+from vernal._boundary.names import dotted
+from vernal._devices.placement import placement
+from vernal._loop.chunk import run_chunk, run_step
+from vernal._tree.structure import is_weak
+
+WIDTHS = (1, 2, 8)
+
+
+MESH = mesh_of(8)
+
+
+def close(ours, theirs, rtol=1e-9):
+    """The same up to rounding, of the same types, and where one device has it."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    for a, b in pairs:
+        assert (a.dtype, a.shape, is_weak(a)) == (b.dtype, b.shape, is_weak(b))
+        assert len(a.sharding.device_set) == 1
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        tolerance = max(rtol, 1e-5 if a.dtype == jnp.float32 else 0)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-12)
+
+
+def same_histories(ours, theirs):
+    assert ours.to_dict().keys() == theirs.to_dict().keys()
+    for name, column in theirs.to_dict().items():
+        np.testing.assert_allclose(ours[name], column, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.seams
+@pytest.mark.parametrize("name", FITS)
+def test_a_fit_on_eight_devices(name):
+    trainer, data, options = FITS[name]()
+    one = trainer.fit(data, 30, progress=False, **options)
+    many = trainer.fit(data, 30, progress=False, mesh=MESH, **options)
+    close(many.trainer, one.trainer)
+    same_histories(many.history, one.history)
+    assert many.stop_reason is one.stop_reason
+    assert many.trainer.nan_report() == one.trainer.nan_report()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_chunks_on_devices_compile_once(width):
+    traces = []
+
+    class Counted(GaussianFit):
+        def residuals(self, model, batch):
+            traces.append(1)
+            return super().residuals(model, batch)
+
+    mesh = mesh_of(width)
+    trainer = Counted(gaussian(), vn.ParamOptimiser(RULES))
+    callback = lambda trainer, history: trainer
+    options = {"mesh": mesh, "progress": False, "chunk": 3, "callback": callback}
+    stop = vn.Converged(0.0, 99)
+    before = run_chunk.cache_size()
+    parts = trainer.fit(BATCH, 12, stop=stop, **options)
+    parts.trainer.fit(BATCH, 5, stop=stop, **options)
+    assert len(traces) == 1
+    assert run_chunk.cache_size() == before + 1
+    close(parts.trainer, trainer.fit(BATCH, 12, progress=False).trainer)
+
+
+@pytest.mark.seams
+def test_a_mesh_of_which_the_compiler_asks_for_types():
+    """As `jax.make_mesh` makes it in later releases."""
+    mesh = jax.make_mesh((4,), ("rows",))
+    one = GaussianFit(gaussian(), ADAM).fit(BATCH, 9, progress=False)
+    many = GaussianFit(gaussian(), ADAM).fit(BATCH, 9, progress=False, mesh=mesh)
+    close(many.trainer, one.trainer)
+
+
+def test_a_mesh_that_is_set_around_it():
+    trainer = GaussianFit(gaussian(), ADAM)
+    one = trainer.fit(BATCH, 9, progress=False)
+    mesh = jax.make_mesh((4,), ("data",))
+    with jax.set_mesh(mesh):
+        many = trainer.fit(BATCH, 9, progress=False, mesh=mesh)
+        trainer.step(BATCH, mesh=mesh)
+        trainer.solve(SOLVERS["LM"], BATCH, mesh=mesh)
+        vn.fit_many([trainer] * 4, BATCH, 9, progress=False, mesh=mesh)
+    close(many.trainer, one.trainer)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_steps_on_devices(jit):
+    trainer = alone = GaussianFit(gaussian(), vn.ParamOptimiser(RULES))
+    take = lambda trainer: trainer.step(BATCH, mesh=MESH)
+    take = eqx.filter_jit(take) if jit else take
+    for _ in range(3):
+        trainer, info = take(trainer)
+        alone, own = alone.step(BATCH)
+        np.testing.assert_allclose(info.loss, own.loss, rtol=1e-12)
+        np.testing.assert_allclose(info.grad_norm, own.grad_norm, rtol=1e-9)
+    assert len(trainer.params.mean.sharding.device_set) == 8
+    np.testing.assert_allclose(trainer.params.mean, alone.params.mean, rtol=1e-12)
+
+
+SOLVERS = {
+    "LM": optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8),
+    "BFGS": optx.BFGS(rtol=1e-8, atol=1e-8),
+}
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_on_devices(solver, whitened):
+    trainer = GaussianFit(gaussian())
+    trainer = trainer.whiten(BATCH) if whitened else trainer
+    one = trainer.solve(SOLVERS[solver], BATCH)
+    many = trainer.solve(SOLVERS[solver], BATCH, mesh=MESH)
+    # Near the end a step is a matter of rounding.
+    close(many.trainer.params, one.trainer.params, rtol=1e-6)
+    close(many.best, one.best, rtol=1e-6)
+    assert many.stop_reason is one.stop_reason
+    np.testing.assert_allclose(many.history.loss[:4], one.history.loss[:4], rtol=1e-8)
+
+
+# What goes over the wires.
+
+
+class Chain(vn.Trainer):
+    def loss(self, model, batch):
+        x, y = batch
+        for layer in model:
+            x = jnp.tanh(x @ layer["weight"] + layer["bias"])
+        return jnp.mean(jnp.square(x - y))
+
+
+def chain(depth, width=8):
+    keys = jax.random.split(jax.random.key(0), depth)
+    weight = lambda key: jax.random.normal(key, (width, width)) / np.sqrt(width)
+    return [{"weight": weight(key), "bias": jnp.zeros(width)} for key in keys]
+
+
+CHAIN = jnp.linspace(-1, 1, 32 * 8).reshape(32, 8), jnp.zeros((32, 8))
+
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
+    r"(-start)?\("
+)
+
+
+def collectives(trainer, batch, mesh):
+    """The collectives of a compiled step, by kind."""
+    place = placement(trainer, mesh)
+    args = place.put(trainer), place.batch(batch, "batch"), place
+    text = run_step.lower(*args).compile().compiled.as_text()
+    return [match[1] for match in COLLECTIVE.finditer(text)]
+
+
+@pytest.mark.as_compiled
+@pytest.mark.parametrize("rules", ["one", "each"])
+def test_the_number_of_collectives_does_not_grow_with_the_parameters(rules):
+    def found(depth):
+        model = chain(depth)
+        each = dict.fromkeys(vn.paths(model), ADAM)
+        optimiser = ADAM if rules == "one" else vn.ParamOptimiser(each)
+        return collectives(Chain(model, optimiser), CHAIN, MESH)
+
+    few, many = found(1), found(12)
+    assert few == many
+    assert 1 <= len(few) <= 2
+    assert set(few) == {"all-reduce"}
+
+
+@pytest.mark.seams
+@pytest.mark.as_compiled
+def test_one_device_needs_no_collectives():
+    assert collectives(Chain(chain(2), ADAM), CHAIN, mesh_of(1)) == []
+
+
+@pytest.mark.parametrize("mesh", [None, MESH], ids=["one", "eight"])
+def test_nothing_goes_to_the_host_within_a_chunk(mesh):
+    trainer, stop = GaussianFit(gaussian(), ADAM), vn.Converged(0.0, 99)
+    batch = jax.device_put(BATCH)
+    options = {"progress": False, "mesh": mesh, "stop": stop, "validation": (batch, 5)}
+    trainer.fit(BATCH, 2, **options)
+    with jax.transfer_guard("disallow"):
+        trainer.fit(BATCH, 50, **options)
+    text = str(jax.make_jaxpr(lambda t, b: t.step(b, mesh=mesh))(trainer, BATCH))
+    assert "callback" not in text
+    assert "f64" in text
+
+
+def test_nothing_is_computed_in_double_precision_unless_asked():
+    with jax.enable_x64(False):
+        model = Gaussian(*(jnp.asarray(v) for v in (0.3, 1.2, 0.8)))
+        batch = tuple(jnp.asarray(np.asarray(x), "f4") for x in BATCH)
+        trainer = GaussianFit(model, vn.ParamOptimiser(RULES))
+        text = str(jax.make_jaxpr(lambda t, b: t.step(b))(trainer, batch))
+    assert "f64" not in text
+    assert "i64" not in text
+
+
+# Large leaves.
+
+
+@pytest.mark.seams
+@pytest.mark.parametrize("frozen", [False, True])
+def test_large_leaves_are_split(frozen):
+    mesh = mesh_of(4, 2)
+    sharding = {"*.weight": P(None, "model"), "0.bias": P("model")}
+    train = "*.bias" if frozen else None
+    trainer = Chain(chain(3), optax.adam(1e-2), train=train)
+    one = trainer.fit(CHAIN, 20, progress=False)
+    callback = lambda trainer, history: None
+    many = trainer.fit(
+        CHAIN,
+        20,
+        progress=False,
+        mesh=mesh,
+        sharding=sharding,
+        chunk=5,
+        callback=callback,
+    )
+    np.testing.assert_allclose(many.history.loss, one.history.loss, rtol=1e-9)
+    shape = lambda leaf: leaf.addressable_shards[0].data.shape
+    for model in many.model, many.best:
+        assert [shape(layer["weight"]) for layer in model] == [(8, 4)] * 3
+        assert [shape(layer["bias"]) for layer in model] == [(4,), (8,), (8,)]
+    moments = [x for x in jax.tree.leaves(many.trainer.opt_state) if x.ndim == 2]
+    assert len(moments) == (0 if frozen else 6)
+    assert {shape(moment) for moment in moments} <= {(8, 4)}
+    again = many.trainer.fit(CHAIN, 5, progress=False, mesh=mesh, sharding=sharding)
+    whole = one.trainer.fit(CHAIN, 5, progress=False)
+    np.testing.assert_allclose(again.history.loss, whole.history.loss, rtol=1e-9)
+
+
+class Sum(vn.Trainer):
+    def loss(self, model, batch):
+        return sum(jnp.sum(jnp.square(leaf - batch)) for leaf in jax.tree.leaves(model))
+
+
+def split_leaves(trainer, sharding):
+    """The paths of all that is split, as it lies after a step."""
+    after, _ = trainer.step(1.0, mesh=mesh_of(4, 2), sharding=sharding)
+    flat, _ = jax.tree_util.tree_flatten_with_path(after)
+    return {
+        dotted(keys).removeprefix("_progress.")
+        for keys, leaf in flat
+        if hasattr(leaf, "sharding") and not leaf.sharding.is_fully_replicated
+    }
+
+
+def of_adam(path):
+    moments = [f"opt_state.0.{moment}" for moment in ("mu", "nu")]
+    return {f"{node}.{path}".rstrip(".") for node in ("params", "best", *moments)}
+
+
+def test_a_leaf_is_known_by_its_place():
+    adam, spec, ones = optax.adam(0.1), P("model"), jnp.ones(8)
+    assert split_leaves(Sum(ones, adam), {lambda *_: True: spec}) == of_adam("")
+    twice = Sum({"w": ones, "a": {"w": ones}}, adam)
+    assert split_leaves(twice, {"w": spec}) == of_adam("w")
+    assert split_leaves(twice, {"a": spec}) == of_adam("a.w")
+    frozen = Sum([ones, ones], adam, train="0")
+    assert split_leaves(frozen, {"0": spec}) == of_adam("0")
+    assert split_leaves(frozen, {"1": spec}) == {"_template.frozen.0"}
+
+
+@pytest.mark.parametrize(
+    "spec", [P("model", None), P(None, None), P(("data", "model"))]
+)
+def test_chunks_of_split_leaves_compile_once(spec):
+    trainer = Chain(chain(1), optax.adam(1e-2))
+    before = run_chunk.cache_size()
+    options = {"mesh": mesh_of(4, 2), "sharding": {"*.weight": spec}, "chunk": 2}
+    trainer.fit(CHAIN, 6, progress=False, callback=lambda t, h: None, **options)
+    assert run_chunk.cache_size() == before + 1
+
+
+def test_what_lies_on_the_mesh_already_stays_there():
+    class Shared(vn.Trainer):
+        def residuals(self, model, batch):
+            wavelengths, x, y = batch
+            return jnp.sum(jnp.sin(wavelengths), 0) * model(x) - y
+
+    x, y = line_batch(16)
+    wavelengths = jnp.linspace(0, 1, 5)
+    there = jax.device_put(wavelengths, NamedSharding(MESH, P()))
+    trainer = Shared(line(), ADAM)
+    one = trainer.fit((wavelengths, x, y), 9, progress=False)
+    many = trainer.fit((there, x, y), 9, progress=False, mesh=MESH)
+    close(many.trainer, one.trainer)
+
+
+# Many trainers.
+
+
+def curves(count=8):
+    x, y, sigma = BATCH
+    rows = [y * (1 + 0.1 * i) for i in range(count)]
+    rows[3] = jnp.full_like(y, jnp.nan)
+    return x, jnp.stack(rows), sigma
+
+
+MANY = {
+    "starts": lambda: (starts(), BATCH, {"record": ("mean", "grad_norm")}),
+    "curves": lambda: (starts(), curves(), {"data_axis": (None, 0, None)}),
+    "parts": lambda: (starts(count=16), BATCH, {"batch": 8, "record": "mean"}),
+    "minibatches": lambda: (
+        starts(),
+        vn.Minibatches(BATCH, 5, key=jax.random.key(1)),
+        {},
+    ),
+    "stream": lambda: (starts(), vn.Stream(stream), {}),
+    "keys": lambda: (
+        [
+            Drawn(gaussian(), ADAM, key=jax.random.key(i), state=jnp.zeros(()))
+            for i in range(8)
+        ],
+        BATCH,
+        {},
+    ),
+    # Each ends at another step.
+    "stops": lambda: (
+        starts(optax.adam(0.1)),
+        BATCH,
+        {
+            "validation": (BATCH, 1),
+            "stop": vn.Patience(2),
+            "record": "mean",
+            "chunk": 7,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_on_devices(name):
+    trainers, data, options = MANY[name]()
+    one = vn.fit_many(trainers, data, 40, progress=False, **options)
+    if name == "stream":
+        data = vn.Stream(stream)
+    mesh = mesh_of(4)
+    many = vn.fit_many(trainers, data, 40, progress=False, mesh=mesh, **options)
+    close(many.trainers, one.trainers)
+    same_histories(many.history, one.history)
+    assert many.stop_reasons == one.stop_reasons
+    np.testing.assert_allclose(many.losses, one.losses, rtol=1e-9)
+    if name == "stops":
+        assert len(set(np.asarray(one.trainers.step_count).tolist())) > 3
+
+
+@pytest.mark.parametrize("batch", [None, 8])
+def test_many_solved_on_devices(batch):
+    trainers = [GaussianFit(t.model) for t in starts(count=16)]
+    options = {"data_axis": (None, 0, None), "solver": SOLVERS["LM"], "batch": batch}
+    data = curves(16)
+    one = vn.fit_many(trainers, data, 30, **options)
+    many = vn.fit_many(trainers, data, 30, mesh=MESH, **options)
+    close(many.trainers.params, one.trainers.params, rtol=1e-6)
+    assert many.stop_reasons == one.stop_reasons
+    assert many.nan_report(3) == one.nan_report(3)
+    assert many.stop_reasons[3] is vn.StopReason.NON_FINITE
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (8, 2), (8, None), (None, 8)])
+def test_a_fit_goes_on_with_other_devices(tmp_path, widths):
+    trainer = GaussianFit(gaussian(), vn.ParamOptimiser(RULES), key=None)
+    data = vn.Minibatches(BATCH, 8, key=jax.random.key(2))
+    meshes = [None if width is None else mesh_of(width) for width in widths]
+    keep = lambda mesh: {
+        "checkpoint": vn.Checkpoints(tmp_path, every=5),
+        "progress": False,
+        "record": "mean",
+        "mesh": mesh,
+    }
+    trainer.fit(data, 11, **keep(meshes[0]))
+    parts = trainer.fit(data, 30, **keep(meshes[1]))
+    last = tmp_path / "steps" / "30"
+    written = last.stat().st_mtime_ns
+    again = trainer.fit(data, 30, **keep(meshes[1]))
+    assert again.stop_reason is vn.StopReason.TAKEN_BEFORE
+    assert last.stat().st_mtime_ns == written
+    close(again.trainer, parts.trainer)
+    whole = trainer.fit(data, 30, progress=False, record="mean")
+    close(parts.trainer, whole.trainer)
+    same_histories(parts.history, whole.history)
+    assert len(parts.history) == 30
+
+
+def test_a_large_criterion_goes_on_with_other_devices(tmp_path):
+    keep = {"checkpoint": vn.Checkpoints(tmp_path), "progress": False}
+    trainer, stop = GaussianFit(gaussian(), ADAM), Settled()
+    trainer.fit(BATCH, 5, stop=stop, mesh=MESH, **keep)
+    parts = trainer.fit(BATCH, 9, stop=stop, **keep)
+    close(parts.trainer, trainer.fit(BATCH, 9, progress=False).trainer)
+
+
+# What cannot be.
+
+
+MISTAKES: Mapping = {
+    "no mesh": (lambda fit: fit(mesh=8), TypeError, "`mesh` is 8.*jax.make_mesh"),
+    "tail": (
+        lambda fit: fit(gaussian_batch(26), mesh=MESH),
+        ValueError,
+        r"`mesh`: `data\[0\]` has the shape \(26,\), and the 8 devices "
+        r"along the axis 'data' cannot share its 26 rows evenly. Leave out 2",
+    ),
+    "minibatches": (
+        lambda fit: fit(vn.Minibatches(BATCH, 6, key=jax.random.key(0)), mesh=MESH),
+        ValueError,
+        "Minibatches of size 6 cannot be shared.*multiple of 8",
+    ),
+    "stream": (
+        lambda fit: fit(vn.Stream([gaussian_batch(9)]), mesh=MESH),
+        ValueError,
+        r"`data\[0\]`.*9 rows",
+    ),
+    "validation": (
+        lambda fit: fit(validation=(gaussian_batch(9), 2), mesh=MESH),
+        ValueError,
+        r"`validation\[0\]`.*9 rows",
+    ),
+    "alone": (
+        lambda fit: fit(sharding={"mean": P("data")}),
+        ValueError,
+        "`sharding` is for a mesh",
+    ),
+    "list": (
+        lambda fit: fit(mesh=MESH, sharding=[P("data")]),
+        TypeError,
+        "must be a dictionary of selectors",
+    ),
+    "spec": (
+        lambda fit: fit(mesh=MESH, sharding={"mean": "data"}),
+        TypeError,
+        "that of 'mean' is 'data', but must be a `jax.sharding.PartitionSpec`",
+    ),
+    "path": (
+        lambda fit: fit(mesh=MESH, sharding={"maen": P()}),
+        vn.UnknownPathError,
+        "`sharding`.*'maen'.*'mean'",
+    ),
+    "axes": (
+        lambda fit: fit(mesh=MESH, sharding={"mean": P("data")}),
+        ValueError,
+        r"'mean', of shape \(\), cannot be split by.*more entries",
+    ),
+}
+
+
+@pytest.mark.own_words
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name):
+    make, error, match = MISTAKES[name]
+    trainer = GaussianFit(gaussian(), ADAM)
+
+    def fit(data=BATCH, **options):
+        return trainer.fit(data, 3, progress=False, **options)
+
+    with pytest.raises(error, match=f"(?s){match}"):
+        make(fit)
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        (P("modle"), "the axes of the mesh are 'data', 'model'"),
+        (P("model"), "2 devices cannot share an axis of 9 evenly"),
+        (P(("data", "model")), "4 devices cannot share"),
+    ],
+)
+def test_leaves_that_cannot_be_split(spec, match):
+    trainer = LineFit(line(jnp.zeros(9), 0.0), ADAM)
+    with pytest.raises(ValueError, match=f"'slope', of shape \\(9,\\).*{match}"):
+        trainer.step(line_batch(), mesh=mesh_of(2, 2), sharding={"slope": spec})
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": SOLVERS["LM"]}])
+def test_trainers_that_cannot_be_spread(options):
+    trainers = starts(count=6)
+    with pytest.raises(ValueError, match="`mesh`: 6 trainers cannot be spread evenly"):
+        vn.fit_many(trainers, BATCH, 3, mesh=MESH, **options)
+    with pytest.raises(ValueError, match="`batch`, 3 trainers, cannot be spread"):
+        vn.fit_many(trainers, BATCH, 3, mesh=mesh_of(2), batch=3, **options)

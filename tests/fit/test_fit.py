@@ -1,0 +1,564 @@
+"""`fit`: a compiled loop, and what happens around it."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import textwrap
+import time
+import types
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vernal as vn
+from models import (
+    GaussianFit,
+    LineFit,
+    Pull,
+    TwoFit,
+    gaussian,
+    gaussian_batch,
+    line,
+    line_batch,
+    same,
+    script,
+    two,
+)
+
+BATCH = line_batch()
+ADAM = optax.adam(0.1)
+
+
+def fit(trainer, data=BATCH, steps=10, **options):
+    return trainer.fit(data, steps, **{"progress": False, **options})
+
+
+# Against a loop by hand.
+
+
+@pytest.mark.seams
+@pytest.mark.as_compiled
+def test_a_fit_is_one_scan_by_hand():
+    """Within a few units of the last place: the compiler may fuse the two otherwise."""
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05))
+    batch = gaussian_batch()
+
+    @jax.jit
+    def by_hand(params):
+        def loss(params):
+            x, y, sigma = batch
+            return 0.5 * jnp.sum(((params(x) - y) / sigma) ** 2)
+
+        def step(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = optimiser.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), (value, params.mean)
+
+        return jax.lax.scan(step, (params, optimiser.init(params)), length=60)
+
+    (params, _), (values, means) = by_hand(gaussian())
+    result = fit(GaussianFit(gaussian(), optimiser), batch, 60, record="mean")
+    np.testing.assert_allclose(result.history.loss, values, rtol=1e-9)
+    np.testing.assert_allclose(result.history["mean"], means, rtol=1e-10)
+    for ours, theirs in zip(
+        jax.tree.leaves(result.model), jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    assert result.history.loss[-1] < 0.1 * values[0]
+
+
+@pytest.mark.as_compiled
+def test_a_fit_is_its_steps_to_the_bit():
+    trainer = LineFit(line(), ADAM)
+    stepped, losses = trainer, []
+    for _ in range(7):
+        stepped, info = stepped.step(BATCH)
+        losses.append(info.loss)
+    result = fit(trainer, steps=7)
+    np.testing.assert_allclose(result.history.loss, losses, rtol=1e-14)
+    np.testing.assert_allclose(result.model.slope, stepped.model.slope, rtol=1e-14)
+
+
+class Everything(LineFit):
+    """Draws from its key, so that the keys must agree as well."""
+
+    def loss(self, model, batch, key):
+        noise = jax.random.normal(key)
+        loss = super().loss(model, batch)
+        return loss * (1 + 0.1 * noise), {"noise": noise}
+
+
+@pytest.mark.seams
+@pytest.mark.as_compiled
+@pytest.mark.parametrize("cut", [1, 7, 16])
+@pytest.mark.parametrize("data", ["whole", "minibatches", "stream"])
+def test_two_fits_are_one_to_the_bit(cut, data):
+    steps = 17
+    key = jax.random.key(1)
+    optimiser = vn.ParamOptimiser(
+        {"slope": ADAM, "offset": vn.window(optax.sgd(0.1, momentum=0.5), 3, 12)}
+    )
+
+    def source():
+        if data == "whole":
+            return BATCH
+        if data == "minibatches":
+            return vn.Minibatches(BATCH, 3, key=jax.random.key(5))
+        return vn.Stream(
+            lambda step: ((BATCH[0], BATCH[1] + 0.1 * i) for i in range(step, 99))
+        )
+
+    trainer = Everything(line(), optimiser, key=key, nan_policy=vn.SkipStep())
+    options = {"record": ("noise", "slope", "grad_norm")}
+    whole = fit(trainer, source(), steps, **options)
+    first = fit(trainer, source(), cut, **options)
+    second = fit(first.trainer, source(), steps - cut, **options)
+    assert same(second.trainer, whole.trainer)
+    joined = first.history + second.history
+    np.testing.assert_array_equal(joined.steps, whole.history.steps)
+    np.testing.assert_array_equal(joined.loss, whole.history.loss)
+    for name in options["record"]:
+        np.testing.assert_array_equal(joined[name], whole.history[name])
+    assert len(set(whole.history["noise"])) == steps
+
+
+@pytest.mark.as_compiled
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunks_change_nothing(chunk):
+    trainer = LineFit(line(), ADAM)
+    one, other = fit(trainer, steps=11), fit(trainer, steps=11, chunk=chunk)
+    assert same(one.trainer, other.trainer)
+    np.testing.assert_array_equal(one.history.loss, other.history.loss)
+
+
+@pytest.mark.as_compiled
+def test_twice_the_same():
+    trainer = LineFit(line(), ADAM)
+    assert same(fit(trainer).trainer, fit(trainer).trainer)
+
+
+def test_no_steps():
+    trainer = LineFit(line(), ADAM)
+    result = fit(trainer, steps=0, record=("slope", "grad_norm"))
+    assert same(result.trainer, trainer)
+    assert len(result.history) == 0
+    assert result.history["slope"].shape == (0,)
+    assert result.stop_reason is vn.StopReason.STEPS_TAKEN
+
+
+def test_a_result():
+    result = fit(LineFit(line(), optax.sgd(0.1)), steps=20)
+    assert same(result.model, result.trainer.model)
+    assert same(result.best, result.trainer.best)
+    assert str(result.stop_reason) == "All steps were taken."
+    assert "steps=20" in repr(result)
+    assert "All steps were taken." in repr(result)
+    assert "non_finite" not in repr(result)
+    assert repr(result.trainer).startswith("LineFit(")
+    assert np.min(result.history.loss) == result.trainer.best_loss
+
+
+def test_a_result_tells_of_steps_that_were_skipped():
+    trainer = LineFit(line(), ADAM, nan_policy=vn.SkipStep())
+    bad = jax.tree.map(lambda x: x * jnp.nan, BATCH)
+    assert "non_finite=3, " in repr(fit(trainer, bad, 3))
+
+
+def test_the_best_outlives_what_follows():
+    """A rate that diverges: the best is at the start, and stays over another fit."""
+    result = fit(LineFit(line(), optax.sgd(1.5)), steps=8)
+    assert result.trainer.best_loss == result.history.loss[0]
+    assert same(result.best, line())
+    later = fit(result.trainer, steps=3)
+    assert same(later.best, line())
+    assert later.trainer.best_loss == result.history.loss[0]
+    better = fit(result.trainer.replace(model=line(2.0, 1.0)), steps=1)
+    assert better.trainer.best_loss == 0
+    assert better.best.slope == 2
+
+
+def test_the_one_liner():
+    result = vn.fit(
+        lambda model, batch: jnp.mean((model(batch[0]) - batch[1]) ** 2),
+        line(),
+        vn.ParamOptimiser({"slope": ADAM, "offset": None}),
+        BATCH,
+        9,
+        record="slope",
+        progress=False,
+        nan_policy=vn.SkipStep(),
+    )
+    rules = vn.ParamOptimiser({"slope": ADAM, "offset": None})
+    expected = fit(LineFit(line(), rules), steps=9)
+    np.testing.assert_allclose(result.history.loss, expected.history.loss, rtol=1e-14)
+    assert isinstance(result.trainer.nan_policy, vn.SkipStep)
+
+
+def test_the_one_liner_with_key_and_metrics():
+    def loss(model, batch, key):
+        return jnp.sum(model**2), {"draw": jax.random.uniform(key)}
+
+    key = jax.random.key(2)
+    result = vn.fit(
+        loss, jnp.ones(2), ADAM, None, 3, key=key, record="draw", progress=False
+    )
+    draws = [jax.random.uniform(jax.random.fold_in(key, i)) for i in range(3)]
+    np.testing.assert_array_equal(result.history["draw"], draws)
+
+
+# The callback.
+
+
+def test_a_callback_sees_every_chunk():
+    seen = []
+
+    def callback(trainer, history):
+        seen.append((int(trainer.step_count), len(history), float(history.loss[-1])))
+
+    result = fit(LineFit(line(), ADAM), steps=10, chunk=4, callback=callback)
+    assert [s[:2] for s in seen] == [(4, 4), (8, 8), (10, 10)]
+    assert [s[2] for s in seen] == [result.history.loss[i] for i in (3, 7, 9)]
+
+
+@pytest.mark.parametrize(
+    "stop", [True, np.bool_(True), jnp.asarray(True)], ids=["bool", "numpy", "jax"]
+)
+def test_a_callback_ends_the_fit(stop):
+    callback = lambda trainer, history: stop if trainer.step_count >= 6 else None
+    result = fit(LineFit(line(), ADAM), steps=100, chunk=3, callback=callback)
+    assert int(result.trainer.step_count) == 6
+    assert result.stop_reason is vn.StopReason.CALLBACK
+    assert str(result.stop_reason) == "The callback ended the fit."
+
+
+def test_a_callback_that_returns_false_goes_on():
+    callback = lambda trainer, history: np.bool_(False)
+    assert (
+        len(fit(LineFit(line(), ADAM), steps=4, chunk=2, callback=callback).history)
+        == 4
+    )
+
+
+def test_a_callback_changes_the_trainer():
+    def callback(trainer, history):
+        if trainer.step_count == 4:
+            return trainer.replace(optimiser=optax.adam(0.0))
+        return None
+
+    result = fit(
+        LineFit(line(), ADAM), steps=10, chunk=2, callback=callback, record="slope"
+    )
+    slopes = result.history["slope"]
+    assert np.all(np.diff(slopes[:5]) != 0)
+    assert np.all(np.diff(slopes[4:]) == 0)
+    assert int(result.trainer.step_count) == 10
+
+
+def test_a_callback_that_goes_back_to_an_older_trainer():
+    """The steps of the fit are counted on; those of the trainer are its own."""
+    older = []
+
+    def callback(trainer, history):
+        older.append(trainer)
+        return older[0] if len(older) == 2 else None
+
+    result = fit(LineFit(line(), ADAM), steps=6, chunk=2, callback=callback)
+    assert int(result.trainer.step_count) == 4
+    np.testing.assert_array_equal(result.history.steps, [0, 1, 2, 3, 2, 3])
+    np.testing.assert_array_equal(result.history.loss[2:4], result.history.loss[4:])
+
+
+def test_a_callback_is_called_every_chunk_however_large_a_row():
+    counts = []
+    trainer = Pull(jnp.ones((1000, 700)), optax.sgd(0.1))
+    result = fit(
+        trainer,
+        jnp.asarray(0.0),
+        12,
+        chunk=6,
+        record="",
+        callback=lambda t, h: counts.append(int(t.step_count)),
+    )
+    assert counts == [6, 12]
+    np.testing.assert_allclose(
+        result.history[""][:, 0, 0], 0.8 ** np.arange(12), rtol=1e-12
+    )
+
+
+def test_more_rows_than_a_buffer_holds():
+    counts = []
+    result = fit(
+        LineFit(line(), optax.sgd(0.01)),
+        steps=40_000,
+        chunk=20_000,
+        callback=lambda t, h: counts.append(len(h)),
+    )
+    assert counts == [20_000, 40_000]
+    np.testing.assert_array_equal(result.history.steps, np.arange(40_000))
+    assert np.all(np.diff(result.history.loss[:1000]) < 0)
+
+
+# Ending early.
+
+
+def test_a_stop_inside_a_chunk_really_stops_the_work():
+    evaluations = []
+
+    class Counted(TwoFit):
+        def loss(self, model, batch):
+            jax.debug.callback(lambda _: evaluations.append(1), self.step_count)
+            batch = jax.tree.map(lambda x: x[self.step_count % 8], batch)
+            return super().loss(model, batch)
+
+    result = fit(Counted(two(), optax.sgd(0.1)), script("...a"), 10_000, chunk=10_000)
+    jax.effects_barrier()
+    assert int(result.trainer.step_count) == 4
+    assert len(result.history) == 4
+    assert len(evaluations) == 4
+    assert result.stop_reason is vn.StopReason.NON_FINITE
+
+
+def test_an_interrupt_in_a_callback():
+    def callback(trainer, history):
+        if trainer.step_count >= 6:
+            raise KeyboardInterrupt
+
+    result = fit(LineFit(line(), ADAM), steps=100, chunk=3, callback=callback)
+    assert result.stop_reason is vn.StopReason.INTERRUPTED
+    assert int(result.trainer.step_count) == len(result.history) == 6
+    whole = fit(LineFit(line(), ADAM), steps=9)
+    assert same(fit(result.trainer, steps=3).trainer, whole.trainer)
+
+
+def test_an_interrupt_in_a_stream_keeps_the_steps_before():
+    def batches():
+        for _ in range(5):
+            yield BATCH
+        raise KeyboardInterrupt
+
+    result = fit(LineFit(line(), ADAM), vn.Stream(batches()), 100, chunk=50)
+    assert result.stop_reason is vn.StopReason.INTERRUPTED
+    assert int(result.trainer.step_count) == len(result.history) == 5
+
+
+def test_an_error_in_a_callback_is_the_users():
+    def callback(trainer, history):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fit(LineFit(line(), ADAM), callback=callback)
+
+
+INTERRUPTED = """
+import jax.numpy as jnp, numpy as np, optax, vernal as vn
+
+def callback(trainer, history):
+    print("chunk", flush=True)
+
+result = vn.fit(
+    lambda m, b: jnp.sum(jnp.sin(m * b) ** 2), jnp.ones(50_000), optax.sgd(1e-9),
+    jnp.arange(50_000.0), 10**8, progress=False, callback=callback,
+)
+assert result.stop_reason is vn.StopReason.INTERRUPTED
+assert len(result.history) == int(result.trainer.step_count) > 0
+np.testing.assert_array_equal(result.history.steps, np.arange(len(result.history)))
+print("kept", flush=True)
+"""
+
+
+def test_ctrl_c():
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(3):
+            assert process.stdout.readline().strip() == "chunk"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert rest.splitlines()[-1] == "kept"
+
+
+# The progress bar.
+
+BARRED = """
+import warnings
+import jax.numpy as jnp, optax, vernal as vn
+warnings.simplefilter("ignore")
+loss = lambda m, b: jnp.sum((m - b) ** 2)
+policy = vn.SkipStep()
+for data in 1.0, float("nan"):
+    vn.fit(loss, jnp.ones(2), optax.sgd(0.1), data, 30, nan_policy=policy)
+"""
+
+
+def run_on_terminal(code, columns=120):
+    """Runs a script whose standard error is a terminal: its output, its error."""
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, columns))
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=follower,
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(leader, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(leader)
+    return process.communicate(timeout=60)[0].decode(), shown.decode()
+
+
+@pytest.mark.seams
+def test_a_bar_that_says_that_it_compiles():
+    output, shown = run_on_terminal(BARRED)
+    assert output == ""
+    first, *_, last = shown.strip().split("\r")
+    assert first.startswith("compiling")
+    assert "compiling" not in last
+    assert "30/30" in last
+    assert "loss=" in last
+    assert "best=" in last
+    assert "non-finite=30" in last
+    assert "Traceback" not in shown
+
+
+def test_what_compiling_took_is_no_rate():
+    """Of one slow step out of 30 nothing is told of the time that is left."""
+    _, shown = run_on_terminal(BARRED)
+    first = next(bar for bar in shown.split("\r") if " 1/30 " in bar)
+    assert "<?, ?it/s, loss=0," in first
+
+
+@pytest.mark.parametrize("columns", [80, 0])
+def test_a_narrow_terminal_has_room_for_all_of_it(columns):
+    """Also one that does not know how wide it is."""
+    _, shown = run_on_terminal(BARRED, columns)
+    last = shown.rstrip().split("\r")[-1]
+    assert "non-finite=30, loss=nan, best=inf]" in last
+    assert len(last) <= 80
+
+
+def test_silence_without_a_terminal(capfd):
+    LineFit(line(), ADAM).fit(BATCH, 5)
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_no_bar_where_none_is_wanted(capfd, monkeypatch):
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
+    LineFit(line(), ADAM).fit(BATCH, 5, progress=False)
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+# What is left alone.
+
+
+def test_trainer_and_data_are_the_callers():
+    trainer = LineFit(line(), ADAM)
+    before = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, trainer)
+    data = vn.Minibatches(BATCH, 4, key=jax.random.key(0))
+    result = fit(trainer, data, 5)
+    fit(result.trainer, data, 5)
+    assert same(trainer, before)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((trainer, result.trainer)))
+    assert same(fit(trainer, data, 5).trainer, result.trainer)
+
+
+class Shell:
+    """What IPython tells of itself in a notebook."""
+
+    kernel, config = object(), {}
+
+
+@pytest.mark.parametrize(
+    ("shell", "is_shown"), [(Shell(), True), (object(), False), (None, False)]
+)
+def test_a_bar_in_a_notebook(shell, is_shown, monkeypatch, capfd):
+    ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    fit(LineFit(line(), ADAM), progress=True)
+    assert ("10/10" in capfd.readouterr().err) is is_shown
+
+
+def test_where_there_is_no_console(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(fit(LineFit(line(), ADAM), progress=True).history) == 10
+
+
+def test_a_boolean_is_no_number():
+    """To Python they are equal, and might share a program."""
+
+    class Choosy(vn.Trainer):
+        def loss(self, model, batch):
+            return (model - (1.0 if batch is True else 2.0)) ** 2
+
+    trainer = Choosy(jnp.asarray(0.0), optax.sgd(0.1))
+    for given, loss in ((1, 4.0), (True, 1.0), (1, 4.0)):
+        assert fit(trainer, given, 1).history.loss[0] == loss
+        assert float(trainer.step(given)[1].loss) == loss
+        scores = fit(trainer, given, 1, validation=(given, 1)).history.validation
+        np.testing.assert_allclose(scores, (np.sqrt(loss) * 0.8) ** 2)
+
+
+def test_a_stream_keeps_no_parameters_of_the_steps_behind_it():
+    class Broad(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.sum((model - batch) ** 2)
+
+    sizes = []
+
+    def batches():
+        for step in range(60):
+            live = [x.nbytes for x in jax.live_arrays() if x.nbytes > 10_000]
+            sizes.append(sum(live))
+            yield jnp.asarray(float(step))
+
+    trainer = Broad(jnp.zeros(5_000), optax.adam(0.1))
+    fit(trainer, vn.Stream(batches()), 60, chunk=60)
+    # The first chunk has one step, and is compiled by it.
+    assert sizes[-1] <= sizes[5] + 5 * 5_000 * 8
+
+
+def test_a_fit_is_no_part_of_a_program():
+    trainer = LineFit(line(), ADAM)
+    with pytest.raises(TypeError, match=r"`fit` runs .*use `vn.unroll`"):
+        jax.jit(lambda t: fit(t).trainer.model)(trainer)
+
+
+def test_more_steps_than_can_be_counted():
+    trainer = LineFit(line(), ADAM)
+    last = jnp.asarray(2**31 - 1 - 300, jnp.int32)
+    late = eqx.tree_at(lambda t: t._progress.step_count, trainer, last)
+    assert len(fit(late, steps=300, every=7).history) == 43
+    with pytest.raises(ValueError, match=r"`steps` is 301.*counts to"):
+        fit(late, steps=301)
+
+
+def test_an_error_keeps_a_result_of_its_own():
+    inner = LineFit(line(jnp.nan), ADAM, nan_policy=vn.RaiseOnNan())
+
+    def callback(trainer, history):
+        fit(inner)
+
+    with pytest.raises(vn.NonFiniteError) as caught:
+        fit(LineFit(line(), ADAM), callback=callback)
+    assert np.isnan(caught.value.result.trainer.model.slope)

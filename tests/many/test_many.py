@@ -1,0 +1,476 @@
+"""`fit_many`: each member is what it would be alone."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from models import (
+    GaussianFit,
+    LineFit,
+    Pull,
+    TwoFit,
+    gaussian,
+    gaussian_batch,
+    line,
+    line_batch,
+    same,
+    script,
+    two,
+)
+
+BATCH = line_batch()
+ADAM = optax.adam(0.05)
+SLOPES = (0.0, 1.0, 2.5, -3.0)
+LM = optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
+
+
+def many(trainers, data=BATCH, steps=20, **options):
+    quiet = {} if "solver" in options else {"progress": False}
+    return vn.fit_many(trainers, data, steps, **quiet, **options)
+
+
+def starts(optimiser=ADAM, kind=LineFit, **options):
+    return [kind(line(slope), optimiser, **options) for slope in SLOPES]
+
+
+def close(ours, theirs, rtol=1e-9):
+    """The same up to rounding: the two are different programs."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        tolerance = max(rtol, 1e-5 if a.dtype == jnp.float32 else 0)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-12)
+
+
+def require_alone(result, trainers, data_of, steps=20, rtol=1e-9, **options):
+    """Compares each member with a fit of its own."""
+    for index, trainer in enumerate(trainers):
+        own = {name: give(index) for name, give in options.items()}
+        alone = trainer.fit(data_of(index), steps, progress=False, **own)
+        close(result.trainer(index), alone.trainer, rtol)
+        assert result.stop_reasons[index] is alone.stop_reason
+        rows = len(alone.history)
+        for name in ("loss", *alone.history.records):
+            ours = result.history[name][:rows, index]
+            close(ours, alone.history[name], rtol)
+        assert result.nan_report(index) == alone.trainer.nan_report()
+
+
+class Noisy(LineFit):
+    """Draws from its key, and counts in its state."""
+
+    def loss(self, model, batch, *, key, state):
+        loss = super().loss(model, batch)
+        noise = 0.1 * jax.random.normal(key)
+        return loss * (1 + noise), {"noise": noise}, state + 1
+
+
+RULES = {"slope": optax.sgd(0.1, momentum=0.5), "offset": vn.window(ADAM, 3, 12)}
+
+
+def mixed():
+    """Leaves of several dtypes, and some that are no arrays of floats."""
+    wave, small = jnp.asarray([1 + 2j, -1j]), jnp.asarray(2.0, "f4")
+    others = {"none": None, "count": jnp.asarray(3), "name": "mixed"}
+    return {"scalar": jnp.asarray(1.5), "wave": wave, "small": small} | others
+
+
+VARIED = {
+    "starts": lambda: starts(),
+    "rates": lambda: [LineFit(line(), optax.adam(r)) for r in (1e-3, 1e-2, 0.1)],
+    "rules": lambda: starts(vn.ParamOptimiser(RULES)),
+    "scales": lambda: [
+        LineFit(line(), vn.ParamOptimiser(RULES).with_scale({"slope": scale}))
+        for scale in (0.1, 1.0, 2.0)
+    ],
+    "keys": lambda: [
+        Noisy(line(), ADAM, key=jax.random.key(seed), state=jnp.array(seed))
+        for seed in range(3)
+    ],
+    "frozen": lambda: [
+        LineFit(line(0.5, offset), ADAM, train="slope") for offset in (0.0, 1.0)
+    ],
+    "mixed": lambda: [Pull(mixed(), optax.adam(rate)) for rate in (0.1, 0.01)],
+    "one": lambda: starts()[:1],
+}
+
+
+@pytest.mark.seams
+@pytest.mark.as_compiled
+@pytest.mark.parametrize("name", VARIED)
+def test_each_is_as_it_were_alone(name):
+    trainers = VARIED[name]()
+    data = jnp.array(0.2) if name == "mixed" else BATCH
+    record = ("grad_norm", "scalar" if name == "mixed" else "slope")
+    result = many(trainers, data, record=record)
+    assert len(result) == len(trainers)
+    # One of the leaves there is of single precision, and so are sums with it.
+    rtol = 1e-5 if name == "mixed" else 1e-9
+    require_alone(result, trainers, lambda _: data, rtol=rtol, record=lambda _: record)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_some_at_a_time(batch):
+    options = {"record": "slope", "every": 3, "validation": (BATCH, 4)}
+    whole, parts = many(starts(), **options), many(starts(), batch=batch, **options)
+    close(parts.trainers, whole.trainers)
+    for name, column in whole.history.to_dict().items():
+        np.testing.assert_allclose(parts.history[name], column, rtol=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_chunks_change_nothing(chunk):
+    whole, parts = many(starts()), many(starts(), chunk=chunk)
+    assert same(whole.trainers, parts.trainers)
+    np.testing.assert_array_equal(whole.history.loss, parts.history.loss)
+
+
+@pytest.mark.parametrize("cut", [1, 13])
+def test_two_fits_are_one(cut):
+    first = many(starts(), steps=cut)
+    second = many(first.trainers, steps=20 - cut)
+    whole = many(starts())
+    close(second.trainers, whole.trainers)
+    joined = first.history + second.history
+    np.testing.assert_array_equal(joined.steps, whole.history.steps)
+    np.testing.assert_allclose(joined.loss, whole.history.loss, rtol=1e-9)
+
+
+def test_stacked_trainers():
+    """As `eqx.filter_vmap` makes them."""
+
+    def make(slope):
+        return LineFit(line(slope), ADAM)
+
+    stacked = eqx.filter_vmap(make)(jnp.asarray(SLOPES))
+    close(many(stacked).trainers, many(starts()).trainers)
+
+
+# Data of their own.
+
+
+def curves(n=3):
+    x, y = BATCH
+    return x, jnp.stack([y + shift for shift in range(n)])
+
+
+@pytest.mark.parametrize(
+    ("axes", "arrange"),
+    [
+        ((None, 0), lambda x, y: (x, y)),
+        (0, lambda x, y: (jnp.stack([x] * 3), y)),
+        ((None, 1), lambda x, y: (x, y.T)),
+        ((None, -1), lambda x, y: (x, y.T)),
+    ],
+)
+@pytest.mark.parametrize("batch", [None, 1])
+def test_data_sets(axes, arrange, batch):
+    x, y = curves()
+    trainers = starts()[:3]
+    result = many(trainers, arrange(x, y), data_axis=axes, batch=batch)
+    require_alone(result, trainers, lambda index: (x, y[index]))
+
+
+def test_data_sets_with_a_number_for_each():
+    x, y, _ = gaussian_batch()
+    sigma = jnp.asarray([0.1, 0.2, 0.4])
+    trainers = [GaussianFit(gaussian(), ADAM) for _ in range(3)]
+    result = many(trainers, (x, y, sigma), data_axis=(None, None, 0))
+    require_alone(result, trainers, lambda index: (x, y, sigma[index]))
+
+
+def test_the_validation_has_a_part_for_each_too():
+    x, y = curves()
+    trainers = starts()[:3]
+    options = {"stop": vn.Patience(2)}
+    held_out = (x[::2], y[:, ::2])
+    result = many(
+        trainers,
+        (x, y),
+        steps=60,
+        data_axis=(None, 0),
+        validation=(held_out, 5),
+        **options,
+    )
+    for index, trainer in enumerate(trainers):
+        own = ((x[::2], y[index, ::2]), 5)
+        alone = trainer.fit(
+            (x, y[index]), 60, validation=own, progress=False, **options
+        )
+        close(result.trainer(index), alone.trainer)
+        scores = result.history.validation[: len(alone.history.validation), index]
+        np.testing.assert_allclose(scores, alone.history.validation, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["minibatches", "stream"])
+def test_batches(kind):
+    def data():
+        if kind == "minibatches":
+            return vn.Minibatches(BATCH, 3, key=jax.random.key(5))
+        return vn.Stream(
+            lambda step: ((BATCH[0], BATCH[1] + 0.1 * i) for i in range(step, 99))
+        )
+
+    trainers = starts()
+    require_alone(many(trainers, data()), trainers, lambda _: data())
+
+
+def test_a_stream_with_a_part_for_each():
+    x, y = curves()
+    stream = lambda of: vn.Stream((x, of(y) + 0.1 * i) for i in range(20))
+    trainers = starts()[:3]
+    result = many(trainers, stream(lambda y: y), data_axis=(None, 0))
+    require_alone(result, trainers, lambda index: stream(lambda y: y[index]))
+
+
+# Each ends by itself.
+
+
+@pytest.mark.parametrize(
+    "policy", [vn.SkipStep(), vn.StopFit(), vn.SkipStep() | vn.StopAfter(2)]
+)
+def test_one_that_is_not_finite_harms_no_other(policy):
+    class Walk(TwoFit):
+        def loss(self, model, batch):
+            return super().loss(
+                model, jax.tree.map(lambda x: x[self.step_count], batch)
+            )
+
+    scripts = ["......", "..a...", "l.....", "..uu..", "bb...."]
+    trainers = [Walk(two(), optax.adam(0.1), nan_policy=policy) for _ in scripts]
+    data = jax.tree.map(lambda *x: jnp.stack(x), *map(script, scripts))
+    result = many(trainers, data, 6, data_axis=0)
+    for index, (trainer, own) in enumerate(zip(trainers, scripts, strict=True)):
+        alone = trainer.fit(script(own), 6, progress=False)
+        close(result.trainer(index), alone.trainer, rtol=1e-6)
+        assert result.stop_reasons[index] is alone.stop_reason
+        assert result.nan_report(index) == alone.trainer.nan_report()
+
+
+def test_one_that_has_converged_waits_for_the_others():
+    rates = (0.02, 0.1, 0.4)
+    trainers = [LineFit(line(), optax.sgd(rate)) for rate in rates]
+    stop = vn.Converged(1e-3, 3, atol=1e-6)
+    result = many(trainers, steps=2000, stop=stop, record="slope")
+    counts = [int(result.trainer(i).step_count) for i in range(3)]
+    assert len(set(counts)) == 3
+    assert len(result.history) == max(counts)
+    for index, trainer in enumerate(trainers):
+        alone = trainer.fit(BATCH, 2000, stop=stop, progress=False)
+        assert int(alone.trainer.step_count) == counts[index]
+        assert result.stop_reasons[index] is vn.StopReason.CONVERGED
+        close(result.trainer(index), alone.trainer)
+        for name in "loss", "slope":
+            column = result.history[name][:, index]
+            assert not np.isnan(column[: counts[index]]).any()
+            assert np.isnan(column[counts[index] :]).all()
+        assert result.losses[index] == result.history.loss[counts[index] - 1, index]
+    for batch in 1, 3:
+        parts = many(trainers, steps=2000, stop=stop, record="slope", batch=batch)
+        np.testing.assert_allclose(parts.history.loss, result.history.loss, rtol=1e-9)
+
+
+def test_a_policy_that_raises_does_so_at_the_end():
+    batches = jax.tree.map(lambda *x: jnp.stack(x), *map(script, ("l", ".")))
+    data = jax.tree.map(lambda x: x[:, 0], batches)
+    trainers = [TwoFit(two(), ADAM, nan_policy=vn.RaiseOnNan()) for _ in range(2)]
+    with pytest.raises(vn.NonFiniteError, match="step 0: loss") as caught:
+        many(trainers, data, 5, data_axis=0)
+    result = caught.value.result
+    assert int(result.trainer(1).step_count) == 5
+
+
+def test_what_a_result_tells():
+    result = many(starts(), record="slope")
+    losses = [float(result.trainer(i).best_loss) for i in range(4)]
+    np.testing.assert_array_equal(result.best_losses, losses)
+    assert result.best_index == int(np.argmin(losses))
+    assert same(result.best, result.trainer(result.best_index).best)
+    np.testing.assert_array_equal(result.losses, result.history.loss[-1])
+    assert repr(result).startswith("ManyResult(4 members, best_loss=")
+    assert result.trainer(-1).step_count == 20
+    with pytest.raises(IndexError, match="`index` is 4, and there are 4 members"):
+        result.trainer(4)
+    assert np.isnan(many(starts(), steps=0).losses).all()
+
+
+# Around it.
+
+
+def test_it_compiles_once_and_for_all_values():
+    count = 0
+
+    class Counted(LineFit):
+        def loss(self, model, batch):
+            nonlocal count
+            count += 1
+            return super().loss(model, batch)
+
+    first = many(starts(kind=Counted))
+    traced = count
+    many(starts(optax.adam(0.3), kind=Counted), steps=33)
+    many([Counted(line(s), ADAM) for s in (7.0, 8.0, 9.0, 10.0)])
+    assert count == traced
+    many(first.trainers)
+    second = count
+    many(many(first.trainers).trainers)
+    assert count == second
+
+
+def test_checkpoints(tmp_path):
+    options = {"record": "slope", "validation": (BATCH, 4)}
+    keep = lambda: {**options, "checkpoint": vn.Checkpoints(tmp_path, every=5)}
+    whole = many(starts(), **options)
+    many(starts(), steps=9, **keep())
+    result = many(starts(), **keep())
+    assert same(result.trainers, whole.trainers)
+    for name, column in whole.history.to_dict().items():
+        np.testing.assert_array_equal(result.history[name], column)
+
+
+def test_a_callback_sees_all_of_them():
+    seen = []
+
+    def callback(trainers, history):
+        seen.append((trainers.best_loss.shape, history.loss.shape))
+        return len(seen) == 2
+
+    result = many(starts(), chunk=3, callback=callback)
+    assert seen == [((4,), (3, 4)), ((4,), (6, 4))]
+    assert set(result.stop_reasons) == {vn.StopReason.CALLBACK}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_with_projectors(shared):
+    batch = gaussian_batch()
+    models = [gaussian(), eqx.tree_at(lambda m: m.mean, gaussian(), jnp.array(0.6))]
+    made = [GaussianFit(model).whiten(batch).projector for model in models]
+    projectors = [made[0]] * 2 if shared else made
+    trainers = [
+        GaussianFit(model, optax.adam(0.1), projector=projector)
+        for model, projector in zip(models, projectors, strict=True)
+    ]
+    result = many(trainers, batch)
+    for index, trainer in enumerate(trainers):
+        alone = trainer.fit(batch, 20, progress=False)
+        close(result.trainer(index), alone.trainer, rtol=1e-7)
+
+
+# With a solver.
+
+
+@pytest.mark.seams
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("solver", [LM, optx.BFGS(rtol=1e-8, atol=1e-8)])
+def test_a_solver_for_each(solver, batch):
+    x, y, sigma = gaussian_batch()
+    many_y = jnp.stack([y, 1.1 * y, y + 0.02, jnp.full_like(y, jnp.nan)])
+    trainers = [GaussianFit(gaussian()) for _ in many_y]
+    axes = (None, 0, None)
+    result = many(
+        trainers, (x, many_y, sigma), 50, data_axis=axes, solver=solver, batch=batch
+    )
+    for index, trainer in enumerate(trainers):
+        alone = trainer.solve(solver, (x, many_y[index], sigma), max_steps=50)
+        own = result.trainer(index)
+        assert result.stop_reasons[index] is alone.stop_reason
+        close(own.params, alone.trainer.params, rtol=1e-6)
+        close(own.best, alone.best, rtol=1e-6)
+        # At the end of a perfect fit the last step is a matter of rounding.
+        assert abs(own.step_count - alone.trainer.step_count) <= 1
+        assert own.nan_report() == alone.trainer.nan_report()
+        rows = min(5, len(alone.history))
+        losses = result.history.loss[:rows, index]
+        np.testing.assert_allclose(losses, alone.history.loss[:rows], rtol=1e-6)
+    assert result.stop_reasons[3] is vn.StopReason.NON_FINITE
+    assert result.stop_reasons[:3] == (vn.StopReason.CONVERGED,) * 3
+
+
+def test_a_solver_in_the_space_of_each():
+    batch = gaussian_batch()
+    trainers = [GaussianFit(gaussian()).whiten(batch) for _ in range(2)]
+    result = many(trainers, batch, 50, solver=LM)
+    alone = trainers[0].solve(LM, batch)
+    close(result.trainer(1).params, alone.trainer.params, rtol=1e-6)
+
+
+# What goes wrong.
+
+
+@pytest.mark.own_words
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: many([]), ValueError, "`trainers` is empty"),
+        (lambda: many(starts()[0]), TypeError, "is one trainer.*filter_vmap"),
+        (lambda: many({"a": 1}), TypeError, "`trainers` is of type `dict`"),
+        (lambda: many([starts()[0], 3]), TypeError, r"`trainers\[1\]` is 3"),
+        (
+            lambda: many([starts()[0], *starts(optax.adam(0.1, b1=0.8))]),
+            ValueError,
+            r"(?s)`trainers\[1\]` differs from `trainers\[0\].*b1.*0\.8",
+        ),
+        (
+            lambda: many([starts()[0], LineFit(line(), ADAM, train="slope")]),
+            ValueError,
+            r"(?s)`trainers\[1\]` differs.*offset",
+        ),
+        (lambda: many(starts(), batch=3), ValueError, "does not divide.*1, 2, 4"),
+        (lambda: many(starts(), batch=0), ValueError, "`batch` is 0"),
+        (
+            lambda: many(starts(), curves(), data_axis=(None, 0)),
+            ValueError,
+            r"`data\[1\]` has the shape \(3, 16\), whose axis 0.*trainers, 4",
+        ),
+        (
+            lambda: many(starts(), curves(), data_axis=(None, 5)),
+            ValueError,
+            "whose axis 5",
+        ),
+        (
+            lambda: many(starts(), BATCH, data_axis=(None, 0, 0)),
+            ValueError,
+            "a tree of axes like `data`",
+        ),
+        (
+            lambda: many(
+                starts(), vn.Minibatches(BATCH, 3, key=jax.random.key(0)), data_axis=0
+            ),
+            TypeError,
+            "`data` is Minibatches, which all trainers share",
+        ),
+        (
+            lambda: many(
+                [starts()[0].fit(BATCH, 3, progress=False).trainer, *starts()]
+            ),
+            ValueError,
+            r"different steps \(0, 3\)",
+        ),
+        (lambda: many(starts(), solver=LM, every=2), TypeError, "`every` is for a fit"),
+        (lambda: vn.fit_many(starts(), BATCH, 9, solver=3), TypeError, "`solver` is"),
+        (lambda: vn.fit_many(starts(), BATCH, 0, solver=LM), ValueError, "`steps`"),
+        (
+            lambda: many([LineFit(line()), LineFit(line())]),
+            ValueError,
+            "has no optimiser",
+        ),
+        (lambda: many(starts(), record="x"), vn.UnknownPathError, "`record`: 'x'"),
+    ],
+)
+def test_what_cannot_be(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_axes_that_disagree():
+    stacked = eqx.filter_vmap(lambda slope: LineFit(line(slope), ADAM))(jnp.arange(3.0))
+    longer = eqx.tree_at(lambda t: t._progress.params.slope, stacked, jnp.arange(4.0))
+    with pytest.raises(ValueError, match=r"3 members.*'_progress\.params\.slope'.*4"):
+        many(longer)

@@ -1,0 +1,455 @@
+"""The estimated distance to the minimum, and what is said of a fit because of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from models import Gaussian, GaussianFit, Pull
+
+REASON = vn.StopReason
+X = jnp.linspace(-5.0, 5.0, 40)
+TRUTH, NEAR = (0.3, 1.2, 4.0), (0.31, 1.18, 4.05)
+KEY = jax.random.key(7)
+# Takes one step, which moves nothing.
+IDLE = optx.GradientDescent(1e-14, 1e-30, 1e-30)
+LM = optx.LevenbergMarquardt(1e-8, 1e-8)
+BFGS = optx.BFGS(1e-8, 1e-8)
+
+
+def peak(*values, dtype=jnp.float64):
+    return Gaussian(*(jnp.asarray(value, dtype) for value in values))
+
+
+def data(dtype=jnp.float64):
+    noise = 0.1 * jax.random.normal(jax.random.key(0), X.shape)
+    y = peak(*TRUTH)(X) + noise
+    return tuple(a.astype(dtype) for a in (X, y, jnp.full(X.shape, 0.1)))
+
+
+class Poisson(vn.Trainer):
+    def nll(self, model, batch):
+        x, counts = batch
+        rate = model["a"] * jnp.exp(-model["b"] * x)
+        return jnp.sum(rate - counts * jnp.log(rate))
+
+
+class Mean(vn.Trainer):
+    def loss(self, model, batch):
+        x, y, _ = batch
+        return jnp.mean(jnp.cosh(model(x) - y))
+
+
+class Phase(vn.Trainer):
+    def residuals(self, model, batch):
+        return model["a"] * jnp.exp(1j * model["p"] * batch) - 1.5
+
+
+class Drawn(vn.Trainer):
+    """Other numbers at each step."""
+
+    def residuals(self, model, batch, key):
+        return batch * model["a"] - jax.random.normal(key, batch.shape)
+
+
+class Slack(vn.Trainer):
+    """Only the sum of two parameters counts."""
+
+    def residuals(self, model, batch):
+        return (model["a"] + model["b"]) * batch - batch**2
+
+
+def flat(trainer):
+    vector, unravel = jax.flatten_util.ravel_pytree(
+        jax.tree.map(lambda x: x.astype(jnp.float64), trainer.params)
+    )
+    return vector, unravel
+
+
+def by_jacobian(trainer, batch, basis=None, **options):
+    """Half the square of what of the residuals the columns of the Jacobian span."""
+    vector, unravel = flat(trainer)
+
+    def residuals(x):
+        r = trainer.residuals(unravel(x), batch, **options).ravel()
+        return jnp.concatenate([r.real, r.imag]) if jnp.iscomplexobj(r) else r
+
+    jacobian, r = np.asarray(jax.jacfwd(residuals)(vector)), residuals(vector)
+    jacobian = jacobian if basis is None else jacobian @ basis
+    left, values, _ = np.linalg.svd(jacobian, full_matrices=False)
+    return 0.5 * np.sum((left[:, values > 1e-9 * values[0]].T @ r) ** 2)
+
+
+def by_hessian(trainer, batch):
+    vector, unravel = flat(trainer)
+    method = trainer.nll if isinstance(trainer, Poisson) else trainer.loss
+    of = lambda x: method(unravel(x), batch)
+    slope, hessian = np.asarray(jax.grad(of)(vector)), jax.hessian(of)(vector)
+    return 0.5 * slope @ np.linalg.solve(np.asarray(hessian), slope)
+
+
+def rates():
+    x = jnp.linspace(0.0, 3.0, 30)
+    counts = jnp.round(20 * jnp.exp(-0.8 * x))
+    return {"a": jnp.asarray(21.0), "b": jnp.asarray(0.7)}, (x, counts)
+
+
+SPACES = {
+    "parameters": lambda trainer, batch: trainer,
+    "whitened": lambda trainer, batch: trainer.whiten(batch),
+    "blocks": lambda trainer, batch: trainer.whiten(
+        batch, blocks=("mean", ("std", "power"))
+    ),
+}
+
+
+@pytest.mark.seams
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_of_residuals(dtype, space):
+    batch = data(dtype)
+    trainer = SPACES[space](GaussianFit(peak(*NEAR, dtype=dtype)), batch)
+    result = trainer.solve(IDLE, batch, max_steps=1)
+    expected = by_jacobian(GaussianFit(peak(*NEAR)), data())
+    assert result.edm.dtype == dtype
+    rtol = 1e-9 if dtype == X.dtype else 2e-3
+    np.testing.assert_allclose(result.edm, expected, rtol=rtol)
+    assert result.stop_reason is REASON.MAX_STEPS
+    assert "along" in result.explain()
+
+
+def test_of_what_is_not_a_plain_vector():
+    start = {"a": jnp.asarray(1.2), "p": jnp.asarray([0.2, 0.1])}
+    batch = jnp.asarray([0.5, 1.0])
+    result = Phase(start).solve(IDLE, batch, max_steps=1)
+    np.testing.assert_allclose(result.edm, by_jacobian(Phase(start), batch), rtol=1e-9)
+    drawn = Drawn({"a": jnp.ones(4)}, key=jax.random.key(3))
+    scale = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    key = jax.random.fold_in(drawn.key, 0)
+    result = drawn.solve(IDLE, scale, max_steps=1)
+    expected = by_jacobian(drawn, scale, key=key)
+    np.testing.assert_allclose(result.edm, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["nll", "loss"])
+def test_of_a_scalar(case):
+    if case == "nll":
+        model, batch = rates()
+        trainer = Poisson(model)
+    else:
+        trainer, batch = Mean(peak(*NEAR)), data()
+    result = trainer.solve(IDLE, batch, max_steps=1)
+    np.testing.assert_allclose(result.edm, by_hessian(trainer, batch), rtol=1e-8)
+
+
+def test_directions_that_are_null_or_dropped_do_not_count():
+    trainer = Slack({"a": jnp.asarray(1.0), "b": jnp.asarray(2.0)})
+    batch = jnp.linspace(1.0, 2.0, 9)
+    result = trainer.solve(IDLE, batch, max_steps=1)
+    np.testing.assert_allclose(result.edm, by_jacobian(trainer, batch), rtol=1e-9)
+    fisher = GaussianFit(peak(*NEAR)).fisher(data())
+    projector = vn.EigenProjector.from_fisher(fisher, peak(*NEAR), rank=2)
+    inside = GaussianFit(peak(*NEAR), projector=projector)
+    result = inside.solve(IDLE, data(), max_steps=1)
+    expected = by_jacobian(inside, data(), np.asarray(projector.matrix))
+    np.testing.assert_allclose(result.edm, expected, rtol=1e-9)
+    # There is nothing short about a minimum of what is free.
+    assert inside.solve(LM, data()).stop_reason is REASON.CONVERGED
+
+
+class Squares(vn.Trainer):
+    def residuals(self, model, batch):
+        return batch * (model["x"] - 1.0)
+
+
+class Quartic(vn.Trainer):
+    def nll(self, model, batch):
+        return jnp.sum(batch * (model["x"] - 1.0) ** 2)
+
+
+@pytest.mark.seams
+@pytest.mark.parametrize("cls", [Squares, Quartic])
+def test_of_very_many_parameters(cls):
+    size = 100_000 if cls is Squares else 1_000
+    scale = 1.0 + jnp.arange(size) % 4
+    trainer = cls({"x": jnp.full(size, 1.1)})
+    result = trainer.solve(IDLE, scale, max_steps=1)
+    power = 2 if cls is Squares else 1
+    half = 0.5 if cls is Squares else 1.0
+    np.testing.assert_allclose(
+        result.edm, 0.01 * half * jnp.sum(scale**power), rtol=1e-4
+    )
+
+
+def line(x, y):
+    class Line(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["a"] * x + model["b"] - y
+
+    return Line({"a": jnp.asarray(0.5), "b": jnp.asarray(0.0)})
+
+
+class Valley(vn.Trainer):
+    """Rosenbrock's: nothing is left of the residuals."""
+
+    def residuals(self, model, batch):
+        x, y = model["xy"]
+        return jnp.stack([10 * (y - x**2), 1 - x])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("solver", [LM, BFGS], ids=["LM", "BFGS"])
+def test_without_scatter_rounding_decides(solver, dtype):
+    result = Valley({"xy": jnp.asarray([-1.2, 1.0], dtype)}).solve(solver, None)
+    assert result.stop_reason is REASON.CONVERGED
+    np.testing.assert_allclose(result.model["xy"], 1.0, rtol=1e-4)
+    x = jnp.linspace(0, 1, 20)
+    assert line(x, 2 * x + 1).solve(solver, None).stop_reason is REASON.CONVERGED
+
+
+class Saddle(vn.Trainer):
+    def nll(self, model, batch):
+        return 50 * model["x"] ** 2 - model["y"] ** 2 + model["y"] ** 4
+
+
+def test_a_saddle_is_no_minimum():
+    result = Saddle({"x": jnp.asarray(1.0), "y": jnp.asarray(0.0)}).solve(BFGS, None)
+    assert result.model["y"] == 0
+    assert result.stop_reason is REASON.STALLED
+
+
+def test_a_plateau_is_no_minimum():
+    x = jnp.linspace(1.0, 2.0, 9)
+
+    class Far(vn.Trainer):
+        def residuals(self, model, batch):
+            return jnp.exp(model["a"] * x) - 1.0
+
+    result = Far({"a": jnp.asarray(-1e4)}).solve(LM, None)
+    assert result.stop_reason is REASON.STALLED
+    assert result.edm == 0
+    assert "flat" in result.explain()
+
+
+class Edge(vn.Trainer):
+    """A sum of absolute values: no curvature to measure by."""
+
+    def nll(self, model, batch):
+        return jnp.sum(jnp.abs(model["x"] - batch))
+
+
+def test_where_it_is_not_known_the_solver_is_believed():
+    solver = optx.NelderMead(1e-6, 1e-6)
+    result = Edge({"x": jnp.asarray(0.0)}).solve(solver, jnp.asarray([1.0, 2.0, 4.0]))
+    assert np.isnan(result.edm)
+    assert result.stop_reason is REASON.CONVERGED
+
+
+def test_a_solver_whose_tolerance_is_too_wide_stalls():
+    result = GaussianFit(peak(0.0, 1.0, 3.0)).solve(
+        optx.GradientDescent(1e-4, 1e-4, 1e-4), data()
+    )
+    assert result.stop_reason is REASON.STALLED
+    assert str(result.stop_reason) == "The solver stopped short of a minimum."
+    # The names, and the way down.
+    assert "(edm), along power (+0." in result.explain()
+
+
+def test_a_jacobian_whose_squares_overflow_is_measured():
+    class PowerLaw(vn.Trainer):
+        def residuals(self, model, batch):
+            x, y, sigma = batch
+            return (model["norm"] * x ** model["index"] - y) / sigma
+
+    x = jnp.logspace(-1, 1, 30, dtype=jnp.float32)
+    y = 2.5e-26 * x**-0.7
+    model = {"norm": jnp.float32(1e-26), "index": jnp.float32(0.0)}
+    batch = x, y, 0.03 * y
+    # In these units no step of 1 along the gradient is small enough.
+    idle = PowerLaw(model).solve(BFGS, batch)
+    assert idle.stop_reason is not REASON.CONVERGED
+    # The loss would be zero at the minimum.
+    assert 0.1 * idle.trainer.best_loss < idle.edm < 2 * idle.trainer.best_loss
+    result = PowerLaw(model).solve(LM, batch)
+    assert result.stop_reason is REASON.CONVERGED
+    np.testing.assert_allclose(result.model["norm"], 2.5e-26, rtol=1e-4)
+
+
+def test_single_precision_arrives_whatever_the_tolerance():
+    batch = data(jnp.float32)
+    starts = jax.random.normal(jax.random.key(1), (24, 3)) * 0.1
+    trainers = [
+        GaussianFit(peak(*(jnp.asarray([0.2, 1.1, 3.5]) + s), dtype=jnp.float32))
+        for s in starts
+    ]
+    result = vn.fit_many([t.whiten(batch) for t in trainers], batch, 99, solver=BFGS)
+    assert set(result.stop_reasons) == {REASON.CONVERGED}
+    assert np.all(result.edms < 1e-3)
+    alone = trainers[3].whiten(batch).solve(BFGS, batch, max_steps=99)
+    assert alone.stop_reason is REASON.CONVERGED
+
+
+def test_a_fit_that_converged_is_checked():
+    trainer = GaussianFit(peak(0.0, 1.0, 3.0), optax.adam(0.05))
+    fit = lambda batch, stop, steps=3_000: trainer.fit(
+        batch, steps, stop=stop, progress=False
+    )
+    hasty, good = (
+        fit(data(), vn.Converged(0.05, 3)),
+        fit(data(), vn.Converged(1e-9, 50)),
+    )
+    assert (hasty.stop_reason, good.stop_reason) == (REASON.STALLED, REASON.CONVERGED)
+    np.testing.assert_allclose(hasty.edm, by_jacobian(hasty.trainer, data()), rtol=1e-8)
+    assert good.edm < 1e-3
+    # Of minibatches there is no one loss.
+    some = fit(vn.Minibatches(data(), 20, key=KEY), vn.Converged(0.9, 2), 50)
+    assert some.stop_reason is REASON.CONVERGED
+    assert np.isnan(some.edm)
+    assert np.isnan(fit(data(), None, 5).edm)
+
+
+def test_hooks_lead_elsewhere():
+    class Clipped(Pull):
+        def constrain(self, model):
+            return jax.tree.map(lambda x: jnp.maximum(x, 1.0), model)
+
+    trainer = Clipped({"a": jnp.asarray(2.0)}, optax.sgd(0.1))
+    batch = jnp.asarray(0.0)
+    result = trainer.fit(batch, 500, stop=vn.Converged(1e-6, 3), progress=False)
+    assert result.stop_reason is REASON.CONVERGED
+    assert np.isnan(result.edm)
+
+
+def test_a_table_is_marked():
+    trainer = GaussianFit(peak(0.0, 1.0, 3.0))
+    short = trainer.solve(LM, data(), max_steps=2)
+    note = short.trainer.table(data()).splitlines()[-1]
+    edm = float(by_jacobian(short.trainer, data()))
+    assert note.startswith(f"not at a minimum: edm {edm:.3g}, along ")
+    assert f"{edm:.3g}" in short.explain()
+    good = trainer.solve(LM, data()).trainer
+    assert "minimum" not in good.table(data())
+    assert "minimum" not in short.trainer.table()
+    # It is of the likelihood, and a loss beside it may have its minimum elsewhere.
+    model, batch = rates()
+    assert "not at a minimum" in Poisson(model).table(batch)
+
+
+class Offset(vn.Trainer):
+    """In single precision the square of a residual overflows beyond 1e19."""
+
+    def residuals(self, model, batch):
+        return model["a"] + model["b"] * batch[0] - batch[1]
+
+
+class OffsetNll(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(Offset.residuals(self, model, batch)))
+
+
+def offset(cls=Offset, **options):
+    start = {"a": jnp.zeros((), jnp.float32), "b": jnp.ones((), jnp.float32)}
+    return cls(start, **options)
+
+
+NAMED = {
+    "nan": (lambda y: y.at[3].set(jnp.nan), r"`batch\[1\]` has 1 NaN, at \[3\]"),
+    "inf": (lambda y: y.at[2].set(jnp.inf), r"`batch\[1\]` has 1 infinity, at \[2\]"),
+    "overflow": (lambda y: y + 1e25, "data and the parameters are finite: .* infinite"),
+}
+LINE = jnp.arange(5.0, dtype=jnp.float32), 2 * jnp.arange(5.0, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("cls", [Offset, OffsetNll])
+@pytest.mark.parametrize("case", NAMED)
+def test_what_is_not_finite_is_named_and_has_no_distance(case, cls):
+    spoil, match = NAMED[case]
+    batch = LINE[0], spoil(LINE[1])
+    solver = LM if cls is Offset else BFGS
+    with jax.enable_x64(False):
+        with pytest.warns(UserWarning, match=f"`solve`: Ended at .*{match}"):
+            result = offset(cls).solve(solver, batch)
+        assert result.stop_reason is REASON.NON_FINITE
+        assert np.isnan(result.edm)
+        careful = offset(cls, nan_policy=vn.RaiseOnNan())
+        with pytest.raises(vn.NonFiniteError, match=match):
+            careful.solve(solver, batch)
+
+
+def test_what_is_not_finite_in_many_is_named():
+    batch = LINE[0], jnp.stack([LINE[1], LINE[1].at[3].set(jnp.nan)])
+    options = {"data_axis": (None, 0), "solver": LM, "jac": "bwd"}
+    result = vn.fit_many([offset()] * 2, batch, 50, **options)
+    assert result.stop_reasons == (REASON.CONVERGED, REASON.NON_FINITE)
+    np.testing.assert_array_equal(np.isnan(result.edms), [False, True])
+    match = NAMED["nan"][1]
+    careful = offset(nan_policy=vn.RaiseOnNan())
+    with pytest.raises(vn.NonFiniteError, match=match):
+        vn.fit_many([careful] * 2, batch, 50, **options)
+    batch = LINE[0], batch[1].at[:, 3].set(jnp.nan)
+    with pytest.warns(UserWarning, match=f"all 2 trainers .*{match}"):
+        vn.fit_many([offset()] * 2, batch, 50, **options)
+    with pytest.raises(TypeError, match="`jac` is for a `solver`"):
+        vn.fit_many([offset(optimiser=optax.sgd(0.1))] * 2, LINE, 5, jac="bwd")
+
+
+class PeakNll(vn.Trainer):
+    def nll(self, model, batch):
+        x, y, sigma = batch
+        return 0.5 * jnp.sum(jnp.square((model(x) - y) / sigma))
+
+
+@pytest.mark.parametrize("cls", [GaussianFit, PeakNll])
+def test_a_peak_far_from_all_data_is_no_minimum(cls):
+    trainer = cls(peak(1e3, 1.0, 3.0))
+    result = trainer.solve(BFGS, data())
+    many = vn.fit_many([trainer] * 2, data(), 50, solver=BFGS)
+    assert {result.stop_reason, *many.stop_reasons} == {REASON.STALLED}
+    assert "flat" in result.explain()
+
+
+def test_no_data_at_all_are_no_minimum():
+    nothing = LINE[0][:0], LINE[1][:0]
+    with pytest.raises(ValueError, match="no residual in it"):
+        offset().solve(LM, nothing)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("cls", [Offset, OffsetNll])
+def test_in_half_precision(dtype, cls):
+    batch = jax.tree.map(lambda x: x.astype(dtype), LINE)
+    start = {"a": jnp.ones((), dtype), "b": jnp.ones((), dtype)}
+    result = cls(start).solve(IDLE, batch, max_steps=1)
+    vector = np.asarray(1.0 - LINE[0])
+    # A straight line has all of it as its distance.
+    np.testing.assert_allclose(result.edm, 0.5 * vector @ vector, rtol=1e-2)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_units_do_not_matter(unit):
+    start = {"a": jnp.asarray(0.5 / unit, jnp.float32), "b": jnp.zeros((), jnp.float32)}
+
+    class InUnits(vn.Trainer):
+        def residuals(self, model, batch):
+            x, y = batch
+            return model["a"] * (jnp.float32(unit) * x) + model["b"] - jnp.sin(y)
+
+    result = InUnits(start).solve(IDLE, LINE, max_steps=1)
+    line, y = np.vander(LINE[0], 2).astype(float), np.sin(np.asarray(LINE[1], float))
+    span, _ = np.linalg.qr(line)
+    expected = 0.5 * np.sum(np.square(span.T @ (line[:, 0] * 0.5 - y)))
+    np.testing.assert_allclose(result.edm, expected, rtol=1e-4)
+
+
+def test_derivatives_that_overflow_are_no_minimum():
+    class Steep(vn.Trainer):
+        def nll(self, model, batch):
+            return 0.5 * jnp.sum(((model - batch) * 1e26) ** 2)
+
+    batch = jnp.asarray([1e-26, 2e-26, 3e-26], jnp.float32)
+    result = Steep(jnp.asarray(5e-26, jnp.float32)).solve(optx.BFGS(1e-8, 1e-8), batch)
+    assert result.stop_reason is vn.StopReason.STALLED
+    assert result.explain().endswith("Its derivatives there are not finite.")

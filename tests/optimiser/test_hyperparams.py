@@ -1,0 +1,355 @@
+"""Rates and other numbers that live in an optimiser's state: what the user sets wins.
+
+The oracle is stochastic gradient descent with momentum, in three lines of NumPy.
+"""
+
+import importlib
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+import vernal as vn
+from models import same
+
+START = np.asarray([3.0, -1.0])
+FAR = 1e9
+
+
+class Bowl(vn.Trainer):
+    """Half the squares of every parameter: the gradient is the parameter."""
+
+    def loss(self, model, batch):
+        leaves = jax.tree.leaves(model)
+        return 0.5 * sum(jnp.sum(leaf**2) for leaf in leaves) + 0 * batch
+
+
+def sgd(rate=0.1, momentum=0.5):
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=rate, momentum=momentum)
+
+
+def tree(dtype=np.float64):
+    return {"a": jnp.asarray(START[0], dtype), "b": {"c": jnp.asarray(START[1], dtype)}}
+
+
+def nested(**of):
+    """One in another: what acts is the inner one."""
+    make = optax.inject_hyperparams(lambda rate, momentum: sgd(rate, momentum))
+    return make(of.get("rate", 0.1), of.get("momentum", 0.5))
+
+
+def every(model):
+    return jax.tree.map(lambda _: True, model)
+
+
+NESTS = {
+    "plain": sgd,
+    "chain": lambda **of: optax.chain(optax.clip(FAR), sgd(**of)),
+    "named chain": lambda **of: optax.named_chain(
+        ("clip", optax.clip(FAR)), ("x", sgd(**of))
+    ),
+    "masked": lambda **of: optax.masked(sgd(**of), every),
+    "finite": lambda **of: optax.apply_if_finite(sgd(**of), 3),
+    "inject in inject": nested,
+    "optax.partition": lambda **of: optax.partition(
+        {"x": sgd(**of)}, lambda p: jax.tree.map(lambda _: "x", p)
+    ),
+    "vn.partition": lambda **of: vn.partition(
+        {"x": sgd(**of)}, lambda p: jax.tree.map(lambda _: "x", p)
+    ),
+    "window": lambda **of: vn.window(sgd(**of)),
+    "rules": lambda **of: vn.ParamOptimiser({"a": sgd(**of), "b": sgd(**of)}),
+    "tuple rule": lambda **of: vn.ParamOptimiser({("a", "b.c"): sgd(**of)}),
+    "default": lambda **of: vn.ParamOptimiser({}, default=sgd(**of)),
+    "first": lambda **of: vn.ParamOptimiser(
+        {}, first=sgd(**of), default=optax.identity()
+    ),
+    "window in a rule": lambda **of: vn.ParamOptimiser(
+        {"**": optax.chain(vn.window(sgd(**of)), optax.clip(FAR))}
+    ),
+    "rule in a chain": lambda **of: optax.chain(
+        vn.ParamOptimiser({"a": sgd(**of)}, default=sgd(**of)), optax.clip(FAR)
+    ),
+}
+
+
+def by_hand(*phases):
+    """Goes some steps with each pair of a rate and a momentum, moments kept."""
+    point, trace = START.copy(), np.zeros(2)
+    for steps, rate, momentum in phases:
+        for _ in range(steps):
+            trace = momentum * trace + point
+            point = point - rate * trace
+    return point
+
+
+def fit(trainer, steps, **options):
+    return trainer.fit(np.zeros(()), steps, progress=False, **options).trainer
+
+
+def values(trainer):
+    return np.asarray(jax.tree.leaves(trainer.model))
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "fit.vernal"
+
+
+def replaced(trainer, new, file):
+    return trainer.replace(optimiser=new)
+
+
+def loaded(trainer, new, file):
+    vn.save(file, trainer)
+    return vn.load(file, Bowl(tree(), new))
+
+
+@pytest.mark.seams
+@pytest.mark.parametrize("change", [replaced, loaded])
+@pytest.mark.parametrize("name", NESTS)
+def test_the_script_has_its_rates(name, change, file):
+    make = NESTS[name]
+    trainer = fit(Bowl(tree(), make()), 3)
+    np.testing.assert_allclose(values(trainer), by_hand((3, 0.1, 0.5)))
+    for rate, momentum in ((0.2, 0.5), (0.1, 0.25), (0.05, 0.125)):
+        new = change(trainer, make(rate=rate, momentum=momentum), file)
+        # Nothing is compiled anew for it, and the moments go on.
+        assert vn.explain_retrace(trainer, new).startswith("Nothing differs")
+        if name not in ("inject in inject", "first"):
+            told = new.learning_rates().values()
+            np.testing.assert_allclose(list(told), rate)
+        expected = by_hand((3, 0.1, 0.5), (2, rate, momentum))
+        np.testing.assert_allclose(values(fit(new, 2)), expected)
+    again = change(trainer, make(), file)
+    assert same(again._progress, trainer._progress)
+    back = change(new, make(), file)
+    np.testing.assert_allclose(values(fit(back, 2)), by_hand((5, 0.1, 0.5)))
+
+
+@pytest.mark.parametrize("name", ["plain", "rules", "window in a rule", "masked"])
+def test_a_resumed_fit_has_the_rates_of_the_script(name, tmp_path):
+    make, checkpoints = NESTS[name], vn.Checkpoints(tmp_path / "run", 1)
+    fit(Bowl(tree(), make()), 3, checkpoint=checkpoints)
+    for steps, rate in ((5, 0.2), (6, 0.2), (7, 0.1)):
+        trainer = fit(Bowl(tree(), make(rate=rate)), steps, checkpoint=checkpoints)
+    phases = (3, 0.1, 0.5), (3, 0.2, 0.5), (1, 0.1, 0.5)
+    np.testing.assert_allclose(values(trainer), by_hand(*phases))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_in_both_precisions(dtype, file):
+    rate, trainer = np.asarray(0.3, dtype), Bowl(tree(dtype), sgd())
+    for change in (replaced, loaded):
+        start = fit(trainer, 2)
+        if change is loaded:
+            vn.save(file, start)
+            new = vn.load(file, Bowl(tree(dtype), sgd(rate=0.3)))
+        else:
+            new = start.replace(optimiser=sgd(rate=0.3))
+        found = new.opt_state.hyperparams["learning_rate"]
+        assert found == rate
+        assert found.dtype == dtype
+        assert vn.explain_retrace(start, new).startswith("Nothing differs")
+
+
+# Every hyperparameter, and what of others' states a user sets.
+
+CHANGES = {
+    **{
+        f"adamw {name}": (
+            optax.inject_hyperparams(optax.adamw),
+            {"learning_rate": 0.1},
+            {"learning_rate": 0.1, name: 0.0625},
+        )
+        for name in ("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay")
+    },
+    "clip": (
+        optax.inject_hyperparams(lambda norm: optax.clip_by_global_norm(norm)),
+        {"norm": 1.0},
+        {"norm": 0.5},
+    ),
+    "integer": (
+        optax.inject_hyperparams(optax.sgd),
+        {"learning_rate": 1},
+        {"learning_rate": 2},
+    ),
+    "integer, then float": (
+        optax.inject_hyperparams(optax.sgd),
+        {"learning_rate": 1, "momentum": 0.5},
+        {"learning_rate": 0.5, "momentum": 0.5},
+    ),
+    "array": (
+        optax.inject_hyperparams(optax.sgd),
+        {"learning_rate": jnp.asarray(0.1)},
+        {"learning_rate": jnp.asarray(0.2)},
+    ),
+    "dtype of its own": (
+        optax.inject_hyperparams(optax.sgd, hyperparam_dtype=jnp.float32),
+        {"learning_rate": 0.1},
+        {"learning_rate": 0.2},
+    ),
+    "beside a schedule": (
+        optax.inject_hyperparams(optax.sgd),
+        {"learning_rate": optax.linear_schedule(0.1, 0.0, 9), "momentum": 0.5},
+        {"learning_rate": optax.linear_schedule(0.2, 0.0, 9), "momentum": 0.25},
+    ),
+    "seed": (
+        lambda seed: optax.chain(optax.add_noise(0.1, 0.5, seed), optax.sgd(0.1)),
+        {"seed": 1},
+        {"seed": 2},
+    ),
+    "key": (
+        lambda key: optax.chain(optax.add_noise(0.1, 0.5, key), optax.sgd(0.1)),
+        {"key": jax.random.key(1)},
+        {"key": jax.random.key(2)},
+    ),
+    "schedule-free": (
+        lambda b1: optax.contrib.schedule_free(optax.sgd(0.1), 0.1, b1),
+        {"b1": 0.9},
+        {"b1": 0.8},
+    ),
+    "prodigy": (optax.contrib.prodigy, {"estim_lr0": 1e-6}, {"estim_lr0": 1e-3}),
+}
+
+
+def by_key(trainer):
+    leaves = jax.tree_util.tree_leaves_with_path(trainer.opt_state)
+    return {jax.tree_util.keystr(keys): leaf for keys, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_number_that_a_user_sets(name):
+    """What differs between two first states at one point is what the user set."""
+    make, old, new = CHANGES[name]
+    trainer = Bowl(tree(), make(**old))
+    for _ in range(2):
+        trainer, _ = trainer.step(0.0)
+    kept, found = by_key(trainer), by_key(trainer.replace(optimiser=make(**new)))
+    before, now = (by_key(Bowl(trainer.model, make(**of))) for of in (old, new))
+    changed = [key for key in now if not same(before[key], now[key])]
+    # A hyperparameter with a schedule is set by each step.
+    scheduled = [f"['{key}']" for key, value in new.items() if callable(value)]
+    changed = [key for key in changed if not key.endswith(tuple(scheduled))]
+    assert changed
+    for key in kept:
+        assert same(found[key], (now if key in changed else kept)[key]), key
+    _, info = trainer.replace(optimiser=make(**new)).step(0.0)
+    assert info.accepted
+
+
+def test_a_schedule_goes_on_at_its_count():
+    schedule = lambda top: optax.linear_schedule(top, 0.0, 10)
+    trainer = fit(Bowl(tree(), sgd(schedule(0.1))), 5)
+    new = trainer.replace(optimiser=sgd(schedule(0.2)))
+    np.testing.assert_allclose([*new.learning_rates().values()], 0.1)
+    np.testing.assert_allclose([*trainer.learning_rates().values()], 0.05)
+
+
+# What changed on the way stays, where the script did not change it.
+
+
+def set_rate(trainer, value):
+    where = lambda t: t.opt_state.hyperparams["learning_rate"]
+    old = where(trainer)
+    return eqx.tree_at(where, trainer, jnp.full_like(old, value))
+
+
+@pytest.mark.parametrize("change", [replaced, loaded])
+def test_a_rate_that_was_set_by_hand_stays(change, file):
+    trainer = set_rate(fit(Bowl(tree(), sgd()), 2), 0.025)
+    new = change(trainer, sgd(), file)
+    assert same(new._progress, trainer._progress)
+    new = change(trainer, sgd(momentum=0.25), file)
+    assert new.opt_state.hyperparams == {"learning_rate": 0.025, "momentum": 0.25}
+    new = change(trainer, sgd(rate=0.2), file)
+    assert new.opt_state.hyperparams == {"learning_rate": 0.2, "momentum": 0.5}
+
+
+def lowered(trainer, history):
+    """Halves the rate at step 4 by hand, and at step 8 by another optimiser."""
+    if int(trainer.step_count) == 4:
+        return set_rate(trainer, 0.05)
+    if int(trainer.step_count) == 8:
+        return trainer.replace(optimiser=sgd(rate=0.025))
+    return None
+
+
+@pytest.mark.parametrize("ends", [3, 5, 7, 9, 11])
+def test_a_callback_that_lowers_a_rate_is_heeded_after_a_resumption(ends, tmp_path):
+    options = {"callback": lowered, "chunk": 2}
+    whole = fit(Bowl(tree(), sgd()), 12, **options)
+    checkpoints = vn.Checkpoints(tmp_path / "run", 1)
+    fit(Bowl(tree(), sgd()), ends - ends % 2, checkpoint=checkpoints, **options)
+    parts = fit(Bowl(tree(), sgd()), 12, checkpoint=checkpoints, **options)
+    assert same(parts._progress, whole._progress)
+    np.testing.assert_allclose(
+        values(whole), by_hand((4, 0.1, 0.5), (4, 0.05, 0.5), (4, 0.025, 0.5))
+    )
+
+
+def test_a_file_without_what_the_optimiser_began_with(file, monkeypatch):
+    trainer = fit(Bowl(tree(), sgd()), 2)
+    with monkeypatch.context() as patch:
+        # A name of it would lead to the function.
+        module = importlib.import_module("vernal._storage.save")
+        patch.setattr(module, "initial_hyperparams", lambda trainer: {})
+        vn.save(file, trainer)
+    assert same(vn.load(file, Bowl(tree(), sgd()))._progress, trainer._progress)
+    # There is no telling what it began with: the rate of the file stays.
+    other = vn.load(file, Bowl(tree(), sgd(rate=0.2)))
+    assert other.opt_state.hyperparams["learning_rate"] == 0.1
+
+
+def test_moments_that_start_anew_have_the_rates_of_the_script(file):
+    trainer = fit(Bowl(tree(), sgd()), 2)
+    vn.save(file, trainer)
+    like = Bowl(tree(), sgd(rate=0.2))
+    new = vn.load(file, like, reset="opt_state")
+    assert same(new.opt_state, like.opt_state)
+
+
+# Many
+
+
+def stacked(**of):
+    make = lambda start: Bowl({"a": start, "b": {"c": -start}}, sgd(**of))
+    return eqx.filter_vmap(make)(jnp.arange(1.0, 4.0))
+
+
+def test_a_stacked_trainer_has_the_rates_of_the_script():
+    trainers = vn.fit_many(stacked(), np.zeros(()), 3, progress=False).trainers
+    new = trainers.replace(optimiser=sgd(rate=0.2), nan_policy=vn.StopAfter(3))
+    result = vn.fit_many(new, np.zeros(()), 2, progress=False)
+    expected = by_hand((3, 0.1, 0.5), (2, 0.2, 0.5))[0] / START[0]
+    scale = np.arange(1.0, 4.0)
+    np.testing.assert_allclose(result.trainers.params["a"], expected * scale)
+    # The same, member by member; another rate for each.
+    replace = lambda t, rate: t.replace(optimiser=sgd(rate=rate))
+    new = eqx.filter_vmap(replace)(trainers, jnp.asarray([0.1, 0.2, 0.3]))
+    assert new.opt_state.hyperparams["learning_rate"].tolist() == [0.1, 0.2, 0.3]
+    assert new.opt_state.hyperparams["momentum"].tolist() == [0.5] * 3
+
+
+def test_a_sweep_of_any_hyperparameter():
+    sweep = [Bowl(tree(), sgd(momentum=m)) for m in (0.0, 0.25, 0.5)]
+    result = vn.fit_many(sweep, np.zeros(()), 4, progress=False)
+    for index, momentum in enumerate((0.0, 0.25, 0.5)):
+        expected = by_hand((4, 0.1, momentum))
+        np.testing.assert_allclose(values(result.trainer(index)), expected)
+
+
+def test_many_that_are_resumed(tmp_path):
+    checkpoints = vn.Checkpoints(tmp_path / "run", 1)
+    options = {"progress": False, "checkpoint": checkpoints}
+    for steps, rate in ((3, 0.1), (5, 0.2)):
+        make = lambda start, r=rate: Bowl({"a": start, "b": {"c": -start}}, sgd(r))
+        trainers = [make(jnp.asarray(start)) for start in (1.0, 2.0)]
+        result = vn.fit_many(trainers, np.zeros(()), steps, **options)
+    expected = by_hand((3, 0.1, 0.5), (2, 0.2, 0.5))[0] / START[0]
+    found = result.trainers.params["a"]
+    np.testing.assert_allclose(found, expected * np.asarray([1.0, 2.0]))

@@ -1,0 +1,634 @@
+"""A program is that of the code as it is now, and nothing is compiled without need."""
+
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import vernal as vn
+from notebook import MODEL, START, Notebook, X, fisher
+
+SETTINGS = "settings = types.ModuleType('settings')\nsettings.rate = 1.0\n"
+
+# What is read, by way of what, and the change that doubles it.
+KINDS = {
+    "a global": ("SCALE = 1.0", "SCALE", "SCALE = 2.0"),
+    "a helper": (
+        "def helper():\n    return 1.0",
+        "helper()",
+        "def helper():\n    return 2.0",
+    ),
+    "a helper of a helper": (
+        "def inner():\n    return 1.0\ndef helper():\n    return inner()",
+        "helper()",
+        "def inner():\n    return 2.0",
+    ),
+    "what a helper of a helper reads": (
+        "S = 1.0\ndef inner():\n    return S\ndef helper():\n    return inner()",
+        "helper()",
+        "S = 2.0",
+    ),
+    "a class attribute": ("class C:\n    scale = 1.0", "C.scale", "C.scale = 2.0"),
+    "an inherited class attribute": (
+        "class B:\n    scale = 1.0\nclass C(B): pass",
+        "C.scale",
+        "B.scale = 2.0",
+    ),
+    "an attribute that hides one of a base": (
+        "class B:\n    scale = 1.0\nclass C(B): pass",
+        "C.scale",
+        "C.scale = 2.0",
+    ),
+    "a module": (SETTINGS, "settings.rate", "settings.rate = 2.0"),
+    "a module under another name": (
+        SETTINGS + "def helper(s):\n    return s.rate",
+        "helper(settings)",
+        "settings.rate = 2.0",
+    ),
+    "a module by getattr": (
+        SETTINGS,
+        "getattr(settings, 'rate')",
+        "settings.rate = 2.0",
+    ),
+    "a chain of attributes": (
+        SETTINGS + "settings.optics = types.SimpleNamespace(rate=1.0)",
+        "settings.optics.rate",
+        "settings.optics.rate = 2.0",
+    ),
+    "a chain of classes": (
+        "class A:\n    class B:\n        class C:\n            rate = 1.0",
+        "A.B.C.rate",
+        "A.B.C.rate = 2.0",
+    ),
+    "an object": (
+        "class Config: pass\nc = Config()\nc.scale = 1.0",
+        "c.scale",
+        "c.scale = 2.0",
+    ),
+    "an object with slots": (
+        "class Config:\n    __slots__ = ('scale',)\nc = Config()\nc.scale = 1.0",
+        "c.scale",
+        "c.scale = 2.0",
+    ),
+    "an attribute that is new": (
+        "class Config: pass\nc = Config()\nc.a = 1.0",
+        "getattr(c, 'scale', 1.0)",
+        "c.scale = 2.0",
+    ),
+    "a dataclass": (
+        "@dataclasses.dataclass\nclass Config:\n    scale: float\nc = Config(1.0)",
+        "c.scale",
+        "c.scale = 2.0",
+    ),
+    "a list": ("numbers = [1.0]", "numbers[0]", "numbers[0] = 2.0"),
+    "a longer list": ("numbers = [1.0]", "sum(numbers)", "numbers.append(1.0)"),
+    "a dict": ("config = {'scale': 1.0}", "config['scale']", "config['scale'] = 2.0"),
+    "an object in containers": (
+        "c = types.SimpleNamespace(scale=1.0)\nconfig = {'a': [(c,)]}",
+        "config['a'][0][0].scale",
+        "c.scale = 2.0",
+    ),
+    "a set": (
+        "found = {1.0}",
+        "sum(found)",
+        "found |= {0.5, 0.25, 0.125, 0.12, 0.005}",
+    ),
+    "a partial": (
+        "S = 1.0\ndef fn(a):\n    return S * a\nhelper = functools.partial(fn, 1)",
+        "helper()",
+        "S = 2.0",
+    ),
+    "an object in a partial": (
+        "def read(c):\n    return c['a']\nc = {'a': 1.0}\n"
+        "helper = functools.partial(read, c)",
+        "helper()",
+        "c['a'] = 2.0",
+    ),
+    "a bound method": (
+        "class C:\n    s = 1.0\n    def read(self):\n        return self.s\n"
+        "c = C()\nhelper = c.read",
+        "helper()",
+        "c.s = 2.0",
+    ),
+    "a decorated function": (
+        "S = 1.0\ndef twice(fn):\n    @functools.wraps(fn)\n    def wrapped():\n"
+        "        return fn()\n    return wrapped\n@twice\ndef helper():\n    return S",
+        "helper()",
+        "S = 2.0",
+    ),
+    "a cached function": (
+        "S = 1.0\n@functools.lru_cache\ndef helper():\n    return S",
+        "helper.__wrapped__()",
+        "S = 2.0",
+    ),
+    "a compiled helper": (
+        "S = 1.0\n@jax.jit\ndef helper(x):\n    return S * x",
+        "helper(1.0)",
+        "S = 2.0",
+    ),
+    "a compiled helper of Equinox": (
+        "S = 1.0\n@eqx.filter_jit\ndef helper(x):\n    return S * x",
+        "helper(1.0)",
+        "S = 2.0",
+    ),
+    "the body of a loop": (
+        "S = 1.0\ndef body(c, x):\n    return c * S, None\n"
+        "def helper(x):\n    return jax.lax.scan(body, x, jnp.zeros(1))[0]",
+        "helper(1.0)",
+        "S = 2.0",
+    ),
+    "a checkpointed helper": (
+        "S = 1.0\ndef inner(x):\n    return S * x\nhelper = jax.checkpoint(inner)",
+        "helper(1.0)",
+        "S = 2.0",
+    ),
+    "a rule for derivatives": (
+        "S = 1.0\n@jax.custom_jvp\ndef helper(x):\n    return x\n"
+        "helper.defjvp(lambda p, t: (S * p[0], S * t[0]))",
+        "1.0 * helper(self.w) / self.w",
+        "S = 2.0",
+    ),
+    "a default": (
+        "def helper(s=1.0):\n    return s",
+        "helper()",
+        "helper.__defaults__ = (2.0,)",
+    ),
+    "a default that is changed": (
+        "def helper(s=[1.0]):\n    return s[0]",
+        "helper()",
+        "helper.__defaults__[0][0] = 2.0",
+    ),
+    "a keyword's default": (
+        "def helper(*, s={'a': 1.0}):\n    return s['a']",
+        "helper()",
+        "helper.__kwdefaults__['s']['a'] = 2.0",
+    ),
+    "a closure's cell": (
+        "def make():\n    s = 1.0\n    def get():\n        return s\n"
+        "    def put(new):\n        nonlocal s\n        s = new\n    return get, put\n"
+        "get, put = make()",
+        "get()",
+        "put(2.0)",
+    ),
+    "the code of a function": (
+        "def helper():\n    return 1.0",
+        "helper()",
+        "helper.__code__ = (lambda: 2.0).__code__",
+    ),
+    "an array of NumPy": ("a = np.ones(3)", "a.sum() / 3", "a[:] = 2.0"),
+    "a large array of NumPy": ("a = np.ones(10**6)", "a[0]", "a[:] = 2.0"),
+    "an array of JAX": ("a = jnp.ones(())", "a", "a = a + 1"),
+    "a lambda in a comprehension": (
+        "S = 1.0\nhelpers = [lambda x, n=n: n * S * x for n in (1.0,)]",
+        "sum(f(1.0) for f in helpers)",
+        "S = 2.0",
+    ),
+    "a module of Equinox": (
+        "class N(eqx.Module):\n    s: float\nn = N(1.0)",
+        "n.s",
+        "n = N(2.0)",
+    ),
+    "a builtin's name": (
+        "",
+        "float(abs(-1.0))",
+        "def abs(x):\n    return 2.0",
+    ),
+    "an operator of a class": (
+        "class Unit:\n    def __mul__(self, other):\n        return 1.0 * other\n"
+        "unit = Unit()",
+        "unit",
+        "Unit.__mul__ = lambda self, other: 2.0 * other",
+    ),
+    "a compiled method": (
+        "S = 1.0\nclass C(eqx.Module):\n    @eqx.filter_jit\n"
+        "    def read(self, x):\n        return S * x\nc = C()",
+        "c.read(1.0)",
+        "S = 2.0",
+    ),
+    "a function whose types are checked": (
+        "from beartype import beartype\nfrom jaxtyping import jaxtyped\nS = 1.0\n"
+        "@jaxtyped(typechecker=beartype)\ndef helper(x: float):\n    return S * x",
+        "helper(1.0)",
+        "S = 2.0",
+    ),
+    "a named tuple": (
+        "class C(NamedTuple):\n    scale: float\n    @property\n"
+        "    def twice(self):\n        return self.scale\nc = C(1.0)",
+        "c.twice",
+        "C.twice = property(lambda self: 2 * self.scale)",
+    ),
+    "a descriptor": (
+        "class D:\n    scale = 1.0\n    def __get__(self, obj, owner):\n"
+        "        return self.scale\nclass C:\n    d = D()",
+        "C().d",
+        "D.scale = 2.0",
+    ),
+    "a metaclass": (
+        "class Meta(type):\n    @property\n    def scale(cls):\n        return 1.0\n"
+        "class C(metaclass=Meta): pass",
+        "C.scale",
+        "Meta.scale = property(lambda cls: 2.0)",
+    ),
+    "an attribute that is new to a method which is compiled": (
+        "class C:\n    s = 1.0\n    def read(self, x):\n        return self.s * x\n"
+        "c = C()\nhelper = jax.jit(c.read)",
+        "helper(1.0)",
+        "c.s = 2.0",
+    ),
+    "a longer list in the body of a loop": (
+        "numbers = [1.0]\ndef body(c, x):\n    return c * sum(numbers), None\n"
+        "def helper(x):\n    return jax.lax.scan(body, x, jnp.zeros(1))[0]",
+        "helper(1.0)",
+        "numbers.append(1.0)",
+    ),
+    "an attribute that is new to a module": (
+        SETTINGS,
+        "getattr(settings, 'factor', 1.0)",
+        "settings.factor = 2.0",
+    ),
+    "a module that computes its attributes": (
+        SETTINGS + "settings.__getattr__ = lambda name: {'factor': 1.0}[name]",
+        "settings.factor",
+        "settings.__getattr__ = lambda name: {'factor': 2.0}[name]",
+    ),
+    "an array of objects": ("a = np.array([1.0, None])", "a[0]", "a[0] = 2.0"),
+    "an object that computes its attributes": (
+        "class C:\n    __slots__ = ('d',)\n    def __getattr__(self, name):\n"
+        "        return self.d[name]\nc = C()\nc.d = {'s': 1.0}",
+        "c.s",
+        "c.d['s'] = 2.0",
+    ),
+    "a relative import": (
+        "import sys\nfor n in ('vn_a', 'vn_a.b', 'vn_a.s', 's'):\n"
+        "    sys.modules[n] = types.ModuleType(n)\ns = sys.modules['vn_a.s']\n"
+        "s.rate = 1.0\n__package__ = 'vn_a.b'\n"
+        "def helper():\n    from ..s import rate\n    return rate",
+        "helper()",
+        "s.rate = 2.0",
+    ),
+    "an import within a function": (
+        SETTINGS + "import sys; sys.modules['vn_test_settings'] = settings\n"
+        "def helper():\n    from vn_test_settings import rate\n    return rate",
+        "helper()",
+        "settings.rate = 2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_reads(kind):
+    before, expression, change = KINDS[kind]
+    book = Notebook(before, MODEL.format(f"({expression})"))
+    trainer = book["trainer"]()
+    assert fisher(trainer) == pytest.approx(5.0)
+    count = len(book["traces"])
+    # Neither an equal trainer nor an unrelated change compiles anything.
+    book.run("unrelated = 1.0")
+    assert fisher(trainer) == fisher(book["trainer"]()) == pytest.approx(5.0)
+    assert len(book["traces"]) == count
+    book.run(change)
+    assert fisher(trainer) == pytest.approx(20.0)
+    count = len(book["traces"])
+    assert fisher(book["trainer"]()) == fisher(trainer) == pytest.approx(20.0)
+    assert len(book["traces"]) == count
+
+
+METHODS = """
+class Base(eqx.Module):
+    w: jax.Array
+    factor = 1.0
+    def get(self):
+        return self.factor
+    @property
+    def prop(self):
+        return self.factor
+    @staticmethod
+    def static():
+        return SCALE
+    @classmethod
+    def of_class(cls):
+        return cls.factor
+    def __call__(self, x):
+        return {} * self.w * x
+
+class M(Base):
+    pass
+"""
+
+
+@pytest.mark.parametrize("name", ["get()", "prop", "static()", "of_class()"])
+@pytest.mark.parametrize("change", ["data", "code"])
+def test_methods_that_are_inherited(name, change):
+    book = Notebook("SCALE = 1.0", METHODS.format(f"self.{name}"))
+    trainer = book["trainer"]()
+    assert fisher(trainer) == pytest.approx(5.0)
+    if change == "data":
+        book.run("SCALE = 2.0; Base.factor = 2.0")
+    else:
+        book.run("Base.__call__ = lambda self, x: 2.0 * self.w * x")
+    assert fisher(trainer) == pytest.approx(20.0)
+    book.run("M.__call__ = lambda self, x: self.w * x")
+    assert fisher(trainer) == pytest.approx(5.0)
+
+
+STATIC = """
+class Config:
+    scale = 1.0
+class M(eqx.Module):
+    w: jax.Array
+    c: Any = eqx.field(static=True)
+    def __call__(self, x):
+        return self.c.scale * self.w * x
+config = Config()
+"""
+
+LEAF = """
+class M(eqx.Module):
+    w: jax.Array
+    f: Any
+    def __call__(self, x):
+        return self.f(x) * self.w
+SCALE = 1.0
+def leaf(x):
+    return SCALE * x
+class Leaf:
+    scale = 1.0
+    def __call__(self, x):
+        return self.scale * x
+"""
+
+MODELS = {
+    "an object in a static field": (
+        STATIC,
+        "M(jnp.ones(()), config)",
+        "config.scale = 2.0",
+    ),
+    "its class": (STATIC, "M(jnp.ones(()), config)", "Config.scale = 2.0"),
+    "a function as a leaf": (LEAF, "M(jnp.ones(()), leaf)", "SCALE = 2.0"),
+    "a lambda as a leaf": (
+        LEAF,
+        "M(jnp.ones(()), lambda x: leaf(x))",
+        "def leaf(x):\n    return 2 * x",
+    ),
+    "an object as a leaf": (LEAF, "M(jnp.ones(()), Leaf())", "Leaf.scale = 2.0"),
+    "an attribute of such an object": (
+        LEAF + "own = Leaf()",
+        "M(jnp.ones(()), own)",
+        "own.scale = 2.0",
+    ),
+    "a function in a layer of a library": (
+        LEAF,
+        "M(jnp.ones(()), eqx.nn.Lambda(leaf))",
+        "SCALE = 2.0",
+    ),
+    "a method as a leaf": (
+        LEAF + "own = Leaf()",
+        "M(jnp.ones(()), own.__call__)",
+        "own.scale = 2.0",
+    ),
+    "a partial as a leaf": (
+        LEAF,
+        "M(jnp.ones(()), functools.partial(leaf))",
+        "SCALE = 2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_holds(kind):
+    cell, model, change = MODELS[kind]
+    book = Notebook(cell, f"start = {model}")
+    trainer = book["trainer"](book["start"])
+    assert fisher(trainer) == pytest.approx(5.0)
+    count = len(book["traces"])
+    assert fisher(trainer.replace(model=book["start"])) == pytest.approx(5.0)
+    assert len(book["traces"]) == count
+    book.run(change)
+    assert fisher(trainer) == pytest.approx(20.0)
+
+
+HOOKS = {
+    "residuals": "def residuals(self, m, x): return N * (m(x) - 6 * x)",
+    "loss": "def loss(self, m, x): return N * jnp.sum((m(x) - 6 * x) ** 2)",
+    "nll": "def nll(self, m, x): return N * jnp.sum((m(x) - 6 * x) ** 2)",
+    "constrain": ("def constrain(self, m): return jax.tree.map(lambda w: w + N, m)"),
+    "transform_grads": (
+        "def transform_grads(self, g, m): return jax.tree.map(lambda g: N * g, g)"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
+@pytest.mark.parametrize("hook", HOOKS)
+def test_methods_of_the_trainer(hook):
+    book = Notebook("N = 1.0", MODEL.format("1.0"))
+    book.run(f"class T(T):\n    {HOOKS[hook]}")
+    book.run("class T(T): pass")
+    trainer = book["trainer"]()
+    step = lambda: float(trainer.step(X)[0].params.w)
+    one, again = step(), step()
+    book.run("N = 2.0")
+    two = step()
+    book.run("N = 1.0")
+    assert one == again == step() != two
+
+
+def test_evaluate():
+    book = Notebook("N = 1.0", MODEL.format("1.0"))
+    book.run("class T(T):\n    def evaluate(self, m, x): return N * m.w")
+    trainer = book["trainer"]()
+    score = lambda: trainer.fit(X, 1, progress=False, validation=(X, 1)).history
+    one = score().validation[0]
+    book.run("N = 2.0")
+    assert score().validation[0] == 2 * one
+
+
+POLICY = """
+N = 1.0
+class Scaling(vn.NanPolicy):
+    def init(self, params):
+        return None
+    def apply(self, loss, grads, state):
+        grads = jax.tree.map(lambda g: N * g, grads)
+        return grads, vn.Verdict(accept=jnp.array(True), stop=jnp.array(False)), state
+class Enough(vn.StopCriterion):
+    def init(self, params):
+        return None
+    def apply(self, view, state):
+        return view.step_count >= 3 * N, state
+def schedule(count):
+    return 0.01 * N
+"""
+
+
+@pytest.mark.parametrize("what", ["policy", "schedule", "schedule of a rule"])
+def test_what_a_step_is_given(what):
+    book = Notebook(MODEL.format("1.0"), POLICY)
+    options = {"nan_policy": book["Scaling"]()} if what == "policy" else {}
+    tx = optax.sgd(0.01 if what == "policy" else book["schedule"])
+    if what == "schedule of a rule":
+        tx = vn.ParamOptimiser({"w": tx})
+    trainer = book["T"](book["M"](jnp.ones(())), tx, **options)
+    step = lambda: float(trainer.step(X)[0].params.w) - 1
+    one = step()
+    book.run("N = 2.0")
+    assert step() == pytest.approx(2 * one, rel=1e-5)
+
+
+def test_a_criterion():
+    book = Notebook(MODEL.format("1.0"), POLICY)
+    trainer, stop = book["trainer"](), book["Enough"]()
+    count = lambda: int(
+        trainer.fit(X, 50, progress=False, stop=stop).trainer.step_count
+    )
+    assert count() == 3
+    book.run("N = 2.0")
+    assert count() == 6
+
+
+def test_a_change_during_a_fit_counts_from_the_next_chunk():
+    book = Notebook("SCALE = 1.0", MODEL.format("SCALE"))
+
+    def callback(trainer, history):
+        if int(trainer.step_count) == 100:
+            book.run("SCALE = 2.0")
+
+    fit = book["trainer"]().fit(X, 300, chunk=100, callback=callback, progress=False)
+    assert float(fit.model.w) == pytest.approx(3.0, rel=1e-4)
+
+
+@pytest.mark.seams
+def test_cells_that_are_run_again():
+    helper = "def helper(x):\n    return SCALE * x"
+    book = Notebook("SCALE = 1.0", helper, MODEL.format("helper(1.0)"))
+    trainer = book["trainer"]()
+    fisher(trainer)
+    count = len(book["traces"])
+    # Equal text and equal values: nothing new.
+    book.run(helper)
+    book.run("SCALE = 1.0")
+    fisher(trainer)
+    assert len(book["traces"]) == count
+    book.run(helper.replace("SCALE", "2.0"))
+    assert fisher(trainer) == pytest.approx(20.0)
+
+
+@pytest.mark.seams
+def test_two_models_share_a_helper_that_jax_keeps():
+    """JAX keeps the trace of a loop's body by itself, whichever model it was for."""
+    body = "S = 1.0\ndef body(c, x):\n    return c * S, None\n"
+    scan = "jax.lax.scan(body, 1.0, jnp.zeros(1))[0]"
+    book = Notebook(body, MODEL.format(scan))
+    assert fisher(book["trainer"]()) == pytest.approx(5.0)
+    book.run("S = 2.0")
+    book.run(MODEL.format(scan))
+    assert fisher(book["trainer"]()) == pytest.approx(20.0)
+
+
+WRITES = {
+    "a list": ("log = []", "log.append(1)"),
+    "a counter": ("class C: n = 0\nc = C()\nc.n = 0", "c.__dict__.update(n=c.n + 1)"),
+    "a new attribute": (
+        "class C: pass\nc = C()",
+        "c.__dict__.setdefault('cached', 3.0)",
+    ),
+    "a dict": ("log = {}", "log.setdefault(len(log), 1)"),
+    "a global": (
+        "n = 0\ndef count():\n    global n\n    n += 1",
+        "count()",
+    ),
+    "a class": ("class C: n = 0", "setattr(C, 'n', C.n + 1)"),
+    "an array": ("a = np.zeros(2)", "a.__iadd__(1)"),
+    "from the device": (
+        "log = []",
+        "jax.debug.callback(lambda x: log.append(1), self.w)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_what_a_program_writes_to_compiles_nothing_anew(kind):
+    before, expression = WRITES[kind]
+    book = Notebook("SCALE = 1.0", before, MODEL.format(f"({expression}, SCALE)[1]"))
+    trainer = book["trainer"]()
+    fisher(trainer)
+    count = len(book["traces"])
+    for _ in range(3):
+        fisher(trainer)
+    assert len(book["traces"]) == count
+    book.run("SCALE = 2.0")
+    assert fisher(trainer) == pytest.approx(20.0)
+
+
+def test_what_is_beside_what_a_program_writes_to_is_seen():
+    cell = """
+    class C: pass
+    c = C()
+    c.scale, c.count = 1.0, 0
+    def read():
+        c.count += 1
+        c.last = c.count
+        return c.scale
+    """
+    book = Notebook(cell, MODEL.format("read()"))
+    trainer = book["trainer"]()
+    assert fisher(trainer) == pytest.approx(5.0)
+    count = book["c"].count
+    assert fisher(trainer) == pytest.approx(5.0)
+    assert book["c"].count == count
+    book.run("c.scale = 2.0")
+    assert fisher(trainer) == pytest.approx(20.0)
+    book.run("C.scale = 3.0; del c.scale")
+    assert fisher(trainer) == pytest.approx(45.0)
+
+
+def test_forget(tmp_path):
+    path = tmp_path / "scale"
+    path.write_text("1.0")
+    book = Notebook("from pathlib import Path", f"path = {str(path)!r}")
+    book.run(MODEL.format("float(Path(path).read_text())"))
+    own = jax.jit(lambda x: x + 1)
+    own(1.0)
+    trainer = book["trainer"]()
+    assert fisher(trainer) == pytest.approx(5.0)
+    path.write_text("2.0")
+    assert fisher(trainer) == pytest.approx(5.0)
+    vn.forget()
+    assert fisher(trainer) == pytest.approx(20.0)
+    assert own._cache_size() == 1
+
+
+@pytest.mark.seams
+def test_forget_reaches_what_jax_keeps():
+    hidden = "globals()['val' + 'ues'][0]"
+    helper = f"values = [1.0]\n@jax.jit\ndef helper(x):\n    return {hidden} * x"
+    book = Notebook(helper, MODEL.format("helper(1.0)"))
+    trainer = book["trainer"]()
+    assert fisher(trainer) == pytest.approx(5.0)
+    book.run("values[0] = 2.0")
+    vn.forget()
+    assert fisher(trainer) == pytest.approx(20.0)
+
+
+def test_nothing_outlives_its_programs():
+    book = Notebook("class Big: pass\nbig = Big()\nbig.scale = 1.0")
+    book.run(MODEL.format("big.scale"))
+    fisher(book["trainer"]())
+    dead = weakref.ref(book["big"])
+    book.run("big = None")
+    vn.forget()
+    gc.collect()
+    assert dead() is None
+
+
+def test_a_namespace_without_a_name_is_followed_too():
+    names = {}
+    for cell in (START, "SCALE = 1.0", MODEL.format("SCALE"), "fitted = trainer()"):
+        exec(cell, names)
+    assert names["M"].__module__ == "builtins"
+    assert fisher(names["fitted"]) == 5
+    exec("SCALE = 2.0", names)
+    assert fisher(names["fitted"]) == 20

@@ -1,0 +1,227 @@
+"""`EigenProjector.from_matvec`: the leading directions of a matrix never formed."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vernal as vn
+
+pytestmark = pytest.mark.seams
+
+D, RANK = 100, 12
+SPECTRA = {
+    "geometric": 10.0 ** -np.linspace(0, 5, D),
+    "identity": np.ones(D),
+    "repeated": np.repeat([10.0, 3.0, 1.0], [5, 7, D - 12]),
+    "clustered": np.concatenate([[10.0] * 4, np.linspace(3, 1, D - 4)]),
+    "dominated": np.concatenate([[1e3], np.linspace(2, 1, D - 1)]),
+    "low rank": np.concatenate([np.linspace(5, 1, 20), np.zeros(D - 20)]),
+    "all of them": np.linspace(4, 1, RANK),
+    "one": np.array([3.0]),
+}
+
+
+def matrix_of(values, dtype=jnp.float64):
+    rng = np.random.default_rng(len(values))
+    basis, _ = np.linalg.qr(rng.normal(size=(len(values), len(values))))
+    return jnp.asarray(basis * values @ basis.T, dtype)
+
+
+class Product(eqx.Module):
+    """A function of which every matrix of one size is a case: compiled once."""
+
+    matrix: jax.Array
+
+    def __call__(self, tree):
+        return {"a": self.matrix @ tree["a"]}
+
+
+def make(matrix, rank=RANK, **options):
+    rank = min(rank, len(matrix))
+    params = {"a": jnp.zeros(len(matrix), matrix.dtype)}
+    options = {"key": jax.random.key(1), **options}
+    return vn.EigenProjector.from_matvec(Product(matrix), params, rank, **options)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_laws(name, dtype):
+    spectrum = SPECTRA[name]
+    matrix, eps = matrix_of(spectrum, dtype), float(jnp.finfo(dtype).eps)
+    projector = make(matrix)
+    rank = projector.rank
+    assert projector.latent_size == len(spectrum)
+    np.testing.assert_allclose(
+        projector.eigenvalues, spectrum[:rank], rtol=200 * eps * spectrum[0]
+    )
+    # On the kept directions the matrix is the identity...
+    vectors = projector._whitenings[0].vectors
+    wide = matrix_of(spectrum, jnp.float64)
+    white = projector.matrix.T @ wide @ projector.matrix
+    kept = vectors.T @ white @ vectors
+    condition = spectrum[0] / spectrum[rank - 1]
+    np.testing.assert_allclose(kept, np.eye(rank), atol=100 * eps * condition)
+    # ...and on the others close to it, on average.
+    if rank < len(spectrum) and spectrum[-1] > 0:
+        rest = (np.trace(white) - rank) / (len(spectrum) - rank)
+        np.testing.assert_allclose(rest, 1.0, atol=0.3)
+    latent = jnp.asarray(np.random.default_rng(0).normal(size=len(spectrum)), dtype)
+    there = projector.to_params(latent)
+    np.testing.assert_allclose(
+        projector.to_latent(there), latent, atol=1e3 * eps * condition
+    )
+    _, log_det = np.linalg.slogdet(np.asarray(projector.matrix, np.float64))
+    np.testing.assert_allclose(projector.log_abs_det, log_det, atol=1e3 * eps * D)
+    gradient = {"a": latent}
+    pulled = jax.vjp(projector.to_params, jnp.zeros_like(latent))[1](gradient)[0]
+    np.testing.assert_allclose(
+        projector.pull_back(gradient), pulled, rtol=1e-3, atol=1e-4
+    )
+    errors = np.sqrt(np.diag(projector.matrix @ projector.matrix.T))
+    np.testing.assert_allclose(projector.standard_errors()["a"], errors, rtol=1e-3)
+
+
+def test_where_every_direction_is_found_it_is_the_inverse():
+    matrix = matrix_of(SPECTRA["all of them"])
+    covariance = make(matrix).covariance()
+    np.testing.assert_allclose(covariance, np.linalg.inv(matrix), atol=1e-12)
+
+
+def test_the_mean_of_a_small_complement_is_exact():
+    spectrum = np.linspace(5, 1, 20)
+    projector = make(matrix_of(spectrum), rank=8)
+    curvature = projector._whitenings[0].curvature
+    np.testing.assert_allclose(curvature, spectrum[8:].mean(), rtol=1e-12)
+
+
+def test_a_complement_without_curvature_has_no_bound():
+    projector = make(matrix_of(SPECTRA["low rank"]), rank=20)
+    assert np.isinf(projector.standard_errors()["a"]).all()
+    softest = 1 / np.sqrt(projector.eigenvalues[-1])
+    step = projector.to_params(jnp.ones(D) / D**0.5)
+    assert jnp.linalg.norm(step["a"]) <= softest * (1 + 1e-9)
+    with pytest.raises(ValueError, match="one by one"):
+        projector.null_space()
+
+
+def test_scale_makes_units_harmless():
+    matrix = matrix_of(SPECTRA["geometric"])
+    units = jnp.where(jnp.arange(D) % 2 == 0, 1e-9, 1e9)
+    scaled = matrix / units[:, None] / units
+    plain, other = make(matrix), make(scaled, scale={"a": units})
+    np.testing.assert_allclose(other.eigenvalues, plain.eigenvalues, rtol=1e-9)
+    np.testing.assert_allclose(other.matrix / units[:, None], plain.matrix, atol=1e-6)
+
+
+class Field(vn.Trainer):
+    """A map of which few combinations are measured well, and all a little."""
+
+    def residuals(self, model, batch):
+        design, measured = batch
+        return jnp.concatenate([design @ model["map"] - measured, 0.1 * model["map"]])
+
+
+def test_thousands_of_parameters():
+    size = 20_000
+    design = jax.random.normal(jax.random.key(0), (30, size)) / size**0.5 * 50
+    batch = design, jnp.linspace(-1, 1, 30)
+    model = {"map": jnp.zeros(size)}
+
+    def residuals(params):
+        return Field.residuals(None, params, batch)
+
+    matvec = vn.gauss_newton_matvec(residuals, model)
+    projector = vn.EigenProjector.from_matvec(matvec, model, 30, key=jax.random.key(2))
+    np.testing.assert_allclose(projector.eigenvalues.min(), 2500, rtol=0.2)
+    trainer = Field(model, optax.sgd(0.5), projector=projector)
+    losses = trainer.fit(batch, 30, progress=False).history.loss
+    target = Field(model, optax.sgd(1e-5)).fit(batch, 30, progress=False).history.loss
+    assert losses[-1] < 0.1 * target[-1]
+    with pytest.raises(ValueError, match="from_blocks"):
+        Field(model, vn.ParamOptimiser({"map": optax.sgd(1.0)}), projector=projector)
+
+
+def test_compiles_once():
+    traces = 0
+
+    def residuals(params):
+        nonlocal traces
+        traces += 1
+        return jnp.sin(params["a"]) * jnp.arange(1.0, 31.0)
+
+    for point in (jnp.zeros(30), jnp.linspace(1.0, 2.0, 30)):
+        matvec = vn.gauss_newton_matvec(residuals, {"a": point})
+        vn.EigenProjector.from_matvec(matvec, {"a": point}, 5, key=jax.random.key(0))
+        if point[0] == 0:
+            once = traces
+    assert traces == once
+
+
+def test_under_jit():
+    matrix = matrix_of(SPECTRA["geometric"])
+
+    @jax.jit
+    def latent(matrix, x):
+        return make(matrix, rank=6).to_latent({"a": x})
+
+    found = latent(matrix, jnp.ones(D))
+    # The signs of eigenvectors do not matter here: the map is symmetric.
+    expected = make(matrix, rank=6).to_latent({"a": jnp.ones(D)})
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_under_vmap():
+    spectra = jnp.stack([jnp.linspace(4.0, 1.0, 6), jnp.linspace(9.0, 2.0, 6)])
+    many = eqx.filter_vmap(lambda values: make(jnp.diag(values), rank=2))(spectra)
+    assert many.latent_size == 6
+    latent = eqx.filter_vmap(lambda p: p.to_latent({"a": jnp.ones(6)}))(many)
+    expected = [
+        make(jnp.diag(s), rank=2).to_latent({"a": jnp.ones(6)}) for s in spectra
+    ]
+    np.testing.assert_allclose(latent, jnp.stack(expected), rtol=1e-6)
+
+
+PARAMS = {"a": jnp.zeros(4)}
+DIAGONAL = jnp.asarray([4.0, 3.0, 2.0, 1.0])
+BAD = {
+    "rank 0": (lambda t: t, {"rank": 0}, ValueError, "`rank` is 0"),
+    "rank above": (lambda t: t, {"rank": 5}, ValueError, "only 4 directions"),
+    "rank half": (lambda t: t, {"rank": 1.5}, Exception, "rank"),
+    "no function": (3, {}, Exception, "matvec"),
+    "structure": (lambda t: {"b": t["a"]}, {}, ValueError, "structure"),
+    "shape": (lambda t: {"a": t["a"][:2]}, {}, ValueError, "shape"),
+    "not symmetric": (
+        lambda t: {"a": jnp.cumsum(t["a"])},
+        {},
+        ValueError,
+        "not the product with a symmetric",
+    ),
+    "not finite": (lambda t: {"a": t["a"] * jnp.nan}, {}, ValueError, "not finite"),
+    "indefinite": (
+        lambda t: {"a": t["a"] * (DIAGONAL - 1.5)},
+        {"rank": 2},
+        ValueError,
+        "gauss_newton_matvec",
+    ),
+    "flat": (
+        lambda t: {"a": t["a"] * jnp.asarray([1.0, 0.0, 0.0, 0.0])},
+        {},
+        ValueError,
+        "Lower it. Only 1",
+    ),
+    "scale": (lambda t: t, {"scale": {"a": -DIAGONAL}}, ValueError, "`scale`"),
+    "scale shape": (lambda t: t, {"scale": {"a": jnp.ones(3)}}, ValueError, "`scale`"),
+    "key": (lambda t: t, {"key": 0}, Exception, "key"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    matvec, options, error, message = BAD[name]
+    options = {"rank": 2, "key": jax.random.key(0)} | options
+    rank = options.pop("rank")
+    with pytest.raises(error, match=message):
+        vn.EigenProjector.from_matvec(matvec, PARAMS, rank, **options)

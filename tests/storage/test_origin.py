@@ -1,0 +1,173 @@
+"""Checkpoints that are taken up with other data, or with another loss."""
+
+import importlib
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vernal as vn
+from vernal._storage.origin import differences, origin
+
+ORIGIN = importlib.import_module("vernal._storage.origin")
+X = jnp.linspace(0.0, 1.0, 8)
+DATA = {"x": X, "more": [2 * X, None, 3.0]}
+
+
+def squares(self, model, batch):
+    """Sums up squares."""
+    return jnp.sum((model["a"] * X - jax.tree.leaves(batch)[0]) ** 2)
+
+
+def cubes(self, model, batch):
+    """Sums up cubes."""
+    return jnp.sum(jnp.abs(model["a"] * X - jax.tree.leaves(batch)[0]) ** 3)
+
+
+def told_anew(self, model, batch):
+    """Sums up squares, as `squares` does."""
+    return jnp.sum((model["a"] * X - jax.tree.leaves(batch)[0]) ** 2)
+
+
+def made(name="Fit", **methods):
+    methods = methods or {"loss": squares}
+    kind = type(name, (vn.Trainer,), methods | {"__module__": __name__})
+    return kind({"a": jnp.asarray(2.0), "none": None}, optax.sgd(1e-3))
+
+
+def fit(folder, steps, data, trainer=None):
+    checkpoint = vn.Checkpoints(folder, every=5)
+    trainer = made() if trainer is None else trainer
+    return trainer.fit(data, steps, checkpoint=checkpoint, progress=False)
+
+
+def batches(data):
+    return vn.Minibatches(data, 4, key=jax.random.key(0))
+
+
+def stream(step):
+    while True:
+        yield X
+
+
+# The data before and now, and what is said; `None` for nothing.
+OTHERS = {
+    "values": (X, X + 1, "(`data` differs)"),
+    "one value": (DATA, DATA | {"x": X.at[3].add(1e-6)}, "at 'x')"),
+    "deep within": (DATA, DATA | {"more": [X, None, 3.0]}, "at 'more.0')"),
+    "a number": (DATA, DATA | {"more": [2 * X, None, 4.0]}, "at 'more.2')"),
+    "more": (X, jnp.ones(1), "(`data` differs)"),
+    "dtype": (X, X.astype(np.float16), "(`data` differs)"),
+    "structure": ((X, X), [X, X, X], "at '2')"),
+    "less": ((X, X), (X,), "at '1')"),
+    "minibatches": (batches(X), batches(X + 1), "(`data` differs)"),
+    "keys": (
+        {"x": X, "k": jax.random.key(0)},
+        {"x": X, "k": jax.random.key(1)},
+        "at 'k')",
+    ),
+}
+THE_SAME = {
+    "itself": (DATA, DATA),
+    "of NumPy": (DATA, jax.tree.map(np.asarray, DATA)),
+    "minibatches": (batches(X), batches(X + 0)),
+    "a stream": (vn.Stream(stream), vn.Stream(lambda step: iter([X + 1] * 99))),
+    "a stream, then data": (vn.Stream(stream), X),
+    "nothing but words": ({"x": X, "word": "a"}, {"x": X, "word": "a"}),
+}
+
+
+def told(old, new, trainer=None, other=None):
+    source = lambda data: vn._data.sources.as_source(data)
+    before = json.loads(json.dumps(origin(trainer or made(), source(old))))
+    return list(differences(before, origin(other or made(), source(new))))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_data_are_told(name):
+    old, new, said = OTHERS[name]
+    (text,) = told(old, new)
+    assert text.startswith("of other data")
+    assert text.endswith(said)
+
+
+@pytest.mark.parametrize("name", THE_SAME)
+def test_the_same_data_are_not(name):
+    assert told(*THE_SAME[name]) == []
+
+
+def test_large_arrays_are_sampled(monkeypatch):
+    monkeypatch.setattr(ORIGIN, "_MAX_BYTES", 64)
+    large = jnp.arange(1000.0).reshape(50, 20)
+    assert told(large, large + 0) == []
+    assert len(told(large, large + 1)) == 1
+
+
+METHODS = {
+    "another loss": (made(), made(loss=cubes), ["with another `loss`"]),
+    "another method": (
+        made(),
+        made(nll=squares),
+        ["with another `loss`", "with another `nll`"],
+    ),
+    "another class": (made(), made("Other"), ["of the class `Fit`"]),
+    "in other words": (made(), made(loss=told_anew), []),
+    "made anew": (made(), made(), []),
+    "a wrapper": (made(), made(loss=jax.jit(squares)), []),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods_are_told(name):
+    one, other, said = METHODS[name]
+    assert told(X, X, one, other) == said
+
+
+def test_another_python_is_no_other_loss(monkeypatch):
+    before = origin(made(), vn._data.sources.as_source(X))
+    monkeypatch.setattr(ORIGIN.sys, "version_info", (3, 99))
+    now = origin(made(loss=cubes), vn._data.sources.as_source(X))
+    assert list(differences(before, now)) == []
+
+
+def test_a_directory_that_is_used_again(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(tmp_path, 10, X)
+        fit(tmp_path, 12, X)
+    for steps in (5, 20):
+        with pytest.warns(UserWarning, match=r"other data \(`data` differs\)") as got:
+            result = fit(tmp_path, steps, X + 1)
+        (warning,) = got
+        assert warning.filename == __file__
+        assert result.trainer.step_count == max(12, steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Those that were written since are of the new data.
+        fit(tmp_path, 25, X + 1)
+    text = r"of other data .* its own directory"
+    with pytest.warns(UserWarning, match=text) as got:
+        fit(tmp_path, 25, X, made(loss=cubes))
+    assert "with another `loss` and of other data" in str(got[0].message)
+
+
+def test_many_trainers(tmp_path):
+    one = made()
+    run = lambda data: vn.fit_many(
+        [one, one],
+        data,
+        5,
+        data_axis=0,
+        checkpoint=vn.Checkpoints(tmp_path),
+        progress=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(jnp.stack([X, X]))
+        run(jnp.stack([X, X]))
+    with pytest.warns(UserWarning, match="of other data"):
+        run(jnp.stack([X, X + 1]))

@@ -1,0 +1,318 @@
+"""`save` and `load`: a file that is whole, or an error that says what it is."""
+
+import builtins
+import json
+import pickle
+import resource
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import vernal as vn
+from models import GaussianFit, LineFit, gaussian, gaussian_batch, line, same, zoo
+
+pytestmark = pytest.mark.seams
+
+BATCH = gaussian_batch()
+
+
+def rules(rate=1e-2):
+    return vn.ParamOptimiser(
+        {
+            ("mean", "std"): optax.adam(rate),
+            "power": vn.window(optax.sgd(rate, momentum=0.9), start=3),
+        }
+    )
+
+
+def trainer(optimiser=None, **options):
+    return GaussianFit(gaussian(), optimiser or rules(), **options)
+
+
+def fit(trainer, steps):
+    return trainer.fit(BATCH, steps, progress=False)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "fit.vernal"
+
+
+VARIANTS = {
+    "rules": lambda: trainer(),
+    "policy with a state": lambda: trainer(nan_policy=vn.SkipStep() | vn.StopAfter(2)),
+    "projector": lambda: GaussianFit(gaussian()).whiten(
+        BATCH, optimiser=optax.adam(0.1)
+    ),
+    "blocks": lambda: trainer().whiten(BATCH, blocks=(("mean", "std"), "power")),
+    "line search": lambda: trainer(optax.lbfgs()),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_steps_save_load_steps(name, file):
+    make = VARIANTS[name]
+    half = fit(make(), 5).trainer
+    vn.save(file, half)
+    loaded = vn.load(file, make())
+    assert same(loaded, half)
+    assert same(fit(loaded, 7).trainer, fit(half, 7).trainer)
+
+
+def test_rates_and_policy_come_from_the_program(file):
+    vn.save(file, fit(trainer(), 5).trainer)
+    like = trainer(rules(0.5), nan_policy=vn.ZeroNans() | vn.StopAfter(3))
+    loaded = vn.load(file, like)
+    assert loaded.nan_policy == like.nan_policy
+    assert same(loaded.optimiser, like.optimiser)
+    assert loaded.step_count == 5
+    assert fit(loaded, 3).trainer.step_count == 8
+
+
+def test_moments_can_start_anew(file):
+    old = fit(trainer(), 5).trainer
+    vn.save(file, old)
+    loaded = vn.load(file, trainer(), reset=("opt_state",))
+    assert same(loaded.params, old.params)
+    assert same(loaded.opt_state, trainer().opt_state)
+    other = vn.load(file, trainer(optax.sgd(1e-3)), reset="opt_state")
+    assert same(other.best, old.best)
+    fresh = vn.load(file, trainer(), reset=("best", "nan_report", "step_count"))
+    assert fresh.step_count == 0
+    assert np.isinf(fresh.best_loss)
+    assert same(fresh.opt_state, old.opt_state)
+
+
+def test_counts_of_what_was_not_finite_are_kept(file):
+    x, y, sigma = BATCH
+    bad = trainer(nan_policy=vn.SkipStep()).fit(
+        (x, y.at[0].set(jnp.nan), sigma), 4, progress=False
+    )
+    vn.save(file, bad.trainer)
+    loaded = vn.load(file, trainer(nan_policy=vn.SkipStep()))
+    assert loaded.nan_report() == bad.trainer.nan_report()
+
+
+TREES = {
+    "every kind of leaf": zoo,
+    "one array": lambda: jnp.arange(3.0),
+    "nothing": lambda: {"a": None},
+    "empty arrays": lambda: {"a": jnp.zeros((0, 3)), "b": np.zeros(0, np.int8)},
+    "small dtypes": lambda: {
+        "bf": jnp.asarray([1.5, -2.0], jnp.bfloat16),
+        "scalar": jnp.asarray(0.5, jnp.bfloat16),
+        "f8": jnp.asarray([0.5, 4.0], jnp.float8_e4m3fn),
+        "i4": jnp.asarray([-3, 7], jnp.int4),
+        "f16": np.asarray([1, 2], np.float16),
+    },
+    "keys": lambda: [jax.random.key(3), jax.random.split(jax.random.key(4), 2)],
+    "keys of another kind": lambda: [jax.random.key(3, impl="rbg")],
+    "numbers": lambda: {"a": 1, "b": 2.5, "c": True, "d": 1 + 2j, "e": "text"},
+    "special values": lambda: jnp.asarray([jnp.nan, jnp.inf, -0.0, 5e-324]),
+    "one path twice": lambda: {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}},
+    "odd names": lambda: {"../x": jnp.ones(1), "a/b": jnp.ones(2), "": jnp.ones(3)},
+    "unordered memory": lambda: np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_any_tree(name, file):
+    tree = TREES[name]()
+    vn.save(file, tree)
+    loaded = vn.load(file, jax.tree.map(lambda x: x, tree))
+    assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+    assert same(loaded, tree)
+    for old, new in zip(jax.tree.leaves(tree), jax.tree.leaves(loaded), strict=True):
+        assert type(old) is type(new)
+        if not hasattr(old, "dtype"):
+            assert old == new
+
+
+def test_the_file_says_what_is_in_it(file):
+    vn.save(file, fit(trainer(), 2).trainer)
+    header = json.loads(zipfile.ZipFile(file).read("vernal.json"))
+    assert header["format"] == 1
+    assert header["written_by"].startswith("vernal ")
+    leaves = {leaf["path"]: leaf for leaf in header["leaves"]}
+    assert leaves["params.mean"] == {
+        "path": "params.mean",
+        "shape": [],
+        "dtype": "float64",
+    }
+    assert int(np.load(file, allow_pickle=False)["step_count"]) == 2
+
+
+# What is wrong with a file.
+
+
+def whole(tmp_path):
+    path = tmp_path / "whole"
+    vn.save(path, trainer())
+    return path.read_bytes()
+
+
+def test_a_file_that_was_cut_short(tmp_path, file):
+    content = whole(tmp_path)
+    for size in (*range(60, len(content), 97), len(content) - 1):
+        file.write_bytes(content[:size])
+        with pytest.raises(vn.DamagedFileError, match="cut short"):
+            vn.load(file, trainer())
+
+
+@settings(deadline=None, max_examples=60)
+@given(place=st.floats(0, 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_an_error_or_harmless(tmp_path_factory, place, bit):
+    folder = tmp_path_factory.mktemp("flipped")
+    content = bytearray(whole(folder))
+    content[int(place * (len(content) - 1))] ^= 1 << bit
+    path = folder / "flipped"
+    path.write_bytes(content)
+    try:
+        loaded = vn.load(path, trainer())
+    except vn.LoadError:
+        return
+    assert same(loaded, trainer())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK", b"some text", pickle.dumps({"a": 1}), bytes(1000)],
+    ids=["empty", "two letters", "text", "pickle", "zeros"],
+)
+def test_a_foreign_file(content, file):
+    file.write_bytes(content)
+    with pytest.raises(vn.ForeignFileError, match="not a file that"):
+        vn.load(file, trainer())
+
+
+def test_an_archive_of_someone_else(file):
+    np.savez(file.with_suffix(".npz"), a=np.ones(3))
+    with pytest.raises(vn.ForeignFileError, match="not a file that"):
+        vn.load(file.with_suffix(".npz"), trainer())
+
+
+def test_a_file_of_a_later_version(tmp_path, file):
+    vn.save(file, trainer())
+    old = zipfile.ZipFile(file)
+    header = json.loads(old.read("vernal.json")) | {
+        "format": 7,
+        "written_by": "vernal 9.9",
+    }
+    newer = tmp_path / "newer"
+    with zipfile.ZipFile(newer, "w") as archive:
+        archive.writestr("vernal.json", json.dumps(header))
+    with pytest.raises(vn.NewerFormatError, match=r"vernal 9\.9.*Upgrade"):
+        vn.load(newer, trainer())
+
+
+def test_no_code_is_run(file):
+    array = np.asarray([print], dtype=object)
+    with zipfile.ZipFile(file, "w") as archive:
+        leaf = {"path": "a", "shape": [1], "dtype": "float64"}
+        header = {"format": 1, "written_by": "x", "leaves": [leaf]}
+        archive.writestr("vernal.json", json.dumps(header))
+        with archive.open("a.npy", "w") as member:
+            np.lib.format.write_array(member, array, allow_pickle=True)
+    with pytest.raises(vn.DamagedFileError):
+        vn.load(file, {"a": jnp.ones(1)})
+
+
+MISMATCHES = {
+    "another model": (lambda: LineFit(line(), optax.sgd(0.1)), "params.mean"),
+    "another optimiser": (lambda: trainer(optax.sgd(0.1)), "opt_state"),
+    "fewer parameters": (
+        lambda: trainer(optax.adam(0.1), train="mean"),
+        "'params.std' is float64.. there and absent here",
+    ),
+    "another dtype": (
+        lambda: GaussianFit(
+            jax.tree.map(lambda x: x.astype("float32"), gaussian()), rules()
+        ),
+        "'params.mean' is float64.. there and float32.. here",
+    ),
+    "a projector": (VARIANTS["blocks"], "projector"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_another_tree(name, file):
+    make, match = MISMATCHES[name]
+    vn.save(file, trainer())
+    with pytest.raises(vn.MismatchError, match=match):
+        vn.load(file, make())
+
+
+def test_another_shape(file):
+    vn.save(file, {"a": jnp.ones(3), "b": 1})
+    with pytest.raises(vn.MismatchError, match=r"'a' is float64\[3\] there.*\[4\]"):
+        vn.load(file, {"a": jnp.ones(4), "b": 1})
+    with pytest.raises(vn.MismatchError, match=r"'b' is a Python int .* Python float"):
+        vn.load(file, {"a": jnp.ones(3), "b": 1.0})
+
+
+def test_reset_of_what_there_is_not(file):
+    vn.save(file, trainer())
+    with pytest.raises(ValueError, match=r"'optstate'.*Did you mean 'opt_state'"):
+        vn.load(file, trainer(), reset=("optstate",))
+    vn.save(file, {"a": jnp.ones(1)})
+    with pytest.raises(ValueError, match="`reset` is for trainers"):
+        vn.load(file, {"a": jnp.ones(1)}, reset=("a",))
+
+
+def test_where_there_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`path`: there is no file"):
+        vn.load(tmp_path / "none", trainer())
+    with pytest.raises(IsADirectoryError, match=r"`path`: .* is a folder"):
+        vn.load(tmp_path, trainer())
+    with pytest.raises(FileNotFoundError, match="Make it first"):
+        vn.save(tmp_path / "none" / "fit", trainer())
+    with pytest.raises(IsADirectoryError, match="folder"):
+        vn.save(tmp_path, trainer())
+
+
+@pytest.mark.parametrize("size", [0, 100, 2000, 6000])
+def test_a_failed_write_leaves_the_old_file_whole(size, tmp_path, file):
+    vn.save(file, trainer())
+    before, newer = file.read_bytes(), fit(trainer(), 3).trainer
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            vn.save(file, newer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "as it was" in caught.value.__notes__[0]
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_no_permission(tmp_path, file, monkeypatch):
+    vn.save(file, trainer())
+    before = file.read_bytes()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    # Root may write anywhere: the refusal has to be made.
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(PermissionError) as caught:
+        vn.save(file, fit(trainer(), 3).trainer)
+    monkeypatch.undo()
+    assert caught.value.__notes__[0].startswith(f"`path`: {file} could not be written")
+    with builtins.open(file, "rb") as same_file:
+        assert same_file.read() == before
+
+
+def test_a_link_stays_one(tmp_path, file):
+    target = tmp_path / "target"
+    vn.save(target, trainer())
+    file.symlink_to(target)
+    newer = fit(trainer(), 3).trainer
+    vn.save(file, newer)
+    assert file.is_symlink()
+    assert same(vn.load(target, trainer()), newer)
