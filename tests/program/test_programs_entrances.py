@@ -41,16 +41,12 @@ def function_fit(t):
     return vn.fit(loss, t.model, optax.sgd(0.01), X, 60, progress=False)
 
 
-def fit(t, data=X, steps=60, **options):
-    return t.fit(data, steps, progress=False, **options)
-
-
 # What is called, and what it returns at a factor.
 ENTRANCES = {
-    "fit": (lambda t: fit(t).model.w, ft.partial(at, 60)),
-    "fit in chunks": (lambda t: fit(t, chunk=20).model.w, ft.partial(at, 60)),
+    "fit": (lambda t: t.fit(X, 60).model.w, ft.partial(at, 60)),
+    "fit in chunks": (lambda t: t.fit(X, 60, chunk=20).model.w, ft.partial(at, 60)),
     "fit of a stream": (
-        lambda t: fit(t, vn.Stream([X] * 9), 9).model.w,
+        lambda t: t.fit(vn.Stream([X] * 9), 9).model.w,
         ft.partial(at, 9),
     ),
     "step": (lambda t: t.step(X)[0].params.w, ft.partial(at, 1)),
@@ -74,11 +70,11 @@ ENTRANCES = {
     ),
     "unroll": (lambda t: vn.unroll(t, X, 3)[1][-1], ft.partial(loss_at, 2)),
     "record": (
-        lambda t: fit(t, steps=1, record="grad_norm").history["grad_norm"][0],
+        lambda t: t.fit(X, 1, record="grad_norm").history["grad_norm"][0],
         lambda s: abs(5 * s * (s - 6)),
     ),
     "validation": (
-        lambda t: fit(t, steps=1, validation=(X, 1)).history.validation[0],
+        lambda t: t.fit(X, 1, validation=(X, 1)).history.validation[0],
         ft.partial(loss_at, 1),
     ),
     "fit_many": (
