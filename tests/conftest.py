@@ -15,7 +15,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 # Of some 65,000 that Linux allows.
-MOST_MAPS = 15_000
+MOST_MAPS = 8_000
 
 
 def pytest_addoption(parser):

@@ -49,7 +49,7 @@ USES = {
     "stream": lambda t: t.fit(vn.Stream([BATCH] * 3), 3).trainer,
     "solve": lambda t: t.solve(SOLVER, BATCH).trainer,
     "minimise": lambda t: t.solve(optx.BFGS(rtol=1e-3, atol=1e-3), BATCH).trainer,
-    "fit_many": lambda t: vn.fit_many([t, t], BATCH, 2, progress=False).trainers,
+    "fit_many": lambda t: vn.fit_many([t, t], BATCH, 2).trainers,
     "solve many": lambda t: vn.fit_many([t, t], BATCH, 9, solver=SOLVER).trainers,
     "unroll": lambda t: vn.unroll(t, BATCH, 2)[0],
     "replace": lambda t: t.replace(model=t.model),
@@ -138,7 +138,7 @@ def test_parts_in_float64_of_a_trainer_in_float32(name):
             "fit": lambda: trainer.fit(batch, 3),
         }
         use["solve"] = lambda: trainer.solve(SOLVER, batch)
-        use["fit_many"] = lambda: vn.fit_many([trainer] * 2, batch, 2, progress=False)
+        use["fit_many"] = lambda: vn.fit_many([trainer] * 2, batch, 2)
         result = use[name]()
         floats = [x for x in jax.tree.leaves(result) if eqx.is_inexact_array(x)]
         assert {x.dtype.name for x in floats if isinstance(x, jax.Array)} == {"float32"}
@@ -215,7 +215,7 @@ def test_data_whose_rounding_matters_are_told_once(name):
         stepped = trainer()
         for _ in range(3):
             stepped, _ = stepped.step(data)
-        stepped.fit(data, 2, progress=False)
+        stepped.fit(data, 2)
 
     with np.errstate(over="ignore"):
         told = heard(work)
@@ -240,15 +240,13 @@ def test_data_whose_rounding_is_of_no_matter_are_not_told():
 
 
 ENTRANCES = {
-    "fit": lambda t, x: t.fit(x, 1, progress=False),
-    "validation": lambda t, x: t.fit(0.0, 1, progress=False, validation=(x, 1)),
+    "fit": lambda t, x: t.fit(x, 1),
+    "validation": lambda t, x: t.fit(0.0, 1, validation=(x, 1)),
     "minibatches": lambda t, x: vn.Minibatches(x, 4, key=jax.random.key(0)),
-    "stream": lambda t, x: t.fit(
-        vn.Stream([{"t": x["t"] + i} for i in range(4)]), 4, progress=False
-    ),
+    "stream": lambda t, x: t.fit(vn.Stream([{"t": x["t"] + i} for i in range(4)]), 4),
     "curvature": lambda t, x: t.curvature(x),
     "solve": lambda t, x: t.solve(optx.BFGS(rtol=1e-3, atol=1e-3), x),
-    "fit_many": lambda t, x: vn.fit_many([t], x, 1, progress=False),
+    "fit_many": lambda t, x: vn.fit_many([t], x, 1),
     "unroll": lambda t, x: vn.unroll(t, x, 1),
     "a frozen array of the model": lambda t, x: Ignore({"a": jnp.asarray(1.0), **x}),
     "another model": lambda t, x: Ignore(

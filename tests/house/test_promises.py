@@ -127,7 +127,6 @@ def test_the_one_liner_with_a_lambda_built_anew():
             optax.adam(rate),
             line_batch(),
             3,
-            progress=False,
         )
 
     once(0.1)
@@ -181,12 +180,12 @@ def test_a_model_with_functions_and_floats_compiles_once():
 
     build = lambda: {"w": jnp.ones(2), "f": jax.nn.tanh, "scale": 0.5, "none": None}
     for _ in range(2):
-        Named(build(), optax.adam(0.1)).fit(1.0, 3, progress=False)
+        Named(build(), optax.adam(0.1)).fit(1.0, 3)
         if not _:
             first = len(traces)
     assert len(traces) == first
     other = Named({**build(), "f": jax.nn.relu}, optax.adam(0.1))
-    other.fit(1.0, 3, progress=False)
+    other.fit(1.0, 3)
     assert len(traces) > first
 
 
@@ -256,7 +255,7 @@ def test_the_work_of_a_compilation_does_not_grow_with_the_steps(count):
             return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(model))
 
     optimiser = vn.ParamOptimiser({f"p{i}": optax.adam(0.1) for i in range(count)})
-    Sum(model, optimiser).fit(None, 5, progress=False)
+    Sum(model, optimiser).fit(None, 5)
     assert len(traces) <= 2
 
 

@@ -18,8 +18,8 @@ import pytest
 from equinox._module._module import _currently_initialising
 
 import vernal as vn
+from inside import digest_of
 from models import line, line_batch, zoo
-from vernal._pickling.code import digest_of
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -328,8 +328,7 @@ def test_results_and_what_else_is_public(tmp_path):
 
 
 def test_a_fit_of_a_plain_function():
-    options = {"progress": False}
-    result = vn.fit(plain, line(), optax.sgd(0.1), line_batch(), 2, **options)
+    result = vn.fit(plain, line(), optax.sgd(0.1), line_batch(), 2)
     for _, twin in all_ways(result):
         same(
             twin.trainer.fit(line_batch(), 2).trainer,
@@ -344,12 +343,12 @@ def plain(model, batch, *, scale=2.0):
 
 def test_many():
     starts = [Fit(line(start), optax.adam(1e-2)) for start in (0.5, 0.7)]
-    result = vn.fit_many(starts, line_batch(), 2, progress=False)
+    result = vn.fit_many(starts, line_batch(), 2)
     for by, twin in all_ways(result):
         assert twin.stop_reasons == result.stop_reasons
         if by == "pickle":
-            again = vn.fit_many(twin.trainers, line_batch(), 2, progress=False)
-            whole = vn.fit_many(result.trainers, line_batch(), 2, progress=False)
+            again = vn.fit_many(twin.trainers, line_batch(), 2)
+            whole = vn.fit_many(result.trainers, line_batch(), 2)
             same(again.trainers, whole.trainers)
 
 
@@ -357,10 +356,10 @@ def test_errors_with_their_results():
     batch = (jnp.zeros(3), jnp.full(3, jnp.nan))
     trainer = Fit(line(), optax.adam(1e-2), nan_policy=vn.RaiseOnNan())
     with pytest.raises(vn.NonFiniteError) as told:
-        trainer.fit(batch, 2, progress=False)
+        trainer.fit(batch, 2)
     stream = vn.Stream([line_batch()] * 2)
     with pytest.raises(vn.StreamExhaustedError) as dry:
-        Fit(line(), optax.adam(1e-2)).fit(stream, 3, progress=False)
+        Fit(line(), optax.adam(1e-2)).fit(stream, 3)
     for error in (told.value, dry.value):
         error.add_note("a note")
         for by in ("pickle", "cloudpickle"):

@@ -253,7 +253,7 @@ def test_a_criterion_of_ones_own():
     assert result.history["grad_norm"][-1] < 1e-3 <= result.history["grad_norm"][-2]
     assert result.stop_reason is vn.StopReason.CRITERION
     other = eqx.debug.assert_max_traces(TRAINER.fit, max_traces=None)
-    assert len(other(BATCH, 9, stop=Flat(jnp.array(1e9)), progress=False).history) == 1
+    assert len(other(BATCH, 9, stop=Flat(jnp.array(1e9))).history) == 1
 
 
 @pytest.mark.parametrize(

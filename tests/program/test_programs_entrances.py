@@ -38,7 +38,7 @@ def solution(s):
 
 def function_fit(t):
     loss = lambda m, x: 0.5 * jnp.sum(t.residuals(m, x) ** 2)
-    return vn.fit(loss, t.model, optax.sgd(0.01), X, 60, progress=False)
+    return vn.fit(loss, t.model, optax.sgd(0.01), X, 60)
 
 
 # What is called, and what it returns at a factor.
@@ -78,7 +78,7 @@ ENTRANCES = {
         ft.partial(loss_at, 1),
     ),
     "fit_many": (
-        lambda t: vn.fit_many([t, t], X, 60, progress=False).trainer(0).model.w,
+        lambda t: vn.fit_many([t, t], X, 60).trainer(0).model.w,
         ft.partial(at, 60),
     ),
     "fit_many with a solver": (

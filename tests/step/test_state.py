@@ -284,7 +284,6 @@ def test_of_a_plain_function():
         5,
         state=jnp.array(0),
         key=jax.random.key(0),
-        progress=False,
     )
     assert int(result.trainer.state) == 5
 

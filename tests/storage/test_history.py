@@ -85,7 +85,7 @@ def test_what_can_be_recorded(record, names):
 def test_nodes_and_arrays_of_any_shape_and_dtype():
     trainer = Pull(zoo(), optax.sgd(0.1))
     history = trainer.fit(
-        jnp.asarray(0.0), 3, record=("layers", "pair", "wave"), progress=False
+        jnp.asarray(0.0), 3, record=("layers", "pair", "wave")
     ).history
     assert history["layers.0.weight"].shape == (3, 2, 3)
     assert history["wave"].dtype == complex
@@ -135,7 +135,7 @@ def test_rows_are_taken_of_a_column(name):
 @pytest.mark.parametrize("record", ["layers", "wave", "scalar", "grad_norm"])
 def test_an_empty_history_joins_on_either_side(record):
     trainer = Pull(zoo(), optax.sgd(0.1))
-    run = lambda n: trainer.fit(jnp.asarray(0.0), n, record=record, progress=False)
+    run = lambda n: trainer.fit(jnp.asarray(0.0), n, record=record)
     empty, full = run(0).history, run(2).history
     for joined in (empty + full, full + empty):
         assert len(joined) == 2
@@ -184,7 +184,7 @@ def test_arrays_that_are_changed_while_a_fit_goes_on():
             yield x, y
 
     fresh = lambda step: ((BATCH[0], BATCH[1] + k) for k in range(step, 20))
-    run = lambda data, **options: TRAINER.fit(data, 12, progress=False, **options)
+    run = lambda data, **options: TRAINER.fit(data, 12, **options)
     expected = run(BATCH[:2], validation=(BATCH[:2], 3), chunk=2)
     result = run((x, y), validation=(scored, 3), chunk=2, callback=change)
     assert same((result.trainer, result.history), (expected.trainer, expected.history))
@@ -225,7 +225,7 @@ def test_norms_of_each_rule():
     trainer = Pull(zoo(), optimiser)
     record = ("grad_norms", "update_ratios", "grad_norm", "**")
     batch = jnp.asarray(0.5)
-    result = trainer.fit(batch, 4, record=record, progress=False)
+    result = trainer.fit(batch, 4, record=record)
     history = result.history
     names = ["grad_norm", *(f"grad_norm[{name}]" for name in NAMES)]
     names += [f"update_ratio[{name}]" for name in NAMES]
@@ -265,9 +265,7 @@ def test_a_step_that_is_not_taken_is_no_update():
     policy = vn.SkipStep()
     trainer = TwoFit(two(), optax.sgd(0.1), nan_policy=policy)
     batch = jax.tree.map(lambda x: x[0], script("a"))
-    history = trainer.fit(
-        batch, 2, record=("update_ratios", "grad_norms"), progress=False
-    ).history
+    history = trainer.fit(batch, 2, record=("update_ratios", "grad_norms")).history
     np.testing.assert_array_equal(history["update_ratio[a]"], 0)
     assert np.isnan(history["grad_norm[a]"]).all()
     assert np.isfinite(history["grad_norm[b]"]).all()
@@ -340,5 +338,5 @@ def test_what_is_called_as_a_column(name):
 def test_norms_of_small_dtypes():
     trainer = Pull({"a": jnp.full(4, 100.0, jnp.float16)}, optax.sgd(0.0))
     batch = jnp.asarray(0.0, jnp.float16)
-    history = trainer.fit(batch, 1, record="grad_norm", progress=False).history
+    history = trainer.fit(batch, 1, record="grad_norm").history
     np.testing.assert_allclose(history["grad_norm"], 400)

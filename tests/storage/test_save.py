@@ -86,9 +86,7 @@ def test_moments_can_start_anew(file):
 
 def test_counts_of_what_was_not_finite_are_kept(file):
     x, y, sigma = BATCH
-    bad = trainer(nan_policy=vn.SkipStep()).fit(
-        (x, y.at[0].set(jnp.nan), sigma), 4, progress=False
-    )
+    bad = trainer(nan_policy=vn.SkipStep()).fit((x, y.at[0].set(jnp.nan), sigma), 4)
     vn.save(file, bad.trainer)
     loaded = vn.load(file, trainer(nan_policy=vn.SkipStep()))
     assert loaded.nan_report() == bad.trainer.nan_report()
