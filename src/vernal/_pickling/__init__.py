@@ -2,7 +2,7 @@
 
 from .code import (
     bare as bare,
-    by_code as by_code,
+    content_of as content_of,
     digest_of as digest_of,
     is_named as is_named,
     metadata as metadata,
@@ -13,4 +13,9 @@ from .library import (
     is_library_module as is_library_module,
     module_of as module_of,
 )
-from .portable import Portable as Portable, build as build, packed as packed
+from .portable import (
+    ModuleMeta as ModuleMeta,
+    Portable as Portable,
+    build as build,
+    packed as packed,
+)
