@@ -73,6 +73,7 @@ def test_chunks_on_devices_compile_once(width):
     callback = lambda trainer, history: trainer
     options = {"mesh": mesh, "chunk": 3, "callback": callback}
     stop = vn.Converged(0.0, 99)
+    vn.forget()
     before = run_chunk.cache_size()
     parts = trainer.fit(BATCH, 12, stop=stop, **options)
     parts.trainer.fit(BATCH, 5, stop=stop, **options)
@@ -285,6 +286,7 @@ def test_a_leaf_is_known_by_its_place():
 )
 def test_chunks_of_split_leaves_compile_once(spec):
     trainer = Chain(chain(1), optax.adam(1e-2))
+    vn.forget()
     before = run_chunk.cache_size()
     options = {"mesh": mesh_of(4, 2), "sharding": {"*.weight": spec}, "chunk": 2}
     trainer.fit(CHAIN, 6, callback=lambda t, h: None, **options)
