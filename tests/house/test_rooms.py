@@ -5,6 +5,7 @@ That no folder imports from a higher floor, `nox -s lint` checks: the floors are
 """
 
 import ast
+import itertools
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,9 @@ def test_a_folder_is_imported_through_its_face(path):
             assert node.module != path.parent.name, f"{path} imports its own face"
         else:
             assert is_in_folder and node.level == 1
-            assert (path.parent / f"{node.module}.py").exists(), f"{path}: {node.module}"
+            assert (path.parent / f"{node.module}.py").exists(), (
+                f"{path}: {node.module}"
+            )
         assert not [name for name in names if name.startswith("_")], f"{path}: {names}"
 
 
@@ -64,8 +67,8 @@ def test_every_folder_is_on_a_floor_and_in_the_docs():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (contract,) = settings["tool"]["importlinter"]["contracts"]
     floors = [floor.split(" : ") for floor in contract["layers"]]
-    named = [name for floor in floors for name in floor]
+    named = list(itertools.chain.from_iterable(floors))
     assert set(named) == FOLDERS | {"plot"}
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = [line.split("`")[1::2] for line in page.splitlines() if line[:3] == "| `"]
-    assert [row[0].rstrip("/") for row in rows] == [name for name in named]
+    assert [row[0].rstrip("/") for row in rows] == named
