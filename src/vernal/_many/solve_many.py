@@ -114,7 +114,7 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
         one_by_one = solve_each(trainers, members.flags, problem, goal)
         end, opt_state, broken = one_by_one
     whole = (lambda tree: tree) if place is None else place.whole
-    old: Progress = progress_of(trainers)
+    old = progress_of(trainers)
     starts, losses, steps, numbers, in_vain = jax.device_get(
         jax.tree.map(
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)

@@ -16,7 +16,6 @@ from .._program import program
 from .._projection import EigenProjector
 from .._step import (
     AbstractTrainer,
-    Progress,
     defined,
     live,
     overrides,
@@ -84,7 +83,7 @@ class Start(NamedTuple):
     @classmethod
     def of(cls, trainer: AbstractTrainer) -> "Start":
         """Takes out of a trainer what `_bare` leaves out."""
-        old: Progress = progress_of(trainer)
+        old = progress_of(trainer)
         return cls(
             old.latent,
             old.best,

@@ -21,7 +21,6 @@ from .._projection import DenseWhitening, EigenProjector, Unchanged
 from .._step import (
     AbstractTrainer,
     Diagnosis,
-    Progress,
     count_non_finite,
     diagnosed,
     initial_opt_state,
@@ -169,7 +168,7 @@ class _Rounds:
 
         - `reason`: why it ended, unless it knows.
         """
-        old: Progress = progress_of(self._trainer)
+        old = progress_of(self._trainer)
         if self._end is None:
             none = History(np.zeros(0, int), np.zeros(0, old.best_loss.dtype))
             return FitResult(self._trainer, none, reason or self._reason)
