@@ -285,7 +285,7 @@ def is_part(leaf: Any) -> bool:
     )
 
 
-def checksum(array: Any, max_bytes: float = math.inf) -> int | None:
+def checksum(array: Any, max_bytes: int | float = math.inf) -> int | None:
     """Returns a checksum of an array; `None` if this process has only a part of it.
 
     Of an array of more than `max_bytes` only a sample is looked at.
