@@ -426,6 +426,17 @@ def test_a_class_that_was_defined_anew_is_told():
     assert told == "is another `Fit` than before"
 
 
+def test_a_list_that_contains_itself_is_told():
+    def holding(number):
+        loop = [number]
+        loop.append(loop)
+        return fitted(model=net(activation=lambda x: x * loop[0]))
+
+    told = vn.explain_retrace(holding(1), holding(2))
+    line = "model.activation: loop.0 of `<lambda>` was 1, is 2"
+    assert line in told.split("\n")
+
+
 def test_a_projector_is_told():
     batch = gaussian_batch()
     old = GaussianFit(gaussian(), optax.sgd(0.1)).whiten(batch)

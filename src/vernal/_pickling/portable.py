@@ -118,9 +118,9 @@ class _Packing:
                 return Stand(jtu.tree_structure, self.of(tree))
         if callable(obj) and _is_transformed(obj):
             return by_name(obj)
-        if isinstance(obj, eqx.Module) and "__func__" in (there := vars(obj)):
+        if isinstance(obj, eqx.Module) and "__func__" in (fields := vars(obj)):
             # Equinox's bound method. Its other fields come from the function.
-            parts = self.of(there["__func__"]), self.of(there["__self__"])
+            parts = self.of(fields["__func__"]), self.of(fields["__self__"])
             return Stand(type(obj), *parts)
         if _is_simple(type(obj)):
             return self.simple(obj)
