@@ -41,11 +41,10 @@ def test_a_folder_is_imported_through_its_face(path):
             assert node.module in FOLDERS, f"{path}: {node.module}"
             assert node.module != path.parent.name, f"{path} imports its own face"
         else:
-            assert is_in_folder and node.level == 1
-            assert (path.parent / f"{node.module}.py").exists(), (
-                f"{path}: {node.module}"
-            )
-        assert not [name for name in names if name.startswith("_")], f"{path}: {names}"
+            assert is_in_folder
+            assert node.level == 1
+            assert (path.parent / f"{node.module}.py").exists(), node.module
+        assert not any(name.startswith("_") for name in names), names
 
 
 @pytest.mark.parametrize("folder", sorted(FOLDERS))

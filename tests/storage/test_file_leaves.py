@@ -170,7 +170,7 @@ def test_python_numbers_and_their_subclasses(tmp_path):
     assert loaded == tree
     assert loaded["enumerations"][0] is Colour.BLUE
     vn.save(tmp_path / "file", {"a": 7})
-    with pytest.raises(vn.MismatchError, match="'a' as 7, which is no Colour"):
+    with pytest.raises(vn.MismatchError, match="'a' as 7, not a Colour"):
         vn.load(tmp_path / "file", {"a": Colour.RED})
 
 

@@ -30,8 +30,8 @@ from .abstract_trainer import (
 Clip = Callable[[PyTree], PyTree]
 """A function from parameters to constrained parameters."""
 
-# For this many iterations all elements on the wrong side of a bound change sides at once.
-# After that only one does, which always ends.
+# For this many iterations all elements on the wrong side of a bound change sides at
+# once. After that only one does, which always ends.
 _TOGETHER = 10
 _MOST_CHANGES = 100
 
@@ -60,8 +60,8 @@ def project(
 
     $$\min_z\ (z - x)^\top F (z - x), \quad z \text{ within the bounds},$$
 
-    which is $z = x + F^{-1} \mu$. The multipliers $\mu$ are zero where $z$ is within the
-    bounds, and push inwards where it is on a bound. Principal pivoting finds the
+    which is $z = x + F^{-1} \mu$. The multipliers $\mu$ are zero where $z$ is within
+    the bounds, and push inwards where it is on a bound. Principal pivoting finds the
     elements on a bound. See Júdice and Pires, *A block principal pivoting algorithm for
     large-scale strictly monotone linear complementarity problems*, Computers &
     Operations Research 21 (1994).

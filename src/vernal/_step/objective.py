@@ -1,4 +1,4 @@
-"""What a trainer fits: calls `loss`, `nll` or `residuals`, and checks what they return."""
+"""Calls `loss`, `nll` or `residuals` of a trainer, and checks what they return."""
 
 from typing import Any, NamedTuple
 

@@ -13,7 +13,8 @@ from .paths import Leaf, UnknownPathError, is_float, is_inexact, named_leaves
 T = TypeVar("T")
 Selector = str | Callable[[str, Any], Any] | Sequence[Any]
 
-# In a glob's text: a dot inside a dictionary's key, which does not separate segments.
+# Stands, in the text of a glob, for a dot inside a dictionary's key, which does not
+# separate two segments.
 _INNER_DOT = "\0"
 
 
