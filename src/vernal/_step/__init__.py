@@ -2,6 +2,8 @@
 
 from .abstract_trainer import (
     AbstractTrainer as AbstractTrainer,
+    Batch as Batch,
+    Model as Model,
     TrainerT as TrainerT,
     changed as changed,
     config_of as config_of,
