@@ -1,4 +1,9 @@
-"""Functions compared by value."""
+"""Functions compared by value, as strictly as a compiled program needs.
+
+`closure` takes an object apart into its arrays and the rest, a `skeleton`. `reads`
+finds what code reads beside its arguments, and `watch` whether that has changed.
+`equality` compares values. `static_fields` refuses arrays in static fields.
+"""
 
 from .closure import Closure as Closure
 from .equality import Hashed as Hashed, is_atom as is_atom, value_key as value_key

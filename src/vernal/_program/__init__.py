@@ -1,4 +1,8 @@
-"""Compiled programs: found again, and dropped."""
+"""Compiled programs, which follow the code that they were made from.
+
+`programs` finds the program of a call, or compiles it again where its code has changed.
+`shelves` decides which compiled programs are kept.
+"""
 
 from .programs import (
     Version as Version,

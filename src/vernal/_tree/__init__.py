@@ -1,4 +1,9 @@
-"""Parameters by name."""
+"""Trees of parameters: their leaves by name, compared, joined, saved.
+
+`paths` lists parameters, `named_tree` all leaves, by path; `selectors` choose among
+them; `structure` compares and casts trees; `ravel` joins parameters into one vector;
+`named_arrays` has the leaves as they are saved in files.
+"""
 
 from .named_arrays import (
     Kind as Kind,

@@ -263,8 +263,7 @@ def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
         return type(like)(number)
     except (TypeError, ValueError) as error:
         raise MismatchError(
-            f"{source} holds {path!r} as {number}, which is no {type(like).__name__}: "
-            f"{error}"
+            f"{source} holds {path!r} as {number}, not a {type(like).__name__}: {error}"
         ) from error
 
 
