@@ -9,9 +9,9 @@ from .fingerprint import (
     leaf_fingerprints as leaf_fingerprints,
 )
 from .placement import (
-    Placement as Placement,
+    ANYWHERE as ANYWHERE,
+    AbstractPlacement as AbstractPlacement,
     Sharding as Sharding,
-    context as context,
     placement as placement,
 )
 from .processes import Decision as Decision, PeerError as PeerError, Peers as Peers

@@ -62,9 +62,7 @@ def fit(
     run = None
     try:
         with contextlib.ExitStack() as stack:
-            peers = stack.enter_context(
-                Peers(kind.place and kind.place.mesh, kind.entrance)
-            )
+            peers = stack.enter_context(Peers(kind.place.mesh, kind.entrance))
             steps = whole_number(steps, "steps", least=0)
             every = min(whole_number(every, "every", least=1), MOST_STEPS)
             chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._devices import Placement, context
+from .._devices import ANYWHERE, AbstractPlacement
 from .._loop import (
     Chunk,
     Ended,
@@ -51,35 +51,32 @@ class One:
     entrance = "fit"
     """What the user has called."""
 
-    def __init__(self, place: Placement | None = None):
+    def __init__(self, place: AbstractPlacement = ANYWHERE):
         """**Arguments:**
 
-        - `place`: where the arrays of the fit lie, `None` for wherever they do.
+        - `place`: where the arrays of the fit lie.
         """
         self.place = place
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """What the programs of the fit are made and run in."""
-        return context(self.place)
+        return self.place.context()
 
     def source(self, data: Any) -> Source:
         """Turns what a user gave into a source of batches."""
-        source = as_source(data)
-        return source if self.place is None else self.place.source(source)
+        return self.place.source(as_source(data))
 
     def prepare(self, batch: Any) -> Any:
         """Turns a batch of a stream into what a step takes."""
-        batch = as_batch(batch, "data")
-        return batch if self.place is None else self.place.share(batch)
+        return self.place.share(as_batch(batch, "data"))
 
     def monitor(self, validation: Any, stop: Any) -> Monitor:
         """Makes the monitor of the fit."""
-        rest = self.place.put_whole if self.place is not None else lambda tree: tree
-        return Monitor(validation, stop).placed(self._scored, rest)
+        return Monitor(validation, stop).placed(self._scored, self.place.put_whole)
 
     def _scored(self, batch: Any) -> Any:
         """Turns the batch of a validation into what is scored."""
-        return batch if self.place is None else self.place.batch(batch, "validation")
+        return self.place.batch(batch, "validation")
 
     def watched(
         self, monitor: Monitor, trainer: AbstractTrainer
@@ -89,16 +86,15 @@ class One:
 
     def placed(self, trainer: AbstractTrainer) -> Any:
         """Puts a trainer to where the fit takes place."""
-        return trainer if self.place is None else self.place.put(trainer)
+        return self.place.put(trainer)
 
     def placed_state(self, state: Any) -> Any:
         """Puts what changes from step to step there."""
-        return state if self.place is None else self.place.put_state(state)
+        return self.place.put_state(state)
 
     def number(self, value: int) -> Array:
         """Puts a number there that programs do not depend on."""
-        number = jax.device_put(np.int32(value))
-        return number if self.place is None else self.place.put_whole(number)
+        return self.place.put_whole(jax.device_put(np.int32(value)))
 
     def home(self, trainer: AbstractTrainer) -> Any:
         """Brings a trainer back from there."""
@@ -106,7 +102,7 @@ class One:
 
     def home_state(self, state: Any) -> Any:
         """Brings a part of it back."""
-        return state if self.place is None else self.place.home(state)
+        return self.place.home(state)
 
     def template(self, trainer: AbstractTrainer) -> Any:
         """Returns a trainer that has the names and the shapes of each."""
@@ -193,7 +189,7 @@ class One:
 
     def checked(self, result: Any, source: Source) -> Any:
         """Checks that a fit which has converged is at a minimum."""
-        return checked_end(result, source) if self.place is None else result
+        return checked_end(result, source) if self.place.mesh is None else result
 
     def cut_short(
         self, trainer: AbstractTrainer, history: History, reason: StopReason

@@ -136,7 +136,7 @@ class Running:
         - `trainer`: as it was given. What of it does not change is given back as it is.
         - `there`: the same where the fit takes place.
         """
-        is_split = self._kind.place is not None and self._kind.place.splits
+        is_split = self._kind.place.splits
         self._config = config_of(there)
         self.trainer: AbstractTrainer = (
             there if is_split else with_progress(trainer, progress_of(there))

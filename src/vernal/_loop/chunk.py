@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .._data import Minibatches, Whole
-from .._devices import Placement
+from .._devices import ANYWHERE, AbstractPlacement
 from .._program import program
 from .._step import (
     AbstractTrainer,
@@ -80,7 +80,7 @@ class Ended(NamedTuple):
 
 
 def chunk_of_one(
-    task: Task, moving: Moving, place: Placement | None
+    task: Task, moving: Moving, place: AbstractPlacement
 ) -> tuple[Chunk, Ended]:
     """Takes steps up to the count `goal`, or until it stops or the rows are full."""
     trainer, source, monitor, record = task[:4]
@@ -90,12 +90,12 @@ def chunk_of_one(
     def take(
         progress: Progress, watched: MonitorState | None, batch: Any, is_due: Array
     ) -> Taken:
-        if place is not None and isinstance(source, Minibatches):
+        if isinstance(source, Minibatches):
             batch = place.pin_batch(batch)
         taken = take_one(
             with_progress(trainer, progress), watched, batch, is_due, monitor, record
         )
-        return taken if place is None else place.pin(taken)
+        return place.pin(taken)
 
     def first_batch() -> Any:
         cursor = source.start(step)
@@ -108,7 +108,7 @@ def chunk_of_one(
     chunk = Chunk(start, moving.watched, rows, scores, none_yet)
     chunk = run_loop(take, source, monitor, task.goal, step, chunk)
     # The next chunk is the same program if it finds everything where this one did.
-    chunk = chunk if place is None else place.pin(chunk)
+    chunk = place.pin(chunk)
     return chunk, Ended.of(chunk)
 
 
@@ -214,7 +214,7 @@ class StepInfo(NamedTuple):
 
 @program
 def run_step(
-    trainer: AbstractTrainer, batch: Any, place: Placement | None = None
+    trainer: AbstractTrainer, batch: Any, place: AbstractPlacement = ANYWHERE
 ) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
 
@@ -237,7 +237,7 @@ def run_step(
         return progress_of(trainer), StepInfo(nan, nan, no, ~no, metrics)
 
     taken = jax.lax.cond(trainer.stopped, stay, take)
-    return taken if place is None else place.pin(taken)
+    return place.pin(taken)
 
 
 def _blank(like: jax.ShapeDtypeStruct) -> Array:

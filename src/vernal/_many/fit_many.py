@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from .._boundary import UNROLL, entrance, refuse_program, refuse_unknown, whole_number
 from .._curvature import Mode
-from .._devices import Placement, placement
+from .._devices import AbstractPlacement, placement
 from .._fit import OPTIONS, FitOptions, fit
 from .._solve import Solver
 from .._trainer import Trainer
@@ -94,8 +94,7 @@ def fit_many(
             f"Give one of {', '.join(map(str, _divisors(size)))}."
         )
     place = placement(together, mesh)
-    if place is not None:
-        _check_spread(place, size, group)
+    _check_spread(place, size, group)
     many = Many(size, group, flags, data_axis, place)
     if solver is not None:
         if options:
@@ -110,14 +109,14 @@ def fit_many(
     return fit(together, data, steps, kind=many, **options)
 
 
-def _check_spread(place: Placement, size: int, group: int) -> None:
+def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:
     """Checks that each device has as many of a group as any other."""
-    if group % place.size:
+    if place.mesh is not None and group % place.size:
         what = f"{size} trainers" if group == size else f"`batch`, {group} trainers,"
         raise ValueError(
             f"`mesh`: {what} cannot be spread evenly over the {place.size} devices "
-            f"along the axis {place.axis!r}. Make their number a multiple of "
-            f"{place.size}, or give a smaller mesh."
+            f"along the axis {place.mesh.axis_names[0]!r}. Make their number a "
+            f"multiple of {place.size}, or give a smaller mesh."
         )
 
 

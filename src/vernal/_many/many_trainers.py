@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 from .._boundary import PyTree, spelled, warn, whole_number
 from .._curvature import Mode, checked_mode
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._devices import Placement, same_inputs
+from .._devices import AbstractPlacement, same_inputs
 from .._fit import BadEnd, One
 from .._loop import Chunk, Ended, Monitor, MonitorState, Moving, Rows, Task
 from .._pickling import Portable
@@ -109,7 +109,7 @@ class Many(One):
         group: int,
         config: Flags,
         data_axis: Any,
-        place: Placement | None,
+        place: AbstractPlacement,
     ):
         super().__init__(place)
         self.size, self.group, self.config = size, group, config
@@ -124,7 +124,7 @@ class Many(One):
                 "`data` is Minibatches, which all trainers share; `data_axis` is for "
                 "a batch, or for the batches of a Stream, with a part for each."
             )
-        if self.place is not None and isinstance(source, Minibatches):
+        if isinstance(source, Minibatches):
             return self.place.put_whole(source)
         return source
 
@@ -145,23 +145,17 @@ class Many(One):
                 )
             leaves.append(jnp.moveaxis(leaf, axis, 0))
         batch = structure.unflatten(leaves)
-        if self.place is None:
-            return batch
         return self.place.put_rows(batch, [axis is not None for axis in axes])
 
     def placed(self, trainer: AbstractTrainer) -> Any:
-        if self.place is None:
-            return trainer
         config = self.place.put_rows(config_of(trainer), self.config)
         return with_progress(config, self.placed_state(progress_of(trainer)))
 
     def placed_state(self, state: Any) -> Any:
-        if self.place is None:
-            return state
         return self.place.put_rows(state, (True,) * len(jax.tree.leaves(state)))
 
     def _whole(self, array: Any) -> Any:
-        return array if self.place is None else self.place.whole(array)
+        return self.place.whole(array)
 
     def on_host(self, array: Any) -> np.ndarray:
         return np.asarray(self._whole(array))

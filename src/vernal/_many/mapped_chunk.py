@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from .._boundary import PyTree
 from .._data import Minibatches, Whole
-from .._devices import Placement
+from .._devices import ANYWHERE, AbstractPlacement
 from .._loop import (
     Chunk,
     Ended,
@@ -44,7 +44,7 @@ class Spread(eqx.Module):
     config: Flags = eqx.field(static=True)
     monitor: Flags = eqx.field(static=True)
     source: Flags = eqx.field(static=True)
-    place: Placement | None = None
+    place: AbstractPlacement = ANYWHERE
 
 
 def apart(
@@ -72,7 +72,7 @@ def member(tree: PyTree, flags: Sequence[bool], index: int) -> Any:
     return join([leaf[index] for leaf in own])
 
 
-def in_groups(fn: Callable[[T], R], rows: T, group: int, place: Placement | None) -> R:
+def in_groups(fn: Callable[[T], R], rows: T, group: int, place: AbstractPlacement) -> R:
     """Calls a function with some members at a time, and joins what it returns.
 
     Each device has its share in every group.
@@ -87,7 +87,7 @@ def in_groups(fn: Callable[[T], R], rows: T, group: int, place: Placement | None
     size = len(jax.tree.leaves(rows)[0])
     if group == size:
         return fn(rows)
-    parts = 1 if place is None else place.size
+    parts = place.size
 
     def split(x: Array) -> Array:
         rest = x.shape[1:]
@@ -99,9 +99,7 @@ def in_groups(fn: Callable[[T], R], rows: T, group: int, place: Placement | None
         whole = x.reshape(-1, parts, group // parts, *rest).swapaxes(0, 1)
         return whole.reshape(size, *rest)
 
-    groups = jax.tree.map(split, rows)
-    if place is not None:
-        groups = place.pin_rows(groups, axis=1)
+    groups = place.pin_rows(jax.tree.map(split, rows), 1)
     return jax.tree.map(merge, lax.map(fn, groups))
 
 
@@ -122,10 +120,9 @@ def chunk_of_many(task: Task, moving: Moving, spread: Spread) -> tuple[Chunk, En
         return _by_member(_run_group(part, moving, spread, step))
 
     chunk = _by_step(in_groups(run, (own, moving), spread.group, spread.place))
-    if spread.place is not None:
-        moving = spread.place.pin_rows(chunk.moving)
-        # What goes to the host goes from one device.
-        chunk = Chunk(*moving, *spread.place.pin(tuple(chunk[2:])))
+    moving = spread.place.pin_rows(chunk.moving)
+    # What goes to the host goes from one device.
+    chunk = Chunk(*moving, *spread.place.pin(tuple(chunk[2:])))
     return chunk, Ended.of(chunk)
 
 
@@ -187,7 +184,7 @@ def _run_group(
             own_config, own_monitor, own_batch, progress, watched
         )
         taken = _held(taken, progress, watched)
-        return taken if spread.place is None else spread.place.pin_rows(taken)
+        return spread.place.pin_rows(taken)
 
     like = start.best_loss
     shapes = _shapes(spread, config, source, start, step, record)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree
-from .._devices import Placement
+from .._devices import AbstractPlacement
 from .._minimum import distance_of, settled
 from .._policy import StopReason
 from .._program import program
@@ -53,7 +53,7 @@ class Members(NamedTuple):
     trainers: AbstractTrainer
     flags: tuple[Flags, Flags]
     group: int
-    place: Placement | None
+    place: AbstractPlacement
 
 
 @program
@@ -73,7 +73,7 @@ def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
 
     own = (own_config, progress, own_batch)
     ends = in_groups(jax.vmap(solve_one), own, group, place)
-    return ends if place is None else place.pin_rows(ends)
+    return place.pin_rows(ends)
 
 
 @program
@@ -109,11 +109,11 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
     try:
         end, opt_state = jax.block_until_ready(_run(members, problem, goal))
     except RuntimeError:
-        if place is not None:
+        if place.mesh is not None:
             raise
         one_by_one = solve_each(trainers, members.flags, problem, goal)
         end, opt_state, broken = one_by_one
-    whole = (lambda tree: tree) if place is None else place.whole
+    whole = place.whole
     old: Progress = progress_of(trainers)
     starts, losses, steps, numbers, in_vain = jax.device_get(
         jax.tree.map(

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from .._boundary import boolean, refuse_program, warn
 from .._curvature import Mode, checked_mode, matmul
 from .._data import as_batch
-from .._devices import Placement, context, placement, same_inputs
+from .._devices import AbstractPlacement, placement, same_inputs
 from .._fit import FitResult
 from .._inference import Passes, curvature, fisher, has_likelihood, whitened
 from .._minimum import MOST_PARAMETERS, Distance, distance_of, settled
@@ -69,14 +69,13 @@ def solve(
     """Solves for the parameters. The documentation is that of `Trainer.solve`."""
     refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     rewhiten = boolean(rewhiten, "rewhiten")
-    place, there = placement(trainer, mesh), trainer
-    with same_inputs("solve", place) as require_same, context(place):
+    place = placement(trainer, mesh)
+    with same_inputs("solve", place) as require_same, place.context():
         encoded, rows = checked_solver(solver, max_steps, "max_steps")
         batch = as_batch(batch)
         options = {"max_steps": max_steps, "rewhiten": rewhiten, "jac": jac}
         require_same(trainer, batch, solver=(solver, encoded), **options)
-        if place is not None:
-            batch, there = place.batch(batch, "batch"), place.put(trainer)
+        batch, there = place.batch(batch, "batch"), place.put(trainer)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
         rounds = _Rounds(trainer, there, problem, place)
         try:
@@ -105,7 +104,7 @@ class _Rounds:
         trainer: AbstractTrainer,
         there: Any,
         problem: Problem,
-        place: Placement | None,
+        place: AbstractPlacement,
     ):
         """**Arguments:**
 
@@ -173,9 +172,7 @@ class _Rounds:
         if self._end is None:
             none = History(np.zeros(0, int), np.zeros(0, old.best_loss.dtype))
             return FitResult(self._trainer, none, reason or self._reason)
-        end, projector = self._end, self._projector
-        if self._place is not None:
-            end, projector = self._place.home((end, projector))
+        end, projector = self._place.home((self._end, self._projector))
         losses, start = np.concatenate(self._losses), int(old.step_count)
         reason, counts = reason or self._reason, old.nan_counts
         if is_suspect(reason, self._in_vain):

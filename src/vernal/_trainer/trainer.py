@@ -23,7 +23,7 @@ from .._boundary import (
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
-from .._devices import Sharding, context, placement, same_inputs
+from .._devices import ANYWHERE, Sharding, placement, same_inputs
 from .._fit import FitResult, One, fit
 from .._inference import (
     OF_WHITEN,
@@ -246,15 +246,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         require_precision(self)
         if self.optimiser is None:
             raise no_optimiser(self)
-        place, trainer = placement(self, mesh, sharding), self
+        place = placement(self, mesh, sharding)
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
-        there = None if is_traced else place
-        with same_inputs("step", there) as require_same, context(there):
+        around = ANYWHERE if is_traced else place
+        with same_inputs("step", around) as require_same, around.context():
             batch = as_batch(batch)
             require_same(self, batch, sharding=sharding)
-            if place is not None:
-                batch, trainer = place.batch(batch, "batch"), place.put(self)
+            batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
         trainer = with_progress(trainer, progress)
         raises = self.nan_policy.raises
@@ -270,7 +269,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             )
             return with_progress(self, progress), info
         if not self.stopped and trainer.stopped:
-            diagnosis = diagnosed(place.put(trainer) if place else trainer, batch)
+            diagnosis = diagnosed(place.put(trainer), batch)
             raise_if_non_finite(trainer, trainer, diagnosis.advised)
         return trainer, info
 
