@@ -1,22 +1,24 @@
 """What is made while the site is built: the home page, a page per example, formulas.
 
 An example's page is the script itself: its docstring as text, its picture, what it
-printed, its code. The script is run for it, so a broken example breaks the build; it
-is not run again, in any later build, until its code or what it uses has changed.
+printed, its code. The script is run for it, so a broken example breaks the build. What
+it does is kept in `.cache/examples` until its code, or what it uses, has changed.
 Formulas become MathML, which browsers draw without a script from elsewhere.
 """
 
 import ast
 import html
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cached_runs
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+import cached_runs
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "examples"
@@ -30,7 +32,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     home = re.sub(r'(\]\(|src=")docs/', r"\1", (ROOT / "README.md").read_text("utf-8"))
     vernal = cached_runs.installed("vernal")
     scripts = sorted((ROOT / "examples").glob("*.py"))
-    with ThreadPoolExecutor(2) as pool:  # each script in a process of its own
+    # Each script is a process of its own, of up to a gigabyte.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         runs = pool.map(lambda path: cached_runs.run(path, vernal, CACHE), scripts)
         made = list(zip(scripts, runs, strict=True))
     cached_runs.prune(CACHE)
@@ -51,6 +54,8 @@ def on_page_content(
     content: str, page: Page, config: MkDocsConfig, files: Files
 ) -> str:
     """Turns the formulas of a page from LaTeX into MathML."""
+    if "doc-module" in content:  # what it has is private
+        raise RuntimeError(f"{page.file.src_path} documents a file, not a public name.")
     return FORMULA.sub(mathml, content)
 
 

@@ -1,23 +1,23 @@
-"""A map of the sky made on eight devices, and what goes between them.
+"""A map of the sky from eight devices, and the data that they exchange.
 
 A telescope sweeps over a patch of the sky. Each sample sees nine pixels, through a
-beam and with noise; what is wanted is the map, 48 × 48 pixels, each of them a
-parameter. With `mesh=` the samples are split over the devices. Each has the whole map,
-and they add up their gradients once in a step. The answer is that of one device, to
-rounding.
+beam and with noise. The fit makes the map: 48 × 48 pixels, each of them a parameter.
+With `mesh=` the samples are split over the devices. Each device has the whole map, and
+they sum their gradients once in a step. The answer is that of one device, to rounding.
 
-Whether that is worth while can be told on paper. Per step and device, of *n*:
+You can work out beforehand whether this pays. In each step, each of *n* devices
 
-- the model takes *W/n* operations, the optimiser *U* (it is the same on all devices);
-- one sum of the gradients, of all *P* parameters and the loss, in which a device sends
-  and receives 2 (*n* − 1)/*n* times their 4 (*P* + 1) bytes, as a ring does it.
+- computes *W/n* operations for the model and *U* for the optimiser, which is the same
+  on all devices;
+- takes part in one sum of the gradients of all *P* parameters and of the loss. In a
+  ring it sends and receives 2 (*n* − 1)/*n* times their 4 (*P* + 1) bytes.
 
-So it pays where the first is much more than what a device could compute while the
-second is under way: the more samples to a batch, the better. Here a batch is all of
-them. *W* and *U* are found from two programs for one device; the compiled programs for
-2, 4 and 8 devices are then asked what they do, and what they sum. (What goes over the
-wire is computed from that.) The devices of this script are eight views of one
-processor: they show that it is right, not how fast it is.
+It pays if *W/n* is much more than a device could compute during the sum, so the more
+samples in a batch, the better. Here a batch is all of them. *W* and *U* come from two
+programs for one device. The script then compares them with the operations and the sums
+in the compiled programs for 2, 4 and 8 devices. (The bytes on the wire are computed
+from the sums.) The devices of this script are eight parts of one processor: they show
+that the answer is right, not how fast it is.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import vernal as vn
 
 HERE = Path(__file__).parent
-SIDE, SAMPLES, NOISE, STEPS = 48, 65_536, 0.5, 200
+SIDE, SAMPLES, NOISE, STEPS = 48, 65_536, 0.5, 100
 DEVICES = (1, 2, 4, 8)
 
 
 class MapFit(vn.Trainer):
-    """Each sample is a weighted sum of the pixels in the beam."""
+    """Predicts each sample as a weighted sum of the pixels in the beam."""
 
     def residuals(self, sky, batch):
         pixels, weights, seen = batch
@@ -47,14 +47,14 @@ class MapFit(vn.Trainer):
 
 
 def observe(rng):
-    """The true sky, and the samples of all sweeps."""
+    """Returns the true sky, and the samples of all sweeps."""
     x, y = np.meshgrid(np.arange(SIDE), np.arange(SIDE), indexing="ij")
     sky = np.zeros((SIDE, SIDE))
     for _ in range(12):
         (u, v), width = rng.uniform(0, SIDE, 2), rng.uniform(1.5, 6)
         height = rng.uniform(0.5, 3)
         sky += height * np.exp(-((x - u) ** 2 + (y - v) ** 2) / (2 * width**2))
-    # The beam: the three by three pixels around where the telescope looks.
+    # The beam covers the three by three pixels around the line of sight.
     where = rng.uniform(1, SIDE - 2, (2, SAMPLES, 1))
     offsets = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]).T[:, None]
     u, v = near = np.rint(where).astype("i4") + offsets
@@ -71,7 +71,7 @@ def mesh_of(count):
 
 
 def compiled_step(trainer, data, count):
-    """A compiled step on so many devices."""
+    """Returns a compiled step on `count` devices."""
     mesh = mesh_of(count)
     put = lambda tree, *axes: jax.device_put(
         tree, NamedSharding(mesh, PartitionSpec(*axes))
@@ -81,7 +81,7 @@ def compiled_step(trainer, data, count):
 
 
 def sums(compiled):
-    """The bytes of each sum over all devices that a compiled program takes."""
+    """Returns the bytes of each sum over all devices in a compiled program."""
     found = []
     for line in compiled.as_text().splitlines():
         result, called, _ = line.partition(" all-reduce(")
@@ -93,51 +93,56 @@ def sums(compiled):
 
 
 def operations(compiled):
-    """How many a compiled program takes on each device."""
+    """Returns the number of operations of a compiled program on each device."""
     return compiled.cost_analysis()["flops"]
 
 
 def main(output):
     sky, data = observe(np.random.default_rng(2))
-    rate = optax.cosine_decay_schedule(0.1, STEPS)
+    rate = optax.cosine_decay_schedule(0.2, STEPS)
     trainer = MapFit(jnp.zeros((SIDE, SIDE)), optax.adam(rate))
     batches = vn.Minibatches(data, 8_192, key=jax.random.key(0))
     one = trainer.fit(batches, STEPS)
     many = trainer.fit(batches, STEPS, mesh=mesh_of(8))
-    apart = np.abs(many.model - one.model).max()
-    inner = (slice(2, -2), slice(2, -2))  # the edge is hardly seen
+    difference = np.abs(many.model - one.model).max()
+    inner = (slice(2, -2), slice(2, -2))  # few samples see the edge
     error = np.std((many.model - sky)[inner])
     print(f"{STEPS} steps, {SAMPLES:,} samples, {sky.size:,} pixels:")
-    print(f"  8 devices and 1 differ by {apart:.0e} in the map at most")
-    print(f"  the map is off by {error:.2f}; a sample has an error of {NOISE}")
-    assert apart < 1e-3
+    print(f"  the maps of 8 devices and of 1 differ by {difference:.0e} at most")
+    print(f"  the error of the map is {error:.2f}, that of a sample {NOISE}")
+    assert difference < 1e-3
     assert error < 0.2
 
     half = tuple(column[: SAMPLES // 2] for column in data)
     work = {count: compiled_step(trainer, data, count) for count in DEVICES}
     flops = {count: operations(step) for count, step in work.items()}
-    less = operations(compiled_step(trainer, half, 1))
-    model = 2 * (flops[1] - less)
+    half_flops = operations(compiled_step(trainer, half, 1))
+    model = 2 * (flops[1] - half_flops)
     optimiser = flops[1] - model
     print(f"\nW = {model:,.0f} operations, U = {optimiser:,.0f}\n")
-    print(
-        "devices   operations: told   W/n + U   sums: bytes   4 (P + 1)   on the wire"
-    )
+    print("devices  operations     W/n + U  bytes in sums   4 (P + 1)   on the wire")
     payload, table = 4 * (sky.size + 1), []
     for count, step in work.items():
         summed = sums(step) if count > 1 else []
-        paper = model / count + optimiser
+        expected = model / count + optimiser
         wire = 2 * (count - 1) / count * payload
-        table.append((count, flops[count], paper, wire))
-        row = count, flops[count], paper, sum(summed), payload if count > 1 else 0, wire
+        table.append((count, flops[count], expected, wire))
+        row = (
+            count,
+            flops[count],
+            expected,
+            sum(summed),
+            payload if count > 1 else 0,
+            wire,
+        )
         print("{:7}{:12,.0f}{:12,.0f}{:15,}{:12,}{:14,.0f}".format(*row))
-        assert abs(flops[count] / paper - 1) < 0.1
+        assert abs(flops[count] / expected - 1) < 0.1
         assert summed == ([payload] if count > 1 else [])
     draw(sky[inner], many.model[inner], table, output)
 
 
 def draw(sky, found, table, output):
-    """The map, and the work and the bytes of each device."""
+    """The sky, its map, and the operations and bytes of each device."""
     plt.style.use(HERE / "style.mplstyle")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6))
     scale = {"vmin": sky.min(), "vmax": sky.max(), "cmap": "magma"}
@@ -148,9 +153,9 @@ def draw(sky, found, table, output):
         axes.imshow(image, **scale)
         axes.set(title=title, xticks=[], yticks=[])
         axes.grid(False)
-    counts, told, paper, wire = np.transpose(table)
-    right.loglog(counts, paper, "C0-", label="operations, W/n + U")
-    right.loglog(counts, told, "C0o", label="as compiled")
+    counts, counted, expected, wire = np.transpose(table)
+    right.loglog(counts, expected, "C0-", label="operations, W/n + U")
+    right.loglog(counts, counted, "C0o", label="as compiled")
     right.loglog(counts[1:], wire[1:], "C1s--", label="bytes sent and received")
     right.set_xticks(counts, [f"{count:.0f}" for count in counts])
     right.minorticks_off()

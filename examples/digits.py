@@ -1,9 +1,11 @@
-"""Handwritten digits, a rate per layer, and a camera with dead pixels.
+"""Handwritten digits, with a learning rate for each kind of layer.
 
-A small convolutional network learns scikit-learn's 1,797 digits. Each kind of
-layer has its own optimiser, chosen by glob. Three of the training images have a
-dead pixel that reads NaN: `SkipStep` holds the network and its moments through
-every minibatch that meets one, and would give up after ten in a row.
+A small convolutional network learns scikit-learn's 1,797 digits. Each kind of layer has
+its own optimiser, chosen by a glob.
+
+Three of the training images have a dead pixel that reads NaN. `SkipStep` rejects the
+step of every minibatch that contains one, and the network and its moments stay as they
+were. `StopAfter` would end the fit after ten such steps in a row.
 """
 
 import argparse
@@ -21,11 +23,11 @@ from sklearn.model_selection import train_test_split
 import vernal as vn
 
 HERE = Path(__file__).parent
-EPOCHS, SIZE = 30, 64
+EPOCHS, SIZE = 15, 64
 
 
 class Network(eqx.Module):
-    """Two convolutions, each halving the image, and a readout."""
+    """Two convolutions, each of which halves the image, and a readout."""
 
     convolutions: tuple[eqx.nn.Conv2d, ...]
     readout: eqx.nn.Linear
@@ -92,7 +94,7 @@ def main(output):
     )
     skipped = result.trainer.nan_report()["loss"]
     print(f"\nskipped {skipped.total} steps, the first at {skipped.first_step}")
-    print(f"right on {held_out[-1]:.1%} of {len(test_y)} held-out images")
+    print(f"{held_out[-1]:.1%} of {len(test_y)} held-out images are right")
     assert skipped.total > 0
     assert held_out[-1] > 0.95, "fewer than 95 % of the held-out images are right"
 
@@ -101,7 +103,7 @@ def main(output):
 
 
 def draw(history, held_out, images, labels, guesses, output):
-    """The loss and the accuracy, and held-out images with the mistakes first."""
+    """The loss, the accuracy, and held-out images with the mistakes first."""
     plt.style.use(HERE / "style.mplstyle")
     figure = plt.figure(figsize=(9, 4.5))
     ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.1))

@@ -1,12 +1,13 @@
 """El Niño in 168 months of air pressure.
 
 The trade winds follow the difference of air pressure between Easter Island and
-Darwin: a level, an annual cycle and two slower ones whose periods are unknown.
+Darwin. The model has a level, an annual cycle and two slower cycles whose periods are
+unknown.
 
-Nine parameters, some of them strongly correlated, are whitened by their Fisher
-matrix. There a learning rate is a distance in error bars, the same for a level as
-for a period, and Adam walks from NIST's first start to NIST's certified values. The
-projector that whitened them holds the standard errors.
+Its nine parameters, some of them strongly correlated, are whitened by their Fisher
+matrix. In the whitened space a learning rate is a distance in error bars, the same for
+a level as for a period. There Adam goes from NIST's first start to NIST's certified
+values. The projector that whitens also holds the standard errors.
 """
 
 import argparse
@@ -29,7 +30,7 @@ STEPS, RATES = 300, (0.5, 0.05)
 
 
 class Cycle(eqx.Module):
-    """One oscillation. A period that is a plain number is not fitted."""
+    """One oscillation. A period that is a Python float is not fitted."""
 
     period: jax.Array | float
     cos: jax.Array
@@ -73,7 +74,7 @@ def main(output):
     trainer, histories = PressureFit(start), []
     paths = vn.paths(trainer.params)
 
-    for rate in RATES:  # whiten and fit, then once more from there
+    for rate in RATES:  # whiten and fit, twice
         adam = optax.adam(optax.cosine_decay_schedule(rate, STEPS))
         trainer = trainer.whiten(batch, optimiser=adam)
         result = trainer.fit(batch, STEPS, record=paths)
@@ -81,18 +82,18 @@ def main(output):
         histories.append(result.history)
     history = functools.reduce(operator.add, histories)
 
-    # The loss is half the sum of squares, which tells how far the data scatter.
+    # The loss is half the sum of squares, so it gives the scatter of the data.
     scatter = jnp.sqrt(2 * trainer.best_loss / (batch.shape[1] - len(paths)))
     errors = scatter * np.array(jax.tree.leaves(trainer.standard_errors(batch)))
     fitted = np.array(jax.tree.leaves(trainer.params))
-    right, right_errors = digits(fitted, certified), digits(errors, deviations)
+    correct, correct_errors = digits(fitted, certified), digits(errors, deviations)
 
-    print("                                     digits as NIST's")
+    print("                                       correct digits")
     print("parameter            value      error    value  error")
-    for row in zip(paths, fitted, errors, right, right_errors, strict=True):
+    for row in zip(paths, fitted, errors, correct, correct_errors, strict=True):
         print("{:15}{:11.6f}{:11.6f}{:9.1f}{:7.1f}".format(*row))
-    assert right.min() >= 4, "a parameter has fewer than 4 certified digits"
-    assert right_errors.min() >= 3, "an error has fewer than 3 certified digits"
+    assert correct.min() >= 4, "a parameter has fewer than 4 certified digits"
+    assert correct_errors.min() >= 3, "an error has fewer than 3 certified digits"
 
     distances = {
         path: (history[path] - value) / error
@@ -102,10 +103,10 @@ def main(output):
 
 
 def draw(batch, model, losses, distances, output):
-    """Data and fit above; below, the loss and the paths of the parameters."""
+    """Data and fit above; below, the loss and the parameters at each step."""
     plt.style.use(HERE / "style.mplstyle")
     figure, axes = plt.subplot_mosaic("AA;BC", figsize=(9, 6.4))
-    data, loss, ways = axes["A"], axes["B"], axes["C"]
+    data, loss, parameters = axes["A"], axes["B"], axes["C"]
     month = jnp.linspace(1, 168, 1000)
     slow = model.level + model.el_nino(month) + model.southern(month)
     data.plot(*batch, "o", ms=3.5, color="0.6", label="measured")
@@ -120,11 +121,11 @@ def draw(batch, model, losses, distances, output):
     loss.set_xticks(range(0, len(losses) + 1, STEPS))
 
     for path, distance in distances.items():
-        ways.plot(distance, label=path)
-    ways.set_yscale("symlog", linthresh=0.1)
-    ways.set(xlabel="step", title="Distance from NIST's values, in error bars")
-    ways.set_xticks(range(0, len(losses) + 1, STEPS))
-    ways.legend(ncols=2)
+        parameters.plot(distance, label=path)
+    parameters.set_yscale("symlog", linthresh=0.1)
+    parameters.set(xlabel="step", title="Distance from NIST's values, in error bars")
+    parameters.set_xticks(range(0, len(losses) + 1, STEPS))
+    parameters.legend(ncols=2)
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "enso.png")
 

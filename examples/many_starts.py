@@ -1,16 +1,16 @@
 """Many starts and many data sets, each in one compiled program.
 
-*Starts.* How far from the answer may a fit begin? For each of NIST's nine curves, 64
-starts are drawn around the first one that NIST suggests, each parameter by a factor
-between 1/2 and 2. All 64 are solved at once by Levenberg–Marquardt, in 200 steps at
-most; counted are those that reach the certified answer to six digits. (In the nearly
-flat valley of MGH10 none does: that takes thousands of steps.)
+*Starts.* How far from the answer may a fit start? For each of NIST's nine curves, 64
+starts are drawn around NIST's first one: each parameter is multiplied by a factor
+between 1/2 and 2. One call solves from all 64 by Levenberg–Marquardt, in at most 200
+steps. The script counts those that reach the certified answer to six digits. (In the
+nearly flat valley of MGH10 none does: that takes thousands of steps.)
 
-*Data sets.* 1,000 stars with a planet each: the light curve dims as the planet passes.
-Six parameters a star (depth, middle, duration, steepness of the edges, brightness and
-its drift), 100 points at times that all stars share, and error bars that are known for
-each. A few cameras failed: all of their points are NaN. One call solves for all stars;
-the failed ones are reported and do no harm.
+*Data sets.* 1,000 stars have a planet each, and the light curve of a star dims as its
+planet passes. Each star has six parameters (depth, middle and duration of the dip,
+steepness of its edges, brightness and its drift) and 100 points, at times that all
+stars share, with a known error bar. A few cameras failed: all of their points are NaN.
+One call solves for all stars. It reports the failed ones, which do not harm the others.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
 
 
 def solve_from_many_starts(name, data):
-    """Returns the number of correct digits that each start reached."""
+    """Returns the number of correct digits from each start."""
     x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
     first, certified = jnp.asarray(data["starts"][0]), np.asarray(data["certified"])
     factors = np.random.default_rng(0).uniform(-1, 1, (STARTS, len(first)))
@@ -66,7 +66,7 @@ class TransitFit(vn.Trainer):
 
 
 def stars():
-    """The true parameters of all stars, and what was seen of them."""
+    """Returns the true parameters of all stars, and their light curves."""
     rng = np.random.default_rng(1)
     low = np.array([0.01, -0.5, 2.0, 0.15, 0.9, -0.002])
     high = np.array([0.03, 0.5, 4.0, 0.30, 1.1, 0.002])
@@ -79,7 +79,7 @@ def stars():
 
 
 def main(output):
-    print(f"{STARTS} starts each: how many reach six certified digits")
+    print(f"Starts that reach six certified digits, of {STARTS}:")
     reached = {}
     sets = json.loads((HERE / "data" / "nist.json").read_text())
     for name in FORMULAS:
@@ -109,13 +109,13 @@ def main(output):
     print(f"  chi-squared per degree of freedom: {np.median(chi):.2f}")
     assert 0.95 < np.median(chi) < 1.05
     off = np.abs(found - truth)[whole, 0] / truth[whole, 0]
-    print(f"  depth of the dip: off by {100 * np.median(off):.1f} % in the middle star")
+    print(f"  error of the depth: {100 * np.median(off):.1f} % (median)")
     assert np.median(off) < 0.05
     draw(reached, truth, found, whole, data, output)
 
 
 def draw(reached, truth, found, whole, data, output):
-    """The digits of all starts; the dips that were found, beside the true ones."""
+    """The correct digits from all starts; the fitted depths beside the true ones."""
     plt.style.use(HERE / "style.mplstyle")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9))
     rng = np.random.default_rng(2)
@@ -140,7 +140,7 @@ def draw(reached, truth, found, whole, data, output):
     )
     right.plot([1, 3], [1, 3], color="0.5", lw=1, zorder=0)
     right.set(title=f"{len(whole)} planets", xlabel="true depth, %")
-    right.set(ylabel="depth found, %", ylim=(0.8, 3.2))
+    right.set(ylabel="fitted depth, %", ylim=(0.8, 3.2))
     figure.colorbar(dots, label="error bar of a point, %")
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "many_starts.png")

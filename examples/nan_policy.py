@@ -1,13 +1,13 @@
-"""A gradient that turns NaN behind a finite loss, and a policy of one's own.
+"""A NaN gradient behind a finite loss, and a policy of your own.
 
-A pendulum swings at the frequency `sqrt(stiffness - damping**2)`. Overdamped, the
-root would be imaginary; the model guards it with a `maximum`. So the loss stays
-finite, but the derivative of the root at zero does not, and a step too long puts
-NaN into two of the three gradients.
+A pendulum swings at the frequency `sqrt(stiffness - damping**2)`. If it is overdamped,
+the root would be imaginary, so the model takes the root of a `maximum` with zero. The
+loss then stays finite, but the derivative of the root at zero does not: a step that is
+too long puts NaN into two of the three gradients.
 
-The default policy stops there, and the report says where and when. `ZeroNans` goes
-on with the one parameter that is left. `Retreat`, written here, takes the last
-step back, halves its pace, and finds the minimum.
+The default policy ends the fit there, and the report says where and when. `ZeroNans`
+continues with the one parameter that is left. `Retreat`, which is defined here, undoes
+the last step, halves the step size, and finds the minimum.
 """
 
 import argparse
@@ -44,27 +44,27 @@ class PendulumFit(vn.Trainer):
 
 
 class Retreat(vn.NanPolicy):
-    """Takes back the step that led to a non-finite value, then halves the pace.
+    """Undoes the step that led to a non-finite value, then halves the step size.
 
-    The last gradient, with its sign turned, undoes a step of plain gradient descent.
+    The last gradient with the opposite sign undoes a step of plain gradient descent.
     """
 
     def init(self, params):
         return jax.tree.map(jnp.zeros_like, params), jnp.asarray(1.0)
 
     def apply(self, loss, grads, state):
-        last, pace = state
+        last, scale = state
         values = jax.tree.leaves((loss, grads))
         finite = jnp.all(jnp.stack([jnp.isfinite(x).all() for x in values]))
 
-        def walk(grad, last):
-            return jnp.where(finite, pace * grad, -last)
+        def choose(grad, last):
+            return jnp.where(finite, scale * grad, -last)
 
-        grads = jax.tree.map(walk, grads, last)
+        grads = jax.tree.map(choose, grads, last)
         last = jax.tree.map(lambda grad: jnp.where(finite, grad, 0), grads)
-        pace = jnp.where(finite, pace, pace / 2)
-        always, never = jnp.asarray(True), jnp.asarray(False)
-        return grads, vn.Verdict(accept=always, stop=never), (last, pace)
+        scale = jnp.where(finite, scale, scale / 2)
+        yes, no = jnp.asarray(True), jnp.asarray(False)
+        return grads, vn.Verdict(accept=yes, stop=no), (last, scale)
 
 
 def main(output):
@@ -98,9 +98,9 @@ def main(output):
 
 
 def draw(time, angle, results, output):
-    """The fits, and the way of each policy past the edge of the swinging."""
+    """The best fits, and the parameters at each step."""
     plt.style.use(HERE / "style.mplstyle")
-    figure, (fits, ways) = plt.subplots(1, 2, figsize=(9, 3.8))
+    figure, (fits, plane) = plt.subplots(1, 2, figsize=(9, 3.8))
     fits.plot(time, angle, "o", ms=3.5, color="0.6", label="measured")
     for style, (name, result) in zip(("-", ":", "-"), results.items(), strict=True):
         fits.plot(time, result.best(time), style, lw=2, label=name)
@@ -108,17 +108,17 @@ def draw(time, angle, results, output):
     fits.legend()
 
     damping = np.linspace(0, 2)
-    ways.fill_between(damping, damping**2, color="0.92", zorder=0)
-    ways.fill_between((2, 5), (4, 4), color="0.92", zorder=0)
-    ways.annotate("overdamped: NaN", (2.2, 0.8), color="0.4")
+    plane.fill_between(damping, damping**2, color="0.92", zorder=0)
+    plane.fill_between((2, 5), (4, 4), color="0.92", zorder=0)
+    plane.annotate("overdamped: NaN", (2.2, 0.8), color="0.4")
     history = results["Retreat"].history
-    ways.plot(history["damping"], history["stiffness"], "C2.-", label="Retreat")
+    plane.plot(history["damping"], history["stiffness"], "C2.-", label="Retreat")
     stop = results["StopFit"].model
-    ways.plot(stop.damping, stop.stiffness, "C0X", ms=8, label="StopFit ends here")
-    ways.plot(TRUTH["damping"], TRUTH["stiffness"], "k*", ms=9, label="truth")
-    ways.set(xlim=(-0.1, 4.5), ylim=(0.6, 2.1), xlabel="damping", ylabel="stiffness")
-    ways.set_title("From step to step")
-    ways.legend(loc="upper right", ncols=3, columnspacing=1)
+    plane.plot(stop.damping, stop.stiffness, "C0X", ms=8, label="StopFit ends here")
+    plane.plot(TRUTH["damping"], TRUTH["stiffness"], "k*", ms=9, label="truth")
+    plane.set(xlim=(-0.1, 4.5), ylim=(0.6, 2.1), xlabel="damping", ylabel="stiffness")
+    plane.set_title("Parameters at each step")
+    plane.legend(loc="upper right", ncols=3, columnspacing=1)
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "nan_policy.png")
 

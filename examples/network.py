@@ -1,18 +1,19 @@
-"""How far away a galaxy is, from its colours, with an error bar to believe.
+"""The redshift of a galaxy and its error bar, from its colours.
 
-The redshift of a galaxy takes an hour of spectroscopy, its brightness through six
-filters a minute of imaging. 150 galaxies have had both. From these a small network
-learns to tell the redshift, and its standard error, by brightness and colours alone.
-Another 150 are held out, and 5,000 are there to judge it at the end.
+Measuring the redshift of a galaxy takes an hour of spectroscopy; measuring its
+brightness through six filters takes a minute of imaging. For 150 galaxies both are
+known. From these a small network learns to predict the redshift, and its standard
+error, from brightness and colours alone. Another 150 galaxies are held out of the fit,
+and 5,000 test the result.
 
-A network soon knows so few by heart. It then believes itself far more precise than it
-is: others are twice as far off as its error bars say. With `validation` and
-`vn.Patience` the fit ends when the held-out likelihood no longer improves. It goes on
-from the best network at a tenth of the rate, finds little left to gain, and ends again.
+A network soon memorises so few galaxies. It then underestimates its errors: for other
+galaxies it is wrong by twice its error bars. With `validation` and `vn.Patience` the
+fit ends when the likelihood of the held-out galaxies no longer improves. A second fit
+continues from the best network at a tenth of the rate, gains little, and ends too.
 
-The rate warms up and follows a cosine. Weights decay; biases and the scales of
-BatchNorm do not. Dropout draws from the trainer's `key`. The running means of
-BatchNorm are its `state`, and the best network comes with its own, `best_state`.
+The learning rate warms up and then follows a cosine. Weights decay; biases and the
+scales of BatchNorm do not. Dropout draws from the trainer's `key`. The running means of
+BatchNorm are the trainer's `state`; those of the best network are its `best_state`.
 """
 
 import argparse
@@ -29,12 +30,12 @@ import vernal as vn
 
 HERE = Path(__file__).parent
 FILTERS = ((320, 400), (400, 552), (552, 691), (691, 818), (818, 922), (930, 1080))
-OXYGEN_AND_HYDROGEN = (372.7, 500.7, 656.3)  # nanometres, as the filters
+OXYGEN_AND_HYDROGEN = (372.7, 500.7, 656.3)  # nanometres, like the filters
 WIDTH, RATE, STEPS, EVERY = 128, 5e-3, 5_000, 50
 
 
 def observe(count, rng):
-    """Brightness and colours of galaxies, and their redshifts."""
+    """Returns brightness and colours of galaxies, and their redshifts."""
     redshift = rng.gamma(4.0, 0.2, count)
     young, dust = rng.beta(0.7, 1.0, (count, 1)), rng.uniform(0, 1, (count, 1))
     magnitudes = []
@@ -54,7 +55,7 @@ def observe(count, rng):
 
 
 class Network(eqx.Module):
-    """Tells a redshift, and the logarithm of its standard error."""
+    """Predicts a redshift, and the logarithm of its standard error."""
 
     layers: tuple[eqx.nn.Linear, ...]
     norms: tuple[eqx.nn.BatchNorm, ...]
@@ -80,16 +81,16 @@ class Network(eqx.Module):
         return readout(self.dropout(x, key=key)), state
 
 
-def surprise(told, redshift):
-    """The mean negative log-likelihood of a redshift, up to a constant."""
-    mean, log_sigma = told.T
+def mean_nll(predicted, redshift):
+    """Returns the mean negative log-likelihood of redshifts, up to a constant."""
+    mean, log_sigma = predicted.T
     pull = (redshift - mean) / jnp.exp(log_sigma)
     return jnp.mean(log_sigma + 0.5 * pull**2)
 
 
 @eqx.filter_jit
-def tell(model, state, inputs):
-    """What a network tells outside of training: no dropout, and the running means."""
+def predict(model, state, inputs):
+    """Predicts outside of training: without dropout, with the running means."""
     model = eqx.nn.inference_mode(model)
     return jax.vmap(model, (0, None), (0, None), axis_name="batch")(inputs, state)[0]
 
@@ -99,16 +100,16 @@ class RedshiftFit(vn.Trainer):
         inputs, redshift = batch
         keys = jax.random.split(key, len(inputs))
         run = jax.vmap(model, (0, None, 0), (0, None), axis_name="batch")
-        told, state = run(inputs, state, keys)
-        return surprise(told, redshift), state
+        predicted, state = run(inputs, state, keys)
+        return mean_nll(predicted, redshift), state
 
     def evaluate(self, model, batch):
         inputs, redshift = batch
-        return surprise(tell(model, self.state, inputs), redshift)
+        return mean_nll(predict(model, self.state, inputs), redshift)
 
 
 def rules(rate):
-    """Weights decay, but not those of `norms`: a node is more specific than a glob."""
+    """Decays weights, except those of `norms`: a node is more specific than a glob."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, STEPS // 10, STEPS)
     return vn.ParamOptimiser(
         {
@@ -145,26 +146,28 @@ def main(output):
     trainer = stopped.trainer.replace(
         model=stopped.best,
         state=stopped.trainer.best_state,
-        optimiser=rules(RATE / 10),  # whose cosine goes on from the same step
+        optimiser=rules(RATE / 10),  # its cosine continues from the same step
     )
     resumed = trainer.fit(batches, STEPS, **options)
 
-    told = {"not stopped": tell(unstopped.model, unstopped.trainer.state, test[0])}
+    last = predict(unstopped.model, unstopped.trainer.state, test[0])
+    predicted = {"not stopped": last}
     for name, result in {"stopped": stopped, "resumed": resumed}.items():
         print(f"{name:11} after {result.trainer.step_count} steps, the best", end=" ")
         lowest = result.history.validation.argmin()
         print(f"after {result.history.validation_steps[lowest]}: {result.stop_reason}")
         assert result.stop_reason is vn.StopReason.NO_PATIENCE
         best, state = result.best, result.trainer.best_state
-        score = surprise(tell(best, state, held_out[0]), held_out[1])
+        score = mean_nll(predict(best, state, held_out[0]), held_out[1])
         assert np.isclose(score, result.trainer.best_loss, rtol=1e-4)
-        told[name] = tell(best, state, test[0])
+        predicted[name] = predict(best, state, test[0])
 
-    print(f"\n{len(test[1])} others   surprise   error told   true - told, in errors")
+    columns = "   mean nll        error   rms of (true - predicted) / error"
+    print(f"\n{len(test[1])} others{columns}")
     scores, pulls, spread = {}, {}, {}
-    for name, of_test in told.items():
+    for name, of_test in predicted.items():
         mean, sigma = of_test[:, 0], jnp.exp(of_test[:, 1])
-        scores[name] = surprise(of_test, test[1])
+        scores[name] = mean_nll(of_test, test[1])
         pulls[name] = (test[1] - mean) / sigma
         spread[name] = jnp.sqrt(jnp.mean(pulls[name] ** 2))
         row = scores[name], jnp.median(sigma), spread[name]
@@ -173,11 +176,11 @@ def main(output):
     assert abs(spread["resumed"] - 1) < 0.4
     assert scores["stopped"] < scores["not stopped"] - 0.3
     assert scores["resumed"] < scores["stopped"] + 0.05
-    draw(unstopped, stopped, resumed, rates, test[1], told, pulls, output)
+    draw(unstopped, stopped, resumed, rates, test[1], predicted, pulls, output)
 
 
-def draw(unstopped, stopped, resumed, rates, redshift, told, pulls, output):
-    """The way of the fit and its rate; what the network tells, and how it errs."""
+def draw(unstopped, stopped, resumed, rates, redshift, predicted, pulls, output):
+    """The fit and its learning rate; the predictions and their errors."""
     plt.style.use(HERE / "style.mplstyle")
     figure = plt.figure(figsize=(9, 5.6))
     ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.35, 1))
@@ -199,23 +202,23 @@ def draw(unstopped, stopped, resumed, rates, redshift, told, pulls, output):
         loss.plot(steps[-1], scores[-1], "X", color=colour, label=names[3], **cross)
     loss.plot(*np.transpose(bests), "C1:", lw=1, zorder=1)
     loss.set(ylim=(-2.6, 0.5))
-    loss.set_title("Surprise: the mean negative log-likelihood")
+    loss.set_title("Mean negative log-likelihood")
     loss.legend(ncols=2)
 
     end = stopped.history.validation_steps[-1]
     steps, values = np.array(rates).T
-    for colour, is_leg in ("C0", steps <= end), ("C1", steps > end):
-        rate.plot(steps[is_leg], values[is_leg], color=colour)
+    for colour, is_part in ("C0", steps <= end), ("C1", steps > end):
+        rate.plot(steps[is_part], values[is_part], color=colour)
     rate.set(yscale="log", ylim=(1e-4, 1e-2), xlabel="step")
     rate.set_title("Learning rate")
 
     points, histogram = right.subplots(2, height_ratios=(1.5, 1))
-    mean, log_sigma = told["resumed"][:400].T
+    mean, log_sigma = predicted["resumed"][:400].T
     bars = {"fmt": "C1.", "ms": 3, "lw": 0.5, "alpha": 0.6}
     points.errorbar(redshift[:400], mean, np.exp(log_sigma), **bars)
     points.plot((0, 2), (0, 2), color="0.4", lw=0.8)
     points.set(xlim=(0, 2), ylim=(0, 2), xlabel="true redshift")
-    points.set_title("Redshift as told, with its error")
+    points.set_title("Predicted redshift, with its error")
     bins = np.linspace(-6, 6, 61)
     for colour, name in ("0.6", "not stopped"), ("C1", "resumed"):
         weights = np.full(len(redshift), 5 / len(redshift))  # five bins to the unit
@@ -224,7 +227,7 @@ def draw(unstopped, stopped, resumed, rates, redshift, told, pulls, output):
     bell = np.exp(-(bins**2) / 2) / np.sqrt(2 * np.pi)
     histogram.plot(bins, bell, "k:", lw=1, label="Gaussian")
     histogram.set(xlim=(-6, 6))
-    histogram.set_title("(true - told) / error")
+    histogram.set_title("(true - predicted) / error")
     histogram.legend()
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "network.png")

@@ -1,21 +1,22 @@
 """Certified answers: NIST's reference data.
 
-Nine curves that NIST certifies to eleven digits, each from two starts, near and far.
+NIST certifies the parameters of these nine curves to eleven digits. Each curve is
+fitted from two starts, near and far.
 
-- *LM*: Optimistix's Levenberg–Marquardt through `solve`, in the parameters as they are,
-  with as many steps as it wants (5,000).
+- *LM*: Levenberg–Marquardt of Optimistix, through `solve`, in the parameters
+  themselves, with up to 5,000 steps.
 - *BFGS, whitened*: at most 200 steps in the space that the Fisher matrix whitens at
-  the start, and again from where they end, until they converge: four times at most.
-- Beside them Optimistix's solvers by themselves, with the same tolerances and as many
-  steps, and SciPy's, with the tightest tolerances that they take and derivatives from
-  JAX.
+  the start. Until it converges, it is whitened again where these steps end: four times
+  at most.
+- The solvers of Optimistix called directly, with the same tolerances and limits of
+  steps, and those of SciPy, with the tightest tolerances that they accept and
+  derivatives from JAX.
 
-A cell is the number of correct digits at the worst parameter, and the steps it took
-(for SciPy's `lm` the evaluations). Six digits count as an answer. With the parameters
-come their standard errors, whose digits have a column of their own, and `edm`, by how
-much the loss could still fall, as a fraction of the scatter. (MGH10 from afar is
-a valley that is curved and nearly flat: Levenberg–Marquardt arrives, after thousands of
-steps.)
+Each cell has the number of correct digits of the worst parameter, and the number of
+steps (for SciPy's `lm`, of evaluations). Six digits count as an answer. *errors* has
+the correct digits of the standard errors, and *edm* how far the loss could still
+fall, as a fraction of the scatter. (From its far start MGH10 is a curved, nearly flat
+valley: Levenberg–Marquardt reaches the answer after thousands of steps.)
 """
 
 import argparse
@@ -79,7 +80,7 @@ FORMULAS = {
 
 
 class Curve(eqx.Module):
-    """A formula, and the parameters that are put into it."""
+    """A formula and its parameters."""
 
     b: jax.Array
     formula: Callable = eqx.field(static=True)
@@ -106,7 +107,7 @@ def levenberg_marquardt(trainer, batch):
 def whitened_bfgs(trainer, batch):
     steps = 0
     for _ in range(ROUNDS):
-        # Where the data do not constrain a direction yet, it is left as it is.
+        # A direction that the data do not constrain yet keeps its scale.
         trainer = trainer.whiten(batch, on_null="prior")
         result = trainer.solve(BFGS, batch, max_steps=STEPS_A_ROUND)
         trainer, steps = result.trainer, steps + len(result.history)
@@ -116,7 +117,7 @@ def whitened_bfgs(trainer, batch):
 
 
 def others(name, x, y):
-    """Solvers of other libraries, as functions of a start."""
+    """Returns the solvers of other libraries, as functions of a start."""
 
     def residuals(b, _=None):
         return FORMULAS[name](b, x) - y
@@ -134,7 +135,7 @@ def others(name, x, y):
         found = optx.minimise(loss, BFGS, start, **options)
         return found.value, int(found.stats["num_steps"])
 
-    # To type checkers SciPy takes no function for `jac`.
+    # SciPy's types do not allow a function for `jac`.
     jacobian: Any = jax.jit(jax.jacfwd(residuals))
     vector = jax.jit(residuals)
     scalar, gradient = jax.jit(loss), jax.jit(jax.grad(loss))
@@ -161,7 +162,7 @@ def others(name, x, y):
 
 def main(output):
     sets = json.loads((HERE / "data/nist.json").read_text())
-    rows, right, solvers = [], {}, {}
+    rows, reached, solvers = [], {}, {}
     for name, formula in FORMULAS.items():
         given = sets[name]
         x, y, certified = (jnp.asarray(given[key]) for key in ("x", "y", "certified"))
@@ -169,30 +170,32 @@ def main(output):
         for number, start in enumerate(given["starts"], 1):
             start = jnp.asarray(start)
             result = levenberg_marquardt(Fit(Curve(start, formula)), (x, y))
-            assert result.stop_reason is vn.StopReason.CONVERGED, f"{name} has not"
+            assert result.stop_reason is vn.StopReason.CONVERGED, (
+                f"{name}: not converged"
+            )
             trainer = result.trainer
-            # The loss is half the sum of squares, which tells how far the data scatter.
+            # The loss is half the sum of squares, so it gives the scatter of the data.
             scatter = jnp.sqrt(2 * trainer.best_loss / (len(x) - len(certified)))
             errors = scatter * trainer.standard_errors((x, y)).b
             found = {"LM": (trainer.model.b, len(result.history))}
             edm = f"{result.edm / scatter**2:.0e}"
             trainer, steps = whitened_bfgs(Fit(Curve(start, formula)), (x, y))
             found["BFGS, whitened"] = trainer.best.b, steps
-            with warnings.catch_warnings():  # SciPy's, on the way
+            with warnings.catch_warnings():  # from SciPy's trial steps
                 warnings.simplefilter("ignore", RuntimeWarning)
                 found |= {label: solve(start) for label, solve in solvers.items()}
 
             correct = {k: digits(values, certified) for k, (values, _) in found.items()}
             correct["errors"] = digits(errors, jnp.asarray(given["errors"]))
             for label, value in correct.items():
-                right.setdefault(label, []).append(value)
+                reached.setdefault(label, []).append(value)
             cells = [f"{correct[k]:.1f} ({steps:,})" for k, (_, steps) in found.items()]
             cells[1:1] = f"{correct['errors']:.1f}", edm
             rows.append([f"{name}, {number}", *cells])
 
     labels = ["LM", "errors", "BFGS, whitened", *solvers]
     answers = {
-        k: sum(v >= (4 if k == "errors" else 6) for v in right[k]) for k in right
+        k: sum(v >= (4 if k == "errors" else 6) for v in reached[k]) for k in reached
     }
     total = ["**answers**", *(f"**{answers[k]} of {len(rows)}**" for k in labels)]
     titles = ["set, start", *labels]
@@ -203,16 +206,18 @@ def main(output):
     assert answers["LM"] == answers["errors"] == 18, "LM misses a certified answer"
     assert answers["BFGS, whitened"] >= 16, "whitened BFGS misses more than two"
     draw(
-        [row[0] for row in rows], {k: right[k] for k in labels if k != "errors"}, output
+        [row[0] for row in rows],
+        {k: reached[k] for k in labels if k != "errors"},
+        output,
     )
 
 
-def draw(names, right, output):
-    """The digits of every run, a column of marks for each method."""
+def draw(names, reached, output):
+    """The correct digits of every run, a mark for each method."""
     plt.style.use(HERE / "style.mplstyle")
     figure, axes = plt.subplots(figsize=(9, 5.2))
     places = np.arange(len(names))
-    for index, (label, values) in enumerate(right.items()):
+    for index, (label, values) in enumerate(reached.items()):
         ours = index < 2
         axes.plot(
             places + 0.12 * (index - 2.5),
@@ -224,7 +229,7 @@ def draw(names, right, output):
     axes.axhline(6, color="0.6", lw=1, zorder=0)
     axes.set_xticks(places, names, rotation=60, ha="right")
     axes.set(ylabel="correct digits, worst parameter", ylim=(-0.5, 14))
-    axes.set_title("Nine certified problems, from two starts each")
+    axes.set_title("Nine certified problems, two starts each")
     axes.legend(ncols=3, loc="upper center")
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "nist.png")

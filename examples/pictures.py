@@ -1,22 +1,21 @@
 """A spectrum with a dead parameter and corrupt exposures, in four pictures.
 
-120 exposures of one spectrum: four emission lines at known wavelengths, of which two
-are blended, on a sloping background. The last line lies beyond the edge of the
-detector, so that its flux is in no datum; two of the exposures were spoilt on the way
-and hold NaN.
+120 exposures of one spectrum show four emission lines at known wavelengths, two of
+them blended, on a sloping background. The last line lies beyond the edge of the
+detector, so no datum depends on its flux. Two of the exposures are spoilt and contain
+NaN.
 
-The parameters are whitened by the Fisher matrix of the good exposures. It knows no
-direction for the dead flux, which therefore stays where it is. Gradient descent
-then fits five exposures a step, and `SkipStep` passes over the steps with a spoilt one.
+The parameters are whitened by the Fisher matrix of the good exposures. The dead flux
+is a null direction without a gradient, so it stays at its start. Gradient descent then
+fits five exposures a step, and `SkipStep` skips the steps with a spoilt one.
 
-[`vernal.plot`](../api/plot.md) draws what there is to see:
+[`vernal.plot`](../api/plot.md) draws
 
-- the loss, with the skipped steps marked below;
-- the way of the parameters to where they settle, in standard errors, whatever their
-  units;
+- the loss, with marks below for the skipped steps;
+- the parameters at each step, as distances from their final values in standard errors;
 - the spectrum of the Fisher matrix, with its null direction;
 - the correlations: those of the blended lines, and that of the slope of the background
-  with its level, which is the one at wavelength zero.
+  with its level at wavelength zero.
 """
 
 import argparse
@@ -60,7 +59,7 @@ class SpectrumFit(vn.Trainer):
 
 
 def observe(truth):
-    """Exposures, each with its wavelengths, some of which are spoilt."""
+    """Returns exposures with their wavelengths; some of them are spoilt."""
     wavelength = jnp.tile(jnp.linspace(630.0, 670.0, 200), (120, 1))
     noise = NOISE * jax.random.normal(jax.random.key(0), wavelength.shape)
     counts = jax.vmap(truth)(wavelength) + noise

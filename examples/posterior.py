@@ -1,13 +1,14 @@
-"""Samples of a posterior, in a space where it is round.
+"""Samples of a posterior, in a space in which it is round.
 
-A spectral line on a slope: five parameters, whose units differ by twelve orders of
-magnitude. Whitened at its best fit the posterior is nearly a ball of radius one, so
-that a sampler needs no mass matrix, and no warm-up to find one.
+The model is a spectral line on a slope: five parameters, whose units differ by twelve
+orders of magnitude. Whitened at the best fit, the posterior is nearly a ball of radius
+one, so a sampler needs no mass matrix, and no warm-up to find one.
 
-`trainer.objective` gives the negative log-likelihood there as a pure function, which
-NumPyro and BlackJAX sample as it is, and `projector.to_params` maps the samples back.
-Of the slope alone the posterior is a Gaussian that is known exactly: both samplers are
-held to that, and then to the Fisher errors of the whole.
+`trainer.objective` returns the negative log-likelihood in that space as a pure
+function. NumPyro and BlackJAX sample it as it is, and `projector.to_params` maps the
+samples back. If only the slope and the level are fitted, the posterior is a Gaussian
+that is known exactly. The script compares both samplers with it, and then with the
+Fisher errors of the whole model.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SAMPLES, WARM_UP, STEP_SIZE = 2_000, 50, 0.8
 
 
 class Spectrum(eqx.Module):
-    """A line on a slope, in watts by metre of wavelength."""
+    """A line on a slope, in watts per metre of wavelength."""
 
     level: jax.Array
     slope: jax.Array
@@ -51,7 +52,7 @@ class Fit(vn.Trainer):
 
 
 def sample_numpyro(potential, start):
-    """Draws with the No-U-Turn sampler of NumPyro, all of its adaptation off."""
+    """Samples with NumPyro's No-U-Turn sampler, without any adaptation."""
     kernel = NUTS(
         potential_fn=potential,
         step_size=STEP_SIZE,
@@ -64,8 +65,8 @@ def sample_numpyro(potential, start):
 
 
 def sample_blackjax(potential, start):
-    """Draws with that of BlackJAX, in a scan of one's own."""
-    # To type checkers its states have no position.
+    """Samples with BlackJAX's No-U-Turn sampler, in a scan."""
+    # BlackJAX's types do not know the position of a state.
     nuts: Any = blackjax.nuts(
         lambda latent: -potential(latent),
         step_size=STEP_SIZE,
@@ -87,7 +88,7 @@ SAMPLERS = {"NumPyro": sample_numpyro, "BlackJAX": sample_blackjax}
 
 
 def posterior(trainer, batch):
-    """Fits, whitens at the best fit, and samples with both."""
+    """Fits, whitens at the best fit, and samples with both samplers."""
     solver = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
     trainer = trainer.whiten(batch).solve(solver, batch).trainer.whiten(batch)
     potential, start = trainer.objective(batch)
@@ -107,7 +108,7 @@ def main(output):
     batch = wavelength, truth(wavelength) + noise, sigma
     start = Spectrum(*map(jnp.asarray, (2.0, 0.0, 4.0, 5.0e-7, 3e-9)))
 
-    # The slope and the level alone: a linear model, its posterior a known Gaussian.
+    # With slope and level alone the model is linear, and its posterior Gaussian.
     linear, draws = posterior(Fit(truth, train=("level", "slope")), batch)
     covariance = jnp.linalg.inv(linear.fisher(batch))
     mean = jnp.stack([linear.model.level, linear.model.slope])
@@ -115,8 +116,8 @@ def main(output):
     for name, drawn in draws.items():
         off = jnp.abs(drawn.mean(axis=0) - mean) / errors
         excess = (jnp.cov(drawn.T) - covariance) / jnp.outer(errors, errors)
-        assert off.max() < 0.1, f"{name}: a mean is off"
-        assert jnp.abs(excess).max() < 0.15, f"{name}: the covariance is off"
+        assert off.max() < 0.1, f"{name}: a mean is wrong"
+        assert jnp.abs(excess).max() < 0.15, f"{name}: the covariance is wrong"
 
     trainer, draws = posterior(Fit(start), batch)
     paths = vn.paths(trainer.params)
@@ -128,12 +129,12 @@ def main(output):
         cells = (f"{spread[index]:11.2e}" for spread in spreads.values())
         print(f"{path:9}{fitted[index]:13.4e}{errors[index]:14.2e}", *cells, sep="")
     for name, spread in spreads.items():
-        assert np.abs(spread / errors - 1).max() < 0.15, f"{name}: an error is off"
+        assert np.abs(spread / errors - 1).max() < 0.15, f"{name}: an error is wrong"
     draw(paths, fitted, errors, draws, trainer.projector.covariance(), output)
 
 
 def draw(paths, fitted, errors, draws, covariance, output):
-    """Every pair of parameters: samples, and the ellipse of two standard errors."""
+    """Samples of each pair of parameters, with the ellipse of two standard errors."""
     plt.style.use(HERE / "style.mplstyle")
     size = len(paths)
     figure, axes = plt.subplots(size, size, figsize=(9, 9), sharex="col")

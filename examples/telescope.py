@@ -1,26 +1,26 @@
 """A telescope's wavefront from three exposures.
 
 Three exposures of a star, out of focus by known amounts, share the errors of the
-telescope's wavefront: twelve Zernike coefficients of some 1e-8 metres. Each has its own
-position, of some 1e-7 radians, and its own flux, up to 1e6 photons. The images are
-drawn by [dLux](https://louisdesdoigts.github.io/dLux/) with a pupil of 64 × 64 pixels,
-whose central obstruction correlates the coefficients; the noise is that of photons and
-of the detector.
+telescope's wavefront: twelve Zernike coefficients of about 1e-8 metres. Each exposure
+has its own position, of about 1e-7 radians, and its own flux, up to 1e6 photons.
+[dLux](https://louisdesdoigts.github.io/dLux/) computes the images, with a pupil of
+64 × 64 pixels whose central obstruction correlates the coefficients. The noise is that
+of photons and of the detector.
 
-Five ways from the same start to the same chi-squared, within one per cent of the
+Five methods go from the same start to the same chi-squared, within one per cent of the
 lowest:
 
-- *sgd*: a rate for each element, by the diagonal of the Fisher matrix: what one would
-  tune by hand, at its best;
-- *natural gradient*: sgd preconditioned by the whole matrix, which a callback renews
-  every few steps;
-- *LBFGS*: Optimistix's, in the space that the matrix whitens;
-- *Levenberg–Marquardt*: Optimistix's, which makes its own matrix at every step, in the
-  parameters themselves and in the whitened space.
+- *sgd*: a rate for each element, from the diagonal of the Fisher matrix. This is the
+  best that one could tune by hand;
+- *natural gradient*: sgd preconditioned by the whole matrix, which a callback computes
+  again every few steps;
+- *LBFGS*: Optimistix's solver, in the space whitened by the matrix;
+- *Levenberg–Marquardt*: Optimistix's solver, which computes its own matrix at every
+  step, in the parameters themselves and in the whitened space.
 
-The seconds are those of a second run, compiled by the first, of as many steps as it
-takes. The table at the end has the parameters, with the errors that the Fisher matrix
-gives.
+The seconds are those of a second run, compiled by the first, with the number of steps
+that the method needs. The table at the end lists the parameters with their errors from
+the Fisher matrix.
 """
 
 import argparse
@@ -53,7 +53,7 @@ SOLVER = optx.LevenbergMarquardt(rtol=1e-6, atol=1e-6)
 
 
 class Exposures(eqx.Module):
-    """A telescope, and the stars that it was pointed at."""
+    """A telescope, and a star in each exposure."""
 
     zernikes: jax.Array  # metres
     position: jax.Array  # radians
@@ -77,7 +77,7 @@ class Fit(vn.Trainer):
 
 
 def telescope():
-    """The optics: an annulus of one metre, and the twelve Zernikes after tilt."""
+    """Returns the optics: an annulus of one metre, the twelve Zernikes after tilt."""
     grid = pixel_coords(64, 1.0)
     zernikes = zernike_basis(list(range(4, 16)), grid, 1.0)
     pupil = BasisOptic(
@@ -90,7 +90,7 @@ def telescope():
 
 
 def observe(seed):
-    """The truth, and noisy images of it."""
+    """Returns the truth, and noisy images of it."""
     rng = np.random.default_rng(seed)
     truth = Exposures(
         zernikes=jnp.asarray(rng.normal(0, 2e-8, 12)),
@@ -106,7 +106,7 @@ def observe(seed):
 
 
 def guess(truth):
-    """Where the fit starts: a flat wavefront, on axis, and the fluxes somewhat off."""
+    """Returns the start of the fit: a flat wavefront, on axis, with wrong fluxes."""
     return eqx.tree_at(
         lambda model: (model.zernikes, model.position, model.flux),
         truth,
@@ -150,7 +150,7 @@ def whitened_levenberg_marquardt(model, batch, steps=100):
     return trainer.solve(SOLVER, batch, max_steps=steps)
 
 
-WAYS = {
+METHODS = {
     "sgd": sgd,
     "natural gradient": natural_gradient,
     "LBFGS": lbfgs,
@@ -164,22 +164,22 @@ def main(output):
     start = guess(truth)
     freedom = batch[0].size - 12 - 6 - 3
 
-    results = {name: way(start, batch) for name, way in WAYS.items()}
+    results = {name: method(start, batch) for name, method in METHODS.items()}
     losses = {name: 2 * r.history.loss / freedom for name, r in results.items()}
     best = results["Levenberg–Marquardt"].trainer
     goal = 1.01 * 2 * float(best.best_loss) / freedom
 
-    print("way                  steps  seconds  chi-squared")
+    print("method               steps  seconds  chi-squared")
     steps = {}
-    for name, way in WAYS.items():
-        assert losses[name].min() <= goal, f"{name} does not arrive"
+    for name, method in METHODS.items():
+        assert losses[name].min() <= goal, f"{name} does not reach the goal"
         steps[name] = int(np.argmax(losses[name] <= goal))
         before = time.perf_counter()
-        jax.block_until_ready(way(start, batch, steps[name]).trainer.params)
+        jax.block_until_ready(method(start, batch, steps[name]).trainer.params)
         took = time.perf_counter() - before
         print(f"{name:20}{steps[name]:6}{took:9.2f}{losses[name].min():13.4f}")
     print("\n" + best.table(batch))
-    assert 5 * max(steps[name] for name in list(WAYS)[1:]) < steps["sgd"]
+    assert 5 * max(steps[name] for name in list(METHODS)[1:]) < steps["sgd"]
 
     errors = best.standard_errors(batch)
     pulls = jax.tree.map(
@@ -189,12 +189,12 @@ def main(output):
         errors,
     )
     pulls = jnp.concatenate([jnp.ravel(pull) for pull in jax.tree.leaves(pulls)])
-    assert 0.5 < jnp.sqrt(jnp.mean(pulls**2)) < 1.5, "the errors are not those made"
+    assert 0.5 < jnp.sqrt(jnp.mean(pulls**2)) < 1.5, "the errors are wrong"
     draw(batch, best.model, losses, goal, output)
 
 
 def draw(batch, model, losses, goal, output):
-    """One exposure above; below, the ways there."""
+    """One exposure above; below, chi-squared at each step of each method."""
     plt.style.use(HERE / "style.mplstyle")
     figure, axes = plt.subplot_mosaic("ABC;DDD", figsize=(9, 6.4))
     (data, _, _), (sigma, _, _) = batch
@@ -209,12 +209,13 @@ def draw(batch, model, losses, goal, output):
         axes[label].imshow(image, cmap=colours, vmin=low, vmax=high)
         axes[label].set_title(title)
         axes[label].set_axis_off()
-    ways = axes["D"]
+    chi_squared = axes["D"]
     for name, values in losses.items():
-        ways.plot(np.arange(len(values)) + 1, values, label=name)
-    ways.axhline(goal, color="0.6", lw=1, zorder=0)
-    ways.set(xscale="log", yscale="log", xlabel="step", title="Chi-squared per datum")
-    ways.legend()
+        chi_squared.plot(np.arange(len(values)) + 1, values, label=name)
+    chi_squared.axhline(goal, color="0.6", lw=1, zorder=0)
+    chi_squared.set(xscale="log", yscale="log", xlabel="step")
+    chi_squared.set_title("Chi-squared per datum")
+    chi_squared.legend()
     Path(output).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(output) / "telescope.png")
 

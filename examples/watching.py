@@ -1,20 +1,20 @@
-"""A fit that is watched, and two rates in the wrong units.
+"""A fit with two rates in the wrong units, watched in TensorBoard.
 
-64 exposures of six stars: their positions in pixels, their fluxes and the sky between
+64 exposures show six stars: their positions in pixels, their fluxes and the sky between
 them in photons. Two of the rates were typed in other units, that of the fluxes in
-thousands of photons, that of the sky in thousandths. No error tells of it. The loss
-falls and settles, as that of a good fit does, but at a chi-squared of 20 per pixel.
+thousands of photons, that of the sky in thousandths. No error reports this. The loss
+falls and settles, as in a good fit, but at a chi-squared of 20 per pixel.
 
-`Board`, a callback to be copied, writes to
-[TensorBoard](https://www.tensorflow.org/tensorboard) what each chunk of steps has
-added: the loss, and for each rule the norm of its gradients and the size of its
-updates relative to its parameters; then the learning rates, and the counts of what was
-not finite. (One exposure is spoilt: `SkipStep` passes over it.)
+`Board`, a callback for you to copy, writes to
+[TensorBoard](https://www.tensorflow.org/tensorboard) the new values of each chunk of
+steps: the loss and, for each rule, the norm of its gradients and the size of its
+updates relative to its parameters; the learning rates; and the counts of non-finite
+values. (One exposure is spoilt: `SkipStep` skips it.)
 
-The relative updates show both mistakes from the first steps on: the fluxes move by
+The relative updates show both mistakes from the first steps on. The fluxes move by
 three millionths of themselves, and would take a hundred thousand steps; the sky jumps
-by as much as there is of it. `with_scale` repairs the two rates, and the fit goes on
-from where it is. `tensorboard --logdir output` shows all of it, while it runs too.
+by as much as its own value. `with_scale` corrects the two rates, and the fit continues
+from there. `tensorboard --logdir output` shows everything, also during the fit.
 """
 
 import argparse
@@ -36,11 +36,11 @@ import vernal as vn
 jax.config.update("jax_enable_x64", True)
 HERE = Path(__file__).parent
 SIZE, READ_NOISE, STEPS, CHUNK = 32, 5.0, 400, 50
-EVENT = vars(event_pb2)["Event"]  # a class that is made when it is imported
+EVENT = vars(event_pb2)["Event"]  # the module makes this class when imported
 
 
 class Board:
-    """A callback that writes to TensorBoard what the last chunk has added."""
+    """A callback that writes the new values of each chunk to TensorBoard."""
 
     def __init__(self, writer):
         self.writer, self.seen = writer, 0
@@ -48,7 +48,7 @@ class Board:
     def __call__(self, trainer, history):
         new = history.steps >= self.seen
         for name, values in {"loss": history.loss, **history.records}.items():
-            tag = name.replace("[", "/").removesuffix("]")  # a group, a chart of it
+            tag = name.replace("[", "/").removesuffix("]")  # group/chart
             for step, value in zip(history.steps[new], values[new], strict=True):
                 if np.isfinite(value):
                     self.writer.add_scalar(tag, value, step)
@@ -61,7 +61,7 @@ class Board:
 
 
 def read(folder):
-    """What TensorBoard will find in a folder: by tag, the value at each step."""
+    """Returns the values at each step that TensorBoard finds in a folder, by tag."""
     scalars = {}
     for file in folder.glob("events.*"):
         data, start = file.read_bytes(), 0
@@ -75,11 +75,11 @@ def read(folder):
 
 
 class Field(eqx.Module):
-    """Stars on a sky."""
+    """Stars on a uniform sky."""
 
     position: jax.Array  # pixels
     flux: jax.Array  # photons
-    sky: jax.Array  # photons in each pixel
+    sky: jax.Array  # photons per pixel
     width: jax.Array  # pixels
 
     def __call__(self):
@@ -95,7 +95,7 @@ class FieldFit(vn.Trainer):
 
 
 def observe(rng):
-    """The truth, and exposures of it with the noise of their pixels."""
+    """Returns the truth, and exposures of it with the noise of their pixels."""
     places = [[6, 7], [9, 24], [15, 16], [17, 19], [24, 8], [26, 25]]
     truth = Field(
         position=jnp.array(places, float),
@@ -111,7 +111,7 @@ def observe(rng):
 
 def main(output):
     folder = Path(output) / "watching"
-    shutil.rmtree(folder, ignore_errors=True)  # what an earlier run left
+    shutil.rmtree(folder, ignore_errors=True)  # files of an earlier run
     rng = np.random.default_rng(0)
     truth, exposures = observe(rng)
     start = Field(
@@ -120,7 +120,7 @@ def main(output):
         sky=jnp.array(80.0),
         width=jnp.array(1.8),
     )
-    adam = lambda rate: optax.adam(rate, b2=0.95)  # soon forgets large gradients
+    adam = lambda rate: optax.adam(rate, b2=0.95)  # forgets large gradients soon
     optimiser = vn.ParamOptimiser(
         {
             "position": adam(1e-2),
@@ -138,12 +138,12 @@ def main(output):
             "chunk": 50,
         }
         before = trainer.fit(batches, STEPS, **options)
-        repaired = optimiser.with_scale({"flux": 1e3, "sky": 1e-3})
-        trainer = before.trainer.replace(optimiser=repaired)
+        corrected = optimiser.with_scale({"flux": 1e3, "sky": 1e-3})
+        trainer = before.trainer.replace(optimiser=corrected)
         after = trainer.fit(batches, STEPS, **options)
 
     print("          relative update         learning rate")
-    print("rule       first  repaired      first  repaired")
+    print("rule       first corrected      first corrected")
     first_rates, rates = (r.trainer.learning_rates() for r in (before, after))
     suspects = []
     for rule in rates:
@@ -170,13 +170,11 @@ def main(output):
     assert skipped == after.trainer.nan_report()["loss"].total > 0
     assert scalars["learning_rate/flux"][2 * STEPS] == 100
     count = sum(map(len, scalars.values()))
-    print(
-        f"\n{count} values in {len(scalars)} charts; {skipped:.0f} steps were skipped."
-    )
+    print(f"\n{count} values in {len(scalars)} charts, {skipped:.0f} steps skipped.")
 
     scatter = 2 * history.loss / exposures[0][:8].size
     settled = [np.nanmedian(leg[-100:]) for leg in (scatter[:STEPS], scatter[STEPS:])]
-    print("Chi-squared per pixel: {:.1f}, and repaired {:.2f}.".format(*settled))
+    print("Chi-squared per pixel: {:.1f}, corrected {:.2f}.".format(*settled))
     assert settled[0] > 10
     assert abs(settled[1] - 1) < 0.05
     assert jnp.allclose(after.model.flux, truth.flux, rtol=0.01)
@@ -184,7 +182,7 @@ def main(output):
 
 
 def draw(history, scatter, images, models, output):
-    """The relative updates and the loss; what the models leave of the stars."""
+    """The relative updates and the loss; the residuals of the models."""
     plt.style.use(HERE / "style.mplstyle")
     figure = plt.figure(figsize=(9, 5.6))
     ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.4, 1))
@@ -206,9 +204,9 @@ def draw(history, scatter, images, models, output):
         panel.axvline(STEPS, color="0.4", lw=1, ls=":", zorder=1)
     ratios.annotate("with_scale", (STEPS + 8, 1e-6), color="0.4")
 
-    right.suptitle("Data less model, photons", fontweight="bold", fontsize=10)
+    right.suptitle("Data minus model, photons", fontweight="bold", fontsize=10)
     panels = right.subplots(2)
-    for panel, name, model in zip(panels, ("before", "repaired"), models, strict=True):
+    for panel, name, model in zip(panels, ("first", "corrected"), models, strict=True):
         rest = np.nanmean(images, axis=0) - model()
         panel.imshow(rest, cmap="RdBu", vmin=-1000, vmax=1000)
         panel.set_title(name, fontweight="normal")

@@ -23,7 +23,6 @@ except ModuleNotFoundError:
 from ._boundary import Params, checked
 from ._fit import FitResult
 from ._plot import (
-    MOST_TICKS,
     add_legend,
     as_history,
     choose_scale,
@@ -254,8 +253,7 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     axes.figure.colorbar(image, ax=axes, label=label)
     box = axes.get_window_extent()
     room = 0.9 * min(box.width, box.height) / axes.figure.dpi * 72 / len(matrix)
-    is_roomy = len(matrix) <= MOST_TICKS and bool(room > 4)
-    ticks = choose_ticks(projector.origin, is_roomy)
+    ticks = choose_ticks(projector.origin, room)
     font = min(plt.rcParams["font.size"], room) if len(ticks) == len(matrix) else None
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=font)
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=font)

@@ -54,7 +54,7 @@ ENTRANCES = {
 
 
 @pytest.mark.seams
-@pytest.mark.own_words
+@pytest.mark.as_compiled  # Checks of annotations have frames of their own.
 @pytest.mark.parametrize("name", ENTRANCES)
 def test_a_traceback_shows_the_users_frames_and_few_others(name):
     with pytest.raises(TypeError, match="incompatible shapes") as caught:

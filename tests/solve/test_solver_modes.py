@@ -13,6 +13,7 @@ from vernal._closure.closure import Closure
 
 T = jnp.linspace(0.1, 2.0, 12)
 TRUTH = {"rate": 0.7, "size": 1.5}
+STARTS = jnp.linspace(0.5, 1.5, 3)
 Y = TRUTH["size"] * jnp.exp(-TRUTH["rate"] * T)
 LM = optx.LevenbergMarquardt(1e-10, 1e-10)
 BFGS = optx.BFGS(1e-10, 1e-10)
@@ -62,7 +63,7 @@ class ReverseOnly(Fit):
 
 
 class Integrated(Fit):
-    """Decay by diffrax, in few and rough steps."""
+    """Decay by diffrax, in few and rough steps, to its end."""
 
     adjoint: diffrax.AbstractAdjoint
 
@@ -73,17 +74,16 @@ class Integrated(Fit):
     def curve(self, model):
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, rate: -rate * y),
-            diffrax.Heun(),
+            diffrax.Euler(),
             0.0,
             2.0,
-            0.1,
-            model["size"],
-            args=model["rate"],
-            saveat=diffrax.SaveAt(ts=T),
+            0.2,
+            model["size"] * STARTS,
+            args=model["rate"] / STARTS,
             adjoint=self.adjoint,
-            max_steps=32,
+            max_steps=16,
         )
-        return solution.ys
+        return solution.ys[0]
 
 
 def data(cls):
@@ -130,10 +130,12 @@ ADJOINTS = {
 @pytest.mark.parametrize("name", ADJOINTS)
 @pytest.mark.filterwarnings("ignore:.*cannot be differentiated")
 def test_diffrax_with_each_of_its_adjoints(name):
-    result = Integrated(start(), ADJOINTS[name]).solve(LM, Y)
+    trainer = Integrated(start(), ADJOINTS[name])
+    result = trainer.solve(LM, trainer.curve(start(**TRUTH)))
     assert result.stop_reason is vn.StopReason.CONVERGED
-    np.testing.assert_allclose(result.model["rate"], TRUTH["rate"], rtol=1e-2)
-    np.testing.assert_allclose(result.model["size"], TRUTH["size"], rtol=1e-2)
+    # The adjoint of `BacksolveAdjoint` is solved as roughly.
+    np.testing.assert_allclose(result.model["rate"], TRUTH["rate"], rtol=1e-4)
+    np.testing.assert_allclose(result.model["size"], TRUTH["size"], rtol=1e-4)
 
 
 @pytest.mark.own_words

@@ -196,7 +196,7 @@ REFUSED = {
     "a fraction": (lambda: fractions.Fraction(1, 3), TypeError, "Fraction"),
     "an array of another library": (lambda: Converted(), TypeError, "Converted"),
     "a shape": (lambda: jax.ShapeDtypeStruct((2,), "f4"), ValueError, "no values"),
-    "a deleted array": (lambda: deleted(), ValueError, "was deleted"),
+    "a deleted array": (lambda: deleted(), ValueError, "has been deleted"),
 }
 
 

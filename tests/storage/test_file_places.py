@@ -172,7 +172,7 @@ def process(code, *args):
 
 
 HALF = """
-with atomic.replacing(sys.argv[2]) as file:
+with atomic.open_to_replace(sys.argv[2]) as file:
     file.write(b"half")
     file.flush()
     print("written", flush=True)
@@ -205,7 +205,7 @@ def test_a_killed_writer_leaves_nothing_for_long(tmp_path, file):
 
 MANY = """
 for _ in range(60):
-    with atomic.replacing(sys.argv[2]) as file:
+    with atomic.open_to_replace(sys.argv[2]) as file:
         for _ in range(50):
             file.write(sys.argv[3].encode() * 997)
 """

@@ -1,4 +1,4 @@
-"""JAX's flags `jax_debug_nans` and `jax_debug_infs`, beside values that mean "none"."""
+"""JAX's flags `jax_debug_nans` and `jax_debug_infs`, where NaN is an answer."""
 
 import contextlib
 import contextvars
@@ -11,7 +11,7 @@ import jax
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# The flags as the user has them, while they are off.
+# The flags as the user set them, while they are off.
 _asked: contextvars.ContextVar[tuple[bool, bool] | None] = contextvars.ContextVar(
     "asked", default=None
 )
@@ -25,7 +25,7 @@ def undebugged(fn: Callable[P, R]) -> Callable[P, R]:
     """Switches the two flags off while a function runs.
 
     An infinite `best_loss`, or the infinite error of a parameter without data, is an
-    answer, not a fault; and it is for the NaN policy to say what a bad step leads to.
+    answer and not a fault; and the NaN policy decides what follows a bad step.
     """
 
     @ft.wraps(fn)
@@ -44,13 +44,13 @@ def undebugged(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_debugged() -> bool:
-    """Whether the user has set one of the flags, now switched off by `undebugged`."""
+    """Whether `undebugged` has switched off a flag that the user set."""
     return _asked.get() is not None
 
 
 @contextlib.contextmanager
 def debugged() -> Iterator[None]:
-    """Switches the flags back to what the user has, to run code of theirs."""
+    """Switches the flags back to what the user set, to run the user's code."""
     flags = _asked.get()
     if flags is None:
         yield

@@ -1,10 +1,12 @@
-"""Arrays that JAX would take for less than they are, or cannot take at all."""
+"""Arrays that mean more than JAX would compute with, or that it cannot use at all."""
 
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
+
+from .names import spelled_leaves
 
 _NUMBERS = jax.Array | np.ndarray | np.generic | int | float | complex
 
@@ -19,22 +21,38 @@ def refuse_foreign(leaf: Any, where: str) -> None:
 
     **Raises:**
 
-    - `TypeError`: for a masked array, a quantity with a unit, a sparse matrix, an array
-        of objects, text, dates or records.
-    - `ValueError`: for an array of JAX that has been deleted.
+    - `TypeError`: if it is a masked array, a quantity with a unit, a sparse matrix, an
+        array of another library, or an array of objects, text, dates or records.
+    - `ValueError`: if it is an array of JAX that has been deleted.
     """
     if isinstance(leaf, jax.Array):
         if is_deleted(leaf):
             raise has_been_deleted(where)
     elif isinstance(leaf, np.ndarray):
         refuse_meaning(leaf, f"{where} is", "JAX would compute with what is masked")
-        _refuse_kind(leaf, where)
-    elif not isinstance(leaf, type | np.generic | jax.ShapeDtypeStruct):
-        _refuse_other(leaf, where)
+        if leaf.dtype.kind in "OSUMm" or leaf.dtype.type is np.void:
+            raise TypeError(
+                f"{where} is an array of dtype {leaf.dtype}, which JAX cannot compute "
+                "with. Turn it into numbers, or leave it out."
+            )
+    elif isinstance(leaf, type | np.generic | jax.ShapeDtypeStruct):
+        return
+    elif hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__"):
+        raise TypeError(
+            f"{where} is a {type(leaf).__name__}, an array of another library. Turn it "
+            "into one of JAX's: `jax.numpy.asarray(numpy.asarray(x))`."
+        )
+    elif hasattr(leaf, "toarray") and hasattr(leaf, "tocsr"):
+        # NumPy takes it for an object.
+        raise TypeError(
+            f"{where} is a {type(leaf).__name__}, a sparse matrix of SciPy, which JAX "
+            "cannot compute with. Give `x.toarray()`, or "
+            "`jax.experimental.sparse.BCOO.from_scipy_sparse(x)`."
+        )
 
 
 def refuse_meaning(leaf: Any, where: str, loss: str) -> None:
-    """Refuses arrays that mean more than the numbers which would be taken of them.
+    """Refuses an array of NumPy that means more than its numbers.
 
     **Arguments:**
 
@@ -60,22 +78,24 @@ def refuse_meaning(leaf: Any, where: str, loss: str) -> None:
         )
 
 
-def require_number(leaf: Any, where: str, remedy: str) -> None:
-    """Requires an array of numbers, or a number that JAX can hold.
+def require_numbers(tree: Any, argument: str, remedy: str) -> None:
+    """Checks that each leaf is an array of numbers, or a number that JAX can hold.
 
     **Arguments:**
 
-    - `leaf`, `where`: as for `refuse_foreign`.
+    - `tree`: any pytree.
+    - `argument`: what an error calls it.
     - `remedy`: what an error says at the end.
     """
-    if not isinstance(leaf, _NUMBERS):
-        raise TypeError(
-            f"{where} is of type `{type(leaf).__name__}`, but must be an array or a "
-            f"number. {remedy}"
-        )
-    refuse_foreign(leaf, where)
-    if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
-        raise ValueError(f"{where} is {leaf}, which no integer of JAX can hold.")
+    for where, leaf in spelled_leaves(argument, tree):
+        if not isinstance(leaf, _NUMBERS):
+            raise TypeError(
+                f"{where} is of type `{type(leaf).__name__}`, but must be an array or "
+                f"a number. {remedy}"
+            )
+        refuse_foreign(leaf, where)
+        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+            raise ValueError(f"{where} is {leaf}, which no integer of JAX can hold.")
 
 
 def is_deleted(leaf: Any) -> bool:
@@ -84,36 +104,8 @@ def is_deleted(leaf: Any) -> bool:
 
 
 def has_been_deleted(where: str) -> ValueError:
-    """Says that an array is gone, and why."""
+    """Returns the error for an array whose memory is gone."""
     return ValueError(
         f"{where} is an array that has been deleted: its memory was given to another "
-        "one, by `donate_argnums` or `donate=`. Make it anew, or do not donate it."
+        "one, by `donate_argnums` or `donate=`. Make it again, or do not donate it."
     )
-
-
-def _refuse_kind(leaf: np.ndarray, where: str) -> None:
-    if leaf.dtype.kind in "OSUMm" or leaf.dtype.type is np.void:
-        raise TypeError(
-            f"{where} is an array of dtype {leaf.dtype}, which JAX cannot compute "
-            "with. Turn it into numbers, or leave it out."
-        )
-
-
-def _refuse_other(leaf: Any, where: str) -> None:
-    name = type(leaf).__name__
-    if hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__"):
-        raise TypeError(
-            f"{where} is a {name}, an array of another library. Turn it into one of "
-            "JAX's: `jax.numpy.asarray(numpy.asarray(x))`."
-        )
-    refuse_sparse(leaf, where)
-
-
-def refuse_sparse(leaf: Any, where: str) -> None:
-    """Refuses a matrix of SciPy that is sparse, which NumPy takes for an object."""
-    if hasattr(leaf, "toarray") and hasattr(leaf, "tocsr"):
-        raise TypeError(
-            f"{where} is a {type(leaf).__name__}, a sparse matrix of SciPy, which JAX "
-            "cannot compute with. Give `x.toarray()`, or "
-            "`jax.experimental.sparse.BCOO.from_scipy_sparse(x)`."
-        )

@@ -1,4 +1,4 @@
-"""Whose code is it: tracebacks and warnings that point to the user's."""
+"""Tracebacks and warnings that point to the user's code."""
 
 import functools as ft
 import inspect
@@ -12,7 +12,7 @@ import jax
 
 from .debugging import undebugged
 from .foreign import has_been_deleted, is_deleted
-from .names import spelled
+from .names import spelled_leaves
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ def _is_users(frame: FrameType) -> bool:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns, and points to the line of the user's that led here."""
+    """Warns, and points to the line of the user's code that led here."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and not _is_users(frame):
         level, frame = level + 1, frame.f_back
@@ -51,10 +51,9 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 def entrance(fn: Callable[P, R]) -> Callable[P, R]:
     """Makes the tracebacks of a function show the user's frames.
 
-    Where the error comes from the user's own code, which this function called, the
-    frames of libraries in between are left out: there are some forty. An error that is
-    raised without any code of the user's keeps its traceback, and with JAX's option
-    `jax_traceback_filtering="off"` all do.
+    If an error comes from the user's code that this function called, the frames of
+    libraries in between, some forty, are left out. Otherwise the traceback stays whole;
+    with JAX's option `jax_traceback_filtering="off"` it always does.
 
     JAX's checks of every value for NaN are off meanwhile: see `undebugged`.
     """
@@ -78,20 +77,19 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
 def _deleted(
     error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> ValueError | None:
-    """Says of an array that was given, and has been deleted, which one it is."""
+    """Returns an error that names the deleted array among the arguments, if any."""
     if not isinstance(error, RuntimeError) or "has been deleted" not in str(error):
         return None
     given = inspect.signature(fn).bind_partial(*args, **kwargs).arguments
     for name, tree in given.items():
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        for where, leaf in spelled_leaves("trainer" if name == "self" else name, tree):
             if isinstance(leaf, jax.Array) and is_deleted(leaf):
-                where = spelled("trainer" if name == "self" else name, keys)
                 return has_been_deleted(where.replace("._progress", ""))
     return None
 
 
 def _users(traceback: TracebackType | None) -> TracebackType | None:
-    """Returns the part of a traceback that is the user's, if there is any."""
+    """Returns the user's frames of a traceback, or `None`."""
     kept = []
     while traceback is not None:
         if _is_users(traceback.tb_frame):

@@ -1,10 +1,17 @@
 """Names of leaves: as dotted paths, as Python writes them, and the nearest ones."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
+from jax.tree_util import (
+    DictKey,
+    FlattenedIndexKey,
+    GetAttrKey,
+    SequenceKey,
+    keystr,
+    tree_leaves_with_path,
+)
 
 
 def segment(key: Any) -> str:
@@ -28,6 +35,12 @@ def dotted(keys: tuple[Any, ...]) -> str:
 def spelled(name: str, keys: tuple[Any, ...]) -> str:
     """Writes where a leaf is as Python does: `` `data['x'][0]` ``, in backticks."""
     return f"`{name}{keystr(keys)}`"
+
+
+def spelled_leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yields each leaf of a tree beside where it is, as `spelled` writes it."""
+    for keys, leaf in tree_leaves_with_path(tree):
+        yield spelled(name, keys), leaf
 
 
 def nearest_names(name: str, candidates: Sequence[str]) -> str:

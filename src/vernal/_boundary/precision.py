@@ -1,4 +1,4 @@
-"""What is float64, and what becomes of it while `jax_enable_x64` is off."""
+"""Arrays in 64 bits, and what becomes of them while `jax_enable_x64` is off."""
 
 import re
 from typing import Any, TypeVar
@@ -15,20 +15,22 @@ T = TypeVar("T")
 
 REMEDY = '`jax.config.update("jax_enable_x64", True)` at the start of the program'
 
-# The numbers of an array that are looked at first.
+# How many numbers of an array are looked at first.
 _SAMPLE = 256
 
 # Rounding matters where it is more than this part of the spread of the data.
 _FRACTION = 1e-3
 
+_LARGEST = np.finfo(np.float32).max
 
-def is_on() -> bool:
+
+def is_x64_on() -> bool:
     """Whether JAX computes in 64 bits, here and now."""
     return bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_wide(dtype: Any) -> bool:
-    """Whether JAX has that dtype only while `jax_enable_x64` is on."""
+    """Whether JAX has a dtype only while `jax_enable_x64` is on."""
     if not isinstance(dtype, np.dtype):
         return False  # Of a key.
     kind, size = dtype.kind, dtype.itemsize
@@ -40,22 +42,22 @@ def is_cut(leaf: Any) -> bool:
     # In this order for speed, since it is asked at every step.
     return (
         is_wide(getattr(leaf, "dtype", None))
-        and not is_on()
+        and not is_x64_on()
         and isinstance(leaf, jax.Array | np.ndarray)
         and not isinstance(leaf, Tracer)
     )
 
 
 def _is_swapped(leaf: Any) -> bool:
-    """Whether an array has another byte order than the machine: those of FITS files."""
+    """Whether an array has another byte order than the machine, as in FITS files."""
     return isinstance(leaf, np.ndarray) and not leaf.dtype.isnative
 
 
 def narrowed(leaf: Any, where: str) -> Any:
     """Returns an array in the precision and the byte order that JAX computes with.
 
-    A warning tells where its digits matter: where the spacing of float32 at the data is
-    more than a thousandth of their spread.
+    Warns if its digits matter: if the spacing of float32 at the data is more than a
+    thousandth of their spread.
 
     **Arguments:**
 
@@ -73,21 +75,19 @@ def narrowed(leaf: Any, where: str) -> Any:
 
 
 def narrowed_tree(tree: T) -> T:
-    """Does so for JAX's own arrays in a tree, without a warning."""
-    if is_on():
+    """Narrows JAX's own arrays in a tree, without a warning."""
+    if is_x64_on():
         return tree
     is_one = lambda leaf: isinstance(leaf, jax.Array) and is_cut(leaf)
     return jax.tree.map(lambda leaf: _cut(leaf) if is_one(leaf) else leaf, tree)
 
 
 def narrowed_model(model: T) -> T:
-    """Does so for a model, whose arrays a warning calls by their paths."""
+    """Narrows the arrays of a model; warnings name them by their paths."""
     if not any(is_cut(leaf) or _is_swapped(leaf) for leaf in jax.tree.leaves(model)):
         return model
-    flat, structure = jax.tree_util.tree_flatten_with_path(model)
-    return structure.unflatten(
-        [narrowed(leaf, spelled("model", keys)) for keys, leaf in flat]
-    )
+    narrow = lambda keys, leaf: narrowed(leaf, spelled("model", keys))
+    return jax.tree_util.tree_map_with_path(narrow, model)
 
 
 def _cut(leaf: Any) -> Any:
@@ -101,22 +101,27 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
         for part in (np.real(array), np.imag(array)):
             _warn_of_rounding(part, where)
         return
-    few = array.reshape(-1)[:: max(array.size // _SAMPLE, 1)]
-    if _is_fine(few) or not _loses(array):
+    if _is_fine(array.reshape(-1)[:: max(array.size // _SAMPLE, 1)]):
         return
     low, high = _range(array)
     largest = max(abs(low), abs(high))
-    is_normal = array.dtype.kind in "iu" or 1e-30 < largest < 1e38
-    otherwise = "subtract a reference first" if is_normal else "use another unit"
+    otherwise = "subtract a reference first"
+    # NaN where float32 does not reach that far.
+    step = spacing(largest, np.float32)
     if array.dtype.kind in "iu":
+        if largest <= np.iinfo(f"{array.dtype.kind}4").max:
+            return
         what = f"has numbers up to {largest}, which do not fit into 32 bits"
-    elif largest > np.finfo(np.float32).max:
-        what = f"has numbers up to {largest:.3g}, which are infinite in float32"
+    elif low == high or step <= _FRACTION * (high - low):
+        return
     else:
+        if not _is_normal(largest):
+            otherwise = "use another unit"
         what = (
-            "is rounded to float32, whose spacing there is "
-            f"{spacing(largest, np.float32):.2g}, while the data span "
-            f"{low:.10g} to {high:.10g}"
+            f"has numbers up to {largest:.3g}, which are infinite in float32"
+            if largest > _LARGEST
+            else f"is rounded to float32, whose spacing there is {step:.2g}, while the "
+            f"data span {low:.10g} to {high:.10g}"
         )
     warn_once(
         f"{where} {what}. Turn on `jax_enable_x64`, by {REMEDY}; or {otherwise}.",
@@ -127,45 +132,34 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
 
 
 def _is_fine(few: np.ndarray) -> bool:
-    """Whether a sample says, in a few microseconds, that rounding is no matter."""
+    """Whether a sample shows, in a few microseconds, that rounding does not matter."""
     if not few.size:
         return True
     low, high = float(few.min()), float(few.max())
-    if few.dtype.kind in "iu":
-        return max(-low, high) < 2**31
     largest, spread = max(-low, high), high - low
-    is_normal = 1e-30 < largest < 1e38
-    return spread == 0 or (is_normal and largest * 2.0**-23 <= _FRACTION * spread)
+    if few.dtype.kind in "iu":
+        return largest < 2**31
+    is_small = largest * 2.0**-23 <= _FRACTION * spread
+    return spread == 0 or (_is_normal(largest) and is_small)
 
 
-def _loses(array: np.ndarray) -> bool:
-    """Whether what matters is lost in 32 bits."""
-    low, high = _range(array)
-    largest = max(abs(low), abs(high))
-    if array.dtype.kind in "iu":
-        return bool(largest > np.iinfo(f"{array.dtype.kind}4").max)
-    # The spacing is NaN where float32 does not go so far.
-    is_fine = spacing(largest, np.float32) <= _FRACTION * (high - low)
-    return bool(low < high and not is_fine)
+def _is_normal(largest: Any) -> bool:
+    return 1e-30 < largest < 1e38
 
 
 def spacing(value: Any, dtype: Any) -> float:
-    """Returns the distance of two neighbours in a floating-point dtype.
-
-    NaN where it is not finite there.
-    """
+    """Returns the distance of neighbours in a floating-point dtype; NaN at infinity."""
     with np.errstate(over="ignore", invalid="ignore"):
         near = np.abs(np.asarray(value).astype(dtype))
         if near.dtype.isbuiltin == 1:
             return float(np.spacing(near))
-    # One of those that NumPy itself does not have, such as bfloat16.
+    # NumPy itself does not have the dtype, such as bfloat16.
     _, exponent = np.frexp(float(near))
     return float(jnp.finfo(near.dtype).eps) * 2.0 ** (int(exponent) - 1)
 
 
 def _range(array: np.ndarray) -> tuple[Any, Any]:
-    if not array.size:
-        return 0.0, 0.0
+    """Returns the lowest and the highest number of an array, if it is finite."""
     low, high = array.min(), array.max()
     if array.dtype.kind == "f" and not (np.isfinite(low) and np.isfinite(high)):
         finite = array[np.isfinite(array)]

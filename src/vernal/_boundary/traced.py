@@ -1,4 +1,4 @@
-"""What runs on the host, and cannot be a part of a compiled program."""
+"""Functions that run on the host, refused within a compiled program."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ UNROLL = "Within `jax.jit`, `jax.vmap` or `jax.grad`, use `vn.unroll`."
 
 
 def is_traced(*trees: Any) -> bool:
-    """Whether a tree has values that are not known before a program runs."""
+    """Whether a tree has values that are known only when a program runs."""
     # JAX warns of an iterator in a tree.
     known = [tree for tree in trees if not isinstance(tree, Iterator)]
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(known))
@@ -34,12 +34,12 @@ def refuse_traced(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
 
 
 def refuse_program(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
-    """Refuses, as `refuse_traced`, what runs programs of its own.
+    """Refuses, as `refuse_traced`, a function that runs programs.
 
-    Those are traced too where JAX traces a function, whatever they are given.
+    Within a function that JAX traces these would be traced too, whatever their inputs.
     """
     refuse_traced(name, *trees, remedy=remedy)
-    # Under such a trace each operation has a tracer for a result.
+    # Under such a trace the result of each operation is a tracer.
     if isinstance(jax.device_put(0.0), Tracer):
         raise TypeError(
             f"`{name}` runs on the host, and was called in a function that JAX traces, "

@@ -6,7 +6,7 @@ from .frames import warn
 
 
 class PrecisionWarning(UserWarning):
-    """Data lose digits that matter, since JAX computes in float32.
+    """Data lose digits that matter, because JAX computes in float32.
 
     ```python
     warnings.filterwarnings("ignore", category=vn.PrecisionWarning)
@@ -17,8 +17,8 @@ class PrecisionWarning(UserWarning):
 class ObjectiveWarning(UserWarning):
     """A trainer's class defines `residuals` beside `loss` or `nll`.
 
-    What is in one of them alone, such as a prior, is left out by the methods that use
-    another. If that is on purpose:
+    A term that only one of them has, such as a prior, is missing from what the methods
+    that use another compute. If that is on purpose:
 
     ```python
     warnings.filterwarnings("ignore", category=vn.ObjectiveWarning)
@@ -27,13 +27,13 @@ class ObjectiveWarning(UserWarning):
 
 
 # The warnings that were given, and the filters at that time. Under other filters, as in
-# the next test of a suite, they are given again.
+# the next test of a suite, each is given again.
 _said: set[object] = set()
 _filters: list[object] = [None]
 
 
 def warn_once(message: str, category: type[Warning], of: object) -> None:
-    """Warns at the user's line, once for each value of `of`.
+    """Warns at the user's line of code, once for each value of `of`.
 
     **Arguments:**
 

@@ -5,4 +5,4 @@ from .equality import Hashed as Hashed, is_atom as is_atom, value_key as value_k
 from .reads import reads as reads, scope_key as scope_key
 from .skeleton import Skeleton as Skeleton
 from .static_fields import refuse_static_arrays as refuse_static_arrays
-from .watch import Reads as Reads, Slot as Slot, content_of as content_of, kept as kept
+from .watch import Reads as Reads, Slot as Slot, kept as kept

@@ -14,26 +14,24 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
-from .._pickling import is_named, metadata
-from .equality import Hashed, Same, names_rebound, value_key
+from .._pickling import content_of, is_named, metadata
+from .equality import Hashed, Same, names_written, value_key
 from .reads import reads, scope_key
 from .skeleton import (
     Function,
     Group,
-    Hollow,
     Leaf,
     Part,
     Plan,
     Shell,
     Skeleton,
     Static,
-    all_parts,
     interned,
 )
 
 
 class _Encoder:
-    """One walk over an object. Shared cells and functions are met once."""
+    """One walk over an object, in which shared cells and functions are met once."""
 
     def __init__(self, rates: frozenset[str], within: tuple[str, ...] | None):
         self.rates = self.all_rates = rates
@@ -56,8 +54,8 @@ class _Encoder:
         if isinstance(obj, jax.Array):
             return self.leaf(obj)
         if name in self.rates and isinstance(obj, float | np.floating):
-            # Of a Python float this makes a weakly typed array, which takes the dtype
-            # of what it multiplies. Integers may be counts, and stay.
+            # A Python float becomes a weakly typed array, which takes the dtype of what
+            # it multiplies. Integers may be counts, and stay.
             return self.leaf(jnp.asarray(obj))
         if isinstance(obj, str | int | float | type | types.ModuleType | None):
             return Static(value_key(obj), obj)
@@ -87,20 +85,20 @@ class _Encoder:
         if kind is list and obj:
             return Group(kind, self.parts(obj), list)
         if kind is list:
-            # An empty list configures nothing: it is there to be appended to, and
-            # whoever waits for what is appended holds this very one.
+            # An empty list configures nothing: it is there to be appended to by those
+            # who hold this very list.
             return Static(Same(obj), obj)
         if kind is set:
-            make = functools.partial(_as_set, frozenset(obj))
-            return Group((kind, value_key(obj)), (), make)
+            items = frozenset(obj)
+            return Group((kind, value_key(obj)), (), lambda parts: {*items})
         if kind is dict:
             return self.dictionary(obj, name)
         if kind is types.MethodType:
             parts = self.parts((obj.__func__, obj.__self__))
-            return Group(kind, parts, _as_method)
+            return Group(kind, parts, lambda parts: types.MethodType(*parts))
         if kind in (functools.partial, jtu.Partial):
-            parts = self.parts((obj.func, obj.args, obj.keywords))
-            return Group(kind, parts, functools.partial(_as_partial, kind))
+            make = lambda parts: kind(parts[0], *parts[1], **parts[2])
+            return Group(kind, self.parts((obj.func, obj.args, obj.keywords)), make)
         return self.node(obj)
 
     def dictionary(self, obj: dict[Any, Any], name: str | None) -> Part:
@@ -110,19 +108,16 @@ class _Encoder:
             # A dictionary of rates: each is one, whatever its own name.
             names = (name for _ in keys)
         parts = tuple(map(self.walk, obj.values(), names))
-        return Group(
-            (dict, tuple(map(value_key, keys))),
-            parts,
-            functools.partial(_as_dict, keys),
-        )
+        make = lambda parts: dict(zip(keys, parts, strict=True))
+        return Group((dict, tuple(map(value_key, keys))), parts, make)
 
     def node(self, obj: Any) -> Part:
         if isinstance(obj, Leaf):
-            # The mark of one, in what was pickled.
+            # It marks an array in what was pickled.
             return obj
         children, treedef = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
         if jtu.treedef_is_leaf(treedef):
-            # What is equal to another object may hold something else.
+            # Equal objects may read different values.
             return Static((value_key(obj), reads(obj).key), obj)
         node = treedef.node_data()
         try:
@@ -131,7 +126,7 @@ class _Encoder:
             hash(key)
         except TypeError:
             return Static(Same(obj), obj)
-        return Group(key, self.parts(children), Hollow(treedef))
+        return Group(key, self.parts(children), treedef.unflatten)
 
     def function(self, fn: types.FunctionType) -> Part:
         key = (
@@ -151,16 +146,14 @@ class _Encoder:
         index = self.function_index[id(fn)] = len(self.shells)
         self.shells.append(None)
         self.alive.append(fn)
-        rebound = names_rebound(fn.__code__)
         met = len(self.leaves)
         outer_rates, package = self.rates, fn.__globals__.get("__name__", "")
         is_within = self.within is None or package.split(".")[0] in self.within
         self.rates = self.all_rates if is_within else frozenset()
+        written, names = names_written(fn.__code__), fn.__code__.co_freevars
         cells = tuple(
-            self.cell(cell, name, name in rebound)
-            for name, cell in zip(
-                fn.__code__.co_freevars, fn.__closure__ or (), strict=True
-            )
+            self.cell(cell, name, name in written)
+            for name, cell in zip(names, fn.__closure__ or (), strict=True)
         )
         self.shells[index] = Shell(
             key,
@@ -176,39 +169,21 @@ class _Encoder:
         self.rates = outer_rates
         return Function(index)
 
-    def cell(self, cell: types.CellType, name: str, rebound: bool) -> int:
-        index = self.cell_index.get(id(cell))
-        met = index is not None
-        if index is None:
-            index = self.cell_index[id(cell)] = len(self.cells)
+    def cell(self, cell: types.CellType, name: str, is_written: bool) -> int:
+        is_new = id(cell) not in self.cell_index
+        index = self.cell_index.setdefault(id(cell), len(self.cells))
+        if is_new:
             self.cells.append(None)
-        if rebound and not self.rates:
-            # The function writes to it (`nonlocal`): state, not configuration. Where
-            # there are rates it is Optax's, which does so to change a number's type.
+        if is_written and not self.rates:
+            # State, not configuration. Where there are rates the function is Optax's,
+            # which writes to a variable to change the type of a number.
             self.cells[index] = Static(Same(cell), cell)
-        elif not met:
-            try:
-                part = self.walk(cell.cell_contents, name)
-            except ValueError:
-                return index
-            self.cells[index] = self.cells[index] or part
+        elif is_new:
+            for content in content_of(cell):
+                part = self.walk(content, name)
+                # A function within may have written to it.
+                self.cells[index] = self.cells[index] or part
         return index
-
-
-def _as_set(items: frozenset[Any], parts: list[Any]) -> set[Any]:
-    return {*items}
-
-
-def _as_dict(keys: tuple[Any, ...], parts: list[Any]) -> dict[Any, Any]:
-    return dict(zip(keys, parts, strict=True))
-
-
-def _as_method(parts: list[Any]) -> types.MethodType:
-    return types.MethodType(*parts)
-
-
-def _as_partial(kind: Any, parts: list[Any]) -> Any:
-    return kind(parts[0], *parts[1], **parts[2])
 
 
 class Closure(eqx.Module):
@@ -218,7 +193,7 @@ class Closure(eqx.Module):
     that one compiled program serves both, whatever is in their leaves.
     """
 
-    # A tuple of arrays; within the structure of a tree, what stands for it.
+    # A tuple of arrays, or what JAX puts in its place in the structure of a tree.
     leaves: Any
     skeleton: Skeleton = eqx.field(static=True)
 
@@ -234,17 +209,17 @@ class Closure(eqx.Module):
         **Arguments:**
 
         - `obj`: functions, bound methods, partials, containers, pytrees and any mix
-            of them. What is none of these is kept as it is: compared by type and
-            value if it can be hashed, by identity if it cannot.
+            of them. Any other object is kept as it is: compared by type and value if
+            it can be hashed, by identity if it cannot.
         - `rates`: names. A float in a variable or under a dictionary key of such a
-            name becomes a leaf as well, and so does each in a dictionary of that name.
-            For transformations: what they rebind by `nonlocal` is taken by value.
-        - `within`: packages. Where given, `rates` holds in their functions alone: what
-            others do with a rate, nobody knows; they may look at it in Python.
+            name becomes a leaf too, and so does each float in a dictionary of that
+            name. Variables that functions write to by `nonlocal` are taken by value.
+        - `within`: packages. If given, `rates` holds in their functions alone: others
+            may look at a rate in Python.
 
         **Returns:**
 
-        The closure, which `decode` turns back.
+        The closure, from which `decode` builds the object again.
         """
         encoder = _Encoder(rates, within)
         skeleton = _skeleton(encoder, obj)
@@ -253,10 +228,7 @@ class Closure(eqx.Module):
     def decode(self) -> Any:
         """Builds the object again, around the leaves as they are now.
 
-        **Returns:**
-
-        An object that behaves as the encoded one. Cells that functions shared are
-        shared again.
+        Functions that shared a variable share it again.
         """
         return self.skeleton.plan.build(self.leaves)
 
@@ -277,18 +249,16 @@ def _skeleton(encoder: _Encoder, obj: Any) -> Skeleton:
     key = Hashed(plan)
     skeleton = interned.get(key)
     if skeleton is None:
-        recipe = _encoded_anew, (plan, encoder.all_rates, encoder.within)
+        recipe = _encoded_again, encoder.all_rates, encoder.within
         skeleton = interned[key] = Skeleton(plan, hash(key), recipe)
     return skeleton
 
 
-def _encoded_anew(
-    plan: Plan, rates: frozenset[str], within: tuple[str, ...] | None
+def _encoded_again(
+    obj: Any, rates: frozenset[str], within: tuple[str, ...] | None
 ) -> Skeleton:
-    """Builds the object of a pickle, with marks for the leaves, and encodes it here."""
-    marks = {part.index: part for part in all_parts(plan) if isinstance(part, Leaf)}
     encoder = _Encoder(rates, within)
-    skeleton = _skeleton(encoder, plan.build(marks))
+    skeleton = _skeleton(encoder, obj)
     if encoder.leaves:
         raise pickle.UnpicklingError(
             f"What was pickled with {skeleton!r} has an array here that it had not "

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-# Comparing values. Python's `==` is too generous for what decides a compilation:
-# `1 == 1.0 == True`, `-0.0 == 0.0`, and `nan` differs from itself.
+# Python's `==` is too generous for what decides a compilation: `1 == 1.0 == True`,
+# `-0.0 == 0.0`, and `nan` differs from itself.
 
 
 class Same:
-    """Equal to itself alone. Holds its object, so that no other can take its id."""
+    """Compares by identity. Holds its object, so that no other takes its id."""
 
     __slots__ = ("obj",)
 
@@ -29,7 +29,7 @@ class Same:
 
 
 class Hashed:
-    """A value whose hash is computed once: what it is made of may be much."""
+    """A value whose hash is computed once, since it may be large."""
 
     __slots__ = ("_hash", "value")
 
@@ -53,12 +53,12 @@ _ATOMS = frozenset(
 
 
 def is_atom(obj: Any) -> bool:
-    """Whether an object is a value and no more: it holds nothing, and never changes."""
+    """Whether an object is a plain value: it holds no other and never changes."""
     return type(obj) in _ATOMS or isinstance(obj, np.generic | np.dtype)
 
 
 def value_key(obj: Any) -> Hashable:
-    """A key equal for two objects only if they can stand in for one another."""
+    """Returns a key: equal for two objects only if either can replace the other."""
     match obj:
         case np.ndarray() if type(obj) is np.ndarray and not obj.dtype.hasobject:
             digest = hashlib.blake2b(obj.tobytes()).digest()
@@ -81,14 +81,14 @@ def value_key(obj: Any) -> Hashable:
 
 
 @functools.lru_cache(maxsize=4096)
-def names_rebound(code: types.CodeType) -> frozenset[str]:
+def names_written(code: types.CodeType) -> frozenset[str]:
     """The free variables that a code object writes to."""
-    rebound = {
+    written = {
         instruction.argval
         for instruction in dis.get_instructions(code)
         if instruction.opname in ("STORE_DEREF", "DELETE_DEREF")
     }
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            rebound |= names_rebound(constant)
-    return frozenset(rebound & set(code.co_freevars))
+            written |= names_written(constant)
+    return frozenset(written & set(code.co_freevars))

@@ -12,7 +12,13 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from .._pickling import is_library, is_library_file, is_library_module, module_of
+from .._pickling import (
+    content_of,
+    is_library,
+    is_library_file,
+    is_library_module,
+    module_of,
+)
 from .equality import Hashed, is_atom, value_key
 from .skeleton import Group, Skeleton, Static, all_parts
 from .watch import (
@@ -22,7 +28,6 @@ from .watch import (
     Only,
     Reads,
     Watch,
-    content_of,
     kept,
     keys_and_values,
     look_at_array,

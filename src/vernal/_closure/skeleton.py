@@ -4,21 +4,19 @@ import dataclasses
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._pickling import bare, by_code, metadata, packed
+from .._pickling import bare, content_of, packed
 from .equality import Hashed
 
-# The parts of a skeleton. Each knows how to build its object again. In a pickle they
-# are without their keys, which are found anew in the process that loads it.
 
-
-@runtime_checkable
 class Part(Protocol):
+    """A part of a skeleton, which can build its object again."""
+
     def build(self, site: "Site") -> Any: ...
 
 
@@ -49,19 +47,6 @@ class Static:
     def build(self, site: Site) -> Any:
         return self.value
 
-    def __reduce__(self) -> Any:
-        value = self.value
-        if isinstance(value, types.CellType):
-            try:
-                return _static_cell, (packed(value.cell_contents),)
-            except ValueError:
-                return _static_cell, ()
-        return Static, (None, packed(value))
-
-
-def _static_cell(*contents: Any) -> Static:
-    return Static(None, types.CellType(*contents))
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Function:
@@ -81,27 +66,6 @@ class Group:
 
     def build(self, site: Site) -> Any:
         return self.make([part.build(site) for part in self.parts])
-
-    def __reduce__(self) -> Any:
-        return Group, (None, self.parts, self.make)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Hollow:
-    """Makes a node of its children. In a pickle it is such a node, without children."""
-
-    structure: Any
-
-    def __call__(self, children: list[Any]) -> Any:
-        return self.structure.unflatten(children)
-
-    def __reduce__(self) -> Any:
-        node = self.structure.unflatten([...] * self.structure.num_leaves)
-        return _hollow, (packed(node),)
-
-
-def _hollow(node: Any) -> Hollow:
-    return Hollow(jtu.tree_structure(node, is_leaf=lambda x: x is not node))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,88 +96,31 @@ class Shell:
         fn.__kwdefaults__ = self.kwdefaults.build(site)
         fn.__dict__.update(self.attributes.build(site))
 
-    def __reduce__(self) -> Any:
-        if self.original is not None:
-            return _original_shell, (self.original,)
-        empty = by_code(self.code, self.scope, self.metadata)
-        contents = self.cells, self.defaults, self.kwdefaults, self.attributes
-        return _shell, (empty, *contents)
-
-
-def _shell(
-    fn: types.FunctionType,
-    cells: tuple[int, ...],
-    defaults: Part,
-    kwdefaults: Part,
-    attributes: Part,
-) -> Shell:
-    contents = cells, defaults, kwdefaults, attributes
-    return Shell(None, *contents, fn.__code__, fn.__globals__, metadata(fn), None)
-
-
-def _original_shell(fn: types.FunctionType) -> Shell:
-    nothing = Static(None, None)
-    shell = _shell(fn, (), nothing, nothing, nothing)
-    return dataclasses.replace(shell, original=fn)
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
+    """How to build an object: functions and cells are made first, and then filled."""
+
     root: Part
     shells: tuple[Shell, ...]
     cells: tuple[Part | None, ...]
 
     def build(self, leaves: Leaves) -> Any:
-        """Builds the object, around some leaves."""
-        cells = [
-            part.value
-            if isinstance(part, Static) and isinstance(part.value, types.CellType)
-            else types.CellType()
-            for part in self.cells
-        ]
+        cells = [_kept_cell(part) or types.CellType() for part in self.cells]
         functions = [shell.open(cells) for shell in self.shells]
         site = Site(leaves, functions)
         for shell, fn in zip(self.shells, functions, strict=True):
             shell.fill(fn, site)
         for cell, part in zip(cells, self.cells, strict=True):
-            if part is not None and not (
-                isinstance(part, Static) and part.value is cell
-            ):
+            if part is not None and _kept_cell(part) is None:
                 cell.cell_contents = part.build(site)
         return self.root.build(site)
 
-    def __reduce__(self) -> Any:
-        """Leaves out the contents of functions that are pickled by name."""
-        shells: dict[int, Shell] = {}
-        cells: dict[int, Part | None] = {}
-        todo: list[Part | None] = [self.root]
-        while todo:
-            part = todo.pop()
-            if isinstance(part, Group):
-                todo += part.parts
-            elif isinstance(part, Function) and part.index not in shells:
-                shell = shells[part.index] = self.shells[part.index]
-                if shell.original is None:
-                    todo += shell.defaults, shell.kwdefaults, shell.attributes
-                    new = {i: self.cells[i] for i in shell.cells if i not in cells}
-                    cells |= new
-                    todo += new.values()
-        return _plan, (self.root, shells, cells, len(self.shells), len(self.cells))
 
-
-def _plan(
-    root: Part,
-    shells: dict[int, Shell],
-    cells: dict[int, Part | None],
-    shell_count: int,
-    cell_count: int,
-) -> Plan:
-    nothing = _original_shell(_plan)
-    return Plan(
-        root,
-        tuple(shells.get(i, nothing) for i in range(shell_count)),
-        tuple(cells.get(i) for i in range(cell_count)),
-    )
+def _kept_cell(part: Part | None) -> types.CellType | None:
+    """Returns the cell itself, where functions write to it."""
+    value = part.value if isinstance(part, Static) else None
+    return value if isinstance(value, types.CellType) else None
 
 
 class Skeleton:
@@ -224,26 +131,29 @@ class Skeleton:
     def __init__(self, plan: Plan, hashed: int, recipe: tuple[Any, ...]):
         """**Arguments:**
 
-        - `plan`: what it is of.
-        - `hashed`: the hash of that.
-        - `recipe`: a function and its arguments, by which another process makes it.
+        - `plan`: how to build the object.
+        - `hashed`: the hash of the plan.
+        - `recipe`: a function that encodes an object, and its further arguments.
         """
         self.plan: Plan = plan
-        self._hash = hashed
-        self._recipe = recipe
+        self._hash, self._recipe = hashed, recipe
 
     def __reduce__(self) -> Any:
-        return self._recipe
+        # The object, with marks for its leaves, which is encoded again.
+        parts = all_parts(self.plan)
+        marks = {part.index: part for part in parts if isinstance(part, Leaf)}
+        encode, *options = self._recipe
+        return encode, (packed(self.plan.build(marks)), *options)
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Skeleton) or self._hash != other._hash:
-            return False
-        return self.plan == other.plan
+        return self is other or (
+            isinstance(other, Skeleton)
+            and self._hash == other._hash
+            and self.plan == other.plan
+        )
 
     def __copy__(self) -> "Skeleton":
         return self
@@ -253,7 +163,7 @@ class Skeleton:
 
     @property
     def function_names(self) -> frozenset[str]:
-        """The qualified names of the functions with something in them."""
+        """The qualified names of the functions that have captured anything."""
         return frozenset(s.metadata["__qualname__"] for s in self.plan.shells)
 
     def words(self) -> frozenset[str]:
@@ -274,12 +184,7 @@ class Skeleton:
         return frozenset(found)
 
     def is_made_of(self, modules: tuple[str, ...]) -> bool:
-        """Whether there is nothing here but numbers and functions of some modules.
-
-        **Arguments:**
-
-        - `modules`: their names; one that ends with a dot stands for a package.
-        """
+        """Whether it holds only numbers and functions of some modules and packages."""
         # Not `__module__`, which `functools.wraps` copies.
         scopes = (shell.scope["__name__"] for shell in self.plan.shells)
         return all(_is_from(name, modules) for name in scopes) and all(
@@ -291,10 +196,11 @@ class Skeleton:
 
 
 def all_parts(plan: Plan) -> Iterator[Part]:
+    """Yields all parts, those within others too."""
     todo = [plan.root, *(part for part in plan.cells if part is not None)]
     for shell in plan.shells:
         todo.append(shell.defaults)
-        # Dictionaries, but by the names of arguments and attributes.
+        # Dictionaries, whose keys are the names of arguments and attributes.
         for part in (shell.kwdefaults, shell.attributes):
             todo += part.parts if isinstance(part, Group) else [part]
     while todo:
@@ -305,9 +211,7 @@ def all_parts(plan: Plan) -> Iterator[Part]:
 
 
 def _is_from(name: str, modules: tuple[str, ...]) -> bool:
-    return name in modules or any(
-        f"{name}.".startswith(module) for module in modules if module.endswith(".")
-    )
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def _is_plain(part: Part, modules: tuple[str, ...]) -> bool:
@@ -322,16 +226,13 @@ def _is_plain(part: Part, modules: tuple[str, ...]) -> bool:
         return part.key == (dict, ())
     value = part.value if isinstance(part, Static) else part
     if isinstance(value, types.CellType):
-        try:
-            value = value.cell_contents
-        except ValueError:
-            return True
+        return all(_is_plain(Static(None, held), modules) for held in content_of(value))
     if type(value) is _JITTED:
         value = getattr(value, "__wrapped__", None)
     if isinstance(value, types.FunctionType):
         return _is_from(value.__globals__["__name__"], modules)
     if isinstance(value, type):
-        return _is_from(value.__module__, (*modules, "builtins", "numpy.", "ml_dtypes"))
+        return _is_from(value.__module__, (*modules, "builtins", "numpy", "ml_dtypes"))
     numbers = bool | int | float | complex | np.generic | np.ndarray | jax.Array
     return value is None or isinstance(value, numbers | str | np.dtype)
 

@@ -200,10 +200,3 @@ def keys_and_values(held: Any) -> tuple[Any, ...]:
 
 def made_of(fn: types.FunctionType) -> tuple[Any, ...]:
     return fn.__code__, fn.__defaults__, fn.__kwdefaults__
-
-
-def content_of(cell: types.CellType) -> tuple[Any, ...]:
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact
+from jaxtyping import Array, Float, Inexact
 
 from .._boundary import checked
 from .linalg import (
@@ -92,23 +92,20 @@ def decompose(
     return values, vectors
 
 
-def null_tolerance(size: int, dtype: np.dtype) -> float:
-    """Returns the relative size of an eigenvalue that rounding alone may produce."""
-    return max(10.0, size**0.5) * float(jnp.finfo(dtype).eps)
-
-
 @eqx.filter_jit
 def _project(
     matrix: Float[Array, "D D"], is_fisher: bool
-) -> tuple[Float[Array, "D D"], Float[Array, " D"], Bool[Array, " D"]]:
+) -> tuple[Float[Array, "D D"], Float[Array, " D"], Float[Array, ""]]:
+    """Returns the projection, the eigenvalues, and how large rounding makes a zero."""
     scale = jnp.sqrt(jnp.diag(matrix))
     values, vectors = equilibrated_eigh(matrix, scale)
-    null = values <= null_tolerance(values.size, values.dtype) * values[0]
+    eps = float(jnp.finfo(values.dtype).eps)
+    tolerance = max(10.0, values.size**0.5) * eps * values[0]
     # Errors name the direction of a null column, so none may be infinite.
-    roots = jnp.sqrt(jnp.where(null, 1, values))
+    roots = jnp.sqrt(jnp.where(values <= tolerance, 1, values))
     if is_fisher:
-        return vectors / roots[None, :] / scale[:, None], values, null
-    return vectors * roots[None, :] * scale[:, None], values, null
+        return vectors / roots[None, :] / scale[:, None], values, tolerance
+    return vectors * roots[None, :] * scale[:, None], values, tolerance
 
 
 @checked
@@ -162,17 +159,20 @@ def eigen_projection(fmat: Matrix | None = None, cov: Matrix | None = None) -> A
             )
     matrix = refuse_non_finite(as_real_square(given, name), name)
     diagonal = jnp.diag(matrix)
+
+    def first() -> str:
+        index = int(np.argmax(diagonal <= 0))
+        return f"It is element [{index}, {index}]: {diagonal[index]}."
+
     matrix = refuse(
         matrix,
         diagonal <= 0,
         f"`{name}` has an element on its diagonal that is not positive, so that the "
         "parameter has no scale. Leave the parameter out, or use `EigenProjector`, "
         "which finds such directions.",
-        lambda: f"It is {_where(diagonal <= 0, diagonal)}.",
+        first,
     )
-    projection, values, null = _project(matrix, fmat is not None)
-    tolerance = null_tolerance(values.size, values.dtype) * values[0]
-    negative = values < -tolerance
+    projection, values, tolerance = _project(matrix, fmat is not None)
 
     def direction() -> str:
         last = values.size - 1
@@ -192,21 +192,16 @@ def eigen_projection(fmat: Matrix | None = None, cov: Matrix | None = None) -> A
     )
     projection = refuse(
         projection,
-        negative,
+        values < -tolerance,
         f"`{name}` is indefinite: scaled to a unit diagonal it has a negative "
         f"eigenvalue. Such a point {remedy}.",
         direction,
     )
     return refuse(
         projection,
-        null,
+        values <= tolerance,
         f"`{name}` is singular: scaled to a unit diagonal it has an eigenvalue that "
         "is zero to working precision. Use `EigenProjector`, which can drop such "
         "directions or give them a prior.",
         direction,
     )
-
-
-def _where(bad: Bool[Array, " D"], values: Float[Array, " D"]) -> str:
-    index = int(np.flatnonzero(bad)[0])
-    return f"element [{index}, {index}]: {values[index]}"

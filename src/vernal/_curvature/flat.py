@@ -14,6 +14,7 @@ from .._boundary import Params, whole_number
 from .._tree import ravel, unravel
 from .linalg import matmul
 from .modes import (
+    Flat,
     Subject,
     choose_mode,
     columns,
@@ -23,6 +24,9 @@ from .modes import (
     traced,
 )
 from .singular import Spectrum, of_jacobian, of_products
+
+TreeFn = Callable[[Params], Any]
+"""A function of a tree of parameters."""
 
 
 def checked_batch_size(batch_size: int | None) -> int | None:
@@ -42,7 +46,9 @@ def _real(value: Any, name: str) -> Array:
     return value
 
 
-def flat_fn(fn: Callable[[Params], Any], params: Params) -> Callable[[Array], Array]:
+def flat_fn(fn: TreeFn, params: Params) -> tuple[Flat, Array]:
+    """Returns a scalar function of a flat vector, traced, and the vector."""
+
     def of_flat(flat: Array) -> Array:
         value = _real(fn(unravel(flat, params)), "fn")
         if value.shape != ():
@@ -52,12 +58,13 @@ def flat_fn(fn: Callable[[Params], Any], params: Params) -> Callable[[Array], Ar
             )
         return value
 
-    return of_flat
+    flat = ravel(params)
+    return traced(of_flat, flat), flat
 
 
-def flat_residuals(
-    residuals: Callable[[Params], Any], params: Params
-) -> Callable[[Array], Array]:
+def flat_residuals(residuals: TreeFn, params: Params) -> tuple[Flat, Array]:
+    """Returns residuals as a function of a flat vector, traced, and the vector."""
+
     def of_flat(flat: Array) -> Array:
         value = _real(residuals(unravel(flat, params)), "residuals")
         if value.ndim == 0:
@@ -67,57 +74,42 @@ def flat_residuals(
             )
         return value.ravel()
 
-    return of_flat
+    flat = ravel(params)
+    return traced(of_flat, flat), flat
 
 
 def jacobian_of(
-    residuals: Callable[[Params], Any],
-    params: Params,
-    batch_size: int | None,
-    subject: Subject,
+    residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "N D"]:
     """Computes the result of `jacobian`."""
-    flat = ravel(params)
-    fn = traced(flat_residuals(residuals, params), flat)
+    fn, flat = flat_residuals(residuals, params)
     return jacobian_matrix(fn, flat, choose_mode(fn, flat, subject), batch_size)
 
 
 def spectrum_of(
-    residuals: Callable[[Params], Any],
-    params: Params,
-    batch_size: int | None,
-    subject: Subject,
+    residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Spectrum:
     """Decomposes the Gauss-Newton matrix by the singular values of the Jacobian."""
-    flat = ravel(params)
-    fn = traced(flat_residuals(residuals, params), flat)
+    fn, flat = flat_residuals(residuals, params)
     if batch_size is not None:
         return of_products(fn, flat, batch_size, subject)
     return of_jacobian(jacobian_matrix(fn, flat, choose_mode(fn, flat, subject)))
 
 
 def hessian_matrix(
-    fn: Callable[[Params], Any],
-    params: Params,
-    batch_size: int | None,
-    subject: Subject,
+    fn: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "D D"]:
     """Computes the result of `hessian`."""
-    flat = ravel(params)
-    product = hessian_product(traced(flat_fn(fn, params), flat), flat, subject)
-    matrix = columns(product, flat, batch_size)
+    of_flat, flat = flat_fn(fn, params)
+    matrix = columns(hessian_product(of_flat, flat, subject), flat, batch_size)
     return (matrix + matrix.T) / 2
 
 
 def gauss_newton_matrix(
-    residuals: Callable[[Params], Any],
-    params: Params,
-    batch_size: int | None,
-    subject: Subject,
+    residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "D D"]:
     """Computes the result of `gauss_newton`."""
-    flat = ravel(params)
-    fn = traced(flat_residuals(residuals, params), flat)
+    fn, flat = flat_residuals(residuals, params)
     products = None
     if batch_size is not None and subject.jac is None:
         products = gauss_newton_products(fn, flat)

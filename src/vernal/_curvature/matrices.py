@@ -8,7 +8,13 @@ from jaxtyping import Array, Float
 from .._boundary import Params, checked, takes
 from .._program import program
 from .._tree import as_parameters
-from .flat import checked_batch_size, gauss_newton_matrix, hessian_matrix, jacobian_of
+from .flat import (
+    TreeFn,
+    checked_batch_size,
+    gauss_newton_matrix,
+    hessian_matrix,
+    jacobian_of,
+)
 from .modes import Mode, Subject, checked_mode
 
 _hessian = program(hessian_matrix)
@@ -142,7 +148,7 @@ def jacobian(
 
 def _compute(
     of: Callable[..., Array],
-    function: Callable[[Params], Any],
+    function: TreeFn,
     name: str,
     params: Params,
     batch_size: int | None,

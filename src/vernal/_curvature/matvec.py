@@ -10,8 +10,8 @@ from jaxtyping import Array
 from .._boundary import Params, checked, takes
 from .._program import program
 from .._tree import as_parameters, ravel, ravel_dtype, require_alike, unravel
-from .flat import flat_fn, flat_residuals
-from .modes import Subject, gauss_newton_products, hessian_product, traced
+from .flat import TreeFn, flat_fn, flat_residuals
+from .modes import Subject, gauss_newton_products, hessian_product
 
 Product = Callable[[Array], Array]
 """A linear map of flat vectors."""
@@ -24,7 +24,7 @@ class MatrixFree(eqx.Module):
     and each set of shapes.
     """
 
-    function: Callable[[Params], Any]
+    function: TreeFn
     params: Params
     is_gauss_newton: bool = eqx.field(static=True)
 
@@ -36,12 +36,11 @@ class MatrixFree(eqx.Module):
 
     def flat(self) -> Product:
         """Returns the product with flat vectors; all else is computed first."""
-        flat = ravel(self.params)
         if not self.is_gauss_newton:
-            fn = traced(flat_fn(self.function, self.params), flat)
-            return hessian_product(fn, flat, Subject("`fn`"))
-        fn = traced(flat_residuals(self.function, self.params), flat)
-        products = gauss_newton_products(fn, flat)
+            return hessian_product(
+                *flat_fn(self.function, self.params), Subject("`fn`")
+            )
+        products = gauss_newton_products(*flat_residuals(self.function, self.params))
         if products is None:
             raise TypeError(
                 "`residuals` can be differentiated in one mode alone, and "
@@ -52,7 +51,7 @@ class MatrixFree(eqx.Module):
         return lambda vector: pull(push(vector))
 
 
-def _as_pytree(function: Callable[[Params], Any]) -> Callable[[Params], Any]:
+def _as_pytree(function: TreeFn) -> TreeFn:
     """Makes a pytree of a plain function, which `jax.jit` refuses as a leaf."""
     return Partial(function) if all_leaves([function]) else function
 
@@ -109,16 +108,8 @@ def gauss_newton_matvec(
 
     - `residuals`, `params`: as for [`vernal.gauss_newton`][].
 
-    **Returns:**
-
-    A function from a tree like `params` to another. It is a pytree, and can be an
-    argument of a function under `jax.jit`.
-
-    **Raises:**
-
-    - `TypeError`: if a parameter is complex or not an array of floats.
-    - `ValueError`: when the product is called, if `residuals` returns a scalar or the
-        tree is not like `params`.
+    **Returns:** and **Raises:** as [`vernal.hessian_matvec`][]; a `ValueError` if
+    `residuals` returns a scalar.
     """
     takes(residuals, 1, "residuals", "residuals(params)")
     return MatrixFree(_as_pytree(residuals), as_parameters(params), True)

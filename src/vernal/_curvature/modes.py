@@ -153,9 +153,6 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200].rstrip(".")
 
 
-# Derivatives in a given mode.
-
-
 def columns(
     product: Callable[[Array], Any], like: Array, batch_size: int | None = None
 ) -> Any:

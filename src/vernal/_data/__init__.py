@@ -1,12 +1,15 @@
-"""Batches, and where they come from."""
+"""Batches: what a user gives, as arrays of JAX, and the sources of a fit.
 
+`batch` turns one batch into arrays, or refuses a leaf that would lose its meaning;
+`sources` has the minibatches and the streams that a fit takes its batches from.
+"""
+
+from .batch import as_batch as as_batch, as_given as as_given
 from .sources import (
     Minibatches as Minibatches,
     Source as Source,
     Stream as Stream,
     StreamExhaustedError as StreamExhaustedError,
     Whole as Whole,
-    as_batch as as_batch,
-    as_given as as_given,
     as_source as as_source,
 )

@@ -1,4 +1,4 @@
-"""Where a fit's batches come from: one batch, minibatches, or a user's own loader."""
+"""Sources of the batches of a fit: one batch, minibatches, or a user's loader."""
 
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
@@ -10,16 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from .._boundary import PyTree, prng_key, spelled, takes, whole_number
+from .._boundary import PyTree, prng_key, spelled_leaves, takes, whole_number
 from .._pickling import Portable
-from .datum import Flag, as_datum
+from .batch import ManyBatches, as_batch
 
 Batch = TypeVar("Batch")
-
-
-def as_given(batch: Any) -> Any:
-    """Returns a batch as the methods of a trainer are to see it."""
-    return jax.tree.map(lambda x: x.value if isinstance(x, Flag) else x, batch)
 
 
 @final
@@ -29,7 +24,7 @@ class Whole(eqx.Module, Generic[Batch]):
     batch: Batch
 
     def start(self, step: Int[Array, ""]) -> None:
-        """Has no place to remember."""
+        """Returns nothing: there is no place to remember."""
 
     def next(self, cursor: None, step: Int[Array, ""]) -> tuple[Batch, None]:
         """Returns the batch."""
@@ -42,13 +37,13 @@ class _Epoch(NamedTuple):
 
 
 @final
-class Minibatches(Portable, eqx.Module):
-    """Batches of `size` examples, shuffled on the device anew for each epoch.
+class Minibatches(ManyBatches, Portable, eqx.Module):
+    """Batches of `size` examples, shuffled again on the device for each epoch.
 
-    The examples that are left over at the end of an epoch, fewer than `size`, are
-    dropped; the next shuffle gives each of them its chance. Which examples a batch
-    holds depends on `key` and on the trainer's step count alone, so that a fit in two
-    parts sees the same batches as a fit in one.
+    At the end of an epoch fewer than `size` examples may be left over; they are
+    dropped, and the next epoch shuffles all examples again. Which examples a batch
+    holds depends only on `key` and on the trainer's step count, so a fit in two parts
+    sees the same batches as a fit in one.
 
     ```python
     data = vn.Minibatches((images, labels), 32, key=jax.random.key(0))
@@ -76,8 +71,8 @@ class Minibatches(Portable, eqx.Module):
         self.size = whole_number(size, "size", least=1)
         self.key = prng_key(key)
         lengths = {}
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(self.arrays)[0]:
-            where, is_array = spelled("arrays", keys), isinstance(leaf, jax.Array)
+        for where, leaf in spelled_leaves("arrays", self.arrays):
+            is_array = isinstance(leaf, jax.Array)
             if not is_array or not leaf.ndim:
                 what = "a scalar" if is_array else repr(leaf)
                 raise ValueError(
@@ -129,13 +124,13 @@ class Minibatches(Portable, eqx.Module):
 
 
 @final
-class Stream:
-    """One batch a step from the user's own loader.
+class Stream(ManyBatches):
+    """One batch a step from your own loader.
 
-    The loader is read from Python, and goes on from where the last fit left it. A fit
-    that is stopped by its NaN policy may have read a batch or two beyond that step.
-    Batches of one structure and shape share one compilation; each new shape compiles
-    once, and so does each new value of what is no array, such as an integer.
+    Python reads the loader, and the next fit goes on where the last one left it. A fit
+    that its NaN policy stops may have read a batch or two beyond that step. Batches of
+    one structure and shape share one compilation. Each new shape compiles once, and so
+    does each new value of a leaf that is not an array, such as an integer.
 
     !!! example
 
@@ -148,9 +143,8 @@ class Stream:
     def __init__(self, source: Iterable[Any] | Callable[[int], Iterable[Any]]):
         """**Arguments:**
 
-        - `source`: an iterable of batches; or a function that, given the number of
-            steps which the trainer has already taken, returns an iterable of the
-            batches from there on.
+        - `source`: an iterable of batches; or a function that takes the number of
+            steps already taken, and returns an iterable of the batches from there on.
         """
         if isinstance(source, str | bytes) or hasattr(source, "keys"):
             raise TypeError(
@@ -176,19 +170,18 @@ class Stream:
 
     def __getstate__(self) -> dict[str, Any]:
         for held in (self._source, self._iterator):
-            # Of those of lists, pickle takes the place too.
+            # Pickle keeps the place of an iterator over a list or a tuple.
             if isinstance(held, Iterator) and not isinstance(held, _OF_SEQUENCES):
                 raise TypeError(
-                    f"A Stream over a {type(held).__name__} cannot be pickled: its "
-                    "place in it is known to this process alone. Give `Stream` a "
-                    "function of a module, `step -> iterable`, which begins where a "
-                    "fit begins."
+                    f"A Stream over a {type(held).__name__} cannot be pickled: only "
+                    "this process knows its place in it. Give `Stream` a function of "
+                    "a module, `step -> iterable`, which begins where a fit begins."
                 )
         return vars(self)
 
     @property
     def can_resume(self) -> bool:
-        """Whether it can be opened at any step."""
+        """Whether the stream can be opened at any step."""
         return not isinstance(self._source, Iterable)
 
     def open(self, step: int) -> Iterator[Any]:
@@ -221,7 +214,7 @@ class StreamExhaustedError(RuntimeError):
 
     **Attributes:**
 
-    - `result`: the `FitResult` up to there: nothing is lost.
+    - `result`: the `FitResult` up to there, so that nothing is lost.
     """
 
     def __init__(self, taken: int, steps: int, result: Any):
@@ -230,7 +223,7 @@ class StreamExhaustedError(RuntimeError):
         super().__init__(taken, steps, result)
 
     def __str__(self) -> str:
-        """The message: how far the stream went, and what to do about it."""
+        """Says how far the stream went, and what to do about it."""
         taken, steps, _ = self.args
         return (
             f"`data`: the stream ran dry after {taken} of {steps} steps. Everything up "
@@ -243,7 +236,7 @@ Source = Whole[Any] | Minibatches | Stream
 
 
 def as_source(data: Any) -> Source:
-    """Turns what a user gives to `fit` into a source of batches."""
+    """Returns the source of batches that `fit` was given, or makes one of a batch."""
     if isinstance(data, Minibatches | Stream):
         return data
     if isinstance(data, Iterator):
@@ -252,25 +245,3 @@ def as_source(data: Any) -> Source:
             "from it, wrap it: `fit(vn.Stream(data), steps)`."
         )
     return Whole(as_batch(data, "data"))
-
-
-def as_batch(batch: Any, argument: str = "batch") -> Any:
-    """Turns the arrays and the floats of a batch into JAX's arrays.
-
-    So new ones compile nothing. Those of other libraries are copied. Integers, strings
-    and functions stay as they are, and are static: they may decide a shape or a branch.
-
-    **Arguments:**
-
-    - `batch`: any pytree.
-    - `argument`: what an error calls it.
-    """
-    if isinstance(batch, Minibatches | Stream | Iterator):
-        raise TypeError(
-            f"`{argument}` must be one batch, not a {type(batch).__name__}. Give it to "
-            "`fit`, or take a batch from it."
-        )
-    flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-    return structure.unflatten(
-        [as_datum(leaf, argument, keys, batch) for keys, leaf in flat]
-    )

@@ -2,14 +2,12 @@
 
 import hashlib
 import re
-import zlib
 from typing import Any
 
 import jax
-import numpy as np
 
 from .._boundary import PyTree
-from .._tree import is_part, to_arrays
+from .._tree import checksum, to_arrays
 
 
 def fingerprint(text: Any) -> str:
@@ -24,15 +22,12 @@ def leaf_fingerprints(tree: PyTree, max_bytes: int | None = None) -> dict[str, s
     There is no checksum where a process has only a part of an array, or where an array
     on devices of several processes has more than `max_bytes`.
     """
-    return {
-        path: f"{leaf.kind} {_checksum(leaf.array, max_bytes)}"
-        for path, leaf in to_arrays(tree).items()
-    }
+    arrays = to_arrays(tree)
+    cheap = {p: leaf for p, leaf in arrays.items() if _is_cheap(leaf.array, max_bytes)}
+    sums = {path: checksum(leaf.array) for path, leaf in cheap.items()}
+    return {path: f"{leaf.kind} {sums.get(path)}" for path, leaf in arrays.items()}
 
 
-def _checksum(array: Any, max_bytes: int | None) -> int:
+def _is_cheap(array: Any, max_bytes: int | None) -> bool:
     is_local = not isinstance(array, jax.Array) or array.is_fully_addressable
-    is_cheap = is_local or max_bytes is None or array.nbytes <= max_bytes
-    if is_part(array) or not is_cheap:
-        return 0
-    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
+    return is_local or max_bytes is None or array.nbytes <= max_bytes

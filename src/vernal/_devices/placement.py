@@ -186,9 +186,8 @@ class OnMesh(AbstractPlacement):
         return self.on(split.spec if split and fits else WHOLE)
 
     def _shardings(self, tree: PyTree) -> PyTree:
-        flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-        return structure.unflatten(
-            [self._sharding(dotted(keys), leaf) for keys, leaf in flat]
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: self._sharding(dotted(keys), leaf), tree
         )
 
     def put(self, trainer: AbstractTrainer) -> Any:
@@ -252,14 +251,13 @@ class OnMesh(AbstractPlacement):
         return self._map_batch(batch, "data", lax.with_sharding_constraint)
 
     def _map_batch(self, batch: PyTree, argument: str, fn: Any) -> Any:
-        flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-        return structure.unflatten(
-            [
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: (
                 fn(leaf, self.on(self._spec_of_datum(leaf, keys, argument)))
                 if isinstance(leaf, jax.Array)
                 else leaf
-                for keys, leaf in flat
-            ]
+            ),
+            batch,
         )
 
     def _spec_of_datum(

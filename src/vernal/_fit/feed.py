@@ -7,9 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr
 
-from .._boundary import warn
+from .._boundary import spelled_leaves, warn
 from .._data import Minibatches, Source, Stream, Whole
 from .._devices import Peers
 from .._tree import to_arrays
@@ -99,8 +98,8 @@ class Feed:
             return
         if all(map(is_array, jax.tree.leaves(batch))):
             return
-        flat, _ = jax.tree_util.tree_flatten_with_path(batch)
-        static = {keystr(keys): leaf for keys, leaf in flat if not is_array(leaf)}
+        leaves = spelled_leaves("batch", batch)
+        static = {where: leaf for where, leaf in leaves if not is_array(leaf)}
         if static in seen:
             return
         seen.append(static)
@@ -108,7 +107,7 @@ class Feed:
             return
         last = seen[-2]
         both = [path for path in static if path in last and last[path] != static[path]]
-        changes = [f"`batch{p}` (from {last[p]!r} to {static[p]!r})" for p in both[:4]]
+        changes = [f"{p} (from {last[p]!r} to {static[p]!r})" for p in both[:4]]
         if changes:
             warn(
                 f"`data`: the batches of the stream change in {', '.join(changes)}, "

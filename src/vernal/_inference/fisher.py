@@ -23,9 +23,8 @@ def fisher(
     trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> Any:
     """Implements `Trainer.fisher`."""
-    methods = defined(trainer)
     require_likelihood(trainer, "A Fisher matrix")
-    kind = "fisher" if "residuals" in methods else "nll"
+    kind = "fisher" if "residuals" in defined(trainer) else "nll"
     return matrices(trainer, batch, kind, blocks, passes)
 
 
@@ -62,13 +61,13 @@ def matrices(
     """Computes the matrix of a `kind` of `derive`, or with blocks one by selector."""
     selectors, batch = as_selectors(blocks), as_batch(batch)
     if selectors is None and kind == "fisher" and passes.batch_size is None:
-        (found,), is_finite = derive(trainer, batch, "jacobian", None, passes)
-        matrices = (_gram(found, ravel_dtype(as_parameters(trainer.params))),)
+        (jac,), is_finite = derive(trainer, batch, "jacobian", None, passes)
+        found = (_gram(jac, ravel_dtype(as_parameters(trainer.params))),)
     else:
-        matrices, is_finite = derive(trainer, batch, kind, selectors, passes)
+        found, is_finite = derive(trainer, batch, kind, selectors, passes)
     name = "residuals" if kind == "fisher" else kind
-    require_finite(matrices, is_finite, f"The curvature of `{name}`", trainer, batch)
-    return by_selector(selectors, matrices)
+    require_finite(found, is_finite, f"The curvature of `{name}`", trainer, batch)
+    return by_selector(selectors, found)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from .._boundary import PyTree, dotted, nearest_names
+from .._boundary import PyTree, nearest_names
 from .._optimiser import ParamOptimiser
 from .._step import AbstractTrainer, Outcome, metric_shapes, tree_norm
-from .._tree import UnknownPathError, paths, resolve
+from .._tree import UnknownPathError, by_path, paths, resolve
 
 GRAD_NORM = "grad_norm"
 GRAD_NORMS = "grad_norms"
@@ -160,17 +160,16 @@ class Record(eqx.Module):
     def _parameters(self, params: PyTree) -> dict[str, Array]:
         if not self.paths:
             return {}
-        flat, _ = jax.tree_util.tree_flatten_with_path(params)
-        by_path = {dotted(keys): leaf for keys, leaf in flat}
-        return {path: by_path[path] for path in self.paths}
+        leaves = by_path(params).by_name()
+        return {path: leaves[path] for path in self.paths}
 
 
 def _selected(trainer: AbstractTrainer, selector: Any) -> list[str]:
     model = trainer.model
     owners = resolve(model, [selector], argument="record")
     trained = set(paths(trainer.params))
-    flat, _ = jax.tree_util.tree_flatten_with_path(model)
-    named = [dotted(k) for (k, _), o in zip(flat, owners, strict=True) if o is not None]
+    both = zip(by_path(model).items(), owners, strict=True)
+    named = [path for (path, _), owner in both if owner is not None]
     kept = [path for path in named if path in trained]
     if not kept:
         raise ValueError(

@@ -18,7 +18,14 @@ from .._loop import Chunk, Ended, Monitor, MonitorState, Moving, Rows, Task
 from .._pickling import Portable
 from .._policy import AT_NON_FINITE, SKIP_ADVICE, NanCount, StopReason
 from .._solve import Problem, checked_solver
-from .._step import AbstractTrainer, config_of, diagnosed, progress_of, with_progress
+from .._step import (
+    AbstractTrainer,
+    config_of,
+    diagnosed,
+    non_finite_error,
+    progress_of,
+    with_progress,
+)
 from .._storage import History
 from .._trainer import Trainer
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
@@ -363,7 +370,7 @@ class Many(One):
         for index, reason in enumerate(result.stop_reasons):
             if reason is StopReason.NON_FINITE:
                 told = f"That is member {index} of {len(result)}. {explanation}"
-                raise result.trainer(index)._non_finite_error(result, told)
+                raise non_finite_error(result.trainer(index), result, told)
 
 
 def _flatten(tree: PyTree) -> Any:

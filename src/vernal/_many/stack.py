@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._boundary import dotted
 from .._step import (
     AbstractTrainer,
     config_of,
@@ -17,6 +16,7 @@ from .._step import (
     with_progress,
 )
 from .._trainer import Trainer, explain_retrace
+from .._tree import by_path, is_alike, shape_and_dtype
 from .mapped_chunk import Flags
 
 
@@ -84,11 +84,8 @@ def _is_for_jax_alone(leaf: Array) -> bool:
 
 def _require_alike(first: Any, other: Any, index: int) -> None:
     is_array = lambda leaf: isinstance(leaf, jax.Array)
-    same = jax.tree.structure(first) == jax.tree.structure(other) and all(
-        (a.shape, a.dtype) == (b.shape, b.dtype) if is_array(a) else a is b or a == b
-        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
-    )
-    if not same:
+    kind = lambda leaf: shape_and_dtype(leaf) if is_array(leaf) else leaf
+    if not is_alike(first, other, kind):
         raise ValueError(
             f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
             f"of its arrays:\n{explain_retrace(first, other)}"
@@ -102,11 +99,11 @@ def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
             "`eqx.filter_vmap(make)(keys)`."
         )
     size = len(trainer.step_count)
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(trainer)[0]:
+    for path, leaf in by_path(trainer).items():
         if isinstance(leaf, jax.Array) and leaf.shape[:1] != (size,):
             raise ValueError(
                 f"`trainers` is stacked, with {size} members, but the array at "
-                f"{dotted(keys)!r} has the shape {leaf.shape}."
+                f"{path!r} has the shape {leaf.shape}."
             )
     config = jax.tree.leaves(config_of(trainer))
     return trainer, tuple(isinstance(leaf, jax.Array) for leaf in config), size

@@ -51,7 +51,7 @@ def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
 
 def measure(
     trainer: AbstractTrainer,
-    projector: Any,
+    projector: EigenProjector | None,
     batch: Any,
     key: PRNGKeyArray | None,
     kind: str,

@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 
 from .._closure import Closure, Skeleton
-from .transform import AbstractTransform, Transform
+from .transform import AbstractTransform, Transform, window
 
 Leaves = Mapping[str, Any]
 """The leaves of a tree, or one value for each, by name."""
@@ -104,13 +104,7 @@ def _is_by_name(node: Any, names: set[str]) -> bool:
 # The functions of these look at no name of a parameter. JAX's caches hash no key of a
 # dictionary: a thousand groups of a key each would be a thousand traces of everything
 # that Optax calls, each one found among all of the others.
-_NAMELESS = (
-    "optax.",
-    "jax.",
-    "jaxlib.",
-    f"{__package__}.transform",
-    f"{__package__}.schedule",
-)
+_NAMELESS = ("optax", "jax", "jaxlib", inspect.unwrap(window).__globals__["__name__"])
 
 
 class _Nameless(NamedTuple):

@@ -12,9 +12,8 @@ import optax
 
 from .._boundary import PyTree
 from .._projection import EigenProjector
-from .._tree import paths
+from .._tree import by_path, paths, uniquely_named
 from .groups import Group, Leaves
-from .named_tree import by_path, uniquely_named
 from .param_optimiser import ParamOptimiser, rule_groups
 from .partition import partition_groups
 from .transform import Transform

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._boundary import checked, require_number, spelled
+from .._boundary import checked, require_numbers
 from .partition import partition
 from .transform import require_transformation
 
@@ -36,8 +36,7 @@ def map_optimisers(
     - `TypeError`: if an optimiser is not an Optax transformation.
     - `ValueError`: if `strict` and the names differ.
     """
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        require_number(leaf, spelled("params", keys), "Leave it out.")
+    require_numbers(params, "params", "Leave it out.")
     params = jax.tree.map(_as_float, _unpacked(params))
     optimisers = _unpacked(optimisers)
     for name, tx in optimisers.items():

@@ -11,11 +11,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike
 
-from .._boundary import boolean, dotted, nearest_names, refuse_foreign, whole_number
+from .._boundary import boolean, nearest_names, refuse_foreign, whole_number
 from .._closure import Closure
 from .._tree import (
+    NamedTree,
     UnknownPathError,
     atoms,
+    by_path,
     is_float,
     is_inexact,
     keep,
@@ -24,7 +26,6 @@ from .._tree import (
     strong,
 )
 from .groups import Group, make_groups, update_groups
-from .named_tree import NamedTree, by_path
 from .param_optimiser_state import Learned, ParamOptimiserState, known
 from .rule_names import parts_of, rule_name, rule_table, written
 from .transform import AbstractTransform, as_transform
@@ -124,16 +125,15 @@ class ParamOptimiser(AbstractTransform):
         selectors = self.selectors.decode()
         filtered = boolean(filtered, "filtered")
         found = resolve(model, selectors, argument="rules", filtered=filtered)
-        flat, _ = jax.tree_util.tree_flatten_with_path(model)
         owners = []
-        for (keys, leaf), rule in zip(flat, found, strict=True):
+        for (path, leaf), rule in zip(by_path(model).items(), found, strict=True):
             if rule is not None:
                 owners.append(None if self.transforms[rule] is None else rule)
                 continue
             if self.strict and (is_inexact(leaf) or is_float(leaf)):
                 what = ", a Python float," if is_float(leaf) else ""
                 raise ValueError(
-                    f"`rules`: {dotted(keys)!r}{what} has no rule, and `strict=True`. "
+                    f"`rules`: {path!r}{what} has no rule, and `strict=True`. "
                     "Give it one by its own path: `None` to freeze it."
                 )
             has_default = self.default is not None and is_inexact(leaf)

@@ -7,9 +7,9 @@ from typing import Any, no_type_check
 import jax.tree_util as jtu
 import optax
 
-from .._boundary import checked, dotted
+from .._boundary import checked
+from .._tree import NamedTree, by_path, uniquely_named
 from .groups import Group, listed, make_groups, update_groups
-from .named_tree import NamedTree, uniquely_named
 from .transform import require_transformation
 
 
@@ -156,7 +156,7 @@ def _leaf_labels(param_labels: Any, tree: Any, names: Sequence[str]) -> list[Any
     try:
         subtrees = treedef.flatten_up_to(tree)
     except (TypeError, ValueError) as error:
-        at = [dotted(path) for path, _ in jtu.tree_flatten_with_path(labels)[0]]
+        at = by_path(labels).names
         odd = [n for n in names if not any(f"{n}.".startswith(f"{p}.") for p in at)]
         odd += [p for p in at if not any(f"{n}.".startswith(f"{p}.") for n in names)]
         raise ValueError(

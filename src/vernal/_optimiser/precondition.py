@@ -5,11 +5,10 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import tree_flatten_with_path
 
-from .._boundary import require_number, spelled
+from .._boundary import require_numbers
 from .._projection import EigenProjector
-from .named_tree import by_path
+from .._tree import by_path
 
 
 def precondition(
@@ -51,7 +50,8 @@ def precondition(
         )
 
     if not is_projector:
-        _check_scales(projector)
+        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
+        require_numbers(projector, "projector", remedy)
 
     # Known by its code, which a type checker must not wrap.
     @no_type_check
@@ -68,26 +68,21 @@ def precondition(
     return optax.stateless(update)
 
 
-def _check_scales(scales: Any) -> None:
-    for keys, leaf in tree_flatten_with_path(scales)[0]:
-        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
-        require_number(leaf, spelled("projector", keys), remedy)
-
-
 def _check(updates: Any, like: Any) -> None:
     """Compares leaf by leaf: inside an optimiser a tree is a dictionary by path."""
-    found, own = by_path(updates), by_path(like)
-    for name, grad, own_name, leaf in zip(
-        found.names, found.leaves, own.names, own.leaves, strict=False
-    ):
-        if name != own_name or jnp.shape(grad) != jnp.shape(leaf):
+    found, own = (
+        [(name, jnp.shape(leaf)) for name, leaf in by_path(tree).items()]
+        for tree in (updates, like)
+    )
+    for (name, shape), (own_name, own_shape) in zip(found, own, strict=False):
+        if (name, shape) != (own_name, own_shape):
             raise ValueError(
-                f"`precondition` was made for {own_name!r} of shape {jnp.shape(leaf)} "
-                f"where the gradients have {name!r} of shape {jnp.shape(grad)}. Make "
-                "it from the parameters that are trained, in the same order."
+                f"`precondition` was made for {own_name!r} of shape {own_shape} where "
+                f"the gradients have {name!r} of shape {shape}. Make it from the "
+                "parameters that are trained, in the same order."
             )
-    if len(found.leaves) != len(own.leaves):
+    if len(found) != len(own):
         raise ValueError(
-            f"`precondition` was made for {len(own.leaves)} parameters, but there are "
-            f"gradients of {len(found.leaves)}."
+            f"`precondition` was made for {len(own)} parameters, but there are "
+            f"gradients of {len(found)}."
         )

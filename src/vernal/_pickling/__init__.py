@@ -2,7 +2,7 @@
 
 from .code import (
     bare as bare,
-    by_code as by_code,
+    content_of as content_of,
     digest_of as digest_of,
     is_named as is_named,
     metadata as metadata,

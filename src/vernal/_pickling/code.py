@@ -17,7 +17,7 @@ from typing import Any
 class Stand:
     """What stands for an object in a pickle, and is that object when it is loaded."""
 
-    __slots__ = ("args", "make")
+    __slots__ = ("args", "make", "state")
 
     def __init__(self, make: Any, *args: Any):
         """**Arguments:**
@@ -26,9 +26,21 @@ class Stand:
         - `args`: what it makes the object of.
         """
         self.make, self.args = make, args
+        self.state: Any = None
 
     def __reduce__(self) -> Any:
-        return self.make, self.args
+        if self.state is None:
+            return self.make, self.args
+        # Set once it is there: a function may hold itself.
+        return self.make, self.args, self.state, None, None, _fill
+
+
+def _fill(fn: types.FunctionType, state: tuple[Any, ...]) -> None:
+    contents, fn.__defaults__, fn.__kwdefaults__, attributes = state
+    for cell, content in zip(fn.__closure__ or (), contents, strict=True):
+        for value in content:
+            cell.cell_contents = value
+    fn.__dict__.update(attributes)
 
 
 def is_named(obj: Any) -> bool:
@@ -53,32 +65,32 @@ def _named(module: str, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
 
-def by_code(
-    code: types.CodeType, scope: dict[str, Any], metadata: Mapping[str, Any]
-) -> Stand:
+def by_code(fn: types.FunctionType, cells: tuple[Any, ...]) -> Stand:
     """Refers to a function without its contents, by the code of its module.
 
     **Arguments:**
 
-    - `code`, `scope`: the code of the function, and its globals.
-    - `metadata`: what `metadata` returned of it.
+    - `fn`: the function.
+    - `cells`: what stands for its cells.
     """
+    code, scope, names = fn.__code__, fn.__globals__, metadata(fn)
     module = scope.get("__name__", "")
     is_module = scope is vars(sys.modules.get(module, types))
     for _ in range(2 if is_module else 0):
         if any(known == code for known in _codes_in(module)):
-            names = {name: metadata[name] for name in _NAMES}
-            return Stand(_coded, module, code.co_qualname, digest_of(code), names)
+            names = {name: names[name] for name in _NAMES}
+            known_by = module, code.co_qualname, digest_of(code)
+            return Stand(_coded, *known_by, names, cells)
         # It may have been imported again since.
         _codes_in.cache_clear()
     # Cloudpickle takes this by value, and `_renamed` restores the name. Pickle refuses
     # it, and has the name in its error.
-    fn = bare(code, scope, metadata)
-    fn.__qualname__ += (
+    empty = bare(code, scope, names)
+    empty.__qualname__ += (
         f" ({code.co_filename}:{code.co_firstlineno}), which no module has under this "
         "name. Move it to one, or use `cloudpickle` instead of `pickle`"
     )
-    return Stand(_renamed, fn, metadata["__qualname__"])
+    return Stand(_renamed, empty, fn.__qualname__, cells)
 
 
 def bare(
@@ -108,13 +120,17 @@ def metadata(fn: types.FunctionType) -> dict[str, Any]:
 
 
 def _coded(
-    module: str, name: str, digest: bytes, names: Mapping[str, Any]
+    module: str,
+    name: str,
+    digest: bytes,
+    names: Mapping[str, Any],
+    cells: tuple[types.CellType, ...],
 ) -> types.FunctionType:
     scope = vars(importlib.import_module(module))
     found = [code for code in _codes_in(module) if code.co_qualname == name]
     for code in found:
         if digest_of(code) == digest:
-            return bare(code, scope, names)
+            return bare(code, scope, names, cells)
     what = "has other code" if found else "is not there"
     raise pickle.UnpicklingError(
         f"The function `{name}` of `{module}` {what}. It was pickled under another "
@@ -123,9 +139,23 @@ def _coded(
     )
 
 
-def _renamed(fn: types.FunctionType, name: str) -> types.FunctionType:
+def _renamed(
+    fn: types.FunctionType, name: str, cells: tuple[types.CellType, ...]
+) -> types.FunctionType:
     fn.__qualname__ = name
-    return fn
+    return bare(fn.__code__, fn.__globals__, metadata(fn), cells)
+
+
+def new_cell() -> types.CellType:
+    return types.CellType()
+
+
+def content_of(cell: types.CellType) -> tuple[Any, ...]:
+    """Returns what a cell holds, in a tuple: an empty one if it holds nothing yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,8 +14,8 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._boundary import is_on, is_wide
-from .code import Stand, by_code, by_name, is_named, metadata
+from .._boundary import is_wide, is_x64_on
+from .code import Stand, by_code, by_name, content_of, is_named, new_cell
 from .library import module_of
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Portable:
 
 
 def _loaded(kind: type, fields: Mapping[str, Any], is_float64: bool) -> Any:
-    if is_float64 and not is_on():
+    if is_float64 and not is_x64_on():
         raise ValueError(
             f"The `{kind.__name__}` was pickled while `jax_enable_x64` was on, and in "
             "this process it is off: JAX would round it to 32 bits. Turn it on here "
@@ -128,21 +128,24 @@ class _Packing:
         return obj if is_same else Stand(build, type(obj), fields)
 
     def function(self, fn: types.FunctionType) -> Stand:
-        empty = by_code(fn.__code__, fn.__globals__, metadata(fn))
-        cells = [self.of(_contents(cell)) for cell in fn.__closure__ or ()]
-        others = map(self.of, (fn.__defaults__, fn.__kwdefaults__, fn.__dict__ or None))
-        return Stand(_filled, empty, cells, *others)
+        closure = fn.__closure__ or ()
+        cells = [self.met.setdefault(id(cell), Stand(new_cell)) for cell in closure]
+        stand = self.met[id(fn)] = by_code(fn, tuple(cells))
+        contents = [tuple(map(self.of, content_of(cell))) for cell in closure]
+        others = map(self.of, (fn.__defaults__, fn.__kwdefaults__))
+        stand.state = contents, *others, self.fields(vars(fn))
+        return stand
 
     def node(self, obj: Any) -> Any:
         """Takes one node of a tree apart: a container, or a registered class."""
         kind = type(obj)
+        if kind is dict:
+            # In its own order, and also with keys that cannot be sorted.
+            new = self.fields(obj)
+            return obj if all(new[key] is obj[key] for key in obj) else new
         if kind.__reduce__ is not object.__reduce__ and kind is not OrderedDict:
             return obj
-        try:
-            children, structure = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
-        except (TypeError, ValueError):
-            # The keys of a dictionary that cannot be sorted.
-            return obj
+        children, structure = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
         if jtu.treedef_is_leaf(structure):
             return obj
         new = [self.of(child) for child in children]
@@ -180,28 +183,6 @@ def _is_transformed(fn: Any) -> bool:
     package = module_of(type(fn)).split(".")[0]
     is_one = package in ("jax", "jaxlib", "equinox") and is_named(fn)
     return is_one and fn.__module__ != "__main__"
-
-
-def _contents(cell: types.CellType) -> tuple[Any, ...]:
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()
-
-
-def _filled(
-    fn: types.FunctionType,
-    cells: list[tuple[Any, ...]],
-    defaults: Any,
-    kwdefaults: Any,
-    attributes: dict[str, Any] | None,
-) -> types.FunctionType:
-    for cell, contents in zip(fn.__closure__ or (), cells, strict=True):
-        if contents:
-            (cell.cell_contents,) = contents
-    fn.__defaults__, fn.__kwdefaults__ = defaults, kwdefaults
-    fn.__dict__.update(attributes or {})
-    return fn
 
 
 def _method(fn: Any, owner: Any) -> types.MethodType:

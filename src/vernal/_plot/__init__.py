@@ -1,7 +1,6 @@
 """Beneath `vernal.plot`: `axes` has scales and labels, `lines` draws parameters."""
 
 from .axes import (
-    MOST_TICKS as MOST_TICKS,
     add_legend as add_legend,
     choose_scale as choose_scale,
     choose_ticks as choose_ticks,

@@ -4,16 +4,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from jax.tree_util import tree_flatten_with_path
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from .._boundary import Params, dotted
-from .._tree import element_name, ravel_size
+from .._boundary import Params
+from .._tree import by_path, element_name, ravel_size
 
-MOST_TICKS = 40
-"""If there are more rows, they are named by array instead of by element."""
-
+# If there are more rows, they are named by array instead of by element.
+_MOST_TICKS = 40
 # With more points matplotlib is slow to find the best place of a legend.
 _MOST_POINTS = 50_000
 # The margins that matplotlib adds to larger numbers overflow.
@@ -75,20 +73,20 @@ def choose_scale(losses: np.ndarray) -> tuple[str, dict[str, float]]:
     return "symlog", {"linthresh": float(threshold)}
 
 
-def choose_ticks(params: Params, one_by_one: bool) -> dict[int | float, str]:
-    """Maps positions along the elements of `params` to labels."""
+def choose_ticks(params: Params, room: float) -> dict[int | float, str]:
+    """Maps positions along the elements of `params` to labels; `room` is for each."""
     size = ravel_size(params)
-    if one_by_one:
+    if size <= _MOST_TICKS and room > 4:
         return {i: as_label(element_name(params, i)) for i in range(size)}
-    leaves, _ = tree_flatten_with_path(params)
+    leaves = list(by_path(params).items())
     ends = np.cumsum([leaf.size for _, leaf in leaves]).tolist()
     ticks: dict[float, str] = {}
     # The larger arrays first: where there is no room, small ones have no label.
     for index in sorted(range(len(leaves)), key=lambda index: -leaves[index][1].size):
-        keys, leaf = leaves[index]
+        path, leaf = leaves[index]
         centre = ends[index] - (leaf.size + 1) / 2
-        if all(abs(centre - other) >= size / MOST_TICKS for other in ticks):
-            ticks[centre] = as_label(dotted(keys))
+        if all(abs(centre - other) >= size / _MOST_TICKS for other in ticks):
+            ticks[centre] = as_label(path)
     return dict(sorted(ticks.items()))
 
 

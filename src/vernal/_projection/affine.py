@@ -11,7 +11,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from .._boundary import Params, PyTree, checked, refuse_foreign, spelled, undebugged
+from .._boundary import (
+    Params,
+    PyTree,
+    checked,
+    refuse_foreign,
+    spelled_leaves,
+    undebugged,
+)
 from .._pickling import Portable
 from .._tree import as_parameters, ravel_size, require_alike, widest
 from .blocks import (
@@ -73,8 +80,8 @@ class AbstractProjector(Portable, eqx.Module):
     def _pieces(self, latent: PyTree) -> list[Array]:
         """Checks a latent tree, and lists its arrays."""
         like = self.latent_like
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(latent)[0]:
-            refuse_foreign(leaf, spelled("latent", keys))
+        for where, leaf in spelled_leaves("latent", latent):
+            refuse_foreign(leaf, where)
         if not self.has_names and jnp.shape(latent) != like.shape:
             raise ValueError(
                 f"`latent` has shape {jnp.shape(latent)}, but the latent space of this "

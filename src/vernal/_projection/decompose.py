@@ -121,6 +121,24 @@ def whiten_jacobian(
     given: Matrix, params: Params, nulls: NullPolicy, name: str
 ) -> DenseWhitening:
     """Finds the map that whitens the parameters by their Jacobian `given`."""
+    check_jacobian(given, params, name)
+    size = ravel_size(params)
+    nulls.check(size)
+    jac = jax.lax.stop_gradient(jnp.asarray(given))
+    if not jnp.issubdtype(jac.dtype, jnp.floating):
+        jac = jac.astype(float)
+    jac = refuse_non_finite(jac, name.strip("`"))
+    dtype = widest((jac.dtype, ravel_dtype(params), jnp.dtype("float32")))
+    eps = _noise(given, jac)
+    nulls = nulls.or_rtol(jacobian_rtol(size, eps))
+    return whiten_spectrum(_of_jacobian(jac.astype(dtype)), params, nulls, eps, name)
+
+
+_of_jacobian = jax.jit(of_jacobian)
+
+
+def check_jacobian(given: Matrix, params: Params, name: str) -> None:
+    """Refuses what is not a real matrix with a column for each element of `params`."""
     refuse_foreign(given, name)
     size, shape = ravel_size(params), np.shape(given)
     if len(shape) != 2 or shape[1] != size or shape[0] == 0:
@@ -134,18 +152,6 @@ def whiten_jacobian(
             f"{name} must be real, but it is {given.dtype}. Of complex residuals, "
             "stack the rows of the real and of the imaginary part."
         )
-    nulls.check(size)
-    jac = jax.lax.stop_gradient(jnp.asarray(given))
-    if not jnp.issubdtype(jac.dtype, jnp.floating):
-        jac = jac.astype(float)
-    jac = refuse_non_finite(jac, name.strip("`"))
-    dtype = widest((jac.dtype, ravel_dtype(params), jnp.dtype("float32")))
-    eps = _noise(given, jac)
-    nulls = nulls.or_rtol(jacobian_rtol(size, eps))
-    return whiten_spectrum(_of_jacobian(jac.astype(dtype)), params, nulls, eps, name)
-
-
-_of_jacobian = jax.jit(of_jacobian)
 
 
 def jacobian_rtol(size: int, eps: float) -> float:

@@ -5,15 +5,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from .._boundary import Params, checked, takes
 from .._curvature import Matrix
-from .._tree import as_parameters, ravel_size
+from .._tree import as_parameters
 from .affine import VECTOR, AbstractProjector
 from .blocks import find_blocks, nest_blocks, places, whiten_blocks
-from .decompose import Kind, whiten, whiten_jacobian
+from .decompose import Kind, check_jacobian, whiten, whiten_jacobian
 from .low_rank import whiten_matvec
 from .null_policy import NullPolicy, OnNull
 from .whitening import AbstractWhitening
@@ -142,13 +141,8 @@ class EigenProjector(AbstractProjector):
         if blocks is None:
             whitening = whiten_jacobian(jac, origin, nulls, "`jac`")
             return make_projector(whitening, origin, "`jac`")
+        check_jacobian(jac, origin, "`jac`")
         selectors = tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
-        size = ravel_size(origin)
-        if np.ndim(jac) != 2 or np.shape(jac)[1] != size:
-            raise ValueError(
-                f"`jac` has shape {np.shape(jac)}, but must have {size} columns, one "
-                "for each element of `params`."
-            )
         own = places(origin, find_blocks(origin, selectors, "blocks"))
         given = {s: jac[:, index] for s, index in zip(selectors, own, strict=True)}
         return make_block_projector(given, origin, nulls, whiten_jacobian)
@@ -205,8 +199,7 @@ class EigenProjector(AbstractProjector):
         The latent space is a dictionary with the same paths as the parameters, so that
         the rules of a [`vernal.ParamOptimiser`][] keep their names. The block of one
         parameter is a vector at its path. The block of several is a vector at the path
-        of the first, with `None` at the others, and belongs to one rule. Parameters
-        that are not trained have `None` too.
+        of the first, with `None` at the others, and belongs to one rule.
 
         ```python
         trainer = Fit(model, vn.ParamOptimiser(rules))

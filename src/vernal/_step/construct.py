@@ -11,7 +11,16 @@ from .._boundary import ObjectiveWarning, PyTree, prng_key, takes_methods, warn
 from .._optimiser import ParamOptimiser
 from .._policy import NanPolicy
 from .._projection import EigenProjector
-from .._tree import UnknownPathError, cast_like, is_inexact, paths, resolve
+from .._tree import (
+    UnknownPathError,
+    by_path,
+    cast_like,
+    disagreements,
+    is_inexact,
+    paths,
+    ravel_size,
+    resolve,
+)
 from .abstract_trainer import AbstractTrainer
 from .model import check_state
 from .objective import METHODS, defined
@@ -144,21 +153,18 @@ def fit_projector(
     if projector is None:
         return None, None
     refuse_names_in_latent_space(projector, optimiser)
-    names, own = paths(params), paths(projector.origin)
-    leaves = jax.tree.leaves(params)
-    origin = jax.tree.leaves(projector.origin)
-    odd = sorted(set(names) ^ set(own)) or [
-        name
-        for name, leaf, other in zip(names, leaves, origin, strict=True)
-        if leaf.shape != other.shape
-    ]
-    if odd or names != own:
+    shapes, own = (
+        {path: leaf.shape for path, leaf in by_path(tree).items()}
+        for tree in (params, projector.origin)
+    )
+    if list(shapes.items()) != list(own.items()):
+        odd = sorted(path for path, *_ in disagreements(shapes, own))
         raise ValueError(
             "`projector` was made for other parameters than are trained: they differ "
             f"at {', '.join(map(repr, odd[:5])) or 'their order'}. Make it from "
             "`trainer.params`."
         )
-    if projector.latent_size < sum(leaf.size for leaf in leaves):
+    if projector.latent_size < ravel_size(params):
         if constrained:
             raise ValueError(
                 "`constrain` leads out of the latent space of `projector`, which has "
@@ -168,6 +174,7 @@ def fit_projector(
         # A point off the origin may lie where the latent space does not reach.
         projector = projector.at(params)
     else:
+        origin = jax.tree.leaves(projector.origin)
         projector = projector.at(
             cast_like(jax.tree.structure(params).unflatten(origin), params)
         )
@@ -235,12 +242,3 @@ def initial_opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:
         return None
     state = optimiser.init(params if latent is None else latent)
     return jax.tree.map(jnp.asarray, state)
-
-
-def kept(old: PyTree, new: PyTree) -> PyTree:
-    """Keeps a state if its like is what a new one would be."""
-    kind = lambda tree: [
-        (jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)
-    ]
-    same = jax.tree.structure(old) == jax.tree.structure(new) and kind(old) == kind(new)
-    return old if same else new

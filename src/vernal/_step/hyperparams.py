@@ -1,22 +1,24 @@
-"""Numbers that a user sets, and that live in an optimiser's state."""
+"""Numbers in an optimiser's state that a user sets, such as a learning rate."""
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jax.core import Tracer
 from jaxtyping import Array
 
 from .._boundary import PyTree
-from .._tree import cast_like, is_inexact
+from .._tree import cast_like, is_alike, is_inexact
 from .abstract_trainer import AbstractTrainer
 from .construct import initial_opt_state
 from .precision import precision_of
 
-# The fields of Optax's states that begin with what a user gave. All else in a state is
-# made from the parameters and the gradients.
+# The fields of Optax's states that a user gives the first value of. All else in a state
+# is computed from the parameters and the gradients.
 _USER_SET: dict[type, str] = {
     optax.InjectHyperparamsState: "hyperparams",
     optax.InjectStatefulHyperparamsState: "hyperparams",
@@ -33,11 +35,9 @@ _USER_SET: dict[type, str] = {
 def user_set(state: PyTree) -> PyTree:
     """Picks what a user sets out of an optimiser's state, with `None` elsewhere.
 
-    A hyperparameter with a schedule is left out: every step sets it anew.
+    A hyperparameter with a schedule is left out: every step sets it.
     """
-    return jax.tree.map(
-        lambda leaf, flag: leaf if flag else None, state, _flags(state, False)
-    )
+    return eqx.filter(state, _flags(state, False))
 
 
 def _flags(state: PyTree, is_set: bool) -> PyTree:
@@ -60,7 +60,7 @@ def _flags_of(node: Any) -> Any:
 
 
 def beginning(trainer: AbstractTrainer) -> PyTree:
-    """Returns what the user set of a trainer's optimiser, as it begins with it."""
+    """Returns what the user set of a trainer's optimiser, as in its first state."""
     if not jax.tree.leaves(user_set(trainer.opt_state)):
         return None
     with precision_of(trainer):
@@ -70,13 +70,13 @@ def beginning(trainer: AbstractTrainer) -> PyTree:
 
 
 def settled(state: PyTree, before: PyTree, now: PyTree) -> PyTree:
-    """Puts into a state what a user has set otherwise since it began.
+    """Puts into an optimiser's state what a user has changed since its first state.
 
     **Arguments:**
 
     - `state`: the state of an optimiser.
-    - `before`: what `user_set` picks of the state that the optimiser began with.
-    - `now`: the same of the optimiser as it is to be.
+    - `before`: what `user_set` picks of the first state of that optimiser.
+    - `now`: the same of the optimiser to go on with.
     """
     return jax.tree.map(_settled, state, before, now)
 
@@ -87,7 +87,7 @@ def _settled(old: Any, before: Any, now: Any) -> Any:
     is_other = _differs(before, now)
     if not isinstance(is_other, Tracer) and not is_other.any():
         return old
-    # The dtype stays if it can, so that nothing is compiled anew.
+    # The dtype stays if it can, so that nothing is compiled again.
     now = cast_like(now, old) if is_inexact(old) or not is_inexact(now) else now
     if not isinstance(is_other, Tracer) and is_other.all() and now.shape == old.shape:
         return now
@@ -99,7 +99,7 @@ def _differs(a: Array, b: Array) -> Any:
         a, b = jax.random.key_data(a), jax.random.key_data(b)
         return (a != b).any(-1)
     if a.dtype == jnp.uint32:
-        # A key of the old kind: its words belong together.
+        # A raw key: its words belong together.
         return (a != b).any(-1, keepdims=True)
     return (a != b) & ~((a != a) & (b != b))
 
@@ -107,15 +107,15 @@ def _differs(a: Array, b: Array) -> Any:
 def carried_over(
     trainer: AbstractTrainer, params: PyTree, latent: PyTree, fresh: PyTree
 ) -> PyTree:
-    """Returns the state with which another optimiser goes on.
+    """Returns the state with which a new optimiser goes on.
 
-    That is the old one's, if the new one's has the same structure, shapes and dtypes,
-    with what the user has set otherwise; else the new one's.
+    That is the old state, with what the user has changed, if its structure, shapes and
+    dtypes are those of the new optimiser's first state; otherwise that first state.
 
     **Arguments:**
 
     - `trainer`: the trainer with the old optimiser.
-    - `params`, `latent`: where it stands.
+    - `params`, `latent`: its current point.
     - `fresh`: the first state of the new optimiser.
     """
     old = trainer.opt_state
@@ -129,15 +129,6 @@ def carried_over(
 
 
 def _fits(old: PyTree, new: PyTree) -> bool:
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        return False
-    # What a user sets may be an integer once, and a float then.
-    flags = jax.tree.leaves(_flags(old, False))
-    kinds = [
-        [
-            (jnp.shape(leaf), None if flag else jnp.result_type(leaf))
-            for leaf, flag in zip(jax.tree.leaves(tree), flags, strict=True)
-        ]
-        for tree in (old, new)
-    ]
-    return kinds[0] == kinds[1]
+    # What a user sets may be an integer at first, and a float later.
+    computed = (eqx.filter(x, _flags(x, False), inverse=True) for x in (old, new))
+    return is_alike(old, new, np.shape) and is_alike(*computed)

@@ -1,4 +1,4 @@
-"""What may be a model or the state of a loss: checked, and turned into arrays."""
+"""A model, or the state of a loss, given by a user: checked, and made arrays."""
 
 from typing import Any, TypeVar
 
@@ -11,15 +11,14 @@ from .._boundary import (
     is_deleted,
     narrowed_model,
     refuse_foreign,
-    refuse_sparse,
-    require_number,
+    require_numbers,
     spelled,
 )
 from .._pickling import module_of
 
 T = TypeVar("T")
 
-# What a user has at hand that holds a model, by the attribute that tells it.
+# What may be given instead of a model, and where it has the model, by an attribute.
 _HOLDERS = {
     "_progress": ("a trainer", "trainer.model"),
     "stop_reason": ("a result", "result.model"),
@@ -32,27 +31,21 @@ def checked_model(model: T) -> T:
 
     **Raises:**
 
-    - `TypeError`: if an array of it means more than its numbers or has no values, or it
-        is a trainer or an optimiser.
+    - `TypeError`: if an array of it means more than its numbers or has no values, or if
+        it is a trainer, a result or an optimiser.
     - `ValueError`: if an array of it has been deleted.
     """
-    _refuse_optimiser(model)
-    if module_of(type(model)).startswith("vernal") or hasattr(model, "_progress"):
-        _refuse_holder(model)
-    if any(map(_is_odd, jax.tree.leaves(model))):
-        flat, structure = jax.tree_util.tree_flatten_with_path(model)
-        model = structure.unflatten(
-            [_as_array(leaf, spelled("model", keys)) for keys, leaf in flat]
-        )
-    return narrowed_model(model)
-
-
-def _refuse_optimiser(model: Any) -> None:
     if isinstance(model, optax.GradientTransformation):
         raise TypeError(
             "`model` is an Optax transformation. Were `model` and `optimiser` "
             "swapped? The model comes first: `Trainer(model, optimiser)`."
         )
+    if module_of(type(model)).startswith("vernal") or hasattr(model, "_progress"):
+        _refuse_holder(model)
+    if any(map(_is_odd, jax.tree.leaves(model))):
+        convert = lambda keys, leaf: _as_array(leaf, spelled("model", keys))
+        model = jax.tree_util.tree_map_with_path(convert, model)
+    return narrowed_model(model)
 
 
 def _refuse_holder(model: Any) -> None:
@@ -73,27 +66,21 @@ def _is_odd(leaf: Any) -> bool:
 
 
 def _as_array(leaf: Any, where: str) -> Any:
-    is_foreign = not isinstance(leaf, jax.Array | np.ndarray | np.generic | type)
-    if is_foreign and hasattr(leaf, "__array__"):
-        leaf = np.asarray(leaf)
-    # Arrays of text and of objects are labels, which are static.
-    is_label = type(leaf) is np.ndarray and leaf.dtype.kind in "OSU"
-    if isinstance(leaf, jax.Array | np.ndarray) and not is_label:
-        refuse_foreign(leaf, where)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TypeError(
             f"{where} has no values ({leaf}). Make the trainer within "
             "`eqx.filter_eval_shape`, together with its model."
         )
-    refuse_sparse(leaf, where)
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | type)
+    if not is_array and hasattr(leaf, "__array__"):
+        leaf = np.asarray(leaf)
+    # Arrays of text and of objects are labels, which are static.
+    if not (type(leaf) is np.ndarray and leaf.dtype.kind in "OSU"):
+        refuse_foreign(leaf, where)
     return leaf
 
 
 def check_state(state: PyTree) -> None:
     """Checks that every leaf of a loss's state is an array or a number."""
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        require_number(
-            leaf,
-            spelled("state", keys),
-            "Pick the arrays by `eqx.filter(state, eqx.is_array)`.",
-        )
+    remedy = "Pick the arrays by `eqx.filter(state, eqx.is_array)`."
+    require_numbers(state, "state", remedy)

@@ -1,13 +1,12 @@
-"""Residuals of each datum with each value of the model, by broadcasting unawares."""
+"""A warning of broadcasting that compares each datum with each model value."""
 
 import math
 import weakref
 from typing import Any
 
-import jax
 from jaxtyping import Array
 
-from .._boundary import spelled, warn_once
+from .._boundary import spelled_leaves, warn_once
 from .abstract_trainer import AbstractTrainer
 
 
@@ -23,18 +22,18 @@ def _suspects(
     **Arguments:**
 
     - `shape`: that of the residuals.
-    - `shapes`: those of the batch, by how a leaf is spelled.
+    - `shapes`: those of the leaves of the batch, by name.
 
     **Returns:**
 
-    A leaf of `n` elements and one of another shape that goes with it, or `None` for
-    that if the one is a column by itself; `None` if nothing is odd.
+    A leaf of `n` elements, and one of another shape beside it or `None` if the first is
+    a column; `None` if nothing is odd.
     """
     square = _squeezed(shape)
     if len(square) != 2 or square[0] != square[1]:
         return None
     size = square[0]
-    # One of so many elements is the data, unless it has many of each datum.
+    # A leaf with `n * n` elements is the data, unless it has `n` of each datum.
     is_data = lambda s: (
         math.prod(s) >= size**2 and (s[0] != size or _squeezed(s) == square)
     )
@@ -51,12 +50,12 @@ def _suspects(
 
 
 def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> None:
-    """Warns, once for a class, of residuals that are more than there are data."""
+    """Warns, once for a class, of more residuals than there are data."""
     shape = residuals.shape
     if len(shape) < 2:
         return
-    flat = jax.tree_util.tree_flatten_with_path(batch)[0]
-    shapes = {spelled("batch", keys): getattr(x, "shape", ()) for keys, x in flat}
+    leaves = spelled_leaves("batch", batch)
+    shapes = {where: getattr(leaf, "shape", ()) for where, leaf in leaves}
     if (found := _suspects(shape, shapes)) is None:
         return
     one, other = found

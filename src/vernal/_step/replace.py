@@ -12,7 +12,7 @@ from .._boundary import PyTree
 from .._optimiser import ParamOptimiser, as_transform
 from .._policy import NanPolicy
 from .._projection import EigenProjector
-from .._tree import cast_alike, parameters, strong
+from .._tree import cast_alike, is_alike, parameters, strong
 from .abstract_trainer import (
     AbstractTrainer,
     TrainerT,
@@ -27,7 +27,6 @@ from .construct import (
     check_ruled,
     fit_projector,
     initial_opt_state,
-    kept,
     refuse_names_in_latent_space,
 )
 from .hyperparams import carried_over
@@ -91,7 +90,8 @@ def replaced_fields(
         check_arguments(nan_policy, None, None)
         policy = nan_policy
         fresh = jax.tree.map(strong, policy.init(params))
-        new["policy_state"] = kept(old.policy_state, fresh)
+        if not is_alike(old.policy_state, fresh):
+            new["policy_state"] = fresh
     return {
         "optimiser": transform,
         "nan_policy": policy,

@@ -51,7 +51,9 @@ def pack(arrays: Mapping[str, NamedArray]) -> tuple[dict[str, Any], list[Any]]:
         "bytes": len(small),
         "crc": zlib.crc32(small),
     }
-    return description, [np.frombuffer(_padded(small), np.uint8), *large.values()]
+    # Orbax does not write an array without elements.
+    padded = np.frombuffer(small or bytes(1), np.uint8)
+    return description, [padded, *large.values()]
 
 
 def leaves(description: Mapping[str, Any]) -> dict[str, Leaf]:
@@ -64,7 +66,7 @@ def layout(
 ) -> list[np.ndarray | jax.ShapeDtypeStruct]:
     """Returns the shapes of the arrays that were written, each with its sharding."""
     written = leaves(description)
-    small = np.zeros(len(_padded(bytes(description["bytes"]))), np.uint8)
+    small = np.zeros(max(description["bytes"], 1), np.uint8)
     return [
         small,
         *(
@@ -115,11 +117,6 @@ def unsealed(text: str | bytes) -> Any:
     if not is_whole:
         raise ValueError("the checksum of its description differs")
     return json.loads(content)
-
-
-def _padded(small: bytes) -> bytes:
-    # Orbax does not write an array without elements.
-    return small or bytes(1)
 
 
 def _is_large(array: Any) -> bool:

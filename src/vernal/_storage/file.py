@@ -21,6 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental.multihost_utils import process_allgather
 
+from .._boundary import has_been_deleted, is_deleted
 from .._tree import Kind, LoadError, NamedArray, as_kind, is_part
 from .atomic import open_to_replace
 from .npy import (
@@ -82,11 +83,8 @@ def _require_values(name: str, array: Any) -> None:
             f"`tree`: the leaf {name!r} has no values ({array}). Save a tree of "
             "arrays, outside of `jax.jit` and the like."
         )
-    if isinstance(array, jax.Array) and array.is_deleted():
-        raise ValueError(
-            f"`tree`: the leaf {name!r} was deleted: it was donated to a program, or "
-            "`delete` was called. Save what the program returned."
-        )
+    if isinstance(array, jax.Array) and is_deleted(array):
+        raise has_been_deleted(f"`tree`: the leaf {name!r}")
 
 
 def _member(name: str, number: int) -> str:

@@ -159,7 +159,10 @@ class History(Portable, eqx.Module):
                     f"Two histories that join must record the same: {name!r} has the "
                     f"shape {shape} in one, and {others} in the other."
                 )
-        return concatenate([self, other])
+        first, second = to_columns(self), to_columns(other)
+        return from_columns(
+            {name: np.concatenate([first[name], second[name]]) for name in first}
+        )
 
     def __repr__(self) -> str:
         if not len(self):
@@ -192,15 +195,6 @@ def from_columns(columns: Mapping[str, np.ndarray]) -> History:
         if name not in COLUMNS
     }
     return History(records=records, **{name: columns[name] for name in COLUMNS})
-
-
-def concatenate(histories: list[History]) -> History:
-    """Joins histories of the same records, in order."""
-    if len(histories) == 1:
-        return histories[0]
-    parts = [to_columns(history) for history in histories]
-    names = parts[0]
-    return from_columns({n: np.concatenate([part[n] for part in parts]) for n in names})
 
 
 class Recorder:

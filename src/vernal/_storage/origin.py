@@ -2,17 +2,13 @@
 
 import inspect
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import jax
-import numpy as np
 
 from .._data import Source, Stream, Whole
 from .._pickling import digest_of
 from .._step import AbstractTrainer, defined
-from .._tree import is_part, to_arrays
+from .._tree import checksum, to_arrays
 
 # Of arrays with more bytes only a sample is compared.
 _MAX_BYTES = 2**26
@@ -24,7 +20,7 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     if not isinstance(source, Stream):
         tree = source.batch if isinstance(source, Whole) else source.arrays
         data = {
-            path: [str(leaf.kind), _checksum(leaf.array)]
+            path: [str(leaf.kind), checksum(leaf.array, _MAX_BYTES)]
             for path, leaf in to_arrays(tree).items()
         }
     methods = {name: _digest(getattr(kind, name)) for name in defined(trainer)}
@@ -59,17 +55,6 @@ def _is_same(old: Any, new: Any) -> bool:
         return False
     # A process that has a part of an array only has no checksum of it.
     return old[0] == new[0] and (None in (old[1], new[1]) or old[1] == new[1])
-
-
-def _checksum(array: Any) -> int | None:
-    if is_part(array):
-        return None
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = array.addressable_data(0)
-    if array.nbytes > _MAX_BYTES:
-        # An odd stride meets all places in rows of two, four or eight.
-        array = array.reshape(-1)[:: -(-array.nbytes // _MAX_BYTES) | 1]
-    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
 
 
 def _digest(method: Any) -> str | None:

@@ -108,7 +108,7 @@ def load(
     source = f"`path`: {os.fspath(path)}"
     with open_file(path) as arrays:
         if isinstance(like, AbstractTrainer):
-            return _restored(arrays, like, source, reset)
+            return _restored(arrays, like, source, names)
         if reset:
             raise ValueError(
                 "`reset` is for trainers, and `like` is not one. Replace its leaves "
@@ -121,7 +121,7 @@ def _restored(
     arrays: Mapping[str, NamedArray],
     like: TrainerT,
     source: str,
-    reset: str | Sequence[str],
+    reset: Sequence[str],
 ) -> TrainerT:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
         raise ValueError(

@@ -102,7 +102,7 @@ def require_restorable(
     own = kinds(snapshot(trainer) | initial_hyperparams(trainer))
     changed = _changed_hyperparams(saved, own)
     fields = set()
-    for name in (reset,) if isinstance(reset, str) else reset:
+    for name in reset:
         if name not in _RESETTABLE:
             raise ValueError(
                 f"`reset` names {name!r}, which cannot be reset. "

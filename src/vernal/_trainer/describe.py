@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 from .._boundary import dotted
-from .._closure import Closure, content_of, scope_key
+from .._closure import Closure, scope_key
 from .._optimiser import Transform
+from .._pickling import content_of
 from .._step import ModelTemplate
 from .trainer import Trainer
 
@@ -100,10 +101,8 @@ def _tree(tree: Any, place: Place) -> Described:
 def _shown(keys: Any, parent: Any) -> str:
     """Returns the name of a child, or of a trainer's what a user knows it by."""
     name = dotted(keys)
-    names = (
-        {"_progress": "", "_template": "model"} if isinstance(parent, Trainer) else {}
-    )
-    return names.get(name, name)
+    shown = {"_progress": "", "_template": "model"}
+    return shown.get(name, name) if isinstance(parent, Trainer) else name
 
 
 def _tree_text(tree: Any) -> str:

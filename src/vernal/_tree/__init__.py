@@ -6,12 +6,18 @@ from .named_arrays import (
     MismatchError as MismatchError,
     NamedArray as NamedArray,
     as_kind as as_kind,
+    checksum as checksum,
     from_arrays as from_arrays,
     is_key as is_key,
     is_part as is_part,
     require_alike_kinds as require_alike_kinds,
     require_keepable as require_keepable,
     to_arrays as to_arrays,
+)
+from .named_tree import (
+    NamedTree as NamedTree,
+    by_path as by_path,
+    uniquely_named as uniquely_named,
 )
 from .paths import (
     LONG_DOUBLES as LONG_DOUBLES,
@@ -41,9 +47,12 @@ from .structure import (
     LIKE_STATE as LIKE_STATE,
     cast_alike as cast_alike,
     cast_like as cast_like,
+    disagreements as disagreements,
+    is_alike as is_alike,
     is_weak as is_weak,
     parameters as parameters,
     require_alike as require_alike,
+    shape_and_dtype as shape_and_dtype,
     strong as strong,
 )
 from .text_table import aligned as aligned

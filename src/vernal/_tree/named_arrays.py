@@ -1,7 +1,9 @@
 """The leaves of a tree as plain arrays with names, and back again."""
 
 import enum
+import math
 import numbers
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._boundary import PyTree, dotted, is_on, is_wide, refuse_meaning
+from .._boundary import PyTree, is_wide, is_x64_on, refuse_meaning
+from .named_tree import by_path
 from .paths import LONG_DOUBLES
+from .structure import disagreements
 
 # In this order: a boolean is an integer too.
 _NUMBERS = {kind.__name__: kind for kind in (bool, int, float, complex)}
@@ -18,28 +22,28 @@ _Number = bool | int | float | complex
 
 
 class LoadError(ValueError):
-    """A file, or a checkpoint, cannot be loaded. What is wrong is in the subclass."""
+    """A file or a checkpoint cannot be loaded; the subclass says why."""
 
 
 class MismatchError(LoadError):
-    """What was saved does not fit into the tree that it is loaded into."""
+    """A saved tree does not fit into the tree that it is loaded into."""
 
 
 class Kind(NamedTuple):
-    """What must be alike for one leaf to take the place of another."""
+    """The properties that one leaf needs to take the place of another."""
 
     shape: tuple[int, ...]
     dtype: str
-    """That of an array, `key<...>` of a PRNG key, or the name of a Python number."""
+    """An array's dtype, `key<...>` for PRNG keys, or the type of a Python number."""
 
     @property
     def is_key(self) -> bool:
-        """Whether it is that of PRNG keys."""
+        """Whether it is the kind of PRNG keys."""
         return self.dtype.startswith("key<")
 
     @property
     def is_number(self) -> bool:
-        """Whether it is that of a Python number. (An array of one boolean looks so.)"""
+        """Whether it is the kind of a Python number, or of an array of one boolean."""
         return self.dtype in _NUMBERS and not self.shape
 
     def __str__(self) -> str:
@@ -49,7 +53,7 @@ class Kind(NamedTuple):
 
 
 def as_kind(shape: Any, dtype: Any) -> Kind:
-    """Makes a kind of what a file says, which may be anything."""
+    """Returns the kind that a file names, which may be anything."""
     is_shape = isinstance(shape, list) and all(
         type(side) is int and side >= 0 for side in shape
     )
@@ -64,18 +68,18 @@ def as_kind(shape: Any, dtype: Any) -> Kind:
 
 
 class NamedArray(NamedTuple):
-    """A leaf as it is kept."""
+    """A leaf as it is saved."""
 
     kind: Kind
     array: Any
-    """An array of JAX or NumPy; of a PRNG key, its data."""
+    """An array of JAX or NumPy; for PRNG keys, their data."""
 
 
 def to_arrays(tree: PyTree) -> dict[str, NamedArray]:
-    """Lists what can be kept of a tree by path: arrays, PRNG keys and numbers.
+    """Returns the leaves of a tree that can be saved: arrays, PRNG keys and numbers.
 
     Functions, strings and the like are left out: they are the program, not its data.
-    So is what `require_keepable` refuses.
+    So is whatever `require_keepable` refuses.
     """
     return {
         path: NamedArray(_kind(leaf), _data(leaf))
@@ -85,13 +89,13 @@ def to_arrays(tree: PyTree) -> dict[str, NamedArray]:
 
 
 def from_arrays(kept: Mapping[str, NamedArray], like: PyTree, source: str) -> PyTree:
-    """Puts what was kept of one tree into another like it.
+    """Puts the saved leaves of one tree into another like it.
 
     **Arguments:**
 
     - `kept`: what `to_arrays` returned.
-    - `like`: a tree of the same structure. Leaves that cannot be kept stay its own.
-    - `source`: what an error calls the place where it was kept.
+    - `like`: a tree of the same structure. Leaves that cannot be saved stay its own.
+    - `source`: what an error calls the place where `kept` was saved.
 
     **Raises:**
 
@@ -104,8 +108,8 @@ def from_arrays(kept: Mapping[str, NamedArray], like: PyTree, source: str) -> Py
         if _can_be_kept(leaf) and (path in kept or not _was_left_out(leaf))
     }
     require_alike_kinds({p: k.kind for p, k in kept.items()}, expected, source)
-    wide = [p for p, leaf in own.items() if _is_cut(leaf)]
-    if wide:
+    wide = [p for p, leaf in own.items() if _is_of_jax(leaf) and is_wide(leaf.dtype)]
+    if wide and not is_x64_on():
         raise MismatchError(
             f"{source} holds {wide[0]!r} as {expected[wide[0]]}, and so does the tree "
             "that it is to be loaded into, but `jax_enable_x64` is off. Turn it on."
@@ -118,7 +122,7 @@ def from_arrays(kept: Mapping[str, NamedArray], like: PyTree, source: str) -> Py
 
 
 def require_keepable(tree: PyTree, argument: str) -> None:
-    """Refuses a tree with data that could not be kept, or not as what they are."""
+    """Refuses a tree with data that could not be saved, or only as something else."""
     for path, leaf in _named(tree):
         where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
         refuse_meaning(leaf, where, "its mask would be lost")
@@ -159,39 +163,29 @@ def _require_plain(number: _Number, where: str) -> None:
 def require_alike_kinds(
     kept: Mapping[str, Kind], expected: Mapping[str, Kind], source: str
 ) -> None:
-    """Names the leaves in which what was kept differs from what is expected."""
-    pairs = {path: (kept.get(path), expected.get(path)) for path in (*kept, *expected)}
-    odd = [
-        f"{path!r} is {_described(there)} there and {_described(here)} here"
-        for path, (there, here) in pairs.items()
-        if there != here
-    ]
-    if odd:
-        with_x64 = ", with `jax_enable_x64` as it was" if _by_precision(pairs) else ""
+    """Checks the kinds of saved leaves, and names those that differ."""
+    if odd := disagreements(kept, expected):
+        named = [
+            f"{path!r} is {there or 'absent'} there and {here or 'absent'} here"
+            for path, there, here in odd[:5]
+        ]
         more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
+        # Some may differ in the number of bits alone.
+        name = lambda kind: kind and kind.dtype.rstrip("0123456789")
+        is_cut = any(name(there) == name(here) for _, there, here in odd)
+        with_x64 = ", with `jax_enable_x64` as it was" if is_cut else ""
         raise MismatchError(
             f"{source} holds another tree than the one that it is to be loaded into: "
-            f"{'; '.join(odd[:5])}{more}. Make the model and its optimiser as they "
+            f"{'; '.join(named)}{more}. Make the model and its optimiser as they "
             f"were{with_x64}."
         )
 
 
-def _by_precision(pairs: Mapping[str, tuple[Kind | None, Kind | None]]) -> bool:
-    """Whether what differs may do so in the number of bits alone."""
-    name = lambda kind: kind and kind.dtype.rstrip("0123456789")
-    return any(a != b and name(a) == name(b) for a, b in pairs.values())
-
-
-def _described(kind: Kind | None) -> str:
-    return "absent" if kind is None else str(kind)
-
-
 def _named(tree: PyTree) -> Iterable[tuple[str, Any]]:
     """Yields every leaf with a path that no other leaf has."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    dotted_paths = [dotted(keys) for keys, _ in flat]
-    taken, counts = set(dotted_paths), dict[str, int]()
-    for path, (_, leaf) in zip(dotted_paths, flat, strict=True):
+    named = by_path(tree)
+    taken, counts = set(named.names), dict[str, int]()
+    for path, leaf in named.items():
         count = counts.get(path, 0) + 1
         # A key may look like the name that would be given to another leaf.
         while count > 1 and f"{path}#{count}" in taken:
@@ -209,7 +203,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _is_kept(dtype: np.dtype) -> bool:
-    """Whether arrays of a dtype of NumPy are kept. Those of JAX all have a name."""
+    """Whether arrays of a dtype of NumPy can be saved, as all those of JAX can."""
     return dtype.kind in "biufcmMSU" or dtype.isbuiltin == 2
 
 
@@ -220,14 +214,10 @@ def _can_be_kept(leaf: Any) -> bool:
 
 
 def _was_left_out(leaf: Any) -> bool:
-    """Whether files of the first versions, which left some leaves out, lack this."""
+    """Whether files of the first versions lack such a leaf."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind in "SUMm"
     return isinstance(leaf, _Number) and type(leaf) not in _NUMBERS.values()
-
-
-def _is_cut(leaf: Any) -> bool:
-    return _is_of_jax(leaf) and not is_key(leaf) and is_wide(leaf.dtype) and not is_on()
 
 
 def is_key(leaf: Any) -> bool:
@@ -249,8 +239,8 @@ def _data(leaf: Any) -> Any:
 
 
 def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
-    """Makes of an array the kind of leaf that `like` is."""
-    is_placed = isinstance(array, jax.Array)  # It may be spread over processes.
+    """Turns an array into the kind of leaf that `like` is."""
+    is_placed = isinstance(array, jax.Array)  # Processes may have parts of it.
     array = array if is_placed else np.asarray(array)
     if is_key(like):
         return _as_key(path, array, like, source)
@@ -290,7 +280,22 @@ def _as_key(path: str, data: np.ndarray | jax.Array, like: Any, source: str) -> 
 
 
 def is_part(leaf: Any) -> bool:
-    """Whether a leaf is an array of which other processes have what this has not."""
+    """Whether a leaf is an array of which this process has only a part."""
     return isinstance(leaf, jax.Array) and not (
         leaf.is_fully_addressable or leaf.is_fully_replicated
     )
+
+
+def checksum(array: Any, max_bytes: float = math.inf) -> int | None:
+    """Returns a checksum of an array; `None` if this process has only a part of it.
+
+    Of an array of more than `max_bytes` only a sample is looked at.
+    """
+    if is_part(array):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = array.addressable_data(0)
+    if array.nbytes > max_bytes:
+        # Odd, so as not to meet the same place of each row of two, four or eight.
+        array = array.reshape(-1)[:: -int(-array.nbytes // max_bytes) | 1]
+    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())

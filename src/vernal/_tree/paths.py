@@ -3,11 +3,10 @@
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from .._boundary import segment
 
@@ -40,26 +39,26 @@ class Leaf(NamedTuple):
             return "frozen"
         if isinstance(self.value, float | complex):
             return f"frozen (a Python {type(self.value).__name__})"
-        # An integer among parameters is often a float whose dot was forgotten. Not a
-        # boolean, a member of an enumeration, or what no float could be.
+        # An integer among parameters is often a float without its dot; a boolean, a
+        # member of an enumeration, or one that no float could hold is not.
         if type(self.value) is int:
             return "not fitted (a Python int)" if abs(self.value) < 2**63 else ""
         return f"not fitted ({self.value.dtype})" if _is_few(self.value) else ""
 
 
-# Of more integers than these an array is taken for indices, or labels.
+# An array of more integers is taken for indices, or labels.
 _MOST_INTEGERS = 16
 
 
 def _is_few(leaf: Any) -> bool:
-    """Whether a leaf is an array of few numbers, which are not those of a PRNG key."""
+    """Whether a leaf is an array of few numbers, and not a raw PRNG key."""
     dtype, shape = getattr(leaf, "dtype", None), np.shape(leaf)
     is_number = dtype is not None and jnp.issubdtype(dtype, jnp.number)
     is_key = is_number and dtype == np.uint32 and shape[-1:] in [(2,), (4,)]
     return is_number and not is_key and 0 < math.prod(shape) <= _MOST_INTEGERS
 
 
-# Of NumPy, not of JAX. By type: their characters are those of small floats too.
+# NumPy's alone. Known by type: their characters are those of small floats too.
 LONG_DOUBLES = (np.longdouble, np.clongdouble)
 
 
@@ -78,7 +77,7 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether `leaf` is a Python float. NumPy's `float64`, a subclass, is an array."""
+    """Whether `leaf` is a Python float; NumPy's `float64`, a subclass, is not."""
     return isinstance(leaf, float) and not isinstance(leaf, np.generic)
 
 
@@ -87,11 +86,13 @@ def _is_absent(node: Any) -> bool:
 
 
 def named_leaves(tree: Any) -> list[Leaf]:
-    """Lists every leaf of `tree`, `None` included."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+    """Lists every leaf of a tree, `None` included, beside its path and its keys.
+
+    Raises a `ValueError` if two parameters have the same path.
+    """
     leaves = []
-    for keys, value in flat:
-        # What `optax.masked` and `optax.partition` put into a gap.
+    for keys, value in tree_leaves_with_path(tree, is_leaf=_is_absent):
+        # `optax.masked` and `optax.partition` put it into a gap.
         value = None if isinstance(value, optax.MaskedNode) else value
         segments = tuple(map(segment, keys))
         leaves.append(Leaf(".".join(segments), segments, keys, value))

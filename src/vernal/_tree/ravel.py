@@ -8,33 +8,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, DTypeLike, Float
 
 from .._boundary import Params, dotted, refuse_foreign, spelled
+from .named_tree import by_path
 
 
 def as_parameters(params: Params, name: str = "params") -> Params:
-    """Checks that every leaf is real and floating, and makes each of them an array.
+    """Checks that every leaf is real and floating, and turns each into an array.
 
     **Raises:**
 
-    A `TypeError` for a leaf of any other kind, a `ValueError` where there is no leaf.
+    - `TypeError`: if a leaf is of any other kind.
+    - `ValueError`: if there is no leaf.
     """
-    pairs, structure = tree_flatten_with_path(params)
-    if not pairs:
+    if not jax.tree.leaves(params):
         raise ValueError(
             f"`{name}` holds no parameter: it needs at least one floating-point array."
         )
-    return jax.tree.unflatten(
-        structure, [_as_parameter(keys, leaf, name) for keys, leaf in pairs]
-    )
+    convert = lambda keys, leaf: _as_parameter(leaf, keys, name)
+    return jax.tree_util.tree_map_with_path(convert, params)
 
 
-def _as_parameter(keys: tuple[Any, ...], leaf: object, name: str) -> Array:
+def _as_parameter(leaf: Any, keys: tuple[Any, ...], name: str) -> Array:
     refuse_foreign(leaf, spelled(name, keys))
     if isinstance(leaf, float):
-        # Written out, the dtype is a strong one, and stays so across a step.
+        # A dtype that is written out is strong, and stays so across a step.
         return jnp.asarray(leaf, jnp.result_type(float))
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
@@ -70,7 +69,7 @@ def ravel(params: Params, dtype: DTypeLike | None = None) -> Float[Array, " D"]:
 
 
 def unravel(flat: Float[Array, " D"], like: Params) -> Params:
-    """Undoes `ravel`: every leaf has the shape and the dtype it has in `like`."""
+    """Undoes `ravel`: each leaf has the shape and the dtype that it has in `like`."""
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([leaf.size for leaf in leaves])
     pieces = [
@@ -89,17 +88,17 @@ def ravel_size(params: Params) -> int:
 
 def element_name(params: Params, index: int) -> str:
     """Returns the name of one element of `ravel(params)`, such as `wfe[6]`."""
-    for keys, leaf in tree_flatten_with_path(params)[0]:
+    for path, leaf in by_path(params).items():
         size = math.prod(leaf.shape)
         if index < size:
             position = np.unravel_index(index, leaf.shape) if leaf.shape else ()
             suffix = f"[{','.join(map(str, position))}]" if position else ""
-            return dotted(keys) + suffix
+            return path + suffix
         index -= size
     raise IndexError(f"No element {index} beyond the last.")
 
 
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """Returns the dtype that holds all others, under strict promotion too."""
+    """Returns the dtype that holds all of these, under strict promotion too."""
     with jax.numpy_dtype_promotion("standard"):
         return reduce(jnp.promote_types, dtypes)

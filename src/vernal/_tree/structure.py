@@ -1,7 +1,7 @@
-"""Trees that must be like other trees: checked, and cast."""
+"""Trees that must be like other trees: compared, checked and cast."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -10,43 +10,73 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._boundary import PyTree, dotted
+from .._boundary import PyTree
+from .named_tree import by_path
+
+T = TypeVar("T")
 
 LIKE_STATE = "Let `init` return {}, such as `jnp.zeros((), jnp.{})`."
-"""What to do about the state of a policy or a criterion that changes its dtype."""
+"""The remedy for a state of a policy or a criterion that changes its dtype."""
+
+
+def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Returns what a compiled program expects of a leaf."""
+    return np.shape(leaf), getattr(leaf, "dtype", type(leaf))
+
+
+def is_alike(
+    tree: PyTree, like: PyTree, of: Callable[[Any], Any] = shape_and_dtype
+) -> bool:
+    """Whether two trees have the same structure, and leaves that are alike in `of`."""
+    return jax.tree.structure(tree) == jax.tree.structure(like) and (
+        list(map(of, jax.tree.leaves(tree))) == list(map(of, jax.tree.leaves(like)))
+    )
+
+
+def disagreements(
+    found: Mapping[str, T], expected: Mapping[str, T]
+) -> list[tuple[str, T | None, T | None]]:
+    """Lists the paths at which two mappings differ, and what each of them has there.
+
+    That is `None` where a mapping lacks the path.
+    """
+    paths = dict.fromkeys((*found, *expected))
+    pairs = [(path, found.get(path), expected.get(path)) for path in paths]
+    return [(path, a, b) for path, a, b in pairs if a != b]
 
 
 def require_alike(
     tree: PyTree, like: PyTree, what: str, whose: str, hint: str = ""
 ) -> None:
-    """Checks that one tree has the structure and the shapes of another.
+    """Checks that a tree has the structure and the shapes of another.
 
     **Arguments:**
 
     - `tree`, `like`: the two.
-    - `what`: what an error calls the one.
-    - `whose`: what it calls the other.
+    - `what`, `whose`: what an error calls them.
     - `hint`: what it says at the end.
     """
+    if is_alike(tree, like, np.shape):
+        return
     found, expected = jax.tree.structure(tree), jax.tree.structure(like)
     if found != expected:
         raise ValueError(
             f"{what} must have the structure of {whose}.\n"
             f"Found:    {found}\nExpected: {expected}"
         )
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    for (keys, leaf), other in zip(flat, jax.tree.leaves(like), strict=True):
-        if jnp.shape(leaf) != jnp.shape(other):
+    pairs = zip(by_path(tree).items(), jax.tree.leaves(like), strict=True)
+    for (path, leaf), other in pairs:
+        if np.shape(leaf) != np.shape(other):
             raise ValueError(
-                f"{what} must have the shapes of {whose}: {dotted(keys)!r} has shape "
-                f"{jnp.shape(leaf)} instead of {jnp.shape(other)}.{hint}"
+                f"{what} must have the shapes of {whose}: {path!r} has shape "
+                f"{np.shape(leaf)} instead of {np.shape(other)}.{hint}"
             )
 
 
 def cast_alike(
     tree: PyTree, like: PyTree, what: str, whose: str, remedy: str, hint: str = ""
 ) -> PyTree:
-    """Checks that one tree is like another, and casts it to the dtypes of that one.
+    """Checks that a tree is like another, and casts it to the dtypes of that one.
 
     **Arguments:**
 
@@ -60,11 +90,11 @@ def cast_alike(
         where the other is an integer.
     """
     require_alike(tree, like, what, whose, hint)
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    for (keys, leaf), other in zip(flat, jax.tree.leaves(like), strict=True):
+    pairs = zip(by_path(tree).items(), jax.tree.leaves(like), strict=True)
+    for (path, leaf), other in pairs:
         new, old = jnp.asarray(leaf), jnp.asarray(other)
         if not _can_hold(old, new):
-            at = f" at {dotted(keys)!r}" if keys else ""
+            at = f" at {path!r}" if path else ""
             raise TypeError(
                 f"{what} is {new.dtype}{at}, where {whose} is {old.dtype}, which "
                 f"cannot hold it. {remedy.replace('{}', str(new.dtype))}"
@@ -73,16 +103,16 @@ def cast_alike(
 
 
 def cast_like(new: PyTree, old: PyTree) -> PyTree:
-    """Casts every leaf to the dtype of its like: a loop has no place for others."""
+    """Casts every leaf to the dtype of its like, as a compiled loop demands."""
     return jax.tree.map(_cast, new, old)
 
 
 def is_weak(array: Array) -> bool:
-    """Whether the dtype of an array bends to what it meets; that of a key does not."""
+    """Whether the dtype of an array gives way to others; that of a key does not."""
     return getattr(array, "weak_type", False)
 
 
-# Each holds those before it.
+# Each kind holds those before it.
 _KINDS = (
     jnp.bool_,
     jnp.unsignedinteger,
@@ -93,7 +123,7 @@ _KINDS = (
 
 
 def _can_hold(old: Array, new: Array) -> bool:
-    """Whether a dtype can take in another, up to its precision."""
+    """Whether an array's dtype can hold that of another, up to its precision."""
     if new.dtype == old.dtype:
         return True
     kinds = [
@@ -114,18 +144,18 @@ def _cast(new: Any, old: Any) -> Array:
 
 
 def strong(leaf: Any) -> jax.Array:
-    """Makes an array of `leaf` whose dtype no longer bends to what it meets.
+    """Returns `leaf` as an array that is not weakly typed.
 
-    A weakly typed array, such as `jnp.array(1.0)`, turns strong in the first step
-    that is taken with it, and the second step would then be compiled anew.
+    A weakly typed array, such as `jnp.array(1.0)`, turns strong in the first step, and
+    the second step would then be compiled again.
     """
-    # A copy of NumPy's: JAX may otherwise share the memory of what is changed later.
+    # A copy: JAX may otherwise share the memory of an array that is changed later.
     array = jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
     if not is_weak(array):
         return array
     if isinstance(array, jax.core.Tracer):
         return jax.lax.convert_element_type(array, array.dtype)
-    # Through NumPy, which knows no weak types: nothing is compiled for it.
+    # Through NumPy, which has no weak types: nothing is compiled for it.
     return jnp.asarray(np.asarray(array))
 
 

@@ -1,7 +1,7 @@
-"""One leaf of a batch: turned into an array, or refused where that would lose sense."""
+"""One batch: its leaves turned into arrays, or refused where that would lose sense."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, final
 
 import jax
@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._boundary import (
-    is_cut,
-    is_deleted,
-    narrowed,
-    refuse_foreign,
-    refuse_sparse,
-    spelled,
-)
+from .._boundary import is_cut, is_deleted, narrowed, refuse_foreign, spelled
 from .._tree import LONG_DOUBLES
+
+# A shorter list may be meant as a tree.
+_LONG = 8
+_NUMBERS = int | float | complex | np.number | np.bool_
+
+
+class ManyBatches:
+    """The base of what gives batches to a fit, and is not a batch itself."""
 
 
 @final
@@ -40,35 +41,52 @@ class Flag:
         return repr(self.value)
 
 
-def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> Any:
-    """Turns arrays of other libraries, and floats, into JAX's arrays.
+def as_given(batch: Any) -> Any:
+    """Returns a batch as the methods of a trainer see it."""
+    return jax.tree.map(lambda x: x.value if isinstance(x, Flag) else x, batch)
+
+
+def as_batch(batch: Any, argument: str = "batch") -> Any:
+    """Turns the arrays and the floats of a batch into JAX's arrays.
+
+    So new ones compile nothing. Those of other libraries are copied. Integers, strings
+    and functions stay as they are, and are static: they may decide a shape or a branch.
 
     **Arguments:**
 
-    - `leaf`: a leaf of a batch.
-    - `argument`, `keys`: what an error calls the batch, and where in it the leaf is.
-    - `batch`: the whole batch.
-
-    **Returns:**
-
-    An array of its own memory; or the leaf itself, which is static then.
+    - `batch`: any pytree.
+    - `argument`: what an error calls it.
 
     **Raises:**
 
-    - `TypeError`: if it is an array of something other than numbers, a loader, or an
-        object that cannot be hashed; or if it is in a long list of numbers.
-    - `ValueError`: if it is an array that has been deleted.
+    - `TypeError`: if it is a source of batches; or if a leaf is an array of something
+        other than numbers, a loader, a long list of numbers, or an object that cannot
+        be hashed.
+    - `ValueError`: if an array has been deleted.
     """
-    is_array = isinstance(leaf, jax.Array)
-    # Asked of each leaf at every step: its name is spelled out only for an error.
-    if is_array and not is_cut(leaf) and not is_deleted(leaf):
-        return leaf
-    where = spelled(argument, keys)
-    if is_array:
+    if isinstance(batch, ManyBatches | Iterator):
+        raise TypeError(
+            f"`{argument}` must be one batch, not a {type(batch).__name__}. Give it to "
+            "`fit`, or take a batch from it."
+        )
+
+    def as_datum(keys: tuple[Any, ...], leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array)
+        # Asked of each leaf at every step: its name is spelled out only for an error.
+        if is_array and not is_cut(leaf) and not is_deleted(leaf):
+            return leaf
+        if isinstance(leaf, _NUMBERS):
+            _refuse_lists(batch, argument, keys)
+        return _as_datum(leaf, spelled(argument, keys))
+
+    return jtu.tree_map_with_path(as_datum, batch)
+
+
+def _as_datum(leaf: Any, where: str) -> Any:
+    """Returns an array with its own memory, or the leaf itself, which is static."""
+    if isinstance(leaf, jax.Array):
         refuse_foreign(leaf, where)
         return narrowed(leaf, where)
-    if isinstance(leaf, _NUMBERS):
-        _refuse_lists(batch, argument, keys)
     if isinstance(leaf, bool):
         return Flag(leaf)
     if isinstance(leaf, np.str_ | np.bytes_):
@@ -79,20 +97,20 @@ def as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> Any
         return _copied(_converted(leaf, where), where)
     if not isinstance(leaf, type) and hasattr(leaf, "__dlpack__"):
         return jnp.array(jnp.from_dlpack(leaf))
-    refuse_sparse(leaf, where)
+    refuse_foreign(leaf, where)
     if isinstance(leaf, range):
         raise _list_of_numbers(leaf, where)
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):
         raise TypeError(
-            f"{where} is a {type(leaf).__name__}, which is no array. To take one batch "
-            "a step from it, wrap it: `fit(vn.Stream(data), steps)`."
+            f"{where} is a {type(leaf).__name__}, which is not an array. To take one "
+            "batch a step from it, wrap it: `fit(vn.Stream(data), steps)`."
         )
     try:
         hash(leaf)
     except TypeError:
         raise TypeError(
-            f"{where} is a {type(leaf).__name__}, which is no array and cannot be "
+            f"{where} is a {type(leaf).__name__}, which is not an array and cannot be "
             "hashed, so that no compiled program could be found by it. Leave it out, "
             "or give what can be hashed, such as a tuple of numbers."
         ) from None
@@ -126,19 +144,13 @@ def _copied(leaf: Any, where: str) -> jax.Array:
     return jnp.array(narrowed(leaf, where))
 
 
-# A list of no more may be meant as a tree.
-_LONG = 8
-_NUMBERS = int | float | complex | np.number | np.bool_
-
-
 def _refuse_lists(batch: Any, argument: str, keys: tuple[Any, ...]) -> None:
     """Refuses long lists of numbers, each of which JAX would take for an array."""
-    # Each such list has this one leaf.
-    if not (keys and isinstance(keys[-1], jtu.SequenceKey) and keys[-1].idx == _LONG):
-        return
-    for where, node in jtu.tree_flatten_with_path(batch, is_leaf=_is_long_list)[0]:
-        if _is_long_list(node):
-            raise _list_of_numbers(node, spelled(argument, where))
+    # Each such list has exactly one leaf with this index.
+    if keys and isinstance(keys[-1], jtu.SequenceKey) and keys[-1].idx == _LONG:
+        for where, node in jtu.tree_leaves_with_path(batch, is_leaf=_is_long_list):
+            if _is_long_list(node):
+                raise _list_of_numbers(node, spelled(argument, where))
 
 
 def _is_long_list(node: Any) -> bool:

@@ -1,7 +1,7 @@
 """Trees taken apart into leaves with names."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
@@ -16,9 +16,13 @@ class NamedTree(NamedTuple):
     leaves: list[Any]
     structure: Any
 
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Yields each leaf beside its name."""
+        return zip(self.names, self.leaves, strict=True)
+
     def by_name(self) -> dict[str, Any]:
         """Returns the leaves by name."""
-        return dict(zip(self.names, self.leaves, strict=True))
+        return dict(self.items())
 
     def within(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Makes a function of some leaves, by name, from one of the whole tree.
@@ -29,8 +33,8 @@ class NamedTree(NamedTuple):
         # A line search passes on the arguments that it finds in the signature.
         @functools.wraps(fn)
         def within(own: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-            pairs = zip(self.names, self.leaves, strict=True)
-            whole = self.structure.unflatten([own.get(n, leaf) for n, leaf in pairs])
+            leaves = [own.get(name, leaf) for name, leaf in self.items()]
+            whole = self.structure.unflatten(leaves)
             return fn(whole, *args, **kwargs)
 
         return within
