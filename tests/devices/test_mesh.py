@@ -25,7 +25,8 @@ from models import (
 )
 from vernal._boundary.names import dotted
 from vernal._devices.placement import placement
-from vernal._loop.chunk import run_chunk, run_step
+from vernal._loop.chunk import run_chunk
+from vernal._loop.single_step import run_step
 from vernal._tree.structure import is_weak
 
 WIDTHS = (1, 2, 8)

@@ -4,22 +4,21 @@ from .chunk import (
     Chunk as Chunk,
     Ended as Ended,
     Moving as Moving,
-    StepInfo as StepInfo,
     Taken as Taken,
     Task as Task,
     is_over as is_over,
     run_chunk as run_chunk,
     run_chunk_in_place as run_chunk_in_place,
     run_loop as run_loop,
-    run_step as run_step,
     take_one as take_one,
 )
 from .monitor import Monitor as Monitor, MonitorState as MonitorState
 from .record import (
     COLUMNS as COLUMNS,
     GRAD_NORM as GRAD_NORM,
-    MOST_ROWS as MOST_ROWS,
     LackingMetricError as LackingMetricError,
     Record as Record,
-    Rows as Rows,
 )
+from .rows import MOST_ROWS as MOST_ROWS, Rows as Rows
+from .single_step import StepInfo as StepInfo, run_step as run_step
+from .unroll import unroll as unroll

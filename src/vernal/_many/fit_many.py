@@ -11,7 +11,8 @@ from .._devices import AbstractPlacement, placement
 from .._fit import OPTIONS, FitOptions, fit
 from .._solve import Solver
 from .._trainer import Trainer
-from .many_trainers import Many, ManyResult
+from .many_trainers import Many
+from .result import ManyResult
 from .stack import require_one_step, stacked
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])

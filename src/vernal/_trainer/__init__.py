@@ -3,4 +3,3 @@
 from .explain_retrace import explain_retrace as explain_retrace
 from .fit_function import fit as fit
 from .trainer import Trainer as Trainer
-from .unroll import unroll as unroll
