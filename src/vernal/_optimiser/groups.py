@@ -13,7 +13,8 @@ import optax
 from jax.core import Tracer
 
 from .._closure import Closure, Skeleton
-from .transform import AbstractTransform, Transform, window
+from .schedule import window
+from .transform import AbstractTransform, Transform
 
 Leaves = Mapping[str, Any]
 """The leaves of a tree, or one value for each, by name."""
