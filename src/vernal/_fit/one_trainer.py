@@ -12,9 +12,9 @@ from .._devices import ANYWHERE, AbstractPlacement
 from .._loop import (
     Chunk,
     Ended,
+    LoopState,
     Monitor,
     MonitorState,
-    Moving,
     Rows,
     Task,
     run_chunk,
@@ -124,17 +124,17 @@ class One:
         """Whether there are no more steps to be taken, as one of the flags says."""
         return any(map(bool, flags))
 
-    def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
+    def run(self, task: Task, state: LoopState, in_place: bool) -> tuple[Chunk, Ended]:
         """Takes the steps of one chunk.
 
         **Arguments:**
 
-        - `task`, `moving`: what it is given, and what it changes.
-        - `in_place`: whether `moving` may be overwritten.
+        - `task`, `state`: what it is given, and what it changes.
+        - `in_place`: whether `state` may be overwritten.
         """
         run = run_chunk_in_place if in_place else run_chunk
         with self.context():
-            return run(task, moving, self.place)
+            return run(task, state, self.place)
 
     def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
         """Copies what a chunk recorded to the host.

@@ -14,7 +14,15 @@ import numpy as np
 from .._boundary import debugged, is_debugged
 from .._data import Minibatches, Source, Stream, Whole
 from .._devices import Peers, fingerprint, leaf_fingerprints
-from .._loop import MOST_ROWS, Ended, LackingMetricError, Monitor, Moving, Record, Task
+from .._loop import (
+    MOST_ROWS,
+    Ended,
+    LackingMetricError,
+    LoopState,
+    Monitor,
+    Record,
+    Task,
+)
 from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
@@ -113,7 +121,7 @@ class Running:
         self._in_place = not is_seen and _is_worth_reuse(progress_of(there))
         if self._in_place:
             # What is the user's is never overwritten, nor anything twice.
-            mine = jax.tree.map(lambda leaf: leaf.copy(), self._moving)
+            mine = jax.tree.map(lambda leaf: leaf.copy(), self._state)
             self._move_to(mine)
         self.feed = Feed(source, kind.count(there), kind.prepare, peers)
         with kind.context():
@@ -142,9 +150,9 @@ class Running:
             there if is_split else with_progress(trainer, progress_of(there))
         )
 
-    def _move_to(self, moving: Moving) -> None:
-        self.trainer = with_progress(self.trainer, moving.progress)
-        self.watched = moving.watched
+    def _move_to(self, state: LoopState) -> None:
+        self.trainer = with_progress(self.trainer, state.progress)
+        self.watched = state.monitor_state
 
     def _peek(self) -> Any:
         return self._kind.row(self.feed.peek())
@@ -166,7 +174,7 @@ class Running:
 
     def _take(self, count: int) -> None:
         kind, start = self._kind, self._kind.count(self.trainer)
-        config, moving = self._config, self._moving
+        config, state = self._config, self._state
         now, every, pending = start, kind.number(self.every), []
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
@@ -178,11 +186,11 @@ class Running:
                 task = Task(*parts, kind.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     try:
-                        chunk, ended = kind.run(task, moving, self._in_place)
+                        chunk, ended = kind.run(task, state, self._in_place)
                     except LackingMetricError as error:
                         error.args += (now - steps,)
                         raise
-                    moving = chunk.moving
+                    state = chunk.state
                     # Not the chunk itself: of a stream's every step it would keep the
                     # parameters.
                     pending.append((ended, chunk.rows, chunk.scores))
@@ -192,17 +200,17 @@ class Running:
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
-            self.is_whole = not any(x.is_deleted() for x in jax.tree.leaves(moving))
+            self.is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
             if self.is_whole:
                 with _held_back():
-                    self._settle(start, moving, pending)
+                    self._settle(start, state, pending)
 
     def _settle(
-        self, start: int, moving: Moving, pending: list[tuple[Ended, Any, Any]]
+        self, start: int, state: LoopState, pending: list[tuple[Ended, Any, Any]]
     ) -> None:
         """Takes over what chunks have computed, from the step `start` on."""
         kind = self._kind
-        self._move_to(moving)
+        self._move_to(state)
         kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
             self._has_accepted |= kind.on_host(ended.has_accepted)
@@ -212,8 +220,8 @@ class Running:
             self._recorder.extend(history)
 
     @property
-    def _moving(self) -> Moving:
-        return Moving(progress_of(self.trainer), self.watched)
+    def _state(self) -> LoopState:
+        return LoopState(progress_of(self.trainer), self.watched)
 
     def _is_over(self) -> bool:
         flags = [self.trainer.stopped]

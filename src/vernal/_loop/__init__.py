@@ -3,10 +3,9 @@
 from .chunk import (
     Chunk as Chunk,
     Ended as Ended,
-    Moving as Moving,
+    LoopState as LoopState,
     Taken as Taken,
     Task as Task,
-    is_over as is_over,
     run_chunk as run_chunk,
     run_chunk_in_place as run_chunk_in_place,
     run_loop as run_loop,

@@ -12,7 +12,7 @@ from .._curvature import Mode, checked_mode
 from .._data import Minibatches, Source, Whole, as_batch, as_source
 from .._devices import AbstractPlacement, same_inputs
 from .._fit import BadEnd, One
-from .._loop import Chunk, Ended, Monitor, MonitorState, Moving, Rows, Task
+from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Rows, Task
 from .._policy import AT_NON_FINITE, SKIP_ADVICE, StopReason
 from .._solve import Problem, checked_solver
 from .._step import (
@@ -128,9 +128,10 @@ class Many(One):
 
     def template(self, trainer: AbstractTrainer) -> Any:
         trainer = jax.tree.map(self._whole, trainer)
-        own, join = apart(config_of(trainer), self.config)
+        rows, shared = apart(config_of(trainer), self.config)
         progress = jax.tree.map(first_row, progress_of(trainer))
-        return with_progress(join([first_row(leaf) for leaf in own]), progress)
+        first = eqx.combine(jax.tree.map(first_row, rows), shared)
+        return with_progress(first, progress)
 
     def row(self, batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(batch)
@@ -146,7 +147,7 @@ class Many(One):
     def is_over(self, *flags: Any) -> bool:
         return bool(np.logical_or.reduce([*map(self.on_host, flags)]).all())
 
-    def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
+    def run(self, task: Task, state: LoopState, in_place: bool) -> tuple[Chunk, Ended]:
         spread = Spread(
             group=self.group,
             config=self.config,
@@ -156,7 +157,7 @@ class Many(One):
         )
         run = run_many_in_place if in_place else run_many
         with self.context():
-            return run(task, moving, spread)
+            return run(task, state, spread)
 
     def _monitor_flags(self, monitor: Monitor) -> Flags:
         every = len(jax.tree.leaves(monitor))
@@ -254,7 +255,7 @@ class Many(One):
         with same_inputs(self.entrance, self.place) as require_same, self.context():
             encoded, rows = checked_solver(solver, steps, "steps")
             batch = self.prepare(data)
-            flags = self.config, self._flags(batch)
+            flags = (*self.config, *self._flags(batch))
             options: dict[str, Any] = {"steps": steps, "jac": jac, "group": self.group}
             options |= {"solver": (solver, encoded), "data_axis": self.data_axis}
             like = self.template(trainer), self.row(batch)

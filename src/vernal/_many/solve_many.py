@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ class Members(NamedTuple):
     """
 
     trainers: AbstractTrainer
-    flags: tuple[Flags, Flags]
+    flags: Flags
     group: int
     place: AbstractPlacement
 
@@ -60,19 +61,18 @@ class Members(NamedTuple):
 def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
     trainers, flags, group, place = members
     config, progress = config_of(trainers), progress_of(trainers)
-    own_config, join_config = apart(config, flags[0])
-    own_batch, join_batch = apart(problem.batch, flags[1])
+    rows, shared = apart((config, problem.batch), flags)
 
-    def solve_one(own: tuple[list[Array], Progress, list[Array]]) -> _Ends:
-        config, progress, batch = own
-        trainer = with_progress(join_config(config), progress)
+    def solve_one(own: tuple[PyTree, Progress]) -> _Ends:
+        rows, progress = own
+        config, batch = eqx.combine(rows, shared)
+        trainer = with_progress(config, progress)
         args = (stripped(trainer), trainer.projector, Start.of(trainer))
-        end = run_solver(*args, problem._replace(batch=join_batch(batch)), goal)
+        end = run_solver(*args, problem._replace(batch=batch), goal)
         opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
         return _Ends(end, opt_state)
 
-    own = (own_config, progress, own_batch)
-    ends = in_groups(jax.vmap(solve_one), own, group, place)
+    ends = in_groups(jax.vmap(solve_one), (rows, progress), group, place)
     return place.pin_rows(ends)
 
 
@@ -82,16 +82,15 @@ def _find_bad(
 ) -> Bool[Array, "members columns"]:
     trainers, flags, _, _ = members
     config, progress = config_of(trainers), progress_of(trainers)
-    own_config, join_config = apart(config, flags[0])
-    own_batch, join_batch = apart(batch, flags[1])
+    rows, shared = apart((config, batch), flags)
 
     def of_one(
-        config: list[Array], progress: Progress, params: PyTree, batch: list[Array]
+        rows: PyTree, progress: Progress, params: PyTree
     ) -> Bool[Array, " columns"]:
-        trainer = stripped(with_progress(join_config(config), progress))
-        return find_bad(trainer, params, join_batch(batch))
+        config, batch = eqx.combine(rows, shared)
+        return find_bad(stripped(with_progress(config, progress)), params, batch)
 
-    return jax.vmap(of_one)(own_config, progress, params, own_batch)
+    return jax.vmap(of_one)(rows, progress, params)
 
 
 def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
