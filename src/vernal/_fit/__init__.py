@@ -2,5 +2,6 @@
 
 from .arrival import edm_note as edm_note
 from .fit import OPTIONS as OPTIONS, FitOptions as FitOptions, fit as fit
-from .one_trainer import BadEnd as BadEnd, One as One
+from .one_trainer import OneTrainer as OneTrainer
 from .result import FitResult as FitResult
+from .subject import AbstractSubject as AbstractSubject, BadEnd as BadEnd

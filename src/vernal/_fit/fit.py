@@ -14,11 +14,9 @@ from .._step import MOST_STEPS, AbstractTrainer, check_elementwise, no_optimiser
 from .._storage import Checkpoints, History, open_checkpointer, origin
 from .._tree import Selector
 from .feed import DataExhausted, next_chunk
-from .one_trainer import One
 from .progress_bar import ProgressBar
-from .run import Callback, Running
-
-ONE = One()
+from .run import Callback, FitRun
+from .subject import AbstractSubject
 
 
 class FitOptions(TypedDict, total=False):
@@ -51,23 +49,23 @@ def fit(
     callback: Callback | None = None,
     chunk: int | None = None,
     checkpoint: Checkpoints | None = None,
-    kind: One = ONE,
+    subject: AbstractSubject,
 ) -> Any:
     """Takes `steps` steps. The documentation is that of `Trainer.fit`.
 
-    `kind` tells what is fitted: one trainer, or many at once.
+    `subject` tells what is fitted: one trainer, or many at once.
     """
     refuse_program("fit", trainer, data, validation, remedy=UNROLL)
     progress = boolean(progress, "progress")
     run = None
     try:
         with contextlib.ExitStack() as stack:
-            peers = stack.enter_context(Peers(kind.place.mesh, kind.entrance))
+            peers = stack.enter_context(Peers(subject.place.mesh, subject.entrance))
             steps = whole_number(steps, "steps", least=0)
             every = min(whole_number(every, "every", least=1), MOST_STEPS)
             chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)
-            _check(trainer, steps, callback, kind)
-            source, monitor = kind.source(data), kind.monitor(validation, stop)
+            _check(trainer, steps, callback, subject)
+            source, monitor = subject.source(data), subject.monitor(validation, stop)
             if peers.are_many:
                 numbers = {"steps": steps, "every": every, "chunk": chunk}
                 presence = {"callback": callback, "checkpoint": checkpoint}
@@ -86,7 +84,7 @@ def fit(
                 )
             is_seen = checkpointer is not None or callback is not None
             options = record, every, checkpointer, is_seen
-            run = Running(kind, peers, trainer, source, monitor, *options)
+            run = FitRun(subject, peers, trainer, source, monitor, *options)
             if peers.are_many:
                 peers.require_same(run.described())
             try:
@@ -103,7 +101,7 @@ def fit(
     except DataExhausted:
         if run is None:
             empty = History(np.zeros(0, int), np.zeros(0))
-            result = kind.cut_short(trainer, empty, StopReason.DATA_EXHAUSTED)
+            result = subject.cut_short(trainer, empty, StopReason.DATA_EXHAUSTED)
             raise StreamExhaustedError(0, steps, result) from None
         result = run.cut_short(StopReason.DATA_EXHAUSTED)
         raise StreamExhaustedError(run.taken, steps, result) from None
@@ -117,15 +115,13 @@ def fit(
                 if run.taken:
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
-    parts = run.trainer, run.history(), run.monitor, run.watched
-    result = kind.ended(*parts, reason, run.is_all_skipped)
-    result = kind.checked(result, run.source)
-    if run.taken and (end := kind.bad_end(result)):
+    result = run.ended(reason)
+    if run.taken and (end := subject.bad_end(result)):
         diagnosis = run.diagnosis(end)
-        kind.raise_if_non_finite(result, diagnosis.advised)
+        end.raise_if_asked(result, diagnosis.advised)
         if str(diagnosis):
-            warn(f"{end.sentence} {diagnosis}")
-    elif (scores := parts[1].validation).size and not np.isfinite(scores).any():
+            warn(f"{end.warning} {diagnosis}")
+    elif (scores := result.history.validation).size and not np.isfinite(scores).any():
         warn(
             "`validation`: no score was finite, so that `best` is no better than the "
             "model that the fit began with. Check the batch, and `evaluate`."
@@ -134,7 +130,7 @@ def fit(
 
 
 def _go_on(
-    run: Running,
+    run: FitRun,
     steps: int,
     bar: ProgressBar,
     callback: Callback | None,
@@ -169,7 +165,9 @@ def _go_on(
     return StopReason.STEPS_TAKEN
 
 
-def _check(trainer: AbstractTrainer, steps: int, callback: Any, kind: One) -> None:
+def _check(
+    trainer: AbstractTrainer, steps: int, callback: Any, subject: AbstractSubject
+) -> None:
     if callback is not None and not callable(callback):
         raise TypeError(
             f"`callback` is {callback!r}, but must be a function `(trainer, history)` "
@@ -179,8 +177,8 @@ def _check(trainer: AbstractTrainer, steps: int, callback: Any, kind: One) -> No
         takes(callback, 2, "callback", "callback(trainer, history)")
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
-    check_elementwise(kind.template(trainer))
-    if kind.count(trainer) + steps > MOST_STEPS:
+    check_elementwise(subject.template(trainer))
+    if subject.count(trainer) + steps > MOST_STEPS:
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "
             "fewer."

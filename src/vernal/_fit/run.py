@@ -38,7 +38,7 @@ from .._step import (
 from .._storage import Checkpointer, History, Recorder
 from .._tree import require_alike
 from .feed import Feed
-from .one_trainer import BadEnd, One
+from .subject import AbstractSubject, BadEnd
 
 Callback = Callable[[Any, History], Any]
 
@@ -76,12 +76,12 @@ def _is_boolean(answer: Any) -> bool:
     return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
 
 
-class Running:
+class FitRun:
     """A fit on its way: the trainer as it is now, and what was recorded so far."""
 
     def __init__(
         self,
-        kind: One,
+        subject: AbstractSubject,
         peers: Peers,
         trainer: AbstractTrainer,
         source: Source,
@@ -95,27 +95,28 @@ class Running:
 
         - `is_seen`: whether somebody else has a hold on the trainer between two chunks.
         """
-        self._kind, self._checkpointer, self.peers = kind, checkpointer, peers
-        self._counts = kind.on_host(progress_of(trainer).nan_counts)
+        self._subject, self._checkpointer, self.peers = subject, checkpointer, peers
+        self._counts = subject.on_host(progress_of(trainer).nan_counts)
         self.source = source
         self.is_whole = True
         self._recorder = Recorder(self._no_history)
-        self.monitor, self.watched = monitor, kind.watched(monitor, trainer)
-        there, self.is_resumed = kind.placed(trainer), False
-        first = kind.count(there)
+        self.monitor = monitor
+        self.monitor_state = subject.first_monitor_state(monitor, trainer)
+        there, self.is_resumed = subject.placed(trainer), False
+        first = subject.count(there)
         if checkpointer is not None:
-            there, self.watched, history = checkpointer.restore(
-                there, first, self.watched
+            there, self.monitor_state, history = checkpointer.restore(
+                there, first, self.monitor_state
             )
             if history is not None:
-                projector = kind.home_state(there.projector)
+                projector = subject.place.home(there.projector)
                 trainer = with_progress(
                     trainer, progress_of(there), projector=projector
                 )
                 self.is_resumed = True
                 self._recorder.extend(history)
-                there = kind.placed(there)
-                self.watched = kind.placed_state(self.watched)
+                there = subject.placed(there)
+                self.monitor_state = subject.placed_state(self.monitor_state)
                 checkpointer.mark_as_written(there)
         self._hold(trainer, there)
         self._in_place = not is_seen and _is_worth_reuse(progress_of(there))
@@ -123,15 +124,15 @@ class Running:
             # What is the user's is never overwritten, nor anything twice.
             mine = jax.tree.map(lambda leaf: leaf.copy(), self._state)
             self._move_to(mine)
-        self.feed = Feed(source, kind.count(there), kind.prepare, peers)
-        with kind.context():
-            self._template = kind.template(there)
+        self.feed = Feed(source, subject.count(there), subject.prepare, peers)
+        with subject.context():
+            self._template = subject.template(there)
             self.record = Record(self._template, record, self._peek)
         self.every = every
-        self._has_accepted = np.zeros(kind.shape, bool)
+        self._has_accepted = np.zeros(subject.shape, bool)
         # Of a stream the steps and the batches that were last: a stop is noticed late.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
-        self.taken = kind.count(there) - first
+        self.taken = subject.count(there) - first
         self.stopped = self._is_over()
         if checkpointer is not None:
             checkpointer.require_columns(self._no_history())
@@ -144,7 +145,7 @@ class Running:
         - `trainer`: as it was given. What of it does not change is given back as it is.
         - `there`: the same where the fit takes place.
         """
-        is_split = self._kind.place.splits
+        is_split = self._subject.place.splits
         self._config = config_of(there)
         self.trainer: AbstractTrainer = (
             there if is_split else with_progress(trainer, progress_of(there))
@@ -152,14 +153,14 @@ class Running:
 
     def _move_to(self, state: LoopState) -> None:
         self.trainer = with_progress(self.trainer, state.progress)
-        self.watched = state.monitor_state
+        self.monitor_state = state.monitor_state
 
     def _peek(self) -> Any:
-        return self._kind.row(self.feed.peek())
+        return self._subject.row(self.feed.peek())
 
     def shown(self) -> dict[str, str]:
         """What is shown of the fit on its way."""
-        return self._kind.shown(self.trainer, self.history())
+        return self._subject.shown(self.trainer, self.history())
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
@@ -173,9 +174,9 @@ class Running:
             raise
 
     def _take(self, count: int) -> None:
-        kind, start = self._kind, self._kind.count(self.trainer)
+        subject, start = self._subject, self._subject.count(self.trainer)
         config, state = self._config, self._state
-        now, every, pending = start, kind.number(self.every), []
+        now, every, pending = start, subject.number(self.every), []
         most_rows = 1 if self.feed.is_stream else MOST_ROWS
         try:
             for source, steps in self.feed.sources(count):
@@ -183,10 +184,10 @@ class Running:
                     self._last.append((now, source))
                 now += steps
                 parts = config, source, self.monitor, self.record
-                task = Task(*parts, kind.number(now), every, most_rows)
+                task = Task(*parts, subject.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     try:
-                        chunk, ended = kind.run(task, state, self._in_place)
+                        chunk, ended = subject.run(task, state, self._in_place)
                     except LackingMetricError as error:
                         error.args += (now - steps,)
                         raise
@@ -196,7 +197,7 @@ class Running:
                     pending.append((ended, chunk.rows, chunk.scores))
                 # The step before the last is done by now: to ask it costs no waiting,
                 # and a loader is not read much further than it is of use.
-                if len(pending) > 1 and kind.is_over(pending[-2][0].is_over):
+                if len(pending) > 1 and subject.is_over(pending[-2][0].is_over):
                     break
         finally:
             # Also where a stream ran dry: what was computed is kept.
@@ -209,25 +210,25 @@ class Running:
         self, start: int, state: LoopState, pending: list[tuple[Ended, Any, Any]]
     ) -> None:
         """Takes over what chunks have computed, from the step `start` on."""
-        kind = self._kind
+        subject = self._subject
         self._move_to(state)
-        kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
+        kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
-            self._has_accepted |= kind.on_host(ended.has_accepted)
-        self.taken += kind.count(self.trainer) - start
+            self._has_accepted |= subject.on_host(ended.has_accepted)
+        self.taken += subject.count(self.trainer) - start
         self.stopped = self._is_over()
         for history in kept:
             self._recorder.extend(history)
 
     @property
     def _state(self) -> LoopState:
-        return LoopState(progress_of(self.trainer), self.watched)
+        return LoopState(progress_of(self.trainer), self.monitor_state)
 
     def _is_over(self) -> bool:
         flags = [self.trainer.stopped]
-        if self.watched is not None:
-            flags.append(self.watched.is_over)
-        return self._kind.is_over(*flags)
+        if self.monitor_state is not None:
+            flags.append(self.monitor_state.is_over)
+        return self._subject.is_over(*flags)
 
     def call(self, callback: Callback | None) -> StopReason | None:
         """Calls the callback, if there is one, and tells why to end, if at all."""
@@ -268,22 +269,24 @@ class Running:
         require_alike(answer, self.trainer, what, "the one it was given")
         if progress_of(answer).params is not progress_of(self.trainer).params:
             # What was seen of other parameters says nothing of these.
-            self.watched = self._kind.watched(self.monitor, answer)
-        self._hold(answer, self._kind.placed(answer))
+            self.monitor_state = self._subject.first_monitor_state(self.monitor, answer)
+        self._hold(answer, self._subject.placed(answer))
         self.stopped = self._is_over()
 
     @property
     def checkpoint_is_due(self) -> bool:
         """Whether a checkpoint is due."""
-        step = self._kind.count(self.trainer)
+        step = self._subject.count(self.trainer)
         return self._checkpointer is not None and self._checkpointer.is_due(step)
 
     def write_checkpoint(self) -> None:
         """Writes a checkpoint, if any are wanted, and all processes can do so."""
         is_possible = self.is_whole and not self.peers.is_disconnected
         if self._checkpointer is not None and is_possible:
-            step = self._kind.count(self.trainer)
-            self._checkpointer.write(step, self.trainer, self.watched, self.history())
+            step = self._subject.count(self.trainer)
+            self._checkpointer.write(
+                step, self.trainer, self.monitor_state, self.history()
+            )
 
     def described(self) -> dict[str, str]:
         """Describes what is fitted, as to find out whether another process does so."""
@@ -299,7 +302,7 @@ class Running:
     def _no_history(self) -> History:
         shapes, shape = (
             self.record.shapes(self._template, self._peek),
-            (0, *self._kind.shape),
+            (0, *self._subject.shape),
         )
         loss = np.zeros(shape, self.trainer.best_loss.dtype)
         rows = {k: np.zeros((*shape, *v.shape), v.dtype) for k, v in shapes.items()}
@@ -309,9 +312,9 @@ class Running:
         return self._recorder.history()
 
     @property
-    def is_all_skipped(self) -> np.ndarray:
+    def _is_all_skipped(self) -> np.ndarray:
         """Whether each step, of each member, had a bad value and was not accepted."""
-        bad = self._kind.on_host(progress_of(self.trainer).nan_counts) - self._counts
+        bad = self._subject.on_host(progress_of(self.trainer).nan_counts) - self._counts
         is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)
         return np.asarray(is_bad & ~self._has_accepted)
 
@@ -322,17 +325,44 @@ class Running:
         to be raised. Later on the fit may have gone astray by itself: there only the
         data of that step are looked at.
         """
-        index, trainer, _ = end
+        index, trainer = end.index, end.trainer
         source, step = self.feed.source, last_bad_step(trainer)
         if isinstance(source, Stream):
             source = dict(self._last).get(step, Whole(None))
-        batch = self._kind.seen(source, index)
-        with self._kind.context():
+        batch = self._subject.seen(source, index)
+        with self._subject.context():
             is_asked = trainer.nan_policy.raises or is_debugged()
             if is_asked or not self._has_accepted[index]:
                 return diagnosed(trainer, batch)
             data = bad_data(batch)
             return Diagnosis((f"At step {step}:", *data) if data else ())
 
+    def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
+        """Yields why the fit of each trainer ended; `reason` if it does not say."""
+        subject, progress = self._subject, progress_of(self.trainer)
+        last_bad = subject.on_host(progress.nan_counts)[..., -1, :].max(axis=-1)
+        is_bad = last_bad == subject.on_host(progress.step_count) - 1
+        stopped, states = subject.on_host(progress.stopped), self.monitor_state
+        if subject.shape:
+            states = jax.device_get(jax.tree.map(subject.place.whole, states))
+        is_all_skipped = self._is_all_skipped
+        for index in np.ndindex(subject.shape):
+            pick = lambda leaf, index=index: leaf[index] if index else leaf
+            if stopped[index]:
+                bad = is_bad[index]
+                yield StopReason.NON_FINITE if bad else StopReason.POLICY
+            elif (met := self.monitor.reason(jax.tree.map(pick, states))) is not None:
+                yield met
+            elif reason is StopReason.STEPS_TAKEN and is_all_skipped[index]:
+                yield StopReason.ALL_SKIPPED
+            else:
+                yield reason
+
+    def ended(self, reason: StopReason) -> Any:
+        """Makes the result of a fit that came to its end, with `reason` for it."""
+        reasons = list(self._stop_reasons(reason))
+        result = self._subject.result(self.trainer, self.history(), reasons)
+        return self._subject.checked(result, self.source)
+
     def cut_short(self, reason: StopReason) -> Any:
-        return self._kind.cut_short(self.trainer, self.history(), reason)
+        return self._subject.cut_short(self.trainer, self.history(), reason)

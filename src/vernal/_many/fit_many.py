@@ -11,8 +11,9 @@ from .._devices import AbstractPlacement, placement
 from .._fit import OPTIONS, FitOptions, fit
 from .._solve import Solver
 from .._trainer import Trainer
-from .many_trainers import Many
+from .many_trainers import ManyTrainers
 from .result import ManyResult
+from .solve_many import solve_many
 from .stack import require_one_step, stacked
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
@@ -96,18 +97,18 @@ def fit_many(
         )
     place = placement(together, mesh)
     _check_spread(place, size, group)
-    many = Many(size, group, flags, data_axis, place)
+    many = ManyTrainers(place, size, group, flags, data_axis)
     if solver is not None:
         if options:
             raise TypeError(
                 f"`{next(iter(options))}` is for a fit, and with `solver` there is "
                 "none. Leave it out."
             )
-        return many.solved(together, data, solver, steps, jac)
+        return solve_many(many, together, data, solver, steps, jac)
     if jac is not None:
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
     require_one_step(together)
-    return fit(together, data, steps, kind=many, **options)
+    return fit(together, data, steps, subject=many, **options)
 
 
 def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:

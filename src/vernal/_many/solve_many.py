@@ -7,36 +7,41 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from .._boundary import PyTree
-from .._devices import AbstractPlacement
+from .._boundary import PyTree, warn
+from .._curvature import Mode, checked_mode
+from .._data import Whole
+from .._devices import AbstractPlacement, same_inputs
 from .._minimum import distance_of, settled
 from .._policy import StopReason
 from .._program import program
-from .._solve import REASONS, End, Problem, Start, find_bad, is_suspect, run_solver
+from .._solve import (
+    REASONS,
+    End,
+    Problem,
+    Start,
+    checked_solver,
+    find_bad,
+    is_suspect,
+    run_solver,
+)
 from .._step import (
     AbstractTrainer,
     Progress,
     config_of,
     count_non_finite,
+    diagnosed,
     initial_opt_state,
     progress_of,
     stripped,
     with_progress,
 )
 from .._storage import History
+from .many_trainers import ManyTrainers
 from .mapped_chunk import Flags, apart, in_groups
 from .one_by_one import solve_each
-
-
-class Solved(NamedTuple):
-    """What solving many comes to: the stacked trainer, and how each ended."""
-
-    trainers: AbstractTrainer
-    history: History
-    reasons: list[StopReason]
-    edms: Float[np.ndarray, " members"]
+from .result import ManyResult
 
 
 class _Ends(NamedTuple):
@@ -44,12 +49,8 @@ class _Ends(NamedTuple):
     opt_state: PyTree
 
 
-class Members(NamedTuple):
-    """The trainers that are solved.
-
-    `flags` tells what of their configuration and of the batch has a row for each,
-    `group` how many to compute at a time.
-    """
+class _Members(NamedTuple):
+    """The stacked trainers, and which leaves of them and of the batch have rows."""
 
     trainers: AbstractTrainer
     flags: Flags
@@ -58,7 +59,7 @@ class Members(NamedTuple):
 
 
 @program
-def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
+def _run(members: _Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
     trainers, flags, group, place = members
     config, progress = config_of(trainers), progress_of(trainers)
     rows, shared = apart((config, problem.batch), flags)
@@ -78,7 +79,7 @@ def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
 
 @program
 def _find_bad(
-    members: Members, params: PyTree, batch: Any
+    members: _Members, params: PyTree, batch: Any
 ) -> Bool[Array, "members columns"]:
     trainers, flags, _, _ = members
     config, progress = config_of(trainers), progress_of(trainers)
@@ -93,15 +94,40 @@ def _find_bad(
     return jax.vmap(of_one)(rows, progress, params)
 
 
-def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
-    """Solves for the parameters of each.
+def solve_many(
+    subject: ManyTrainers,
+    trainer: AbstractTrainer,
+    data: Any,
+    solver: Any,
+    steps: int,
+    jac: Mode | None,
+) -> ManyResult[Any]:
+    """Solves for the parameters of each, instead of fitting them."""
+    place, group = subject.place, subject.group
+    with same_inputs(subject.entrance, place) as require_same, place.context():
+        encoded, rows = checked_solver(solver, steps, "steps")
+        batch = subject.prepare(data)
+        options: dict[str, Any] = {"steps": steps, "jac": jac, "group": group}
+        options |= {"solver": (solver, encoded), "data_axis": subject.data_axis}
+        like = subject.template(trainer), subject.row(batch)
+        require_same(trainer, batch, like, **options)
+        flags = (*subject.config, *subject.flags(batch))
+        members = _Members(subject.placed(trainer), flags, group, place)
+        problem = Problem(batch, encoded, rows, checked_mode(jac))
+        solved, history, reasons, edms = _solve(members, problem, steps)
+    result = subject.result(solved, history, reasons)
+    result = dataclasses.replace(result, edms=edms)
+    if (end := subject.bad_end(result)) is not None:
+        diagnosis = diagnosed(end.trainer, subject.seen(Whole(batch), end.index))
+        end.raise_if_asked(result, diagnosis.advised_on_data)
+        warn(f"{end.warning} {diagnosis}")
+    return result
 
-    **Arguments:**
 
-    - `members`: the trainers, stacked.
-    - `problem`: what is solved.
-    - `max_steps`: how many steps each may take.
-    """
+def _solve(
+    members: _Members, problem: Problem, max_steps: int
+) -> tuple[AbstractTrainer, History, list[StopReason], np.ndarray]:
+    """Solves; returns the trainers, a history, and why and how near each ended."""
     goal = jnp.asarray(np.int32(max_steps))
     trainers, _, _, place = members
     broken: list[int] = []
@@ -157,9 +183,5 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
     # Those that have ended have no more losses.
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
     history = History(row, kept)
-    return Solved(
-        with_progress(trainers, progress),
-        history,
-        reasons,
-        np.stack([d.edm for d in distances]),
-    )
+    edms = np.stack([distance.edm for distance in distances])
+    return with_progress(trainers, progress), history, reasons, edms

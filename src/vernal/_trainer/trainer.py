@@ -24,7 +24,7 @@ from .._boundary import (
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
-from .._fit import FitResult, One, fit
+from .._fit import FitResult, OneTrainer, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
@@ -360,7 +360,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             callback=callback,
             chunk=chunk,
             checkpoint=checkpoint,
-            kind=One(placement(self, mesh, sharding)),
+            subject=OneTrainer(placement(self, mesh, sharding)),
         )
 
     @entrance
