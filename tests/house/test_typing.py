@@ -12,7 +12,7 @@ import pytest
 
 import models
 import vernal as vn
-from vernal._fit.fit import FitOptions
+from vernal._fit.options import FitKeywords
 
 PROGRAMS = Path(__file__).parents[1] / "typing"
 
@@ -50,7 +50,7 @@ def test_a_subclass_has_the_arguments_that_it_inherits():
 
 
 def test_what_a_fit_is_told_is_the_same_everywhere():
-    options = set(get_type_hints(FitOptions))
+    options = set(get_type_hints(FitKeywords))
     method = inspect.signature(vn.Trainer.fit).parameters
     named = {n for n, p in method.items() if p.kind is p.KEYWORD_ONLY}
     assert named == options | {"mesh", "sharding"}

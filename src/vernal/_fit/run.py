@@ -4,8 +4,8 @@ import contextlib
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -38,9 +38,8 @@ from .._step import (
 from .._storage import Checkpointer, History, Recorder
 from .._tree import require_alike
 from .feed import Feed
+from .options import Callback, FitOptions
 from .subject import AbstractSubject, BadEnd
-
-Callback = Callable[[Any, History], Any]
 
 # Memory is used again for states of at least so many bytes: below that it is not worth
 # the copy with which a fit begins.
@@ -76,87 +75,90 @@ def _is_boolean(answer: Any) -> bool:
     return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
 
 
+class Inputs(NamedTuple):
+    """What a fit was given: a trainer, its data, and what it is monitored by."""
+
+    trainer: AbstractTrainer
+    source: Source
+    monitor: Monitor
+
+
 class FitRun:
     """A fit on its way: the trainer as it is now, and what was recorded so far."""
 
     def __init__(
         self,
         subject: AbstractSubject,
+        inputs: Inputs,
+        options: FitOptions,
         peers: Peers,
-        trainer: AbstractTrainer,
-        source: Source,
-        monitor: Monitor,
-        record: Any,
-        every: int,
         checkpointer: Checkpointer | None,
-        is_seen: bool,
     ):
-        """**Arguments:** as those of `fit`, and
-
-        - `is_seen`: whether somebody else has a hold on the trainer between two chunks.
-        """
+        """Takes up the fit of the newest checkpoint, if there is one."""
         self._subject, self._checkpointer, self.peers = subject, checkpointer, peers
+        trainer, self._source, self._monitor = inputs
         self._counts = subject.on_host(progress_of(trainer).nan_counts)
-        self.source = source
-        self.is_whole = True
+        self.is_whole, self.is_resumed = True, False
         self._recorder = Recorder(self._no_history)
-        self.monitor = monitor
-        self.monitor_state = subject.first_monitor_state(monitor, trainer)
-        there, self.is_resumed = subject.placed(trainer), False
-        first = subject.count(there)
+        self._monitor_state = subject.first_monitor_state(self._monitor, trainer)
+        placed = subject.placed(trainer)
+        first = subject.count(placed)
         if checkpointer is not None:
-            there, self.monitor_state, history = checkpointer.restore(
-                there, first, self.monitor_state
-            )
-            if history is not None:
-                projector = subject.place.home(there.projector)
-                trainer = with_progress(
-                    trainer, progress_of(there), projector=projector
-                )
-                self.is_resumed = True
-                self._recorder.extend(history)
-                there = subject.placed(there)
-                self.monitor_state = subject.placed_state(self.monitor_state)
-                checkpointer.mark_as_written(there)
-        self._hold(trainer, there)
-        self._in_place = not is_seen and _is_worth_reuse(progress_of(there))
+            trainer, placed = self._restored(checkpointer, trainer, placed)
+        self._hold(trainer, placed)
+        is_seen = checkpointer is not None or options.callback is not None
+        self._in_place = not is_seen and _is_worth_reuse(progress_of(placed))
         if self._in_place:
             # What is the user's is never overwritten, nor anything twice.
-            mine = jax.tree.map(lambda leaf: leaf.copy(), self._state)
-            self._move_to(mine)
-        self.feed = Feed(source, subject.count(there), subject.prepare, peers)
+            self._move_to(jax.tree.map(lambda leaf: leaf.copy(), self._state))
+        steps = subject.count(placed)
+        self._feed = Feed(self._source, steps, subject.prepare, peers)
         with subject.context():
-            self._template = subject.template(there)
-            self.record = Record(self._template, record, self._peek)
-        self.every = every
+            self._template = subject.template(placed)
+            self._record = Record(self._template, options.record, self._peek)
+        self._every = options.every
         self._has_accepted = np.zeros(subject.shape, bool)
         # Of a stream the steps and the batches that were last: a stop is noticed late.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
-        self.taken = subject.count(there) - first
+        self.taken = steps - first
         self.stopped = self._is_over()
         if checkpointer is not None:
             checkpointer.require_columns(self._no_history())
 
-    def _hold(self, trainer: AbstractTrainer, there: Any) -> None:
-        """Goes on with a trainer.
+    def _restored(
+        self, checkpointer: Checkpointer, trainer: AbstractTrainer, placed: Any
+    ) -> tuple[AbstractTrainer, Any]:
+        """Returns the trainer of the newest checkpoint, as `_hold` takes it."""
+        subject, first = self._subject, self._subject.count(placed)
+        found = checkpointer.restore(placed, first, self._monitor_state)
+        restored, monitor_state, history = found
+        if history is None:
+            return trainer, placed
+        self.is_resumed = True
+        self._recorder.extend(history)
+        self._monitor_state = subject.placed_state(monitor_state)
+        projector = subject.place.home(restored.projector)
+        trainer = with_progress(trainer, progress_of(restored), projector=projector)
+        placed = subject.placed(restored)
+        checkpointer.mark_as_written(placed)
+        return trainer, placed
 
-        **Arguments:**
+    def _hold(self, trainer: AbstractTrainer, placed: Any) -> None:
+        """Goes on with a trainer, given as the user knows it and as it was placed.
 
-        - `trainer`: as it was given. What of it does not change is given back as it is.
-        - `there`: the same where the fit takes place.
+        Unless arrays are split, the user gets the same configuration back.
         """
-        is_split = self._subject.place.splits
-        self._config = config_of(there)
+        self._config, is_split = config_of(placed), self._subject.place.splits
         self.trainer: AbstractTrainer = (
-            there if is_split else with_progress(trainer, progress_of(there))
+            placed if is_split else with_progress(trainer, progress_of(placed))
         )
 
     def _move_to(self, state: LoopState) -> None:
         self.trainer = with_progress(self.trainer, state.progress)
-        self.monitor_state = state.monitor_state
+        self._monitor_state = state.monitor_state
 
     def _peek(self) -> Any:
-        return self._subject.row(self.feed.peek())
+        return self._subject.row(self._feed.peek())
 
     def shown(self) -> dict[str, str]:
         """What is shown of the fit on its way."""
@@ -176,14 +178,14 @@ class FitRun:
     def _take(self, count: int) -> None:
         subject, start = self._subject, self._subject.count(self.trainer)
         config, state = self._config, self._state
-        now, every, pending = start, subject.number(self.every), []
-        most_rows = 1 if self.feed.is_stream else MOST_ROWS
+        now, every, pending = start, subject.number(self._every), []
+        most_rows = 1 if self._feed.is_stream else MOST_ROWS
         try:
-            for source, steps in self.feed.sources(count):
-                if self.feed.is_stream:
+            for source, steps in self._feed.sources(count):
+                if self._feed.is_stream:
                     self._last.append((now, source))
                 now += steps
-                parts = config, source, self.monitor, self.record
+                parts = config, source, self._monitor, self._record
                 task = Task(*parts, subject.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     try:
@@ -222,25 +224,27 @@ class FitRun:
 
     @property
     def _state(self) -> LoopState:
-        return LoopState(progress_of(self.trainer), self.monitor_state)
+        return LoopState(progress_of(self.trainer), self._monitor_state)
 
     def _is_over(self) -> bool:
         flags = [self.trainer.stopped]
-        if self.monitor_state is not None:
-            flags.append(self.monitor_state.is_over)
+        if self._monitor_state is not None:
+            flags.append(self._monitor_state.is_over)
         return self._subject.is_over(*flags)
 
     def call(self, callback: Callback | None) -> StopReason | None:
-        """Calls the callback, if there is one, and tells why to end, if at all."""
+        """Calls the callback, if there is one, and returns why to end, if at all."""
         reason = None
         if callback is not None:
             seen = self._recorder.history(is_final=False)
             call = lambda: callback(self.trainer, seen)
             with debugged():
-                answer, told = self.peers.run_and_gather(call, self._told, "a callback")
+                answer, all_answers = self.peers.run_and_gather(
+                    call, self._summary, "a callback"
+                )
             if _is_boolean(answer):
                 reason = StopReason.CALLBACK if answer else None
-            if any(one != told[0] for one in told):
+            if any(one != all_answers[0] for one in all_answers):
                 raise ValueError(
                     "`callback` returned another trainer on one process than on "
                     "another, or none. It must return the same on all."
@@ -254,8 +258,8 @@ class FitRun:
             reason = reason or StopReason.INTERRUPTED
         return reason
 
-    def _told(self, answer: Any) -> Any:
-        """What the other processes hear of the answer of a callback."""
+    def _summary(self, answer: Any) -> Any:
+        """Returns what of a callback's answer other processes must have too."""
         is_trainer = type(answer) is type(self.trainer)
         return leaf_fingerprints(answer) if self.peers.are_many and is_trainer else None
 
@@ -268,8 +272,10 @@ class FitRun:
         what = "the trainer that `callback` returned"
         require_alike(answer, self.trainer, what, "the one it was given")
         if progress_of(answer).params is not progress_of(self.trainer).params:
-            # What was seen of other parameters says nothing of these.
-            self.monitor_state = self._subject.first_monitor_state(self.monitor, answer)
+            # A monitor state belongs to the parameters that it was made of.
+            self._monitor_state = self._subject.first_monitor_state(
+                self._monitor, answer
+            )
         self._hold(answer, self._subject.placed(answer))
         self.stopped = self._is_over()
 
@@ -285,7 +291,7 @@ class FitRun:
         if self._checkpointer is not None and is_possible:
             step = self._subject.count(self.trainer)
             self._checkpointer.write(
-                step, self.trainer, self.monitor_state, self.history()
+                step, self.trainer, self._monitor_state, self.history()
             )
 
     def described(self) -> dict[str, str]:
@@ -294,16 +300,14 @@ class FitRun:
         program = step(self._template, self._peek())
         return {
             "class": type(self.trainer).__qualname__,
-            "stop": self.monitor.fingerprint,
-            "record": self.record.names,
-            "program": fingerprint(f"{program[0]} {self.record}"),
+            "stop": self._monitor.fingerprint,
+            "record": self._record.names,
+            "program": fingerprint(f"{program[0]} {self._record}"),
         }
 
     def _no_history(self) -> History:
-        shapes, shape = (
-            self.record.shapes(self._template, self._peek),
-            (0, *self._subject.shape),
-        )
+        shapes = self._record.shapes(self._template, self._peek)
+        shape = (0, *self._subject.shape)
         loss = np.zeros(shape, self.trainer.best_loss.dtype)
         rows = {k: np.zeros((*shape, *v.shape), v.dtype) for k, v in shapes.items()}
         return History(np.zeros(0, int), loss, rows)
@@ -326,7 +330,7 @@ class FitRun:
         data of that step are looked at.
         """
         index, trainer = end.index, end.trainer
-        source, step = self.feed.source, last_bad_step(trainer)
+        source, step = self._source, last_bad_step(trainer)
         if isinstance(source, Stream):
             source = dict(self._last).get(step, Whole(None))
         batch = self._subject.seen(source, index)
@@ -341,8 +345,9 @@ class FitRun:
         """Yields why the fit of each trainer ended; `reason` if it does not say."""
         subject, progress = self._subject, progress_of(self.trainer)
         last_bad = subject.on_host(progress.nan_counts)[..., -1, :].max(axis=-1)
-        is_bad = last_bad == subject.on_host(progress.step_count) - 1
-        stopped, states = subject.on_host(progress.stopped), self.monitor_state
+        count = subject.on_host(progress.step_count)
+        is_bad = (last_bad == count - 1) & (last_bad >= 0)
+        stopped, states = subject.on_host(progress.stopped), self._monitor_state
         if subject.shape:
             states = jax.device_get(jax.tree.map(subject.place.whole, states))
         is_all_skipped = self._is_all_skipped
@@ -351,7 +356,7 @@ class FitRun:
             if stopped[index]:
                 bad = is_bad[index]
                 yield StopReason.NON_FINITE if bad else StopReason.POLICY
-            elif (met := self.monitor.reason(jax.tree.map(pick, states))) is not None:
+            elif (met := self._monitor.reason(jax.tree.map(pick, states))) is not None:
                 yield met
             elif reason is StopReason.STEPS_TAKEN and is_all_skipped[index]:
                 yield StopReason.ALL_SKIPPED
@@ -362,7 +367,7 @@ class FitRun:
         """Makes the result of a fit that came to its end, with `reason` for it."""
         reasons = list(self._stop_reasons(reason))
         result = self._subject.result(self.trainer, self.history(), reasons)
-        return self._subject.checked(result, self.source)
+        return self._subject.checked(result, self._source)
 
     def cut_short(self, reason: StopReason) -> Any:
         return self._subject.cut_short(self.trainer, self.history(), reason)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from .._boundary import UNROLL, entrance, refuse_program, refuse_unknown, whole_number
 from .._curvature import Mode
 from .._devices import AbstractPlacement, placement
-from .._fit import OPTIONS, FitOptions, fit
+from .._fit import OPTIONS, FitKeywords, fit
 from .._solve import Solver
 from .._trainer import Trainer
 from .many_trainers import ManyTrainers
@@ -30,7 +30,7 @@ def fit_many(
     jac: Mode | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
-    **options: Unpack[FitOptions],
+    **options: Unpack[FitKeywords],
 ) -> ManyResult[TrainerT]:
     """Fits many trainers at once, in one compiled program.
 
@@ -108,7 +108,7 @@ def fit_many(
     if jac is not None:
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
     require_one_step(together)
-    return fit(together, data, steps, subject=many, **options)
+    return fit(many, together, data, steps, options)
 
 
 def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:

@@ -24,7 +24,7 @@ from .._boundary import (
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
-from .._fit import FitResult, OneTrainer, fit
+from .._fit import FitKeywords, FitResult, OneTrainer, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
@@ -348,20 +348,18 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`: if `record` names what there is not.
         """
         require_precision(self)
-        return fit(
-            self,
-            data,
-            steps,
-            record=record,
-            every=every,
-            validation=validation,
-            stop=stop,
-            progress=progress,
-            callback=callback,
-            chunk=chunk,
-            checkpoint=checkpoint,
-            subject=OneTrainer(placement(self, mesh, sharding)),
-        )
+        subject = OneTrainer(placement(self, mesh, sharding))
+        keywords: FitKeywords = {
+            "record": record,
+            "every": every,
+            "validation": validation,
+            "stop": stop,
+            "progress": progress,
+            "callback": callback,
+            "chunk": chunk,
+            "checkpoint": checkpoint,
+        }
+        return fit(subject, self, data, steps, keywords)
 
     @entrance
     def solve(
