@@ -24,6 +24,7 @@ from .._solve import (
     checked_solver,
     find_bad,
     is_suspect,
+    progress_at,
     run_solver,
 )
 from .._step import (
@@ -136,8 +137,7 @@ def _solve(
     except RuntimeError:
         if place.mesh is not None:
             raise
-        one_by_one = solve_each(trainers, members.flags, problem, goal)
-        end, opt_state, broken = one_by_one
+        end, opt_state, broken = solve_each(trainers, members.flags, problem, goal)
     whole = place.whole
     old: Progress = progress_of(trainers)
     starts, losses, steps, numbers, in_vain = jax.device_get(
@@ -153,7 +153,7 @@ def _solve(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )
     counts = old.nan_counts
-    # An error is no value that is not finite.
+    # Of these an error is known, and no value.
     suspect[broken] = False
     if suspect.any():
         bad = np.asarray(whole(_find_bad(members, end.stumble, problem.batch)))
@@ -165,22 +165,9 @@ def _solve(
         bad = np.column_stack([bad, np.array(lost) & ~is_named])
         lasts = jnp.asarray(starts + np.maximum(steps - 1, 0))
         counts = jax.vmap(count_non_finite)(counts, jnp.asarray(bad), lasts)
-    none = jnp.asarray(np.zeros(len(reasons), bool))
-    progress = dataclasses.replace(
-        old,
-        params=end.params,
-        latent=end.latent,
-        opt_state=opt_state,
-        best=end.best,
-        best_state=end.best_state,
-        best_loss=end.best_loss,
-        is_validated=none,
-        nan_counts=counts,
-        step_count=end.step_count,
-        stopped=none,
-    )
+    progress = progress_at(end, old, opt_state, counts)
     row = np.arange(int(steps.max()))
-    # Those that have ended have no more losses.
+    # A member that has ended has no more losses.
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
     history = History(row, kept)
     edms = np.stack([distance.edm for distance in distances])

@@ -45,7 +45,7 @@ from .._policy import (
     StopFit,
 )
 from .._projection import EigenProjector
-from .._solve import Solver, solve
+from .._solve import SolveOptions, Solver, solve
 from .._step import (
     AbstractTrainer,
     ModelTemplate,
@@ -425,7 +425,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         the result up to there as its attribute `result`.
         """
         require_precision(self)
-        return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
+        options = SolveOptions(max_steps, rewhiten, jac)
+        return solve(self, solver, batch, options, mesh)
 
     # The space of the parameters.
 
