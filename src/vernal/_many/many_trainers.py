@@ -7,18 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._boundary import PyTree, spelled, whole_number
+from .._boundary import spelled, whole_number
 from .._data import Minibatches, Source, Whole, as_batch, as_source
 from .._devices import AbstractPlacement
 from .._fit import AbstractSubject, BadEnd
 from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
 from .._policy import AT_NON_FINITE, StopReason
-from .._step import (
-    AbstractTrainer,
-    config_of,
-    progress_of,
-    with_progress,
-)
+from .._step import AbstractTrainer, config_of, progress_of, with_progress
 from .._storage import History
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
 from .result import ManyResult
@@ -62,11 +57,14 @@ class ManyTrainers(AbstractSubject):
     def prepare(self, batch: Any) -> Any:
         return self._with_rows(batch, "data")
 
+    def prepare_validation(self, batch: Any) -> Any:
+        return self._with_rows(batch, "validation")
+
     def _with_rows(self, batch: Any, argument: str) -> Any:
         """Moves the axis of the members to the front of each leaf that has one."""
         batch = as_batch(batch, argument)
-        axes, (flat, structure) = self._axes(batch, argument), _flatten(batch)
-        leaves = []
+        axes, leaves = self._axes(batch, argument), []
+        flat, structure = jax.tree_util.tree_flatten_with_path(batch)
         for (keys, leaf), axis in zip(flat, axes, strict=True):
             if axis is None:
                 leaves.append(leaf)
@@ -115,9 +113,6 @@ class ManyTrainers(AbstractSubject):
     def flags(self, batch: Any) -> Flags:
         return tuple(axis is not None for axis in self._axes(batch, "data"))
 
-    def prepare_validation(self, batch: Any) -> Any:
-        return self._with_rows(batch, "validation")
-
     def first_monitor_state(
         self, monitor: Monitor, trainer: AbstractTrainer
     ) -> MonitorState | None:
@@ -131,12 +126,9 @@ class ManyTrainers(AbstractSubject):
         return with_progress(first, progress)
 
     def row(self, batch: Any) -> Any:
-        leaves, structure = jax.tree.flatten(batch)
-        rows = [
-            jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if flag else leaf
-            for leaf, flag in zip(leaves, self.flags(batch), strict=True)
-        ]
-        return structure.unflatten(rows)
+        rows, shared = apart(batch, self.flags(batch))
+        first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return eqx.combine(jax.tree.map(first, rows), shared)
 
     def run(self, task: Task, state: LoopState, in_place: bool) -> tuple[Chunk, Ended]:
         spread = Spread(
@@ -173,14 +165,11 @@ class ManyTrainers(AbstractSubject):
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> ManyResult[Any]:
         trainer = self.home(trainer)
-        leaves, structure = jax.tree.flatten(config_of(trainer))
-        rows = [
-            stack((leaf,) * self.size)
-            if isinstance(leaf, jax.Array) and not flag
-            else leaf
-            for leaf, flag in zip(leaves, self.config, strict=True)
-        ]
-        stacked = with_progress(structure.unflatten(rows), progress_of(trainer))
+        rows, shared = apart(config_of(trainer), self.config)
+        is_array = lambda leaf: isinstance(leaf, jax.Array)
+        repeat = lambda leaf: stack((leaf,) * self.size) if is_array(leaf) else leaf
+        config = eqx.combine(rows, jax.tree.map(repeat, shared))
+        stacked = with_progress(config, progress_of(trainer))
         return ManyResult(stacked, history, tuple(reasons), np.full(self.size, np.nan))
 
     def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:
@@ -203,7 +192,3 @@ class ManyTrainers(AbstractSubject):
         if isinstance(source, Whole):
             return member(source, self._source_flags(source), index).batch
         return source
-
-
-def _flatten(tree: PyTree) -> Any:
-    return jax.tree_util.tree_flatten_with_path(tree)
