@@ -5,6 +5,6 @@ together; `same_inputs` and `fingerprint` find out whether they were given the s
 """
 
 from .fingerprint import fingerprint, leaf_fingerprints
-from .placement import Placement, Sharding, context, placement
+from .placement import ANYWHERE, AbstractPlacement, Sharding, placement
 from .processes import Decision, PeerError, Peers
 from .same_inputs import same_inputs

@@ -1,5 +1,6 @@
 """Where the arrays of a fit lie when there are several devices."""
 
+import abc
 import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
@@ -29,8 +30,106 @@ class Split(NamedTuple):
     spec: PartitionSpec
 
 
+class AbstractPlacement(eqx.Module):
+    """Where the arrays of a fit lie, and how they get there and back."""
+
+    @property
+    @abc.abstractmethod
+    def mesh(self) -> Mesh | None:
+        """The mesh, if there is one."""
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """The number of parts of a batch, or of the members of many fits."""
+
+    @property
+    @abc.abstractmethod
+    def splits(self) -> bool:
+        """Whether anything but batches is split."""
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context for programs, in which no other mesh is set."""
+        mesh = self.mesh
+        return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+    @abc.abstractmethod
+    def put(self, trainer: AbstractTrainer, /) -> Any:
+        """Puts a trainer onto the devices."""
+
+    @abc.abstractmethod
+    def put_state(self, state: PyTree, /) -> Any:
+        """Puts what changes from step to step onto the devices."""
+
+    @abc.abstractmethod
+    def put_whole(self, tree: PyTree, /) -> Any:
+        """Puts a copy of a tree onto each of the devices."""
+
+    @abc.abstractmethod
+    def put_rows(self, tree: PyTree, flags: Sequence[bool], /) -> Any:
+        """Spreads the rows of the flagged leaves of a tree over the devices."""
+
+    @abc.abstractmethod
+    def source(self, source: Source, /) -> Source:
+        """Puts the data of a fit onto the devices, unless they are a stream."""
+
+    @abc.abstractmethod
+    def batch(self, batch: PyTree, argument: str, /) -> Any:
+        """Splits a batch that every process has whole."""
+
+    @abc.abstractmethod
+    def share(self, batch: PyTree, /) -> Any:
+        """Splits a batch of which every process has its own share."""
+
+    @abc.abstractmethod
+    def pin(self, state: PyTree, /) -> Any:
+        """Does what `put_state` does, within a compiled program."""
+
+    @abc.abstractmethod
+    def pin_rows(self, tree: PyTree, axis: int = 0, /) -> Any:
+        """Spreads the rows of all leaves along an axis, within a compiled program."""
+
+    @abc.abstractmethod
+    def pin_batch(self, batch: PyTree, /) -> Any:
+        """Splits a batch that is made within a compiled program."""
+
+    @abc.abstractmethod
+    def home(self, state: PyTree, /) -> Any:
+        """Brings a state back to one device, unless some of it is split."""
+
+    @abc.abstractmethod
+    def whole(self, leaf: Any, /) -> Any:
+        """Gives every process the whole of an array."""
+
+
 @final
-class Placement(eqx.Module):
+class Anywhere(AbstractPlacement):
+    """All arrays stay where they are."""
+
+    @property
+    def mesh(self) -> None:
+        return None
+
+    @property
+    def size(self) -> int:
+        return 1
+
+    @property
+    def splits(self) -> bool:
+        return False
+
+    def _stay(self, arrays: Any, *_: Any, **__: Any) -> Any:
+        return arrays
+
+    put = put_state = put_whole = put_rows = home = whole = _stay
+    source = batch = share = pin = pin_rows = pin_batch = _stay
+
+
+ANYWHERE = Anywhere()
+
+
+@final
+class OnMesh(AbstractPlacement):
     """The devices of a fit, and which arrays they share.
 
     A batch is split along the first axis of the mesh. Of all else each device holds a
@@ -41,11 +140,15 @@ class Placement(eqx.Module):
     trainer see whole batches, and what they compute is what they compute on one device.
     """
 
-    mesh: Mesh = eqx.field(static=True)
+    devices: Mesh = eqx.field(static=True)
     trained: tuple[tuple[str, Split | None], ...] = eqx.field(static=True, default=())
     """Each trained parameter by its path, where there is anything to be split."""
     frozen: tuple[Split | None, ...] = eqx.field(static=True, default=())
     """Each frozen array, in order."""
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.devices
 
     @property
     def axis(self) -> str:
@@ -54,12 +157,10 @@ class Placement(eqx.Module):
 
     @property
     def size(self) -> int:
-        """How many parts a batch is split into."""
         return self.mesh.shape[self.axis]
 
     @property
     def splits(self) -> bool:
-        """Whether there is anything but batches to be split."""
         return any((*self.frozen, *(split for _, split in self.trained)))
 
     def on(self, spec: PartitionSpec) -> NamedSharding:
@@ -90,7 +191,6 @@ class Placement(eqx.Module):
         )
 
     def put(self, trainer: AbstractTrainer) -> Any:
-        """Puts a trainer onto the devices."""
         config, progress = self.put_whole(config_of(trainer)), progress_of(trainer)
         if self.frozen:
             splits = [split.spec if split else WHOLE for split in self.frozen]
@@ -99,45 +199,37 @@ class Placement(eqx.Module):
         return with_progress(config, self.put_state(progress))
 
     def put_state(self, state: PyTree) -> Any:
-        """Puts what changes from step to step onto the devices."""
         return jax.tree.map(put, state, self._shardings(state))
 
     def put_whole(self, tree: PyTree) -> Any:
-        """Puts a copy of a tree onto each of the devices."""
         return jax.tree.map(lambda leaf: put(leaf, self.on(WHOLE)), tree)
 
     def pin(self, state: PyTree) -> Any:
-        """As `put_state`, within a compiled program."""
         if not jax.tree.leaves(state):
             return state
         return lax.with_sharding_constraint(state, self._shardings(state))
 
     def put_rows(self, tree: PyTree, flags: Sequence[bool]) -> Any:
-        """Spreads the rows of the flagged leaves of a tree over the devices."""
         leaves, structure = jax.tree.flatten(tree)
         specs = [PartitionSpec(self.axis) if flag else WHOLE for flag in flags]
         return structure.unflatten(map(put, leaves, map(self.on, specs)))
 
     def pin_rows(self, tree: PyTree, axis: int = 0) -> Any:
-        """Spreads the rows of all leaves, along this axis, within a program."""
         spec = PartitionSpec(*[None] * axis, self.axis)
         pin = lambda leaf: lax.with_sharding_constraint(leaf, self.on(spec))
         return jax.tree.map(pin, tree)
 
     def home(self, state: PyTree) -> Any:
-        """Brings a state back to one device; but not where some of it is split."""
         if self.splits:
             return state
         return jax.tree.map(lambda leaf: _home(self.whole(leaf)), state)
 
     def whole(self, leaf: Any) -> Any:
-        """Gives every process the whole of an array."""
         return jax.device_put(leaf, self.on(WHOLE)) if is_part(leaf) else leaf
 
     # What a fit is fed with.
 
     def source(self, source: Source) -> Source:
-        """Puts what a fit is fed with onto the devices, but for a stream."""
         if isinstance(source, Stream):
             return source
         if isinstance(source, Whole):
@@ -150,15 +242,12 @@ class Placement(eqx.Module):
         return eqx.tree_at(lambda s: s.arrays, source, self.put_whole(source.arrays))
 
     def batch(self, batch: PyTree, argument: str) -> Any:
-        """Splits a batch, which every process has whole."""
         return self._map_batch(batch, argument, put)
 
     def share(self, batch: PyTree) -> Any:
-        """Splits a batch of which every process has its own part."""
         return self._map_batch(batch, "data", _put_share)
 
     def pin_batch(self, batch: PyTree) -> Any:
-        """Splits a batch that is made within a compiled program."""
         return self._map_batch(batch, "data", lax.with_sharding_constraint)
 
     def _map_batch(self, batch: PyTree, argument: str, fn: Any) -> Any:
@@ -207,15 +296,10 @@ class Placement(eqx.Module):
         return f"the {self.size} devices along the axis {self.axis!r}"
 
 
-def context(place: Placement | None) -> contextlib.AbstractContextManager[Any]:
-    """What programs are made and run in: a mesh that is set around has no say."""
-    return contextlib.nullcontext() if place is None else jax.set_mesh(place.mesh)
-
-
 def placement(
     trainer: AbstractTrainer, mesh: Any, sharding: Any = None
-) -> Placement | None:
-    """Makes the placement of a fit, `None` if there is no mesh.
+) -> AbstractPlacement:
+    """Makes the placement of a fit.
 
     **Arguments:**
 
@@ -225,7 +309,7 @@ def placement(
     if mesh is None:
         if sharding is not None:
             raise ValueError("`sharding` is for a mesh: pass `mesh` too.")
-        return None
+        return ANYWHERE
     if not isinstance(mesh, Mesh) or not mesh.axis_names:
         raise TypeError(
             f"`mesh` is {mesh!r}, but must be a `jax.sharding.Mesh` with an axis: "
@@ -234,8 +318,8 @@ def placement(
     # The compiler is to divide the work, whoever makes the mesh for what.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     if sharding is None:
-        return Placement(mesh)
-    return Placement(mesh, *_splits(trainer, mesh, sharding))
+        return OnMesh(mesh)
+    return OnMesh(mesh, *_splits(trainer, mesh, sharding))
 
 
 def _splits(

@@ -1,6 +1,8 @@
 """A fit on the host: what happens between the chunks of steps."""
 
 from .arrival import edm_note
-from .fit import OPTIONS, FitOptions, fit
-from .one_trainer import BadEnd, One
+from .fit import fit
+from .one_trainer import OneTrainer
+from .options import OPTIONS, FitKeywords
 from .result import FitResult
+from .subject import AbstractSubject, BadEnd

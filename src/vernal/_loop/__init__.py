@@ -3,16 +3,16 @@
 from .chunk import (
     Chunk,
     Ended,
-    Moving,
-    StepInfo,
+    LoopState,
     Taken,
     Task,
-    is_over,
     run_chunk,
     run_chunk_in_place,
     run_loop,
-    run_step,
     take_one,
 )
 from .monitor import Monitor, MonitorState
-from .record import COLUMNS, GRAD_NORM, MOST_ROWS, LackingMetricError, Record, Rows
+from .record import COLUMNS, GRAD_NORM, LackingMetricError, Record
+from .rows import MOST_ROWS, Rows
+from .single_step import StepInfo, run_step
+from .unroll import unroll

@@ -28,7 +28,7 @@ from .._step import (
     ranked,
 )
 from .._tree import strong, to_arrays
-from .record import Rows
+from .rows import Rows
 
 _OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
 

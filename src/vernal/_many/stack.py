@@ -103,7 +103,7 @@ def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
         if isinstance(leaf, jax.Array) and leaf.shape[:1] != (size,):
             raise ValueError(
                 f"`trainers` is stacked, with {size} members, but the array at "
-                f"{path!r} has the shape {leaf.shape}."
+                f"{path.removeprefix('_progress.')!r} has the shape {leaf.shape}."
             )
     config = jax.tree.leaves(config_of(trainer))
     return trainer, tuple(isinstance(leaf, jax.Array) for leaf in config), size

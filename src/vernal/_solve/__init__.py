@@ -9,7 +9,8 @@ from .problem import (
     checked_solver,
     find_bad,
     is_suspect,
+    progress_at,
     run,
     run_solver,
 )
-from .solve import solve
+from .solve import SolveOptions, solve

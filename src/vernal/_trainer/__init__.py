@@ -3,4 +3,3 @@
 from .explain_retrace import explain_retrace
 from .fit_function import fit
 from .trainer import Trainer
-from .unroll import unroll

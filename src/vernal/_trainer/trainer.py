@@ -23,8 +23,8 @@ from .._boundary import (
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
-from .._devices import Sharding, context, placement, same_inputs
-from .._fit import FitResult, One, fit
+from .._devices import ANYWHERE, Sharding, placement, same_inputs
+from .._fit import FitKeywords, FitResult, OneTrainer, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
@@ -45,7 +45,7 @@ from .._policy import (
     StopFit,
 )
 from .._projection import EigenProjector
-from .._solve import Solver, solve
+from .._solve import SolveOptions, Solver, solve
 from .._step import (
     AbstractTrainer,
     Batch,
@@ -246,15 +246,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         require_precision(self)
         if self.optimiser is None:
             raise no_optimiser(self)
-        place, trainer = placement(self, mesh, sharding), self
+        place = placement(self, mesh, sharding)
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program it is theirs to say which mesh there is.
-        there = None if is_traced else place
-        with same_inputs("step", there) as require_same, context(there):
+        around = ANYWHERE if is_traced else place
+        with same_inputs("step", around) as require_same, around.context():
             batch = as_batch(batch)
             require_same(self, batch, sharding=sharding)
-            if place is not None:
-                batch, trainer = place.batch(batch, "batch"), place.put(self)
+            batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
         trainer = with_progress(trainer, progress)
         raises = self.nan_policy.raises
@@ -270,7 +269,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             )
             return with_progress(self, progress), info
         if not self.stopped and trainer.stopped:
-            diagnosis = diagnosed(place.put(trainer) if place else trainer, batch)
+            diagnosis = diagnosed(place.put(trainer), batch)
             raise_if_non_finite(trainer, trainer, diagnosis.advised)
         return trainer, info
 
@@ -349,20 +348,18 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`: if `record` names what there is not.
         """
         require_precision(self)
-        return fit(
-            self,
-            data,
-            steps,
-            record=record,
-            every=every,
-            validation=validation,
-            stop=stop,
-            progress=progress,
-            callback=callback,
-            chunk=chunk,
-            checkpoint=checkpoint,
-            kind=One(placement(self, mesh, sharding)),
-        )
+        subject = OneTrainer(placement(self, mesh, sharding))
+        keywords: FitKeywords = {
+            "record": record,
+            "every": every,
+            "validation": validation,
+            "stop": stop,
+            "progress": progress,
+            "callback": callback,
+            "chunk": chunk,
+            "checkpoint": checkpoint,
+        }
+        return fit(subject, self, data, steps, keywords)
 
     @entrance
     def solve(
@@ -428,7 +425,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         the result up to there as its attribute `result`.
         """
         require_precision(self)
-        return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
+        options = SolveOptions(max_steps, rewhiten, jac)
+        return solve(self, solver, batch, options, mesh)
 
     # The space of the parameters.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,6 +19,7 @@ from .._step import (
     MOST_STEPS,
     AbstractTrainer,
     Progress,
+    TrainerT,
     advance,
     no_optimiser,
     progress_of,
@@ -28,9 +29,6 @@ from .._step import (
     with_comparable_best,
     with_progress,
 )
-from .trainer import Trainer
-
-TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
 
 @entrance
@@ -93,7 +91,7 @@ def unroll(
     - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][]; in compiled code an
         error of Equinox.
     """
-    if not isinstance(trainer, Trainer):
+    if not isinstance(trainer, AbstractTrainer):
         raise TypeError(f"`trainer` is {trainer!r}, but must be a `vernal.Trainer`.")
     require_precision(trainer)
     steps = whole_number(steps, "steps", least=0, most=MOST_STEPS)
