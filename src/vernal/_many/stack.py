@@ -101,7 +101,6 @@ def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
     size = len(trainer.step_count)
     for path, leaf in by_path(trainer).items():
         if isinstance(leaf, jax.Array) and leaf.shape[:1] != (size,):
-            public = path.removeprefix("_progress.")
             raise ValueError(
                 f"`trainers` is stacked, with {size} members, but the array at "
                 f"{path.removeprefix('_progress.')!r} has the shape {leaf.shape}."
