@@ -28,10 +28,11 @@ CHEAP = (
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff: rules and layout."""
-    session.install("ruff")
+    """Ruff: rules and layout. Import-linter: no folder imports from a higher floor."""
+    session.install("ruff", "import-linter")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": "src"})
 
 
 @nox.session

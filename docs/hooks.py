@@ -29,7 +29,10 @@ FORMULA = re.compile(
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages and pictures to the site."""
-    home = re.sub(r'(\]\(|src=")docs/', r"\1", (ROOT / "README.md").read_text("utf-8"))
+    home, contributing = (
+        re.sub(r'(\]\(|src=")docs/', r"\1", (ROOT / name).read_text("utf-8"))
+        for name in ("README.md", "CONTRIBUTING.md")
+    )
     vernal = cached_runs.installed("vernal")
     scripts = sorted((ROOT / "examples").glob("*.py"))
     # Each script is a process of its own, of up to a gigabyte.
@@ -45,6 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"{page}.md", content=text))
         files.append(File.generated(config, f"{page}.png", content=run.picture))
     files.append(File.generated(config, "index.md", content=home))
+    files.append(File.generated(config, "CONTRIBUTING.md", content=contributing))
     for name in ("CHANGELOG.md", "LICENSE"):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files

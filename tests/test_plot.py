@@ -156,7 +156,7 @@ def test_a_line_without_gaps_has_no_dots():
 
 def test_a_result_is_as_good_as_its_history():
     trainer = LineFit(line(), optax.sgd(0.1))
-    result = trainer.fit(line_batch(), 6, every=2, progress=False)
+    result = trainer.fit(line_batch(), 6, every=2)
     for given in (result, result.history):
         loss = vernal.plot.history(given).lines[0]
         np.testing.assert_array_equal(loss.get_xdata(), [0, 2, 4])
@@ -306,9 +306,7 @@ class Told(GaussianFit):
 @pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
 def test_a_result_tells_parameters_from_metrics():
     trainer = Told(gaussian(), optax.sgd(0.01), train=("std", "mean"))
-    result = trainer.fit(
-        gaussian_batch(), 4, record=("grad_norm", "double", "*"), progress=False
-    )
+    result = trainer.fit(gaussian_batch(), 4, record=("grad_norm", "double", "*"))
     assert legend(vernal.plot.trajectories(result)) == ["mean", "std"]
     assert set(legend(vernal.plot.trajectories(result.history))) == {
         "double",

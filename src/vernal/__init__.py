@@ -1,5 +1,7 @@
 """Immutable optimisers for physical models, in JAX and Equinox."""
 
+from importlib.metadata import version
+
 from ._boundary import (
     ObjectiveWarning as ObjectiveWarning,
     PrecisionWarning as PrecisionWarning,
@@ -72,3 +74,5 @@ from ._tree import (
     paths as paths,
     split as split,
 )
+
+__version__ = version("vernal")

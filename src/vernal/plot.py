@@ -119,7 +119,7 @@ def trajectories(
     With `errors`, each line shows the distance from the element's last value in
     standard errors, so that parameters of any units share the axis. Without `errors`,
     lines show the values themselves. If these differ in size by more than a factor of
-    100, each line shows the distance from its last value in units of its own range.
+    100, each line shows the distance from its last value in units of its range.
 
     ```python
     result = trainer.fit(data, steps=500, record=vn.paths(trainer.params))

@@ -34,24 +34,22 @@ def made(**options):
     return LineFit(model, vn.ParamOptimiser(rules), **options)
 
 
-def fit(trainer, data=BATCH, **options):
-    return trainer.fit(data, 3, progress=False, **options)
-
-
 USES = {
     "step": lambda t: t.step(BATCH)[0],
     "step in jit": lambda t: eqx.filter_jit(lambda t: t.step(BATCH)[0])(t),
-    "fit": lambda t: fit(t, record=("grad_norm",), stop=vn.Converged(0.0, 2)).trainer,
+    "fit": lambda t: (
+        t.fit(BATCH, 3, record=("grad_norm",), stop=vn.Converged(0.0, 2)).trainer
+    ),
     "fit, validated": lambda t: (
-        fit(t, validation=(BATCH, 1), stop=vn.Patience(2)).trainer
+        t.fit(BATCH, 3, validation=(BATCH, 1), stop=vn.Patience(2)).trainer
     ),
     "minibatches": lambda t: (
-        fit(t, vn.Minibatches(BATCH, 4, key=jax.random.key(0))).trainer
+        t.fit(vn.Minibatches(BATCH, 4, key=jax.random.key(0)), 3).trainer
     ),
-    "stream": lambda t: fit(t, vn.Stream([BATCH] * 3)).trainer,
+    "stream": lambda t: t.fit(vn.Stream([BATCH] * 3), 3).trainer,
     "solve": lambda t: t.solve(SOLVER, BATCH).trainer,
     "minimise": lambda t: t.solve(optx.BFGS(rtol=1e-3, atol=1e-3), BATCH).trainer,
-    "fit_many": lambda t: vn.fit_many([t, t], BATCH, 2, progress=False).trainers,
+    "fit_many": lambda t: vn.fit_many([t, t], BATCH, 2).trainers,
     "solve many": lambda t: vn.fit_many([t, t], BATCH, 9, solver=SOLVER).trainers,
     "unroll": lambda t: vn.unroll(t, BATCH, 2)[0],
     "replace": lambda t: t.replace(model=t.model),
@@ -92,7 +90,7 @@ def test_made_in_float32_and_used_in_float64(name):
 
 def test_what_needs_no_computing_works_in_any(tmp_path):
     with jax.enable_x64(True):
-        trainer = fit(made()).trainer
+        trainer = made().fit(BATCH, 3).trainer
         expected = trainer.learning_rates(), str(trainer), trainer.table()
     with jax.enable_x64(False):
         assert (trainer.learning_rates(), str(trainer), trainer.table()) == expected
@@ -135,9 +133,12 @@ def test_parts_in_float64_of_a_trainer_in_float32(name):
     rules = {"line.slope": optax.adam(0.1), "line.offset": optimiser.transforms[1]}
     with jax.enable_x64(False):
         trainer = Fit(model, vn.ParamOptimiser(rules))
-        use = {"step": lambda: trainer.step(batch), "fit": lambda: fit(trainer, batch)}
+        use = {
+            "step": lambda: trainer.step(batch),
+            "fit": lambda: trainer.fit(batch, 3),
+        }
         use["solve"] = lambda: trainer.solve(SOLVER, batch)
-        use["fit_many"] = lambda: vn.fit_many([trainer] * 2, batch, 2, progress=False)
+        use["fit_many"] = lambda: vn.fit_many([trainer] * 2, batch, 2)
         result = use[name]()
         floats = [x for x in jax.tree.leaves(result) if eqx.is_inexact_array(x)]
         assert {x.dtype.name for x in floats if isinstance(x, jax.Array)} == {"float32"}
@@ -214,7 +215,7 @@ def test_data_whose_rounding_matters_are_told_once(name):
         stepped = trainer()
         for _ in range(3):
             stepped, _ = stepped.step(data)
-        stepped.fit(data, 2, progress=False)
+        stepped.fit(data, 2)
 
     with np.errstate(over="ignore"):
         told = heard(work)
@@ -239,15 +240,13 @@ def test_data_whose_rounding_is_of_no_matter_are_not_told():
 
 
 ENTRANCES = {
-    "fit": lambda t, x: t.fit(x, 1, progress=False),
-    "validation": lambda t, x: t.fit(0.0, 1, progress=False, validation=(x, 1)),
+    "fit": lambda t, x: t.fit(x, 1),
+    "validation": lambda t, x: t.fit(0.0, 1, validation=(x, 1)),
     "minibatches": lambda t, x: vn.Minibatches(x, 4, key=jax.random.key(0)),
-    "stream": lambda t, x: t.fit(
-        vn.Stream([{"t": x["t"] + i} for i in range(4)]), 4, progress=False
-    ),
+    "stream": lambda t, x: t.fit(vn.Stream([{"t": x["t"] + i} for i in range(4)]), 4),
     "curvature": lambda t, x: t.curvature(x),
     "solve": lambda t, x: t.solve(optx.BFGS(rtol=1e-3, atol=1e-3), x),
-    "fit_many": lambda t, x: vn.fit_many([t], x, 1, progress=False),
+    "fit_many": lambda t, x: vn.fit_many([t], x, 1),
     "unroll": lambda t, x: vn.unroll(t, x, 1),
     "a frozen array of the model": lambda t, x: Ignore({"a": jnp.asarray(1.0), **x}),
     "another model": lambda t, x: Ignore(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optimistix as optx
 import pytest
 
 from vernal._closure.closure import Closure
@@ -267,3 +268,9 @@ def test_a_lambda_built_anew_compiles_nothing_anew():
 def test_under_vmap():
     out = jax.vmap(lambda x: Closure.encode(holding(x)))(jnp.arange(3.0))
     assert jnp.array_equal(jax.vmap(lambda c: c.decode()() + 1)(out), jnp.arange(1, 4))
+
+
+def test_the_norm_of_a_dogleg_is_itself():
+    """It compares its norm by identity, and searches for a root with any other."""
+    kept = Closure.encode(optx.Dogleg(1e-8, 1e-8)).decode()
+    assert kept.descent.trust_region_norm is optx.two_norm

@@ -30,10 +30,8 @@ def seen(steps, start=0, key=0, **options):
     data = vn.Minibatches(examples(), SIZE, key=jax.random.key(key))
     trainer = Seen(jnp.asarray(1.0), optax.sgd(0.1))
     if start:
-        trainer = trainer.fit(data, start, progress=False).trainer
-    result = trainer.fit(
-        data, steps, record=("seen", "pair"), progress=False, **options
-    )
+        trainer = trainer.fit(data, start).trainer
+    result = trainer.fit(data, steps, record=("seen", "pair"), **options)
     np.testing.assert_array_equal(result.history["pair"], 2 * result.history["seen"])
     return result.history["seen"]
 
@@ -64,14 +62,14 @@ def test_sizes_at_the_edge(size):
     data = vn.Minibatches(examples(), size, key=jax.random.key(0))
     assert data.steps_per_epoch == N // size
     result = Seen(jnp.asarray(1.0), optax.sgd(0.1)).fit(
-        data, 2 * data.steps_per_epoch, record="seen", progress=False
+        data, 2 * data.steps_per_epoch, record="seen"
     )
     assert result.history["seen"].shape == (2 * data.steps_per_epoch, size)
 
 
 def test_an_old_style_key():
     data = vn.Minibatches(examples(), SIZE, key=jax.random.PRNGKey(0))
-    assert Seen(jnp.asarray(1.0), optax.sgd(0.1)).fit(data, 2, progress=False).history
+    assert Seen(jnp.asarray(1.0), optax.sgd(0.1)).fit(data, 2).history
 
 
 # Streams.
@@ -106,7 +104,7 @@ SOURCES = {
 @pytest.mark.parametrize("source", SOURCES)
 def test_one_batch_a_step(source):
     stream = vn.Stream(SOURCES[source]())
-    result = trainer().fit(stream, 9, progress=False)
+    result = trainer().fit(stream, 9)
     reference = expected(9)
     np.testing.assert_allclose(result.model.slope, reference.model.slope, rtol=1e-13)
     assert len(result.history) == 9
@@ -117,9 +115,9 @@ def test_one_batch_a_step(source):
 @pytest.mark.parametrize("options", [{}, {"chunk": 2}])
 def test_a_stream_goes_on_where_the_last_fit_left_it(source, options):
     stream = vn.Stream(SOURCES[source]())
-    first = trainer().fit(stream, 4, progress=False, **options)
-    second = first.trainer.fit(stream, 5, progress=False, **options)
-    whole = trainer().fit(vn.Stream(batches()), 9, progress=False)
+    first = trainer().fit(stream, 4, **options)
+    second = first.trainer.fit(stream, 5, **options)
+    whole = trainer().fit(vn.Stream(batches()), 9)
     assert same(second.trainer, whole.trainer)
 
 
@@ -131,8 +129,8 @@ def test_a_factory_is_given_the_step():
         return batches(step)
 
     stream = vn.Stream(factory)
-    result = trainer().fit(stream, 3, progress=False)
-    result.trainer.fit(stream, 2, progress=False)
+    result = trainer().fit(stream, 3)
+    result.trainer.fit(stream, 2)
     assert asked == [0, 3]
 
 
@@ -141,7 +139,7 @@ def test_a_factory_is_given_the_step():
 def test_a_stream_that_runs_dry_keeps_what_there_is(chunk, record):
     stream = vn.Stream(list(itertools.islice(batches(), 7)))
     with pytest.raises(vn.StreamExhaustedError, match="after 7 of 10 steps") as caught:
-        trainer().fit(stream, 10, chunk=chunk, record=record, progress=False)
+        trainer().fit(stream, 10, chunk=chunk, record=record)
     result = caught.value.result
     assert len(result.history) == int(result.trainer.step_count) == 7
     assert result.stop_reason is not vn.StopReason.STEPS_TAKEN
@@ -157,8 +155,8 @@ def test_looking_at_a_batch_does_not_use_it_up():
     """The metrics are known only once there is a batch."""
     t = Told(line(), optax.adam(0.1))
     stream = vn.Stream(list(itertools.islice(batches(), 5)))
-    first = t.fit(stream, 2, record="last", progress=False)
-    second = first.trainer.fit(stream, 3, record="last", progress=False)
+    first = t.fit(stream, 2, record="last")
+    second = first.trainer.fit(stream, 3, record="last")
     told = (first.history + second.history)["last"]
     np.testing.assert_allclose(told, 3 + 0.1 * np.arange(5), rtol=1e-12)
 
@@ -166,14 +164,14 @@ def test_looking_at_a_batch_does_not_use_it_up():
 def test_an_empty_stream_with_a_metric():
     t = Told(line(), optax.adam(0.1))
     with pytest.raises(vn.StreamExhaustedError, match="after 0 of 5 steps") as caught:
-        t.fit(vn.Stream([]), 5, record="last", progress=False)
+        t.fit(vn.Stream([]), 5, record="last")
     assert same(caught.value.result.trainer, t)
     assert len(caught.value.result.history) == 0
 
 
 def test_no_steps_of_a_stream_with_a_metric():
     t = Told(line(), optax.adam(0.1))
-    result = t.fit(vn.Stream([BATCH]), 0, record="last", progress=False)
+    result = t.fit(vn.Stream([BATCH]), 0, record="last")
     assert len(result.history) == 0
 
 
@@ -185,7 +183,7 @@ def test_a_stop_leaves_the_rest_of_a_stream_unread():
             read.append(i)
             yield BATCH[0], BATCH[1] * (jnp.nan if i == 3 else 1.0)
 
-    result = trainer().fit(vn.Stream(bad_at_three()), 1000, chunk=900, progress=False)
+    result = trainer().fit(vn.Stream(bad_at_three()), 1000, chunk=900)
     assert int(result.trainer.step_count) == 4
     # One ahead of the step, and what a step in flight hides.
     assert len(read) <= 40
@@ -204,7 +202,7 @@ def test_each_shape_of_a_stream_compiles_once():
             x, y = BATCH
             yield (x, y) if i % 3 else (x[:5], y[:5])
 
-    Counted(line(), optax.sgd(0.1)).fit(vn.Stream(ragged()), 12, progress=False)
+    Counted(line(), optax.sgd(0.1)).fit(vn.Stream(ragged()), 12)
     per_shape = traces.count((16,))
     assert traces.count((5,)) == per_shape <= 2
     assert len(traces) == 2 * per_shape
@@ -222,7 +220,7 @@ def test_rows_of_a_stream_cost_no_buffer_each():
             yield BATCH
 
     before = sum(x.nbytes for x in jax.live_arrays())
-    t.fit(vn.Stream(watched()), 600, chunk=600, progress=False)
+    t.fit(vn.Stream(watched()), 600, chunk=600)
     assert arrays[0] - before < 2e6
 
 
@@ -234,22 +232,20 @@ def test_rows_of_a_stream_cost_no_buffer_each():
 )
 def test_numbers_are_batches(batch):
     loss = lambda model, batch: (model - batch) ** 2
-    result = vn.fit(loss, jnp.asarray(0.0), optax.sgd(0.25), batch, 2, progress=False)
+    result = vn.fit(loss, jnp.asarray(0.0), optax.sgd(0.25), batch, 2)
     np.testing.assert_allclose(result.model, 1.5)
 
 
 def test_none_is_a_batch():
     loss = lambda model, batch: model**2 if batch is None else jnp.nan
-    result = vn.fit(loss, jnp.asarray(1.0), optax.sgd(0.25), None, 1, progress=False)
+    result = vn.fit(loss, jnp.asarray(1.0), optax.sgd(0.25), None, 1)
     assert result.model == 0.5
 
 
 def test_the_data_may_change_during_the_fit_and_after():
     x, y = (np.array(v) for v in BATCH)
-    result = trainer().fit(
-        (x, y), 6, chunk=2, progress=False, callback=lambda t, h: y.fill(0.0)
-    )
-    reference = trainer().fit(BATCH, 6, progress=False)
+    result = trainer().fit((x, y), 6, chunk=2, callback=lambda t, h: y.fill(0.0))
+    reference = trainer().fit(BATCH, 6)
     assert same(result.trainer, reference.trainer)
 
 
@@ -257,4 +253,4 @@ def test_the_data_may_change_during_the_fit_and_after():
 def test_a_function_of_the_step_that_returns_one_batch(batch):
     trainer = LineFit(line(), optax.adam(0.1))
     with pytest.raises(TypeError, match="iterable of all batches from that step on"):
-        trainer.fit(vn.Stream(lambda step: batch), 3, progress=False)
+        trainer.fit(vn.Stream(lambda step: batch), 3)

@@ -36,7 +36,7 @@ def in_place(monkeypatch):
 def test_a_fit_is_the_same(name, mesh, monkeypatch):
     trainer, data, options = FITS[name]()
     before = jax.tree.map(jnp.copy, trainer)
-    options |= {"progress": False, "mesh": mesh}
+    options |= {"mesh": mesh}
     own = trainer.fit(data, 30, chunk=7, **options)
     assert same(trainer, before)
     # Where somebody looks on, nothing of what is seen is overwritten.
@@ -50,8 +50,8 @@ def test_a_fit_is_the_same(name, mesh, monkeypatch):
 
 
 def test_many_are_the_same():
-    many = vn.fit_many(starts(), BATCH, 30, progress=False, chunk=7)
-    alone = starts()[2].fit(BATCH, 30, progress=False)
+    many = vn.fit_many(starts(), BATCH, 30, chunk=7)
+    alone = starts()[2].fit(BATCH, 30)
     np.testing.assert_allclose(many.trainer(2).params.mean, alone.model.mean)
 
 
@@ -68,7 +68,7 @@ def test_ctrl_c_loses_nothing():
             os.kill(os.getpid(), signal.SIGINT)
 
     trainer = Interrupted(gaussian(), optax.adam(0.01))
-    result = trainer.fit(BATCH, 10**6, progress=False, chunk=50)
+    result = trainer.fit(BATCH, 10**6, chunk=50)
     assert result.stop_reason is vn.StopReason.INTERRUPTED
     steps = int(result.trainer.step_count)
     assert steps >= 50
@@ -79,7 +79,7 @@ def test_ctrl_c_loses_nothing():
 @pytest.mark.parametrize("mesh", [None, mesh_of(2)], ids=["one", "two"])
 def test_a_criterion_may_hold_the_parameters(mesh):
     trainer = GaussianFit(gaussian(), optax.adam(0.01))
-    options = {"stop": Settled(), "progress": False, "chunk": 3, "mesh": mesh}
+    options = {"stop": Settled(), "chunk": 3, "mesh": mesh}
     result = trainer.fit(BATCH, 9, **options)
     assert np.isfinite(trainer.params.mean)
     assert int(result.trainer.step_count) == 9
@@ -93,7 +93,7 @@ def test_an_error_is_not_hidden():
 
     trainer = Broken(gaussian(), optax.adam(0.01))
     with pytest.raises(Exception, match="the lamp has gone") as caught:
-        trainer.fit(BATCH, 20, progress=False, chunk=3)
+        trainer.fit(BATCH, 20, chunk=3)
     assert "in place" in caught.value.__notes__[-1]
     assert np.isfinite(trainer.params.mean)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import processes
-from vernal._fit import progress_bar as _bar
+from inside import progress_bar
 
 
 class Run:
@@ -58,7 +58,7 @@ def found(scenario, folder):
 
 
 def test_two_processes_have_the_answer_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(_bar, "is_interactive", _bar.is_interactive)
+    monkeypatch.setattr(progress_bar, "is_interactive", progress_bar.is_interactive)
     alone = tmp_path / "alone"
     alone.mkdir()
     with Run("answers", tmp_path) as run:

@@ -36,10 +36,6 @@ BATCH = line_batch()
 ADAM = optax.adam(0.1)
 
 
-def fit(trainer, data=BATCH, steps=10, **options):
-    return trainer.fit(data, steps, **{"progress": False, **options})
-
-
 # Against a loop by hand.
 
 
@@ -65,7 +61,7 @@ def test_a_fit_is_one_scan_by_hand():
         return jax.lax.scan(step, (params, optimiser.init(params)), length=60)
 
     (params, _), (values, means) = by_hand(gaussian())
-    result = fit(GaussianFit(gaussian(), optimiser), batch, 60, record="mean")
+    result = GaussianFit(gaussian(), optimiser).fit(batch, 60, record="mean")
     np.testing.assert_allclose(result.history.loss, values, rtol=1e-9)
     np.testing.assert_allclose(result.history["mean"], means, rtol=1e-10)
     for ours, theirs in zip(
@@ -82,7 +78,7 @@ def test_a_fit_is_its_steps_to_the_bit():
     for _ in range(7):
         stepped, info = stepped.step(BATCH)
         losses.append(info.loss)
-    result = fit(trainer, steps=7)
+    result = trainer.fit(BATCH, 7)
     np.testing.assert_allclose(result.history.loss, losses, rtol=1e-14)
     np.testing.assert_allclose(result.model.slope, stepped.model.slope, rtol=1e-14)
 
@@ -118,9 +114,9 @@ def test_two_fits_are_one_to_the_bit(cut, data):
 
     trainer = Everything(line(), optimiser, key=key, nan_policy=vn.SkipStep())
     options = {"record": ("noise", "slope", "grad_norm")}
-    whole = fit(trainer, source(), steps, **options)
-    first = fit(trainer, source(), cut, **options)
-    second = fit(first.trainer, source(), steps - cut, **options)
+    whole = trainer.fit(source(), steps, **options)
+    first = trainer.fit(source(), cut, **options)
+    second = first.trainer.fit(source(), steps - cut, **options)
     assert same(second.trainer, whole.trainer)
     joined = first.history + second.history
     np.testing.assert_array_equal(joined.steps, whole.history.steps)
@@ -134,7 +130,7 @@ def test_two_fits_are_one_to_the_bit(cut, data):
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_chunks_change_nothing(chunk):
     trainer = LineFit(line(), ADAM)
-    one, other = fit(trainer, steps=11), fit(trainer, steps=11, chunk=chunk)
+    one, other = trainer.fit(BATCH, 11), trainer.fit(BATCH, 11, chunk=chunk)
     assert same(one.trainer, other.trainer)
     np.testing.assert_array_equal(one.history.loss, other.history.loss)
 
@@ -142,12 +138,12 @@ def test_chunks_change_nothing(chunk):
 @pytest.mark.as_compiled
 def test_twice_the_same():
     trainer = LineFit(line(), ADAM)
-    assert same(fit(trainer).trainer, fit(trainer).trainer)
+    assert same(trainer.fit(BATCH, 10).trainer, trainer.fit(BATCH, 10).trainer)
 
 
 def test_no_steps():
     trainer = LineFit(line(), ADAM)
-    result = fit(trainer, steps=0, record=("slope", "grad_norm"))
+    result = trainer.fit(BATCH, 0, record=("slope", "grad_norm"))
     assert same(result.trainer, trainer)
     assert len(result.history) == 0
     assert result.history["slope"].shape == (0,)
@@ -155,7 +151,7 @@ def test_no_steps():
 
 
 def test_a_result():
-    result = fit(LineFit(line(), optax.sgd(0.1)), steps=20)
+    result = LineFit(line(), optax.sgd(0.1)).fit(BATCH, 20)
     assert same(result.model, result.trainer.model)
     assert same(result.best, result.trainer.best)
     assert str(result.stop_reason) == "All steps were taken."
@@ -169,18 +165,18 @@ def test_a_result():
 def test_a_result_tells_of_steps_that_were_skipped():
     trainer = LineFit(line(), ADAM, nan_policy=vn.SkipStep())
     bad = jax.tree.map(lambda x: x * jnp.nan, BATCH)
-    assert "non_finite=3, " in repr(fit(trainer, bad, 3))
+    assert "non_finite=3, " in repr(trainer.fit(bad, 3))
 
 
 def test_the_best_outlives_what_follows():
     """A rate that diverges: the best is at the start, and stays over another fit."""
-    result = fit(LineFit(line(), optax.sgd(1.5)), steps=8)
+    result = LineFit(line(), optax.sgd(1.5)).fit(BATCH, 8)
     assert result.trainer.best_loss == result.history.loss[0]
     assert same(result.best, line())
-    later = fit(result.trainer, steps=3)
+    later = result.trainer.fit(BATCH, 3)
     assert same(later.best, line())
     assert later.trainer.best_loss == result.history.loss[0]
-    better = fit(result.trainer.replace(model=line(2.0, 1.0)), steps=1)
+    better = result.trainer.replace(model=line(2.0, 1.0)).fit(BATCH, 1)
     assert better.trainer.best_loss == 0
     assert better.best.slope == 2
 
@@ -197,7 +193,7 @@ def test_the_one_liner():
         nan_policy=vn.SkipStep(),
     )
     rules = vn.ParamOptimiser({"slope": ADAM, "offset": None})
-    expected = fit(LineFit(line(), rules), steps=9)
+    expected = LineFit(line(), rules).fit(BATCH, 9)
     np.testing.assert_allclose(result.history.loss, expected.history.loss, rtol=1e-14)
     assert isinstance(result.trainer.nan_policy, vn.SkipStep)
 
@@ -223,7 +219,7 @@ def test_a_callback_sees_every_chunk():
     def callback(trainer, history):
         seen.append((int(trainer.step_count), len(history), float(history.loss[-1])))
 
-    result = fit(LineFit(line(), ADAM), steps=10, chunk=4, callback=callback)
+    result = LineFit(line(), ADAM).fit(BATCH, 10, chunk=4, callback=callback)
     assert [s[:2] for s in seen] == [(4, 4), (8, 8), (10, 10)]
     assert [s[2] for s in seen] == [result.history.loss[i] for i in (3, 7, 9)]
 
@@ -233,7 +229,7 @@ def test_a_callback_sees_every_chunk():
 )
 def test_a_callback_ends_the_fit(stop):
     callback = lambda trainer, history: stop if trainer.step_count >= 6 else None
-    result = fit(LineFit(line(), ADAM), steps=100, chunk=3, callback=callback)
+    result = LineFit(line(), ADAM).fit(BATCH, 100, chunk=3, callback=callback)
     assert int(result.trainer.step_count) == 6
     assert result.stop_reason is vn.StopReason.CALLBACK
     assert str(result.stop_reason) == "The callback ended the fit."
@@ -242,7 +238,7 @@ def test_a_callback_ends_the_fit(stop):
 def test_a_callback_that_returns_false_goes_on():
     callback = lambda trainer, history: np.bool_(False)
     assert (
-        len(fit(LineFit(line(), ADAM), steps=4, chunk=2, callback=callback).history)
+        len(LineFit(line(), ADAM).fit(BATCH, 4, chunk=2, callback=callback).history)
         == 4
     )
 
@@ -253,8 +249,8 @@ def test_a_callback_changes_the_trainer():
             return trainer.replace(optimiser=optax.adam(0.0))
         return None
 
-    result = fit(
-        LineFit(line(), ADAM), steps=10, chunk=2, callback=callback, record="slope"
+    result = LineFit(line(), ADAM).fit(
+        BATCH, 10, chunk=2, callback=callback, record="slope"
     )
     slopes = result.history["slope"]
     assert np.all(np.diff(slopes[:5]) != 0)
@@ -270,7 +266,7 @@ def test_a_callback_that_goes_back_to_an_older_trainer():
         older.append(trainer)
         return older[0] if len(older) == 2 else None
 
-    result = fit(LineFit(line(), ADAM), steps=6, chunk=2, callback=callback)
+    result = LineFit(line(), ADAM).fit(BATCH, 6, chunk=2, callback=callback)
     assert int(result.trainer.step_count) == 4
     np.testing.assert_array_equal(result.history.steps, [0, 1, 2, 3, 2, 3])
     np.testing.assert_array_equal(result.history.loss[2:4], result.history.loss[4:])
@@ -279,8 +275,7 @@ def test_a_callback_that_goes_back_to_an_older_trainer():
 def test_a_callback_is_called_every_chunk_however_large_a_row():
     counts = []
     trainer = Pull(jnp.ones((1000, 700)), optax.sgd(0.1))
-    result = fit(
-        trainer,
+    result = trainer.fit(
         jnp.asarray(0.0),
         12,
         chunk=6,
@@ -295,11 +290,8 @@ def test_a_callback_is_called_every_chunk_however_large_a_row():
 
 def test_more_rows_than_a_buffer_holds():
     counts = []
-    result = fit(
-        LineFit(line(), optax.sgd(0.01)),
-        steps=40_000,
-        chunk=20_000,
-        callback=lambda t, h: counts.append(len(h)),
+    result = LineFit(line(), optax.sgd(0.01)).fit(
+        BATCH, 40_000, chunk=20_000, callback=lambda t, h: counts.append(len(h))
     )
     assert counts == [20_000, 40_000]
     np.testing.assert_array_equal(result.history.steps, np.arange(40_000))
@@ -318,7 +310,7 @@ def test_a_stop_inside_a_chunk_really_stops_the_work():
             batch = jax.tree.map(lambda x: x[self.step_count % 8], batch)
             return super().loss(model, batch)
 
-    result = fit(Counted(two(), optax.sgd(0.1)), script("...a"), 10_000, chunk=10_000)
+    result = Counted(two(), optax.sgd(0.1)).fit(script("...a"), 10_000, chunk=10_000)
     jax.effects_barrier()
     assert int(result.trainer.step_count) == 4
     assert len(result.history) == 4
@@ -331,11 +323,11 @@ def test_an_interrupt_in_a_callback():
         if trainer.step_count >= 6:
             raise KeyboardInterrupt
 
-    result = fit(LineFit(line(), ADAM), steps=100, chunk=3, callback=callback)
+    result = LineFit(line(), ADAM).fit(BATCH, 100, chunk=3, callback=callback)
     assert result.stop_reason is vn.StopReason.INTERRUPTED
     assert int(result.trainer.step_count) == len(result.history) == 6
-    whole = fit(LineFit(line(), ADAM), steps=9)
-    assert same(fit(result.trainer, steps=3).trainer, whole.trainer)
+    whole = LineFit(line(), ADAM).fit(BATCH, 9)
+    assert same(result.trainer.fit(BATCH, 3).trainer, whole.trainer)
 
 
 def test_an_interrupt_in_a_stream_keeps_the_steps_before():
@@ -344,7 +336,7 @@ def test_an_interrupt_in_a_stream_keeps_the_steps_before():
             yield BATCH
         raise KeyboardInterrupt
 
-    result = fit(LineFit(line(), ADAM), vn.Stream(batches()), 100, chunk=50)
+    result = LineFit(line(), ADAM).fit(vn.Stream(batches()), 100, chunk=50)
     assert result.stop_reason is vn.StopReason.INTERRUPTED
     assert int(result.trainer.step_count) == len(result.history) == 5
 
@@ -354,7 +346,7 @@ def test_an_error_in_a_callback_is_the_users():
         raise ZeroDivisionError("mine")
 
     with pytest.raises(ZeroDivisionError, match="mine"):
-        fit(LineFit(line(), ADAM), callback=callback)
+        LineFit(line(), ADAM).fit(BATCH, 10, callback=callback)
 
 
 INTERRUPTED = """
@@ -476,11 +468,11 @@ def test_trainer_and_data_are_the_callers():
     trainer = LineFit(line(), ADAM)
     before = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, trainer)
     data = vn.Minibatches(BATCH, 4, key=jax.random.key(0))
-    result = fit(trainer, data, 5)
-    fit(result.trainer, data, 5)
+    result = trainer.fit(data, 5)
+    result.trainer.fit(data, 5)
     assert same(trainer, before)
     assert not any(x.is_deleted() for x in jax.tree.leaves((trainer, result.trainer)))
-    assert same(fit(trainer, data, 5).trainer, result.trainer)
+    assert same(trainer.fit(data, 5).trainer, result.trainer)
 
 
 class Shell:
@@ -495,13 +487,13 @@ class Shell:
 def test_a_bar_in_a_notebook(shell, is_shown, monkeypatch, capfd):
     ipython = types.SimpleNamespace(get_ipython=lambda: shell)
     monkeypatch.setitem(sys.modules, "IPython", ipython)
-    fit(LineFit(line(), ADAM), progress=True)
+    LineFit(line(), ADAM).fit(BATCH, 10, progress=True)
     assert ("10/10" in capfd.readouterr().err) is is_shown
 
 
 def test_where_there_is_no_console(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    assert len(fit(LineFit(line(), ADAM), progress=True).history) == 10
+    assert len(LineFit(line(), ADAM).fit(BATCH, 10, progress=True).history) == 10
 
 
 def test_a_boolean_is_no_number():
@@ -513,9 +505,9 @@ def test_a_boolean_is_no_number():
 
     trainer = Choosy(jnp.asarray(0.0), optax.sgd(0.1))
     for given, loss in ((1, 4.0), (True, 1.0), (1, 4.0)):
-        assert fit(trainer, given, 1).history.loss[0] == loss
+        assert trainer.fit(given, 1).history.loss[0] == loss
         assert float(trainer.step(given)[1].loss) == loss
-        scores = fit(trainer, given, 1, validation=(given, 1)).history.validation
+        scores = trainer.fit(given, 1, validation=(given, 1)).history.validation
         np.testing.assert_allclose(scores, (np.sqrt(loss) * 0.8) ** 2)
 
 
@@ -533,7 +525,7 @@ def test_a_stream_keeps_no_parameters_of_the_steps_behind_it():
             yield jnp.asarray(float(step))
 
     trainer = Broad(jnp.zeros(5_000), optax.adam(0.1))
-    fit(trainer, vn.Stream(batches()), 60, chunk=60)
+    trainer.fit(vn.Stream(batches()), 60, chunk=60)
     # The first chunk has one step, and is compiled by it.
     assert sizes[-1] <= sizes[5] + 5 * 5_000 * 8
 
@@ -541,24 +533,24 @@ def test_a_stream_keeps_no_parameters_of_the_steps_behind_it():
 def test_a_fit_is_no_part_of_a_program():
     trainer = LineFit(line(), ADAM)
     with pytest.raises(TypeError, match=r"`fit` runs .*use `vn.unroll`"):
-        jax.jit(lambda t: fit(t).trainer.model)(trainer)
+        jax.jit(lambda t: t.fit(BATCH, 10).trainer.model)(trainer)
 
 
 def test_more_steps_than_can_be_counted():
     trainer = LineFit(line(), ADAM)
     last = jnp.asarray(2**31 - 1 - 300, jnp.int32)
     late = eqx.tree_at(lambda t: t._progress.step_count, trainer, last)
-    assert len(fit(late, steps=300, every=7).history) == 43
+    assert len(late.fit(BATCH, 300, every=7).history) == 43
     with pytest.raises(ValueError, match=r"`steps` is 301.*counts to"):
-        fit(late, steps=301)
+        late.fit(BATCH, 301)
 
 
 def test_an_error_keeps_a_result_of_its_own():
     inner = LineFit(line(jnp.nan), ADAM, nan_policy=vn.RaiseOnNan())
 
     def callback(trainer, history):
-        fit(inner)
+        inner.fit(BATCH, 10)
 
     with pytest.raises(vn.NonFiniteError) as caught:
-        fit(LineFit(line(), ADAM), callback=callback)
+        LineFit(line(), ADAM).fit(BATCH, 10, callback=callback)
     assert np.isnan(caught.value.result.trainer.model.slope)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import vernal as vn
-from models import same
+from models import same_results
 
 X = jnp.linspace(-1.0, 1.0, 20)
 STEPS = 30
@@ -58,7 +58,7 @@ def fit(number, directory=None, steps=STEPS, every=5, **options):
     """Fits the trainer of a number to the data of this number."""
     if directory is not None:
         options["checkpoint"] = vn.Checkpoints(directory / str(number), every=every)
-    options = {"progress": False, "chunk": 5, **KINDS[number % 3](number), **options}
+    options = {"chunk": 5, **KINDS[number % 3](number), **options}
     data = options.pop("data")
     return trainer(number).fit(data, steps, **options)
 
@@ -84,10 +84,6 @@ def at_once(count, fn):
         thread.join(120)
     assert not any(thread.is_alive() for thread in threads), "a deadlock"
     return answers
-
-
-def alike(result, expected):
-    return same((result.trainer, result.history), (expected.trainer, expected.history))
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +114,14 @@ def nothing_is_left_behind():
 def test_fits_at_once(count, kept, expected, tmp_path):
     results = at_once(count, lambda n: fit(n, tmp_path if kept else None))
     for result, alone in zip(results, expected[:count], strict=True):
-        assert alike(result, alone)
+        assert same_results(result, alone)
 
 
 def test_fits_that_go_on_at_once(expected, tmp_path):
     at_once(4, lambda n: fit(n, tmp_path, steps=15))
     results = at_once(4, lambda n: fit(n, tmp_path))
     for result, alone in zip(results, expected[:4], strict=True):
-        assert alike(result, alone)
+        assert same_results(result, alone)
 
 
 def test_what_is_compiled_at_once():
@@ -137,8 +133,8 @@ def test_what_is_compiled_at_once():
     run = lambda _: New({k: jnp.ones(()) for k in ("slope", "offset", "many")}).replace(
         optimiser=optax.adam(0.1)
     )
-    results = at_once(4, lambda n: run(n).fit(batch(0), 10, progress=False))
-    assert all(alike(result, results[0]) for result in results)
+    results = at_once(4, lambda n: run(n).fit(batch(0), 10))
+    assert all(same_results(result, results[0]) for result in results)
     assert float(results[0].model["slope"]) != 1.0
 
 
@@ -161,8 +157,8 @@ def test_one_that_fails_harms_no_other(expected, tmp_path):
     run = lambda n: fit(n, tmp_path, callback=fail if n == 1 else None)
     results = at_once(4, run)
     assert isinstance(results[1], RuntimeError)
-    assert all(alike(results[n], expected[n]) for n in (0, 2, 3))
-    assert alike(fit(1, tmp_path), expected[1])
+    assert all(same_results(results[n], expected[n]) for n in (0, 2, 3))
+    assert same_results(fit(1, tmp_path), expected[1])
 
 
 def test_one_directory_is_for_one_of_them(tmp_path):
@@ -215,7 +211,7 @@ def test_bars_of_several_threads(expected, capsys, monkeypatch):
     # It would start a thread, which watches all bars and stays.
     monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
     results = at_once(4, lambda n: fit(n, progress=True))
-    assert all(alike(results[n], expected[n]) for n in range(4))
+    assert all(same_results(results[n], expected[n]) for n in range(4))
     assert f"{STEPS}/{STEPS}" in capsys.readouterr().err
 
 
@@ -239,7 +235,7 @@ def test_a_fit_within_a_fit(tmp_path, expected):
     reasons = [inner[0].stop_reason, outer.stop_reason]
     assert reasons == [vn.StopReason.TERMINATED] * 2
     assert [int(r.trainer.step_count) for r in (inner[0], outer)] == [5, 5]
-    assert all(alike(fit(n, tmp_path), expected[n]) for n in range(2))
+    assert all(same_results(fit(n, tmp_path), expected[n]) for n in range(2))
 
 
 def test_a_fit_beside_the_main_thread(tmp_path, expected):
@@ -264,4 +260,4 @@ def test_a_fit_beside_the_main_thread(tmp_path, expected):
         go_on.set()
         thread.join(60)
     assert heard == ["end"]
-    assert alike(results[0], expected[0])
+    assert same_results(results[0], expected[0])

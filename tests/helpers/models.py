@@ -218,5 +218,23 @@ def same(a, b):
     )
 
 
+def same_results(result, expected):
+    return same((result.trainer, result.history), (expected.trainer, expected.history))
+
+
+def close(ours, theirs, rtol=None):
+    """Requires the arrays of two trees to be equal to rounding, and of one dtype."""
+    is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
+    ours, theirs = (eqx.filter(tree, is_array) for tree in (ours, theirs))
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        default, least = (1e-5, 2e-6) if a.dtype == jnp.float32 else (1e-9, 0)
+        tolerance = default if rtol is None else max(rtol, least)
+        if _is_key(a):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-12)
+
+
 def _is_key(x):
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

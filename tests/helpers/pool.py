@@ -6,12 +6,11 @@ import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from joblib.externals import loky
 
 import vernal as vn
-from models import Line, line_batch
+from models import Line, line_batch, same
 
 
 class Fit(vn.Trainer):
@@ -31,13 +30,6 @@ def fit(trainer):
 
 def fail(trainer):
     raise vn.NonFiniteError(1, ("loss",), trainer.nan_report(), trainer)
-
-
-def same(one, other):
-    return jax.tree.structure(one) == jax.tree.structure(other) and all(
-        np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    )
 
 
 def main():

@@ -27,9 +27,8 @@ import optax  # noqa: E402
 import optimistix as optx  # noqa: E402
 from jax.sharding import Mesh, PartitionSpec as P  # noqa: E402
 
+import inside  # noqa: E402
 import vernal as vn  # noqa: E402
-from vernal._devices import processes as _peers  # noqa: E402
-from vernal._fit import progress_bar as _bar  # noqa: E402
 
 MESH = Mesh(np.array(jax.devices()), ("data",)) if ONE_OF_TWO else None
 X = np.linspace(-1, 1, 32)
@@ -135,7 +134,7 @@ def answers(folder):
     losses = [info.loss.tolist(), step.step(DATA, mesh=MESH)[1].loss.tolist()]
     found["steps"] = {"loss": losses, "params": [], "told": "", "steps": 2}
     # What comes back belongs to each process: one may go on with it alone.
-    _bar.is_interactive = lambda: True
+    inside.progress_bar.is_interactive = lambda: True
     result = fit(progress=True)
     if ONE_OF_TWO:
         many |= {"progress": True, "checkpoint": vn.Checkpoints(folder / "many")}
@@ -319,7 +318,7 @@ def long(folder):
 
 def absent(folder):
     """One of the two does not come."""
-    _peers._TIMEOUT_SECONDS = 3
+    inside.processes._TIMEOUT_SECONDS = 3
     if NUMBER == 1:
         return {}
     try:

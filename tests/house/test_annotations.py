@@ -33,8 +33,8 @@ def data():
 
 FITS = {
     "step": lambda t: t.step(right.batch()),
-    "fit": lambda t: t.fit(right.batch(), 3, progress=False),
-    "fit_many": lambda t: vn.fit_many([t, t], right.batch(), 2, progress=False),
+    "fit": lambda t: t.fit(right.batch(), 3),
+    "fit_many": lambda t: vn.fit_many([t, t], right.batch(), 2),
     "unroll": lambda t: vn.unroll(t, right.batch(), 2),
 }
 CALLS = FITS | {
@@ -112,7 +112,6 @@ def test_all_that_a_fit_calls():
         validation=validation,
         stop=right.Near(1e-9) | vn.Patience(5),
         callback=right.callback,
-        progress=False,
     )
     assert result.trainer.learning_rates()
     many = vn.fit_many(
@@ -122,7 +121,6 @@ def test_all_that_a_fit_calls():
         validation=validation,
         stop=right.Near(1e-9),
         callback=right.callback,
-        progress=False,
     )
     assert many.best.slope.shape == ()
     again = trainer.replace(model=right.model(), optimiser=sgd())
@@ -131,23 +129,19 @@ def test_all_that_a_fit_calls():
 
 WRONG = {
     "Evaluates.evaluate": lambda: residuals(wrong.Evaluates).fit(
-        right.batch(), 2, validation=(right.batch(), 1), progress=False
+        right.batch(), 2, validation=(right.batch(), 1)
     ),
     "Constrains.constrain": lambda: residuals(wrong.Constrains).step(right.batch()),
     "Transforms.transform_grads": lambda: residuals(wrong.Transforms).step(
         right.batch()
     ),
     "Begins.init": lambda: residuals(nan_policy=wrong.Begins(jnp.asarray(1))),
-    "Stops.apply": lambda: residuals().fit(
-        right.batch(), 2, stop=wrong.Stops(1.0), progress=False
-    ),
+    "Stops.apply": lambda: residuals().fit(right.batch(), 2, stop=wrong.Stops(1.0)),
     "rate": lambda: residuals_at(wrong.rate).step(right.batch()),
     "is_bend": lambda: residuals(train=wrong.is_bend),
-    "callback": lambda: residuals().fit(
-        right.batch(), 2, callback=wrong.callback, progress=False
-    ),
+    "callback": lambda: residuals().fit(right.batch(), 2, callback=wrong.callback),
     "plain_loss": lambda: vn.fit(
-        wrong.plain_loss, right.model(), sgd(), right.batch(), 2, progress=False
+        wrong.plain_loss, right.model(), sgd(), right.batch(), 2
     ),
     "total": lambda: vn.hessian(wrong.total, {"a": jnp.ones(3)}),
 }
@@ -165,7 +159,7 @@ def test_every_wrong_annotation_is_reported(name):
 
 def test_plain_functions():
     model, batch = right.model(), right.batch()
-    vn.fit(right.plain_loss, model, sgd(), batch, 2, progress=False)
+    vn.fit(right.plain_loss, model, sgd(), batch, 2)
     tree = {"a": jnp.ones(3), "b": jnp.ones(())}
     assert vn.hessian(right.total, tree).shape == (4, 4)
     vn.hessian_matvec(right.total, tree)(tree)
@@ -176,8 +170,8 @@ def test_batches_of_several_lengths():
     trainer = residuals()
     held_out = right.batch(3)
     for size in (8, 5):
-        trainer.fit(right.batch(size), 1, validation=(held_out, 1), progress=False)
-    trainer.fit(vn.Stream([right.batch(4), right.batch(6)]), 2, progress=False)
+        trainer.fit(right.batch(size), 1, validation=(held_out, 1))
+    trainer.fit(vn.Stream([right.batch(4), right.batch(6)]), 2)
 
 
 # A checker on one method alone, with no hook.
@@ -204,11 +198,11 @@ class Sums(vn.Trainer):
 
 def test_a_checker_on_one_method_or_class():
     trainer = OneMethod({"a": jnp.ones(2)}, sgd())
-    trainer.fit(jnp.ones(3), 2, progress=False)
+    trainer.fit(jnp.ones(3), 2)
     trainer.whiten(jnp.ones(3)).solve(solver(), jnp.ones(3))
     models = [OneClass(jnp.ones(3), jnp.full(3, x)) for x in (0.0, 1.0)]
     trainers = [Sums(model, sgd()) for model in models]
-    vn.fit_many(trainers, jnp.ones(3), 2, progress=False)
+    vn.fit_many(trainers, jnp.ones(3), 2)
     vn.fit_many(trainers, jnp.ones((2, 3)), 9, data_axis=0, solver=solver())
     with pytest.raises(TypeCheckError, match="residuals"):
         trainer.step(jnp.ones((3, 1)))

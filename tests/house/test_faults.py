@@ -335,9 +335,7 @@ def obey_on_the_way(result, faults, foreseen, rows):
 
 def fitted(trainer, faults, foreseen):
     """The result, or that of the error, which must be one where a policy raises."""
-    run = lambda: trainer.fit(
-        as_batch(faults), STEPS, record=(*LEAVES, "state"), progress=False
-    )
+    run = lambda: trainer.fit(as_batch(faults), STEPS, record=(*LEAVES, "state"))
     if not (foreseen.stops and trainer.nan_policy.raises):
         return run()
     with pytest.raises(vn.NonFiniteError) as caught:
@@ -443,7 +441,7 @@ class OnceFit(vn.Trainer):
 def once(**options):
     model = {"slope": jnp.asarray(0.5), "offset": jnp.asarray(1.0)}
     trainer = OnceFit(model, optax.adam(1e-3), **options)
-    return trainer.fit(jnp.asarray(2.0), MILLION, every=100_000, progress=False)
+    return trainer.fit(jnp.asarray(2.0), MILLION, every=100_000)
 
 
 ONCE = {

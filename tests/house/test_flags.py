@@ -86,7 +86,6 @@ def a_fit_in_float32():
         every=2,
         validation=(data(dtype), 2),
         stop=vn.Converged(1e-9, 9, atol=1e-9) | vn.Patience(9),
-        progress=False,
     )
     return result.best, [result.history[name] for name in ("grad_norm", "worst")]
 
@@ -99,7 +98,7 @@ def a_step():
 
 def many():
     starts = [ByLoss(parabola(), optax.sgd(rate)) for rate in (1e-2, 1e-3)]
-    return vn.fit_many(starts, data(), 3, progress=False).losses
+    return vn.fit_many(starts, data(), 3).losses
 
 
 def unrolled():
@@ -223,7 +222,7 @@ def test_steps_transfer_nothing_of_themselves():
     trainer, batch = ByLoss(parabola(), momentum()), data()
     with jax.transfer_guard("disallow"):
         trainer.step(batch)
-        trainer.fit(batch, 4, chunk=2, record="slope", progress=False)
+        trainer.fit(batch, 4, chunk=2, record="slope")
 
 
 # The flags that look for NaN.
@@ -235,10 +234,10 @@ def falling(policy, start=1.0):
 
 
 ENDED = {
-    "fit": lambda t: t.fit(jnp.asarray(0.0), 9, progress=False),
+    "fit": lambda t: t.fit(jnp.asarray(0.0), 9),
     "step": lambda t: t.step(jnp.asarray(3.0)),
     "solve": lambda t: t.solve(optx.BFGS(1e-3, 1e-3), jnp.asarray(3.0)),
-    "fit_many": lambda t: vn.fit_many([t, t], jnp.asarray(0.0), 9, progress=False),
+    "fit_many": lambda t: vn.fit_many([t, t], jnp.asarray(0.0), 9),
 }
 
 
@@ -252,14 +251,14 @@ def test_what_ends_a_fit_is_raised_by_jax_at_its_origin(entrance):
 def test_infinities_too():
     trainer = falling(vn.StopFit(), start=0.0)
     with jax.debug_infs(True), pytest.raises(FloatingPointError, match="inf"):
-        trainer.fit(jnp.asarray(0.0), 9, progress=False)
+        trainer.fit(jnp.asarray(0.0), 9)
 
 
 def test_the_policy_decides_what_a_bad_step_leads_to():
     with jax.debug_nans(True):
         batches = [jnp.asarray(value) for value in (0.0, 5.0, 0.0)]
         trainer = falling(vn.SkipStep(), start=2.0)
-        result = trainer.fit(vn.Stream(batches), 3, progress=False)
+        result = trainer.fit(vn.Stream(batches), 3)
     assert result.trainer.nan_report()["loss"].total == 1
     assert result.trainer.model["a"] < 2.0
 
@@ -283,5 +282,5 @@ def test_a_callback_has_the_flags_of_its_user():
     trainer = falling(vn.SkipStep(), start=9.0)
     for is_set in (True, False):
         with jax.debug_nans(is_set):
-            trainer.fit(jnp.asarray(0.0), 2, callback=look, progress=False)
+            trainer.fit(jnp.asarray(0.0), 2, callback=look)
     assert seen == {(True, True), (False, False)}

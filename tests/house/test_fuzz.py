@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import vernal as vn
-from vernal._fit import run as running
+from inside import run as running
 
 STEPS, ROWS = 6, 8
 BAD = (np.nan, np.inf, -np.inf, 1e30, -1e200)
@@ -93,7 +93,7 @@ def all_finite(tree):
 
 
 def fitted(trainer, data):
-    options = {"record": ("grad_norm", "a"), "progress": False, "chunk": STEPS}
+    options = {"record": ("grad_norm", "a"), "chunk": STEPS}
     try:
         return trainer.fit(data, STEPS, **options), False
     except vn.NonFiniteError as error:

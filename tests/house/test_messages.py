@@ -420,7 +420,7 @@ def callback(trainer, history):
 
 result = vn.fit(
     lambda m, b: jnp.sum(jnp.sin(m * b) ** 2), jnp.ones(50_000), optax.sgd(1e-9),
-    jnp.arange(50_000.0), 10**8, progress=False, callback=callback,
+    jnp.arange(50_000.0), 10**8, callback=callback,
 )
 assert result.stop_reason is vn.StopReason.INTERRUPTED
 assert len(result.history) == int(result.trainer.step_count) > 0

@@ -58,52 +58,49 @@ def make(cls, rate=0.1, start=0.5, scale=None):
     return cls(line(start), optimiser, nan_policy=vn.SkipStep() | vn.StopAfter(3))
 
 
-def fit(trainer, steps=3, data=None, **options):
-    data = line_batch() if data is None else data
-    return trainer.fit(data, steps, **{"progress": False, **options})
-
-
 def test_one_compilation_for_a_fit_whatever_its_length(counted):
     cls, count = counted
-    fit(make(cls), 1)
+    make(cls).fit(line_batch(), 1)
     first = count.traces
     assert first <= 2
     for steps in (2, 7, 3000):
-        fit(make(cls), steps)
-    fit(make(cls), 9, chunk=2)
-    fit(make(cls), 9, every=3)
-    fit(make(cls), 9, callback=lambda t, h: None)
+        make(cls).fit(line_batch(), steps)
+    make(cls).fit(line_batch(), 9, chunk=2)
+    make(cls).fit(line_batch(), 9, every=3)
+    make(cls).fit(line_batch(), 9, callback=lambda t, h: None)
     assert count.traces == first
 
 
 def test_nothing_is_compiled_for_more_of_the_same(counted):
     cls, count = counted
-    result = fit(make(cls))
+    result = make(cls).fit(line_batch(), 3)
     first = count.traces
     x, y = line_batch()
-    fit(result.trainer)
-    fit(make(cls))
-    fit(make(cls, rate=0.01))
-    fit(make(cls, start=3.0))
-    fit(make(cls, scale=0.5))
-    fit(make(cls), data=(x + 1, y - 1))
-    fit(make(cls), data=(np.asarray(x), np.asarray(y)))
-    fit(result.trainer.replace(model=line(2.0, 3.0)))
-    fit(result.trainer.replace(optimiser=make(cls, rate=0.5).optimiser))
-    fit(result.trainer, callback=lambda t, h: t.replace(model=line()), chunk=1)
+    result.trainer.fit(line_batch(), 3)
+    make(cls).fit(line_batch(), 3)
+    make(cls, rate=0.01).fit(line_batch(), 3)
+    make(cls, start=3.0).fit(line_batch(), 3)
+    make(cls, scale=0.5).fit(line_batch(), 3)
+    make(cls).fit((x + 1, y - 1), 3)
+    make(cls).fit((np.asarray(x), np.asarray(y)), 3)
+    result.trainer.replace(model=line(2.0, 3.0)).fit(line_batch(), 3)
+    result.trainer.replace(optimiser=make(cls, rate=0.5).optimiser).fit(line_batch(), 3)
+    result.trainer.fit(
+        line_batch(), 3, callback=lambda t, h: t.replace(model=line()), chunk=1
+    )
     assert count.traces == first
 
 
 def test_something_is_compiled_for_what_differs(counted):
     """The other way round: a compilation is never wrongly shared."""
     cls, count = counted
-    fit(make(cls))
+    make(cls).fit(line_batch(), 3)
     seen = [count.traces]
-    fit(cls(line(), optax.adam(0.1, b1=0.5)))
+    cls(line(), optax.adam(0.1, b1=0.5)).fit(line_batch(), 3)
     seen.append(count.traces)
-    fit(cls(line(), optax.adam(0.1, b1=0.6)))
+    cls(line(), optax.adam(0.1, b1=0.6)).fit(line_batch(), 3)
     seen.append(count.traces)
-    fit(make(cls), data=line_batch(5))
+    make(cls).fit(line_batch(5), 3)
     seen.append(count.traces)
     assert all(a < b for a, b in itertools.pairwise(seen))
 
@@ -130,7 +127,6 @@ def test_the_one_liner_with_a_lambda_built_anew():
             optax.adam(rate),
             line_batch(),
             3,
-            progress=False,
         )
 
     once(0.1)
@@ -144,7 +140,7 @@ def test_minibatches_compile_once(counted):
     cls, count = counted
     for seed in range(3):
         data = vn.Minibatches(line_batch(), 4, key=jax.random.key(seed))
-        fit(make(cls), 10, data)
+        make(cls).fit(data, 10)
         if seed == 0:
             first = count.traces
     assert count.traces == first
@@ -152,9 +148,9 @@ def test_minibatches_compile_once(counted):
 
 def test_a_stream_compiles_once(counted):
     cls, count = counted
-    fit(make(cls), 5, vn.Stream([line_batch()] * 5))
+    make(cls).fit(vn.Stream([line_batch()] * 5), 5)
     first = count.traces
-    fit(make(cls, rate=0.3), 5, vn.Stream([line_batch()] * 5))
+    make(cls, rate=0.3).fit(vn.Stream([line_batch()] * 5), 5)
     assert count.traces == first <= 2
 
 
@@ -170,7 +166,7 @@ def test_compilations_by_equinox_own_count():
         trainer = make(LineFit, rate)
         for _ in range(3):
             trainer, _ = step(trainer, line_batch())
-    fitted = fit(make(LineFit)).trainer
+    fitted = make(LineFit).fit(line_batch(), 3).trainer
     step(fitted, line_batch())
 
 
@@ -184,17 +180,17 @@ def test_a_model_with_functions_and_floats_compiles_once():
 
     build = lambda: {"w": jnp.ones(2), "f": jax.nn.tanh, "scale": 0.5, "none": None}
     for _ in range(2):
-        Named(build(), optax.adam(0.1)).fit(1.0, 3, progress=False)
+        Named(build(), optax.adam(0.1)).fit(1.0, 3)
         if not _:
             first = len(traces)
     assert len(traces) == first
     other = Named({**build(), "f": jax.nn.relu}, optax.adam(0.1))
-    other.fit(1.0, 3, progress=False)
+    other.fit(1.0, 3)
     assert len(traces) > first
 
 
 def test_nothing_is_printed(capfd):
-    result = fit(make(LineFit), 30, progress=True)
+    result = make(LineFit).fit(line_batch(), 30, progress=True)
     result.trainer.step(line_batch())
     repr(result)
     out, err = capfd.readouterr()
@@ -202,7 +198,7 @@ def test_nothing_is_printed(capfd):
 
 
 def test_everything_can_be_printed():
-    result = fit(make(LineFit), record=("slope", "grad_norm"))
+    result = make(LineFit).fit(line_batch(), 3, record=("slope", "grad_norm"))
     for text in (repr(result), str(result), repr(result.trainer), str(result.trainer)):
         assert "object at 0x" not in text
     assert "steps=3" in repr(result)
@@ -210,7 +206,10 @@ def test_everything_can_be_printed():
 
 
 def test_the_same_inputs_give_the_same_bits():
-    one, other = fit(make(LineFit), 50), fit(make(LineFit), 50)
+    one, other = (
+        make(LineFit).fit(line_batch(), 50),
+        make(LineFit).fit(line_batch(), 50),
+    )
     assert same(one.trainer, other.trainer)
     np.testing.assert_array_equal(one.history.loss, other.history.loss)
 
@@ -218,9 +217,9 @@ def test_the_same_inputs_give_the_same_bits():
 def test_nothing_is_donated():
     trainer, batch = make(LineFit), line_batch()
     before = jax.tree.map(np.array, eqx.filter(trainer, eqx.is_array))
-    first = fit(trainer, data=batch)
-    second = fit(trainer, data=batch)
-    fit(first.trainer)
+    first = trainer.fit(batch, 3)
+    second = trainer.fit(batch, 3)
+    first.trainer.fit(line_batch(), 3)
     trainer.step(batch)
     after = jax.tree.map(np.array, eqx.filter(trainer, eqx.is_array))
     assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
@@ -231,7 +230,7 @@ def test_nothing_is_donated():
 
 def test_state_keeps_structure_and_types():
     trainer = make(LineFit)
-    after = fit(trainer, 5).trainer
+    after = trainer.fit(line_batch(), 5).trainer
     assert jax.tree.structure(trainer) == jax.tree.structure(after)
     kind = lambda t: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(t)]
     assert kind(trainer) == kind(after)
@@ -239,7 +238,7 @@ def test_state_keeps_structure_and_types():
 
 def test_a_chunk_runs_without_the_host():
     """Nothing but the last state and the rows crosses over, once a chunk."""
-    trainer = fit(make(LineFit)).trainer
+    trainer = make(LineFit).fit(line_batch(), 3).trainer
     batch = jax.device_put(line_batch())
     jaxpr = jax.make_jaxpr(lambda t, b: t.step(b))(trainer, batch)
     assert "callback" not in str(jaxpr)
@@ -256,7 +255,7 @@ def test_the_work_of_a_compilation_does_not_grow_with_the_steps(count):
             return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(model))
 
     optimiser = vn.ParamOptimiser({f"p{i}": optax.adam(0.1) for i in range(count)})
-    Sum(model, optimiser).fit(None, 5, progress=False)
+    Sum(model, optimiser).fit(None, 5)
     assert len(traces) <= 2
 
 
@@ -264,7 +263,7 @@ def test_a_deep_copy_is_the_same_trainer(counted):
     cls, _ = counted
     trainer = make(cls)
     twin = copy.deepcopy(trainer)
-    assert same(fit(twin).trainer, fit(trainer).trainer)
+    assert same(twin.fit(line_batch(), 3).trainer, trainer.fit(line_batch(), 3).trainer)
 
 
 def test_errors_can_be_pickled():

@@ -3,7 +3,7 @@
 import inspect
 import runpy
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ import pytest
 
 import models
 import vernal as vn
-from vernal._fit.options import FitKeywords
 
 PROGRAMS = Path(__file__).parents[1] / "typing"
 
@@ -50,7 +49,8 @@ def test_a_subclass_has_the_arguments_that_it_inherits():
 
 
 def test_what_a_fit_is_told_is_the_same_everywhere():
-    options = set(get_type_hints(FitKeywords))
+    (options,) = get_args(inspect.signature(vn.fit).parameters["options"].annotation)
+    options = set(get_type_hints(options))
     method = inspect.signature(vn.Trainer.fit).parameters
     named = {n for n, p in method.items() if p.kind is p.KEYWORD_ONLY}
     assert named == options | {"mesh", "sharding"}

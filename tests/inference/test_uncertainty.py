@@ -141,7 +141,7 @@ def test_fisher_compiles_once():
 @pytest.mark.parametrize("blocks", [None, ("mean", ("std", "power"))])
 def test_whiten_stays_where_it_is_and_keeps_the_best(blocks):
     adam = vn.ParamOptimiser({"**": optax.adam(1e-2)}) if blocks else optax.adam(1e-2)
-    fitted = GaussianFit(START, adam).fit(data(), 10, progress=False).trainer
+    fitted = GaussianFit(START, adam).fit(data(), 10).trainer
     trainer = fitted.whiten(data(), blocks=blocks)
     for new, old in zip(
         jax.tree.leaves(trainer.model), jax.tree.leaves(fitted.model), strict=True
@@ -154,7 +154,7 @@ def test_whiten_stays_where_it_is_and_keeps_the_best(blocks):
     ]
     assert counts
     assert all(int(count) == 0 for count in counts)
-    on = trainer.fit(data(), 200, progress=False).trainer
+    on = trainer.fit(data(), 200).trainer
     assert on.best_loss < fitted.best_loss
     back = on.reproject(None)
     assert back.projector is None
@@ -166,7 +166,7 @@ def test_in_the_whitened_space_units_do_not_matter():
         x, y, sigma = data()
         model = peak(0.1 * scale, 1.1 * scale, 3.8)
         trainer = GaussianFit(model, optax.sgd(0.5)).whiten((x * scale, y, sigma))
-        return trainer.fit((x * scale, y, sigma), 20, progress=False).history.loss
+        return trainer.fit((x * scale, y, sigma), 20).history.loss
 
     np.testing.assert_allclose(run(1e-9), run(1.0), rtol=1e-6)
 
@@ -218,9 +218,9 @@ def test_a_callback_may_renew_the_projector_without_compiling(how):
 
     optimiser = optax.sgd(0.5) if how == "reproject" else None
     trainer = renewed(Counted(peak(-0.5, 1.6, 3.0), optimiser))
-    trainer.fit(data(), 2, chunk=2, progress=False)
+    trainer.fit(data(), 2, chunk=2)
     once = traces
-    result = trainer.fit(data(), 30, callback=renewed, chunk=5, progress=False)
+    result = trainer.fit(data(), 30, callback=renewed, chunk=5)
     assert traces == once
     solved = trainer.solve(optx.LevenbergMarquardt(1e-10, 1e-10), data())
     np.testing.assert_allclose(result.history.loss[-1], solved.trainer.best_loss)

@@ -294,9 +294,7 @@ def test_single_precision_arrives_whatever_the_tolerance():
 
 def test_a_fit_that_converged_is_checked():
     trainer = GaussianFit(peak(0.0, 1.0, 3.0), optax.adam(0.05))
-    fit = lambda batch, stop, steps=3_000: trainer.fit(
-        batch, steps, stop=stop, progress=False
-    )
+    fit = lambda batch, stop, steps=3_000: trainer.fit(batch, steps, stop=stop)
     hasty, good = (
         fit(data(), vn.Converged(0.05, 3)),
         fit(data(), vn.Converged(1e-9, 50)),
@@ -318,7 +316,7 @@ def test_hooks_lead_elsewhere():
 
     trainer = Clipped({"a": jnp.asarray(2.0)}, optax.sgd(0.1))
     batch = jnp.asarray(0.0)
-    result = trainer.fit(batch, 500, stop=vn.Converged(1e-6, 3), progress=False)
+    result = trainer.fit(batch, 500, stop=vn.Converged(1e-6, 3))
     assert result.stop_reason is REASON.CONVERGED
     assert np.isnan(result.edm)
 

@@ -3,8 +3,6 @@
 The oracle is stochastic gradient descent with momentum, in three lines of NumPy.
 """
 
-import importlib
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import optax
 import optax.contrib
 import pytest
 
+import inside
 import vernal as vn
 from models import same
 
@@ -88,7 +87,7 @@ def by_hand(*phases):
 
 
 def fit(trainer, steps, **options):
-    return trainer.fit(np.zeros(()), steps, progress=False, **options).trainer
+    return trainer.fit(np.zeros(()), steps, **options).trainer
 
 
 def values(trainer):
@@ -296,8 +295,7 @@ def test_a_file_without_what_the_optimiser_began_with(file, monkeypatch):
     trainer = fit(Bowl(tree(), sgd()), 2)
     with monkeypatch.context() as patch:
         # A name of it would lead to the function.
-        module = importlib.import_module("vernal._storage.save")
-        patch.setattr(module, "initial_hyperparams", lambda trainer: {})
+        patch.setattr(inside.save, "initial_hyperparams", lambda trainer: {})
         vn.save(file, trainer)
     assert same(vn.load(file, Bowl(tree(), sgd()))._progress, trainer._progress)
     # There is no telling what it began with: the rate of the file stays.
@@ -322,9 +320,9 @@ def stacked(**of):
 
 
 def test_a_stacked_trainer_has_the_rates_of_the_script():
-    trainers = vn.fit_many(stacked(), np.zeros(()), 3, progress=False).trainers
+    trainers = vn.fit_many(stacked(), np.zeros(()), 3).trainers
     new = trainers.replace(optimiser=sgd(rate=0.2), nan_policy=vn.StopAfter(3))
-    result = vn.fit_many(new, np.zeros(()), 2, progress=False)
+    result = vn.fit_many(new, np.zeros(()), 2)
     expected = by_hand((3, 0.1, 0.5), (2, 0.2, 0.5))[0] / START[0]
     scale = np.arange(1.0, 4.0)
     np.testing.assert_allclose(result.trainers.params["a"], expected * scale)
@@ -337,7 +335,7 @@ def test_a_stacked_trainer_has_the_rates_of_the_script():
 
 def test_a_sweep_of_any_hyperparameter():
     sweep = [Bowl(tree(), sgd(momentum=m)) for m in (0.0, 0.25, 0.5)]
-    result = vn.fit_many(sweep, np.zeros(()), 4, progress=False)
+    result = vn.fit_many(sweep, np.zeros(()), 4)
     for index, momentum in enumerate((0.0, 0.25, 0.5)):
         expected = by_hand((4, 0.1, momentum))
         np.testing.assert_allclose(values(result.trainer(index)), expected)
@@ -345,7 +343,7 @@ def test_a_sweep_of_any_hyperparameter():
 
 def test_many_that_are_resumed(tmp_path):
     checkpoints = vn.Checkpoints(tmp_path / "run", 1)
-    options = {"progress": False, "checkpoint": checkpoints}
+    options = {"checkpoint": checkpoints}
     for steps, rate in ((3, 0.1), (5, 0.2)):
         make = lambda start, r=rate: Bowl({"a": start, "b": {"c": -start}}, sgd(r))
         trainers = [make(jnp.asarray(start)) for start in (1.0, 2.0)]

@@ -164,7 +164,7 @@ def test_a_line_search_is_closed_over_what_the_rule_does_not_move():
         return 0.5 * jnp.sum(((model(x) - y) / sigma) ** 2)
 
     rules = {("mean", "std"): optax.lbfgs(), "power": None}
-    result = GaussianFit(start, vn.ParamOptimiser(rules)).fit(batch, 8, progress=False)
+    result = GaussianFit(start, vn.ParamOptimiser(rules)).fit(batch, 8)
 
     def partial(pair):
         return loss(eqx.tree_at(lambda m: (m.mean, m.std), start, tuple(pair.values())))
@@ -199,7 +199,7 @@ def test_a_line_search_beside_other_rules(inside):
     optimiser = vn.ParamOptimiser(rules)
     if inside == "chain":
         optimiser = optax.chain(optimiser, optax.identity())
-    result = GaussianFit(gaussian(), optimiser).fit(batch, 40, progress=False)
+    result = GaussianFit(gaussian(), optimiser).fit(batch, 40)
     assert result.history.loss[-1] < 1e-3 < result.history.loss[0]
 
 
@@ -213,7 +213,7 @@ def test_value_reaches_a_transformation_that_asks_for_it():
         vn.ParamOptimiser({}, default=optax.polyak_sgd()),
         vn.ParamOptimiser(both),
     ):
-        result = LineFit(line(), optimiser).fit(batch, 60, progress=False)
+        result = LineFit(line(), optimiser).fit(batch, 60)
         assert result.history.loss[-1] < 1e-6
 
 
@@ -449,7 +449,7 @@ def test_a_window_in_a_rule():
         "offset": optax.sgd(0.1),
     }
     result = LineFit(line(), vn.ParamOptimiser(rules)).fit(
-        line_batch(), 6, record=("slope", "offset"), progress=False
+        line_batch(), 6, record=("slope", "offset")
     )
     moved = np.diff(result.history["slope"]) != 0
     np.testing.assert_array_equal(moved, [False, False, True, True, False])

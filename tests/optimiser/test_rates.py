@@ -186,7 +186,7 @@ def test_the_next_update_is_the_gradient_times_the_rate(name):
 def test_the_rate_of_one_that_was_fitted_is_that_of_its_count():
     schedule = optax.cosine_decay_schedule(0.1, 50)
     trainer = LineFit(line(), optax.adam(schedule))
-    trainer = trainer.fit(line_batch(), 20, progress=False).trainer
+    trainer = trainer.fit(line_batch(), 20).trainer
     told = trainer.learning_rates()
     np.testing.assert_allclose(list(told.values()), schedule(20), rtol=1e-12)
     assert tuple(told) == ("slope", "offset")

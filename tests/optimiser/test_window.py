@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import vernal as vn
-from vernal._optimiser.transform import Transform
+from inside import Transform
 
 pytestmark = pytest.mark.seams
 

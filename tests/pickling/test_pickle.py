@@ -18,8 +18,8 @@ import pytest
 from equinox._module._module import _currently_initialising
 
 import vernal as vn
+from inside import digest_of
 from models import line, line_batch, zoo
-from vernal._pickling.code import digest_of
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -175,10 +175,6 @@ CRITERIA = {
 }
 
 
-def fit(trainer, steps=2, **options):
-    return trainer.fit(line_batch(), steps, **{"progress": False, **options})
-
-
 def same(one, other):
     assert type(one) is type(other)
     assert jax.tree.structure(one) == jax.tree.structure(other)
@@ -212,7 +208,7 @@ def test_optimisers_and_their_trainers(name):
     if name == "none":
         assert [*all_ways(trainer)]
         return
-    going = fit(trainer)
+    going = trainer.fit(line_batch(), 2)
     twins = {}
     if name in BY_IDENTITY:
         for by in ("pickle", "cloudpickle"):
@@ -220,10 +216,10 @@ def test_optimisers_and_their_trainers(name):
     else:
         [*all_ways(trainer), *all_ways(trainer.optimiser), *all_ways(going)]
         twins = dict(all_ways(going.trainer))
-    whole = fit(going.trainer)
+    whole = going.trainer.fit(line_batch(), 2)
     traces = COUNT.traces
     for twin in twins.values():
-        same(fit(twin).trainer._progress, whole.trainer._progress)
+        same(twin.fit(line_batch(), 2).trainer._progress, whole.trainer._progress)
         with pytest.raises(dataclasses.FrozenInstanceError):
             twin.key = None
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -236,11 +232,11 @@ def test_a_copy_in_a_callback_goes_on_as_the_fit_does():
     copies = []
     trainer = Fit(line(), optax.adam(1e-2))
     keep = lambda trainer, *rest: copies.append(pickle.dumps(trainer))
-    result = fit(trainer, 4, chunk=2, callback=keep)
+    result = trainer.fit(line_batch(), 4, chunk=2, callback=keep)
     twin = pickle.loads(copies[0])
     left = 4 - int(twin.step_count)
     assert 0 < left < 4
-    same(fit(twin, left).trainer, result.trainer)
+    same(twin.fit(line_batch(), left).trainer, result.trainer)
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
@@ -252,10 +248,10 @@ def test_projectors(name):
 
 def test_a_whitened_trainer_goes_on():
     trainer = Fit(line(), optax.adam(1e-2)).whiten(line_batch())
-    going = fit(trainer).trainer
-    whole = fit(going).trainer
+    going = trainer.fit(line_batch(), 2).trainer
+    whole = going.fit(line_batch(), 2).trainer
     for _, twin in all_ways(going):
-        same(fit(twin).trainer, whole)
+        same(twin.fit(line_batch(), 2).trainer, whole)
 
 
 @pytest.mark.parametrize("table", ["POLICIES", "CRITERIA"])
@@ -272,11 +268,11 @@ def test_keys_and_state(kind):
     policy = POLICIES["both"]
     zero = jnp.asarray(0)
     trainer = Drawn(line(), optax.adam(0.1), key=key, state=zero, nan_policy=policy)
-    going = fit(trainer).trainer
+    going = trainer.fit(line_batch(), 2).trainer
     [*all_ways(trainer)]
     twins = dict(all_ways(going))
     for by in ("pickle", "cloudpickle"):
-        same(fit(twins[by]).trainer, fit(going).trainer)
+        same(twins[by].fit(line_batch(), 2).trainer, going.fit(line_batch(), 2).trainer)
 
 
 MODELS = {
@@ -314,7 +310,7 @@ def test_models(name):
 
 
 def test_results_and_what_else_is_public(tmp_path):
-    result = fit(Fit(line(), optax.adam(1e-2)), record=("slope",))
+    result = Fit(line(), optax.adam(1e-2)).fit(line_batch(), 2, record=("slope",))
     _, info = result.trainer.step(line_batch())
     report = result.trainer.nan_report()
     data = vn.Minibatches(line_batch(), 4, key=jax.random.key(0))
@@ -322,8 +318,8 @@ def test_results_and_what_else_is_public(tmp_path):
         for by, twin in all_ways(obj):
             assert repr(twin) == repr(obj), by
     same(
-        fit(BY["pickle"](result.trainer)).trainer,
-        fit(result.trainer).trainer,
+        BY["pickle"](result.trainer).fit(line_batch(), 2).trainer,
+        result.trainer.fit(line_batch(), 2).trainer,
     )
     for by in BY:
         twin = BY[by](vn.Checkpoints(tmp_path, every=3, keep=2))
@@ -332,10 +328,12 @@ def test_results_and_what_else_is_public(tmp_path):
 
 
 def test_a_fit_of_a_plain_function():
-    options = {"progress": False}
-    result = vn.fit(plain, line(), optax.sgd(0.1), line_batch(), 2, **options)
+    result = vn.fit(plain, line(), optax.sgd(0.1), line_batch(), 2)
     for _, twin in all_ways(result):
-        same(fit(twin.trainer).trainer, fit(result.trainer).trainer)
+        same(
+            twin.trainer.fit(line_batch(), 2).trainer,
+            result.trainer.fit(line_batch(), 2).trainer,
+        )
 
 
 def plain(model, batch, *, scale=2.0):
@@ -345,12 +343,12 @@ def plain(model, batch, *, scale=2.0):
 
 def test_many():
     starts = [Fit(line(start), optax.adam(1e-2)) for start in (0.5, 0.7)]
-    result = vn.fit_many(starts, line_batch(), 2, progress=False)
+    result = vn.fit_many(starts, line_batch(), 2)
     for by, twin in all_ways(result):
         assert twin.stop_reasons == result.stop_reasons
         if by == "pickle":
-            again = vn.fit_many(twin.trainers, line_batch(), 2, progress=False)
-            whole = vn.fit_many(result.trainers, line_batch(), 2, progress=False)
+            again = vn.fit_many(twin.trainers, line_batch(), 2)
+            whole = vn.fit_many(result.trainers, line_batch(), 2)
             same(again.trainers, whole.trainers)
 
 
@@ -358,10 +356,10 @@ def test_errors_with_their_results():
     batch = (jnp.zeros(3), jnp.full(3, jnp.nan))
     trainer = Fit(line(), optax.adam(1e-2), nan_policy=vn.RaiseOnNan())
     with pytest.raises(vn.NonFiniteError) as told:
-        trainer.fit(batch, 2, progress=False)
+        trainer.fit(batch, 2)
     stream = vn.Stream([line_batch()] * 2)
     with pytest.raises(vn.StreamExhaustedError) as dry:
-        Fit(line(), optax.adam(1e-2)).fit(stream, 3, progress=False)
+        Fit(line(), optax.adam(1e-2)).fit(stream, 3)
     for error in (told.value, dry.value):
         error.add_note("a note")
         for by in ("pickle", "cloudpickle"):
@@ -412,9 +410,12 @@ def test_by_value():
 
     rules = {lambda path, leaf: path == "slope": optax.adam(lambda count: rate)}
     trainer = Local(line(), vn.ParamOptimiser(rules, default=optax.sgd(rate)))
-    going = fit(trainer).trainer
+    going = trainer.fit(line_batch(), 2).trainer
     twin = BY["cloudpickle"](going)
-    same(fit(twin).trainer._progress, fit(going).trainer._progress)
+    same(
+        twin.fit(line_batch(), 2).trainer._progress,
+        going.fit(line_batch(), 2).trainer._progress,
+    )
 
 
 def test_streams_over_lists_go_on():

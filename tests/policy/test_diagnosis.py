@@ -12,9 +12,9 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
+from inside import bad_data, explain_non_finite
 from models import GaussianFit, LineFit, Pair, gaussian, line
 from notebook import MODEL, Notebook
-from vernal._step.diagnosis import bad_data, explain_non_finite
 
 
 def curve(dtype=np.float64, **bad):

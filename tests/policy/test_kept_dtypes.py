@@ -51,7 +51,7 @@ def step_of_policy(first, then):
 
 
 def fit_of_criterion(first, then):
-    LineFit(line(), SGD).fit(BATCH, 2, stop=Criterion(first, then), progress=False)
+    LineFit(line(), SGD).fit(BATCH, 2, stop=Criterion(first, then))
 
 
 def step_of_loss(first, then):

@@ -16,10 +16,6 @@ HELD_OUT = (jnp.linspace(-1, 1, 5), jnp.linspace(-1, 1, 5) * 1.9 + 1.1)
 TRAINER = LineFit(line(), optax.sgd(0.1))
 
 
-def fit(trainer=TRAINER, data=BATCH, steps=20, **options):
-    return trainer.fit(data, steps, **{"progress": False, **options})
-
-
 def by_hand(trainer, count, every, batch=HELD_OUT):
     """The validation as a loop of single steps comes to it."""
     scores, models = [], []
@@ -37,7 +33,7 @@ def by_hand(trainer, count, every, batch=HELD_OUT):
 @pytest.mark.parametrize("every", [1, 3, 20, 21])
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 def test_scores_are_of_the_model_after_so_many_steps(every, chunk):
-    result = fit(validation=(HELD_OUT, every), chunk=chunk)
+    result = TRAINER.fit(BATCH, 20, validation=(HELD_OUT, every), chunk=chunk)
     scores, models = by_hand(TRAINER, 20, every)
     np.testing.assert_allclose(result.history.validation, scores, rtol=1e-12)
     steps = np.arange(every, 21, every)
@@ -52,7 +48,7 @@ def test_scores_are_of_the_model_after_so_many_steps(every, chunk):
 def test_the_best_follows_the_validation_and_not_the_loss():
     """The held-out data say otherwise: the best is on the way, not at the end."""
     away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
-    result = fit(validation=(away, 1), steps=60)
+    result = TRAINER.fit(BATCH, 60, validation=(away, 1))
     scores = result.history.validation
     assert 0 < np.argmin(scores) < 59
     there = LineFit(result.best, optax.sgd(0.1))
@@ -67,7 +63,7 @@ class Judged(LineFit):
 
 def test_what_is_evaluated_is_the_users_to_say():
     trainer = Judged(line(), optax.sgd(0.1))
-    result = fit(trainer, validation=(HELD_OUT, 5), steps=5)
+    result = trainer.fit(BATCH, 5, validation=(HELD_OUT, 5))
     worst = np.max(np.abs(result.model(HELD_OUT[0]) - HELD_OUT[1]))
     np.testing.assert_allclose(result.history.validation, [worst])
 
@@ -85,12 +81,15 @@ class Keyed(LineFit):
 
 def test_the_default_scores_the_model_that_it_is_given():
     trainer = Keyed(line(5.0), optax.sgd(0.0), key=jax.random.key(0))
-    result = fit(trainer, validation=(BATCH, 1), steps=3)
+    result = trainer.fit(BATCH, 3, validation=(BATCH, 1))
     assert np.all(result.history.validation > result.history.loss + 0.1)
 
 
 def test_a_validation_changes_nothing_of_the_fit():
-    plain, watched = fit(), fit(validation=(HELD_OUT, 3), stop=vn.Patience(99))
+    plain, watched = (
+        TRAINER.fit(BATCH, 20),
+        TRAINER.fit(BATCH, 20, validation=(HELD_OUT, 3), stop=vn.Patience(99)),
+    )
     np.testing.assert_allclose(plain.model.slope, watched.model.slope, rtol=1e-14)
     np.testing.assert_allclose(plain.history.loss, watched.history.loss, rtol=1e-14)
 
@@ -101,16 +100,16 @@ def test_validations_of_batches(data):
         "minibatches": lambda: vn.Minibatches(BATCH, 4, key=jax.random.key(0)),
         "stream": lambda: vn.Stream(lambda step: (BATCH for _ in range(99))),
     }[data]
-    result = fit(data=source(), steps=12, validation=(HELD_OUT, 4))
+    result = TRAINER.fit(source(), 12, validation=(HELD_OUT, 4))
     np.testing.assert_array_equal(result.history.validation_steps, [4, 8, 12])
 
 
 @pytest.mark.parametrize("cut", [1, 4, 6, 11])
 def test_two_fits_with_a_validation_are_one(cut):
     options = {"validation": (HELD_OUT, 3), "record": "slope"}
-    whole = fit(steps=12, **options)
-    first = fit(steps=cut, **options)
-    second = fit(first.trainer, steps=12 - cut, **options)
+    whole = TRAINER.fit(BATCH, 12, **options)
+    first = TRAINER.fit(BATCH, cut, **options)
+    second = first.trainer.fit(BATCH, 12 - cut, **options)
     assert same(second.trainer, whole.trainer)
     joined = first.history + second.history
     assert same(
@@ -121,11 +120,11 @@ def test_two_fits_with_a_validation_are_one(cut):
 def test_scores_of_another_kind_do_not_compare():
     """A loss far below every score of the validation does not remain the best."""
     far = (BATCH[0], BATCH[1] + 100)
-    low = fit(steps=50).trainer
-    validated = fit(low, steps=2, validation=(far, 1)).trainer
+    low = TRAINER.fit(BATCH, 50).trainer
+    validated = low.fit(BATCH, 2, validation=(far, 1)).trainer
     assert float(validated.best_loss) > 1e3
     assert same(validated.best, validated.model)
-    for again in (fit(validated, steps=1).trainer, validated.step(BATCH)[0]):
+    for again in (validated.fit(BATCH, 1).trainer, validated.step(BATCH)[0]):
         assert float(again.best_loss) < 1
         assert same(again.best, validated.model)
 
@@ -137,7 +136,7 @@ def test_a_score_that_is_not_finite_is_never_the_best():
 
     trainer = Odd(line(), optax.sgd(0.1))
     with pytest.warns(UserWarning, match="no score was finite"):
-        result = fit(trainer, steps=4, validation=(jnp.array(0.0), 1))
+        result = trainer.fit(BATCH, 4, validation=(jnp.array(0.0), 1))
     assert np.isinf(result.trainer.best_loss)
     assert result.history.validation[1] == -np.inf
 
@@ -185,7 +184,7 @@ TOLD = Told(jnp.array(1.0), optax.sgd(0.1), nan_policy=vn.SkipStep())
 def test_convergence_is_what_it_says(losses, options):
     rtol, patience, atol = options
     stop = vn.Converged(rtol, patience, atol=atol)
-    result = fit(TOLD, told(losses), len(losses), stop=stop)
+    result = TOLD.fit(told(losses), len(losses), stop=stop)
     expected = converged_by_hand(losses, rtol, patience, atol)
     assert int(result.trainer.step_count) == expected
     if expected < len(losses):
@@ -194,13 +193,13 @@ def test_convergence_is_what_it_says(losses, options):
 
 def test_a_slow_fall_is_no_convergence():
     losses = 1 - 0.003 * np.arange(20)
-    assert len(fit(TOLD, told(losses), 20, stop=vn.Converged(0.01, 5)).history) == 20
-    assert len(fit(TOLD, told(losses), 20, stop=vn.Converged(0.02, 5)).history) == 6
+    assert len(TOLD.fit(told(losses), 20, stop=vn.Converged(0.01, 5)).history) == 20
+    assert len(TOLD.fit(told(losses), 20, stop=vn.Converged(0.02, 5)).history) == 6
 
 
 def test_steps_that_are_not_taken_are_no_convergence():
     losses = [3.0, np.nan, np.nan, np.nan, np.nan, 2.0, 2.0, 2.0, 1.0]
-    result = fit(TOLD, told(losses), 9, stop=vn.Converged(1e-3, 2))
+    result = TOLD.fit(told(losses), 9, stop=vn.Converged(1e-3, 2))
     assert int(result.trainer.step_count) == 8
     assert result.stop_reason is vn.StopReason.CONVERGED
 
@@ -213,7 +212,7 @@ def test_steps_that_are_not_taken_are_no_convergence():
 )
 def test_patience_is_what_it_says(scores, n):
     batch = told([0.0, *scores])
-    result = fit(TOLD, batch, len(scores), validation=(batch, 1), stop=vn.Patience(n))
+    result = TOLD.fit(batch, len(scores), validation=(batch, 1), stop=vn.Patience(n))
     lowest, waited, expected = np.inf, 0, len(scores)
     for index, score in enumerate(scores):
         lowest, waited = (score, 0) if score < lowest else (lowest, waited + 1)
@@ -227,7 +226,7 @@ def test_patience_is_what_it_says(scores, n):
 
 def test_patience_counts_validations_and_not_steps():
     away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
-    result = fit(steps=500, validation=(away, 5), stop=vn.Patience(3))
+    result = TRAINER.fit(BATCH, 500, validation=(away, 5), stop=vn.Patience(3))
     scores = result.history.validation
     assert len(scores) == np.argmin(scores) + 4
     assert int(result.trainer.step_count) == 5 * len(scores)
@@ -250,11 +249,11 @@ class Flat(vn.StopCriterion):
 
 
 def test_a_criterion_of_ones_own():
-    result = fit(stop=Flat(jnp.array(1e-3)), steps=5000, record="grad_norm")
+    result = TRAINER.fit(BATCH, 5000, stop=Flat(jnp.array(1e-3)), record="grad_norm")
     assert result.history["grad_norm"][-1] < 1e-3 <= result.history["grad_norm"][-2]
     assert result.stop_reason is vn.StopReason.CRITERION
     other = eqx.debug.assert_max_traces(TRAINER.fit, max_traces=None)
-    assert len(other(BATCH, 9, stop=Flat(jnp.array(1e9)), progress=False).history) == 1
+    assert len(other(BATCH, 9, stop=Flat(jnp.array(1e9))).history) == 1
 
 
 @pytest.mark.parametrize(
@@ -269,25 +268,25 @@ def test_a_criterion_of_ones_own():
     ],
 )
 def test_either_of_two(stop, reason, steps):
-    result = fit(stop=stop, validation=(HELD_OUT, 1))
+    result = TRAINER.fit(BATCH, 20, stop=stop, validation=(HELD_OUT, 1))
     assert result.stop_reason is vn.StopReason[reason]
     assert len(result.history) == steps
 
 
 def test_the_end_of_a_fit_is_not_the_end_of_the_trainer():
     stop = vn.Converged(1e-3, 3)
-    first = fit(steps=500, stop=stop)
+    first = TRAINER.fit(BATCH, 500, stop=stop)
     assert not first.trainer.stopped
-    again = fit(first.trainer, steps=5)
+    again = first.trainer.fit(BATCH, 5)
     assert len(again.history) == 5
-    assert len(fit(first.trainer, steps=500, stop=stop).history) == 4
+    assert len(first.trainer.fit(BATCH, 500, stop=stop).history) == 4
 
 
 def test_a_bad_step_comes_before_a_criterion():
     trainer = TwoFit(two(), optax.sgd(0.1), nan_policy=vn.StopFit())
     stop = vn.Converged(1e9, 1)
     batch = jax.tree.map(lambda x: x[0], script("a"))
-    result = fit(trainer, batch, stop=stop)
+    result = trainer.fit(batch, 20, stop=stop)
     assert result.stop_reason is vn.StopReason.NON_FINITE
 
 
@@ -302,16 +301,16 @@ def test_other_data_thresholds_and_intervals_compile_nothing():
 
     trainer = Counted(line(), optax.sgd(0.1))
     options = {"validation": (HELD_OUT, 3), "stop": Flat(jnp.array(1e-3))}
-    first = fit(trainer, **options)
+    first = trainer.fit(BATCH, 20, **options)
     traced = count
     other = tuple(2 * x for x in HELD_OUT)
-    fit(trainer, validation=(other, 7), stop=Flat(jnp.array(1e-1)), steps=31)
-    fit(first.trainer, **options)
+    trainer.fit(BATCH, 31, validation=(other, 7), stop=Flat(jnp.array(1e-1)))
+    first.trainer.fit(BATCH, 20, **options)
     assert count == traced
 
 
 def test_a_converged_fit_is_over_within_a_chunk():
-    result = fit(steps=10**6, stop=vn.Converged(1e-6, 5), every=10**6)
+    result = TRAINER.fit(BATCH, 10**6, stop=vn.Converged(1e-6, 5), every=10**6)
     assert int(result.trainer.step_count) < 1000
 
 
@@ -321,10 +320,10 @@ def test_a_converged_fit_is_over_within_a_chunk():
 def test_checkpoints_remember_how_patient_they_have_been(tmp_path):
     away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
     options = {"validation": (away, 5), "stop": vn.Patience(3), "record": "slope"}
-    whole = fit(steps=500, **options)
+    whole = TRAINER.fit(BATCH, 500, **options)
     taken = int(whole.trainer.step_count)
-    run = lambda steps, **new: fit(
-        steps=steps, **{**options, **new, "checkpoint": vn.Checkpoints(tmp_path)}
+    run = lambda steps, **new: TRAINER.fit(
+        BATCH, steps, **{**options, **new, "checkpoint": vn.Checkpoints(tmp_path)}
     )
     for steps in (taken - 12, taken - 7, taken - 1):
         run(steps)
@@ -380,7 +379,7 @@ class Forgetful(vn.StopCriterion):
 )
 def test_what_cannot_be(options, error, match):
     with pytest.raises(error, match=match):
-        fit(**options)
+        TRAINER.fit(BATCH, 20, **options)
 
 
 def test_a_score_must_be_a_scalar():
@@ -391,7 +390,7 @@ def test_a_score_must_be_a_scalar():
     with pytest.raises(
         ValueError, match=r"`Pair\.evaluate` returned an array of shape"
     ):
-        fit(Pair(line(), optax.sgd(0.1)), validation=(HELD_OUT, 1))
+        Pair(line(), optax.sgd(0.1)).fit(BATCH, 20, validation=(HELD_OUT, 1))
 
 
 @pytest.mark.own_words
@@ -420,7 +419,7 @@ def test_what_was_seen_of_another_model_says_nothing_of_this_one():
     """A callback that replaces the model begins anew; another rate does not."""
     away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
     options = {"validation": (away, 5), "stop": vn.Patience(3), "chunk": 5}
-    plain = fit(steps=500, **options)
+    plain = TRAINER.fit(BATCH, 500, **options)
     taken = int(plain.trainer.step_count)
 
     def changed(**parts):
@@ -429,7 +428,7 @@ def test_what_was_seen_of_another_model_says_nothing_of_this_one():
                 return trainer.replace(**parts)
             return None
 
-        result = fit(steps=500, callback=callback, **options)
+        result = TRAINER.fit(BATCH, 500, callback=callback, **options)
         return int(result.trainer.step_count)
 
     assert changed(model=line()) == taken - 5 + taken
@@ -438,5 +437,7 @@ def test_what_was_seen_of_another_model_says_nothing_of_this_one():
 
 def test_with_the_hunt_for_nan_turned_on():
     with jax.debug_nans(True):
-        result = fit(steps=5, validation=(HELD_OUT, 2), stop=vn.Converged(1e-9, 3))
+        result = TRAINER.fit(
+            BATCH, 5, validation=(HELD_OUT, 2), stop=vn.Converged(1e-9, 3)
+        )
         assert len(result.history.validation) == 2

@@ -440,7 +440,7 @@ def test_evaluate():
     book = Notebook("N = 1.0", MODEL.format("1.0"))
     book.run("class T(T):\n    def evaluate(self, m, x): return N * m.w")
     trainer = book["trainer"]()
-    score = lambda: trainer.fit(X, 1, progress=False, validation=(X, 1)).history
+    score = lambda: trainer.fit(X, 1, validation=(X, 1)).history
     one = score().validation[0]
     book.run("N = 2.0")
     assert score().validation[0] == 2 * one
@@ -481,9 +481,7 @@ def test_what_a_step_is_given(what):
 def test_a_criterion():
     book = Notebook(MODEL.format("1.0"), POLICY)
     trainer, stop = book["trainer"](), book["Enough"]()
-    count = lambda: int(
-        trainer.fit(X, 50, progress=False, stop=stop).trainer.step_count
-    )
+    count = lambda: int(trainer.fit(X, 50, stop=stop).trainer.step_count)
     assert count() == 3
     book.run("N = 2.0")
     assert count() == 6
@@ -496,7 +494,7 @@ def test_a_change_during_a_fit_counts_from_the_next_chunk():
         if int(trainer.step_count) == 100:
             book.run("SCALE = 2.0")
 
-    fit = book["trainer"]().fit(X, 300, chunk=100, callback=callback, progress=False)
+    fit = book["trainer"]().fit(X, 300, chunk=100, callback=callback)
     assert float(fit.model.w) == pytest.approx(3.0, rel=1e-4)
 
 

@@ -38,19 +38,15 @@ def solution(s):
 
 def function_fit(t):
     loss = lambda m, x: 0.5 * jnp.sum(t.residuals(m, x) ** 2)
-    return vn.fit(loss, t.model, optax.sgd(0.01), X, 60, progress=False)
-
-
-def fit(t, data=X, steps=60, **options):
-    return t.fit(data, steps, progress=False, **options)
+    return vn.fit(loss, t.model, optax.sgd(0.01), X, 60)
 
 
 # What is called, and what it returns at a factor.
 ENTRANCES = {
-    "fit": (lambda t: fit(t).model.w, ft.partial(at, 60)),
-    "fit in chunks": (lambda t: fit(t, chunk=20).model.w, ft.partial(at, 60)),
+    "fit": (lambda t: t.fit(X, 60).model.w, ft.partial(at, 60)),
+    "fit in chunks": (lambda t: t.fit(X, 60, chunk=20).model.w, ft.partial(at, 60)),
     "fit of a stream": (
-        lambda t: fit(t, vn.Stream([X] * 9), 9).model.w,
+        lambda t: t.fit(vn.Stream([X] * 9), 9).model.w,
         ft.partial(at, 9),
     ),
     "step": (lambda t: t.step(X)[0].params.w, ft.partial(at, 1)),
@@ -74,15 +70,15 @@ ENTRANCES = {
     ),
     "unroll": (lambda t: vn.unroll(t, X, 3)[1][-1], ft.partial(loss_at, 2)),
     "record": (
-        lambda t: fit(t, steps=1, record="grad_norm").history["grad_norm"][0],
+        lambda t: t.fit(X, 1, record="grad_norm").history["grad_norm"][0],
         lambda s: abs(5 * s * (s - 6)),
     ),
     "validation": (
-        lambda t: fit(t, steps=1, validation=(X, 1)).history.validation[0],
+        lambda t: t.fit(X, 1, validation=(X, 1)).history.validation[0],
         ft.partial(loss_at, 1),
     ),
     "fit_many": (
-        lambda t: vn.fit_many([t, t], X, 60, progress=False).trainer(0).model.w,
+        lambda t: vn.fit_many([t, t], X, 60).trainer(0).model.w,
         ft.partial(at, 60),
     ),
     "fit_many with a solver": (

@@ -93,7 +93,7 @@ def test_fits_of_what_is_gone_go():
     counts = []
     for factor in range(MOST_OF_A_KIND + 3):
         loss = lambda model, x, factor=float(factor): factor * jnp.sum(model(x))
-        vn.fit(loss, *PLAIN[:3], 1, progress=False)
+        vn.fit(loss, *PLAIN[:3], 1)
         counts.append(run_chunk.cache_size())
     assert max(counts) == MOST_OF_A_KIND
 

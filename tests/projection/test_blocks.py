@@ -255,8 +255,8 @@ def test_rules_of_every_kind(kind):
     optimiser = rules(RULES["paths"], WRAPPED[kind])
     even = rules({"flux": 0.1, "optics": 0.1, "layers": 0.1}, WRAPPED[kind])
     trainer = Quadratic(telescope(), optimiser, projector=projector)
-    found = trainer.fit(BATCH, 4, progress=False).trainer
-    expected = Quadratic(telescope(), even).fit(BATCH, 4, progress=False).trainer
+    found = trainer.fit(BATCH, 4).trainer
+    expected = Quadratic(telescope(), even).fit(BATCH, 4).trainer
     np.testing.assert_allclose(
         ravel_pytree(found.params)[0], ravel_pytree(expected.params)[0], rtol=1e-7
     )
@@ -336,7 +336,7 @@ def doubled():
 def minimum():
     """The loss, and the model's curve, of the problem without what is degenerate."""
     trainer = GaussianFit(gaussian()).whiten(batch(), optimiser=optax.sgd(0.7))
-    result = trainer.fit(batch(), 60, progress=False)
+    result = trainer.fit(batch(), 60)
     return result.history.loss[-1], result.trainer.model(batch()[0])
 
 
@@ -362,7 +362,7 @@ def dense(on_null):
 @pytest.mark.parametrize("on_null", ["drop", "prior"])
 def test_a_degenerate_fit_reaches_the_same_minimum(make, on_null):
     loss, curve = minimum()
-    result = make(on_null).fit(batch(), 60, progress=False)
+    result = make(on_null).fit(batch(), 60)
     np.testing.assert_allclose(result.history.loss[-1], loss, rtol=1e-9)
     np.testing.assert_allclose(result.trainer.model(batch()[0]), curve, atol=1e-5)
     assert result.trainer.model.dead == 2
@@ -393,6 +393,6 @@ def test_blocks_by_name_with_a_parameter_that_is_dead():
         doubled(), optimiser, projector=from_blocks(blocks, doubled())
     )
     assert trainer.latent["dead"].shape == (0,)
-    result = trainer.fit(batch(), 200, progress=False)
+    result = trainer.fit(batch(), 200)
     np.testing.assert_allclose(result.history.loss[-1], minimum()[0], rtol=1e-9)
     assert result.trainer.model.dead == 2

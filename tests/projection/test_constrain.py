@@ -9,8 +9,8 @@ import pytest
 from scipy.optimize import lsq_linear
 
 import vernal as vn
+from inside import project
 from models import Line
-from vernal._step.constrain import project
 
 INF = np.inf
 

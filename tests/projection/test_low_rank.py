@@ -137,8 +137,8 @@ def test_thousands_of_parameters():
     projector = vn.EigenProjector.from_matvec(matvec, model, 30, key=jax.random.key(2))
     np.testing.assert_allclose(projector.eigenvalues.min(), 2500, rtol=0.2)
     trainer = Field(model, optax.sgd(0.5), projector=projector)
-    losses = trainer.fit(batch, 30, progress=False).history.loss
-    target = Field(model, optax.sgd(1e-5)).fit(batch, 30, progress=False).history.loss
+    losses = trainer.fit(batch, 30).history.loss
+    target = Field(model, optax.sgd(1e-5)).fit(batch, 30).history.loss
     assert losses[-1] < 0.1 * target[-1]
     with pytest.raises(ValueError, match="from_blocks"):
         Field(model, vn.ParamOptimiser({"map": optax.sgd(1.0)}), projector=projector)

@@ -200,9 +200,9 @@ def test_a_fit_that_is_whitened_again_compiles_nothing():
     name = "peak of no height"
     _, batch = problem(name)
     trainer = Counted(name, arrays(BLIND[name][2]), optax.sgd(0.1)).whiten(batch)
-    trainer = trainer.fit(batch, 3, progress=False).trainer
+    trainer = trainer.fit(batch, 3).trainer
     once = traces
     again = trainer.replace(model=arrays(BLIND[name][1])).whiten(batch)
-    again.fit(batch, 3, progress=False)
+    again.fit(batch, 3)
     assert (trainer.projector.rank, again.projector.rank) == (1, 3)
     assert traces == once

@@ -146,9 +146,9 @@ def test_single_precision_and_mixed(kind, name, whiten):
 
 def test_fit_after_solve_after_fit():
     trainer = GaussianFit(peak(*START), optax.adam(1e-2))
-    first = trainer.fit(data(), 20, progress=False).trainer
+    first = trainer.fit(data(), 20).trainer
     second = first.solve(optx.BFGS(1e-8, 1e-8), data()).trainer
-    third = second.fit(data(), 20, progress=False)
+    third = second.fit(data(), 20)
     assert int(third.trainer.step_count) == int(second.step_count) + 20
     np.testing.assert_allclose(third.history.loss[0], second.best_loss, rtol=1e-9)
     fresh = trainer.optimiser.init(trainer.params)
@@ -235,7 +235,7 @@ def test_a_value_that_is_not_finite_is_told_and_never_kept(solver, name):
 
 def test_the_nan_report_of_a_fit_is_kept():
     trainer = GaussianFit(peak(*START), optax.adam(1e-2), nan_policy=vn.SkipStep())
-    trainer = trainer.fit(NAN_DATA, 3, progress=False).trainer
+    trainer = trainer.fit(NAN_DATA, 3).trainer
     before = trainer.nan_report()
     assert before["loss"].total == 3
     after = trainer.solve(optx.BFGS(1e-8, 1e-8), data()).trainer.nan_report()
@@ -356,12 +356,12 @@ def test_frozen_parameters_stay():
 
 def test_a_stop_of_a_fit_does_not_last():
     trainer = GaussianFit(peak(*START), optax.adam(1e-2))
-    stopped = trainer.fit(NAN_DATA, 3, progress=False).trainer
+    stopped = trainer.fit(NAN_DATA, 3).trainer
     assert stopped.stopped
     result = stopped.solve(optx.BFGS(1e-8, 1e-8), data())
     assert result.trainer.nan_report() == stopped.nan_report()
     assert result.stop_reason is vn.StopReason.CONVERGED
-    on = result.trainer.fit(data(), 3, progress=False)
+    on = result.trainer.fit(data(), 3)
     assert on.stop_reason is vn.StopReason.STEPS_TAKEN
 
 

@@ -92,7 +92,7 @@ def test_what_is_said_is_so(names):
     minimised, squared, sampled = str(told.message).split("use")[1:4]
     trainer = kind({"a": jnp.asarray(0.0)}, optax.sgd(0.25))
     batch, found = jnp.asarray([2.0]), {}
-    found["fit"] = trainer.fit(batch, 99, progress=False).trainer
+    found["fit"] = trainer.fit(batch, 99).trainer
     found["minimise"] = trainer.solve(optx.BFGS(1e-9, 1e-9), batch).trainer
     found["squares"] = trainer.solve(optx.LevenbergMarquardt(1e-9, 1e-9), batch).trainer
     answers = {name: float(t.model["a"]) for name, t in found.items()}

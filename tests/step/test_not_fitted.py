@@ -118,9 +118,7 @@ def test_scalars_of_numpy_are_parameters_as_arrays_are(name):
 
 def test_a_fit_from_scalars_is_that_from_arrays():
     values = (0.3, np.float64(1.2), np.asarray([0.8]).mean())
-    fit = lambda model: GaussianFit(model, optax.adam(0.1)).fit(
-        gaussian_batch(), 5, progress=False
-    )
+    fit = lambda model: GaussianFit(model, optax.adam(0.1)).fit(gaussian_batch(), 5)
     one = fit(Gaussian(*map(np.float64, values)))
     other = fit(Gaussian(*map(jnp.asarray, values)))
     assert (one.history.loss == other.history.loss).all()

@@ -31,12 +31,8 @@ def mean(**options):
     return Mean(line(), optax.sgd(0.1), **{"state": START, **options})
 
 
-def fit(trainer, steps=10, data=BATCH, **options):
-    return trainer.fit(data, steps, **{"progress": False, **options})
-
-
 def test_it_is_carried_from_step_to_step():
-    result = fit(mean(), record="mean")
+    result = mean().fit(BATCH, 10, record="mean")
     state = result.trainer.state
     assert int(state["count"]) == 10
     np.testing.assert_allclose(state["mean"], result.history.loss.mean(), rtol=1e-6)
@@ -50,11 +46,14 @@ def test_a_step_carries_it_as_a_fit_does():
     for _ in range(3):
         trainer, info = trainer.step(BATCH)
     assert float(info.metrics["mean"]) == pytest.approx(float(trainer.state["mean"]))
-    assert same(trainer.state, fit(mean(), 3).trainer.state)
+    assert same(trainer.state, mean().fit(BATCH, 3).trainer.state)
 
 
 def test_a_fit_without_it_is_the_same():
-    with_it, without = fit(mean()), fit(LineFit(line(), optax.sgd(0.1)))
+    with_it, without = (
+        mean().fit(BATCH, 10),
+        LineFit(line(), optax.sgd(0.1)).fit(BATCH, 10),
+    )
     np.testing.assert_allclose(with_it.model.slope, without.model.slope, rtol=1e-14)
     assert without.trainer.state is None
     assert without.trainer.best_state is None
@@ -81,7 +80,7 @@ class Walk(TwoFit):
 def test_a_step_that_is_not_taken_holds_it(policy, steps, taken):
     state = (jnp.array(0), jnp.asarray(1.0, "f4"))
     trainer = Walk(two(), optax.adam(0.1), nan_policy=policy, state=state)
-    result = fit(trainer, len(steps), script(steps))
+    result = trainer.fit(script(steps), len(steps))
     count, product = result.trainer.state
     assert int(count) == taken
     assert float(product) == 1.0
@@ -91,9 +90,9 @@ def test_a_step_that_is_not_taken_holds_it(policy, steps, taken):
 
 def test_the_best_has_a_state_of_its_own():
     trainer = mean()
-    result = fit(trainer, 6)
+    result = trainer.fit(BATCH, 6)
     # The last loss that was scored is the lowest: that of the model after five steps.
-    five = fit(trainer, 5).trainer
+    five = trainer.fit(BATCH, 5).trainer
     assert same(result.best, five.model)
     assert same(result.trainer.best_state, five.state)
 
@@ -101,10 +100,10 @@ def test_the_best_has_a_state_of_its_own():
 def test_with_a_validation_it_is_that_of_the_model_that_was_scored():
     away = (BATCH[0], 0.4 * BATCH[0] - 0.2)
     trainer = Mean(line(), optax.sgd(0.02), state=START)
-    result = fit(trainer, 60, validation=(away, 3))
+    result = trainer.fit(BATCH, 60, validation=(away, 3))
     lowest = int(np.argmin(result.history.validation))
     assert 0 < lowest < 19
-    there = fit(trainer, 3 * (lowest + 1)).trainer
+    there = trainer.fit(BATCH, 3 * (lowest + 1)).trainer
     assert same(result.trainer.best_state, there.state)
 
 
@@ -157,7 +156,7 @@ def minibatches():
 
 
 def test_batch_norm_and_dropout():
-    result = fit(network(), 400, minibatches(), validation=(curve(33), 100))
+    result = network().fit(minibatches(), 400, validation=(curve(33), 100))
     assert result.history.validation[-1] < 0.2 < 0.3 < result.history.validation[0]
     # By hand: the model with its own state gives the score that was told.
     model = eqx.nn.inference_mode(result.best)
@@ -187,7 +186,7 @@ def test_batch_norm_by_hand():
 
     for step in range(5):
         model, state, opt_state = by_hand(model, state, opt_state, jnp.asarray(step))
-    result = fit(trainer, 5, (x, y))
+    result = trainer.fit((x, y), 5)
     for ours, theirs in (result.model, model), (result.trainer.state, state):
         ours, theirs = (eqx.filter(tree, eqx.is_array) for tree in (ours, theirs))
         pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
@@ -198,23 +197,23 @@ def test_batch_norm_by_hand():
 @pytest.mark.parametrize("way", ["fit", "save", "checkpoint"])
 def test_in_two_parts_it_is_the_same(way, tmp_path):
     options = {"validation": (curve(9), 4)}
-    whole = fit(network(), 14, minibatches(), **options)
+    whole = network().fit(minibatches(), 14, **options)
     if way == "checkpoint":
         kept = {**options, "checkpoint": vn.Checkpoints(tmp_path / "kept")}
-        fit(network(), 9, minibatches(), **kept)
-        result = fit(network(), 14, minibatches(), **kept)
+        network().fit(minibatches(), 9, **kept)
+        result = network().fit(minibatches(), 14, **kept)
     else:
-        trainer = fit(network(), 9, minibatches(), **options).trainer
+        trainer = network().fit(minibatches(), 9, **options).trainer
         if way == "save":
             vn.save(tmp_path / "trainer", trainer)
             trainer = vn.load(tmp_path / "trainer", network(seed=7))
-        result = fit(trainer, 5, minibatches(), **options)
+        result = trainer.fit(minibatches(), 5, **options)
     assert same(result.trainer, whole.trainer)
     assert same(result.trainer.best_state, whole.trainer.best_state)
 
 
 def test_a_state_can_start_anew(tmp_path):
-    trainer = fit(mean()).trainer
+    trainer = mean().fit(BATCH, 10).trainer
     vn.save(tmp_path / "trainer", trainer)
     loaded = vn.load(tmp_path / "trainer", mean(), reset="state")
     assert same(loaded.state, mean().state)
@@ -231,7 +230,7 @@ def test_a_key_in_the_state():
             return super().loss(model, batch), {"draw": jax.random.normal(own)}, key
 
     trainer = Drawn(line(), optax.sgd(0.1), state=jax.random.key(3))
-    result = fit(trainer, 4, record="draw")
+    result = trainer.fit(BATCH, 4, record="draw")
     assert len(set(result.history["draw"])) == 4
     assert result.trainer.state.dtype == trainer.state.dtype
 
@@ -246,10 +245,10 @@ def test_it_compiles_once():
             return super().loss(model, batch, state=state)
 
     trainer = Counted(line(), optax.sgd(0.1), state=START)
-    first = fit(trainer, 3)
+    first = trainer.fit(BATCH, 3)
     traced = count
-    fit(first.trainer, 30)
-    fit(Counted(line(), optax.sgd(0.1), state={**START, "count": np.int32(5)}), 3)
+    first.trainer.fit(BATCH, 30)
+    Counted(line(), optax.sgd(0.1), state={**START, "count": np.int32(5)}).fit(BATCH, 3)
     assert count == traced
 
 
@@ -285,7 +284,6 @@ def test_of_a_plain_function():
         5,
         state=jnp.array(0),
         key=jax.random.key(0),
-        progress=False,
     )
     assert int(result.trainer.state) == 5
 
@@ -309,7 +307,7 @@ def test_a_line_search_does_not_use_it_up():
 
     model, state = eqx.nn.make_with_state(Counting)()
     trainer = Counted(model, optax.lbfgs(), state=state)
-    result = fit(trainer, 3)
+    result = trainer.fit(BATCH, 3)
     assert int(result.trainer.state.get(model.count)) == 3
     assert int(trainer.state.get(model.count)) == 0
     assert result.history.loss[-1] < result.history.loss[0]
@@ -360,7 +358,7 @@ def test_what_a_state_may_be():
 
 
 def test_the_best_and_its_state_belong_together(tmp_path):
-    trainer = fit(mean()).trainer
+    trainer = mean().fit(BATCH, 10).trainer
     vn.save(tmp_path / "trainer", trainer)
     loaded = vn.load(tmp_path / "trainer", mean(), reset="best")
     assert same(loaded.best, trainer.model)

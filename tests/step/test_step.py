@@ -103,14 +103,11 @@ def test_complex_residuals():
         optax.sgd(0.1),
         target,
         100,
-        progress=False,
     )
     np.testing.assert_allclose(result.model, target, atol=1e-6)
     trainer = Wave(jnp.zeros(2, complex), optax.sgd(0.2))
     np.testing.assert_allclose(trainer.step(target)[1].loss, 3.0)
-    np.testing.assert_allclose(
-        trainer.fit(target, 100, progress=False).model, target, atol=1e-6
-    )
+    np.testing.assert_allclose(trainer.fit(target, 100).model, target, atol=1e-6)
 
 
 METHODS = {
@@ -162,14 +159,12 @@ class Live(LineFit):
 
 
 def test_within_the_loss_the_trainer_is_live():
-    result = Live(line(), optax.sgd(0.1)).fit(
-        BATCH, 4, record=("step", "own", "given"), progress=False
-    )
+    result = Live(line(), optax.sgd(0.1)).fit(BATCH, 4, record=("step", "own", "given"))
     history = result.history
     np.testing.assert_array_equal(history["step"], range(4))
     np.testing.assert_array_equal(history["own"], history["given"])
     assert np.all(np.diff(history["own"]) > 0)
-    reference = LineFit(line(), optax.sgd(0.1)).fit(BATCH, 4, progress=False)
+    reference = LineFit(line(), optax.sgd(0.1)).fit(BATCH, 4)
     assert same(result.model, reference.model)
 
 
@@ -261,9 +256,7 @@ def test_a_constraint_holds_after_each_update():
                 lambda m: m.slope, model, jnp.clip(model.slope, 0.0, 0.75)
             )
 
-    result = Bounded(line(), optax.sgd(0.3)).fit(
-        BATCH, 20, record="slope", progress=False
-    )
+    result = Bounded(line(), optax.sgd(0.3)).fit(BATCH, 20, record="slope")
     assert result.history["slope"].max() == 0.75 == result.model.slope
     np.testing.assert_allclose(result.model.offset, 1.0, atol=1e-4)
 
@@ -307,7 +300,7 @@ def test_a_fit_in_the_latent_space_is_one_by_hand():
     for _ in range(50):
         latent, state, value = by_hand(latent, state)
         values.append(value)
-    result = trainer.fit(batch, 50, progress=False)
+    result = trainer.fit(batch, 50)
     np.testing.assert_allclose(result.history.loss, values, rtol=1e-8)
     np.testing.assert_allclose(result.trainer.latent, latent, rtol=1e-7, atol=1e-9)
     for found, expected in zip(
@@ -335,7 +328,7 @@ def test_a_constraint_with_a_projector_is_encoded_again():
             return eqx.tree_at(lambda m: m.power, model, jnp.minimum(model.power, 0.9))
 
     trainer, batch = whitened(Positive, optax.adam(0.1))
-    result = trainer.fit(batch, 50, record="power", progress=False)
+    result = trainer.fit(batch, 50, record="power")
     assert result.history["power"].max() <= 0.9 + 1e-12
     back = trainer.projector.to_params(result.trainer.latent)
     np.testing.assert_allclose(back.power, result.model.power, rtol=1e-12)
@@ -363,7 +356,7 @@ def test_dtypes_and_weak_types_stay(optimiser):
     trainer = Pull(mixed(), optimiser)
     after, _ = trainer.step(0.0)
     then, _ = after.step(0.0)
-    last = then.fit(0.0, 3, progress=False).trainer
+    last = then.fit(0.0, 3).trainer
     kind = lambda t: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(t)]
     assert kind(trainer) == kind(after) == kind(then) == kind(last)
     assert jax.tree.structure(trainer) == jax.tree.structure(last)
@@ -429,20 +422,20 @@ def test_a_stopped_trainer_stays():
     assert not info.accepted
     assert info.stopped
     assert np.isnan(info.loss)
-    result = stopped.fit(BATCH, 10, progress=False)
+    result = stopped.fit(BATCH, 10)
     assert same(result.trainer, stopped)
     assert len(result.history) == 0
     assert result.stop_reason is vn.StopReason.NON_FINITE
     going = stopped.replace(nan_policy=vn.SkipStep())
     assert not going.stopped
-    assert int(going.fit(BATCH, 3, progress=False).trainer.step_count) == 4
+    assert int(going.fit(BATCH, 3).trainer.step_count) == 4
 
 
 # Replacing.
 
 
 def test_replace_keeps_what_fits():
-    trainer = LineFit(line(), optax.adam(0.1)).fit(BATCH, 5, progress=False).trainer
+    trainer = LineFit(line(), optax.adam(0.1)).fit(BATCH, 5).trainer
     slower = trainer.replace(optimiser=optax.adam(0.01))
     assert same(slower.opt_state, trainer.opt_state)
     assert int(slower.step_count) == 5
@@ -532,11 +525,11 @@ class Weighted(vn.Trainer):
 
 def test_fields_of_ones_own():
     trainer = Weighted(line(), optax.sgd(0.1), weight=0.5)
-    new = trainer.fit(BATCH, 3, progress=False).trainer
+    new = trainer.fit(BATCH, 3).trainer
     assert isinstance(new, Weighted)
     assert new.weight == 0.5
     assert new.power == 2
-    plain = LineFit(line(), optax.sgd(0.05)).fit(BATCH, 3, progress=False)
+    plain = LineFit(line(), optax.sgd(0.05)).fit(BATCH, 3)
     np.testing.assert_allclose(new.model.slope, plain.model.slope, rtol=1e-12)
     grad = jax.grad(
         lambda w: Weighted(line(), optax.sgd(0.1), weight=w).step(BATCH)[1].loss
@@ -559,7 +552,6 @@ def test_a_bare_array_is_a_model():
         optax.sgd(0.5),
         jnp.arange(3.0),
         2,
-        progress=False,
     ).trainer
     np.testing.assert_array_equal(trainer.model, jnp.arange(3.0))
 

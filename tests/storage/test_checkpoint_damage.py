@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import inside
 import vernal as vn
 from models import same
 
@@ -45,7 +46,6 @@ def fit(steps, directory=None, keep=2):
         record="small",
         validation=(jnp.asarray(0.3), 5),
         stop=vn.Patience(50),
-        progress=False,
         chunk=10,
         checkpoint=kept,
     )
@@ -212,7 +212,7 @@ def test_a_later_version(whole, tmp_path, monkeypatch):
     """It is known by its checkpoints too."""
     copy = tmp_path / "copy"
     with monkeypatch.context() as patch:
-        patch.setattr("vernal._storage.checkpoint_format.FORMAT", 99)
+        patch.setattr(inside.CHECKPOINT_FORMAT, 99)
         fit(10, copy)
     with pytest.raises(vn.NewerFormatError, match="Upgrade"):
         fit(20, copy)

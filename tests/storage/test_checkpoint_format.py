@@ -28,7 +28,7 @@ def make():
 def fit(steps, folder=None):
     x = jnp.linspace(0, 1, 20)
     checkpoints = folder and vn.Checkpoints(folder, every=10)
-    options = {"record": "slope", "progress": False, "checkpoint": checkpoints}
+    options = {"record": "slope", "checkpoint": checkpoints}
     return make().fit((x, 2 * x + 1), steps, **options)
 
 
@@ -87,9 +87,7 @@ def test_names_that_are_alike(tmp_path):
     state = {"a.b": zero, "a": {"b": zero + 100}, "a.b#2": zero + 200}
     trainer = Counting(line(), optax.adam(0.1), state=state)
     checkpoints = vn.Checkpoints(tmp_path / "fit", every=5)
-    fit = lambda steps: trainer.fit(
-        line_batch(), steps, progress=False, checkpoint=checkpoints
-    )
+    fit = lambda steps: trainer.fit(line_batch(), steps, checkpoint=checkpoints)
     fit(10)
     found = fit(20).trainer.state
     assert [found["a.b"], found["a"]["b"], found["a.b#2"]] == [20, 120, 220]
@@ -101,9 +99,7 @@ def test_many_numbers_of_few_bits(tmp_path):
     state = [(jnp.arange(2**17) % 4).astype(name) for name in names]
     trainer = Keeping(line(), optax.adam(0.1), state=state)
     checkpoints = vn.Checkpoints(tmp_path / "fit", every=5)
-    fit = lambda steps: trainer.fit(
-        line_batch(), steps, progress=False, checkpoint=checkpoints
-    )
+    fit = lambda steps: trainer.fit(line_batch(), steps, checkpoint=checkpoints)
     first = fit(5)
     again = fit(5)
     assert again.stop_reason is vn.StopReason.TAKEN_BEFORE

@@ -74,7 +74,7 @@ def test_a_trainer_of_before_and_how_it_goes_on():
     assert loaded.best_loss == 12.015625
     batch = jnp.asarray([1.0, 2.0], "float32")
     new, expected = (
-        fitted.fit(batch, 6 - int(fitted.step_count), progress=False).trainer
+        fitted.fit(batch, 6 - int(fitted.step_count)).trainer
         for fitted in (loaded, trainer())
     )
     for leaf, other in zip(

@@ -1,6 +1,5 @@
 """Where a file lies: pipes, devices, modes, links, long names, writers that die."""
 
-import importlib.util
 import os
 import signal
 import socket
@@ -17,9 +16,9 @@ import numpy as np
 import pytest
 
 import vernal as vn
+from inside import ATOMIC
 
 TREE = {"a": jnp.arange(3.0)}
-ATOMIC = importlib.util.find_spec("vernal._storage.atomic").origin
 
 
 @pytest.fixture

@@ -64,7 +64,6 @@ def fit(trainer, steps, **options):
         record=("small", "with/slash"),
         validation=(np.asarray(0.25), 5),
         stop=vn.Patience(500),
-        progress=False,
         chunk=5,
         **options,
     )

@@ -24,12 +24,8 @@ TRAINER = Told(line(), optax.sgd(0.1))
 FULL = ("grad_norm", "slope", "offset", "worst", "n")
 
 
-def fit(steps=12, trainer=TRAINER, **options):
-    return trainer.fit(BATCH, steps, **{"progress": False, **options})
-
-
 def test_the_values_are_those_before_the_update():
-    history = fit(record=FULL).history
+    history = TRAINER.fit(BATCH, 12, record=FULL).history
     trainer = TRAINER
     for i in range(12):
         assert history["slope"][i] == pytest.approx(float(trainer.model.slope))
@@ -45,8 +41,8 @@ def test_the_values_are_those_before_the_update():
 @pytest.mark.parametrize("every", [1, 2, 5, 12, 13, 100])
 @pytest.mark.parametrize("chunk", [None, 1, 5])
 def test_every_thins_all_of_it(every, chunk):
-    full = fit(record=FULL).history
-    thin = fit(record=FULL, every=every, chunk=chunk).history
+    full = TRAINER.fit(BATCH, 12, record=FULL).history
+    thin = TRAINER.fit(BATCH, 12, record=FULL, every=every, chunk=chunk).history
     np.testing.assert_array_equal(thin.steps, np.arange(0, 12, every))
     np.testing.assert_array_equal(thin.loss, full.loss[::every])
     for name in FULL:
@@ -55,9 +51,12 @@ def test_every_thins_all_of_it(every, chunk):
 
 @pytest.mark.parametrize("first", [0, 1, 3, 4])
 def test_thinned_histories_join_as_one(first):
-    begun = fit(first, every=3, record="slope")
-    rest = fit(12 - first, begun.trainer, every=3, record="slope")
-    joined, whole = begun.history + rest.history, fit(every=3, record="slope").history
+    begun = TRAINER.fit(BATCH, first, every=3, record="slope")
+    rest = begun.trainer.fit(BATCH, 12 - first, every=3, record="slope")
+    joined, whole = (
+        begun.history + rest.history,
+        TRAINER.fit(BATCH, 12, every=3, record="slope").history,
+    )
     np.testing.assert_array_equal(joined.steps, whole.steps)
     np.testing.assert_array_equal(joined["slope"], whole["slope"])
 
@@ -78,7 +77,7 @@ def test_thinned_histories_join_as_one(first):
     ],
 )
 def test_what_can_be_recorded(record, names):
-    history = fit(2, record=record).history
+    history = TRAINER.fit(BATCH, 2, record=record).history
     assert set(history.records) == names
     assert all(len(values) == 2 for values in history.records.values())
 
@@ -86,7 +85,7 @@ def test_what_can_be_recorded(record, names):
 def test_nodes_and_arrays_of_any_shape_and_dtype():
     trainer = Pull(zoo(), optax.sgd(0.1))
     history = trainer.fit(
-        jnp.asarray(0.0), 3, record=("layers", "pair", "wave"), progress=False
+        jnp.asarray(0.0), 3, record=("layers", "pair", "wave")
     ).history
     assert history["layers.0.weight"].shape == (3, 2, 3)
     assert history["wave"].dtype == complex
@@ -96,13 +95,13 @@ def test_nodes_and_arrays_of_any_shape_and_dtype():
 
 def test_only_the_trained_part_of_a_selection_is_kept():
     trainer = Told(line(), optax.sgd(0.1), train="slope")
-    assert set(fit(2, trainer, record="*").history.records) == {"slope"}
+    assert set(trainer.fit(BATCH, 2, record="*").history.records) == {"slope"}
     with pytest.raises(ValueError, match=r"`record`.*frozen"):
-        fit(2, trainer, record="offset")
+        trainer.fit(BATCH, 2, record="offset")
 
 
 def test_lookup():
-    history = fit(3, record="slope").history
+    history = TRAINER.fit(BATCH, 3, record="slope").history
     assert history["loss"] is history.loss
     assert history["steps"] is history.steps
     assert isinstance(history.loss, np.ndarray)
@@ -110,30 +109,33 @@ def test_lookup():
     with pytest.raises(vn.UnknownPathError, match=r"no 'slop'.*'slope'.*record="):
         history["slop"]
     assert repr(history).startswith("History(3 rows, steps 0 to 2, loss 4.85 to ")
-    assert repr(fit(0).history) == "History(empty)"
+    assert repr(TRAINER.fit(BATCH, 0).history) == "History(empty)"
 
 
 def test_histories_of_different_records_do_not_join():
     with pytest.raises(ValueError, match=r"same.*\['slope'\].*\[\]"):
-        _ = fit(2, record="slope").history + fit(2).history
+        _ = (
+            TRAINER.fit(BATCH, 2, record="slope").history
+            + TRAINER.fit(BATCH, 2).history
+        )
     with pytest.raises(TypeError):
-        _ = fit(2).history + 3
+        _ = TRAINER.fit(BATCH, 2).history + 3
     wide = vn.History(np.arange(2), np.zeros(2), {"slope": np.zeros((2, 3))})
     with pytest.raises(ValueError, match=r"the shape \(\) in one, and \(3,\)"):
-        _ = fit(2, record="slope").history + wide
+        _ = TRAINER.fit(BATCH, 2, record="slope").history + wide
 
 
 @pytest.mark.own_words
 @pytest.mark.parametrize("name", [0, slice(2), None, ("loss", 0), 1.5])
 def test_rows_are_taken_of_a_column(name):
     with pytest.raises(TypeError, match=r"the name of a column.*history\.loss\[0\]"):
-        fit(2).history[name]
+        TRAINER.fit(BATCH, 2).history[name]
 
 
 @pytest.mark.parametrize("record", ["layers", "wave", "scalar", "grad_norm"])
 def test_an_empty_history_joins_on_either_side(record):
     trainer = Pull(zoo(), optax.sgd(0.1))
-    run = lambda n: trainer.fit(jnp.asarray(0.0), n, record=record, progress=False)
+    run = lambda n: trainer.fit(jnp.asarray(0.0), n, record=record)
     empty, full = run(0).history, run(2).history
     for joined in (empty + full, full + empty):
         assert len(joined) == 2
@@ -144,9 +146,9 @@ def test_an_empty_history_joins_on_either_side(record):
 
 
 def test_a_history_is_the_users_own():
-    result = fit(4, record="slope")
+    result = TRAINER.fit(BATCH, 4, record="slope")
     result.history.loss[:] = 0
-    assert fit(4, record="slope").history.loss[0] > 0
+    assert TRAINER.fit(BATCH, 4, record="slope").history.loss[0] > 0
 
 
 def test_a_callback_is_given_nothing_to_change():
@@ -160,7 +162,10 @@ def test_a_callback_is_given_nothing_to_change():
         trainer.nan_report().clear()
 
     options = {"record": "slope", "validation": (BATCH, 2), "chunk": 5}
-    result, expected = fit(**options, callback=change), fit(**options)
+    result, expected = (
+        TRAINER.fit(BATCH, 12, **options, callback=change),
+        TRAINER.fit(BATCH, 12, **options),
+    )
     assert same((result.trainer, result.history), (expected.trainer, expected.history))
 
 
@@ -179,7 +184,7 @@ def test_arrays_that_are_changed_while_a_fit_goes_on():
             yield x, y
 
     fresh = lambda step: ((BATCH[0], BATCH[1] + k) for k in range(step, 20))
-    run = lambda data, **options: TRAINER.fit(data, 12, progress=False, **options)
+    run = lambda data, **options: TRAINER.fit(data, 12, **options)
     expected = run(BATCH[:2], validation=(BATCH[:2], 3), chunk=2)
     result = run((x, y), validation=(scored, 3), chunk=2, callback=change)
     assert same((result.trainer, result.history), (expected.trainer, expected.history))
@@ -191,7 +196,7 @@ def test_arrays_that_are_changed_while_a_fit_goes_on():
 def test_any_cuts_and_any_thinning(cuts, every):
     trainer, parts = TRAINER, []
     for steps in cuts:
-        result = fit(steps, trainer, every=every)
+        result = trainer.fit(BATCH, steps, every=every)
         trainer = result.trainer
         parts.append(result.history)
     joined = parts[0]
@@ -220,7 +225,7 @@ def test_norms_of_each_rule():
     trainer = Pull(zoo(), optimiser)
     record = ("grad_norms", "update_ratios", "grad_norm", "**")
     batch = jnp.asarray(0.5)
-    result = trainer.fit(batch, 4, record=record, progress=False)
+    result = trainer.fit(batch, 4, record=record)
     history = result.history
     names = ["grad_norm", *(f"grad_norm[{name}]" for name in NAMES)]
     names += [f"update_ratio[{name}]" for name in NAMES]
@@ -246,7 +251,7 @@ def test_norms_of_each_rule():
 
 
 def test_without_rules_each_parameter_is_one():
-    history = fit(3, record=("update_ratios", "slope")).history
+    history = TRAINER.fit(BATCH, 3, record=("update_ratios", "slope")).history
     assert set(history.records) == {
         "update_ratio[slope]",
         "update_ratio[offset]",
@@ -260,9 +265,7 @@ def test_a_step_that_is_not_taken_is_no_update():
     policy = vn.SkipStep()
     trainer = TwoFit(two(), optax.sgd(0.1), nan_policy=policy)
     batch = jax.tree.map(lambda x: x[0], script("a"))
-    history = trainer.fit(
-        batch, 2, record=("update_ratios", "grad_norms"), progress=False
-    ).history
+    history = trainer.fit(batch, 2, record=("update_ratios", "grad_norms")).history
     np.testing.assert_array_equal(history["update_ratio[a]"], 0)
     assert np.isnan(history["grad_norm[a]"]).all()
     assert np.isfinite(history["grad_norm[b]"]).all()
@@ -274,7 +277,7 @@ def test_rules_of_the_same_name():
         lambda p, _: p == "offset": optax.adam(0.1),
     }
     trainer = Told(line(), vn.ParamOptimiser(rules))
-    history = fit(2, trainer, record="grad_norms").history
+    history = trainer.fit(BATCH, 2, record="grad_norms").history
     assert set(history.records) == {"grad_norm[<lambda> 1]", "grad_norm[<lambda> 2]"}
 
 
@@ -283,7 +286,7 @@ def test_rules_of_the_same_name():
 
 @pytest.mark.parametrize("options", [{}, {"validation": (BATCH, 5), "record": FULL}])
 def test_a_history_in_a_file(tmp_path, options):
-    history = fit(**options).history
+    history = TRAINER.fit(BATCH, 12, **options).history
     history.save(tmp_path / "history")
     back = vn.History.load(tmp_path / "history")
     assert list(back.to_dict()) == list(history.to_dict())
@@ -296,9 +299,11 @@ def test_a_history_in_a_file(tmp_path, options):
 
 
 def test_a_history_as_a_dictionary():
-    told = fit(record="slope").history.to_dict()
+    told = TRAINER.fit(BATCH, 12, record="slope").history.to_dict()
     assert list(told) == ["steps", "loss", "slope"]
-    scored = fit(record="slope", validation=(BATCH, 5)).history.to_dict()
+    scored = TRAINER.fit(
+        BATCH, 12, record="slope", validation=(BATCH, 5)
+    ).history.to_dict()
     assert list(scored) == ["steps", "loss", "validation", "validation_steps", "slope"]
     assert list(scored["validation_steps"]) == [5, 10]
 
@@ -327,11 +332,11 @@ def test_what_is_called_as_a_column(name):
         Told(line(), optax.sgd(0.1)),
     ):
         with pytest.raises(ValueError, match=f"`record`: '{name}' is a column of"):
-            fit(2, trainer, record=(name,))
+            trainer.fit(BATCH, 2, record=(name,))
 
 
 def test_norms_of_small_dtypes():
     trainer = Pull({"a": jnp.full(4, 100.0, jnp.float16)}, optax.sgd(0.0))
     batch = jnp.asarray(0.0, jnp.float16)
-    history = trainer.fit(batch, 1, record="grad_norm", progress=False).history
+    history = trainer.fit(batch, 1, record="grad_norm").history
     np.testing.assert_allclose(history["grad_norm"], 400)

@@ -1,6 +1,5 @@
 """Checkpoints that are taken up with other data, or with another loss."""
 
-import importlib
 import json
 import warnings
 
@@ -10,10 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+import inside
 import vernal as vn
-from vernal._storage.origin import differences, origin
 
-ORIGIN = importlib.import_module("vernal._storage.origin")
 X = jnp.linspace(0.0, 1.0, 8)
 DATA = {"x": X, "more": [2 * X, None, 3.0]}
 
@@ -42,7 +40,7 @@ def made(name="Fit", **methods):
 def fit(folder, steps, data, trainer=None):
     checkpoint = vn.Checkpoints(folder, every=5)
     trainer = made() if trainer is None else trainer
-    return trainer.fit(data, steps, checkpoint=checkpoint, progress=False)
+    return trainer.fit(data, steps, checkpoint=checkpoint)
 
 
 def batches(data):
@@ -82,9 +80,15 @@ THE_SAME = {
 
 
 def told(old, new, trainer=None, other=None):
-    source = lambda data: vn._data.sources.as_source(data)
-    before = json.loads(json.dumps(origin(trainer or made(), source(old))))
-    return list(differences(before, origin(other or made(), source(new))))
+    source = lambda data: inside.as_source(data)
+    before = json.loads(
+        json.dumps(inside.origin.origin(trainer or made(), source(old)))
+    )
+    return list(
+        inside.origin.differences(
+            before, inside.origin.origin(other or made(), source(new))
+        )
+    )
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -101,7 +105,7 @@ def test_the_same_data_are_not(name):
 
 
 def test_large_arrays_are_sampled(monkeypatch):
-    monkeypatch.setattr(ORIGIN, "_MAX_BYTES", 64)
+    monkeypatch.setattr(inside.origin, "_MAX_BYTES", 64)
     large = jnp.arange(1000.0).reshape(50, 20)
     assert told(large, large + 0) == []
     assert len(told(large, large + 1)) == 1
@@ -128,10 +132,10 @@ def test_other_methods_are_told(name):
 
 
 def test_another_python_is_no_other_loss(monkeypatch):
-    before = origin(made(), vn._data.sources.as_source(X))
-    monkeypatch.setattr(ORIGIN.sys, "version_info", (3, 99))
-    now = origin(made(loss=cubes), vn._data.sources.as_source(X))
-    assert list(differences(before, now)) == []
+    before = inside.origin.origin(made(), inside.as_source(X))
+    monkeypatch.setattr(inside.origin.sys, "version_info", (3, 99))
+    now = inside.origin.origin(made(loss=cubes), inside.as_source(X))
+    assert list(inside.origin.differences(before, now)) == []
 
 
 def test_a_directory_that_is_used_again(tmp_path):
@@ -163,7 +167,6 @@ def test_many_trainers(tmp_path):
         5,
         data_axis=0,
         checkpoint=vn.Checkpoints(tmp_path),
-        progress=False,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")

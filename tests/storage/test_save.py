@@ -34,10 +34,6 @@ def trainer(optimiser=None, **options):
     return GaussianFit(gaussian(), optimiser or rules(), **options)
 
 
-def fit(trainer, steps):
-    return trainer.fit(BATCH, steps, progress=False)
-
-
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "fit.vernal"
@@ -57,25 +53,25 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_save_load_steps(name, file):
     make = VARIANTS[name]
-    half = fit(make(), 5).trainer
+    half = make().fit(BATCH, 5).trainer
     vn.save(file, half)
     loaded = vn.load(file, make())
     assert same(loaded, half)
-    assert same(fit(loaded, 7).trainer, fit(half, 7).trainer)
+    assert same(loaded.fit(BATCH, 7).trainer, half.fit(BATCH, 7).trainer)
 
 
 def test_rates_and_policy_come_from_the_program(file):
-    vn.save(file, fit(trainer(), 5).trainer)
+    vn.save(file, trainer().fit(BATCH, 5).trainer)
     like = trainer(rules(0.5), nan_policy=vn.ZeroNans() | vn.StopAfter(3))
     loaded = vn.load(file, like)
     assert loaded.nan_policy == like.nan_policy
     assert same(loaded.optimiser, like.optimiser)
     assert loaded.step_count == 5
-    assert fit(loaded, 3).trainer.step_count == 8
+    assert loaded.fit(BATCH, 3).trainer.step_count == 8
 
 
 def test_moments_can_start_anew(file):
-    old = fit(trainer(), 5).trainer
+    old = trainer().fit(BATCH, 5).trainer
     vn.save(file, old)
     loaded = vn.load(file, trainer(), reset=("opt_state",))
     assert same(loaded.params, old.params)
@@ -90,9 +86,7 @@ def test_moments_can_start_anew(file):
 
 def test_counts_of_what_was_not_finite_are_kept(file):
     x, y, sigma = BATCH
-    bad = trainer(nan_policy=vn.SkipStep()).fit(
-        (x, y.at[0].set(jnp.nan), sigma), 4, progress=False
-    )
+    bad = trainer(nan_policy=vn.SkipStep()).fit((x, y.at[0].set(jnp.nan), sigma), 4)
     vn.save(file, bad.trainer)
     loaded = vn.load(file, trainer(nan_policy=vn.SkipStep()))
     assert loaded.nan_report() == bad.trainer.nan_report()
@@ -134,7 +128,7 @@ def test_any_tree(name, file):
 
 
 def test_the_file_says_what_is_in_it(file):
-    vn.save(file, fit(trainer(), 2).trainer)
+    vn.save(file, trainer().fit(BATCH, 2).trainer)
     header = json.loads(zipfile.ZipFile(file).read("vernal.json"))
     assert header["format"] == 1
     assert header["written_by"].startswith("vernal ")
@@ -278,7 +272,7 @@ def test_where_there_is_no_file(tmp_path):
 @pytest.mark.parametrize("size", [0, 100, 2000, 6000])
 def test_a_failed_write_leaves_the_old_file_whole(size, tmp_path, file):
     vn.save(file, trainer())
-    before, newer = file.read_bytes(), fit(trainer(), 3).trainer
+    before, newer = file.read_bytes(), trainer().fit(BATCH, 3).trainer
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -301,7 +295,7 @@ def test_no_permission(tmp_path, file, monkeypatch):
     # Root may write anywhere: the refusal has to be made.
     monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(PermissionError) as caught:
-        vn.save(file, fit(trainer(), 3).trainer)
+        vn.save(file, trainer().fit(BATCH, 3).trainer)
     monkeypatch.undo()
     assert caught.value.__notes__[0].startswith(f"`path`: {file} could not be written")
     with builtins.open(file, "rb") as same_file:
@@ -312,7 +306,7 @@ def test_a_link_stays_one(tmp_path, file):
     target = tmp_path / "target"
     vn.save(target, trainer())
     file.symlink_to(target)
-    newer = fit(trainer(), 3).trainer
+    newer = trainer().fit(BATCH, 3).trainer
     vn.save(file, newer)
     assert file.is_symlink()
     assert same(vn.load(target, trainer()), newer)

@@ -258,7 +258,7 @@ def test_a_step_compiles_anew_exactly_if_a_difference_is_told(name):
 
 @pytest.mark.seams
 def test_a_fit_compiles_anew_exactly_if_a_difference_is_told():
-    run = lambda trainer, data: trainer.fit(data, 3, progress=False).trainer
+    run = lambda trainer, data: trainer.fit(data, 3).trainer
     first, x = fitted(), fresh()
     after = run(first, (x, 2))
     assert vn.explain_retrace(first, after).startswith("Nothing differs")
@@ -426,6 +426,17 @@ def test_a_class_that_was_defined_anew_is_told():
     assert told == "is another `Fit` than before"
 
 
+def test_a_list_that_contains_itself_is_told():
+    def holding(number):
+        loop = [number]
+        loop.append(loop)
+        return fitted(model=net(activation=lambda x: x * loop[0]))
+
+    told = vn.explain_retrace(holding(1), holding(2))
+    line = "model.activation: loop.0 of `<lambda>` was 1, is 2"
+    assert line in told.split("\n")
+
+
 def test_a_projector_is_told():
     batch = gaussian_batch()
     old = GaussianFit(gaussian(), optax.sgd(0.1)).whiten(batch)
@@ -439,7 +450,7 @@ def test_a_projector_is_told():
 def test_the_loss_of_the_one_liner_is_told():
     def fit(power):
         loss = lambda model, batch: jnp.sum(model(batch[0]) ** power)
-        run = vn.fit(loss, line(), optax.sgd(0.1), line_batch(), 1, progress=False)
+        run = vn.fit(loss, line(), optax.sgd(0.1), line_batch(), 1)
         return run.trainer
 
     assert vn.explain_retrace(fit(2), fit(2)).startswith("Nothing differs")

@@ -23,10 +23,12 @@ from pages import PAGES, ROOT, python_of  # noqa: E402
 # For each line of each file, what a checker says of it.
 Said = dict[tuple[str, int], list[str]]
 MARK = "# caught"
-# Optax does not say that it has types, so that here its classes are no known bases.
+# Optax does not say that it has types, so that the bases of these are not known. (A
+# trainer's base has a field of the class ParamOptimiser.)
 OF_OPTAX = (
     "vernal._optimiser.abstract_transform.AbstractTransform",
     "vernal._optimiser.param_optimiser.ParamOptimiser",
+    "vernal._trainer.trainer.Trainer",
 )
 
 MYPY = """

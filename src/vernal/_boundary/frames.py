@@ -2,7 +2,6 @@
 
 import functools as ft
 import inspect
-import sys
 import warnings
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -42,8 +41,8 @@ def _is_users(frame: FrameType) -> bool:
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns, and points to the line of the user's code that led here."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and not _is_users(frame):
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_back is not None and not _is_users(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 

@@ -144,7 +144,7 @@ def _is_fine(few: np.ndarray) -> bool:
 
 
 def _is_normal(largest: Any) -> bool:
-    return 1e-30 < largest < 1e38
+    return bool(1e-30 < largest < 1e38)
 
 
 def spacing(value: Any, dtype: Any) -> float:

@@ -1,4 +1,4 @@
-"""What code reads from outside of its arguments: found by a walk, and watched."""
+"""What code reads beside its arguments: found by a walk, and watched."""
 
 import collections
 import dis
@@ -17,6 +17,7 @@ from .._pickling import (
     is_library,
     is_library_file,
     is_library_module,
+    is_of_python,
     module_of,
 )
 from .equality import Hashed, is_atom, value_key
@@ -37,12 +38,12 @@ from .watch import (
     without,
 )
 
-# A walk ends after so many objects, and does not enter a container of more elements
-# than this: it is known by its identity and its length.
+# A walk ends after this many objects. A container of more elements than this is not
+# entered: it is known by its identity and its length.
 _MOST_OBJECTS = 20_000
 _MOST_ELEMENTS = 1_024
 
-# Libraries whose objects change by themselves, and configure no computation.
+# Libraries whose objects change by themselves and configure no computation.
 _RESTLESS = frozenset(
     (
         *("asyncio", "concurrent", "contextvars", "io", "logging", "matplotlib"),
@@ -55,17 +56,12 @@ _CACHED = type(functools.lru_cache(lambda: None))
 
 
 def reads(*roots: Any) -> Reads:
-    """Finds all that some objects and their code read, and its values now.
-
-    **Arguments:**
-
-    - `roots`: functions, classes, structures of pytrees, objects of any kind.
-    """
+    """Finds all that objects of any kind, and their code, read, and its values now."""
     return _Walk().run(roots)
 
 
 def scope_key(fn: types.FunctionType) -> Hashable:
-    """A key of what a function reads from its globals, by way of its helpers too."""
+    """Returns a key of what a function and its helpers read from their globals."""
     if is_library_file(fn.__code__.co_filename):
         return None
     walk = _Walk()
@@ -74,7 +70,7 @@ def scope_key(fn: types.FunctionType) -> Hashable:
 
 
 class _Walk:
-    """One walk. What an object is becomes a token, what it holds is looked at next."""
+    """One walk: what an object is becomes a token; what it holds is walked to next."""
 
     def __init__(self) -> None:
         self.tokens: list[Hashable] = []
@@ -93,24 +89,24 @@ class _Walk:
         while self.todo and len(self.met) < _MOST_OBJECTS:
             self.see(self.todo.popleft())
             if not self.todo and seen != (seen := len(self.words) + len(self.modules)):
-                # Attributes of a module count where any code has a word for them,
-                # also those that it may have later.
+                # Of a module, only the attributes that some code has a word for count,
+                # also where the module has none of that name yet.
                 for scope in self.modules:
                     self.names(scope, sorted({*self.words, "__getattr__"}))
         for scope, names in self.scopes.values():
             self.watches += watches_of_names(scope, names)
         return Reads(Hashed(tuple(self.tokens)), self.watches)
 
-    # What is looked at next.
+    # What to walk to next.
 
     def names(self, scope: dict[str, Any], names: Iterable[str]) -> None:
-        """Walks on to names of a namespace, those that no code has read before."""
+        """Walks to those names of a namespace that no code has read before."""
         _, known = self.scopes.setdefault(id(scope), (scope, {}))
         new = [n for n in names if n not in known and (id(scope), n) not in kept]
         known.update(dict.fromkeys(new))
-        there = tuple(name for name in new if name in scope)
-        self.tokens.append(there)
-        self.todo.extend(scope[name] for name in there)
+        present = tuple(name for name in new if name in scope)
+        self.tokens.append(present)
+        self.todo.extend(scope[name] for name in present)
 
     def hold(
         self,
@@ -119,32 +115,30 @@ class _Walk:
         names: Sequence[Hashable] | Names,
         is_walked: Callable[[Any, Any], bool] = lambda name, value: True,
     ) -> None:
-        """Watches what an object holds, but for what is kept there, and walks on.
+        """Watches what an object holds, but for what is kept there, and walks to it.
 
         **Arguments:**
 
         - `look`, `names`: what it holds, and under which names; a function of the
             object if there may be new ones.
         - `owner`: the object.
-        - `is_walked`: whether to walk on to a name and its value.
+        - `is_walked`: whether to walk to the value of a name.
         """
         if (id(owner), None) in kept:
             self.tokens.append("kept")
             return
-        names_of = names if callable(names) else None
-        every = all_names = names(owner) if callable(names) else names
-        hidden = {name for name in all_names if (id(owner), name) in kept}
+        names_of: Names = names if callable(names) else lambda _: names
+        hidden = {name for name in names_of(owner) if (id(owner), name) in kept}
         if hidden:
             self.tokens.append("kept")
-            look, names_of = without(hidden, look, names_of or (lambda _: every))
-            all_names = names_of(owner)
-        self.tokens.append((*all_names,))
-        values = look(owner)
-        self.watches.append(Watch(look, owner, all_names, values, names_of))
-        pairs = zip(all_names, values, strict=True)
+            look, names_of = without(hidden, look, names_of)
+        found, values = (*names_of(owner),), look(owner)
+        self.tokens.append(found)
+        self.watches.append(Watch(look, owner, found, values, names_of))
+        pairs = zip(found, values, strict=True)
         self.todo.extend(value for name, value in pairs if is_walked(name, value))
 
-    # What is seen.
+    # What an object is.
 
     def see(self, obj: Any) -> None:
         kind = type(obj)
@@ -206,7 +200,7 @@ class _Walk:
             self.tokens.append(count)
             self.todo.extend(obj)
         elif issubclass(kind, set | frozenset):
-            # Their order is not one of values.
+            # Equal sets may have different orders.
             if (id(obj), None) not in kept:
                 self.tokens.append(frozenset(map(value_key, obj)))
             self.hold(look, obj, range(count))
@@ -224,17 +218,17 @@ class _Walk:
         self.hold(made_of, fn, ("code", "defaults", "kwdefaults"), _is_content)
         self.todo.append(fn.__dict__ or None)
         for cell in fn.__closure__ or ():
-            # There may be nothing in it yet.
+            # A cell may be empty.
             self.hold(content_of, cell, ("content",)[: len(content_of(cell))])
         if not is_library:
             self.code(fn.__code__, fn.__globals__)
 
     def code(self, code: types.CodeType, scope: dict[str, Any]) -> None:
-        """What the code of a user's function reads by name."""
+        """Walks to what the code of a user's function reads by name."""
         read, words, imported = _names_in(code)
         self.words |= words
         self.names(scope, read)
-        # The name of a relative import does not say from which of the packages.
+        # The name of a relative import does not say which package it starts from.
         parts = (scope.get("__package__") or "").split(".")
         packages = [".".join(parts[: i + 1]) for i in range(len(parts))]
         for name in imported:
@@ -256,16 +250,16 @@ class _Walk:
             self.modules.append(vars(module))
 
     def structure(self, structure: Any) -> None:
-        """The classes and the static values of a pytree."""
+        """Walks to the classes and the static values of a pytree."""
         data = structure.node_data()
         self.tokens.append((jtu.PyTreeDef, structure.num_leaves, data is None))
         if data is not None:
-            # The keys of a dictionary are a list that was made for us.
+            # The keys of a dictionary are a list, a new one each time.
             self.todo.extend(tuple(x) if type(x) is list else x for x in data)
             self.todo.extend(structure.children())
 
     def skeleton(self, skeleton: Skeleton) -> None:
-        """The functions and the objects that are captured in a closure."""
+        """Walks to the functions and the objects that a closure has captured."""
         plan = skeleton.plan
         self.tokens.append((Skeleton, len(plan.shells)))
         for shell in plan.shells:
@@ -273,9 +267,8 @@ class _Walk:
                 self.code(shell.code, shell.scope)
         for part in all_parts(plan):
             if isinstance(part, Group) and isinstance(part.key, tuple):
-                # The class and the static values of a node, where it is one.
-                found = [key for key in part.key if type(key) is jtu.PyTreeDef]
-                self.todo.extend(found)
+                # Of a node, the class and the static values.
+                self.todo.extend(x for x in part.key if type(x) is jtu.PyTreeDef)
             # A cell that a function writes to holds its state.
             elif isinstance(part, Static) and type(part.value) is not types.CellType:
                 self.todo.append(part.value)
@@ -286,7 +279,7 @@ class _Walk:
         if package in _RESTLESS:
             self.tokens.append(Only(obj))
         elif package in ("jax", "jaxlib") or kind is _CACHED:
-            # Functions that are compiled, or have rules of their own for derivatives.
+            # Functions that are compiled, or have their own rules for derivatives.
             wrapped = getattr(obj, "__wrapped__", None)
             self.tokens.append(Only(obj) if wrapped is None else kind)
             self.todo.append(wrapped)
@@ -297,28 +290,28 @@ class _Walk:
             if not is_library(kind):
                 self.todo.append(kind)
             if not self.attributes(obj):
-                # A mark, such as `object()`, is known by its identity.
+                # A sentinel, such as `object()`, is known by its identity.
                 is_mark = kind.__eq__ is object.__eq__
                 self.tokens.append(Only(obj) if is_mark else value_key(obj))
 
     def attributes(self, obj: Any) -> bool:
-        """Watches and walks the attributes of an object; whether it has any."""
-        # Not `getattr`, which may call code of the user's.
+        """Watches the attributes of an object and walks to them; whether it has any."""
+        # Not `getattr`, which may call the user's code.
         try:
-            there = object.__getattribute__(obj, "__dict__")
+            found = object.__getattribute__(obj, "__dict__")
         except AttributeError:
-            there = None
-        if type(there) is dict and (there or not is_library(type(obj))):
-            self.hold(values_of, there, tuple)
+            found = None
+        if type(found) is dict and (found or not is_library(type(obj))):
+            self.hold(values_of, found, tuple)
         slots = _slots(type(obj))
         if slots:
             look = lambda obj: tuple([getattr(obj, name, None) for name in slots])
             self.hold(look, obj, slots)
-        return bool(there or slots)
+        return bool(found or slots)
 
 
 def _parts(obj: Any) -> tuple[Any, ...] | None:
-    """What an object that never changes is made of, `None` if it is not known."""
+    """Returns the parts of an object that never changes, `None` for other objects."""
     kind = type(obj)
     if kind is types.MethodType:
         return obj.__func__, obj.__self__
@@ -345,11 +338,10 @@ def _is_member(name: str, value: Any) -> bool:
 
 
 def _is_plain(kind: type) -> bool:
-    """Whether an object of a class is no more than its attributes."""
+    """Whether the attributes of an object are all that it holds."""
     if kind is types.SimpleNamespace or issubclass(kind, eqx.Module):
         return True
-    heap = 1 << 9
-    return all(base.__flags__ & heap for base in kind.__mro__[:-1])
+    return all(map(is_of_python, kind.__mro__[:-1]))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -359,7 +351,7 @@ def _slots(kind: type) -> tuple[str, ...]:
         for base in kind.__mro__
         for name, value in vars(base).items()
         if isinstance(value, types.MemberDescriptorType)
-        and base.__flags__ & (1 << 9)
+        and is_of_python(base)
         and not name.startswith("__")
     )
 
@@ -368,7 +360,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 def _names_in(
     code: types.CodeType,
 ) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
-    """The globals that a code object reads, all of its names, and its imports."""
+    """Returns the globals that code reads, all names in it, and its imports."""
     read, written, words, imported = set(), set(), set(code.co_names), set()
     for instruction in dis.get_instructions(code):
         match instruction.opname:

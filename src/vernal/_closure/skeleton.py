@@ -4,7 +4,7 @@ import dataclasses
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.tree_util as jtu
@@ -14,6 +14,7 @@ from .._pickling import bare, content_of, packed
 from .equality import Hashed
 
 
+@runtime_checkable
 class Part(Protocol):
     """A part of a skeleton, which can build its object again."""
 

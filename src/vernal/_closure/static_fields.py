@@ -1,4 +1,4 @@
-"""Static fields of a model: compiled programs are found by comparing them."""
+"""Static fields of a model, which are compared to find compiled programs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def refuse_static_arrays(model: Any) -> None:
-    """Refuses a model with an array in a static field, by the path of the field."""
+    """Refuses a model with an array in a static field, and names the field."""
     is_module = lambda node: isinstance(node, eqx.Module)
     for path, value in _static_fields(model, ()):
         leaves = jax.tree.leaves(value, is_leaf=is_module)

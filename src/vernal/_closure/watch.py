@@ -1,4 +1,4 @@
-"""What objects hold, as it was seen, and whether it is still the same."""
+"""What objects held when they were looked at, and whether they still do."""
 
 import operator
 import threading
@@ -11,53 +11,47 @@ import numpy as np
 
 from .equality import Hashed, value_key
 
-# Arrays of NumPy up to this size are compared as a whole, larger ones by as many
-# bytes, evenly spread.
+# NumPy arrays up to this size are compared as a whole, larger ones by a sample of
+# elements, evenly spread.
 MOST_BYTES = 2**20
 _SAMPLE = 4_096
 
-# What looking at an object may raise where it was changed under way.
+# Raised where an object changes while it is looked at.
 _GONE = (KeyError, IndexError, AttributeError, RuntimeError, ValueError)
 
 Look = Callable[[Any], tuple[Any, ...]]
 """Returns what an object holds."""
 
 Names = Callable[[Any], Sequence[Hashable]]
-"""Returns the names under which it does."""
+"""Returns the names under which an object holds it."""
 
 Slot = tuple[int, Hashable]
 """Where a value is read: the id of what holds it, and its name there."""
 
 
 class Watch(NamedTuple):
-    """What one object holds, as it was seen.
-
-    `look` returns what it holds now, in the order of `names`, to be compared by
-    identity.
-    """
+    """What one object held when it was looked at, to be compared by identity."""
 
     look: Look
     owner: Any
     names: Sequence[Hashable]
     values: tuple[Any, ...]
-    names_of: Names | None = None
-    """Where there may be new names: all that there are."""
+    names_of: Names
+    """Returns the names that there are now."""
 
     def slots(self) -> Iterator[tuple[Slot, Any]]:
-        """Yields each slot, with the value that was seen there."""
+        """Yields each slot, and its value then."""
         for name, value in zip(self.names, self.values, strict=True):
             yield (id(self.owner), name), value
 
     def changed(self) -> Iterator[Slot]:
         """Yields the slots that have another value now."""
         try:
-            now, names = self.look(self.owner), self.names
-            if self.names_of is not None:
-                names = self.names_of(self.owner)
+            now, names = self.look(self.owner), self.names_of(self.owner)
         except _GONE:
             return
         if len(now) != len(names):
-            # A list, for instance: its elements have no names of their own.
+            # A list, for instance, whose elements have no lasting names.
             yield id(self.owner), None
             return
         old = dict(zip(self.names, self.values, strict=True))
@@ -67,14 +61,14 @@ class Watch(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """What was found: `key` compares it by value, `watches` tell if it is current."""
+    """What was found: `key` compares it by value, `watches` by identity."""
 
     key: Hashed
     watches: list[Watch]
 
     def is_current(self) -> bool:
         """Whether nothing of what was read has changed."""
-        # Before every call: hence no call of a function more than there must be.
+        # It runs before every call of a program: each function call counts.
         try:
             for look, owner, _, values, _ in self.watches:
                 now = look(owner)
@@ -88,7 +82,7 @@ class Reads(NamedTuple):
 class Kept:
     """The slots that programs write to while they are made or run.
 
-    A counter, a list of what was traced: such is not what a program is made from.
+    A counter or a list of what was traced is not something a program is made from.
     """
 
     def __init__(self, most: int = 1_024):
@@ -102,7 +96,7 @@ class Kept:
     def add(self, watch: Watch) -> None:
         changed = list(watch.changed())
         with self._lock:
-            # The owner is held, so that no other can take its id.
+            # The owner is held, so that no other object takes its id.
             self._owners.update(dict.fromkeys(changed, watch.owner))
             while len(self._owners) > self._most:
                 del self._owners[next(iter(self._owners))]
@@ -116,7 +110,7 @@ kept = Kept()
 
 
 class Only:
-    """As `Same`, without keeping its object alive: another one has another mark."""
+    """As `Same`, but it does not keep its object alive where that can be avoided."""
 
     __slots__ = ("_hash", "mark")
 
@@ -138,7 +132,7 @@ class Only:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-    """Returns the bytes of an array, or of a large one some, evenly spread."""
+    """Returns the bytes of an array; of a large one, those of a sample."""
     if array.nbytes > MOST_BYTES:
         array = array.flat[:: array.size // _SAMPLE + 1]
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -152,7 +146,7 @@ _seen: weakref.WeakValueDictionary[Hashable, np.ndarray] = weakref.WeakValueDict
 
 
 def look_at_array(array: np.ndarray) -> tuple[Look, Hashable]:
-    """Returns how to look at the content of an array, and a key of it now."""
+    """Returns how to look at the content of an array, and a key of its content now."""
     seen = _bytes(array).copy()
     digest = value_key(seen)
     # Many programs may read one array.
@@ -161,24 +155,21 @@ def look_at_array(array: np.ndarray) -> tuple[Look, Hashable]:
 
 
 def watches_of_names(scope: dict[str, Any], names: Iterable[str]) -> Iterator[Watch]:
-    there = [name for name in names if name in scope]
-    absent = frozenset(names).difference(there)
-    if there:
-        pick = operator.itemgetter(*there)
-        look = pick if len(there) > 1 else lambda scope: (pick(scope),)
-        yield Watch(look, scope, there, look(scope))
+    """Yields watches of names in a namespace, and of names that may be added to it."""
+    present = [name for name in names if name in scope]
+    absent = frozenset(names).difference(present)
+    if present:
+        pick = operator.itemgetter(*present)
+        look = pick if len(present) > 1 else lambda scope: (pick(scope),)
+        yield Watch(look, scope, present, look(scope), lambda _: present)
     if absent:
-        # One of them, such as a builtin, may be defined later.
+        # A name, such as that of a builtin, may be defined later.
         look = lambda scope: (absent.isdisjoint(scope),)
-        yield Watch(look, scope, ("absent",), (True,))
+        yield Watch(look, scope, ("absent",), (True,), lambda _: ("absent",))
 
 
-def without(
-    hidden: set[Hashable],
-    look: Look,
-    names_of: Names,
-) -> tuple[Look, Names]:
-    """Looks at what an object holds but for some names."""
+def without(hidden: set[Hashable], look: Look, names_of: Names) -> tuple[Look, Names]:
+    """Returns how to look at what an object holds under all names but some."""
 
     def pairs(owner: Any) -> Iterator[tuple[Hashable, Any]]:
         both = zip(names_of(owner), look(owner), strict=True)

@@ -70,20 +70,25 @@ def as_batch(batch: Any, argument: str = "batch") -> Any:
             "`fit`, or take a batch from it."
         )
 
-    def as_datum(keys: tuple[Any, ...], leaf: Any) -> Any:
-        is_array = isinstance(leaf, jax.Array)
-        # Asked of each leaf at every step: its name is spelled out only for an error.
-        if is_array and not is_cut(leaf) and not is_deleted(leaf):
-            return leaf
-        if isinstance(leaf, _NUMBERS):
-            _refuse_lists(batch, argument, keys)
-        return _as_datum(leaf, spelled(argument, keys))
-
-    return jtu.tree_map_with_path(as_datum, batch)
+    # Asked at every step, so where each leaf is must not be looked up in vain.
+    leaves, structure = jax.tree.flatten(batch)
+    if not all(map(_is_ready, leaves)):
+        flat = jtu.tree_leaves_with_path(batch)
+        leaves = [_as_datum(leaf, argument, keys, batch) for keys, leaf in flat]
+    return structure.unflatten(leaves)
 
 
-def _as_datum(leaf: Any, where: str) -> Any:
+def _is_ready(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not is_cut(leaf) and not is_deleted(leaf)
+
+
+def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> Any:
     """Returns an array with its own memory, or the leaf itself, which is static."""
+    if _is_ready(leaf):
+        return leaf
+    where = spelled(argument, keys)
+    if isinstance(leaf, _NUMBERS):
+        _refuse_lists(batch, argument, keys)
     if isinstance(leaf, jax.Array):
         refuse_foreign(leaf, where)
         return narrowed(leaf, where)

@@ -24,7 +24,7 @@ class Whole(eqx.Module, Generic[Batch]):
     batch: Batch
 
     def start(self, step: Int[Array, ""]) -> None:
-        """Returns nothing: there is no place to remember."""
+        """Returns nothing: each step has the same batch."""
 
     def next(self, cursor: None, step: Int[Array, ""]) -> tuple[Batch, None]:
         """Returns the batch."""

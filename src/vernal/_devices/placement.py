@@ -271,9 +271,10 @@ class OnMesh(AbstractPlacement):
             rows, where = leaf.shape[0], spelled(argument, keys)
             leave = f"Leave out {rows % self.size} of them, or pad"
             raise ValueError(
-                f"`mesh`: {where} has the shape {leaf.shape}, and {self._sharers} cannot "
-                f"share its {rows} rows evenly. {leave if rows > self.size else 'Pad'} "
-                "with rows that weigh nothing. If its first axis is not one of "
+                f"`mesh`: {where} has the shape {leaf.shape}, and {self._sharers} "
+                f"cannot share its {rows} rows evenly. "
+                f"{leave if rows > self.size else 'Pad'} with rows that weigh nothing. "
+                "If its first axis is not one of "
                 "examples, put it onto the mesh yourself, and it stays as it is: "
                 "`jax.device_put(x, NamedSharding(mesh, PartitionSpec()))`."
             )

@@ -1,8 +1,8 @@
 """A fit on the host: what happens between the chunks of steps."""
 
-from .arrival import edm_note as edm_note
-from .fit import fit as fit
-from .one_trainer import OneTrainer as OneTrainer
-from .options import OPTIONS as OPTIONS, FitKeywords as FitKeywords
-from .result import FitResult as FitResult
-from .subject import AbstractSubject as AbstractSubject, BadEnd as BadEnd
+from .arrival import edm_note
+from .fit import fit
+from .one_trainer import OneTrainer
+from .options import OPTIONS, FitKeywords
+from .result import FitResult
+from .subject import AbstractSubject, BadEnd

@@ -1,12 +1,14 @@
 """Whitening of the parameters at the current point of a trainer."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jaxtyping import Array
 
 from .._boundary import Params
 from .._curvature import Spectrum, of_jacobian
@@ -63,46 +65,33 @@ def whiten_all(
 def _decomposed(
     trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> tuple[Any, WhitenOne]:
-    """Returns matrices or spectra, by selector, and the function that whitens one."""
-    by = _by_jacobian if "residuals" in defined(trainer) else _by_matrix
-    return by(trainer, batch, blocks, passes)
-
-
-def _by_matrix(
-    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
-) -> tuple[Any, WhitenOne]:
-    """Finds Hessians."""
+    """Returns spectra or Hessians, by selector, and the function that whitens one."""
+    if "residuals" in defined(trainer):
+        selectors = as_selectors(blocks)
+        spectra, eps = _spectra(trainer, batch, selectors, passes)
+        return by_selector(selectors, spectra), partial(_of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
     found = matrices(trainer, batch, kind, blocks, passes)
-    sizes = [len(matrix) for matrix in jax.tree.leaves(found)]
-    eps = float(jnp.finfo(jax.tree.leaves(found)[0].dtype).eps)
-    rtol = max(*sizes, ROUNDING) * eps
-
-    def whiten_one(
-        matrix: Any, own: Params, nulls: NullPolicy, name: str
-    ) -> DenseWhitening:
-        label = _label(f"The Hessian of `{kind}` at this point", name)
-        return whiten(matrix, own, nulls.or_rtol(rtol), label, "hessian")
-
-    return found, whiten_one
+    hessians = jax.tree.leaves(found)
+    eps = float(jnp.finfo(hessians[0].dtype).eps)
+    rtol = max(*map(len, hessians), ROUNDING) * eps
+    return found, partial(_of_hessian, kind=kind, rtol=rtol)
 
 
-def _by_jacobian(
-    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
-) -> tuple[Any, WhitenOne]:
-    """Finds decomposed Jacobians."""
-    selectors = as_selectors(blocks)
-    spectra, eps = _spectra(trainer, batch, selectors, passes)
+def _of_spectrum(
+    spectrum: Spectrum, own: Params, nulls: NullPolicy, name: str, eps: float
+) -> DenseWhitening:
+    size = spectrum.values.size
+    nulls.check(size)
+    nulls, label = nulls.or_rtol(jacobian_rtol(size, eps)), _label("`residuals`", name)
+    return whiten_spectrum(spectrum, own, nulls, eps, label)
 
-    def whiten_one(
-        spectrum: Any, own: Params, nulls: NullPolicy, name: str
-    ) -> DenseWhitening:
-        size = spectrum.values.size
-        nulls.check(size)
-        nulls = nulls.or_rtol(jacobian_rtol(size, eps))
-        return whiten_spectrum(spectrum, own, nulls, eps, _label("`residuals`", name))
 
-    return by_selector(selectors, spectra), whiten_one
+def _of_hessian(
+    matrix: Array, own: Params, nulls: NullPolicy, name: str, kind: str, rtol: float
+) -> DenseWhitening:
+    label = _label(f"The Hessian of `{kind}` at this point", name)
+    return whiten(matrix, own, nulls.or_rtol(rtol), label, "hessian")
 
 
 def _label(what: str, name: str) -> str:
@@ -133,8 +122,8 @@ def _spectra(
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):
         message = f"{what} of `{type(trainer).__name__}` is not finite."
         spectra = eqx.error_if(spectra, ~all_finite(spectra), message)
-    dtype = ravel_dtype(as_parameters(trainer.params))
-    dtypes = (dtype, spectra[0].values.dtype)
+    own = ravel_dtype(as_parameters(trainer.params))
+    dtypes = (own, spectra[0].values.dtype)
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-    own = widest((dtype, jnp.dtype("float32")))
-    return jax.tree.map(lambda x: x.astype(own), spectra), eps
+    dtype = widest((own, jnp.dtype("float32")))
+    return jax.tree.map(lambda x: x.astype(dtype), spectra), eps

@@ -145,7 +145,7 @@ class Monitor(eqx.Module):
 
         Its progress, with the best by validation, and the new state.
         """
-        progress: Progress = progress_of(trainer)
+        progress = progress_of(trainer)
         score = state.score
         if self.validation is not None:
             progress, score = self._validated(trainer, self.validation, is_due, score)
@@ -170,7 +170,7 @@ class Monitor(eqx.Module):
         is_due: Bool[Array, ""],
         score: Float[Array, ""],
     ) -> tuple[Progress, Float[Array, ""]]:
-        progress: Progress = progress_of(trainer)
+        progress = progress_of(trainer)
 
         def score_it() -> tuple[Best, Float[Array, ""]]:
             new = evaluate(trainer, validation.batch).astype(score.dtype)

@@ -146,7 +146,7 @@ def _run(
     trainer: AbstractTrainer, source: Whole[Any] | Minibatches, steps: int, segment: int
 ) -> tuple[Progress, Float[Array, " steps"]]:
     """Takes the steps that come before the trainer stops."""
-    old: Progress = progress_of(trainer)
+    old = progress_of(trainer)
     start = lax.cond(old.stopped, lambda: old, lambda: with_comparable_best(old, False))
 
     def step(carry: tuple[Progress, Any], _: None) -> tuple[Any, Float[Array, ""]]:
@@ -200,7 +200,7 @@ def _differentiable_step(
     which is NaN. So nothing flows into such a step. A first step, without derivatives,
     finds out whether it is taken; the compiler merges the two.
     """
-    old: Progress = progress_of(trainer)
+    old = progress_of(trainer)
     _, seen = advance(*_live_if(None, (trainer, batch)))
     new, outcome = advance(*_live_if(seen.accepted, (trainer, batch)))
     loss = _live_if(seen.accepted, outcome.loss)

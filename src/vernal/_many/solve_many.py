@@ -139,7 +139,7 @@ def _solve(
             raise
         end, opt_state, broken = solve_each(trainers, members.flags, problem, goal)
     whole = place.whole
-    old: Progress = progress_of(trainers)
+    old = progress_of(trainers)
     starts, losses, steps, numbers, in_vain = jax.device_get(
         jax.tree.map(
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)

@@ -11,14 +11,11 @@ import jax.tree_util as jtu
 import optax
 import wadler_lindig as wl
 
-if TYPE_CHECKING:
-    from equinox._module._module import _ModuleMeta
-else:
-    _ModuleMeta = type(eqx.Module)
+from .._pickling import ModuleMeta
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field, eqx.field))
-class _TupleModuleMeta(_ModuleMeta):
+class _TupleModuleMeta(ModuleMeta):
     """Makes modules that are named tuples as well.
 
     JAX rebuilds Equinox's modules by `object.__new__`, which Python refuses for tuples.

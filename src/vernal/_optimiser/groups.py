@@ -32,9 +32,8 @@ class Group(NamedTuple):
 
     def own(self, leaves: Leaves) -> dict[str, Any]:
         """Returns the group's leaves as its transformation sees them."""
-        # JAX sorts the keys of a plain dictionary, and a sum over the leaves in another
-        # order has other bits. It is the faster by far, though, and one leaf has one
-        # order.
+        # JAX sorts the keys of a plain dictionary, and a sum in another order has other
+        # bits. For one leaf there is one order, and a plain dictionary is much faster.
         kind = dict if len(self.members) == 1 else OrderedDict
         return kind((name, leaves[name]) for name in self.members)
 
@@ -71,7 +70,7 @@ def update_groups(
     `extra_of` returns the extra arguments of a group, given its members: a dictionary
     by these becomes like the updates of the group.
     """
-    # Outside a trace there is none to share, and what is compiled has other bits.
+    # Outside a trace there is nothing to share, and a compiled update has other bits.
     is_traced = any(isinstance(update, Tracer) for update in updates.values())
     traces = [
         _nameless(x, updates) if is_traced and x.members else None for x in groups
@@ -102,9 +101,9 @@ def _is_by_name(node: Any, names: set[str]) -> bool:
     return isinstance(node, dict) and node.keys() == names
 
 
-# The functions of these look at no name of a parameter. JAX's caches hash no key of a
-# dictionary: a thousand groups of a key each would be a thousand traces of everything
-# that Optax calls, each one found among all of the others.
+# The functions of these modules look at no name of a parameter. JAX's caches do not
+# hash the keys of a dictionary: a thousand groups of one leaf each would be a thousand
+# traces of everything that Optax calls, each one looked up among all the others.
 _NAMELESS = ("optax", "jax", "jaxlib", inspect.unwrap(window).__globals__["__name__"])
 
 
@@ -144,7 +143,7 @@ def _words(skeleton: Skeleton) -> frozenset[str] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _shared(skeleton: Skeleton) -> Callable[..., Any]:
-    # Inline, so that the program is the one that a trace of each group makes.
+    # Inline, so that the program is the same as without sharing.
     @functools.partial(jax.jit, inline=True)
     def update(leaves: Any, args: Any, extra: Any) -> Any:
         tx = optax.with_extra_args_support(Closure(leaves, skeleton).decode())
@@ -170,7 +169,7 @@ def _update_nameless(
         args, extra = _renamed((args, extra), names, aliases)
         return _renamed(update(*args, **extra), aliases, names)
     except (TypeError, ValueError):
-        # Once more, for an error that has the names.
+        # It is called again under its own names, which the error then has.
         return None
 
 

@@ -54,25 +54,25 @@ class Factor:
 
     @property
     def rate(self) -> float | None:
-        """The rate of descent."""
+        """Returns the rate of descent."""
         # Subtracted, so that no zero is negative.
         return 0.0 - self.value if self.has_rate and self.value is not None else None
 
     def times(self, number: float | None, *, has_rate: bool = True) -> "Factor":
-        """The factor after one more."""
+        """Returns the factor after one more."""
         if self.value is None or number is None:
             return _UNKNOWN
         return Factor(self.value * number, self.has_rate or has_rate)
 
     def normalised(self) -> "Factor":
-        """The factor after a transformation whose updates have their own scale."""
+        """Returns the factor after the gradient is normalised."""
         # Zero stays zero: nothing is left of the gradient.
         if not self.value:
             return self
         return Factor(math.copysign(1.0, self.value))
 
     def if_normal(self) -> "Factor":
-        """The factor after a transformation that normalises some gradients only."""
+        """Returns the factor after only some gradients are normalised."""
         return self if self.value in (-1.0, 0.0, 1.0) else _UNKNOWN
 
 
@@ -225,7 +225,7 @@ def _flatten(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
 def _inject(cells: Cells, state: Any, factors: Any, params: Any) -> Any:
     values = dict(state.hyperparams)
     for name, schedule in cells["sched_hps"].items():
-        # Any other may ask for what only the next step knows, e.g. the loss.
+        # Others may need what only the next step knows, e.g. the loss.
         if type(schedule) is not optax.schedules.WrappedSchedule:
             return _unknown(factors)
         values[name] = schedule(state.hyperparams_states[name])

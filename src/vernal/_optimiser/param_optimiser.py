@@ -154,7 +154,7 @@ class ParamOptimiser(AbstractTransform):
         - `params`: a whole model, a filtered one, or a dictionary.
         """
         if type(params).__name__ == "_ParamsPlaceholder":
-            # What `optax.tree_map_params` puts in the place of all parameters.
+            # `optax.tree_map_params` puts this in the place of all parameters.
             first = None if self.first is None else self.first.init(params)
             groups = rule_groups(self, (), ())
             states = tuple(group.transform.init(params) for group in groups)

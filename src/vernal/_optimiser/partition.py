@@ -61,8 +61,7 @@ def partition(
     def init_fn(params: Any) -> optax.transforms.PartitionState:
         tree = uniquely_named(params)
         if not tree.leaves:
-            # Nothing to divide. Optax's `tree_map_params` comes with such a tree, and
-            # looks for it in the state.
+            # `optax.tree_map_params` gives such a tree, and looks for it in the state.
             states = [tx.init(params) for tx in transforms.values()]
         else:
             leaves = tree.by_name()
@@ -102,8 +101,8 @@ def partition(
         }
 
         def extra_of(members: Sequence[str]) -> dict[str, Any]:
-            # What had the structure of the updates, and is given whole, must have it
-            # still where a transformation owns every leaf.
+            # Where a transformation owns every leaf, what has the structure of the
+            # updates must keep it.
             if not mask_compatible_extra_args and len(members) < len(names):
                 return given
             own = {k: {n: arg[n] for n in members} for k, arg in alike.items()}
@@ -171,8 +170,8 @@ def _leaf_labels(param_labels: Any, tree: Any, names: Sequence[str]) -> list[Any
 
 
 def _is_function(param_labels: Any) -> bool:
-    # A callable module is a tree of labels; a method or a partial application of a
-    # function is a pytree as well, and yet is meant to be called.
+    # A callable module is a tree of labels. A method and a partial application are
+    # pytrees too, but are called.
     return callable(param_labels) and (
         jtu.treedef_is_leaf(jtu.tree_structure(param_labels))
         or isinstance(param_labels, functools.partial)
@@ -184,7 +183,7 @@ def _aligned(params: NamedTree, names: Sequence[str]) -> dict[str, Any]:
     """Returns the parameters by name, if they match the updates."""
     values, wanted = params.by_name(), set(names)
     odd = [name for name in names if name not in values]
-    # A whole model comes with leaves that have no gradient, e.g. functions.
+    # A whole model has leaves without a gradient, e.g. functions.
     odd += [n for n, v in values.items() if n not in wanted and hasattr(v, "dtype")]
     if odd:
         raise ValueError(

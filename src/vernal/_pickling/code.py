@@ -9,21 +9,20 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Pickle knows a function by its module and its name. The functions within functions,
-# of which Optax's transformations consist, have no name there, but their code stands in
-# the code of their module.
+# Pickle knows a function by its module and its name. Functions within functions, of
+# which Optax's transformations consist, have no name there, but the code of their
+# module contains their code.
 
 
 class Stand:
-    """What stands for an object in a pickle, and is that object when it is loaded."""
+    """Stands for an object in a pickle, and is loaded as that object."""
 
     __slots__ = ("args", "make", "state")
 
     def __init__(self, make: Any, *args: Any):
         """**Arguments:**
 
-        - `make`: a function of a module.
-        - `args`: what it makes the object of.
+        - `make`, `args`: a function of a module, and what to call it with.
         """
         self.make, self.args = make, args
         self.state: Any = None
@@ -31,7 +30,7 @@ class Stand:
     def __reduce__(self) -> Any:
         if self.state is None:
             return self.make, self.args
-        # Set once it is there: a function may hold itself.
+        # Set once the function is made, since it may hold itself.
         return self.make, self.args, self.state, None, None, _fill
 
 
@@ -66,12 +65,12 @@ def _named(module: str, name: str) -> Any:
 
 
 def by_code(fn: types.FunctionType, cells: tuple[Any, ...]) -> Stand:
-    """Refers to a function without its contents, by the code of its module.
+    """Refers to a function, but for its contents, by its code in its module.
 
     **Arguments:**
 
     - `fn`: the function.
-    - `cells`: what stands for its cells.
+    - `cells`: what stands for its cells in the pickle.
     """
     code, scope, names = fn.__code__, fn.__globals__, metadata(fn)
     module = scope.get("__name__", "")
@@ -83,9 +82,9 @@ def by_code(fn: types.FunctionType, cells: tuple[Any, ...]) -> Stand:
             return Stand(_coded, *known_by, names, cells)
         # It may have been imported again since.
         _codes_in.cache_clear()
-    # Cloudpickle takes this by value, and `_renamed` restores the name. Pickle refuses
-    # it, and has the name in its error.
-    empty = bare(code, scope, names)
+    # Cloudpickle accepts it by value, and `_renamed` restores the name. Pickle refuses
+    # it with an error that has the name.
+    empty = bare(code, scope, names, tuple(new_cell() for _ in cells))
     empty.__qualname__ += (
         f" ({code.co_filename}:{code.co_firstlineno}), which no module has under this "
         "name. Move it to one, or use `cloudpickle` instead of `pickle`"
@@ -97,11 +96,9 @@ def bare(
     code: types.CodeType,
     scope: dict[str, Any],
     metadata: Mapping[str, Any],
-    cells: tuple[types.CellType, ...] | None = None,
+    cells: tuple[types.CellType, ...],
 ) -> types.FunctionType:
-    """Makes a function without its contents: by default each of its cells is empty."""
-    if cells is None:
-        cells = tuple(types.CellType() for _ in code.co_freevars)
+    """Makes a function without its defaults and attributes."""
     fn = types.FunctionType(code, scope, closure=cells)
     for name, value in metadata.items():
         setattr(fn, name, value)
@@ -113,7 +110,7 @@ _NAMES = ("__name__", "__qualname__", "__module__", "__doc__")
 
 def metadata(fn: types.FunctionType) -> dict[str, Any]:
     """Returns what a function has beside its code and its contents."""
-    # Where annotations are lazy, asking for them may fail; their maker can be kept.
+    # Lazy annotations may fail when they are asked for; what makes them can be kept.
     lazy = hasattr(fn, "__annotate__")
     names = (*_NAMES, "__annotate__" if lazy else "__annotations__")
     return {name: getattr(fn, name) for name in names}
@@ -160,7 +157,7 @@ def content_of(cell: types.CellType) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _codes_in(module: str) -> tuple[types.CodeType, ...]:
-    """Returns all code within a module: none where its source is not to be had."""
+    """Returns all code within a module, none if its source cannot be found."""
     spec = getattr(sys.modules.get(module), "__spec__", None)
     get_code = getattr(getattr(spec, "loader", None), "get_code", None)
     try:
@@ -179,7 +176,7 @@ def _within(code: types.CodeType) -> Iterator[types.CodeType]:
 
 @functools.lru_cache(maxsize=4096)
 def digest_of(code: types.CodeType) -> bytes:
-    """Hashes what code does, without its place in the file."""
+    """Hashes what code does, whatever its place in the file."""
     parts = (
         code.co_code,
         code.co_exceptiontable,

@@ -1,4 +1,4 @@
-"""What is a library's: its code does not change while a program runs."""
+"""Which code belongs to a library, and so does not change while a program runs."""
 
 import functools
 import os
@@ -33,12 +33,16 @@ def is_library_module(name: str, module: types.ModuleType | None) -> bool:
 
 
 def module_of(kind: type) -> str:
-    """Returns the name of a class's module; `""` if it has none, as some in C do."""
+    """Returns the name of a class's module; `""` for those of C without one."""
     name = kind.__module__
     return name if isinstance(name, str) else ""
 
 
-_HEAP_TYPE = 1 << 9
+def is_of_python(kind: type) -> bool:
+    """Whether a class was made by a `class` statement, not in C."""
+    heap_type = 1 << 9
+    return bool(kind.__flags__ & heap_type)
+
 
 _library_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
@@ -48,8 +52,7 @@ def is_library(kind: type) -> bool:
     if found is None:
         name = module_of(kind)
         found = is_library_module(name, sys.modules.get(name))
-        # A class made by `exec` in a namespace without `__name__` says "builtins" too,
-        # but unlike a real builtin it was made by a statement of Python's.
-        found = found and not (name == "builtins" and bool(kind.__flags__ & _HEAP_TYPE))
+        # A class made by `exec` in a namespace without `__name__` says "builtins" too.
+        found = found and not (name == "builtins" and is_of_python(kind))
         _library_kinds[kind] = found
     return found

@@ -1,4 +1,4 @@
-"""Modules and what they hold, as pickles take them."""
+"""Equinox modules, and what they hold, in a form that pickle accepts."""
 
 import copy
 import copyreg
@@ -8,7 +8,7 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,7 +16,18 @@ import jax.tree_util as jtu
 
 from .._boundary import is_wide, is_x64_on
 from .code import Stand, by_code, by_name, content_of, is_named, new_cell
-from .library import module_of
+from .library import is_of_python, module_of
+
+if TYPE_CHECKING:
+    from equinox._module._module import (
+        _ModuleMeta,  # pyright: ignore[reportPrivateUsage]
+    )
+
+    class ModuleMeta(_ModuleMeta):
+        """The metaclass of Equinox's modules."""
+
+else:
+    ModuleMeta = type(eqx.Module)
 
 T = TypeVar("T")
 
@@ -24,8 +35,8 @@ T = TypeVar("T")
 class Portable:
     """A mixin for `equinox.Module`: pickled and copied modules stay immutable.
 
-    Equinox takes a module that is made without a call of its class, as pickle makes it,
-    for one that is still being initialised: it stays mutable, and is never freed.
+    Pickle makes a module without calling its class. Equinox takes such a module for one
+    that is still being initialised: it stays mutable, and is never freed.
     """
 
     def __copy__(self: T) -> T:
@@ -60,16 +71,16 @@ def build(kind: type, fields: Mapping[str, Any]) -> Any:
 
 
 def packed(obj: Any) -> Any:
-    """Returns what to pickle in place of an object: itself, where pickle accepts it.
+    """Returns what to pickle in place of an object: itself, if pickle accepts it.
 
-    Functions and tree structures anywhere within it are referred to by name, or by
-    their code, or taken apart. Modules are rebuilt from their fields.
+    Functions and tree structures within it are referred to by name or by their code, or
+    taken apart. Modules are built again from their fields.
     """
     return _Packing().of(obj)
 
 
 class _Packing:
-    """One walk. An object that is met twice is one object again when it is loaded."""
+    """One walk. An object that is met twice is loaded as one object."""
 
     def __init__(self) -> None:
         self.met: dict[int, Any] = {}
@@ -107,9 +118,9 @@ class _Packing:
                 return Stand(jtu.tree_structure, self.of(tree))
         if callable(obj) and _is_transformed(obj):
             return by_name(obj)
-        if isinstance(obj, eqx.Module) and "__func__" in (there := vars(obj)):
-            # A bound method of Equinox's. What else is in it comes from the function.
-            parts = self.of(there["__func__"]), self.of(there["__self__"])
+        if isinstance(obj, eqx.Module) and "__func__" in (fields := vars(obj)):
+            # Equinox's bound method. Its other fields come from the function.
+            parts = self.of(fields["__func__"]), self.of(fields["__self__"])
             return Stand(type(obj), *parts)
         if _is_simple(type(obj)):
             return self.simple(obj)
@@ -120,10 +131,9 @@ class _Packing:
         if isinstance(obj, eqx.Module):
             return Stand(build, type(obj), fields)
         if not fields and not jtu.tree_leaves(obj):
-            # A node that is empty may be known by its identity, and is so Equinox's
-            # mark of a field that is missing.
+            # An empty node may be compared by identity, as Equinox's sentinel is.
             return Stand(_empty_node, type(obj))
-        # Others keep their identity, where nothing of them needs to be replaced.
+        # Others keep their identity if nothing in them has to be replaced.
         is_same = all(map(operator.is_, fields.values(), vars(obj).values()))
         return obj if is_same else Stand(build, type(obj), fields)
 
@@ -154,8 +164,7 @@ class _Packing:
 
 
 def _is_simple(kind: type) -> bool:
-    """Whether its `__dict__` is all of an object, and pickle has no hooks for it."""
-    heap = 1 << 9
+    """Whether an object is all in its `__dict__`, and pickle has no hooks for it."""
     return (
         kind.__reduce__ is object.__reduce__
         and kind.__reduce_ex__ is object.__reduce_ex__
@@ -163,7 +172,7 @@ def _is_simple(kind: type) -> bool:
         and kind not in copyreg.dispatch_table
         and not any(hasattr(kind, name) for name in _OF_PICKLE)
         and not any(vars(base).get("__slots__") for base in kind.__mro__)
-        and all(base.__flags__ & heap for base in kind.__mro__[:-1])
+        and all(map(is_of_python, kind.__mro__[:-1]))
         and kind.__dictoffset__ != 0
     )
 
@@ -176,9 +185,9 @@ def _empty_node(kind: type) -> Any:
 
 
 def _is_transformed(fn: Any) -> bool:
-    """Whether a function is one of a module's that JAX or Equinox has transformed.
+    """Whether JAX or Equinox has transformed a function of a module.
 
-    Pickle takes it for the one that it wraps, whose name it has.
+    Pickle takes it for the function that it wraps, since both have one name.
     """
     package = module_of(type(fn)).split(".")[0]
     is_one = package in ("jax", "jaxlib", "equinox") and is_named(fn)

@@ -16,24 +16,25 @@ from .shelves import Shelves
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Donate = Literal["none", "all-except-first"]
 
-# As Equinox has them: what is none of these is static.
+# As in Equinox: everything else is static.
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 _array_types: set[type] = set()
 
-# JAX has caches of its own for the functions within a program (the body of a loop,
-# helpers that are compiled by themselves), which know a function by its identity. They
-# heed this: where code has changed, programs are made under another number.
+# JAX has its own caches for the functions within a program (the body of a loop, helpers
+# that are compiled by themselves), and finds a function in them by its identity and by
+# this number. Where code has changed, programs are made under another number.
 _generation = jax.make_user_context(0)
 
-# The number of slots whose last values are known.
+# How many slots are remembered with their last values.
 _MOST_SLOTS = 2**14
 
 _MOST_RECORDS = 512
 
 
 class _Changes:
-    """Counts how often anything was seen to change that a program is made from."""
+    """Counts how often a change was seen in what programs are made from."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -46,7 +47,7 @@ class _Changes:
             for slot, value in watch.slots():
                 mark, last = _mark(value), self._last.get(slot)
                 self._last[slot] = owner, mark
-                # The id may have been that of another owner, which is gone.
+                # The id may have been that of another owner, which no longer exists.
                 if last is not None and _is_one(last[0], owner):
                     is_new |= not _is_one(last[1], mark)
         if len(self._last) > _MOST_SLOTS:
@@ -59,7 +60,7 @@ class _Changes:
 
 
 def _mark(value: Any) -> Any:
-    """What tells a value from another one, without keeping it alive."""
+    """Returns a mark that identifies a value without keeping it alive."""
     if is_atom(value):
         return value_key(value)
     try:
@@ -76,24 +77,24 @@ _changes = _Changes()
 
 
 def _statics(leaves: list[Any]) -> tuple[Any, ...]:
-    """Picks the leaves that are no arrays."""
+    """Picks the leaves that are not arrays."""
     if _array_types.issuperset(map(type, leaves)):
         return ()
-    # To ask each is dear: `jax.Array` is an abstract class.
+    # `isinstance` is slow for `jax.Array`, which is an abstract class.
     _array_types.update({type(x) for x in leaves if isinstance(x, _ARRAYS)})
     return tuple(x for x in leaves if type(x) not in _array_types)
 
 
 class _Call(NamedTuple):
-    """The arguments of a call but for their arrays."""
+    """The arguments of a call without their arrays."""
 
     structure: Any
     statics: tuple[Any, ...]
     types: tuple[type, ...]
-    """Of the static ones: to Python, `1` and `True` are one."""
+    """Of the static ones, since `1 == True`."""
 
     def joined(self, arrays: list[Any]) -> Any:
-        """Puts the arguments together again."""
+        """Puts the arguments together; `arrays` has `None` for each static one."""
         rest = iter(self.statics)
         leaves = [next(rest) if x is None else x for x in arrays]
         return self.structure.unflatten(leaves)
@@ -101,14 +102,14 @@ class _Call(NamedTuple):
 
 @jax.tree_util.register_static
 class Version:
-    """A call, and the code of one moment: what a program is compiled for."""
+    """A call, and its code at one time: what a program is compiled for."""
 
     __slots__ = ("__weakref__", "_hash", "call", "generation", "is_traced")
 
     def __init__(self, call: _Call, hashed: int):
         """**Arguments:**
 
-        - `hashed`: a hash that another version of the same code has, too.
+        - `hashed`: the hash; equal for versions of the same code.
         """
         self.call, self._hash = call, hashed
         self.generation, self.is_traced = _changes.count, False
@@ -120,12 +121,12 @@ class Version:
         return self is other
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """What JAX looks at its functions in, to trace them for this version."""
+        """Returns the context in which JAX finds what it traced for this version."""
         return _generation(self.generation)
 
 
 class _Record:
-    """What the code of a call reads, and the version that this makes."""
+    """What the code of a call reads, and the version that follows from it."""
 
     __slots__ = ("call", "found", "version")
 
@@ -139,7 +140,7 @@ class _Record:
         with _lock:
             version = _versions.get(key)
             if version is None:
-                # Also where names were added or removed, which no slot tells.
+                # Slots do not show where names were added or removed.
                 _changes.count += is_again
                 version = _versions[key] = Version(self.call, hash(key))
         self.version = version
@@ -156,7 +157,7 @@ class _Record:
         return self.version
 
     def settle(self) -> None:
-        """Sets aside what a program wrote to while it was made, or in its callbacks."""
+        """Marks what a program wrote to while it was made, or in its callbacks."""
         jax.effects_barrier()
         if self.found.is_current():
             return
@@ -167,7 +168,7 @@ class _Record:
 
     @classmethod
     def of(cls, structure: Any, statics: tuple[Any, ...]) -> "_Record":
-        """Returns the record of a call, which may be a new one."""
+        """Returns the record of a call, a new one if there is none."""
         call = _Call(structure, statics, tuple(map(type, statics)))
         record = _records.get(call)
         if record is None:
@@ -179,16 +180,17 @@ class _Record:
         return record
 
 
-# Held to change what threads share here, and only for as long as that takes.
+# Held only while what threads share is changed.
 _lock = threading.RLock()
 
-# Records hold what was read, and so are few. Versions live as long as their programs.
+# Records keep alive what was read, so only some are kept. Versions live as long as
+# their programs.
 _records: dict[_Call, _Record] = {}
 _versions: weakref.WeakValueDictionary[Hashed, Version] = weakref.WeakValueDictionary()
 
 
 def version_of(tree: Any) -> Version:
-    """Returns the version of the code of a tree as it is now: static, to JAX."""
+    """Returns the version of a tree's code as it is now: static, for JAX."""
     leaves, structure = jax.tree.flatten(tree)
     return _Record.of(structure, _statics(leaves)).now()
 
@@ -196,9 +198,9 @@ def version_of(tree: Any) -> Version:
 class Program(Generic[P, R]):
     """A compiled function, which `program` makes."""
 
-    def __init__(self, fn: Callable[P, R], donate: Literal["none", "all-except-first"]):
+    def __init__(self, fn: Callable[P, R], donate: Donate):
         self._fn = fn
-        self._donate: Literal["none", "all-except-first"] = donate
+        self._donate: Donate = donate
         self._compiled: Shelves[Any] = Shelves(_drop)
         functools.update_wrapper(self, fn)
         _programs.append(self)
@@ -218,14 +220,15 @@ class Program(Generic[P, R]):
         return result
 
     def _of(self, version: Version) -> Any:
-        """Returns what is compiled for a version, by JAX for each shape of arrays."""
+        """Returns what is compiled for a version; JAX compiles it for each shape."""
         return self._compiled.get(version) or self._compiled.put(
             version, self._jitted(version), _kind(version.call)
         )
 
     def _jitted(self, version: Version) -> Any:
-        # One for each: only as a whole can what it has compiled be dropped. Equinox and
-        # JAX keep the function, so that it must not keep the version.
+        # One function for each version, since JAX drops what it compiled for a function
+        # only as a whole. Equinox and JAX keep the function alive, so it must not keep
+        # the version alive.
         called: Callable[..., R] = self._fn
         made_for = weakref.ref(version)
 
@@ -237,12 +240,10 @@ class Program(Generic[P, R]):
         enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
         return eqx.filter_jit(enter, donate=self._donate)
 
-    def _taken_apart(
-        self, args: tuple[Any, ...]
-    ) -> tuple["_Record", list[Any], list[Any]]:
-        """Finds the record of a call, and its arrays: of the first argument, the rest.
+    def _taken_apart(self, args: Any) -> tuple[_Record, list[Any], list[Any]]:
+        """Returns the record of a call, the arrays that are kept, and the other ones.
 
-        They are told apart only where it matters, since the rest is donated.
+        Those of the first argument are kept where all others are donated.
         """
         leaves, structure = jax.tree.flatten(args)
         statics = _statics(leaves)
@@ -267,7 +268,7 @@ class Program(Generic[P, R]):
 
 
 def _drop(version: Version, jitted: Any) -> None:
-    """Lets go of what was compiled for a version, and of what its code reads."""
+    """Drops what was compiled for a version, and the records of what its code reads."""
     jitted._cached.clear_cache()
     with _lock:
         for call, record in list(_records.items()):
@@ -278,7 +279,7 @@ def _drop(version: Version, jitted: Any) -> None:
 def _kind(call: _Call) -> frozenset[str]:
     """Returns the names of the classes and functions of a call.
 
-    They stay the same where a cell or a function defines them anew.
+    They stay the same when a notebook cell or a function defines them again.
     """
     names: set[str] = set()
     todo = [call.structure, *call.statics]
@@ -297,13 +298,11 @@ def _kind(call: _Call) -> frozenset[str]:
     return frozenset(names)
 
 
-def program(
-    fn: Callable[P, R], donate: Literal["none", "all-except-first"] = "none"
-) -> Program[P, R]:
-    """Compiles a function: for arrays as `equinox.filter_jit` does, and anew where
-    what the code of its arguments reads has changed.
+def program(fn: Callable[P, R], donate: Donate = "none") -> Program[P, R]:
+    """Compiles a function as `equinox.filter_jit` does, and again whenever something
+    has changed that the code of its arguments reads.
 
-    It takes positional arguments alone.
+    The compiled function takes positional arguments only.
     """
     return Program(fn, donate)
 
@@ -312,16 +311,16 @@ _programs: list[Program[Any, Any]] = []
 
 
 def forget() -> None:
-    """Drops every program that vernal has compiled, so that each is made anew.
+    """Drops every program that vernal has compiled, so that each is compiled again.
 
-    A program follows the code that it was made from: where that has changed, the next
-    call compiles anew. This is for what cannot be seen to change: a file that a model
-    reads, an attribute by a computed name, a library that was loaded again.
+    Programs follow your code: where it has changed, the next call compiles again. Call
+    this after a change that vernal cannot see: in a file that a model reads, in an
+    attribute whose name is computed, in a library that was reloaded.
 
     It drops the compiled steps, fits, solves, matrices and products, and what is known
-    of the code behind them. Functions that you have compiled yourself are traced anew
-    where a model or a loss calls them. Programs of your own around vernal, such as a
-    `jax.jit` of `trainer.step`, are left alone: `jax.clear_caches()` drops those.
+    of the code behind them. Functions that you have compiled yourself are traced again
+    where a model or a loss calls them. Your own programs around vernal, such as a
+    `jax.jit` of `trainer.step`, are kept: `jax.clear_caches()` drops those.
     """
     with _lock:
         _records.clear()

@@ -1,4 +1,4 @@
-"""Which compiled programs are kept, and which have to go."""
+"""Which compiled programs are kept, and which are dropped."""
 
 import threading
 from collections.abc import Callable, Hashable
@@ -7,14 +7,14 @@ from typing import Any, Generic, TypeVar
 V = TypeVar("V")
 
 # Programs of one kind differ in the closure or the class that they were made for. Each
-# takes some megabytes. JAX keeps every class alive, so nothing shows whether a program
-# is still needed: the ones used last are kept.
+# takes a few megabytes. JAX keeps every class alive, so it is not known whether a
+# program is still needed: the programs used last are kept.
 MOST_OF_A_KIND = 24
 
-# Classes may have a new name each time, so that each is a kind.
+# Classes may have a new name each time, so that each is its own kind.
 MOST_KINDS = 32
 
-# Those that were dropped and then needed again are kept beside these.
+# Programs that were dropped and then needed again are kept on a shelf of their own.
 MOST_MISSED = 128
 
 _MOST_DROPPED = 4_096
@@ -25,14 +25,14 @@ _MISSED = object()
 class Shelves(Generic[V]):
     """Keeps the values that were used last: some of each kind, of some kinds.
 
-    A value that comes back after it was dropped is used in turns with many others. It
-    goes to a separate shelf, from which values that are used once cannot displace it.
+    A value that is needed again after it was dropped is used in turn with many others.
+    It goes to a separate shelf, where values that are used once cannot displace it.
     """
 
     def __init__(self, on_drop: Callable[[Any, V], None]):
         """**Arguments:**
 
-        - `on_drop`: called with each key and value that has to go.
+        - `on_drop`: called with each key and value that is dropped.
         """
         self._on_drop = on_drop
         self._kinds: dict[Hashable, Hashable] = {}
@@ -44,7 +44,7 @@ class Shelves(Generic[V]):
         self._lock = threading.RLock()
 
     def get(self, key: Hashable) -> V | None:
-        """Returns a value, which counts as used now."""
+        """Returns a value, if it is kept, which counts as a use of it."""
         with self._lock:
             if key not in self._kinds:
                 return None
@@ -66,8 +66,8 @@ class Shelves(Generic[V]):
         The value that is kept: another one if another thread was faster.
         """
         with self._lock:
-            if (there := self.get(key)) is not None:
-                return there
+            if (kept := self.get(key)) is not None:
+                return kept
             if hash(key) in self._dropped:
                 kind = _MISSED
             shelf, old = self._shelf(kind), []

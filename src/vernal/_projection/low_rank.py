@@ -149,15 +149,10 @@ def whiten_matvec(
     values = _refuse_bad(found, tolerance, rank)
 
     is_flat = found.curvature <= tolerance
-    held = jax.lax.stop_gradient
-    return LowRankWhitening(
-        scale=held(scales),
-        vectors=held(found.vectors),
-        eigenvalues=held(values),
-        # Steps in a flat complement are no larger than in the softest direction kept.
-        curvature=held(jnp.where(is_flat, values[-1], found.curvature)),
-        is_flat=held(is_flat),
-    )
+    # Steps in a flat complement are no larger than in the softest direction kept.
+    curvature = jnp.where(is_flat, values[-1], found.curvature)
+    whitening = LowRankWhitening(scales, found.vectors, values, curvature, is_flat)
+    return jax.lax.stop_gradient(whitening)
 
 
 def _flat_scale(scale: Params, params: Params, dtype: np.dtype) -> Float[Array, " D"]:

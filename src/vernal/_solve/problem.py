@@ -86,7 +86,7 @@ class Start(NamedTuple):
     @classmethod
     def of(cls, trainer: AbstractTrainer) -> "Start":
         """Takes out of a trainer what `stripped` leaves out."""
-        old: Progress = progress_of(trainer)
+        old = progress_of(trainer)
         return cls(
             old.latent,
             old.best,

@@ -20,7 +20,6 @@ from .._projection import DenseWhitening, EigenProjector, Unchanged
 from .._step import (
     AbstractTrainer,
     Diagnosis,
-    Progress,
     count_non_finite,
     diagnosed,
     initial_opt_state,
@@ -159,7 +158,7 @@ class _Rounds:
 
     def result(self, reason: StopReason | None = None) -> FitResult[Any, Any]:
         """Makes the result, with another `reason` than the solver's if there is one."""
-        old: Progress = progress_of(self._trainer)
+        old = progress_of(self._trainer)
         if self._end is None:
             none = History(np.zeros(0, int), np.zeros(0, old.best_loss.dtype))
             return FitResult(self._trainer, none, reason or self._reason)

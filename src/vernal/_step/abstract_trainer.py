@@ -4,6 +4,8 @@ This file alone reads and writes the private fields of a trainer. The functions 
 no methods: a user's subclass may have fields of the same names.
 """
 
+# pyright: reportPrivateUsage=false
+
 import abc
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -14,7 +16,7 @@ from typing_extensions import TypeVar
 
 from .._boundary import PyTree
 from .._optimiser import ParamOptimiser
-from .._pickling import Portable, build
+from .._pickling import ModuleMeta, Portable, build
 from .._policy import NanPolicy, StopFit
 from .._projection import EigenProjector
 from .model_template import ModelTemplate
@@ -26,18 +28,16 @@ TrainerT = TypeVar("TrainerT", bound="AbstractTrainer[Any, Any]")
 ModuleT = TypeVar("ModuleT", bound=eqx.Module)
 
 if TYPE_CHECKING:
-    from equinox._module._module import _ModuleMeta
 
-    class _Meta(_ModuleMeta):
-        """To a type checker: a subclass has the `__init__` that it inherits.
+    class _Meta(ModuleMeta):
+        """Tells type checkers that a subclass inherits `__init__`, as it does.
 
-        So it is when a program runs, for a class whose parent has an `__init__` of its
-        own. Of Equinox's metaclass itself a checker believes that each subclass has a
-        new one, with an argument for each field.
+        With Equinox's metaclass they believe that each subclass has a new one, with an
+        argument for each field.
         """
 
 else:
-    _Meta = type(eqx.Module)
+    _Meta = ModuleMeta
 
 
 class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):

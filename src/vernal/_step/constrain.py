@@ -1,4 +1,4 @@
-"""`constrain` in a metric that couples the parameters: projected in it, or refused."""
+"""`constrain` where a projector or a preconditioner couples the parameters."""
 
 import contextlib
 import functools as ft
@@ -28,16 +28,16 @@ from .abstract_trainer import (
 )
 
 Clip = Callable[[PyTree], PyTree]
-"""What `constrain` makes of the parameters."""
+"""A function from parameters to constrained parameters."""
 
-# How often all elements on the wrong side of a bound change sides at once. After that
-# it is one at a time, which always comes to an end.
+# For this many iterations all elements on the wrong side of a bound change sides at
+# once. After that only one does, which always ends.
 _TOGETHER = 10
 _MOST_CHANGES = 100
 
 
 def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
-    """Returns what a trainer's `constrain` makes of parameters, and checks that."""
+    """Returns a trainer's `constrain` as a checked function of the parameters."""
 
     def clip(params: PyTree) -> PyTree:
         model = template_of(trainer).join(params)
@@ -54,27 +54,27 @@ def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
 def project(
     clip: Clip, projector: EigenProjector | None, params: PyTree
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    r"""Moves parameters to the nearest ones that `clip` lets be.
+    r"""Projects parameters onto the bounds of `clip`.
 
-    Nearest in the metric $F$ that is whitened: the solution $z$ of
+    In the metric $F$ of the projector: returns the solution $z$ of
 
     $$\min_z\ (z - x)^\top F (z - x), \quad z \text{ within the bounds},$$
 
-    is $z = x + F^{-1} \mu$, with multipliers $\mu$ that are zero where $z$ is within,
-    and push inwards where it is on a bound. Which elements are on a bound is found by
-    principal pivoting. See Júdice and Pires, *A block principal pivoting algorithm for
+    which is $z = x + F^{-1} \mu$. The multipliers $\mu$ are zero where $z$ is within
+    the bounds, and push inwards where it is on a bound. Principal pivoting finds the
+    elements on a bound. See Júdice and Pires, *A block principal pivoting algorithm for
     large-scale strictly monotone linear complementarity problems*, Computers &
     Operations Research 21 (1994).
 
     **Arguments:**
 
-    - `clip`: clips each element by itself.
-    - `projector`: whitens the metric; `None` if nothing is coupled.
+    - `clip`: clips each element to an interval.
+    - `projector`: has the metric; `None` if nothing is coupled.
     - `params`: the point $x$.
 
     **Returns:**
 
-    The point $z$, and whether it is another.
+    The point $z$, and whether it differs from $x$.
     """
     clipped = clip(params)
     active = jax.tree.map(jnp.not_equal, clipped, params)
@@ -90,7 +90,7 @@ def project(
     add = lambda tree, other: jax.tree.map(jnp.add, tree, other)
 
     def solved(active: PyTree, bounds: PyTree) -> tuple[PyTree, PyTree]:
-        """Holds the active elements at their bounds, and moves the others along."""
+        """Holds the active elements at their bounds, and moves the others with them."""
 
         def product(scaled: PyTree) -> PyTree:
             moved = projector.precondition(over(masked(scaled, active), scales))
@@ -108,11 +108,11 @@ def project(
 
     def body(state: _Pivoting) -> _Pivoting:
         point, forces = solved(state.active, state.bounds)
-        # An element is on its bound if the force keeps it there.
+        # An element stays on its bound if the multiplier pushes inwards.
         pull = times(forces, jax.tree.map(jnp.square, scales))
         probe = cast_like(jax.tree.map(jnp.subtract, point, pull), params)
         bounds = clip(probe)
-        # One that is pulled off its bound is free first, whatever lies beyond.
+        # An element that leaves its bound becomes free before it can meet the other.
         outside = jax.tree.map(
             lambda new, at, old, is_on: (new != at) & (~is_on | (new == old)),
             *(bounds, probe, state.bounds, state.active),
@@ -132,7 +132,7 @@ def project(
 
     start = _Pivoting(active, clipped, params, ~is_clipped, jnp.asarray(0))
     goes_on = lambda state: ~state.is_over & (state.changes < _MOST_CHANGES)
-    # Which elements are on a bound has no derivative; where they are then has one.
+    # The set of active elements has no derivative; the point has one.
     fixed = lambda state: lax.stop_gradient(state)
     found = lax.while_loop(goes_on, lambda s: fixed(body(fixed(s))), fixed(start))
     point, _ = solved(found.active, clip(lax.stop_gradient(found.probe)))
@@ -148,12 +148,12 @@ class _Pivoting(NamedTuple):
 
 
 def _positive(error: Array) -> Array:
-    # The size of an element: any positive number will do.
+    # A scale of the element: any positive number will do.
     return jnp.where(jnp.isfinite(error) & (error > 0), error, jnp.ones_like(error))
 
 
 def _first_alone(flags: PyTree) -> PyTree:
-    """Keeps the first flag that is raised."""
+    """Keeps only the first flag that is set."""
     leaves, structure = jax.tree.flatten(flags)
     flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
     first = flat & (jnp.arange(flat.size) == jnp.argmax(flat))
@@ -165,7 +165,7 @@ def _first_alone(flags: PyTree) -> PyTree:
 
 
 def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
-    """Returns the projector in whose metric `clip` has to be a projection, if any.
+    """Returns the projector in whose metric `clip` must be a projection, if any.
 
     **Raises:**
 
@@ -195,11 +195,11 @@ def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
 def check_elementwise(trainer: AbstractTrainer) -> None:
     """Refuses a `constrain` that cannot be projected, before a fit begins.
 
-    In a metric that couples what it changes, it has to clip each element by itself.
-    That is tried at some points around the present one.
+    If a projector couples what it changes, it must clip each element to an interval.
+    It is tried at some points around the current one.
     """
-    is_there = trainer.projector is not None and overrides(trainer, "constrain")
-    if not is_there or isinstance(trainer.step_count, Tracer):
+    is_coupled = trainer.projector is not None and overrides(trainer, "constrain")
+    if not is_coupled or isinstance(trainer.step_count, Tracer):
         return
     clip = clip_of(trainer, "what it was given")
     if coupled(trainer, clip) is None:
@@ -207,13 +207,13 @@ def check_elementwise(trainer: AbstractTrainer) -> None:
     flat, unravel = ravel_pytree(trainer.params)
     random = np.random.default_rng(0)
     spread = 2 * (1 + np.abs(flat))
-    # Apart by no round numbers, and on either side of zero.
+    # On both sides of zero, and not at round numbers.
     places = _PLACES + random.uniform(-0.2, 0.2, (len(_PLACES), flat.size))
     points = np.asarray(np.asarray(flat) + np.asarray(spread) * places, flat.dtype)
     image = lambda x: np.asarray(ravel_pytree(clip(unravel(jnp.asarray(x))))[0])
     images = np.stack([image(point) for point in points])
     is_same = lambda a, b: np.allclose(a, b, rtol=1e-5, equal_nan=True)
-    # Any two elements have another bit in their indices.
+    # The indices of any two elements differ in at least one bit.
     for bit in range(max(flat.size - 1, 1).bit_length()):
         mask = (np.arange(flat.size) >> bit) % 2 == 0
         mixed = image(np.where(mask, points[0], points[-1]))
@@ -222,18 +222,18 @@ def check_elementwise(trainer: AbstractTrainer) -> None:
                 "`constrain` mixes elements of the parameters, as a normalisation "
                 f"does, {_REFUSAL}"
             )
-    # What moves to the nearest point of an interval keeps the order, stretches
-    # nothing, and leaves what is there already.
+    # Clipping to an interval keeps the order, stretches nothing, and does nothing the
+    # second time.
     rises, steps = np.diff(images, axis=0), np.diff(points, axis=0)
     is_other = (rises < 0) | (rises > steps * (1 + 1e-3))
     if is_other.any() or not is_same(image(images[0]), images[0]):
         raise ValueError(
-            "`constrain` does more than to clip, as a reflection, a wrapping or a "
+            "`constrain` does more than clip, as a reflection, a wrapping or a "
             f"shrinkage does, {_REFUSAL}"
         )
 
 
-# Where a constraint is tried, in units of the parameters.
+# The points at which a constraint is tried, in units of the parameters.
 _PLACES = np.array([-3.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 3.0])[:, None]
 
 _REFUSAL = (
@@ -245,7 +245,7 @@ _REFUSAL = (
 
 
 def _touched(clip: Clip, params: PyTree) -> set[str]:
-    """Finds the parameters that `clip` may change: the others go right through."""
+    """Returns the names of the parameters that `clip` may change."""
     program = jax.make_jaxpr(lambda leaves: jax.tree.leaves(clip(unflatten(leaves))))
     unflatten = jax.tree.structure(params).unflatten
     jaxpr = program(jax.tree.leaves(params)).jaxpr
@@ -254,7 +254,7 @@ def _touched(clip: Clip, params: PyTree) -> set[str]:
 
 
 def _mixed(projector: EigenProjector) -> set[str]:
-    """Finds the parameters that have elements which are coupled to any others."""
+    """Returns the names of the parameters that the projector couples to others."""
     names = paths(projector.origin)
     pairs = zip(projector.blocks, projector.whitenings, strict=True)
     return {
@@ -266,7 +266,7 @@ def _mixed(projector: EigenProjector) -> set[str]:
 
 
 def _preconditioners(optimiser: Any) -> list[EigenProjector]:
-    """Finds the projectors that an optimiser preconditions by."""
+    """Returns the projectors of the `precondition`s in an optimiser."""
     found: list[EigenProjector] = []
     waiting, seen = [optimiser], {}
     while waiting:
@@ -293,7 +293,7 @@ def _preconditioners(optimiser: Any) -> list[EigenProjector]:
 
 
 def _contents(cell: types.CellType) -> Any:
-    # That of a name which is not bound yet is empty.
+    # The cell of a name that is not bound yet is empty.
     with contextlib.suppress(ValueError):
         return cell.cell_contents
     return None

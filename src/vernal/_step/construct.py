@@ -1,8 +1,8 @@
-"""What a trainer is made of: its arguments checked, its parameters found."""
+"""The arguments of a trainer, checked, and its parameters, found."""
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ _OF_POLICY = {"init": ("params",), "apply": ("loss", "grads", "state")}
 
 
 def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
+    """Checks that a trainer's class says what is fitted, and can be called for it."""
     methods = defined(trainer)
     if not methods:
         raise TypeError(
@@ -60,12 +61,12 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
     check_state(state)
 
 
-# The classes that were warned of: once each, however many trainers there are.
+# The classes that a warning was given for, once each.
 _warned: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
-    """Says which method uses which, where least squares leave something out."""
+    """Warns of residuals beside another method: least squares may leave a term out."""
     others = [name for name in methods if name != "residuals"]
     if "residuals" not in methods or not others or kind in _warned:
         return
@@ -87,6 +88,7 @@ def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
 
 
 def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
+    """Checks the types of a trainer's arguments."""
     if not isinstance(nan_policy, NanPolicy):
         made = isinstance(nan_policy, type) and issubclass(nan_policy, NanPolicy)
         remedy = f"`{nan_policy.__name__}()`" if made else "`vn.SkipStep()`"
@@ -115,11 +117,10 @@ def find_trained(
     model: Any, optimiser: Any, train: Any, projector: EigenProjector | None
 ) -> tuple[int | None, ...]:
     """Finds which leaves of the model are trained."""
-    by_rules = isinstance(optimiser, ParamOptimiser)
-    ruled = cast(ParamOptimiser, optimiser).owners(model) if by_rules else ()
+    ruled = optimiser.owners(model) if isinstance(optimiser, ParamOptimiser) else None
     if train is not None:
         owners = resolve(model, [train], argument="train")
-    elif by_rules:
+    elif ruled is not None:
         owners = ruled
     elif projector is not None:
         names = paths(projector.origin)
@@ -149,7 +150,7 @@ def fit_projector(
     *,
     constrained: bool,
 ) -> tuple[EigenProjector | None, PyTree]:
-    """Checks that a projector fits the parameters, and returns it with their latent."""
+    """Checks that a projector fits the parameters, and encodes them with it."""
     if projector is None:
         return None, None
     refuse_names_in_latent_space(projector, optimiser)
@@ -203,9 +204,12 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
                 f"`optimiser` has several rules for {mixed}, which one block of "
                 "`projector` mixes. Give them one rule, by a tuple, or a block each."
             )
-    there = _latent_owners(projector, optimiser)
+    try:
+        latent_owners = optimiser.owners(projector.latent_like, filtered=True)
+    except UnknownPathError:
+        latent_owners = None
     for index, block in enumerate(projector.blocks):
-        if there is None or there[index] != owners[block[0]]:
+        if latent_owners is None or latent_owners[index] != owners[block[0]]:
             raise ValueError(
                 f"`optimiser` has another rule for {names[block[0]]!r} in the latent "
                 "space of `projector`, where its array has another shape. Name the "
@@ -213,21 +217,11 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
             )
 
 
-def _latent_owners(
-    projector: EigenProjector, optimiser: Any
-) -> tuple[int | None, ...] | None:
-    """Finds the rule of each latent array, if every rule finds something to own."""
-    try:
-        return optimiser.owners(projector.latent_like, filtered=True)
-    except UnknownPathError:
-        return None
-
-
 def check_ruled(optimiser: Any, params: PyTree) -> None:
-    """Refuses a parameter that would be trained, and never moved."""
+    """Refuses a trained parameter that no rule would move."""
     if not isinstance(optimiser, ParamOptimiser):
         return
-    owners = cast(ParamOptimiser, optimiser).owners(params, filtered=True)
+    owners = optimiser.owners(params, filtered=True)
     names = paths(params)
     idle = [n for n, owner in zip(names, owners, strict=True) if owner is None]
     if idle:
@@ -238,6 +232,7 @@ def check_ruled(optimiser: Any, params: PyTree) -> None:
 
 
 def initial_opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:
+    """Returns the first state of an optimiser, as arrays."""
     if optimiser is None:
         return None
     state = optimiser.init(params if latent is None else latent)

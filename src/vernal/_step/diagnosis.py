@@ -1,8 +1,8 @@
-"""Where a value that is not finite comes from: the data, the parameters, the model."""
+"""Where a non-finite value comes from: the data, the parameters, the model."""
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .._boundary import PyTree, debugged, dotted, is_debugged, spelled
+from .._boundary import PyTree, debugged, is_debugged, spelled_leaves
 from .._data import Minibatches, as_batch
 from .._policy import SKIP_ADVICE
 from .._program import version_of
-from .._tree import is_inexact
+from .._tree import by_path, is_inexact
 from .abstract_trainer import (
     AbstractTrainer,
     overrides,
@@ -50,9 +50,9 @@ class Diagnosis(NamedTuple):
 
     **Attributes:**
 
-    - `data`: leaves of the batch.
-    - `model`: parameters, and arrays of the model that are frozen.
-    - `results`: what is computed from them.
+    - `data`: about leaves of the batch.
+    - `model`: about parameters, and frozen arrays of the model.
+    - `results`: about what is computed from them.
     """
 
     data: tuple[str, ...] = ()
@@ -75,11 +75,11 @@ class Diagnosis(NamedTuple):
 
 
 def explain_non_finite(trainer: AbstractTrainer, batch: Any) -> str:
-    """Says in sentences where a value that is not finite comes from.
+    """Says in sentences where a non-finite value comes from.
 
     It names the leaves of the batch, the parameters and the frozen arrays that are not
-    finite, and which of the trainer's methods, or which gradient, is not. The methods
-    are evaluated for this, in a program of their own.
+    finite, and then the trainer's method, or the gradient, that is not. It evaluates
+    the methods for this, in a program of its own.
 
     **Arguments:**
 
@@ -95,8 +95,8 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
 
     **Raises:**
 
-    - `FloatingPointError`: at the operation that it comes from, if JAX was asked to, by
-        `jax_debug_nans` or `jax_debug_infs`.
+    - `FloatingPointError`: at the operation that it comes from, if `jax_debug_nans` or
+        `jax_debug_infs` is set.
     """
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((trainer.params, batch))):
         return Diagnosis((), (), ("Outside of `jax.jit` it can be said where from.",))
@@ -124,20 +124,19 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
 def bad_data(batch: Any) -> tuple[str, ...]:
     """Says of each leaf of a batch how many of its numbers are not finite, and where.
 
-    Of [`vernal.Minibatches`][] it looks at all the examples.
+    In [`vernal.Minibatches`][] it looks at all the examples.
     """
     is_whole = isinstance(batch, Minibatches)
     tree = batch.arrays if is_whole else as_batch(batch)
     of_all = " of all the examples" if is_whole else ""
-    bad = _bad_leaves(tree)
-    named = [f"{spelled('batch', keys)} {what}{of_all}." for keys, what in bad]
-    return _abridged(named)
+    bad = _bad_leaves(spelled_leaves("batch", tree))
+    return _abridged([f"{where} {what}{of_all}." for where, what in bad])
 
 
 def _empty(batch: Any) -> tuple[str, ...]:
     """Names the arrays of a batch that have no numbers: a mean over nothing is NaN."""
-    empty = [keys for keys, leaf in _leaves(as_batch(batch)) if 0 in np.shape(leaf)]
-    return _abridged([f"{spelled('batch', keys)} is empty." for keys in empty])
+    leaves = spelled_leaves("batch", as_batch(batch))
+    return _abridged([f"{w} is empty." for w, leaf in leaves if 0 in np.shape(leaf)])
 
 
 def _bad_update(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
@@ -159,23 +158,18 @@ def _bad_update(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     for name, hook in hooks.items():
         if overrides(trainer, name):
             changed = _evaluated(stripped(trainer), batch, hook)
-            if bad := [repr(dotted(keys)) for keys, _ in _bad_leaves(changed)]:
-                names = ", ".join(bad[:_MOST_NAMED])
-                return (f"What `{name}` returns is not finite in {names}.",)
+            if bad := _bad_paths(changed):
+                return (f"What `{name}` returns is not finite in {bad}.",)
     own = [f"`{name}`" for name in hooks if overrides(trainer, name)]
     makers = " or ".join(["the optimiser", *own])
     return (f"The update that {makers} made of it is not.",)
 
 
 def _bad_model(trainer: AbstractTrainer) -> tuple[str, ...]:
-    trained = {keys for keys, _ in _leaves(trainer.params)}
-    return _abridged(
-        [
-            f"The {'parameter' if keys in trained else 'frozen value'} "
-            f"{dotted(keys)!r} {what}."
-            for keys, what in _bad_leaves(trainer.model)
-        ]
-    )
+    trained = set(by_path(trainer.params).names)
+    kind = lambda path: "parameter" if path in trained else "frozen value"
+    bad = _bad_leaves(by_path(trainer.model).items())
+    return _abridged([f"The {kind(path)} {path!r} {what}." for path, what in bad])
 
 
 def _abridged(sentences: list[str]) -> tuple[str, ...]:
@@ -185,15 +179,17 @@ def _abridged(sentences: list[str]) -> tuple[str, ...]:
     return (*sentences[:_MOST_NAMED], f"{more} more leaves are not finite.")
 
 
-def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-def _bad_leaves(tree: PyTree) -> list[tuple[Any, str]]:
-    """Lists the keys of each leaf that is not finite, and what is wrong with it."""
+def _bad_leaves(named: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Lists the name of each leaf that is not finite, and what is wrong with it."""
     is_number = lambda leaf: is_inexact(leaf) or isinstance(leaf, float | complex)
-    described = [(k, _described(x)) for k, x in _leaves(tree) if is_number(x)]
-    return [(keys, what) for keys, what in described if what]
+    described = [(name, _described(leaf)) for name, leaf in named if is_number(leaf)]
+    return [(name, what) for name, what in described if what]
+
+
+def _bad_paths(tree: PyTree) -> str:
+    """Lists the paths of the first leaves that are not finite; empty if all are."""
+    names = [repr(path) for path, _ in _bad_leaves(by_path(tree).items())]
+    return ", ".join(names[:_MOST_NAMED]) + ", ..." * (len(names) > _MOST_NAMED)
 
 
 @jax.jit
@@ -204,7 +200,7 @@ def _counts(array: Any) -> Any:
 
 
 def _described(leaf: Any) -> str:
-    """Says what is not finite in an array, nothing if all of it is."""
+    """Says what is not finite in an array; empty if all of it is."""
     shape, parts = np.shape(leaf), []
     if math.prod(shape) == 0:
         return ""
@@ -244,19 +240,15 @@ def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     found = [_bad_result(trainer, batch, name) for name in methods]
     if any(found):
         return tuple(sentence for sentence in found if sentence)
-    bad = _bad_result(trainer, batch, "")
-    if bad:
+    if bad := _bad_result(trainer, batch, ""):
         return (bad,)
-    grads = _evaluated(trainer, batch, _gradients)
-    names = [repr(dotted(keys)) for keys, _ in _bad_leaves(grads)]
-    if not names:
-        return ()
-    shown = ", ".join(names[:_MOST_NAMED]) + ", ..." * (len(names) > _MOST_NAMED)
-    return (f"the loss is finite, but not its gradient in {shown}.", _GRADIENT_REMEDY)
+    if bad := _bad_paths(_evaluated(trainer, batch, _gradients)):
+        return f"the loss is finite, but not its gradient in {bad}.", _GRADIENT_REMEDY
+    return ()
 
 
 def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
-    """Says whether one method is finite, by default what a fit minimises."""
+    """Says whether a method's result is finite; without a name, the loss's."""
     method = {
         "residuals": residuals_as_returned,
         "nll": negative_log_likelihood,
@@ -294,7 +286,7 @@ def _raise_at_origin(trainer: AbstractTrainer, batch: Any) -> None:
 
 def _evaluated(trainer: AbstractTrainer, batch: Any, method: Callable[..., Any]) -> Any:
     """Evaluates a method, `None` if that fails: what is explained is another error."""
-    # A new function, so that it is compiled anew: the user's code may have changed.
+    # A new function, so that it is compiled again: the user's code may have changed.
     fn = eqx.filter_jit(lambda t, b: method(t, b, step_key(t)))
     with contextlib.suppress(Exception), version_of((trainer, batch)).context():
         return fn(trainer, batch)

@@ -1,11 +1,10 @@
-"""A model taken apart: what is trained, what is frozen, what is no array at all."""
+"""A model taken apart: trained parameters, frozen arrays, and what is not an array."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,11 +14,11 @@ from .._tree import is_inexact
 
 
 class ModelTemplate(Portable, eqx.Module):
-    """All of a model but its trained parameters.
+    """A model without its trained parameters.
 
-    Arrays are leaves; what is no array (functions, Python numbers, strings) is static
-    and compared by value. So the whole goes through plain `jax.jit`, whatever leaves
-    the model has.
+    Arrays are leaves; everything else (functions, Python numbers, strings) is static
+    and compared by value. So it goes through plain `jax.jit`, whatever leaves the model
+    has.
     """
 
     frozen: tuple[Any, ...]
@@ -36,18 +35,13 @@ class ModelTemplate(Portable, eqx.Module):
         leaves, self.structure = jax.tree.flatten(model)
         refuse_static_arrays(model)
         self.kinds = tuple(map(_kind, leaves, owners))
+        pairs = list(zip(leaves, self.kinds, strict=True))
+        of = lambda kind: [leaf for leaf, own in pairs if own == kind]
         self.frozen = tuple(
             leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
-            for leaf, kind in zip(leaves, self.kinds, strict=True)
-            if kind == "frozen"
+            for leaf in of("frozen")
         )
-        self.others = Closure.encode(
-            tuple(
-                leaf
-                for leaf, kind in zip(leaves, self.kinds, strict=True)
-                if kind == "other"
-            )
-        )
+        self.others = Closure.encode(tuple(of("other")))
 
     def join(self, params: Any) -> Any:
         """Puts the model together again around the parameters."""
@@ -60,12 +54,9 @@ class ModelTemplate(Portable, eqx.Module):
 
     def trained(self, model: Any) -> Any:
         """Picks the parameters out of another model of the same structure."""
-        leaves = self.structure.flatten_up_to(model)
+        leaves = zip(self.structure.flatten_up_to(model), self.kinds, strict=True)
         return self.structure.unflatten(
-            [
-                leaf if kind == "trained" else None
-                for leaf, kind in zip(leaves, self.kinds, strict=True)
-            ]
+            [leaf if kind == "trained" else None for leaf, kind in leaves]
         )
 
 

@@ -1,4 +1,4 @@
-"""What is fitted: a user's `loss`, `nll` or `residuals`, called and checked."""
+"""Calls `loss`, `nll` or `residuals` of a trainer, and checks what they return."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ METHODS = ("loss", "residuals", "nll")
 
 
 class Scored(NamedTuple):
-    """A loss, the metrics that were returned beside it, and the new state."""
+    """A loss, its metrics and the new state."""
 
     loss: Float[Array, ""]
     metrics: dict[str, Any]
@@ -25,20 +25,20 @@ class Scored(NamedTuple):
 
 
 def defined(trainer: AbstractTrainer) -> tuple[str, ...]:
-    """Lists which of the three methods a trainer's class defines."""
+    """Returns which of the three methods a trainer's class defines."""
     kind = type(trainer)
     return tuple(name for name in METHODS if callable(getattr(kind, name, None)))
 
 
 def live(trainer: AbstractTrainer, params: Any) -> Any:
-    """Returns the trainer as its methods see it when they are called at `params`."""
+    """Returns the trainer with other parameters, as its own methods should see it."""
     return with_progress(
         trainer, eqx.tree_at(lambda p: p.params, progress_of(trainer), params)
     )
 
 
 def step_key(trainer: AbstractTrainer) -> PRNGKeyArray | None:
-    """Returns the key of the step that comes next, if the trainer has a key."""
+    """Returns the key of the next step, if the trainer has a key."""
     if trainer.key is None:
         return None
     return jax.random.fold_in(trainer.key, trainer.step_count)
@@ -47,10 +47,9 @@ def step_key(trainer: AbstractTrainer) -> PRNGKeyArray | None:
 def score(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Scored:
-    """Evaluates what a trainer's class minimises.
+    """Evaluates `loss` if it is defined, else the negative log-likelihood.
 
-    That is `loss` where it is defined, else the negative log-likelihood. The model is
-    the trainer's own, unless another is given.
+    `model` is the trainer's own by default.
     """
     model = trainer.model if model is None else model
     if "loss" not in defined(trainer):
@@ -68,7 +67,7 @@ def score(
 def _taken_apart(
     trainer: AbstractTrainer, returned: Any
 ) -> tuple[Any, dict[Any, Any], Any]:
-    """Finds the loss, the metrics and the state in what a `loss` returned."""
+    """Splits what `loss` returned into the loss, the metrics and the state."""
     parts = returned if isinstance(returned, tuple) else (returned,)
     has_state = trainer.state is not None
     match parts if has_state else (*parts, None):
@@ -95,7 +94,7 @@ def evaluate(trainer: AbstractTrainer, batch: Any) -> Float[Array, ""]:
 
 
 def metric_shapes(trainer: AbstractTrainer, batch: Any) -> dict[str, Any]:
-    """Finds the metrics that a trainer's loss returns, without evaluating it."""
+    """Returns the shapes of the metrics of a loss, without evaluating it."""
     return eqx.filter_eval_shape(
         lambda t, b: score(t, b, t.key).metrics, trainer, batch
     )
@@ -104,7 +103,7 @@ def metric_shapes(trainer: AbstractTrainer, batch: Any) -> dict[str, Any]:
 def negative_log_likelihood(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Float[Array, ""]:
-    """Evaluates `nll` where it is defined, else half the sum of squared residuals."""
+    """Evaluates `nll` if it is defined, else half the sum of squared residuals."""
     model = trainer.model if model is None else model
     if "nll" in defined(trainer):
         nll = _call(trainer, "nll", model, batch, key)
@@ -117,7 +116,7 @@ def negative_log_likelihood(
 def real_residuals(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
 ) -> Float[Array, " N"]:
-    """Evaluates `residuals` as one real vector: of a complex one, both its parts."""
+    """Evaluates `residuals` as one real vector: real parts, then imaginary parts."""
     residuals = residuals_as_returned(trainer, batch, key)
     if jnp.ndim(residuals) == 0:
         raise ValueError(
@@ -131,7 +130,7 @@ def real_residuals(
 def residuals_as_returned(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Array:
-    """Evaluates `residuals`, in the shape that they have."""
+    """Evaluates `residuals` and keeps their shape."""
     model = trainer.model if model is None else model
     residuals = _call(trainer, "residuals", model, batch, key)
     if not hasattr(residuals, "shape"):

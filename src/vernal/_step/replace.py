@@ -1,4 +1,4 @@
-"""A trainer with other parts: what of its state still fits is kept."""
+"""Trainers with another model, optimiser, policy or projector."""
 
 import dataclasses
 from typing import Any
@@ -103,9 +103,9 @@ def replaced_fields(
 def _replace_each(
     trainer: AbstractTrainer, model: Any, optimiser: Any, nan_policy: Any, state: PyTree
 ) -> dict[str, Any]:
-    """Finds the fields for each member of a stacked trainer."""
+    """Returns the fields for each member of a stacked trainer."""
     size = len(trainer.step_count)
-    # What all members share may have no rows.
+    # Arrays that all members share may have no rows.
     own = lambda leaf: 0 if eqx.is_array(leaf) and leaf.shape[:1] == (size,) else None
     if optimiser is not None:
         optimiser = as_transform(optimiser, "optimiser")
@@ -122,7 +122,7 @@ def _replace_each(
 
 
 def _with_rows(new: Any, old: Any, size: int) -> Any:
-    """Gives new configuration a row for each member, where the old has them."""
+    """Gives a new configuration a row for each member, if the old one has rows."""
     leaves = jax.tree.leaves(old)
     have = [leaf.shape[:1] == (size,) for leaf in leaves if eqx.is_array(leaf)]
     rows = lambda x: x if x.shape[:1] == (size,) else jnp.stack([x] * size)

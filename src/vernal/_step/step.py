@@ -1,4 +1,4 @@
-"""One step of a fit, pure: the order of things, the last guard, best, counts."""
+"""One step of a fit, as a pure function."""
 
 import functools as ft
 import operator
@@ -27,7 +27,7 @@ _MOVED = ("the parameters", " A learning rate must be one number.")
 
 
 class Outcome(NamedTuple):
-    """What can be told of one step."""
+    """What one step returns beside the progress."""
 
     loss: Float[Array, ""]
     grads: PyTree
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 class _Moved(NamedTuple):
-    """The part of the progress that a step which is not taken leaves alone."""
+    """The part of the progress that only an accepted step changes."""
 
     params: PyTree
     latent: PyTree
@@ -49,20 +49,17 @@ def advance(
 ) -> tuple[Progress, Outcome]:
     """Takes one step of a trainer that has not stopped.
 
-    The order: key; loss and gradients at the current parameters; best; policy;
-    `transform_grads`; pull back; optimiser; last guard; `constrain`; counter.
+    In this order: the key; loss and gradients at the current parameters; the best; the
+    NaN policy; `transform_grads`; the projector; the optimiser; `constrain`; the check
+    that the new values are finite; the counter.
 
     **Arguments:**
 
-    - `trainer`: a `Trainer` with an optimiser.
-    - `batch`: what its `loss` is given.
-    - `by_validation`: whether the best is left to a validation.
-
-    **Returns:**
-
-    The progress after the step, and what can be told of the step.
+    - `trainer`: a trainer with an optimiser.
+    - `batch`: the batch of this step.
+    - `by_validation`: whether a validation decides which parameters are the best.
     """
-    old: Progress = progress_of(trainer)
+    old = progress_of(trainer)
     key = step_key(trainer)
 
     def scored(params: PyTree) -> tuple[Array, tuple[dict[str, Any], PyTree]]:
@@ -77,44 +74,44 @@ def advance(
     best = held_best(old) if by_validation else ranked(old, measured)
 
     policy = trainer.nan_policy
-    heeded, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
+    judged_grads, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
     held = _Moved(old.params, old.latent, old.opt_state, old.state)
 
     def take() -> tuple[_Moved, Bool[Array, ""]]:
         value = lambda params: scored(params)[0]
-        moved = _move(trainer, heeded, loss, state, value)
-        sound = all_finite((moved.params, moved.latent)) & ~_any_poisoned(
+        moved = _move(trainer, judged_grads, loss, state, value)
+        is_good = all_finite((moved.params, moved.latent)) & ~_turned_bad(
             (moved.opt_state, state), (old.opt_state, old.state)
         )
-        return lax.cond(sound, lambda: moved, lambda: held), sound
+        return lax.cond(is_good, lambda: moved, lambda: held), is_good
 
-    moved, sound = lax.cond(verdict.accept, take, lambda: (held, jnp.array(True)))
+    moved, is_good = lax.cond(verdict.accept, take, lambda: (held, jnp.array(True)))
 
-    def undisturbed() -> tuple[Array, Bool[Array, ""], PyTree]:
+    def all_good() -> tuple[Array, Bool[Array, ""], PyTree]:
         return old.nan_counts, jnp.asarray(verdict.stop), policy_state
 
-    def disturbed() -> tuple[Array, Bool[Array, ""], PyTree]:
+    def some_bad() -> tuple[Array, Bool[Array, ""], PyTree]:
         bad = [~all_finite(x) for x in (loss, *jax.tree.leaves(grads))]
         counts = count_non_finite(
-            old.nan_counts, jnp.stack([*bad, ~sound]), old.step_count
+            old.nan_counts, jnp.stack([*bad, ~is_good]), old.step_count
         )
 
-        # The policy has no say on the update, which it does not see. Shown the step
-        # as one whose loss is not finite, it decides whether the fit goes on.
+        # The policy does not see the update. If that is bad, the policy is shown a step
+        # with a non-finite loss instead, and decides whether the fit continues.
         def judge_again() -> tuple[Bool[Array, ""], PyTree]:
-            # Under `vmap` both sides of a condition run: a sound step is shown as one.
-            shown = jnp.where(sound, jnp.zeros_like(loss), jnp.nan)
-            blank = jax.tree.map(lambda g: jnp.where(sound, 0, g), grads)
+            # Under `vmap` both branches run: a good step is shown as a good one.
+            shown = jnp.where(is_good, jnp.zeros_like(loss), jnp.nan)
+            blank = jax.tree.map(lambda g: jnp.where(is_good, 0, g), grads)
             _, again, state = judged(policy, shown, blank, old.policy_state)
             return jnp.asarray(again.stop), state
 
         stop, state = lax.cond(
-            sound, lambda: (jnp.asarray(verdict.stop), policy_state), judge_again
+            is_good, lambda: (jnp.asarray(verdict.stop), policy_state), judge_again
         )
         return counts, stop, state
 
     nan_counts, stop, policy_state = lax.cond(
-        sound & all_finite((loss, grads)), undisturbed, disturbed
+        is_good & all_finite((loss, grads)), all_good, some_bad
     )
     new = Progress(
         params=moved.params,
@@ -130,13 +127,13 @@ def advance(
         step_count=old.step_count + 1,
         stopped=stop,
     )
-    return new, Outcome(measured, grads, verdict.accept & sound, metrics)
+    return new, Outcome(measured, grads, verdict.accept & is_good, metrics)
 
 
-def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
-    """Whether an optimiser's state turned bad in this step.
+def _turned_bad(new: PyTree, old: PyTree) -> Bool[Array, ""]:
+    """Whether a state has become non-finite in this step.
 
-    Some hold an infinity by design, such as the best value before there is one.
+    Some states have infinities from the start, such as a best value.
     """
     flags = [
         ~is_finite(jnp.where(jnp.isnan(o) | (jnp.isinf(o) & jnp.isinf(n)), 0, n))
@@ -147,8 +144,8 @@ def _any_poisoned(new: PyTree, old: PyTree) -> Bool[Array, ""]:
 
 
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
-    """Returns the norm of a tree, all leaves together."""
-    # The squares of a small dtype would overflow long before the norm does.
+    """Returns the norm of all leaves together."""
+    # In a small dtype the squares overflow before the norm does.
     default = jnp.result_type(float)
     wide = lambda leaf: leaf.astype(widest((leaf.dtype, default)))
     return optax.tree.norm(jax.tree.map(wide, tree)).astype(default)
@@ -167,7 +164,7 @@ def _move(
     value: Callable[[PyTree], Array],
 ) -> _Moved:
     """Applies the optimiser, in the latent space if there is one."""
-    old: Progress = progress_of(trainer)
+    old = progress_of(trainer)
     projector = trainer.projector
     if overrides(trainer, "transform_grads"):
         changed = trainer.transform_grads(grads, trainer.model)
@@ -192,11 +189,11 @@ def _move(
     params = point if projector is None else projector.to_params(point)
     latent = None if projector is None else point
     if clip is not None:
-        # Mending what is not finite is no business of a constraint.
+        # A constraint must not hide non-finite values.
         finite = all_finite((params, latent))
         params, _ = project(clip, metric, params)
         if projector is not None:
-            # What comes back is clipped once more, against rounding.
+            # Rounding may have moved it out again.
             latent = projector.to_latent(params)
             params = clip(projector.to_params(latent))
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
@@ -209,14 +206,14 @@ def _within(
     latent: PyTree,
     grads: PyTree,
 ) -> PyTree:
-    """Takes from a latent gradient what a constraint does not let go.
+    """Projects a latent gradient onto what a constraint allows.
 
-    It is the way to the point of a full step, projected. Where that is zero the
-    parameters are the best ones that the constraint allows, whatever the optimiser
-    makes of it element by element.
+    Returns the step from the point to the projection of a full gradient step. Where
+    that is zero, the point is the best one that the constraint allows, and the
+    optimiser stays there.
     """
     goal = jax.tree.map(jnp.subtract, latent, grads)
-    there, is_clipped = project(clip, metric, metric.to_params(goal))
-    within = jax.tree.map(jnp.subtract, latent, metric.to_latent(there))
+    allowed, is_clipped = project(clip, metric, metric.to_params(goal))
+    within = jax.tree.map(jnp.subtract, latent, metric.to_latent(allowed))
     pick = lambda new, old: jnp.where(is_clipped, new, old).astype(old.dtype)
     return jax.tree.map(pick, within, grads)

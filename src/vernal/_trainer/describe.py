@@ -213,6 +213,9 @@ def _contents(value: Any) -> dict[str, Any]:
             arguments = {**dict(enumerate(value.args)), **value.keywords}
         case dict():
             arguments = value
+        case list() | tuple() if type(value) in (list, tuple):
+            # JAX cannot flatten a list that contains itself.
+            arguments = dict(enumerate(value))
         case _ if _is_leaf(value):
             return {}
         case _:
@@ -234,14 +237,15 @@ def _is_transformation(value: Any) -> bool:
     return is_of_optax and not isinstance(value, eqx.Module)
 
 
-def _captured_text(value: Any) -> str:
+def _captured_text(value: Any, depth: int = 4) -> str:
     value = _unwrapped(value)
     if isinstance(value, jax.Array):
         return f"an array ({abstract(value)})"
     if _is_transformation(value):
         return _captured_text(value.update)
-    if parts := _contents(value):
-        return f"({', '.join(map(_captured_text, parts.values()))})"
+    if depth and (parts := _contents(value)):
+        texts = (_captured_text(part, depth - 1) for part in parts.values())
+        return f"({', '.join(texts)})"
     return _text(value)
 
 

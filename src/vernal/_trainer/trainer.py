@@ -43,6 +43,8 @@ from .._projection import EigenProjector
 from .._solve import SolveOptions, Solver, solve
 from .._step import (
     AbstractTrainer,
+    Batch,
+    Model,
     ModelTemplate,
     Progress,
     changed,
@@ -71,8 +73,6 @@ from .._storage import Checkpoints, History
 from .._tree import Selector, parameters, strong
 from .printed import in_short, printed
 
-Model = TypeVar("Model", default=Any)
-Batch = TypeVar("Batch", default=Any)
 SelfT = TypeVar("SelfT", bound="Trainer[Any, Any]")
 Answer = bool | np.bool_ | Bool[Array, ""] | None
 

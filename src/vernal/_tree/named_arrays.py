@@ -1,7 +1,6 @@
 """The leaves of a tree as plain arrays with names, and back again."""
 
 import enum
-import math
 import numbers
 import zlib
 from collections.abc import Iterable, Mapping
@@ -263,8 +262,7 @@ def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
         return type(like)(number)
     except (TypeError, ValueError) as error:
         raise MismatchError(
-            f"{source} holds {path!r} as {number}, which is no {type(like).__name__}: "
-            f"{error}"
+            f"{source} holds {path!r} as {number}, not a {type(like).__name__}: {error}"
         ) from error
 
 
@@ -286,7 +284,7 @@ def is_part(leaf: Any) -> bool:
     )
 
 
-def checksum(array: Any, max_bytes: float = math.inf) -> int | None:
+def checksum(array: Any, max_bytes: int | None = None) -> int | None:
     """Returns a checksum of an array; `None` if this process has only a part of it.
 
     Of an array of more than `max_bytes` only a sample is looked at.
@@ -295,7 +293,7 @@ def checksum(array: Any, max_bytes: float = math.inf) -> int | None:
         return None
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = array.addressable_data(0)
-    if array.nbytes > max_bytes:
+    if max_bytes is not None and array.nbytes > max_bytes:
         # Odd, so as not to meet the same place of each row of two, four or eight.
-        array = array.reshape(-1)[:: -int(-array.nbytes // max_bytes) | 1]
+        array = array.reshape(-1)[:: -(-array.nbytes // max_bytes) | 1]
     return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())

@@ -1,4 +1,4 @@
-"""Parameters by name: the dotted path of every leaf."""
+"""Parameters by their dotted paths."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from .._boundary import segment
 
 
 class UnknownPathError(KeyError):
-    """A selector that matches nothing in the tree; it names the nearest paths."""
+    """A selector matches nothing in the tree; the message names the nearest paths."""
 
     def __str__(self) -> str:
         """Returns the message as it stands: a `KeyError` would quote it."""

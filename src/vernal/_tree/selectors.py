@@ -13,13 +13,13 @@ from .paths import Leaf, UnknownPathError, is_float, is_inexact, named_leaves
 T = TypeVar("T")
 Selector = str | Callable[[str, Any], Any] | Sequence[Any]
 
-# A dot inside a dictionary's key is no boundary between segments; inside a glob's
-# text the two must still be told apart.
+# Stands, in the text of a glob, for a dot inside a dictionary's key, which does not
+# separate two segments.
 _INNER_DOT = "\0"
 
 
 class _Match(NamedTuple):
-    """One leaf that a selector hits: how specifically, and whether by its own name."""
+    """A leaf that a selector matches: how specifically, and if by its own name."""
 
     leaf: int
     specificity: tuple[int, int]
@@ -27,13 +27,13 @@ class _Match(NamedTuple):
 
 
 class _Index:
-    """Every leaf and every node of a tree, by path: looked up, never searched."""
+    """Every leaf and every node of a tree, by path."""
 
     def __init__(self, leaves: list[Leaf]):
         self.leaves = leaves
         self.exact: dict[str, list[int]] = {}
         self.nodes: dict[str, list[int]] = {}
-        # What a glob is compared with: the same paths, inner dots marked.
+        # Globs are compared with the same paths, in which inner dots are marked.
         self.glob_names: dict[str, set[str]] = {}
         for i, leaf in enumerate(leaves):
             self.exact.setdefault(leaf.path, []).append(i)
@@ -75,7 +75,7 @@ def _glob_regex(segments: list[str]) -> str:
     pattern, joint = "", ""
     for segment in segments:
         if segment == "**":
-            # The joint moves inside, since zero segments have no dot of their own.
+            # The joint moves inside, since zero segments have no dot.
             pattern += r"(?:[^.]+\.)*" if joint == "" else r"(?:\.[^.]+)*"
             joint = joint and r"\."
         else:
@@ -120,7 +120,7 @@ def resolve(
     - `selectors`: one selector for each rule.
     - `argument`: what an error calls the selectors.
     - `filtered`: whether some leaves of the tree may have been replaced by `None`, so
-        that a selector which finds only those is no mistake.
+        that a selector which matches only these is allowed.
 
     **Returns:**
 
@@ -132,7 +132,7 @@ def resolve(
     for rule, selector in enumerate(selectors):
         for atom in atoms(selector, argument):
             matches = list(index.match(atom))
-            # A predicate is not asked about what was replaced.
+            # A predicate is not asked about replaced leaves.
             found = filtered and callable(atom) and any(x.value is None for x in leaves)
             for match in matches:
                 value = leaves[match.leaf].value
@@ -174,23 +174,20 @@ def _show(atom: Any) -> str:
 def _refuse(
     tree: Any, index: _Index, atom: Any, matches: list[_Match], argument: str
 ) -> None:
-    """Says why a selector finds no parameter."""
+    """Raises an error that says why a selector finds no parameter."""
     name = _show(atom)
     if not isinstance(atom, str):
         raise UnknownPathError(
             f"`{argument}`: the predicate {name} is true of no parameter. The "
             f"parameters are {_listing(index)}."
         )
-    present = [m for m in matches if index.leaves[m.leaf].value is not None]
-    if present:
-        leaf = index.leaves[present[0].leaf]
+    matched = [index.leaves[match.leaf] for match in matches]
+    if present := [leaf for leaf in matched if leaf.value is not None]:
+        leaf = present[0]
         what = f"{name} names" if len(present) == 1 else f"{name} finds nothing but"
+        remedy = "Only arrays of floats can be trained: convert it, or leave it out."
         if is_float(leaf.value):
             remedy = f"A Python float is trained where its own path {leaf.path!r} is."
-        else:
-            remedy = (
-                "Only arrays of floats can be trained: convert it, or leave it out."
-            )
         raise TypeError(f"`{argument}`: {what} {_describe(leaf)}. {remedy}")
     if matches:
         raise UnknownPathError(
@@ -231,8 +228,7 @@ def _is_attribute(tree: Any, path: str) -> bool:
 
 def _nearest(atom: str, index: _Index) -> str:
     parameters = _parameters(index)
-    # Where the last segment is right and the way to it is not, likeness of the whole
-    # path is a poor guide.
+    # If only the last segment is right, likeness of the whole path is a poor guide.
     tail = atom.rsplit(".", 1)[-1]
     same_tail = [p for p in parameters if p.rsplit(".", 1)[-1] == tail]
     if same_tail and not difflib.get_close_matches(atom, parameters, n=1):
@@ -251,7 +247,7 @@ def _listing(index: _Index) -> str:
 
 
 def keep(tree: T, wanted: Sequence[bool]) -> tuple[T, T]:
-    """Splits a tree in two by one flag for each leaf, with `None` in the gaps."""
+    """Splits a tree in two by a flag for each leaf, with `None` in the gaps."""
     leaves, treedef = jax.tree.flatten(tree)
     pairs = list(zip(leaves, wanted, strict=True))
     return (
@@ -263,8 +259,8 @@ def keep(tree: T, wanted: Sequence[bool]) -> tuple[T, T]:
 def split(tree: T, selector: Selector) -> tuple[T, T]:
     """Splits a pytree into the parameters that a selector chooses and the rest.
 
-    Both parts have the structure of the tree, with `None` where a leaf went to the
-    other, as with `equinox.partition`; `equinox.combine` puts them together again.
+    Both parts have the structure of the tree, with `None` in place of leaves of the
+    other part, as with `equinox.partition`; `equinox.combine` joins them again.
 
     !!! example
 
@@ -290,7 +286,7 @@ def split(tree: T, selector: Selector) -> tuple[T, T]:
     **Raises:**
 
     - `UnknownPathError`: if a selector matches nothing; it names the nearest paths.
-    - `TypeError`: if a selector names a leaf that is no parameter.
+    - `TypeError`: if a selector names a leaf that is not a parameter.
     """
     owners = resolve(tree, [selector], argument="selector")
     return keep(tree, [owner is not None for owner in owners])

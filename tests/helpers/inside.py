@@ -1,0 +1,32 @@
+"""What several tests know of the inside of vernal: where it moves, this file changes.
+
+Public behaviour is tested by public names; what is here is looked at, or replaced.
+"""
+
+import importlib
+import importlib.util
+
+from vernal._data.sources import as_source as as_source
+from vernal._devices import processes as processes
+from vernal._devices.placement import placement as placement
+from vernal._fit import progress_bar as progress_bar, run as run
+from vernal._loop.chunk import run_chunk as run_chunk
+from vernal._loop.single_step import run_step as run_step
+from vernal._optimiser.transform import Transform as Transform
+from vernal._pickling.code import digest_of as digest_of
+from vernal._step.constrain import project as project
+from vernal._step.diagnosis import (
+    bad_data as bad_data,
+    explain_non_finite as explain_non_finite,
+)
+
+# Modules whose names are those of functions, too; as of others, tests replace parts.
+origin = importlib.import_module("vernal._storage.origin")
+save = importlib.import_module("vernal._storage.save")
+
+# What `monkeypatch.setattr` replaces by its name.
+CHECKPOINT_FORMAT = "vernal._storage.checkpoint_format.FORMAT"
+READ_ARRAYS = "vernal._storage.checkpointer.Checkpointer._read_arrays"
+
+# The file of a module that runs without JAX.
+ATOMIC = importlib.util.find_spec("vernal._storage.atomic").origin
