@@ -59,7 +59,7 @@ class AbstractPlacement(eqx.Module):
 
     @abc.abstractmethod
     def put_state(self, state: PyTree, /) -> Any:
-        """Puts what changes from step to step onto the devices."""
+        """Puts what steps change onto the devices."""
 
     @abc.abstractmethod
     def put_whole(self, tree: PyTree, /) -> Any:
@@ -132,12 +132,12 @@ ANYWHERE = Anywhere()
 class OnMesh(AbstractPlacement):
     """The devices of a fit, and which arrays they share.
 
-    A batch is split along the first axis of the mesh. Of all else each device holds a
-    copy, but for what is to be split: frozen arrays, and parameters with their moments
-    and the best of them.
+    A batch is split along the first axis of the mesh. Of everything else each device
+    holds a copy, except the arrays that the user splits: frozen arrays, and parameters
+    with their moments and their best.
 
-    The compiler divides the work, from where the arrays lie. So the methods of a
-    trainer see whole batches, and what they compute is what they compute on one device.
+    The compiler divides the work by where the arrays lie. So the methods of a trainer
+    see whole batches, and compute what they compute on one device.
     """
 
     devices: Mesh = eqx.field(static=True)
@@ -164,9 +164,9 @@ class OnMesh(AbstractPlacement):
         return any((*self.frozen, *(split for _, split in self.trained)))
 
     def on(self, spec: PartitionSpec) -> NamedSharding:
-        """Names a way to lie on the devices."""
+        """Returns a sharding over the devices."""
         entries = list(spec)
-        # To JAX it is another sharding, and so another program, with them.
+        # With them JAX takes it for another sharding, and compiles again.
         while entries and entries[-1] is None:
             entries.pop()
         return NamedSharding(self.mesh, PartitionSpec(*entries))
@@ -174,8 +174,8 @@ class OnMesh(AbstractPlacement):
     # What a fit holds.
 
     def _sharding(self, path: str, leaf: Any) -> NamedSharding:
-        # The moments and the best of a parameter end in its path; those of one within
-        # another node of the same name, in a longer one.
+        # The paths of the moments and of the best of a parameter end in its path. The
+        # longest that matches counts, as names may repeat within nodes.
         owners = [
             (len(name), split)
             for name, split in self.trained
@@ -237,7 +237,7 @@ class OnMesh(AbstractPlacement):
         if source.size % self.size:
             raise ValueError(
                 f"`data`: Minibatches of size {source.size} cannot be shared evenly by "
-                f"{self._told}. Make `size` a multiple of {self.size}."
+                f"{self._sharers}. Make `size` a multiple of {self.size}."
             )
         return eqx.tree_at(lambda s: s.arrays, source, self.put_whole(source.arrays))
 
@@ -271,18 +271,19 @@ class OnMesh(AbstractPlacement):
             rows, where = leaf.shape[0], spelled(argument, keys)
             leave = f"Leave out {rows % self.size} of them, or pad"
             raise ValueError(
-                f"`mesh`: {where} has the shape {leaf.shape}, and {self._told} cannot "
-                f"share its {rows} rows evenly. {leave if rows > self.size else 'Pad'} "
-                "with rows that weigh nothing. If its first axis is not one of "
+                f"`mesh`: {where} has the shape {leaf.shape}, and {self._sharers} "
+                f"cannot share its {rows} rows evenly. "
+                f"{leave if rows > self.size else 'Pad'} with rows that weigh nothing. "
+                "If its first axis is not one of "
                 "examples, put it onto the mesh yourself, and it stays as it is: "
                 "`jax.device_put(x, NamedSharding(mesh, PartitionSpec()))`."
             )
         return PartitionSpec(self.axis)
 
     def _is_here(self, leaf: jax.Array) -> bool:
-        """Whether somebody has put an array onto the mesh already."""
+        """Whether the user has put an array onto the mesh."""
         sharding = leaf.sharding
-        # Within `jax.set_mesh` JAX makes arrays there of its own accord.
+        # Within `jax.set_mesh` JAX itself makes arrays there.
         if not leaf.committed or not isinstance(sharding, NamedSharding):
             return False
         if not isinstance(sharding.mesh, Mesh):
@@ -292,7 +293,7 @@ class OnMesh(AbstractPlacement):
         return is_same and np.array_equal(devices, self.mesh.devices)
 
     @property
-    def _told(self) -> str:
+    def _sharers(self) -> str:
         return f"the {self.size} devices along the axis {self.axis!r}"
 
 
@@ -315,7 +316,7 @@ def placement(
             f"`mesh` is {mesh!r}, but must be a `jax.sharding.Mesh` with an axis: "
             '`jax.make_mesh((jax.device_count(),), ("data",))`.'
         )
-    # The compiler is to divide the work, whoever makes the mesh for what.
+    # With axes of automatic type, for which the compiler divides the work.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     if sharding is None:
         return OnMesh(mesh)
@@ -380,7 +381,7 @@ def _check_spec(
 
 
 def put(leaf: Any, sharding: NamedSharding) -> Any:
-    """Puts an array onto devices. Each process has the whole of it."""
+    """Puts an array, which each process has whole, onto devices."""
     if not isinstance(leaf, jax.Array):
         return leaf
     if isinstance(leaf, Tracer):
@@ -391,7 +392,7 @@ def put(leaf: Any, sharding: NamedSharding) -> Any:
         data = put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if is_weak(leaf):
-        # An array of NumPy's would lose that; and it is taken as it is.
+        # NumPy would lose the weak type; JAX accepts the array as it is.
         return leaf
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -409,5 +410,5 @@ def _home(leaf: Any) -> Any:
     if is_key(leaf):
         data = _home(jax.random.key_data(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    # Through the host: so it belongs to no device, and goes with whatever it meets.
+    # Through the host, so that it is committed to no device.
     return jax.device_put(np.asarray(leaf))

@@ -41,8 +41,8 @@ from .feed import Feed
 from .options import Callback, FitOptions
 from .subject import AbstractSubject, BadEnd
 
-# Memory is used again for states of at least so many bytes: below that it is not worth
-# the copy with which a fit begins.
+# The size in bytes of a state above which it is worth to use its memory again, at the
+# price of one copy when a fit begins.
 _WORTH_REUSE = 2**20
 
 
@@ -55,7 +55,7 @@ def _is_worth_reuse(progress: Any) -> bool:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
-    """Holds Ctrl-C back until what is under way is in place."""
+    """Delays Ctrl-C until the results of a call are in place."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -70,7 +70,7 @@ def _held_back() -> Iterator[None]:
 
 
 def _is_boolean(answer: Any) -> bool:
-    # The outcome of a comparison is a boolean of NumPy or of JAX, as often as not.
+    # A comparison often returns a boolean of NumPy or of JAX.
     is_one = isinstance(answer, bool | np.bool_ | jax.Array)
     return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
 
@@ -109,7 +109,7 @@ class FitRun:
         is_seen = checkpointer is not None or options.callback is not None
         self._in_place = not is_seen and _is_worth_reuse(progress_of(placed))
         if self._in_place:
-            # What is the user's is never overwritten, nor anything twice.
+            # The user's arrays are never overwritten, nor one array twice.
             self._move_to(jax.tree.map(lambda leaf: leaf.copy(), self._state))
         steps = subject.count(placed)
         self._feed = Feed(self._source, steps, subject.prepare, peers)
@@ -118,7 +118,7 @@ class FitRun:
             self._record = Record(self._template, options.record, self._peek)
         self._every = options.every
         self._has_accepted = np.zeros(subject.shape, bool)
-        # Of a stream the steps and the batches that were last: a stop is noticed late.
+        # The last steps and batches of a stream: a stop is noticed one step later.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
         self.taken = steps - first
         self.stopped = self._is_over()
@@ -171,7 +171,7 @@ class FitRun:
             while self.taken < goal and not self.stopped:
                 self._take(goal - self.taken)
         except jax.errors.JaxRuntimeError:
-            # Devices of another process no longer answer, as likely as not.
+            # Most likely the devices of another process no longer answer.
             self.peers.is_disconnected = self.peers.are_many
             raise
 
@@ -194,15 +194,14 @@ class FitRun:
                         error.args += (now - steps,)
                         raise
                     state = chunk.state
-                    # Not the chunk itself: of a stream's every step it would keep the
-                    # parameters.
+                    # Not the chunk, which would keep the parameters of each step.
                     pending.append((ended, chunk.rows, chunk.scores))
-                # The step before the last is done by now: to ask it costs no waiting,
-                # and a loader is not read much further than it is of use.
+                # The chunk before the last is done by now: no waiting for its flags,
+                # and a loader is read not much further than needed.
                 if len(pending) > 1 and subject.is_over(pending[-2][0].is_over):
                     break
         finally:
-            # Also where a stream ran dry: what was computed is kept.
+            # Also where a stream has ended: the results are kept.
             self.is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
             if self.is_whole:
                 with _held_back():
@@ -211,7 +210,7 @@ class FitRun:
     def _settle(
         self, start: int, state: LoopState, pending: list[tuple[Ended, Any, Any]]
     ) -> None:
-        """Takes over what chunks have computed, from the step `start` on."""
+        """Takes over the results of chunks that began at the step `start`."""
         subject = self._subject
         self._move_to(state)
         kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
@@ -286,7 +285,7 @@ class FitRun:
         return self._checkpointer is not None and self._checkpointer.is_due(step)
 
     def write_checkpoint(self) -> None:
-        """Writes a checkpoint, if any are wanted, and all processes can do so."""
+        """Writes a checkpoint, if the user wants any and all processes can."""
         is_possible = self.is_whole and not self.peers.is_disconnected
         if self._checkpointer is not None and is_possible:
             step = self._subject.count(self.trainer)
@@ -295,7 +294,7 @@ class FitRun:
             )
 
     def described(self) -> dict[str, str]:
-        """Describes what is fitted, as to find out whether another process does so."""
+        """Describes the fit, to find out whether another process does the same."""
         step = eqx.filter_make_jaxpr(lambda trainer, batch: advance(trainer, batch)[0])
         program = step(self._template, self._peek())
         return {
@@ -323,11 +322,10 @@ class FitRun:
         return np.asarray(is_bad & ~self._has_accepted)
 
     def diagnosis(self, end: BadEnd) -> Diagnosis:
-        """Finds out why a fit ended at a value that is not finite.
+        """Finds out why a fit ended at a non-finite value.
 
-        The model is evaluated for this where no step was accepted, or where an error is
-        to be raised. Later on the fit may have gone astray by itself: there only the
-        data of that step are looked at.
+        It evaluates the model if no step was accepted, or for an error. After accepted
+        steps the fit may have diverged by itself: then it checks only the data.
         """
         index, trainer = end.index, end.trainer
         source, step = self._source, last_bad_step(trainer)

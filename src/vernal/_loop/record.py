@@ -1,4 +1,4 @@
-"""What a fit keeps of each step, and where it puts it inside a compiled loop."""
+"""What a fit records of each step."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -101,7 +101,7 @@ class Record(eqx.Module):
         **Arguments:**
 
         - `old`, `new`: the parameters before and after.
-        - `outcome`: what can be told of the step.
+        - `outcome`: the outcome of the step.
         """
         for name in self.others:
             if name in outcome.metrics:
@@ -112,7 +112,7 @@ class Record(eqx.Module):
     def shapes(
         self, trainer: AbstractTrainer, batch: Callable[[], Any]
     ) -> dict[str, Any]:
-        """Tells the shape and dtype of each of the values."""
+        """Returns the shape and dtype of each of the values."""
         norms = dict.fromkeys(self._norm_names(), trainer.best_loss)
         known = metric_shapes(trainer, batch()) if self.metrics else {}
         return norms | self._parameters(trainer.params) | self._picked(known)

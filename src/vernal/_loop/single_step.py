@@ -21,7 +21,7 @@ from .._step import (
 
 
 class StepInfo(NamedTuple):
-    """What one step tells of itself.
+    """What is known of one step.
 
     **Attributes:**
 
@@ -29,7 +29,7 @@ class StepInfo(NamedTuple):
     - `grad_norm`: the norm of its gradient in the model's own parameters.
     - `accepted`: whether the step was taken.
     - `stopped`: whether the trainer has stopped, and takes no further step.
-    - `metrics`: what the loss returned beside the scalar.
+    - `metrics`: the dictionary that the loss returned beside the scalar.
     """
 
     loss: Float[Array, ""]
@@ -46,10 +46,8 @@ def run_step(
     """Takes one step, unless the trainer has stopped."""
 
     def take() -> tuple[Progress, StepInfo]:
-        there = with_progress(
-            trainer, with_comparable_best(progress_of(trainer), False)
-        )
-        progress, outcome = advance(there, batch)
+        start = with_comparable_best(progress_of(trainer), False)
+        progress, outcome = advance(with_progress(trainer, start), batch)
         return progress, StepInfo(
             outcome.loss,
             tree_norm(outcome.grads).astype(outcome.loss.dtype),

@@ -33,7 +33,7 @@ def solve_each(
     **Arguments:**
 
     - `trainers`: stacked.
-    - `flags`: what of their configuration and of the batch has a row for each.
+    - `flags`: which leaves of their configuration and of the batch have rows.
     - `problem`, `goal`: as for `run_solver`.
 
     **Returns:**

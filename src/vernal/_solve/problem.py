@@ -28,7 +28,7 @@ from .._step import (
     step_key,
 )
 from .._tree import as_parameters, cast_like, ravel, unravel
-from .tracked_solver import Seen, better, choose, watch
+from .tracked_solver import Seen, better, choose, tracked
 
 # The least room for losses, which all shorter solves share; and the most.
 _LEAST_ROWS = 256
@@ -198,7 +198,7 @@ def run_solver(
     # Solvers mix their arguments with numbers of the default precision.
     start = trainer.params if projector is None else latent
     start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
-    solver = watch(solver, goal, jnp.zeros(rows, dtype))
+    solver = tracked(solver, goal, jnp.zeros(rows, dtype))
     common: Any = {"has_aux": True, "max_steps": None, "throw": False}
     if is_minimiser := isinstance(solver, optx.AbstractMinimiser):
         loss = traced(lambda point: scored(point, None)[0], start)
