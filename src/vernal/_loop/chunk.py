@@ -144,13 +144,8 @@ def run_loop(
 ) -> Chunk:
     """Takes steps, of one trainer or of many at once, until all are over.
 
-    **Arguments:**
-
-    - `take`: a function of the state, a batch, and whether a validation is due, which
-        takes one step.
-    - `task`: the task of the chunk.
-    - `start`: a chunk with empty rows.
-    - `step`: the number of steps taken before.
+    `take(state, batch, is_due)` takes one step. `start` has empty rows, and `step` is
+    the number of steps taken before.
     """
     source, end = task.source, jnp.minimum(task.goal, start.rows.end)
     if start.scores is not None:

@@ -132,18 +132,10 @@ class Monitor(eqx.Module):
         state: MonitorState,
         is_due: Bool[Array, ""],
     ) -> tuple[Progress, MonitorState]:
-        """Looks at a trainer after a step.
+        """Validates a trainer after a step, if that is due, and asks the criterion.
 
-        **Arguments:**
-
-        - `trainer`: after the step.
-        - `outcome`: of the step.
-        - `state`: of the monitor.
-        - `is_due`: whether to validate: one answer for all of many trainers.
-
-        **Returns:**
-
-        Its progress, with the best by validation, and the new state.
+        Returns its progress, with the best by validation, and the new state. `is_due`
+        is one answer for all of many trainers.
         """
         progress = progress_of(trainer)
         score = state.score

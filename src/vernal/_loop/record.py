@@ -96,13 +96,7 @@ class Record(eqx.Module):
                 )
 
     def values(self, old: PyTree, new: PyTree, outcome: Outcome) -> dict[str, Array]:
-        """Picks what is recorded of one step.
-
-        **Arguments:**
-
-        - `old`, `new`: the parameters before and after.
-        - `outcome`: the outcome of the step.
-        """
+        """Picks what is recorded of a step from the parameters before and after it."""
         for name in self.others:
             if name in outcome.metrics:
                 raise ValueError(f"`record`: {_AMBIGUOUS.format(name, 'a metric')}")

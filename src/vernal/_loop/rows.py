@@ -35,12 +35,8 @@ class Rows(eqx.Module):
     ) -> "Rows":
         """Makes room for `most` rows, or as many as is reasonable for their size.
 
-        **Arguments:**
-
-        - `loss`, `values`: what will be recorded of a step, or their shapes.
-        - `start`: the first step that may be recorded.
-        - `every`: how many steps lie between two rows.
-        - `most`: how many rows to make at most.
+        `start` is the first step that may be recorded, `every` the distance between two
+        rows; `loss` and `values` have the shapes.
         """
         sizes = [np.prod(v.shape) * v.dtype.itemsize for v in (loss, *values.values())]
         rows = int(np.clip(_MOST_BYTES // sum(sizes), 1, most))
@@ -82,16 +78,7 @@ class Rows(eqx.Module):
     def columns(
         self, stop: int
     ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Copies the rows to the host.
-
-        **Arguments:**
-
-        - `stop`: the step after the last one.
-
-        **Returns:**
-
-        The steps that have a row, their losses, and their values by name.
-        """
+        """Copies the steps, their losses and their values, before `stop`, to the host."""
         rows = jax.device_get(self)
         every = int(rows.every)
         steps = np.arange(int(rows.first) * every, stop, every)

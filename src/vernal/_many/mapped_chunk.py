@@ -61,16 +61,9 @@ def member(tree: PyTree, flags: Sequence[bool], index: int) -> Any:
 
 
 def in_groups(fn: Callable[[T], R], rows: T, group: int, place: AbstractPlacement) -> R:
-    """Calls a function with some members at a time, and joins what it returns.
+    """Calls a function with the rows of `group` members at a time, and joins the results.
 
     Each device has its share in every group.
-
-    **Arguments:**
-
-    - `fn`: a function of a tree with a row for each member, which returns one.
-    - `rows`: that of all members.
-    - `group`: how many members to give it at a time.
-    - `place`: where the members are.
     """
     size = len(jax.tree.leaves(rows)[0])
     if group == size:

@@ -30,16 +30,8 @@ def solve_each(
 ) -> tuple[End, PyTree, list[int]]:
     """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
 
-    **Arguments:**
-
-    - `trainers`: stacked.
-    - `flags`: which leaves of their configuration and of the batch have rows.
-    - `problem`, `goal`: as for `run_solver`.
-
-    **Returns:**
-
-    How each ended, and the first states of their optimisers, stacked; and which of
-    them met an error.
+    Returns how each ended and the first states of their optimisers, stacked, and the
+    indices of those that met an error.
     """
     ends, errors = [], {}
     for index in range(trainers.step_count.shape[0]):

@@ -23,10 +23,7 @@ from .mapped_chunk import Flags
 def stacked(given: Any) -> tuple[Any, Flags, int]:
     """Makes one trainer of many.
 
-    **Returns:**
-
-    The trainer, which of the leaves of its configuration have a row for each, and how
-    many they are.
+    Returns it, which leaves of its configuration have a row for each, and their number.
     """
     if isinstance(given, Trainer):
         require_precision(given)

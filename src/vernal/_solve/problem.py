@@ -156,14 +156,10 @@ def run_solver(
     problem: Problem,
     goal: Int[Array, ""],
 ) -> End:
-    """Solves, within a compiled program.
+    """Solves, within a compiled program, with at most `goal` steps.
 
-    **Arguments:**
-
-    - `trainer`: a stripped trainer, so that programs are shared.
-    - `projector`, `held`: the projector and the start of the whole trainer.
-    - `problem`: what is solved.
-    - `goal`: the number of steps that it may take.
+    The trainer is stripped, so that programs are shared; `projector` and `held` are the
+    projector and the start of the whole trainer.
     """
     batch, encoded, rows, jac = problem
     solver, latent = encoded.decode(), held.latent
