@@ -14,6 +14,7 @@ import vernal as vn
 from meshes import FITS, Settled, mesh_of, starts
 from models import GaussianFit, gaussian, gaussian_batch, same
 from vernal._data.sources import as_source
+from vernal._devices.placement import ANYWHERE
 from vernal._fit import run as _running
 from vernal._loop.chunk import LoopState, Task, run_chunk, run_chunk_in_place
 from vernal._loop.monitor import Monitor
@@ -110,7 +111,7 @@ def test_the_state_is_there_once():
     parts = config_of(trainer), source, Monitor(None, None), record
     task, state = Task(*parts, count, count, 16), LoopState(trainer._progress, None)
     alias = {
-        name: run.lower(task, state, None)
+        name: run.lower(task, state, ANYWHERE)
         .compile()
         .compiled.memory_analysis()
         .alias_size_in_bytes
