@@ -78,7 +78,7 @@ class Rows(eqx.Module):
     def columns(
         self, stop: int
     ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Copies the steps, their losses and their values, before `stop`, to the host."""
+        """Copies steps, losses and values before the step `stop` to the host."""
         rows = jax.device_get(self)
         every = int(rows.every)
         steps = np.arange(int(rows.first) * every, stop, every)

@@ -61,7 +61,7 @@ def member(tree: PyTree, flags: Sequence[bool], index: int) -> Any:
 
 
 def in_groups(fn: Callable[[T], R], rows: T, group: int, place: AbstractPlacement) -> R:
-    """Calls a function with the rows of `group` members at a time, and joins the results.
+    """Calls a function with the rows of `group` members at a time; joins the results.
 
     Each device has its share in every group.
     """
