@@ -1,6 +1,6 @@
 """Immutable optimisers for physical models, in JAX and Equinox."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from ._boundary import (
     ObjectiveWarning as ObjectiveWarning,
@@ -75,4 +75,4 @@ from ._tree import (
     split as split,
 )
 
-__version__ = version("vernal")
+__version__ = _version("vernal")
