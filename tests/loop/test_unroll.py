@@ -209,6 +209,7 @@ def ends(run):
     return scalar
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_gradients_are_those_of_a_loop_by_hand(name):
     make = OPTIMISERS[name]
@@ -598,7 +599,7 @@ def test_nothing_flows_into_a_step_that_is_not_taken(name, mapped):
         hessian, backward = jax.jacfwd(gradient, argnums, has_aux=True)(*at)
         return backward, jax.jacfwd(scalar, argnums)(*at), hessian
 
-    steps = 1e-6 * jnp.asarray([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    steps = 1e-6 * jnp.asarray([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
     points = [at[i] + steps[:, i] for i in range(2)]
     if mapped:
         found = jax.jit(jax.vmap(derived))(*points)
@@ -627,7 +628,7 @@ def test_a_step_that_only_the_guard_holds_is_not_differentiated():
         held, _ = vn.unroll(first, batch, 2)
         good = jax.tree.map(jnp.ones_like, batch)
         after, more = vn.unroll(held, good, 2)
-        return jnp.sum(more) + jnp.sum(after.model["a"]), held
+        return jnp.sum(more).astype(float) + jnp.sum(after.model["a"]), held
 
     grad, held = jax.grad(unrolled, has_aux=True)(1.0, vn.SkipStep())
     assert held.nan_report()["update"].total == 2
@@ -638,7 +639,7 @@ def test_a_step_that_only_the_guard_holds_is_not_differentiated():
         model = jax.tree.map(lambda leaf: leaf * scale, two())
         good = jax.tree.map(lambda leaf: jnp.ones_like(leaf[0]), bad)
         after, more = vn.unroll(TwoFit(model, optimiser), good, 2)
-        return jnp.sum(more) + jnp.sum(after.model["a"])
+        return jnp.sum(more).astype(float) + jnp.sum(after.model["a"])
 
     np.testing.assert_allclose(grad, jax.grad(without)(1.0), rtol=1e-5)
 
