@@ -22,7 +22,7 @@ from ._data import (
 )
 from ._devices import PeerError as PeerError
 from ._fit import FitResult as FitResult
-from ._loop import StepInfo as StepInfo
+from ._loop import StepInfo as StepInfo, unroll as unroll
 from ._many import ManyResult as ManyResult, fit_many as fit_many
 from ._optimiser import (
     ParamOptimiser as ParamOptimiser,
@@ -66,7 +66,6 @@ from ._trainer import (
     Trainer as Trainer,
     explain_retrace as explain_retrace,
     fit as fit,
-    unroll as unroll,
 )
 from ._tree import (
     LoadError as LoadError,

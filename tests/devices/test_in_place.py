@@ -14,8 +14,9 @@ import vernal as vn
 from meshes import FITS, Settled, mesh_of, starts
 from models import GaussianFit, gaussian, gaussian_batch, same
 from vernal._data.sources import as_source
+from vernal._devices.placement import ANYWHERE
 from vernal._fit import run as _running
-from vernal._loop.chunk import Moving, Task, run_chunk, run_chunk_in_place
+from vernal._loop.chunk import LoopState, Task, run_chunk, run_chunk_in_place
 from vernal._loop.monitor import Monitor
 from vernal._loop.record import Record
 from vernal._step import config_of
@@ -108,14 +109,14 @@ def test_the_state_is_there_once():
     record, source = Record(trainer, (), lambda: None), as_source(jnp.array(1.0))
     count = jnp.asarray(np.int32(5))
     parts = config_of(trainer), source, Monitor(None, None), record
-    task, moving = Task(*parts, count, count, 16), Moving(trainer._progress, None)
+    task, state = Task(*parts, count, count, 16), LoopState(trainer._progress, None)
     alias = {
-        name: run.lower(task, moving, None)
+        name: run.lower(task, state, ANYWHERE)
         .compile()
         .compiled.memory_analysis()
         .alias_size_in_bytes
         for name, run in {"new": run_chunk, "in place": run_chunk_in_place}.items()
     }
-    state = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer._progress))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer._progress))
     assert alias["new"] == 0
-    assert alias["in place"] >= 0.99 * state
+    assert alias["in place"] >= 0.99 * size

@@ -97,7 +97,7 @@ def test_what_one_decides_all_do(tmp_path):
         for name, what in {
             "steps": "`steps` is 30 and 31 on processes 0 and 1",
             "data": "`data` differs at '1'",
-            "start": "`trainer` differs at '_progress.params.slope'",
+            "start": "`trainer` differs at 'params.slope'",
             "code": "`program` differs",
             "record": "`record` is slope and offset",
         }.items():
@@ -116,17 +116,17 @@ def test_what_one_decides_all_do(tmp_path):
 
 PLACES = {
     "step: data": "`batch` differs at '1'",
-    "step: start": "`trainer` differs at '_progress.params.slope'",
+    "step: start": "`trainer` differs at 'params.slope'",
     "step: code": "`program` differs",
     "step: the second": "`batch` differs at '1'",
-    "step: another": "`trainer` differs at '_progress",
+    "step: another": "`trainer` differs at '",
     "solve: data": "`batch` differs at '1'",
-    "solve: start": "`trainer` differs at '_progress.params.slope'",
+    "solve: start": "`trainer` differs at 'params.slope'",
     "solve: code": "`program` differs",
     "solve: solver": "`solver` differs",
     "solve: steps": "`max_steps` is 100 and 101",
     "many: data": "`batch` differs at '1'",
-    "many: start": "`trainer` differs at '_progress.params.slope'",
+    "many: start": "`trainer` differs at 'params.slope'",
     "many: code": "`program` differs",
 }
 CALLED = {"step": "step", "solve": "solve", "many": "fit_many", "fit": "fit"}

@@ -6,52 +6,28 @@ names the leaves of a tree; `frames` and `warnings` point to the user's code; `t
 and `debugging` see to what JAX is doing when a function is called.
 """
 
-from .arguments import (
-    boolean as boolean,
-    file_path as file_path,
-    prng_key as prng_key,
-    refuse_unknown as refuse_unknown,
-    whole_number as whole_number,
-)
-from .debugging import (
-    debugged as debugged,
-    is_debugged as is_debugged,
-    undebugged as undebugged,
-)
+from .arguments import boolean, file_path, prng_key, refuse_unknown, whole_number
+from .debugging import debugged, is_debugged, undebugged
 from .foreign import (
-    has_been_deleted as has_been_deleted,
-    is_deleted as is_deleted,
-    refuse_foreign as refuse_foreign,
-    refuse_meaning as refuse_meaning,
-    require_numbers as require_numbers,
+    has_been_deleted,
+    is_deleted,
+    refuse_foreign,
+    refuse_meaning,
+    require_numbers,
 )
-from .frames import entrance as entrance, warn as warn
-from .names import (
-    dotted as dotted,
-    nearest_names as nearest_names,
-    segment as segment,
-    spelled as spelled,
-    spelled_leaves as spelled_leaves,
-)
+from .frames import entrance, warn
+from .names import dotted, nearest_names, segment, spelled, spelled_leaves
 from .precision import (
-    REMEDY as REMEDY,
-    is_cut as is_cut,
-    is_wide as is_wide,
-    is_x64_on as is_x64_on,
-    narrowed as narrowed,
-    narrowed_model as narrowed_model,
-    narrowed_tree as narrowed_tree,
-    spacing as spacing,
+    REMEDY,
+    is_cut,
+    is_wide,
+    is_x64_on,
+    narrowed,
+    narrowed_model,
+    narrowed_tree,
+    spacing,
 )
-from .signatures import takes as takes, takes_methods as takes_methods
-from .traced import (
-    UNROLL as UNROLL,
-    refuse_program as refuse_program,
-    refuse_traced as refuse_traced,
-)
-from .type_checks import Params as Params, PyTree as PyTree, checked as checked
-from .warnings import (
-    ObjectiveWarning as ObjectiveWarning,
-    PrecisionWarning as PrecisionWarning,
-    warn_once as warn_once,
-)
+from .signatures import takes, takes_methods
+from .traced import UNROLL, refuse_program, refuse_traced
+from .type_checks import Params, PyTree, checked
+from .warnings import ObjectiveWarning, PrecisionWarning, warn_once

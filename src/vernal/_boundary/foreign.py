@@ -14,16 +14,9 @@ _NUMBERS = jax.Array | np.ndarray | np.generic | int | float | complex
 def refuse_foreign(leaf: Any, where: str) -> None:
     """Refuses an array whose meaning JAX would drop, or that it cannot compute with.
 
-    **Arguments:**
-
-    - `leaf`: anything. What is not an array passes.
-    - `where`: what an error calls it.
-
-    **Raises:**
-
-    - `TypeError`: if it is a masked array, a quantity with a unit, a sparse matrix, an
-        array of another library, or an array of objects, text, dates or records.
-    - `ValueError`: if it is an array of JAX that has been deleted.
+    These are masked arrays, quantities with a unit, sparse matrices, arrays of other
+    libraries, arrays of objects, text, dates or records, and deleted arrays of JAX.
+    What is not an array passes. An error calls the leaf `where`.
     """
     if isinstance(leaf, jax.Array):
         if is_deleted(leaf):
@@ -54,12 +47,8 @@ def refuse_foreign(leaf: Any, where: str) -> None:
 def refuse_meaning(leaf: Any, where: str, loss: str) -> None:
     """Refuses an array of NumPy that means more than its numbers.
 
-    **Arguments:**
-
-    - `leaf`: anything.
-    - `where`: how the error begins, such as "`batch` has the leaf 'x',".
-    - `loss`: what would become of a mask, such as "JAX would compute with what is
-        masked".
+    The error begins with `where`, such as "`batch` has the leaf 'x',". `loss` says what
+    would happen to a mask, such as "JAX would compute with what is masked".
     """
     if isinstance(leaf, np.ma.MaskedArray):
         remedy = (
@@ -81,11 +70,7 @@ def refuse_meaning(leaf: Any, where: str, loss: str) -> None:
 def require_numbers(tree: Any, argument: str, remedy: str) -> None:
     """Checks that each leaf is an array of numbers, or a number that JAX can hold.
 
-    **Arguments:**
-
-    - `tree`: any pytree.
-    - `argument`: what an error calls it.
-    - `remedy`: what an error says at the end.
+    An error calls the tree `argument`, and ends with `remedy`.
     """
     for where, leaf in spelled_leaves(argument, tree):
         if not isinstance(leaf, _NUMBERS):

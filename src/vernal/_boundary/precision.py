@@ -56,13 +56,8 @@ def _is_swapped(leaf: Any) -> bool:
 def narrowed(leaf: Any, where: str) -> Any:
     """Returns an array in the precision and the byte order that JAX computes with.
 
-    Warns if its digits matter: if the spacing of float32 at the data is more than a
-    thousandth of their spread.
-
-    **Arguments:**
-
-    - `leaf`: anything.
-    - `where`: what the warning calls it.
+    Warns, and calls it `where`, if its digits matter: if the spacing of float32 at the
+    data is more than a thousandth of their spread.
     """
     if _is_swapped(leaf):
         leaf = leaf.astype(leaf.dtype.newbyteorder("="))

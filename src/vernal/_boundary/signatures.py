@@ -8,15 +8,9 @@ from typing import Any
 def takes(
     fn: Any, count: int, name: str, form: str, keywords: Iterable[str] = ()
 ) -> None:
-    """Checks that a function can be called with the given arguments.
+    """Checks that a function can be called with `count` arguments, and with `keywords`.
 
-    **Arguments:**
-
-    - `fn`: the function.
-    - `count`: the number of arguments that are given by position.
-    - `name`: what an error calls the function.
-    - `form`: the call, as an error shows it.
-    - `keywords`: the names of the arguments that are given by keyword.
+    An error calls it `name`, and shows the call as `form`.
     """
     if isinstance(fn, type):
         raise TypeError(
@@ -40,14 +34,9 @@ def takes(
 def takes_methods(
     owner: type, methods: Mapping[str, tuple[str, ...]], name: str
 ) -> None:
-    """Checks that the methods of a user's class can be called as they will be.
+    """Checks that the methods of a user's class can be called with these arguments.
 
-    **Arguments:**
-
-    - `owner`: the class.
-    - `methods`: the arguments of each method, by its name; those that end in `=` are
-        given by keyword.
-    - `name`: what an error calls an instance.
+    Arguments that end in `=` are given by keyword. An error calls an instance `name`.
     """
     for method, given in methods.items():
         fn = getattr(owner, method, None)

@@ -18,13 +18,9 @@ def is_traced(*trees: Any) -> bool:
 
 
 def refuse_traced(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
-    """Refuses to run within `jax.jit`, `jax.vmap`, `jax.grad` or `jax.lax.scan`.
+    """Refuses to run `name` within `jax.jit`, `jax.vmap`, `jax.grad` or `jax.lax.scan`.
 
-    **Arguments:**
-
-    - `name`: the function that would run.
-    - `trees`: what it is given.
-    - `remedy`: what to do instead.
+    It is given `trees`. An error ends with `remedy`.
     """
     if is_traced(*trees):
         raise TypeError(

@@ -86,11 +86,8 @@ def choose_mode(
 ) -> Mode:
     """Finds the first mode of `order` in which `fn` can be differentiated at `point`.
 
-    Modes are tried on shapes alone, at no cost when the program runs.
-
-    **Raises:**
-
-    - `TypeError`: if there is no mode.
+    Modes are tried on shapes alone, at no cost when the program runs. Raises a
+    `TypeError` if there is no mode.
     """
 
     def pull(x: PyTree, _: PyTree) -> PyTree:

@@ -4,12 +4,5 @@
 `sources` has the minibatches and the streams that a fit takes its batches from.
 """
 
-from .batch import as_batch as as_batch, as_given as as_given
-from .sources import (
-    Minibatches as Minibatches,
-    Source as Source,
-    Stream as Stream,
-    StreamExhaustedError as StreamExhaustedError,
-    Whole as Whole,
-    as_source as as_source,
-)
+from .batch import as_batch, as_given
+from .sources import Minibatches, Source, Stream, StreamExhaustedError, Whole, as_source

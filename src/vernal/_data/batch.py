@@ -49,20 +49,11 @@ def as_given(batch: Any) -> Any:
 def as_batch(batch: Any, argument: str = "batch") -> Any:
     """Turns the arrays and the floats of a batch into JAX's arrays.
 
-    So new ones compile nothing. Those of other libraries are copied. Integers, strings
-    and functions stay as they are, and are static: they may decide a shape or a branch.
-
-    **Arguments:**
-
-    - `batch`: any pytree.
-    - `argument`: what an error calls it.
-
-    **Raises:**
-
-    - `TypeError`: if it is a source of batches; or if a leaf is an array of something
-        other than numbers, a loader, a long list of numbers, or an object that cannot
-        be hashed.
-    - `ValueError`: if an array has been deleted.
+    So new ones compile nothing. Arrays of other libraries are copied. Integers, strings
+    and functions stay as they are and are static: they may decide a shape or a branch.
+    Raises if a leaf is a source of batches, a loader, a long list of numbers, an array
+    of anything but numbers or one that has been deleted, or an object that cannot be
+    hashed.
     """
     if isinstance(batch, ManyBatches | Iterator):
         raise TypeError(

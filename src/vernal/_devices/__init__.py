@@ -4,15 +4,8 @@
 together; `same_inputs` and `fingerprint` find out whether they were given the same.
 """
 
-from .fingerprint import (
-    fingerprint as fingerprint,
-    leaf_fingerprints as leaf_fingerprints,
-)
-from .placement import (
-    Placement as Placement,
-    Sharding as Sharding,
-    context as context,
-    placement as placement,
-)
-from .processes import Decision as Decision, PeerError as PeerError, Peers as Peers
-from .same_inputs import same_inputs as same_inputs
+from .abstract_placement import ANYWHERE, AbstractPlacement
+from .fingerprint import fingerprint, leaf_fingerprints
+from .placement import Sharding, placement
+from .processes import Decision, PeerError, Peers
+from .same_inputs import same_inputs

@@ -1,6 +1,5 @@
 """Where the arrays of a fit lie when there are several devices."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -16,6 +15,7 @@ from .._boundary import PyTree, dotted, spelled
 from .._data import Source, Stream, Whole
 from .._step import AbstractTrainer, config_of, progress_of, template_of, with_progress
 from .._tree import is_key, is_part, is_weak, named_leaves, resolve
+from .abstract_placement import ANYWHERE, AbstractPlacement
 
 WHOLE = PartitionSpec()
 
@@ -30,22 +30,26 @@ class Split(NamedTuple):
 
 
 @final
-class Placement(eqx.Module):
+class OnMesh(AbstractPlacement):
     """The devices of a fit, and which arrays they share.
 
-    A batch is split along the first axis of the mesh. Of all else each device holds a
-    copy, but for what is to be split: frozen arrays, and parameters with their moments
-    and the best of them.
+    A batch is split along the first axis of the mesh. Of everything else each device
+    holds a copy, except the arrays that the user splits: frozen arrays, and parameters
+    with their moments and their best.
 
-    The compiler divides the work, from where the arrays lie. So the methods of a
-    trainer see whole batches, and what they compute is what they compute on one device.
+    The compiler divides the work by where the arrays lie. So the methods of a trainer
+    see whole batches, and compute what they compute on one device.
     """
 
-    mesh: Mesh = eqx.field(static=True)
+    devices: Mesh = eqx.field(static=True)
     trained: tuple[tuple[str, Split | None], ...] = eqx.field(static=True, default=())
     """Each trained parameter by its path, where there is anything to be split."""
     frozen: tuple[Split | None, ...] = eqx.field(static=True, default=())
     """Each frozen array, in order."""
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.devices
 
     @property
     def axis(self) -> str:
@@ -54,18 +58,16 @@ class Placement(eqx.Module):
 
     @property
     def size(self) -> int:
-        """How many parts a batch is split into."""
         return self.mesh.shape[self.axis]
 
     @property
     def splits(self) -> bool:
-        """Whether there is anything but batches to be split."""
         return any((*self.frozen, *(split for _, split in self.trained)))
 
     def on(self, spec: PartitionSpec) -> NamedSharding:
-        """Names a way to lie on the devices."""
+        """Returns a sharding over the devices."""
         entries = list(spec)
-        # To JAX it is another sharding, and so another program, with them.
+        # With them JAX takes it for another sharding, and compiles again.
         while entries and entries[-1] is None:
             entries.pop()
         return NamedSharding(self.mesh, PartitionSpec(*entries))
@@ -73,8 +75,8 @@ class Placement(eqx.Module):
     # What a fit holds.
 
     def _sharding(self, path: str, leaf: Any) -> NamedSharding:
-        # The moments and the best of a parameter end in its path; those of one within
-        # another node of the same name, in a longer one.
+        # The paths of the moments and of the best of a parameter end in its path. The
+        # longest that matches counts, as names may repeat within nodes.
         owners = [
             (len(name), split)
             for name, split in self.trained
@@ -90,7 +92,6 @@ class Placement(eqx.Module):
         )
 
     def put(self, trainer: AbstractTrainer) -> Any:
-        """Puts a trainer onto the devices."""
         config, progress = self.put_whole(config_of(trainer)), progress_of(trainer)
         if self.frozen:
             splits = [split.spec if split else WHOLE for split in self.frozen]
@@ -99,45 +100,37 @@ class Placement(eqx.Module):
         return with_progress(config, self.put_state(progress))
 
     def put_state(self, state: PyTree) -> Any:
-        """Puts what changes from step to step onto the devices."""
         return jax.tree.map(put, state, self._shardings(state))
 
     def put_whole(self, tree: PyTree) -> Any:
-        """Puts a copy of a tree onto each of the devices."""
         return jax.tree.map(lambda leaf: put(leaf, self.on(WHOLE)), tree)
 
     def pin(self, state: PyTree) -> Any:
-        """As `put_state`, within a compiled program."""
         if not jax.tree.leaves(state):
             return state
         return lax.with_sharding_constraint(state, self._shardings(state))
 
     def put_rows(self, tree: PyTree, flags: Sequence[bool]) -> Any:
-        """Spreads the rows of the flagged leaves of a tree over the devices."""
         leaves, structure = jax.tree.flatten(tree)
         specs = [PartitionSpec(self.axis) if flag else WHOLE for flag in flags]
         return structure.unflatten(map(put, leaves, map(self.on, specs)))
 
     def pin_rows(self, tree: PyTree, axis: int = 0) -> Any:
-        """Spreads the rows of all leaves, along this axis, within a program."""
         spec = PartitionSpec(*[None] * axis, self.axis)
         pin = lambda leaf: lax.with_sharding_constraint(leaf, self.on(spec))
         return jax.tree.map(pin, tree)
 
     def home(self, state: PyTree) -> Any:
-        """Brings a state back to one device; but not where some of it is split."""
         if self.splits:
             return state
         return jax.tree.map(lambda leaf: _home(self.whole(leaf)), state)
 
     def whole(self, leaf: Any) -> Any:
-        """Gives every process the whole of an array."""
         return jax.device_put(leaf, self.on(WHOLE)) if is_part(leaf) else leaf
 
     # What a fit is fed with.
 
     def source(self, source: Source) -> Source:
-        """Puts what a fit is fed with onto the devices, but for a stream."""
         if isinstance(source, Stream):
             return source
         if isinstance(source, Whole):
@@ -145,20 +138,17 @@ class Placement(eqx.Module):
         if source.size % self.size:
             raise ValueError(
                 f"`data`: Minibatches of size {source.size} cannot be shared evenly by "
-                f"{self._told}. Make `size` a multiple of {self.size}."
+                f"{self._sharers}. Make `size` a multiple of {self.size}."
             )
         return eqx.tree_at(lambda s: s.arrays, source, self.put_whole(source.arrays))
 
     def batch(self, batch: PyTree, argument: str) -> Any:
-        """Splits a batch, which every process has whole."""
         return self._map_batch(batch, argument, put)
 
     def share(self, batch: PyTree) -> Any:
-        """Splits a batch of which every process has its own part."""
         return self._map_batch(batch, "data", _put_share)
 
     def pin_batch(self, batch: PyTree) -> Any:
-        """Splits a batch that is made within a compiled program."""
         return self._map_batch(batch, "data", lax.with_sharding_constraint)
 
     def _map_batch(self, batch: PyTree, argument: str, fn: Any) -> Any:
@@ -182,18 +172,19 @@ class Placement(eqx.Module):
             rows, where = leaf.shape[0], spelled(argument, keys)
             leave = f"Leave out {rows % self.size} of them, or pad"
             raise ValueError(
-                f"`mesh`: {where} has the shape {leaf.shape}, and {self._told} cannot "
-                f"share its {rows} rows evenly. {leave if rows > self.size else 'Pad'} "
-                "with rows that weigh nothing. If its first axis is not one of "
+                f"`mesh`: {where} has the shape {leaf.shape}, and {self._sharers} "
+                f"cannot share its {rows} rows evenly. "
+                f"{leave if rows > self.size else 'Pad'} with rows that weigh nothing. "
+                "If its first axis is not one of "
                 "examples, put it onto the mesh yourself, and it stays as it is: "
                 "`jax.device_put(x, NamedSharding(mesh, PartitionSpec()))`."
             )
         return PartitionSpec(self.axis)
 
     def _is_here(self, leaf: jax.Array) -> bool:
-        """Whether somebody has put an array onto the mesh already."""
+        """Whether the user has put an array onto the mesh."""
         sharding = leaf.sharding
-        # Within `jax.set_mesh` JAX makes arrays there of its own accord.
+        # Within `jax.set_mesh` JAX itself makes arrays there.
         if not leaf.committed or not isinstance(sharding, NamedSharding):
             return False
         if not isinstance(sharding.mesh, Mesh):
@@ -203,39 +194,28 @@ class Placement(eqx.Module):
         return is_same and np.array_equal(devices, self.mesh.devices)
 
     @property
-    def _told(self) -> str:
+    def _sharers(self) -> str:
         return f"the {self.size} devices along the axis {self.axis!r}"
-
-
-def context(place: Placement | None) -> contextlib.AbstractContextManager[Any]:
-    """What programs are made and run in: a mesh that is set around has no say."""
-    return contextlib.nullcontext() if place is None else jax.set_mesh(place.mesh)
 
 
 def placement(
     trainer: AbstractTrainer, mesh: Any, sharding: Any = None
-) -> Placement | None:
-    """Makes the placement of a fit, `None` if there is no mesh.
-
-    **Arguments:**
-
-    - `trainer`: a trainer.
-    - `mesh`, `sharding`: as a user gave them.
-    """
+) -> AbstractPlacement:
+    """Makes the placement of a fit from what a user gave."""
     if mesh is None:
         if sharding is not None:
             raise ValueError("`sharding` is for a mesh: pass `mesh` too.")
-        return None
+        return ANYWHERE
     if not isinstance(mesh, Mesh) or not mesh.axis_names:
         raise TypeError(
             f"`mesh` is {mesh!r}, but must be a `jax.sharding.Mesh` with an axis: "
             '`jax.make_mesh((jax.device_count(),), ("data",))`.'
         )
-    # The compiler is to divide the work, whoever makes the mesh for what.
+    # With axes of automatic type, for which the compiler divides the work.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     if sharding is None:
-        return Placement(mesh)
-    return Placement(mesh, *_splits(trainer, mesh, sharding))
+        return OnMesh(mesh)
+    return OnMesh(mesh, *_splits(trainer, mesh, sharding))
 
 
 def _splits(
@@ -296,7 +276,7 @@ def _check_spec(
 
 
 def put(leaf: Any, sharding: NamedSharding) -> Any:
-    """Puts an array onto devices. Each process has the whole of it."""
+    """Puts an array, which each process has whole, onto devices."""
     if not isinstance(leaf, jax.Array):
         return leaf
     if isinstance(leaf, Tracer):
@@ -307,7 +287,7 @@ def put(leaf: Any, sharding: NamedSharding) -> Any:
         data = put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if is_weak(leaf):
-        # An array of NumPy's would lose that; and it is taken as it is.
+        # NumPy would lose the weak type; JAX accepts the array as it is.
         return leaf
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -325,5 +305,5 @@ def _home(leaf: Any) -> Any:
     if is_key(leaf):
         data = _home(jax.random.key_data(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    # Through the host: so it belongs to no device, and goes with whatever it meets.
+    # Through the host, so that it is committed to no device.
     return jax.device_put(np.asarray(leaf))

@@ -10,7 +10,7 @@ import equinox as eqx
 from .._program import Version, version_of
 from .._step import AbstractTrainer, advance, live, score, step_key
 from .fingerprint import fingerprint, leaf_fingerprints
-from .placement import Placement
+from .placement import AbstractPlacement
 from .processes import Peers
 
 # Larger arrays that a step returned are not copied from the devices for the next one.
@@ -21,7 +21,7 @@ _programs: weakref.WeakKeyDictionary[Version, str] = weakref.WeakKeyDictionary()
 
 @contextlib.contextmanager
 def same_inputs(
-    entrance: str, place: Placement | None
+    entrance: str, place: AbstractPlacement
 ) -> Iterator[Callable[..., None]]:
     """Yields a function that raises if another process has other inputs.
 
@@ -29,7 +29,7 @@ def same_inputs(
     together; for many trainers, with the shapes of a single one as `like`. If a process
     raises before that, the others raise too.
     """
-    peers = Peers(place and place.mesh, entrance)
+    peers = Peers(place.mesh, entrance)
     if not peers.are_many:
         yield lambda *_, **others: None
         return

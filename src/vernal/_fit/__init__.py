@@ -1,6 +1,8 @@
 """A fit on the host: what happens between the chunks of steps."""
 
-from .arrival import edm_note as edm_note
-from .fit import OPTIONS as OPTIONS, FitOptions as FitOptions, fit as fit
-from .one_trainer import BadEnd as BadEnd, One as One
-from .result import FitResult as FitResult
+from .arrival import edm_note
+from .fit import fit
+from .one_trainer import OneTrainer
+from .options import OPTIONS, FitKeywords
+from .result import FitResult
+from .subject import AbstractSubject, BadEnd

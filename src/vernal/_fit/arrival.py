@@ -1,4 +1,4 @@
-"""Whether a trainer has arrived at a minimum: at the end of a fit, and in a table."""
+"""Whether a trainer is at a minimum: for the end of a fit, and for a table."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ def _measure(
 def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, Any]:
     """Checks that a fit which `Converged` ended has arrived at a minimum.
 
-    That is known where there is one loss: that of one batch.
+    That is known only where there is one loss: that of one batch.
     """
     trainer: AbstractTrainer = result.trainer
     is_over = result.stop_reason is StopReason.CONVERGED
@@ -42,13 +42,13 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
 
 
 def edm_note(trainer: AbstractTrainer, batch: Any) -> str | None:
-    """Says of a trainer with a likelihood that it is not at a minimum, if it is not.
+    """Returns a note if a trainer with a likelihood is not at a minimum.
 
-    A fit is over once `edm` is below a thousandth of the scatter. In a table nothing
-    looks any different before it is some twenty times that: a fifth of an error bar.
+    A fit has converged if `edm` is below a thousandth of the scatter. A table shows no
+    difference below about twenty times that: a fifth of an error bar.
     """
     kind = what_falls(trainer)
-    # How much of a loss with a penalty matters, nobody knows.
+    # A loss with a penalty has no known scale.
     if kind == "loss" or not _has_minimum(trainer):
         return None
     args = stripped(trainer), trainer.projector, as_batch(batch), kind, jnp.zeros(())
@@ -62,10 +62,10 @@ def edm_note(trainer: AbstractTrainer, batch: Any) -> str | None:
 def _has_minimum(trainer: AbstractTrainer) -> bool:
     """Whether a fit ends where the gradient is zero.
 
-    Random numbers change with each step, and hooks lead elsewhere.
+    With random numbers, or hooks that change steps, it may end elsewhere.
     """
-    is_led = overrides(trainer, "transform_grads") or overrides(trainer, "constrain")
-    return trainer.key is None and not is_led and _is_real(trainer.params)
+    has_hooks = overrides(trainer, "transform_grads") or overrides(trainer, "constrain")
+    return trainer.key is None and not has_hooks and _is_real(trainer.params)
 
 
 def _is_real(params: Any) -> bool:

@@ -2,99 +2,61 @@
 
 import contextlib
 import time
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
-from .._boundary import UNROLL, boolean, refuse_program, takes, warn, whole_number
+from .._boundary import UNROLL, refuse_program, warn
 from .._data import Source, Stream, StreamExhaustedError
 from .._devices import Decision, Peers, leaf_fingerprints
-from .._policy import StopCriterion, StopReason
+from .._policy import StopReason
 from .._step import MOST_STEPS, AbstractTrainer, check_elementwise, no_optimiser
-from .._storage import Checkpoints, History, open_checkpointer, origin
-from .._tree import Selector
+from .._storage import History, open_checkpointer, origin
 from .feed import DataExhausted, next_chunk
-from .one_trainer import One
+from .options import FitKeywords, FitOptions
 from .progress_bar import ProgressBar
-from .run import Callback, Running
-
-ONE = One()
-
-
-class FitOptions(TypedDict, total=False):
-    """What a fit may be told beside its data and steps, see `Trainer.fit`."""
-
-    record: Selector
-    every: int
-    validation: tuple[Any, int] | None
-    stop: StopCriterion | None
-    progress: bool
-    callback: Callback | None
-    chunk: int | None
-    checkpoint: Checkpoints | None
-
-
-OPTIONS = tuple(FitOptions.__annotations__)
-"""Their names."""
+from .run import FitRun, Inputs
+from .subject import AbstractSubject
 
 
 def fit(
+    subject: AbstractSubject,
     trainer: AbstractTrainer,
     data: Any,
     steps: int,
-    *,
-    record: Any = (),
-    every: int = 1,
-    validation: Any = None,
-    stop: Any = None,
-    progress: bool = True,
-    callback: Callback | None = None,
-    chunk: int | None = None,
-    checkpoint: Checkpoints | None = None,
-    kind: One = ONE,
+    keywords: FitKeywords,
 ) -> Any:
-    """Takes `steps` steps. The documentation is that of `Trainer.fit`.
-
-    `kind` tells what is fitted: one trainer, or many at once.
-    """
-    refuse_program("fit", trainer, data, validation, remedy=UNROLL)
-    progress = boolean(progress, "progress")
+    """Implements `Trainer.fit`, for one trainer or for many at once."""
+    given = trainer, data, keywords.get("validation")
+    refuse_program("fit", *given, remedy=UNROLL)
     run = None
     try:
         with contextlib.ExitStack() as stack:
-            peers = stack.enter_context(
-                Peers(kind.place and kind.place.mesh, kind.entrance)
-            )
-            steps = whole_number(steps, "steps", least=0)
-            every = min(whole_number(every, "every", least=1), MOST_STEPS)
-            chunk = None if chunk is None else whole_number(chunk, "chunk", least=1)
-            _check(trainer, steps, callback, kind)
-            source, monitor = kind.source(data), kind.monitor(validation, stop)
+            peers = stack.enter_context(Peers(subject.place.mesh, subject.entrance))
+            # Within the context, so that other processes hear of an error.
+            options = FitOptions(steps, **keywords)
+            _check_trainer(trainer, subject, options.steps)
+            source = subject.source(data)
+            monitor = subject.monitor(options.validation, options.stop)
             if peers.are_many:
-                numbers = {"steps": steps, "every": every, "chunk": chunk}
-                presence = {"callback": callback, "checkpoint": checkpoint}
-                trees = {"trainer": trainer, "data": data, "validation": validation}
-                peers.require_same(
-                    numbers
-                    | {name: str(type(given)) for name, given in presence.items()}
-                    | {name: leaf_fingerprints(tree) for name, tree in trees.items()}
-                )
+                trees = {"trainer": trainer, "data": data, "validation": given[-1]}
+                trees = {name: leaf_fingerprints(tree) for name, tree in trees.items()}
+                peers.require_same(options.described() | trees)
             checkpointer = None
-            if checkpoint is not None:
-                checkpoint = _checked(checkpoint, source)
-                stop, made_of = monitor.fingerprint, origin(trainer, source)
+            if options.checkpoint is not None:
+                _check_resumable(source)
+                identity = monitor.fingerprint, origin(trainer, source)
                 checkpointer = stack.enter_context(
-                    open_checkpointer(checkpoint, stop, made_of, peers)
+                    open_checkpointer(options.checkpoint, *identity, peers)
                 )
-            is_seen = checkpointer is not None or callback is not None
-            options = record, every, checkpointer, is_seen
-            run = Running(kind, peers, trainer, source, monitor, *options)
+            inputs = Inputs(trainer, source, monitor)
+            run = FitRun(subject, inputs, options, peers, checkpointer)
             if peers.are_many:
                 peers.require_same(run.described())
             try:
-                shown = progress and peers.is_first
-                with ProgressBar(steps, run.taken, shown=shown) as bar:
-                    reason = _go_on(run, steps, bar, callback, chunk)
+                shown = options.progress and peers.is_first
+                with ProgressBar(options.steps, run.taken, shown=shown) as bar:
+                    reason = _go_on(run, options, bar)
             finally:
                 run.write_checkpoint()
     except KeyboardInterrupt:
@@ -105,7 +67,7 @@ def fit(
     except DataExhausted:
         if run is None:
             empty = History(np.zeros(0, int), np.zeros(0))
-            result = kind.cut_short(trainer, empty, StopReason.DATA_EXHAUSTED)
+            result = subject.cut_short(trainer, empty, StopReason.DATA_EXHAUSTED)
             raise StreamExhaustedError(0, steps, result) from None
         result = run.cut_short(StopReason.DATA_EXHAUSTED)
         raise StreamExhaustedError(run.taken, steps, result) from None
@@ -119,15 +81,13 @@ def fit(
                 if run.taken:
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
-    parts = run.trainer, run.history(), run.monitor, run.watched
-    result = kind.ended(*parts, reason, run.is_all_skipped)
-    result = kind.checked(result, run.source)
-    if run.taken and (end := kind.bad_end(result)):
+    result = run.ended(reason)
+    if run.taken and (end := subject.bad_end(result)):
         diagnosis = run.diagnosis(end)
-        kind.raise_if_non_finite(result, diagnosis.advised)
+        end.raise_if_asked(result, diagnosis.advised)
         if str(diagnosis):
-            warn(f"{end.sentence} {diagnosis}")
-    elif (scores := parts[1].validation).size and not np.isfinite(scores).any():
+            warn(f"{end.warning} {diagnosis}")
+    elif (scores := result.history.validation).size and not np.isfinite(scores).any():
         warn(
             "`validation`: no score was finite, so that `best` is no better than the "
             "model that the fit began with. Check the batch, and `evaluate`."
@@ -135,14 +95,9 @@ def fit(
     return result
 
 
-def _go_on(
-    run: Running,
-    steps: int,
-    bar: ProgressBar,
-    callback: Callback | None,
-    chunk: int | None,
-) -> StopReason:
-    """Takes the steps that are left, and tells why it ended."""
+def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
+    """Takes the steps that are left, and returns why it ended."""
+    steps, chunk = options.steps, options.chunk
     if run.is_resumed and run.taken >= steps:
         return StopReason.TAKEN_BEFORE
     # The first step may be slow, and has to be compiled.
@@ -154,12 +109,12 @@ def _go_on(
             taken = run.taken - before
             if chunk is None and taken:
                 size = next_chunk(taken, time.perf_counter() - started)
-            # What is shown of many trainers on many devices, all must say.
-            told = run.shown() if peers.are_many else None
-            bar.update(taken, lambda told=told: told or run.shown())
-            end = run.call(callback)
-            own = Decision(size, end and end.name, run.checkpoint_is_due)
-            decision = peers.decide(own)
+            # All processes take part where what is shown lies on many devices.
+            shown = run.shown() if peers.are_many else None
+            bar.update(taken, lambda shown=shown: shown or run.shown())
+            end = run.call(options.callback)
+            due = run.checkpoint_is_due
+            decision = peers.decide(Decision(size, end and end.name, due))
             size = decision.steps
             if decision.end is not None:
                 return StopReason[decision.end]
@@ -171,33 +126,23 @@ def _go_on(
     return StopReason.STEPS_TAKEN
 
 
-def _check(trainer: AbstractTrainer, steps: int, callback: Any, kind: One) -> None:
-    if callback is not None and not callable(callback):
-        raise TypeError(
-            f"`callback` is {callback!r}, but must be a function `(trainer, history)` "
-            "that returns `None`, `True` to end the fit, or a trainer to go on with."
-        )
-    if callback is not None:
-        takes(callback, 2, "callback", "callback(trainer, history)")
+def _check_trainer(
+    trainer: AbstractTrainer, subject: AbstractSubject, steps: int
+) -> None:
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
-    check_elementwise(kind.template(trainer))
-    if kind.count(trainer) + steps > MOST_STEPS:
+    check_elementwise(subject.template(trainer))
+    if subject.count(trainer) + steps > MOST_STEPS:
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "
             "fewer."
         )
 
 
-def _checked(checkpoint: Any, source: Source) -> Checkpoints:
-    if not isinstance(checkpoint, Checkpoints):
-        raise TypeError(
-            f"`checkpoint` is {checkpoint!r}, but must be `vn.Checkpoints(directory)`."
-        )
+def _check_resumable(source: Source) -> None:
     if isinstance(source, Stream) and not source.can_resume:
         raise TypeError(
             "`data` is a Stream of an iterable, which a fit that resumes cannot take "
             "up where it was. With `checkpoint`, give it a function of the step: "
             "`vn.Stream(lambda step: batches_from(step))`."
         )
-    return checkpoint

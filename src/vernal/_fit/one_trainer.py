@@ -1,162 +1,77 @@
-"""What a fit asks of what it fits: here, one trainer."""
+"""A fit of one trainer."""
 
-import contextlib
-from typing import Any, NamedTuple
+from typing import Any, final
 
-import jax
-import numpy as np
-from jaxtyping import Array
-
+from .._boundary import PyTree
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._devices import Placement, context
+from .._devices import ANYWHERE, AbstractPlacement
 from .._loop import (
     Chunk,
     Ended,
+    LoopState,
     Monitor,
     MonitorState,
-    Moving,
-    Rows,
     Task,
     run_chunk,
     run_chunk_in_place,
 )
 from .._policy import AT_NON_FINITE, StopReason
-from .._step import (
-    AbstractTrainer,
-    is_at_bad_step,
-    nan_report,
-    progress_of,
-    raise_if_non_finite,
-    with_progress,
-)
+from .._step import AbstractTrainer, nan_report, progress_of
 from .._storage import History
 from .arrival import checked_end
 from .result import FitResult
+from .subject import AbstractSubject, BadEnd
 
 
-class BadEnd(NamedTuple):
-    """What ended at a value that is not finite: its index, if there are many."""
+@final
+class OneTrainer(AbstractSubject):
+    """A fit of one trainer."""
 
-    index: Any
-    trainer: AbstractTrainer
-    sentence: str
+    place: AbstractPlacement = ANYWHERE
 
+    @property
+    def entrance(self) -> str:
+        return "fit"
 
-class One:
-    """A fit of one trainer. That of many is another class with the same methods."""
-
-    shape: tuple[int, ...] = ()
-    """What stands before the shape of everything that is recorded."""
-
-    entrance = "fit"
-    """What the user has called."""
-
-    def __init__(self, place: Placement | None = None):
-        """**Arguments:**
-
-        - `place`: where the arrays of the fit lie, `None` for wherever they do.
-        """
-        self.place = place
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """What the programs of the fit are made and run in."""
-        return context(self.place)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
 
     def source(self, data: Any) -> Source:
-        """Turns what a user gave into a source of batches."""
-        source = as_source(data)
-        return source if self.place is None else self.place.source(source)
+        return self.place.source(as_source(data))
 
     def prepare(self, batch: Any) -> Any:
-        """Turns a batch of a stream into what a step takes."""
-        batch = as_batch(batch, "data")
-        return batch if self.place is None else self.place.share(batch)
+        return self.place.share(as_batch(batch, "data"))
 
-    def monitor(self, validation: Any, stop: Any) -> Monitor:
-        """Makes the monitor of the fit."""
-        rest = self.place.put_whole if self.place is not None else lambda tree: tree
-        return Monitor(validation, stop).placed(self._scored, rest)
+    def prepare_validation(self, batch: Any) -> Any:
+        return self.place.batch(batch, "validation")
 
-    def _scored(self, batch: Any) -> Any:
-        """Turns the batch of a validation into what is scored."""
-        return batch if self.place is None else self.place.batch(batch, "validation")
-
-    def watched(
+    def first_monitor_state(
         self, monitor: Monitor, trainer: AbstractTrainer
     ) -> MonitorState | None:
-        """Makes the first state of the monitor."""
         return self.placed_state(monitor.init(progress_of(trainer)))
 
     def placed(self, trainer: AbstractTrainer) -> Any:
-        """Puts a trainer to where the fit takes place."""
-        return trainer if self.place is None else self.place.put(trainer)
+        return self.place.put(trainer)
 
-    def placed_state(self, state: Any) -> Any:
-        """Puts what changes from step to step there."""
-        return state if self.place is None else self.place.put_state(state)
-
-    def number(self, value: int) -> Array:
-        """Puts a number there that programs do not depend on."""
-        number = jax.device_put(np.int32(value))
-        return number if self.place is None else self.place.put_whole(number)
-
-    def home(self, trainer: AbstractTrainer) -> Any:
-        """Brings a trainer back from there."""
-        return with_progress(trainer, self.home_state(progress_of(trainer)))
-
-    def home_state(self, state: Any) -> Any:
-        """Brings a part of it back."""
-        return state if self.place is None else self.place.home(state)
+    def placed_state(self, state: PyTree) -> Any:
+        return self.place.put_state(state)
 
     def template(self, trainer: AbstractTrainer) -> Any:
-        """Returns a trainer that has the names and the shapes of each."""
         return trainer
 
     def row(self, batch: Any) -> Any:
-        """Returns what of a batch each trainer sees, or its shapes."""
         return batch
 
-    def on_host(self, array: Any) -> np.ndarray:
-        """Copies an array to the host."""
-        return np.asarray(array)
+    def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
+        return source.batch if isinstance(source, Whole) else source
 
-    def count(self, trainer: AbstractTrainer) -> int:
-        """Tells how many steps were taken."""
-        return int(trainer.step_count)
-
-    def is_over(self, *flags: Any) -> bool:
-        """Whether there are no more steps to be taken, as one of the flags says."""
-        return any(map(bool, flags))
-
-    def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
-        """Takes the steps of one chunk.
-
-        **Arguments:**
-
-        - `task`, `moving`: what it is given, and what it changes.
-        - `in_place`: whether `moving` may be overwritten.
-        """
+    def run(self, task: Task, state: LoopState, in_place: bool) -> tuple[Chunk, Ended]:
         run = run_chunk_in_place if in_place else run_chunk
         with self.context():
-            return run(task, moving, self.place)
-
-    def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
-        """Copies what a chunk recorded to the host.
-
-        **Arguments:**
-
-        - `step_count`: of the trainer after the chunk.
-        - `rows`, `scores`: the buffers on the device.
-        """
-        end = int(step_count)
-        steps, loss, records = rows.columns(end)
-        if scores is None:
-            return History(steps, loss, records)
-        scored, score, _ = scores.columns(end + 1)
-        return History(steps, loss, records, score, scored)
+            return run(task, state, self.place)
 
     def shown(self, trainer: AbstractTrainer, history: History) -> dict[str, str]:
-        """What a progress bar shows."""
         bad = max(count.total for count in nan_report(trainer).values())
         # First, as a narrow terminal has no room for the last.
         shown = {"non-finite": str(bad)} if bad else {}
@@ -165,56 +80,16 @@ class One:
                 shown[name] = f"{history[name][-1]:.6g}"
         return shown | {"best": f"{float(trainer.best_loss):.6g}"}
 
-    def ended(
-        self,
-        trainer: AbstractTrainer,
-        history: History,
-        monitor: Monitor,
-        watched: MonitorState | None,
-        reason: StopReason,
-        is_all_skipped: np.ndarray,
-    ) -> Any:
-        """Makes the result of a fit that came to its end.
-
-        **Arguments:**
-
-        - `is_all_skipped`: whether no step was accepted.
-
-        - `reason`: why there were no more chunks, unless the trainer knows better.
-        """
-        if trainer.stopped:
-            is_bad = is_at_bad_step(trainer)
-            reason = StopReason.NON_FINITE if is_bad else StopReason.POLICY
-        elif (met := monitor.reason(watched)) is not None:
-            reason = met
-        elif reason is StopReason.STEPS_TAKEN and is_all_skipped:
-            reason = StopReason.ALL_SKIPPED
-        return self.cut_short(trainer, history, reason)
+    def result(
+        self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
+    ) -> FitResult[Any, Any]:
+        return FitResult(self.home(trainer), history, reasons[0])
 
     def checked(self, result: Any, source: Source) -> Any:
-        """Checks that a fit which has converged is at a minimum."""
-        return checked_end(result, source) if self.place is None else result
-
-    def cut_short(
-        self, trainer: AbstractTrainer, history: History, reason: StopReason
-    ) -> Any:
-        """Makes the result of a fit that did not."""
-        return FitResult(self.home(trainer), history, reason)
+        return checked_end(result, source) if self.place.mesh is None else result
 
     def bad_end(self, result: Any) -> BadEnd | None:
-        """Finds what ended at a value that is not finite, if anything did.
-
-        Of many trainers it is the first, if there is an error to raise or all ended so.
-        """
         reason = result.stop_reason
         if reason not in AT_NON_FINITE:
             return None
-        return BadEnd((), self.placed(result.trainer), f"`fit`: {reason}")
-
-    def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
-        """Returns what one trainer saw of a source: a batch, or all minibatches."""
-        return source.batch if isinstance(source, Whole) else source
-
-    def raise_if_non_finite(self, result: Any, explanation: str) -> None:
-        """Raises, under a policy that does."""
-        raise_if_non_finite(result.trainer, result, explanation)
+        return BadEnd((), reason, self.placed(result.trainer), f"`fit`: {reason}")

@@ -81,15 +81,15 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         is_short = self.stop_reason is not StopReason.CONVERGED
         direction = np.asarray(distance.direction, float)
         where = along(direction, self._trainer.params) if is_short else ""
-        told = [str(self.stop_reason)]
+        said = [str(self.stop_reason)]
         if distance.edm > 0:
             much = f"about {distance.edm:.3g} (edm)"
-            told.append(f"The loss could still fall by {much}{where}.")
+            said.append(f"The loss could still fall by {much}{where}.")
         elif not distance.is_saddle:
-            told.append("The loss could still fall by less than can be measured.")
+            said.append("The loss could still fall by less than can be measured.")
         if distance.is_saddle:
-            told.append("It is flat here, or curves downwards: start from elsewhere.")
-        return " ".join(told)
+            said.append("It is flat here, or curves downwards: start from elsewhere.")
+        return " ".join(said)
 
     @property
     def _trainer(self) -> Any:

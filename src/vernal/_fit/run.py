@@ -4,8 +4,8 @@ import contextlib
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,7 +14,15 @@ import numpy as np
 from .._boundary import debugged, is_debugged
 from .._data import Minibatches, Source, Stream, Whole
 from .._devices import Peers, fingerprint, leaf_fingerprints
-from .._loop import MOST_ROWS, Ended, LackingMetricError, Monitor, Moving, Record, Task
+from .._loop import (
+    MOST_ROWS,
+    Ended,
+    LackingMetricError,
+    LoopState,
+    Monitor,
+    Record,
+    Task,
+)
 from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
@@ -30,12 +38,11 @@ from .._step import (
 from .._storage import Checkpointer, History, Recorder
 from .._tree import require_alike
 from .feed import Feed
-from .one_trainer import BadEnd, One
+from .options import Callback, FitOptions
+from .subject import AbstractSubject, BadEnd
 
-Callback = Callable[[Any, History], Any]
-
-# Memory is used again for states of at least so many bytes: below that it is not worth
-# the copy with which a fit begins.
+# The size in bytes of a state above which it is worth to use its memory again, at the
+# price of one copy when a fit begins.
 _WORTH_REUSE = 2**20
 
 
@@ -48,7 +55,7 @@ def _is_worth_reuse(progress: Any) -> bool:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
-    """Holds Ctrl-C back until what is under way is in place."""
+    """Delays Ctrl-C until the results of a call are in place."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -63,95 +70,99 @@ def _held_back() -> Iterator[None]:
 
 
 def _is_boolean(answer: Any) -> bool:
-    # The outcome of a comparison is a boolean of NumPy or of JAX, as often as not.
+    # A comparison often returns a boolean of NumPy or of JAX.
     is_one = isinstance(answer, bool | np.bool_ | jax.Array)
     return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
 
 
-class Running:
+class Inputs(NamedTuple):
+    """What a fit was given: a trainer, its data, and what it is monitored by."""
+
+    trainer: AbstractTrainer
+    source: Source
+    monitor: Monitor
+
+
+class FitRun:
     """A fit on its way: the trainer as it is now, and what was recorded so far."""
 
     def __init__(
         self,
-        kind: One,
+        subject: AbstractSubject,
+        inputs: Inputs,
+        options: FitOptions,
         peers: Peers,
-        trainer: AbstractTrainer,
-        source: Source,
-        monitor: Monitor,
-        record: Any,
-        every: int,
         checkpointer: Checkpointer | None,
-        is_seen: bool,
     ):
-        """**Arguments:** as those of `fit`, and
-
-        - `is_seen`: whether somebody else has a hold on the trainer between two chunks.
-        """
-        self._kind, self._checkpointer, self.peers = kind, checkpointer, peers
-        self._counts = kind.on_host(progress_of(trainer).nan_counts)
-        self.source = source
-        self.is_whole = True
+        """Takes up the fit of the newest checkpoint, if there is one."""
+        self._subject, self._checkpointer, self.peers = subject, checkpointer, peers
+        trainer, self._source, self._monitor = inputs
+        self._counts = subject.on_host(progress_of(trainer).nan_counts)
+        self.is_whole, self.is_resumed = True, False
         self._recorder = Recorder(self._no_history)
-        self.monitor, self.watched = monitor, kind.watched(monitor, trainer)
-        there, self.is_resumed = kind.placed(trainer), False
-        first = kind.count(there)
+        self._monitor_state = subject.first_monitor_state(self._monitor, trainer)
+        placed = subject.placed(trainer)
+        first = subject.count(placed)
         if checkpointer is not None:
-            there, self.watched, history = checkpointer.restore(
-                there, first, self.watched
-            )
-            if history is not None:
-                projector = kind.home_state(there.projector)
-                trainer = with_progress(
-                    trainer, progress_of(there), projector=projector
-                )
-                self.is_resumed = True
-                self._recorder.extend(history)
-                there = kind.placed(there)
-                self.watched = kind.placed_state(self.watched)
-                checkpointer.mark_as_written(there)
-        self._hold(trainer, there)
-        self._in_place = not is_seen and _is_worth_reuse(progress_of(there))
+            trainer, placed = self._restored(checkpointer, trainer, placed)
+        self._hold(trainer, placed)
+        is_seen = checkpointer is not None or options.callback is not None
+        self._in_place = not is_seen and _is_worth_reuse(progress_of(placed))
         if self._in_place:
-            # What is the user's is never overwritten, nor anything twice.
-            mine = jax.tree.map(lambda leaf: leaf.copy(), self._moving)
-            self._move_to(mine)
-        self.feed = Feed(source, kind.count(there), kind.prepare, peers)
-        with kind.context():
-            self._template = kind.template(there)
-            self.record = Record(self._template, record, self._peek)
-        self.every = every
-        self._has_accepted = np.zeros(kind.shape, bool)
-        # Of a stream the steps and the batches that were last: a stop is noticed late.
+            # The user's arrays are never overwritten, nor one array twice.
+            self._move_to(jax.tree.map(lambda leaf: leaf.copy(), self._state))
+        steps = subject.count(placed)
+        self._feed = Feed(self._source, steps, subject.prepare, peers)
+        with subject.context():
+            self._template = subject.template(placed)
+            self._record = Record(self._template, options.record, self._peek)
+        self._every = options.every
+        self._has_accepted = np.zeros(subject.shape, bool)
+        # The last steps and batches of a stream: a stop is noticed one step later.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
-        self.taken = kind.count(there) - first
+        self.taken = steps - first
         self.stopped = self._is_over()
         if checkpointer is not None:
             checkpointer.require_columns(self._no_history())
 
-    def _hold(self, trainer: AbstractTrainer, there: Any) -> None:
-        """Goes on with a trainer.
+    def _restored(
+        self, checkpointer: Checkpointer, trainer: AbstractTrainer, placed: Any
+    ) -> tuple[AbstractTrainer, Any]:
+        """Returns the trainer of the newest checkpoint, as `_hold` takes it."""
+        subject, first = self._subject, self._subject.count(placed)
+        found = checkpointer.restore(placed, first, self._monitor_state)
+        restored, monitor_state, history = found
+        if history is None:
+            return trainer, placed
+        self.is_resumed = True
+        self._recorder.extend(history)
+        self._monitor_state = subject.placed_state(monitor_state)
+        projector = subject.place.home(restored.projector)
+        trainer = with_progress(trainer, progress_of(restored), projector=projector)
+        placed = subject.placed(restored)
+        checkpointer.mark_as_written(placed)
+        return trainer, placed
 
-        **Arguments:**
+    def _hold(self, trainer: AbstractTrainer, placed: Any) -> None:
+        """Goes on with a trainer, given as the user knows it and as it was placed.
 
-        - `trainer`: as it was given. What of it does not change is given back as it is.
-        - `there`: the same where the fit takes place.
+        Unless arrays are split, the user gets the same configuration back.
         """
-        is_split = self._kind.place is not None and self._kind.place.splits
-        self._config = config_of(there)
+        self._config, is_split = config_of(placed), self._subject.place.splits
         self.trainer: AbstractTrainer = (
-            there if is_split else with_progress(trainer, progress_of(there))
+            placed if is_split else with_progress(trainer, progress_of(placed))
         )
 
-    def _move_to(self, moving: Moving) -> None:
-        self.trainer = with_progress(self.trainer, moving.progress)
-        self.watched = moving.watched
+    def _move_to(self, state: LoopState) -> None:
+        self.trainer = with_progress(self.trainer, state.progress)
+        self._monitor_state = state.monitor_state
 
     def _peek(self) -> Any:
-        return self._kind.row(self.feed.peek())
+        return self._subject.row(self._feed.peek())
 
     def shown(self) -> dict[str, str]:
         """What is shown of the fit on its way."""
-        return self._kind.shown(self.trainer, self.history())
+        return self._subject.shown(self.trainer, self.history())
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
@@ -160,78 +171,79 @@ class Running:
             while self.taken < goal and not self.stopped:
                 self._take(goal - self.taken)
         except jax.errors.JaxRuntimeError:
-            # Devices of another process no longer answer, as likely as not.
+            # Most likely the devices of another process no longer answer.
             self.peers.is_disconnected = self.peers.are_many
             raise
 
     def _take(self, count: int) -> None:
-        kind, start = self._kind, self._kind.count(self.trainer)
-        config, moving = self._config, self._moving
-        now, every, pending = start, kind.number(self.every), []
-        most_rows = 1 if self.feed.is_stream else MOST_ROWS
+        subject, start = self._subject, self._subject.count(self.trainer)
+        config, state = self._config, self._state
+        now, every, pending = start, subject.number(self._every), []
+        most_rows = 1 if self._feed.is_stream else MOST_ROWS
         try:
-            for source, steps in self.feed.sources(count):
-                if self.feed.is_stream:
+            for source, steps in self._feed.sources(count):
+                if self._feed.is_stream:
                     self._last.append((now, source))
                 now += steps
-                parts = config, source, self.monitor, self.record
-                task = Task(*parts, kind.number(now), every, most_rows)
+                parts = config, source, self._monitor, self._record
+                task = Task(*parts, subject.number(now), every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     try:
-                        chunk, ended = kind.run(task, moving, self._in_place)
+                        chunk, ended = subject.run(task, state, self._in_place)
                     except LackingMetricError as error:
                         error.args += (now - steps,)
                         raise
-                    moving = chunk.moving
-                    # Not the chunk itself: of a stream's every step it would keep the
-                    # parameters.
+                    state = chunk.state
+                    # Not the chunk, which would keep the parameters of each step.
                     pending.append((ended, chunk.rows, chunk.scores))
-                # The step before the last is done by now: to ask it costs no waiting,
-                # and a loader is not read much further than it is of use.
-                if len(pending) > 1 and kind.is_over(pending[-2][0].is_over):
+                # The chunk before the last is done by now: no waiting for its flags,
+                # and a loader is read not much further than needed.
+                if len(pending) > 1 and subject.is_over(pending[-2][0].is_over):
                     break
         finally:
-            # Also where a stream ran dry: what was computed is kept.
-            self.is_whole = not any(x.is_deleted() for x in jax.tree.leaves(moving))
+            # Also where a stream has ended: the results are kept.
+            self.is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
             if self.is_whole:
                 with _held_back():
-                    self._settle(start, moving, pending)
+                    self._settle(start, state, pending)
 
     def _settle(
-        self, start: int, moving: Moving, pending: list[tuple[Ended, Any, Any]]
+        self, start: int, state: LoopState, pending: list[tuple[Ended, Any, Any]]
     ) -> None:
-        """Takes over what chunks have computed, from the step `start` on."""
-        kind = self._kind
-        self._move_to(moving)
-        kept = [kind.recorded(ended.step_count, *of) for ended, *of in pending]
+        """Takes over the results of chunks that began at the step `start`."""
+        subject = self._subject
+        self._move_to(state)
+        kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
-            self._has_accepted |= kind.on_host(ended.has_accepted)
-        self.taken += kind.count(self.trainer) - start
+            self._has_accepted |= subject.on_host(ended.has_accepted)
+        self.taken += subject.count(self.trainer) - start
         self.stopped = self._is_over()
         for history in kept:
             self._recorder.extend(history)
 
     @property
-    def _moving(self) -> Moving:
-        return Moving(progress_of(self.trainer), self.watched)
+    def _state(self) -> LoopState:
+        return LoopState(progress_of(self.trainer), self._monitor_state)
 
     def _is_over(self) -> bool:
         flags = [self.trainer.stopped]
-        if self.watched is not None:
-            flags.append(self.watched.is_over)
-        return self._kind.is_over(*flags)
+        if self._monitor_state is not None:
+            flags.append(self._monitor_state.is_over)
+        return self._subject.is_over(*flags)
 
     def call(self, callback: Callback | None) -> StopReason | None:
-        """Calls the callback, if there is one, and tells why to end, if at all."""
+        """Calls the callback, if there is one, and returns why to end, if at all."""
         reason = None
         if callback is not None:
             seen = self._recorder.history(is_final=False)
             call = lambda: callback(self.trainer, seen)
             with debugged():
-                answer, told = self.peers.run_and_gather(call, self._told, "a callback")
+                answer, all_answers = self.peers.run_and_gather(
+                    call, self._summary, "a callback"
+                )
             if _is_boolean(answer):
                 reason = StopReason.CALLBACK if answer else None
-            if any(one != told[0] for one in told):
+            if any(one != all_answers[0] for one in all_answers):
                 raise ValueError(
                     "`callback` returned another trainer on one process than on "
                     "another, or none. It must return the same on all."
@@ -245,8 +257,8 @@ class Running:
             reason = reason or StopReason.INTERRUPTED
         return reason
 
-    def _told(self, answer: Any) -> Any:
-        """What the other processes hear of the answer of a callback."""
+    def _summary(self, answer: Any) -> Any:
+        """Returns what of a callback's answer other processes must have too."""
         is_trainer = type(answer) is type(self.trainer)
         return leaf_fingerprints(answer) if self.peers.are_many and is_trainer else None
 
@@ -259,40 +271,42 @@ class Running:
         what = "the trainer that `callback` returned"
         require_alike(answer, self.trainer, what, "the one it was given")
         if progress_of(answer).params is not progress_of(self.trainer).params:
-            # What was seen of other parameters says nothing of these.
-            self.watched = self._kind.watched(self.monitor, answer)
-        self._hold(answer, self._kind.placed(answer))
+            # A monitor state belongs to the parameters that it was made of.
+            self._monitor_state = self._subject.first_monitor_state(
+                self._monitor, answer
+            )
+        self._hold(answer, self._subject.placed(answer))
         self.stopped = self._is_over()
 
     @property
     def checkpoint_is_due(self) -> bool:
         """Whether a checkpoint is due."""
-        step = self._kind.count(self.trainer)
+        step = self._subject.count(self.trainer)
         return self._checkpointer is not None and self._checkpointer.is_due(step)
 
     def write_checkpoint(self) -> None:
-        """Writes a checkpoint, if any are wanted, and all processes can do so."""
+        """Writes a checkpoint, if the user wants any and all processes can."""
         is_possible = self.is_whole and not self.peers.is_disconnected
         if self._checkpointer is not None and is_possible:
-            step = self._kind.count(self.trainer)
-            self._checkpointer.write(step, self.trainer, self.watched, self.history())
+            step = self._subject.count(self.trainer)
+            self._checkpointer.write(
+                step, self.trainer, self._monitor_state, self.history()
+            )
 
     def described(self) -> dict[str, str]:
-        """Describes what is fitted, as to find out whether another process does so."""
+        """Describes the fit, to find out whether another process does the same."""
         step = eqx.filter_make_jaxpr(lambda trainer, batch: advance(trainer, batch)[0])
         program = step(self._template, self._peek())
         return {
             "class": type(self.trainer).__qualname__,
-            "stop": self.monitor.fingerprint,
-            "record": self.record.names,
-            "program": fingerprint(f"{program[0]} {self.record}"),
+            "stop": self._monitor.fingerprint,
+            "record": self._record.names,
+            "program": fingerprint(f"{program[0]} {self._record}"),
         }
 
     def _no_history(self) -> History:
-        shapes, shape = (
-            self.record.shapes(self._template, self._peek),
-            (0, *self._kind.shape),
-        )
+        shapes = self._record.shapes(self._template, self._peek)
+        shape = (0, *self._subject.shape)
         loss = np.zeros(shape, self.trainer.best_loss.dtype)
         rows = {k: np.zeros((*shape, *v.shape), v.dtype) for k, v in shapes.items()}
         return History(np.zeros(0, int), loss, rows)
@@ -301,30 +315,57 @@ class Running:
         return self._recorder.history()
 
     @property
-    def is_all_skipped(self) -> np.ndarray:
+    def _is_all_skipped(self) -> np.ndarray:
         """Whether each step, of each member, had a bad value and was not accepted."""
-        bad = self._kind.on_host(progress_of(self.trainer).nan_counts) - self._counts
+        bad = self._subject.on_host(progress_of(self.trainer).nan_counts) - self._counts
         is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)
         return np.asarray(is_bad & ~self._has_accepted)
 
     def diagnosis(self, end: BadEnd) -> Diagnosis:
-        """Finds out why a fit ended at a value that is not finite.
+        """Finds out why a fit ended at a non-finite value.
 
-        The model is evaluated for this where no step was accepted, or where an error is
-        to be raised. Later on the fit may have gone astray by itself: there only the
-        data of that step are looked at.
+        It evaluates the model if no step was accepted, or for an error. After accepted
+        steps the fit may have diverged by itself: then it checks only the data.
         """
-        index, trainer, _ = end
-        source, step = self.feed.source, last_bad_step(trainer)
+        index, trainer = end.index, end.trainer
+        source, step = self._source, last_bad_step(trainer)
         if isinstance(source, Stream):
             source = dict(self._last).get(step, Whole(None))
-        batch = self._kind.seen(source, index)
-        with self._kind.context():
+        batch = self._subject.seen(source, index)
+        with self._subject.context():
             is_asked = trainer.nan_policy.raises or is_debugged()
             if is_asked or not self._has_accepted[index]:
                 return diagnosed(trainer, batch)
             data = bad_data(batch)
             return Diagnosis((f"At step {step}:", *data) if data else ())
 
+    def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
+        """Yields why the fit of each trainer ended; `reason` if it does not say."""
+        subject, progress = self._subject, progress_of(self.trainer)
+        last_bad = subject.on_host(progress.nan_counts)[..., -1, :].max(axis=-1)
+        count = subject.on_host(progress.step_count)
+        is_bad = (last_bad == count - 1) & (last_bad >= 0)
+        stopped, states = subject.on_host(progress.stopped), self._monitor_state
+        if subject.shape:
+            states = jax.device_get(jax.tree.map(subject.place.whole, states))
+        is_all_skipped = self._is_all_skipped
+        for index in np.ndindex(subject.shape):
+            pick = lambda leaf, index=index: leaf[index] if index else leaf
+            if stopped[index]:
+                bad = is_bad[index]
+                yield StopReason.NON_FINITE if bad else StopReason.POLICY
+            elif (met := self._monitor.reason(jax.tree.map(pick, states))) is not None:
+                yield met
+            elif reason is StopReason.STEPS_TAKEN and is_all_skipped[index]:
+                yield StopReason.ALL_SKIPPED
+            else:
+                yield reason
+
+    def ended(self, reason: StopReason) -> Any:
+        """Makes the result of a fit that came to its end, with `reason` for it."""
+        reasons = list(self._stop_reasons(reason))
+        result = self._subject.result(self.trainer, self.history(), reasons)
+        return self._subject.checked(result, self._source)
+
     def cut_short(self, reason: StopReason) -> Any:
-        return self._kind.cut_short(self.trainer, self.history(), reason)
+        return self._subject.cut_short(self.trainer, self.history(), reason)

@@ -5,13 +5,8 @@
 `derivatives` is the compiled program beneath them.
 """
 
-from .derivatives import Passes as Passes
-from .fisher import (
-    Blocks as Blocks,
-    curvature as curvature,
-    fisher as fisher,
-    has_likelihood as has_likelihood,
-)
-from .table import table as table
-from .uncertainty import objective as objective, standard_errors as standard_errors
-from .whiten import OF_WHITEN as OF_WHITEN, whitened as whitened
+from .derivatives import Passes
+from .fisher import Blocks, curvature, fisher, has_likelihood
+from .table import table
+from .uncertainty import objective, standard_errors
+from .whiten import OF_WHITEN, whitened

@@ -1,25 +1,18 @@
 """Many steps in one compiled program."""
 
 from .chunk import (
-    Chunk as Chunk,
-    Ended as Ended,
-    Moving as Moving,
-    StepInfo as StepInfo,
-    Taken as Taken,
-    Task as Task,
-    is_over as is_over,
-    run_chunk as run_chunk,
-    run_chunk_in_place as run_chunk_in_place,
-    run_loop as run_loop,
-    run_step as run_step,
-    take_one as take_one,
+    Chunk,
+    Ended,
+    LoopState,
+    Taken,
+    Task,
+    run_chunk,
+    run_chunk_in_place,
+    run_loop,
+    take_one,
 )
-from .monitor import Monitor as Monitor, MonitorState as MonitorState
-from .record import (
-    COLUMNS as COLUMNS,
-    GRAD_NORM as GRAD_NORM,
-    MOST_ROWS as MOST_ROWS,
-    LackingMetricError as LackingMetricError,
-    Record as Record,
-    Rows as Rows,
-)
+from .monitor import Monitor, MonitorState
+from .record import COLUMNS, GRAD_NORM, LackingMetricError, Record
+from .rows import MOST_ROWS, Rows
+from .single_step import StepInfo, run_step
+from .unroll import unroll

@@ -1,58 +1,56 @@
-"""The compiled parts of a fit: a chunk of steps, in one program, and a single step."""
+"""A chunk of a fit: many steps in one program."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from .._data import Minibatches, Whole
-from .._devices import Placement
+from .._devices import AbstractPlacement
 from .._program import program
 from .._step import (
     AbstractTrainer,
     Progress,
     advance,
-    metric_shapes,
-    progress_of,
-    tree_norm,
     with_comparable_best,
     with_progress,
 )
 from .monitor import Monitor, MonitorState
-from .record import Record, Rows
+from .record import Record
+from .rows import Rows
+
+
+class LoopState(NamedTuple):
+    """What the steps of a fit change."""
+
+    progress: Progress
+    monitor_state: MonitorState | None
+
+    @property
+    def is_over(self) -> Bool[Array, "*members"]:
+        """Whether there are no more steps to take, for each member of many."""
+        if self.monitor_state is None:
+            return self.progress.stopped
+        return self.progress.stopped | self.monitor_state.is_over
 
 
 class Chunk(NamedTuple):
-    """What a chunk of steps comes to."""
+    """The result of a chunk of steps."""
 
-    progress: Progress
-    watched: MonitorState | None
+    state: LoopState
     rows: Rows
     scores: Rows | None
-    has_accepted: Bool[Array, ""] | Bool[Array, " members"]
-
-    @property
-    def moving(self) -> "Moving":
-        """What the next chunk goes on from."""
-        return Moving(self.progress, self.watched)
-
-
-class Moving(NamedTuple):
-    """What a chunk changes."""
-
-    progress: Progress
-    watched: MonitorState | None
+    has_accepted: Bool[Array, "*members"]
 
 
 class Task(NamedTuple):
-    """What a chunk is given beside that: it stays as it is.
+    """What a chunk reads and does not change.
 
-    The goal is an array, and the rows are as many as there is room for, so that one
-    program serves whatever the number of steps.
+    The goal is an array, and there are as many rows as fit in memory, so that one
+    program serves any number of steps.
     """
 
     trainer: AbstractTrainer
@@ -64,111 +62,92 @@ class Task(NamedTuple):
     every: Int[Array, ""]
     most_rows: int
 
+    def shapes(self, progress: Progress, step: Int[Array, ""]) -> dict[str, Any]:
+        """Returns the shapes of what is recorded of a step."""
+        source = self.source
+        batch = lambda: eqx.filter_eval_shape(source.next, source.start(step), step)[0]
+        return self.record.shapes(with_progress(self.trainer, progress), batch)
+
+    def begin(
+        self, state: LoopState, shapes: dict[str, Any], step: Int[Array, ""]
+    ) -> Chunk:
+        """Returns a chunk without steps: its rows are empty."""
+        like, most = state.progress.best_loss, self.most_rows
+        rows = Rows.empty(like, shapes, step, self.every, most)
+        scores = self.monitor.room(like, step, most)
+        return Chunk(state, rows, scores, jnp.zeros_like(state.progress.stopped))
+
 
 class Ended(NamedTuple):
     """Where a chunk ended, in arrays of its own: the progress may be donated."""
 
-    step_count: Int[Array, ""]
-    is_over: Bool[Array, ""]
-    has_accepted: Bool[Array, ""]
+    step_count: Int[Array, "*members"]
+    is_over: Bool[Array, "*members"]
+    has_accepted: Bool[Array, "*members"]
 
     @classmethod
     def of(cls, chunk: Chunk) -> "Ended":
-        over = is_over(*chunk.moving)
-        count = jnp.copy(chunk.progress.step_count)
-        return cls(count, jnp.copy(over), chunk.has_accepted)
-
-
-def chunk_of_one(
-    task: Task, moving: Moving, place: Placement | None
-) -> tuple[Chunk, Ended]:
-    """Takes steps up to the count `goal`, or until it stops or the rows are full."""
-    trainer, source, monitor, record = task[:4]
-    start = with_comparable_best(moving.progress, monitor.validates)
-    step = start.step_count
-
-    def take(
-        progress: Progress, watched: MonitorState | None, batch: Any, is_due: Array
-    ) -> Taken:
-        if place is not None and isinstance(source, Minibatches):
-            batch = place.pin_batch(batch)
-        taken = take_one(
-            with_progress(trainer, progress), watched, batch, is_due, monitor, record
-        )
-        return taken if place is None else place.pin(taken)
-
-    def first_batch() -> Any:
-        cursor = source.start(step)
-        return eqx.filter_eval_shape(source.next, cursor, step)[0]
-
-    shapes = record.shapes(with_progress(trainer, start), first_batch)
-    rows = Rows.empty(start.best_loss, shapes, step, task.every, task.most_rows)
-    scores = monitor.room(start.best_loss, step, task.most_rows)
-    none_yet = jnp.zeros_like(start.stopped)
-    chunk = Chunk(start, moving.watched, rows, scores, none_yet)
-    chunk = run_loop(take, source, monitor, task.goal, step, chunk)
-    # The next chunk is the same program if it finds everything where this one did.
-    chunk = chunk if place is None else place.pin(chunk)
-    return chunk, Ended.of(chunk)
+        is_over, count = chunk.state.is_over, chunk.state.progress.step_count
+        return cls(jnp.copy(count), jnp.copy(is_over), chunk.has_accepted)
 
 
 class Taken(NamedTuple):
-    """What a step comes to."""
+    """The result of one step."""
 
-    progress: Progress
-    watched: MonitorState | None
+    state: LoopState
     loss: Array
     values: dict[str, Array]
-    accepted: Bool[Array, ""]
+    accepted: Bool[Array, "*members"]
+
+
+def chunk_of_one(
+    task: Task, state: LoopState, place: AbstractPlacement
+) -> tuple[Chunk, Ended]:
+    """Takes steps up to the count `goal`, or until it stops or the rows are full."""
+    start = with_comparable_best(state.progress, task.monitor.validates)
+    step = start.step_count
+
+    def take(state: LoopState, batch: Any, is_due: Array) -> Taken:
+        if isinstance(task.source, Minibatches):
+            batch = place.pin_batch(batch)
+        return place.pin(take_one(task, state, batch, is_due))
+
+    state = state._replace(progress=start)
+    chunk = run_loop(
+        take, task, task.begin(state, task.shapes(start, step), step), step
+    )
+    # The next chunk is the same program if it finds everything where this one did.
+    chunk = place.pin(chunk)
+    return chunk, Ended.of(chunk)
 
 
 def take_one(
-    trainer: AbstractTrainer,
-    watched: MonitorState | None,
-    batch: Any,
-    is_due: Bool[Array, ""],
-    monitor: Monitor,
-    record: Record,
+    task: Task, state: LoopState, batch: Any, is_due: Bool[Array, ""]
 ) -> Taken:
-    """Takes one step of a trainer, and looks at it."""
-    old = trainer.params
+    """Takes one step of one trainer, and monitors it."""
+    trainer, monitor = with_progress(task.trainer, state.progress), task.monitor
+    old, monitor_state = trainer.params, state.monitor_state
     new, outcome = advance(trainer, batch, by_validation=monitor.validates)
-    values = record.values(old, new.params, outcome)
-    if watched is not None:
-        new, watched = monitor.look(
-            with_progress(trainer, new), outcome, watched, is_due
-        )
-    return Taken(new, watched, outcome.loss, values, outcome.accepted)
-
-
-def is_over(
-    progress: Progress, watched: MonitorState | None
-) -> Bool[Array, ""] | Bool[Array, " members"]:
-    """Whether there are no more steps to be taken, of each member if there are many."""
-    if watched is None:
-        return progress.stopped
-    return progress.stopped | watched.is_over
+    values = task.record.values(old, new.params, outcome)
+    if monitor_state is not None:
+        after = with_progress(trainer, new)
+        new, monitor_state = monitor.look(after, outcome, monitor_state, is_due)
+    state = LoopState(new, monitor_state)
+    return Taken(state, outcome.loss, values, outcome.accepted)
 
 
 def run_loop(
-    take: Callable[..., Taken],
-    source: Whole[Any] | Minibatches,
-    monitor: Monitor,
-    goal: Int[Array, ""],
-    step: Int[Array, ""],
+    take: Callable[[LoopState, Any, Array], Taken],
+    task: Task,
     start: Chunk,
+    step: Int[Array, ""],
 ) -> Chunk:
     """Takes steps, of one trainer or of many at once, until all are over.
 
-    **Arguments:**
-
-    - `take`: takes one step.
-    - `source`, `monitor`: of the fit.
-    - `goal`: how many steps there will be.
-    - `step`: how many there have been.
-    - `start`: where to start from, with empty rows.
+    `take(state, batch, is_due)` takes one step. `start` has empty rows, and `step` is
+    the number of steps taken before.
     """
-    end = jnp.minimum(goal, start.rows.end)
+    source, end = task.source, jnp.minimum(task.goal, start.rows.end)
     if start.scores is not None:
         # A score is of the parameters after a step, a row of those before one.
         end = jnp.minimum(end, start.scores.end - 1)
@@ -176,77 +155,23 @@ def run_loop(
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         chunk, cursor, step = carry
         batch, cursor = source.next(cursor, step)
-        is_due = monitor.is_due(step + 1)
-        taken = take(chunk.progress, chunk.watched, batch, is_due)
+        taken = take(chunk.state, batch, task.monitor.is_due(step + 1))
         rows, scores = chunk.rows.put(step, taken.loss, taken.values), chunk.scores
-        if scores is not None and taken.watched is not None:
-            scores = scores.put(step + 1, taken.watched.score, {})
+        monitor_state = taken.state.monitor_state
+        if scores is not None and monitor_state is not None:
+            scores = scores.put(step + 1, monitor_state.score, {})
         has_accepted = chunk.has_accepted | taken.accepted
-        chunk = Chunk(taken.progress, taken.watched, rows, scores, has_accepted)
-        return chunk, cursor, step + 1
+        return Chunk(taken.state, rows, scores, has_accepted), cursor, step + 1
 
     def goes_on(carry: tuple[Any, ...]) -> Array:
         chunk, _, step = carry
-        return (step < end) & ~jnp.all(is_over(chunk.progress, chunk.watched))
+        return (step < end) & ~jnp.all(chunk.state.is_over)
 
     chunk, _, _ = lax.while_loop(goes_on, body, (start, source.start(step), step))
     return chunk
 
 
-class StepInfo(NamedTuple):
-    """What one step tells of itself.
-
-    **Attributes:**
-
-    - `loss`: the loss at the parameters before the step.
-    - `grad_norm`: the norm of its gradient in the model's own parameters.
-    - `accepted`: whether the step was taken.
-    - `stopped`: whether the trainer has stopped, and takes no further step.
-    - `metrics`: what the loss returned beside the scalar.
-    """
-
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    accepted: Bool[Array, ""]
-    stopped: Bool[Array, ""]
-    metrics: dict[str, Any]
-
-
-@program
-def run_step(
-    trainer: AbstractTrainer, batch: Any, place: Placement | None = None
-) -> tuple[Progress, StepInfo]:
-    """Takes one step, unless the trainer has stopped."""
-
-    def take() -> tuple[Progress, StepInfo]:
-        there = with_progress(
-            trainer, with_comparable_best(progress_of(trainer), False)
-        )
-        progress, outcome = advance(there, batch)
-        return progress, StepInfo(
-            outcome.loss,
-            tree_norm(outcome.grads).astype(outcome.loss.dtype),
-            outcome.accepted,
-            progress.stopped,
-            outcome.metrics,
-        )
-
-    def stay() -> tuple[Progress, StepInfo]:
-        nan, no = jnp.full_like(trainer.best_loss, jnp.nan), jnp.asarray(False)
-        metrics = jax.tree.map(_blank, metric_shapes(trainer, batch))
-        return progress_of(trainer), StepInfo(nan, nan, no, ~no, metrics)
-
-    taken = jax.lax.cond(trainer.stopped, stay, take)
-    return taken if place is None else place.pin(taken)
-
-
-def _blank(like: jax.ShapeDtypeStruct) -> Array:
-    inexact = jnp.issubdtype(like.dtype, jnp.inexact)
-    return jnp.full(like.shape, jnp.nan if inexact else 0, like.dtype)
-
-
 run_chunk = program(chunk_of_one)
 
-# The same where what it goes on from is not needed any more: there the memory is used
-# again, and what it was is gone.
+# Uses the memory of the state again, whose arrays are gone afterwards.
 run_chunk_in_place = program(chunk_of_one, donate="all-except-first")

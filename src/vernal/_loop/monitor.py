@@ -1,4 +1,4 @@
-"""What a fit looks at after each step: its validation, and whether to end."""
+"""What a fit checks after each step: its validation, and whether to end."""
 
 import dataclasses
 import hashlib
@@ -28,13 +28,13 @@ from .._step import (
     ranked,
 )
 from .._tree import strong, to_arrays
-from .record import Rows
+from .rows import Rows
 
 _OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
 
 
 class MonitorState(eqx.Module):
-    """What is remembered from step to step."""
+    """What a monitor keeps from step to step."""
 
     score: Float[Array, ""]
     stop_state: PyTree
@@ -42,14 +42,14 @@ class MonitorState(eqx.Module):
 
 
 class Validation(eqx.Module):
-    """A batch to score the model on, after every so many steps."""
+    """A batch to score the model on, after every `every` steps."""
 
     batch: PyTree
     every: Int[Array, ""]
 
 
 class Monitor(eqx.Module):
-    """The validation and the criterion of a fit, either of which there may not be."""
+    """The validation and the stop criterion of a fit, each of which may be `None`."""
 
     validation: Validation | None
     stop: StopCriterion | None
@@ -81,7 +81,7 @@ class Monitor(eqx.Module):
     def placed(
         self, batch: Callable[[PyTree], PyTree], rest: Callable[[PyTree], PyTree]
     ) -> "Monitor":
-        """The same with its batch, and what else it has, put elsewhere."""
+        """Returns the same with its batch, and the rest, put elsewhere."""
         stop, validation = rest(self.stop), self.validation
         if validation is not None:
             validation = Validation(batch(validation.batch), rest(validation.every))
@@ -91,11 +91,11 @@ class Monitor(eqx.Module):
 
     @property
     def fingerprint(self) -> str:
-        """What tells the criterion from another one, in another process too."""
-        # Where an object lies says nothing of what it is.
-        told = re.sub(r" at 0x[0-9a-f]+", "", repr(self.stop))
+        """Identifies the criterion, also in another process."""
+        # Without addresses, which differ between processes.
+        text = re.sub(r" at 0x[0-9a-f]+", "", repr(self.stop))
         values = [np.asarray(x.array).tobytes() for x in to_arrays(self.stop).values()]
-        return hashlib.sha256(b"|".join([told.encode(), *values])).hexdigest()
+        return hashlib.sha256(b"|".join([text.encode(), *values])).hexdigest()
 
     @property
     def validates(self) -> bool:
@@ -103,7 +103,7 @@ class Monitor(eqx.Module):
         return self.validation is not None
 
     def init(self, progress: Progress) -> MonitorState | None:
-        """Makes the first state, `None` if there is nothing to look at."""
+        """Makes the first state, `None` if there is nothing to monitor."""
         if self.validation is None and self.stop is None:
             return None
         none_yet = np.asarray(np.inf, progress.best_loss.dtype)
@@ -114,13 +114,13 @@ class Monitor(eqx.Module):
         return MonitorState(jax.device_put(none_yet), stop_state, no)
 
     def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
-        """Whether there is a validation after so many steps."""
+        """Whether a validation is due after `count` steps."""
         if self.validation is None:
             return jnp.array(False)
         return count % self.validation.every == 0
 
     def room(self, like: Array, step: Int[Array, ""], most: int) -> Rows | None:
-        """Makes room for the scores from here on, if there is a validation."""
+        """Makes rows for the scores from here on, if there is a validation."""
         if self.validation is None:
             return None
         return Rows.empty(like, {}, step + 1, self.validation.every, most)
@@ -132,19 +132,10 @@ class Monitor(eqx.Module):
         state: MonitorState,
         is_due: Bool[Array, ""],
     ) -> tuple[Progress, MonitorState]:
-        """Looks at a trainer after a step.
+        """Validates a trainer after a step, if that is due, and asks the criterion.
 
-        **Arguments:**
-
-        - `trainer`: after the step.
-        - `outcome`: of the step.
-        - `state`: of the monitor.
-        - `is_due`: whether to validate. It is not asked of the trainer, since for many
-            at once it must be one answer.
-
-        **Returns:**
-
-        Its progress, with the best as the validation has it, and the new state.
+        Returns its progress, with the best by validation, and the new state. `is_due`
+        is one answer for all of many trainers.
         """
         progress = progress_of(trainer)
         score = state.score
@@ -185,7 +176,7 @@ class Monitor(eqx.Module):
         return progress, score
 
     def reason(self, state: MonitorState | None) -> StopReason | None:
-        """Tells why the criterion has ended the fit, `None` if it has not."""
+        """Returns why the criterion has ended the fit, `None` if it has not."""
         if self.stop is None or state is None or not state.is_over:
             return None
         return self.stop.reason(state.stop_state)

@@ -1,13 +1,11 @@
-"""What a fit keeps of each step, and where it puts it inside a compiled loop."""
+"""What a fit records of each step."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from .._boundary import PyTree, nearest_names
 from .._optimiser import ParamOptimiser
@@ -27,10 +25,6 @@ _AMBIGUOUS = (
 
 # The name of each rule, and the leaves that it owns.
 Rules = tuple[tuple[str, tuple[int, ...]], ...]
-
-# A chunk keeps its rows on the device: many of them, but not without bound.
-MOST_ROWS = 16_384
-_MOST_BYTES = 2**24
 
 
 class LackingMetricError(UnknownPathError):
@@ -102,13 +96,7 @@ class Record(eqx.Module):
                 )
 
     def values(self, old: PyTree, new: PyTree, outcome: Outcome) -> dict[str, Array]:
-        """Picks what is recorded of one step.
-
-        **Arguments:**
-
-        - `old`, `new`: the parameters before and after.
-        - `outcome`: what can be told of the step.
-        """
+        """Picks what is recorded of a step from the parameters before and after it."""
         for name in self.others:
             if name in outcome.metrics:
                 raise ValueError(f"`record`: {_AMBIGUOUS.format(name, 'a metric')}")
@@ -118,7 +106,7 @@ class Record(eqx.Module):
     def shapes(
         self, trainer: AbstractTrainer, batch: Callable[[], Any]
     ) -> dict[str, Any]:
-        """Tells the shape and dtype of each of the values."""
+        """Returns the shape and dtype of each of the values."""
         norms = dict.fromkeys(self._norm_names(), trainer.best_loss)
         known = metric_shapes(trainer, batch()) if self.metrics else {}
         return norms | self._parameters(trainer.params) | self._picked(known)
@@ -204,92 +192,6 @@ def _unknown(
         f"`record`: {name!r} is neither a parameter nor a metric that the loss "
         f"returns. {nearest_names(str(name), known)}"
     )
-
-
-class Rows(eqx.Module):
-    """Buffers on the device, with a row for every so many steps.
-
-    `first` is the number of the first row: that of the step `first * every`.
-    """
-
-    loss: Array
-    values: dict[str, Array]
-    first: Int[Array, "*members"]
-    every: Int[Array, "*members"]
-
-    @classmethod
-    def empty(
-        cls,
-        loss: Any,
-        values: dict[str, Any],
-        start: Int[Array, ""],
-        every: Int[Array, ""],
-        most: int,
-    ) -> "Rows":
-        """Makes room for `most` rows, or as many as is reasonable for their size.
-
-        **Arguments:**
-
-        - `loss`, `values`: what will be recorded of a step, or their shapes.
-        - `start`: the first step that may be recorded.
-        - `every`: how many steps lie between two rows.
-        - `most`: how many rows to make at most.
-        """
-        sizes = [np.prod(v.shape) * v.dtype.itemsize for v in (loss, *values.values())]
-        rows = int(np.clip(_MOST_BYTES // sum(sizes), 1, most))
-        # A step that is not to be recorded is written all the same, to a last row that
-        # nobody reads.
-        room = lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype)
-        return cls(
-            loss=room(loss),
-            values={name: room(value) for name, value in values.items()},
-            first=-(-start // every),
-            every=every,
-        )
-
-    @property
-    def _room(self) -> int:
-        return self.loss.shape[0] - 1
-
-    @property
-    def end(self) -> Int[Array, ""]:
-        """The first step that is to be recorded and finds no room."""
-        most = jnp.iinfo(self.first.dtype).max
-        is_far = self.first > most // self.every - self._room
-        return jnp.where(is_far, most, (self.first + self._room) * self.every)
-
-    def put(self, step: Array, loss: Array, values: dict[str, Array]) -> "Rows":
-        """Writes a row, if one is due at this step."""
-        number, rest = jnp.divmod(step, self.every)
-        index = jnp.where(rest == 0, number - self.first, self._room)
-        put = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
-            buffer, value.astype(buffer.dtype), index, 0
-        )
-        return Rows(
-            put(self.loss, loss),
-            {name: put(self.values[name], value) for name, value in values.items()},
-            self.first,
-            self.every,
-        )
-
-    def columns(
-        self, stop: int
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Copies the rows to the host.
-
-        **Arguments:**
-
-        - `stop`: the step after the last one.
-
-        **Returns:**
-
-        The steps that have a row, their losses, and their values by name.
-        """
-        rows = jax.device_get(self)
-        every = int(rows.every)
-        steps = np.arange(int(rows.first) * every, stop, every)
-        cut = lambda column: column[: len(steps)].copy()
-        return steps, cut(rows.loss), {n: cut(v) for n, v in rows.values.items()}
 
 
 COLUMNS = ("steps", "loss", "validation", "validation_steps")

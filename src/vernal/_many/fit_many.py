@@ -7,11 +7,13 @@ from jax.sharding import Mesh
 
 from .._boundary import UNROLL, entrance, refuse_program, refuse_unknown, whole_number
 from .._curvature import Mode
-from .._devices import Placement, placement
-from .._fit import OPTIONS, FitOptions, fit
+from .._devices import AbstractPlacement, placement
+from .._fit import OPTIONS, FitKeywords, fit
 from .._solve import Solver
 from .._trainer import Trainer
-from .many_trainers import Many, ManyResult
+from .many_trainers import ManyTrainers
+from .result import ManyResult
+from .solve_many import solve_many
 from .stack import require_one_step, stacked
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
@@ -28,7 +30,7 @@ def fit_many(
     jac: Mode | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
-    **options: Unpack[FitOptions],
+    **options: Unpack[FitKeywords],
 ) -> ManyResult[TrainerT]:
     """Fits many trainers at once, in one compiled program.
 
@@ -94,30 +96,29 @@ def fit_many(
             f"Give one of {', '.join(map(str, _divisors(size)))}."
         )
     place = placement(together, mesh)
-    if place is not None:
-        _check_spread(place, size, group)
-    many = Many(size, group, flags, data_axis, place)
+    _check_spread(place, size, group)
+    many = ManyTrainers(place, size, group, flags, data_axis)
     if solver is not None:
         if options:
             raise TypeError(
                 f"`{next(iter(options))}` is for a fit, and with `solver` there is "
                 "none. Leave it out."
             )
-        return many.solved(together, data, solver, steps, jac)
+        return solve_many(many, together, data, solver, steps, jac)
     if jac is not None:
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
     require_one_step(together)
-    return fit(together, data, steps, kind=many, **options)
+    return fit(many, together, data, steps, options)
 
 
-def _check_spread(place: Placement, size: int, group: int) -> None:
+def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:
     """Checks that each device has as many of a group as any other."""
-    if group % place.size:
+    if place.mesh is not None and group % place.size:
         what = f"{size} trainers" if group == size else f"`batch`, {group} trainers,"
         raise ValueError(
             f"`mesh`: {what} cannot be spread evenly over the {place.size} devices "
-            f"along the axis {place.axis!r}. Make their number a multiple of "
-            f"{place.size}, or give a smaller mesh."
+            f"along the axis {place.mesh.axis_names[0]!r}. Make their number a "
+            f"multiple of {place.size}, or give a smaller mesh."
         )
 
 

@@ -1,126 +1,45 @@
-"""What a fit asks of many trainers at once, and what comes of it."""
+"""A fit of many trainers at once."""
 
-from typing import Any, Generic, final
+from typing import Any, final
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-from typing_extensions import TypeVar
 
-from .._boundary import PyTree, spelled, warn, whole_number
-from .._curvature import Mode, checked_mode
+from .._boundary import spelled, whole_number
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._devices import Placement, same_inputs
-from .._fit import BadEnd, One
-from .._loop import Chunk, Ended, Monitor, MonitorState, Moving, Rows, Task
-from .._pickling import Portable
-from .._policy import AT_NON_FINITE, SKIP_ADVICE, NanCount, StopReason
-from .._solve import Problem, checked_solver
-from .._step import (
-    AbstractTrainer,
-    config_of,
-    diagnosed,
-    non_finite_error,
-    progress_of,
-    with_progress,
-)
+from .._devices import AbstractPlacement
+from .._fit import AbstractSubject, BadEnd
+from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
+from .._policy import AT_NON_FINITE, StopReason
+from .._step import AbstractTrainer, config_of, progress_of, with_progress
 from .._storage import History
-from .._trainer import Trainer
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
-from .solve_many import Members, solve_many
+from .result import ManyResult
 from .stack import first_row, stack
-
-TrainerT = TypeVar(
-    "TrainerT", bound=Trainer[Any, Any], covariant=True, default=Trainer[Any, Any]
-)
-Model = TypeVar("Model")
 
 
 @final
-class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
-    """What [`vernal.fit_many`][] returns. `len(result)` is the number of members.
+class ManyTrainers(AbstractSubject):
+    """A fit of many trainers at once, stacked to one, `group` at a time.
 
-    **Attributes:**
-
-    - `trainers`: all trainers after the last step, stacked: a trainer whose arrays have
-        a row for each member. It can be given to `fit_many` again.
-    - `history`: what was recorded, with a column for each member:
-        `history.loss[row, i]`. Where a member was over before the others, it is NaN.
-    - `stop_reasons`: why the fit of each ended.
-    - `edms`: by how much the loss of each could still fall, as `edm` of a
-        [`vernal.FitResult`][]; NaN of a fit.
+    `config` flags the leaves of their configuration that have a row for each.
     """
 
-    trainers: TrainerT
-    history: History
-    stop_reasons: tuple[StopReason, ...] = eqx.field(static=True)
-    edms: Float[np.ndarray, " members"]
-
-    def __len__(self) -> int:
-        return len(self.stop_reasons)
-
-    def trainer(self, index: int) -> TrainerT:
-        """The trainer of one member."""
-        index = whole_number(index, "index")
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"`index` is {index}, and there are {len(self)} members.")
-        is_array = lambda leaf: isinstance(leaf, jax.Array)
-        return jax.tree.map(lambda x: x[index] if is_array(x) else x, self.trainers)
+    place: AbstractPlacement
+    size: int
+    group: int
+    config: Flags
+    data_axis: Any
 
     @property
-    def losses(self) -> Float[np.ndarray, " members"]:
-        """The last recorded loss of each member that is a number, NaN if none is."""
-        if not len(self.history):
-            return np.full(len(self), np.nan)
-        backwards = self.history.loss[::-1]
-        last = np.argmin(np.isnan(backwards), axis=0)
-        return np.take_along_axis(backwards, last[None], axis=0)[0]
+    def entrance(self) -> str:
+        return "fit_many"
 
     @property
-    def best_losses(self) -> Float[Array, " members"]:
-        """The loss of each member's best model, or its validation score."""
-        return self.trainers.best_loss
-
-    @property
-    def best_index(self) -> int:
-        """The member with the lowest of all `best_losses`."""
-        return int(np.argmin(self.best_losses))
-
-    @property
-    def best(self: "ManyResult[Trainer[Model, Any]]") -> Model:
-        """The best model of all members."""
-        return self.trainer(self.best_index).best
-
-    def nan_report(self, index: int) -> dict[str, NanCount]:
-        """What was not finite in one member, as [`vernal.Trainer.nan_report`][]."""
-        return self.trainer(index).nan_report()
-
-    def __repr__(self) -> str:
-        best = self.best_index
-        return (
-            f"ManyResult({len(self)} members, "
-            f"best_loss={float(self.best_losses[best]):.6g} of member {best})"
-        )
-
-
-class Many(One):
-    """A fit of many trainers at once, which are one that is stacked."""
-
-    entrance = "fit_many"
-
-    def __init__(
-        self,
-        size: int,
-        group: int,
-        config: Flags,
-        data_axis: Any,
-        place: Placement | None,
-    ):
-        super().__init__(place)
-        self.size, self.group, self.config = size, group, config
-        self.data_axis, self.shape = data_axis, (size,)
+    def shape(self) -> tuple[int, ...]:
+        return (self.size,)
 
     def source(self, data: Any) -> Source:
         source = as_source(data)
@@ -131,14 +50,21 @@ class Many(One):
                 "`data` is Minibatches, which all trainers share; `data_axis` is for "
                 "a batch, or for the batches of a Stream, with a part for each."
             )
-        if self.place is not None and isinstance(source, Minibatches):
+        if isinstance(source, Minibatches):
             return self.place.put_whole(source)
         return source
 
-    def prepare(self, batch: Any, argument: str = "data") -> Any:
+    def prepare(self, batch: Any) -> Any:
+        return self._with_rows(batch, "data")
+
+    def prepare_validation(self, batch: Any) -> Any:
+        return self._with_rows(batch, "validation")
+
+    def _with_rows(self, batch: Any, argument: str) -> Any:
+        """Moves the axis of the members to the front of each leaf that has one."""
         batch = as_batch(batch, argument)
-        axes, (flat, structure) = self._axes(batch, argument), _flatten(batch)
-        leaves = []
+        axes, leaves = self._axes(batch, argument), []
+        flat, structure = jax.tree_util.tree_flatten_with_path(batch)
         for (keys, leaf), axis in zip(flat, axes, strict=True):
             if axis is None:
                 leaves.append(leaf)
@@ -152,26 +78,14 @@ class Many(One):
                 )
             leaves.append(jnp.moveaxis(leaf, axis, 0))
         batch = structure.unflatten(leaves)
-        if self.place is None:
-            return batch
         return self.place.put_rows(batch, [axis is not None for axis in axes])
 
     def placed(self, trainer: AbstractTrainer) -> Any:
-        if self.place is None:
-            return trainer
         config = self.place.put_rows(config_of(trainer), self.config)
         return with_progress(config, self.placed_state(progress_of(trainer)))
 
     def placed_state(self, state: Any) -> Any:
-        if self.place is None:
-            return state
         return self.place.put_rows(state, (True,) * len(jax.tree.leaves(state)))
-
-    def _whole(self, array: Any) -> Any:
-        return array if self.place is None else self.place.whole(array)
-
-    def on_host(self, array: Any) -> np.ndarray:
-        return np.asarray(self._whole(array))
 
     def _axes(self, batch: Any, argument: str) -> list[int | None]:
         """Finds the axis of each leaf of a batch, `None` for what is shared."""
@@ -196,38 +110,27 @@ class Many(One):
             if leaf is not None
         ]
 
-    def _flags(self, batch: Any) -> Flags:
+    def flags(self, batch: Any) -> Flags:
         return tuple(axis is not None for axis in self._axes(batch, "data"))
 
-    def _scored(self, batch: Any) -> Any:
-        return self.prepare(batch, "validation")
-
-    def watched(
+    def first_monitor_state(
         self, monitor: Monitor, trainer: AbstractTrainer
     ) -> MonitorState | None:
         return eqx.filter_vmap(monitor.init, axis_size=self.size)(progress_of(trainer))
 
     def template(self, trainer: AbstractTrainer) -> Any:
-        trainer = jax.tree.map(self._whole, trainer)
-        own, join = apart(config_of(trainer), self.config)
+        trainer = jax.tree.map(self.place.whole, trainer)
+        rows, shared = apart(config_of(trainer), self.config)
         progress = jax.tree.map(first_row, progress_of(trainer))
-        return with_progress(join([first_row(leaf) for leaf in own]), progress)
+        first = eqx.combine(jax.tree.map(first_row, rows), shared)
+        return with_progress(first, progress)
 
     def row(self, batch: Any) -> Any:
-        leaves, structure = jax.tree.flatten(batch)
-        rows = [
-            jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if flag else leaf
-            for leaf, flag in zip(leaves, self._flags(batch), strict=True)
-        ]
-        return structure.unflatten(rows)
+        rows, shared = apart(batch, self.flags(batch))
+        first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return eqx.combine(jax.tree.map(first, rows), shared)
 
-    def count(self, trainer: AbstractTrainer) -> int:
-        return int(self.on_host(trainer.step_count).max())
-
-    def is_over(self, *flags: Any) -> bool:
-        return bool(np.logical_or.reduce([*map(self.on_host, flags)]).all())
-
-    def run(self, task: Task, moving: Moving, in_place: bool) -> tuple[Chunk, Ended]:
+    def run(self, task: Task, state: LoopState, in_place: bool) -> tuple[Chunk, Ended]:
         spread = Spread(
             group=self.group,
             config=self.config,
@@ -237,29 +140,17 @@ class Many(One):
         )
         run = run_many_in_place if in_place else run_many
         with self.context():
-            return run(task, moving, spread)
+            return run(task, state, spread)
 
     def _monitor_flags(self, monitor: Monitor) -> Flags:
         every = len(jax.tree.leaves(monitor))
-        own = (
-            () if monitor.validation is None else self._flags(monitor.validation.batch)
-        )
+        own = () if monitor.validation is None else self.flags(monitor.validation.batch)
         return (*own, *(False,) * (every - len(own)))
 
     def _source_flags(self, source: Whole[Any] | Minibatches) -> Flags:
         if isinstance(source, Whole):
-            return self._flags(source.batch)
+            return self.flags(source.batch)
         return (False,) * len(jax.tree.leaves(source))
-
-    def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
-        counts = self.on_host(step_count)
-        history = super().recorded(counts.max(), rows, scores)
-        # One that is over is computed on with the others: of that there is no record.
-        is_over = history.steps[:, None] >= counts
-        for column in (history.loss, *history.records.values()):
-            column[is_over] = np.nan if np.issubdtype(column.dtype, np.inexact) else 0
-        history.validation[history.validation_steps[:, None] > counts] = np.nan
-        return history
 
     def shown(self, trainer: AbstractTrainer, history: History) -> dict[str, str]:
         best = float(self.on_host(trainer.best_loss).min())
@@ -267,117 +158,37 @@ class Many(One):
         shown = {"trainers": str(self.size), "best": f"{best:.6g}"}
         return shown | ({"stopped": str(over)} if over else {})
 
-    def ended(
-        self,
-        trainer: AbstractTrainer,
-        history: History,
-        monitor: Monitor,
-        watched: MonitorState | None,
-        reason: StopReason,
-        is_all_skipped: np.ndarray,
-    ) -> ManyResult[Any]:
-        progress = progress_of(trainer)
-        lasts = self.on_host(progress.nan_counts)[:, -1]
-        is_bad = lasts.max(axis=1) == self.on_host(progress.step_count) - 1
-        stopped = self.on_host(progress.stopped)
-        watched = jax.device_get(jax.tree.map(self._whole, watched))
-        reasons = []
-        for index in range(self.size):
-            own = jax.tree.map(lambda x, i=index: x[i], watched)
-            if stopped[index]:
-                bad = is_bad[index]
-                reasons.append(StopReason.NON_FINITE if bad else StopReason.POLICY)
-            elif (met := monitor.reason(own)) is not None:
-                reasons.append(met)
-            elif reason is StopReason.STEPS_TAKEN and is_all_skipped[index]:
-                reasons.append(StopReason.ALL_SKIPPED)
-            else:
-                reasons.append(reason)
-        return self._result(trainer, history, reasons)
-
     def checked(self, result: Any, source: Source) -> Any:
         return result
 
-    def cut_short(
-        self, trainer: AbstractTrainer, history: History, reason: StopReason
-    ) -> ManyResult[Any]:
-        return self._result(trainer, history, [reason] * self.size)
-
-    def _result(
-        self,
-        trainer: AbstractTrainer,
-        history: History,
-        reasons: list[StopReason],
-        edms: Any = None,
+    def result(
+        self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> ManyResult[Any]:
         trainer = self.home(trainer)
-        if edms is None:
-            edms = np.full(self.size, np.nan)
-        leaves, structure = jax.tree.flatten(config_of(trainer))
-        rows = [
-            stack((leaf,) * self.size)
-            if isinstance(leaf, jax.Array) and not flag
-            else leaf
-            for leaf, flag in zip(leaves, self.config, strict=True)
-        ]
-        stacked = with_progress(structure.unflatten(rows), progress_of(trainer))
-        return ManyResult(stacked, history, tuple(reasons), edms)
-
-    def solved(
-        self,
-        trainer: AbstractTrainer,
-        data: Any,
-        solver: Any,
-        steps: int,
-        jac: Mode | None,
-    ) -> ManyResult[Any]:
-        """Solves for all of them, rather than to fit."""
-        with same_inputs(self.entrance, self.place) as require_same, self.context():
-            encoded, rows = checked_solver(solver, steps, "steps")
-            batch = self.prepare(data)
-            flags = self.config, self._flags(batch)
-            options: dict[str, Any] = {"steps": steps, "jac": jac, "group": self.group}
-            options |= {"solver": (solver, encoded), "data_axis": self.data_axis}
-            like = self.template(trainer), self.row(batch)
-            require_same(trainer, batch, like, **options)
-            there = Members(self.placed(trainer), flags, self.group, self.place)
-            problem = Problem(batch, encoded, rows, checked_mode(jac))
-            trainers, history, reasons, edms = solve_many(there, problem, steps)
-        result = self._result(trainers, history, reasons, edms)
-        if (end := self.bad_end(result)) is not None:
-            diagnosis = diagnosed(end.trainer, self.seen(Whole(batch), end.index))
-            self.raise_if_non_finite(result, diagnosis.advised_on_data)
-            warn(f"{end.sentence} {diagnosis}")
-        return result
+        rows, shared = apart(config_of(trainer), self.config)
+        is_array = lambda leaf: isinstance(leaf, jax.Array)
+        repeat = lambda leaf: stack((leaf,) * self.size) if is_array(leaf) else leaf
+        config = eqx.combine(rows, jax.tree.map(repeat, shared))
+        stacked = with_progress(config, progress_of(trainer))
+        return ManyResult(stacked, history, tuple(reasons), np.full(self.size, np.nan))
 
     def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:
-        are_bad = [reason in AT_NON_FINITE for reason in result.stop_reasons]
-        raises = result.trainers.nan_policy.raises
-        if not (any(are_bad) if raises else all(are_bad)):
+        reasons, raises = result.stop_reasons, result.trainers.nan_policy.raises
+        bad = [i for i, reason in enumerate(reasons) if reason in AT_NON_FINITE]
+        if not bad or (len(bad) < self.size and not raises):
             return None
-        index = are_bad.index(True)
-        sentence = (
-            f"`fit_many`: all {len(result)} trainers ended at values that are not "
+        # An error names the first that it is about.
+        is_named = lambda index: reasons[index] is StopReason.NON_FINITE
+        index = next(filter(is_named, bad), bad[0]) if raises else bad[0]
+        warning = (
+            f"`fit_many`: all {self.size} trainers ended at values that are not "
             f"finite. Of member {index}:"
         )
-        return BadEnd(index, result.trainer(index), sentence)
+        which = f"That is member {index} of {self.size}. "
+        return BadEnd(index, reasons[index], result.trainer(index), warning, which)
 
     def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
-        source = self.home_state(source)
+        source = self.place.home(source)
         if isinstance(source, Whole):
             return member(source, self._source_flags(source), index).batch
         return source
-
-    def raise_if_non_finite(
-        self, result: ManyResult[Any], explanation: str = SKIP_ADVICE
-    ) -> None:
-        if not result.trainers.nan_policy.raises:
-            return
-        for index, reason in enumerate(result.stop_reasons):
-            if reason is StopReason.NON_FINITE:
-                told = f"That is member {index} of {len(result)}. {explanation}"
-                raise non_finite_error(result.trainer(index), result, told)
-
-
-def _flatten(tree: PyTree) -> Any:
-    return jax.tree_util.tree_flatten_with_path(tree)

@@ -10,23 +10,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from .._boundary import PyTree
-from .._data import Minibatches, Whole
-from .._devices import Placement
+from .._data import Whole
+from .._devices import ANYWHERE, AbstractPlacement
 from .._loop import (
     Chunk,
     Ended,
-    MonitorState,
-    Moving,
-    Record,
+    LoopState,
     Rows,
     Taken,
     Task,
-    is_over,
     run_loop,
     take_one,
 )
 from .._program import program
-from .._step import Progress, with_comparable_best, with_progress
+from .._step import with_comparable_best
 
 Flags = tuple[bool, ...]
 
@@ -44,50 +41,34 @@ class Spread(eqx.Module):
     config: Flags = eqx.field(static=True)
     monitor: Flags = eqx.field(static=True)
     source: Flags = eqx.field(static=True)
-    place: Placement | None = None
+    place: AbstractPlacement = ANYWHERE
+
+    @property
+    def flags(self) -> Flags:
+        """The flags of the trainer's configuration, the monitor and the source."""
+        return (*self.config, *self.monitor, *self.source)
 
 
-def apart(
-    tree: PyTree, flags: Sequence[bool]
-) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]:
-    """Takes the flagged leaves out of a tree.
-
-    **Returns:**
-
-    These leaves, and a function that puts others in their place.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-
-    def join(own: Sequence[Array]) -> Any:
-        rest = iter(own)
-        pairs = zip(leaves, flags, strict=True)
-        return structure.unflatten([next(rest) if flag else x for x, flag in pairs])
-
-    return [x for x, flag in zip(leaves, flags, strict=True) if flag], join
+def apart(tree: PyTree, flags: Sequence[bool]) -> tuple[Any, Any]:
+    """Splits a tree into its flagged leaves and the others, for `eqx.combine`."""
+    return eqx.partition(tree, jax.tree.structure(tree).unflatten(flags))
 
 
 def member(tree: PyTree, flags: Sequence[bool], index: int) -> Any:
-    """Picks one member of a tree that is spread."""
-    own, join = apart(tree, flags)
-    return join([leaf[index] for leaf in own])
+    """Picks one member of a tree whose flagged leaves have a row for each."""
+    rows, shared = apart(tree, flags)
+    return eqx.combine(jax.tree.map(lambda leaf: leaf[index], rows), shared)
 
 
-def in_groups(fn: Callable[[T], R], rows: T, group: int, place: Placement | None) -> R:
-    """Calls a function with some members at a time, and joins what it returns.
+def in_groups(fn: Callable[[T], R], rows: T, group: int, place: AbstractPlacement) -> R:
+    """Calls a function with the rows of `group` members at a time; joins the results.
 
     Each device has its share in every group.
-
-    **Arguments:**
-
-    - `fn`: a function of a tree with a row for each member, which returns one.
-    - `rows`: that of all members.
-    - `group`: how many members to give it at a time.
-    - `place`: where the members are.
     """
     size = len(jax.tree.leaves(rows)[0])
     if group == size:
         return fn(rows)
-    parts = 1 if place is None else place.size
+    parts = place.size
 
     def split(x: Array) -> Array:
         rest = x.shape[1:]
@@ -99,33 +80,31 @@ def in_groups(fn: Callable[[T], R], rows: T, group: int, place: Placement | None
         whole = x.reshape(-1, parts, group // parts, *rest).swapaxes(0, 1)
         return whole.reshape(size, *rest)
 
-    groups = jax.tree.map(split, rows)
-    if place is not None:
-        groups = place.pin_rows(groups, axis=1)
+    groups = place.pin_rows(jax.tree.map(split, rows), 1)
     return jax.tree.map(merge, lax.map(fn, groups))
 
 
-def chunk_of_many(task: Task, moving: Moving, spread: Spread) -> tuple[Chunk, Ended]:
+def chunk_of_many(task: Task, state: LoopState, spread: Spread) -> tuple[Chunk, Ended]:
     """Does for many trainers what `chunk_of_one` does for one.
 
     There is one loop with one condition around a body that is mapped: a loop that is
     mapped itself would copy all of its buffers in each step.
     """
-    fixed = (task.trainer, task.monitor, task.source)
-    step = jnp.max(moving.progress.step_count)
-    own, join = apart(fixed, (*spread.config, *spread.monitor, *spread.source))
+    step = jnp.max(state.progress.step_count)
+    parts = task.trainer, task.monitor, task.source
+    rows, shared = apart(parts, spread.flags)
 
-    def run(members: tuple[list[Array], Moving]) -> Chunk:
-        own, moving = members
-        trainer, monitor, source = join(own)
+    def run(group: tuple[PyTree, LoopState]) -> Chunk:
+        rows, state = group
+        trainer, monitor, source = eqx.combine(rows, shared)
         part = task._replace(trainer=trainer, monitor=monitor, source=source)
-        return _by_member(_run_group(part, moving, spread, step))
+        chunk = _run_group(part, state, spread, step)
+        return _turned(chunk, lambda x: jnp.broadcast_to(x, (spread.group,)))
 
-    chunk = _by_step(in_groups(run, (own, moving), spread.group, spread.place))
-    if spread.place is not None:
-        moving = spread.place.pin_rows(chunk.moving)
-        # What goes to the host goes from one device.
-        chunk = Chunk(*moving, *spread.place.pin(tuple(chunk[2:])))
+    chunk = in_groups(run, (rows, state), spread.group, spread.place)
+    _, *recorded = _turned(chunk, lambda x: x[0])
+    # What goes to the host goes from one device.
+    chunk = Chunk(spread.place.pin_rows(chunk.state), *spread.place.pin(recorded))
     return chunk, Ended.of(chunk)
 
 
@@ -133,114 +112,59 @@ run_many = program(chunk_of_many)
 run_many_in_place = program(chunk_of_many, donate="all-except-first")
 
 
-def _by_member(chunk: Chunk) -> Chunk:
-    """Gives all of a chunk a row for each member: what is recorded has one by step."""
-    turn = lambda rows: Rows(
-        jnp.moveaxis(rows.loss, 1, 0),
-        {name: jnp.moveaxis(value, 1, 0) for name, value in rows.values.items()},
-        jnp.broadcast_to(rows.first, rows.loss.shape[1:]),
-        jnp.broadcast_to(rows.every, rows.loss.shape[1:]),
-    )
-    scores = None if chunk.scores is None else turn(chunk.scores)
-    return chunk._replace(rows=turn(chunk.rows), scores=scores)
+def _turned(chunk: Chunk, fn: Callable[[Array], Array]) -> Chunk:
+    """Swaps the axes of steps and members in all that is recorded.
 
+    `fn` changes the number of the first row and of steps between rows.
+    """
 
-def _by_step(chunk: Chunk) -> Chunk:
-    """The other way round."""
-    turn = lambda rows: Rows(
-        jnp.moveaxis(rows.loss, 0, 1),
-        {name: jnp.moveaxis(value, 0, 1) for name, value in rows.values.items()},
-        rows.first[0],
-        rows.every[0],
-    )
-    scores = None if chunk.scores is None else turn(chunk.scores)
-    return chunk._replace(rows=turn(chunk.rows), scores=scores)
+    def turned(rows: Rows) -> Rows:
+        columns = rows.loss, rows.values
+        loss, values = jax.tree.map(lambda x: x.swapaxes(0, 1), columns)
+        return Rows(loss, values, fn(rows.first), fn(rows.every))
+
+    scores = None if chunk.scores is None else turned(chunk.scores)
+    return chunk._replace(rows=turned(chunk.rows), scores=scores)
 
 
 def _run_group(
-    task: Task, moving: Moving, spread: Spread, step: Int[Array, ""]
+    task: Task, state: LoopState, spread: Spread, step: Int[Array, ""]
 ) -> Chunk:
-    config, source, monitor, record = task[:4]
-    progress, watched = moving
-    own_config, join_config = apart(config, spread.config)
-    own_monitor, join_monitor = apart(monitor, spread.monitor)
-    start = jax.vmap(lambda p: with_comparable_best(p, monitor.validates))(progress)
+    validates, parts = task.monitor.validates, (task.trainer, task.monitor)
+    progress = jax.vmap(lambda p: with_comparable_best(p, validates))(state.progress)
+    rows, shared = apart(parts, (*spread.config, *spread.monitor))
 
-    def take(
-        progress: Progress, watched: MonitorState | None, batch: Any, is_due: Array
-    ) -> Taken:
-        flags = spread.source if isinstance(source, Whole) else _none(batch)
-        own_batch, join_batch = apart(batch, flags)
+    def take(state: LoopState, batch: Any, is_due: Array) -> Taken:
+        is_whole = isinstance(task.source, Whole)
+        flags = spread.source if is_whole else [False] * len(jax.tree.leaves(batch))
+        own_batch, shared_batch = apart(batch, flags)
 
-        def take_member(
-            config: list[Array],
-            monitor: list[Array],
-            batch: list[Array],
-            progress: Progress,
-            watched: MonitorState | None,
-        ) -> Taken:
-            trainer = with_progress(join_config(config), progress)
-            batch, own = join_batch(batch), join_monitor(monitor)
-            return take_one(trainer, watched, batch, is_due, own, record)
+        def take_member(rows: PyTree, batch: PyTree, state: LoopState) -> Taken:
+            trainer, monitor = eqx.combine(rows, shared)
+            one = task._replace(trainer=trainer, monitor=monitor)
+            return take_one(one, state, eqx.combine(batch, shared_batch), is_due)
 
-        taken = jax.vmap(take_member)(
-            own_config, own_monitor, own_batch, progress, watched
-        )
-        taken = _held(taken, progress, watched)
-        return taken if spread.place is None else spread.place.pin_rows(taken)
+        taken = jax.vmap(take_member)(rows, own_batch, state)
+        return spread.place.pin_rows(_held(taken, state))
 
-    like = start.best_loss
-    shapes = _shapes(spread, config, source, start, step, record)
+    first, _, source = member((*parts, task.source), spread.flags, 0)
+    one = task._replace(trainer=first, source=source)
+    shapes = one.shapes(jax.tree.map(lambda leaf: leaf[0], progress), step)
     shapes = {
-        n: jax.ShapeDtypeStruct((len(like), *s.shape), s.dtype)
-        for n, s in shapes.items()
+        name: jax.ShapeDtypeStruct((spread.group, *shape.shape), shape.dtype)
+        for name, shape in shapes.items()
     }
-    rows = Rows.empty(like, shapes, step, task.every, task.most_rows)
-    scores = monitor.room(like, step, task.most_rows)
-    none_yet = jnp.zeros_like(start.stopped)
-    chunk = Chunk(start, watched, rows, scores, none_yet)
-    return run_loop(take, source, monitor, task.goal, step, chunk)
+    start = task.begin(state._replace(progress=progress), shapes, step)
+    return run_loop(take, task, start, step)
 
 
-def _shapes(
-    spread: Spread,
-    config: Any,
-    source: Whole[Any] | Minibatches,
-    progress: Progress,
-    step: Int[Array, ""],
-    record: Record,
-) -> dict[str, Any]:
-    """Finds what is recorded of one member."""
-    first = with_progress(
-        member(config, spread.config, 0), jax.tree.map(lambda x: x[0], progress)
-    )
-
-    def first_batch() -> Any:
-        if isinstance(source, Whole):
-            source_ = member(source, spread.source, 0)
-        else:
-            source_ = source
-        return eqx.filter_eval_shape(source_.next, source_.start(step), step)[0]
-
-    return record.shapes(first, first_batch)
-
-
-def _held(taken: Taken, progress: Progress, watched: MonitorState | None) -> Taken:
+def _held(taken: Taken, old: LoopState) -> Taken:
     """Holds the members that are over, of which there may be none."""
-    over = is_over(progress, watched)
+    is_over = old.is_over
 
-    def hold() -> tuple[Progress, MonitorState | None]:
-        def pick(new: Array, old: Array) -> Array:
-            mask = over.reshape(-1, *[1] * (new.ndim - 1))
-            return jnp.where(mask, old, new)
+    def pick(new: Array, old: Array) -> Array:
+        return jnp.where(is_over.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
-        new = (taken.progress, taken.watched)
-        return jax.tree.map(pick, new, (progress, watched))
-
-    go_on = lambda: (taken.progress, taken.watched)
-    progress, watched = lax.cond(jnp.any(over), hold, go_on)
-    return taken._replace(progress=progress, watched=watched)
-
-
-def _none(tree: PyTree) -> Flags:
-    return (False,) * len(jax.tree.leaves(tree))
+    hold = lambda: jax.tree.map(pick, taken.state, old)
+    state = lax.cond(jnp.any(is_over), hold, lambda: taken.state)
+    return taken._replace(state=state)

@@ -19,36 +19,25 @@ from .._step import (
     stripped,
     with_progress,
 )
-from .mapped_chunk import Flags, apart
+from .mapped_chunk import Flags, member
 
 
 def solve_each(
     trainers: AbstractTrainer,
-    flags: tuple[Flags, Flags],
+    flags: Flags,
     problem: Problem,
     goal: Int[Array, ""],
 ) -> tuple[End, PyTree, list[int]]:
     """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
 
-    **Arguments:**
-
-    - `trainers`: stacked.
-    - `flags`: what of their configuration and of the batch has a row for each.
-    - `problem`, `goal`: as for `run_solver`.
-
-    **Returns:**
-
-    How each ended, and the first states of their optimisers, stacked; and which of
-    them met an error.
+    Returns how each ended and the first states of their optimisers, stacked, and the
+    indices of those that met an error.
     """
-    own_config, join_config = apart(config_of(trainers), flags[0])
-    own_batch, join_batch = apart(problem.batch, flags[1])
     ends, errors = [], {}
     for index in range(trainers.step_count.shape[0]):
-        row = lambda tree, i=index: jax.tree.map(lambda leaf: leaf[i], tree)
-        progress = row(progress_of(trainers))
-        trainer = with_progress(join_config(row(own_config)), progress)
-        alone = problem._replace(batch=join_batch(row(own_batch)))
+        progress = jax.tree.map(lambda x, i=index: x[i], progress_of(trainers))
+        config, batch = member((config_of(trainers), problem.batch), flags, index)
+        trainer, alone = with_progress(config, progress), problem._replace(batch=batch)
         args = stripped(trainer), trainer.projector, Start.of(trainer), alone, goal
         try:
             end = jax.block_until_ready(run(*args))

@@ -3,39 +3,46 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from .._boundary import PyTree
-from .._devices import Placement
+from .._boundary import PyTree, warn
+from .._curvature import Mode, checked_mode
+from .._data import Whole
+from .._devices import AbstractPlacement, same_inputs
 from .._minimum import distance_of, settled
 from .._policy import StopReason
 from .._program import program
-from .._solve import REASONS, End, Problem, Start, find_bad, is_suspect, run_solver
+from .._solve import (
+    REASONS,
+    End,
+    Problem,
+    Start,
+    checked_solver,
+    find_bad,
+    is_suspect,
+    progress_at,
+    run_solver,
+)
 from .._step import (
     AbstractTrainer,
     Progress,
     config_of,
     count_non_finite,
+    diagnosed,
     initial_opt_state,
     progress_of,
     stripped,
     with_progress,
 )
 from .._storage import History
+from .many_trainers import ManyTrainers
 from .mapped_chunk import Flags, apart, in_groups
 from .one_by_one import solve_each
-
-
-class Solved(NamedTuple):
-    """What solving many comes to: the stacked trainer, and how each ended."""
-
-    trainers: AbstractTrainer
-    history: History
-    reasons: list[StopReason]
-    edms: Float[np.ndarray, " members"]
+from .result import ManyResult
 
 
 class _Ends(NamedTuple):
@@ -43,77 +50,95 @@ class _Ends(NamedTuple):
     opt_state: PyTree
 
 
-class Members(NamedTuple):
-    """The trainers that are solved.
-
-    `flags` tells what of their configuration and of the batch has a row for each,
-    `group` how many to compute at a time.
-    """
+class _Members(NamedTuple):
+    """The stacked trainers, and which leaves of them and of the batch have rows."""
 
     trainers: AbstractTrainer
-    flags: tuple[Flags, Flags]
+    flags: Flags
     group: int
-    place: Placement | None
+    place: AbstractPlacement
 
 
 @program
-def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
+def _run(members: _Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
     trainers, flags, group, place = members
     config, progress = config_of(trainers), progress_of(trainers)
-    own_config, join_config = apart(config, flags[0])
-    own_batch, join_batch = apart(problem.batch, flags[1])
+    rows, shared = apart((config, problem.batch), flags)
 
-    def solve_one(own: tuple[list[Array], Progress, list[Array]]) -> _Ends:
-        config, progress, batch = own
-        trainer = with_progress(join_config(config), progress)
+    def solve_one(own: tuple[PyTree, Progress]) -> _Ends:
+        rows, progress = own
+        config, batch = eqx.combine(rows, shared)
+        trainer = with_progress(config, progress)
         args = (stripped(trainer), trainer.projector, Start.of(trainer))
-        end = run_solver(*args, problem._replace(batch=join_batch(batch)), goal)
+        end = run_solver(*args, problem._replace(batch=batch), goal)
         opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
         return _Ends(end, opt_state)
 
-    own = (own_config, progress, own_batch)
-    ends = in_groups(jax.vmap(solve_one), own, group, place)
-    return ends if place is None else place.pin_rows(ends)
+    ends = in_groups(jax.vmap(solve_one), (rows, progress), group, place)
+    return place.pin_rows(ends)
 
 
 @program
 def _find_bad(
-    members: Members, params: PyTree, batch: Any
+    members: _Members, params: PyTree, batch: Any
 ) -> Bool[Array, "members columns"]:
     trainers, flags, _, _ = members
     config, progress = config_of(trainers), progress_of(trainers)
-    own_config, join_config = apart(config, flags[0])
-    own_batch, join_batch = apart(batch, flags[1])
+    rows, shared = apart((config, batch), flags)
 
     def of_one(
-        config: list[Array], progress: Progress, params: PyTree, batch: list[Array]
+        rows: PyTree, progress: Progress, params: PyTree
     ) -> Bool[Array, " columns"]:
-        trainer = stripped(with_progress(join_config(config), progress))
-        return find_bad(trainer, params, join_batch(batch))
+        config, batch = eqx.combine(rows, shared)
+        return find_bad(stripped(with_progress(config, progress)), params, batch)
 
-    return jax.vmap(of_one)(own_config, progress, params, own_batch)
+    return jax.vmap(of_one)(rows, progress, params)
 
 
-def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
-    """Solves for the parameters of each.
+def solve_many(
+    subject: ManyTrainers,
+    trainer: AbstractTrainer,
+    data: Any,
+    solver: Any,
+    steps: int,
+    jac: Mode | None,
+) -> ManyResult[Any]:
+    """Solves for the parameters of each, instead of fitting them."""
+    place, group = subject.place, subject.group
+    with same_inputs(subject.entrance, place) as require_same, place.context():
+        encoded, rows = checked_solver(solver, steps, "steps")
+        batch = subject.prepare(data)
+        options: dict[str, Any] = {"steps": steps, "jac": jac, "group": group}
+        options |= {"solver": (solver, encoded), "data_axis": subject.data_axis}
+        like = subject.template(trainer), subject.row(batch)
+        require_same(trainer, batch, like, **options)
+        flags = (*subject.config, *subject.flags(batch))
+        members = _Members(subject.placed(trainer), flags, group, place)
+        problem = Problem(batch, encoded, rows, checked_mode(jac))
+        solved, history, reasons, edms = _solve(members, problem, steps)
+    result = subject.result(solved, history, reasons)
+    result = dataclasses.replace(result, edms=edms)
+    if (end := subject.bad_end(result)) is not None:
+        diagnosis = diagnosed(end.trainer, subject.seen(Whole(batch), end.index))
+        end.raise_if_asked(result, diagnosis.advised_on_data)
+        warn(f"{end.warning} {diagnosis}")
+    return result
 
-    **Arguments:**
 
-    - `members`: the trainers, stacked.
-    - `problem`: what is solved.
-    - `max_steps`: how many steps each may take.
-    """
+def _solve(
+    members: _Members, problem: Problem, max_steps: int
+) -> tuple[AbstractTrainer, History, list[StopReason], np.ndarray]:
+    """Solves; returns the trainers, a history, and why and how near each ended."""
     goal = jnp.asarray(np.int32(max_steps))
     trainers, _, _, place = members
     broken: list[int] = []
     try:
         end, opt_state = jax.block_until_ready(_run(members, problem, goal))
     except RuntimeError:
-        if place is not None:
+        if place.mesh is not None:
             raise
-        one_by_one = solve_each(trainers, members.flags, problem, goal)
-        end, opt_state, broken = one_by_one
-    whole = (lambda tree: tree) if place is None else place.whole
+        end, opt_state, broken = solve_each(trainers, members.flags, problem, goal)
+    whole = place.whole
     old = progress_of(trainers)
     starts, losses, steps, numbers, in_vain = jax.device_get(
         jax.tree.map(
@@ -128,7 +153,7 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )
     counts = old.nan_counts
-    # An error is no value that is not finite.
+    # Of these an error is known, and no value.
     suspect[broken] = False
     if suspect.any():
         bad = np.asarray(whole(_find_bad(members, end.stumble, problem.batch)))
@@ -140,27 +165,10 @@ def solve_many(members: Members, problem: Problem, max_steps: int) -> Solved:
         bad = np.column_stack([bad, np.array(lost) & ~is_named])
         lasts = jnp.asarray(starts + np.maximum(steps - 1, 0))
         counts = jax.vmap(count_non_finite)(counts, jnp.asarray(bad), lasts)
-    none = jnp.asarray(np.zeros(len(reasons), bool))
-    progress = dataclasses.replace(
-        old,
-        params=end.params,
-        latent=end.latent,
-        opt_state=opt_state,
-        best=end.best,
-        best_state=end.best_state,
-        best_loss=end.best_loss,
-        is_validated=none,
-        nan_counts=counts,
-        step_count=end.step_count,
-        stopped=none,
-    )
+    progress = progress_at(end, old, opt_state, counts)
     row = np.arange(int(steps.max()))
-    # Those that have ended have no more losses.
+    # A member that has ended has no more losses.
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
     history = History(row, kept)
-    return Solved(
-        with_progress(trainers, progress),
-        history,
-        reasons,
-        np.stack([d.edm for d in distances]),
-    )
+    edms = np.stack([distance.edm for distance in distances])
+    return with_progress(trainers, progress), history, reasons, edms

@@ -23,10 +23,7 @@ from .mapped_chunk import Flags
 def stacked(given: Any) -> tuple[Any, Flags, int]:
     """Makes one trainer of many.
 
-    **Returns:**
-
-    The trainer, which of the leaves of its configuration have a row for each, and how
-    many they are.
+    Returns it, which leaves of its configuration have a row for each, and their number.
     """
     if isinstance(given, Trainer):
         require_precision(given)
@@ -103,7 +100,7 @@ def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
         if isinstance(leaf, jax.Array) and leaf.shape[:1] != (size,):
             raise ValueError(
                 f"`trainers` is stacked, with {size} members, but the array at "
-                f"{path!r} has the shape {leaf.shape}."
+                f"{path.removeprefix('_progress.')!r} has the shape {leaf.shape}."
             )
     config = jax.tree.leaves(config_of(trainer))
     return trainer, tuple(isinstance(leaf, jax.Array) for leaf in config), size

@@ -4,15 +4,5 @@
 the formulas and finds the distance on the host.
 """
 
-from .distance import (
-    MOST_PARAMETERS as MOST_PARAMETERS,
-    measure as measure,
-    settled as settled,
-    what_falls as what_falls,
-)
-from .edm import (
-    Distance as Distance,
-    Local as Local,
-    along as along,
-    distance_of as distance_of,
-)
+from .distance import MOST_PARAMETERS, measure, settled, what_falls
+from .edm import Distance, Local, along, distance_of

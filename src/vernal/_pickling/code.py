@@ -65,13 +65,7 @@ def _named(module: str, name: str) -> Any:
 
 
 def by_code(fn: types.FunctionType, cells: tuple[Any, ...]) -> Stand:
-    """Refers to a function, but for its contents, by its code in its module.
-
-    **Arguments:**
-
-    - `fn`: the function.
-    - `cells`: what stands for its cells in the pickle.
-    """
+    """Refers to a function by its code in its module, with `cells` for its closure."""
     code, scope, names = fn.__code__, fn.__globals__, metadata(fn)
     module = scope.get("__name__", "")
     is_module = scope is vars(sys.modules.get(module, types))

@@ -5,30 +5,20 @@
 reasons why a fit ends.
 """
 
-from .finite import (
-    all_finite as all_finite,
-    debug_nan_check as debug_nan_check,
-    is_finite as is_finite,
-    zero_nan_check as zero_nan_check,
-)
+from .finite import all_finite, debug_nan_check, is_finite, zero_nan_check
 from .nan_policy import (
-    SKIP_ADVICE as SKIP_ADVICE,
-    BreakOnNan as BreakOnNan,
-    NanCount as NanCount,
-    NanPolicy as NanPolicy,
-    NonFiniteError as NonFiniteError,
-    RaiseOnNan as RaiseOnNan,
-    SkipStep as SkipStep,
-    StopAfter as StopAfter,
-    StopFit as StopFit,
-    Verdict as Verdict,
-    ZeroNans as ZeroNans,
+    SKIP_ADVICE,
+    BreakOnNan,
+    NanCount,
+    NanPolicy,
+    NonFiniteError,
+    RaiseOnNan,
+    SkipStep,
+    StopAfter,
+    StopFit,
+    Verdict,
+    ZeroNans,
 )
-from .returned import asked as asked, judged as judged
-from .stop_criterion import (
-    Converged as Converged,
-    Patience as Patience,
-    StepView as StepView,
-    StopCriterion as StopCriterion,
-)
-from .stop_reason import AT_NON_FINITE as AT_NON_FINITE, StopReason as StopReason
+from .returned import asked, judged
+from .stop_criterion import Converged, Patience, StepView, StopCriterion
+from .stop_reason import AT_NON_FINITE, StopReason

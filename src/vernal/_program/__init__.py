@@ -4,9 +4,4 @@
 `shelves` decides which compiled programs are kept.
 """
 
-from .programs import (
-    Version as Version,
-    forget as forget,
-    program as program,
-    version_of as version_of,
-)
+from .programs import Version, forget, program, version_of

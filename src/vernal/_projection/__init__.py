@@ -7,17 +7,9 @@ that is, `dense` and `decompose` make one from a matrix or a Jacobian, `low_rank
 the data do not constrain.
 """
 
-from .blocks import find_blocks as find_blocks
-from .decompose import (
-    ROUNDING as ROUNDING,
-    jacobian_rtol as jacobian_rtol,
-    whiten as whiten,
-)
-from .dense import DenseWhitening as DenseWhitening, whiten_spectrum as whiten_spectrum
-from .null_policy import NullPolicy as NullPolicy
-from .projector import (
-    EigenProjector as EigenProjector,
-    make_block_projector as make_block_projector,
-    make_projector as make_projector,
-)
-from .whitening import Unchanged as Unchanged
+from .blocks import find_blocks
+from .decompose import ROUNDING, jacobian_rtol, whiten
+from .dense import DenseWhitening, whiten_spectrum
+from .null_policy import NullPolicy
+from .projector import EigenProjector, make_block_projector, make_projector
+from .whitening import Unchanged

@@ -26,11 +26,8 @@ def find_blocks(
 ) -> tuple[Block, ...]:
     """Finds the leaves of the block of each selector.
 
-    **Raises:**
-
-    - `UnknownPathError`: if a selector matches nothing.
-    - `ValueError`: if two blocks share a parameter, or one is empty. The error calls
-        the selectors `argument`.
+    Raises if a selector matches nothing, if two blocks share a parameter, or if one is
+    empty. An error calls the selectors `argument`.
     """
     names = paths(params)
     # With a block for each parameter, resolving each selector would be quadratic.

@@ -1,15 +1,16 @@
 """Solvers of Optimistix."""
 
 from .problem import (
-    REASONS as REASONS,
-    End as End,
-    Problem as Problem,
-    Solver as Solver,
-    Start as Start,
-    checked_solver as checked_solver,
-    find_bad as find_bad,
-    is_suspect as is_suspect,
-    run as run,
-    run_solver as run_solver,
+    REASONS,
+    End,
+    Problem,
+    Solver,
+    Start,
+    checked_solver,
+    find_bad,
+    is_suspect,
+    progress_at,
+    run,
+    run_solver,
 )
-from .solve import solve as solve
+from .solve import SolveOptions, solve

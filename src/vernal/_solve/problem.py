@@ -1,9 +1,11 @@
 """The program of `solve`: a solver of Optimistix on what a trainer fits."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,6 +18,7 @@ from .._program import program
 from .._projection import EigenProjector
 from .._step import (
     AbstractTrainer,
+    Progress,
     defined,
     live,
     overrides,
@@ -25,15 +28,15 @@ from .._step import (
     step_key,
 )
 from .._tree import as_parameters, cast_like, ravel, unravel
-from .tracked_solver import Seen, better, choose, watch
+from .tracked_solver import Seen, better, choose, tracked
 
-# Fewer steps than these share a program with others; the losses of more would not fit.
+# The least room for losses, which all shorter solves share; and the most.
 _LEAST_ROWS = 256
 _MOST_ROWS = 2**24
 
 
 class Problem(NamedTuple):
-    """What is solved, but for where to begin.
+    """What is solved, without where to begin.
 
     `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
     differentiation, `None` for the one that works.
@@ -82,7 +85,7 @@ class Start(NamedTuple):
 
     @classmethod
     def of(cls, trainer: AbstractTrainer) -> "Start":
-        """Takes out of a trainer what `_bare` leaves out."""
+        """Takes out of a trainer what `stripped` leaves out."""
         old = progress_of(trainer)
         return cls(
             old.latent,
@@ -95,7 +98,7 @@ class Start(NamedTuple):
 
 
 class End(NamedTuple):
-    """Where a solver arrived, and how."""
+    """Where a solver ended, and how; for many, with a row for each."""
 
     params: PyTree
     latent: PyTree
@@ -113,7 +116,27 @@ class End(NamedTuple):
     last: Float[Array, ""]
     """The loss at the beginning, and at the end."""
     local: Local
-    """What tells how far it is from the minimum."""
+    """What the distance to the minimum is computed from."""
+
+
+def progress_at(
+    end: End, old: Progress, opt_state: PyTree, nan_counts: Array
+) -> Progress:
+    """Returns the progress of a trainer whose solver has ended."""
+    no = jnp.asarray(np.zeros(old.stopped.shape, bool))
+    return dataclasses.replace(
+        old,
+        params=end.params,
+        latent=end.latent,
+        opt_state=opt_state,
+        best=end.best,
+        best_state=end.best_state,
+        best_loss=end.best_loss,
+        is_validated=no,
+        nan_counts=nan_counts,
+        step_count=end.step_count,
+        stopped=no,
+    )
 
 
 # As the compiled program numbers them.
@@ -133,21 +156,16 @@ def run_solver(
     problem: Problem,
     goal: Int[Array, ""],
 ) -> End:
-    """Solves, within a compiled program.
+    """Solves, within a compiled program, with at most `goal` steps.
 
-    **Arguments:**
-
-    - `trainer`: bare, so that programs are shared.
-    - `projector`: of the trainer that is not.
-    - `held`: its start.
-    - `problem`: what is solved.
-    - `goal`: how many steps it may take.
+    The trainer is stripped, so that programs are shared; `projector` and `held` are the
+    projector and the start of the whole trainer.
     """
     batch, encoded, rows, jac = problem
     solver, latent = encoded.decode(), held.latent
     _check_class(trainer, solver)
     as_parameters(trainer.params)
-    # That of the loss, but for a trainer made while `jax_enable_x64` was off.
+    # The dtype of the loss, unless the trainer was made while `jax_enable_x64` was off.
     key, dtype = step_key(trainer), jnp.result_type(float)
 
     def to_params(point: PyTree) -> PyTree:
@@ -160,23 +178,23 @@ def run_solver(
         return Seen(loss, point, jnp.ones_like(loss, bool))
 
     def scored(point: PyTree, _: Any) -> tuple[Array, Seen]:
-        there = live(trainer, to_params(point))
-        loss = score(there, batch, key).loss.astype(dtype)
+        at_point = live(trainer, to_params(point))
+        loss = score(at_point, batch, key).loss.astype(dtype)
         return loss, seen(loss, point)
 
     def residuals(point: PyTree, _: Any) -> tuple[Array, Seen]:
-        there = live(trainer, to_params(point))
-        vector = real_residuals(there, batch, key).astype(dtype)
+        at_point = live(trainer, to_params(point))
+        vector = real_residuals(at_point, batch, key).astype(dtype)
         if defined(trainer) == ("residuals",):
             loss = 0.5 * jnp.sum(jnp.square(vector))
         else:
-            loss = score(there, batch, key).loss.astype(dtype)
+            loss = score(at_point, batch, key).loss.astype(dtype)
         return vector, seen(loss, point)
 
-    # Solvers mix what they are given with numbers of the default precision.
+    # Solvers mix their arguments with numbers of the default precision.
     start = trainer.params if projector is None else latent
     start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
-    solver = watch(solver, goal, jnp.zeros(rows, dtype))
+    solver = tracked(solver, goal, jnp.zeros(rows, dtype))
     common: Any = {"has_aux": True, "max_steps": None, "throw": False}
     if is_minimiser := isinstance(solver, optx.AbstractMinimiser):
         loss = traced(lambda point: scored(point, None)[0], start)
@@ -190,22 +208,27 @@ def run_solver(
         ended = optx.least_squares(residuals, solver, start, options=options, **common)
     state, stats = ended.state, ended.stats
 
-    # A solver reports what it has left behind: the last point is yet to be scored.
+    # A solver reports the points that it has left: the last one is not scored yet.
     last = scored(ended.value, None)[1].loss
     best, best_loss = better(ended.value, last, state.best, state.best_loss)
-    sound = all_finite((ended.value, last))
-    point = choose(sound, ended.value, best)
-    why = [~sound | state.is_broken, stats["diverged"], stats["failed"], stats["done"]]
-    # The score of a validation is not to be compared with a loss.
+    is_finite = all_finite((ended.value, last))
+    point = choose(is_finite, ended.value, best)
+    why = [
+        ~is_finite | state.is_broken,
+        stats["diverged"],
+        stats["failed"],
+        stats["done"],
+    ]
+    # The score of a validation does not compare with a loss.
     held_loss = jnp.where(held.is_validated, jnp.inf, held.loss)
     all_best, all_best_loss = better(to_params(best), best_loss, held.best, held_loss)
     is_new = all_best_loss < held_loss
     stumble = choose(all_finite(ended.value), ended.value, best)
     first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
-    last = jnp.where(sound, last, best_loss)
-    there = live(trainer, to_params(point))
+    last = jnp.where(is_finite, last, best_loss)
+    at_end = live(trainer, to_params(point))
     kind = what_falls(trainer, not is_minimiser)
-    local = measure(there, projector, batch, key, kind, first - last)
+    local = measure(at_end, projector, batch, key, kind, first - last)
     return End(
         params=to_params(point),
         latent=None if projector is None else cast_like(point, latent),
@@ -228,7 +251,7 @@ run = program(run_solver)
 
 
 def is_suspect(reason: StopReason, in_vain: Any) -> bool:
-    """Whether a value that is not finite may be why a solver ended so."""
+    """Whether non-finite values may be why a solver ended so."""
     if reason is StopReason.MAX_STEPS:
         return bool(in_vain)
     return reason not in (StopReason.CONVERGED, StopReason.STALLED)
@@ -237,12 +260,11 @@ def is_suspect(reason: StopReason, in_vain: Any) -> bool:
 def find_bad(
     trainer: AbstractTrainer, params: PyTree, batch: Any
 ) -> Bool[Array, " columns"]:
-    """Tells whether the loss, and the gradient of each leaf, is not finite."""
+    """Returns whether the loss, and the gradient of each leaf, is not finite."""
     key = step_key(trainer)
 
     def scored(flat: Array) -> Array:
-        there = live(trainer, unravel(flat, params))
-        return score(there, batch, key).loss
+        return score(live(trainer, unravel(flat, params)), batch, key).loss
 
     flat = ravel(params)
     try:
@@ -250,7 +272,7 @@ def find_bad(
         mode = choose_mode(traced(scored, flat), flat, Subject("", None, True), order)
         slope = gradient(scored, flat, mode)
     except TypeError:
-        # Without derivatives it is the loss alone that can be looked at.
+        # Without derivatives only the loss can be checked.
         slope = jnp.zeros_like(flat)
     grads = jax.tree.leaves(unravel(slope, params))
     return jnp.stack([~all_finite(x) for x in (scored(flat), *grads)])
@@ -264,9 +286,9 @@ def _check_solver(solver: Any) -> None:
         solver, optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver
     )
     if not is_solver:
-        told = solver if isinstance(solver, str | type) else type(solver)
+        given = solver if isinstance(solver, str | type) else type(solver)
         raise TypeError(
-            f"`solver` is {told!r}, not a minimiser or a least-squares solver of "
+            f"`solver` is {given!r}, not a minimiser or a least-squares solver of "
             "Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, atol=1e-8)` or "
             "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
             "is for `fit`."
@@ -274,7 +296,7 @@ def _check_solver(solver: Any) -> None:
 
 
 def _check_class(trainer: AbstractTrainer, solver: Any) -> None:
-    """Checks what depends on classes alone, so that it is enough to do it once."""
+    """Checks what depends on classes alone, once for each program."""
     name = type(trainer).__name__
     is_minimiser = isinstance(solver, optx.AbstractMinimiser)
     if not is_minimiser and "residuals" not in defined(trainer):

@@ -1,7 +1,6 @@
-"""`solve`: a solver of Optimistix, round after round, in a space whitened anew."""
+"""`solve`: a solver of Optimistix, in rounds between which the space is whitened."""
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jaxtyping import Array
 from .._boundary import boolean, refuse_program, warn
 from .._curvature import Mode, checked_mode, matmul
 from .._data import as_batch
-from .._devices import Placement, context, placement, same_inputs
+from .._devices import AbstractPlacement, placement, same_inputs
 from .._fit import FitResult
 from .._inference import Passes, curvature, fisher, has_likelihood, whitened
 from .._minimum import MOST_PARAMETERS, Distance, distance_of, settled
@@ -41,6 +40,7 @@ from .problem import (
     checked_solver,
     find_bad_alone,
     is_suspect,
+    progress_at,
     run,
 )
 
@@ -52,36 +52,40 @@ _IN_A_PROGRAM = (
     "`optimistix.minimise`, or call `vn.unroll`."
 )
 
-# What another metric may help.
+# The reasons for which whitening again may help.
 _GOES_ON = (StopReason.STALLED, StopReason.FAILED, StopReason.DIVERGED)
+
+
+class SolveOptions(NamedTuple):
+    """The options of `Trainer.solve`."""
+
+    max_steps: int
+    rewhiten: bool
+    jac: Mode | None
 
 
 def solve(
     trainer: AbstractTrainer,
     solver: Any,
     batch: Any,
-    max_steps: int,
-    rewhiten: bool,
-    jac: Mode | None,
+    options: SolveOptions,
     mesh: Mesh | None,
 ) -> FitResult[Any, Any]:
-    """Solves for the parameters. The documentation is that of `Trainer.solve`."""
+    """Implements `Trainer.solve`."""
     refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
-    rewhiten = boolean(rewhiten, "rewhiten")
-    place, there = placement(trainer, mesh), trainer
-    with same_inputs("solve", place) as require_same, context(place):
-        encoded, rows = checked_solver(solver, max_steps, "max_steps")
+    options = options._replace(rewhiten=boolean(options.rewhiten, "rewhiten"))
+    place = placement(trainer, mesh)
+    with same_inputs("solve", place) as require_same, place.context():
+        encoded, rows = checked_solver(solver, options.max_steps, "max_steps")
         batch = as_batch(batch)
-        options = {"max_steps": max_steps, "rewhiten": rewhiten, "jac": jac}
-        require_same(trainer, batch, solver=(solver, encoded), **options)
-        if place is not None:
-            batch, there = place.batch(batch, "batch"), place.put(trainer)
-        problem = Problem(batch, encoded, rows, checked_mode(jac))
-        rounds = _Rounds(trainer, there, problem, place)
+        require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
+        batch = place.batch(batch, "batch")
+        problem = Problem(batch, encoded, rows, checked_mode(options.jac))
+        rounds = _Rounds(trainer, problem, place)
         try:
-            rounds.go(max_steps, rewhiten)
+            rounds.go(options.max_steps, options.rewhiten)
         except RuntimeError as error:
-            # An `eqx.error_if`, as likely as not, in the solver or in what is solved.
+            # Most likely an `eqx.error_if`, of the solver or of the user's methods.
             if not hasattr(error, "result"):
                 error.result = rounds.result(StopReason.ERROR)  # pyright: ignore
                 error.add_note("The solve up to here is `.result` of this error.")
@@ -100,21 +104,12 @@ class _Rounds:
     """A solve on its way."""
 
     def __init__(
-        self,
-        trainer: AbstractTrainer,
-        there: Any,
-        problem: Problem,
-        place: Placement | None,
+        self, trainer: AbstractTrainer, problem: Problem, place: AbstractPlacement
     ):
-        """**Arguments:**
-
-        - `trainer`, `there`: the trainer as it was given, and where it is solved.
-        - `problem`: what is solved.
-        - `place`: where.
-        """
-        self._trainer, self._there, self._place = trainer, there, place
-        self._problem, self._bare = problem, stripped(there)
-        self._projector, self._held = there.projector, Start.of(there)
+        placed = place.put(trainer)
+        self._trainer, self._placed, self._place = trainer, placed, place
+        self._problem, self._stripped = problem, stripped(placed)
+        self._projector, self._held = placed.projector, Start.of(placed)
         self._end: End | None = None
         self._distance: Distance | None = None
         self._losses: list[np.ndarray] = []
@@ -122,13 +117,13 @@ class _Rounds:
         self._in_vain = False
 
     def go(self, max_steps: int, rewhiten: bool) -> None:
-        """Goes on until it arrives, gets no further, or has taken its steps."""
+        """Solves until it converges, gets no further, or has taken its steps."""
         left, before = max_steps, None
         while True:
             goal = jnp.asarray(np.int32(left))
-            end = run(self._bare, self._projector, self._held, self._problem, goal)
-            told = end.losses, end.steps, end.reason, end.in_vain, end.last, end.local
-            losses, steps, reason, in_vain, last, local = jax.device_get(told)
+            end = run(self._stripped, self._projector, self._held, self._problem, goal)
+            copied = end.losses, end.steps, end.reason, end.in_vain, end.last, end.local
+            losses, steps, reason, in_vain, last, local = jax.device_get(copied)
             distance = distance_of(local)
             self._end, self._in_vain, self._distance = end, in_vain, distance
             self._losses.append(losses[:steps])
@@ -137,11 +132,11 @@ class _Rounds:
             has_fallen = before is None or before - last > distance.limit
             if not (rewhiten and left > 0 and has_fallen and self._may_go_on()):
                 return
-            again = _whitened_again(live(self._there, end.params), self._problem)
+            again = _whitened_again(live(self._placed, end.params), self._problem)
             if again is None:
                 return
             before, (self._projector, latent) = last, again
-            self._bare = live(self._bare, end.params)
+            self._stripped = live(self._stripped, end.params)
             self._held = self._held._replace(
                 latent=latent,
                 best=end.best,
@@ -156,50 +151,32 @@ class _Rounds:
         return self._reason in _GOES_ON and self._projector is not None
 
     def diagnosis(self) -> Diagnosis:
-        """Finds out why it ended at a value that is not finite, at that point."""
+        """Finds out why the values at the end are not finite."""
         assert self._end is not None
-        there = live(self._there, self._end.stumble)
-        return diagnosed(there, self._problem.batch)
+        trainer = live(self._placed, self._end.stumble)
+        return diagnosed(trainer, self._problem.batch)
 
     def result(self, reason: StopReason | None = None) -> FitResult[Any, Any]:
-        """Makes of it what a fit returns.
-
-        **Arguments:**
-
-        - `reason`: why it ended, unless it knows.
-        """
+        """Makes the result, with another `reason` than the solver's if there is one."""
         old = progress_of(self._trainer)
         if self._end is None:
             none = History(np.zeros(0, int), np.zeros(0, old.best_loss.dtype))
             return FitResult(self._trainer, none, reason or self._reason)
-        end, projector = self._end, self._projector
-        if self._place is not None:
-            end, projector = self._place.home((end, projector))
+        end, projector = self._place.home((self._end, self._projector))
         losses, start = np.concatenate(self._losses), int(old.step_count)
         reason, counts = reason or self._reason, old.nan_counts
         if is_suspect(reason, self._in_vain):
-            # What the solver stumbled over, it does not say.
-            bad = find_bad_alone(self._bare, end.stumble, self._problem.batch)
+            # The solver does not say what it met.
+            bad = find_bad_alone(self._stripped, end.stumble, self._problem.batch)
             unexplained = reason is StopReason.NON_FINITE and not np.any(bad)
             last = jnp.asarray(start + max(len(losses) - 1, 0))
             counts = count_non_finite(counts, jnp.append(bad, unexplained), last)
             reason = StopReason.NON_FINITE if np.any(bad) else reason
         count = np.asarray(start + len(losses), old.step_count.dtype)
-        progress = dataclasses.replace(
-            old,
-            params=end.params,
-            latent=end.latent,
-            opt_state=initial_opt_state(
-                self._trainer.optimiser, end.params, end.latent
-            ),
-            best=end.best,
-            best_state=end.best_state,
-            best_loss=end.best_loss,
-            is_validated=jnp.asarray(np.bool_(False)),
-            nan_counts=counts,
-            step_count=jnp.asarray(count),
-            stopped=jnp.asarray(np.bool_(False)),
-        )
+        end = end._replace(step_count=jnp.asarray(count))
+        optimiser = self._trainer.optimiser
+        opt_state = initial_opt_state(optimiser, end.params, end.latent)
+        progress = progress_at(end, old, opt_state, counts)
         history = History(np.arange(start, start + len(losses)), losses)
         trainer = with_progress(self._trainer, progress, projector=projector)
         return FitResult(trainer, history, reason, self._distance)
@@ -210,11 +187,8 @@ def _whitened_again(
 ) -> tuple[EigenProjector, Any] | None:
     """Whitens where a trainer is now, as `Trainer.whiten` does by default.
 
-    Of many parameters the Jacobian, which `solve` may not have formed, is not kept.
-
-    **Returns:**
-
-    The projector and the latent point; `None` if the space was another.
+    Returns the projector and the latent point; `None` if the space is of another kind.
+    For many parameters the Jacobian, which `solve` may not have formed, is not kept.
     """
     projector: EigenProjector = trainer.projector
     kinds = {type(whitening) for whitening in projector.whitenings}
@@ -242,7 +216,7 @@ def _whitened_again(
 def _whitened_without_signs(
     trainer: AbstractTrainer, batch: Any, blocks: Any, passes: Passes
 ) -> AbstractTrainer | None:
-    """Whitens where a Hessian curves downwards too: by how much, either way.
+    """Whitens by the absolute curvature, where a Hessian curves downwards too.
 
     See Dauphin et al., *Identifying and attacking the saddle point problem in
     high-dimensional non-convex optimization* (2014).
@@ -253,7 +227,7 @@ def _whitened_without_signs(
     try:
         return reproject(trainer, make(found, trainer.params, on_null="prior"), None)
     except ValueError:
-        # Neither is it finite.
+        # It is not finite either.
         return None
 
 

@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class Seen(NamedTuple):
-    """What a function that is solved says of itself, beside its value.
+    """What a solved function returns beside its value.
 
-    Solvers differ in which evaluation they report when, hence the point; and report
-    zeros before there was any, hence `is_seen`.
+    It names the point, as solvers differ in which evaluation they report when; and
+    `is_seen`, as they report zeros before the first.
     """
 
     loss: Float[Array, ""]
@@ -27,8 +27,8 @@ class Seen(NamedTuple):
     is_seen: Bool[Array, ""]
 
 
-class WatchedState(eqx.Module):
-    """The state of a solver, and what was seen of its function."""
+class TrackedState(eqx.Module):
+    """The state of a solver, with the losses and the best point so far."""
 
     inner: Any
     steps: Int[Array, ""]
@@ -38,7 +38,7 @@ class WatchedState(eqx.Module):
     is_broken: Bool[Array, ""]
 
 
-class _Watched(optx.AbstractIterativeSolver):
+class _Tracked(optx.AbstractIterativeSolver):
     """Takes the steps of another solver, up to the count `goal`.
 
     The goal is an array, so that one program serves any number of steps. The auxiliary
@@ -61,12 +61,12 @@ class _Watched(optx.AbstractIterativeSolver):
         f_struct: PyTree,
         aux_struct: PyTree,
         tags: frozenset[object],
-    ) -> WatchedState:
+    ) -> TrackedState:
         # Not every solver looks at its first point before it moves on.
         _, seen = fn(y, args)
         best_loss = jnp.full_like(seen.loss, jnp.inf)
         _, best_loss = better(y, seen.loss, y, best_loss)
-        return WatchedState(
+        return TrackedState(
             inner=self.solver.init(fn, y, args, options, f_struct, aux_struct, tags),
             steps=jnp.zeros_like(self.goal),
             losses=self.losses,
@@ -81,16 +81,16 @@ class _Watched(optx.AbstractIterativeSolver):
         y: PyTree,
         args: Any,
         options: dict[str, Any],
-        state: WatchedState,
+        state: TrackedState,
         tags: frozenset[object],
-    ) -> tuple[PyTree, WatchedState, Seen]:
+    ) -> tuple[PyTree, TrackedState, Seen]:
         new_y, inner, seen = self.solver.step(fn, y, args, options, state.inner, tags)
         loss = jnp.where(seen.is_seen, seen.loss, state.best_loss)
         best, best_loss = better(seen.point, loss, state.best, state.best_loss)
-        # A trial that is not finite is no matter, a place to stand on is.
-        stands = _same(seen.point, y) | _same(seen.point, new_y)
-        is_lost = seen.is_seen & stands & ~jnp.isfinite(loss)
-        new_state = WatchedState(
+        # A non-finite trial point is harmless; a non-finite iterate is not.
+        is_iterate = _same(seen.point, y) | _same(seen.point, new_y)
+        is_lost = seen.is_seen & is_iterate & ~jnp.isfinite(loss)
+        new_state = TrackedState(
             inner=inner,
             steps=state.steps + 1,
             losses=state.losses.at[state.steps].set(loss),
@@ -106,10 +106,10 @@ class _Watched(optx.AbstractIterativeSolver):
         y: PyTree,
         args: Any,
         options: dict[str, Any],
-        state: WatchedState,
+        state: TrackedState,
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        # Failure is told in `postprocess`: some versions go on in spite of it.
+        # `postprocess` reports failure: some versions go on in spite of it.
         done, result = self.solver.terminate(fn, y, args, options, state.inner, tags)
         is_over = state.is_broken | (state.steps >= self.goal)
         failed = result != optx.RESULTS.successful
@@ -122,7 +122,7 @@ class _Watched(optx.AbstractIterativeSolver):
         aux: Seen,
         args: Any,
         options: dict[str, Any],
-        state: WatchedState,
+        state: TrackedState,
         tags: frozenset[object],
         result: optx.RESULTS,
     ) -> tuple[PyTree, Seen, dict[str, Any]]:
@@ -136,20 +136,20 @@ class _Watched(optx.AbstractIterativeSolver):
         return y, aux, {"done": done, "failed": failed, "diverged": diverged}
 
 
-class WatchedMinimiser(_Watched, optx.AbstractMinimiser):
-    """A minimiser that is watched."""
+class TrackedMinimiser(_Tracked, optx.AbstractMinimiser):
+    """A minimiser that keeps its losses and its best point."""
 
 
-class WatchedLeastSquares(_Watched, optx.AbstractLeastSquaresSolver):
-    """A least-squares solver that is watched."""
+class TrackedLeastSquares(_Tracked, optx.AbstractLeastSquaresSolver):
+    """A least-squares solver that keeps its losses and its best point."""
 
 
-def watch(
+def tracked(
     solver: Any, goal: Int[Array, ""], losses: Float[Array, " rows"]
-) -> WatchedMinimiser | WatchedLeastSquares:
-    """Wraps a solver, which is to take `goal` steps at most."""
+) -> TrackedMinimiser | TrackedLeastSquares:
+    """Wraps a solver, to take at most `goal` steps."""
     is_minimiser = isinstance(solver, optx.AbstractMinimiser)
-    kind = WatchedMinimiser if is_minimiser else WatchedLeastSquares
+    kind = TrackedMinimiser if is_minimiser else TrackedLeastSquares
     return kind(
         solver=solver,
         goal=goal,

@@ -60,23 +60,23 @@ class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Me
     # Hooks that a subclass may override.
 
     def transform_grads(self, grads: PyTree, model: Model) -> PyTree:
-        """A hook: changes the gradients after the NaN policy, before the optimiser.
+        """Hook: changes the gradients after the NaN policy, before the optimiser.
 
         **Arguments:**
 
         - `grads`: the gradients of the trained parameters, `None` elsewhere.
-        - `model`: the model at which they were taken.
+        - `model`: the model at which they were computed.
         """
         return grads
 
     def constrain(self, model: Model) -> Model:
-        """A hook: changes the model after each update, to clip or to renormalise.
+        """Hook: changes the model after each update, to clip or to renormalise.
 
-        Of the model that it returns the trained parameters are kept. If a projector
-        couples what it changes with other elements, it has to clip each element to an
-        interval: it is then made a projection in the metric of the projector, and the
-        fit ends at the best point that the constraint allows. With a
-        [`vernal.precondition`][] that couples them it is refused.
+        Only changes of trained parameters count. If a projector couples an element that
+        it changes with others, it must clip each element to an interval: the clipping
+        then becomes a projection in the metric of the projector, and the fit ends at
+        the best point that the constraint allows. With a [`vernal.precondition`][] that
+        couples such elements an error is raised.
         """
         return model
 
@@ -88,7 +88,7 @@ class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Me
 
     @property
     def params(self) -> PyTree:
-        """The trained parameters: the model with `None` for all that is not trained."""
+        """The trained parameters: the model with `None` for everything not trained."""
         return self._progress.params
 
     @property
@@ -100,36 +100,36 @@ class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Me
     def best(self) -> Model:
         """The model with the lowest finite loss that was scored.
 
-        A step scores the parameters that it starts from, so that the last iterate of a
-        fit is not scored until there is a further step. In a fit with `validation` it
-        is the model with the lowest score there.
+        A step scores the parameters that it starts from, so the last iterate of a fit
+        is not scored before the next step. In a fit with `validation` it is the model
+        with the lowest score there.
         """
         return self._template.join(self._progress.best)
 
     @property
     def best_loss(self) -> Float[Array, "*members"]:
-        """The loss of `best`, or its validation score: infinite before there is one."""
+        """The loss of `best`, or its validation score: infinite before the first."""
         return self._progress.best_loss
 
     @property
     def state(self) -> PyTree:
-        """What the loss carries from step to step, `None` if there is no such thing."""
-        # A copy: of Equinox's states one is invalid as soon as there is a newer one.
+        """The state that the loss carries from step to step, `None` without one."""
+        # A copy: a state of Equinox is invalid as soon as there is a newer one.
         return jax.tree.map(lambda leaf: leaf, self._progress.state)
 
     @property
     def best_state(self) -> PyTree:
-        """The state that goes with `best`."""
+        """The state that belongs to `best`."""
         return jax.tree.map(lambda leaf: leaf, self._progress.best_state)
 
     @property
     def step_count(self) -> Int[Array, "*members"]:
-        """The number of steps, those that were not accepted included."""
+        """The number of steps, with those that were not accepted."""
         return self._progress.step_count
 
     @property
     def stopped(self) -> Bool[Array, "*members"]:
-        """Whether the NaN policy has ended the fit. `replace` lets it go on."""
+        """Whether the NaN policy has ended the fit; after `replace` it can go on."""
         return self._progress.stopped
 
     @property
@@ -139,7 +139,7 @@ class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Me
 
     @property
     def latent(self) -> PyTree:
-        """The coordinates in the projector's space, `None` if there is no projector."""
+        """The coordinates in the projector's space, `None` without a projector."""
         return self._progress.latent
 
 
@@ -164,9 +164,9 @@ def template_of(trainer: AbstractTrainer) -> ModelTemplate:
 
 
 def stripped(trainer: TrainerT) -> TrainerT:
-    """Returns the trainer without all that no loss depends on.
+    """Returns the trainer with only what its loss depends on.
 
-    So programs that evaluate the loss are shared by trainers of any optimiser.
+    So trainers with different optimisers share the programs that evaluate the loss.
     """
     progress = trainer._progress
     fields: dict[str, Any] = dict.fromkeys(vars(progress))
@@ -182,7 +182,7 @@ def stripped(trainer: TrainerT) -> TrainerT:
 
 
 def overrides(trainer: AbstractTrainer, hook: str) -> bool:
-    """Whether the class of a trainer has a hook of its own."""
+    """Whether the class of a trainer overrides a hook."""
     return getattr(type(trainer), hook) is not getattr(AbstractTrainer, hook)
 
 

@@ -77,15 +77,9 @@ class Diagnosis(NamedTuple):
 def explain_non_finite(trainer: AbstractTrainer, batch: Any) -> str:
     """Says in sentences where a non-finite value comes from.
 
-    It names the leaves of the batch, the parameters and the frozen arrays that are not
-    finite, and then the trainer's method, or the gradient, that is not. It evaluates
-    the methods for this, in a program of its own.
-
-    **Arguments:**
-
-    - `trainer`: a trainer. After a step that was not finite, the random key and the
-        minibatch are those of that step.
-    - `batch`: one batch, any pytree, or [`vernal.Minibatches`][].
+    Names the non-finite leaves of the batch, parameters and frozen arrays; then the
+    trainer's method, or the gradient, which it evaluates in a program of its own. After
+    a bad step, with the random key and the minibatch of that step.
     """
     return str(diagnosed(trainer, batch))
 
@@ -93,10 +87,8 @@ def explain_non_finite(trainer: AbstractTrainer, batch: Any) -> str:
 def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     """Returns what `explain_non_finite` says, by origin.
 
-    **Raises:**
-
-    - `FloatingPointError`: at the operation that it comes from, if `jax_debug_nans` or
-        `jax_debug_infs` is set.
+    Under `jax_debug_nans` or `jax_debug_infs`, raises a `FloatingPointError` at the
+    operation instead.
     """
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((trainer.params, batch))):
         return Diagnosis((), (), ("Outside of `jax.jit` it can be said where from.",))

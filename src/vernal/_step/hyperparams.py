@@ -72,11 +72,8 @@ def beginning(trainer: AbstractTrainer) -> PyTree:
 def settled(state: PyTree, before: PyTree, now: PyTree) -> PyTree:
     """Puts into an optimiser's state what a user has changed since its first state.
 
-    **Arguments:**
-
-    - `state`: the state of an optimiser.
-    - `before`: what `user_set` picks of the first state of that optimiser.
-    - `now`: the same of the optimiser to go on with.
+    `before` and `now` are what `user_set` picks of the first states of the optimiser
+    whose state it is, and of the one to continue with.
     """
     return jax.tree.map(_settled, state, before, now)
 
@@ -107,16 +104,11 @@ def _differs(a: Array, b: Array) -> Any:
 def carried_over(
     trainer: AbstractTrainer, params: PyTree, latent: PyTree, fresh: PyTree
 ) -> PyTree:
-    """Returns the state with which a new optimiser goes on.
+    """Returns the state with which a new optimiser continues, at the given point.
 
-    That is the old state, with what the user has changed, if its structure, shapes and
-    dtypes are those of the new optimiser's first state; otherwise that first state.
-
-    **Arguments:**
-
-    - `trainer`: the trainer with the old optimiser.
-    - `params`, `latent`: its current point.
-    - `fresh`: the first state of the new optimiser.
+    That is the state of the trainer's optimiser, with what the user has changed, if its
+    structure, shapes and dtypes are those of `fresh`, the first state of the new
+    optimiser; otherwise it is `fresh`.
     """
     old = trainer.opt_state
     if not _fits(old, fresh):

@@ -29,11 +29,8 @@ _HOLDERS = {
 def checked_model(model: T) -> T:
     """Checks the leaves of a model, and turns those of other libraries into arrays.
 
-    **Raises:**
-
-    - `TypeError`: if an array of it means more than its numbers or has no values, or if
-        it is a trainer, a result or an optimiser.
-    - `ValueError`: if an array of it has been deleted.
+    Raises if an array means more than its numbers, has no values or has been deleted,
+    or if the model is a trainer, a result or an optimiser.
     """
     if isinstance(model, optax.GradientTransformation):
         raise TypeError(

@@ -17,17 +17,10 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _suspects(
     shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[str, str | None] | None:
-    """Finds which leaves of a batch make residuals of a shape `(n, n)` from `n` data.
+    """Finds leaves of a batch that make residuals of shape `(n, n)` from `n` data.
 
-    **Arguments:**
-
-    - `shape`: that of the residuals.
-    - `shapes`: those of the leaves of the batch, by name.
-
-    **Returns:**
-
-    A leaf of `n` elements, and one of another shape beside it or `None` if the first is
-    a column; `None` if nothing is odd.
+    Returns a leaf of `n` elements, and one of another shape or `None` if the first is a
+    column; `None` if nothing is odd. `shapes` are those of the leaves, by name.
     """
     square = _squeezed(shape)
     if len(square) != 2 or square[0] != square[1]:

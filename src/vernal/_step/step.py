@@ -47,17 +47,12 @@ class _Moved(NamedTuple):
 def advance(
     trainer: AbstractTrainer, batch: Any, *, by_validation: bool = False
 ) -> tuple[Progress, Outcome]:
-    """Takes one step of a trainer that has not stopped.
+    """Takes one step of a trainer that has an optimiser and has not stopped.
 
-    In this order: the key; loss and gradients at the current parameters; the best; the
-    NaN policy; `transform_grads`; the projector; the optimiser; `constrain`; the check
-    that the new values are finite; the counter.
-
-    **Arguments:**
-
-    - `trainer`: a trainer with an optimiser.
-    - `batch`: the batch of this step.
-    - `by_validation`: whether a validation decides which parameters are the best.
+    In this order: the key; loss and gradients at the current parameters; the best,
+    unless it is chosen `by_validation`; the NaN policy; `transform_grads`; the
+    projector; the optimiser; `constrain`; the check that the new values are finite; the
+    counter.
     """
     old = progress_of(trainer)
     key = step_key(trainer)

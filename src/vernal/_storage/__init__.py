@@ -6,16 +6,9 @@ writes through Orbax and `history_log` appends rows, and `checkpoint_search` fin
 is whole. `snapshot` lists what of a trainer is kept.
 """
 
-from .checkpointer import (
-    Checkpointer as Checkpointer,
-    open_checkpointer as open_checkpointer,
-)
-from .checkpoints import Checkpoints as Checkpoints
-from .file import (
-    DamagedFileError as DamagedFileError,
-    ForeignFileError as ForeignFileError,
-    NewerFormatError as NewerFormatError,
-)
-from .history import History as History, Recorder as Recorder
-from .origin import origin as origin
-from .save import load as load, save as save
+from .checkpointer import Checkpointer, open_checkpointer
+from .checkpoints import Checkpoints
+from .file import DamagedFileError, ForeignFileError, NewerFormatError
+from .history import History, Recorder
+from .origin import origin
+from .save import load, save

@@ -15,17 +15,10 @@ _NAMES = {_MARKER, "lock", "steps", "history.bin", "validation.bin"}
 
 
 def claim(folder: Path) -> IO[str]:
-    """Locks a directory for one fit, until the returned file is closed.
+    """Makes a directory, and locks it for one fit until the returned file is closed.
 
-    **Arguments:**
-
-    - `folder`: the directory. It is made if it does not exist.
-
-    **Raises:**
-
-    - `OSError`: if it cannot be written to.
-    - `ValueError`: if another fit is writing to it, or it holds something else.
-    - `NewerFormatError`: if a later version of vernal has written to it.
+    Raises if it cannot be written to, if another fit is writing to it, if it holds
+    something else, or if a later version of vernal has written to it.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(

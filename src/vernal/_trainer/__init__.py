@@ -1,6 +1,5 @@
 """The trainer: what a user subclasses and calls."""
 
-from .explain_retrace import explain_retrace as explain_retrace
-from .fit_function import fit as fit
-from .trainer import Trainer as Trainer
-from .unroll import unroll as unroll
+from .explain_retrace import explain_retrace
+from .fit_function import fit
+from .trainer import Trainer

@@ -10,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 from .._boundary import entrance, refuse_unknown, takes
 from .._closure import Closure
 from .._devices import Sharding
-from .._fit import OPTIONS, FitOptions, FitResult
+from .._fit import OPTIONS, FitKeywords, FitResult
 from .._policy import NanPolicy, StopFit
 from .._projection import EigenProjector
 from .._tree import Selector
@@ -48,7 +48,7 @@ def fit(
     state: Any = None,
     mesh: Mesh | None = None,
     sharding: Sharding | None = None,
-    **options: Unpack[FitOptions],
+    **options: Unpack[FitKeywords],
 ) -> FitResult[Trainer[Model, Any], Model]:
     """Fits a model in one call, without a subclass of [`vernal.Trainer`][].
 

@@ -23,8 +23,8 @@ from .._boundary import (
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
-from .._devices import Sharding, context, placement, same_inputs
-from .._fit import FitResult, One, fit
+from .._devices import ANYWHERE, Sharding, placement, same_inputs
+from .._fit import FitKeywords, FitResult, OneTrainer, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
@@ -38,14 +38,9 @@ from .._inference import (
 )
 from .._loop import StepInfo, run_step
 from .._optimiser import ParamOptimiser, as_transform, learning_rates
-from .._policy import (
-    NanCount,
-    NanPolicy,
-    StopCriterion,
-    StopFit,
-)
+from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._projection import EigenProjector
-from .._solve import Solver, solve
+from .._solve import SolveOptions, Solver, solve
 from .._step import (
     AbstractTrainer,
     Batch,
@@ -101,28 +96,26 @@ class Trainer(AbstractTrainer[Model, Batch]):
     - `residuals(self, model, batch) -> array`, whose sum of squares is a chi-squared;
     - `nll(self, model, batch) -> scalar`, the negative log-likelihood.
 
-    Where there is no `loss`, the negative log-likelihood is minimised, which for
-    `residuals` is half their sum of squares. Define one of them, if it will do: of
-    several, each method uses its own, and `residuals` beside another is warned of.
+    Without a `loss`, the negative log-likelihood is minimised: `nll`, or half the sum
+    of squared `residuals`. Define only one of them if you can: of several, each method
+    uses its own, and `residuals` beside another gives a warning.
 
-    With `key=`, the three are called with a keyword argument `key` too, another one at
-    every step. With `state=`, `loss` is called with a keyword argument `state`, and
-    returns the new one last: `(scalar, state)` or `(scalar, metrics, state)`. A class
-    may also define `evaluate` and the hooks `transform_grads` and `constrain`, and have
-    fields of its own, by an `__init__` that calls `super().__init__(...)`. All of them
-    are pure functions: what they need is in their arguments and in `self`, where
-    `self.model` is `model`.
+    With `key=`, all three also receive a keyword argument `key`, a new one at every
+    step. With `state=`, `loss` also receives a keyword argument `state`, and returns
+    the new state last: `(scalar, state)` or `(scalar, metrics, state)`. A subclass may
+    also define `evaluate` and the hooks `transform_grads` and `constrain`, and add its
+    own fields in an `__init__` that calls `super().__init__(...)`. All of these are
+    pure functions of their arguments and of `self`, where `self.model` is `model`.
 
-    A trainer is a pytree of arrays, and immutable: `step` and `fit` return a new one.
-    It goes through `jax.jit`, `jax.vmap` and `jax.lax.scan` as it is.
+    A trainer is an immutable pytree of arrays: `step` and `fit` return a new one. It
+    passes through `jax.jit`, `jax.vmap` and `jax.lax.scan`.
 
     **Attributes:**
 
-    - `optimiser`, `nan_policy`, `projector`, `key`: as they were given.
+    - `optimiser`, `nan_policy`, `projector`, `key`: the arguments of those names.
     """
 
-    # Or `None`, as the user knows best: with that instead of `Any` a type checker would
-    # ask for an `assert` before each use.
+    # See `AbstractTrainer` for the `Any`.
     optimiser: ParamOptimiser | Any
     nan_policy: NanPolicy
     projector: EigenProjector | Any
@@ -147,14 +140,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `model`: any `equinox.Module`, any pytree.
         - `optimiser`: a [`vernal.ParamOptimiser`][] or any Optax transformation.
         - `train`: a selector (see [`vernal.split`][]) of the parameters to fit; all
-            else is frozen. By default those that the rules of the optimiser train;
-            else those of the projector; else every array of floats.
-        - `nan_policy`: what to do with values that are not finite.
-        - `projector`: fits in its latent space instead of the parameters'.
+            others are frozen. By default the parameters that the optimiser has rules
+            for, else those of the projector, else every array of floats.
+        - `nan_policy`: what to do with non-finite values.
+        - `projector`: fits in its latent space instead of in the parameters.
         - `key`: a PRNG key, for a loss that draws random numbers.
         - `state`: what the loss carries from step to step beside the parameters: an
             `equinox.nn.State`, or any pytree of arrays. A step that is not accepted
-            holds it.
+            leaves it unchanged.
 
         **Raises:**
 
@@ -195,8 +188,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
     def evaluate(self, model: Model, batch: Batch) -> Float[Array, ""]:
         """Scores a model on the batch of `fit(validation=...)`: lower is better.
 
-        By default it is the loss. Override it for what the loss does in training
-        alone:
+        By default the score is the loss. Override it if the loss does something that
+        is for training only:
 
         ```python
         def evaluate(self, model, batch):
@@ -207,7 +200,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Arguments:**
 
-        - `model`: the model after a step. The state that goes with it is `self.state`.
+        - `model`: the model after a step; `self.state` is its state.
         - `batch`: the validation batch.
 
         **Returns:**
@@ -230,14 +223,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Arguments:**
 
-        - `batch`: what the loss is given, any pytree.
-        - `mesh`, `sharding`: as for [`vernal.Trainer.fit`][]. The trainer that is
-            returned lies on the mesh.
+        - `batch`: the batch that the loss is called with, any pytree.
+        - `mesh`, `sharding`: as for [`vernal.Trainer.fit`][]. The returned trainer
+            stays on the mesh.
 
         **Returns:**
 
         The trainer after the step, and a [`vernal.StepInfo`][]. A trainer that has
-        stopped is returned as it is.
+        stopped is returned unchanged.
 
         **Raises:**
 
@@ -246,15 +239,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         require_precision(self)
         if self.optimiser is None:
             raise no_optimiser(self)
-        place, trainer = placement(self, mesh, sharding), self
+        place = placement(self, mesh, sharding)
         is_traced = isinstance(self.step_count, jax.core.Tracer)
-        # Within a user's own program it is theirs to say which mesh there is.
-        there = None if is_traced else place
-        with same_inputs("step", there) as require_same, context(there):
+        # Within a user's own program the user sets the mesh.
+        around = ANYWHERE if is_traced else place
+        with same_inputs("step", around) as require_same, around.context():
             batch = as_batch(batch)
             require_same(self, batch, sharding=sharding)
-            if place is not None:
-                batch, trainer = place.batch(batch, "batch"), place.put(self)
+            batch, trainer = place.batch(batch, "batch"), place.put(self)
             progress, info = run_step(trainer, batch, place)
         trainer = with_progress(trainer, progress)
         raises = self.nan_policy.raises
@@ -270,7 +262,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             )
             return with_progress(self, progress), info
         if not self.stopped and trainer.stopped:
-            diagnosis = diagnosed(place.put(trainer) if place else trainer, batch)
+            diagnosis = diagnosed(place.put(trainer), batch)
             raise_if_non_finite(trainer, trainer, diagnosis.advised)
         return trainer, info
 
@@ -297,72 +289,69 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `data`: one batch, any pytree, used whole at every step; or
             [`vernal.Minibatches`][]; or a [`vernal.Stream`][].
-        - `steps`: how many steps to take from here. The number can be changed without
-            compiling anew.
+        - `steps`: the number of steps to take from here. Another number compiles
+            nothing again.
         - `record`: what the history keeps beside the loss: `"grad_norm"` (in the
             model's parameters), selectors (the values before the update), names of
-            metrics; `"grad_norms"` and `"update_ratios"`, for each rule of the
-            optimiser the norm of its gradients, and that of its updates over that of
-            its parameters, as `history["grad_norm[mean]"]` and
-            `history["update_ratio[mean]"]` (zero at a step that was not taken, and not
-            finite where all of the parameters are zero).
-        - `every`: keep every n-th step only, of the loss too.
+            metrics. `"grad_norms"` and `"update_ratios"` record for each rule of the
+            optimiser the norm of its gradients, and the norm of its updates divided by
+            that of its parameters, as `history["grad_norm[mean]"]` and
+            `history["update_ratio[mean]"]` (zero at a step that was not taken,
+            non-finite where all of the parameters are zero).
+        - `every`: records every n-th step only, also of the loss.
         - `validation`: a pair `(batch, n)`: after every `n` steps `evaluate` scores the
-            model on that batch, and `best` is the one with the lowest score. With
-            another batch than that of the fit before, `replace(model=trainer.model)`
-            lets the best begin anew.
-        - `stop`: [`vernal.Converged`][], [`vernal.Patience`][] or a criterion of one's
-            own, a [`vernal.StopCriterion`][]. Each fit begins to count anew.
-        - `progress`: whether to show a progress bar, where there is a terminal or a
-            notebook to show it in.
+            model on that batch, and `best` is the model with the lowest score. After a
+            change of the batch, `replace(model=trainer.model)` forgets the old best.
+        - `stop`: [`vernal.Converged`][], [`vernal.Patience`][] or your own
+            [`vernal.StopCriterion`][]. It starts afresh in each fit.
+        - `progress`: whether to show a progress bar, in a terminal or a notebook.
         - `callback`: a function `(trainer, history)`, called on the host after every
             chunk of steps. It may return `True` to end the fit, or a trainer of the
             same structure to go on with.
         - `chunk`: the number of steps between two calls. By default as many as take
             about half a second.
-        - `checkpoint`: a [`vernal.Checkpoints`][], where the fit writes its state, and
-            from where it goes on if it was killed: it then does what is left of its
-            `steps`.
+        - `checkpoint`: a [`vernal.Checkpoints`][]: the fit writes its state there. The
+            same program, started again after it was killed, takes the rest of its
+            `steps` from there.
         - `mesh`: devices that share the work, such as
             `jax.make_mesh((8,), ("data",))`. Each batch is split along the first axis
-            of the mesh, of all else each device has a copy; the result is that of one
-            device, to rounding. An array of the batch whose first axis is not one of
-            examples stays as it is where it lies on the mesh already. In several
-            processes each gives all of the data, or of a [`vernal.Stream`][] its share
-            of each batch.
+            of the mesh; of everything else each device has a copy. The result is that
+            of one device, up to rounding. If the first axis of an array in the batch
+            does not count examples, put the array onto the mesh first: it then stays
+            as it is. In several processes, each passes all of the data, or its share
+            of each batch of a [`vernal.Stream`][].
         - `sharding`: with a mesh, a dictionary from selectors to the
-            `jax.sharding.PartitionSpec` by which arrays of the model too large for one
-            device are split, with their moments. The trainer then stays on the mesh.
+            `jax.sharding.PartitionSpec` that splits these arrays of the model, if they
+            are too large for one device, and their moments. The trainer then stays on
+            the mesh.
 
         **Returns:**
 
-        A [`vernal.FitResult`][]. Ctrl-C ends a fit between two chunks, pressed again at
-        once, with the result up to there. A fit that ends at a value that is not finite
-        warns of where it comes from. Any other error that a fit meets on its way (in
-        the callback, in the data) has the result up to there as its attribute `result`.
+        A [`vernal.FitResult`][]. Ctrl-C ends a fit after the current chunk, a second
+        one at once, with the result up to there. If a fit ends at a non-finite value,
+        a warning says where that comes from. Any other error during the fit (in the
+        callback, in the data) has the result up to there as its attribute `result`.
 
         **Raises:**
 
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         - `MismatchError`: if the checkpoint is of another model or optimiser.
         - `StreamExhaustedError`: if a stream ends before the fit.
-        - `UnknownPathError`: if `record` names what there is not.
+        - `UnknownPathError`: if `record` names something that does not exist.
         """
         require_precision(self)
-        return fit(
-            self,
-            data,
-            steps,
-            record=record,
-            every=every,
-            validation=validation,
-            stop=stop,
-            progress=progress,
-            callback=callback,
-            chunk=chunk,
-            checkpoint=checkpoint,
-            kind=One(placement(self, mesh, sharding)),
-        )
+        subject = OneTrainer(placement(self, mesh, sharding))
+        keywords: FitKeywords = {
+            "record": record,
+            "every": every,
+            "validation": validation,
+            "stop": stop,
+            "progress": progress,
+            "callback": callback,
+            "chunk": chunk,
+            "checkpoint": checkpoint,
+        }
+        return fit(subject, self, data, steps, keywords)
 
     @entrance
     def solve(
@@ -382,24 +371,24 @@ class Trainer(AbstractTrainer[Model, Batch]):
         trainer.solve(optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8), batch).model
         ```
 
-        If there is a projector the solver works in its latent space, where its
-        tolerances and its first steps are in error bars. The whole is one compiled
-        program, for any `max_steps` up to 256, and then up to each power of two.
+        With a projector the solver works in its latent space, where tolerances and
+        first steps are in error bars. One compiled program serves any `max_steps` up to
+        256, and another one each range up to the next power of two.
 
         A minimiser minimises what `fit` minimises; a least-squares solver, half the
-        sum of squared `residuals`. With `key=` the random numbers are those of one
-        step, the same throughout.
+        sum of squared `residuals`. With `key=`, all evaluations use the random numbers
+        of one step.
 
         **Arguments:**
 
         - `solver`: an Optimistix minimiser; or, where `residuals` is defined, a
             least-squares solver.
-        - `batch`: what the loss is given, any pytree.
+        - `batch`: the batch that the loss is called with, any pytree.
         - `max_steps`: the number of steps after which to give up.
-        - `rewhiten`: whether to go on in a space that is whitened anew where the solver
-            stops short of a minimum: as [`vernal.Trainer.whiten`][] does by default,
-            in the same blocks, with the mode `jac`. It replaces any space that has all
-            directions, from `from_fisher` and `from_covariance` too. `max_steps`
+        - `rewhiten`: whether to whiten again, and go on, where the solver stops short
+            of a minimum: as [`vernal.Trainer.whiten`][] does by default, in the same
+            blocks, with the mode `jac`. This replaces any space that has all
+            directions, also from `from_fisher` and `from_covariance`. `max_steps`
             counts all steps.
         - `jac`: `"fwd"` or `"bwd"`, the mode of differentiation; by default the one
             that works.
@@ -407,28 +396,29 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Returns:**
 
-        A [`vernal.FitResult`][], whose `stop_reason` tells how the solver ended, and
-        whose `edm` by how much the loss could still fall. What a solver's own
-        tolerances say is checked: it is `CONVERGED` where `edm` is below a thousandth
-        of the scatter (of the reduced chi-squared for `residuals`, of one for `nll`, of
-        the fall so far for `loss`), or of what rounding leaves; else `STALLED`. The
-        history has the loss that the solver reported at each step, before the step.
-        The moments of an optimiser start anew. Where it ends at a value that is not
-        finite, a warning says where that comes from: the data, a parameter, a method.
+        A [`vernal.FitResult`][]. Its `stop_reason` says how the solver ended, its `edm`
+        by how much the loss could still fall. A solver's own verdict is checked: the
+        reason is `CONVERGED` only where `edm` is below a thousandth of the scatter (the
+        reduced chi-squared for `residuals`, one for `nll`, the fall so far for `loss`),
+        or below rounding; else `STALLED`. The history has the loss that the solver
+        reported at each step, before the step. The moments of an optimiser start
+        afresh. If the solver ends at a non-finite value, a warning says where that
+        comes from: the data, a parameter, a method.
 
         **Raises:**
 
-        - `TypeError`: if `solver` is none, or is a least-squares solver of a class
-            that does not define `residuals`; if a parameter is complex; or if there
+        - `TypeError`: if `solver` is not a solver, or is a least-squares solver and the
+            class does not define `residuals`; if a parameter is complex; or if there
             is no derivative, in the mode that was asked for or in any.
         - `ValueError`: if the class defines `transform_grads` or `constrain`.
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
 
-        An error that is raised while the solver runs, such as by `eqx.error_if`, has
-        the result up to there as its attribute `result`.
+        An error raised while the solver runs, such as by `eqx.error_if`, has the result
+        up to there as its attribute `result`.
         """
         require_precision(self)
-        return solve(self, solver, batch, max_steps, rewhiten, jac, mesh)
+        options = SolveOptions(max_steps, rewhiten, jac)
+        return solve(self, solver, batch, options, mesh)
 
     # The space of the parameters.
 
@@ -459,23 +449,23 @@ class Trainer(AbstractTrainer[Model, Batch]):
         batch_size: int | None = None,
         jac: Mode | None = None,
     ) -> Any:
-        r"""The Fisher matrix of the trained parameters at the current point.
+        r"""Returns the Fisher matrix of the trained parameters at the current point.
 
         It is $J^\top J$ with the Jacobian $J$ of `residuals`, where that is defined;
-        else the Hessian of `nll`. Those of independent exposures add up. It compiles
-        once for each class and each set of shapes.
+        else the Hessian of `nll`. The matrices of independent exposures add up. It
+        compiles once for each class and each set of shapes.
 
         **Arguments:**
 
-        - `batch`: what the methods are given, any pytree.
-        - `blocks`: selectors (see [`vernal.split`][]) for a matrix each, such as
-            `("position", "flux")`. What is between the blocks is not computed.
+        - `batch`: the batch that the methods are called with, any pytree.
+        - `blocks`: selectors (see [`vernal.split`][]), with a matrix for each, such as
+            `("position", "flux")`. Entries between the blocks are not computed.
         - `batch_size`: the number of columns to compute at a time, to bound memory.
-            Where forward mode alone is possible, or asked for, the Jacobian is kept.
+            In forward mode the whole Jacobian is in memory nevertheless.
         - `jac`: how to differentiate: `"fwd"` in forward mode, `"bwd"` in reverse mode.
-            By default in the mode that is possible; where it is not the better one, a
-            warning says so once. A `while_loop` has forward mode alone, a `custom_vjp`
-            (such as diffrax's default adjoint) reverse mode alone.
+            By default in the mode that works; if it is not the better one, a warning
+            says so once. A `while_loop` has forward mode only, a `custom_vjp` (such as
+            diffrax's default adjoint) reverse mode only.
 
         **Returns:**
 
@@ -485,8 +475,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Raises:**
 
-        - `TypeError`: if the class defines only `loss`: error bars from a mean would be
-            wrong; if a parameter is complex; or if there is no mode.
+        - `TypeError`: if the class defines only `loss`, as error bars from a mean would
+            be wrong; if a parameter is complex; or if neither mode works.
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
         require_precision(self)
@@ -519,9 +509,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         batch_size: int | None = None,
         jac: Mode | None = None,
     ) -> Any:
-        """The Hessian of what is minimised, at the current point: for whitening only.
+        """Returns the Hessian of the loss at the current point, for whitening only.
 
-        A loss that is a mean, or has a penalty, says nothing of error bars.
+        A loss that is a mean, or has a penalty, does not give error bars.
 
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
@@ -536,15 +526,15 @@ class Trainer(AbstractTrainer[Model, Batch]):
     ) -> SelfT:
         """Goes on in the latent space of another projector, from the current point.
 
-        The moments of the optimiser start anew. All else is kept; the best too, since
-        it is kept in the model's own parameters.
+        The moments of the optimiser start afresh. Everything else is kept, also the
+        best, which is stored in the model's own parameters.
 
         **Arguments:**
 
         - `projector`: the projector; `None` to go on in the parameters themselves.
-        - `optimiser`: an optimiser for that space. By default the present one, but for
-            a [`vernal.ParamOptimiser`][] in a space where parameters have no names:
-            the result then has none, and can `solve`.
+        - `optimiser`: an optimiser for that space. By default the present one; but a
+            [`vernal.ParamOptimiser`][] cannot go into a space where parameters have no
+            names: the result then has no optimiser, and can `solve`.
         """
         require_precision(self)
         return reproject(self, projector, optimiser)
@@ -562,10 +552,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
     ) -> SelfT:
         """Goes on in a latent space that is whitened at the current point.
 
-        By the singular values of the Jacobian of `residuals`, where that is defined
-        (see [`vernal.EigenProjector.from_jacobian`][]); else by the Hessian of `nll` or
-        `loss`. No shape depends on values, so that whitening at another point compiles
-        nothing anew.
+        It uses the singular values of the Jacobian of `residuals`, where that is
+        defined (see [`vernal.EigenProjector.from_jacobian`][]); else the Hessian of
+        `nll` or `loss`. Whitening at another point compiles nothing again.
 
         ```python
         trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
@@ -576,12 +565,12 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `batch`, `blocks`, `batch_size`, `jac`: as for [`vernal.Trainer.fisher`][].
         - `optimiser`: as for [`vernal.Trainer.reproject`][].
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
-            for [`vernal.EigenProjector.from_blocks`][]. But `on_null` is `"prior"`:
-            what is not seen from here, such as the width of a peak without height, may
-            be seen later, and keeps a scale of its own. By default `rtol` is as in
-            [`vernal.EigenProjector.from_jacobian`][]; for a Hessian it is at least 64
-            times the machine epsilon, which is what summing over data may leave of a
-            zero.
+            for [`vernal.EigenProjector.from_blocks`][]. But `on_null` is `"prior"`: a
+            direction that the data do not constrain here, such as the width of a peak
+            without height, may be constrained later, and keeps its own scale. By
+            default `rtol` is as in [`vernal.EigenProjector.from_jacobian`][]; for a
+            Hessian it is at least 64 times the machine epsilon, since sums over data
+            leave zeros of about that size.
 
         **Raises:**
 
@@ -595,11 +584,11 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
     @entrance
     def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Model:
-        """The standard errors of the parameters, from the data at the current point.
+        """Returns the standard errors of the parameters at the current point.
 
-        They are those of the Fisher matrix; where `residuals` is defined, by way of the
-        singular values of its Jacobian, which have twice the digits. Infinite for a
-        parameter that the data do not constrain.
+        They are those of the Fisher matrix; where `residuals` is defined, they are
+        computed from the singular values of its Jacobian, with twice the digits. A
+        parameter that the data do not constrain has an infinite error.
 
         **Arguments:**
 
@@ -610,9 +599,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         A tree like the parameters.
 
-        **Raises:**
-
-        As [`vernal.Trainer.fisher`][].
+        **Raises:** as [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
         return standard_errors(self, batch, jac)
@@ -623,15 +610,15 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Arguments:**
 
-        - `batch`: all of the data, for the standard errors; without it there are none.
+        - `batch`: all of the data, for the standard errors; by default there are none.
         - `jac`: as for [`vernal.Trainer.fisher`][].
 
         **Returns:**
 
-        A table of each parameter's path, its value, and its standard error or that it
-        is frozen or unconstrained. An error smaller than the distance of the value to
-        the next one in its dtype is marked. What looks like a parameter and is not
-        fitted is listed: Python floats and ints, integer arrays of few elements.
+        A table with the path of each parameter, its value, and its standard error, or
+        whether it is frozen or unconstrained. An error is marked if it is smaller than
+        the spacing of the value's dtype. Values that look like parameters but are not
+        fitted are listed too: Python floats and ints, integer arrays of few elements.
         """
         if batch is not None:
             require_precision(self)
@@ -641,7 +628,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
     def objective(
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
-        """The negative log-likelihood as a function, for a sampler.
+        """Returns the negative log-likelihood as a function, for a sampler.
 
         ```python
         potential, start = trainer.whiten(batch).objective(batch)
@@ -654,13 +641,11 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Returns:**
 
-        The pair `(fn, start)`: a pure function of the latent vector, or, if there is no
+        The pair `(fn, start)`: a pure function of the latent vector, or, without a
         projector, of the flat vector in the order of
-        `jax.flatten_util.ravel_pytree(trainer.params)`; and that vector now.
+        `jax.flatten_util.ravel_pytree(trainer.params)`; and the current vector.
 
-        **Raises:**
-
-        As [`vernal.Trainer.fisher`][].
+        **Raises:** as [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
         return objective(self, batch)
@@ -668,37 +653,37 @@ class Trainer(AbstractTrainer[Model, Batch]):
     # Diagnosis and change.
 
     def nan_report(self) -> dict[str, NanCount]:
-        """Tells what was not finite, how often, and when first.
+        """Counts the non-finite values, and says at which step each was first seen.
 
         **Returns:**
 
         A dictionary with one [`vernal.NanCount`][] for `"loss"`, for the gradient of
-        each trained parameter by its path, and for `"update"`: steps whose new
-        parameters or optimiser state would not have been finite, and which therefore
-        were not taken. (Where a parameter is called so itself, its path is the key,
-        and the other's is `"<loss>"` or `"<update>"`.)
+        each trained parameter by its path, and for `"update"`: steps that were not
+        taken, because their new parameters or optimiser state would not have been
+        finite. (If a parameter has one of these names, the other key is `"<loss>"` or
+        `"<update>"`.)
         """
         refuse_traced("nan_report", self._progress.nan_counts)
         return nan_report(self)
 
     def learning_rates(self) -> dict[str, float | None]:
-        """Tells the learning rate of each parameter in the next update.
+        """Returns the learning rate of each parameter in the next update.
 
-        The product of the factors that the optimiser's transformations have: the rate
+        It is the product of the factors in the optimiser's transformations: the rate
         itself, its schedule at the count in the optimiser's state, the factor of
         `with_scale`; zero while a [`vernal.window`][] is closed. Positive is downhill.
-        What a transformation makes of the gradient beside that, such as momentum, the
-        second moments of Adam and clipping, is not counted; nor is a factor that stands
-        before one which divides it out again, as Adam does.
+        What else a transformation does to the gradient (momentum, the second moments of
+        Adam, clipping) does not count, nor does a factor that a later transformation
+        divides out again, as Adam does.
 
-        Outside of `jax.jit` only, as schedules are evaluated.
+        It evaluates schedules, and works outside of `jax.jit` only.
 
         **Returns:**
 
-        A dictionary with a float for each trained parameter by its path. `None` where
-        no rate can be told: of a line search, of `optax.scale_by_adam()` alone, of a
-        transformation of your own. In the latent space of a projector a rate is that
-        of the coordinates to which the parameter belongs.
+        A dictionary with a float for each trained parameter by its path; `None` where
+        the rate is not known: for a line search, for `optax.scale_by_adam()` alone, for
+        your own transformation. In the latent space of a projector it is the rate of
+        the coordinates to which the parameter belongs.
 
         **Raises:**
 
@@ -725,15 +710,15 @@ class Trainer(AbstractTrainer[Model, Batch]):
         nan_policy: NanPolicy | None = None,
         state: PyTree = None,
     ) -> SelfT:
-        """Changes some of what the trainer holds, and keeps what still fits.
+        """Changes parts of the trainer, and keeps the state that still fits.
 
-        The state of an optimiser or a policy is kept if the new one's has the same
-        structure, shapes and dtypes, and made anew otherwise; what is kept goes on, the
-        counts of schedules among it. Hyperparameters in the state, those of
+        The state of an optimiser or a policy, with the counts of schedules, is kept if
+        that of the new one has the same structure, shapes and dtypes; otherwise it
+        starts afresh. Hyperparameters in the state, those of
         `optax.inject_hyperparams`, become the new optimiser's wherever these differ
-        from the ones that the old optimiser began with. The step count and the
-        counts of `nan_report` are kept, and the best too, unless the model is another.
-        A trainer that has stopped goes on. Of a stacked trainer each member is changed.
+        from the ones that the old optimiser began with. The step count and the counts
+        of `nan_report` are kept; the best is kept unless the model changes. A trainer
+        that has stopped can go on. In a stacked trainer, each member is changed.
 
         **Arguments:**
 
@@ -748,13 +733,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         )
 
     def __repr__(self) -> str:
-        """One line: the class, the model, how far it is. `print` shows more."""
+        """Returns one line: the class, the model, its progress. `print` shows more."""
         return in_short(self)
 
     def __str__(self) -> str:
-        """A table of the parameters, and what happens to each.
+        """Returns a table of the parameters, and what happens to each.
 
-        What looks like a parameter and is not fitted is listed: Python floats, which
-        are frozen unless named, Python ints, and integer arrays of few elements.
+        Values that look like parameters but are not fitted are listed too: Python
+        floats, which are frozen unless named, Python ints, integer arrays of few
+        elements.
         """
         return printed(self)

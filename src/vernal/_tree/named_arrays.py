@@ -88,17 +88,11 @@ def to_arrays(tree: PyTree) -> dict[str, NamedArray]:
 
 
 def from_arrays(kept: Mapping[str, NamedArray], like: PyTree, source: str) -> PyTree:
-    """Puts the saved leaves of one tree into another like it.
+    """Puts what `to_arrays` returned into a tree of the same structure.
 
-    **Arguments:**
-
-    - `kept`: what `to_arrays` returned.
-    - `like`: a tree of the same structure. Leaves that cannot be saved stay its own.
-    - `source`: what an error calls the place where `kept` was saved.
-
-    **Raises:**
-
-    - `MismatchError`: if the two are not alike; it names the leaves that differ.
+    Leaves that cannot be saved stay as they are in `like`. If the two are not alike, a
+    `MismatchError` names the leaves that differ; it calls the place of the file
+    `source`.
     """
     own = dict(_named(like))
     expected = {

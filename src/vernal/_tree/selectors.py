@@ -109,22 +109,12 @@ def atoms(selector: Any, argument: str) -> Iterator[Any]:
 def resolve(
     tree: Any, selectors: Sequence[Any], *, argument: str, filtered: bool = False
 ) -> tuple[int | None, ...]:
-    """Decides which of several selectors owns each leaf of a tree.
+    """Returns the index of the selector that owns each leaf of a tree, or `None`.
 
     The most specific wins: an exact path, then the longest node, then a glob by its
-    number of literal segments, then a predicate.
-
-    **Arguments:**
-
-    - `tree`: any pytree.
-    - `selectors`: one selector for each rule.
-    - `argument`: what an error calls the selectors.
-    - `filtered`: whether some leaves of the tree may have been replaced by `None`, so
-        that a selector which matches only these is allowed.
-
-    **Returns:**
-
-    For each leaf of the tree, in order, the index of its selector, or `None`.
+    number of literal segments, then a predicate. If the tree is `filtered`, some leaves
+    may have been replaced by `None`, and a selector may match only these. An error
+    calls the selectors `argument`.
     """
     leaves = named_leaves(tree)
     index = _Index(leaves)

@@ -50,11 +50,7 @@ def require_alike(
 ) -> None:
     """Checks that a tree has the structure and the shapes of another.
 
-    **Arguments:**
-
-    - `tree`, `like`: the two.
-    - `what`, `whose`: what an error calls them.
-    - `hint`: what it says at the end.
+    An error calls the two `what` and `whose`, and ends with `hint`.
     """
     if is_alike(tree, like, np.shape):
         return
@@ -76,18 +72,10 @@ def require_alike(
 def cast_alike(
     tree: PyTree, like: PyTree, what: str, whose: str, remedy: str, hint: str = ""
 ) -> PyTree:
-    """Checks that a tree is like another, and casts it to the dtypes of that one.
+    """Casts a tree to the dtypes of another, after `require_alike`.
 
-    **Arguments:**
-
-    - `tree`, `like`, `what`, `whose`, `hint`: as for `require_alike`.
-    - `remedy`: what to do if a cast would lose something; `{}` stands for the dtype.
-
-    **Raises:**
-
-    - `ValueError`: as `require_alike`.
-    - `TypeError`: if a leaf is of a kind that the other cannot hold, such as a float
-        where the other is an integer.
+    If a leaf is of a kind that the other cannot hold, such as a float instead of an
+    integer, a `TypeError` names the `remedy`, in which `{}` stands for the dtype.
     """
     require_alike(tree, like, what, whose, hint)
     pairs = zip(by_path(tree).items(), jax.tree.leaves(like), strict=True)

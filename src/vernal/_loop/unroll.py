@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,6 +19,7 @@ from .._step import (
     MOST_STEPS,
     AbstractTrainer,
     Progress,
+    TrainerT,
     advance,
     no_optimiser,
     progress_of,
@@ -28,9 +29,6 @@ from .._step import (
     with_comparable_best,
     with_progress,
 )
-from .trainer import Trainer
-
-TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
 
 @entrance
@@ -54,34 +52,33 @@ def unroll(
     ```
 
     The steps are those of [`vernal.Trainer.step`][]: policy, hooks, projector, key,
-    state, best. It goes through `jax.jit`, `jax.vmap` and the derivatives of JAX, of
-    any order, forward and reverse: with respect to rates, `with_scale`, the data, the
-    start, the fields of a trainer of one's own. Here is no history, no validation and
-    no bar; to fit, use [`vernal.Trainer.fit`][].
+    state, best. It passes through `jax.jit`, `jax.vmap` and JAX's derivatives of any
+    order, forward and reverse: with respect to rates, `with_scale`, the data, the
+    start, your own fields of the trainer. There is no history, no validation and no
+    progress bar; to fit, use [`vernal.Trainer.fit`][].
 
-    A step that is not taken changes nothing, and so do its derivatives: the gradient of
-    what follows is that of what was before. Its loss counts as a constant. The same
-    holds from where a trainer has stopped: its losses are NaN from there on, with a
-    gradient of zero, so that to differentiate `jnp.nanmean(losses)` is safe. Under
-    [`vernal.ZeroNans`][] a step with entries that are not finite is taken; it has no
-    derivative, and gradients through it are NaN.
+    A step that is not taken changes neither the parameters nor the derivatives, and its
+    loss is a constant. After a trainer has stopped, its losses are NaN with a gradient
+    of zero, so `jnp.nanmean(losses)` can be differentiated. Under [`vernal.ZeroNans`][]
+    a step with non-finite entries is taken; it has no derivative, and gradients through
+    it are NaN.
 
-    For gradients in reverse, states of the fit are kept on the way, and the steps
-    between them are computed again, by `jax.checkpoint`: so they need the memory of two
-    square roots of `steps` states and of one step. What a loss does on the side, such
-    as `jax.debug.print`, may happen more than once a step.
+    For gradients in reverse mode some states of the fit are kept, and the steps between
+    them are computed again, by `jax.checkpoint`: this takes the memory of twice the
+    square root of `steps` states, and of one step. Side effects of a loss, such as
+    `jax.debug.print`, may happen more than once a step.
 
     **Arguments:**
 
-    - `trainer`: a trainer with an optimiser. In reverse an optimiser that loops until
-        something is met, such as a line search, has no derivative; forward it has.
+    - `trainer`: a trainer with an optimiser. An optimiser with an open-ended loop, such
+        as a line search, has forward derivatives only.
     - `batch`: one batch, any pytree, used whole at every step; or
         [`vernal.Minibatches`][].
-    - `steps`: how many steps to take. Each number is compiled anew.
-    - `segment`: keep a state every so many steps. By default about the square root of
-        `steps`. 1 keeps each of them, which is faster, and takes less memory too where
-        one step needs much more of it than the parameters. 0 keeps all that each step
-        computes, and computes nothing again.
+    - `steps`: the number of steps. Each number compiles another program.
+    - `segment`: the number of steps between two kept states. By default about the
+        square root of `steps`. 1 keeps all states, which is faster, and takes less
+        memory if one step needs much more of it than the parameters. 0 keeps all
+        intermediate values of each step, and computes nothing again.
 
     **Returns:**
 
@@ -93,7 +90,7 @@ def unroll(
     - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][]; in compiled code an
         error of Equinox.
     """
-    if not isinstance(trainer, Trainer):
+    if not isinstance(trainer, AbstractTrainer):
         raise TypeError(f"`trainer` is {trainer!r}, but must be a `vernal.Trainer`.")
     require_precision(trainer)
     steps = whole_number(steps, "steps", least=0, most=MOST_STEPS)
@@ -131,7 +128,7 @@ def _segment_near_root(steps: int) -> int:
 
 
 def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
-    """As a step does: within compiled code no error can name the step."""
+    """Raises as a step does; in compiled code the error cannot name the step."""
     if not after.nan_policy.raises:
         return after
     if isinstance(after.stopped, jax.core.Tracer):
@@ -173,10 +170,10 @@ def _run(
 def _scan(
     step: Callable[[Any, None], tuple[Any, Array]], carry: Any, steps: int, segment: int
 ) -> tuple[Any, Float[Array, " steps"]]:
-    """`lax.scan` that keeps the carry of every so many steps for gradients.
+    """`lax.scan` that keeps the carry once a segment for gradients.
 
-    Each step is computed again by itself, in a segment that is computed again: what one
-    of them keeps may be as large as the data.
+    Within a segment that is computed again, each step is computed again by itself: its
+    intermediate values may be as large as the data.
     """
     again = lambda fn: jax.checkpoint(fn, prevent_cse=False)
     if segment == 0 or steps == 1:
@@ -197,11 +194,11 @@ def _scan(
 def _differentiable_step(
     trainer: AbstractTrainer, batch: Any
 ) -> tuple[Progress, Float[Array, ""]]:
-    """Takes a step, and keeps what is not finite in it out of the derivatives.
+    """Takes a step, and keeps its non-finite values out of the derivatives.
 
-    Where a step is not taken its derivatives are zero times what is not finite, which
-    is NaN. So nothing flows into such a step. Whether it is one, the step itself must
-    say, without derivatives; the compiler finds that the two are one.
+    The derivatives of a step that is not taken would be zero times non-finite values,
+    which is NaN. So nothing flows into such a step. A first step, without derivatives,
+    finds out whether it is taken; the compiler merges the two.
     """
     old = progress_of(trainer)
     _, seen = advance(*_live_if(None, (trainer, batch)))

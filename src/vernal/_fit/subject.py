@@ -1,0 +1,175 @@
+"""What a fit fits: one trainer, or many at once."""
+
+import abc
+import contextlib
+import functools
+import math
+import operator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from .._boundary import PyTree
+from .._data import Minibatches, Source, Whole
+from .._devices import AbstractPlacement
+from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Rows, Task
+from .._policy import StopReason
+from .._step import AbstractTrainer, non_finite_error, progress_of, with_progress
+from .._storage import History
+
+
+class BadEnd(NamedTuple):
+    """A trainer that ended at values that are not finite: the one, or one of many."""
+
+    index: Any
+    """An integer, or `()` if there is one trainer alone."""
+    reason: StopReason
+    trainer: AbstractTrainer
+    warning: str
+    which: str = ""
+    """Which of many it is, for an error."""
+
+    def raise_if_asked(self, result: Any, explanation: str) -> None:
+        """Raises an error with the result, under a policy that raises."""
+        is_bad = self.reason is StopReason.NON_FINITE
+        if is_bad and self.trainer.nan_policy.raises:
+            explanation = f"{self.which}{explanation}"
+            raise non_finite_error(self.trainer, result, explanation)
+
+
+class AbstractSubject(eqx.Module):
+    """What a fit fits. Its arrays lie where `place` puts them."""
+
+    place: eqx.AbstractVar[AbstractPlacement]
+
+    @property
+    @abc.abstractmethod
+    def entrance(self) -> str:
+        """The name of the function that the user called."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The axes that stand before those of each recorded value."""
+
+    # What goes to the devices.
+
+    @abc.abstractmethod
+    def source(self, data: Any) -> Source:
+        """Makes a source of batches of the data that the user gave."""
+
+    @abc.abstractmethod
+    def prepare(self, batch: Any) -> Any:
+        """Makes of a batch of a stream what a step takes."""
+
+    @abc.abstractmethod
+    def prepare_validation(self, batch: Any) -> Any:
+        """Makes of the batch of a validation what is scored."""
+
+    @abc.abstractmethod
+    def first_monitor_state(
+        self, monitor: Monitor, trainer: AbstractTrainer
+    ) -> MonitorState | None:
+        """Makes the first state of a monitor."""
+
+    @abc.abstractmethod
+    def placed(self, trainer: AbstractTrainer) -> Any:
+        """Puts a trainer onto the devices of the fit."""
+
+    @abc.abstractmethod
+    def placed_state(self, state: PyTree) -> Any:
+        """Puts what changes from step to step onto the devices of the fit."""
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context for the programs of the fit."""
+        return self.place.context()
+
+    def monitor(self, validation: Any, stop: Any) -> Monitor:
+        """Makes the monitor of the fit, on its devices."""
+        monitor = Monitor(validation, stop)
+        return monitor.placed(self.prepare_validation, self.place.put_whole)
+
+    def number(self, value: int) -> Array:
+        """Makes a number, on the devices, that programs do not depend on."""
+        return self.place.put_whole(jax.device_put(np.int32(value)))
+
+    # One of them, and a chunk of steps.
+
+    @abc.abstractmethod
+    def template(self, trainer: AbstractTrainer) -> Any:
+        """Returns a trainer with the names and the shapes of each."""
+
+    @abc.abstractmethod
+    def row(self, batch: Any) -> Any:
+        """Returns what each trainer sees of a batch, or its shapes."""
+
+    @abc.abstractmethod
+    def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
+        """Returns what one trainer saw of a source: a batch, or all minibatches."""
+
+    @abc.abstractmethod
+    def run(self, task: Task, state: LoopState, in_place: bool) -> tuple[Chunk, Ended]:
+        """Takes the steps of a chunk; `in_place` allows it to overwrite the state."""
+
+    # What comes back to the host.
+
+    @abc.abstractmethod
+    def shown(self, trainer: AbstractTrainer, history: History) -> dict[str, str]:
+        """Returns what a progress bar shows."""
+
+    @abc.abstractmethod
+    def result(
+        self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
+    ) -> Any:
+        """Makes the result of a fit, with a reason for each trainer."""
+
+    @abc.abstractmethod
+    def checked(self, result: Any, source: Source) -> Any:
+        """Checks that a fit which has converged is at a minimum."""
+
+    @abc.abstractmethod
+    def bad_end(self, result: Any) -> BadEnd | None:
+        """Finds a trainer that ended at non-finite values and is worth a message.
+
+        Of many trainers it is the first, if there is an error to raise or all ended so.
+        """
+
+    def home(self, trainer: AbstractTrainer) -> Any:
+        """Brings a trainer back from the devices of the fit."""
+        return with_progress(trainer, self.place.home(progress_of(trainer)))
+
+    def on_host(self, array: Any) -> np.ndarray:
+        """Copies an array to the host."""
+        return np.asarray(self.place.whole(array))
+
+    def count(self, trainer: AbstractTrainer) -> int:
+        """Returns how many steps were taken."""
+        return int(self.on_host(trainer.step_count).max())
+
+    def is_over(self, *flags: Any) -> bool:
+        """Whether no steps are left, as one of the flags says of each trainer."""
+        return bool(functools.reduce(operator.or_, map(self.on_host, flags)).all())
+
+    def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:
+        """Copies to the host what a chunk has recorded up to a step count."""
+        counts = self.on_host(step_count)
+        end = int(counts.max())
+        scored, score, _ = (None,) * 3 if scores is None else scores.columns(end + 1)
+        history = History(*rows.columns(end), score, scored)
+        if self.shape:
+            # A member that is over is computed on with the others, but not recorded.
+            is_over = history.steps[:, None] >= counts
+            for column in (history.loss, *history.records.values()):
+                is_inexact = np.issubdtype(column.dtype, np.inexact)
+                column[is_over] = np.nan if is_inexact else 0
+            history.validation[history.validation_steps[:, None] > counts] = np.nan
+        return history
+
+    def cut_short(
+        self, trainer: AbstractTrainer, history: History, reason: StopReason
+    ) -> Any:
+        """Makes the result of a fit that did not come to its end."""
+        return self.result(trainer, history, [reason] * math.prod(self.shape))

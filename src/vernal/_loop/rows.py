@@ -1,0 +1,86 @@
+"""What a chunk records, in buffers on the device."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+# A chunk keeps its rows on the device: many of them, but not without bound.
+MOST_ROWS = 16_384
+_MOST_BYTES = 2**24
+
+
+class Rows(eqx.Module):
+    """Buffers on the device, with a row for every so many steps.
+
+    `first` is the number of the first row: that of the step `first * every`.
+    """
+
+    loss: Array
+    values: dict[str, Array]
+    first: Int[Array, "*members"]
+    every: Int[Array, "*members"]
+
+    @classmethod
+    def empty(
+        cls,
+        loss: Any,
+        values: dict[str, Any],
+        start: Int[Array, ""],
+        every: Int[Array, ""],
+        most: int,
+    ) -> "Rows":
+        """Makes room for `most` rows, or as many as is reasonable for their size.
+
+        `start` is the first step that may be recorded, `every` the distance between two
+        rows; `loss` and `values` have the shapes.
+        """
+        sizes = [np.prod(v.shape) * v.dtype.itemsize for v in (loss, *values.values())]
+        rows = int(np.clip(_MOST_BYTES // sum(sizes), 1, most))
+        # A step that is not to be recorded is written all the same, to a last row that
+        # nobody reads.
+        room = lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype)
+        return cls(
+            loss=room(loss),
+            values={name: room(value) for name, value in values.items()},
+            first=-(-start // every),
+            every=every,
+        )
+
+    @property
+    def _room(self) -> int:
+        return self.loss.shape[0] - 1
+
+    @property
+    def end(self) -> Int[Array, ""]:
+        """The first step that is to be recorded and finds no room."""
+        most = jnp.iinfo(self.first.dtype).max
+        is_far = self.first > most // self.every - self._room
+        return jnp.where(is_far, most, (self.first + self._room) * self.every)
+
+    def put(self, step: Array, loss: Array, values: dict[str, Array]) -> "Rows":
+        """Writes a row, if one is due at this step."""
+        number, rest = jnp.divmod(step, self.every)
+        index = jnp.where(rest == 0, number - self.first, self._room)
+        put = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
+            buffer, value.astype(buffer.dtype), index, 0
+        )
+        return Rows(
+            put(self.loss, loss),
+            {name: put(self.values[name], value) for name, value in values.items()},
+            self.first,
+            self.every,
+        )
+
+    def columns(
+        self, stop: int
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Copies steps, losses and values before the step `stop` to the host."""
+        rows = jax.device_get(self)
+        every = int(rows.every)
+        steps = np.arange(int(rows.first) * every, stop, every)
+        cut = lambda column: column[: len(steps)].copy()
+        return steps, cut(rows.loss), {n: cut(v) for n, v in rows.values.items()}
