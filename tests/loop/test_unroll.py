@@ -616,6 +616,7 @@ def test_nothing_flows_into_a_step_that_is_not_taken(name, mapped):
             np.testing.assert_allclose(hessian[j][i][0], curved, rtol=1e-5)
 
 
+@pytest.mark.loose_dtypes
 def test_a_step_that_only_the_guard_holds_is_not_differentiated():
     """A gradient of 1e20 turns the second moment of Adam, in float32, to infinity."""
     bad = script("u")
@@ -628,7 +629,7 @@ def test_a_step_that_only_the_guard_holds_is_not_differentiated():
         held, _ = vn.unroll(first, batch, 2)
         good = jax.tree.map(jnp.ones_like, batch)
         after, more = vn.unroll(held, good, 2)
-        return jnp.sum(more).astype(float) + jnp.sum(after.model["a"]), held
+        return jnp.sum(more) + jnp.sum(after.model["a"]), held
 
     grad, held = jax.grad(unrolled, has_aux=True)(1.0, vn.SkipStep())
     assert held.nan_report()["update"].total == 2
@@ -639,7 +640,7 @@ def test_a_step_that_only_the_guard_holds_is_not_differentiated():
         model = jax.tree.map(lambda leaf: leaf * scale, two())
         good = jax.tree.map(lambda leaf: jnp.ones_like(leaf[0]), bad)
         after, more = vn.unroll(TwoFit(model, optimiser), good, 2)
-        return jnp.sum(more).astype(float) + jnp.sum(after.model["a"])
+        return jnp.sum(more) + jnp.sum(after.model["a"])
 
     np.testing.assert_allclose(grad, jax.grad(without)(1.0), rtol=1e-5)
 
