@@ -1,8 +1,10 @@
 import contextlib
+import functools
 import re
 from pathlib import Path
 
 import jax
+import optax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -13,6 +15,20 @@ jax.config.update("jax_enable_x64", True)
 # What is said of several devices is tested on virtual ones.
 jax.config.update("jax_num_cpu_devices", 8)
 
+
+def let_promote(function):
+    """Lets a function of Optax promote dtypes where the tests refuse it."""
+
+    @functools.wraps(function)
+    def promoting(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return promoting
+
+
+# Adam and its kin raise a float to the power of an integer.
+optax.tree.bias_correction = let_promote(optax.tree.bias_correction)
 
 # Of some 65,000 that Linux allows.
 MOST_MAPS = 8_000
@@ -40,6 +56,17 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_configure(config):
     if config.getoption("--annotations"):
         install_import_hook("vernal", "annotations.checks")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Nothing promotes dtypes or ranks by accident, on any thread of a test."""
+    marks = {mark.name for mark in item.iter_markers()}
+    dtypes = "standard" if "loose_dtypes" in marks else "strict"
+    ranks = "allow" if "loose_ranks" in marks else "raise"
+    jax.config.update("jax_numpy_dtype_promotion", dtypes)
+    jax.config.update("jax_numpy_rank_promotion", ranks)
+    return (yield)
 
 
 @pytest.fixture(autouse=True, scope="module")

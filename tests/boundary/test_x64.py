@@ -75,6 +75,7 @@ def test_made_in_float64_and_used_in_float32(name):
         USES[name](trainer)
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.seams
 @pytest.mark.parametrize("name", USES)
 def test_made_in_float32_and_used_in_float64(name):
@@ -277,6 +278,7 @@ def test_it_can_be_made_an_error_or_silenced():
 # Errors below the spacing of the dtype
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize(
     ("dtype", "value", "told"),
     [

@@ -267,7 +267,8 @@ def test_a_lambda_built_anew_compiles_nothing_anew():
 
 def test_under_vmap():
     out = jax.vmap(lambda x: Closure.encode(holding(x)))(jnp.arange(3.0))
-    assert jnp.array_equal(jax.vmap(lambda c: c.decode()() + 1)(out), jnp.arange(1, 4))
+    found = jax.vmap(lambda c: c.decode()() + 1)(out)
+    assert jnp.array_equal(found, jnp.arange(1.0, 4.0))
 
 
 def test_the_norm_of_a_dogleg_is_itself():

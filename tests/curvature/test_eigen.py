@@ -44,7 +44,8 @@ def condition_of(fmat):
 
 
 def with_signs_of(columns, other):
-    return columns * np.sign(np.sum(np.asarray(columns) * np.asarray(other), axis=0))
+    products = np.asarray(columns) * np.asarray(other)
+    return columns * np.sign(np.sum(products, axis=0, keepdims=True))
 
 
 # --- decompose ---
@@ -88,7 +89,7 @@ def test_decompose_of_a_complex_hermitian_matrix():
     matrix = jnp.array([[2, 1j], [-1j, 2]])
     values, vectors = vn.decompose(matrix)
     np.testing.assert_allclose(values, [3, 1])
-    for value, vector in zip(values, vectors, strict=True):
+    for value, vector in zip(np.asarray(values), np.asarray(vectors), strict=True):
         np.testing.assert_allclose(matrix @ vector, value * vector, atol=1e-14)
 
 
@@ -116,7 +117,7 @@ def test_decompose_says_what_is_wrong(matrix, options, message):
 
 def test_decompose_refuses_a_complex_matrix_that_is_not_hermitian():
     with pytest.raises(TypeError, match="complex"):
-        vn.decompose(jnp.eye(2) * 1j, hermitian=False)
+        vn.decompose(jnp.eye(2, dtype=complex), hermitian=False)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_projection_takes_one_matrix():
 
 def test_projection_refuses_a_complex_matrix():
     with pytest.raises(TypeError, match="`fmat` must be real"):
-        vn.eigen_projection(jnp.eye(2) * 1j)
+        vn.eigen_projection(jnp.eye(2, dtype=complex))
 
 
 @settings(deadline=None, max_examples=30)

@@ -145,7 +145,7 @@ class Chain(vn.Trainer):
     def loss(self, model, batch):
         x, y = batch
         for layer in model:
-            x = jnp.tanh(x @ layer["weight"] + layer["bias"])
+            x = jnp.tanh(x @ layer["weight"] + layer["bias"][None])
         return jnp.mean(jnp.square(x - y))
 
 

@@ -118,8 +118,8 @@ class Pull(vn.Trainer):
 
     def loss(self, model, batch):
         leaves = [leaf for leaf in jax.tree.leaves(model) if eqx.is_inexact_array(leaf)]
-        total = sum(jnp.sum(jnp.abs(leaf - batch) ** 2) for leaf in leaves)
-        return total.astype(jnp.float64)
+        parts = (jnp.sum(jnp.abs(leaf - batch) ** 2) for leaf in leaves)
+        return sum(part.astype(jnp.float64) for part in parts)
 
 
 def line_batch(n=16, dtype=jnp.float64):

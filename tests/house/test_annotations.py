@@ -15,6 +15,9 @@ import vernal as vn
 with install_import_hook("annotated", "beartype.beartype"):
     from annotated import right, wrong
 
+# Their curve has powers of integers.
+pytestmark = pytest.mark.loose_dtypes
+
 
 def solver():
     return optx.LevenbergMarquardt(1e-6, 1e-6)

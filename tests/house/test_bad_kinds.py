@@ -473,12 +473,14 @@ TABLE = {
     "complex gradients": (
         lambda: having(
             LineFit,
-            transform_grads=lambda s, g, m: jax.tree.map(lambda x: x + 1j, g),
+            transform_grads=lambda s, g, m: jax.tree.map(
+                lambda x: x.astype(complex), g
+            ),
         )(line(), SGD).step(BATCH),
         "`transform_grads` returns is complex.*at 'slope'.*cannot hold",
     ),
     "a complex model": (
-        lambda: made().replace(model=jax.tree.map(lambda x: x + 1j, line())),
+        lambda: made().replace(model=jax.tree.map(lambda x: x.astype(complex), line())),
         "`model` is complex.*at 'slope'.*make a new trainer",
     ),
     "too many steps": (

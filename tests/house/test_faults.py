@@ -35,7 +35,8 @@ def start():
 
 
 def distance(params):
-    return sum(jnp.sum((leaf - 1.5) ** 2) for leaf in jax.tree.leaves(params))
+    parts = (jnp.sum((leaf - 1.5) ** 2) for leaf in jax.tree.leaves(params))
+    return sum(part.astype("float64") for part in parts)
 
 
 def flat(state):

@@ -192,6 +192,8 @@ def agree(found, expected):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.loose_dtypes
+@pytest.mark.loose_ranks
 @pytest.mark.parametrize("work", WORK)
 def test_the_same_under_each_flag(work):
     expected = work()

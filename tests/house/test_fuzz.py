@@ -111,6 +111,7 @@ def seldom_explained(monkeypatch):
     monkeypatch.setattr(running, "diagnosed", sometimes)
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.usefixtures("seldom_explained")
 @pytest.mark.filterwarnings("ignore:.*PrecisionWarning", "ignore:.*rounded to float32")
 @pytest.mark.parametrize("index", range(len(COMBINATIONS)), ids=map(str, COMBINATIONS))

@@ -255,6 +255,7 @@ def test_arrays_of_other_libraries_are_turned_into_ours(kind):
     np.testing.assert_array_equal(data.arrays[1], BATCH[1])
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("kind", [">f4", ">f8", ">i4", "<f8"])
 def test_an_array_of_either_byte_order_is_an_array(kind):
     x = np.array(X).astype(kind)

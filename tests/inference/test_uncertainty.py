@@ -80,6 +80,7 @@ def test_fisher_is_gauss_newton_of_residuals_and_the_hessian_of_nll():
     np.testing.assert_allclose(trainer.curvature(data()), expected, **close)
 
 
+@pytest.mark.loose_dtypes
 def test_fisher_of_complex_residuals_has_both_parts():
     class Phase(vn.Trainer):
         def residuals(self, model, batch):
@@ -272,6 +273,7 @@ TWINS = {
 }
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize("method", ["residuals", "nll"])

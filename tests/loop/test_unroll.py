@@ -209,6 +209,7 @@ def ends(run):
     return scalar
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_gradients_are_those_of_a_loop_by_hand(name):
     make = OPTIMISERS[name]
@@ -598,7 +599,7 @@ def test_nothing_flows_into_a_step_that_is_not_taken(name, mapped):
         hessian, backward = jax.jacfwd(gradient, argnums, has_aux=True)(*at)
         return backward, jax.jacfwd(scalar, argnums)(*at), hessian
 
-    steps = 1e-6 * jnp.asarray([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    steps = 1e-6 * jnp.asarray([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
     points = [at[i] + steps[:, i] for i in range(2)]
     if mapped:
         found = jax.jit(jax.vmap(derived))(*points)
@@ -615,6 +616,7 @@ def test_nothing_flows_into_a_step_that_is_not_taken(name, mapped):
             np.testing.assert_allclose(hessian[j][i][0], curved, rtol=1e-5)
 
 
+@pytest.mark.loose_dtypes
 def test_a_step_that_only_the_guard_holds_is_not_differentiated():
     """A gradient of 1e20 turns the second moment of Adam, in float32, to infinity."""
     bad = script("u")

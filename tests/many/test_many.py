@@ -91,6 +91,7 @@ VARIED = {
 }
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.seams
 @pytest.mark.as_compiled
 @pytest.mark.parametrize("name", VARIED)

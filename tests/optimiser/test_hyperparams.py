@@ -87,7 +87,7 @@ def by_hand(*phases):
 
 
 def fit(trainer, steps, **options):
-    return trainer.fit(np.zeros(()), steps, **options).trainer
+    return trainer.fit(0.0, steps, **options).trainer
 
 
 def values(trainer):
@@ -221,6 +221,7 @@ def by_key(trainer):
     return {jax.tree_util.keystr(keys): leaf for keys, leaf in leaves}
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_number_that_a_user_sets(name):
     """What differs between two first states at one point is what the user set."""
@@ -241,6 +242,7 @@ def test_every_number_that_a_user_sets(name):
     assert info.accepted
 
 
+@pytest.mark.loose_dtypes
 def test_a_schedule_goes_on_at_its_count():
     schedule = lambda top: optax.linear_schedule(top, 0.0, 10)
     trainer = fit(Bowl(tree(), sgd(schedule(0.1))), 5)

@@ -17,7 +17,7 @@ from vernal._optimiser import groups as _groups
 from vernal._optimiser.groups import make_groups, update_groups
 from vernal._optimiser.transform import Transform
 
-pytestmark = [pytest.mark.as_compiled, pytest.mark.seams]
+pytestmark = [pytest.mark.as_compiled, pytest.mark.seams, pytest.mark.loose_dtypes]
 
 
 class Layer(eqx.Module):

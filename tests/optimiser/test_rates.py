@@ -21,6 +21,9 @@ from models import (
     line_batch,
 )
 
+# Schedules of Optax.
+pytestmark = pytest.mark.loose_dtypes
+
 
 def tree():
     return {
@@ -59,7 +62,7 @@ class Ramp:
     """A schedule of one's own, as an object."""
 
     def __call__(self, count):
-        return 0.01 * (count + 1)
+        return 0.01 * jnp.asarray(count + 1, float)
 
 
 def by_first_letter(params):

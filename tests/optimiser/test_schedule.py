@@ -8,6 +8,7 @@ import zodiax.optimisation as seed
 import vernal as vn
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("lr", [1e-3, 2, -0.5, 0.0, np.float32(0.1)])
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (3, 1), (5, 10), (50, 2)])
 def test_delay_is_that_of_the_seed(lr, start, length):

@@ -14,7 +14,7 @@ import vernal as vn
 from vernal._closure.reads import reads
 from vernal._optimiser.transform import AbstractTransform, Transform, as_transform
 
-pytestmark = [pytest.mark.as_compiled, pytest.mark.seams]
+pytestmark = [pytest.mark.as_compiled, pytest.mark.seams, pytest.mark.loose_dtypes]
 
 # Two dtypes at once, so that each alias is compiled once for both.
 PARAMS = {
@@ -24,7 +24,7 @@ PARAMS = {
 
 
 def loss(params):
-    return jnp.sum(jnp.sin(params["w"] * params["b"] + 0.9) ** 2)
+    return jnp.sum(jnp.sin(params["w"] * params["b"][None] + 0.9) ** 2)
 
 
 def single_loss(params):

@@ -51,6 +51,7 @@ def test_a_bad_gradient_outside_leaves_no_trace():
     )
 
 
+@pytest.mark.loose_dtypes
 def test_dtypes_are_those_of_the_transformation():
     tx = vn.window(optax.sgd(np.float64(0.1)), start=1)
     out, _ = run(tx, 2)

@@ -201,6 +201,7 @@ def all_ways(obj):
         yield by, twin
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.seams
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_optimisers_and_their_trainers(name):

@@ -305,6 +305,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_a_solve_of_bad_data_warns_of_where_they_are(solver):
     batch = curve(np.float32, y={17: NAN})

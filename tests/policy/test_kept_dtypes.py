@@ -87,6 +87,7 @@ KEPT = {
 }
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("case", LOST)
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_what_a_state_cannot_hold_is_refused(holder, case):

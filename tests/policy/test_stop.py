@@ -58,7 +58,8 @@ def test_the_best_follows_the_validation_and_not_the_loss():
 
 class Judged(LineFit):
     def evaluate(self, model, batch):
-        return jnp.max(jnp.abs(model(batch[0]) - batch[1])) + 0 * self.step_count
+        worst = jnp.max(jnp.abs(model(batch[0]) - batch[1]))
+        return worst + 0 * self.step_count.astype(float)
 
 
 def test_what_is_evaluated_is_the_users_to_say():

@@ -458,7 +458,7 @@ class Enough(vn.StopCriterion):
     def init(self, params):
         return None
     def apply(self, view, state):
-        return view.step_count >= 3 * N, state
+        return view.step_count >= int(3 * N), state
 def schedule(count):
     return 0.01 * N
 """

@@ -126,23 +126,23 @@ def test_condition_number_counts_what_is_kept():
 def test_covariance_is_the_inverse(units):
     fmat = fisher(units=units)
     unit = 10.0 ** np.linspace(-units, units, D)
-    expected = np.linalg.inv(np.asarray(fmat) / unit[:, None] / unit)
+    expected = np.linalg.inv(np.asarray(fmat) / np.outer(unit, unit))
     from_fisher = vn.EigenProjector.from_fisher(fmat, telescope())
-    found = from_fisher.covariance() * unit[:, None] * unit
+    found = from_fisher.covariance() * np.outer(unit, unit)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
     errors = ravel_pytree(from_fisher.standard_errors())[0] * unit
     np.testing.assert_allclose(errors, np.sqrt(np.diag(expected)), rtol=1e-9)
 
     from_covariance = vn.EigenProjector.from_covariance(fmat, telescope())
-    found = from_covariance.covariance() / unit[:, None] / unit
-    np.testing.assert_allclose(found, fmat / unit[:, None] / unit, atol=1e-13)
+    found = from_covariance.covariance() / np.outer(unit, unit)
+    np.testing.assert_allclose(found, fmat / np.outer(unit, unit), atol=1e-13)
 
 
 def test_covariance_on_the_constrained_part_is_the_pseudo_inverse():
     fmat = fisher(5, units=0)
     projector = vn.EigenProjector.from_fisher(fmat, telescope())
     scale = jnp.sqrt(jnp.diag(fmat))
-    expected = jnp.linalg.pinv(fmat / scale[:, None] / scale, rtol=1e-10)
+    expected = jnp.linalg.pinv(fmat / jnp.outer(scale, scale), rtol=1e-10)
     matrix = projector.matrix * scale[:, None]
     np.testing.assert_allclose(matrix @ matrix.T, expected, rtol=1e-8, atol=1e-8)
 

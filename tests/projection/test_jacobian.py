@@ -202,7 +202,7 @@ class Complex(vn.Trainer):
     def residuals(self, model, batch, key=None):
         flat = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(model)])
         half = len(batch) // 2
-        return batch[:half] @ flat + 1j * (batch[half:] @ flat)
+        return jax.lax.complex(batch[:half] @ flat, batch[half:] @ flat)
 
 
 ILL = prescribed(1e9, 6.0)

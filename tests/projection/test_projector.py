@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import vernal as vn
 
-pytestmark = pytest.mark.as_compiled
+pytestmark = [pytest.mark.as_compiled, pytest.mark.loose_dtypes]
 
 D = 8
 

@@ -24,7 +24,7 @@ class Process(vn.Trainer):
     """A Gaussian process: how high, and how noisy."""
 
     def nll(self, model, batch):
-        near = jnp.exp(-0.5 * jnp.square(X[:, None] - X))
+        near = jnp.exp(-0.5 * jnp.square(X[:, None] - X[None]))
         noise = model["noise"] ** 2 * jnp.eye(len(X))
         factor = jnp.linalg.cholesky(model["height"] ** 2 * near + noise)
         white = jax.scipy.linalg.solve_triangular(factor, batch, lower=True)

@@ -121,6 +121,7 @@ def test_the_history_has_the_losses_and_the_best_is_none_of_them_above(name):
     assert result.trainer.best_loss <= np.min(losses[np.isfinite(losses)])
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("name", ["LBFGS", "NelderMead", "LevenbergMarquardt"])
 @pytest.mark.parametrize("kind", ["float32", "mixed"])
@@ -339,6 +340,7 @@ class Phase(vn.Trainer):
         return model["a"] * jnp.exp(1j * model["p"]) - batch
 
 
+@pytest.mark.loose_dtypes
 def test_complex_residuals_of_real_parameters():
     model = {"a": jnp.asarray(1.0), "p": jnp.asarray([0.2])}
     solver = optx.LevenbergMarquardt(1e-10, 1e-10)

@@ -9,6 +9,8 @@ import pytest
 
 import vernal as vn
 
+pytestmark = [pytest.mark.loose_dtypes, pytest.mark.loose_ranks]
+
 N = 5
 ONES = jnp.ones(N)
 COLUMN, ROW = ONES[:, None], ONES[None, :]

@@ -347,6 +347,7 @@ def mixed():
     }
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize(
     "optimiser",
     [optax.adam(optax.linear_schedule(0.1, 0.01, 9)), optax.sgd(0.1, momentum=0.9)],
@@ -497,6 +498,7 @@ def test_replace_by_a_model_of_another_kind(model):
         trainer.replace(model=model())
 
 
+@pytest.mark.loose_dtypes
 def test_replace_by_a_model_of_another_precision():
     trainer = LineFit(line(), optax.adam(0.1), train="slope")
     new = trainer.replace(model=line(0.25, 0.75, dtype=jnp.float32))

@@ -60,6 +60,7 @@ class Process:
         return code
 
 
+@pytest.mark.loose_dtypes
 def test_killed_twenty_times(tmp_path):
     """In the middle of anything: importing, restoring, stepping, writing."""
     rng, stepped = random.Random(0), 0

@@ -48,6 +48,7 @@ def folder(tmp_path):
     return tmp_path / "fit"
 
 
+@pytest.mark.loose_dtypes
 def test_a_fit_goes_on(folder):
     whole, resumed = fit(100), fit(80, folder)
     np.testing.assert_array_equal(resumed.history.steps, np.arange(80))
@@ -61,6 +62,7 @@ def test_a_fit_goes_on(folder):
     np.testing.assert_array_equal(resumed.history.steps, np.arange(100))
 
 
+@pytest.mark.loose_dtypes
 def test_a_damaged_history_costs_no_step(folder):
     path = folder / "history.bin"
     data = bytearray(path.read_bytes())

@@ -108,6 +108,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.loose_dtypes
 def test_a_file(folder):
     loaded = vn.load(folder / "trainer.vernal", make())
     require_written(loaded)
@@ -116,6 +117,7 @@ def test_a_file(folder):
     require_close(values(fit(loaded, 2 * WRITTEN).trainer), values(expected))
 
 
+@pytest.mark.loose_dtypes
 def test_a_directory_of_checkpoints(folder):
     checkpoints = vn.Checkpoints(folder / "fit", every=10)
     restored = fit(make(), WRITTEN, checkpoint=checkpoints)

@@ -50,6 +50,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_save_load_steps(name, file):
     make = VARIANTS[name]

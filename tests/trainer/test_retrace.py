@@ -245,6 +245,7 @@ def count(fn):
     return len(traces) - before
 
 
+@pytest.mark.loose_dtypes
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_step_compiles_anew_exactly_if_a_difference_is_told(name):
     old, new, line = TRAINERS[name]

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from .._boundary import whole_number
+
 OnNull = Literal["drop", "raise", "prior"]
 
 
@@ -50,7 +52,7 @@ class NullPolicy:
             )
         if self.rank is None or size is None:
             return
-        if not 1 <= self.rank <= size:
+        if not 1 <= whole_number(self.rank, "rank") <= size:
             raise ValueError(
                 f"`rank` must be between 1 and the number of parameters, {size}, not "
                 f"{self.rank}."
