@@ -205,6 +205,8 @@ def _list_arrays(file: BufferedReader, path: Path) -> dict[str, NamedArray]:
     arrays = {}
     for leaf in leaves:
         name, kind = leaf["path"], as_kind(leaf["shape"], leaf["dtype"])
+        if not isinstance(name, str):
+            raise ValueError(f"its header has the path {name!r}, not a string")
         member = leaf.get("member", f"{name}.npy")
         if member not in members:
             raise ValueError(f"it has no array for {name!r}")
