@@ -14,7 +14,8 @@ import pytest
 import vernal as vn
 from models import Line, LineFit, line, line_batch, same
 
-pytestmark = [pytest.mark.as_compiled, pytest.mark.seams]
+# A schedule of Optax.
+pytestmark = [pytest.mark.as_compiled, pytest.mark.seams, pytest.mark.loose_dtypes]
 
 
 class Count:
