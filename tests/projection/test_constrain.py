@@ -245,8 +245,8 @@ def test_what_is_more_than_a_clip_is_refused_beside_a_projector(name):
     batch = problem(3, 0)
     trainer = Other(jnp.ones(3), optax.sgd(0.1))
     trainer.step(batch)
-    with pytest.raises(ValueError, match=r"`constrain` does more than to clip"):
+    with pytest.raises(ValueError, match=r"`constrain` does more than clip"):
         trainer.whiten(batch)
     projector = vn.EigenProjector.from_fisher(trainer.fisher(batch), trainer.params)
-    with pytest.raises(ValueError, match=r"`constrain` does more than to clip"):
+    with pytest.raises(ValueError, match=r"`constrain` does more than clip"):
         Other(jnp.ones(3), optax.sgd(0.1), projector=projector).fit(batch, 2)

@@ -54,12 +54,7 @@ class Record(eqx.Module):
     """The other names in `record`: no metric may have one of them."""
 
     def __init__(self, trainer: AbstractTrainer, record: Any, batch: Callable[[], Any]):
-        """**Arguments:**
-
-        - `trainer`: whose fit it is.
-        - `record`: what the user named.
-        - `batch`: a function that returns a batch, or its shapes.
-        """
+        """`record` is the user's; `batch` returns a batch, or its shapes."""
         if isinstance(record, str) or callable(record):
             record = (record,)
         if not isinstance(record, tuple | list):

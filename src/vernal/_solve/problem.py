@@ -58,9 +58,7 @@ Solver = (
 def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:
     """Checks a solver, and the number of its steps.
 
-    **Returns:**
-
-    The solver as a pytree, and how many losses to make room for.
+    Returns the solver as a pytree, and how many losses to make room for.
     """
     max_steps = whole_number(max_steps, argument, least=1)
     if max_steps > _MOST_ROWS:
