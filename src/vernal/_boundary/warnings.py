@@ -33,13 +33,7 @@ _filters: list[object] = [None]
 
 
 def warn_once(message: str, category: type[Warning], of: object) -> None:
-    """Warns at the user's line of code, once for each value of `of`.
-
-    **Arguments:**
-
-    - `message`, `category`: as for `warnings.warn`.
-    - `of`: identifies the warning.
-    """
+    """Warns at the user's line of code, once for each value of `of`."""
     if _filters[0] is not warnings.filters:
         _filters[0] = warnings.filters
         _said.clear()

@@ -17,7 +17,7 @@ def fingerprint(text: Any) -> str:
 
 
 def leaf_fingerprints(tree: PyTree, max_bytes: int | None = None) -> dict[str, str]:
-    """Returns the kind and the checksum of each array of a tree, by public path.
+    """Returns the kind and the checksum of each array of a tree, by path.
 
     There is no checksum where a process has only a part of an array, or where an array
     on devices of several processes has more than `max_bytes`.
@@ -25,10 +25,7 @@ def leaf_fingerprints(tree: PyTree, max_bytes: int | None = None) -> dict[str, s
     arrays = to_arrays(tree)
     cheap = {p: leaf for p, leaf in arrays.items() if _is_cheap(leaf.array, max_bytes)}
     sums = {path: checksum(leaf.array) for path, leaf in cheap.items()}
-    return {
-        path.removeprefix("_progress."): f"{leaf.kind} {sums.get(path)}"
-        for path, leaf in arrays.items()
-    }
+    return {path: f"{leaf.kind} {sums.get(path)}" for path, leaf in arrays.items()}
 
 
 def _is_cheap(array: Any, max_bytes: int | None) -> bool:

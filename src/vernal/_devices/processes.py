@@ -201,6 +201,6 @@ def _summary(error: BaseException) -> str:
 def _difference(name: str, one: Any, other: Any) -> str:
     if isinstance(one, dict) and isinstance(other, dict):
         odd = next(p for p in (*one, *other) if one.get(p) != other.get(p))
-        return f"`{name}` differs at {odd!r}"
+        return f"`{name}` differs at {odd.removeprefix('_progress.')!r}"
     is_short = all(len(str(value)) < 40 for value in (one, other))
     return f"`{name}` is {one} and {other}" if is_short else f"`{name}` differs"

@@ -66,5 +66,4 @@ def _program_fingerprint(trainer: AbstractTrainer, batch: Any) -> str:
 def _compute(trainer: AbstractTrainer, batch: Any) -> Any:
     if trainer.optimiser is not None:
         return advance(trainer, batch)[0]
-    there = live(trainer, trainer.params)
-    return score(there, batch, step_key(trainer)).loss
+    return score(live(trainer, trainer.params), batch, step_key(trainer)).loss

@@ -117,6 +117,6 @@ class Feed:
 
 
 def next_chunk(steps: int, seconds: float) -> int:
-    """Returns the steps of the next chunk, if the last took so long for its steps."""
+    """Returns the number of steps of the next chunk, from the time of the last."""
     growth = _CHUNK_SECONDS / max(seconds, 1e-6)
     return max(1, int(steps * min(growth, _MAX_GROWTH)))

@@ -27,19 +27,20 @@ def fit(
     keywords: FitKeywords,
 ) -> Any:
     """Implements `Trainer.fit`, for one trainer or for many at once."""
-    given = trainer, data, keywords.get("validation")
-    refuse_program("fit", *given, remedy=UNROLL)
+    validation = keywords.get("validation")
+    refuse_program("fit", trainer, data, validation, remedy=UNROLL)
     run = None
     try:
         with contextlib.ExitStack() as stack:
             peers = stack.enter_context(Peers(subject.place.mesh, subject.entrance))
             # Within the context, so that other processes hear of an error.
             options = FitOptions(steps, **keywords)
-            _check_trainer(trainer, subject, options.steps)
+            steps = options.steps
+            _check_trainer(trainer, subject, steps)
             source = subject.source(data)
             monitor = subject.monitor(options.validation, options.stop)
             if peers.are_many:
-                trees = {"trainer": trainer, "data": data, "validation": given[-1]}
+                trees = {"trainer": trainer, "data": data, "validation": validation}
                 trees = {name: leaf_fingerprints(tree) for name, tree in trees.items()}
                 peers.require_same(options.described() | trees)
             checkpointer = None
@@ -55,7 +56,7 @@ def fit(
                 peers.require_same(run.described())
             try:
                 shown = options.progress and peers.is_first
-                with ProgressBar(options.steps, run.taken, shown=shown) as bar:
+                with ProgressBar(steps, run.taken, shown=shown) as bar:
                     reason = _go_on(run, options, bar)
             finally:
                 run.write_checkpoint()
@@ -96,7 +97,7 @@ def fit(
 
 
 def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
-    """Takes the steps that are left, and returns why it ended."""
+    """Takes the remaining steps, and returns why the fit ended."""
     steps, chunk = options.steps, options.chunk
     if run.is_resumed and run.taken >= steps:
         return StopReason.TAKEN_BEFORE

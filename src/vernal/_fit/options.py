@@ -15,7 +15,7 @@ Callback = Callable[[Any, History], Any]
 
 
 class FitKeywords(TypedDict, total=False):
-    """The keyword arguments of `Trainer.fit`, but for the devices."""
+    """The keyword arguments of `Trainer.fit`, without those for devices."""
 
     record: Selector
     every: int
@@ -28,7 +28,7 @@ class FitKeywords(TypedDict, total=False):
 
 
 OPTIONS = tuple(FitKeywords.__annotations__)
-"""Their names."""
+"""The names of the keyword arguments."""
 
 
 class FitOptions(eqx.Module):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# The width where a terminal does not know its own, as one that a program opens may not.
+# The width if a terminal does not know its own, such as one that a program opened.
 _DEFAULT_COLUMNS = 80
 
 

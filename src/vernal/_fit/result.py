@@ -40,10 +40,10 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
 
         with the gradient $g$ and the curvature $F$ where the fit ended: $J^\top J$ of
         `residuals`, else the Hessian. An error of $k$ error bars is an `edm` of
-        $k^2/2$. NaN where it is not known: of a fit that nothing but its steps ended,
-        of minibatches and streams, with a `key`, with `constrain` or
-        `transform_grads`, on a mesh. `solve` always has it, unless what it minimises
-        has no second derivatives.
+        $k^2/2$. It is NaN where it is not known: if `stop` did not end the fit, for
+        minibatches and streams, with a `key`, with `constrain` or `transform_grads`,
+        on a mesh. After `solve` it is known, unless what `solve` minimises has no
+        second derivatives.
 
         The name is that of Minuit, see James and Roos, *Minuit: a system for function
         minimization and analysis of the parameter errors and correlations*, Computer

@@ -1,4 +1,4 @@
-"""A fit on its way: the trainer as it is now, and what was recorded so far."""
+"""A running fit: the trainer as it is now, and what was recorded so far."""
 
 import contextlib
 import signal
@@ -41,8 +41,8 @@ from .feed import Feed
 from .options import Callback, FitOptions
 from .subject import AbstractSubject, BadEnd
 
-# The size in bytes of a state above which it is worth to use its memory again, at the
-# price of one copy when a fit begins.
+# The size in bytes above which a state is updated in place, which takes one copy when
+# a fit begins.
 _WORTH_REUSE = 2**20
 
 
@@ -76,7 +76,7 @@ def _is_boolean(answer: Any) -> bool:
 
 
 class Inputs(NamedTuple):
-    """What a fit was given: a trainer, its data, and what it is monitored by."""
+    """The trainer of a fit, the source of its batches, and its monitor."""
 
     trainer: AbstractTrainer
     source: Source
@@ -84,7 +84,7 @@ class Inputs(NamedTuple):
 
 
 class FitRun:
-    """A fit on its way: the trainer as it is now, and what was recorded so far."""
+    """A running fit: the trainer as it is now, and what was recorded so far."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class FitRun:
         peers: Peers,
         checkpointer: Checkpointer | None,
     ):
-        """Takes up the fit of the newest checkpoint, if there is one."""
+        """Resumes the fit of the newest checkpoint, if there is one."""
         self._subject, self._checkpointer, self.peers = subject, checkpointer, peers
         trainer, self._source, self._monitor = inputs
         self._counts = subject.on_host(progress_of(trainer).nan_counts)
@@ -161,7 +161,7 @@ class FitRun:
         return self._subject.row(self._feed.peek())
 
     def shown(self) -> dict[str, str]:
-        """What is shown of the fit on its way."""
+        """Returns what the progress bar shows."""
         return self._subject.shown(self.trainer, self.history())
 
     def take(self, count: int) -> None:
@@ -340,7 +340,7 @@ class FitRun:
             return Diagnosis((f"At step {step}:", *data) if data else ())
 
     def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
-        """Yields why the fit of each trainer ended; `reason` if it does not say."""
+        """Yields why the fit of each trainer ended: by default for `reason`."""
         subject, progress = self._subject, progress_of(self.trainer)
         last_bad = subject.on_host(progress.nan_counts)[..., -1, :].max(axis=-1)
         count = subject.on_host(progress.step_count)
@@ -362,7 +362,7 @@ class FitRun:
                 yield reason
 
     def ended(self, reason: StopReason) -> Any:
-        """Makes the result of a fit that came to its end, with `reason` for it."""
+        """Makes the result of a fit that ended, by default for `reason`."""
         reasons = list(self._stop_reasons(reason))
         result = self._subject.result(self.trainer, self.history(), reasons)
         return self._subject.checked(result, self._source)

@@ -22,7 +22,7 @@ from .._storage import History
 
 
 class BadEnd(NamedTuple):
-    """A trainer that ended at values that are not finite: the one, or one of many."""
+    """A trainer, alone or one of many, that ended at non-finite values."""
 
     index: Any
     """An integer, or `()` if there is one trainer alone."""
@@ -53,7 +53,7 @@ class AbstractSubject(eqx.Module):
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The axes that stand before those of each recorded value."""
+        """The leading axes of each recorded value: one for the members of many."""
 
     # What goes to the devices.
 
@@ -63,11 +63,11 @@ class AbstractSubject(eqx.Module):
 
     @abc.abstractmethod
     def prepare(self, batch: Any) -> Any:
-        """Makes of a batch of a stream what a step takes."""
+        """Converts and places a batch of a stream, for a step."""
 
     @abc.abstractmethod
     def prepare_validation(self, batch: Any) -> Any:
-        """Makes of the batch of a validation what is scored."""
+        """Converts and places the batch of a validation."""
 
     @abc.abstractmethod
     def first_monitor_state(
@@ -93,7 +93,7 @@ class AbstractSubject(eqx.Module):
         return monitor.placed(self.prepare_validation, self.place.put_whole)
 
     def number(self, value: int) -> Array:
-        """Makes a number, on the devices, that programs do not depend on."""
+        """Puts a number onto the devices, so that another one compiles nothing."""
         return self.place.put_whole(jax.device_put(np.int32(value)))
 
     # One of them, and a chunk of steps.
@@ -150,7 +150,7 @@ class AbstractSubject(eqx.Module):
         return int(self.on_host(trainer.step_count).max())
 
     def is_over(self, *flags: Any) -> bool:
-        """Whether no steps are left, as one of the flags says of each trainer."""
+        """Whether no trainer goes on: one of its flags is set."""
         return bool(functools.reduce(operator.or_, map(self.on_host, flags)).all())
 
     def recorded(self, step_count: Any, rows: Rows, scores: Rows | None) -> History:

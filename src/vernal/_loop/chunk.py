@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
 class Task(NamedTuple):
     """What a chunk reads and does not change.
 
-    The goal is an array, and there are as many rows as fit in memory, so that one
+    The goal is an array, and the number of rows does not depend on it, so that one
     program serves any number of steps.
     """
 

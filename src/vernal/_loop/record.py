@@ -23,6 +23,8 @@ _AMBIGUOUS = (
     "one or the other."
 )
 
+COLUMNS = ("steps", "loss", "validation", "validation_steps")
+
 # The name of each rule, and the leaves that it owns.
 Rules = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -49,15 +51,10 @@ class Record(eqx.Module):
     paths: tuple[str, ...] = eqx.field(static=True)
     metrics: tuple[str, ...] = eqx.field(static=True)
     others: tuple[str, ...] = eqx.field(static=True)
-    """What was named, and is not a metric: of that name there must be no metric."""
+    """The other names in `record`: no metric may have one of them."""
 
     def __init__(self, trainer: AbstractTrainer, record: Any, batch: Callable[[], Any]):
-        """**Arguments:**
-
-        - `trainer`: whose fit it is.
-        - `record`: what the user named.
-        - `batch`: a function that returns a batch, or its shapes.
-        """
+        """`record` is the user's; `batch` returns a batch, or its shapes."""
         if isinstance(record, str) or callable(record):
             record = (record,)
         if not isinstance(record, tuple | list):
@@ -126,7 +123,7 @@ class Record(eqx.Module):
             if norm == GRAD_NORM:
                 yield norm
             else:
-                # That of one rule is called in the singular.
+                # The name for one rule is in the singular.
                 yield from (f"{norm[:-1]}[{name}]" for name, _ in self.rules)
 
     def _norms(self, old: PyTree, new: PyTree, grads: PyTree) -> dict[str, Array]:
@@ -192,6 +189,3 @@ def _unknown(
         f"`record`: {name!r} is neither a parameter nor a metric that the loss "
         f"returns. {nearest_names(str(name), known)}"
     )
-
-
-COLUMNS = ("steps", "loss", "validation", "validation_steps")

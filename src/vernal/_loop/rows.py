@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-# A chunk keeps its rows on the device: many of them, but not without bound.
+# The most rows that a chunk keeps on the device, and the most bytes.
 MOST_ROWS = 16_384
 _MOST_BYTES = 2**24
 
 
 class Rows(eqx.Module):
-    """Buffers on the device, with a row for every so many steps.
+    """Buffers on the device, with a row for every `every` steps.
 
     `first` is the number of the first row: that of the step `first * every`.
     """
@@ -33,15 +33,14 @@ class Rows(eqx.Module):
         every: Int[Array, ""],
         most: int,
     ) -> "Rows":
-        """Makes room for `most` rows, or as many as is reasonable for their size.
+        """Makes room for `most` rows, or for fewer if they are large.
 
         `start` is the first step that may be recorded, `every` the distance between two
         rows; `loss` and `values` have the shapes.
         """
         sizes = [np.prod(v.shape) * v.dtype.itemsize for v in (loss, *values.values())]
         rows = int(np.clip(_MOST_BYTES // sum(sizes), 1, most))
-        # A step that is not to be recorded is written all the same, to a last row that
-        # nobody reads.
+        # A step that is not recorded is written to a last row, which is never read.
         room = lambda x: jnp.zeros((rows + 1, *x.shape), x.dtype)
         return cls(
             loss=room(loss),
@@ -56,7 +55,7 @@ class Rows(eqx.Module):
 
     @property
     def end(self) -> Int[Array, ""]:
-        """The first step that is to be recorded and finds no room."""
+        """The first step to record for which there is no row left."""
         most = jnp.iinfo(self.first.dtype).max
         is_far = self.first > most // self.every - self._room
         return jnp.where(is_far, most, (self.first + self._room) * self.every)

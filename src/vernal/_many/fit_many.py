@@ -112,7 +112,7 @@ def fit_many(
 
 
 def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:
-    """Checks that each device has as many of a group as any other."""
+    """Checks that all devices have equally many members of a group."""
     if place.mesh is not None and group % place.size:
         what = f"{size} trainers" if group == size else f"`batch`, {group} trainers,"
         raise ValueError(

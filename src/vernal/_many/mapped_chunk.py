@@ -159,7 +159,7 @@ def _run_group(
 
 
 def _held(taken: Taken, old: LoopState) -> Taken:
-    """Holds the members that are over, of which there may be none."""
+    """Takes back the step of each member that is over."""
     is_over = old.is_over
 
     def pick(new: Array, old: Array) -> Array:

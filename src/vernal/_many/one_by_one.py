@@ -1,4 +1,4 @@
-"""Many trainers solved one after the other, where together one would end them all."""
+"""Many trainers solved one after the other, if one of them meets an error."""
 
 import re
 from typing import Any

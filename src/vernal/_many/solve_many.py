@@ -103,7 +103,7 @@ def solve_many(
     steps: int,
     jac: Mode | None,
 ) -> ManyResult[Any]:
-    """Solves for the parameters of each, instead of fitting them."""
+    """Implements `fit_many` with a solver."""
     place, group = subject.place, subject.group
     with same_inputs(subject.entrance, place) as require_same, place.context():
         encoded, rows = checked_solver(solver, steps, "steps")
@@ -153,7 +153,7 @@ def _solve(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )
     counts = old.nan_counts
-    # Of these an error is known, and no value.
+    # These met an error, not a non-finite value.
     suspect[broken] = False
     if suspect.any():
         bad = np.asarray(whole(_find_bad(members, end.stumble, problem.batch)))

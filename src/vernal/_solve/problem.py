@@ -30,13 +30,14 @@ from .._step import (
 from .._tree import as_parameters, cast_like, ravel, unravel
 from .tracked_solver import Seen, better, choose, tracked
 
-# The least room for losses, which all shorter solves share; and the most.
+# The least number of losses to make room for, so that short solves share a program; and
+# the most.
 _LEAST_ROWS = 256
 _MOST_ROWS = 2**24
 
 
 class Problem(NamedTuple):
-    """What is solved, without where to begin.
+    """What is solved, without the point to start from.
 
     `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
     differentiation, `None` for the one that works.
@@ -57,9 +58,7 @@ Solver = (
 def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure, int]:
     """Checks a solver, and the number of its steps.
 
-    **Returns:**
-
-    The solver as a pytree, and how many losses to make room for.
+    Returns the solver as a pytree, and how many losses to make room for.
     """
     max_steps = whole_number(max_steps, argument, least=1)
     if max_steps > _MOST_ROWS:

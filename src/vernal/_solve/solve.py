@@ -101,7 +101,7 @@ def solve(
 
 
 class _Rounds:
-    """A solve on its way."""
+    """A running solve."""
 
     def __init__(
         self, trainer: AbstractTrainer, problem: Problem, place: AbstractPlacement

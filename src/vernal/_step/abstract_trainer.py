@@ -1,7 +1,7 @@
-"""What every room may ask of a trainer, whose class is defined above them.
+"""The interface of a trainer for all folders below `Trainer` itself.
 
-This file alone reads and writes the private fields of a trainer. The functions here are
-no methods: a user's subclass may have fields of the same names.
+Only this file reads and writes the private fields of a trainer. It has functions rather
+than methods, because a user's subclass may have fields of the same names.
 """
 
 # pyright: reportPrivateUsage=false
@@ -30,7 +30,7 @@ ModuleT = TypeVar("ModuleT", bound=eqx.Module)
 if TYPE_CHECKING:
 
     class _Meta(ModuleMeta):
-        """Tells type checkers that a subclass inherits `__init__`, as it does.
+        """For type checkers: a subclass inherits `__init__`.
 
         With Equinox's metaclass they believe that each subclass has a new one, with an
         argument for each field.
@@ -48,8 +48,8 @@ class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Me
     row for each member.
     """
 
-    # Or `None`, as the user knows best: with that instead of `Any` a type checker would
-    # ask for an `assert` before each use.
+    # `Any` stands for `None`: with `None` itself, type checkers would ask users for an
+    # `assert` before each use.
     optimiser: eqx.AbstractVar[ParamOptimiser | Any]
     nan_policy: eqx.AbstractVar[NanPolicy]
     projector: eqx.AbstractVar[EigenProjector | Any]

@@ -19,13 +19,8 @@ from .._boundary import PyTree
 from .._closure import Closure
 from .._projection import EigenProjector, Unchanged
 from .._tree import cast_like, paths, require_alike
-from .abstract_trainer import (
-    AbstractTrainer,
-    overrides,
-    progress_of,
-    template_of,
-    with_progress,
-)
+from .abstract_trainer import AbstractTrainer, overrides, template_of
+from .objective import live
 
 Clip = Callable[[PyTree], PyTree]
 """A function from parameters to constrained parameters."""
@@ -41,10 +36,7 @@ def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
 
     def clip(params: PyTree) -> PyTree:
         model = template_of(trainer).join(params)
-        there = with_progress(
-            trainer, eqx.tree_at(lambda p: p.params, progress_of(trainer), params)
-        )
-        constrained = there.constrain(model)
+        constrained = live(trainer, params).constrain(model)
         require_alike(constrained, model, "what `constrain` returns", given)
         return cast_like(template_of(trainer).trained(constrained), params)
 

@@ -1,4 +1,4 @@
-"""The arguments of a trainer, checked, and its parameters, found."""
+"""Checks the arguments of a trainer, and finds its parameters."""
 
 import weakref
 from collections.abc import Sequence
