@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import vernal as vn
 
-pytestmark = [pytest.mark.as_compiled, pytest.mark.loose_dtypes]
+pytestmark = pytest.mark.as_compiled
 
 D = 8
 
@@ -266,8 +266,14 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(
-    params=TABLE,
-    ids=lambda param: f"{param[0]}, {param[1].__name__}",
+    params=[
+        pytest.param(
+            (name, dtype),
+            id=f"{name}, {dtype.__name__}",
+            marks=[pytest.mark.loose_dtypes] if "mixed" in name else [],
+        )
+        for name, dtype in TABLE
+    ],
     scope="module",
 )
 def made(request):
