@@ -58,7 +58,7 @@ def is_atom(obj: Any) -> bool:
 
 
 def value_key(obj: Any) -> Hashable:
-    """Returns a key: equal for two objects only if either can replace the other."""
+    """Returns a key, equal for two objects only if each can replace the other."""
     match obj:
         case np.ndarray() if type(obj) is np.ndarray and not obj.dtype.hasobject:
             digest = hashlib.blake2b(obj.tobytes()).digest()
@@ -82,7 +82,7 @@ def value_key(obj: Any) -> Hashable:
 
 @functools.lru_cache(maxsize=4096)
 def names_written(code: types.CodeType) -> frozenset[str]:
-    """The free variables that a code object writes to."""
+    """Returns the free variables that a code object writes to."""
     written = {
         instruction.argval
         for instruction in dis.get_instructions(code)

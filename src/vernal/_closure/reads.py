@@ -115,7 +115,7 @@ class _Walk:
         names: Sequence[Hashable] | Names,
         is_walked: Callable[[Any, Any], bool] = lambda name, value: True,
     ) -> None:
-        """Watches what an object holds, but for what is kept there, and walks to it.
+        """Watches what an object holds, except what is kept there, and walks to it.
 
         **Arguments:**
 

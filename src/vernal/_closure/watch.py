@@ -169,7 +169,7 @@ def watches_of_names(scope: dict[str, Any], names: Iterable[str]) -> Iterator[Wa
 
 
 def without(hidden: set[Hashable], look: Look, names_of: Names) -> tuple[Look, Names]:
-    """Returns how to look at what an object holds under all names but some."""
+    """Returns how to look at what an object holds, except under hidden names."""
 
     def pairs(owner: Any) -> Iterator[tuple[Hashable, Any]]:
         both = zip(names_of(owner), look(owner), strict=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jax.core import Tracer
 
 from .._closure import Closure, Skeleton
+from .._tree import shape_and_dtype
 from .schedule import window
 from .transform import AbstractTransform, Transform
 
@@ -131,8 +131,7 @@ def _nameless(group: Group, leaves: Leaves) -> _Nameless | None:
     words = None if closure is None else _words(closure.skeleton)
     if closure is None or words is None:
         return None
-    own = (leaves[name] for name in group.members)
-    avals = tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in own)
+    avals = tuple(shape_and_dtype(leaves[name]) for name in group.members)
     return _Nameless(closure, words, avals)
 
 

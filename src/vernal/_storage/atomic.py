@@ -49,7 +49,7 @@ def open_to_replace(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def _check_replaceable(target: Path) -> os.stat_result | None:
-    """Returns the `stat` of the file there is, `None` for none."""
+    """Returns the `stat` of an existing file, `None` if there is none."""
     try:
         old = target.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -179,7 +179,7 @@ class Checkpointer:
             )
 
     def require_columns(self, like: History) -> None:
-        """Checks that what is recorded fits the history there is, before a `write`."""
+        """Checks that what is recorded fits the history on disk, before a `write`."""
         self._log.require_columns(like)
 
     def mark_as_written(self, trainer: AbstractTrainer) -> None:

@@ -59,7 +59,7 @@ class HistoryLog:
             table.resume(Extent(0, []), 0)
 
     def require_columns(self, like: History) -> None:
-        """Checks that the next rows have the columns of those that there are."""
+        """Checks that the next rows have the columns of those on disk."""
         for table, columns in zip(self._tables, _split(like), strict=True):
             table.require_columns(columns)
 

@@ -86,7 +86,7 @@ class Table:
         self._extent = self._extent._replace(columns=described)
 
     def append(self, columns: Columns) -> Extent:
-        """Adds the rows that are new, and returns how much there is now."""
+        """Adds the new rows, and returns the extent of all."""
         new = {name: column[self._length :] for name, column in columns.items()}
         count = len(next(iter(new.values())))
         if count and self._writes:

@@ -19,7 +19,7 @@ _INNER_DOT = "\0"
 
 
 class _Match(NamedTuple):
-    """A leaf that a selector matches: how specifically, and if by its own name."""
+    """A leaf that a selector matches: how specifically, and whether by its own path."""
 
     leaf: int
     specificity: tuple[int, int]

@@ -36,9 +36,9 @@ def is_alike(
 def disagreements(
     found: Mapping[str, T], expected: Mapping[str, T]
 ) -> list[tuple[str, T | None, T | None]]:
-    """Lists the paths at which two mappings differ, and what each of them has there.
+    """Lists the paths at which two mappings differ, with both values.
 
-    That is `None` where a mapping lacks the path.
+    The value is `None` if a mapping lacks the path.
     """
     paths = dict.fromkeys((*found, *expected))
     pairs = [(path, found.get(path), expected.get(path)) for path in paths]
