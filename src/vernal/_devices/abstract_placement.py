@@ -102,7 +102,9 @@ class Anywhere(AbstractPlacement):
     def splits(self) -> bool:
         return False
 
-    def _stay(self, arrays: Any, *_: Any, **__: Any) -> Any:
+    # Static, since each method of a module is made again when it is looked up.
+    @staticmethod
+    def _stay(arrays: Any, *_: Any, **__: Any) -> Any:
         return arrays
 
     put = put_state = put_whole = put_rows = home = whole = _stay

@@ -1,5 +1,6 @@
 """A fit of one trainer."""
 
+import dataclasses
 from typing import Any, final
 
 from .._boundary import PyTree
@@ -24,6 +25,7 @@ from .subject import AbstractSubject, BadEnd
 
 
 @final
+@dataclasses.dataclass(frozen=True)
 class OneTrainer(AbstractSubject):
     """A fit of one trainer."""
 

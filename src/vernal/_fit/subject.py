@@ -7,7 +7,6 @@ import math
 import operator
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array
@@ -40,10 +39,11 @@ class BadEnd(NamedTuple):
             raise non_finite_error(self.trainer, result, explanation)
 
 
-class AbstractSubject(eqx.Module):
+class AbstractSubject(abc.ABC):
     """What a fit fits. Its arrays lie where `place` puts them."""
 
-    place: eqx.AbstractVar[AbstractPlacement]
+    # Not a module: each method of a module is made again when it is looked up.
+    place: AbstractPlacement
 
     @property
     @abc.abstractmethod

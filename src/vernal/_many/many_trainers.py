@@ -1,5 +1,6 @@
 """A fit of many trainers at once."""
 
+import dataclasses
 from typing import Any, final
 
 import equinox as eqx
@@ -21,6 +22,7 @@ from .stack import first_row, stack
 
 
 @final
+@dataclasses.dataclass(frozen=True)
 class ManyTrainers(AbstractSubject):
     """A fit of many trainers at once, stacked to one, `group` at a time.
 
