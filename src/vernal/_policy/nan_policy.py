@@ -102,7 +102,7 @@ class NanPolicy(Portable, eqx.Module):
             return jnp.array(1.0)
 
         def apply(self, loss, grads, state):
-            finite = jnp.isfinite(loss)
+            finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
             state = jnp.where(finite, state, state / 2)
             grads = jax.tree.map(lambda g: state * g, grads)
             return grads, vn.Verdict(accept=finite, stop=state < 1e-3), state

@@ -97,8 +97,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
     - `nll(self, model, batch) -> scalar`, the negative log-likelihood.
 
     Without a `loss`, the negative log-likelihood is minimised: `nll`, or half the sum
-    of squared `residuals`. Define only one of them if you can: of several, each method
-    uses its own, and `residuals` beside another gives a warning.
+    of squared `residuals` (of complex ones, of their absolute values). Define only one
+    of them if you can: of several, each method uses its own, and `residuals` beside
+    another gives a warning.
 
     With `key=`, all three also receive a keyword argument `key`, a new one at every
     step. With `state=`, `loss` also receives a keyword argument `state`, and returns
