@@ -22,7 +22,7 @@ from .._curvature import (
 from .._data import as_batch
 from .._policy import all_finite
 from .._program import program
-from .._projection import find_blocks
+from .._projection import Block, find_blocks
 from .._step import (
     AbstractTrainer,
     explain_non_finite,
@@ -34,8 +34,6 @@ from .._step import (
     stripped,
 )
 from .._tree import as_parameters
-
-Block = tuple[int, ...]
 
 # Kinds of derivatives: what is differentiated, how, and its name in messages.
 _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
@@ -96,7 +94,7 @@ def _derive(
 def _within(
     trainer: AbstractTrainer,
     batch: Any,
-    block: tuple[int, ...],
+    block: Block,
     evaluate: Callable[..., Any],
 ) -> tuple[Callable[[list[Array]], Array], list[Array]]:
     """Returns `evaluate` as a function of the leaves of a block, and these leaves."""

@@ -21,6 +21,7 @@ from .._step import (
     Progress,
     TrainerT,
     advance,
+    error_if_stopped,
     no_optimiser,
     progress_of,
     raise_if_non_finite,
@@ -128,14 +129,11 @@ def _segment_near_root(steps: int) -> int:
 
 
 def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
-    """Raises as a step does; in compiled code the error cannot name the step."""
+    """Raises as a step does."""
     if not after.nan_policy.raises:
         return after
     if isinstance(after.stopped, jax.core.Tracer):
-        message = "A value is not finite, and the policy is RaiseOnNan."
-        return with_progress(
-            after, eqx.error_if(progress_of(after), after.stopped, message)
-        )
+        return error_if_stopped(after)
     if not before.stopped:
         raise_if_non_finite(after, after)
     return after

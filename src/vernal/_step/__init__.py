@@ -27,7 +27,13 @@ from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
 from .hyperparams import beginning, settled
 from .model import checked_model
 from .model_template import ModelTemplate
-from .nan_report import last_bad_step, nan_report, non_finite_error, raise_if_non_finite
+from .nan_report import (
+    error_if_stopped,
+    last_bad_step,
+    nan_report,
+    non_finite_error,
+    raise_if_non_finite,
+)
 from .objective import (
     defined,
     evaluate,

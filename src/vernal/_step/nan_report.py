@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 
 from .._policy import SKIP_ADVICE, NanCount, NonFiniteError
 from .._tree import paths
-from .abstract_trainer import AbstractTrainer, progress_of
+from .abstract_trainer import AbstractTrainer, TrainerT, progress_of, with_progress
 
 
 def nan_report(trainer: AbstractTrainer) -> dict[str, NanCount]:
@@ -41,6 +42,13 @@ def raise_if_non_finite(
     """Raises if the last step was bad, under a policy that raises."""
     if trainer.stopped and trainer.nan_policy.raises and is_at_bad_step(trainer):
         raise non_finite_error(trainer, result, explanation)
+
+
+def error_if_stopped(trainer: TrainerT) -> TrainerT:
+    """Raises when a compiled program runs; the error cannot name the step."""
+    message = "A value is not finite, and the policy is RaiseOnNan."
+    progress = eqx.error_if(progress_of(trainer), trainer.stopped, message)
+    return with_progress(trainer, progress)
 
 
 def non_finite_error(

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, overload
 
-import equinox as eqx
 import jax
 import jax.core
 import numpy as np
@@ -53,6 +52,7 @@ from .._step import (
     check_ruled,
     checked_model,
     diagnosed,
+    error_if_stopped,
     find_trained,
     fit_projector,
     initial_opt_state,
@@ -254,14 +254,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         if not (raises or is_debugged()):
             return trainer, info
         if isinstance(info.stopped, jax.core.Tracer):
-            if not raises:
-                return trainer, info
-            progress = eqx.error_if(
-                progress,
-                info.stopped,
-                "A value is not finite, and the policy is RaiseOnNan.",
-            )
-            return with_progress(self, progress), info
+            return (error_if_stopped(trainer) if raises else trainer), info
         if not self.stopped and trainer.stopped:
             diagnosis = diagnosed(place.put(trainer), batch)
             raise_if_non_finite(trainer, trainer, diagnosis.advised)
