@@ -1,6 +1,7 @@
 """Names of leaves: as dotted paths, as Python writes them, and the nearest ones."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ def spelled_leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
     """Yields each leaf of a tree beside where it is, as `spelled` writes it."""
     for keys, leaf in tree_leaves_with_path(tree):
         yield spelled(name, keys), leaf
+
+
+def without_addresses(text: str) -> str:
+    """Leaves out the addresses of objects, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def nearest_names(name: str, candidates: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._boundary import PyTree, takes_methods, whole_number
+from .._boundary import PyTree, takes_methods, whole_number, without_addresses
 from .._data import as_batch
 from .._policy import StepView, StopCriterion, StopReason, asked
 from .._step import (
@@ -92,8 +91,7 @@ class Monitor(eqx.Module):
     @property
     def fingerprint(self) -> str:
         """Identifies the criterion, also in another process."""
-        # Without addresses, which differ between processes.
-        text = re.sub(r" at 0x[0-9a-f]+", "", repr(self.stop))
+        text = without_addresses(repr(self.stop))
         values = [np.asarray(x.array).tobytes() for x in to_arrays(self.stop).values()]
         return hashlib.sha256(b"|".join([text.encode(), *values])).hexdigest()
 

@@ -93,8 +93,11 @@ def _not_a_transformation(tx: Any, where: str) -> str:
     elif callable(tx) and hasattr(tx, "__name__"):
         name = tx.__name__
         what = f"the function `{name}`"
+        is_optax = (tx.__module__ or "").startswith("optax.")
         remedy = (
-            f"Did you mean `{name}(1e-3)`, or, if it is a schedule, "
+            f"Call it: `optax.{name}(1e-3)`."
+            if is_optax
+            else f"Did you mean `{name}(1e-3)`, or, if it is a schedule, "
             f"`optax.sgd({name})`?"
         )
     else:

@@ -13,4 +13,4 @@ from .library import (
     is_of_python,
     module_of,
 )
-from .portable import ModuleMeta, Portable, build, packed
+from .portable import Portable, build, packed

@@ -66,7 +66,7 @@ def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure,
             f"`{argument}` is {max_steps}, but at most {_MOST_ROWS} losses are kept. "
             "Solve several times, each time from the trainer of the last result."
         )
-    _check_solver(solver)
+    _require_solver(solver)
     rows = max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length())
     return Closure.encode(solver), rows
 
@@ -280,18 +280,28 @@ def find_bad(
 find_bad_alone = program(find_bad)
 
 
-def _check_solver(solver: Any) -> None:
-    is_solver = isinstance(
-        solver, optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver
-    )
-    if not is_solver:
-        given = solver if isinstance(solver, str | type) else type(solver)
+SOLVERS = optx.AbstractMinimiser, optx.AbstractLeastSquaresSolver
+
+
+def _require_solver(solver: Any) -> None:
+    if isinstance(solver, SOLVERS):
+        return
+    if isinstance(solver, type) and issubclass(solver, SOLVERS):
         raise TypeError(
-            f"`solver` is {given!r}, not a minimiser or a least-squares solver of "
-            "Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, atol=1e-8)` or "
-            "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
-            "is for `fit`."
+            f"`solver` is the class `{solver.__name__}`. Give an instance: "
+            f"`{solver.__name__}(rtol=1e-8, atol=1e-8)`."
         )
+    given = (
+        repr(solver)
+        if isinstance(solver, str)
+        else f"of type `{type(solver).__name__}`"
+    )
+    raise TypeError(
+        f"`solver` is {given}, not a minimiser or a least-squares solver of "
+        "Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, atol=1e-8)` or "
+        "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation is "
+        "for `fit`."
+    )
 
 
 def _check_class(trainer: AbstractTrainer, solver: Any) -> None:

@@ -34,6 +34,7 @@ from .._storage import History
 from .._tree import paths
 from .problem import (
     REASONS,
+    SOLVERS,
     End,
     Problem,
     Start,
@@ -72,6 +73,11 @@ def solve(
     mesh: Mesh | None,
 ) -> FitResult[Any, Any]:
     """Implements `Trainer.solve`."""
+    if isinstance(batch, SOLVERS):
+        raise TypeError(
+            f"`batch` is a `{type(batch).__name__}`. Give the solver first: "
+            "`trainer.solve(solver, batch)`."
+        )
     refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     options = options._replace(rewhiten=boolean(options.rewhiten, "rewhiten"))
     place = placement(trainer, mesh)

@@ -14,9 +14,9 @@ import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
-from .._boundary import PyTree
+from .._boundary import ModuleMeta, PyTree
 from .._optimiser import ParamOptimiser
-from .._pickling import ModuleMeta, Portable, build
+from .._pickling import Portable, build
 from .._policy import NanPolicy, StopFit
 from .._projection import EigenProjector
 from .model_template import ModelTemplate

@@ -107,9 +107,10 @@ def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
 
 def no_optimiser(trainer: AbstractTrainer) -> ValueError:
     """Says what to do about a trainer that cannot take a step."""
+    name = type(trainer).__name__
     return ValueError(
-        f"`{type(trainer).__name__}` has no optimiser. Give it one: "
-        "`Trainer(model, optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
+        f"`{name}` has no optimiser. Give it one: `{name}(model, optax.adam(1e-2))` or "
+        "`trainer.replace(optimiser=...)`."
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 
-from .._boundary import dotted
+from .._boundary import dotted, without_addresses
 from .._closure import Closure
 from .._optimiser import Transform
 from .._pickling import content_of
@@ -194,7 +193,7 @@ def short_text(value: Any) -> str:
     """Returns a short text of a value, on one line."""
     if callable(value) and hasattr(value, "__qualname__"):
         return f"`{_public_name(value)}`"
-    line = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
+    line = " ".join(without_addresses(repr(value)).split())
     return line if len(line) <= 60 else f"{line[:59]}…"
 
 

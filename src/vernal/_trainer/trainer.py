@@ -18,7 +18,6 @@ from .._boundary import (
     narrowed_tree,
     refuse_traced,
     refuse_unknown,
-    undebugged,
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
@@ -124,7 +123,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
     _template: ModelTemplate
     _progress: Progress
 
-    @undebugged
+    @entrance
     def __init__(
         self,
         model: Model,
