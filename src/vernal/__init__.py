@@ -76,6 +76,6 @@ from ._tree import (
 )
 
 # For `help` and the like. Type checkers read the imports.
-__all__ = [name for name in globals() if name[0] != "_"]  # pyright: ignore
+globals()["__all__"] = [name for name in globals() if name[0] != "_"]
 
 __version__ = _version("vernal")

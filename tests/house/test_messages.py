@@ -56,11 +56,11 @@ SLIPS = {
     ),
     "not called": (
         lambda t: LineFit(line(), optax.adam),
-        r"is the function `adam`.* Call it: `optax\.adam\(1e-3\)`",
+        r"is the function `adam`.* Call it: `adam\(1e-3\)`",
     ),
     "a rule not called": (
         lambda t: vn.ParamOptimiser({"slope": optax.adam}),
-        r"Call it: `optax\.adam\(1e-3\)`",
+        r"Call it: `adam\(1e-3\)`",
     ),
     "no rate": (lambda t: LineFit(line(), optax.adam(None)), "rate `None`.*loss would"),
     "no rate in a rule": (

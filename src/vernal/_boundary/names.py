@@ -44,7 +44,7 @@ def spelled_leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
         yield spelled(name, keys), leaf
 
 
-def without_addresses(text: str) -> str:
+def unaddressed(text: str) -> str:
     """Leaves out the addresses of objects, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 

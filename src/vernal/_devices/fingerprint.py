@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 
-from .._boundary import PyTree, without_addresses
+from .._boundary import PyTree, unaddressed
 from .._tree import checksum, to_arrays
 
 
 def fingerprint(text: Any) -> str:
     """Hashes a text, without the addresses of objects in it."""
-    return hashlib.sha256(without_addresses(str(text)).encode()).hexdigest()
+    return hashlib.sha256(unaddressed(str(text)).encode()).hexdigest()
 
 
 def leaf_fingerprints(tree: PyTree, max_bytes: int | None = None) -> dict[str, str]:

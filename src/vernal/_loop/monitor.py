@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._boundary import PyTree, takes_methods, whole_number, without_addresses
+from .._boundary import PyTree, takes_methods, unaddressed, whole_number
 from .._data import as_batch
 from .._policy import StepView, StopCriterion, StopReason, asked
 from .._step import (
@@ -91,7 +91,7 @@ class Monitor(eqx.Module):
     @property
     def fingerprint(self) -> str:
         """Identifies the criterion, also in another process."""
-        text = without_addresses(repr(self.stop))
+        text = unaddressed(repr(self.stop))
         values = [np.asarray(x.array).tobytes() for x in to_arrays(self.stop).values()]
         return hashlib.sha256(b"|".join([text.encode(), *values])).hexdigest()
 

@@ -1,5 +1,6 @@
 """Checks the learning rates that an Optax transformation was given."""
 
+import re
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
@@ -12,6 +13,9 @@ from .._pickling import content_of
 
 # Optax's names of rates and schedules in its closures.
 _RATES = ("learning_rate", "step_size", "step_size_fn")
+
+# Its parts of an optimiser that leave the sign to the rate.
+_UNSIGNED = re.compile(r"scale_by_(?!schedule).*|identity|trace|add_decayed_weights")
 
 # Its names of the arguments that `inject_hyperparams` passes on.
 _OPTIONS = ("numeric_hps", "other_hps")
@@ -41,14 +45,9 @@ def check_rates(tx: optax.GradientTransformation, where: str) -> None:
 def _has_no_sign(tx: optax.GradientTransformation) -> bool:
     """Whether Optax made a chain of parts without a rate, and `None` for the rate."""
     parts = _held(tx.update).get("update_fns", ())
-    inner = [_held(part).get("tx", tx).update for part in parts]
-    names = [getattr(fn, "__qualname__", "").split(".")[0] for fn in inner]
-    return names[-1:] == ["identity"] and all(map(_is_part, names))
-
-
-def _is_part(name: str) -> bool:
-    is_scaling = name.startswith("scale_by_") and name != "scale_by_schedule"
-    return is_scaling or name in ("identity", "trace", "add_decayed_weights")
+    functions = [_held(part).get("tx", tx).update for part in parts]
+    makers = [getattr(fn, "__qualname__", "").split(".")[0] for fn in functions]
+    return makers[-1:] == ["identity"] and all(map(_UNSIGNED.fullmatch, makers))
 
 
 def _held(fn: Any) -> dict[str, Any]:

@@ -291,16 +291,11 @@ def _require_solver(solver: Any) -> None:
             f"`solver` is the class `{solver.__name__}`. Give an instance: "
             f"`{solver.__name__}(rtol=1e-8, atol=1e-8)`."
         )
-    given = (
-        repr(solver)
-        if isinstance(solver, str)
-        else f"of type `{type(solver).__name__}`"
-    )
     raise TypeError(
-        f"`solver` is {given}, not a minimiser or a least-squares solver of "
-        "Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, atol=1e-8)` or "
-        "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation is "
-        "for `fit`."
+        f"`solver` is of type `{type(solver).__name__}`, not a minimiser or a "
+        "least-squares solver of Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, "
+        "atol=1e-8)` or `optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax "
+        "transformation is for `fit`."
     )
 
 

@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 
-from .._boundary import dotted, without_addresses
+from .._boundary import dotted, unaddressed
 from .._closure import Closure
 from .._optimiser import Transform
 from .._pickling import content_of
@@ -50,12 +50,10 @@ def describe(tree: Any) -> Described:
         return tree
     if eqx.is_array(tree):
         return word(f"an array ({abstract(tree)})")
-    if (parts := _children(tree)) is None:
+    if tree is None or (parts := _children(tree)) is None:
         is_number = isinstance(tree, int | float | complex)
         return Described(tree, lambda: "the static " * is_number + short_text(tree))
     match tree:
-        case None:
-            return word("None")
         case Trainer():
             # What users know the fields by.
             parts |= {"": parts.pop("_progress"), "model": parts.pop("_template")}
@@ -128,7 +126,7 @@ def _static(tree: Any) -> dict[str, Any]:
         fields, held = dataclasses.fields(tree), vars(tree)
         names = [field.name for field in fields if field.metadata.get("static")]
         return {name: held[name] for name in names if name in held}
-    if isinstance(tree, dict | list | tuple | None):
+    if isinstance(tree, dict | list | tuple):
         return {}
     node = jtu.tree_structure(tree, is_leaf=lambda x: x is not tree).node_data()
     return {"": node and node[1]}
@@ -193,7 +191,7 @@ def short_text(value: Any) -> str:
     """Returns a short text of a value, on one line."""
     if callable(value) and hasattr(value, "__qualname__"):
         return f"`{_public_name(value)}`"
-    line = " ".join(without_addresses(repr(value)).split())
+    line = " ".join(unaddressed(repr(value)).split())
     return line if len(line) <= 60 else f"{line[:59]}…"
 
 

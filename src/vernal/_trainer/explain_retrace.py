@@ -135,12 +135,9 @@ def _array_differences(old: Any, new: Any) -> list[str]:
         if before != after:
             texts.append(f": {name.replace('_', ' ')}{_said(before, after)}")
     # `None` is left to JAX.
-    one, other = (x.sharding if _is_committed(x) else None for x in (old, new))
+    is_placed = lambda array: getattr(array, "committed", False)
+    one, other = (x.sharding if is_placed(x) else None for x in (old, new))
     is_same = one.is_equivalent_to(other, old.ndim) if one and other else one is other
     if not texts and not (is_same and arrays[0] == arrays[1]):
         texts = [f": sharding{_said(*(str(x or 'left to JAX') for x in (one, other)))}"]
     return texts
-
-
-def _is_committed(array: Any) -> bool:
-    return getattr(array, "committed", False)
