@@ -22,7 +22,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
 
     **Attributes:**
 
-    - `trainer`: the trainer after the last step, ready to go on.
+    - `trainer`: the trainer after the last step, which can continue.
     - `history`: what was recorded.
     - `stop_reason`: why the fit ended; it prints as a sentence.
     """
