@@ -16,7 +16,7 @@ from .foreign import (
     require_numbers,
 )
 from .frames import entrance, warn
-from .names import dotted, nearest_names, segment, spelled, spelled_leaves, unaddressed
+from .names import dotted, nearest_names, spelled, spelled_leaves, unaddressed
 from .precision import (
     REMEDY,
     is_cut,

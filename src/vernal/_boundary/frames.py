@@ -75,9 +75,7 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
     return entered
 
 
-def _refuse_misspelt(
-    error: Exception, fn: Callable[..., Any], given: dict[str, Any]
-) -> None:
+def _refuse_misspelt(error: Exception, fn: Any, given: dict[str, Any]) -> None:
     """Refuses an argument that the function does not have, in place of Python."""
     if isinstance(error, TypeError):
         known = inspect.signature(fn).parameters

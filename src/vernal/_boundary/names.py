@@ -5,32 +5,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jax.tree_util import (
-    DictKey,
-    FlattenedIndexKey,
-    GetAttrKey,
-    SequenceKey,
-    keystr,
-    tree_leaves_with_path,
-)
-
-
-def segment(key: Any) -> str:
-    """Returns one step of a key path as it stands in a dotted path."""
-    match key:
-        case GetAttrKey(name=name):
-            return str(name)
-        case DictKey(key=name) | FlattenedIndexKey(key=name):
-            return str(name)
-        case SequenceKey(idx=index):
-            return str(index)
-        case _:
-            return str(key)
+from jax.tree_util import keystr, tree_leaves_with_path
 
 
 def dotted(keys: tuple[Any, ...]) -> str:
     """Returns the dotted path of one of JAX's key paths."""
-    return ".".join(map(segment, keys))
+    return keystr(keys, simple=True, separator=".")
 
 
 def spelled(name: str, keys: tuple[Any, ...]) -> str:

@@ -258,10 +258,6 @@ class Program(Generic[P, R]):
         record, first, rest = self._taken_apart(args)
         return self._of(record.now()).lower(first, rest)
 
-    def cache_size(self) -> int:
-        """Counts the compiled programs."""
-        return sum(x._cached._cache_size() for x in self._compiled.values())
-
     def forget(self) -> None:
         """Drops the compiled programs."""
         self._compiled.clear()

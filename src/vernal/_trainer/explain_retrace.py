@@ -49,11 +49,6 @@ def explain_retrace(old: Any, new: Any) -> str:
     return "\n".join(lines) or _NOTHING
 
 
-Found = Iterator[tuple[tuple[tuple[str, str], ...], str]]
-"""Differences: the names that lead there, each beside the function that has a variable
-of that name, and a text."""
-
-
 def _line(steps: tuple[tuple[str, str], ...], text: str) -> str:
     path, variable, owner = [], [], ""
     for name, function in steps:
@@ -68,8 +63,12 @@ def _line(steps: tuple[tuple[str, str], ...], text: str) -> str:
     return ": ".join(filter(None, (".".join(path), text.lstrip(": "))))
 
 
-def _differences(old: Any, new: Any, met: set[Any]) -> Found:
-    """Yields the differences of two trees that were not `met` yet, outer ones first."""
+def _differences(old: Any, new: Any, met: set[Any]) -> Iterator[tuple[Any, str]]:
+    """Yields the differences of two trees that were not `met` yet, outer ones first.
+
+    A difference is a pair of the steps that lead there, and a text. A step is a name,
+    and the function that has a variable of that name, if there is one.
+    """
     if old is new:
         return
     if eqx.is_array(old) and eqx.is_array(new):
@@ -103,7 +102,7 @@ def _differences(old: Any, new: Any, met: set[Any]) -> Found:
 _ABSENT = word("absent")
 
 
-def _closure_differences(old: Closure, new: Closure) -> Found:
+def _closure_differences(old: Closure, new: Closure) -> Iterator[tuple[Any, str]]:
     is_same = old.skeleton == new.skeleton
     leaves = zip(old.leaves, new.leaves, strict=False)
     if is_same and not any(_array_differences(*pair) for pair in leaves):
