@@ -126,7 +126,7 @@ def _static(tree: Any) -> dict[str, Any]:
         fields, held = dataclasses.fields(tree), vars(tree)
         names = [field.name for field in fields if field.metadata.get("static")]
         return {name: held[name] for name in names if name in held}
-    if isinstance(tree, dict | list | tuple):
+    if isinstance(tree, dict | list | tuple | None):
         return {}
     node = jtu.tree_structure(tree, is_leaf=lambda x: x is not tree).node_data()
     return {"": node and node[1]}
