@@ -88,13 +88,13 @@ def _differences(old: Any, new: Any, met: set[Any]) -> Iterator[tuple[Any, str]]
             return
         met.add((one, other))
     for name in one.static | other.static:
-        before, after = (x.static.get(name, _ABSENT) for x in (one, other))
+        before, after = one.static.get(name, _ABSENT), other.static.get(name, _ABSENT)
         if not _is_same(before, after):
             what = " static," if name else " its structure"
             texts = short_text(before), short_text(after)
             yield ((name, ""),), what + _said(*texts)
     for name in one.parts | other.parts:
-        before, after = (x.parts.get(name, _ABSENT) for x in (one, other))
+        before, after = one.parts.get(name, _ABSENT), other.parts.get(name, _ABSENT)
         for steps, text in _differences(before, after, met):
             yield ((name, one.function), *steps), text
 
@@ -128,15 +128,17 @@ def _is_same(old: Any, new: Any) -> bool:
 def _array_differences(old: Any, new: Any) -> list[str]:
     """Returns how two arrays differ in what a program is compiled for."""
     arrays = abstract(old), abstract(new)
+    is_placed = lambda array: getattr(array, "committed", False)
+    # `None` is left to JAX.
+    one, other = (x.sharding if is_placed(x) else None for x in (old, new))
+    are_apart = (one or other) and not (one and other)
+    is_same = arrays[0] == arrays[1] and not are_apart
+    if is_same and (one is other or one.is_equivalent_to(other, old.ndim)):
+        return []
     texts = []
     for name in ("shape", "dtype", "weak_type"):
         before, after = (str(getattr(array, name, False)) for array in arrays)
         if before != after:
             texts.append(f": {name.replace('_', ' ')}{_said(before, after)}")
-    # `None` is left to JAX.
-    is_placed = lambda array: getattr(array, "committed", False)
-    one, other = (x.sharding if is_placed(x) else None for x in (old, new))
-    is_same = one.is_equivalent_to(other, old.ndim) if one and other else one is other
-    if not texts and not (is_same and arrays[0] == arrays[1]):
-        texts = [f": sharding{_said(*(str(x or 'left to JAX') for x in (one, other)))}"]
-    return texts
+    places = (str(place or "left to JAX") for place in (one, other))
+    return texts or [f": sharding{_said(*places)}"]
