@@ -116,9 +116,8 @@ def _marked(parts: ModelTemplate) -> Any:
 def _children(tree: Any) -> dict[str, Any] | None:
     """Returns what is within a node, by name, and `None` for a leaf."""
     flat, _ = jtu.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
-    if len(flat) == 1 and flat[0][1] is tree:
-        return None
-    return {dotted(keys): child for keys, child in flat}
+    is_leaf = len(flat) == 1 and flat[0][1] is tree
+    return None if is_leaf else {dotted(keys): child for keys, child in flat}
 
 
 def _static(tree: Any) -> dict[str, Any]:
@@ -166,8 +165,8 @@ def _variables(fn: types.FunctionType) -> dict[str, Any]:
     cells = zip(code.co_freevars, map(content_of, fn.__closure__ or ()), strict=True)
     found = {name: content[0] for name, content in cells if content}
     arguments = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
-    found.update(zip(arguments, defaults, strict=True))
-    return {**found, **(fn.__kwdefaults__ or {}), **vars(fn)}
+    found |= zip(arguments, defaults, strict=True)
+    return found | (fn.__kwdefaults__ or {}) | vars(fn)
 
 
 def _unwrapped(value: Any) -> Any:
@@ -199,8 +198,7 @@ def _public_name(fn: Any) -> str:
     """Returns its own name, or that of the library's function which made it."""
     maker, *inner = fn.__qualname__.split(".<locals>.")
     package = (getattr(fn, "__module__", None) or "").split(".")[0]
-    is_known = package in ("optax", "vernal", "jax")
-    return maker if is_known or not inner else inner[-1]
+    return inner[-1] if inner and package not in ("optax", "vernal", "jax") else maker
 
 
 def abstract(array: Any) -> Any:

@@ -131,9 +131,9 @@ def _array_differences(old: Any, new: Any) -> list[str]:
     is_placed = lambda array: getattr(array, "committed", False)
     # `None` is left to JAX.
     one, other = (x.sharding if is_placed(x) else None for x in (old, new))
-    are_apart = (one or other) and not (one and other)
-    is_same = arrays[0] == arrays[1] and not are_apart
-    if is_same and (one is other or one.is_equivalent_to(other, old.ndim)):
+    if arrays[0] == arrays[1] and (
+        one.is_equivalent_to(other, old.ndim) if one and other else one is other
+    ):
         return []
     texts = []
     for name in ("shape", "dtype", "weak_type"):
