@@ -206,4 +206,4 @@ def abstract(array: Any) -> Any:
     try:
         return jax.typeof(np.ma.getdata(array) if np.ma.isMA(array) else array)
     except TypeError:
-        return array
+        return types.SimpleNamespace(shape=array.shape, dtype=array.dtype)
