@@ -6,7 +6,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from vernal._inference.derivatives import _derive
+from vernal._inference.derivatives import run_derive
 from vernal._solve.problem import Problem, Start, checked_solver, run
 from vernal._step import stripped
 
@@ -41,10 +41,10 @@ def test_the_solver_s_program_has_the_model_once(name):
 
 def test_whitening_and_the_distance_share_a_jacobian():
     whitened = trainer().whiten(DATA)
-    compiled = _derive.cache_size()
+    compiled = run_derive.cache_size()
     result = whitened.solve(SOLVERS["LevenbergMarquardt"], DATA)
     result.trainer.standard_errors(DATA)
-    assert _derive.cache_size() == compiled
+    assert run_derive.cache_size() == compiled
     assert result.stop_reason is vn.StopReason.CONVERGED
 
 

@@ -71,7 +71,7 @@ def derive(
     else:
         blocks = find_blocks(params, selectors, "blocks")
     args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac
-    return _derive(*args)[:2]
+    return run_derive(*args)[:2]
 
 
 def linearised(
@@ -83,12 +83,12 @@ def linearised(
     """
     every = (tuple(range(len(jax.tree.leaves(trainer.params)))),)
     args = stripped(trainer), as_batch(batch), "jacobian", every, None, jac
-    (jacobian,), _, residuals = _derive(*args)
+    (jacobian,), _, residuals = run_derive(*args)
     return jacobian, residuals
 
 
 @program
-def _derive(
+def run_derive(
     trainer: AbstractTrainer,
     batch: Any,
     kind: str,

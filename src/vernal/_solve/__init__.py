@@ -1,16 +1,4 @@
 """Solvers of Optimistix."""
 
-from .problem import (
-    REASONS,
-    End,
-    Problem,
-    Solver,
-    Start,
-    checked_solver,
-    find_bad,
-    is_suspect,
-    progress_at,
-    run,
-    run_solver,
-)
-from .solve import SolveOptions, solve
+from .problem import (End, Problem, REASONS, Solver, Start, checked_solver, find_bad, is_suspect, progress_at, run, run_solver)
+from .solve import (SolveOptions, solve)
