@@ -6,13 +6,28 @@ names the leaves of a tree; `frames` and `warnings` point to the user's code; `t
 and `debugging` see to what JAX is doing when a function is called.
 """
 
-from .arguments import (boolean, file_path, prng_key, refuse_unknown, whole_number)
-from .debugging import (debugged, is_debugged, undebugged)
-from .foreign import (has_been_deleted, is_deleted, refuse_foreign, refuse_meaning, require_numbers)
-from .frames import (entrance, warn)
-from .names import (dotted, nearest_names, segment, spelled, spelled_leaves)
-from .precision import (REMEDY, is_cut, is_wide, is_x64_on, narrowed, narrowed_model, narrowed_tree, spacing)
-from .signatures import (takes, takes_methods)
-from .traced import (UNROLL, refuse_program, refuse_traced)
-from .type_checks import (Params, PyTree, checked)
-from .warnings import (ObjectiveWarning, PrecisionWarning, warn_once)
+from .arguments import boolean, file_path, prng_key, refuse_unknown, whole_number
+from .debugging import debugged, is_debugged, undebugged
+from .foreign import (
+    has_been_deleted,
+    is_deleted,
+    refuse_foreign,
+    refuse_meaning,
+    require_numbers,
+)
+from .frames import entrance, warn
+from .names import dotted, nearest_names, segment, spelled, spelled_leaves
+from .precision import (
+    REMEDY,
+    is_cut,
+    is_wide,
+    is_x64_on,
+    narrowed,
+    narrowed_model,
+    narrowed_tree,
+    spacing,
+)
+from .signatures import takes, takes_methods
+from .traced import UNROLL, refuse_program, refuse_traced
+from .type_checks import Params, PyTree, checked
+from .warnings import ObjectiveWarning, PrecisionWarning, warn_once

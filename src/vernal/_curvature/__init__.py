@@ -5,10 +5,37 @@ of a matrix. Beneath them: `flat` differentiates with respect to a flat vector, 
 chooses forward or reverse mode, `singular` decomposes a Jacobian and `linalg` a matrix.
 """
 
-from .eigen import (decompose, eigen_projection)
-from .flat import (checked_batch_size, gauss_newton_matrix, hessian_matrix, jacobian_of, spectrum_of)
-from .linalg import (Matrix, as_real_square, descending, equilibrated_eigh, matmul, refuse, refuse_non_finite)
-from .matrices import (gauss_newton, hessian, jacobian)
-from .matvec import (MatrixFree, Product, gauss_newton_matvec, hessian_matvec)
-from .modes import (Flat, Mode, Subject, checked_mode, choose_mode, columns, gauss_newton_products, gradient, hessian_product, in_reverse, jacobian_matrix, traced)
-from .singular import (Spectrum, column_norms, of_jacobian, positive, square_factor)
+from .eigen import decompose, eigen_projection
+from .flat import (
+    checked_batch_size,
+    gauss_newton_matrix,
+    hessian_matrix,
+    jacobian_of,
+    spectrum_of,
+)
+from .linalg import (
+    Matrix,
+    as_real_square,
+    descending,
+    equilibrated_eigh,
+    matmul,
+    refuse,
+    refuse_non_finite,
+)
+from .matrices import gauss_newton, hessian, jacobian
+from .matvec import MatrixFree, Product, gauss_newton_matvec, hessian_matvec
+from .modes import (
+    Flat,
+    Mode,
+    Subject,
+    checked_mode,
+    choose_mode,
+    columns,
+    gauss_newton_products,
+    gradient,
+    hessian_product,
+    in_reverse,
+    jacobian_matrix,
+    traced,
+)
+from .singular import Spectrum, column_norms, of_jacobian, positive, square_factor

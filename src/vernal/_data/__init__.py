@@ -4,5 +4,5 @@
 `sources` has the minibatches and the streams that a fit takes its batches from.
 """
 
-from .batch import (as_batch, as_given)
-from .sources import (Minibatches, Source, Stream, StreamExhaustedError, Whole, as_source)
+from .batch import as_batch, as_given
+from .sources import Minibatches, Source, Stream, StreamExhaustedError, Whole, as_source

@@ -4,8 +4,8 @@
 together; `same_inputs` and `fingerprint` find out whether they were given the same.
 """
 
-from .abstract_placement import (ANYWHERE, AbstractPlacement)
-from .fingerprint import (fingerprint, leaf_fingerprints)
-from .placement import (Sharding, placement)
-from .processes import (Decision, PeerError, Peers)
-from .same_inputs import (same_inputs)
+from .abstract_placement import ANYWHERE, AbstractPlacement
+from .fingerprint import fingerprint, leaf_fingerprints
+from .placement import Sharding, placement
+from .processes import Decision, PeerError, Peers
+from .same_inputs import same_inputs

@@ -1,8 +1,8 @@
 """A fit on the host: what happens between the chunks of steps."""
 
-from .arrival import (edm_note)
-from .fit import (fit)
-from .one_trainer import (OneTrainer)
-from .options import (FitKeywords, OPTIONS)
-from .result import (FitResult)
-from .subject import (AbstractSubject, BadEnd)
+from .arrival import edm_note
+from .fit import fit
+from .one_trainer import OneTrainer
+from .options import OPTIONS, FitKeywords
+from .result import FitResult
+from .subject import AbstractSubject, BadEnd

@@ -5,8 +5,8 @@
 `derivatives` is the compiled program beneath them.
 """
 
-from .derivatives import (Passes, linearised)
-from .fisher import (Blocks, curvature, fisher, has_likelihood)
-from .table import (table)
-from .uncertainty import (objective, standard_errors)
-from .whiten import (OF_WHITEN, whitened)
+from .derivatives import Passes, linearised
+from .fisher import Blocks, curvature, fisher, has_likelihood
+from .table import table
+from .uncertainty import objective, standard_errors
+from .whiten import OF_WHITEN, whitened

@@ -1,4 +1,4 @@
 """Many fits in one program."""
 
-from .fit_many import (fit_many)
-from .result import (ManyResult)
+from .fit_many import fit_many
+from .result import ManyResult

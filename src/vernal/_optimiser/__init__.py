@@ -5,10 +5,10 @@ each group of them by its own transformation, and shares the traces of like grou
 `transform` makes pytrees of Optax's closures; `learning_rates` reads the rates in them.
 """
 
-from .learning_rates import (learning_rates)
-from .map_optimisers import (map_optimisers)
-from .param_optimiser import (ParamOptimiser)
-from .partition import (partition)
-from .precondition import (precondition)
-from .schedule import (delay, window)
-from .transform import (Transform, as_transform)
+from .learning_rates import learning_rates
+from .map_optimisers import map_optimisers
+from .param_optimiser import ParamOptimiser
+from .partition import partition
+from .precondition import precondition
+from .schedule import delay, window
+from .transform import Transform, as_transform

@@ -5,6 +5,12 @@ modules. `code` refers to a function by its name or its code. `library` says whi
 is a library's.
 """
 
-from .code import (bare, content_of, digest_of, is_named, metadata)
-from .library import (is_library, is_library_file, is_library_module, is_of_python, module_of)
-from .portable import (ModuleMeta, Portable, build, packed)
+from .code import bare, content_of, digest_of, is_named, metadata
+from .library import (
+    is_library,
+    is_library_file,
+    is_library_module,
+    is_of_python,
+    module_of,
+)
+from .portable import ModuleMeta, Portable, build, packed

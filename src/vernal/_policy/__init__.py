@@ -5,8 +5,20 @@
 reasons why a fit ends.
 """
 
-from .finite import (all_finite, debug_nan_check, is_finite, zero_nan_check)
-from .nan_policy import (BreakOnNan, NanCount, NanPolicy, NonFiniteError, RaiseOnNan, SKIP_ADVICE, SkipStep, StopAfter, StopFit, Verdict, ZeroNans)
-from .returned import (asked, judged)
-from .stop_criterion import (Converged, Patience, StepView, StopCriterion)
-from .stop_reason import (AT_NON_FINITE, StopReason)
+from .finite import all_finite, debug_nan_check, is_finite, zero_nan_check
+from .nan_policy import (
+    SKIP_ADVICE,
+    BreakOnNan,
+    NanCount,
+    NanPolicy,
+    NonFiniteError,
+    RaiseOnNan,
+    SkipStep,
+    StopAfter,
+    StopFit,
+    Verdict,
+    ZeroNans,
+)
+from .returned import asked, judged
+from .stop_criterion import Converged, Patience, StepView, StopCriterion
+from .stop_reason import AT_NON_FINITE, StopReason

@@ -4,4 +4,4 @@
 `shelves` decides which compiled programs are kept.
 """
 
-from .programs import (Version, forget, program, version_of)
+from .programs import Version, forget, program, version_of

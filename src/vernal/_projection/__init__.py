@@ -7,9 +7,9 @@ that is, `dense` and `decompose` make one from a matrix or a Jacobian, `low_rank
 the data do not constrain.
 """
 
-from .blocks import (Block, find_blocks)
-from .decompose import (ROUNDING, jacobian_rtol, whiten)
-from .dense import (DenseWhitening, whiten_spectrum)
-from .null_policy import (NullPolicy)
-from .projector import (EigenProjector, make_block_projector, make_projector)
-from .whitening import (Unchanged)
+from .blocks import Block, find_blocks
+from .decompose import ROUNDING, jacobian_rtol, whiten
+from .dense import DenseWhitening, whiten_spectrum
+from .null_policy import NullPolicy
+from .projector import EigenProjector, make_block_projector, make_projector
+from .whitening import Unchanged

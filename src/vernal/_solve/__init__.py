@@ -1,4 +1,16 @@
 """Solvers of Optimistix."""
 
-from .problem import (End, Problem, REASONS, Solver, Start, checked_solver, find_bad, is_suspect, progress_at, run, run_solver)
-from .solve import (SolveOptions, solve)
+from .problem import (
+    REASONS,
+    End,
+    Problem,
+    Solver,
+    Start,
+    checked_solver,
+    find_bad,
+    is_suspect,
+    progress_at,
+    run,
+    run_solver,
+)
+from .solve import SolveOptions, solve

@@ -1,15 +1,59 @@
 """One step, pure, and what it fits."""
 
-from .abstract_trainer import (AbstractTrainer, Batch, Model, TrainerT, changed, config_of, overrides, progress_of, stripped, template_of, with_progress)
-from .constrain import (check_elementwise)
-from .construct import (check_arguments, check_class, check_ruled, find_trained, fit_projector, initial_opt_state, no_optimiser)
-from .diagnosis import (Diagnosis, bad_data, diagnosed, explain_non_finite)
-from .hyperparams import (beginning, settled)
-from .model import (checked_model)
-from .model_template import (ModelTemplate)
-from .nan_report import (error_if_stopped, last_bad_step, nan_report, non_finite_error, raise_if_non_finite)
-from .objective import (defined, evaluate, live, metric_shapes, negative_log_likelihood, real_residuals, score, step_key)
-from .precision import (precision_of, require_precision)
-from .progress import (Best, MOST_STEPS, Progress, count_non_finite, held_best, initial_progress, ranked, with_comparable_best)
-from .replace import (replaced_fields, reproject)
-from .step import (Outcome, advance, tree_norm)
+from .abstract_trainer import (
+    AbstractTrainer,
+    Batch,
+    Model,
+    TrainerT,
+    changed,
+    config_of,
+    overrides,
+    progress_of,
+    stripped,
+    template_of,
+    with_progress,
+)
+from .constrain import check_elementwise
+from .construct import (
+    check_arguments,
+    check_class,
+    check_ruled,
+    find_trained,
+    fit_projector,
+    initial_opt_state,
+    no_optimiser,
+)
+from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
+from .hyperparams import beginning, settled
+from .model import checked_model
+from .model_template import ModelTemplate
+from .nan_report import (
+    error_if_stopped,
+    last_bad_step,
+    nan_report,
+    non_finite_error,
+    raise_if_non_finite,
+)
+from .objective import (
+    defined,
+    evaluate,
+    live,
+    metric_shapes,
+    negative_log_likelihood,
+    real_residuals,
+    score,
+    step_key,
+)
+from .precision import precision_of, require_precision
+from .progress import (
+    MOST_STEPS,
+    Best,
+    Progress,
+    count_non_finite,
+    held_best,
+    initial_progress,
+    ranked,
+    with_comparable_best,
+)
+from .replace import replaced_fields, reproject
+from .step import Outcome, advance, tree_norm

@@ -6,9 +6,9 @@ writes through Orbax and `history_log` appends rows, and `checkpoint_search` fin
 is whole. `snapshot` lists what of a trainer is kept.
 """
 
-from .checkpointer import (Checkpointer, open_checkpointer)
-from .checkpoints import (Checkpoints)
-from .file import (DamagedFileError, ForeignFileError, NewerFormatError)
-from .history import (History, Recorder)
-from .origin import (origin)
-from .save import (load, save)
+from .checkpointer import Checkpointer, open_checkpointer
+from .checkpoints import Checkpoints
+from .file import DamagedFileError, ForeignFileError, NewerFormatError
+from .history import History, Recorder
+from .origin import origin
+from .save import load, save

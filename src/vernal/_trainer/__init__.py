@@ -1,5 +1,5 @@
 """The trainer: what a user subclasses and calls."""
 
-from .explain_retrace import (explain_retrace)
-from .fit_function import (fit)
-from .trainer import (Trainer)
+from .explain_retrace import explain_retrace
+from .fit_function import fit
+from .trainer import Trainer

@@ -5,10 +5,49 @@ them; `structure` compares and casts trees; `ravel` joins parameters into one ve
 `named_arrays` has the leaves as they are saved in files.
 """
 
-from .named_arrays import (Kind, LoadError, MismatchError, NamedArray, as_kind, checksum, from_arrays, is_key, is_part, require_alike_kinds, require_keepable, to_arrays)
-from .named_tree import (NamedTree, by_path, uniquely_named)
-from .paths import (LONG_DOUBLES, UnknownPathError, is_float, is_inexact, named_leaves, paths)
-from .ravel import (as_parameters, element_name, ravel, ravel_dtype, ravel_size, unravel, widest)
-from .selectors import (Selector, atoms, keep, resolve, split)
-from .structure import (LIKE_STATE, cast_alike, cast_like, disagreements, is_alike, is_weak, parameters, require_alike, shape_and_dtype, strong)
-from .text_table import (aligned)
+from .named_arrays import (
+    Kind,
+    LoadError,
+    MismatchError,
+    NamedArray,
+    as_kind,
+    checksum,
+    from_arrays,
+    is_key,
+    is_part,
+    require_alike_kinds,
+    require_keepable,
+    to_arrays,
+)
+from .named_tree import NamedTree, by_path, uniquely_named
+from .paths import (
+    LONG_DOUBLES,
+    UnknownPathError,
+    is_float,
+    is_inexact,
+    named_leaves,
+    paths,
+)
+from .ravel import (
+    as_parameters,
+    element_name,
+    ravel,
+    ravel_dtype,
+    ravel_size,
+    unravel,
+    widest,
+)
+from .selectors import Selector, atoms, keep, resolve, split
+from .structure import (
+    LIKE_STATE,
+    cast_alike,
+    cast_like,
+    disagreements,
+    is_alike,
+    is_weak,
+    parameters,
+    require_alike,
+    shape_and_dtype,
+    strong,
+)
+from .text_table import aligned
