@@ -6,6 +6,7 @@ jax.config.update("jax_enable_x64", True)
 
 from . import (  # noqa: E402
     bench_checkpoint,
+    bench_compile,
     bench_curvature,
     bench_eigen,
     bench_fit,
@@ -22,6 +23,7 @@ from . import (  # noqa: E402
 
 MODULES = (
     bench_fit,
+    bench_compile,
     bench_history,
     bench_partition,
     bench_eigen,
