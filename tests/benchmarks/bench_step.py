@@ -22,7 +22,7 @@ from .bench_fit import ChiSquared, problem, rules
 from .scan import chi_squared
 from .timing import in_turns, seconds
 
-ROUNDS = 40
+ROUNDS = 25
 WIDTH, BATCH = 256, 128
 
 
