@@ -7,7 +7,6 @@ than methods, because a user's subclass may have fields of the same names.
 # pyright: reportPrivateUsage=false
 
 import abc
-import types
 from typing import TYPE_CHECKING, Any, Generic
 
 import equinox as eqx
@@ -17,7 +16,7 @@ from typing_extensions import TypeVar
 
 from .._boundary import PyTree
 from .._optimiser import ParamOptimiser
-from .._pickling import ModuleMeta, Portable, build
+from .._pickling import ModuleMeta, Portable, QuickMethods, build
 from .._policy import NanPolicy, StopFit
 from .._projection import EigenProjector
 from .model_template import ModelTemplate
@@ -41,22 +40,9 @@ else:
     _Meta = ModuleMeta
 
 
-class _Example(eqx.Module):
-    def method(self) -> None: ...
-
-
-_example = vars(_Example().method)
-_BoundMethod = type(_Example().method)
-_COPIED = tuple(name for name in _example if name not in ("__func__", "__self__"))
-
-
-def _bound(fn: Any, module: eqx.Module) -> Any:
-    """Binds a method to a module as Equinox does: the result is a pytree."""
-    fields = {name: getattr(fn, name) for name in _COPIED if hasattr(fn, name)}
-    return build(_BoundMethod, {**fields, "__func__": fn, "__self__": module})
-
-
-class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
+class AbstractTrainer(
+    Portable, QuickMethods, eqx.Module, Generic[Model, Batch], metaclass=_Meta
+):
     """A model, an optimiser and policies: the configuration, and the progress of a fit.
 
     A trainer whose progress is `None` is a configuration: it goes into compiled
@@ -72,16 +58,6 @@ class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Me
     key: eqx.AbstractVar[PRNGKeyArray | None]
     _template: eqx.AbstractVar[ModelTemplate]
     _progress: eqx.AbstractVar[Progress]
-
-    if not TYPE_CHECKING:
-
-        def __getattribute__(self, name: str) -> Any:
-            # As Equinox does, which calls `__init__` of its bound method each time:
-            # that takes longer than a step of a small model.
-            value = object.__getattribute__(self, name)
-            if type(value) is not types.MethodType or value.__self__ is not self:
-                return value
-            return value if name.startswith("__") else _bound(value.__func__, self)
 
     # Hooks that a subclass may override.
 
