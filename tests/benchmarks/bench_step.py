@@ -90,7 +90,7 @@ def sides(make: Callable[[], tuple[Any, ...]], steps: int, dtype: Any) -> Any:
 
 def warm(case: str, dtype: Any, rounds: int = ROUNDS) -> dict[str, float]:
     make, steps = CASES[case]
-    loops, trainer, batch = sides(make, steps, dtype)
+    loops, *_ = sides(make, steps, dtype)
     np.testing.assert_allclose(*(fn() for fn in loops.values()), rtol=1e-3)
     runs = in_turns(loops, rounds)
     best = {name: min(times) / steps * 1e6 for name, times in runs.items()}

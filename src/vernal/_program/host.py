@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 _LOGGER = logging.getLogger("jax._src.callback")
@@ -49,7 +50,7 @@ def with_host_errors(
 
 def _whole(result: Any) -> Any:
     """Waits for a result, unless it is traced."""
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(result)):
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(result)):
         jax.block_until_ready(result)
     return result
 
