@@ -33,13 +33,13 @@ def made(kind):
 
 RUNS = {
     "step": lambda trainer, batch: trainer.step(batch),
-    "fit": lambda trainer, batch: trainer.fit(batch, 10),
+    "fit": lambda trainer, batch: trainer.fit(batch, 10, chunk=5),
     "stream": lambda trainer, batch: trainer.fit(vn.Stream([batch] * 10), 10),
 }
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_warm_call_traces_nothing_and_moves_no_numbers(run, monkeypatch):
+def test_a_warm_call_traces_nothing_and_moves_few_numbers(run, monkeypatch):
     trainer, batch, counts = made(Slope), jnp.asarray(BATCH), {}
     RUNS[run](trainer, batch)
 
@@ -55,8 +55,10 @@ def test_a_warm_call_traces_nothing_and_moves_no_numbers(run, monkeypatch):
     for name in ("eval_shape", "device_put", "make_jaxpr", "jit"):
         counted(name)
     RUNS[run](trainer, batch)
-    # A fit finds out whether it runs within a compiled function.
-    assert counts == ({} if run == "step" else {"device_put": 1})
+    # A fit finds out whether it runs within a compiled function, and puts two numbers
+    # onto the device: `every`, and for each chunk where it ends.
+    chunks = {"step": 0, "fit": 2, "stream": 10}[run]
+    assert counts == ({"device_put": 2 + chunks} if chunks else {})
 
 
 def test_a_warm_step_flattens_the_trainer_once(monkeypatch):

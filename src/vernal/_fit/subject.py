@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from .._boundary import PyTree
 from .._data import Minibatches, Source, Whole
@@ -91,13 +92,9 @@ class AbstractSubject(abc.ABC):
         monitor = Monitor(validation, stop)
         return monitor.placed(self.prepare_validation, self.place.put_whole)
 
-    def number(self, value: int) -> Any:
-        """Returns a number that a program takes as an array."""
-        # A program takes one of NumPy sooner than `jax.device_put`.
-        number = np.int32(value)
-        if self.place.mesh is None:
-            return number
-        return self.place.put_whole(jax.device_put(number))
+    def number(self, value: int) -> Array:
+        """Puts a number onto the devices, so that another one compiles nothing."""
+        return self.place.put_whole(jax.device_put(np.int32(value)))
 
     # One of them, and a chunk of steps.
 
