@@ -18,12 +18,14 @@ from . import (  # noqa: E402
     bench_partition,
     bench_programs,
     bench_solve,
+    bench_step,
     bench_telescope,
 )
 
 MODULES = (
     bench_fit,
     bench_compile,
+    bench_step,
     bench_history,
     bench_partition,
     bench_eigen,

@@ -34,4 +34,4 @@ ATOMIC = importlib.util.find_spec("vernal._storage.atomic").origin
 
 def cache_size(program):
     """Counts the programs that are compiled for a function."""
-    return sum(x._cached._cache_size() for x in program._compiled.values())
+    return sum(x._cache_size() for x in program._compiled.values())

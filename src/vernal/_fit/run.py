@@ -116,7 +116,7 @@ class FitRun:
         with subject.context():
             self._template = subject.template(placed)
             self._record = Record(self._template, options.record, self._peek)
-        self._every = options.every
+        self._every = subject.number(options.every)
         self._has_accepted = np.zeros(subject.shape, bool)
         # The last steps and batches of a stream: a stop is noticed one step later.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
@@ -178,7 +178,7 @@ class FitRun:
     def _take(self, count: int) -> None:
         subject, start = self._subject, self._subject.count(self.trainer)
         config, state = self._config, self._state
-        now, every, pending = start, subject.number(self._every), []
+        now, pending = start, list[tuple[Ended, Any, Any]]()
         most_rows = 1 if self._feed.is_stream else MOST_ROWS
         try:
             for source, steps in self._feed.sources(count):
@@ -186,7 +186,7 @@ class FitRun:
                     self._last.append((now, source))
                 now += steps
                 parts = config, source, self._monitor, self._record
-                task = Task(*parts, subject.number(now), every, most_rows)
+                task = Task(*parts, subject.number(now), self._every, most_rows)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     try:
                         chunk, ended = subject.run(task, state, self._in_place)

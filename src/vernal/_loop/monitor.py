@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree, takes_methods, unaddressed, whole_number
 from .._data import as_batch
+from .._pickling import QuickMethods, build
 from .._policy import StepView, StopCriterion, StopReason, asked
 from .._step import (
     MOST_STEPS,
@@ -47,7 +48,7 @@ class Validation(eqx.Module):
     every: Int[Array, ""]
 
 
-class Monitor(eqx.Module):
+class Monitor(QuickMethods, eqx.Module):
     """The validation and the stop criterion of a fit, each of which may be `None`."""
 
     validation: Validation | None
@@ -81,12 +82,10 @@ class Monitor(eqx.Module):
         self, batch: Callable[[PyTree], PyTree], rest: Callable[[PyTree], PyTree]
     ) -> "Monitor":
         """Returns the same with its batch, and the rest, put elsewhere."""
-        stop, validation = rest(self.stop), self.validation
+        validation = self.validation
         if validation is not None:
             validation = Validation(batch(validation.batch), rest(validation.every))
-        both = lambda monitor: (monitor.validation, monitor.stop)
-        is_none = lambda node: node is None
-        return eqx.tree_at(both, self, (validation, stop), is_leaf=is_none)
+        return build(Monitor, {"validation": validation, "stop": rest(self.stop)})
 
     @property
     def fingerprint(self) -> str:
