@@ -45,6 +45,9 @@ def flat(state):
     return jnp.concatenate(leaves)
 
 
+FLAT = jax.jit(flat)
+
+
 @jax.custom_vjp
 def faulted(value, fault):
     """`value` itself, with `fault` for a gradient wherever that is not zero."""
@@ -304,7 +307,7 @@ def obey_at_the_end(trainer, foreseen, rows):
     for tree in trainer.params, trainer.opt_state, trainer.best:
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
     for leaf, row in zip(
-        [*jax.tree.leaves(trainer.params), flat(trainer.opt_state)],
+        [*jax.tree.leaves(trainer.params), FLAT(trainer.opt_state)],
         rows.values(),
         strict=True,
     ):
@@ -316,7 +319,7 @@ def obey_on_the_way(result, faults, foreseen, rows):
     trainer, history = result.trainer, result.history
     reached = len(foreseen.taken)
     np.testing.assert_array_equal(history.steps, range(reached))
-    last = [*jax.tree.leaves(trainer.params), flat(trainer.opt_state)]
+    last = [*jax.tree.leaves(trainer.params), FLAT(trainer.opt_state)]
     for (key, row), end in zip(rows.items(), last, strict=True):
         found = np.concatenate([history[key], np.asarray(end)[None]])
         np.testing.assert_allclose(found, row, rtol=1e-4, atol=1e-5)
