@@ -223,7 +223,7 @@ def test_threads_that_use_all_at_once(shared):
     def work(seed):
         numbers = random.Random(seed)
         try:
-            for _ in range(4_000):
+            for _ in range(2_000):
                 use(numbers.randrange(10_000))
         except Exception as error:
             errors.append(error)
