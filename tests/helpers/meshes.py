@@ -84,6 +84,6 @@ FITS = {
 
 
 def starts(optimiser=ADAM, count=8, **options):
-    means = jnp.linspace(-0.5, 1.0, count)
+    means = [jnp.asarray(mean) for mean in np.linspace(-0.5, 1.0, count)]
     models = [eqx.tree_at(lambda m: m.mean, gaussian(), mean) for mean in means]
     return [GaussianFit(model, optimiser, **options) for model in models]

@@ -15,7 +15,7 @@ import vernal as vn
 from models import Line, LineFit, line, line_batch, same
 
 # A schedule of Optax.
-pytestmark = [pytest.mark.as_compiled, pytest.mark.seams, pytest.mark.loose_dtypes]
+pytestmark = [pytest.mark.seams, pytest.mark.loose_dtypes]
 
 
 class Count:

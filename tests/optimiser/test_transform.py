@@ -14,7 +14,7 @@ import vernal as vn
 from vernal._closure.reads import reads
 from vernal._optimiser.transform import AbstractTransform, Transform, as_transform
 
-pytestmark = [pytest.mark.as_compiled, pytest.mark.seams, pytest.mark.loose_dtypes]
+pytestmark = [pytest.mark.seams, pytest.mark.loose_dtypes]
 
 # Two dtypes at once, so that each alias is compiled once for both.
 PARAMS = {
@@ -83,6 +83,7 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.as_compiled
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("alias", [*aliases()])
 def test_agrees_with_optax_to_the_bit(alias):
@@ -116,6 +117,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_agree_to_the_bit(name):
     make = SCHEDULES[name]
