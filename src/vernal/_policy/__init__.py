@@ -5,7 +5,13 @@
 reasons why a fit ends.
 """
 
-from .finite import all_finite, debug_nan_check, is_finite, zero_nan_check
+from .finite import (
+    all_finite,
+    any_non_finite,
+    debug_nan_check,
+    is_finite,
+    zero_nan_check,
+)
 from .nan_policy import (
     SKIP_ADVICE,
     BreakOnNan,
