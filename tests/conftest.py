@@ -1,14 +1,18 @@
 import contextlib
 import functools
+import gc
 import re
 from pathlib import Path
 
 import jax
 import optax
 import pytest
-from jaxtyping import install_import_hook
 
 import annotations
+
+# Programs are many objects that live long. To look through them takes a tenth of the
+# time by default. The tests of what is let go of collect by themselves.
+gc.set_threshold(50_000, 20, 20)
 
 # Both precisions are tested from one process: float32 arrays are asked for by dtype.
 jax.config.update("jax_enable_x64", True)
@@ -55,7 +59,7 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_configure(config):
     if config.getoption("--annotations"):
-        install_import_hook("vernal", "annotations.checks")
+        annotations.install()
 
 
 @pytest.hookimpl(wrapper=True)

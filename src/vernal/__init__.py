@@ -75,4 +75,7 @@ from ._tree import (
     split as split,
 )
 
+# For `help` and the like. Type checkers read the imports.
+globals()["__all__"] = [name for name in globals() if name[0] != "_"]
+
 __version__ = _version("vernal")

@@ -6,6 +6,7 @@ jax.config.update("jax_enable_x64", True)
 
 from . import (  # noqa: E402
     bench_checkpoint,
+    bench_compile,
     bench_curvature,
     bench_eigen,
     bench_fit,
@@ -17,11 +18,14 @@ from . import (  # noqa: E402
     bench_partition,
     bench_programs,
     bench_solve,
+    bench_step,
     bench_telescope,
 )
 
 MODULES = (
     bench_fit,
+    bench_compile,
+    bench_step,
     bench_history,
     bench_partition,
     bench_eigen,

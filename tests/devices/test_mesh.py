@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import vernal as vn
-from inside import placement, run_chunk, run_step
+from inside import cache_size, placement, run_chunk, run_step
 from meshes import ADAM, BATCH, FITS, RULES, Drawn, Settled, mesh_of, starts, stream
 from models import (
     Gaussian,
@@ -75,11 +75,11 @@ def test_chunks_on_devices_compile_once(width):
     options = {"mesh": mesh, "chunk": 3, "callback": callback}
     stop = vn.Converged(0.0, 99)
     vn.forget()
-    before = run_chunk.cache_size()
+    before = cache_size(run_chunk)
     parts = trainer.fit(BATCH, 12, stop=stop, **options)
     parts.trainer.fit(BATCH, 5, stop=stop, **options)
     assert len(traces) == 1
-    assert run_chunk.cache_size() == before + 1
+    assert cache_size(run_chunk) == before + 1
     close_on_one(parts.trainer, trainer.fit(BATCH, 12).trainer)
 
 
@@ -288,10 +288,10 @@ def test_a_leaf_is_known_by_its_place():
 def test_chunks_of_split_leaves_compile_once(spec):
     trainer = Chain(chain(1), optax.adam(1e-2))
     vn.forget()
-    before = run_chunk.cache_size()
+    before = cache_size(run_chunk)
     options = {"mesh": mesh_of(4, 2), "sharding": {"*.weight": spec}, "chunk": 2}
     trainer.fit(CHAIN, 6, callback=lambda t, h: None, **options)
-    assert run_chunk.cache_size() == before + 1
+    assert cache_size(run_chunk) == before + 1
 
 
 def test_what_lies_on_the_mesh_already_stays_there():

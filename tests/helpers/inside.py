@@ -30,3 +30,8 @@ READ_ARRAYS = "vernal._storage.checkpointer.Checkpointer._read_arrays"
 
 # The file of a module that runs without JAX.
 ATOMIC = importlib.util.find_spec("vernal._storage.atomic").origin
+
+
+def cache_size(program):
+    """Counts the programs that are compiled for a function."""
+    return sum(x._cache_size() for x in program._compiled.values())

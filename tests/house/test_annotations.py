@@ -10,6 +10,7 @@ import pytest
 from beartype import beartype
 from jaxtyping import Array, Float, TypeCheckError, install_import_hook, jaxtyped
 
+import annotations
 import vernal as vn
 
 with install_import_hook("annotated", "beartype.beartype"):
@@ -232,3 +233,28 @@ def test_names_of_axes_do_not_meet_those_of_the_library():
     assert vn.gauss_newton(many_values, point).shape == (3, 3)
     product = vn.gauss_newton_matvec(many_values, point)
     vn.EigenProjector.from_matvec(product, point, 1, key=jax.random.key(0))
+
+
+# What `--annotations` checks vernal with leaves jaxtyping out where it is not needed.
+
+
+def half(number: int) -> float:
+    return number / 2
+
+
+def added(one: Float[Array, " N"], other: Float[Array, " N"]) -> Float[Array, " N"]:
+    return jnp.concatenate([one, other])
+
+
+@pytest.mark.parametrize(
+    ("fn", "args"),
+    [(half, [0.5]), (added, [jnp.ones(2), jnp.ones(3)]), (added, [jnp.ones(2)] * 2)],
+    ids=["a plain one", "axes of arguments", "an axis of what is returned"],
+)
+def test_vernal_is_checked_at_every_call(fn, args, monkeypatch):
+    monkeypatch.setattr(fn, "__module__", "vernal.example")
+    checked = annotations.jaxtyped(typechecker=annotations.checks)(fn)
+    with pytest.raises(TypeCheckError):
+        checked(*args)
+    with annotations.unchecked():
+        checked(*args)

@@ -28,6 +28,108 @@ def fitted(optimiser=None):
     return LineFit(line(), optimiser or optax.sgd(0.1))
 
 
+# Slips of the pen.
+
+BFGS = optx.BFGS(1e-6, 1e-6)
+SLIPS = {
+    "fit": (lambda t: t.fit(BATCH, n_steps=3), "`Trainer.fit` .*mean 'steps'"),
+    "fit's option": (lambda t: t.fit(BATCH, 3, recrd=1), "mean 'record'"),
+    "solve": (lambda t: t.solve(BFGS, BATCH, max_step=3), "mean 'max_steps'"),
+    "fit_many": (lambda t: vn.fit_many([t], BATCH, 3, recrd=1), "mean 'record'"),
+    "fisher": (lambda t: t.fisher(BATCH, block="slope"), "mean 'blocks'"),
+    "whiten": (lambda t: t.whiten(BATCH, optimizer=None), "mean 'optimiser'"),
+    "replace": (lambda t: t.replace(optimizer=None), "mean 'optimiser'"),
+    "a trainer": (
+        lambda t: LineFit(line(), optimizer=optax.sgd(0.1)),
+        "`Trainer` has no argument `optimizer`. Did you mean 'optimiser'",
+    ),
+    "fit, swapped": (lambda t: t.fit(3, BATCH), r"`data` is 3\. Give the data first"),
+    "fit_many, swapped": (lambda t: vn.fit_many([t], 3, BATCH), "Give the data first"),
+    "solve, swapped": (lambda t: t.solve(BATCH, BFGS), "Give the solver first"),
+    "a class of solvers": (
+        lambda t: t.solve(optx.BFGS, BATCH),
+        r"is the class `BFGS`\. Give an instance: `BFGS\(rtol",
+    ),
+    "many, a class of solvers": (
+        lambda t: vn.fit_many([t], BATCH, 3, solver=optx.BFGS),
+        "is the class `BFGS`",
+    ),
+    "not called": (
+        lambda t: LineFit(line(), optax.adam),
+        r"is the function `adam`.* Call it: `adam\(1e-3\)`",
+    ),
+    "a rule not called": (
+        lambda t: vn.ParamOptimiser({"slope": optax.adam}),
+        r"Call it: `adam\(1e-3\)`",
+    ),
+    "no rate": (lambda t: LineFit(line(), optax.adam(None)), "rate `None`.*loss would"),
+    "no rate in a rule": (
+        lambda t: vn.ParamOptimiser({"slope": optax.adamw(None)}),
+        r"`rules\['slope'\]` has the learning rate `None`",
+    ),
+    "no rate later": (lambda t: t.replace(optimiser=optax.sgd(None)), "rate `None`"),
+    "no optimiser": (
+        lambda t: LineFit(line()).fit(BATCH, 3),
+        r"Give it one: `LineFit\(model, optax",
+    ),
+}
+
+
+@pytest.mark.own_words
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_of_the_pen_is_named_with_its_remedy(name):
+    slip, message = SLIPS[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        slip(fitted())
+
+
+def test_a_rate_may_follow_a_transformation_without_one():
+    for tx in (
+        optax.chain(optax.adam(None), optax.scale(-0.1)),
+        optax.chain(optax.sgd(0.1), optax.identity()),
+        optax.adafactor(),
+        optax.identity(),
+        optax.scale_by_adam(),
+    ):
+        fitted(tx)
+
+
+def test_a_promotion_of_types_in_an_optimiser_is_told_as_one():
+    halved = optax.stateless(lambda updates, _: jax.tree.map(halve, updates))
+    with pytest.raises(ValueError, match="promotion path") as caught:
+        fitted(halved).step(BATCH)
+    assert isinstance(caught.value, jax.dtypes.TypePromotionError)
+
+
+def halve(update):
+    return update * jnp.asarray(0.5, jnp.float16)
+
+
+def test_unlike_trainers_are_told_by_their_first_differences():
+    def wide(count):
+        return LineFit({f"k{i}": jnp.ones(count) for i in range(12)}, optax.sgd(0.1))
+
+    with pytest.raises(ValueError, match="differs from") as caught:
+        vn.fit_many([wide(2), wide(3)], BATCH, 1)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 10
+    assert lines[-1].startswith("and ")
+
+
+def test_members_that_end_badly_are_told_beside_good_ones():
+    trainers = [fitted(), LineFit(line(jnp.inf), optax.sgd(0.1))]
+    with pytest.warns(UserWarning, match=r"1 of 2 .*not finite: 1\. .*report\(1\)"):
+        vn.fit_many(trainers, BATCH, 2)
+    with pytest.warns(UserWarning, match=r"1 of 2 .*not finite: 1\. "):
+        vn.fit_many(trainers, BATCH, 2, solver=BFGS)
+
+
+def test_help_lists_the_public_names():
+    assert "Trainer" in vn.__all__
+    assert all(getattr(vn, name) is not None for name in vn.__all__)
+    assert not {"annotations", "_version", "plot"} & {*vn.__all__}
+
+
 # Tracebacks.
 
 

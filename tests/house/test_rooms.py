@@ -5,9 +5,9 @@ That no folder imports from a higher floor, `nox -s lint` checks: the floors are
 """
 
 import ast
+import functools
 import itertools
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,17 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FOLDERS = {path.parent.name for path in SOURCE.glob("_*/__init__.py")}
 
 
-def imports(path: Path) -> Iterator[ast.ImportFrom]:
+@functools.cache
+def imports(path: Path) -> list[ast.ImportFrom]:
+    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("vernal") for alias in node.names)
         if isinstance(node, ast.ImportFrom):
             assert node.level or not (node.module or "").startswith("vernal")
             if node.level:
-                yield node
+                found.append(node)
+    return found
 
 
 @pytest.mark.parametrize(

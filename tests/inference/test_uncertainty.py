@@ -429,7 +429,7 @@ def test_bad_blocks(name):
 
 BAD_SOLVES = {
     "not one": (GaussianFit(START), "BFGS", {}, TypeError, "not a minimiser"),
-    "a class": (GaussianFit(START), optx.BFGS, {}, TypeError, "not a minimiser"),
+    "a class": (GaussianFit(START), optx.BFGS, {}, TypeError, "is the class `BFGS`"),
     "optax": (GaussianFit(START), optax.adam(0.1), {}, TypeError, "is for `fit`"),
     "a root finder": (
         GaussianFit(START),

@@ -255,7 +255,7 @@ def test_a_solver_whose_tolerance_is_too_wide_stalls():
         optx.GradientDescent(1e-4, 1e-4, 1e-4), data()
     )
     assert result.stop_reason is REASON.STALLED
-    assert str(result.stop_reason) == "The solver stopped short of a minimum."
+    assert str(result.stop_reason) == "Stopped short of a minimum."
     # The names, and the way down.
     assert "(edm), along power (+0." in result.explain()
 

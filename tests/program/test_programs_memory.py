@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import vernal as vn
+from inside import cache_size
 from vernal._loop.chunk import run_chunk
 from vernal._program.programs import _MOST_RECORDS, program, version_of
 from vernal._program.shelves import MOST_KINDS, MOST_MISSED, MOST_OF_A_KIND, Shelves
@@ -84,7 +85,7 @@ def test_programs_of_what_is_gone_go(kind):
     before = executables()
     for factor in range(30):
         run(MADE[kind](100.0 + factor), X)
-    assert run.cache_size() == MOST_OF_A_KIND
+    assert cache_size(run) == MOST_OF_A_KIND
     assert executables() <= before + 2
 
 
@@ -94,7 +95,7 @@ def test_fits_of_what_is_gone_go():
     for factor in range(MOST_OF_A_KIND + 3):
         loss = lambda model, x, factor=float(factor): factor * jnp.sum(model(x))
         vn.fit(loss, *PLAIN[:3], 1)
-        counts.append(run_chunk.cache_size())
+        counts.append(cache_size(run_chunk))
     assert max(counts) == MOST_OF_A_KIND
 
 

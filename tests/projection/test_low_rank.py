@@ -9,8 +9,6 @@ import pytest
 
 import vernal as vn
 
-pytestmark = pytest.mark.seams
-
 D, RANK = 100, 12
 SPECTRA = {
     "geometric": 10.0 ** -np.linspace(0, 5, D),
@@ -85,6 +83,7 @@ def test_laws(name, dtype):
     np.testing.assert_allclose(projector.standard_errors()["a"], errors, rtol=1e-3)
 
 
+@pytest.mark.seams
 def test_where_every_direction_is_found_it_is_the_inverse():
     matrix = matrix_of(SPECTRA["all of them"])
     covariance = make(matrix).covariance()
@@ -108,6 +107,7 @@ def test_a_complement_without_curvature_has_no_bound():
         projector.null_space()
 
 
+@pytest.mark.seams
 def test_scale_makes_units_harmless():
     matrix = matrix_of(SPECTRA["geometric"])
     units = jnp.where(jnp.arange(D) % 2 == 0, 1e-9, 1e9)
@@ -161,6 +161,7 @@ def test_compiles_once():
     assert traces == once
 
 
+@pytest.mark.seams
 def test_under_jit():
     matrix = matrix_of(SPECTRA["geometric"])
 
@@ -174,6 +175,7 @@ def test_under_jit():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.seams
 def test_under_vmap():
     spectra = jnp.stack([jnp.linspace(4.0, 1.0, 6), jnp.linspace(9.0, 2.0, 6)])
     many = eqx.filter_vmap(lambda values: make(jnp.diag(values), rank=2))(spectra)

@@ -431,7 +431,6 @@ def test_no_gradient_flows_into_its_arrays(made):
     assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.seams
 def test_it_goes_through_jit_and_vmap(made):
     projector = made.projector
     assert eqx.tree_equal(jax.jit(lambda p: p)(projector), projector)

@@ -16,7 +16,7 @@ from .foreign import (
     require_numbers,
 )
 from .frames import entrance, warn
-from .names import dotted, nearest_names, segment, spelled, spelled_leaves
+from .names import dotted, nearest_names, spelled, spelled_leaves, unaddressed
 from .precision import (
     REMEDY,
     is_cut,
@@ -29,5 +29,5 @@ from .precision import (
 )
 from .signatures import takes, takes_methods
 from .traced import UNROLL, refuse_program, refuse_traced
-from .type_checks import Params, PyTree, checked
+from .type_checks import ModuleMeta, Params, PyTree, checked
 from .warnings import ObjectiveWarning, PrecisionWarning, warn_once

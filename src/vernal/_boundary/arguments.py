@@ -69,7 +69,9 @@ def refuse_unknown(
     for name in options:
         if name not in known:
             nearest = nearest_names(name, known)
-            raise TypeError(f"`{function}` has no argument `{name}`. {nearest}")
+            raise TypeError(
+                f"`{function}` has no argument `{name}`. {nearest}"
+            ) from None
 
 
 def prng_key(key: Any) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+from .arguments import refuse_unknown
 from .debugging import undebugged
 from .foreign import has_been_deleted, is_deleted
 from .names import spelled_leaves
@@ -63,6 +64,7 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
         try:
             return fn(*args, **kwargs)
         except Exception as error:
+            _refuse_misspelt(error, fn, kwargs)
             if clearer := _deleted(error, fn, args, kwargs):
                 raise clearer from None
             if getattr(jax.config, "jax_traceback_filtering", None) != "off":
@@ -71,6 +73,15 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return entered
+
+
+def _refuse_misspelt(error: Exception, fn: Any, given: dict[str, Any]) -> None:
+    """Refuses an argument that the function does not have, in place of Python."""
+    if isinstance(error, TypeError):
+        known = inspect.signature(fn).parameters
+        if not any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
+            name = fn.__qualname__.removesuffix(".__init__")
+            refuse_unknown(given, [x for x in known if x != "self"], name)
 
 
 def _deleted(

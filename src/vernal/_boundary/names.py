@@ -1,35 +1,16 @@
 """Names of leaves: as dotted paths, as Python writes them, and the nearest ones."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jax.tree_util import (
-    DictKey,
-    FlattenedIndexKey,
-    GetAttrKey,
-    SequenceKey,
-    keystr,
-    tree_leaves_with_path,
-)
-
-
-def segment(key: Any) -> str:
-    """Returns one step of a key path as it stands in a dotted path."""
-    match key:
-        case GetAttrKey(name=name):
-            return str(name)
-        case DictKey(key=name) | FlattenedIndexKey(key=name):
-            return str(name)
-        case SequenceKey(idx=index):
-            return str(index)
-        case _:
-            return str(key)
+from jax.tree_util import keystr, tree_leaves_with_path
 
 
 def dotted(keys: tuple[Any, ...]) -> str:
     """Returns the dotted path of one of JAX's key paths."""
-    return ".".join(map(segment, keys))
+    return keystr(keys, simple=True, separator=".")
 
 
 def spelled(name: str, keys: tuple[Any, ...]) -> str:
@@ -41,6 +22,11 @@ def spelled_leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
     """Yields each leaf of a tree beside where it is, as `spelled` writes it."""
     for keys, leaf in tree_leaves_with_path(tree):
         yield spelled(name, keys), leaf
+
+
+def unaddressed(text: str) -> str:
+    """Leaves out the addresses of objects, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def nearest_names(name: str, candidates: Sequence[str]) -> str:

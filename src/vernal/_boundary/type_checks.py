@@ -1,11 +1,23 @@
-"""The type-checker at the boundary, and the names its annotations share."""
+"""The type-checker at the boundary, and what annotations share."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import equinox as eqx
 from beartype import beartype
 from jaxtyping import jaxtyped
+
+if TYPE_CHECKING:
+    from equinox._module._module import (
+        _ModuleMeta,  # pyright: ignore[reportPrivateUsage]
+    )
+
+    class ModuleMeta(_ModuleMeta):
+        """The metaclass of Equinox's modules."""
+
+else:
+    ModuleMeta = type(eqx.Module)
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -7,7 +7,7 @@ finds what code reads beside its arguments, and `watch` whether that has changed
 
 from .closure import Closure
 from .equality import Hashed, is_atom, value_key
-from .reads import reads, scope_key
+from .reads import reads
 from .skeleton import Skeleton
 from .static_fields import refuse_static_arrays
 from .watch import Reads, Slot, kept

@@ -38,7 +38,7 @@ def decompose(
 ) -> tuple[Float[Array, " D"], Inexact[Array, "D D"]]:
     r"""Returns the eigenvalues of a matrix, descending, and its eigenvectors as rows.
 
-    The function has its origin in `zodiax.optimisation.decompose`.
+    The function comes from `zodiax.optimisation.decompose`.
 
     **Arguments:**
 
@@ -126,7 +126,7 @@ def eigen_projection(fmat: Matrix | None = None, cov: Matrix | None = None) -> A
     $P = S V \Lambda^{-1/2}$; for a covariance it is $P = S^{-1} V \Lambda^{1/2}$.
     Either way $P P^\top = F^{-1} = C$.
 
-    The function has its origin in `zodiax.optimisation.eigen_projection`. For a tree of
+    The function comes from `zodiax.optimisation.eigen_projection`. For a tree of
     parameters, or a singular matrix, see [`vernal.EigenProjector`][].
 
     **Arguments:**

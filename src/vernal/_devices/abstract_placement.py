@@ -32,8 +32,10 @@ class AbstractPlacement(eqx.Module):
     def splits(self) -> bool:
         """Whether anything but batches is split."""
 
+    # Not a method: one of a module is made again, slowly, when it is looked up.
+    @property
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context for programs, in which no other mesh is set."""
+        """A new context for programs, in which no other mesh is set."""
         mesh = self.mesh
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 

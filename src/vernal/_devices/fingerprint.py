@@ -1,19 +1,17 @@
 """Fingerprints, by which processes find out whether they were given the same."""
 
 import hashlib
-import re
 from typing import Any
 
 import jax
 
-from .._boundary import PyTree
+from .._boundary import PyTree, unaddressed
 from .._tree import checksum, to_arrays
 
 
 def fingerprint(text: Any) -> str:
     """Hashes a text, without the addresses of objects in it."""
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(text))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(unaddressed(str(text)).encode()).hexdigest()
 
 
 def leaf_fingerprints(tree: PyTree, max_bytes: int | None = None) -> dict[str, str]:

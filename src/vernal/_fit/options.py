@@ -1,9 +1,8 @@
 """The options of a fit."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypedDict
-
-import equinox as eqx
 
 from .._boundary import boolean, takes, whole_number
 from .._policy import StopCriterion
@@ -31,26 +30,26 @@ OPTIONS = tuple(FitKeywords.__annotations__)
 """The names of the keyword arguments."""
 
 
-class FitOptions(eqx.Module):
+@dataclasses.dataclass
+class FitOptions:
     """The number of steps of a fit and its keyword arguments, checked."""
 
-    steps: int = eqx.field(converter=lambda x: whole_number(x, "steps", least=0))
+    steps: int
     record: Any = ()
-    every: int = eqx.field(
-        default=1,
-        converter=lambda x: min(whole_number(x, "every", least=1), MOST_STEPS),
-    )
+    every: int = 1
     validation: Any = None
     stop: Any = None
-    progress: bool = eqx.field(default=True, converter=lambda x: boolean(x, "progress"))
+    progress: bool = True
     callback: Any = None
-    chunk: int | None = eqx.field(
-        default=None,
-        converter=lambda x: x if x is None else whole_number(x, "chunk", least=1),
-    )
+    chunk: int | None = None
     checkpoint: Any = None
 
-    def __check_init__(self) -> None:
+    def __post_init__(self) -> None:
+        self.steps = whole_number(self.steps, "steps", least=0)
+        self.every = min(whole_number(self.every, "every", least=1), MOST_STEPS)
+        self.progress = boolean(self.progress, "progress")
+        if self.chunk is not None:
+            self.chunk = whole_number(self.chunk, "chunk", least=1)
         callback, checkpoint = self.callback, self.checkpoint
         if callback is not None and not callable(callback):
             raise TypeError(

@@ -22,7 +22,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
 
     **Attributes:**
 
-    - `trainer`: the trainer after the last step, ready to go on.
+    - `trainer`: the trainer after the last step, which can continue.
     - `history`: what was recorded.
     - `stop_reason`: why the fit ended; it prints as a sentence.
     """
@@ -66,8 +66,8 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         """Says why the fit ended, and what could still fall.
 
         ```text
-        The solver stopped short of a minimum. The loss could still fall by about 512
-        (edm), along power (+0.98), mean (-0.2).
+        Stopped short of a minimum. The loss could still fall by about 512 (edm), along
+        power (+0.98), mean (-0.2).
         ```
 
         The numbers are the direction of the minimum, as far as it can be seen from

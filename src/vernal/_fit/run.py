@@ -117,7 +117,7 @@ class FitRun:
         with subject.context():
             self._template = subject.template(placed)
             self._record = Record(self._template, options.record, self._peek)
-        self._every = options.every
+        self._every = subject.number(options.every)
         self._has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.
         self._guard: Guard = "always" if self._feed.is_stream else "never"
@@ -181,7 +181,7 @@ class FitRun:
     def _take(self, count: int) -> None:
         subject, start = self._subject, self._subject.count(self.trainer)
         config, state = self._config, self._state
-        now, every, pending = start, subject.number(self._every), []
+        now, pending = start, list[tuple[Ended, Any, Any]]()
         most_rows = 1 if self._feed.is_stream else MOST_ROWS
         try:
             for source, steps in self._feed.sources(count):
@@ -189,7 +189,7 @@ class FitRun:
                     self._last.append((now, source))
                 now += steps
                 parts = config, source, self._monitor, self._record
-                goal = subject.number(now)
+                goal, every = subject.number(now), self._every
                 task = Task(*parts, goal, every, most_rows, self._guard)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     try:

@@ -5,7 +5,7 @@
 `derivatives` is the compiled program beneath them.
 """
 
-from .derivatives import Passes
+from .derivatives import Passes, linearised
 from .fisher import Blocks, curvature, fisher, has_likelihood
 from .table import table
 from .uncertainty import objective, standard_errors

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from .._curvature import (
     Mode,
@@ -70,25 +70,40 @@ def derive(
         blocks = (tuple(range(len(jax.tree.leaves(params)))),)
     else:
         blocks = find_blocks(params, selectors, "blocks")
-    return _derive(stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac)
+    args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac
+    return run_derive(*args)[:2]
+
+
+def linearised(
+    trainer: AbstractTrainer, batch: Any, jac: Mode | None
+) -> tuple[Float[Array, "N D"], Float[Array, "..."]]:
+    """Returns the Jacobian of the residuals, and the residuals themselves.
+
+    It shares the program of `whiten`, `fisher` and `standard_errors`.
+    """
+    every = (tuple(range(len(jax.tree.leaves(trainer.params)))),)
+    args = stripped(trainer), as_batch(batch), "jacobian", every, None, jac
+    (jacobian,), _, residuals = run_derive(*args)
+    return jacobian, residuals
 
 
 @program
-def _derive(
+def run_derive(
     trainer: AbstractTrainer,
     batch: Any,
     kind: str,
     blocks: tuple[Block, ...],
     batch_size: int | None,
     jac: Mode | None,
-) -> tuple[tuple[Any, ...], Bool[Array, ""]]:
+) -> tuple[tuple[Any, ...], Bool[Array, ""], Array]:
     evaluate, derivative, name = _KINDS[kind]
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", jac)
     each = [_within(trainer, batch, block, evaluate) for block in blocks]
     found = tuple(derivative(fn, own, batch_size, subject) for fn, own in each)
     # It is finite for all blocks or for none.
     fn, own = each[0]
-    return found, all_finite(fn(own))
+    value = fn(own)
+    return found, all_finite(value), value
 
 
 def _within(

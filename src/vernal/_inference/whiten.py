@@ -126,4 +126,6 @@ def _spectra(
     dtypes = (own, spectra[0].values.dtype)
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     dtype = widest((own, jnp.dtype("float32")))
-    return jax.tree.map(lambda x: x.astype(dtype), spectra), eps
+    # `astype` would compile a program of its own for nothing.
+    cast = lambda x: x if x.dtype == dtype else x.astype(dtype)
+    return jax.tree.map(cast, spectra), eps

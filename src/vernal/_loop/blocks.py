@@ -5,7 +5,7 @@ block, of which it keeps a copy, comes again to the bad step, and guards it. Wha
 computed twice is computed by the same code, and so to the same bits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, Int
 
+from .._program import calls_host
 from .._step import Progress, advance_bare, has_turned_bad, with_progress
 from .task import Chunk, LoopState, Taken, Task, monitored, recorded
 
@@ -44,7 +45,7 @@ def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None
     batch, _ = task.source.next(task.source.start(step), step)
     arguments = state.progress, state, batch, task.monitor.is_due(step)
     traced, shapes, static = eqx.filter_make_jaxpr(take)(*arguments)
-    if _calls_back(traced.jaxpr):
+    if calls_host(traced):
         return None
     structure = jax.tree.structure(shapes)
 
@@ -54,24 +55,6 @@ def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None
         return eqx.combine(returned, static)
 
     return bare
-
-
-def _calls_back(jaxpr: Any) -> bool:
-    """Whether a program calls back to Python."""
-    names = (eqn.primitive.name for each in _all_jaxprs(jaxpr) for eqn in each.eqns)
-    return bool(jaxpr.effects) or any("callback" in name for name in names)
-
-
-def _all_jaxprs(jaxpr: Any) -> Iterator[Any]:
-    yield jaxpr
-    for eqn in jaxpr.eqns:
-        for value in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                yield from _all_jaxprs(getattr(value, "jaxpr", value))
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
 class _Point(NamedTuple):

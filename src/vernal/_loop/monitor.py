@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._boundary import PyTree, takes_methods, whole_number
+from .._boundary import PyTree, takes_methods, unaddressed, whole_number
 from .._data import as_batch
+from .._pickling import QuickMethods, build
 from .._policy import StepView, StopCriterion, StopReason, asked
 from .._step import (
     MOST_STEPS,
@@ -48,7 +48,7 @@ class Validation(eqx.Module):
     every: Int[Array, ""]
 
 
-class Monitor(eqx.Module):
+class Monitor(QuickMethods, eqx.Module):
     """The validation and the stop criterion of a fit, each of which may be `None`."""
 
     validation: Validation | None
@@ -82,18 +82,15 @@ class Monitor(eqx.Module):
         self, batch: Callable[[PyTree], PyTree], rest: Callable[[PyTree], PyTree]
     ) -> "Monitor":
         """Returns the same with its batch, and the rest, put elsewhere."""
-        stop, validation = rest(self.stop), self.validation
+        validation = self.validation
         if validation is not None:
             validation = Validation(batch(validation.batch), rest(validation.every))
-        both = lambda monitor: (monitor.validation, monitor.stop)
-        is_none = lambda node: node is None
-        return eqx.tree_at(both, self, (validation, stop), is_leaf=is_none)
+        return build(Monitor, {"validation": validation, "stop": rest(self.stop)})
 
     @property
     def fingerprint(self) -> str:
         """Identifies the criterion, also in another process."""
-        # Without addresses, which differ between processes.
-        text = re.sub(r" at 0x[0-9a-f]+", "", repr(self.stop))
+        text = unaddressed(repr(self.stop))
         values = [np.asarray(x.array).tobytes() for x in to_arrays(self.stop).values()]
         return hashlib.sha256(b"|".join([text.encode(), *values])).hexdigest()
 

@@ -21,7 +21,7 @@ from .._step import (
 
 
 class StepInfo(NamedTuple):
-    """What is known of one step.
+    """What one step returned.
 
     **Attributes:**
 

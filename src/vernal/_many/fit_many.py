@@ -36,7 +36,7 @@ def fit_many(
 
     They may differ in the values of all their arrays: starts, rates, keys, projectors.
     Each has its own NaN policy, stop and best: one that ends, or turns non-finite, does
-    no harm to another.
+    not affect the others.
 
     ```python
     starts = [ModelFit(perturbed(key), optimiser) for key in jax.random.split(key, 64)]
@@ -56,18 +56,18 @@ def fit_many(
     - `trainers`: a sequence of trainers; or a stacked one, whose arrays have a row for
         each, as `eqx.filter_vmap(make)(keys)` returns it.
     - `data`: as for [`vernal.Trainer.fit`][]. All see the same batch at a step.
-    - `steps`: how many steps to take; with a solver, at most.
+    - `steps`: the number of steps to take; with a solver, the largest number.
     - `data_axis`: the axis of the arrays in `data` along which each trainer finds its
         own, or a tree of such axes that is a prefix of `data`, `None` for what is
         shared: as `in_axes` of `jax.vmap`. It holds for the batch of a `validation`
         too.
-    - `solver`: solves, as [`vernal.Trainer.solve`][] does with `rewhiten=False`
-        (nothing is whitened again here), instead of to fit. `data` is one batch then,
-        and there are no other options but `jac`. A member that meets an error ends as
-        `FAILED`, where it began, with a warning; the others are then solved one by one.
+    - `solver`: a solver that replaces the fit, as in [`vernal.Trainer.solve`][] with
+        `rewhiten=False`. `data` is then one batch, and `jac` is the only other option.
+        A member that meets an error ends as `FAILED`, where it began, with a warning;
+        the others are then solved one by one.
     - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.
-    - `batch`: how many to compute at a time, to bound memory; it must divide their
-        number. By default all.
+    - `batch`: the number of trainers to compute at a time, to bound memory. It must
+        divide their number. By default all.
     - `mesh`: devices to spread the trainers over, along the first axis of the mesh,
         whose length must divide `batch`. Each device has a copy of the data that they
         share. In several processes each gives all trainers and all data.
@@ -76,13 +76,13 @@ def fit_many(
 
     **Returns:**
 
-    A [`vernal.ManyResult`][].
+    A [`vernal.ManyResult`][]. A warning names members that ended at non-finite values.
 
     **Raises:**
 
     - `ValueError`: if there are no trainers, or they differ in more than the values of
-        arrays, or stand at different steps; if an axis has another length than there
-        are trainers, or `batch` does not divide that number.
+        arrays, or stand at different steps; if the length of an axis is not the number
+        of trainers, or `batch` does not divide that number.
     - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][], once all are over.
     """
     given = trainers, data, options.get("validation")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._boundary import spelled, whole_number
+from .._boundary import spelled_leaves, warn, whole_number
 from .._data import Minibatches, Source, Whole, as_batch, as_source
 from .._devices import AbstractPlacement
 from .._fit import AbstractSubject, BadEnd
@@ -66,20 +66,19 @@ class ManyTrainers(AbstractSubject):
         """Moves the axis of the members to the front of each leaf that has one."""
         batch = as_batch(batch, argument)
         axes, leaves = self._axes(batch, argument), []
-        flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-        for (keys, leaf), axis in zip(flat, axes, strict=True):
+        named = spelled_leaves(argument, batch)
+        for (where, leaf), axis in zip(named, axes, strict=True):
             if axis is None:
                 leaves.append(leaf)
                 continue
             length = leaf.shape[axis] if -leaf.ndim <= axis < leaf.ndim else None
             if length != self.size:
                 raise ValueError(
-                    f"`data_axis`: {spelled(argument, keys)} has the shape "
-                    f"{leaf.shape}, whose axis {axis} must be as long as there are "
-                    f"trainers, {self.size}."
+                    f"`data_axis`: {where} has the shape {leaf.shape}, whose axis "
+                    f"{axis} must be as long as there are trainers, {self.size}."
                 )
             leaves.append(jnp.moveaxis(leaf, axis, 0))
-        batch = structure.unflatten(leaves)
+        batch = jax.tree.structure(batch).unflatten(leaves)
         return self.place.put_rows(batch, [axis is not None for axis in axes])
 
     def placed(self, trainer: AbstractTrainer) -> Any:
@@ -177,7 +176,14 @@ class ManyTrainers(AbstractSubject):
     def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:
         reasons, raises = result.stop_reasons, result.trainers.nan_policy.raises
         bad = [i for i, reason in enumerate(reasons) if reason in AT_NON_FINITE]
-        if not bad or (len(bad) < self.size and not raises):
+        if bad and len(bad) < self.size and not raises:
+            shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
+            warn(
+                f"`fit_many`: {len(bad)} of {self.size} trainers ended at values that "
+                f"are not finite: {shown}. `result.nan_report({bad[0]})` says where."
+            )
+            return None
+        if not bad:
             return None
         # An error names the first that it is about.
         is_named = lambda index: reasons[index] is StopReason.NON_FINITE

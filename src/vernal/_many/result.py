@@ -29,10 +29,10 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     - `trainers`: all trainers after the last step, stacked: a trainer whose arrays have
         a row for each member. It can be given to `fit_many` again.
     - `history`: what was recorded, with a column for each member:
-        `history.loss[row, i]`. Where a member was over before the others, it is NaN.
+        `history.loss[row, i]`. After a member has ended, its column is NaN.
     - `stop_reasons`: why the fit of each ended.
-    - `edms`: by how much the loss of each could still fall, as `edm` of a
-        [`vernal.FitResult`][]; NaN of a fit.
+    - `edms`: after a solve, how far the loss of each could still fall, as `edm` of a
+        [`vernal.FitResult`][]; NaN after a fit.
     """
 
     trainers: TrainerT
@@ -53,7 +53,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
     @property
     def losses(self) -> Float[np.ndarray, " members"]:
-        """The last recorded loss of each member that is a number, NaN if none is."""
+        """The last recorded loss of each member that is not NaN, if there is one."""
         if not len(self.history):
             return np.full(len(self), np.nan)
         backwards = self.history.loss[::-1]

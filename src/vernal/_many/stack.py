@@ -83,9 +83,11 @@ def _require_alike(first: Any, other: Any, index: int) -> None:
     is_array = lambda leaf: isinstance(leaf, jax.Array)
     kind = lambda leaf: shape_and_dtype(leaf) if is_array(leaf) else leaf
     if not is_alike(first, other, kind):
+        lines = explain_retrace(first, other).split("\n")
+        more = [f"and {len(lines) - 8} more."] if len(lines) > 8 else []
         raise ValueError(
             f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
-            f"of its arrays:\n{explain_retrace(first, other)}"
+            "of its arrays:\n" + "\n".join([*lines[:8], *more])
         )
 
 

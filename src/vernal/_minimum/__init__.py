@@ -4,5 +4,12 @@
 the formulas and finds the distance on the host.
 """
 
-from .distance import MOST_PARAMETERS, measure, settled, what_falls
-from .edm import Distance, Local, along, distance_of
+from .distance import (
+    MOST_PARAMETERS,
+    has_jacobian,
+    measure,
+    measure_jacobian,
+    settled,
+    what_falls,
+)
+from .edm import Distance, Local, along, distance_of, unknown

@@ -2,10 +2,11 @@
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._boundary import Params
 from .._curvature import (
@@ -73,6 +74,25 @@ def measure(
     return _of_loss(traced(loss, here.flat), here, limit)
 
 
+def has_jacobian(data: int, size: int) -> bool:
+    """Whether a Jacobian is small enough to be formed."""
+    return size <= MOST_PARAMETERS and data * size <= _MOST_ELEMENTS
+
+
+@eqx.filter_jit
+def measure_jacobian(
+    jacobian: Float[Array, "N D"],
+    residuals: Float[Array, "..."],
+    params: Params,
+    projector: EigenProjector | None,
+    fall: Any,
+) -> Local:
+    """Measures what `measure` does from a Jacobian that is there already."""
+    here = _Here(_wide(ravel(params)), params, projector)
+    vector = _wide(residuals).ravel()
+    return triangle(_wide(jacobian), vector, here.point(), fall)
+
+
 class _Here(NamedTuple):
     """The parameters, and the projector of the space in which they can move."""
 
@@ -99,7 +119,7 @@ class _Here(NamedTuple):
 def _of_residuals(residuals: Flat, here: _Here, fall: Any) -> Local:
     flat = here.flat
     vector = residuals(flat)
-    if flat.size <= MOST_PARAMETERS and vector.size * flat.size <= _MOST_ELEMENTS:
+    if has_jacobian(vector.size, flat.size):
         try:
             mode = choose_mode(residuals, flat, _SUBJECT)
         except TypeError:

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import optax
 import wadler_lindig as wl
 
-from .._pickling import ModuleMeta
+from .._boundary import ModuleMeta
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field, eqx.field))

@@ -1,5 +1,6 @@
 """Checks the learning rates that an Optax transformation was given."""
 
+import re
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
@@ -8,9 +9,13 @@ import numpy as np
 import optax
 
 from .._boundary import takes
+from .._pickling import content_of
 
 # Optax's names of rates and schedules in its closures.
 _RATES = ("learning_rate", "step_size", "step_size_fn")
+
+# Its parts of an optimiser that leave the sign to the rate.
+_UNSIGNED = re.compile(r"scale_by_(?!schedule).*|identity|trace|add_decayed_weights")
 
 # Its names of the arguments that `inject_hyperparams` passes on.
 _OPTIONS = ("numeric_hps", "other_hps")
@@ -21,6 +26,11 @@ def check_rates(tx: optax.GradientTransformation, where: str) -> None:
 
     Optax itself would fail in the first update. An error calls `tx` by `where`.
     """
+    if _has_no_sign(tx):
+        raise TypeError(
+            f"`{where}` has the learning rate `None`: Optax then leaves out the sign, "
+            "and the loss would rise. Give a rate, such as `optax.adam(1e-3)`."
+        )
     for rate in _rates(tx, set()):
         is_schedule = callable(rate) and not isinstance(rate, type)
         if not (is_schedule or _is_real(rate) or rate is None):
@@ -30,6 +40,23 @@ def check_rates(tx: optax.GradientTransformation, where: str) -> None:
             )
         if isinstance(rate, FunctionType):
             takes(rate, 1, where, "schedule(count)")
+
+
+def _has_no_sign(tx: optax.GradientTransformation) -> bool:
+    """Whether Optax made a chain of parts without a rate, and `None` for the rate."""
+    parts = _held(tx.update).get("update_fns", ())
+    functions = [_held(part).get("tx", tx).update for part in parts]
+    makers = [getattr(fn, "__qualname__", "").split(".")[0] for fn in functions]
+    return makers[-1:] == ["identity"] and all(map(_UNSIGNED.fullmatch, makers))
+
+
+def _held(fn: Any) -> dict[str, Any]:
+    """Returns what a function of Optax has captured."""
+    if not (isinstance(fn, FunctionType) and _is_optax(fn)):
+        return {}
+    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+    # A cell may be empty.
+    return {name: value for name, cell in cells for value in content_of(cell)}
 
 
 def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
@@ -42,13 +69,8 @@ def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
             yield from _rates(part, seen)
     elif isinstance(node, dict):
         yield from _rates(list(node.values()), seen)
-    elif isinstance(node, FunctionType) and _is_optax(node):
-        cells = node.__closure__ or ()
-        for name, cell in zip(node.__code__.co_freevars, cells, strict=True):
-            try:
-                value = cell.cell_contents
-            except ValueError:
-                continue  # Not filled yet.
+    else:
+        for name, value in _held(node).items():
             if name in _RATES:
                 yield value
             elif name in _OPTIONS and isinstance(value, dict):

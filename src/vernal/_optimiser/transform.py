@@ -93,10 +93,7 @@ def _not_a_transformation(tx: Any, where: str) -> str:
     elif callable(tx) and hasattr(tx, "__name__"):
         name = tx.__name__
         what = f"the function `{name}`"
-        remedy = (
-            f"Did you mean `{name}(1e-3)`, or, if it is a schedule, "
-            f"`optax.sgd({name})`?"
-        )
+        remedy = f"Call it: `{name}(1e-3)`. A schedule goes into `optax.sgd({name})`."
     else:
         what = f"of type `{type(tx).__name__}`"
         remedy = "Give it one, e.g. `optax.adam(1e-3)`."

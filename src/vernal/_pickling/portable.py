@@ -8,7 +8,7 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,17 +17,6 @@ import jax.tree_util as jtu
 from .._boundary import is_wide, is_x64_on
 from .code import Stand, by_code, by_name, content_of, is_named, new_cell
 from .library import is_of_python, module_of
-
-if TYPE_CHECKING:
-    from equinox._module._module import (
-        _ModuleMeta,  # pyright: ignore[reportPrivateUsage]
-    )
-
-    class ModuleMeta(_ModuleMeta):
-        """The metaclass of Equinox's modules."""
-
-else:
-    ModuleMeta = type(eqx.Module)
 
 T = TypeVar("T")
 

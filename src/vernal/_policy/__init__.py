@@ -9,7 +9,9 @@ from .finite import (
     all_finite,
     any_non_finite,
     debug_nan_check,
+    each_finite,
     is_finite,
+    join_small,
     zero_nan_check,
 )
 from .nan_policy import (

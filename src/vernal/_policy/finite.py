@@ -2,15 +2,17 @@
 
 import functools as ft
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool
 
 from .._boundary import PyTree
+from .._tree import joinable, shape_and_dtype
 
 T = TypeVar("T")
 
@@ -21,10 +23,31 @@ def _is_inexact(leaf: Any) -> bool:
     )
 
 
+def join_small(leaves: Sequence[ArrayLike]) -> list[ArrayLike]:
+    """Joins small leaves, if there are many, into one vector for each dtype.
+
+    Leaves of the same shapes and dtypes are joined in the same way.
+    """
+    return [
+        jnp.concatenate([jnp.ravel(leaves[i]) for i in own])
+        if len(own) > 1
+        else leaves[own[0]]
+        for own in joinable(leaves, jnp.result_type)
+    ]
+
+
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in the inexact leaves of a tree is finite."""
-    flags = [is_finite(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
+    flags = map(is_finite, join_small(leaves))
     return ft.reduce(operator.and_, flags, jnp.array(True))
+
+
+def each_finite(leaves: Sequence[Array]) -> Bool[Array, " leaves"]:
+    """Whether every number is finite, for each leaf."""
+    groups = joinable(leaves, shape_and_dtype)
+    flags = [jax.vmap(is_finite)(jnp.stack([leaves[i] for i in own])) for own in groups]
+    return jnp.concatenate(flags)[np.argsort(np.concatenate(groups))]
 
 
 def is_finite(array: ArrayLike) -> Bool[Array, ""]:
@@ -53,7 +76,7 @@ def any_non_finite(leaves: Iterable[Array]) -> Bool[Array, ""]:
     flags = [jnp.array(False)]
     parts = [
         part
-        for leaf in leaves
+        for leaf in join_small(list(leaves))
         for part in ((leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,))
     ]
     for part in parts:

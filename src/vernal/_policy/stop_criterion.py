@@ -137,9 +137,9 @@ class _Either(StopCriterion):
 class Converged(StopCriterion):
     """Ends a fit whose loss no longer falls.
 
-    That is, if `patience` steps in a row have not brought the loss from where it was,
-    $L_0$, to below $L_0 - \\max(r |L_0|, a)$, with the tolerances $r$ and $a$. Small
-    decreases add up. Steps that were not accepted do not count.
+    It does so if `patience` steps in a row have not brought the loss from its value
+    before them, $L_0$, to below $L_0 - \\max(r |L_0|, a)$, with the tolerances $r$ and
+    $a$. Small decreases add up. Steps that were not accepted do not count.
 
     This is for a loss without noise. With minibatches the loss falls and rises: watch
     a validation instead, with [`vernal.Patience`][].
@@ -153,7 +153,7 @@ class Converged(StopCriterion):
         """**Arguments:**
 
         - `rtol`: the fraction of itself by which the loss has to fall.
-        - `patience`: within how many steps, at least 1.
+        - `patience`: the number of steps in which it has to fall, at least 1.
         - `atol`: the least amount by which it has to fall. For a negative
             log-likelihood, 0.01 is far less than the data can resolve.
         """
@@ -196,7 +196,7 @@ class Patience(StopCriterion):
     def __init__(self, n: int):
         """**Arguments:**
 
-        - `n`: how many validations, at least 1.
+        - `n`: the number of validations, at least 1.
         """
         self.n = whole_number(n, "n", least=1)
 

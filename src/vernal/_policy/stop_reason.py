@@ -24,7 +24,7 @@ class StopReason(enum.Enum):
     CRITERION = "The criterion of `stop` was met."
     NO_PATIENCE = "The validation has not improved, and `stop` has no more patience."
     CONVERGED = "Converged."
-    STALLED = "The solver stopped short of a minimum."
+    STALLED = "Stopped short of a minimum."
     MAX_STEPS = "The solver took `max_steps` steps and has not converged."
     DIVERGED = "The solver diverged."
     FAILED = "The solver gave up: one of its steps had no solution."

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from .._closure import Hashed, Reads, Skeleton, Slot, is_atom, kept, reads, value_key
+from .host import calls_host, with_host_errors
 from .shelves import Shelves
 
 P = ParamSpec("P")
@@ -104,7 +105,10 @@ class _Call(NamedTuple):
 class Version:
     """A call, and its code at one time: what a program is compiled for."""
 
-    __slots__ = ("__weakref__", "_hash", "call", "generation", "is_traced")
+    __slots__ = (
+        *("__weakref__", "_hash", "call"),
+        *("generation", "has_callbacks", "is_traced"),
+    )
 
     def __init__(self, call: _Call, hashed: int):
         """**Arguments:**
@@ -112,7 +116,8 @@ class Version:
         - `hashed`: the hash; equal for versions of the same code.
         """
         self.call, self._hash = call, hashed
-        self.generation, self.is_traced = _changes.count, False
+        self.generation = _changes.count
+        self.is_traced = self.has_callbacks = False
 
     def __hash__(self) -> int:
         return self._hash
@@ -123,6 +128,14 @@ class Version:
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context in which JAX finds what it traced for this version."""
         return _generation(self.generation)
+
+
+@jax.tree_util.register_static
+class _Statics:
+    """The leaves of a result that are not arrays."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
 
 
 class _Record:
@@ -199,8 +212,7 @@ class Program(Generic[P, R]):
     """A compiled function, which `program` makes."""
 
     def __init__(self, fn: Callable[P, R], donate: Donate):
-        self._fn = fn
-        self._donate: Donate = donate
+        self._fn, self._donates = fn, donate != "none"
         self._compiled: Shelves[Any] = Shelves(_drop)
         functools.update_wrapper(self, fn)
         _programs.append(self)
@@ -209,15 +221,16 @@ class Program(Generic[P, R]):
         record, first, rest = self._taken_apart(args)
         version = record.now()
         jitted = self._of(version)
-        if version.generation:
-            with version.context():
-                result = jitted(first, rest)
-        else:
-            result = jitted(first, rest)
-        if version.is_traced:
-            version.is_traced = False
-            record.settle()
-        return result
+        # In a context JAX finds more slowly what it compiled.
+        context = version.context if version.generation else contextlib.nullcontext
+        with context():
+            waits = lambda: version.is_traced or version.has_callbacks
+            result, statics = with_host_errors(waits, jitted, first, rest)
+            if version.is_traced:
+                version.is_traced = False
+                version.has_callbacks |= calls_host(jitted.trace(first, rest).jaxpr)
+                record.settle()
+        return result if statics is None else eqx.combine(result, statics.tree)
 
     def _of(self, version: Version) -> Any:
         """Returns what is compiled for a version; JAX compiles it for each shape."""
@@ -227,18 +240,23 @@ class Program(Generic[P, R]):
 
     def _jitted(self, version: Version) -> Any:
         # One function for each version, since JAX drops what it compiled for a function
-        # only as a whole. Equinox and JAX keep the function alive, so it must not keep
-        # the version alive.
+        # only as a whole. JAX keeps the function alive, so it must not keep the version
+        # alive.
         called: Callable[..., R] = self._fn
         made_for = weakref.ref(version)
 
-        def enter(first: list[Any], rest: list[Any]) -> R:
+        def enter(first: list[Any], rest: list[Any]) -> tuple[R, _Statics | None]:
             version = cast(Version, made_for())
             version.is_traced = True
-            return called(*version.call.joined([*first, *rest]))
+            result = called(*version.call.joined([*first, *rest]))
+            arrays, statics = eqx.partition(result, eqx.is_array)
+            has_statics = bool(jax.tree.leaves(statics))
+            return arrays, _Statics(statics) if has_statics else None
 
         enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
-        return eqx.filter_jit(enter, donate=self._donate)
+        if not self._donates:
+            return jax.jit(enter)
+        return jax.jit(enter, donate_argnums=1)
 
     def _taken_apart(self, args: Any) -> tuple[_Record, list[Any], list[Any]]:
         """Returns the record of a call, the arrays that are kept, and the other ones.
@@ -249,18 +267,13 @@ class Program(Generic[P, R]):
         statics = _statics(leaves)
         if statics:
             leaves = [x if type(x) in _array_types else None for x in leaves]
-        donates = self._donate != "none"
-        count = structure.children()[0].num_leaves if donates else 0
+        count = structure.children()[0].num_leaves if self._donates else 0
         return _Record.of(structure, statics), leaves[:count], leaves[count:]
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Traces the function without running it, to look at what is compiled."""
         record, first, rest = self._taken_apart(args)
         return self._of(record.now()).lower(first, rest)
-
-    def cache_size(self) -> int:
-        """Counts the compiled programs."""
-        return sum(x._cached._cache_size() for x in self._compiled.values())
 
     def forget(self) -> None:
         """Drops the compiled programs."""
@@ -269,7 +282,7 @@ class Program(Generic[P, R]):
 
 def _drop(version: Version, jitted: Any) -> None:
     """Drops what was compiled for a version, and the records of what its code reads."""
-    jitted._cached.clear_cache()
+    jitted.clear_cache()
     with _lock:
         for call, record in list(_records.items()):
             if record.version is version:

@@ -26,6 +26,7 @@ from .blocks import (
     arrange,
     leaves_by_path,
     nest_blocks,
+    on_each,
     places,
     ravel_blocks,
     scatter,
@@ -203,12 +204,12 @@ class AbstractProjector(Portable, eqx.Module):
 
         A tree like the parameters, each leaf in its dtype.
         """
-        starts = self._ravel(self.origin)
-        pieces = self._pieces(latent)
-        moved = [
-            start + whitening.apply(jnp.asarray(piece, whitening.dtype))
-            for whitening, start, piece in zip(self._held, starts, pieces, strict=True)
+        pieces = [
+            jnp.asarray(piece, w.dtype)
+            for w, piece in zip(self._whitenings, self._pieces(latent), strict=True)
         ]
+        move = lambda w, start, piece: start + w.apply(piece)
+        moved = on_each(move, self._held, self._ravel(self.origin), pieces)
         return unravel_blocks(moved, self._blocks, self._origin)
 
     @checked
@@ -230,10 +231,9 @@ class AbstractProjector(Portable, eqx.Module):
         [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
         points, starts = self._checked(params, "params"), self._ravel(self.origin)
-        return self._structure.unflatten(
-            whitening.invert(point - start)
-            for whitening, point, start in zip(self._held, points, starts, strict=True)
-        )
+        invert = lambda w, point, start: w.invert(point - start)
+        latents = on_each(invert, self._held, points, starts)
+        return self._structure.unflatten(latents)
 
     @checked
     def pull_back(self, grads: Params) -> PyTree:
@@ -249,9 +249,8 @@ class AbstractProjector(Portable, eqx.Module):
         [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
         flats = self._checked(grads, "grads")
-        return self._structure.unflatten(
-            w.transpose(flat) for w, flat in zip(self._held, flats, strict=True)
-        )
+        latents = on_each(lambda w, x: w.transpose(x), self._held, flats)
+        return self._structure.unflatten(latents)
 
     @checked
     def precondition(self, grads: Params) -> Params:
@@ -266,10 +265,7 @@ class AbstractProjector(Portable, eqx.Module):
         A tree like the parameters, zero along directions that were dropped.
         """
         flats = self._checked(grads, "grads")
-        natural = [
-            whitening.apply(whitening.transpose(flat))
-            for whitening, flat in zip(self._held, flats, strict=True)
-        ]
+        natural = on_each(lambda w, x: w.apply(w.transpose(x)), self._held, flats)
         return unravel_blocks(natural, self._blocks, self._origin)
 
     def _checked(self, tree: Params, name: str) -> list[Float[Array, " _"]]:

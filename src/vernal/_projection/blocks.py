@@ -8,10 +8,21 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float
 
 from .._boundary import Params, PyTree
-from .._tree import atoms, named_leaves, paths, ravel, resolve, unravel, widest
+from .._tree import (
+    atoms,
+    joinable,
+    named_leaves,
+    paths,
+    ravel,
+    resolve,
+    shape_and_dtype,
+    unravel,
+    widest,
+)
 from .null_policy import NullPolicy
 from .whitening import AbstractWhitening, Unchanged
 
@@ -71,6 +82,35 @@ def ravel_blocks(
         ravel([leaves[index] for index in block], dtype)
         for block, dtype in zip(blocks, dtypes, strict=True)
     ]
+
+
+def on_each(
+    fn: Callable[..., Array],
+    whitenings: Sequence[AbstractWhitening],
+    *arrays: Sequence[Array],
+) -> list[Array]:
+    """Applies a function to each whitening and its arrays.
+
+    Many small ones of the same shapes are one batch in a compiled program.
+    """
+    calls = list(zip(whitenings, *arrays, strict=True))
+    results: dict[int, Array] = {}
+    for own in joinable(calls, _kind_of_call):
+        if len(own) == 1:
+            results[own[0]] = fn(*calls[own[0]])
+        else:
+            batch = jax.tree.map(lambda *x: jnp.stack(x), *(calls[i] for i in own))
+            results |= zip(own, jax.vmap(fn)(*batch), strict=True)
+    return [results[index] for index in range(len(calls))]
+
+
+def _kind_of_call(call: tuple[Any, ...]) -> Any:
+    leaves, structure = jax.tree.flatten(call)
+    is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+    # Outside a trace there is nothing to compile, and `Unchanged` computes nothing.
+    if isinstance(call[0], Unchanged) or not is_traced:
+        return None
+    return structure, *map(shape_and_dtype, leaves)
 
 
 def unravel_blocks(

@@ -160,8 +160,11 @@ def whiten_spectrum(
     """
     scale, values, vectors = spectrum
     size, on_null, resolution = values.size, nulls.on_null, math.sqrt(eps)
-    tolerance = (nulls.rtol or 0) * values[0]
+    # NumPy compiles nothing; here each operation would be compiled by itself.
+    of = jnp if isinstance(values, Tracer) else np
+    tolerance = (nulls.rtol or 0) * of.asarray(values)[0]
     rank, values = _choose_rank(values, tolerance, nulls, name)
+    known = of.asarray(values)
     if on_null == "raise" and rank is not None and rank < size:
         shown = "; ".join(
             " and ".join(f"{path} ({weight:+.3g})" for path, weight in null.items())
@@ -171,17 +174,20 @@ def whiten_spectrum(
             f"{name} does not constrain {size - rank} of {size} directions: {shown}. "
             'Freeze a parameter of each, or use `on_null="drop"` or `"prior"`.'
         )
-    is_null = ~(values > tolerance)
+    is_null = ~(known > tolerance)
     if rank is not None:
-        is_null = jnp.arange(size) >= rank
-    roots = jnp.sqrt(jnp.where(is_null, 1, values))
-    roots = jnp.where(is_null, -1, 1 / roots if is_inverse else roots)
+        is_null = of.arange(size) >= rank
+    roots = of.sqrt(of.where(is_null, 1, known))
+    roots = of.where(is_null, -1, 1 / roots if is_inverse else roots)
     kept = size if on_null == "prior" else rank
+    dropped = np.zeros((size, 0), vectors.dtype)
+    if kept != size:
+        vectors, dropped = vectors[:, :kept], vectors[:, kept:]
     return DenseWhitening(
         scale=scale,
-        vectors=vectors[:, :kept],
-        roots=roots[:kept],
-        null_vectors=vectors[:, kept:],
+        vectors=vectors,
+        roots=jnp.asarray(roots[:kept]),
+        null_vectors=jnp.asarray(dropped),
         eigenvalues=values,
         has_prior=on_null == "prior",
         resolution=resolution,
@@ -189,7 +195,7 @@ def whiten_spectrum(
 
 
 def _choose_rank(
-    values: Float[Array, " D"], tolerance: Array, nulls: NullPolicy, name: str
+    values: Float[Array, " D"], tolerance: Any, nulls: NullPolicy, name: str
 ) -> tuple[int | None, Float[Array, " D"]]:
     """Returns the number of directions that are not null, and the checked values.
 
@@ -212,7 +218,7 @@ def _choose_rank(
             ),
         )
     if not is_traced:
-        return int(np.count_nonzero(values > tolerance)), values
+        return int(np.count_nonzero(np.asarray(values) > tolerance)), values
     if nulls.on_null == "prior":
         return None, values
     raise ValueError(

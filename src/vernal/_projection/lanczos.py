@@ -20,16 +20,26 @@ _MOST_ADDED = 10
 
 _PROBES = 16
 
+# With so many rows for each column a Householder QR, which reads all of them for each
+# column, takes as long as the iterations.
+_MANY_ROWS = 100
+
 
 class Leading(NamedTuple):
     """The leading part of a matrix."""
 
     values: Float[Array, " rank"]
     vectors: Float[Array, "D rank"]
+    tolerance: Float[Array, ""]
+    """How large rounding makes an eigenvalue that is zero."""
     curvature: Float[Array, ""]
-    """The mean eigenvalue of the complement."""
+    """The mean eigenvalue of the complement; where that is flat, the lowest kept."""
+    is_flat: Bool[Array, ""]
+    """Whether the complement has no curvature."""
     lowest: Float[Array, ""]
     """The lowest eigenvalue found."""
+    is_constrained: Bool[Array, ""]
+    """Whether each direction has an eigenvalue above the tolerance."""
     is_indefinite: Bool[Array, ""]
     is_converged: Bool[Array, ""]
     is_symmetric: Bool[Array, ""]
@@ -54,8 +64,10 @@ def find_leading(
     product = _scaled(matvec, params, scale)
     keys = jax.random.split(key, 5)
 
-    x, y = jax.random.normal(keys[0], (2, size), dtype)
-    fx, fy = product(x), product(y)
+    # Together, since each call would compile apart.
+    draw = lambda key: jax.random.normal(key, (2, size), dtype)
+    (x, y), (start, _), (after_start, _) = jax.vmap(draw)(keys[jnp.array([0, 2, 3])])
+    fx, fy = jax.lax.map(product, jnp.stack([x, y]))
     difference = jnp.abs(matmul(y, fx) - matmul(x, fy))
     norms = jnp.linalg.norm(fx) + jnp.linalg.norm(fy)
     eps = jnp.finfo(dtype).eps
@@ -70,24 +82,23 @@ def find_leading(
     def noisy(vector: Array) -> Array:
         return product(vector) + noise * vector[order]
 
-    start = jax.random.normal(keys[2], (size,), dtype)
     basis, values = _ritz(noisy, start, iterations, rank)
     lowest = values[-1]
 
     after = min(ITERATIONS_AFTER, size - rank)
     surprise = -jnp.inf
     if after:
-        basis, _ = jnp.linalg.qr(basis)
+        basis = _orthonormal(basis)
 
         def beyond(vector: Array) -> Array:
             return _without(basis, noisy(_without(basis, vector)))
 
-        start = _without(basis, jax.random.normal(keys[3], (size,), dtype))
+        start = _without(basis, after_start)
         more, values = _ritz(beyond, start, after, min(after, _MOST_ADDED))
         surprise, lowest = values[0], jnp.minimum(lowest, values[-1])
         basis = jnp.concatenate([basis, more], axis=1)
 
-    basis, _ = jnp.linalg.qr(basis)
+    basis = _orthonormal(basis)
     images = _images(product, basis)
     values, rotation = descending(matmul(basis.T, images))
     rotation, values = rotation[:, :rank], values[:rank]
@@ -101,18 +112,22 @@ def find_leading(
     curvature = values[-1]
     if rank < size:
         probes = jax.random.normal(keys[4], (size, min(_PROBES, size - rank)), dtype)
-        across, _ = jnp.linalg.qr(jnp.concatenate([leading, probes], axis=1))
-        across = across[:, rank:]
+        across = _orthonormal(jnp.concatenate([leading, probes], axis=1))[:, rank:]
         curvature = jnp.mean(jnp.sum(across * _images(product, across), axis=0))
     lowest = jnp.minimum(lowest, curvature)
-    is_indefinite = lowest < -(size * eps * values[0] + 10 * noise)
+    zero = size * float(eps) * values[0]
+    is_flat = curvature <= zero
     is_finite = jnp.all(jnp.isfinite(values)) & jnp.isfinite(norms + curvature)
     return Leading(
         values=values,
         vectors=leading,
-        curvature=curvature,
+        tolerance=zero,
+        # Steps in a flat complement are no larger than in the softest direction kept.
+        curvature=jnp.where(is_flat, values[-1], curvature),
+        is_flat=is_flat,
         lowest=lowest,
-        is_indefinite=is_indefinite,
+        is_constrained=values[-1] > zero,
+        is_indefinite=lowest < -(zero + 10 * noise),
         is_converged=is_converged,
         is_symmetric=is_symmetric,
         is_finite=is_finite,
@@ -149,6 +164,24 @@ def _ritz(
 def _images(product: Product, basis: Float[Array, "D n"]) -> Float[Array, "D n"]:
     """Applies a product to each column, one after the other to bound memory."""
     return jax.lax.map(product, basis.T).T
+
+
+def _orthonormal(basis: Float[Array, "D n"]) -> Float[Array, "D n"]:
+    """Makes columns orthonormal, one after the other.
+
+    Of many rows it takes the Gram matrix, for which the columns must be far from
+    dependent, as Ritz vectors are, and a few random ones. See Yamamoto, Nakatsukasa,
+    Yanagisawa and Fukaya, *Roundoff error analysis of the CholeskyQR2 algorithm*
+    (2015).
+    """
+    size, count = basis.shape
+    if size < _MANY_ROWS * count:
+        return jnp.linalg.qr(basis)[0]
+    factor = jnp.linalg.cholesky(matmul(basis.T, basis))
+    inverse = jax.lax.linalg.triangular_solve(
+        factor, jnp.eye(count, dtype=basis.dtype), lower=True
+    )
+    return matmul(basis, inverse.T)
 
 
 def _without(basis: Float[Array, "D n"], vector: Float[Array, " D"]) -> Array:

@@ -145,13 +145,9 @@ def whiten_matvec(
         found = find_leading(matvec, params, scales, key, rank, iterations)
     if is_traced and iterations < most:
         found = find_leading(matvec, params, scales, key, rank, most)
-    tolerance = size * float(jnp.finfo(dtype).eps) * found.values[0]
-    values = _refuse_bad(found, tolerance, rank)
-
-    is_flat = found.curvature <= tolerance
-    # Steps in a flat complement are no larger than in the softest direction kept.
-    curvature = jnp.where(is_flat, values[-1], found.curvature)
-    whitening = LowRankWhitening(scales, found.vectors, values, curvature, is_flat)
+    whitening = LowRankWhitening(
+        scales, found.vectors, _checked(found, rank), found.curvature, found.is_flat
+    )
     return jax.lax.stop_gradient(whitening)
 
 
@@ -169,9 +165,7 @@ def _flat_scale(scale: Params, params: Params, dtype: np.dtype) -> Float[Array, 
     )
 
 
-def _refuse_bad(
-    found: Leading, tolerance: Float[Array, ""], rank: int
-) -> Float[Array, " rank"]:
+def _checked(found: Leading, rank: int) -> Float[Array, " rank"]:
     """Returns the eigenvalues; refuses any that are not those of a Fisher matrix."""
     values = refuse(
         found.values,
@@ -196,10 +190,10 @@ def _refuse_bad(
     )
     return refuse(
         values,
-        ~(values[-1] > tolerance),
+        ~found.is_constrained,
         f"`rank={rank}` keeps directions that `matvec` does not constrain. Lower it.",
         lambda: (
-            f"Only {np.count_nonzero(values > tolerance)} of them have an eigenvalue "
-            f"above {tolerance}."
+            f"Only {np.count_nonzero(values > found.tolerance)} of them have an "
+            f"eigenvalue above {found.tolerance}."
         ),
     )

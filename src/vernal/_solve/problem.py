@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._boundary import PyTree, whole_number
 from .._closure import Closure
 from .._curvature import Mode, Subject, choose_mode, gradient, traced
-from .._minimum import Local, measure, what_falls
+from .._minimum import Local, has_jacobian, measure, what_falls
 from .._policy import StopReason, all_finite
 from .._program import program
 from .._projection import EigenProjector
@@ -27,8 +27,8 @@ from .._step import (
     score,
     step_key,
 )
-from .._tree import as_parameters, cast_like, ravel, unravel
-from .tracked_solver import Seen, better, choose, tracked
+from .._tree import as_parameters, cast_like, ravel, ravel_size, unravel
+from .tracked_solver import Seen, better, choose, keeps_score, tracked
 
 # The least number of losses to make room for, so that short solves share a program; and
 # the most.
@@ -40,13 +40,15 @@ class Problem(NamedTuple):
     """What is solved, without the point to start from.
 
     `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
-    differentiation, `None` for the one that works.
+    differentiation, `None` for the one that works. If it `is_alone`, its Jacobian at
+    the end is left to `linearised`, whose program other methods share.
     """
 
     batch: Any
     encoded: Closure
     rows: int
     jac: Mode | None
+    is_alone: bool = False
 
 
 Solver = (
@@ -66,7 +68,7 @@ def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure,
             f"`{argument}` is {max_steps}, but at most {_MOST_ROWS} losses are kept. "
             "Solve several times, each time from the trainer of the last result."
         )
-    _check_solver(solver)
+    _require_solver(solver)
     rows = max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length())
     return Closure.encode(solver), rows
 
@@ -114,8 +116,9 @@ class End(NamedTuple):
     first: Float[Array, ""]
     last: Float[Array, ""]
     """The loss at the beginning, and at the end."""
-    local: Local
-    """What the distance to the minimum is computed from."""
+    local: Local | None
+    """What the distance to the minimum is computed from; `None` for a Jacobian that is
+    not computed yet."""
 
 
 def progress_at(
@@ -160,7 +163,7 @@ def run_solver(
     The trainer is stripped, so that programs are shared; `projector` and `held` are the
     projector and the start of the whole trainer.
     """
-    batch, encoded, rows, jac = problem
+    batch, encoded, rows, jac, is_alone = problem
     solver, latent = encoded.decode(), held.latent
     _check_class(trainer, solver)
     as_parameters(trainer.params)
@@ -207,11 +210,16 @@ def run_solver(
         ended = optx.least_squares(residuals, solver, start, options=options, **common)
     state, stats = ended.state, ended.stats
 
-    # A solver reports the points that it has left: the last one is not scored yet.
-    last = scored(ended.value, None)[1].loss
+    # A solver reports the points that it has left, and not yet the last one.
+    if keeps_score(solver.solver):
+        last = state.inner.aux.loss
+    else:
+        last = scored(ended.value, None)[1].loss
     best, best_loss = better(ended.value, last, state.best, state.best_loss)
     is_finite = all_finite((ended.value, last))
     point = choose(is_finite, ended.value, best)
+    params, best_params = to_params(ended.value), to_params(best)
+    at_end = live(trainer, choose(is_finite, params, best_params))
     why = [
         ~is_finite | state.is_broken,
         stats["diverged"],
@@ -220,16 +228,16 @@ def run_solver(
     ]
     # The score of a validation does not compare with a loss.
     held_loss = jnp.where(held.is_validated, jnp.inf, held.loss)
-    all_best, all_best_loss = better(to_params(best), best_loss, held.best, held_loss)
+    all_best, all_best_loss = better(best_params, best_loss, held.best, held_loss)
     is_new = all_best_loss < held_loss
-    stumble = choose(all_finite(ended.value), ended.value, best)
     first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
     last = jnp.where(is_finite, last, best_loss)
-    at_end = live(trainer, to_params(point))
     kind = what_falls(trainer, not is_minimiser)
-    local = measure(at_end, projector, batch, key, kind, first - last)
+    local = None
+    if not (is_alone and kind == "residuals" and _has_jacobian(at_end, batch, key)):
+        local = measure(at_end, projector, batch, key, kind, first - last)
     return End(
-        params=to_params(point),
+        params=at_end.params,
         latent=None if projector is None else cast_like(point, latent),
         best=all_best,
         best_state=choose(is_new, trainer.state, held.state),
@@ -239,7 +247,7 @@ def run_solver(
         steps=state.steps,
         reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
         in_vain=~(best_loss < state.losses[0]),
-        stumble=to_params(stumble),
+        stumble=choose(all_finite(ended.value), params, best_params),
         first=first,
         last=last,
         local=local,
@@ -247,6 +255,11 @@ def run_solver(
 
 
 run = program(run_solver)
+
+
+def _has_jacobian(trainer: AbstractTrainer, batch: Any, key: Any) -> bool:
+    vector = jax.eval_shape(lambda: real_residuals(trainer, batch, key))
+    return has_jacobian(vector.size, ravel_size(trainer.params))
 
 
 def is_suspect(reason: StopReason, in_vain: Any) -> bool:
@@ -280,18 +293,23 @@ def find_bad(
 find_bad_alone = program(find_bad)
 
 
-def _check_solver(solver: Any) -> None:
-    is_solver = isinstance(
-        solver, optx.AbstractMinimiser | optx.AbstractLeastSquaresSolver
-    )
-    if not is_solver:
-        given = solver if isinstance(solver, str | type) else type(solver)
+SOLVERS = optx.AbstractMinimiser, optx.AbstractLeastSquaresSolver
+
+
+def _require_solver(solver: Any) -> None:
+    if isinstance(solver, SOLVERS):
+        return
+    if isinstance(solver, type) and issubclass(solver, SOLVERS):
         raise TypeError(
-            f"`solver` is {given!r}, not a minimiser or a least-squares solver of "
-            "Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, atol=1e-8)` or "
-            "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
-            "is for `fit`."
+            f"`solver` is the class `{solver.__name__}`. Give an instance: "
+            f"`{solver.__name__}(rtol=1e-8, atol=1e-8)`."
         )
+    raise TypeError(
+        f"`solver` is of type `{type(solver).__name__}`, not a minimiser or a "
+        "least-squares solver of Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, "
+        "atol=1e-8)` or `optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax "
+        "transformation is for `fit`."
+    )
 
 
 def _check_class(trainer: AbstractTrainer, solver: Any) -> None:

@@ -13,8 +13,23 @@ from .._curvature import Mode, checked_mode, matmul
 from .._data import as_batch
 from .._devices import AbstractPlacement, placement, same_inputs
 from .._fit import FitResult
-from .._inference import Passes, curvature, fisher, has_likelihood, whitened
-from .._minimum import MOST_PARAMETERS, Distance, distance_of, settled
+from .._inference import (
+    Passes,
+    curvature,
+    fisher,
+    has_likelihood,
+    linearised,
+    whitened,
+)
+from .._minimum import (
+    MOST_PARAMETERS,
+    Distance,
+    Local,
+    distance_of,
+    measure_jacobian,
+    settled,
+    unknown,
+)
 from .._policy import StopReason
 from .._projection import DenseWhitening, EigenProjector, Unchanged
 from .._step import (
@@ -31,9 +46,10 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
-from .._tree import paths
+from .._tree import paths, ravel
 from .problem import (
     REASONS,
+    SOLVERS,
     End,
     Problem,
     Start,
@@ -72,15 +88,20 @@ def solve(
     mesh: Mesh | None,
 ) -> FitResult[Any, Any]:
     """Implements `Trainer.solve`."""
+    if isinstance(batch, SOLVERS):
+        raise TypeError(
+            f"`batch` is a `{type(batch).__name__}`. Give the solver first: "
+            "`trainer.solve(solver, batch)`."
+        )
     refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     options = options._replace(rewhiten=boolean(options.rewhiten, "rewhiten"))
     place = placement(trainer, mesh)
-    with same_inputs("solve", place) as require_same, place.context():
+    with same_inputs("solve", place) as require_same, place.context:
         encoded, rows = checked_solver(solver, options.max_steps, "max_steps")
         batch = as_batch(batch)
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
-        problem = Problem(batch, encoded, rows, checked_mode(options.jac))
+        problem = Problem(batch, encoded, rows, checked_mode(options.jac), True)
         rounds = _Rounds(trainer, problem, place)
         try:
             rounds.go(options.max_steps, options.rewhiten)
@@ -122,9 +143,9 @@ class _Rounds:
         while True:
             goal = jnp.asarray(np.int32(left))
             end = run(self._stripped, self._projector, self._held, self._problem, goal)
-            copied = end.losses, end.steps, end.reason, end.in_vain, end.last, end.local
-            losses, steps, reason, in_vain, last, local = jax.device_get(copied)
-            distance = distance_of(local)
+            copied = end.losses, end.steps, end.reason, end.in_vain, end.last
+            losses, steps, reason, in_vain, last = jax.device_get(copied)
+            distance = distance_of(end.local or self._linearised(end))
             self._end, self._in_vain, self._distance = end, in_vain, distance
             self._losses.append(losses[:steps])
             self._reason = settled(REASONS[reason], distance)
@@ -145,6 +166,17 @@ class _Rounds:
                 is_validated=jnp.zeros_like(self._held.is_validated),
                 first=end.first,
             )
+
+    def _linearised(self, end: End) -> Local:
+        """Measures the surroundings of the end by the Jacobian there."""
+        batch, jac = self._problem.batch, self._problem.jac
+        try:
+            found = linearised(live(self._placed, end.params), batch, jac)
+        except TypeError:
+            # The solver needs the gradient of the loss alone.
+            return unknown(ravel(end.params))
+        fall = end.first - end.last
+        return measure_jacobian(*found, end.params, self._projector, fall)
 
     def _may_go_on(self) -> bool:
         """Whether another metric may help."""

@@ -14,6 +14,19 @@ from .._policy import all_finite
 
 T = TypeVar("T")
 
+_SCORED = (optx.AbstractGaussNewton, optx.AbstractQuasiNewton)
+
+
+def keeps_score(solver: Any) -> bool:
+    """Whether a solver evaluates its first point, and keeps what it saw at the last.
+
+    It does if it is one of Optimistix's own, of these families: their state has the
+    auxiliary output of the point they are at. Each evaluation beside the solver's own
+    takes as long to compile.
+    """
+    is_own = type(solver).__module__.startswith("optimistix.")
+    return is_own and isinstance(solver, _SCORED)
+
 
 class Seen(NamedTuple):
     """What a solved function returns beside its value.
@@ -62,10 +75,11 @@ class _Tracked(optx.AbstractIterativeSolver):
         aux_struct: PyTree,
         tags: frozenset[object],
     ) -> TrackedState:
+        best_loss = jnp.full((), jnp.inf, self.losses.dtype)
         # Not every solver looks at its first point before it moves on.
-        _, seen = fn(y, args)
-        best_loss = jnp.full_like(seen.loss, jnp.inf)
-        _, best_loss = better(y, seen.loss, y, best_loss)
+        if not keeps_score(self.solver):
+            _, seen = fn(y, args)
+            _, best_loss = better(y, seen.loss, y, best_loss)
         return TrackedState(
             inner=self.solver.init(fn, y, args, options, f_struct, aux_struct, tags),
             steps=jnp.zeros_like(self.goal),

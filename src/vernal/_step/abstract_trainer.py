@@ -14,9 +14,9 @@ import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
-from .._boundary import PyTree
+from .._boundary import ModuleMeta, PyTree
 from .._optimiser import ParamOptimiser
-from .._pickling import ModuleMeta, Portable, build
+from .._pickling import Portable, QuickMethods, build
 from .._policy import NanPolicy, StopFit
 from .._projection import EigenProjector
 from .model_template import ModelTemplate
@@ -40,7 +40,9 @@ else:
     _Meta = ModuleMeta
 
 
-class AbstractTrainer(Portable, eqx.Module, Generic[Model, Batch], metaclass=_Meta):
+class AbstractTrainer(
+    Portable, QuickMethods, eqx.Module, Generic[Model, Batch], metaclass=_Meta
+):
     """A model, an optimiser and policies: the configuration, and the progress of a fit.
 
     A trainer whose progress is `None` is a configuration: it goes into compiled

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -107,9 +108,10 @@ def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
 
 def no_optimiser(trainer: AbstractTrainer) -> ValueError:
     """Says what to do about a trainer that cannot take a step."""
+    name = type(trainer).__name__
     return ValueError(
-        f"`{type(trainer).__name__}` has no optimiser. Give it one: "
-        "`Trainer(model, optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
+        f"`{name}` has no optimiser. Give it one: `{name}(model, optax.adam(1e-2))` or "
+        "`trainer.replace(optimiser=...)`."
     )
 
 
@@ -179,7 +181,12 @@ def fit_projector(
         projector = projector.at(
             cast_like(jax.tree.structure(params).unflatten(origin), params)
         )
-    return projector, projector.to_latent(params)
+    return projector, _to_latent(projector, params)
+
+
+# As one program, where each operation would be compiled by itself.
+_to_latent = eqx.filter_jit(EigenProjector.to_latent)
+to_params = eqx.filter_jit(EigenProjector.to_params)
 
 
 def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:

@@ -28,6 +28,7 @@ from .construct import (
     fit_projector,
     initial_opt_state,
     refuse_names_in_latent_space,
+    to_params,
 )
 from .hyperparams import carried_over
 from .model import check_state, checked_model
@@ -148,7 +149,7 @@ def reproject(
     )
     check_ruled(transform, params)
     if projector is not None:
-        params = projector.to_params(latent)
+        params = to_params(projector, latent)
     progress = dataclasses.replace(
         progress_of(trainer),
         params=params,

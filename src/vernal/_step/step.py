@@ -14,7 +14,14 @@ from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._curvature import in_reverse
-from .._policy import all_finite, any_non_finite, is_finite, judged
+from .._policy import (
+    all_finite,
+    any_non_finite,
+    each_finite,
+    is_finite,
+    join_small,
+    judged,
+)
 from .._projection import EigenProjector
 from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
 from .abstract_trainer import AbstractTrainer, overrides, progress_of
@@ -101,10 +108,9 @@ def advance(
         return old.nan_counts, jnp.asarray(verdict.stop), policy_state
 
     def some_bad() -> tuple[Array, Bool[Array, ""], PyTree]:
-        bad = [~all_finite(x) for x in (loss, *jax.tree.leaves(grads))]
-        counts = count_non_finite(
-            old.nan_counts, jnp.stack([*bad, ~is_good]), old.step_count
-        )
+        finite = each_finite([loss, *jax.tree.leaves(grads)])
+        bad = ~jnp.append(finite, is_good)
+        counts = count_non_finite(old.nan_counts, bad, old.step_count)
 
         # The policy does not see the update. If that is bad, the policy is shown a step
         # with a non-finite loss instead, and decides whether the fit continues.
@@ -206,10 +212,11 @@ def _turned_bad(new: PyTree, old: PyTree) -> Bool[Array, ""]:
 
     Some states have infinities from the start, such as a best value.
     """
+    inexact = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+    both = (join_small(list(filter(inexact, jax.tree.leaves(t)))) for t in (new, old))
     flags = [
         ~is_finite(jnp.where(jnp.isnan(o) | (jnp.isinf(o) & jnp.isinf(n)), 0, n))
-        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-        if jnp.issubdtype(n.dtype, jnp.inexact)
+        for n, o in zip(*both, strict=True)
     ]
     return ft.reduce(operator.or_, flags, jnp.array(False))
 

@@ -36,8 +36,8 @@ class History(Portable, eqx.Module):
 
     - `steps`: the steps that were recorded, counted from the trainer's first.
     - `loss`: the loss at the parameters *before* each of these steps.
-    - `validation`: the scores of the validation, of which there may be none.
-    - `validation_steps`: how many steps had been taken when it was scored.
+    - `validation`: the scores of the validation; empty without one.
+    - `validation_steps`: the number of steps taken before each score.
     - `records`: what else was recorded, by name. `history["name"]` is short for
         `history.records["name"]`.
     """
@@ -110,11 +110,11 @@ class History(Portable, eqx.Module):
 
         **Arguments:**
 
-        - `path`: the file. One that is there is replaced.
+        - `path`: the file. An existing one is replaced.
 
         **Raises:**
 
-        - `OSError`: if the file cannot be written; one that was there is as it was.
+        - `OSError`: if the file cannot be written. An existing one is then unchanged.
         """
         file_path(path, "path")
         write_file(path, to_arrays(OrderedDict(to_columns(self))))

@@ -78,7 +78,7 @@ def load(
         rates, its NaN policy and its key may differ. Or a pytree of the same structure,
         shapes and dtypes as the one that was saved; its arrays may be
         `jax.ShapeDtypeStruct`, as `equinox.filter_eval_shape` makes them.
-    - `reset`: of a trainer, what starts again instead of being restored: `"opt_state"`
+    - `reset`: for a trainer, what to start afresh instead of restoring: `"opt_state"`
         (the moments; the optimiser may then be another), `"best"`, `"nan_report"`,
         `"policy_state"`, `"state"`, `"step_count"`.
 
@@ -95,7 +95,7 @@ def load(
         header says. Reading takes no more memory than the file has.
     - `NewerFormatError`: if it was written by a later version of vernal.
     - `MismatchError`: if `like` is another tree; it names the leaves that differ. These
-        four are subclasses of `LoadError`, and that of `ValueError`.
+        four are subclasses of `LoadError`, a subclass of `ValueError`.
     - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
     file_path(path, "path")

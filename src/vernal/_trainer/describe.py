@@ -1,9 +1,8 @@
-"""What a compiled program is made for, in words, place by place."""
+"""What a compiled program is made for, in words."""
 
 import dataclasses
 import functools
 import itertools
-import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,220 +13,167 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 
-from .._boundary import dotted
-from .._closure import Closure, scope_key
+from .._boundary import dotted, unaddressed
+from .._closure import Closure
 from .._optimiser import Transform
 from .._pickling import content_of
 from .._step import ModelTemplate
 from .trainer import Trainer
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where something is: in a tree, or in a variable of a function."""
-
-    path: str = ""
-    name: str = ""
-    owner: str = ""
-    """The function that `name` is a variable of."""
-
-    def within(self, key: str) -> "Place":
-        """Returns the place of a part."""
-        if not self.owner:
-            return Place(".".join(filter(None, (self.path, key))))
-        # The transformations within an `optax.chain`.
-        name = f"part {key}" if self.name == "content" else f"{self.name}.{key}"
-        return dataclasses.replace(self, name=name)
-
-    def line(self, text: str, separator: str = " ") -> str:
-        """Returns a line about this place."""
-        name = f"{self.name} of `{self.owner}`" if self.owner else self.name
-        text = separator.join(filter(None, (name, text)))
-        return ": ".join(filter(None, (self.path, text)))
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Described:
-    """What is at one place."""
+    """What a value is, and what is within it, which may be described or not."""
 
-    place: Place
     key: Any
     """Equal for what is the same."""
     text: Callable[[], str]
     """Says what it is. Called only for what differs."""
-    parts: dict[Any, "Described"] = dataclasses.field(default_factory=dict)
-    rest: Any = None
-    """A key of all that is here, also of what has no name."""
-    array: Any = None
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    static: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields that JAX compares as a whole, by `==`."""
+    function: str = ""
+    """The name of the function that has the parts as variables."""
+
+    def __repr__(self) -> str:
+        return self.text()
+
+
+def word(text: str, content: Any = None) -> Described:
+    """Describes by one word, such as "frozen"."""
+    return Described(text, lambda: text, {"": content})
 
 
 def describe(tree: Any) -> Described:
-    """Describes all that decides whether a jitted function compiles."""
-    return _tree(tree, Place())
-
-
-# A tree: JAX compares what is static by `==`.
-
-
-def _tree(tree: Any, place: Place) -> Described:
-    text = functools.partial(_tree_text, tree)
-    if isinstance(tree, Transform):
-        return _tree(tree.closure, place)
-    if isinstance(tree, _ModelLeaf):
-        is_static = tree.kind == "static"
-        value = Closure.encode(tree.value) if is_static else tree.value
-        return Described(place, tree.kind, text, {"": _tree(value, place)})
+    """Describes a tree, of which JAX compares what is static by `==`."""
+    if isinstance(tree, Described):
+        return tree
     if eqx.is_array(tree):
-        return Described(place, "array", text, array=tree)
-    if _is_leaf(tree):
-        return Described(place, tree, text)
-    parts, structure = {}, jtu.tree_structure(tree)
-    if isinstance(tree, Closure):
-        parts[""] = _captured(tree.decode(), place, {})
-    elif isinstance(tree, ModelTemplate):
-        parts[""] = _tree(_marked(tree), place)
+        return word(f"an array ({abstract(tree)})")
+    if tree is None or (parts := _children(tree)) is None:
+        is_number = isinstance(tree, int | float | complex)
+        return Described(tree, lambda: "the static " * is_number + short_text(tree))
+    match tree:
+        case Trainer():
+            # What users know the fields by.
+            parts |= {"": parts.pop("_progress"), "model": parts.pop("_template")}
+        case Transform():
+            parts = {"": tree.closure}
+        case ModelTemplate():
+            return Described(ModelTemplate, lambda: "", {"": _marked(tree)})
+    text = lambda: f"a {short_text(type(tree))}"
+    return Described(type(tree), text, parts, _static(tree))
+
+
+def describe_content(value: Any, met: dict[int, Described]) -> Any:
+    """Describes all that a function has captured, which closures compare by value.
+
+    Arrays remain, and what was `met` before is described once.
+    """
+    value = _unwrapped(value)
+    if isinstance(value, jax.Array):
+        return value
+    if id(value) in met:
+        return met[id(value)]
+    contents = _contents(value)
+    # It holds the value, so that no other takes its id.
+    new = met[id(value)] = Described(value, lambda: short_text(value))
+    if isinstance(value, types.FunctionType) or _is_transformation(value):
+        functions = value if isinstance(value, tuple) else (value,)
+        new.function = _public_name(functions[-1])
+        new.key = [getattr(fn, "__code__", None) for fn in functions]
+        new.text = lambda: f"`{new.function}`"
+    elif contents:
+        new.key = type(value), *contents
+        new.text = lambda: f"({', '.join(map(_inner_text, new.parts.values()))})"
     else:
-        for name, value in _static_fields(tree):
-            where = dataclasses.replace(place.within(name), name="static,")
-            parts[name] = Described(where, value, functools.partial(_text, value))
-        if not isinstance(tree, eqx.Module | dict | list | tuple | None):
-            where, data = Place(place.path, "its structure"), structure.node_data()[1]
-            parts[""] = Described(where, data, functools.partial(_text, data))
-        for keys, child in _one_level(tree):
-            parts[keys] = _tree(child, place.within(_shown(keys, tree)))
-    return Described(place, type(tree), text, parts, structure)
+        new.key = Closure.encode(value).skeleton
+    new.parts |= {name: describe_content(x, met) for name, x in contents.items()}
+    return new
 
 
-def _shown(keys: Any, parent: Any) -> str:
-    """Returns the name of a child, or of a trainer's what a user knows it by."""
-    name = dotted(keys)
-    shown = {"_progress": "", "_template": "model"}
-    return shown.get(name, name) if isinstance(parent, Trainer) else name
+def _inner_text(part: Any) -> str:
+    part = describe(part)
+    return "(…)" if part.parts and not part.function else part.text()
 
 
-def _tree_text(tree: Any) -> str:
-    if isinstance(tree, _ModelLeaf):
-        return tree.kind
-    if eqx.is_array(tree):
-        return f"an array ({abstract(tree)})"
-    if tree is not None and not _is_leaf(tree):
-        return f"a {_text(type(tree))}"
-    is_number = isinstance(tree, int | float | complex)
-    return f"the static {_text(tree)}" if is_number else _text(tree)
-
-
-@dataclasses.dataclass
-class _ModelLeaf:
-    """Stands for a leaf of a trainer's model."""
-
-    kind: str
-    value: Any = None
+# What is within.
 
 
 def _marked(parts: ModelTemplate) -> Any:
     """Returns a model that says of each leaf what a trainer makes of it."""
-    values = {
+    contents = {
         "trained": itertools.repeat(None),
         "frozen": iter(parts.frozen),
-        "other": iter(parts.others.decode()),
+        "other": map(Closure.encode, parts.others.decode()),
     }
-    leaves = [
-        _ModelLeaf("static" if kind == "other" else kind, next(values[kind]))
+    return parts.structure.unflatten(
+        word("static" if kind == "other" else kind, next(contents[kind]))
         for kind in parts.kinds
-    ]
-    return parts.structure.unflatten(leaves)
+    )
 
 
-def _one_level(tree: Any) -> list[tuple[Any, Any]]:
-    return jtu.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
+def _children(tree: Any) -> dict[str, Any] | None:
+    """Returns what is within a node, by name, and `None` for a leaf."""
+    flat, _ = jtu.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    is_leaf = len(flat) == 1 and flat[0][1] is tree
+    return None if is_leaf else {dotted(keys): child for keys, child in flat}
 
 
-def _is_leaf(tree: Any) -> bool:
-    return jtu.all_leaves([tree])
-
-
-def _static_fields(tree: Any) -> list[tuple[str, Any]]:
-    fields = dataclasses.fields(tree) if isinstance(tree, eqx.Module) else ()
-    names = [field.name for field in fields if field.metadata.get("static")]
-    return [(name, vars(tree)[name]) for name in names if name in vars(tree)]
-
-
-# What functions have captured: closures compare it by value.
-
-
-def _captured(value: Any, place: Place, met: dict[int, Any]) -> Described:
-    value = _unwrapped(value)
-    text = functools.partial(_captured_text, value)
-    if isinstance(value, jax.Array):
-        return Described(place, "array", text, array=value)
-    if id(value) in met:
-        # What functions share is described once.
-        return Described(place, "met before", text)
-    if _is_transformation(value):
-        # They share most variables, and those of `update` have the better names.
-        update, init = (_captured(fn, place, met) for fn in reversed(value))
-        return _merged(update, init)
-    if isinstance(value, types.FunctionType):
-        contents, key, rest = _variables(value, met), value.__code__, scope_key(value)
-        within = functools.partial(Place, place.path, owner=_public_name(value))
-    elif contents := _contents(value):
-        within, key, rest = place.within, (type(value), *contents), None
-    else:
-        return Described(place, Closure.encode(value).skeleton, text)
-    met[id(value)] = value
-    parts = {name: _captured(x, within(name), met) for name, x in contents.items()}
-    return Described(place, key, text, parts, rest)
-
-
-def _merged(one: Described, other: Described) -> Described:
-    """Returns one description, with the parts that only the other has."""
-    both = one.parts.keys() & other.parts.keys()
-    merged = {name: _merged(one.parts[name], other.parts[name]) for name in both}
-    return dataclasses.replace(one, parts={**one.parts, **other.parts, **merged})
-
-
-def _variables(fn: types.FunctionType, met: dict[int, Any]) -> dict[str, Any]:
-    """Returns what a function has captured, its defaults and its attributes."""
-    code, defaults = fn.__code__, fn.__defaults__ or ()
-    found: dict[str, Any] = {}
-    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
-        # A cell may be empty.
-        for content in content_of(cell) if id(cell) not in met else ():
-            found[_IN_CHAIN.get(name, name)] = content
-        met[id(cell)] = cell
-    arguments = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
-    found.update(zip(arguments, defaults, strict=True))
-    return {**found, **(fn.__kwdefaults__ or {}), **vars(fn)}
-
-
-# Where an `optax.chain` has its transformations.
-_IN_CHAIN = {"init_fns": "content", "update_fns": "content"}
+def _static(tree: Any) -> dict[str, Any]:
+    if isinstance(tree, eqx.Module):
+        fields, held = dataclasses.fields(tree), vars(tree)
+        names = [field.name for field in fields if field.metadata.get("static")]
+        return {name: held[name] for name in names if name in held}
+    if isinstance(tree, dict | list | tuple | None):
+        return {}
+    node = jtu.tree_structure(tree, is_leaf=lambda x: x is not tree).node_data()
+    return {"": node and node[1]}
 
 
 def _contents(value: Any) -> dict[str, Any]:
-    """Returns what is within a captured container or node, by name."""
+    """Returns what is within a function, a container or a node, by name."""
     match value:
+        case types.FunctionType():
+            return _variables(value)
         case types.MethodType():
             return {"__func__": value.__func__, "__self__": value.__self__}
         case functools.partial():
-            arguments = {**dict(enumerate(value.args)), **value.keywords}
+            contents = {**dict(enumerate(value.args)), **value.keywords}
+        case _ if _is_transformation(value):
+            # The two share most variables, and those of `update` have better names.
+            contents = _contents(value.init) | _contents(value.update)
+            if "update_fns" in contents:
+                pairs = contents.pop("init_fns"), contents.pop("update_fns")
+                contents["content"] = [*map(optax.GradientTransformation, *pairs)]
         case dict():
-            arguments = value
+            contents = value
         case list() | tuple() if type(value) in (list, tuple):
             # JAX cannot flatten a list that contains itself.
-            arguments = dict(enumerate(value))
-        case _ if _is_leaf(value):
+            contents = dict(enumerate(value))
+        case _ if (children := _children(value)) is None:
             return {}
         case _:
-            children = {dotted(keys): child for keys, child in _one_level(value)}
-            return dict(_static_fields(value)) | children
-    return {str(name): part for name, part in arguments.items()}
+            contents = children | _static(value)
+    return {str(name): part for name, part in contents.items()}
+
+
+def _variables(fn: types.FunctionType) -> dict[str, Any]:
+    """Returns what a function has captured, its defaults and its attributes."""
+    code, defaults = fn.__code__, fn.__defaults__ or ()
+    # A cell may be empty.
+    cells = zip(code.co_freevars, map(content_of, fn.__closure__ or ()), strict=True)
+    found = {name: content[0] for name, content in cells if content}
+    arguments = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    found |= zip(arguments, defaults, strict=True)
+    return found | (fn.__kwdefaults__ or {}) | vars(fn)
 
 
 def _unwrapped(value: Any) -> Any:
     """Returns what stands in Optax's wrapper, which does nothing by itself."""
-    if getattr(value, "__qualname__", "").startswith("with_extra_args_support."):
-        return _unwrapped(value.__closure__[0].cell_contents)
+    fn = value.update if _is_transformation(value) else value
+    if getattr(fn, "__qualname__", "").startswith("with_extra_args_support."):
+        return _unwrapped(fn.__closure__[0].cell_contents)
     return value
 
 
@@ -237,35 +183,22 @@ def _is_transformation(value: Any) -> bool:
     return is_of_optax and not isinstance(value, eqx.Module)
 
 
-def _captured_text(value: Any, depth: int = 4) -> str:
-    value = _unwrapped(value)
-    if isinstance(value, jax.Array):
-        return f"an array ({abstract(value)})"
-    if _is_transformation(value):
-        return _captured_text(value.update)
-    if depth and (parts := _contents(value)):
-        texts = (_captured_text(part, depth - 1) for part in parts.values())
-        return f"({', '.join(texts)})"
-    return _text(value)
+# Words.
 
 
-# Words for values.
-
-
-def _text(value: Any) -> str:
+def short_text(value: Any) -> str:
     """Returns a short text of a value, on one line."""
     if callable(value) and hasattr(value, "__qualname__"):
         return f"`{_public_name(value)}`"
-    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    line = " ".join(unaddressed(repr(value)).split())
+    return line if len(line) <= 60 else f"{line[:59]}…"
 
 
 def _public_name(fn: Any) -> str:
     """Returns its own name, or that of the library's function which made it."""
     maker, *inner = fn.__qualname__.split(".<locals>.")
     package = (getattr(fn, "__module__", None) or "").split(".")[0]
-    is_known = package in ("optax", "vernal", "jax")
-    return maker if is_known or not inner else inner[-1]
+    return inner[-1] if inner and package not in ("optax", "vernal", "jax") else maker
 
 
 def abstract(array: Any) -> Any:
@@ -273,4 +206,4 @@ def abstract(array: Any) -> Any:
     try:
         return jax.typeof(np.ma.getdata(array) if np.ma.isMA(array) else array)
     except TypeError:
-        return array
+        return types.SimpleNamespace(shape=array.shape, dtype=array.dtype)

@@ -1,10 +1,12 @@
 """Why a compiled function was compiled again: `explain_retrace`."""
 
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
-from jax.core import Tracer
+import equinox as eqx
 
-from .describe import Described, abstract, describe
+from .._closure import Closure
+from .describe import abstract, describe, describe_content, short_text, word
 
 _NOTHING = (
     "Nothing differs: a compiled function takes both without compiling again. If it "
@@ -43,38 +45,76 @@ def explain_retrace(old: Any, new: Any) -> str:
     A line for each difference, with the path that leads to it; or a sentence that
     starts with "Nothing differs".
     """
-    lines = dict.fromkeys(_differences(describe(old), describe(new)))
+    lines = dict.fromkeys(_line(*found) for found in _differences(old, new, set()))
     return "\n".join(lines) or _NOTHING
 
 
-def _differences(old: Described | None, new: Described | None) -> list[str]:
-    """Returns a line for each difference, outer ones first."""
-    if old is None or new is None:
-        place = cast(Described, old or new).place
-        return [place.line(_said(_text(old), _text(new)))]
-    if old.array is not None and new.array is not None:
-        texts = _array_differences(old.array, new.array)
-        return [old.place.line(text, separator=": ") for text in texts]
-    lines = []
-    if not _is_same(old.key, new.key):
-        lines.append(old.place.line(_said(_text(old), _text(new))))
-        if _text(old) != _text(new):
-            return lines
-    for name in {**old.parts, **new.parts}:
-        lines += _differences(old.parts.get(name), new.parts.get(name))
-    if not lines and not _is_same(old.rest, new.rest):
-        lines.append(old.place.line(_REST, separator=": "))
-    return lines
+def _line(steps: tuple[tuple[str, str], ...], text: str) -> str:
+    path, variable, owner = [], [], ""
+    for name, function in steps:
+        if function:
+            variable, owner = [name], function
+        elif name:
+            (variable if owner else path).append(name)
+    if owner:
+        # The transformations within an `optax.chain`.
+        name = ".".join(variable).replace("content.", "part ")
+        text = f"{name} of `{owner}`{text}"
+    return ": ".join(filter(None, (".".join(path), text.lstrip(": "))))
 
 
-def _text(described: Described | None) -> str:
-    return "absent" if described is None else described.text()
+def _differences(old: Any, new: Any, met: set[Any]) -> Iterator[tuple[Any, str]]:
+    """Yields the differences of two trees that were not `met` yet, outer ones first.
+
+    A difference is a pair of the steps that lead there, and a text. A step is a name,
+    and the function that has a variable of that name, if there is one.
+    """
+    if old is new:
+        return
+    if eqx.is_array(old) and eqx.is_array(new):
+        yield from (((), text) for text in _array_differences(old, new))
+        return
+    if isinstance(old, Closure) and isinstance(new, Closure):
+        yield from _closure_differences(old, new)
+        return
+    one, other = describe(old), describe(new)
+    if not _is_same(one.key, other.key):
+        yield (), _said(one.text(), other.text())
+        if one.text() != other.text():
+            return
+    if one is old and one.parts:
+        # What two functions share is compared once.
+        if (one, other) in met:
+            return
+        met.add((one, other))
+    for name in one.static | other.static:
+        before, after = one.static.get(name, _ABSENT), other.static.get(name, _ABSENT)
+        if not _is_same(before, after):
+            what = " static," if name else " its structure"
+            texts = short_text(before), short_text(after)
+            yield ((name, ""),), what + _said(*texts)
+    for name in one.parts | other.parts:
+        before, after = one.parts.get(name, _ABSENT), other.parts.get(name, _ABSENT)
+        for steps, text in _differences(before, after, met):
+            yield ((name, one.function), *steps), text
+
+
+_ABSENT = word("absent")
+
+
+def _closure_differences(old: Closure, new: Closure) -> Iterator[tuple[Any, str]]:
+    is_same = old.skeleton == new.skeleton
+    leaves = zip(old.leaves, new.leaves, strict=False)
+    if is_same and not any(_array_differences(*pair) for pair in leaves):
+        return
+    before, after = (describe_content(x.decode(), {}) for x in (old, new))
+    yield from list(_differences(before, after, set())) or [((), _REST)]
 
 
 def _said(old: str, new: str) -> str:
     if old == new:
-        return f"is another {new.removeprefix('the ').removeprefix('a ')} than before"
-    return f"was {old}, is {new}"
+        return f" is another {new.removeprefix('the ').removeprefix('a ')} than before"
+    return f" was {old}, is {new}"
 
 
 def _is_same(old: Any, new: Any) -> bool:
@@ -87,28 +127,18 @@ def _is_same(old: Any, new: Any) -> bool:
 
 def _array_differences(old: Any, new: Any) -> list[str]:
     """Returns how two arrays differ in what a program is compiled for."""
-    before, after = abstract(old), abstract(new)
-    texts = [
-        f"{name.replace('_', ' ')} {_said(str(own), str(other))}"
-        for name in ("shape", "dtype", "weak_type")
-        if (own := getattr(before, name, False))
-        != (other := getattr(after, name, False))
-    ]
-    if not texts and (before != after or not _are_together(old, new)):
-        places = (str(_sharding(x) or "left to JAX") for x in (old, new))
-        texts.append(f"sharding {_said(*places)}")
-    return texts
-
-
-def _are_together(old: Any, new: Any) -> bool:
-    if isinstance(old, Tracer) or isinstance(new, Tracer):
-        return True
-    before, after = _sharding(old), _sharding(new)
-    if before is None or after is None:
-        return before is after
-    return before.is_equivalent_to(after, old.ndim)
-
-
-def _sharding(array: Any) -> Any:
-    """Returns the sharding of an array, `None` where it is left to JAX."""
-    return array.sharding if getattr(array, "committed", False) else None
+    arrays = abstract(old), abstract(new)
+    is_placed = lambda array: getattr(array, "committed", False)
+    # `None` is left to JAX.
+    one, other = (x.sharding if is_placed(x) else None for x in (old, new))
+    if arrays[0] == arrays[1] and (
+        one.is_equivalent_to(other, old.ndim) if one and other else one is other
+    ):
+        return []
+    texts = []
+    for name in ("shape", "dtype", "weak_type"):
+        before, after = (str(getattr(array, name, False)) for array in arrays)
+        if before != after:
+            texts.append(f": {name.replace('_', ' ')}{_said(before, after)}")
+    places = (str(place or "left to JAX") for place in (one, other))
+    return texts or [f": sharding{_said(*places)}"]

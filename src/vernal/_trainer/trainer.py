@@ -18,7 +18,6 @@ from .._boundary import (
     narrowed_tree,
     refuse_traced,
     refuse_unknown,
-    undebugged,
 )
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
@@ -78,7 +77,7 @@ Answer = bool | np.bool_ | Bool[Array, ""] | None
 
 
 class Trainer(AbstractTrainer[Model, Batch]):
-    """Fits a model. To be subclassed: the subclass says what is minimised.
+    """Fits a model. Subclass it, and define what to minimise.
 
     ```python
     class LineFit(vn.Trainer):
@@ -124,7 +123,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
     _template: ModelTemplate
     _progress: Progress
 
-    @undebugged
+    @entrance
     def __init__(
         self,
         model: Model,
@@ -244,7 +243,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program the user sets the mesh.
         around = ANYWHERE if is_traced else place
-        with same_inputs("step", around) as require_same, around.context():
+        with same_inputs("step", around) as require_same, around.context:
             batch = as_batch(batch)
             require_same(self, batch, sharding=sharding)
             batch, trainer = place.batch(batch, "batch"), place.put(self)
@@ -292,10 +291,10 @@ class Trainer(AbstractTrainer[Model, Batch]):
             that of its parameters, as `history["grad_norm[mean]"]` and
             `history["update_ratio[mean]"]` (zero at a step that was not taken,
             non-finite where all of the parameters are zero).
-        - `every`: records every n-th step only, also of the loss.
+        - `every`: records only every n-th step. This holds for the loss too.
         - `validation`: a pair `(batch, n)`: after every `n` steps `evaluate` scores the
-            model on that batch, and `best` is the model with the lowest score. After a
-            change of the batch, `replace(model=trainer.model)` forgets the old best.
+            model on that batch, and `best` is the model with the lowest score. To use
+            another batch, forget the old best: `replace(model=trainer.model)`.
         - `stop`: [`vernal.Converged`][], [`vernal.Patience`][] or your own
             [`vernal.StopCriterion`][]. It starts afresh in each fit.
         - `progress`: whether to show a progress bar, in a terminal or a notebook.
@@ -314,10 +313,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
             does not count examples, put the array onto the mesh first: it then stays
             as it is. In several processes, each passes all of the data, or its share
             of each batch of a [`vernal.Stream`][].
-        - `sharding`: with a mesh, a dictionary from selectors to the
-            `jax.sharding.PartitionSpec` that splits these arrays of the model, if they
-            are too large for one device, and their moments. The trainer then stays on
-            the mesh.
+        - `sharding`: with a mesh, for arrays of the model that are too large for one
+            device: a dictionary from selectors to the `jax.sharding.PartitionSpec` that
+            splits them and their moments. The trainer then stays on the mesh.
 
         **Returns:**
 
@@ -381,9 +379,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `max_steps`: the number of steps after which to give up.
         - `rewhiten`: whether to whiten again, and go on, where the solver stops short
             of a minimum: as [`vernal.Trainer.whiten`][] does by default, in the same
-            blocks, with the mode `jac`. This replaces any space that has all
-            directions, also from `from_fisher` and `from_covariance`. `max_steps`
-            counts all steps.
+            blocks, with the mode `jac`. This replaces every latent space without
+            dropped directions, also that of `from_fisher` or `from_covariance`.
+            `max_steps` counts all steps.
         - `jac`: `"fwd"` or `"bwd"`, the mode of differentiation; by default the one
             that works.
         - `mesh`: devices that share the work, as for [`vernal.Trainer.fit`][].
@@ -518,14 +516,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         projector: EigenProjector | None,
         optimiser: optax.GradientTransformation | None = None,
     ) -> SelfT:
-        """Goes on in the latent space of another projector, from the current point.
+        """Continues in the latent space of another projector, from the current point.
 
         The moments of the optimiser start afresh. Everything else is kept, also the
         best, which is stored in the model's own parameters.
 
         **Arguments:**
 
-        - `projector`: the projector; `None` to go on in the parameters themselves.
+        - `projector`: the projector; `None` to continue in the parameters themselves.
         - `optimiser`: an optimiser for that space. By default the present one; but a
             [`vernal.ParamOptimiser`][] cannot go into a space where parameters have no
             names: the result then has no optimiser, and can `solve`.
@@ -544,7 +542,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         jac: Mode | None = None,
         **options: Any,
     ) -> SelfT:
-        """Goes on in a latent space that is whitened at the current point.
+        """Continues in a latent space that is whitened at the current point.
 
         It uses the singular values of the Jacobian of `residuals`, where that is
         defined (see [`vernal.EigenProjector.from_jacobian`][]); else the Hessian of
@@ -559,10 +557,10 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `batch`, `blocks`, `batch_size`, `jac`: as for [`vernal.Trainer.fisher`][].
         - `optimiser`: as for [`vernal.Trainer.reproject`][].
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
-            for [`vernal.EigenProjector.from_blocks`][]. But `on_null` is `"prior"`: a
-            direction that the data do not constrain here, such as the width of a peak
-            without height, may be constrained later, and keeps its own scale. By
-            default `rtol` is as in [`vernal.EigenProjector.from_jacobian`][]; for a
+            for [`vernal.EigenProjector.from_blocks`][]. By default `on_null` is
+            `"prior"`: a direction that the data do not constrain here, such as the
+            width of a peak without height, may be constrained later, and keeps its own
+            scale. `rtol` is as in [`vernal.EigenProjector.from_jacobian`][]; for a
             Hessian it is at least 64 times the machine epsilon, since sums over data
             leave zeros of about that size.
 

@@ -2,7 +2,7 @@
 
 `paths` lists parameters, `named_tree` all leaves, by path; `selectors` choose among
 them; `structure` compares and casts trees; `ravel` joins parameters into one vector;
-`named_arrays` has the leaves as they are saved in files.
+`named_arrays` has the leaves as they are saved in files; `small` groups small trees.
 """
 
 from .named_arrays import (
@@ -38,6 +38,7 @@ from .ravel import (
     widest,
 )
 from .selectors import Selector, atoms, keep, resolve, split
+from .small import joinable
 from .structure import (
     LIKE_STATE,
     cast_alike,

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .._boundary import segment
+from .._boundary import dotted
 
 
 class UnknownPathError(KeyError):
@@ -94,7 +94,7 @@ def named_leaves(tree: Any) -> list[Leaf]:
     for keys, value in tree_leaves_with_path(tree, is_leaf=_is_absent):
         # `optax.masked` and `optax.partition` put it into a gap.
         value = None if isinstance(value, optax.MaskedNode) else value
-        segments = tuple(map(segment, keys))
+        segments = tuple(dotted((key,)) for key in keys)
         leaves.append(Leaf(".".join(segments), segments, keys, value))
     _refuse_collisions(leaves)
     return leaves

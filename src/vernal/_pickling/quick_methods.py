@@ -1,0 +1,38 @@
+"""Methods of modules, bound without a delay."""
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+
+from .portable import build
+
+
+class _Example(eqx.Module):
+    def method(self) -> None: ...
+
+
+_example = vars(_Example().method)
+_BoundMethod = type(_Example().method)
+_COPIED = tuple(name for name in _example if name not in ("__func__", "__self__"))
+
+
+class QuickMethods:
+    """A mixin for `equinox.Module`: looking a method up takes little time.
+
+    It returns what Equinox returns, a bound method that is a pytree. Equinox calls an
+    `__init__` for each, which takes as long as a step of a small model.
+    """
+
+    if not TYPE_CHECKING:
+
+        def __getattribute__(self, name: str) -> Any:
+            value = object.__getattribute__(self, name)
+            if type(value) is not types.MethodType or value.__self__ is not self:
+                return value
+            return value if name.startswith("__") else _bound(value.__func__, self)
+
+
+def _bound(fn: Any, module: Any) -> Any:
+    fields = {name: getattr(fn, name) for name in _COPIED if hasattr(fn, name)}
+    return build(_BoundMethod, {**fields, "__func__": fn, "__self__": module})
