@@ -42,7 +42,8 @@ def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None
         new, outcome, is_bad = advance_bare(trainer, batch, begin, ranks=ranks)
         return monitored(task, state, new, outcome, is_due), is_bad
 
-    batch, _ = task.source.next(task.source.start(step), step)
+    cursor: Any = task.source.start(step)
+    batch, _ = task.source.next(cursor, step)
     arguments = state.progress, state, batch, task.monitor.is_due(step)
     traced, shapes, static = eqx.filter_make_jaxpr(take)(*arguments)
     if calls_host(traced):
@@ -89,7 +90,7 @@ def run_blocks(
     start: Chunk,
     step: Int[Array, ""],
 ) -> Chunk:
-    """Does what `run_loop` does, with `take` for bad steps and `bare` for all others."""
+    """Does what `run_loop` does, but takes good steps by `bare`, and others by `take`."""
     end, no = task.end(start), jnp.array(False)
     now = _Point(start.state, task.source.start(step), step)
     no_step, chunk = jnp.full_like(step, _NO_STEP), start._replace(state=None)

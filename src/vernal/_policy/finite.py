@@ -1,6 +1,7 @@
 """Whether numbers are finite, and the two checks of gradients of zodiax."""
 
 import functools as ft
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -74,12 +75,9 @@ def any_non_finite(leaves: Iterable[Array]) -> Bool[Array, ""]:
     otherwise. The bits of these products are joined.
     """
     flags = [jnp.array(False)]
-    parts = [
-        part
-        for leaf in join_small(list(leaves))
-        for part in ((leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,))
-    ]
-    for part in parts:
+    whole = map(jnp.asarray, join_small(list(leaves)))
+    parts = [[x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in whole]
+    for part in itertools.chain(*parts):
         unsigned = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(part * 0, unsigned).ravel()
         if (size := bits.size) >= _LARGE:

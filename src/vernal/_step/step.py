@@ -157,7 +157,7 @@ def advance_bare(
 
     Also returns whether anything is not finite that was at the beginning of a block of
     such steps: then nothing else that it returns counts. It does not look at the
-    parameters, and at the large arrays in the state of the optimiser. What is not finite
+    parameters, and at large arrays in the state of the optimiser. What is not finite
     there stays so: `has_turned_bad` finds it after some steps.
     """
     old = progress_of(trainer)
