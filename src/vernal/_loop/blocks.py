@@ -90,7 +90,7 @@ def run_blocks(
     start: Chunk,
     step: Int[Array, ""],
 ) -> Chunk:
-    """Does what `run_loop` does, but takes good steps by `bare`, and others by `take`."""
+    """Does what `run_loop` does, by `bare` for good steps and `take` for bad ones."""
     end, no = task.end(start), jnp.array(False)
     now = _Point(start.state, task.source.start(step), step)
     no_step, chunk = jnp.full_like(step, _NO_STEP), start._replace(state=None)
