@@ -23,6 +23,9 @@ from .task import Chunk, LoopState, Taken, Task, monitored, recorded
 # How many steps a block has at most.
 _SIZE = 128
 
+# The size in bytes of the largest state of which there is room for a second copy.
+_LARGEST = 2**28
+
 _NO_STEP = np.iinfo(np.int32).max
 
 Bare = Callable[[Progress, LoopState, Any, Array], tuple[Taken, Bool[Array, ""]]]
@@ -34,7 +37,9 @@ def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None
     A step that calls back to Python, to print or to raise, must not be taken twice.
     """
     ranks = not task.monitor.validates
-    if task.guard == "always" or not task.trainer.nan_policy.leaves_good_steps:
+    is_large = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > _LARGEST
+    is_watched = not task.trainer.nan_policy.leaves_good_steps
+    if task.guard == "always" or is_watched or is_large:
         return None
 
     def take(begin: Progress, state: LoopState, batch: Any, is_due: Array) -> Any:
