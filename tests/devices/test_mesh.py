@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import vernal as vn
 from inside import cache_size, placement, run_chunk, run_step
@@ -90,6 +90,22 @@ def test_a_mesh_of_which_the_compiler_asks_for_types():
     one = GaussianFit(gaussian(), ADAM).fit(BATCH, 9)
     many = GaussianFit(gaussian(), ADAM).fit(BATCH, 9, mesh=mesh)
     close_on_one(many.trainer, one.trainer)
+
+
+def test_many_leaves_of_which_some_are_split_explicitly():
+    class Sum(vn.Trainer):
+        def loss(self, model, batch):
+            return sum(jnp.sum(jnp.square(leaf - batch)) for leaf in model)
+
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
+    places = [NamedSharding(mesh, spec) for spec in (P(), P("rows"))]
+    leaves = [jnp.arange(4.0) + i for i in range(20)]
+    split = [jax.device_put(leaf, places[i % 2]) for i, leaf in enumerate(leaves)]
+    step = jax.jit(lambda trainer, batch: trainer.step(batch))
+    one, _ = step(Sum(leaves, optax.adam(0.1)), 1.0)
+    with jax.set_mesh(mesh):
+        many, _ = step(Sum(split, optax.adam(0.1)), 1.0)
+    np.testing.assert_allclose(many.model, one.model)
 
 
 def test_a_mesh_that_is_set_around_it():

@@ -8,6 +8,9 @@ import typing
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
+# A warning of vernal points to the first frame of the user, which is none of these.
+__name__ = "beartype.annotations"
+
 _beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 _jaxtyped = jaxtyping.jaxtyped
 _other_axes = jaxtyping.jaxtyped("context")

@@ -9,7 +9,11 @@ import importlib.util
 from vernal._data.sources import as_source as as_source
 from vernal._devices import processes as processes
 from vernal._devices.placement import placement as placement
-from vernal._fit import progress_bar as progress_bar, run as run
+from vernal._fit import (
+    one_trainer as one_trainer,
+    progress_bar as progress_bar,
+    run as run,
+)
 from vernal._loop.chunk import run_chunk as run_chunk
 from vernal._loop.single_step import run_step as run_step
 from vernal._optimiser.transform import Transform as Transform

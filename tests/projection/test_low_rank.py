@@ -83,6 +83,37 @@ def test_laws(name, dtype):
     np.testing.assert_allclose(projector.standard_errors()["a"], errors, rtol=1e-3)
 
 
+class Diagonal(eqx.Module):
+    """The same of a diagonal matrix, which may have many rows."""
+
+    values: jax.Array
+
+    def __call__(self, tree):
+        return {"a": self.values * tree["a"]}
+
+
+TALL = 3000
+TALL_SPECTRA = {
+    "identity": np.ones(TALL),
+    "two values": np.repeat([100.0, 1.0], [3, TALL - 3]),
+    "steep": np.exp(-0.5 * np.arange(TALL)),
+}
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_few_directions_of_many_rows_are_orthonormal(dtype):
+    """The QR decomposition is that of a Gram matrix there."""
+    params, eps = {"a": jnp.zeros(TALL, dtype)}, float(jnp.finfo(dtype).eps)
+    for spectrum in TALL_SPECTRA.values():
+        matvec = Diagonal(jnp.asarray(spectrum, dtype))
+        key = jax.random.key(1)
+        found = vn.EigenProjector.from_matvec(matvec, params, 6, key=key)
+        vectors = np.asarray(found.whitenings[0].vectors, float)
+        gram = vectors.T @ vectors
+        np.testing.assert_allclose(gram, np.eye(6), rtol=0, atol=50 * eps)
+
+
 @pytest.mark.seams
 def test_where_every_direction_is_found_it_is_the_inverse():
     matrix = matrix_of(SPECTRA["all of them"])

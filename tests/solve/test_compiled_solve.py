@@ -6,6 +6,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
+from inside import cache_size
 from vernal._inference.derivatives import run_derive
 from vernal._solve.problem import Problem, Start, checked_solver, run
 from vernal._step import stripped
@@ -41,10 +42,10 @@ def test_the_solver_s_program_has_the_model_once(name):
 
 def test_whitening_and_the_distance_share_a_jacobian():
     whitened = trainer().whiten(DATA)
-    compiled = run_derive.cache_size()
+    compiled = cache_size(run_derive)
     result = whitened.solve(SOLVERS["LevenbergMarquardt"], DATA)
     result.trainer.standard_errors(DATA)
-    assert run_derive.cache_size() == compiled
+    assert cache_size(run_derive) == compiled
     assert result.stop_reason is vn.StopReason.CONVERGED
 
 

@@ -374,6 +374,24 @@ def test_the_start_counts_even_if_the_solver_never_looks_at_it():
     assert result.trainer.best_loss <= start
 
 
+class Hesitant(optx.BacktrackingArmijo):
+    """A search of a user's own, which rejects the first point."""
+
+    def step(self, first_step, *args):
+        step_size, accept, result, state = super().step(first_step, *args)
+        return step_size, accept & ~first_step, result, state
+
+
+@pytest.mark.parametrize("name", ["BFGS", "GaussNewton"])
+def test_a_search_that_rejects_the_first_point_finds_no_loss_of_zero(name):
+    solver = eqx.tree_at(lambda s: s.search, SOLVERS[name](1e-8), Hesitant())
+    trainer = GaussianFit(peak(*START))
+    start = 0.5 * jnp.sum(trainer.residuals(trainer.model, data()) ** 2)
+    result = trainer.solve(solver, data(), max_steps=1)
+    np.testing.assert_allclose(result.history.loss, [start], rtol=1e-12)
+    np.testing.assert_allclose(result.trainer.best_loss, start, rtol=1e-12)
+
+
 @pytest.mark.parametrize("solver", [optx.BFGS, optx.NonlinearCG])
 def test_what_has_no_minimum_ends_at_finite_parameters(solver):
     class Slope(vn.Trainer):

@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from .._boundary import PyTree
 from .._data import Source
+from .._pickling import QuickMethods
 from .._step import AbstractTrainer
 
 
-class AbstractPlacement(eqx.Module):
+class AbstractPlacement(QuickMethods, eqx.Module):
     """Where the arrays of a fit lie, and how they get there and back."""
 
     @property
@@ -32,10 +33,8 @@ class AbstractPlacement(eqx.Module):
     def splits(self) -> bool:
         """Whether anything but batches is split."""
 
-    # Not a method: one of a module is made again, slowly, when it is looked up.
-    @property
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """A new context for programs, in which no other mesh is set."""
+        """Returns a context for programs, in which no other mesh is set."""
         mesh = self.mesh
         return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 

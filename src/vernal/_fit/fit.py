@@ -28,7 +28,7 @@ def fit(
 ) -> Any:
     """Implements `Trainer.fit`, for one trainer or for many at once."""
     validation = keywords.get("validation")
-    if isinstance(data, int) and not isinstance(steps, int):
+    if isinstance(data, int) and not isinstance(steps, int | np.integer):
         raise TypeError(f"`data` is {data}. Give the data first: `fit(data, {data})`.")
     refuse_program("fit", trainer, data, validation, remedy=UNROLL)
     run = None

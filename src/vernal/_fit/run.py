@@ -17,6 +17,7 @@ from .._devices import Peers, fingerprint, leaf_fingerprints
 from .._loop import (
     MOST_ROWS,
     Ended,
+    Guard,
     LackingMetricError,
     LoopState,
     Monitor,
@@ -118,6 +119,8 @@ class FitRun:
             self._record = Record(self._template, options.record, self._peek)
         self._every = subject.number(options.every)
         self._has_accepted = np.zeros(subject.shape, bool)
+        # A fit without a bad step does without guards, and does not compile them.
+        self._guard: Guard = "always" if self._feed.is_stream else "never"
         # The last steps and batches of a stream: a stop is noticed one step later.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
         self.taken = steps - first
@@ -186,7 +189,8 @@ class FitRun:
                     self._last.append((now, source))
                 now += steps
                 parts = config, source, self._monitor, self._record
-                task = Task(*parts, subject.number(now), self._every, most_rows)
+                goal, every = subject.number(now), self._every
+                task = Task(*parts, goal, every, most_rows, self._guard)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     try:
                         chunk, ended = subject.run(task, state, self._in_place)
@@ -216,6 +220,8 @@ class FitRun:
         kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
             self._has_accepted |= subject.on_host(ended.has_accepted)
+            if subject.on_host(ended.needs_guard).any():
+                self._guard = "bad steps"
         self.taken += subject.count(self.trainer) - start
         self.stopped = self._is_over()
         for history in kept:

@@ -85,7 +85,7 @@ class AbstractSubject(abc.ABC):
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context for the programs of the fit."""
-        return self.place.context
+        return self.place.context()
 
     def monitor(self, validation: Any, stop: Any) -> Monitor:
         """Makes the monitor of the fit, on its devices."""

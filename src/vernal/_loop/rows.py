@@ -47,7 +47,7 @@ class Rows(QuickMethods, eqx.Module):
         return cls(
             loss=room(loss),
             values={name: room(value) for name, value in values.items()},
-            first=-(-start // every),
+            first=jnp.where(start == 0, 0, jax.lax.div(start - 1, every) + 1),
             every=every,
         )
 
@@ -64,8 +64,9 @@ class Rows(QuickMethods, eqx.Module):
 
     def put(self, step: Array, loss: Array, values: dict[str, Array]) -> "Rows":
         """Writes a row, if one is due at this step."""
-        number, rest = jnp.divmod(step, self.every)
-        index = jnp.where(rest == 0, number - self.first, self._room)
+        number = jax.lax.div(step, self.every)
+        is_due = number * self.every == step
+        index = jnp.where(is_due, number - self.first, self._room)
         put = lambda buffer, value: jax.lax.dynamic_update_index_in_dim(
             buffer, value.astype(buffer.dtype), index, 0
         )

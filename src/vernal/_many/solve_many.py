@@ -105,7 +105,7 @@ def solve_many(
 ) -> ManyResult[Any]:
     """Implements `fit_many` with a solver."""
     place, group = subject.place, subject.group
-    with same_inputs(subject.entrance, place) as require_same, place.context:
+    with same_inputs(subject.entrance, place) as require_same, place.context():
         encoded, rows = checked_solver(solver, steps, "steps")
         batch = subject.prepare(data)
         options: dict[str, Any] = {"steps": steps, "jac": jac, "group": group}

@@ -7,6 +7,7 @@ reasons why a fit ends.
 
 from .finite import (
     all_finite,
+    any_non_finite,
     debug_nan_check,
     each_finite,
     is_finite,

@@ -146,6 +146,15 @@ class NanPolicy(Portable, eqx.Module):
         """Whether a fit that this policy has ended raises `NonFiniteError`."""
         return False
 
+    @property
+    def leaves_good_steps(self) -> bool:
+        """Whether it takes each step without a bad value as it is.
+
+        Such steps need not be shown to it one by one, and run faster. `False` for your
+        own policies, unless you define it.
+        """
+        return False
+
     def __or__(self, other: "NanPolicy") -> "NanPolicy":
         """Composes two policies: the gradients flow through `self`, then `other`.
 
@@ -180,6 +189,10 @@ class _Both(NanPolicy):
     def raises(self) -> bool:
         return self.first.raises or self.second.raises
 
+    @property
+    def leaves_good_steps(self) -> bool:
+        return self.first.leaves_good_steps and self.second.leaves_good_steps
+
 
 class AbstractStatelessPolicy(NanPolicy):
     """A policy that has nothing to remember."""
@@ -196,6 +209,11 @@ class AbstractStatelessPolicy(NanPolicy):
     ) -> tuple[PyTree, Verdict, None]:
         """Judges one step, by itself."""
         return *self._judge(loss, grads), None
+
+    @property
+    def leaves_good_steps(self) -> bool:
+        """It does."""
+        return True
 
 
 @final
@@ -290,3 +308,8 @@ class StopAfter(NanPolicy):
         """Counts, and stops when the patience is used up."""
         row = jnp.where(all_finite((loss, grads)), 0, state + 1)
         return grads, Verdict(jnp.array(True), row >= self.patience), row
+
+    @property
+    def leaves_good_steps(self) -> bool:
+        """It does."""
+        return True

@@ -4,4 +4,5 @@
 `shelves` decides which compiled programs are kept.
 """
 
+from .host import calls_host
 from .programs import Version, forget, program, version_of

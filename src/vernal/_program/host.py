@@ -13,10 +13,10 @@ _LOGGER = logging.getLogger("jax._src.callback")
 
 
 def calls_host(traced: Any) -> bool:
-    """Whether a program calls functions on the host, given what `jax.jit` traced."""
+    """Whether a program that was traced calls functions on the host."""
     # A message to print, for instance, is an effect; a pure callback is not.
-    todo, seen = [traced.jaxpr.jaxpr], set[int]()
-    if traced.jaxpr.effects:
+    todo, seen = [traced.jaxpr], set[int]()
+    if traced.effects:
         return True
     while todo:
         for eqn in todo.pop().eqns:

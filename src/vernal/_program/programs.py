@@ -228,7 +228,7 @@ class Program(Generic[P, R]):
             result, statics = with_host_errors(waits, jitted, first, rest)
             if version.is_traced:
                 version.is_traced = False
-                version.has_callbacks |= calls_host(jitted.trace(first, rest))
+                version.has_callbacks |= calls_host(jitted.trace(first, rest).jaxpr)
                 record.settle()
         return result if statics is None else eqx.combine(result, statics.tree)
 

@@ -96,7 +96,7 @@ def solve(
     refuse_program("solve", trainer, batch, remedy=_IN_A_PROGRAM)
     options = options._replace(rewhiten=boolean(options.rewhiten, "rewhiten"))
     place = placement(trainer, mesh)
-    with same_inputs("solve", place) as require_same, place.context:
+    with same_inputs("solve", place) as require_same, place.context():
         encoded, rows = checked_solver(solver, options.max_steps, "max_steps")
         batch = as_batch(batch)
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())

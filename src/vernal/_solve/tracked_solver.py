@@ -20,12 +20,12 @@ _SCORED = (optx.AbstractGaussNewton, optx.AbstractQuasiNewton)
 def keeps_score(solver: Any) -> bool:
     """Whether a solver evaluates its first point, and keeps what it saw at the last.
 
-    It does if it is one of Optimistix's own, of these families: their state has the
-    auxiliary output of the point they are at. Each evaluation beside the solver's own
-    takes as long to compile.
+    Those of these families do: their state has the auxiliary output of the point they
+    are at. Their search must accept the first point, as those of Optimistix do. Each
+    evaluation beside the solver's own takes as long to compile.
     """
-    is_own = type(solver).__module__.startswith("optimistix.")
-    return is_own and isinstance(solver, _SCORED)
+    is_own = lambda part: type(part).__module__.startswith("optimistix.")
+    return isinstance(solver, _SCORED) and is_own(solver) and is_own(solver.search)
 
 
 class Seen(NamedTuple):

@@ -56,4 +56,4 @@ from .progress import (
     with_comparable_best,
 )
 from .replace import replaced_fields, reproject
-from .step import Outcome, advance, tree_norm
+from .step import Outcome, advance, advance_bare, has_turned_bad, tree_norm

@@ -69,13 +69,18 @@ def initial_progress(
 
 def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
     """Drops a best that was scored otherwise: losses and validations do not compare."""
-    is_other = progress.is_validated != by_validation
-    pick = lambda x, y: jnp.where(is_other, x, y)
+    best = lax.cond(
+        progress.is_validated != by_validation,
+        lambda: Best(
+            progress.params, progress.state, jnp.full_like(progress.best_loss, jnp.inf)
+        ),
+        lambda: held_best(progress),
+    )
     return dataclasses.replace(
         progress,
-        best=jax.tree.map(pick, progress.params, progress.best),
-        best_state=jax.tree.map(pick, progress.state, progress.best_state),
-        best_loss=pick(jnp.full_like(progress.best_loss, jnp.inf), progress.best_loss),
+        best=best.params,
+        best_state=best.state,
+        best_loss=best.loss,
         is_validated=jnp.asarray(by_validation),
     )
 

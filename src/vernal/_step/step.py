@@ -1,5 +1,6 @@
 """One step of a fit, as a pure function."""
 
+import dataclasses
 import functools as ft
 import operator
 from collections.abc import Callable
@@ -13,9 +14,16 @@ from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._curvature import in_reverse
-from .._policy import all_finite, each_finite, is_finite, join_small, judged
+from .._policy import (
+    all_finite,
+    any_non_finite,
+    each_finite,
+    is_finite,
+    join_small,
+    judged,
+)
 from .._projection import EigenProjector
-from .._tree import cast_alike, cast_like, require_alike, widest
+from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
 from .abstract_trainer import AbstractTrainer, overrides, progress_of
 from .constrain import clip_of, coupled, project
 from .objective import live, score, step_key
@@ -44,17 +52,18 @@ class _Moved(NamedTuple):
     state: PyTree
 
 
-def advance(
-    trainer: AbstractTrainer, batch: Any, *, by_validation: bool = False
-) -> tuple[Progress, Outcome]:
-    """Takes one step of a trainer that has an optimiser and has not stopped.
+class _Scored(NamedTuple):
+    """The loss at the current parameters, and what came with it."""
 
-    In this order: the key; loss and gradients at the current parameters; the best,
-    unless it is chosen `by_validation`; the NaN policy; `transform_grads`; the
-    projector; the optimiser; `constrain`; the check that the new values are finite; the
-    counter.
-    """
-    old = progress_of(trainer)
+    loss: Float[Array, ""]
+    grads: PyTree
+    metrics: dict[str, Any]
+    state: PyTree
+    value: Callable[[PyTree], Array]
+    """The loss at other parameters, of the same batch and key."""
+
+
+def _scored(trainer: AbstractTrainer, batch: Any) -> _Scored:
     key = step_key(trainer)
 
     def scored(params: PyTree) -> tuple[Array, tuple[dict[str, Any], PyTree]]:
@@ -63,17 +72,30 @@ def advance(
 
     value_and_grad = jax.value_and_grad(scored, has_aux=True)
     with in_reverse(f"The loss of `{type(trainer).__name__}`"):
-        (loss, (metrics, state)), grads = value_and_grad(old.params)
+        (loss, (metrics, state)), grads = value_and_grad(progress_of(trainer).params)
     grads = jax.tree.map(_descending, grads)
+    return _Scored(loss, grads, metrics, state, lambda params: scored(params)[0])
+
+
+def advance(
+    trainer: AbstractTrainer, batch: Any, *, ranks: bool = True
+) -> tuple[Progress, Outcome]:
+    """Takes one step of a trainer that has an optimiser and has not stopped.
+
+    In this order: the key; loss and gradients at the current parameters; the best,
+    if it `ranks` them by the loss; the NaN policy; `transform_grads`; the projector;
+    the optimiser; `constrain`; the check that the new values are finite; the counter.
+    """
+    old = progress_of(trainer)
+    loss, grads, metrics, state, value = _scored(trainer, batch)
     measured = loss.astype(old.best_loss.dtype)
-    best = held_best(old) if by_validation else ranked(old, measured)
+    best = ranked(old, measured) if ranks else held_best(old)
 
     policy = trainer.nan_policy
     judged_grads, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
     held = _Moved(old.params, old.latent, old.opt_state, old.state)
 
     def take() -> tuple[_Moved, Bool[Array, ""]]:
-        value = lambda params: scored(params)[0]
         moved = _move(trainer, judged_grads, loss, state, value)
         is_good = all_finite((moved.params, moved.latent)) & ~_turned_bad(
             (moved.opt_state, state), (old.opt_state, old.state)
@@ -122,6 +144,67 @@ def advance(
         stopped=stop,
     )
     return new, Outcome(measured, grads, verdict.accept & is_good, metrics)
+
+
+# Up to how many numbers of a leaf of the optimiser's state are checked at each step.
+_FEW = 64
+
+
+def advance_bare(
+    trainer: AbstractTrainer, batch: Any, begin: Progress, *, ranks: bool = True
+) -> tuple[Progress, Outcome, Bool[Array, ""]]:
+    """Takes a step as `advance` does, if all is finite, without a guard around it.
+
+    Also returns whether anything is not finite that was at the beginning of a block of
+    such steps: then nothing else that it returns counts. It does not look at the
+    parameters, and at large arrays in the state of the optimiser. What is not finite
+    there stays so: `has_turned_bad` finds it after some steps.
+    """
+    old = progress_of(trainer)
+    loss, grads, metrics, state, value = _scored(trainer, batch)
+    measured = loss.astype(old.best_loss.dtype)
+    best = ranked(old, measured) if ranks else held_best(old)
+    moved = _move(trainer, grads, loss, state, value)
+    # The policy is shown a step that is finite, whose gradients it leaves alone.
+    shown = jax.tree.map(lambda g: jnp.zeros((), g.dtype), grads)
+    _, _, policy_state = judged(
+        trainer.nan_policy, jnp.zeros_like(loss), shown, old.policy_state
+    )
+    few = lambda tree: [x for x in _inexact(tree) if x.size <= _FEW]
+    # A projector may overflow for latent coordinates that are finite.
+    others = () if trainer.projector is None else jax.tree.leaves(moved.params)
+    is_bad = any_non_finite((loss, *jax.tree.leaves(grads), *others))
+    is_bad |= any_non_finite(few(moved.opt_state)) & ~any_non_finite(
+        few(begin.opt_state)
+    )
+    is_bad |= _turned_bad(state, begin.state)
+    new = dataclasses.replace(
+        old,
+        params=moved.params,
+        latent=moved.latent,
+        opt_state=moved.opt_state,
+        policy_state=policy_state,
+        state=moved.state,
+        best=best.params,
+        best_state=best.state,
+        best_loss=best.loss,
+        step_count=old.step_count + 1,
+    )
+    return new, Outcome(measured, grads, jnp.array(True), metrics), is_bad
+
+
+def has_turned_bad(new: Progress, old: Progress) -> Bool[Array, ""]:
+    """Whether something has become non-finite in the bare steps between the two."""
+    parts = lambda progress: (progress.params, progress.latent, progress.opt_state)
+    return lax.cond(
+        any_non_finite(_inexact(parts(new))),
+        lambda: _turned_bad(parts(new), parts(old)),
+        lambda: jnp.array(False),
+    )
+
+
+def _inexact(tree: PyTree) -> list[Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
 
 
 def _turned_bad(new: PyTree, old: PyTree) -> Bool[Array, ""]:

@@ -243,7 +243,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program the user sets the mesh.
         around = ANYWHERE if is_traced else place
-        with same_inputs("step", around) as require_same, around.context:
+        with same_inputs("step", around) as require_same, around.context():
             batch = as_batch(batch)
             require_same(self, batch, sharding=sharding)
             batch, trainer = place.batch(batch, "batch"), place.put(self)

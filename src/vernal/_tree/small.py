@@ -16,11 +16,19 @@ _FEW, _SMALL = 16, 1024
 def joinable(trees: Sequence[PyTree], kind: Callable[[Any], Any]) -> list[list[int]]:
     """Groups the indices of trees of one kind, if these are small and many.
 
-    Any other tree is a group of its own, and so is one whose kind is `None`.
+    Any other tree is a group of its own, and so is one whose kind is `None`, or which
+    is split among devices: JAX does not join explicitly sharded arrays.
     """
     groups: dict[Any, list[int]] = {}
     for index, tree in enumerate(trees):
-        is_small = sum(map(jnp.size, jax.tree.leaves(tree))) <= _SMALL
-        own = kind(tree) if is_small and len(trees) > _FEW else None
+        leaves, own = jax.tree.leaves(tree), None
+        is_small = len(trees) > _FEW and sum(map(jnp.size, leaves)) <= _SMALL
+        if is_small and not any(map(_is_split, leaves)):
+            own = kind(tree)
         groups.setdefault(index if own is None else (own,), []).append(index)
     return list(groups.values())
+
+
+def _is_split(leaf: Any) -> bool:
+    # Of an array in a program only what is explicit is known.
+    return any(getattr(jax.typeof(leaf).sharding, "spec", ()))

@@ -1,0 +1,174 @@
+"""Blocks of steps that run bare: a good step is not guarded, and nothing is copied.
+
+A bare step says whether it was bad. Then the loop goes back to the beginning of the
+block, of which it keeps a copy, comes again to the bad step, and guards it. What is
+computed twice is computed by the same code, and so to the same bits.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+from jaxtyping import Array, Bool, Int
+
+from .._program import calls_host
+from .._step import Progress, advance_bare, has_turned_bad, with_progress
+from .task import Chunk, LoopState, Taken, Task, monitored, recorded
+
+# How many steps a block has at most.
+_SIZE = 128
+
+# The size in bytes of the largest state of which there is room for a second copy.
+_LARGEST = 2**28
+
+_NO_STEP = np.iinfo(np.int32).max
+
+Bare = Callable[[Progress, LoopState, Any, Array], tuple[Taken, Bool[Array, ""]]]
+
+
+def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None:
+    """Returns a step without guards, or `None` if each step needs one.
+
+    A step that calls back to Python, to print or to raise, must not be taken twice.
+    """
+    ranks = not task.monitor.validates
+    is_large = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > _LARGEST
+    is_watched = not task.trainer.nan_policy.leaves_good_steps
+    if task.guard == "always" or is_watched or is_large:
+        return None
+
+    def take(begin: Progress, state: LoopState, batch: Any, is_due: Array) -> Any:
+        trainer = with_progress(task.trainer, state.progress)
+        new, outcome, is_bad = advance_bare(trainer, batch, begin, ranks=ranks)
+        return monitored(task, state, new, outcome, is_due), is_bad
+
+    cursor: Any = task.source.start(step)
+    batch, _ = task.source.next(cursor, step)
+    arguments = state.progress, state, batch, task.monitor.is_due(step)
+    traced, shapes, static = eqx.filter_make_jaxpr(take)(*arguments)
+    if calls_host(traced):
+        return None
+    structure = jax.tree.structure(shapes)
+
+    def bare(*arguments: Any) -> tuple[Taken, Bool[Array, ""]]:
+        leaves = jax.tree.leaves(eqx.filter(arguments, eqx.is_array))
+        returned = structure.unflatten(jaxpr_as_fun(traced)(*leaves))
+        return eqx.combine(returned, static)
+
+    return bare
+
+
+class _Point(NamedTuple):
+    """Where a block begins or ends."""
+
+    state: LoopState
+    cursor: Any
+    step: Int[Array, ""]
+
+
+class _Blocks(NamedTuple):
+    """What changes from block to block."""
+
+    begin: _Point
+    """Of the last block."""
+    now: _Point
+    """The end of the last block: of no use if there was a bad step in it."""
+    chunk: Chunk
+    """What was recorded, also of steps that were taken back."""
+    is_bad: Bool[Array, ""]
+    """Whether the last block had a bad step."""
+    bad_step: Int[Array, ""]
+    """The next step that is known to be bad."""
+    is_searching: Bool[Array, ""]
+    """Whether one of the next steps is bad, but it is not known which."""
+
+
+def run_blocks(
+    bare: Bare,
+    take: Callable[[LoopState, Any, Array], Taken],
+    task: Task,
+    start: Chunk,
+    step: Int[Array, ""],
+) -> Chunk:
+    """Does what `run_loop` does, by `bare` for good steps and `take` for bad ones."""
+    end, no = task.end(start), jnp.array(False)
+    now = _Point(start.state, task.source.start(step), step)
+    no_step, chunk = jnp.full_like(step, _NO_STEP), start._replace(state=None)
+    blocks = _Blocks(now, now, chunk, no, no_step, no)
+
+    def goes_on(blocks: _Blocks) -> Array:
+        _, now, _, is_bad, bad_step, _ = blocks
+        is_there = (now.step >= end) | (now.step == bad_step)
+        return ~(is_there | now.state.is_over | is_bad)
+
+    def run(blocks: _Blocks) -> _Blocks:
+        """Takes good blocks, and goes back where one is bad."""
+        one = lambda blocks: _block(bare, task, blocks, end)
+        blocks = lax.while_loop(goes_on, one, blocks)
+        now = lax.cond(blocks.is_bad, lambda: blocks.begin, lambda: blocks.now)
+        return blocks._replace(now=now, is_bad=no)
+
+    def run_and_guard(blocks: _Blocks) -> _Blocks:
+        blocks = run(blocks)
+        is_due = blocks.now.step == blocks.bad_step
+        return lax.cond(is_due, lambda: _guarded(take, task, blocks), lambda: blocks)
+
+    if task.guard == "never":
+        blocks = run(blocks)
+        is_bad = (blocks.bad_step != no_step) | blocks.is_searching
+    else:
+        blocks, is_bad = lax.while_loop(goes_on, run_and_guard, blocks), no
+    return blocks.chunk._replace(state=blocks.now.state, needs_guard=is_bad)
+
+
+def _block(bare: Bare, task: Task, blocks: _Blocks, end: Int[Array, ""]) -> _Blocks:
+    """Takes a block of bare steps: it ends early where one is bad."""
+    begin, bad_step = blocks.now, blocks.bad_step
+    size = jnp.where(blocks.is_searching, 1, _SIZE)
+    stop = jnp.minimum(jnp.minimum(begin.step + size, end), bad_step)
+
+    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        chunk, (state, cursor, step), _ = carry
+        batch, cursor = task.source.next(cursor, step)
+        is_due = task.monitor.is_due(step + 1)
+        taken, is_bad = bare(begin.state.progress, state, batch, is_due)
+        chunk = recorded(task, chunk, step, taken)._replace(state=None)
+        return chunk, _Point(taken.state, cursor, step + 1), is_bad
+
+    def goes_on(carry: tuple[Any, ...]) -> Array:
+        _, point, is_bad = carry
+        return (point.step < stop) & ~point.state.is_over & ~is_bad
+
+    carry = blocks.chunk, begin, jnp.array(False)
+    chunk, now, is_last_bad = lax.while_loop(goes_on, body, carry)
+    # A state that has turned bad does not say at which step: one by one, then.
+    is_bad = is_last_bad | has_turned_bad(now.state.progress, begin.state.progress)
+    is_found = is_bad & (is_last_bad | (now.step - begin.step == 1))
+    has_accepted = blocks.chunk.has_accepted | ~is_bad
+    return _Blocks(
+        begin=begin,
+        now=now,
+        chunk=chunk._replace(has_accepted=has_accepted),
+        is_bad=is_bad,
+        bad_step=jnp.where(is_found, now.step - 1, bad_step),
+        is_searching=~is_found & (blocks.is_searching | is_bad),
+    )
+
+
+def _guarded(
+    take: Callable[[LoopState, Any, Array], Taken], task: Task, blocks: _Blocks
+) -> _Blocks:
+    """Takes the step that is known to be bad, with its guard."""
+    state, cursor, step = blocks.now
+    batch, cursor = task.source.next(cursor, step)
+    taken = take(state, batch, task.monitor.is_due(step + 1))
+    return blocks._replace(
+        now=_Point(taken.state, cursor, step + 1),
+        chunk=recorded(task, blocks.chunk, step, taken)._replace(state=None),
+        bad_step=jnp.full_like(step, _NO_STEP),
+    )
