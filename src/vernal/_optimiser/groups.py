@@ -197,7 +197,8 @@ def _explained(fn: Callable[..., Any], leaves: Any, *args: Any, **extra: Any) ->
             f"for `params[{likely[0]!r}]`, or use `jax.tree.map`."
         ) from error
     except (TypeError, ValueError) as error:
-        if isinstance(error, jax.dtypes.TypePromotionError):
+        # Older releases of JAX do not export the class.
+        if type(error).__name__ == "TypePromotionError":
             raise
         frames = inspect.getinnerframes(error.__traceback__, context=0)  # pyright: ignore
         if not any(frame.filename == inspect.getfile(jtu.tree_map) for frame in frames):
