@@ -8,8 +8,6 @@ from hypothesis import given, settings, strategies as st
 
 import vernal as vn
 
-pytestmark = pytest.mark.as_compiled
-
 
 def spectral(size, condition, units=0.0, dtype=np.float64, key=0):
     """A matrix in units of `10**±units`, and what it is without them.
@@ -164,6 +162,7 @@ ACCURACY = [
 ]
 
 
+@pytest.mark.as_compiled
 @pytest.mark.parametrize(("dtype", "size", "condition", "units"), ACCURACY)
 def test_projection_whitens_whatever_the_units(dtype, size, condition, units):
     fmat = spectral(size, condition, units, dtype)[0]

@@ -3,14 +3,13 @@
 import json
 import random
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 import processes
+import scripts
 from inside import progress_bar
 
 
@@ -24,30 +23,25 @@ class Run:
             self.port = str(probe.getsockname()[1])
 
     def __enter__(self):
-        script = processes.__file__
         self.logs = [self.folder / f"log-{number}" for number in range(2)]
         self.processes = []
         for number, path in enumerate(self.logs):
-            args = [script, self.scenario, str(number), self.port, str(self.folder)]
-            with path.open("w") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *args], stdout=log, stderr=subprocess.STDOUT
-                    )
-                )
+            args = [self.scenario, str(number), self.port, str(self.folder)]
+            process = scripts.started(processes.__file__, *args, log=path)
+            self.processes.append(process)
         return self
 
     def __exit__(self, *exc):
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.wait()
+            process.join()
 
     def found(self):
         """Waits for both, and returns what they wrote."""
         for process, log in zip(self.processes, self.logs, strict=True):
-            process.wait(timeout=300)
-            assert process.returncode == 0, log.read_text()[-3000:]
+            process.join(300)
+            assert process.exitcode == 0, log.read_text()[-3000:]
         names = [f"{self.scenario}-{number}.json" for number in range(2)]
         return [json.loads((self.folder / name).read_text()) for name in names]
 
@@ -161,7 +155,7 @@ def test_two_processes_that_are_killed_lose_nothing(tmp_path):
             log, before = run.logs[0], reached
             # Some steps further than it was, and then at any moment.
             while reached < before + 20:
-                assert run.processes[0].poll() is None, log.read_text()[-3000:]
+                assert run.processes[0].is_alive(), log.read_text()[-3000:]
                 time.sleep(0.02)
                 lines = log.read_text().split("\n")[:-1]
                 reached = max([reached, *map(int, filter(str.isdecimal, lines))])

@@ -352,6 +352,7 @@ def numbers(index):
     return range(EACH * index, EACH * (index + 1))
 
 
+@pytest.mark.usefixtures("seldom_explained")
 @pytest.mark.parametrize(
     "index", range(len(COMBINATIONS)), ids=[", ".join(c) for c in COMBINATIONS]
 )

@@ -14,7 +14,6 @@ import optax
 import pytest
 
 import vernal as vn
-from inside import run as running
 
 STEPS, ROWS = 6, 8
 BAD = (np.nan, np.inf, -np.inf, 1e30, -1e200)
@@ -98,17 +97,6 @@ def fitted(trainer, data):
         return trainer.fit(data, STEPS, **options), False
     except vn.NonFiniteError as error:
         return error.result, True
-
-
-@pytest.fixture
-def seldom_explained(monkeypatch):
-    """One case in many is explained: for each, a program is compiled."""
-    seen, explain = itertools.count(), running.diagnosed
-
-    def sometimes(*args):
-        return running.Diagnosis() if next(seen) % EACH else explain(*args)
-
-    monkeypatch.setattr(running, "diagnosed", sometimes)
 
 
 @pytest.mark.loose_dtypes

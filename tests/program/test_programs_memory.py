@@ -83,7 +83,7 @@ def test_programs_of_what_is_gone_go(kind):
     for factor in range(MOST_OF_A_KIND):
         run(MADE[kind](float(factor)), X)
     before = executables()
-    for factor in range(30):
+    for factor in range(10):
         run(MADE[kind](100.0 + factor), X)
     assert cache_size(run) == MOST_OF_A_KIND
     assert executables() <= before + 2

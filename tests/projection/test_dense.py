@@ -9,8 +9,6 @@ from jax.flatten_util import ravel_pytree
 
 import vernal as vn
 
-pytestmark = pytest.mark.as_compiled
-
 
 class Optics(eqx.Module):
     wfe: jax.Array

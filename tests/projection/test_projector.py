@@ -12,8 +12,6 @@ from jax.flatten_util import ravel_pytree
 
 import vernal as vn
 
-pytestmark = pytest.mark.as_compiled
-
 D = 8
 
 
@@ -227,6 +225,17 @@ IN_SINGLE_PRECISION = (
 )
 TABLE = [(name, jnp.float64) for name in CASES]
 TABLE += [(name, jnp.float32) for name in IN_SINGLE_PRECISION]
+# One of each way to be made, in the precision that forgives least.
+AS_FOR_USERS = [
+    (name, jnp.float32) for name in ("covariance", "blocks dropped", "matvec scaled")
+]
+
+
+def marks(name, dtype):
+    if "mixed" in name:
+        yield pytest.mark.loose_dtypes
+    if (name, dtype) in AS_FOR_USERS:
+        yield pytest.mark.as_compiled
 
 
 class Made(NamedTuple):
@@ -270,7 +279,7 @@ class Made(NamedTuple):
         pytest.param(
             (name, dtype),
             id=f"{name}, {dtype.__name__}",
-            marks=[pytest.mark.loose_dtypes] if "mixed" in name else [],
+            marks=[*marks(name, dtype)],
         )
         for name, dtype in TABLE
     ],

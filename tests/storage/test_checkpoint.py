@@ -19,6 +19,7 @@ import pytest
 
 import inside
 import long_fit
+import scripts
 import vernal as vn
 from models import GaussianFit, gaussian, gaussian_batch, same, same_results
 
@@ -60,19 +61,41 @@ class Process:
         return code
 
 
+class Fork:
+    """The same, with vernal imported before it begins."""
+
+    def __init__(self, folder, pause=PAUSE):
+        arguments = [str(folder / "steps"), str(folder / "result"), str(pause)]
+        self.log = folder / "log"
+        self.run = scripts.started(long_fit.__file__, *arguments, log=self.log)
+
+    def first_step(self):
+        while "\n" not in self.log.read_text():
+            assert self.run.is_alive(), self.log.read_text()
+            time.sleep(0.01)
+
+    def end(self):
+        self.run.kill()
+        self.run.join(120)
+        return self.run.exitcode
+
+
 @pytest.mark.loose_dtypes
 def test_killed_twenty_times(tmp_path):
     """In the middle of anything: importing, restoring, stepping, writing."""
     rng, stepped = random.Random(0), 0
     for kill in range(20):
-        process = Process(tmp_path)
         if kill % 5 == 4:
+            process = Process(tmp_path)
             time.sleep(rng.uniform(0.5, 2.5))
+            code = process.end(signal.SIGKILL)
         else:
+            process = Fork(tmp_path)
             process.first_step()
             stepped += 1
             time.sleep(rng.uniform(0.0, 0.4))
-        assert process.end(signal.SIGKILL) == -signal.SIGKILL
+            code = process.end()
+        assert code == -signal.SIGKILL
     assert stepped == 16, "it was done too soon"
     assert Process(tmp_path, pause=0).end() == 0
     expected = long_fit.fit()

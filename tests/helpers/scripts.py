@@ -1,0 +1,33 @@
+"""Scripts in processes of their own that begin with vernal imported.
+
+To import it takes longer than most of what they do. Only a process that has not yet
+started JAX is forked.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import sys
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["vernal", "optax", "optimistix", "orbax.checkpoint"])
+
+
+def started(script, *args, log):
+    """Returns the process of `python script args`, which writes to the file `log`."""
+    log.touch()
+    process = _FORKS.Process(target=_run, args=(str(script), args, str(log)))
+    process.start()
+    return process
+
+
+def _run(script, args, log):
+    file = os.open(log, os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [script, *args]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:  # `multiprocessing` leaves these out
+        atexit._run_exitfuncs()
