@@ -113,7 +113,7 @@ def test_the_state_is_there_once():
     alias = {
         name: run.lower(task, state, ANYWHERE)
         .compile()
-        .compiled.memory_analysis()
+        .memory_analysis()
         .alias_size_in_bytes
         for name, run in {"new": run_chunk, "in place": run_chunk_in_place}.items()
     }

@@ -183,7 +183,7 @@ def collectives(trainer, batch, mesh):
     """The collectives of a compiled step, by kind."""
     place = placement(trainer, mesh)
     args = place.put(trainer), place.batch(batch, "batch"), place
-    text = run_step.lower(*args).compile().compiled.as_text()
+    text = run_step.lower(*args).compile().as_text()
     return [match[1] for match in COLLECTIVE.finditer(text)]
 
 

@@ -545,6 +545,16 @@ def test_more_steps_than_can_be_counted():
         late.fit(BATCH, 301)
 
 
+@pytest.mark.own_words
+def test_a_number_is_a_batch_as_well():
+    class Level(vn.Trainer):
+        def residuals(self, model, batch):
+            return model - batch
+
+    found = Level(jnp.ones(2), ADAM).fit(3, np.int64(5))
+    assert found.trainer.step_count == 5
+
+
 def test_an_error_keeps_a_result_of_its_own():
     inner = LineFit(line(jnp.nan), ADAM, nan_policy=vn.RaiseOnNan())
 
