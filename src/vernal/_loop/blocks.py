@@ -12,7 +12,6 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Bool, Int
 
@@ -26,7 +25,7 @@ _SIZE = 128
 # The size in bytes of the largest state of which there is room for a second copy.
 _LARGEST = 2**28
 
-_NO_STEP = np.iinfo(np.int32).max
+_UNKNOWN = -1
 
 Bare = Callable[[Progress, LoopState, Any, Array], tuple[Taken, Bool[Array, ""]]]
 
@@ -83,7 +82,7 @@ class _Blocks(NamedTuple):
     is_bad: Bool[Array, ""]
     """Whether the last block had a bad step."""
     bad_step: Int[Array, ""]
-    """The next step that is known to be bad."""
+    """The next step that is known to be bad, if any."""
     is_searching: Bool[Array, ""]
     """Whether one of the next steps is bad, but it is not known which."""
 
@@ -98,7 +97,7 @@ def run_blocks(
     """Does what `run_loop` does, by `bare` for good steps and `take` for bad ones."""
     end, no = task.end(start), jnp.array(False)
     now = _Point(start.state, task.source.start(step), step)
-    no_step, chunk = jnp.full_like(step, _NO_STEP), start._replace(state=None)
+    no_step, chunk = jnp.full_like(step, _UNKNOWN), start._replace(state=None)
     blocks = _Blocks(now, now, chunk, no, no_step, no)
 
     def goes_on(blocks: _Blocks) -> Array:
@@ -130,7 +129,9 @@ def _block(bare: Bare, task: Task, blocks: _Blocks, end: Int[Array, ""]) -> _Blo
     """Takes a block of bare steps: it ends early where one is bad."""
     begin, bad_step = blocks.now, blocks.bad_step
     size = jnp.where(blocks.is_searching, 1, _SIZE)
-    stop = jnp.minimum(jnp.minimum(begin.step + size, end), bad_step)
+    end = jnp.where(bad_step == _UNKNOWN, end, jnp.minimum(end, bad_step))
+    # Added last: the count is close to the largest integer in long fits.
+    stop = begin.step + jnp.minimum(size, end - begin.step)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         chunk, (state, cursor, step), _ = carry
@@ -170,5 +171,5 @@ def _guarded(
     return blocks._replace(
         now=_Point(taken.state, cursor, step + 1),
         chunk=recorded(task, blocks.chunk, step, taken)._replace(state=None),
-        bad_step=jnp.full_like(step, _NO_STEP),
+        bad_step=jnp.full_like(step, _UNKNOWN),
     )
