@@ -1,17 +1,22 @@
-"""Scripts in processes of their own that begin with vernal imported.
+"""Scripts in processes of their own that begin with libraries imported.
 
 To import it takes longer than most of what they do. Only a process that has not yet
 started JAX is forked.
 """
 
 import atexit
+import importlib.metadata
 import multiprocessing
 import os
 import runpy
 import sys
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["vernal", "optax", "optimistix", "orbax.checkpoint"])
+_IMPORTED = ["jax", "optax", "orbax.checkpoint"]
+# Optimistix before 0.1 starts JAX when it is imported.
+if not importlib.metadata.version("optimistix").startswith("0.0."):
+    _IMPORTED += ["optimistix", "vernal"]
+_FORKS.set_forkserver_preload(_IMPORTED)
 
 
 def started(script, *args, log):
