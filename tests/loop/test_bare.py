@@ -126,7 +126,7 @@ def test_the_best_is_the_lowest_of_the_history():
     assert result.trainer.best_loss == losses.min()
     assert int(np.argmin(losses)) != len(losses) - 1
     again = run(
-        fit_of("loss", SOME, rule=optax.sgd(0.3, momentum=0.9)), losses.argmin()
+        fit_of("loss", SOME, rule=optax.sgd(0.3, momentum=0.9)), int(losses.argmin())
     )
     close(result.trainer.best, again.trainer.model, rtol=1e-9)
 

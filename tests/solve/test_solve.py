@@ -72,6 +72,7 @@ def by_hand(trainer, solver, batch, max_steps):
 
 
 @pytest.mark.seams
+@pytest.mark.as_compiled
 @pytest.mark.parametrize(
     ("name", "space"),
     [

@@ -56,8 +56,9 @@ def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None
 
     def bare(*arguments: Any) -> tuple[Taken, Bool[Array, ""]]:
         leaves = jax.tree.leaves(eqx.filter(arguments, eqx.is_array))
-        returned = structure.unflatten(jaxpr_as_fun(traced)(*leaves))
-        return eqx.combine(returned, static)
+        # A constant is returned as a number.
+        returned = map(jnp.asarray, jaxpr_as_fun(traced)(*leaves))
+        return eqx.combine(structure.unflatten(returned), static)
 
     return bare
 

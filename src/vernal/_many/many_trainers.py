@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._boundary import spelled_leaves, warn, whole_number
+from .._boundary import spelled_leaves, whole_number
 from .._data import Minibatches, Source, Whole, as_batch, as_source
 from .._devices import AbstractPlacement
 from .._fit import AbstractSubject, BadEnd
@@ -176,14 +176,7 @@ class ManyTrainers(AbstractSubject):
     def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:
         reasons, raises = result.stop_reasons, result.trainers.nan_policy.raises
         bad = [i for i, reason in enumerate(reasons) if reason in AT_NON_FINITE]
-        if bad and len(bad) < self.size and not raises:
-            shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
-            warn(
-                f"`fit_many`: {len(bad)} of {self.size} trainers ended at values that "
-                f"are not finite: {shown}. `result.nan_report({bad[0]})` says where."
-            )
-            return None
-        if not bad:
+        if not bad or (len(bad) < self.size and not raises):
             return None
         # An error names the first that it is about.
         is_named = lambda index: reasons[index] is StopReason.NON_FINITE
