@@ -123,14 +123,6 @@ def test_unlike_trainers_are_told_by_their_first_differences():
     assert lines[-1].startswith("and ")
 
 
-def test_members_that_end_badly_are_told_beside_good_ones():
-    trainers = [fitted(), LineFit(line(jnp.inf), optax.sgd(0.1))]
-    with pytest.warns(UserWarning, match=r"1 of 2 .*not finite: 1\. .*report\(1\)"):
-        vn.fit_many(trainers, BATCH, 2)
-    with pytest.warns(UserWarning, match=r"1 of 2 .*not finite: 1\. "):
-        vn.fit_many(trainers, BATCH, 2, solver=BFGS)
-
-
 def test_help_lists_the_public_names():
     assert "Trainer" in vn.__all__
     assert all(getattr(vn, name) is not None for name in vn.__all__)
