@@ -1,8 +1,8 @@
-"""Blocks of steps that run bare: a good step is not guarded, and nothing is copied.
+"""Blocks of bare steps: a good step has no guard, and its state is not copied.
 
-A bare step says whether it was bad. Then the loop goes back to the beginning of the
-block, of which it keeps a copy, comes again to the bad step, and guards it. What is
-computed twice is computed by the same code, and so to the same bits.
+A bare step returns whether it was bad. If it was, the loop goes back to the beginning
+of the block, of which it keeps a copy, takes the good steps again, and guards the bad
+one. What is computed twice is computed by the same code, and so to the same bits.
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ class _Blocks(NamedTuple):
     is_bad: Bool[Array, ""]
     """Whether the last block had a bad step."""
     bad_step: Int[Array, ""]
-    """The next step that is known to be bad, if any."""
+    """The next step that is known to be bad, or `_UNKNOWN`."""
     is_searching: Bool[Array, ""]
     """Whether one of the next steps is bad, but it is not known which."""
 
@@ -98,8 +98,8 @@ def run_blocks(
     """Does what `run_loop` does, by `bare` for good steps and `take` for bad ones."""
     end, no = task.end(start), jnp.array(False)
     now = _Point(start.state, task.source.start(step), step)
-    no_step, chunk = jnp.full_like(step, _UNKNOWN), start._replace(state=None)
-    blocks = _Blocks(now, now, chunk, no, no_step, no)
+    unknown, chunk = jnp.full_like(step, _UNKNOWN), start._replace(state=None)
+    blocks = _Blocks(now, now, chunk, no, unknown, no)
 
     def goes_on(blocks: _Blocks) -> Array:
         _, now, _, is_bad, bad_step, _ = blocks
@@ -120,7 +120,7 @@ def run_blocks(
 
     if task.guard == "never":
         blocks = run(blocks)
-        is_bad = (blocks.bad_step != no_step) | blocks.is_searching
+        is_bad = (blocks.bad_step != _UNKNOWN) | blocks.is_searching
     else:
         blocks, is_bad = lax.while_loop(goes_on, run_and_guard, blocks), no
     return blocks.chunk._replace(state=blocks.now.state, needs_guard=is_bad)

@@ -27,7 +27,7 @@ from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
 from .abstract_trainer import AbstractTrainer, overrides, progress_of
 from .constrain import clip_of, coupled, project
 from .objective import live, score, step_key
-from .progress import Progress, count_non_finite, held_best, ranked
+from .progress import Best, Progress, count_non_finite, held_best, ranked
 
 _INPUT = "what it was given"
 _LIKE_INPUT = "Return gradients of the dtypes that it is given."
@@ -129,21 +129,22 @@ def advance(
     nan_counts, stop, policy_state = lax.cond(
         is_good & all_finite((loss, grads)), all_good, some_bad
     )
-    new = Progress(
-        params=moved.params,
-        latent=moved.latent,
-        opt_state=moved.opt_state,
+    new = _after(old, moved, best, policy_state)
+    new = dataclasses.replace(new, nan_counts=nan_counts, stopped=stop)
+    return new, Outcome(measured, grads, verdict.accept & is_good, metrics)
+
+
+def _after(old: Progress, moved: _Moved, best: Best, policy_state: PyTree) -> Progress:
+    """Returns the progress after a step; what only a bad step changes is as it was."""
+    return dataclasses.replace(
+        old,
+        **moved._asdict(),
         policy_state=policy_state,
-        state=moved.state,
         best=best.params,
         best_state=best.state,
         best_loss=best.loss,
-        is_validated=old.is_validated,
-        nan_counts=nan_counts,
         step_count=old.step_count + 1,
-        stopped=stop,
     )
-    return new, Outcome(measured, grads, verdict.accept & is_good, metrics)
 
 
 # Up to how many numbers of a leaf of the optimiser's state are checked at each step.
@@ -178,18 +179,7 @@ def advance_bare(
         few(begin.opt_state)
     )
     is_bad |= _turned_bad(state, begin.state)
-    new = dataclasses.replace(
-        old,
-        params=moved.params,
-        latent=moved.latent,
-        opt_state=moved.opt_state,
-        policy_state=policy_state,
-        state=moved.state,
-        best=best.params,
-        best_state=best.state,
-        best_loss=best.loss,
-        step_count=old.step_count + 1,
-    )
+    new = _after(old, moved, best, policy_state)
     return new, Outcome(measured, grads, jnp.array(True), metrics), is_bad
 
 
@@ -212,8 +202,7 @@ def _turned_bad(new: PyTree, old: PyTree) -> Bool[Array, ""]:
 
     Some states have infinities from the start, such as a best value.
     """
-    inexact = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
-    both = (join_small(list(filter(inexact, jax.tree.leaves(t)))) for t in (new, old))
+    both = (join_small(_inexact(tree)) for tree in (new, old))
     flags = [
         ~is_finite(jnp.where(jnp.isnan(o) | (jnp.isinf(o) & jnp.isinf(n)), 0, n))
         for n, o in zip(*both, strict=True)
