@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._boundary import Params, PyTree
@@ -10,7 +11,14 @@ from .._curvature import Mode
 from .._data import as_batch
 from .._program import Version, version_of
 from .._projection import EigenProjector, NullPolicy
-from .._step import AbstractTrainer, live, negative_log_likelihood, step_key, stripped
+from .._step import (
+    AbstractTrainer,
+    bounds_of,
+    live,
+    negative_log_likelihood,
+    step_key,
+    stripped,
+)
 from .._tree import as_parameters, ravel, unravel
 from .derivatives import Passes
 from .fisher import require_likelihood
@@ -22,7 +30,13 @@ def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> P
     require_likelihood(trainer, "A standard error")
     # No projector: if the data constrain nothing at all, there is none.
     whitening = whiten_all(trainer, batch, Passes(jac=jac), NullPolicy(on_null="prior"))
-    return unravel(whitening.errors_of_the_data(), as_parameters(trainer.params))
+    params = as_parameters(trainer.params)
+    errors = unravel(whitening.errors_of_the_data(), params)
+    return (
+        errors
+        if (bounds := bounds_of(trainer)) is None
+        else bounds.unknown(errors, params)
+    )
 
 
 def _potential(
@@ -39,7 +53,12 @@ def _potential(
         params = projector.to_params(point)
     # The present version, since it may be called without a program.
     with version_of((trainer, batch)).context():
-        return negative_log_likelihood(live(trainer, params), batch, step_key(trainer))
+        key, bounds = step_key(trainer), bounds_of(trainer)
+        if bounds is None:
+            return negative_log_likelihood(live(trainer, params), batch, key)
+        within = live(trainer, bounds.clip(params))
+        value = negative_log_likelihood(within, batch, key)
+        return jnp.where(bounds.contain(params), value, jnp.inf)
 
 
 def objective(

@@ -71,7 +71,7 @@ def _decomposed(
         spectra, eps = _spectra(trainer, batch, selectors, passes)
         return by_selector(selectors, spectra), partial(_of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
-    found = matrices(trainer, batch, kind, blocks, passes)
+    found = matrices(trainer, batch, kind, blocks, passes, holds=True)
     hessians = jax.tree.leaves(found)
     eps = float(jnp.finfo(hessians[0].dtype).eps)
     rtol = max(*map(len, hessians), ROUNDING) * eps
@@ -113,10 +113,12 @@ def _spectra(
     """
     batch = as_batch(batch)
     if selectors is None and passes.batch_size is None:
-        found, is_finite = derive(trainer, batch, "jacobian", None, passes)
+        found, is_finite = derive(trainer, batch, "jacobian", None, passes, holds=True)
         spectra = tuple(map(_spectrum, found))
     else:
-        spectra, is_finite = derive(trainer, batch, "spectrum", selectors, passes)
+        spectra, is_finite = derive(
+            trainer, batch, "spectrum", selectors, passes, holds=True
+        )
     what = "The Jacobian of `residuals`"
     require_finite(spectra, is_finite, what, trainer, batch)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):

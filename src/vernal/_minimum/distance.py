@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._boundary import Params
+from .._constraints import held_at
 from .._curvature import (
     Flat,
     Subject,
@@ -22,7 +23,15 @@ from .._curvature import (
 )
 from .._policy import StopReason
 from .._projection import EigenProjector
-from .._step import AbstractTrainer, defined, live, real_residuals, score
+from .._step import (
+    AbstractTrainer,
+    defined,
+    live,
+    negative_log_likelihood,
+    pushed,
+    real_residuals,
+    score,
+)
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import (
     TOLERANCE,
@@ -65,7 +74,13 @@ def measure(
     """
     params = as_parameters(trainer.params)
     here = _Here(_wide(ravel(params)), params, projector)
-    at = lambda flat: live(trainer, unravel(flat, params))
+    loss_at = lambda params: (
+        negative_log_likelihood(live(trainer, params), batch, key)
+        if kind == "residuals"
+        else score(live(trainer, params), batch, key).loss
+    )
+    held = pushed(trainer, loss_at)
+    at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
     if kind == "residuals":
         residuals = lambda flat: _wide(real_residuals(at(flat), batch, key))
         return _of_residuals(traced(residuals, here.flat), here, fall)
