@@ -40,15 +40,15 @@ class Problem(NamedTuple):
     """What is solved, without the point to start from.
 
     `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
-    differentiation, `None` for the one that works. If it `is_alone`, its Jacobian at
-    the end is left to `linearised`, whose program other methods share.
+    differentiation, `None` for the one that works. If its Jacobian `is_shared`, it is
+    left to `linearised`, whose program other methods share.
     """
 
     batch: Any
     encoded: Closure
     rows: int
     jac: Mode | None
-    is_alone: bool = False
+    is_shared: bool = False
 
 
 Solver = (
@@ -163,7 +163,7 @@ def run_solver(
     The trainer is stripped, so that programs are shared; `projector` and `held` are the
     projector and the start of the whole trainer.
     """
-    batch, encoded, rows, jac, is_alone = problem
+    batch, encoded, rows, jac, is_shared = problem
     solver, latent = encoded.decode(), held.latent
     _check_class(trainer, solver)
     as_parameters(trainer.params)
@@ -234,7 +234,7 @@ def run_solver(
     last = jnp.where(is_finite, last, best_loss)
     kind = what_falls(trainer, not is_minimiser)
     local = None
-    if not (is_alone and kind == "residuals" and _has_jacobian(at_end, batch, key)):
+    if not (is_shared and kind == "residuals" and _has_jacobian(at_end, batch, key)):
         local = measure(at_end, projector, batch, key, kind, first - last)
     return End(
         params=at_end.params,

@@ -101,7 +101,9 @@ def solve(
         batch = as_batch(batch)
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
-        problem = Problem(batch, encoded, rows, checked_mode(options.jac), True)
+        # After `whiten` there is a program of the Jacobian already.
+        is_shared = trainer.projector is not None
+        problem = Problem(batch, encoded, rows, checked_mode(options.jac), is_shared)
         rounds = _Rounds(trainer, problem, place)
         try:
             rounds.go(options.max_steps, options.rewhiten)
