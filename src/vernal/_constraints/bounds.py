@@ -70,6 +70,10 @@ class Bounds(Portable, QuickMethods, eqx.Module):
         same = [jnp.all(at.clip(x) == x) for _, at, x in self._intervals(params)]
         return jnp.all(jnp.stack(same))
 
+    def outside(self, params: PyTree) -> dict[str, Bool[Array, "..."]]:
+        """Finds the elements that are outside of their intervals, by path."""
+        return {path: at.clip(x) != x for path, at, x in self._intervals(params)}
+
     def pushed(self, params: PyTree, grads: PyTree) -> dict[str, Bool[Array, "..."]]:
         """Finds the elements at a bound where a lower loss is beyond it, by path."""
         slopes, held = by_path(grads).by_name(), {}
