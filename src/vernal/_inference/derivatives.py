@@ -13,8 +13,8 @@ from .._curvature import (
     Subject,
     checked_batch_size,
     checked_mode,
+    expansion_of,
     gauss_newton_matrix,
-    hessian_matrix,
     jacobian_of,
     spectrum_of,
     traced,
@@ -40,8 +40,8 @@ _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
     "fisher": (real_residuals, gauss_newton_matrix, "residuals"),
     "jacobian": (real_residuals, jacobian_of, "residuals"),
     "spectrum": (real_residuals, spectrum_of, "residuals"),
-    "nll": (negative_log_likelihood, hessian_matrix, "nll"),
-    "loss": (lambda *args: score(*args).loss, hessian_matrix, "loss"),
+    "nll": (negative_log_likelihood, expansion_of, "nll"),
+    "loss": (lambda *args: score(*args).loss, expansion_of, "loss"),
 }
 
 
@@ -58,11 +58,11 @@ def derive(
     kind: str,
     selectors: tuple[Any, ...] | None,
     passes: Passes,
-) -> tuple[tuple[Any, ...], Bool[Array, ""]]:
+) -> tuple[tuple[Any, ...], Bool[Array, ""], Array]:
     """Computes derivatives at the current point, for the block of each selector.
 
-    Without selectors, all parameters are one block. Returns the derivatives, and
-    whether what was differentiated is finite.
+    Without selectors, all parameters are one block. Returns the derivatives, whether
+    what was differentiated is finite, and its value.
     """
     batch_size, jac = checked_batch_size(passes.batch_size), checked_mode(passes.jac)
     params = as_parameters(trainer.params)
@@ -71,7 +71,7 @@ def derive(
     else:
         blocks = find_blocks(params, selectors, "blocks")
     args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac
-    return run_derive(*args)[:2]
+    return run_derive(*args)
 
 
 def linearised(

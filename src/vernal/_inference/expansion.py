@@ -1,0 +1,133 @@
+"""The negative log-likelihood around a point, to second order."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._boundary import Params, boolean
+from .._curvature import Mode
+from .._fit import distance_here
+from .._minimum import (
+    Distance,
+    distance_of,
+    has_minimum,
+    measure_hessian,
+    spectral_distance,
+    what_falls,
+)
+from .._projection import DenseWhitening, NullPolicy
+from .._step import AbstractTrainer, defined
+from .._tree import as_parameters, by_path
+from .derivatives import Passes, derive, require_finite
+from .fisher import require_likelihood
+from .whiten import checked_spectra, hessian_rtol, of_hessian, of_spectrum, reduced
+
+# Directions that the data do not constrain are kept, and marked.
+_NULLS = NullPolicy(on_null="prior")
+
+
+class Around(NamedTuple):
+    """What one evaluation of the derivatives says of the surroundings of a point.
+
+    - `whitening`: the map that whitens the parameters.
+    - `deviance`: twice the negative log-likelihood; of residuals, their chi-squared.
+    - `has_residuals`: whether it is that of residuals.
+    - `data_count`: the number of data, `None` if it is not known.
+    - `distance`: how far the point is from a minimum, `None` where there is none.
+    """
+
+    whitening: DenseWhitening
+    deviance: float
+    has_residuals: bool
+    data_count: int | None
+    distance: Distance | None
+
+    @property
+    def rank(self) -> int:
+        """The number of directions that the data constrain."""
+        return int(np.count_nonzero(np.asarray(self.whitening.roots) > 0))
+
+    @property
+    def degrees_of_freedom(self) -> int | None:
+        """The number of data less that of directions."""
+        return None if self.data_count is None else self.data_count - self.rank
+
+    @property
+    def reduced_chi_squared(self) -> float | None:
+        """Chi-squared for each degree of freedom, if there is any."""
+        degrees = self.degrees_of_freedom or 0
+        return self.deviance / degrees if self.has_residuals and degrees > 0 else None
+
+    def error_scale(self, scale_errors: bool) -> float:
+        """Returns the factor of errors whose scale is the scatter of the residuals."""
+        if not boolean(scale_errors, "scale_errors"):
+            return 1.0
+        if self.reduced_chi_squared is None:
+            raise ValueError(
+                "`scale_errors` takes the scale of the errors from the scatter of "
+                "`residuals`, and there is none: define `residuals`, and give more "
+                "data than free parameters. Or leave `scale_errors` out."
+            )
+        return math.sqrt(self.reduced_chi_squared)
+
+    def errors(self, like: Params, scale: float) -> dict[str, np.ndarray]:
+        """Returns the standard errors by the paths of the parameters `like`."""
+        leaves = by_path(like).by_name()
+        flat = scale * np.asarray(self.whitening.errors_of_the_data(), float)
+        ends = np.cumsum([leaf.size for leaf in leaves.values()])
+        pieces = np.split(flat, ends[:-1])
+        pairs = zip(leaves.items(), pieces, strict=True)
+        return {path: piece.reshape(leaf.shape) for (path, leaf), piece in pairs}
+
+
+def around(trainer: AbstractTrainer, batch: Any, jac: Mode | None, what: str) -> Around:
+    """Evaluates the derivatives at the current point, by the program of `whiten`."""
+    require_likelihood(trainer, what)
+    of = _of_residuals if "residuals" in defined(trainer) else _of_nll
+    return of(trainer, batch, jac)
+
+
+def _of_residuals(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
+    found = derive(trainer, batch, "jacobian", None, Passes(jac=jac))
+    (jacobian,), is_finite, residuals = found
+    spectrum, slope, squares = reduced(jacobian, residuals)
+    (spectrum,), eps = checked_spectra(trainer, batch, (spectrum,), is_finite)
+    params = as_parameters(trainer.params)
+    whitening = of_spectrum(spectrum, params, _NULLS, "", eps)
+
+    def distance() -> Distance:
+        parts = spectrum, slope, squares, residuals.size
+        return spectral_distance(*parts, params, trainer.projector)
+
+    found = _distance(trainer, batch, "residuals", distance)
+    return Around(whitening, float(squares), True, residuals.size, found)
+
+
+def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
+    found = derive(trainer, batch, "nll", None, Passes(jac=jac))
+    (expansion,), is_finite, value = found
+    hessian = expansion.hessian
+    what = "The curvature of `nll`"
+    require_finite((hessian,), is_finite, what, trainer, batch)
+    params = as_parameters(trainer.params)
+    rtol = hessian_rtol((hessian,))
+    whitening = of_hessian(hessian, params, _NULLS, "", "nll", rtol)
+
+    def distance() -> Distance:
+        args = value, expansion.gradient, hessian, params, trainer.projector
+        return distance_of(measure_hessian(*args))
+
+    found = _distance(trainer, batch, "nll", distance)
+    return Around(whitening, 2 * float(value), False, None, found)
+
+
+def _distance(
+    trainer: AbstractTrainer, batch: Any, kind: str, known: Any
+) -> Distance | None:
+    """Returns the distance to the minimum of what is fitted, `None` without one."""
+    falls = what_falls(trainer)
+    # A loss with a penalty has no known scale.
+    if falls == "loss" or not has_minimum(trainer):
+        return None
+    return known() if falls == kind else distance_here(trainer, batch, falls)
