@@ -25,13 +25,21 @@ class Ties(Portable, QuickMethods, eqx.Module):
 
     sources: Closure
     rounds: tuple[tuple[int, ...], ...] = eqx.field(static=True)
-    followed: tuple[tuple[int, str], ...] = eqx.field(static=True)
-    """What each tied leaf follows, in words."""
+    tied: tuple[tuple[int, str], ...] = eqx.field(static=True)
+    """The index and the path of each tied leaf."""
+    followed: tuple[str, ...] = eqx.field(static=True)
+    """What each of them follows, in words."""
 
     @property
-    def tied(self) -> tuple[int, ...]:
+    def indices(self) -> tuple[int, ...]:
         """The indices of the tied leaves."""
-        return tuple(index for index, _ in self.followed)
+        return tuple(index for index, _ in self.tied)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What a table says of each tied leaf, by path."""
+        pairs = zip(self.tied, self.followed, strict=True)
+        return {path: f"tied to {followed}" for (_, path), followed in pairs}
 
     def set(self, leaves: Sequence[Any], structure: Any) -> list[Any]:
         """Sets the tied leaves of a model."""
@@ -70,14 +78,15 @@ def as_ties(given: Any, model: PyTree) -> Ties | None:
             )
         if shape != jnp.shape(leaves[index]):
             raise ValueError(
-                f"`ties`: {path!r} has shape {jnp.shape(leaves[index])}, and what it is "
-                f"tied to has shape {shape}."
+                f"`ties`: {path!r} has shape {jnp.shape(leaves[index])}, and what it "
+                f"is tied to has shape {shape}."
             )
-    followed = {
-        i: "a function" if callable(s) else names[s] for i, s in sources.items()
-    }
+    in_words = lambda source: "a function" if callable(source) else names[source]
     return Ties(
-        Closure.encode(sources), _in_order(reads, names), tuple(followed.items())
+        sources=Closure.encode(sources),
+        rounds=_in_order(reads, names),
+        tied=tuple((index, names[index]) for index in sources),
+        followed=tuple(map(in_words, sources.values())),
     )
 
 
@@ -115,7 +124,8 @@ def _read(
         if needed.intersection(equation.outvars):
             needed |= {var for var in equation.invars if not isinstance(var, Literal)}
     invars = zip(places, closed.jaxpr.invars, strict=True)
-    return {index for index, var in invars if var in needed}, out.aval.shape
+    shape: Any = out.aval
+    return {index for index, var in invars if var in needed}, shape.shape
 
 
 def _in_order(

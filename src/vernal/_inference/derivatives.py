@@ -14,8 +14,8 @@ from .._curvature import (
     Subject,
     checked_batch_size,
     checked_mode,
+    expansion_of,
     gauss_newton_matrix,
-    hessian_matrix,
     jacobian_of,
     spectrum_of,
     traced,
@@ -43,8 +43,8 @@ _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
     "fisher": (real_residuals, gauss_newton_matrix, "residuals"),
     "jacobian": (real_residuals, jacobian_of, "residuals"),
     "spectrum": (real_residuals, spectrum_of, "residuals"),
-    "nll": (negative_log_likelihood, hessian_matrix, "nll"),
-    "loss": (lambda *args: score(*args).loss, hessian_matrix, "loss"),
+    "nll": (negative_log_likelihood, expansion_of, "nll"),
+    "loss": (lambda *args: score(*args).loss, expansion_of, "loss"),
 }
 
 
@@ -62,12 +62,12 @@ def derive(
     selectors: tuple[Any, ...] | None,
     passes: Passes,
     holds: bool = False,
-) -> tuple[tuple[Any, ...], Bool[Array, ""]]:
+) -> tuple[tuple[Any, ...], Bool[Array, ""], Array]:
     """Computes derivatives at the current point, for the block of each selector.
 
     Without selectors, all parameters are one block. If it `holds` those elements that
     are pushed against their bounds, their derivatives are zero. Returns the
-    derivatives, and whether what was differentiated is finite.
+    derivatives, whether what was differentiated is finite, and its value.
     """
     batch_size, jac = checked_batch_size(passes.batch_size), checked_mode(passes.jac)
     params = as_parameters(trainer.params)
@@ -77,7 +77,7 @@ def derive(
         blocks = find_blocks(params, selectors, "blocks")
     holds = holds and bounds_of(trainer) is not None
     args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac, holds
-    return run_derive(*args)[:2]
+    return run_derive(*args)
 
 
 def linearised(

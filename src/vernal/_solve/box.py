@@ -9,8 +9,9 @@ from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._constraints import Bounds, held_at
+from .._minimum import Curved, Local, Triangle
 from .._step import AbstractTrainer, bounds_of, pushed
-from .._tree import by_path
+from .._tree import by_path, ravel, unravel
 
 
 class Box(NamedTuple):
@@ -55,14 +56,31 @@ class Box(NamedTuple):
         rows = [jnp.where(flags, moved(named[p]), 0) for p, flags in still.items()]
         return jnp.concatenate([row.ravel().astype(rows[0].dtype) for row in rows])
 
-    def is_settled(
-        self, params: PyTree, held: Mapping[str, Bool[Array, "..."]]
-    ) -> Bool[Array, ""]:
-        """Whether a solve that ended at `params` has found which elements to hold.
+    def ended(
+        self,
+        free: PyTree,
+        params: PyTree,
+        held: Mapping[str, Bool[Array, "..."]],
+        local: Local | None,
+    ) -> tuple[PyTree, Bool[Array, ""]]:
+        """Returns where a solve ended, and whether it has found what is held.
 
-        They may be outside of the bounds. `held` are those that are pushed against
-        their bounds there.
+        A solver whose steps beyond a bound are refused comes closer and closer to it.
+        Elements that are close, and that a Newton step would move beyond their bounds,
+        are moved there.
+
+        **Arguments:**
+
+        - `free`: the parameters as the solver has them, which may be outside.
+        - `params`: the same within the bounds.
+        - `held`: which elements are pushed against their bounds there.
+        - `local`: the surroundings of `params`.
         """
-        out = self.bounds.outside(params)
-        same = [(held[p] == at) & (at | ~out[p]) for p, at in self.held.items()]
-        return jnp.all(jnp.stack([jnp.all(flags) for flags in same]))
+        outside, moved = self.bounds.outside(free), params
+        same = [(held[p] == at) & (at | ~outside[p]) for p, at in self.held.items()]
+        if isinstance(local, (Triangle, Curved)):
+            goal = unravel(ravel(params) - local.slope / local.scale, params)
+            errors = unravel(1 / local.scale, params)
+            moved = self.bounds.snap(params, self.bounds.clip(goal), errors)
+        same += jax.tree.leaves(jax.tree.map(jnp.equal, moved, params))
+        return moved, jnp.all(jnp.stack([jnp.all(flags) for flags in same]))

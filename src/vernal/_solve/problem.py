@@ -222,7 +222,7 @@ def run_solver(
     start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
     solver = tracked(solver, goal, jnp.zeros(rows, dtype))
     common: Any = {"has_aux": True, "max_steps": None, "throw": False}
-    if is_minimiser:
+    if isinstance(solver, optx.AbstractMinimiser):
         loss = traced(lambda point: scored(point, None)[0], start)
         subject = Subject(f"The loss of `{type(trainer).__name__}`", jac)
         options = {"autodiff_mode": choose_mode(loss, start, subject, ("bwd", "fwd"))}
@@ -256,18 +256,19 @@ def run_solver(
     is_new = all_best_loss < held_loss
     first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
     last = jnp.where(is_finite, last, best_loss)
-    kind, latent_end, is_settled = what_falls(trainer, not is_minimiser), point, True
-    if box is not None:
-        free = to_free(point)
-        is_settled = box.is_settled(free, pushed(at_end, value))
-        if projector is not None:
-            latent_end = projector.to_latent(at_end.params)
-    local = None
-    if not (is_shared and kind == "residuals" and _has_jacobian(at_end, batch, key)):
+    kind, local = what_falls(trainer, not is_minimiser), None
+    if box is not None or not (
+        is_shared and kind == "residuals" and _has_jacobian(at_end, batch, key)
+    ):
         local = measure(at_end, projector, batch, key, kind, first - last)
+    end_params, is_settled = at_end.params, jnp.array(True)
+    if box is not None:
+        held_then = pushed(at_end, value)
+        end_params, is_settled = box.ended(to_free(point), end_params, held_then, local)
+        point = None if projector is None else projector.to_latent(end_params)
     return End(
-        params=at_end.params,
-        latent=None if projector is None else cast_like(latent_end, latent),
+        params=end_params,
+        latent=None if projector is None else cast_like(point, latent),
         best=all_best,
         best_state=choose(is_new, trainer.state, held.state),
         best_loss=all_best_loss.astype(held.loss.dtype),
@@ -280,7 +281,7 @@ def run_solver(
         first=first,
         last=last,
         local=local,
-        is_settled=jnp.asarray(is_settled),
+        is_settled=is_settled,
     )
 
 

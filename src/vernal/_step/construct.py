@@ -135,7 +135,7 @@ def find_trained(
         owners = resolve(model, names, argument="projector") if names else ()
     else:
         owners = [0 if is_inexact(leaf) else None for leaf in jax.tree.leaves(model)]
-    tied = () if ties is None else ties.tied
+    tied = () if ties is None else ties.indices
     owners = [None if i in tied else owner for i, owner in enumerate(owners)]
     if all(owner is None for owner in owners):
         known = ", ".join(map(repr, paths(model)[:5]))
@@ -158,15 +158,13 @@ def constraints(
 ) -> tuple[Bounds | None, Priors | None]:
     """Makes the bounds and the priors that a user gives for the trained parameters."""
     model, trained = template.join(params), set(paths(params))
-    named = by_path(model)
-    tied = {} if template.ties is None else dict(template.ties.followed)
-    follows = {named.names[index]: source for index, source in tied.items()}
+    tied = {} if template.ties is None else template.ties.words
 
     def unfit(path: str, of_tied: str) -> str:
-        if path in trained or (path in follows and not of_tied):
+        if path in trained or (path in tied and not of_tied):
             return ""
-        if path in follows:
-            return f"tied to {follows[path]}. {of_tied}"
+        if path in tied:
+            return f"{tied[path]}. {of_tied}"
         return "frozen, and has one value. Name it in `train`, or leave it out."
 
     of_tied = "Give the bounds to what it follows."

@@ -39,7 +39,7 @@ class ModelTemplate(Portable, QuickMethods, eqx.Module):
         """
         leaves, self.structure = jax.tree.flatten(model)
         self.ties = ties
-        for index in () if ties is None else ties.tied:
+        for index in () if ties is None else ties.indices:
             # A Python float becomes an array where it is tied, as where it is trained.
             leaves[index] = jnp.asarray(leaves[index])
         refuse_static_arrays(model)

@@ -29,8 +29,11 @@ from .._inference import (
     Blocks,
     Passes,
     curvature,
+    draw,
     fisher,
     objective,
+    propagate,
+    report,
     standard_errors,
     table,
     whitened,
@@ -39,6 +42,7 @@ from .._loop import StepInfo, run_step
 from .._optimiser import ParamOptimiser, as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._projection import EigenProjector
+from .._report import Report
 from .._solve import SolveOptions, Solver, solve
 from .._step import (
     AbstractTrainer,
@@ -638,6 +642,129 @@ class Trainer(AbstractTrainer[Model, Batch]):
         if batch is not None:
             require_precision(self)
         return table(self, batch, jac)
+
+    @entrance
+    def report(
+        self,
+        batch: Batch,
+        *,
+        scale_errors: bool = False,
+        data_count: int | None = None,
+        jac: Mode | None = None,
+    ) -> Report:
+        """Reports how good the fit is, with the parameters, errors and correlations.
+
+        ```python
+        report = result.report(batch)
+        print(report)
+        report.reduced_chi_squared, report["mean"].error
+        ```
+
+        It costs as much as [`vernal.Trainer.standard_errors`][], whose program it
+        shares.
+
+        **Arguments:**
+
+        - `batch`: all of the data.
+        - `scale_errors`: for residuals whose error bars are not known: multiplies all
+            errors by the root of the reduced chi-squared.
+        - `data_count`: the number of data. By default that of the residuals; give it
+            if some of these are priors or masked. For an `nll` it is not known, and
+            BIC needs it.
+        - `jac`: as for [`vernal.Trainer.fisher`][].
+
+        **Returns:**
+
+        A [`vernal.Report`][].
+
+        **Raises:**
+
+        - as [`vernal.Trainer.fisher`][].
+        - `ValueError`: if `scale_errors` finds no scatter: there are no `residuals`, or
+            not more of them than parameters.
+        """
+        require_precision(self)
+        return report(self, batch, scale_errors, data_count, jac)
+
+    @entrance
+    def propagate(
+        self,
+        fn: Callable[[Model], Any],
+        batch: Batch,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+    ) -> tuple[Any, Any]:
+        r"""Returns a function of the model, and its standard error.
+
+        ```python
+        ratio = lambda model: model.a.flux / model.b.flux
+        value, error = trainer.propagate(ratio, batch)
+        curve, errors = trainer.propagate(lambda model: model(x), batch)
+        ```
+
+        The error is $\sqrt{\mathrm{diag}(G C G^\top)}$, with the Jacobian $G$ of the
+        function and the covariance $C$ of the parameters. It is that of a linear
+        function; [`vernal.Trainer.draw`][] knows better where `fn` curves within the
+        errors. No matrix of outputs by outputs, or outputs by parameters, is formed. It
+        compiles once for each `fn`, compared by value.
+
+        **Arguments:**
+
+        - `fn`: a function of the model, which returns real arrays: one, or any pytree
+            of them.
+        - `batch`: all of the data.
+        - `scale_errors`: as for [`vernal.Trainer.report`][].
+        - `jac`: as for [`vernal.Trainer.fisher`][].
+
+        **Returns:**
+
+        The value, and a tree like it with the standard errors. An error is infinite if
+        `fn` depends on a direction that the data do not constrain.
+
+        **Raises:** as [`vernal.Trainer.report`][]; and a `TypeError` if `fn` returns
+        anything but real floating-point numbers.
+        """
+        require_precision(self)
+        return propagate(self, fn, batch, scale_errors, jac)
+
+    @entrance
+    def draw(
+        self,
+        key: PRNGKeyArray,
+        count: int,
+        batch: Batch,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+    ) -> Model:
+        """Draws models from Laplace's approximation of the likelihood.
+
+        That is a normal distribution of the parameters around the current ones, with
+        the covariance of [`vernal.Trainer.standard_errors`][].
+
+        ```python
+        models = trainer.draw(jax.random.key(0), 1_000, batch)
+        curves = eqx.filter_vmap(lambda model: model(x))(models)
+        ```
+
+        **Arguments:**
+
+        - `key`: a PRNG key.
+        - `count`: the number of models.
+        - `batch`: all of the data.
+        - `scale_errors`: as for [`vernal.Trainer.report`][].
+        - `jac`: as for [`vernal.Trainer.fisher`][].
+
+        **Returns:**
+
+        The models, stacked: one whose arrays have a row for each, frozen ones too.
+
+        **Raises:** as [`vernal.Trainer.report`][]; and a `ValueError` that names the
+        directions which the data do not constrain, if there are any.
+        """
+        require_precision(self)
+        return draw(self, key, count, batch, scale_errors, jac)
 
     @entrance
     def objective(
