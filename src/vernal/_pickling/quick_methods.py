@@ -17,6 +17,17 @@ _BoundMethod = type(_Example().method)
 _COPIED = tuple(name for name in _example if name not in ("__func__", "__self__"))
 
 
+class PlainMethods:
+    """A mixin for `equinox.Module`: methods are bound as Python binds them.
+
+    For modules whose methods only vernal calls: each attribute is looked up at the
+    speed of Python's own classes, also where a tree is taken apart.
+    """
+
+    if not TYPE_CHECKING:
+        __getattribute__ = object.__getattribute__
+
+
 class QuickMethods:
     """A mixin for `equinox.Module`: looking a method up takes little time.
 

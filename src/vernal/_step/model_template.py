@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._closure import Closure, refuse_static_arrays
-from .._pickling import Portable, QuickMethods
+from .._pickling import Portable, PlainMethods
 from .._tree import is_inexact
 
 
-class ModelTemplate(Portable, QuickMethods, eqx.Module):
+class ModelTemplate(Portable, PlainMethods, eqx.Module):
     """A model without its trained parameters.
 
     Arrays are leaves; everything else (functions, Python numbers, strings) is static
