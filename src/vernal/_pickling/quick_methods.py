@@ -1,5 +1,6 @@
 """Methods of modules, bound without a delay."""
 
+import functools
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -45,5 +46,13 @@ class QuickMethods:
 
 
 def _bound(fn: Any, module: Any) -> Any:
-    fields = {name: getattr(fn, name) for name in _COPIED if hasattr(fn, name)}
-    return build(_BoundMethod, {**fields, "__func__": fn, "__self__": module})
+    about = _about(fn) if type(fn) is types.FunctionType else _read(fn)
+    return build(_BoundMethod, {**about, "__func__": fn, "__self__": module})
+
+
+def _read(fn: Any) -> dict[str, Any]:
+    """Returns the name, the documentation and the annotations of a function."""
+    return {name: getattr(fn, name) for name in _COPIED if hasattr(fn, name)}
+
+
+_about = functools.lru_cache(512)(_read)

@@ -8,6 +8,7 @@ from .abstract_trainer import (
     changed,
     config_of,
     overrides,
+    prepared_config,
     progress_of,
     stripped,
     template_of,
