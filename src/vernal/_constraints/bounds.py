@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from .._boundary import PyTree
-from .._pickling import Portable, QuickMethods
+from .._pickling import PlainMethods, Portable
 from .._tree import by_path, element_name
 from .owned import as_wide, owned
 
@@ -36,7 +36,7 @@ class _Interval(NamedTuple):
         return at_low, no if self.high is None else x >= self.high
 
 
-class Bounds(Portable, QuickMethods, eqx.Module):
+class Bounds(Portable, PlainMethods, eqx.Module):
     """The intervals of some parameters, by path.
 
     The bounds of a parameter have its dtype, and a shape that broadcasts to its own.

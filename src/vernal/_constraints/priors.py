@@ -12,12 +12,12 @@ from jaxtyping import Array, ArrayLike, Float
 from .._boundary import PyTree, entrance
 from .._closure import Closure
 from .._curvature import matmul
-from .._pickling import Portable, QuickMethods
+from .._pickling import PlainMethods, Portable
 from .._tree import by_path
 from .owned import as_wide, owned
 
 
-class Normal(Portable, QuickMethods, eqx.Module):
+class Normal(Portable, PlainMethods, eqx.Module):
     r"""A normal distribution, as a prior of a parameter.
 
     $$\log p(x) = -\frac{(x - \mu)^2}{2 \sigma^2} - \log(\sigma \sqrt{2 \pi})$$
@@ -56,7 +56,7 @@ class Normal(Portable, QuickMethods, eqx.Module):
         return -0.5 * jnp.square(unit) - jnp.log(self.std) - 0.5 * np.log(2 * np.pi)
 
 
-class Priors(Portable, QuickMethods, eqx.Module):
+class Priors(Portable, PlainMethods, eqx.Module):
     """Priors of some parameters, by path: normal ones, and others."""
 
     normal: dict[str, Normal]

@@ -11,12 +11,12 @@ from jaxtyping import Array
 
 from .._boundary import PyTree, takes
 from .._closure import Closure
-from .._pickling import Portable, QuickMethods
+from .._pickling import PlainMethods, Portable
 from .._tree import by_path, cast_like, is_inexact, resolve
 from .owned import owned
 
 
-class Ties(Portable, QuickMethods, eqx.Module):
+class Ties(Portable, PlainMethods, eqx.Module):
     """Which leaves of a model follow others, in an order in which they can be set.
 
     A source is the index of a leaf, or a function of the model. `rounds` has the

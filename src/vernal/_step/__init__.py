@@ -10,6 +10,7 @@ from .abstract_trainer import (
     config_of,
     is_constrained,
     overrides,
+    prepared_config,
     priors_of,
     progress_of,
     stripped,

@@ -19,6 +19,7 @@ from .._constraints import Bounds, Priors
 from .._optimiser import ParamOptimiser
 from .._pickling import Portable, QuickMethods, build
 from .._policy import NanPolicy, StopFit
+from .._program import prepared
 from .._projection import EigenProjector
 from .model_template import ModelTemplate
 from .progress import Progress
@@ -196,6 +197,12 @@ def stripped(trainer: TrainerT) -> TrainerT:
     )
 
 
+def prepared_config(trainer: Any) -> Any:
+    """Returns the trainer for a program that is called again and again."""
+    template, optimiser = prepared(trainer._template, trainer.optimiser)
+    return changed(trainer, optimiser=optimiser, _template=template)
+
+
 def overrides(trainer: AbstractTrainer, hook: str) -> bool:
     """Whether the class of a trainer overrides a hook."""
     return getattr(type(trainer), hook) is not getattr(AbstractTrainer, hook)
@@ -211,4 +218,5 @@ def changed(module: ModuleT, **fields: Any) -> ModuleT:
 
     Flattening would do the same, but slower: this runs between the chunks of each fit.
     """
-    return build(type(module), {**vars(module), **fields})
+    old = object.__getattribute__(module, "__dict__")
+    return build(type(module), {**old, **fields})

@@ -10,11 +10,11 @@ import numpy as np
 
 from .._closure import Closure, refuse_static_arrays
 from .._constraints import Ties
-from .._pickling import Portable, QuickMethods
+from .._pickling import PlainMethods, Portable
 from .._tree import is_inexact
 
 
-class ModelTemplate(Portable, QuickMethods, eqx.Module):
+class ModelTemplate(Portable, PlainMethods, eqx.Module):
     """A model without its trained parameters.
 
     Arrays are leaves; everything else (functions, Python numbers, strings) is static

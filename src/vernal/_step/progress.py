@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree
-from .._pickling import QuickMethods
+from .._pickling import PlainMethods
 
 MOST_STEPS = 2**31 - 1
 """Steps are counted in 32 bits."""
 
 
-class Progress(QuickMethods, eqx.Module):
+class Progress(PlainMethods, eqx.Module):
     """All that a fit changes of a trainer. The rest of a trainer is configuration.
 
     With a projector the optimiser moves `latent`; without one it moves `params`, and

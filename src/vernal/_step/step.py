@@ -290,8 +290,8 @@ def _within(
     """Projects a latent gradient onto what a constraint allows.
 
     Returns the projection of a full gradient step, as parameters, and the step from
-    the point to it. Where that is zero, the point is the best one that the constraint allows, and the
-    optimiser stays there.
+    the point to it. Where that is zero, the point is the best one that the constraint
+    allows, and the optimiser stays there.
     """
     goal = jax.tree.map(jnp.subtract, latent, grads)
     allowed, is_clipped = project(clip, metric, metric.to_params(goal))

@@ -66,6 +66,7 @@ from .._step import (
     nan_report,
     no_optimiser,
     precision_of,
+    prepared_config,
     raise_if_non_finite,
     replaced_fields,
     reproject,
@@ -274,7 +275,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
             batch = as_batch(batch)
             require_same(self, batch, sharding=sharding)
             batch, trainer = place.batch(batch, "batch"), place.put(self)
-            progress, info = run_step(trainer, batch, place)
+            is_same = place.mesh is None and not is_traced
+            given = prepared_config(trainer) if is_same else trainer
+            progress, info = run_step(given, batch, place)
         trainer = with_progress(trainer, progress)
         raises = self.nan_policy.raises
         if not (raises or is_debugged()):
