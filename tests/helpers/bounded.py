@@ -8,7 +8,6 @@ cut off the unbounded minimum of most of them.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,14 +54,27 @@ def jennrich_sampson(x):
 
 def helical_valley(x):
     angle = jnp.arctan2(x[1], x[0]) / (2 * np.pi)
-    return jnp.stack(
-        [10 * (x[2] - 10 * angle), 10 * (jnp.hypot(x[0], x[1]) - 1), x[2]]
-    )
+    return jnp.stack([10 * (x[2] - 10 * angle), 10 * (jnp.hypot(x[0], x[1]) - 1), x[2]])
 
 
 _BARD = np.array(
-    [0.14, 0.18, 0.22, 0.25, 0.29, 0.32, 0.35, 0.39, 0.37, 0.58, 0.73, 0.96, 1.34]
-    + [2.10, 4.39]
+    [
+        0.14,
+        0.18,
+        0.22,
+        0.25,
+        0.29,
+        0.32,
+        0.35,
+        0.39,
+        0.37,
+        0.58,
+        0.73,
+        0.96,
+        1.34,
+        2.1,
+        4.39,
+    ]
 )
 
 
@@ -82,8 +94,24 @@ def gaussian(x):
 
 
 _MEYER = np.array(
-    [34780, 28610, 23650, 19630, 16370, 13720, 11540, 9744, 8261, 7030, 6005, 5147]
-    + [4427, 3820, 3307, 2872]
+    [
+        34780,
+        28610,
+        23650,
+        19630,
+        16370,
+        13720,
+        11540,
+        9744,
+        8261,
+        7030,
+        6005,
+        5147,
+        4427,
+        3820,
+        3307,
+        2872,
+    ]
 )
 
 
@@ -108,14 +136,31 @@ def powell_singular(x):
 def wood(x):
     a, b, c, d = x
     return jnp.stack(
-        [10 * (b - a**2), 1 - a, 90**0.5 * (d - c**2), 1 - c]
-        + [10**0.5 * (b + d - 2), 10**-0.5 * (b - d)]
+        [
+            10 * (b - a**2),
+            1 - a,
+            90**0.5 * (d - c**2),
+            1 - c,
+            10**0.5 * (b + d - 2),
+            10 ** (-0.5) * (b - d),
+        ]
     )
 
 
 _KOWALIK = np.array(
-    [0.1957, 0.1947, 0.1735, 0.1600, 0.0844, 0.0627, 0.0456, 0.0342, 0.0323, 0.0235]
-    + [0.0246]
+    [
+        0.1957,
+        0.1947,
+        0.1735,
+        0.16,
+        0.0844,
+        0.0627,
+        0.0456,
+        0.0342,
+        0.0323,
+        0.0235,
+        0.0246,
+    ]
 )
 
 
@@ -131,9 +176,41 @@ def brown_dennis(x):
 
 
 _OSBORNE = np.array(
-    [0.844, 0.908, 0.932, 0.936, 0.925, 0.908, 0.881, 0.850, 0.818, 0.784, 0.751]
-    + [0.718, 0.685, 0.658, 0.628, 0.603, 0.580, 0.558, 0.538, 0.522, 0.506, 0.490]
-    + [0.478, 0.467, 0.457, 0.448, 0.438, 0.431, 0.424, 0.420, 0.414, 0.411, 0.406]
+    [
+        0.844,
+        0.908,
+        0.932,
+        0.936,
+        0.925,
+        0.908,
+        0.881,
+        0.85,
+        0.818,
+        0.784,
+        0.751,
+        0.718,
+        0.685,
+        0.658,
+        0.628,
+        0.603,
+        0.58,
+        0.558,
+        0.538,
+        0.522,
+        0.506,
+        0.49,
+        0.478,
+        0.467,
+        0.457,
+        0.448,
+        0.438,
+        0.431,
+        0.424,
+        0.42,
+        0.414,
+        0.411,
+        0.406,
+    ]
 )
 
 
@@ -190,28 +267,70 @@ def _same(size, value):
 PROBLEMS = {
     "rosenbrock": Problem(rosenbrock, (-1.2, 1.0), (-50, 0), (0.5, 100)),
     "rosenbrock, inactive": Problem(rosenbrock, (-1.2, 1.0), (-2, -2), (2, 2)),
-    "freudenstein and roth": Problem(freudenstein_roth, (0.5, -2.0), (0, -20), (20, -0.9)),
+    "freudenstein and roth": Problem(
+        freudenstein_roth, (0.5, -2.0), (0, -20), (20, -0.9)
+    ),
     "powell badly scaled": Problem(powell_badly_scaled, (0.1, 2.0), (0, 1), (1, 9)),
-    "brown badly scaled": Problem(brown_badly_scaled, (1.0, 1.0), (0, 3e-5), (1e6, 100)),
+    "brown badly scaled": Problem(
+        brown_badly_scaled, (1.0, 1.0), (0, 3e-5), (1e6, 100)
+    ),
     "beale": Problem(beale, (1.0, 1.0), (0.6, 0.5), (10, 100)),
     "jennrich and sampson": Problem(jennrich_sampson, (0.3, 0.4), (0.26, -1), (1, 1)),
-    "helical valley": Problem(helical_valley, (-1.0, 0.0, 0.0), (-100, -1, -1), (0.8, 1, 1)),
+    "helical valley": Problem(
+        helical_valley, (-1.0, 0.0, 0.0), (-100, -1, -1), (0.8, 1, 1)
+    ),
     "bard": Problem(bard, (1.0, 1.0, 1.0), (0.1, 0.5, 0.5), (50, 100, 2.0)),
     "gaussian": Problem(gaussian, (0.4, 1.0, 0.0), (0.398, 1, -0.5), (4.2, 2, 0.1)),
     "meyer": Problem(meyer, (0.02, 4000.0, 250.0), (0.006, 0, 200), (2, 3e5, 3e4)),
-    "box": Problem(box, (0.0, 10.0, 5.0), (0, 5, 0), (2, 9.5, 20)) ._replace(start=(0.0, 9.0, 5.0)),
-    "powell singular": Problem(powell_singular, (3.0, -1.0, 0.0, 1.0), (0.1, -20, -1, -1), (100, 20, 1, 50)),
+    "box": Problem(box, (0.0, 10.0, 5.0), (0, 5, 0), (2, 9.5, 20)),
+    "powell singular": Problem(
+        powell_singular, (3.0, -1.0, 0.0, 1.0), (0.1, -20, -1, -1), (100, 20, 1, 50)
+    ),
     "wood": Problem(wood, (-3.0, -1.0, -3.0, -1.0), _same(4, -100), (0, 10, 100, 100)),
-    "kowalik and osborne": Problem(kowalik_osborne, (0.25, 0.39, 0.415, 0.39), (0, -1, 0.13, 0.12), (10, 12, 13, 12)),
-    "brown and dennis": Problem(brown_dennis, (25.0, 5.0, -5.0, -1.0), (-10, 0, -100, -20), (100, 15, 0, 0.2)),
-    "osborne": Problem(osborne, (0.5, 1.5, -1.0, 0.01, 0.02), (0.4, 0, -1.2, 0, 0), (1, 1.8, 0, 1, 1)),
-    "biggs": Problem(biggs, (1.0, 2.0, 1.0, 1.0, 1.0, 1.0), (0, 0, 0, 1, 0, 0), (2, 8, 1, 7, 5, 5)),
-    "watson, 6": Problem(watson, _same(6, 0), (-0.015, -INF, -INF, -1.5, -INF, -1), (INF, 0.9, 0.25, INF, 1, INF)),
-    "watson, 9": Problem(watson, _same(9, 0), (-1e-5, 0, 0, 0, 0, -3, 0, -3, 0), (1e-5, 0.9, 0.1, 1, 1, 0, 4, 0, 2)),
-    "watson, 12": Problem(watson, _same(12, 0), (-1, 0, -1, -1, -1, 0, -3, 0, -10, 0, -10, 0), (0, 0.9, 0, 0.3, 0, 1, 0, 10, 0, 10, 0, 5)),
-    "trigonometric": Problem(trigonometric, _same(10, 0.1), _same(10, 0.05), _same(10, 0.2)),
-    "brown almost linear": Problem(brown_almost_linear, _same(5, 0.5), _same(5, 0), (2.0, 0.9, 2, 2, 2)),
-    "broyden tridiagonal": Problem(broyden_tridiagonal, _same(8, -1), _same(8, -1), (-0.6, -0.5, *_same(6, 2))),
-    "penalty": Problem(penalty, (1.0, 2.0, 3.0, 4.0), (0, 1, 0, 0), (100, 100, 100, 1)) ._replace(start=(1.0, 2.0, 3.0, 0.9)),
-    "variably dimensioned": Problem(variably_dimensioned, (0.75, 0.5, 0.25, 0.0), (0, 0, 0, 0), (10, 0.9, 10, 0.5)),
+    "kowalik and osborne": Problem(
+        kowalik_osborne,
+        (0.25, 0.39, 0.415, 0.39),
+        (0, -1, 0.13, 0.12),
+        (10, 12, 13, 12),
+    ),
+    "brown and dennis": Problem(
+        brown_dennis, (25.0, 5.0, -5.0, -1.0), (-10, 0, -100, -20), (100, 15, 0, 0.2)
+    ),
+    "osborne": Problem(
+        osborne, (0.5, 1.5, -1.0, 0.01, 0.02), (0.4, 0, -1.2, 0, 0), (1, 1.8, 0, 1, 1)
+    ),
+    "biggs": Problem(
+        biggs, (1.0, 2.0, 1.0, 1.0, 1.0, 1.0), (0, 0, 0, 1, 0, 0), (2, 8, 1, 7, 5, 5)
+    ),
+    "watson, 6": Problem(
+        watson,
+        _same(6, 0),
+        (-0.015, -INF, -INF, -1.5, -INF, -1),
+        (INF, 0.9, 0.25, INF, 1, INF),
+    ),
+    "watson, 9": Problem(
+        watson,
+        _same(9, 0),
+        (-1e-5, 0, 0, 0, 0, -3, 0, -3, 0),
+        (1e-5, 0.9, 0.1, 1, 1, 0, 4, 0, 2),
+    ),
+    "watson, 12": Problem(
+        watson,
+        _same(12, 0),
+        (-1, 0, -1, -1, -1, 0, -3, 0, -10, 0, -10, 0),
+        (0, 0.9, 0, 0.3, 0, 1, 0, 10, 0, 10, 0, 5),
+    ),
+    "trigonometric": Problem(
+        trigonometric, _same(10, 0.1), _same(10, 0.05), _same(10, 0.2)
+    ),
+    "brown almost linear": Problem(
+        brown_almost_linear, _same(5, 0.5), _same(5, 0), (2.0, 0.9, 2, 2, 2)
+    ),
+    "broyden tridiagonal": Problem(
+        broyden_tridiagonal, _same(8, -1), _same(8, -1), (-0.6, -0.5, *_same(6, 2))
+    ),
+    "penalty": Problem(penalty, (1.0, 2.0, 3.0, 4.0), (0, 1, 0, 0), (100, 100, 100, 1)),
+    "variably dimensioned": Problem(
+        variably_dimensioned, (0.75, 0.5, 0.25, 0.0), (0, 0, 0, 0), (10, 0.9, 10, 0.5)
+    ),
 }

@@ -82,9 +82,13 @@ def _scored(trainer: AbstractTrainer, batch: Any) -> _Scored:
     grads = jax.tree.map(_descending, grads)
 
     def value(params: PyTree) -> Array:
-        # A line search may try what is out of bounds.
-        bounds = bounds_of(trainer)
-        return scored(params if bounds is None else bounds.clip(params))[0]
+        if bounds_of(trainer) is not None:
+            raise ValueError(
+                "`optimiser` has a line search, which looks beyond `bounds`, and would "
+                "stop short of them. Use a solver, `trainer.solve(optx.BFGS(1e-8, "
+                "1e-8), batch)`; or an optimiser without a line search, such as Adam."
+            )
+        return scored(params)[0]
 
     return _Scored(loss, grads, metrics, state, value)
 
