@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._closure import Closure, refuse_static_arrays
-from .._pickling import Portable, PlainMethods
+from .._pickling import PlainMethods, Portable
 from .._tree import is_inexact
 
 
