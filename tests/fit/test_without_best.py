@@ -41,14 +41,12 @@ def plain(**options):
     return LineFit(line(), ADAM, **options)
 
 
+MINIBATCHES = vn.Minibatches(BATCH, 4, key=jax.random.key(0))
+
 # A trainer, its data, and options of the fit.
 FITS = {
     "whole": lambda: (plain(), BATCH, {}),
-    "minibatches": lambda: (
-        plain(),
-        vn.Minibatches(BATCH, 4, key=jax.random.key(0)),
-        {},
-    ),
+    "minibatches": lambda: (plain(), MINIBATCHES, {}),
     "stream": lambda: (plain(), vn.Stream([BATCH] * 20), {}),
     "chunks": lambda: (plain(), BATCH, {"chunk": 3, "callback": lambda *_: None}),
     "stop": lambda: (plain(), BATCH, {"stop": vn.Converged(0.5, 3)}),
@@ -121,7 +119,7 @@ def test_the_best_of_the_result_is_an_error():
     ("options", "message"),
     [
         ({"validation": (BATCH, 2)}, "`validation` is what `best` is chosen by"),
-        ({"best": None}, "`best`"),
+        ({"best": None}, "best"),
     ],
 )
 def test_refused(options, message):
