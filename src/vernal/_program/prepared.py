@@ -28,6 +28,9 @@ class _Known(NamedTuple):
     others: tuple[Any, ...]
     prepared: list[Any]
 
+    def is_of(self, others: tuple[Any, ...]) -> bool:
+        return all(map(operator.is_, self.others, others))
+
 
 # Each as long as its owner lives.
 _known: dict[int, _Known] = {}
@@ -40,9 +43,8 @@ def prepared(owner: Any, *others: Any) -> list[Any]:
     """
     key = id(owner)
     known = _known.get(key)
-    if known is not None and known.owner() is owner:
-        if all(map(operator.is_, known.others, others)):
-            return known.prepared
+    if known is not None and known.owner() is owner and known.is_of(others):
+        return known.prepared
     trees = owner, *others
     found = [
         tree if _may_change(jax.tree.structure(tree)) else _Prepared(tree)

@@ -61,6 +61,8 @@ from .progress import (
     initial_progress,
     ranked,
     with_comparable_best,
+    with_some_best,
+    without_best,
 )
 from .replace import replaced_fields, reproject
 from .step import Outcome, advance, advance_bare, has_turned_bad, tree_norm

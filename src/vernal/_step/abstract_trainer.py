@@ -108,7 +108,7 @@ class AbstractTrainer(
 
         A step scores the parameters that it starts from, so the last iterate of a fit
         is not scored before the next step. In a fit with `validation` it is the model
-        with the lowest score there.
+        with the lowest score there; after a fit with `best=False`, the model itself.
         """
         return self._template.join(self._progress.best)
 

@@ -299,6 +299,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         every: int = 1,
         validation: tuple[Batch, int] | None = None,
         stop: StopCriterion | None = None,
+        best: bool = True,
         progress: bool = True,
         callback: Callable[[SelfT, History], SelfT | Answer] | None = None,
         chunk: int | None = None,
@@ -327,6 +328,10 @@ class Trainer(AbstractTrainer[Model, Batch]):
             another batch, forget the old best: `replace(model=trainer.model)`.
         - `stop`: [`vernal.Converged`][], [`vernal.Patience`][] or your own
             [`vernal.StopCriterion`][]. It starts afresh in each fit.
+        - `best`: whether to keep the best model, which takes memory for one more copy
+            of the parameters, or for a few during the fit. After `best=False`
+            `result.best` is an error; `trainer.best` is the model after the last step,
+            and `best_loss` infinite.
         - `progress`: whether to show a progress bar, in a terminal or a notebook.
         - `callback`: a function `(trainer, history)`, called on the host after every
             chunk of steps. It may return `True` to end the fit, or a trainer of the
@@ -360,6 +365,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `MismatchError`: if the checkpoint is of another model or optimiser.
         - `StreamExhaustedError`: if a stream ends before the fit.
         - `UnknownPathError`: if `record` names something that does not exist.
+        - `ValueError`: if there is a `validation` with `best=False`.
         """
         require_precision(self)
         subject = OneTrainer(placement(self, mesh, sharding))
@@ -368,6 +374,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             "every": every,
             "validation": validation,
             "stop": stop,
+            "best": best,
             "progress": progress,
             "callback": callback,
             "chunk": chunk,
