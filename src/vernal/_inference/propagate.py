@@ -44,11 +44,11 @@ def propagate(
     here = around(trainer, batch, jac, "A propagated error")
     scale = here.error_scale(scale_errors)
     closure = Closure.encode(fn)
-    return _propagated(stripped(trainer), closure, here.whitening, jnp.asarray(scale))
+    return run_propagate(stripped(trainer), closure, here.whitening, jnp.asarray(scale))
 
 
 @program
-def _propagated(
+def run_propagate(
     trainer: AbstractTrainer,
     closure: Closure,
     whitening: DenseWhitening,
@@ -157,11 +157,11 @@ def draw(
     scale = here.error_scale(scale_errors)
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
     normal = jax.random.normal(key, shape, dtype)
-    return _drawn(stripped(trainer), here.whitening, normal, jnp.asarray(scale))
+    return run_draw(stripped(trainer), here.whitening, normal, jnp.asarray(scale))
 
 
 @program
-def _drawn(
+def run_draw(
     trainer: AbstractTrainer,
     whitening: DenseWhitening,
     latents: Float[Array, "count D"],
