@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -304,7 +305,8 @@ def band(
     - `ValueError`: if `x` is not a vector, or `fn` does not return one of its length.
     - as [`vernal.Trainer.propagate`][].
     """
-    places = np.asarray(x)
+    is_key = jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
+    places = np.zeros(0) if is_key else np.asarray(x)
     if places.ndim != 1 or places.dtype.kind not in "fiu" or not places.size:
         raise ValueError(f"`x` is {x!r}, but must be a vector of numbers.")
     if not 0 < errors < math.inf:

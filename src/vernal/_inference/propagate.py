@@ -140,7 +140,7 @@ def draw(
 ) -> PyTree:
     """Implements `Trainer.draw`."""
     refuse_program("draw", trainer, key, batch)
-    key, count = prng_key(key), whole_number(count, "count", least=1)
+    key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     here = around(trainer, batch, jac, "A draw from the likelihood")
     params = as_parameters(trainer.params)
     if here.rank < here.whitening.latent_size:
