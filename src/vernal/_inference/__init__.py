@@ -11,5 +11,5 @@ from .fisher import Blocks, curvature, fisher, has_likelihood
 from .propagate import draw, propagate
 from .report import report
 from .table import table
-from .uncertainty import objective, standard_errors
+from .uncertainty import errors_or_nan, objective, standard_errors
 from .whiten import OF_WHITEN, whitened

@@ -51,11 +51,11 @@ def propagated(
 ) -> tuple[PyTree, PyTree]:
     """Evaluates a function of the model, and its standard errors."""
     closure = Closure.encode(fn)
-    return _propagated(stripped(trainer), closure, here.whitening, jnp.asarray(scale))
+    return run_propagate(stripped(trainer), closure, here.whitening, jnp.asarray(scale))
 
 
 @program
-def _propagated(
+def run_propagate(
     trainer: AbstractTrainer,
     closure: Closure,
     whitening: DenseWhitening,
@@ -147,7 +147,7 @@ def draw(
 ) -> PyTree:
     """Implements `Trainer.draw`."""
     refuse_program("draw", trainer, key, batch)
-    key, count = prng_key(key), whole_number(count, "count", least=1)
+    key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     here = around(trainer, batch, jac, "A draw from the likelihood")
     params = as_parameters(trainer.params)
     if here.rank < here.free_count:
@@ -164,11 +164,11 @@ def draw(
     scale = here.error_scale(scale_errors)
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
     normal = jax.random.normal(key, shape, dtype)
-    return _drawn(stripped(trainer), here.whitening, normal, jnp.asarray(scale))
+    return run_draw(stripped(trainer), here.whitening, normal, jnp.asarray(scale))
 
 
 @program
-def _drawn(
+def run_draw(
     trainer: AbstractTrainer,
     whitening: DenseWhitening,
     latents: Float[Array, "count D"],

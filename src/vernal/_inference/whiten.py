@@ -160,7 +160,14 @@ def checked_spectra(
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):
         message = f"{what} of `{type(trainer).__name__}` is not finite."
         spectra = eqx.error_if(spectra, ~all_finite(spectra), message)
-    own = ravel_dtype(as_parameters(trainer.params))
+    return in_own_precision(spectra, as_parameters(trainer.params))
+
+
+def in_own_precision(
+    spectra: tuple[Spectrum, ...], params: Params
+) -> tuple[tuple[Spectrum, ...], float]:
+    """Returns spectra in the dtype of the parameters, and the coarsest epsilon."""
+    own = ravel_dtype(params)
     dtypes = (own, spectra[0].values.dtype)
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     dtype = widest((own, jnp.dtype("float32")))

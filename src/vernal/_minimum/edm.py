@@ -238,7 +238,8 @@ def spectral(
     inner = right @ np.asarray(slope, float) / np.where(roots > 0, roots, np.inf)
     turn = None
     if point.basis is not None:
-        free = roots[:, None] * right @ (point.basis / scale[:, None])
+        basis = np.asarray(point.basis, float)
+        free = roots[:, None] * right @ (basis / scale[:, None])
         own = np.linalg.norm(free, axis=0)
         own = np.where(own > 0, own, 1)
         is_kept = roots > _noise(len(roots), loss.dtype) * roots[0]

@@ -1,7 +1,6 @@
 """`Report`: what there is to say of a fit."""
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple, final
 
@@ -90,24 +89,15 @@ class Report:
             )
         return rows[name]
 
-    @functools.cached_property
+    @property
     def correlations(self) -> tuple[Correlation, ...]:
         """All pairs of free elements and their correlations, the largest first.
 
         A pair has the fields `first`, `second` and `value`.
         """
-        return self.largest_correlations(0.0)
-
-    def largest_correlations(self, least: float = 0.1) -> tuple[Correlation, ...]:
-        """The pairs whose correlation is not below `least` in size, the largest first.
-
-        **Arguments:**
-
-        - `least`: the smallest size, from 0 to 1.
-        """
         rows, columns = np.triu_indices(len(self.correlation_matrix), 1)
         values = self.correlation_matrix[rows, columns]
-        kept = np.flatnonzero(abs(values) >= least)
+        kept = np.flatnonzero(np.isfinite(values))
         order = kept[np.argsort(-abs(values[kept]), kind="stable")]
         names = [row.name for row in self.parameters if row.is_free]
         return tuple(

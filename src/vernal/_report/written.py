@@ -44,7 +44,7 @@ def _sections(report: Any) -> Iterator[Section]:
     yield [("fit", reason), *_facts(report)]
     heads = ("parameter", "value", "standard error", "relative")
     yield [heads, *map(_cells, _shortened(report.parameters))]
-    pairs = report.largest_correlations(_LEAST_CORRELATION)
+    pairs = [p for p in report.correlations if abs(p.value) >= _LEAST_CORRELATION]
     if pairs:
         shown = [(f"{a}, {b}", f"{value:+.3f}") for a, b, value in pairs[:_MOST_PAIRS]]
         more = len(pairs) - len(shown)
