@@ -150,5 +150,6 @@ def works() -> Iterator[Work]:
             partial(sides, make, size),
             {"first": 1.25},
             precisions=("float64",),
+            rounds=1,
             most_seconds=most,
         )

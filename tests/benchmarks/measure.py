@@ -67,7 +67,7 @@ class Work:
             else:
                 turns = [
                     [apart(precision, first_call, self, side) for side in (0, 1)]
-                    for _ in range(rounds or FIRST_ROUNDS)
+                    for _ in range(rounds or min(self.rounds, FIRST_ROUNDS))
                 ]
         except Missing as why:
             return Row(told, precision, str(why), None)
