@@ -70,7 +70,7 @@ class Work:
                     for _ in range(rounds or min(self.rounds, FIRST_ROUNDS))
                 ]
         except Missing as why:
-            return Row(told, precision, str(why), None)
+            return Row(told, precision, str(why), None, goal=goal)
         base, own = np.median(turns, axis=0).tolist()
         against = duration(base) + " a step" * (kind == "warm" and self.steps > 1)
         if self.most_seconds is not None:

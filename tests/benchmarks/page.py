@@ -26,7 +26,9 @@ machine changes a ratio by a few hundredths from run to run.
 
 By hand, a fit is one `lax.scan` that takes the steps of Optax, returns the losses, and
 does nothing else. A light curve, and a line, has five parameters with an Adam for each.
-An MLP has three hidden layers of that many units, and batches of 128.
+An MLP has three hidden layers of that many units, and batches of 128. In the rows of
+other libraries, "ratio" is their time divided by that of the scan; all of them have one
+Adam for the whole model.
 """
 HEAD = """| work | by hand, float32 | ratio | by hand, float64 | ratio | goal | met |
 |---|---|---|---|---|---|---|
@@ -73,8 +75,6 @@ def line(rows: Iterable[Row]) -> str:
     else:
         told = next(f"{name} only" for name, is_met in met.items() if is_met)
     goal = "" if first.goal is None else f"{first.goal:g} {first.unit}".strip()
-    if not first.unit and first.goal is not None:
-        goal = f"{first.goal:.2f}"
     return f"| {' | '.join([*cells, goal, told])} |".replace("  ", " ")
 
 
@@ -99,8 +99,7 @@ def page_of(figures: dict[str, Any]) -> str:
 def readme_of(readme: str, page: str) -> str:
     """The README, with the page's lines for its own."""
     lines = [line for line in page.splitlines() if line.startswith("| ")]
-    # The heads of tables have a name in common, and nothing to renew.
-    current = {line.split(" | ")[0]: line for line in lines if " ratio " not in line}
+    current = {line.split(" | ")[0]: line for line in lines}
     return "".join(
         current[name] + "\n" if (name := line.split(" | ")[0]) in current else line
         for line in readme.splitlines(keepends=True)
