@@ -145,7 +145,7 @@ def distance(points: int) -> Sides:
 def works() -> Iterator[Work]:
     """Those of the main part."""
     told = "telescope, `whiten` and `solve` by Levenberg–Marquardt, against Optimistix"
-    options: Any = {"precisions": ("float64",), "rounds": 5}
+    options: Any = {"precisions": ("float64",), "rounds": 3}
     goals = {"warm": 1.2, "first": 1.2}
     yield Work("telescope", f"{told} alone", alone, goals, **options)
     goals = {"warm": None, "first": None}
