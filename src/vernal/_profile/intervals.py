@@ -65,7 +65,7 @@ def crossings(
     if is_lower(lowest, base).any():
         row = int(np.argmin(lowest - base))
         message = (
-            f"`intervals`: on the way to {labels[row]} the likelihood is higher than "
+            f"On the way to {labels[row]} the likelihood is higher than "
             f"at the minimum ({lowest[row]:.6g} against {base[row]:.6g} as its "
             "negative logarithm): it is not the minimum. Fit again from there, the "
             "attribute `model` of this error."
@@ -81,7 +81,7 @@ def crossings(
     ):
         if rows.any():
             shown = ", ".join(labels[row] for row in np.flatnonzero(rows)[:4])
-            warn(f"`intervals`: {what}, at {shown}.")
+            warn(f"Profile likelihood: {what}, at {shown}.")
     low, high = np.split(ends.astype(float), 2)
     return {
         name: (float(least), float(most))

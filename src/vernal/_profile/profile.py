@@ -87,15 +87,18 @@ def along(scan: Scan, name: str, index: int, values: np.ndarray | None) -> Profi
                 f"`values`: the data do not constrain {name!r} here, so that three "
                 "standard errors are no range. Give `values`."
             )
-        ends = np.clip([value - _WIDTH * error, value + _WIDTH * error], low, high)
-        values = np.linspace(*ends, _COUNT)
+        least, most = (
+            max(low, value - _WIDTH * error),
+            min(high, value + _WIDTH * error),
+        )
+        values = np.linspace(least, most, _COUNT)
     assert values is not None
     if (out := values[(values < low) | (values > high)]).size:
         raise ValueError(
             f"`values`: {out[0]:.6g} is outside of the bounds of {name!r}, "
             f"({low:.6g}, {high:.6g})."
         )
-    points, models = run_walk(scan, _walk(scan.flat, index, values))
+    points, models = run_walk(scan, from_minimum(scan.flat, index, values))
     done, nll = converged(points), np.asarray(points.nll)
     found = Profile(
         name=name,
@@ -121,7 +124,7 @@ def _rest(leaf: Any) -> Any:
     return leaf[1:] if isinstance(leaf, jax.Array) else leaf
 
 
-def _walk(flat: Any, index: int, values: np.ndarray) -> Walk:
+def from_minimum(flat: Any, index: int, values: np.ndarray) -> Walk:
     """Goes from the minimum to the lowest and to the highest value."""
     start = float(flat[index])
     order = np.argsort(values, kind="stable")
