@@ -111,6 +111,9 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time and memory against hand-written loops, as a Markdown table."""
-    session.install(".[test,examples]")
+    """Time and memory against programs by hand; writes docs/benchmarks.md.
+
+    With the names of works (`-- light-curve-20`) it prints these alone.
+    """
+    session.install(".[bench]")
     session.run("python", "-m", "tests.benchmarks", *session.posargs)

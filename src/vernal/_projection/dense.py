@@ -118,12 +118,29 @@ class DenseWhitening(AbstractWhitening):
 
     def errors_of_the_data(self) -> Float[Array, " D"]:
         """Returns the standard errors without a prior."""
-        is_null = self.roots < 0
-        factor = self.vectors * jnp.where(is_null, 0, self.roots)[None, :]
-        errors = self.scale * jnp.linalg.norm(factor, axis=1)
-        own = jnp.where(is_null[None, :], self.vectors, 0)
-        null = jnp.concatenate([own, self.null_vectors], axis=1)
-        return jnp.where(self._unbounded(null), jnp.inf, errors)
+        # NumPy compiles nothing; here each operation would be compiled by itself.
+        of = jnp if isinstance(self.roots, Tracer) else np
+        parts = self.scale, self.vectors, self.roots, self.null_vectors
+        scale, vectors, roots, dropped = map(of.asarray, parts)
+        is_null = roots < 0
+        factor = vectors * of.where(is_null, 0, roots)[None, :]
+        own = of.where(is_null[None, :], vectors, 0)
+        null = of.concatenate([own, dropped], axis=1)
+        is_unbounded = of.linalg.norm(null, axis=1) > self.resolution
+        errors = scale * of.linalg.norm(factor, axis=1)
+        return jnp.asarray(of.where(is_unbounded, np.inf, errors), scale.dtype)
+
+    def correlations_of_the_data(self) -> Float[np.ndarray, "D D"]:
+        """Returns the correlations without a prior, NaN where an error is infinite.
+
+        It runs on the host.
+        """
+        roots, vectors = (np.asarray(x, float) for x in (self.roots, self.vectors))
+        factor = vectors * np.where(roots < 0, 0, roots)
+        is_free = np.isfinite(np.asarray(self.errors_of_the_data()))
+        norms = np.linalg.norm(factor, axis=1)
+        unit = factor / np.where(is_free & (norms > 0), norms, np.nan)[:, None]
+        return np.clip(unit @ unit.T, -1, 1)
 
     def covariance(self) -> Float[Array, "D D"]:
         r"""Returns $P P^T$, with the limit $\pm\infty$ where directions were dropped.
