@@ -49,8 +49,7 @@ class Row:
     def shown(self) -> str:
         if self.value is None:
             return "–"
-        digits = 2 if self.unit in ("", "GB", "s") else 1
-        return f"{self.value:.{digits}f} {self.unit}".strip()
+        return f"{self.value:.3g} {self.unit}" if self.unit else f"{self.value:.2f}"
 
     def is_met(self) -> bool | None:
         """Whether what the page shows is as small as it should be."""
