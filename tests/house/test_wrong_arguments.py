@@ -110,6 +110,7 @@ RIGHT = {
     "arrays": BATCH,
     "batch": BATCH,
     "blocks": {"slope": EYE[:1, :1]},
+    "count": 3,
     "cov": EYE,
     "data": BATCH,
     "directory": "checkpoints",
@@ -157,6 +158,7 @@ RIGHT = {
     "tree": MODEL,
     "tx": SGD,
     "updates": MODEL,
+    "x": jnp.linspace(0.0, 1.0, 4),
 }
 ELSEWHERE = {
     "EigenProjector.from_jacobian": {"jac": EYE},
@@ -167,6 +169,7 @@ ELSEWHERE = {
     "eigen_projection": {"cov": None, "fmat": EYE},
     "fit": {"progress": False, "state": None},
     "map_optimisers": {"params": {"a": jnp.ones(())}},
+    "plot.band": {"fn": lambda model: model(jnp.linspace(0.0, 1.0, 4))},
     "save": {"path": "written.vernal"},
 }
 INSTANCES = {
@@ -176,11 +179,12 @@ INSTANCES = {
     "ManyResult": MANY,
     "Minibatches": vn.Minibatches(BATCH, 2, key=KEY),
     "ParamOptimiser": RULES,
+    "Report": TRAINER.report(BATCH),
     "Stream": vn.Stream([BATCH] * 9),
     "Trainer": TRAINER,
 }
 # What the library alone makes and calls: results and errors, and parts of a step.
-MADE = {"FitResult", "ManyResult", "EigenProjector", "StopReason"}
+MADE = {"FitResult", "ManyResult", "EigenProjector", "Report", "StopReason"}
 ABSTRACT = {"NanPolicy", "StopCriterion"}
 CALLED = {
     *("Minibatches.start", "Minibatches.next", "ParamOptimiser.count"),

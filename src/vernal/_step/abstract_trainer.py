@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
 from .._boundary import ModuleMeta, PyTree
+from .._constraints import Bounds, Priors
 from .._optimiser import ParamOptimiser
 from .._pickling import Portable, QuickMethods, build
 from .._policy import NanPolicy, StopFit
@@ -57,6 +58,8 @@ class AbstractTrainer(
     nan_policy: eqx.AbstractVar[NanPolicy]
     projector: eqx.AbstractVar[EigenProjector | Any]
     key: eqx.AbstractVar[PRNGKeyArray | None]
+    _bounds: eqx.AbstractVar[Bounds | None]
+    _priors: eqx.AbstractVar[Priors | None]
     _template: eqx.AbstractVar[ModelTemplate]
     _progress: eqx.AbstractVar[Progress]
 
@@ -166,6 +169,16 @@ def template_of(trainer: AbstractTrainer) -> ModelTemplate:
     return trainer._template
 
 
+def bounds_of(trainer: AbstractTrainer) -> Bounds | None:
+    """Returns the intervals that the parameters lie in, if there are any."""
+    return trainer._bounds
+
+
+def priors_of(trainer: AbstractTrainer) -> Priors | None:
+    """Returns the priors of the parameters, if there are any."""
+    return trainer._priors
+
+
 def stripped(trainer: TrainerT) -> TrainerT:
     """Returns the trainer with only what its loss depends on.
 
@@ -193,6 +206,11 @@ def prepared_config(trainer: Any) -> Any:
 def overrides(trainer: AbstractTrainer, hook: str) -> bool:
     """Whether the class of a trainer overrides a hook."""
     return getattr(type(trainer), hook) is not getattr(AbstractTrainer, hook)
+
+
+def is_constrained(trainer: AbstractTrainer) -> bool:
+    """Whether a step may end elsewhere than where the optimiser goes."""
+    return overrides(trainer, "constrain") or bounds_of(trainer) is not None
 
 
 def changed(module: ModuleT, **fields: Any) -> ModuleT:
