@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from .._boundary import Params, boolean
 from .._curvature import Mode
@@ -30,6 +31,7 @@ _NULLS = NullPolicy(on_null="prior")
 class Around(NamedTuple):
     """What one evaluation of the derivatives says of the surroundings of a point.
 
+    - `params`: the parameters there.
     - `whitening`: the map that whitens the parameters.
     - `deviance`: twice the negative log-likelihood; of residuals, their chi-squared.
     - `has_residuals`: whether it is that of residuals.
@@ -37,6 +39,7 @@ class Around(NamedTuple):
     - `distance`: how far the point is from a minimum, `None` where there is none.
     """
 
+    params: Params
     whitening: DenseWhitening
     deviance: float
     has_residuals: bool
@@ -71,10 +74,13 @@ class Around(NamedTuple):
             )
         return math.sqrt(self.reduced_chi_squared)
 
-    def errors(self, like: Params, scale: float) -> dict[str, np.ndarray]:
-        """Returns the standard errors by the paths of the parameters `like`."""
-        leaves = by_path(like).by_name()
-        flat = scale * np.asarray(self.whitening.errors_of_the_data(), float)
+    def errors(self) -> Float[np.ndarray, " D"]:
+        """Returns the standard errors of all elements."""
+        return np.asarray(self.whitening.errors_of_the_data(), float)
+
+    def by_path(self, flat: Float[np.ndarray, " D"]) -> dict[str, np.ndarray]:
+        """Returns what belongs to all elements by the paths of the parameters."""
+        leaves = by_path(self.params).by_name()
         ends = np.cumsum([leaf.size for leaf in leaves.values()])
         pieces = np.split(flat, ends[:-1])
         pairs = zip(leaves.items(), pieces, strict=True)
@@ -101,7 +107,7 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Aro
         return spectral_distance(*parts, params, trainer.projector)
 
     found = _distance(trainer, batch, "residuals", distance)
-    return Around(whitening, float(squares), True, residuals.size, found)
+    return Around(params, whitening, float(squares), True, residuals.size, found)
 
 
 def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
@@ -119,7 +125,7 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
         return distance_of(measure_hessian(*args))
 
     found = _distance(trainer, batch, "nll", distance)
-    return Around(whitening, 2 * float(value), False, None, found)
+    return Around(params, whitening, 2 * float(value), False, None, found)
 
 
 def _distance(

@@ -142,7 +142,7 @@ def draw(
     refuse_program("draw", trainer, key, batch)
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     here = around(trainer, batch, jac, "A draw from the likelihood")
-    params = as_parameters(trainer.params)
+    params = here.params
     if here.rank < here.whitening.latent_size:
         null = here.whitening.null_space(params)
         shown = "; ".join(

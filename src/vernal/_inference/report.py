@@ -27,7 +27,8 @@ def report(
     if data_count is not None:
         here = here._replace(data_count=data_count)
     scale = here.error_scale(is_scaled)
-    errors = here.errors(trainer.params, scale)
+    errors = here.errors()
+    by_path = here.by_path(scale * errors)
     distance, degrees = here.distance, here.degrees_of_freedom
     chi = here.deviance if here.has_residuals else None
     aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
@@ -43,7 +44,7 @@ def report(
         edm=math.nan if distance is None else float(distance.edm),
         stop_reason=None,
         error_scale=scale,
-        parameters=tuple(parameter_rows(trainer.model, errors, errors)),
-        correlation_matrix=here.whitening.correlations_of_the_data(),
+        parameters=tuple(parameter_rows(trainer.model, by_path, by_path)),
+        correlation_matrix=here.whitening.correlations_of_the_data(errors),
         note=None if distance is None else edm_note(distance, trainer.params),
     )

@@ -21,7 +21,7 @@ def table(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> str:
     errors = note = None
     if batch is not None:
         here = around(trainer, batch, jac, "A standard error")
-        errors = here.errors(trainer.params, 1.0)
+        errors = here.by_path(here.errors())
         if here.distance is not None:
             note = edm_note(here.distance, trainer.params)
     rows = parameter_rows(trainer.model, free, errors, _MOST_ROWS)

@@ -37,7 +37,8 @@ def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> P
     require_likelihood(trainer, "A standard error")
     # No projector: if the data constrain nothing at all, there is none.
     whitening = whiten_all(trainer, batch, Passes(jac=jac), NullPolicy(on_null="prior"))
-    return unravel(whitening.errors_of_the_data(), as_parameters(trainer.params))
+    errors = jnp.asarray(whitening.errors_of_the_data())
+    return unravel(errors, as_parameters(trainer.params))
 
 
 def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
