@@ -1,47 +1,93 @@
-"""All benchmarks, as one Markdown table: `python -m tests.benchmarks`."""
+"""Measures works, and writes the page of all figures: `python -m tests.benchmarks`."""
 
-import jax
+import argparse
+import datetime
+import os
+import platform
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
 
-jax.config.update("jax_enable_x64", True)
+from . import curvature, fits, large, options, peers, rules, solving
+from .measure import FAILED
+from .page import Row, write
 
-from . import (  # noqa: E402
-    bench_checkpoint,
-    bench_compile,
-    bench_curvature,
-    bench_eigen,
-    bench_fit,
-    bench_history,
-    bench_import,
-    bench_many,
-    bench_memory,
-    bench_mesh,
-    bench_partition,
-    bench_programs,
-    bench_solve,
-    bench_step,
-    bench_telescope,
-)
+LIBRARIES = ("vernal", "jax", "jaxlib", "equinox", "optax", "optimistix")
+# The parts of the page: the option, the heading, and the works of each section.
+PARTS = {
+    "main": (
+        "",
+        "Fits",
+        {
+            "`fit`, `fit_many` and `step`": fits.works,
+            "`whiten`, `solve` and `from_matvec`": lambda: chain(
+                solving.works(), curvature.works()
+            ),
+            "Other libraries": peers.works,
+        },
+    ),
+    "slow": (
+        " -- --slow",
+        "More",
+        {
+            "Many leaves": lambda: chain(large.works(), rules.works()),
+            "Options of a fit": options.works,
+            "Curvature and solvers": lambda: chain(curvature.more(), solving.more()),
+        },
+    ),
+}
 
-MODULES = (
-    bench_fit,
-    bench_compile,
-    bench_step,
-    bench_history,
-    bench_partition,
-    bench_eigen,
-    bench_curvature,
-    bench_solve,
-    bench_telescope,
-    bench_checkpoint,
-    bench_many,
-    bench_mesh,
-    bench_programs,
-    bench_memory,
-    bench_import,
-)
 
-print("| measured | result | bound |")
-print("|---|---|---|")
-for module in MODULES:
-    for row in module.rows():
-        print(f"| {' | '.join(row)} |", flush=True)
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description=__doc__
+    )
+    parser.add_argument("names", nargs="*", help="works to measure, without a page")
+    parser.add_argument("--slow", action="store_true", help="the page's second part")
+    parser.add_argument("--rounds", type=int, help="measure less often, to try it out")
+    parser.add_argument("--list", action="store_true", help="print the names alone")
+    asked = parser.parse_args()
+    found: dict[str, list[Row]] = {}
+    part = "slow" if asked.slow else "main"
+    parts = PARTS.values() if asked.names or asked.list else [PARTS[part]]
+    for _, _, sections in parts:
+        for section, works in sections.items():
+            for work in works():
+                if asked.list:
+                    print(work.name)
+                elif not asked.names or work.name in asked.names:
+                    for row in work.rows(asked.rounds):
+                        found.setdefault(section, []).append(row)
+                        goal = "" if row.goal is None else f"(goal {row.goal:g})"
+                        told = (work.name, row.told, row.precision, row.against)
+                        print(*told, row.shown(), goal, sep="  ", flush=True)
+    if asked.list:
+        return
+    if not found:
+        parser.error(f"no work has the name {' '.join(asked.names)}; see --list")
+    if not asked.names:
+        option, title, _ = PARTS[part]
+        write(part, title, made(option, asked.rounds), found)
+    if any(row.against == FAILED for rows in found.values() for row in rows):
+        parser.exit(1, "some works have failed\n")
+
+
+def made(option: str, rounds: int | None) -> str:
+    """When, how and on what the figures were made."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    _, _, model = text.partition("model name")
+    processor = model.split("\n")[0].strip("\t :") or platform.processor()
+    day = f"{datetime.date.today():%-d %B %Y}"
+    command = f"nox -s bench{option}"
+    quick = "" if rounds is None else f" A quick run, of {rounds} rounds."
+    cores = len(os.sched_getaffinity(0))
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return (
+        f"Measured on {day} by `{command}`, on {processor}, {cores} cores;\n"
+        f"Python {platform.python_version()}, {libraries}.{quick}"
+    )
+
+
+if __name__ == "__main__":
+    main()

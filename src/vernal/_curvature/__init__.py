@@ -19,6 +19,7 @@ from .linalg import (
     descending,
     equilibrated_eigh,
     matmul,
+    on_device,
     refuse,
     refuse_non_finite,
 )

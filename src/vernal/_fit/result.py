@@ -35,6 +35,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
     history: History
     stop_reason: StopReason = eqx.field(static=True)
     _distance: Distance | None = None
+    _has_best: bool = eqx.field(static=True, default=True)
 
     @property
     def edm(self) -> Float[np.ndarray, ""]:
@@ -63,7 +64,17 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
 
     @property
     def best(self) -> Model:
-        """The model with the lowest loss that was scored."""
+        """The model with the lowest loss that was scored.
+
+        **Raises:**
+
+        - `ValueError`: after `fit(best=False)`.
+        """
+        if not self._has_best:
+            raise ValueError(
+                "`best`: this fit kept none, by `best=False`. `model` is the model "
+                "after the last step; for the best one, fit without `best=False`."
+            )
         return self._trainer.best
 
     @property

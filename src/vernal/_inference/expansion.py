@@ -3,8 +3,10 @@
 import math
 from typing import Any, NamedTuple
 
+import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool
 
 from .._boundary import Params, boolean
 from .._curvature import Mode
@@ -18,8 +20,8 @@ from .._minimum import (
     what_falls,
 )
 from .._projection import DenseWhitening, NullPolicy
-from .._step import AbstractTrainer, defined
-from .._tree import as_parameters, by_path
+from .._step import AbstractTrainer, bounds_of, defined, prior_count, priors_of
+from .._tree import as_parameters, by_path, ravel, unravel
 from .derivatives import Passes, derive, require_finite
 from .fisher import require_likelihood
 from .whiten import checked_spectra, hessian_rtol, of_hessian, of_spectrum, reduced
@@ -31,20 +33,25 @@ _NULLS = NullPolicy(on_null="prior")
 class Around(NamedTuple):
     """What one evaluation of the derivatives says of the surroundings of a point.
 
-    - `params`: the parameters there.
     - `whitening`: the map that whitens the parameters.
     - `deviance`: twice the negative log-likelihood; of residuals, their chi-squared.
     - `has_residuals`: whether it is that of residuals.
     - `data_count`: the number of data, `None` if it is not known.
     - `distance`: how far the point is from a minimum, `None` where there is none.
+    - `held`: which elements are held at their bounds: they are not free.
     """
 
-    params: Params
     whitening: DenseWhitening
     deviance: float
     has_residuals: bool
     data_count: int | None
     distance: Distance | None
+    held: Bool[np.ndarray, " D"]
+
+    @property
+    def free_count(self) -> int:
+        """The number of elements that are free."""
+        return int(np.count_nonzero(~self.held))
 
     @property
     def rank(self) -> int:
@@ -74,13 +81,11 @@ class Around(NamedTuple):
             )
         return math.sqrt(self.reduced_chi_squared)
 
-    def errors(self) -> Float[np.ndarray, " D"]:
-        """Returns the standard errors of all elements."""
-        return np.asarray(self.whitening.errors_of_the_data(), float)
-
-    def by_path(self, flat: Float[np.ndarray, " D"]) -> dict[str, np.ndarray]:
-        """Returns what belongs to all elements by the paths of the parameters."""
-        leaves = by_path(self.params).by_name()
+    def errors(self, like: Params, scale: float) -> dict[str, np.ndarray]:
+        """Returns the standard errors by the paths of the parameters `like`."""
+        leaves = by_path(like).by_name()
+        known = scale * np.asarray(self.whitening.errors_of_the_data(), float)
+        flat = np.where(self.held, np.nan, known)
         ends = np.cumsum([leaf.size for leaf in leaves.values()])
         pieces = np.split(flat, ends[:-1])
         pairs = zip(leaves.items(), pieces, strict=True)
@@ -88,14 +93,26 @@ class Around(NamedTuple):
 
 
 def around(trainer: AbstractTrainer, batch: Any, jac: Mode | None, what: str) -> Around:
-    """Evaluates the derivatives at the current point, by the program of `whiten`."""
+    """Evaluates the derivatives at the current point, by the program of `whiten`.
+
+    Priors are in the curvature, and not in the deviance, which is that of the data.
+    """
     require_likelihood(trainer, what)
     of = _of_residuals if "residuals" in defined(trainer) else _of_nll
-    return of(trainer, batch, jac)
+    found = of(trainer, batch, jac)
+    if (bounds := bounds_of(trainer)) is None:
+        return found
+    params = as_parameters(trainer.params)
+    errors = unravel(jnp.asarray(found.whitening.errors_of_the_data()), params)
+    held = np.isnan(np.asarray(ravel(bounds.unknown(errors, params))))
+    # Neither a draw nor a propagated error moves what is held.
+    scale = jnp.where(held, 0, found.whitening.scale)
+    whitening = eqx.tree_at(lambda w: w.scale, found.whitening, scale)
+    return found._replace(whitening=whitening, held=held)
 
 
 def _of_residuals(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
-    found = derive(trainer, batch, "jacobian", None, Passes(jac=jac))
+    found = derive(trainer, batch, "jacobian", None, Passes(jac=jac), holds=True)
     (jacobian,), is_finite, residuals = found
     spectrum, slope, squares = reduced(jacobian, residuals)
     (spectrum,), eps = checked_spectra(trainer, batch, (spectrum,), is_finite)
@@ -107,11 +124,15 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Aro
         return spectral_distance(*parts, params, trainer.projector)
 
     found = _distance(trainer, batch, "residuals", distance)
-    return Around(params, whitening, float(squares), True, residuals.size, found)
+    count = residuals.size - prior_count(trainer)
+    of_priors = np.asarray(residuals, float).ravel()[count:]
+    chi_squared = float(squares) - float(np.sum(np.square(of_priors)))
+    none = np.zeros(whitening.scale.size, bool)
+    return Around(whitening, chi_squared, True, count, found, none)
 
 
 def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
-    found = derive(trainer, batch, "nll", None, Passes(jac=jac))
+    found = derive(trainer, batch, "nll", None, Passes(jac=jac), holds=True)
     (expansion,), is_finite, value = found
     hessian = expansion.hessian
     what = "The curvature of `nll`"
@@ -125,7 +146,9 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
         return distance_of(measure_hessian(*args))
 
     found = _distance(trainer, batch, "nll", distance)
-    return Around(params, whitening, 2 * float(value), False, None, found)
+    priors, none = priors_of(trainer), np.zeros(whitening.scale.size, bool)
+    penalty = 0.0 if priors is None else float(priors.penalty(trainer.model))
+    return Around(whitening, 2 * (float(value) - penalty), False, None, found, none)
 
 
 def _distance(

@@ -22,9 +22,9 @@ from .._curvature import (
 )
 from .._program import program
 from .._projection import DenseWhitening
-from .._step import AbstractTrainer, live, stripped
+from .._step import AbstractTrainer, bounds_of, live, stripped
 from .._tree import as_parameters, is_inexact, ravel, ravel_dtype, unravel
-from .expansion import around
+from .expansion import Around, around
 
 
 def propagate(
@@ -43,6 +43,13 @@ def propagate(
     takes(fn, 1, "fn", "fn(model)")
     here = around(trainer, batch, jac, "A propagated error")
     scale = here.error_scale(scale_errors)
+    return propagated(trainer, fn, here, scale)
+
+
+def propagated(
+    trainer: AbstractTrainer, fn: Callable[[Any], PyTree], here: Around, scale: float
+) -> tuple[PyTree, PyTree]:
+    """Evaluates a function of the model, and its standard errors."""
     closure = Closure.encode(fn)
     return run_propagate(stripped(trainer), closure, here.whitening, jnp.asarray(scale))
 
@@ -142,8 +149,8 @@ def draw(
     refuse_program("draw", trainer, key, batch)
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     here = around(trainer, batch, jac, "A draw from the likelihood")
-    params = here.params
-    if here.rank < here.whitening.latent_size:
+    params = as_parameters(trainer.params)
+    if here.rank < here.free_count:
         null = here.whitening.null_space(params)
         shown = "; ".join(
             " and ".join(f"{name} ({weight:+.3g})" for name, weight in row.items())
@@ -172,6 +179,8 @@ def run_draw(
 
     def model(latent: Float[Array, " D"]) -> Any:
         step = whitening.apply(factor.astype(latent.dtype) * latent)
-        return live(trainer, unravel(flat + step.astype(flat.dtype), params)).model
+        drawn = unravel(flat + step.astype(flat.dtype), params)
+        bounds = bounds_of(trainer)
+        return live(trainer, drawn if bounds is None else bounds.clip(drawn)).model
 
     return eqx.filter_vmap(model)(latents)

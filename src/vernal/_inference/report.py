@@ -6,9 +6,10 @@ from typing import Any
 from .._boundary import boolean, refuse_program, whole_number
 from .._curvature import Mode
 from .._minimum import edm_note
-from .._report import Report, criteria, p_value, parameter_rows
+from .._report import Report, criteria, p_value
 from .._step import AbstractTrainer
 from .expansion import around
+from .rows import rows
 
 
 def report(
@@ -27,15 +28,13 @@ def report(
     if data_count is not None:
         here = here._replace(data_count=data_count)
     scale = here.error_scale(is_scaled)
-    errors = here.errors()
-    by_path = here.by_path(scale * errors)
     distance, degrees = here.distance, here.degrees_of_freedom
     chi = here.deviance if here.has_residuals else None
     aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
     return Report(
         chi_squared=chi,
         data_count=here.data_count,
-        free_count=here.whitening.scale.size,
+        free_count=here.free_count,
         degrees_of_freedom=degrees,
         reduced_chi_squared=here.reduced_chi_squared,
         p_value=p_value(chi, degrees),
@@ -44,7 +43,7 @@ def report(
         edm=math.nan if distance is None else float(distance.edm),
         stop_reason=None,
         error_scale=scale,
-        parameters=tuple(parameter_rows(trainer.model, by_path, by_path)),
-        correlation_matrix=here.whitening.correlations_of_the_data(errors),
+        parameters=tuple(rows(trainer, here, scale)),
+        correlation_matrix=here.whitening.correlations_of_the_data(),
         note=None if distance is None else edm_note(distance, trainer.params),
     )

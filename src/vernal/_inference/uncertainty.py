@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._boundary import Params, PyTree
@@ -20,6 +21,7 @@ from .._program import Version, version_of
 from .._projection import EigenProjector, NullPolicy, whiten_spectrum
 from .._step import (
     AbstractTrainer,
+    bounds_of,
     defined,
     live,
     negative_log_likelihood,
@@ -37,8 +39,14 @@ def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> P
     require_likelihood(trainer, "A standard error")
     # No projector: if the data constrain nothing at all, there is none.
     whitening = whiten_all(trainer, batch, Passes(jac=jac), NullPolicy(on_null="prior"))
-    errors = jnp.asarray(whitening.errors_of_the_data())
-    return unravel(errors, as_parameters(trainer.params))
+    return _known(trainer, whitening.errors_of_the_data())
+
+
+def _known(trainer: AbstractTrainer, errors: Float[Array | np.ndarray, " D"]) -> Params:
+    """Returns errors as a tree, NaN for the elements that are held at their bounds."""
+    params, bounds = as_parameters(trainer.params), bounds_of(trainer)
+    tree = unravel(jnp.asarray(errors), params)
+    return tree if bounds is None else bounds.unknown(tree, params)
 
 
 def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
@@ -48,8 +56,9 @@ def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Par
     """
     require_likelihood(trainer, "A standard error")
     params, nulls = as_parameters(trainer.params), NullPolicy(on_null="prior")
+    passes = Passes(jac=jac)
     if "residuals" in defined(trainer):
-        found = derive(trainer, batch, "jacobian", None, Passes(jac=jac))
+        found = derive(trainer, batch, "jacobian", None, passes, holds=True)
         (jacobian,), is_good, _ = found
         is_good &= all_finite(jacobian)
         # LAPACK may not return if there is a NaN.
@@ -57,7 +66,9 @@ def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Par
         (spectrum,), eps = in_own_precision(spectra, params)
         whitening = of_spectrum(spectrum, params, nulls, "", eps)
     else:
-        (expansion,), is_good, _ = derive(trainer, batch, "nll", None, Passes(jac=jac))
+        (expansion,), is_good, _ = derive(
+            trainer, batch, "nll", None, passes, holds=True
+        )
         hessian, eye = expansion.hessian, jnp.eye(ravel_size(params))
         is_good &= all_finite(hessian) & jnp.all(jnp.diag(hessian) >= 0)
         hessian = jnp.where(is_good, hessian, eye.astype(hessian.dtype))
@@ -68,8 +79,7 @@ def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Par
         spectrum, eps = Spectrum(1 / scale, values, vectors), rtol
         nulls = nulls.or_rtol(rtol)
         whitening = whiten_spectrum(spectrum, params, nulls, eps, "")
-    errors = jnp.where(is_good, whitening.errors_of_the_data(), jnp.nan)
-    return unravel(errors, params)
+    return _known(trainer, jnp.where(is_good, whitening.errors_of_the_data(), jnp.nan))
 
 
 def _potential(
@@ -86,7 +96,12 @@ def _potential(
         params = projector.to_params(point)
     # The present version, since it may be called without a program.
     with version_of((trainer, batch)).context():
-        return negative_log_likelihood(live(trainer, params), batch, step_key(trainer))
+        key, bounds = step_key(trainer), bounds_of(trainer)
+        if bounds is None:
+            return negative_log_likelihood(live(trainer, params), batch, key)
+        within = live(trainer, bounds.clip(params))
+        value = negative_log_likelihood(within, batch, key)
+        return jnp.where(bounds.contain(params), value, jnp.inf)
 
 
 def objective(

@@ -71,7 +71,7 @@ def _decomposed(
         spectra, eps = _spectra(trainer, batch, selectors, passes)
         return by_selector(selectors, spectra), partial(of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
-    found = matrices(trainer, batch, kind, blocks, passes)
+    found = matrices(trainer, batch, kind, blocks, passes, holds=True)
     rtol = hessian_rtol(jax.tree.leaves(found))
     return found, partial(of_hessian, kind=kind, rtol=rtol)
 
@@ -139,10 +139,12 @@ def _spectra(
     """
     batch = as_batch(batch)
     if selectors is None and passes.batch_size is None:
-        (jac,), is_finite, residuals = derive(trainer, batch, "jacobian", None, passes)
+        found = derive(trainer, batch, "jacobian", None, passes, holds=True)
+        (jac,), is_finite, residuals = found
         spectra = (reduced(jac, residuals).spectrum,)
     else:
-        spectra, is_finite, _ = derive(trainer, batch, "spectrum", selectors, passes)
+        args = trainer, batch, "spectrum", selectors, passes
+        spectra, is_finite, _ = derive(*args, holds=True)
     return checked_spectra(trainer, batch, spectra, is_finite)
 
 

@@ -15,4 +15,13 @@ from .distance import (
     spectral_distance,
     what_falls,
 )
-from .edm import Distance, Local, along, distance_of, edm_note, unknown
+from .edm import (
+    Curved,
+    Distance,
+    Local,
+    Triangle,
+    along,
+    distance_of,
+    edm_note,
+    unknown,
+)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._boundary import Params
+from .._constraints import held_at
 from .._curvature import (
     Flat,
     Spectrum,
@@ -27,7 +28,9 @@ from .._step import (
     AbstractTrainer,
     defined,
     live,
+    negative_log_likelihood,
     overrides,
+    pushed,
     real_residuals,
     score,
 )
@@ -75,7 +78,13 @@ def measure(
     """
     params = as_parameters(trainer.params)
     here = _Here(_wide(ravel(params)), params, projector)
-    at = lambda flat: live(trainer, unravel(flat, params))
+    loss_at = lambda params: (
+        negative_log_likelihood(live(trainer, params), batch, key)
+        if kind == "residuals"
+        else score(live(trainer, params), batch, key).loss
+    )
+    held = pushed(trainer, loss_at)
+    at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
     if kind == "residuals":
         residuals = lambda flat: _wide(real_residuals(at(flat), batch, key))
         return _of_residuals(traced(residuals, here.flat), here, fall)

@@ -69,6 +69,7 @@ class Triangle(NamedTuple):
     - `rounding`: the distance that rounding may hide.
     - `exact`: the distance that counts as zero without scatter.
     - `has_fallen`: whether the loss has fallen on the way.
+    - `scale`: the norms of the columns of the Jacobian.
     """
 
     factor: Float[Array, "L+1 L+1"]
@@ -78,6 +79,12 @@ class Triangle(NamedTuple):
     rounding: Float[Array, ""]
     exact: Float[Array, ""]
     has_fallen: Bool[Array, ""]
+    scale: Float[Array, " D"]
+
+    @property
+    def slope(self) -> Float[Array, " L"]:
+        """The gradient, in units of the columns."""
+        return matmul(self.factor[:-1, :-1].T, self.factor[:-1, -1])
 
 
 class Spectral(NamedTuple):
@@ -102,7 +109,8 @@ class Spectral(NamedTuple):
 class Curved(NamedTuple):
     """The gradient and the Hessian at a point, in units of the Hessian's diagonal.
 
-    `turn` and `loss` are as in `Triangle`; `limit` is that of the distance.
+    `turn` and `loss` are as in `Triangle`; `limit` is that of the distance, `scale` the
+    root of the diagonal.
     """
 
     slope: Float[Array, " L"]
@@ -110,6 +118,7 @@ class Curved(NamedTuple):
     turn: Float[Array, "D L"] | None
     loss: Float[Array, ""]
     limit: Float[Array, ""]
+    scale: Float[Array, " D"]
 
 
 Local = Triangle | Spectral | Curved | Distance
@@ -170,6 +179,7 @@ def triangle(
         rounding=point.rounding(loss, scale),
         exact=point.exact(scale),
         has_fallen=jnp.asarray(fall > 0),
+        scale=scale,
     )
 
 
@@ -194,6 +204,7 @@ def curved(
         turn=point.turn(scale, own),
         loss=jnp.where(all_finite((slope, hessian)), loss, jnp.nan),
         limit=jnp.fmax(limit, rounding),
+        scale=scale,
     )
 
 
@@ -247,7 +258,7 @@ def _noise(size: int, dtype: Any) -> float:
 def _by_svd(local: Triangle) -> Spectral:
     factor = local.factor.astype(float)
     left, values, right = np.linalg.svd(factor[:-1, :-1])
-    return Spectral(values, left.T @ factor[:-1, -1], right, *local[1:])
+    return Spectral(values, left.T @ factor[:-1, -1], right, *local[1:-1])
 
 
 def _of_spectral(local: Spectral) -> Distance:

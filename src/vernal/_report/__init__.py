@@ -4,4 +4,4 @@ Nothing here knows a trainer.
 """
 
 from .report import Report, criteria, p_value, pandas
-from .rows import parameter_rows, written
+from .rows import ParameterRow, parameter_rows, written

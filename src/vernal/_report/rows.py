@@ -41,6 +41,8 @@ def status(leaf: Leaf, is_free: bool, value: Any, error: float | None) -> str:
         return ""
     if math.isinf(error):
         return "unconstrained"
+    if math.isnan(error):
+        return f"at its bound ({value:.6g})"
     if 0 < error < (apart := spacing(value, value.dtype)):
         return f"below the spacing of {value.dtype} ({apart:.2g})"
     return ""
@@ -50,16 +52,22 @@ def parameter_rows(
     model: Any,
     free: Collection[str],
     errors: Mapping[str, np.ndarray] | None,
+    tied: Mapping[str, str],
     most: int | None = None,
 ) -> Iterator[ParameterRow]:
     """Yields a row for each element of what is `free`, and one for each other leaf.
 
-    An array of more than `most` elements has a gap.
+    What is `tied` to something else has a row for each element too, which says so. An
+    array of more than `most` elements has a gap.
     """
     for leaf in named_leaves(model):
         if leaf.path in free:
             own = None if errors is None else errors[leaf.path]
             yield from _elements(leaf, own, most)
+        elif leaf.path in tied:
+            own = None if errors is None else errors[leaf.path]
+            for row in _elements(leaf, own, most):
+                yield row._replace(status=tied[leaf.path], is_free=False)
         elif leaf.unfitted:
             is_one = np.size(leaf.value) == 1
             value = np.asarray(leaf.value).item() if is_one else None

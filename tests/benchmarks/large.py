@@ -3,17 +3,10 @@
 By hand it is the same `lax.scan`, over `optax.adam` or `optax.partition`, in the same
 latent space where there is a projector: a dictionary of latent vectors, and one product
 for all blocks.
-
-    python -m tests.benchmarks.bench_compile
-
-prints the rows; with arguments it is one side of one case (`blocks vernal 300`).
 """
 
-import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,10 +16,10 @@ import optax
 
 import vernal as vn
 
-from .scan import scan_by_hand
+from .measure import Program, Sides, Work
+from .problems import Problem, scanned
 
 STEPS = 200
-ROUNDS = 3
 # Loss, parameters, batch, optimiser, and the matrices of a projector or `None`.
 Case = tuple[Callable[[Any, Any], jax.Array], Any, Any, Any, Any]
 
@@ -106,17 +99,18 @@ def _whitened(loss: Any, start: Any, matrices: Any) -> tuple[Any, Any]:
     return latent_loss, factors
 
 
-def by_hand(case: Case) -> Any:
+def by_hand(case: Case) -> Program:
     loss, model, batch, optimiser, matrices = case
     if isinstance(optimiser, dict):
         optimiser = optax.partition(optimiser, {name: name for name in optimiser})
     if matrices is not None:
         loss, factors = _whitened(loss, model, matrices)
         model, batch = jax.tree.map(jnp.zeros_like, model), (batch, factors)
-    return jax.jit(scan_by_hand(loss, optimiser, STEPS))(model, batch)
+    problem = Problem(vn.Trainer, loss, model, batch, optimiser, optimiser)
+    return scanned(problem, STEPS)
 
 
-def by_vernal(case: Case) -> Any:
+def by_vernal(case: Case) -> Program:
     loss, model, batch, optimiser, matrices = case
     if isinstance(optimiser, dict):
         optimiser = vn.ParamOptimiser(optimiser)
@@ -129,56 +123,33 @@ def by_vernal(case: Case) -> Any:
     if matrices is not None:
         projector = vn.EigenProjector.from_blocks(matrices, trainer.params)
         trainer = trainer.reproject(projector)
-    return trainer.fit(batch, STEPS).trainer.params
+    return lambda: trainer.fit(batch, STEPS).trainer.params
 
 
-SIDES = {"hand": by_hand, "vernal": by_vernal}
-CASES = {"blocks": blocks, "rules": rules, "ensemble": ensemble, "dense": dense}
-# The case, its size, and its name in the table.
-TABLE = (
-    ("blocks", 300, "300 blocks of one leaf"),
-    ("blocks", 1000, "1,000 blocks of one leaf"),
-    ("rules", 300, "300 rules, against `optax.partition`"),
-    ("rules", 1000, "1,000 rules, against `optax.partition`"),
-    ("ensemble", 2000, "an ensemble of 500 networks, 2,000 leaves"),
-    ("dense", 2000, "a projector of 2,000 parameters"),
+def sides(make: Callable[[int], Case], size: int) -> Sides:
+    case = make(size)
+    return lambda: by_hand(case), lambda: by_vernal(case)
+
+
+# The case, its size, its name, and the seconds that its first call may take.
+CASES = (
+    (blocks, 300, "300 blocks of one leaf", 5.0),
+    (blocks, 1000, "1,000 blocks of one leaf", 20.0),
+    (rules, 300, "300 rules, against `optax.partition`", None),
+    (rules, 1000, "1,000 rules, against `optax.partition`", None),
+    (ensemble, 2000, "an ensemble of 500 networks, 2,000 leaves", None),
+    (dense, 2000, "a projector of 2,000 parameters", None),
 )
 
 
-def one_side(case: str, side: str, size: int) -> float:
-    """Measures one side, with the machinery of JAX itself warm."""
-    given = CASES[case](size)
-    jax.block_until_ready(jax.jit(lambda x: jnp.sin(x).sum())(jnp.ones(3)))
-    start = time.perf_counter()
-    jax.block_until_ready(SIDES[side](given))
-    return time.perf_counter() - start
-
-
-def _alone(case: str, side: str, size: int) -> float:
-    """Measures one side in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, case, side, str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def rows() -> list[tuple[str, str, str]]:
-    """The table's rows: what, ratio, bound."""
-    table = []
-    for case, size, name in TABLE:
-        runs: dict[str, list[float]] = {side: [] for side in SIDES}
-        for _ in range(ROUNDS):
-            for side in SIDES:
-                runs[side].append(_alone(case, side, size))
-        hand, ours = min(runs["hand"]), min(runs["vernal"])
-        what = f"first call, {name} ({hand:.1f} s by hand, {ours:.1f} s)"
-        table.append((what, f"{ours / hand:.2f}", "1.25"))
-    return table
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", True)
-    if len(sys.argv) > 1:
-        print(json.dumps(one_side(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
-    else:
-        for row in rows():
-            print(" | ".join(row), flush=True)
+def works() -> Iterator[Work]:
+    for make, size, told, most in CASES:
+        yield Work(
+            f"{make.__name__}-{size}",
+            f"first call, {told}",
+            partial(sides, make, size),
+            {"first": 1.25},
+            precisions=("float64",),
+            rounds=1,
+            most_seconds=most,
+        )
