@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import optax
 import pytest
-from jax._src.interpreters import mlir
 
 import annotations
 
@@ -20,10 +19,6 @@ gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_enable_x64", True)
 # What is said of several devices is tested on virtual ones.
 jax.config.update("jax_num_cpu_devices", 8)
-
-# JAX writes each program down in a context of its own. To make one takes a quarter of
-# the time of a small program.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 def let_promote(function):
