@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import lmfit
 import numpy as np
 import optimistix as optx
 import pytest
@@ -106,3 +107,25 @@ def test_solvers_end_where_scipy_does(name, solver):
         has_converged = result.stop_reason is vn.StopReason.CONVERGED
         if has_converged and cost > 1e-12 and name not in FLAT:
             assert is_minimum(problem, x), where
+
+
+def test_a_bound_attracts_no_fit():
+    """lmfit's transformation has no derivative on a bound: a fit stays there."""
+    problem = PROBLEMS["watson, 9"]
+    start = starts(problem)["on"]
+    known = min(end.cost for end in by_scipy(problem, starts(problem).values()))
+    names = [f"x{i}" for i in range(start.size)]
+    rows = zip(names, start, problem.low, problem.high, strict=True)
+    keys = ("value", "min", "max")
+    params = lmfit.create_params(
+        **{name: dict(zip(keys, row, strict=True)) for name, *row in rows}
+    )
+
+    def residuals(params):
+        x = jnp.array([params[name].value for name in names])
+        return np.asarray(problem.residuals(x))
+
+    stuck = lmfit.minimize(residuals, params, xtol=1e-12, ftol=1e-12).chisqr / 2
+    end = Fit(problem, start).solve(SOLVERS["LevenbergMarquardt"], 0.0, max_steps=4000)
+    assert stuck > 1.2 * known
+    np.testing.assert_allclose(end.best_loss, known, rtol=1e-6)
