@@ -9,7 +9,7 @@ import nox
 from nox.command import CommandFailed
 
 nox.needs_version = ">=2025.10.14"
-nox.options.default_venv_backend = "virtualenv"
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "types", "docs", "tests_min", "tests"]
 
 Environment = dict[str, str] | None

@@ -21,9 +21,20 @@ jax.config.update("jax_enable_x64", True)
 # What is said of several devices is tested on virtual ones.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# JAX writes each program down in a context of its own. To make one takes a quarter of
-# the time of a small program.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+# To make a context, in which JAX writes a program down, takes a quarter of the time of
+# a small one. So one is kept, for all but those that are written while another is.
+make_context = mlir.make_ir_context
+kept_context = functools.cache(make_context)
+
+
+def context():
+    try:
+        return make_context() if mlir.ir.Context.current else kept_context()
+    except ValueError:  # there is none
+        return kept_context()
+
+
+mlir.make_ir_context = context
 
 
 def let_promote(function):

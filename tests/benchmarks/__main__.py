@@ -4,7 +4,7 @@ import argparse
 import datetime
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from itertools import chain
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from . import curvature, fits, large, options, peers, rules, solving
 from .measure import FAILED
 from .page import Row, write
 
-LIBRARIES = ("vernal", "jax", "jaxlib", "equinox", "optax", "optimistix")
+LIBRARIES = ("vernal", "jax", "jaxlib", "equinox", "optax", "optimistix", "matfree")
+PEERS = ("flowjax", "flax", "zodiax")
 # The parts of the page: the option, the heading, and the works of each section.
 PARTS = {
     "main": (
@@ -47,24 +48,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="measure less often, to try it out")
     parser.add_argument("--list", action="store_true", help="print the names alone")
     asked = parser.parse_args()
-    found: dict[str, list[Row]] = {}
     part = "slow" if asked.slow else "main"
     parts = PARTS.values() if asked.names or asked.list else [PARTS[part]]
-    for _, _, sections in parts:
-        for section, works in sections.items():
-            for work in works():
-                if asked.list:
-                    print(work.name)
-                elif not asked.names or work.name in asked.names:
-                    for row in work.rows(asked.rounds):
-                        found.setdefault(section, []).append(row)
-                        goal = "" if row.goal is None else f"(goal {row.goal:g})"
-                        told = (work.name, row.told, row.precision, row.against)
-                        print(*told, row.shown(), goal, sep="  ", flush=True)
+    works = [
+        (section, work)
+        for _, _, sections in parts
+        for section, make in sections.items()
+        for work in make()
+    ]
+    names = dict.fromkeys(work.name for _, work in works)
     if asked.list:
+        print(*names, sep="\n")
         return
-    if not found:
-        parser.error(f"no work has the name {' '.join(asked.names)}; see --list")
+    if unknown := set(asked.names) - set(names):
+        parser.error(f"no work has the name {', '.join(sorted(unknown))}; see --list")
+    found: dict[str, list[Row]] = {}
+    for section, work in works:
+        if asked.names and work.name not in asked.names:
+            continue
+        for row in work.rows(asked.rounds):
+            found.setdefault(section, []).append(row)
+            goal = "" if row.goal is None else f"(goal {row.goal:g})"
+            told = (work.name, row.told, row.precision, row.against, row.shown())
+            print(*told, goal, sep="  ", flush=True)
     if not asked.names:
         option, title, _ = PARTS[part]
         write(part, title, made(option, asked.rounds), found)
@@ -80,9 +86,11 @@ def made(option: str, rounds: int | None) -> str:
     processor = model.split("\n")[0].strip("\t :") or platform.processor()
     day = f"{datetime.date.today():%-d %B %Y}"
     command = f"nox -s bench{option}"
-    quick = "" if rounds is None else f" A quick run, of {rounds} rounds."
+    quick = "" if rounds is None else f" A quick run: rounds of each work: {rounds}."
     cores = len(os.sched_getaffinity(0))
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    installed = {dist.name for dist in distributions()}
+    names = [name for name in (*LIBRARIES, *PEERS) if name in installed]
+    libraries = ", ".join(f"{name} {version(name)}" for name in names)
     return (
         f"Measured on {day} by `{command}`, on {processor}, {cores} cores;\n"
         f"Python {platform.python_version()}, {libraries}.{quick}"

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import lmfit
 import numpy as np
 import optimistix as optx
 import pytest
@@ -10,10 +11,12 @@ import scipy.optimize
 import vernal as vn
 from bounded import PROBLEMS
 
-# Whose minimum within the bounds is flat, so that only the loss can be compared.
-FLAT = {"penalty", "brown almost linear", "watson, 12"}
 # From some starts another local minimum is found, as by SciPy from others.
-SEVERAL = {"wood", "trigonometric", "biggs", "jennrich and sampson"}
+SEVERAL = {*("wood", "kowalik and osborne", "osborne", "biggs", "box", "trigonometric")}
+# So flat that a gradient is seen only where the loss is the same to ten digits.
+FLAT = {"penalty"}
+
+pytestmark = [pytest.mark.loose_dtypes, pytest.mark.loose_ranks]
 
 SOLVERS = {
     "LevenbergMarquardt": optx.LevenbergMarquardt(1e-10, 1e-10),
@@ -73,6 +76,20 @@ def on_bound(x, problem):
     return np.stack([x - low < scale, high - x < scale])
 
 
+def is_minimum(problem, x):
+    """Whether the loss can fall nowhere within the bounds, to six digits."""
+    at_low, at_high = on_bound(x, problem)
+    residuals = np.asarray(problem.residuals(x))
+    jac = np.asarray(jax.jacfwd(problem.residuals)(x))
+    norms = np.maximum(np.linalg.norm(jac, axis=0), 1e-300)
+    size = max(np.linalg.norm(residuals), 1e-10)
+    slope = jac.T @ residuals / norms / size
+    free = jac[:, ~(at_low | at_high)] / norms[~(at_low | at_high)]
+    along = free @ np.linalg.lstsq(free, residuals, rcond=1e-12)[0]
+    is_pushed = np.all(slope[at_low] > -1e-6) and np.all(slope[at_high] < 1e-6)
+    return is_pushed and np.linalg.norm(along) < 1e-3 * size
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_solvers_end_where_scipy_does(name, solver):
@@ -84,11 +101,31 @@ def test_solvers_end_where_scipy_does(name, solver):
         result = Fit(problem, start).solve(SOLVERS[solver], 0.0, max_steps=4000)
         x, cost = np.asarray(result.model), float(result.trainer.best_loss)
         assert np.all((x >= problem.low) & (x <= problem.high)), where
-        close = np.abs(cost - costs) <= 1e-6 * costs + 1e-12
         is_best = cost <= costs.min() * (1 + 1e-6) + 1e-12
-        assert is_best or (name in SEVERAL and close.any()), (where, cost, costs)
-        if close.any() and name not in FLAT:
-            end = known[int(np.argmax(close))]
-            np.testing.assert_array_equal(
-                on_bound(x, problem), on_bound(end.x, problem), err_msg=where
-            )
+        assert is_best or name in SEVERAL, (where, cost, costs)
+        # What is said to have converged has.
+        has_converged = result.stop_reason is vn.StopReason.CONVERGED
+        if has_converged and cost > 1e-12 and name not in FLAT:
+            assert is_minimum(problem, x), where
+
+
+def test_a_bound_attracts_no_fit():
+    """lmfit's transformation has no derivative on a bound: a fit stays there."""
+    problem = PROBLEMS["watson, 9"]
+    start = starts(problem)["on"]
+    known = min(end.cost for end in by_scipy(problem, starts(problem).values()))
+    names = [f"x{i}" for i in range(start.size)]
+    rows = zip(names, start, problem.low, problem.high, strict=True)
+    keys = ("value", "min", "max")
+    params = lmfit.create_params(
+        **{name: dict(zip(keys, row, strict=True)) for name, *row in rows}
+    )
+
+    def residuals(params):
+        x = jnp.array([params[name].value for name in names])
+        return np.asarray(problem.residuals(x))
+
+    stuck = lmfit.minimize(residuals, params, xtol=1e-12, ftol=1e-12).chisqr / 2
+    end = Fit(problem, start).solve(SOLVERS["LevenbergMarquardt"], 0.0, max_steps=4000)
+    assert stuck > 1.2 * known
+    np.testing.assert_allclose(end.best_loss, known, rtol=1e-6)

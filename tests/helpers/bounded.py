@@ -162,7 +162,7 @@ def biggs(x):
 
 
 def watson(x):
-    t, j = jnp.arange(1.0, 30.0)[:, None] / 29, jnp.arange(x.size)
+    t, j = jnp.arange(1.0, 30.0)[:, None] / 29, jnp.arange(float(x.size))
     slope = jnp.sum(j[1:] * x[1:] * t ** (j[1:] - 1), axis=1)
     value = jnp.sum(x * t**j, axis=1)
     rows = slope - value**2 - 1
@@ -217,7 +217,7 @@ PROBLEMS = {
     "bard": Problem(bard, (1.0, 1.0, 1.0), (0.1, 0.5, 0.5), (50, 100, 2.0)),
     "gaussian": Problem(gaussian, (0.4, 1.0, 0.0), (0.398, 1, -0.5), (4.2, 2, 0.1)),
     "meyer": Problem(meyer, (0.02, 4000.0, 250.0), (0.006, 0, 200), (2, 3e5, 3e4)),
-    "box": Problem(box, (0.0, 10.0, 5.0), (0, 5, 0), (2, 9.5, 20)),
+    "box": Problem(box, (0.0, 9.0, 5.0), (0, 5, 0), (2, 9.5, 20)),
     "powell singular": Problem(
         powell_singular, (3.0, -1.0, 0.0, 1.0), (0.1, -20, -1, -1), (100, 20, 1, 50)
     ),
@@ -264,7 +264,7 @@ PROBLEMS = {
     "broyden tridiagonal": Problem(
         broyden_tridiagonal, _same(8, -1), _same(8, -1), (-0.6, -0.5, *_same(6, 2))
     ),
-    "penalty": Problem(penalty, (1.0, 2.0, 3.0, 4.0), (0, 1, 0, 0), (100, 100, 100, 1)),
+    "penalty": Problem(penalty, (1.0, 2.0, 3.0, 0.9), (0, 1, 0, 0), (100, 100, 100, 1)),
     "variably dimensioned": Problem(
         variably_dimensioned, (0.75, 0.5, 0.25, 0.0), (0, 0, 0, 0), (10, 0.9, 10, 0.5)
     ),

@@ -103,7 +103,7 @@ def around(trainer: AbstractTrainer, batch: Any, jac: Mode | None, what: str) ->
     if (bounds := bounds_of(trainer)) is None:
         return found
     params = as_parameters(trainer.params)
-    errors = unravel(found.whitening.errors_of_the_data(), params)
+    errors = unravel(jnp.asarray(found.whitening.errors_of_the_data()), params)
     held = np.isnan(np.asarray(ravel(bounds.unknown(errors, params))))
     # Neither a draw nor a propagated error moves what is held.
     scale = jnp.where(held, 0, found.whitening.scale)

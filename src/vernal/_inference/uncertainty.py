@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._boundary import Params, PyTree
@@ -41,10 +42,10 @@ def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> P
     return _known(trainer, whitening.errors_of_the_data())
 
 
-def _known(trainer: AbstractTrainer, errors: Float[Array, " D"]) -> Params:
+def _known(trainer: AbstractTrainer, errors: Float[Array | np.ndarray, " D"]) -> Params:
     """Returns errors as a tree, NaN for the elements that are held at their bounds."""
     params, bounds = as_parameters(trainer.params), bounds_of(trainer)
-    tree = unravel(errors, params)
+    tree = unravel(jnp.asarray(errors), params)
     return tree if bounds is None else bounds.unknown(tree, params)
 
 

@@ -116,8 +116,8 @@ class DenseWhitening(AbstractWhitening):
         errors = self.scale * jnp.linalg.norm(self._factor, axis=1)
         return jnp.where(self._unbounded(self.null_vectors), jnp.inf, errors)
 
-    def errors_of_the_data(self) -> Float[Array, " D"]:
-        """Returns the standard errors without a prior."""
+    def errors_of_the_data(self) -> Float[Array | np.ndarray, " D"]:
+        """Returns the standard errors without a prior, on the host as a NumPy array."""
         # NumPy compiles nothing; here each operation would be compiled by itself.
         of = jnp if isinstance(self.roots, Tracer) else np
         parts = self.scale, self.vectors, self.roots, self.null_vectors
@@ -128,7 +128,7 @@ class DenseWhitening(AbstractWhitening):
         null = of.concatenate([own, dropped], axis=1)
         is_unbounded = of.linalg.norm(null, axis=1) > self.resolution
         errors = scale * of.linalg.norm(factor, axis=1)
-        return jnp.asarray(of.where(is_unbounded, np.inf, errors), scale.dtype)
+        return of.where(is_unbounded, np.asarray(np.inf, scale.dtype), errors)
 
     def correlations_of_the_data(self) -> Float[np.ndarray, "D D"]:
         """Returns the correlations without a prior, NaN where an error is infinite.
@@ -137,9 +137,9 @@ class DenseWhitening(AbstractWhitening):
         """
         roots, vectors = (np.asarray(x, float) for x in (self.roots, self.vectors))
         factor = vectors * np.where(roots < 0, 0, roots)
-        is_free = np.isfinite(np.asarray(self.errors_of_the_data()))
         norms = np.linalg.norm(factor, axis=1)
-        unit = factor / np.where(is_free & (norms > 0), norms, np.nan)[:, None]
+        is_known = np.isfinite(self.errors_of_the_data()) & (norms > 0)
+        unit = factor / np.where(is_known, norms, np.nan)[:, None]
         return np.clip(unit @ unit.T, -1, 1)
 
     def covariance(self) -> Float[Array, "D D"]:

@@ -191,7 +191,7 @@ class _Rounds:
         """
         assert self._distance is not None
         if not is_settled and self._reason not in IS_OVER:
-            return fall > 0
+            return bool(fall > 0)
         has_other = bounds_of(self._placed) is not None or (
             rewhiten and self._projector is not None
         )
