@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._curvature import traced
 from .._program import program
 from .held import Point, Scan, solve_at
 
@@ -77,11 +78,15 @@ def _search(
     error = scan.metric.standard_errors()[index].astype(flat.dtype)
     low, high = scan.limits()
     bound = jnp.where(side > 0, high[index], low[index])
+    solve = traced(
+        lambda args: solve_at(scan, index[None], args[0][None], args[1]),
+        (flat[0], jnp.stack([flat, flat])),
+    )
 
     def body(state: Search) -> Search:
         is_first = state.tried == 0
         value = jnp.where(is_first, jnp.nan, state.value)
-        point = solve_at(scan, index[None], value[None], _tries(state))
+        point = solve((value, _tries(state)))
         base = jax.tree.map(
             lambda new, old: jnp.where(is_first, new, old), point, state.base
         )
@@ -111,9 +116,7 @@ def _search(
             end=end,
         )
 
-    like = jax.eval_shape(
-        lambda: solve_at(scan, index[None], flat[:1], jnp.stack([flat, flat]))
-    )
+    like = jax.eval_shape(solve, (flat[0], jnp.stack([flat, flat])))
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     zero, infinite = jnp.zeros_like(flat[0]), jnp.full_like(flat[0], jnp.inf)
     start = Place(zero, -root, flat)

@@ -36,7 +36,7 @@ def find_elements(
     every = names_of(trainer)
     if given is None:
         return {name: index for index, name in enumerate(every)}
-    if not isinstance(given, Sequence) or not given:
+    if not isinstance(given, Sequence) or (not given and given != ""):
         raise TypeError(
             f"`{argument}` is {given!r}, but must be a sequence of the names of "
             'parameters, such as `("power", "wfe[6]")`.'

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree
 from .._constraints import Bounds
-from .._curvature import matmul, of_jacobian
+from .._curvature import matmul, of_jacobian, traced
 from .._minimum import Local
 from .._projection import (
     DenseWhitening,
@@ -120,14 +120,15 @@ def solve_at(
 
     if bounds_of(scan.trainer) is None:
         return solve(first)[0]
+    once = traced(solve, first)
 
     def again(carry: tuple[Any, Point, Any]) -> tuple[Any, Point, Any]:
         count, point, _ = carry
-        new, is_final = solve(jnp.where(count == 0, first, point.flat))
+        new, is_final = once(jnp.where(count == 0, first, point.flat))
         has_fallen = (count == 0) | (new.nll < point.nll)
         return count + 1, new, is_final | ~has_fallen
 
-    like = jax.eval_shape(lambda: solve(first)[0])
+    like, _ = jax.eval_shape(once, first)
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     goes_on = lambda carry: ~carry[2] & (carry[0] < _MOST_ROUNDS)
     start = (jnp.zeros_like(scan.goal), none, jnp.array(False))

@@ -129,7 +129,9 @@ def from_minimum(flat: Any, index: int, values: np.ndarray) -> Walk:
     start = float(flat[index])
     order = np.argsort(values, kind="stable")
     ways = [order[values[order] < start][::-1], order[values[order] >= start]]
-    length = 1 + max(map(len, ways))
+    # Most values lie on both sides: two lengths, and two programs, are enough.
+    half, longest = len(values) // 2 + 1, max(map(len, ways))
+    length = 1 + (half if longest <= half else len(values))
     steps = np.full((2, length), np.nan)
     rows, places = np.zeros(len(values), int), np.zeros(len(values), int)
     for row, way in enumerate(ways):

@@ -10,7 +10,15 @@ from .._boundary import refuse_program
 from .._curvature import Mode, checked_mode
 from .._data import as_batch
 from .._inference import Passes, around, require_likelihood
-from .._minimum import distance_of, edm_note, settled, what_falls
+from .._minimum import (
+    Curved,
+    Local,
+    Triangle,
+    distance_of,
+    edm_note,
+    settled,
+    what_falls,
+)
 from .._policy import StopReason
 from .._projection import DenseWhitening
 from .._solve import (
@@ -89,8 +97,16 @@ def converged(points: Point) -> np.ndarray:
     for index, reason in enumerate(reasons):
         own = jax.tree.map(lambda x, i=index: x[i], local)
         is_done = settled(REASONS[reason], distance_of(own)) is StopReason.CONVERGED
-        found.append(is_done)
+        found.append(is_done or _is_flat(own))
     return np.array(found, bool)
+
+
+def _is_flat(local: Local) -> bool:
+    """Whether the likelihood does not depend on what is not held, as where all is."""
+    if isinstance(local, Triangle):
+        return not local.factor[:-1, :-1].any()
+    is_curved = isinstance(local, Curved)
+    return is_curved and not local.slope.any() and not local.hessian.any()
 
 
 def is_lower(nll: np.ndarray, minimum: np.ndarray) -> np.ndarray:
