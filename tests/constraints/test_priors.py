@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,3 +211,44 @@ def test_a_normal_without_a_width_is_refused(args):
 def test_a_prior_of_a_frozen_parameter_is_refused():
     with pytest.raises(ValueError, match="`priors`: 'offset' is frozen"):
         LineFit(line(), train="slope", priors={"offset": vn.Normal(0, 1)})
+
+
+class PeakFit(vn.Trainer):
+    def residuals(self, model, batch):
+        shape = jnp.exp(-0.5 * jnp.square((X - model["place"]) / model["width"]))
+        # The widths and the places of two peaks are tied.
+        other = (X - model["next"]) / model["width"]
+        second = 0.5 * jnp.exp(-0.5 * jnp.square(other))
+        return (model["height"] * (shape + second) - batch) / 0.2
+
+
+X = jnp.linspace(-4.0, 8.0, 40)
+TRUTH = {"place": 0.3, "width": 1.1, "height": 2.0, "next": 4.3}
+
+
+def test_errors_are_the_scatter_of_simulated_fits():
+    """2,000 data sets, each with a measurement of the width as its prior."""
+    random, count = np.random.default_rng(5), 2_000
+
+    def make(width):
+        return PeakFit(
+            jax.tree.map(jnp.asarray, TRUTH),
+            bounds={"height": (0, None), "width": (0.01, None)},
+            ties={"next": lambda model: model["place"] + 4},
+            priors={"width": vn.Normal(width, 0.05)},
+        )
+
+    clean = 0.2 * make(TRUTH["width"]).residuals(TRUTH, jnp.zeros(X.size))
+    data = np.asarray(clean) + 0.2 * random.normal(size=(count, X.size))
+    widths = TRUTH["width"] + 0.05 * random.normal(size=count)
+    trainers = eqx.filter_vmap(make)(jnp.asarray(widths))
+    solver = optx.LevenbergMarquardt(1e-8, 1e-8)
+    many = vn.fit_many(trainers, jnp.asarray(data), 50, solver=solver, data_axis=0)
+    assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
+    known = make(TRUTH["width"]).standard_errors(clean)
+    for name in ("place", "width", "height"):
+        scatter = np.std(many.trainers.model[name])
+        np.testing.assert_allclose(scatter, known[name], rtol=0.06)
+        np.testing.assert_allclose(
+            np.mean(many.trainers.model[name]), TRUTH[name], atol=0.1 * known[name]
+        )
