@@ -318,7 +318,7 @@ def band(
             f"`fn` returned an array of shape {shape}, but must return one of the "
             f"shape of `x`, {places.shape}."
         )
-    middle, half = drawable(value), errors * np.asarray(error, float)
+    middle, half = drawable(np.asarray(value)), errors * np.asarray(error, float)
     half = np.where(np.isfinite(half), half, np.nan)
     axes, _ = prepare(ax, (6.4, 3.6))
     (line,) = draw_line(axes, places, middle, label=label)

@@ -231,7 +231,7 @@ def works() -> Iterator[Work | Figure]:
         "nan-steps",
         "light curve, 20 points, two NaN steps in 20,000 (by hand: none)",
         nan_steps,
-        {"warm": 1.15, "first": None},
+        goals,
         20_000,
     )
     yield Work(

@@ -30,9 +30,12 @@ An MLP has three hidden layers of that many units, and batches of 128. In the ro
 other libraries, "ratio" is their time divided by that of the scan; all of them have one
 Adam for the whole model.
 """
-HEAD = """| work | by hand, float32 | ratio | by hand, float64 | ratio | goal | met |
-|---|---|---|---|---|---|---|
-"""
+COLUMNS = (
+    "work",
+    *("by hand, float32", "ratio"),
+    *("by hand, float64", "ratio"),
+    *("goal", "met"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,28 +61,31 @@ class Row:
         return float(self.shown().split()[0]) <= self.goal
 
 
-def line(rows: Iterable[Row]) -> str:
+def cells(rows: Iterable[Row]) -> list[str]:
     """The line of one work, in both precisions."""
     found = {row.precision: row for row in rows}
     first = next(iter(found.values()))
-    cells = [first.told]
+    line = [first.told]
     for precision in "float32", "float64":
         row = found.get(precision)
-        cells += ["", ""] if row is None else [row.against, row.shown()]
+        line += ["", ""] if row is None else [row.against, row.shown()]
+    line.append("" if first.goal is None else f"{first.goal:g} {first.unit}".strip())
     met = {name: row.is_met() for name, row in found.items()}
     if None in met.values():
-        told = ""
-    elif len(set(met.values())) == 1:
-        told = "yes" if all(met.values()) else "**no**"
-    else:
-        told = next(f"{name} only" for name, is_met in met.items() if is_met)
-    goal = "" if first.goal is None else f"{first.goal:g} {first.unit}".strip()
-    return f"| {' | '.join([*cells, goal, told])} |".replace("  ", " ")
+        return [*line, ""]
+    if len(set(met.values())) == 1:
+        return [*line, "yes" if all(met.values()) else "**no**"]
+    return [*line, next(f"{name} only" for name, is_met in met.items() if is_met)]
 
 
-def lines(section: Iterable[dict[str, Any]]) -> list[str]:
+def table(section: Iterable[dict[str, Any]]) -> str:
+    """One table, without the columns in which nothing stands."""
     rows = [Row(**row) for row in section]
-    return [line(same) for _, same in groupby(rows, key=lambda row: row.told)]
+    lines = [cells(same) for _, same in groupby(rows, key=lambda row: row.told)]
+    kept = [i for i in range(len(COLUMNS)) if any(line[i] for line in lines)]
+    head = [COLUMNS, ["---"] * len(COLUMNS)]
+    shown = [" | ".join(line[i] for i in kept) for line in [*head, *lines]]
+    return "".join(f"| {line} |\n".replace("  ", " ") for line in shown)
 
 
 def page_of(figures: dict[str, Any]) -> str:
@@ -91,14 +97,15 @@ def page_of(figures: dict[str, Any]) -> str:
         text += f"\n## {part['title']}\n\n{part['made']}\n"
         text += f"{sum(met)} of {len(met)} goals are met.\n"
         for title, section in part["sections"].items():
-            text += f"\n### {title}\n\n{HEAD}" + "\n".join(lines(section)) + "\n"
+            text += f"\n### {title}\n\n{table(section)}"
     return text
 
 
 def readme_of(readme: str, page: str) -> str:
     """The README, with the page's lines for its own."""
     lines = [line for line in page.splitlines() if line.startswith("| ")]
-    current = {line.split(" | ")[0]: line for line in lines}
+    # Tables have a head in common: the README's is that of the first.
+    current = {line.split(" | ")[0]: line for line in reversed(lines)}
     return "".join(
         current[name] + "\n" if (name := line.split(" | ")[0]) in current else line
         for line in readme.splitlines(keepends=True)

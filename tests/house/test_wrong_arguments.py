@@ -35,6 +35,7 @@ class Fit(GaussianFit):
 
 TRAINER, OTHER = Fit(MODEL, SGD), Fit(line(0.1, 0.2), SGD)
 RULES = vn.ParamOptimiser({"slope": SGD}, default=SGD)
+PRIOR = vn.Normal(0.0, 1.0)
 PROJECTOR = vn.EigenProjector.from_fisher(EYE, MODEL)
 RESULT = TRAINER.fit(BATCH, 2, record="slope", progress=False)
 MANY = vn.fit_many([TRAINER, OTHER], BATCH, 2, progress=False)
@@ -158,6 +159,7 @@ RIGHT = {
     "tree": MODEL,
     "tx": SGD,
     "updates": MODEL,
+    "value": 0.5,
     "x": jnp.linspace(0.0, 1.0, 4),
 }
 ELSEWHERE = {
@@ -165,6 +167,8 @@ ELSEWHERE = {
     "History": {"steps": np.arange(2), "loss": np.ones(2)},
     "History.load": {"path": "history.vernal"},
     "History.save": {"path": "written.vernal"},
+    "Normal": {"mean": 0.0, "std": 1.0},
+    "Trainer": {"bounds": {"slope": (-9.0, 9.0)}, "priors": {"slope": PRIOR}},
     "Trainer.fit": {"progress": False},
     "eigen_projection": {"cov": None, "fmat": EYE},
     "fit": {"progress": False, "state": None},
@@ -178,6 +182,7 @@ INSTANCES = {
     "History": RESULT.history,
     "ManyResult": MANY,
     "Minibatches": vn.Minibatches(BATCH, 2, key=KEY),
+    "Normal": PRIOR,
     "ParamOptimiser": RULES,
     "Report": TRAINER.report(BATCH),
     "Stream": vn.Stream([BATCH] * 9),

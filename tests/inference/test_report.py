@@ -342,9 +342,9 @@ errors multiplied by  1.01542
 
 parameter  value  standard error  relative
 ─────────  ─────  ──────────────  ────────
-mean       0.291  0.012           4.26%
-std        1.206  0.012           1.03%
-power      3.933  0.035           0.89%
+mean       0.291  0.012           4.3 %
+std        1.206  0.012           1 %
+power      3.933  0.035           0.89 %
 
 correlations of at least 0.1
 ────────────────────────────  ──────

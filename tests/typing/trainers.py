@@ -53,6 +53,16 @@ assert_type(trainer.step_count, Array)
 assert_type(trainer.nan_policy, vn.NanPolicy)
 leaves(trainer)
 
+known = Fit(
+    line,
+    bounds={"slope": (0, None)},
+    ties={"offset": lambda model: 2 * model.slope},
+    priors={"slope": vn.Normal(0.0, 1.0)},
+)
+assert_type(known, Fit)
+assert_type(known.solve(lm, batch).model, Line)
+assert_type(vn.Normal(0, jnp.ones(2)).log_prob(1.0), Array)
+
 stepped, info = trainer.step(batch)
 assert_type(stepped, Fit)
 assert_type(info, vn.StepInfo)

@@ -131,7 +131,7 @@ def _replaced(params: PyTree, new: Mapping[str, Array]) -> PyTree:
 
 def as_bounds(given: Any, model: PyTree, params: PyTree, reasons: Any) -> Bounds | None:
     """Makes the bounds that a user gives for the trained parameters of a model."""
-    if not given:
+    if given is None:
         return None
     trained = by_path(params).by_name()
     low: dict[str, Array] = {}

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
-from .._boundary import PyTree, entrance
+from .._boundary import PyTree, entrance, refuse_foreign
 from .._closure import Closure
 from .._curvature import matmul
 from .._pickling import PlainMethods, Portable
@@ -45,15 +45,19 @@ class Normal(Portable, PlainMethods, eqx.Module):
         )
         if isinstance(self.std, Tracer) or isinstance(self.mean, Tracer):
             return
-        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all()):
-            raise ValueError(f"`Normal({mean}, {std})` is not finite.")
+        for value, name in ((self.mean, "mean"), (self.std, "std")):
+            if not np.isfinite(value).all():
+                raise ValueError(f"`{name}` is {value}, but must be finite.")
         if not (np.asarray(self.std) > 0).all():
             raise ValueError(f"`std` is {std}, but must be positive.")
 
+    @entrance
     def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:
         """Returns the logarithm of the density, element by element."""
-        unit = (jnp.asarray(value) - self.mean) / self.std
-        return -0.5 * jnp.square(unit) - jnp.log(self.std) - 0.5 * np.log(2 * np.pi)
+        value = _as_floats(value, "value")
+        mean, std = self.mean.astype(value.dtype), self.std.astype(value.dtype)
+        unit = (value - mean) / std
+        return -0.5 * jnp.square(unit) - jnp.log(std) - 0.5 * np.log(2 * np.pi)
 
 
 class Priors(Portable, PlainMethods, eqx.Module):
@@ -123,7 +127,7 @@ def _local_rows(prior: Closure, value: Array) -> Array:
 
 def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
     """Makes the priors that a user gives for the parameters of a model."""
-    if not given:
+    if given is None:
         return None
     normal: dict[str, Normal] = {}
     others: dict[str, Closure] = {}
@@ -151,7 +155,7 @@ def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
                 f"`priors`: that of {path!r} has shape {shape}, which does not "
                 f"broadcast to that of the parameter, {leaf.shape}."
             )
-    return Priors(normal, others)
+    return Priors(normal, others) if normal or others else None
 
 
 def _as_normal(prior: Any) -> Normal | None:
@@ -192,14 +196,17 @@ def _as_array(leaf: Any) -> Any:
 
 
 def _as_floats(value: Any, name: str) -> Array:
+    """Returns numbers that a user gives as an array of floats."""
+    refuse_foreign(value, f"`{name}`")
     try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError):
-        array = None
-    if array is None or not jnp.issubdtype(array.dtype, jnp.number):
-        raise TypeError(f"`{name}` is {value!r}, but must be a number or an array.")
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"`{name}` is {value!r}, but must be real.")
-    if jnp.issubdtype(array.dtype, jnp.floating) and not array.weak_type:
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    kinds = jnp.integer, jnp.floating
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise TypeError(
+            f"`{name}` is {value!r}, but must be a real number or an array."
+        )
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    return jnp.asarray(np.asarray(array, jnp.result_type(float)))
+    return jnp.asarray(array, jnp.result_type(float))

@@ -55,7 +55,7 @@ class Ties(Portable, PlainMethods, eqx.Module):
 
 def as_ties(given: Any, model: PyTree) -> Ties | None:
     """Makes the ties that a user gives for a model."""
-    if not given:
+    if given is None:
         return None
     named = by_path(model)
     names, leaves = named.names, named.leaves
@@ -81,6 +81,8 @@ def as_ties(given: Any, model: PyTree) -> Ties | None:
                 f"`ties`: {path!r} has shape {jnp.shape(leaves[index])}, and what it "
                 f"is tied to has shape {shape}."
             )
+    if not sources:
+        return None
     in_words = lambda source: "a function" if callable(source) else names[source]
     return Ties(
         sources=Closure.encode(sources),

@@ -75,7 +75,7 @@ def _facts(report: Any) -> Iterator[tuple[str, str]]:
 def _cells(row: ParameterRow) -> tuple[str, str, str, str]:
     relative = ""
     if row.value and math.isfinite(row.error):
-        relative = f"{abs(row.error / row.value):.2%}"
+        relative = f"{100 * abs(row.error / row.value):.2g} %"
     return (*row.cells(), relative)
 
 

@@ -199,9 +199,10 @@ def fit_projector(
     if projector.latent_size < ravel_size(params):
         if constrained:
             raise ValueError(
-                "`constrain` leads out of the latent space of `projector`, which has "
-                "dropped directions that the data do not constrain. Make the "
-                'projector with `on_null="prior"`, or drop the constraint.'
+                "`constrain`, or `bounds`, leads out of the latent space of "
+                "`projector`, which has dropped directions that the data do not "
+                'constrain. Make the projector with `on_null="prior"`, or drop the '
+                "constraint."
             )
         # A point off the origin may lie where the latent space does not reach.
         projector = projector.at(params)

@@ -142,7 +142,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         nan_policy: NanPolicy = StopFit(),  # noqa: B008
         projector: EigenProjector | None = None,
         bounds: Mapping[Any, Any] | None = None,
-        ties: Mapping[Any, Any] | None = None,
+        ties: Mapping[Any, str | Callable[[Model], Any]] | None = None,
         priors: Mapping[Any, Any] | None = None,
         key: PRNGKeyArray | None = None,
         state: PyTree = None,
