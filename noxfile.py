@@ -9,7 +9,7 @@ import nox
 from nox.command import CommandFailed
 
 nox.needs_version = ">=2025.10.14"
-nox.options.default_venv_backend = "virtualenv"
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "types", "docs", "tests_min", "tests"]
 
 Environment = dict[str, str] | None
@@ -56,10 +56,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def tests_min(session: nox.Session) -> None:
-    """Where the library meets its dependencies, with the oldest that are supported."""
+    """Where the library meets its dependencies, with the oldest that are supported.
+
+    What only their compiler could change is not asked: all is compiled cheaply.
+    """
     session.install(".[test]", "--constraint", "tests/lower-bounds.txt")
-    run_tests(session, "-m", "seams and as_compiled")
-    run_tests(session, "-m", "seams and not as_compiled", env=cheap(session))
+    run_tests(session, "-m", "seams", "-k", "not optimistic_adam", env=cheap(session))
 
 
 @nox.session

@@ -82,10 +82,10 @@ def main(output):
         histories.append(result.history)
     history = functools.reduce(operator.add, histories)
 
-    # The loss is half the sum of squares, so it gives the scatter of the data.
-    scatter = jnp.sqrt(2 * trainer.best_loss / (batch.shape[1] - len(paths)))
-    errors = scatter * np.array(jax.tree.leaves(trainer.standard_errors(batch)))
-    fitted = np.array(jax.tree.leaves(trainer.params))
+    # The errors of the data are not known: their scatter gives the scale.
+    report = trainer.report(batch, scale_errors=True)
+    errors = np.array([report[path].error for path in paths])
+    fitted = np.array([report[path].value for path in paths])
     correct, correct_errors = digits(fitted, certified), digits(errors, deviations)
 
     print("                                       correct digits")

@@ -174,11 +174,11 @@ def main(output):
                 f"{name}: not converged"
             )
             trainer = result.trainer
-            # The loss is half the sum of squares, so it gives the scatter of the data.
-            scatter = jnp.sqrt(2 * trainer.best_loss / (len(x) - len(certified)))
-            errors = scatter * trainer.standard_errors((x, y)).b
+            # The errors of the data are not known: their scatter gives the scale.
+            report = result.report((x, y), scale_errors=True)
+            errors = np.array([row.error for row in report.parameters])
             found = {"LM": (trainer.model.b, len(result.history))}
-            edm = f"{result.edm / scatter**2:.0e}"
+            edm = f"{result.edm / report.error_scale**2:.0e}"
             trainer, steps = whitened_bfgs(Fit(Curve(start, formula)), (x, y))
             found["BFGS, whitened"] = trainer.best.b, steps
             with warnings.catch_warnings():  # from SciPy's trial steps
@@ -186,7 +186,7 @@ def main(output):
                 found |= {label: solve(start) for label, solve in solvers.items()}
 
             correct = {k: digits(values, certified) for k, (values, _) in found.items()}
-            correct["errors"] = digits(errors, jnp.asarray(given["errors"]))
+            correct["errors"] = digits(errors, np.asarray(given["errors"]))
             for label, value in correct.items():
                 reached.setdefault(label, []).append(value)
             cells = [f"{correct[k]:.1f} ({steps:,})" for k, (_, steps) in found.items()]

@@ -162,12 +162,12 @@ METHODS = {
 def main(output):
     truth, batch = observe(seed=0)
     start = guess(truth)
-    freedom = batch[0].size - 12 - 6 - 3
-
     results = {name: method(start, batch) for name, method in METHODS.items()}
-    losses = {name: 2 * r.history.loss / freedom for name, r in results.items()}
     best = results["Levenberg–Marquardt"].trainer
-    goal = 1.01 * 2 * float(best.best_loss) / freedom
+    report = best.report(batch)
+    scale = 2 / report.degrees_of_freedom
+    losses = {name: scale * r.history.loss for name, r in results.items()}
+    goal = 1.01 * report.reduced_chi_squared
 
     print("method               steps  seconds  chi-squared")
     steps = {}

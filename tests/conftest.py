@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import optax
 import pytest
+from jax._src.interpreters import mlir
 
 import annotations
 
@@ -19,6 +20,21 @@ gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_enable_x64", True)
 # What is said of several devices is tested on virtual ones.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# To make a context, in which JAX writes a program down, takes a quarter of the time of
+# a small one. So one is kept, for all but those that are written while another is.
+make_context = mlir.make_ir_context
+kept_context = functools.cache(make_context)
+
+
+def context():
+    try:
+        return make_context() if mlir.ir.Context.current else kept_context()
+    except ValueError:  # there is none
+        return kept_context()
+
+
+mlir.make_ir_context = context
 
 
 def let_promote(function):

@@ -672,3 +672,51 @@ except ImportError as error:
     print(error)
 """
     assert "`pip install vernal[plot]`" in python(code)
+
+
+# --- a band ---
+
+
+def test_a_band_is_the_function_and_its_error():
+    batch = gaussian_batch()
+    trainer, x = GaussianFit(gaussian()), jnp.linspace(0.0, 2.0, 7)
+    value, error = trainer.propagate(lambda model: model(x), batch)
+    _, given = plt.subplots()
+    ax = vernal.plot.band(
+        trainer, lambda model: model(x), batch, x, errors=2, label="line", ax=given
+    )
+    assert ax is given
+    assert legend(ax) == ["line"]
+    np.testing.assert_array_equal(curves(ax)["line"].get_ydata(), value)
+    (area,) = ax.collections
+    corners = area.get_paths()[0].vertices
+    for place, middle, half in zip(x, value, 2 * error, strict=True):
+        heights = corners[corners[:, 0] == place, 1]
+        np.testing.assert_allclose(heights.min(), middle - half)
+        np.testing.assert_allclose(heights.max(), middle + half)
+
+
+def test_without_a_finite_error_there_is_no_band():
+    trainer = GaussianFit(gaussian())
+    # One datum does not constrain three parameters.
+    batch = jax.tree.map(lambda leaf: leaf[:1], gaussian_batch())
+    grid = jnp.linspace(0.0, 1.0, 4)
+    ax = vernal.plot.band(trainer, lambda model: model(grid), batch, grid)
+    assert np.isfinite(ax.lines[0].get_ydata()).all()
+    assert not any(area.get_paths() for area in ax.collections)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"x": jnp.ones((2, 2))}, "`x` is"),
+        ({"x": jnp.ones(3)}, "`fn` returned an array of shape"),
+        ({"errors": 0}, "`errors` is 0"),
+        ({"fn": lambda model: (model.mean, model.std)}, "another structure"),
+    ],
+)
+def test_what_has_no_band(options, match):
+    x = jnp.linspace(0.0, 1.0, 4)
+    given = {"fn": lambda model: model(x), "batch": gaussian_batch(), "x": x} | options
+    with pytest.raises(ValueError, match=match):
+        vernal.plot.band(GaussianFit(gaussian()), **given)

@@ -6,6 +6,7 @@ from ._boundary import (
     ObjectiveWarning as ObjectiveWarning,
     PrecisionWarning as PrecisionWarning,
 )
+from ._constraints import Normal as Normal
 from ._curvature import (
     decompose as decompose,
     eigen_projection as eigen_projection,
@@ -53,6 +54,7 @@ from ._policy import (
 )
 from ._program import forget as forget
 from ._projection import EigenProjector as EigenProjector
+from ._report import Report as Report
 from ._storage import (
     Checkpoints as Checkpoints,
     DamagedFileError as DamagedFileError,

@@ -5,8 +5,10 @@ They need matplotlib. `import vernal` does not import this module; write
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +39,7 @@ from ._plot import (
 )
 from ._projection import EigenProjector
 from ._storage import History
+from ._trainer import Trainer
 from ._tree import ravel_size
 
 
@@ -258,6 +261,76 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=font)
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=font)
     axes.grid(False)
+    return axes
+
+
+@checked
+def band(
+    trainer: Trainer[Any, Any],
+    fn: Callable[..., Any],
+    batch: Any,
+    x: Any,
+    *,
+    errors: float | int = 1,
+    scale_errors: bool = False,
+    label: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws a function of the model as a line, in a band of its standard error.
+
+    ```python
+    vernal.plot.band(trainer, lambda model: model(x), batch, x, ax=axes)
+    ```
+
+    The error is that of [`vernal.Trainer.propagate`][]. Where it is infinite, there is
+    no band.
+
+    **Arguments:**
+
+    - `trainer`: a [`vernal.Trainer`][], after its fit.
+    - `fn`: a function of the model, which returns a value for each element of `x`.
+    - `batch`: all of the data.
+    - `x`: where the values belong, a vector.
+    - `errors`: the half-width of the band in standard errors.
+    - `scale_errors`: as for [`vernal.Trainer.report`][].
+    - `label`: the label of the line.
+    - `ax`: the axes to draw on; by default those of a new figure.
+
+    **Returns:**
+
+    The axes.
+
+    **Raises:**
+
+    - `ValueError`: if `x` is not a vector, or `fn` does not return one of its length.
+    - as [`vernal.Trainer.propagate`][].
+    """
+    is_key = jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
+    places = np.zeros(0) if is_key else np.asarray(x)
+    if places.ndim != 1 or places.dtype.kind not in "fiu" or not places.size:
+        raise ValueError(f"`x` is {x!r}, but must be a vector of numbers.")
+    if not 0 < errors < math.inf:
+        raise ValueError(f"`errors` is {errors}, but must be a positive number.")
+    value, error = trainer.propagate(fn, batch, scale_errors=scale_errors)
+    if np.shape(value) != places.shape:
+        shape = getattr(value, "shape", "another structure")
+        raise ValueError(
+            f"`fn` returned an array of shape {shape}, but must return one of the "
+            f"shape of `x`, {places.shape}."
+        )
+    middle, half = drawable(np.asarray(value)), errors * np.asarray(error, float)
+    half = np.where(np.isfinite(half), half, np.nan)
+    axes, _ = prepare(ax, (6.4, 3.6))
+    (line,) = draw_line(axes, places, middle, label=label)
+    axes.fill_between(
+        places,
+        drawable(middle - half),
+        drawable(middle + half),
+        color=line.get_color(),
+        alpha=0.25,
+        linewidth=0,
+    )
+    add_legend(axes)
     return axes
 
 

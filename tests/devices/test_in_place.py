@@ -21,8 +21,7 @@ from vernal._loop.monitor import Monitor
 from vernal._loop.record import Record
 from vernal._step import config_of
 
-pytestmark = pytest.mark.as_compiled
-
+AS_COMPILED = pytest.mark.as_compiled
 BATCH = gaussian_batch(24)
 
 
@@ -33,7 +32,10 @@ def in_place(monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", [None, mesh_of(2)], ids=["one", "two"])
-@pytest.mark.parametrize("name", ["minibatches", "stream", "stops", "state"])
+@pytest.mark.parametrize(
+    "name",
+    ["minibatches", "stream", "stops", pytest.param("state", marks=AS_COMPILED)],
+)
 def test_a_fit_is_the_same(name, mesh, monkeypatch):
     trainer, data, options = FITS[name]()
     before = jax.tree.map(jnp.copy, trainer)
@@ -100,6 +102,7 @@ def test_an_error_is_not_hidden():
 
 
 @pytest.mark.seams
+@AS_COMPILED
 def test_the_state_is_there_once():
     class Large(vn.Trainer):
         def loss(self, model, batch):

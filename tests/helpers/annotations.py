@@ -60,14 +60,19 @@ def checks(fn):
 
 def checks_plain(fn):
     """The same without jaxtyping: what it calls has its own axes nevertheless."""
-    checked = checks(fn)
+    checked = _beartype(fn)
+    # Python itself calls this one, with a name, wherever there is a dot.
+    if checked is fn or fn.__name__ == "__getattribute__":
+        return fn
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
+        if not _is_on:
+            return fn(*args, **kwargs)
         with _other_axes:
             return checked(*args, **kwargs)
 
-    return fn if checked is fn else call
+    return call
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Public behaviour is tested by public names; what is here is looked at, or replac
 import importlib
 import importlib.util
 
+from vernal._closure import Closure as Closure
 from vernal._data.sources import as_source as as_source
 from vernal._devices import processes as processes
 from vernal._devices.placement import placement as placement
@@ -14,10 +15,14 @@ from vernal._fit import (
     progress_bar as progress_bar,
     run as run,
 )
+from vernal._inference.expansion import around as around
+from vernal._inference.propagate import run_propagate as run_propagate
 from vernal._loop.chunk import run_chunk as run_chunk
 from vernal._loop.single_step import run_step as run_step
 from vernal._optimiser.transform import Transform as Transform
 from vernal._pickling.code import digest_of as digest_of
+from vernal._program.prepared import prepared as prepared
+from vernal._step import stripped as stripped
 from vernal._step.constrain import project as project
 from vernal._step.diagnosis import (
     bad_data as bad_data,

@@ -35,6 +35,7 @@ class Fit(GaussianFit):
 
 TRAINER, OTHER = Fit(MODEL, SGD), Fit(line(0.1, 0.2), SGD)
 RULES = vn.ParamOptimiser({"slope": SGD}, default=SGD)
+PRIOR = vn.Normal(0.0, 1.0)
 PROJECTOR = vn.EigenProjector.from_fisher(EYE, MODEL)
 RESULT = TRAINER.fit(BATCH, 2, record="slope", progress=False)
 MANY = vn.fit_many([TRAINER, OTHER], BATCH, 2, progress=False)
@@ -110,6 +111,7 @@ RIGHT = {
     "arrays": BATCH,
     "batch": BATCH,
     "blocks": {"slope": EYE[:1, :1]},
+    "count": 3,
     "cov": EYE,
     "data": BATCH,
     "directory": "checkpoints",
@@ -157,16 +159,21 @@ RIGHT = {
     "tree": MODEL,
     "tx": SGD,
     "updates": MODEL,
+    "value": 0.5,
+    "x": jnp.linspace(0.0, 1.0, 4),
 }
 ELSEWHERE = {
     "EigenProjector.from_jacobian": {"jac": EYE},
     "History": {"steps": np.arange(2), "loss": np.ones(2)},
     "History.load": {"path": "history.vernal"},
     "History.save": {"path": "written.vernal"},
+    "Normal": {"mean": 0.0, "std": 1.0},
+    "Trainer": {"bounds": {"slope": (-9.0, 9.0)}, "priors": {"slope": PRIOR}},
     "Trainer.fit": {"progress": False},
     "eigen_projection": {"cov": None, "fmat": EYE},
     "fit": {"progress": False, "state": None},
     "map_optimisers": {"params": {"a": jnp.ones(())}},
+    "plot.band": {"fn": lambda model: model(jnp.linspace(0.0, 1.0, 4))},
     "save": {"path": "written.vernal"},
 }
 INSTANCES = {
@@ -175,12 +182,14 @@ INSTANCES = {
     "History": RESULT.history,
     "ManyResult": MANY,
     "Minibatches": vn.Minibatches(BATCH, 2, key=KEY),
+    "Normal": PRIOR,
     "ParamOptimiser": RULES,
+    "Report": TRAINER.report(BATCH),
     "Stream": vn.Stream([BATCH] * 9),
     "Trainer": TRAINER,
 }
 # What the library alone makes and calls: results and errors, and parts of a step.
-MADE = {"FitResult", "ManyResult", "EigenProjector", "StopReason"}
+MADE = {"FitResult", "ManyResult", "EigenProjector", "Report", "StopReason"}
 ABSTRACT = {"NanPolicy", "StopCriterion"}
 CALLED = {
     *("Minibatches.start", "Minibatches.next", "ParamOptimiser.count"),

@@ -45,13 +45,17 @@ def perceptron():
 
 # The problem; the most operations and bytes beside the program by hand. Of the bytes of
 # a network most are those of what happens once in 128 steps.
-CASES = {"light curve": (light_curve, 1.02, 1.04), "network": (perceptron, 1.07, 3.3)}
+CASES = {
+    "light curve": (light_curve, {}, 1.02, 1.04),
+    "light curve, bounds": (light_curve, {"bounds": {"**": (0, 2)}}, 1.02, 1.05),
+    "network": (perceptron, {}, 1.07, 3.3),
+}
 
 
 @pytest.mark.as_compiled
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_costs_what_it_costs_by_hand(case, monkeypatch):
-    problem, most_operations, most_bytes = CASES[case]
+    problem, options, most_operations, most_bytes = CASES[case]
     loss, params, batch = problem()
     rule = optax.adam(1e-3)
 
@@ -78,7 +82,7 @@ def test_a_step_costs_what_it_costs_by_hand(case, monkeypatch):
             return loss(model, batch)
 
     monkeypatch.setattr(one_trainer, "run_chunk", spy)
-    Fit(params, rule).fit(batch, 1, progress=False)
+    Fit(params, rule, **options).fit(batch, 1, progress=False)
     hand = by_hand.lower(params, rule.init(params), batch, jnp.int32(1))
     hand, (ours,) = hand.compile().cost_analysis(), found
     assert ours["transcendentals"] == hand["transcendentals"]

@@ -93,7 +93,6 @@ VARIED = {
 
 @pytest.mark.loose_dtypes
 @pytest.mark.seams
-@pytest.mark.as_compiled
 @pytest.mark.parametrize("name", VARIED)
 def test_each_is_as_it_were_alone(name):
     trainers = VARIED[name]()

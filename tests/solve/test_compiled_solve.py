@@ -35,7 +35,7 @@ def trainer():
 def test_the_solver_s_program_has_the_model_once(name):
     whitened, goal = trainer().whiten(DATA), jnp.asarray(10, "int32")
     encoded, rows = checked_solver(SOLVERS[name], 10, "max_steps")
-    problem = Problem(DATA, encoded, rows, None, is_alone=True)
+    problem = Problem(DATA, encoded, rows, None, is_shared=True)
     args = stripped(whitened), whitened.projector, Start.of(whitened), problem, goal
     assert run.lower(*args).as_text().count("stablehlo.cbrt") == 1
 

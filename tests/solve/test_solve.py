@@ -72,7 +72,6 @@ def by_hand(trainer, solver, batch, max_steps):
 
 
 @pytest.mark.seams
-@pytest.mark.as_compiled
 @pytest.mark.parametrize(
     ("name", "space"),
     [

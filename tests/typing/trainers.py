@@ -53,6 +53,16 @@ assert_type(trainer.step_count, Array)
 assert_type(trainer.nan_policy, vn.NanPolicy)
 leaves(trainer)
 
+known = Fit(
+    line,
+    bounds={"slope": (0, None)},
+    ties={"offset": lambda model: 2 * model.slope},
+    priors={"slope": vn.Normal(0.0, 1.0)},
+)
+assert_type(known, Fit)
+assert_type(known.solve(lm, batch).model, Line)
+assert_type(vn.Normal(0, jnp.ones(2)).log_prob(1.0), Array)
+
 stepped, info = trainer.step(batch)
 assert_type(stepped, Fit)
 assert_type(info, vn.StepInfo)
@@ -84,6 +94,15 @@ assert_type(trainer.nan_report(), dict[str, vn.NanCount])
 assert_type(trainer.learning_rates(), dict[str, float | None])
 assert_type(trainer.standard_errors(batch), Line)
 assert_type(trainer.table(batch), str)
+assert_type(trainer.report(batch, scale_errors=True), vn.Report)
+assert_type(trainer.report(batch)["slope"].error, float)
+assert_type(trainer.report(batch).chi_squared, float | None)
+assert_type(trainer.draw(jax.random.key(0), 3, batch), Line)
+value, error = trainer.propagate(lambda line: line.slope / line.offset, batch)
+assert_type(result.report(batch), vn.Report)
+assert_type(result.table(batch), str)
+assert_type(result.standard_errors(batch), Line)
+assert_type(result.best_loss, Array)
 assert_type(vn.unroll(trainer, batch, 2), tuple[Fit, Array])
 
 many = vn.fit_many([trainer, trainer.replace(model=line)], batch, 3, progress=False)
@@ -92,6 +111,10 @@ assert_type(many.best, Line)
 assert_type(many.trainer(0), Fit)
 assert_type(many.trainers, Fit)
 assert_type(many.losses, np.ndarray)
+assert_type(many.failed, tuple[int, ...])
+assert_type(many.table(batch), str)
+assert_type(many.to_dict(batch), dict[str, Any])
+assert_type(many.report(0, batch), vn.Report)
 assert_type(many.stop_reasons, tuple[vn.StopReason, ...])
 assert_type(vn.fit_many(many.trainers, batch, 3, solver=lm).best, Line)
 

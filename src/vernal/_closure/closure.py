@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
-from .._pickling import QuickMethods, content_of, is_named, metadata
+from .._pickling import PlainMethods, content_of, is_named, metadata
 from .equality import Hashed, Same, names_written, value_key
 from .reads import reads, scope_key
 from .skeleton import (
@@ -186,7 +186,7 @@ class _Encoder:
         return index
 
 
-class Closure(QuickMethods, eqx.Module):
+class Closure(PlainMethods, eqx.Module):
     """An object made of functions, as a pytree of the arrays that they captured.
 
     Two closures built by the same code from equal values have equal skeletons, so

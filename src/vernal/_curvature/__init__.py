@@ -8,8 +8,8 @@ chooses forward or reverse mode, `singular` decomposes a Jacobian and `linalg` a
 from .eigen import decompose, eigen_projection
 from .flat import (
     checked_batch_size,
+    expansion_of,
     gauss_newton_matrix,
-    hessian_matrix,
     jacobian_of,
     spectrum_of,
 )
@@ -19,6 +19,7 @@ from .linalg import (
     descending,
     equilibrated_eigh,
     matmul,
+    on_device,
     refuse,
     refuse_non_finite,
 )
@@ -37,5 +38,6 @@ from .modes import (
     in_reverse,
     jacobian_matrix,
     traced,
+    transposed_product,
 )
 from .singular import Spectrum, column_norms, of_jacobian, positive, square_factor

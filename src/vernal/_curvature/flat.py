@@ -4,7 +4,7 @@ These functions are not compiled by themselves: programs call them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from .modes import (
     choose_mode,
     columns,
     gauss_newton_products,
+    gradient,
     hessian_product,
     jacobian_matrix,
     traced,
@@ -103,6 +104,23 @@ def hessian_matrix(
     of_flat, flat = flat_fn(fn, params)
     matrix = columns(hessian_product(of_flat, flat, subject), flat, batch_size)
     return (matrix + matrix.T) / 2
+
+
+class Expansion(NamedTuple):
+    """The Hessian and the gradient of a function at a point."""
+
+    hessian: Float[Array, "D D"]
+    gradient: Float[Array, " D"]
+
+
+def expansion_of(
+    fn: TreeFn, params: Params, batch_size: int | None, subject: Subject
+) -> Expansion:
+    """Computes the Hessian, and the gradient that was needed for it."""
+    hessian = hessian_matrix(fn, params, batch_size, subject)
+    of_flat, flat = flat_fn(fn, params)
+    mode = choose_mode(of_flat, flat, subject._replace(is_quiet=True), ("bwd", "fwd"))
+    return Expansion(hessian, gradient(of_flat, flat, mode))
 
 
 def gauss_newton_matrix(

@@ -13,6 +13,7 @@ from .._boundary import refuse_foreign
 from .._tree import widest
 
 Matrix = Num[Array, "..."] | Num[np.ndarray, "..."]
+Flags = Bool[Array, "..."] | Bool[np.ndarray, "..."] | np.bool_
 
 
 def as_square(matrix: Matrix, name: str) -> Inexact[Array, "D D"]:
@@ -25,11 +26,17 @@ def as_square(matrix: Matrix, name: str) -> Inexact[Array, "D D"]:
         )
     if matrix.size == 0:
         raise ValueError(f"`{name}` is empty; it needs at least one row.")
-    array = jnp.asarray(matrix)
+    array = on_device(matrix)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return array.astype(float)
     # No eigensolver works in half precision.
     return array.astype(widest((array.dtype, jnp.dtype("float32"))))
+
+
+def on_device(array: Array | np.ndarray) -> Array:
+    """Returns an array of JAX, for which `jnp.asarray` would compile a program."""
+    # A copy, since what is put on a CPU may share its memory.
+    return array if isinstance(array, jax.Array) else jax.device_put(np.array(array))
 
 
 def as_real_square(matrix: Matrix, name: str) -> Float[Array, "D D"]:
@@ -44,7 +51,7 @@ def as_real_square(matrix: Matrix, name: str) -> Float[Array, "D D"]:
 
 
 def refuse(
-    array: Array, bad: Bool[Array, "..."], message: str, detail: Callable[[], str] = str
+    array: Array, bad: Flags, message: str, detail: Callable[[], str] = str
 ) -> Array:
     """Returns `array`, or raises an error if any element of `bad` is true.
 
@@ -53,12 +60,12 @@ def refuse(
     """
     if isinstance(bad, Tracer):
         return eqx.error_if(array, bad, message)
-    if np.any(bad):
+    if np.asarray(bad).any():
         raise ValueError(" ".join([message, detail()]).rstrip())
     return array
 
 
-def first_index(bad: Bool[Array, "..."]) -> str:
+def first_index(bad: Flags) -> str:
     """Writes the index of the first true element, such as `[2, 3]`."""
     return str(np.argwhere(bad)[0].tolist())
 
@@ -74,7 +81,9 @@ def refuse_non_finite(matrix: Inexact[Array, "N D"], name: str) -> Array:
         matrix,
         _any_non_finite(matrix),
         f"`{name}` has an element that is not finite.",
-        lambda: f"The first of them is at {first_index(~jnp.isfinite(matrix))}.",
+        lambda: (
+            f"The first of them is at {first_index(~np.isfinite(np.asarray(matrix)))}."
+        ),
     )
 
 

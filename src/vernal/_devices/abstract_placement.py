@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from .._boundary import PyTree
 from .._data import Source
-from .._pickling import QuickMethods
+from .._pickling import PlainMethods
 from .._step import AbstractTrainer
 
 
-class AbstractPlacement(QuickMethods, eqx.Module):
+class AbstractPlacement(PlainMethods, eqx.Module):
     """Where the arrays of a fit lie, and how they get there and back."""
 
     @property

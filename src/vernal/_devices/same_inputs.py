@@ -19,20 +19,27 @@ _MAX_BYTES = 4_096
 _programs: weakref.WeakKeyDictionary[Version, str] = weakref.WeakKeyDictionary()
 
 
-@contextlib.contextmanager
+# Where there is one process: quick, since every step asks for it.
+_ALONE = contextlib.nullcontext(lambda *_, **others: None)
+
+
 def same_inputs(
     entrance: str, place: AbstractPlacement
-) -> Iterator[Callable[..., None]]:
-    """Yields a function that raises if another process has other inputs.
+) -> contextlib.AbstractContextManager[Callable[..., None]]:
+    """Gives a function that raises if another process has other inputs.
 
     Call it as `require_same(trainer, batch, **others)` before the processes compute
     together; for many trainers, with the shapes of a single one as `like`. If a process
     raises before that, the others raise too.
     """
+    if place.mesh is None:
+        return _ALONE
     peers = Peers(place.mesh, entrance)
-    if not peers.are_many:
-        yield lambda *_, **others: None
-        return
+    return _among(peers) if peers.are_many else _ALONE
+
+
+@contextlib.contextmanager
+def _among(peers: Peers) -> Iterator[Callable[..., None]]:
 
     def require_same(
         trainer: AbstractTrainer, batch: Any, like: Any = None, /, **others: Any

@@ -1,6 +1,6 @@
 """A fit on the host: what happens between the chunks of steps."""
 
-from .arrival import edm_note
+from .arrival import distance_here
 from .fit import fit
 from .one_trainer import OneTrainer
 from .options import OPTIONS, FitKeywords

@@ -20,6 +20,7 @@ class FitKeywords(TypedDict, total=False):
     every: int
     validation: tuple[Any, int] | None
     stop: StopCriterion | None
+    best: bool
     progress: bool
     callback: Callback | None
     chunk: int | None
@@ -39,6 +40,7 @@ class FitOptions:
     every: int = 1
     validation: Any = None
     stop: Any = None
+    best: bool = True
     progress: bool = True
     callback: Any = None
     chunk: int | None = None
@@ -48,6 +50,12 @@ class FitOptions:
         self.steps = whole_number(self.steps, "steps", least=0)
         self.every = min(whole_number(self.every, "every", least=1), MOST_STEPS)
         self.progress = boolean(self.progress, "progress")
+        self.best = boolean(self.best, "best")
+        if not self.best and self.validation is not None:
+            raise ValueError(
+                "`best=False` keeps no best, and `validation` is what `best` is chosen "
+                "by. Leave out the one or the other."
+            )
         if self.chunk is not None:
             self.chunk = whole_number(self.chunk, "chunk", least=1)
         callback, checkpoint = self.callback, self.checkpoint
@@ -69,4 +77,5 @@ class FitOptions:
         """Returns what must be the same in all processes, for a comparison."""
         presence = {"callback": self.callback, "checkpoint": self.checkpoint}
         numbers = {"steps": self.steps, "every": self.every, "chunk": self.chunk}
+        numbers["best"] = self.best
         return numbers | {name: str(type(x)) for name, x in presence.items()}

@@ -1,15 +1,19 @@
 """How a fit ended."""
 
+import dataclasses
 from typing import Any, Generic, final
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from typing_extensions import TypeVar
 
+from .._boundary import PyTree
+from .._curvature import Mode
 from .._minimum import Distance, along
 from .._pickling import Portable
 from .._policy import StopReason
+from .._report import Report
 from .._storage import History
 
 TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
@@ -31,6 +35,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
     history: History
     stop_reason: StopReason = eqx.field(static=True)
     _distance: Distance | None = None
+    _has_best: bool = eqx.field(static=True, default=True)
 
     @property
     def edm(self) -> Float[np.ndarray, ""]:
@@ -59,8 +64,49 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
 
     @property
     def best(self) -> Model:
-        """The model with the lowest loss that was scored."""
+        """The model with the lowest loss that was scored.
+
+        **Raises:**
+
+        - `ValueError`: after `fit(best=False)`.
+        """
+        if not self._has_best:
+            raise ValueError(
+                "`best`: this fit kept none, by `best=False`. `model` is the model "
+                "after the last step; for the best one, fit without `best=False`."
+            )
         return self._trainer.best
+
+    @property
+    def best_loss(self) -> Float[Array, ""]:
+        """The loss of `best`, or its validation score."""
+        return self._trainer.best_loss
+
+    @property
+    def params(self) -> PyTree:
+        """The trained parameters after the last step, `None` elsewhere."""
+        return self._trainer.params
+
+    def report(
+        self,
+        batch: Any,
+        *,
+        scale_errors: bool = False,
+        data_count: int | None = None,
+        jac: Mode | None = None,
+    ) -> Report:
+        """Reports how good the fit is, as [`vernal.Trainer.report`][], and its end."""
+        options = {"scale_errors": scale_errors, "data_count": data_count, "jac": jac}
+        report: Report = self._trainer.report(batch, **options)
+        return dataclasses.replace(report, stop_reason=self.stop_reason)
+
+    def table(self, batch: Any = None, *, jac: Mode | None = None) -> str:
+        """Tabulates the parameters, as [`vernal.Trainer.table`][]."""
+        return self._trainer.table(batch, jac=jac)
+
+    def standard_errors(self, batch: Any, *, jac: Mode | None = None) -> Model:
+        """Returns the standard errors, as [`vernal.Trainer.standard_errors`][]."""
+        return self._trainer.standard_errors(batch, jac=jac)
 
     def explain(self) -> str:
         """Says why the fit ended, and what could still fall.

@@ -1,6 +1,7 @@
 """A running fit: the trainer as it is now, and what was recorded so far."""
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections import deque
@@ -35,6 +36,8 @@ from .._step import (
     last_bad_step,
     progress_of,
     with_progress,
+    with_some_best,
+    without_best,
 )
 from .._storage import Checkpointer, History, Recorder
 from .._tree import require_alike
@@ -107,6 +110,8 @@ class FitRun:
         if checkpointer is not None:
             trainer, placed = self._restored(checkpointer, trainer, placed)
         self._hold(trainer, placed)
+        self._keeps_best = options.best
+        self._move_to(self._state)
         is_seen = checkpointer is not None or options.callback is not None
         self._in_place = not is_seen and _is_worth_reuse(progress_of(placed))
         if self._in_place:
@@ -157,7 +162,7 @@ class FitRun:
         )
 
     def _move_to(self, state: LoopState) -> None:
-        self.trainer = with_progress(self.trainer, state.progress)
+        self.trainer = with_progress(self.trainer, with_some_best(state.progress))
         self._monitor_state = state.monitor_state
 
     def _peek(self) -> Any:
@@ -229,7 +234,9 @@ class FitRun:
 
     @property
     def _state(self) -> LoopState:
-        return LoopState(progress_of(self.trainer), self._monitor_state)
+        progress = progress_of(self.trainer)
+        progress = progress if self._keeps_best else without_best(progress)
+        return LoopState(progress, self._monitor_state)
 
     def _is_over(self) -> bool:
         flags = [self.trainer.stopped]
@@ -371,7 +378,13 @@ class FitRun:
         """Makes the result of a fit that ended, by default for `reason`."""
         reasons = list(self._stop_reasons(reason))
         result = self._subject.result(self.trainer, self.history(), reasons)
-        return self._subject.checked(result, self._source)
+        return self._marked(self._subject.checked(result, self._source))
 
     def cut_short(self, reason: StopReason) -> Any:
-        return self._subject.cut_short(self.trainer, self.history(), reason)
+        result = self._subject.cut_short(self.trainer, self.history(), reason)
+        return self._marked(result)
+
+    def _marked(self, result: Any) -> Any:
+        return (
+            result if self._keeps_best else dataclasses.replace(result, _has_best=False)
+        )

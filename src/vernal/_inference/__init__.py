@@ -1,12 +1,15 @@
 """What the data say of the parameters.
 
 `fisher` has the Fisher matrix, `whiten` the projector at the current point,
-`uncertainty` standard errors and the likelihood for samplers, `table` their table.
-`derivatives` is the compiled program beneath them.
+`uncertainty` standard errors and the likelihood for samplers, `table` and `report` what
+there is to read, `propagate` errors of functions of the model. `derivatives` is the
+compiled program beneath them, `expansion` what it says of one point.
 """
 
 from .derivatives import Passes, linearised
 from .fisher import Blocks, curvature, fisher, has_likelihood
+from .propagate import draw, propagate
+from .report import report
 from .table import table
-from .uncertainty import objective, standard_errors
+from .uncertainty import errors_or_nan, objective, standard_errors
 from .whiten import OF_WHITEN, whitened

@@ -8,13 +8,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
+from .._constraints import held_at
 from .._curvature import (
     Mode,
     Subject,
     checked_batch_size,
     checked_mode,
+    expansion_of,
     gauss_newton_matrix,
-    hessian_matrix,
     jacobian_of,
     spectrum_of,
     traced,
@@ -25,9 +26,11 @@ from .._program import program
 from .._projection import Block, find_blocks
 from .._step import (
     AbstractTrainer,
+    bounds_of,
     explain_non_finite,
     live,
     negative_log_likelihood,
+    pushed,
     real_residuals,
     score,
     step_key,
@@ -40,8 +43,8 @@ _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
     "fisher": (real_residuals, gauss_newton_matrix, "residuals"),
     "jacobian": (real_residuals, jacobian_of, "residuals"),
     "spectrum": (real_residuals, spectrum_of, "residuals"),
-    "nll": (negative_log_likelihood, hessian_matrix, "nll"),
-    "loss": (lambda *args: score(*args).loss, hessian_matrix, "loss"),
+    "nll": (negative_log_likelihood, expansion_of, "nll"),
+    "loss": (lambda *args: score(*args).loss, expansion_of, "loss"),
 }
 
 
@@ -58,11 +61,13 @@ def derive(
     kind: str,
     selectors: tuple[Any, ...] | None,
     passes: Passes,
-) -> tuple[tuple[Any, ...], Bool[Array, ""]]:
+    holds: bool = False,
+) -> tuple[tuple[Any, ...], Bool[Array, ""], Array]:
     """Computes derivatives at the current point, for the block of each selector.
 
-    Without selectors, all parameters are one block. Returns the derivatives, and
-    whether what was differentiated is finite.
+    Without selectors, all parameters are one block. If it `holds` those elements that
+    are pushed against their bounds, their derivatives are zero. Returns the
+    derivatives, whether what was differentiated is finite, and its value.
     """
     batch_size, jac = checked_batch_size(passes.batch_size), checked_mode(passes.jac)
     params = as_parameters(trainer.params)
@@ -70,8 +75,9 @@ def derive(
         blocks = (tuple(range(len(jax.tree.leaves(params)))),)
     else:
         blocks = find_blocks(params, selectors, "blocks")
-    args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac
-    return run_derive(*args)[:2]
+    holds = holds and bounds_of(trainer) is not None
+    args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac, holds
+    return run_derive(*args)
 
 
 def linearised(
@@ -79,10 +85,12 @@ def linearised(
 ) -> tuple[Float[Array, "N D"], Float[Array, "..."]]:
     """Returns the Jacobian of the residuals, and the residuals themselves.
 
-    It shares the program of `whiten`, `fisher` and `standard_errors`.
+    It shares the program of `whiten` and `standard_errors`, and holds elements at their
+    bounds as these do.
     """
     every = (tuple(range(len(jax.tree.leaves(trainer.params)))),)
-    args = stripped(trainer), as_batch(batch), "jacobian", every, None, jac
+    holds = bounds_of(trainer) is not None
+    args = stripped(trainer), as_batch(batch), "jacobian", every, None, jac, holds
     (jacobian,), _, residuals = run_derive(*args)
     return jacobian, residuals
 
@@ -95,10 +103,12 @@ def run_derive(
     blocks: tuple[Block, ...],
     batch_size: int | None,
     jac: Mode | None,
+    holds: bool,
 ) -> tuple[tuple[Any, ...], Bool[Array, ""], Array]:
     evaluate, derivative, name = _KINDS[kind]
+    held = _held(trainer, batch, kind) if holds else {}
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", jac)
-    each = [_within(trainer, batch, block, evaluate) for block in blocks]
+    each = [_within(trainer, batch, block, evaluate, held) for block in blocks]
     found = tuple(derivative(fn, own, batch_size, subject) for fn, own in each)
     # It is finite for all blocks or for none.
     fn, own = each[0]
@@ -106,11 +116,22 @@ def run_derive(
     return found, all_finite(value), value
 
 
+def _held(trainer: AbstractTrainer, batch: Any, kind: str) -> dict[str, Array]:
+    """Finds the elements that are pushed against their bounds."""
+    key = step_key(trainer)
+    if kind == "loss":
+        value = lambda trainer: score(trainer, batch, key).loss
+    else:
+        value = lambda trainer: negative_log_likelihood(trainer, batch, key)
+    return pushed(trainer, lambda params: value(live(trainer, params)))
+
+
 def _within(
     trainer: AbstractTrainer,
     batch: Any,
     block: Block,
     evaluate: Callable[..., Any],
+    held: dict[str, Array],
 ) -> tuple[Callable[[list[Array]], Array], list[Array]]:
     """Returns `evaluate` as a function of the leaves of a block, and these leaves."""
     key = step_key(trainer)
@@ -119,7 +140,8 @@ def _within(
     def of_leaves(own: list[Array]) -> Array:
         changed = dict(zip(block, own, strict=True))
         every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return evaluate(live(trainer, structure.unflatten(every)), batch, key)
+        params = held_at(structure.unflatten(every), held)
+        return evaluate(live(trainer, params), batch, key)
 
     own = [leaves[index] for index in block]
     return traced(of_leaves, own), own

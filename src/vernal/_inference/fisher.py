@@ -57,14 +57,20 @@ def matrices(
     kind: str,
     blocks: Blocks | None,
     passes: Passes,
+    holds: bool = False,
 ) -> Any:
-    """Computes the matrix of a `kind` of `derive`, or with blocks one by selector."""
+    """Computes the matrix of a `kind` of `derive`, or with blocks one by selector.
+
+    `holds` is as in `derive`.
+    """
     selectors, batch = as_selectors(blocks), as_batch(batch)
     if selectors is None and kind == "fisher" and passes.batch_size is None:
-        (jac,), is_finite = derive(trainer, batch, "jacobian", None, passes)
+        (jac,), is_finite, _ = derive(trainer, batch, "jacobian", None, passes)
         found = (_gram(jac, ravel_dtype(as_parameters(trainer.params))),)
     else:
-        found, is_finite = derive(trainer, batch, kind, selectors, passes)
+        found, is_finite, _ = derive(trainer, batch, kind, selectors, passes, holds)
+        if kind != "fisher":
+            found = tuple(expansion.hessian for expansion in found)
     name = "residuals" if kind == "fisher" else kind
     require_finite(found, is_finite, f"The curvature of `{name}`", trainer, batch)
     return by_selector(selectors, found)

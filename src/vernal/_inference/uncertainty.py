@@ -3,18 +3,35 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._boundary import Params, PyTree
-from .._curvature import Mode
+from .._curvature import (
+    Mode,
+    Spectrum,
+    equilibrated_eigh,
+    of_jacobian,
+    positive,
+)
 from .._data import as_batch
+from .._policy import all_finite
 from .._program import Version, version_of
-from .._projection import EigenProjector, NullPolicy
-from .._step import AbstractTrainer, live, negative_log_likelihood, step_key, stripped
-from .._tree import as_parameters, ravel, unravel
-from .derivatives import Passes
+from .._projection import EigenProjector, NullPolicy, whiten_spectrum
+from .._step import (
+    AbstractTrainer,
+    bounds_of,
+    defined,
+    live,
+    negative_log_likelihood,
+    step_key,
+    stripped,
+)
+from .._tree import as_parameters, ravel, ravel_size, unravel
+from .derivatives import Passes, derive
 from .fisher import require_likelihood
-from .whiten import whiten_all
+from .whiten import hessian_rtol, in_own_precision, of_spectrum, whiten_all
 
 
 def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
@@ -22,7 +39,47 @@ def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> P
     require_likelihood(trainer, "A standard error")
     # No projector: if the data constrain nothing at all, there is none.
     whitening = whiten_all(trainer, batch, Passes(jac=jac), NullPolicy(on_null="prior"))
-    return unravel(whitening.errors_of_the_data(), as_parameters(trainer.params))
+    return _known(trainer, whitening.errors_of_the_data())
+
+
+def _known(trainer: AbstractTrainer, errors: Float[Array | np.ndarray, " D"]) -> Params:
+    """Returns errors as a tree, NaN for the elements that are held at their bounds."""
+    params, bounds = as_parameters(trainer.params), bounds_of(trainer)
+    tree = unravel(jnp.asarray(errors), params)
+    return tree if bounds is None else bounds.unknown(tree, params)
+
+
+def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
+    """Returns the standard errors, NaN where there are none, in a compiled program.
+
+    There are none if derivatives are not finite, or the point is not a minimum.
+    """
+    require_likelihood(trainer, "A standard error")
+    params, nulls = as_parameters(trainer.params), NullPolicy(on_null="prior")
+    passes = Passes(jac=jac)
+    if "residuals" in defined(trainer):
+        found = derive(trainer, batch, "jacobian", None, passes, holds=True)
+        (jacobian,), is_good, _ = found
+        is_good &= all_finite(jacobian)
+        # LAPACK may not return if there is a NaN.
+        spectra = (of_jacobian(jnp.where(is_good, jacobian, 0)),)
+        (spectrum,), eps = in_own_precision(spectra, params)
+        whitening = of_spectrum(spectrum, params, nulls, "", eps)
+    else:
+        (expansion,), is_good, _ = derive(
+            trainer, batch, "nll", None, passes, holds=True
+        )
+        hessian, eye = expansion.hessian, jnp.eye(ravel_size(params))
+        is_good &= all_finite(hessian) & jnp.all(jnp.diag(hessian) >= 0)
+        hessian = jnp.where(is_good, hessian, eye.astype(hessian.dtype))
+        scale = jnp.sqrt(positive(jnp.diag(hessian)))
+        values, vectors = equilibrated_eigh(hessian, scale)
+        rtol = hessian_rtol((hessian,))
+        is_good &= values[-1] >= -rtol * values[0]
+        spectrum, eps = Spectrum(1 / scale, values, vectors), rtol
+        nulls = nulls.or_rtol(rtol)
+        whitening = whiten_spectrum(spectrum, params, nulls, eps, "")
+    return _known(trainer, jnp.where(is_good, whitening.errors_of_the_data(), jnp.nan))
 
 
 def _potential(
@@ -39,7 +96,12 @@ def _potential(
         params = projector.to_params(point)
     # The present version, since it may be called without a program.
     with version_of((trainer, batch)).context():
-        return negative_log_likelihood(live(trainer, params), batch, step_key(trainer))
+        key, bounds = step_key(trainer), bounds_of(trainer)
+        if bounds is None:
+            return negative_log_likelihood(live(trainer, params), batch, key)
+        within = live(trainer, bounds.clip(params))
+        value = negative_log_likelihood(within, batch, key)
+        return jnp.where(bounds.contain(params), value, jnp.inf)
 
 
 def objective(

@@ -1,17 +1,17 @@
 """Whitening of the parameters at the current point of a trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params
-from .._curvature import Spectrum, of_jacobian
+from .._curvature import Spectrum, matmul, of_jacobian
 from .._data import as_batch
 from .._policy import all_finite
 from .._projection import (
@@ -69,27 +69,33 @@ def _decomposed(
     if "residuals" in defined(trainer):
         selectors = as_selectors(blocks)
         spectra, eps = _spectra(trainer, batch, selectors, passes)
-        return by_selector(selectors, spectra), partial(_of_spectrum, eps=eps)
+        return by_selector(selectors, spectra), partial(of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
-    found = matrices(trainer, batch, kind, blocks, passes)
-    hessians = jax.tree.leaves(found)
+    found = matrices(trainer, batch, kind, blocks, passes, holds=True)
+    rtol = hessian_rtol(jax.tree.leaves(found))
+    return found, partial(of_hessian, kind=kind, rtol=rtol)
+
+
+def hessian_rtol(hessians: Sequence[Float[Array, "D D"]]) -> float:
+    """Returns the default `rtol` for the eigenvalues of Hessians."""
     eps = float(jnp.finfo(hessians[0].dtype).eps)
-    rtol = max(*map(len, hessians), ROUNDING) * eps
-    return found, partial(_of_hessian, kind=kind, rtol=rtol)
+    return max(*map(len, hessians), ROUNDING) * eps
 
 
-def _of_spectrum(
+def of_spectrum(
     spectrum: Spectrum, own: Params, nulls: NullPolicy, name: str, eps: float
 ) -> DenseWhitening:
+    """Finds the map that whitens by the singular values of a Jacobian."""
     size = spectrum.values.size
     nulls.check(size)
     nulls, label = nulls.or_rtol(jacobian_rtol(size, eps)), _label("`residuals`", name)
     return whiten_spectrum(spectrum, own, nulls, eps, label)
 
 
-def _of_hessian(
+def of_hessian(
     matrix: Array, own: Params, nulls: NullPolicy, name: str, kind: str, rtol: float
 ) -> DenseWhitening:
+    """Finds the map that whitens by a Hessian."""
     label = _label(f"The Hessian of `{kind}` at this point", name)
     return whiten(matrix, own, nulls.or_rtol(rtol), label, "hessian")
 
@@ -98,7 +104,27 @@ def _label(what: str, name: str) -> str:
     return f"{what} ({name})" if name else what
 
 
-_spectrum = jax.jit(of_jacobian)
+class Reduced(NamedTuple):
+    """Residuals and their Jacobian, reduced to the size of the parameters.
+
+    - `slope`: the gradient of half the sum of squares, in units of the spectrum.
+    - `squares`: the sum of squares.
+    """
+
+    spectrum: Spectrum
+    slope: Float[Array, " D"]
+    squares: Float[Array, ""]
+
+
+@jax.jit
+def reduced(jac: Float[Array, "N D"], residuals: Float[Array, "..."]) -> Reduced:
+    """Decomposes a Jacobian, and finds where its residuals could fall."""
+    spectrum = of_jacobian(jac)
+    dtype = spectrum.values.dtype
+    vector = jax.lax.stop_gradient(residuals.ravel()).astype(dtype)
+    jac = jax.lax.stop_gradient(jac).astype(dtype)
+    slope = matmul(vector, jac) * spectrum.scale
+    return Reduced(spectrum, slope, jnp.sum(jnp.square(vector)))
 
 
 def _spectra(
@@ -113,16 +139,35 @@ def _spectra(
     """
     batch = as_batch(batch)
     if selectors is None and passes.batch_size is None:
-        found, is_finite = derive(trainer, batch, "jacobian", None, passes)
-        spectra = tuple(map(_spectrum, found))
+        found = derive(trainer, batch, "jacobian", None, passes, holds=True)
+        (jac,), is_finite, residuals = found
+        spectra = (reduced(jac, residuals).spectrum,)
     else:
-        spectra, is_finite = derive(trainer, batch, "spectrum", selectors, passes)
+        args = trainer, batch, "spectrum", selectors, passes
+        spectra, is_finite, _ = derive(*args, holds=True)
+    return checked_spectra(trainer, batch, spectra, is_finite)
+
+
+def checked_spectra(
+    trainer: AbstractTrainer,
+    batch: Any,
+    spectra: tuple[Spectrum, ...],
+    is_finite: Bool[Array, ""],
+) -> tuple[tuple[Spectrum, ...], float]:
+    """Refuses spectra that are not finite; returns what `_spectra` does."""
     what = "The Jacobian of `residuals`"
     require_finite(spectra, is_finite, what, trainer, batch)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):
         message = f"{what} of `{type(trainer).__name__}` is not finite."
         spectra = eqx.error_if(spectra, ~all_finite(spectra), message)
-    own = ravel_dtype(as_parameters(trainer.params))
+    return in_own_precision(spectra, as_parameters(trainer.params))
+
+
+def in_own_precision(
+    spectra: tuple[Spectrum, ...], params: Params
+) -> tuple[tuple[Spectrum, ...], float]:
+    """Returns spectra in the dtype of the parameters, and the coarsest epsilon."""
+    own = ravel_dtype(params)
     dtypes = (own, spectra[0].values.dtype)
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
     dtype = widest((own, jnp.dtype("float32")))

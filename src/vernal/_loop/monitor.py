@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree, takes_methods, unaddressed, whole_number
 from .._data import as_batch
-from .._pickling import QuickMethods, build
+from .._pickling import PlainMethods, build
 from .._policy import StepView, StopCriterion, StopReason, asked
 from .._step import (
     MOST_STEPS,
@@ -48,7 +48,7 @@ class Validation(eqx.Module):
     every: Int[Array, ""]
 
 
-class Monitor(QuickMethods, eqx.Module):
+class Monitor(PlainMethods, eqx.Module):
     """The validation and the stop criterion of a fit, each of which may be `None`."""
 
     validation: Validation | None

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from .._boundary import PyTree, nearest_names
 from .._optimiser import ParamOptimiser
-from .._pickling import QuickMethods
+from .._pickling import PlainMethods
 from .._step import AbstractTrainer, Outcome, metric_shapes, tree_norm
 from .._tree import UnknownPathError, by_path, paths, resolve
 
@@ -44,7 +44,7 @@ class LackingMetricError(UnknownPathError):
         )
 
 
-class Record(QuickMethods, eqx.Module):
+class Record(PlainMethods, eqx.Module):
     """What is recorded beside the loss: static, and compared by value."""
 
     norms: tuple[str, ...] = eqx.field(static=True)

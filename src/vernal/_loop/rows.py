@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from .._pickling import QuickMethods
+from .._pickling import PlainMethods
 
 # The most rows that a chunk keeps on the device, and the most bytes.
 MOST_ROWS = 16_384
 _MOST_BYTES = 2**24
 
 
-class Rows(QuickMethods, eqx.Module):
+class Rows(PlainMethods, eqx.Module):
     """Buffers on the device, with a row for every `every` steps.
 
     `first` is the number of the first row: that of the step `first * every`.

@@ -87,7 +87,7 @@ def fit_many(
     """
     given = trainers, data, options.get("validation")
     refuse_program("fit_many", *given, remedy=UNROLL)
-    refuse_unknown(options, OPTIONS, "fit_many")
+    refuse_unknown(options, [name for name in OPTIONS if name != "best"], "fit_many")
     together, flags, size = stacked(trainers)
     group = size if batch is None else whole_number(batch, "batch", least=1)
     if size % group:

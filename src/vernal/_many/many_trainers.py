@@ -5,10 +5,8 @@ from typing import Any, final
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from .._boundary import spelled_leaves, whole_number
 from .._data import Minibatches, Source, Whole, as_batch, as_source
 from .._devices import AbstractPlacement
 from .._fit import AbstractSubject, BadEnd
@@ -16,6 +14,7 @@ from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
 from .._policy import AT_NON_FINITE, StopReason
 from .._step import AbstractTrainer, config_of, progress_of, with_progress
 from .._storage import History
+from .data_axis import axes_of, members_first
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
 from .result import ManyResult
 from .stack import first_row, stack
@@ -63,23 +62,9 @@ class ManyTrainers(AbstractSubject):
         return self._with_rows(batch, "validation")
 
     def _with_rows(self, batch: Any, argument: str) -> Any:
-        """Moves the axis of the members to the front of each leaf that has one."""
         batch = as_batch(batch, argument)
-        axes, leaves = self._axes(batch, argument), []
-        named = spelled_leaves(argument, batch)
-        for (where, leaf), axis in zip(named, axes, strict=True):
-            if axis is None:
-                leaves.append(leaf)
-                continue
-            length = leaf.shape[axis] if -leaf.ndim <= axis < leaf.ndim else None
-            if length != self.size:
-                raise ValueError(
-                    f"`data_axis`: {where} has the shape {leaf.shape}, whose axis "
-                    f"{axis} must be as long as there are trainers, {self.size}."
-                )
-            leaves.append(jnp.moveaxis(leaf, axis, 0))
-        batch = jax.tree.structure(batch).unflatten(leaves)
-        return self.place.put_rows(batch, [axis is not None for axis in axes])
+        batch, flags = members_first(batch, self.data_axis, self.size, argument)
+        return self.place.put_rows(batch, flags)
 
     def placed(self, trainer: AbstractTrainer) -> Any:
         config = self.place.put_rows(config_of(trainer), self.config)
@@ -88,31 +73,9 @@ class ManyTrainers(AbstractSubject):
     def placed_state(self, state: Any) -> Any:
         return self.place.put_rows(state, (True,) * len(jax.tree.leaves(state)))
 
-    def _axes(self, batch: Any, argument: str) -> list[int | None]:
-        """Finds the axis of each leaf of a batch, `None` for what is shared."""
-        is_none = lambda node: node is None
-        for axis in jax.tree.leaves(self.data_axis):
-            whole_number(axis, "data_axis")
-        spread = lambda axis, part: jax.tree.map(lambda _: axis, part)
-        try:
-            axes = jax.tree.map(spread, self.data_axis, batch, is_leaf=is_none)
-        except ValueError as error:
-            like = jax.tree.map(lambda _: 0, batch)
-            raise ValueError(
-                f"`data_axis` is {self.data_axis!r}, but must be one axis, or a tree "
-                f"of axes like `{argument}`, such as {like!r}, with `None` for what "
-                "all share."
-            ) from error
-        found = jax.tree.leaves(axes, is_leaf=is_none)
-        leaves = jax.tree.leaves(batch, is_leaf=is_none)
-        return [
-            axis if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
-            for axis, leaf in zip(found, leaves, strict=True)
-            if leaf is not None
-        ]
-
     def flags(self, batch: Any) -> Flags:
-        return tuple(axis is not None for axis in self._axes(batch, "data"))
+        axes = axes_of(batch, self.data_axis, "data")
+        return tuple(axis is not None for axis in axes)
 
     def first_monitor_state(
         self, monitor: Monitor, trainer: AbstractTrainer
@@ -171,7 +134,9 @@ class ManyTrainers(AbstractSubject):
         repeat = lambda leaf: stack((leaf,) * self.size) if is_array(leaf) else leaf
         config = eqx.combine(rows, jax.tree.map(repeat, shared))
         stacked = with_progress(config, progress_of(trainer))
-        return ManyResult(stacked, history, tuple(reasons), np.full(self.size, np.nan))
+        edms = np.full(self.size, np.nan)
+        own = self.data_axis, self.group
+        return ManyResult(stacked, history, tuple(reasons), edms, *own)
 
     def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:
         reasons, raises = result.stop_reasons, result.trainers.nan_policy.raises

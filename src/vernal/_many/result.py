@@ -1,5 +1,6 @@
 """How many fits ended."""
 
+import dataclasses
 from typing import Any, Generic, final
 
 import equinox as eqx
@@ -8,11 +9,18 @@ import numpy as np
 from jaxtyping import Array, Float
 from typing_extensions import TypeVar
 
-from .._boundary import whole_number
+from .._boundary import PyTree, entrance, whole_number
+from .._curvature import Mode
+from .._data import as_batch
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
+from .._report import Report, pandas
 from .._storage import History
 from .._trainer import Trainer
+from .columns import as_columns, as_table, by_element
+from .data_axis import members_first
+from .errors import errors_of_each
+from .mapped_chunk import Flags, member
 
 TrainerT = TypeVar(
     "TrainerT", bound=Trainer[Any, Any], covariant=True, default=Trainer[Any, Any]
@@ -39,6 +47,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     history: History
     stop_reasons: tuple[StopReason, ...] = eqx.field(static=True)
     edms: Float[np.ndarray, " members"]
+    _data_axis: Any = None
+    _group: int = eqx.field(static=True, default=0)
 
     def __len__(self) -> int:
         return len(self.stop_reasons)
@@ -74,6 +84,125 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     def best(self: "ManyResult[Trainer[Model, Any]]") -> Model:
         """The best model of all members."""
         return self.trainer(self.best_index).best
+
+    @property
+    def params(self) -> PyTree:
+        """The trained parameters of all members, which are the first axis."""
+        return self.trainers.params
+
+    @property
+    def failed(self) -> tuple[int, ...]:
+        """The members whose parameters are not an answer.
+
+        Their fits broke off, or stopped short of a minimum: `stop_reasons` says why.
+        """
+        reasons = enumerate(self.stop_reasons)
+        return tuple(index for index, reason in reasons if reason.is_failure)
+
+    @entrance
+    def errors(self, data: Any, *, jac: Mode | None = None) -> PyTree:
+        """Returns the standard errors of all members, in one compiled program.
+
+        **Arguments:**
+
+        - `data`: all of the data, one batch, as for [`vernal.fit_many`][]: each member
+            has its own part along the `data_axis` of the fit.
+        - `jac`: as for [`vernal.Trainer.fisher`][].
+
+        **Returns:**
+
+        A tree like `params`. The errors of a member are NaN if its residuals or their
+        derivatives are not finite, or the Hessian of its `nll` has a negative
+        eigenvalue; this harms no other member.
+
+        **Raises:**
+
+        - `TypeError`: if the class defines only `loss`.
+        - `ValueError`: if an axis of `data` is not as long as there are members.
+        """
+        batch, flags = self._rows_of(data)
+        return errors_of_each(self.trainers, batch, flags, self._group, jac)
+
+    @entrance
+    def report(self, index: int, data: Any, *, scale_errors: bool = False) -> Report:
+        """Reports how good the fit of one member is, as [`vernal.Trainer.report`][].
+
+        **Arguments:**
+
+        - `index`: the member.
+        - `data`: as for `errors`.
+        - `scale_errors`: as for [`vernal.Trainer.report`][].
+        """
+        trainer = self.trainer(index)
+        batch, flags = self._rows_of(data)
+        own = member(batch, flags, range(len(self))[index])
+        report = trainer.report(own, scale_errors=scale_errors)
+        return dataclasses.replace(report, stop_reason=self.stop_reasons[index])
+
+    @entrance
+    def table(self, data: Any = None) -> str:
+        """Tabulates the parameters of all members: a row for each.
+
+        A line at the end counts those that failed, and lists them by their reasons.
+
+        **Arguments:**
+
+        - `data`: as for `errors`; by default there are no errors.
+
+        **Returns:**
+
+        A table with the values of at most 12 elements, their standard errors, the best
+        loss, and why each ended.
+        """
+        losses = np.asarray(self.best_losses)
+        return as_table(*self._by_element(data), losses, self.stop_reasons)
+
+    @entrance
+    def to_dict(self, data: Any = None) -> dict[str, Any]:
+        """Returns a column for each element of the parameters, by its name.
+
+        **Arguments:**
+
+        - `data`: as for `errors`; by default there are no errors.
+
+        **Returns:**
+
+        A dictionary of arrays with a number for each member: `"peak.flux"`, and with
+        `data` its error, `"error[peak.flux]"`; `"best_loss"`, `"edm"`, and
+        `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
+        the other key is `"<edm>"`.)
+        """
+        return as_columns(
+            *self._by_element(data),
+            best_loss=np.asarray(self.best_losses),
+            edm=self.edms,
+            stop_reason=[str(reason) for reason in self.stop_reasons],
+        )
+
+    @entrance
+    def to_dataframe(self, data: Any = None) -> Any:
+        """Returns the columns of `to_dict` as a `pandas.DataFrame`, indexed by member.
+
+        **Arguments:**
+
+        - `data`: as for `errors`; by default there are no errors.
+
+        **Raises:**
+
+        - `ImportError`: if pandas is not installed.
+        """
+        frame = pandas().DataFrame(self.to_dict(data))
+        return frame.rename_axis("member")
+
+    def _rows_of(self, data: Any) -> tuple[Any, Flags]:
+        batch = as_batch(data, "data")
+        return members_first(batch, self._data_axis, len(self), "data")
+
+    def _by_element(
+        self, data: Any
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        errors = {} if data is None else by_element(self.errors(data))
+        return by_element(self.params), errors
 
     def nan_report(self, index: int) -> dict[str, NanCount]:
         """What was not finite in one member, as [`vernal.Trainer.nan_report`][]."""

@@ -17,11 +17,13 @@ from .._minimum import distance_of, settled
 from .._policy import StopReason
 from .._program import program
 from .._solve import (
+    IS_OVER,
     REASONS,
     End,
     Problem,
     Start,
     checked_solver,
+    choose,
     find_bad,
     is_suspect,
     progress_at,
@@ -125,21 +127,62 @@ def solve_many(
     return result
 
 
+def _run_round(
+    members: _Members, problem: Problem, steps: int
+) -> tuple[_Ends, list[int]]:
+    """Runs the solver once; returns also the members that met an error."""
+    goal, trainers = jnp.asarray(np.int32(steps)), members.trainers
+    try:
+        return jax.block_until_ready(_run(members, problem, goal)), []
+    except RuntimeError:
+        if members.place.mesh is not None:
+            raise
+        end, state, broken = solve_each(trainers, members.flags, problem, goal)
+        return _Ends(end, state), broken
+
+
+def _open(end: End, broken: list[int], whole: Any) -> np.ndarray:
+    """Finds the members for which it is not known what is held at its bounds."""
+    settled, numbers = np.array(whole(end.is_settled)), np.asarray(whole(end.reason))
+    settled[broken] = True
+    return ~settled & ~np.isin(numbers, [REASONS.index(reason) for reason in IS_OVER])
+
+
+@jax.jit
+def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
+    """Joins another round to what the open members did before."""
+
+    def one(old: _Ends, new: _Ends, is_open: Array) -> _Ends:
+        (end, _), (again, opt_state) = old, new
+        row = jnp.arange(len(end.losses))
+        later = again.losses[jnp.maximum(row - end.steps, 0)]
+        joined = again._replace(
+            losses=jnp.where(row < end.steps, end.losses, later),
+            steps=end.steps + again.steps,
+            first=end.first,
+        )
+        return choose(is_open, _Ends(joined, opt_state), old)
+
+    return jax.vmap(one)(old, new, is_open)
+
+
 def _solve(
     members: _Members, problem: Problem, max_steps: int
 ) -> tuple[AbstractTrainer, History, list[StopReason], np.ndarray]:
     """Solves; returns the trainers, a history, and why and how near each ended."""
-    goal = jnp.asarray(np.int32(max_steps))
     trainers, _, _, place = members
-    broken: list[int] = []
-    try:
-        end, opt_state = jax.block_until_ready(_run(members, problem, goal))
-    except RuntimeError:
-        if place.mesh is not None:
-            raise
-        end, opt_state, broken = solve_each(trainers, members.flags, problem, goal)
-    whole = place.whole
-    old = progress_of(trainers)
+    whole, old = place.whole, progress_of(trainers)
+    (end, opt_state), broken = _run_round(members, problem, max_steps)
+    open_ = _open(end, broken, whole)
+    while open_.any() and (left := max_steps - int(np.max(whole(end.steps)))) > 0:
+        # Other elements are held at their bounds in the next round.
+        progress = progress_at(end, old, opt_state, old.nan_counts)
+        next_ = members._replace(trainers=with_progress(trainers, progress))
+        again, newly_broken = _run_round(next_, problem, left)
+        has_fallen = open_ & np.asarray(whole(again.end.last) < whole(end.last))
+        end, opt_state = _joined(_Ends(end, opt_state), again, jnp.asarray(open_))
+        broken = sorted({*broken, *newly_broken})
+        open_ = has_fallen & _open(end, broken, whole)
     starts, losses, steps, numbers, in_vain = jax.device_get(
         jax.tree.map(
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)

@@ -7,9 +7,21 @@ the formulas and finds the distance on the host.
 from .distance import (
     MOST_PARAMETERS,
     has_jacobian,
+    has_minimum,
     measure,
+    measure_hessian,
     measure_jacobian,
     settled,
+    spectral_distance,
     what_falls,
 )
-from .edm import Distance, Local, along, distance_of, unknown
+from .edm import (
+    Curved,
+    Distance,
+    Local,
+    Triangle,
+    along,
+    distance_of,
+    edm_note,
+    unknown,
+)

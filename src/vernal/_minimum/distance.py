@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._boundary import Params
+from .._constraints import held_at
 from .._curvature import (
     Flat,
+    Spectrum,
     Subject,
     choose_mode,
     columns,
@@ -22,7 +24,16 @@ from .._curvature import (
 )
 from .._policy import StopReason
 from .._projection import EigenProjector
-from .._step import AbstractTrainer, defined, live, real_residuals, score
+from .._step import (
+    AbstractTrainer,
+    defined,
+    live,
+    negative_log_likelihood,
+    overrides,
+    pushed,
+    real_residuals,
+    score,
+)
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import (
     TOLERANCE,
@@ -30,7 +41,9 @@ from .edm import (
     Local,
     Point,
     curved,
+    distance_of,
     of_products,
+    spectral,
     triangle,
     unknown,
 )
@@ -65,7 +78,13 @@ def measure(
     """
     params = as_parameters(trainer.params)
     here = _Here(_wide(ravel(params)), params, projector)
-    at = lambda flat: live(trainer, unravel(flat, params))
+    loss_at = lambda params: (
+        negative_log_likelihood(live(trainer, params), batch, key)
+        if kind == "residuals"
+        else score(live(trainer, params), batch, key).loss
+    )
+    held = pushed(trainer, loss_at)
+    at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
     if kind == "residuals":
         residuals = lambda flat: _wide(real_residuals(at(flat), batch, key))
         return _of_residuals(traced(residuals, here.flat), here, fall)
@@ -91,6 +110,52 @@ def measure_jacobian(
     here = _Here(_wide(ravel(params)), params, projector)
     vector = _wide(residuals).ravel()
     return triangle(_wide(jacobian), vector, here.point(), fall)
+
+
+@eqx.filter_jit
+def measure_hessian(
+    value: Float[Array, ""],
+    slope: Float[Array, " D"],
+    hessian: Float[Array, "D D"],
+    params: Params,
+    projector: EigenProjector | None,
+) -> Local:
+    """Measures what `measure` does from the derivatives of an `nll`."""
+    here = _Here(_wide(ravel(params)), params, projector)
+    args = _wide(value), _wide(slope), _wide(hessian)
+    return curved(*args, here.point(), TOLERANCE)
+
+
+def spectral_distance(
+    spectrum: Spectrum,
+    slope: Float[Array, " D"],
+    squares: Float[Array, ""],
+    size: int,
+    params: Params,
+    projector: EigenProjector | None,
+) -> Distance:
+    """Finds the distance by a decomposed Jacobian of `size` residuals, on the host."""
+    leaves = [np.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(params)]
+    flat: Any = np.concatenate(leaves)
+    here = _Here(flat, params, projector)
+    return distance_of(spectral(spectrum, slope, squares, size, here.point()))
+
+
+def has_minimum(trainer: AbstractTrainer) -> bool:
+    """Whether a fit ends where the gradient is zero.
+
+    With random numbers, or hooks that change steps, it may end elsewhere.
+    """
+    has_hooks = overrides(trainer, "transform_grads") or overrides(trainer, "constrain")
+    return trainer.key is None and not has_hooks and _is_real(trainer.params)
+
+
+def _is_real(params: Params) -> bool:
+    try:
+        as_parameters(params)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class _Here(NamedTuple):

@@ -9,12 +9,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import Params
-from .._curvature import column_norms, matmul, positive, square_factor
+from .._curvature import Spectrum, column_norms, matmul, positive, square_factor
 from .._policy import all_finite
 from .._tree import element_name
 
 # A loss that can fall by this fraction of its scatter is at its minimum.
 TOLERANCE = 1e-3
+
+_WORTH_A_NOTE = 20
 
 # Rounding leaves a singular value that is zero at this many machine epsilons.
 _ROUNDING = 64
@@ -67,6 +69,7 @@ class Triangle(NamedTuple):
     - `rounding`: the distance that rounding may hide.
     - `exact`: the distance that counts as zero without scatter.
     - `has_fallen`: whether the loss has fallen on the way.
+    - `scale`: the norms of the columns of the Jacobian.
     """
 
     factor: Float[Array, "L+1 L+1"]
@@ -76,12 +79,38 @@ class Triangle(NamedTuple):
     rounding: Float[Array, ""]
     exact: Float[Array, ""]
     has_fallen: Bool[Array, ""]
+    scale: Float[Array, " D"]
+
+    @property
+    def slope(self) -> Float[Array, " L"]:
+        """The gradient, in units of the columns."""
+        return matmul(self.factor[:-1, :-1].T, self.factor[:-1, -1])
+
+
+class Spectral(NamedTuple):
+    """The same as `Triangle`, by singular values.
+
+    - `values`: the singular values.
+    - `inner`: the products of the residuals with the left singular vectors.
+    - `right`: the right singular vectors, as rows.
+    """
+
+    values: Float[np.ndarray, " K"]
+    inner: Float[np.ndarray, " K"]
+    right: Float[np.ndarray, "K L"]
+    turn: Float[Array | np.ndarray, "D L"] | None
+    loss: Float[Array | np.ndarray, ""]
+    size: Any
+    rounding: Any
+    exact: Any
+    has_fallen: Any
 
 
 class Curved(NamedTuple):
     """The gradient and the Hessian at a point, in units of the Hessian's diagonal.
 
-    `turn` and `loss` are as in `Triangle`; `limit` is that of the distance.
+    `turn` and `loss` are as in `Triangle`; `limit` is that of the distance, `scale` the
+    root of the diagonal.
     """
 
     slope: Float[Array, " L"]
@@ -89,9 +118,10 @@ class Curved(NamedTuple):
     turn: Float[Array, "D L"] | None
     loss: Float[Array, ""]
     limit: Float[Array, ""]
+    scale: Float[Array, " D"]
 
 
-Local = Triangle | Curved | Distance
+Local = Triangle | Spectral | Curved | Distance
 """What a compiled program finds out about the surroundings of a point."""
 
 
@@ -103,16 +133,21 @@ class Point(NamedTuple):
     - `basis`: the directions that are free, `None` for all.
     """
 
-    flat: Float[Array, " D"]
+    flat: Float[Array | np.ndarray, " D"]
     eps: Float[np.ndarray, " D"]
     basis: Float[Array, "D L"] | None = None
 
-    def rounding(self, loss: Array, scale: Array) -> Array:
+    def rounding(self, loss: Any, scale: Any) -> Any:
         """Estimates the distance that rounding may hide, of the loss and parameters."""
-        of_params = 0.5 * jnp.sum(jnp.square(16 * self.eps * (self.flat * scale)))
-        return 4 * jnp.finfo(loss.dtype).eps * jnp.abs(loss) + of_params
+        of_params = 0.5 * ((16 * self.eps * (self.flat * scale)) ** 2).sum()
+        return 4 * jnp.finfo(loss.dtype).eps * abs(loss) + of_params
 
-    def turn(self, scale: Array, own: Array) -> Array | None:
+    def exact(self, scale: Any) -> Any:
+        """Returns the distance that counts as zero without scatter."""
+        eps = np.maximum(self.eps, _EXACT)
+        return 0.5 * ((eps * self.flat * scale) ** 2).sum()
+
+    def turn(self, scale: Any, own: Any) -> Any:
         """Returns what turns steps in units of `own` into ones in units of `scale`."""
         if self.basis is None:
             return None
@@ -142,9 +177,9 @@ def triangle(
         loss=loss,
         size=jnp.array(residuals.size),
         rounding=point.rounding(loss, scale),
-        exact=0.5
-        * jnp.sum(jnp.square(np.maximum(point.eps, _EXACT) * point.flat * scale)),
+        exact=point.exact(scale),
         has_fallen=jnp.asarray(fall > 0),
+        scale=scale,
     )
 
 
@@ -169,6 +204,7 @@ def curved(
         turn=point.turn(scale, own),
         loss=jnp.where(all_finite((slope, hessian)), loss, jnp.nan),
         limit=jnp.fmax(limit, rounding),
+        scale=scale,
     )
 
 
@@ -183,22 +219,60 @@ def distance_of(local: Any) -> Distance:
     if not np.isfinite(local.loss):
         distance = unknown(np.zeros(0, local.loss.dtype))
         return distance._replace(is_saddle=np.asarray(True))
-    return _of_triangle(local) if isinstance(local, Triangle) else _of_curved(local)
+    if isinstance(local, Curved):
+        return _of_curved(local)
+    return _of_spectral(_by_svd(local) if isinstance(local, Triangle) else local)
 
 
-def _of_triangle(local: Triangle) -> Distance:
+def spectral(
+    spectrum: Spectrum, slope: Any, squares: Any, size: int, point: Point
+) -> Spectral:
+    """Makes a `Spectral`, on the host, from a decomposition of the Jacobian.
+
+    `slope` is the gradient in units of the spectrum, `squares` the sum of the squares
+    of `size` residuals.
+    """
+    loss = np.asarray(0.5 * squares)
+    scale, values, vectors = (np.asarray(x, float) for x in spectrum)
+    roots, right = np.sqrt(np.maximum(values, 0)), vectors.T
+    inner = right @ np.asarray(slope, float) / np.where(roots > 0, roots, np.inf)
+    turn = None
+    if point.basis is not None:
+        basis = np.asarray(point.basis, float)
+        free = roots[:, None] * right @ (basis / scale[:, None])
+        own = np.linalg.norm(free, axis=0)
+        own = np.where(own > 0, own, 1)
+        is_kept = roots > _noise(len(roots), loss.dtype) * roots[0]
+        left, roots, right = np.linalg.svd(free / own, full_matrices=False)
+        inner, turn = left.T @ np.where(is_kept, inner, 0), point.turn(1 / scale, own)
+    rounding, exact = point.rounding(loss, 1 / scale), point.exact(1 / scale)
+    ends = (loss, size, rounding, exact, False)
+    return Spectral(roots, inner, right, turn, *ends)
+
+
+def _noise(size: int, dtype: Any) -> float:
+    """Returns what rounding leaves of a singular value that is zero."""
+    return max(_ROUNDING, size) * float(jnp.finfo(dtype).eps)
+
+
+def _by_svd(local: Triangle) -> Spectral:
+    factor = local.factor.astype(float)
+    left, values, right = np.linalg.svd(factor[:-1, :-1])
+    return Spectral(values, left.T @ factor[:-1, -1], right, *local[1:-1])
+
+
+def _of_spectral(local: Spectral) -> Distance:
     r"""Finds the distance by singular values.
 
     With the orthonormal columns $Q$ that span those of $J$ it is
     $\frac12 \lVert Q^\top r \rVert^2$.
     """
-    factor, loss = local.factor.astype(float), local.loss
-    left, values, right = np.linalg.svd(factor[:-1, :-1])
-    noise = max(_ROUNDING, len(values)) * np.finfo(local.factor.dtype).eps
+    values, loss = local.values, local.loss
+    noise = _noise(len(values), loss.dtype)
     is_kept = (values > noise * values[0]) & (values > 0)
-    along = np.where(is_kept, left.T @ factor[:-1, -1], 0)
+    along = np.where(is_kept, local.inner, 0)
     edm = 0.5 * np.sum(np.square(along))
-    step = -right.T @ (along / np.where(is_kept, values, 1))
+    step = -local.right.T @ (along / np.where(is_kept, values, 1))
 
     degrees = max(local.size - np.sum(is_kept), 1)
     limit = np.fmax(TOLERANCE * 2 * loss / degrees, local.rounding)
@@ -296,6 +370,18 @@ def unknown(like: Array | np.ndarray) -> Distance:
     """Returns a distance that is not known, in the dtype of the parameters."""
     nan, no = np.asarray(np.nan, like.dtype), np.asarray(False)
     return Distance(nan, nan, no, no, np.zeros(like.shape, like.dtype))
+
+
+def edm_note(distance: Distance, params: Params) -> str | None:
+    """Returns a note for a table if a trainer is not at a minimum.
+
+    A fit has converged if `edm` is below a thousandth of the scatter. A table shows no
+    difference below about twenty times that: a fifth of an error bar.
+    """
+    if not distance.edm > _WORTH_A_NOTE * distance.limit:
+        return None
+    where = along(np.asarray(distance.direction, float), params)
+    return f"not at a minimum: edm {distance.edm:.3g}{where}"
 
 
 def along(direction: np.ndarray, params: Params) -> str:

@@ -14,4 +14,4 @@ from .library import (
     module_of,
 )
 from .portable import Portable, build, packed
-from .quick_methods import QuickMethods
+from .quick_methods import PlainMethods, QuickMethods

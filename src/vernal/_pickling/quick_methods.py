@@ -1,5 +1,6 @@
 """Methods of modules, bound without a delay."""
 
+import functools
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,17 @@ class _Example(eqx.Module):
 _example = vars(_Example().method)
 _BoundMethod = type(_Example().method)
 _COPIED = tuple(name for name in _example if name not in ("__func__", "__self__"))
+
+
+class PlainMethods:
+    """A mixin for `equinox.Module`: methods are bound as Python binds them.
+
+    For modules whose methods only vernal calls: each attribute is looked up at the
+    speed of Python's own classes, also where a tree is taken apart.
+    """
+
+    if not TYPE_CHECKING:
+        __getattribute__ = object.__getattribute__
 
 
 class QuickMethods:
@@ -34,5 +46,13 @@ class QuickMethods:
 
 
 def _bound(fn: Any, module: Any) -> Any:
-    fields = {name: getattr(fn, name) for name in _COPIED if hasattr(fn, name)}
-    return build(_BoundMethod, {**fields, "__func__": fn, "__self__": module})
+    about = _about(fn) if type(fn) is types.FunctionType else _read(fn)
+    return build(_BoundMethod, {**about, "__func__": fn, "__self__": module})
+
+
+def _read(fn: Any) -> dict[str, Any]:
+    """Returns the name, the documentation and the annotations of a function."""
+    return {name: getattr(fn, name) for name in _COPIED if hasattr(fn, name)}
+
+
+_about = functools.lru_cache(512)(_read)

@@ -74,20 +74,26 @@ def any_non_finite(leaves: Iterable[Array]) -> Bool[Array, ""]:
     Zero times a number is zero, of either sign, if the number is finite, and NaN
     otherwise. The bits of these products are joined.
     """
-    flags = [jnp.array(False)]
+    words: dict[jnp.dtype, Array] = {}
     whole = map(jnp.asarray, join_small(list(leaves)))
     parts = [[x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in whole]
     for part in itertools.chain(*parts):
         unsigned = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(part * 0, unsigned).ravel()
-        if (size := bits.size) >= _LARGE:
-            width = -(-size // _PIECES)
-            starts = [min(i * width, size - width) for i in range(_PIECES)]
-            pieces = [jax.lax.slice(bits, (i,), (i + width,)) for i in starts]
-            bits = ft.reduce(jax.lax.bitwise_or, pieces)
-        joined = jax.lax.reduce(bits, unsigned.type(0), jax.lax.bitwise_or, (0,))
-        flags.append(joined << 1 != 0)
-    return ft.reduce(operator.or_, flags)
+        bits = jax.lax.bitcast_convert_type(part * 0, unsigned)
+        if bits.ndim:
+            bits = _joined(bits.ravel())
+        words[unsigned] = words[unsigned] | bits if unsigned in words else bits
+    flags = [word << 1 != 0 for word in words.values()]
+    return ft.reduce(operator.or_, flags, jnp.array(False))
+
+
+def _joined(bits: Array) -> Array:
+    if (size := bits.size) >= _LARGE:
+        width = -(-size // _PIECES)
+        starts = [min(i * width, size - width) for i in range(_PIECES)]
+        pieces = [jax.lax.slice(bits, (i,), (i + width,)) for i in starts]
+        bits = ft.reduce(jax.lax.bitwise_or, pieces)
+    return jax.lax.reduce(bits, bits.dtype.type(0), jax.lax.bitwise_or, (0,))
 
 
 def debug_nan_check(grads: T) -> T:

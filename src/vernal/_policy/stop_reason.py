@@ -29,6 +29,17 @@ class StopReason(enum.Enum):
     DIVERGED = "The solver diverged."
     FAILED = "The solver gave up: one of its steps had no solution."
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether the parameters are not an answer: the fit broke off, or stopped short
+        of a minimum."""
+        return self in _FAILURES
+
+    @property
+    def in_short(self) -> str:
+        """A few words, such as "max steps", for a table."""
+        return self.name.lower().replace("_", " ")
+
     def __str__(self) -> str:
         """The sentence."""
         return self.value
@@ -36,3 +47,15 @@ class StopReason(enum.Enum):
 
 AT_NON_FINITE = (StopReason.NON_FINITE, StopReason.ALL_SKIPPED)
 """The reasons of a fit that non-finite values have ended, or left without a step."""
+
+_FAILURES = frozenset(
+    {
+        *AT_NON_FINITE,
+        StopReason.POLICY,
+        StopReason.ERROR,
+        StopReason.STALLED,
+        StopReason.MAX_STEPS,
+        StopReason.DIVERGED,
+        StopReason.FAILED,
+    }
+)

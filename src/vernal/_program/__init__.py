@@ -1,8 +1,9 @@
 """Compiled programs, which follow the code that they were made from.
 
 `programs` finds the program of a call, or compiles it again where its code has changed.
-`shelves` decides which compiled programs are kept.
+`shelves` decides which compiled programs are kept. `prepared` prepares arguments.
 """
 
 from .host import calls_host
+from .prepared import prepared
 from .programs import Version, forget, program, version_of

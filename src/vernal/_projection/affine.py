@@ -1,8 +1,9 @@
 """An affine map between a tree of parameters and a latent space, block by block."""
 
+from collections.abc import Callable
 from functools import reduce
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -35,9 +36,15 @@ from .blocks import (
 from .whitening import AbstractWhitening
 
 SelfT = TypeVar("SelfT", bound="AbstractProjector")
+FnT = TypeVar("FnT", bound=Callable[..., Any])
 
 VECTOR = jax.tree.structure(0)
 """The structure of a latent space that is one vector."""
+
+
+def _compiled(fn: FnT) -> FnT:
+    """Makes a function one program; by itself, each of its operations would be one."""
+    return cast(FnT, jax.jit(fn, inline=True))
 
 
 class AbstractProjector(Portable, eqx.Module):
@@ -98,6 +105,7 @@ class AbstractProjector(Portable, eqx.Module):
         return jax.lax.stop_gradient(self._origin)
 
     @property
+    @_compiled
     def matrix(self) -> Float[Array, "D latent"]:
         """The matrix $P$, of shape `(D, latent_size)`, formed on each access.
 
@@ -126,6 +134,10 @@ class AbstractProjector(Portable, eqx.Module):
         """
         if len(self._whitenings) == 1:
             return self._held[0].spectrum
+        return self._sorted()
+
+    @_compiled
+    def _sorted(self) -> Float[Array, "*members D"]:
         values = jnp.concatenate([w.spectrum.astype(self._dtype) for w in self._held])
         is_null = jnp.concatenate([w.is_null for w in self._held], axis=-1)
         return values[jnp.lexsort((-values, is_null))]
@@ -152,6 +164,7 @@ class AbstractProjector(Portable, eqx.Module):
         return sum(whitening.latent_size for whitening in self._whitenings)
 
     @property
+    @_compiled
     def condition_number(self) -> Float[Array, "*members"]:
         r"""The largest eigenvalue in $\Lambda$ over the smallest that is not null."""
         values = self.eigenvalues
@@ -159,6 +172,7 @@ class AbstractProjector(Portable, eqx.Module):
         return values[..., 0] / jnp.take_along_axis(values, last, axis=-1)[..., 0]
 
     @property
+    @_compiled
     def log_abs_det(self) -> Float[Array, "*members"]:
         r"""The logarithm of the factor by which $P$ changes volumes, $\log|\det P|$.
 
@@ -204,9 +218,13 @@ class AbstractProjector(Portable, eqx.Module):
 
         A tree like the parameters, each leaf in its dtype.
         """
+        return self._moved(self._pieces(latent))
+
+    @_compiled
+    def _moved(self, latents: list[Array]) -> Params:
         pieces = [
             jnp.asarray(piece, w.dtype)
-            for w, piece in zip(self._whitenings, self._pieces(latent), strict=True)
+            for w, piece in zip(self._whitenings, latents, strict=True)
         ]
         move = lambda w, start, piece: start + w.apply(piece)
         moved = on_each(move, self._held, self._ravel(self.origin), pieces)
@@ -230,7 +248,11 @@ class AbstractProjector(Portable, eqx.Module):
         A vector of shape `(latent_size,)`; after
         [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
-        points, starts = self._checked(params, "params"), self._ravel(self.origin)
+        return self._latent_of(self._checked(params, "params"))
+
+    @_compiled
+    def _latent_of(self, params: Params) -> PyTree:
+        points, starts = self._ravel(params), self._ravel(self.origin)
         invert = lambda w, point, start: w.invert(point - start)
         latents = on_each(invert, self._held, points, starts)
         return self._structure.unflatten(latents)
@@ -248,7 +270,11 @@ class AbstractProjector(Portable, eqx.Module):
         A vector of shape `(latent_size,)`; after
         [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
-        flats = self._checked(grads, "grads")
+        return self._pulled_back(self._checked(grads, "grads"))
+
+    @_compiled
+    def _pulled_back(self, grads: Params) -> PyTree:
+        flats = self._ravel(grads)
         latents = on_each(lambda w, x: w.transpose(x), self._held, flats)
         return self._structure.unflatten(latents)
 
@@ -264,18 +290,22 @@ class AbstractProjector(Portable, eqx.Module):
 
         A tree like the parameters, zero along directions that were dropped.
         """
-        flats = self._checked(grads, "grads")
+        return self._natural(self._checked(grads, "grads"))
+
+    @_compiled
+    def _natural(self, grads: Params) -> Params:
+        flats = self._ravel(grads)
         natural = on_each(lambda w, x: w.apply(w.transpose(x)), self._held, flats)
         return unravel_blocks(natural, self._blocks, self._origin)
-
-    def _checked(self, tree: Params, name: str) -> list[Float[Array, " _"]]:
-        arrays = as_parameters(tree, name)
-        require_alike(arrays, self._origin, f"`{name}`", "the projector's parameters")
-        return self._ravel(arrays)
 
     def _ravel(self, tree: Params) -> list[Float[Array, " _"]]:
         dtypes = [whitening.dtype for whitening in self._whitenings]
         return ravel_blocks(tree, self._blocks, dtypes)
+
+    def _checked(self, tree: Params, name: str) -> Params:
+        arrays = as_parameters(tree, name)
+        require_alike(arrays, self._origin, f"`{name}`", "the projector's parameters")
+        return arrays
 
     @checked
     def null_space(self) -> tuple[dict[str, float], ...]:
@@ -304,6 +334,7 @@ class AbstractProjector(Portable, eqx.Module):
 
     @undebugged
     @checked
+    @_compiled
     def covariance(self) -> Float[Array, "D D"]:
         r"""Returns the covariance of the parameters, $P P^\top = F^{-1}$.
 
@@ -322,6 +353,7 @@ class AbstractProjector(Portable, eqx.Module):
 
     @undebugged
     @checked
+    @_compiled
     def standard_errors(self) -> Params:
         """Returns the standard error of each parameter.
 

@@ -1,11 +1,13 @@
 """Whitening by a given matrix or Jacobian."""
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params, refuse_foreign
 from .._curvature import (
@@ -14,6 +16,7 @@ from .._curvature import (
     as_real_square,
     equilibrated_eigh,
     of_jacobian,
+    on_device,
     refuse,
     refuse_non_finite,
 )
@@ -61,20 +64,21 @@ def whiten(
     matrix = _refuse_bad_rows(refuse_non_finite(matrix, bare), kind, name, params)
 
     dtype = widest((matrix.dtype, ravel_dtype(params)))
-    scale, values, vectors = _decompose(matrix.astype(dtype))
-    tolerance = (nulls.rtol or 0) * values[0]
+    is_inverse = kind != "cov"
+    scale, values, vectors = _decompose(matrix.astype(dtype), is_inverse)
+    known = values if isinstance(values, Tracer) else np.asarray(values)
+    tolerance = (nulls.rtol or 0) * known[0]
     values = refuse(
         values,
-        values[-1] < -tolerance,
+        known[-1] < -tolerance,
         f"{name} is indefinite: scaled to a unit diagonal it has a negative "
         f"eigenvalue. {_REMEDY[kind]}",
         lambda: (
-            f"The lowest is {values[-1]}, beyond the tolerance of {tolerance}; its "
-            f"direction involves {list_parameters(params, vectors[:, -1])}."
+            f"The lowest is {known[-1]}, beyond the tolerance of {tolerance}; its "
+            f"direction involves {list_parameters(params, np.asarray(vectors)[:, -1])}."
         ),
     )
-    is_inverse = kind != "cov"
-    spectrum = Spectrum(1 / scale if is_inverse else scale, values, vectors)
+    spectrum = Spectrum(scale, values, vectors)
     return whiten_spectrum(spectrum, params, nulls, eps, name, is_inverse=is_inverse)
 
 
@@ -86,27 +90,26 @@ def _noise(given: Matrix, matrix: Float[Array, "N D"]) -> float:
     return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=1)
 def _decompose(
-    matrix: Float[Array, "D D"],
+    matrix: Float[Array, "D D"], is_inverse: bool
 ) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
     diagonal = jnp.diag(matrix)
     scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
     values, vectors = equilibrated_eigh(matrix, scale)
-    return scale, values, vectors
+    return 1 / scale if is_inverse else scale, values, vectors
 
 
 def _refuse_bad_rows(
     matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
 ) -> Float[Array, "D D"]:
     """Refuses rows that no scale can repair, before the costly decomposition."""
-    diagonal = jnp.diag(matrix)
-    largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
-    bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
+    bad = _is_bad_row(matrix)
 
     def first() -> str:
         index = int(np.flatnonzero(bad)[0])
-        return f"The first is that of {element_name(params, index)}: {diagonal[index]}."
+        element = np.asarray(matrix)[index, index]
+        return f"The first is that of {element_name(params, index)}: {element}."
 
     return refuse(
         matrix,
@@ -117,6 +120,13 @@ def _refuse_bad_rows(
     )
 
 
+@jax.jit
+def _is_bad_row(matrix: Float[Array, "D D"]) -> Bool[Array, " D"]:
+    diagonal = jnp.diag(matrix)
+    largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
+    return (diagonal < 0) | ((diagonal == 0) & (largest > 0))
+
+
 def whiten_jacobian(
     given: Matrix, params: Params, nulls: NullPolicy, name: str
 ) -> DenseWhitening:
@@ -124,7 +134,7 @@ def whiten_jacobian(
     check_jacobian(given, params, name)
     size = ravel_size(params)
     nulls.check(size)
-    jac = jax.lax.stop_gradient(jnp.asarray(given))
+    jac = jax.lax.stop_gradient(on_device(given))
     if not jnp.issubdtype(jac.dtype, jnp.floating):
         jac = jac.astype(float)
     jac = refuse_non_finite(jac, name.strip("`"))

@@ -4,13 +4,14 @@ import math
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params
-from .._curvature import Spectrum, matmul, refuse
+from .._curvature import Spectrum, matmul, on_device, refuse
 from .null_policy import NullPolicy
 from .null_space import name_null_space
 from .whitening import AbstractWhitening
@@ -103,7 +104,7 @@ class DenseWhitening(AbstractWhitening):
                 "`null_space` names parameters by the values of the projector, which "
                 "are not known under `jax.jit`. Call it outside."
             )
-        basis = jnp.concatenate([self.vectors, self.null_vectors], axis=1)
+        basis = np.concatenate([self.vectors, self.null_vectors], axis=1)
         null = basis[:, np.asarray(self.is_null)]
         return name_null_space(params, null, self.resolution)
 
@@ -115,14 +116,31 @@ class DenseWhitening(AbstractWhitening):
         errors = self.scale * jnp.linalg.norm(self._factor, axis=1)
         return jnp.where(self._unbounded(self.null_vectors), jnp.inf, errors)
 
-    def errors_of_the_data(self) -> Float[Array, " D"]:
-        """Returns the standard errors without a prior."""
-        is_null = self.roots < 0
-        factor = self.vectors * jnp.where(is_null, 0, self.roots)[None, :]
-        errors = self.scale * jnp.linalg.norm(factor, axis=1)
-        own = jnp.where(is_null[None, :], self.vectors, 0)
-        null = jnp.concatenate([own, self.null_vectors], axis=1)
-        return jnp.where(self._unbounded(null), jnp.inf, errors)
+    def errors_of_the_data(self) -> Float[Array | np.ndarray, " D"]:
+        """Returns the standard errors without a prior, on the host as a NumPy array."""
+        # NumPy compiles nothing; here each operation would be compiled by itself.
+        of = jnp if isinstance(self.roots, Tracer) else np
+        parts = self.scale, self.vectors, self.roots, self.null_vectors
+        scale, vectors, roots, dropped = map(of.asarray, parts)
+        is_null = roots < 0
+        factor = vectors * of.where(is_null, 0, roots)[None, :]
+        own = of.where(is_null[None, :], vectors, 0)
+        null = of.concatenate([own, dropped], axis=1)
+        is_unbounded = of.linalg.norm(null, axis=1) > self.resolution
+        errors = scale * of.linalg.norm(factor, axis=1)
+        return of.where(is_unbounded, np.asarray(np.inf, scale.dtype), errors)
+
+    def correlations_of_the_data(self) -> Float[np.ndarray, "D D"]:
+        """Returns the correlations without a prior, NaN where an error is infinite.
+
+        It runs on the host.
+        """
+        roots, vectors = (np.asarray(x, float) for x in (self.roots, self.vectors))
+        factor = vectors * np.where(roots < 0, 0, roots)
+        norms = np.linalg.norm(factor, axis=1)
+        is_known = np.isfinite(self.errors_of_the_data()) & (norms > 0)
+        unit = factor / np.where(is_known, norms, np.nan)[:, None]
+        return np.clip(unit @ unit.T, -1, 1)
 
     def covariance(self) -> Float[Array, "D D"]:
         r"""Returns $P P^T$, with the limit $\pm\infty$ where directions were dropped.
@@ -168,7 +186,9 @@ def whiten_spectrum(
     if on_null == "raise" and rank is not None and rank < size:
         shown = "; ".join(
             " and ".join(f"{path} ({weight:+.3g})" for path, weight in null.items())
-            for null in name_null_space(params, vectors[:, rank:], resolution)
+            for null in name_null_space(
+                params, np.asarray(vectors)[:, rank:], resolution
+            )
         )
         raise ValueError(
             f"{name} does not constrain {size - rank} of {size} directions: {shown}. "
@@ -181,13 +201,13 @@ def whiten_spectrum(
     roots = of.where(is_null, -1, 1 / roots if is_inverse else roots)
     kept = size if on_null == "prior" else rank
     dropped = np.zeros((size, 0), vectors.dtype)
-    if kept != size:
-        vectors, dropped = vectors[:, :kept], vectors[:, kept:]
+    if kept is not None and kept < size:
+        vectors, dropped = jax.lax.split(vectors, (kept, size - kept), axis=1)
     return DenseWhitening(
         scale=scale,
         vectors=vectors,
-        roots=jnp.asarray(roots[:kept]),
-        null_vectors=jnp.asarray(dropped),
+        roots=on_device(roots[:kept]),
+        null_vectors=on_device(dropped),
         eigenvalues=values,
         has_prior=on_null == "prior",
         resolution=resolution,
@@ -202,23 +222,24 @@ def _choose_rank(
     The number is `None` where it depends on values that are not known.
     """
     size, rank, is_traced = values.size, nulls.rank, isinstance(values, Tracer)
+    known = values if is_traced else np.asarray(values)
     if rank is not None or (is_traced and nulls.on_null == "raise"):
         rank = size if rank is None else rank
         return rank, refuse(
             values,
-            ~(values[rank - 1] > tolerance),
+            ~(known[rank - 1] > tolerance),
             f"`rank={rank}` keeps directions that {name} does not constrain. Lower "
             "`rank` or `rtol`."
             if nulls.rank is not None
             else f"{name} does not constrain every direction. Make the projector "
             'outside of `jax.jit` to see which, or use `on_null="prior"`.',
             lambda: (
-                f"Only {np.count_nonzero(values > tolerance)} of {size} "
+                f"Only {np.count_nonzero(known > tolerance)} of {size} "
                 f"eigenvalues are above the tolerance of {tolerance}."
             ),
         )
     if not is_traced:
-        return int(np.count_nonzero(np.asarray(values) > tolerance)), values
+        return int(np.count_nonzero(known > tolerance)), values
     if nulls.on_null == "prior":
         return None, values
     raise ValueError(

@@ -1,7 +1,6 @@
 """Names of directions in the space of parameters."""
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from .._boundary import Params
 from .._tree import element_name
@@ -23,18 +22,18 @@ def name_direction(
     }
 
 
-def list_parameters(params: Params, direction: Float[Array, " D"]) -> str:
+def list_parameters(params: Params, direction: np.ndarray) -> str:
     """Lists the names of the elements with the largest weights, at most ten."""
-    vector = np.asarray(direction, float)
+    vector = direction.astype(float)
     names = list(name_direction(params, vector, 0.1 * float(np.max(abs(vector)))))
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def name_null_space(
-    params: Params, null_vectors: Float[Array, "D nullity"], least: float
+    params: Params, null_vectors: np.ndarray, least: float
 ) -> tuple[dict[str, float], ...]:
     """Names a sparse basis of the space that the columns of `null_vectors` span."""
-    basis = _sparse_basis(np.asarray(null_vectors.T, float))
+    basis = _sparse_basis(null_vectors.T.astype(float))
     return tuple(name_direction(params, vector, least) for vector in basis)
 
 

@@ -1,6 +1,7 @@
 """Solvers of Optimistix."""
 
 from .problem import (
+    IS_OVER,
     REASONS,
     End,
     Problem,
@@ -14,3 +15,4 @@ from .problem import (
     run_solver,
 )
 from .solve import SolveOptions, solve
+from .tracked_solver import choose

@@ -22,12 +22,15 @@ from .._step import (
     defined,
     live,
     overrides,
+    priors_of,
     progress_of,
+    pushed,
     real_residuals,
     score,
     step_key,
 )
 from .._tree import as_parameters, cast_like, ravel, ravel_size, unravel
+from .box import Box
 from .tracked_solver import Seen, better, choose, keeps_score, tracked
 
 # The least number of losses to make room for, so that short solves share a program; and
@@ -36,19 +39,23 @@ _LEAST_ROWS = 256
 _MOST_ROWS = 2**24
 
 
+# The reasons for which another round is of no use.
+IS_OVER = (StopReason.NON_FINITE, StopReason.MAX_STEPS)
+
+
 class Problem(NamedTuple):
     """What is solved, without the point to start from.
 
     `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
-    differentiation, `None` for the one that works. If it `is_alone`, its Jacobian at
-    the end is left to `linearised`, whose program other methods share.
+    differentiation, `None` for the one that works. If its Jacobian `is_shared`, it is
+    left to `linearised`, whose program other methods share.
     """
 
     batch: Any
     encoded: Closure
     rows: int
     jac: Mode | None
-    is_alone: bool = False
+    is_shared: bool = False
 
 
 Solver = (
@@ -119,6 +126,8 @@ class End(NamedTuple):
     local: Local | None
     """What the distance to the minimum is computed from; `None` for a Jacobian that is
     not computed yet."""
+    is_settled: Bool[Array, ""]
+    """Whether it is known which parameters are held at their bounds."""
 
 
 def progress_at(
@@ -163,17 +172,30 @@ def run_solver(
     The trainer is stripped, so that programs are shared; `projector` and `held` are the
     projector and the start of the whole trainer.
     """
-    batch, encoded, rows, jac, is_alone = problem
+    batch, encoded, rows, jac, is_shared = problem
     solver, latent = encoded.decode(), held.latent
     _check_class(trainer, solver)
     as_parameters(trainer.params)
     # The dtype of the loss, unless the trainer was made while `jax_enable_x64` was off.
     key, dtype = step_key(trainer), jnp.result_type(float)
 
-    def to_params(point: PyTree) -> PyTree:
+    is_minimiser = isinstance(solver, optx.AbstractMinimiser)
+
+    def value(params: PyTree) -> Array:
+        at_params = live(trainer, params)
+        if is_minimiser:
+            return score(at_params, batch, key).loss
+        return 0.5 * jnp.sum(jnp.square(real_residuals(at_params, batch, key)))
+
+    box = Box.around(trainer, value)
+
+    def to_free(point: PyTree) -> PyTree:
         if projector is None:
             return cast_like(point, trainer.params)
         return projector.to_params(cast_like(point, latent))
+
+    def to_params(point: PyTree) -> PyTree:
+        return to_free(point) if box is None else box.within(to_free(point))
 
     def seen(loss: Array, point: PyTree) -> Seen:
         # Under `jax.disable_jit` a constant would come back as a Python boolean.
@@ -191,6 +213,8 @@ def run_solver(
             loss = 0.5 * jnp.sum(jnp.square(vector))
         else:
             loss = score(at_point, batch, key).loss.astype(dtype)
+        if box is not None:
+            vector = jnp.concatenate([vector, box.rows(to_free(point)).astype(dtype)])
         return vector, seen(loss, point)
 
     # Solvers mix their arguments with numbers of the default precision.
@@ -198,7 +222,7 @@ def run_solver(
     start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
     solver = tracked(solver, goal, jnp.zeros(rows, dtype))
     common: Any = {"has_aux": True, "max_steps": None, "throw": False}
-    if is_minimiser := isinstance(solver, optx.AbstractMinimiser):
+    if isinstance(solver, optx.AbstractMinimiser):
         loss = traced(lambda point: scored(point, None)[0], start)
         subject = Subject(f"The loss of `{type(trainer).__name__}`", jac)
         options = {"autodiff_mode": choose_mode(loss, start, subject, ("bwd", "fwd"))}
@@ -232,12 +256,18 @@ def run_solver(
     is_new = all_best_loss < held_loss
     first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
     last = jnp.where(is_finite, last, best_loss)
-    kind = what_falls(trainer, not is_minimiser)
-    local = None
-    if not (is_alone and kind == "residuals" and _has_jacobian(at_end, batch, key)):
+    kind, local = what_falls(trainer, not is_minimiser), None
+    if box is not None or not (
+        is_shared and kind == "residuals" and _has_jacobian(at_end, batch, key)
+    ):
         local = measure(at_end, projector, batch, key, kind, first - last)
+    end_params, is_settled = at_end.params, jnp.array(True)
+    if box is not None:
+        held_then = pushed(at_end, value)
+        end_params, is_settled = box.ended(to_free(point), end_params, held_then, local)
+        point = None if projector is None else projector.to_latent(end_params)
     return End(
-        params=at_end.params,
+        params=end_params,
         latent=None if projector is None else cast_like(point, latent),
         best=all_best,
         best_state=choose(is_new, trainer.state, held.state),
@@ -251,6 +281,7 @@ def run_solver(
         first=first,
         last=last,
         local=local,
+        is_settled=is_settled,
     )
 
 
@@ -321,6 +352,13 @@ def _check_class(trainer: AbstractTrainer, solver: Any) -> None:
             f"`solver` is a {type(solver).__name__}, which minimises a sum of squares, "
             f"but `{name}` does not define `residuals`. Define it, or use a minimiser, "
             "such as `optx.BFGS(rtol=1e-8, atol=1e-8)`."
+        )
+    priors = priors_of(trainer)
+    if not is_minimiser and priors is not None and priors.others:
+        raise ValueError(
+            f"`solver` is a {type(solver).__name__}, which minimises a sum of squares, "
+            f"and the prior of {next(iter(priors.others))!r} is not normal, which is "
+            "none. Use a minimiser, such as `optx.BFGS(1e-8, 1e-8)`, or `vn.Normal`."
         )
     for hook in ("transform_grads", "constrain"):
         if overrides(trainer, hook):

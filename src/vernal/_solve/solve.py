@@ -35,6 +35,7 @@ from .._projection import DenseWhitening, EigenProjector, Unchanged
 from .._step import (
     AbstractTrainer,
     Diagnosis,
+    bounds_of,
     count_non_finite,
     diagnosed,
     initial_opt_state,
@@ -48,6 +49,7 @@ from .._step import (
 from .._storage import History
 from .._tree import paths, ravel
 from .problem import (
+    IS_OVER,
     REASONS,
     SOLVERS,
     End,
@@ -101,7 +103,9 @@ def solve(
         batch = as_batch(batch)
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
-        problem = Problem(batch, encoded, rows, checked_mode(options.jac), True)
+        # After `whiten` there is a program of the Jacobian already.
+        is_shared = trainer.projector is not None
+        problem = Problem(batch, encoded, rows, checked_mode(options.jac), is_shared)
         rounds = _Rounds(trainer, problem, place)
         try:
             rounds.go(options.max_steps, options.rewhiten)
@@ -135,7 +139,6 @@ class _Rounds:
         self._distance: Distance | None = None
         self._losses: list[np.ndarray] = []
         self._reason = StopReason.ERROR
-        self._in_vain = False
 
     def go(self, max_steps: int, rewhiten: bool) -> None:
         """Solves until it converges, gets no further, or has taken its steps."""
@@ -143,20 +146,23 @@ class _Rounds:
         while True:
             goal = jnp.asarray(np.int32(left))
             end = run(self._stripped, self._projector, self._held, self._problem, goal)
-            copied = end.losses, end.steps, end.reason, end.in_vain, end.last
-            losses, steps, reason, in_vain, last = jax.device_get(copied)
+            copied = end.losses, end.steps, end.reason, end.last, end.is_settled
+            losses, steps, reason, last, is_settled = jax.device_get(copied)
             distance = distance_of(end.local or self._linearised(end))
-            self._end, self._in_vain, self._distance = end, in_vain, distance
+            self._end, self._distance = end, distance
             self._losses.append(losses[:steps])
             self._reason = settled(REASONS[reason], distance)
             left -= steps
-            has_fallen = before is None or before - last > distance.limit
-            if not (rewhiten and left > 0 and has_fallen and self._may_go_on()):
+            fall = np.inf if before is None else before - last
+            if not (left and steps and self._may_go_on(fall, is_settled, rewhiten)):
                 return
-            again = _whitened_again(live(self._placed, end.params), self._problem)
-            if again is None:
+            again = None
+            if rewhiten and self._projector is not None:
+                again = _whitened_again(live(self._placed, end.params), self._problem)
+            if again is None and bounds_of(self._placed) is None:
                 return
-            before, (self._projector, latent) = last, again
+            self._projector, latent = again or (self._projector, end.latent)
+            before = last
             self._stripped = live(self._stripped, end.params)
             self._held = self._held._replace(
                 latent=latent,
@@ -178,9 +184,19 @@ class _Rounds:
         fall = end.first - end.last
         return measure_jacobian(*found, end.params, self._projector, fall)
 
-    def _may_go_on(self) -> bool:
-        """Whether another metric may help."""
-        return self._reason in _GOES_ON and self._projector is not None
+    def _may_go_on(self, fall: Any, is_settled: Any, rewhiten: bool) -> bool:
+        """Whether another round may help: in another metric, or with others held.
+
+        `fall` is how far the loss fell in this round.
+        """
+        assert self._distance is not None
+        if not is_settled and self._reason not in IS_OVER:
+            return bool(fall > 0)
+        has_other = bounds_of(self._placed) is not None or (
+            rewhiten and self._projector is not None
+        )
+        is_short = self._reason in _GOES_ON and fall > self._distance.limit
+        return bool(is_short and has_other)
 
     def diagnosis(self) -> Diagnosis:
         """Finds out why the values at the end are not finite."""
@@ -197,7 +213,7 @@ class _Rounds:
         end, projector = self._place.home((self._end, self._projector))
         losses, start = np.concatenate(self._losses), int(old.step_count)
         reason, counts = reason or self._reason, old.nan_counts
-        if is_suspect(reason, self._in_vain):
+        if is_suspect(reason, end.in_vain):
             # The solver does not say what it met.
             bad = find_bad_alone(self._stripped, end.stumble, self._problem.batch)
             unexplained = reason is StopReason.NON_FINITE and not np.any(bad)

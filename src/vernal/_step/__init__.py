@@ -5,9 +5,13 @@ from .abstract_trainer import (
     Batch,
     Model,
     TrainerT,
+    bounds_of,
     changed,
     config_of,
+    is_constrained,
     overrides,
+    prepared_config,
+    priors_of,
     progress_of,
     stripped,
     template_of,
@@ -18,12 +22,14 @@ from .construct import (
     check_arguments,
     check_class,
     check_ruled,
+    constraints,
     find_trained,
     fit_projector,
     initial_opt_state,
     no_optimiser,
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
+from .held import pushed
 from .hyperparams import beginning, settled
 from .model import checked_model
 from .model_template import ModelTemplate
@@ -40,6 +46,7 @@ from .objective import (
     live,
     metric_shapes,
     negative_log_likelihood,
+    prior_count,
     real_residuals,
     score,
     step_key,
@@ -54,6 +61,8 @@ from .progress import (
     initial_progress,
     ranked,
     with_comparable_best,
+    with_some_best,
+    without_best,
 )
 from .replace import replaced_fields, reproject
 from .step import Outcome, advance, advance_bare, has_turned_bad, tree_norm

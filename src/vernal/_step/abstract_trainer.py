@@ -15,9 +15,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
 from .._boundary import ModuleMeta, PyTree
+from .._constraints import Bounds, Priors
 from .._optimiser import ParamOptimiser
 from .._pickling import Portable, QuickMethods, build
 from .._policy import NanPolicy, StopFit
+from .._program import prepared
 from .._projection import EigenProjector
 from .model_template import ModelTemplate
 from .progress import Progress
@@ -56,6 +58,8 @@ class AbstractTrainer(
     nan_policy: eqx.AbstractVar[NanPolicy]
     projector: eqx.AbstractVar[EigenProjector | Any]
     key: eqx.AbstractVar[PRNGKeyArray | None]
+    _bounds: eqx.AbstractVar[Bounds | None]
+    _priors: eqx.AbstractVar[Priors | None]
     _template: eqx.AbstractVar[ModelTemplate]
     _progress: eqx.AbstractVar[Progress]
 
@@ -104,7 +108,7 @@ class AbstractTrainer(
 
         A step scores the parameters that it starts from, so the last iterate of a fit
         is not scored before the next step. In a fit with `validation` it is the model
-        with the lowest score there.
+        with the lowest score there; after a fit with `best=False`, the model itself.
         """
         return self._template.join(self._progress.best)
 
@@ -165,6 +169,16 @@ def template_of(trainer: AbstractTrainer) -> ModelTemplate:
     return trainer._template
 
 
+def bounds_of(trainer: AbstractTrainer) -> Bounds | None:
+    """Returns the intervals that the parameters lie in, if there are any."""
+    return trainer._bounds
+
+
+def priors_of(trainer: AbstractTrainer) -> Priors | None:
+    """Returns the priors of the parameters, if there are any."""
+    return trainer._priors
+
+
 def stripped(trainer: TrainerT) -> TrainerT:
     """Returns the trainer with only what its loss depends on.
 
@@ -183,9 +197,20 @@ def stripped(trainer: TrainerT) -> TrainerT:
     )
 
 
+def prepared_config(trainer: Any) -> Any:
+    """Returns the trainer for a program that is called again and again."""
+    template, optimiser = prepared(trainer._template, trainer.optimiser)
+    return changed(trainer, optimiser=optimiser, _template=template)
+
+
 def overrides(trainer: AbstractTrainer, hook: str) -> bool:
     """Whether the class of a trainer overrides a hook."""
     return getattr(type(trainer), hook) is not getattr(AbstractTrainer, hook)
+
+
+def is_constrained(trainer: AbstractTrainer) -> bool:
+    """Whether a step may end elsewhere than where the optimiser goes."""
+    return overrides(trainer, "constrain") or bounds_of(trainer) is not None
 
 
 def changed(module: ModuleT, **fields: Any) -> ModuleT:
@@ -193,4 +218,5 @@ def changed(module: ModuleT, **fields: Any) -> ModuleT:
 
     Flattening would do the same, but slower: this runs between the chunks of each fit.
     """
-    return build(type(module), {**vars(module), **fields})
+    old = object.__getattribute__(module, "__dict__")
+    return build(type(module), {**old, **fields})

@@ -19,7 +19,12 @@ from .._boundary import PyTree
 from .._closure import Closure
 from .._projection import EigenProjector, Unchanged
 from .._tree import cast_like, paths, require_alike
-from .abstract_trainer import AbstractTrainer, overrides, template_of
+from .abstract_trainer import (
+    AbstractTrainer,
+    bounds_of,
+    overrides,
+    template_of,
+)
 from .objective import live
 
 Clip = Callable[[PyTree], PyTree]
@@ -32,13 +37,20 @@ _MOST_CHANGES = 100
 
 
 def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
-    """Returns a trainer's `constrain` as a checked function of the parameters."""
+    """Returns a trainer's `constrain`, and its bounds, as a function of the parameters.
+
+    What `constrain` returns is checked, and is moved to the bounds if it is outside.
+    """
+    bounds = bounds_of(trainer)
+    if not overrides(trainer, "constrain") and bounds is not None:
+        return bounds.clip
 
     def clip(params: PyTree) -> PyTree:
         model = template_of(trainer).join(params)
         constrained = live(trainer, params).constrain(model)
         require_alike(constrained, model, "what `constrain` returns", given)
-        return cast_like(template_of(trainer).trained(constrained), params)
+        params = cast_like(template_of(trainer).trained(constrained), params)
+        return params if bounds is None else bounds.clip(params)
 
     return clip
 
@@ -170,7 +182,7 @@ def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
     for projector in preconditioners:
         if names := sorted(touched & _mixed(projector)):
             raise ValueError(
-                f"`constrain` changes {', '.join(map(repr, names[:5]))}, and "
+                f"{_name(trainer)} changes {', '.join(map(repr, names[:5]))}, and "
                 "`precondition` mixes that with other elements: the fit would not end "
                 "at the best point that the constraint allows. Give the projector to "
                 "the trainer instead, as `projector=`, where `constrain` is a "
@@ -182,6 +194,10 @@ def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
     if projector is None or not touched & _mixed(projector):
         return None
     return projector
+
+
+def _name(trainer: AbstractTrainer) -> str:
+    return "`constrain`" if overrides(trainer, "constrain") else "`bounds`"
 
 
 def check_elementwise(trainer: AbstractTrainer) -> None:

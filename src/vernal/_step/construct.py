@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._boundary import ObjectiveWarning, PyTree, prng_key, takes_methods, warn
+from .._constraints import Bounds, Priors, Ties, as_bounds, as_priors
 from .._optimiser import ParamOptimiser
 from .._policy import NanPolicy
 from .._projection import EigenProjector
@@ -24,6 +25,7 @@ from .._tree import (
 )
 from .abstract_trainer import AbstractTrainer
 from .model import check_state
+from .model_template import ModelTemplate
 from .objective import METHODS, defined
 
 _HOOKS = {
@@ -116,9 +118,13 @@ def no_optimiser(trainer: AbstractTrainer) -> ValueError:
 
 
 def find_trained(
-    model: Any, optimiser: Any, train: Any, projector: EigenProjector | None
+    model: Any,
+    optimiser: Any,
+    train: Any,
+    projector: EigenProjector | None,
+    ties: Ties | None,
 ) -> tuple[int | None, ...]:
-    """Finds which leaves of the model are trained."""
+    """Finds which leaves of the model are trained: a tied one never is."""
     ruled = optimiser.owners(model) if isinstance(optimiser, ParamOptimiser) else None
     if train is not None:
         owners = resolve(model, [train], argument="train")
@@ -129,6 +135,8 @@ def find_trained(
         owners = resolve(model, names, argument="projector") if names else ()
     else:
         owners = [0 if is_inexact(leaf) else None for leaf in jax.tree.leaves(model)]
+    tied = () if ties is None else ties.indices
+    owners = [None if i in tied else owner for i, owner in enumerate(owners)]
     if all(owner is None for owner in owners):
         known = ", ".join(map(repr, paths(model)[:5]))
         raise ValueError(
@@ -143,6 +151,27 @@ def find_trained(
             )
         )
     return tuple(owners)
+
+
+def constraints(
+    template: ModelTemplate, params: PyTree, bounds: Any, priors: Any
+) -> tuple[Bounds | None, Priors | None]:
+    """Makes the bounds and the priors that a user gives for the trained parameters."""
+    model, trained = template.join(params), set(paths(params))
+    tied = {} if template.ties is None else template.ties.words
+
+    def unfit(path: str, of_tied: str) -> str:
+        if path in trained or (path in tied and not of_tied):
+            return ""
+        if path in tied:
+            return f"{tied[path]}. {of_tied}"
+        return "frozen, and has one value. Name it in `train`, or leave it out."
+
+    of_tied = "Give the bounds to what it follows."
+    return (
+        as_bounds(bounds, model, params, lambda path: unfit(path, of_tied)),
+        as_priors(priors, model, lambda path: unfit(path, "")),
+    )
 
 
 def fit_projector(
@@ -170,9 +199,10 @@ def fit_projector(
     if projector.latent_size < ravel_size(params):
         if constrained:
             raise ValueError(
-                "`constrain` leads out of the latent space of `projector`, which has "
-                "dropped directions that the data do not constrain. Make the "
-                'projector with `on_null="prior"`, or drop the constraint.'
+                "`constrain`, or `bounds`, leads out of the latent space of "
+                "`projector`, which has dropped directions that the data do not "
+                'constrain. Make the projector with `on_null="prior"`, or drop the '
+                "constraint."
             )
         # A point off the origin may lie where the latent space does not reach.
         projector = projector.at(params)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._closure import Closure, refuse_static_arrays
-from .._pickling import Portable, QuickMethods
+from .._constraints import Ties
+from .._pickling import PlainMethods, Portable
 from .._tree import is_inexact
 
 
-class ModelTemplate(Portable, QuickMethods, eqx.Module):
+class ModelTemplate(Portable, PlainMethods, eqx.Module):
     """A model without its trained parameters.
 
     Arrays are leaves; everything else (functions, Python numbers, strings) is static
@@ -23,16 +24,24 @@ class ModelTemplate(Portable, QuickMethods, eqx.Module):
 
     frozen: tuple[Any, ...]
     others: Closure
+    ties: Ties | None
     kinds: tuple[str, ...] = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
 
-    def __init__(self, model: Any, owners: Sequence[int | None]):
+    def __init__(
+        self, model: Any, owners: Sequence[int | None], ties: Ties | None = None
+    ):
         """**Arguments:**
 
         - `model`: the model.
         - `owners`: for each of its leaves, `None` if it is not trained.
+        - `ties`: the leaves that follow others.
         """
         leaves, self.structure = jax.tree.flatten(model)
+        self.ties = ties
+        for index in () if ties is None else ties.indices:
+            # A Python float becomes an array where it is tied, as where it is trained.
+            leaves[index] = jnp.asarray(leaves[index])
         refuse_static_arrays(model)
         self.kinds = tuple(map(_kind, leaves, owners))
         pairs = list(zip(leaves, self.kinds, strict=True))
@@ -50,7 +59,10 @@ class ModelTemplate(Portable, QuickMethods, eqx.Module):
             "frozen": iter(self.frozen),
             "other": iter(self.others.decode()),
         }
-        return self.structure.unflatten([next(sources[kind]) for kind in self.kinds])
+        leaves = [next(sources[kind]) for kind in self.kinds]
+        if self.ties is not None:
+            leaves = self.ties.set(leaves, self.structure)
+        return self.structure.unflatten(leaves)
 
     def trained(self, model: Any) -> Any:
         """Picks the parameters out of another model of the same structure."""

@@ -9,8 +9,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._boundary import PyTree
 from .._data import as_given
-from .._tree import cast_alike, is_inexact
-from .abstract_trainer import AbstractTrainer, progress_of, with_progress
+from .._tree import cast_alike, is_inexact, widest
+from .abstract_trainer import (
+    AbstractTrainer,
+    priors_of,
+    progress_of,
+    with_progress,
+)
 from .outer import warn_of_outer
 
 METHODS = ("loss", "residuals", "nll")
@@ -61,7 +66,8 @@ def score(
         what, remedy = "The state that `loss` returns", "Give `state=` as {}."
         state = cast_alike(state, trainer.state, what, "`state`", remedy)
     named = {str(k): _as_metric(trainer, k, v) for k, v in metrics.items()}
-    return Scored(_as_scalar(trainer, "loss", loss), named, state)
+    loss = _with_priors(trainer, _as_scalar(trainer, "loss", loss), model)
+    return Scored(loss, named, state)
 
 
 def _taken_apart(
@@ -106,17 +112,30 @@ def negative_log_likelihood(
     """Evaluates `nll` if it is defined, else half the sum of squared residuals."""
     model = trainer.model if model is None else model
     if "nll" in defined(trainer):
-        nll = _call(trainer, "nll", model, batch, key)
-        return _as_scalar(trainer, "nll", nll)
+        nll = _as_scalar(trainer, "nll", _call(trainer, "nll", model, batch, key))
+        return _with_priors(trainer, nll, model)
     residuals = residuals_as_returned(trainer, batch, key, model)
     squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
-    return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
+    half = _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
+    return _with_priors(trainer, half, model)
+
+
+def _with_priors(
+    trainer: AbstractTrainer, value: Float[Array, ""], model: Any
+) -> Float[Array, ""]:
+    priors = priors_of(trainer)
+    if priors is None:
+        return value
+    return value + priors.penalty(model).astype(value.dtype)
 
 
 def real_residuals(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
 ) -> Float[Array, " N"]:
-    """Evaluates `residuals` as one real vector: real parts, then imaginary parts."""
+    """Evaluates `residuals` as one real vector: real parts, then imaginary parts.
+
+    Behind them are the rows of priors: see `prior_count`.
+    """
     residuals = residuals_as_returned(trainer, batch, key)
     if jnp.ndim(residuals) == 0:
         raise ValueError(
@@ -124,21 +143,34 @@ def real_residuals(
             "an array, with a residual for each datum; for a scalar, define `nll`."
         )
     flat = jnp.ravel(residuals)
-    return jnp.concatenate([flat.real, flat.imag]) if _is_complex(flat) else flat
+    flat = jnp.concatenate([flat.real, flat.imag]) if _is_complex(flat) else flat
+    if (priors := priors_of(trainer)) is None:
+        return flat
+    return jnp.concatenate([flat, priors.rows(trainer.model).astype(flat.dtype)])
 
 
 def residuals_as_returned(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Array:
-    """Evaluates `residuals` and keeps their shape."""
+    """Evaluates `residuals` and keeps their shape; several arrays become one vector."""
     model = trainer.model if model is None else model
-    residuals = _call(trainer, "residuals", model, batch, key)
-    if not hasattr(residuals, "shape"):
+    returned = _call(trainer, "residuals", model, batch, key)
+    parts = jax.tree.leaves(returned)
+    if not parts or not all(hasattr(part, "shape") for part in parts):
         raise TypeError(
             f"`{type(trainer).__name__}.residuals` returned a "
-            f"{type(residuals).__name__}. It must return one array, such as "
-            "`(model(x) - y) / sigma`."
+            f"{type(returned).__name__}. It must return an array, such as "
+            "`(model(x) - y) / sigma`, or a pytree of arrays."
         )
+    for part in parts:
+        _check_residuals(trainer, part, batch)
+    if parts[0] is returned:
+        return returned
+    dtype = widest(part.dtype for part in parts)
+    return jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
+
+
+def _check_residuals(trainer: AbstractTrainer, residuals: Array, batch: Any) -> None:
     if not is_inexact(residuals):
         raise TypeError(
             f"`{type(trainer).__name__}.residuals` returned an array of dtype "
@@ -152,7 +184,12 @@ def residuals_as_returned(
             "any model would fit it."
         )
     warn_of_outer(trainer, residuals, batch)
-    return residuals
+
+
+def prior_count(trainer: AbstractTrainer) -> int:
+    """Returns how many of the last rows of `real_residuals` are of priors."""
+    priors = priors_of(trainer)
+    return 0 if priors is None else priors.count(trainer.model)
 
 
 def _call(

@@ -11,19 +11,20 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree
-from .._pickling import QuickMethods
+from .._pickling import PlainMethods
 
 MOST_STEPS = 2**31 - 1
 """Steps are counted in 32 bits."""
 
 
-class Progress(QuickMethods, eqx.Module):
+class Progress(PlainMethods, eqx.Module):
     """All that a fit changes of a trainer. The rest of a trainer is configuration.
 
     With a projector the optimiser moves `latent`; without one it moves `params`, and
     `latent` is `None`. The rows of `nan_counts` are the totals, the first steps and the
     last steps (-1 for none); its columns are the loss, each leaf, and the update.
-    `is_validated`: whether `best_loss` is the score of a validation.
+    `is_validated`: whether `best_loss` is the score of a validation. Within a fit that
+    keeps no best, `best` and `best_state` are `None`.
     """
 
     params: PyTree
@@ -69,6 +70,8 @@ def initial_progress(
 
 def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
     """Drops a best that was scored otherwise: losses and validations do not compare."""
+    if progress.best is None:
+        return progress
     best = lax.cond(
         progress.is_validated != by_validation,
         lambda: Best(
@@ -82,6 +85,26 @@ def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
         best_state=best.state,
         best_loss=best.loss,
         is_validated=jnp.asarray(by_validation),
+    )
+
+
+def without_best(progress: Progress) -> Progress:
+    """Returns the progress for a fit that keeps no best."""
+    none_yet = jnp.asarray(
+        np.full(progress.best_loss.shape, np.inf, progress.best_loss.dtype)
+    )
+    no = jnp.asarray(np.zeros(progress.is_validated.shape, bool))
+    return dataclasses.replace(
+        progress, best=None, best_state=None, best_loss=none_yet, is_validated=no
+    )
+
+
+def with_some_best(progress: Progress) -> Progress:
+    """Returns a progress whose best, if none is kept, is its own parameters."""
+    if progress.best is not None:
+        return progress
+    return dataclasses.replace(
+        progress, best=progress.params, best_state=progress.state
     )
 
 
@@ -99,7 +122,9 @@ def held_best(progress: Progress) -> Best:
 
 
 def ranked(progress: Progress, score: Float[Array, ""]) -> Best:
-    """Returns the best, given the score of the current parameters."""
+    """Returns the best, given the score of the current parameters, if any is kept."""
+    if progress.best is None:
+        return held_best(progress)
     return lax.cond(
         jnp.isfinite(score) & (score < progress.best_loss),
         lambda: Best(progress.params, progress.state, score),

@@ -16,8 +16,9 @@ from .._tree import cast_alike, is_alike, parameters, strong
 from .abstract_trainer import (
     AbstractTrainer,
     TrainerT,
+    bounds_of,
     changed,
-    overrides,
+    is_constrained,
     progress_of,
     template_of,
 )
@@ -67,7 +68,9 @@ def replaced_fields(
             "the one that is fitted",
             "For {} parameters, make a new trainer.",
         )
-        parts = ModelTemplate(model, kinds)
+        parts = ModelTemplate(model, kinds, parts.ties)
+        if (bounds := bounds_of(trainer)) is not None:
+            bounds.require_within(params)
         if trainer.projector is not None:
             latent = trainer.projector.to_latent(params)
             params = trainer.projector.to_params(latent)
@@ -143,13 +146,14 @@ def reproject(
     elif isinstance(transform, ParamOptimiser) and projector is not None:
         transform = transform if projector.has_names else None
     params = trainer.params
-    constrained = overrides(trainer, "constrain")
+    bounds, constrained = bounds_of(trainer), is_constrained(trainer)
     projector, latent = fit_projector(
         projector, params, transform, constrained=constrained
     )
     check_ruled(transform, params)
     if projector is not None:
-        params = to_params(projector, latent)
+        # With bounds, rounding would move them off.
+        params = to_params(projector, latent) if bounds is None else params
     progress = dataclasses.replace(
         progress_of(trainer),
         params=params,

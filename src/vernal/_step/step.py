@@ -24,7 +24,13 @@ from .._policy import (
 )
 from .._projection import EigenProjector
 from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
-from .abstract_trainer import AbstractTrainer, overrides, progress_of
+from .abstract_trainer import (
+    AbstractTrainer,
+    bounds_of,
+    is_constrained,
+    overrides,
+    progress_of,
+)
 from .constrain import clip_of, coupled, project
 from .objective import live, score, step_key
 from .progress import Best, Progress, count_non_finite, held_best, ranked
@@ -74,7 +80,17 @@ def _scored(trainer: AbstractTrainer, batch: Any) -> _Scored:
     with in_reverse(f"The loss of `{type(trainer).__name__}`"):
         (loss, (metrics, state)), grads = value_and_grad(progress_of(trainer).params)
     grads = jax.tree.map(_descending, grads)
-    return _Scored(loss, grads, metrics, state, lambda params: scored(params)[0])
+
+    def value(params: PyTree) -> Array:
+        if bounds_of(trainer) is not None:
+            raise ValueError(
+                "`optimiser` has a line search, which looks beyond `bounds`, and would "
+                "stop short of them. Use a solver, `trainer.solve(optx.BFGS(1e-8, "
+                "1e-8), batch)`; or an optimiser without a line search, such as Adam."
+            )
+        return scored(params)[0]
+
+    return _Scored(loss, grads, metrics, state, value)
 
 
 def advance(
@@ -237,8 +253,8 @@ def _move(
         changed = trainer.transform_grads(grads, trainer.model)
         what = "what `transform_grads` returns"
         grads = cast_alike(changed, grads, what, _INPUT, _LIKE_INPUT)
-    is_constrained = overrides(trainer, "constrain")
-    clip = clip_of(trainer, _INPUT) if is_constrained else None
+    goal = None
+    clip = clip_of(trainer, _INPUT) if is_constrained(trainer) else None
     metric = None if clip is None else coupled(trainer, clip)
     if projector is None:
         point, value_fn = old.params, value
@@ -246,7 +262,7 @@ def _move(
         point, grads = old.latent, projector.pull_back(grads)
         value_fn = lambda latent: value(projector.to_params(latent))
     if clip is not None and metric is not None:
-        grads = _within(clip, metric, point, grads)
+        goal, grads = _within(clip, metric, point, grads)
     updates, opt_state = trainer.optimiser.update(
         grads, old.opt_state, point, value=loss, grad=grads, value_fn=value_fn
     )
@@ -259,10 +275,12 @@ def _move(
         # A constraint must not hide non-finite values.
         finite = all_finite((params, latent))
         params, _ = project(clip, metric, params)
+        bounds = bounds_of(trainer)
+        if bounds is not None and metric is not None:
+            params = bounds.snap(params, goal, metric.standard_errors())
         if projector is not None:
-            # Rounding may have moved it out again.
+            # The parameters stay on their bounds, where rounding would move them.
             latent = projector.to_latent(params)
-            params = clip(projector.to_params(latent))
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
     return _Moved(params, latent, cast_like(opt_state, old.opt_state), state)
 
@@ -272,15 +290,15 @@ def _within(
     metric: EigenProjector,
     latent: PyTree,
     grads: PyTree,
-) -> PyTree:
+) -> tuple[PyTree, PyTree]:
     """Projects a latent gradient onto what a constraint allows.
 
-    Returns the step from the point to the projection of a full gradient step. Where
-    that is zero, the point is the best one that the constraint allows, and the
-    optimiser stays there.
+    Returns the projection of a full gradient step, as parameters, and the step from
+    the point to it. Where that is zero, the point is the best one that the constraint
+    allows, and the optimiser stays there.
     """
     goal = jax.tree.map(jnp.subtract, latent, grads)
     allowed, is_clipped = project(clip, metric, metric.to_params(goal))
     within = jax.tree.map(jnp.subtract, latent, metric.to_latent(allowed))
     pick = lambda new, old: jnp.where(is_clipped, new, old).astype(old.dtype)
-    return jax.tree.map(pick, within, grads)
+    return allowed, jax.tree.map(pick, within, grads)

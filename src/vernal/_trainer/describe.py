@@ -39,6 +39,15 @@ class Described:
         return self.text()
 
 
+# What users know the fields of a trainer by.
+_PUBLIC = {
+    "_progress": "",
+    "_template": "model",
+    "_bounds": "bounds",
+    "_priors": "priors",
+}
+
+
 def word(text: str, content: Any = None) -> Described:
     """Describes by one word, such as "frozen"."""
     return Described(text, lambda: text, {"": content})
@@ -56,7 +65,9 @@ def describe(tree: Any) -> Described:
     match tree:
         case Trainer():
             # What users know the fields by.
-            parts |= {"": parts.pop("_progress"), "model": parts.pop("_template")}
+            parts = {_PUBLIC.get(name, name): part for name, part in parts.items()}
+            ties = getattr(parts["model"], "ties", None)
+            parts["ties"] = None if ties is None else ties.sources
         case Transform():
             parts = {"": tree.closure}
         case ModelTemplate():

@@ -1,6 +1,6 @@
 """`vernal.fit`: a fit of a loss that is a plain function, in one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Unpack
 
 import optax
@@ -44,6 +44,9 @@ def fit(
     train: Selector | None = None,
     nan_policy: NanPolicy = StopFit(),  # noqa: B008
     projector: EigenProjector | None = None,
+    bounds: Mapping[Any, Any] | None = None,
+    ties: Mapping[Any, str | Callable[[Model], Any]] | None = None,
+    priors: Mapping[Any, Any] | None = None,
     key: PRNGKeyArray | None = None,
     state: Any = None,
     mesh: Mesh | None = None,
@@ -65,8 +68,8 @@ def fit(
     - `loss`: a function `(model, batch) -> scalar`, or `-> (scalar, dict of metrics)`.
         With `key=` or `state=` it is called with these keyword arguments too, and
         returns the new state last.
-    - `model`, `optimiser`, `train`, `nan_policy`, `projector`, `key`, `state`: as for
-        [`vernal.Trainer`][].
+    - `model`, `optimiser`, `train`, `nan_policy`, `projector`, `bounds`, `ties`,
+        `priors`, `key`, `state`: as for [`vernal.Trainer`][].
     - `data`, `steps`, `mesh`, `sharding`, `**options`: as for [`vernal.Trainer.fit`][].
 
     **Returns:**
@@ -88,6 +91,9 @@ def fit(
         train=train,
         nan_policy=nan_policy,
         projector=projector,
+        bounds=bounds,
+        ties=ties,
+        priors=priors,
         key=key,
         state=state,
     )

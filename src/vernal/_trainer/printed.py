@@ -41,7 +41,8 @@ def printed(trainer: AbstractTrainer) -> str:
 
 
 def _rows(trainer: AbstractTrainer) -> list[tuple[str, str, str]]:
-    trained = _trained_by(trainer)
+    trained, ties = _trained_by(trainer), template_of(trainer).ties
+    trained |= {} if ties is None else ties.words
     rows = []
     for leaf in named_leaves(trainer.model):
         if fate := trained.get(leaf.path) or leaf.unfitted:

@@ -1,6 +1,6 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import jax
@@ -19,6 +19,7 @@ from .._boundary import (
     refuse_traced,
     refuse_unknown,
 )
+from .._constraints import Bounds, Priors, as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
@@ -28,8 +29,11 @@ from .._inference import (
     Blocks,
     Passes,
     curvature,
+    draw,
     fisher,
     objective,
+    propagate,
+    report,
     standard_errors,
     table,
     whitened,
@@ -38,6 +42,7 @@ from .._loop import StepInfo, run_step
 from .._optimiser import ParamOptimiser, as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._projection import EigenProjector
+from .._report import Report
 from .._solve import SolveOptions, Solver, solve
 from .._step import (
     AbstractTrainer,
@@ -50,16 +55,18 @@ from .._step import (
     check_class,
     check_ruled,
     checked_model,
+    constraints,
     diagnosed,
     error_if_stopped,
     find_trained,
     fit_projector,
     initial_opt_state,
     initial_progress,
+    is_constrained,
     nan_report,
     no_optimiser,
-    overrides,
     precision_of,
+    prepared_config,
     raise_if_non_finite,
     replaced_fields,
     reproject,
@@ -120,6 +127,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
     nan_policy: NanPolicy
     projector: EigenProjector | Any
     key: PRNGKeyArray | None
+    _bounds: Bounds | None
+    _priors: Priors | None
     _template: ModelTemplate
     _progress: Progress
 
@@ -132,6 +141,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         train: Selector | None = None,
         nan_policy: NanPolicy = StopFit(),  # noqa: B008
         projector: EigenProjector | None = None,
+        bounds: Mapping[Any, Any] | None = None,
+        ties: Mapping[Any, str | Callable[[Model], Any]] | None = None,
+        priors: Mapping[Any, Any] | None = None,
         key: PRNGKeyArray | None = None,
         state: PyTree = None,
     ):
@@ -144,6 +156,18 @@ class Trainer(AbstractTrainer[Model, Batch]):
             for, else those of the projector, else every array of floats.
         - `nan_policy`: what to do with non-finite values.
         - `projector`: fits in its latent space instead of in the parameters.
+        - `bounds`: a dictionary from selectors to pairs `(low, high)`, numbers or
+            arrays that broadcast, `None` for no bound: `{"**.flux": (0, None)}`. The
+            parameters never leave them. `solve` and a fit that has converged end at the
+            lowest loss within the bounds, on a bound where it lies there; a parameter
+            that the loss pushes against its bound is held there for the errors of the
+            others.
+        - `ties`: a dictionary from selectors to what they follow: the path of another
+            parameter, or a function of the model. `{"b.width": "a.width", "c.width":
+            lambda model: 2 * model.a.width}`. A tied parameter is not free.
+        - `priors`: a dictionary from selectors to distributions, anything with
+            `log_prob`: `{"slope": vn.Normal(0, 1)}`. They are part of what is
+            minimised, of the Fisher matrix and of the errors.
         - `key`: a PRNG key, for a loss that draws random numbers.
         - `state`: what the loss carries from step to step beside the parameters: an
             `equinox.nn.State`, or any pytree of arrays. A step that is not accepted
@@ -154,7 +178,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `TypeError`: if the class defines none of `loss`, `residuals`, `nll`, or an
             argument is of the wrong kind.
         - `UnknownPathError`: if a selector matches nothing.
-        - `ValueError`: if there is nothing to train, or the projector does not fit.
+        - `ValueError`: if there is nothing to train; if the projector does not fit; if
+            bounds are the wrong way round, or the start is outside of them; if ties go
+            round in a circle; or if a frozen parameter has a bound or a prior.
         """
         check_arguments(nan_policy, projector, key)
         check_class(self, key, state)
@@ -165,14 +191,16 @@ class Trainer(AbstractTrainer[Model, Batch]):
         self.optimiser = (
             None if optimiser is None else as_transform(optimiser, "optimiser")
         )
-        owners = find_trained(model, self.optimiser, train, projector)
+        tied = as_ties(ties, model)
+        owners = find_trained(model, self.optimiser, train, projector, tied)
         params = parameters(model, owners)
-        self._template = ModelTemplate(model, owners)
+        self._template = ModelTemplate(model, owners, tied)
+        self._bounds, self._priors = constraints(self._template, params, bounds, priors)
         self.projector, latent = fit_projector(
             projector,
             params,
             self.optimiser,
-            constrained=overrides(self, "constrain"),
+            constrained=is_constrained(self),
         )
         check_ruled(self.optimiser, params)
         self._progress = initial_progress(
@@ -247,7 +275,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
             batch = as_batch(batch)
             require_same(self, batch, sharding=sharding)
             batch, trainer = place.batch(batch, "batch"), place.put(self)
-            progress, info = run_step(trainer, batch, place)
+            is_same = place.mesh is None and not is_traced
+            given = prepared_config(trainer) if is_same else trainer
+            progress, info = run_step(given, batch, place)
         trainer = with_progress(trainer, progress)
         raises = self.nan_policy.raises
         if not (raises or is_debugged()):
@@ -269,6 +299,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         every: int = 1,
         validation: tuple[Batch, int] | None = None,
         stop: StopCriterion | None = None,
+        best: bool = True,
         progress: bool = True,
         callback: Callable[[SelfT, History], SelfT | Answer] | None = None,
         chunk: int | None = None,
@@ -297,6 +328,10 @@ class Trainer(AbstractTrainer[Model, Batch]):
             another batch, forget the old best: `replace(model=trainer.model)`.
         - `stop`: [`vernal.Converged`][], [`vernal.Patience`][] or your own
             [`vernal.StopCriterion`][]. It starts afresh in each fit.
+        - `best`: whether to keep the best model, which takes memory for one more copy
+            of the parameters, or for a few during the fit. After `best=False`
+            `result.best` is an error; `trainer.best` is the model after the last step,
+            and `best_loss` infinite.
         - `progress`: whether to show a progress bar, in a terminal or a notebook.
         - `callback`: a function `(trainer, history)`, called on the host after every
             chunk of steps. It may return `True` to end the fit, or a trainer of the
@@ -330,6 +365,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `MismatchError`: if the checkpoint is of another model or optimiser.
         - `StreamExhaustedError`: if a stream ends before the fit.
         - `UnknownPathError`: if `record` names something that does not exist.
+        - `ValueError`: if there is a `validation` with `best=False`.
         """
         require_precision(self)
         subject = OneTrainer(placement(self, mesh, sharding))
@@ -338,6 +374,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             "every": every,
             "validation": validation,
             "stop": stop,
+            "best": best,
             "progress": progress,
             "callback": callback,
             "chunk": chunk,
@@ -615,6 +652,129 @@ class Trainer(AbstractTrainer[Model, Batch]):
         if batch is not None:
             require_precision(self)
         return table(self, batch, jac)
+
+    @entrance
+    def report(
+        self,
+        batch: Batch,
+        *,
+        scale_errors: bool = False,
+        data_count: int | None = None,
+        jac: Mode | None = None,
+    ) -> Report:
+        """Reports how good the fit is, with the parameters, errors and correlations.
+
+        ```python
+        report = result.report(batch)
+        print(report)
+        report.reduced_chi_squared, report["mean"].error
+        ```
+
+        It costs as much as [`vernal.Trainer.standard_errors`][], whose program it
+        shares.
+
+        **Arguments:**
+
+        - `batch`: all of the data.
+        - `scale_errors`: for residuals whose error bars are not known: multiplies all
+            errors by the root of the reduced chi-squared.
+        - `data_count`: the number of data. By default that of the residuals; give it
+            if some of these are priors or masked. For an `nll` it is not known, and
+            BIC needs it.
+        - `jac`: as for [`vernal.Trainer.fisher`][].
+
+        **Returns:**
+
+        A [`vernal.Report`][].
+
+        **Raises:**
+
+        - as [`vernal.Trainer.fisher`][].
+        - `ValueError`: if `scale_errors` finds no scatter: there are no `residuals`, or
+            not more of them than parameters.
+        """
+        require_precision(self)
+        return report(self, batch, scale_errors, data_count, jac)
+
+    @entrance
+    def propagate(
+        self,
+        fn: Callable[[Model], Any],
+        batch: Batch,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+    ) -> tuple[Any, Any]:
+        r"""Returns a function of the model, and its standard error.
+
+        ```python
+        ratio = lambda model: model.a.flux / model.b.flux
+        value, error = trainer.propagate(ratio, batch)
+        curve, errors = trainer.propagate(lambda model: model(x), batch)
+        ```
+
+        The error is $\sqrt{\mathrm{diag}(G C G^\top)}$, with the Jacobian $G$ of the
+        function and the covariance $C$ of the parameters. It is that of a linear
+        function; [`vernal.Trainer.draw`][] knows better where `fn` curves within the
+        errors. No matrix of outputs by outputs, or outputs by parameters, is formed. It
+        compiles once for each `fn`, compared by value.
+
+        **Arguments:**
+
+        - `fn`: a function of the model, which returns real arrays: one, or any pytree
+            of them.
+        - `batch`: all of the data.
+        - `scale_errors`: as for [`vernal.Trainer.report`][].
+        - `jac`: as for [`vernal.Trainer.fisher`][].
+
+        **Returns:**
+
+        The value, and a tree like it with the standard errors. An error is infinite if
+        `fn` depends on a direction that the data do not constrain.
+
+        **Raises:** as [`vernal.Trainer.report`][]; and a `TypeError` if `fn` returns
+        anything but real floating-point numbers.
+        """
+        require_precision(self)
+        return propagate(self, fn, batch, scale_errors, jac)
+
+    @entrance
+    def draw(
+        self,
+        key: PRNGKeyArray,
+        count: int,
+        batch: Batch,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+    ) -> Model:
+        """Draws models from Laplace's approximation of the likelihood.
+
+        That is a normal distribution of the parameters around the current ones, with
+        the covariance of [`vernal.Trainer.standard_errors`][].
+
+        ```python
+        models = trainer.draw(jax.random.key(0), 1_000, batch)
+        curves = eqx.filter_vmap(lambda model: model(x))(models)
+        ```
+
+        **Arguments:**
+
+        - `key`: a PRNG key.
+        - `count`: the number of models.
+        - `batch`: all of the data.
+        - `scale_errors`: as for [`vernal.Trainer.report`][].
+        - `jac`: as for [`vernal.Trainer.fisher`][].
+
+        **Returns:**
+
+        The models, stacked: one whose arrays have a row for each, frozen ones too.
+
+        **Raises:** as [`vernal.Trainer.report`][]; and a `ValueError` that names the
+        directions which the data do not constrain, if there are any.
+        """
+        require_precision(self)
+        return draw(self, key, count, batch, scale_errors, jac)
 
     @entrance
     def objective(

@@ -22,6 +22,7 @@ from .named_arrays import (
 from .named_tree import NamedTree, by_path, uniquely_named
 from .paths import (
     LONG_DOUBLES,
+    Leaf,
     UnknownPathError,
     is_float,
     is_inexact,

@@ -1,0 +1,9 @@
+"""What is known of the parameters before the data.
+
+`bounds` has the intervals that they lie in, `ties` the parameters that follow others,
+`priors` their distributions. `owned` finds what a mapping says of each parameter.
+"""
+
+from .bounds import Bounds, as_bounds, held_at
+from .priors import Normal, Priors, as_priors
+from .ties import Ties, as_ties

@@ -1,0 +1,214 @@
+"""Intervals that parameters lie in."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool
+
+from .._boundary import PyTree
+from .._pickling import PlainMethods, Portable
+from .._tree import by_path, element_name
+from .owned import as_wide, owned
+
+# In units of the standard error.
+_CLOSE = 1e-3
+
+
+class _Interval(NamedTuple):
+    low: Array | None
+    high: Array | None
+
+    def clip(self, x: Array) -> Array:
+        # Where it is on a bound, its derivative is one: it may leave it. NaN stays NaN.
+        if self.low is not None:
+            x = jnp.where(x < self.low, self.low, x)
+        return x if self.high is None else jnp.where(x > self.high, self.high, x)
+
+    def has_at(self, x: Array) -> tuple[Array, Array]:
+        """Whether each element is at the lower, and at the upper bound."""
+        no = jnp.zeros_like(x, bool)
+        at_low = no if self.low is None else x <= self.low
+        return at_low, no if self.high is None else x >= self.high
+
+
+class Bounds(Portable, PlainMethods, eqx.Module):
+    """The intervals of some parameters, by path.
+
+    The bounds of a parameter have its dtype, and a shape that broadcasts to its own.
+    """
+
+    low: dict[str, Array]
+    high: dict[str, Array]
+
+    def clip(self, params: PyTree) -> PyTree:
+        """Moves each element that is outside of its interval to the bound."""
+        clipped = {path: at.clip(x) for path, at, x in self._intervals(params)}
+        return _replaced(params, clipped)
+
+    def snap(self, params: PyTree, goal: PyTree, errors: PyTree) -> PyTree:
+        """Moves elements to the bound that their goal is on, where they are close.
+
+        A step that is scaled, as Adam's are, would come close to a bound and never be
+        on it. Close is within a thousandth of the standard error.
+        """
+        goals, own = by_path(goal).by_name(), by_path(errors).by_name()
+        snapped = {}
+        for path, at, x in self._intervals(params):
+            target = goals[path]
+            is_close = jnp.abs(x - target) <= _CLOSE * own[path]
+            is_on = jnp.logical_or(*at.has_at(target))
+            snapped[path] = jnp.where(is_on & is_close, at.clip(target), x)
+        return _replaced(params, snapped)
+
+    def contain(self, params: PyTree) -> Bool[Array, ""]:
+        """Whether each element is within its interval."""
+        same = [jnp.all(at.clip(x) == x) for _, at, x in self._intervals(params)]
+        return jnp.all(jnp.stack(same))
+
+    def outside(self, params: PyTree) -> dict[str, Bool[Array, "..."]]:
+        """Finds the elements that are outside of their intervals, by path."""
+        return {path: at.clip(x) != x for path, at, x in self._intervals(params)}
+
+    def pushed(self, params: PyTree, grads: PyTree) -> dict[str, Bool[Array, "..."]]:
+        """Finds the elements at a bound where a lower loss is beyond it, by path."""
+        slopes, held = by_path(grads).by_name(), {}
+        for path, at, x in self._intervals(params):
+            at_low, at_high = at.has_at(x)
+            held[path] = (at_low & (slopes[path] > 0)) | (at_high & (slopes[path] < 0))
+        return held
+
+    def unknown(self, errors: PyTree, params: PyTree) -> PyTree:
+        """Replaces infinite errors of elements at a bound, which are held, by NaN."""
+        named, new = by_path(errors).by_name(), {}
+        for path, at, x in self._intervals(params):
+            is_held = jnp.logical_or(*at.has_at(x)) & jnp.isinf(named[path])
+            new[path] = jnp.where(is_held, jnp.nan, named[path])
+        return _replaced(errors, new)
+
+    def at_bound(self, params: PyTree) -> dict[str, np.ndarray]:
+        """Returns the bound that each element is at, and NaN elsewhere, on the host."""
+        found = {}
+        for path, at, x in self._intervals(params):
+            is_on = np.logical_or(*map(np.asarray, at.has_at(x)))
+            found[path] = np.where(is_on, np.asarray(x, float), np.nan)
+        return found
+
+    def require_within(self, params: PyTree) -> None:
+        """Refuses parameters that are outside of their intervals."""
+        for path, leaf in by_path(params).items():
+            _check(path, leaf, self.low.get(path), self.high.get(path))
+
+    def _intervals(self, params: PyTree) -> list[tuple[str, _Interval, Array]]:
+        wide = lambda side, x: None if side is None else as_wide(side, x)
+        return [
+            (path, _Interval(*(wide(s.get(path), x) for s in (self.low, self.high))), x)
+            for path, x in by_path(params).items()
+            if path in self.low or path in self.high
+        ]
+
+
+def held_at(
+    params: PyTree, held: Mapping[str, Array], values: PyTree | None = None
+) -> PyTree:
+    """Holds elements, which have no derivative then, at their `values`."""
+    named = by_path(params).by_name()
+    at = named if values is None else by_path(values).by_name()
+    fixed = lambda path: jax.lax.stop_gradient(at[path])
+    return _replaced(
+        params, {p: jnp.where(flags, fixed(p), named[p]) for p, flags in held.items()}
+    )
+
+
+def _replaced(params: PyTree, new: Mapping[str, Array]) -> PyTree:
+    named = by_path(params)
+    return named.structure.unflatten([new.get(path, x) for path, x in named.items()])
+
+
+def as_bounds(given: Any, model: PyTree, params: PyTree, reasons: Any) -> Bounds | None:
+    """Makes the bounds that a user gives for the trained parameters of a model."""
+    if given is None:
+        return None
+    trained = by_path(params).by_name()
+    low: dict[str, Array] = {}
+    high: dict[str, Array] = {}
+    for path, interval in owned(given, "bounds", model, reasons).items():
+        leaf = trained[path]
+        is_pair = isinstance(interval, tuple | list) and len(interval) == 2
+        if not is_pair:
+            raise TypeError(
+                f"`bounds`: that of {path!r} is {interval!r}, but must be a pair "
+                "`(low, high)` of numbers or arrays, with `None` for no bound."
+            )
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"`bounds`: {path!r} is complex, and has no order. Write it as two "
+                "real parameters."
+            )
+        for side, value, unset in zip(
+            (low, high), interval, (-np.inf, np.inf), strict=True
+        ):
+            if value is not None:
+                side[path] = _as_bound(value, path, leaf)
+                is_known = not isinstance(side[path], Tracer)
+                if is_known and np.all(np.asarray(side[path]) == unset):
+                    del side[path]
+        _check(path, leaf, low.get(path), high.get(path))
+    return Bounds(low, high) if low or high else None
+
+
+def _as_bound(value: Any, path: str, leaf: Array) -> Array:
+    if isinstance(value, bool | str):
+        raise TypeError(f"`bounds`: the bound {value!r} of {path!r} is no number.")
+    if not isinstance(value, jax.Array):
+        try:
+            value = np.asarray(value, leaf.dtype)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"`bounds`: the bound {value!r} of {path!r} is no number."
+            ) from None
+    try:
+        np.broadcast_shapes(value.shape, leaf.shape)
+        fits = np.broadcast_shapes(value.shape, leaf.shape) == leaf.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`bounds`: a bound of {path!r} has shape {value.shape}, which does not "
+            f"broadcast to that of the parameter, {leaf.shape}."
+        )
+    return jnp.asarray(value, leaf.dtype)
+
+
+def _check(path: str, leaf: Array, low: Array | None, high: Array | None) -> None:
+    """Refuses bounds that are NaN or the wrong way round, and a start outside."""
+    if any(isinstance(x, Tracer) for x in (leaf, low, high)):
+        return
+    start, least, most = np.broadcast_arrays(
+        np.asarray(leaf),
+        np.asarray(-np.inf if low is None else low, leaf.dtype),
+        np.asarray(np.inf if high is None else high, leaf.dtype),
+    )
+    show = lambda i: f"({least.flat[i]:.6g}, {most.flat[i]:.6g})"
+    name = lambda i: repr(element_name({path: leaf}, int(i)))
+    for i in np.flatnonzero(np.isnan(least) | np.isnan(most))[:1]:
+        raise ValueError(f"`bounds`: those of {name(i)} are {show(i)}: NaN is none.")
+    for i in np.flatnonzero(least >= most)[:1]:
+        if least.flat[i] == most.flat[i]:
+            raise ValueError(
+                f"`bounds`: those of {name(i)}, {show(i)}, leave it one value. To "
+                "hold a parameter, leave it out of `train`."
+            )
+        raise ValueError(
+            f"`bounds`: those of {name(i)}, {show(i)}, are the wrong way round: "
+            "`(low, high)`."
+        )
+    for i in np.flatnonzero((start < least) | (start > most))[:1]:
+        raise ValueError(
+            f"`bounds`: {name(i)} starts at {start.flat[i]:.6g}, outside of its "
+            f"bounds {show(i)}. Start within them, or on one of them."
+        )

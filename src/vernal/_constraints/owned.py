@@ -1,0 +1,44 @@
+"""Mappings from selectors of parameters, given by a user."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from .._boundary import PyTree
+from .._tree import by_path, resolve
+
+
+def owned(
+    given: Any, argument: str, model: PyTree, known: Callable[[str], str]
+) -> dict[str, Any]:
+    """Returns what a mapping from selectors says of each leaf of a model, by path.
+
+    The most specific selector wins. `known` says why a leaf cannot have such an entry,
+    or nothing. A selector that finds such leaves alone is refused.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"`{argument}` is of type `{type(given).__name__}`, but must be a "
+            "dictionary, from selectors of parameters such as `'power'` or "
+            "`'**.flux'`."
+        )
+    selectors, values = list(given), list(given.values())
+    owners = resolve(model, selectors, argument=argument)
+    found: dict[int, list[str]] = {rule: [] for rule in range(len(selectors))}
+    for path, owner in zip(by_path(model).names, owners, strict=True):
+        if owner is not None:
+            found[owner].append(path)
+    chosen: dict[str, Any] = {}
+    for rule, paths in found.items():
+        fit = [path for path in paths if not known(path)]
+        if paths and not fit:
+            raise ValueError(f"`{argument}`: {paths[0]!r} is {known(paths[0])}")
+        chosen |= dict.fromkeys(fit, values[rule])
+    return chosen
+
+
+def as_wide(array: Array, like: Array) -> Array:
+    """Broadcasts an array to the shape of a parameter, under strict promotion too."""
+    return jax.numpy.broadcast_to(array, like.shape)

@@ -1,0 +1,212 @@
+"""Prior distributions of parameters."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float
+
+from .._boundary import PyTree, entrance, refuse_foreign
+from .._closure import Closure
+from .._curvature import matmul
+from .._pickling import PlainMethods, Portable
+from .._tree import by_path
+from .owned import as_wide, owned
+
+
+class Normal(Portable, PlainMethods, eqx.Module):
+    r"""A normal distribution, as a prior of a parameter.
+
+    $$\log p(x) = -\frac{(x - \mu)^2}{2 \sigma^2} - \log(\sigma \sqrt{2 \pi})$$
+
+    **Attributes:**
+
+    - `mean`, `std`: $\mu$ and $\sigma$, in the units of the parameter.
+    """
+
+    mean: Float[Array, "..."]
+    std: Float[Array, "..."]
+
+    @entrance
+    def __init__(self, mean: ArrayLike, std: ArrayLike):
+        """**Arguments:**
+
+        - `mean`, `std`: numbers, or arrays that broadcast to the parameter.
+
+        **Raises:**
+
+        - `ValueError`: if `std` is not positive, or one of them is not finite.
+        """
+        self.mean, self.std = (
+            _as_floats(value, name) for value, name in ((mean, "mean"), (std, "std"))
+        )
+        if isinstance(self.std, Tracer) or isinstance(self.mean, Tracer):
+            return
+        for value, name in ((self.mean, "mean"), (self.std, "std")):
+            if not np.isfinite(value).all():
+                raise ValueError(f"`{name}` is {value}, but must be finite.")
+        if not (np.asarray(self.std) > 0).all():
+            raise ValueError(f"`std` is {std}, but must be positive.")
+
+    @entrance
+    def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:
+        """Returns the logarithm of the density, element by element."""
+        value = _as_floats(value, "value")
+        mean, std = self.mean.astype(value.dtype), self.std.astype(value.dtype)
+        unit = (value - mean) / std
+        return -0.5 * jnp.square(unit) - jnp.log(std) - 0.5 * np.log(2 * np.pi)
+
+
+class Priors(Portable, PlainMethods, eqx.Module):
+    """Priors of some parameters, by path: normal ones, and others."""
+
+    normal: dict[str, Normal]
+    others: dict[str, Closure]
+
+    def rows(self, model: PyTree) -> Float[Array, " rows"]:
+        """Returns a residual for each element that has a prior.
+
+        Half the sum of their squares is the negative logarithm of a normal density; of
+        another one they have the gradient, and the curvature where that is positive.
+        """
+        named = by_path(model).by_name()
+        rows = [_row(p, named[path]).ravel() for path, p in self.normal.items()]
+        rows += [_local_rows(p, named[path]) for path, p in self.others.items()]
+        return jnp.concatenate([row.astype(rows[0].dtype) for row in rows])
+
+    def count(self, model: PyTree) -> int:
+        """Returns the number of rows."""
+        named = by_path(model).by_name()
+        return sum(named[path].size for path in (*self.normal, *self.others))
+
+    def penalty(self, model: PyTree) -> Float[Array, ""]:
+        """Returns the negative logarithm of the density.
+
+        Without the constants of the normal priors: it is half the sum of squared `rows`
+        for these.
+        """
+        named = by_path(model).by_name()
+        terms = [
+            0.5 * jnp.sum(jnp.square(_row(prior, named[path])))
+            for path, prior in self.normal.items()
+        ]
+        terms += [
+            -jnp.sum(prior.decode().log_prob(named[path]))
+            for path, prior in self.others.items()
+        ]
+        return jnp.sum(jnp.stack([term.astype(terms[0].dtype) for term in terms]))
+
+
+def _row(prior: Normal, value: Array) -> Array:
+    mean, std = (
+        as_wide(part.astype(value.dtype), value) for part in (prior.mean, prior.std)
+    )
+    return (value - mean) / std
+
+
+def _local_rows(prior: Closure, value: Array) -> Array:
+    """Returns rows with the gradient and the curvature of a prior at this value."""
+    log_prob, point = prior.decode().log_prob, jax.lax.stop_gradient(value.ravel())
+    density = lambda flat: -jnp.sum(log_prob(flat.reshape(value.shape)))
+    slope = jax.grad(density)(point)
+    if jax.eval_shape(log_prob, value).shape == value.shape:
+        # Each element has a prior of its own.
+        curvature = jax.jvp(jax.grad(density), (point,), (jnp.ones_like(point),))[1]
+        turn = lambda vector: vector
+    else:
+        curvature, vectors = jnp.linalg.eigh(jax.hessian(density)(point))
+        turn = lambda vector: matmul(vectors.T, vector)
+    root = jnp.sqrt(jnp.maximum(curvature, 0))
+    here = jnp.where(root > 0, turn(slope) / jnp.where(root > 0, root, 1), 0)
+    moved = root * turn(value.ravel() - point)
+    return moved + jax.lax.stop_gradient(here)
+
+
+def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
+    """Makes the priors that a user gives for the parameters of a model."""
+    if given is None:
+        return None
+    normal: dict[str, Normal] = {}
+    others: dict[str, Closure] = {}
+    leaves = by_path(model).by_name()
+    for path, prior in owned(given, "priors", model, reasons).items():
+        leaf = jnp.asarray(leaves[path])
+        if (known := _as_normal(prior)) is not None:
+            normal[path] = known
+            shape, dtype = _shape_of(lambda x, p=known: _row(p, x), leaf, path)
+        else:
+            if not callable(getattr(prior, "log_prob", None)):
+                raise TypeError(
+                    f"`priors`: that of {path!r} is {prior!r}, which has no method "
+                    "`log_prob`. Give `vn.Normal(mean, std)`, or a distribution of "
+                    "NumPyro or Distrax."
+                )
+            prior = jax.tree.map(_as_array, prior)
+            others[path] = Closure.encode(prior)
+            shape, dtype = _shape_of(prior.log_prob, leaf, path)
+            _check_start(prior, leaf, path)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"`priors`: {path!r} is complex, and a prior is of reals.")
+        if np.broadcast_shapes(shape, leaf.shape) != leaf.shape:
+            raise ValueError(
+                f"`priors`: that of {path!r} has shape {shape}, which does not "
+                f"broadcast to that of the parameter, {leaf.shape}."
+            )
+    return Priors(normal, others) if normal or others else None
+
+
+def _as_normal(prior: Any) -> Normal | None:
+    """Returns a normal distribution, of whatever library, as ours."""
+    if isinstance(prior, Normal):
+        return prior
+    if type(prior).__name__ != "Normal":
+        return None
+    loc, scale = getattr(prior, "loc", None), getattr(prior, "scale", None)
+    return None if loc is None or scale is None else Normal(loc, scale)
+
+
+def _shape_of(fn: Any, leaf: Array, path: str) -> tuple[tuple[int, ...], Any]:
+    try:
+        found = jax.eval_shape(fn, leaf)
+        return found.shape, found.dtype
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`priors`: that of {path!r} cannot be evaluated for a parameter of shape "
+            f"{leaf.shape}: {error}"
+        ) from error
+
+
+def _check_start(prior: Any, leaf: Array, path: str) -> None:
+    if isinstance(leaf, Tracer):
+        return
+    density = np.asarray(prior.log_prob(leaf))
+    if not np.isfinite(density).all():
+        raise ValueError(
+            f"`priors`: the density of {path!r} is zero or not finite where it starts, "
+            f"at {leaf}. Start where its prior allows."
+        )
+
+
+def _as_array(leaf: Any) -> Any:
+    # So another number in a distribution compiles nothing again.
+    return jnp.asarray(leaf, float) if type(leaf) in (int, float) else leaf
+
+
+def _as_floats(value: Any, name: str) -> Array:
+    """Returns numbers that a user gives as an array of floats."""
+    refuse_foreign(value, f"`{name}`")
+    try:
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    kinds = jnp.integer, jnp.floating
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise TypeError(
+            f"`{name}` is {value!r}, but must be a real number or an array."
+        )
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    return jnp.asarray(array, jnp.result_type(float))

@@ -1,0 +1,157 @@
+"""Parameters that follow others."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jaxtyping import Array
+
+from .._boundary import PyTree, takes
+from .._closure import Closure
+from .._pickling import PlainMethods, Portable
+from .._tree import by_path, cast_like, is_inexact, resolve
+from .owned import owned
+
+
+class Ties(Portable, PlainMethods, eqx.Module):
+    """Which leaves of a model follow others, in an order in which they can be set.
+
+    A source is the index of a leaf, or a function of the model. `rounds` has the
+    indices of the leaves of each round, whose sources are set in the rounds before.
+    """
+
+    sources: Closure
+    rounds: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+    tied: tuple[tuple[int, str], ...] = eqx.field(static=True)
+    """The index and the path of each tied leaf."""
+    followed: tuple[str, ...] = eqx.field(static=True)
+    """What each of them follows, in words."""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The indices of the tied leaves."""
+        return tuple(index for index, _ in self.tied)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What a table says of each tied leaf, by path."""
+        pairs = zip(self.tied, self.followed, strict=True)
+        return {path: f"tied to {followed}" for (_, path), followed in pairs}
+
+    def set(self, leaves: Sequence[Any], structure: Any) -> list[Any]:
+        """Sets the tied leaves of a model."""
+        found, sources = list(leaves), self.sources.decode()
+        for round_ in self.rounds:
+            model = structure.unflatten(found)
+            for index in round_:
+                source = sources[index]
+                new = source(model) if callable(source) else found[source]
+                found[index] = cast_like(jnp.asarray(new), leaves[index])
+        return found
+
+
+def as_ties(given: Any, model: PyTree) -> Ties | None:
+    """Makes the ties that a user gives for a model."""
+    if given is None:
+        return None
+    named = by_path(model)
+    names, leaves = named.names, named.leaves
+    sources: dict[int, Any] = {}
+    reads: dict[int, set[int]] = {}
+    for path, source in owned(given, "ties", model, lambda _: "").items():
+        index = names.index(path)
+        if isinstance(source, str):
+            sources[index] = found = _leaf_named(source, model, path)
+            reads[index], shape = {found}, jnp.shape(leaves[found])
+        elif callable(source):
+            takes(source, 1, "ties", "fn(model)")
+            sources[index] = source
+            reads[index], shape = _read(source, named.leaves, named.structure, path)
+        else:
+            raise TypeError(
+                f"`ties`: {path!r} is tied to {source!r}, but must be tied to the path "
+                "of a parameter, or to a function of the model: `lambda model: 2 * "
+                "model.a.width`."
+            )
+        if shape != jnp.shape(leaves[index]):
+            raise ValueError(
+                f"`ties`: {path!r} has shape {jnp.shape(leaves[index])}, and what it "
+                f"is tied to has shape {shape}."
+            )
+    if not sources:
+        return None
+    in_words = lambda source: "a function" if callable(source) else names[source]
+    return Ties(
+        sources=Closure.encode(sources),
+        rounds=_in_order(reads, names),
+        tied=tuple((index, names[index]) for index in sources),
+        followed=tuple(map(in_words, sources.values())),
+    )
+
+
+def _leaf_named(source: str, model: PyTree, path: str) -> int:
+    owners = resolve(model, [source], argument="ties")
+    found = [index for index, owner in enumerate(owners) if owner is not None]
+    if len(found) != 1:
+        raise ValueError(
+            f"`ties`: {path!r} is tied to {source!r}, which names {len(found)} "
+            "parameters. Name one, or give a function of the model."
+        )
+    return found[0]
+
+
+def _read(
+    source: Callable[[Any], Any], leaves: Sequence[Any], structure: Any, path: str
+) -> tuple[set[int], tuple[int, ...]]:
+    """Finds which leaves a function reads, and the shape of what it returns."""
+    places = [index for index, leaf in enumerate(leaves) if is_inexact(leaf)]
+
+    def of_arrays(arrays: Iterable[Array]) -> Array:
+        changed = dict(zip(places, arrays, strict=True))
+        every = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return jnp.asarray(source(structure.unflatten(every)))
+
+    try:
+        closed = jax.make_jaxpr(of_arrays)([jnp.asarray(leaves[i]) for i in places])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"`ties`: what {path!r} is tied to cannot be evaluated: {error}"
+        ) from error
+    (out,) = closed.jaxpr.outvars
+    needed = set() if isinstance(out, Literal) else {out}
+    for equation in reversed(closed.jaxpr.eqns):
+        if needed.intersection(equation.outvars):
+            needed |= {var for var in equation.invars if not isinstance(var, Literal)}
+    invars = zip(places, closed.jaxpr.invars, strict=True)
+    shape: Any = out.aval
+    return {index for index, var in invars if var in needed}, shape.shape
+
+
+def _in_order(
+    reads: dict[int, set[int]], names: Sequence[str]
+) -> tuple[tuple[int, ...], ...]:
+    """Sorts tied leaves into rounds; refuses a circle."""
+    rounds, left = [], dict(reads)
+    while left:
+        ready = tuple(i for i, sources in left.items() if not sources & left.keys())
+        if not ready:
+            circle = _circle(left)
+            raise ValueError(
+                "`ties` go round in a circle: "
+                + " follows ".join(repr(names[index]) for index in circle)
+                + ". Leave one of them free."
+            )
+        rounds.append(ready)
+        for index in ready:
+            del left[index]
+    return tuple(rounds)
+
+
+def _circle(left: dict[int, set[int]]) -> list[int]:
+    walk = [next(iter(left))]
+    while walk[-1] not in walk[:-1]:
+        walk.append(min(left[walk[-1]] & left.keys()))
+    return walk[walk.index(walk[-1]) :]

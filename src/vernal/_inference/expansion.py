@@ -1,0 +1,162 @@
+"""The negative log-likelihood around a point, to second order."""
+
+import math
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+
+from .._boundary import Params, boolean
+from .._curvature import Mode
+from .._fit import distance_here
+from .._minimum import (
+    Distance,
+    distance_of,
+    has_minimum,
+    measure_hessian,
+    spectral_distance,
+    what_falls,
+)
+from .._projection import DenseWhitening, NullPolicy
+from .._step import AbstractTrainer, bounds_of, defined, prior_count, priors_of
+from .._tree import as_parameters, by_path, ravel, unravel
+from .derivatives import Passes, derive, require_finite
+from .fisher import require_likelihood
+from .whiten import checked_spectra, hessian_rtol, of_hessian, of_spectrum, reduced
+
+# Directions that the data do not constrain are kept, and marked.
+_NULLS = NullPolicy(on_null="prior")
+
+
+class Around(NamedTuple):
+    """What one evaluation of the derivatives says of the surroundings of a point.
+
+    - `whitening`: the map that whitens the parameters.
+    - `deviance`: twice the negative log-likelihood; of residuals, their chi-squared.
+    - `has_residuals`: whether it is that of residuals.
+    - `data_count`: the number of data, `None` if it is not known.
+    - `distance`: how far the point is from a minimum, `None` where there is none.
+    - `held`: which elements are held at their bounds: they are not free.
+    """
+
+    whitening: DenseWhitening
+    deviance: float
+    has_residuals: bool
+    data_count: int | None
+    distance: Distance | None
+    held: Bool[np.ndarray, " D"]
+
+    @property
+    def free_count(self) -> int:
+        """The number of elements that are free."""
+        return int(np.count_nonzero(~self.held))
+
+    @property
+    def rank(self) -> int:
+        """The number of directions that the data constrain."""
+        return int(np.count_nonzero(np.asarray(self.whitening.roots) > 0))
+
+    @property
+    def degrees_of_freedom(self) -> int | None:
+        """The number of data less that of directions."""
+        return None if self.data_count is None else self.data_count - self.rank
+
+    @property
+    def reduced_chi_squared(self) -> float | None:
+        """Chi-squared for each degree of freedom, if there is any."""
+        degrees = self.degrees_of_freedom or 0
+        return self.deviance / degrees if self.has_residuals and degrees > 0 else None
+
+    def error_scale(self, scale_errors: bool) -> float:
+        """Returns the factor of errors whose scale is the scatter of the residuals."""
+        if not boolean(scale_errors, "scale_errors"):
+            return 1.0
+        if self.reduced_chi_squared is None:
+            raise ValueError(
+                "`scale_errors` takes the scale of the errors from the scatter of "
+                "`residuals`, and there is none: define `residuals`, and give more "
+                "data than free parameters. Or leave `scale_errors` out."
+            )
+        return math.sqrt(self.reduced_chi_squared)
+
+    def errors(self, like: Params, scale: float) -> dict[str, np.ndarray]:
+        """Returns the standard errors by the paths of the parameters `like`."""
+        leaves = by_path(like).by_name()
+        known = scale * np.asarray(self.whitening.errors_of_the_data(), float)
+        flat = np.where(self.held, np.nan, known)
+        ends = np.cumsum([leaf.size for leaf in leaves.values()])
+        pieces = np.split(flat, ends[:-1])
+        pairs = zip(leaves.items(), pieces, strict=True)
+        return {path: piece.reshape(leaf.shape) for (path, leaf), piece in pairs}
+
+
+def around(trainer: AbstractTrainer, batch: Any, jac: Mode | None, what: str) -> Around:
+    """Evaluates the derivatives at the current point, by the program of `whiten`.
+
+    Priors are in the curvature, and not in the deviance, which is that of the data.
+    """
+    require_likelihood(trainer, what)
+    of = _of_residuals if "residuals" in defined(trainer) else _of_nll
+    found = of(trainer, batch, jac)
+    if (bounds := bounds_of(trainer)) is None:
+        return found
+    params = as_parameters(trainer.params)
+    errors = unravel(jnp.asarray(found.whitening.errors_of_the_data()), params)
+    held = np.isnan(np.asarray(ravel(bounds.unknown(errors, params))))
+    # Neither a draw nor a propagated error moves what is held.
+    scale = jnp.where(held, 0, found.whitening.scale)
+    whitening = eqx.tree_at(lambda w: w.scale, found.whitening, scale)
+    return found._replace(whitening=whitening, held=held)
+
+
+def _of_residuals(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
+    found = derive(trainer, batch, "jacobian", None, Passes(jac=jac), holds=True)
+    (jacobian,), is_finite, residuals = found
+    spectrum, slope, squares = reduced(jacobian, residuals)
+    (spectrum,), eps = checked_spectra(trainer, batch, (spectrum,), is_finite)
+    params = as_parameters(trainer.params)
+    whitening = of_spectrum(spectrum, params, _NULLS, "", eps)
+
+    def distance() -> Distance:
+        parts = spectrum, slope, squares, residuals.size
+        return spectral_distance(*parts, params, trainer.projector)
+
+    found = _distance(trainer, batch, "residuals", distance)
+    count = residuals.size - prior_count(trainer)
+    of_priors = np.asarray(residuals, float).ravel()[count:]
+    chi_squared = float(squares) - float(np.sum(np.square(of_priors)))
+    none = np.zeros(whitening.scale.size, bool)
+    return Around(whitening, chi_squared, True, count, found, none)
+
+
+def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
+    found = derive(trainer, batch, "nll", None, Passes(jac=jac), holds=True)
+    (expansion,), is_finite, value = found
+    hessian = expansion.hessian
+    what = "The curvature of `nll`"
+    require_finite((hessian,), is_finite, what, trainer, batch)
+    params = as_parameters(trainer.params)
+    rtol = hessian_rtol((hessian,))
+    whitening = of_hessian(hessian, params, _NULLS, "", "nll", rtol)
+
+    def distance() -> Distance:
+        args = value, expansion.gradient, hessian, params, trainer.projector
+        return distance_of(measure_hessian(*args))
+
+    found = _distance(trainer, batch, "nll", distance)
+    priors, none = priors_of(trainer), np.zeros(whitening.scale.size, bool)
+    penalty = 0.0 if priors is None else float(priors.penalty(trainer.model))
+    return Around(whitening, 2 * (float(value) - penalty), False, None, found, none)
+
+
+def _distance(
+    trainer: AbstractTrainer, batch: Any, kind: str, known: Any
+) -> Distance | None:
+    """Returns the distance to the minimum of what is fitted, `None` without one."""
+    falls = what_falls(trainer)
+    # A loss with a penalty has no known scale.
+    if falls == "loss" or not has_minimum(trainer):
+        return None
+    return known() if falls == kind else distance_here(trainer, batch, falls)

@@ -1,0 +1,186 @@
+"""Errors of functions of the model, and models drawn from the likelihood."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._boundary import PyTree, prng_key, refuse_program, takes, whole_number
+from .._closure import Closure
+from .._curvature import (
+    Flat,
+    Mode,
+    Subject,
+    choose_mode,
+    matmul,
+    positive,
+    traced,
+    transposed_product,
+)
+from .._program import program
+from .._projection import DenseWhitening
+from .._step import AbstractTrainer, bounds_of, live, stripped
+from .._tree import as_parameters, is_inexact, ravel, ravel_dtype, unravel
+from .expansion import Around, around
+
+
+def propagate(
+    trainer: AbstractTrainer,
+    fn: Callable[[Any], PyTree],
+    batch: Any,
+    scale_errors: bool,
+    jac: Mode | None,
+) -> tuple[PyTree, PyTree]:
+    """Implements `Trainer.propagate`."""
+    refuse_program("propagate", trainer, batch)
+    if not callable(fn):
+        raise TypeError(
+            f"`fn` is {fn!r}, but must be a function of the model: `fn(model)`."
+        )
+    takes(fn, 1, "fn", "fn(model)")
+    here = around(trainer, batch, jac, "A propagated error")
+    scale = here.error_scale(scale_errors)
+    return propagated(trainer, fn, here, scale)
+
+
+def propagated(
+    trainer: AbstractTrainer, fn: Callable[[Any], PyTree], here: Around, scale: float
+) -> tuple[PyTree, PyTree]:
+    """Evaluates a function of the model, and its standard errors."""
+    closure = Closure.encode(fn)
+    return run_propagate(stripped(trainer), closure, here.whitening, jnp.asarray(scale))
+
+
+@program
+def run_propagate(
+    trainer: AbstractTrainer,
+    closure: Closure,
+    whitening: DenseWhitening,
+    factor: Float[Array, ""],
+) -> tuple[PyTree, PyTree]:
+    fn, params = closure.decode(), as_parameters(trainer.params)
+    of_model = lambda flat: _checked(fn(live(trainer, unravel(flat, params)).model))
+    flat = ravel(params)
+    value = of_model(flat)
+    outputs = traced(lambda x: ravel(of_model(x)), flat)
+    is_wide = sum(leaf.size for leaf in jax.tree.leaves(value)) >= flat.size
+    # A pass for each direction, or a pass for each output.
+    order: tuple[Mode, Mode] = ("fwd", "bwd") if is_wide else ("bwd", "fwd")
+    mode = choose_mode(outputs, flat, Subject("`fn`", is_quiet=True), order)
+    norms = _by_direction if mode == "fwd" else _by_output
+    known, null, whole = norms(outputs, flat, whitening)
+    # The same threshold as for the errors of the parameters themselves.
+    is_unbounded = null > whitening.resolution * whole
+    error = jnp.where(is_unbounded, jnp.inf, factor.astype(known.dtype) * known)
+    return value, unravel(error, value)
+
+
+def _weights(roots: Float[Array, "*D"]) -> Float[Array, "3 *D"]:
+    """Weighs directions of the spectrum: known ones by their errors, null ones, all."""
+    known, is_null = jnp.where(roots > 0, roots, 0), roots < 0
+    return jnp.stack([known, is_null.astype(roots.dtype), jnp.ones_like(roots)])
+
+
+def _by_direction(
+    outputs: Flat, flat: Float[Array, " D"], whitening: DenseWhitening
+) -> Float[Array, "3 M"]:
+    """Computes weighted norms of the gradient of each output, a direction at a time."""
+    value, push = jax.linearize(outputs, flat)
+
+    def add(
+        norms: Float[Array, "3 M"], direction: tuple[Array, Array]
+    ) -> tuple[Float[Array, "3 M"], None]:
+        vector, root = direction
+        image = push((whitening.scale * vector).astype(flat.dtype))
+        parts = _weights(root).astype(image.dtype)[:, None] * image[None, :]
+        # Unlike a sum of squares, it does not overflow.
+        return jnp.hypot(norms, parts), None
+
+    zeros = jnp.zeros((3, value.size), value.dtype)
+    return jax.lax.scan(add, zeros, (whitening.vectors.T, whitening.roots))[0]
+
+
+def _by_output(
+    outputs: Flat, flat: Float[Array, " D"], whitening: DenseWhitening
+) -> Float[Array, "3 M"]:
+    """Computes the same, an output at a time."""
+    pull, like = transposed_product(outputs, flat), outputs(flat)
+
+    def of_one(index: Array) -> Float[Array, "3"]:
+        unit = jax.nn.one_hot(index, like.size, dtype=like.dtype)
+        slope = pull(unit).astype(whitening.scale.dtype)
+        inner = matmul(whitening.scale * slope, whitening.vectors)
+        size = positive(jnp.max(jnp.abs(inner)))
+        parts = _weights(whitening.roots) * (inner / size)[None, :]
+        return size * jnp.linalg.norm(parts, axis=1)
+
+    return jax.lax.map(of_one, jnp.arange(like.size)).T
+
+
+def _checked(value: PyTree) -> PyTree:
+    """Refuses what a function returned, unless it is made of real arrays."""
+    leaves, structure = jax.tree.flatten(value)
+    if not leaves:
+        raise ValueError("`fn` returned no array: there is nothing to propagate.")
+    arrays = [jnp.asarray(x) if isinstance(x, float) else x for x in leaves]
+    for leaf in arrays:
+        if not is_inexact(leaf) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(
+                f"`fn` returned {kind}, but must return real floating-point arrays, "
+                "alone or in a pytree. Of a complex number, return the real and the "
+                "imaginary part, or `jnp.abs` and `jnp.angle`."
+            )
+    return structure.unflatten(arrays)
+
+
+def draw(
+    trainer: AbstractTrainer,
+    key: PRNGKeyArray,
+    count: int,
+    batch: Any,
+    scale_errors: bool,
+    jac: Mode | None,
+) -> PyTree:
+    """Implements `Trainer.draw`."""
+    refuse_program("draw", trainer, key, batch)
+    key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
+    here = around(trainer, batch, jac, "A draw from the likelihood")
+    params = as_parameters(trainer.params)
+    if here.rank < here.free_count:
+        null = here.whitening.null_space(params)
+        shown = "; ".join(
+            " and ".join(f"{name} ({weight:+.3g})" for name, weight in row.items())
+            for row in null
+        )
+        raise ValueError(
+            f"`batch` does not constrain {len(null)} of {here.whitening.latent_size} "
+            f"directions, which nothing can be drawn from: {shown}. Freeze a parameter "
+            "of each (`train=`), or add a prior."
+        )
+    scale = here.error_scale(scale_errors)
+    shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
+    normal = jax.random.normal(key, shape, dtype)
+    return run_draw(stripped(trainer), here.whitening, normal, jnp.asarray(scale))
+
+
+@program
+def run_draw(
+    trainer: AbstractTrainer,
+    whitening: DenseWhitening,
+    latents: Float[Array, "count D"],
+    factor: Float[Array, ""],
+) -> PyTree:
+    params = as_parameters(trainer.params)
+    flat = ravel(params)
+
+    def model(latent: Float[Array, " D"]) -> Any:
+        step = whitening.apply(factor.astype(latent.dtype) * latent)
+        drawn = unravel(flat + step.astype(flat.dtype), params)
+        bounds = bounds_of(trainer)
+        return live(trainer, drawn if bounds is None else bounds.clip(drawn)).model
+
+    return eqx.filter_vmap(model)(latents)

@@ -1,0 +1,49 @@
+"""The report of a trainer."""
+
+import math
+from typing import Any
+
+from .._boundary import boolean, refuse_program, whole_number
+from .._curvature import Mode
+from .._minimum import edm_note
+from .._report import Report, criteria, p_value
+from .._step import AbstractTrainer
+from .expansion import around
+from .rows import rows
+
+
+def report(
+    trainer: AbstractTrainer,
+    batch: Any,
+    scale_errors: bool,
+    data_count: int | None,
+    jac: Mode | None,
+) -> Report:
+    """Implements `Trainer.report`."""
+    refuse_program("report", trainer, batch)
+    is_scaled = boolean(scale_errors, "scale_errors")
+    if data_count is not None:
+        data_count = whole_number(data_count, "data_count", least=1)
+    here = around(trainer, batch, jac, "A report")
+    if data_count is not None:
+        here = here._replace(data_count=data_count)
+    scale = here.error_scale(is_scaled)
+    distance, degrees = here.distance, here.degrees_of_freedom
+    chi = here.deviance if here.has_residuals else None
+    aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
+    return Report(
+        chi_squared=chi,
+        data_count=here.data_count,
+        free_count=here.free_count,
+        degrees_of_freedom=degrees,
+        reduced_chi_squared=here.reduced_chi_squared,
+        p_value=p_value(chi, degrees),
+        aic=aic,
+        bic=bic,
+        edm=math.nan if distance is None else float(distance.edm),
+        stop_reason=None,
+        error_scale=scale,
+        parameters=tuple(rows(trainer, here, scale)),
+        correlation_matrix=here.whitening.correlations_of_the_data(),
+        note=None if distance is None else edm_note(distance, trainer.params),
+    )

@@ -1,0 +1,194 @@
+"""`Report`: what there is to say of a fit."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, final
+
+import numpy as np
+from jaxtyping import Float
+
+from .._boundary import nearest_names
+from .._policy import StopReason
+from .._tree import UnknownPathError
+from .rows import ParameterRow
+from .written import as_html, as_text
+
+
+class Correlation(NamedTuple):
+    """The correlation of two elements, by their names."""
+
+    first: str
+    second: str
+    value: float
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Report:
+    r"""What [`vernal.Trainer.report`][] returns: how good a fit is, and its parameters.
+
+    It prints as text, and shows as tables in a notebook. `report["a.width"]` is the row
+    of one element. What is not known is `None`.
+
+    **Attributes:**
+
+    - `chi_squared`: $\chi^2$, the sum of squared `residuals`; `None` for an `nll`.
+    - `data_count`: $N$, the number of residuals; complex ones count twice.
+    - `free_count`: the number of free parameters, element by element.
+    - `degrees_of_freedom`: $N - k$, where $k$ counts the directions that the data
+        constrain. This is `free_count`, unless a parameter is unconstrained.
+    - `reduced_chi_squared`: $\chi^2 / (N - k)$.
+    - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
+        and the residuals are in units of their error bars.
+    - `aic`, `bic`: Akaike's and the Bayesian information criterion, with $L$ as below,
+
+        $$\mathrm{AIC} = -2 \log L + 2 k, \qquad
+          \mathrm{BIC} = -2 \log L + k \log N.$$
+    - `edm`: the estimated distance to the minimum, see [`vernal.FitResult`][]; NaN
+        where it is not known.
+    - `stop_reason`: why the fit ended, for the report of a result.
+    - `error_scale`: the factor of all errors, 1 without `scale_errors`.
+    - `parameters`: a row for each element, with `name`, `value`, `error`, `status` and
+        `is_free`. The error is infinite if the data do not constrain the element, and
+        NaN if it is not free. The status says what else there is to know, such as
+        "frozen"; often it is empty.
+    - `correlation_matrix`: the correlations of the free elements, in the order of
+        `parameters`; NaN where an error is infinite.
+
+    For `residuals` $-2 \log L = \chi^2$: without the constant
+    $\sum_i \log 2 \pi \sigma_i^2$, which is the same for all models of the same data.
+    With `scale_errors` the error bars are not known. Then the highest likelihood over
+    their scale counts, $-2 \log L = N \log(\chi^2 / N)$, again without a constant. This
+    is what lmfit calls AIC and BIC, whatever its `scale_covar`. For an `nll` it is
+    twice the `nll`, with whatever constant this has; criteria of models can be compared
+    only if these agree.
+    """
+
+    chi_squared: float | None
+    data_count: int | None
+    free_count: int
+    degrees_of_freedom: int | None
+    reduced_chi_squared: float | None
+    p_value: float | None
+    aic: float
+    bic: float | None
+    edm: float
+    stop_reason: StopReason | None
+    error_scale: float
+    parameters: tuple[ParameterRow, ...]
+    correlation_matrix: Float[np.ndarray, "D D"]
+    note: str | None = None
+    """Where the fit should go on, if it is not at a minimum."""
+
+    def __getitem__(self, name: str) -> ParameterRow:
+        """Returns the row of one element, by its name."""
+        rows = {row.name: row for row in self.parameters}
+        if name not in rows:
+            raise UnknownPathError(
+                f"The report has no row {name!r}. {nearest_names(name, list(rows))}"
+            )
+        return rows[name]
+
+    @property
+    def correlations(self) -> tuple[Correlation, ...]:
+        """All pairs of free elements and their correlations, the largest first.
+
+        A pair has the fields `first`, `second` and `value`.
+        """
+        rows, columns = np.triu_indices(len(self.correlation_matrix), 1)
+        values = self.correlation_matrix[rows, columns]
+        kept = np.flatnonzero(np.isfinite(values))
+        order = kept[np.argsort(-abs(values[kept]), kind="stable")]
+        names = [row.name for row in self.parameters if row.is_free]
+        return tuple(
+            Correlation(names[i], names[j], float(value))
+            for i, j, value in zip(
+                rows[order], columns[order], values[order], strict=True
+            )
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as dictionaries, lists, numbers and strings.
+
+        `parameters` is a dictionary by name.
+        """
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        reason = None if self.stop_reason is None else str(self.stop_reason)
+        return {
+            **numbers,
+            "stop_reason": reason,
+            "parameters": {
+                row.name: {"value": row.value, "error": row.error, "status": row.status}
+                for row in self.parameters
+            },
+            "correlations": [tuple(pair) for pair in self.correlations],
+        }
+
+    def to_dataframe(self) -> Any:
+        """Returns the parameters as a `pandas.DataFrame`, with their names as index.
+
+        The columns are `value`, `error` and `status`.
+
+        **Raises:**
+
+        - `ImportError`: if pandas is not installed.
+        """
+        columns = ("value", "error", "status")
+        cells = {
+            name: [getattr(row, name) for row in self.parameters] for name in columns
+        }
+        names = [row.name for row in self.parameters]
+        return pandas().DataFrame(cells, index=pandas().Index(names, name="parameter"))
+
+    def __str__(self) -> str:
+        """Returns the report as plain text."""
+        return as_text(self)
+
+    def __repr__(self) -> str:
+        chi = self.chi_squared
+        shown = "" if chi is None else f"chi_squared={chi:.6g}, "
+        dof = self.degrees_of_freedom
+        shown += "" if dof is None else f"degrees_of_freedom={dof}, "
+        return f"Report({shown}free_count={self.free_count})"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+_NUMBERS = (
+    *("chi_squared", "data_count", "free_count", "degrees_of_freedom"),
+    *("reduced_chi_squared", "p_value", "aic", "bic", "edm", "error_scale"),
+)
+
+
+def pandas() -> Any:
+    """Imports pandas where it is used."""
+    try:
+        import pandas
+    except ModuleNotFoundError:
+        raise ImportError(
+            "`to_dataframe` makes a table of pandas, which is not installed: "
+            "`pip install pandas`. `to_dict` needs nothing."
+        ) from None
+    return pandas
+
+
+def p_value(chi_squared: float | None, degrees: int | None) -> float | None:
+    """Returns the probability of a larger chi-squared, if it has a distribution."""
+    if chi_squared is None or degrees is None or degrees <= 0:
+        return None
+    # A dependency of JAX. In 32 bits JAX's own has few digits.
+    from scipy.special import gammaincc
+
+    return float(gammaincc(degrees / 2, chi_squared / 2))
+
+
+def criteria(
+    deviance: float, data_count: int | None, rank: int, is_scaled: bool
+) -> tuple[float, float | None]:
+    """Returns AIC and BIC; `is_scaled` says whether the error bars are not known."""
+    if is_scaled and data_count:
+        ratio = deviance / data_count
+        deviance = data_count * math.log(ratio) if ratio > 0 else -math.inf
+    bic = None if data_count is None else deviance + rank * math.log(data_count)
+    return deviance + 2 * rank, bic

@@ -1,0 +1,115 @@
+"""Parameters as rows of a table: value, error, status."""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._boundary import spacing
+from .._tree import Leaf, element_name, named_leaves
+
+
+class ParameterRow(NamedTuple):
+    """One element of a parameter.
+
+    - `name`: its path and index, such as `wfe[6]`.
+    - `value`: its value, `None` for an array that is not fitted.
+    - `error`: its standard error: infinite if the data do not constrain it, NaN if it
+        is not fitted or there is none.
+    - `status`: what else there is to know of it, such as "frozen" or "unconstrained".
+    - `is_free`: whether it is fitted.
+    """
+
+    name: str
+    value: float | complex | None
+    error: float
+    status: str
+    is_free: bool = False
+
+    def cells(self) -> tuple[str, str, str]:
+        """Returns the name, and the value and the error as text."""
+        value, error = written(self.value, self.error)
+        return self.name, value, ", ".join(filter(None, (error, self.status)))
+
+
+def status(leaf: Leaf, is_free: bool, value: Any, error: float | None) -> str:
+    """Says what there is to know of an element beside its value and its error."""
+    if not is_free:
+        return leaf.unfitted
+    if error is None:
+        return ""
+    if math.isinf(error):
+        return "unconstrained"
+    if math.isnan(error):
+        return f"at its bound ({value:.6g})"
+    if 0 < error < (apart := spacing(value, value.dtype)):
+        return f"below the spacing of {value.dtype} ({apart:.2g})"
+    return ""
+
+
+def parameter_rows(
+    model: Any,
+    free: Collection[str],
+    errors: Mapping[str, np.ndarray] | None,
+    tied: Mapping[str, str],
+    most: int | None = None,
+) -> Iterator[ParameterRow]:
+    """Yields a row for each element of what is `free`, and one for each other leaf.
+
+    What is `tied` to something else has a row for each element too, which says so. An
+    array of more than `most` elements has a gap.
+    """
+    for leaf in named_leaves(model):
+        if leaf.path in free:
+            own = None if errors is None else errors[leaf.path]
+            yield from _elements(leaf, own, most)
+        elif leaf.path in tied:
+            own = None if errors is None else errors[leaf.path]
+            for row in _elements(leaf, own, most):
+                yield row._replace(status=tied[leaf.path], is_free=False)
+        elif leaf.unfitted:
+            is_one = np.size(leaf.value) == 1
+            value = np.asarray(leaf.value).item() if is_one else None
+            said = status(leaf, False, value, None)
+            yield ParameterRow(leaf.path, value, math.nan, said)
+
+
+def _elements(
+    leaf: Leaf, errors: np.ndarray | None, most: int | None
+) -> Iterator[ParameterRow]:
+    values = np.asarray(leaf.value)
+    gap = range(0)
+    if most is not None and values.size > most:
+        gap = range(most // 2, values.size - 1)
+    for index in range(values.size):
+        if index in gap:
+            if index == gap[0]:
+                name = f"{leaf.path}: {len(gap)} more"
+                yield ParameterRow(name, None, math.nan, "")
+            continue
+        name, value = element_name({leaf.path: values}, index), values.flat[index]
+        error = None if errors is None else float(errors.flat[index])
+        said = status(leaf, True, value, error)
+        own = math.nan if error is None else error
+        yield ParameterRow(name, value.item(), own, said, is_free=True)
+
+
+def written(value: Any, error: float) -> tuple[str, str]:
+    """Writes an error with two significant digits, and its value to the same place.
+
+    Without a finite error, there is none to write.
+    """
+    if value is None:
+        return "…", ""
+    if not math.isfinite(error) or isinstance(value, complex):
+        return f"{value:.6g}", ""
+    if not (error > 0 and math.isfinite(value)):
+        return f"{value:.6g}", f"{error:.2g}"
+    # Rounded first: the two digits of 0.0996 are those of 0.10.
+    last = math.floor(math.log10(float(f"{error:.1e}"))) - 1
+    if 1e-4 <= max(abs(value), error) < 1e6:
+        decimals = max(-last, 0)
+        return f"{value:.{decimals}f}", f"{error:.{decimals}f}"
+    first = math.floor(math.log10(abs(value))) if value else last
+    return f"{value:.{max(first - last, 0)}e}", f"{error:.1e}"

@@ -1,0 +1,89 @@
+"""A report as plain text, and as tables of HTML."""
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .._tree import aligned
+from .rows import ParameterRow
+
+Section = list[tuple[str, ...]]
+"""The rows of a table; the first one is its head."""
+
+# The most rows of parameters and of correlations.
+_MOST_ROWS, _MOST_PAIRS = 64, 12
+_LEAST_CORRELATION = 0.1
+
+
+def as_text(report: Any) -> str:
+    """Writes a report as aligned tables, one below the other."""
+    text = "\n\n".join(aligned(section) for section in _sections(report))
+    return text if report.note is None else f"{text}\n\n{report.note}"
+
+
+def as_html(report: Any) -> str:
+    """Writes a report as tables of HTML."""
+    tables = "".join(map(_table, _sections(report)))
+    note = "" if report.note is None else f"<p>{html.escape(report.note)}</p>"
+    return f"<div>{tables}{note}</div>"
+
+
+def _table(section: Section) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>"
+
+    head, *body = section
+    rows = "".join(row(cells, "td") for cells in body)
+    return f"<table><thead>{row(head, 'th')}</thead><tbody>{rows}</tbody></table>"
+
+
+def _sections(report: Any) -> Iterator[Section]:
+    reason = "" if report.stop_reason is None else str(report.stop_reason)
+    yield [("fit", reason), *_facts(report)]
+    heads = ("parameter", "value", "standard error", "relative")
+    yield [heads, *map(_cells, _shortened(report.parameters))]
+    pairs = [p for p in report.correlations if abs(p.value) >= _LEAST_CORRELATION]
+    if pairs:
+        shown = [(f"{a}, {b}", f"{value:+.3f}") for a, b, value in pairs[:_MOST_PAIRS]]
+        more = len(pairs) - len(shown)
+        rest = [(f"{more} more", "…")] if more else []
+        yield [(f"correlations of at least {_LEAST_CORRELATION}", ""), *shown, *rest]
+
+
+def _facts(report: Any) -> Iterator[tuple[str, str]]:
+    is_scaled = report.error_scale != 1
+    facts = {
+        "data": report.data_count,
+        "free parameters": report.free_count,
+        "degrees of freedom": report.degrees_of_freedom,
+        "chi-squared": report.chi_squared,
+        "reduced chi-squared": report.reduced_chi_squared,
+        # Without error bars chi-squared has no distribution.
+        "p-value": None if is_scaled else report.p_value,
+        "AIC": report.aic,
+        "BIC": report.bic,
+        "edm": report.edm,
+        "errors multiplied by": report.error_scale if is_scaled else None,
+    }
+    for name, value in facts.items():
+        if value is not None and not math.isnan(value):
+            yield name, str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def _cells(row: ParameterRow) -> tuple[str, str, str, str]:
+    relative = ""
+    if row.value and math.isfinite(row.error):
+        relative = f"{100 * abs(row.error / row.value):.2g} %"
+    return (*row.cells(), relative)
+
+
+def _shortened(rows: Sequence[ParameterRow]) -> Sequence[ParameterRow]:
+    """Leaves out the middle of many rows."""
+    gap = len(rows) - _MOST_ROWS
+    if gap <= 0:
+        return rows
+    half = _MOST_ROWS // 2
+    between = ParameterRow(f"{gap} more", None, math.nan, "")
+    return [*rows[:half], between, *rows[half + gap :]]

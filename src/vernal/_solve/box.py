@@ -1,0 +1,86 @@
+"""Solvers that know of no bounds, on parameters that have some."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._boundary import PyTree
+from .._constraints import Bounds, held_at
+from .._minimum import Curved, Local, Triangle
+from .._step import AbstractTrainer, bounds_of, pushed
+from .._tree import by_path, ravel, unravel
+
+
+class Box(NamedTuple):
+    """What a solver sees of bounds: the nearest point within, wherever it goes.
+
+    Elements that are pushed against their bounds where it begins are held there. The
+    others are free. One that leaves its interval has no derivative outside of it, so
+    the solver finds the minimum of those that are left. Then the next round holds it,
+    or lets it go again: an active-set method, whose last round solves for the free
+    elements alone. See Nocedal and Wright, *Numerical Optimization* (2006), 16.5.
+    """
+
+    bounds: Bounds
+    held: Mapping[str, Bool[Array, "..."]]
+    start: PyTree
+
+    @classmethod
+    def around(
+        cls, trainer: AbstractTrainer, value: Callable[[PyTree], Float[Array, ""]]
+    ) -> "Box | None":
+        """Finds what is held where a trainer is; `value` is what is minimised."""
+        bounds = bounds_of(trainer)
+        if bounds is None:
+            return None
+        return cls(bounds, pushed(trainer, value), trainer.params)
+
+    def within(self, params: PyTree) -> PyTree:
+        """Returns the nearest parameters within the bounds."""
+        return held_at(self.bounds.clip(params), self.held, self.start)
+
+    def rows(self, params: PyTree) -> Float[Array, " rows"]:
+        """Returns a residual of zero for each element of a leaf with bounds.
+
+        It has a derivative where the element has none: otherwise the Jacobian would
+        have a column of zeros, which some solvers divide by.
+        """
+        named = by_path(params).by_name()
+        still = {
+            p: self.held[p] | out for p, out in self.bounds.outside(params).items()
+        }
+        moved = lambda x: x - jax.lax.stop_gradient(x)
+        rows = [jnp.where(flags, moved(named[p]), 0) for p, flags in still.items()]
+        return jnp.concatenate([row.ravel().astype(rows[0].dtype) for row in rows])
+
+    def ended(
+        self,
+        free: PyTree,
+        params: PyTree,
+        held: Mapping[str, Bool[Array, "..."]],
+        local: Local | None,
+    ) -> tuple[PyTree, Bool[Array, ""]]:
+        """Returns where a solve ended, and whether it has found what is held.
+
+        A solver whose steps beyond a bound are refused comes closer and closer to it.
+        Elements that are close, and that a Newton step would move beyond their bounds,
+        are moved there.
+
+        **Arguments:**
+
+        - `free`: the parameters as the solver has them, which may be outside.
+        - `params`: the same within the bounds.
+        - `held`: which elements are pushed against their bounds there.
+        - `local`: the surroundings of `params`.
+        """
+        outside, moved = self.bounds.outside(free), params
+        same = [(held[p] == at) & (at | ~outside[p]) for p, at in self.held.items()]
+        if isinstance(local, (Triangle, Curved)):
+            goal = unravel(ravel(params) - local.slope / local.scale, params)
+            errors = unravel(1 / local.scale, params)
+            moved = self.bounds.snap(params, self.bounds.clip(goal), errors)
+        same += jax.tree.leaves(jax.tree.map(jnp.equal, moved, params))
+        return moved, jnp.all(jnp.stack([jnp.all(flags) for flags in same]))

@@ -1,0 +1,131 @@
+"""Solvers with bounds: the optimum of SciPy, and the same elements on their bounds."""
+
+import jax
+import jax.numpy as jnp
+import lmfit
+import numpy as np
+import optimistix as optx
+import pytest
+import scipy.optimize
+
+import vernal as vn
+from bounded import PROBLEMS
+
+# From some starts another local minimum is found, as by SciPy from others.
+SEVERAL = {*("wood", "kowalik and osborne", "osborne", "biggs", "box", "trigonometric")}
+# So flat that a gradient is seen only where the loss is the same to ten digits.
+FLAT = {"penalty"}
+
+pytestmark = [pytest.mark.loose_dtypes, pytest.mark.loose_ranks]
+
+SOLVERS = {
+    "LevenbergMarquardt": optx.LevenbergMarquardt(1e-10, 1e-10),
+    "BFGS": optx.BFGS(1e-10, 1e-10),
+}
+
+
+class Fit(vn.Trainer):
+    problem: object
+
+    def __init__(self, problem, start):
+        self.problem = problem.residuals
+        super().__init__(
+            jnp.asarray(start, float), bounds={"": (problem.low, problem.high)}
+        )
+
+    def residuals(self, model, batch):
+        return self.problem(model)
+
+
+def starts(problem):
+    """Inside, close to the bounds, and on them."""
+    low, high = np.array(problem.low, float), np.array(problem.high, float)
+    given = np.array(problem.start)
+    width = np.where(np.isfinite(high - low), high - low, 1.0)
+    near = np.where(np.isfinite(low), low + 1e-6 * width, given)
+    on = np.where(np.isfinite(low), low, np.where(np.isfinite(high), high, given))
+    return {"inside": given, "near": near, "on": on}
+
+
+def by_scipy(problem, starts):
+    """The local minima that SciPy finds, from all of the starts."""
+    low, high = np.array(problem.low, float), np.array(problem.high, float)
+    fn, jac = jax.jit(problem.residuals), jax.jit(jax.jacfwd(problem.residuals))
+    width = np.where(np.isfinite(high - low), high - low, 1.0)
+    found = []
+    for start in starts:
+        inside = np.clip(start, low + 1e-10 * width, high - 1e-10 * width)
+        with np.errstate(all="ignore"):
+            found.append(
+                scipy.optimize.least_squares(
+                    lambda x: np.asarray(fn(x)),
+                    inside,
+                    lambda x: np.asarray(jac(x)),
+                    bounds=(low, high),
+                    **dict.fromkeys(("xtol", "ftol", "gtol"), 1e-15),
+                    max_nfev=5000,
+                )
+            )
+    return found
+
+
+def on_bound(x, problem):
+    """Which elements are on their lower, and on their upper bounds."""
+    low, high = np.array(problem.low, float), np.array(problem.high, float)
+    scale = 1e-7 * np.maximum(np.abs(x), 1e-3)
+    return np.stack([x - low < scale, high - x < scale])
+
+
+def is_minimum(problem, x):
+    """Whether the loss can fall nowhere within the bounds, to six digits."""
+    at_low, at_high = on_bound(x, problem)
+    residuals = np.asarray(problem.residuals(x))
+    jac = np.asarray(jax.jacfwd(problem.residuals)(x))
+    norms = np.maximum(np.linalg.norm(jac, axis=0), 1e-300)
+    size = max(np.linalg.norm(residuals), 1e-10)
+    slope = jac.T @ residuals / norms / size
+    free = jac[:, ~(at_low | at_high)] / norms[~(at_low | at_high)]
+    along = free @ np.linalg.lstsq(free, residuals, rcond=1e-12)[0]
+    is_pushed = np.all(slope[at_low] > -1e-6) and np.all(slope[at_high] < 1e-6)
+    return is_pushed and np.linalg.norm(along) < 1e-3 * size
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_solvers_end_where_scipy_does(name, solver):
+    problem = PROBLEMS[name]
+    own = starts(problem)
+    known = by_scipy(problem, own.values())
+    costs = np.array([end.cost for end in known])
+    for where, start in own.items():
+        result = Fit(problem, start).solve(SOLVERS[solver], 0.0, max_steps=4000)
+        x, cost = np.asarray(result.model), float(result.trainer.best_loss)
+        assert np.all((x >= problem.low) & (x <= problem.high)), where
+        is_best = cost <= costs.min() * (1 + 1e-6) + 1e-12
+        assert is_best or name in SEVERAL, (where, cost, costs)
+        # What is said to have converged has.
+        has_converged = result.stop_reason is vn.StopReason.CONVERGED
+        if has_converged and cost > 1e-12 and name not in FLAT:
+            assert is_minimum(problem, x), where
+
+
+def test_a_bound_attracts_no_fit():
+    """lmfit's transformation has no derivative on a bound: a fit stays there."""
+    problem = PROBLEMS["watson, 9"]
+    start = starts(problem)["on"]
+    known = min(end.cost for end in by_scipy(problem, starts(problem).values()))
+    names = [f"x{i}" for i in range(start.size)]
+    rows = zip(names, start, problem.low, problem.high, strict=True)
+    keys = ("value", "min", "max")
+    params = lmfit.create_params(
+        **{name: dict(zip(keys, row, strict=True)) for name, *row in rows}
+    )
+
+    def residuals(params):
+        x = jnp.array([params[name].value for name in names])
+        return np.asarray(problem.residuals(x))
+
+    stuck = lmfit.minimize(residuals, params, xtol=1e-12, ftol=1e-12).chisqr / 2
+    end = Fit(problem, start).solve(SOLVERS["LevenbergMarquardt"], 0.0, max_steps=4000)
+    assert stuck > 1.2 * known
+    np.testing.assert_allclose(end.best_loss, known, rtol=1e-6)

@@ -1,0 +1,253 @@
+"""Bounds: a fit stays within them, and ends at the lowest loss that they allow."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+
+import vernal as vn
+from models import LineFit, line, line_batch
+
+INF = np.inf
+MATRIX = np.random.default_rng(0).normal(size=(12, 4))
+TARGET = MATRIX @ np.array([1.0, -2.0, 0.5, 3.0]) + 0.1
+
+
+class Linear(vn.Trainer):
+    """A linear model in leaves of several kinds, for which SciPy has the answer."""
+
+    def residuals(self, model, batch):
+        matrix, target = batch
+        x = jnp.concatenate(
+            [model["a"]["x"], model["b"][0][None], model["b"][1].ravel()]
+        )
+        return matrix @ x - target
+
+
+BATCH = jnp.asarray(MATRIX), jnp.asarray(TARGET)
+
+
+def tree(*x, dtype=jnp.float64):
+    x = jnp.asarray(x, dtype)
+    return {"a": {"x": x[:2], "none": None}, "b": [x[2], x[3:].reshape(1, 1)]}
+
+
+def flat(model):
+    return np.concatenate(
+        [np.ravel(leaf) for leaf in jax.tree.leaves(model)], dtype=float
+    )
+
+
+# The bounds, and the same for SciPy.
+BOUNDS = {
+    "inactive": ({"**": (-10, 10)}, (-10,) * 4, (10,) * 4),
+    "of a number": ({"b.0": (None, 0.2)}, (-INF,) * 4, (INF, INF, 0.2, INF)),
+    "of a node": ({"a": (-1, None)}, (-1, -1, -INF, -INF), (INF,) * 4),
+    "arrays": (
+        {"a.x": (np.array([-1, -1.5]), [0.5, 2])},
+        (-1, -1.5, -INF, -INF),
+        (0.5, 2, INF, INF),
+    ),
+    "of all": ({"**": (0, 1.5)}, (0,) * 4, (1.5,) * 4),
+    "by a glob": (
+        {"**.x": (-0.5, 1), "b.1": (None, 2)},
+        (-0.5, -0.5, -INF, -INF),
+        (1, 1, INF, 2),
+    ),
+}
+START = tree(0.5, 0.5, 0.1, 0.5)
+
+
+@pytest.mark.parametrize("is_whitened", [False, True])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_fit_ends_where_scipy_does(name, is_whitened):
+    bounds, low, high = BOUNDS[name]
+    known = scipy.optimize.lsq_linear(MATRIX, TARGET, (low, high), tol=1e-14)
+    trainer = Linear(START, optax.adam(0.05), bounds=bounds)
+    if is_whitened:
+        trainer = trainer.whiten(BATCH, optimiser=optax.adam(0.05))
+    result = trainer.fit(BATCH, 1500, record="**", progress=False)
+    np.testing.assert_allclose(flat(result.model), known.x, atol=1e-4)
+    # SciPy's are close to the bounds, these are on them.
+    expected = np.where(known.active_mask < 0, low, high)[known.active_mask != 0]
+    on_bound = flat(result.model)[known.active_mask != 0]
+    np.testing.assert_array_equal(on_bound, expected)
+    # Not only at the end.
+    values = np.concatenate(
+        [result.history[path].reshape(1500, -1) for path in vn.paths(START)], axis=1
+    )
+    assert np.all((values >= low) & (values <= high))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", ["of a number", "of a node"])
+def test_errors_are_those_with_the_parameter_frozen(name, dtype):
+    bounds, low, high = BOUNDS[name]
+    known = scipy.optimize.lsq_linear(MATRIX, TARGET, (low, high), tol=1e-14)
+    batch = jax.tree.map(lambda x: x.astype(dtype), BATCH)
+    ends = {-1: low, 0: known.x, 1: high}
+    start = [ends[mask][i] for i, mask in enumerate(known.active_mask)]
+    trainer = Linear(tree(*start, dtype=dtype), bounds=bounds)
+    errors = flat(trainer.standard_errors(batch))
+    is_free = known.active_mask == 0
+    free = MATRIX[:, is_free]
+    expected = np.sqrt(np.diag(np.linalg.inv(free.T @ free)))
+    np.testing.assert_allclose(errors[is_free], expected, rtol=1e-4)
+    assert np.isnan(errors[~is_free]).all()
+    report = trainer.report(batch)
+    held = [row.status for row in report.parameters if np.isnan(row.error)]
+    bound = np.array(start)[~is_free][0]
+    assert held == [f"at its bound ({bound:.6g})"] * (~is_free).sum()
+    assert held[0] in trainer.table(batch)
+    assert report.free_count == is_free.sum()
+    # At the minimum within the bounds, though the gradient is not zero.
+    assert report.edm < 1e-3
+    assert report.note is None
+
+
+def test_a_fit_that_meets_no_bound_has_the_bits_of_one_without():
+    batch = line_batch()
+    bounds = {"slope": (-100, 100), "offset": (None, 50)}
+    fits = [
+        LineFit(line(), optax.adam(0.05), bounds=own).fit(batch, 200, progress=False)
+        for own in (bounds, None)
+    ]
+    both = [(fit.model, fit.trainer.opt_state, fit.history.loss) for fit in fits]
+    for leaf, other in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_n_and_m_steps_are_n_plus_m():
+    batch, bounds = line_batch(), {"slope": (None, 1.2), "offset": (-1, 0)}
+    trainer = LineFit(line(), optax.adam(0.05), bounds=bounds)
+    whole = trainer.fit(batch, 150, progress=False).trainer
+    parts = trainer.fit(batch, 90, progress=False).trainer
+    parts = parts.fit(batch, 60, progress=False).trainer
+    for leaf, other in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    assert float(whole.model.slope) == 1.2
+
+
+def test_other_bounds_compile_nothing():
+    traces = []
+
+    class Counted(vn.Trainer):
+        def loss(self, model, batch):
+            traces.append(1)
+            return jnp.mean((model(batch[0]) - batch[1]) ** 2)
+
+    fit = lambda low, high: Counted(
+        line(), optax.adam(0.05), bounds={"slope": (low, high)}
+    ).fit(line_batch(), 300, progress=False)
+    assert float(fit(-1, 1.5).model.slope) == 1.5
+    count = len(traces)
+    assert float(fit(-2.0, 1.25).model.slope) == 1.25
+    assert len(traces) == count
+
+
+def test_many_at_once_have_bounds_of_their_own():
+    batch = line_batch()
+    highs = (0.75, 1.5, 5.0)
+    make = lambda high: LineFit(
+        line(), optax.adam(0.05), bounds={"slope": (None, high)}
+    )
+    result = vn.fit_many([make(h) for h in highs], batch, 800, progress=False)
+    np.testing.assert_allclose(result.trainers.model.slope, (0.75, 1.5, 2), atol=1e-4)
+    stacked = eqx.filter_vmap(make)(jnp.asarray(highs))
+    again = vn.fit_many(stacked, batch, 800, progress=False)
+    np.testing.assert_allclose(again.trainers.model.slope, (0.75, 1.5, 2), atol=1e-4)
+
+
+@pytest.mark.loose_dtypes
+def test_a_line_search_is_refused():
+    """It would stop short of the bounds, since beyond them nothing falls."""
+    trainer = LineFit(line(), optax.lbfgs(), bounds={"slope": (0, None)})
+    with pytest.raises(ValueError, match=r"line search.*trainer\.solve"):
+        trainer.fit(line_batch(), 3, progress=False)
+
+
+def test_files_keep_a_trainer_with_bounds(tmp_path):
+    batch, bounds = line_batch(), {"slope": (None, 1.2)}
+    trainer = LineFit(line(), optax.adam(0.05), bounds=bounds)
+    end = trainer.fit(batch, 50, progress=False).trainer
+    vn.save(tmp_path / "fit.vernal", end)
+    back = vn.load(tmp_path / "fit.vernal", trainer)
+    assert float(back.fit(batch, 300, progress=False).model.slope) == 1.2
+
+
+def test_replace_and_reproject_keep_the_bounds():
+    batch, bounds = line_batch(), {"slope": (0, 1.2)}
+    trainer = LineFit(line(), optax.adam(0.05), bounds=bounds)
+    with pytest.raises(ValueError, match=r"'slope' starts at 3, outside"):
+        trainer.replace(model=line(slope=3.0))
+    trainer = trainer.replace(model=line(slope=1.2))
+    again = trainer.whiten(batch, optimiser=optax.adam(0.05))
+    assert float(again.model.slope) == 1.2
+    assert float(again.fit(batch, 300, progress=False).model.slope) == 1.2
+
+
+def test_a_sampler_finds_nothing_beyond_the_bounds():
+    potential, start = Linear(START, bounds={"b.0": (0, 1)}).objective(BATCH)
+    assert np.isfinite(potential(start))
+    assert np.isposinf(potential(start.at[2].set(-0.1)))
+    assert np.isposinf(potential(start.at[2].set(1.1)))
+
+
+def test_constrain_comes_before_the_bounds():
+    class Rounded(LineFit):
+        def constrain(self, model):
+            return eqx.tree_at(lambda m: m.slope, model, jnp.minimum(model.slope, 1.5))
+
+    trainer = Rounded(line(), optax.adam(0.05), bounds={"offset": (None, 0.5)})
+    model = trainer.fit(line_batch(), 500, progress=False).model
+    assert (float(model.slope), float(model.offset)) == (1.5, 0.5)
+
+
+BAD = {
+    "the wrong way round": ({"slope": (1, 0)}, "the wrong way round"),
+    "one value": ({"slope": (0.5, 0.5)}, "leave it one value.*`train`"),
+    "a start outside": ({"slope": (1, 2)}, "'slope' starts at 0.5, outside.*(1, 2)"),
+    "of a shape": ({"slope": (np.full(3, -1.0), 1)}, "does not broadcast"),
+    "NaN": ({"slope": (0, np.nan)}, "NaN"),
+    "no pair": ({"slope": 3}, "must be a pair"),
+    "a triple": ({"slope": (0, 1, 2)}, "must be a pair"),
+    "words": ({"slope": ("a", 2)}, "is no number"),
+    "a boolean": ({"slope": (True, 2)}, "is no number"),
+    "an unknown name": ({"slop": (0, 1)}, "matches nothing. Did you mean 'slope'"),
+    "two rules": ({"s*": (0, 1), "sl*": (0, 2)}, "equally specific"),
+    "a list": ([("slope", 0, 1)], "must be a dictionary"),
+}
+
+
+@pytest.mark.own_words
+@pytest.mark.parametrize("name", BAD)
+def test_bad_bounds_are_refused(name):
+    bounds, message = BAD[name]
+    with pytest.raises((TypeError, ValueError, KeyError), match=f"`bounds`.*{message}"):
+        LineFit(line(), bounds=bounds)
+
+
+def test_bounds_of_what_is_not_fitted_are_refused():
+    with pytest.raises(ValueError, match="`bounds`: 'offset' is frozen"):
+        LineFit(line(), train="slope", bounds={"offset": (-2, 0)})
+    with pytest.raises(ValueError, match=r"tied to slope.*what it follows"):
+        LineFit(line(), ties={"offset": "slope"}, bounds={"offset": (-2, 0)})
+    with pytest.raises(TypeError, match="`bounds`: '' is complex"):
+        Linear(jnp.array([1 + 1j]), bounds={"": (0, 1)})
+    # A selector that finds a free one too is meant for that.
+    assert LineFit(line(), train="slope", bounds={"**": (-2, 2)}).params.slope == 0.5
+
+
+def test_a_preconditioner_that_couples_a_bounded_parameter_is_refused():
+    projector = vn.EigenProjector.from_fisher(
+        jnp.array([[2.0, 1.0], [1.0, 2.0]]), line()
+    )
+    optimiser = vn.ParamOptimiser(
+        {"**": optax.sgd(0.1)}, first=vn.precondition(projector)
+    )
+    trainer = LineFit(line(), optimiser, bounds={"slope": (None, 1)})
+    with pytest.raises(ValueError, match=r"`bounds` changes 'slope'.*`precondition`"):
+        trainer.step(line_batch())

@@ -1,0 +1,212 @@
+"""Priors: part of what is minimised, of the curvature and of the errors."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+import scipy.stats
+
+import vernal as vn
+from models import LineFit, line, line_batch
+
+MATRIX = np.random.default_rng(2).normal(size=(10, 3))
+TARGET = MATRIX @ np.array([1.0, -2.0, 0.5]) + 0.3
+BATCH = jnp.asarray(MATRIX), jnp.asarray(TARGET)
+MEAN, STD = np.array([0.0, 1.0]), 0.2
+PRIORS = {"ab": vn.Normal(MEAN, STD)}
+
+MODEL = {"ab": jnp.zeros(2), "c": jnp.zeros(())}
+
+
+class Linear(vn.Trainer):
+    def residuals(self, model, batch):
+        matrix, target = batch
+        return matrix @ jnp.append(model["ab"], model["c"]) - target
+
+
+class LinearNll(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(Linear.residuals(self, model, batch)))
+
+
+class LinearLoss(vn.Trainer):
+    def loss(self, model, batch):
+        return LinearNll.nll(self, model, batch), {"metric": model["c"]}
+
+
+def posterior():
+    """The mode and the errors, in closed form: the prior is two more data."""
+    rows = np.eye(2, 3) / STD
+    matrix = np.concatenate([MATRIX, rows])
+    target = np.concatenate([TARGET, MEAN / STD])
+    mode = np.linalg.lstsq(matrix, target, rcond=None)[0]
+    return mode, np.sqrt(np.diag(np.linalg.inv(matrix.T @ matrix)))
+
+
+def flat(model):
+    return np.append(model["ab"], model["c"])
+
+
+KINDS = {"residuals": Linear, "nll": LinearNll, "loss": LinearLoss}
+SOLVERS = {
+    "LevenbergMarquardt": optx.LevenbergMarquardt(1e-10, 1e-10),
+    "BFGS": optx.BFGS(1e-10, 1e-10),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_ends_at_the_mode(kind):
+    trainer = KINDS[kind](MODEL, optax.adam(0.05), priors=PRIORS)
+    result = trainer.fit(BATCH, 2000, progress=False)
+    np.testing.assert_allclose(flat(result.model), posterior()[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("is_whitened", [False, True])
+def test_a_solver_ends_at_the_mode_with_its_errors(solver, is_whitened):
+    trainer = Linear(MODEL, priors=PRIORS)
+    trainer = trainer.whiten(BATCH) if is_whitened else trainer
+    result = trainer.solve(SOLVERS[solver], BATCH)
+    mode, errors = posterior()
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    np.testing.assert_allclose(flat(result.model), mode, rtol=1e-6)
+    found = result.trainer.standard_errors(BATCH)
+    np.testing.assert_allclose(flat(found), errors, rtol=1e-6)
+    fisher = result.trainer.fisher(BATCH)
+    np.testing.assert_allclose(
+        np.sqrt(np.diag(np.linalg.inv(fisher))), errors, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["residuals", "nll"])
+def test_chi_squared_and_the_count_are_those_of_the_data(kind):
+    mode, _ = posterior()
+    model = {"ab": jnp.asarray(mode[:2]), "c": jnp.asarray(mode[2])}
+    report = KINDS[kind](model, priors=PRIORS).report(BATCH)
+    chi_squared = np.sum((MATRIX @ mode - TARGET) ** 2)
+    if kind == "residuals":
+        np.testing.assert_allclose(report.chi_squared, chi_squared, rtol=1e-6)
+        assert (report.data_count, report.degrees_of_freedom) == (10, 7)
+    np.testing.assert_allclose(report.aic, chi_squared + 6, rtol=1e-6)
+    assert report.edm < 1e-8
+
+
+class Gamma(NamedTuple):
+    """A distribution of another library, as far as it is looked at: a pytree."""
+
+    shape: float
+    rate: float
+
+    def log_prob(self, value):
+        return (self.shape - 1) * jnp.log(value) - self.rate * value
+
+
+class Joint:
+    """One density of two numbers."""
+
+    precision = np.array([[30.0, 12.0], [12.0, 20.0]])
+
+    def log_prob(self, value):
+        off = value - jnp.asarray(MEAN)
+        return -0.5 * off @ jnp.asarray(self.precision) @ off
+
+
+def test_any_density_is_a_prior_of_a_minimiser_and_of_the_errors():
+    model = {"ab": jnp.zeros(2), "c": jnp.asarray(0.4)}
+    priors = {"c": Gamma(30.0, 40.0), "ab": Joint()}
+    trainer = Linear(model, priors=priors)
+    with pytest.raises(ValueError, match=r"LevenbergMarquardt.*is not normal"):
+        trainer.solve(SOLVERS["LevenbergMarquardt"], BATCH)
+    result = trainer.solve(SOLVERS["BFGS"], BATCH)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    potential, _ = trainer.objective(BATCH)
+    end = jnp.asarray(flat(result.model))
+    np.testing.assert_allclose(jax.grad(potential)(end), 0, atol=1e-6)
+    # The log-likelihoods of normal data and of these priors are quadratic, or nearly.
+    curvature = np.linalg.inv(jax.hessian(potential)(end))
+    found = result.trainer.standard_errors(BATCH)
+    np.testing.assert_allclose(flat(found), np.sqrt(np.diag(curvature)), rtol=1e-6)
+    for kind in (LinearNll,):
+        again = kind(result.model, priors=priors).standard_errors(BATCH)
+        np.testing.assert_allclose(flat(again), flat(found), rtol=1e-5)
+
+
+def test_normal_is_that_of_scipy():
+    prior, x = vn.Normal(1.5, 0.3), np.linspace(-2, 3, 7)
+    known = scipy.stats.norm(1.5, 0.3).logpdf(x)
+    np.testing.assert_allclose(prior.log_prob(x), known, rtol=1e-12)
+
+
+def test_another_width_compiles_nothing():
+    traces = []
+
+    class Counted(Linear):
+        def residuals(self, model, batch):
+            traces.append(1)
+            return super().residuals(model, batch)
+
+    def fit(std, rate):
+        priors = {"ab": vn.Normal(0.0, std), "c": Gamma(3.0, rate)}
+        model = MODEL | {"c": jnp.asarray(1.0)}
+        trainer = Counted(model, optax.adam(0.01), priors=priors)
+        return trainer.fit(BATCH, 400, progress=False).model
+
+    wide = fit(1.0, 1.0)
+    count = len(traces)
+    narrow = fit(0.01, 2.0)
+    assert len(traces) == count
+    assert np.abs(narrow["ab"]).max() < 0.1 < np.abs(wide["ab"]).max()
+
+
+def test_a_prior_of_what_is_tied():
+    ties = {"offset": lambda model: 2 * model.slope}
+    trainer = LineFit(
+        line(), optax.adam(0.02), ties=ties, priors={"offset": vn.Normal(10.0, 1e-3)}
+    )
+    model = trainer.fit(line_batch(), 3000, progress=False).model
+    np.testing.assert_allclose(model.offset, 10, atol=1e-2)
+
+
+def test_pytrees_of_residuals_are_one_vector():
+    class Several(vn.Trainer):
+        def residuals(self, model, batch):
+            whole = Linear.residuals(self, model, batch)
+            return {"one": whole[:4].reshape(2, 2), "other": (whole[4], whole[5:])}
+
+    one, other = (kind(MODEL, priors=PRIORS) for kind in (Several, Linear))
+    np.testing.assert_allclose(one.fisher(BATCH), other.fisher(BATCH), rtol=1e-12)
+    end = one.solve(SOLVERS["LevenbergMarquardt"], BATCH)
+    np.testing.assert_allclose(flat(end.model), posterior()[0], rtol=1e-6)
+
+
+BAD = {
+    "a number": ({"slope": 3.0}, "no method `log_prob`"),
+    "an unknown name": ({"slop": vn.Normal(0, 1)}, "matches nothing"),
+    "another shape": ({"slope": vn.Normal(np.zeros(3), 1)}, "broadcast|evaluated"),
+    "a list": ([vn.Normal(0, 1)], "must be a dictionary"),
+    "a start without density": ({"offset": Gamma(2.0, 1.0)}, "where it starts"),
+}
+
+
+@pytest.mark.own_words
+@pytest.mark.parametrize("name", BAD)
+def test_bad_priors_are_refused(name):
+    priors, message = BAD[name]
+    with pytest.raises((TypeError, ValueError, KeyError), match=f"`priors`.*{message}"):
+        LineFit(line(), priors=priors)
+
+
+@pytest.mark.own_words
+@pytest.mark.parametrize("args", [(0, 0), (0, -1), (np.nan, 1), (0, np.inf)])
+def test_a_normal_without_a_width_is_refused(args):
+    with pytest.raises(ValueError, match=r"std|finite"):
+        vn.Normal(*args)
+
+
+def test_a_prior_of_a_frozen_parameter_is_refused():
+    with pytest.raises(ValueError, match="`priors`: 'offset' is frozen"):
+        LineFit(line(), train="slope", priors={"offset": vn.Normal(0, 1)})

@@ -1,0 +1,248 @@
+"""`Trainer.propagate` and `Trainer.draw`: errors of functions of the model."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import inside
+import vernal as vn
+from models import Line
+
+X = jnp.linspace(0.0, 4.0, 9)
+
+
+class LineFit(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y, sigma = batch
+        return (model(x) - y) / sigma
+
+
+class LineLikelihood(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(LineFit.residuals(self, model, batch) ** 2)
+
+
+class Tangle(vn.Trainer):
+    """Of `a` and `b` only the sum counts, and `dead` not at all."""
+
+    def residuals(self, model, batch):
+        total = model["a"] + model["b"]
+        return jnp.concatenate([total - batch, 2.0 * (model["c"] - batch)])
+
+
+def fitted(kind=LineFit, dtype=jnp.float64):
+    return kind(Line(jnp.asarray(2.0, dtype), jnp.asarray(1.0, dtype)))
+
+
+def data(dtype=jnp.float64):
+    noise = 0.2 * jax.random.normal(jax.random.key(0), X.shape)
+    batch = X, 2.0 * X + 1.0 + noise, jnp.full(X.shape, 0.2)
+    return jax.tree.map(lambda x: x.astype(dtype), batch)
+
+
+def tangle():
+    return Tangle({name: jnp.asarray(1.0) for name in ("a", "b", "c", "dead")})
+
+
+def covariance():
+    design = np.stack([X, np.ones(9)], axis=1) / 0.2
+    return np.linalg.inv(design.T @ design)
+
+
+# Functions, and their gradients at slope 2, offset 1.
+FUNCTIONS = {
+    "scalar": (lambda m: m.offset / m.slope, lambda x: [[-0.25, 0.5]]),
+    "vector": (lambda m: m(X), lambda x: np.stack([x, np.ones(9)], axis=1)),
+    "square": (lambda m: m(X) ** 2, None),
+    "matrix": (lambda m: jnp.outer(m(X[:3]), m(X[:2])), None),
+    "pytree": (lambda m: {"root": (-m.offset / m.slope, m(X[1:])), "none": None}, None),
+    "mixed": (lambda m: (m.slope, m.offset.astype(jnp.float32), m(X)), None),
+    "constant": (lambda m: (3.0, m.slope), lambda x: [[0.0, 0.0], [1.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("kind", [LineFit, LineLikelihood])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_error_is_that_of_the_linear_function(name, kind):
+    fn, gradient = FUNCTIONS[name]
+    trainer = fitted(kind)
+    value, error = trainer.propagate(fn, data())
+    expected = jax.tree.map(jnp.asarray, fn(trainer.model))
+    assert jax.tree.structure(value) == jax.tree.structure(error)
+    for ours, theirs, own in zip(
+        *map(jax.tree.leaves, (value, expected, error)), strict=True
+    ):
+        assert ours.shape == theirs.shape == own.shape
+        assert ours.dtype == theirs.dtype == own.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    if gradient is None:
+        flat = lambda m: jnp.concatenate(
+            [x.ravel().astype(float) for x in jax.tree.leaves(fn(m))]
+        )
+        rows = jax.jacfwd(flat)(trainer.model)
+        rows = np.stack([rows.slope, rows.offset], axis=1)
+    else:
+        rows = np.asarray(gradient(X))
+    exact = np.sqrt(np.diag(rows @ covariance() @ rows.T))
+    found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(error)])
+    near = 1e-6 if name == "mixed" else 1e-10
+    np.testing.assert_allclose(found, exact, rtol=near, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_parameters_have_their_own_errors(dtype):
+    trainer, batch = fitted(dtype=dtype), data(dtype)
+    value, error = trainer.propagate(lambda m: m, batch)
+    expected = trainer.standard_errors(batch)
+    assert isinstance(value, Line)
+    for ours, theirs in zip(
+        jax.tree.leaves(error), jax.tree.leaves(expected), strict=True
+    ):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_the_errors_of_100_000_draws():
+    trainer = fitted()
+    models = trainer.draw(jax.random.key(1), 100_000, data())
+    assert models.slope.shape == (100_000,)
+    fn = lambda m: {"ratio": m.offset / m.slope, "curve": m(X), "root": m.slope**0.5}
+    drawn = eqx.filter_vmap(fn)(models)
+    value, error = trainer.propagate(fn, data())
+    # To a linear function within the errors, and to the scatter of the draws.
+    for ours, theirs, own in zip(
+        *map(jax.tree.leaves, (drawn, value, error)), strict=True
+    ):
+        np.testing.assert_allclose(jnp.std(ours, axis=0), own, rtol=0.02)
+        np.testing.assert_allclose(jnp.mean(ours, axis=0), theirs, rtol=0.02)
+    found = np.cov(np.stack([models.slope, models.offset]))
+    np.testing.assert_allclose(found, covariance(), rtol=0.02)
+
+
+def test_what_the_data_do_not_constrain():
+    fn = lambda m: {
+        "sum": m["a"] + m["b"],
+        "difference": m["a"] - m["b"],
+        "c": m["c"] ** 2,
+        "dead": jnp.stack([m["dead"], m["c"]]),
+        "nothing": 0.0 * m["dead"],
+    }
+    _, error = tangle().propagate(fn, jnp.ones(4))
+    np.testing.assert_allclose(error["sum"], 0.5)
+    assert np.isinf(error["difference"])
+    np.testing.assert_allclose(error["c"], 2 * 0.25)
+    np.testing.assert_array_equal(np.isinf(error["dead"]), [True, False])
+    assert error["nothing"] == 0
+    with pytest.raises(ValueError, match=r"2 of 4 directions.*dead.*a.*b"):
+        tangle().draw(jax.random.key(0), 3, jnp.ones(4))
+
+
+def test_errors_are_scaled_by_the_scatter():
+    trainer = fitted()
+    factor = np.sqrt(trainer.report(data()).reduced_chi_squared)
+    _, plain = trainer.propagate(lambda m: m(X), data())
+    _, scaled = trainer.propagate(lambda m: m(X), data(), scale_errors=True)
+    np.testing.assert_allclose(scaled, factor * plain)
+    near, far = (
+        trainer.draw(jax.random.key(0), 9, data(), scale_errors=is_scaled).slope - 2.0
+        for is_scaled in (False, True)
+    )
+    np.testing.assert_allclose(far, factor * near, rtol=1e-10)
+
+
+def test_draws_are_stacked_with_all_that_is_frozen():
+    class Fit(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["a"] * model["x"] - batch
+
+    model = {"a": jnp.asarray(2.0), "x": X, "name": "line", "unit": 3.0}
+    models = Fit(model, train="a").draw(jax.random.key(0), 5, 2.0 * X)
+    assert models["a"].shape == (5,)
+    assert models["x"].shape == (5, 9)
+    assert (models["name"], models["unit"]) == ("line", 3.0)
+    assert eqx.filter_vmap(lambda m: m["a"] * m["x"])(models).shape == (5, 9)
+    again = Fit(model, train="a").draw(jax.random.key(0), 5, 2.0 * X)
+    np.testing.assert_array_equal(models["a"], again["a"])
+
+
+class Wide(vn.Trainer):
+    def residuals(self, model, batch):
+        return model - batch
+
+
+SIZES = {"outputs": (20_000, 100), "parameters": (3, 400)}
+
+
+@pytest.mark.as_compiled
+@pytest.mark.parametrize("name", SIZES)
+def test_memory_does_not_grow_with_outputs_times_parameters(name):
+    outputs, size = SIZES[name]
+    grid = jnp.linspace(0.0, 1.0, outputs)
+    curve = lambda m: jnp.sin(grid) * jnp.sum(m)
+    trainer, batch = Wide(jnp.ones(size)), jnp.ones(size)
+    whitening = inside.around(trainer, batch, None, "").whitening
+    args = inside.stripped(trainer), inside.Closure.encode(curve), whitening
+    program = inside.run_propagate.lower(*args, jnp.asarray(1.0)).compile()
+    # Of three norms and a gradient of each output; and of the map that whitens.
+    most = 8 * (10 * outputs + 2 * size**2)
+    assert program.memory_analysis().temp_size_in_bytes < most
+    _, error = trainer.propagate(curve, batch)
+    np.testing.assert_allclose(error, np.sin(grid) * np.sqrt(size), rtol=1e-10)
+
+
+def test_values_in_a_closure_compile_nothing_again():
+    traces = 0
+
+    def curve(x):
+        def fn(model):
+            nonlocal traces
+            traces += 1
+            return model(x)
+
+        return fn
+
+    trainer = fitted()
+    trainer.propagate(curve(X), data())
+    once = traces
+    value, _ = trainer.propagate(curve(X + 1.0), data())
+    assert traces == once
+    np.testing.assert_allclose(value, 2.0 * X + 3.0)
+
+
+def test_functions_with_one_mode():
+    def loop(model):
+        body = lambda carry: (carry[0] + 1, carry[1] * model.slope)
+        return jax.lax.while_loop(lambda c: c[0] < 3, body, (0, model.offset))[1]
+
+    @jax.custom_vjp
+    def double(x):
+        return 2.0 * x
+
+    double.defvjp(lambda x: (2.0 * x, None), lambda _, g: (2.0 * g,))
+    _, error = fitted().propagate(loop, data())
+    gradient = np.array([12.0, 8.0])
+    np.testing.assert_allclose(error, np.sqrt(gradient @ covariance() @ gradient))
+    _, error = fitted().propagate(lambda m: double(m(X)), data())
+    _, expected = fitted().propagate(lambda m: 2.0 * m(X), data())
+    np.testing.assert_allclose(error, expected)
+
+
+@pytest.mark.parametrize(
+    ("fn", "error", "match"),
+    [
+        (3, TypeError, "`fn` is 3, but must be a function"),
+        (lambda: 3.0, TypeError, "`fn`"),
+        (lambda m: None, ValueError, "`fn` returned no array"),
+        (lambda m: 3, TypeError, "`fn` returned int"),
+        (lambda m: m(X) > 0, TypeError, "`fn` returned bool"),
+        (lambda m: m(X) * 1j, TypeError, "imaginary part"),
+        (lambda m: "text", TypeError, "`fn` returned str"),
+    ],
+)
+@pytest.mark.own_words
+@pytest.mark.loose_dtypes
+def test_what_has_no_error(fn, error, match):
+    with pytest.raises(error, match=match):
+        fitted().propagate(fn, data())

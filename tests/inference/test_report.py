@@ -1,0 +1,443 @@
+"""`Trainer.report`: the numbers of lmfit and iminuit, and what there is to read."""
+
+import copy
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import iminuit
+import jax
+import jax.numpy as jnp
+import lmfit
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+import scipy.stats
+
+import vernal as vn
+from models import Gaussian, GaussianFit, line
+
+NIST = Path(__file__).parents[2] / "examples" / "data" / "nist.json"
+LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
+X = jnp.linspace(-5.0, 5.0, 60)
+
+
+def cubics(b, x):
+    return jnp.polyval(b[3::-1], x) / (1 + x * jnp.polyval(b[:3:-1], x))
+
+
+def saturation(b, x):
+    return b[0] * (1 - jnp.exp(-b[1] * x))
+
+
+CURVES = {
+    "Misra1a": saturation,
+    "Chwirut2": lambda b, x: jnp.exp(-b[0] * x) / (b[1] + b[2] * x),
+    "Thurber": cubics,
+    "MGH10": lambda b, x: b[0] * jnp.exp(b[1] / (x + b[2])),
+    "BoxBOD": saturation,
+}
+
+
+class CurveFit(vn.Trainer):
+    name: str = eqx.field(static=True)
+
+    def __init__(self, name, *args):
+        self.name = name
+        super().__init__(*args)
+
+    def residuals(self, b, batch):
+        x, y = batch
+        return CURVES[self.name](b, x) - y
+
+
+class Likelihood(vn.Trainer):
+    """The same as `GaussianFit`, by its `nll`."""
+
+    def nll(self, model, batch):
+        x, y, sigma = batch
+        return 0.5 * jnp.sum(((model(x) - y) / sigma) ** 2)
+
+
+def peak(*values, dtype=jnp.float64):
+    return Gaussian(*(jnp.asarray(value, dtype) for value in values))
+
+
+def data(sigma=0.1, dtype=jnp.float64):
+    noise = sigma * jax.random.normal(jax.random.key(0), X.shape)
+    batch = X, peak(0.3, 1.2, 4.0)(X) + noise, jnp.full(X.shape, sigma)
+    return jax.tree.map(lambda x: x.astype(dtype), batch)
+
+
+def solved(kind=GaussianFit, dtype=jnp.float64, **options):
+    trainer = kind(peak(0.2, 1.1, 3.8, dtype=dtype), **options)
+    solver = LM if "residuals" in dir(kind) else optx.BFGS(1e-10, 1e-10)
+    return trainer.solve(solver, data(dtype=dtype))
+
+
+# The numbers of others
+
+
+@pytest.mark.parametrize("is_scaled", [True, False])
+@pytest.mark.parametrize("name", CURVES)
+def test_the_numbers_are_those_of_lmfit(name, is_scaled):
+    given = json.loads(NIST.read_text())[name]
+    x, y, certified = (np.asarray(given[k]) for k in ("x", "y", "certified"))
+    trainer = CurveFit(name, jnp.asarray(certified))
+    batch = jnp.asarray(x), jnp.asarray(y)
+    residuals = jax.jit(lambda b: trainer.residuals(b, batch))
+    jacobian = jax.jit(jax.jacfwd(residuals))
+    params = lmfit.Parameters()
+    for index, value in enumerate(certified):
+        params.add(f"b{index}", value=value)
+    as_array = lambda p: jnp.asarray([p[name].value for name in params])
+    theirs = lmfit.minimize(
+        lambda p: np.asarray(residuals(as_array(p))),
+        params,
+        Dfun=lambda p: np.array(jacobian(as_array(p))),
+        scale_covar=is_scaled,
+        ftol=1e-14,
+        xtol=1e-14,
+    )
+    here = jnp.asarray([theirs.params[name].value for name in params])
+    ours = CurveFit(name, here).report(batch, scale_errors=is_scaled)
+
+    assert ours.data_count == theirs.ndata
+    assert ours.free_count == theirs.nvarys
+    assert ours.degrees_of_freedom == theirs.nfree
+    close = {"rtol": 1e-6}
+    np.testing.assert_allclose(ours.chi_squared, theirs.chisqr, **close)
+    np.testing.assert_allclose(ours.reduced_chi_squared, theirs.redchi, **close)
+    errors = [theirs.params[name].stderr for name in params]
+    np.testing.assert_allclose([row.error for row in ours.parameters], errors, **close)
+    for pair in ours.correlations:
+        first, second = (f"b{name.strip('[]')}" for name in pair[:2])
+        other = theirs.params[first].correl[second]
+        np.testing.assert_allclose(pair.value, other, rtol=1e-5, atol=1e-7)
+    # lmfit takes the error bars for unknown here, whatever its `scale_covar`.
+    count, chi = theirs.ndata, theirs.chisqr
+    apart = 0 if is_scaled else chi - count * np.log(chi / count)
+    np.testing.assert_allclose(ours.aic, theirs.aic + apart, **close)
+    np.testing.assert_allclose(ours.bic, theirs.bic + apart, **close)
+    if is_scaled:
+        np.testing.assert_allclose(errors, given["errors"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GaussianFit, Likelihood])
+def test_the_numbers_are_those_of_iminuit(kind):
+    result = solved(kind)
+    report = result.report(data())
+    batch = data()
+    nll = jax.jit(lambda *b: Likelihood.nll(None, Gaussian(*b), batch))
+    gradient = jax.jit(jax.grad(nll, argnums=(0, 1, 2)))
+    theirs = iminuit.Minuit(
+        lambda *b: float(nll(*b)),
+        *(0.2, 1.1, 3.8),
+        name=("mean", "std", "power"),
+        grad=lambda *b: np.asarray(gradient(*b)),
+    )
+    theirs.errordef = iminuit.Minuit.LIKELIHOOD
+    theirs.strategy = 2
+    theirs.migrad()
+    theirs.hesse()
+    # Of residuals the second derivatives are left out.
+    exact = {"rtol": 1e-3 if kind is Likelihood else 2e-2}
+    for name in ("mean", "std", "power"):
+        np.testing.assert_allclose(report[name].value, theirs.values[name], rtol=1e-4)
+        np.testing.assert_allclose(report[name].error, theirs.errors[name], **exact)
+    correlation = theirs.covariance.correlation()
+    for first, second, value in report.correlations:
+        near = 5e-3 if kind is Likelihood else 2e-2
+        np.testing.assert_allclose(value, correlation[first, second], atol=near)
+    assert report.edm < 1e-8
+
+
+def test_p_value():
+    report = solved().report(data())
+    expected = scipy.stats.chi2.sf(report.chi_squared, report.degrees_of_freedom)
+    np.testing.assert_allclose(report.p_value, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("step", [0.01, 0.1])
+@pytest.mark.parametrize("kind", [GaussianFit, Likelihood])
+@pytest.mark.parametrize("is_whitened", [True, False])
+def test_the_edm_is_that_of_a_step_from_the_minimum(kind, step, is_whitened):
+    trainer = solved(kind).trainer
+    errors = trainer.standard_errors(data())
+    model = eqx.tree_at(lambda m: m.mean, trainer.model, replace_fn=lambda x: x)
+    model = eqx.tree_at(lambda m: m.mean, model, model.mean + step * errors.mean)
+    moved = trainer.replace(model=model)
+    moved = moved.whiten(data()) if is_whitened else moved
+    # `mean` is hardly correlated with the others.
+    np.testing.assert_allclose(moved.report(data()).edm, step**2 / 2, rtol=0.05)
+
+
+def test_directions_that_a_projector_dropped_are_not_free():
+    trainer = GaussianFit(peak(0.2, 1.1, 3.8))
+    projector = vn.EigenProjector.from_fisher(
+        trainer.fisher(data()), trainer.params, rank=1
+    )
+    dropped = trainer.reproject(projector)
+    assert 0 < dropped.report(data()).edm < trainer.report(data()).edm
+    # That is what `table` says.
+    assert f"edm {dropped.report(data()).edm:.3g}" in dropped.table(data())
+
+
+# What is not known
+
+
+def test_of_an_nll_there_is_no_chi_squared():
+    report, other = solved(Likelihood).report(data()), solved().report(data())
+    unknown = (
+        *(report.chi_squared, report.reduced_chi_squared, report.p_value),
+        *(report.data_count, report.degrees_of_freedom, report.bic),
+    )
+    assert unknown == (None,) * 6
+    np.testing.assert_allclose(report.aic, other.aic, rtol=1e-6)
+    counted = Likelihood(solved().model).report(data(), data_count=60)
+    np.testing.assert_allclose(counted.bic, other.bic, rtol=1e-6)
+    assert counted.degrees_of_freedom == 57
+
+
+def test_complex_residuals_count_twice():
+    class Phase(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["a"] * jnp.exp(1j * model["p"]) - batch
+
+    model = {"a": jnp.asarray(2.0), "p": jnp.asarray(0.3)}
+    with jax.numpy_dtype_promotion("standard"):
+        report = Phase(model).report(jnp.ones(3))
+    assert (report.data_count, report.degrees_of_freedom) == (6, 4)
+    chi = 3 * abs(2 * np.exp(0.3j) - 1) ** 2
+    np.testing.assert_allclose(report.chi_squared, chi)
+
+
+class Tangle(vn.Trainer):
+    """Of `a` and `b` only the sum counts, and `dead` not at all."""
+
+    def residuals(self, model, batch):
+        total = model["a"] + model["b"] * model["unit"]
+        first = total * batch + model["c"]
+        return jnp.concatenate([first, first - 0.1 * batch])
+
+
+def tangle():
+    names = ("a", "b", "c", "dead", "off")
+    return {name: jnp.asarray(1.0) for name in names} | {"unit": 1.0, "n": 3}
+
+
+def test_what_the_data_do_not_constrain_takes_no_degree_of_freedom():
+    trainer = Tangle(tangle(), train=("a", "b", "c", "dead"))
+    report = trainer.report(jnp.linspace(1.0, 2.0, 5))
+    assert (report.data_count, report.free_count) == (10, 4)
+    assert report.degrees_of_freedom == 8
+    rows = {row.name: (row.status, row.is_free) for row in report.parameters}
+    assert rows == {
+        "a": ("unconstrained", True),
+        "b": ("unconstrained", True),
+        "c": ("", True),
+        "dead": ("unconstrained", True),
+        "n": ("not fitted (a Python int)", False),
+        "off": ("frozen", False),
+        "unit": ("frozen (a Python float)", False),
+    }
+    assert np.isinf(report["a"].error)
+    assert np.isnan(report["off"].error)
+    assert report.correlations == ()
+    assert str(report).count("unconstrained") == 3
+    with pytest.raises(vn.UnknownPathError, match="Did you mean 'dead'"):
+        report["deed"]
+
+
+def test_without_degrees_of_freedom():
+    few = jax.tree.map(lambda x: x[28:31], data())
+    trainer = GaussianFit(peak(0.2, 1.1, 3.8))
+    report = trainer.report(few)
+    assert report.degrees_of_freedom == 0
+    assert report.reduced_chi_squared is None
+    assert report.p_value is None
+    with pytest.raises(ValueError, match="`scale_errors`"):
+        trainer.report(few, scale_errors=True)
+
+
+class MeanLoss(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.mean(model(batch[0]) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: MeanLoss(line()).report(data()), TypeError, "A report needs a lik"),
+        (
+            lambda: Likelihood(peak(0.3, 1.2, 4.0)).report(data(), scale_errors=True),
+            ValueError,
+            "`scale_errors`.*define `residuals`",
+        ),
+        (
+            lambda: GaussianFit(peak(0.3, 1.2, jnp.nan)).report(data()),
+            ValueError,
+            "not finite",
+        ),
+        (
+            lambda: jax.jit(lambda b: Tangle(tangle(), train="a").report(b))(X),
+            TypeError,
+            "runs on the host",
+        ),
+    ],
+)
+def test_what_has_no_report(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+# What it costs
+
+
+@pytest.mark.parametrize("kind", [GaussianFit, Likelihood])
+def test_it_shares_the_program_of_the_errors(kind):
+    traces = 0
+
+    class Counted(kind):
+        def nll(self, model, batch):
+            nonlocal traces
+            traces += 1
+            return Likelihood.nll(self, model, batch)
+
+        if kind is GaussianFit:
+
+            def residuals(self, model, batch):
+                nonlocal traces
+                traces += 1
+                return GaussianFit.residuals(self, model, batch)
+
+            nll = None
+
+    trainer = Counted(peak(0.3, 1.2, 4.0))
+    trainer.standard_errors(data())
+    once = traces
+    trainer.report(data())
+    trainer.table(data())
+    trainer.report(data(), scale_errors=kind is GaussianFit)
+    assert traces == once
+
+
+# What there is to read
+
+EXPECTED = """\
+fit                   Converged.
+────────────────────  ───────────
+data                  60
+free parameters       3
+degrees of freedom    57
+chi-squared           58.7715
+reduced chi-squared   1.03108
+AIC                   4.75877
+BIC                   11.0418
+edm                   0
+errors multiplied by  1.01542
+
+parameter  value  standard error  relative
+─────────  ─────  ──────────────  ────────
+mean       0.291  0.012           4.3 %
+std        1.206  0.012           1 %
+power      3.933  0.035           0.89 %
+
+correlations of at least 0.1
+────────────────────────────  ──────
+std, power                    -0.577"""
+
+
+def test_as_text_and_in_a_notebook():
+    report = solved().report(data(), scale_errors=True)
+    shown = str(report).splitlines()
+    edm = next(index for index, line in enumerate(shown) if line[:3] == "edm")
+    shown[edm] = EXPECTED.splitlines()[edm]
+    shown[1] = EXPECTED.splitlines()[1]
+    assert shown == EXPECTED.splitlines()
+    page = report._repr_html_()
+    assert page.count("<table>") == 3
+    assert "<td>std, power</td><td>-0.577</td>" in page
+    assert repr(report).startswith("Report(chi_squared=58.7715, degrees_of_freedom=57")
+    model = {"<b>": jnp.asarray(1.0)}
+
+    class Escaped(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["<b>"] - batch
+
+    page = Escaped(model).report(jnp.arange(3.0))._repr_html_()
+    assert "<td>&lt;b&gt;</td>" in page
+    assert "not at a minimum" not in page
+
+
+def test_away_from_a_minimum_it_says_so():
+    trainer = GaussianFit(peak(0.1, 1.1, 3.8))
+    last = str(trainer.report(data())).splitlines()[-1]
+    assert last.startswith("not at a minimum: edm 221, along mean (+0.77)")
+    assert trainer.table(data()).splitlines()[-1] == last
+
+
+def test_a_long_array_is_cut_in_the_text_alone():
+    class Many(vn.Trainer):
+        def residuals(self, model, batch):
+            return jnp.concatenate([model, model]) - batch
+
+    report = Many(jnp.ones(200)).report(jnp.arange(400.0))
+    assert len(report.parameters) == 200
+    assert "136 more" in str(report)
+    assert len(str(report).splitlines()) < 90
+
+
+def test_as_a_dictionary_and_a_frame():
+    report = solved().report(data())
+    written = json.loads(json.dumps(report.to_dict()))
+    assert written["stop_reason"] == "Converged."
+    assert written["degrees_of_freedom"] == 57
+    assert written["parameters"]["std"]["error"] == report["std"].error
+    assert written["correlations"][0][:2] == ["std", "power"]
+    frame = report.to_dataframe()
+    assert list(frame.columns) == ["value", "error", "status"]
+    assert frame.loc["power", "value"] == report["power"].value
+
+
+def test_without_pandas(monkeypatch):
+    report = solved().report(data())
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        report.to_dataframe()
+
+
+def test_it_is_immutable_and_can_be_pickled():
+    report = solved().report(data())
+    with pytest.raises(AttributeError):
+        report.chi_squared = 0.0
+    for other in (copy.copy(report), pickle.loads(pickle.dumps(report))):
+        assert str(other) == str(report)
+
+
+@pytest.mark.parametrize("kind", [GaussianFit, Likelihood])
+def test_single_precision(kind):
+    wide = solved(kind).report(data())
+    batch = data(dtype=jnp.float32)
+    model = jax.tree.map(lambda x: x.astype(jnp.float32), solved(kind).model)
+    narrow = kind(model).report(batch)
+    assert narrow.edm < 1e-3
+    np.testing.assert_allclose(narrow.aic, wide.aic, rtol=1e-5)
+    for name in ("mean", "std", "power"):
+        np.testing.assert_allclose(narrow[name].error, wide[name].error, rtol=1e-4)
+
+
+def test_a_result_answers():
+    trainer = GaussianFit(peak(0.2, 1.1, 3.8), optax.sgd(1e-4))
+    result = trainer.fit(data(), 5)
+    assert result.report(data()).stop_reason is vn.StopReason.STEPS_TAKEN
+    assert trainer.report(data()).stop_reason is None
+    assert result.table(data()) == result.trainer.table(data())
+    assert result.table() == result.trainer.table()
+    assert result.best_loss == result.trainer.best_loss
+    assert result.params is result.trainer.params
+    ours, theirs = result.standard_errors(data()), trainer.standard_errors(data())
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)

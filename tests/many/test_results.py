@@ -1,0 +1,209 @@
+"""What a result of many tells: errors, tables, columns, and which members failed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from models import Gaussian, GaussianFit
+
+X, LM = jnp.linspace(-5.0, 5.0, 40), optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
+SIZE, BROKEN = 12, (3, 7)
+AXES = (None, 0, None)
+
+
+class Likelihood(vn.Trainer):
+    def nll(self, model, batch):
+        x, y, sigma = batch
+        return 0.5 * jnp.sum(((model(x) - y) / sigma) ** 2)
+
+
+def peak(*values):
+    return Gaussian(*map(jnp.asarray, values))
+
+
+def spectra():
+    rng = np.random.default_rng(0)
+    fluxes = np.asarray(peak(0.3, 1.2, 4.0)(X)) + 0.1 * rng.normal(size=(SIZE, 40))
+    fluxes[list(BROKEN)] = np.nan
+    return X, jnp.asarray(fluxes), jnp.full(40, 0.1)
+
+
+def one(index):
+    x, y, sigma = spectra()
+    return x, y[index], sigma
+
+
+def solved(kind=GaussianFit, **options):
+    trainers = [kind(peak(0.2, 1.1, 3.8))] * SIZE
+    solver = LM if kind is GaussianFit else optx.BFGS(1e-8, 1e-8)
+    options = {"data_axis": AXES, "solver": solver, **options}
+    return vn.fit_many(trainers, spectra(), 100, **options)
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+@pytest.mark.parametrize("kind", [GaussianFit, Likelihood])
+def test_the_errors_of_each_are_its_own(kind, batch):
+    result = solved(kind, batch=batch)
+    errors = result.errors(spectra())
+    assert isinstance(errors, Gaussian)
+    for index in range(SIZE):
+        found = [leaf[index] for leaf in jax.tree.leaves(errors)]
+        if index in BROKEN:
+            assert np.isnan(found).all()
+            continue
+        own = result.trainer(index).standard_errors(one(index))
+        np.testing.assert_allclose(found, jax.tree.leaves(own), rtol=1e-6)
+
+
+def test_errors_compile_once():
+    traces = 0
+
+    class Counted(GaussianFit):
+        def residuals(self, model, batch):
+            nonlocal traces
+            traces += 1
+            return super().residuals(model, batch)
+
+    result = solved(Counted)
+    result.errors(spectra())
+    once = traces
+    result.table(spectra())
+    result.to_dict(spectra())
+    assert traces == once
+
+
+def test_a_saddle_harms_no_other():
+    class Bowl(vn.Trainer):
+        def nll(self, model, batch):
+            return 0.5 * batch * model**2
+
+    trainers = [Bowl(jnp.asarray(0.0)) for _ in range(3)]
+    bowls = jnp.asarray([4.0, -1.0, 0.0])
+    result = vn.fit_many(trainers, bowls, 3, data_axis=0, solver=optx.BFGS(1e-8, 1e-8))
+    np.testing.assert_array_equal(result.errors(bowls), [0.5, np.nan, np.inf])
+    assert "(unconstrained)" in result.table(bowls).splitlines()[4]
+
+
+def test_the_failed_ones():
+    result = solved()
+    assert result.failed == BROKEN
+    assert result.table(spectra()).splitlines()[-1] == (
+        "2 of 12 failed: 3, 7 (non finite)"
+    )
+    good = vn.fit_many([GaussianFit(peak(0.3, 1.2, 4.0))] * 2, one(0), 99, solver=LM)
+    assert good.failed == ()
+    assert "failed" not in good.table()
+    short = solved(solver=optx.LevenbergMarquardt(1e-14, 1e-14))
+    assert set(short.failed) >= set(BROKEN)
+
+
+@pytest.mark.parametrize("reason", vn.StopReason)
+def test_a_failure_is_no_answer(reason):
+    good = (
+        *("STEPS_TAKEN", "TAKEN_BEFORE", "DATA_EXHAUSTED", "CALLBACK", "INTERRUPTED"),
+        *("TERMINATED", "CRITERION", "NO_PATIENCE", "CONVERGED"),
+    )
+    assert reason.is_failure == (reason.name not in good)
+
+
+def test_table():
+    result, data = solved(), spectra()
+    lines = result.table(data).splitlines()
+    assert lines[0].split() == [
+        "member",
+        "mean",
+        "std",
+        "power",
+        "best",
+        "loss",
+        "ended",
+    ]
+    assert len(lines) == 2 + SIZE + 1
+    report = result.trainer(1).table(one(1)).splitlines()
+    for row in report[2:]:
+        name, value, error = row.split()
+        assert f"{value} ± {error}" in lines[3], name
+    assert lines[3].split()[-1] == "converged"
+    assert lines[2 + 3].split()[2:4] == ["±", "nan"]
+    plain = result.table().splitlines()
+    assert plain[3].split()[:2] == ["1", f"{float(result.params.mean[1]):.6g}"]
+    assert "±" not in result.table()
+
+
+def test_a_long_table_is_cut():
+    class Scaled(vn.Trainer):
+        def residuals(self, model, batch):
+            return model - batch
+
+    trainers = [Scaled(jnp.full(20, i)) for i in np.arange(3.0)]
+    result = vn.fit_many(trainers, jnp.ones(20), 9, solver=LM)
+    head, *_ = result.table(jnp.ones(20)).splitlines()
+    assert head.split()[12:] == ["[11]", "8", "more", "best", "loss", "ended"]
+    assert len(result.to_dict()) == 20 + 3
+
+
+def test_columns():
+    result, data = solved(), spectra()
+    columns, errors = result.to_dict(data), result.errors(data)
+    names = ["mean", "error[mean]", "std", "error[std]", "power", "error[power]"]
+    assert list(columns) == [*names, "best_loss", "edm", "stop_reason"]
+    np.testing.assert_array_equal(columns["std"], result.params.std)
+    np.testing.assert_array_equal(columns["error[std]"], errors.std)
+    np.testing.assert_array_equal(columns["edm"], result.edms)
+    assert columns["stop_reason"][0] == "Converged."
+    assert list(result.to_dict()) == [*names[::2], "best_loss", "edm", "stop_reason"]
+    frame = result.to_dataframe(data)
+    assert frame.index.name == "member"
+    np.testing.assert_array_equal(frame["power"], result.params.power)
+    assert frame.loc[list(BROKEN), "error[mean]"].isna().all()
+
+
+def test_names_that_are_taken():
+    class Fit(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["edm"] * model["b"][0] - batch
+
+    model = {"edm": jnp.asarray(1.0), "b": jnp.ones((1, 2))}
+    result = vn.fit_many([Fit(model)] * 2, jnp.ones(2), 9, solver=LM)
+    names = list(result.to_dict())
+    assert names == ["b[0,0]", "b[0,1]", "edm", "best_loss", "<edm>", "stop_reason"]
+
+
+def test_the_report_of_one():
+    result = solved()
+    ours = result.report(1, spectra())
+    theirs = result.trainer(1).report(one(1))
+    assert ours.stop_reason is vn.StopReason.CONVERGED
+    assert ours.chi_squared == theirs.chi_squared
+    assert result.report(-1, spectra())["std"].value == result.params.std[-1]
+    with pytest.raises(ValueError, match="40 NaNs"):
+        result.report(3, spectra())
+
+
+def test_the_axis_is_kept():
+    result = solved()
+    x, y, sigma = spectra()
+    with pytest.raises(ValueError, match="as long as there are trainers, 12"):
+        result.errors((x, y[:3], sigma))
+    shared = [GaussianFit(peak(0.2, 1.1, 3.8), optax.sgd(1e-4)) for _ in range(3)]
+    fitted = vn.fit_many(shared, one(0), 3)
+    errors = fitted.errors(one(0))
+    assert errors.mean.shape == (3,)
+    own = fitted.trainer(2).standard_errors(one(0))
+    np.testing.assert_allclose(errors.power[2], own.power, rtol=1e-6)
+
+
+def test_a_loss_alone_has_no_errors():
+    class MeanLoss(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.mean((model(batch[0]) - batch[1]) ** 2)
+
+    trainers = [MeanLoss(peak(0.2, 1.1, 3.8), optax.sgd(1e-4))] * 2
+    result = vn.fit_many(trainers, one(0), 3)
+    with pytest.raises(TypeError, match="`residuals` or `nll`"):
+        result.errors(one(0))
+    assert len(result.table().splitlines()) == 4
