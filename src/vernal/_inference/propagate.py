@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._boundary import PyTree, prng_key, refuse_program, takes, whole_number
@@ -23,7 +24,7 @@ from .._curvature import (
 from .._program import program
 from .._projection import DenseWhitening
 from .._step import AbstractTrainer, bounds_of, live, stripped
-from .._tree import as_parameters, is_inexact, ravel, ravel_dtype, unravel
+from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around
 
 
@@ -150,14 +151,15 @@ def draw(
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     here = around(trainer, batch, jac, "A draw from the likelihood")
     params = as_parameters(trainer.params)
-    if here.rank < here.free_count:
-        null = here.whitening.null_space(params)
+    held = {element_name(params, int(index)) for index in np.flatnonzero(here.held)}
+    null = [row for row in here.whitening.null_space(params) if not row.keys() <= held]
+    if null:
         shown = "; ".join(
             " and ".join(f"{name} ({weight:+.3g})" for name, weight in row.items())
             for row in null
         )
         raise ValueError(
-            f"`batch` does not constrain {len(null)} of {here.whitening.latent_size} "
+            f"`batch` does not constrain {len(null)} of {here.free_count} "
             f"directions, which nothing can be drawn from: {shown}. Freeze a parameter "
             "of each (`train=`), or add a prior."
         )

@@ -53,6 +53,7 @@ from .._step import (
     changed,
     check_arguments,
     check_class,
+    check_priors,
     check_ruled,
     checked_model,
     constraints,
@@ -166,8 +167,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
             parameter, or a function of the model. `{"b.width": "a.width", "c.width":
             lambda model: 2 * model.a.width}`. A tied parameter is not free.
         - `priors`: a dictionary from selectors to distributions, anything with
-            `log_prob`: `{"slope": vn.Normal(0, 1)}`. They are part of what is
-            minimised, of the Fisher matrix and of the errors.
+            `log_prob`: `{"slope": vn.Normal(0, 1)}`. They are part of the likelihood
+            in all that is computed: what is minimised, its curvature, the errors. They
+            need `residuals` or `nll`, and all of the data at each step.
         - `key`: a PRNG key, for a loss that draws random numbers.
         - `state`: what the loss carries from step to step beside the parameters: an
             `equinox.nn.State`, or any pytree of arrays. A step that is not accepted
@@ -184,6 +186,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         check_arguments(nan_policy, projector, key)
         check_class(self, key, state)
+        check_priors(self, priors)
         model = checked_model(model)
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
@@ -203,6 +206,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             constrained=is_constrained(self),
         )
         check_ruled(self.optimiser, params)
+        if self._bounds is not None:
+            params = self._bounds.required(params)
         self._progress = initial_progress(
             params,
             latent,
