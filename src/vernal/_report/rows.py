@@ -22,7 +22,8 @@ class ParameterRow(NamedTuple):
     """
 
     name: str
-    value: float | complex | None
+    # `Any` stands for a complex number and for `None`.
+    value: float | Any
     error: float
     status: str
     is_free: bool = False
