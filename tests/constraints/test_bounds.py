@@ -232,18 +232,6 @@ def test_what_follows_a_held_parameter_has_no_error():
     assert row.status == "tied to a function"
 
 
-@pytest.mark.loose_dtypes
-def test_a_loss_without_derivatives_can_have_bounds():
-    class Blind(vn.Trainer):
-        def loss(self, model, batch):
-            shape = jax.ShapeDtypeStruct((), model.dtype)
-            return jax.pure_callback(lambda x: (x - batch) ** 2, shape, model)
-
-    trainer = Blind(jnp.array(1.0), bounds={"": (0, 2)})
-    result = trainer.solve(optx.NelderMead(1e-8, 1e-8), 3.0)
-    assert float(result.model) == 2.0
-
-
 def test_what_is_loaded_or_traced_is_within_the_bounds(tmp_path):
     wide = LineFit(line(slope=-3.0), optax.adam(0.05))
     vn.save(tmp_path / "wide.vernal", wide)

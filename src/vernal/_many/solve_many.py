@@ -154,7 +154,7 @@ def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
 
     def one(old: _Ends, new: _Ends, is_open: Array) -> _Ends:
         (end, _), (again, opt_state) = old, new
-        row = jnp.arange(len(end.losses))
+        row = jnp.arange(len(end.losses), dtype=end.steps.dtype)
         later = again.losses[jnp.maximum(row - end.steps, 0)]
         joined = again._replace(
             losses=jnp.where(row < end.steps, end.losses, later),
