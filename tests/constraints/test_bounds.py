@@ -8,6 +8,7 @@ import optax
 import optimistix as optx
 import pytest
 import scipy.optimize
+import scipy.stats
 
 import vernal as vn
 from models import LineFit, line, line_batch
@@ -213,6 +214,17 @@ def test_an_upper_limit_converges(kind):
     assert report.correlation_matrix.shape == (0, 0)
     many = vn.fit_many([trainer, trainer], data, 50, solver=SOLVERS[kind])
     assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
+
+
+def test_draws_are_a_truncated_normal():
+    data = jnp.full(4, 0.1)
+    trainer = Flux({"flux": jnp.array(0.1)}, bounds={"flux": (0, None)})
+    drawn = np.asarray(trainer.draw(jax.random.key(0), 4_000, data)["flux"])
+    known = scipy.stats.truncnorm(-0.1 / 0.5, np.inf, 0.1, 0.5)
+    assert drawn.min() > 0
+    assert scipy.stats.kstest(drawn, known.cdf).pvalue > 0.01
+    held = Flux({"flux": jnp.array(0.0)}, bounds={"flux": (0, None)})
+    assert not np.any(held.draw(jax.random.key(0), 5, data - 1)["flux"])
 
 
 def test_on_a_bound_and_not_seen_by_the_data_is_not_held():

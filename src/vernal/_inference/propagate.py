@@ -165,8 +165,9 @@ def draw(
         )
     scale = here.error_scale(scale_errors)
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
-    normal = jax.random.normal(key, shape, dtype)
-    return run_draw(stripped(trainer), here.whitening, normal, jnp.asarray(scale))
+    normal, again = jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1)
+    args = stripped(trainer), here.whitening, normal, jnp.asarray(scale)
+    return run_draw(*args, again)
 
 
 @program
@@ -175,14 +176,41 @@ def run_draw(
     whitening: DenseWhitening,
     latents: Float[Array, "count D"],
     factor: Float[Array, ""],
+    again: PRNGKeyArray,
 ) -> PyTree:
     params = as_parameters(trainer.params)
     flat = ravel(params)
 
-    def model(latent: Float[Array, " D"]) -> Any:
+    def drawn(latent: Float[Array, " D"]) -> PyTree:
         step = whitening.apply(factor.astype(latent.dtype) * latent)
-        drawn = unravel(flat + step.astype(flat.dtype), params)
-        bounds = bounds_of(trainer)
-        return live(trainer, drawn if bounds is None else bounds.clip(drawn)).model
+        return unravel(flat + step.astype(flat.dtype), params)
 
-    return eqx.filter_vmap(model)(latents)
+    if (bounds := bounds_of(trainer)) is not None:
+        latents = _within(lambda latent: bounds.contain(drawn(latent)), latents, again)
+    return eqx.filter_vmap(lambda x: live(trainer, drawn(x)).model)(latents)
+
+
+# So often is a draw that is out of bounds drawn again.
+_MOST_TRIES = 1_000
+
+
+def _within(
+    is_within: Callable[[Array], Array],
+    latents: Float[Array, "count D"],
+    key: PRNGKeyArray,
+) -> Float[Array, "count D"]:
+    """Draws again what is out of bounds: a truncated normal distribution."""
+    contained = jax.vmap(is_within)
+
+    def draw_again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        count, latents = carry
+        new = jax.random.normal(
+            jax.random.fold_in(key, count), latents.shape, latents.dtype
+        )
+        is_kept = contained(latents)[:, None]
+        return count + 1, jnp.where(is_kept, latents, new)
+
+    goes_on = lambda carry: (carry[0] < _MOST_TRIES) & ~jnp.all(contained(carry[1]))
+    _, latents = jax.lax.while_loop(goes_on, draw_again, (jnp.int32(0), latents))
+    message = "Nearly all models that are drawn are out of their `bounds`."
+    return eqx.error_if(latents, ~jnp.all(contained(latents)), message)

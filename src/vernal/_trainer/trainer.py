@@ -486,7 +486,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         r"""Returns the Fisher matrix of the trained parameters at the current point.
 
         It is $J^\top J$ with the Jacobian $J$ of `residuals`, where that is defined;
-        else the Hessian of `nll`. The matrices of independent exposures add up. It
+        else the Hessian of `nll`. Priors are part of it; parameters at their bounds are
+        as free as any. The matrices of independent exposures add up. It
         compiles once for each class and each set of shapes.
 
         **Arguments:**
@@ -756,7 +757,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """Draws models from Laplace's approximation of the likelihood.
 
         That is a normal distribution of the parameters around the current ones, with
-        the covariance of [`vernal.Trainer.standard_errors`][].
+        the covariance of [`vernal.Trainer.standard_errors`][]. It is cut off at bounds,
+        and what is held at one stays there.
 
         ```python
         models = trainer.draw(jax.random.key(0), 1_000, batch)
@@ -786,6 +788,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
         """Returns the negative log-likelihood as a function, for a sampler.
+
+        Priors are part of it, and it is infinite beyond bounds.
 
         ```python
         potential, start = trainer.whiten(batch).objective(batch)
