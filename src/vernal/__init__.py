@@ -52,6 +52,7 @@ from ._policy import (
     debug_nan_check as debug_nan_check,
     zero_nan_check as zero_nan_check,
 )
+from ._profile import Profile as Profile
 from ._program import forget as forget
 from ._projection import EigenProjector as EigenProjector
 from ._report import Report as Report

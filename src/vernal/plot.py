@@ -5,7 +5,7 @@ They need matplotlib. `import vernal` does not import this module; write
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from ._fit import FitResult
 from ._plot import (
     add_legend,
     as_history,
+    as_label,
     choose_scale,
     choose_ticks,
     collect_lines,
@@ -37,7 +38,10 @@ from ._plot import (
     prepare,
     to_one_scale,
 )
+from ._profile import Profile, plane
 from ._projection import EigenProjector
+from ._solve import Solver
+from ._step import require_precision
 from ._storage import History
 from ._trainer import Trainer
 from ._tree import ravel_size
@@ -330,6 +334,104 @@ def band(
         alpha=0.25,
         linewidth=0,
     )
+    add_legend(axes)
+    return axes
+
+
+@checked
+def profile(profile: Profile[Any], *, ax: Axes | None = None) -> Axes:
+    r"""Draws the likelihood along one parameter, and the parabola of its error.
+
+    Lines at $\Delta\chi^2 = 1$ and $4$ show one and two standard errors. Where the
+    solver found no minimum there is a gap.
+
+    ```python
+    vernal.plot.profile(trainer.profile(solver, batch, "power"))
+    ```
+
+    **Arguments:**
+
+    - `profile`: a [`vernal.Profile`][].
+    - `ax`: the axes to draw on; by default those of a new figure.
+
+    **Returns:**
+
+    The axes.
+    """
+    axes, is_new = prepare(ax, (4.8, 3.6))
+    order = np.argsort(profile.values)
+    values, delta = profile.values[order], drawable(profile.delta[order])
+    known = np.where(profile.converged[order] & np.isfinite(delta), delta, np.nan)
+    draw_line(axes, values, known, label="profile likelihood", marker=".")
+    if 0 < profile.error < math.inf:
+        fine = np.linspace(values[0], values[-1], 201)
+        parabola = ((fine - profile.value) / profile.error) ** 2
+        draw_line(axes, fine, parabola, label="standard error", color="0.5", ls="--")
+    for level in (1, 4):
+        axes.axhline(level, color="0.7", linewidth=0.8, zorder=0)
+    if is_new:
+        axes.set_ylim(bottom=min(0.0, float(np.nanmin(known, initial=0))))
+    axes.set(xlabel=as_label(profile.name), ylabel=r"$\Delta\chi^2$")
+    add_legend(axes)
+    return axes
+
+
+@checked
+def contour(
+    trainer: Trainer[Any, Any],
+    solver: Solver,
+    batch: Any,
+    first: str,
+    second: str,
+    *,
+    levels: Sequence[float] = (0.683, 0.954),
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Draws the regions of two parameters by profile likelihood.
+
+    On each contour $\Delta\chi^2$ is a quantile of $\chi^2$ with two degrees of
+    freedom, with all other parameters at their best. The cross marks the minimum.
+
+    ```python
+    vernal.plot.contour(trainer, solver, batch, "mean", "power")
+    ```
+
+    **Arguments:**
+
+    - `trainer`: a [`vernal.Trainer`][], at a minimum.
+    - `solver`, `batch`: as for [`vernal.Trainer.profile`][].
+    - `first`, `second`: the names of the elements on the axes.
+    - `levels`: the probabilities of the regions.
+    - `ax`: the axes to draw on; by default those of a new figure.
+
+    **Returns:**
+
+    The axes.
+
+    **Raises:**
+
+    - as [`vernal.Trainer.intervals`][].
+    - `ValueError`: if a level is not between 0 and 1.
+    """
+    shares = sorted({float(level) for level in levels})
+    if not shares or not 0 < shares[0] <= shares[-1] < 1:
+        raise ValueError(
+            f"`levels` is {levels}, but must be probabilities between 0 and 1, such as "
+            "`(0.683, 0.954)`."
+        )
+    require_precision(trainer)
+    quantiles = [-2 * math.log1p(-share) for share in shares]
+    found = plane(trainer, solver, batch, (first, second), quantiles[-1])
+    axes, _ = prepare(ax, (4.8, 4.0))
+    (cross,) = axes.plot(*found.best, "+")
+    colour, delta = cross.get_color(), np.ma.masked_invalid(found.delta.T)
+    styles = [("-", "--", ":", "-.")[index % 4] for index in range(len(shares))]
+    axes.contour(
+        found.x, found.y, delta, levels=quantiles, colors=colour, linestyles=styles
+    )
+    for share, style in zip(shares, styles, strict=True):
+        axes.plot([], [], style, color=colour, label=f"{100 * share:.4g} %")
+    axes.set(xlabel=as_label(found.names[0]), ylabel=as_label(found.names[1]))
     add_legend(axes)
     return axes
 

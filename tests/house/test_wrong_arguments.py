@@ -38,6 +38,8 @@ RULES = vn.ParamOptimiser({"slope": SGD}, default=SGD)
 PRIOR = vn.Normal(0.0, 1.0)
 PROJECTOR = vn.EigenProjector.from_fisher(EYE, MODEL)
 RESULT = TRAINER.fit(BATCH, 2, record="slope", progress=False)
+SOLVER = optx.LevenbergMarquardt(1e-8, 1e-8)
+FITTED = TRAINER.solve(SOLVER, BATCH).trainer
 MANY = vn.fit_many([TRAINER, OTHER], BATCH, 2, progress=False)
 
 
@@ -116,6 +118,7 @@ RIGHT = {
     "data": BATCH,
     "directory": "checkpoints",
     "errors": MODEL,
+    "first": "slope",
     "fmat": EYE,
     "fn": lambda p: p.slope**2 + p.offset**2,
     "grads": MODEL,
@@ -147,7 +150,8 @@ RIGHT = {
     "scales": {"slope": 2.0},
     "selector": "slope",
     "size": 2,
-    "solver": optx.LevenbergMarquardt(1e-8, 1e-8),
+    "second": "offset",
+    "solver": SOLVER,
     "source": [BATCH, BATCH],
     "start": 1,
     "state": RULES.init(MODEL),
@@ -172,7 +176,10 @@ ELSEWHERE = {
     "Trainer.fit": {"progress": False},
     "eigen_projection": {"cov": None, "fmat": EYE},
     "fit": {"progress": False, "state": None},
+    "Trainer.profile": {"name": "slope"},
     "map_optimisers": {"params": {"a": jnp.ones(())}},
+    "plot.contour": {"trainer": FITTED},
+    "plot.profile": {"profile": FITTED.profile(SOLVER, BATCH, "slope", [1.9, 2.1])},
     "plot.band": {"fn": lambda model: model(jnp.linspace(0.0, 1.0, 4))},
     "save": {"path": "written.vernal"},
 }
@@ -189,14 +196,19 @@ INSTANCES = {
     "Trainer": TRAINER,
 }
 # What the library alone makes and calls: results and errors, and parts of a step.
-MADE = {"FitResult", "ManyResult", "EigenProjector", "Report", "StopReason"}
+MADE = {
+    *("FitResult", "ManyResult", "EigenProjector", "Profile", "Report", "StopReason"),
+}
 ABSTRACT = {"NanPolicy", "StopCriterion"}
 CALLED = {
     *("Minibatches.start", "Minibatches.next", "ParamOptimiser.count"),
     *("ParamOptimiser.index", "Trainer.transform_grads", "Trainer.constrain"),
 }
 # For these each new shape is compiled.
-SLOW = {"EigenProjector.from_matvec.params", "fit.data", "fit_many.data"}
+SLOW = {
+    *("EigenProjector.from_matvec.params", "fit.data", "fit_many.data"),
+    *("Trainer.intervals.batch", "Trainer.profile.batch", "plot.contour.batch"),
+}
 # `forget` takes nothing, and would only make the rest slow.
 LEFT_OUT = MADE | ABSTRACT | CALLED | {"forget"}
 

@@ -45,6 +45,11 @@ class Bounds(Portable, PlainMethods, eqx.Module):
     low: dict[str, Array]
     high: dict[str, Array]
 
+    @classmethod
+    def between(cls, low: PyTree, high: PyTree) -> "Bounds":
+        """Makes bounds of all elements from two trees like the parameters."""
+        return cls(by_path(low).by_name(), by_path(high).by_name())
+
     def clip(self, params: PyTree) -> PyTree:
         """Moves each element that is outside of its interval to the bound."""
         clipped = {path: at.clip(x) for path, at, x in self._intervals(params)}
@@ -86,7 +91,11 @@ class Bounds(Portable, PlainMethods, eqx.Module):
         slopes, held = by_path(grads).by_name(), {}
         for path, at, x in self._intervals(params):
             at_low, at_high = at.has_at(x)
-            held[path] = (at_low & (slopes[path] > 0)) | (at_high & (slopes[path] < 0))
+            is_pushed = jnp.where(
+                slopes[path] > 0, at_low, at_high & (slopes[path] < 0)
+            )
+            # An interval of one value holds its element whatever the slope.
+            held[path] = is_pushed | (at_low & at_high)
         return held
 
     def required(self, params: PyTree) -> PyTree:
@@ -97,6 +106,17 @@ class Bounds(Portable, PlainMethods, eqx.Module):
             message = "A parameter is outside of its `bounds`."
             return eqx.error_if(params, ~self.contain(params), message)
         return params
+
+    def limits(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns the bounds of each element, infinite where there is none."""
+        named = by_path(params)
+        return tuple(
+            named.structure.unflatten(
+                as_wide(side[path], x) if path in side else jnp.full_like(x, unset)
+                for path, x in named.items()
+            )
+            for side, unset in ((self.low, -jnp.inf), (self.high, jnp.inf))
+        )
 
     def _intervals(self, params: PyTree) -> list[tuple[str, _Interval, Array]]:
         wide = lambda side, x: None if side is None else as_wide(side, x)

@@ -7,7 +7,8 @@ compiled program beneath them, `expansion` what it says of one point.
 """
 
 from .derivatives import Passes, linearised
-from .fisher import Blocks, curvature, fisher, has_likelihood
+from .expansion import around
+from .fisher import Blocks, curvature, fisher, has_likelihood, require_likelihood
 from .propagate import draw, propagate
 from .report import report
 from .table import table

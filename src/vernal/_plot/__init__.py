@@ -1,4 +1,12 @@
 """Beneath `vernal.plot`: `axes` has scales and labels, `lines` draws parameters."""
 
-from .axes import add_legend, choose_scale, choose_ticks, draw_line, drawable, prepare
+from .axes import (
+    add_legend,
+    as_label,
+    choose_scale,
+    choose_ticks,
+    draw_line,
+    drawable,
+    prepare,
+)
 from .lines import as_history, collect_lines, draw_lines, largest, to_one_scale

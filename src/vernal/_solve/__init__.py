@@ -9,10 +9,11 @@ from .problem import (
     Start,
     checked_solver,
     find_bad,
+    is_least_squares,
     is_suspect,
     progress_at,
     run,
     run_solver,
 )
-from .solve import SolveOptions, solve
+from .solve import SolveOptions, solve, whitened_without_signs
 from .tracked_solver import choose

@@ -324,6 +324,11 @@ def find_bad(
 find_bad_alone = program(find_bad)
 
 
+def is_least_squares(solver: Any) -> bool:
+    """Whether a solver minimises the sum of squared residuals."""
+    return isinstance(solver, optx.AbstractLeastSquaresSolver)
+
+
 SOLVERS = optx.AbstractMinimiser, optx.AbstractLeastSquaresSolver
 
 

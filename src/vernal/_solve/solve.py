@@ -257,11 +257,11 @@ def _whitened_again(
         found = whitened(trainer, problem.batch, blocks, passes, {})
         again = reproject(trainer, found, None)
     except ValueError:
-        again = _whitened_without_signs(trainer, problem.batch, blocks, passes)
+        again = whitened_without_signs(trainer, problem.batch, blocks, passes)
     return None if again is None else (again.projector, again.latent)
 
 
-def _whitened_without_signs(
+def whitened_without_signs(
     trainer: AbstractTrainer, batch: Any, blocks: Any, passes: Passes
 ) -> AbstractTrainer | None:
     """Whitens by the absolute curvature, where a Hessian curves downwards too.

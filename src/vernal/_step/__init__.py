@@ -15,6 +15,7 @@ from .abstract_trainer import (
     progress_of,
     stripped,
     template_of,
+    with_bounds,
     with_progress,
 )
 from .constrain import check_elementwise

@@ -174,6 +174,11 @@ def bounds_of(trainer: AbstractTrainer) -> Bounds | None:
     return trainer._bounds
 
 
+def with_bounds(trainer: TrainerT, bounds: Bounds | None) -> TrainerT:
+    """Returns the trainer with other intervals for its parameters."""
+    return changed(trainer, _bounds=bounds)
+
+
 def priors_of(trainer: AbstractTrainer) -> Priors | None:
     """Returns the priors of the parameters, if there are any."""
     return trainer._priors

@@ -1,6 +1,6 @@
 """`Trainer`: a model, an optimiser and their policies, as one immutable pytree."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import jax
@@ -8,7 +8,7 @@ import jax.core
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray
 from typing_extensions import TypeVar
 
 from .._boundary import (
@@ -41,6 +41,7 @@ from .._inference import (
 from .._loop import StepInfo, run_step
 from .._optimiser import ParamOptimiser, as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
+from .._profile import Options as ProfileOptions, Profile, intervals, profile
 from .._projection import EigenProjector
 from .._report import Report
 from .._solve import SolveOptions, Solver, solve
@@ -782,6 +783,109 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         require_precision(self)
         return draw(self, key, count, batch, scale_errors, jac)
+
+    @entrance
+    def profile(
+        self,
+        solver: Solver,
+        batch: Batch,
+        name: str,
+        values: ArrayLike | None = None,
+        *,
+        max_steps: int = 256,
+        jac: Mode | None = None,
+    ) -> Profile[Model]:
+        r"""Follows the likelihood along one parameter, with all others at their best.
+
+        ```python
+        profile = trainer.profile(solver, batch, "power")
+        profile.values, profile.delta
+        vernal.plot.profile(profile)
+        ```
+
+        Where the likelihood is normal, $\Delta\chi^2$ is the parabola of the standard
+        error. One compiled program goes from the minimum to both sides, from each value
+        to the next. A projector is not used: all parameters are free.
+
+        **Arguments:**
+
+        - `solver`: as for [`vernal.Trainer.solve`][]. It must minimise the likelihood.
+        - `batch`: all of the data.
+        - `name`: one element of the parameters, as reports name it: `"power"`,
+            `"wfe[6]"`.
+        - `values`: the values of that element. By default 21, as far as three standard
+            errors on either side, within the bounds.
+        - `max_steps`: the most steps of the solver for each value.
+        - `jac`: as for [`vernal.Trainer.solve`][].
+
+        **Returns:**
+
+        A [`vernal.Profile`][]. A warning names values at which the solver finds no
+        minimum, or at which the likelihood is higher than at the minimum.
+
+        **Raises:**
+
+        - as [`vernal.Trainer.fisher`][] and [`vernal.Trainer.solve`][].
+        - `UnknownPathError`: if there is no such parameter.
+        - `ValueError`: if it is frozen or tied, or has several elements; if the trainer
+            is not at a minimum; if `solver` minimises something else than the
+            likelihood; or if `values` are not finite, or outside of the bounds.
+        """
+        require_precision(self)
+        options = ProfileOptions(max_steps, jac)
+        return profile(self, solver, batch, name, values, options)
+
+    @entrance
+    def intervals(
+        self,
+        solver: Solver,
+        batch: Batch,
+        names: Sequence[str] | str | None = None,
+        level: float = 0.683,
+        *,
+        max_steps: int = 256,
+        jac: Mode | None = None,
+    ) -> dict[str, tuple[float, float]]:
+        r"""Finds the intervals of the parameters by profile likelihood.
+
+        ```python
+        low, high = trainer.intervals(solver, batch)["power"]
+        ```
+
+        An interval ends where $\Delta\chi^2$, as of [`vernal.Trainer.profile`][],
+        reaches the quantile of $\chi^2$ with one degree of freedom at `level`. Where
+        the likelihood is normal these are the value plus and minus standard errors;
+        else they are honest where those are not. One compiled program searches both
+        sides of all parameters.
+
+        See James and Roos, *Minuit: a system for function minimization and analysis of
+        the parameter errors and correlations*, Computer Physics Communications 10
+        (1975): these are the intervals of MINOS.
+
+        **Arguments:**
+
+        - `solver`, `batch`, `max_steps`, `jac`: as for [`vernal.Trainer.profile`][].
+        - `names`: elements, such as `"wfe[6]"`, or selectors of parameters (see
+            [`vernal.split`][]). By default all elements.
+        - `level`: the probability of an interval.
+
+        **Returns:**
+
+        A dictionary from the names of elements to `(low, high)`, values of the
+        parameter. An end is the bound where the interval reaches it, infinite where the
+        likelihood never falls so far, and NaN, with a warning, where it is not finite
+        before it does.
+
+        **Raises:**
+
+        - as [`vernal.Trainer.profile`][].
+        - `ValueError`: if `level` is not between 0 and 1; or if the likelihood is
+            higher on the way than at the minimum. The error has the model there as its
+            attribute `model`: fit again from it.
+        """
+        require_precision(self)
+        options = ProfileOptions(max_steps, jac)
+        return intervals(self, solver, batch, names, level, options)
 
     @entrance
     def objective(

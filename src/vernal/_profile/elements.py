@@ -1,0 +1,97 @@
+"""Elements of the parameters, by the names that they have in reports."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .._boundary import nearest_names
+from .._step import AbstractTrainer, template_of
+from .._tree import (
+    UnknownPathError,
+    by_path,
+    element_name,
+    paths,
+    ravel_size,
+    resolve,
+)
+
+
+def names_of(trainer: AbstractTrainer) -> list[str]:
+    """Lists the names of all elements."""
+    params = trainer.params
+    return [element_name(params, index) for index in range(ravel_size(params))]
+
+
+def find_elements(
+    trainer: AbstractTrainer, given: Any, argument: str
+) -> dict[str, int]:
+    """Finds the elements that names or selectors choose, in the order of these.
+
+    **Raises:**
+
+    - `UnknownPathError`: if a name finds nothing.
+    - `ValueError`: if it finds nothing that is free.
+    """
+    every = names_of(trainer)
+    if given is None:
+        return {name: index for index, name in enumerate(every)}
+    if not isinstance(given, Sequence) or (not given and given != ""):
+        raise TypeError(
+            f"`{argument}` is {given!r}, but must be a sequence of the names of "
+            'parameters, such as `("power", "wfe[6]")`.'
+        )
+    found: dict[str, int] = {}
+    for name in [given] if isinstance(given, str) else given:
+        own = (
+            [every.index(name)] if name in every else _selected(trainer, name, argument)
+        )
+        found |= {every[index]: index for index in own}
+    return found
+
+
+def find_element(trainer: AbstractTrainer, name: Any, argument: str) -> tuple[str, int]:
+    """Finds one element."""
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`{argument}` is {name!r}, but must be the name of one element, such as "
+            '`"power"` or `"wfe[6]"`.'
+        )
+    found = find_elements(trainer, name, argument)
+    if len(found) > 1:
+        raise ValueError(
+            f"`{argument}`: {name!r} names {len(found)} elements, and a profile is of "
+            f"one: {', '.join(map(repr, list(found)[:4]))}, ..."
+        )
+    ((own, index),) = found.items()
+    return own, index
+
+
+def _selected(trainer: AbstractTrainer, selector: Any, argument: str) -> list[int]:
+    every, model = names_of(trainer), trainer.model
+    if isinstance(selector, str) and (path := selector.partition("[")[0]) != selector:
+        same = [name for name in every if name.partition("[")[0] == path]
+        raise UnknownPathError(
+            f"`{argument}`: there is no element {selector!r}. "
+            f"{nearest_names(selector, same or every)}"
+        )
+    owners = resolve(model, [selector], argument=argument)
+    chosen = {
+        path
+        for path, owner in zip(by_path(model).names, owners, strict=True)
+        if owner is not None
+    }
+    sizes = [leaf.size for _, leaf in by_path(trainer.params).items()]
+    leaves = np.repeat(paths(trainer.params), sizes)
+    index = [i for i, path in enumerate(leaves) if path in chosen]
+    if not index:
+        path = min(chosen)
+        ties = template_of(trainer).ties
+        tied = {} if ties is None else ties.words
+        why = (
+            f"is {tied[path]}, and moves with that: name what it follows"
+            if path in tied
+            else "is frozen: name one that is fitted"
+        )
+        raise ValueError(f"`{argument}`: {path!r} {why}.")
+    return index

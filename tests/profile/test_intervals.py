@@ -1,0 +1,346 @@
+"""`Trainer.intervals`: the numbers of MINOS, within bounds, with ties and priors."""
+
+import json
+import math
+from pathlib import Path
+
+import equinox as eqx
+import iminuit
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+import scipy.optimize
+
+import vernal as vn
+from inside import cache_size, run_crossings
+from models import GaussianFit, gaussian, line
+
+NIST = Path(__file__).parents[2] / "examples" / "data" / "nist.json"
+LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
+BFGS = optx.BFGS(rtol=1e-10, atol=1e-10)
+ONE = math.erf(math.sqrt(0.5))  # where the deviance has risen by one
+X = np.linspace(0.4, 6.0, 9)
+LINE = np.linspace(-1.0, 1.0, 12)
+
+
+def cubics(b, x):
+    return jnp.polyval(b[3::-1], x) / (1 + x * jnp.polyval(b[:3:-1], x))
+
+
+def saturation(b, x):
+    return b[0] * (1 - jnp.exp(-b[1] * x))
+
+
+# Curves of NIST by their certified parameters, and curves with few and noisy data.
+CERTIFIED = {
+    "Misra1a": saturation,
+    "Misra1d": lambda b, x: b[0] * b[1] * x / (1 + b[1] * x),
+    "Chwirut2": lambda b, x: jnp.exp(-b[0] * x) / (b[1] + b[2] * x),
+    "Thurber": cubics,
+    "BoxBOD": saturation,
+}
+CURVED = {
+    "decay": (lambda b, x: b[0] * jnp.exp(-b[1] * x) + b[2], (3.0, 0.8, 0.5)),
+    "enzyme": (lambda b, x: b[0] * x / (b[1] + x), (2.0, 1.5)),
+    "logistic": (lambda b, x: b[0] / (1 + jnp.exp(b[1] - 2 * x)), (2.0, 5.0)),
+    "power": (lambda b, x: b[0] * jnp.abs(x) ** b[1], (0.5, 0.7)),
+    "resonance": (lambda b, x: b[0] / (1 + ((x - b[1]) / b[2]) ** 2), (2.0, 3.0, 0.9)),
+}
+
+
+class Curve(vn.Trainer):
+    name: str = eqx.field(static=True)
+
+    def __init__(self, name, *args, **options):
+        self.name = name
+        super().__init__(*args, **options)
+
+    def curve(self, b, x):
+        own = CERTIFIED.get(self.name)
+        return own(b, x) if own else CURVED[self.name][0](b, x)
+
+    def residuals(self, b, batch):
+        x, y, sigma = batch
+        return (self.curve(b, x) - y) / sigma
+
+
+class LineFit(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return model(x) - y
+
+
+class Counts(vn.Trainer):
+    def nll(self, b, batch):
+        x, counts = batch
+        rate = b[0] * jnp.exp(-x / b[1])
+        return jnp.sum(rate - counts * jnp.log(rate))
+
+
+def problem(name, seed=0, **options):
+    """A trainer at its minimum, and its batch."""
+    if name in CERTIFIED:
+        given = json.loads(NIST.read_text())[name]
+        x, y, b = (jnp.asarray(given[k], float) for k in ("x", "y", "certified"))
+        left = CERTIFIED[name](b, x) - y
+        sigma = jnp.sqrt(jnp.sum(left**2) / (len(x) - len(b)))
+    else:
+        fn, truth = CURVED[name]
+        b, sigma = jnp.asarray(truth), jnp.asarray(0.15)
+        noise = sigma * np.random.default_rng(seed).normal(size=X.shape)
+        x, y = jnp.asarray(X), fn(b, X) + noise
+    batch = x, y, sigma
+    return Curve(name, b, **options).solve(LM, batch).trainer, batch
+
+
+def minos(fcn, values, level):
+    """The intervals by iminuit, from a function of the parameters in units."""
+    fn, gradient = jax.jit(fcn), jax.jit(jax.grad(fcn))
+    theirs = iminuit.Minuit(
+        lambda b: float(fn(b)),
+        np.asarray(values),
+        grad=lambda b: np.asarray(gradient(b)),
+    )
+    theirs.errordef, theirs.strategy, theirs.tol = 1, 2, 1e-4
+    theirs.migrad()
+    theirs.hesse()
+    theirs.minos(cl=level)
+    assert all(error.is_valid for error in theirs.merrors.values())
+    pairs = zip(theirs.values, theirs.merrors.values(), strict=True)
+    return np.array([(v + e.lower, v + e.upper) for v, e in pairs])
+
+
+def rise(trainer, batch, index, value, low=-np.inf, high=np.inf):
+    """How far the deviance rises by SciPy, where an element is held."""
+    start = np.asarray(trainer.params, float)
+
+    def residuals(others):
+        b = jnp.asarray(np.insert(others, index, value))
+        return np.asarray(trainer.residuals(b, batch))
+
+    low, high = (np.delete(np.broadcast_to(x, start.shape), index) for x in (low, high))
+    inside = np.clip(np.delete(start, index), low + 1e-9, high - 1e-9)
+    tight = dict.fromkeys(("xtol", "ftol", "gtol"), 1e-14)
+    found = scipy.optimize.least_squares(
+        residuals, inside, bounds=(low, high), x_scale=np.abs(inside) + 1e-3, **tight
+    )
+    base = np.sum(np.asarray(trainer.residuals(trainer.model, batch)) ** 2)
+    return 2 * found.cost - base
+
+
+# The numbers of others
+
+
+@pytest.mark.parametrize("name", [*CERTIFIED, *CURVED])
+def test_the_intervals_are_those_of_minos(name):
+    trainer, batch = problem(name)
+    errors = np.asarray(trainer.standard_errors(batch))
+    ours = np.array(list(trainer.intervals(LM, batch).values()))
+    start = np.asarray(trainer.params)
+
+    def fcn(steps):
+        return jnp.sum(trainer.residuals(start + errors * steps, batch) ** 2)
+
+    theirs = start[:, None] + errors[:, None] * minos(fcn, np.zeros(len(start)), 0.683)
+    np.testing.assert_allclose((ours - theirs) / errors[:, None], 0, atol=1e-3)
+
+
+def test_the_intervals_of_counts_are_those_of_minos():
+    x = jnp.linspace(0.0, 4.0, 12)
+    batch = x, jnp.asarray([9, 7, 8, 4, 5, 2, 3, 2, 0, 1, 1, 0.0])
+    trainer = Counts(jnp.asarray([9.0, 1.5])).solve(BFGS, batch).trainer
+    ours = np.array(list(trainer.intervals(BFGS, batch, level=0.9).values()))
+    fcn = lambda b: 2 * trainer.nll(b, batch)
+    theirs = minos(fcn, trainer.params, 0.9)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "bounds", "priors", "whitened"])
+def test_at_the_ends_the_deviance_has_risen_by_the_quantile(kind):
+    options = {
+        "bounds": {"bounds": {"": ([-10, 0.78, 0.44], [3.3, 10, 10])}},
+        "priors": {"priors": {"": vn.Normal(jnp.asarray([3.0, 0.8, 0.5]), 0.2)}},
+    }.get(kind, {})
+    trainer, batch = problem("decay", **options)
+    if kind == "whitened":
+        trainer = trainer.whiten(batch)
+    found = trainer.intervals(LM, batch, level=ONE)
+    low, high = options.get("bounds", {"": (-np.inf, np.inf)})[""]
+    if kind == "priors":
+        inner = trainer.residuals
+        apart = lambda b: (b - np.array([3.0, 0.8, 0.5])) / 0.2
+        both = lambda b, batch: jnp.concatenate([inner(b, batch), apart(b)])
+        object.__setattr__(trainer, "residuals", both)
+    for index, ends in enumerate(found.values()):
+        for end in ends:
+            limits = [np.broadcast_to(x, 3)[index] for x in (low, high)]
+            risen = rise(trainer, batch, index, end, low, high)
+            if end in limits:
+                assert risen < 1
+            else:
+                np.testing.assert_allclose(risen, 1, rtol=1e-4)
+                assert limits[0] < end < limits[1]
+    at_bound = sum(end in (3.3, 0.78, 0.44) for ends in found.values() for end in ends)
+    assert (at_bound > 0) == (kind == "bounds")
+
+
+def line_fit(**options):
+    noise = 0.3 * np.random.default_rng(1).normal(size=LINE.shape)
+    batch = jnp.asarray(LINE), jnp.asarray(2 * LINE + 1 + noise)
+    return LineFit(line(), **options).solve(LM, batch).trainer, batch
+
+
+@pytest.mark.parametrize(
+    ("level", "errors"), [(ONE, 1), (0.95, 1.959964), (0.1, 0.125661)]
+)
+def test_of_a_line_the_intervals_are_the_errors(level, errors):
+    trainer, batch = line_fit()
+    found = trainer.intervals(LM, batch, level=level)
+    values, known = trainer.params, trainer.standard_errors(batch)
+    for name, (low, high) in found.items():
+        value, error = (float(getattr(x, name)) for x in (values, known))
+        ends = value - errors * error, value + errors * error
+        np.testing.assert_allclose((low, high), ends, rtol=1e-6)
+
+
+def test_the_interval_of_what_is_tied_follows():
+    trainer, batch = line_fit(ties={"offset": lambda model: 0.5 * model.slope})
+    assert list(trainer.intervals(LM, batch)) == ["slope"]
+    value, error = (
+        float(x.slope) for x in (trainer.params, trainer.standard_errors(batch))
+    )
+    ((low, high),) = trainer.intervals(LM, batch, level=ONE).values()
+    np.testing.assert_allclose((low, high), (value - error, value + error), rtol=1e-6)
+
+
+class Odd(vn.Trainer):
+    """`flat` changes nothing; `steep` changes the residuals to second order only."""
+
+    def residuals(self, model, batch):
+        return jnp.stack([model["steep"] ** 2, model["flat"] * 0, model["own"] - batch])
+
+
+def test_what_is_not_constrained_has_no_end():
+    start = {"flat": jnp.asarray(2.0), "own": jnp.asarray(1.0), "steep": jnp.zeros(())}
+    batch = jnp.asarray(1.0)
+    found = Odd(start).intervals(LM, batch, level=ONE)
+    assert found["flat"] == (-math.inf, math.inf)
+    # The standard error of this one is infinite.
+    np.testing.assert_allclose(found["steep"], (-1, 1), rtol=1e-4)
+    np.testing.assert_allclose(found["own"], (0, 2), rtol=1e-6)
+
+
+def test_names_choose_elements():
+    trainer, batch = problem("decay")
+    every = trainer.intervals(LM, batch)
+    assert list(every) == ["[0]", "[1]", "[2]"]
+    two = trainer.intervals(LM, batch, ["[2]", "[0]"])
+    assert list(two) == ["[2]", "[0]"]
+    np.testing.assert_allclose(two["[2]"], every["[2]"], rtol=1e-6)
+
+
+def test_one_program_finds_all_of_them():
+    trainer, batch = line_fit(bounds={"slope": (0, 9)})
+    trainer.intervals(LM, batch)
+    before = cache_size(run_crossings)
+    other, _ = line_fit(bounds={"slope": (-1, 5)})
+    batch = batch[0], batch[1] + 0.5
+    other = other.solve(LM, batch).trainer
+    found = other.intervals(LM, batch, level=0.9)
+    assert cache_size(run_crossings) == before
+    assert np.all(np.isfinite(list(found.values())))
+
+
+class Wells(vn.Trainer):
+    """Two minima, with a low barrier: the lower one is at -1."""
+
+    def residuals(self, x, batch):
+        return jnp.stack([0.5 * (x**2 - 1), 0.3 * (x + 1)]) * batch
+
+
+def test_a_lower_minimum_on_the_way_is_an_error():
+    batch = jnp.asarray(1.0)
+    trainer = Wells(jnp.asarray(0.8)).solve(LM, batch).trainer
+    assert float(trainer.model) > 0.7
+    with pytest.raises(ValueError, match="it is not the minimum") as caught:
+        trainer.intervals(LM, batch)
+    again = trainer.replace(model=caught.value.model).solve(LM, batch).trainer
+    np.testing.assert_allclose(float(again.model), -1, rtol=1e-6)
+    with pytest.warns(UserWarning, match="it is not the minimum"):
+        found = trainer.profile(LM, batch, "", np.linspace(-1.2, 1.2, 9))
+    assert found.delta.min() < 0
+
+
+def test_a_likelihood_that_is_not_finite_before_it_falls_has_no_end():
+    class Edge(vn.Trainer):
+        def nll(self, x, batch):
+            return jnp.where(x < 0.5, 0.5 * x**2, jnp.nan) * batch
+
+    trainer, batch = Edge(jnp.zeros(())), jnp.asarray(1.0)
+    with pytest.warns(UserWarning, match=r"not finite beyond, at the upper end of ''"):
+        ((low, high),) = trainer.intervals(BFGS, batch, level=ONE).values()
+    np.testing.assert_allclose(low, -1, rtol=1e-6)
+    assert math.isnan(high)
+
+
+# What is refused
+
+
+class Both(GaussianFit):
+    def loss(self, model, batch):
+        return jnp.mean(self.residuals(model, batch) ** 2)
+
+
+class LossAlone(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.sum(model.slope**2)
+
+
+def refused(given):
+    trainer, batch = line_fit(**given.pop("options", {}))
+    return trainer.intervals(given.pop("solver", LM), batch, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        ({"names": "slpe"}, vn.UnknownPathError, "Did you mean 'slope'"),
+        ({"names": ["slope", "slope[2]"]}, vn.UnknownPathError, r"slope\[2\]"),
+        ({"names": []}, TypeError, "`names`"),
+        ({"names": "slope", "options": {"train": "offset"}}, ValueError, "is frozen"),
+        (
+            {"names": "offset", "options": {"ties": {"offset": "slope"}}},
+            ValueError,
+            "is tied to slope",
+        ),
+        ({"level": 0.0}, ValueError, "`level` is 0.0"),
+        ({"level": 1.0}, ValueError, "`level` is 1.0"),
+        ({"level": 68.3}, ValueError, "`level` is 68.3"),
+        ({"level": math.nan}, ValueError, "`level` is nan"),
+        ({"solver": "LM"}, TypeError, "`solver`"),
+        ({"max_steps": 0}, ValueError, "`max_steps`"),
+    ],
+)
+def test_what_is_refused(given, error, match):
+    with pytest.raises(error, match=match):
+        refused(dict(given))
+
+
+def test_a_trainer_that_is_not_at_a_minimum_is_told_to_solve():
+    batch = jnp.asarray(LINE), jnp.asarray(2 * LINE + np.cos(9 * LINE))
+    with pytest.raises(ValueError, match=r"not at a minimum.*trainer\.solve"):
+        LineFit(line()).intervals(LM, batch)
+
+
+def test_a_loss_alone_has_no_likelihood():
+    with pytest.raises(TypeError, match="needs a likelihood"):
+        LossAlone(line()).intervals(BFGS, None)
+
+
+@pytest.mark.filterwarnings("ignore::vernal.ObjectiveWarning")
+def test_a_solver_of_the_loss_is_refused():
+    batch = jnp.asarray(X), gaussian()(jnp.asarray(X)), jnp.asarray(0.1)
+    with pytest.raises(ValueError, match="`solver` minimises `loss`"):
+        Both(gaussian()).intervals(BFGS, batch)

@@ -1,0 +1,108 @@
+"""`Trainer.profile`: the lowest likelihood along one element."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from inside import cache_size, run_walk
+from models import GaussianFit, gaussian, gaussian_batch, line
+
+LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
+X = jnp.linspace(-1.0, 1.0, 12)
+BATCH = X, 2 * X + 1 + 0.3 * jnp.sin(40 * X), jnp.full(12, 0.2)
+
+
+def solved(**options):
+    return GaussianFit(line(), **options).solve(LM, BATCH).trainer
+
+
+def test_of_a_line_it_is_the_parabola_of_the_error():
+    trainer = solved()
+    found = trainer.profile(LM, BATCH, "slope")
+    value, error = (
+        float(x.slope) for x in (trainer.params, trainer.standard_errors(BATCH))
+    )
+    assert found.name == "slope"
+    assert found.converged.all()
+    np.testing.assert_allclose((found.value, found.error), (value, error), rtol=1e-6)
+    np.testing.assert_allclose(found.values, value + error * np.linspace(-3, 3, 21))
+    parabola = ((found.values - value) / error) ** 2
+    np.testing.assert_allclose(found.delta, parabola, rtol=1e-6, atol=1e-9)
+    assert "'slope', 21 values" in repr(found)
+
+
+def test_the_models_are_those_of_the_losses_in_the_order_of_the_values():
+    trainer = GaussianFit(gaussian()).solve(LM, gaussian_batch()).trainer
+    batch, values = gaussian_batch(), [1.7, 1.3, 1.5, 1.4]
+    found = trainer.profile(LM, batch, "power", values)
+    np.testing.assert_array_equal(found.values, values)
+    np.testing.assert_allclose(found.models.power, values, rtol=1e-12)
+    for index, loss in enumerate(found.losses):
+        model = jax.tree.map(lambda x, i=index: x[i], found.models)
+        nll = 0.5 * jnp.sum(trainer.residuals(model, batch) ** 2)
+        np.testing.assert_allclose(loss, nll, rtol=1e-9, atol=1e-12)
+        # All others are at their best.
+        own = trainer.replace(model=model)
+        slope = jax.grad(lambda m: 0.5 * jnp.sum(trainer.residuals(m, batch) ** 2))(
+            own.model
+        )
+        np.testing.assert_allclose((slope.mean, slope.std), 0, atol=1e-4)
+    order = np.argsort(values)
+    alone = [trainer.profile(LM, batch, "power", [v]).losses[0] for v in values[:2]]
+    np.testing.assert_allclose(found.losses[:2], alone, rtol=1e-8)
+    assert found.delta[order][0] > 0
+
+
+def test_it_stays_within_the_bounds():
+    trainer = solved(bounds={"slope": (None, 2.02)})
+    found = trainer.profile(LM, BATCH, "slope")
+    assert found.values.max() == 2.02
+    assert len(found.values) == 21
+    with pytest.raises(ValueError, match="outside of the bounds of 'slope'"):
+        trainer.profile(LM, BATCH, "slope", [2.0, 2.1])
+
+
+def test_another_batch_and_other_values_compile_nothing():
+    trainer, values = solved(), np.linspace(1, 3, 5)
+    trainer.profile(LM, BATCH, "slope", values)
+    before, batch = cache_size(run_walk), (X, BATCH[1] + 0.1, BATCH[2])
+    other = GaussianFit(line()).solve(LM, batch).trainer
+    other.profile(LM, batch, "slope", values + 0.1)
+    other.profile(LM, batch, "offset", values - 1)
+    assert cache_size(run_walk) == before
+
+
+class Kinds(vn.Trainer):
+    def residuals(self, model, batch):
+        return jnp.append(model["wfe"] - batch, 0 * model["dark"])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "error", "match"),
+    [
+        ("wfe", None, ValueError, "'wfe' names 3 elements"),
+        ("wfe[3]", None, vn.UnknownPathError, r"no element 'wfe\[3\]'"),
+        ("wve[0]", None, vn.UnknownPathError, r"Did you mean 'wfe\[0\]'"),
+        ("dark", None, ValueError, "do not constrain 'dark'"),
+        (3, None, TypeError, "name"),
+        ("wfe[0]", [], ValueError, "`values`"),
+        ("wfe[0]", [[1.0]], ValueError, "`values`"),
+        ("wfe[0]", [1.0, np.nan], ValueError, "`values` are not all finite"),
+    ],
+)
+def test_what_has_no_profile(name, values, error, match):
+    batch = jnp.arange(3.0)
+    trainer = Kinds({"dark": jnp.zeros(()), "wfe": batch})
+    with pytest.raises(error, match=match):
+        trainer.profile(LM, batch, name, values)
+
+
+def test_where_the_solver_finds_no_minimum_is_said():
+    batch = gaussian_batch()
+    trainer = GaussianFit(gaussian()).solve(LM, batch).trainer
+    with pytest.warns(UserWarning, match="found no minimum at std = "):
+        found = trainer.profile(LM, batch, "std", [3.0, 0.1], max_steps=1)
+    assert not found.converged.all()
