@@ -69,9 +69,10 @@ def minos(trainer, batch):
 
     fn, gradient = jax.jit(chi_squared), jax.jit(jax.grad(chi_squared))
     # The types of iminuit allow functions of separate numbers alone.
+    cost: Any = lambda b: float(fn(b))
     in_numpy: Any = lambda b: np.asarray(gradient(b))
     start: Any = [float(value) for value in trainer.model.values()]
-    found = iminuit.Minuit(lambda b: float(fn(b)), start, grad=in_numpy)
+    found = iminuit.Minuit(cost, start, grad=in_numpy)
     found.errordef, found.tol = iminuit.Minuit.LEAST_SQUARES, 1e-4
     found.migrad()
     found.minos(cl=LEVEL)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 from matplotlib import pyplot as plt
 
@@ -720,3 +721,56 @@ def test_what_has_no_band(options, match):
     given = {"fn": lambda model: model(x), "batch": gaussian_batch(), "x": x} | options
     with pytest.raises(ValueError, match=match):
         vernal.plot.band(GaussianFit(gaussian()), **given)
+
+
+# --- profiles ---
+
+SOLVER = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
+
+
+def linear():
+    """A line at its minimum: its likelihood is normal."""
+    x, y = line_batch()
+    batch = x, y + 0.1 * jnp.cos(9 * x), jnp.full(x.shape, 0.2)
+    return GaussianFit(line()).solve(SOLVER, batch).trainer, batch
+
+
+def test_a_profile_is_drawn_beside_the_parabola_of_the_error():
+    trainer, batch = linear()
+    found = trainer.profile(SOLVER, batch, "slope", [2.2, 1.9, 2.0])
+    ax = vernal.plot.profile(found)
+    assert legend(ax) == ["profile likelihood", "standard error"]
+    order = [1, 2, 0]
+    drawn, parabola = (curves(ax)[name] for name in legend(ax))
+    np.testing.assert_array_equal(drawn.get_xdata(), found.values[order])
+    np.testing.assert_array_equal(drawn.get_ydata(), found.delta[order])
+    heights = np.interp([1.9, 2.2], *parabola.get_data())
+    np.testing.assert_allclose(heights, found.delta[[1, 0]], rtol=1e-3)
+    assert ax.get_xlabel() == "slope"
+
+
+def test_the_contours_of_a_line_are_ellipses():
+    trainer, batch = linear()
+    ax = vernal.plot.contour(trainer, SOLVER, batch, "slope", "offset")
+    assert legend(ax) == ["68.3 %", "95.4 %"]
+    fmat = np.asarray(trainer.fisher(batch))
+    best = np.array([trainer.model.slope, trainer.model.offset])
+    (lines,) = ax.collections
+    for path, level in zip(lines.get_paths(), (0.683, 0.954), strict=True):
+        steps = path.vertices - best
+        rise = np.einsum("ki,ij,kj->k", steps, fmat, steps)
+        np.testing.assert_allclose(rise, -2 * np.log1p(-level), rtol=0.02)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("slope", "offset")
+
+
+@pytest.mark.parametrize("levels", [(), (0.5, 1.0), (68.3,)])
+def test_a_level_of_a_contour_is_a_probability(levels):
+    trainer, batch = linear()
+    with pytest.raises(ValueError, match="`levels` is"):
+        vernal.plot.contour(trainer, SOLVER, batch, "slope", "offset", levels=levels)
+
+
+def test_a_contour_is_of_two_elements():
+    trainer, batch = linear()
+    with pytest.raises(ValueError, match="both 'slope'"):
+        vernal.plot.contour(trainer, SOLVER, batch, "slope", "slope")

@@ -38,7 +38,7 @@ from ._plot import (
     prepare,
     to_one_scale,
 )
-from ._profile import Profile, plane
+from ._profile import Profile, plane, probability
 from ._projection import EigenProjector
 from ._solve import Solver
 from ._step import require_precision
@@ -413,22 +413,19 @@ def contour(
     - as [`vernal.Trainer.intervals`][].
     - `ValueError`: if a level is not between 0 and 1.
     """
-    shares = sorted({float(level) for level in levels})
-    if not shares or not 0 < shares[0] <= shares[-1] < 1:
-        raise ValueError(
-            f"`levels` is {levels}, but must be probabilities between 0 and 1, such as "
-            "`(0.683, 0.954)`."
-        )
+    if not levels:
+        raise ValueError("`levels` is empty: there is no contour to draw.")
+    shares = sorted({probability(level, "levels") for level in levels})
     require_precision(trainer)
     quantiles = [-2 * math.log1p(-share) for share in shares]
     found = plane(trainer, solver, batch, (first, second), quantiles[-1])
     axes, _ = prepare(ax, (4.8, 4.0))
     (cross,) = axes.plot(*found.best, "+")
-    colour, delta = cross.get_color(), np.ma.masked_invalid(found.delta.T)
+    # The root is nearly linear between two values.
+    root = np.sqrt(np.maximum(np.ma.masked_invalid(found.delta.T), 0))
+    colour, edges = cross.get_color(), np.sqrt(quantiles)
     styles = [("-", "--", ":", "-.")[index % 4] for index in range(len(shares))]
-    axes.contour(
-        found.x, found.y, delta, levels=quantiles, colors=colour, linestyles=styles
-    )
+    axes.contour(found.x, found.y, root, levels=edges, colors=colour, linestyles=styles)
     for share, style in zip(shares, styles, strict=True):
         axes.plot([], [], style, color=colour, label=f"{100 * share:.4g} %")
     axes.set(xlabel=as_label(found.names[0]), ylabel=as_label(found.names[1]))

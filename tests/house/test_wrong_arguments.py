@@ -193,7 +193,7 @@ INSTANCES = {
     "ParamOptimiser": RULES,
     "Report": TRAINER.report(BATCH),
     "Stream": vn.Stream([BATCH] * 9),
-    "Trainer": TRAINER,
+    "Trainer": FITTED,
 }
 # What the library alone makes and calls: results and errors, and parts of a step.
 MADE = {

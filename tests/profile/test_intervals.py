@@ -303,6 +303,7 @@ def refused(given):
     return trainer.intervals(given.pop("solver", LM), batch, **given)
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("given", "error", "match"),
     [

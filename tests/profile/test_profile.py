@@ -80,6 +80,7 @@ class Kinds(vn.Trainer):
         return jnp.append(model["wfe"] - batch, 0 * model["dark"])
 
 
+@pytest.mark.own_words
 @pytest.mark.parametrize(
     ("name", "values", "error", "match"),
     [

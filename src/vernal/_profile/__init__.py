@@ -6,7 +6,7 @@ values, `crossing` looks for the values where the likelihood has fallen by so mu
 `intervals` are what users call, `plane` is for a picture.
 """
 
-from .intervals import intervals
+from .intervals import intervals, probability
 from .plane import plane
 from .profile import Profile, profile
 from .scan import Options

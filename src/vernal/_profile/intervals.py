@@ -28,13 +28,23 @@ def intervals(
 ) -> dict[str, Interval]:
     """Implements `Trainer.intervals`."""
     elements = find_elements(trainer, names, "names")
-    if isinstance(level, bool) or not 0 < level < 1:
-        raise ValueError(
-            f"`level` is {level}, but must be between 0 and 1: the probability of the "
-            "interval, such as 0.683."
-        )
+    quantile = quantile_of(probability(level, "level"))
     scan = prepare("intervals", trainer, solver, batch, options)
-    return crossings(scan, elements, quantile_of(level))
+    return crossings(scan, elements, quantile)
+
+
+def probability(value: Any, argument: str) -> float:
+    """Checks a probability between 0 and 1."""
+    try:
+        share = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 < share < 1:
+        raise ValueError(
+            f"`{argument}` is {value}, but must be a probability between 0 and 1, such "
+            "as 0.683."
+        )
+    return share
 
 
 def quantile_of(level: float) -> float:

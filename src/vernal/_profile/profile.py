@@ -1,6 +1,7 @@
 """`Profile`: the likelihood along one element."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Generic, final
 
 import jax
@@ -67,7 +68,7 @@ def profile(
     solver: Any,
     batch: Any,
     name: str,
-    values: ArrayLike | None,
+    values: ArrayLike | Sequence[float] | None,
     options: Options,
 ) -> Profile[Any]:
     """Implements `Trainer.profile`."""
@@ -147,7 +148,7 @@ def from_minimum(flat: Any, index: int, values: np.ndarray) -> Walk:
     )
 
 
-def _checked(values: ArrayLike) -> np.ndarray:
+def _checked(values: Any) -> np.ndarray:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):

@@ -109,7 +109,7 @@ def _is_flat(local: Local) -> bool:
     return is_curved and not local.slope.any() and not local.hessian.any()
 
 
-def is_lower(nll: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+def is_lower(nll: np.ndarray, minimum: Any) -> np.ndarray:
     """Whether the likelihood is lower than at the minimum, beyond rounding."""
     eps = np.finfo(nll.dtype).eps
     return nll < minimum - _LOWER - 64 * eps * np.abs(minimum)

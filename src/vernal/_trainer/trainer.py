@@ -790,7 +790,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         solver: Solver,
         batch: Batch,
         name: str,
-        values: ArrayLike | None = None,
+        values: ArrayLike | Sequence[float] | None = None,
         *,
         max_steps: int = 256,
         jac: Mode | None = None,
