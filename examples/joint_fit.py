@@ -11,6 +11,7 @@ would never reach.
 """
 
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -98,14 +99,15 @@ def by_lmfit():
             for i in range(3)
         ]
         model = galaxy(p["place"].value, p["width"].value, *rows)
-        vectors = JointFit.residuals(None, model, data)
+        vectors = trainer.residuals(model, data)
         return np.concatenate([*vectors, [(p["width"].value - 0.4) / 0.04]])
 
     options = {"scale_covar": False, "xtol": 1e-12, "ftol": 1e-12}
-    return lmfit.minimize(residuals, known, **options)
+    found: Any = lmfit.minimize(residuals, known, **options)
+    return found.params
 
 
-known = by_lmfit().params
+known = by_lmfit()
 pairs = {"hydrogen": "place", "width": "width"} | {
     f"exposures.{i}.{name}": f"{name}{i}"
     for i in range(3)

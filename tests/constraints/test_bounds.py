@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 import scipy.optimize
+import scipy.stats
 
 import vernal as vn
 from models import LineFit, line, line_batch
@@ -162,11 +164,112 @@ def test_many_at_once_have_bounds_of_their_own():
 
 
 @pytest.mark.loose_dtypes
-def test_a_line_search_is_refused():
-    """It would stop short of the bounds, since beyond them nothing falls."""
-    trainer = LineFit(line(), optax.lbfgs(), bounds={"slope": (0, None)})
-    with pytest.raises(ValueError, match=r"line search.*trainer\.solve"):
+@pytest.mark.parametrize("linesearch", [True, False])
+def test_lbfgs_is_refused(linesearch):
+    """It would not end at the best point within the bounds."""
+    options = {} if linesearch else {"linesearch": None}
+    rule = optax.lbfgs(0.3, **options)
+    trainer = LineFit(line(), rule, bounds={"slope": (0, None)})
+    with pytest.raises(ValueError, match=r"L-BFGS.*trainer\.solve"):
         trainer.fit(line_batch(), 3, progress=False)
+
+
+def test_a_whitened_fit_that_meets_no_bound_has_the_bits_of_one_without():
+    fits = []
+    for bounds in ({"**": (-100, 100)}, None):
+        trainer = Linear(START, bounds=bounds).whiten(BATCH, optimiser=optax.adam(0.1))
+        fits.append(trainer.fit(BATCH, 60, progress=False).trainer)
+    for leaf, other in zip(*(jax.tree.leaves(f.params) for f in fits), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+class Flux(vn.Trainer):
+    """An upper limit: the best flux is negative, and is held at zero."""
+
+    def residuals(self, model, batch):
+        return model["flux"] - batch
+
+
+class FluxNll(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(Flux.residuals(self, model, batch)))
+
+
+SOLVERS = {
+    Flux: optx.LevenbergMarquardt(1e-8, 1e-8),
+    FluxNll: optx.BFGS(1e-8, 1e-8),
+}
+
+
+@pytest.mark.parametrize("kind", SOLVERS, ids=["residuals", "nll"])
+def test_an_upper_limit_converges(kind):
+    data = jnp.array([-1.0, 0.2, -0.5, -0.3])
+    trainer = kind({"flux": jnp.array(1.0)}, bounds={"flux": (0, None)})
+    result = trainer.solve(SOLVERS[kind], data)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    report = result.report(data)
+    assert (float(result.model["flux"]), report.free_count) == (0.0, 0)
+    assert report["flux"].status == "at its bound (0)"
+    assert not report["flux"].is_free
+    assert report.correlation_matrix.shape == (0, 0)
+    many = vn.fit_many([trainer, trainer], data, 50, solver=SOLVERS[kind])
+    assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
+
+
+def test_draws_are_a_truncated_normal():
+    data = jnp.full(4, 0.1)
+    trainer = Flux({"flux": jnp.array(0.1)}, bounds={"flux": (0, None)})
+    drawn = np.asarray(trainer.draw(jax.random.key(0), 4_000, data)["flux"])
+    known = scipy.stats.truncnorm(-0.1 / 0.5, np.inf, 0.1, 0.5)
+    assert drawn.min() > 0
+    assert scipy.stats.kstest(drawn, known.cdf).pvalue > 0.01
+    held = Flux({"flux": jnp.array(0.0)}, bounds={"flux": (0, None)})
+    assert not np.any(held.draw(jax.random.key(0), 5, data - 1)["flux"])
+
+
+def test_on_a_bound_and_not_seen_by_the_data_is_not_held():
+    model = {"flux": jnp.array(0.0), "unseen": jnp.array(0.2)}
+    bounds = {"flux": (0, None), "unseen": (0.2, None)}
+    report = Flux(model, bounds=bounds).report(jnp.array([-1.0, -0.5]))
+    assert report["flux"].status == "at its bound (0)"
+    assert (report["unseen"].status, report.free_count) == ("unconstrained", 1)
+
+
+def test_what_follows_a_held_parameter_has_no_error():
+    model = {"flux": jnp.array(0.0), "twice": jnp.array(0.0)}
+    ties = {"twice": lambda m: 2 * m["flux"]}
+    trainer = Flux(model, bounds={"flux": (0, None)}, ties=ties)
+    row = trainer.report(jnp.array([-1.0, -0.5]))["twice"]
+    assert np.isnan(row.error)
+    assert row.status == "tied to a function"
+
+
+def test_what_is_loaded_or_traced_is_within_the_bounds(tmp_path):
+    wide = LineFit(line(slope=-3.0), optax.adam(0.05))
+    vn.save(tmp_path / "wide.vernal", wide)
+    narrow = LineFit(line(), optax.adam(0.05), bounds={"slope": (0, None)})
+    with pytest.raises(ValueError, match=r"'slope' starts at -3, outside"):
+        vn.load(tmp_path / "wide.vernal", narrow)
+
+    @eqx.filter_jit
+    def make(slope):
+        return LineFit(line(slope), optax.adam(0.05), bounds={"slope": (0, None)})
+
+    assert float(make(jnp.array(0.5)).model.slope) == 0.5
+    with pytest.raises(RuntimeError, match="outside of its `bounds`"):
+        jax.block_until_ready(make(jnp.array(-3.0)).params)
+
+
+def test_a_latent_objective_is_finite_on_the_bounds():
+    batch = jax.tree.map(lambda x: x.astype(jnp.float32), BATCH)
+    start = jax.tree.map(lambda x: x.astype(jnp.float32), START)
+    trainer = Linear(start, bounds={"**": (0, 1.5)})
+    trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
+    end = trainer.fit(batch, 300, progress=False).trainer
+    potential, latent = end.objective(batch)
+    assert np.isfinite(potential(latent))
+    again = end.replace(model=end.model)
+    np.testing.assert_array_equal(flat(again.model), flat(end.model))
 
 
 def test_files_keep_a_trainer_with_bounds(tmp_path):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,11 +34,6 @@ class LinearNll(vn.Trainer):
         return 0.5 * jnp.sum(jnp.square(Linear.residuals(self, model, batch)))
 
 
-class LinearLoss(vn.Trainer):
-    def loss(self, model, batch):
-        return LinearNll.nll(self, model, batch), {"metric": model["c"]}
-
-
 def posterior():
     """The mode and the errors, in closed form: the prior is two more data."""
     rows = np.eye(2, 3) / STD
@@ -51,7 +47,7 @@ def flat(model):
     return np.append(model["ab"], model["c"])
 
 
-KINDS = {"residuals": Linear, "nll": LinearNll, "loss": LinearLoss}
+KINDS = {"residuals": Linear, "nll": LinearNll}
 SOLVERS = {
     "LevenbergMarquardt": optx.LevenbergMarquardt(1e-10, 1e-10),
     "BFGS": optx.BFGS(1e-10, 1e-10),
@@ -135,6 +131,50 @@ def test_any_density_is_a_prior_of_a_minimiser_and_of_the_errors():
         np.testing.assert_allclose(flat(again), flat(found), rtol=1e-5)
 
 
+def test_a_prior_is_refused_where_its_weight_is_not_known():
+    """Beside a mean, or in each of many batches, it would count too much."""
+    with pytest.raises(TypeError, match=r"`priors`.*defines `loss`"):
+        LineFit(line(), priors={"slope": vn.Normal(0, 1)})
+    trainer = Linear(MODEL, optax.adam(0.1), priors=PRIORS)
+    batches = vn.Minibatches(BATCH, 5, key=jax.random.key(0))
+    for data in (batches, vn.Stream([BATCH] * 4)):
+        with pytest.raises(ValueError, match=r"`priors`.*all of the data"):
+            trainer.fit(data, 4, progress=False)
+
+
+def test_directions_that_a_prior_alone_constrains_take_no_degree_of_freedom():
+    model = {"ab": jnp.zeros(2), "c": jnp.zeros(()), "nuisance": jnp.zeros(())}
+    priors = {"nuisance": vn.Normal(0.0, 1.0)}
+    report = Linear(model, priors=priors).report(BATCH)
+    assert (report.free_count, report.degrees_of_freedom) == (4, 7)
+    assert report["nuisance"].error == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"`scale_errors`.*`priors`"):
+        Linear(model, priors=priors).report(BATCH, scale_errors=True)
+
+
+def test_chi_squared_beside_a_narrow_prior_keeps_its_digits():
+    batch = jax.tree.map(lambda x: x.astype(jnp.float32), BATCH)
+    model = jax.tree.map(lambda x: (x + 1).astype(jnp.float32), MODEL)
+    narrow = {"ab": vn.Normal(MEAN, 1e-5)}
+    found = [Linear(model, priors=p).report(batch).chi_squared for p in (narrow, None)]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+class Exponential(NamedTuple):
+    rate: float
+
+    def log_prob(self, value):
+        return -self.rate * jnp.abs(value)
+
+
+def test_a_prior_without_curvature_has_its_gradient_in_the_edm():
+    model = {"ab": jnp.ones(2), "c": jnp.ones(())}
+    trainer = Linear(model, priors={"c": Exponential(2.0)})
+    result = trainer.solve(SOLVERS["BFGS"], BATCH)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    assert result.report(BATCH).note is None
+
+
 def test_normal_is_that_of_scipy():
     prior, x = vn.Normal(1.5, 0.3), np.linspace(-2, 3, 7)
     known = scipy.stats.norm(1.5, 0.3).logpdf(x)
@@ -164,9 +204,8 @@ def test_another_width_compiles_nothing():
 
 def test_a_prior_of_what_is_tied():
     ties = {"offset": lambda model: 2 * model.slope}
-    trainer = LineFit(
-        line(), optax.adam(0.02), ties=ties, priors={"offset": vn.Normal(10.0, 1e-3)}
-    )
+    priors = {"offset": vn.Normal(10.0, 1e-3)}
+    trainer = LineLikelihood(line(), optax.adam(0.02), ties=ties, priors=priors)
     model = trainer.fit(line_batch(), 3000, progress=False).model
     np.testing.assert_allclose(model.offset, 10, atol=1e-2)
 
@@ -183,6 +222,12 @@ def test_pytrees_of_residuals_are_one_vector():
     np.testing.assert_allclose(flat(end.model), posterior()[0], rtol=1e-6)
 
 
+class LineLikelihood(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return model(x) - y
+
+
 BAD = {
     "a number": ({"slope": 3.0}, "no method `log_prob`"),
     "an unknown name": ({"slop": vn.Normal(0, 1)}, "matches nothing"),
@@ -197,7 +242,7 @@ BAD = {
 def test_bad_priors_are_refused(name):
     priors, message = BAD[name]
     with pytest.raises((TypeError, ValueError, KeyError), match=f"`priors`.*{message}"):
-        LineFit(line(), priors=priors)
+        LineLikelihood(line(), priors=priors)
 
 
 @pytest.mark.own_words
@@ -209,4 +254,45 @@ def test_a_normal_without_a_width_is_refused(args):
 
 def test_a_prior_of_a_frozen_parameter_is_refused():
     with pytest.raises(ValueError, match="`priors`: 'offset' is frozen"):
-        LineFit(line(), train="slope", priors={"offset": vn.Normal(0, 1)})
+        LineLikelihood(line(), train="slope", priors={"offset": vn.Normal(0, 1)})
+
+
+class PeakFit(vn.Trainer):
+    def residuals(self, model, batch):
+        shape = jnp.exp(-0.5 * jnp.square((X - model["place"]) / model["width"]))
+        # The widths and the places of two peaks are tied.
+        other = (X - model["next"]) / model["width"]
+        second = 0.5 * jnp.exp(-0.5 * jnp.square(other))
+        return (model["height"] * (shape + second) - batch) / 0.2
+
+
+X = jnp.linspace(-4.0, 8.0, 40)
+TRUTH = {"place": 0.3, "width": 1.1, "height": 2.0, "next": 4.3}
+
+
+def test_errors_are_the_scatter_of_simulated_fits():
+    """2,000 data sets, each with a measurement of the width as its prior."""
+    random, count = np.random.default_rng(5), 2_000
+
+    def make(width):
+        return PeakFit(
+            jax.tree.map(jnp.asarray, TRUTH),
+            bounds={"height": (0, None), "width": (0.01, None)},
+            ties={"next": lambda model: model["place"] + 4},
+            priors={"width": vn.Normal(width, 0.05)},
+        )
+
+    clean = 0.2 * make(TRUTH["width"]).residuals(TRUTH, jnp.zeros(X.size))
+    data = np.asarray(clean) + 0.2 * random.normal(size=(count, X.size))
+    widths = TRUTH["width"] + 0.05 * random.normal(size=count)
+    trainers = eqx.filter_vmap(make)(jnp.asarray(widths))
+    solver = optx.LevenbergMarquardt(1e-8, 1e-8)
+    many = vn.fit_many(trainers, jnp.asarray(data), 50, solver=solver, data_axis=0)
+    assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
+    known = make(TRUTH["width"]).standard_errors(clean)
+    for name in ("place", "width", "height"):
+        scatter = np.std(many.trainers.model[name])
+        np.testing.assert_allclose(scatter, known[name], rtol=0.06)
+        np.testing.assert_allclose(
+            np.mean(many.trainers.model[name]), TRUTH[name], atol=0.1 * known[name]
+        )

@@ -174,6 +174,28 @@ def test_files_and_many_at_once(tmp_path):
     assert (b, c) == (a, 2 * a)
 
 
+def test_a_chain_through_python_floats():
+    class Fit(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.square(model["c"] - batch)
+
+    model = {"a": jnp.array(3.0), "b": 1.0, "c": 1.0}
+    for names in (("b", "c"), ("c", "b")):
+        ties = {"b": "a", "c": lambda m: 2 * m["b"]}
+        found = Fit(model, ties={name: ties[name] for name in names}).model
+        assert (float(found["b"]), float(found["c"])) == (3.0, 6.0)
+        assert not found["c"].weak_type
+
+
+def test_what_cannot_be_recorded_or_followed_is_said():
+    trainer = PeakFit(START, optax.adam(0.1), ties=TIES)
+    with pytest.raises(ValueError, match=r"'b\.width' is tied to a\.width"):
+        trainer.fit(batch(), 3, record="b.width", progress=False)
+    model = {"a": jnp.array(1j), "b": jnp.array(1.0)}
+    with pytest.raises(TypeError, match="'b' is real"):
+        PeakFit(model, ties={"b": "a"})
+
+
 BAD = {
     "a circle": ({"a.width": "b.width", "b.width": "a.width"}, "circle.*'a.width'"),
     "of functions": (

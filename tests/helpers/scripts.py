@@ -21,14 +21,14 @@ _FORKS.set_forkserver_preload(_IMPORTED)
 
 def started(script, *args, log):
     """Returns the process of `python script args`, which writes to the file `log`."""
-    log.touch()
+    log.write_bytes(b"")  # of one before
     process = _FORKS.Process(target=_run, args=(str(script), args, str(log)))
     process.start()
     return process
 
 
 def _run(script, args, log):
-    file = os.open(log, os.O_WRONLY | os.O_TRUNC)
+    file = os.open(log, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = [script, *args]

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import errno
+import os
 import random
 import resource
 import signal
@@ -70,12 +71,13 @@ class Fork:
         self.run = scripts.started(long_fit.__file__, *arguments, log=self.log)
 
     def first_step(self):
-        while "\n" not in self.log.read_text():
-            assert self.run.is_alive(), self.log.read_text()
+        while "\n" not in (text := self.log.read_text()):
+            assert self.run.is_alive(), text
             time.sleep(0.01)
+        return int(text.split("\n")[0])
 
-    def end(self):
-        self.run.kill()
+    def end(self, number=signal.SIGKILL):
+        os.kill(self.run.pid, number)
         self.run.join(120)
         return self.run.exitcode
 
@@ -108,12 +110,12 @@ def test_killed_twenty_times(tmp_path):
 @pytest.mark.seams
 def test_told_to_end(tmp_path):
     """What a cluster does before it takes a machine away."""
-    process = Process(tmp_path)
+    process = Fork(tmp_path)
     process.first_step()
     time.sleep(0.3)
     assert process.end(signal.SIGTERM) == -signal.SIGTERM
     assert not (tmp_path / "result").exists()
-    again = Process(tmp_path)
+    again = Fork(tmp_path)
     first = again.first_step()
     assert again.end(signal.SIGTERM) == -signal.SIGTERM
     assert first > 5

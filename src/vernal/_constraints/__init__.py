@@ -4,6 +4,6 @@
 `priors` their distributions. `owned` finds what a mapping says of each parameter.
 """
 
-from .bounds import Bounds, as_bounds, held_at
+from .bounds import Bounds, as_bounds, flat_flags, held_at
 from .priors import Normal, Priors, as_priors
 from .ties import Ties, as_ties

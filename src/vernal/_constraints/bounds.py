@@ -16,7 +16,7 @@ from .._tree import by_path, element_name
 from .owned import as_wide, owned
 
 # In units of the standard error.
-_CLOSE = 1e-3
+_CLOSE, _ROUNDING = 1e-3, 1e-5
 
 
 class _Interval(NamedTuple):
@@ -70,10 +70,17 @@ class Bounds(Portable, PlainMethods, eqx.Module):
             snapped[path] = jnp.where(is_on & is_close, at.clip(target), x)
         return _replaced(params, snapped)
 
-    def contain(self, params: PyTree) -> Bool[Array, ""]:
-        """Whether each element is within its interval."""
-        same = [jnp.all(at.clip(x) == x) for _, at, x in self._intervals(params)]
-        return jnp.all(jnp.stack(same))
+    def contain(self, params: PyTree, errors: PyTree | None = None) -> Bool[Array, ""]:
+        """Whether each element is within its interval.
+
+        With standard `errors`, up to rounding in their units.
+        """
+        own = {} if errors is None else by_path(errors).by_name()
+        far = [
+            jnp.abs(at.clip(x) - x) > _ROUNDING * own.get(path, jnp.zeros_like(x))
+            for path, at, x in self._intervals(params)
+        ]
+        return ~jnp.any(jnp.stack([jnp.any(flags) for flags in far]))
 
     def outside(self, params: PyTree) -> dict[str, Bool[Array, "..."]]:
         """Finds the elements that are outside of their intervals, by path."""
@@ -91,26 +98,14 @@ class Bounds(Portable, PlainMethods, eqx.Module):
             held[path] = is_pushed | (at_low & at_high)
         return held
 
-    def unknown(self, errors: PyTree, params: PyTree) -> PyTree:
-        """Replaces infinite errors of elements at a bound, which are held, by NaN."""
-        named, new = by_path(errors).by_name(), {}
-        for path, at, x in self._intervals(params):
-            is_held = jnp.logical_or(*at.has_at(x)) & jnp.isinf(named[path])
-            new[path] = jnp.where(is_held, jnp.nan, named[path])
-        return _replaced(errors, new)
-
-    def at_bound(self, params: PyTree) -> dict[str, np.ndarray]:
-        """Returns the bound that each element is at, and NaN elsewhere, on the host."""
-        found = {}
-        for path, at, x in self._intervals(params):
-            is_on = np.logical_or(*map(np.asarray, at.has_at(x)))
-            found[path] = np.where(is_on, np.asarray(x, float), np.nan)
-        return found
-
-    def require_within(self, params: PyTree) -> None:
-        """Refuses parameters that are outside of their intervals."""
-        for path, leaf in by_path(params).items():
+    def required(self, params: PyTree) -> PyTree:
+        """Returns parameters that are within their intervals; refuses any others."""
+        for path, _, leaf in self._intervals(params):
             _check(path, leaf, self.low.get(path), self.high.get(path))
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self, params))):
+            message = "A parameter is outside of its `bounds`."
+            return eqx.error_if(params, ~self.contain(params), message)
+        return params
 
     def limits(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """Returns the bounds of each element, infinite where there is none."""
@@ -142,6 +137,17 @@ def held_at(
     return _replaced(
         params, {p: jnp.where(flags, fixed(p), named[p]) for p, flags in held.items()}
     )
+
+
+def flat_flags(
+    flags: Mapping[str, Bool[Array, "..."]], params: PyTree
+) -> Bool[Array, " D"]:
+    """Joins flags by path into one vector like that of `ravel`; others are false."""
+    every = [
+        jnp.ravel(flags[path]) if path in flags else jnp.zeros(x.size, bool)
+        for path, x in by_path(params).items()
+    ]
+    return jnp.concatenate(every)
 
 
 def _replaced(params: PyTree, new: Mapping[str, Array]) -> PyTree:

@@ -12,8 +12,8 @@ from jaxtyping import Array, ArrayLike, Float
 from .._boundary import PyTree, entrance, refuse_foreign
 from .._closure import Closure
 from .._curvature import matmul
-from .._pickling import PlainMethods, Portable
-from .._tree import by_path
+from .._pickling import PlainMethods, Portable, module_of
+from .._tree import by_path, widest
 from .owned import as_wide, owned
 
 
@@ -75,7 +75,8 @@ class Priors(Portable, PlainMethods, eqx.Module):
         named = by_path(model).by_name()
         rows = [_row(p, named[path]).ravel() for path, p in self.normal.items()]
         rows += [_local_rows(p, named[path]) for path, p in self.others.items()]
-        return jnp.concatenate([row.astype(rows[0].dtype) for row in rows])
+        dtype = widest(row.dtype for row in rows)
+        return jnp.concatenate([row.astype(dtype) for row in rows])
 
     def count(self, model: PyTree) -> int:
         """Returns the number of rows."""
@@ -97,7 +98,8 @@ class Priors(Portable, PlainMethods, eqx.Module):
             -jnp.sum(prior.decode().log_prob(named[path]))
             for path, prior in self.others.items()
         ]
-        return jnp.sum(jnp.stack([term.astype(terms[0].dtype) for term in terms]))
+        dtype = widest(term.dtype for term in terms)
+        return jnp.sum(jnp.stack([term.astype(dtype) for term in terms]))
 
 
 def _row(prior: Normal, value: Array) -> Array:
@@ -158,11 +160,18 @@ def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
     return Priors(normal, others) if normal or others else None
 
 
+def _library(prior: Any) -> str:
+    return module_of(type(prior)).split(".")[0]
+
+
+_LIBRARIES = ("numpyro", "distrax", "tensorflow_probability", "flowjax", "distreqx")
+
+
 def _as_normal(prior: Any) -> Normal | None:
     """Returns a normal distribution, of whatever library, as ours."""
     if isinstance(prior, Normal):
         return prior
-    if type(prior).__name__ != "Normal":
+    if type(prior).__name__ != "Normal" or _library(prior) not in _LIBRARIES:
         return None
     loc, scale = getattr(prior, "loc", None), getattr(prior, "scale", None)
     return None if loc is None or scale is None else Normal(loc, scale)

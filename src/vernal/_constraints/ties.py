@@ -12,7 +12,7 @@ from jaxtyping import Array
 from .._boundary import PyTree, takes
 from .._closure import Closure
 from .._pickling import PlainMethods, Portable
-from .._tree import by_path, cast_like, is_inexact, resolve
+from .._tree import by_path, cast_like, is_inexact, resolve, strong
 from .owned import owned
 
 
@@ -57,24 +57,31 @@ def as_ties(given: Any, model: PyTree) -> Ties | None:
     """Makes the ties that a user gives for a model."""
     if given is None:
         return None
-    named = by_path(model)
-    names, leaves = named.names, named.leaves
+    chosen, named = owned(given, "ties", model, lambda _: ""), by_path(model)
+    # A Python float becomes an array where it is tied, as where it is trained.
+    leaves = [strong(x) if name in chosen else x for name, x in named.items()]
+    names = named.names
     sources: dict[int, Any] = {}
     reads: dict[int, set[int]] = {}
-    for path, source in owned(given, "ties", model, lambda _: "").items():
+    for path, source in chosen.items():
         index = names.index(path)
         if isinstance(source, str):
             sources[index] = found = _leaf_named(source, model, path)
-            reads[index], shape = {found}, jnp.shape(leaves[found])
+            reads[index], like = {found}, leaves[found]
         elif callable(source):
             takes(source, 1, "ties", "fn(model)")
             sources[index] = source
-            reads[index], shape = _read(source, named.leaves, named.structure, path)
+            reads[index], like = _read(source, leaves, named.structure, path)
         else:
             raise TypeError(
                 f"`ties`: {path!r} is tied to {source!r}, but must be tied to the path "
                 "of a parameter, or to a function of the model: `lambda model: 2 * "
                 "model.a.width`."
+            )
+        shape = jnp.shape(like)
+        if jnp.iscomplexobj(like) and not jnp.iscomplexobj(leaves[index]):
+            raise TypeError(
+                f"`ties`: {path!r} is real, and what it is tied to is complex."
             )
         if shape != jnp.shape(leaves[index]):
             raise ValueError(
@@ -105,8 +112,8 @@ def _leaf_named(source: str, model: PyTree, path: str) -> int:
 
 def _read(
     source: Callable[[Any], Any], leaves: Sequence[Any], structure: Any, path: str
-) -> tuple[set[int], tuple[int, ...]]:
-    """Finds which leaves a function reads, and the shape of what it returns."""
+) -> tuple[set[int], Any]:
+    """Finds which leaves a function reads, and the kind of array it returns."""
     places = [index for index, leaf in enumerate(leaves) if is_inexact(leaf)]
 
     def of_arrays(arrays: Iterable[Array]) -> Array:
@@ -126,8 +133,8 @@ def _read(
         if needed.intersection(equation.outvars):
             needed |= {var for var in equation.invars if not isinstance(var, Literal)}
     invars = zip(places, closed.jaxpr.invars, strict=True)
-    shape: Any = out.aval
-    return {index for index, var in invars if var in needed}, shape.shape
+    kind: Any = closed.out_avals[0]
+    return {index for index, var in invars if var in needed}, kind
 
 
 def _in_order(

@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 
 from .._boundary import UNROLL, refuse_program, warn
-from .._data import Source, Stream, StreamExhaustedError
+from .._data import Source, Stream, StreamExhaustedError, Whole
 from .._devices import Decision, Peers, leaf_fingerprints
 from .._policy import StopReason
-from .._step import MOST_STEPS, AbstractTrainer, check_elementwise, no_optimiser
+from .._step import (
+    MOST_STEPS,
+    AbstractTrainer,
+    check_elementwise,
+    no_optimiser,
+    priors_of,
+)
 from .._storage import History, open_checkpointer, origin
 from .feed import DataExhausted, next_chunk
 from .options import FitKeywords, FitOptions
@@ -40,6 +46,7 @@ def fit(
             steps = options.steps
             _check_trainer(trainer, subject, steps)
             source = subject.source(data)
+            _check_priors(trainer, source)
             monitor = subject.monitor(options.validation, options.stop)
             if peers.are_many:
                 trees = {"trainer": trainer, "data": data, "validation": validation}
@@ -139,6 +146,16 @@ def _check_trainer(
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "
             "fewer."
+        )
+
+
+def _check_priors(trainer: AbstractTrainer, source: Source) -> None:
+    """Refuses priors with a part of the data at each step."""
+    if priors_of(trainer) is not None and not isinstance(source, Whole):
+        raise ValueError(
+            "`priors` need all of the data at each step: with a batch at a time they "
+            "would count in full for each. Fit the whole data, or write the prior into "
+            "`nll`, with its share for each batch."
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from .._constraints import held_at
+from .._constraints import flat_flags, held_at
 from .._curvature import (
     Mode,
     Subject,
@@ -55,6 +55,19 @@ class Passes(NamedTuple):
     jac: Mode | None = None
 
 
+class Derived(NamedTuple):
+    """Derivatives, one for each block, and what is known beside them.
+
+    `is_finite`: whether what was differentiated is. `value`: its value. `held`: which
+    elements are held at their bounds, in the order of `ravel`.
+    """
+
+    found: tuple[Any, ...]
+    is_finite: Bool[Array, ""]
+    value: Array
+    held: Bool[Array, " D"]
+
+
 def derive(
     trainer: AbstractTrainer,
     batch: Any,
@@ -62,12 +75,11 @@ def derive(
     selectors: tuple[Any, ...] | None,
     passes: Passes,
     holds: bool = False,
-) -> tuple[tuple[Any, ...], Bool[Array, ""], Array]:
+) -> Derived:
     """Computes derivatives at the current point, for the block of each selector.
 
     Without selectors, all parameters are one block. If it `holds` those elements that
-    are pushed against their bounds, their derivatives are zero. Returns the
-    derivatives, whether what was differentiated is finite, and its value.
+    are pushed against their bounds, their derivatives are zero.
     """
     batch_size, jac = checked_batch_size(passes.batch_size), checked_mode(passes.jac)
     params = as_parameters(trainer.params)
@@ -82,8 +94,8 @@ def derive(
 
 def linearised(
     trainer: AbstractTrainer, batch: Any, jac: Mode | None
-) -> tuple[Float[Array, "N D"], Float[Array, "..."]]:
-    """Returns the Jacobian of the residuals, and the residuals themselves.
+) -> tuple[Float[Array, "N D"], Float[Array, "..."], Bool[Array, " D"]]:
+    """Returns the Jacobian of the residuals, the residuals, and what is held.
 
     It shares the program of `whiten` and `standard_errors`, and holds elements at their
     bounds as these do.
@@ -91,8 +103,8 @@ def linearised(
     every = (tuple(range(len(jax.tree.leaves(trainer.params)))),)
     holds = bounds_of(trainer) is not None
     args = stripped(trainer), as_batch(batch), "jacobian", every, None, jac, holds
-    (jacobian,), _, residuals = run_derive(*args)
-    return jacobian, residuals
+    (jacobian,), _, residuals, held = run_derive(*args)
+    return jacobian, residuals, held
 
 
 @program
@@ -104,7 +116,7 @@ def run_derive(
     batch_size: int | None,
     jac: Mode | None,
     holds: bool,
-) -> tuple[tuple[Any, ...], Bool[Array, ""], Array]:
+) -> Derived:
     evaluate, derivative, name = _KINDS[kind]
     held = _held(trainer, batch, kind) if holds else {}
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", jac)
@@ -113,7 +125,7 @@ def run_derive(
     # It is finite for all blocks or for none.
     fn, own = each[0]
     value = fn(own)
-    return found, all_finite(value), value
+    return Derived(found, all_finite(value), value, flat_flags(held, trainer.params))
 
 
 def _held(trainer: AbstractTrainer, batch: Any, kind: str) -> dict[str, Array]:

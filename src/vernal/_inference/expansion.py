@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from .._boundary import Params, boolean
 from .._curvature import Mode
@@ -20,8 +20,8 @@ from .._minimum import (
     what_falls,
 )
 from .._projection import DenseWhitening, NullPolicy
-from .._step import AbstractTrainer, bounds_of, defined, prior_count, priors_of
-from .._tree import as_parameters, by_path, ravel, unravel
+from .._step import AbstractTrainer, defined, prior_count, priors_of
+from .._tree import as_parameters, by_path
 from .derivatives import Passes, derive, require_finite
 from .fisher import require_likelihood
 from .whiten import checked_spectra, hessian_rtol, of_hessian, of_spectrum, reduced
@@ -39,6 +39,8 @@ class Around(NamedTuple):
     - `data_count`: the number of data, `None` if it is not known.
     - `distance`: how far the point is from a minimum, `None` where there is none.
     - `held`: which elements are held at their bounds: they are not free.
+    - `rank`: the number of directions that the data constrain.
+    - `has_priors`: whether there is more than the data.
     """
 
     whitening: DenseWhitening
@@ -47,16 +49,13 @@ class Around(NamedTuple):
     data_count: int | None
     distance: Distance | None
     held: Bool[np.ndarray, " D"]
+    rank: int
+    has_priors: bool
 
     @property
     def free_count(self) -> int:
         """The number of elements that are free."""
         return int(np.count_nonzero(~self.held))
-
-    @property
-    def rank(self) -> int:
-        """The number of directions that the data constrain."""
-        return int(np.count_nonzero(np.asarray(self.whitening.roots) > 0))
 
     @property
     def degrees_of_freedom(self) -> int | None:
@@ -73,6 +72,11 @@ class Around(NamedTuple):
         """Returns the factor of errors whose scale is the scatter of the residuals."""
         if not boolean(scale_errors, "scale_errors"):
             return 1.0
+        if self.has_priors:
+            raise ValueError(
+                "`scale_errors` would scale the widths of the `priors` too, which are "
+                "known. Scale the residuals by their scatter, and leave it out."
+            )
         if self.reduced_chi_squared is None:
             raise ValueError(
                 "`scale_errors` takes the scale of the errors from the scatter of "
@@ -80,6 +84,11 @@ class Around(NamedTuple):
                 "data than free parameters. Or leave `scale_errors` out."
             )
         return math.sqrt(self.reduced_chi_squared)
+
+    def correlations(self) -> Float[np.ndarray, "F F"]:
+        """Returns the correlations of the free elements."""
+        free = np.flatnonzero(~self.held)
+        return self.whitening.correlations_of_the_data()[np.ix_(free, free)]
 
     def errors(self, like: Params, scale: float) -> dict[str, np.ndarray]:
         """Returns the standard errors by the paths of the parameters `like`."""
@@ -100,40 +109,52 @@ def around(trainer: AbstractTrainer, batch: Any, jac: Mode | None, what: str) ->
     require_likelihood(trainer, what)
     of = _of_residuals if "residuals" in defined(trainer) else _of_nll
     found = of(trainer, batch, jac)
-    if (bounds := bounds_of(trainer)) is None:
+    if not found.held.any():
         return found
-    params = as_parameters(trainer.params)
-    errors = unravel(jnp.asarray(found.whitening.errors_of_the_data()), params)
-    held = np.isnan(np.asarray(ravel(bounds.unknown(errors, params))))
     # Neither a draw nor a propagated error moves what is held.
-    scale = jnp.where(held, 0, found.whitening.scale)
+    scale = jnp.where(found.held, 0, found.whitening.scale)
     whitening = eqx.tree_at(lambda w: w.scale, found.whitening, scale)
-    return found._replace(whitening=whitening, held=held)
+    return found._replace(whitening=whitening)
 
 
 def _of_residuals(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
     found = derive(trainer, batch, "jacobian", None, Passes(jac=jac), holds=True)
-    (jacobian,), is_finite, residuals = found
+    (jacobian,), is_finite, residuals, held = found
     spectrum, slope, squares = reduced(jacobian, residuals)
     (spectrum,), eps = checked_spectra(trainer, batch, (spectrum,), is_finite)
     params = as_parameters(trainer.params)
     whitening = of_spectrum(spectrum, params, _NULLS, "", eps)
 
     def distance() -> Distance:
-        parts = spectrum, slope, squares, residuals.size
+        parts = spectrum, slope, squares, residuals.size, held
         return spectral_distance(*parts, params, trainer.projector)
 
-    found = _distance(trainer, batch, "residuals", distance)
-    count = residuals.size - prior_count(trainer)
-    of_priors = np.asarray(residuals, float).ravel()[count:]
-    chi_squared = float(squares) - float(np.sum(np.square(of_priors)))
-    none = np.zeros(whitening.scale.size, bool)
-    return Around(whitening, chi_squared, True, count, found, none)
+    away, of_data = _distance(trainer, batch, "residuals", distance), whitening
+    data = np.asarray(residuals, float).ravel()[: residuals.size - prior_count(trainer)]
+    if data.size < residuals.size:
+        # Directions that a prior alone constrains take no degree of freedom.
+        own = reduced(jacobian[: data.size], residuals[: data.size]).spectrum
+        of_data = of_spectrum(own, params, _NULLS, "", eps)
+    return Around(
+        whitening=whitening,
+        deviance=float(np.sum(np.square(data))),
+        has_residuals=True,
+        data_count=data.size,
+        distance=away,
+        held=np.asarray(held),
+        rank=_rank(of_data),
+        has_priors=data.size < residuals.size,
+    )
+
+
+def _rank(whitening: DenseWhitening) -> int:
+    """Counts the directions that are constrained."""
+    return int(np.count_nonzero(np.asarray(whitening.roots) > 0))
 
 
 def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
     found = derive(trainer, batch, "nll", None, Passes(jac=jac), holds=True)
-    (expansion,), is_finite, value = found
+    (expansion,), is_finite, value, held = found
     hessian = expansion.hessian
     what = "The curvature of `nll`"
     require_finite((hessian,), is_finite, what, trainer, batch)
@@ -142,13 +163,21 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
     whitening = of_hessian(hessian, params, _NULLS, "", "nll", rtol)
 
     def distance() -> Distance:
-        args = value, expansion.gradient, hessian, params, trainer.projector
+        args = value, expansion.gradient, hessian, held, params, trainer.projector
         return distance_of(measure_hessian(*args))
 
-    found = _distance(trainer, batch, "nll", distance)
-    priors, none = priors_of(trainer), np.zeros(whitening.scale.size, bool)
+    priors = priors_of(trainer)
     penalty = 0.0 if priors is None else float(priors.penalty(trainer.model))
-    return Around(whitening, 2 * (float(value) - penalty), False, None, found, none)
+    return Around(
+        whitening=whitening,
+        deviance=2 * (float(value) - penalty),
+        has_residuals=False,
+        data_count=None,
+        distance=_distance(trainer, batch, "nll", distance),
+        held=np.asarray(held),
+        rank=_rank(whitening),
+        has_priors=priors is not None,
+    )
 
 
 def _distance(

@@ -65,10 +65,11 @@ def matrices(
     """
     selectors, batch = as_selectors(blocks), as_batch(batch)
     if selectors is None and kind == "fisher" and passes.batch_size is None:
-        (jac,), is_finite, _ = derive(trainer, batch, "jacobian", None, passes)
+        (jac,), is_finite, *_ = derive(trainer, batch, "jacobian", None, passes)
         found = (_gram(jac, ravel_dtype(as_parameters(trainer.params))),)
     else:
-        found, is_finite, _ = derive(trainer, batch, kind, selectors, passes, holds)
+        derived = derive(trainer, batch, kind, selectors, passes, holds)
+        found, is_finite = derived.found, derived.is_finite
         if kind != "fisher":
             found = tuple(expansion.hessian for expansion in found)
     name = "residuals" if kind == "fisher" else kind

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._boundary import PyTree, prng_key, refuse_program, takes, whole_number
@@ -23,7 +24,7 @@ from .._curvature import (
 from .._program import program
 from .._projection import DenseWhitening
 from .._step import AbstractTrainer, bounds_of, live, stripped
-from .._tree import as_parameters, is_inexact, ravel, ravel_dtype, unravel
+from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around
 
 
@@ -150,21 +151,23 @@ def draw(
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     here = around(trainer, batch, jac, "A draw from the likelihood")
     params = as_parameters(trainer.params)
-    if here.rank < here.free_count:
-        null = here.whitening.null_space(params)
+    held = {element_name(params, int(index)) for index in np.flatnonzero(here.held)}
+    null = [row for row in here.whitening.null_space(params) if not row.keys() <= held]
+    if null:
         shown = "; ".join(
             " and ".join(f"{name} ({weight:+.3g})" for name, weight in row.items())
             for row in null
         )
         raise ValueError(
-            f"`batch` does not constrain {len(null)} of {here.whitening.latent_size} "
+            f"`batch` does not constrain {len(null)} of {here.free_count} "
             f"directions, which nothing can be drawn from: {shown}. Freeze a parameter "
             "of each (`train=`), or add a prior."
         )
     scale = here.error_scale(scale_errors)
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
-    normal = jax.random.normal(key, shape, dtype)
-    return run_draw(stripped(trainer), here.whitening, normal, jnp.asarray(scale))
+    normal, again = jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1)
+    args = stripped(trainer), here.whitening, normal, jnp.asarray(scale)
+    return run_draw(*args, again)
 
 
 @program
@@ -173,14 +176,41 @@ def run_draw(
     whitening: DenseWhitening,
     latents: Float[Array, "count D"],
     factor: Float[Array, ""],
+    again: PRNGKeyArray,
 ) -> PyTree:
     params = as_parameters(trainer.params)
     flat = ravel(params)
 
-    def model(latent: Float[Array, " D"]) -> Any:
+    def drawn(latent: Float[Array, " D"]) -> PyTree:
         step = whitening.apply(factor.astype(latent.dtype) * latent)
-        drawn = unravel(flat + step.astype(flat.dtype), params)
-        bounds = bounds_of(trainer)
-        return live(trainer, drawn if bounds is None else bounds.clip(drawn)).model
+        return unravel(flat + step.astype(flat.dtype), params)
 
-    return eqx.filter_vmap(model)(latents)
+    if (bounds := bounds_of(trainer)) is not None:
+        latents = _within(lambda latent: bounds.contain(drawn(latent)), latents, again)
+    return eqx.filter_vmap(lambda x: live(trainer, drawn(x)).model)(latents)
+
+
+# So often is a draw that is out of bounds drawn again.
+_MOST_TRIES = 1_000
+
+
+def _within(
+    is_within: Callable[[Array], Array],
+    latents: Float[Array, "count D"],
+    key: PRNGKeyArray,
+) -> Float[Array, "count D"]:
+    """Draws again what is out of bounds: a truncated normal distribution."""
+    contained = jax.vmap(is_within)
+
+    def draw_again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        count, latents = carry
+        new = jax.random.normal(
+            jax.random.fold_in(key, count), latents.shape, latents.dtype
+        )
+        is_kept = contained(latents)[:, None]
+        return count + 1, jnp.where(is_kept, latents, new)
+
+    goes_on = lambda carry: (carry[0] < _MOST_TRIES) & ~jnp.all(contained(carry[1]))
+    _, latents = jax.lax.while_loop(goes_on, draw_again, (jnp.int32(0), latents))
+    message = "Nearly all models that are drawn are out of their `bounds`."
+    return eqx.error_if(latents, ~jnp.all(contained(latents)), message)

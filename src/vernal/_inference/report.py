@@ -44,6 +44,6 @@ def report(
         stop_reason=None,
         error_scale=scale,
         parameters=tuple(rows(trainer, here, scale)),
-        correlation_matrix=here.whitening.correlations_of_the_data(),
+        correlation_matrix=here.correlations(),
         note=None if distance is None else edm_note(distance, trainer.params),
     )

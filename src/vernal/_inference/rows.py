@@ -30,5 +30,8 @@ def rows(
         if words:
             tied = lambda model: {p: by_path(model).by_name()[p] for p in words}
             _, found = propagated(trainer, tied, here, scale)
-            errors |= {path: np.asarray(found[path], float) for path in words}
+            known = {path: np.asarray(found[path], float) for path in words}
+            # What follows only elements that are held has no error either.
+            is_held = lambda e: (e == 0) & here.held.any()
+            errors |= {p: np.where(is_held(e), np.nan, e) for p, e in known.items()}
     return parameter_rows(trainer.model, free, errors, words, most)

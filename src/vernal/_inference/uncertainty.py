@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from .._boundary import Params, PyTree
@@ -39,14 +38,12 @@ def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> P
     require_likelihood(trainer, "A standard error")
     # No projector: if the data constrain nothing at all, there is none.
     whitening = whiten_all(trainer, batch, Passes(jac=jac), NullPolicy(on_null="prior"))
-    return _known(trainer, whitening.errors_of_the_data())
-
-
-def _known(trainer: AbstractTrainer, errors: Float[Array | np.ndarray, " D"]) -> Params:
-    """Returns errors as a tree, NaN for the elements that are held at their bounds."""
-    params, bounds = as_parameters(trainer.params), bounds_of(trainer)
-    tree = unravel(jnp.asarray(errors), params)
-    return tree if bounds is None else bounds.unknown(tree, params)
+    errors = jnp.asarray(whitening.errors_of_the_data())
+    if bounds_of(trainer) is not None:
+        kind = "jacobian" if "residuals" in defined(trainer) else "nll"
+        held = derive(trainer, batch, kind, None, Passes(jac=jac), holds=True).held
+        errors = jnp.where(held, jnp.nan, errors)
+    return unravel(errors, as_parameters(trainer.params))
 
 
 def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
@@ -59,16 +56,15 @@ def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Par
     passes = Passes(jac=jac)
     if "residuals" in defined(trainer):
         found = derive(trainer, batch, "jacobian", None, passes, holds=True)
-        (jacobian,), is_good, _ = found
+        (jacobian,), is_good, _, held = found
         is_good &= all_finite(jacobian)
         # LAPACK may not return if there is a NaN.
         spectra = (of_jacobian(jnp.where(is_good, jacobian, 0)),)
         (spectrum,), eps = in_own_precision(spectra, params)
         whitening = of_spectrum(spectrum, params, nulls, "", eps)
     else:
-        (expansion,), is_good, _ = derive(
-            trainer, batch, "nll", None, passes, holds=True
-        )
+        found = derive(trainer, batch, "nll", None, passes, holds=True)
+        (expansion,), is_good, _, held = found
         hessian, eye = expansion.hessian, jnp.eye(ravel_size(params))
         is_good &= all_finite(hessian) & jnp.all(jnp.diag(hessian) >= 0)
         hessian = jnp.where(is_good, hessian, eye.astype(hessian.dtype))
@@ -79,7 +75,8 @@ def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Par
         spectrum, eps = Spectrum(1 / scale, values, vectors), rtol
         nulls = nulls.or_rtol(rtol)
         whitening = whiten_spectrum(spectrum, params, nulls, eps, "")
-    return _known(trainer, jnp.where(is_good, whitening.errors_of_the_data(), jnp.nan))
+    known = jnp.where(is_good & ~held, whitening.errors_of_the_data(), jnp.nan)
+    return unravel(known, params)
 
 
 def _potential(
@@ -99,9 +96,11 @@ def _potential(
         key, bounds = step_key(trainer), bounds_of(trainer)
         if bounds is None:
             return negative_log_likelihood(live(trainer, params), batch, key)
+        # In a latent space rounding moves what is on a bound.
+        errors = None if projector is None else projector.standard_errors()
         within = live(trainer, bounds.clip(params))
         value = negative_log_likelihood(within, batch, key)
-        return jnp.where(bounds.contain(params), value, jnp.inf)
+        return jnp.where(bounds.contain(params, errors), value, jnp.inf)
 
 
 def objective(

@@ -140,11 +140,11 @@ def _spectra(
     batch = as_batch(batch)
     if selectors is None and passes.batch_size is None:
         found = derive(trainer, batch, "jacobian", None, passes, holds=True)
-        (jac,), is_finite, residuals = found
+        (jac,), is_finite, residuals, _ = found
         spectra = (reduced(jac, residuals).spectrum,)
     else:
         args = trainer, batch, "spectrum", selectors, passes
-        spectra, is_finite, _ = derive(*args, holds=True)
+        spectra, is_finite, *_ = derive(*args, holds=True)
     return checked_spectra(trainer, batch, spectra, is_finite)
 
 

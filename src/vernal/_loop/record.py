@@ -10,7 +10,13 @@ from jaxtyping import Array
 from .._boundary import PyTree, nearest_names
 from .._optimiser import ParamOptimiser
 from .._pickling import PlainMethods
-from .._step import AbstractTrainer, Outcome, metric_shapes, tree_norm
+from .._step import (
+    AbstractTrainer,
+    Outcome,
+    metric_shapes,
+    template_of,
+    tree_norm,
+)
 from .._tree import UnknownPathError, by_path, paths, resolve
 
 GRAD_NORM = "grad_norm"
@@ -158,6 +164,12 @@ def _selected(trainer: AbstractTrainer, selector: Any) -> list[str]:
     named = [path for (path, _), owner in both if owner is not None]
     kept = [path for path in named if path in trained]
     if not kept:
+        ties = template_of(trainer).ties
+        tied = {} if ties is None else ties.words
+        if named[0] in tied:
+            raise ValueError(
+                f"`record`: {named[0]!r} is {tied[named[0]]}. Record what it follows."
+            )
         raise ValueError(
             f"`record`: {selector!r} selects frozen parameters alone "
             f"({', '.join(named[:3])}), which never change."

@@ -154,7 +154,7 @@ def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
 
     def one(old: _Ends, new: _Ends, is_open: Array) -> _Ends:
         (end, _), (again, opt_state) = old, new
-        row = jnp.arange(len(end.losses))
+        row = jnp.arange(len(end.losses), dtype=end.steps.dtype)
         later = again.losses[jnp.maximum(row - end.steps, 0)]
         joined = again._replace(
             losses=jnp.where(row < end.steps, end.losses, later),
@@ -174,7 +174,10 @@ def _solve(
     whole, old = place.whole, progress_of(trainers)
     (end, opt_state), broken = _run_round(members, problem, max_steps)
     open_ = _open(end, broken, whole)
-    while open_.any() and (left := max_steps - int(np.max(whole(end.steps)))) > 0:
+    while open_.any():
+        left = max_steps - int(np.max(np.asarray(whole(end.steps))[open_]))
+        if left <= 0:
+            break
         # Other elements are held at their bounds in the next round.
         progress = progress_at(end, old, opt_state, old.nan_counts)
         next_ = members._replace(trainers=with_progress(trainers, progress))

@@ -6,10 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._boundary import Params
-from .._constraints import held_at
+from .._constraints import flat_flags, held_at
 from .._curvature import (
     Flat,
     Spectrum,
@@ -30,6 +30,7 @@ from .._step import (
     live,
     negative_log_likelihood,
     overrides,
+    priors_of,
     pushed,
     real_residuals,
     score,
@@ -57,8 +58,10 @@ _MOST_ELEMENTS = 2**25
 
 def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
     """Returns what is minimised: `"residuals"`, `"nll"` or `"loss"`."""
-    methods = defined(trainer)
-    if is_least_squares or methods == ("residuals",):
+    methods, priors = defined(trainer), priors_of(trainer)
+    # A prior without curvature, as of an exponential, has no residual.
+    is_squares = priors is None or not priors.others
+    if is_least_squares or (methods == ("residuals",) and is_squares):
         return "residuals"
     return "loss" if "loss" in methods else "nll"
 
@@ -84,13 +87,22 @@ def measure(
         else score(live(trainer, params), batch, key).loss
     )
     held = pushed(trainer, loss_at)
+    is_held = jnp.all(flat_flags(held, params))
     at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
     if kind == "residuals":
         residuals = lambda flat: _wide(real_residuals(at(flat), batch, key))
-        return _of_residuals(traced(residuals, here.flat), here, fall)
+        found = _of_residuals(traced(residuals, here.flat), here, fall)
+        return _with_held(found, is_held)
     loss = lambda flat: _wide(score(at(flat), batch, key).loss)
     limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
-    return _of_loss(traced(loss, here.flat), here, limit)
+    return _with_held(_of_loss(traced(loss, here.flat), here, limit), is_held)
+
+
+def _with_held(local: Local, is_held: Any) -> Local:
+    """Says of a point whether all parameters are held, so that it may be flat."""
+    if isinstance(local, Distance):
+        return local._replace(is_saddle=local.is_saddle & ~is_held)
+    return local._replace(is_held=is_held)
 
 
 def has_jacobian(data: int, size: int) -> bool:
@@ -102,6 +114,7 @@ def has_jacobian(data: int, size: int) -> bool:
 def measure_jacobian(
     jacobian: Float[Array, "N D"],
     residuals: Float[Array, "..."],
+    held: Bool[Array, " D"],
     params: Params,
     projector: EigenProjector | None,
     fall: Any,
@@ -109,7 +122,8 @@ def measure_jacobian(
     """Measures what `measure` does from a Jacobian that is there already."""
     here = _Here(_wide(ravel(params)), params, projector)
     vector = _wide(residuals).ravel()
-    return triangle(_wide(jacobian), vector, here.point(), fall)
+    found = triangle(_wide(jacobian), vector, here.point(), fall)
+    return _with_held(found, jnp.all(held))
 
 
 @eqx.filter_jit
@@ -117,13 +131,14 @@ def measure_hessian(
     value: Float[Array, ""],
     slope: Float[Array, " D"],
     hessian: Float[Array, "D D"],
+    held: Bool[Array, " D"],
     params: Params,
     projector: EigenProjector | None,
 ) -> Local:
     """Measures what `measure` does from the derivatives of an `nll`."""
     here = _Here(_wide(ravel(params)), params, projector)
     args = _wide(value), _wide(slope), _wide(hessian)
-    return curved(*args, here.point(), TOLERANCE)
+    return _with_held(curved(*args, here.point(), TOLERANCE), jnp.all(held))
 
 
 def spectral_distance(
@@ -131,6 +146,7 @@ def spectral_distance(
     slope: Float[Array, " D"],
     squares: Float[Array, ""],
     size: int,
+    held: Bool[Array, " D"],
     params: Params,
     projector: EigenProjector | None,
 ) -> Distance:
@@ -138,7 +154,8 @@ def spectral_distance(
     leaves = [np.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(params)]
     flat: Any = np.concatenate(leaves)
     here = _Here(flat, params, projector)
-    return distance_of(spectral(spectrum, slope, squares, size, here.point()))
+    found = spectral(spectrum, slope, squares, size, here.point())
+    return distance_of(_with_held(found, bool(np.all(held))))
 
 
 def has_minimum(trainer: AbstractTrainer) -> bool:

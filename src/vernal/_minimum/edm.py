@@ -70,6 +70,7 @@ class Triangle(NamedTuple):
     - `exact`: the distance that counts as zero without scatter.
     - `has_fallen`: whether the loss has fallen on the way.
     - `scale`: the norms of the columns of the Jacobian.
+    - `is_held`: whether all parameters are held at their bounds.
     """
 
     factor: Float[Array, "L+1 L+1"]
@@ -80,6 +81,7 @@ class Triangle(NamedTuple):
     exact: Float[Array, ""]
     has_fallen: Bool[Array, ""]
     scale: Float[Array, " D"]
+    is_held: Any = False
 
     @property
     def slope(self) -> Float[Array, " L"]:
@@ -104,6 +106,7 @@ class Spectral(NamedTuple):
     rounding: Any
     exact: Any
     has_fallen: Any
+    is_held: Any = False
 
 
 class Curved(NamedTuple):
@@ -119,6 +122,7 @@ class Curved(NamedTuple):
     loss: Float[Array, ""]
     limit: Float[Array, ""]
     scale: Float[Array, " D"]
+    is_held: Any = False
 
 
 Local = Triangle | Spectral | Curved | Distance
@@ -258,7 +262,8 @@ def _noise(size: int, dtype: Any) -> float:
 def _by_svd(local: Triangle) -> Spectral:
     factor = local.factor.astype(float)
     left, values, right = np.linalg.svd(factor[:-1, :-1])
-    return Spectral(values, left.T @ factor[:-1, -1], right, *local[1:-1])
+    inner = left.T @ factor[:-1, -1]
+    return Spectral(values, inner, right, *local[1:-2], local.is_held)
 
 
 def _of_spectral(local: Spectral) -> Distance:
@@ -281,6 +286,7 @@ def _of_spectral(local: Spectral) -> Distance:
         limit = np.fmax(limit, local.exact)
     # Far from the data a model may underflow, and no residual depends on a parameter.
     is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
+    is_flat = is_flat and not local.is_held
     return _distance(edm, limit, is_flat, local, step)
 
 
@@ -298,7 +304,7 @@ def _of_curved(local: Curved) -> Distance:
         edm = np.nan
     # Rounding makes less than this of a zero.
     curves_down = values[0] < -(eps**0.5) * largest
-    is_saddle = (largest == 0 and is_flat) or curves_down
+    is_saddle = (largest == 0 and is_flat and not local.is_held) or curves_down
     return _distance(edm, local.limit, is_saddle, local, -vectors @ (along / curvature))
 
 

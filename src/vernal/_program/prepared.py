@@ -5,6 +5,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 
 
 class _Prepared:
@@ -46,6 +47,9 @@ def prepared(owner: Any, *others: Any) -> list[Any]:
     if known is not None and known.owner() is owner and known.is_of(others):
         return known.prepared
     trees = owner, *others
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+        # It must not outlive its program.
+        return list(trees)
     found = [
         tree if _may_change(jax.tree.structure(tree)) else _Prepared(tree)
         for tree in trees

@@ -64,14 +64,16 @@ class Report:
     only if these agree.
     """
 
-    chi_squared: float | None
-    data_count: int | None
+    # `Any` stands for `None`: with `None` itself, type checkers would ask users for an
+    # `assert` before each use.
+    chi_squared: float | Any
+    data_count: int | Any
     free_count: int
-    degrees_of_freedom: int | None
-    reduced_chi_squared: float | None
-    p_value: float | None
+    degrees_of_freedom: int | Any
+    reduced_chi_squared: float | Any
+    p_value: float | Any
     aic: float
-    bic: float | None
+    bic: float | Any
     edm: float
     stop_reason: StopReason | None
     error_scale: float

@@ -18,11 +18,12 @@ class ParameterRow(NamedTuple):
     - `error`: its standard error: infinite if the data do not constrain it, NaN if it
         is not fitted or there is none.
     - `status`: what else there is to know of it, such as "frozen" or "unconstrained".
-    - `is_free`: whether it is fitted.
+    - `is_free`: whether it is fitted, and not held at a bound.
     """
 
     name: str
-    value: float | complex | None
+    # `Any` stands for a complex number and for `None`.
+    value: float | Any
     error: float
     status: str
     is_free: bool = False
@@ -92,7 +93,8 @@ def _elements(
         error = None if errors is None else float(errors.flat[index])
         said = status(leaf, True, value, error)
         own = math.nan if error is None else error
-        yield ParameterRow(name, value.item(), own, said, is_free=True)
+        is_held = error is not None and math.isnan(error)
+        yield ParameterRow(name, value.item(), own, said, is_free=not is_held)
 
 
 def written(value: Any, error: float) -> tuple[str, str]:

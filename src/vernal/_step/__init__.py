@@ -22,6 +22,7 @@ from .constrain import check_elementwise
 from .construct import (
     check_arguments,
     check_class,
+    check_priors,
     check_ruled,
     constraints,
     find_trained,

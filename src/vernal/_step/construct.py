@@ -90,6 +90,16 @@ def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
     _warned.add(kind)
 
 
+def check_priors(trainer: AbstractTrainer, priors: Any) -> None:
+    """Refuses priors beside a loss, whose scale is arbitrary."""
+    if priors is not None and "loss" in defined(trainer):
+        raise TypeError(
+            f"`priors` are for a likelihood, and `{type(trainer).__name__}` defines "
+            "`loss`: beside a mean, or a sum with another scale, they would be too "
+            "strong or too weak. Define `residuals` or `nll` instead of it."
+        )
+
+
 def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
     """Checks the types of a trainer's arguments."""
     if not isinstance(nan_policy, NanPolicy):

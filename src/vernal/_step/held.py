@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
@@ -22,5 +24,9 @@ def pushed(
         return {}
     fn, flat = lambda flat: value(unravel(flat, params)), ravel(params)
     subject = Subject(f"What `{type(trainer).__name__}` minimises", is_quiet=True)
-    mode = choose_mode(traced(fn, flat), flat, subject, ("bwd", "fwd"))
+    try:
+        mode = choose_mode(traced(fn, flat), flat, subject, ("bwd", "fwd"))
+    except TypeError:
+        # Without derivatives nothing is known to be pushed.
+        return bounds.pushed(params, jax.tree.map(jnp.zeros_like, params))
     return bounds.pushed(params, unravel(gradient(fn, flat, mode), params))

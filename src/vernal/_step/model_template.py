@@ -11,7 +11,7 @@ import numpy as np
 from .._closure import Closure, refuse_static_arrays
 from .._constraints import Ties
 from .._pickling import PlainMethods, Portable
-from .._tree import is_inexact
+from .._tree import is_inexact, strong
 
 
 class ModelTemplate(Portable, PlainMethods, eqx.Module):
@@ -40,8 +40,7 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         leaves, self.structure = jax.tree.flatten(model)
         self.ties = ties
         for index in () if ties is None else ties.indices:
-            # A Python float becomes an array where it is tied, as where it is trained.
-            leaves[index] = jnp.asarray(leaves[index])
+            leaves[index] = strong(leaves[index])
         refuse_static_arrays(model)
         self.kinds = tuple(map(_kind, leaves, owners))
         pairs = list(zip(leaves, self.kinds, strict=True))

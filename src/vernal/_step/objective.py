@@ -66,8 +66,7 @@ def score(
         what, remedy = "The state that `loss` returns", "Give `state=` as {}."
         state = cast_alike(state, trainer.state, what, "`state`", remedy)
     named = {str(k): _as_metric(trainer, k, v) for k, v in metrics.items()}
-    loss = _with_priors(trainer, _as_scalar(trainer, "loss", loss), model)
-    return Scored(loss, named, state)
+    return Scored(_as_scalar(trainer, "loss", loss), named, state)
 
 
 def _taken_apart(

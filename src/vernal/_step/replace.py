@@ -52,7 +52,7 @@ def replaced_fields(
         trainer.optimiser,
     )
     new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
-    params, latent = old.params, old.latent
+    params, latent, bounds = old.params, old.latent, bounds_of(trainer)
     if model is not None:
         model = checked_model(model)
         if jax.tree.structure(model) != parts.structure:
@@ -69,11 +69,12 @@ def replaced_fields(
             "For {} parameters, make a new trainer.",
         )
         parts = ModelTemplate(model, kinds, parts.ties)
-        if (bounds := bounds_of(trainer)) is not None:
-            bounds.require_within(params)
+        if bounds is not None:
+            params = bounds.required(params)
         if trainer.projector is not None:
             latent = trainer.projector.to_latent(params)
-            params = trainer.projector.to_params(latent)
+            if bounds is None:
+                params = trainer.projector.to_params(latent)
         infinite = jnp.full_like(old.best_loss, jnp.inf)
         new |= {"params": params, "latent": latent, "best": params}
         new |= {"best_state": old.state, "best_loss": infinite}

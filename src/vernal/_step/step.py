@@ -254,6 +254,8 @@ def _move(
         what = "what `transform_grads` returns"
         grads = cast_alike(changed, grads, what, _INPUT, _LIKE_INPUT)
     goal = None
+    if bounds_of(trainer) is not None:
+        _refuse_coupled(old.opt_state)
     clip = clip_of(trainer, _INPUT) if is_constrained(trainer) else None
     metric = None if clip is None else coupled(trainer, clip)
     if projector is None:
@@ -274,15 +276,30 @@ def _move(
     if clip is not None:
         # A constraint must not hide non-finite values.
         finite = all_finite((params, latent))
-        params, _ = project(clip, metric, params)
+        params, is_moved = project(clip, metric, params)
         bounds = bounds_of(trainer)
         if bounds is not None and metric is not None:
-            params = bounds.snap(params, goal, metric.standard_errors())
+            snapped = bounds.snap(params, goal, metric.standard_errors())
+            moves = jax.tree.map(jnp.not_equal, snapped, params)
+            params = snapped
+            is_moved |= jnp.any(jnp.stack([jnp.any(x) for x in jax.tree.leaves(moves)]))
         if projector is not None:
             # The parameters stay on their bounds, where rounding would move them.
-            latent = projector.to_latent(params)
+            pick = lambda new, old: jnp.where(is_moved, new, old)
+            latent = jax.tree.map(pick, projector.to_latent(params), latent)
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
     return _Moved(params, latent, cast_like(opt_state, old.opt_state), state)
+
+
+def _refuse_coupled(opt_state: PyTree) -> None:
+    """Refuses L-BFGS with bounds: it moves what is free together with what is held."""
+    is_lbfgs = lambda node: type(node).__name__ == "ScaleByLBFGSState"
+    if any(map(is_lbfgs, jax.tree.leaves(opt_state, is_leaf=is_lbfgs))):
+        raise ValueError(
+            "`optimiser` is an L-BFGS, which knows of no `bounds`: it would not end at "
+            "the best point within them. Use a solver, `trainer.solve(optx.LBFGS(1e-8, "
+            "1e-8), batch)`, or an optimiser such as Adam."
+        )
 
 
 def _within(

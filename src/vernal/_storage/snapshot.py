@@ -13,6 +13,7 @@ from .._step import (
     AbstractTrainer,
     Progress,
     beginning,
+    bounds_of,
     initial_opt_state,
     initial_progress,
     progress_of,
@@ -143,7 +144,12 @@ def restore(
     projector = state.pop("projector")
     if fields:
         state |= _initial_fields(trainer, state, fields)
-    return with_progress(trainer, Progress(**state), projector=projector)
+    progress = Progress(**state)
+    if (bounds := bounds_of(trainer)) is not None and not progress.step_count.ndim:
+        # Those of the script may be narrower.
+        bounds.required(progress.params)
+        bounds.required(progress.best)
+    return with_progress(trainer, progress, projector=projector)
 
 
 def _changed_hyperparams(

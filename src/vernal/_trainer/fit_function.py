@@ -46,7 +46,6 @@ def fit(
     projector: EigenProjector | None = None,
     bounds: Mapping[Any, Any] | None = None,
     ties: Mapping[Any, str | Callable[[Model], Any]] | None = None,
-    priors: Mapping[Any, Any] | None = None,
     key: PRNGKeyArray | None = None,
     state: Any = None,
     mesh: Mesh | None = None,
@@ -69,7 +68,7 @@ def fit(
         With `key=` or `state=` it is called with these keyword arguments too, and
         returns the new state last.
     - `model`, `optimiser`, `train`, `nan_policy`, `projector`, `bounds`, `ties`,
-        `priors`, `key`, `state`: as for [`vernal.Trainer`][].
+        `key`, `state`: as for [`vernal.Trainer`][].
     - `data`, `steps`, `mesh`, `sharding`, `**options`: as for [`vernal.Trainer.fit`][].
 
     **Returns:**
@@ -93,7 +92,6 @@ def fit(
         projector=projector,
         bounds=bounds,
         ties=ties,
-        priors=priors,
         key=key,
         state=state,
     )

@@ -54,6 +54,7 @@ from .._step import (
     changed,
     check_arguments,
     check_class,
+    check_priors,
     check_ruled,
     checked_model,
     constraints,
@@ -167,8 +168,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
             parameter, or a function of the model. `{"b.width": "a.width", "c.width":
             lambda model: 2 * model.a.width}`. A tied parameter is not free.
         - `priors`: a dictionary from selectors to distributions, anything with
-            `log_prob`: `{"slope": vn.Normal(0, 1)}`. They are part of what is
-            minimised, of the Fisher matrix and of the errors.
+            `log_prob`: `{"slope": vn.Normal(0, 1)}`. They are part of the likelihood
+            in all that is computed: what is minimised, its curvature, the errors. They
+            need `residuals` or `nll`, and all of the data at each step.
         - `key`: a PRNG key, for a loss that draws random numbers.
         - `state`: what the loss carries from step to step beside the parameters: an
             `equinox.nn.State`, or any pytree of arrays. A step that is not accepted
@@ -185,6 +187,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         check_arguments(nan_policy, projector, key)
         check_class(self, key, state)
+        check_priors(self, priors)
         model = checked_model(model)
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
@@ -204,6 +207,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             constrained=is_constrained(self),
         )
         check_ruled(self.optimiser, params)
+        if self._bounds is not None:
+            params = self._bounds.required(params)
         self._progress = initial_progress(
             params,
             latent,
@@ -482,7 +487,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         r"""Returns the Fisher matrix of the trained parameters at the current point.
 
         It is $J^\top J$ with the Jacobian $J$ of `residuals`, where that is defined;
-        else the Hessian of `nll`. The matrices of independent exposures add up. It
+        else the Hessian of `nll`. Priors are part of it; parameters at their bounds are
+        as free as any. The matrices of independent exposures add up. It
         compiles once for each class and each set of shapes.
 
         **Arguments:**
@@ -752,7 +758,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """Draws models from Laplace's approximation of the likelihood.
 
         That is a normal distribution of the parameters around the current ones, with
-        the covariance of [`vernal.Trainer.standard_errors`][].
+        the covariance of [`vernal.Trainer.standard_errors`][]. It is cut off at bounds,
+        and what is held at one stays there.
 
         ```python
         models = trainer.draw(jax.random.key(0), 1_000, batch)
@@ -885,6 +892,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
         """Returns the negative log-likelihood as a function, for a sampler.
+
+        Priors are part of it, and it is infinite beyond bounds.
 
         ```python
         potential, start = trainer.whiten(batch).objective(batch)
