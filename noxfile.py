@@ -3,6 +3,7 @@
 `nox` runs all that must pass; `nox -s bench` and `nox -s examples` are on request.
 """
 
+import os
 from pathlib import Path
 
 import nox
@@ -11,6 +12,10 @@ from nox.command import CommandFailed
 nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "types", "docs", "tests_min", "tests"]
+
+# As pip does. Otherwise a module is compiled at its first import, where its author's
+# mistakes would be warnings.
+os.environ.setdefault("UV_COMPILE_BYTECODE", "1")
 
 Environment = dict[str, str] | None
 

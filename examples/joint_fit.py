@@ -10,6 +10,7 @@ lmfit fits the same, with the parameter at the bound left out, which its transfo
 would never reach.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -135,5 +136,8 @@ for i, (ax, (x, y, sigma)) in enumerate(zip(axes, data, strict=True)):
     vernal.plot.band(result.trainer, curve, data, fine, ax=ax)
     ax.set(title=f"exposure {i + 1}", xlabel="wavelength (nm)")
 axes[0].set_ylabel("flux")
-Path("output").mkdir(exist_ok=True)
-figure.savefig("output/joint_fit.png")
+parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+parser.add_argument("--output", default="output", help="folder for the picture")
+output = Path(parser.parse_args().output)
+output.mkdir(parents=True, exist_ok=True)
+figure.savefig(output / "joint_fit.png")

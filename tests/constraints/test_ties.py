@@ -205,6 +205,8 @@ BAD = {
     "to itself": ({"a.width": lambda m: 2 * m["a"].width}, "circle"),
     "an unknown name": ({"z.width": "a.width"}, "matches nothing"),
     "to an unknown name": ({"b.width": "a.with"}, "matches nothing"),
+    "an expression": ({"b.width": "2*a.width"}, "give a function: `lambda"),
+    "a sum": ({"b.width": "a.width + c.width"}, "give a function: `lambda"),
     "to several": ({"b.width": "a"}, "names 3 parameters"),
     "a number": ({"b.width": 2.0}, "must be tied to the path"),
     "another shape": ({"b.width": lambda m: jnp.ones(2)}, "has shape"),

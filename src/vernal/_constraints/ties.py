@@ -99,7 +99,18 @@ def as_ties(given: Any, model: PyTree) -> Ties | None:
     )
 
 
+# What is in an expression, and in no name of a field.
+_OPERATORS = frozenset("+-/() ")
+
+
 def _leaf_named(source: str, model: PyTree, path: str) -> int:
+    is_product = "*" in source.replace("**.", "").replace("*.", "").strip("*")
+    if is_product or _OPERATORS & set(source):
+        raise ValueError(
+            f"`ties`: {path!r} is tied to {source!r}, which is not the path of a "
+            "parameter. For an expression give a function: `lambda model: 2 * "
+            "model.a.width`."
+        )
     owners = resolve(model, [source], argument="ties")
     found = [index for index, owner in enumerate(owners) if owner is not None]
     if len(found) != 1:

@@ -38,7 +38,7 @@ class Profile(Generic[Model]):
     - `models`: the models there, stacked: each array has $K$ rows.
     - `converged`: whether the solver has found a minimum there.
     - `value`, `error`: the value of the element at the minimum, and its symmetric
-        standard error: infinite if the data do not constrain it.
+        standard error: infinite if the data do not constrain it, NaN on a bound.
     - `minimum`: the negative log-likelihood at the minimum.
     """
 
@@ -108,7 +108,8 @@ def along(scan: Scan, name: str, index: int, values: np.ndarray | None) -> Profi
         models=jax.tree.map(_rest, models),
         converged=done[1:],
         value=float(points.flat[0, index]),
-        error=error,
+        # On a bound the likelihood is no parabola.
+        error=np.nan if value in (low, high) else error,
         minimum=float(nll[0]),
     )
     _warn_of(found, is_lower(nll[1:], nll[0]))

@@ -18,6 +18,7 @@ from .._tree import (
     by_path,
     cast_like,
     disagreements,
+    is_float,
     is_inexact,
     paths,
     ravel_size,
@@ -169,12 +170,15 @@ def constraints(
     """Makes the bounds and the priors that a user gives for the trained parameters."""
     model, trained = template.join(params), set(paths(params))
     tied = {} if template.ties is None else template.ties.words
+    named = by_path(model).by_name()
 
     def unfit(path: str, of_tied: str) -> str:
         if path in trained or (path in tied and not of_tied):
             return ""
         if path in tied:
             return f"{tied[path]}. {of_tied}"
+        if is_float(named[path]):
+            return "a Python float, which is not fitted. Write it as `jnp.array(1.0)`."
         return "frozen, and has one value. Name it in `train`, or leave it out."
 
     of_tied = "Give the bounds to what it follows."
