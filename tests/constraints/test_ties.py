@@ -174,6 +174,16 @@ def test_files_and_many_at_once(tmp_path):
     assert (b, c) == (a, 2 * a)
 
 
+def test_a_key_may_look_like_an_expression():
+    class Fit(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.square(model["b"] - batch)
+
+    for key in ("a-1", "a 1", "2*a", "(a)"):
+        model = {key: jnp.array(3.0), "b": jnp.array(1.0)}
+        assert float(Fit(model, ties={"b": key}).model["b"]) == 3.0
+
+
 def test_a_chain_through_python_floats():
     class Fit(vn.Trainer):
         def loss(self, model, batch):

@@ -183,7 +183,6 @@ def as_bounds(given: Any, model: PyTree, params: PyTree, reasons: Any) -> Bounds
                 is_known = not isinstance(side[path], Tracer)
                 if is_known and np.all(np.asarray(side[path]) == unset):
                     del side[path]
-        _check(path, leaf, low.get(path), high.get(path))
     return Bounds(low, high) if low or high else None
 
 
@@ -198,7 +197,6 @@ def _as_bound(value: Any, path: str, leaf: Array) -> Array:
                 f"`bounds`: the bound {value!r} of {path!r} is no number."
             ) from None
     try:
-        np.broadcast_shapes(value.shape, leaf.shape)
         fits = np.broadcast_shapes(value.shape, leaf.shape) == leaf.shape
     except ValueError:
         fits = False

@@ -12,7 +12,14 @@ from jaxtyping import Array
 from .._boundary import PyTree, takes
 from .._closure import Closure
 from .._pickling import PlainMethods, Portable
-from .._tree import by_path, cast_like, is_inexact, resolve, strong
+from .._tree import (
+    UnknownPathError,
+    by_path,
+    cast_like,
+    is_inexact,
+    resolve,
+    strong,
+)
 from .owned import owned
 
 
@@ -99,19 +106,22 @@ def as_ties(given: Any, model: PyTree) -> Ties | None:
     )
 
 
-# What is in an expression, and in no name of a field.
+# What is in an expression. It may be in the key of a dictionary too.
 _OPERATORS = frozenset("+-/() ")
 
 
 def _leaf_named(source: str, model: PyTree, path: str) -> int:
-    is_product = "*" in source.replace("**.", "").replace("*.", "").strip("*")
-    if is_product or _OPERATORS & set(source):
+    try:
+        owners = resolve(model, [source], argument="ties")
+    except UnknownPathError:
+        is_product = "*" in source.replace("**.", "").replace("*.", "").strip("*")
+        if not (is_product or _OPERATORS & set(source)):
+            raise
         raise ValueError(
             f"`ties`: {path!r} is tied to {source!r}, which is not the path of a "
             "parameter. For an expression give a function: `lambda model: 2 * "
             "model.a.width`."
-        )
-    owners = resolve(model, [source], argument="ties")
+        ) from None
     found = [index for index, owner in enumerate(owners) if owner is not None]
     if len(found) != 1:
         raise ValueError(

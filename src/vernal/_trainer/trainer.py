@@ -200,6 +200,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         params = parameters(model, owners)
         self._template = ModelTemplate(model, owners, tied)
         self._bounds, self._priors = constraints(self._template, params, bounds, priors)
+        if self._bounds is not None:
+            params = self._bounds.required(params)
         self.projector, latent = fit_projector(
             projector,
             params,
@@ -207,8 +209,6 @@ class Trainer(AbstractTrainer[Model, Batch]):
             constrained=is_constrained(self),
         )
         check_ruled(self.optimiser, params)
-        if self._bounds is not None:
-            params = self._bounds.required(params)
         self._progress = initial_progress(
             params,
             latent,
