@@ -213,7 +213,8 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any) -> Local:
         return unknown(flat)
     push, pull = products
     loss = 0.5 * jnp.sum(jnp.square(vector))
-    degrees = jnp.maximum(jnp.count_nonzero(vector) - flat.size, 1)
+    data_count = jnp.count_nonzero(vector)
+    degrees = jnp.maximum(data_count - flat.size, 1).astype(loss.dtype)
     limit = TOLERANCE * 2 * loss / degrees
     product = lambda v: pull(push(v))
     return of_products(loss, pull(vector), product, here.solve, limit)
