@@ -313,7 +313,7 @@ def test_a_solve_of_bad_data_warns_of_where_they_are(solver):
         result = GaussianFit(gaussian()).solve(solver, batch)
     assert result.stop_reason is vn.StopReason.NON_FINITE
     raising = GaussianFit(gaussian(), nan_policy=vn.RaiseOnNan())
-    with pytest.raises(vn.NonFiniteError, match=r"`batch\[1\]`.*no weight"):
+    with pytest.raises(vn.NonFiniteError, match=r"`batch\[1\]`.*where="):
         raising.solve(solver, batch)
 
 

@@ -180,3 +180,41 @@ counting = Counting(line, adam, state=jnp.zeros((), int))
 assert_type(counting.fit(data, 2, progress=False).best, Line)
 assert_type(OfAnyBatch(line).whiten(data).model, Line)
 assert_type(OfAnything(line, train=lambda path, leaf: path == "slope").model, Any)
+
+
+class Exponential(vn.likelihoods.AbstractLikelihood):
+    """A likelihood of a user's own: waiting times."""
+
+    mean: Float[Array, " n"]
+    times: Float[Array, " n"]
+
+    def count(self) -> int:
+        return self.times.size
+
+    def nll(self) -> Float[Array, ""]:
+        return 0.5 * jnp.sum(self.residuals() ** 2)
+
+    def residuals(self) -> Float[Array, " n"]:
+        ratio = self.times / self.mean
+        return jnp.sign(1 - ratio) * jnp.sqrt(2 * (ratio - 1 - jnp.log(ratio)))
+
+    def scoring_residuals(self) -> Float[Array, " n"]:
+        return (self.mean - self.times) / jax.lax.stop_gradient(self.mean)
+
+
+class Waiting(vn.Trainer[Line, Batch]):
+    def residuals(self, model: Line, batch: Batch) -> Any:
+        x, y = batch
+        return {
+            "times": Exponential(model(x), y),
+            "counts": vn.likelihoods.Poisson(model(x), y, where=y >= 0),
+            "robust": vn.likelihoods.Robust(model(x) - y, "huber", 1.3),
+        }
+
+
+def errors(trainer: Waiting, batch: Batch) -> None:
+    assert_type(trainer.standard_errors(batch, kind="sandwich"), Line)
+    assert_type(trainer.fisher(batch, kind="observed"), Float[Array, "D D"])
+    clean, omitted = vn.omit(batch)
+    assert_type(clean, Batch)
+    assert_type(omitted.count, int)

@@ -3,10 +3,17 @@
 from typing import final
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
+from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int
 
 from .._pickling import Portable
-from .likelihood import AbstractLikelihood, as_alike, as_mask, as_prediction, present
+from .likelihood import (
+    AbstractLikelihood,
+    as_alike,
+    as_mask,
+    as_prediction,
+    count_of,
+    present,
+)
 
 
 @final
@@ -70,6 +77,9 @@ class Gaussian(Portable, AbstractLikelihood):
 
     def residuals(self) -> Inexact[Array, "..."]:
         return (self.mean - self.data) / self.std.astype(self.mean.dtype)
+
+    def count(self) -> int | Int[Array, ""]:
+        return count_of(self.where, self.mean)
 
     def scoring_residuals(self) -> Inexact[Array, "..."]:
         return self.residuals()

@@ -17,18 +17,15 @@ class AbstractLikelihood(eqx.Module):
     r"""Data, and what a model predicts of them.
 
     `residuals` of a [`vernal.Trainer`][] may return one, or a pytree of several and of
-    arrays. To add a likelihood, subclass it, and define `where` and the methods.
+    arrays. To add a likelihood, subclass it, and define the methods.
 
     **Attributes:**
 
-    - `where`: which data there are; `None` for all. What is missing counts for nothing:
-        its residuals and their derivatives must be zero.
     - `is_robust`: whether it is not a likelihood that the data are believed to have,
         but one that bears outliers. Then $\chi^2$ has no meaning, and errors are those
         of the sandwich, see [`vernal.Trainer.standard_errors`][].
     """
 
-    where: eqx.AbstractVar[Bool[Array, "..."] | None]
     is_robust: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -51,13 +48,12 @@ class AbstractLikelihood(eqx.Module):
         with `jax.lax.stop_gradient`.
         """
 
+    @abc.abstractmethod
     def count(self) -> int | Int[Array, ""]:
-        """Returns the number of data; complex ones count twice."""
-        residuals = jax.eval_shape(self.residuals)
-        twice = 2 if jnp.issubdtype(residuals.dtype, jnp.complexfloating) else 1
-        if self.where is None:
-            return twice * residuals.size
-        return twice * jnp.sum(jnp.broadcast_to(self.where, residuals.shape))
+        """Returns the number of data; complex ones count twice.
+
+        The residuals of other data, which are missing, must be zero.
+        """
 
 
 def as_prediction(value: Any, name: str) -> Inexact[Array, "..."]:
@@ -125,3 +121,11 @@ def present(where: Bool[Array, "..."] | None, value: Array, stand_in: int) -> Ar
     if where is None:
         return value
     return jnp.where(where, value, jnp.asarray(stand_in, value.dtype))
+
+
+def count_of(
+    where: Bool[Array, "..."] | None, residuals: Inexact[Array, "..."]
+) -> int | Int[Array, ""]:
+    """Counts the data that there are; complex ones twice."""
+    twice = 2 if jnp.issubdtype(residuals.dtype, jnp.complexfloating) else 1
+    return twice * (residuals.size if where is None else jnp.sum(where))

@@ -5,10 +5,17 @@ from typing import final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._pickling import Portable
-from .likelihood import AbstractLikelihood, as_alike, as_mask, as_prediction, present
+from .likelihood import (
+    AbstractLikelihood,
+    as_alike,
+    as_mask,
+    as_prediction,
+    count_of,
+    present,
+)
 
 # Below this distance of rate and count, relative to their sum, the series is accurate.
 _NEAR = 0.15
@@ -80,6 +87,9 @@ class Poisson(Portable, AbstractLikelihood):
         root = jnp.where(is_zero, 0, jnp.sqrt(2 * jnp.where(is_zero, 1, self.rate)))
         each = jnp.where(self.counts > 0, self._of_positive(), root)
         return self._within_support(each)
+
+    def count(self) -> int | Int[Array, ""]:
+        return count_of(self.where, self.rate)
 
     def scoring_residuals(self) -> Float[Array, "..."]:
         # A rate that underflows carries no information.

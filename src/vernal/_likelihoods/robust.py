@@ -6,11 +6,18 @@ from typing import ClassVar, Literal, NamedTuple, final, get_args
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._boundary import one_of
 from .._pickling import Portable
-from .likelihood import AbstractLikelihood, as_alike, as_mask, as_prediction, present
+from .likelihood import (
+    AbstractLikelihood,
+    as_alike,
+    as_mask,
+    as_prediction,
+    count_of,
+    present,
+)
 
 Loss = Literal["soft_l1", "huber", "cauchy", "arctan"]
 Scalar = Callable[[Array], Array]
@@ -133,6 +140,9 @@ class Robust(Portable, AbstractLikelihood):
 
     def residuals(self) -> Float[Array, "..."]:
         return self.left * jnp.sqrt(_KINDS[self.loss].ratio(self._squares()))
+
+    def count(self) -> int | Int[Array, ""]:
+        return count_of(self.where, self.left)
 
     def scoring_residuals(self) -> Float[Array, "..."]:
         # With weights that are held, as in iteratively reweighted least squares.
