@@ -14,7 +14,7 @@ import pytest
 import scipy.optimize
 
 import vernal as vn
-from inside import cache_size, run_crossings
+from inside import cache_size, run_points
 from models import GaussianFit, gaussian, line
 
 NIST = Path(__file__).parents[2] / "examples" / "data" / "nist.json"
@@ -244,12 +244,12 @@ def test_names_choose_elements():
 def test_one_program_finds_all_of_them():
     trainer, batch = line_fit(bounds={"slope": (0, 9)})
     trainer.intervals(LM, batch)
-    before = cache_size(run_crossings)
+    before = cache_size(run_points)
     other, _ = line_fit(bounds={"slope": (-1, 5)})
     batch = batch[0], batch[1] + 0.5
     other = other.solve(LM, batch).trainer
     found = other.intervals(LM, batch, level=0.9)
-    assert cache_size(run_crossings) == before
+    assert cache_size(run_points) == before
     assert np.all(np.isfinite(list(found.values())))
 
 

@@ -7,7 +7,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from inside import cache_size, run_walk
+from inside import cache_size, run_points
 from models import GaussianFit, gaussian, gaussian_batch, line
 
 LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
@@ -68,11 +68,11 @@ def test_it_stays_within_the_bounds():
 def test_another_batch_and_other_values_compile_nothing():
     trainer, values = solved(), np.linspace(1, 3, 5)
     trainer.profile(LM, BATCH, "slope", values)
-    before, batch = cache_size(run_walk), (X, BATCH[1] + 0.1, BATCH[2])
+    before, batch = cache_size(run_points), (X, BATCH[1] + 0.1, BATCH[2])
     other = GaussianFit(line()).solve(LM, batch).trainer
     other.profile(LM, batch, "slope", values + 0.1)
     other.profile(LM, batch, "offset", values - 1)
-    assert cache_size(run_walk) == before
+    assert cache_size(run_points) == before
 
 
 class Kinds(vn.Trainer):

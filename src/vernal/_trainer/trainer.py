@@ -789,12 +789,12 @@ class Trainer(AbstractTrainer[Model, Batch]):
         self,
         solver: Solver,
         batch: Batch,
-        name: str,
-        values: ArrayLike | Sequence[float] | None = None,
+        name: str | Sequence[str] | None = None,
+        values: Any = None,
         *,
         max_steps: int = 256,
         jac: Mode | None = None,
-    ) -> Profile[Model]:
+    ) -> Any:
         r"""Follows the likelihood along one parameter, with all others at their best.
 
         ```python
