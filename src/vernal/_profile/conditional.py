@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,11 +19,13 @@ from .._curvature import (
     hessian_product,
     jacobian_matrix,
     matmul,
+    positive,
     traced,
 )
 from .._policy import all_finite
 from .._program import program
 from .._projection import DenseWhitening
+from .._solve import choose
 from .._step import (
     AbstractTrainer,
     bounds_of,
@@ -40,6 +41,12 @@ from .._tree import ravel, unravel
 _TOLERANCE = 1e-9
 
 _MOST_DAMPING = 1e6
+
+# Squared lengths, in standard errors.
+_SHORT = 0.1
+
+# What is added to the curvature along what is held, without effect.
+_STIFF = 3.0
 
 # How often other elements may be held at their bounds in a step.
 _MOST_ROUNDS = 8
@@ -82,19 +89,19 @@ class Space(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Two elements, and the values at which they are held: NaN where it is free."""
+    """Which elements are held, two at most, and where.
 
-    elements: Int[Array | np.ndarray, "*K 2"]
-    values: Float[Array | np.ndarray, "*K 2"]
+    - `units`: their unit vectors; zeros where there is none.
+    - `goal`: their values, at their places; zeros elsewhere.
+    """
 
-    def unit_vectors(self, size: int) -> Float[Array, "2 D"]:
-        """Returns those of the elements; zeros for one that is free."""
-        rows = jax.nn.one_hot(self.elements, size, dtype=self.values.dtype)
-        return jnp.where(jnp.isnan(self.values)[:, None], 0, rows)
+    units: Float[Any, "*K 2 D"]
+    goal: Float[Any, "*K D"]
 
-    def goal(self, size: int) -> Float[Array, " D"]:
-        """Returns the values at their elements, and zeros elsewhere."""
-        return matmul(jnp.nan_to_num(self.values), self.unit_vectors(size))
+    @property
+    def flags(self) -> Bool[Any, "*K D"]:
+        """Which elements are held."""
+        return self.units.any(axis=-2)
 
 
 class Points(NamedTuple):
@@ -106,19 +113,19 @@ class Points(NamedTuple):
     - `is_minimum`: whether it is the lowest where these are held.
     """
 
-    flat: Float[Array | np.ndarray, "*K D"]
-    response: Float[Array | np.ndarray, "*K D 2"]
-    nll: Float[Array | np.ndarray, "*K"]
-    is_minimum: Bool[Array | np.ndarray, "*K"]
+    flat: Float[Any, "*K D"]
+    response: Float[Any, "*K D 2"]
+    nll: Float[Any, "*K"]
+    is_minimum: Bool[Any, "*K"]
 
 
 @program
 def run_points(
     space: Space,
     held: Held,
-    parents: Int[Array, " K"],
+    parents: Int[Any, " K"],
     points: Points,
-    blocks: Int[Array, ""],
+    blocks: Int[Any, ""],
     width: int,
 ) -> Points:
     """Finds minima, `width` at a time, in the order of the rows.
@@ -127,9 +134,7 @@ def run_points(
     an earlier block, ended.
     """
     expand = _expansion(space)
-
-    def one(held: Held, begin: Points) -> Points:
-        return _minimum(space, expand, held, begin)
+    one = lambda held, begin: _minimum(space, expand, held, begin)
 
     def block(index: Array, points: Points) -> Points:
         first = index * width
@@ -177,23 +182,29 @@ def _expansion(space: Space) -> Callable[[Array], _Expansion]:
     return expand
 
 
-class _State(NamedTuple):
-    """The lowest point so far, its surroundings, and the next one to try."""
-
-    flat: Float[Array, " D"]
-    around: _Expansion
-    damping: Float[Array, ""]
-    step: "_Step"
-    count: Int[Array, ""]
-    is_done: Bool[Array, ""]
-
-
 class _Step(NamedTuple):
-    """A step to the point `to`, after which `edm` is what the likelihood has risen."""
+    """A step to the point `to`, where the likelihood has risen by `edm`.
+
+    `response` is that of all elements to those that are held. It `is_known` which are
+    at their bounds.
+    """
 
     to: Float[Array, " D"]
     edm: Float[Array, ""]
     response: Float[Array, "D 2"]
+    is_known: Bool[Array, ""]
+
+
+class _State(NamedTuple):
+    """The lowest point so far, its surroundings, and the step to the next one."""
+
+    flat: Float[Array, " D"]
+    around: _Expansion
+    rest: Float[Array, "D D"]
+    damping: Float[Array, ""]
+    step: _Step
+    tried: Int[Array, ""]
+    is_done: Bool[Array, ""]
 
 
 def _minimum(
@@ -203,50 +214,59 @@ def _minimum(
 
     The first step goes along the response of the point where it begins.
     """
-    flat, dtype, size = begin.flat, begin.flat.dtype, begin.flat.size
-    own, goal = held.unit_vectors(size), held.goal(size)
-    is_held = jnp.any(own > 0, axis=0)
-    moved = matmul(own, goal - flat)
-    first = flat + matmul(begin.response, moved)
-    first = jnp.clip(jnp.where(is_held, goal, first), *space.limits())
+    flat, dtype = begin.flat, begin.flat.dtype
     eps, scale = float(jnp.finfo(dtype).eps), space.metric.scale
     spacing = 0.5 * jnp.sum((16 * eps * flat / scale) ** 2)
 
     def goes_on(state: _State) -> Array:
         is_hopeless = state.damping > _MOST_DAMPING
-        return ~state.is_done & ~is_hopeless & (state.count < space.most_steps)
+        return ~state.is_done & ~is_hopeless & (state.tried < space.most_steps)
 
     def iterate(state: _State) -> _State:
         found = expand(state.step.to)
         rounding = 4 * eps * jnp.abs(found.value)
         is_lower = found.value <= state.around.value + rounding
         is_lower &= all_finite(found)
-        flat, around = jax.tree.map(
-            lambda new, old: jnp.where(is_lower, new, old),
-            (state.step.to, found),
-            (state.flat, state.around),
-        )
-        less = jnp.where(state.damping > 0.01, state.damping / 8, 0)
+        new, old = (state.step.to, found), (state.flat, state.around)
+        flat, around = choose(is_lower, new, old)
+        rest = jnp.where(is_lower, _rest(space, state, found), 0)
+        less = jnp.where(state.damping > 0.1, state.damping / 8, 0)
         more = jnp.maximum(8 * state.damping, 0.125)
         damping = jnp.where(is_lower, less, more)
-        step, is_known = _step(space, around, damping, flat, is_held, goal, own)
+        whole = around._replace(curvature=around.curvature + rest)
+        step = _step(space, whole, damping, flat, held)
         limit = jnp.maximum(_TOLERANCE, rounding + spacing)
-        is_done = is_lower & is_known & (damping == 0) & (step.edm <= limit)
-        return _State(flat, around, damping, step, state.count + 1, is_done)
+        is_done = is_lower & step.is_known & (damping == 0) & (step.edm <= limit)
+        return _State(flat, around, rest, damping, step, state.tried + 1, is_done)
 
-    zero = jnp.zeros_like(scale)
-    unknown = _Expansion(jnp.full((), jnp.inf, dtype), zero, jnp.eye(size, dtype=dtype))
-    step = _Step(first, zero[0], begin.response)
+    zero, no = jnp.zeros((), dtype), jnp.array(False)
+    moved = matmul(held.units, held.goal - flat)
+    first = jnp.where(held.flags, held.goal, flat + matmul(begin.response, moved))
+    step = _Step(jnp.clip(first, *space.limits()), zero, begin.response, no)
+    unit = jnp.eye(flat.size, dtype=dtype)
+    unknown = _Expansion(jnp.full((), jnp.inf, dtype), 0 * flat, unit)
     count = jnp.zeros_like(space.most_steps)
-    state = _State(flat, unknown, zero[0], step, count, jnp.array(False))
+    state = _State(flat, unknown, 0 * unit, zero, step, count, no)
     end = jax.lax.while_loop(goes_on, iterate, state)
-    done = end.is_done
-    return Points(
-        flat=jnp.where(done, end.step.to, end.flat),
-        response=end.step.response,
-        nll=end.around.value - jnp.where(done, end.step.edm, 0),
-        is_minimum=done,
-    )
+    flat = jnp.where(end.is_done, end.step.to, end.flat)
+    nll = end.around.value - jnp.where(end.is_done, end.step.edm, 0)
+    return Points(flat, end.step.response, nll, end.is_done)
+
+
+def _rest(space: Space, state: _State, new: _Expansion) -> Float[Array, "D D"]:
+    """Learns from a step what the curvature leaves out, as that of Gauss-Newton does.
+
+    It is the least symmetric update that explains the change of the slope, Powell's.
+    See Dennis and Schnabel, *Numerical Methods for Unconstrained Optimization* (1983).
+    """
+    old, step = state.around, space.metric.invert(state.step.to - state.flat)
+    missing = new.slope - old.slope - matmul(new.curvature + state.rest, step)
+    square = jnp.vdot(step, step)
+    is_known = jnp.isfinite(old.value) & (square > 0) & (square < _SHORT)
+    unit = step / jnp.where(is_known, square, 1)
+    half = missing - 0.5 * jnp.vdot(missing, unit) * step
+    update = half[:, None] * unit[None, :]
+    return state.rest + jnp.where(is_known, update + update.T, 0)
 
 
 def _step(
@@ -254,62 +274,68 @@ def _step(
     around: _Expansion,
     damping: Float[Array, ""],
     flat: Float[Array, " D"],
-    is_held: Bool[Array, " D"],
-    goal: Float[Array, " D"],
-    own: Float[Array, "2 D"],
-) -> tuple[_Step, Bool[Array, ""]]:
-    """Finds the next step, and whether it is known which elements it holds.
+    held: Held,
+) -> _Step:
+    """Finds the next step: that of a normal distribution, given what is held.
 
-    Those at their goals are held, as a normal distribution is conditioned; so are those
-    that the step would move beyond their bounds.
+    Elements that it would move beyond their bounds are held there.
     """
-    matrix = space.metric.matrix()
-    # What the data do not constrain has unit curvature.
-    add = damping + jnp.where(space.metric.is_null, 1, 0)
-    factor = jnp.linalg.cholesky(
-        around.curvature + jnp.diag(add), symmetrize_input=False
-    )
-    solved = cho_solve((factor, True), jnp.column_stack([matrix.T, around.slope]))
+    matrix, (low, high) = space.metric.matrix(), space.limits()
+    # What the data do not constrain has unit curvature. Along what is held the
+    # likelihood may curve downwards; what is added there changes no step.
+    rows = matmul(held.units, matrix)
+    rows = _STIFF * rows / positive(jnp.linalg.norm(rows, axis=1))[:, None]
+    add = jnp.diag(damping + jnp.where(space.metric.is_null, 1, 0))
+    curvature = around.curvature + add + matmul(rows.T, rows)
+    solved = _solve(curvature, jnp.column_stack([matrix.T, around.slope]))
     pulled, latent = solved[:, :-1], -solved[:, -1]
-    free, spread = matmul(matrix, latent), matmul(matrix, pulled)
-    errors = jnp.sqrt(jnp.diag(spread))
-    correlations = spread / errors[:, None] / errors[None, :]
+    free, spread = flat + matmul(matrix, latent), matmul(matrix, pulled)
+    errors = jnp.sqrt(jnp.diag(spread))[:, None]
 
-    def conditioned(fixed: Array, goal: Array) -> Array:
-        """Returns the derivatives by what is fixed; and the same of each held one."""
+    def forces(fixed: Array, goal: Array) -> Array:
+        """Returns the slopes that bring elements to their goals, and move held ones."""
         both = fixed[:, None] & fixed[None, :]
-        inner = jnp.where(both, correlations, jnp.eye(flat.size, dtype=flat.dtype))
-        missing = jnp.where(fixed, goal - flat - free, 0)
-        given = jnp.column_stack([missing, own.T]) / errors[:, None]
-        lower = jnp.linalg.cholesky(inner, symmetrize_input=False)
-        forces = cho_solve((lower, True), given) / errors[:, None]
-        return jnp.where(fixed[:, None], forces, 0)
-
-    fixed, forces, is_known = is_held, conditioned(is_held, goal), jnp.array(True)
-    if bounds_of(space.trainer) is not None:
-        low, high = space.limits()
-
-        def again(carry: Any) -> Any:
-            count, fixed, goal, forces, _ = carry
-            to = flat + free + matmul(spread, forces[:, 0])
-            is_under, is_over = (~fixed & (to < low)), (~fixed & (to > high))
-            force = forces[:, 0]
-            pulls = jnp.where(goal == low, force < 0, force > 0)
-            new = (fixed & (is_held | ~pulls)) | is_under | is_over
-            goal = jnp.where(is_under, low, jnp.where(is_over, high, goal))
-            same = jnp.all(new == fixed)
-            return count + 1, new, goal, conditioned(new, goal), same
-
-        start = (0, fixed, goal, forces, jnp.array(False))
-        _, fixed, goal, forces, is_known = jax.lax.while_loop(
-            lambda carry: ~carry[-1] & (carry[0] < _MOST_ROUNDS), again, start
+        inner = jnp.where(
+            both, spread / errors / errors.T, jnp.eye(flat.size, dtype=flat.dtype)
         )
-    latent = latent + matmul(pulled, forces[:, 0])
-    moves = matmul(spread, forces)
-    to = jnp.where(fixed, goal, flat + free + moves[:, 0])
-    to = jnp.clip(to, *space.limits())
+        missing = jnp.where(fixed, goal - free, 0)
+        given = jnp.column_stack([missing, held.units.T]) / errors
+        return jnp.where(fixed[:, None], _solve(inner, given) / errors, 0)
+
+    def again(carry: Any) -> Any:
+        count, fixed, goal, force, _ = carry
+        to = free + matmul(spread, force[:, 0])
+        is_under, is_over = ~fixed & (to < low), ~fixed & (to > high)
+        is_inward = jnp.where(goal == low, force[:, 0] < 0, force[:, 0] > 0)
+        new = (fixed & (held.flags | ~is_inward)) | is_under | is_over
+        goal = jnp.where(is_under, low, jnp.where(is_over, high, goal))
+        return count + 1, new, goal, forces(new, goal), jnp.all(new == fixed)
+
+    fixed, goal, is_known = held.flags, held.goal, jnp.array(True)
+    force = forces(fixed, goal)
+    if bounds_of(space.trainer) is not None:
+        goes_on = lambda carry: ~carry[-1] & (carry[0] < _MOST_ROUNDS)
+        start = (0, fixed, goal, force, ~is_known)
+        end = jax.lax.while_loop(goes_on, again, start)
+        _, fixed, goal, force, is_known = end
+    latent = latent + matmul(pulled, force[:, 0])
+    moves = matmul(spread, force)
+    to = jnp.clip(jnp.where(fixed, goal, free + moves[:, 0]), low, high)
     edm = 0.5 * jnp.vdot(latent, matmul(around.curvature, latent))
-    return _Step(to, edm, moves[:, 1:]), is_known
+    return _Step(to, edm, moves[:, 1:], is_known)
+
+
+def _solve(matrix: Array, right: Array) -> Array:
+    """Solves with a matrix that is positive; NaN if it is not."""
+    lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    return cho_solve((lower, True), right)
+
+
+@program
+def read(space: Space) -> tuple[Array, Array, Array, Array]:
+    """Returns the parameters, their bounds, and the covariance in the metric."""
+    matrix = space.metric.matrix()
+    return space.flat, *space.limits(), matmul(matrix, matrix.T)
 
 
 @program

@@ -1,5 +1,6 @@
 """The likelihood over a grid of two elements, for a picture."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -7,7 +8,6 @@ import numpy as np
 from jaxtyping import Float
 
 from .._step import AbstractTrainer
-from .conditional import Held
 from .elements import find_element
 from .intervals import crossings
 from .profile import chained
@@ -48,15 +48,14 @@ def plane(
     )
     best = scan.base.flat[pair]
     # Along the first element, and from there to both sides along the second.
-    held = Held(np.tile(pair, (len(x), 1)), np.stack([x, np.full(len(x), np.nan)], 1))
+    start = scan.start(scan.base.flat, pair[:1])
     spine = scan.points(
-        held, chained(x, best[0], scan.start(scan.base.flat, pair[:1]), 0)
+        [pair[:1]] * len(x), [(value,) for value in x], chained(x, best[0], start, 0)
     )
     starts: list[Start] = []
     for flat in spine.flat:
         starts += chained(y, flat[pair[1]], scan.start(flat, pair), len(starts))
-    values = np.stack([np.repeat(x, len(y)), np.tile(y, len(x))], axis=1)
-    points = scan.points(Held(np.tile(pair, (len(values), 1)), values), starts)
+    points = scan.points([pair] * len(starts), list(itertools.product(x, y)), starts)
     delta = 2 * (points.nll.astype(float) - float(scan.base.nll))
     names, shape = (found[0][0], found[1][0]), (len(x), len(y))
     return Plane(names, x, y, (float(best[0]), float(best[1])), delta.reshape(shape))

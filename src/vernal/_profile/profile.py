@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 
 from .._boundary import warn
 from .._step import AbstractTrainer
-from .conditional import Held, Points
+from .conditional import Points
 from .elements import find_element, find_elements
 from .scan import Options, Scan, Start, is_lower
 
@@ -72,52 +72,34 @@ def profile(
 ) -> Any:
     """Implements `Trainer.profile`."""
     is_one = isinstance(name, str)
+    elements = find_elements(trainer, name, "name")
     if is_one:
         elements = dict([find_element(trainer, name, "name")])
-    else:
-        elements = find_elements(trainer, name, "name")
-    given = _given(values, elements, is_one)
-    scan = Scan("profile", trainer, solver, batch, options)
-    grids = {
-        own: _within(scan, own, index, given.get(own))
-        for own, index in elements.items()
-    }
-    found = along(scan, elements, grids)
-    return next(iter(found.values())) if is_one else found
-
-
-def _given(
-    values: Any, elements: dict[str, int], is_one: bool
-) -> dict[str, np.ndarray]:
-    """Checks the values of one element, or of several by their names."""
-    if values is None:
-        return {}
-    if is_one:
-        return dict.fromkeys(elements, _checked(values))
-    if not isinstance(values, Mapping) or values.keys() - elements.keys():
+        values = None if values is None else dict.fromkeys(elements, values)
+    given = {} if values is None else values
+    if not isinstance(given, Mapping) or given.keys() - elements.keys():
         raise ValueError(
             f"`values` is {values!r}, but for several profiles must be a dictionary by "
             f"their names: {', '.join(map(repr, elements))}."
         )
-    return {own: _checked(each) for own, each in values.items()}
+    given = {own: _checked(each) for own, each in given.items()}
+    scan = Scan("profile", trainer, solver, batch, options)
+    grids = {x: _within(scan, x, i, given.get(x)) for x, i in elements.items()}
+    found = along(scan, elements, grids)
+    return next(iter(found.values())) if is_one else found
 
 
 def along(
     scan: Scan, elements: dict[str, int], grids: dict[str, np.ndarray]
 ) -> dict[str, Profile[Any]]:
     """Follows the likelihood along each element."""
-    rows, starts = [], []
-    for name, index in elements.items():
-        root = scan.start(scan.base.flat, [index])
-        first = len(rows)
-        rows += [(index, value) for value in grids[name]]
-        starts += chained(grids[name], float(scan.base.flat[index]), root, first)
-    index, values = np.array(rows).T
-    held = Held(
-        np.stack([index, index], axis=1),
-        np.stack([values, np.full(len(rows), np.nan)], axis=1),
-    )
-    points, found, end = scan.points(held, starts, len(elements) > 1), {}, 0
+    index, values, starts = [], [], []
+    for name, own in elements.items():
+        start, best = scan.start(scan.base.flat, [own]), scan.base.flat[own]
+        starts += chained(grids[name], best, start, len(values))
+        index += [(own,)] * len(grids[name])
+        values += [(value,) for value in grids[name]]
+    points, found, end = scan.points(index, values, starts), {}, 0
     for name, index in elements.items():
         first, end = end, end + len(grids[name])
         own = jax.tree.map(lambda x, i=first, j=end: x[i:j], points)

@@ -17,14 +17,14 @@ from .._projection import DenseWhitening
 from .._solve import Problem, checked_solver, is_least_squares, whitened_without_signs
 from .._step import AbstractTrainer, bounds_of, defined, stripped
 from .._tree import ravel_dtype, widest
-from .by_solver import solve_at
-from .conditional import Held, Points, Space, run_models, run_points
+from .by_solver import by_solver
+from .conditional import Held, Points, Space, read, run_models, run_points
 
 # A likelihood that is lower by less than this is the same, beside rounding.
 _LOWER = 5e-3
 
-# The room of a program, how many points it finds at a time, and how many of few.
-_ROOM, _WIDTH, _FEW = 256, 8, 2
+# The room of the program, and how many points it finds at a time.
+_ROOM, _WIDTH = 256, 4
 
 # Where more Newton steps than these are needed, the solver is better.
 _MOST_STEPS = 32
@@ -65,15 +65,13 @@ class Scan:
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jnp.asarray(np.int32(options.max_steps))
         most = jnp.asarray(np.int32(min(options.max_steps, _MOST_STEPS)))
-        self._space = space = Space(stripped(trainer), batch, jac, metric, most)
-        self._flat = np.asarray(space.flat)
-        self.low, self.high = map(np.asarray, space.limits())
+        self._space = Space(stripped(trainer), batch, jac, metric, most)
         self._errors = np.asarray(metric.errors_of_the_data(), float)
-        factor = np.asarray(metric.matrix(), float)
-        self._covariance = factor @ factor.T
-        free = Held(np.zeros((1, 2)), np.full((1, 2), np.nan))
-        found = self.points(free, [(self._flat, np.zeros((self._flat.size, 2)))])
-        self.base: Points = jax.tree.map(lambda x: x[0], found)
+        flat, self.low, self.high, covariance = jax.device_get(read(self._space))
+        self._flat, self._covariance = flat, covariance
+        self.base: Points = self._room(1)
+        found = self.points([()], [()], [(flat, self.base.response[0])])
+        self.base = jax.tree.map(lambda x: x[0], found)
 
     def error(self, index: int) -> float:
         """Returns the standard error of an element, without a bound."""
@@ -97,33 +95,42 @@ class Scan:
 
     def models(self, flat: np.ndarray) -> Any:
         """Returns the models with these parameters, stacked."""
-        return run_models(self._space, flat)
+        return run_models(self._space, jnp.asarray(flat))
 
     def points(
-        self, held: Held, starts: Sequence[Start], is_wide: bool = True
+        self,
+        elements: Sequence[Sequence[int]],
+        values: Sequence[Sequence[float]],
+        starts: Sequence[Start],
     ) -> Points:
-        """Finds the minima where elements are held, on the host.
+        """Finds the minima where elements are held at values, two at most.
 
         The solver takes over where Newton steps do not lead to a minimum.
         """
-        width = _WIDTH if is_wide else _FEW
+        held = self._held(len(starts))
+        for task, pairs in enumerate(zip(elements, values, strict=True)):
+            for row, (index, value) in enumerate(zip(*pairs, strict=True)):
+                held.units[task, row, index], held.goal[task, index] = 1, value
         children: dict[int, list[int]] = {}
         ready: deque[int] = deque()
         for task, start in enumerate(starts):
-            own = children.setdefault(start, []) if isinstance(start, int) else ready
-            own.append(task)
+            if isinstance(start, int):
+                children.setdefault(start, []).append(task)
+            else:
+                ready.append(task)
         found = self._room(len(starts))
         while ready:
             rows: dict[int, int] = {}
-            for first in range(0, _ROOM, width):
-                block = [ready.popleft() for _ in range(min(width, len(ready)))]
+            for first in range(0, _ROOM, _WIDTH):
+                block = [ready.popleft() for _ in range(min(_WIDTH, len(ready)))]
                 rows |= {task: first + place for place, task in enumerate(block)}
                 ready += [child for task in block for child in children.get(task, ())]
-            self._run(held, starts, rows, found, width)
+            self._run(held, starts, rows, found)
         for task in np.flatnonzero(~found.is_minimum):
-            start = starts[task]
-            before = found.flat[start] if isinstance(start, int) else start[0]
-            self._solve(held, int(task), before, found)
+            own: Held = jax.tree.map(lambda x, i=task: x[i], held)
+            args = self._space, self._problem, own, found.flat[task], self._goal
+            solved = by_solver(*args)
+            found.flat[task], found.nll[task], found.is_minimum[task] = solved
         return found
 
     def _room(self, count: int) -> Points:
@@ -142,14 +149,13 @@ class Scan:
         starts: Sequence[Start],
         rows: dict[int, int],
         found: Points,
-        width: int,
     ) -> None:
         """Runs the program for some points, each in a row of its own."""
         begin, parents = self._room(_ROOM), np.arange(_ROOM, dtype=np.int32)
-        elements = np.zeros((_ROOM, 2), np.int32)
-        values = np.full((_ROOM, 2), np.nan, self._flat.dtype)
+        tasks, places, own = list(rows), list(rows.values()), self._held(_ROOM)
+        for whole, part in zip(own, held, strict=True):
+            whole[places] = part[tasks]
         for task, row in rows.items():
-            elements[row], values[row] = held.elements[task], held.values[task]
             start = starts[task]
             if not isinstance(start, int):
                 begin.flat[row], begin.response[row] = start
@@ -158,20 +164,16 @@ class Scan:
             else:
                 begin.flat[row] = found.flat[start]
                 begin.response[row] = found.response[start]
-        blocks = np.int32(max(rows.values()) // width + 1)
-        args = self._space, Held(elements, values), parents, begin, blocks, width
-        new = jax.device_get(run_points(*args))
-        for whole, part in zip(found, new, strict=True):
-            whole[list(rows)] = part[list(rows.values())]
+        blocks = np.int32(max(places) // _WIDTH + 1)
+        new = run_points(self._space, own, parents, begin, blocks, _WIDTH)
+        for whole, part in zip(found, jax.device_get(new), strict=True):
+            whole[tasks] = part[places]
 
-    def _solve(self, held: Held, task: int, before: np.ndarray, found: Points) -> None:
-        """Finds one point by the solver."""
-        elements, values = np.int32(held.elements[task]), held.values[task]
-        own = Held(elements, values.astype(self._flat.dtype))
-        tries = np.stack([found.flat[task], before])
-        solved = solve_at(self._space, self._problem, own, tries, self._goal)
-        found.flat[task], found.nll[task] = solved.flat, solved.nll
-        found.is_minimum[task] = solved.is_minimum()
+    def _held(self, count: int) -> Held:
+        """Makes room for what is held."""
+        size, dtype = self._flat.size, self._flat.dtype
+        units = np.zeros((count, 2, size), dtype)
+        return Held(units, np.zeros((count, size), dtype))
 
 
 def _metric(

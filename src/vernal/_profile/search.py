@@ -61,4 +61,4 @@ def search(
             t = (low[0] * above - high[0] * below) / (above - below)
         if not low[0] < t < high[0]:
             t = (low[0] + high[0]) / 2 if low[0] > 0 else high[0] / _LONGEST
-    return high[0] if math.isfinite(high[1]) else math.nan
+    return t if math.isfinite(high[1]) else math.nan
