@@ -123,6 +123,8 @@ class Scan:
             rows: dict[int, int] = {}
             for first in range(0, _ROOM, _WIDTH):
                 block = [ready.popleft() for _ in range(min(_WIDTH, len(ready)))]
+                if not block:
+                    break
                 rows |= {task: first + place for place, task in enumerate(block)}
                 ready += [child for task in block for child in children.get(task, ())]
             self._run(held, starts, rows, found)
