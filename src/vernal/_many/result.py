@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 from .._boundary import PyTree, entrance, whole_number
 from .._curvature import Mode
 from .._data import as_batch
+from .._inference import ErrorKind
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
 from .._report import Report, pandas
@@ -100,7 +101,9 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return tuple(index for index, reason in reasons if reason.is_failure)
 
     @entrance
-    def errors(self, data: Any, *, jac: Mode | None = None) -> PyTree:
+    def errors(
+        self, data: Any, *, jac: Mode | None = None, kind: ErrorKind | None = None
+    ) -> PyTree:
         """Returns the standard errors of all members, in one compiled program.
 
         **Arguments:**
@@ -108,6 +111,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         - `data`: all of the data, one batch, as for [`vernal.fit_many`][]: each member
             has its own part along the `data_axis` of the fit.
         - `jac`: as for [`vernal.Trainer.fisher`][].
+        - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
         **Returns:**
 
@@ -121,7 +125,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         - `ValueError`: if an axis of `data` is not as long as there are members.
         """
         batch, flags = self._rows_of(data)
-        return errors_of_each(self.trainers, batch, flags, self._group, jac)
+        return errors_of_each(self.trainers, batch, flags, self._group, jac, kind)
 
     @entrance
     def report(self, index: int, data: Any, *, scale_errors: bool = False) -> Report:

@@ -128,11 +128,16 @@ class Scan:
                 rows |= {task: first + place for place, task in enumerate(block)}
                 ready += [child for task in block for child in children.get(task, ())]
             self._run(held, starts, rows, found)
-        for task in np.flatnonzero(~found.is_minimum):
+        for task in map(int, np.flatnonzero(~found.is_minimum)):
             own: Held = jax.tree.map(lambda x, i=task: x[i], held)
-            args = self._space, self._problem, own, found.flat[task], self._goal
-            solved = by_solver(*args)
-            found.flat[task], found.nll[task], found.is_minimum[task] = solved
+            start = starts[task]
+            before = found.flat[start] if isinstance(start, int) else start[0]
+            for flat in found.flat[task].copy(), before:
+                args = self._space, self._problem, own, flat, self._goal
+                solved = by_solver(*args)
+                found.flat[task], found.nll[task], found.is_minimum[task] = solved
+                if found.is_minimum[task]:
+                    break
         return found
 
     def _room(self, count: int) -> Points:
@@ -182,7 +187,13 @@ def _metric(
     name: str, trainer: AbstractTrainer, batch: Any, jac: Mode | None
 ) -> DenseWhitening:
     """Whitens all parameters; refuses a trainer that is not at a minimum."""
-    here = around(trainer, batch, jac, "A profile of the likelihood")
+    here = around(trainer, batch, "A profile of the likelihood", jac)
+    if here.data is not None and here.data.is_robust:
+        raise TypeError(
+            f"`{name}` follows a likelihood, and a robust loss is none: by how much it "
+            "rises says nothing of the errors. Use `standard_errors`, which takes them "
+            "from the scatter of the data."
+        )
     note = None if here.distance is None else edm_note(here.distance, trainer.params)
     if note is not None:
         raise ValueError(

@@ -43,6 +43,8 @@ from .nan_report import (
     raise_if_non_finite,
 )
 from .objective import (
+    DataKind,
+    data_kind,
     defined,
     evaluate,
     live,
@@ -51,6 +53,7 @@ from .objective import (
     prior_count,
     real_residuals,
     score,
+    scoring_residuals,
     step_key,
 )
 from .precision import precision_of, require_precision
