@@ -110,10 +110,10 @@ def _side(
         point = yield value, places[min(places, key=lambda place: abs(place - t))]
         lowest = min(lowest, point, key=lambda point: point.nll)
         excess = math.sqrt(max(2 * float(point.nll - base.nll), 0)) - root
-        if math.isfinite(excess):
+        excess = excess if math.isfinite(excess) else math.inf
+        # From a point that lies far too high, others may not find their minimum.
+        if excess < root:
             places[t] = point.flat, point.response
-        else:
-            excess = math.inf
         try:
             t = looking.send(excess)
         except StopIteration as end:
