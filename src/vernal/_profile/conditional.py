@@ -242,7 +242,12 @@ def _minimum(
     zero, no = jnp.zeros((), dtype), jnp.array(False)
     moved = matmul(held.units, held.goal - flat)
     first = jnp.where(held.flags, held.goal, flat + matmul(begin.response, moved))
-    step = _Step(jnp.clip(first, *space.limits()), zero, begin.response, no)
+    # Far away the others may be better where they are.
+    tries = jnp.stack([first, jnp.where(held.flags, held.goal, flat)])
+    tries = jnp.clip(tries, *(limit[None, :] for limit in space.limits()))
+    losses = jax.vmap(space.nll)(tries)
+    first = tries[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
+    step = _Step(first, zero, begin.response, no)
     unit = jnp.eye(flat.size, dtype=dtype)
     unknown = _Expansion(jnp.full((), jnp.inf, dtype), 0 * flat, unit)
     count = jnp.zeros_like(space.most_steps)

@@ -5,7 +5,7 @@ from collections.abc import Generator
 
 # In standard errors.
 _FARTHEST = 2.0**18
-_LONGEST = 2.0
+_LONGEST = 8.0
 
 _TOLERANCE = 1e-6
 _MOST_POINTS = 48
