@@ -8,7 +8,7 @@ from importlib.metadata import distributions, version
 from itertools import chain
 from pathlib import Path
 
-from . import curvature, fits, large, options, peers, rules, solving
+from . import curvature, fits, large, options, peers, profiles, rules, solving
 from .measure import FAILED
 from .page import Row, write
 
@@ -24,6 +24,7 @@ PARTS = {
             "`whiten`, `solve` and `from_matvec`": lambda: chain(
                 solving.works(), curvature.works()
             ),
+            "Profile likelihood": profiles.works,
             "Other libraries": peers.works,
         },
     ),

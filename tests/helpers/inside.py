@@ -21,8 +21,8 @@ from vernal._loop.chunk import run_chunk as run_chunk
 from vernal._loop.single_step import run_step as run_step
 from vernal._optimiser.transform import Transform as Transform
 from vernal._pickling.code import digest_of as digest_of
-from vernal._profile.crossing import run_crossings as run_crossings
-from vernal._profile.walk import run_walk as run_walk
+from vernal._profile import plane as plane
+from vernal._profile.conditional import run_points as run_points
 from vernal._program.prepared import prepared as prepared
 from vernal._step import stripped as stripped
 from vernal._step.constrain import project as project

@@ -7,7 +7,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from inside import cache_size, run_walk
+from inside import cache_size, plane, run_points
 from models import GaussianFit, gaussian, gaussian_batch, line
 
 LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
@@ -68,11 +68,33 @@ def test_it_stays_within_the_bounds():
 def test_another_batch_and_other_values_compile_nothing():
     trainer, values = solved(), np.linspace(1, 3, 5)
     trainer.profile(LM, BATCH, "slope", values)
-    before, batch = cache_size(run_walk), (X, BATCH[1] + 0.1, BATCH[2])
+    before, batch = cache_size(run_points), (X, BATCH[1] + 0.1, BATCH[2])
     other = GaussianFit(line()).solve(LM, batch).trainer
     other.profile(LM, batch, "slope", values + 0.1)
     other.profile(LM, batch, "offset", values - 1)
-    assert cache_size(run_walk) == before
+    assert cache_size(run_points) == before
+
+
+def test_one_program_finds_the_points_of_all_elements_and_both_ends():
+    batch = gaussian_batch()
+    trainer = GaussianFit(gaussian()).solve(LM, batch).trainer
+    run_points.forget()
+    every = trainer.profile(LM, batch)
+    assert list(every) == ["mean", "std", "power"]
+    some = trainer.profile(LM, batch, ["power", "mean"], {"power": [1.4, 1.6]})
+    assert list(some) == ["power", "mean"]
+    np.testing.assert_array_equal(some["power"].values, [1.4, 1.6])
+    alone = trainer.profile(LM, batch, "std")
+    ends = trainer.intervals(LM, batch)
+    plane(trainer, LM, batch, ("mean", "power"), 1.0)
+    assert cache_size(run_points) == 1
+    for own in (every["std"], some["mean"]):
+        assert own.converged.all()
+    np.testing.assert_allclose(every["std"].losses, alone.losses, rtol=1e-9)
+    np.testing.assert_allclose(every["mean"].delta, some["mean"].delta, rtol=1e-9)
+    for name, (low, high) in ends.items():
+        found = trainer.profile(LM, batch, name, [low, high])
+        np.testing.assert_allclose(found.delta, 1, rtol=2e-3)
 
 
 class Kinds(vn.Trainer):
@@ -89,6 +111,8 @@ class Kinds(vn.Trainer):
         ("wve[0]", None, vn.UnknownPathError, r"Did you mean 'wfe\[0\]'"),
         ("dark", None, ValueError, "do not constrain 'dark'"),
         (3, None, TypeError, "name"),
+        (["wfe[0]"], [1.0], ValueError, "must be a dictionary by their names"),
+        (["wfe[0]"], {"dark": [1.0]}, ValueError, r"names: 'wfe\[0\]'"),
         ("wfe[0]", [], ValueError, "`values`"),
         ("wfe[0]", [[1.0]], ValueError, "`values`"),
         ("wfe[0]", [1.0, np.nan], ValueError, "`values` are not all finite"),

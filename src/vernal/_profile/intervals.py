@@ -1,19 +1,18 @@
 """Intervals by profile likelihood."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import warn
 from .._step import AbstractTrainer
-from .crossing import INFINITE, LOST, run_crossings
+from .conditional import Points
 from .elements import find_elements
-from .held import Scan
-from .scan import Options, converged, is_lower, prepare
+from .scan import Options, Scan, Start, is_lower
+from .search import search
 
 Interval = tuple[float, float]
 
@@ -29,7 +28,7 @@ def intervals(
     """Implements `Trainer.intervals`."""
     elements = find_elements(trainer, names, "names")
     quantile = quantile_of(probability(level, "level"))
-    scan = prepare("intervals", trainer, solver, batch, options)
+    scan = Scan("intervals", trainer, solver, batch, options)
     return crossings(scan, elements, quantile)
 
 
@@ -59,41 +58,87 @@ def crossings(
     scan: Scan, elements: dict[str, int], quantile: float
 ) -> dict[str, Interval]:
     """Finds where the deviance of each element has risen by a quantile."""
-    count, dtype = len(elements), scan.flat.dtype
-    index = np.tile(np.fromiter(elements.values(), np.int32, count), 2)
-    sides = np.repeat(np.array([-1, 1], dtype), count)
-    args = jnp.asarray(index), jnp.asarray(sides), jnp.asarray(quantile, dtype)
-    found = run_crossings(scan, *args)
-    value, end, base, lowest = jax.device_get(
-        (found.value, found.end, found.base.nll, found.lowest.nll)
-    )
-    done = converged(found.last)
-    labels = [
-        f"the {'lower' if side < 0 else 'upper'} end of {name!r}"
-        for side, name in zip(sides, [*elements, *elements], strict=True)
-    ]
-    if is_lower(lowest, base).any():
-        row = int(np.argmin(lowest - base))
-        message = (
-            f"On the way to {labels[row]} the likelihood is higher than "
-            f"at the minimum ({lowest[row]:.6g} against {base[row]:.6g} as its "
-            "negative logarithm): it is not the minimum. Fit again from there, the "
-            "attribute `model` of this error."
-        )
-        error: Any = ValueError(message)
-        error.model = scan.model(found.lowest.flat[row])
-        raise error
-    ends = np.where(end == INFINITE, sides * math.inf, value)
-    ends = np.where(end == LOST, math.nan, ends)
-    for rows, what in (
-        (end == LOST, "no crossing was found, as the likelihood is not finite beyond"),
-        (~done & (end != LOST), "the solver found no minimum"),
-    ):
-        if rows.any():
-            shown = ", ".join(labels[row] for row in np.flatnonzero(rows)[:4])
-            warn(f"Profile likelihood: {what}, at {shown}.")
-    low, high = np.split(ends.astype(float), 2)
-    return {
-        name: (float(least), float(most))
-        for name, least, most in zip(elements, low, high, strict=True)
+    sides = {
+        f"the {which} end of {name!r}": (index, _side(scan, index, sign, quantile))
+        for which, sign in {"lower": -1, "upper": 1}.items()
+        for name, index in elements.items()
     }
+    running = {label: next(side) for label, (_, side) in sides.items()}
+    ends: dict[str, _End] = {}
+    while running:
+        index = [(sides[label][0],) for label in running]
+        values = [(value,) for value, _ in running.values()]
+        found = scan.points(index, values, [start for _, start in running.values()])
+        for row, label in enumerate(list(running)):
+            try:
+                point = jax.tree.map(lambda x, i=row: x[i], found)
+                running[label] = sides[label][1].send(point)
+            except StopIteration as end:
+                ends[label] = end.value
+                del running[label]
+    _check(scan, {label: ends[label] for label in sides})
+    values = [ends[label].value for label in sides]
+    count = len(elements)
+    return dict(
+        zip(elements, zip(values[:count], values[count:], strict=True), strict=True)
+    )
+
+
+class _End(NamedTuple):
+    """How a search ended: the value, the lowest point on the way, and the last one."""
+
+    value: float
+    lowest: Points
+    last: Points
+
+
+def _side(
+    scan: Scan, index: int, sign: int, quantile: float
+) -> Generator[tuple[float, Start], Points, _End]:
+    """Searches the lower (-1) or upper (1) side of an element.
+
+    It yields the value to try next and where the others begin, and is sent the point.
+    """
+    base, unit, root = scan.base, sign * scan.unit(index), math.sqrt(quantile)
+    best, bound = float(base.flat[index]), (scan.low if sign < 0 else scan.high)[index]
+    farthest = max((float(bound) - best) / unit, 0.0)
+    eps = float(np.finfo(base.flat.dtype).eps)
+    looking = search(root, farthest, 16 * eps * (1 + abs(float(base.nll))))
+    places, lowest, t = {0.0: scan.start(base.flat, [index])}, base, next(looking)
+    while True:
+        value = float(bound) if t >= farthest else best + unit * t
+        point = yield value, places[min(places, key=lambda place: abs(place - t))]
+        lowest = min(lowest, point, key=lambda point: point.nll)
+        excess = math.sqrt(max(2 * float(point.nll - base.nll), 0)) - root
+        excess = excess if math.isfinite(excess) else math.inf
+        # From a point that lies far too high, others may not find their minimum.
+        if excess < root:
+            places[t] = point.flat, point.response
+        try:
+            t = looking.send(excess)
+        except StopIteration as end:
+            value = value if math.isfinite(end.value) else sign * end.value
+            return _End(value, lowest, point)
+
+
+def _check(scan: Scan, ends: dict[str, _End]) -> None:
+    """Refuses a lower minimum; warns of ends that were not found."""
+    base = scan.base.nll
+    label, end = min(ends.items(), key=lambda pair: pair[1].lowest.nll)
+    if is_lower(end.lowest.nll, base):
+        error: Any = ValueError(
+            f"On the way to {label} the likelihood is higher than at the minimum "
+            f"({end.lowest.nll:.6g} against {base:.6g} as its negative logarithm): it "
+            "is not the minimum. Fit again from there, the attribute `model` of this "
+            "error."
+        )
+        error.model = scan.model(end.lowest.flat)
+        raise error
+    lost = [label for label, end in ends.items() if math.isnan(end.value)]
+    failed = [label for label, end in ends.items() if not end.last.is_minimum]
+    for what, labels in (
+        ("no crossing was found, as the likelihood is not finite beyond", lost),
+        ("the solver found no minimum", [x for x in failed if x not in lost]),
+    ):
+        if labels:
+            warn(f"Profile likelihood: {what}, at {', '.join(labels[:4])}.")

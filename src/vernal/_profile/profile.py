@@ -1,21 +1,20 @@
 """`Profile`: the likelihood along one element."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping
 from typing import Any, Generic, final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float
+from jaxtyping import Bool, Float
 from typing_extensions import TypeVar
 
 from .._boundary import warn
 from .._step import AbstractTrainer
-from .elements import find_element
-from .held import Scan
-from .scan import Options, converged, is_lower, prepare
-from .walk import Walk, run_walk
+from .conditional import Points
+from .elements import find_element, find_elements
+from .scan import Options, Scan, Start, is_lower
 
 Model = TypeVar("Model", covariant=True, default=Any)
 
@@ -67,86 +66,97 @@ def profile(
     trainer: AbstractTrainer,
     solver: Any,
     batch: Any,
-    name: str,
-    values: ArrayLike | Sequence[float] | None,
+    name: Any,
+    values: Any,
     options: Options,
-) -> Profile[Any]:
+) -> Any:
     """Implements `Trainer.profile`."""
-    own, index = find_element(trainer, name, "name")
-    given = None if values is None else _checked(values)
-    scan = prepare("profile", trainer, solver, batch, options)
-    return along(scan, own, index, given)
+    is_one = isinstance(name, str)
+    elements = find_elements(trainer, name, "name")
+    if is_one:
+        elements = dict([find_element(trainer, name, "name")])
+        values = None if values is None else dict.fromkeys(elements, values)
+    given = {} if values is None else values
+    if not isinstance(given, Mapping) or given.keys() - elements.keys():
+        raise ValueError(
+            f"`values` is {values!r}, but for several profiles must be a dictionary by "
+            f"their names: {', '.join(map(repr, elements))}."
+        )
+    given = {own: _checked(each) for own, each in given.items()}
+    scan = Scan("profile", trainer, solver, batch, options)
+    grids = {x: _within(scan, x, i, given.get(x)) for x, i in elements.items()}
+    found = along(scan, elements, grids)
+    return next(iter(found.values())) if is_one else found
 
 
-def along(scan: Scan, name: str, index: int, values: np.ndarray | None) -> Profile[Any]:
-    """Makes the profile of one element; by default across three standard errors."""
-    value, error = float(scan.flat[index]), symmetric_error(scan, index)
-    low, high = (float(side[index]) for side in scan.limits())
+def along(
+    scan: Scan, elements: dict[str, int], grids: dict[str, np.ndarray]
+) -> dict[str, Profile[Any]]:
+    """Follows the likelihood along each element."""
+    index, values, starts = [], [], []
+    for name, own in elements.items():
+        start, best = scan.start(scan.base.flat, [own]), scan.base.flat[own]
+        starts += chained(grids[name], best, start, len(values))
+        index += [(own,)] * len(grids[name])
+        values += [(value,) for value in grids[name]]
+    points, found, end = scan.points(index, values, starts), {}, 0
+    for name, index in elements.items():
+        first, end = end, end + len(grids[name])
+        own = jax.tree.map(lambda x, i=first, j=end: x[i:j], points)
+        found[name] = _profile(scan, name, index, grids[name], own)
+        _warn_of(found[name], is_lower(own.nll, scan.base.nll))
+    return found
+
+
+def chained(values: np.ndarray, best: float, root: Start, first: int) -> list[Start]:
+    """Begins at the minimum, and goes to the lowest and to the highest value.
+
+    Each value begins at the one before it; `first` is the index of the first of them.
+    """
+    order = np.argsort(values, kind="stable")
+    starts: list[Start] = [root] * len(values)
+    for way in (order[values[order] < best][::-1], order[values[order] >= best]):
+        for before, own in itertools.pairwise(way):
+            starts[own] = first + int(before)
+    return starts
+
+
+def _profile(
+    scan: Scan, name: str, index: int, values: np.ndarray, points: Points
+) -> Profile[Any]:
+    value = float(scan.base.flat[index])
+    is_at_bound = value in (scan.low[index], scan.high[index])
+    return Profile(
+        name=name,
+        values=values,
+        losses=points.nll,
+        models=scan.models(points.flat),
+        converged=points.is_minimum,
+        value=value,
+        # On a bound the likelihood is no parabola.
+        error=np.nan if is_at_bound else scan.error(index),
+        minimum=float(scan.base.nll),
+    )
+
+
+def _within(scan: Scan, name: str, index: int, values: np.ndarray | None) -> np.ndarray:
+    """Checks values against the bounds; by default across three standard errors."""
+    low, high = float(scan.low[index]), float(scan.high[index])
     if values is None:
+        value, error = float(scan.base.flat[index]), scan.error(index)
         if not np.isfinite(error):
             raise ValueError(
                 f"`values`: the data do not constrain {name!r} here, so that three "
                 "standard errors are no range. Give `values`."
             )
-        least, most = (
-            max(low, value - _WIDTH * error),
-            min(high, value + _WIDTH * error),
-        )
-        values = np.linspace(least, most, _COUNT)
-    assert values is not None
+        ends = max(low, value - _WIDTH * error), min(high, value + _WIDTH * error)
+        return np.linspace(*ends, _COUNT)
     if (out := values[(values < low) | (values > high)]).size:
         raise ValueError(
             f"`values`: {out[0]:.6g} is outside of the bounds of {name!r}, "
             f"({low:.6g}, {high:.6g})."
         )
-    points, models = run_walk(scan, from_minimum(scan.flat, index, values))
-    done, nll = converged(points), np.asarray(points.nll)
-    found = Profile(
-        name=name,
-        values=values,
-        losses=nll[1:],
-        models=jax.tree.map(_rest, models),
-        converged=done[1:],
-        value=float(points.flat[0, index]),
-        # On a bound the likelihood is no parabola.
-        error=np.nan if value in (low, high) else error,
-        minimum=float(nll[0]),
-    )
-    _warn_of(found, is_lower(nll[1:], nll[0]))
-    return found
-
-
-def symmetric_error(scan: Scan, index: int) -> float:
-    """Returns the standard error of an element, without a bound."""
-    return float(scan.metric.errors_of_the_data()[index])
-
-
-def _rest(leaf: Any) -> Any:
-    # The first is the minimum.
-    return leaf[1:] if isinstance(leaf, jax.Array) else leaf
-
-
-def from_minimum(flat: Any, index: int, values: np.ndarray) -> Walk:
-    """Goes from the minimum to the lowest and to the highest value."""
-    start = float(flat[index])
-    order = np.argsort(values, kind="stable")
-    ways = [order[values[order] < start][::-1], order[values[order] >= start]]
-    # Most values lie on both sides: two lengths, and two programs, are enough.
-    half, longest = len(values) // 2 + 1, max(map(len, ways))
-    length = 1 + (half if longest <= half else len(values))
-    steps = np.full((2, length), np.nan)
-    rows, places = np.zeros(len(values), int), np.zeros(len(values), int)
-    for row, way in enumerate(ways):
-        steps[row, 1 : 1 + len(way)] = values[way]
-        steps[row, 1 + len(way) :] = values[way[-1]] if len(way) else np.nan
-        rows[way], places[way] = row, 1 + np.arange(len(way))
-    return Walk(
-        starts=jnp.stack([flat, flat]),
-        elements=jnp.full((2, 1), index),
-        values=jnp.asarray(steps, flat.dtype)[:, :, None],
-        rows=np.concatenate([[0], rows]),
-        steps=np.concatenate([[0], places]),
-    )
+    return values
 
 
 def _checked(values: Any) -> np.ndarray:

@@ -834,7 +834,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         require_precision(self)
         return draw(self, key, count, batch, scale_errors, jac, kind)
 
-    @entrance
+    @overload
     def profile(
         self,
         solver: Solver,
@@ -844,42 +844,72 @@ class Trainer(AbstractTrainer[Model, Batch]):
         *,
         max_steps: int = 256,
         jac: Mode | None = None,
-    ) -> Profile[Model]:
-        r"""Follows the likelihood along one parameter, with all others at their best.
+    ) -> Profile[Model]: ...
+    @overload
+    def profile(
+        self,
+        solver: Solver,
+        batch: Batch,
+        name: list[str] | tuple[str, ...] | None = None,
+        values: Mapping[str, ArrayLike | Sequence[float]] | None = None,
+        *,
+        max_steps: int = 256,
+        jac: Mode | None = None,
+    ) -> dict[str, Profile[Model]]: ...
+    @entrance
+    def profile(
+        self,
+        solver: Solver,
+        batch: Batch,
+        name: str | Sequence[str] | None = None,
+        values: Any = None,
+        *,
+        max_steps: int = 256,
+        jac: Mode | None = None,
+    ) -> Profile[Model] | dict[str, Profile[Model]]:
+        r"""Follows the likelihood along parameters, with all others at their best.
 
         ```python
         profile = trainer.profile(solver, batch, "power")
         profile.values, profile.delta
         vernal.plot.profile(profile)
+
+        profiles = trainer.profile(solver, batch)
+        profiles["power"].delta
         ```
 
         Where the likelihood is normal, $\Delta\chi^2$ is the parabola of the standard
-        error. One compiled program goes from the minimum to both sides, from each value
-        to the next. A projector is not used: all parameters are free.
+        error. One compiled program finds all points of all parameters: from each value
+        to the next by Newton steps in a space that is whitened at the minimum. The
+        solver takes over where these do not converge. A projector is not used: all
+        parameters are free.
 
         **Arguments:**
 
         - `solver`: as for [`vernal.Trainer.solve`][]. It must minimise the likelihood.
         - `batch`: all of the data.
         - `name`: one element of the parameters, as reports name it: `"power"`,
-            `"wfe[6]"`.
-        - `values`: the values of that element. By default 21, as far as three standard
-            errors on either side, within the bounds.
+            `"wfe[6]"`. Or a sequence of elements and selectors (see
+            [`vernal.split`][]); by default all elements.
+        - `values`: the values of that element; of several, a dictionary of them by
+            name. By default 21, as far as three standard errors on either side, within
+            the bounds.
         - `max_steps`: the most steps of the solver for each value.
         - `jac`: as for [`vernal.Trainer.solve`][].
 
         **Returns:**
 
-        A [`vernal.Profile`][]. A warning names values at which the solver finds no
-        minimum, or at which the likelihood is higher than at the minimum.
+        A [`vernal.Profile`][] of one name; otherwise a dictionary of them by the names
+        of elements. A warning names values at which the solver finds no minimum, or at
+        which the likelihood is higher than at the minimum.
 
         **Raises:**
 
         - as [`vernal.Trainer.fisher`][] and [`vernal.Trainer.solve`][].
         - `UnknownPathError`: if there is no such parameter.
-        - `ValueError`: if it is frozen or tied, or has several elements; if the trainer
-            is not at a minimum; if `solver` minimises something else than the
-            likelihood; or if `values` are not finite, or outside of the bounds.
+        - `ValueError`: if it is frozen or tied, or one name has several elements; if
+            the trainer is not at a minimum; if `solver` minimises something else than
+            the likelihood; or if `values` are not finite, or outside of the bounds.
         """
         require_precision(self)
         options = ProfileOptions(max_steps, jac)
@@ -905,8 +935,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         An interval ends where $\Delta\chi^2$, as of [`vernal.Trainer.profile`][],
         reaches the quantile of $\chi^2$ with one degree of freedom at `level`. Where
         the likelihood is normal these are the value plus and minus standard errors;
-        else they are honest where those are not. One compiled program searches both
-        sides of all parameters.
+        else they are honest where those are not. Both sides of all parameters are
+        searched at once, by the program of `profile`.
 
         See James and Roos, *Minuit: a system for function minimization and analysis of
         the parameter errors and correlations*, Computer Physics Communications 10

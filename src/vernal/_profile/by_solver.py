@@ -1,0 +1,65 @@
+"""A minimum with some elements held, by the solver that a user gives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._constraints import Bounds
+from .._minimum import distance_of, settled
+from .._policy import StopReason
+from .._program import program
+from .._projection import make_projector
+from .._solve import IS_OVER, REASONS, End, Problem, Start, run_solver
+from .._step import live, with_bounds
+from .._tree import ravel, unravel
+from .conditional import Held, Space
+
+# How often other elements may be held at their bounds.
+_MOST_ROUNDS = 8
+
+
+def by_solver(
+    space: Space, problem: Problem, held: Held, flat: Any, goal: Int[Array, ""]
+) -> tuple[Any, float, bool]:
+    """Solves from a point, in rounds if there are bounds.
+
+    Returns the parameters, the negative log-likelihood, and whether they are a minimum.
+    """
+    # Where it is not finite, no solver moves.
+    lowest, reason = float(space.nll(jnp.asarray(flat))), StopReason.NON_FINITE
+    for _ in range(_MOST_ROUNDS if np.isfinite(lowest) else 0):
+        found = run_round(space, problem, held, flat, goal)
+        flat, nll, end = jax.device_get(found)
+        has_fallen, lowest = nll < lowest, float(nll)
+        reason = settled(REASONS[end.reason], distance_of(end.local))
+        if end.is_settled or reason in IS_OVER or not has_fallen:
+            break
+    return flat, lowest, reason is StopReason.CONVERGED
+
+
+@program
+def run_round(
+    space: Space,
+    problem: Problem,
+    held: Held,
+    flat: Float[Any, " D"],
+    goal: Int[Array, ""],
+) -> tuple[Array, Array, End]:
+    """Runs the solver; an interval of one value holds an element."""
+    params = space.trainer.params
+    limits = [jnp.where(held.flags, held.goal, limit) for limit in space.limits()]
+    bounds = Bounds.between(*(unravel(limit, params) for limit in limits))
+    here = live(with_bounds(space.trainer, bounds), unravel(flat, params))
+    here = live(here, bounds.clip(here.params))
+    projector = make_projector(space.metric, here.params, "")
+    latent = jnp.zeros(projector.latent_size, projector.latent_like.dtype)
+    infinite = jnp.full((), jnp.inf, jnp.result_type(float))
+    none = jnp.full_like(infinite, jnp.nan)
+    state: Any = here.state
+    begin = Start(latent, here.params, state, infinite, jnp.array(False), none)
+    end = run_solver(here, projector, begin, problem, goal)
+    ended = ravel(end.params, flat.dtype)
+    return ended, space.nll(ended), end

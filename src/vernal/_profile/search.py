@@ -1,0 +1,64 @@
+"""Where the likelihood has fallen by a given amount, on one side of a minimum."""
+
+import math
+from collections.abc import Generator
+
+# In standard errors.
+_FARTHEST = 2.0**18
+_LONGEST = 8.0
+
+_TOLERANCE = 1e-6
+_MOST_POINTS = 48
+# Where interpolation is slow, halving is not.
+_INTERPOLATIONS = 16
+
+
+def search(
+    root: float, farthest: float, noise: float
+) -> Generator[float, float, float]:
+    r"""Searches for the distance where $\sqrt{\Delta\chi^2}$ is `root`.
+
+    Distances are in standard errors: where the likelihood is normal, the two are equal.
+    It yields the distance to try next, and is sent the excess over `root` there, whose
+    rounding error is `noise`.
+
+    Returns the distance: `farthest` if the bound is there, infinite if the likelihood
+    does not fall so far, and NaN if it is not finite before it does.
+    """
+    before, low, high = (0.0, -root), (0.0, -root), (math.inf, math.inf)
+    # Halved where one stays twice (the Illinois rule).
+    weight = {"low": 1.0, "high": 1.0}
+    last, t = "low", min(root, farthest)
+    for tried in range(1, _MOST_POINTS + 1):
+        excess = yield t
+        if abs(excess) <= max(_TOLERANCE, noise):
+            return t
+        side, other = ("low", "high") if excess <= 0 else ("high", "low")
+        weight[side] = 1.0
+        if side == last:
+            weight[other] /= 2
+        last = side
+        if side == "low":
+            before, low = low, (t, excess)
+            if t >= farthest:
+                return farthest
+        else:
+            high = t, excess
+        if math.isinf(high[0]):
+            if t >= _FARTHEST:
+                return math.inf
+            # On the line through the last two.
+            rise = (low[1] - before[1]) / (low[0] - before[0])
+            longest = _LONGEST * low[0]
+            t = min(low[0] - low[1] / rise, longest) if rise > 0 else longest
+            t = min(t, farthest)
+            continue
+        if high[0] - low[0] <= noise * high[0]:
+            break
+        below, above = weight["low"] * low[1], weight["high"] * high[1]
+        t = math.nan
+        if math.isfinite(above) and tried < _INTERPOLATIONS:
+            t = (low[0] * above - high[0] * below) / (above - below)
+        if not low[0] < t < high[0]:
+            t = (low[0] + high[0]) / 2 if low[0] > 0 else high[0] / _LONGEST
+    return t if math.isfinite(high[1]) else math.nan
