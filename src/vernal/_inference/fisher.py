@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from .._curvature import matmul
 from .._data import as_batch
-from .._step import AbstractTrainer, defined
+from .._step import AbstractTrainer, bijections_of, defined, in_free_coordinates
 from .._tree import as_parameters, ravel_dtype
 from .derivatives import Passes, derive, require_finite
 
@@ -24,6 +24,7 @@ def fisher(
 ) -> Any:
     """Implements `Trainer.fisher`."""
     require_likelihood(trainer, "A Fisher matrix")
+    _refuse_resized(trainer, "fisher")
     kind = "fisher" if "residuals" in defined(trainer) else "nll"
     return matrices(trainer, batch, kind, blocks, passes)
 
@@ -32,7 +33,24 @@ def curvature(
     trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> Any:
     """Implements `Trainer.curvature`."""
+    _refuse_resized(trainer, "curvature")
     return matrices(trainer, batch, "loss", blocks, passes)
+
+
+def _refuse_resized(trainer: AbstractTrainer, name: str) -> None:
+    """Refuses the matrix of elements that are not free of each other."""
+    bijections = bijections_of(trainer)
+    if bijections is None:
+        return
+    free = in_free_coordinates(trainer).params
+    for path in bijections.resized(free, trainer.params):
+        raise ValueError(
+            f"`{name}` is of the elements of the parameters, and those of {path!r} are "
+            "not free of each other: its bijection has another number of free "
+            "coordinates, and the inverse of the matrix would not be a covariance. "
+            "`whiten`, `standard_errors`, `report` and `propagate` use the free "
+            "coordinates."
+        )
 
 
 def has_likelihood(trainer: AbstractTrainer) -> bool:

@@ -23,7 +23,7 @@ from .._curvature import (
 )
 from .._program import program
 from .._projection import DenseWhitening
-from .._step import AbstractTrainer, bounds_of, live, stripped
+from .._step import AbstractTrainer, bounds_of, in_free_coordinates, live, stripped
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around
 
@@ -42,6 +42,7 @@ def propagate(
             f"`fn` is {fn!r}, but must be a function of the model: `fn(model)`."
         )
     takes(fn, 1, "fn", "fn(model)")
+    trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, jac, "A propagated error")
     scale = here.error_scale(scale_errors)
     return propagated(trainer, fn, here, scale)
@@ -149,6 +150,7 @@ def draw(
     """Implements `Trainer.draw`."""
     refuse_program("draw", trainer, key, batch)
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
+    trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, jac, "A draw from the likelihood")
     params = as_parameters(trainer.params)
     held = {element_name(params, int(index)) for index in np.flatnonzero(here.held)}

@@ -5,7 +5,7 @@ from typing import Any
 from .._boundary import refuse_program
 from .._curvature import Mode
 from .._minimum import edm_note
-from .._step import AbstractTrainer
+from .._step import AbstractTrainer, in_free_coordinates
 from .._tree import aligned
 from .expansion import around
 from .rows import rows
@@ -17,7 +17,7 @@ _MOST_ROWS = 64
 def table(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> str:
     """Implements `Trainer.table`."""
     refuse_program("table", trainer, batch)
-    here = note = None
+    trainer, here, note = in_free_coordinates(trainer), None, None
     if batch is not None:
         here = around(trainer, batch, jac, "A standard error")
         if here.distance is not None:

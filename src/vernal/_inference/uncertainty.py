@@ -20,15 +20,19 @@ from .._program import Version, version_of
 from .._projection import EigenProjector, NullPolicy, whiten_spectrum
 from .._step import (
     AbstractTrainer,
+    bijections_of,
     bounds_of,
     defined,
+    in_free_coordinates,
     live,
     negative_log_likelihood,
     step_key,
     stripped,
+    template_of,
 )
 from .._tree import as_parameters, ravel, ravel_size, unravel
 from .derivatives import Passes, derive
+from .elements import elements_of, held_elements, whitening_of_elements
 from .fisher import require_likelihood
 from .whiten import hessian_rtol, in_own_precision, of_spectrum, whiten_all
 
@@ -37,13 +41,15 @@ def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> P
     """Implements `Trainer.standard_errors`."""
     require_likelihood(trainer, "A standard error")
     # No projector: if the data constrain nothing at all, there is none.
+    trainer = in_free_coordinates(trainer)
     whitening = whiten_all(trainer, batch, Passes(jac=jac), NullPolicy(on_null="prior"))
+    whitening = whitening_of_elements(trainer, whitening)
     errors = jnp.asarray(whitening.errors_of_the_data())
     if bounds_of(trainer) is not None:
         kind = "jacobian" if "residuals" in defined(trainer) else "nll"
         held = derive(trainer, batch, kind, None, Passes(jac=jac), holds=True).held
-        errors = jnp.where(held, jnp.nan, errors)
-    return unravel(errors, as_parameters(trainer.params))
+        errors = jnp.where(held_elements(trainer, held), jnp.nan, errors)
+    return unravel(errors, as_parameters(elements_of(trainer)))
 
 
 def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
@@ -52,6 +58,7 @@ def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Par
     There are none if derivatives are not finite, or the point is not a minimum.
     """
     require_likelihood(trainer, "A standard error")
+    trainer = in_free_coordinates(trainer)
     params, nulls = as_parameters(trainer.params), NullPolicy(on_null="prior")
     passes = Passes(jac=jac)
     if "residuals" in defined(trainer):
@@ -75,8 +82,9 @@ def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Par
         spectrum, eps = Spectrum(1 / scale, values, vectors), rtol
         nulls = nulls.or_rtol(rtol)
         whitening = whiten_spectrum(spectrum, params, nulls, eps, "")
-    known = jnp.where(is_good & ~held, whitening.errors_of_the_data(), jnp.nan)
-    return unravel(known, params)
+    errors = whitening_of_elements(trainer, whitening).errors_of_the_data()
+    is_good &= ~held_elements(trainer, held)
+    return unravel(jnp.where(is_good, errors, jnp.nan), elements_of(trainer))
 
 
 def _potential(
@@ -94,12 +102,15 @@ def _potential(
     # The present version, since it may be called without a program.
     with version_of((trainer, batch)).context():
         key, bounds = step_key(trainer), bounds_of(trainer)
+        within = params if bounds is None else bounds.clip(params)
+        value = negative_log_likelihood(live(trainer, within), batch, key)
+        if (bijections := template_of(trainer).bijections) is not None:
+            # It is the density of the parameters, not that of free coordinates.
+            value -= bijections.log_abs_det(params).astype(value.dtype)
         if bounds is None:
-            return negative_log_likelihood(live(trainer, params), batch, key)
+            return value
         # In a latent space rounding moves what is on a bound.
         errors = None if projector is None else projector.standard_errors()
-        within = live(trainer, bounds.clip(params))
-        value = negative_log_likelihood(within, batch, key)
         return jnp.where(bounds.contain(params, errors), value, jnp.inf)
 
 
@@ -108,6 +119,14 @@ def objective(
 ) -> tuple[jax.tree_util.Partial, PyTree]:
     """Implements `Trainer.objective`."""
     require_likelihood(trainer, "The posterior of a sampler")
+    if (bijections := bijections_of(trainer)) is not None:
+        own, trainer = trainer.params, in_free_coordinates(trainer)
+        for path in bijections.resized(trainer.params, own):
+            raise ValueError(
+                f"`objective` is the density of the elements of the parameters, and "
+                f"{path!r} has none: its bijection has another number of free "
+                "coordinates. Write that parameter in free coordinates, in the model."
+            )
     params = as_parameters(trainer.params)
     start = ravel(params) if trainer.projector is None else trainer.latent
     # A pytree, and hashable, as an argument of `jax.jit` must be.

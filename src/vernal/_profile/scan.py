@@ -28,7 +28,13 @@ from .._solve import (
     is_least_squares,
     whitened_without_signs,
 )
-from .._step import AbstractTrainer, bounds_of, defined, stripped
+from .._step import (
+    AbstractTrainer,
+    bounds_of,
+    defined,
+    in_free_coordinates,
+    stripped,
+)
 from .held import Point, Scan
 
 # A likelihood that is lower by less than this is the same, beside rounding.
@@ -50,7 +56,7 @@ def prepare(
     encoded, _ = checked_solver(solver, options.max_steps, "max_steps")
     require_likelihood(trainer, "A profile of the likelihood")
     _require_same(trainer, solver)
-    batch = as_batch(batch)
+    batch, trainer = as_batch(batch), in_free_coordinates(trainer)
     here = around(trainer, batch, options.jac, "A profile of the likelihood")
     note = None if here.distance is None else edm_note(here.distance, trainer.params)
     if note is not None:

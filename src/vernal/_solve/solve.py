@@ -38,6 +38,7 @@ from .._step import (
     bounds_of,
     count_non_finite,
     diagnosed,
+    in_free_coordinates,
     initial_opt_state,
     live,
     non_finite_error,
@@ -57,6 +58,7 @@ from .problem import (
     Start,
     checked_solver,
     find_bad_alone,
+    in_parameters,
     is_suspect,
     progress_at,
     run,
@@ -131,7 +133,7 @@ class _Rounds:
     def __init__(
         self, trainer: AbstractTrainer, problem: Problem, place: AbstractPlacement
     ):
-        placed = place.put(trainer)
+        placed = in_free_coordinates(place.put(trainer))
         self._trainer, self._placed, self._place = trainer, placed, place
         self._problem, self._stripped = problem, stripped(placed)
         self._projector, self._held = placed.projector, Start.of(placed)
@@ -222,7 +224,7 @@ class _Rounds:
             reason = StopReason.NON_FINITE if np.any(bad) else reason
         count = np.asarray(start + len(losses), old.step_count.dtype)
         end = end._replace(step_count=jnp.asarray(count))
-        optimiser = self._trainer.optimiser
+        optimiser, end = self._trainer.optimiser, in_parameters(end, self._trainer)
         opt_state = initial_opt_state(optimiser, end.params, end.latent)
         progress = progress_at(end, old, opt_state, counts)
         history = History(np.arange(start, start + len(losses)), losses)

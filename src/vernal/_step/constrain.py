@@ -22,6 +22,7 @@ from .._tree import cast_like, paths, require_alike
 from .abstract_trainer import (
     AbstractTrainer,
     bounds_of,
+    in_free_coordinates,
     overrides,
     template_of,
 )
@@ -46,11 +47,15 @@ def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
         return bounds.clip
 
     def clip(params: PyTree) -> PyTree:
-        model = template_of(trainer).join(params)
+        template = template_of(trainer)
+        model = template.join(params)
         constrained = live(trainer, params).constrain(model)
         require_alike(constrained, model, "what `constrain` returns", given)
-        params = cast_like(template_of(trainer).trained(constrained), params)
-        return params if bounds is None else bounds.clip(params)
+        new = template.trained(constrained)
+        if template.bijections is not None:
+            new = template.bijections.moved(params, template.trained(model), new)
+        new = cast_like(new, params)
+        return new if bounds is None else bounds.clip(new)
 
     return clip
 
@@ -209,6 +214,7 @@ def check_elementwise(trainer: AbstractTrainer) -> None:
     is_coupled = trainer.projector is not None and overrides(trainer, "constrain")
     if not is_coupled or isinstance(trainer.step_count, Tracer):
         return
+    trainer = in_free_coordinates(trainer)
     clip = clip_of(trainer, "what it was given")
     if coupled(trainer, clip) is None:
         return

@@ -26,7 +26,10 @@ from .._projection import EigenProjector
 from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
 from .abstract_trainer import (
     AbstractTrainer,
+    bijections_of,
     bounds_of,
+    from_free_coordinates,
+    in_free_coordinates,
     is_constrained,
     overrides,
     progress_of,
@@ -188,8 +191,8 @@ def advance_bare(
         trainer.nan_policy, jnp.zeros_like(loss), shown, old.policy_state
     )
     few = lambda tree: [x for x in _inexact(tree) if x.size <= _FEW]
-    # A projector may overflow for latent coordinates that are finite.
-    others = () if trainer.projector is None else jax.tree.leaves(moved.params)
+    # A projector or a bijection may overflow for coordinates that are finite.
+    others = () if old.latent is None else jax.tree.leaves(moved.params)
     is_bad = any_non_finite((loss, *jax.tree.leaves(grads), *others))
     is_bad |= any_non_finite(few(moved.opt_state)) & ~any_non_finite(
         few(begin.opt_state)
@@ -247,12 +250,31 @@ def _move(
     value: Callable[[PyTree], Array],
 ) -> _Moved:
     """Applies the optimiser, in the latent space if there is one."""
-    old = progress_of(trainer)
-    projector = trainer.projector
     if overrides(trainer, "transform_grads"):
         changed = trainer.transform_grads(grads, trainer.model)
         what = "what `transform_grads` returns"
         grads = cast_alike(changed, grads, what, _INPUT, _LIKE_INPUT)
+    bijections = bijections_of(trainer)
+    if bijections is None:
+        return _update(trainer, grads, loss, state, value)
+    inner = in_free_coordinates(trainer)
+    own, pull = jax.vjp(bijections.forward, inner.params)
+    (grads,) = pull(cast_like(grads, own))
+    value_fn = lambda free: value(bijections.forward(free))
+    moved = _update(inner, grads, loss, state, value_fn)
+    params, latent = from_free_coordinates(trainer, moved.params, moved.latent)
+    return moved._replace(params=params, latent=latent)
+
+
+def _update(
+    trainer: AbstractTrainer,
+    grads: PyTree,
+    loss: Array,
+    state: PyTree,
+    value: Callable[[PyTree], Array],
+) -> _Moved:
+    """Applies the optimiser to the coordinates that it moves."""
+    old, projector = progress_of(trainer), trainer.projector
     goal = None
     if bounds_of(trainer) is not None:
         _refuse_coupled(old.opt_state)

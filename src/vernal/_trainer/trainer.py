@@ -19,7 +19,7 @@ from .._boundary import (
     refuse_traced,
     refuse_unknown,
 )
-from .._constraints import Bounds, Priors, as_ties
+from .._constraints import Bijections, Bounds, Priors, as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
@@ -62,6 +62,7 @@ from .._step import (
     error_if_stopped,
     find_trained,
     fit_projector,
+    in_free_coordinates,
     initial_opt_state,
     initial_progress,
     is_constrained,
@@ -70,6 +71,7 @@ from .._step import (
     precision_of,
     prepared_config,
     raise_if_non_finite,
+    refuse_own_projector,
     replaced_fields,
     reproject,
     require_precision,
@@ -130,6 +132,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
     projector: EigenProjector | Any
     key: PRNGKeyArray | None
     _bounds: Bounds | None
+    _bijections: Bijections | None
     _priors: Priors | None
     _template: ModelTemplate
     _progress: Progress
@@ -199,16 +202,23 @@ class Trainer(AbstractTrainer[Model, Batch]):
         owners = find_trained(model, self.optimiser, train, projector, tied)
         params = parameters(model, owners)
         self._template = ModelTemplate(model, owners, tied)
-        self._bounds, self._priors = constraints(self._template, params, bounds, priors)
+        self._bounds, self._bijections, self._priors = constraints(
+            self._template, params, bounds, priors
+        )
         if self._bounds is not None:
             params = self._bounds.required(params)
+        free = params
+        if self._bijections is not None:
+            refuse_own_projector(projector, "projector")
+            free = self._bijections.required(params)
         self.projector, latent = fit_projector(
             projector,
             params,
             self.optimiser,
             constrained=is_constrained(self),
         )
-        check_ruled(self.optimiser, params)
+        check_ruled(self.optimiser, params, free)
+        latent = latent if free is params else free
         self._progress = initial_progress(
             params,
             latent,
@@ -573,6 +583,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             names: the result then has no optimiser, and can `solve`.
         """
         require_precision(self)
+        if self._bijections is not None:
+            refuse_own_projector(projector, "projector")
         return reproject(self, projector, optimiser)
 
     @entrance
@@ -616,7 +628,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)
         projector = whitened(self, batch, blocks, Passes(batch_size, jac), options)
-        return self.reproject(projector, optimiser)
+        return reproject(self, projector, optimiser)
 
     @entrance
     def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Model:
@@ -958,12 +970,13 @@ class Trainer(AbstractTrainer[Model, Batch]):
             raise no_optimiser(self)
         refuse_traced("learning_rates", self)
         with precision_of(self):
+            inner = in_free_coordinates(self)
             return learning_rates(
                 self.optimiser,
                 self.opt_state,
-                self.params,
+                inner.params,
                 self.projector,
-                self.latent,
+                inner.latent,
             )
 
     @entrance
