@@ -137,7 +137,7 @@ def as_bijection(given: Any, path: str, leaf: Array) -> Closure:
     for names in (_INVERSE, _FORWARD):
         try:
             shape = jax.eval_shape(_method(given, names), shape)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"`bounds`: the bijection of {path!r} cannot be evaluated for shape "
                 f"{shape.shape}: {error}"

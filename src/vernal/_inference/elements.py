@@ -53,6 +53,7 @@ def _pushed(
         scale=scale,
         vectors=moved.astype(scale.dtype) / scale[:, None],
         null_vectors=jnp.zeros((scale.size, 0), scale.dtype),
+        eigenvalues=jnp.full_like(scale, jnp.nan),
     )
 
 

@@ -166,7 +166,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             parameters never leave them. `solve` and a fit that has converged end at the
             lowest loss within the bounds, on a bound where it lies there; a parameter
             that the loss pushes against its bound is held there for the errors of the
-            others.
+            others. In the place of a pair may be a [`vernal.Bijection`][], or one of
+            NumPyro, flowjax or distreqx: the fit then moves its free coordinates.
         - `ties`: a dictionary from selectors to what they follow: the path of another
             parameter, or a function of the model. `{"b.width": "a.width", "c.width":
             lambda model: 2 * model.a.width}`. A tied parameter is not free.
@@ -185,7 +186,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             argument is of the wrong kind.
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train; if the projector does not fit; if
-            bounds are the wrong way round, or the start is outside of them; if ties go
+            bounds are the wrong way round, or the start is outside of them, or is not
+            what a bijection can return; if ties go
             round in a circle; or if a frozen parameter has a bound or a prior.
         """
         check_arguments(nan_policy, projector, key)
@@ -578,6 +580,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:**
 
         - `projector`: the projector; `None` to continue in the parameters themselves.
+            With a bijection in `bounds` it must be `None`: see `whiten`.
         - `optimiser`: an optimiser for that space. By default the present one; but a
             [`vernal.ParamOptimiser`][] cannot go into a space where parameters have no
             names: the result then has no optimiser, and can `solve`.
