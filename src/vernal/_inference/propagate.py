@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._boundary import PyTree, prng_key, refuse_program, takes, whole_number
+from .._boundary import (
+    PyTree,
+    in_few_words,
+    prng_key,
+    refuse_program,
+    takes,
+    whole_number,
+)
 from .._closure import Closure
 from .._curvature import (
     Flat,
@@ -39,7 +46,8 @@ def propagate(
     refuse_program("propagate", trainer, batch)
     if not callable(fn):
         raise TypeError(
-            f"`fn` is {fn!r}, but must be a function of the model: `fn(model)`."
+            f"`fn` is {in_few_words(fn)}, but must be a function of the model: "
+            "`fn(model)`."
         )
     takes(fn, 1, "fn", "fn(model)")
     trainer = in_free_coordinates(trainer)

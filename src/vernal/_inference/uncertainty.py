@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._boundary import Params, PyTree
+from .._closure import Closure
 from .._curvature import (
     Mode,
     Spectrum,
@@ -29,11 +31,13 @@ from .._step import (
     step_key,
     stripped,
     template_of,
+    tied_words,
 )
-from .._tree import as_parameters, ravel, ravel_size, unravel
+from .._tree import as_parameters, by_path, ravel, ravel_size, unravel
 from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
 from .fisher import require_likelihood
+from .propagate import run_propagate
 from .whiten import hessian_rtol, in_own_precision, of_spectrum, whiten_all
 
 
@@ -52,10 +56,13 @@ def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> P
     return unravel(errors, as_parameters(elements_of(trainer)))
 
 
-def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
+def errors_or_nan(
+    trainer: AbstractTrainer, batch: Any, jac: Mode | None
+) -> tuple[Params, dict[str, Array]]:
     """Returns the standard errors, NaN where there are none, in a compiled program.
 
-    There are none if derivatives are not finite, or the point is not a minimum.
+    There are none if derivatives are not finite, or the point is not a minimum. Behind
+    them are those of tied parameters, by path.
     """
     require_likelihood(trainer, "A standard error")
     trainer = in_free_coordinates(trainer)
@@ -83,8 +90,19 @@ def errors_or_nan(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Par
         nulls = nulls.or_rtol(rtol)
         whitening = whiten_spectrum(spectrum, params, nulls, eps, "")
     errors = whitening_of_elements(trainer, whitening).errors_of_the_data()
-    is_good &= ~held_elements(trainer, held)
-    return unravel(jnp.where(is_good, errors, jnp.nan), elements_of(trainer))
+    is_known = is_good & ~held_elements(trainer, held)
+    own = unravel(jnp.where(is_known, errors, jnp.nan), elements_of(trainer))
+    if not (names := tied_words(trainer)):
+        return own, {}
+    scale = jnp.where(held, 0, whitening.scale)
+    moved = eqx.tree_at(lambda w: w.scale, whitening, scale)
+    tied = lambda model: {p: by_path(model).by_name()[p] for p in names}
+    closure, one = Closure.encode(tied), jnp.ones(())
+    _, found = run_propagate(stripped(trainer), closure, moved, one)
+    # What follows only elements that are held has no error.
+    is_still = lambda e: (e == 0) & jnp.any(held)
+    clear = lambda e: jnp.where(is_good & ~is_still(e), e, jnp.nan)
+    return own, jax.tree.map(clear, found)
 
 
 def _potential(

@@ -18,6 +18,7 @@ from .abstract_trainer import (
     progress_of,
     stripped,
     template_of,
+    tied_words,
     with_bounds,
     with_progress,
 )

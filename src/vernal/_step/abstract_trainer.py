@@ -178,6 +178,12 @@ def template_of(trainer: AbstractTrainer) -> ModelTemplate:
     return trainer._template
 
 
+def tied_words(trainer: AbstractTrainer) -> dict[str, str]:
+    """Returns what a table says of each tied parameter, by path."""
+    ties = trainer._template.ties
+    return {} if ties is None else ties.words
+
+
 def bounds_of(trainer: AbstractTrainer) -> Bounds | None:
     """Returns the intervals that the parameters lie in, if there are any."""
     return trainer._bounds

@@ -34,7 +34,7 @@ from .abstract_trainer import (
     overrides,
     progress_of,
 )
-from .constrain import clip_of, coupled, project
+from .constrain import clip_of, coupled, project, refuse_mixing
 from .objective import live, score, step_key
 from .progress import Best, Progress, count_non_finite, held_best, ranked
 
@@ -276,8 +276,7 @@ def _update(
     """Applies the optimiser to the coordinates that it moves."""
     old, projector = progress_of(trainer), trainer.projector
     goal = None
-    if bounds_of(trainer) is not None:
-        _refuse_coupled(old.opt_state)
+    refuse_mixing(trainer)
     clip = clip_of(trainer, _INPUT) if is_constrained(trainer) else None
     metric = None if clip is None else coupled(trainer, clip)
     if projector is None:
@@ -311,17 +310,6 @@ def _update(
             latent = jax.tree.map(pick, projector.to_latent(params), latent)
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
     return _Moved(params, latent, cast_like(opt_state, old.opt_state), state)
-
-
-def _refuse_coupled(opt_state: PyTree) -> None:
-    """Refuses L-BFGS with bounds: it moves what is free together with what is held."""
-    is_lbfgs = lambda node: type(node).__name__ == "ScaleByLBFGSState"
-    if any(map(is_lbfgs, jax.tree.leaves(opt_state, is_leaf=is_lbfgs))):
-        raise ValueError(
-            "`optimiser` is an L-BFGS, which knows of no `bounds`: it would not end at "
-            "the best point within them. Use a solver, `trainer.solve(optx.LBFGS(1e-8, "
-            "1e-8), batch)`, or an optimiser such as Adam."
-        )
 
 
 def _within(
