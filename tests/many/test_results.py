@@ -168,7 +168,7 @@ def test_names_that_are_taken():
             return model["edm"] * model["b"][0] - batch
 
     model = {"edm": jnp.asarray(1.0), "b": jnp.ones((1, 2))}
-    result = vn.fit_many([Fit(model)] * 2, jnp.ones(2), 9, solver=LM)
+    result = vn.fit_many([Fit(model)] * 3, jnp.ones(2), 9, solver=LM)
     names = list(result.to_dict())
     assert names == ["b[0,0]", "b[0,1]", "edm", "best_loss", "<edm>", "stop_reason"]
 

@@ -131,7 +131,7 @@ def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -
     rows = [
         (where, leaf.shape)
         for where, leaf in spelled_leaves("data", data)
-        if getattr(leaf, "shape", ())[:1] == (size,)
+        if isinstance(leaf, jax.Array | np.ndarray) and leaf.shape[:1] == (size,)
     ]
     if not rows:
         return
