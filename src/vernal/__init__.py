@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import likelihoods as likelihoods
 from ._boundary import (
     ObjectiveWarning as ObjectiveWarning,
     PrecisionWarning as PrecisionWarning,
@@ -18,8 +19,10 @@ from ._curvature import (
 )
 from ._data import (
     Minibatches as Minibatches,
+    Omitted as Omitted,
     Stream as Stream,
     StreamExhaustedError as StreamExhaustedError,
+    omit as omit,
 )
 from ._devices import PeerError as PeerError
 from ._fit import FitResult as FitResult

@@ -1,11 +1,14 @@
 """Least-squares problems with bounds.
 
 The functions are those of Moré, Garbow and Hillstrom, *Testing unconstrained
-optimization software*, ACM Transactions on Mathematical Software 7 (1981). The bounds
-cut off the unbounded minimum of most of them.
+optimization software*, ACM Transactions on Mathematical Software 7 (1981), and some of
+NIST's reference data for nonlinear regression. The bounds cut off the unbounded minimum
+of most of them.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -199,6 +202,17 @@ def _same(size, value):
     return (float(value),) * size
 
 
+_FILE = Path(__file__).parents[2] / "examples" / "data" / "nist.json"
+_NIST = json.loads(_FILE.read_text(encoding="utf-8"))
+
+
+def _nist(name, model, low, high):
+    """One of NIST's data sets, from its second start."""
+    data = _NIST[name]
+    x, y = np.array(data["x"]), np.array(data["y"])
+    return Problem(lambda b: model(b, x) - y, tuple(data["starts"][1]), low, high)
+
+
 PROBLEMS = {
     "rosenbrock": Problem(rosenbrock, (-1.2, 1.0), (-50, 0), (0.5, 100)),
     "rosenbrock, inactive": Problem(rosenbrock, (-1.2, 1.0), (-2, -2), (2, 2)),
@@ -267,5 +281,27 @@ PROBLEMS = {
     "penalty": Problem(penalty, (1.0, 2.0, 3.0, 0.9), (0, 1, 0, 0), (100, 100, 100, 1)),
     "variably dimensioned": Problem(
         variably_dimensioned, (0.75, 0.5, 0.25, 0.0), (0, 0, 0, 0), (10, 0.9, 10, 0.5)
+    ),
+    "misra1a": _nist(
+        "Misra1a", lambda b, x: b[0] * (1 - jnp.exp(-b[1] * x)), (245, 0), (INF, 1)
+    ),
+    "boxbod": _nist(
+        "BoxBOD", lambda b, x: b[0] * (1 - jnp.exp(-b[1] * x)), (0, 0.7), (500, 2)
+    ),
+    "chwirut2": _nist(
+        "Chwirut2",
+        lambda b, x: jnp.exp(-b[0] * x) / (b[1] + b[2] * x),
+        (0, 0.0055, 0),
+        (INF, INF, 0.011),
+    ),
+    "gauss1": _nist(
+        "Gauss1",
+        lambda b, x: (
+            b[0] * jnp.exp(-b[1] * x)
+            + b[2] * jnp.exp(-(((x - b[3]) / b[4]) ** 2))
+            + b[5] * jnp.exp(-(((x - b[6]) / b[7]) ** 2))
+        ),
+        (0, 0, 0, 0, 24, 0, 0, 0),
+        (98, INF, INF, 100, 30, 71.5, 300, INF),
     ),
 }

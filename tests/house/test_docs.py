@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 import vernal
+import vernal.likelihoods
 import vernal.plot
 from pages import PAGES, ROOT, python_of
 
@@ -16,10 +17,13 @@ PUBLIC = sorted(
     for name, value in vars(vernal).items()
     if not name.startswith("_") and not isinstance(value, ModuleType)
 )
-PLOTS = sorted(
-    name
-    for name, value in vars(vernal.plot).items()
-    if getattr(value, "__module__", None) == "vernal.plot" and not name.startswith("_")
+MODULES = {"likelihoods": vernal.likelihoods, "plot": vernal.plot}
+IN_MODULES = sorted(
+    f"{module}.{name}"
+    for module, found in MODULES.items()
+    for name, value in vars(found).items()
+    if not name.startswith("_")
+    and getattr(value, "__module__", "").startswith(("vernal._like", "vernal.plot"))
 )
 OUTPUT = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -30,7 +34,7 @@ def test_every_public_name_is_documented_once():
         for page in (ROOT / "docs" / "api").glob("*.md")
         for name in re.findall(r"^::: vernal\.(.+)$", page.read_text(), re.MULTILINE)
     ]
-    assert sorted(documented) == sorted([*PUBLIC, *(f"plot.{name}" for name in PLOTS)])
+    assert sorted(documented) == sorted([*PUBLIC, *IN_MODULES])
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -38,9 +42,10 @@ def test_public_name_has_a_docstring(name):
     assert (getattr(vernal, name).__doc__ or "").strip()
 
 
-@pytest.mark.parametrize("name", PLOTS)
-def test_public_plot_has_a_docstring(name):
-    assert (getattr(vernal.plot, name).__doc__ or "").strip()
+@pytest.mark.parametrize("name", IN_MODULES)
+def test_name_of_a_public_module_has_a_docstring(name):
+    module, name = name.split(".")
+    assert (getattr(MODULES[module], name).__doc__ or "").strip()
 
 
 # What everyone runs first is compiled as for everyone.

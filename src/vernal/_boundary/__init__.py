@@ -6,7 +6,14 @@ names the leaves of a tree; `frames` and `warnings` point to the user's code; `t
 and `debugging` see to what JAX is doing when a function is called.
 """
 
-from .arguments import boolean, file_path, prng_key, refuse_unknown, whole_number
+from .arguments import (
+    boolean,
+    file_path,
+    one_of,
+    prng_key,
+    refuse_unknown,
+    whole_number,
+)
 from .debugging import debugged, is_debugged, undebugged
 from .foreign import (
     has_been_deleted,

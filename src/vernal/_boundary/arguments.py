@@ -66,6 +66,16 @@ def file_path(value: Any, name: str) -> Path:
     return Path(path)
 
 
+def one_of(value: Any, names: Sequence[str], name: str) -> Any:
+    """Checks that an argument is one of several names."""
+    if isinstance(value, str) and value in names:
+        return value
+    *others, last = (f'"{known}"' for known in names)
+    raise ValueError(
+        f"`{name}` is {value!r}, but must be {', '.join(others)} or {last}."
+    )
+
+
 def refuse_unknown(
     options: Mapping[str, Any], known: Sequence[str], function: str
 ) -> None:

@@ -95,19 +95,25 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         scale_errors: bool = False,
         data_count: int | None = None,
         jac: Mode | None = None,
+        kind: Any = None,
     ) -> Report:
         """Reports how good the fit is, as [`vernal.Trainer.report`][], and its end."""
-        options = {"scale_errors": scale_errors, "data_count": data_count, "jac": jac}
-        report: Report = self._trainer.report(batch, **options)
+        options = {"scale_errors": scale_errors, "data_count": data_count}
+        how = {"jac": jac, "kind": kind}
+        report: Report = self._trainer.report(batch, **options, **how)
         return dataclasses.replace(report, stop_reason=self.stop_reason)
 
-    def table(self, batch: Any = None, *, jac: Mode | None = None) -> str:
+    def table(
+        self, batch: Any = None, *, jac: Mode | None = None, kind: Any = None
+    ) -> str:
         """Tabulates the parameters, as [`vernal.Trainer.table`][]."""
-        return self._trainer.table(batch, jac=jac)
+        return self._trainer.table(batch, jac=jac, kind=kind)
 
-    def standard_errors(self, batch: Any, *, jac: Mode | None = None) -> Model:
+    def standard_errors(
+        self, batch: Any, *, jac: Mode | None = None, kind: Any = None
+    ) -> Model:
         """Returns the standard errors, as [`vernal.Trainer.standard_errors`][]."""
-        return self._trainer.standard_errors(batch, jac=jac)
+        return self._trainer.standard_errors(batch, jac=jac, kind=kind)
 
     def explain(self) -> str:
         """Says why the fit ended, and what could still fall.

@@ -3,12 +3,21 @@
 `fisher` has the Fisher matrix, `whiten` the projector at the current point,
 `uncertainty` standard errors and the likelihood for samplers, `table` and `report` what
 there is to read, `propagate` errors of functions of the model. `derivatives` is the
-compiled program beneath them, `expansion` what it says of one point.
+compiled program beneath them, `laplace` the normal approximation that it makes, and
+`expansion` what else it says of one point.
 """
 
 from .derivatives import Passes, linearised
 from .expansion import around
-from .fisher import Blocks, curvature, fisher, has_likelihood, require_likelihood
+from .fisher import (
+    Blocks,
+    FisherKind,
+    curvature,
+    fisher,
+    has_likelihood,
+    require_likelihood,
+)
+from .laplace import ErrorKind, checked_kind
 from .propagate import draw, propagate
 from .report import report
 from .table import table

@@ -26,13 +26,16 @@ from .._program import program
 from .._projection import Block, find_blocks
 from .._step import (
     AbstractTrainer,
+    DataKind,
     bounds_of,
+    data_kind,
     explain_non_finite,
     live,
     negative_log_likelihood,
     pushed,
     real_residuals,
     score,
+    scoring_residuals,
     step_key,
     stripped,
 )
@@ -40,9 +43,10 @@ from .._tree import as_parameters
 
 # Kinds of derivatives: what is differentiated, how, and its name in messages.
 _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
-    "fisher": (real_residuals, gauss_newton_matrix, "residuals"),
-    "jacobian": (real_residuals, jacobian_of, "residuals"),
-    "spectrum": (real_residuals, spectrum_of, "residuals"),
+    "fisher": (scoring_residuals, gauss_newton_matrix, "residuals"),
+    "jacobian": (scoring_residuals, jacobian_of, "residuals"),
+    "spectrum": (scoring_residuals, spectrum_of, "residuals"),
+    "deviance": (real_residuals, jacobian_of, "residuals"),
     "nll": (negative_log_likelihood, expansion_of, "nll"),
     "loss": (lambda *args: score(*args).loss, expansion_of, "loss"),
 }
@@ -58,14 +62,19 @@ class Passes(NamedTuple):
 class Derived(NamedTuple):
     """Derivatives, one for each block, and what is known beside them.
 
-    `is_finite`: whether what was differentiated is. `value`: its value. `held`: which
-    elements are held at their bounds, in the order of `ravel`.
+    - `is_finite`: whether what was differentiated is.
+    - `value`: its value.
+    - `held`: which elements are held at their bounds, in the order of `ravel`.
+    - `deviances`: the residuals whose squares are the deviances of the data, then those
+        of priors, and `data`: what they are. `None` if none were differentiated.
     """
 
     found: tuple[Any, ...]
     is_finite: Bool[Array, ""]
     value: Array
     held: Bool[Array, " D"]
+    deviances: Float[Array, " N"] | None
+    data: DataKind | None
 
 
 def derive(
@@ -103,8 +112,8 @@ def linearised(
     every = (tuple(range(len(jax.tree.leaves(trainer.params)))),)
     holds = bounds_of(trainer) is not None
     args = stripped(trainer), as_batch(batch), "jacobian", every, None, jac, holds
-    (jacobian,), _, residuals, held = run_derive(*args)
-    return jacobian, residuals, held
+    derived = run_derive(*args)
+    return derived.found[0], derived.value, derived.held
 
 
 @program
@@ -125,7 +134,12 @@ def run_derive(
     # It is finite for all blocks or for none.
     fn, own = each[0]
     value = fn(own)
-    return Derived(found, all_finite(value), value, flat_flags(held, trainer.params))
+    flags, deviances, data = flat_flags(held, trainer.params), None, None
+    if name == "residuals":
+        key = step_key(trainer)
+        deviances = real_residuals(trainer, batch, key)
+        data = data_kind(trainer, batch, key)
+    return Derived(found, all_finite(value), value, flags, deviances, data)
 
 
 def _held(trainer: AbstractTrainer, batch: Any, kind: str) -> dict[str, Array]:

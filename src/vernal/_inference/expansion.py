@@ -19,39 +19,44 @@ from .._minimum import (
     spectral_distance,
     what_falls,
 )
-from .._projection import DenseWhitening, NullPolicy
-from .._step import AbstractTrainer, defined, prior_count, priors_of, template_of
+from .._projection import DenseWhitening
+from .._step import AbstractTrainer, DataKind, prior_count, priors_of, template_of
 from .._tree import as_parameters, by_path
-from .derivatives import Passes, derive, require_finite
 from .elements import elements_of, held_elements, whitening_of_elements
-from .fisher import require_likelihood
-from .whiten import checked_spectra, hessian_rtol, of_hessian, of_spectrum, reduced
-
-# Directions that the data do not constrain are kept, and marked.
-_NULLS = NullPolicy(on_null="prior")
+from .laplace import NULLS, ErrorKind, Laplace, laplace
+from .whiten import of_spectrum, reduced
 
 
 class Around(NamedTuple):
     """What one evaluation of the derivatives says of the surroundings of a point.
 
     - `whitening`: the map that whitens the parameters.
-    - `deviance`: twice the negative log-likelihood; of residuals, their chi-squared.
-    - `has_residuals`: whether it is that of residuals.
+    - `deviance`: twice the negative log-likelihood of the data.
+    - `data`: what `residuals` returned, `None` for an `nll`.
     - `data_count`: the number of data, `None` if it is not known.
     - `distance`: how far the point is from a minimum, `None` where there is none.
     - `held`: which elements are held at their bounds: they are not free.
     - `rank`: the number of directions that the data constrain.
-    - `has_priors`: whether there is more than the data.
+    - `kind`: which matrix the errors come from.
+    - `penalty`: twice the negative logarithm of the priors, `None` without any.
     """
 
     whitening: DenseWhitening
     deviance: float
-    has_residuals: bool
+    data: DataKind | None
     data_count: int | None
     distance: Distance | None
     held: Bool[np.ndarray, " D"]
     rank: int
-    has_priors: bool
+    kind: ErrorKind
+    penalty: float | None
+
+    @property
+    def chi_squared(self) -> float | None:
+        """The deviance, where it has the distribution of a chi-squared."""
+        if self.data is None or self.data.is_robust:
+            return None
+        return self.deviance
 
     @property
     def free_count(self) -> int:
@@ -66,17 +71,23 @@ class Around(NamedTuple):
     @property
     def reduced_chi_squared(self) -> float | None:
         """Chi-squared for each degree of freedom, if there is any."""
-        degrees = self.degrees_of_freedom or 0
-        return self.deviance / degrees if self.has_residuals and degrees > 0 else None
+        degrees, chi_squared = self.degrees_of_freedom or 0, self.chi_squared
+        return None if chi_squared is None or degrees <= 0 else chi_squared / degrees
 
     def error_scale(self, scale_errors: bool) -> float:
         """Returns the factor of errors whose scale is the scatter of the residuals."""
         if not boolean(scale_errors, "scale_errors"):
             return 1.0
-        if self.has_priors:
+        if self.penalty is not None:
             raise ValueError(
                 "`scale_errors` would scale the widths of the `priors` too, which are "
                 "known. Scale the residuals by their scatter, and leave it out."
+            )
+        if self.data is not None and self.data.has_scale:
+            raise ValueError(
+                "`scale_errors` takes the scale of the errors from the scatter of the "
+                "residuals, and the likelihoods of these data know their scale. Take "
+                'the errors from the scatter of the data: `kind="sandwich"`.'
             )
         if self.reduced_chi_squared is None:
             raise ValueError(
@@ -109,14 +120,19 @@ class Around(NamedTuple):
         return {path: piece.reshape(leaf.shape) for (path, leaf), piece in pairs}
 
 
-def around(trainer: AbstractTrainer, batch: Any, jac: Mode | None, what: str) -> Around:
+def around(
+    trainer: AbstractTrainer,
+    batch: Any,
+    what: str,
+    jac: Mode | None = None,
+    kind: ErrorKind | None = None,
+) -> Around:
     """Evaluates the derivatives at the current point, by the program of `whiten`.
 
     Priors are in the curvature, and not in the deviance, which is that of the data.
     """
-    require_likelihood(trainer, what)
-    of = _of_residuals if "residuals" in defined(trainer) else _of_nll
-    found = of(trainer, batch, jac)
+    here = laplace(trainer, batch, what, jac, kind)
+    found = (_of_residuals if here.spectrum else _of_nll)(trainer, batch, here)
     if not found.held.any():
         return found
     # Neither a draw nor a propagated error moves what is held.
@@ -125,33 +141,36 @@ def around(trainer: AbstractTrainer, batch: Any, jac: Mode | None, what: str) ->
     return found._replace(whitening=whitening)
 
 
-def _of_residuals(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
-    found = derive(trainer, batch, "jacobian", None, Passes(jac=jac), holds=True)
-    (jacobian,), is_finite, residuals, held = found
-    spectrum, slope, squares = reduced(jacobian, residuals)
-    (spectrum,), eps = checked_spectra(trainer, batch, (spectrum,), is_finite)
-    params = as_parameters(trainer.params)
-    whitening = of_spectrum(spectrum, params, _NULLS, "", eps)
+def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
+    derived, parts, spectrum = here.derived, here.reduced, here.spectrum
+    assert parts is not None
+    assert spectrum is not None
+    assert derived.deviances is not None
+    assert derived.data is not None
+    params, held = as_parameters(trainer.params), derived.held
+    size, rows = derived.deviances.size, prior_count(trainer)
+    data_count = int(derived.data.size)
 
     def distance() -> Distance:
-        parts = spectrum, slope, squares, residuals.size, held
-        return spectral_distance(*parts, params, trainer.projector)
+        sums = spectrum, parts.slope, parts.squares, data_count + rows, held
+        return spectral_distance(*sums, params, trainer.projector)
 
-    away, of_data = _distance(trainer, batch, "residuals", distance), whitening
-    data = np.asarray(residuals, float).ravel()[: residuals.size - prior_count(trainer)]
-    if data.size < residuals.size:
+    away, of_data = _distance(trainer, batch, "residuals", distance), here.whitening
+    if rows:
         # Directions that a prior alone constrains take no degree of freedom.
-        own = reduced(jacobian[: data.size], residuals[: data.size]).spectrum
-        of_data = of_spectrum(own, params, _NULLS, "", eps)
+        own = derived.found[0][: size - rows], derived.value[: size - rows]
+        of_data = of_spectrum(reduced(*own).spectrum, params, NULLS, "", here.eps)
+    deviances = np.asarray(derived.deviances, float)[: size - rows]
     return Around(
-        whitening=whitening,
-        deviance=float(np.sum(np.square(data))),
-        has_residuals=True,
-        data_count=data.size,
+        whitening=here.whitening,
+        deviance=float(np.sum(np.square(deviances))),
+        data=derived.data,
+        data_count=data_count,
         distance=away,
         held=np.asarray(held),
         rank=_rank(of_data),
-        has_priors=data.size < residuals.size,
+        kind=here.kind,
+        penalty=_penalty(trainer),
     )
 
 
@@ -160,32 +179,31 @@ def _rank(whitening: DenseWhitening) -> int:
     return int(np.count_nonzero(np.asarray(whitening.roots) > 0))
 
 
-def _of_nll(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Around:
-    found = derive(trainer, batch, "nll", None, Passes(jac=jac), holds=True)
-    (expansion,), is_finite, value, held = found
-    hessian = expansion.hessian
-    what = "The curvature of `nll`"
-    require_finite((hessian,), is_finite, what, trainer, batch)
+def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
+    (expansion,), _, value, held, *_ = here.derived
     params = as_parameters(trainer.params)
-    rtol = hessian_rtol((hessian,))
-    whitening = of_hessian(hessian, params, _NULLS, "", "nll", rtol)
 
     def distance() -> Distance:
-        args = value, expansion.gradient, hessian, held, params, trainer.projector
-        return distance_of(measure_hessian(*args))
+        parts = value, expansion.gradient, expansion.hessian, held, params
+        return distance_of(measure_hessian(*parts, trainer.projector))
 
-    priors = priors_of(trainer)
-    penalty = 0.0 if priors is None else float(priors.penalty(trainer.model))
+    penalty = _penalty(trainer)
     return Around(
-        whitening=whitening,
-        deviance=2 * (float(value) - penalty),
-        has_residuals=False,
+        whitening=here.whitening,
+        deviance=2 * float(value) - (penalty or 0.0),
+        data=None,
         data_count=None,
         distance=_distance(trainer, batch, "nll", distance),
         held=np.asarray(held),
-        rank=_rank(whitening),
-        has_priors=priors is not None,
+        rank=_rank(here.whitening),
+        kind=here.kind,
+        penalty=penalty,
     )
+
+
+def _penalty(trainer: AbstractTrainer) -> float | None:
+    priors = priors_of(trainer)
+    return None if priors is None else 2 * float(priors.penalty(trainer.model))
 
 
 def _distance(

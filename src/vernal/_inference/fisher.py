@@ -3,30 +3,50 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from .._boundary import one_of
 from .._curvature import matmul
 from .._data import as_batch
 from .._step import AbstractTrainer, bijections_of, defined, in_free_coordinates
 from .._tree import as_parameters, ravel_dtype
 from .derivatives import Passes, derive, require_finite
 
+FisherKind = Literal["expected", "observed"]
 Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
 
 
 def fisher(
-    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+    trainer: AbstractTrainer,
+    batch: Any,
+    blocks: Blocks | None,
+    passes: Passes,
+    kind: FisherKind | None = None,
 ) -> Any:
     """Implements `Trainer.fisher`."""
     require_likelihood(trainer, "A Fisher matrix")
     _refuse_resized(trainer, "fisher")
-    kind = "fisher" if "residuals" in defined(trainer) else "nll"
-    return matrices(trainer, batch, kind, blocks, passes)
+    kind = None if kind is None else one_of(kind, get_args(FisherKind), "kind")
+    require_residuals(trainer, kind)
+    is_observed = kind == "observed" or "residuals" not in defined(trainer)
+    name = "nll" if is_observed else "fisher"
+    return matrices(trainer, batch, name, blocks, passes)
+
+
+def require_residuals(trainer: AbstractTrainer, kind: str | None) -> None:
+    """Refuses a `kind` of errors that an `nll` alone does not have."""
+    if kind in (None, "observed") or "residuals" in defined(trainer):
+        return
+    raise TypeError(
+        f'`kind` is "{kind}", which needs what each datum contributes, and '
+        f"`{type(trainer).__name__}` defines `nll`, which is the sum. Define "
+        "`residuals`; for counts, it may return `vn.likelihoods.Poisson(rate, counts)`."
+    )
 
 
 def curvature(
@@ -90,7 +110,7 @@ def matrices(
         found, is_finite = derived.found, derived.is_finite
         if kind != "fisher":
             found = tuple(expansion.hessian for expansion in found)
-    name = "residuals" if kind == "fisher" else kind
+    name = kind if kind in defined(trainer) else "residuals"
     require_finite(found, is_finite, f"The curvature of `{name}`", trainer, batch)
     return by_selector(selectors, found)
 

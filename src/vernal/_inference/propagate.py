@@ -33,6 +33,7 @@ from .._projection import DenseWhitening
 from .._step import AbstractTrainer, bounds_of, in_free_coordinates, live, stripped
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around
+from .laplace import ErrorKind
 
 
 def propagate(
@@ -41,6 +42,7 @@ def propagate(
     batch: Any,
     scale_errors: bool,
     jac: Mode | None,
+    kind: ErrorKind | None,
 ) -> tuple[PyTree, PyTree]:
     """Implements `Trainer.propagate`."""
     refuse_program("propagate", trainer, batch)
@@ -51,7 +53,7 @@ def propagate(
         )
     takes(fn, 1, "fn", "fn(model)")
     trainer = in_free_coordinates(trainer)
-    here = around(trainer, batch, jac, "A propagated error")
+    here = around(trainer, batch, "A propagated error", jac, kind)
     scale = here.error_scale(scale_errors)
     return propagated(trainer, fn, here, scale)
 
@@ -154,12 +156,13 @@ def draw(
     batch: Any,
     scale_errors: bool,
     jac: Mode | None,
+    kind: ErrorKind | None,
 ) -> PyTree:
     """Implements `Trainer.draw`."""
     refuse_program("draw", trainer, key, batch)
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     trainer = in_free_coordinates(trainer)
-    here = around(trainer, batch, jac, "A draw from the likelihood")
+    here = around(trainer, batch, "A draw from the likelihood", jac, kind)
     params = as_parameters(trainer.params)
     held = {element_name(params, int(index)) for index in np.flatnonzero(here.held)}
     null = [row for row in here.whitening.null_space(params) if not row.keys() <= held]

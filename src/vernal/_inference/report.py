@@ -9,6 +9,7 @@ from .._minimum import edm_note
 from .._report import Report, criteria, p_value
 from .._step import AbstractTrainer, in_free_coordinates
 from .expansion import around
+from .laplace import ErrorKind
 from .rows import rows
 
 
@@ -18,6 +19,7 @@ def report(
     scale_errors: bool,
     data_count: int | None,
     jac: Mode | None,
+    kind: ErrorKind | None,
 ) -> Report:
     """Implements `Trainer.report`."""
     refuse_program("report", trainer, batch)
@@ -25,12 +27,12 @@ def report(
     if data_count is not None:
         data_count = whole_number(data_count, "data_count", least=1)
     trainer = in_free_coordinates(trainer)
-    here = around(trainer, batch, jac, "A report")
+    here = around(trainer, batch, "A report", jac, kind)
     if data_count is not None:
         here = here._replace(data_count=data_count)
     scale = here.error_scale(is_scaled)
     distance, degrees = here.distance, here.degrees_of_freedom
-    chi = here.deviance if here.has_residuals else None
+    chi = here.chi_squared
     aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
     return Report(
         chi_squared=chi,
@@ -41,7 +43,9 @@ def report(
         p_value=p_value(chi, degrees),
         aic=aic,
         bic=bic,
+        prior_penalty=here.penalty,
         edm=math.nan if distance is None else float(distance.edm),
+        error_kind=here.kind,
         stop_reason=None,
         error_scale=scale,
         parameters=tuple(rows(trainer, here, scale)),

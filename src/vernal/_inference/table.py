@@ -8,18 +8,21 @@ from .._minimum import edm_note
 from .._step import AbstractTrainer, in_free_coordinates
 from .._tree import aligned
 from .expansion import around
+from .laplace import ErrorKind
 from .rows import rows
 
 # The most rows that one array has.
 _MOST_ROWS = 64
 
 
-def table(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> str:
+def table(
+    trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind | None
+) -> str:
     """Implements `Trainer.table`."""
     refuse_program("table", trainer, batch)
     trainer, here, note = in_free_coordinates(trainer), None, None
     if batch is not None:
-        here = around(trainer, batch, jac, "A standard error")
+        here = around(trainer, batch, "A standard error", jac, kind)
         if here.distance is not None:
             note = edm_note(here.distance, trainer.params)
     head = "parameter", "value", "standard error" if here else ""

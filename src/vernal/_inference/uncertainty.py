@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params, PyTree
 from .._closure import Closure
@@ -19,7 +19,7 @@ from .._curvature import (
 from .._data import as_batch
 from .._policy import all_finite
 from .._program import Version, version_of
-from .._projection import EigenProjector, NullPolicy, whiten_spectrum
+from .._projection import DenseWhitening, EigenProjector, whiten_spectrum
 from .._step import (
     AbstractTrainer,
     bijections_of,
@@ -34,30 +34,37 @@ from .._step import (
     tied_words,
 )
 from .._tree import as_parameters, by_path, ravel, ravel_size, unravel
-from .derivatives import Passes, derive
+from .derivatives import Derived, Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
 from .fisher import require_likelihood
+from .laplace import (
+    NULLS,
+    ErrorKind,
+    default_kind,
+    laplace,
+    scores_of,
+    with_scatter,
+)
 from .propagate import run_propagate
-from .whiten import hessian_rtol, in_own_precision, of_spectrum, whiten_all
+from .whiten import hessian_rtol, in_own_precision, of_spectrum
 
 
-def standard_errors(trainer: AbstractTrainer, batch: Any, jac: Mode | None) -> Params:
+def standard_errors(
+    trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind | None
+) -> Params:
     """Implements `Trainer.standard_errors`."""
-    require_likelihood(trainer, "A standard error")
-    # No projector: if the data constrain nothing at all, there is none.
     trainer = in_free_coordinates(trainer)
-    whitening = whiten_all(trainer, batch, Passes(jac=jac), NullPolicy(on_null="prior"))
-    whitening = whitening_of_elements(trainer, whitening)
+    here = laplace(trainer, batch, "A standard error", jac, kind)
+    whitening = whitening_of_elements(trainer, here.whitening)
     errors = jnp.asarray(whitening.errors_of_the_data())
     if bounds_of(trainer) is not None:
-        kind = "jacobian" if "residuals" in defined(trainer) else "nll"
-        held = derive(trainer, batch, kind, None, Passes(jac=jac), holds=True).held
-        errors = jnp.where(held_elements(trainer, held), jnp.nan, errors)
+        held = held_elements(trainer, here.derived.held)
+        errors = jnp.where(held, jnp.nan, errors)
     return unravel(errors, as_parameters(elements_of(trainer)))
 
 
 def errors_or_nan(
-    trainer: AbstractTrainer, batch: Any, jac: Mode | None
+    trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind | None
 ) -> tuple[Params, dict[str, Array]]:
     """Returns the standard errors, NaN where there are none, in a compiled program.
 
@@ -65,33 +72,23 @@ def errors_or_nan(
     them are those of tied parameters, by path.
     """
     require_likelihood(trainer, "A standard error")
-    trainer = in_free_coordinates(trainer)
-    params, nulls = as_parameters(trainer.params), NullPolicy(on_null="prior")
-    passes = Passes(jac=jac)
-    if "residuals" in defined(trainer):
-        found = derive(trainer, batch, "jacobian", None, passes, holds=True)
-        (jacobian,), is_good, _, held = found
-        is_good &= all_finite(jacobian)
-        # LAPACK may not return if there is a NaN.
-        spectra = (of_jacobian(jnp.where(is_good, jacobian, 0)),)
-        (spectrum,), eps = in_own_precision(spectra, params)
-        whitening = of_spectrum(spectrum, params, nulls, "", eps)
+    trainer, passes = in_free_coordinates(trainer), Passes(jac=jac)
+    if "residuals" not in defined(trainer):
+        whitening, derived, is_good = _by_hessian(trainer, batch, passes)
     else:
-        found = derive(trainer, batch, "nll", None, passes, holds=True)
-        (expansion,), is_good, _, held = found
-        hessian, eye = expansion.hessian, jnp.eye(ravel_size(params))
-        is_good &= all_finite(hessian) & jnp.all(jnp.diag(hessian) >= 0)
-        hessian = jnp.where(is_good, hessian, eye.astype(hessian.dtype))
-        scale = jnp.sqrt(positive(jnp.diag(hessian)))
-        values, vectors = equilibrated_eigh(hessian, scale)
-        rtol = hessian_rtol((hessian,))
-        is_good &= values[-1] >= -rtol * values[0]
-        spectrum, eps = Spectrum(1 / scale, values, vectors), rtol
-        nulls = nulls.or_rtol(rtol)
-        whitening = whiten_spectrum(spectrum, params, nulls, eps, "")
-    errors = whitening_of_elements(trainer, whitening).errors_of_the_data()
+        whitening, derived, is_good = _by_jacobian(trainer, batch, passes)
+        kind = kind or default_kind(derived)
+        if kind != "expected":
+            whitening, _, is_curved = _by_hessian(trainer, batch, passes)
+            is_good &= is_curved
+        if kind == "sandwich":
+            scores = scores_of(trainer, batch, passes, derived)
+            is_good &= all_finite(scores)
+            whitening = with_scatter(whitening, jnp.where(is_good, scores, 0))
+    errors, held = whitening_of_elements(trainer, whitening), derived.held
     is_known = is_good & ~held_elements(trainer, held)
-    own = unravel(jnp.where(is_known, errors, jnp.nan), elements_of(trainer))
+    known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
+    own = unravel(known, as_parameters(elements_of(trainer)))
     if not (names := tied_words(trainer)):
         return own, {}
     scale = jnp.where(held, 0, whitening.scale)
@@ -103,6 +100,34 @@ def errors_or_nan(
     is_still = lambda e: (e == 0) & jnp.any(held)
     clear = lambda e: jnp.where(is_good & ~is_still(e), e, jnp.nan)
     return own, jax.tree.map(clear, found)
+
+
+# LAPACK may not return if there is a NaN: what is not finite is replaced.
+_Known = tuple[DenseWhitening, Derived, Bool[Array, ""]]
+
+
+def _by_jacobian(trainer: AbstractTrainer, batch: Any, passes: Passes) -> _Known:
+    derived = derive(trainer, batch, "jacobian", None, passes, holds=True)
+    (jacobian,), params = derived.found, as_parameters(trainer.params)
+    is_good = derived.is_finite & all_finite(jacobian)
+    spectra = (of_jacobian(jnp.where(is_good, jacobian, 0)),)
+    (spectrum,), eps = in_own_precision(spectra, params)
+    return of_spectrum(spectrum, params, NULLS, "", eps), derived, is_good
+
+
+def _by_hessian(trainer: AbstractTrainer, batch: Any, passes: Passes) -> _Known:
+    derived = derive(trainer, batch, "nll", None, passes, holds=True)
+    hessian, params = derived.found[0].hessian, as_parameters(trainer.params)
+    is_good = derived.is_finite & all_finite(hessian)
+    is_good &= jnp.all(jnp.diag(hessian) >= 0)
+    eye = jnp.eye(ravel_size(params), dtype=hessian.dtype)
+    hessian = jnp.where(is_good, hessian, eye)
+    scale = jnp.sqrt(positive(jnp.diag(hessian)))
+    values, vectors = equilibrated_eigh(hessian, scale)
+    rtol = hessian_rtol((hessian,))
+    is_good &= values[-1] >= -rtol * values[0]
+    spectrum, nulls = Spectrum(1 / scale, values, vectors), NULLS.or_rtol(rtol)
+    return whiten_spectrum(spectrum, params, nulls, rtol, ""), derived, is_good
 
 
 def _potential(

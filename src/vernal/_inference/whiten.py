@@ -49,18 +49,11 @@ def whitened(
     nulls.check()
     trainer = in_free_coordinates(trainer)
     if blocks is None:
-        whitening = whiten_all(trainer, batch, passes, nulls)
+        found, whiten_one = _decomposed(trainer, batch, None, passes)
+        whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")
         return make_projector(whitening, trainer.params, "`batch`")
     found, whiten_one = _decomposed(trainer, batch, blocks, passes)
     return make_block_projector(found, trainer.params, nulls, whiten_one)
-
-
-def whiten_all(
-    trainer: AbstractTrainer, batch: Any, passes: Passes, nulls: NullPolicy
-) -> DenseWhitening:
-    """Finds the map that whitens all parameters at the current point."""
-    found, whiten_one = _decomposed(trainer, batch, None, passes)
-    return whiten_one(found, as_parameters(trainer.params), nulls, "")
 
 
 def _decomposed(
@@ -74,7 +67,7 @@ def _decomposed(
     kind = "nll" if has_likelihood(trainer) else "loss"
     found = matrices(trainer, batch, kind, blocks, passes, holds=True)
     rtol = hessian_rtol(jax.tree.leaves(found))
-    return found, partial(of_hessian, kind=kind, rtol=rtol)
+    return found, partial(of_hessian, kind=f"`{kind}`", rtol=rtol)
 
 
 def hessian_rtol(hessians: Sequence[Float[Array, "D D"]]) -> float:
@@ -97,7 +90,7 @@ def of_hessian(
     matrix: Array, own: Params, nulls: NullPolicy, name: str, kind: str, rtol: float
 ) -> DenseWhitening:
     """Finds the map that whitens by a Hessian."""
-    label = _label(f"The Hessian of `{kind}` at this point", name)
+    label = _label(f"The Hessian of {kind} at this point", name)
     return whiten(matrix, own, nulls.or_rtol(rtol), label, "hessian")
 
 
@@ -141,8 +134,8 @@ def _spectra(
     batch = as_batch(batch)
     if selectors is None and passes.batch_size is None:
         found = derive(trainer, batch, "jacobian", None, passes, holds=True)
-        (jac,), is_finite, residuals, _ = found
-        spectra = (reduced(jac, residuals).spectrum,)
+        (jac,), is_finite = found.found, found.is_finite
+        spectra = (reduced(jac, found.value).spectrum,)
     else:
         args = trainer, batch, "spectrum", selectors, passes
         spectra, is_finite, *_ = derive(*args, holds=True)

@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 from .._boundary import PyTree, entrance, whole_number
 from .._curvature import Mode
 from .._data import as_batch
+from .._inference import ErrorKind
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
 from .._report import Report, pandas
@@ -102,7 +103,9 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return tuple(index for index, reason in reasons if reason.is_failure)
 
     @entrance
-    def errors(self, data: Any, *, jac: Mode | None = None) -> PyTree:
+    def errors(
+        self, data: Any, *, jac: Mode | None = None, kind: ErrorKind | None = None
+    ) -> PyTree:
         """Returns the standard errors of all members, in one compiled program.
 
         **Arguments:**
@@ -110,6 +113,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         - `data`: all of the data, one batch, as for [`vernal.fit_many`][]: each member
             has its own part along the `data_axis` of the fit.
         - `jac`: as for [`vernal.Trainer.fisher`][].
+        - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
         **Returns:**
 
@@ -123,7 +127,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         - `ValueError`: if an axis of `data` is not as long as there are members.
         """
         batch, flags = self._rows_of(data)
-        return errors_of_each(self.trainers, batch, flags, self._group, jac)[0]
+        args = self.trainers, batch, flags, self._group, jac, kind
+        return errors_of_each(*args)[0]
 
     @entrance
     def report(self, index: int, data: Any, *, scale_errors: bool = False) -> Report:
@@ -216,7 +221,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             values |= by_element({path: tied[path] for path in names})
         if data is not None:
             batch, flags = self._rows_of(data)
-            args = self.trainers, batch, flags, self._group, None
+            args = self.trainers, batch, flags, self._group, None, None
             for own in errors_of_each(*args):
                 errors |= by_element(own)
         if bounds_of(self.trainers) is not None:

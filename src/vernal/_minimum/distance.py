@@ -32,8 +32,8 @@ from .._step import (
     overrides,
     priors_of,
     pushed,
-    real_residuals,
     score,
+    scoring_residuals,
 )
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import (
@@ -90,7 +90,7 @@ def measure(
     is_held = jnp.all(flat_flags(held, params))
     at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
     if kind == "residuals":
-        residuals = lambda flat: _wide(real_residuals(at(flat), batch, key))
+        residuals = lambda flat: _wide(scoring_residuals(at(flat), batch, key))
         found = _of_residuals(traced(residuals, here.flat), here, fall)
         return _with_held(found, is_held)
     loss = lambda flat: _wide(score(at(flat), batch, key).loss)
@@ -213,7 +213,8 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any) -> Local:
         return unknown(flat)
     push, pull = products
     loss = 0.5 * jnp.sum(jnp.square(vector))
-    degrees = max(vector.size - flat.size, 1)
+    data_count = jnp.count_nonzero(vector)
+    degrees = jnp.maximum(data_count - flat.size, 1).astype(loss.dtype)
     limit = TOLERANCE * 2 * loss / degrees
     product = lambda v: pull(push(v))
     return of_products(loss, pull(vector), product, here.solve, limit)

@@ -65,7 +65,7 @@ class Triangle(NamedTuple):
     - `turn`: the matrix that turns a step in these units into one of the parameters in
         units of their scales.
     - `loss`: half the sum of squares, NaN if a derivative is not finite.
-    - `size`: the number of residuals.
+    - `size`: the number of residuals that are not zero.
     - `rounding`: the distance that rounding may hide.
     - `exact`: the distance that counts as zero without scatter.
     - `has_fallen`: whether the loss has fallen on the way.
@@ -179,7 +179,8 @@ def triangle(
         factor=square_factor(together),
         turn=point.turn(scale, own),
         loss=loss,
-        size=jnp.array(residuals.size),
+        # Missing data have residuals of zero.
+        size=jnp.count_nonzero(residuals),
         rounding=point.rounding(loss, scale),
         exact=point.exact(scale),
         has_fallen=jnp.asarray(fall > 0),

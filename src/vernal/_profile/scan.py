@@ -57,7 +57,13 @@ def prepare(
     require_likelihood(trainer, "A profile of the likelihood")
     _require_same(trainer, solver)
     batch, trainer = as_batch(batch), in_free_coordinates(trainer)
-    here = around(trainer, batch, options.jac, "A profile of the likelihood")
+    here = around(trainer, batch, "A profile of the likelihood", options.jac)
+    if here.data is not None and here.data.is_robust:
+        raise TypeError(
+            f"`{name}` follows a likelihood, and a robust loss is none: by how much it "
+            "rises says nothing of the errors. Use `standard_errors`, which takes them "
+            "from the scatter of the data."
+        )
     note = None if here.distance is None else edm_note(here.distance, trainer.params)
     if note is not None:
         raise ValueError(

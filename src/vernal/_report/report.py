@@ -32,8 +32,11 @@ class Report:
 
     **Attributes:**
 
-    - `chi_squared`: $\chi^2$, the sum of squared `residuals`; `None` for an `nll`.
-    - `data_count`: $N$, the number of residuals; complex ones count twice.
+    - `chi_squared`: $\chi^2$, the sum of squared `residuals`; of a likelihood its
+        deviance, such as Cash's statistic of [`vernal.likelihoods.Poisson`][]. `None`
+        for an `nll`, and for [`vernal.likelihoods.Robust`][].
+    - `data_count`: $N$, the number of residuals; complex ones count twice, missing ones
+        (`where=`) not at all.
     - `free_count`: the number of free parameters, element by element.
     - `degrees_of_freedom`: $N - k$, where $k$ counts the directions that the data
         constrain. This is `free_count`, unless a parameter is unconstrained.
@@ -44,9 +47,14 @@ class Report:
 
         $$\mathrm{AIC} = -2 \log L + 2 k, \qquad
           \mathrm{BIC} = -2 \log L + k \log N.$$
+    - `prior_penalty`: $-2 \log$ of the priors at this point, without the constants of
+        normal ones: for these the sum of $((x - \mu) / \sigma)^2$. `None` without
+        priors. It is no part of $\chi^2$ and $L$, which are of the data alone.
     - `edm`: the estimated distance to the minimum, see [`vernal.FitResult`][]; NaN
         where it is not known.
     - `stop_reason`: why the fit ended, for the report of a result.
+    - `error_kind`: which matrix the errors come from: `"expected"`, `"observed"` or
+        `"sandwich"`, see [`vernal.Trainer.standard_errors`][].
     - `error_scale`: the factor of all errors, 1 without `scale_errors`.
     - `parameters`: a row for each element, with `name`, `value`, `error`, `status` and
         `is_free`. The error is infinite if the data do not constrain the element, and
@@ -74,7 +82,9 @@ class Report:
     p_value: float | Any
     aic: float
     bic: float | Any
+    prior_penalty: float | Any
     edm: float
+    error_kind: str
     stop_reason: StopReason | None
     error_scale: float
     parameters: tuple[ParameterRow, ...]
@@ -118,6 +128,7 @@ class Report:
         reason = None if self.stop_reason is None else str(self.stop_reason)
         return {
             **numbers,
+            "error_kind": self.error_kind,
             "stop_reason": reason,
             "parameters": {
                 row.name: {"value": row.value, "error": row.error, "status": row.status}
@@ -159,7 +170,8 @@ class Report:
 
 _NUMBERS = (
     *("chi_squared", "data_count", "free_count", "degrees_of_freedom"),
-    *("reduced_chi_squared", "p_value", "aic", "bic", "edm", "error_scale"),
+    *("reduced_chi_squared", "p_value", "aic", "bic"),
+    *("prior_penalty", "edm", "error_scale"),
 )
 
 

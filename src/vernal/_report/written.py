@@ -64,12 +64,15 @@ def _facts(report: Any) -> Iterator[tuple[str, str]]:
         "p-value": None if is_scaled else report.p_value,
         "AIC": report.aic,
         "BIC": report.bic,
+        "prior penalty": report.prior_penalty,
         "edm": report.edm,
         "errors multiplied by": report.error_scale if is_scaled else None,
     }
     for name, value in facts.items():
         if value is not None and not math.isnan(value):
             yield name, str(value) if isinstance(value, int) else f"{value:.6g}"
+    if report.error_kind == "sandwich":
+        yield "errors", "from the scatter of the data (sandwich)"
 
 
 def _cells(row: ParameterRow) -> tuple[str, str, str, str]:

@@ -48,6 +48,8 @@ from .nan_report import (
     raise_if_non_finite,
 )
 from .objective import (
+    DataKind,
+    data_kind,
     defined,
     evaluate,
     live,
@@ -56,6 +58,7 @@ from .objective import (
     prior_count,
     real_residuals,
     score,
+    scoring_residuals,
     step_key,
 )
 from .precision import precision_of, require_precision

@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from .._boundary import PyTree, debugged, is_debugged, spelled_leaves
 from .._data import Minibatches, as_batch
+from .._likelihoods import Poisson
 from .._policy import SKIP_ADVICE
 from .._program import version_of
 from .._tree import by_path, is_inexact
@@ -29,6 +30,7 @@ from .objective import (
     defined,
     live,
     negative_log_likelihood,
+    residual_terms,
     residuals_as_returned,
     score,
     step_key,
@@ -37,7 +39,10 @@ from .objective import (
 # How many leaves are named.
 _MOST_NAMED = 4
 
-DATA_ADVICE = "Leave such data out of the batch, or give them no weight."
+DATA_ADVICE = (
+    "Leave such data out of the batch (`vn.omit`), or mask them (`where=` of "
+    "`vn.likelihoods`)."
+)
 
 _GRADIENT_REMEDY = (
     "Look for `jnp.sqrt` or `jnp.linalg.norm` at zero, and for a `jnp.where` that "
@@ -254,7 +259,15 @@ def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
     if not value.shape:
         return f"{what} is {kind}."
     size = value.size if value.ndim == 1 else f"shape {value.shape}"
-    return f"{what} is {kind} first at {_index(first, value.shape)} of {size}."
+    found = f"{what} is {kind} first at {_index(first, value.shape)} of {size}."
+    return " ".join((found, *_impossible(trainer, batch)))
+
+
+def _impossible(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
+    """Says which rates and counts no Poisson distribution has."""
+    terms = _evaluated(trainer, batch, residual_terms)
+    found = [term.impossible() for term in terms or () if isinstance(term, Poisson)]
+    return tuple(sentence for sentence in found if sentence)
 
 
 def _gradients(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:

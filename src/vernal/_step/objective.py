@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._boundary import PyTree
 from .._data import as_given
+from .._likelihoods import AbstractLikelihood, Gaussian
 from .._tree import cast_alike, is_inexact, widest
 from .abstract_trainer import (
     AbstractTrainer,
@@ -17,6 +18,8 @@ from .abstract_trainer import (
     with_progress,
 )
 from .outer import warn_of_outer
+
+Term = Array | AbstractLikelihood
 
 METHODS = ("loss", "residuals", "nll")
 
@@ -108,15 +111,27 @@ def metric_shapes(trainer: AbstractTrainer, batch: Any) -> dict[str, Any]:
 def negative_log_likelihood(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Float[Array, ""]:
-    """Evaluates `nll` if it is defined, else half the sum of squared residuals."""
+    """Evaluates `nll` if it is defined, else that of `residuals`.
+
+    Of arrays it is half the sum of their squares.
+    """
     model = trainer.model if model is None else model
     if "nll" in defined(trainer):
         nll = _as_scalar(trainer, "nll", _call(trainer, "nll", model, batch, key))
         return _with_priors(trainer, nll, model)
-    residuals = residuals_as_returned(trainer, batch, key, model)
-    squares = jnp.square(jnp.abs(residuals) if _is_complex(residuals) else residuals)
-    half = _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
-    return _with_priors(trainer, half, model)
+    terms = residual_terms(trainer, batch, key, model)
+    first, *others = (_nll_of(trainer, term) for term in terms)
+    for other in others:
+        dtype = widest((first.dtype, other.dtype))
+        first = first.astype(dtype) + other.astype(dtype)
+    return _with_priors(trainer, first, model)
+
+
+def _nll_of(trainer: AbstractTrainer, term: Term) -> Float[Array, ""]:
+    if isinstance(term, AbstractLikelihood):
+        return _as_scalar(trainer, "residuals", term.nll())
+    squares = jnp.square(jnp.abs(term) if _is_complex(term) else term)
+    return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
 
 
 def _with_priors(
@@ -133,40 +148,112 @@ def real_residuals(
 ) -> Float[Array, " N"]:
     """Evaluates `residuals` as one real vector: real parts, then imaginary parts.
 
-    Behind them are the rows of priors: see `prior_count`.
+    Half the sum of their squares is the negative log-likelihood. Behind them are the
+    rows of priors: see `prior_count`.
     """
-    residuals = residuals_as_returned(trainer, batch, key)
-    if jnp.ndim(residuals) == 0:
+    arrays = [_array_of(term) for term in residual_terms(trainer, batch, key)]
+    return _with_rows(trainer, arrays)
+
+
+def scoring_residuals(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
+) -> Float[Array, " N"]:
+    """Evaluates residuals whose Jacobian is that of the expected Fisher matrix.
+
+    They are others than `real_residuals` for likelihoods that are not normal.
+    """
+    terms = residual_terms(trainer, batch, key)
+    arrays = [
+        term.scoring_residuals() if isinstance(term, AbstractLikelihood) else term
+        for term in terms
+    ]
+    return _with_rows(trainer, arrays)
+
+
+def _array_of(term: Term) -> Array:
+    return term.residuals() if isinstance(term, AbstractLikelihood) else term
+
+
+def _with_rows(trainer: AbstractTrainer, arrays: list[Array]) -> Float[Array, " N"]:
+    if len(arrays) == 1 and jnp.ndim(arrays[0]) == 0:
         raise ValueError(
             f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
             "an array, with a residual for each datum; for a scalar, define `nll`."
         )
-    flat = jnp.ravel(residuals)
-    flat = jnp.concatenate([flat.real, flat.imag]) if _is_complex(flat) else flat
-    if (priors := priors_of(trainer)) is None:
-        return flat
-    return jnp.concatenate([flat, priors.rows(trainer.model).astype(flat.dtype)])
+    rows = [part for array in arrays for part in _real_parts(jnp.ravel(array))]
+    if (priors := priors_of(trainer)) is not None:
+        rows.append(priors.rows(trainer.model).astype(rows[0].dtype))
+    if len(rows) == 1:
+        return rows[0]
+    dtype = widest(row.dtype for row in rows)
+    return jnp.concatenate([row.astype(dtype) for row in rows])
 
 
-def residuals_as_returned(
+def _real_parts(flat: Array) -> tuple[Array, ...]:
+    return (flat.real, flat.imag) if _is_complex(flat) else (flat,)
+
+
+class DataKind(NamedTuple):
+    """What `residuals` returned, besides their values.
+
+    - `size`: the number of data; complex ones count twice.
+    - `is_robust`: whether a loss bears outliers, and is no likelihood.
+    - `has_scale`: whether all have a known distribution, with no scale to find.
+    """
+
+    size: int | Int[Array, ""]
+    is_robust: bool
+    has_scale: bool
+
+
+def data_kind(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
+) -> DataKind:
+    """Evaluates `residuals` to count the data."""
+    count: int | Int[Array, ""] = 0
+    terms = residual_terms(trainer, batch, key)
+    likelihoods = [term for term in terms if isinstance(term, AbstractLikelihood)]
+    for term in terms:
+        if isinstance(term, AbstractLikelihood):
+            count = count + term.count()
+        else:
+            count = count + sum(part.size for part in _real_parts(jnp.ravel(term)))
+    return DataKind(
+        count,
+        is_robust=any(term.is_robust for term in likelihoods),
+        has_scale=any(not isinstance(term, Gaussian) for term in likelihoods),
+    )
+
+
+def residual_terms(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
-) -> Array:
-    """Evaluates `residuals` and keeps their shape; several arrays become one vector."""
+) -> list[Term]:
+    """Evaluates `residuals`: its arrays and likelihoods."""
     model = trainer.model if model is None else model
     returned = _call(trainer, "residuals", model, batch, key)
-    parts = jax.tree.leaves(returned)
-    if not parts or not all(hasattr(part, "shape") for part in parts):
+    is_likelihood = lambda x: isinstance(x, AbstractLikelihood)
+    terms = jax.tree.leaves(returned, is_leaf=is_likelihood)
+    if not terms or not all(hasattr(x, "shape") or is_likelihood(x) for x in terms):
         raise TypeError(
             f"`{type(trainer).__name__}.residuals` returned a "
             f"{type(returned).__name__}. It must return an array, such as "
-            "`(model(x) - y) / sigma`, or a pytree of arrays."
+            "`(model(x) - y) / sigma`, a likelihood, such as "
+            "`vn.likelihoods.Poisson(model(x), counts)`, or a pytree of these."
         )
-    for part in parts:
-        _check_residuals(trainer, part, batch)
-    if parts[0] is returned:
-        return returned
-    dtype = widest(part.dtype for part in parts)
-    return jnp.concatenate([jnp.ravel(part).astype(dtype) for part in parts])
+    for term in terms:
+        _check_residuals(trainer, _array_of(term), batch)
+    return terms
+
+
+def residuals_as_returned(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
+) -> Array:
+    """Evaluates `residuals` and keeps their shape; several arrays become one vector."""
+    arrays = [_array_of(term) for term in residual_terms(trainer, batch, key)]
+    if len(arrays) == 1:
+        return arrays[0]
+    dtype = widest(array.dtype for array in arrays)
+    return jnp.concatenate([jnp.ravel(array).astype(dtype) for array in arrays])
 
 
 def _check_residuals(trainer: AbstractTrainer, residuals: Array, batch: Any) -> None:

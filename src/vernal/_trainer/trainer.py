@@ -27,6 +27,8 @@ from .._fit import FitKeywords, FitResult, OneTrainer, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
+    ErrorKind,
+    FisherKind,
     Passes,
     curvature,
     draw,
@@ -477,6 +479,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         blocks: None = None,
         batch_size: int | None = None,
         jac: Mode | None = None,
+        kind: FisherKind | None = None,
     ) -> Float[Array, "D D"]: ...
     @overload
     def fisher(
@@ -486,6 +489,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         blocks: Blocks,
         batch_size: int | None = None,
         jac: Mode | None = None,
+        kind: FisherKind | None = None,
     ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
     def fisher(
@@ -495,13 +499,17 @@ class Trainer(AbstractTrainer[Model, Batch]):
         blocks: Any = None,
         batch_size: int | None = None,
         jac: Mode | None = None,
+        kind: FisherKind | None = None,
     ) -> Any:
         r"""Returns the Fisher matrix of the trained parameters at the current point.
 
         It is $J^\top J$ with the Jacobian $J$ of `residuals`, where that is defined;
-        else the Hessian of `nll`. Priors are part of it; parameters at their bounds are
-        as free as any. The matrices of independent exposures add up. It
-        compiles once for each class and each set of shapes.
+        else the Hessian of `nll`. Where `residuals` returns a likelihood, it is the
+        expected Fisher matrix, such as $J^\top \mathrm{diag}(1 / \mu) J$ of
+        [`vernal.likelihoods.Poisson`][], which no start makes negative. Priors are part
+        of it; parameters at their bounds are as free as any. The matrices of
+        independent exposures add up. It compiles once for each class and each set of
+        shapes.
 
         **Arguments:**
 
@@ -514,6 +522,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
             By default in the mode that works; if it is not the better one, a warning
             says so once. A `while_loop` has forward mode only, a `custom_vjp` (such as
             diffrax's default adjoint) reverse mode only.
+        - `kind`: `"expected"` as above, from first derivatives; `"observed"` for the
+            Hessian of the negative log-likelihood, with second ones. By default the
+            former where `residuals` is defined, the latter for an `nll`.
 
         **Returns:**
 
@@ -524,11 +535,12 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Raises:**
 
         - `TypeError`: if the class defines only `loss`, as error bars from a mean would
-            be wrong; if a parameter is complex; or if neither mode works.
+            be wrong; if a parameter is complex; if neither mode works; or if `kind`
+            is `"expected"` and the class defines `nll` alone.
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
         require_precision(self)
-        return fisher(self, batch, blocks, Passes(batch_size, jac))
+        return fisher(self, batch, blocks, Passes(batch_size, jac), kind)
 
     @overload
     def curvature(
@@ -634,8 +646,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return reproject(self, projector, optimiser)
 
     @entrance
-    def standard_errors(self, batch: Batch, *, jac: Mode | None = None) -> Model:
-        """Returns the standard errors of the parameters at the current point.
+    def standard_errors(
+        self,
+        batch: Batch,
+        *,
+        jac: Mode | None = None,
+        kind: ErrorKind | None = None,
+    ) -> Model:
+        r"""Returns the standard errors of the parameters at the current point.
 
         They are those of the Fisher matrix; where `residuals` is defined, they are
         computed from the singular values of its Jacobian, with twice the digits. A
@@ -645,24 +663,48 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `batch`: all of the data.
         - `jac`: as for [`vernal.Trainer.fisher`][].
+        - `kind`: the matrix that they come from:
+            - `"expected"`, `"observed"`: the inverse of the Fisher matrix, as for
+                [`vernal.Trainer.fisher`][]. They are right if the data have the
+                likelihood that is fitted, and their error bars are right.
+            - `"sandwich"`: $H^{-1} S^\top S H^{-1}$, with the Hessian $H$ and the
+                gradient of each datum's negative log-likelihood as a row of $S$. It
+                takes the scatter from the data themselves, which need not have the
+                likelihood that is fitted, but must be independent, and many. A prior
+                counts as a measurement with its own error. It needs `residuals`.
+
+            By default it is the sandwich for [`vernal.likelihoods.Robust`][], and else
+            as for [`vernal.Trainer.fisher`][].
 
         **Returns:**
 
         A tree like the parameters.
 
         **Raises:** as [`vernal.Trainer.fisher`][].
+
+        For the sandwich see Huber, *The behavior of maximum likelihood estimates under
+        nonstandard conditions*, Proceedings of the Fifth Berkeley Symposium (1967), and
+        White, *Maximum likelihood estimation of misspecified models*, Econometrica 50
+        (1982).
         """
         require_precision(self)
-        return standard_errors(self, batch, jac)
+        return standard_errors(self, batch, jac, kind)
 
     @entrance
-    def table(self, batch: Batch | None = None, *, jac: Mode | None = None) -> str:
+    def table(
+        self,
+        batch: Batch | None = None,
+        *,
+        jac: Mode | None = None,
+        kind: ErrorKind | None = None,
+    ) -> str:
         """Tabulates the parameters, element by element.
 
         **Arguments:**
 
         - `batch`: all of the data, for the standard errors; by default there are none.
         - `jac`: as for [`vernal.Trainer.fisher`][].
+        - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
         **Returns:**
 
@@ -673,7 +715,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         if batch is not None:
             require_precision(self)
-        return table(self, batch, jac)
+        return table(self, batch, jac, kind)
 
     @entrance
     def report(
@@ -683,6 +725,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         scale_errors: bool = False,
         data_count: int | None = None,
         jac: Mode | None = None,
+        kind: ErrorKind | None = None,
     ) -> Report:
         """Reports how good the fit is, with the parameters, errors and correlations.
 
@@ -704,6 +747,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             if some of these are priors or masked. For an `nll` it is not known, and
             BIC needs it.
         - `jac`: as for [`vernal.Trainer.fisher`][].
+        - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
         **Returns:**
 
@@ -716,7 +760,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             not more of them than parameters.
         """
         require_precision(self)
-        return report(self, batch, scale_errors, data_count, jac)
+        return report(self, batch, scale_errors, data_count, jac, kind)
 
     @entrance
     def propagate(
@@ -726,6 +770,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         *,
         scale_errors: bool = False,
         jac: Mode | None = None,
+        kind: ErrorKind | None = None,
     ) -> tuple[Any, Any]:
         r"""Returns a function of the model, and its standard error.
 
@@ -748,6 +793,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `batch`: all of the data.
         - `scale_errors`: as for [`vernal.Trainer.report`][].
         - `jac`: as for [`vernal.Trainer.fisher`][].
+        - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
         **Returns:**
 
@@ -758,7 +804,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         anything but real floating-point numbers.
         """
         require_precision(self)
-        return propagate(self, fn, batch, scale_errors, jac)
+        return propagate(self, fn, batch, scale_errors, jac, kind)
 
     @entrance
     def draw(
@@ -769,6 +815,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         *,
         scale_errors: bool = False,
         jac: Mode | None = None,
+        kind: ErrorKind | None = None,
     ) -> Model:
         """Draws models from Laplace's approximation of the likelihood.
 
@@ -788,6 +835,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `batch`: all of the data.
         - `scale_errors`: as for [`vernal.Trainer.report`][].
         - `jac`: as for [`vernal.Trainer.fisher`][].
+        - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
         **Returns:**
 
@@ -797,7 +845,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         directions which the data do not constrain, if there are any.
         """
         require_precision(self)
-        return draw(self, key, count, batch, scale_errors, jac)
+        return draw(self, key, count, batch, scale_errors, jac, kind)
 
     @entrance
     def profile(

@@ -1,0 +1,10 @@
+"""Likelihoods of data that `residuals` of a trainer may return.
+
+`likelihood` is the interface, and what they share: shapes, and data that are missing.
+`gaussian`, `poisson` and `robust` are the likelihoods.
+"""
+
+from .gaussian import Gaussian
+from .likelihood import AbstractLikelihood
+from .poisson import Poisson
+from .robust import Robust

@@ -1,0 +1,75 @@
+"""The normal distribution."""
+
+from typing import final
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Inexact
+
+from .._pickling import Portable
+from .likelihood import AbstractLikelihood, as_alike, as_mask, as_prediction, present
+
+
+@final
+class Gaussian(Portable, AbstractLikelihood):
+    r"""Data with normal errors: as the array `(mean - data) / std`, with missing data.
+
+    ```python
+    def residuals(self, model, batch):
+        x, y, std = batch
+        return vn.likelihoods.Gaussian(model(x), y, std, where=jnp.isfinite(y))
+    ```
+
+    $$-\log L = \sum_i \frac{(m_i - y_i)^2}{2 \sigma_i^2}$$
+
+    without the constant of $\sigma$, which is not fitted.
+
+    **Attributes:**
+
+    - `mean`: what the model predicts, $m$; complex numbers are two data each.
+    - `data`, `std`: the data $y$ and their error bars $\sigma$, in the same units.
+    - `where`: which data there are, `None` for all.
+    """
+
+    mean: Inexact[Array, "..."]
+    data: Inexact[Array, "..."]
+    std: Float[Array, "..."]
+    where: Bool[Array, "..."] | None
+
+    def __init__(
+        self,
+        mean: ArrayLike,
+        data: ArrayLike,
+        std: ArrayLike = 1.0,
+        *,
+        where: ArrayLike | None = None,
+    ):
+        """**Arguments:**
+
+        - `mean`: what the model predicts.
+        - `data`: an array of the same shape.
+        - `std`: their error bars; it broadcasts to that shape.
+        - `where`: which data there are, as booleans that broadcast to that shape. The
+            others may be NaN, and so may their error bars; what the model predicts of
+            them must be finite, and have finite derivatives.
+
+        **Raises:**
+
+        - `TypeError`: if `mean` is not floating-point, or `where` not boolean.
+        - `ValueError`: if the shapes do not agree.
+        """
+        mean = as_prediction(mean, "mean")
+        self.where = as_mask(where, mean, "mean")
+        data = as_alike(data, "data", mean, "mean", broadcasts=False)
+        std = as_alike(std, "std", mean.real, "mean", broadcasts=True)
+        self.mean = present(self.where, mean, 0)
+        self.data = present(self.where, data, 0)
+        self.std = present(self.where, std, 1)
+
+    def nll(self) -> Float[Array, ""]:
+        return 0.5 * jnp.sum(jnp.square(jnp.abs(self.residuals())))
+
+    def residuals(self) -> Inexact[Array, "..."]:
+        return (self.mean - self.data) / self.std.astype(self.mean.dtype)
+
+    def scoring_residuals(self) -> Inexact[Array, "..."]:
+        return self.residuals()

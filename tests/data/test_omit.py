@@ -1,0 +1,72 @@
+"""`omit` leaves out data that are not finite, and says how many."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vernal as vn
+
+Y = np.ones((5, 2))
+Y[2, 1] = np.nan
+ERROR = np.array([1.0, np.inf, 1.0, 1.0, 1.0])
+BATCH = {"x": np.arange(5), "y": Y, "error": jnp.asarray(ERROR), "unit": 2.0, "n": 3}
+
+
+def test_each_datum_with_a_bad_number_is_left_out():
+    data, omitted = vn.omit(BATCH)
+    kept = [0, 3, 4]
+    assert np.flatnonzero(omitted.kept).tolist() == kept
+    np.testing.assert_array_equal(data["x"], kept)
+    np.testing.assert_array_equal(data["y"], Y[kept])
+    np.testing.assert_array_equal(data["error"], np.ones(3))
+    assert data["unit"] == 2.0
+    assert data["n"] == 3
+    assert omitted.count == 2
+    assert omitted.by_leaf == {"`batch['y']`": 1, "`batch['error']`": 1}
+    assert str(omitted).startswith("Left out 2 of 5 data, the first at [1]. Not finite")
+
+
+def test_nothing_is_left_out_of_finite_data():
+    data, omitted = vn.omit((np.arange(5), Y[:2].repeat(3, 0)[:5]))
+    assert omitted.count == 0
+    assert str(omitted) == "Left out none of 5 data."
+    np.testing.assert_array_equal(data[0], np.arange(5))
+
+
+def test_a_fit_of_what_is_left_is_that_of_masked_data():
+    class Mean(vn.Trainer):
+        def residuals(self, model, batch):
+            there = jnp.isfinite(batch)
+            mean = jnp.broadcast_to(model, batch.shape)
+            return vn.likelihoods.Gaussian(mean, batch, where=there)
+
+    values = np.array([1.0, np.nan, 3.0, np.inf, 8.0])
+    reports = [Mean(jnp.array(4.0)).report(b) for b in (values, vn.omit(values)[0])]
+    assert reports[0].to_dict() == reports[1].to_dict()
+    assert reports[0].data_count == 3
+
+
+SOURCE = vn.Minibatches(np.ones(3), 2, key=jax.random.key(0))
+FAULTS = {
+    "lengths": ((np.ones(3), np.ones(4)), ValueError, "It is 3 in `batch.0.`, 4 in"),
+    "no array": (("a", 1), ValueError, "`batch` has no array with an axis"),
+    "of no datum": ((np.ones(3), np.nan), ValueError, "`batch.1.` is nan, and belo"),
+    "all": (
+        np.full(3, np.nan),
+        ValueError,
+        "`batch` has no finite datum. Left out 3 of 3",
+    ),
+    "source": (
+        vn.Minibatches(np.ones(3), 2, key=jax.random.key(0)),
+        TypeError,
+        "must be one batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named(fault):
+    batch, kind, words = FAULTS[fault]
+    with pytest.raises(kind, match=words):
+        vn.omit(batch)

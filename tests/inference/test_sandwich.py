@@ -1,0 +1,182 @@
+"""Sandwich errors: closed forms, simulated data, robust losses, masks."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from models import Line, line
+
+X = np.linspace(0.0, 10.0, 60)
+SOLVER = optx.LevenbergMarquardt(1e-10, 1e-10)
+LOSSES = "soft_l1", "huber", "cauchy", "arctan"
+SCALE = 0.3
+
+
+class Plain(vn.Trainer):
+    def residuals(self, model, batch):
+        return model(X) - batch
+
+
+class RobustFit(vn.Trainer):
+    loss_name: str = eqx.field(static=True)
+
+    def __init__(self, model, loss_name="soft_l1", **options):
+        super().__init__(model, **options)
+        self.loss_name = loss_name
+
+    def residuals(self, model, batch):
+        left = model(X) - batch
+        return vn.likelihoods.Robust(left, self.loss_name, SCALE)
+
+
+def data(seed=0, shape=()):
+    """A line, with one datum in seven far from it."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(0, SCALE, (*shape, 60))
+    is_outlier = rng.random((*shape, 60)) < 1 / 7
+    outliers = is_outlier * rng.normal(0, 5, (*shape, 60))
+    return jnp.asarray(2 * X + 1 + noise + outliers)
+
+
+def flat(tree):
+    return np.array([tree.slope, tree.offset])
+
+
+ROWS = np.stack([X, np.ones(60)], 1)
+
+
+def sandwich(slope, curvature):
+    """From the first two derivatives of each datum's loss by the prediction."""
+    bread = np.linalg.inv(ROWS.T @ (curvature[:, None] * ROWS))
+    meat = ROWS.T @ (slope[:, None] ** 2 * ROWS)
+    return np.sqrt(np.diag(bread @ meat @ bread))
+
+
+def test_of_least_squares_it_is_whites():
+    trainer = Plain(line()).solve(SOLVER, data()).trainer
+    left = np.asarray(trainer.model(X) - data())
+    known = sandwich(left, np.ones(60))
+    np.testing.assert_allclose(
+        flat(trainer.standard_errors(data(), kind="sandwich")), known, rtol=1e-8
+    )
+    # The scale of the residuals does not matter, as it does for those of Fisher.
+    assert trainer.report(data()).error_kind == "expected"
+
+
+# The first two derivatives of the loss, by the residual in units of the scale.
+DERIVATIVES = {
+    "soft_l1": (lambda r: r / np.sqrt(1 + r**2), lambda r: (1 + r**2) ** -1.5),
+    "huber": (lambda r: np.clip(r, -1, 1), lambda r: 1.0 * (abs(r) <= 1)),
+    "cauchy": (lambda r: r / (1 + r**2), lambda r: (1 - r**2) / (1 + r**2) ** 2),
+    "arctan": (lambda r: r / (1 + r**4), lambda r: (1 - 3 * r**4) / (1 + r**4) ** 2),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_of_a_robust_loss_it_is_hubers(loss):
+    trainer = RobustFit(line(1.9, 1.1), loss).solve(SOLVER, data()).trainer
+    left = np.asarray(trainer.model(X) - data()) / SCALE
+    slope, curvature = (derivative(left) for derivative in DERIVATIVES[loss])
+    known = SCALE * sandwich(slope, curvature)
+    # By default, and wherever errors are asked for.
+    for errors in (
+        trainer.standard_errors(data()),
+        trainer.standard_errors(data(), kind="sandwich"),
+        trainer.propagate(lambda model: model, data())[1],
+    ):
+        np.testing.assert_allclose(flat(errors), known, rtol=1e-6)
+    report = trainer.report(data())
+    np.testing.assert_allclose([row.error for row in report.parameters], known)
+    assert report.error_kind == "sandwich"
+    assert "from the scatter of the data (sandwich)" in str(report)
+    assert report.chi_squared is report.p_value is report.reduced_chi_squared is None
+    assert report.degrees_of_freedom == 58
+
+
+@pytest.mark.parametrize("loss", ["soft_l1", "cauchy"])
+def test_errors_are_the_scatter_of_simulated_fits(loss):
+    """The inverse of either Fisher matrix is wrong by far more."""
+    sets = data(1, (2000,))
+    many = vn.fit_many(
+        [RobustFit(line(1.9, 1.1), loss)] * 2000,
+        sets,
+        60,
+        solver=optx.LevenbergMarquardt(1e-8, 1e-8),
+        data_axis=0,
+    )
+    slopes = np.asarray(many.params.slope)
+    scatter = 1.4826 * np.median(abs(slopes - np.median(slopes)))
+    ratio = np.median(np.asarray(many.errors(sets).slope)) / scatter
+    assert 0.93 < ratio < 1.05
+    for kind in ("expected", "observed"):
+        wrong = np.median(np.asarray(many.errors(sets, kind=kind).slope)) / scatter
+        assert wrong > 2
+
+
+def test_draws_have_that_scatter():
+    trainer = RobustFit(line(1.9, 1.1)).solve(SOLVER, data()).trainer
+    models = trainer.draw(jax.random.key(0), 4000, data())
+    drawn = np.stack([models.slope, models.offset])
+    np.testing.assert_allclose(
+        drawn.std(axis=1), flat(trainer.standard_errors(data())), rtol=0.05
+    )
+
+
+def test_directions_without_data_stay_unknown():
+    class Sum(vn.Trainer):
+        def residuals(self, model, batch):
+            a, b, slope = model
+            return vn.likelihoods.Robust((a + b) + slope * X - batch, "huber", SCALE)
+
+    start = jnp.array(0.5), jnp.array(0.5), jnp.array(2.0)
+    trainer = Sum(start).solve(SOLVER, data()).trainer
+    errors = trainer.standard_errors(data())
+    known = RobustFit(line(2.0, 1.0), "huber").solve(SOLVER, data()).trainer
+    np.testing.assert_allclose(errors[:2], np.inf)
+    np.testing.assert_allclose(
+        errors[2], known.standard_errors(data()).slope, rtol=1e-5
+    )
+    _, error = trainer.propagate(lambda model: model[0] + model[1], data())
+    np.testing.assert_allclose(error, known.standard_errors(data()).offset, rtol=1e-5)
+
+
+def test_what_is_held_has_none_and_is_not_free():
+    bounded = RobustFit(line(1.9, 0.4), bounds={"offset": (None, 0.5)})
+    trainer = bounded.solve(SOLVER, data()).trainer
+    errors = trainer.standard_errors(data())
+    assert np.isnan(errors.offset)
+    frozen = RobustFit(line(1.9, 0.5), train="slope").solve(SOLVER, data()).trainer
+    known = frozen.standard_errors(data()).slope
+    np.testing.assert_allclose(errors.slope, known, rtol=1e-6)
+
+
+def test_a_prior_counts_as_a_measurement():
+    """With one that is far more certain than the data, its width is the error."""
+    priors = {"offset": vn.Normal(1.0, 1e-4)}
+    trainer = RobustFit(line(1.9, 1.0), priors=priors).solve(SOLVER, data()).trainer
+    errors = trainer.standard_errors(data())
+    np.testing.assert_allclose(errors.offset, 1e-4, rtol=1e-3)
+    frozen = RobustFit(line(1.9, 1.0), train="slope").solve(SOLVER, data()).trainer
+    known = frozen.standard_errors(data()).slope
+    np.testing.assert_allclose(errors.slope, known, rtol=1e-2)
+
+
+def test_a_broken_member_costs_its_own_errors_alone():
+    sets = data(2, (3,)).at[1, 4].set(jnp.nan)
+    trainers = eqx.filter_vmap(lambda s: RobustFit(Line(s, s)))(jnp.full(3, 1.5))
+    many = vn.fit_many(trainers, sets, 60, solver=SOLVER, data_axis=0)
+    errors = np.stack([flat(many.errors(sets))]).reshape(2, 3)
+    assert np.isfinite(errors).all(axis=0).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("method", ["profile", "intervals"])
+def test_a_robust_loss_has_no_likelihood_to_follow(method):
+    trainer = RobustFit(line(1.9, 1.1)).solve(SOLVER, data()).trainer
+    with pytest.raises(TypeError, match=r"a robust loss is none.*`standard_errors`"):
+        getattr(trainer, method)(SOLVER, data(), "slope")
+    with pytest.raises(ValueError, match='kind="sandwich"'):
+        trainer.report(data(), scale_errors=True)

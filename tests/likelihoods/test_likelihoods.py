@@ -1,0 +1,224 @@
+"""Likelihoods that `residuals` may return: values, derivatives, masks."""
+
+from decimal import Decimal, localcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from scipy.optimize import least_squares
+
+from vernal.likelihoods import Gaussian, Poisson, Robust
+
+LOSSES = "soft_l1", "huber", "cauchy", "arctan"
+DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
+
+
+def deviance(rate, count):
+    """Twice the negative log-likelihood of a Poisson distribution, to 50 digits."""
+    with localcontext() as context:
+        context.prec = 50
+        rate, count = Decimal(float(rate)), Decimal(float(count))
+        log = count * (count / rate).ln() if count else Decimal(0)
+        return float(2 * (rate - count + log))
+
+
+COUNTS = 0, 1, 2, 7, 1000, 2**20
+RATIOS = 1e-6, 0.5, 0.73, 0.74, 0.9, 1 - 1e-4, 1 - 1e-6, 1, 1 + 1e-6, 1.3, 1.36, 2, 1e3
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_poisson_has_the_digits_of_its_dtype(name):
+    dtype = DTYPES[name]
+    pairs = [(ratio * max(n, 1), n) for n in COUNTS for ratio in RATIOS]
+    rate, count = (jnp.asarray(column, dtype) for column in zip(*pairs, strict=True))
+    found = np.asarray(Poisson(rate, count).residuals(), float)
+    exact = np.array([deviance(*pair) for pair in zip(rate, count, strict=True)])
+    sign = np.sign(np.asarray(rate, float) - np.asarray(count, float))
+    rtol = 60 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(found, sign * np.sqrt(exact), rtol=rtol)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_the_derivative_of_poisson_is_exact_where_the_deviance_is_zero(name):
+    dtype = DTYPES[name]
+    count = jnp.asarray([0, 1, 1, 4, 4, 9, 1000], dtype)
+    rate = jnp.asarray([0, 1, 1e-4, 4, 5, 30, 1000], dtype)
+    slope = jax.grad(lambda rate: Poisson(rate, count).nll())(rate)
+    rtol = 60 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(slope, 1 - count / jnp.where(rate > 0, rate, 1), rtol)
+    root = jax.vmap(jax.grad(lambda r, n: Poisson(r[None], n[None]).residuals()[0]))
+    found = root(rate[1:], count[1:])
+    near = np.asarray(rate[1:] == count[1:])
+    np.testing.assert_allclose(found[near], 1 / np.sqrt(count[1:][near]), rtol=rtol)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("scale", [0.3, 1.0, 20.0])
+def test_robust_losses_are_those_of_scipy(loss, scale):
+    left = np.array([0.0, 1e-6, -0.02, 0.3, -1.0, 4.0, -50.0, 1e4])
+    known = least_squares(
+        lambda _: left, [0.0], jac=lambda _: np.ones((8, 1)),
+        loss=loss, f_scale=scale, max_nfev=1,
+    )  # fmt: skip
+    own = Robust(jnp.asarray(left), loss, scale)
+    np.testing.assert_allclose(own.nll(), known.cost, rtol=1e-13)
+
+
+VECTOR = np.linspace(0.5, 3.0, 6)
+
+
+def matrix(dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng(1).uniform(0.2, 1.0, (6, 3)), dtype)
+
+
+def poisson(point, where=None, data=(0.0, 1, 3, 0, 2, 8)):
+    return Poisson(matrix() @ point, jnp.asarray(data), where=where)
+
+
+def gaussian(point, where=None, data=VECTOR):
+    std = jnp.where(jnp.isfinite(jnp.asarray(data)), 0.5, jnp.nan)
+    return Gaussian(matrix() @ point, jnp.asarray(data), std, where=where)
+
+
+def complex_gaussian(point, where=None, data=VECTOR):
+    return Gaussian(
+        jnp.exp(lax.complex(0.0, matrix() @ point)), jnp.asarray(data), where=where
+    )
+
+
+def robust(loss):
+    def make(point, where=None, data=VECTOR):
+        return Robust(matrix() @ point - jnp.asarray(data), loss, 0.4, where=where)
+
+    return make
+
+
+KINDS = {"poisson": poisson, "gaussian": gaussian, "complex": complex_gaussian}
+KINDS |= {loss: robust(loss) for loss in LOSSES}
+
+INFORMATION = {
+    "poisson": lambda mean, left: 1 / mean,
+    "gaussian": lambda mean, left: 4.0 + 0 * mean,
+    "soft_l1": lambda mean, left: 1 / np.sqrt(1 + left**2),
+    "huber": lambda mean, left: np.minimum(1, 1 / abs(left)),
+    "cauchy": lambda mean, left: 1 / (1 + left**2),
+    "arctan": lambda mean, left: 1 / (1 + left**4),
+}
+
+POINT = jnp.array([0.7, 1.2, 2.0])
+
+
+def as_reals(array):
+    return jnp.concatenate([array.real, array.imag])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_residuals_and_scores_have_the_gradient_of_the_nll(kind):
+    make = KINDS[kind]
+    nll = lambda point: make(point).nll()
+    residuals = lambda point: as_reals(make(point).residuals())
+    scoring = lambda point: as_reals(make(point).scoring_residuals())
+    np.testing.assert_allclose(0.5 * jnp.sum(residuals(POINT) ** 2), nll(POINT))
+    for rows in (residuals, scoring):
+        slope = jax.jacobian(rows)(POINT).T @ rows(POINT)
+        np.testing.assert_allclose(slope, jax.grad(nll)(POINT), rtol=1e-12)
+    if kind in INFORMATION:
+        left = np.asarray(matrix() @ POINT - VECTOR) / 0.4
+        known = INFORMATION[kind](np.asarray(matrix() @ POINT), left)
+        jac = jax.jacobian(scoring)(POINT)
+        np.testing.assert_allclose(
+            jac.T @ jac, matrix().T @ (known[:, None] * matrix()), rtol=1e-12
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_masked_counts_for_nothing(kind):
+    """It may be NaN, or whatever else, in both modes of differentiation."""
+    make, where = KINDS[kind], jnp.array([True, False, True, True, False, True])
+    data = np.array([0.0, 1, 3, 0, 2, 8])
+    rows = lambda data: lambda point: make(point, where, data).residuals()
+    known = rows(data)(POINT)
+    assert not known[~where].any()
+    assert known[where].all()
+    slopes = []
+    for fill in (np.nan, np.inf, -5.0):
+        bad = np.where(where, data, fill)
+        assert jnp.array_equal(rows(bad)(POINT), known)
+        nll = lambda point, bad=bad: make(point, where, bad).nll()
+        for mode in (jax.jacfwd, jax.jacrev):
+            slopes.append(mode(nll)(POINT))
+        twice = 2 if kind == "complex" else 1
+        assert make(POINT, where, bad).count() == 4 * twice
+    assert np.isfinite(slopes).all()
+    np.testing.assert_allclose(slopes, np.broadcast_to(slopes[0], (6, 3)), rtol=1e-12)
+
+
+def test_a_mask_broadcasts():
+    where = jnp.array([True, False])
+    image = Gaussian(jnp.ones((3, 2)), jnp.zeros((3, 2)), where=where)
+    assert image.count() == 3
+    assert image.nll() == 1.5
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_precision_is_that_of_the_prediction(name):
+    dtype = DTYPES[name]
+    rate, counts = jnp.ones(3, dtype), np.arange(3)
+    made = (
+        Poisson(rate, counts),
+        Gaussian(rate, counts, np.float64(0.1)),
+        Robust(rate, "cauchy", np.float64(0.3)),
+    )
+    for term in made:
+        assert term.residuals().dtype == dtype
+        assert term.scoring_residuals().dtype == dtype
+        assert term.nll().dtype == dtype
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0])
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_is_impossible_is_not_finite(rate, count):
+    term = Poisson(jnp.array([1.0, rate]), jnp.array([1, count]))
+    is_possible = rate == count == 0
+    assert bool(jnp.isfinite(term.nll())) == is_possible
+    assert bool(jnp.isfinite(term.residuals()).all()) == is_possible
+    assert bool(term.impossible()) != is_possible
+    if rate < 0:
+        assert "1 of 2 rates are negative, the first at [1]" in term.impossible()
+
+
+def test_negative_counts_are_nan():
+    term = Poisson(jnp.ones(3), jnp.array([1.0, -1.0, 2.0]))
+    assert jnp.isnan(term.nll())
+    assert "1 of 3 `counts` are negative, the first at [1]" in term.impossible()
+
+
+ONES = jnp.ones(3)
+IMAGINARY = lax.complex(ONES, ONES)
+FAULTS = {
+    "shape": (lambda: Poisson(ONES, np.ones(4)), ValueError, r"`counts` has shape"),
+    "column": (lambda: Gaussian(ONES[:, None], ONES), ValueError, "`data` has shape"),
+    "std": (lambda: Gaussian(ONES, ONES, np.ones(2)), ValueError, "`std` has shape"),
+    "mask shape": (
+        lambda: Poisson(ONES, ONES, where=np.ones(2, bool)), ValueError, "`where`"
+    ),
+    "mask of numbers": (
+        lambda: Gaussian(ONES, ONES, where=ONES), TypeError, "isfinite"
+    ),
+    "integers": (lambda: Poisson(jnp.arange(3), ONES), TypeError, "`rate` is of int"),
+    "complex rate": (lambda: Poisson(IMAGINARY, ONES), TypeError, "a rate is real"),
+    "complex data": (lambda: Gaussian(ONES, IMAGINARY), TypeError, "`data` is complex"),
+    "complex left": (lambda: Robust(IMAGINARY), TypeError, "the real and the imag"),
+    "loss": (lambda: Robust(ONES, "l1"), ValueError, "`loss` is 'l1', but must be"),
+    "list": (lambda: Gaussian(None, ONES), TypeError, "`mean` is of NoneType"),
+}  # fmt: skip
+
+
+@pytest.mark.own_words
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named(fault):
+    make, kind, words = FAULTS[fault]
+    with pytest.raises(kind, match=words):
+        make()
