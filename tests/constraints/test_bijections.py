@@ -414,7 +414,7 @@ def test_what_cannot_be_right_is_refused(case):
 
 @pytest.mark.parametrize("given", [Positive, jnp.exp, constraints.simplex, "positive"])
 def test_what_is_no_bijection_is_refused(given):
-    with pytest.raises(TypeError, match=r"must be a pair .\\(low, high\\)."):
+    with pytest.raises(TypeError, match=r"must be a pair `\(low, high\)`"):
         trainer_of(given, 1.0)
 
 

@@ -248,6 +248,7 @@ def test_what_has_no_error(fn, error, match):
         fitted().propagate(fn, data())
 
 
+@pytest.mark.own_words
 def test_a_batch_in_another_place_is_not_printed():
     batch = jnp.ones((3, 50)), jnp.ones(50)
     trainer = LineFit(Line(jnp.ones(()), jnp.ones(())))
