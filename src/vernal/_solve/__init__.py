@@ -16,5 +16,6 @@ from .problem import (
     run,
     run_solver,
 )
-from .solve import SolveOptions, solve, whitened_without_signs
+from .solve import SolveOptions, solve
 from .tracked_solver import choose
+from .whiten_again import whitened_without_signs

@@ -435,9 +435,11 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `batch`: the batch that the loss is called with, any pytree.
         - `max_steps`: the number of steps after which to give up.
         - `rewhiten`: whether to whiten again, and go on, where the solver stops short
-            of a minimum: as [`vernal.Trainer.whiten`][] does by default, in the same
-            blocks, with the mode `jac`. This replaces every latent space without
-            dropped directions, also that of `from_fisher` or `from_covariance`.
+            of a minimum; and to begin again from the start, whitening often, where it
+            has not converged after 128 steps (or 4 for each parameter): as
+            [`vernal.Trainer.whiten`][] does by default, in the same blocks, with the
+            mode `jac`. This replaces every latent space without dropped directions,
+            also that of `from_fisher` or `from_covariance`.
             `max_steps` counts all steps.
         - `jac`: `"fwd"` or `"bwd"`, the mode of differentiation; by default the one
             that works.

@@ -1,0 +1,266 @@
+"""The rounds of a solve, between which its space is whitened."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._devices import AbstractPlacement
+from .._fit import FitResult
+from .._inference import linearised
+from .._minimum import Distance, Local, distance_of, measure_jacobian, settled, unknown
+from .._policy import StopReason
+from .._projection import EigenProjector
+from .._step import (
+    AbstractTrainer,
+    Diagnosis,
+    bounds_of,
+    count_non_finite,
+    diagnosed,
+    in_free_coordinates,
+    initial_opt_state,
+    live,
+    progress_of,
+    stripped,
+    with_progress,
+)
+from .._storage import History
+from .._tree import ravel, ravel_size
+from .problem import (
+    IS_OVER,
+    REASONS,
+    End,
+    Problem,
+    Start,
+    find_bad_alone,
+    in_parameters,
+    is_suspect,
+    progress_at,
+    run,
+)
+from .whiten_again import can_whiten, damped, whitened_again
+
+# The reasons for which another round may help, with others held at their bounds.
+_GOES_ON = (StopReason.STALLED, StopReason.FAILED, StopReason.DIVERGED)
+
+# The number of steps in a short round and in a long one, and how many for each
+# parameter: to whiten costs about as much as one for each, and a solver needs several
+# to learn the curvature of a space that has gone stale.
+_SHORT, _LONG = 8, 128
+_SHORT_EACH, _LONG_EACH = 1, 4
+
+# After a round that gained little, the next is longer by this factor.
+_LONGER = 4
+
+# A round gains if the loss falls by this fraction of what the metric promised.
+_GAIN = 0.1
+
+
+class _Round(NamedTuple):
+    """How a round ended.
+
+    - `steps`: how many steps it took.
+    - `last`: the loss at the end.
+    - `is_settled`: whether it is known which parameters are held at their bounds.
+    - `is_over`: whether more rounds are of no use.
+    """
+
+    end: End
+    projector: EigenProjector | None
+    distance: Distance
+    reason: StopReason
+    steps: int
+    last: float
+    is_settled: bool
+    is_over: bool
+
+
+class Rounds:
+    """A running solve."""
+
+    def __init__(
+        self, trainer: AbstractTrainer, problem: Problem, place: AbstractPlacement
+    ):
+        placed = in_free_coordinates(place.put(trainer))
+        self._trainer, self._placed, self._place = trainer, placed, place
+        self._problem, self._stripped = problem, stripped(placed)
+        self._projector, self._held = placed.projector, Start.of(placed)
+        self._found: _Round | None = None
+        self._damped: EigenProjector | None = None
+        self._losses: list[np.ndarray] = []
+        size = ravel_size(placed.params)
+        self._short = max(_SHORT, _SHORT_EACH * size)
+        self._long = max(_LONG, _LONG_EACH * size)
+
+    def go(self, max_steps: int, rewhiten: bool) -> None:
+        """Solves until it converges, gets no further, or has taken its steps."""
+        whitens = rewhiten and can_whiten(self._placed)
+        if bounds_of(self._placed) is not None:
+            self._find_held(max_steps, whitens)
+        elif whitens:
+            self._search(max_steps)
+        else:
+            self._found = self._run(max_steps)
+
+    def _find_held(self, left: int, whitens: bool) -> None:
+        """Solves until it is known which parameters are held at their bounds."""
+        while True:
+            before, now = self._found, self._run(left)
+            self._found, left = now, left - now.steps
+            fall = np.inf if before is None else before.last - now.last
+            if now.is_settled or now.reason in IS_OVER:
+                goes_on = now.reason in _GOES_ON and fall > now.distance.limit
+            else:
+                goes_on = bool(fall > 0)
+            if not (left and now.steps and goes_on):
+                return
+            if not (whitens and self._whiten(now.end.params)):
+                self._begin(now.end.params, now.projector, now.end.latent)
+
+    def _search(self, left: int) -> None:
+        """Solves from the given space on, and at most twice more from the start.
+
+        A space goes stale on the way from a start far away. A solver that descends in
+        it ends in a curved valley of the loss, along which it crawls: the second
+        attempt whitens often from the beginning. Where nothing helps, as where a model
+        is flat, the third begins with shorter steps. The lowest end counts.
+        """
+        kept, left = self._descend(left, self._long, None)
+        for is_damped in (False, True):
+            if kept.is_over or not left:
+                break
+            if not self._whiten(self._placed.params, is_damped):
+                break
+            now, left = self._descend(left, self._short, float(kept.end.first))
+            if not now.last <= kept.last + now.distance.limit:
+                best, state, loss = now.end.best, now.end.best_state, now.end.best_loss
+                end = kept.end._replace(best=best, best_state=state, best_loss=loss)
+                now = kept._replace(end=end)
+            kept = self._found = now
+        if kept.projector is self._damped and self._whiten(kept.end.params):
+            end = kept.end._replace(latent=self._held.latent)
+            self._found = kept._replace(end=end, projector=self._projector)
+
+    def _descend(
+        self, left: int, steps: int, before: float | None
+    ) -> tuple[_Round, int]:
+        """Solves in rounds, the first of so many `steps`, each in a space of its own.
+
+        `before` is the loss at the beginning, `None` in the space that was given.
+        Returns the last round, and how many steps are left.
+        """
+        promised: Any = 0
+        while True:
+            goal = min(left, steps)
+            now = self._found = self._run(goal)
+            left -= now.steps
+            fall = np.nan if before is None else before - now.last
+            if now.is_over or not left:
+                return now, left
+            if now.distance.is_minimum:
+                # The metric is right: up to the tolerance of the solver.
+                steps = left
+            elif before is None:
+                if now.steps == goal:
+                    return now, left
+            elif fall > _GAIN * promised:
+                steps = self._short
+            elif steps < self._long:
+                steps = min(_LONGER * steps, self._long)
+            elif not fall > now.distance.limit:
+                return now, left
+            if not self._whiten(now.end.params):
+                return now, left
+            before, promised = now.last, now.distance.edm
+
+    def _run(self, steps: int) -> _Round:
+        """Solves in the space as it is."""
+        goal = jnp.asarray(np.int32(steps))
+        end = run(self._stripped, self._projector, self._held, self._problem, goal)
+        copied = end.losses, end.steps, end.reason, end.last, end.is_settled
+        losses, count, why, last, is_settled = jax.device_get(copied)
+        distance = distance_of(end.local or self._linearised(end))
+        self._losses.append(losses[:count])
+        why = REASONS[why]
+        reason = settled(why, distance)
+        is_done = why is not StopReason.MAX_STEPS and reason is StopReason.CONVERGED
+        is_over = is_done or reason is StopReason.NON_FINITE or not count
+        return _Round(
+            end,
+            self._projector,
+            distance,
+            reason,
+            int(count),
+            float(last),
+            bool(is_settled),
+            is_over,
+        )
+
+    def _whiten(self, params: Any, is_damped: bool = False) -> bool:
+        """Begins at these parameters in a space whitened there, if there is one."""
+        again = whitened_again(live(self._placed, params), self._problem)
+        if again is not None:
+            projector, latent = again
+            if is_damped:
+                projector = self._damped = damped(projector)
+            self._begin(params, projector, latent)
+        return again is not None
+
+    def _begin(self, params: Any, projector: Any, latent: Any) -> None:
+        """Begins another round at these parameters."""
+        assert self._found is not None
+        end = self._found.end
+        self._projector = projector
+        self._stripped = live(self._stripped, params)
+        self._held = self._held._replace(
+            latent=latent,
+            best=end.best,
+            state=end.best_state,
+            loss=end.best_loss,
+            is_validated=jnp.zeros_like(self._held.is_validated),
+            first=end.first,
+        )
+
+    def _linearised(self, end: End) -> Local:
+        """Measures the surroundings of the end by the Jacobian there."""
+        batch, jac = self._problem.batch, self._problem.jac
+        try:
+            found = linearised(live(self._placed, end.params), batch, jac)
+        except TypeError:
+            # The solver needs the gradient of the loss alone.
+            return unknown(ravel(end.params))
+        fall = end.first - end.last
+        return measure_jacobian(*found, end.params, self._projector, fall)
+
+    def diagnosis(self) -> Diagnosis:
+        """Finds out why the values at the end are not finite."""
+        assert self._found is not None
+        trainer = live(self._placed, self._found.end.stumble)
+        return diagnosed(trainer, self._problem.batch)
+
+    def result(self, reason: StopReason | None = None) -> FitResult[Any, Any]:
+        """Makes the result, with another `reason` than the solver's if there is one."""
+        old = progress_of(self._trainer)
+        if self._found is None:
+            none = History(np.zeros(0, int), np.zeros(0, old.best_loss.dtype))
+            return FitResult(self._trainer, none, reason or StopReason.ERROR)
+        found = self._found
+        end, projector = self._place.home((found.end, found.projector))
+        losses, start = np.concatenate(self._losses), int(old.step_count)
+        reason, counts = reason or found.reason, old.nan_counts
+        if is_suspect(reason, end.in_vain):
+            # The solver does not say what it met.
+            bad = find_bad_alone(self._stripped, end.stumble, self._problem.batch)
+            unexplained = reason is StopReason.NON_FINITE and not np.any(bad)
+            last = jnp.asarray(start + max(len(losses) - 1, 0))
+            counts = count_non_finite(counts, jnp.append(bad, unexplained), last)
+            reason = StopReason.NON_FINITE if np.any(bad) else reason
+        count = np.asarray(start + len(losses), old.step_count.dtype)
+        end = end._replace(step_count=jnp.asarray(count))
+        optimiser, end = self._trainer.optimiser, in_parameters(end, self._trainer)
+        opt_state = initial_opt_state(optimiser, end.params, end.latent)
+        progress = progress_at(end, old, opt_state, counts)
+        history = History(np.arange(start, start + len(losses)), losses)
+        trainer = with_progress(self._trainer, progress, projector=projector)
+        return FitResult(trainer, history, reason, found.distance)

@@ -1,0 +1,131 @@
+"""BFGS, plain, reaches the answers that NIST certifies, from both starts."""
+
+import json
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+from jax.numpy import cos, exp, sin
+
+import vernal as vn
+
+DATA = Path(__file__).parents[2] / "examples" / "data" / "nist.json"
+BFGS = optx.BFGS(1e-10, 1e-10)
+
+
+def saturation(b, x):
+    return b[0] * (1 - exp(-b[1] * x))
+
+
+def cubics(b, x):
+    return jnp.polyval(b[3::-1], x) / (1 + x * jnp.polyval(b[:3:-1], x))
+
+
+def cycle(cosine, sine, period, x):
+    phase = 2 * jnp.pi * x / period
+    return cosine * cos(phase) + sine * sin(phase)
+
+
+def peak(x, height, place, width):
+    return height * exp(-(((x - place) / width) ** 2))
+
+
+# The curves of the data.
+CURVES = {
+    "Misra1a": saturation,
+    "Chwirut2": lambda b, x: exp(-b[0] * x) / (b[1] + b[2] * x),
+    "Gauss1": lambda b, x: b[0] * exp(-b[1] * x) + peak(x, *b[2:5]) + peak(x, *b[5:]),
+    "Misra1d": lambda b, x: b[0] * b[1] * x / (1 + b[1] * x),
+    "Hahn1": cubics,
+    "ENSO": lambda b, x: (
+        b[0]
+        + cycle(b[1], b[2], 12, x)
+        + cycle(b[4], b[5], b[3], x)
+        + cycle(b[7], b[8], b[6], x)
+    ),
+    "Thurber": cubics,
+    "MGH10": lambda b, x: b[0] * exp(b[1] / (x + b[2])),
+    "BoxBOD": saturation,
+}
+
+
+class Curve(eqx.Module):
+    b: jax.Array
+    name: str = eqx.field(static=True)
+
+    def __call__(self, x):
+        return CURVES[self.name](self.b, x)
+
+
+class Fit(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return model(x) - y
+
+
+def case(name):
+    given = json.loads(DATA.read_text())[name]
+    batch = jnp.asarray(given["x"]), jnp.asarray(given["y"])
+    fits = [Fit(Curve(jnp.asarray(start), name)) for start in given["starts"]]
+    return fits, batch, np.asarray(given["certified"])
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_bfgs_reaches_six_digits_from_both_starts(name):
+    fits, batch, certified = case(name)
+    for fit in fits:
+        result = fit.whiten(batch).solve(BFGS, batch, max_steps=1024)
+        assert result.stop_reason is vn.StopReason.CONVERGED
+        np.testing.assert_allclose(result.model.b, certified, rtol=1e-6)
+
+
+def test_many_rounds_are_one_program_and_end_in_a_space_of_their_own():
+    """From the far start of MGH10 the first round ends where the curve is flat."""
+    (far, _), batch, _ = case("MGH10")
+    traces = 0
+
+    class Counted(Fit):
+        def residuals(self, model, batch):
+            nonlocal traces
+            traces += 1
+            return super().residuals(model, batch)
+
+    trainer = Counted(far.model).whiten(batch)
+    flat = trainer.solve(BFGS, batch, max_steps=1024, rewhiten=False)
+    assert flat.stop_reason is vn.StopReason.STALLED
+    once = traces
+    result = trainer.solve(BFGS, batch, max_steps=1024)
+    assert traces == once
+    # One history, and the lowest loss of all.
+    count = len(flat.history)
+    np.testing.assert_array_equal(result.history.loss[:count], flat.history.loss)
+    assert len(result.history) == int(result.trainer.step_count)
+    np.testing.assert_allclose(result.best_loss, np.nanmin(result.history.loss))
+    np.testing.assert_array_equal(result.best.b, result.model.b)
+    # Wherever the steps run out, the space is whitened, and not damped.
+    for steps in (60, 150, 300):
+        trainer = Counted(far.model).whiten(batch)
+        short = trainer.solve(BFGS, batch, max_steps=steps).trainer
+        origin = short.projector.origin
+        made = Counted(Curve(origin.b, "MGH10")).whiten(batch).projector
+        np.testing.assert_allclose(short.projector.eigenvalues, made.eigenvalues)
+        np.testing.assert_allclose(short.projector.covariance(), made.covariance())
+        point = short.projector.to_params(short.latent)
+        np.testing.assert_allclose(point.b, short.model.b)
+
+
+def test_a_solve_of_one_round_is_the_same_without_the_others():
+    (_, near), batch, _ = case("BoxBOD")
+    trainer = near.whiten(batch)
+    one = trainer.solve(BFGS, batch, rewhiten=False)
+    assert one.stop_reason is vn.StopReason.CONVERGED
+    result = trainer.solve(BFGS, batch)
+    np.testing.assert_array_equal(result.history.loss, one.history.loss)
+    np.testing.assert_array_equal(result.model.b, one.model.b)
+    np.testing.assert_array_equal(
+        result.trainer.projector.matrix, trainer.projector.matrix
+    )
