@@ -7,7 +7,7 @@ from ._boundary import (
     ObjectiveWarning as ObjectiveWarning,
     PrecisionWarning as PrecisionWarning,
 )
-from ._constraints import Normal as Normal
+from ._constraints import Bijection as Bijection, Normal as Normal
 from ._curvature import (
     decompose as decompose,
     eigen_projection as eigen_projection,

@@ -22,7 +22,7 @@ except ModuleNotFoundError:
         "`pip install vernal[plot]`."
     ) from None
 
-from ._boundary import Params, checked
+from ._boundary import Params, checked, in_few_words
 from ._fit import FitResult
 from ._plot import (
     add_legend,
@@ -310,11 +310,15 @@ def band(
     - as [`vernal.Trainer.propagate`][].
     """
     is_key = jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
-    places = np.zeros(0) if is_key else np.asarray(x)
+    # A batch is a tree of more than one array.
+    is_tree = not is_key and len({np.shape(leaf) for leaf in jax.tree.leaves(x)}) > 1
+    places = np.zeros(0) if is_key or is_tree else np.asarray(x)
     if places.ndim != 1 or places.dtype.kind not in "fiu" or not places.size:
-        raise ValueError(f"`x` is {x!r}, but must be a vector of numbers.")
+        raise ValueError(f"`x` is {in_few_words(x)}, but must be a vector of numbers.")
     if not 0 < errors < math.inf:
-        raise ValueError(f"`errors` is {errors}, but must be a positive number.")
+        raise ValueError(
+            f"`errors` is {in_few_words(errors)}, but must be a positive number."
+        )
     value, error = trainer.propagate(fn, batch, scale_errors=scale_errors)
     if np.shape(value) != places.shape:
         shape = getattr(value, "shape", "another structure")

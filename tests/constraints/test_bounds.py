@@ -354,3 +354,62 @@ def test_a_preconditioner_that_couples_a_bounded_parameter_is_refused():
     trainer = LineFit(line(), optimiser, bounds={"slope": (None, 1)})
     with pytest.raises(ValueError, match=r"`bounds` changes 'slope'.*`precondition`"):
         trainer.step(line_batch())
+
+
+class Matrices(vn.Trainer):
+    def residuals(self, model, batch):
+        return jnp.concatenate([model["w"].ravel(), model["b"]]) - batch
+
+
+MATRICES = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
+
+
+@pytest.mark.parametrize("make", [optax.contrib.muon, optax.contrib.galore])
+def test_what_mixes_the_elements_of_a_bounded_matrix_is_refused(make):
+    batch, other = jnp.ones(8), optax.adam(0.1)
+    rules = vn.ParamOptimiser({"w": make(0.1), "b": other})
+    for optimiser in (make(0.1), rules):
+        trainer = Matrices(MATRICES, optimiser, bounds={"w": (None, 0.5)})
+        with pytest.raises(ValueError, match="which knows of no `bounds`"):
+            trainer.step(batch)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        trainer = Matrices(MATRICES, rules, bounds={"b": (None, 0.5)})
+        assert np.all(trainer.fit(batch, 30, progress=False).model["b"] == 0.5)
+
+
+def moved_by_others(transform):
+    """How far elements without a gradient are moved because others have one."""
+    random = np.random.default_rng(0)
+    params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
+    is_pushed = {"w": random.random((4, 3)) < 0.5, "b": np.array([True, False, True])}
+    pushed = {k: jnp.asarray(np.where(f, 1.5, 0.0)) for k, f in is_pushed.items()}
+    pushed["w"] *= jnp.asarray(random.uniform(0.5, 2, (4, 3)))
+    updates = []
+    for grads in (pushed, jax.tree.map(jnp.zeros_like, pushed)):
+        state = transform.init(params)
+        for _ in range(2):
+            update, state = transform.update(grads, state, params, value=jnp.ones(()))
+        updates.append(update)
+    differences = jax.tree.map(lambda a, b: abs(a - b), *updates)
+    return max(float(np.max(differences[k][~f])) for k, f in is_pushed.items())
+
+
+NAMES = "adabelief adadelta adafactor adagrad adam adamax adamw adan amsgrad fromage"
+NAMES += " lamb lars lion nadam novograd optimistic_gradient_descent radam"
+NAMES += " rmsprop rprop sgd sign_sgd sm3 yogi centralize"
+CONTRIB = "acprop ademamix cocob dog dowg momo"
+CONTRIB += " muon galore"
+
+
+def test_which_of_optax_mix_elements():
+    extra = optax.with_extra_args_support
+    every = {name: getattr(optax, name) for name in NAMES.split()}
+    every |= {name: getattr(optax.contrib, name) for name in CONTRIB.split()}
+    no_rate = {"centralize", "cocob", "momo"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        mixing = {
+            name
+            for name, make in every.items()
+            if moved_by_others(extra(make() if name in no_rate else make(0.1)))
+        }
+    assert mixing == {"muon", "galore", "centralize"}

@@ -199,7 +199,7 @@ INSTANCES = {
 MADE = {
     *("FitResult", "ManyResult", "EigenProjector", "Profile", "Report", "StopReason"),
 }
-ABSTRACT = {"NanPolicy", "StopCriterion"}
+ABSTRACT = {"Bijection", "NanPolicy", "StopCriterion"}
 CALLED = {
     *("Minibatches.start", "Minibatches.next", "ParamOptimiser.count"),
     *("ParamOptimiser.index", "Trainer.transform_grads", "Trainer.constrain"),

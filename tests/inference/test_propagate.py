@@ -246,3 +246,19 @@ def test_functions_with_one_mode():
 def test_what_has_no_error(fn, error, match):
     with pytest.raises(error, match=match):
         fitted().propagate(fn, data())
+
+
+@pytest.mark.own_words
+def test_a_batch_in_another_place_is_not_printed():
+    batch = jnp.ones((3, 50)), jnp.ones(50)
+    trainer = LineFit(Line(jnp.ones(()), jnp.ones(())))
+    key, fn = jax.random.key(0), lambda model: model.slope
+    for call in (
+        lambda: trainer.draw(batch, key, 3),
+        lambda: trainer.draw(key, batch, 3),
+        lambda: trainer.propagate(batch, fn),
+        lambda: trainer.draw(batch[1], key, 3),
+    ):
+        with pytest.raises(TypeError, match="is of type") as caught:
+            call()
+        assert len(str(caught.value)) < 150

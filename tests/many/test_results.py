@@ -168,7 +168,7 @@ def test_names_that_are_taken():
             return model["edm"] * model["b"][0] - batch
 
     model = {"edm": jnp.asarray(1.0), "b": jnp.ones((1, 2))}
-    result = vn.fit_many([Fit(model)] * 2, jnp.ones(2), 9, solver=LM)
+    result = vn.fit_many([Fit(model)] * 3, jnp.ones(2), 9, solver=LM)
     names = list(result.to_dict())
     assert names == ["b[0,0]", "b[0,1]", "edm", "best_loss", "<edm>", "stop_reason"]
 
@@ -207,3 +207,47 @@ def test_a_loss_alone_has_no_errors():
     with pytest.raises(TypeError, match="`residuals` or `nll`"):
         result.errors(one(0))
     assert len(result.table().splitlines()) == 4
+
+
+class Tied(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return (model["a"] * x + model["c"] + model["b"] - y) / 0.1
+
+
+def test_what_is_tied_or_held_is_told_in_a_table():
+    x = jnp.linspace(0, 1, 20)
+    ys = jnp.stack([2 * x + 0.2, 2 * x - 0.3, x * jnp.nan])
+    trainer = Tied(
+        {"a": jnp.array(1.0), "b": jnp.array(0.1), "c": jnp.array(1.0)},
+        bounds={"b": (0, None)},
+        ties={"c": lambda model: 2 * model["b"]},
+    )
+    solver, axes = optx.LevenbergMarquardt(1e-8, 1e-8), (None, 0)
+    result = vn.fit_many([trainer] * 3, (x, ys), 30, data_axis=axes, solver=solver)
+    head, _, first, held, broken, *_ = result.table((x, ys)).splitlines()
+    assert "c (tied to a function)" in head
+    assert first.count("±") == 3
+    assert "0 (at its bound)" in held
+    assert held.count("±") == 1
+    assert broken.count("± nan") == 3
+    columns = result.to_dict((x, ys))
+    rows = result.report(0, (x, ys))
+    np.testing.assert_allclose(columns["error[c]"][0], rows["c"].error, rtol=1e-6)
+    np.testing.assert_array_equal(columns["c"], 2 * columns["b"])
+
+
+def test_equal_trainers_of_one_batch_are_refused():
+    x = jnp.linspace(0, 1, 20)
+    ys = jnp.stack([x, 2 * x])
+    model = {"a": jnp.array(1.0), "b": jnp.array(0.1), "c": jnp.array(1.0)}
+    one = Tied(model, optax.adam(0.1))
+    for options in ({}, {"solver": optx.LevenbergMarquardt(1e-8, 1e-8)}):
+        with pytest.raises(ValueError, match=r"`data\[1\]` has .* no `data_axis`"):
+            vn.fit_many([one, one], (x, ys), 5, **options)
+    # Others may see a batch of two rows, and two may be equal of any other batch.
+    other = Tied({**model, "a": jnp.array(2.0)}, optax.adam(0.1))
+    with jax.numpy_rank_promotion("allow"):
+        vn.fit_many([one], (x, ys), 2, progress=False)
+        vn.fit_many([one, one], (x, ys[0]), 2, progress=False)
+        vn.fit_many([one, other], (x, ys), 2, progress=False)

@@ -356,3 +356,21 @@ def test_floats_of_eight_bits_are_no_long_doubles():
         "complex": np.ones(2, np.clongdouble),
     }
     assert vn.paths(tree) == ("small",)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"bounds": {"x[1]": (0, 1)}}, r"`{'x': \(low_array, high_array\)}`"),
+        ({"priors": {"x[1]": vn.Normal(0.0, 1.0)}}, "with a large `std`"),
+        ({"ties": {"x[1]": "x"}}, "Tie 'x' as a whole"),
+        ({"train": "x[1]"}, "`forward` inserts the element"),
+    ],
+)
+def test_the_name_of_an_element_has_a_remedy(options, remedy):
+    class Fit(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["x"]
+
+    with pytest.raises(vn.UnknownPathError, match=f"is one element.*{remedy}"):
+        Fit({"x": jnp.ones(3)}, **options)

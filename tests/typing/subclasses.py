@@ -121,6 +121,14 @@ class Always(vn.NanPolicy):
         return grads, vn.Verdict(True, False), state
 
 
+class Positive(vn.Bijection):
+    def forward(self, free: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.exp(free)
+
+    def inverse(self, value: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.log(value)
+
+
 class Never(vn.StopCriterion):
     def init(self, params: Any) -> None:
         return None

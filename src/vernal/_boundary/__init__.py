@@ -23,7 +23,14 @@ from .foreign import (
     require_numbers,
 )
 from .frames import entrance, warn
-from .names import dotted, nearest_names, spelled, spelled_leaves, unaddressed
+from .names import (
+    dotted,
+    in_few_words,
+    nearest_names,
+    spelled,
+    spelled_leaves,
+    unaddressed,
+)
 from .precision import (
     REMEDY,
     is_cut,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .names import nearest_names
+from .names import in_few_words, nearest_names
 
 # The shapes of raw keys of JAX's generators: threefry, and the two of XLA.
 _RAW = ((2,), (4,))
@@ -26,7 +26,9 @@ def whole_number(
         number = None
     if number is None or isinstance(value, bool):
         bound = "" if least is None else f" of at least {least}"
-        raise TypeError(f"`{name}` is {value!r}, but must be a whole number{bound}.")
+        raise TypeError(
+            f"`{name}` is {in_few_words(value)}, but must be a whole number{bound}."
+        )
     if least is not None and number < least:
         raise ValueError(f"`{name}` is {number}, but must be at least {least}.")
     if most is not None and number > most:
@@ -40,7 +42,9 @@ def boolean(value: Any, name: str) -> bool:
         isinstance(value, int) and value in (0, 1)
     ):
         return bool(value)
-    raise TypeError(f"`{name}` is {value!r}, but must be `True` or `False`.")
+    raise TypeError(
+        f"`{name}` is {in_few_words(value)}, but must be `True` or `False`."
+    )
 
 
 def file_path(value: Any, name: str) -> Path:
@@ -91,4 +95,6 @@ def prng_key(key: Any) -> jax.Array:
         or (key.dtype == jnp.uint32 and key.shape in _RAW)
     ):
         return key
-    raise TypeError(f"`key` is {key!r}, not one PRNG key. Give `jax.random.key(0)`.")
+    raise TypeError(
+        f"`key` is {in_few_words(key)}, not one PRNG key. Give `jax.random.key(0)`."
+    )

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 
@@ -37,3 +38,12 @@ def nearest_names(name: str, candidates: Sequence[str]) -> str:
     shown = ", ".join(map(repr, candidates[:8]))
     more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
     return f"There is {shown or 'nothing'}{more}."
+
+
+def in_few_words(value: Any) -> str:
+    """Writes a value that a user gave, by its type if it would be long."""
+    text = f"of type `{type(value).__name__}`"
+    if jax.tree.leaves(value) != [value] or hasattr(value, "shape"):
+        return text
+    line = repr(value)
+    return line if len(line) <= 60 and "\n" not in line else text

@@ -1,9 +1,11 @@
 """What is known of the parameters before the data.
 
-`bounds` has the intervals that they lie in, `ties` the parameters that follow others,
-`priors` their distributions. `owned` finds what a mapping says of each parameter.
+`bounds` has the intervals that they lie in, `bijections` the maps from free coordinates
+to them, `ties` the parameters that follow others, `priors` their distributions. `owned`
+finds what a mapping says of each parameter.
 """
 
+from .bijections import Bijection, Bijections
 from .bounds import Bounds, as_bounds, flat_flags, held_at
 from .priors import Normal, Priors, as_priors
 from .ties import Ties, as_ties

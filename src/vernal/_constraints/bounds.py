@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool
 from .._boundary import PyTree
 from .._pickling import PlainMethods, Portable
 from .._tree import by_path, element_name
-from .owned import as_wide, owned
+from .bijections import Bijections, as_bijection, is_bijection
+from .owned import as_wide, owned, replaced
 
 # In units of the standard error.
 _CLOSE, _ROUNDING = 1e-3, 1e-5
@@ -53,7 +54,7 @@ class Bounds(Portable, PlainMethods, eqx.Module):
     def clip(self, params: PyTree) -> PyTree:
         """Moves each element that is outside of its interval to the bound."""
         clipped = {path: at.clip(x) for path, at, x in self._intervals(params)}
-        return _replaced(params, clipped)
+        return replaced(params, clipped)
 
     def snap(self, params: PyTree, goal: PyTree, errors: PyTree) -> PyTree:
         """Moves elements to the bound that their goal is on, where they are close.
@@ -68,7 +69,7 @@ class Bounds(Portable, PlainMethods, eqx.Module):
             is_close = jnp.abs(x - target) <= _CLOSE * own[path]
             is_on = jnp.logical_or(*at.has_at(target))
             snapped[path] = jnp.where(is_on & is_close, at.clip(target), x)
-        return _replaced(params, snapped)
+        return replaced(params, snapped)
 
     def contain(self, params: PyTree, errors: PyTree | None = None) -> Bool[Array, ""]:
         """Whether each element is within its interval.
@@ -134,7 +135,7 @@ def held_at(
     named = by_path(params).by_name()
     at = named if values is None else by_path(values).by_name()
     fixed = lambda path: jax.lax.stop_gradient(at[path])
-    return _replaced(
+    return replaced(
         params, {p: jnp.where(flags, fixed(p), named[p]) for p, flags in held.items()}
     )
 
@@ -150,25 +151,28 @@ def flat_flags(
     return jnp.concatenate(every)
 
 
-def _replaced(params: PyTree, new: Mapping[str, Array]) -> PyTree:
-    named = by_path(params)
-    return named.structure.unflatten([new.get(path, x) for path, x in named.items()])
-
-
-def as_bounds(given: Any, model: PyTree, params: PyTree, reasons: Any) -> Bounds | None:
+def as_bounds(
+    given: Any, model: PyTree, params: PyTree, reasons: Any
+) -> tuple[Bounds | None, Bijections | None]:
     """Makes the bounds that a user gives for the trained parameters of a model."""
     if given is None:
-        return None
+        return None, None
     trained = by_path(params).by_name()
+    maps: dict[str, Any] = {}
     low: dict[str, Array] = {}
     high: dict[str, Array] = {}
     for path, interval in owned(given, "bounds", model, reasons).items():
         leaf = trained[path]
+        if is_bijection(interval):
+            maps[path] = as_bijection(interval, path, leaf)
+            continue
         is_pair = isinstance(interval, tuple | list) and len(interval) == 2
         if not is_pair:
             raise TypeError(
                 f"`bounds`: that of {path!r} is {interval!r}, but must be a pair "
-                "`(low, high)` of numbers or arrays, with `None` for no bound."
+                "`(low, high)` of numbers or arrays, with `None` for no bound; or a "
+                "bijection, such as a `vn.Bijection` or NumPyro's "
+                "`biject_to(constraint)`."
             )
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
@@ -183,7 +187,8 @@ def as_bounds(given: Any, model: PyTree, params: PyTree, reasons: Any) -> Bounds
                 is_known = not isinstance(side[path], Tracer)
                 if is_known and np.all(np.asarray(side[path]) == unset):
                     del side[path]
-    return Bounds(low, high) if low or high else None
+    bounds = Bounds(low, high) if low or high else None
+    return bounds, Bijections(maps) if maps else None
 
 
 def _as_bound(value: Any, path: str, leaf: Array) -> Array:

@@ -39,6 +39,12 @@ def owned(
     return chosen
 
 
+def replaced(tree: PyTree, new: Mapping[str, Array]) -> PyTree:
+    """Returns a tree with other leaves, by path."""
+    named = by_path(tree)
+    return named.structure.unflatten([new.get(path, x) for path, x in named.items()])
+
+
 def as_wide(array: Array, like: Array) -> Array:
     """Broadcasts an array to the shape of a parameter, under strict promotion too."""
     return jax.numpy.broadcast_to(array, like.shape)

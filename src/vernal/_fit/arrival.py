@@ -17,7 +17,7 @@ from .._minimum import (
 )
 from .._policy import StopReason
 from .._program import program
-from .._step import AbstractTrainer, step_key, stripped
+from .._step import AbstractTrainer, in_free_coordinates, step_key, stripped
 from .result import FitResult
 
 
@@ -39,6 +39,7 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
         return result
     losses = result.history.loss
     fall = np.asarray(losses[0] - losses[-1] if len(losses) else 0, losses.dtype)
+    trainer = in_free_coordinates(trainer)
     args = stripped(trainer), trainer.projector, source.batch, what_falls(trainer)
     distance = distance_of(_measure(*args, jnp.asarray(fall)))
     reason = settled(result.stop_reason, distance)
@@ -47,5 +48,6 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
 
 def distance_here(trainer: AbstractTrainer, batch: Any, kind: str) -> Distance:
     """Finds how far a trainer is from a minimum; `kind` is that of `what_falls`."""
+    trainer = in_free_coordinates(trainer)
     args = stripped(trainer), trainer.projector, as_batch(batch), kind, jnp.zeros(())
     return distance_of(_measure(*args))

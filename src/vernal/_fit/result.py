@@ -14,6 +14,7 @@ from .._minimum import Distance, along
 from .._pickling import Portable
 from .._policy import StopReason
 from .._report import Report
+from .._step import in_free_coordinates
 from .._storage import History
 
 TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
@@ -132,7 +133,8 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
             return f"{self.stop_reason}{why}"
         is_short = self.stop_reason is not StopReason.CONVERGED
         direction = np.asarray(distance.direction, float)
-        where = along(direction, self._trainer.params) if is_short else ""
+        params = in_free_coordinates(self._trainer).params
+        where = along(direction, params) if is_short else ""
         said = [str(self.stop_reason)]
         if distance.edm > 0:
             much = f"about {distance.edm:.3g} (edm)"

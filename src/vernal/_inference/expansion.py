@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .._boundary import Params, boolean
+from .._boundary import boolean
 from .._curvature import Mode
 from .._fit import distance_here
 from .._minimum import (
@@ -20,8 +20,9 @@ from .._minimum import (
     what_falls,
 )
 from .._projection import DenseWhitening
-from .._step import AbstractTrainer, DataKind, prior_count, priors_of
+from .._step import AbstractTrainer, DataKind, prior_count, priors_of, template_of
 from .._tree import as_parameters, by_path
+from .elements import elements_of, held_elements, whitening_of_elements
 from .laplace import NULLS, ErrorKind, Laplace, laplace
 from .whiten import of_spectrum, reduced
 
@@ -96,16 +97,23 @@ class Around(NamedTuple):
             )
         return math.sqrt(self.reduced_chi_squared)
 
-    def correlations(self) -> Float[np.ndarray, "F F"]:
+    def correlations(self, trainer: AbstractTrainer) -> Float[np.ndarray, "F F"]:
         """Returns the correlations of the free elements."""
-        free = np.flatnonzero(~self.held)
-        return self.whitening.correlations_of_the_data()[np.ix_(free, free)]
+        free = np.flatnonzero(~np.isnan(self._flat_errors(trainer)))
+        whitening = whitening_of_elements(trainer, self.whitening)
+        return whitening.correlations_of_the_data()[np.ix_(free, free)]
 
-    def errors(self, like: Params, scale: float) -> dict[str, np.ndarray]:
-        """Returns the standard errors by the paths of the parameters `like`."""
-        leaves = by_path(like).by_name()
-        known = scale * np.asarray(self.whitening.errors_of_the_data(), float)
-        flat = np.where(self.held, np.nan, known)
+    def _flat_errors(self, trainer: AbstractTrainer) -> Float[np.ndarray, " E"]:
+        whitening = whitening_of_elements(trainer, self.whitening)
+        known = np.asarray(whitening.errors_of_the_data(), float)
+        # A bijection may leave an element one value: the ones of a correlation matrix.
+        is_fixed = (known == 0) & (template_of(trainer).bijections is not None)
+        return np.where(held_elements(trainer, self.held) | is_fixed, np.nan, known)
+
+    def errors(self, trainer: AbstractTrainer, scale: float) -> dict[str, np.ndarray]:
+        """Returns the standard errors by path, NaN for elements that are not free."""
+        leaves = by_path(elements_of(trainer)).by_name()
+        flat = scale * self._flat_errors(trainer)
         ends = np.cumsum([leaf.size for leaf in leaves.values()])
         pieces = np.split(flat, ends[:-1])
         pairs = zip(leaves.items(), pieces, strict=True)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from .._boundary import one_of
 from .._curvature import matmul
 from .._data import as_batch
-from .._step import AbstractTrainer, defined
+from .._step import AbstractTrainer, bijections_of, defined, in_free_coordinates
 from .._tree import as_parameters, ravel_dtype
 from .derivatives import Passes, derive, require_finite
 
@@ -30,6 +30,7 @@ def fisher(
 ) -> Any:
     """Implements `Trainer.fisher`."""
     require_likelihood(trainer, "A Fisher matrix")
+    _refuse_resized(trainer, "fisher")
     kind = None if kind is None else one_of(kind, get_args(FisherKind), "kind")
     require_residuals(trainer, kind)
     is_observed = kind == "observed" or "residuals" not in defined(trainer)
@@ -52,7 +53,24 @@ def curvature(
     trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
 ) -> Any:
     """Implements `Trainer.curvature`."""
+    _refuse_resized(trainer, "curvature")
     return matrices(trainer, batch, "loss", blocks, passes)
+
+
+def _refuse_resized(trainer: AbstractTrainer, name: str) -> None:
+    """Refuses the matrix of elements that are not free of each other."""
+    bijections = bijections_of(trainer)
+    if bijections is None:
+        return
+    free = in_free_coordinates(trainer).params
+    for path in bijections.resized(free, trainer.params):
+        raise ValueError(
+            f"`{name}` is of the elements of the parameters, and those of {path!r} are "
+            "not free of each other: its bijection has another number of free "
+            "coordinates, and the inverse of the matrix would not be a covariance. "
+            "`whiten`, `standard_errors`, `report` and `propagate` use the free "
+            "coordinates."
+        )
 
 
 def has_likelihood(trainer: AbstractTrainer) -> bool:

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._boundary import PyTree, prng_key, refuse_program, takes, whole_number
+from .._boundary import (
+    PyTree,
+    in_few_words,
+    prng_key,
+    refuse_program,
+    takes,
+    whole_number,
+)
 from .._closure import Closure
 from .._curvature import (
     Flat,
@@ -23,7 +30,7 @@ from .._curvature import (
 )
 from .._program import program
 from .._projection import DenseWhitening
-from .._step import AbstractTrainer, bounds_of, live, stripped
+from .._step import AbstractTrainer, bounds_of, in_free_coordinates, live, stripped
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around
 from .laplace import ErrorKind
@@ -41,9 +48,11 @@ def propagate(
     refuse_program("propagate", trainer, batch)
     if not callable(fn):
         raise TypeError(
-            f"`fn` is {fn!r}, but must be a function of the model: `fn(model)`."
+            f"`fn` is {in_few_words(fn)}, but must be a function of the model: "
+            "`fn(model)`."
         )
     takes(fn, 1, "fn", "fn(model)")
+    trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A propagated error", jac, kind)
     scale = here.error_scale(scale_errors)
     return propagated(trainer, fn, here, scale)
@@ -152,6 +161,7 @@ def draw(
     """Implements `Trainer.draw`."""
     refuse_program("draw", trainer, key, batch)
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
+    trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A draw from the likelihood", jac, kind)
     params = as_parameters(trainer.params)
     held = {element_name(params, int(index)) for index in np.flatnonzero(here.held)}

@@ -7,7 +7,7 @@ from .._boundary import boolean, refuse_program, whole_number
 from .._curvature import Mode
 from .._minimum import edm_note
 from .._report import Report, criteria, p_value
-from .._step import AbstractTrainer
+from .._step import AbstractTrainer, in_free_coordinates
 from .expansion import around
 from .laplace import ErrorKind
 from .rows import rows
@@ -26,6 +26,7 @@ def report(
     is_scaled = boolean(scale_errors, "scale_errors")
     if data_count is not None:
         data_count = whole_number(data_count, "data_count", least=1)
+    trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A report", jac, kind)
     if data_count is not None:
         here = here._replace(data_count=data_count)
@@ -48,6 +49,6 @@ def report(
         stop_reason=None,
         error_scale=scale,
         parameters=tuple(rows(trainer, here, scale)),
-        correlation_matrix=here.correlations(),
+        correlation_matrix=here.correlations(trainer),
         note=None if distance is None else edm_note(distance, trainer.params),
     )

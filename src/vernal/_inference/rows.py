@@ -6,7 +6,7 @@ import numpy as np
 
 from .._report import ParameterRow, parameter_rows
 from .._step import AbstractTrainer, template_of
-from .._tree import by_path, named_leaves
+from .._tree import by_path, element_name, named_leaves
 from .expansion import Around
 from .propagate import propagated
 
@@ -19,14 +19,20 @@ def rows(
 ) -> Iterator[ParameterRow]:
     """Yields a row for each element; without the surroundings, there are no errors.
 
-    The error of what is tied to others is that of a function of them.
+    The error of what is tied to others is that of a function of them. The parameters of
+    the trainer may be free coordinates.
     """
     free = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
-    ties = template_of(trainer).ties
+    ties, bijections = template_of(trainer).ties, template_of(trainer).bijections
     words = {} if ties is None else ties.words
-    errors = None
+    errors, fixed = None, set()
     if here is not None:
-        errors = here.errors(trainer.params, scale)
+        errors = here.errors(trainer, scale)
+        fixed = {
+            element_name({path: errors[path]}, int(index))
+            for path in (() if bijections is None else bijections.maps)
+            for index in np.flatnonzero(np.isnan(errors[path]))
+        }
         if words:
             tied = lambda model: {p: by_path(model).by_name()[p] for p in words}
             _, found = propagated(trainer, tied, here, scale)
@@ -34,4 +40,5 @@ def rows(
             # What follows only elements that are held has no error either.
             is_held = lambda e: (e == 0) & here.held.any()
             errors |= {p: np.where(is_held(e), np.nan, e) for p, e in known.items()}
-    return parameter_rows(trainer.model, free, errors, words, most)
+    for row in parameter_rows(trainer.model, free, errors, words, most):
+        yield row._replace(status="fixed") if row.name in fixed else row

@@ -5,7 +5,7 @@ from typing import Any
 from .._boundary import refuse_program
 from .._curvature import Mode
 from .._minimum import edm_note
-from .._step import AbstractTrainer
+from .._step import AbstractTrainer, in_free_coordinates
 from .._tree import aligned
 from .expansion import around
 from .laplace import ErrorKind
@@ -20,7 +20,7 @@ def table(
 ) -> str:
     """Implements `Trainer.table`."""
     refuse_program("table", trainer, batch)
-    here = note = None
+    trainer, here, note = in_free_coordinates(trainer), None, None
     if batch is not None:
         here = around(trainer, batch, "A standard error", jac, kind)
         if here.distance is not None:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params, PyTree
+from .._closure import Closure
 from .._curvature import (
     Mode,
     Spectrum,
@@ -20,15 +22,20 @@ from .._program import Version, version_of
 from .._projection import DenseWhitening, EigenProjector, whiten_spectrum
 from .._step import (
     AbstractTrainer,
+    bijections_of,
     bounds_of,
     defined,
+    in_free_coordinates,
     live,
     negative_log_likelihood,
     step_key,
     stripped,
+    template_of,
+    tied_words,
 )
-from .._tree import as_parameters, ravel, ravel_size, unravel
+from .._tree import as_parameters, by_path, ravel, ravel_size, unravel
 from .derivatives import Derived, Passes, derive
+from .elements import elements_of, held_elements, whitening_of_elements
 from .fisher import require_likelihood
 from .laplace import (
     NULLS,
@@ -38,6 +45,7 @@ from .laplace import (
     scores_of,
     with_scatter,
 )
+from .propagate import run_propagate
 from .whiten import hessian_rtol, in_own_precision, of_spectrum
 
 
@@ -45,22 +53,26 @@ def standard_errors(
     trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind | None
 ) -> Params:
     """Implements `Trainer.standard_errors`."""
+    trainer = in_free_coordinates(trainer)
     here = laplace(trainer, batch, "A standard error", jac, kind)
-    errors = jnp.asarray(here.whitening.errors_of_the_data())
+    whitening = whitening_of_elements(trainer, here.whitening)
+    errors = jnp.asarray(whitening.errors_of_the_data())
     if bounds_of(trainer) is not None:
-        errors = jnp.where(here.derived.held, jnp.nan, errors)
-    return unravel(errors, as_parameters(trainer.params))
+        held = held_elements(trainer, here.derived.held)
+        errors = jnp.where(held, jnp.nan, errors)
+    return unravel(errors, as_parameters(elements_of(trainer)))
 
 
 def errors_or_nan(
     trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind | None
-) -> Params:
+) -> tuple[Params, dict[str, Array]]:
     """Returns the standard errors, NaN where there are none, in a compiled program.
 
-    There are none if derivatives are not finite, or the point is not a minimum.
+    There are none if derivatives are not finite, or the point is not a minimum. Behind
+    them are those of tied parameters, by path.
     """
     require_likelihood(trainer, "A standard error")
-    passes = Passes(jac=jac)
+    trainer, passes = in_free_coordinates(trainer), Passes(jac=jac)
     if "residuals" not in defined(trainer):
         whitening, derived, is_good = _by_hessian(trainer, batch, passes)
     else:
@@ -73,9 +85,21 @@ def errors_or_nan(
             scores = scores_of(trainer, batch, passes, derived)
             is_good &= all_finite(scores)
             whitening = with_scatter(whitening, jnp.where(is_good, scores, 0))
-    errors = whitening.errors_of_the_data()
-    known = jnp.where(is_good & ~derived.held, errors, jnp.nan)
-    return unravel(known, as_parameters(trainer.params))
+    errors, held = whitening_of_elements(trainer, whitening), derived.held
+    is_known = is_good & ~held_elements(trainer, held)
+    known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
+    own = unravel(known, as_parameters(elements_of(trainer)))
+    if not (names := tied_words(trainer)):
+        return own, {}
+    scale = jnp.where(held, 0, whitening.scale)
+    moved = eqx.tree_at(lambda w: w.scale, whitening, scale)
+    tied = lambda model: {p: by_path(model).by_name()[p] for p in names}
+    closure, one = Closure.encode(tied), jnp.ones(())
+    _, found = run_propagate(stripped(trainer), closure, moved, one)
+    # What follows only elements that are held has no error.
+    is_still = lambda e: (e == 0) & jnp.any(held)
+    clear = lambda e: jnp.where(is_good & ~is_still(e), e, jnp.nan)
+    return own, jax.tree.map(clear, found)
 
 
 # LAPACK may not return if there is a NaN: what is not finite is replaced.
@@ -121,12 +145,15 @@ def _potential(
     # The present version, since it may be called without a program.
     with version_of((trainer, batch)).context():
         key, bounds = step_key(trainer), bounds_of(trainer)
+        within = params if bounds is None else bounds.clip(params)
+        value = negative_log_likelihood(live(trainer, within), batch, key)
+        if (bijections := template_of(trainer).bijections) is not None:
+            # It is the density of the parameters, not that of free coordinates.
+            value -= bijections.log_abs_det(params).astype(value.dtype)
         if bounds is None:
-            return negative_log_likelihood(live(trainer, params), batch, key)
+            return value
         # In a latent space rounding moves what is on a bound.
         errors = None if projector is None else projector.standard_errors()
-        within = live(trainer, bounds.clip(params))
-        value = negative_log_likelihood(within, batch, key)
         return jnp.where(bounds.contain(params, errors), value, jnp.inf)
 
 
@@ -135,6 +162,14 @@ def objective(
 ) -> tuple[jax.tree_util.Partial, PyTree]:
     """Implements `Trainer.objective`."""
     require_likelihood(trainer, "The posterior of a sampler")
+    if (bijections := bijections_of(trainer)) is not None:
+        own, trainer = trainer.params, in_free_coordinates(trainer)
+        for path in bijections.resized(trainer.params, own):
+            raise ValueError(
+                f"`objective` is the density of the elements of the parameters, and "
+                f"{path!r} has none: its bijection has another number of free "
+                "coordinates. Write that parameter in free coordinates, in the model."
+            )
     params = as_parameters(trainer.params)
     start = ravel(params) if trainer.projector is None else trainer.latent
     # A pytree, and hashable, as an argument of `jax.jit` must be.

@@ -25,7 +25,7 @@ from .._projection import (
     whiten,
     whiten_spectrum,
 )
-from .._step import AbstractTrainer, defined
+from .._step import AbstractTrainer, defined, in_free_coordinates
 from .._tree import as_parameters, ravel_dtype, widest
 from .derivatives import Passes, derive, require_finite
 from .fisher import Blocks, as_selectors, by_selector, has_likelihood, matrices
@@ -47,6 +47,7 @@ def whitened(
     nulls = NullPolicy(**{"on_null": "prior", **options})
     nulls.check_rank_kind(blocks)
     nulls.check()
+    trainer = in_free_coordinates(trainer)
     if blocks is None:
         found, whiten_one = _decomposed(trainer, batch, None, passes)
         whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")

@@ -4,10 +4,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from .._boundary import PyTree
 from .._policy import StopReason
 from .._report import written
+from .._step import AbstractTrainer, bounds_of
 from .._tree import aligned, by_path, element_name
 
 # The most rows and columns of a table.
@@ -43,23 +47,57 @@ def as_columns(
 def as_table(
     values: dict[str, np.ndarray],
     errors: dict[str, np.ndarray],
+    met: dict[str, np.ndarray],
+    words: dict[str, str],
     losses: np.ndarray,
     reasons: Sequence[StopReason],
 ) -> str:
-    """Writes a row for each member, and a line about those that failed."""
+    """Writes a row for each member, and a line about those that failed.
+
+    `met` says which values are at a bound; `words` what there is to say of a column.
+    """
+    held = _held(errors, met)
     names = list(values)[:_MOST_COLUMNS]
     more = len(values) - len(names)
     rest = [f"{more} more"] if more else []
-    head = "member", *names, *rest, "best loss", "ended"
+    heads = (f"{n} ({words[n]})" if n in words else n for n in names)
+    head = "member", *heads, *rest, "best loss", "ended"
     rows: list[Sequence[str]] = [head]
     for index in _shown(len(reasons)):
         if index is None:
             rows.append(["…"] * len(head))
             continue
-        own = [_cell(values[n][index], errors.get(n), index) for n in names]
+        at_bound = {name for name, flags in held.items() if flags[index]}
+        own = [
+            f"{values[n][index]:.6g} (at its bound)"
+            if n in at_bound
+            # What is tied to that alone has no error either.
+            else _cell(values[n][index], errors.get(n), index, n in words and at_bound)
+            for n in names
+        ]
         end = f"{losses[index]:.6g}", reasons[index].in_short
         rows.append([str(index), *own, *("…" for _ in rest), *end])
     return "\n".join([aligned(rows), *_failures(reasons)])
+
+
+def bounds_met(trainer: AbstractTrainer) -> PyTree:
+    """Finds which elements of the parameters of a trainer are at a bound."""
+    bounds, params = bounds_of(trainer), trainer.params
+    if bounds is None:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, bool), params)
+    is_on = lambda x, low, high: (x <= low) | (x >= high)
+    return jax.tree.map(is_on, params, *bounds.limits(params))
+
+
+def _held(
+    errors: dict[str, np.ndarray], met: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Finds what is held at its bound: it alone has no error in its member."""
+    if not errors or not met:
+        return {}
+    lost = [np.isnan(errors[name]) & ~at for name, at in met.items()]
+    is_broken = np.any(lost, axis=0)
+    return {n: np.isnan(errors[n]) & at & ~is_broken for n, at in met.items()}
 
 
 def _shown(size: int) -> Iterator[int | None]:
@@ -72,8 +110,8 @@ def _shown(size: int) -> Iterator[int | None]:
             yield None
 
 
-def _cell(value: Any, errors: np.ndarray | None, index: int) -> str:
-    if errors is None:
+def _cell(value: Any, errors: np.ndarray | None, index: int, is_still: Any) -> str:
+    if errors is None or (is_still and math.isnan(errors[index])):
         return f"{value:.6g}"
     error = float(errors[index])
     text, shown = written(float(value), error)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+from jaxtyping import Array
 
 from .._boundary import PyTree
 from .._curvature import Mode, checked_mode
@@ -30,8 +31,10 @@ def errors_of_each(
     group: int,
     jac: Mode | None,
     kind: ErrorKind | None,
-) -> PyTree:
+) -> tuple[PyTree, dict[str, Array]]:
     """Computes the standard errors of each member, NaN for a broken one.
+
+    Returns those of the parameters, and those of what is tied, by path.
 
     `flags` says which leaves of the batch have a row for each member; `group` members
     are computed at a time.
@@ -45,12 +48,12 @@ def errors_of_each(
 @program
 def _errors(
     members: _Members, batch: Any, jac: Mode | None, kind: ErrorKind | None
-) -> PyTree:
+) -> tuple[PyTree, dict[str, Array]]:
     trainers, flags, group = members
     config, progress = config_of(trainers), progress_of(trainers)
     rows, shared = apart((config, batch), flags)
 
-    def of_one(own: tuple[PyTree, Progress]) -> PyTree:
+    def of_one(own: tuple[PyTree, Progress]) -> Any:
         rows, progress = own
         config, batch = eqx.combine(rows, shared)
         return errors_or_nan(with_progress(config, progress), batch, jac, kind)

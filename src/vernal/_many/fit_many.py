@@ -14,7 +14,7 @@ from .._trainer import Trainer
 from .many_trainers import ManyTrainers
 from .result import ManyResult
 from .solve_many import solve_many
-from .stack import require_one_step, stacked
+from .stack import require_one_step, require_some_difference, stacked
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
@@ -82,7 +82,8 @@ def fit_many(
 
     - `ValueError`: if there are no trainers, or they differ in more than the values of
         arrays, or stand at different steps; if the length of an axis is not the number
-        of trainers, or `batch` does not divide that number.
+        of trainers, or `batch` does not divide that number; if all trainers are equal,
+        and the data seem to have a row for each, without a `data_axis`.
     - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][], once all are over.
     """
     given = trainers, data, options.get("validation")
@@ -95,6 +96,8 @@ def fit_many(
             f"`batch` is {group}, which does not divide the {size} trainers evenly. "
             f"Give one of {', '.join(map(str, _divisors(size)))}."
         )
+    if data_axis is None and size > 1:
+        require_some_difference(together, flags, data, size)
     place = placement(together, mesh)
     _check_spread(place, size, group)
     many = ManyTrainers(place, size, group, flags, data_axis)

@@ -10,10 +10,11 @@ from jaxtyping import Array, Int
 
 from .._boundary import PyTree, warn
 from .._policy import StopReason
-from .._solve import REASONS, End, Problem, Start, run, run_solver
+from .._solve import REASONS, End, Problem, Start, in_parameters, run, run_solver
 from .._step import (
     AbstractTrainer,
     config_of,
+    in_free_coordinates,
     initial_opt_state,
     progress_of,
     stripped,
@@ -38,11 +39,13 @@ def solve_each(
         progress = jax.tree.map(lambda x, i=index: x[i], progress_of(trainers))
         config, batch = member((config_of(trainers), problem.batch), flags, index)
         trainer, alone = with_progress(config, progress), problem._replace(batch=batch)
-        args = stripped(trainer), trainer.projector, Start.of(trainer), alone, goal
+        inner = in_free_coordinates(trainer)
+        args = stripped(inner), inner.projector, Start.of(inner), alone, goal
         try:
             end = jax.block_until_ready(run(*args))
         except RuntimeError as error:
             end, errors[index] = _unmoved(*args), error
+        end = in_parameters(end, trainer)
         opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
         ends.append((end, opt_state))
     if errors:

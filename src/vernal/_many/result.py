@@ -16,9 +16,11 @@ from .._inference import ErrorKind
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
 from .._report import Report, pandas
+from .._step import bounds_of, tied_words
 from .._storage import History
 from .._trainer import Trainer
-from .columns import as_columns, as_table, by_element
+from .._tree import by_path, element_name
+from .columns import as_columns, as_table, bounds_met, by_element
 from .data_axis import members_first
 from .errors import errors_of_each
 from .mapped_chunk import Flags, member
@@ -125,7 +127,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         - `ValueError`: if an axis of `data` is not as long as there are members.
         """
         batch, flags = self._rows_of(data)
-        return errors_of_each(self.trainers, batch, flags, self._group, jac, kind)
+        args = self.trainers, batch, flags, self._group, jac, kind
+        return errors_of_each(*args)[0]
 
     @entrance
     def report(self, index: int, data: Any, *, scale_errors: bool = False) -> Report:
@@ -156,10 +159,12 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         **Returns:**
 
         A table with the values of at most 12 elements, their standard errors, the best
-        loss, and why each ended.
+        loss, and why each ended. A column of what is tied says so, and so does a cell
+        of what is held at its bound.
         """
         losses = np.asarray(self.best_losses)
-        return as_table(*self._by_element(data), losses, self.stop_reasons)
+        columns = self._by_element(data)
+        return as_table(*columns, self._heads(), losses, self.stop_reasons)
 
     @entrance
     def to_dict(self, data: Any = None) -> dict[str, Any]:
@@ -171,13 +176,16 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         **Returns:**
 
-        A dictionary of arrays with a number for each member: `"peak.flux"`, and with
+        A dictionary of arrays with a number for each member, also of tied parameters:
+        `"peak.flux"`, and with
         `data` its error, `"error[peak.flux]"`; `"best_loss"`, `"edm"`, and
         `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
         the other key is `"<edm>"`.)
         """
+        values, errors, _ = self._by_element(data)
         return as_columns(
-            *self._by_element(data),
+            values,
+            errors,
             best_loss=np.asarray(self.best_losses),
             edm=self.edms,
             stop_reason=[str(reason) for reason in self.stop_reasons],
@@ -204,9 +212,32 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
     def _by_element(
         self, data: Any
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        errors = {} if data is None else by_element(self.errors(data))
-        return by_element(self.params), errors
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Returns a column for each element: its values, errors, and bounds met."""
+        values, errors, met = by_element(self.params), {}, {}
+        if names := tied_words(self.trainers):
+            models = eqx.filter_vmap(lambda trainer: trainer.model)(self.trainers)
+            tied = by_path(models).by_name()
+            values |= by_element({path: tied[path] for path in names})
+        if data is not None:
+            batch, flags = self._rows_of(data)
+            args = self.trainers, batch, flags, self._group, None, None
+            for own in errors_of_each(*args):
+                errors |= by_element(own)
+        if bounds_of(self.trainers) is not None:
+            met = by_element(eqx.filter_vmap(bounds_met)(self.trainers))
+        return values, errors, met
+
+    def _heads(self) -> dict[str, str]:
+        """Returns the heads of columns that say more than a name."""
+        words = tied_words(self.trainers)
+        models = self.trainer(0).model
+        leaves = by_path(models).by_name()
+        return {
+            element_name({path: leaves[path]}, index): text
+            for path, text in words.items()
+            for index in range(np.size(leaves[path]))
+        }
 
     def nan_report(self, index: int) -> dict[str, NanCount]:
         """What was not finite in one member, as [`vernal.Trainer.nan_report`][]."""

@@ -25,6 +25,7 @@ from .._solve import (
     checked_solver,
     choose,
     find_bad,
+    in_parameters,
     is_suspect,
     progress_at,
     run_solver,
@@ -35,6 +36,7 @@ from .._step import (
     config_of,
     count_non_finite,
     diagnosed,
+    in_free_coordinates,
     initial_opt_state,
     progress_of,
     stripped,
@@ -71,8 +73,10 @@ def _run(members: _Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
         rows, progress = own
         config, batch = eqx.combine(rows, shared)
         trainer = with_progress(config, progress)
-        args = (stripped(trainer), trainer.projector, Start.of(trainer))
+        inner = in_free_coordinates(trainer)
+        args = (stripped(inner), inner.projector, Start.of(inner))
         end = run_solver(*args, problem._replace(batch=batch), goal)
+        end = in_parameters(end, trainer)
         opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
         return _Ends(end, opt_state)
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._boundary import spelled_leaves
+from .._data import Minibatches, Stream
 from .._step import (
     AbstractTrainer,
     config_of,
@@ -117,3 +119,37 @@ def require_one_step(stacked: Any) -> None:
             f"`trainers` stand at different steps ({', '.join(map(str, found))}), and "
             "those that go on must stand at one. Fit each to the same step first."
         )
+
+
+def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -> None:
+    """Refuses equal trainers of one batch that seems to have a row for each of them.
+
+    All of them would fit all of it, and be equal still.
+    """
+    if isinstance(data, Minibatches | Stream):
+        return
+    rows = [
+        (where, leaf.shape)
+        for where, leaf in spelled_leaves("data", data)
+        if isinstance(leaf, jax.Array | np.ndarray) and leaf.shape[:1] == (size,)
+    ]
+    if not rows:
+        return
+    config = zip(jax.tree.leaves(config_of(trainers)), flags, strict=True)
+    own = [leaf for leaf, flag in config if flag]
+    if all(map(_is_same, [*own, *jax.tree.leaves(progress_of(trainers))])):
+        where, shape = rows[0]
+        raise ValueError(
+            f"`trainers` are {size} equal ones, and {where} has the shape {shape}, but "
+            "there is no `data_axis`: each would fit all of the data, and all would "
+            "end alike. For a row for each give `data_axis=0`, or a tree of axes such "
+            "as `data_axis=(None, 0)`; to fit all of the data, `fit` one trainer."
+        )
+
+
+def _is_same(rows: Array) -> bool:
+    if not isinstance(rows, jax.Array):
+        return True
+    if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
+        rows = jax.random.key_data(rows)
+    return bool(jnp.all(rows == rows[:1]))

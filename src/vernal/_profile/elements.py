@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .._boundary import nearest_names
-from .._step import AbstractTrainer, template_of
+from .._step import AbstractTrainer, in_free_coordinates, template_of
 from .._tree import (
     UnknownPathError,
     by_path,
@@ -31,11 +31,12 @@ def find_elements(
     **Raises:**
 
     - `UnknownPathError`: if a name finds nothing.
-    - `ValueError`: if it finds nothing that is free.
+    - `ValueError`: if it finds nothing that is free, or what has a bijection.
     """
-    every = names_of(trainer)
+    trainer = in_free_coordinates(trainer)
+    every, mapped = names_of(trainer), _mapped(trainer)
     if given is None:
-        return {name: index for index, name in enumerate(every)}
+        return {n: index for index, n in enumerate(every) if index not in mapped}
     if not isinstance(given, Sequence) or (not given and given != ""):
         raise TypeError(
             f"`{argument}` is {given!r}, but must be a sequence of the names of "
@@ -46,6 +47,12 @@ def find_elements(
         own = (
             [every.index(name)] if name in every else _selected(trainer, name, argument)
         )
+        if mapped.intersection(own):
+            raise ValueError(
+                f"`{argument}`: {name!r} has a bijection, and a profile holds one "
+                "number, which that may not allow. Give the parameter a pair `(low, "
+                "high)` instead; or use `trainer.propagate` or `trainer.draw`."
+            )
         found |= {every[index]: index for index in own}
     return found
 
@@ -67,6 +74,19 @@ def find_element(trainer: AbstractTrainer, name: Any, argument: str) -> tuple[st
     return own, index
 
 
+def _mapped(trainer: AbstractTrainer) -> set[int]:
+    """Returns which elements are free coordinates of bijections."""
+    bijections = template_of(trainer).bijections
+    known = () if bijections is None else bijections.maps
+    return {index for index, path in enumerate(_owners(trainer)) if path in known}
+
+
+def _owners(trainer: AbstractTrainer) -> Sequence[str]:
+    """Returns the path of the parameter of each element."""
+    sizes = [leaf.size for _, leaf in by_path(trainer.params).items()]
+    return [str(path) for path in np.repeat(paths(trainer.params), sizes)]
+
+
 def _selected(trainer: AbstractTrainer, selector: Any, argument: str) -> list[int]:
     every, model = names_of(trainer), trainer.model
     if isinstance(selector, str) and (path := selector.partition("[")[0]) != selector:
@@ -81,9 +101,7 @@ def _selected(trainer: AbstractTrainer, selector: Any, argument: str) -> list[in
         for path, owner in zip(by_path(model).names, owners, strict=True)
         if owner is not None
     }
-    sizes = [leaf.size for _, leaf in by_path(trainer.params).items()]
-    leaves = np.repeat(paths(trainer.params), sizes)
-    index = [i for i, path in enumerate(leaves) if path in chosen]
+    index = [i for i, path in enumerate(_owners(trainer)) if path in chosen]
     if not index:
         path = min(chosen)
         ties = template_of(trainer).ties

@@ -15,7 +15,13 @@ from .._inference import Passes, around, require_likelihood
 from .._minimum import edm_note, what_falls
 from .._projection import DenseWhitening
 from .._solve import Problem, checked_solver, is_least_squares, whitened_without_signs
-from .._step import AbstractTrainer, bounds_of, defined, stripped
+from .._step import (
+    AbstractTrainer,
+    bounds_of,
+    defined,
+    in_free_coordinates,
+    stripped,
+)
 from .._tree import ravel_dtype, widest
 from .by_solver import by_solver
 from .conditional import Held, Points, Space, read, run_models, run_points
@@ -61,6 +67,7 @@ class Scan:
         require_likelihood(trainer, "A profile of the likelihood")
         _require_same(trainer, solver)
         batch, jac = as_batch(batch), checked_mode(options.jac)
+        trainer = in_free_coordinates(trainer)
         metric = _metric(name, trainer, batch, jac)
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jnp.asarray(np.int32(options.max_steps))

@@ -9,6 +9,7 @@ from .problem import (
     Start,
     checked_solver,
     find_bad,
+    in_parameters,
     is_least_squares,
     is_suspect,
     progress_at,

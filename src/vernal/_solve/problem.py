@@ -19,7 +19,9 @@ from .._projection import EigenProjector
 from .._step import (
     AbstractTrainer,
     Progress,
+    bijections_of,
     defined,
+    from_free_coordinates,
     live,
     overrides,
     priors_of,
@@ -147,6 +149,24 @@ def progress_at(
         nan_counts=nan_counts,
         step_count=end.step_count,
         stopped=no,
+    )
+
+
+def in_parameters(end: End, trainer: AbstractTrainer) -> End:
+    """Returns the end of a solve in the parameters of the trainer that it began from.
+
+    The solver moved the free coordinates of the trainer's bijections, if it has any.
+    """
+    bijections, old = bijections_of(trainer), progress_of(trainer)
+    if bijections is None:
+        return end
+    params, latent = from_free_coordinates(trainer, end.params, end.latent)
+    is_new = old.is_validated | (end.best_loss < old.best_loss)
+    return end._replace(
+        params=params,
+        latent=latent,
+        best=choose(is_new, bijections.forward(end.best), old.best),
+        stumble=bijections.forward(end.stumble),
     )
 
 

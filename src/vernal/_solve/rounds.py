@@ -18,6 +18,7 @@ from .._step import (
     bounds_of,
     count_non_finite,
     diagnosed,
+    in_free_coordinates,
     initial_opt_state,
     live,
     progress_of,
@@ -33,6 +34,7 @@ from .problem import (
     Problem,
     Start,
     find_bad_alone,
+    in_parameters,
     is_suspect,
     progress_at,
     run,
@@ -80,7 +82,7 @@ class Rounds:
     def __init__(
         self, trainer: AbstractTrainer, problem: Problem, place: AbstractPlacement
     ):
-        placed = place.put(trainer)
+        placed = in_free_coordinates(place.put(trainer))
         self._trainer, self._placed, self._place = trainer, placed, place
         self._problem, self._stripped = problem, stripped(placed)
         self._projector, self._held = placed.projector, Start.of(placed)
@@ -256,7 +258,7 @@ class Rounds:
             reason = StopReason.NON_FINITE if np.any(bad) else reason
         count = np.asarray(start + len(losses), old.step_count.dtype)
         end = end._replace(step_count=jnp.asarray(count))
-        optimiser = self._trainer.optimiser
+        optimiser, end = self._trainer.optimiser, in_parameters(end, self._trainer)
         opt_state = initial_opt_state(optimiser, end.params, end.latent)
         progress = progress_at(end, old, opt_state, counts)
         history = History(np.arange(start, start + len(losses)), losses)

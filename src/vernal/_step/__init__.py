@@ -5,9 +5,12 @@ from .abstract_trainer import (
     Batch,
     Model,
     TrainerT,
+    bijections_of,
     bounds_of,
     changed,
     config_of,
+    from_free_coordinates,
+    in_free_coordinates,
     is_constrained,
     overrides,
     prepared_config,
@@ -15,6 +18,7 @@ from .abstract_trainer import (
     progress_of,
     stripped,
     template_of,
+    tied_words,
     with_bounds,
     with_progress,
 )
@@ -29,6 +33,7 @@ from .construct import (
     fit_projector,
     initial_opt_state,
     no_optimiser,
+    refuse_own_projector,
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
 from .held import pushed

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
 from .._boundary import ModuleMeta, PyTree
-from .._constraints import Bounds, Priors
+from .._constraints import Bijections, Bounds, Priors
 from .._optimiser import ParamOptimiser
 from .._pickling import Portable, QuickMethods, build
 from .._policy import NanPolicy, StopFit
@@ -59,6 +59,7 @@ class AbstractTrainer(
     projector: eqx.AbstractVar[EigenProjector | Any]
     key: eqx.AbstractVar[PRNGKeyArray | None]
     _bounds: eqx.AbstractVar[Bounds | None]
+    _bijections: eqx.AbstractVar[Bijections | None]
     _priors: eqx.AbstractVar[Priors | None]
     _template: eqx.AbstractVar[ModelTemplate]
     _progress: eqx.AbstractVar[Progress]
@@ -145,8 +146,16 @@ class AbstractTrainer(
 
     @property
     def latent(self) -> PyTree:
-        """The coordinates in the projector's space, `None` without a projector."""
+        """What the optimiser moves, if that is not the parameters themselves.
+
+        These are the coordinates in the projector's space; without a projector, the
+        free coordinates of bijections; without these, `None`.
+        """
         return self._progress.latent
+
+
+# As one program, where each operation would be compiled by itself.
+to_params = eqx.filter_jit(EigenProjector.to_params)
 
 
 def progress_of(trainer: AbstractTrainer) -> Progress:
@@ -169,9 +178,50 @@ def template_of(trainer: AbstractTrainer) -> ModelTemplate:
     return trainer._template
 
 
+def tied_words(trainer: AbstractTrainer) -> dict[str, str]:
+    """Returns what a table says of each tied parameter, by path."""
+    ties = trainer._template.ties
+    return {} if ties is None else ties.words
+
+
 def bounds_of(trainer: AbstractTrainer) -> Bounds | None:
     """Returns the intervals that the parameters lie in, if there are any."""
     return trainer._bounds
+
+
+def bijections_of(trainer: AbstractTrainer) -> Bijections | None:
+    """Returns the maps from free coordinates to parameters, if there are any."""
+    return trainer._bijections
+
+
+def in_free_coordinates(trainer: TrainerT) -> TrainerT:
+    """Returns a trainer whose parameters are the free coordinates of its bijections.
+
+    Its model is the same. It has no bijections: its template applies them.
+    """
+    bijections, progress = trainer._bijections, trainer._progress
+    if bijections is None:
+        return trainer
+    free, latent = progress.latent, None
+    if trainer.projector is not None:
+        free, latent = to_params(trainer.projector, free), free
+    template = changed(trainer._template, bijections=bijections)
+    progress = changed(progress, params=free, latent=latent, best=free)
+    fields = {"_bijections": None, "_template": template, "_progress": progress}
+    return changed(trainer, **fields)
+
+
+def from_free_coordinates(
+    trainer: AbstractTrainer, free: PyTree, latent: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Returns the `params` and the `latent` of a trainer at free coordinates.
+
+    `latent` is their place in the space of the projector, `None` without one.
+    """
+    bijections = trainer._bijections
+    if bijections is None:
+        return free, latent
+    return bijections.forward(free), free if latent is None else latent
 
 
 def with_bounds(trainer: TrainerT, bounds: Bounds | None) -> TrainerT:

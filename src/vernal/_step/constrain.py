@@ -18,10 +18,11 @@ from jaxtyping import Array, Bool, Int
 from .._boundary import PyTree
 from .._closure import Closure
 from .._projection import EigenProjector, Unchanged
-from .._tree import cast_like, paths, require_alike
+from .._tree import by_path, cast_like, paths, require_alike
 from .abstract_trainer import (
     AbstractTrainer,
     bounds_of,
+    in_free_coordinates,
     overrides,
     template_of,
 )
@@ -46,11 +47,15 @@ def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
         return bounds.clip
 
     def clip(params: PyTree) -> PyTree:
-        model = template_of(trainer).join(params)
+        template = template_of(trainer)
+        model = template.join(params)
         constrained = live(trainer, params).constrain(model)
         require_alike(constrained, model, "what `constrain` returns", given)
-        params = cast_like(template_of(trainer).trained(constrained), params)
-        return params if bounds is None else bounds.clip(params)
+        new = template.trained(constrained)
+        if template.bijections is not None:
+            new = template.bijections.moved(params, template.trained(model), new)
+        new = cast_like(new, params)
+        return new if bounds is None else bounds.clip(new)
 
     return clip
 
@@ -196,6 +201,37 @@ def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
     return projector
 
 
+# The states of Optax's transformations that move an element by the gradients of others,
+# and the field that has an array for each parameter which they move so.
+_MIXING = {
+    "ScaleByLBFGSState": ("an L-BFGS", "params"),
+    "MuonState": ("Muon", "mu"),
+    "GaLoreState": ("GaLore", "projector"),
+}
+
+
+def refuse_mixing(trainer: AbstractTrainer) -> None:
+    """Refuses an optimiser that moves what is free together with what is held."""
+    if (bounds := bounds_of(trainer)) is None:
+        return
+    bounded = bounds.low.keys() | bounds.high.keys()
+    is_mixing = lambda node: type(node).__name__ in _MIXING
+    for node in jax.tree.leaves(trainer.opt_state, is_leaf=is_mixing):
+        if not is_mixing(node):
+            continue
+        what, field = _MIXING[type(node).__name__]
+        moved = by_path(getattr(node, field)).items()
+        names = {name for name, leaf in moved if leaf.size}
+        # An L-BFGS may be in a latent space, which has no names.
+        if what == "an L-BFGS" or names & bounded:
+            raise ValueError(
+                f"`optimiser` is {what}, which knows of no `bounds`: it would not end "
+                "at the best point within them. Use a solver, "
+                "`trainer.solve(optx.LBFGS(1e-8, 1e-8), batch)`, or an optimiser such "
+                "as Adam for what has bounds."
+            )
+
+
 def _name(trainer: AbstractTrainer) -> str:
     return "`constrain`" if overrides(trainer, "constrain") else "`bounds`"
 
@@ -209,6 +245,7 @@ def check_elementwise(trainer: AbstractTrainer) -> None:
     is_coupled = trainer.projector is not None and overrides(trainer, "constrain")
     if not is_coupled or isinstance(trainer.step_count, Tracer):
         return
+    trainer = in_free_coordinates(trainer)
     clip = clip_of(trainer, "what it was given")
     if coupled(trainer, clip) is None:
         return

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._boundary import ObjectiveWarning, PyTree, prng_key, takes_methods, warn
-from .._constraints import Bounds, Priors, Ties, as_bounds, as_priors
+from .._constraints import Bijections, Bounds, Priors, Ties, as_bounds, as_priors
 from .._optimiser import ParamOptimiser
 from .._policy import NanPolicy
 from .._projection import EigenProjector
@@ -166,8 +166,8 @@ def find_trained(
 
 def constraints(
     template: ModelTemplate, params: PyTree, bounds: Any, priors: Any
-) -> tuple[Bounds | None, Priors | None]:
-    """Makes the bounds and the priors that a user gives for the trained parameters."""
+) -> tuple[Bounds | None, Bijections | None, Priors | None]:
+    """Makes the constraints that a user gives for the trained parameters."""
     model, trained = template.join(params), set(paths(params))
     tied = {} if template.ties is None else template.ties.words
     named = by_path(model).by_name()
@@ -183,9 +183,19 @@ def constraints(
 
     of_tied = "Give the bounds to what it follows."
     return (
-        as_bounds(bounds, model, params, lambda path: unfit(path, of_tied)),
+        *as_bounds(bounds, model, params, lambda path: unfit(path, of_tied)),
         as_priors(priors, model, lambda path: unfit(path, "")),
     )
+
+
+def refuse_own_projector(projector: EigenProjector | None, argument: str) -> None:
+    """Refuses a projector of the user's where there are bijections."""
+    if projector is not None:
+        raise ValueError(
+            f"`{argument}` is of the parameters, and with a bijection in `bounds` the "
+            "fit moves free coordinates. Use `trainer.whiten(batch)`, which whitens "
+            "these."
+        )
 
 
 def fit_projector(
@@ -230,7 +240,6 @@ def fit_projector(
 
 # As one program, where each operation would be compiled by itself.
 _to_latent = eqx.filter_jit(EigenProjector.to_latent)
-to_params = eqx.filter_jit(EigenProjector.to_params)
 
 
 def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
@@ -268,8 +277,11 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
             )
 
 
-def check_ruled(optimiser: Any, params: PyTree) -> None:
-    """Refuses a trained parameter that no rule would move."""
+def check_ruled(optimiser: Any, params: PyTree, free: PyTree) -> None:
+    """Refuses a trained parameter that no rule would move.
+
+    `free` are its free coordinates, the parameters themselves without a bijection.
+    """
     if not isinstance(optimiser, ParamOptimiser):
         return
     owners = optimiser.owners(params, filtered=True)
@@ -280,6 +292,14 @@ def check_ruled(optimiser: Any, params: PyTree) -> None:
             f"`optimiser` has no rule for {', '.join(map(repr, idle[:5]))}, which is "
             "trained. Give it one, or a `default`; or leave it out of `train`."
         )
+    of_free = owners if free is params else optimiser.owners(free, filtered=True)
+    for name, owner, other in zip(names, owners, of_free, strict=True):
+        if owner != other:
+            raise ValueError(
+                f"`optimiser` has another rule for the free coordinates of {name!r}, "
+                "which has a bijection, than for its elements. Name the parameter, "
+                "rather than by a predicate on its leaf."
+            )
 
 
 def initial_opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:

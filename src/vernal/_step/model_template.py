@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._closure import Closure, refuse_static_arrays
-from .._constraints import Ties
+from .._constraints import Bijections, Ties
 from .._pickling import PlainMethods, Portable
 from .._tree import is_inexact, strong
 
@@ -25,6 +25,8 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
     frozen: tuple[Any, ...]
     others: Closure
     ties: Ties | None
+    bijections: Bijections | None
+    """Where the parameters are free coordinates, the maps to the model's own."""
     kinds: tuple[str, ...] = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
 
@@ -38,7 +40,7 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         - `ties`: the leaves that follow others.
         """
         leaves, self.structure = jax.tree.flatten(model)
-        self.ties = ties
+        self.ties, self.bijections = ties, None
         for index in () if ties is None else ties.indices:
             leaves[index] = strong(leaves[index])
         refuse_static_arrays(model)
@@ -53,6 +55,8 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
 
     def join(self, params: Any) -> Any:
         """Puts the model together again around the parameters."""
+        if self.bijections is not None:
+            params = self.bijections.forward(params)
         sources = {
             "trained": iter(jax.tree.leaves(params)),
             "frozen": iter(self.frozen),
@@ -64,7 +68,7 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         return self.structure.unflatten(leaves)
 
     def trained(self, model: Any) -> Any:
-        """Picks the parameters out of another model of the same structure."""
+        """Picks the model's own parameters out of another one of its structure."""
         leaves = zip(self.structure.flatten_up_to(model), self.kinds, strict=True)
         return self.structure.unflatten(
             [leaf if kind == "trained" else None for leaf, kind in leaves]

@@ -16,11 +16,15 @@ from .._tree import cast_alike, is_alike, parameters, strong
 from .abstract_trainer import (
     AbstractTrainer,
     TrainerT,
+    bijections_of,
     bounds_of,
     changed,
+    from_free_coordinates,
+    in_free_coordinates,
     is_constrained,
     progress_of,
     template_of,
+    to_params,
 )
 from .constrain import check_elementwise
 from .construct import (
@@ -29,7 +33,6 @@ from .construct import (
     fit_projector,
     initial_opt_state,
     refuse_names_in_latent_space,
-    to_params,
 )
 from .hyperparams import carried_over
 from .model import check_state, checked_model
@@ -53,6 +56,7 @@ def replaced_fields(
     )
     new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
     params, latent, bounds = old.params, old.latent, bounds_of(trainer)
+    free = in_free_coordinates(trainer).params
     if model is not None:
         model = checked_model(model)
         if jax.tree.structure(model) != parts.structure:
@@ -71,10 +75,14 @@ def replaced_fields(
         parts = ModelTemplate(model, kinds, parts.ties)
         if bounds is not None:
             params = bounds.required(params)
+        bijections = bijections_of(trainer)
+        free = params if bijections is None else bijections.required(params)
+        latent = None if bijections is None else free
         if trainer.projector is not None:
-            latent = trainer.projector.to_latent(params)
+            latent = trainer.projector.to_latent(free)
             if bounds is None:
-                params = trainer.projector.to_params(latent)
+                free = trainer.projector.to_params(latent)
+                params, _ = from_free_coordinates(trainer, free, latent)
         infinite = jnp.full_like(old.best_loss, jnp.inf)
         new |= {"params": params, "latent": latent, "best": params}
         new |= {"best_state": old.state, "best_loss": infinite}
@@ -87,7 +95,7 @@ def replaced_fields(
     if optimiser is not None:
         transform = as_transform(optimiser, "optimiser")
         refuse_names_in_latent_space(trainer.projector, transform)
-        check_ruled(transform, params)
+        check_ruled(transform, params, free)
         fresh = initial_opt_state(transform, params, latent)
         new["opt_state"] = carried_over(trainer, params, latent, fresh)
     policy = trainer.nan_policy
@@ -146,15 +154,18 @@ def reproject(
         transform = as_transform(optimiser, "optimiser")
     elif isinstance(transform, ParamOptimiser) and projector is not None:
         transform = transform if projector.has_names else None
-    params = trainer.params
+    params, free = trainer.params, in_free_coordinates(trainer).params
     bounds, constrained = bounds_of(trainer), is_constrained(trainer)
     projector, latent = fit_projector(
-        projector, params, transform, constrained=constrained
+        projector, free, transform, constrained=constrained
     )
-    check_ruled(transform, params)
-    if projector is not None:
+    check_ruled(transform, params, free)
+    if projector is not None and bounds is None:
         # With bounds, rounding would move them off.
-        params = to_params(projector, latent) if bounds is None else params
+        free = to_params(projector, latent)
+        params, _ = from_free_coordinates(trainer, free, latent)
+    elif projector is None and bijections_of(trainer) is not None:
+        latent = free
     progress = dataclasses.replace(
         progress_of(trainer),
         params=params,

@@ -26,12 +26,15 @@ from .._projection import EigenProjector
 from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
 from .abstract_trainer import (
     AbstractTrainer,
+    bijections_of,
     bounds_of,
+    from_free_coordinates,
+    in_free_coordinates,
     is_constrained,
     overrides,
     progress_of,
 )
-from .constrain import clip_of, coupled, project
+from .constrain import clip_of, coupled, project, refuse_mixing
 from .objective import live, score, step_key
 from .progress import Best, Progress, count_non_finite, held_best, ranked
 
@@ -188,8 +191,8 @@ def advance_bare(
         trainer.nan_policy, jnp.zeros_like(loss), shown, old.policy_state
     )
     few = lambda tree: [x for x in _inexact(tree) if x.size <= _FEW]
-    # A projector may overflow for latent coordinates that are finite.
-    others = () if trainer.projector is None else jax.tree.leaves(moved.params)
+    # A projector or a bijection may overflow for coordinates that are finite.
+    others = () if old.latent is None else jax.tree.leaves(moved.params)
     is_bad = any_non_finite((loss, *jax.tree.leaves(grads), *others))
     is_bad |= any_non_finite(few(moved.opt_state)) & ~any_non_finite(
         few(begin.opt_state)
@@ -247,15 +250,33 @@ def _move(
     value: Callable[[PyTree], Array],
 ) -> _Moved:
     """Applies the optimiser, in the latent space if there is one."""
-    old = progress_of(trainer)
-    projector = trainer.projector
     if overrides(trainer, "transform_grads"):
         changed = trainer.transform_grads(grads, trainer.model)
         what = "what `transform_grads` returns"
         grads = cast_alike(changed, grads, what, _INPUT, _LIKE_INPUT)
+    bijections = bijections_of(trainer)
+    if bijections is None:
+        return _update(trainer, grads, loss, state, value)
+    inner = in_free_coordinates(trainer)
+    own, pull = jax.vjp(bijections.forward, inner.params)
+    (grads,) = pull(cast_like(grads, own))
+    value_fn = lambda free: value(bijections.forward(free))
+    moved = _update(inner, grads, loss, state, value_fn)
+    params, latent = from_free_coordinates(trainer, moved.params, moved.latent)
+    return moved._replace(params=params, latent=latent)
+
+
+def _update(
+    trainer: AbstractTrainer,
+    grads: PyTree,
+    loss: Array,
+    state: PyTree,
+    value: Callable[[PyTree], Array],
+) -> _Moved:
+    """Applies the optimiser to the coordinates that it moves."""
+    old, projector = progress_of(trainer), trainer.projector
     goal = None
-    if bounds_of(trainer) is not None:
-        _refuse_coupled(old.opt_state)
+    refuse_mixing(trainer)
     clip = clip_of(trainer, _INPUT) if is_constrained(trainer) else None
     metric = None if clip is None else coupled(trainer, clip)
     if projector is None:
@@ -289,17 +310,6 @@ def _move(
             latent = jax.tree.map(pick, projector.to_latent(params), latent)
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
     return _Moved(params, latent, cast_like(opt_state, old.opt_state), state)
-
-
-def _refuse_coupled(opt_state: PyTree) -> None:
-    """Refuses L-BFGS with bounds: it moves what is free together with what is held."""
-    is_lbfgs = lambda node: type(node).__name__ == "ScaleByLBFGSState"
-    if any(map(is_lbfgs, jax.tree.leaves(opt_state, is_leaf=is_lbfgs))):
-        raise ValueError(
-            "`optimiser` is an L-BFGS, which knows of no `bounds`: it would not end at "
-            "the best point within them. Use a solver, `trainer.solve(optx.LBFGS(1e-8, "
-            "1e-8), batch)`, or an optimiser such as Adam."
-        )
 
 
 def _within(

@@ -13,7 +13,9 @@ from .._step import (
     AbstractTrainer,
     Progress,
     beginning,
+    bijections_of,
     bounds_of,
+    in_free_coordinates,
     initial_opt_state,
     initial_progress,
     progress_of,
@@ -22,6 +24,7 @@ from .._step import (
 )
 from .._tree import (
     Kind,
+    MismatchError,
     NamedArray,
     from_arrays,
     require_alike_kinds,
@@ -145,11 +148,25 @@ def restore(
     if fields:
         state |= _initial_fields(trainer, state, fields)
     progress = Progress(**state)
-    if (bounds := bounds_of(trainer)) is not None and not progress.step_count.ndim:
-        # Those of the script may be narrower.
+    trainer = with_progress(trainer, progress, projector=projector)
+    if not progress.step_count.ndim:
+        _require_within(trainer, source)
+    return trainer
+
+
+def _require_within(trainer: AbstractTrainer, source: str) -> None:
+    """Refuses parameters that the bounds of the script, which may be others, do not."""
+    progress = progress_of(trainer)
+    if (bounds := bounds_of(trainer)) is not None:
         bounds.required(progress.params)
         bounds.required(progress.best)
-    return with_progress(trainer, progress, projector=projector)
+    bijections, free = bijections_of(trainer), in_free_coordinates(trainer).params
+    if bijections is not None and not bijections.agrees(free, progress.params):
+        raise MismatchError(
+            f"{source} has free coordinates of another bijection than that in "
+            "`bounds`. Load it with the bijection that it was saved with; to go on "
+            "with another one, make a new trainer of that model."
+        )
 
 
 def _changed_hyperparams(

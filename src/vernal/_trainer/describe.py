@@ -44,6 +44,7 @@ _PUBLIC = {
     "_progress": "",
     "_template": "model",
     "_bounds": "bounds",
+    "_bijections": "bijections",
     "_priors": "priors",
 }
 

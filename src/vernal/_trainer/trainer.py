@@ -19,7 +19,7 @@ from .._boundary import (
     refuse_traced,
     refuse_unknown,
 )
-from .._constraints import Bounds, Priors, as_ties
+from .._constraints import Bijections, Bounds, Priors, as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
@@ -64,6 +64,7 @@ from .._step import (
     error_if_stopped,
     find_trained,
     fit_projector,
+    in_free_coordinates,
     initial_opt_state,
     initial_progress,
     is_constrained,
@@ -72,6 +73,7 @@ from .._step import (
     precision_of,
     prepared_config,
     raise_if_non_finite,
+    refuse_own_projector,
     replaced_fields,
     reproject,
     require_precision,
@@ -132,6 +134,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
     projector: EigenProjector | Any
     key: PRNGKeyArray | None
     _bounds: Bounds | None
+    _bijections: Bijections | None
     _priors: Priors | None
     _template: ModelTemplate
     _progress: Progress
@@ -165,7 +168,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             parameters never leave them. `solve` and a fit that has converged end at the
             lowest loss within the bounds, on a bound where it lies there; a parameter
             that the loss pushes against its bound is held there for the errors of the
-            others.
+            others. In the place of a pair may be a [`vernal.Bijection`][], or one of
+            NumPyro, flowjax or distreqx: the fit then moves its free coordinates.
         - `ties`: a dictionary from selectors to what they follow: the path of another
             parameter, or a function of the model. `{"b.width": "a.width", "c.width":
             lambda model: 2 * model.a.width}`. A tied parameter is not free.
@@ -184,7 +188,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             argument is of the wrong kind.
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train; if the projector does not fit; if
-            bounds are the wrong way round, or the start is outside of them; if ties go
+            bounds are the wrong way round, or the start is outside of them, or is not
+            what a bijection can return; if ties go
             round in a circle; or if a frozen parameter has a bound or a prior.
         """
         check_arguments(nan_policy, projector, key)
@@ -201,16 +206,23 @@ class Trainer(AbstractTrainer[Model, Batch]):
         owners = find_trained(model, self.optimiser, train, projector, tied)
         params = parameters(model, owners)
         self._template = ModelTemplate(model, owners, tied)
-        self._bounds, self._priors = constraints(self._template, params, bounds, priors)
+        self._bounds, self._bijections, self._priors = constraints(
+            self._template, params, bounds, priors
+        )
         if self._bounds is not None:
             params = self._bounds.required(params)
+        free = params
+        if self._bijections is not None:
+            refuse_own_projector(projector, "projector")
+            free = self._bijections.required(params)
         self.projector, latent = fit_projector(
             projector,
             params,
             self.optimiser,
             constrained=is_constrained(self),
         )
-        check_ruled(self.optimiser, params)
+        check_ruled(self.optimiser, params, free)
+        latent = latent if free is params else free
         self._progress = initial_progress(
             params,
             latent,
@@ -582,11 +594,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:**
 
         - `projector`: the projector; `None` to continue in the parameters themselves.
+            With a bijection in `bounds` it must be `None`: see `whiten`.
         - `optimiser`: an optimiser for that space. By default the present one; but a
             [`vernal.ParamOptimiser`][] cannot go into a space where parameters have no
             names: the result then has no optimiser, and can `solve`.
         """
         require_precision(self)
+        if self._bijections is not None:
+            refuse_own_projector(projector, "projector")
         return reproject(self, projector, optimiser)
 
     @entrance
@@ -630,7 +645,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)
         projector = whitened(self, batch, blocks, Passes(batch_size, jac), options)
-        return self.reproject(projector, optimiser)
+        return reproject(self, projector, optimiser)
 
     @entrance
     def standard_errors(
@@ -1038,12 +1053,13 @@ class Trainer(AbstractTrainer[Model, Batch]):
             raise no_optimiser(self)
         refuse_traced("learning_rates", self)
         with precision_of(self):
+            inner = in_free_coordinates(self)
             return learning_rates(
                 self.optimiser,
                 self.opt_state,
-                self.params,
+                inner.params,
                 self.projector,
-                self.latent,
+                inner.latent,
             )
 
     @entrance

@@ -190,9 +190,29 @@ def _refuse(
             "tree. Only array leaves can be trained: drop `static=True`, or leave it "
             "out."
         )
+    path, bracket, _ = atom.partition("[")
+    if bracket and path in _parameters(index):
+        remedy = _OF_ELEMENTS.get(argument, "Name the whole parameter.")
+        raise UnknownPathError(
+            f"`{argument}`: {name} is one element, and selectors choose whole "
+            f"parameters. {remedy.format(path=path)}"
+        )
     raise UnknownPathError(
         f"`{argument}`: {name} matches nothing. {_nearest(atom, index)}"
     )
+
+
+# How to say something of one element.
+_OF_ELEMENTS = {
+    "bounds": "Give arrays with an infinity where there is no bound: "
+    "`{{{path!r}: (low_array, high_array)}}`.",
+    "priors": "Give arrays, with a large `std` where there is no prior: "
+    "`{{{path!r}: vn.Normal(mean_array, std_array)}}`.",
+    "train": "To hold an element of {path!r}, give the parameter a `vn.Bijection` in "
+    "`bounds`, of which `forward` inserts the element and `inverse` deletes it; or "
+    "split the array in the model.",
+    "ties": "Tie {path!r} as a whole; or split the array in the model.",
+}
 
 
 def _describe(leaf: Leaf) -> str:

@@ -1,0 +1,190 @@
+"""Parameters that are functions of free coordinates."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from .._boundary import PyTree
+from .._closure import Closure
+from .._pickling import PlainMethods, Portable
+from .._tree import by_path, is_inexact
+from .owned import replaced
+
+# What libraries call the two directions: `Bijection`, distreqx and Distrax; flowjax;
+# NumPyro.
+_FORWARD, _INVERSE = ("forward", "transform", "__call__"), ("inverse", "inv")
+
+
+class Bijection(Portable, eqx.Module):
+    """A map from free coordinates to a parameter. The abstract base class.
+
+    Free coordinates are any real numbers. There may be fewer of them than elements of
+    the parameter, as for fractions that sum to one. To write one, subclass it and
+    define `forward` and `inverse`:
+
+    ```python
+    class Positive(vn.Bijection):
+        def forward(self, free):
+            return jnp.exp(free)
+
+        def inverse(self, value):
+            return jnp.log(value)
+    ```
+
+    It is a pytree: other numbers in it compile nothing again.
+    """
+
+    @abc.abstractmethod
+    def forward(self, free: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the parameter. It has a derivative everywhere."""
+
+    @abc.abstractmethod
+    def inverse(self, value: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the free coordinates of a parameter."""
+
+
+class Bijections(Portable, PlainMethods, eqx.Module):
+    """The bijections of some parameters, by path."""
+
+    maps: dict[str, Closure]
+
+    def forward(self, free: PyTree) -> PyTree:
+        """Returns the parameters that have these free coordinates."""
+        return replaced(free, self._images(free, _FORWARD))
+
+    def inverse(self, params: PyTree) -> PyTree:
+        """Returns the free coordinates of parameters."""
+        return replaced(params, self._images(params, _INVERSE))
+
+    def moved(self, free: PyTree, old: PyTree, new: PyTree) -> PyTree:
+        """Returns the coordinates of `new`; where `old` has not moved, `free`."""
+        at, before = by_path(free).by_name(), by_path(old).by_name()
+        found = self._images(new, _INVERSE)
+        for path, x in by_path(new).items():
+            if path in self.maps:
+                is_same = x is before[path]
+                is_moved = jnp.any(x != before[path])
+                own = jnp.where(is_moved, found[path], at[path])
+                found[path] = at[path] if is_same else own
+        return replaced(new, found)
+
+    def required(self, params: PyTree) -> PyTree:
+        """Returns the free coordinates of parameters; refuses any that have none."""
+        free = self.inverse(params)
+        again, at = by_path(self.forward(free)).by_name(), by_path(free).by_name()
+        for path, x in by_path(params).items():
+            if path in self.maps:
+                _check(path, x, again[path], at[path])
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self, params))):
+            message = "A parameter is not what its bijection, of `bounds`, can return."
+            return eqx.error_if(free, ~self.agrees(free, params), message)
+        return free
+
+    def agrees(self, free: PyTree, params: PyTree) -> Any:
+        """Whether parameters have these free coordinates, up to rounding."""
+        again, at = by_path(self.forward(free)).by_name(), by_path(free).by_name()
+        flags = [
+            _is_close(x, again[path]) & jnp.all(jnp.isfinite(at[path]))
+            for path, x in by_path(params).items()
+            if path in self.maps
+        ]
+        return jnp.all(jnp.stack(flags))
+
+    def resized(self, free: PyTree, params: PyTree) -> tuple[str, ...]:
+        """Lists the parameters with fewer or more coordinates than elements."""
+        pairs = zip(by_path(free).items(), jax.tree.leaves(params), strict=True)
+        return tuple(path for (path, at), x in pairs if at.size != x.size)
+
+    def log_abs_det(self, free: PyTree) -> Float[Array, ""]:
+        """Returns the logarithm of the volume of parameters for that of coordinates."""
+        at, total = by_path(free).by_name(), jnp.zeros((), jnp.result_type(float))
+        for path, closure in self.maps.items():
+            x, forward = at[path], _method(closure.decode(), _FORWARD)
+            flat = lambda v, x=x, f=forward: f(v.reshape(x.shape)).ravel()
+            _, volume = jnp.linalg.slogdet(jax.jacfwd(flat)(x.ravel()))
+            total += volume.astype(total.dtype)
+        return total
+
+    def _images(self, tree: PyTree, names: tuple[str, ...]) -> dict[str, Array]:
+        leaves, found = by_path(tree).by_name(), {}
+        for path, closure in self.maps.items():
+            x = leaves[path]
+            found[path] = jnp.asarray(_method(closure.decode(), names)(x), x.dtype)
+        return found
+
+
+def is_bijection(given: Any) -> bool:
+    """Whether an object has both directions of a bijection."""
+    both = _method(given, _FORWARD), _method(given, _INVERSE)
+    return None not in both and not isinstance(given, type)
+
+
+def as_bijection(given: Any, path: str, leaf: Array) -> Closure:
+    """Makes a pytree of the bijection of one parameter, and checks its shapes."""
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"`bounds`: {path!r} is complex, and a bijection is of reals. Write it as "
+            "two real parameters."
+        )
+    shape = leaf
+    for names in (_INVERSE, _FORWARD):
+        try:
+            shape = jax.eval_shape(_method(given, names), shape)
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"`bounds`: the bijection of {path!r} cannot be evaluated for shape "
+                f"{shape.shape}: {error}"
+            ) from error
+        if not is_inexact(shape) or not shape.size:
+            raise ValueError(
+                f"`bounds`: the bijection of {path!r} returns {shape}, but must return "
+                "one array of at least one real number, both ways."
+            )
+    if shape.shape != leaf.shape:
+        raise ValueError(
+            f"`bounds`: the bijection of {path!r} returns an array of shape "
+            f"{shape.shape}, and the parameter has shape {leaf.shape}."
+        )
+    return Closure.encode(jax.tree.map(_as_leaf, given))
+
+
+def _as_leaf(leaf: Any) -> Any:
+    # So another number in a bijection compiles nothing again.
+    is_number = type(leaf) is float or isinstance(leaf, np.ndarray)
+    return jnp.asarray(leaf) if is_number else leaf
+
+
+def _method(given: Any, names: tuple[str, ...]) -> Callable[[Array], Any] | Any:
+    found = (getattr(given, name, None) for name in names)
+    return next(filter(callable, found), None)
+
+
+def _is_close(value: Array, again: Array) -> Any:
+    size = jnp.max(jnp.abs(value))
+    tol = jnp.sqrt(jnp.finfo(value.dtype).eps).astype(value.dtype)
+    return jnp.all(jnp.abs(again - value) <= tol * size)
+
+
+def _check(path: str, value: Array, again: Array, free: Array) -> None:
+    if any(isinstance(x, Tracer) for x in (value, again, free)):
+        return
+    show = lambda x: np.array2string(np.asarray(x), precision=6, threshold=8)
+    if not np.isfinite(free).all():
+        raise ValueError(
+            f"`bounds`: {path!r} starts at {show(value)}, where the free coordinates "
+            "of its bijection are not finite: on the edge of what it can return, or "
+            "beyond. Start within; or give a pair `(low, high)`, if the answer may lie "
+            "on the edge."
+        )
+    if not _is_close(value, again):
+        raise ValueError(
+            f"`bounds`: {path!r} starts at {show(value)}, which its bijection does not "
+            f"return: of its free coordinates that makes {show(again)}. Start there."
+        )

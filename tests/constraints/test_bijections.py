@@ -1,0 +1,538 @@
+"""Bijections: a fit moves free coordinates, and all else is in the parameters."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+import optimistix as optx
+import pytest
+from flowjax import bijections as flowjax
+from numpyro.distributions import biject_to, constraints
+
+import vernal as vn
+
+LM = optx.LevenbergMarquardt(1e-10, 1e-10)
+
+
+class Positive(vn.Bijection):
+    def forward(self, free):
+        return jnp.exp(free)
+
+    def inverse(self, value):
+        return jnp.log(value)
+
+
+class Between(vn.Bijection):
+    """An open interval, by a logistic function."""
+
+    low: float
+    width: float
+
+    def forward(self, free):
+        return self.low + self.width * jax.nn.sigmoid(free)
+
+    def inverse(self, value):
+        unit = (value - self.low) / self.width
+        return jnp.log(unit) - jnp.log1p(-unit)
+
+
+class Simplex(vn.Bijection):
+    """Fractions that sum to one, by ratios to the last."""
+
+    def forward(self, free):
+        return jax.nn.softmax(jnp.append(free, jnp.zeros((), free.dtype)))
+
+    def inverse(self, value):
+        return jnp.log(value[:-1] / value[-1])
+
+
+class Ordered(vn.Bijection):
+    def forward(self, free):
+        return jnp.cumsum(jnp.append(free[:1], jnp.exp(free[1:])))
+
+    def inverse(self, value):
+        return jnp.append(value[:1], jnp.log(jnp.diff(value)))
+
+
+class Triangle(vn.Bijection):
+    """A lower triangle with a positive diagonal: a Cholesky factor of two rows."""
+
+    def forward(self, free):
+        a, b, c = free
+        zero = jnp.zeros((), free.dtype)
+        return jnp.stack([jnp.stack([jnp.exp(a), zero]), jnp.stack([b, jnp.exp(c)])])
+
+    def inverse(self, value):
+        return jnp.stack([jnp.log(value[0, 0]), value[1, 0], jnp.log(value[1, 1])])
+
+
+class AsOfFlowjax:
+    """A bijection with the methods of flowjax, and no pytree."""
+
+    def transform(self, x):
+        return jnp.exp(x)
+
+    def inverse(self, y):
+        return jnp.log(y)
+
+
+class AsOfNumpyro:
+    def __call__(self, x):
+        return jnp.exp(x)
+
+    @property
+    def inv(self):
+        return jnp.log
+
+
+# Each bijection with a start, and the parameter behind the data.
+BIJECTIONS = {
+    "a number": (Positive(), 1.0, 2.5),
+    "an array": (Positive(), [1.0, 1.0], [0.2, 4.0]),
+    "an interval": (Between(-1.0, 4.0), [0.5, 1.0], [-0.6, 2.6]),
+    "a simplex": (Simplex(), [0.4, 0.3, 0.3], [0.1, 0.7, 0.2]),
+    "an order": (Ordered(), [-1.0, 0.0, 1.0], [0.3, 0.5, 2.0]),
+    "a factor": (Triangle(), [[1.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [-0.5, 0.3]]),
+    "of flowjax": (AsOfFlowjax(), 1.0, 0.3),
+    "of numpyro": (AsOfNumpyro(), 1.0, 0.3),
+}
+
+
+def forward_of(bijection):
+    for name in ("forward", "transform", "__call__"):
+        if hasattr(bijection, name):
+            return getattr(bijection, name)
+
+
+def inverse_of(bijection):
+    return bijection.inverse if hasattr(bijection, "inverse") else bijection.inv
+
+
+class Fit(vn.Trainer):
+    """Curved in the parameter, and in an offset without a bijection."""
+
+    def residuals(self, model, batch):
+        return _curve(model["a"]["x"], model["b"][0], batch)
+
+
+class ByHand(vn.Trainer):
+    """The same with the free coordinates in the model."""
+
+    forward: object = eqx.field(static=True)
+
+    def __init__(self, forward, *args, **options):
+        self.forward = forward
+        super().__init__(*args, **options)
+
+    def residuals(self, model, batch):
+        return _curve(self.forward(model["a"]["x"]), model["b"][0], batch)
+
+
+def _curve(x, offset, batch):
+    matrix, y = batch
+    flat = jnp.ravel(x)
+    basis = matrix[:, : flat.size].astype(flat.dtype)
+    return (basis @ flat + 0.1 * (basis @ flat) ** 2 + offset - y[: len(basis)]) / 0.01
+
+
+def model(x, dtype=jnp.float64):
+    return {
+        "a": {"x": jnp.asarray(x, dtype), "none": None},
+        "b": [jnp.zeros((), dtype)],
+    }
+
+
+def batch_of(truth, dtype=jnp.float64):
+    random = np.random.default_rng(3)
+    matrix = jnp.asarray(random.normal(size=(40, 4)), dtype)
+    noise = 0.01 * random.normal(size=40)
+    like = model(truth, dtype)
+    y = 0.01 * _curve(like["a"]["x"], 0.2, (matrix, jnp.zeros(40, dtype)))
+    return matrix, (y + jnp.asarray(noise, dtype)).astype(dtype)
+
+
+def pair(name, optimiser=None, dtype=jnp.float64):
+    """A trainer with a bijection, the one by hand, and the data."""
+    bijection, start, truth = BIJECTIONS[name]
+    own = model(start, dtype)
+    inner = {**own, "a": {**own["a"], "x": inverse_of(bijection)(own["a"]["x"])}}
+    trainer = Fit(own, optimiser, bounds={"a.x": bijection})
+    by_hand = ByHand(forward_of(bijection), inner, optimiser)
+    return trainer, by_hand, batch_of(truth, dtype)
+
+
+def same_bits(a, b):
+    for leaf, other in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.mark.parametrize("name", BIJECTIONS)
+def test_a_fit_is_that_of_free_coordinates_by_hand(name):
+    trainer, by_hand, batch = pair(name, optax.adam(0.02))
+    options = {"progress": False, "record": ("a.x", "grad_norm")}
+    result, other = (t.fit(batch, 60, **options) for t in (trainer, by_hand))
+    forward = forward_of(BIJECTIONS[name][0])
+    np.testing.assert_allclose(result.history.loss, other.history.loss, rtol=1e-9)
+    for own, free in ((result.model, other.model), (result.best, other.best)):
+        np.testing.assert_allclose(own["a"]["x"], forward(free["a"]["x"]), rtol=1e-9)
+        np.testing.assert_allclose(own["b"][0], free["b"][0], rtol=1e-9)
+    # What is recorded is in the parameters too.
+    recorded = result.history["a.x"]
+    np.testing.assert_array_equal(recorded[0], trainer.model["a"]["x"])
+    expected = jax.vmap(forward)(jnp.asarray(other.history["a.x"]))
+    np.testing.assert_allclose(recorded, expected, rtol=1e-9)
+    assert jax.tree.structure(result.params) == jax.tree.structure(trainer.params)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, jnp.float64) for name in BIJECTIONS]
+    + [(name, jnp.float32) for name in ("a number", "an interval", "a simplex")],
+)
+def test_a_solve_and_its_errors_are_those_by_hand(name, dtype):
+    trainer, by_hand, batch = pair(name, dtype=dtype)
+    tol = 1e-10 if dtype == jnp.float64 else 1e-6
+    solver = optx.LevenbergMarquardt(tol, tol)
+    result, other = (t.solve(solver, batch) for t in (trainer, by_hand))
+    digits = 1e-6 if dtype == jnp.float64 else 1e-3
+    forward = forward_of(BIJECTIONS[name][0])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=digits, atol=1e-7)
+    close(result.model["a"]["x"], forward(other.model["a"]["x"]))
+    assert result.model["a"]["x"].dtype == dtype
+    # The errors are those of the function of the free coordinates.
+    value, error = other.trainer.propagate(lambda m: forward(m["a"]["x"]), batch)
+    _, of_offset = other.trainer.propagate(lambda m: m["b"][0], batch)
+    close(value, result.model["a"]["x"])
+    errors = result.standard_errors(batch)
+    close(errors["a"]["x"], error)
+    close(errors["b"][0], of_offset)
+    report, again = result.report(batch), other.report(batch)
+    assert report.free_count == again.free_count
+    assert report.degrees_of_freedom == again.degrees_of_freedom
+    close(report.chi_squared, again.chi_squared)
+    rows = [row for row in report.parameters if row.name.startswith("a.x")]
+    known = np.ravel(error)
+    close([row.error for row in rows], np.where(known == 0, np.nan, known))
+    assert [row.status for row in rows] == ["fixed" if e == 0 else "" for e in known]
+    total = lambda fn, t: t.propagate(fn, batch)[1]
+    mixed = lambda x: jnp.sum(
+        x * jnp.arange(1, 1 + x.size, dtype=dtype).reshape(x.shape)
+    )
+    close(
+        total(lambda m: mixed(m["a"]["x"]) + m["b"][0], result.trainer),
+        total(lambda m: mixed(forward(m["a"]["x"])) + m["b"][0], other.trainer),
+    )
+
+
+def test_correlations_are_those_of_the_elements():
+    trainer, _, batch = pair("a simplex")
+    at = trainer.solve(LM, batch).trainer
+    correlations = {(c.first, c.second): c.value for c in at.report(batch).correlations}
+    names = [f"a.x[{i}]" for i in range(3)]
+    error = at.standard_errors(batch)["a"]["x"]
+    # Fractions that sum to one: the variance of their sum is zero.
+    covariance = np.diag(np.square(error))
+    for i, first in enumerate(names):
+        for j, second in enumerate(names):
+            if i < j:
+                value = correlations.get(
+                    (first, second), correlations.get((second, first))
+                )
+                covariance[i, j] = covariance[j, i] = value * error[i] * error[j]
+    np.testing.assert_allclose(covariance.sum(axis=0), 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("is_whitened", [False, True])
+def test_n_and_m_steps_are_n_plus_m(is_whitened, tmp_path):
+    trainer, _, batch = pair("a simplex", optax.adam(0.02))
+    if is_whitened:
+        trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
+    whole = trainer.fit(batch, 50, progress=False).trainer
+    part = trainer.fit(batch, 30, progress=False).trainer
+    same_bits(part.fit(batch, 20, progress=False).trainer, whole)
+    vn.save(tmp_path / "part", part)
+    loaded = vn.load(tmp_path / "part", trainer)
+    same_bits(loaded.fit(batch, 20, progress=False).trainer, whole)
+    same_bits(vn.unroll(part, batch, 20)[0].model, whole.model)
+
+
+@pytest.mark.parametrize("name", ["an array", "a simplex", "a factor"])
+def test_whitened_spaces_are_of_the_free_coordinates(name):
+    trainer, by_hand, batch = pair(name, optax.adam(0.1))
+    expected = trainer.solve(LM, batch).model
+    whitened = trainer.whiten(batch, optimiser=optax.adam(0.1))
+    same = by_hand.whiten(batch, optimiser=optax.adam(0.1))
+    losses = [t.fit(batch, 40, progress=False).history.loss for t in (whitened, same)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    for solver in (LM, optx.BFGS(1e-9, 1e-9)):
+        found = whitened.solve(solver, batch)
+        assert found.stop_reason is vn.StopReason.CONVERGED
+        close = np.testing.assert_allclose
+        close(found.model["a"]["x"], expected["a"]["x"], rtol=1e-5, atol=1e-7)
+
+
+def test_beside_intervals_and_whitened_the_fit_ends_at_the_best_point_within():
+    bijection, start, truth = BIJECTIONS["a simplex"]
+    batch = batch_of(truth)
+    bounds = {"a.x": bijection, "b.0": (None, 0.1)}
+    trainer = Fit(model(start), bounds=bounds)
+    solved = trainer.solve(LM, batch)
+    assert float(solved.model["b"][0]) == 0.1
+    near = {**model([0.09, 0.7, 0.21]), "b": [jnp.array(0.09)]}
+    near = trainer.replace(model=near)
+    whitened = near.whiten(batch, optimiser=optax.adam(0.05))
+    fit = whitened.fit(batch, 800, progress=False)
+    assert float(fit.model["b"][0]) == 0.1
+    close = np.testing.assert_allclose
+    close(fit.model["a"]["x"], solved.model["a"]["x"], atol=1e-5)
+    row = solved.report(batch)["b.0"]
+    assert row.status == "at its bound (0.1)"
+    assert solved.report(batch).free_count == 2
+    models = solved.trainer.draw(jax.random.key(0), 100, batch)
+    close(models["a"]["x"].sum(axis=1), 1, rtol=1e-12)
+    assert np.all(models["b"][0] == 0.1)
+
+
+CORRELATIONS = [[1.0, 0.2, 0.1], [0.2, 1.0, -0.3], [0.1, -0.3, 1.0]]
+FACTOR = np.linalg.cholesky(CORRELATIONS)
+
+# Bijections of libraries, with a value that each can return.
+OF_LIBRARIES = {
+    "numpyro simplex": (biject_to(constraints.simplex), [0.5, 0.3, 0.2]),
+    "numpyro interval": (biject_to(constraints.interval(0.0, 2.0)), [0.3, 1.9]),
+    "numpyro order": (biject_to(constraints.ordered_vector), [-1.0, 0.5, 2.0]),
+    "numpyro correlations": (biject_to(constraints.corr_matrix), CORRELATIONS),
+    "numpyro factor": (biject_to(constraints.lower_cholesky), FACTOR),
+    "flowjax": (
+        flowjax.Chain([flowjax.Exp((2,)), flowjax.Loc(jnp.array([1.0, 2.0]))]),
+        [1.5, 7.0],
+    ),
+}
+
+
+class Measured(vn.Trainer):
+    """The elements are measured themselves."""
+
+    def residuals(self, model, batch):
+        return (model["x"] - batch) / 0.1
+
+
+@pytest.mark.parametrize("name", OF_LIBRARIES)
+def test_bijections_of_libraries(name):
+    bijection, value = OF_LIBRARIES[name]
+    value = jnp.asarray(value, jnp.float64)
+    free = inverse_of(bijection)(value)
+    start = forward_of(bijection)(0.5 * free)
+    result = Measured({"x": start}, bounds={"x": bijection}).solve(LM, value)
+    np.testing.assert_allclose(result.model["x"], value, rtol=1e-6, atol=1e-9)
+    # The errors are those of a projection onto what the coordinates can reach.
+    jac = jax.jacfwd(lambda z: forward_of(bijection)(z).ravel())(free)
+    basis = np.linalg.qr(jac.reshape(value.size, -1))[0]
+    known = 0.1 * np.linalg.norm(basis, axis=1)
+    errors = result.standard_errors(value)["x"]
+    np.testing.assert_allclose(errors.ravel(), known, rtol=1e-5, atol=1e-9)
+
+
+def trainer_of(bijection, start, optimiser=None, **options):
+    return Fit(model(start), optimiser, bounds={"a.x": bijection}, **options)
+
+
+SIMPLEX = [0.4, 0.3, 0.3]
+REFUSED = {
+    "a start that it does not return": (
+        lambda batch: trainer_of(Simplex(), [0.5, 0.5, 0.5]),
+        "does not return: of its free coordinates that makes .*0.333",
+    ),
+    "a start on its edge": (
+        lambda batch: trainer_of(Positive(), [1.0, 0.0]),
+        "are not finite: on the edge",
+    ),
+    "a parameter of another rank": (
+        lambda batch: trainer_of(Simplex(), 1.0),
+        "the bijection of 'a.x' cannot be evaluated",
+    ),
+    "another shape": (
+        lambda batch: trainer_of(flowjax.Exp((2,)), [1.0, 1.0, 1.0]),
+        "the bijection of 'a.x' cannot be evaluated",
+    ),
+    "a projector": (
+        lambda batch: trainer_of(
+            Positive(),
+            1.0,
+            projector=vn.EigenProjector.from_fisher(jnp.eye(2), model(1.0)),
+        ),
+        r"Use `trainer.whiten\(batch\)`",
+    ),
+    "another model": (
+        lambda batch: trainer_of(Simplex(), SIMPLEX).replace(model=model([0.0, 1, 1])),
+        "'a.x' starts at",
+    ),
+    "a matrix of elements": (
+        lambda batch: trainer_of(Simplex(), SIMPLEX).fisher(batch),
+        "not free of each other",
+    ),
+    "a curvature of elements": (
+        lambda batch: trainer_of(Simplex(), SIMPLEX).curvature(batch),
+        "not free of each other",
+    ),
+    "a density of fewer coordinates": (
+        lambda batch: trainer_of(Simplex(), SIMPLEX).objective(batch),
+        "another number of free coordinates",
+    ),
+    "a profile": (
+        lambda batch: trainer_of(Positive(), 1.0).profile(LM, batch, "a.x"),
+        "'a.x' has a bijection",
+    ),
+    "an interval of a whole": (
+        lambda batch: trainer_of(Simplex(), SIMPLEX).intervals(LM, batch, ["a.x"]),
+        "'a.x' has a bijection",
+    ),
+    "a rule by the shape": (
+        lambda batch: trainer_of(
+            Simplex(),
+            SIMPLEX,
+            vn.ParamOptimiser(
+                {
+                    lambda path, leaf: leaf.shape == (3,): optax.sgd(0.1),
+                    lambda path, leaf: leaf.shape != (3,): optax.sgd(0.1),
+                }
+            ),
+        ),
+        "another rule for the free coordinates of 'a.x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_right_is_refused(case):
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        make(batch_of(BIJECTIONS["a simplex"][2]))
+
+
+@pytest.mark.parametrize("given", [Positive, jnp.exp, constraints.simplex, "positive"])
+def test_what_is_no_bijection_is_refused(given):
+    with pytest.raises(TypeError, match=r"must be a pair `\(low, high\)`"):
+        trainer_of(given, 1.0)
+
+
+def test_rules_and_line_searches_work_on_free_coordinates():
+    batch = batch_of(BIJECTIONS["a simplex"][2])
+    best = trainer_of(Simplex(), SIMPLEX).solve(LM, batch)
+    optimiser = vn.ParamOptimiser({"a.x": optax.lbfgs(), "b.0": optax.adam(1e-2)})
+    trainer = trainer_of(Simplex(), SIMPLEX, optimiser)
+    with jax.numpy_dtype_promotion("standard"):
+        result = trainer.fit(batch, 400, progress=False)
+    np.testing.assert_allclose(result.best_loss, best.best_loss, rtol=1e-3)
+    rates = trainer_of(Simplex(), SIMPLEX, optax.sgd(0.5)).learning_rates()
+    assert rates == {"a.x": 0.5, "b.0": 0.5}
+
+
+def test_many_are_each_by_itself():
+    batch = batch_of(BIJECTIONS["a simplex"][2])
+    starts = ([0.4, 0.3, 0.3], [0.2, 0.2, 0.6])
+    trainers = [trainer_of(Simplex(), start, optax.adam(0.02)) for start in starts]
+    many = vn.fit_many(trainers, batch, 20, progress=False)
+    solved = vn.fit_many(trainers, batch, 50, solver=LM)
+    errors = solved.errors(batch)["a"]["x"]
+    for index, trainer in enumerate(trainers):
+        alone = trainer.fit(batch, 20, progress=False)
+        np.testing.assert_allclose(
+            many.losses[index], alone.history.loss[-1], rtol=1e-9
+        )
+        own = many.trainer(index).model["a"]["x"]
+        np.testing.assert_allclose(own, alone.model["a"]["x"], rtol=1e-9)
+        end = trainer.solve(LM, batch)
+        close = np.testing.assert_allclose
+        close(solved.trainer(index).best["a"]["x"], end.best["a"]["x"], rtol=1e-8)
+        close(errors[index], end.standard_errors(batch)["a"]["x"], rtol=1e-6)
+
+
+def test_a_hook_constrains_the_parameters():
+    class Clipped(Fit):
+        def constrain(self, model):
+            fractions = jnp.maximum(model["a"]["x"], 0.25)
+            return {**model, "a": {**model["a"], "x": fractions / fractions.sum()}}
+
+    batch = batch_of(BIJECTIONS["a simplex"][2])
+    bounds = {"a.x": Simplex()}
+    trainer = Clipped(model(SIMPLEX), optax.adam(0.05), bounds=bounds)
+    result = trainer.fit(batch, 50, record="a.x", progress=False)
+    np.testing.assert_allclose(result.history["a.x"].sum(axis=1), 1, rtol=1e-12)
+    assert np.all(result.history["a.x"] > 0.19)
+    at = result.trainer
+    np.testing.assert_allclose(
+        Simplex().forward(at.latent["a"]["x"]), at.params["a"]["x"], rtol=1e-12
+    )
+    with pytest.raises(ValueError, match="and `projector` couples them"):
+        trainer.whiten(batch, optimiser=optax.adam(0.1))
+
+
+def test_the_objective_is_the_density_of_the_parameters():
+    class Exponential(vn.Trainer):
+        def nll(self, model, batch):
+            return jnp.sum(model["x"])
+
+    trainer = Exponential({"x": jnp.array([1.0, 2.0])}, bounds={"x": Positive()})
+    potential, start = trainer.objective(None)
+    np.testing.assert_allclose(start, np.log([1.0, 2.0]))
+    transform = dist.transforms.ExpTransform()
+    base = dist.Exponential(1.0)
+    density = dist.TransformedDistribution(base, transform.inv)
+    point = jnp.array([0.3, -0.7])
+    expected = -jnp.sum(density.log_prob(point))
+    np.testing.assert_allclose(potential(point), expected, rtol=1e-12)
+
+
+def test_a_file_of_another_bijection_is_refused(tmp_path):
+    trainer = trainer_of(Positive(), 1.0, optax.adam(0.1))
+    vn.save(tmp_path / "one", trainer)
+    other = trainer_of(Between(0.0, 4.0), 1.0, optax.adam(0.1))
+    with pytest.raises(vn.MismatchError, match="of another bijection"):
+        vn.load(tmp_path / "one", other)
+
+
+def test_what_is_tied_follows_the_parameter():
+    ties = {"b.0": lambda model: 2 * model["a"]["x"]}
+    trainer = trainer_of(Positive(), 1.0, ties=ties)
+    batch = batch_of(0.3)
+    result = trainer.solve(LM, batch)
+    value = float(result.model["a"]["x"])
+    assert float(result.model["b"][0]) == 2 * value
+    rows = {row.name: row for row in result.report(batch).parameters}
+    np.testing.assert_allclose(rows["b.0"].error, 2 * rows["a.x"].error, rtol=1e-9)
+    assert rows["b.0"].status == "tied to a function"
+
+
+def test_traced_starts_are_checked_when_the_program_runs():
+    batch = batch_of(BIJECTIONS["a simplex"][2])
+
+    @eqx.filter_jit
+    def fitted(start):
+        trainer = trainer_of(Simplex(), start, optax.sgd(1e-6))
+        return vn.unroll(trainer, batch, 2)[1]
+
+    assert np.isfinite(fitted(jnp.array(SIMPLEX))).all()
+    with pytest.raises(Exception, match="can return"):
+        fitted(jnp.array([0.5, 0.5, 0.5])).block_until_ready()
+
+
+def test_other_numbers_in_a_bijection_compile_nothing():
+    traces = []
+
+    class Counted(Fit):
+        def residuals(self, model, batch):
+            traces.append(1)
+            return super().residuals(model, batch)
+
+    def fit(low):
+        bounds = {"a.x": Between(low, 4.0)}
+        trainer = Counted(model(1.0), optax.sgd(1e-6), bounds=bounds)
+        return trainer.fit(batch_of(0.3), 3, progress=False)
+
+    fit(-1.0)
+    count = len(traces)
+    fit(-2.0)
+    assert len(traces) == count
