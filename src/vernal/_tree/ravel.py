@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
-from .._boundary import Params, dotted, refuse_foreign, spelled
+from .._boundary import Params, dotted, is_deleted, refuse_foreign, spelled
 from .named_tree import by_path
 
 
@@ -22,12 +22,22 @@ def as_parameters(params: Params, name: str = "params") -> Params:
     - `TypeError`: if a leaf is of any other kind.
     - `ValueError`: if there is no leaf.
     """
-    if not jax.tree.leaves(params):
+    leaves = jax.tree.leaves(params)
+    if not leaves:
         raise ValueError(
             f"`{name}` holds no parameter: it needs at least one floating-point array."
         )
+    # Asked several times in each call, so where each leaf is must not be looked up in
+    # vain.
+    if all(map(_is_ready, leaves)):
+        return params
     convert = lambda keys, leaf: _as_parameter(leaf, keys, name)
     return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def _is_ready(leaf: Any) -> bool:
+    is_array = isinstance(leaf, jax.Array) and not is_deleted(leaf)
+    return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _as_parameter(leaf: Any, keys: tuple[Any, ...], name: str) -> Array:
