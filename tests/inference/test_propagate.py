@@ -182,7 +182,7 @@ def test_memory_does_not_grow_with_outputs_times_parameters(name):
     grid = jnp.linspace(0.0, 1.0, outputs)
     curve = lambda m: jnp.sin(grid) * jnp.sum(m)
     trainer, batch = Wide(jnp.ones(size)), jnp.ones(size)
-    whitening = inside.around(trainer, batch, None, "").whitening
+    whitening = inside.around(trainer, batch, "").whitening
     args = inside.stripped(trainer), inside.Closure.encode(curve), whitening
     program = inside.run_propagate.lower(*args, jnp.asarray(1.0)).compile()
     # Of three norms and a gradient of each output; and of the map that whitens.
