@@ -94,6 +94,7 @@ def test_of_a_robust_loss_it_is_hubers(loss):
     assert report.error_kind == "sandwich"
     assert "from the scatter of the data (sandwich)" in str(report)
     assert report.chi_squared is report.p_value is report.reduced_chi_squared is None
+    assert report.aic is report.bic is None
     assert report.degrees_of_freedom == 58
 
 

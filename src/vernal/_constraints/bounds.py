@@ -168,8 +168,11 @@ def as_bounds(
             continue
         is_pair = isinstance(interval, tuple | list) and len(interval) == 2
         if not is_pair:
+            kind = interval if isinstance(interval, type) else type(interval)
             raise TypeError(
-                f"`bounds`: that of {path!r} is {interval!r}, but must be a pair "
+                f"`bounds`: that of {path!r} is {interval!r} "
+                f"({'a class of' if kind is interval else 'of'} {kind.__module__}), "
+                "but must be a pair "
                 "`(low, high)` of numbers or arrays, with `None` for no bound; or a "
                 "bijection, such as a `vn.Bijection` or NumPyro's "
                 "`biject_to(constraint)`."

@@ -58,6 +58,14 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         known = self._distance
         return np.asarray(np.nan if known is None else known.edm)
 
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is not found otherwise. Pickling asks before there is a trainer.
+        kind = type(self.__dict__.get("trainer"))
+        told = f"`FitResult` has no attribute {name!r}."
+        if not name.startswith("_") and hasattr(kind, name):
+            told += f" Its trainer has: `result.trainer.{name}`."
+        raise AttributeError(told, name=name, obj=self)
+
     @property
     def model(self) -> Model:
         """The model after the last step."""

@@ -33,7 +33,9 @@ def report(
     scale = here.error_scale(is_scaled)
     distance, degrees = here.distance, here.degrees_of_freedom
     chi = here.chi_squared
-    aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
+    aic, bic = None, None
+    if here.data is None or not here.data.is_robust:
+        aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
     return Report(
         chi_squared=chi,
         data_count=here.data_count,

@@ -5,6 +5,7 @@ from typing import final
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int
 
+from .._boundary import entrance
 from .._pickling import Portable
 from .likelihood import (
     AbstractLikelihood,
@@ -42,6 +43,7 @@ class Gaussian(Portable, AbstractLikelihood):
     std: Float[Array, "..."]
     where: Bool[Array, "..."] | None
 
+    @entrance
     def __init__(
         self,
         mean: ArrayLike,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from .._boundary import entrance
 from .._pickling import Portable
 from .likelihood import (
     AbstractLikelihood,
@@ -53,6 +54,7 @@ class Poisson(Portable, AbstractLikelihood):
     counts: Float[Array, "..."]
     where: Bool[Array, "..."] | None
 
+    @entrance
     def __init__(
         self, rate: ArrayLike, counts: ArrayLike, *, where: ArrayLike | None = None
     ):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from .._boundary import one_of
+from .._boundary import entrance, one_of
 from .._pickling import Portable
 from .likelihood import (
     AbstractLikelihood,
@@ -103,6 +103,7 @@ class Robust(Portable, AbstractLikelihood):
     where: Bool[Array, "..."] | None
     is_robust: ClassVar[bool] = True
 
+    @entrance
     def __init__(
         self,
         residuals: ArrayLike,

@@ -43,7 +43,8 @@ class Report:
     - `reduced_chi_squared`: $\chi^2 / (N - k)$.
     - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
         and the residuals are in units of their error bars.
-    - `aic`, `bic`: Akaike's and the Bayesian information criterion, with $L$ as below,
+    - `aic`, `bic`: Akaike's and the Bayesian information criterion, `None` for a robust
+        loss, which is no likelihood; with $L$ as below,
 
         $$\mathrm{AIC} = -2 \log L + 2 k, \qquad
           \mathrm{BIC} = -2 \log L + k \log N.$$
@@ -80,7 +81,7 @@ class Report:
     degrees_of_freedom: int | Any
     reduced_chi_squared: float | Any
     p_value: float | Any
-    aic: float
+    aic: float | Any
     bic: float | Any
     prior_penalty: float | Any
     edm: float

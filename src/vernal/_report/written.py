@@ -15,6 +15,9 @@ Section = list[tuple[str, ...]]
 _MOST_ROWS, _MOST_PAIRS = 64, 12
 _LEAST_CORRELATION = 0.1
 
+# An error of more times its value says nothing of a relative one.
+_MOST_RELATIVE = 100
+
 
 def as_text(report: Any) -> str:
     """Writes a report as aligned tables, one below the other."""
@@ -77,7 +80,7 @@ def _facts(report: Any) -> Iterator[tuple[str, str]]:
 
 def _cells(row: ParameterRow) -> tuple[str, str, str, str]:
     relative = ""
-    if row.value and math.isfinite(row.error):
+    if row.value and abs(row.error) < _MOST_RELATIVE * abs(row.value):
         relative = f"{100 * abs(row.error / row.value):.2g} %"
     return (*row.cells(), relative)
 
