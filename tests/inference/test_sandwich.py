@@ -181,3 +181,22 @@ def test_a_robust_loss_has_no_likelihood_to_follow(method):
         getattr(trainer, method)(SOLVER, data(), "slope")
     with pytest.raises(ValueError, match='kind="sandwich"'):
         trainer.report(data(), scale_errors=True)
+
+
+def test_the_scale_is_taken_from_the_scatter_once():
+    trainer = Plain(line()).solve(SOLVER, data()).trainer
+    for method, args in {
+        "report": (),
+        "propagate": (lambda model: model.slope,),
+        "draw": (jax.random.key(0), 2),
+    }.items():
+        with pytest.raises(ValueError, match="Give one of them"):
+            getattr(trainer, method)(*args, data(), scale_errors=True, kind="sandwich")
+
+
+def test_exact_data_are_counted():
+    """Their scatter is zero, and so is the sandwich; the directions stay."""
+    exact = jnp.asarray(2 * X + 1)
+    report = Plain(line(2.0, 1.0)).report(exact, kind="sandwich")
+    assert report.degrees_of_freedom == 58
+    np.testing.assert_allclose([row.error for row in report.parameters], 0, atol=1e-9)

@@ -235,3 +235,22 @@ def test_unknown_kinds_are_refused(solved):
         trainer.standard_errors(batch, kind="sandwhich")
     with pytest.raises(ValueError, match="`kind` is 'sandwich', but must be \"exp"):
         trainer.fisher(batch, kind="sandwich")
+
+
+def test_a_stray_count_hides_no_distance():
+    """Where the rate is next to nothing, the residual of scoring has no bound."""
+
+    class Floor(vn.Trainer):
+        def residuals(self, model, batch):
+            x, counts = batch
+            return vn.likelihoods.Poisson(model(x) + 1e-8, counts)
+
+    true = Gaussian(*(jnp.array(x) for x in (0.0, 0.5, 20.0)))
+    counts = np.random.default_rng(3).poisson(np.asarray(true(X)))
+    counts[-2] = 1
+    start = Gaussian(*(jnp.array(x) for x in (0.3, 0.4, 10.0)))
+    batch = jnp.asarray(X), jnp.asarray(counts)
+    result = Floor(start).solve(SOLVERS["LevenbergMarquardt"], batch, max_steps=1)
+    assert result.edm > 1
+    assert result.stop_reason is vn.StopReason.MAX_STEPS
+    assert "not at a minimum" in result.trainer.table(batch)

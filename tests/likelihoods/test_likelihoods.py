@@ -222,3 +222,29 @@ def test_faults_are_named(fault):
     make, kind, words = FAULTS[fault]
     with pytest.raises(kind, match=words):
         make()
+
+
+def test_a_nan_rate_is_seen():
+    """Beside a count, too: it must not drop out."""
+    term = Poisson(jnp.array([jnp.nan, 3.0]), jnp.array([5, 3]))
+    assert jnp.isnan(term.nll())
+    assert jnp.isnan(term.residuals()[0])
+    assert jnp.isnan(term.scoring_residuals()[0])
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("rate", [1e-30, 1e-10, 1e-3, 1.0])
+def test_second_derivatives_are_finite(name, rate):
+    rate = jnp.asarray(rate, DTYPES[name])
+    for count in (0, 1):
+        nll = lambda rate, count=count: Poisson(rate[None], np.array([count])).nll()
+        found, exact = jax.grad(jax.grad(nll))(rate), count / rate / rate
+        if jnp.isfinite(exact):
+            np.testing.assert_allclose(found, exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_residual_that_overflows_never_weighs_nothing(loss):
+    far = Robust(jnp.array([1e20], jnp.float32), loss)
+    near = Robust(jnp.array([1e15], jnp.float32), loss)
+    assert not far.nll() < near.nll()

@@ -147,3 +147,47 @@ def test_on_a_mesh():
     assert two.stop_reason is CONVERGED
     np.testing.assert_allclose(two.model["b"], one.model["b"], rtol=1e-6)
     assert two.trainer.projector.matrix.devices() == one.trainer.params["a"].devices()
+
+
+@jax.custom_vjp
+def squares(x):
+    return 0.5 * jnp.sum(jnp.square(x))
+
+
+squares.defvjp(lambda x: (squares(x), x), lambda x, slope: (slope * x,))
+
+
+class FirstOrder(vn.Trainer):
+    """Its derivatives have no derivatives in forward mode."""
+
+    def nll(self, model, batch):
+        a, b = model
+        return squares(jnp.stack([10 * (b - a**2), 1 - a]))
+
+
+class Root(vn.Trainer):
+    """Where it begins, its second derivative is infinite."""
+
+    def nll(self, model, batch):
+        a, b = model
+        return jnp.abs(a) ** 1.5 - a + 50 * (b - a) ** 2 + b**4
+
+
+UNWHITENED = {"first order": (FirstOrder, (-1.2, 1.0)), "root": (Root, (0.0, 3.0))}
+
+
+@pytest.mark.parametrize("name", UNWHITENED)
+def test_without_another_space_it_goes_on_in_the_one_it_has(name):
+    kind, start = UNWHITENED[name]
+    start = tuple(jnp.array(x) for x in start)
+    projector = vn.EigenProjector.from_fisher(jnp.diag(jnp.array([1.0, 4.0])), start)
+    trainer = kind(start, projector=projector)
+    solver = optx.GradientDescent(2e-3, rtol=1e-12, atol=1e-12)
+    found, alone = (
+        trainer.solve(solver, 0.0, max_steps=600, rewhiten=again)
+        for again in (True, False)
+    )
+    assert len(found.history) == len(alone.history) == 600
+    assert found.stop_reason is alone.stop_reason is vn.StopReason.MAX_STEPS
+    # It learns its rate once more.
+    np.testing.assert_allclose(found.best_loss, alone.best_loss, rtol=0.2)

@@ -1,6 +1,7 @@
 """Derivatives of what a trainer fits, with respect to blocks of its parameters."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from .._step import (
     explain_non_finite,
     live,
     negative_log_likelihood,
+    prior_count,
     pushed,
     real_residuals,
     score,
@@ -103,8 +105,10 @@ def derive(
 
 def linearised(
     trainer: AbstractTrainer, batch: Any, jac: Mode | None
-) -> tuple[Float[Array, "N D"], Float[Array, "..."], Bool[Array, " D"]]:
-    """Returns the Jacobian of the residuals, the residuals, and what is held.
+) -> tuple[Float[Array, "N D"], tuple[Array, Array], Bool[Array, " D"]]:
+    """Returns the Jacobian of the scoring residuals, residuals, and what is held.
+
+    The residuals are those of scoring, and those whose squares are minimised.
 
     It shares the program of `whiten` and `standard_errors`, and holds elements at their
     bounds as these do.
@@ -113,7 +117,8 @@ def linearised(
     holds = bounds_of(trainer) is not None
     args = stripped(trainer), as_batch(batch), "jacobian", every, None, jac, holds
     derived = run_derive(*args)
-    return derived.found[0], derived.value, derived.held
+    assert derived.deviances is not None
+    return derived.found[0], (derived.value, derived.deviances), derived.held
 
 
 @program
@@ -127,6 +132,9 @@ def run_derive(
     holds: bool,
 ) -> Derived:
     evaluate, derivative, name = _KINDS[kind]
+    met: set[type] = set()
+    if evaluate is scoring_residuals:
+        evaluate = partial(evaluate, met=met)
     held = _held(trainer, batch, kind) if holds else {}
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", jac)
     each = [_within(trainer, batch, block, evaluate, held) for block in blocks]
@@ -136,9 +144,9 @@ def run_derive(
     value = fn(own)
     flags, deviances, data = flat_flags(held, trainer.params), None, None
     if name == "residuals":
-        key = step_key(trainer)
-        deviances = real_residuals(trainer, batch, key)
-        data = data_kind(trainer, batch, key)
+        key, size = step_key(trainer), value.size - prior_count(trainer)
+        deviances = real_residuals(trainer, batch, key) if met else value
+        data = data_kind(trainer, batch, key) if met else DataKind(size, False, False)
     return Derived(found, all_finite(value), value, flags, deviances, data)
 
 

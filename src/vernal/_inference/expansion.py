@@ -78,6 +78,12 @@ class Around(NamedTuple):
         """Returns the factor of errors whose scale is the scatter of the residuals."""
         if not boolean(scale_errors, "scale_errors"):
             return 1.0
+        if self.kind == "sandwich":
+            raise ValueError(
+                '`scale_errors` and `kind="sandwich"`, which robust losses have by '
+                "default, both take the scale of the errors from the scatter of the "
+                "data. Give one of them."
+            )
         if self.penalty is not None:
             raise ValueError(
                 "`scale_errors` would scale the widths of the `priors` too, which are "
@@ -148,22 +154,24 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
     assert derived.deviances is not None
     assert derived.data is not None
     params, held = as_parameters(trainer.params), derived.held
-    size, rows = derived.deviances.size, prior_count(trainer)
+    deviances, rows = derived.deviances, prior_count(trainer)
     data_count = int(derived.data.size)
 
     def distance() -> Distance:
-        sums = spectrum, parts.slope, parts.squares, data_count + rows, held
+        squares = jnp.sum(jnp.square(deviances.astype(parts.squares.dtype)))
+        sums = spectrum, parts.slope, squares, data_count + rows, held
         return spectral_distance(*sums, params, trainer.projector)
 
     away, of_data = _distance(trainer, batch, "residuals", distance), here.whitening
-    if rows:
+    if rows or here.kind != "expected":
         # Directions that a prior alone constrains take no degree of freedom.
-        own = derived.found[0][: size - rows], derived.value[: size - rows]
+        both = derived.found[0], derived.value
+        own = (part[: len(part) - rows] for part in both)
         of_data = of_spectrum(reduced(*own).spectrum, params, NULLS, "", here.eps)
-    deviances = np.asarray(derived.deviances, float)[: size - rows]
+    of_each = np.asarray(deviances, float)[: deviances.size - rows]
     return Around(
         whitening=here.whitening,
-        deviance=float(np.sum(np.square(deviances))),
+        deviance=float(np.sum(np.square(of_each))),
         data=derived.data,
         data_count=data_count,
         distance=away,

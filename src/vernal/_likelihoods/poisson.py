@@ -94,9 +94,9 @@ class Poisson(Portable, AbstractLikelihood):
         return count_of(self.where, self.rate)
 
     def scoring_residuals(self) -> Float[Array, "..."]:
+        rate = jax.lax.stop_gradient(self.rate)
         # A rate that underflows carries no information.
-        least = jnp.finfo(self.rate.dtype).eps
-        std = jnp.sqrt(jax.lax.stop_gradient(jnp.maximum(self.rate, least)))
+        std = jnp.sqrt(jnp.where(rate == 0, 1, rate))
         return self._within_support((self.rate - self.counts) / std)
 
     def impossible(self) -> str:
@@ -117,7 +117,9 @@ class Poisson(Portable, AbstractLikelihood):
 
     def _of_positive(self) -> Float[Array, "..."]:
         """Computes the residuals where counts and rates are positive."""
-        rate = jnp.where(self.rate > 0, self.rate, 1)
+        # NaN stays. Without a count this is not used, nor may its derivatives overflow.
+        is_unused = (self.rate <= 0) | (self.counts == 0)
+        rate = jnp.where(is_unused, 1, self.rate)
         counts = jnp.where(self.counts > 0, self.counts, 1)
         difference, total = rate - counts, rate + counts
         is_near = abs(difference) < _NEAR * total

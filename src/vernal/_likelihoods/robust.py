@@ -151,4 +151,7 @@ class Robust(Portable, AbstractLikelihood):
         return self.left * jnp.sqrt(jax.lax.stop_gradient(weight))
 
     def _squares(self) -> Float[Array, "..."]:
-        return jnp.square(self.left / self.scale)
+        squares = jnp.square(self.left / self.scale)
+        # One that overflows, or whose inverse underflows, would weigh nothing.
+        limits = jnp.finfo(squares.dtype)
+        return jnp.minimum(squares, limits.max * limits.eps)

@@ -90,8 +90,13 @@ def measure(
     is_held = jnp.all(flat_flags(held, params))
     at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
     if kind == "residuals":
-        residuals = lambda flat: _wide(scoring_residuals(at(flat), batch, key))
-        found = _of_residuals(traced(residuals, here.flat), here, fall)
+        met: set[type] = set()
+        residuals = lambda flat: _wide(scoring_residuals(at(flat), batch, key, met))
+        residuals, loss = traced(residuals, here.flat), None
+        if met:
+            # The residuals of scoring have no bound where that of counts is small.
+            loss = _wide(loss_at(params))
+        found = _of_residuals(residuals, here, fall, loss)
         return _with_held(found, is_held)
     loss = lambda flat: _wide(score(at(flat), batch, key).loss)
     limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
@@ -113,16 +118,20 @@ def has_jacobian(data: int, size: int) -> bool:
 @eqx.filter_jit
 def measure_jacobian(
     jacobian: Float[Array, "N D"],
-    residuals: Float[Array, "..."],
+    residuals: tuple[Float[Array, "..."], Float[Array, "..."]],
     held: Bool[Array, " D"],
     params: Params,
     projector: EigenProjector | None,
     fall: Any,
 ) -> Local:
-    """Measures what `measure` does from a Jacobian that is there already."""
+    """Measures what `measure` does from a Jacobian that is there already.
+
+    `residuals` are those of scoring, and those whose squares are minimised.
+    """
     here = _Here(_wide(ravel(params)), params, projector)
-    vector = _wide(residuals).ravel()
-    found = triangle(_wide(jacobian), vector, here.point(), fall)
+    vector, deviances = (_wide(part).ravel() for part in residuals)
+    loss = 0.5 * jnp.sum(jnp.square(deviances))
+    found = triangle(_wide(jacobian), vector, here.point(), fall, loss)
     return _with_held(found, jnp.all(held))
 
 
@@ -198,7 +207,7 @@ class _Here(NamedTuple):
         return ravel(natural, ravel_dtype(self.params))
 
 
-def _of_residuals(residuals: Flat, here: _Here, fall: Any) -> Local:
+def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
     flat = here.flat
     vector = residuals(flat)
     if has_jacobian(vector.size, flat.size):
@@ -207,12 +216,12 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any) -> Local:
         except TypeError:
             return unknown(flat)
         jacobian = jacobian_matrix(residuals, flat, mode)
-        return triangle(jacobian, vector, here.point(), fall)
+        return triangle(jacobian, vector, here.point(), fall, loss)
     products = gauss_newton_products(residuals, flat)
     if products is None:
         return unknown(flat)
     push, pull = products
-    loss = 0.5 * jnp.sum(jnp.square(vector))
+    loss = 0.5 * jnp.sum(jnp.square(vector)) if loss is None else loss
     data_count = jnp.count_nonzero(vector)
     degrees = jnp.maximum(data_count - flat.size, 1).astype(loss.dtype)
     limit = TOLERANCE * 2 * loss / degrees

@@ -163,8 +163,12 @@ def triangle(
     residuals: Float[Array, " N"],
     point: Point,
     fall: Any,
+    loss: Any = None,
 ) -> Triangle:
-    """Reduces residuals and their Jacobian by a QR; `fall` is how far the loss fell."""
+    """Reduces residuals and their Jacobian by a QR; `fall` is how far the loss fell.
+
+    `loss` is by default half the sum of squares.
+    """
     scale = own = column_norms(jacobian)
     free = jacobian
     if point.basis is not None:
@@ -174,7 +178,8 @@ def triangle(
     # LAPACK may not return if there is a NaN.
     is_finite = jnp.all(jnp.isfinite(together))
     together = jnp.where(is_finite, together, 0)
-    loss = jnp.where(is_finite, 0.5 * jnp.sum(jnp.square(residuals)), jnp.nan)
+    loss = 0.5 * jnp.sum(jnp.square(residuals)) if loss is None else loss
+    loss = jnp.where(is_finite, loss, jnp.nan)
     return Triangle(
         factor=square_factor(together),
         turn=point.turn(scale, own),

@@ -88,6 +88,7 @@ class Rounds:
         self._projector, self._held = placed.projector, Start.of(placed)
         self._found: _Round | None = None
         self._damped: EigenProjector | None = None
+        self._most = 0
         self._losses: list[np.ndarray] = []
         size = ravel_size(placed.params)
         self._short = max(_SHORT, _SHORT_EACH * size)
@@ -95,6 +96,7 @@ class Rounds:
 
     def go(self, max_steps: int, rewhiten: bool) -> None:
         """Solves until it converges, gets no further, or has taken its steps."""
+        self._most = max_steps
         whitens = rewhiten and can_whiten(self._placed)
         if bounds_of(self._placed) is not None:
             self._find_held(max_steps, whitens)
@@ -131,6 +133,10 @@ class Rounds:
             if kept.is_over or not left:
                 break
             if not self._whiten(self._placed.params, is_damped):
+                if not is_damped and kept.reason is StopReason.MAX_STEPS:
+                    # There is no other space.
+                    self._begin(kept.end.params, kept.projector, kept.end.latent)
+                    kept = self._found = self._run(left)
                 break
             now, left = self._descend(left, self._short, float(kept.end.first))
             if not now.last <= kept.last + now.distance.limit:
@@ -249,6 +255,9 @@ class Rounds:
         end, projector = self._place.home((found.end, found.projector))
         losses, start = np.concatenate(self._losses), int(old.step_count)
         reason, counts = reason or found.reason, old.nan_counts
+        if reason is StopReason.MAX_STEPS and len(losses) < self._most:
+            # It is the end of a round, after which nothing was gained.
+            reason = StopReason.STALLED
         if is_suspect(reason, end.in_vain):
             # The solver does not say what it met.
             bad = find_bad_alone(self._stripped, end.stumble, self._problem.batch)

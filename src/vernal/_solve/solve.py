@@ -15,8 +15,8 @@ from .problem import SOLVERS, Problem, checked_solver
 from .rounds import Rounds
 
 _IN_A_PROGRAM = (
-    "Within a compiled program, minimise `trainer.objective(batch)` by "
-    "`optimistix.minimise`, or call `vn.unroll`."
+    "Within a compiled program, call `vn.unroll`; or, without bijections, minimise "
+    "`trainer.objective(batch)` by `optimistix.minimise`."
 )
 
 

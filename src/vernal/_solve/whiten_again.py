@@ -85,12 +85,12 @@ def whitened_without_signs(
     high-dimensional non-convex optimization* (2014).
     """
     matrix = fisher if has_likelihood(trainer) else curvature
-    found = jax.tree.map(_without_signs, matrix(trainer, batch, blocks, passes))
     make = EigenProjector.from_fisher if blocks is None else EigenProjector.from_blocks
     try:
+        found = jax.tree.map(_without_signs, matrix(trainer, batch, blocks, passes))
         return reproject(trainer, make(found, trainer.params, on_null="prior"), None)
-    except ValueError:
-        # It is not finite either.
+    except (TypeError, ValueError):
+        # There is none, or it is not finite either.
         return None
 
 

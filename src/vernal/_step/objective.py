@@ -156,13 +156,19 @@ def real_residuals(
 
 
 def scoring_residuals(
-    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
+    trainer: AbstractTrainer,
+    batch: Any,
+    key: PRNGKeyArray | None,
+    met: set[type] | None = None,
 ) -> Float[Array, " N"]:
     """Evaluates residuals whose Jacobian is that of the expected Fisher matrix.
 
-    They are others than `real_residuals` for likelihoods that are not normal.
+    They are others than `real_residuals` for likelihoods that are not normal. The
+    classes of the likelihoods are put into `met`.
     """
     terms = residual_terms(trainer, batch, key)
+    if met is not None:
+        met |= {type(term) for term in terms if isinstance(term, AbstractLikelihood)}
     arrays = [
         term.scoring_residuals() if isinstance(term, AbstractLikelihood) else term
         for term in terms

@@ -988,7 +988,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
         """Returns the negative log-likelihood as a function, for a sampler.
 
-        Priors are part of it, and it is infinite beyond bounds.
+        Priors are part of it, and it is infinite beyond bounds. With bijections it is
+        the density of the parameters by their free coordinates: the logarithm of the
+        change of volume is subtracted, so its minimum is not the best fit.
 
         ```python
         potential, start = trainer.whiten(batch).objective(batch)
@@ -1003,7 +1005,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         The pair `(fn, start)`: a pure function of the latent vector, or, without a
         projector, of the flat vector in the order of
-        `jax.flatten_util.ravel_pytree(trainer.params)`; and the current vector.
+        `jax.flatten_util.ravel_pytree(trainer.params)`, with bijections that of the
+        free coordinates; and the current vector.
 
         **Raises:** as [`vernal.Trainer.fisher`][].
         """
