@@ -28,7 +28,8 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
     **Attributes:**
 
     - `trainer`: the trainer after the last step, which can continue.
-    - `history`: what was recorded.
+    - `history`: what was recorded; of a solve the losses of all its rounds, of which
+        the last need not be the lowest.
     - `stop_reason`: why the fit ended; it prints as a sentence.
     """
 
