@@ -346,7 +346,7 @@ TABLE = {
     "residuals in a list": (
         lambda: fit(cls=type("R", (vn.Trainer,), {"residuals": lambda s, m, b: [1.0]})),
         TypeError,
-        r"`R\.residuals` returned a list.*pytree of arrays",
+        r"`R\.residuals` returned a list.*or a pytree of these",
     ),
     "a loss that is no function": (
         lambda: vn.fit(3.0, line(), SGD, None, 2),

@@ -43,6 +43,8 @@ def nearest_names(name: str, candidates: Sequence[str]) -> str:
 def in_few_words(value: Any) -> str:
     """Writes a value that a user gave, by its type if it would be long."""
     text = f"of type `{type(value).__name__}`"
+    if value is None:
+        return "None"
     if jax.tree.leaves(value) != [value] or hasattr(value, "shape"):
         return text
     line = repr(value)

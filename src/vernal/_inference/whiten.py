@@ -70,7 +70,7 @@ def _decomposed(
     return found, partial(of_hessian, kind=f"`{kind}`", rtol=rtol)
 
 
-def hessian_rtol(hessians: Sequence[Float[Array, "D D"]]) -> float:
+def hessian_rtol(hessians: Sequence[Float[Array, "_ _"]]) -> float:
     """Returns the default `rtol` for the eigenvalues of Hessians."""
     eps = float(jnp.finfo(hessians[0].dtype).eps)
     return max(*map(len, hessians), ROUNDING) * eps
