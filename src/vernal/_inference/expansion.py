@@ -158,7 +158,9 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
     data_count = int(derived.data.size)
 
     def distance() -> Distance:
-        squares = jnp.sum(jnp.square(deviances.astype(parts.squares.dtype)))
+        # On the host, where nothing is compiled.
+        squares = np.sum(np.square(np.asarray(deviances, float)))
+        squares = np.asarray(squares, parts.squares.dtype)
         sums = spectrum, parts.slope, squares, data_count + rows, held
         return spectral_distance(*sums, params, trainer.projector)
 

@@ -153,7 +153,7 @@ def measure_hessian(
 def spectral_distance(
     spectrum: Spectrum,
     slope: Float[Array, " D"],
-    squares: Float[Array, ""],
+    squares: Float[np.ndarray, ""],
     size: int,
     held: Bool[Array, " D"],
     params: Params,
