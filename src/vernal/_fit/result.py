@@ -1,7 +1,7 @@
 """How a fit ended."""
 
 import dataclasses
-from typing import Any, Generic, final
+from typing import TYPE_CHECKING, Any, Generic, final
 
 import equinox as eqx
 import numpy as np
@@ -59,13 +59,15 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         known = self._distance
         return np.asarray(np.nan if known is None else known.edm)
 
-    def __getattr__(self, name: str) -> Any:
-        # Only for what is not found otherwise. Pickling asks before there is a trainer.
-        kind = type(self.__dict__.get("trainer"))
-        told = f"`FitResult` has no attribute {name!r}."
-        if not name.startswith("_") and hasattr(kind, name):
-            told += f" Its trainer has: `result.trainer.{name}`."
-        raise AttributeError(told, name=name, obj=self)
+    if not TYPE_CHECKING:  # for checkers every name would be one
+
+        def __getattr__(self, name: str) -> Any:
+            # Only for what is not found otherwise. Pickling asks before there is a trainer.
+            kind = type(self.__dict__.get("trainer"))
+            told = f"`FitResult` has no attribute {name!r}."
+            if not name.startswith("_") and hasattr(kind, name):
+                told += f" Its trainer has: `result.trainer.{name}`."
+            raise AttributeError(told, name=name, obj=self)
 
     @property
     def model(self) -> Model:
