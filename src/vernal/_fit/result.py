@@ -62,7 +62,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
     if not TYPE_CHECKING:  # for checkers every name would be one
 
         def __getattr__(self, name: str) -> Any:
-            # Only for what is not found otherwise. Pickling asks before there is a trainer.
+            # For what is not found. Pickling asks before there is a trainer.
             kind = type(self.__dict__.get("trainer"))
             told = f"`FitResult` has no attribute {name!r}."
             if not name.startswith("_") and hasattr(kind, name):
