@@ -6,13 +6,13 @@ NIST's reference data for nonlinear regression. The bounds cut off the unbounded
 of most of them.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from nist import CURVES, DATA
 
 INF = np.inf
 
@@ -202,15 +202,11 @@ def _same(size, value):
     return (float(value),) * size
 
 
-_FILE = Path(__file__).parents[2] / "examples" / "data" / "nist.json"
-_NIST = json.loads(_FILE.read_text(encoding="utf-8"))
-
-
-def _nist(name, model, low, high):
+def _nist(name, low, high):
     """One of NIST's data sets, from its second start."""
-    data = _NIST[name]
+    data, curve = DATA[name], CURVES[name]
     x, y = np.array(data["x"]), np.array(data["y"])
-    return Problem(lambda b: model(b, x) - y, tuple(data["starts"][1]), low, high)
+    return Problem(lambda b: curve(b, x) - y, tuple(data["starts"][1]), low, high)
 
 
 PROBLEMS = {
@@ -282,25 +278,11 @@ PROBLEMS = {
     "variably dimensioned": Problem(
         variably_dimensioned, (0.75, 0.5, 0.25, 0.0), (0, 0, 0, 0), (10, 0.9, 10, 0.5)
     ),
-    "misra1a": _nist(
-        "Misra1a", lambda b, x: b[0] * (1 - jnp.exp(-b[1] * x)), (245, 0), (INF, 1)
-    ),
-    "boxbod": _nist(
-        "BoxBOD", lambda b, x: b[0] * (1 - jnp.exp(-b[1] * x)), (0, 0.7), (500, 2)
-    ),
-    "chwirut2": _nist(
-        "Chwirut2",
-        lambda b, x: jnp.exp(-b[0] * x) / (b[1] + b[2] * x),
-        (0, 0.0055, 0),
-        (INF, INF, 0.011),
-    ),
+    "misra1a": _nist("Misra1a", (245, 0), (INF, 1)),
+    "boxbod": _nist("BoxBOD", (0, 0.7), (500, 2)),
+    "chwirut2": _nist("Chwirut2", (0, 0.0055, 0), (INF, INF, 0.011)),
     "gauss1": _nist(
         "Gauss1",
-        lambda b, x: (
-            b[0] * jnp.exp(-b[1] * x)
-            + b[2] * jnp.exp(-(((x - b[3]) / b[4]) ** 2))
-            + b[5] * jnp.exp(-(((x - b[6]) / b[7]) ** 2))
-        ),
         (0, 0, 0, 0, 24, 0, 0, 0),
         (98, INF, INF, 100, 30, 71.5, 300, INF),
     ),

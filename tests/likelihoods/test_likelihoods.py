@@ -248,3 +248,13 @@ def test_a_residual_that_overflows_never_weighs_nothing(loss):
     far = Robust(jnp.array([1e20], jnp.float32), loss)
     near = Robust(jnp.array([1e15], jnp.float32), loss)
     assert not far.nll() < near.nll()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_scale_that_is_not_positive_is_seen(loss, scale):
+    scales = np.array([1.0, scale])
+    assert jnp.isnan(Robust(jnp.ones(2), loss, scales).nll())
+    there = np.array([True, False])
+    known = Robust(jnp.ones(1), loss).nll()
+    assert Robust(jnp.ones(2), loss, scales, where=there).nll() == known

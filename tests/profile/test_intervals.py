@@ -1,8 +1,6 @@
 """`Trainer.intervals`: the numbers of MINOS, within bounds, with ties and priors."""
 
-import json
 import math
-from pathlib import Path
 
 import equinox as eqx
 import iminuit
@@ -16,8 +14,8 @@ import scipy.optimize
 import vernal as vn
 from inside import cache_size, run_points
 from models import GaussianFit, gaussian, line
+from nist import CURVES, DATA
 
-NIST = Path(__file__).parents[2] / "examples" / "data" / "nist.json"
 LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
 BFGS = optx.BFGS(rtol=1e-10, atol=1e-10)
 ONE = math.erf(math.sqrt(0.5))  # where the deviance has risen by one
@@ -25,22 +23,8 @@ X = np.linspace(0.4, 6.0, 9)
 LINE = np.linspace(-1.0, 1.0, 12)
 
 
-def cubics(b, x):
-    return jnp.polyval(b[3::-1], x) / (1 + x * jnp.polyval(b[:3:-1], x))
-
-
-def saturation(b, x):
-    return b[0] * (1 - jnp.exp(-b[1] * x))
-
-
 # Curves of NIST by their certified parameters, and curves with few and noisy data.
-CERTIFIED = {
-    "Misra1a": saturation,
-    "Misra1d": lambda b, x: b[0] * b[1] * x / (1 + b[1] * x),
-    "Chwirut2": lambda b, x: jnp.exp(-b[0] * x) / (b[1] + b[2] * x),
-    "Thurber": cubics,
-    "BoxBOD": saturation,
-}
+CERTIFIED = "Misra1a", "Misra1d", "Chwirut2", "Thurber", "BoxBOD"
 CURVED = {
     "decay": (lambda b, x: b[0] * jnp.exp(-b[1] * x) + b[2], (3.0, 0.8, 0.5)),
     "enzyme": (lambda b, x: b[0] * x / (b[1] + x), (2.0, 1.5)),
@@ -58,8 +42,8 @@ class Curve(vn.Trainer):
         super().__init__(*args, **options)
 
     def curve(self, b, x):
-        own = CERTIFIED.get(self.name)
-        return own(b, x) if own else CURVED[self.name][0](b, x)
+        own = CURVES if self.name in CURVES else {n: c[0] for n, c in CURVED.items()}
+        return own[self.name](b, x)
 
     def residuals(self, b, batch):
         x, y, sigma = batch
@@ -82,9 +66,9 @@ class Counts(vn.Trainer):
 def problem(name, seed=0, **options):
     """A trainer at its minimum, and its batch."""
     if name in CERTIFIED:
-        given = json.loads(NIST.read_text())[name]
+        given = DATA[name]
         x, y, b = (jnp.asarray(given[k], float) for k in ("x", "y", "certified"))
-        left = CERTIFIED[name](b, x) - y
+        left = CURVES[name](b, x) - y
         sigma = jnp.sqrt(jnp.sum(left**2) / (len(x) - len(b)))
         return Curve(name, b, **options), (x, y, sigma)
     fn, truth = CURVED[name]

@@ -1,56 +1,16 @@
 """BFGS, plain, reaches the answers that NIST certifies, from both starts."""
 
-import json
-from pathlib import Path
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import pytest
-from jax.numpy import cos, exp, sin
 
 import vernal as vn
+from nist import CURVES, DATA
 
-DATA = Path(__file__).parents[2] / "examples" / "data" / "nist.json"
 BFGS = optx.BFGS(1e-10, 1e-10)
-
-
-def saturation(b, x):
-    return b[0] * (1 - exp(-b[1] * x))
-
-
-def cubics(b, x):
-    return jnp.polyval(b[3::-1], x) / (1 + x * jnp.polyval(b[:3:-1], x))
-
-
-def cycle(cosine, sine, period, x):
-    phase = 2 * jnp.pi * x / period
-    return cosine * cos(phase) + sine * sin(phase)
-
-
-def peak(x, height, place, width):
-    return height * exp(-(((x - place) / width) ** 2))
-
-
-# The curves of the data.
-CURVES = {
-    "Misra1a": saturation,
-    "Chwirut2": lambda b, x: exp(-b[0] * x) / (b[1] + b[2] * x),
-    "Gauss1": lambda b, x: b[0] * exp(-b[1] * x) + peak(x, *b[2:5]) + peak(x, *b[5:]),
-    "Misra1d": lambda b, x: b[0] * b[1] * x / (1 + b[1] * x),
-    "Hahn1": cubics,
-    "ENSO": lambda b, x: (
-        b[0]
-        + cycle(b[1], b[2], 12, x)
-        + cycle(b[4], b[5], b[3], x)
-        + cycle(b[7], b[8], b[6], x)
-    ),
-    "Thurber": cubics,
-    "MGH10": lambda b, x: b[0] * exp(b[1] / (x + b[2])),
-    "BoxBOD": saturation,
-}
 
 
 class Curve(eqx.Module):
@@ -68,7 +28,7 @@ class Fit(vn.Trainer):
 
 
 def case(name):
-    given = json.loads(DATA.read_text())[name]
+    given = DATA[name]
     batch = jnp.asarray(given["x"]), jnp.asarray(given["y"])
     fits = [Fit(Curve(jnp.asarray(start), name)) for start in given["starts"]]
     return fits, batch, np.asarray(given["certified"])

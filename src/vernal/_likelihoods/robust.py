@@ -116,7 +116,8 @@ class Robust(Portable, AbstractLikelihood):
 
         - `residuals`: prediction less data, in units of the error bars, or any others.
         - `loss`: the name of the loss.
-        - `scale`: in the units of `residuals`; it broadcasts to their shape.
+        - `scale`: in the units of `residuals`; it broadcasts to their shape. The loss
+            is NaN where it is not positive.
         - `where`: which data there are, as booleans that broadcast to their shape. The
             other residuals may be NaN, but must have finite derivatives.
 
@@ -133,7 +134,10 @@ class Robust(Portable, AbstractLikelihood):
             )
         self.loss = one_of(loss, get_args(Loss), "loss")
         self.where = as_mask(where, left, "residuals")
-        self.scale = as_alike(scale, "scale", left, "residuals", broadcasts=True)
+        scale = as_alike(scale, "scale", left, "residuals", broadcasts=True)
+        scale = present(self.where, scale, 1)
+        # Without a scale all residuals would count for nothing.
+        self.scale = jnp.where(scale > 0, scale, jnp.nan)
         self.left = present(self.where, left, 0)
 
     def nll(self) -> Float[Array, ""]:

@@ -42,7 +42,8 @@ class Report:
         constrain. This is `free_count`, unless a parameter is unconstrained.
     - `reduced_chi_squared`: $\chi^2 / (N - k)$.
     - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
-        and the residuals are in units of their error bars.
+        and the residuals are in units of their error bars. For the deviance of counts
+        below ten or so it is rough.
     - `aic`, `bic`: Akaike's and the Bayesian information criterion, `None` for a robust
         loss, which is no likelihood; with $L$ as below,
 

@@ -204,7 +204,7 @@ class DataKind(NamedTuple):
 
     - `size`: the number of data; complex ones count twice.
     - `is_robust`: whether a loss bears outliers, and is no likelihood.
-    - `has_scale`: whether all have a known distribution, with no scale to find.
+    - `has_scale`: whether some have a distribution of known scale, as counts have.
     """
 
     size: int | Int[Array, ""]

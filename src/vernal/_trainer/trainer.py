@@ -759,7 +759,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - as [`vernal.Trainer.fisher`][].
         - `ValueError`: if `scale_errors` finds no scatter: there are no `residuals`, or
-            not more of them than parameters.
+            not more of them than parameters; or if the scale is known, or taken from
+            the scatter already (`priors`, counts, the sandwich).
         """
         require_precision(self)
         return report(self, batch, scale_errors, data_count, jac, kind)
