@@ -35,7 +35,7 @@ CHEAP = (
 def lint(session: nox.Session) -> None:
     """Ruff: rules and layout. Import-linter: no folder imports from a higher floor."""
     session.install("ruff", "import-linter")
-    session.run("ruff", "check", ".")
+    session.run("ruff", "check", "--no-cache", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": "src"})
 

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optimistix as optx
-from nist import FORMULAS, Curve, Fit, digits
 
 import vernal as vn
+from nist import FORMULAS, Curve, Fit, digits
 
 HERE = Path(__file__).parent
 STARTS, STARS, POINTS, FAILED = 64, 1_000, 100, (17, 404, 865)
