@@ -113,7 +113,7 @@ def _side(
         excess = excess if math.isfinite(excess) else math.inf
         # From a point that lies far too high, others may not find their minimum.
         if excess < root:
-            places[t] = point.flat, point.response
+            places[t] = point.rows
         try:
             t = looking.send(excess)
         except StopIteration as end:

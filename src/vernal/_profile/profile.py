@@ -1,6 +1,7 @@
 """`Profile`: the likelihood along one element."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, Generic, final
@@ -12,7 +13,7 @@ from typing_extensions import TypeVar
 
 from .._boundary import warn
 from .._step import AbstractTrainer
-from .conditional import Points
+from .conditional import Points, run_models
 from .elements import find_element, find_elements
 from .scan import Options, Scan, Start, is_lower
 
@@ -34,7 +35,6 @@ class Profile(Generic[Model]):
     - `name`: the name of the element.
     - `values`: its values, $K$ of them.
     - `losses`: the lowest negative log-likelihood at each, with the priors.
-    - `models`: the models there, stacked: each array has $K$ rows.
     - `converged`: whether the solver has found a minimum there.
     - `value`, `error`: the value of the element at the minimum, and its symmetric
         standard error: infinite if the data do not constrain it, NaN on a bound.
@@ -44,11 +44,17 @@ class Profile(Generic[Model]):
     name: str
     values: Float[np.ndarray, " K"]
     losses: Float[np.ndarray, " K"]
-    models: Model
     converged: Bool[np.ndarray, " K"]
     value: float
     error: float
     minimum: float
+    _trainer: AbstractTrainer
+    _flat: Float[np.ndarray, "K D"]
+
+    @functools.cached_property
+    def models(self) -> Model:
+        """The models at each value, stacked: each array has $K$ rows."""
+        return run_models(self._trainer, self._flat)
 
     @property
     def delta(self) -> Float[np.ndarray, " K"]:
@@ -130,12 +136,13 @@ def _profile(
         name=name,
         values=values,
         losses=points.nll,
-        models=scan.models(points.flat),
         converged=points.is_minimum,
         value=value,
         # On a bound the likelihood is no parabola.
         error=np.nan if is_at_bound else scan.error(index),
         minimum=float(scan.base.nll),
+        _trainer=scan.trainer,
+        _flat=points.flat,
     )
 
 
