@@ -1,13 +1,13 @@
 """Minima with some elements held, many in one compiled program."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float, Int
 
 from .._constraints import Bounds
@@ -159,9 +159,12 @@ def run_points(
     return jax.lax.fori_loop(0, count, next_one, points)
 
 
-Form = Float[Array, "D+1 D+1"]
-r"""A quadratic form $M$: near a point, with latent moves $u$, the negative
-log-likelihood is $(u, 1)^\top M (u, 1) / 2$."""
+Form = Float[Array, "E E"]
+r"""A quadratic form $M$, of one more row than there are parameters.
+
+Near a point, with latent moves $u$, the negative log-likelihood is
+$(u, 1)^\top M (u, 1) / 2$.
+"""
 
 
 def _expansion(space: Space) -> Callable[[Array], Form]:
@@ -183,7 +186,10 @@ def _expansion(space: Space) -> Callable[[Array], Form]:
                 value, push = jax.linearize(fn, flat)
                 rows = jax.vmap(push)(matrix.T)
             else:
-                value, rows = fn(flat), matmul(jacobian_matrix(fn, flat, mode), matrix).T
+                value, rows = (
+                    fn(flat),
+                    matmul(jacobian_matrix(fn, flat, mode), matrix).T,
+                )
             # All products at once: those with a vector take long to compile.
             rows = jnp.vstack([rows, value])
             return matmul(rows, rows.T)
@@ -302,7 +308,7 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
     matrix, size = space.metric.matrix(), held.goal.size
     # Latent moves along which what is held moves; all others are those inside.
     across = matmul(held.along.T, matmul(held.units, matrix))
-    inside = np.eye(size, dtype=matrix.dtype) - across
+    inside = jnp.asarray(np.eye(size, dtype=matrix.dtype)) - across
     columns = jnp.column_stack([inside, held.along.T])
     last = np.zeros((1, size + 3), matrix.dtype)
     last[0, -1] = 1
@@ -377,8 +383,9 @@ def _within(
 
 def _solve(matrix: Array, right: Array) -> Array:
     """Solves with a matrix that is positive; NaN if it is not."""
-    lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
-    return cho_solve((lower, True), right)
+    lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    solve = partial(jax.lax.linalg.triangular_solve, lower, left_side=True, lower=True)
+    return solve(solve(right), transpose_a=True)
 
 
 @program
