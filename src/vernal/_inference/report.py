@@ -31,7 +31,11 @@ def report(
     if data_count is not None:
         here = here._replace(data_count=data_count)
     scale = here.error_scale(is_scaled)
-    distance, degrees = here.distance, here.degrees_of_freedom
+    distance, degrees, own = (
+        here.distance,
+        here.degrees_of_freedom,
+        here.of_elements(trainer),
+    )
     chi = here.chi_squared
     aic, bic = None, None
     if here.data is None or not here.data.is_robust:
@@ -50,7 +54,7 @@ def report(
         error_kind=here.kind,
         stop_reason=None,
         error_scale=scale,
-        parameters=tuple(rows(trainer, here, scale)),
-        correlation_matrix=here.correlations(trainer),
+        parameters=tuple(rows(trainer, (here, own), scale)),
+        correlation_matrix=own.correlations(),
         note=None if distance is None else edm_note(distance, trainer.params),
     )
