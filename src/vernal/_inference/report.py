@@ -31,12 +31,8 @@ def report(
     if data_count is not None:
         here = here._replace(data_count=data_count)
     scale = here.error_scale(is_scaled)
-    distance, degrees, own = (
-        here.distance,
-        here.degrees_of_freedom,
-        here.of_elements(trainer),
-    )
-    chi = here.chi_squared
+    distance, degrees = here.distance, here.degrees_of_freedom
+    chi, own = here.chi_squared, here.of_elements(trainer)
     aic, bic = None, None
     if here.data is None or not here.data.is_robust:
         aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
