@@ -382,12 +382,12 @@ REFUSED = {
         "another number of free coordinates",
     ),
     "a profile": (
-        lambda batch: trainer_of(Positive(), 1.0).profile(LM, batch, "a.x"),
-        "'a.x' has a bijection",
+        lambda batch: trainer_of(Simplex(), SIMPLEX).profile(LM, batch, "a.x[0]"),
+        r"bijection of 'a.x\[0\]' couples",
     ),
     "an interval of a whole": (
         lambda batch: trainer_of(Simplex(), SIMPLEX).intervals(LM, batch, ["a.x"]),
-        "'a.x' has a bijection",
+        "bijection of 'a.x' couples",
     ),
     "a rule by the shape": (
         lambda batch: trainer_of(

@@ -102,13 +102,29 @@ class Bijections(Portable, PlainMethods, eqx.Module):
         pairs = zip(by_path(free).items(), jax.tree.leaves(params), strict=True)
         return tuple(path for (path, at), x in pairs if at.size != x.size)
 
+    def flat_map(self, path: str, free: Array) -> Callable[[Array], Array]:
+        """Returns the map of one parameter, of flat arrays."""
+        forward = _method(self.maps[path].decode(), _FORWARD)
+        return lambda flat: jnp.ravel(forward(flat.reshape(free.shape)))
+
+    def of_element(
+        self, path: str, free: Array, place: Any
+    ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        """Returns the map of one element, given the others, and its inverse."""
+        forward, back = self.flat_map(path, free), self.maps[path].decode()
+        value, flat = forward(free.ravel()), free.ravel()
+        inverse = lambda own: _method(back, _INVERSE)(own.reshape(free.shape)).ravel()
+        return (
+            lambda x: forward(flat.at[place].set(x))[place],
+            lambda x: inverse(value.at[place].set(x))[place],
+        )
+
     def log_abs_det(self, free: PyTree) -> Float[Array, ""]:
         """Returns the logarithm of the volume of parameters for that of coordinates."""
         at, total = by_path(free).by_name(), jnp.zeros((), jnp.result_type(float))
-        for path, closure in self.maps.items():
-            x, forward = at[path], _method(closure.decode(), _FORWARD)
-            flat = lambda v, x=x, f=forward: f(v.reshape(x.shape)).ravel()
-            _, volume = jnp.linalg.slogdet(jax.jacfwd(flat)(x.ravel()))
+        for path in self.maps:
+            jacobian = jax.jacfwd(self.flat_map(path, at[path]))
+            _, volume = jnp.linalg.slogdet(jacobian(at[path].ravel()))
             total += volume.astype(total.dtype)
         return total
 
