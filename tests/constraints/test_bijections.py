@@ -494,6 +494,22 @@ def test_a_file_of_another_bijection_is_refused(tmp_path):
         vn.load(tmp_path / "one", other)
 
 
+@pytest.mark.parametrize("is_whitened", [False, True])
+def test_a_file_of_more_bijections_is_refused(is_whitened, tmp_path):
+    batch = batch_of(0.3)
+    start = {**model(1.0), "b": [jnp.array(0.5)]}
+    kinds = {"a.x": Positive(), "b.0": Positive()}, {"a.x": Positive(), "b.0": (0, 9)}
+    both, one = (Fit(start, optax.adam(0.1), bounds=bounds) for bounds in kinds)
+    if is_whitened:
+        both, one = (t.whiten(batch, optimiser=optax.adam(0.1)) for t in (both, one))
+    vn.save(tmp_path / "both", both.fit(batch, 3, progress=False).trainer)
+    with pytest.raises(vn.MismatchError, match="of another bijection"):
+        vn.load(tmp_path / "both", one)
+    part = one.fit(batch, 3, progress=False).trainer
+    vn.save(tmp_path / "one", part)
+    same_bits(vn.load(tmp_path / "one", one), part)
+
+
 def test_what_is_tied_follows_the_parameter():
     ties = {"b.0": lambda model: 2 * model["a"]["x"]}
     trainer = trainer_of(Positive(), 1.0, ties=ties)

@@ -87,14 +87,21 @@ class Bijections(Portable, PlainMethods, eqx.Module):
             return eqx.error_if(free, ~self.agrees(free, params), message)
         return free
 
-    def agrees(self, free: PyTree, params: PyTree) -> Any:
-        """Whether parameters have these free coordinates, up to rounding."""
+    def agrees(self, free: PyTree, params: PyTree, errors: PyTree | None = None) -> Any:
+        """Whether parameters have these free coordinates, up to rounding.
+
+        That of what has no bijection grows with the `errors`, of a latent space.
+        """
         again, at = by_path(self.forward(free)).by_name(), by_path(free).by_name()
-        flags = [
-            _is_close(x, again[path]) & jnp.all(jnp.isfinite(at[path]))
-            for path, x in by_path(params).items()
-            if path in self.maps
-        ]
+        room, flags = {} if errors is None else by_path(errors).by_name(), []
+        for path, x in by_path(params).items():
+            if path in self.maps:
+                is_finite = jnp.all(jnp.isfinite(at[path]))
+                flags.append(_is_close(x, again[path]) & is_finite)
+            else:
+                # They may be NaN, after a fit.
+                size = jnp.abs(x) + room.get(path, 0)
+                flags.append(~jnp.any(jnp.abs(again[path] - x) > _tolerance(x) * size))
         return jnp.all(jnp.stack(flags))
 
     def resized(self, free: PyTree, params: PyTree) -> tuple[str, ...]:
@@ -182,10 +189,13 @@ def _method(given: Any, names: tuple[str, ...]) -> Callable[[Array], Any] | Any:
     return next(filter(callable, found), None)
 
 
+def _tolerance(value: Array) -> Array:
+    return jnp.sqrt(jnp.finfo(value.dtype).eps).astype(value.dtype)
+
+
 def _is_close(value: Array, again: Array) -> Any:
     size = jnp.max(jnp.abs(value))
-    tol = jnp.sqrt(jnp.finfo(value.dtype).eps).astype(value.dtype)
-    return jnp.all(jnp.abs(again - value) <= tol * size)
+    return jnp.all(jnp.abs(again - value) <= _tolerance(value) * size)
 
 
 def _check(path: str, value: Array, again: Array, free: Array) -> None:
