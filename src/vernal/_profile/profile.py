@@ -173,7 +173,7 @@ def _axis(scan: Scan, name: str, index: int, given: np.ndarray | None) -> _Axis:
 
 
 def _default(scan: Scan, name: str, index: int) -> np.ndarray:
-    free, error = float(scan.base.flat[index]), scan.error(index)
+    free, error = float(scan.base.flat[index]), scan.wide_error(index)
     if not np.isfinite(error):
         raise ValueError(
             f"`values`: the data do not constrain {name!r} here, so that three "

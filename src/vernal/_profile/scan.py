@@ -68,12 +68,12 @@ class Scan:
         _require_same(trainer, solver)
         batch, jac = as_batch(batch), checked_mode(options.jac)
         trainer = in_free_coordinates(trainer)
-        metric = _metric(name, trainer, batch, jac)
+        metric, self._errors = _metric(name, trainer, batch, jac)
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jnp.asarray(np.int32(options.max_steps))
         most = jnp.asarray(np.int32(min(options.max_steps, _MOST_STEPS)))
         self._space = Space(stripped(trainer), batch, jac, metric, most)
-        self._errors = np.asarray(metric.errors_of_the_data(), float)
+        self._wide = np.asarray(metric.errors_of_the_data(), float)
         # On the host, where nothing is compiled.
         known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
         self._matrix = known.scale[:, None] * known.vectors * known.roots[None, :]
@@ -86,11 +86,15 @@ class Scan:
         self.base: Points = jax.tree.map(lambda x: x[0], found)
 
     def error(self, index: int) -> float:
-        """Returns the standard error of an element, without a bound."""
+        """Returns the standard error of an element, as reports have it."""
         return float(self._errors[index])
 
+    def wide_error(self, index: int) -> float:
+        """Returns the standard error if none of the bounds were there."""
+        return float(self._wide[index])
+
     def unit(self, index: int) -> float:
-        """Returns the same, or a scale where the data do not constrain the element."""
+        """Returns the latter, or a scale where the data do not constrain it."""
         return float(np.linalg.norm(self._matrix[index]))
 
     def start(self, flat: np.ndarray, elements: Sequence[int]) -> Start:
@@ -197,8 +201,11 @@ class Scan:
 
 def _metric(
     name: str, trainer: AbstractTrainer, batch: Any, jac: Mode | None
-) -> DenseWhitening:
-    """Whitens all parameters; refuses a trainer that is not at a minimum."""
+) -> tuple[DenseWhitening, np.ndarray]:
+    """Whitens all parameters; refuses a trainer that is not at a minimum.
+
+    Returns their errors too, with what is at its bound held there.
+    """
     here = around(trainer, batch, "A profile of the likelihood", jac)
     if here.data is not None and here.data.is_robust:
         raise TypeError(
@@ -212,7 +219,7 @@ def _metric(
             f"`{name}`: the trainer is {note}. A profile begins at the minimum: "
             "`trainer.solve(solver, batch).trainer` is there."
         )
-    metric = here.whitening
+    metric, errors = here.whitening, here.whitening.errors_of_the_data()
     if bounds_of(trainer) is not None:
         # An element that is held at its bound may have to leave it.
         found = whitened_without_signs(trainer, batch, None, Passes(jac=jac))
@@ -221,7 +228,7 @@ def _metric(
             assert isinstance(whitening, DenseWhitening)
             metric = whitening
     dtype = widest((ravel_dtype(trainer.params), metric.dtype))
-    return jax.tree.map(lambda x: x.astype(dtype), metric)
+    return jax.tree.map(lambda x: x.astype(dtype), metric), np.asarray(errors, float)
 
 
 def _require_same(trainer: AbstractTrainer, solver: Any) -> None:
