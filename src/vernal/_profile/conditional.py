@@ -87,11 +87,7 @@ class Space(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Which elements are held, two at most, and where.
-
-    `rows` has in turn their unit vectors, the latent moves along which each goes by
-    one, and their values, at their places. It is zero where there is none.
-    """
+    """Which elements are held, two at most, and where: zero where there is none."""
 
     rows: Float[Any, "*K 5 D"]
 
@@ -186,10 +182,8 @@ def _expansion(space: Space) -> Callable[[Array], Form]:
                 value, push = jax.linearize(fn, flat)
                 rows = jax.vmap(push)(matrix.T)
             else:
-                value, rows = (
-                    fn(flat),
-                    matmul(jacobian_matrix(fn, flat, mode), matrix).T,
-                )
+                jacobian = jacobian_matrix(fn, flat, mode)
+                value, rows = fn(flat), matmul(jacobian, matrix).T
             # All products at once: those with a vector take long to compile.
             rows = jnp.vstack([rows, value])
             return matmul(rows, rows.T)
@@ -309,10 +303,9 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
     # Latent moves along which what is held moves; all others are those inside.
     across = matmul(held.along.T, matmul(held.units, matrix))
     inside = jnp.asarray(np.eye(size, dtype=matrix.dtype)) - across
-    columns = jnp.column_stack([inside, held.along.T])
-    last = np.zeros((1, size + 3), matrix.dtype)
-    last[0, -1] = 1
-    basis = jnp.vstack([jnp.pad(columns, ((0, 0), (0, 1))), last])
+    moves = jnp.column_stack([inside, held.along.T, np.zeros(size, matrix.dtype)])
+    last = np.eye(1, size + 3, size + 2, dtype=matrix.dtype)
+    basis = jnp.vstack([moves, last])
     response = matmul(held.along, matrix.T)
     bounds = None if bounds_of(space.trainer) is None else space.limits()
 
