@@ -13,9 +13,8 @@ from .._curvature import Mode
 from .._fit import distance_here
 from .._minimum import (
     Distance,
-    distance_of,
     has_minimum,
-    measure_hessian,
+    hessian_distance,
     spectral_distance,
     what_falls,
 )
@@ -202,7 +201,7 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
 
     def distance() -> Distance:
         parts = value, expansion.gradient, expansion.hessian, held, params
-        return distance_of(measure_hessian(*parts, trainer.projector))
+        return hessian_distance(*parts, trainer.projector)
 
     penalty = _penalty(trainer)
     return Around(
