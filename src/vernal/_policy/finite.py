@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool
 
 from .._boundary import PyTree
-from .._tree import joinable, shape_and_dtype
+from .._tree import is_split, joinable, shape_and_dtype
 
 T = TypeVar("T")
 
@@ -63,32 +63,33 @@ def is_finite(array: ArrayLike) -> Bool[Array, ""]:
     return jnp.isfinite(jnp.max(jnp.abs(array)))
 
 
-# In how many pieces a large array is joined before it is reduced: XLA's code for a CPU
-# works on many elements at once where it joins, and on one where it reduces.
-_PIECES, _LARGE = 8, 1024
+# In how many pieces an array is joined before it is reduced: XLA's code for a CPU works
+# on many elements at once where it joins, and on one where it reduces.
+_PIECES, _FEW = 8, 16
 
 
 def any_non_finite(leaves: Iterable[Array]) -> Bool[Array, ""]:
     """Whether any number in these arrays is NaN or infinite. Cheap in a loop on a CPU.
 
     Zero times a number is zero, of either sign, if the number is finite, and NaN
-    otherwise. The bits of these products are joined.
+    otherwise. The bits of these products are joined, first those of arrays of one size.
     """
-    words: dict[jnp.dtype, Array] = {}
     whole = map(jnp.asarray, join_small(list(leaves)))
     parts = [[x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in whole]
-    for part in itertools.chain(*parts):
+    joined: dict[Any, Array] = {}
+    for index, part in enumerate(itertools.chain(*parts)):
         unsigned = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(part * 0, unsigned)
-        if bits.ndim:
-            bits = _joined(bits.ravel())
-        words[unsigned] = words[unsigned] | bits if unsigned in words else bits
-    flags = [word << 1 != 0 for word in words.values()]
+        bits = jax.lax.bitcast_convert_type(part * 0, unsigned).ravel()
+        kind = (unsigned, index) if is_split(part) else (unsigned, part.size)
+        joined[kind] = joined[kind] | bits if kind in joined else bits
+    flags = [_joined(bits) << 1 != 0 for bits in joined.values()]
     return ft.reduce(operator.or_, flags, jnp.array(False))
 
 
 def _joined(bits: Array) -> Array:
-    if (size := bits.size) >= _LARGE:
+    if (size := bits.size) == 1:
+        return bits[0]
+    if size >= _FEW:
         width = -(-size // _PIECES)
         starts = [min(i * width, size - width) for i in range(_PIECES)]
         pieces = [jax.lax.slice(bits, (i,), (i + width,)) for i in starts]

@@ -39,7 +39,7 @@ from .ravel import (
     widest,
 )
 from .selectors import Selector, atoms, keep, resolve, split
-from .small import joinable
+from .small import is_split, joinable
 from .structure import (
     LIKE_STATE,
     cast_alike,

@@ -23,12 +23,12 @@ def joinable(trees: Sequence[PyTree], kind: Callable[[Any], Any]) -> list[list[i
     for index, tree in enumerate(trees):
         leaves, own = jax.tree.leaves(tree), None
         is_small = len(trees) > _FEW and sum(map(jnp.size, leaves)) <= _SMALL
-        if is_small and not any(map(_is_split, leaves)):
+        if is_small and not any(map(is_split, leaves)):
             own = kind(tree)
         groups.setdefault(index if own is None else (own,), []).append(index)
     return list(groups.values())
 
 
-def _is_split(leaf: Any) -> bool:
+def is_split(leaf: Any) -> bool:
     # Of an array in a program only what is explicit is known.
     return any(getattr(jax.typeof(leaf).sharding, "spec", ()))
