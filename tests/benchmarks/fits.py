@@ -147,6 +147,18 @@ def many(steps: int = 300) -> Sides:
     return by_hand, by_vernal
 
 
+# A loop that reads and writes less than so many bytes a step is one piece of code for a
+# CPU, and not a call for each operation.
+SMALL_LOOPS = (
+    "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000"
+)
+WITH_SMALL_LOOPS = (
+    ("line-20", "one Gaussian line, 20 points", LINE_20, 20_000),
+    ("light-curve-20", "light curve, 20 points", STAR_20, 20_000),
+    ("light-curve-500", "light curve, 500 points", STAR_500, 4_000),
+)
+
+
 def step_by_step(make: Callable[[], Problem], steps: int) -> Sides:
     """`step` in a Python loop, against one `jax.jit` of a step of Optax."""
     problem = make()
@@ -250,6 +262,15 @@ def works() -> Iterator[Work | Figure]:
         300,
         alike=True,
     )
+    for name, told, make, steps in WITH_SMALL_LOOPS:
+        yield Work(
+            f"{name}-small-loops",
+            f"{told}, small loops compiled whole",
+            partial(fit, make, steps),
+            {"warm": None, "first": None},
+            steps,
+            flags=SMALL_LOOPS,
+        )
     for name, told, make, steps in STEPS:
         told = f"`step` in a Python loop, {told}"
         sides = partial(step_by_step, make, steps)

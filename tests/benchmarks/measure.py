@@ -3,6 +3,7 @@
 import gc
 import math
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,8 @@ class Work:
 
     `goals` are the largest ratios of the second to the first, of what is measured:
     `warm` calls, and the `first` one, which compiles. `most_seconds` is a goal of the
-    first call in its stead. Where the two are `alike`, they return equal losses.
+    first call in its stead. Where the two are `alike`, they return equal losses. Both
+    are compiled with `flags`, those of XLA.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Work:
     alike: bool = False
     most_seconds: float | None = None
     steps_of_second: int | None = None
+    flags: str = ""
 
     def rows(self, rounds: int | None) -> Iterator[Row]:
         for kind, goal in self.goals.items():
@@ -63,10 +66,10 @@ class Work:
             told += ", first call"
         try:
             if kind == "warm":
-                turns = apart(precision, in_turns, self, rounds or self.rounds)
+                turns = self._apart(precision, in_turns, rounds or self.rounds)
             else:
                 turns = [
-                    [apart(precision, first_call, self, side) for side in (0, 1)]
+                    [self._apart(precision, first_call, side) for side in (0, 1)]
                     for _ in range(rounds or min(self.rounds, FIRST_ROUNDS))
                 ]
         except Missing as why:
@@ -78,6 +81,9 @@ class Work:
         # In each round both had the same machine.
         ratio = float(np.median([second / first for first, second in turns]))
         return Row(told, precision, against, ratio, "", goal)
+
+    def _apart(self, precision: str, function: Callable[..., Any], *args: Any) -> Any:
+        return apart(precision, function, self, *args, flags=self.flags)
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,15 @@ class Missing(Exception):
     """Why a figure could not be had."""
 
 
-def apart(precision: str, function: Callable[..., Any], *args: Any) -> Any:
+def apart(
+    precision: str, function: Callable[..., Any], *args: Any, flags: str = ""
+) -> Any:
     """Runs it in a process of its own."""
     receiver, sender = FORK.Pipe(duplex=False)
 
     def run() -> None:
+        if flags:  # which XLA reads when it begins
+            os.environ["XLA_FLAGS"] = flags
         jax.config.update("jax_enable_x64", precision == "float64")
         try:
             sender.send(function(*args))

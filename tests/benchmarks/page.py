@@ -28,7 +28,8 @@ By hand, a fit is one `lax.scan` that takes the steps of Optax, returns the loss
 does nothing else. A light curve, and a line, has five parameters with an Adam for each.
 An MLP has three hidden layers of that many units, and batches of 128. In the rows of
 other libraries, "ratio" is their time divided by that of the scan; all of them have one
-Adam for the whole model.
+Adam for the whole model. "Small loops compiled whole": both programs have the option of
+XLA that [makes small fits fast](costs.md#small-models-on-a-cpu).
 """
 COLUMNS = (
     "work",
