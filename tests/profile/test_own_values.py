@@ -129,3 +129,64 @@ def test_coupled_elements_have_no_profile(bijection):
     trainer = Decay(model, bounds={"power": bijection})
     with pytest.raises(ValueError, match="couples its elements"):
         trainer.profile(LM, BATCH, "power[0]")
+
+
+class Affine(vn.Bijection):
+    """Its inverse of zero rounds to a number that it does not map to zero."""
+
+    def forward(self, free):
+        return 3 * free + 0.1
+
+    def inverse(self, value):
+        return (value - 0.1) / 3
+
+
+class Softsign(vn.Bijection):
+    """Falls from 1 to -1, and is NaN at infinity."""
+
+    def forward(self, free):
+        return -free / (1 + jnp.abs(free))
+
+    def inverse(self, value):
+        return -value / (1 - jnp.abs(value))
+
+
+class Line(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return (model["slope"] * x - y) / 2
+
+
+class FromZero(Line):
+    """Its residuals are NaN where the slope is below zero."""
+
+    def residuals(self, model, batch):
+        return Line.residuals(self, {"slope": jnp.sqrt(model["slope"])}, batch)
+
+
+def line(kind, bijection, slope):
+    trainer = kind({"slope": jnp.array(0.3)}, bounds={"slope": bijection})
+    batch = X, jnp.sqrt(slope) * X if kind is FromZero else slope * X
+    return trainer.solve(LM, batch).trainer, batch
+
+
+def test_zero_is_a_value_as_any_other():
+    trainer, batch = line(Line, Affine(), 0.2)
+    found = trainer.profile(LM, batch, "slope", [0.0, 0.2])
+    expected = jnp.sum((0.2 * X) ** 2) / 4
+    np.testing.assert_allclose(found.delta, [expected, 0], rtol=1e-6, atol=1e-12)
+
+
+def test_where_a_map_is_nan_at_infinity_an_interval_ends_at_its_limit():
+    trainer, batch = line(Line, Softsign(), 0.8)
+    low, high = trainer.intervals(LM, batch)["slope"]
+    width = 2 / jnp.sqrt(jnp.sum(X**2))
+    np.testing.assert_allclose([low, high], [0.8 - width, 1], rtol=1e-3)
+
+
+def test_an_end_that_is_not_found_stays_the_lower_one():
+    trainer, batch = line(FromZero, Softsign(), 0.05)
+    with pytest.warns(UserWarning, match="no crossing .* at the lower end of 'slope'"):
+        low, high = trainer.intervals(LM, batch)["slope"]
+    assert np.isnan(low)
+    assert 0.05 < high < 1

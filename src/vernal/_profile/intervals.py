@@ -1,5 +1,6 @@
 """Intervals by profile likelihood."""
 
+import itertools
 import math
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ def intervals(
 def _own(scan: Scan, index: int, ends: Interval) -> Interval:
     """Returns the values of a parameter at the ends of its coordinate."""
     low, high = map(float, values_of(scan.trainer, index, np.asarray(ends))[0])
-    return (high, low) if high < low else (low, high)
+    return (high, low) if scan.falls(index) else (low, high)
 
 
 def probability(value: Any, argument: str) -> float:
@@ -66,11 +67,11 @@ def crossings(
     scan: Scan, elements: dict[str, int], quantile: float
 ) -> dict[str, Interval]:
     """Finds where the deviance of each element has risen by a quantile."""
-    sides = {
-        f"the {which} end of {name!r}": (index, _side(scan, index, sign, quantile))
-        for which, sign in {"lower": -1, "upper": 1}.items()
-        for name, index in elements.items()
-    }
+    sides = {}
+    for sign, (name, index) in itertools.product((-1, 1), elements.items()):
+        which = "lower" if (sign < 0) != scan.falls(index) else "upper"
+        label = f"the {which} end of {name!r}"
+        sides[label] = index, _side(scan, index, sign, quantile)
     running = {label: next(side) for label, (_, side) in sides.items()}
     ends: dict[str, _End] = {}
     while running:

@@ -36,8 +36,7 @@ def values_of(
         return free, np.ones_like(free)
     bare = stripped(trainer)
     value, slope = jax.device_get(run_values(bare, path, np.int32(place), free))
-    # Where a map has no limit, nothing bounds the value either.
-    return np.where(np.isnan(value), free, value).astype(float), slope
+    return value.astype(float), slope
 
 
 def coordinates_of(
@@ -89,7 +88,14 @@ def run_values(
     """Returns an element at values of its coordinate, and the derivatives."""
     leaf = by_path(trainer.params).by_name()[path]
     forward, _ = _bijections(trainer).of_element(path, leaf, place)
-    return jax.vmap(jax.value_and_grad(forward))(jnp.asarray(free, leaf.dtype))
+    at = jnp.asarray(free, leaf.dtype)
+    value, slope = jax.vmap(jax.value_and_grad(forward))(at)
+    # A map may be NaN at infinity, where it has a limit or grows without one.
+    far = float(jnp.finfo(leaf.dtype).max) ** 0.5 / 4
+    limit = jax.vmap(forward)(jnp.clip(at, -far, far))
+    way = jnp.sign(jax.grad(forward)(leaf.ravel()[place]))
+    limit = jnp.where(jnp.abs(limit) < far**0.5, limit, way * at)
+    return jnp.where(jnp.isinf(at) & jnp.isnan(value), limit, value), slope
 
 
 @program
@@ -102,8 +108,11 @@ def run_coordinates(
 
     def one(value: Array) -> Array:
         free = inverse(value)
+        again, slope = jax.value_and_grad(forward)(free)
         tolerance = jnp.sqrt(jnp.finfo(leaf.dtype).eps).astype(leaf.dtype)
-        is_same = jnp.abs(forward(free) - value) <= tolerance * jnp.abs(value)
+        # Of a value near zero the rounding is that of the coordinate.
+        size = jnp.abs(value) + jnp.abs(slope) * (1 + jnp.abs(free))
+        is_same = jnp.abs(again - value) <= tolerance * size
         return jnp.where(is_same, free, jnp.nan)
 
     return jax.vmap(one)(jnp.asarray(values, leaf.dtype))

@@ -25,6 +25,7 @@ from .._step import (
 from .._tree import ravel_dtype, widest
 from .by_solver import by_solver
 from .conditional import Held, Points, Space, run_limits, run_points
+from .own_values import values_of
 
 # A likelihood that is lower by less than this is the same, beside rounding.
 _LOWER = 5e-3
@@ -96,6 +97,11 @@ class Scan:
     def unit(self, index: int) -> float:
         """Returns the latter, or a scale where the data do not constrain it."""
         return float(np.linalg.norm(self._matrix[index]))
+
+    def falls(self, index: int) -> bool:
+        """Whether an element falls as its free coordinate rises."""
+        _, slope = values_of(self.trainer, index, self.base.flat[[index]])
+        return bool(slope[0] < 0)
 
     def start(self, flat: np.ndarray, elements: Sequence[int]) -> Start:
         """Begins at `flat` with these elements held, in the metric of the minimum."""
