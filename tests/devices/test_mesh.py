@@ -108,6 +108,25 @@ def test_many_leaves_of_which_some_are_split_explicitly():
     np.testing.assert_allclose(many.model, one.model)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("rows"), P(None, "rows")])
+def test_nan_is_found_in_arrays_that_are_split(kind, spec):
+    class Roots(vn.Trainer):
+        def loss(self, model, batch):
+            return sum(jnp.sum(jnp.sqrt(leaf)) for leaf in model)
+
+    # Its last element goes from 0.25 to 0.05, and then below zero.
+    leaves = [jnp.ones((4, 4)).at[3, 3].set(0.25), jnp.ones((4, 4)), jnp.ones(3)]
+    one = Roots(leaves, optax.sgd(0.2)).fit(None, 5)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(kind,))
+    place = NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh):
+        split = [*(jax.device_put(leaf, place) for leaf in leaves[:2]), leaves[2]]
+        many = Roots(split, optax.sgd(0.2)).fit(None, 5)
+    assert "steps=3" in repr(one)
+    assert repr(many) == repr(one)
+
+
 def test_a_mesh_that_is_set_around_it():
     trainer = GaussianFit(gaussian(), ADAM)
     one = trainer.fit(BATCH, 9)

@@ -174,14 +174,16 @@ def test_zero_is_a_value_as_any_other():
     trainer, batch = line(Line, Affine(), 0.2)
     found = trainer.profile(LM, batch, "slope", [0.0, 0.2])
     expected = jnp.sum((0.2 * X) ** 2) / 4
-    np.testing.assert_allclose(found.delta, [expected, 0], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(
+        found.delta, jnp.array([expected, 0]), rtol=1e-6, atol=1e-12
+    )
 
 
 def test_where_a_map_is_nan_at_infinity_an_interval_ends_at_its_limit():
     trainer, batch = line(Line, Softsign(), 0.8)
     low, high = trainer.intervals(LM, batch)["slope"]
     width = 2 / jnp.sqrt(jnp.sum(X**2))
-    np.testing.assert_allclose([low, high], [0.8 - width, 1], rtol=1e-3)
+    np.testing.assert_allclose([low, high], jnp.array([0.8 - width, 1]), rtol=1e-3)
 
 
 def test_an_end_that_is_not_found_stays_the_lower_one():
@@ -190,3 +192,14 @@ def test_an_end_that_is_not_found_stays_the_lower_one():
         low, high = trainer.intervals(LM, batch)["slope"]
     assert np.isnan(low)
     assert 0.05 < high < 1
+
+
+def test_where_all_elements_are_coupled_none_has_a_profile():
+    class Two(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["w"] - batch
+
+    trainer = Two({"w": jnp.ones(2)}, bounds={"w": Sum()})
+    for method in (trainer.profile, trainer.intervals):
+        with pytest.raises(ValueError, match="couples its elements"):
+            method(LM, jnp.ones(2))

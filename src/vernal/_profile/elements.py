@@ -34,8 +34,9 @@ def find_elements(
     trainer = in_free_coordinates(trainer)
     every, names = names_of(trainer), coupled(trainer)
     mapped = {i for i, (path, _) in enumerate(places(trainer)) if path in names}
-    if given is None:
+    if given is None and len(mapped) < len(every):
         return {n: index for index, n in enumerate(every) if index not in mapped}
+    given = every if given is None else given
     if not isinstance(given, Sequence) or (not given and given != ""):
         raise TypeError(
             f"`{argument}` is {given!r}, but must be a sequence of the names of "
