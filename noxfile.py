@@ -19,6 +19,10 @@ os.environ.setdefault("UV_COMPILE_BYTECODE", "1")
 
 Environment = dict[str, str] | None
 
+# The threads of OpenBLAS wait for each other busily, on small matrices for most of the
+# time, which the other worker needs.
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+
 # Each worker has tests that follow each other, which share what they have compiled.
 WORKERS = ("-n", "2", "--dist", "worksteal", "--durations", "30")
 
@@ -68,7 +72,7 @@ def build(session: nox.Session, is_read: bool) -> None:
     session.install("--editable", ".[docs]")
     # Some examples compute for long: not wholly without optimising.
     env = {} if is_read else cheap(session, level=1) or {}
-    env |= {"NO_MKDOCS_2_WARNING": "1"}
+    env |= ONE_THREAD | {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", *session.posargs, env=env)
 
 
@@ -100,6 +104,7 @@ def run_tests(session: nox.Session, *options: str, env: Environment = None) -> N
     # What is asked for (`-- -k name`) may be in one of two runs alone: 5 is none found.
     codes = [0, 5] if session.posargs else [0]
     options = (*WORKERS, *options, *session.posargs)
+    env = ONE_THREAD | (env or {})
     session.run("pytest", *options, env=env, success_codes=codes)
 
 
