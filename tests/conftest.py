@@ -53,8 +53,8 @@ def let_promote(function):
 # Adam and its kin raise a float to the power of an integer.
 optax.tree.bias_correction = let_promote(optax.tree.bias_correction)
 
-# Of some 65,000 that Linux allows.
-MOST_MAPS = 8_000
+# Of some 65,000 that Linux allows: with so many a process takes two gigabytes.
+MOST_MAPS = 16_000
 
 
 def pytest_addoption(parser):
