@@ -482,6 +482,15 @@ def test_correlation_of_matvec():
     assert np.ma.getmaskarray(matrix_of(vernal.plot.correlation(flat))).all()
 
 
+def test_of_a_report_it_is_the_correlation_of_the_free_elements():
+    batch = gaussian_batch()
+    trainer = GaussianFit(gaussian(), bounds={"std": (1.0, None)})
+    report = trainer.solve(SOLVER, batch).report(batch)
+    ax = vernal.plot.correlation(report)
+    assert ticks(ax.xaxis) == ["mean", "power"]
+    np.testing.assert_array_equal(matrix_of(ax), report.correlation_matrix)
+
+
 def test_many_elements_are_named_by_array():
     params = {"a": jnp.zeros(30), "b": jnp.zeros((2, 5)), "c": jnp.asarray(0.0)}
     params["d"] = jnp.zeros(20)
@@ -527,6 +536,35 @@ def test_correlation_in_single_precision_with_small_units():
     projector = vn.EigenProjector.from_fisher(matrix, {"a": jnp.zeros(2, "f4")})
     found = matrix_of(vernal.plot.correlation(projector))
     np.testing.assert_allclose(found, [[1, -0.5], [-0.5, 1]], rtol=1e-5)
+
+
+LINE = LineFit(line())
+SWAPPED = {
+    "a trainer for a function": (
+        lambda: vernal.plot.band(line, LINE, line_batch(), jnp.ones(2)),
+        "`trainer` is .* must be a trainer, such as `result.trainer`",
+    ),
+    "a batch for a function": (
+        lambda: vernal.plot.band(LINE, line_batch(), line, jnp.ones(2)),
+        "`fn` is of type `tuple`, but must be a function",
+    ),
+    "a trainer for a projector": (
+        lambda: vernal.plot.correlation(LINE),
+        r"a report, such as `trainer.report\(batch\)`",
+    ),
+    "a batch for a solver": (
+        lambda: vernal.plot.contour(LINE, line_batch(), SOLVER, "slope", "offset"),
+        "`solver` is of type `tuple`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SWAPPED)
+def test_what_is_swapped_is_said_shortly(case):
+    make, match = SWAPPED[case]
+    with pytest.raises(TypeError, match=match) as caught:
+        make()
+    assert len(str(caught.value)) < 200
 
 
 # --- the axes ---

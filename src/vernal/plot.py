@@ -22,7 +22,7 @@ except ModuleNotFoundError:
         "`pip install vernal[plot]`."
     ) from None
 
-from ._boundary import Params, checked, in_few_words
+from ._boundary import Params, in_few_words
 from ._fit import FitResult
 from ._plot import (
     add_legend,
@@ -34,20 +34,22 @@ from ._plot import (
     draw_line,
     draw_lines,
     drawable,
+    drawn,
     largest,
     prepare,
     to_one_scale,
 )
 from ._profile import Profile, plane, probability
 from ._projection import EigenProjector
+from ._report import Report
 from ._solve import Solver
 from ._step import require_precision
 from ._storage import History
 from ._trainer import Trainer
-from ._tree import ravel_size
+from ._tree import element_name, ravel_size
 
 
-@checked
+@drawn
 def history(history: History | FitResult[Any, Any], *, ax: Axes | None = None) -> Axes:
     """Draws the loss over the steps, the validation loss, and the lowest value so far.
 
@@ -114,7 +116,7 @@ def history(history: History | FitResult[Any, Any], *, ax: Axes | None = None) -
     return axes
 
 
-@checked
+@drawn
 def trajectories(
     history: History | FitResult[Any, Any],
     *names: str,
@@ -176,7 +178,7 @@ def trajectories(
     return axes
 
 
-@checked
+@drawn
 def spectrum(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     """Draws the eigenvalues of a projector, the best constrained direction first.
 
@@ -224,8 +226,8 @@ def spectrum(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     return axes
 
 
-@checked
-def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
+@drawn
+def correlation(projector: EigenProjector | Report, *, ax: Axes | None = None) -> Axes:
     """Draws the correlation matrix of the parameters, from -1 to 1.
 
     Rows of elements are grey if their variance is infinite, because the data do not
@@ -234,7 +236,8 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
 
     **Arguments:**
 
-    - `projector`: a [`vernal.EigenProjector`][].
+    - `projector`: a [`vernal.EigenProjector`][]; or a [`vernal.Report`][], for its free
+        elements.
     - `ax`: the axes to draw on; by default those of a new figure.
 
     **Returns:**
@@ -242,13 +245,18 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     The axes. Up to 40 elements are named one by one. If there are more, or the axes are
     too small, arrays are named instead.
     """
-    _refuse_batch(projector)
-    covariance = np.asarray(projector.covariance(), float)
-    variance = np.diag(covariance)
-    deviation = np.sqrt(np.where(np.isfinite(variance), variance, np.nan))
-    # Divided twice: the square of a unit may overflow.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = covariance / deviation[:, None] / deviation
+    if isinstance(projector, Report):
+        names = [row.name for row in projector.parameters if row.is_free]
+        ratio = projector.correlation_matrix
+    else:
+        _refuse_batch(projector)
+        origin, covariance = projector.origin, np.asarray(projector.covariance(), float)
+        names = [element_name(origin, index) for index in range(len(covariance))]
+        variance = np.diag(covariance)
+        deviation = np.sqrt(np.where(np.isfinite(variance), variance, np.nan))
+        # Divided twice: the square of a unit may overflow.
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = covariance / deviation[:, None] / deviation
     matrix = np.ma.masked_invalid(ratio)
 
     side = float(np.clip(3 + 0.2 * len(matrix), 4, 9))
@@ -260,7 +268,7 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     axes.figure.colorbar(image, ax=axes, label=label)
     box = axes.get_window_extent()
     room = 0.9 * min(box.width, box.height) / axes.figure.dpi * 72 / len(matrix)
-    ticks = choose_ticks(projector.origin, room)
+    ticks = choose_ticks(names, room)
     font = min(plt.rcParams["font.size"], room) if len(ticks) == len(matrix) else None
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=font)
     axes.set_yticks(list(ticks), list(ticks.values()), fontsize=font)
@@ -268,7 +276,7 @@ def correlation(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     return axes
 
 
-@checked
+@drawn
 def band(
     trainer: Trainer[Any, Any],
     fn: Callable[..., Any],
@@ -342,7 +350,7 @@ def band(
     return axes
 
 
-@checked
+@drawn
 def profile(profile: Profile[Any], *, ax: Axes | None = None) -> Axes:
     r"""Draws the likelihood along one parameter, and the parabola of its error.
 
@@ -380,7 +388,7 @@ def profile(profile: Profile[Any], *, ax: Axes | None = None) -> Axes:
     return axes
 
 
-@checked
+@drawn
 def contour(
     trainer: Trainer[Any, Any],
     solver: Solver,

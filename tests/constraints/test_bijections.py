@@ -382,12 +382,12 @@ REFUSED = {
         "another number of free coordinates",
     ),
     "a profile": (
-        lambda batch: trainer_of(Positive(), 1.0).profile(LM, batch, "a.x"),
-        "'a.x' has a bijection",
+        lambda batch: trainer_of(Simplex(), SIMPLEX).profile(LM, batch, "a.x[0]"),
+        r"bijection of 'a.x\[0\]' couples",
     ),
     "an interval of a whole": (
         lambda batch: trainer_of(Simplex(), SIMPLEX).intervals(LM, batch, ["a.x"]),
-        "'a.x' has a bijection",
+        "bijection of 'a.x' couples",
     ),
     "a rule by the shape": (
         lambda batch: trainer_of(
@@ -492,6 +492,22 @@ def test_a_file_of_another_bijection_is_refused(tmp_path):
     other = trainer_of(Between(0.0, 4.0), 1.0, optax.adam(0.1))
     with pytest.raises(vn.MismatchError, match="of another bijection"):
         vn.load(tmp_path / "one", other)
+
+
+@pytest.mark.parametrize("is_whitened", [False, True])
+def test_a_file_of_more_bijections_is_refused(is_whitened, tmp_path):
+    batch = batch_of(0.3)
+    start = {**model(1.0), "b": [jnp.array(0.5)]}
+    kinds = {"a.x": Positive(), "b.0": Positive()}, {"a.x": Positive(), "b.0": (0, 9)}
+    both, one = (Fit(start, optax.adam(0.1), bounds=bounds) for bounds in kinds)
+    if is_whitened:
+        both, one = (t.whiten(batch, optimiser=optax.adam(0.1)) for t in (both, one))
+    vn.save(tmp_path / "both", both.fit(batch, 3, progress=False).trainer)
+    with pytest.raises(vn.MismatchError, match="of another bijection"):
+        vn.load(tmp_path / "both", one)
+    part = one.fit(batch, 3, progress=False).trainer
+    vn.save(tmp_path / "one", part)
+    same_bits(vn.load(tmp_path / "one", one), part)
 
 
 def test_what_is_tied_follows_the_parameter():

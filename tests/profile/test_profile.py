@@ -65,6 +65,14 @@ def test_it_stays_within_the_bounds():
         trainer.profile(LM, BATCH, "slope", [2.0, 2.1])
 
 
+def test_its_error_is_that_of_the_report():
+    """With what is at its bound held there."""
+    trainer = solved(bounds={"slope": (None, 1.9)})
+    found = trainer.profile(LM, BATCH, "offset")
+    np.testing.assert_allclose(found.error, trainer.standard_errors(BATCH).offset)
+    assert np.isnan(trainer.profile(LM, BATCH, "slope").error)
+
+
 def test_another_batch_and_other_values_compile_nothing():
     trainer, values = solved(), np.linspace(1, 3, 5)
     trainer.profile(LM, BATCH, "slope", values)

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import pytest
 
@@ -209,6 +210,35 @@ def test_print_says_what_happens_to_each():
     ]
     trainer, _ = trainer.step(0.0)
     assert repr(trainer) == "Fit(dict, 2 parameters, step_count=1, best_loss=3.25)"
+
+
+class Positive(vn.Bijection):
+    def forward(self, free):
+        return jnp.exp(free)
+
+    def inverse(self, value):
+        return jnp.log(value)
+
+
+def test_print_shows_bounds_ties_and_priors():
+    class Fit(vn.Trainer):
+        def nll(self, model, batch):
+            return jnp.sum(model["a"] ** 2)
+
+    names = {"b": 0.5, "c": 1.0, "d": 2.0}
+    trainer = Fit(
+        {"a": jnp.ones(3), **{name: jnp.array(x) for name, x in names.items()}},
+        train=("a", "b", "c"),
+        bounds={"a": (jnp.zeros(3), None), "b": (0, 1), "c": Positive()},
+        ties={"d": "b"},
+        priors={"b": vn.Normal(0.4, 0.1), "c": dist.Gamma(2.0, 1.0)},
+    )
+    assert [line.split("  ")[-1].strip() for line in str(trainer).splitlines()[3:]] == [
+        "trained, within (float64[3], inf)",
+        "trained, within (0, 1), prior 0.4 ± 0.1",
+        "trained, by Positive, prior Gamma",
+        "tied to b",
+    ]
 
 
 def deleted(trainer):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 OUTSIDE = "Return the trainer from the compiled function, and call it there."
@@ -36,7 +37,7 @@ def refuse_program(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
     """
     refuse_traced(name, *trees, remedy=remedy)
     # Under such a trace the result of each operation is a tracer.
-    if isinstance(jax.device_put(0.0), Tracer):
+    if isinstance(jax.lax.stop_gradient(np.float32(0)), Tracer):
         raise TypeError(
             f"`{name}` runs on the host, and was called in a function that JAX traces, "
             "such as the loss of another trainer. Call it before, and use its result "

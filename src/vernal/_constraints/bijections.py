@@ -87,14 +87,21 @@ class Bijections(Portable, PlainMethods, eqx.Module):
             return eqx.error_if(free, ~self.agrees(free, params), message)
         return free
 
-    def agrees(self, free: PyTree, params: PyTree) -> Any:
-        """Whether parameters have these free coordinates, up to rounding."""
+    def agrees(self, free: PyTree, params: PyTree, errors: PyTree | None = None) -> Any:
+        """Whether parameters have these free coordinates, up to rounding.
+
+        That of what has no bijection grows with the `errors`, of a latent space.
+        """
         again, at = by_path(self.forward(free)).by_name(), by_path(free).by_name()
-        flags = [
-            _is_close(x, again[path]) & jnp.all(jnp.isfinite(at[path]))
-            for path, x in by_path(params).items()
-            if path in self.maps
-        ]
+        room, flags = {} if errors is None else by_path(errors).by_name(), []
+        for path, x in by_path(params).items():
+            if path in self.maps:
+                is_finite = jnp.all(jnp.isfinite(at[path]))
+                flags.append(_is_close(x, again[path]) & is_finite)
+            else:
+                # They may be NaN, after a fit.
+                size = jnp.abs(x) + room.get(path, 0)
+                flags.append(~jnp.any(jnp.abs(again[path] - x) > _tolerance(x) * size))
         return jnp.all(jnp.stack(flags))
 
     def resized(self, free: PyTree, params: PyTree) -> tuple[str, ...]:
@@ -102,13 +109,29 @@ class Bijections(Portable, PlainMethods, eqx.Module):
         pairs = zip(by_path(free).items(), jax.tree.leaves(params), strict=True)
         return tuple(path for (path, at), x in pairs if at.size != x.size)
 
+    def flat_map(self, path: str, free: Array) -> Callable[[Array], Array]:
+        """Returns the map of one parameter, of flat arrays."""
+        forward = _method(self.maps[path].decode(), _FORWARD)
+        return lambda flat: jnp.ravel(forward(flat.reshape(free.shape)))
+
+    def of_element(
+        self, path: str, free: Array, place: Any
+    ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        """Returns the map of one element, given the others, and its inverse."""
+        forward, back = self.flat_map(path, free), self.maps[path].decode()
+        value, flat = forward(free.ravel()), free.ravel()
+        inverse = lambda own: _method(back, _INVERSE)(own.reshape(free.shape)).ravel()
+        return (
+            lambda x: forward(flat.at[place].set(x))[place],
+            lambda x: inverse(value.at[place].set(x))[place],
+        )
+
     def log_abs_det(self, free: PyTree) -> Float[Array, ""]:
         """Returns the logarithm of the volume of parameters for that of coordinates."""
         at, total = by_path(free).by_name(), jnp.zeros((), jnp.result_type(float))
-        for path, closure in self.maps.items():
-            x, forward = at[path], _method(closure.decode(), _FORWARD)
-            flat = lambda v, x=x, f=forward: f(v.reshape(x.shape)).ravel()
-            _, volume = jnp.linalg.slogdet(jax.jacfwd(flat)(x.ravel()))
+        for path in self.maps:
+            jacobian = jax.jacfwd(self.flat_map(path, at[path]))
+            _, volume = jnp.linalg.slogdet(jacobian(at[path].ravel()))
             total += volume.astype(total.dtype)
         return total
 
@@ -166,10 +189,13 @@ def _method(given: Any, names: tuple[str, ...]) -> Callable[[Array], Any] | Any:
     return next(filter(callable, found), None)
 
 
+def _tolerance(value: Array) -> Array:
+    return jnp.sqrt(jnp.finfo(value.dtype).eps).astype(value.dtype)
+
+
 def _is_close(value: Array, again: Array) -> Any:
     size = jnp.max(jnp.abs(value))
-    tol = jnp.sqrt(jnp.finfo(value.dtype).eps).astype(value.dtype)
-    return jnp.all(jnp.abs(again - value) <= tol * size)
+    return jnp.all(jnp.abs(again - value) <= _tolerance(value) * size)
 
 
 def _check(path: str, value: Array, again: Array, free: Array) -> None:

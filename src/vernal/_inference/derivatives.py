@@ -29,13 +29,13 @@ from .._step import (
     AbstractTrainer,
     DataKind,
     bounds_of,
-    data_kind,
     explain_non_finite,
     live,
     negative_log_likelihood,
     prior_count,
     pushed,
     real_residuals,
+    real_residuals_and_kind,
     score,
     scoring_residuals,
     step_key,
@@ -145,8 +145,9 @@ def run_derive(
     flags, deviances, data = flat_flags(held, trainer.params), None, None
     if name == "residuals":
         key, size = step_key(trainer), value.size - prior_count(trainer)
-        deviances = real_residuals(trainer, batch, key) if met else value
-        data = data_kind(trainer, batch, key) if met else DataKind(size, False, False)
+        deviances, data = value, DataKind(size, False, False)
+        if met:
+            deviances, data = real_residuals_and_kind(trainer, batch, key)
     return Derived(found, all_finite(value), value, flags, deviances, data)
 
 

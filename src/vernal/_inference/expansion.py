@@ -13,9 +13,8 @@ from .._curvature import Mode
 from .._fit import distance_here
 from .._minimum import (
     Distance,
-    distance_of,
     has_minimum,
-    measure_hessian,
+    hessian_distance,
     spectral_distance,
     what_falls,
 )
@@ -103,25 +102,32 @@ class Around(NamedTuple):
             )
         return math.sqrt(self.reduced_chi_squared)
 
-    def correlations(self, trainer: AbstractTrainer) -> Float[np.ndarray, "F F"]:
-        """Returns the correlations of the free elements."""
-        free = np.flatnonzero(~np.isnan(self._flat_errors(trainer)))
-        whitening = whitening_of_elements(trainer, self.whitening)
-        return whitening.correlations_of_the_data()[np.ix_(free, free)]
-
-    def _flat_errors(self, trainer: AbstractTrainer) -> Float[np.ndarray, " E"]:
+    def of_elements(self, trainer: AbstractTrainer) -> "OfElements":
+        """Returns the errors of the model's own elements."""
         whitening = whitening_of_elements(trainer, self.whitening)
         known = np.asarray(whitening.errors_of_the_data(), float)
         # A bijection may leave an element one value: the ones of a correlation matrix.
         is_fixed = (known == 0) & (template_of(trainer).bijections is not None)
-        return np.where(held_elements(trainer, self.held) | is_fixed, np.nan, known)
+        is_held = held_elements(trainer, self.held) | is_fixed
+        return OfElements(np.where(is_held, np.nan, known), whitening)
 
-    def errors(self, trainer: AbstractTrainer, scale: float) -> dict[str, np.ndarray]:
-        """Returns the standard errors by path, NaN for elements that are not free."""
+
+class OfElements(NamedTuple):
+    """The standard errors of elements, NaN where one is not free, and their map."""
+
+    errors: Float[np.ndarray, " E"]
+    whitening: DenseWhitening
+
+    def correlations(self) -> Float[np.ndarray, "F F"]:
+        """Returns the correlations of the free elements."""
+        free = np.flatnonzero(~np.isnan(self.errors))
+        return self.whitening.correlations_of_the_data(self.errors)[np.ix_(free, free)]
+
+    def by_path(self, trainer: AbstractTrainer) -> dict[str, np.ndarray]:
+        """Returns the errors of each parameter."""
         leaves = by_path(elements_of(trainer)).by_name()
-        flat = scale * self._flat_errors(trainer)
         ends = np.cumsum([leaf.size for leaf in leaves.values()])
-        pieces = np.split(flat, ends[:-1])
+        pieces = np.split(self.errors, ends[:-1])
         pairs = zip(leaves.items(), pieces, strict=True)
         return {path: piece.reshape(leaf.shape) for (path, leaf), piece in pairs}
 
@@ -195,7 +201,7 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
 
     def distance() -> Distance:
         parts = value, expansion.gradient, expansion.hessian, held, params
-        return distance_of(measure_hessian(*parts, trainer.projector))
+        return hessian_distance(*parts, trainer.projector)
 
     penalty = _penalty(trainer)
     return Around(

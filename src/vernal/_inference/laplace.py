@@ -1,5 +1,6 @@
 """The normal approximation of the likelihood around a point: Laplace's."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -68,15 +69,30 @@ def laplace(
     parts = reduced(derived.found[0], derived.value)
     spectra = (parts.spectrum,)
     (spectrum,), eps = checked_spectra(trainer, batch, spectra, derived.is_finite)
-    kind = kind or default_kind(derived)
-    if kind == "expected":
-        whitening = of_spectrum(spectrum, params, NULLS, "", eps)
-    else:
-        whitening = _observed(trainer, batch, passes).whitening
-    if kind == "sandwich":
-        scores = scores_of(trainer, batch, passes, derived)
-        whitening = with_scatter(whitening, scores)
+    kind, whitening = of_kind(
+        kind,
+        derived,
+        expected=lambda: of_spectrum(spectrum, params, NULLS, "", eps),
+        observed=lambda: _observed(trainer, batch, passes).whitening,
+        scores=lambda: scores_of(trainer, batch, passes, derived),
+    )
     return Laplace(whitening, derived, parts, spectrum, eps, kind)
+
+
+def of_kind(
+    kind: ErrorKind | None,
+    derived: Derived,
+    *,
+    expected: Callable[[], DenseWhitening],
+    observed: Callable[[], DenseWhitening],
+    scores: Callable[[], Float[Array, "N D"]],
+) -> tuple[ErrorKind, DenseWhitening]:
+    """Chooses the kind of errors, by default the one that suits the data."""
+    if kind is None:
+        is_robust = derived.data is not None and derived.data.is_robust
+        kind = "sandwich" if is_robust else "expected"
+    whitening = expected() if kind == "expected" else observed()
+    return kind, _scattered(whitening, scores()) if kind == "sandwich" else whitening
 
 
 def checked_kind(trainer: AbstractTrainer, kind: Any) -> ErrorKind | None:
@@ -85,12 +101,6 @@ def checked_kind(trainer: AbstractTrainer, kind: Any) -> ErrorKind | None:
         one_of(kind, get_args(ErrorKind), "kind")
     require_residuals(trainer, kind)
     return kind
-
-
-def default_kind(derived: Derived) -> ErrorKind:
-    """Returns the kind of errors that suits the data."""
-    is_robust = derived.data is not None and derived.data.is_robust
-    return "sandwich" if is_robust else "expected"
 
 
 def _observed(trainer: AbstractTrainer, batch: Any, passes: Passes) -> Laplace:
@@ -123,7 +133,7 @@ def scores_of(
 
 
 @jax.jit
-def with_scatter(
+def _scattered(
     whitening: DenseWhitening, scores: Float[Array, "N D"]
 ) -> DenseWhitening:
     r"""Replaces the covariance $H^{-1}$ by $H^{-1} S^\top S H^{-1}$, the sandwich.

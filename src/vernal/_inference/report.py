@@ -32,7 +32,7 @@ def report(
         here = here._replace(data_count=data_count)
     scale = here.error_scale(is_scaled)
     distance, degrees = here.distance, here.degrees_of_freedom
-    chi = here.chi_squared
+    chi, own = here.chi_squared, here.of_elements(trainer)
     aic, bic = None, None
     if here.data is None or not here.data.is_robust:
         aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
@@ -50,7 +50,7 @@ def report(
         error_kind=here.kind,
         stop_reason=None,
         error_scale=scale,
-        parameters=tuple(rows(trainer, here, scale)),
-        correlation_matrix=here.correlations(trainer),
+        parameters=tuple(rows(trainer, (here, own), scale)),
+        correlation_matrix=own.correlations(),
         note=None if distance is None else edm_note(distance, trainer.params),
     )

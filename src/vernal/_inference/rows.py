@@ -7,13 +7,13 @@ import numpy as np
 from .._report import ParameterRow, parameter_rows
 from .._step import AbstractTrainer, template_of
 from .._tree import by_path, element_name, named_leaves
-from .expansion import Around
+from .expansion import Around, OfElements
 from .propagate import propagated
 
 
 def rows(
     trainer: AbstractTrainer,
-    here: Around | None,
+    here: tuple[Around, OfElements] | None,
     scale: float,
     most: int | None = None,
 ) -> Iterator[ParameterRow]:
@@ -27,7 +27,8 @@ def rows(
     words = {} if ties is None else ties.words
     errors, fixed = None, set()
     if here is not None:
-        errors = here.errors(trainer, scale)
+        around, own = here
+        errors = own._replace(errors=scale * own.errors).by_path(trainer)
         fixed = {
             element_name({path: errors[path]}, int(index))
             for path in (() if bijections is None else bijections.maps)
@@ -35,10 +36,10 @@ def rows(
         }
         if words:
             tied = lambda model: {p: by_path(model).by_name()[p] for p in words}
-            _, found = propagated(trainer, tied, here, scale)
+            _, found = propagated(trainer, tied, around, scale)
             known = {path: np.asarray(found[path], float) for path in words}
             # What follows only elements that are held has no error either.
-            is_held = lambda e: (e == 0) & here.held.any()
+            is_held = lambda e: (e == 0) & around.held.any()
             errors |= {p: np.where(is_held(e), np.nan, e) for p, e in known.items()}
     for row in parameter_rows(trainer.model, free, errors, words, most):
         yield row._replace(status="fixed") if row.name in fixed else row

@@ -26,6 +26,7 @@ def table(
         if here.distance is not None:
             note = edm_note(here.distance, trainer.params)
     head = "parameter", "value", "standard error" if here else ""
-    cells = (row.cells() for row in rows(trainer, here, 1.0, _MOST_ROWS))
+    known = None if here is None else (here, here.of_elements(trainer))
+    cells = (row.cells() for row in rows(trainer, known, 1.0, _MOST_ROWS))
     text = aligned([head, *cells])
     return text if note is None else f"{text}\n{note}"

@@ -40,10 +40,9 @@ from .fisher import require_likelihood
 from .laplace import (
     NULLS,
     ErrorKind,
-    default_kind,
     laplace,
+    of_kind,
     scores_of,
-    with_scatter,
 )
 from .propagate import run_propagate
 from .whiten import hessian_rtol, in_own_precision, of_spectrum
@@ -76,15 +75,23 @@ def errors_or_nan(
     if "residuals" not in defined(trainer):
         whitening, derived, is_good = _by_hessian(trainer, batch, passes)
     else:
-        whitening, derived, is_good = _by_jacobian(trainer, batch, passes)
-        kind = kind or default_kind(derived)
-        if kind != "expected":
+        expected, derived, is_good = _by_jacobian(trainer, batch, passes)
+
+        def observed() -> DenseWhitening:
+            nonlocal is_good
             whitening, _, is_curved = _by_hessian(trainer, batch, passes)
             is_good &= is_curved
-        if kind == "sandwich":
-            scores = scores_of(trainer, batch, passes, derived)
-            is_good &= all_finite(scores)
-            whitening = with_scatter(whitening, jnp.where(is_good, scores, 0))
+            return whitening
+
+        def scores() -> Float[Array, "N D"]:
+            nonlocal is_good
+            found = scores_of(trainer, batch, passes, derived)
+            is_good &= all_finite(found)
+            return jnp.where(is_good, found, 0)
+
+        _, whitening = of_kind(
+            kind, derived, expected=lambda: expected, observed=observed, scores=scores
+        )
     errors, held = whitening_of_elements(trainer, whitening), derived.held
     is_known = is_good & ~held_elements(trainer, held)
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)

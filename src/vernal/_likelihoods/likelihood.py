@@ -77,16 +77,7 @@ def as_alike(
     is_complex = lambda x: jnp.issubdtype(x.dtype, jnp.complexfloating)
     if is_complex(value) and not is_complex(like):
         raise TypeError(f"`{name}` is complex, where it must be real.")
-    shape = np.shape(value)
-    fits = shape == like.shape
-    if broadcasts:
-        fits = fits or _broadcast(shape, like.shape) == like.shape
-    if not fits:
-        what = "which does not broadcast to" if broadcasts else "but must have"
-        raise ValueError(
-            f"`{name}` has shape {shape}, {what} that of `{of}`, {like.shape}."
-        )
-    return jnp.broadcast_to(jnp.asarray(value, like.dtype), like.shape)
+    return _as_wide(jnp.asarray(value, like.dtype), name, like, of, broadcasts)
 
 
 def as_mask(
@@ -101,19 +92,21 @@ def as_mask(
             f"`where` is of {where.dtype}, but must be of booleans: true for each "
             "datum that is there, such as `jnp.isfinite(data)`."
         )
-    if _broadcast(where.shape, like.shape) != like.shape:
-        raise ValueError(
-            f"`where` has shape {where.shape}, which does not broadcast to that of "
-            f"`{of}`, {like.shape}."
-        )
-    return jnp.broadcast_to(where, like.shape)
+    return _as_wide(where, "where", like, of, broadcasts=True)
 
 
-def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+def _as_wide(value: Array, name: str, like: Array, of: str, broadcasts: bool) -> Array:
+    """Broadcasts to the shape of a prediction, if it may; refuses other shapes."""
     try:
-        return np.broadcast_shapes(*shapes)
+        fits = np.broadcast_shapes(value.shape, like.shape) == like.shape
     except ValueError:
-        return None
+        fits = False
+    if not fits or (value.shape != like.shape and not broadcasts):
+        what = "which does not broadcast to" if broadcasts else "but must have"
+        raise ValueError(
+            f"`{name}` has shape {value.shape}, {what} that of `{of}`, {like.shape}."
+        )
+    return jnp.broadcast_to(value, like.shape)
 
 
 def present(where: Bool[Array, "..."] | None, value: Array, stand_in: int) -> Array:

@@ -135,21 +135,6 @@ def measure_jacobian(
     return _with_held(found, jnp.all(held))
 
 
-@eqx.filter_jit
-def measure_hessian(
-    value: Float[Array, ""],
-    slope: Float[Array, " D"],
-    hessian: Float[Array, "D D"],
-    held: Bool[Array, " D"],
-    params: Params,
-    projector: EigenProjector | None,
-) -> Local:
-    """Measures what `measure` does from the derivatives of an `nll`."""
-    here = _Here(_wide(ravel(params)), params, projector)
-    args = _wide(value), _wide(slope), _wide(hessian)
-    return _with_held(curved(*args, here.point(), TOLERANCE), jnp.all(held))
-
-
 def spectral_distance(
     spectrum: Spectrum,
     slope: Float[Array, " D"],
@@ -160,11 +145,29 @@ def spectral_distance(
     projector: EigenProjector | None,
 ) -> Distance:
     """Finds the distance by a decomposed Jacobian of `size` residuals, on the host."""
+    found = spectral(spectrum, slope, squares, size, _on_host(params, projector))
+    return distance_of(_with_held(found, bool(np.all(held))))
+
+
+def hessian_distance(
+    value: Float[Array, ""],
+    slope: Float[Array, " D"],
+    hessian: Float[Array, "D D"],
+    held: Bool[Array, " D"],
+    params: Params,
+    projector: EigenProjector | None,
+) -> Distance:
+    """Finds the distance by the derivatives of an `nll`, on the host."""
+    loss, gradient, matrix = map(_wide, map(np.asarray, (value, slope, hessian)))
+    point = _on_host(params, projector)
+    found = curved(loss, gradient, matrix, point, TOLERANCE)
+    return distance_of(_with_held(found, bool(np.all(held))))
+
+
+def _on_host(params: Params, projector: EigenProjector | None) -> Point:
     leaves = [np.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(params)]
     flat: Any = np.concatenate(leaves)
-    here = _Here(flat, params, projector)
-    found = spectral(spectrum, slope, squares, size, here.point())
-    return distance_of(_with_held(found, bool(np.all(held))))
+    return jax.device_get(_Here(flat, params, projector).point())
 
 
 def has_minimum(trainer: AbstractTrainer) -> bool:
@@ -244,7 +247,7 @@ def _of_loss(loss: Flat, here: _Here, limit: Any) -> Local:
     return curved(value, slope, columns(product, flat), here.point(), limit)
 
 
-def _wide(array: Array) -> Array:
+def _wide(array: Any) -> Any:
     # No decomposition works in half precision.
     return array.astype(widest((array.dtype, jnp.dtype("float32"))))
 

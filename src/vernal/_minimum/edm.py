@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import Params
-from .._curvature import Spectrum, column_norms, matmul, positive, square_factor
-from .._policy import all_finite
+from .._curvature import Spectrum, column_norms, matmul, square_factor
 from .._tree import element_name
 
 # A loss that can fall by this fraction of its scatter is at its minimum.
@@ -194,26 +193,38 @@ def triangle(
 
 
 def curved(
-    loss: Float[Array, ""],
-    gradient: Float[Array, " D"],
-    hessian: Float[Array, "D D"],
+    loss: Any,
+    gradient: Any,
+    hessian: Any,
     point: Point,
     limit: Any,
 ) -> Curved:
-    """Scales a Hessian; `limit` is that of the distance, without rounding."""
-    scale = own = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
+    """Scales a Hessian; `limit` is that of the distance, without rounding.
+
+    Arrays of NumPy stay on the host, where nothing is compiled.
+    """
+    is_known = isinstance(hessian, np.ndarray)
+    of: Any = np if is_known else jnp
+    multiply: Any = np.matmul if is_known else matmul
+
+    def units(matrix: Any) -> Any:
+        root = of.sqrt(of.abs(of.diagonal(matrix)))
+        return of.where(root > 0, root, 1)
+
+    scale = own = units(hessian)
     rounding = point.rounding(loss, scale)
     if point.basis is not None:
-        hessian = matmul(matmul(point.basis.T, hessian), point.basis)
-        gradient = matmul(point.basis.T, gradient)
-        own = positive(jnp.sqrt(jnp.abs(jnp.diag(hessian))))
+        hessian = multiply(multiply(point.basis.T, hessian), point.basis)
+        gradient = multiply(point.basis.T, gradient)
+        own = units(hessian)
     slope, hessian = gradient / own, hessian / own[None, :] / own[:, None]
+    is_finite = of.all(of.isfinite(slope)) & of.all(of.isfinite(hessian))
     return Curved(
         slope=slope,
         hessian=hessian,
         turn=point.turn(scale, own),
-        loss=jnp.where(all_finite((slope, hessian)), loss, jnp.nan),
-        limit=jnp.fmax(limit, rounding),
+        loss=of.where(is_finite, loss, np.asarray(np.nan, loss.dtype)),
+        limit=of.fmax(limit, rounding),
         scale=scale,
     )
 

@@ -1,5 +1,9 @@
-"""Beneath `vernal.plot`: `axes` has scales and labels, `lines` draws parameters."""
+"""Beneath `vernal.plot`: `axes` has scales and labels, `lines` draws parameters.
 
+`arguments` checks what a picture is drawn of.
+"""
+
+from .arguments import drawn
 from .axes import (
     add_legend,
     as_label,

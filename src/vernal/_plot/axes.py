@@ -1,14 +1,13 @@
 """Axes, scales, legends and labels of pictures."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-
-from .._boundary import Params
-from .._tree import by_path, element_name, ravel_size
 
 # If there are more rows, they are named by array instead of by element.
 _MOST_TICKS = 40
@@ -73,18 +72,19 @@ def choose_scale(losses: np.ndarray) -> tuple[str, dict[str, float]]:
     return "symlog", {"linthresh": float(threshold)}
 
 
-def choose_ticks(params: Params, room: float) -> dict[int | float, str]:
-    """Maps positions along the elements of `params` to labels; `room` is for each."""
-    size = ravel_size(params)
+def choose_ticks(names: Sequence[str], room: float) -> dict[int | float, str]:
+    """Maps positions along elements to labels; `room` is for each."""
+    size = len(names)
     if size <= _MOST_TICKS and room > 4:
-        return {i: as_label(element_name(params, i)) for i in range(size)}
-    leaves = list(by_path(params).items())
-    ends = np.cumsum([leaf.size for _, leaf in leaves]).tolist()
+        return {index: as_label(name) for index, name in enumerate(names)}
+    groups = itertools.groupby(names, lambda name: name.partition("[")[0])
+    arrays = [(path, len(list(own))) for path, own in groups]
+    ends = np.cumsum([count for _, count in arrays]).tolist()
     ticks: dict[float, str] = {}
     # The larger arrays first: where there is no room, small ones have no label.
-    for index in sorted(range(len(leaves)), key=lambda index: -leaves[index][1].size):
-        path, leaf = leaves[index]
-        centre = ends[index] - (leaf.size + 1) / 2
+    for index in sorted(range(len(arrays)), key=lambda index: -arrays[index][1]):
+        path, count = arrays[index]
+        centre = ends[index] - (count + 1) / 2
         if all(abs(centre - other) >= size / _MOST_TICKS for other in ticks):
             ticks[centre] = as_label(path)
     return dict(sorted(ticks.items()))

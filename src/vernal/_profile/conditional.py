@@ -1,12 +1,13 @@
 """Minima with some elements held, many in one compiled program."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._constraints import Bounds
@@ -19,13 +20,10 @@ from .._curvature import (
     hessian_product,
     jacobian_matrix,
     matmul,
-    positive,
     traced,
 )
-from .._policy import all_finite
 from .._program import program
 from .._projection import DenseWhitening
-from .._solve import choose
 from .._step import (
     AbstractTrainer,
     bounds_of,
@@ -45,8 +43,8 @@ _MOST_DAMPING = 1e6
 # Squared lengths, in standard errors.
 _SHORT = 0.1
 
-# What is added to the curvature along what is held, without effect.
-_STIFF = 3.0
+# By so much the likelihood may fall from where it is not far from a minimum.
+_FAR = 1.0
 
 # How often other elements may be held at their bounds in a step.
 _MOST_ROUNDS = 8
@@ -89,14 +87,24 @@ class Space(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Which elements are held, two at most, and where.
+    """Which elements are held, two at most, and where: zero where there is none."""
 
-    - `units`: their unit vectors; zeros where there is none.
-    - `goal`: their values, at their places; zeros elsewhere.
-    """
+    rows: Float[Any, "*K 5 D"]
 
-    units: Float[Any, "*K 2 D"]
-    goal: Float[Any, "*K D"]
+    @property
+    def units(self) -> Float[Any, "*K 2 D"]:
+        """Their unit vectors."""
+        return self.rows[..., :2, :]
+
+    @property
+    def along(self) -> Float[Any, "*K 2 D"]:
+        """The shortest latent move by which each goes by one, and the other not."""
+        return self.rows[..., 2:4, :]
+
+    @property
+    def goal(self) -> Float[Any, "*K D"]:
+        """Their values, at their places; zeros elsewhere."""
+        return self.rows[..., 4, :]
 
     @property
     def flags(self) -> Bool[Any, "*K D"]:
@@ -107,16 +115,19 @@ class Held(NamedTuple):
 class Points(NamedTuple):
     """Minima, or where to begin.
 
-    - `flat`: the parameters.
-    - `response`: how they move with the elements that are held.
+    - `rows`: the parameters, and how they move with each of the elements held.
     - `nll`: the negative log-likelihood, with the priors.
     - `is_minimum`: whether it is the lowest where these are held.
     """
 
-    flat: Float[Any, "*K D"]
-    response: Float[Any, "*K D 2"]
+    rows: Float[Any, "*K 3 D"]
     nll: Float[Any, "*K"]
     is_minimum: Bool[Any, "*K"]
+
+    @property
+    def flat(self) -> Float[Any, "*K D"]:
+        """The parameters."""
+        return self.rows[..., 0, :]
 
 
 @program
@@ -125,37 +136,34 @@ def run_points(
     held: Held,
     parents: Int[Any, " K"],
     points: Points,
-    blocks: Int[Any, ""],
-    width: int,
+    count: Int[Any, ""],
 ) -> Points:
-    """Finds minima, `width` at a time, in the order of the rows.
+    """Finds minima, in the order of the rows.
 
-    The row of a point has where it begins; or it begins where its parent, which is in
-    an earlier block, ended.
+    Each begins at the row that is its parent: its own, or an earlier one.
     """
-    expand = _expansion(space)
-    one = lambda held, begin: _minimum(space, expand, held, begin)
+    # One after the other: side by side, all that is below would take longer to compile.
+    expand, at = _expansion(space), jax.lax.dynamic_index_in_dim
 
-    def block(index: Array, points: Points) -> Points:
-        first = index * width
-        pick = lambda x: jax.lax.dynamic_slice_in_dim(x, first, width)
-        begin = jax.tree.map(lambda x: x[pick(parents)], points)
-        found = jax.vmap(one)(jax.tree.map(pick, held), begin)
-        put = jax.lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda x, new: put(x, new, first, 0), points, found)
+    def next_one(index: Array, points: Points) -> Points:
+        own = Held(at(held.rows, index, keepdims=False))
+        begin = at(points.rows, at(parents, index, keepdims=False), keepdims=False)
+        found = _minimum(space, expand, own, begin)
+        put = jax.lax.dynamic_update_index_in_dim
+        return jax.tree.map(lambda x, new: put(x, new, index, 0), points, found)
 
-    return jax.lax.fori_loop(0, blocks, block, points)
-
-
-class _Expansion(NamedTuple):
-    """The negative log-likelihood, and its derivatives in the whitened space."""
-
-    value: Float[Array, ""]
-    slope: Float[Array, " D"]
-    curvature: Float[Array, "D D"]
+    return jax.lax.fori_loop(0, count, next_one, points)
 
 
-def _expansion(space: Space) -> Callable[[Array], _Expansion]:
+Form = Float[Array, "E E"]
+r"""A quadratic form $M$, of one more row than there are parameters.
+
+Near a point, with latent moves $u$, the negative log-likelihood is
+$(u, 1)^\top M (u, 1) / 2$.
+"""
+
+
+def _expansion(space: Space) -> Callable[[Array], Form]:
     """Returns the function that expands to second order; of residuals, Gauss-Newton."""
     trainer, flat, dtype = space.trainer, space.flat, space.metric.dtype
     key, batch, matrix = step_key(trainer), space.batch, space.metric.matrix()
@@ -168,38 +176,50 @@ def _expansion(space: Space) -> Callable[[Array], _Expansion]:
     order = ("fwd", "bwd") if is_squares else ("bwd", "fwd")
     mode = choose_mode(fn, flat, subject, order)
 
-    def expand(flat: Array) -> _Expansion:
-        near = lambda latent: fn(flat + matmul(matrix, latent))
+    def expand(flat: Array) -> Form:
         if is_squares:
-            vector, jacobian = near(zero), jacobian_matrix(near, zero, mode)
-            squares, slope = 0.5 * jnp.sum(vector**2), matmul(vector, jacobian)
-            return _Expansion(squares, slope, matmul(jacobian.T, jacobian))
-        product = hessian_product(near, zero, subject)
-        return _Expansion(
-            near(zero), gradient(near, zero, mode), columns(product, zero)
-        )
+            if mode == "fwd":
+                value, push = jax.linearize(fn, flat)
+                rows = jax.vmap(push)(matrix.T)
+            else:
+                jacobian = jacobian_matrix(fn, flat, mode)
+                value, rows = fn(flat), matmul(jacobian, matrix).T
+            # All products at once: those with a vector take long to compile.
+            rows = jnp.vstack([rows, value])
+            return matmul(rows, rows.T)
+        near = lambda latent: fn(flat + matmul(matrix, latent))
+        hessian = columns(hessian_product(near, zero, subject), zero)
+        slope, value = gradient(near, zero, mode), near(zero)
+        last = jnp.append(slope, 2 * value)
+        return jnp.column_stack([jnp.vstack([hessian, slope]), last])
 
     return expand
 
 
 class _Step(NamedTuple):
-    """A step to the point `to`, where the likelihood has risen by `edm`.
+    """A step from a point, above whose end the likelihood is by `edm`.
 
-    `response` is that of all elements to those that are held. It `is_known` which are
-    at their bounds.
+    - `to`: where it ends.
+    - `response`: how that moves with each of the elements held.
+    - `latent`: the latent moves.
+    - `is_known`: whether it is known which elements are at their bounds.
     """
 
     to: Float[Array, " D"]
+    response: Float[Array, "2 D"]
+    latent: Float[Array, " D"]
     edm: Float[Array, ""]
-    response: Float[Array, "D 2"]
     is_known: Bool[Array, ""]
 
 
 class _State(NamedTuple):
-    """The lowest point so far, its surroundings, and the step to the next one."""
+    """The lowest point so far, the form there, and the step to the next one.
+
+    `rest` is the curvature that the form leaves out, as that of Gauss-Newton does.
+    """
 
     flat: Float[Array, " D"]
-    around: _Expansion
+    form: Form
     rest: Float[Array, "D D"]
     damping: Float[Array, ""]
     step: _Step
@@ -208,15 +228,21 @@ class _State(NamedTuple):
 
 
 def _minimum(
-    space: Space, expand: Callable[[Array], _Expansion], held: Held, begin: Points
+    space: Space, expand: Callable[[Array], Form], held: Held, begin: Array
 ) -> Points:
     """Finds the minimum by damped Newton steps in the whitened space.
 
-    The first step goes along the response of the point where it begins.
+    The first point is along the response of that where it begins.
     """
-    flat, dtype = begin.flat, begin.flat.dtype
+    flat, response, dtype, size = begin[0], begin[1:], begin.dtype, begin.shape[1]
     eps, scale = float(jnp.finfo(dtype).eps), space.metric.scale
     spacing = 0.5 * jnp.sum((16 * eps * flat / scale) ** 2)
+    newton, clip = _newton(space, held), lambda flat: flat
+    if bounds_of(space.trainer) is not None:
+        clip = lambda flat: jnp.clip(flat, *space.limits())
+    onto = lambda flat: clip(jnp.where(held.flags, held.goal, flat))
+    moved = jnp.sum(held.units * (held.goal - flat)[None, :], axis=1)
+    first = onto(flat + jnp.sum(moved[:, None] * response, axis=0))
 
     def goes_on(state: _State) -> Array:
         is_hopeless = state.damping > _MOST_DAMPING
@@ -224,126 +250,145 @@ def _minimum(
 
     def iterate(state: _State) -> _State:
         found = expand(state.step.to)
-        rounding = 4 * eps * jnp.abs(found.value)
-        is_lower = found.value <= state.around.value + rounding
-        is_lower &= all_finite(found)
-        new, old = (state.step.to, found), (state.flat, state.around)
-        flat, around = choose(is_lower, new, old)
-        rest = jnp.where(is_lower, _rest(space, state, found), 0)
+        value, before = 0.5 * found[-1, -1], 0.5 * state.form[-1, -1]
+        rounding = 4 * eps * jnp.abs(value)
+        is_lower = (value <= before + rounding) & jnp.isfinite(jnp.sum(found))
+        lowest = jnp.where(is_lower, state.step.to, state.flat)
+        form = jnp.where(is_lower, found, state.form)
+        rest = jnp.where(is_lower, _rest(state, found), 0)
         less = jnp.where(state.damping > 0.1, state.damping / 8, 0)
         more = jnp.maximum(8 * state.damping, 0.125)
         damping = jnp.where(is_lower, less, more)
-        whole = around._replace(curvature=around.curvature + rest)
-        step = _step(space, whole, damping, flat, held)
+        step = newton(form + jnp.pad(rest, (0, 1)), damping, lowest)
+        # Far away the others may be better where they are.
+        is_far = (state.tried == 0) & ~(is_lower & (step.edm < _FAR))
+        to = jnp.where(is_far, onto(flat), step.to)
+        latent = jnp.where(is_far, jnp.inf, step.latent)
         limit = jnp.maximum(_TOLERANCE, rounding + spacing)
         is_done = is_lower & step.is_known & (damping == 0) & (step.edm <= limit)
-        return _State(flat, around, rest, damping, step, state.tried + 1, is_done)
+        step = step._replace(to=to, latent=latent)
+        return _State(lowest, form, rest, damping, step, state.tried + 1, is_done)
 
-    zero, no = jnp.zeros((), dtype), jnp.array(False)
-    moved = matmul(held.units, held.goal - flat)
-    first = jnp.where(held.flags, held.goal, flat + matmul(begin.response, moved))
-    # Far away the others may be better where they are.
-    tries = jnp.stack([first, jnp.where(held.flags, held.goal, flat)])
-    tries = jnp.clip(tries, *(limit[None, :] for limit in space.limits()))
-    losses = jax.vmap(space.nll)(tries)
-    first = tries[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))]
-    step = _Step(first, zero, begin.response, no)
-    unit = jnp.eye(flat.size, dtype=dtype)
-    unknown = _Expansion(jnp.full((), jnp.inf, dtype), 0 * flat, unit)
-    count = jnp.zeros_like(space.most_steps)
-    state = _State(flat, unknown, 0 * unit, zero, step, count, no)
+    zero, no, infinite = jnp.zeros((), dtype), jnp.array(False), np.full(size, np.inf)
+    step = _Step(first, response, jnp.asarray(infinite, dtype), zero, no)
+    unknown = jnp.asarray(np.diag([*np.ones(size), np.inf]), dtype)
+    nothing, count = jnp.zeros((size, size), dtype), jnp.zeros_like(space.most_steps)
+    state = _State(first, unknown, nothing, zero, step, count, no)
     end = jax.lax.while_loop(goes_on, iterate, state)
-    flat = jnp.where(end.is_done, end.step.to, end.flat)
-    nll = end.around.value - jnp.where(end.is_done, end.step.edm, 0)
-    return Points(flat, end.step.response, nll, end.is_done)
+    lowest = jnp.where(end.is_done, end.step.to, end.flat)
+    nll = 0.5 * end.form[-1, -1] - jnp.where(end.is_done, end.step.edm, 0)
+    return Points(jnp.vstack([lowest, end.step.response]), nll, end.is_done)
 
 
-def _rest(space: Space, state: _State, new: _Expansion) -> Float[Array, "D D"]:
-    """Learns from a step what the curvature leaves out, as that of Gauss-Newton does.
+def _rest(state: _State, new: Form) -> Float[Array, "D D"]:
+    """Learns from a step what the form leaves out.
 
     It is the least symmetric update that explains the change of the slope, Powell's.
     See Dennis and Schnabel, *Numerical Methods for Unconstrained Optimization* (1983).
     """
-    old, step = state.around, space.metric.invert(state.step.to - state.flat)
-    missing = new.slope - old.slope - matmul(new.curvature + state.rest, step)
-    square = jnp.vdot(step, step)
-    is_known = jnp.isfinite(old.value) & (square > 0) & (square < _SHORT)
+    step, curvature = state.step.latent, new[:-1, :-1] + state.rest
+    # Sums, since products with a vector take long to compile.
+    known = jnp.sum(curvature * step[None, :], axis=1)
+    missing, square = (new - state.form)[-1, :-1] - known, jnp.sum(step**2)
+    is_known = (square > 0) & (square < _SHORT) & jnp.isfinite(state.form[-1, -1])
     unit = step / jnp.where(is_known, square, 1)
-    half = missing - 0.5 * jnp.vdot(missing, unit) * step
+    half = missing - 0.5 * jnp.sum(missing * unit) * step
     update = half[:, None] * unit[None, :]
     return state.rest + jnp.where(is_known, update + update.T, 0)
 
 
-def _step(
-    space: Space,
-    around: _Expansion,
-    damping: Float[Array, ""],
-    flat: Float[Array, " D"],
-    held: Held,
-) -> _Step:
-    """Finds the next step: that of a normal distribution, given what is held.
+def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
+    """Returns the function that finds the next step, given what is held."""
+    matrix, size = space.metric.matrix(), held.goal.size
+    # Latent moves along which what is held moves; all others are those inside.
+    across = matmul(held.along.T, matmul(held.units, matrix))
+    inside = jnp.asarray(np.eye(size, dtype=matrix.dtype)) - across
+    moves = jnp.column_stack([inside, held.along.T, np.zeros(size, matrix.dtype)])
+    last = np.eye(1, size + 3, size + 2, dtype=matrix.dtype)
+    basis = jnp.vstack([moves, last])
+    response = matmul(held.along, matrix.T)
+    bounds = None if bounds_of(space.trainer) is None else space.limits()
 
-    Elements that it would move beyond their bounds are held there.
+    def newton(form: Form, damping: Array, flat: Array) -> _Step:
+        # What the data do not constrain has unit curvature.
+        add = damping + jnp.where(space.metric.is_null, 1, 0)
+        form = form + jnp.diag(jnp.pad(add, (0, 1)))
+        form = matmul(basis.T, matmul(form, basis))
+        curvature, right = form[:size, :size] + across, form[:size, size:]
+        if bounds is not None:
+            right = jnp.column_stack([right, matmul(inside, matrix.T)])
+        solved = _solve(curvature, right)
+        moves, latent = -matmul(solved[:, :3].T, matrix.T), -solved[:, 2]
+        to, now = flat + moves[2], response + moves[:2]
+        if bounds is None:
+            edm = -0.5 * jnp.sum(latent * right[:, 2])
+            to = jnp.where(held.flags, held.goal, to)
+            return _Step(to, now, latent, edm, jnp.array(True))
+        spread = matmul(matrix, solved[:, 3:])
+        to, now, force, is_known = _within(bounds, held, (to, now), spread)
+        latent = latent + matmul(solved[:, 3:], force)
+        edm = 0.5 * jnp.vdot(latent, matmul(curvature, latent))
+        return _Step(to, now, latent, edm, is_known)
+
+    return newton
+
+
+def _within(
+    bounds: tuple[Array, Array],
+    held: Held,
+    free: tuple[Array, Array],
+    spread: Float[Array, "D D"],
+) -> tuple[Array, Array, Array, Array]:
+    """Holds elements at the bounds that a step would cross.
+
+    Returns where the step ends and the response there, the slopes that keep these
+    elements at their bounds, and whether it is known which they are.
     """
-    matrix, (low, high) = space.metric.matrix(), space.limits()
-    # What the data do not constrain has unit curvature. Along what is held the
-    # likelihood may curve downwards; what is added there changes no step.
-    rows = matmul(held.units, matrix)
-    rows = _STIFF * rows / positive(jnp.linalg.norm(rows, axis=1))[:, None]
-    add = jnp.diag(damping + jnp.where(space.metric.is_null, 1, 0))
-    curvature = around.curvature + add + matmul(rows.T, rows)
-    solved = _solve(curvature, jnp.column_stack([matrix.T, around.slope]))
-    pulled, latent = solved[:, :-1], -solved[:, -1]
-    free, spread = flat + matmul(matrix, latent), matmul(matrix, pulled)
-    errors = jnp.sqrt(jnp.diag(spread))[:, None]
+    (low, high), (beyond, response) = bounds, free
+    errors = jnp.where(held.flags, 1, jnp.sqrt(jnp.diag(spread)))[:, None]
 
     def forces(fixed: Array, goal: Array) -> Array:
-        """Returns the slopes that bring elements to their goals, and move held ones."""
+        """Returns the slopes that bring elements to their goals, and that hold them."""
         both = fixed[:, None] & fixed[None, :]
-        inner = jnp.where(
-            both, spread / errors / errors.T, jnp.eye(flat.size, dtype=flat.dtype)
-        )
-        missing = jnp.where(fixed, goal - free, 0)
-        given = jnp.column_stack([missing, held.units.T]) / errors
-        return jnp.where(fixed[:, None], _solve(inner, given) / errors, 0)
+        unit = jnp.eye(beyond.size, dtype=beyond.dtype)
+        inner = jnp.where(both, spread / errors / errors.T, unit)
+        given = jnp.column_stack([goal - beyond, -response.T]) / errors
+        return _solve(inner, jnp.where(fixed[:, None], given, 0)) / errors
 
     def again(carry: Any) -> Any:
         count, fixed, goal, force, _ = carry
-        to = free + matmul(spread, force[:, 0])
-        is_under, is_over = ~fixed & (to < low), ~fixed & (to > high)
+        to = beyond + matmul(spread, force[:, 0])
+        is_other = ~fixed & ~held.flags
+        is_under, is_over = is_other & (to < low), is_other & (to > high)
         is_inward = jnp.where(goal == low, force[:, 0] < 0, force[:, 0] > 0)
-        new = (fixed & (held.flags | ~is_inward)) | is_under | is_over
+        new = (fixed & ~is_inward) | is_under | is_over
         goal = jnp.where(is_under, low, jnp.where(is_over, high, goal))
         return count + 1, new, goal, forces(new, goal), jnp.all(new == fixed)
 
-    fixed, goal, is_known = held.flags, held.goal, jnp.array(True)
-    force = forces(fixed, goal)
-    if bounds_of(space.trainer) is not None:
-        goes_on = lambda carry: ~carry[-1] & (carry[0] < _MOST_ROUNDS)
-        start = (0, fixed, goal, force, ~is_known)
-        end = jax.lax.while_loop(goes_on, again, start)
-        _, fixed, goal, force, is_known = end
-    latent = latent + matmul(pulled, force[:, 0])
+    goes_on = lambda carry: ~carry[-1] & (carry[0] < _MOST_ROUNDS)
+    force, none = jnp.zeros((beyond.size, 3), beyond.dtype), jnp.zeros(low.size, bool)
+    start = 0, none, held.goal, force, jnp.array(False)
+    _, fixed, goal, force, is_known = jax.lax.while_loop(goes_on, again, start)
     moves = matmul(spread, force)
-    to = jnp.clip(jnp.where(fixed, goal, free + moves[:, 0]), low, high)
-    edm = 0.5 * jnp.vdot(latent, matmul(around.curvature, latent))
-    return _Step(to, edm, moves[:, 1:], is_known)
+    to = jnp.where(fixed | held.flags, goal, beyond + moves[:, 0])
+    return jnp.clip(to, low, high), response + moves[:, 1:].T, force[:, 0], is_known
 
 
 def _solve(matrix: Array, right: Array) -> Array:
     """Solves with a matrix that is positive; NaN if it is not."""
-    lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
-    return cho_solve((lower, True), right)
+    lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    solve = partial(jax.lax.linalg.triangular_solve, lower, left_side=True, lower=True)
+    return solve(solve(right), transpose_a=True)
 
 
 @program
-def read(space: Space) -> tuple[Array, Array, Array, Array]:
-    """Returns the parameters, their bounds, and the covariance in the metric."""
-    matrix = space.metric.matrix()
-    return space.flat, *space.limits(), matmul(matrix, matrix.T)
+def run_limits(space: Space) -> tuple[Array, Array]:
+    """Returns the bounds of all elements."""
+    return space.limits()
 
 
 @program
-def run_models(space: Space, flat: Float[Array, "K D"]) -> Any:
+def run_models(trainer: AbstractTrainer, flat: Float[Any, "K D"]) -> Any:
     """Returns the models with these parameters, stacked."""
-    return eqx.filter_vmap(lambda flat: space.at(flat).model)(flat)
+    model = lambda flat: live(trainer, unravel(flat, trainer.params)).model
+    return eqx.filter_vmap(model)(flat)

@@ -3,18 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from .._boundary import nearest_names
 from .._step import AbstractTrainer, in_free_coordinates, template_of
 from .._tree import (
     UnknownPathError,
     by_path,
     element_name,
-    paths,
     ravel_size,
     resolve,
 )
+from .own_values import coupled, places
 
 
 def names_of(trainer: AbstractTrainer) -> list[str]:
@@ -31,10 +29,11 @@ def find_elements(
     **Raises:**
 
     - `UnknownPathError`: if a name finds nothing.
-    - `ValueError`: if it finds nothing that is free, or what has a bijection.
+    - `ValueError`: if it finds nothing that is free, or what a bijection couples.
     """
     trainer = in_free_coordinates(trainer)
-    every, mapped = names_of(trainer), _mapped(trainer)
+    every, names = names_of(trainer), coupled(trainer)
+    mapped = {i for i, (path, _) in enumerate(places(trainer)) if path in names}
     if given is None:
         return {n: index for index, n in enumerate(every) if index not in mapped}
     if not isinstance(given, Sequence) or (not given and given != ""):
@@ -49,9 +48,9 @@ def find_elements(
         )
         if mapped.intersection(own):
             raise ValueError(
-                f"`{argument}`: {name!r} has a bijection, and a profile holds one "
-                "number, which that may not allow. Give the parameter a pair `(low, "
-                "high)` instead; or use `trainer.propagate` or `trainer.draw`."
+                f"`{argument}`: the bijection of {name!r} couples its elements, and a "
+                "profile holds one of them. Give the parameter a pair `(low, high)` "
+                "instead; or use `trainer.propagate` or `trainer.draw`."
             )
         found |= {every[index]: index for index in own}
     return found
@@ -74,19 +73,6 @@ def find_element(trainer: AbstractTrainer, name: Any, argument: str) -> tuple[st
     return own, index
 
 
-def _mapped(trainer: AbstractTrainer) -> set[int]:
-    """Returns which elements are free coordinates of bijections."""
-    bijections = template_of(trainer).bijections
-    known = () if bijections is None else bijections.maps
-    return {index for index, path in enumerate(_owners(trainer)) if path in known}
-
-
-def _owners(trainer: AbstractTrainer) -> Sequence[str]:
-    """Returns the path of the parameter of each element."""
-    sizes = [leaf.size for _, leaf in by_path(trainer.params).items()]
-    return [str(path) for path in np.repeat(paths(trainer.params), sizes)]
-
-
 def _selected(trainer: AbstractTrainer, selector: Any, argument: str) -> list[int]:
     every, model = names_of(trainer), trainer.model
     if isinstance(selector, str) and (path := selector.partition("[")[0]) != selector:
@@ -101,7 +87,7 @@ def _selected(trainer: AbstractTrainer, selector: Any, argument: str) -> list[in
         for path, owner in zip(by_path(model).names, owners, strict=True)
         if owner is not None
     }
-    index = [i for i, path in enumerate(_owners(trainer)) if path in chosen]
+    index = [i for i, (path, _) in enumerate(places(trainer)) if path in chosen]
     if not index:
         path = min(chosen)
         ties = template_of(trainer).ties

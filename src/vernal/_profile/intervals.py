@@ -11,6 +11,7 @@ from .._boundary import warn
 from .._step import AbstractTrainer
 from .conditional import Points
 from .elements import find_elements
+from .own_values import values_of
 from .scan import Options, Scan, Start, is_lower
 from .search import search
 
@@ -29,7 +30,14 @@ def intervals(
     elements = find_elements(trainer, names, "names")
     quantile = quantile_of(probability(level, "level"))
     scan = Scan("intervals", trainer, solver, batch, options)
-    return crossings(scan, elements, quantile)
+    found = crossings(scan, elements, quantile)
+    return {name: _own(scan, elements[name], ends) for name, ends in found.items()}
+
+
+def _own(scan: Scan, index: int, ends: Interval) -> Interval:
+    """Returns the values of a parameter at the ends of its coordinate."""
+    low, high = map(float, values_of(scan.trainer, index, np.asarray(ends))[0])
+    return (high, low) if high < low else (low, high)
 
 
 def probability(value: Any, argument: str) -> float:
@@ -113,7 +121,7 @@ def _side(
         excess = excess if math.isfinite(excess) else math.inf
         # From a point that lies far too high, others may not find their minimum.
         if excess < root:
-            places[t] = point.flat, point.response
+            places[t] = point.rows
         try:
             t = looking.send(excess)
         except StopIteration as end:

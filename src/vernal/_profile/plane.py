@@ -10,6 +10,7 @@ from jaxtyping import Float
 from .._step import AbstractTrainer
 from .elements import find_element
 from .intervals import crossings
+from .own_values import values_of
 from .profile import chained
 from .scan import Options, Scan, Start
 
@@ -58,7 +59,12 @@ def plane(
     points = scan.points([pair] * len(starts), list(itertools.product(x, y)), starts)
     delta = 2 * (points.nll.astype(float) - float(scan.base.nll))
     names, shape = (found[0][0], found[1][0]), (len(x), len(y))
-    return Plane(names, x, y, (float(best[0]), float(best[1])), delta.reshape(shape))
+    own = [
+        values_of(scan.trainer, index, np.append(values, at))[0]
+        for index, values, at in zip(pair, (x, y), best, strict=True)
+    ]
+    (*x, first), (*y, second) = own
+    return Plane(names, np.array(x), np.array(y), (first, second), delta.reshape(shape))
 
 
 def _values(scan: Scan, index: int, ends: tuple[float, float]) -> np.ndarray:

@@ -1,9 +1,10 @@
 """`Profile`: the likelihood along one element."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, Generic, final
+from typing import Any, Generic, NamedTuple, final
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ from typing_extensions import TypeVar
 
 from .._boundary import warn
 from .._step import AbstractTrainer
-from .conditional import Points
+from .conditional import Points, run_models
 from .elements import find_element, find_elements
+from .own_values import coordinates_of, values_of
 from .scan import Options, Scan, Start, is_lower
 
 Model = TypeVar("Model", covariant=True, default=Any)
@@ -34,7 +36,6 @@ class Profile(Generic[Model]):
     - `name`: the name of the element.
     - `values`: its values, $K$ of them.
     - `losses`: the lowest negative log-likelihood at each, with the priors.
-    - `models`: the models there, stacked: each array has $K$ rows.
     - `converged`: whether the solver has found a minimum there.
     - `value`, `error`: the value of the element at the minimum, and its symmetric
         standard error: infinite if the data do not constrain it, NaN on a bound.
@@ -44,11 +45,17 @@ class Profile(Generic[Model]):
     name: str
     values: Float[np.ndarray, " K"]
     losses: Float[np.ndarray, " K"]
-    models: Model
     converged: Bool[np.ndarray, " K"]
     value: float
     error: float
     minimum: float
+    _trainer: AbstractTrainer
+    _flat: Float[np.ndarray, "K D"]
+
+    @functools.cached_property
+    def models(self) -> Model:
+        """The models at each value, stacked: each array has $K$ rows."""
+        return run_models(self._trainer, self._flat)
 
     @property
     def delta(self) -> Float[np.ndarray, " K"]:
@@ -84,26 +91,33 @@ def profile(
         )
     given = {own: _checked(each) for own, each in given.items()}
     scan = Scan("profile", trainer, solver, batch, options)
-    grids = {x: _within(scan, x, i, given.get(x)) for x, i in elements.items()}
-    found = along(scan, elements, grids)
+    axes = {x: _axis(scan, x, i, given.get(x)) for x, i in elements.items()}
+    found = along(scan, elements, axes)
     return next(iter(found.values())) if is_one else found
 
 
+class _Axis(NamedTuple):
+    """The values of an element, and those of its free coordinate: often the same."""
+
+    values: Float[np.ndarray, " K"]
+    free: Float[np.ndarray, " K"]
+
+
 def along(
-    scan: Scan, elements: dict[str, int], grids: dict[str, np.ndarray]
+    scan: Scan, elements: dict[str, int], axes: dict[str, _Axis]
 ) -> dict[str, Profile[Any]]:
     """Follows the likelihood along each element."""
     index, values, starts = [], [], []
     for name, own in elements.items():
         start, best = scan.start(scan.base.flat, [own]), scan.base.flat[own]
-        starts += chained(grids[name], best, start, len(values))
-        index += [(own,)] * len(grids[name])
-        values += [(value,) for value in grids[name]]
+        starts += chained(axes[name].free, best, start, len(values))
+        index += [(own,)] * len(axes[name].free)
+        values += [(value,) for value in axes[name].free]
     points, found, end = scan.points(index, values, starts), {}, 0
     for name, index in elements.items():
-        first, end = end, end + len(grids[name])
+        first, end = end, end + len(axes[name].free)
         own = jax.tree.map(lambda x, i=first, j=end: x[i:j], points)
-        found[name] = _profile(scan, name, index, grids[name], own)
+        found[name] = _profile(scan, name, index, axes[name].values, own)
         _warn_of(found[name], is_lower(own.nll, scan.base.nll))
     return found
 
@@ -124,39 +138,51 @@ def chained(values: np.ndarray, best: float, root: Start, first: int) -> list[St
 def _profile(
     scan: Scan, name: str, index: int, values: np.ndarray, points: Points
 ) -> Profile[Any]:
-    value = float(scan.base.flat[index])
-    is_at_bound = value in (scan.low[index], scan.high[index])
+    free = scan.base.flat[index]
+    is_at_bound = free in (scan.low[index], scan.high[index])
+    value, slope = values_of(scan.trainer, index, np.array([free], float))
     return Profile(
         name=name,
         values=values,
         losses=points.nll,
-        models=scan.models(points.flat),
         converged=points.is_minimum,
-        value=value,
+        value=float(value[0]),
         # On a bound the likelihood is no parabola.
-        error=np.nan if is_at_bound else scan.error(index),
+        error=np.nan if is_at_bound else abs(float(slope[0])) * scan.error(index),
         minimum=float(scan.base.nll),
+        _trainer=scan.trainer,
+        _flat=points.flat,
     )
 
 
-def _within(scan: Scan, name: str, index: int, values: np.ndarray | None) -> np.ndarray:
+def _axis(scan: Scan, name: str, index: int, given: np.ndarray | None) -> _Axis:
     """Checks values against the bounds; by default across three standard errors."""
+    values = _default(scan, name, index) if given is None else given
     low, high = float(scan.low[index]), float(scan.high[index])
-    if values is None:
-        value, error = float(scan.base.flat[index]), scan.error(index)
-        if not np.isfinite(error):
-            raise ValueError(
-                f"`values`: the data do not constrain {name!r} here, so that three "
-                "standard errors are no range. Give `values`."
-            )
-        ends = max(low, value - _WIDTH * error), min(high, value + _WIDTH * error)
-        return np.linspace(*ends, _COUNT)
     if (out := values[(values < low) | (values > high)]).size:
         raise ValueError(
             f"`values`: {out[0]:.6g} is outside of the bounds of {name!r}, "
             f"({low:.6g}, {high:.6g})."
         )
-    return values
+    free = coordinates_of(scan.trainer, index, values)
+    if (out := values[np.isnan(free)]).size:
+        raise ValueError(
+            f"`values`: the bijection of {name!r} does not return {out[0]:.6g}."
+        )
+    return _Axis(values, free)
+
+
+def _default(scan: Scan, name: str, index: int) -> np.ndarray:
+    free, error = float(scan.base.flat[index]), scan.wide_error(index)
+    if not np.isfinite(error):
+        raise ValueError(
+            f"`values`: the data do not constrain {name!r} here, so that three "
+            "standard errors are no range. Give `values`."
+        )
+    reach = np.array([-_WIDTH * error, _WIDTH * error])
+    ends = np.clip(free + reach, scan.low[index], scan.high[index])
+    ends, _ = values_of(scan.trainer, index, ends)
+    return np.linspace(ends.min(), ends.max(), _COUNT)
 
 
 def _checked(values: Any) -> np.ndarray:

@@ -24,19 +24,19 @@ from .._step import (
 )
 from .._tree import ravel_dtype, widest
 from .by_solver import by_solver
-from .conditional import Held, Points, Space, read, run_models, run_points
+from .conditional import Held, Points, Space, run_limits, run_points
 
 # A likelihood that is lower by less than this is the same, beside rounding.
 _LOWER = 5e-3
 
-# The room of the program, and how many points it finds at a time.
-_ROOM, _WIDTH = 256, 4
+# The room of the program.
+_ROOM = 256
 
 # Where more Newton steps than these are needed, the solver is better.
 _MOST_STEPS = 32
 
-Start = tuple[np.ndarray, np.ndarray] | int
-"""Parameters, and their response to what is held; or the index of another point."""
+Start = np.ndarray | int
+"""The rows of a point where to begin, as those of `Points`; or its index."""
 
 
 class Options(NamedTuple):
@@ -68,41 +68,54 @@ class Scan:
         _require_same(trainer, solver)
         batch, jac = as_batch(batch), checked_mode(options.jac)
         trainer = in_free_coordinates(trainer)
-        metric = _metric(name, trainer, batch, jac)
+        metric, self._errors = _metric(name, trainer, batch, jac)
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jnp.asarray(np.int32(options.max_steps))
         most = jnp.asarray(np.int32(min(options.max_steps, _MOST_STEPS)))
         self._space = Space(stripped(trainer), batch, jac, metric, most)
-        self._errors = np.asarray(metric.errors_of_the_data(), float)
-        flat, self.low, self.high, covariance = jax.device_get(read(self._space))
-        self._flat, self._covariance = flat, covariance
-        self.base: Points = self._room(1)
-        found = self.points([()], [()], [(flat, self.base.response[0])])
-        self.base = jax.tree.map(lambda x: x[0], found)
+        self._wide = np.asarray(metric.errors_of_the_data(), float)
+        # On the host, where nothing is compiled.
+        known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
+        self._matrix = known.scale[:, None] * known.vectors * known.roots[None, :]
+        self._flat = np.concatenate([np.ravel(x) for x in leaves], dtype=metric.dtype)
+        self.high = np.full(self._flat.shape, np.inf)
+        self.low = -self.high
+        if bounds_of(trainer) is not None:
+            self.low, self.high = jax.device_get(run_limits(self._space))
+        found = self.points([()], [()], list(self._room(1).rows))
+        self.base: Points = jax.tree.map(lambda x: x[0], found)
 
     def error(self, index: int) -> float:
-        """Returns the standard error of an element, without a bound."""
+        """Returns the standard error of an element, as reports have it."""
         return float(self._errors[index])
 
+    def wide_error(self, index: int) -> float:
+        """Returns the standard error if none of the bounds were there."""
+        return float(self._wide[index])
+
     def unit(self, index: int) -> float:
-        """Returns the same, or a scale where the data do not constrain the element."""
-        return float(np.sqrt(self._covariance[index, index]))
+        """Returns the latter, or a scale where the data do not constrain it."""
+        return float(np.linalg.norm(self._matrix[index]))
 
     def start(self, flat: np.ndarray, elements: Sequence[int]) -> Start:
         """Begins at `flat` with these elements held, in the metric of the minimum."""
-        held, response = list(elements), np.zeros((flat.size, 2))
-        inner = self._covariance[np.ix_(held, held)]
-        others = np.linalg.lstsq(inner, self._covariance[held], rcond=None)[0]
-        response[:, : len(held)] = others.T
-        return flat, response
+        rows = np.zeros((3, flat.size), flat.dtype)
+        rows[0] = flat
+        rows[1 : 1 + len(elements)] = self._along(tuple(elements)) @ self._matrix.T
+        return rows
+
+    def _along(self, elements: tuple[int, ...]) -> np.ndarray:
+        """Returns the shortest latent moves by which each element goes by one."""
+        return np.linalg.pinv(self._matrix[list(elements)]).T
 
     def model(self, flat: np.ndarray) -> Any:
         """Returns the model with these parameters."""
         return self._space.at(jnp.asarray(flat)).model
 
-    def models(self, flat: np.ndarray) -> Any:
-        """Returns the models with these parameters, stacked."""
-        return run_models(self._space, jnp.asarray(flat))
+    @property
+    def trainer(self) -> AbstractTrainer:
+        """The trainer at the minimum, stripped."""
+        return self._space.trainer
 
     def points(
         self,
@@ -114,10 +127,7 @@ class Scan:
 
         The solver takes over where Newton steps do not lead to a minimum.
         """
-        held = self._held(len(starts))
-        for task, pairs in enumerate(zip(elements, values, strict=True)):
-            for row, (index, value) in enumerate(zip(*pairs, strict=True)):
-                held.units[task, row, index], held.goal[task, index] = 1, value
+        held = self._held(elements, values)
         children: dict[int, list[int]] = {}
         ready: deque[int] = deque()
         for task, start in enumerate(starts):
@@ -128,12 +138,10 @@ class Scan:
         found = self._room(len(starts))
         while ready:
             rows: dict[int, int] = {}
-            for first in range(0, _ROOM, _WIDTH):
-                block = [ready.popleft() for _ in range(min(_WIDTH, len(ready)))]
-                if not block:
-                    break
-                rows |= {task: first + place for place, task in enumerate(block)}
-                ready += [child for task in block for child in children.get(task, ())]
+            while ready and len(rows) < _ROOM:
+                task = ready.popleft()
+                rows[task] = len(rows)
+                ready += children.get(task, ())
             self._run(held, starts, rows, found)
         for task in map(int, np.flatnonzero(~found.is_minimum)):
             own: Held = jax.tree.map(lambda x, i=task: x[i], held)
@@ -149,13 +157,22 @@ class Scan:
 
     def _room(self, count: int) -> Points:
         """Makes room for points, which begin at the minimum."""
-        size, dtype = self._flat.size, self._flat.dtype
-        return Points(
-            flat=np.tile(self._flat, (count, 1)),
-            response=np.zeros((count, size, 2), dtype),
-            nll=np.zeros(count, dtype),
-            is_minimum=np.zeros(count, bool),
-        )
+        rows = np.zeros((count, 3, self._flat.size), self._flat.dtype)
+        rows[:, 0] = self._flat
+        return Points(rows, np.zeros(count, rows.dtype), np.zeros(count, bool))
+
+    def _held(
+        self, elements: Sequence[Sequence[int]], values: Sequence[Sequence[float]]
+    ) -> Held:
+        rows = np.zeros((len(elements), 5, self._flat.size), self._flat.dtype)
+        known: dict[tuple[int, ...], np.ndarray] = {}
+        for row, own, at in zip(rows, map(tuple, elements), values, strict=True):
+            if own not in known:
+                known[own] = self._along(own)
+            row[range(len(own)), own] = 1
+            row[2 : 2 + len(own)] = known[own]
+            row[4, list(own)] = at
+        return Held(rows)
 
     def _run(
         self,
@@ -166,34 +183,29 @@ class Scan:
     ) -> None:
         """Runs the program for some points, each in a row of its own."""
         begin, parents = self._room(_ROOM), np.arange(_ROOM, dtype=np.int32)
-        tasks, places, own = list(rows), list(rows.values()), self._held(_ROOM)
-        for whole, part in zip(own, held, strict=True):
-            whole[places] = part[tasks]
+        tasks, own = list(rows), np.zeros((_ROOM, *held.rows.shape[1:]))
+        own[: len(tasks)] = held.rows[tasks]
         for task, row in rows.items():
             start = starts[task]
             if not isinstance(start, int):
-                begin.flat[row], begin.response[row] = start
+                begin.rows[row] = start
             elif start in rows:
                 parents[row] = rows[start]
             else:
-                begin.flat[row] = found.flat[start]
-                begin.response[row] = found.response[start]
-        blocks = np.int32(max(places) // _WIDTH + 1)
-        new = run_points(self._space, own, parents, begin, blocks, _WIDTH)
+                begin.rows[row] = found.rows[start]
+        own, count = Held(own.astype(held.rows.dtype)), np.int32(len(tasks))
+        new = run_points(self._space, own, parents, begin, count)
         for whole, part in zip(found, jax.device_get(new), strict=True):
-            whole[tasks] = part[places]
-
-    def _held(self, count: int) -> Held:
-        """Makes room for what is held."""
-        size, dtype = self._flat.size, self._flat.dtype
-        units = np.zeros((count, 2, size), dtype)
-        return Held(units, np.zeros((count, size), dtype))
+            whole[tasks] = part[: len(tasks)]
 
 
 def _metric(
     name: str, trainer: AbstractTrainer, batch: Any, jac: Mode | None
-) -> DenseWhitening:
-    """Whitens all parameters; refuses a trainer that is not at a minimum."""
+) -> tuple[DenseWhitening, np.ndarray]:
+    """Whitens all parameters; refuses a trainer that is not at a minimum.
+
+    Returns their errors too, with what is at its bound held there.
+    """
     here = around(trainer, batch, "A profile of the likelihood", jac)
     if here.data is not None and here.data.is_robust:
         raise TypeError(
@@ -207,7 +219,7 @@ def _metric(
             f"`{name}`: the trainer is {note}. A profile begins at the minimum: "
             "`trainer.solve(solver, batch).trainer` is there."
         )
-    metric = here.whitening
+    metric, errors = here.whitening, here.whitening.errors_of_the_data()
     if bounds_of(trainer) is not None:
         # An element that is held at its bound may have to leave it.
         found = whitened_without_signs(trainer, batch, None, Passes(jac=jac))
@@ -216,7 +228,7 @@ def _metric(
             assert isinstance(whitening, DenseWhitening)
             metric = whitening
     dtype = widest((ravel_dtype(trainer.params), metric.dtype))
-    return jax.tree.map(lambda x: x.astype(dtype), metric)
+    return jax.tree.map(lambda x: x.astype(dtype), metric), np.asarray(errors, float)
 
 
 def _require_same(trainer: AbstractTrainer, solver: Any) -> None:

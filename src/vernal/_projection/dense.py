@@ -130,15 +130,17 @@ class DenseWhitening(AbstractWhitening):
         errors = scale * of.linalg.norm(factor, axis=1)
         return of.where(is_unbounded, np.asarray(np.inf, scale.dtype), errors)
 
-    def correlations_of_the_data(self) -> Float[np.ndarray, "D D"]:
-        """Returns the correlations without a prior, NaN where an error is infinite.
+    def correlations_of_the_data(
+        self, errors: Float[np.ndarray, " D"]
+    ) -> Float[np.ndarray, "D D"]:
+        """Returns the correlations without a prior, NaN where an error is not finite.
 
-        It runs on the host.
+        `errors` are those of the data. It runs on the host.
         """
         roots, vectors = (np.asarray(x, float) for x in (self.roots, self.vectors))
         factor = vectors * np.where(roots < 0, 0, roots)
         norms = np.linalg.norm(factor, axis=1)
-        is_known = np.isfinite(self.errors_of_the_data()) & (norms > 0)
+        is_known = np.isfinite(errors) & (norms > 0)
         unit = factor / np.where(is_known, norms, np.nan)[:, None]
         return np.clip(unit @ unit.T, -1, 1)
 

@@ -49,7 +49,6 @@ from .nan_report import (
 )
 from .objective import (
     DataKind,
-    data_kind,
     defined,
     evaluate,
     live,
@@ -57,6 +56,7 @@ from .objective import (
     negative_log_likelihood,
     prior_count,
     real_residuals,
+    real_residuals_and_kind,
     score,
     scoring_residuals,
     step_key,

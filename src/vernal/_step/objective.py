@@ -212,10 +212,10 @@ class DataKind(NamedTuple):
     has_scale: bool
 
 
-def data_kind(
+def real_residuals_and_kind(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
-) -> DataKind:
-    """Evaluates `residuals` to count the data."""
+) -> tuple[Float[Array, " N"], DataKind]:
+    """Evaluates `real_residuals`, and says what the data are."""
     count: int | Int[Array, ""] = 0
     terms = residual_terms(trainer, batch, key)
     likelihoods = [term for term in terms if isinstance(term, AbstractLikelihood)]
@@ -224,11 +224,12 @@ def data_kind(
             count = count + term.count()
         else:
             count = count + sum(part.size for part in _real_parts(jnp.ravel(term)))
-    return DataKind(
+    kind = DataKind(
         count,
         is_robust=any(term.is_robust for term in likelihoods),
         has_scale=any(not isinstance(term, Gaussian) for term in likelihoods),
     )
+    return _with_rows(trainer, [_array_of(term) for term in terms]), kind
 
 
 def residual_terms(

@@ -160,8 +160,12 @@ def _require_within(trainer: AbstractTrainer, source: str) -> None:
     if (bounds := bounds_of(trainer)) is not None:
         bounds.required(progress.params)
         bounds.required(progress.best)
-    bijections, free = bijections_of(trainer), in_free_coordinates(trainer).params
-    if bijections is not None and not bijections.agrees(free, progress.params):
+    bijections, projector = bijections_of(trainer), trainer.projector
+    if bijections is None:
+        return
+    free = in_free_coordinates(trainer).params
+    errors = None if projector is None else projector.standard_errors()
+    if not bijections.agrees(free, progress.params, errors):
         raise MismatchError(
             f"{source} has free coordinates of another bijection than that in "
             "`bounds`. Load it with the bijection that it was saved with; to go on "

@@ -1,6 +1,7 @@
 """What `print(trainer)` shows, and the short `repr` of tracebacks."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,8 +9,16 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from .._constraints import Bounds
 from .._optimiser import ParamOptimiser
-from .._step import AbstractTrainer, progress_of, template_of
+from .._step import (
+    AbstractTrainer,
+    bijections_of,
+    bounds_of,
+    priors_of,
+    progress_of,
+    template_of,
+)
 from .._tree import aligned, named_leaves
 
 _MOST_ROWS = 64
@@ -43,6 +52,8 @@ def printed(trainer: AbstractTrainer) -> str:
 def _rows(trainer: AbstractTrainer) -> list[tuple[str, str, str]]:
     trained, ties = _trained_by(trainer), template_of(trainer).ties
     trained |= {} if ties is None else ties.words
+    for path, words in _constrained(trainer):
+        trained[path] = f"{trained.get(path, '')}, {words}".lstrip(", ")
     rows = []
     for leaf in named_leaves(trainer.model):
         if fate := trained.get(leaf.path) or leaf.unfitted:
@@ -50,6 +61,23 @@ def _rows(trainer: AbstractTrainer) -> list[tuple[str, str, str]]:
     more = len(rows) - _MOST_ROWS
     shown = [*rows[:_MOST_ROWS], *([(f"{more} more", "…", "")] if more > 0 else [])]
     return [("parameter", "value", ""), *shown]
+
+
+def _constrained(trainer: AbstractTrainer) -> Iterator[tuple[str, str]]:
+    """Yields the bounds, the bijections and the priors, each with its path."""
+    bounds, priors = bounds_of(trainer) or Bounds({}, {}), priors_of(trainer)
+    bijections = template_of(trainer).bijections or bijections_of(trainer)
+    for path in bounds.low | bounds.high:
+        sides = (side.get(path) for side in (bounds.low, bounds.high))
+        low, high = ("" if side is None else _value(side) for side in sides)
+        yield path, f"within ({low or '-inf'}, {high or 'inf'})"
+    for path, closure in {} if bijections is None else bijections.maps.items():
+        yield path, f"by {type(closure.decode()).__name__}"
+    if priors is not None:
+        for path, prior in priors.normal.items():
+            yield path, f"prior {_value(prior.mean)} ± {_value(prior.std)}"
+        for path, closure in priors.others.items():
+            yield path, f"prior {type(closure.decode()).__name__}"
 
 
 def _trained_by(trainer: AbstractTrainer) -> dict[str, str]:

@@ -906,10 +906,11 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `batch`: all of the data.
         - `name`: one element of the parameters, as reports name it: `"power"`,
             `"wfe[6]"`. Or a sequence of elements and selectors (see
-            [`vernal.split`][]); by default all elements.
+            [`vernal.split`][]); by default all elements, but those that a bijection
+            couples to others.
         - `values`: the values of that element; of several, a dictionary of them by
             name. By default 21, as far as three standard errors on either side, within
-            the bounds.
+            the bounds; with a bijection, those of its free coordinate.
         - `max_steps`: the most steps of the solver for each value.
         - `jac`: as for [`vernal.Trainer.solve`][].
 
@@ -925,7 +926,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`: if there is no such parameter.
         - `ValueError`: if it is frozen or tied, or one name has several elements; if
             the trainer is not at a minimum; if `solver` minimises something else than
-            the likelihood; or if `values` are not finite, or outside of the bounds.
+            the likelihood; if `values` are not finite, or outside of the bounds; or
+            if a bijection couples the element to others.
         """
         require_precision(self)
         options = ProfileOptions(max_steps, jac)
@@ -962,7 +964,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `solver`, `batch`, `max_steps`, `jac`: as for [`vernal.Trainer.profile`][].
         - `names`: elements, such as `"wfe[6]"`, or selectors of parameters (see
-            [`vernal.split`][]). By default all elements.
+            [`vernal.split`][]). By default as for `profile`.
         - `level`: the probability of an interval.
 
         **Returns:**

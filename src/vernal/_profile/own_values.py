@@ -1,0 +1,109 @@
+"""Values of the model's own elements, where a trainer has free coordinates."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from .._constraints import Bijections
+from .._program import program
+from .._step import AbstractTrainer, stripped, template_of
+from .._tree import by_path
+
+
+def places(trainer: AbstractTrainer) -> list[tuple[str, int]]:
+    """Lists the path of each element, and its place in that parameter."""
+    leaves = by_path(trainer.params).items()
+    return [(path, place) for path, x in leaves for place in range(x.size)]
+
+
+def coupled(trainer: AbstractTrainer) -> set[str]:
+    """Returns the parameters whose elements have no coordinate of their own."""
+    if template_of(trainer).bijections is None:
+        return set()
+    found = jax.device_get(run_coupled(stripped(trainer)))
+    return {path for path, is_coupled in found.items() if is_coupled}
+
+
+def values_of(
+    trainer: AbstractTrainer, index: int, free: Float[np.ndarray, " K"]
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+    """Returns an element at values of its free coordinate, and the derivatives."""
+    path, place = places(trainer)[index]
+    if path not in _maps(trainer):
+        return free, np.ones_like(free)
+    bare = stripped(trainer)
+    value, slope = jax.device_get(run_values(bare, path, np.int32(place), free))
+    # Where a map has no limit, nothing bounds the value either.
+    return np.where(np.isnan(value), free, value).astype(float), slope
+
+
+def coordinates_of(
+    trainer: AbstractTrainer, index: int, values: Float[np.ndarray, " K"]
+) -> Float[np.ndarray, " K"]:
+    """Returns the free coordinate of an element at its values; NaN if it has none."""
+    path, place = places(trainer)[index]
+    if path not in _maps(trainer):
+        return values
+    args = stripped(trainer), path, np.int32(place), values
+    free = np.asarray(run_coordinates(*args), float)
+    return np.where(np.isfinite(free), free, np.nan)
+
+
+def _maps(trainer: AbstractTrainer) -> dict[str, Any]:
+    bijections = template_of(trainer).bijections
+    return {} if bijections is None else bijections.maps
+
+
+def _bijections(trainer: AbstractTrainer) -> Bijections:
+    bijections = template_of(trainer).bijections
+    assert bijections is not None
+    return bijections
+
+
+@program
+def run_coupled(trainer: AbstractTrainer) -> dict[str, Bool[Array, ""]]:
+    """Finds out for each bijection whether it couples elements."""
+    bijections, leaves = _bijections(trainer), by_path(trainer.params).by_name()
+    found = {}
+    for path in bijections.maps:
+        x, forward = leaves[path], bijections.flat_map(path, leaves[path])
+        if jax.eval_shape(forward, x.ravel()).size != x.size:
+            found[path] = jnp.array(True)
+            continue
+        # What is coupled is so almost everywhere.
+        draws = np.random.default_rng(0).normal(size=(3, x.size))
+        points = x.ravel()[None, :] + jnp.asarray(draws, x.dtype)
+        jacobian = jax.vmap(jax.jacfwd(forward))(points)
+        others = ~np.eye(x.size, dtype=bool)[None]
+        found[path] = jnp.any(others & (jacobian != 0))
+    return found
+
+
+@program
+def run_values(
+    trainer: AbstractTrainer, path: str, place: Int[Any, ""], free: Float[Any, " K"]
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+    """Returns an element at values of its coordinate, and the derivatives."""
+    leaf = by_path(trainer.params).by_name()[path]
+    forward, _ = _bijections(trainer).of_element(path, leaf, place)
+    return jax.vmap(jax.value_and_grad(forward))(jnp.asarray(free, leaf.dtype))
+
+
+@program
+def run_coordinates(
+    trainer: AbstractTrainer, path: str, place: Int[Any, ""], values: Float[Any, " K"]
+) -> Float[Array, " K"]:
+    """Returns the coordinate of an element at its values; NaN if it has none."""
+    leaf = by_path(trainer.params).by_name()[path]
+    forward, inverse = _bijections(trainer).of_element(path, leaf, place)
+
+    def one(value: Array) -> Array:
+        free = inverse(value)
+        tolerance = jnp.sqrt(jnp.finfo(leaf.dtype).eps).astype(leaf.dtype)
+        is_same = jnp.abs(forward(free) - value) <= tolerance * jnp.abs(value)
+        return jnp.where(is_same, free, jnp.nan)
+
+    return jax.vmap(one)(jnp.asarray(values, leaf.dtype))

@@ -1,0 +1,131 @@
+"""Profiles of parameters with a bijection: those of their free coordinates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+from numpyro.distributions import biject_to, constraints
+
+import vernal as vn
+from inside import plane
+
+LM = optx.LevenbergMarquardt(1e-10, 1e-10)
+X = jnp.linspace(0.0, 3.0, 12)
+NOISE = jnp.asarray(np.random.default_rng(0).normal(size=12))
+BATCH = X, 3 * jnp.exp(-1.5 * X) + 0.4 * X - 1.5 + 0.1 * NOISE
+
+
+class Negative(vn.Bijection):
+    """A falling map."""
+
+    def forward(self, free):
+        return -jnp.exp(free)
+
+    def inverse(self, value):
+        return jnp.log(-value)
+
+
+class Decay(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        decay = model["power"][0] * jnp.exp(-model["rate"] * x)
+        return (decay + model["power"][1] * x + model["sky"] - y) / 0.1
+
+
+class ByHand(Decay):
+    def residuals(self, model, batch):
+        power, sky = jnp.exp(model["power"]), -jnp.exp(model["sky"])
+        return Decay.residuals(self, {**model, "power": power, "sky": sky}, batch)
+
+
+def both():
+    """A trainer with bijections at its minimum, and that of the coordinates."""
+    model = {"power": jnp.ones(2), "rate": jnp.array(1.0), "sky": jnp.array(-1.0)}
+    bounds = {"power": biject_to(constraints.positive), "sky": Negative()}
+    by_hand = ByHand({**model, "power": jnp.zeros(2), "sky": jnp.array(0.0)})
+    own = Decay(model, bounds=bounds)
+    return tuple(trainer.solve(LM, BATCH).trainer for trainer in (own, by_hand))
+
+
+def to_free(name, values):
+    if name == "rate":
+        return values
+    return np.log(-values if name == "sky" else values)
+
+
+def test_a_profile_is_that_of_the_coordinate_by_hand():
+    trainer, by_hand = both()
+    found = trainer.profile(LM, BATCH, values={"sky": [-2.0, -1.2, -1.5]})
+    assert list(found) == ["power[0]", "power[1]", "rate", "sky"]
+    assert all(each.converged.all() for each in found.values())
+    given = {name: to_free(name, each.values) for name, each in found.items()}
+    hand = by_hand.profile(LM, BATCH, values=given)
+    errors = trainer.standard_errors(BATCH)
+    for name, each in found.items():
+        delta = hand[name].delta
+        np.testing.assert_allclose(each.delta, delta, rtol=1e-6, atol=1e-8)
+    rate, sky = found["rate"], found["sky"]
+    np.testing.assert_allclose(sky.models["sky"], sky.values, rtol=1e-12)
+    np.testing.assert_allclose(sky.value, trainer.model["sky"], rtol=1e-7)
+    for each, error in ((sky, errors["sky"]), (rate, errors["rate"])):
+        np.testing.assert_allclose(each.error, error, rtol=1e-6)
+    # As far as three standard errors of the coordinate, in even steps of the value.
+    ends = to_free("power[1]", found["power[1]"].values[[0, -1]])
+    reach = np.subtract(ends, hand["power[1]"].value) / hand["power[1]"].error
+    np.testing.assert_allclose(reach, [-3, 3], rtol=1e-6)
+    np.testing.assert_allclose(np.diff(found["power[1]"].values, 2), 0, atol=1e-12)
+
+
+def test_an_interval_goes_from_the_lower_to_the_higher_value():
+    trainer, by_hand = both()
+    hand = by_hand.intervals(LM, BATCH)
+    for name, ends in trainer.intervals(LM, BATCH).items():
+        expected = sorted(to_free(name, np.array(ends)))
+        np.testing.assert_allclose(expected, hand[name], rtol=1e-5)
+        assert ends[0] < ends[1]
+
+
+def test_a_contour_is_over_the_values():
+    trainer, by_hand = both()
+    found, hand = (plane(t, LM, BATCH, ("sky", "rate"), 2.3) for t in both())
+    np.testing.assert_allclose(to_free("sky", found.x), hand.x, rtol=1e-6)
+    np.testing.assert_allclose(found.y, hand.y, rtol=1e-6)
+    np.testing.assert_allclose(found.delta, hand.delta, rtol=1e-5, atol=1e-7)
+    best = trainer.model["sky"], by_hand.model["rate"]
+    np.testing.assert_allclose(found.best, best, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("sky", 0.1), ("power[0]", -0.1)])
+def test_a_value_that_the_bijection_does_not_return_is_refused(name, value):
+    trainer, _ = both()
+    with pytest.raises(ValueError, match="does not return"):
+        trainer.profile(LM, BATCH, name, [value])
+
+
+class Sum(vn.Bijection):
+    """Each element by all coordinates, though it has as many."""
+
+    def forward(self, free):
+        return jnp.cumsum(free)
+
+    def inverse(self, value):
+        return jnp.diff(value, prepend=jnp.zeros(1, value.dtype))
+
+
+class Largest(vn.Bijection):
+    """Couples elements only through the largest."""
+
+    def forward(self, free):
+        return free + jax.nn.relu(jnp.max(free) - free) / 2
+
+    def inverse(self, value):
+        return 2 * value - jnp.max(value)
+
+
+@pytest.mark.parametrize("bijection", [Sum(), Largest()])
+def test_coupled_elements_have_no_profile(bijection):
+    model = {"power": jnp.ones(2), "rate": jnp.array(1.0), "sky": jnp.array(-1.0)}
+    trainer = Decay(model, bounds={"power": bijection})
+    with pytest.raises(ValueError, match="couples its elements"):
+        trainer.profile(LM, BATCH, "power[0]")
