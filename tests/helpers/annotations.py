@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import types
 import typing
 
 import jaxtyping
@@ -12,34 +11,10 @@ from beartype import BeartypeConf, beartype
 # A warning of vernal points to the first frame of the user, which is none of these.
 __name__ = "beartype.annotations"
 
-_decorate = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
-_decorated = {}
+_beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 _jaxtyped = jaxtyping.jaxtyped
 _other_axes = jaxtyping.jaxtyped("context")
 _is_on = True
-
-
-def _beartype(fn):
-    """Decorates a function; one that is defined often, within another, only once.
-
-    Beartype's wrapper has what it wraps as a default: the next one has another there.
-    """
-    if "<locals>" not in fn.__qualname__ or fn.__defaults__ or fn.__kwdefaults__:
-        return _decorate(fn)
-    annotations, checked = _decorated.get(fn.__code__, (None, None))
-    if annotations != fn.__annotations__:
-        # Of a function that holds nothing which is to be let go of.
-        cells = tuple(types.CellType() for _ in fn.__code__.co_freevars)
-        like = types.FunctionType(fn.__code__, fn.__globals__, closure=cells)
-        checked = _decorate(functools.update_wrapper(like, fn))
-        del like.__wrapped__
-        checked = None if checked is like else checked
-        _decorated[fn.__code__] = dict(fn.__annotations__), checked
-    if checked is None:  # there is nothing to check
-        return fn
-    again = types.FunctionType(checked.__code__, checked.__globals__)
-    again.__kwdefaults__ = checked.__kwdefaults__ | {"__beartype_func": fn}
-    return functools.update_wrapper(again, fn)
 
 
 def install():
