@@ -1,6 +1,6 @@
 """The project's checks, each in an environment of its own.
 
-`nox` runs all that must pass; `nox -s site`, `bench` and `examples` are on request.
+`nox` runs all that must pass; `nox -s bench` and `nox -s examples` are on request.
 """
 
 import os
@@ -30,7 +30,7 @@ WORKERS = ("-n", "2", "--dist", "worksteal", "--durations", "30")
 # logic is right, nor split a program among threads: the other worker needs them. What
 # is marked `as_compiled` is compiled as it is for users.
 CHEAP = (
-    "--xla_backend_optimization_level={} --xla_cpu_use_fusion_emitters=false "
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
 
@@ -56,23 +56,10 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The site, built strictly; the examples that have changed run while it is built.
 
-    They are compiled cheaply: what they print is not to be read. See `site`.
+    Editable, so that `nox -R -s docs`, which installs nothing again, is of the source.
     """
-    build(session, is_read=False)
-
-
-@nox.session
-def site(session: nox.Session) -> None:
-    """The same, to be read: the examples are compiled as for users."""
-    build(session, is_read=True)
-
-
-def build(session: nox.Session, is_read: bool) -> None:
-    # Editable, so that `nox -R -s site`, which installs nothing, is of the source.
     session.install("--editable", ".[docs]")
-    # Some examples compute for long: not wholly without optimising.
-    env = {} if is_read else cheap(session, level=1) or {}
-    env |= ONE_THREAD | {"NO_MKDOCS_2_WARNING": "1"}
+    env = ONE_THREAD | {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", *session.posargs, env=env)
 
 
@@ -108,18 +95,17 @@ def run_tests(session: nox.Session, *options: str, env: Environment = None) -> N
     session.run("pytest", *options, env=env, success_codes=codes)
 
 
-def cheap(session: nox.Session, level: int = 0) -> Environment:
+def cheap(session: nox.Session) -> Environment:
     """The environment in which XLA compiles cheaply, if it still knows the flags.
 
     A flag that it does not know would end the process.
     """
-    flags = CHEAP.format(level)
     # Programs do not name the lines that they come from.
-    env = {"XLA_FLAGS": flags, "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
+    env = {"XLA_FLAGS": CHEAP, "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
     try:
         session.run("python", "-c", "import jax; jax.devices()", env=env, silent=True)
     except CommandFailed:
-        session.warn(f"XLA does not know all of {flags}: it compiles as it does.")
+        session.warn(f"XLA does not know all of {CHEAP}: it compiles as it does.")
         return None
     return env
 
