@@ -19,6 +19,10 @@ os.environ.setdefault("UV_COMPILE_BYTECODE", "1")
 
 Environment = dict[str, str] | None
 
+# The threads of OpenBLAS wait for each other busily, on small matrices for most of the
+# time, which the other worker needs.
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+
 # Each worker has tests that follow each other, which share what they have compiled.
 WORKERS = ("-n", "2", "--dist", "worksteal", "--durations", "30")
 
@@ -43,8 +47,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Pyright: the source. Pyright and mypy: users' code, and what vernal exports."""
-    session.install(".[types]")
-    session.run("pyright")
+    # Checkers read the packages and import none of them.
+    session.install(".[types]", env={"UV_COMPILE_BYTECODE": "0"})
     session.run("python", "tests/typing/check.py")
 
 
@@ -55,8 +59,8 @@ def docs(session: nox.Session) -> None:
     Editable, so that `nox -R -s docs`, which installs nothing again, is of the source.
     """
     session.install("--editable", ".[docs]")
-    quiet = {"NO_MKDOCS_2_WARNING": "1"}
-    session.run("mkdocs", "build", "--strict", *session.posargs, env=quiet)
+    env = ONE_THREAD | {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", *session.posargs, env=env)
 
 
 @nox.session
@@ -87,6 +91,7 @@ def run_tests(session: nox.Session, *options: str, env: Environment = None) -> N
     # What is asked for (`-- -k name`) may be in one of two runs alone: 5 is none found.
     codes = [0, 5] if session.posargs else [0]
     options = (*WORKERS, *options, *session.posargs)
+    env = ONE_THREAD | (env or {})
     session.run("pytest", *options, env=env, success_codes=codes)
 
 

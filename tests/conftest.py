@@ -18,6 +18,8 @@ gc.set_threshold(50_000, 20, 20)
 
 # Both precisions are tested from one process: float32 arrays are asked for by dtype.
 jax.config.update("jax_enable_x64", True)
+# There is no folder for it, and yet JAX would find each program's name there.
+jax.config.update("jax_enable_compilation_cache", False)
 # What is said of several devices is tested on virtual ones.
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -51,8 +53,8 @@ def let_promote(function):
 # Adam and its kin raise a float to the power of an integer.
 optax.tree.bias_correction = let_promote(optax.tree.bias_correction)
 
-# Of some 65,000 that Linux allows.
-MOST_MAPS = 8_000
+# Of some 65,000 that Linux allows: with so many a process takes two gigabytes.
+MOST_MAPS = 16_000
 
 
 def pytest_addoption(parser):

@@ -24,7 +24,7 @@ PARTS = {
             "`whiten`, `solve` and `from_matvec`": lambda: chain(
                 solving.works(), curvature.works()
             ),
-            "Profile likelihood": profiles.works,
+            "Profile likelihood and `report`": profiles.works,
             "Other libraries": peers.works,
         },
     ),

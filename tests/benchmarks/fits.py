@@ -121,6 +121,18 @@ def recorded() -> Sides:
     )
 
 
+def bounded() -> Sides:
+    """A fit by vernal, and the same with bounds that it does not reach."""
+    problem = STAR_500()
+    bounds = {"**": (-100.0, 100.0)}
+
+    def within() -> Program:
+        trainer = problem.trainer(bounds=bounds)
+        return lambda: trainer.fit(problem.data, 4_000).history.loss
+
+    return lambda: fitted(problem, 4_000), within
+
+
 def scattered(problem: Problem) -> list[Any]:
     """Models around the start of a problem."""
     draws = np.random.default_rng(1).normal(size=(STARTS, 5))
@@ -254,6 +266,8 @@ def works() -> Iterator[Work | Figure]:
         20_000,
         alike=True,
     )
+    told = "light curve, 500 points, with bounds against without them"
+    yield Work("bounds", told, bounded, {"warm": 1.05}, 4_000, rounds=9)
     yield Work(
         "fit-many",
         f"`fit_many`, {STARTS} starts of the light curve, 500 points",

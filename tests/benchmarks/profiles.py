@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 import vernal as vn
 
 from .measure import Program, Sides, Work
+from .problems import chi_squared, curve, residuals
 
 SOLVER = optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
 COUNT, POINTS = 20, 200
@@ -103,6 +104,26 @@ def intervals(level: float) -> Sides:
     )
 
 
+class ByResiduals(vn.Trainer):
+    def residuals(self, model: Any, batch: Any) -> jax.Array:
+        return residuals(model, batch)
+
+
+class ByLikelihood(vn.Trainer):
+    def nll(self, model: Any, batch: Any) -> jax.Array:
+        return chi_squared(model, batch)
+
+
+def report(kind: type[vn.Trainer]) -> Sides:
+    """The report of a line at its minimum, against the curvature that it needs."""
+    problem = curve("line", 100)
+    fitted = kind(problem.model).solve(optx.BFGS(1e-8, 1e-8), problem.data).trainer
+    return (
+        lambda: lambda: fitted.whiten(problem.data).projector,
+        lambda: lambda: [row.error for row in fitted.report(problem.data).parameters],
+    )
+
+
 def works() -> Iterator[Work]:
     told = (
         f"profiles of 10 parameters, {COUNT} points each, against iminuit's `mnprofile`"
@@ -112,3 +133,7 @@ def works() -> Iterator[Work]:
     yield Work("profiles", told, profiles, goals, alike=True, **options)
     told = "intervals of 10 parameters, against iminuit's `minos`"
     yield Work("profiles", told, partial(intervals, 0.683), {"warm": None}, **options)
+    for name, kind in (("residuals", ByResiduals), ("nll", ByLikelihood)):
+        told = f"`report` of a line by its `{name}`, against `whiten`"
+        make = partial(report, kind)
+        yield Work(f"report-{name}", told, make, {"warm": 1.1}, **options)

@@ -53,11 +53,17 @@ def starts(problem):
 
 
 @functools.cache
+def compiled(residuals):
+    """Residuals and their Jacobian, as compiled functions."""
+    return jax.jit(residuals), jax.jit(jax.jacfwd(residuals))
+
+
+@functools.cache
 def by_scipy(name):
     """The minima that SciPy's trust region and L-BFGS-B find from each start."""
     problem = PROBLEMS[name]
     low, high = np.array(problem.low, float), np.array(problem.high, float)
-    fn, jac = jax.jit(problem.residuals), jax.jit(jax.jacfwd(problem.residuals))
+    fn, jac = compiled(problem.residuals)
     width = np.where(np.isfinite(high - low), high - low, 1.0)
     value = jax.jit(jax.value_and_grad(lambda x: 0.5 * jnp.sum(jnp.square(fn(x)))))
     costs = []
@@ -70,7 +76,7 @@ def by_scipy(name):
                 lambda x: np.asarray(jac(x)),
                 bounds=(low, high),
                 **dict.fromkeys(("xtol", "ftol", "gtol"), 1e-15),
-                max_nfev=5000,
+                max_nfev=1000,
             )
             lbfgsb = scipy.optimize.minimize(
                 lambda x: tuple(map(np.asarray, value(x))),
@@ -94,8 +100,7 @@ def on_bound(x, problem):
 def is_minimum(problem, x):
     """Whether the loss can fall nowhere within the bounds, to six digits."""
     at_low, at_high = on_bound(x, problem)
-    residuals = np.asarray(problem.residuals(x))
-    jac = np.asarray(jax.jacfwd(problem.residuals)(x))
+    residuals, jac = (np.asarray(fn(x)) for fn in compiled(problem.residuals))
     norms = np.maximum(np.linalg.norm(jac, axis=0), 1e-300)
     size = max(np.linalg.norm(residuals), 1e-10)
     slope = jac.T @ residuals / norms / size

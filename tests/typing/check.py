@@ -1,9 +1,10 @@
-"""Type-checks what users write: the documentation, the examples, the programs here.
+"""Type-checks the source, and what users write: documentation, examples, programs here.
 
-`python tests/typing/check.py` runs pyright and mypy, once each, over all of it, with
-the vernal that is installed. A line with a mistake that both must find has the comment
-`# caught`; no other line may have an error. The programs here are checked strictly.
-Beside that pyright tells whether a type is missing in what vernal exports.
+`python tests/typing/check.py` runs pyright and mypy, once each, over all that users
+write, with the vernal that is installed. A line with a mistake that both must find has
+the comment `# caught`; no other line may have an error. The programs here are checked
+strictly. Beside that pyright checks the source, and tells whether a type is missing in
+what vernal exports. All of it runs at once.
 """
 
 import json
@@ -112,6 +113,12 @@ def mypy(folder: Path) -> Said:
     return said
 
 
+def source() -> list[str]:
+    """What pyright says of the source."""
+    said = run(ROOT, "pyright")
+    return [] if "\n0 errors" in f"\n{said}" else [said]
+
+
 def incomplete(folder: Path) -> list[str]:
     """What vernal exports without a type that is known."""
     options = "--verifytypes", "vernal", "--ignoreexternal", "--outputjson"
@@ -138,9 +145,9 @@ def main() -> None:
             if line.rstrip().endswith(MARK)
         }
         checkers = mypy, pyright
-        untyped = pool.submit(incomplete, folder)
+        others = [pool.submit(source), pool.submit(incomplete, folder)]
         answers = list(pool.map(lambda check: check(folder), checkers))
-    faults = untyped.result() + [
+    faults = [fault for other in others for fault in other.result()] + [
         f"{origins[name].relative_to(ROOT)}:{line}: {checker.__name__}: "
         + ("\n  ".join(said[name, line]) if (name, line) in said else "not caught")
         for checker, said in zip(checkers, answers, strict=True)

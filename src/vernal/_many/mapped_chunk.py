@@ -165,6 +165,4 @@ def _held(taken: Taken, old: LoopState) -> Taken:
     def pick(new: Array, old: Array) -> Array:
         return jnp.where(is_over.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
-    hold = lambda: jax.tree.map(pick, taken.state, old)
-    state = lax.cond(jnp.any(is_over), hold, lambda: taken.state)
-    return taken._replace(state=state)
+    return taken._replace(state=jax.tree.map(pick, taken.state, old))
