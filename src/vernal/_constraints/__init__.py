@@ -5,7 +5,7 @@ to them, `ties` the parameters that follow others, `priors` their distributions.
 finds what a mapping says of each parameter.
 """
 
-from .bijections import Bijection, Bijections
+from .bijections import Bijection, Bijections, tolerance_of
 from .bounds import Bounds, as_bounds, flat_flags, held_at
 from .priors import Normal, Priors, as_priors
 from .ties import Ties, as_ties

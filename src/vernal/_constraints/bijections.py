@@ -101,7 +101,9 @@ class Bijections(Portable, PlainMethods, eqx.Module):
             else:
                 # They may be NaN, after a fit.
                 size = jnp.abs(x) + room.get(path, 0)
-                flags.append(~jnp.any(jnp.abs(again[path] - x) > _tolerance(x) * size))
+                flags.append(
+                    ~jnp.any(jnp.abs(again[path] - x) > tolerance_of(x) * size)
+                )
         return jnp.all(jnp.stack(flags))
 
     def resized(self, free: PyTree, params: PyTree) -> tuple[str, ...]:
@@ -189,13 +191,14 @@ def _method(given: Any, names: tuple[str, ...]) -> Callable[[Array], Any] | Any:
     return next(filter(callable, found), None)
 
 
-def _tolerance(value: Array) -> Array:
+def tolerance_of(value: Array) -> Array:
+    """Returns the relative error up to which a map returns a value."""
     return jnp.sqrt(jnp.finfo(value.dtype).eps).astype(value.dtype)
 
 
 def _is_close(value: Array, again: Array) -> Any:
     size = jnp.max(jnp.abs(value))
-    return jnp.all(jnp.abs(again - value) <= _tolerance(value) * size)
+    return jnp.all(jnp.abs(again - value) <= tolerance_of(value) * size)
 
 
 def _check(path: str, value: Array, again: Array, free: Array) -> None:

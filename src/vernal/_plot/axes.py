@@ -77,7 +77,9 @@ def choose_ticks(names: Sequence[str], room: float) -> dict[int | float, str]:
     size = len(names)
     if size <= _MOST_TICKS and room > 4:
         return {index: as_label(name) for index, name in enumerate(names)}
-    groups = itertools.groupby(names, lambda name: name.partition("[")[0])
+    # The last brackets are those of the place in an array: a key may have others.
+    array = lambda name: name.rpartition("[")[0] if name.endswith("]") else name
+    groups = itertools.groupby(names, array)
     arrays = [(path, len(list(own))) for path, own in groups]
     ends = np.cumsum([count for _, count in arrays]).tolist()
     ticks: dict[float, str] = {}

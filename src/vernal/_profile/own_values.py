@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._constraints import Bijections
+from .._constraints import Bijections, tolerance_of
 from .._program import program
 from .._step import AbstractTrainer, stripped, template_of
 from .._tree import by_path
@@ -109,10 +109,9 @@ def run_coordinates(
     def one(value: Array) -> Array:
         free = inverse(value)
         again, slope = jax.value_and_grad(forward)(free)
-        tolerance = jnp.sqrt(jnp.finfo(leaf.dtype).eps).astype(leaf.dtype)
         # Of a value near zero the rounding is that of the coordinate.
         size = jnp.abs(value) + jnp.abs(slope) * (1 + jnp.abs(free))
-        is_same = jnp.abs(again - value) <= tolerance * size
+        is_same = jnp.abs(again - value) <= tolerance_of(value) * size
         return jnp.where(is_same, free, jnp.nan)
 
     return jax.vmap(one)(jnp.asarray(values, leaf.dtype))

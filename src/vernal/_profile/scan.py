@@ -189,7 +189,8 @@ class Scan:
     ) -> None:
         """Runs the program for some points, each in a row of its own."""
         begin, parents = self._room(_ROOM), np.arange(_ROOM, dtype=np.int32)
-        tasks, own = list(rows), np.zeros((_ROOM, *held.rows.shape[1:]))
+        tasks, shape = list(rows), (_ROOM, *held.rows.shape[1:])
+        own = np.zeros(shape, held.rows.dtype)
         own[: len(tasks)] = held.rows[tasks]
         for task, row in rows.items():
             start = starts[task]
@@ -199,8 +200,8 @@ class Scan:
                 parents[row] = rows[start]
             else:
                 begin.rows[row] = found.rows[start]
-        own, count = Held(own.astype(held.rows.dtype)), np.int32(len(tasks))
-        new = run_points(self._space, own, parents, begin, count)
+        count = np.int32(len(tasks))
+        new = run_points(self._space, Held(own), parents, begin, count)
         for whole, part in zip(found, jax.device_get(new), strict=True):
             whole[tasks] = part[: len(tasks)]
 
