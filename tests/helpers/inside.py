@@ -15,6 +15,7 @@ from vernal._fit import (
     progress_bar as progress_bar,
     run as run,
 )
+from vernal._fit.pace import Pace as Pace
 from vernal._inference.expansion import around as around
 from vernal._inference.propagate import run_propagate as run_propagate
 from vernal._loop.chunk import run_chunk as run_chunk

@@ -1,4 +1,4 @@
-"""The batches of a fit, and how many steps to take at once."""
+"""The batches of a fit."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +12,6 @@ from .._boundary import spelled_leaves, warn
 from .._data import Minibatches, Source, Stream, Whole
 from .._devices import Peers
 from .._tree import to_arrays
-
-# How long a chunk should take: short enough for a progress bar and for Ctrl-C, long
-# enough that what happens between two chunks costs nothing.
-_CHUNK_SECONDS = 0.5
-_MAX_GROWTH = 100
 
 # How many values static leaves in the batches of a stream may have without a warning.
 _MAX_STATIC_VALUES = 3
@@ -114,9 +109,3 @@ class Feed:
                 "which is static: each new value is compiled again. Make it an array, "
                 "`numpy.asarray(...)`, or leave it out."
             )
-
-
-def next_chunk(steps: int, seconds: float) -> int:
-    """Returns the number of steps of the next chunk, from the time of the last."""
-    growth = _CHUNK_SECONDS / max(seconds, 1e-6)
-    return max(1, int(steps * min(growth, _MAX_GROWTH)))

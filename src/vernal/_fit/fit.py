@@ -18,8 +18,9 @@ from .._step import (
     priors_of,
 )
 from .._storage import History, open_checkpointer, origin
-from .feed import DataExhausted, next_chunk
+from .feed import DataExhausted
 from .options import FitKeywords, FitOptions
+from .pace import Pace
 from .progress_bar import ProgressBar
 from .run import FitRun, Inputs
 from .subject import AbstractSubject
@@ -111,14 +112,14 @@ def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
     if run.is_resumed and run.taken >= steps:
         return StopReason.TAKEN_BEFORE
     # The first step may be slow, and has to be compiled.
-    size, peers = chunk or 1, run.peers
+    size, pace, peers = chunk or 1, Pace(), run.peers
     try:
         while run.taken < steps and not run.stopped:
             before, started = run.taken, time.perf_counter()
             run.take(min(size, steps - run.taken))
             taken = run.taken - before
             if chunk is None and taken:
-                size = next_chunk(taken, time.perf_counter() - started)
+                size = pace.next(taken, time.perf_counter() - started)
             # All processes take part where what is shown lies on many devices.
             shown = run.shown() if peers.are_many else None
             bar.update(taken, lambda shown=shown: shown or run.shown())

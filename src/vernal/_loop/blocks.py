@@ -111,19 +111,18 @@ def run_blocks(
         one = lambda blocks: _block(bare, task, blocks, end)
         blocks = lax.while_loop(goes_on, one, blocks)
         now = lax.cond(blocks.is_bad, lambda: blocks.begin, lambda: blocks.now)
-        return blocks._replace(now=now, is_bad=no)
+        return blocks._replace(now=now)
 
     def run_and_guard(blocks: _Blocks) -> _Blocks:
-        blocks = run(blocks)
+        blocks = run(blocks)._replace(is_bad=no)
         is_due = blocks.now.step == blocks.bad_step
         return lax.cond(is_due, lambda: _guarded(take, task, blocks), lambda: blocks)
 
     if task.guard == "never":
         blocks = run(blocks)
-        is_bad = (blocks.bad_step != _UNKNOWN) | blocks.is_searching
     else:
-        blocks, is_bad = lax.while_loop(goes_on, run_and_guard, blocks), no
-    return blocks.chunk._replace(state=blocks.now.state, needs_guard=is_bad)
+        blocks = lax.while_loop(goes_on, run_and_guard, blocks)
+    return blocks.chunk._replace(state=blocks.now.state, needs_guard=blocks.is_bad)
 
 
 def _block(bare: Bare, task: Task, blocks: _Blocks, end: Int[Array, ""]) -> _Blocks:
@@ -150,13 +149,13 @@ def _block(bare: Bare, task: Task, blocks: _Blocks, end: Int[Array, ""]) -> _Blo
     chunk, now, is_last_bad = lax.while_loop(goes_on, body, carry)
     # A state that has turned bad does not say at which step: one by one, then.
     is_bad = is_last_bad | has_turned_bad(now.state.progress, begin.state.progress)
-    is_found = is_bad & (is_last_bad | (now.step - begin.step == 1))
     has_accepted = blocks.chunk.has_accepted | ~is_bad
-    return _Blocks(
-        begin=begin,
-        now=now,
-        chunk=chunk._replace(has_accepted=has_accepted),
-        is_bad=is_bad,
+    chunk = chunk._replace(has_accepted=has_accepted)
+    blocks = blocks._replace(begin=begin, now=now, chunk=chunk, is_bad=is_bad)
+    if task.guard == "never":  # the program with guards looks for the step
+        return blocks
+    is_found = is_bad & (is_last_bad | (now.step - begin.step == 1))
+    return blocks._replace(
         bad_step=jnp.where(is_found, now.step - 1, bad_step),
         is_searching=~is_found & (blocks.is_searching | is_bad),
     )

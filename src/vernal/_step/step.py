@@ -1,8 +1,6 @@
 """One step of a fit, as a pure function."""
 
 import dataclasses
-import functools as ft
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +16,6 @@ from .._policy import (
     all_finite,
     any_non_finite,
     each_finite,
-    is_finite,
     join_small,
     judged,
 )
@@ -205,11 +202,7 @@ def advance_bare(
 def has_turned_bad(new: Progress, old: Progress) -> Bool[Array, ""]:
     """Whether something has become non-finite in the bare steps between the two."""
     parts = lambda progress: (progress.params, progress.latent, progress.opt_state)
-    return lax.cond(
-        any_non_finite(_inexact(parts(new))),
-        lambda: _turned_bad(parts(new), parts(old)),
-        lambda: jnp.array(False),
-    )
+    return _turned_bad(parts(new), parts(old))
 
 
 def _inexact(tree: PyTree) -> list[Array]:
@@ -222,11 +215,9 @@ def _turned_bad(new: PyTree, old: PyTree) -> Bool[Array, ""]:
     Some states have infinities from the start, such as a best value.
     """
     both = (join_small(_inexact(tree)) for tree in (new, old))
-    flags = [
-        ~is_finite(jnp.where(jnp.isnan(o) | (jnp.isinf(o) & jnp.isinf(n)), 0, n))
-        for n, o in zip(*both, strict=True)
-    ]
-    return ft.reduce(operator.or_, flags, jnp.array(False))
+    was_bad = lambda n, o: jnp.isnan(o) | (jnp.isinf(o) & jnp.isinf(n))
+    pairs = zip(*both, strict=True)
+    return any_non_finite(jnp.where(was_bad(n, o), 0, n) for n, o in pairs)
 
 
 def tree_norm(tree: PyTree) -> Float[Array, ""]:

@@ -357,7 +357,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             chunk of steps. It may return `True` to end the fit, or a trainer of the
             same structure to go on with.
         - `chunk`: the number of steps between two calls. By default as many as take
-            about half a second.
+            about half a second; up to two where a chunk begins slowly, with copies of
+            a large model.
         - `checkpoint`: a [`vernal.Checkpoints`][]: the fit writes its state there. The
             same program, started again after it was killed, takes the rest of its
             `steps` from there.
