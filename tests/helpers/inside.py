@@ -22,6 +22,7 @@ from vernal._loop.chunk import run_chunk as run_chunk
 from vernal._loop.single_step import run_step as run_step
 from vernal._optimiser.transform import Transform as Transform
 from vernal._pickling.code import digest_of as digest_of
+from vernal._policy import any_non_finite as any_non_finite
 from vernal._profile import plane as plane
 from vernal._profile.conditional import run_points as run_points
 from vernal._program.prepared import prepared as prepared

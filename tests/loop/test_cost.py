@@ -2,7 +2,9 @@
 
 import itertools
 
+import equinox as eqx
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import optax
 import pytest
@@ -94,3 +96,29 @@ def test_a_step_costs_what_it_costs_by_hand(case, monkeypatch):
     assert ours["transcendentals"] == hand["transcendentals"]
     assert ours["flops"] <= most_operations * hand["flops"]
     assert ours["bytes accessed"] <= most_bytes * hand["bytes accessed"]
+
+
+def in_branches(jaxpr, is_within=False):
+    """The names of the operations of a program that are within a `cond`."""
+    for equation in jaxpr.eqns:
+        if is_within:
+            yield equation.primitive.name
+        is_branch = is_within or equation.primitive.name == "cond"
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from in_branches(inner, is_branch)
+
+
+@pytest.mark.parametrize("policy", [vn.StopFit(), vn.SkipStep(), vn.ZeroNans()])
+def test_nothing_of_a_step_is_computed_in_a_branch(policy):
+    """XLA's code for a CPU is for one thread there."""
+    _, params, batch = perceptron()
+
+    class Fit(vn.Trainer):
+        def loss(self, model, batch):
+            return network(model, batch)
+
+    trainer = Fit(params, optax.adam(1e-3), nan_policy=policy)
+    step = eqx.filter_make_jaxpr(lambda trainer, batch: trainer.step(batch)[0])
+    found = set(in_branches(step(trainer, batch)[0].jaxpr))
+    assert found
+    assert not found & {"dot_general", "tanh", "sqrt", "integer_pow", "square", "div"}

@@ -413,6 +413,56 @@ def test_a_gradient_through_steps_with_respect_to_the_data():
     np.testing.assert_allclose(jax.grad(after)(0.0), 0.2 + 0.8 * 0.2, rtol=1e-12)
 
 
+@pytest.mark.parametrize("policy", [vn.SkipStep(), vn.StopFit()])
+def test_derivatives_of_a_step_that_is_not_taken(policy):
+    """A normalised gradient has no derivative at zero, in which it is taken there."""
+    bad = (BATCH[0], BATCH[1] * jnp.nan)
+
+    class Normalised(LineFit):
+        def transform_grads(self, grads, model):
+            scale = model.offset / optax.tree.norm(grads)
+            return jax.tree.map(lambda g: g * scale, grads)
+
+    def after(offset, factor):
+        model = eqx.tree_at(lambda m: m.offset, line(), offset)
+        trainer = Normalised(model, optax.adam(0.1), nan_policy=policy)
+        trainer, _ = trainer.step(bad)
+        trainer, _ = trainer.step(bad)
+        return factor * trainer.model.offset
+
+    for derivative in (jax.grad, jax.jacfwd):
+        found = jax.jit(derivative(after, argnums=(0, 1)))(0.5, 2.0)
+        np.testing.assert_allclose(found, (2.0, 0.5), rtol=1e-12)
+
+
+def test_a_step_that_is_not_taken_moves_by_zeros():
+    seen = []
+
+    class Watched(LineFit):
+        def transform_grads(self, grads, model):
+            jax.debug.callback(seen.append, grads.slope)
+            return grads
+
+    trainer = Watched(line(), optax.adam(0.1), nan_policy=vn.SkipStep())
+    new, info = trainer.step((BATCH[0], BATCH[1] * jnp.nan))
+    jax.effects_barrier()
+    assert not info.accepted
+    assert [float(x) for x in seen] == [0.0]
+    assert same(new.params, trainer.params)
+    assert same(new.opt_state, trainer.opt_state)
+
+
+def test_a_stopped_trainer_keeps_the_best_of_its_validation():
+    trainer = LineFit(line(), optax.adam(0.1))
+    trainer = trainer.fit(BATCH, 5, validation=(BATCH, 1)).trainer
+    bad = (BATCH[0], BATCH[1] * jnp.nan)
+    stopped = trainer.fit(bad, 1, validation=(BATCH, 1)).trainer
+    assert stopped.stopped
+    again, info = stopped.step(BATCH)
+    assert same(again, stopped)
+    assert np.isnan(info.grad_norm)
+
+
 def test_a_stopped_trainer_stays():
     trainer = LineFit(line(), optax.adam(0.1))
     bad = (BATCH[0], BATCH[1] * jnp.nan)

@@ -12,7 +12,6 @@ from .._step import (
     AbstractTrainer,
     Progress,
     advance,
-    metric_shapes,
     progress_of,
     tree_norm,
     with_comparable_best,
@@ -44,27 +43,20 @@ def run_step(
     trainer: AbstractTrainer, batch: Any, place: AbstractPlacement = ANYWHERE
 ) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
-
-    def take() -> tuple[Progress, StepInfo]:
-        start = with_comparable_best(progress_of(trainer), False)
-        progress, outcome = advance(with_progress(trainer, start), batch)
-        return progress, StepInfo(
-            outcome.loss,
-            tree_norm(outcome.grads).astype(outcome.loss.dtype),
-            outcome.accepted,
-            progress.stopped,
-            outcome.metrics,
-        )
-
-    def stay() -> tuple[Progress, StepInfo]:
-        nan, no = jnp.full_like(trainer.best_loss, jnp.nan), jnp.asarray(False)
-        metrics = jax.tree.map(_blank, metric_shapes(trainer, batch))
-        return progress_of(trainer), StepInfo(nan, nan, no, ~no, metrics)
-
-    taken = jax.lax.cond(trainer.stopped, stay, take)
-    return place.pin(taken)
+    old = progress_of(trainer)
+    start = with_progress(trainer, with_comparable_best(old, False))
+    progress, outcome = advance(start, batch)
+    norm = tree_norm(outcome.grads).astype(outcome.loss.dtype)
+    blank = lambda x: jnp.where(old.stopped, _blank(x), x)
+    info = StepInfo(
+        outcome.loss,
+        blank(norm),
+        outcome.accepted,
+        progress.stopped,
+        jax.tree.map(blank, outcome.metrics),
+    )
+    return place.pin((progress, info))
 
 
-def _blank(like: jax.ShapeDtypeStruct) -> Array:
-    inexact = jnp.issubdtype(like.dtype, jnp.inexact)
-    return jnp.full(like.shape, jnp.nan if inexact else 0, like.dtype)
+def _blank(like: Array) -> Any:
+    return jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0

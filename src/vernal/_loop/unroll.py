@@ -5,14 +5,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from .._boundary import PyTree, entrance, whole_number
+from .._boundary import entrance, whole_number
 from .._data import Minibatches, Stream, Whole, as_batch
 from .._program import program
 from .._step import (
@@ -22,6 +21,7 @@ from .._step import (
     TrainerT,
     advance,
     error_if_stopped,
+    live_if,
     no_optimiser,
     progress_of,
     raise_if_non_finite,
@@ -199,14 +199,14 @@ def _differentiable_step(
     finds out whether it is taken; the compiler merges the two.
     """
     old = progress_of(trainer)
-    _, seen = advance(*_live_if(None, (trainer, batch)))
-    new, outcome = advance(*_live_if(seen.accepted, (trainer, batch)))
-    loss = _live_if(seen.accepted, outcome.loss)
+    _, seen = advance(*live_if(False, (trainer, batch)))
+    new, outcome = advance(*live_if(seen.accepted, (trainer, batch)))
+    loss = live_if(seen.accepted, outcome.loss)
 
     def held() -> Progress:
         best = ranked(old, loss)
         return dataclasses.replace(
-            _live_if(None, new),
+            live_if(False, new),
             params=old.params,
             latent=old.latent,
             opt_state=old.opt_state,
@@ -217,15 +217,3 @@ def _differentiable_step(
         )
 
     return lax.cond(seen.accepted, lambda: new, held), loss
-
-
-def _live_if(is_live: Bool[Array, ""] | None, tree: PyTree) -> PyTree:
-    """The tree itself, through which derivatives flow if `is_live`; `None`: never."""
-
-    def pick(leaf: Any) -> Any:
-        if not eqx.is_inexact_array(leaf):
-            return leaf
-        constant = lax.stop_gradient(leaf)
-        return constant if is_live is None else jnp.where(is_live, leaf, constant)
-
-    return jax.tree.map(pick, tree)

@@ -39,9 +39,7 @@ def join_small(leaves: Sequence[ArrayLike]) -> list[ArrayLike]:
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in the inexact leaves of a tree is finite."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
-    flags = map(is_finite, join_small(leaves))
-    return ft.reduce(operator.and_, flags, jnp.array(True))
+    return ~any_non_finite(filter(_is_inexact, jax.tree.leaves(tree)))
 
 
 def each_finite(leaves: Sequence[Array]) -> Bool[Array, " leaves"]:
@@ -68,27 +66,53 @@ def is_finite(array: ArrayLike) -> Bool[Array, ""]:
 _PIECES, _FEW = 8, 16
 
 
-def any_non_finite(leaves: Iterable[Array]) -> Bool[Array, ""]:
+def any_non_finite(
+    leaves: Iterable[ArrayLike], before: Iterable[ArrayLike] | None = None
+) -> Bool[Array, ""]:
     """Whether any number in these arrays is NaN or infinite. Cheap in a loop on a CPU.
 
-    Zero times a number is zero, of either sign, if the number is finite, and NaN
-    otherwise. The bits of these products are joined, first those of arrays of one size.
-    Arrays that are split over devices are reduced where they lie.
+    With the same arrays as they were `before`: whether any has become so, or has turned
+    from infinite to NaN. The bits of arrays of one size are joined before they are
+    reduced; arrays that are split over devices are reduced where they lie.
     """
-    whole = map(jnp.asarray, join_small(list(leaves)))
-    parts = [[x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in whole]
+    new = _parts(leaves)
+    marks = map(_marks, new) if before is None else map(_turned, new, _parts(before))
     joined: dict[Any, Array] = {}
     flags = [jnp.array(False)]
-    for part in itertools.chain(*parts):
+    for part, bits in zip(new, marks, strict=True):
         if is_split(part):
-            flags.append(~is_finite(part))
+            flags.append(jnp.max(bits << 1, initial=0) != 0)
             continue
-        unsigned = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(part * 0, unsigned).ravel()
-        kind = unsigned, part.size
+        kind = bits.dtype, bits.size
+        bits = bits.ravel()
         joined[kind] = joined[kind] | bits if kind in joined else bits
     flags += [_joined(bits) != 0 for bits in joined.values()]
     return ft.reduce(operator.or_, flags)
+
+
+def _parts(leaves: Iterable[ArrayLike]) -> list[Array]:
+    """Joins small leaves, and takes complex ones apart."""
+    whole = map(jnp.asarray, join_small(list(leaves)))
+    parts = ([x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in whole)
+    return list(itertools.chain(*parts))
+
+
+def _marks(x: Array) -> Array:
+    """Bits: any beside that of the sign is set where a number is not finite."""
+    # Zero times a number is zero, of either sign, if the number is finite, else NaN.
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(x * 0, unsigned)
+
+
+def _turned(new: Array, old: Array) -> Array:
+    """Bits: any is set where a number is not finite, in another way than before."""
+    of_nan = lambda x: _marks(jnp.clip(x, -1, 1))
+    turned = (_marks(new) & ~_marks(old)) | (of_nan(new) & ~of_nan(old))
+    # Two NaNs may differ beside the exponent.
+    exponent = jax.lax.bitcast_convert_type(
+        jnp.asarray(jnp.inf, new.dtype), turned.dtype
+    )
+    return turned & exponent
 
 
 def _joined(bits: Array) -> Array:

@@ -75,4 +75,11 @@ from .progress import (
     without_best,
 )
 from .replace import replaced_fields, reproject
-from .step import Outcome, advance, advance_bare, has_turned_bad, tree_norm
+from .step import (
+    Outcome,
+    advance,
+    advance_bare,
+    has_turned_bad,
+    live_if,
+    tree_norm,
+)

@@ -69,11 +69,15 @@ def initial_progress(
 
 
 def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
-    """Drops a best that was scored otherwise: losses and validations do not compare."""
+    """Drops a best that was scored otherwise: losses and validations do not compare.
+
+    That of a trainer that has stopped stays.
+    """
     if progress.best is None:
         return progress
+    is_other = (progress.is_validated != by_validation) & ~progress.stopped
     best = lax.cond(
-        progress.is_validated != by_validation,
+        is_other,
         lambda: Best(
             progress.params, progress.state, jnp.full_like(progress.best_loss, jnp.inf)
         ),
@@ -84,7 +88,7 @@ def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
         best=best.params,
         best_state=best.state,
         best_loss=best.loss,
-        is_validated=jnp.asarray(by_validation),
+        is_validated=progress.is_validated ^ is_other,
     )
 
 

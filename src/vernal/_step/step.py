@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from .._policy import (
     all_finite,
     any_non_finite,
     each_finite,
-    join_small,
     judged,
 )
 from .._projection import EigenProjector
@@ -34,6 +34,8 @@ from .abstract_trainer import (
 from .constrain import clip_of, coupled, project, refuse_mixing
 from .objective import live, score, step_key
 from .progress import Best, Progress, count_non_finite, held_best, ranked
+
+T = TypeVar("T")
 
 _INPUT = "what it was given"
 _LIKE_INPUT = "Return gradients of the dtypes that it is given."
@@ -96,29 +98,38 @@ def _scored(trainer: AbstractTrainer, batch: Any) -> _Scored:
 def advance(
     trainer: AbstractTrainer, batch: Any, *, ranks: bool = True
 ) -> tuple[Progress, Outcome]:
-    """Takes one step of a trainer that has an optimiser and has not stopped.
+    """Takes one step of a trainer that has an optimiser, unless it has stopped.
 
     In this order: the key; loss and gradients at the current parameters; the best,
     if it `ranks` them by the loss; the NaN policy; `transform_grads`; the projector;
     the optimiser; `constrain`; the check that the new values are finite; the counter.
+
+    All of it is computed even if it is not taken: XLA's code for a CPU is for one
+    thread within a branch. An update that is not taken is that of zeros.
     """
     old = progress_of(trainer)
+    is_on = ~old.stopped
     loss, grads, metrics, state, value = _scored(trainer, batch)
-    measured = loss.astype(old.best_loss.dtype)
+    measured = _if(is_on, loss.astype(old.best_loss.dtype), jnp.nan)
     best = ranked(old, measured) if ranks else held_best(old)
 
     policy = trainer.nan_policy
     judged_grads, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
+    is_taken = verdict.accept & is_on
+    blank = lambda tree: jax.tree.map(lambda x: _if(is_taken, x, 0.0), tree)
+    live = live_if(is_taken, trainer)
+    moved = _move(live, blank(judged_grads), blank(loss), state, value)
+    # Some states have infinities from the start, such as a best value.
+    only_finite = lambda: (
+        all_finite((moved.params, moved.latent))
+        & ~_turned_bad((moved.opt_state, state), (old.opt_state, old.state))
+    )
+    is_good = ~is_taken | lax.cond(
+        all_finite(moved), lambda: jnp.array(True), only_finite
+    )
     held = _Moved(old.params, old.latent, old.opt_state, old.state)
-
-    def take() -> tuple[_Moved, Bool[Array, ""]]:
-        moved = _move(trainer, judged_grads, loss, state, value)
-        is_good = all_finite((moved.params, moved.latent)) & ~_turned_bad(
-            (moved.opt_state, state), (old.opt_state, old.state)
-        )
-        return lax.cond(is_good, lambda: moved, lambda: held), is_good
-
-    moved, is_good = lax.cond(verdict.accept, take, lambda: (held, jnp.array(True)))
+    accepted = is_taken & is_good
+    moved = _chosen(accepted, moved, held)
 
     def all_good() -> tuple[Array, Bool[Array, ""], PyTree]:
         return old.nan_counts, jnp.asarray(verdict.stop), policy_state
@@ -143,11 +154,61 @@ def advance(
         return counts, stop, state
 
     nan_counts, stop, policy_state = lax.cond(
-        is_good & all_finite((loss, grads)), all_good, some_bad
+        old.stopped | (is_good & all_finite((loss, grads))), all_good, some_bad
     )
-    new = _after(old, moved, best, policy_state)
-    new = dataclasses.replace(new, nan_counts=nan_counts, stopped=stop)
-    return new, Outcome(measured, grads, verdict.accept & is_good, metrics)
+    keep = lambda new, old: lax.select(is_on, new, old)
+    policy_state = jax.tree.map(keep, policy_state, old.policy_state)
+    new = dataclasses.replace(
+        _after(old, moved, best, policy_state),
+        nan_counts=nan_counts,
+        step_count=old.step_count + is_on.astype(old.step_count.dtype),
+        stopped=old.stopped | stop,
+    )
+    return new, Outcome(measured, grads, accepted, metrics)
+
+
+def _if(condition: Bool[Array, ""], x: Array, other: float) -> Array:
+    return lax.select(condition, x, jnp.full_like(x, other))
+
+
+def live_if(is_live: Bool[Array, ""] | bool, tree: T) -> T:
+    """Returns a tree, through which derivatives flow if `is_live`.
+
+    The derivatives of what is not taken would be zero times numbers that need not be
+    finite.
+    """
+    inexact, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(_live_if(is_live, inexact), rest)
+
+
+@jax.custom_jvp
+def _live_if(is_live: Any, arrays: PyTree) -> PyTree:
+    return arrays
+
+
+@_live_if.defjvp
+def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+    (is_live, arrays), (_, tangent) = primals, tangents
+    blank = lambda x: jnp.where(is_live, x, jnp.zeros_like(x))
+    return arrays, jax.tree.map(blank, tangent)
+
+
+# From what size on XLA's code for a CPU shares an array among threads.
+_LARGE = 2**14
+
+
+def _chosen(condition: Bool[Array, ""], one: T, other: T) -> T:
+    """Returns one of two trees.
+
+    Small arrays are chosen by a branch, for which no code is compiled, and which uses
+    one thread.
+    """
+    is_large = lambda leaf: leaf.size >= _LARGE
+    large, small = eqx.partition(one, is_large)
+    other_large, other_small = eqx.partition(other, is_large)
+    large = jax.tree.map(lambda *of: lax.select(condition, *of), large, other_large)
+    small = lax.cond(condition, lambda: small, lambda: other_small)
+    return eqx.combine(large, small)
 
 
 def _after(old: Progress, moved: _Moved, best: Best, policy_state: PyTree) -> Progress:
@@ -214,10 +275,7 @@ def _turned_bad(new: PyTree, old: PyTree) -> Bool[Array, ""]:
 
     Some states have infinities from the start, such as a best value.
     """
-    both = (join_small(_inexact(tree)) for tree in (new, old))
-    was_bad = lambda n, o: jnp.isnan(o) | (jnp.isinf(o) & jnp.isinf(n))
-    pairs = zip(*both, strict=True)
-    return any_non_finite(jnp.where(was_bad(n, o), 0, n) for n, o in pairs)
+    return any_non_finite(_inexact(new), _inexact(old))
 
 
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
