@@ -53,12 +53,12 @@ FITS = (
     ("light-curve-20", "light curve, 20 points", 1.15, STAR_20, 20_000, 9),
     ("line-20", "one Gaussian line, 20 points", 1.15, LINE_20, 20_000, 9),
     ("mlp-256", "MLP of 256", 1.1, partial(network, 256), 256, 7),
-    ("mlp-1024", "MLP of 1,024", 1.1, partial(network, 1024), 64, 3),
+    ("mlp-1024", "MLP of 1,024", 1.1, partial(network, 1024), 128, 3),
     ("mlp-256-minibatches", "MLP of 256, `Minibatches`", 1.1, BATCHES_256, 256, 7),
-    ("mlp-1024-minibatches", "MLP of 1,024, `Minibatches`", 1.1, BATCHES_1024, 64, 3),
+    ("mlp-1024-minibatches", "MLP of 1,024, `Minibatches`", 1.1, BATCHES_1024, 128, 3),
     ("trivial-1e4", "trivial loss, 10,000 parameters", 1.4, FEW, 10_000, 9),
     ("trivial-1e6", "trivial loss, 1,000,000 parameters", 1.4, MANY, 256, 7),
-    ("trivial-5e6", "trivial loss, 5,000,000 parameters", 1.4, MOST, 64, 3),
+    ("trivial-5e6", "trivial loss, 5,000,000 parameters", 1.4, MOST, 256, 3),
 )
 
 

@@ -433,6 +433,8 @@ def test_derivatives_of_a_step_that_is_not_taken(policy):
     for derivative in (jax.grad, jax.jacfwd):
         found = jax.jit(derivative(after, argnums=(0, 1)))(0.5, 2.0)
         np.testing.assert_allclose(found, (2.0, 0.5), rtol=1e-12)
+    found = jax.jit(jax.hessian(after, argnums=(0, 1)))(0.5, 2.0)
+    np.testing.assert_allclose(found, [[0.0, 1.0], [1.0, 0.0]], atol=1e-12)
 
 
 def test_a_step_that_is_not_taken_moves_by_zeros():

@@ -145,7 +145,7 @@ def _run(
 ) -> tuple[Progress, Float[Array, " steps"]]:
     """Takes the steps that come before the trainer stops."""
     old = progress_of(trainer)
-    start = lax.cond(old.stopped, lambda: old, lambda: with_comparable_best(old, False))
+    start = with_comparable_best(old, False)
 
     def step(carry: tuple[Progress, Any], _: None) -> tuple[Any, Float[Array, ""]]:
         progress, cursor = carry

@@ -190,7 +190,7 @@ def _live_if(is_live: Any, arrays: PyTree) -> PyTree:
 def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
     (is_live, arrays), (_, tangent) = primals, tangents
     blank = lambda x: jnp.where(is_live, x, jnp.zeros_like(x))
-    return arrays, jax.tree.map(blank, tangent)
+    return _live_if(is_live, arrays), jax.tree.map(blank, tangent)
 
 
 # From what size on XLA's code for a CPU shares an array among threads.
