@@ -203,3 +203,51 @@ def test_where_all_elements_are_coupled_none_has_a_profile():
     for method in (trainer.profile, trainer.intervals):
         with pytest.raises(ValueError, match="couples its elements"):
             method(LM, jnp.ones(2))
+
+
+class Softplus(vn.Bijection):
+    def forward(self, free):
+        return jax.nn.softplus(free)
+
+    def inverse(self, value):
+        return value + jnp.log(-jnp.expm1(-value))
+
+
+class Edge(vn.Trainer):
+    """Its best power is 0 where x is high."""
+
+    def residuals(self, model, batch):
+        x, power = model["x"], model["power"]
+        errors = jnp.array([0.05, 0.01, 0.04], batch.dtype)
+        return (jnp.stack([x, x + power, power]) - batch) / errors
+
+
+class EdgeLikelihood(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(Edge.residuals(self, model, batch) ** 2)
+
+
+EDGE = np.array([1.3, 1.35, 1.5, 2.0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("kind", [Edge, EdgeLikelihood])
+@pytest.mark.parametrize(
+    "bijection", [biject_to(constraints.positive), Softplus()], ids=["exp", "softplus"]
+)
+def test_at_the_edge_of_a_map_a_profile_is_that_of_a_bound(kind, bijection, dtype):
+    tolerance = 1e-8 if dtype == jnp.float64 else 1e-5
+    rule = optx.LevenbergMarquardt if kind is Edge else optx.BFGS
+    solver, batch = rule(tolerance, tolerance), jnp.array([1, 1.3, 0.2], dtype)
+    model = {"x": jnp.array(1.0, dtype), "power": jnp.array(0.3, dtype)}
+    found, expected = (
+        kind(model, bounds={"power": bound})
+        .solve(solver, batch)
+        .trainer.profile(solver, batch, "x", EDGE)
+        for bound in (bijection, (0, None))
+    )
+    assert found.converged.all()
+    np.testing.assert_allclose(found.delta, expected.delta, rtol=tolerance, atol=1e-4)
+    # The models are those of the losses.
+    powers = expected.models["power"]
+    np.testing.assert_allclose(found.models["power"], powers, atol=1e-5)

@@ -275,7 +275,9 @@ def _minimum(
     nothing, count = jnp.zeros((size, size), dtype), jnp.zeros_like(space.most_steps)
     state = _State(first, unknown, nothing, zero, step, count, no)
     end = jax.lax.while_loop(goes_on, iterate, state)
-    lowest = jnp.where(end.is_done, end.step.to, end.flat)
+    # A long step promises no more, and where it ends has not been seen.
+    is_short = jnp.sum(end.step.latent**2) < _SHORT
+    lowest = jnp.where(end.is_done & is_short, end.step.to, end.flat)
     nll = 0.5 * end.form[-1, -1] - jnp.where(end.is_done, end.step.edm, 0)
     return Points(jnp.vstack([lowest, end.step.response]), nll, end.is_done)
 
