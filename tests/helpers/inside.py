@@ -24,6 +24,7 @@ from vernal._optimiser.transform import Transform as Transform
 from vernal._pickling.code import digest_of as digest_of
 from vernal._profile import plane as plane
 from vernal._profile.conditional import run_points as run_points
+from vernal._profile.search import search as search
 from vernal._program.prepared import prepared as prepared
 from vernal._step import stripped as stripped
 from vernal._step.constrain import project as project

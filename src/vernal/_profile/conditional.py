@@ -312,8 +312,9 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
     bounds = None if bounds_of(space.trainer) is None else space.limits()
 
     def newton(form: Form, damping: Array, flat: Array) -> _Step:
-        # What the data do not constrain has unit curvature.
-        add = damping + jnp.where(space.metric.is_null, 1, 0)
+        # What the data do not constrain has a small curvature: it follows the others.
+        least = float(jnp.finfo(matrix.dtype).eps) ** 0.5
+        add = damping + jnp.where(space.metric.is_null, least, 0)
         form = form + jnp.diag(jnp.pad(add, (0, 1)))
         form = matmul(basis.T, matmul(form, basis))
         curvature, right = form[:size, :size] + across, form[:size, size:]
