@@ -251,3 +251,36 @@ def test_at_the_edge_of_a_map_a_profile_is_that_of_a_bound(kind, bijection, dtyp
     # The models are those of the losses.
     powers = expected.models["power"]
     np.testing.assert_allclose(found.models["power"], powers, atol=1e-5)
+
+
+class Returning(vn.Trainer):
+    """Its best power is 0 where x is near 1, and is high on both sides."""
+
+    def residuals(self, model, batch):
+        goal = (model["x"] - 1) ** 2 - 0.1
+        return jnp.stack([model["x"] / 0.5, model["power"] / 0.1]) - jnp.stack(
+            [batch / 0.5, goal / 0.1]
+        )
+
+
+class ReturningLikelihood(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(Returning.residuals(self, model, batch) ** 2)
+
+
+@pytest.mark.parametrize("kind", [Returning, ReturningLikelihood])
+@pytest.mark.parametrize(
+    "bijection", [biject_to(constraints.positive), Softplus()], ids=["exp", "softplus"]
+)
+def test_a_profile_leaves_the_edge_of_a_map_again(kind, bijection):
+    rule = optx.LevenbergMarquardt if kind is Returning else optx.BFGS
+    solver, batch = rule(1e-8, 1e-8), jnp.array(1.6)
+    model = {"x": jnp.array(1.5), "power": jnp.array(0.3)}
+    trainer = kind(model, bounds={"power": bijection}).solve(solver, batch).trainer
+    values = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0])
+    found = trainer.profile(solver, batch, "x", values)
+    goal = (values - 1) ** 2 - 0.1
+    chi = ((values - 1.6) / 0.5) ** 2 + (np.minimum(goal, 0) / 0.1) ** 2
+    assert found.converged.all()
+    np.testing.assert_allclose(found.delta, chi, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.models["power"], np.maximum(goal, 0), atol=1e-4)
