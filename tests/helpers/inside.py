@@ -25,6 +25,7 @@ from vernal._pickling.code import digest_of as digest_of
 from vernal._policy import any_non_finite as any_non_finite
 from vernal._profile import plane as plane
 from vernal._profile.conditional import run_points as run_points
+from vernal._profile.search import search as search
 from vernal._program.prepared import prepared as prepared
 from vernal._step import stripped as stripped
 from vernal._step.constrain import project as project

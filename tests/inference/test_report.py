@@ -247,6 +247,36 @@ def test_without_degrees_of_freedom():
         trainer.report(few, scale_errors=True)
 
 
+class Masked(vn.Trainer):
+    def residuals(self, model, batch):
+        data, is_there = batch
+        mean = jnp.broadcast_to(model["level"], data.shape)
+        if data.dtype == jnp.int64:
+            return vn.likelihoods.Poisson(mean, data, where=is_there)
+        return vn.likelihoods.Gaussian(mean, data, where=is_there)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.int64])
+def test_where_no_datum_is_left_there_is_no_bic(dtype):
+    batch = jnp.arange(1, 4, dtype=dtype), jnp.zeros(3, bool)
+    report = Masked({"level": jnp.array(2.0)}).report(batch)
+    assert report.data_count == report.degrees_of_freedom == 0
+    assert (report.chi_squared, report.aic, report.bic) == (0, 0, None)
+    assert report["level"].status == "unconstrained"
+    assert "BIC" not in str(report)
+
+
+def test_without_scatter_what_is_not_constrained_stays_so():
+    class Exact(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["level"] + 0 * model["idle"] - batch
+
+    trainer = Exact({"level": jnp.array(2.0), "idle": jnp.array(1.0)})
+    report = trainer.report(jnp.full(5, 2.0), scale_errors=True)
+    assert (report["level"].error, report["idle"].error) == (0, jnp.inf)
+    assert report["idle"].status == "unconstrained"
+
+
 class MeanLoss(vn.Trainer):
     def loss(self, model, batch):
         return jnp.mean(model(batch[0]) ** 2)

@@ -12,7 +12,7 @@ import pytest
 import scipy.optimize
 
 import vernal as vn
-from inside import cache_size, run_points
+from inside import cache_size, run_points, search
 from models import GaussianFit, gaussian, line
 from nist import CURVES, DATA
 
@@ -267,7 +267,7 @@ def test_a_likelihood_that_is_not_finite_before_it_falls_has_no_end():
             return jnp.where(x < 0.5, 0.5 * x**2, jnp.nan) * batch
 
     trainer, batch = Edge(jnp.zeros(())), jnp.asarray(1.0)
-    with pytest.warns(UserWarning, match=r"not finite beyond, at the upper end of ''"):
+    with pytest.warns(UserWarning, match=r"is not finite, at the upper end of ''"):
         ((low, high),) = trainer.intervals(BFGS, batch, level=ONE).values()
     np.testing.assert_allclose(low, -1, rtol=1e-6)
     assert math.isnan(high)
@@ -333,3 +333,66 @@ def test_a_solver_of_the_loss_is_refused():
     batch = jnp.asarray(X), gaussian()(jnp.asarray(X)), jnp.asarray(0.1)
     with pytest.raises(ValueError, match="`solver` minimises `loss`"):
         Both(gaussian()).intervals(BFGS, batch)
+
+
+def ended(looking, excess):
+    """Runs a search for where an excess is zero."""
+    at = next(looking)
+    try:
+        while True:
+            at = looking.send(excess(at))
+    except StopIteration as end:
+        return end.value
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_jump_is_an_end_unless_it_is_not_there_from_close_by(is_lost):
+    near = [0.0]
+
+    def excess(at):
+        if at > (near[-1] + 1e-6 if is_lost else 30):
+            return 5.0
+        near.append(max(at, near[-1]))
+        return -1.0
+
+    found = ended(search(1.0, math.inf, 1e-12), excess)
+    if is_lost:
+        assert math.isnan(found)
+    else:
+        np.testing.assert_allclose(found, 30, rtol=1e-9)
+
+
+class Positive(vn.Bijection):
+    def forward(self, free):
+        return jnp.exp(free)
+
+    def inverse(self, value):
+        return jnp.log(value)
+
+
+class Product(vn.Trainer):
+    """The data know the product of two."""
+
+    def residuals(self, model, batch):
+        height = model["first"] * model["second"]
+        return (height * jnp.exp(-X) + model["sky"] - batch) / 0.05
+
+
+def test_what_is_degenerate_is_followed_to_the_ends():
+    batch = 2 * jnp.exp(-X) + 0.4 + 0.05 * jnp.cos(20 * X)
+    start = {name: jnp.asarray(1.0) for name in ("first", "second", "sky")}
+    both, found = dict.fromkeys(("first", "second"), Positive()), {}
+    for label, bounds in (("map", both), ("none", None)):
+        trainer = Product(start, bounds=bounds).solve(LM, batch).trainer
+        values = [1e-3, 0.1, 1.0, 30.0, 1e3]
+        profile = trainer.profile(LM, batch, "first", values)
+        assert profile.converged.all()
+        np.testing.assert_allclose(profile.delta, 0, atol=1e-8)
+        product = profile.models["first"] * profile.models["second"]
+        np.testing.assert_allclose(product, float(product[0]), rtol=1e-5)
+        found[label] = trainer.intervals(LM, batch)
+    np.testing.assert_allclose(found["map"]["sky"], found["none"]["sky"], rtol=1e-6)
+    for name in both:
+        low, high = found["map"][name]
+        assert low < 1e-100
+        assert high > 1e100

@@ -203,3 +203,84 @@ def test_where_all_elements_are_coupled_none_has_a_profile():
     for method in (trainer.profile, trainer.intervals):
         with pytest.raises(ValueError, match="couples its elements"):
             method(LM, jnp.ones(2))
+
+
+class Softplus(vn.Bijection):
+    def forward(self, free):
+        return jax.nn.softplus(free)
+
+    def inverse(self, value):
+        return value + jnp.log(-jnp.expm1(-value))
+
+
+class Edge(vn.Trainer):
+    """Its best power is 0 where x is high."""
+
+    def residuals(self, model, batch):
+        x, power = model["x"], model["power"]
+        errors = jnp.array([0.05, 0.01, 0.04], batch.dtype)
+        return (jnp.stack([x, x + power, power]) - batch) / errors
+
+
+class EdgeLikelihood(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(Edge.residuals(self, model, batch) ** 2)
+
+
+EDGE = np.array([1.3, 1.35, 1.5, 2.0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("kind", [Edge, EdgeLikelihood])
+@pytest.mark.parametrize(
+    "bijection", [biject_to(constraints.positive), Softplus()], ids=["exp", "softplus"]
+)
+def test_at_the_edge_of_a_map_a_profile_is_that_of_a_bound(kind, bijection, dtype):
+    tolerance = 1e-8 if dtype == jnp.float64 else 1e-5
+    rule = optx.LevenbergMarquardt if kind is Edge else optx.BFGS
+    solver, batch = rule(tolerance, tolerance), jnp.array([1, 1.3, 0.2], dtype)
+    model = {"x": jnp.array(1.0, dtype), "power": jnp.array(0.3, dtype)}
+    found, expected = (
+        kind(model, bounds={"power": bound})
+        .solve(solver, batch)
+        .trainer.profile(solver, batch, "x", EDGE)
+        for bound in (bijection, (0, None))
+    )
+    assert found.converged.all()
+    np.testing.assert_allclose(found.delta, expected.delta, rtol=tolerance, atol=1e-4)
+    # The models are those of the losses.
+    powers = expected.models["power"]
+    np.testing.assert_allclose(found.models["power"], powers, atol=1e-5)
+
+
+class Returning(vn.Trainer):
+    """Its best power is 0 where x is near 1, and is high on both sides."""
+
+    def residuals(self, model, batch):
+        goal = (model["x"] - 1) ** 2 - 0.1
+        return jnp.stack([model["x"] / 0.5, model["power"] / 0.1]) - jnp.stack(
+            [batch / 0.5, goal / 0.1]
+        )
+
+
+class ReturningLikelihood(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(Returning.residuals(self, model, batch) ** 2)
+
+
+@pytest.mark.parametrize("kind", [Returning, ReturningLikelihood])
+@pytest.mark.parametrize(
+    "bijection", [biject_to(constraints.positive), Softplus()], ids=["exp", "softplus"]
+)
+def test_a_profile_leaves_the_edge_of_a_map_again(kind, bijection):
+    rule = optx.LevenbergMarquardt if kind is Returning else optx.BFGS
+    solver, batch = rule(1e-8, 1e-8), jnp.array(1.6)
+    model = {"x": jnp.array(1.5), "power": jnp.array(0.3)}
+    trainer = kind(model, bounds={"power": bijection}).solve(solver, batch).trainer
+    values = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0])
+    found = trainer.profile(solver, batch, "x", values)
+    goal = (values - 1) ** 2 - 0.1
+    chi = ((values - 1.6) / 0.5) ** 2 + (np.minimum(goal, 0) / 0.1) ** 2
+    assert found.converged.all()
+    np.testing.assert_allclose(found.delta, chi, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.models["power"], np.maximum(goal, 0), atol=1e-4)

@@ -28,7 +28,11 @@ def rows(
     errors, fixed = None, set()
     if here is not None:
         around, own = here
-        errors = own._replace(errors=scale * own.errors).by_path(trainer)
+        # Without scatter the scale is zero, and an infinite error stays infinite.
+        is_known = np.isfinite(own.errors)
+        scaled = scale * np.where(is_known, own.errors, 0)
+        errors = own._replace(errors=np.where(is_known, scaled, own.errors))
+        errors = errors.by_path(trainer)
         fixed = {
             element_name({path: errors[path]}, int(index))
             for path in (() if bijections is None else bijections.maps)

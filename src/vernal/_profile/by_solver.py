@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._constraints import Bounds
-from .._minimum import distance_of, settled
+from .._minimum import Local, distance_of, measure, settled
 from .._policy import StopReason
 from .._program import program
 from .._projection import make_projector
 from .._solve import IS_OVER, REASONS, End, Problem, Start, run_solver
-from .._step import live, with_bounds
+from .._step import AbstractTrainer, defined, live, step_key, with_bounds
 from .._tree import ravel, unravel
 from .conditional import Held, Space
 
@@ -37,7 +37,12 @@ def by_solver(
         reason = settled(REASONS[end.reason], distance_of(end.local))
         if end.is_settled or reason in IS_OVER or not has_fallen:
             break
-    return flat, lowest, reason is StopReason.CONVERGED
+    is_minimum, is_seen = reason is StopReason.CONVERGED, np.isfinite(lowest)
+    if not is_minimum and is_seen and "loss" not in defined(space.trainer):
+        # Gauss-Newton leaves out the curvature of a map, which is all that there is
+        # near its edge.
+        is_minimum = distance_of(run_distance(space, held, flat)).is_minimum
+    return flat, lowest, is_minimum
 
 
 @program
@@ -48,12 +53,8 @@ def run_round(
     flat: Float[Any, " D"],
     goal: Int[Array, ""],
 ) -> tuple[Array, Array, End]:
-    """Runs the solver; an interval of one value holds an element."""
-    params = space.trainer.params
-    limits = [jnp.where(held.flags, held.goal, limit) for limit in space.limits()]
-    bounds = Bounds.between(*(unravel(limit, params) for limit in limits))
-    here = live(with_bounds(space.trainer, bounds), unravel(flat, params))
-    here = live(here, bounds.clip(here.params))
+    """Runs the solver."""
+    here = _held_there(space, held, flat)
     projector = make_projector(space.metric, here.params, "")
     latent = jnp.zeros(projector.latent_size, projector.latent_like.dtype)
     infinite = jnp.full((), jnp.inf, jnp.result_type(float))
@@ -63,3 +64,19 @@ def run_round(
     end = run_solver(here, projector, begin, problem, goal)
     ended = ravel(end.params, flat.dtype)
     return ended, space.nll(ended), end
+
+
+@program
+def run_distance(space: Space, held: Held, flat: Float[Any, " D"]) -> Local:
+    """Measures the distance to the minimum by the whole second derivatives."""
+    here = _held_there(space, held, flat)
+    return measure(here, None, space.batch, step_key(here), "nll", jnp.inf)
+
+
+def _held_there(space: Space, held: Held, flat: Float[Any, " D"]) -> AbstractTrainer:
+    """Returns the trainer at a point; an interval of one value holds an element."""
+    params = space.trainer.params
+    limits = [jnp.where(held.flags, held.goal, limit) for limit in space.limits()]
+    bounds = Bounds.between(*(unravel(limit, params) for limit in limits))
+    here = live(with_bounds(space.trainer, bounds), unravel(flat, params))
+    return live(here, bounds.clip(here.params))

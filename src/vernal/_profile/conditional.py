@@ -275,7 +275,9 @@ def _minimum(
     nothing, count = jnp.zeros((size, size), dtype), jnp.zeros_like(space.most_steps)
     state = _State(first, unknown, nothing, zero, step, count, no)
     end = jax.lax.while_loop(goes_on, iterate, state)
-    lowest = jnp.where(end.is_done, end.step.to, end.flat)
+    # A long step promises no more, and where it ends has not been seen.
+    is_short = jnp.sum(end.step.latent**2) < _SHORT
+    lowest = jnp.where(end.is_done & is_short, end.step.to, end.flat)
     nll = 0.5 * end.form[-1, -1] - jnp.where(end.is_done, end.step.edm, 0)
     return Points(jnp.vstack([lowest, end.step.response]), nll, end.is_done)
 
@@ -310,8 +312,9 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
     bounds = None if bounds_of(space.trainer) is None else space.limits()
 
     def newton(form: Form, damping: Array, flat: Array) -> _Step:
-        # What the data do not constrain has unit curvature.
-        add = damping + jnp.where(space.metric.is_null, 1, 0)
+        # What the data do not constrain has a small curvature: it follows the others.
+        least = float(jnp.finfo(matrix.dtype).eps) ** 0.5
+        add = damping + jnp.where(space.metric.is_null, least, 0)
         form = form + jnp.diag(jnp.pad(add, (0, 1)))
         form = matmul(basis.T, matmul(form, basis))
         curvature, right = form[:size, :size] + across, form[:size, size:]

@@ -47,7 +47,7 @@ def plane(
         [_values(scan, index, ends[name]) for name, index in found],
         [index for _, index in found],
     )
-    best = scan.base.flat[pair]
+    best = scan.base.flat[pair].astype(float)
     # Along the first element, and from there to both sides along the second.
     start = scan.start(scan.base.flat, pair[:1])
     spine = scan.points(
@@ -55,7 +55,7 @@ def plane(
     )
     starts: list[Start] = []
     for flat in spine.flat:
-        starts += chained(y, flat[pair[1]], scan.start(flat, pair), len(starts))
+        starts += chained(y, float(flat[pair[1]]), scan.start(flat, pair), len(starts))
     points = scan.points([pair] * len(starts), list(itertools.product(x, y)), starts)
     delta = 2 * (points.nll.astype(float) - float(scan.base.nll))
     names, shape = (found[0][0], found[1][0]), (len(x), len(y))

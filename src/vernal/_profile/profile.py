@@ -109,7 +109,7 @@ def along(
     """Follows the likelihood along each element."""
     index, values, starts = [], [], []
     for name, own in elements.items():
-        start, best = scan.start(scan.base.flat, [own]), scan.base.flat[own]
+        start, best = scan.start(scan.base.flat, [own]), float(scan.base.flat[own])
         starts += chained(axes[name].free, best, start, len(values))
         index += [(own,)] * len(axes[name].free)
         values += [(value,) for value in axes[name].free]
@@ -212,5 +212,6 @@ def _warn_of(found: Profile[Any], lower: np.ndarray) -> None:
         warn(
             f"`profile`: the solver found no minimum at {found.name} = {few}: "
             "`profile.converged` says where. Raise `max_steps`, or lower the "
-            "tolerances of the solver."
+            "tolerances of the solver. If that does not help, the likelihood is flat "
+            "in another element there, or falls without end."
         )

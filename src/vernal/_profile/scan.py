@@ -21,6 +21,7 @@ from .._step import (
     defined,
     in_free_coordinates,
     stripped,
+    template_of,
 )
 from .._tree import ravel_dtype, widest
 from .by_solver import by_solver
@@ -29,6 +30,9 @@ from .own_values import values_of
 
 # A likelihood that is lower by less than this is the same, beside rounding.
 _LOWER = 5e-3
+
+# Two minima that differ by less are the same.
+_SAME = 1e-6
 
 # The room of the program.
 _ROOM = 256
@@ -149,6 +153,8 @@ class Scan:
                 rows[task] = len(rows)
                 ready += children.get(task, ())
             self._run(held, starts, rows, found)
+        if template_of(self.trainer).bijections is not None and all(elements):
+            self._from_minimum(held, elements, found)
         for task in map(int, np.flatnonzero(~found.is_minimum)):
             own: Held = jax.tree.map(lambda x, i=task: x[i], held)
             start = starts[task]
@@ -160,6 +166,24 @@ class Scan:
                 if found.is_minimum[task]:
                     break
         return found
+
+    def _from_minimum(
+        self, held: Held, elements: Sequence[Sequence[int]], found: Points
+    ) -> None:
+        """Begins at the minimum too, and keeps what is lower.
+
+        Near the edge of a bijection the likelihood is flat in the coordinate: a point
+        that begins there stays, though it may be better elsewhere.
+        """
+        starts = [self.start(self._flat, own) for own in elements]
+        again = self._room(len(starts))
+        for first in range(0, len(starts), _ROOM):
+            tasks = range(first, min(first + _ROOM, len(starts)))
+            self._run(held, starts, {x: x - first for x in tasks}, again)
+        least = np.where(found.is_minimum, -_SAME, _SAME)
+        is_better = again.is_minimum & (again.nll < found.nll + least)
+        for whole, part in zip(found, again, strict=True):
+            whole[is_better] = part[is_better]
 
     def _room(self, count: int) -> Points:
         """Makes room for points, which begin at the minimum."""

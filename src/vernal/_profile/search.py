@@ -23,7 +23,8 @@ def search(
     rounding error is `noise`.
 
     Returns the distance: `farthest` if the bound is there, infinite if the likelihood
-    does not fall so far, and NaN if it is not finite before it does.
+    does not fall so far, and NaN if it is not finite before it does, or only seemed to
+    have fallen.
     """
     before, low, high = (0.0, -root), (0.0, -root), (math.inf, math.inf)
     # Halved where one stays twice (the Illinois rule).
@@ -61,4 +62,8 @@ def search(
             t = (low[0] * above - high[0] * below) / (above - below)
         if not low[0] < t < high[0]:
             t = (low[0] + high[0]) / 2 if low[0] > 0 else high[0] / _LONGEST
-    return t if math.isfinite(high[1]) else math.nan
+    if not math.isfinite(high[1]):
+        return math.nan
+    # Beyond a jump others may have been lost, on the way from far away.
+    is_jump = high[1] - low[1] > root / 2
+    return math.nan if is_jump and (yield high[0]) <= 0 else t

@@ -45,7 +45,8 @@ class Report:
         and the residuals are in units of their error bars. For the deviance of counts
         below ten or so it is rough.
     - `aic`, `bic`: Akaike's and the Bayesian information criterion, `None` for a robust
-        loss, which is no likelihood; with $L$ as below,
+        loss, which is no likelihood, and the latter also without data; with $L$ as
+        below,
 
         $$\mathrm{AIC} = -2 \log L + 2 k, \qquad
           \mathrm{BIC} = -2 \log L + k \log N.$$
@@ -206,5 +207,5 @@ def criteria(
     if is_scaled and data_count:
         ratio = deviance / data_count
         deviance = data_count * math.log(ratio) if ratio > 0 else -math.inf
-    bic = None if data_count is None else deviance + rank * math.log(data_count)
+    bic = deviance + rank * math.log(data_count) if data_count else None
     return deviance + 2 * rank, bic
