@@ -10,7 +10,6 @@ from .finite import (
     any_non_finite,
     debug_nan_check,
     each_finite,
-    join_small,
     zero_nan_check,
 )
 from .nan_policy import (

@@ -24,7 +24,7 @@ def _is_inexact(leaf: Any) -> bool:
     )
 
 
-def join_small(leaves: Sequence[ArrayLike]) -> list[ArrayLike]:
+def _join_small(leaves: Sequence[ArrayLike]) -> list[ArrayLike]:
     """Joins small leaves, if there are many, into one vector for each dtype.
 
     Leaves of the same shapes and dtypes are joined in the same way.
@@ -45,20 +45,10 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 def each_finite(leaves: Sequence[Array]) -> Bool[Array, " leaves"]:
     """Whether every number is finite, for each leaf."""
     groups = joinable(leaves, shape_and_dtype)
-    flags = [jax.vmap(is_finite)(jnp.stack([leaves[i] for i in own])) for own in groups]
+    flags = [
+        jax.vmap(all_finite)(jnp.stack([leaves[i] for i in own])) for own in groups
+    ]
     return jnp.concatenate(flags)[np.argsort(np.concatenate(groups))]
-
-
-def is_finite(array: ArrayLike) -> Bool[Array, ""]:
-    """Whether every number in an array is finite."""
-    # The largest magnitude is infinite or NaN if any number is. To reduce floats is
-    # three times as fast on a CPU as to reduce the booleans of `isfinite`.
-    if jnp.size(array) == 0:
-        return jnp.array(True)
-    if jnp.iscomplexobj(array):
-        # The magnitude of a finite number may overflow.
-        array = jnp.stack([jnp.real(array), jnp.imag(array)])
-    return jnp.isfinite(jnp.max(jnp.abs(array)))
 
 
 # In how many pieces an array is joined before it is reduced: XLA's code for a CPU works
@@ -92,7 +82,7 @@ def any_non_finite(
 
 def _parts(leaves: Iterable[ArrayLike]) -> list[Array]:
     """Joins small leaves, and takes complex ones apart."""
-    whole = map(jnp.asarray, join_small(list(leaves)))
+    whole = map(jnp.asarray, _join_small(list(leaves)))
     parts = ([x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in whole)
     return list(itertools.chain(*parts))
 
