@@ -151,6 +151,28 @@ def test_a_policy_step_by_step(case, walk, no_breakpoint):
 
 
 @pytest.mark.parametrize("walk", ["step", "fit"])
+def test_a_verdict_of_numbers_is_one_of_booleans(walk):
+    class Numbers(vn.NanPolicy):
+        def init(self, params):
+            return ()
+
+        def apply(self, loss, grads, state):
+            is_bad = ~jnp.isfinite(loss)
+            return (
+                grads,
+                vn.Verdict(jnp.where(is_bad, 0, 2), jnp.where(is_bad, 1.0, 0.0)),
+                state,
+            )
+
+    trainer = Walk(two(), optimiser(), nan_policy=Numbers())
+    after, _ = WALKS[walk](trainer, "..l.")
+    assert int(after.step_count) == 3
+    assert after.stopped
+    assert after.nan_report()["loss"] == vn.NanCount(1, 2)
+    assert after.nan_report()["update"] == vn.NanCount(0, None)
+
+
+@pytest.mark.parametrize("walk", ["step", "fit"])
 def test_an_observer_on_its_own_takes_every_step_that_the_guard_lets_through(walk):
     """`StopAfter` alone accepts: it is the last guard that holds the parameters."""
     trainer = Walk(two(), optimiser(), nan_policy=vn.StopAfter(2))

@@ -141,6 +141,7 @@ def test_metrics_come_along():
                 "slope": model.slope,
                 "many": batch[0][:2],
                 "count": self.step_count,
+                "is_low": model.slope < 1,
             }
 
     trainer = Told(line(), optax.sgd(0.1))
@@ -150,6 +151,13 @@ def test_metrics_come_along():
     trainer, info = trainer.step(BATCH)
     assert info.metrics["count"] == 1
     np.testing.assert_array_equal(info.metrics["many"], BATCH[0][:2])
+    stopped, told = trainer.step((BATCH[0], BATCH[1] * jnp.nan))
+    _, blank = stopped.step(BATCH)
+    for metrics in (told.metrics, blank.metrics):
+        kinds = {name: (x.shape, x.dtype) for name, x in metrics.items()}
+        assert kinds == {name: (x.shape, x.dtype) for name, x in info.metrics.items()}
+    assert np.isnan(blank.metrics["slope"])
+    assert not blank.metrics["is_low"]
 
 
 class Live(LineFit):
@@ -452,6 +460,32 @@ def test_a_step_that_is_not_taken_moves_by_zeros():
     assert [float(x) for x in seen] == [0.0]
     assert same(new.params, trainer.params)
     assert same(new.opt_state, trainer.opt_state)
+
+
+def test_a_line_search_ends_at_once_where_the_step_is_not_taken():
+    seen = []
+
+    class Counted(LineFit):
+        def loss(self, model, batch):
+            jax.debug.callback(lambda: seen.append(1))
+            return super().loss(model, batch)
+
+    def evaluations(trainer, batch):
+        seen.clear()
+        with jax.numpy_dtype_promotion("standard"):
+            new, info = trainer.step(batch)
+        jax.effects_barrier()
+        return new, bool(info.accepted), len(seen)
+
+    trainer = Counted(line(), optax.lbfgs(), nan_policy=vn.StopFit())
+    trainer, accepted, good = evaluations(trainer, BATCH)
+    assert accepted
+    trainer, accepted, bad = evaluations(trainer, (BATCH[0], BATCH[1] * jnp.nan))
+    assert not accepted
+    assert bad <= good + 1
+    again, accepted, over = evaluations(trainer, BATCH)
+    assert same(again, trainer)
+    assert over <= good + 1
 
 
 def test_a_stopped_trainer_keeps_the_best_of_its_validation():

@@ -11,7 +11,8 @@ class Pace:
     """Finds the number of steps of the next chunk from the times of those before."""
 
     def __init__(self) -> None:
-        self._steps, self._seconds, self._overhead = 0, 0.0, 0.0
+        self._steps, self._seconds = 0, 0.0
+        self._overhead: float | None = None
 
     def next(self, steps: int, seconds: float) -> int:
         """Returns the number of steps, after a chunk that took so many seconds."""
@@ -20,6 +21,11 @@ class Pace:
             per_step = added / (steps - self._steps)
             self._overhead = max(seconds - steps * per_step, 0.0)
         self._steps, self._seconds = steps, seconds
-        goal = min(max(_SECONDS, _LEAST_RATIO * self._overhead), _MOST_SECONDS)
-        growth = (goal - self._overhead) / max(seconds - self._overhead, 1e-6)
-        return max(1, int(steps * min(growth, _MAX_GROWTH)))
+        overhead = self._overhead or 0.0
+        goal = min(max(_SECONDS, _LEAST_RATIO * overhead), _MOST_SECONDS)
+        growth = (goal - overhead) / max(seconds - overhead, 1e-6)
+        if self._overhead is None and 2 * seconds <= _MOST_SECONDS:
+            growth = max(growth, 2)  # it is measured by two chunks of different size
+        # However little a step seems to take beside the rest, which varies.
+        growth = min(growth, _MOST_SECONDS / max(seconds, 1e-6), _MAX_GROWTH)
+        return max(1, int(steps * growth))

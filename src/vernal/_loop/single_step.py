@@ -47,7 +47,7 @@ def run_step(
     start = with_progress(trainer, with_comparable_best(old, False))
     progress, outcome = advance(start, batch)
     norm = tree_norm(outcome.grads).astype(outcome.loss.dtype)
-    blank = lambda x: jnp.where(old.stopped, _blank(x), x)
+    blank = lambda x: jnp.where(old.stopped, jnp.full_like(x, _blank(x)), x)
     info = StepInfo(
         outcome.loss,
         blank(norm),

@@ -24,6 +24,7 @@ def judged(
                 f"{_name(policy)} returned a Verdict whose `{field}` has shape "
                 f"{jnp.shape(value)}, but it must be a scalar, for the whole step."
             )
+    verdict = Verdict(*(jnp.asarray(value, bool) for value in verdict))
     remedy = "Return gradients of the dtypes that it is given."
     new = _cast(policy, "gradients", new, grads, remedy)
     return new, verdict, _cast(policy, "state", new_state, state, LIKE_STATE)

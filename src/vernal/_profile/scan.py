@@ -31,7 +31,7 @@ from .own_values import values_of
 # A likelihood that is lower by less than this is the same, beside rounding.
 _LOWER = 5e-3
 
-# Two minima that differ by less are the same.
+# Two minima that differ by less, beside rounding, are the same.
 _SAME = 1e-6
 
 # The room of the program.
@@ -180,7 +180,8 @@ class Scan:
         for first in range(0, len(starts), _ROOM):
             tasks = range(first, min(first + _ROOM, len(starts)))
             self._run(held, starts, {x: x - first for x in tasks}, again)
-        least = np.where(found.is_minimum, -_SAME, _SAME)
+        same = _SAME + 64 * np.finfo(found.nll.dtype).eps * np.abs(found.nll)
+        least = np.where(found.is_minimum, -same, same)
         is_better = again.is_minimum & (again.nll < found.nll + least)
         for whole, part in zip(found, again, strict=True):
             whole[is_better] = part[is_better]

@@ -9,7 +9,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._boundary import PyTree
 from .._curvature import in_reverse
@@ -116,9 +116,14 @@ def advance(
     policy = trainer.nan_policy
     judged_grads, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
     is_taken = verdict.accept & is_on
-    blank = lambda tree: jax.tree.map(lambda x: _if(is_taken, x, 0.0), tree)
-    live = live_if(is_taken, trainer)
-    moved = _move(live, blank(judged_grads), blank(loss), state, value)
+    if_taken = lambda x: _if(is_taken, x, 0.0)
+    moved = _move(
+        live_if(is_taken, trainer),
+        jax.tree.map(if_taken, judged_grads),
+        if_taken(loss),
+        state,
+        lambda params: if_taken(value(live_if(is_taken, params))),
+    )
     # Some states have infinities from the start, such as a best value.
     only_finite = lambda: (
         all_finite((moved.params, moved.latent))
@@ -158,12 +163,8 @@ def advance(
     )
     keep = lambda new, old: lax.select(is_on, new, old)
     policy_state = jax.tree.map(keep, policy_state, old.policy_state)
-    new = dataclasses.replace(
-        _after(old, moved, best, policy_state),
-        nan_counts=nan_counts,
-        step_count=old.step_count + is_on.astype(old.step_count.dtype),
-        stopped=old.stopped | stop,
-    )
+    new = _after(old, moved, best, policy_state, is_on.astype(old.step_count.dtype))
+    new = dataclasses.replace(new, nan_counts=nan_counts, stopped=old.stopped | stop)
     return new, Outcome(measured, grads, accepted, metrics)
 
 
@@ -200,8 +201,8 @@ _LARGE = 2**14
 def _chosen(condition: Bool[Array, ""], one: T, other: T) -> T:
     """Returns one of two trees.
 
-    Small arrays are chosen by a branch, for which no code is compiled, and which uses
-    one thread.
+    Small arrays are chosen by a branch: to copy them takes one thread, but nothing has
+    to be compiled for each.
     """
     is_large = lambda leaf: leaf.size >= _LARGE
     large, small = eqx.partition(one, is_large)
@@ -211,7 +212,13 @@ def _chosen(condition: Bool[Array, ""], one: T, other: T) -> T:
     return eqx.combine(large, small)
 
 
-def _after(old: Progress, moved: _Moved, best: Best, policy_state: PyTree) -> Progress:
+def _after(
+    old: Progress,
+    moved: _Moved,
+    best: Best,
+    policy_state: PyTree,
+    count: Int[ArrayLike, ""],
+) -> Progress:
     """Returns the progress after a step; what only a bad step changes is as it was."""
     return dataclasses.replace(
         old,
@@ -220,7 +227,7 @@ def _after(old: Progress, moved: _Moved, best: Best, policy_state: PyTree) -> Pr
         best=best.params,
         best_state=best.state,
         best_loss=best.loss,
-        step_count=old.step_count + 1,
+        step_count=old.step_count + count,
     )
 
 
@@ -256,7 +263,7 @@ def advance_bare(
         few(begin.opt_state)
     )
     is_bad |= _turned_bad(state, begin.state)
-    new = _after(old, moved, best, policy_state)
+    new = _after(old, moved, best, policy_state, 1)
     return new, Outcome(measured, grads, jnp.array(True), metrics), is_bad
 
 

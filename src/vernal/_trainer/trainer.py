@@ -973,7 +973,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         A dictionary from the names of elements to `(low, high)`, values of the
         parameter. An end is the bound where the interval reaches it, infinite where the
         likelihood never falls so far, and NaN, with a warning, where it is not finite
-        before it does, or where the others were lost on the way.
+        before it does, or jumps.
 
         **Raises:**
 
