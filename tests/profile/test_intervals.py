@@ -10,6 +10,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 import scipy.optimize
+from numpyro.distributions import biject_to, constraints
 
 import vernal as vn
 from inside import cache_size, run_points, search
@@ -362,14 +363,6 @@ def test_a_jump_is_an_end_unless_it_is_not_there_from_close_by(is_lost):
         np.testing.assert_allclose(found, 30, rtol=1e-9)
 
 
-class Positive(vn.Bijection):
-    def forward(self, free):
-        return jnp.exp(free)
-
-    def inverse(self, value):
-        return jnp.log(value)
-
-
 class Product(vn.Trainer):
     """The data know the product of two."""
 
@@ -381,7 +374,8 @@ class Product(vn.Trainer):
 def test_what_is_degenerate_is_followed_to_the_ends():
     batch = 2 * jnp.exp(-X) + 0.4 + 0.05 * jnp.cos(20 * X)
     start = {name: jnp.asarray(1.0) for name in ("first", "second", "sky")}
-    both, found = dict.fromkeys(("first", "second"), Positive()), {}
+    positive, found = biject_to(constraints.positive), {}
+    both = dict.fromkeys(("first", "second"), positive)
     for label, bounds in (("map", both), ("none", None)):
         trainer = Product(start, bounds=bounds).solve(LM, batch).trainer
         values = [1e-3, 0.1, 1.0, 30.0, 1e3]
