@@ -5,7 +5,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import spelled_leaves, warn
@@ -45,7 +44,7 @@ class Feed:
         """Returns the next batch, or its shapes, without using it up."""
         source = self.source
         if not isinstance(source, Stream):
-            zero = jnp.asarray(np.int32(0))
+            zero = jax.device_put(np.int32(0))
             return eqx.filter_eval_shape(source.next, source.start(zero), zero)[0]
         if not self._next_batch:
             self._next_batch.append(self._read())

@@ -135,7 +135,7 @@ def _run_round(
     members: _Members, problem: Problem, steps: int
 ) -> tuple[_Ends, list[int]]:
     """Runs the solver once; returns also the members that met an error."""
-    goal, trainers = jnp.asarray(np.int32(steps)), members.trainers
+    goal, trainers = jax.device_put(np.int32(steps)), members.trainers
     try:
         return jax.block_until_ready(_run(members, problem, goal)), []
     except RuntimeError:

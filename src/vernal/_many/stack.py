@@ -69,11 +69,11 @@ def stack(column: tuple[Any, ...]) -> Array:
     if _is_for_jax_alone(column[0]):
         return jnp.stack(column)
     # Through NumPy, for which nothing is compiled.
-    return jnp.asarray(np.stack([np.asarray(leaf) for leaf in column]))
+    return jax.device_put(np.stack([np.asarray(leaf) for leaf in column]))
 
 
 def first_row(leaf: Array) -> Array:
-    return leaf[0] if _is_for_jax_alone(leaf) else jnp.asarray(np.asarray(leaf)[0])
+    return leaf[0] if _is_for_jax_alone(leaf) else jax.device_put(np.asarray(leaf)[0])
 
 
 def _is_for_jax_alone(leaf: Array) -> bool:

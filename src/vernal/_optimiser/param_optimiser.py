@@ -353,7 +353,7 @@ def _as_scale(value: ArrayLike) -> Array:
     dtype = jnp.result_type(float)
     if isinstance(value, jax.Array):
         return strong(value.astype(dtype))
-    return jnp.asarray(np.asarray(value, dtype))
+    return jax.device_put(np.array(value, dtype))
 
 
 def _scaled(update: Array, scale: Array | None) -> Array:

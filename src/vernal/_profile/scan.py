@@ -75,8 +75,8 @@ class Scan:
         trainer = in_free_coordinates(trainer)
         metric, self._errors = _metric(name, trainer, batch, jac)
         self._problem = Problem(batch, encoded, 1, jac)
-        self._goal = jnp.asarray(np.int32(options.max_steps))
-        most = jnp.asarray(np.int32(min(options.max_steps, _MOST_STEPS)))
+        self._goal = jax.device_put(np.int32(options.max_steps))
+        most = jax.device_put(np.int32(min(options.max_steps, _MOST_STEPS)))
         self._space = Space(stripped(trainer), batch, jac, metric, most)
         self._wide = np.asarray(metric.errors_of_the_data(), float)
         # On the host, where nothing is compiled.

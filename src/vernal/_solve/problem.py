@@ -136,7 +136,7 @@ def progress_at(
     end: End, old: Progress, opt_state: PyTree, nan_counts: Array
 ) -> Progress:
     """Returns the progress of a trainer whose solver has ended."""
-    no = jnp.asarray(np.zeros(old.stopped.shape, bool))
+    no = jax.device_put(np.zeros(old.stopped.shape, bool))
     return dataclasses.replace(
         old,
         params=end.params,

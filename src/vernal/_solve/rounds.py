@@ -182,7 +182,7 @@ class Rounds:
 
     def _run(self, steps: int) -> _Round:
         """Solves in the space as it is."""
-        goal = jnp.asarray(np.int32(steps))
+        goal = jax.device_put(np.int32(steps))
         end = run(self._stripped, self._projector, self._held, self._problem, goal)
         copied = end.losses, end.steps, end.reason, end.last, end.is_settled
         losses, count, why, last, is_settled = jax.device_get(copied)

@@ -60,11 +60,11 @@ def initial_progress(
         state=state,
         best=params,
         best_state=state,
-        best_loss=jnp.asarray(np.asarray(np.inf, jnp.result_type(float))),
-        is_validated=jnp.asarray(np.bool_(False)),
-        nan_counts=jnp.asarray(np.repeat(no_counts, columns, axis=1)),
-        step_count=jnp.asarray(np.int32(0)),
-        stopped=jnp.asarray(np.bool_(False)),
+        best_loss=jax.device_put(np.asarray(np.inf, jnp.result_type(float))),
+        is_validated=jax.device_put(np.bool_(False)),
+        nan_counts=jax.device_put(np.repeat(no_counts, columns, axis=1)),
+        step_count=jax.device_put(np.int32(0)),
+        stopped=jax.device_put(np.bool_(False)),
     )
 
 
@@ -94,10 +94,10 @@ def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
 
 def without_best(progress: Progress) -> Progress:
     """Returns the progress for a fit that keeps no best."""
-    none_yet = jnp.asarray(
+    none_yet = jax.device_put(
         np.full(progress.best_loss.shape, np.inf, progress.best_loss.dtype)
     )
-    no = jnp.asarray(np.zeros(progress.is_validated.shape, bool))
+    no = jax.device_put(np.zeros(progress.is_validated.shape, bool))
     return dataclasses.replace(
         progress, best=None, best_state=None, best_loss=none_yet, is_validated=no
     )

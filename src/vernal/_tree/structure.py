@@ -138,13 +138,14 @@ def strong(leaf: Any) -> jax.Array:
     the second step would then be compiled again.
     """
     # A copy: JAX may otherwise share the memory of an array that is changed later.
-    array = jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
+    is_numpy = isinstance(leaf, np.ndarray)
+    array = jax.device_put(leaf.copy()) if is_numpy else jnp.asarray(leaf)
     if not is_weak(array):
         return array
     if isinstance(array, jax.core.Tracer):
         return jax.lax.convert_element_type(array, array.dtype)
     # Through NumPy, which has no weak types: nothing is compiled for it.
-    return jnp.asarray(np.asarray(array))
+    return jax.device_put(np.asarray(array))
 
 
 def parameters(model: Any, owners: Sequence[int | None]) -> Any:
