@@ -18,6 +18,7 @@ from vernal._fit import (
 from vernal._fit.pace import Pace as Pace
 from vernal._inference.expansion import around as around
 from vernal._inference.propagate import run_propagate as run_propagate
+from vernal._loop import small as small
 from vernal._loop.chunk import run_chunk as run_chunk
 from vernal._loop.single_step import run_step as run_step
 from vernal._optimiser.transform import Transform as Transform
@@ -26,6 +27,7 @@ from vernal._policy import any_non_finite as any_non_finite
 from vernal._profile import plane as plane
 from vernal._profile.conditional import run_points as run_points
 from vernal._profile.search import search as search
+from vernal._program import one_function as one_function
 from vernal._program.prepared import prepared as prepared
 from vernal._step import stripped as stripped
 from vernal._step.constrain import project as project

@@ -17,6 +17,7 @@ from .._data import Minibatches, Source, Stream, Whole
 from .._devices import Peers, fingerprint, leaf_fingerprints
 from .._loop import (
     MOST_ROWS,
+    Chunk,
     Ended,
     Guard,
     LackingMetricError,
@@ -26,6 +27,7 @@ from .._loop import (
     Task,
 )
 from .._policy import StopReason
+from .._program import are_on_one_cpu
 from .._step import (
     AbstractTrainer,
     Diagnosis,
@@ -126,6 +128,7 @@ class FitRun:
         self._has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.
         self._guard: Guard = "always" if self._feed.is_stream else "never"
+        self._may_be_one = True
         # The last steps and batches of a stream: a stop is noticed one step later.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
         self.taken = steps - first
@@ -198,7 +201,7 @@ class FitRun:
                 task = Task(*parts, goal, every, most_rows, self._guard)
                 with _held_back() if self._in_place else contextlib.nullcontext():
                     try:
-                        chunk, ended = subject.run(task, state, self._in_place)
+                        chunk, ended = self._run(task, state)
                     except LackingMetricError as error:
                         error.args += (now - steps,)
                         raise
@@ -215,6 +218,17 @@ class FitRun:
             if self.is_whole:
                 with _held_back():
                     self._settle(start, state, pending)
+
+    def _run(self, task: Task, state: LoopState) -> tuple[Chunk, Ended]:
+        """Takes the steps of a chunk."""
+        run = self._subject.run
+        if self._may_be_one and are_on_one_cpu((task, state)):
+            try:
+                return run(task._replace(is_on_one_cpu=True), state, self._in_place)
+            except jax.errors.JaxRuntimeError:
+                # XLA could not compile the loop as one function.
+                self._may_be_one = False
+        return run(task, state, self._in_place)
 
     def _settle(
         self, start: int, state: LoopState, pending: list[tuple[Ended, Any, Any]]

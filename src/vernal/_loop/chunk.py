@@ -9,6 +9,7 @@ from .._devices import AbstractPlacement
 from .._program import program
 from .._step import with_comparable_best
 from .blocks import bare_step, run_blocks
+from .small import run_small_loop
 from .task import Chunk, Ended, LoopState, Taken, Task, run_loop, take_one
 
 
@@ -25,11 +26,14 @@ def chunk_of_one(
         return place.pin(take_one(task, state, batch, is_due))
 
     begun = task.begin(state._replace(progress=start), task.shapes(start, step), step)
-    bare = None if place.mesh is not None else bare_step(task, begun.state, step)
-    if bare is None:
-        chunk = run_loop(take, task, begun, step)
-    else:
+    chunk = bare = None
+    if place.mesh is None:
+        chunk = run_small_loop(take, task, begun, step)
+        bare = bare_step(task, begun.state, step) if chunk is None else None
+    if chunk is None and bare is not None:
         chunk = run_blocks(bare, take, task, begun, step)
+    if chunk is None:
+        chunk = run_loop(take, task, begun, step)
     # The next chunk is the same program if it finds everything where this one did.
     chunk = place.pin(chunk)
     return chunk, Ended.of(chunk)

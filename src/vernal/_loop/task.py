@@ -65,6 +65,8 @@ class Task(NamedTuple):
     most_rows: int
     guard: Guard = "always"
     """Which steps are guarded. A bad one that is not ends the chunk before it."""
+    is_on_one_cpu: bool = False
+    """Whether all arrays are there, so that small ones need not be shared."""
 
     def shapes(self, progress: Progress, step: Int[Array, ""]) -> dict[str, Any]:
         """Returns the shapes of what is recorded of a step."""

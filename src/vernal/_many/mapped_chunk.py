@@ -20,6 +20,7 @@ from .._loop import (
     Taken,
     Task,
     run_loop,
+    run_small_loop,
     take_one,
 )
 from .._program import program
@@ -155,7 +156,8 @@ def _run_group(
         for name, shape in shapes.items()
     }
     start = task.begin(state._replace(progress=progress), shapes, step)
-    return run_loop(take, task, start, step)
+    chunk = run_small_loop(take, task, start, step)
+    return run_loop(take, task, start, step) if chunk is None else chunk
 
 
 def _held(taken: Taken, old: LoopState) -> Taken:

@@ -2,8 +2,10 @@
 
 `programs` finds the program of a call, or compiles it again where its code has changed.
 `shelves` decides which compiled programs are kept. `prepared` prepares arguments.
+`one_function` makes small loops fast.
 """
 
 from .host import calls_host
+from .one_function import MOST_BYTES, are_on_one_cpu, as_one_function
 from .prepared import prepared
 from .programs import Version, forget, program, version_of

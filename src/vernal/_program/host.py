@@ -1,7 +1,7 @@
 """Programs that call functions on the host, and the errors that are raised there."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -15,19 +15,26 @@ _LOGGER = logging.getLogger("jax._src.callback")
 def calls_host(traced: Any) -> bool:
     """Whether a program that was traced calls functions on the host."""
     # A message to print, for instance, is an effect; a pure callback is not.
-    todo, seen = [traced.jaxpr], set[int]()
-    if traced.effects:
-        return True
+    calls = (eqn.primitive.name for eqn in equations(traced.jaxpr))
+    return bool(traced.effects) or any("callback" in name for name in calls)
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Yields the equations of a function, and of those that it calls, once each."""
+    todo, seen = [jaxpr], {id(jaxpr)}
     while todo:
         for eqn in todo.pop().eqns:
-            if "callback" in eqn.primitive.name:
-                return True
-            for inner in jax.tree.leaves(eqn.params):
-                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-                if isinstance(inner, Jaxpr) and id(inner) not in seen:
-                    seen.add(id(inner))
-                    todo.append(inner)
-    return False
+            yield eqn
+            new = [inner for inner in inner_jaxprs(eqn) if id(inner) not in seen]
+            seen.update(map(id, new))
+            todo += new
+
+
+def inner_jaxprs(eqn: Any) -> list[Jaxpr]:
+    """Returns the functions that an equation calls."""
+    leaves = jax.tree.leaves(eqn.params)
+    leaves = [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves]
+    return [leaf for leaf in leaves if isinstance(leaf, Jaxpr)]
 
 
 def with_host_errors(

@@ -1,0 +1,144 @@
+"""Loops over small arrays, which XLA compiles to one function.
+
+On a CPU, XLA calls a function for each operation, or for a few that it joins. In a loop
+over small arrays the calls take longer than the arithmetic. XLA can also compile such
+a loop as a whole, and does so for the smallest. A mark on a call asks it for others.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jaxtyping import Array
+
+from .host import equations, inner_jaxprs
+
+T = TypeVar("T")
+
+# XLA looks for this mark on calls that it keeps. It is not documented, so only the
+# versions that were tested get it.
+_MARK = {"xla_cpu_small_call": "true", "inlineable": "false"}
+BEFORE = (0, 11)
+
+# How many bytes one pass of the loop may write. From some 80 kB on it is faster to call
+# a function for each operation: they run on several threads.
+MOST_BYTES = 2**16
+
+# XLA calls a library for larger reductions, and for larger products of matrices, which
+# it cannot do from one function.
+_MOST_REDUCED = 2**12
+_MOST_MULTIPLIED = 64
+
+_LOOPS = frozenset({"scan", "while"})
+
+_REDUCTIONS = frozenset(
+    {"argmax", "argmin"}
+    | {f"reduce_{name}" for name in ("and", "max", "min", "or", "prod", "sum", "xor")}
+)
+
+# What was compared with the other way. Not among them is what calls a library, such as
+# a sort or a decomposition of a matrix, and what this way lacks, such as a scatter.
+_OTHERS = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type
+broadcast_in_dim ceil clamp closed_call complex concatenate cond conj
+convert_element_type copy copy_p cos cosh cumlogsumexp cummax cummin cumprod cumsum
+custom_jvp_call custom_vjp_call digamma div dynamic_slice dynamic_update_slice eq erf
+erf_inv erfc exp exp2 expm1 floor gather ge gt imag integer_pow iota is_finite jit le
+lgamma log log1p logistic lt max min mul ne neg nextafter not or pad pjit pow
+random_bits random_fold_in random_seed random_split random_unwrap random_wrap real
+reduce_precision rem reshape rev round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square
+squeeze stack stop_gradient sub tan tanh threefry2x32 transpose unstack xor
+"""
+ALLOWED = _LOOPS | _REDUCTIONS | set(_OTHERS.split())
+
+
+def are_on_one_cpu(tree: Any) -> bool:
+    """Whether every array of a tree is on one CPU, and no device is of another kind."""
+    if jax.default_backend() != "cpu":
+        return False
+    if jax.device_count() == 1:
+        return True
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return all(len(array.sharding.device_set) == 1 for array in arrays)
+
+
+def as_one_function(fn: Callable[..., T], *args: Any) -> T | None:
+    """Calls a function of arrays, a loop, within a program: XLA makes one function.
+
+    `None` if that would not be faster, or is not possible.
+
+    XLA ends the process where such a function has an argument that it does not use. So
+    it also returns an element of each, and those are used here.
+    """
+    if jax.__version_info__ >= BEFORE:
+        return None
+    traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    if not _is_small(traced.jaxpr):
+        return None
+    given, count = [*traced.consts, *jax.tree.leaves(args)], len(traced.consts)
+
+    def call(*given: Array) -> list[Array]:
+        flat: Any = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, given[:count]))
+        return [*flat(*given[count:]), *(jnp.ravel(x)[:1] for x in given)]
+
+    first, *rest = jax.jit(call)(*given)
+    # The mark belongs to the call that the value comes from.
+    returned = lax.optimization_barrier([set_xla_metadata(first, **_MARK), *rest])
+    return jax.tree.structure(shapes).unflatten(returned[: -len(given)])
+
+
+def _is_small(jaxpr: Any) -> bool:
+    of_loops: list[int] = []
+    _written(jaxpr, of_loops)
+    is_fast = max(of_loops, default=0) <= MOST_BYTES
+    return is_fast and all(map(_is_allowed, equations(jaxpr)))
+
+
+def _is_allowed(eqn: Any) -> bool:
+    name, shapes = eqn.primitive.name, [value.aval.shape for value in eqn.invars]
+    if name == "dot_general":
+        return _is_tiny_product(eqn.params["dimension_numbers"], *shapes)
+    if name in _REDUCTIONS:
+        return math.prod(shapes[0]) < _MOST_REDUCED
+    return name in ALLOWED
+
+
+def _is_tiny_product(
+    numbers: Any, left: tuple[int, ...], right: tuple[int, ...]
+) -> bool:
+    """Whether a product is one with a vector, or of tiny matrices."""
+    (contracted, _), (mapped, _) = numbers
+    inner = math.prod(left[axis] for axis in contracted)
+    each = inner * math.prod(left[axis] for axis in mapped)
+    rows, columns = (math.prod(shape) // max(each, 1) for shape in (left, right))
+    is_tiny = min(rows, columns) <= 1 or rows * columns * inner <= _MOST_MULTIPLIED
+    return is_tiny and max(math.prod(left), math.prod(right)) < _MOST_REDUCED
+
+
+def _written(jaxpr: Any, of_loops: list[int]) -> int:
+    """Counts the bytes that a function writes, without the loops in it.
+
+    Those that one pass of each loop writes are appended to `of_loops`.
+    """
+    own = 0
+    for eqn in jaxpr.eqns:
+        inner = [_written(each, of_loops) for each in inner_jaxprs(eqn)]
+        if eqn.primitive.name in _LOOPS:
+            of_loops += inner
+        elif inner:
+            own += sum(inner)
+        elif eqn.primitive.name == "dynamic_update_slice":
+            own += _bytes(eqn.invars[1])  # the rest stays as it is
+        else:
+            own += sum(map(_bytes, eqn.outvars))
+    return own
+
+
+def _bytes(value: Any) -> int:
+    return value.aval.size * value.aval.dtype.itemsize
