@@ -145,6 +145,7 @@ def test_many_fits(used, otherwise):
     np.testing.assert_allclose(one.history.loss, other.history.loss, rtol=1e-9)
 
 
+@pytest.mark.seams
 def test_minibatches_and_streams(used):
     rows = jnp.stack(DATA, 1)
 
@@ -212,6 +213,7 @@ def test_what_xla_refuses_is_left_to_the_other_way(monkeypatch, used):
     assert int(again.trainer.step_count) == 10
 
 
+@pytest.mark.seams
 def test_the_mark_is_on_the_loop(monkeypatch):
     """As XLA looks for it, on one call."""
     texts = []
