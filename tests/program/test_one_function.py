@@ -201,6 +201,26 @@ def test_arguments_that_are_not_used():
 
 
 @pytest.mark.as_compiled
+@pytest.mark.seams
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [20, 1_000, 5_000, 100_000])
+@pytest.mark.parametrize("index", ["fixed", "of the loop"])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["NumPy", "JAX"])
+def test_constants(kind, index, size, dtype):
+    """XLA ends the process where it puts one into the function."""
+    constant = kind(RNG.normal(size=size).astype(dtype))
+
+    def loop(x):
+        pick = lambda i: 7 if index == "fixed" else i
+        body = lambda i, c: c + x * jnp.asarray(constant)[pick(i)]
+        return lax.fori_loop(0, 3, body, jnp.zeros_like(x))
+
+    x = jnp.arange(4, dtype=dtype)
+    total = 3 * constant[7] if index == "fixed" else constant[:3].sum()
+    np.testing.assert_allclose(as_one(loop)(x), x * total, rtol=1e-5)
+
+
+@pytest.mark.as_compiled
 def test_no_large_array_is_copied():
     large = jnp.ones(1_000_000)
 

@@ -74,7 +74,8 @@ def as_one_function(fn: Callable[..., T], *args: Any) -> T | None:
     `None` if that would not be faster, or is not possible.
 
     XLA ends the process where such a function has an argument that it does not use. So
-    it also returns an element of each, and those are used here.
+    it also returns an element of each, and those are used here. Barriers hide from XLA
+    what the arguments are: it would put constants into the function in their place.
     """
     if jax.__version_info__ >= BEFORE:
         return None
@@ -87,7 +88,7 @@ def as_one_function(fn: Callable[..., T], *args: Any) -> T | None:
         flat: Any = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, given[:count]))
         return [*flat(*given[count:]), *(jnp.ravel(x)[:1] for x in given)]
 
-    first, *rest = jax.jit(call)(*given)
+    first, *rest = jax.jit(call)(*lax.optimization_barrier(given))
     # The mark belongs to the call that the value comes from.
     returned = lax.optimization_barrier([set_xla_metadata(first, **_MARK), *rest])
     return jax.tree.structure(shapes).unflatten(returned[: -len(given)])

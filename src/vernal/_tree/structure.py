@@ -138,8 +138,7 @@ def strong(leaf: Any) -> jax.Array:
     the second step would then be compiled again.
     """
     # A copy: JAX may otherwise share the memory of an array that is changed later.
-    is_numpy = isinstance(leaf, np.ndarray)
-    array = jax.device_put(leaf.copy()) if is_numpy else jnp.asarray(leaf)
+    array = jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
     if not is_weak(array):
         return array
     if isinstance(array, jax.core.Tracer):
