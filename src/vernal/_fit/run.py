@@ -27,7 +27,7 @@ from .._loop import (
     Task,
 )
 from .._policy import StopReason
-from .._program import are_on_one_cpu
+from .._program import are_on_one_cpu, is_refused
 from .._step import (
     AbstractTrainer,
     Diagnosis,
@@ -225,8 +225,9 @@ class FitRun:
         if self._may_be_one and are_on_one_cpu((task, state)):
             try:
                 return run(task._replace(is_on_one_cpu=True), state, self._in_place)
-            except jax.errors.JaxRuntimeError:
-                # XLA could not compile the loop as one function.
+            except jax.errors.JaxRuntimeError as error:
+                if not is_refused(error):
+                    raise
                 self._may_be_one = False
         return run(task, state, self._in_place)
 

@@ -6,6 +6,6 @@
 """
 
 from .host import calls_host
-from .one_function import MOST_BYTES, are_on_one_cpu, as_one_function
+from .one_function import MOST_BYTES, are_on_one_cpu, as_one_function, is_refused
 from .prepared import prepared
 from .programs import Version, forget, program, version_of

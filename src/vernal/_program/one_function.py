@@ -68,6 +68,12 @@ def are_on_one_cpu(tree: Any) -> bool:
     return all(len(array.sharding.device_set) == 1 for array in arrays)
 
 
+def is_refused(error: Exception) -> bool:
+    """Whether XLA could not compile a function as one."""
+    reasons = "UNIMPLEMENTED", "Failed to materialize symbols"
+    return any(reason in str(error) for reason in reasons)
+
+
 def as_one_function(fn: Callable[..., T], *args: Any) -> T | None:
     """Calls a function of arrays, a loop, within a program: XLA makes one function.
 
