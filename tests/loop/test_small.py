@@ -59,11 +59,8 @@ def otherwise(monkeypatch):
 
     def call(fn):
         with monkeypatch.context() as patch:
-            patch.setattr(small, "as_one_function", lambda *_: None)
-            vn.forget()
-            found = fn()
-        vn.forget()
-        return found
+            patch.setenv("VERNAL_ONE_FUNCTION", "0")
+            return fn()
 
     return call
 
@@ -181,6 +178,22 @@ def test_all_else_is_left_to_the_other_way(kind, used):
     start = fit_of()
     run(kind(start.model, optax.adam(0.05)), 3)
     assert not any(used)
+
+
+@pytest.mark.parametrize("reason", ["the user's environment", "an untested JAX"])
+def test_it_is_switched_off(reason, monkeypatch, used):
+    """In a process that already has the program of a loop as one function, too."""
+    start = fit_of()
+    run(start, 3)
+    assert used == [True]
+    if reason == "an untested JAX":
+        monkeypatch.setattr(one_function, "BEFORE", (0, 1))
+    else:
+        monkeypatch.setenv("VERNAL_ONE_FUNCTION", "0")
+    before = cache_size(run_chunk)
+    run(start, 3)
+    assert used == [True]
+    assert cache_size(run_chunk) > before
 
 
 def test_a_large_state_is_not_traced_for_it(used):

@@ -230,8 +230,3 @@ def test_no_large_array_is_copied():
     call = jax.jit(lambda *args: as_one_function(loop, *args))
     memory = call.lower(jnp.array(0.0), large).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1e5
-
-
-def test_other_versions_of_jax_are_left_alone(monkeypatch):
-    monkeypatch.setattr(one_function, "BEFORE", (0, 1))
-    assert as_one_function(looped(jnp.sin), jnp.asarray(NUMBERS)) is None

@@ -27,7 +27,7 @@ from .._loop import (
     Task,
 )
 from .._policy import StopReason
-from .._program import are_on_one_cpu, is_refused
+from .._program import are_on_one_cpu, is_refused, is_switched_on
 from .._step import (
     AbstractTrainer,
     Diagnosis,
@@ -128,7 +128,7 @@ class FitRun:
         self._has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.
         self._guard: Guard = "always" if self._feed.is_stream else "never"
-        self._may_be_one = True
+        self._may_be_one = is_switched_on()
         # The last steps and batches of a stream: a stop is noticed one step later.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
         self.taken = steps - first

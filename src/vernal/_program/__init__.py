@@ -6,6 +6,12 @@
 """
 
 from .host import calls_host
-from .one_function import MOST_BYTES, are_on_one_cpu, as_one_function, is_refused
+from .one_function import (
+    MOST_BYTES,
+    are_on_one_cpu,
+    as_one_function,
+    is_refused,
+    is_switched_on,
+)
 from .prepared import prepared
 from .programs import Version, forget, program, version_of

@@ -6,6 +6,7 @@ a loop as a whole, and does so for the smallest. A mark on a call asks it for ot
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -58,6 +59,12 @@ squeeze stack stop_gradient sub tan tanh threefry2x32 transpose unstack xor
 ALLOWED = _LOOPS | _REDUCTIONS | set(_OTHERS.split())
 
 
+def is_switched_on() -> bool:
+    """Whether loops may be compiled so: unless the user's environment forbids it."""
+    is_tested = jax.__version_info__ < BEFORE
+    return is_tested and os.environ.get("VERNAL_ONE_FUNCTION", "1") != "0"
+
+
 def are_on_one_cpu(tree: Any) -> bool:
     """Whether every array of a tree is on one CPU, and no device is of another kind."""
     if jax.default_backend() != "cpu":
@@ -83,8 +90,6 @@ def as_one_function(fn: Callable[..., T], *args: Any) -> T | None:
     it also returns an element of each, and those are used here. Barriers hide from XLA
     what the arguments are: it would put constants into the function in their place.
     """
-    if jax.__version_info__ >= BEFORE:
-        return None
     traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     if not _is_small(traced.jaxpr):
         return None
