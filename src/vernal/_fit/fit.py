@@ -19,6 +19,7 @@ from .._step import (
 )
 from .._storage import History, open_checkpointer, origin
 from .feed import DataExhausted
+from .no_data import warn_of_no_data
 from .options import FitKeywords, FitOptions
 from .pace import Pace
 from .progress_bar import ProgressBar
@@ -103,6 +104,7 @@ def fit(
             "`validation`: no score was finite, so that `best` is no better than the "
             "model that the fit began with. Check the batch, and `evaluate`."
         )
+    warn_of_no_data(subject, result, run.last_source)
     return result
 
 

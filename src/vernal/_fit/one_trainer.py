@@ -94,4 +94,7 @@ class OneTrainer(AbstractSubject):
         reason = result.stop_reason
         if reason not in AT_NON_FINITE:
             return None
-        return BadEnd((), reason, self.placed(result.trainer), f"`fit`: {reason}")
+        return BadEnd((), reason, self.picked(result, ()), f"`fit`: {reason}")
+
+    def picked(self, result: Any, index: Any) -> AbstractTrainer:
+        return self.placed(result.trainer)

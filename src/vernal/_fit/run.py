@@ -367,6 +367,13 @@ class FitRun:
             data = bad_data(batch)
             return Diagnosis((f"At step {step}:", *data) if data else ())
 
+    @property
+    def last_source(self) -> Whole[Any] | Minibatches | None:
+        """The batch of the last steps, `None` if none of a stream was read."""
+        if not isinstance(self._source, Stream):
+            return self._source
+        return self._last[-1][1] if self._last else None
+
     def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
         """Yields why the fit of each trainer ended: by default for `reason`."""
         subject, progress = self._subject, progress_of(self.trainer)

@@ -137,6 +137,10 @@ class AbstractSubject(abc.ABC):
         Of many trainers it is the first, if there is an error to raise or all ended so.
         """
 
+    @abc.abstractmethod
+    def picked(self, result: Any, index: Any) -> AbstractTrainer:
+        """Returns the trainer of a result with an index, as in `BadEnd`."""
+
     def home(self, trainer: AbstractTrainer) -> Any:
         """Brings a trainer back from the devices of the fit."""
         return with_progress(trainer, self.place.home(progress_of(trainer)))

@@ -151,7 +151,11 @@ class ManyTrainers(AbstractSubject):
             f"finite. Of member {index}:"
         )
         which = f"That is member {index} of {self.size}. "
-        return BadEnd(index, reasons[index], result.trainer(index), warning, which)
+        trainer = self.picked(result, index)
+        return BadEnd(index, reasons[index], trainer, warning, which)
+
+    def picked(self, result: ManyResult[Any], index: Any) -> AbstractTrainer:
+        return result.trainer(index)
 
     def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
         source = self.place.home(source)

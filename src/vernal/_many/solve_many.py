@@ -13,6 +13,7 @@ from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import AbstractPlacement, same_inputs
+from .._fit import warn_of_no_data
 from .._minimum import distance_of, settled
 from .._policy import StopReason
 from .._program import program
@@ -128,6 +129,7 @@ def solve_many(
         diagnosis = diagnosed(end.trainer, subject.seen(Whole(batch), end.index))
         end.raise_if_asked(result, diagnosis.advised_on_data)
         warn(f"{end.warning} {diagnosis}")
+    warn_of_no_data(subject, result, Whole(batch))
     return result
 
 

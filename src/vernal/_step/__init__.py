@@ -35,7 +35,13 @@ from .construct import (
     no_optimiser,
     refuse_own_projector,
 )
-from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
+from .diagnosis import (
+    Diagnosis,
+    bad_data,
+    diagnosed,
+    explain_non_finite,
+    lacks_data,
+)
 from .held import pushed
 from .hyperparams import beginning, settled
 from .model import checked_model

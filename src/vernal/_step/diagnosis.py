@@ -20,6 +20,7 @@ from .._tree import by_path, is_inexact
 from .abstract_trainer import (
     AbstractTrainer,
     overrides,
+    priors_of,
     progress_of,
     stripped,
     template_of,
@@ -30,6 +31,7 @@ from .objective import (
     defined,
     live,
     negative_log_likelihood,
+    real_residuals_and_kind,
     residual_terms,
     residuals_as_returned,
     score,
@@ -99,10 +101,7 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
         return Diagnosis((), (), ("Outside of `jax.jit` it can be said where from.",))
     data, model = bad_data(batch), _bad_model(trainer)
     trainer = _at_bad_step(trainer)
-    if isinstance(batch, Minibatches):
-        step = trainer.step_count
-        batch = batch.next(batch.start(step), step)[0]
-    bare, batch = stripped(trainer), as_batch(batch)
+    bare, batch = _at_step(trainer, batch)
     if is_debugged():
         _raise_at_origin(bare, batch)
     results = _bad_results(bare, batch)
@@ -118,6 +117,15 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     return Diagnosis((), (), (found, *_bad_update(trainer, batch)))
 
 
+def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
+    """Whether the residuals that are minimised are those of no datum."""
+    if defined(trainer) != ("residuals",) or priors_of(trainer) is not None:
+        return False
+    count = lambda *args: real_residuals_and_kind(*args)[1].size
+    found = _evaluated(*_at_step(trainer, batch), count)
+    return found is not None and int(found) == 0
+
+
 def bad_data(batch: Any) -> tuple[str, ...]:
     """Says of each leaf of a batch how many of its numbers are not finite, and where.
 
@@ -128,6 +136,14 @@ def bad_data(batch: Any) -> tuple[str, ...]:
     of_all = " of all the examples" if is_whole else ""
     bad = _bad_leaves(spelled_leaves("batch", tree))
     return _abridged([f"{where} {what}{of_all}." for where, what in bad])
+
+
+def _at_step(trainer: AbstractTrainer, batch: Any) -> tuple[AbstractTrainer, Any]:
+    """Returns a bare trainer and the batch of its step."""
+    if isinstance(batch, Minibatches):
+        step = trainer.step_count
+        batch = batch.next(batch.start(step), step)[0]
+    return stripped(trainer), as_batch(batch)
 
 
 def _empty(batch: Any) -> tuple[str, ...]:

@@ -1,0 +1,97 @@
+"""A mask that leaves out all data: any model fits them, which a warning says."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from vernal.likelihoods import Gaussian, Poisson, Robust
+
+X = jnp.linspace(0.0, 1.0, 20)
+Y = 2 * X + 1
+NONE = (X, Y, X > 5)
+SOLVER = optx.BFGS(1e-6, 1e-6)
+KINDS = {
+    "Gaussian": lambda mean, y, where: Gaussian(mean, y, 0.1, where=where),
+    "Poisson": lambda mean, y, where: Poisson(mean, y, where=where),
+    "Robust": lambda mean, y, where: Robust(mean - y, "huber", where=where),
+    "two": lambda mean, y, where: [
+        Gaussian(mean, y, 0.1, where=where),
+        Poisson(mean, y, where=where),
+    ],
+}
+
+
+class Fit(vn.Trainer):
+    kind: str = "Gaussian"
+
+    def __init__(self, slope=1.0, kind="Gaussian", **options):
+        self.kind = kind
+        model = {"slope": jnp.array(slope), "offset": jnp.array(1.0)}
+        super().__init__(model, optax.adam(0.1), **options)
+
+    def residuals(self, model, batch):
+        x, y, where = batch
+        return KINDS[self.kind](model["slope"] * x + model["offset"], y, where)
+
+
+def many(**options):
+    return lambda data: vn.fit_many([Fit(2.0), Fit(1.0)], data, 5, **options)
+
+
+ENTRANCES = {
+    "fit": lambda data: Fit().fit(data, 5),
+    "fit, minibatches": lambda data: Fit().fit(
+        vn.Minibatches(data, 5, key=jax.random.key(0)), 5
+    ),
+    "fit, stream": lambda data: Fit().fit(vn.Stream([data] * 6), 5),
+    "fit, every third loss": lambda data: Fit().fit(data, 5, every=3),
+    "fit, bounds": lambda data: Fit(bounds={"slope": (0, None)}).fit(data, 5),
+    "fit, whitened": lambda data: (
+        Fit().whiten((X, Y, X < 5), optimiser=optax.adam(0.1)).fit(data, 5)
+    ),
+    "solve": lambda data: Fit().solve(SOLVER, data),
+    "solve, whitened": lambda data: Fit().whiten(data).solve(SOLVER, data),
+    "fit_many": many(),
+    "fit_many, solver": many(solver=SOLVER),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_likelihood(kind):
+    with pytest.warns(UserWarning, match="`fit`: no datum is left.*`where`"):
+        Fit(kind=kind).fit(NONE, 5, progress=False)
+
+
+@pytest.mark.loose_ranks
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_each_entrance(entrance):
+    name = entrance.split(",")[0]
+    with pytest.warns(UserWarning, match=f"`{name}`: no datum .*is left"):
+        ENTRANCES[entrance](NONE)
+
+
+def test_the_member_is_named():
+    data = jax.tree.map(lambda *leaves: jnp.stack(leaves), (X, Y, X < 5), NONE)
+    with pytest.warns(UserWarning, match="no datum of member 1 is left"):
+        many(data_axis=0)(data)
+
+
+SOUND = {
+    "one datum is left": lambda: Fit().fit((X, Y, X == 0), 5),
+    "an exact start": lambda: Fit(2.0).fit((X, Y, X < 5), 5),
+    # Then the prior alone is the answer.
+    "a prior": lambda: Fit(priors={"slope": vn.Normal(1.0, 1.0)}).fit(NONE, 5),
+    "one batch of two": lambda: Fit().fit(vn.Stream([(X, Y, X < 5), NONE]), 2),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_nothing_is_said_of(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SOUND[case]()
