@@ -196,6 +196,13 @@ def test_it_is_switched_off(reason, monkeypatch, used):
     assert cache_size(run_chunk) > before
 
 
+@pytest.mark.parametrize("value", ["", "false", "off", "2"])
+def test_another_value_of_the_switch_is_refused(value, monkeypatch):
+    monkeypatch.setenv("VERNAL_ONE_FUNCTION", value)
+    with pytest.raises(ValueError, match=f"`VERNAL_ONE_FUNCTION={value}`. It must"):
+        run(fit_of(), 3)
+
+
 def test_a_large_state_is_not_traced_for_it(used):
     start = fit_of()
     model = start.model | {"b": jnp.zeros(20_000)}

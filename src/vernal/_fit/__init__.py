@@ -2,7 +2,6 @@
 
 from .arrival import distance_here
 from .fit import fit
-from .no_data import NO_DATA, warn_of_no_data
 from .one_trainer import OneTrainer
 from .options import OPTIONS, FitKeywords
 from .result import FitResult

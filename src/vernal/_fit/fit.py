@@ -16,10 +16,10 @@ from .._step import (
     check_elementwise,
     no_optimiser,
     priors_of,
+    warn_of_no_data,
 )
 from .._storage import History, open_checkpointer, origin
 from .feed import DataExhausted
-from .no_data import warn_of_no_data
 from .options import FitKeywords, FitOptions
 from .pace import Pace
 from .progress_bar import ProgressBar
@@ -104,7 +104,8 @@ def fit(
             "`validation`: no score was finite, so that `best` is no better than the "
             "model that the fit began with. Check the batch, and `evaluate`."
         )
-    warn_of_no_data(subject, result, run.last_source)
+    with subject.context():
+        warn_of_no_data(subject.entrance, result.history.loss, run.ended_at(result))
     return result
 
 

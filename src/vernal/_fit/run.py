@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -367,12 +367,13 @@ class FitRun:
             data = bad_data(batch)
             return Diagnosis((f"At step {step}:", *data) if data else ())
 
-    @property
-    def last_source(self) -> Whole[Any] | Minibatches | None:
-        """The batch of the last steps, `None` if none of a stream was read."""
-        if not isinstance(self._source, Stream):
-            return self._source
-        return self._last[-1][1] if self._last else None
+    def ended_at(self, result: Any) -> Callable[[Any], tuple[AbstractTrainer, Any]]:
+        """Returns a function of an index: a trainer of a result, and its last batch."""
+        source = self._source
+        if isinstance(source, Stream):
+            source = self._last[-1][1] if self._last else Whole(None)
+        subject = self._subject
+        return lambda i: (subject.picked(result, i), subject.seen(source, i))
 
     def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
         """Yields why the fit of each trainer ended: by default for `reason`."""

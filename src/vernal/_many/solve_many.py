@@ -13,7 +13,6 @@ from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import AbstractPlacement, same_inputs
-from .._fit import warn_of_no_data
 from .._minimum import distance_of, settled
 from .._policy import StopReason
 from .._program import program
@@ -41,6 +40,7 @@ from .._step import (
     initial_opt_state,
     progress_of,
     stripped,
+    warn_of_no_data,
     with_progress,
 )
 from .._storage import History
@@ -129,7 +129,9 @@ def solve_many(
         diagnosis = diagnosed(end.trainer, subject.seen(Whole(batch), end.index))
         end.raise_if_asked(result, diagnosis.advised_on_data)
         warn(f"{end.warning} {diagnosis}")
-    warn_of_no_data(subject, result, Whole(batch))
+    ended = lambda i: (subject.picked(result, i), subject.seen(Whole(batch), i))
+    with subject.context():
+        warn_of_no_data(subject.entrance, history.loss, ended)
     return result
 
 

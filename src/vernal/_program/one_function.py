@@ -61,8 +61,12 @@ ALLOWED = _LOOPS | _REDUCTIONS | set(_OTHERS.split())
 
 def is_switched_on() -> bool:
     """Whether loops may be compiled so: unless the user's environment forbids it."""
-    is_tested = jax.__version_info__ < BEFORE
-    return is_tested and os.environ.get("VERNAL_ONE_FUNCTION", "1") != "0"
+    asked = os.environ.get("VERNAL_ONE_FUNCTION", "1")
+    if asked not in ("0", "1"):
+        raise ValueError(
+            f"The environment has `VERNAL_ONE_FUNCTION={asked}`. It must be 0 or 1."
+        )
+    return asked == "1" and jax.__version_info__ < BEFORE
 
 
 def are_on_one_cpu(tree: Any) -> bool:

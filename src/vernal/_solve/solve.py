@@ -8,9 +8,9 @@ from .._boundary import boolean, refuse_program, warn
 from .._curvature import Mode, checked_mode
 from .._data import as_batch
 from .._devices import placement, same_inputs
-from .._fit import NO_DATA, FitResult
+from .._fit import FitResult
 from .._policy import StopReason
-from .._step import AbstractTrainer, lacks_data, non_finite_error
+from .._step import AbstractTrainer, non_finite_error, warn_of_no_data
 from .problem import SOLVERS, Problem, checked_solver
 from .rounds import Rounds
 
@@ -63,16 +63,11 @@ def solve(
             raise
         result = rounds.result()
         if result.stop_reason is not StopReason.NON_FINITE:
-            _warn_of_no_data(result, batch)
+            ended = lambda _: (result.trainer, batch)
+            warn_of_no_data("solve", result.history.loss, ended)
             return result
         diagnosis = rounds.diagnosis()
     if trainer.nan_policy.raises:
         raise non_finite_error(result.trainer, result, diagnosis.advised_on_data)
     warn(f"`solve`: {result.stop_reason} {diagnosis}")
     return result
-
-
-def _warn_of_no_data(result: FitResult[Any, Any], batch: Any) -> None:
-    losses = result.history.loss
-    if losses.size and not losses.any() and lacks_data(result.trainer, batch):
-        warn(f"`solve`: no datum is left. {NO_DATA}")

@@ -35,13 +35,7 @@ from .construct import (
     no_optimiser,
     refuse_own_projector,
 )
-from .diagnosis import (
-    Diagnosis,
-    bad_data,
-    diagnosed,
-    explain_non_finite,
-    lacks_data,
-)
+from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
 from .held import pushed
 from .hyperparams import beginning, settled
 from .model import checked_model
@@ -53,6 +47,7 @@ from .nan_report import (
     non_finite_error,
     raise_if_non_finite,
 )
+from .no_data import warn_of_no_data
 from .objective import (
     DataKind,
     defined,
