@@ -117,11 +117,16 @@ class Taken(NamedTuple):
 
 
 def take_one(
-    task: Task, state: LoopState, batch: Any, is_due: Bool[Array, ""]
+    task: Task,
+    state: LoopState,
+    batch: Any,
+    is_due: Bool[Array, ""],
+    members: str | None = None,
 ) -> Taken:
-    """Takes one step of one trainer, and monitors it."""
+    """Takes one step of one trainer, or of one of many, and monitors it."""
     trainer = with_progress(task.trainer, state.progress)
-    new, outcome = advance(trainer, batch, ranks=not task.monitor.validates)
+    ranks = not task.monitor.validates
+    new, outcome = advance(trainer, batch, ranks=ranks, members=members)
     return monitored(task, state, new, outcome, is_due)
 
 

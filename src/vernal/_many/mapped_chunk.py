@@ -134,6 +134,8 @@ def _run_group(
     validates, parts = task.monitor.validates, (task.trainer, task.monitor)
     progress = jax.vmap(lambda p: with_comparable_best(p, validates))(state.progress)
     rows, shared = apart(parts, (*spread.config, *spread.monitor))
+    # One branch for all members. An accelerator would wait for the host at it.
+    members = "members" if jax.default_backend() == "cpu" else None
 
     def take(state: LoopState, batch: Any, is_due: Array) -> Taken:
         is_whole = isinstance(task.source, Whole)
@@ -143,9 +145,10 @@ def _run_group(
         def take_member(rows: PyTree, batch: PyTree, state: LoopState) -> Taken:
             trainer, monitor = eqx.combine(rows, shared)
             one = task._replace(trainer=trainer, monitor=monitor)
-            return take_one(one, state, eqx.combine(batch, shared_batch), is_due)
+            whole = eqx.combine(batch, shared_batch)
+            return take_one(one, state, whole, is_due, members=members)
 
-        taken = jax.vmap(take_member)(rows, own_batch, state)
+        taken = jax.vmap(take_member, axis_name=members)(rows, own_batch, state)
         return spread.place.pin_rows(_held(taken, state))
 
     first, _, source = member((*parts, task.source), spread.flags, 0)

@@ -60,6 +60,15 @@ class _Moved(NamedTuple):
     state: PyTree
 
 
+class _Settled(NamedTuple):
+    """What is known of a step once its values were checked."""
+
+    accepted: Bool[Array, ""]
+    stop: Bool[Array, ""]
+    nan_counts: Int[Array, "3 columns"]
+    policy_state: PyTree
+
+
 class _Scored(NamedTuple):
     """The loss at the current parameters, and what came with it."""
 
@@ -96,7 +105,11 @@ def _scored(trainer: AbstractTrainer, batch: Any) -> _Scored:
 
 
 def advance(
-    trainer: AbstractTrainer, batch: Any, *, ranks: bool = True
+    trainer: AbstractTrainer,
+    batch: Any,
+    *,
+    ranks: bool = True,
+    members: str | None = None,
 ) -> tuple[Progress, Outcome]:
     """Takes one step of a trainer that has an optimiser, unless it has stopped.
 
@@ -106,6 +119,9 @@ def advance(
 
     All of it is computed even if it is not taken: XLA's code for a CPU is for one
     thread within a branch. An update that is not taken is that of zeros.
+
+    Many trainers that are mapped along the axis `members` share their branches: if one
+    of them is bad, each is looked at.
     """
     old = progress_of(trainer)
     is_on = ~old.stopped
@@ -124,25 +140,20 @@ def advance(
         state,
         lambda params: if_taken(value(live_if(is_taken, params))),
     )
-    # Some states have infinities from the start, such as a best value.
-    only_finite = lambda: (
-        all_finite((moved.params, moved.latent))
-        & ~_turned_bad((moved.opt_state, state), (old.opt_state, old.state))
-    )
-    is_good = ~is_taken | lax.cond(
-        all_finite(moved), lambda: jnp.array(True), only_finite
-    )
     held = _Moved(old.params, old.latent, old.opt_state, old.state)
-    accepted = is_taken & is_good
-    moved = _chosen(accepted, moved, held)
 
-    def all_good() -> tuple[Array, Bool[Array, ""], PyTree]:
-        return old.nan_counts, jnp.asarray(verdict.stop), policy_state
+    def as_it_is() -> _Settled:
+        flags = jnp.array(True), jnp.asarray(verdict.stop)
+        return _Settled(*flags, old.nan_counts, policy_state)
 
-    def some_bad() -> tuple[Array, Bool[Array, ""], PyTree]:
-        finite = each_finite([loss, *jax.tree.leaves(grads)])
-        bad = ~jnp.append(finite, is_good)
-        counts = count_non_finite(old.nan_counts, bad, old.step_count)
+    def looked_at() -> _Settled:
+        # Some states have infinities from the start, such as a best value.
+        is_good = ~is_taken | (
+            all_finite((moved.params, moved.latent))
+            & ~_turned_bad((moved.opt_state, state), (old.opt_state, old.state))
+        )
+        bad = ~jnp.append(each_finite([loss, *jax.tree.leaves(grads)]), is_good)
+        counts = count_non_finite(old.nan_counts, bad & is_on, old.step_count)
 
         # The policy does not see the update. If that is bad, the policy is shown a step
         # with a non-finite loss instead, and decides whether the fit continues.
@@ -153,19 +164,53 @@ def advance(
             _, again, state = judged(policy, shown, blank, old.policy_state)
             return jnp.asarray(again.stop), state
 
-        stop, state = lax.cond(
+        stop, new_state = lax.cond(
             is_good, lambda: (jnp.asarray(verdict.stop), policy_state), judge_again
         )
-        return counts, stop, state
+        keep = lambda new, old: lax.select(is_on, new, old)
+        new_state = jax.tree.map(keep, new_state, old.policy_state)
+        return _Settled(is_taken & is_good, stop, counts, new_state)
 
-    nan_counts, stop, policy_state = lax.cond(
-        old.stopped | (is_good & all_finite((loss, grads))), all_good, some_bad
+    is_fine = is_taken & all_finite((loss, grads, moved))
+    settled = lax.cond(_of_all(is_fine, members), as_it_is, looked_at)
+    moved = _chosen(settled.accepted, moved, held, members)
+    count = is_on.astype(old.step_count.dtype)
+    new = dataclasses.replace(
+        _after(old, moved, best, settled.policy_state, count),
+        nan_counts=settled.nan_counts,
+        stopped=old.stopped | settled.stop,
     )
-    keep = lambda new, old: lax.select(is_on, new, old)
-    policy_state = jax.tree.map(keep, policy_state, old.policy_state)
-    new = _after(old, moved, best, policy_state, is_on.astype(old.step_count.dtype))
-    new = dataclasses.replace(new, nan_counts=nan_counts, stopped=old.stopped | stop)
-    return new, Outcome(measured, grads, accepted, metrics)
+    return new, Outcome(measured, grads, settled.accepted, metrics)
+
+
+def _of_all(flag: Bool[Array, ""], members: str | None) -> Bool[Array, ""]:
+    """Whether a flag is true; along the axis `members`, whether each is."""
+    return flag if members is None else lax.pmin(flag.astype(int), members) > 0
+
+
+# From what size on XLA's code for a CPU shares an array among threads.
+_LARGE = 2**14
+
+
+def _chosen(
+    accepted: Bool[Array, ""], moved: _Moved, held: _Moved, members: str | None
+) -> _Moved:
+    """Returns what an accepted step has moved, and else what it was.
+
+    Small arrays are chosen by a branch: to copy them takes one thread, but nothing has
+    to be compiled for each.
+    """
+    count = 1 if members is None else lax.axis_size(members)
+    is_large = lambda leaf: leaf.size * count >= _LARGE
+    large, small = eqx.partition(moved, is_large)
+    large_held, small_held = eqx.partition(held, is_large)
+    pick = lambda new, old: lax.select(accepted, new, old)
+    each = lambda: lax.cond(accepted, lambda: small, lambda: small_held)
+    if members is None:
+        chosen = each()
+    else:  # one branch for all, where a selection is an operation for each array
+        chosen = lax.cond(_of_all(accepted, members), lambda: small, each)
+    return eqx.combine(jax.tree.map(pick, large, large_held), chosen)
 
 
 def _if(condition: Bool[Array, ""], x: Array, other: float) -> Array:
@@ -192,24 +237,6 @@ def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
     (is_live, arrays), (_, tangent) = primals, tangents
     blank = lambda x: jnp.where(is_live, x, jnp.zeros_like(x))
     return _live_if(is_live, arrays), jax.tree.map(blank, tangent)
-
-
-# From what size on XLA's code for a CPU shares an array among threads.
-_LARGE = 2**14
-
-
-def _chosen(condition: Bool[Array, ""], one: T, other: T) -> T:
-    """Returns one of two trees.
-
-    Small arrays are chosen by a branch: to copy them takes one thread, but nothing has
-    to be compiled for each.
-    """
-    is_large = lambda leaf: leaf.size >= _LARGE
-    large, small = eqx.partition(one, is_large)
-    other_large, other_small = eqx.partition(other, is_large)
-    large = jax.tree.map(lambda *of: lax.select(condition, *of), large, other_large)
-    small = lax.cond(condition, lambda: small, lambda: other_small)
-    return eqx.combine(large, small)
 
 
 def _after(

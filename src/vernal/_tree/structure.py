@@ -28,9 +28,8 @@ def is_alike(
     tree: PyTree, like: PyTree, of: Callable[[Any], Any] = shape_and_dtype
 ) -> bool:
     """Whether two trees have the same structure, and leaves that are alike in `of`."""
-    return jax.tree.structure(tree) == jax.tree.structure(like) and (
-        list(map(of, jax.tree.leaves(tree))) == list(map(of, jax.tree.leaves(like)))
-    )
+    (leaves, structure), (others, other) = map(jax.tree.flatten, (tree, like))
+    return structure == other and list(map(of, leaves)) == list(map(of, others))
 
 
 def disagreements(
