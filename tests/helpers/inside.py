@@ -21,6 +21,8 @@ from vernal._inference.propagate import run_propagate as run_propagate
 from vernal._loop import small as small
 from vernal._loop.chunk import run_chunk as run_chunk
 from vernal._loop.single_step import run_step as run_step
+from vernal._many import many_trainers as many_trainers
+from vernal._many.mapped_chunk import run_many as run_many
 from vernal._optimiser.transform import Transform as Transform
 from vernal._pickling.code import digest_of as digest_of
 from vernal._policy import any_non_finite as any_non_finite

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import vernal as vn
-from inside import one_trainer, run_chunk
+from inside import many_trainers, one_trainer, run_chunk, run_many
 
 MOST_ROWS = 16_384
 
@@ -96,6 +96,39 @@ def test_a_step_costs_what_it_costs_by_hand(case, monkeypatch):
     assert ours["transcendentals"] == hand["transcendentals"]
     assert ours["flops"] <= most_operations * hand["flops"]
     assert ours["bytes accessed"] <= most_bytes * hand["bytes accessed"]
+
+
+@pytest.mark.as_compiled
+def test_many_compile_to_little_more_than_by_hand(monkeypatch):
+    """Checks and branches of a step are shared, not part of the code of each array."""
+    loss, params, batch = light_curve()
+    rule, size = optax.adam(1e-3), 16
+    each = jax.tree.map(lambda x: jnp.linspace(x, 2 * x, size), params)
+    found = []
+
+    @jax.jit
+    def by_hand(params, batch):
+        def step(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params, batch)
+            updates, state = rule.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        run = lambda own: jax.lax.scan(step, (own, rule.init(own)), length=100)
+        return jax.vmap(run)(params)
+
+    def spy(*args):
+        found.append(run_many.lower(*args).compile())
+        return run_many(*args)
+
+    class Fit(vn.Trainer):
+        def loss(self, model, batch):
+            return loss(model, batch)
+
+    monkeypatch.setattr(many_trainers, "run_many", spy)
+    vn.fit_many(eqx.filter_vmap(lambda own: Fit(own, rule))(each), batch, 1)
+    count = lambda compiled: compiled.as_text().count(" = ")
+    assert count(found[0]) <= 4 * count(by_hand.lower(each, batch).compile())
 
 
 def in_branches(jaxpr, is_within=False):

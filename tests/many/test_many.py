@@ -220,25 +220,44 @@ def test_a_stream_with_a_part_for_each():
 # Each ends by itself.
 
 
-@pytest.mark.parametrize(
-    "policy", [vn.SkipStep(), vn.StopFit(), vn.SkipStep() | vn.StopAfter(2)]
-)
-def test_one_that_is_not_finite_harms_no_other(policy):
-    class Walk(TwoFit):
-        def loss(self, model, batch):
-            return super().loss(
-                model, jax.tree.map(lambda x: x[self.step_count], batch)
-            )
+class Walk(TwoFit):
+    """Sees another row of the data at each step."""
 
-    scripts = ["......", "..a...", "l.....", "..uu..", "bb...."]
+    def loss(self, model, batch):
+        return super().loss(model, jax.tree.map(lambda x: x[self.step_count], batch))
+
+
+POLICIES = [vn.SkipStep(), vn.StopFit(), vn.SkipStep() | vn.StopAfter(2)]
+
+
+def walk(scripts, policy):
     trainers = [Walk(two(), optax.adam(0.1), nan_policy=policy) for _ in scripts]
     data = jax.tree.map(lambda *x: jnp.stack(x), *map(script, scripts))
-    result = many(trainers, data, 6, data_axis=0)
-    for index, (trainer, own) in enumerate(zip(trainers, scripts, strict=True)):
+    return many(trainers, data, len(scripts[0]), data_axis=0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_that_is_not_finite_harms_no_other(policy):
+    scripts = ["......", "..a...", "l.....", "..uu..", "bb...."]
+    result = walk(scripts, policy)
+    for index, own in enumerate(scripts):
+        trainer = Walk(two(), optax.adam(0.1), nan_policy=policy)
         alone = trainer.fit(script(own), 6)
         close(result.trainer(index), alone.trainer, rtol=1e-6)
         assert result.stop_reasons[index] is alone.stop_reason
         assert result.nan_report(index) == alone.trainer.nan_report()
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, vn.ZeroNans()])
+@pytest.mark.parametrize("bad", ["a.....", "..l...", ".bb...", ".....u", "aaaaaa"])
+def test_others_are_the_same_to_the_bit(policy, bad):
+    """Whether one is bad or not, though they share the branches of a step."""
+    good = walk(["......", "......", "......"], policy)
+    result = walk(["......", bad, "......"], policy)
+    for index in 0, 2:
+        assert same(result.trainer(index), good.trainer(index))
+        ours, theirs = (x.history.loss[:, index] for x in (result, good))
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_one_that_has_converged_waits_for_the_others():
