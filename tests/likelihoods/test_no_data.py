@@ -75,6 +75,18 @@ def test_each_entrance(entrance):
         ENTRANCES[entrance](NONE)
 
 
+VALIDATED = {
+    "fit": lambda options: Fit().fit((X, Y, X < 5), 5, **options),
+    "fit_many": lambda options: many(**options)((X, Y, X < 5)),
+}
+
+
+@pytest.mark.parametrize("entrance", VALIDATED)
+def test_a_validation(entrance):
+    with pytest.warns(UserWarning, match="`validation`: no datum .*is left"):
+        VALIDATED[entrance]({"validation": (NONE, 2)})
+
+
 def test_the_member_is_named():
     data = jax.tree.map(lambda *leaves: jnp.stack(leaves), (X, Y, X < 5), NONE)
     with pytest.warns(UserWarning, match="no datum of member 1 is left"):
@@ -86,6 +98,8 @@ SOUND = {
     "an exact start": lambda: Fit(2.0).fit((X, Y, X < 5), 5),
     # Then the prior alone is the answer.
     "a prior": lambda: Fit(priors={"slope": vn.Normal(1.0, 1.0)}).fit(NONE, 5),
+    "a validation": lambda: Fit().fit((X, Y, X < 5), 5, validation=((X, Y, X < 5), 2)),
+    "none is due": lambda: Fit().fit((X, Y, X < 5), 5, validation=(NONE, 7)),
     "one batch of two": lambda: Fit().fit(vn.Stream([(X, Y, X < 5), NONE]), 2),
 }
 

@@ -104,8 +104,10 @@ def fit(
             "`validation`: no score was finite, so that `best` is no better than the "
             "model that the fit began with. Check the batch, and `evaluate`."
         )
+    history = result.history
     with subject.context():
-        warn_of_no_data(subject.entrance, result.history.loss, run.ended_at(result))
+        warn_of_no_data(subject.entrance, history.loss, run.ended_at(result))
+        warn_of_no_data("validation", history.validation, run.validated_at(result))
     return result
 
 

@@ -372,6 +372,17 @@ class FitRun:
         source = self._source
         if isinstance(source, Stream):
             source = self._last[-1][1] if self._last else Whole(None)
+        return self._with(source, result)
+
+    def validated_at(self, result: Any) -> Callable[[Any], tuple[AbstractTrainer, Any]]:
+        """Returns what `ended_at` does, with the batch of the validation."""
+        validation = self._monitor.validation
+        batch = None if validation is None else validation.batch
+        return self._with(Whole(batch), result)
+
+    def _with(
+        self, source: Whole[Any] | Minibatches, result: Any
+    ) -> Callable[[Any], tuple[AbstractTrainer, Any]]:
         subject = self._subject
         return lambda i: (subject.picked(result, i), subject.seen(source, i))
 

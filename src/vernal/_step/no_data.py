@@ -11,23 +11,24 @@ from .diagnosis import lacks_data
 
 
 def warn_of_no_data(
-    entrance: str,
+    where: str,
     losses: np.ndarray,
     ended: Callable[[Any], tuple[AbstractTrainer, Any]],
 ) -> None:
-    """Warns if the loss is zero at each step because no datum is left.
+    """Warns if each loss, or each score, is zero because no datum is left.
 
     `losses` have a row for each step, and a column for each of many trainers; the first
-    without data is named. `ended` returns a trainer and its batch, by index.
+    without data is named. `ended` returns a trainer and its batch, by index. `where` is
+    what the warning begins with.
     """
     # NaN follows the last step of one of many.
     is_zero = (losses == 0).any(axis=0) & ~np.nan_to_num(losses).any(axis=0)
-    for where in np.argwhere(is_zero):
-        index = int(where[0]) if is_zero.ndim else ()
+    for found in np.argwhere(is_zero):
+        index = int(found[0]) if is_zero.ndim else ()
         if lacks_data(*ended(index)):
             which = f" of member {index}" if is_zero.ndim else ""
             warn(
-                f"`{entrance}`: no datum{which} is left, so that any model fits: "
+                f"`{where}`: no datum{which} is left, so that any model fits: "
                 "`where` of the likelihood is false for all. It is true for each datum "
                 "that is there, unlike the mask of a masked array."
             )
