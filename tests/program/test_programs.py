@@ -1,6 +1,7 @@
 """A program is that of the code as it is now, and nothing is compiled without need."""
 
 import gc
+import json
 import weakref
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import compiled_once
+import scripts
 import vernal as vn
 from notebook import MODEL, START, Notebook, X, fisher
 
@@ -630,3 +633,22 @@ def test_a_namespace_without_a_name_is_followed_too():
     assert fisher(names["fitted"]) == 5
     exec("SCALE = 2.0", names)
     assert fisher(names["fitted"]) == 20
+
+
+def test_a_script_that_is_run_again_compiles_nothing(tmp_path):
+    """JAX finds programs in a folder by what they are, which is the same each time."""
+
+    def run():
+        log = tmp_path / "log"
+        process = scripts.started(
+            compiled_once.__file__, str(tmp_path / "kept"), log=log
+        )
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+        return json.loads(log.read_text())
+
+    (_, compiled, answers), (found, again, same) = run(), run()
+    assert compiled > 20
+    assert again == 0
+    assert found >= compiled
+    assert same == answers
