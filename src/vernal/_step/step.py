@@ -131,7 +131,7 @@ def advance(
 
     policy = trainer.nan_policy
     judged_grads, verdict, policy_state = judged(policy, loss, grads, old.policy_state)
-    is_taken = verdict.accept & is_on
+    is_taken = _once(verdict.accept & is_on)
     if_taken = lambda x: _if(is_taken, x, 0.0)
     moved = _move(
         live_if(is_taken, trainer),
@@ -173,14 +173,25 @@ def advance(
 
     is_fine = is_taken & all_finite((loss, grads, moved))
     settled = lax.cond(_of_all(is_fine, members), as_it_is, looked_at)
-    moved = _chosen(settled.accepted, moved, held, members)
+    accepted = _once(settled.accepted)
+    moved = _chosen(accepted, moved, held, members)
     count = is_on.astype(old.step_count.dtype)
     new = dataclasses.replace(
         _after(old, moved, best, settled.policy_state, count),
         nan_counts=settled.nan_counts,
         stopped=old.stopped | settled.stop,
     )
-    return new, Outcome(measured, grads, settled.accepted, metrics)
+    return new, Outcome(measured, grads, accepted, metrics)
+
+
+def _once(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Returns a flag that is computed once, also where `vmap` makes it an array.
+
+    XLA's code for a CPU computes it again for each array that it chooses between, with
+    the checks of all the others. It does not if the flag comes from a product.
+    """
+    pair = jnp.stack([flag, flag]).astype(jnp.float32)
+    return pair @ jnp.ones_like(pair) > 1
 
 
 def _of_all(flag: Bool[Array, ""], members: str | None) -> Bool[Array, ""]:
