@@ -1,5 +1,6 @@
 """A chunk of a fit: many steps in one program."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array
@@ -26,17 +27,29 @@ def chunk_of_one(
         return place.pin(take_one(task, state, batch, is_due))
 
     begun = task.begin(state._replace(progress=start), task.shapes(start, step), step)
-    chunk = bare = None
-    if place.mesh is None:
-        chunk = run_small_loop(take, task, begun, step)
-        bare = bare_step(task, begun.state, step) if chunk is None else None
-    if chunk is None and bare is not None:
-        chunk = run_blocks(bare, take, task, begun, step)
-    if chunk is None:
-        chunk = run_loop(take, task, begun, step)
+    chunk = _taken(take, task, begun, step, is_split=place.mesh is not None)
     # The next chunk is the same program if it finds everything where this one did.
     chunk = place.pin(chunk)
     return chunk, Ended.of(chunk)
+
+
+def _taken(
+    take: Callable[[LoopState, Any, Array], Taken],
+    task: Task,
+    start: Chunk,
+    step: Array,
+    is_split: bool,
+) -> Chunk:
+    """Takes the steps in the fastest way that there is for them."""
+    if is_split:
+        return run_loop(take, task, start, step)
+    small = run_small_loop(take, task, start, step)
+    if small is not None:
+        return small
+    bare = bare_step(task, start.state, step)
+    if bare is None:
+        return run_loop(take, task, start, step)
+    return run_blocks(bare, take, task, start, step)
 
 
 run_chunk = program(chunk_of_one)
