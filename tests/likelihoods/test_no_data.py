@@ -93,6 +93,23 @@ def test_the_member_is_named():
         many(data_axis=0)(data)
 
 
+def test_one_program_counts_the_data_of_all_members():
+    """Where each has a loss of zero with data, as of an exact start."""
+    traced = []
+
+    class Counted(Fit):
+        def residuals(self, model, batch):
+            traced.append(1)
+            return super().residuals(model, batch)
+
+    counts = []
+    for size in 2, 5:
+        traced.clear()
+        vn.fit_many([Counted(2.0) for _ in range(size)], (X, Y, X < 5), 5)
+        counts.append(len(traced))
+    assert counts[1] <= counts[0]
+
+
 SOUND = {
     "one datum is left": lambda: Fit().fit((X, Y, X == 0), 5),
     "an exact start": lambda: Fit(2.0).fit((X, Y, X < 5), 5),

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Int
 
 from .._boundary import PyTree, debugged, is_debugged, spelled_leaves
 from .._data import Minibatches, as_batch
 from .._likelihoods import Poisson
 from .._policy import SKIP_ADVICE
-from .._program import version_of
+from .._program import program, version_of
 from .._tree import by_path, is_inexact
 from .abstract_trainer import (
     AbstractTrainer,
@@ -121,9 +122,15 @@ def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
     """Whether the residuals that are minimised are those of no datum."""
     if defined(trainer) != ("residuals",) or priors_of(trainer) is not None:
         return False
-    count = lambda *args: real_residuals_and_kind(*args)[1].size
-    found = _evaluated(*_at_step(trainer, batch), count)
-    return found is not None and int(found) == 0
+    with contextlib.suppress(Exception):  # of the user's code: it is no answer
+        return int(_data_left(*_at_step(trainer, batch))) == 0
+    return False
+
+
+# One program, for as many members as there are.
+@program
+def _data_left(trainer: AbstractTrainer, batch: Any) -> int | Int[Array, ""]:
+    return real_residuals_and_kind(trainer, batch, step_key(trainer))[1].size
 
 
 def bad_data(batch: Any) -> tuple[str, ...]:
