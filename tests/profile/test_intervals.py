@@ -7,6 +7,7 @@ import iminuit
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optimistix as optx
 import pytest
 import scipy.optimize
@@ -173,6 +174,40 @@ def test_at_the_ends_the_deviance_has_risen_by_the_quantile(kind):
                 assert limits[0] < end < limits[1]
     at_bound = sum(end in (3.3, 0.78, 0.44) for ends in found.values() for end in ends)
     assert (at_bound > 0) == (kind == "bounds")
+
+
+PRIORS = {
+    "of each element": dist.Gamma(6.0, jnp.asarray([2.0, 7.0, 20.0])),
+    "with a long tail": dist.StudentT(2.0, jnp.asarray([2.5, 1.2, 0.8]), 0.05),
+    "of all elements": dist.MultivariateNormal(
+        jnp.asarray([2.7, 0.7, 0.6]), 0.01 * (jnp.eye(3) + 0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_any_prior_is_part_of_the_likelihood(name):
+    prior, bounds = PRIORS[name], {"": (1e-3, None)}
+    without, batch = problem("decay")
+    trainer = Curve("decay", without.model, priors={"": prior}, bounds=bounds)
+    trainer = trainer.solve(BFGS, batch).trainer
+
+    def fcn(b):
+        rows = without.residuals(b, batch)
+        return jnp.sum(rows**2) - 2 * jnp.sum(prior.log_prob(b))
+
+    ours = np.array(list(trainer.intervals(BFGS, batch, level=0.9).values()))
+    errors = np.asarray(trainer.standard_errors(batch))[:, None]
+    apart = (ours - minos(fcn, trainer.params, 0.9)) / errors
+    np.testing.assert_allclose(apart, 0, atol=1e-3)
+    # The point of a profile is the minimum, and its delta how far that is above.
+    profile = trainer.profile(BFGS, batch, "[1]", [0.6, 1.0])
+    for model, delta in zip(np.asarray(profile.models), profile.delta, strict=True):
+        risen = fcn(jnp.asarray(model)) - fcn(trainer.model)
+        np.testing.assert_allclose(delta, risen, rtol=1e-6)
+        assert np.abs(np.asarray(jax.grad(fcn)(jnp.asarray(model)))[[0, 2]]).max() < 0.1
+    with pytest.raises(ValueError, match=r"LevenbergMarquardt.*is not normal"):
+        trainer.intervals(LM, batch)
 
 
 def line_fit(**options):

@@ -30,6 +30,7 @@ from .._step import (
     defined,
     live,
     negative_log_likelihood,
+    priors_of,
     real_residuals,
     step_key,
 )
@@ -164,11 +165,14 @@ $(u, 1)^\top M (u, 1) / 2$.
 
 
 def _expansion(space: Space) -> Callable[[Array], Form]:
-    """Returns the function that expands to second order; of residuals, Gauss-Newton."""
+    """Returns the function that expands to second order; of squares, Gauss-Newton."""
     trainer, flat, dtype = space.trainer, space.flat, space.metric.dtype
     key, batch, matrix = step_key(trainer), space.batch, space.metric.matrix()
-    is_squares = "residuals" in defined(trainer)
-    name = "residuals" if is_squares else "nll"
+    # The rows of other priors than normal ones have their slopes, not their values.
+    priors = priors_of(trainer)
+    is_normal = priors is None or not priors.others
+    is_squares = "residuals" in defined(trainer) and is_normal
+    name = "residuals" if "residuals" in defined(trainer) else "nll"
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", space.jac)
     of = real_residuals if is_squares else negative_log_likelihood
     fn = traced(lambda flat: of(space.at(flat), batch, key).astype(dtype), flat)

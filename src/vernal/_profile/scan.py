@@ -14,7 +14,13 @@ from .._data import as_batch
 from .._inference import Passes, around, require_likelihood
 from .._minimum import edm_note, what_falls
 from .._projection import DenseWhitening
-from .._solve import Problem, checked_solver, is_least_squares, whitened_without_signs
+from .._solve import (
+    Problem,
+    checked_solver,
+    is_least_squares,
+    require_squares,
+    whitened_without_signs,
+)
 from .._step import (
     AbstractTrainer,
     bounds_of,
@@ -265,6 +271,9 @@ def _metric(
 
 def _require_same(trainer: AbstractTrainer, solver: Any) -> None:
     """Refuses a solver that minimises something else than the likelihood."""
+    require_squares(trainer, solver)
+    if defined(trainer) == ("residuals",):
+        return  # all that there is, also for a minimiser and beside any prior
     kind = "residuals" if "residuals" in defined(trainer) else "nll"
     falls = what_falls(trainer, is_least_squares(solver))
     if falls != kind:

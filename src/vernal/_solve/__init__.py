@@ -13,6 +13,7 @@ from .problem import (
     is_least_squares,
     is_suspect,
     progress_at,
+    require_squares,
     run,
     run_solver,
 )

@@ -368,6 +368,17 @@ def _require_solver(solver: Any) -> None:
     )
 
 
+def require_squares(trainer: AbstractTrainer, solver: Any) -> None:
+    """Refuses a least-squares solver where a prior is no sum of squares."""
+    priors = priors_of(trainer)
+    if is_least_squares(solver) and priors is not None and priors.others:
+        raise ValueError(
+            f"`solver` is a {type(solver).__name__}, which minimises a sum of squares, "
+            f"and the prior of {next(iter(priors.others))!r} is not normal, which is "
+            "none. Use a minimiser, such as `optx.BFGS(1e-8, 1e-8)`, or `vn.Normal`."
+        )
+
+
 def _check_class(trainer: AbstractTrainer, solver: Any) -> None:
     """Checks what depends on classes alone, once for each program."""
     name = type(trainer).__name__
@@ -378,13 +389,7 @@ def _check_class(trainer: AbstractTrainer, solver: Any) -> None:
             f"but `{name}` does not define `residuals`. Define it, or use a minimiser, "
             "such as `optx.BFGS(rtol=1e-8, atol=1e-8)`."
         )
-    priors = priors_of(trainer)
-    if not is_minimiser and priors is not None and priors.others:
-        raise ValueError(
-            f"`solver` is a {type(solver).__name__}, which minimises a sum of squares, "
-            f"and the prior of {next(iter(priors.others))!r} is not normal, which is "
-            "none. Use a minimiser, such as `optx.BFGS(1e-8, 1e-8)`, or `vn.Normal`."
-        )
+    require_squares(trainer, solver)
     for hook in ("transform_grads", "constrain"):
         if overrides(trainer, hook):
             raise ValueError(
