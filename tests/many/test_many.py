@@ -114,6 +114,28 @@ def test_some_at_a_time(batch):
         np.testing.assert_allclose(parts.history[name], column, rtol=1e-9)
 
 
+class Hollow(vn.Trainer):
+    """Has parameters and data without elements, beside those of a line."""
+
+    def residuals(self, model, batch):
+        x, y = batch["line"]
+        own = model["line"](x) - y, model["none"].ravel(), batch["none"].ravel()
+        return jnp.concatenate(own)
+
+
+@pytest.mark.parametrize("solver", [None, LM])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_some_at_a_time_of_what_has_no_elements(solver, batch):
+    models = ({"line": line(slope), "none": jnp.zeros((0, 3))} for slope in SLOPES)
+    trainers = [Hollow(model, ADAM if solver is None else None) for model in models]
+    data = {"line": BATCH, "none": jnp.zeros((len(SLOPES), 2, 0))}
+    options = {"data_axis": {"line": None, "none": 0}}
+    if solver is not None:
+        options["solver"] = solver
+    whole = many(trainers, data, **options)
+    close(many(trainers, data, batch=batch, **options).trainers, whole.trainers)
+
+
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_chunks_change_nothing(chunk):
     whole, parts = many(starts()), many(starts(), chunk=chunk)

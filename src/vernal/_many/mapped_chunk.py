@@ -69,16 +69,16 @@ def in_groups(fn: Callable[[T], R], rows: T, group: int, place: AbstractPlacemen
     size = len(jax.tree.leaves(rows)[0])
     if group == size:
         return fn(rows)
-    parts = place.size
+    parts, count = place.size, size // group
 
     def split(x: Array) -> Array:
         rest = x.shape[1:]
-        groups = x.reshape(parts, -1, group // parts, *rest).swapaxes(0, 1)
-        return groups.reshape(-1, group, *rest)
+        groups = x.reshape(parts, count, group // parts, *rest).swapaxes(0, 1)
+        return groups.reshape(count, group, *rest)
 
     def merge(x: Array) -> Array:
         rest = x.shape[2:]
-        whole = x.reshape(-1, parts, group // parts, *rest).swapaxes(0, 1)
+        whole = x.reshape(count, parts, group // parts, *rest).swapaxes(0, 1)
         return whole.reshape(size, *rest)
 
     groups = place.pin_rows(jax.tree.map(split, rows), 1)
