@@ -43,3 +43,7 @@ def refuse_program(name: str, *trees: Any, remedy: str = OUTSIDE) -> None:
             "such as the loss of another trainer. Call it before, and use its result "
             f"there. {remedy}"
         )
+
+
+class RefusedError(ValueError):
+    """Something is wrong with a function, in whatever mode it is differentiated."""

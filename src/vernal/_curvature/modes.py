@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._boundary import PyTree, warn_once
+from .._boundary import PyTree, RefusedError, warn_once
 
 Mode = Literal["fwd", "bwd"]
 
@@ -113,6 +113,8 @@ def first_possible(
         try:
             many = jax.tree.map(lambda x: x[None], point)
             jax.eval_shape(jax.vmap(derivative, (None, 0)), point, many)
+        except RefusedError:
+            raise
         # JAX and its libraries raise several kinds, and promise none.
         except Exception as error:
             failures[way] = error

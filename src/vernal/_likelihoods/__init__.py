@@ -5,6 +5,6 @@
 """
 
 from .gaussian import Gaussian
-from .likelihood import AbstractLikelihood
+from .likelihood import AbstractLikelihood, require_known
 from .poisson import Poisson
 from .robust import Robust

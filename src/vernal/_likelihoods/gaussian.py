@@ -1,6 +1,6 @@
 """The normal distribution."""
 
-from typing import final
+from typing import ClassVar, final
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int
@@ -29,7 +29,8 @@ class Gaussian(Portable, AbstractLikelihood):
 
     $$-\log L = \sum_i \frac{(m_i - y_i)^2}{2 \sigma_i^2}$$
 
-    without the constant of $\sigma$, which is not fitted.
+    without the constant of $\sigma$, which is not fitted: fits and derivatives refuse a
+    `std` that depends on the parameters.
 
     **Attributes:**
 
@@ -42,6 +43,12 @@ class Gaussian(Portable, AbstractLikelihood):
     data: Inexact[Array, "..."]
     std: Float[Array, "..."]
     where: Bool[Array, "..."] | None
+    known: ClassVar[tuple[str, str] | None] = (
+        "std",
+        "Where error bars are fitted, the likelihood has the sum of `jnp.log(std)` "
+        "too, which no residual has: define `nll` instead. To hold them at each step, "
+        "give `jax.lax.stop_gradient(std)`.",
+    )
 
     @entrance
     def __init__(

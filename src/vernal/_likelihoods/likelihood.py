@@ -1,15 +1,16 @@
 """The interface of a likelihood."""
 
 import abc
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
-from .._boundary import refuse_foreign
+from .._boundary import RefusedError, refuse_foreign
 from .._tree import is_inexact
 
 
@@ -24,9 +25,12 @@ class AbstractLikelihood(eqx.Module):
     - `is_robust`: whether it is not a likelihood that the data are believed to have,
         but one that bears outliers. Then $\chi^2$ has no meaning, and errors are those
         of the sandwich, see [`vernal.Trainer.standard_errors`][].
+    - `known`: the name of a field that must not depend on the parameters, and the
+        remedy, for an error; `None` if there is none.
     """
 
     is_robust: ClassVar[bool] = False
+    known: ClassVar[tuple[str, str] | None] = None
 
     @abc.abstractmethod
     def nll(self) -> Float[Array, ""]:
@@ -54,6 +58,34 @@ class AbstractLikelihood(eqx.Module):
 
         The residuals of other data, which are missing, must be zero.
         """
+
+
+T = TypeVar("T", bound=AbstractLikelihood)
+
+
+def require_known(term: T, param: Array, what: str) -> T:
+    """Refuses a likelihood of which something that must be known is fitted.
+
+    It is found out when the parameters are differentiated, of which `param` is one: by
+    then whatever depends on them has a tangent. An error calls the likelihood `what`.
+    """
+    if term.known is None:
+        return term
+    name, remedy = term.known
+
+    @jax.custom_jvp
+    def known(value: Array, param: Array) -> Array:
+        return value
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        if not any(isinstance(tangent, SymbolicZero) for tangent in tangents):
+            text = f"{what}: its `{name}` depends on the parameters. {remedy}"
+            raise RefusedError(text)
+        return primals[0], tangents[0]
+
+    known.defjvp(rule, symbolic_zeros=True)
+    where = lambda term: getattr(term, name)
+    return eqx.tree_at(where, term, known(where(term), param))
 
 
 def as_prediction(value: Any, name: str) -> Inexact[Array, "..."]:

@@ -102,6 +102,11 @@ class Robust(Portable, AbstractLikelihood):
     scale: Float[Array, "..."]
     where: Bool[Array, "..."] | None
     is_robust: ClassVar[bool] = True
+    known: ClassVar[tuple[str, str] | None] = (
+        "scale",
+        "Another scale lowers a loss that bears outliers, whatever the data are. Give "
+        "a number, or `jax.lax.stop_gradient(scale)`.",
+    )
 
     @entrance
     def __init__(

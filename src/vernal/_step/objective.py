@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._boundary import PyTree
 from .._data import as_given
-from .._likelihoods import AbstractLikelihood, Gaussian
+from .._likelihoods import AbstractLikelihood, Gaussian, require_known
 from .._tree import cast_alike, is_inexact, widest
 from .abstract_trainer import (
     AbstractTrainer,
@@ -249,7 +249,13 @@ def residual_terms(
         )
     for term in terms:
         _check_residuals(trainer, _array_of(term), batch)
-    return terms
+    param, what = jax.tree.leaves(trainer.params)[0], f"`{type(trainer).__name__}`"
+    return [
+        require_known(term, param, f"{what} returned a `{type(term).__name__}`")
+        if isinstance(term, AbstractLikelihood)
+        else term
+        for term in terms
+    ]
 
 
 def residuals_as_returned(

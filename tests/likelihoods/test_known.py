@@ -1,0 +1,137 @@
+"""Error bars that depend on the parameters are refused: their logarithm is missing."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from vernal.likelihoods import Gaussian, Robust
+
+X = jnp.linspace(1.0, 2.0, 20)
+DATA = X, 2 * X + 0.1 * jnp.sin(9 * X), jnp.full(20, 0.1)
+
+# Of a model's own jitter, as a user's function may compute it beside the prediction.
+FITTED = {
+    "a fraction of the mean": lambda m, x, std: (m["slope"] * x, 0.1 * m["slope"] * x),
+    "jitter": lambda m, x, std: (m["slope"] * x, jnp.hypot(std, m["jitter"])),
+    "in a program": lambda m, x, std: jax.jit(
+        lambda a, s: (a * x, jnp.sqrt(std**2 + s**2))
+    )(m["slope"], m["jitter"]),
+}
+
+
+def scanned(m, x, std):
+    step = lambda carry, row: (carry, (m["slope"] * row[0], 2 * row[1]))
+    return jax.lax.scan(step, 0.0, (x, std))[1]
+
+
+KNOWN = {
+    "data": lambda m, x, std: (m["slope"] * x, std),
+    "held": lambda m, x, std: (
+        m["slope"] * x,
+        jax.lax.stop_gradient(jnp.hypot(std, m["jitter"])),
+    ),
+    "in one program": lambda m, x, std: jax.jit(lambda a: (a * x, 2 * std))(m["slope"]),
+    "in one loop": scanned,
+    "in one branch": lambda m, x, std: jax.lax.cond(
+        m["slope"] > 0, lambda: (m["slope"] * x, std), lambda: (m["slope"] * x, 2 * std)
+    ),
+}
+
+LIKELIHOODS = {
+    "Gaussian": lambda mean, y, std: Gaussian(mean, y, std),
+    "Gaussian, masked": lambda mean, y, std: Gaussian(mean, y, std, where=y > 2.2),
+    "Robust": lambda mean, y, std: Robust(mean - y, "huber", std),
+    "two": lambda mean, y, std: [mean - y, Gaussian(mean, y, std)],
+}
+
+
+class Fit(vn.Trainer):
+    told: str
+    likelihood: str
+
+    def __init__(self, told, likelihood="Gaussian", **options):
+        self.told, self.likelihood = told, likelihood
+        model = {"slope": jnp.array(1.0), "jitter": jnp.array(0.3)}
+        super().__init__(model, optax.adam(0.01), **options)
+
+    def residuals(self, model, batch):
+        x, y, std = batch
+        mean, std = {**FITTED, **KNOWN}[self.told](model, x, std)
+        return LIKELIHOODS[self.likelihood](mean, y, std)
+
+
+LM, BFGS = optx.LevenbergMarquardt(1e-6, 1e-6), optx.BFGS(1e-6, 1e-6)
+
+
+def of_history(trainer):
+    """A derivative with respect to the error bars of the data."""
+    x, y, std = DATA
+    run = lambda std: vn.unroll(trainer, (x, y, std), 3)[1][-1]
+    return jax.grad(run)(std)
+
+
+ENTRANCES = {
+    "fit": lambda it: it.fit(DATA, 3),
+    "step": lambda it: it.step(DATA),
+    "solve by residuals": lambda it: it.solve(LM, DATA),
+    "solve": lambda it: it.solve(BFGS, DATA),
+    "whiten": lambda it: it.whiten(DATA, rtol=1e-8),
+    "errors": lambda it: it.standard_errors(DATA),
+    "fisher": lambda it: it.fisher(DATA, kind="observed"),
+    "fit_many": lambda it: vn.fit_many([it, it], DATA, 3),
+    "fit_many by a solver": lambda it: vn.fit_many([it, it], DATA, 9, solver=LM),
+    "unroll": of_history,
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_each_entrance_refuses_them(entrance):
+    with pytest.raises(
+        ValueError, match=r"`std` depends on .*define `nll`"
+    ):
+        ENTRANCES[entrance](Fit("jitter"))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("told", FITTED)
+def test_each_likelihood_refuses_them(told, likelihood):
+    with pytest.raises(ValueError, match=r"depends on the parameters.*stop_gradient"):
+        Fit(told, likelihood).fit(DATA, 3)
+    bounds = {"slope": (0.0, 5.0)}
+    with pytest.raises(ValueError, match="depends on the parameters"):
+        Fit(told, likelihood, bounds=bounds).fit(DATA, 3)
+
+
+@pytest.mark.parametrize("told", KNOWN)
+def test_known_ones_are_taken(told):
+    """Also where one function of the user returns them beside the prediction."""
+    for entrance in ENTRANCES.values():
+        entrance(Fit(told))
+    for likelihood in LIKELIHOODS:
+        Fit(told, likelihood).fit(DATA, 3)
+
+
+def test_a_scatter_by_its_likelihood():
+    """As the documentation says: its maximum is that of the formula."""
+
+    class Scatter(vn.Trainer):
+        def nll(self, model, batch):
+            x, y, _ = batch
+            std = jnp.exp(model["log_std"])
+            left = (model["slope"] * x - y) / std
+            return jnp.sum(0.5 * left**2 + jnp.log(std))
+
+    start = {"slope": jnp.array(1.0), "log_std": jnp.array(0.0)}
+    found = Scatter(start).solve(optx.BFGS(1e-10, 1e-10), DATA).trainer
+    x, y, _ = DATA
+    slope = (x @ y) / (x @ x)
+    scatter = jnp.sqrt(jnp.mean((slope * x - y) ** 2))
+    assert jnp.allclose(found.params["slope"], slope, rtol=1e-6)
+    assert jnp.allclose(jnp.exp(found.params["log_std"]), scatter, rtol=1e-6)
+    errors = found.standard_errors(DATA)
+    expected = {"slope": scatter / jnp.sqrt(x @ x), "log_std": 1 / jnp.sqrt(40)}
+    for name, error in expected.items():
+        assert jnp.allclose(errors[name], error, rtol=1e-5)
