@@ -89,9 +89,7 @@ ENTRANCES = {
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_each_entrance_refuses_them(entrance):
-    with pytest.raises(
-        ValueError, match=r"`std` depends on .*define `nll`"
-    ):
+    with pytest.raises(ValueError, match=r"`std` depends on .*define `nll`"):
         ENTRANCES[entrance](Fit("jitter"))
 
 
