@@ -801,6 +801,21 @@ def test_the_contours_of_a_line_are_ellipses():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("slope", "offset")
 
 
+def test_contours_have_scaled_errors():
+    trainer, (x, y, sigma) = linear()
+    scatter = np.sqrt(trainer.report((x, y, sigma)).reduced_chi_squared)
+    paths = [
+        vernal.plot.contour(
+            trainer, SOLVER, (x, y, own), "slope", "offset", scale_errors=is_scaled
+        )
+        .collections[0]
+        .get_paths()
+        for own, is_scaled in ((sigma, True), (sigma * scatter, False))
+    ]
+    for ours, theirs in zip(*paths, strict=True):
+        np.testing.assert_allclose(ours.vertices, theirs.vertices, rtol=1e-6)
+
+
 @pytest.mark.parametrize("levels", [(), (0.5, 1.0), (68.3,)])
 def test_a_level_of_a_contour_is_a_probability(levels):
     trainer, batch = linear()

@@ -397,6 +397,7 @@ def contour(
     second: str,
     *,
     levels: Sequence[float] = (0.683, 0.954),
+    scale_errors: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     r"""Draws the regions of two parameters by profile likelihood.
@@ -414,6 +415,7 @@ def contour(
     - `solver`, `batch`: as for [`vernal.Trainer.profile`][].
     - `first`, `second`: the names of the elements on the axes.
     - `levels`: the probabilities of the regions.
+    - `scale_errors`: as for [`vernal.Trainer.profile`][].
     - `ax`: the axes to draw on; by default those of a new figure.
 
     **Returns:**
@@ -430,7 +432,8 @@ def contour(
     shares = sorted({probability(level, "levels") for level in levels})
     require_precision(trainer)
     quantiles = [-2 * math.log1p(-share) for share in shares]
-    found = plane(trainer, solver, batch, (first, second), quantiles[-1])
+    names, most = (first, second), quantiles[-1]
+    found = plane(trainer, solver, batch, names, most, scale_errors)
     axes, _ = prepare(ax, (4.8, 4.0))
     (cross,) = axes.plot(*found.best, "+")
     # The root is nearly linear between two values.

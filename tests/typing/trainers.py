@@ -102,7 +102,7 @@ value, error = trainer.propagate(lambda line: line.slope / line.offset, batch)
 solved = trainer.solve(lm, batch).trainer
 assert_type(solved, Fit)
 assert_type(solved.intervals(lm, batch), dict[str, tuple[float, float]])
-assert_type(solved.profile(lm, batch, "slope"), vn.Profile[Line])
+assert_type(solved.profile(lm, batch, "slope", scale_errors=True), vn.Profile[Line])
 assert_type(solved.profile(lm, batch, "slope", [1.0]).models, Line)
 assert_type(solved.profile(lm, batch, "slope").delta, np.ndarray)
 assert_type(solved.profile(lm, batch), dict[str, vn.Profile[Line]])

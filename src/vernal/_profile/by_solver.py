@@ -70,7 +70,9 @@ def run_round(
 def run_distance(space: Space, held: Held, flat: Float[Any, " D"]) -> Local:
     """Measures the distance to the minimum by the whole second derivatives."""
     here = _held_there(space, held, flat)
-    return measure(here, None, space.batch, step_key(here), "nll", jnp.inf)
+    # The tolerance of a loss is a fraction of what it is given: of an error bar here.
+    unit = space.error_scale**2
+    return measure(here, None, space.batch, step_key(here), "loss", unit)
 
 
 def _held_there(space: Space, held: Held, flat: Float[Any, " D"]) -> AbstractTrainer:

@@ -57,6 +57,7 @@ class Space(NamedTuple):
     - `trainer`: the trainer at the minimum, stripped.
     - `metric`: whitens all parameters there, without a bound.
     - `most_steps`: the most steps for each point.
+    - `error_scale`: the error bar of the residuals; of any other likelihood it is 1.
     """
 
     trainer: AbstractTrainer
@@ -64,6 +65,7 @@ class Space(NamedTuple):
     jac: Mode | None
     metric: DenseWhitening
     most_steps: Int[Array, ""]
+    error_scale: Float[Array, ""]
 
     @property
     def flat(self) -> Float[Array, " D"]:
@@ -84,7 +86,8 @@ class Space(NamedTuple):
     def nll(self, flat: Float[Array, " D"]) -> Float[Array, ""]:
         """Returns the negative logarithm of the likelihood, with the priors."""
         key = step_key(self.trainer)
-        return negative_log_likelihood(self.at(flat), self.batch, key)
+        nll = negative_log_likelihood(self.at(flat), self.batch, key)
+        return nll / self.error_scale**2
 
 
 class Held(NamedTuple):
@@ -175,7 +178,8 @@ def _expansion(space: Space) -> Callable[[Array], Form]:
     name = "residuals" if "residuals" in defined(trainer) else "nll"
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", space.jac)
     of = real_residuals if is_squares else negative_log_likelihood
-    fn = traced(lambda flat: of(space.at(flat), batch, key).astype(dtype), flat)
+    own = lambda flat: of(space.at(flat), batch, key).astype(dtype)
+    fn = traced(lambda flat: own(flat) / space.error_scale, flat)
     zero = jnp.zeros(matrix.shape[1], dtype)
     order = ("fwd", "bwd") if is_squares else ("bwd", "fwd")
     mode = choose_mode(fn, flat, subject, order)

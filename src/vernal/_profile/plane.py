@@ -33,7 +33,12 @@ class Plane(NamedTuple):
 
 
 def plane(
-    trainer: AbstractTrainer, solver: Any, batch: Any, names: Any, most: float
+    trainer: AbstractTrainer,
+    solver: Any,
+    batch: Any,
+    names: Any,
+    most: float,
+    scale_errors: bool = False,
 ) -> Plane:
     """Follows the likelihood over two elements, up to a rise of about `most`."""
     labels = ("first", "second")
@@ -41,7 +46,8 @@ def plane(
     found = [find_element(trainer, name, label) for name, label in pairs]
     if found[0] == found[1]:
         raise ValueError(f"`first` and `second` are both {found[0][0]!r}.")
-    scan = Scan("contour", trainer, solver, batch, Options(256, None))
+    options = Options(256, None, scale_errors)
+    scan = Scan("contour", trainer, solver, batch, options)
     ends = crossings(scan, dict(found), _MARGIN**2 * most)
     (x, y), pair = (
         [_values(scan, index, ends[name]) for name, index in found],

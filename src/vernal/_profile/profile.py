@@ -35,7 +35,8 @@ class Profile(Generic[Model]):
 
     - `name`: the name of the element.
     - `values`: its values, $K$ of them.
-    - `losses`: the lowest negative log-likelihood at each, with the priors.
+    - `losses`: the lowest negative log-likelihood at each, with the priors; with
+        `scale_errors` that by the scaled errors.
     - `converged`: whether the solver has found a minimum there.
     - `value`, `error`: the value of the element at the minimum, and its symmetric
         standard error: infinite if the data do not constrain it, NaN on a bound.

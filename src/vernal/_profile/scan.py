@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +56,7 @@ class Options(NamedTuple):
 
     max_steps: int
     jac: Mode | None
+    scale_errors: bool
 
 
 class Scan:
@@ -79,11 +81,13 @@ class Scan:
         _require_same(trainer, solver)
         batch, jac = as_batch(batch), checked_mode(options.jac)
         trainer = in_free_coordinates(trainer)
-        metric, self._errors = _metric(name, trainer, batch, jac)
+        found = _metric(name, trainer, batch, jac, options.scale_errors)
+        metric, self._errors, scale = found
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jax.device_put(np.int32(options.max_steps))
         most = jax.device_put(np.int32(min(options.max_steps, _MOST_STEPS)))
-        self._space = Space(stripped(trainer), batch, jac, metric, most)
+        bare, scale = stripped(trainer), jax.device_put(metric.dtype.type(scale))
+        self._space = Space(bare, batch, jac, metric, most, scale)
         self._wide = np.asarray(metric.errors_of_the_data(), float)
         # On the host, where nothing is compiled.
         known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
@@ -238,11 +242,16 @@ class Scan:
 
 
 def _metric(
-    name: str, trainer: AbstractTrainer, batch: Any, jac: Mode | None
-) -> tuple[DenseWhitening, np.ndarray]:
+    name: str,
+    trainer: AbstractTrainer,
+    batch: Any,
+    jac: Mode | None,
+    scale_errors: bool,
+) -> tuple[DenseWhitening, np.ndarray, float]:
     """Whitens all parameters; refuses a trainer that is not at a minimum.
 
-    Returns their errors too, with what is at its bound held there.
+    Returns their errors too, with what is at its bound held there, and the scale of
+    the error bars.
     """
     here = around(trainer, batch, "A profile of the likelihood", jac)
     if here.data is not None and here.data.is_robust:
@@ -257,6 +266,12 @@ def _metric(
             f"`{name}`: the trainer is {note}. A profile begins at the minimum: "
             "`trainer.solve(solver, batch).trainer` is there."
         )
+    scale = here.error_scale(scale_errors)
+    if scale == 0:
+        raise ValueError(
+            f"`{name}`: `scale_errors` takes the scale of the errors from the scatter "
+            "of the residuals, and these are all zero. Leave it out."
+        )
     metric, errors = here.whitening, here.whitening.errors_of_the_data()
     if bounds_of(trainer) is not None:
         # An element that is held at its bound may have to leave it.
@@ -266,7 +281,11 @@ def _metric(
             assert isinstance(whitening, DenseWhitening)
             metric = whitening
     dtype = widest((ravel_dtype(trainer.params), metric.dtype))
-    return jax.tree.map(lambda x: x.astype(dtype), metric), np.asarray(errors, float)
+    # On the host, where nothing is compiled.
+    scaled = jax.device_put(np.asarray(metric.scale) * scale)
+    metric = eqx.tree_at(lambda w: w.scale, metric, scaled)
+    metric = jax.tree.map(lambda x: x.astype(dtype), metric)
+    return metric, scale * np.asarray(errors, float), scale
 
 
 def _require_same(trainer: AbstractTrainer, solver: Any) -> None:

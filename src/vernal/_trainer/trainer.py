@@ -859,6 +859,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         name: str,
         values: ArrayLike | Sequence[float] | None = None,
         *,
+        scale_errors: bool = False,
         max_steps: int = 256,
         jac: Mode | None = None,
     ) -> Profile[Model]: ...
@@ -870,6 +871,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         name: list[str] | tuple[str, ...] | None = None,
         values: Mapping[str, ArrayLike | Sequence[float]] | None = None,
         *,
+        scale_errors: bool = False,
         max_steps: int = 256,
         jac: Mode | None = None,
     ) -> dict[str, Profile[Model]]: ...
@@ -881,6 +883,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         name: str | Sequence[str] | None = None,
         values: Any = None,
         *,
+        scale_errors: bool = False,
         max_steps: int = 256,
         jac: Mode | None = None,
     ) -> Profile[Model] | dict[str, Profile[Model]]:
@@ -912,6 +915,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `values`: the values of that element; of several, a dictionary of them by
             name. By default 21, as far as three standard errors on either side, within
             the bounds; with a bijection, those of its free coordinate.
+        - `scale_errors`: for residuals whose error bars are not known: takes for them
+            the root of the reduced chi-squared at the minimum, so that the errors are
+            those of [`vernal.Trainer.report`][] with it.
         - `max_steps`: the most steps of the solver for each value.
         - `jac`: as for [`vernal.Trainer.solve`][].
 
@@ -929,9 +935,11 @@ class Trainer(AbstractTrainer[Model, Batch]):
             the trainer is not at a minimum; if `solver` minimises something else than
             the likelihood; if `values` are not finite, or outside of the bounds; or
             if a bijection couples the element to others.
+        - `ValueError`: if `scale_errors` finds no scatter or a known scale, as
+            [`vernal.Trainer.report`][]; or if all residuals are zero.
         """
         require_precision(self)
-        options = ProfileOptions(max_steps, jac)
+        options = ProfileOptions(max_steps, jac, scale_errors)
         return profile(self, solver, batch, name, values, options)
 
     @entrance
@@ -942,6 +950,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         names: Sequence[str] | str | None = None,
         level: float = 0.683,
         *,
+        scale_errors: bool = False,
         max_steps: int = 256,
         jac: Mode | None = None,
     ) -> dict[str, tuple[float, float]]:
@@ -963,7 +972,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Arguments:**
 
-        - `solver`, `batch`, `max_steps`, `jac`: as for [`vernal.Trainer.profile`][].
+        - `solver`, `batch`, `scale_errors`, `max_steps`, `jac`: as for
+            [`vernal.Trainer.profile`][].
         - `names`: elements, such as `"wfe[6]"`, or selectors of parameters (see
             [`vernal.split`][]). By default as for `profile`.
         - `level`: the probability of an interval.
@@ -983,7 +993,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             attribute `model`: fit again from it.
         """
         require_precision(self)
-        options = ProfileOptions(max_steps, jac)
+        options = ProfileOptions(max_steps, jac, scale_errors)
         return intervals(self, solver, batch, names, level, options)
 
     @entrance
