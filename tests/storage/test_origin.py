@@ -6,6 +6,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import pytest
 
@@ -129,6 +130,57 @@ METHODS = {
 def test_other_methods_are_told(name):
     one, other, said = METHODS[name]
     assert told(X, X, one, other) == said
+
+
+def likely(self, model, batch):
+    """Half the sum of squares."""
+    return 0.5 * squares(self, model, batch)
+
+
+def believed(prior):
+    kind = type("Fit", (vn.Trainer,), {"nll": likely, "__module__": __name__})
+    priors = None if prior is None else {"a": prior}
+    return kind({"a": jnp.asarray(2.0)}, optax.sgd(1e-3), priors=priors)
+
+
+PRIORS = {
+    "the same": (vn.Normal(1.0, 2.0), vn.Normal(1.0, 2.0), []),
+    "none": (None, None, []),
+    "the same, of NumPyro": (dist.Gamma(2.0, 1.0), dist.Gamma(2.0, 1.0), []),
+    "another mean": (vn.Normal(1.0, 2.0), vn.Normal(3.0, 2.0), ["with other `priors`"]),
+    "added": (None, vn.Normal(3.0, 2.0), ["with other `priors`"]),
+    "dropped": (vn.Normal(3.0, 2.0), None, ["with other `priors`"]),
+    "another rate": (
+        dist.Gamma(2.0, 1.0),
+        dist.Gamma(2.0, 3.0),
+        ["with other `priors`"],
+    ),
+    "another kind": (
+        dist.Gamma(2.0, 1.0),
+        dist.InverseGamma(2.0, 1.0),
+        ["with other `priors`"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_other_priors_are_told(name, tmp_path):
+    """The lowest loss so far is that of the priors before."""
+    one, other, said = PRIORS[name]
+    assert told(X, X, believed(one), believed(other)) == said
+    fit(tmp_path, 5, X, believed(one))
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter("always")
+        fit(tmp_path, 9, X, believed(other))
+    assert len(got) == len(said)
+    assert all(text in str(one.message) for text, one in zip(said, got, strict=True))
+
+
+def test_checkpoints_of_earlier_versions_do_not_tell_of_priors():
+    before = inside.origin.origin(believed(None), inside.as_source(X))
+    del before["priors"]
+    now = inside.origin.origin(believed(vn.Normal(1.0, 2.0)), inside.as_source(X))
+    assert list(inside.origin.differences(before, now)) == []
 
 
 def test_another_python_is_no_other_loss(monkeypatch):

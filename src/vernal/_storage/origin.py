@@ -1,4 +1,4 @@
-"""The data and the methods of a fit, by which a checkpoint of another is noticed."""
+"""What a fit is of, by which a checkpoint of another fit is noticed."""
 
 import inspect
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 from .._data import Source, Stream, Whole
 from .._pickling import digest_of
-from .._step import AbstractTrainer, defined
+from .._step import AbstractTrainer, defined, priors_of
 from .._tree import checksum, to_arrays
 
 # Of arrays with more bytes only a sample is compared.
@@ -15,20 +15,33 @@ _MAX_BYTES = 2**26
 
 
 def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
-    """Returns checksums of the class and the data of a fit, for JSON."""
+    """Returns checksums of the class, the priors and the data of a fit, for JSON."""
     kind, data = type(trainer), None
     if not isinstance(source, Stream):
-        tree = source.batch if isinstance(source, Whole) else source.arrays
-        data = {
-            path: [str(leaf.kind), checksum(leaf.array, _MAX_BYTES)]
-            for path, leaf in to_arrays(tree).items()
-        }
+        data = _checksums(source.batch if isinstance(source, Whole) else source.arrays)
     methods = {name: _digest(getattr(kind, name)) for name in defined(trainer)}
     return {
         "class": kind.__name__,
         # Another version of Python compiles the same text to other code.
         "methods": {"python": "{}.{}".format(*sys.version_info), **methods},
+        "priors": _of_priors(trainer),
         "data": data,
+    }
+
+
+def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
+    priors = priors_of(trainer)
+    if priors is None:
+        return {}
+    others = {path: prior.decode() for path, prior in priors.others.items()}
+    kinds = {path: type(prior).__name__ for path, prior in others.items()}
+    return {"kinds": kinds} | _checksums((priors.normal, priors.others))
+
+
+def _checksums(tree: Any) -> dict[str, Any]:
+    return {
+        path: [str(leaf.kind), checksum(leaf.array, _MAX_BYTES)]
+        for path, leaf in to_arrays(tree).items()
     }
 
 
@@ -41,6 +54,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 yield f"with another `{name}`"
+    # Checkpoints of earlier versions do not say.
+    if old.get("priors", new["priors"]) != new["priors"]:
+        yield "with other `priors`"
     before, now = old["data"], new["data"]
     if before is None or now is None:
         return

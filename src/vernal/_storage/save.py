@@ -80,7 +80,9 @@ def load(
         `jax.ShapeDtypeStruct`, as `equinox.filter_eval_shape` makes them.
     - `reset`: for a trainer, what to start afresh instead of restoring: `"opt_state"`
         (the moments; the optimiser may then be another), `"best"`, `"nan_report"`,
-        `"policy_state"`, `"state"`, `"step_count"`.
+        `"policy_state"`, `"state"`, `"step_count"`. Reset the best where the data, the
+        loss or the priors are others than before, with whose losses theirs cannot be
+        compared.
 
     **Returns:**
 
