@@ -77,6 +77,7 @@ FUNCTIONS = {
     "not": lambda x: ~(x >= 0) | (x == 1) | (x != 2) | (x <= 3),
     "or": lambda x: (x > 0) | (x < -1),
     "pad": lambda x: jnp.pad(x, 2),
+    "pmin": jax.vmap(lambda x: lax.pmin(x, "all"), out_axes=None, axis_name="all"),
     "pow": lambda x: jnp.abs(x) ** 1.7,
     "random": lambda x: jr.normal(jr.split(jr.fold_in(jr.key(0), 3))[0], x.shape),
     "random keys": lambda x: jr.key_data(jr.wrap_key_data(jnp.uint32([1, 2]))),

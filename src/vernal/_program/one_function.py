@@ -38,7 +38,7 @@ _MOST_MULTIPLIED = 64
 _LOOPS = frozenset({"scan", "while"})
 
 _REDUCTIONS = frozenset(
-    {"argmax", "argmin"}
+    {"argmax", "argmin", "pmin"}
     | {f"reduce_{name}" for name in ("and", "max", "min", "or", "prod", "sum", "xor")}
 )
 

@@ -33,9 +33,15 @@ def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
     priors = priors_of(trainer)
     if priors is None:
         return {}
-    others = {path: prior.decode() for path, prior in priors.others.items()}
-    kinds = {path: type(prior).__name__ for path, prior in others.items()}
-    return {"kinds": kinds} | _checksums((priors.normal, priors.others))
+    # NumPyro's distributions have their numbers in another order in each process.
+    others = {
+        path: [
+            type(prior.decode()).__name__,
+            *sorted(_checksums(prior).values(), key=str),
+        ]
+        for path, prior in priors.others.items()
+    }
+    return others | _checksums(priors.normal)
 
 
 def _checksums(tree: Any) -> dict[str, Any]:
