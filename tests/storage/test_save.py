@@ -14,7 +14,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import vernal as vn
-from models import GaussianFit, LineFit, gaussian, gaussian_batch, line, same, zoo
+from models import (
+    GaussianFit,
+    LineFit,
+    gaussian,
+    gaussian_batch,
+    line,
+    line_batch,
+    same,
+    zoo,
+)
 
 pytestmark = pytest.mark.seams
 
@@ -28,6 +37,10 @@ def rules(rate=1e-2):
             "power": vn.window(optax.sgd(rate, momentum=0.9), start=3),
         }
     )
+
+
+def rules_of_line():
+    return vn.ParamOptimiser({"slope": optax.adam(0.05), "offset": optax.sgd(1e-3)})
 
 
 def trainer(optimiser=None, **options):
@@ -83,6 +96,30 @@ def test_moments_can_start_anew(file):
     assert fresh.step_count == 0
     assert np.isinf(fresh.best_loss)
     assert same(fresh.opt_state, old.opt_state)
+
+
+PARTS = ("opt_state", "best", "nan_report", "policy_state", "step_count")
+
+
+@pytest.mark.parametrize("part", [*PARTS, PARTS])
+def test_each_of_many_can_start_anew(part, file):
+    """To the same as if it were loaded alone."""
+    policy = vn.SkipStep() | vn.StopAfter(2)
+    stacked = vn.fit_many(
+        [LineFit(line(x), rules_of_line(), nan_policy=policy) for x in (0.0, 1.0)],
+        line_batch(),
+        5,
+    ).trainers
+    vn.save(file, stacked)
+    loaded = vn.load(file, stacked, reset=part)
+    for index in range(2):
+        one = jax.tree.map(lambda x, i=index: x[i] if jnp.ndim(x) else x, stacked)
+        vn.save(file, one)
+        alone = vn.load(file, one, reset=part)
+        for name in ("params", "best", "best_loss", "opt_state", "step_count"):
+            each = jax.tree.map(lambda x, i=index: x[i], getattr(loaded, name))
+            assert same(each, getattr(alone, name)), name
+    assert vn.fit_many(loaded, line_batch(), 3).trainers.step_count.shape == (2,)
 
 
 def test_counts_of_what_was_not_finite_are_kept(file):

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -209,9 +210,23 @@ def _initial_fields(
     """Returns fields as those of a trainer that has not taken a step."""
     params, latent = restored["params"], restored["latent"]
     state = trainer.state if "state" in fields else restored["state"]
-    opt_state = None
-    if "opt_state" in fields:
-        opt_state = initial_opt_state(trainer.optimiser, params, latent)
-    policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
-    new = initial_progress(params, latent, opt_state, policy_state, state)
+
+    def initial(
+        trainer: AbstractTrainer, params: PyTree, latent: PyTree, state: PyTree
+    ) -> Progress:
+        opt_state = None
+        if "opt_state" in fields:
+            opt_state = initial_opt_state(trainer.optimiser, params, latent)
+        policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
+        return initial_progress(params, latent, opt_state, policy_state, state)
+
+    if trainer.step_count.ndim:
+        size = len(trainer.step_count)
+        # Arrays that all members share may have no rows.
+        own = lambda leaf: (
+            0 if eqx.is_array(leaf) and leaf.shape[:1] == (size,) else None
+        )
+        rows = eqx.if_array(0)
+        initial = eqx.filter_vmap(initial, in_axes=(own, rows, rows, rows))
+    new = initial(trainer, params, latent, state)
     return {name: getattr(new, name) for name in fields}
