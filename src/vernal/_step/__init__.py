@@ -75,7 +75,7 @@ from .progress import (
     with_some_best,
     without_best,
 )
-from .replace import replaced_fields, reproject
+from .replace import member_axes, replaced_fields, reproject
 from .step import (
     Outcome,
     advance,

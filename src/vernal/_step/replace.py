@@ -1,6 +1,7 @@
 """Trainers with another model, optimiser, policy or projector."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -113,13 +114,18 @@ def replaced_fields(
     }
 
 
+def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:
+    """Returns the `in_axes` by which `vmap` takes each member of a stacked trainer."""
+    size = len(trainer.step_count)
+    # Arrays that all members share may have no rows.
+    return lambda x: 0 if eqx.is_array(x) and x.shape[:1] == (size,) else None
+
+
 def _replace_each(
     trainer: AbstractTrainer, model: Any, optimiser: Any, nan_policy: Any, state: PyTree
 ) -> dict[str, Any]:
     """Returns the fields for each member of a stacked trainer."""
-    size = len(trainer.step_count)
-    # Arrays that all members share may have no rows.
-    own = lambda leaf: 0 if eqx.is_array(leaf) and leaf.shape[:1] == (size,) else None
+    size, own = len(trainer.step_count), member_axes(trainer)
     if optimiser is not None:
         optimiser = as_transform(optimiser, "optimiser")
     rows = eqx.if_array(0)

@@ -19,6 +19,7 @@ from .._step import (
     in_free_coordinates,
     initial_opt_state,
     initial_progress,
+    member_axes,
     progress_of,
     settled,
     with_progress,
@@ -221,12 +222,8 @@ def _initial_fields(
         return initial_progress(params, latent, opt_state, policy_state, state)
 
     if trainer.step_count.ndim:
-        size = len(trainer.step_count)
-        # Arrays that all members share may have no rows.
-        own = lambda leaf: (
-            0 if eqx.is_array(leaf) and leaf.shape[:1] == (size,) else None
-        )
         rows = eqx.if_array(0)
-        initial = eqx.filter_vmap(initial, in_axes=(own, rows, rows, rows))
+        axes = member_axes(trainer), rows, rows, rows
+        initial = eqx.filter_vmap(initial, in_axes=axes)
     new = initial(trainer, params, latent, state)
     return {name: getattr(new, name) for name in fields}
