@@ -29,17 +29,42 @@ SOLVERS = {
 }
 
 
+@functools.cache
+def of_size(size):
+    """The problems of so many parameters, which share their programs."""
+    return [name for name, problem in PROBLEMS.items() if len(problem.start) == size]
+
+
+@jax.jit
+def residuals_of(index, x):
+    """Residuals of the problem at an index, with zeros up to the most of any."""
+    functions = [PROBLEMS[name].residuals for name in of_size(x.size)]
+    sizes = [jax.eval_shape(function, x).size for function in functions]
+    most = max(sizes)
+    padded = [
+        lambda x, own=own, size=size: jnp.pad(own(x), (0, most - size))
+        for own, size in zip(functions, sizes, strict=True)
+    ]
+    return jax.lax.switch(index, padded, x)
+
+
 class Fit(vn.Trainer):
-    problem: object
+    """The batch says which of the problems of its size it is."""
 
     def __init__(self, problem, start):
-        self.problem = problem.residuals
         super().__init__(
             jnp.asarray(start, float), bounds={"": (problem.low, problem.high)}
         )
 
     def residuals(self, model, batch):
-        return self.problem(model)
+        return residuals_of(batch, model)
+
+
+def solved(name, start, solver):
+    problem = PROBLEMS[name]
+    # An array, since each Python number would be a program of its own.
+    index = jnp.asarray(of_size(len(start)).index(name))
+    return Fit(problem, start).solve(SOLVERS[solver], index, max_steps=4000)
 
 
 def starts(problem):
@@ -52,10 +77,15 @@ def starts(problem):
     return {"inside": given, "near": near, "on": on}
 
 
-@functools.cache
-def compiled(residuals):
-    """Residuals and their Jacobian, as compiled functions."""
-    return jax.jit(residuals), jax.jit(jax.jacfwd(residuals))
+_linearised = jax.jit(
+    lambda index, x: (residuals_of(index, x), jax.jacfwd(residuals_of, 1)(index, x))
+)
+
+
+def linearised(name, x):
+    """Residuals and their Jacobian."""
+    index = of_size(len(x)).index(name)
+    return tuple(map(np.asarray, _linearised(index, np.asarray(x, float))))
 
 
 @functools.cache
@@ -63,23 +93,26 @@ def by_scipy(name):
     """The minima that SciPy's trust region and L-BFGS-B find from each start."""
     problem = PROBLEMS[name]
     low, high = np.array(problem.low, float), np.array(problem.high, float)
-    fn, jac = compiled(problem.residuals)
     width = np.where(np.isfinite(high - low), high - low, 1.0)
-    value = jax.jit(jax.value_and_grad(lambda x: 0.5 * jnp.sum(jnp.square(fn(x)))))
+
+    def value(x):
+        residuals, jac = linearised(name, x)
+        return 0.5 * np.sum(np.square(residuals)), jac.T @ residuals
+
     costs = []
     for start in starts(problem).values():
         inside = np.clip(start, low + 1e-10 * width, high - 1e-10 * width)
         with np.errstate(all="ignore"):
             squares = scipy.optimize.least_squares(
-                lambda x: np.asarray(fn(x)),
+                lambda x: linearised(name, x)[0],
                 inside,
-                lambda x: np.asarray(jac(x)),
+                lambda x: linearised(name, x)[1],
                 bounds=(low, high),
                 **dict.fromkeys(("xtol", "ftol", "gtol"), 1e-15),
                 max_nfev=1000,
             )
             lbfgsb = scipy.optimize.minimize(
-                lambda x: tuple(map(np.asarray, value(x))),
+                value,
                 np.clip(start, low, high),
                 method="L-BFGS-B",
                 jac=True,
@@ -97,10 +130,10 @@ def on_bound(x, problem):
     return np.stack([x - low < scale, high - x < scale])
 
 
-def is_minimum(problem, x):
+def is_minimum(name, x):
     """Whether the loss can fall nowhere within the bounds, to six digits."""
-    at_low, at_high = on_bound(x, problem)
-    residuals, jac = (np.asarray(fn(x)) for fn in compiled(problem.residuals))
+    at_low, at_high = on_bound(x, PROBLEMS[name])
+    residuals, jac = linearised(name, x)
     norms = np.maximum(np.linalg.norm(jac, axis=0), 1e-300)
     size = max(np.linalg.norm(residuals), 1e-10)
     slope = jac.T @ residuals / norms / size
@@ -117,7 +150,7 @@ def test_solvers_end_where_scipy_does(name, solver):
     own = starts(problem)
     costs = by_scipy(name)
     for where, start in own.items():
-        result = Fit(problem, start).solve(SOLVERS[solver], 0.0, max_steps=4000)
+        result = solved(name, start, solver)
         x, cost = np.asarray(result.model), float(result.trainer.best_loss)
         assert np.all((x >= problem.low) & (x <= problem.high)), where
         is_best = cost <= np.nanmin(costs) * (1 + 1e-6) + 1e-12
@@ -125,7 +158,7 @@ def test_solvers_end_where_scipy_does(name, solver):
         # What is said to have converged has.
         has_converged = result.stop_reason is vn.StopReason.CONVERGED
         if has_converged and cost > 1e-12 and name not in FLAT:
-            assert is_minimum(problem, x), where
+            assert is_minimum(name, x), where
 
 
 def test_a_bound_attracts_no_fit():
@@ -141,10 +174,9 @@ def test_a_bound_attracts_no_fit():
     )
 
     def residuals(params):
-        x = jnp.array([params[name].value for name in names])
-        return np.asarray(problem.residuals(x))
+        return linearised("watson, 9", [params[name].value for name in names])[0]
 
     stuck = lmfit.minimize(residuals, params, xtol=1e-12, ftol=1e-12).chisqr / 2
-    end = Fit(problem, start).solve(SOLVERS["LevenbergMarquardt"], 0.0, max_steps=4000)
+    end = solved("watson, 9", start, "LevenbergMarquardt")
     assert stuck > 1.2 * known
     np.testing.assert_allclose(end.best_loss, known, rtol=1e-6)
