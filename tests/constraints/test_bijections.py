@@ -1,5 +1,7 @@
 """Bijections: a fit moves free coordinates, and all else is in the parameters."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -117,22 +119,9 @@ class Fit(vn.Trainer):
         return _curve(model["a"]["x"], model["b"][0], batch)
 
 
-class ByHand(vn.Trainer):
-    """The same with the free coordinates in the model."""
-
-    forward: object = eqx.field(static=True)
-
-    def __init__(self, forward, *args, **options):
-        self.forward = forward
-        super().__init__(*args, **options)
-
-    def residuals(self, model, batch):
-        return _curve(self.forward(model["a"]["x"]), model["b"][0], batch)
-
-
 def _curve(x, offset, batch):
     matrix, y = batch
-    flat = jnp.ravel(x)
+    flat = x.ravel()
     basis = matrix[:, : flat.size].astype(flat.dtype)
     return (basis @ flat + 0.1 * (basis @ flat) ** 2 + offset - y[: len(basis)]) / 0.01
 
@@ -146,21 +135,55 @@ def model(x, dtype=jnp.float64):
 
 def batch_of(truth, dtype=jnp.float64):
     random = np.random.default_rng(3)
-    matrix = jnp.asarray(random.normal(size=(40, 4)), dtype)
+    matrix = random.normal(size=(40, 4)).astype(dtype)
     noise = 0.01 * random.normal(size=40)
-    like = model(truth, dtype)
-    y = 0.01 * _curve(like["a"]["x"], 0.2, (matrix, jnp.zeros(40, dtype)))
-    return matrix, (y + jnp.asarray(noise, dtype)).astype(dtype)
+    y = 0.01 * _curve(np.asarray(truth, dtype), 0.2, (matrix, np.zeros(40, dtype)))
+    return jnp.asarray(matrix), jnp.asarray(y + noise, dtype)
 
 
-def pair(name, optimiser=None, dtype=jnp.float64):
-    """A trainer with a bijection, the one by hand, and the data."""
+def pair(name, optimiser=None):
+    """A trainer with a bijection, and the data."""
     bijection, start, truth = BIJECTIONS[name]
-    own = model(start, dtype)
-    inner = {**own, "a": {**own["a"], "x": inverse_of(bijection)(own["a"]["x"])}}
-    trainer = Fit(own, optimiser, bounds={"a.x": bijection})
-    by_hand = ByHand(forward_of(bijection), inner, optimiser)
-    return trainer, by_hand, batch_of(truth, dtype)
+    return trainer_of(bijection, start, optimiser), batch_of(truth)
+
+
+class Together(vn.Trainer):
+    """Every bijection in one model: each with data of its own, and one offset."""
+
+    def residuals(self, model, batch):
+        offset = model["b"][0]
+        return {name: _curve(x, offset, batch[name]) for name, x in model["a"].items()}
+
+
+class ByHand(vn.Trainer):
+    """The same with the free coordinates in the model."""
+
+    def residuals(self, model, batch):
+        return Together.residuals(self, parameters(model), batch)
+
+
+@jax.jit
+def parameters(model):
+    """The parameters of free coordinates."""
+    forward = {name: forward_of(BIJECTIONS[name][0]) for name in model["a"]}
+    return {**model, "a": {name: forward[name](x) for name, x in model["a"].items()}}
+
+
+@jax.jit
+def coordinates(model):
+    """The free coordinates of parameters."""
+    inverse = {name: inverse_of(BIJECTIONS[name][0]) for name in model["a"]}
+    return {**model, "a": {name: inverse[name](x) for name, x in model["a"].items()}}
+
+
+def together(optimiser=None, dtype=jnp.float64, names=tuple(BIJECTIONS)):
+    """A trainer with the bijections, the one by hand, and the data."""
+    array = lambda x: jnp.asarray(x, dtype)
+    own = {"a": {name: array(BIJECTIONS[name][1]) for name in names}, "b": [array(0)]}
+    bounds = {f"a.{name}": BIJECTIONS[name][0] for name in names}
+    batch = {name: batch_of(BIJECTIONS[name][2], dtype) for name in names}
+    trainer = Together(own, optimiser, bounds=bounds)
+    return trainer, ByHand(coordinates(own), optimiser), batch
 
 
 def same_bits(a, b):
@@ -168,66 +191,88 @@ def same_bits(a, b):
         np.testing.assert_array_equal(leaf, other)
 
 
+@functools.cache
+def fitted():
+    trainer, by_hand, batch = together(optax.adam(0.02))
+    options = {"progress": False, "record": ("a.*", "grad_norm")}
+    result, other = (t.fit(batch, 60, **options) for t in (trainer, by_hand))
+    np.testing.assert_allclose(result.history.loss, other.history.loss, rtol=1e-9)
+    assert jax.tree.structure(result.params) == jax.tree.structure(trainer.params)
+    recorded = {name: other.history[f"a.{name}"] for name in BIJECTIONS}
+    known = [
+        parameters({"a": free["a"]})["a"] | {"offset": free["b"][0]}
+        for free in (other.model, other.best)
+    ]
+    return trainer, result, known, jax.jit(jax.vmap(parameters))({"a": recorded})["a"]
+
+
 @pytest.mark.parametrize("name", BIJECTIONS)
 def test_a_fit_is_that_of_free_coordinates_by_hand(name):
-    trainer, by_hand, batch = pair(name, optax.adam(0.02))
-    options = {"progress": False, "record": ("a.x", "grad_norm")}
-    result, other = (t.fit(batch, 60, **options) for t in (trainer, by_hand))
-    forward = forward_of(BIJECTIONS[name][0])
-    np.testing.assert_allclose(result.history.loss, other.history.loss, rtol=1e-9)
-    for own, free in ((result.model, other.model), (result.best, other.best)):
-        np.testing.assert_allclose(own["a"]["x"], forward(free["a"]["x"]), rtol=1e-9)
-        np.testing.assert_allclose(own["b"][0], free["b"][0], rtol=1e-9)
+    trainer, result, known, expected = fitted()
+    for own, free in zip((result.model, result.best), known, strict=True):
+        np.testing.assert_allclose(own["a"][name], free[name], rtol=1e-9)
+        np.testing.assert_allclose(own["b"][0], free["offset"], rtol=1e-9)
     # What is recorded is in the parameters too.
-    recorded = result.history["a.x"]
-    np.testing.assert_array_equal(recorded[0], trainer.model["a"]["x"])
-    expected = jax.vmap(forward)(jnp.asarray(other.history["a.x"]))
-    np.testing.assert_allclose(recorded, expected, rtol=1e-9)
-    assert jax.tree.structure(result.params) == jax.tree.structure(trainer.params)
+    recorded = result.history[f"a.{name}"]
+    np.testing.assert_array_equal(recorded[0], trainer.model["a"][name])
+    np.testing.assert_allclose(recorded, expected[name], rtol=1e-9)
+
+
+IN_SINGLE_PRECISION = ("a number", "an interval", "a simplex")
+
+
+def mixed(model):
+    """Of each parameter a sum of its elements and of the offset."""
+    return {
+        name: model["b"][0]
+        + jnp.sum(x.ravel() * jnp.arange(1, 1 + x.size, dtype=x.dtype))
+        for name, x in model["a"].items()
+    }
+
+
+@functools.cache
+def solved(dtype):
+    """The solution, its errors and those of mixtures, a report; and all by hand."""
+    tol, names = 1e-10, tuple(BIJECTIONS)
+    if dtype == jnp.float32:
+        tol, names = 1e-6, IN_SINGLE_PRECISION
+    trainer, by_hand, batch = together(dtype=dtype, names=names)
+    solver = optx.LevenbergMarquardt(tol, tol)
+    result, other = (t.solve(solver, batch) for t in (trainer, by_hand))
+    of_mixed = result.trainer.propagate(mixed, batch)[1]
+    # The errors are those of the function of the free coordinates.
+    both = lambda free: (parameters(free), mixed(parameters(free)))
+    values, errors = other.trainer.propagate(both, batch)
+    own = result.model, result.standard_errors(batch), of_mixed, result.report(batch)
+    return own, (values[0], *errors, other.report(batch))
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, jnp.float64) for name in BIJECTIONS]
-    + [(name, jnp.float32) for name in ("a number", "an interval", "a simplex")],
+    + [(name, jnp.float32) for name in IN_SINGLE_PRECISION],
 )
 def test_a_solve_and_its_errors_are_those_by_hand(name, dtype):
-    trainer, by_hand, batch = pair(name, dtype=dtype)
-    tol = 1e-10 if dtype == jnp.float64 else 1e-6
-    solver = optx.LevenbergMarquardt(tol, tol)
-    result, other = (t.solve(solver, batch) for t in (trainer, by_hand))
     digits = 1e-6 if dtype == jnp.float64 else 1e-3
-    forward = forward_of(BIJECTIONS[name][0])
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=digits, atol=1e-7)
-    close(result.model["a"]["x"], forward(other.model["a"]["x"]))
-    assert result.model["a"]["x"].dtype == dtype
-    # The errors are those of the function of the free coordinates.
-    value, error = other.trainer.propagate(lambda m: forward(m["a"]["x"]), batch)
-    _, of_offset = other.trainer.propagate(lambda m: m["b"][0], batch)
-    close(value, result.model["a"]["x"])
-    errors = result.standard_errors(batch)
-    close(errors["a"]["x"], error)
-    close(errors["b"][0], of_offset)
-    report, again = result.report(batch), other.report(batch)
+    (model, errors, of_mixed, report), known = solved(dtype)
+    for own, other in ((model, known[0]), (errors, known[1])):
+        close(own["a"][name], other["a"][name])
+        close(own["b"][0], other["b"][0])
+    assert model["a"][name].dtype == dtype
+    close(of_mixed[name], known[2][name])
+    again = known[3]
     assert report.free_count == again.free_count
     assert report.degrees_of_freedom == again.degrees_of_freedom
     close(report.chi_squared, again.chi_squared)
-    rows = [row for row in report.parameters if row.name.startswith("a.x")]
-    known = np.ravel(error)
-    close([row.error for row in rows], np.where(known == 0, np.nan, known))
-    assert [row.status for row in rows] == ["fixed" if e == 0 else "" for e in known]
-    total = lambda fn, t: t.propagate(fn, batch)[1]
-    mixed = lambda x: jnp.sum(
-        x * jnp.arange(1, 1 + x.size, dtype=dtype).reshape(x.shape)
-    )
-    close(
-        total(lambda m: mixed(m["a"]["x"]) + m["b"][0], result.trainer),
-        total(lambda m: mixed(forward(m["a"]["x"])) + m["b"][0], other.trainer),
-    )
+    rows = [row for row in report.parameters if row.name.startswith(f"a.{name}")]
+    error = np.ravel(known[1]["a"][name])
+    close([row.error for row in rows], np.where(error == 0, np.nan, error))
+    assert [row.status for row in rows] == ["fixed" if e == 0 else "" for e in error]
 
 
 def test_correlations_are_those_of_the_elements():
-    trainer, _, batch = pair("a simplex")
+    trainer, batch = pair("a simplex")
     at = trainer.solve(LM, batch).trainer
     correlations = {(c.first, c.second): c.value for c in at.report(batch).correlations}
     names = [f"a.x[{i}]" for i in range(3)]
@@ -246,7 +291,7 @@ def test_correlations_are_those_of_the_elements():
 
 @pytest.mark.parametrize("is_whitened", [False, True])
 def test_n_and_m_steps_are_n_plus_m(is_whitened, tmp_path):
-    trainer, _, batch = pair("a simplex", optax.adam(0.02))
+    trainer, batch = pair("a simplex", optax.adam(0.02))
     if is_whitened:
         trainer = trainer.whiten(batch, optimiser=optax.adam(0.1))
     whole = trainer.fit(batch, 50, progress=False).trainer
@@ -258,19 +303,19 @@ def test_n_and_m_steps_are_n_plus_m(is_whitened, tmp_path):
     same_bits(vn.unroll(part, batch, 20)[0].model, whole.model)
 
 
-@pytest.mark.parametrize("name", ["an array", "a simplex", "a factor"])
-def test_whitened_spaces_are_of_the_free_coordinates(name):
-    trainer, by_hand, batch = pair(name, optax.adam(0.1))
-    expected = trainer.solve(LM, batch).model
+def test_whitened_spaces_are_of_the_free_coordinates():
+    trainer, by_hand, batch = together(optax.adam(0.1))
     whitened = trainer.whiten(batch, optimiser=optax.adam(0.1))
     same = by_hand.whiten(batch, optimiser=optax.adam(0.1))
     losses = [t.fit(batch, 40, progress=False).history.loss for t in (whitened, same)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
+    (expected, *_), _ = solved(jnp.float64)
     for solver in (LM, optx.BFGS(1e-9, 1e-9)):
         found = whitened.solve(solver, batch)
         assert found.stop_reason is vn.StopReason.CONVERGED
-        close = np.testing.assert_allclose
-        close(found.model["a"]["x"], expected["a"]["x"], rtol=1e-5, atol=1e-7)
+        for name in BIJECTIONS:
+            pair = found.model["a"][name], expected["a"][name]
+            np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_beside_intervals_and_whitened_the_fit_ends_at_the_best_point_within():
@@ -316,23 +361,38 @@ class Measured(vn.Trainer):
     """The elements are measured themselves."""
 
     def residuals(self, model, batch):
-        return (model["x"] - batch) / 0.1
+        return {name: (model[name] - batch[name]) / 0.1 for name in model}
+
+
+@jax.jit
+def starts_of_libraries(values):
+    """Starts, and the Jacobians of the parameters by the coordinates at the values."""
+    starts, jacs = {}, {}
+    for name, (bijection, _) in OF_LIBRARIES.items():
+        forward, free = forward_of(bijection), inverse_of(bijection)(values[name])
+        starts[name] = forward(0.5 * free)
+        jacs[name] = jax.jacfwd(lambda z, forward=forward: forward(z).ravel())(free)
+    return starts, jacs
+
+
+@functools.cache
+def solved_of_libraries():
+    values = {name: jnp.asarray(value) for name, (_, value) in OF_LIBRARIES.items()}
+    starts, jacs = starts_of_libraries(values)
+    bounds = {name: bijection for name, (bijection, _) in OF_LIBRARIES.items()}
+    result = Measured(starts, bounds=bounds).solve(LM, values)
+    return result.model, result.standard_errors(values), jacs
 
 
 @pytest.mark.parametrize("name", OF_LIBRARIES)
 def test_bijections_of_libraries(name):
-    bijection, value = OF_LIBRARIES[name]
-    value = jnp.asarray(value, jnp.float64)
-    free = inverse_of(bijection)(value)
-    start = forward_of(bijection)(0.5 * free)
-    result = Measured({"x": start}, bounds={"x": bijection}).solve(LM, value)
-    np.testing.assert_allclose(result.model["x"], value, rtol=1e-6, atol=1e-9)
+    value = np.asarray(OF_LIBRARIES[name][1])
+    model, errors, jacs = solved_of_libraries()
+    np.testing.assert_allclose(model[name], value, rtol=1e-6, atol=1e-9)
     # The errors are those of a projection onto what the coordinates can reach.
-    jac = jax.jacfwd(lambda z: forward_of(bijection)(z).ravel())(free)
-    basis = np.linalg.qr(jac.reshape(value.size, -1))[0]
+    basis = np.linalg.qr(np.reshape(jacs[name], (value.size, -1)))[0]
     known = 0.1 * np.linalg.norm(basis, axis=1)
-    errors = result.standard_errors(value)["x"]
-    np.testing.assert_allclose(errors.ravel(), known, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(np.ravel(errors[name]), known, rtol=1e-5, atol=1e-9)
 
 
 def trainer_of(bijection, start, optimiser=None, **options):
