@@ -1,5 +1,7 @@
 """The estimated distance to the minimum, and what is said of a fit because of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +22,16 @@ LM = optx.LevenbergMarquardt(1e-8, 1e-8)
 BFGS = optx.BFGS(1e-8, 1e-8)
 
 
-def peak(*values, dtype=jnp.float64):
+def peak(*values, dtype=np.float64):
     return Gaussian(*(jnp.asarray(value, dtype) for value in values))
 
 
-def data(dtype=jnp.float64):
-    noise = 0.1 * jax.random.normal(jax.random.key(0), X.shape)
-    y = peak(*TRUTH)(X) + noise
-    return tuple(a.astype(dtype) for a in (X, y, jnp.full(X.shape, 0.1)))
+Y = peak(*TRUTH)(X) + 0.1 * jax.random.normal(jax.random.key(0), X.shape)
+
+
+def data(dtype=np.float64):
+    own = X, Y, np.full(X.shape, 0.1)
+    return tuple(jnp.asarray(np.asarray(a, dtype)) for a in own)
 
 
 class Poisson(vn.Trainer):
@@ -65,10 +69,9 @@ class Slack(vn.Trainer):
 
 
 def flat(trainer):
-    vector, unravel = jax.flatten_util.ravel_pytree(
-        jax.tree.map(lambda x: x.astype(jnp.float64), trainer.params)
-    )
-    return vector, unravel
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), trainer.params)
+    vector, unravel = jax.flatten_util.ravel_pytree(wide)
+    return np.asarray(vector), unravel
 
 
 def by_jacobian(trainer, batch, basis=None, **options):
@@ -79,7 +82,8 @@ def by_jacobian(trainer, batch, basis=None, **options):
         r = trainer.residuals(unravel(x), batch, **options).ravel()
         return jnp.concatenate([r.real, r.imag]) if jnp.iscomplexobj(r) else r
 
-    jacobian, r = np.asarray(jax.jacfwd(residuals)(vector)), residuals(vector)
+    both = jax.jit(lambda x: (jax.jacfwd(residuals)(x), residuals(x)))
+    jacobian, r = map(np.asarray, both(vector))
     jacobian = jacobian if basis is None else jacobian @ basis
     left, values, _ = np.linalg.svd(jacobian, full_matrices=False)
     return 0.5 * np.sum((left[:, values > 1e-9 * values[0]].T @ r) ** 2)
@@ -89,8 +93,9 @@ def by_hessian(trainer, batch):
     vector, unravel = flat(trainer)
     method = trainer.nll if isinstance(trainer, Poisson) else trainer.loss
     of = lambda x: method(unravel(x), batch)
-    slope, hessian = np.asarray(jax.grad(of)(vector)), jax.hessian(of)(vector)
-    return 0.5 * slope @ np.linalg.solve(np.asarray(hessian), slope)
+    both = jax.jit(lambda x: (jax.grad(of)(x), jax.hessian(of)(x)))
+    slope, hessian = map(np.asarray, both(vector))
+    return 0.5 * slope @ np.linalg.solve(hessian, slope)
 
 
 def rates():
@@ -108,6 +113,11 @@ SPACES = {
 }
 
 
+@functools.cache
+def of_peak_nearby():
+    return by_jacobian(GaussianFit(peak(*NEAR)), data())
+
+
 @pytest.mark.seams
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -115,7 +125,7 @@ def test_of_residuals(dtype, space):
     batch = data(dtype)
     trainer = SPACES[space](GaussianFit(peak(*NEAR, dtype=dtype)), batch)
     result = trainer.solve(IDLE, batch, max_steps=1)
-    expected = by_jacobian(GaussianFit(peak(*NEAR)), data())
+    expected = of_peak_nearby()
     assert result.edm.dtype == dtype
     rtol = 1e-9 if dtype == X.dtype else 2e-3
     np.testing.assert_allclose(result.edm, expected, rtol=rtol)
@@ -186,12 +196,10 @@ def test_of_very_many_parameters(cls):
     )
 
 
-def line(x, y):
-    class Line(vn.Trainer):
-        def residuals(self, model, batch):
-            return model["a"] * x + model["b"] - y
-
-    return Line({"a": jnp.asarray(0.5), "b": jnp.asarray(0.0)})
+class Line(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return model["a"] * x + model["b"] - y
 
 
 class Valley(vn.Trainer):
@@ -208,8 +216,10 @@ def test_without_scatter_rounding_decides(solver, dtype):
     result = Valley({"xy": jnp.asarray([-1.2, 1.0], dtype)}).solve(solver, None)
     assert result.stop_reason is REASON.CONVERGED
     np.testing.assert_allclose(result.model["xy"], 1.0, rtol=1e-4)
-    x = jnp.linspace(0, 1, 20)
-    assert line(x, 2 * x + 1).solve(solver, None).stop_reason is REASON.CONVERGED
+    line = Line({"a": jnp.asarray(0.5), "b": jnp.asarray(0.0)})
+    x = np.linspace(0, 1, 20)
+    batch = jnp.asarray(x), jnp.asarray(2 * x + 1)
+    assert line.solve(solver, batch).stop_reason is REASON.CONVERGED
 
 
 class Saddle(vn.Trainer):
@@ -432,13 +442,8 @@ def test_in_half_precision(dtype, cls):
 @pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
 def test_units_do_not_matter(unit):
     start = {"a": jnp.asarray(0.5 / unit, jnp.float32), "b": jnp.zeros((), jnp.float32)}
-
-    class InUnits(vn.Trainer):
-        def residuals(self, model, batch):
-            x, y = batch
-            return model["a"] * (jnp.float32(unit) * x) + model["b"] - jnp.sin(y)
-
-    result = InUnits(start).solve(IDLE, LINE, max_steps=1)
+    batch = jnp.float32(unit) * LINE[0], jnp.sin(LINE[1])
+    result = Line(start).solve(IDLE, batch, max_steps=1)
     line, y = np.vander(LINE[0], 2).astype(float), np.sin(np.asarray(LINE[1], float))
     span, _ = np.linalg.qr(line)
     expected = 0.5 * np.sum(np.square(span.T @ (line[:, 0] * 0.5 - y)))
