@@ -83,7 +83,7 @@ class Fork:
 @pytest.mark.loose_dtypes
 def test_killed_many_times(tmp_path):
     """In the middle of anything: importing, restoring, stepping, writing."""
-    rng, stepped = random.Random(0), 0
+    rng, stepped, begun = random.Random(0), 0, 0
     for kill in range(6):
         if kill == 3:
             process = Process(tmp_path)
@@ -91,12 +91,14 @@ def test_killed_many_times(tmp_path):
             code = process.end()
         else:
             process = Fork(tmp_path)
-            process.steps()
+            before, begun = begun, process.steps()[0]
+            assert begun >= before
             stepped += 1
             time.sleep(rng.uniform(0.0, 0.4))
             code = process.end()
         assert code == -signal.SIGKILL
     assert stepped == 5, "it was done too soon"
+    assert begun > 5, "it began anew each time"
     assert Fork(tmp_path, pause=0).end(0) == 0
     expected = long_fit.fit()
     result = vn.load(tmp_path / "result", expected)
