@@ -1,5 +1,6 @@
 """`fit`: a compiled loop, and what happens around it."""
 
+import functools
 import os
 import pty
 import signal
@@ -395,6 +396,7 @@ for data in 1.0, float("nan"):
 """
 
 
+@functools.cache
 def run_on_terminal(code, columns=120):
     """Runs a script whose standard error is a terminal: its output, its error."""
     leader, follower = pty.openpty()

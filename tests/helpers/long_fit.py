@@ -14,7 +14,7 @@ import optax  # noqa: E402
 
 import vernal as vn  # noqa: E402
 
-STEPS = 12_000
+STEPS = 6_000
 
 
 class Noisy(vn.Trainer):
@@ -66,6 +66,9 @@ def fit(checkpoint=None, pause=0.0, chunk=None):
 
 
 def run(directory, output, pause):
+    # Those that come after it find its programs there, and take steps sooner.
+    jax.config.update("jax_compilation_cache_dir", f"{output}-programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     every = datetime.timedelta(seconds=0.05)
     checkpoints = vn.Checkpoints(directory, every=every, keep=2)
     vn.save(output, fit(checkpoints, float(pause), chunk=5))

@@ -34,7 +34,7 @@ MESH = Mesh(np.array(jax.devices()), ("data",)) if ONE_OF_TWO else None
 X = np.linspace(-1, 1, 32)
 DATA = X, 2 * X + 1
 SHARE = slice(16 * NUMBER, 16 * NUMBER + 16) if ONE_OF_TWO else slice(None)
-STEPS = 200
+STEPS = 160
 
 
 class Line(eqx.Module):
@@ -122,10 +122,8 @@ def answers(folder):
     many = {"mesh": MESH, "progress": False}
     found = {
         "whole": told(fit(**options)),
-        "noisy": told(fit(own=noisy(), every=2)),
-        "minibatches": told(fit(minibatches())),
-        "stream": told(fit(stream())),
-        "split": told(fit(**split)),
+        "noisy minibatches": told(fit(minibatches(), own=noisy(), every=2)),
+        "split, of a stream": told(fit(stream(), **split)),
         "solve": told(LineFit(model()).solve(LM, DATA, mesh=MESH)),
         "many": told(vn.fit_many(starts(optax.adam(0.1)), DATA, 30, **many)),
         "solved": told(vn.fit_many(starts(), DATA, 30, solver=LM, mesh=MESH)),
@@ -135,7 +133,7 @@ def answers(folder):
     found["steps"] = {"loss": losses, "params": [], "told": "", "steps": 2}
     # What comes back belongs to each process: one may go on with it alone.
     inside.progress_bar.is_interactive = lambda: True
-    result = fit(progress=True)
+    result = fit(progress=True, **options)
     if ONE_OF_TWO:
         many |= {"progress": True, "checkpoint": vn.Checkpoints(folder / "many")}
         for steps in 11, 30:
@@ -145,7 +143,7 @@ def answers(folder):
         assert np.isfinite(result.model(2.0))
         result.trainer.fit(DATA, 3, progress=False)
     path = folder / f"saved-by-{NUMBER}"
-    vn.save(path, fit(**split).trainer)
+    vn.save(path, fit(stream(), **split).trainer)
     assert path.exists() is (NUMBER == 0)
     return found
 
@@ -296,8 +294,11 @@ def decisions(folder):
 
 
 def long(folder):
-    """To be killed at any moment, and begun again."""
+    """To be killed at any moment, and begun again; then one that is left alone."""
+    return {"killed": long_fit(folder / "killed"), "whole": long_fit(folder / "whole")}
 
+
+def long_fit(folder):
     def tell(trainer, history):
         if NUMBER == 0:
             print(len(history), flush=True)
@@ -307,7 +308,7 @@ def long(folder):
         STEPS,
         own=noisy(),
         record=("slope", "grad_norm"),
-        checkpoint=vn.Checkpoints(folder / "checkpoints", every=10),
+        checkpoint=vn.Checkpoints(folder, every=10),
         callback=tell,
         chunk=5,
     )

@@ -15,10 +15,18 @@ import pytest
 import vernal as vn
 from inside import cache_size
 from vernal._loop.chunk import run_chunk
+from vernal._program import shelves as _shelves
 from vernal._program.programs import _MOST_RECORDS, program, version_of
-from vernal._program.shelves import MOST_KINDS, MOST_MISSED, MOST_OF_A_KIND, Shelves
+from vernal._program.shelves import MOST_KINDS, MOST_MISSED, Shelves
 
 X = jnp.arange(3.0)
+MOST = 6
+
+
+@pytest.fixture(autouse=True)
+def few_of_a_kind(monkeypatch):
+    """It takes long to compile as many as are kept otherwise."""
+    monkeypatch.setattr(_shelves, "MOST_OF_A_KIND", MOST)
 
 
 class Model(eqx.Module):
@@ -80,28 +88,28 @@ def called(made, x):
 @pytest.mark.parametrize("kind", MADE)
 def test_programs_of_what_is_gone_go(kind):
     run = program(called)
-    for factor in range(MOST_OF_A_KIND):
+    for factor in range(MOST):
         run(MADE[kind](float(factor)), X)
     before = executables()
     for factor in range(10):
         run(MADE[kind](100.0 + factor), X)
-    assert cache_size(run) == MOST_OF_A_KIND
+    assert cache_size(run) == MOST
     assert executables() <= before + 2
 
 
 def test_fits_of_what_is_gone_go():
     vn.forget()
     counts = []
-    for factor in range(MOST_OF_A_KIND + 3):
+    for factor in range(MOST + 3):
         loss = lambda model, x, factor=float(factor): factor * jnp.sum(model(x))
         vn.fit(loss, *PLAIN[:3], 1)
         counts.append(cache_size(run_chunk))
-    assert max(counts) == MOST_OF_A_KIND
+    assert max(counts) == MOST
 
 
 def test_what_is_used_in_turns_is_compiled_once():
     run, traces = own_program()
-    models = [own_model() for _ in range(MOST_OF_A_KIND)]
+    models = [own_model() for _ in range(MOST)]
     for _ in range(2):
         for model in models:
             run(model, X)
@@ -110,7 +118,7 @@ def test_what_is_used_in_turns_is_compiled_once():
 
 def test_what_is_used_in_turns_with_very_many_is_kept_in_the_end():
     run, traces = own_program()
-    models = [own_model() for _ in range(MOST_OF_A_KIND + 16)]
+    models = [own_model() for _ in range(MOST + 4)]
     for _ in range(4):
         for model in models:
             run(model, X)
@@ -120,10 +128,10 @@ def test_what_is_used_in_turns_with_very_many_is_kept_in_the_end():
 def test_a_program_in_use_outlives_those_that_are_not():
     run, traces = own_program()
     mine = own_model()
-    for _ in range(MOST_OF_A_KIND + 2):
+    for _ in range(MOST + 2):
         run(mine, X)
         run(own_model(), X)
-    assert len(traces) == 1 + MOST_OF_A_KIND + 2
+    assert len(traces) == 1 + MOST + 2
 
 
 def test_what_was_missed_once_is_kept():
@@ -131,18 +139,18 @@ def test_what_was_missed_once_is_kept():
     mine = own_model()
     for _ in range(3):
         run(mine, X)
-        for _ in range(MOST_OF_A_KIND):
+        for _ in range(MOST):
             run(own_model(), X)
-    assert len(traces) == 2 + 3 * MOST_OF_A_KIND
+    assert len(traces) == 2 + 3 * MOST
 
 
 def test_other_names_are_another_kind():
     run, traces = own_program()
     run(Model(jnp.ones(())), X)
-    for _ in range(MOST_OF_A_KIND):
+    for _ in range(MOST):
         run(own_model(), X)
     run(Model(jnp.ones(())), X)
-    assert len(traces) == 1 + MOST_OF_A_KIND
+    assert len(traces) == 1 + MOST
 
 
 def test_what_code_read_is_let_go_with_its_program():
@@ -156,7 +164,7 @@ def test_what_code_read_is_let_go_with_its_program():
     run(own(first), X)
     dead = weakref.ref(first)
     del first
-    for _ in range(MOST_OF_A_KIND):
+    for _ in range(MOST):
         run(own(Settings()), X)
     gc.collect()
     assert dead() is None
@@ -170,7 +178,7 @@ def test_shelves_hold_no_more_than_they_may():
         for key in range(count):
             assert shelves.get(key) in (None, f"value {key}")
             assert shelves.put(key, f"value {key}", "kind") == f"value {key}"
-    assert len(shelves.values()) <= MOST_MISSED + MOST_OF_A_KIND
+    assert len(shelves.values()) <= MOST_MISSED + MOST
     assert len(gone) + len(shelves.values()) >= count
     shelves.clear()
     assert not shelves.values()
@@ -195,7 +203,7 @@ def test_names_that_are_new_each_time():
 
 def shelved():
     shelves = Shelves(lambda key, value: None)
-    keys = range(6 * MOST_OF_A_KIND)
+    keys = range(6 * MOST)
 
     def use(number):
         key = keys[number % len(keys)]
