@@ -1,5 +1,6 @@
 """`Trainer.learning_rates`: against what the next step does."""
 
+import functools
 import inspect
 import warnings
 
@@ -36,26 +37,33 @@ def tree():
 NAMES = ("a", "b.c", "b.d", "e")
 
 
-def after(optimiser, steps):
-    """A trainer that has taken some steps, on a bowl whose gradient is known."""
-    trainer = Pull(tree(), optimiser)
+@eqx.filter_jit
+def step_of_each(trainers):
+    """One step on a bowl whose gradient is known: one program for all of them."""
+    return {name: trainer.step(jnp.asarray(0.0)) for name, trainer in trainers.items()}
+
+
+def walked(optimisers, steps):
+    """Trainers with these optimisers after no step, after one, and so on."""
+    trainers = {name: Pull(tree(), make()) for name, make in optimisers.items()}
+    walk = [trainers]
     for _ in range(steps):
-        trainer, _ = trainer.step(jnp.asarray(0.0))
-    return trainer
+        stepped = step_of_each(trainers)
+        assert all(info.accepted for _, info in stepped.values())
+        trainers = {name: trainer for name, (trainer, _) in stepped.items()}
+        walk.append(trainers)
+    return walk
 
 
-def observed(trainer):
-    """How far the next step goes, as a multiple of the gradient."""
-    new, info = trainer.step(jnp.asarray(0.0))
-    assert info.accepted
-    ratio = lambda old, new: np.asarray((old - new) / (2 * old), np.float64)
-    return dict(
-        zip(
-            vn.paths(trainer.params),
-            jax.tree.leaves(jax.tree.map(ratio, trainer.params, new.params)),
-            strict=True,
-        )
-    )
+def after(optimiser, steps):
+    return walked({"one": lambda: optimiser}, steps)[steps]["one"]
+
+
+def observed(before, after):
+    """How far a step went, as a multiple of the gradient."""
+    ratio = lambda old, new: (old - new) / (2 * old)
+    old, new = (map(np.asarray, jax.tree.leaves(t.params)) for t in (before, after))
+    return dict(zip(vn.paths(before.params), map(ratio, old, new), strict=True))
 
 
 class Ramp:
@@ -175,11 +183,14 @@ OPTIMISERS = {
 """Without momentum: the update is the gradient times the rate."""
 
 
+walk_of_optimisers = functools.cache(lambda: walked(OPTIMISERS, 7))
+
+
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_the_next_update_is_the_gradient_times_the_rate(name):
+    trainers = [at[name] for at in walk_of_optimisers()]
     for steps in (0, 1, 3, 6):
-        trainer = after(OPTIMISERS[name](), steps)
-        told, seen = trainer.learning_rates(), observed(trainer)
+        told, seen = trainers[steps].learning_rates(), observed(*trainers[steps:][:2])
         assert tuple(told) == NAMES
         for path, rate in told.items():
             assert type(rate) is float
@@ -220,28 +231,42 @@ ADAPTIVE = {
 }
 
 
+@functools.cache
+def walk_of_adaptive():
+    schedule = SCHEDULES["warm-up cosine"]()
+    makers = {
+        name: functools.partial(make, schedule) for name, make in ADAPTIVE.items()
+    }
+    return schedule, walked(makers, 3)
+
+
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_an_adaptive_rule_has_the_rate_of_its_schedule(name):
-    make = SCHEDULES["warm-up cosine"]
+    schedule, walk = walk_of_adaptive()
     for steps in (0, 3):
-        told = after(ADAPTIVE[name](make()), steps).learning_rates()
-        expected = dict.fromkeys(NAMES, float(make()(steps)))
+        expected = dict.fromkeys(NAMES, float(schedule(steps)))
+        told = walk[steps][name].learning_rates()
         assert told == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_adam_divides_out_is_not_counted():
     """The updates are the same to rounding, and so are the rates."""
-    plain = vn.ParamOptimiser({"**": optax.adam(0.1, eps=0.0)})
-    scaled = vn.ParamOptimiser({"**": optax.adam(0.1, eps=0.0)}, first=optax.scale(0.5))
-    for steps in (0, 2):
-        one, other = after(plain, steps), after(scaled, steps)
-        assert one.learning_rates() == other.learning_rates()
-        seen = observed(other)
-        for path, ratio in observed(one).items():
-            np.testing.assert_allclose(ratio, seen[path], rtol=1e-5)
-    uphill = vn.ParamOptimiser({"**": optax.adam(0.1)}, first=optax.scale(-2.0))
-    assert after(uphill, 0).learning_rates()["a"] == pytest.approx(-0.1)
-    assert np.all(observed(after(uphill, 0))["a"] < 0)
+    scaled = lambda factor, **of: (
+        lambda: vn.ParamOptimiser(
+            {"**": optax.adam(0.1, **of)}, first=optax.scale(factor)
+        )
+    )
+    plain = lambda: vn.ParamOptimiser({"**": optax.adam(0.1, eps=0.0)})
+    makers = {"plain": plain, "scaled": scaled(0.5, eps=0.0), "uphill": scaled(-2.0)}
+    walk = walked(makers, 3)
+    for now, then in (walk[0:2], walk[2:4]):
+        assert now["plain"].learning_rates() == now["scaled"].learning_rates()
+        one, other = (observed(now[name], then[name]) for name in ("plain", "scaled"))
+        for path, ratio in one.items():
+            np.testing.assert_allclose(ratio, other[path], rtol=1e-5)
+    first, second = (at["uphill"] for at in walk[:2])
+    assert first.learning_rates()["a"] == pytest.approx(-0.1)
+    assert np.all(observed(first, second)["a"] < 0)
 
 
 def own():
@@ -360,13 +385,21 @@ def test_an_alias_has_the_rate_it_was_made_with_or_none(name):
 SEVERAL = ("adam", "adadelta", "novograd", "optimistic_adam", "yogi", "radam")
 
 
+RATES = (0.0123, 0.0246)
+
+
+@functools.cache
+def walk_of_several():
+    made = [(name, rate) for name in SEVERAL for rate in RATES]
+    return walked({case: functools.partial(build, *case) for case in made}, 1)
+
+
 @pytest.mark.parametrize("name", SEVERAL)
 def test_an_update_of_an_alias_is_proportional_to_what_is_told(name):
     seen = []
-    for rate in (0.0123, 0.0246):
-        trainer = Pull(tree(), build(name, rate))
-        told = trainer.learning_rates()
-        ratios = observed(trainer)
+    for rate in RATES:
+        before, after = (at[name, rate] for at in walk_of_several())
+        told, ratios = before.learning_rates(), observed(before, after)
         seen.append({path: ratios[path] / told[path] for path in NAMES})
     for path in NAMES:
         np.testing.assert_allclose(seen[0][path], seen[1][path], rtol=1e-3)
