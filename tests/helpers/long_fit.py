@@ -14,7 +14,7 @@ import optax  # noqa: E402
 
 import vernal as vn  # noqa: E402
 
-STEPS = 6_000
+STEPS = 12_000
 
 
 class Noisy(vn.Trainer):

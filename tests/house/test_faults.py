@@ -1,4 +1,4 @@
-"""Faults on purpose: five hundred runs that draw theirs, and one in a million steps."""
+"""Faults on purpose: a thousand runs that draw theirs, and one in a million steps."""
 
 import functools as ft
 import operator
@@ -152,7 +152,7 @@ COMBINATIONS = [
     }.items()
     for text in texts
 ]
-RUNS = 500
+RUNS = 1_000
 EACH = RUNS // len(COMBINATIONS)
 
 

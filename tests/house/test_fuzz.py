@@ -1,9 +1,8 @@
-"""Fits at random: whatever goes wrong, no trainer holds what is not finite.
+"""A thousand fits at random: whatever goes wrong, no trainer holds what is not finite.
 
-In five hundred of them optimisers, policies, precisions, projectors and ways to be fed
-are drawn, and so is what is bad in the data and when: NaN, infinities, numbers whose
-squares overflow, rates that are far too large. Of each combination one program serves
-all cases.
+Optimisers, policies, precisions, projectors and ways to be fed are drawn, and so is
+what is bad in the data and when: NaN, infinities, numbers whose squares overflow, rates
+that are far too large. Of each combination one program serves all cases.
 """
 
 import functools
@@ -54,7 +53,7 @@ COMBINATIONS = [
         )
     )
 ]
-FITS = 500
+FITS = 1_000
 EACH = -(-FITS // len(COMBINATIONS))
 
 

@@ -84,8 +84,8 @@ class Fork:
 def test_killed_many_times(tmp_path):
     """In the middle of anything: importing, restoring, stepping, writing."""
     rng, stepped, begun = random.Random(0), 0, 0
-    for kill in range(6):
-        if kill == 3:
+    for kill in range(8):
+        if kill % 5 == 4:
             process = Process(tmp_path)
             time.sleep(rng.uniform(0.5, 2.5))
             code = process.end()
@@ -94,17 +94,17 @@ def test_killed_many_times(tmp_path):
             before, begun = begun, process.steps()[0]
             assert begun >= before
             stepped += 1
-            time.sleep(rng.uniform(0.0, 0.4))
+            time.sleep(rng.uniform(0.0, 1.0))
             code = process.end()
         assert code == -signal.SIGKILL
-    assert stepped == 5, "it was done too soon"
+    assert stepped == 7, "it was done too soon"
     assert begun > 5, "it began anew each time"
     assert Fork(tmp_path, pause=0).end(0) == 0
     expected = long_fit.fit()
     result = vn.load(tmp_path / "result", expected)
     assert same(result, expected)
     assert result.trainer.nan_report() == expected.trainer.nan_report()
-    assert expected.trainer.nan_report()["offset"].total == 6
+    assert expected.trainer.nan_report()["offset"].total == 12
 
 
 @pytest.mark.seams
