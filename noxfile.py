@@ -17,8 +17,6 @@ nox.options.sessions = ["lint", "types", "docs", "tests_min", "tests"]
 # mistakes would be warnings.
 os.environ.setdefault("UV_COMPILE_BYTECODE", "1")
 
-Environment = dict[str, str] | None
-
 # The threads of OpenBLAS wait for each other busily, on small matrices for most of the
 # time, which the other worker needs.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
@@ -33,6 +31,9 @@ CHEAP = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
+
+# An example computes more than a test, so that some optimisation pays.
+LESS = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
 
 
 @nox.session
@@ -59,7 +60,7 @@ def docs(session: nox.Session) -> None:
     Editable, so that `nox -R -s docs`, which installs nothing again, is of the source.
     """
     session.install("--editable", ".[docs]")
-    env = ONE_THREAD | {"NO_MKDOCS_2_WARNING": "1"}
+    env = ONE_THREAD | {"NO_MKDOCS_2_WARNING": "1"} | optimised(session, LESS)
     session.run("mkdocs", "build", "--strict", *session.posargs, env=env)
 
 
@@ -70,7 +71,8 @@ def tests_min(session: nox.Session) -> None:
     What only their compiler could change is not asked: all is compiled cheaply.
     """
     session.install(".[test]", "--constraint", "tests/lower-bounds.txt")
-    run_tests(session, "-m", "seams", "-k", "not optimistic_adam", env=cheap(session))
+    quick = optimised(session, CHEAP)
+    run_tests(session, "-m", "seams", "-k", "not optimistic_adam", **quick)
 
 
 @nox.session
@@ -82,31 +84,30 @@ def tests(session: nox.Session) -> None:
     """
     session.install(".[test]")
     left_out = "--ignore=tests/house/test_examples.py"
-    quick = cheap(session)
+    quick = optimised(session, CHEAP)
     run_tests(session, left_out, "-m", "as_compiled")
-    run_tests(session, left_out, "--annotations", "-m", "not as_compiled", env=quick)
+    run_tests(session, left_out, "--annotations", "-m", "not as_compiled", **quick)
 
 
-def run_tests(session: nox.Session, *options: str, env: Environment = None) -> None:
+def run_tests(session: nox.Session, *options: str, **env: str) -> None:
     # What is asked for (`-- -k name`) may be in one of two runs alone: 5 is none found.
     codes = [0, 5] if session.posargs else [0]
     options = (*WORKERS, *options, *session.posargs)
-    env = ONE_THREAD | (env or {})
-    session.run("pytest", *options, env=env, success_codes=codes)
+    session.run("pytest", *options, env=ONE_THREAD | env, success_codes=codes)
 
 
-def cheap(session: nox.Session) -> Environment:
-    """The environment in which XLA compiles cheaply, if it still knows the flags.
+def optimised(session: nox.Session, flags: str) -> dict[str, str]:
+    """The environment in which XLA optimises less, if it still knows the flags.
 
     A flag that it does not know would end the process.
     """
     # Programs do not name the lines that they come from.
-    env = {"XLA_FLAGS": CHEAP, "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
+    env = {"XLA_FLAGS": flags, "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
     try:
         session.run("python", "-c", "import jax; jax.devices()", env=env, silent=True)
     except CommandFailed:
-        session.warn(f"XLA does not know all of {CHEAP}: it compiles as it does.")
-        return None
+        session.warn(f"XLA does not know all of {flags}: it compiles as it does.")
+        return {}
     return env
 
 
