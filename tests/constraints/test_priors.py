@@ -202,6 +202,30 @@ def test_another_width_compiles_nothing():
     assert np.abs(narrow["ab"]).max() < 0.1 < np.abs(wide["ab"]).max()
 
 
+@pytest.mark.parametrize(
+    "prior",
+    [lambda rate: Gamma(30.0, rate), lambda rate: vn.Normal(0.5, 1 / rate)],
+    ids=["gamma", "normal"],
+)
+def test_the_numbers_of_a_prior_may_be_those_of_a_transformation(prior):
+    """As where a derivative by the width of a prior is asked for."""
+
+    def end(rate):
+        trainer = Linear(model, optax.sgd(1e-3), priors={"c": prior(rate)})
+        return vn.unroll(trainer, BATCH, 5)[0].model["c"]
+
+    model = {"ab": jnp.zeros(2), "c": jnp.asarray(0.4)}
+    rate, step = 20.0, 1e-4
+    rates = rate + step * jnp.asarray([0.0, 1.0, -1.0])
+    values = jax.vmap(end)(rates)
+    np.testing.assert_allclose(values, [end(rate) for rate in rates], rtol=1e-12)
+    value, slope = jax.jit(jax.value_and_grad(end))(rate)
+    np.testing.assert_allclose(value, values[0], rtol=1e-12)
+    expected = (values[1] - values[2]) / (2 * step)
+    assert abs(expected) > 1e-5
+    np.testing.assert_allclose(slope, expected, rtol=1e-6)
+
+
 def test_a_prior_of_what_is_tied():
     ties = {"offset": lambda model: 2 * model.slope}
     priors = {"offset": vn.Normal(10.0, 1e-3)}

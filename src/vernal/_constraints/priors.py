@@ -189,9 +189,9 @@ def _shape_of(fn: Any, leaf: Array, path: str) -> tuple[tuple[int, ...], Any]:
 
 
 def _check_start(prior: Any, leaf: Array, path: str) -> None:
-    if isinstance(leaf, Tracer):
+    density = prior.log_prob(leaf)
+    if isinstance(density, Tracer):  # the start is, or the prior's own numbers are
         return
-    density = np.asarray(prior.log_prob(leaf))
     if not np.isfinite(density).all():
         raise ValueError(
             f"`priors`: the density of {path!r} is zero or not finite where it starts, "
