@@ -716,6 +716,7 @@ except ImportError as error:
 # --- a band ---
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 def test_a_band_is_the_function_and_its_error():
     batch = gaussian_batch()
     trainer, x = GaussianFit(gaussian()), jnp.linspace(0.0, 2.0, 7)
@@ -745,6 +746,7 @@ def test_without_a_finite_error_there_is_no_band():
     assert not any(area.get_paths() for area in ax.collections)
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -75,6 +75,7 @@ def test_made_in_float64_and_used_in_float32(name):
         USES[name](trainer)
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.loose_dtypes
 @pytest.mark.seams
 @pytest.mark.parametrize("name", USES)

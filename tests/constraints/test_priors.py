@@ -276,6 +276,60 @@ def test_a_normal_without_a_width_is_refused(args):
         vn.Normal(*args)
 
 
+def at(offset):
+    return {"ab": jnp.zeros(2), "c": jnp.asarray(offset)}
+
+
+def positive(offset):
+    return Linear(at(offset), optax.sgd(1e-3), priors={"c": Gamma(2.0, 1.0)})
+
+
+def loaded(path, offset):
+    saved = Linear(at(offset), optax.sgd(1e-3), priors={"c": Anywhere()})
+    vn.save(path, saved)
+    return vn.load(path, positive(1.0))
+
+
+class Anywhere(NamedTuple):
+    """A density that is nowhere zero."""
+
+    def log_prob(self, value):
+        return -jnp.abs(value)
+
+
+BOTH = jnp.asarray([1.0, 2.0])
+# How a model gets into a trainer, and the model that it has then.
+ENTRANCES = {
+    "made": lambda _, c: positive(c),
+    "replaced": lambda _, c: positive(1.0).replace(model=at(c)),
+    "loaded": loaded,
+    "made under jit": lambda _, c: eqx.filter_jit(positive)(jnp.asarray(c)),
+    "made under vmap": lambda _, c: eqx.filter_vmap(positive)(jnp.asarray([1.0, c])),
+    "each replaced": lambda _, c: eqx.filter_vmap(positive)(BOTH).replace(
+        model={"ab": jnp.zeros((2, 2)), "c": jnp.asarray([1.0, c])}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_a_model_without_density_is_refused(name, tmp_path):
+    enter, path = ENTRANCES[name], tmp_path / "saved.npz"
+    assert np.asarray(enter(path, 3.0).model["c"]).ravel()[-1] == 3.0
+    message = "(density of 'c' is|density of `priors` is) zero"
+    with pytest.raises((ValueError, eqx.EquinoxRuntimeError), match=message):
+        jax.block_until_ready(enter(path, -3.0).params)
+
+
+@pytest.mark.parametrize(
+    "args", [(0.0, 0.0), (0.0, -1.0), (np.nan, 1.0), (0.0, np.inf)]
+)
+def test_under_jit_too_a_normal_needs_a_width(args):
+    make = eqx.filter_jit(lambda mean, std: vn.Normal(mean, std).std)
+    assert make(jnp.asarray(0.0), jnp.asarray(2.0)) == 2
+    with pytest.raises(eqx.EquinoxRuntimeError, match=r"`std` finite and positive"):
+        make(*map(jnp.asarray, args))
+
+
 def test_a_prior_of_a_frozen_parameter_is_refused():
     with pytest.raises(ValueError, match="`priors`: 'offset' is frozen"):
         LineLikelihood(line(), train="slope", priors={"offset": vn.Normal(0, 1)})

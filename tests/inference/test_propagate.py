@@ -121,6 +121,7 @@ def test_the_errors_of_100_000_draws():
     np.testing.assert_allclose(found, covariance(), rtol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 def test_what_the_data_do_not_constrain():
     fn = lambda m: {
         "sum": m["a"] + m["b"],

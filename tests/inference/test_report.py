@@ -444,6 +444,7 @@ def test_single_precision(kind):
         np.testing.assert_allclose(narrow[name].error, wide[name].error, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 def test_a_result_answers():
     trainer = GaussianFit(peak(0.2, 1.1, 3.8), optax.sgd(1e-4))
     result = trainer.fit(data(), 5)

@@ -117,6 +117,7 @@ def test_batch_size_changes_nothing(cls, batch_size):
     np.testing.assert_allclose(parts, whole, rtol=1e-10, atol=1e-12 * whole.max())
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 def test_fisher_compiles_once():
     traces = 0
 
@@ -230,6 +231,7 @@ def test_a_callback_may_renew_the_projector_without_compiling(how):
 # Errors
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 def test_errors_are_those_of_a_linear_model():
     x, sigma = jnp.linspace(0.0, 4.0, 9), jnp.full(9, 0.2)
     trainer = StraightLine(Line(jnp.asarray(1.0), jnp.asarray(2.0)))

@@ -107,6 +107,7 @@ def test_each_likelihood_refuses_them(told, likelihood):
 # Also where one function of the user returns them beside the prediction.
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_each_entrance_takes_known_ones(entrance):
     ENTRANCES[entrance](Fit(*KNOWN))

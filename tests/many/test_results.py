@@ -184,6 +184,7 @@ def test_the_report_of_one():
         result.report(3, spectra())
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 def test_the_axis_is_kept():
     result = solved()
     x, y, sigma = spectra()

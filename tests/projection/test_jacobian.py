@@ -278,6 +278,7 @@ TIMES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize("name", TIMES)
 def test_a_line_far_from_its_origin(name):
     x, dtype, rtol = TIMES[name]

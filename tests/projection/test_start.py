@@ -98,6 +98,7 @@ def chi_squared(trainer, batch):
     return float(jnp.sum(trainer.residuals(trainer.model, batch) ** 2))
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("name", BLIND)
 def test_whiten_keeps_what_the_start_does_not_see(name, dtype):

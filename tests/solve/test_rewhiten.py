@@ -81,6 +81,7 @@ def test_another_space_goes_on_where_the_first_is_stale(space):
 
 
 @pytest.mark.parametrize("solver", [BFGS, LM], ids=["BFGS", "LM"])
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize("start", [(1.0, 5.0), (1.0, 2.0), (-1.0, 1.0)])
 def test_it_arrives_or_says_that_it_did_not(start, solver):
     result = growth(*start).whiten(Y).solve(solver, Y)

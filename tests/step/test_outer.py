@@ -122,6 +122,7 @@ ENTRANCES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize("name", ENTRANCES)
 def test_each_entrance_warns(name):
     with pytest.warns(UserWarning, match=r"`Fit\.residuals` returned an array of"):

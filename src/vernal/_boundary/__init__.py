@@ -42,6 +42,6 @@ from .precision import (
     spacing,
 )
 from .signatures import takes, takes_methods
-from .traced import UNROLL, RefusedError, refuse_program, refuse_traced
+from .traced import UNROLL, RefusedError, is_traced, refuse_program, refuse_traced
 from .type_checks import ModuleMeta, Params, PyTree, checked
 from .warnings import ObjectiveWarning, PrecisionWarning, warn_once

@@ -44,6 +44,10 @@ class Normal(Portable, PlainMethods, eqx.Module):
             _as_floats(value, name) for value, name in ((mean, "mean"), (std, "std"))
         )
         if isinstance(self.std, Tracer) or isinstance(self.mean, Tracer):
+            is_proper = jnp.isfinite(self.mean).all() & (self.std > 0).all()
+            message = "`mean` must be finite, and `std` finite and positive."
+            is_bad = ~(is_proper & jnp.isfinite(self.std).all())
+            self.mean, self.std = eqx.error_if((self.mean, self.std), is_bad, message)
             return
         for value, name in ((self.mean, "mean"), (self.std, "std")):
             if not np.isfinite(value).all():
@@ -82,6 +86,25 @@ class Priors(Portable, PlainMethods, eqx.Module):
         """Returns the number of rows."""
         named = by_path(model).by_name()
         return sum(named[path].size for path in (*self.normal, *self.others))
+
+    def required(self, model: PyTree, params: PyTree) -> PyTree:
+        """Returns the parameters of a model that the priors allow; refuses any others.
+
+        A normal prior allows all of them.
+        """
+        named, allowed = by_path(model).by_name(), []
+        for path, prior in self.others.items():
+            is_finite = jnp.isfinite(prior.decode().log_prob(named[path]))
+            allowed.append(jnp.all(is_finite))
+            if not isinstance(allowed[-1], Tracer) and not allowed[-1]:
+                raise ValueError(
+                    f"`priors`: the density of {path!r} is zero or not finite where it "
+                    f"starts, at {named[path]}. Start where its prior allows."
+                )
+        if any(isinstance(flag, Tracer) for flag in allowed):
+            message = "A density of `priors` is zero or not finite at the start."
+            return eqx.error_if(params, ~jnp.all(jnp.stack(allowed)), message)
+        return params
 
     def penalty(self, model: PyTree) -> Float[Array, ""]:
         """Returns the negative logarithm of the density.
@@ -149,7 +172,6 @@ def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
             prior = jax.tree.map(_as_array, prior)
             others[path] = Closure.encode(prior)
             shape, dtype = _shape_of(prior.log_prob, leaf, path)
-            _check_start(prior, leaf, path)
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"`priors`: {path!r} is complex, and a prior is of reals.")
         if np.broadcast_shapes(shape, leaf.shape) != leaf.shape:
@@ -186,17 +208,6 @@ def _shape_of(fn: Any, leaf: Array, path: str) -> tuple[tuple[int, ...], Any]:
             f"`priors`: that of {path!r} cannot be evaluated for a parameter of shape "
             f"{leaf.shape}: {error}"
         ) from error
-
-
-def _check_start(prior: Any, leaf: Array, path: str) -> None:
-    density = prior.log_prob(leaf)
-    if isinstance(density, Tracer):  # the start is, or the prior's own numbers are
-        return
-    if not np.isfinite(density).all():
-        raise ValueError(
-            f"`priors`: the density of {path!r} is zero or not finite where it starts, "
-            f"at {leaf}. Start where its prior allows."
-        )
 
 
 def _as_array(leaf: Any) -> Any:

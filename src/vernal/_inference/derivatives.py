@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
+from .._boundary import is_traced
 from .._constraints import flat_flags, held_at
 from .._curvature import (
     Mode,
@@ -190,14 +190,15 @@ def require_finite(
     The derivatives alone do not show it: those of `model - data` do not depend on the
     data. Traced ones are not checked.
     """
-    leaves = jax.tree.leaves((found, is_finite))
-    if any(isinstance(leaf, Tracer) for leaf in leaves):
+    if is_traced(found, is_finite):
         return
     has_finite = bool(_all_finite(found))
     if is_finite and has_finite:
         return
     fault = "cannot be computed here" if has_finite else "is not finite"
-    is_overflow = is_finite and not any(np.isnan(leaf).any() for leaf in leaves)
+    is_overflow = is_finite and not any(
+        np.isnan(leaf).any() for leaf in jax.tree.leaves(found)
+    )
     raise ValueError(
         f"{what} of `{type(trainer).__name__}` {fault}. "
         + explain_non_finite(trainer, batch)

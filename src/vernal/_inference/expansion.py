@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .._boundary import boolean
+from .._boundary import boolean, warn
 from .._curvature import Mode
 from .._fit import distance_here
 from .._minimum import (
     Distance,
+    along,
     has_minimum,
     hessian_distance,
     spectral_distance,
+    truth_p_value,
     what_falls,
 )
 from .._projection import DenseWhitening
@@ -24,6 +26,9 @@ from .._tree import as_parameters, by_path
 from .elements import elements_of, held_elements, whitening_of_elements
 from .laplace import NULLS, ErrorKind, Laplace, laplace
 from .whiten import of_spectrum, reduced
+
+# A distance from the minimum that is less probable than this is no accident.
+_NO_ACCIDENT = 1e-6
 
 
 class Around(NamedTuple):
@@ -38,6 +43,7 @@ class Around(NamedTuple):
     - `rank`: the number of directions that the data constrain.
     - `kind`: which matrix the errors come from.
     - `penalty`: twice the negative logarithm of the priors, `None` without any.
+    - `truth_p_value`: the probability that the truth is as far from the minimum.
     """
 
     whitening: DenseWhitening
@@ -49,6 +55,7 @@ class Around(NamedTuple):
     rank: int
     kind: ErrorKind
     penalty: float | None
+    truth_p_value: float
 
     @property
     def chi_squared(self) -> float | None:
@@ -143,7 +150,11 @@ def around(
 
     Priors are in the curvature, and not in the deviance, which is that of the data.
     """
-    here = laplace(trainer, batch, what, jac, kind)
+    return expanded(trainer, batch, laplace(trainer, batch, what, jac, kind))
+
+
+def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
+    """Finds out what the derivatives say of the surroundings."""
     found = (_of_residuals if here.spectrum else _of_nll)(trainer, batch, here)
     if not found.held.any():
         return found
@@ -176,10 +187,13 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
         both = derived.found[0], derived.value
         own = (part[: len(part) - rows] for part in both)
         of_data = of_spectrum(reduced(*own).spectrum, params, NULLS, "", here.eps)
-    of_each = np.asarray(deviances, float)[: deviances.size - rows]
+    of_each = np.square(np.asarray(deviances, float))
+    # Missing data have residuals of zero. Only residuals have an unknown scatter.
+    squares = float(of_each.sum()), int(np.count_nonzero(of_each))
+    scattered = squares if what_falls(trainer) == "residuals" else None
     return Around(
         whitening=here.whitening,
-        deviance=float(np.sum(np.square(of_each))),
+        deviance=float(of_each[: of_each.size - rows].sum()),
         data=derived.data,
         data_count=data_count,
         distance=away,
@@ -187,6 +201,33 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
         rank=_rank(of_data),
         kind=here.kind,
         penalty=_penalty(trainer),
+        truth_p_value=_truth_p_value(away, here.whitening, scattered),
+    )
+
+
+def _truth_p_value(
+    distance: Distance | None,
+    whitening: DenseWhitening,
+    squares: tuple[float, int] | None,
+) -> float:
+    if distance is None:
+        return 1.0
+    return truth_p_value(distance, _rank(whitening), squares)
+
+
+def warn_if_far(trainer: AbstractTrainer, here: Around, name: str) -> None:
+    """Warns that `name` is asked for farther from the minimum than the truth is.
+
+    Errors are forecast at the truth of simulated data, which has its own distance.
+    """
+    if here.distance is None or here.truth_p_value > _NO_ACCIDENT:
+        return
+    where = along(np.asarray(here.distance.direction, float), trainer.params)
+    warn(
+        f"`{name}` is asked for far from the minimum: what is fitted could fall by "
+        f"about {here.distance.edm:.3g} (edm){where}. Not even the truth would be so "
+        f"far from it (p < {_NO_ACCIDENT}). Unless the model is linear, the errors are "
+        f"not those of a fit. Fit first: `trainer.solve(solver, batch).{name}(...)`."
     )
 
 
@@ -203,17 +244,18 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         parts = value, expansion.gradient, expansion.hessian, held, params
         return hessian_distance(*parts, trainer.projector)
 
-    penalty = _penalty(trainer)
+    away, penalty = _distance(trainer, batch, "nll", distance), _penalty(trainer)
     return Around(
         whitening=here.whitening,
         deviance=2 * float(value) - (penalty or 0.0),
         data=None,
         data_count=None,
-        distance=_distance(trainer, batch, "nll", distance),
+        distance=away,
         held=np.asarray(held),
         rank=_rank(here.whitening),
         kind=here.kind,
         penalty=penalty,
+        truth_p_value=_truth_p_value(away, here.whitening, None),
     )
 
 

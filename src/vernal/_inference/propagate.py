@@ -32,7 +32,7 @@ from .._program import program
 from .._projection import DenseWhitening
 from .._step import AbstractTrainer, bounds_of, in_free_coordinates, live, stripped
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
-from .expansion import Around, around
+from .expansion import Around, around, warn_if_far
 from .laplace import ErrorKind
 
 
@@ -55,6 +55,7 @@ def propagate(
     trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A propagated error", jac, kind)
     scale = here.error_scale(scale_errors)
+    warn_if_far(trainer, here, "propagate")
     return propagated(trainer, fn, here, scale)
 
 
@@ -177,6 +178,7 @@ def draw(
             "of each (`train=`), or add a prior."
         )
     scale = here.error_scale(scale_errors)
+    warn_if_far(trainer, here, "draw")
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
     normal, again = jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1)
     args = stripped(trainer), here.whitening, normal, jnp.asarray(scale)

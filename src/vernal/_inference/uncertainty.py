@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._boundary import Params, PyTree
+from .._boundary import Params, PyTree, is_traced
 from .._closure import Closure
 from .._curvature import (
     Mode,
@@ -36,6 +36,7 @@ from .._step import (
 from .._tree import as_parameters, by_path, ravel, ravel_size, unravel
 from .derivatives import Derived, Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
+from .expansion import expanded, warn_if_far
 from .fisher import require_likelihood
 from .laplace import (
     NULLS,
@@ -54,6 +55,8 @@ def standard_errors(
     """Implements `Trainer.standard_errors`."""
     trainer = in_free_coordinates(trainer)
     here = laplace(trainer, batch, "A standard error", jac, kind)
+    if not is_traced(trainer, here.derived.value):
+        warn_if_far(trainer, expanded(trainer, batch, here), "standard_errors")
     whitening = whitening_of_elements(trainer, here.whitening)
     errors = jnp.asarray(whitening.errors_of_the_data())
     if bounds_of(trainer) is not None:

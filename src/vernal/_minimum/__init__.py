@@ -23,5 +23,6 @@ from .edm import (
     along,
     distance_of,
     edm_note,
+    truth_p_value,
     unknown,
 )

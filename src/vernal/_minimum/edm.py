@@ -395,6 +395,30 @@ def unknown(like: Array | np.ndarray) -> Distance:
     return Distance(nan, nan, no, no, np.zeros(like.shape, like.dtype))
 
 
+def truth_p_value(
+    distance: Distance, directions: int, squares: tuple[float, int] | None
+) -> float:
+    r"""Returns the probability that the truth is as far from the minimum as a point is.
+
+    At the truth $2\,\mathrm{edm}$ has the distribution of chi-squared, with a degree of
+    freedom for each of the `directions` that are constrained. Where residuals may have
+    any scatter, its share of their `squares`, a sum and its count, has that of beta.
+    """
+    # A dependency of JAX.
+    from scipy.special import betainc, gammaincc
+
+    edm = float(distance.edm)
+    if not edm > _WORTH_A_NOTE * distance.limit or directions < 1:
+        return 1.0
+    if squares is None:
+        return float(gammaincc(directions / 2, edm))
+    total, count = squares
+    if count <= directions:
+        return 1.0
+    rest = min(max(1 - 2 * edm / total, 0.0), 1.0)
+    return float(betainc((count - directions) / 2, directions / 2, rest))
+
+
 def edm_note(distance: Distance, params: Params) -> str | None:
     """Returns a note for a table if a trainer is not at a minimum.
 

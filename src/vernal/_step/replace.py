@@ -23,6 +23,7 @@ from .abstract_trainer import (
     from_free_coordinates,
     in_free_coordinates,
     is_constrained,
+    priors_of,
     progress_of,
     template_of,
     to_params,
@@ -76,6 +77,8 @@ def replaced_fields(
         parts = ModelTemplate(model, kinds, parts.ties)
         if bounds is not None:
             params = bounds.required(params)
+        if (priors := priors_of(trainer)) is not None:
+            params = priors.required(parts.join(params), params)
         bijections = bijections_of(trainer)
         free = params if bijections is None else bijections.required(params)
         latent = None if bijections is None else free

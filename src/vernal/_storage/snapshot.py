@@ -20,6 +20,7 @@ from .._step import (
     initial_opt_state,
     initial_progress,
     member_axes,
+    priors_of,
     progress_of,
     settled,
     with_progress,
@@ -157,8 +158,10 @@ def restore(
 
 
 def _require_within(trainer: AbstractTrainer, source: str) -> None:
-    """Refuses parameters that the bounds of the script, which may be others, do not."""
+    """Refuses parameters outside of the bounds and priors of the script."""
     progress = progress_of(trainer)
+    if (priors := priors_of(trainer)) is not None:
+        priors.required(trainer.model, progress.params)
     if (bounds := bounds_of(trainer)) is not None:
         bounds.required(progress.params)
         bounds.required(progress.best)

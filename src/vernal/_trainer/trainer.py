@@ -211,6 +211,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         )
         if self._bounds is not None:
             params = self._bounds.required(params)
+        if self._priors is not None:
+            params = self._priors.required(self._template.join(params), params)
         free = params
         if self._bijections is not None:
             refuse_own_projector(projector, "projector")
@@ -662,6 +664,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         computed from the singular values of its Jacobian, with twice the digits. A
         parameter that the data do not constrain has an infinite error.
 
+        It warns if the model is farther from the minimum than the truth of simulated data
+        would be. Within a compiled program nothing is said.
+
         **Arguments:**
 
         - `batch`: all of the data.
@@ -788,7 +793,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         function and the covariance $C$ of the parameters. It is that of a linear
         function; [`vernal.Trainer.draw`][] knows better where `fn` curves within the
         errors. No matrix of outputs by outputs, or outputs by parameters, is formed. It
-        compiles once for each `fn`, compared by value.
+        compiles once for each `fn`, compared by value. It warns as
+        [`vernal.Trainer.standard_errors`][] does.
 
         **Arguments:**
 
@@ -825,7 +831,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         That is a normal distribution of the parameters around the current ones, with
         the covariance of [`vernal.Trainer.standard_errors`][]. It is cut off at bounds,
-        and what is held at one stays there.
+        and what is held at one stays there. It warns as the latter does.
 
         ```python
         models = trainer.draw(jax.random.key(0), 1_000, batch)
