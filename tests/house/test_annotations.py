@@ -68,6 +68,7 @@ def residuals(kind=right.ByResiduals, **options):
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 def test_what_is_right_passes(name):
     CALLS[name](residuals())
 

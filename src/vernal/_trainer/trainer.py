@@ -664,8 +664,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         computed from the singular values of its Jacobian, with twice the digits. A
         parameter that the data do not constrain has an infinite error.
 
-        It warns if the model is farther from the minimum than the truth of simulated data
-        would be. Within a compiled program nothing is said.
+        It warns if the model is farther from the minimum than the truth of simulated
+        data would be. Within a compiled program nothing is said.
 
         **Arguments:**
 
