@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import pytest
+import scipy.optimize
 
 import vernal as vn
 from inside import plane
@@ -68,6 +69,12 @@ def test_all_is_as_of_residuals_in_units_of_the_scatter(name):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
         report = trainer.report(batch(unit), scale_errors=True)
         np.testing.assert_allclose(own.error, report[last].error, rtol=1e-6)
+        errors = trainer.standard_errors(batch(unit), scale_errors=True)
+        theirs = trainer.standard_errors(batch(scatter))
+        both = (jax.tree.leaves(tree) for tree in (errors, theirs))
+        np.testing.assert_allclose(*both, rtol=1e-6)
+        table = trainer.table(batch(unit), scale_errors=True)
+        assert table == trainer.table(batch(scatter))
     assert np.isinf(list(known.values())).any() == (name == "infinite")
     limits = {b for pair in (FITS[name][2] or {}).values() for b in pair}
     reached = {end for ends in known.values() for end in ends} & limits
@@ -130,9 +137,33 @@ REFUSED = {
 
 @pytest.mark.own_words
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("method", ["intervals", "profile"])
+@pytest.mark.parametrize("method", ["intervals", "profile", "standard_errors", "table"])
 def test_what_has_no_scatter_is_refused(method, name):
     kind, solver, priors, batch, given, error, match = REFUSED[name]
     trainer = kind(jnp.asarray(4.0), priors=priors)
+    args = (solver, batch) if method in ("intervals", "profile") else (batch,)
+    if name == "no scatter" and len(args) == 1:
+        # An error bar may be zero, and an interval may not.
+        assert trainer.standard_errors(batch, scale_errors=True) == 0
+        return
     with pytest.raises(error, match=match):
-        getattr(trainer, method)(solver, batch, scale_errors=given)
+        getattr(trainer, method)(*args, scale_errors=given)
+
+
+def test_errors_are_those_of_scipy():
+    """Its `curve_fit` scales the errors of data without error bars."""
+    x = np.asarray(X)
+    y = np.asarray(line(2.0, 1.0)(X) + NOISE)
+    _, covariance = scipy.optimize.curve_fit(lambda x, a, b: a * x + b, x, y)
+    batch = tuple(map(jnp.asarray, (x, y, 1.0)))
+    result = GaussianFit(line()).solve(LM, batch)
+    errors = result.standard_errors(batch, scale_errors=True)
+    ours = [errors.slope, errors.offset]
+    np.testing.assert_allclose(ours, np.sqrt(np.diag(covariance)), rtol=1e-6)
+
+
+def test_within_a_program_the_scatter_is_not_known():
+    trainer, batch, _ = solved("linear")
+    of = lambda y: trainer.standard_errors((X, y, 1.0), scale_errors=True)
+    with pytest.raises(TypeError, match="runs on the host"):
+        jax.jit(of)(batch(1.0)[1])

@@ -115,16 +115,28 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         return dataclasses.replace(report, stop_reason=self.stop_reason)
 
     def table(
-        self, batch: Any = None, *, jac: Mode | None = None, kind: Any = None
+        self,
+        batch: Any = None,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+        kind: Any = None,
     ) -> str:
         """Tabulates the parameters, as [`vernal.Trainer.table`][]."""
-        return self._trainer.table(batch, jac=jac, kind=kind)
+        options = {"scale_errors": scale_errors, "jac": jac, "kind": kind}
+        return self._trainer.table(batch, **options)
 
     def standard_errors(
-        self, batch: Any, *, jac: Mode | None = None, kind: Any = None
+        self,
+        batch: Any,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+        kind: Any = None,
     ) -> Model:
         """Returns the standard errors, as [`vernal.Trainer.standard_errors`][]."""
-        return self._trainer.standard_errors(batch, jac=jac, kind=kind)
+        options = {"scale_errors": scale_errors, "jac": jac, "kind": kind}
+        return self._trainer.standard_errors(batch, **options)
 
     def explain(self) -> str:
         """Says why the fit ended, and what could still fall.

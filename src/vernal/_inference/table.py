@@ -16,17 +16,22 @@ _MOST_ROWS = 64
 
 
 def table(
-    trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind | None
+    trainer: AbstractTrainer,
+    batch: Any,
+    scale_errors: bool,
+    jac: Mode | None,
+    kind: ErrorKind | None,
 ) -> str:
     """Implements `Trainer.table`."""
     refuse_program("table", trainer, batch)
-    trainer, here, note = in_free_coordinates(trainer), None, None
+    trainer, here, note, scale = in_free_coordinates(trainer), None, None, 1.0
     if batch is not None:
         here = around(trainer, batch, "A standard error", jac, kind)
+        scale = here.error_scale(scale_errors)
         if here.distance is not None:
             note = edm_note(here.distance, trainer.params)
     head = "parameter", "value", "standard error" if here else ""
     known = None if here is None else (here, here.of_elements(trainer))
-    cells = (row.cells() for row in rows(trainer, known, 1.0, _MOST_ROWS))
+    cells = (row.cells() for row in rows(trainer, known, scale, _MOST_ROWS))
     text = aligned([head, *cells])
     return text if note is None else f"{text}\n{note}"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._boundary import Params, PyTree, is_traced
+from .._boundary import Params, PyTree, boolean, is_traced, refuse_program
 from .._closure import Closure
 from .._curvature import (
     Mode,
@@ -50,15 +50,25 @@ from .whiten import hessian_rtol, in_own_precision, of_spectrum
 
 
 def standard_errors(
-    trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind | None
+    trainer: AbstractTrainer,
+    batch: Any,
+    scale_errors: bool,
+    jac: Mode | None,
+    kind: ErrorKind | None,
 ) -> Params:
     """Implements `Trainer.standard_errors`."""
+    if boolean(scale_errors, "scale_errors"):
+        refuse_program("standard_errors(scale_errors=True)", trainer, batch)
     trainer = in_free_coordinates(trainer)
     here = laplace(trainer, batch, "A standard error", jac, kind)
-    if not is_traced(trainer, here.derived.value):
-        warn_if_far(trainer, expanded(trainer, batch, here), "standard_errors")
     whitening = whitening_of_elements(trainer, here.whitening)
     errors = jnp.asarray(whitening.errors_of_the_data())
+    if not is_traced(errors):
+        found = expanded(trainer, batch, here)
+        scale = jnp.asarray(found.error_scale(scale_errors), errors.dtype)
+        warn_if_far(trainer, found, "standard_errors")
+        # Without scatter it is zero, and an infinite error stays infinite.
+        errors = jnp.where(jnp.isfinite(errors), scale * errors, errors)
     if bounds_of(trainer) is not None:
         held = held_elements(trainer, here.derived.held)
         errors = jnp.where(held, jnp.nan, errors)

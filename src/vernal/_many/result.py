@@ -131,30 +131,44 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return errors_of_each(*args)[0]
 
     @entrance
-    def report(self, index: int, data: Any, *, scale_errors: bool = False) -> Report:
+    def report(
+        self,
+        index: int,
+        data: Any,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+        kind: ErrorKind | None = None,
+    ) -> Report:
         """Reports how good the fit of one member is, as [`vernal.Trainer.report`][].
 
         **Arguments:**
 
         - `index`: the member.
-        - `data`: as for `errors`.
+        - `data`, `jac`, `kind`: as for `errors`.
         - `scale_errors`: as for [`vernal.Trainer.report`][].
         """
         trainer = self.trainer(index)
         batch, flags = self._rows_of(data)
         own = member(batch, flags, range(len(self))[index])
-        report = trainer.report(own, scale_errors=scale_errors)
+        report = trainer.report(own, scale_errors=scale_errors, jac=jac, kind=kind)
         return dataclasses.replace(report, stop_reason=self.stop_reasons[index])
 
     @entrance
-    def table(self, data: Any = None) -> str:
+    def table(
+        self,
+        data: Any = None,
+        *,
+        jac: Mode | None = None,
+        kind: ErrorKind | None = None,
+    ) -> str:
         """Tabulates the parameters of all members: a row for each.
 
         A line at the end counts those that failed, and lists them by their reasons.
 
         **Arguments:**
 
-        - `data`: as for `errors`; by default there are no errors.
+        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
 
         **Returns:**
 
@@ -163,16 +177,22 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         of what is held at its bound.
         """
         losses = np.asarray(self.best_losses)
-        columns = self._by_element(data)
+        columns = self._by_element(data, jac, kind)
         return as_table(*columns, self._heads(), losses, self.stop_reasons)
 
     @entrance
-    def to_dict(self, data: Any = None) -> dict[str, Any]:
+    def to_dict(
+        self,
+        data: Any = None,
+        *,
+        jac: Mode | None = None,
+        kind: ErrorKind | None = None,
+    ) -> dict[str, Any]:
         """Returns a column for each element of the parameters, by its name.
 
         **Arguments:**
 
-        - `data`: as for `errors`; by default there are no errors.
+        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
 
         **Returns:**
 
@@ -182,7 +202,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
         the other key is `"<edm>"`.)
         """
-        values, errors, _ = self._by_element(data)
+        values, errors, _ = self._by_element(data, jac, kind)
         return as_columns(
             values,
             errors,
@@ -192,18 +212,24 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         )
 
     @entrance
-    def to_dataframe(self, data: Any = None) -> Any:
+    def to_dataframe(
+        self,
+        data: Any = None,
+        *,
+        jac: Mode | None = None,
+        kind: ErrorKind | None = None,
+    ) -> Any:
         """Returns the columns of `to_dict` as a `pandas.DataFrame`, indexed by member.
 
         **Arguments:**
 
-        - `data`: as for `errors`; by default there are no errors.
+        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
 
         **Raises:**
 
         - `ImportError`: if pandas is not installed.
         """
-        frame = pandas().DataFrame(self.to_dict(data))
+        frame = pandas().DataFrame(self.to_dict(data, jac=jac, kind=kind))
         return frame.rename_axis("member")
 
     def _rows_of(self, data: Any) -> tuple[Any, Flags]:
@@ -211,7 +237,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return members_first(batch, self._data_axis, len(self), "data")
 
     def _by_element(
-        self, data: Any
+        self, data: Any, jac: Mode | None, kind: ErrorKind | None
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Returns a column for each element: its values, errors, and bounds met."""
         values, errors, met = by_element(self.params), {}, {}
@@ -221,7 +247,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             values |= by_element({path: tied[path] for path in names})
         if data is not None:
             batch, flags = self._rows_of(data)
-            args = self.trainers, batch, flags, self._group, None, None
+            args = self.trainers, batch, flags, self._group, jac, kind
             for own in errors_of_each(*args):
                 errors |= by_element(own)
         if bounds_of(self.trainers) is not None:

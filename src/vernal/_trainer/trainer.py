@@ -655,6 +655,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         self,
         batch: Batch,
         *,
+        scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> Model:
@@ -670,6 +671,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:**
 
         - `batch`: all of the data.
+        - `scale_errors`: as for [`vernal.Trainer.report`][].
         - `jac`: as for [`vernal.Trainer.fisher`][].
         - `kind`: the matrix that they come from:
             - `"expected"`, `"observed"`: the inverse of the Fisher matrix, as for
@@ -688,7 +690,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         A tree like the parameters.
 
-        **Raises:** as [`vernal.Trainer.fisher`][].
+        **Raises:** as [`vernal.Trainer.fisher`][], and as [`vernal.Trainer.report`][]
+        if `scale_errors` finds no scatter.
 
         For the sandwich see Huber, *The behavior of maximum likelihood estimates under
         nonstandard conditions*, Proceedings of the Fifth Berkeley Symposium (1967), and
@@ -696,13 +699,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         (1982).
         """
         require_precision(self)
-        return standard_errors(self, batch, jac, kind)
+        return standard_errors(self, batch, scale_errors, jac, kind)
 
     @entrance
     def table(
         self,
         batch: Batch | None = None,
         *,
+        scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> str:
@@ -711,6 +715,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:**
 
         - `batch`: all of the data, for the standard errors; by default there are none.
+        - `scale_errors`: as for [`vernal.Trainer.report`][].
         - `jac`: as for [`vernal.Trainer.fisher`][].
         - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
@@ -723,7 +728,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         if batch is not None:
             require_precision(self)
-        return table(self, batch, jac, kind)
+        return table(self, batch, scale_errors, jac, kind)
 
     @entrance
     def report(
