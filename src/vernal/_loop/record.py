@@ -1,5 +1,6 @@
 """What a fit records of each step."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -73,13 +74,14 @@ class Record(PlainMethods, eqx.Module):
         self.norms = tuple(name for name in _NORMS if name in names)
         self.rules = _rules(trainer) if set(self.norms) - {GRAD_NORM} else ()
         chosen, metrics = [], []
+        shapes = functools.cache(lambda: metric_shapes(trainer, batch()))
         for name in record:
             if isinstance(name, str) and name in _NORMS:
                 continue
             try:
                 chosen += _selected(trainer, name)
             except UnknownPathError:
-                known = metric_shapes(trainer, batch())
+                known = shapes()
                 if name == LOSS and name not in known:
                     continue
                 if name not in known:
