@@ -39,10 +39,10 @@ def by_step(trainer, batch, steps):
     return trainer, jnp.stack(losses)
 
 
-def rules():
+def rules(rate=0.01):
     return vn.ParamOptimiser(
         {
-            "mean": optax.adam(0.01),
+            "mean": optax.adam(rate),
             "std": optax.sgd(1e-4, momentum=0.9),
             "power": optax.sgd(1e-4),
         }
@@ -54,6 +54,8 @@ def scaled(trainer, scales):
     return trainer.replace(optimiser=trainer.optimiser.with_scale(named))
 
 
+# Ten steps are two segments by default, and a prime number of them is one: to compile
+# that takes half the time.
 SCALES = jnp.asarray([1.2, 0.8, 1.1])
 
 
@@ -63,9 +65,24 @@ def after_scales(scales, steps=10, **options):
     return vn.unroll(trainer, BATCH, steps, **options)[1][-1]
 
 
+value_and_gradient = jax.jit(jax.value_and_grad(after_scales))
+
+
 @functools.cache
 def gradient():
-    return jax.grad(after_scales)(SCALES)
+    return value_and_gradient(SCALES)[1]
+
+
+def slope(value, at, step):
+    """The derivative of a function by finite differences."""
+    return (value(at + step) - value(at - step)) / (2 * step)
+
+
+def require_slope(fn, at, step, rtol):
+    """Requires that the derivative of a function is that of finite differences."""
+    both = jax.jit(jax.value_and_grad(fn))
+    expected = slope(lambda x: both(x)[0], at, step)
+    np.testing.assert_allclose(both(at)[1], expected, rtol=rtol)
 
 
 # The steps are those of a trainer.
@@ -174,11 +191,13 @@ def test_a_best_of_a_validation_is_forgotten_as_a_step_does():
 # Adam, momentum and plain descent are part of these, and each by itself a rule of
 # `test_gradients_through_one_rule_for_each_leaf`.
 OPTIMISERS = {
-    "nesterov": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
-    "adamw": lambda rate: optax.adamw(100 * rate),
-    "rmsprop": lambda rate: optax.rmsprop(30 * rate),
-    "clipped": lambda rate: optax.chain(optax.clip_by_global_norm(9), optax.sgd(rate)),
-    "schedule": lambda rate: optax.adam(optax.cosine_decay_schedule(100 * rate, 20)),
+    "clipped, nesterov": lambda rate: optax.chain(
+        optax.clip_by_global_norm(9), optax.sgd(rate, momentum=0.9, nesterov=True)
+    ),
+    "rms, adamw, schedule": lambda rate: optax.chain(
+        optax.scale_by_rms(),
+        optax.adamw(optax.cosine_decay_schedule(100 * rate, 20)),
+    ),
 }
 
 
@@ -213,7 +232,7 @@ def ends(run):
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_gradients_are_those_of_a_loop_by_hand(name):
     make = OPTIMISERS[name]
-    steps = 12
+    steps = 11
 
     def ours(rate, batch, start):
         trainer, losses = vn.unroll(GaussianFit(start, make(rate)), batch, steps)
@@ -221,8 +240,8 @@ def test_gradients_are_those_of_a_loop_by_hand(name):
 
     hand = lambda rate, batch, start: by_hand(make(rate), start, batch, steps)
     at = jnp.asarray(3e-4), BATCH[1], gaussian()
-    grad = lambda run: jax.jit(jax.grad(ends(run), argnums=(0, 1, 2)))
-    close(grad(ours)(*at), grad(hand)(*at), rtol=1e-9)
+    grad = lambda run: jax.grad(ends(run), argnums=(0, 1, 2))
+    close(*jax.jit(lambda *at: (grad(ours)(*at), grad(hand)(*at)))(*at), rtol=1e-9)
 
 
 def partitioned(txs, scales, kind=Gaussian):
@@ -244,43 +263,40 @@ def test_gradients_through_one_rule_for_each_leaf():
     def hand(scales):
         return by_hand(partitioned(txs, scales), gaussian(), BATCH, 10)[1][-1]
 
-    expected = jax.grad(hand)(SCALES)
+    expected = jax.jit(jax.grad(hand))(SCALES)
     assert np.all(np.abs(expected) > 1e-3)
-    np.testing.assert_allclose(jax.grad(after_scales)(SCALES), expected, rtol=1e-9)
+    np.testing.assert_allclose(gradient(), expected, rtol=1e-9)
 
 
 def test_gradients_are_those_of_finite_differences():
-    for i in range(3):
-        h = jnp.zeros(3).at[i].set(1e-5)
-        slope = (after_scales(SCALES + h) - after_scales(SCALES - h)) / 2e-5
-        np.testing.assert_allclose(gradient()[i], slope, rtol=1e-6)
+    value = lambda scales: value_and_gradient(scales)[0]
+    for i, unit in enumerate(np.eye(3)):
+        found = slope(lambda h, unit=unit: value(SCALES + h * unit), 0.0, 1e-5)
+        np.testing.assert_allclose(gradient()[i], found, rtol=1e-6)
 
 
 def test_a_rate_within_a_rule_may_be_what_is_differentiated():
-    def direct(rate):
-        rates = {"mean": optax.adam(rate), ("std", "power"): optax.sgd(1e-4)}
-        trainer = GaussianFit(gaussian(), vn.ParamOptimiser(rates))
-        return vn.unroll(trainer, BATCH, 8)[1][-1]
+    def last(rate):
+        trainer = scaled(GaussianFit(gaussian(), rules(rate)), SCALES)
+        return vn.unroll(trainer, BATCH, 10)[1][-1]
 
-    def scale(factor):
-        rates = {"mean": optax.adam(0.02), ("std", "power"): optax.sgd(1e-4)}
-        optimiser = vn.ParamOptimiser(rates).with_scale({"mean": factor})
-        return vn.unroll(GaussianFit(gaussian(), optimiser), BATCH, 8)[1][-1]
-
-    expected = jax.grad(scale)(1.0) / 0.02
-    np.testing.assert_allclose(jax.grad(direct)(0.02), expected, rtol=1e-9)
+    # The product of a rate and its scale is what counts.
+    expected = gradient()[0] * SCALES[0] / 0.01
+    np.testing.assert_allclose(jax.jit(jax.grad(last))(0.01), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("segment", [0, 1, 3, 5, 10])
+# Nothing computed again, a rest of one step, and each step again: as with a segment of
+# one, which `test_what_is_computed_again_is_not_kept` has.
+@pytest.mark.parametrize("segment", [0, 3, 10])
 def test_gradients_do_not_depend_on_what_is_kept(segment):
-    found = jax.grad(after_scales)(SCALES, segment=segment)
+    found = jax.jit(jax.grad(functools.partial(after_scales, segment=segment)))(SCALES)
     np.testing.assert_allclose(found, gradient(), rtol=1e-12)
 
 
 def test_forward_and_in_reverse_derivatives_are_the_same():
     tangent = jnp.asarray([0.3, -1.0, 0.5])
-    _, slope = jax.jvp(after_scales, (SCALES,), (tangent,))
-    np.testing.assert_allclose(slope, gradient() @ tangent, rtol=1e-10)
+    found = jax.jit(lambda t: jax.jvp(after_scales, (SCALES,), (t,))[1])(tangent)
+    np.testing.assert_allclose(found, np.dot(gradient(), tangent), rtol=1e-10)
 
 
 def test_a_gradient_through_minibatches_is_one_through_steps():
@@ -297,39 +313,39 @@ def test_a_gradient_through_minibatches_is_one_through_steps():
         return vn.unroll(trainer, data, 5)[0].model.offset
 
     def stepped(trainer, data):
-        cursor = data.start(jnp.asarray(0))
-        for i in range(5):
-            batch, cursor = data.next(cursor, jnp.asarray(i))
-            trainer, _ = trainer.step(batch)
+        def step(carry, i):
+            trainer, cursor = carry
+            batch, cursor = data.next(cursor, i)
+            return (trainer.step(batch)[0], cursor), None
+
+        start = trainer, data.start(jnp.asarray(0))
+        (trainer, _), _ = jax.lax.scan(step, start, jnp.arange(5))
         return trainer.model.offset
 
-    expected = jax.grad(moved(stepped))(0.1)
+    runs = moved(unrolled), moved(stepped)
+    found, expected = jax.jit(lambda x: [jax.grad(run)(x) for run in runs])(0.1)
     assert abs(expected) > 1e-3
-    np.testing.assert_allclose(jax.grad(moved(unrolled))(0.1), expected, rtol=1e-10)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def test_a_gradient_through_a_state():
     def unrolled(shift):
         x, y = line_batch()
-        after, losses = vn.unroll(averaged(), (x, y + shift), 6)
+        after, losses = vn.unroll(averaged(), (x, y + shift), 7)
         return losses[-1] + after.state["mean"]
 
-    slope = (unrolled(1e-5) - unrolled(-1e-5)) / 2e-5
-    np.testing.assert_allclose(jax.grad(unrolled)(0.0), slope, rtol=1e-7)
+    found = slope(unrolled, 0.0, 1e-5)
+    np.testing.assert_allclose(jax.grad(unrolled)(0.0), found, rtol=1e-7)
 
 
 def test_a_gradient_of_the_best_is_that_of_the_step_that_found_it():
-    def best(rate):
-        return vn.unroll(LineFit(line(), optax.sgd(rate)), line_batch(), 5)[0]
+    def after(rate, steps):
+        return vn.unroll(LineFit(line(), optax.sgd(rate)), line_batch(), steps)[0]
 
-    loss = lambda rate: best(rate).best_loss
-    slope = (loss(1.2 + 1e-6) - loss(1.2 - 1e-6)) / 2e-6
-    np.testing.assert_allclose(jax.grad(loss)(1.2), slope, rtol=1e-6)
-    model = jax.jacrev(lambda rate: best(rate).best.slope)(0.3)
-    last = lambda rate: vn.unroll(LineFit(line(), optax.sgd(rate)), line_batch(), 4)
-    np.testing.assert_allclose(
-        model, jax.grad(lambda rate: last(rate)[0].model.slope)(0.3), rtol=1e-10
-    )
+    require_slope(lambda rate: after(rate, 5).best_loss, 1.2, 1e-6, rtol=1e-6)
+    best = jax.grad(lambda rate: after(rate, 5).best.slope)
+    last = jax.grad(lambda rate: after(rate, 4).model.slope)
+    np.testing.assert_allclose(*jax.jit(lambda r: (best(r), last(r)))(0.3), rtol=1e-10)
 
 
 def test_a_gradient_with_respect_to_a_field_of_ones_own():
@@ -343,15 +359,17 @@ def test_a_gradient_with_respect_to_a_field_of_ones_own():
         def loss(self, model, batch):
             return super().loss(model, batch) + self.weight * model.slope**2
 
+    @jax.jit
+    @jax.value_and_grad
     def slope(weight):
         trainer = Ridge(line(), optax.sgd(0.2), weight=weight)
-        return vn.unroll(trainer, line_batch(), 300)[0].model.slope
+        return vn.unroll(trainer, line_batch(), 293)[0].model.slope
 
     # At the minimum: slope = c / (m + weight), with the mean m of x**2.
-    m = jnp.mean(line_batch()[0] ** 2)
-    np.testing.assert_allclose(slope(0.1), 2 * m / (m + 0.1), rtol=1e-9)
-    expected = -2 * m / (m + 0.1) ** 2
-    np.testing.assert_allclose(jax.grad(slope)(0.1), expected, rtol=1e-7)
+    m = np.mean(np.square(line_batch()[0]))
+    found, derivative = slope(0.1)
+    np.testing.assert_allclose(found, 2 * m / (m + 0.1), rtol=1e-9)
+    np.testing.assert_allclose(derivative, -2 * m / (m + 0.1) ** 2, rtol=1e-7)
 
 
 def test_a_gradient_through_hooks():
@@ -364,29 +382,29 @@ def test_a_gradient_through_hooks():
 
     def unrolled(rate):
         trainer = Hooked(line(), optax.sgd(rate))
-        return vn.unroll(trainer, line_batch(), 6)[1][-1]
+        return vn.unroll(trainer, line_batch(), 7)[1][-1]
 
-    slope = (unrolled(0.1 + 1e-6) - unrolled(0.1 - 1e-6)) / 2e-6
-    np.testing.assert_allclose(jax.grad(unrolled)(0.1), slope, rtol=1e-7)
+    require_slope(unrolled, 0.1, 1e-6, rtol=1e-7)
 
 
 def test_a_gradient_in_the_latent_space_of_a_projector():
     whitened = GaussianFit(gaussian()).whiten(BATCH, optimiser=optax.adam(0.1))
 
-    def unrolled(rate, shift):
+    @jax.jit
+    @jax.value_and_grad
+    def unrolled(given):
+        rate, shift = given
         trainer = whitened.replace(optimiser=optax.adam(rate))
         batch = (BATCH[0], BATCH[1] + shift * BATCH[0], BATCH[2])
-        after, losses = vn.unroll(trainer, batch, 9)
+        after, losses = vn.unroll(trainer, batch, 7)
         return losses[-1] + after.model.mean
 
-    expected, losses = by_step(whitened, BATCH, 9)
-    np.testing.assert_allclose(
-        unrolled(0.1, 0.0), losses[-1] + expected.model.mean, rtol=1e-10
-    )
-    for i, grad in enumerate(jax.grad(unrolled, argnums=(0, 1))(0.1, 0.0)):
-        h = np.eye(2)[i] * 1e-6
-        slope = (unrolled(0.1 + h[0], h[1]) - unrolled(0.1 - h[0], -h[1])) / 2e-6
-        np.testing.assert_allclose(grad, slope, rtol=1e-6)
+    at, value = np.array([0.1, 0.0]), lambda given: unrolled(given)[0]
+    expected, losses = by_step(whitened, BATCH, 7)
+    np.testing.assert_allclose(value(at), losses[-1] + expected.model.mean, rtol=1e-10)
+    for i, unit in enumerate(np.eye(2)):
+        found = slope(lambda h, unit=unit: value(at + h * unit), 0.0, 1e-6)
+        np.testing.assert_allclose(unrolled(at)[1][i], found, rtol=1e-6)
 
 
 def test_through_a_line_search_there_is_no_gradient():
@@ -395,7 +413,7 @@ def test_through_a_line_search_there_is_no_gradient():
         descent = optax.chain(optax.sgd(1.0), search)
         trainer = LineFit(line(), vn.ParamOptimiser({"**": descent}))
         x, y = line_batch()
-        return vn.unroll(trainer, (x, y + shift), 9)[1][-1]
+        return vn.unroll(trainer, (x, y + shift), 7)[1][-1]
 
     assert unrolled(0.0) < 1
     with pytest.raises(ValueError, match="Reverse-mode"):
@@ -412,42 +430,44 @@ def test_second_derivatives_are_those_of_a_loop_by_hand():
         tx = partitioned((adam, adam), scales, Line)
         return by_hand(tx, line(), batch, 6)[1][-1]
 
-    def ours(scales):
+    def ours(scales, segment):
         rates = {"slope": adam, "offset": adam}
         optimiser = vn.ParamOptimiser(rates).with_scale(
             {"slope": scales[0], "offset": scales[1]}
         )
-        return vn.unroll(GaussianFit(line(), optimiser), batch, 6)[1][-1]
+        trainer = GaussianFit(line(), optimiser)
+        return vn.unroll(trainer, batch, 6, segment=segment)[1][-1]
 
     at = jnp.asarray([1.0, 0.7])
     expected = jax.jit(jax.hessian(hand))(at)
     assert np.abs(expected).min() > 1e-3
+    # Reverse over reverse has in it what the others have: so it alone has segments.
     orders = {
-        "forward over reverse": jax.hessian,
-        "reverse over reverse": lambda f: jax.jacrev(jax.jacrev(f)),
-        "reverse over forward": lambda f: jax.jacrev(jax.jacfwd(f)),
+        "forward over reverse": (jax.hessian, 1),
+        "reverse over reverse": (lambda f: jax.jacrev(jax.jacrev(f)), None),
+        "reverse over forward": (lambda f: jax.jacrev(jax.jacfwd(f)), 1),
     }
-    for name, of in orders.items():
-        found = jax.jit(of(ours))(at)
+    for name, (of, segment) in orders.items():
+        found = jax.jit(of(functools.partial(ours, segment=segment)))(at)
         np.testing.assert_allclose(found, expected, rtol=1e-8, err_msg=name)
 
 
 def test_a_third_derivative():
     def after(rate):
         trainer = LineFit(line(), optax.sgd(rate))
-        return vn.unroll(trainer, line_batch(), 4)[0].model.offset
+        return vn.unroll(trainer, line_batch(), 5)[0].model.offset
 
     # Each step leaves 1 - 2 * rate of the way from -1 to 1.
-    third = jax.grad(jax.grad(jax.grad(after)))
-    np.testing.assert_allclose(third(0.1), 2 * 24 * 8 * 0.8, rtol=1e-10)
+    third = jax.jit(jax.grad(jax.grad(jax.grad(after))))
+    np.testing.assert_allclose(third(0.1), 2 * 60 * 8 * 0.8**2, rtol=1e-10)
 
 
 @pytest.mark.seams
 def test_many_scales_at_once():
-    many = jnp.stack([SCALES, 0.5 * SCALES, 1.5 * SCALES])
-    both = jax.vmap(jax.value_and_grad(after_scales))(many)
+    many = np.outer([1.0, 0.5, 1.5], SCALES)
+    both = jax.jit(jax.vmap(value_and_gradient))(many)
     for i, scales in enumerate(many):
-        value, grad = jax.value_and_grad(after_scales)(scales)
+        value, grad = value_and_gradient(scales)
         np.testing.assert_allclose(both[0][i], value, rtol=1e-10)
         np.testing.assert_allclose(both[1][i], grad, rtol=1e-8)
 
@@ -501,19 +521,16 @@ class Network(vn.Trainer):
 
 
 def test_what_is_computed_again_is_not_kept():
-    sizes = (10, 40, 40, 10)
-    keys = jax.random.split(jax.random.key(0), 3)
-    weights = [
-        jax.random.normal(key, shape, jnp.float32) / shape[0] ** 0.5
-        for key, shape in zip(keys, itertools.pairwise(sizes), strict=True)
-    ]
-    x = jax.random.normal(jax.random.key(1), (50, 10), jnp.float32)
+    normal = lambda *shape: np.random.default_rng(0).normal(size=shape).astype("f4")
+    sizes = itertools.pairwise((10, 40, 40, 10))
+    weights = [jnp.asarray(normal(*shape) / shape[0] ** 0.5) for shape in sizes]
+    x = normal(50, 10)
     trainer = Network(weights, vn.ParamOptimiser({"**": optax.adam(1e-3)}))
 
     def last(scale, segment):
         optimiser = trainer.optimiser.with_scale({"**": scale})
         scaled = trainer.replace(optimiser=optimiser)
-        return vn.unroll(scaled, (x, jnp.sin(x)), 400, segment=segment)[1][-1]
+        return vn.unroll(scaled, (x, np.sin(x)), 400, segment=segment)[1][-1]
 
     grads, bytes_needed = {}, {}
     for segment in (0, 1, None):
@@ -528,8 +545,8 @@ def test_what_is_computed_again_is_not_kept():
 
 
 def test_data_that_outweigh_the_model_are_not_kept_for_each_step():
-    x = jnp.linspace(-4, 4, 20_000)
-    batch = x, gaussian()(x) + 0.1, jnp.full(x.shape, 0.1)
+    x = np.linspace(-4, 4, 20_000)
+    batch = x, np.exp(-(x**2)), np.full(x.shape, 0.1)
 
     def last(scale):
         trainer = scaled(GaussianFit(gaussian(), rules()), (scale, scale, scale))
@@ -568,9 +585,10 @@ def through_walls(policy):
     def scalar(rate, start):
         after, losses = vn.unroll(rooted(rate, start, policy), WALLS, 11)
         model = after.model
-        return jnp.nansum(losses) + model["a"] * model["b"] + after.best_loss
+        value = jnp.nansum(losses) + model["a"] * model["b"] + after.best_loss
+        return value, losses
 
-    return scalar
+    return jax.value_and_grad(scalar, (0, 1), has_aux=True)
 
 
 POLICIES = {
@@ -584,33 +602,27 @@ POLICIES = {
 @pytest.mark.parametrize("mapped", [False, True], ids=["alone", "vmap"])
 def test_nothing_flows_into_a_step_that_is_not_taken(name, mapped):
     policy, expected = POLICIES[name]
-    at = jnp.asarray(0.1), jnp.asarray(1.0)
-    _, losses = vn.unroll(rooted(*at, policy), WALLS, 11)
-    taken = "".join("+" if is_finite else "-" for is_finite in np.isfinite(losses))
-    assert taken == expected
 
-    scalar, argnums = through_walls(policy), (0, 1)
+    def both(*at):
+        (value, losses), grad = through_walls(policy)(*at)
+        return (value, grad), (value, grad, losses)
 
-    def gradient(*at):
-        value, grad = jax.value_and_grad(scalar, argnums)(*at)
-        return grad, (value, grad)
-
-    def derived(*at):
-        hessian, backward = jax.jacfwd(gradient, argnums, has_aux=True)(*at)
-        return backward, jax.jacfwd(scalar, argnums)(*at), hessian
-
-    steps = 1e-6 * jnp.asarray([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
-    points = [at[i] + steps[:, i] for i in range(2)]
-    if mapped:
-        found = jax.jit(jax.vmap(derived))(*points)
-    else:
-        found = jax.lax.map(lambda at: derived(*at), points)
-    (values, backward), forward, hessian = found
+    derived = jax.jacfwd(both, (0, 1), has_aux=True)
+    steps = 1e-6 * np.asarray([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    points = [at + steps[:, i] for i, at in enumerate((0.1, 1.0))]
+    one_by_one = lambda *points: jax.lax.map(lambda at: derived(*at), points)
+    run = jax.jit(jax.vmap(derived) if mapped else one_by_one)
+    (forward, hessian), (values, backward, losses) = jax.tree.map(
+        np.asarray, run(*points)
+    )
+    for told in losses:
+        taken = "".join("+" if is_finite else "-" for is_finite in np.isfinite(told))
+        assert taken == expected
     for i in range(2):
         up, down = 2 * i + 1, 2 * i + 2
-        slope = (values[up] - values[down]) / 2e-6
-        np.testing.assert_allclose(backward[i][0], slope, rtol=1e-6)
-        np.testing.assert_allclose(forward[i][0], slope, rtol=1e-6)
+        found = (values[up] - values[down]) / 2e-6
+        np.testing.assert_allclose(backward[i][0], found, rtol=1e-6)
+        np.testing.assert_allclose(forward[i][0], found, rtol=1e-6)
         for j in range(2):
             curved = (backward[j][up] - backward[j][down]) / 2e-6
             np.testing.assert_allclose(hessian[j][i][0], curved, rtol=1e-5)
@@ -639,7 +651,8 @@ def test_a_step_that_only_the_guard_holds_is_not_differentiated():
         optimiser = vn.ParamOptimiser({"**": optax.adam(0.1)})
         model = jax.tree.map(lambda leaf: leaf * scale, two())
         good = jax.tree.map(lambda leaf: jnp.ones_like(leaf[0]), bad)
-        after, more = vn.unroll(TwoFit(model, optimiser), good, 2)
+        first = TwoFit(model, optimiser, nan_policy=vn.SkipStep())
+        after, more = vn.unroll(first, good, 2)
         return jnp.sum(more) + jnp.sum(after.model["a"])
 
     np.testing.assert_allclose(grad, jax.grad(without)(1.0), rtol=1e-5)
@@ -651,7 +664,7 @@ def test_a_stopped_trainer_goes_no_further():
     stopped, _ = trainer.step((x, y * jnp.nan))
 
     def unrolled(shift):
-        return vn.unroll(stopped, (x, y + shift), 4)
+        return vn.unroll(stopped, (x, y + shift), 3)
 
     after, losses = unrolled(0.0)
     assert same(after, stopped)
@@ -662,9 +675,9 @@ def test_a_stopped_trainer_goes_no_further():
         return jnp.stack([jnp.nansum(losses), after.model.slope])
 
     for of in (jax.jacrev, jax.jacfwd):
-        np.testing.assert_array_equal(of(both)(0.0), 0)
+        np.testing.assert_array_equal(jax.jit(of(both))(0.0), 0)
     going = stopped.replace(nan_policy=vn.SkipStep())
-    assert np.isfinite(vn.unroll(going, (x, y), 4)[1]).all()
+    assert np.isfinite(vn.unroll(going, (x, y), 3)[1]).all()
 
 
 def test_a_policy_that_raises():
@@ -675,8 +688,8 @@ def test_a_policy_that_raises():
         vn.unroll(trainer, (x, y * jnp.nan), 3)
     assert caught.value.step == 0
     last = jax.jit(lambda factor: vn.unroll(trainer, (x, y * factor), 3)[0].model.slope)
-    slope = (last(1.0 + 1e-6) - last(1.0 - 1e-6)) / 2e-6
-    np.testing.assert_allclose(jax.grad(last)(1.0), slope, rtol=1e-6)
+    found = slope(last, 1.0, 1e-6)
+    np.testing.assert_allclose(jax.grad(last)(1.0), found, rtol=1e-6)
     with pytest.raises(Exception, match="RaiseOnNan"):
         jax.block_until_ready(last(jnp.nan))
 

@@ -1,5 +1,6 @@
 """`solve` whitens again where its space has gone stale, and says where it is stuck."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,11 +40,15 @@ Y = 2 * jnp.exp(0.3 * X) + NOISE
 BEST = 0.5 * jnp.sum(jnp.square(NOISE / 0.1))
 
 
+@eqx.filter_jit
+def slope(method, trainer, batch):
+    return jax.grad(lambda model: method(trainer, model, batch))(trainer.model)
+
+
 def gradient(result, method, batch):
     """In error bars."""
     trainer = result.trainer
-    loss = lambda model: method(trainer, model, batch)
-    slopes = jax.grad(loss)(trainer.model)
+    slopes = slope(method, trainer, batch)
     errors = trainer.standard_errors(batch)
     return max(float(abs(slopes[key] * errors[key])) for key in slopes)
 
@@ -97,8 +102,7 @@ def test_a_process_from_far_too_little_noise():
     start = {"height": jnp.asarray(1.0), "noise": jnp.asarray(1e-5)}
     result = Process(start).whiten(batch).solve(BFGS, batch)
     assert result.stop_reason is CONVERGED
-    slope = gradient(result, lambda t, m, b: t.nll(m, b), batch)
-    assert slope < 0.1
+    assert gradient(result, Process.nll, batch) < 0.1
 
 
 @pytest.mark.seams

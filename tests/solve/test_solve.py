@@ -1,5 +1,7 @@
 """`Trainer.solve`: any solver of Optimistix, as if called by hand, and what is kept."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,18 @@ def peak(*values, dtype=jnp.float64):
     return Gaussian(*(jnp.asarray(value, dtype) for value in values))
 
 
+@functools.cache
 def data(seed=0):
     noise = 0.1 * jax.random.normal(jax.random.key(seed), X.shape)
     return X, peak(*TRUTH)(X) + noise, jnp.full(X.shape, 0.1)
+
+
+def start_loss():
+    """Half the chi-squared where the fits start."""
+    x, y, sigma = map(np.asarray, data())
+    mean, std, power = START
+    model = power * np.exp(-0.5 * ((x - mean) / std) ** 2)
+    return 0.5 * np.sum(((model - y) / sigma) ** 2)
 
 
 START = (0.0, 1.0, 3.0)
@@ -109,25 +120,33 @@ def test_as_by_hand(name, space):
 @pytest.mark.parametrize("name", ["BFGS", "NelderMead", "Optax", "LevenbergMarquardt"])
 def test_the_history_has_the_losses_and_the_best_is_none_of_them_above(name):
     trainer = GaussianFit(peak(*START))
-    result = trainer.solve(SOLVERS[name](1e-8), data(), max_steps=60)
+    result = trainer.solve(SOLVERS[name](1e-4), data(), max_steps=60)
     losses = result.history.loss
     np.testing.assert_array_equal(result.history.steps, np.arange(len(losses)))
     if name != "NelderMead":  # which evaluates other points first
-        start = 0.5 * jnp.sum(trainer.residuals(trainer.model, data()) ** 2)
-        np.testing.assert_allclose(losses[0], start, rtol=1e-12)
-    best = 0.5 * jnp.sum(trainer.residuals(result.best, data()) ** 2)
+        np.testing.assert_allclose(losses[0], start_loss(), rtol=1e-12)
+    best = 0.5 * np.sum(np.square(trainer.residuals(result.best, data())))
     np.testing.assert_allclose(best, result.trainer.best_loss, rtol=1e-9)
     assert result.trainer.best_loss <= np.min(losses[np.isfinite(losses)])
 
 
+# Each pair of a kind, a solver and a space.
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("whiten", [False, True])
-@pytest.mark.parametrize("name", ["LBFGS", "NelderMead", "LevenbergMarquardt"])
-@pytest.mark.parametrize("kind", ["float32", "mixed"])
+@pytest.mark.parametrize(
+    ("kind", "name", "whiten"),
+    [
+        ("float32", "LBFGS", False),
+        ("float32", "NelderMead", True),
+        ("float32", "LevenbergMarquardt", True),
+        ("mixed", "LBFGS", True),
+        ("mixed", "NelderMead", False),
+        ("mixed", "LevenbergMarquardt", False),
+    ],
+)
 def test_single_precision_and_mixed(kind, name, whiten):
     if kind == "float32":
         model = peak(*START, dtype=jnp.float32)
-        batch = tuple(array.astype(jnp.float32) for array in data())
+        batch = tuple(np.asarray(array, "f4") for array in data())
     else:
         model, batch = peak(*START), data()
         model = eqx.tree_at(lambda m: m.mean, model, jnp.float32(START[0]))
@@ -193,7 +212,7 @@ def bad(result):
 
 
 def finite(tree):
-    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
 NAN_DATA = (X, data()[1].at[7].set(jnp.nan), data()[2])
@@ -368,10 +387,9 @@ def test_a_stop_of_a_fit_does_not_last():
 
 def test_the_start_counts_even_if_the_solver_never_looks_at_it():
     trainer = GaussianFit(peak(*START))
-    result = trainer.solve(optx.NelderMead(1e-8, 1e-8), data(), max_steps=3)
-    start = 0.5 * jnp.sum(trainer.residuals(trainer.model, data()) ** 2)
-    np.testing.assert_allclose(result.history.loss[0], start, rtol=1e-12)
-    assert result.trainer.best_loss <= start
+    result = trainer.solve(SOLVERS["NelderMead"](1e-4), data(), max_steps=3)
+    np.testing.assert_allclose(result.history.loss[0], start_loss(), rtol=1e-12)
+    assert result.trainer.best_loss <= result.history.loss[0]
 
 
 class Hesitant(optx.BacktrackingArmijo):
@@ -385,11 +403,9 @@ class Hesitant(optx.BacktrackingArmijo):
 @pytest.mark.parametrize("name", ["BFGS", "GaussNewton"])
 def test_a_search_that_rejects_the_first_point_finds_no_loss_of_zero(name):
     solver = eqx.tree_at(lambda s: s.search, SOLVERS[name](1e-8), Hesitant())
-    trainer = GaussianFit(peak(*START))
-    start = 0.5 * jnp.sum(trainer.residuals(trainer.model, data()) ** 2)
-    result = trainer.solve(solver, data(), max_steps=1)
-    np.testing.assert_allclose(result.history.loss, [start], rtol=1e-12)
-    np.testing.assert_allclose(result.trainer.best_loss, start, rtol=1e-12)
+    result = GaussianFit(peak(*START)).solve(solver, data(), max_steps=1)
+    np.testing.assert_allclose(result.history.loss, [start_loss()], rtol=1e-12)
+    np.testing.assert_allclose(result.trainer.best_loss, start_loss(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("solver", [optx.BFGS, optx.NonlinearCG])
