@@ -1,5 +1,7 @@
 """Profiles of parameters with a bijection: those of their free coordinates."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,7 @@ class ByHand(Decay):
         return Decay.residuals(self, {**model, "power": power, "sky": sky}, batch)
 
 
+@functools.cache
 def both():
     """A trainer with bijections at its minimum, and that of the coordinates."""
     model = {"power": jnp.ones(2), "rate": jnp.array(1.0), "sky": jnp.array(-1.0)}
