@@ -357,6 +357,7 @@ def test_what_lies_on_the_mesh_already_stays_there():
 # Many trainers.
 
 
+@functools.cache
 def curves(count=8):
     x, y, sigma = BATCH
     rows = np.asarray(y) * (1 + 0.1 * np.arange(count))[:, None]
@@ -365,17 +366,15 @@ def curves(count=8):
 
 
 MANY = {
-    "starts": lambda: (starts(), BATCH, {"record": ("mean", "grad_norm")}),
     "curves": lambda: (starts(), curves(), {"data_axis": (None, 0, None)}),
-    "parts": lambda: (starts(count=16), BATCH, {"batch": 8, "record": "mean"}),
     "stream": lambda: (starts(), vn.Stream(stream), {}),
-    "keys and minibatches": lambda: (
+    "keys and minibatches, in parts": lambda: (
         [
             Drawn(gaussian(), ADAM, key=jax.random.key(i), state=jnp.zeros(()))
-            for i in range(8)
+            for i in range(16)
         ],
         vn.Minibatches(BATCH, 5, key=jax.random.key(1)),
-        {},
+        {"batch": 8, "record": "mean"},
     ),
     # Each ends at another step.
     "stops": lambda: (
@@ -384,7 +383,7 @@ MANY = {
         {
             "validation": (BATCH, 1),
             "stop": vn.Patience(2),
-            "record": "mean",
+            "record": ("mean", "grad_norm"),
             "chunk": 7,
         },
     ),
@@ -407,13 +406,16 @@ def test_many_on_devices(name):
         assert len(set(np.asarray(one.trainers.step_count).tolist())) > 3
 
 
+@functools.cache
+def solved(**options):
+    trainers = [GaussianFit(t.model) for t in starts(count=16)]
+    options |= {"data_axis": (None, 0, None), "solver": SOLVERS["LM"]}
+    return vn.fit_many(trainers, curves(16), 30, **options)
+
+
 @pytest.mark.parametrize("batch", [None, 8])
 def test_many_solved_on_devices(batch):
-    trainers = [GaussianFit(t.model) for t in starts(count=16)]
-    options = {"data_axis": (None, 0, None), "solver": SOLVERS["LM"], "batch": batch}
-    data = curves(16)
-    one = vn.fit_many(trainers, data, 30, **options)
-    many = vn.fit_many(trainers, data, 30, mesh=MESH, **options)
+    one, many = solved(), solved(mesh=MESH, batch=batch)
     close_on_one(many.trainers.params, one.trainers.params, rtol=1e-6)
     assert many.stop_reasons == one.stop_reasons
     assert many.nan_report(3) == one.nan_report(3)

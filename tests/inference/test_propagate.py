@@ -1,5 +1,7 @@
 """`Trainer.propagate` and `Trainer.draw`: errors of functions of the model."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ def fitted(kind=LineFit, dtype=jnp.float64):
     return kind(Line(jnp.asarray(2.0, dtype), jnp.asarray(1.0, dtype)))
 
 
+@functools.cache
 def data(dtype=jnp.float64):
     noise = 0.2 * jax.random.normal(jax.random.key(0), X.shape)
     batch = X, 2.0 * X + 1.0 + noise, jnp.full(X.shape, 0.2)
@@ -46,6 +49,7 @@ def tangle():
     return Tangle({name: jnp.asarray(1.0) for name in ("a", "b", "c", "dead")})
 
 
+@functools.cache
 def covariance():
     design = np.stack([X, np.ones(9)], axis=1) / 0.2
     return np.linalg.inv(design.T @ design)
@@ -81,7 +85,7 @@ def test_the_error_is_that_of_the_linear_function(name, kind):
         flat = lambda m: jnp.concatenate(
             [x.ravel().astype(float) for x in jax.tree.leaves(fn(m))]
         )
-        rows = jax.jacfwd(flat)(trainer.model)
+        rows = jax.jit(jax.jacfwd(flat))(trainer.model)
         rows = np.stack([rows.slope, rows.offset], axis=1)
     else:
         rows = np.asarray(gradient(X))

@@ -1,6 +1,7 @@
 """`Trainer.report`: the numbers of lmfit and iminuit, and what there is to read."""
 
 import copy
+import functools
 import json
 import pickle
 import sys
@@ -50,34 +51,39 @@ def peak(*values, dtype=jnp.float64):
     return Gaussian(*(jnp.asarray(value, dtype) for value in values))
 
 
+@functools.cache
 def data(sigma=0.1, dtype=jnp.float64):
     noise = sigma * jax.random.normal(jax.random.key(0), X.shape)
     batch = X, peak(0.3, 1.2, 4.0)(X) + noise, jnp.full(X.shape, sigma)
     return jax.tree.map(lambda x: x.astype(dtype), batch)
 
 
-def solved(kind=GaussianFit, dtype=jnp.float64, **options):
-    trainer = kind(peak(0.2, 1.1, 3.8, dtype=dtype), **options)
-    solver = LM if "residuals" in dir(kind) else optx.BFGS(1e-10, 1e-10)
-    return trainer.solve(solver, data(dtype=dtype))
+@functools.cache
+def solved(kind=GaussianFit):
+    solver = LM if kind is GaussianFit else optx.BFGS(1e-10, 1e-10)
+    return kind(peak(0.2, 1.1, 3.8)).solve(solver, data())
 
 
 # The numbers of others
+
+
+@functools.cache
+def compiled(name):
+    """The residuals of one of NIST's data sets, and their Jacobian."""
+    x, y = (np.asarray(DATA[name][k], float) for k in ("x", "y"))
+    residuals = lambda b: CURVES[name](b, x) - y
+    return jax.jit(residuals), jax.jit(jax.jacfwd(residuals)), (x, y)
 
 
 @pytest.mark.parametrize("is_scaled", [True, False])
 @pytest.mark.parametrize("name", CERTIFIED)
 def test_the_numbers_are_those_of_lmfit(name, is_scaled):
     given = DATA[name]
-    x, y, certified = (np.asarray(given[k]) for k in ("x", "y", "certified"))
-    trainer = CurveFit(name, jnp.asarray(certified))
-    batch = jnp.asarray(x), jnp.asarray(y)
-    residuals = jax.jit(lambda b: trainer.residuals(b, batch))
-    jacobian = jax.jit(jax.jacfwd(residuals))
+    residuals, jacobian, batch = compiled(name)
     params = lmfit.Parameters()
-    for index, value in enumerate(certified):
+    for index, value in enumerate(given["certified"]):
         params.add(f"b{index}", value=value)
-    as_array = lambda p: jnp.asarray([p[name].value for name in params])
+    as_array = lambda p: np.asarray([p[name].value for name in params], float)
     theirs = lmfit.minimize(
         lambda p: np.asarray(residuals(as_array(p))),
         params,
@@ -86,7 +92,7 @@ def test_the_numbers_are_those_of_lmfit(name, is_scaled):
         ftol=1e-14,
         xtol=1e-14,
     )
-    here = jnp.asarray([theirs.params[name].value for name in params])
+    here = jnp.asarray(as_array(theirs.params))
     ours = CurveFit(name, here).report(batch, scale_errors=is_scaled)
 
     assert ours.data_count == theirs.ndata

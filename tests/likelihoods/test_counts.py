@@ -1,5 +1,7 @@
 """Counts, fitted by their Poisson likelihood, against iminuit and closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +34,13 @@ def model(power=8.0, mean=0.3, std=1.1, background=0.7, dtype=jnp.float64):
     return {"line": Gaussian(*parts), "background": jnp.asarray(background, dtype)}
 
 
-def data(seed=0, dtype=jnp.float64, scale=1.0):
-    true = model(8.0 * scale, background=0.7 * scale)
-    rate = true["line"](X) + true["background"]
-    counts = np.random.default_rng(seed).poisson(np.asarray(rate))
-    return jnp.asarray(X, dtype), jnp.asarray(counts)
+def rates_of(power, mean, std, background):
+    return power * np.exp(-0.5 * ((X - mean) / std) ** 2) + background
+
+
+def data(seed=0, dtype=np.float64, scale=1.0):
+    rate = scale * rates_of(8.0, 0.3, 1.1, 0.7)
+    return X.astype(dtype), np.random.default_rng(seed).poisson(rate)
 
 
 def values(tree):
@@ -44,10 +48,11 @@ def values(tree):
     return np.array([line.power, line.mean, line.std, tree["background"]], float)
 
 
-def minuit(batch):
-    x, counts = (np.asarray(array, float) for array in batch)
-    rate = lambda p, m, s, b: p * np.exp(-0.5 * ((x - m) / s) ** 2) + b
-    found = Minuit(lambda *args: poisson_chi2(counts, rate(*args)), 8, 0.3, 1.1, 0.7)
+@functools.cache
+def minuit():
+    counts = data()[1].astype(float)
+    chi_squared = lambda *args: poisson_chi2(counts, rates_of(*args))
+    found = Minuit(chi_squared, 8, 0.3, 1.1, 0.7, name=("p", "m", "s", "b"))
     found.errordef, found.tol = 1, 1e-6
     found.migrad()
     found.hesse()
@@ -86,7 +91,7 @@ def test_counts_are_whitened_at_any_start(start, solver):
 
 def assert_solved(result):
     assert result.stop_reason is vn.StopReason.CONVERGED
-    known, found = minuit(data()), values(result.model)
+    known, found = minuit(), values(result.model)
     np.testing.assert_allclose(2 * result.best_loss, known.fval, rtol=1e-8)
     # The sign of the width is not known.
     found[2] = abs(found[2])
@@ -105,7 +110,7 @@ def solved():
 def test_observed_errors_are_those_of_minuit(solved):
     trainer, batch = solved
     found = values(trainer.standard_errors(batch, kind="observed"))
-    np.testing.assert_allclose(found, np.asarray(minuit(batch).errors), rtol=1e-3)
+    np.testing.assert_allclose(found, np.asarray(minuit().errors), rtol=1e-3)
     hessian = trainer.fisher(batch, kind="observed")
     np.testing.assert_allclose(
         hessian, SpectrumNll(trainer.model).fisher(batch), rtol=1e-9, atol=1e-9
@@ -116,7 +121,7 @@ def test_expected_errors_are_those_of_the_rates(solved):
     trainer, batch = solved
     flat, unravel = jax.flatten_util.ravel_pytree(trainer.params)
     rates = lambda flat: Spectrum.residuals(trainer, unravel(flat), batch).rate
-    jac = np.asarray(jax.jacobian(rates)(flat))
+    jac = np.asarray(jax.jit(jax.jacobian(rates))(flat))
     known = jac.T @ (jac / np.asarray(rates(flat))[:, None])
     for kind in (None, "expected"):
         np.testing.assert_allclose(
@@ -148,7 +153,7 @@ def test_a_report_has_cashs_statistic(solved):
     assert report.data_count == 60
     assert report.degrees_of_freedom == 56
     assert report.error_kind == "expected"
-    masked = trainer.report((x, counts.at[:7].set(-1)))
+    masked = trainer.report((x, np.where(np.arange(60) < 7, -1, counts)))
     assert masked.data_count == 53
     with pytest.raises(ValueError, match='kind="sandwich"'):
         trainer.report(batch, scale_errors=True)
@@ -196,22 +201,21 @@ def test_counts_stand_beside_other_data_ties_and_priors(solved):
 
 
 def test_many_have_the_errors_of_each(solved):
-    stack = jnp.stack([data(seed)[1] for seed in range(3)])
-    stack = stack.at[1, :5].set(-1)
+    stack = np.stack([data(seed)[1] for seed in range(3)])
+    stack[1, :5] = -1
     many = vn.fit_many(
         [Spectrum(model())] * 3,
-        (jnp.asarray(X), stack),
+        (X, stack),
         100,
         solver=SOLVERS["LevenbergMarquardt"],
         data_axis=(None, 0),
     )
     for kind in (None, "observed", "sandwich"):
-        found = many.errors((jnp.asarray(X), stack), kind=kind)
+        found = values(many.errors((X, stack), kind=kind))
         for index in range(3):
             own = many.trainer(index)
-            known = own.standard_errors((jnp.asarray(X), stack[index]), kind=kind)
-            each = jax.tree.map(lambda x, index=index: x[index], found)
-            np.testing.assert_allclose(values(each), values(known), rtol=1e-6)
+            known = own.standard_errors((X, stack[index]), kind=kind)
+            np.testing.assert_allclose(found[:, index], values(known), rtol=1e-6)
 
 
 def test_a_negative_rate_is_told():
@@ -245,11 +249,10 @@ def test_a_stray_count_hides_no_distance():
             x, counts = batch
             return vn.likelihoods.Poisson(model(x) + 1e-8, counts)
 
-    true = Gaussian(*(jnp.array(x) for x in (0.0, 0.5, 20.0)))
-    counts = np.random.default_rng(3).poisson(np.asarray(true(X)))
+    counts = np.random.default_rng(3).poisson(rates_of(20.0, 0.0, 0.5, 0.0))
     counts[-2] = 1
     start = Gaussian(*(jnp.array(x) for x in (0.3, 0.4, 10.0)))
-    batch = jnp.asarray(X), jnp.asarray(counts)
+    batch = X, counts
     result = Floor(start).solve(SOLVERS["LevenbergMarquardt"], batch, max_steps=1)
     assert result.edm > 1
     assert result.stop_reason is vn.StopReason.MAX_STEPS

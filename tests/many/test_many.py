@@ -1,5 +1,7 @@
 """`fit_many`: each member is what it would be alone."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -38,11 +40,21 @@ def starts(optimiser=ADAM, kind=LineFit, **options):
     return [kind(line(slope), optimiser, **options) for slope in SLOPES]
 
 
-def require_alone(result, trainers, data_of, steps=20, rtol=None, **options):
+@functools.cache
+def whole():
+    """What several tests come to by another way."""
+    return many(starts())
+
+
+def alone(trainers, data_of, **options):
+    """The fits of each member for itself."""
+    pairs = enumerate(trainers)
+    return [trainer.fit(data_of(index), 20, **options) for index, trainer in pairs]
+
+
+def require_alone(result, fits, rtol=None):
     """Compares each member with a fit of its own."""
-    for index, trainer in enumerate(trainers):
-        own = {name: give(index) for name, give in options.items()}
-        alone = trainer.fit(data_of(index), steps, **own)
+    for index, alone in enumerate(fits):
         close(result.trainer(index), alone.trainer, rtol)
         assert result.stop_reasons[index] is alone.stop_reason
         rows = len(alone.history)
@@ -102,7 +114,7 @@ def test_each_is_as_it_were_alone(name):
     assert len(result) == len(trainers)
     # One of the leaves there is of single precision, and so are sums with it.
     rtol = 1e-5 if name == "mixed" else None
-    require_alone(result, trainers, lambda _: data, rtol=rtol, record=lambda _: record)
+    require_alone(result, alone(trainers, lambda _: data, record=record), rtol)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -138,20 +150,19 @@ def test_some_at_a_time_of_what_has_no_elements(solver, batch):
 
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_chunks_change_nothing(chunk):
-    whole, parts = many(starts()), many(starts(), chunk=chunk)
-    assert same(whole.trainers, parts.trainers)
-    np.testing.assert_array_equal(whole.history.loss, parts.history.loss)
+    parts = many(starts(), chunk=chunk)
+    assert same(whole().trainers, parts.trainers)
+    np.testing.assert_array_equal(whole().history.loss, parts.history.loss)
 
 
 @pytest.mark.parametrize("cut", [1, 13])
 def test_two_fits_are_one(cut):
     first = many(starts(), steps=cut)
     second = many(first.trainers, steps=20 - cut)
-    whole = many(starts())
-    close(second.trainers, whole.trainers)
+    close(second.trainers, whole().trainers)
     joined = first.history + second.history
-    np.testing.assert_array_equal(joined.steps, whole.history.steps)
-    np.testing.assert_allclose(joined.loss, whole.history.loss, rtol=1e-9)
+    np.testing.assert_array_equal(joined.steps, whole().history.steps)
+    np.testing.assert_allclose(joined.loss, whole().history.loss, rtol=1e-9)
 
 
 def test_stacked_trainers():
@@ -161,7 +172,7 @@ def test_stacked_trainers():
         return LineFit(line(slope), ADAM)
 
     stacked = eqx.filter_vmap(make)(jnp.asarray(SLOPES))
-    close(many(stacked).trainers, many(starts()).trainers)
+    close(many(stacked).trainers, whole().trainers)
 
 
 # Data of their own.
@@ -169,7 +180,13 @@ def test_stacked_trainers():
 
 def curves(n=3):
     x, y = BATCH
-    return x, jnp.stack([y + shift for shift in range(n)])
+    return x, jnp.asarray(np.asarray(y) + np.arange(n)[:, None])
+
+
+@functools.cache
+def curves_alone():
+    x, y = curves()
+    return alone(starts()[:3], lambda index: (x, y[index]))
 
 
 @pytest.mark.parametrize(
@@ -183,10 +200,9 @@ def curves(n=3):
 )
 @pytest.mark.parametrize("batch", [None, 1])
 def test_data_sets(axes, arrange, batch):
-    x, y = curves()
-    trainers = starts()[:3]
-    result = many(trainers, arrange(x, y), data_axis=axes, batch=batch)
-    require_alone(result, trainers, lambda index: (x, y[index]))
+    data = arrange(*curves())
+    result = many(starts()[:3], data, data_axis=axes, batch=batch)
+    require_alone(result, curves_alone())
 
 
 def test_data_sets_with_a_number_for_each():
@@ -194,7 +210,7 @@ def test_data_sets_with_a_number_for_each():
     sigma = jnp.asarray([0.1, 0.2, 0.4])
     trainers = [GaussianFit(gaussian(), ADAM) for _ in range(3)]
     result = many(trainers, (x, y, sigma), data_axis=(None, None, 0))
-    require_alone(result, trainers, lambda index: (x, y, sigma[index]))
+    require_alone(result, alone(trainers, lambda index: (x, y, sigma[index])))
 
 
 def test_the_validation_has_a_part_for_each_too():
@@ -228,7 +244,7 @@ def test_batches(kind):
         )
 
     trainers = starts()
-    require_alone(many(trainers, data()), trainers, lambda _: data())
+    require_alone(many(trainers, data()), alone(trainers, lambda _: data()))
 
 
 def test_a_stream_with_a_part_for_each():
@@ -236,7 +252,8 @@ def test_a_stream_with_a_part_for_each():
     stream = lambda of: vn.Stream((x, of(y) + 0.1 * i) for i in range(20))
     trainers = starts()[:3]
     result = many(trainers, stream(lambda y: y), data_axis=(None, 0))
-    require_alone(result, trainers, lambda index: stream(lambda y: y[index]))
+    fits = alone(trainers, lambda index: stream(lambda y: y[index]))
+    require_alone(result, fits)
 
 
 # Each ends by itself.
@@ -252,7 +269,8 @@ class Walk(TwoFit):
 POLICIES = [vn.SkipStep(), vn.StopFit(), vn.SkipStep() | vn.StopAfter(2)]
 
 
-def walk(scripts, policy):
+@functools.cache
+def walk(policy, *scripts):
     trainers = [Walk(two(), optax.adam(0.1), nan_policy=policy) for _ in scripts]
     data = jax.tree.map(lambda *x: jnp.stack(x), *map(script, scripts))
     return many(trainers, data, len(scripts[0]), data_axis=0)
@@ -261,7 +279,7 @@ def walk(scripts, policy):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_that_is_not_finite_harms_no_other(policy):
     scripts = ["......", "..a...", "l.....", "..uu..", "bb...."]
-    result = walk(scripts, policy)
+    result = walk(policy, *scripts)
     for index, own in enumerate(scripts):
         trainer = Walk(two(), optax.adam(0.1), nan_policy=policy)
         alone = trainer.fit(script(own), 6)
@@ -274,8 +292,8 @@ def test_one_that_is_not_finite_harms_no_other(policy):
 @pytest.mark.parametrize("bad", ["a.....", "..l...", ".bb...", ".....u", "aaaaaa"])
 def test_others_are_the_same_to_the_bit(policy, bad):
     """Whether one is bad or not, though they share the branches of a step."""
-    good = walk(["......", "......", "......"], policy)
-    result = walk(["......", bad, "......"], policy)
+    good = walk(policy, "......", "......", "......")
+    result = walk(policy, "......", bad, "......")
     for index in 0, 2:
         assert same(result.trainer(index), good.trainer(index))
         ours, theirs = (x.history.loss[:, index] for x in (result, good))

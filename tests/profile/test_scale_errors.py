@@ -1,5 +1,6 @@
 """`scale_errors`: error bars that are not known, from the scatter of the residuals."""
 
+import functools
 import math
 
 import iminuit
@@ -44,6 +45,7 @@ FITS = {
 }
 
 
+@functools.cache
 def solved(name):
     """A trainer at its minimum, the batch for an error bar, and that of the scatter."""
     kind, model, bounds, y = FITS[name]

@@ -1,6 +1,8 @@
 """Laws of every projector, however it was made; `test_dense.py` and others go on."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -238,7 +240,17 @@ def marks(name, dtype):
         yield pytest.mark.as_compiled
 
 
-class Made(NamedTuple):
+@eqx.filter_jit
+def derivatives(projector, latent, grads):
+    """The Jacobian of `to_params` in the flat latent vector, and its transpose."""
+    vector, unravel = ravel_pytree(latent)
+    forward = lambda vector: ravel_pytree(projector.to_params(unravel(vector)))[0]
+    transpose = jax.vjp(projector.to_params, latent)[1]
+    return jax.jacfwd(forward)(vector), transpose(grads)
+
+
+@dataclass(frozen=True)
+class Made:
     case: Case
     dtype: Any
     params: Any
@@ -253,8 +265,17 @@ class Made(NamedTuple):
     def latent(self, key=0):
         normal = np.random.default_rng(key).normal
         draw = lambda leaf: jnp.asarray(normal(size=leaf.shape), leaf.dtype)
-        like = jax.eval_shape(self.projector.to_latent, self.params)
-        return jax.tree.map(draw, like)
+        return jax.tree.map(draw, self.like)
+
+    @functools.cached_property
+    def like(self):
+        return jax.eval_shape(self.projector.to_latent, self.params)
+
+    @functools.cached_property
+    def derivatives(self):
+        """Of what is affine, at any point."""
+        latent = jax.tree.map(jnp.zeros_like, self.latent())
+        return derivatives(self.centred, latent, self.gradient())
 
     def tangent(self, key=0):
         """A tree like the parameters, each element about as large as its error."""
@@ -266,7 +287,7 @@ class Made(NamedTuple):
         noise = np.random.default_rng(key).normal(size=D)
         return self.unravelled(noise / np.where(self.sizes > 0, self.sizes, 1))
 
-    @property
+    @functools.cached_property
     def sizes(self):
         """How far each element moves."""
         return np.linalg.norm(wide(self.projector.matrix), axis=1)
@@ -279,6 +300,7 @@ class Made(NamedTuple):
             for part, leaf in zip(parts, leaves, strict=True)
         )
 
+    @functools.cached_property
     def centred(self):
         """Around zero, since `x0 + P u` rounds away what is small beside `x0`."""
         return self.projector.at(jax.tree.map(jnp.zeros_like, self.params))
@@ -358,7 +380,7 @@ def test_the_origin_is_zero(made):
 
 
 def test_to_latent_undoes_to_params(made):
-    centred, latent = made.centred(), made.latent()
+    centred, latent = made.centred, made.latent()
     found = centred.to_latent(centred.to_params(latent))
     assert_same_kind(found, latent)
     np.testing.assert_allclose(flat(found), flat(latent), atol=1e3 * made.eps)
@@ -366,7 +388,7 @@ def test_to_latent_undoes_to_params(made):
 
 def test_to_params_undoes_to_latent(made):
     """Of every point that the latent space reaches; all of them, if none is dropped."""
-    centred = made.centred()
+    centred = made.centred
     point = made.tangent()
     if made.projector.latent_size < D:
         point = centred.to_params(made.latent())
@@ -378,11 +400,8 @@ def test_to_params_undoes_to_latent(made):
 
 def test_the_matrix_is_the_jacobian_of_to_params(made):
     """Its columns are in the order of the flat latent tree."""
-    centred = made.centred()
-    zero, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, made.latent()))
-    forward = lambda vector: ravel_pytree(centred.to_params(unravel(vector)))[0]
-    jacobian = wide(jax.jit(jax.jacfwd(forward))(zero))
-    matrix = wide(centred.matrix)
+    jacobian = wide(made.derivatives[0])
+    matrix = wide(made.centred.matrix)
     sizes = np.linalg.norm(matrix, axis=1)[:, None]
     assert_within(jacobian, matrix, 100 * made.eps * sizes)
 
@@ -391,9 +410,8 @@ def test_pull_back_is_the_transpose(made):
     grads = made.gradient()
     found = made.projector.pull_back(grads)
     assert_same_kind(found, made.latent())
-    transpose = lambda g: jax.vjp(made.projector.to_params, made.latent())[1](g)
     size = abs(wide(made.projector.matrix)).T @ abs(flat(grads))
-    assert_within(flat(found), flat(jax.jit(transpose)(grads)), 100 * made.eps * size)
+    assert_within(flat(found), flat(made.derivatives[1]), 100 * made.eps * size)
 
 
 def test_precondition_is_p_p_transpose(made):
