@@ -47,6 +47,9 @@ def user_function(*args):
     return None
 
 
+# As jaxtyping writes it into its messages.
+WRITTEN = eqx.tree_pformat
+
 # What is wrong nearly everywhere. A call that takes one of them anyway may.
 WRONG = {
     "None": None,
@@ -325,6 +328,8 @@ def somewhere(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("somewhere"))
         patch.setattr(eqx.debug, "breakpoint_if", lambda *args, **options: None)
+        # jaxtyping writes all that was given into each message, which takes long.
+        patch.setattr(eqx, "tree_pformat", lambda tree, **options: type(tree).__name__)
         vn.save("tree.vernal", {"a": 1.0})
         RESULT.history.save("history.vernal")
         before = jax.config.jax_traceback_filtering
@@ -349,6 +354,11 @@ def test_one_argument_is_wrong(name):
                 faults.append(f"{what} as {names}: {told}: {error!r:.200}")
     vernal.plot.plt.close("all")
     assert not faults, "\n".join(faults)
+
+
+def test_what_is_given_can_be_written_into_a_message():
+    for given in (*WRONG.values(), *RIGHT.values(), *INSTANCES.values()):
+        assert WRITTEN(given)
 
 
 def test_there_is_something_to_walk():
