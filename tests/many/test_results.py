@@ -62,6 +62,26 @@ def test_the_errors_of_each_are_its_own(kind, batch):
         np.testing.assert_allclose(found, jax.tree.leaves(own), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["observed", "sandwich"])
+def test_tables_have_errors_of_the_kind_asked_for(kind):
+    result, data = solved(), spectra()
+    errors = result.errors(data, kind=kind)
+    assert not np.allclose(errors.mean, result.errors(data).mean, equal_nan=True)
+    columns = result.to_dict(data, kind=kind)
+    np.testing.assert_array_equal(columns["error[mean]"], errors.mean)
+    frame = result.to_dataframe(data, kind=kind)
+    np.testing.assert_array_equal(frame["error[mean]"], errors.mean)
+    table = result.table(data, kind=kind)
+    assert table != result.table(data)
+    good = min(set(range(SIZE)) - set(BROKEN))
+    report = result.report(good, data, kind=kind)
+    assert report.error_kind == kind
+    np.testing.assert_allclose(report["mean"].error, errors.mean[good], rtol=1e-6)
+    reverse = result.errors(data, kind=kind, jac="bwd")
+    again = result.to_dict(data, kind=kind, jac="bwd")["error[mean]"]
+    np.testing.assert_array_equal(again, reverse.mean)
+
+
 def test_errors_compile_once():
     traces = 0
 
