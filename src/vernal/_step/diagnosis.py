@@ -16,7 +16,7 @@ from .._boundary import PyTree, debugged, is_debugged, spelled_leaves
 from .._data import Minibatches, as_batch
 from .._likelihoods import Poisson
 from .._policy import SKIP_ADVICE
-from .._program import program, version_of
+from .._program import program
 from .._tree import by_path, is_inexact
 from .abstract_trainer import (
     AbstractTrainer,
@@ -167,21 +167,13 @@ def _bad_update(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     *_, lasts = jax.device_get(progress_of(trainer).nan_counts)
     if lasts[-1] < lasts.max() or lasts[-1] < 0:
         return ()
-    hooks: dict[str, Callable[..., Any]] = {
-        "transform_grads": lambda *args: args[0].transform_grads(
-            _gradients(*args), args[0].model
-        ),
-        "constrain": lambda *args: template_of(trainer).trained(
-            args[0].constrain(args[0].model)
-        ),
-    }
-    for name, hook in hooks.items():
-        if overrides(trainer, name):
-            changed = _evaluated(stripped(trainer), batch, hook)
-            if bad := _bad_paths(changed):
-                return (f"What `{name}` returns is not finite in {bad}.",)
-    own = [f"`{name}`" for name in hooks if overrides(trainer, name)]
-    makers = " or ".join(["the optimiser", *own])
+    hooks = {"transform_grads": _changed_gradients, "constrain": _constrained}
+    own = [name for name in hooks if overrides(trainer, name)]
+    for name in own:
+        changed = _evaluated(stripped(trainer), batch, hooks[name])
+        if bad := _bad_paths(changed):
+            return (f"What `{name}` returns is not finite in {bad}.",)
+    makers = " or ".join(["the optimiser", *(f"`{name}`" for name in own)])
     return (f"The update that {makers} made of it is not.",)
 
 
@@ -269,11 +261,8 @@ def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
 
 def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
     """Says whether a method's result is finite; without a name, the loss's."""
-    method = {
-        "residuals": residuals_as_returned,
-        "nll": negative_log_likelihood,
-    }.get(name, lambda *args: score(*args).loss)
-    value = _evaluated(trainer, batch, method)
+    own = {"residuals": residuals_as_returned, "nll": negative_log_likelihood}
+    value = _evaluated(trainer, batch, own.get(name, _loss))
     if value is None or not is_inexact(value) or not _described(value):
         return ""
     what = f"`{name}`" if name else "half the sum of squared `residuals`"
@@ -291,6 +280,18 @@ def _impossible(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     terms = _evaluated(trainer, batch, residual_terms)
     found = [term.impossible() for term in terms or () if isinstance(term, Poisson)]
     return tuple(sentence for sentence in found if sentence)
+
+
+def _loss(trainer: AbstractTrainer, batch: Any, key: Any) -> Any:
+    return score(trainer, batch, key).loss
+
+
+def _changed_gradients(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
+    return trainer.transform_grads(_gradients(trainer, batch, key), trainer.model)
+
+
+def _constrained(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
+    return template_of(trainer).trained(trainer.constrain(trainer.model))
 
 
 def _gradients(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
@@ -314,8 +315,11 @@ def _raise_at_origin(trainer: AbstractTrainer, batch: Any) -> None:
 
 def _evaluated(trainer: AbstractTrainer, batch: Any, method: Callable[..., Any]) -> Any:
     """Evaluates a method, `None` if that fails: what is explained is another error."""
-    # A new function, so that it is compiled again: the user's code may have changed.
-    fn = eqx.filter_jit(lambda t, b: method(t, b, step_key(t)))
-    with contextlib.suppress(Exception), version_of((trainer, batch)).context():
-        return fn(trainer, batch)
+    with contextlib.suppress(Exception):
+        return _evaluate(trainer, batch, method)
     return None
+
+
+@program
+def _evaluate(trainer: AbstractTrainer, batch: Any, method: Callable[..., Any]) -> Any:
+    return method(trainer, batch, step_key(trainer))
