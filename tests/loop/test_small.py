@@ -65,24 +65,33 @@ def otherwise(monkeypatch):
     return call
 
 
+# Each for a wave of its own, so that what one of them does is not seen by the others.
 RULES = {
-    "adam": lambda: optax.adam(0.05),
-    "momentum": lambda: optax.sgd(0.05, momentum=0.9),
-    "schedule": lambda: optax.adamw(optax.cosine_decay_schedule(0.1, 100)),
-    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)),
-    "by path": lambda: vn.ParamOptimiser({"a": optax.sgd(0.1), "**": optax.adam(0.05)}),
-    "noisy": lambda: optax.noisy_sgd(0.01, key=1),
+    "adam": optax.adam(0.05),
+    "momentum": optax.sgd(0.05, momentum=0.9),
+    "schedule": optax.adamw(optax.cosine_decay_schedule(0.1, 100)),
+    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)),
+    "noisy": optax.noisy_sgd(0.01, key=1),
 }
+
+
+class Waves(Fit):
+    """A sine for each rule, all of them NaN at some steps."""
+
+    def loss(self, model, batch):
+        one_loss = super().loss
+        return sum(one_loss(wave, batch) for wave in model.values())
 
 
 @pytest.mark.as_compiled
 @pytest.mark.loose_dtypes
 @pytest.mark.loose_ranks
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("rule", list(RULES))
-def test_fits_are_those_of_the_other_way(rule, dtype, used, otherwise):
+def test_fits_are_those_of_the_other_way(dtype, used, otherwise):
     data = jax.tree.map(lambda x: x.astype(dtype), DATA)
-    make = lambda: run(fit_of(rule=RULES[rule](), dtype=dtype), data=data)
+    wave = fit_of(dtype=dtype).model
+    waves = Waves(dict.fromkeys(RULES, wave), vn.ParamOptimiser(RULES))
+    make = lambda: run(waves, data=data)
     one = make()
     assert used == [True]
     other = otherwise(make)
