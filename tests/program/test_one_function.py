@@ -208,8 +208,9 @@ def test_arguments_that_are_not_used():
 
 
 @pytest.mark.as_compiled
-@pytest.mark.seams
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(np.float32, marks=pytest.mark.seams), np.float64]
+)
 @pytest.mark.parametrize("size", [20, 1_000, 5_000, 100_000])
 @pytest.mark.parametrize("index", ["fixed", "of the loop"])
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["NumPy", "JAX"])
