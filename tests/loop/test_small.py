@@ -68,9 +68,10 @@ def otherwise(monkeypatch):
 # Each for a wave of its own, so that what one of them does is not seen by the others.
 RULES = {
     "adam": optax.adam(0.05),
-    "momentum": optax.sgd(0.05, momentum=0.9),
+    "clipped": optax.chain(
+        optax.clip_by_global_norm(0.1), optax.sgd(0.05, momentum=0.9)
+    ),
     "schedule": optax.adamw(optax.cosine_decay_schedule(0.1, 100)),
-    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)),
     "noisy": optax.noisy_sgd(0.01, key=1),
 }
 
