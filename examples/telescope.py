@@ -70,6 +70,9 @@ class Exposures(eqx.Module):
         return jax.vmap(image)(self.position, self.flux, self.defocus)
 
 
+images_of = eqx.filter_jit(Exposures.__call__)
+
+
 class Fit(vn.Trainer):
     def residuals(self, model, batch):
         images, sigma = batch
@@ -99,7 +102,7 @@ def observe(seed):
         defocus=jnp.asarray([0.0, 6e-8, -6e-8]),
         optics=telescope(),
     )
-    expected = truth()
+    expected = images_of(truth)
     sigma = jnp.sqrt(expected + READ_NOISE**2)
     noise = rng.normal(0, READ_NOISE, expected.shape)
     return truth, (jnp.asarray(rng.poisson(expected) + noise), sigma)
@@ -198,7 +201,7 @@ def draw(batch, model, losses, goal, output):
     plt.style.use(HERE / "style.mplstyle")
     figure, axes = plt.subplot_mosaic("ABC;DDD", figsize=(9, 6.4))
     (data, _, _), (sigma, _, _) = batch
-    fitted, _, _ = model()
+    fitted, _, _ = images_of(model)
     pictures = {
         "data, square root": (jnp.sqrt(jnp.maximum(data, 0)), "magma"),
         "fitted, square root": (jnp.sqrt(fitted), "magma"),

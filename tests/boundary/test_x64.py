@@ -11,6 +11,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
+from marked import marked
 from models import Line, same
 
 X = np.linspace(0.0, 1.0, 8)
@@ -75,10 +76,14 @@ def test_made_in_float64_and_used_in_float32(name):
         USES[name](trainer)
 
 
+# Others end in what these call.
+APART = ("step in jit", "fit", "minibatches", "stream", "solve", "minimise")
+APART += ("fit_many", "unroll", "whiten", "curvature")
+
+
 @pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.loose_dtypes
-@pytest.mark.seams
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", marked(pytest.mark.seams, USES, *APART))
 def test_made_in_float32_and_used_in_float64(name):
     """It works, and every dtype of the trainer stays."""
     with jax.enable_x64(False):

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import vernal as vn
 from inside import cache_size, placement, run_chunk, run_step
+from marked import marked
 from meshes import ADAM, BATCH, FITS, RULES, Drawn, Settled, mesh_of, starts, stream
 from models import (
     Gaussian,
@@ -49,8 +50,9 @@ def same_histories(ours, theirs):
         np.testing.assert_allclose(ours[name], column, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.seams
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize(
+    "name", marked(pytest.mark.seams, FITS, "minibatches", "stream", "whitened")
+)
 def test_a_fit_on_eight_devices(name):
     trainer, data, options = FITS[name]()
     one = trainer.fit(data, 30, **options)

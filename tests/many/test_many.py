@@ -11,6 +11,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
+from marked import marked
 from models import (
     GaussianFit,
     LineFit,
@@ -104,8 +105,7 @@ VARIED = {
 
 
 @pytest.mark.loose_dtypes
-@pytest.mark.seams
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", marked(pytest.mark.seams, VARIED, "rules", "keys"))
 def test_each_is_as_it_were_alone(name):
     trainers = VARIED[name]()
     data = jnp.array(0.2) if name == "mixed" else BATCH
@@ -412,8 +412,7 @@ def test_with_projectors(shared):
 # With a solver.
 
 
-@pytest.mark.seams
-@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("batch", marked(pytest.mark.seams, [None, 2], None))
 @pytest.mark.parametrize("solver", [LM, optx.BFGS(rtol=1e-8, atol=1e-8)])
 def test_a_solver_for_each(solver, batch):
     x, y, sigma = gaussian_batch()

@@ -108,8 +108,9 @@ def loaded(trainer, new, file):
     return vn.load(file, Bowl(tree(), new))
 
 
-@pytest.mark.seams
-@pytest.mark.parametrize("change", [replaced, loaded])
+@pytest.mark.parametrize(
+    "change", [pytest.param(replaced, marks=pytest.mark.seams), loaded]
+)
 @pytest.mark.parametrize("name", NESTS)
 def test_the_script_has_its_rates(name, change, file):
     make = NESTS[name]

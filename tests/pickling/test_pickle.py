@@ -19,6 +19,7 @@ from equinox._module._module import _currently_initialising
 
 import vernal as vn
 from inside import digest_of
+from marked import marked
 from models import line, line_batch, zoo
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -133,6 +134,8 @@ OPTIMISERS = {
 }
 # Optax compares these by their identity, whoever copies them.
 BY_IDENTITY = ("inject_schedule", "multi_steps")
+# One of each way in which Optax keeps what it is given.
+OF_OPTAX = ("chain", "schedule", "masked", "inject", *BY_IDENTITY, "groups")
 
 
 def scalars():
@@ -202,8 +205,7 @@ def all_ways(obj):
 
 
 @pytest.mark.loose_dtypes
-@pytest.mark.seams
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", marked(pytest.mark.seams, OPTIMISERS, *OF_OPTAX))
 def test_optimisers_and_their_trainers(name):
     trainer = Fit(line(), OPTIMISERS[name]())
     if name == "none":

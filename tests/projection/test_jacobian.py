@@ -73,7 +73,6 @@ def test_the_defect_is_that_of_one_condition_number(dtype, condition, units):
     )
 
 
-@pytest.mark.seams
 @pytest.mark.parametrize(("dtype", "condition", "units"), SPECTRA)
 def test_errors_are_those_of_the_singular_values(dtype, condition, units):
     jac = prescribed(condition, units, dtype)

@@ -12,6 +12,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
+from marked import marked
 from models import Gaussian, GaussianFit, same
 
 X = jnp.linspace(-5.0, 5.0, 60)
@@ -82,11 +83,13 @@ def by_hand(trainer, solver, batch, max_steps):
     return to_params, optx.least_squares(residuals, solver, start, **options)
 
 
-@pytest.mark.seams
 @pytest.mark.parametrize(
     ("name", "space"),
     [
-        *((name, "parameters") for name in SOLVERS),
+        *(
+            pytest.param(name, "parameters", marks=pytest.mark.seams)
+            for name in SOLVERS
+        ),
         *((name, "latent") for name in ("BFGS", "LBFGS", "LevenbergMarquardt")),
     ],
 )
@@ -223,8 +226,7 @@ STUMBLES = {
 }
 
 
-@pytest.mark.seams
-@pytest.mark.parametrize("name", STUMBLES)
+@pytest.mark.parametrize("name", marked(pytest.mark.seams, STUMBLES, "on the way"))
 @pytest.mark.parametrize(
     "solver",
     [

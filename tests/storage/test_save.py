@@ -25,8 +25,6 @@ from models import (
     zoo,
 )
 
-pytestmark = pytest.mark.seams
-
 BATCH = gaussian_batch()
 
 
@@ -63,6 +61,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.seams
 @pytest.mark.loose_dtypes
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_save_load_steps(name, file):
@@ -74,6 +73,7 @@ def test_steps_save_load_steps(name, file):
     assert same(loaded.fit(BATCH, 7).trainer, half.fit(BATCH, 7).trainer)
 
 
+@pytest.mark.seams
 def test_rates_and_policy_come_from_the_program(file):
     vn.save(file, trainer().fit(BATCH, 5).trainer)
     like = trainer(rules(0.5), nan_policy=vn.ZeroNans() | vn.StopAfter(3))
@@ -84,6 +84,7 @@ def test_rates_and_policy_come_from_the_program(file):
     assert loaded.fit(BATCH, 3).trainer.step_count == 8
 
 
+@pytest.mark.seams
 def test_moments_can_start_anew(file):
     old = trainer().fit(BATCH, 5).trainer
     vn.save(file, old)
@@ -101,6 +102,7 @@ def test_moments_can_start_anew(file):
 PARTS = ("opt_state", "best", "nan_report", "policy_state", "step_count")
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize("part", [*PARTS, PARTS])
 def test_each_of_many_can_start_anew(part, file):
     """To the same as if it were loaded alone."""
@@ -122,6 +124,7 @@ def test_each_of_many_can_start_anew(part, file):
     assert vn.fit_many(loaded, line_batch(), 3).trainers.step_count.shape == (2,)
 
 
+@pytest.mark.seams
 def test_counts_of_what_was_not_finite_are_kept(file):
     x, y, sigma = BATCH
     bad = trainer(nan_policy=vn.SkipStep()).fit((x, y.at[0].set(jnp.nan), sigma), 4)
@@ -152,6 +155,7 @@ TREES = {
 }
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize("name", TREES)
 def test_any_tree(name, file):
     tree = TREES[name]()
