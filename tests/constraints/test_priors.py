@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import optimistix as optx
 import pytest
@@ -318,6 +319,33 @@ def test_a_model_without_density_is_refused(name, tmp_path):
     message = "(density of 'c' is|density of `priors` is) zero"
     with pytest.raises((ValueError, eqx.EquinoxRuntimeError), match=message):
         jax.block_until_ready(enter(path, -3.0).params)
+
+
+@pytest.mark.parametrize("prior", [dist.Uniform(4.0, 6.0), dist.Gamma(2.0, 1.0)])
+def test_outside_of_its_support_a_density_is_zero(prior):
+    """NumPyro returns a finite one there, unless it is told to look."""
+    make = lambda c: Linear(at(c), optax.sgd(1e-3), priors={"c": prior})
+    with pytest.raises(ValueError, match="density of 'c' is zero"):
+        make(-1.0)
+    trainer = make(5.0)
+    value = trainer.evaluate(at(5.0), BATCH)
+    expected = Linear(at(5.0)).evaluate(at(5.0), BATCH) - prior.log_prob(5.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    assert trainer.evaluate(at(-1.0), BATCH) == np.inf
+    end = trainer.solve(SOLVERS["BFGS"], BATCH).trainer
+    assert prior.support(end.model["c"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_that_leaves_the_support_goes_on_from_its_file(tmp_path):
+    """Its last update is not seen before the next step; its best is within."""
+    start = Linear(at(0.05), optax.sgd(1e-2), priors={"c": Gamma(2.0, 1.0)})
+    x, y = BATCH
+    after = start.fit((x, y - 10), 1, progress=False).trainer
+    assert after.model["c"] < 0 < after.best["c"]
+    vn.save(tmp_path / "fit.vernal", after)
+    again = vn.load(tmp_path / "fit.vernal", start)
+    assert again.model["c"] == after.model["c"]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_errors_are_forecast_at_the_truth(name):
     found = []
     for _ in range(200):
         trainer, batch = AT_THE_TRUTH[name]()
-        found.append(inside.around(trainer, batch, "It").truth_p_value)
+        found.append(inside.around(trainer, batch, "It").truth_p_values[1])
         trainer.standard_errors(batch)
     # What is almost at the minimum counts as there.
     near = np.asarray(found) == 1
@@ -80,17 +80,52 @@ def test_errors_are_forecast_at_the_truth(name):
     assert p_value > 1e-4, p_value
 
 
+class Rates(vn.Trainer):
+    def residuals(self, model, counts):
+        rate = jnp.broadcast_to(jnp.exp(model["log_rate"]), counts.shape)
+        return vn.likelihoods.Poisson(rate, counts)
+
+
+def rates(rate):
+    return Rates({"log_rate": jnp.log(jnp.asarray(rate))})
+
+
+def exact(size):
+    x = np.linspace(0.0, 3.0, 40)
+    return Decay(model(size)), (x, 2.0 * np.exp(-0.5 * x), np.full(40, 0.1))
+
+
+# Where the scatter of the data says little of their errors.
+QUIET = {
+    "sparse counts": lambda: (rates(0.01), RANDOM.poisson(0.01, 500)),
+    "no counts": lambda: (rates(0.001), np.zeros(500, int)),
+    "data without noise": lambda: exact(2.0002),
+    "a tenth of an error": lambda: exact(2.003),
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_little_scatter_is_no_reason_to_warn(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(60):
+            trainer, batch = QUIET[name]()
+            trainer.standard_errors(batch)
+
+
 def test_the_probability_is_that_of_the_f_test():
     trainer, batch = Decay(model(2.1)), decays(40)
     here = inside.around(trainer, batch, "It")
     explained = 2 * float(here.distance.edm)
     ratio = (explained / 2) / ((here.deviance - explained) / 38)
     expected = scipy.stats.f.sf(ratio, 2, 38)
-    np.testing.assert_allclose(here.truth_p_value, expected, rtol=1e-8)
+    np.testing.assert_allclose(here.truth_p_values[1], expected, rtol=1e-8)
+    known = scipy.stats.chi2.sf(explained, 2)
+    np.testing.assert_allclose(here.truth_p_values[0], known, rtol=1e-8)
     trainer, batch = Counts(model(103.0)), counts(30)
     here = inside.around(trainer, batch, "It")
     expected = scipy.stats.chi2.sf(2 * float(here.distance.edm), 2)
-    np.testing.assert_allclose(here.truth_p_value, expected, rtol=1e-8)
+    np.testing.assert_allclose(here.truth_p_values, [expected] * 2, rtol=1e-8)
 
 
 DATA, COUNTED = decays(40), counts(30)
@@ -101,12 +136,13 @@ FAR_AWAY = {
     "counts": (Counts(model(130.0)), COUNTED),
     "bounds": (Decay(model(1.0), bounds={"rate": (0.0, 2.0)}), DATA),
     "lost data": (Decay(model(1.0)), decays(40, lost=20)),
+    "few counts": (rates(1.3e4), np.full(2, 10_000)),
     "a fit cut short": (Decay(model(1.0), optax.sgd(1e-9)).fit(DATA, 2).trainer, DATA),
 }
 ENTRANCES = {
     "standard_errors": lambda trainer, batch: trainer.standard_errors(batch),
     "propagate": lambda trainer, batch: trainer.propagate(
-        lambda model: model["size"], batch
+        lambda model: jax.tree.leaves(model)[0], batch
     ),
     "draw": lambda trainer, batch: trainer.draw(jax.random.key(0), 3, batch),
 }
@@ -122,17 +158,74 @@ def test_far_away_there_is_a_warning(name, entrance):
         ENTRANCES[entrance](trainer, batch)
     # It points to the line above.
     assert warned[0].filename == __file__
-    solver = optx.BFGS(1e-8, 1e-8) if isinstance(trainer, Counts) else LM
+    solver = optx.BFGS(1e-8, 1e-8) if isinstance(trainer, Counts | Rates) else LM
     end = trainer.whiten(batch).solve(solver, batch, max_steps=1024).trainer
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ENTRANCES[entrance](end, batch)
 
 
-def test_within_a_program_nothing_is_said():
-    at = lambda size: Decay(model(size)).standard_errors(DATA)["size"]
+class Line(vn.Trainer):
+    """Its Jacobian depends on nothing that is mapped."""
+
+    def residuals(self, model, batch):
+        x, y, std = batch
+        return (model["size"] * x + model["rate"] - y) / std
+
+
+class Quadratic(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(Line.residuals(self, model, batch)))
+
+
+def at_size(trainer, **options):
+    def errors(size):
+        return trainer(model(size)).standard_errors(DATA, **options)["size"]
+
+    return errors
+
+
+def at_data(trainer):
+    def errors(shift):
+        x, y, std = DATA
+        return trainer(model()).standard_errors((x, y + shift, std))["size"]
+
+    return errors
+
+
+WITHIN = {
+    "decay, model": at_size(Decay),
+    "decay, data": at_data(Decay),
+    "line, model": at_size(Line),
+    "line, data": at_data(Line),
+    "line, observed": at_size(Line, kind="observed"),
+    "quadratic, model": at_size(Quadratic),
+    "quadratic, data": at_data(Quadratic),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_within_a_program_nothing_is_said(name):
+    errors, at = WITHIN[name], jnp.asarray([1.0, 2.0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = jax.vmap(at)(jnp.asarray([1.0, 2.0]))
+        found = jax.vmap(errors)(at), [jax.jit(errors)(x) for x in at]
     with pytest.warns(UserWarning, match=FAR):
-        np.testing.assert_allclose(found[0], at(1.0), rtol=1e-10)
+        expected = [errors(x) for x in at]
+    for each in found:
+        np.testing.assert_allclose(each, expected, rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
+@pytest.mark.parametrize("name", WITHIN)
+def test_errors_are_not_differentiated(name):
+    """They would have a derivative of zero, without a word."""
+    errors = WITHIN[name]
+    transformed = jax.grad(errors), jax.jit(jax.grad(errors)), jax.grad(jax.jit(errors))
+    for fn in (*transformed, lambda x: jax.jvp(errors, (x,), (x,))):
+        with pytest.raises(TypeError, match=r"differentiated.*trainer\.fisher"):
+            fn(jnp.asarray(1.0))
+    constant = jax.grad(lambda x: x * errors(jax.lax.stop_gradient(x)))
+    np.testing.assert_allclose(
+        constant(jnp.asarray(2.0)), jax.jit(errors)(2.0), rtol=1e-10
+    )

@@ -92,18 +92,17 @@ class Priors(Portable, PlainMethods, eqx.Module):
 
         A normal prior allows all of them.
         """
-        named, allowed = by_path(model).by_name(), []
+        named = by_path(model).by_name()
         for path, prior in self.others.items():
-            is_finite = jnp.isfinite(prior.decode().log_prob(named[path]))
-            allowed.append(jnp.all(is_finite))
-            if not isinstance(allowed[-1], Tracer) and not allowed[-1]:
-                raise ValueError(
-                    f"`priors`: the density of {path!r} is zero or not finite where it "
-                    f"starts, at {named[path]}. Start where its prior allows."
-                )
-        if any(isinstance(flag, Tracer) for flag in allowed):
-            message = "A density of `priors` is zero or not finite at the start."
-            return eqx.error_if(params, ~jnp.all(jnp.stack(allowed)), message)
+            is_allowed = jnp.all(jnp.isfinite(_density(prior.decode(), named[path])))
+            message = (
+                f"`priors`: the density of {path!r} is zero or not finite where it "
+                "starts{}. Start where its prior allows."
+            )
+            if isinstance(is_allowed, Tracer):
+                params = eqx.error_if(params, ~is_allowed, message.format(""))
+            elif not is_allowed:
+                raise ValueError(message.format(f", at {named[path]}"))
         return params
 
     def penalty(self, model: PyTree) -> Float[Array, ""]:
@@ -118,7 +117,7 @@ class Priors(Portable, PlainMethods, eqx.Module):
             for path, prior in self.normal.items()
         ]
         terms += [
-            -jnp.sum(prior.decode().log_prob(named[path]))
+            -jnp.sum(_density(prior.decode(), named[path]))
             for path, prior in self.others.items()
         ]
         dtype = widest(term.dtype for term in terms)
@@ -180,6 +179,17 @@ def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
                 f"broadcast to that of the parameter, {leaf.shape}."
             )
     return Priors(normal, others) if normal or others else None
+
+
+def _density(prior: Any, value: Array) -> Array:
+    """Returns the logarithm of a density: minus infinity outside of its support.
+
+    There NumPyro has a finite value, unless told to look (`validate_args`).
+    """
+    density = prior.log_prob(value)
+    if _library(prior) != "numpyro":
+        return density
+    return jnp.where(prior.support(value), density, -jnp.inf)
 
 
 def _library(prior: Any) -> str:

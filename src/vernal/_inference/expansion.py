@@ -4,20 +4,22 @@ import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from .._boundary import boolean, warn
-from .._curvature import Mode
+from .._curvature import Mode, matmul
 from .._fit import distance_here
 from .._minimum import (
     Distance,
     along,
+    chi_squared_p_value,
     has_minimum,
     hessian_distance,
     spectral_distance,
-    truth_p_value,
+    truth_p_values,
     what_falls,
 )
 from .._projection import DenseWhitening
@@ -43,7 +45,8 @@ class Around(NamedTuple):
     - `rank`: the number of directions that the data constrain.
     - `kind`: which matrix the errors come from.
     - `penalty`: twice the negative logarithm of the priors, `None` without any.
-    - `truth_p_value`: the probability that the truth is as far from the minimum.
+    - `truth_p_values`: how probable it is that the truth is as far from the minimum,
+        with errors as they are said to be, and with errors of any scale.
     """
 
     whitening: DenseWhitening
@@ -55,7 +58,7 @@ class Around(NamedTuple):
     rank: int
     kind: ErrorKind
     penalty: float | None
-    truth_p_value: float
+    truth_p_values: tuple[float, float]
 
     @property
     def chi_squared(self) -> float | None:
@@ -177,7 +180,8 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
     def distance() -> Distance:
         # On the host, where nothing is compiled.
         squares = np.sum(np.square(np.asarray(deviances, float)))
-        squares = np.asarray(squares, parts.squares.dtype)
+        with np.errstate(over="ignore"):
+            squares = np.asarray(squares, parts.squares.dtype)
         sums = spectrum, parts.slope, squares, data_count + rows, held
         return spectral_distance(*sums, params, trainer.projector)
 
@@ -188,9 +192,9 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
         own = (part[: len(part) - rows] for part in both)
         of_data = of_spectrum(reduced(*own).spectrum, params, NULLS, "", here.eps)
     of_each = np.square(np.asarray(deviances, float))
-    # Missing data have residuals of zero. Only residuals have an unknown scatter.
+    # Missing data have residuals of zero.
     squares = float(of_each.sum()), int(np.count_nonzero(of_each))
-    scattered = squares if what_falls(trainer) == "residuals" else None
+    scattered = None if derived.data.has_scale else squares
     return Around(
         whitening=here.whitening,
         deviance=float(of_each[: of_each.size - rows].sum()),
@@ -201,26 +205,58 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
         rank=_rank(of_data),
         kind=here.kind,
         penalty=_penalty(trainer),
-        truth_p_value=_truth_p_value(away, here.whitening, scattered),
+        truth_p_values=_truth_p_values(away, here.whitening, scattered),
     )
 
 
-def _truth_p_value(
+def _truth_p_values(
     distance: Distance | None,
     whitening: DenseWhitening,
     squares: tuple[float, int] | None,
-) -> float:
+) -> tuple[float, float]:
     if distance is None:
-        return 1.0
-    return truth_p_value(distance, _rank(whitening), squares)
+        return 1.0, 1.0
+    return truth_p_values(distance, _rank(whitening), squares)
 
 
-def warn_if_far(trainer: AbstractTrainer, here: Around, name: str) -> None:
+def may_be_far(here: Laplace) -> bool:
+    """Whether a point may be so far from the minimum that it is worth a look.
+
+    By the whitening that is there. That of a sandwich is of another curvature.
+    """
+    if here.kind == "sandwich":
+        return True
+    if here.reduced is None:
+        gradient, unit = here.derived.found[0].gradient, 1.0
+    else:
+        assert here.spectrum is not None
+        gradient, unit = here.reduced.slope, here.spectrum.scale
+    chi_squared = float(_chi_squared(here.whitening, gradient, unit))
+    # What is not known is looked at.
+    is_known = np.isfinite(chi_squared)
+    p_value = chi_squared_p_value(chi_squared, _rank(here.whitening))
+    return not (is_known and p_value > _NO_ACCIDENT)
+
+
+@jax.jit
+def _chi_squared(
+    whitening: DenseWhitening, gradient: Float[Array, " D"], unit: Any
+) -> Float[Array, ""]:
+    r"""Computes $g^\top P P^\top g$ from a gradient in units of the parameters."""
+    along = matmul(whitening.scale / unit * gradient, whitening.vectors)
+    return jnp.sum(jnp.square(along * jnp.maximum(whitening.roots, 0)))
+
+
+def warn_if_far(
+    trainer: AbstractTrainer, here: Around, name: str, scale_errors: bool
+) -> None:
     """Warns that `name` is asked for farther from the minimum than the truth is.
 
     Errors are forecast at the truth of simulated data, which has its own distance.
     """
-    if here.distance is None or here.truth_p_value > _NO_ACCIDENT:
+    known, any_scale = here.truth_p_values
+    p_value = any_scale if scale_errors else max(known, any_scale)
+    if here.distance is None or not p_value <= _NO_ACCIDENT:
         return
     where = along(np.asarray(here.distance.direction, float), trainer.params)
     warn(
@@ -255,7 +291,7 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         rank=_rank(here.whitening),
         kind=here.kind,
         penalty=penalty,
-        truth_p_value=_truth_p_value(away, here.whitening, None),
+        truth_p_values=_truth_p_values(away, here.whitening, None),
     )
 
 

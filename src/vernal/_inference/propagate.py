@@ -55,7 +55,7 @@ def propagate(
     trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A propagated error", jac, kind)
     scale = here.error_scale(scale_errors)
-    warn_if_far(trainer, here, "propagate")
+    warn_if_far(trainer, here, "propagate", scale_errors)
     return propagated(trainer, fn, here, scale)
 
 
@@ -178,7 +178,7 @@ def draw(
             "of each (`train=`), or add a prior."
         )
     scale = here.error_scale(scale_errors)
-    warn_if_far(trainer, here, "draw")
+    warn_if_far(trainer, here, "draw", scale_errors)
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
     normal, again = jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1)
     args = stripped(trainer), here.whitening, normal, jnp.asarray(scale)

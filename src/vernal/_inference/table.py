@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .._boundary import refuse_program
+from .._boundary import boolean, refuse_program
 from .._curvature import Mode
 from .._minimum import edm_note
 from .._step import AbstractTrainer, in_free_coordinates
@@ -24,6 +24,7 @@ def table(
 ) -> str:
     """Implements `Trainer.table`."""
     refuse_program("table", trainer, batch)
+    scale_errors = boolean(scale_errors, "scale_errors")
     trainer, here, note, scale = in_free_coordinates(trainer), None, None, 1.0
     if batch is not None:
         here = around(trainer, batch, "A standard error", jac, kind)

@@ -33,10 +33,10 @@ from .._step import (
     template_of,
     tied_words,
 )
-from .._tree import as_parameters, by_path, ravel, ravel_size, unravel
+from .._tree import as_parameters, by_path, is_inexact, ravel, ravel_size, unravel
 from .derivatives import Derived, Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
-from .expansion import expanded, warn_if_far
+from .expansion import expanded, may_be_far, warn_if_far
 from .fisher import require_likelihood
 from .laplace import (
     NULLS,
@@ -59,20 +59,39 @@ def standard_errors(
     """Implements `Trainer.standard_errors`."""
     if boolean(scale_errors, "scale_errors"):
         refuse_program("standard_errors(scale_errors=True)", trainer, batch)
+    if is_traced(trainer, batch):
+        traced = lambda x: _constant(x) if is_traced(x) and is_inexact(x) else x
+        trainer, batch = jax.tree.map(traced, (trainer, batch))
     trainer = in_free_coordinates(trainer)
     here = laplace(trainer, batch, "A standard error", jac, kind)
     whitening = whitening_of_elements(trainer, here.whitening)
     errors = jnp.asarray(whitening.errors_of_the_data())
-    if not is_traced(errors):
+    if not is_traced(trainer, batch, here) and (scale_errors or may_be_far(here)):
         found = expanded(trainer, batch, here)
         scale = jnp.asarray(found.error_scale(scale_errors), errors.dtype)
-        warn_if_far(trainer, found, "standard_errors")
+        warn_if_far(trainer, found, "standard_errors", scale_errors)
         # Without scatter it is zero, and an infinite error stays infinite.
         errors = jnp.where(jnp.isfinite(errors), scale * errors, errors)
     if bounds_of(trainer) is not None:
         held = held_elements(trainer, here.derived.held)
         errors = jnp.where(held, jnp.nan, errors)
     return unravel(errors, as_parameters(elements_of(trainer)))
+
+
+@jax.custom_jvp
+def _constant(x: Array) -> Array:
+    """Returns what it is given, and refuses to be differentiated."""
+    return x
+
+
+@_constant.defjvp
+def _refuse(*_: Any) -> Any:
+    raise TypeError(
+        "`standard_errors` cannot be differentiated: it decomposes a matrix whose "
+        "eigenvalues may be equal. Differentiate the inverse of "
+        "`trainer.fisher(batch)`; or, if the errors are constants, call it with "
+        "`jax.lax.stop_gradient` of the trainer and the batch."
+    )
 
 
 def errors_or_nan(

@@ -21,8 +21,9 @@ from .edm import (
     Local,
     Triangle,
     along,
+    chi_squared_p_value,
     distance_of,
     edm_note,
-    truth_p_value,
+    truth_p_values,
     unknown,
 )

@@ -395,28 +395,38 @@ def unknown(like: Array | np.ndarray) -> Distance:
     return Distance(nan, nan, no, no, np.zeros(like.shape, like.dtype))
 
 
-def truth_p_value(
+def truth_p_values(
     distance: Distance, directions: int, squares: tuple[float, int] | None
-) -> float:
-    r"""Returns the probability that the truth is as far from the minimum as a point is.
+) -> tuple[float, float]:
+    r"""Returns how probable it is that the truth is as far from the minimum.
 
-    At the truth $2\,\mathrm{edm}$ has the distribution of chi-squared, with a degree of
-    freedom for each of the `directions` that are constrained. Where residuals may have
-    any scatter, its share of their `squares`, a sum and its count, has that of beta.
+    There $2\,\mathrm{edm}$ has the distribution of chi-squared, with a degree of
+    freedom for each of the `directions` that are constrained. That is the first number.
+    The second holds for errors of any scale: the share that $2\,\mathrm{edm}$ has in
+    the `squares` of residuals, a sum and its count, has the distribution of beta.
     """
     # A dependency of JAX.
-    from scipy.special import betainc, gammaincc
+    from scipy.special import betainc
 
     edm = float(distance.edm)
-    if not edm > _WORTH_A_NOTE * distance.limit or directions < 1:
-        return 1.0
+    if not edm > _WORTH_A_NOTE * distance.limit:
+        return 1.0, 1.0
+    known = chi_squared_p_value(2 * edm, directions)
     if squares is None:
-        return float(gammaincc(directions / 2, edm))
+        return known, known
     total, count = squares
     if count <= directions:
-        return 1.0
+        return known, 1.0
     rest = min(max(1 - 2 * edm / total, 0.0), 1.0)
-    return float(betainc((count - directions) / 2, directions / 2, rest))
+    return known, float(betainc((count - directions) / 2, directions / 2, rest))
+
+
+def chi_squared_p_value(value: float, degrees: int) -> float:
+    """Returns the probability of a larger chi-squared, one without any degrees."""
+    # A dependency of JAX. In 32 bits JAX's own has few digits.
+    from scipy.special import gammaincc
+
+    return float(gammaincc(degrees / 2, value / 2)) if degrees > 0 else 1.0
 
 
 def edm_note(distance: Distance, params: Params) -> str | None:

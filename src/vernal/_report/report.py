@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .._boundary import nearest_names
+from .._minimum import chi_squared_p_value
 from .._policy import StopReason
 from .._tree import UnknownPathError
 from .rows import ParameterRow
@@ -194,10 +195,7 @@ def p_value(chi_squared: float | None, degrees: int | None) -> float | None:
     """Returns the probability of a larger chi-squared, if it has a distribution."""
     if chi_squared is None or degrees is None or degrees <= 0:
         return None
-    # A dependency of JAX. In 32 bits JAX's own has few digits.
-    from scipy.special import gammaincc
-
-    return float(gammaincc(degrees / 2, chi_squared / 2))
+    return chi_squared_p_value(chi_squared, degrees)
 
 
 def criteria(

@@ -23,6 +23,7 @@ from .._step import (
     priors_of,
     progress_of,
     settled,
+    template_of,
     with_progress,
 )
 from .._tree import (
@@ -161,7 +162,9 @@ def _require_within(trainer: AbstractTrainer, source: str) -> None:
     """Refuses parameters outside of the bounds and priors of the script."""
     progress = progress_of(trainer)
     if (priors := priors_of(trainer)) is not None:
-        priors.required(trainer.model, progress.params)
+        # The last update of a fit may have left their support, and its best has not.
+        best = template_of(trainer).join(progress.best)
+        priors.required(best, progress.best)
     if (bounds := bounds_of(trainer)) is not None:
         bounds.required(progress.params)
         bounds.required(progress.best)
