@@ -691,7 +691,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         A tree like the parameters.
 
         **Raises:** as [`vernal.Trainer.fisher`][], and as [`vernal.Trainer.report`][]
-        if `scale_errors` finds no scatter.
+        if `scale_errors` finds no scatter; and a `TypeError` if it is differentiated.
 
         For the sandwich see Huber, *The behavior of maximum likelihood estimates under
         nonstandard conditions*, Proceedings of the Fifth Berkeley Symposium (1967), and
