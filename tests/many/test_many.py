@@ -145,7 +145,13 @@ def test_some_at_a_time_of_what_has_no_elements(solver, batch):
     if solver is not None:
         options["solver"] = solver
     whole = many(trainers, data, **options)
-    close(many(trainers, data, batch=batch, **options).trainers, whole.trainers)
+    parts = many(trainers, data, batch=batch, **options)
+    if solver is None:
+        close(parts.trainers, whole.trainers)
+        return
+    # Where nothing but rounding is left of the loss, a solver may take a step more.
+    assert parts.stop_reasons == whole.stop_reasons
+    close(parts.trainers.model, whole.trainers.model, rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
