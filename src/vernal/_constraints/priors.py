@@ -182,14 +182,26 @@ def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
 
 
 def _density(prior: Any, value: Array) -> Array:
-    """Returns the logarithm of a density: minus infinity outside of its support.
+    """Returns the logarithm of a density: minus infinity beyond its ends.
 
-    There NumPyro has a finite value, unless told to look (`validate_args`).
+    There NumPyro has a finite value, unless told to look (`validate_args`). At an end,
+    where a fit may be held, and of what has no ends (an angle, a simplex), it is right.
     """
     density = prior.log_prob(value)
     if _library(prior) != "numpyro":
         return density
-    return jnp.where(prior.support(value), density, -jnp.inf)
+    support = prior.support
+    own = getattr(support, "base_constraint", support)
+    if type(own).__name__ == "_Circular":
+        return density
+    low, high = (getattr(own, f"{side}_bound", None) for side in ("lower", "upper"))
+    is_within = jnp.ones_like(value, bool)
+    if low is not None:
+        is_within &= value >= low
+    if high is not None:
+        is_within &= value <= high
+    axes = tuple(range(value.ndim - support.event_dim, value.ndim))
+    return jnp.where(jnp.all(is_within, axes), density, -jnp.inf)
 
 
 def _library(prior: Any) -> str:

@@ -174,14 +174,13 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
     assert derived.deviances is not None
     assert derived.data is not None
     params, held = as_parameters(trainer.params), derived.held
-    deviances, rows = derived.deviances, prior_count(trainer)
-    data_count = int(derived.data.size)
+    of_each = np.square(np.asarray(derived.deviances, float))
+    rows, data_count = prior_count(trainer), int(derived.data.size)
 
     def distance() -> Distance:
         # On the host, where nothing is compiled.
-        squares = np.sum(np.square(np.asarray(deviances, float)))
         with np.errstate(over="ignore"):
-            squares = np.asarray(squares, parts.squares.dtype)
+            squares = np.asarray(of_each.sum(), parts.squares.dtype)
         sums = spectrum, parts.slope, squares, data_count + rows, held
         return spectral_distance(*sums, params, trainer.projector)
 
@@ -191,7 +190,6 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
         both = derived.found[0], derived.value
         own = (part[: len(part) - rows] for part in both)
         of_data = of_spectrum(reduced(*own).spectrum, params, NULLS, "", here.eps)
-    of_each = np.square(np.asarray(deviances, float))
     # Missing data have residuals of zero.
     squares = float(of_each.sum()), int(np.count_nonzero(of_each))
     scattered = None if derived.data.has_scale else squares

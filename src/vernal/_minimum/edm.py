@@ -422,7 +422,7 @@ def truth_p_values(
 
 
 def chi_squared_p_value(value: float, degrees: int) -> float:
-    """Returns the probability of a larger chi-squared, one without any degrees."""
+    """Returns the probability of a larger chi-squared: 1 without degrees of freedom."""
     # A dependency of JAX. In 32 bits JAX's own has few digits.
     from scipy.special import gammaincc
 
