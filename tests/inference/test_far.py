@@ -229,3 +229,46 @@ def test_errors_are_not_differentiated(name):
     np.testing.assert_allclose(
         constant(jnp.asarray(2.0)), jax.jit(errors)(2.0), rtol=1e-10
     )
+
+
+COLUMNS = {
+    "errors": lambda result, data, **options: result.errors(data, **options),
+    "table": lambda result, data, **options: result.table(data, **options),
+    "to_dict": lambda result, data, **options: result.to_dict(data, **options),
+}
+MANY = {
+    "residuals": (Decay, LM, {}, {}),
+    "a prior": (Decay, LM, {"priors": {"rate": vn.Normal(0.5, 0.1)}}, {}),
+    "bounds": (Decay, LM, {"bounds": {"rate": (0.0, 2.0)}}, {}),
+    "observed": (Decay, LM, {}, {"kind": "observed"}),
+    "sandwich": (Decay, LM, {}, {"kind": "sandwich"}),
+    "nll": (Quadratic, optx.BFGS(1e-8, 1e-8), {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_member_that_is_far_away_is_named(name):
+    kind, solver, options, errors = MANY[name]
+    x, _, std = DATA
+    if kind is Quadratic:
+        x, y = x - 1.0, np.stack([2.0 * x - 1.5] * 4)
+    else:
+        y = np.stack([decays(40)[1] for _ in range(4)])
+    # The data of one are no numbers, and it has no errors.
+    data, axes = (x, np.concatenate([y, [np.full(40, np.nan)]]), std), (None, 0, None)
+    away = [kind(model(3.0), optax.sgd(1e-9), **options)] * 5
+    many = vn.fit_many(away, data, 1, data_axis=axes)
+    message = rf"member 0 are asked for {FAR}.*\(edm\), along.*may hold of 1, 2, 3\."
+    for ask in COLUMNS.values():
+        with pytest.warns(UserWarning, match=message) as warned:
+            ask(many, data, **errors)
+        assert warned[0].filename == __file__
+    ends = vn.fit_many(away, data, 256, solver=solver, data_axis=axes)
+    there = [kind(ends.trainer(i).model, optax.sgd(1e-9), **options) for i in (0, 1)]
+    some = vn.fit_many(there + away[2:], data, 1, data_axis=axes)
+    with pytest.warns(UserWarning, match=r"member 2.*hold of 3\."):
+        some.errors(data, **errors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for ask in COLUMNS.values():
+            ask(ends, data, **errors)

@@ -8,7 +8,7 @@ compiled program beneath them, `laplace` the normal approximation that it makes,
 """
 
 from .derivatives import Passes, linearised
-from .expansion import around
+from .expansion import NO_ACCIDENT, around, how_far
 from .fisher import (
     Blocks,
     FisherKind,
@@ -21,5 +21,5 @@ from .laplace import ErrorKind, checked_kind
 from .propagate import draw, propagate
 from .report import report
 from .table import table
-from .uncertainty import errors_or_nan, objective, standard_errors
+from .uncertainty import KnownErrors, errors_or_nan, objective, standard_errors
 from .whiten import OF_WHITEN, whitened

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import boolean, warn
 from .._curvature import Mode, matmul
@@ -30,7 +30,7 @@ from .laplace import NULLS, ErrorKind, Laplace, laplace
 from .whiten import of_spectrum, reduced
 
 # A distance from the minimum that is less probable than this is no accident.
-_NO_ACCIDENT = 1e-6
+NO_ACCIDENT = 1e-6
 
 
 class Around(NamedTuple):
@@ -229,40 +229,60 @@ def may_be_far(here: Laplace) -> bool:
     else:
         assert here.spectrum is not None
         gradient, unit = here.reduced.slope, here.spectrum.scale
-    chi_squared = float(_chi_squared(here.whitening, gradient, unit))
+    fall = possible_fall(here.whitening, gradient, unit)
     # What is not known is looked at.
-    is_known = np.isfinite(chi_squared)
-    p_value = chi_squared_p_value(chi_squared, _rank(here.whitening))
-    return not (is_known and p_value > _NO_ACCIDENT)
+    return not fall.truth_p_value > NO_ACCIDENT
+
+
+class Fall(NamedTuple):
+    """How far chi-squared could fall, and along how many directions."""
+
+    chi_squared: Float[Array, "..."]
+    directions: Int[Array, "..."]
+
+    @property
+    def truth_p_value(self) -> Any:
+        """How probable it is that the truth is as far, NaN where it is not known."""
+        return chi_squared_p_value(*map(np.asarray, self))
 
 
 @jax.jit
-def _chi_squared(
+def possible_fall(
     whitening: DenseWhitening, gradient: Float[Array, " D"], unit: Any
-) -> Float[Array, ""]:
+) -> Fall:
     r"""Computes $g^\top P P^\top g$ from a gradient in units of the parameters."""
     along = matmul(whitening.scale / unit * gradient, whitening.vectors)
-    return jnp.sum(jnp.square(along * jnp.maximum(whitening.roots, 0)))
+    chi_squared = jnp.sum(jnp.square(along * jnp.maximum(whitening.roots, 0)))
+    return Fall(chi_squared, jnp.count_nonzero(whitening.roots > 0))
 
 
-def warn_if_far(
-    trainer: AbstractTrainer, here: Around, name: str, scale_errors: bool
-) -> None:
-    """Warns that `name` is asked for farther from the minimum than the truth is.
+def how_far(trainer: AbstractTrainer, here: Around, scale_errors: bool) -> str | None:
+    """Says how far the minimum is, `None` if the truth of the data could be as far.
 
     Errors are forecast at the truth of simulated data, which has its own distance.
     """
     known, any_scale = here.truth_p_values
     p_value = any_scale if scale_errors else max(known, any_scale)
-    if here.distance is None or not p_value <= _NO_ACCIDENT:
-        return
+    if here.distance is None or not p_value <= NO_ACCIDENT:
+        return None
     where = along(np.asarray(here.distance.direction, float), trainer.params)
-    warn(
-        f"`{name}` is asked for far from the minimum: what is fitted could fall by "
-        f"about {here.distance.edm:.3g} (edm){where}. Not even the truth would be so "
-        f"far from it (p < {_NO_ACCIDENT}). Unless the model is linear, the errors are "
-        f"not those of a fit. Fit first: `trainer.solve(solver, batch).{name}(...)`."
+    return (
+        "far from the minimum: what is fitted could fall by about "
+        f"{here.distance.edm:.3g} (edm){where}. Not even the truth would be so far "
+        f"from it (p < {NO_ACCIDENT}). Unless the model is linear, the errors are not "
+        "those of a fit."
     )
+
+
+def warn_if_far(
+    trainer: AbstractTrainer, here: Around, name: str, scale_errors: bool
+) -> None:
+    """Warns that `name` is asked for farther from the minimum than the truth is."""
+    if far := how_far(trainer, here, scale_errors):
+        warn(
+            f"`{name}` is asked for {far} Fit first: "
+            f"`trainer.solve(solver, batch).{name}(...)`."
+        )
 
 
 def _rank(whitening: DenseWhitening) -> int:

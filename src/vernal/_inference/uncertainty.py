@@ -1,6 +1,6 @@
 """Standard errors, and the likelihood for samplers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +13,6 @@ from .._curvature import (
     Mode,
     Spectrum,
     equilibrated_eigh,
-    of_jacobian,
     positive,
 )
 from .._data import as_batch
@@ -36,7 +35,7 @@ from .._step import (
 from .._tree import as_parameters, by_path, is_inexact, ravel, ravel_size, unravel
 from .derivatives import Derived, Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
-from .expansion import expanded, may_be_far, warn_if_far
+from .expansion import Fall, expanded, may_be_far, possible_fall, warn_if_far
 from .fisher import require_likelihood
 from .laplace import (
     NULLS,
@@ -46,7 +45,7 @@ from .laplace import (
     scores_of,
 )
 from .propagate import run_propagate
-from .whiten import hessian_rtol, in_own_precision, of_spectrum
+from .whiten import hessian_rtol, in_own_precision, of_spectrum, reduced
 
 
 def standard_errors(
@@ -94,24 +93,36 @@ def _refuse(*_: Any) -> Any:
     )
 
 
+class KnownErrors(NamedTuple):
+    """Standard errors, NaN where there are none.
+
+    - `own`: those of the parameters.
+    - `tied`: those of tied parameters, by path.
+    - `fall`: how far chi-squared could still fall.
+    """
+
+    own: Params
+    tied: dict[str, Array]
+    fall: Fall
+
+
 def errors_or_nan(
     trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind | None
-) -> tuple[Params, dict[str, Array]]:
-    """Returns the standard errors, NaN where there are none, in a compiled program.
+) -> KnownErrors:
+    """Computes the standard errors in a compiled program.
 
-    There are none if derivatives are not finite, or the point is not a minimum. Behind
-    them are those of tied parameters, by path.
+    There are none if derivatives are not finite, or the loss curves downwards.
     """
     require_likelihood(trainer, "A standard error")
     trainer, passes = in_free_coordinates(trainer), Passes(jac=jac)
     if "residuals" not in defined(trainer):
-        whitening, derived, is_good = _by_hessian(trainer, batch, passes)
+        whitening, derived, is_good, fall = _by_hessian(trainer, batch, passes)
     else:
-        expected, derived, is_good = _by_jacobian(trainer, batch, passes)
+        expected, derived, is_good, fall = _by_jacobian(trainer, batch, passes)
 
         def observed() -> DenseWhitening:
             nonlocal is_good
-            whitening, _, is_curved = _by_hessian(trainer, batch, passes)
+            whitening, _, is_curved, _ = _by_hessian(trainer, batch, passes)
             is_good &= is_curved
             return whitening
 
@@ -128,8 +139,9 @@ def errors_or_nan(
     is_known = is_good & ~held_elements(trainer, held)
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
     own = unravel(known, as_parameters(elements_of(trainer)))
+    fall = fall._replace(chi_squared=jnp.where(is_good, fall.chi_squared, jnp.nan))
     if not (names := tied_words(trainer)):
-        return own, {}
+        return KnownErrors(own, {}, fall)
     scale = jnp.where(held, 0, whitening.scale)
     moved = eqx.tree_at(lambda w: w.scale, whitening, scale)
     tied = lambda model: {p: by_path(model).by_name()[p] for p in names}
@@ -138,25 +150,28 @@ def errors_or_nan(
     # What follows only elements that are held has no error.
     is_still = lambda e: (e == 0) & jnp.any(held)
     clear = lambda e: jnp.where(is_good & ~is_still(e), e, jnp.nan)
-    return own, jax.tree.map(clear, found)
+    return KnownErrors(own, jax.tree.map(clear, found), fall)
 
 
 # LAPACK may not return if there is a NaN: what is not finite is replaced.
-_Known = tuple[DenseWhitening, Derived, Bool[Array, ""]]
+_Known = tuple[DenseWhitening, Derived, Bool[Array, ""], Fall]
 
 
 def _by_jacobian(trainer: AbstractTrainer, batch: Any, passes: Passes) -> _Known:
     derived = derive(trainer, batch, "jacobian", None, passes, holds=True)
     (jacobian,), params = derived.found, as_parameters(trainer.params)
     is_good = derived.is_finite & all_finite(jacobian)
-    spectra = (of_jacobian(jnp.where(is_good, jacobian, 0)),)
-    (spectrum,), eps = in_own_precision(spectra, params)
-    return of_spectrum(spectrum, params, NULLS, "", eps), derived, is_good
+    found = reduced(jnp.where(is_good, jacobian, 0), derived.value)
+    (spectrum,), eps = in_own_precision((found.spectrum,), params)
+    whitening = of_spectrum(spectrum, params, NULLS, "", eps)
+    fall = possible_fall(whitening, found.slope, spectrum.scale)
+    return whitening, derived, is_good, fall
 
 
 def _by_hessian(trainer: AbstractTrainer, batch: Any, passes: Passes) -> _Known:
     derived = derive(trainer, batch, "nll", None, passes, holds=True)
-    hessian, params = derived.found[0].hessian, as_parameters(trainer.params)
+    (expansion,), params = derived.found, as_parameters(trainer.params)
+    hessian = expansion.hessian
     is_good = derived.is_finite & all_finite(hessian)
     is_good &= jnp.all(jnp.diag(hessian) >= 0)
     eye = jnp.eye(ravel_size(params), dtype=hessian.dtype)
@@ -166,7 +181,8 @@ def _by_hessian(trainer: AbstractTrainer, batch: Any, passes: Passes) -> _Known:
     rtol = hessian_rtol((hessian,))
     is_good &= values[-1] >= -rtol * values[0]
     spectrum, nulls = Spectrum(1 / scale, values, vectors), NULLS.or_rtol(rtol)
-    return whiten_spectrum(spectrum, params, nulls, rtol, ""), derived, is_good
+    whitening = whiten_spectrum(spectrum, params, nulls, rtol, "")
+    return whitening, derived, is_good, possible_fall(whitening, expansion.gradient, 1)
 
 
 def _potential(

@@ -1,19 +1,31 @@
 """The standard errors of many members, in one program."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-from jaxtyping import Array
+import numpy as np
 
-from .._boundary import PyTree
+from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._devices import ANYWHERE
-from .._inference import ErrorKind, checked_kind, errors_or_nan
+from .._inference import (
+    NO_ACCIDENT,
+    ErrorKind,
+    KnownErrors,
+    around,
+    checked_kind,
+    errors_or_nan,
+    how_far,
+)
 from .._program import program
 from .._step import AbstractTrainer, Progress, config_of, progress_of, with_progress
 from .mapped_chunk import Flags, apart, in_groups
 from .stack import stacked
+
+# How many of those that may be far from their minimum are looked at, or named.
+_MOST = 8
 
 
 class _Members(NamedTuple):
@@ -31,10 +43,8 @@ def errors_of_each(
     group: int,
     jac: Mode | None,
     kind: ErrorKind | None,
-) -> tuple[PyTree, dict[str, Array]]:
+) -> KnownErrors:
     """Computes the standard errors of each member, NaN for a broken one.
-
-    Returns those of the parameters, and those of what is tied, by path.
 
     `flags` says which leaves of the batch have a row for each member; `group` members
     are computed at a time.
@@ -48,7 +58,7 @@ def errors_of_each(
 @program
 def _errors(
     members: _Members, batch: Any, jac: Mode | None, kind: ErrorKind | None
-) -> tuple[PyTree, dict[str, Array]]:
+) -> KnownErrors:
     trainers, flags, group = members
     config, progress = config_of(trainers), progress_of(trainers)
     rows, shared = apart((config, batch), flags)
@@ -59,3 +69,30 @@ def _errors(
         return errors_or_nan(with_progress(config, progress), batch, jac, kind)
 
     return in_groups(jax.vmap(of_one), (rows, progress), group, ANYWHERE)
+
+
+def warn_if_any_is_far(
+    found: KnownErrors,
+    member_of: Callable[[int], tuple[AbstractTrainer, Any]],
+    jac: Mode | None,
+    kind: ErrorKind | None,
+) -> None:
+    """Warns of errors that are asked for far from the minimum of a member.
+
+    `member_of` returns the trainer of a member, and its batch.
+    """
+    is_suspect = found.fall.truth_p_value <= NO_ACCIDENT
+    suspects = [int(index) for index in np.flatnonzero(is_suspect)]
+    for index in suspects[:_MOST]:
+        trainer, batch = member_of(index)
+        here = around(trainer, batch, "A standard error", jac, kind)
+        if not (far := how_far(trainer, here, scale_errors=False)):
+            continue
+        others = [str(other) for other in suspects if other > index]
+        shown = ", ".join([*others[:_MOST], *["…"] * (len(others) > _MOST)])
+        warn(
+            f"The errors of member {index} are asked for {far} "
+            + f"The same may hold of {shown}. " * bool(others)
+            + "Fit on first: `vn.fit_many(result.trainers, data, steps)`."
+        )
+        return

@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 from .._boundary import PyTree, entrance, whole_number
 from .._curvature import Mode
 from .._data import as_batch
-from .._inference import ErrorKind
+from .._inference import ErrorKind, KnownErrors
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
 from .._report import Report, pandas
@@ -22,7 +22,7 @@ from .._trainer import Trainer
 from .._tree import by_path, element_name
 from .columns import as_columns, as_table, bounds_met, by_element
 from .data_axis import members_first
-from .errors import errors_of_each
+from .errors import errors_of_each, warn_if_any_is_far
 from .mapped_chunk import Flags, member
 
 TrainerT = TypeVar(
@@ -119,16 +119,15 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         A tree like `params`. The errors of a member are NaN if its residuals or their
         derivatives are not finite, or the Hessian of its `nll` has a negative
-        eigenvalue; this harms no other member.
+        eigenvalue; this harms no other member. There is a warning if one of them is
+        far from its minimum, as of [`vernal.Trainer.standard_errors`][].
 
         **Raises:**
 
         - `TypeError`: if the class defines only `loss`.
         - `ValueError`: if an axis of `data` is not as long as there are members.
         """
-        batch, flags = self._rows_of(data)
-        args = self.trainers, batch, flags, self._group, jac, kind
-        return errors_of_each(*args)[0]
+        return self._errors(data, jac, kind).own
 
     @entrance
     def report(
@@ -236,6 +235,16 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         batch = as_batch(data, "data")
         return members_first(batch, self._data_axis, len(self), "data")
 
+    def _errors(
+        self, data: Any, jac: Mode | None, kind: ErrorKind | None
+    ) -> KnownErrors:
+        batch, flags = self._rows_of(data)
+        args = self.trainers, batch, flags, self._group, jac, kind
+        found = errors_of_each(*args)
+        member_of = lambda index: (self.trainer(index), member(batch, flags, index))
+        warn_if_any_is_far(found, member_of, jac, kind)
+        return found
+
     def _by_element(
         self, data: Any, jac: Mode | None, kind: ErrorKind | None
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -246,10 +255,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             tied = by_path(models).by_name()
             values |= by_element({path: tied[path] for path in names})
         if data is not None:
-            batch, flags = self._rows_of(data)
-            args = self.trainers, batch, flags, self._group, jac, kind
-            for own in errors_of_each(*args):
-                errors |= by_element(own)
+            found = self._errors(data, jac, kind)
+            errors = by_element(found.own) | by_element(found.tied)
         if bounds_of(self.trainers) is not None:
             met = by_element(eqx.filter_vmap(bounds_met)(self.trainers))
         return values, errors, met

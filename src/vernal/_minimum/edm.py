@@ -411,7 +411,7 @@ def truth_p_values(
     edm = float(distance.edm)
     if not edm > _WORTH_A_NOTE * distance.limit:
         return 1.0, 1.0
-    known = chi_squared_p_value(2 * edm, directions)
+    known = float(chi_squared_p_value(2 * edm, directions))
     if squares is None:
         return known, known
     total, count = squares
@@ -421,12 +421,14 @@ def truth_p_values(
     return known, float(betainc((count - directions) / 2, directions / 2, rest))
 
 
-def chi_squared_p_value(value: float, degrees: int) -> float:
+def chi_squared_p_value(value: Any, degrees: Any) -> Any:
     """Returns the probability of a larger chi-squared: 1 without degrees of freedom."""
     # A dependency of JAX. In 32 bits JAX's own has few digits.
     from scipy.special import gammaincc
 
-    return float(gammaincc(degrees / 2, value / 2)) if degrees > 0 else 1.0
+    is_free = np.greater(degrees, 0)
+    shape, at = np.where(is_free, degrees, 1) / 2, np.asarray(value, float) / 2
+    return np.where(is_free, gammaincc(shape, at), 1.0)
 
 
 def edm_note(distance: Distance, params: Params) -> str | None:

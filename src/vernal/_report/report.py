@@ -195,7 +195,7 @@ def p_value(chi_squared: float | None, degrees: int | None) -> float | None:
     """Returns the probability of a larger chi-squared, if it has a distribution."""
     if chi_squared is None or degrees is None or degrees <= 0:
         return None
-    return chi_squared_p_value(chi_squared, degrees)
+    return float(chi_squared_p_value(chi_squared, degrees))
 
 
 def criteria(
