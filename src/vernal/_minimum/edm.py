@@ -426,9 +426,9 @@ def chi_squared_p_value(value: Any, degrees: Any) -> Any:
     # A dependency of JAX. In 32 bits JAX's own has few digits.
     from scipy.special import gammaincc
 
-    is_free = np.greater(degrees, 0)
-    shape, at = np.where(is_free, degrees, 1) / 2, np.asarray(value, float) / 2
-    return np.where(is_free, gammaincc(shape, at), 1.0)
+    value, degrees = np.asarray(value, float), np.asarray(degrees, float)
+    is_free = degrees > 0
+    return np.where(is_free, gammaincc(np.where(is_free, degrees, 1) / 2, value / 2), 1)
 
 
 def edm_note(distance: Distance, params: Params) -> str | None:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 # XLA looks for this mark on calls that it keeps. It is not documented, so only the
 # versions that were tested get it.
 _MARK = {"xla_cpu_small_call": "true", "inlineable": "false"}
-BEFORE = (0, 11)
+BEFORE = (0, 13)
 
 # How many bytes one pass of the loop may write. From some 80 kB on it is faster to call
 # a function for each operation: they run on several threads.

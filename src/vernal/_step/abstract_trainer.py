@@ -24,12 +24,12 @@ from .._projection import EigenProjector
 from .model_template import ModelTemplate
 from .progress import Progress
 
-Model = TypeVar("Model", default=Any)
-Batch = TypeVar("Batch", default=Any)
 TrainerT = TypeVar("TrainerT", bound="AbstractTrainer[Any, Any]")
 ModuleT = TypeVar("ModuleT", bound=eqx.Module)
 
 if TYPE_CHECKING:
+    Model = TypeVar("Model", default=Any)
+    Batch = TypeVar("Batch", default=Any)
 
     class _Meta(ModuleMeta):
         """For type checkers: a subclass inherits `__init__`.
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
         """
 
 else:
+    # In a union, beartype cannot take a default of `Any`, which Python 3.13 tells it.
+    Model = TypeVar("Model", default=object)
+    Batch = TypeVar("Batch", default=object)
     _Meta = ModuleMeta
 
 
