@@ -1,6 +1,5 @@
 import functools
 import importlib
-import re
 import unittest
 import warnings
 from collections import OrderedDict
@@ -342,8 +341,8 @@ def program(tx, **extra):
         return tx.update(grads, state, params, value=value, grad=grads, **extra)
 
     args = rates, PAIRS, tx.init(PAIRS), PAIRS
-    jaxpr, out = jax.make_jaxpr(update, return_shape=True)(*args)
-    return re.sub("0x[0-9a-f]+", "", str(jaxpr)), out
+    traced = jax.jit(update).trace(*args)
+    return traced.lower().as_text(), traced.out_info
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import pathlib
 import pickle
 import resource
 import zipfile
@@ -331,8 +332,12 @@ def test_no_permission(tmp_path, file, monkeypatch):
     vn.save(file, trainer())
     before = file.read_bytes()
 
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
+    open_file = pathlib.Path.open
+
+    def refuse(path, *args, **kwargs):
+        if path.parent == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, *args, **kwargs)
 
     # Root may write anywhere: the refusal has to be made.
     monkeypatch.setattr("pathlib.Path.open", refuse)
