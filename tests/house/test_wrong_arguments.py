@@ -324,9 +324,8 @@ def fault(error, names):
         return None
     if packages and packages[-1] not in ("vernal", "beartype", "jaxtyping"):
         return f"raised by {packages[-1]} ({frames[-1][0].f_code.co_name})"
-    if packages[-1:] == ["vernal"] and not (line := line_of(*frames[-1])).startswith(
-        "raise"
-    ):
+    line = line_of(*frames[-1]) if frames else ""
+    if packages[-1:] == ["vernal"] and not line.startswith("raise"):
         return f"not raised on purpose: {line}"
     if not re.search("|".join(rf"\b{name}\b" for name in names), str(error)):
         return "names no argument"
@@ -344,7 +343,7 @@ def somewhere(tmp_path_factory):
         patch.setattr(eqx, "tree_pformat", lambda tree, **options: type(tree).__name__)
         for name in ("_make_fn_with_signature", "_apply_typechecker"):
             patch.setattr(_decorator, name, functools.cache(getattr(_decorator, name)))
-        # It raises errors as they are, and looks through the stack nevertheless.
+        # JAX raises errors as they are, and looks through the stack nevertheless.
         patch.setattr(traceback_util, "_is_under_reraiser", lambda error: True)
         vn.save("tree.vernal", {"a": 1.0})
         RESULT.history.save("history.vernal")
