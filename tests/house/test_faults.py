@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import inside
 import vernal as vn
 from models import at, poisoned, same
 
@@ -364,7 +365,19 @@ def numbers(index):
     return range(EACH * index, EACH * (index + 1))
 
 
-@pytest.mark.usefixtures("seldom_explained")
+@pytest.fixture
+def recorded_alike(monkeypatch):
+    """What the fits of a test record is the same: their loss is traced for it once."""
+    kept, find = [], inside.run.Record
+
+    def first(*args):
+        kept[:] = kept or [find(*args)]
+        return kept[0]
+
+    monkeypatch.setattr(inside.run, "Record", first)
+
+
+@pytest.mark.usefixtures("seldom_explained", "recorded_alike")
 @pytest.mark.parametrize(
     "index", range(len(COMBINATIONS)), ids=[", ".join(c) for c in COMBINATIONS]
 )
