@@ -24,7 +24,10 @@ OPTIMISERS = {
     "adam": optax.adam,
     "rmsprop": optax.rmsprop,
     "lion": optax.lion,
-    "adafactor": optax.adafactor,
+    # Its own rate is a constant of its program; a factor is data.
+    "adafactor": lambda rate: vn.ParamOptimiser(
+        {"**": optax.adafactor(1.0)}
+    ).with_scale({"**": rate}),
     "clipped": lambda rate: optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(rate)
     ),

@@ -508,36 +508,38 @@ PRESSED = """
 import os, signal, threading, time
 import jax.numpy as jnp, optax, vernal as vn
 
-def press():
-    for _ in range(PRESSES):
+def press(times):
+    for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.02)
 
-started = []
+def pressed(times):
+    started = []
 
-def callback(trainer, history):
-    if not started:
-        started.append(threading.Thread(target=press, daemon=True))
-        started[0].start()
+    def callback(trainer, history):
+        if not started:
+            started.append(threading.Thread(target=press, args=[times], daemon=True))
+            started[0].start()
 
-result = vn.fit(
-    lambda m, b: jnp.sum(jnp.sin(m * b) ** 2), jnp.ones(50_000), optax.sgd(1e-9),
-    jnp.arange(50_000.0), 10**8, callback=callback,
-)
-assert result.stop_reason is vn.StopReason.INTERRUPTED
-assert len(result.history) == int(result.trainer.step_count) > 0
-assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-print("kept")
+    result = vn.fit(
+        lambda m, b: jnp.sum(jnp.sin(m * b) ** 2), jnp.ones(50_000), optax.sgd(1e-9),
+        jnp.arange(50_000.0), 10**8, callback=callback,
+    )
+    assert result.stop_reason is vn.StopReason.INTERRUPTED
+    assert len(result.history) == int(result.trainer.step_count) > 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    print("kept", flush=True)
+
+pressed(2)  # while what a fit ends with is compiled
+pressed(1)
 """
 
 
-@pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_ends_the_fit_and_not_the_program(presses):
-    code = PRESSED.replace("PRESSES", str(presses))
+def test_ctrl_c_ends_the_fit_and_not_the_program():
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PRESSED], capture_output=True, text=True, timeout=120
     )
-    assert ended.stdout.strip() == "kept", ended.stderr
+    assert ended.stdout.split() == ["kept"] * 2, ended.stderr
 
 
 def test_a_handler_of_the_users_own_is_left_alone():

@@ -5,8 +5,10 @@ and it names the argument. What JAX, Optax or NumPy say of their own arguments h
 nobody. The functions, and the names of their arguments, are found by introspection.
 """
 
+import functools
 import inspect
 import itertools
+import linecache
 import re
 import traceback
 from pathlib import Path
@@ -18,6 +20,8 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from jax._src import traceback_util
+from jaxtyping import _decorator
 
 import vernal as vn
 import vernal.plot
@@ -303,20 +307,26 @@ SIGNATURE = re.compile(
 OWN = {__name__.split(".")[0], "models"}
 
 
+def line_of(frame, number):
+    return linecache.getline(frame.f_code.co_filename, number).strip()
+
+
 def fault(error, names):
     """Says what is wrong with an error; nothing if it helps."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
-    packages = [frame.f_globals.get("__name__", "").split(".")[0] for frame in frames]
+    frames = [*traceback.walk_tb(error.__traceback__)][1:]
+    packages = [
+        frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in frames
+    ]
     users = [index for index, package in enumerate(packages) if package in OWN]
     if users and "vernal" not in packages[users[-1] :]:
         return None  # It is in the user's own code, which was called.
-    (last,) = traceback.extract_tb(error.__traceback__, limit=-1)
     if SIGNATURE.match(str(error)) and re.search(rf"'{names[0]}'", str(error)):
         return None
     if packages and packages[-1] not in ("vernal", "beartype", "jaxtyping"):
-        return f"raised by {packages[-1]} ({last.name})"
-    if packages[-1:] == ["vernal"] and not last.line.startswith("raise"):
-        return f"not raised on purpose: {last.line}"
+        return f"raised by {packages[-1]} ({frames[-1][0].f_code.co_name})"
+    line = line_of(*frames[-1]) if frames else ""
+    if packages[-1:] == ["vernal"] and not line.startswith("raise"):
+        return f"not raised on purpose: {line}"
     if not re.search("|".join(rf"\b{name}\b" for name in names), str(error)):
         return "names no argument"
     return None
@@ -328,8 +338,13 @@ def somewhere(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("somewhere"))
         patch.setattr(eqx.debug, "breakpoint_if", lambda *args, **options: None)
-        # jaxtyping writes all that was given into each message, which takes long.
+        # For each message jaxtyping writes down all that was given, and makes functions
+        # that find the wrong argument. Both take long.
         patch.setattr(eqx, "tree_pformat", lambda tree, **options: type(tree).__name__)
+        for name in ("_make_fn_with_signature", "_apply_typechecker"):
+            patch.setattr(_decorator, name, functools.cache(getattr(_decorator, name)))
+        # JAX raises errors as they are, and looks through the stack nevertheless.
+        patch.setattr(traceback_util, "_is_under_reraiser", lambda error: True)
         vn.save("tree.vernal", {"a": 1.0})
         RESULT.history.save("history.vernal")
         before = jax.config.jax_traceback_filtering

@@ -38,8 +38,18 @@ def trainer(rate=1e-3, optimiser=None, **options):
 def fit(steps, directory=None, made=None, data=BATCH, **options):
     checkpoint = None if directory is None else vn.Checkpoints(directory, every=1)
     options = {"chunk": 7, **options}
-    made = trainer() if made is None else made
+    made = plain() if made is None else made
     return made.fit(data, steps, checkpoint=checkpoint, **options)
+
+
+@functools.cache
+def plain():
+    return trainer()
+
+
+@functools.cache
+def uninterrupted(steps):
+    return fit(steps)
 
 
 class Process:
@@ -124,7 +134,7 @@ def test_a_program_that_heeds_the_signal_itself(tmp_path):
         result = fit(100, tmp_path, callback=end)
         assert heard == ["end"]
         assert result.stop_reason is vn.StopReason.TERMINATED
-        assert same_results(fit(100, tmp_path), fit(100))
+        assert same_results(fit(100, tmp_path), uninterrupted(100))
     finally:
         signal.signal(signal.SIGTERM, old)
 
@@ -183,7 +193,7 @@ def test_fewer_steps_than_were_taken(tmp_path):
 def test_another_thinning(tmp_path):
     """The steps say which rows there are; the state is the same."""
     fit(20, tmp_path, every=3)
-    result, whole = fit(40, tmp_path, every=5), fit(40)
+    result, whole = fit(40, tmp_path, every=5), uninterrupted(40)
     assert same(result.trainer, whole.trainer)
     steps = [*range(0, 20, 3), *range(20, 40, 5)]
     np.testing.assert_array_equal(result.history.steps, steps)
@@ -259,7 +269,7 @@ def test_the_newest_that_is_whole(tear, whole, tmp_path):
     tear(copy)
     with pytest.warns(UserWarning, match="step 40 .* is not whole"):
         result = fit(50, copy)
-    assert same_results(result, fit(50))
+    assert same_results(result, uninterrupted(50))
     assert same_results(fit(50, copy), result)
     assert [path.name[:3] for path in (copy / "torn").iterdir()] == ["40-"]
 
@@ -267,7 +277,7 @@ def test_the_newest_that_is_whole(tear, whole, tmp_path):
 @pytest.mark.filterwarnings("ignore:The checkpoint of step")
 def test_none_that_is_whole(tmp_path):
     seldom = vn.Checkpoints(tmp_path, every=1_000)
-    trainer().fit(BATCH, 20, checkpoint=seldom)
+    plain().fit(BATCH, 20, checkpoint=seldom)
     log = (tmp_path / "history.bin").read_bytes()
     tear_small(tmp_path)
     with pytest.raises(vn.DamagedFileError, match=r"none of the 1 .*step 20"):
@@ -278,7 +288,7 @@ def test_none_that_is_whole(tmp_path):
 def test_as_many_as_are_to_be_kept(tmp_path):
     for steps in (10, 20, 30, 40):
         checkpoints = vn.Checkpoints(tmp_path, every=1_000, keep=2)
-        trainer().fit(BATCH, steps, checkpoint=checkpoints)
+        plain().fit(BATCH, steps, checkpoint=checkpoints)
     kept = sorted(int(path.name) for path in (tmp_path / "steps").iterdir())
     assert kept == [30, 40]
 
@@ -290,9 +300,13 @@ class Broad(vn.Trainer):
         return jnp.sum((model - batch) ** 2)
 
 
+@functools.cache
+def broad_trainer():
+    return Broad(jnp.linspace(0.0, 1.0, 20_000), optax.adam(0.01))
+
+
 def broad(**options):
-    model = jnp.linspace(0.0, 1.0, 20_000)
-    return Broad(model, optax.adam(0.01)).fit(jnp.asarray(0.5), chunk=5, **options)
+    return broad_trainer().fit(jnp.asarray(0.5), chunk=5, **options)
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +386,7 @@ def test_errors_that_say_nothing_of_the_file(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="Too many"):
             fit(30, tmp_path)
     assert not (tmp_path / "torn").exists()
-    assert same_results(fit(30, tmp_path), fit(30))
+    assert same_results(fit(30, tmp_path), uninterrupted(30))
 
 
 def test_a_callback_that_goes_back(tmp_path):
@@ -441,12 +455,12 @@ def test_a_callback_that_raises(tmp_path):
 
     with pytest.raises(RuntimeError, match="no more ink") as caught:
         fit(50, callback=fail)
-    assert same_results(caught.value.result, fit(21))
+    assert same_results(caught.value.result, uninterrupted(21))
     assert caught.value.result.stop_reason is vn.StopReason.ERROR
     assert "`.result`" in caught.value.__notes__[0]
     with pytest.raises(RuntimeError, match="no more ink"):
         fit(50, tmp_path, callback=fail)
-    assert same_results(fit(50, tmp_path), fit(50))
+    assert same_results(fit(50, tmp_path), uninterrupted(50))
 
 
 def test_another_model_or_optimiser(tmp_path):
@@ -457,7 +471,7 @@ def test_another_model_or_optimiser(tmp_path):
         fit(20, tmp_path, _Wide({"a": jnp.ones(2), "b": jnp.ones(2)}, optax.sgd(0.1)))
     with pytest.raises(vn.MismatchError, match="Give the same `record`"):
         fit(20, tmp_path, record=("mean",))
-    assert same_results(fit(20, tmp_path), fit(20))
+    assert same_results(fit(20, tmp_path), uninterrupted(20))
 
 
 def test_a_directory_that_another_fit_writes_to(tmp_path):

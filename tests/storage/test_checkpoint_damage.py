@@ -1,5 +1,6 @@
 """A directory of checkpoints of which any file is lost or damaged."""
 
+import functools
 import gc
 import random
 import shutil
@@ -37,10 +38,15 @@ class Broad(vn.Trainer):
         return sum(jnp.sum((leaf - batch) ** 2) for leaf in model.values())
 
 
-def fit(steps, directory=None, keep=2):
+@functools.cache
+def trainer():
     model = {"broad": jnp.linspace(0.0, 1.0, 10_000), "small": jnp.ones(3)}
+    return Broad(model, optax.adam(0.01))
+
+
+def fit(steps, directory=None, keep=2):
     kept = directory and vn.Checkpoints(directory, every=1_000, keep=keep)
-    return Broad(model, optax.adam(0.01)).fit(
+    return trainer().fit(
         jnp.asarray(0.5),
         steps,
         record="small",
@@ -112,9 +118,8 @@ def require_part(history, expected):
 @pytest.mark.parametrize("name", DAMAGES)
 def test_any_file(name, whole, expected, tmp_path):
     """The fit goes on to the same bits, or says what is in its way."""
-    for file in files(whole):
-        copy = tmp_path / "copy"
-        shutil.copytree(whole, copy)
+    for number, file in enumerate(files(whole)):
+        copy = shutil.copytree(whole, tmp_path / str(number))
         DAMAGES[name](copy / file)
         if name == "folder" and file.name in ("vernal.json", "lock"):
             with pytest.raises(IsADirectoryError, match=r"`checkpoint`: .*remove what"):
@@ -127,7 +132,6 @@ def test_any_file(name, whole, expected, tmp_path):
             require_part(result.history, expected.history)
             is_whole = same(result.history, expected.history)
             assert is_whole == (not any("are lost" in str(one) for one in told)), file
-        shutil.rmtree(copy)
 
 
 def damage_rows(directory, first, last):

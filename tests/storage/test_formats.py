@@ -3,6 +3,7 @@
 Run as a program, this file writes them to `files`: once, for a new format.
 """
 
+import functools
 import shutil
 import tempfile
 import zipfile
@@ -33,6 +34,7 @@ class Noisy(vn.Trainer):
         return loss * bad, {"seen": state["seen"] + 1}
 
 
+@functools.cache
 def make():
     model = {
         "broad": jnp.tile(jnp.arange(4, dtype="float32"), 5_000),
@@ -69,13 +71,18 @@ def fit(trainer, steps, **options):
     )
 
 
+@functools.cache
+def expected(steps):
+    return fit(make(), steps)
+
+
 def values(trainer):
     parts = trainer.params, trainer.opt_state, trainer.best, trainer.state
     return jax.tree.leaves(parts)
 
 
-def require_close(found, expected):
-    for leaf, other in zip(found, expected, strict=True):
+def require_close(found, others):
+    for leaf, other in zip(found, others, strict=True):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
         np.testing.assert_allclose(
             np.asarray(leaf, float), np.asarray(other, float), rtol=1e-4
@@ -88,9 +95,9 @@ def require_written(trainer):
     assert trainer.state["seen"] == WRITTEN - 1
     assert trainer.nan_report()["loss"] == vn.NanCount(1, 7)
     np.testing.assert_allclose(trainer.best_loss, BEST_LOSS, rtol=1e-6)
-    for name, expected in PARAMS.items():
+    for name, written in PARAMS.items():
         found = np.asarray(trainer.params[name], float)[:4]
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(found, written, rtol=1e-6)
 
 
 BEST_LOSS = 1191.6023026534365
@@ -112,9 +119,9 @@ def folder(tmp_path):
 def test_a_file(folder):
     loaded = vn.load(folder / "trainer.vernal", make())
     require_written(loaded)
-    require_close(values(loaded), values(fit(make(), WRITTEN).trainer))
-    expected = fit(make(), 2 * WRITTEN).trainer
-    require_close(values(fit(loaded, 2 * WRITTEN).trainer), values(expected))
+    require_close(values(loaded), values(expected(WRITTEN).trainer))
+    found = fit(loaded, 2 * WRITTEN).trainer
+    require_close(values(found), values(expected(2 * WRITTEN).trainer))
 
 
 @pytest.mark.loose_dtypes
@@ -124,9 +131,9 @@ def test_a_directory_of_checkpoints(folder):
     assert restored.stop_reason is vn.StopReason.TAKEN_BEFORE
     require_written(restored.trainer)
     for steps in WRITTEN, 2 * WRITTEN:
-        found, expected = fit(make(), steps, checkpoint=checkpoints), fit(make(), steps)
-        require_close(values(found.trainer), values(expected.trainer))
-        columns, others = found.history.to_dict(), expected.history.to_dict()
+        found = fit(make(), steps, checkpoint=checkpoints)
+        require_close(values(found.trainer), values(expected(steps).trainer))
+        columns, others = found.history.to_dict(), expected(steps).history.to_dict()
         assert list(columns) == list(others)
         require_close(columns.values(), others.values())
 

@@ -1,6 +1,7 @@
 """`save` and `load`: a file that is whole, or an error that says what it is."""
 
 import builtins
+import functools
 import json
 import pathlib
 import pickle
@@ -103,20 +104,27 @@ def test_moments_can_start_anew(file):
 PARTS = ("opt_state", "best", "nan_report", "policy_state", "step_count")
 
 
-@pytest.mark.seams
-@pytest.mark.parametrize("part", [*PARTS, PARTS])
-def test_each_of_many_can_start_anew(part, file):
-    """To the same as if it were loaded alone."""
+@functools.cache
+def two():
+    """Two trainers that are stacked, and each of them."""
     policy = vn.SkipStep() | vn.StopAfter(2)
     stacked = vn.fit_many(
         [LineFit(line(x), rules_of_line(), nan_policy=policy) for x in (0.0, 1.0)],
         line_batch(),
         5,
     ).trainers
+    pick = lambda index: jax.tree.map(lambda x: x[index] if x.ndim else x, stacked)
+    return stacked, [pick(0), pick(1)]
+
+
+@pytest.mark.seams
+@pytest.mark.parametrize("part", [*PARTS, PARTS])
+def test_each_of_many_can_start_anew(part, file):
+    """To the same as if it were loaded alone."""
+    stacked, ones = two()
     vn.save(file, stacked)
     loaded = vn.load(file, stacked, reset=part)
-    for index in range(2):
-        one = jax.tree.map(lambda x, i=index: x[i] if jnp.ndim(x) else x, stacked)
+    for index, one in enumerate(ones):
         vn.save(file, one)
         alone = vn.load(file, one, reset=part)
         for name in ("params", "best", "best_loss", "opt_state", "step_count"):
