@@ -295,6 +295,9 @@ def decisions(folder):
 
 def long(folder):
     """To be killed at any moment, and begun again; then one that is left alone."""
+    # Those that come after it find its programs there, and take steps sooner.
+    jax.config.update("jax_compilation_cache_dir", f"{folder}-programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return {"killed": long_fit(folder / "killed"), "whole": long_fit(folder / "whole")}
 
 
