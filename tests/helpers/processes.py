@@ -34,7 +34,7 @@ MESH = Mesh(np.array(jax.devices()), ("data",)) if ONE_OF_TWO else None
 X = np.linspace(-1, 1, 32)
 DATA = X, 2 * X + 1
 SHARE = slice(16 * NUMBER, 16 * NUMBER + 16) if ONE_OF_TWO else slice(None)
-STEPS = 160
+STEPS = 100
 
 
 class Line(eqx.Module):
