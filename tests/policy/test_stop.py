@@ -178,7 +178,7 @@ def told(losses, room=24):
 TOLD = Told(jnp.array(1.0), optax.sgd(0.1), nan_policy=vn.SkipStep())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.floats(-100, 100), min_size=1, max_size=20),
     st.sampled_from([(0.0, 1, 0.0), (0.1, 2, 0.0), (0.0, 3, 5.0), (0.5, 2, 1.0)]),
@@ -207,7 +207,7 @@ def test_steps_that_are_not_taken_are_no_convergence():
 
 
 @pytest.mark.filterwarnings("ignore:`validation`. no score was finite")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(0, 9) | st.just(np.nan), min_size=1, max_size=20),
     st.integers(1, 3),
