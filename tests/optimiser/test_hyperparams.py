@@ -106,13 +106,15 @@ def file(tmp_path):
     return tmp_path / "fit.vernal"
 
 
-def replaced(trainer, new, file):
-    return trainer.replace(optimiser=new)
+def replaced(trainer, file):
+    """Gives the trainer another optimiser."""
+    return lambda new: trainer.replace(optimiser=new)
 
 
-def loaded(trainer, new, file):
+def loaded(trainer, file):
+    """Saves the trainer, and loads it into one that has another optimiser."""
     vn.save(file, trainer)
-    return vn.load(file, Bowl(tree(), new))
+    return lambda new: vn.load(file, Bowl(tree(), new))
 
 
 @pytest.mark.parametrize(
@@ -123,8 +125,9 @@ def test_the_script_has_its_rates(name, change, file):
     make = NESTS[name]
     trainer = walk(Bowl(tree(), make()), 3)
     np.testing.assert_allclose(values(trainer), by_hand((3, 0.1, 0.5)))
+    changed = change(trainer, file)
     for rate, momentum in ((0.2, 0.5), (0.1, 0.25), (0.05, 0.125)):
-        new = change(trainer, make(rate=rate, momentum=momentum), file)
+        new = changed(make(rate=rate, momentum=momentum))
         # Nothing is compiled anew for it, and the moments go on.
         assert vn.explain_retrace(trainer, new).startswith("Nothing differs")
         if name not in ("inject in inject", "first"):
@@ -132,9 +135,8 @@ def test_the_script_has_its_rates(name, change, file):
             np.testing.assert_allclose(list(told), rate)
         expected = by_hand((3, 0.1, 0.5), (2, rate, momentum))
         np.testing.assert_allclose(values(walk(new, 2)), expected)
-    again = change(trainer, make(), file)
-    assert same(again._progress, trainer._progress)
-    back = change(new, make(), file)
+    assert same(changed(make())._progress, trainer._progress)
+    back = change(new, file)(make())
     np.testing.assert_allclose(values(walk(back, 2)), by_hand((5, 0.1, 0.5)))
 
 
@@ -269,11 +271,11 @@ def set_rate(trainer, value):
 @pytest.mark.parametrize("change", [replaced, loaded])
 def test_a_rate_that_was_set_by_hand_stays(change, file):
     trainer = set_rate(fit(Bowl(tree(), sgd()), 2), 0.025)
-    new = change(trainer, sgd(), file)
-    assert same(new._progress, trainer._progress)
-    new = change(trainer, sgd(momentum=0.25), file)
+    changed = change(trainer, file)
+    assert same(changed(sgd())._progress, trainer._progress)
+    new = changed(sgd(momentum=0.25))
     assert new.opt_state.hyperparams == {"learning_rate": 0.025, "momentum": 0.25}
-    new = change(trainer, sgd(rate=0.2), file)
+    new = changed(sgd(rate=0.2))
     assert new.opt_state.hyperparams == {"learning_rate": 0.2, "momentum": 0.5}
 
 
