@@ -179,7 +179,7 @@ def chain(depth, width=8):
     return [{"weight": weight, "bias": jnp.zeros(width)} for weight in weights]
 
 
-CHAIN = np.linspace(-1, 1, 32 * 8).reshape(32, 8), np.zeros((32, 8))
+CHAIN = jnp.asarray(np.linspace(-1, 1, 32 * 8).reshape(32, 8)), jnp.zeros((32, 8))
 
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
