@@ -172,13 +172,13 @@ def test_a_line_search_is_closed_over_what_the_rule_does_not_move():
         x, y, sigma = batch
         return 0.5 * jnp.sum(((model(x) - y) / sigma) ** 2)
 
-    rules = {("mean", "std"): optax.lbfgs(), "power": None}
+    rules = {("mean", "std"): LBFGS, "power": None}
     result = GaussianFit(start, vn.ParamOptimiser(rules)).fit(batch, 8)
 
     def partial(pair):
         return loss(eqx.tree_at(lambda m: (m.mean, m.std), start, tuple(pair.values())))
 
-    solver = optax.lbfgs()
+    solver = LBFGS
     params = {"mean": start.mean, "std": start.std}
     state = solver.init(params)
 
