@@ -39,10 +39,13 @@ USES = {
     "step": lambda t: t.step(BATCH)[0],
     "step in jit": lambda t: eqx.filter_jit(lambda t: t.step(BATCH)[0])(t),
     "fit": lambda t: (
-        t.fit(BATCH, 3, record=("grad_norm",), stop=vn.Converged(0.0, 2)).trainer
-    ),
-    "fit, validated": lambda t: (
-        t.fit(BATCH, 3, validation=(BATCH, 1), stop=vn.Patience(2)).trainer
+        t.fit(
+            BATCH,
+            3,
+            record=("grad_norm",),
+            validation=(BATCH, 1),
+            stop=vn.Converged(0.0, 2) | vn.Patience(2),
+        ).trainer
     ),
     "minibatches": lambda t: (
         t.fit(vn.Minibatches(BATCH, 4, key=jax.random.key(0)), 3).trainer
@@ -159,7 +162,7 @@ MATTERS = {
     "BJD, a row of NaN": np.r_[np.nan, BJD + np.linspace(0, 30, 7)],
     "one night": BJD + np.linspace(0, 0.3, 8),
     "two dimensions": BJD + np.linspace(0, 30, 8).reshape(2, 4),
-    "seconds since 1970": 1.7e9 + np.arange(1000.0) / 10,
+    "seconds since 1970": 1.7e9 + np.arange(8.0) / 10,
     "wavelengths of one line": np.linspace(6562.8, 6562.9, 8),
     "a small effect on a large number": 1e6 + np.sin(np.arange(8)),
     "complex": (BJD + np.linspace(0, 30, 8)) * 1j,
@@ -233,7 +236,7 @@ def test_data_whose_rounding_matters_are_told_once(name):
         remedy = "another unit" if name.startswith("too ") else "subtract a reference"
         assert remedy in str(told[0].message)
         assert ("infinite in float32" in str(told[0].message)) == (name == "too large")
-        assert not heard(work, x64=True)
+        assert not heard(lambda: trainer().step(data), x64=True)
         # In another context of warnings it is told again.
         assert len(heard(work)) == 1
 

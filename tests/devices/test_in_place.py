@@ -31,10 +31,16 @@ def in_place(monkeypatch):
     monkeypatch.setattr(_running, "_is_worth_reuse", lambda progress: True)
 
 
-@pytest.mark.parametrize("mesh", [None, mesh_of(2)], ids=["one", "two"])
 @pytest.mark.parametrize(
-    "name",
-    ["minibatches", "stream", "stops", pytest.param("state", marks=AS_COMPILED)],
+    ("name", "mesh"),
+    [
+        ("minibatches", None),
+        ("stream", mesh_of(2)),
+        ("stops", None),
+        ("stops", mesh_of(2)),
+        pytest.param("state", None, marks=AS_COMPILED),
+        pytest.param("state", mesh_of(2), marks=AS_COMPILED),
+    ],
 )
 def test_a_fit_is_the_same(name, mesh, monkeypatch):
     trainer, data, options = FITS[name]()

@@ -52,9 +52,8 @@ def stream(step=0):
 
 
 FITS = {
-    "rules": lambda: (GaussianFit(gaussian(), vn.ParamOptimiser(RULES)), BATCH, {}),
     "minibatches": lambda: (
-        GaussianFit(gaussian(), ADAM),
+        GaussianFit(gaussian(), vn.ParamOptimiser(RULES)),
         vn.Minibatches(BATCH, 8, key=jax.random.key(2)),
         {"record": ("grad_norms", "mean"), "every": 3},
     ),

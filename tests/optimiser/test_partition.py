@@ -143,7 +143,8 @@ def test_a_line_search_on_a_part_of_the_model(own):
         return optax.apply_updates(params, updates), state
 
     for _ in range(5):
-        params, state = step(params, state)
+        # Without weak types, so that the second step is the program of the first.
+        params, state = step(*jax.tree.map(np.asarray, (params, state)))
     assert offset(params, 3.0) < 0.7 * before
     assert jnp.array_equal(params["q"]["t"], jnp.ones(1))
 
@@ -409,7 +410,7 @@ GROWING = {
 @pytest.mark.parametrize("name", GROWING)
 def test_traces_do_not_grow_with_the_groups(name, traces):
     # One trace of each shared update: JAX traces a window's branches twice.
-    for count in (2, 100):
+    for count in (2, 20):
         traces.clear()
         params = {f"p{i}": jnp.asarray(1.0) for i in range(count)}
         tx = vn.ParamOptimiser({path: GROWING[name]() for path in params})

@@ -35,35 +35,51 @@ def tree():
 
 
 NAMES = ("a", "b.c", "b.d", "e")
+GRADIENT = jax.tree.map(lambda leaf: np.asarray(2 * np.asarray(leaf)), tree())
 
 
 @eqx.filter_jit
-def step_of_each(trainers):
-    """One step on a bowl whose gradient is known: one program for all of them."""
-    return {name: trainer.step(jnp.asarray(0.0)) for name, trainer in trainers.items()}
+def updates_of_each(trainers):
+    """The next update by a gradient that is known, and the trainers after it.
+
+    It is one program for all of them.
+    """
+
+    def after(trainer):
+        gradient = jax.tree.map(jnp.asarray, GRADIENT)
+        updates, state = trainer.optimiser.update(
+            gradient, trainer.opt_state, trainer.params
+        )
+        return updates, eqx.tree_at(lambda t: t.opt_state, trainer, state)
+
+    return {name: after(trainer) for name, trainer in trainers.items()}
 
 
 def walked(optimisers, steps):
-    """Trainers with these optimisers after no step, after one, and so on."""
+    """Trainers with these optimisers after no update, after one, and so on.
+
+    Beside each are the updates that come next, as multiples of the gradient.
+    """
     trainers = {name: Pull(tree(), make()) for name, make in optimisers.items()}
-    walk = [trainers]
-    for _ in range(steps):
-        stepped = step_of_each(trainers)
-        assert all(info.accepted for _, info in stepped.values())
-        trainers = {name: trainer for name, (trainer, _) in stepped.items()}
-        walk.append(trainers)
+    walk = []
+    for _ in range(steps + 1):
+        found = updates_of_each(trainers)
+        multiples = {name: multiple(updates) for name, (updates, _) in found.items()}
+        walk.append({name: (trainers[name], multiples[name]) for name in trainers})
+        trainers = {name: trainer for name, (_, trainer) in found.items()}
     return walk
 
 
+def multiple(updates):
+    """How far an update goes against the gradient, as a multiple of it."""
+    ratio = lambda update, gradient: -np.asarray(update) / gradient
+    ratios = map(ratio, jax.tree.leaves(updates), jax.tree.leaves(GRADIENT))
+    return dict(zip(NAMES, ratios, strict=True))
+
+
 def after(optimiser, steps):
-    return walked({"one": lambda: optimiser}, steps)[steps]["one"]
-
-
-def observed(before, after):
-    """How far a step went, as a multiple of the gradient."""
-    ratio = lambda old, new: (old - new) / (2 * old)
-    old, new = (map(np.asarray, jax.tree.leaves(t.params)) for t in (before, after))
-    return dict(zip(vn.paths(before.params), map(ratio, old, new), strict=True))
+    trainer, _ = walked({"one": lambda: optimiser}, steps)[steps]["one"]
+    return trainer
 
 
 class Ramp:
@@ -183,18 +199,28 @@ OPTIMISERS = {
 """Without momentum: the update is the gradient times the rate."""
 
 
-walk_of_optimisers = functools.cache(lambda: walked(OPTIMISERS, 7))
+walk_of_optimisers = functools.cache(lambda: walked(OPTIMISERS, 6))
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_the_next_update_is_the_gradient_times_the_rate(name):
-    trainers = [at[name] for at in walk_of_optimisers()]
     for steps in (0, 1, 3, 6):
-        told, seen = trainers[steps].learning_rates(), observed(*trainers[steps:][:2])
+        trainer, seen = walk_of_optimisers()[steps][name]
+        told = trainer.learning_rates()
         assert tuple(told) == NAMES
         for path, rate in told.items():
             assert type(rate) is float
             np.testing.assert_allclose(seen[path], rate, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_goes_as_far_as_the_rates_tell():
+    trainer = Pull(tree(), OPTIMISERS["rules, default, first, scale"]())
+    after, info = trainer.step(0.0)
+    assert info.accepted
+    told = trainer.learning_rates()
+    move = lambda old, new: np.asarray(new) - np.asarray(old)
+    for path, seen in multiple(jax.tree.map(move, tree(), after.model)).items():
+        np.testing.assert_allclose(seen, told[path], rtol=1e-5)
 
 
 def test_the_rate_of_one_that_was_fitted_is_that_of_its_count():
@@ -245,8 +271,8 @@ def test_an_adaptive_rule_has_the_rate_of_its_schedule(name):
     schedule, walk = walk_of_adaptive()
     for steps in (0, 3):
         expected = dict.fromkeys(NAMES, float(schedule(steps)))
-        told = walk[steps][name].learning_rates()
-        assert told == pytest.approx(expected, rel=1e-6)
+        trainer, _ = walk[steps][name]
+        assert trainer.learning_rates() == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_adam_divides_out_is_not_counted():
@@ -258,15 +284,15 @@ def test_what_adam_divides_out_is_not_counted():
     )
     plain = lambda: vn.ParamOptimiser({"**": optax.adam(0.1, eps=0.0)})
     makers = {"plain": plain, "scaled": scaled(0.5, eps=0.0), "uphill": scaled(-2.0)}
-    walk = walked(makers, 3)
-    for now, then in (walk[0:2], walk[2:4]):
-        assert now["plain"].learning_rates() == now["scaled"].learning_rates()
-        one, other = (observed(now[name], then[name]) for name in ("plain", "scaled"))
+    walk = walked(makers, 2)
+    for at in (walk[0], walk[2]):
+        (plain, one), (scaled, other) = at["plain"], at["scaled"]
+        assert plain.learning_rates() == scaled.learning_rates()
         for path, ratio in one.items():
             np.testing.assert_allclose(ratio, other[path], rtol=1e-5)
-    first, second = (at["uphill"] for at in walk[:2])
-    assert first.learning_rates()["a"] == pytest.approx(-0.1)
-    assert np.all(observed(first, second)["a"] < 0)
+    uphill, seen = walk[0]["uphill"]
+    assert uphill.learning_rates()["a"] == pytest.approx(-0.1)
+    assert np.all(seen["a"] < 0)
 
 
 def own():
@@ -389,17 +415,17 @@ RATES = (0.0123, 0.0246)
 
 
 @functools.cache
-def walk_of_several():
-    made = [(name, rate) for name in SEVERAL for rate in RATES]
-    return walked({case: functools.partial(build, *case) for case in made}, 1)
+def first_of_several(rate):
+    """What each does first; the program is one for all rates."""
+    return walked({name: functools.partial(build, name, rate) for name in SEVERAL}, 0)
 
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_an_update_of_an_alias_is_proportional_to_what_is_told(name):
     seen = []
     for rate in RATES:
-        before, after = (at[name, rate] for at in walk_of_several())
-        told, ratios = before.learning_rates(), observed(before, after)
+        trainer, ratios = first_of_several(rate)[0][name]
+        told = trainer.learning_rates()
         seen.append({path: ratios[path] / told[path] for path in NAMES})
     for path in NAMES:
         np.testing.assert_allclose(seen[0][path], seen[1][path], rtol=1e-3)

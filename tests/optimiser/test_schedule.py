@@ -13,7 +13,8 @@ import vernal as vn
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (3, 1), (5, 10), (50, 2)])
 def test_delay_is_that_of_the_seed(lr, start, length):
     ours, theirs = vn.delay(lr, start, length), seed.delay(lr, start, length)
-    steps = jnp.arange(start + length + 3)
+    # As many in each case, so that they share their programs.
+    steps = np.arange(55)
     np.testing.assert_array_equal(jax.vmap(ours)(steps), jax.vmap(theirs)(steps))
 
 

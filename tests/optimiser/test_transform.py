@@ -253,7 +253,7 @@ def test_rates_keep_dtypes():
         assert updates["h"].dtype == jnp.bfloat16
         assert updates["f"].dtype == jnp.float32
         stacked = jax.tree.map(lambda *x: jnp.stack(x), tx, tx)
-        many = jax.vmap(lambda t: t.update(params, t.init(params))[0])(stacked)
+        many = jax.jit(jax.vmap(lambda t: t.update(params, t.init(params))[0]))(stacked)
         assert many["h"].dtype == jnp.bfloat16
         assert many["f"].shape == (2, 2)
 

@@ -209,7 +209,7 @@ def test_a_later_batch_of_a_stream_is_named_with_its_step():
 
 def test_later_minibatches_are_looked_at_too():
     data = vn.Minibatches(BAD, 10, key=jax.random.key(3))
-    trainer, _ = fitted().step(curve())
+    trainer = fitted().fit(curve(), 3).trainer
     with pytest.warns(UserWarning, match=r"at \[17\] of all the examples"):
         trainer.fit(data, 40)
 
@@ -229,19 +229,21 @@ def test_a_fit_that_went_astray_is_not_blamed_on_the_data():
 # No step was accepted.
 
 SKIPPED = {
-    "skip": (vn.SkipStep(), BAD, vn.StopReason.ALL_SKIPPED),
-    "skip, good": (vn.SkipStep(), curve(), vn.StopReason.STEPS_TAKEN),
-    "zero": (vn.ZeroNans(), BAD, vn.StopReason.STEPS_TAKEN),
-    "patient": (vn.SkipStep() | vn.StopAfter(50), BAD, vn.StopReason.ALL_SKIPPED),
-    "too long": (vn.SkipStep() | vn.StopAfter(4), BAD, vn.StopReason.NON_FINITE),
+    "skip": (vn.SkipStep(), BAD, 9, vn.StopReason.ALL_SKIPPED),
+    "skip, good": (vn.SkipStep(), curve(), 9, vn.StopReason.STEPS_TAKEN),
+    "zero": (vn.ZeroNans(), BAD, 9, vn.StopReason.STEPS_TAKEN),
+    "patient": (vn.SkipStep() | vn.StopAfter(4), BAD, 3, vn.StopReason.ALL_SKIPPED),
+    "too long": (vn.SkipStep() | vn.StopAfter(4), BAD, 9, vn.StopReason.NON_FINITE),
     "one in five": (
         vn.SkipStep(),
         vn.Minibatches(BAD, 40, key=jax.random.key(0)),
+        9,
         vn.StopReason.STEPS_TAKEN,
     ),
     "a stream": (
         vn.SkipStep(),
         vn.Stream(lambda step: iter([BAD] * 9)),
+        9,
         vn.StopReason.ALL_SKIPPED,
     ),
 }
@@ -249,12 +251,12 @@ SKIPPED = {
 
 @pytest.mark.parametrize("name", SKIPPED)
 def test_steps_that_were_all_skipped_are_not_taken(name):
-    policy, data, reason = SKIPPED[name]
-    result = fitted(policy).fit(data, 9)
+    policy, data, steps, reason = SKIPPED[name]
+    result = fitted(policy).fit(data, steps)
     assert result.stop_reason is reason
     if name == "skip":
         with pytest.warns(UserWarning, match="No step was accepted") as caught:
-            fitted(policy).fit(data, 9)
+            fitted(policy).fit(data, steps)
         assert WORD in str(caught[0].message)
         # Of what was before this fit it knows, and is not misled.
         after = result.trainer.fit(curve(), 2)

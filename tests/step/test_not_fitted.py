@@ -82,7 +82,8 @@ class Decay(eqx.Module):
 
 class Pull(vn.Trainer):
     def loss(self, model, batch):
-        return jnp.abs(model.nested["x"] - batch).sum().astype(float) + model.rate**2
+        parts = (jnp.abs(x - batch).sum() for x in jax.tree.leaves(model.nested))
+        return sum(part.astype(float) for part in parts) + model.rate**2
 
 
 def decay(value):
@@ -111,10 +112,18 @@ def test_scalars_of_numpy_are_parameters_as_arrays_are(name):
         assert isinstance(own, jax.Array)
         assert own.dtype == value.dtype
         assert own.shape == value.shape
-    trainer, _ = trainer.step(jnp.asarray(0.0))
-    np.testing.assert_allclose(trainer.model.nested["x"], 1.0)
     with pytest.raises(ValueError, match=r"'nested\.x' has no rule"):
         vn.ParamOptimiser({"rate": everything}, strict=True).owners(model)
+
+
+def test_scalars_of_numpy_move_as_arrays_do():
+    model = Decay(jnp.asarray(2.0), FLOATS | COMPLEX)
+    rules = vn.ParamOptimiser({"rate": None}, default=optax.sgd(0.5))
+    trainer, _ = Pull(model, rules).step(0.0)
+    for name, value in (FLOATS | COMPLEX).items():
+        moved = trainer.model.nested[name]
+        assert moved.dtype == value.dtype, name
+        np.testing.assert_allclose(moved, 1.0, err_msg=name)
 
 
 def test_a_fit_from_scalars_is_that_from_arrays():

@@ -235,7 +235,7 @@ sizes = itertools.count(10)
 
 def fresh():
     """A batch for which nothing is compiled yet."""
-    return jnp.ones(next(sizes))
+    return np.ones(next(sizes))
 
 
 def count(fn):
@@ -250,9 +250,11 @@ def count(fn):
 def test_a_step_compiles_anew_exactly_if_a_difference_is_told(name):
     old, new, line = TRAINERS[name]
     told, batch = vn.explain_retrace(old, new), fresh()
-    assert count(lambda: old.step(batch)) > 0
-    assert count(lambda: old.step(batch)) == 0
-    compiled = count(lambda: new.step(batch)) > 0
+    # To trace the step is enough, which is all that is counted.
+    traced = lambda trainer: count(lambda: jax.eval_shape(lambda: trainer.step(batch)))
+    assert traced(old) > 0
+    assert traced(old) == 0
+    compiled = traced(new) > 0
     assert compiled is not told.startswith("Nothing differs")
     assert (line in told.split("\n")) if line else not compiled
 
