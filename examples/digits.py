@@ -23,7 +23,7 @@ from sklearn.model_selection import train_test_split
 import vernal as vn
 
 HERE = Path(__file__).parent
-EPOCHS, SIZE = 15, 64
+EPOCHS, SIZE = 10, 64
 
 
 class Network(eqx.Module):

@@ -129,8 +129,7 @@ def others(name, x, y):
 
     # SciPy's types do not allow a function for `jac`.
     jacobian: Any = jax.jit(jax.jacfwd(residuals))
-    vector = jax.jit(residuals)
-    scalar, gradient = jax.jit(loss), jax.jit(jax.grad(loss))
+    vector, value_and_gradient = jax.jit(residuals), jax.jit(jax.value_and_grad(loss))
 
     def scipy_lm(start):
         tight = dict.fromkeys(("xtol", "ftol", "gtol"), np.finfo(float).eps)
@@ -141,7 +140,9 @@ def others(name, x, y):
 
     def scipy_bfgs(start):
         options = {"gtol": 0.0, "maxiter": BFGS_STEPS}
-        found = scipy.optimize.minimize(scalar, start, jac=gradient, options=options)
+        found = scipy.optimize.minimize(
+            value_and_gradient, start, jac=True, options=options
+        )
         return found.x, found.nit
 
     return {

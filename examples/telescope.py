@@ -117,7 +117,7 @@ def guess(truth):
     )
 
 
-def sgd(model, batch, steps=400):
+def sgd(model, batch, steps=300):
     trainer = Fit(model, train=PARAMETERS)
     fisher = jnp.diag(trainer.fisher(batch))
     _, unravel = jax.flatten_util.ravel_pytree(trainer.params)
@@ -126,7 +126,7 @@ def sgd(model, batch, steps=400):
     return Fit(model, optimiser).fit(batch, steps, progress=False)
 
 
-def natural_gradient(model, batch, steps=40):
+def natural_gradient(model, batch, steps=28):
     def renewed(trainer, history=None):
         fisher = trainer.fisher(batch)
         projector = vn.EigenProjector.from_fisher(fisher, trainer.params)

@@ -59,6 +59,7 @@ class Galaxy(eqx.Module):
         return PIXEL * bell @ flux + continuum
 
 
+spectra_of = jax.jit(jax.vmap(Galaxy.__call__))
 TYPICAL = Galaxy(*map(jnp.asarray, (0.0, 120.0, 3e3, 1.2e3, 200.0, 0.0)))
 SPREAD = Galaxy(*map(jnp.asarray, (150.0, 40.0, 1.5e3, 6e2, 80.0, 4.0)))
 
@@ -71,12 +72,12 @@ class GalaxyFit(vn.Trainer):
 
 def observe(rng, count):
     """Returns two exposures of each of `count` galaxies."""
-    draws = jax.tree.map(lambda _: jnp.asarray(rng.uniform(-1, 1, count)), SPREAD)
+    draws = jax.tree.map(lambda _: rng.uniform(-1, 1, count), SPREAD)
     scatter = lambda typical, spread, draw: typical + spread * draw
     galaxies = jax.tree.map(scatter, TYPICAL, SPREAD, draws)
-    expected = jax.vmap(Galaxy.__call__)(galaxies)
-    sigma = jnp.sqrt(expected)
-    expose = lambda: (jnp.asarray(rng.poisson(expected), float), sigma)
+    expected = np.asarray(spectra_of(galaxies))
+    sigma = np.sqrt(expected)
+    expose = lambda: (rng.poisson(expected).astype(float), sigma)
     return expose(), expose()
 
 
@@ -187,7 +188,7 @@ def draw(tuning, choices, above, models, counts, output):
 
     panels = right.subplots(len(models), sharex=True, sharey=True)
     for panel, (name, model) in zip(panels, models.items(), strict=True):
-        spectra = jax.vmap(Galaxy.__call__)(model)
+        spectra = spectra_of(model)
         panel.plot(WAVELENGTH, counts[0], ".", ms=2.5, color="0.6")
         panel.plot(WAVELENGTH, spectra[0], color=colours[name])
         panel.set_title(name, fontweight="normal")

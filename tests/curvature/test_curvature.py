@@ -8,6 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import vernal as vn
+from marked import marked
 
 X = jnp.linspace(-1, 1, 9)
 
@@ -220,6 +221,7 @@ PRODUCTS = {
         odd,
     ),
 }
+MIXED = [name for name in PRODUCTS if "mixed" in name]
 MATVECS = {
     "hessian": (vn.hessian_matvec, loss),
     "gauss_newton": (vn.gauss_newton_matvec, residuals),
@@ -227,9 +229,8 @@ MATVECS = {
 
 
 @pytest.mark.loose_dtypes
-@pytest.mark.seams
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", marked(pytest.mark.seams, PRODUCTS, *MIXED))
 def test_a_product_is_that_with_the_matrix(name, dtype):
     matrix, matvec, fn, point = PRODUCTS[name]
     params = point(dtype)

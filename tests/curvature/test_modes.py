@@ -164,7 +164,6 @@ def test_some_at_a_time(curve, batch_size):
     np.testing.assert_allclose(part.T @ jac.T @ jac @ part, np.eye(2), atol=1e-10)
 
 
-@pytest.mark.seams
 @pytest.mark.parametrize("curve", ["while_loop", "custom_vjp"])
 def test_hessians(curve):
     expected = Likelihood("either", start()).fisher(data())

@@ -242,8 +242,7 @@ def test_nothing_is_computed_in_double_precision_unless_asked():
 # Large leaves.
 
 
-@pytest.mark.seams
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", marked(pytest.mark.seams, [False, True], False))
 def test_large_leaves_are_split(frozen):
     mesh = mesh_of(4, 2)
     sharding = {"*.weight": P(None, "model"), "0.bias": P("model")}

@@ -154,7 +154,6 @@ def test_many_fits(used, otherwise):
     np.testing.assert_allclose(one.history.loss, other.history.loss, rtol=1e-9)
 
 
-@pytest.mark.seams
 def test_minibatches_and_streams(used):
     rows = jnp.stack(DATA, 1)
 

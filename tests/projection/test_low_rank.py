@@ -138,7 +138,6 @@ def test_a_complement_without_curvature_has_no_bound():
         projector.null_space()
 
 
-@pytest.mark.seams
 def test_scale_makes_units_harmless():
     matrix = matrix_of(SPECTRA["geometric"])
     units = jnp.where(jnp.arange(D) % 2 == 0, 1e-9, 1e9)
@@ -192,7 +191,6 @@ def test_compiles_once():
     assert traces == once
 
 
-@pytest.mark.seams
 def test_under_jit():
     matrix = matrix_of(SPECTRA["geometric"])
 

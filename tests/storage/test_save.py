@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import vernal as vn
+from marked import marked
 from models import (
     GaussianFit,
     LineFit,
@@ -63,9 +64,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.seams
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", marked(pytest.mark.seams, VARIANTS, "rules", "line search")
+)
 def test_steps_save_load_steps(name, file):
     make = VARIANTS[name]
     half = make().fit(BATCH, 5).trainer
@@ -117,8 +119,7 @@ def two():
     return stacked, [pick(0), pick(1)]
 
 
-@pytest.mark.seams
-@pytest.mark.parametrize("part", [*PARTS, PARTS])
+@pytest.mark.parametrize("part", marked(pytest.mark.seams, [*PARTS, PARTS], PARTS))
 def test_each_of_many_can_start_anew(part, file):
     """To the same as if it were loaded alone."""
     stacked, ones = two()
