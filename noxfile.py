@@ -36,7 +36,10 @@ CHEAP = (
 AT_ONCE = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}
 
 # An example computes more than a test, so that some optimisation pays.
-LESS = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+LESS = (
+    "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 @nox.session
