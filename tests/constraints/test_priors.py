@@ -445,7 +445,7 @@ def test_errors_are_the_scatter_of_simulated_fits():
     widths = TRUTH["width"] + 0.05 * random.normal(size=count)
     trainers = eqx.filter_vmap(make)(jnp.asarray(widths))
     solver = optx.LevenbergMarquardt(1e-8, 1e-8)
-    many = vn.fit_many(trainers, jnp.asarray(data), 50, solver=solver, data_axis=0)
+    many = vn.fit_many(trainers, jnp.asarray(data), 8, solver=solver, data_axis=0)
     assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
     known = make(TRUTH["width"]).standard_errors(clean)
     for name in ("place", "width", "height"):
