@@ -135,8 +135,7 @@ class Hollow(vn.Trainer):
         return jnp.concatenate(own)
 
 
-@pytest.mark.parametrize("solver", [None, LM])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("solver", "batch"), [(None, 1), (LM, 2)])
 def test_some_at_a_time_of_what_has_no_elements(solver, batch):
     models = ({"line": line(slope), "none": jnp.zeros((0, 3))} for slope in SLOPES)
     trainers = [Hollow(model, ADAM if solver is None else None) for model in models]
@@ -418,18 +417,29 @@ def test_with_projectors(shared):
 # With a solver.
 
 
-@pytest.mark.parametrize("batch", marked(pytest.mark.seams, [None, 2], None))
-@pytest.mark.parametrize("solver", [LM, optx.BFGS(rtol=1e-8, atol=1e-8)])
-def test_a_solver_for_each(solver, batch):
+SOLVERS = {"LM": LM, "BFGS": optx.BFGS(rtol=1e-8, atol=1e-8)}
+
+
+def spectra():
     x, y, sigma = gaussian_batch()
-    many_y = jnp.stack([y, 1.1 * y, y + 0.02, jnp.full_like(y, jnp.nan)])
-    trainers = [GaussianFit(gaussian()) for _ in many_y]
-    axes = (None, 0, None)
-    result = many(
-        trainers, (x, many_y, sigma), 50, data_axis=axes, solver=solver, batch=batch
-    )
-    for index, trainer in enumerate(trainers):
-        alone = trainer.solve(solver, (x, many_y[index], sigma), max_steps=50)
+    y = np.asarray(y)
+    return x, np.stack([y, 1.1 * y, y + 0.02, np.full_like(y, np.nan)]), sigma
+
+
+@functools.cache
+def solved_alone(name):
+    x, many_y, sigma = spectra()
+    solve = functools.partial(GaussianFit(gaussian()).solve, SOLVERS[name])
+    return [solve((x, y, sigma), max_steps=50) for y in many_y]
+
+
+@pytest.mark.parametrize("batch", marked(pytest.mark.seams, [None, 2], None))
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_for_each(name, batch):
+    trainers = [GaussianFit(gaussian()) for _ in range(4)]
+    options = {"data_axis": (None, 0, None), "solver": SOLVERS[name], "batch": batch}
+    result = many(trainers, spectra(), 50, **options)
+    for index, alone in enumerate(solved_alone(name)):
         own = result.trainer(index)
         assert result.stop_reasons[index] is alone.stop_reason
         close(own.params, alone.trainer.params, rtol=1e-6)

@@ -68,33 +68,34 @@ class Slack(vn.Trainer):
         return (model["a"] + model["b"]) * batch - batch**2
 
 
-def flat(trainer):
-    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), trainer.params)
-    vector, unravel = jax.flatten_util.ravel_pytree(wide)
-    return np.asarray(vector), unravel
+def in_double_precision(trainer):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), trainer.params)
 
 
 def by_jacobian(trainer, batch, basis=None, **options):
     """Half the square of what of the residuals the columns of the Jacobian span."""
-    vector, unravel = flat(trainer)
 
-    def residuals(x):
-        r = trainer.residuals(unravel(x), batch, **options).ravel()
+    def residuals(params):
+        r = trainer.residuals(params, batch, **options).ravel()
         return jnp.concatenate([r.real, r.imag]) if jnp.iscomplexobj(r) else r
 
     both = jax.jit(lambda x: (jax.jacfwd(residuals)(x), residuals(x)))
-    jacobian, r = map(np.asarray, both(vector))
+    columns, r = both(in_double_precision(trainer))
+    columns = [np.reshape(x, (r.size, -1)) for x in jax.tree.leaves(columns)]
+    jacobian = np.concatenate(columns, axis=1)
     jacobian = jacobian if basis is None else jacobian @ basis
     left, values, _ = np.linalg.svd(jacobian, full_matrices=False)
-    return 0.5 * np.sum((left[:, values > 1e-9 * values[0]].T @ r) ** 2)
+    return 0.5 * np.sum((left[:, values > 1e-9 * values[0]].T @ np.asarray(r)) ** 2)
 
 
 def by_hessian(trainer, batch):
-    vector, unravel = flat(trainer)
+    """From the derivatives by parameters that are numbers."""
     method = trainer.nll if isinstance(trainer, Poisson) else trainer.loss
-    of = lambda x: method(unravel(x), batch)
+    of = lambda params: method(params, batch)
     both = jax.jit(lambda x: (jax.grad(of)(x), jax.hessian(of)(x)))
-    slope, hessian = map(np.asarray, both(vector))
+    derivatives = both(in_double_precision(trainer))
+    slope, hessian = (np.array(jax.tree.leaves(tree)) for tree in derivatives)
+    hessian = hessian.reshape(slope.size, slope.size)
     return 0.5 * slope @ np.linalg.solve(hessian, slope)
 
 

@@ -1,5 +1,6 @@
 """`Trainer.intervals`: the numbers of MINOS, within bounds, with ties and priors."""
 
+import functools
 import math
 
 import equinox as eqx
@@ -36,6 +37,10 @@ CURVED = {
 }
 
 
+def curve_of(name):
+    return CURVES[name] if name in CURVES else CURVED[name][0]
+
+
 class Curve(vn.Trainer):
     name: str = eqx.field(static=True)
 
@@ -43,13 +48,9 @@ class Curve(vn.Trainer):
         self.name = name
         super().__init__(*args, **options)
 
-    def curve(self, b, x):
-        own = CURVES if self.name in CURVES else {n: c[0] for n, c in CURVED.items()}
-        return own[self.name](b, x)
-
     def residuals(self, b, batch):
         x, y, sigma = batch
-        return (self.curve(b, x) - y) / sigma
+        return (curve_of(self.name)(b, x) - y) / sigma
 
 
 class LineFit(vn.Trainer):
@@ -89,7 +90,11 @@ def problem(name, seed=0, **options):
 
 def minos(fcn, values, level):
     """The intervals by iminuit, from a function of the parameters in units."""
-    both = jax.jit(jax.value_and_grad(fcn))
+    return minos_of(jax.jit(jax.value_and_grad(fcn)), values, level)
+
+
+def minos_of(both, values, level):
+    """The same, from a function that returns a value and its gradient."""
     theirs = iminuit.Minuit(
         lambda b: float(both(b)[0]),
         np.asarray(values),
@@ -122,18 +127,37 @@ def rise(rows, start, index, value, low=-np.inf, high=np.inf):
 # The numbers of others
 
 
+class Curves(vn.Trainer):
+    """Several curves, each with data of its own."""
+
+    def residuals(self, model, batch):
+        own = {name: (curve_of(name), b, *batch[name]) for name, b in model.items()}
+        return {n: (curve(b, x) - y) / std for n, (curve, b, x, y, std) in own.items()}
+
+
+@functools.cache
+def intervals_of(names):
+    """Each trainer and its batch; the errors and the intervals of all together."""
+    problems = {name: problem(name) for name in names}
+    together = Curves({name: own.params for name, (own, _) in problems.items()})
+    batch = {name: own for name, (_, own) in problems.items()}
+    errors, ends = together.standard_errors(batch), together.intervals(LM, batch)
+    return problems, errors, ends
+
+
 @pytest.mark.parametrize("name", [*CERTIFIED, *CURVED])
 def test_the_intervals_are_those_of_minos(name):
-    trainer, batch = problem(name)
-    errors = np.asarray(trainer.standard_errors(batch))
-    ours = np.array(list(trainer.intervals(LM, batch).values()))
+    names = CERTIFIED if name in CERTIFIED else tuple(CURVED)
+    problems, errors, ends = intervals_of(names)
+    (trainer, batch), own = problems[name], np.asarray(errors[name])
     start = np.asarray(trainer.params)
+    ours = np.array([ends[f"{name}[{index}]"] for index in range(len(start))])
 
     def fcn(steps):
-        return jnp.sum(trainer.residuals(start + errors * steps, batch) ** 2)
+        return jnp.sum(trainer.residuals(start + own * steps, batch) ** 2)
 
-    theirs = start[:, None] + errors[:, None] * minos(fcn, np.zeros(len(start)), 0.683)
-    np.testing.assert_allclose((ours - theirs) / errors[:, None], 0, atol=1e-3)
+    theirs = start[:, None] + own[:, None] * minos(fcn, np.zeros(len(start)), 0.683)
+    np.testing.assert_allclose((ours - theirs) / own[:, None], 0, atol=1e-3)
 
 
 def test_the_intervals_of_counts_are_those_of_minos():
@@ -186,31 +210,54 @@ PRIORS = {
 }
 
 
+class Decays(vn.Trainer):
+    """The same data by a decay for each of the priors."""
+
+    def residuals(self, model, batch):
+        x, y, sigma = batch
+        curve = curve_of("decay")
+        return {name: (curve(b, x) - y) / sigma for name, b in model.items()}
+
+
+@functools.cache
+def with_priors():
+    """Intervals and errors of each, and profiles of one element of each."""
+    without, batch = problem("decay")
+    model, bounds = dict.fromkeys(PRIORS, without.model), {"**": (1e-3, None)}
+    trainer = Decays(model, priors=PRIORS, bounds=bounds)
+    trainer = trainer.solve(BFGS, batch).trainer
+    ends = trainer.intervals(BFGS, batch, level=0.9)
+    values = {f"{name}[1]": [0.6, 1.0] for name in PRIORS}
+    profiles = trainer.profile(BFGS, batch, list(values), values)
+    errors = trainer.standard_errors(batch)
+    return without, batch, trainer.model, ends, errors, profiles
+
+
 @pytest.mark.parametrize("name", PRIORS)
 def test_any_prior_is_part_of_the_likelihood(name):
-    prior, bounds = PRIORS[name], {"": (1e-3, None)}
-    without, batch = problem("decay")
-    trainer = Curve("decay", without.model, priors={"": prior}, bounds=bounds)
-    trainer = trainer.solve(BFGS, batch).trainer
+    prior = PRIORS[name]
+    without, batch, models, ends, errors, profiles = with_priors()
 
-    def fcn(b):
+    @jax.jit
+    @jax.value_and_grad
+    def both(b):
         rows = without.residuals(b, batch)
         return jnp.sum(rows**2) - 2 * jnp.sum(prior.log_prob(b))
 
-    ours = np.array(list(trainer.intervals(BFGS, batch, level=0.9).values()))
-    errors = np.asarray(trainer.standard_errors(batch))[:, None]
-    apart = (ours - minos(fcn, trainer.params, 0.9)) / errors
-    np.testing.assert_allclose(apart, 0, atol=1e-3)
+    ours = np.array([ends[f"{name}[{index}]"] for index in range(3)])
+    apart = ours - minos_of(both, models[name], 0.9)
+    np.testing.assert_allclose(apart / np.asarray(errors[name])[:, None], 0, atol=1e-3)
     # The point of a profile is the minimum, and its delta how far that is above.
-    profile = trainer.profile(BFGS, batch, "[1]", [0.6, 1.0])
-    both = jax.jit(jax.value_and_grad(fcn))
-    least, _ = both(trainer.model)
-    for model, delta in zip(np.asarray(profile.models), profile.delta, strict=True):
+    profile = profiles[f"{name}[1]"]
+    least, _ = both(models[name])
+    points = np.asarray(profile.models[name])
+    for model, delta in zip(points, profile.delta, strict=True):
         value, slope = both(model)
         np.testing.assert_allclose(delta, float(value) - float(least), rtol=1e-6)
         assert np.abs(np.asarray(slope)[[0, 2]]).max() < 0.1
+    alone = Curve("decay", without.model, priors={"": prior})
     with pytest.raises(ValueError, match=r"LevenbergMarquardt.*is not normal"):
-        trainer.intervals(LM, batch)
+        alone.intervals(LM, batch)
 
 
 def line_fit(**options):
