@@ -171,7 +171,8 @@ ACCURACY = [
 def test_projection_whitens_whatever_the_units(dtype, size, condition, units):
     fmat = spectral(size, condition, units, dtype)[0]
     projection = vn.eigen_projection(fmat)
-    bound = 10 * np.finfo(dtype).eps * condition_of(fmat)
+    # A sum of so many terms has a rounding of its own.
+    bound = np.finfo(dtype).eps * (10 * condition_of(fmat) + size)
     assert identity_defect(projection, fmat) <= bound
 
 
