@@ -22,8 +22,8 @@ from .host import equations, inner_jaxprs
 T = TypeVar("T")
 
 # XLA looks for this mark on calls that it keeps. It is not documented, so only the
-# versions that were tested get it. From JAX 0.12 on XLA makes one function of more loops
-# by itself, but guarded steps and others would then differ in the last bit.
+# versions that were tested get it. From JAX 0.12 on XLA makes one function of more
+# loops by itself, but steps with a guard could then differ from others in the last bit.
 _MARK = {"xla_cpu_small_call": "true", "inlineable": "false"}
 BEFORE = (0, 13)
 
