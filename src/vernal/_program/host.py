@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 
 _LOGGER = logging.getLogger("jax._src.callback")
 
@@ -32,8 +32,8 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
 
 def inner_jaxprs(eqn: Any) -> list[Jaxpr]:
     """Returns the functions that an equation calls."""
-    leaves = jax.tree.leaves(eqn.params)
-    leaves = [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves]
+    # Before JAX 0.12, a function with its constants is another class, around this one.
+    leaves = (getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(eqn.params))
     return [leaf for leaf in leaves if isinstance(leaf, Jaxpr)]
 
 

@@ -7,14 +7,14 @@ a loop as a whole, and does so for the smallest. A mark on a call asks it for ot
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array
 
 from .host import equations, inner_jaxprs
@@ -101,13 +101,21 @@ def as_one_function(fn: Callable[..., T], *args: Any) -> T | None:
     given, count = [*traced.consts, *jax.tree.leaves(args)], len(traced.consts)
 
     def call(*given: Array) -> list[Array]:
-        flat: Any = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, given[:count]))
+        flat: Any = jaxpr_as_fun(_with_consts(traced, given[:count]))
         return [*flat(*given[count:]), *(jnp.ravel(x)[:1] for x in given)]
 
     first, *rest = jax.jit(call)(*lax.optimization_barrier(given))
     # The mark belongs to the call that the value comes from.
     returned = lax.optimization_barrier([set_xla_metadata(first, **_MARK), *rest])
     return jax.tree.structure(shapes).unflatten(returned[: -len(given)])
+
+
+def _with_consts(traced: Any, consts: Sequence[Array]) -> Any:
+    """Returns a function that was traced, with other constants."""
+    if hasattr(traced, "with_consts"):
+        return traced.with_consts(consts)
+    # Before JAX 0.12 its class is around that of a function without constants.
+    return type(traced)(traced.jaxpr, consts)
 
 
 def _is_small(jaxpr: Any) -> bool:
