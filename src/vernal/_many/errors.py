@@ -85,7 +85,10 @@ def warn_if_any_is_far(
     suspects = [int(index) for index in np.flatnonzero(is_suspect)]
     for index in suspects[:_MOST]:
         trainer, batch = member_of(index)
-        here = around(trainer, batch, "A standard error", jac, kind)
+        try:
+            here = around(trainer, batch, "A standard error", jac, kind)
+        except ValueError:  # on the verge of having no errors, by rounding
+            continue
         if not (far := how_far(trainer, here, scale_errors=False)):
             continue
         others = [str(other) for other in suspects if other > index]
