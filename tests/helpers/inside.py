@@ -39,6 +39,7 @@ from vernal._step.diagnosis import (
 )
 
 # Modules whose names are those of functions, too; as of others, tests replace parts.
+errors_of_many = importlib.import_module("vernal._many.errors")
 origin = importlib.import_module("vernal._storage.origin")
 save = importlib.import_module("vernal._storage.save")
 

@@ -282,3 +282,31 @@ def test_a_member_that_is_far_away_is_named(name):
         warnings.simplefilter("error")
         for ask in COLUMNS.values():
             ask(ends, data, **errors)
+
+
+def test_one_that_is_far_is_found_behind_many_that_only_seem_so():
+    """The errors of the data are said to be a thirtieth of what they are."""
+    y = np.stack([decays(40, std=3.0)[1] for _ in range(11)])
+    data, axes, still = (DATA[0], y, DATA[2]), (None, 0, None), optax.sgd(1e-12)
+    at_the_truth, away = Decay(model(), still), Decay(model(90.0), still)
+    many = vn.fit_many([at_the_truth] * 10 + [away], data, 1, data_axis=axes)
+    with pytest.warns(UserWarning, match=f"member 10 are asked for {FAR}") as warned:
+        many.errors(data)
+    assert len(warned) == 1
+    assert "may hold" not in str(warned[0].message)
+
+
+def test_a_member_that_cannot_be_looked_at_harms_no_other(monkeypatch):
+    """Rounding may leave it errors in one program, and none in another."""
+
+    def refuse(*args):
+        raise ValueError("a negative eigenvalue")
+
+    data = DATA[0], np.stack([DATA[1]] * 2), DATA[2]
+    away = [Decay(model(3.0), optax.sgd(1e-9))] * 2
+    many = vn.fit_many(away, data, 1, data_axis=(None, 0, None))
+    monkeypatch.setattr(inside.errors_of_many, "around", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        errors = many.errors(data)
+    assert np.isfinite(errors["rate"]).all()

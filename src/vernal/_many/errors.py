@@ -24,8 +24,8 @@ from .._step import AbstractTrainer, Progress, config_of, progress_of, with_prog
 from .mapped_chunk import Flags, apart, in_groups
 from .stack import stacked
 
-# How many of those that may be far from their minimum are looked at, or named.
-_MOST = 8
+# How many members a warning names.
+_MOST_NAMED = 8
 
 
 class _Members(NamedTuple):
@@ -83,7 +83,7 @@ def warn_if_any_is_far(
     """
     is_suspect = found.fall.truth_p_value <= NO_ACCIDENT
     suspects = [int(index) for index in np.flatnonzero(is_suspect)]
-    for index in suspects[:_MOST]:
+    for index in suspects:
         trainer, batch = member_of(index)
         try:
             here = around(trainer, batch, "A standard error", jac, kind)
@@ -92,7 +92,7 @@ def warn_if_any_is_far(
         if not (far := how_far(trainer, here, scale_errors=False)):
             continue
         others = [str(other) for other in suspects if other > index]
-        shown = ", ".join([*others[:_MOST], *["…"] * (len(others) > _MOST)])
+        shown = ", ".join(others[:_MOST_NAMED]) + ", …" * (len(others) > _MOST_NAMED)
         warn(
             f"The errors of member {index} are asked for {far} "
             + f"The same may hold of {shown}. " * bool(others)

@@ -424,11 +424,10 @@ def truth_p_values(
 def chi_squared_p_value(value: Any, degrees: Any) -> Any:
     """Returns the probability of a larger chi-squared: 1 without degrees of freedom."""
     # A dependency of JAX. In 32 bits JAX's own has few digits.
-    from scipy.special import gammaincc
+    from scipy.special import chdtrc
 
-    value, degrees = np.asarray(value, float), np.asarray(degrees, float)
-    is_free = degrees > 0
-    return np.where(is_free, gammaincc(np.where(is_free, degrees, 1) / 2, value / 2), 1)
+    degrees = np.asarray(degrees, float)
+    return np.where(degrees > 0, chdtrc(degrees, value), 1.0)
 
 
 def edm_note(distance: Distance, params: Params) -> str | None:
