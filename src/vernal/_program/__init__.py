@@ -2,9 +2,10 @@
 
 `programs` finds the program of a call, or compiles it again where its code has changed.
 `shelves` decides which compiled programs are kept. `prepared` prepares arguments.
-`one_function` makes small loops fast.
+`one_function` makes small loops fast, `branch` what would wait for the host.
 """
 
+from .branch import chosen, waits_at_branches
 from .host import calls_host
 from .one_function import (
     MOST_BYTES,

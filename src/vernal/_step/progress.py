@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree
 from .._pickling import PlainMethods
+from .._program import chosen
 
 MOST_STEPS = 2**31 - 1
 """Steps are counted in 32 bits."""
@@ -76,12 +76,13 @@ def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
     if progress.best is None:
         return progress
     is_other = (progress.is_validated != by_validation) & ~progress.stopped
-    best = lax.cond(
+    best = chosen(
         is_other,
         lambda: Best(
             progress.params, progress.state, jnp.full_like(progress.best_loss, jnp.inf)
         ),
         lambda: held_best(progress),
+        reads=held_best(progress),
     )
     return dataclasses.replace(
         progress,
@@ -129,10 +130,11 @@ def ranked(progress: Progress, score: Float[Array, ""]) -> Best:
     """Returns the best, given the score of the current parameters, if any is kept."""
     if progress.best is None:
         return held_best(progress)
-    return lax.cond(
+    return chosen(
         jnp.isfinite(score) & (score < progress.best_loss),
         lambda: Best(progress.params, progress.state, score),
         lambda: held_best(progress),
+        reads=held_best(progress),
     )
 
 

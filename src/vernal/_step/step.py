@@ -19,6 +19,7 @@ from .._policy import (
     each_finite,
     judged,
 )
+from .._program import chosen
 from .._projection import EigenProjector
 from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
 from .abstract_trainer import (
@@ -164,15 +165,19 @@ def advance(
             _, again, state = judged(policy, shown, blank, old.policy_state)
             return jnp.asarray(again.stop), state
 
-        stop, new_state = lax.cond(
-            is_good, lambda: (jnp.asarray(verdict.stop), policy_state), judge_again
+        stop, new_state = chosen(
+            is_good,
+            lambda: (jnp.asarray(verdict.stop), policy_state),
+            judge_again,
+            reads=grads,
         )
         keep = lambda new, old: lax.select(is_on, new, old)
         new_state = jax.tree.map(keep, new_state, old.policy_state)
         return _Settled(is_taken & is_good, stop, counts, new_state)
 
     is_fine = is_taken & all_finite((loss, grads, moved))
-    settled = lax.cond(_of_all(is_fine, members), as_it_is, looked_at)
+    is_as_it_is = _of_all(is_fine, members)
+    settled = chosen(is_as_it_is, as_it_is, looked_at, reads=moved)
     accepted = _once(settled.accepted)
     moved = _chosen(accepted, moved, held, members)
     count = is_on.astype(old.step_count.dtype)
@@ -190,6 +195,8 @@ def _once(flag: Bool[Array, ""]) -> Bool[Array, ""]:
     XLA's code for a CPU computes it again for each array that it chooses between, with
     the checks of all the others. It does not if the flag comes from a product.
     """
+    if jax.default_backend() != "cpu":
+        return flag
     pair = jnp.stack([flag, flag]).astype(jnp.float32)
     return pair @ jnp.ones_like(pair) > 1
 
@@ -208,20 +215,22 @@ def _chosen(
 ) -> _Moved:
     """Returns what an accepted step has moved, and else what it was.
 
-    Small arrays are chosen by a branch: to copy them takes one thread, but nothing has
-    to be compiled for each.
+    On a CPU small arrays are chosen by a branch: to copy them takes one thread, but
+    nothing has to be compiled for each.
     """
+    pick = lambda new, old: lax.select(accepted, new, old)
+    if jax.default_backend() != "cpu":
+        return jax.tree.map(pick, moved, held)
     count = 1 if members is None else lax.axis_size(members)
     is_large = lambda leaf: leaf.size * count >= _LARGE
     large, small = eqx.partition(moved, is_large)
     large_held, small_held = eqx.partition(held, is_large)
-    pick = lambda new, old: lax.select(accepted, new, old)
     each = lambda: lax.cond(accepted, lambda: small, lambda: small_held)
     if members is None:
-        chosen = each()
+        picked = each()
     else:  # one branch for all, where a selection is an operation for each array
-        chosen = lax.cond(_of_all(accepted, members), lambda: small, each)
-    return eqx.combine(jax.tree.map(pick, large, large_held), chosen)
+        picked = lax.cond(_of_all(accepted, members), lambda: small, each)
+    return eqx.combine(jax.tree.map(pick, large, large_held), picked)
 
 
 def _if(condition: Bool[Array, ""], x: Array, other: float) -> Array:

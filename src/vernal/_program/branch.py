@@ -1,0 +1,38 @@
+"""Branches of a program, where they are worth it."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.lax as lax
+from jaxtyping import Array, Bool
+
+T = TypeVar("T")
+
+# Up to how many bytes an accelerator reads and writes in the time that it would wait.
+_WORTH_A_WAIT = 2**24
+
+
+def waits_at_branches(reads: Any) -> bool:
+    """Whether a branch takes longer than both of its sides, which read these arrays.
+
+    An accelerator waits for the host at each branch, which is told where to go on.
+    """
+    if jax.default_backend() == "cpu":
+        return False
+    return (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(reads)) < _WORTH_A_WAIT
+    )
+
+
+def chosen(
+    flag: Bool[Array, ""],
+    if_true: Callable[[], T],
+    if_false: Callable[[], T],
+    reads: Any,
+) -> T:
+    """Returns the result of one of two functions that do little but read arrays."""
+    if not waits_at_branches(reads):
+        return lax.cond(flag, if_true, if_false)
+    pick = lambda new, old: lax.select(flag, new, old)
+    return jax.tree.map(pick, if_true(), if_false())
