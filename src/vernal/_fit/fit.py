@@ -147,7 +147,7 @@ def _check_trainer(
 ) -> None:
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
-    check_elementwise(subject.template(trainer))
+    check_elementwise(trainer, lambda: subject.template(trainer))
     if subject.count(trainer) + steps > MOST_STEPS:
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "

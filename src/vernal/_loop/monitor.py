@@ -99,9 +99,14 @@ class Monitor(PlainMethods, eqx.Module):
         """Whether there is a validation."""
         return self.validation is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to monitor."""
+        return self.validation is None and self.stop is None
+
     def init(self, progress: Progress) -> MonitorState | None:
         """Makes the first state, `None` if there is nothing to monitor."""
-        if self.validation is None and self.stop is None:
+        if self.is_idle:
             return None
         none_yet = np.asarray(np.inf, progress.best_loss.dtype)
         stop_state = None

@@ -17,7 +17,7 @@ from .._storage import History
 from .data_axis import axes_of, members_first
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
 from .result import ManyResult
-from .stack import first_row, stack
+from .stack import first_rows, stack
 
 
 @final
@@ -80,14 +80,15 @@ class ManyTrainers(AbstractSubject):
     def first_monitor_state(
         self, monitor: Monitor, trainer: AbstractTrainer
     ) -> MonitorState | None:
+        if monitor.is_idle:
+            return None
         return eqx.filter_vmap(monitor.init, axis_size=self.size)(progress_of(trainer))
 
     def template(self, trainer: AbstractTrainer) -> Any:
         trainer = jax.tree.map(self.place.whole, trainer)
         rows, shared = apart(config_of(trainer), self.config)
-        progress = jax.tree.map(first_row, progress_of(trainer))
-        first = eqx.combine(jax.tree.map(first_row, rows), shared)
-        return with_progress(first, progress)
+        rows, progress = first_rows((rows, progress_of(trainer)))
+        return with_progress(eqx.combine(rows, shared), progress)
 
     def row(self, batch: Any) -> Any:
         rows, shared = apart(batch, self.flags(batch))
@@ -131,8 +132,10 @@ class ManyTrainers(AbstractSubject):
         trainer = self.home(trainer)
         rows, shared = apart(config_of(trainer), self.config)
         is_array = lambda leaf: isinstance(leaf, jax.Array)
-        repeat = lambda leaf: stack((leaf,) * self.size) if is_array(leaf) else leaf
-        config = eqx.combine(rows, jax.tree.map(repeat, shared))
+        arrays, others = eqx.partition(shared, is_array)
+        columns = [(leaf,) * self.size for leaf in jax.tree.leaves(arrays)]
+        repeated = jax.tree.structure(arrays).unflatten(stack(columns))
+        config = eqx.combine(rows, repeated, others)
         stacked = with_progress(config, progress_of(trainer))
         edms = np.full(self.size, np.nan)
         own = self.data_axis, self.group

@@ -1,7 +1,7 @@
 """Many trainers as one, whose arrays have a row for each."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from .._step import (
     with_progress,
 )
 from .._trainer import Trainer, explain_retrace
-from .._tree import by_path, is_alike, shape_and_dtype
+from .._tree import by_path
 from .mapped_chunk import Flags
+
+T = TypeVar("T")
 
 
 def stacked(given: Any) -> tuple[Any, Flags, int]:
@@ -37,43 +39,79 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
         )
     if not given:
         raise ValueError("`trainers` is empty: there is nothing to fit.")
-    first = given[0]
+    leaves, structures = [], []
     for index, trainer in enumerate(given):
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
         require_precision(trainer)
-        _require_alike(first, trainer, index)
-    configs = [config_of(trainer) for trainer in given]
+        own, structure = jax.tree.flatten((config_of(trainer), progress_of(trainer)))
+        leaves.append(own)
+        structures.append(structure)
+        if structure != structures[0] or not all(map(_are_alike, own, leaves[0])):
+            raise _not_alike(given[0], trainer, index)
+    columns = list(zip(*leaves, strict=True))
+    of_config = len(jax.tree.leaves(config_of(given[0])))
     # What all of them share, such as a large frozen array, needs no rows.
-    flags = [_is_own(column) for column in _columns(configs)]
-    leaves = [
-        stack(column) if flag else column[0]
-        for column, flag in zip(_columns(configs), flags, strict=True)
+    flags = [_is_own(column) for column in columns[:of_config]]
+    is_stacked = [*flags, *[True] * (len(columns) - of_config)]
+    rows = stack([x for x, flag in zip(columns, is_stacked, strict=True) if flag])
+    together = [
+        next(rows) if flag else column[0]
+        for column, flag in zip(columns, is_stacked, strict=True)
     ]
-    config = jax.tree.structure(configs[0]).unflatten(leaves)
-    rows = map(stack, _columns([progress_of(trainer) for trainer in given]))
-    progress = jax.tree.structure(progress_of(first)).unflatten(rows)
+    config, progress = structures[0].unflatten(together)
     return with_progress(config, progress), tuple(flags), len(given)
 
 
-def _columns(trees: list[Any]) -> list[tuple[Any, ...]]:
-    return list(zip(*map(jax.tree.leaves, trees), strict=True))
-
-
-def _is_own(column: tuple[Any, ...]) -> bool:
+def _is_own(column: Sequence[Any]) -> bool:
     is_array = isinstance(column[0], jax.Array)
     return is_array and any(leaf is not column[0] for leaf in column)
 
 
-def stack(column: tuple[Any, ...]) -> Array:
-    if _is_for_jax_alone(column[0]):
-        return jnp.stack(column)
+def stack(columns: Sequence[Sequence[Array]]) -> Iterator[Array]:
+    """Yields for each column one array, whose rows are the arrays in it."""
+    # Of a trainer that was never fitted, the best are its parameters.
+    keys = [tuple(map(id, column)) for column in columns]
+    unlike = dict(zip(keys, columns, strict=True))
+    plain = [key for key, column in unlike.items() if not _is_for_jax_alone(column[0])]
     # Through NumPy, for which nothing is compiled.
-    return jax.device_put(np.stack([np.asarray(leaf) for leaf in column]))
+    onto_host(leaf for key in plain for leaf in unlike[key])
+    arrays = [_rows(unlike[key]) for key in plain]
+    made = dict(zip(plain, jax.device_put(arrays), strict=True))
+    for key in keys:
+        if key not in made:
+            made[key] = _rows_by_jax(unlike[key])
+        yield made[key]
 
 
-def first_row(leaf: Array) -> Array:
-    return leaf[0] if _is_for_jax_alone(leaf) else jax.device_put(np.asarray(leaf)[0])
+def _rows(column: Sequence[Array]) -> np.ndarray:
+    if _is_own(column):
+        return np.stack(list(map(np.asarray, column)))
+    row = np.asarray(column[0])
+    return np.broadcast_to(row, (len(column), *row.shape))
+
+
+def _rows_by_jax(column: Sequence[Array]) -> Array:
+    if _is_own(column):
+        return jnp.stack(column)
+    return jnp.broadcast_to(column[0], (len(column), *column[0].shape))
+
+
+def first_rows(tree: T) -> T:
+    """Returns a tree with the first row of each of its arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    plain = [leaf for leaf in leaves if not _is_for_jax_alone(leaf)]
+    onto_host(plain)
+    rows = iter(jax.device_put([np.asarray(leaf)[0] for leaf in plain]))
+    first = [leaf[0] if _is_for_jax_alone(leaf) else next(rows) for leaf in leaves]
+    return structure.unflatten(first)
+
+
+def onto_host(arrays: Iterable[Array]) -> None:
+    """Asks for arrays that are about to be read, all at once: a device is far away."""
+    if jax.default_backend() != "cpu":
+        for array in arrays:
+            array.copy_to_host_async()
 
 
 def _is_for_jax_alone(leaf: Array) -> bool:
@@ -81,16 +119,21 @@ def _is_for_jax_alone(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.weak_type
 
 
-def _require_alike(first: Any, other: Any, index: int) -> None:
-    is_array = lambda leaf: isinstance(leaf, jax.Array)
-    kind = lambda leaf: shape_and_dtype(leaf) if is_array(leaf) else leaf
-    if not is_alike(first, other, kind):
-        lines = explain_retrace(first, other).split("\n")
-        more = [f"and {len(lines) - 8} more."] if len(lines) > 8 else []
-        raise ValueError(
-            f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
-            "of its arrays:\n" + "\n".join([*lines[:8], *more])
-        )
+def _are_alike(leaf: Any, other: Any) -> bool:
+    if leaf is other:
+        return True
+    if isinstance(leaf, jax.Array) and isinstance(other, jax.Array):
+        return leaf.shape == other.shape and leaf.dtype == other.dtype
+    return bool(leaf == other)
+
+
+def _not_alike(first: Any, other: Any, index: int) -> ValueError:
+    lines = explain_retrace(first, other).split("\n")
+    more = [f"and {len(lines) - 8} more."] if len(lines) > 8 else []
+    return ValueError(
+        f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
+        "of its arrays:\n" + "\n".join([*lines[:8], *more])
+    )
 
 
 def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:

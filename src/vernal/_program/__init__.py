@@ -5,7 +5,7 @@
 `one_function` makes small loops fast, `branch` what would wait for the host.
 """
 
-from .branch import chosen, waits_at_branches
+from .branch import chosen
 from .host import calls_host
 from .one_function import (
     MOST_BYTES,

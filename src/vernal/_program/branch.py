@@ -13,16 +13,15 @@ T = TypeVar("T")
 _WORTH_A_WAIT = 2**24
 
 
-def waits_at_branches(reads: Any) -> bool:
+def _waits(reads: Any) -> bool:
     """Whether a branch takes longer than both of its sides, which read these arrays.
 
     An accelerator waits for the host at each branch, which is told where to go on.
     """
     if jax.default_backend() == "cpu":
         return False
-    return (
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(reads)) < _WORTH_A_WAIT
-    )
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(reads))
+    return size < _WORTH_A_WAIT
 
 
 def chosen(
@@ -32,7 +31,7 @@ def chosen(
     reads: Any,
 ) -> T:
     """Returns the result of one of two functions that do little but read arrays."""
-    if not waits_at_branches(reads):
+    if not _waits(reads):
         return lax.cond(flag, if_true, if_false)
     pick = lambda new, old: lax.select(flag, new, old)
     return jax.tree.map(pick, if_true(), if_false())

@@ -236,16 +236,19 @@ def _name(trainer: AbstractTrainer) -> str:
     return "`constrain`" if overrides(trainer, "constrain") else "`bounds`"
 
 
-def check_elementwise(trainer: AbstractTrainer) -> None:
+def check_elementwise(
+    trainer: AbstractTrainer, template: Callable[[], AbstractTrainer] | None = None
+) -> None:
     """Refuses a `constrain` that cannot be projected, before a fit begins.
 
     If a projector couples what it changes, it must clip each element to an interval.
-    It is tried at some points around the current one.
+    It is tried at some points around the current one. Of many trainers, `template`
+    returns one.
     """
     is_coupled = trainer.projector is not None and overrides(trainer, "constrain")
     if not is_coupled or isinstance(trainer.step_count, Tracer):
         return
-    trainer = in_free_coordinates(trainer)
+    trainer = in_free_coordinates(trainer if template is None else template())
     clip = clip_of(trainer, "what it was given")
     if coupled(trainer, clip) is None:
         return
