@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from . import curvature, fits, large, options, peers, profiles, rules, solving
-from .measure import FAILED
+from .measure import FAILED, apart, device
 from .page import Row, write
 
 LIBRARIES = ("vernal", "jax", "jaxlib", "equinox", "optax", "optimistix", "matfree")
@@ -89,11 +89,12 @@ def made(option: str, rounds: int | None) -> str:
     command = f"nox -s bench{option}"
     quick = "" if rounds is None else f" A quick run: rounds of each work: {rounds}."
     cores = len(os.sched_getaffinity(0))
+    accelerator = apart("float32", device)
     installed = {dist.name for dist in distributions()}
     names = [name for name in (*LIBRARIES, *PEERS) if name in installed]
     libraries = ", ".join(f"{name} {version(name)}" for name in names)
     return (
-        f"Measured on {day} by `{command}`, on {processor}, {cores} cores;\n"
+        f"Measured on {day} by `{command}`, on {processor}, {cores} cores{accelerator};\n"
         f"Python {platform.python_version()}, {libraries}.{quick}"
     )
 

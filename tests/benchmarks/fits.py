@@ -17,7 +17,6 @@ from jax.flatten_util import ravel_pytree
 
 import vernal as vn
 from vernal._fit import one_trainer
-from vernal._loop.chunk import run_chunk
 
 from .measure import BOTH, Figure, Program, Sides, Work, least
 from .problems import (
@@ -226,11 +225,15 @@ def copies(size: int) -> tuple[float, str]:
     """What a compiled fit has in memory, in copies of the parameters, and by hand."""
     problem, programs = trivial(size), []
 
-    def spy(*args: Any) -> Any:
-        programs.append(run_chunk.lower(*args))
-        return run_chunk(*args)
+    def spy(run: Any) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            programs.append(run.lower(*args))
+            return run(*args)
 
-    one_trainer.run_chunk = spy
+        return called
+
+    for name in ("run_chunk", "run_chunk_in_place"):
+        setattr(one_trainer, name, spy(getattr(one_trainer, name)))
     problem.trainer().fit(problem.data, 2)
     scan, state = jax.jit(scan_by_hand(problem, 2)), problem.tx.init(problem.model)
     by_hand = scan.lower(problem.model, state, problem.data)
