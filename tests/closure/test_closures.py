@@ -227,6 +227,46 @@ def test_what_is_compiled_does_not_follow_later_changes():
     assert before.decode()()[1][0] == 0
 
 
+@jtu.register_pytree_node_class
+class Node:
+    """A node of a library, whose static data may be containers."""
+
+    def __init__(self, data, *parts):
+        self.data, self.parts = data, parts
+
+    def tree_flatten(self):
+        return self.parts, ("data", self.data)
+
+    @classmethod
+    def tree_unflatten(cls, static, parts):
+        return cls(static[1], *parts)
+
+
+@pytest.mark.parametrize("parts", [(), (jnp.zeros(2),)], ids=["childless", "parent"])
+@pytest.mark.parametrize(
+    ("make", "other"),
+    [
+        (dict, {"a": 1}),
+        (lambda: {"a": [1]}, {"a": [2]}),
+        (lambda: {"a": 1}, {"a": 1.0}),
+        (lambda: [{1}], [{2}]),
+        (lambda: ("a", {}), ("a", [])),
+        (lambda: "a", "b"),
+    ],
+    ids=["empty", "nested", "type", "set", "tuple", "text"],
+)
+def test_static_data_of_nodes_are_kept_by_value(make, other, parts):
+    node = Node(make(), *parts)
+    before = Closure.encode(node)
+    assert same(node, Node(make(), *parts))
+    assert not same(node, Node(other, *parts))
+    if isinstance(node.data, dict | list):
+        node.data.clear()
+    decoded = before.decode()
+    assert decoded.data == make()
+    assert len(decoded.parts) == len(parts)
+
+
 def test_what_a_function_writes_to_is_the_same_object():
     calls, count = [], 0
 

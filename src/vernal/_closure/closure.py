@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from .._pickling import PlainMethods, content_of, is_named, metadata
-from .equality import Hashed, Same, names_written, value_key
+from .equality import Hashed, Same, copied, names_written, value_key
 from .reads import reads, scope_key
 from .skeleton import (
     Function,
@@ -116,17 +116,23 @@ class _Encoder:
             # It marks an array in what was pickled.
             return obj
         children, treedef = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
-        if jtu.treedef_is_leaf(treedef):
+        if treedef == jtu.tree_structure(0):
             # Equal objects may read different values.
             return Static((value_key(obj), reads(obj).key), obj)
-        node = treedef.node_data()
+        kind, data = treedef.node_data() or (None, None)
+        own, like = copied(data), treedef
+        if kind is not None and own is not data:
+            of = jtu.default_registry, (kind, own), treedef.children()
+            like = jtu.PyTreeDef.from_node_data_and_children(*of)
         try:
             # A treedef compares its static data by `==`, which is too generous.
-            key = treedef, value_key(node and node[1])
+            key = like, value_key(own)
             hash(key)
         except TypeError:
             return Static(Same(obj), obj)
-        return Group(key, self.parts(children), treedef.unflatten)
+        if like != treedef:  # JAX makes another node of a module that is a tuple
+            return Static(Same(obj), obj)
+        return Group(key, self.parts(children), like.unflatten)
 
     def function(self, fn: types.FunctionType) -> Part:
         key = (

@@ -3,6 +3,7 @@
 import dis
 import functools
 import hashlib
+import operator
 import types
 from collections.abc import Hashable
 from typing import Any
@@ -73,11 +74,32 @@ def value_key(obj: Any) -> Hashable:
             return type(obj), tuple(map(value_key, obj))
         case frozenset() | set():
             return type(obj), frozenset(map(value_key, obj))
+        case list() if type(obj) is list:
+            return list, tuple(map(value_key, obj))
+        case dict() if type(obj) is dict:
+            pairs = ((value_key(key), value_key(value)) for key, value in obj.items())
+            return dict, tuple(pairs)
     try:
         hash(obj)
     except TypeError:
         return Same(obj)
     return type(obj), obj
+
+
+def copied(obj: Any) -> Any:
+    """Copies the containers in an object, so that it stays what its key says.
+
+    An object without any that can change is returned as it is.
+    """
+    kind = type(obj)
+    if kind in (list, set):
+        return kind(map(copied, obj))
+    if kind is dict:
+        return {key: copied(value) for key, value in obj.items()}
+    if kind is tuple:
+        copies = tuple(map(copied, obj))
+        return obj if all(map(operator.is_, copies, obj)) else copies
+    return obj
 
 
 @functools.lru_cache(maxsize=4096)
