@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._closure import Closure
 from .._pickling import PlainMethods, Portable
+from .._program import program
 from .._tree import by_path, is_inexact
 from .owned import replaced
 
@@ -77,11 +78,11 @@ class Bijections(Portable, PlainMethods, eqx.Module):
 
     def required(self, params: PyTree) -> PyTree:
         """Returns the free coordinates of parameters; refuses any that have none."""
-        free = self.inverse(params)
-        again, at = by_path(self.forward(free)).by_name(), by_path(free).by_name()
+        free, again, is_close = _there_and_back(self, params)
+        at = by_path(free).by_name()
         for path, x in by_path(params).items():
             if path in self.maps:
-                _check(path, x, again[path], at[path])
+                _check(path, x, at[path], again[path], is_close[path])
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self, params))):
             message = "A parameter is not what its bijection, of `bounds`, can return."
             return eqx.error_if(free, ~self.agrees(free, params), message)
@@ -145,6 +146,17 @@ class Bijections(Portable, PlainMethods, eqx.Module):
         return found
 
 
+@program
+def _there_and_back(
+    bijections: Bijections, params: PyTree
+) -> tuple[PyTree, dict[str, Array], dict[str, Bool[Array, ""]]]:
+    """Returns free coordinates, what these are mapped to, and whether it is close."""
+    free, before = bijections.inverse(params), by_path(params).by_name()
+    again = by_path(bijections.forward(free)).by_name()
+    again = {path: again[path] for path in bijections.maps}
+    return free, again, {path: _is_close(before[path], x) for path, x in again.items()}
+
+
 def is_bijection(given: Any) -> bool:
     """Whether an object has both directions of a bijection."""
     both = _method(given, _FORWARD), _method(given, _INVERSE)
@@ -201,8 +213,8 @@ def _is_close(value: Array, again: Array) -> Any:
     return jnp.all(jnp.abs(again - value) <= tolerance_of(value) * size)
 
 
-def _check(path: str, value: Array, again: Array, free: Array) -> None:
-    if any(isinstance(x, Tracer) for x in (value, again, free)):
+def _check(path: str, value: Array, free: Array, again: Array, is_close: Any) -> None:
+    if any(isinstance(x, Tracer) for x in (value, free, again)):
         return
     show = lambda x: np.array2string(np.asarray(x), precision=6, threshold=8)
     if not np.isfinite(free).all():
@@ -212,7 +224,7 @@ def _check(path: str, value: Array, again: Array, free: Array) -> None:
             "beyond. Start within; or give a pair `(low, high)`, if the answer may lie "
             "on the edge."
         )
-    if not _is_close(value, again):
+    if not is_close:
         raise ValueError(
             f"`bounds`: {path!r} starts at {show(value)}, which its bijection does not "
             f"return: of its free coordinates that makes {show(again)}. Start there."

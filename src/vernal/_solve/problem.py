@@ -1,6 +1,7 @@
 """The program of `solve`: a solver of Optimistix on what a trainer fits."""
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -157,16 +158,19 @@ def in_parameters(end: End, trainer: AbstractTrainer) -> End:
 
     The solver moved the free coordinates of the trainer's bijections, if it has any.
     """
-    bijections, old = bijections_of(trainer), progress_of(trainer)
-    if bijections is None:
-        return end
-    params, latent = from_free_coordinates(trainer, end.params, end.latent)
+    return end if bijections_of(trainer) is None else _in_parameters(end, trainer)
+
+
+@program
+def _in_parameters(end: End, trainer: AbstractTrainer) -> End:
+    old, of = progress_of(trainer), partial(from_free_coordinates, trainer)
+    params, latent = of(end.params, end.latent)
     is_new = old.is_validated | (end.best_loss < old.best_loss)
     return end._replace(
         params=params,
         latent=latent,
-        best=choose(is_new, bijections.forward(end.best), old.best),
-        stumble=bijections.forward(end.stumble),
+        best=choose(is_new, of(end.best, None)[0], old.best),
+        stumble=of(end.stumble, None)[0],
     )
 
 
