@@ -75,7 +75,7 @@ def stack(columns: Sequence[Sequence[Array]]) -> Iterator[Array]:
     unlike = dict(zip(keys, columns, strict=True))
     plain = [key for key, column in unlike.items() if not _is_for_jax_alone(column[0])]
     # Through NumPy, for which nothing is compiled.
-    onto_host(leaf for key in plain for leaf in unlike[key])
+    _onto_host(leaf for key in plain for leaf in unlike[key])
     arrays = [_rows(unlike[key]) for key in plain]
     made = dict(zip(plain, jax.device_put(arrays), strict=True))
     for key in keys:
@@ -101,13 +101,13 @@ def first_rows(tree: T) -> T:
     """Returns a tree with the first row of each of its arrays."""
     leaves, structure = jax.tree.flatten(tree)
     plain = [leaf for leaf in leaves if not _is_for_jax_alone(leaf)]
-    onto_host(plain)
+    _onto_host(plain)
     rows = iter(jax.device_put([np.asarray(leaf)[0] for leaf in plain]))
     first = [leaf[0] if _is_for_jax_alone(leaf) else next(rows) for leaf in leaves]
     return structure.unflatten(first)
 
 
-def onto_host(arrays: Iterable[Array]) -> None:
+def _onto_host(arrays: Iterable[Array]) -> None:
     """Asks for arrays that are about to be read, all at once: a device is far away."""
     if jax.default_backend() != "cpu":
         for array in arrays:
