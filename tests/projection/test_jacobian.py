@@ -271,7 +271,7 @@ class Line(vn.Trainer):
 
 
 TIMES = {
-    "years": (np.linspace(2010, 2024, 57), np.float32, 3e-3),
+    "years": (np.linspace(2010, 2024, 60), np.float32, 3e-3),
     "a night of BJD": (np.linspace(2460000.7, 2460001.1, 50), np.float64, 1e-5),
     "angstroms": (np.linspace(6560, 6566, 60), np.float32, 3e-2),
 }
