@@ -86,15 +86,15 @@ def solved(adjoint):
         term = diffrax.ODETerm(lambda t, y, rate: -rate * y)
         solution = diffrax.diffeqsolve(
             term,
-            diffrax.Midpoint(),
+            diffrax.Euler(),  # the smallest program that there is
             t0=0.0,
             t1=1.0,
-            dt0=0.1,
+            dt0=0.005,
             y0=model["nested"]["height"],
             args=model["rate"],
             saveat=diffrax.SaveAt(ts=x),
             adjoint=adjoint,
-            max_steps=16,
+            max_steps=256,
         )
         return solution.ys
 

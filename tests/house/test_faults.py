@@ -1,4 +1,4 @@
-"""Faults on purpose: a thousand runs that draw theirs, and one in a million steps."""
+"""Faults on purpose: hundreds of runs that draw theirs, and one in a million steps."""
 
 import functools as ft
 import operator
@@ -142,18 +142,19 @@ def policy(text):
     return ft.reduce(operator.or_, (POLICIES[part]() for part in text.split(" | ")))
 
 
+# Each policy alone, and with others.
 COMBINATIONS = [
     (text, name)
     for name, texts in {
-        "adam": ("zero", "skip", "raise", "zero | skip", "skip | after 2"),
-        "momentum": ("stop", "after 2", "skip", "zero | raise", "after 3 | skip"),
-        "rmsprop": ("zero", "raise", "after 1", "zero | after 2", "skip | stop"),
-        "rules": ("zero", "skip", "stop", "skip | after 2", "zero | skip | after 3"),
-        "window": ("after 2", "raise", "zero", "after 2 | zero", "skip | after 3"),
+        "adam": ("zero", "raise", "zero | skip", "skip | after 2"),
+        "momentum": ("stop", "after 2", "zero | raise", "after 3 | skip"),
+        "rmsprop": ("raise", "after 1", "zero | after 2", "skip | stop"),
+        "rules": ("skip", "stop", "skip | after 2", "zero | skip | after 3"),
+        "window": ("raise", "zero", "after 2 | zero", "skip | after 3"),
     }.items()
     for text in texts
 ]
-RUNS = 1_000
+RUNS = 500
 CHUNKS = (STEPS, 5, STEPS, 3)  # a fault may be at any place of a chunk
 EACH = RUNS // len(COMBINATIONS)
 
@@ -268,10 +269,11 @@ def judge(faults, text, row):
 
 @ft.cache
 def by_hand(name):
-    """A loop that is told which steps to take, and whether gradients are mended."""
+    """Loops that are told which steps to take, and whether gradients are mended."""
     optimiser = OPTIMISERS[name][0]()
 
     @jax.jit
+    @ft.partial(jax.vmap, in_axes=(0, 0, None))
     def run(faults, taken, mends):
         def step(carry, now):
             params, state = carry
@@ -295,48 +297,77 @@ def by_hand(name):
     return run
 
 
-def trajectory(faults, foreseen, text, name):
-    """Parameters and states by hand: before each step, and after the last."""
-    taken = np.zeros(STEPS, bool)
-    taken[: len(foreseen.taken)] = foreseen.taken
-    params, state = by_hand(name)(as_batch(faults)[1], taken, "zero" in text)
-    rows = dict(zip(LEAVES, jax.tree.leaves(params), strict=True)) | {"state": state}
-    reached = len(foreseen.taken)
-    return {key: np.asarray(row)[: reached + 1] for key, row in rows.items()}
+class Case(NamedTuple):
+    """Faults, what has to come of them, and what is held by hand before each step."""
+
+    number: int
+    faults: list[Fault]
+    foreseen: Foreseen
+    rows: dict[str, np.ndarray]
+
+
+def stacked(cases):
+    return jax.tree.map(lambda *parts: np.stack(parts), *map(as_batch, cases))
+
+
+def drawn(index):
+    """The numbers, the faults and what is foreseen of the cases of a combination."""
+    text, name = COMBINATIONS[index]
+    for number in range(EACH * index, EACH * (index + 1)):
+        faults = draw(number)
+        yield number, faults, foresee(faults, text, OPTIMISERS[name][1])
+
+
+def cases_of(index):
+    text, name = COMBINATIONS[index]
+    known = list(drawn(index))
+    taken = np.zeros((EACH, STEPS), bool)
+    for row, (_, _, foreseen) in zip(taken, known, strict=True):
+        row[: len(foreseen.taken)] = foreseen.taken
+    grads = stacked([faults for _, faults, _ in known])[1]
+    params, state = by_hand(name)(grads, taken, "zero" in text)
+    leaves = map(np.asarray, [*jax.tree.leaves(params), state])
+    columns = dict(zip((*LEAVES, "state"), leaves, strict=True))
+    for place, (number, faults, foreseen) in enumerate(known):
+        end = len(foreseen.taken) + 1
+        rows = {key: column[place, :end] for key, column in columns.items()}
+        yield Case(number, faults, foreseen, rows)
 
 
 # The laws.
 
 
-def obey_at_the_end(trainer, foreseen, rows):
+def held(trainer):
+    """Its parameters and the state of its optimiser, by the names of the rows."""
+    leaves = *jax.tree.leaves(trainer.params), FLAT(trainer.opt_state)
+    return dict(zip((*LEAVES, "state"), map(np.asarray, leaves), strict=True))
+
+
+def obey_at_the_end(trainer, case):
     """What holds of a trainer after its fit, whatever the faults."""
+    foreseen, rows = case.foreseen, case.rows
     assert int(trainer.step_count) == len(foreseen.taken)
     assert bool(trainer.stopped) == foreseen.stops
     assert trainer.nan_report() == foreseen.report
     for tree in trainer.params, trainer.opt_state, trainer.best:
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
-    for leaf, row in zip(
-        [*jax.tree.leaves(trainer.params), FLAT(trainer.opt_state)],
-        rows.values(),
-        strict=True,
-    ):
-        np.testing.assert_allclose(leaf, row[-1], rtol=1e-4, atol=1e-5)
+    for key, end in held(trainer).items():
+        np.testing.assert_allclose(end, rows[key][-1], rtol=1e-4, atol=1e-5)
 
 
-def obey_on_the_way(result, faults, foreseen, rows):
+def obey_on_the_way(result, case):
     """What holds of its history: each step, and the best of them."""
     trainer, history = result.trainer, result.history
-    reached = len(foreseen.taken)
-    np.testing.assert_array_equal(history.steps, range(reached))
-    last = [*jax.tree.leaves(trainer.params), FLAT(trainer.opt_state)]
-    for (key, row), end in zip(rows.items(), last, strict=True):
-        found = np.concatenate([history[key], np.asarray(end)[None]])
-        np.testing.assert_allclose(found, row, rtol=1e-4, atol=1e-5)
+    foreseen, rows = case.foreseen, case.rows
+    np.testing.assert_array_equal(history.steps, range(len(foreseen.taken)))
+    for key, end in held(trainer).items():
+        found = np.concatenate([history[key], end[None]])
+        np.testing.assert_allclose(found, rows[key], rtol=1e-4, atol=1e-5)
         for step, is_taken in enumerate(foreseen.taken):
             before, after = found[step : step + 2]
             assert is_taken or before.tobytes() == after.tobytes()
 
-    losses = {fault.step: fault.value for fault in faults if fault.place == "loss"}
+    losses = {fault.step: fault.value for fault in case.faults if fault.place == "loss"}
     for step, loss in enumerate(history.loss):
         np.testing.assert_equal(loss, losses.get(step, loss))
         assert np.isfinite(loss) == (step not in losses)
@@ -346,10 +377,11 @@ def obey_on_the_way(result, faults, foreseen, rows):
         assert np.asarray(leaf).tobytes() == history[name][finite.argmin()].tobytes()
 
 
-def fitted(trainer, faults, foreseen, chunk):
+def fitted(trainer, case):
     """The result, or that of the error, which must be one where a policy raises."""
+    foreseen, chunk = case.foreseen, CHUNKS[case.number % len(CHUNKS)]
     options = {"record": (*LEAVES, "state"), "chunk": chunk}
-    run = lambda: trainer.fit(as_batch(faults), STEPS, **options)
+    run = lambda: trainer.fit(as_batch(case.faults), STEPS, **options)
     if not (foreseen.stops and trainer.nan_policy.raises):
         return run()
     with pytest.raises(vn.NonFiniteError) as caught:
@@ -359,10 +391,6 @@ def fitted(trainer, faults, foreseen, chunk):
     assert error.paths == tuple(k for k in NAMES if last in foreseen.bad[k])
     assert error.report == foreseen.report
     return error.result
-
-
-def numbers(index):
-    return range(EACH * index, EACH * (index + 1))
 
 
 @pytest.fixture
@@ -383,20 +411,16 @@ def recorded_alike(monkeypatch):
 )
 def test_whatever_goes_wrong_the_laws_hold(index):
     text, name = COMBINATIONS[index]
-    make, hidden = OPTIMISERS[name]
-    trainer = FaultyFit(start(), make(), nan_policy=policy(text))
-    for number in numbers(index):
-        faults = draw(number)
-        foreseen = foresee(faults, text, hidden)
+    trainer = FaultyFit(start(), OPTIMISERS[name][0](), nan_policy=policy(text))
+    for case in cases_of(index):
         try:
-            result = fitted(trainer, faults, foreseen, CHUNKS[number % len(CHUNKS)])
-            reason = "NON_FINITE" if foreseen.stops else "STEPS_TAKEN"
+            result = fitted(trainer, case)
+            reason = "NON_FINITE" if case.foreseen.stops else "STEPS_TAKEN"
             assert result.stop_reason is vn.StopReason[reason]
-            rows = trajectory(faults, foreseen, text, name)
-            obey_at_the_end(result.trainer, foreseen, rows)
-            obey_on_the_way(result, faults, foreseen, rows)
+            obey_at_the_end(result.trainer, case)
+            obey_on_the_way(result, case)
         except BaseException as error:
-            error.add_note(f"Case {number}: {faults}")
+            error.add_note(f"Case {case.number}: {case.faults}")
             raise
 
 
@@ -406,9 +430,7 @@ AT_ONCE = [("zero | skip", "adam"), ("skip | after 2", "rules"), ("zero", "windo
 @pytest.mark.parametrize("chosen", AT_ONCE, ids=", ".join)
 def test_all_cases_of_a_combination_in_one_vmap(chosen):
     text, name = chosen
-    make, hidden = OPTIMISERS[name]
-    trainer = FaultyFit(start(), make(), nan_policy=policy(text))
-    cases = {number: draw(number) for number in numbers(COMBINATIONS.index(chosen))}
+    trainer = FaultyFit(start(), OPTIMISERS[name][0](), nan_policy=policy(text))
 
     @jax.jit
     @jax.vmap
@@ -416,26 +438,25 @@ def test_all_cases_of_a_combination_in_one_vmap(chosen):
         step = lambda trainer, _: (trainer.step(batch)[0], None)
         return jax.lax.scan(step, trainer, length=STEPS)[0]
 
-    batches = [as_batch(faults) for faults in cases.values()]
-    many = run(jax.tree.map(lambda *x: jnp.stack(x), *batches))
-    for index, (number, faults) in enumerate(cases.items()):
-        foreseen = foresee(faults, text, hidden)
+    cases = list(cases_of(COMBINATIONS.index(chosen)))
+    many = run(stacked([case.faults for case in cases]))
+    for index, case in enumerate(cases):
         try:
-            rows = trajectory(faults, foreseen, text, name)
-            obey_at_the_end(at(many, index), foreseen, rows)
+            obey_at_the_end(at(many, index), case)
         except BaseException as error:
-            error.add_note(f"Case {number}: {faults}")
+            error.add_note(f"Case {case.number}: {case.faults}")
             raise
 
 
 def test_what_is_drawn_is_of_every_kind():
-    foreseen = []
-    for index, (text, name) in enumerate(COMBINATIONS):
-        cases = [draw(number) for number in numbers(index)]
-        foreseen += [foresee(faults, text, OPTIMISERS[name][1]) for faults in cases]
-    faults = [fault for number in range(RUNS) for fault in draw(number)]
+    cases = [case for index in range(len(COMBINATIONS)) for case in drawn(index)]
+    foreseen = [case for _, _, case in cases]
+    faults = [fault for _, case, _ in cases for fault in case]
+    texts = " | ".join(text for text, _ in COMBINATIONS)
 
-    assert len(foreseen) == RUNS
+    assert len(cases) == RUNS
+    assert {text for text, _ in COMBINATIONS} >= set(POLICIES) - {"after 3"}
+    assert set(texts.split(" | ")) == set(POLICIES)
     for place in ("loss", *LEAVES):
         for value in FAULTS:
             assert any(
@@ -446,7 +467,7 @@ def test_what_is_drawn_is_of_every_kind():
             found = {f.entry for f in faults if f.kind == kind and f.place == place}
             assert found == {None, *range(leaf.size)}
     assert {f.step for f in faults} == set(range(STEPS))
-    assert {len(draw(number)) for number in range(RUNS)} == {1, 2, 3}
+    assert {len(case) for _, case, _ in cases} == {1, 2, 3}
     assert {len(f.taken) for f in foreseen if f.stops} == set(range(1, STEPS + 1))
     assert all(any(f.bad[name] for f in foreseen) for name in NAMES)
 

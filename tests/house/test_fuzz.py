@@ -1,4 +1,4 @@
-"""A thousand fits at random: whatever goes wrong, no trainer holds what is not finite.
+"""Hundreds of fits at random: whatever goes wrong, no trainer holds what is not finite.
 
 Optimisers, policies, precisions, projectors and ways to be fed are drawn, and so is
 what is bad in the data and when: NaN, infinities, numbers whose squares overflow, rates
@@ -45,18 +45,18 @@ POLICIES = {
 }
 WAYS = ("whole", "minibatches", "stream", "projected")
 DTYPES = ("float32", "float64")
-# Each optimiser meets three policies, and each way both dtypes.
+# Each optimiser meets two policies, both dtypes, and two ways; each way both dtypes.
 COMBINATIONS = [
-    (name, policy, WAYS[index % 4], DTYPES[index // 4 % 2])
+    (name, policy, WAYS[index % 4], DTYPES[(index + index // 4) % 2])
     for index, (name, policy) in enumerate(
         pair
         for shift, name in enumerate(OPTIMISERS)
         for pair in itertools.product(
-            [name], [*POLICIES, *POLICIES][shift % 6 : shift % 6 + 3]
+            [name], [*POLICIES, *POLICIES][shift % 6 : shift % 6 + 2]
         )
     )
 ]
-FITS = 1_000
+FITS = 700
 EACH = -(-FITS // len(COMBINATIONS))
 
 
@@ -168,5 +168,6 @@ def test_what_is_drawn_is_of_every_kind():
     assert {rate for rate, _ in cases} == {1e-3, 1e-1, 1e1, 1e8, 1e35}
     for kinds, column in (OPTIMISERS, 0), (POLICIES, 1), (WAYS, 2):
         assert {combination[column] for combination in COMBINATIONS} == set(kinds)
-    fed = {(way, dtype) for _, _, way, dtype in COMBINATIONS}
-    assert fed == set(itertools.product(WAYS, DTYPES))
+    for kinds, column in (OPTIMISERS, 0), (WAYS, 2):
+        met = {(combination[column], combination[3]) for combination in COMBINATIONS}
+        assert met == set(itertools.product(kinds, DTYPES))

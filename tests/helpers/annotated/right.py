@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 import vernal as vn
@@ -40,8 +41,9 @@ def model() -> Model:
 
 
 def batch(size: int = 8) -> Batch:
-    x = jnp.linspace(-1, 1, size)
-    data = Data(x, 2 * x + 0.3 * x**2, "a line", True, 2)
+    x = np.linspace(-1, 1, size)
+    y = 2 * x + 0.3 * x**2
+    data = Data(jnp.asarray(x), jnp.asarray(y), "a line", True, 2)
     return Batch(data, False, jnp.asarray(1.0))
 
 
