@@ -88,13 +88,12 @@ def made(option: str, rounds: int | None) -> str:
     day = f"{datetime.date.today():%-d %B %Y}"
     command = f"nox -s bench{option}"
     quick = "" if rounds is None else f" A quick run: rounds of each work: {rounds}."
-    cores = len(os.sched_getaffinity(0))
-    accelerator = apart("float32", device)
+    cores = f"{len(os.sched_getaffinity(0))} cores{apart('float32', device)}"
     installed = {dist.name for dist in distributions()}
     names = [name for name in (*LIBRARIES, *PEERS) if name in installed]
     libraries = ", ".join(f"{name} {version(name)}" for name in names)
     return (
-        f"Measured on {day} by `{command}`, on {processor}, {cores} cores{accelerator};\n"
+        f"Measured on {day} by `{command}`, on {processor}, {cores};\n"
         f"Python {platform.python_version()}, {libraries}.{quick}"
     )
 

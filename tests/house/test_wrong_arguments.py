@@ -20,7 +20,6 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
-from beartype._check.error import errmain
 from jax._src import traceback_util
 from jaxtyping import _decorator
 
@@ -344,8 +343,6 @@ def somewhere(tmp_path_factory):
         patch.setattr(eqx, "tree_pformat", lambda tree, **options: type(tree).__name__)
         for name in ("_make_fn_with_signature", "_apply_typechecker"):
             patch.setattr(_decorator, name, functools.cache(getattr(_decorator, name)))
-        # What beartype says, jaxtyping does not look at.
-        patch.setattr(errmain, "get_hint_object_violation", lambda **_: TypeError())
         # JAX raises errors as they are, and looks through the stack nevertheless.
         patch.setattr(traceback_util, "_is_under_reraiser", lambda error: True)
         vn.save("tree.vernal", {"a": 1.0})
