@@ -267,6 +267,14 @@ def test_static_data_of_nodes_are_kept_by_value(make, other, parts):
     assert len(decoded.parts) == len(parts)
 
 
+def test_static_data_that_hold_themselves_are_known_by_identity():
+    loop = []
+    loop.append(loop)
+    node = Node(loop, jnp.zeros(2))
+    assert same(node, node)
+    assert not same(node, Node([], jnp.zeros(2)))
+
+
 def test_what_a_function_writes_to_is_the_same_object():
     calls, count = [], 0
 

@@ -4,7 +4,7 @@ import copy
 import functools
 import pickle
 import types
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, cast
 
 import equinox as eqx
@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from .._pickling import PlainMethods, content_of, is_named, metadata
-from .equality import Hashed, Same, copied, names_written, value_key
+from .equality import Hashed, Same, content_key, copied, names_written, value_key
 from .reads import reads, scope_key
 from .skeleton import (
     Function,
@@ -119,20 +119,12 @@ class _Encoder:
         if treedef == jtu.tree_structure(0):
             # Equal objects may read different values.
             return Static((value_key(obj), reads(obj).key), obj)
-        kind, data = treedef.node_data() or (None, None)
-        own, like = copied(data), treedef
-        if kind is not None and own is not data:
-            of = jtu.default_registry, (kind, own), treedef.children()
-            like = jtu.PyTreeDef.from_node_data_and_children(*of)
         try:
-            # A treedef compares its static data by `==`, which is too generous.
-            key = like, value_key(own)
+            key = _own_structure(treedef)
             hash(key)
-        except TypeError:
+        except (TypeError, RecursionError):
             return Static(Same(obj), obj)
-        if like != treedef:  # JAX makes another node of a module that is a tuple
-            return Static(Same(obj), obj)
-        return Group(key, self.parts(children), like.unflatten)
+        return Group(key, self.parts(children), key[0].unflatten)
 
     def function(self, fn: types.FunctionType) -> Part:
         key = (
@@ -190,6 +182,21 @@ class _Encoder:
                 # A function within may have written to it.
                 self.cells[index] = self.cells[index] or part
         return index
+
+
+def _own_structure(treedef: Any) -> tuple[Any, Hashable]:
+    """Returns the structure of a node, whose containers nobody else can change.
+
+    The key beside it compares static data strictly: a structure does it by `==`.
+    """
+    kind, data = treedef.node_data() or (None, None)
+    own, key = copied(data), value_key(data)
+    if own is data:
+        return treedef, key
+    of = jtu.default_registry, (kind, own), treedef.children()
+    new = jtu.PyTreeDef.from_node_data_and_children(*of)
+    # JAX makes another node of a module that is a tuple.
+    return (new, content_key(own)) if new == treedef else (treedef, key)
 
 
 class Closure(PlainMethods, eqx.Module):

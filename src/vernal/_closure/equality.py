@@ -74,16 +74,25 @@ def value_key(obj: Any) -> Hashable:
             return type(obj), tuple(map(value_key, obj))
         case frozenset() | set():
             return type(obj), frozenset(map(value_key, obj))
-        case list() if type(obj) is list:
-            return list, tuple(map(value_key, obj))
-        case dict() if type(obj) is dict:
-            pairs = ((value_key(key), value_key(value)) for key, value in obj.items())
-            return dict, tuple(pairs)
     try:
         hash(obj)
     except TypeError:
         return Same(obj)
     return type(obj), obj
+
+
+def content_key(obj: Any) -> Hashable:
+    """Returns a key as `value_key` does, of what is in lists and dictionaries too.
+
+    It is for those that nobody else can change, as `copied` makes them.
+    """
+    kind = type(obj)
+    if kind in (tuple, list):
+        return kind, tuple(map(content_key, obj))
+    if kind is dict:
+        pairs = ((value_key(key), content_key(value)) for key, value in obj.items())
+        return kind, tuple(pairs)
+    return value_key(obj)
 
 
 def copied(obj: Any) -> Any:
