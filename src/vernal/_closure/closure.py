@@ -190,13 +190,13 @@ def _own_structure(treedef: Any) -> tuple[Any, Hashable]:
     The key beside it compares static data strictly: a structure does it by `==`.
     """
     kind, data = treedef.node_data() or (None, None)
-    own, key = copied(data), value_key(data)
-    if own is data:
-        return treedef, key
-    of = jtu.default_registry, (kind, own), treedef.children()
-    new = jtu.PyTreeDef.from_node_data_and_children(*of)
-    # JAX makes another node of a module that is a tuple.
-    return (new, content_key(own)) if new == treedef else (treedef, key)
+    own = copied(data)
+    if own is not data:
+        of = jtu.default_registry, (kind, own), treedef.children()
+        new = jtu.PyTreeDef.from_node_data_and_children(*of)
+        if new == treedef:  # of a module that is a tuple JAX makes another node
+            return new, content_key(own)
+    return treedef, value_key(data)
 
 
 class Closure(PlainMethods, eqx.Module):

@@ -76,25 +76,19 @@ def stack(columns: Sequence[Sequence[Array]]) -> Iterator[Array]:
     plain = [key for key, column in unlike.items() if not _is_for_jax_alone(column[0])]
     # Through NumPy, for which nothing is compiled.
     _onto_host(leaf for key in plain for leaf in unlike[key])
-    arrays = [_rows(unlike[key]) for key in plain]
+    arrays = [_rows(unlike[key], np) for key in plain]
     made = dict(zip(plain, jax.device_put(arrays), strict=True))
     for key in keys:
         if key not in made:
-            made[key] = _rows_by_jax(unlike[key])
+            made[key] = _rows(unlike[key], jnp)
         yield made[key]
 
 
-def _rows(column: Sequence[Array]) -> np.ndarray:
+def _rows(column: Sequence[Array], library: Any) -> Any:
+    """Makes one array by NumPy or by `jax.numpy`."""
     if _is_own(column):
-        return np.stack(list(map(np.asarray, column)))
-    row = np.asarray(column[0])
-    return np.broadcast_to(row, (len(column), *row.shape))
-
-
-def _rows_by_jax(column: Sequence[Array]) -> Array:
-    if _is_own(column):
-        return jnp.stack(column)
-    return jnp.broadcast_to(column[0], (len(column), *column[0].shape))
+        return library.stack(column)
+    return library.broadcast_to(column[0], (len(column), *column[0].shape))
 
 
 def first_rows(tree: T) -> T:

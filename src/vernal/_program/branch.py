@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool
 
 T = TypeVar("T")
 
-# Up to how many bytes an accelerator reads and writes in the time that it would wait.
+# How many bytes an accelerator reads and writes in about the time that it would wait,
+# some 10 µs: an estimate from the speed of its memory.
 _WORTH_A_WAIT = 2**24
 
 
@@ -30,7 +31,7 @@ def chosen(
     if_false: Callable[[], T],
     reads: Any,
 ) -> T:
-    """Returns the result of one of two functions that do little but read arrays."""
+    """Returns the result of one of two functions that do little but read `reads`."""
     if not _waits(reads):
         return lax.cond(flag, if_true, if_false)
     pick = lambda new, old: lax.select(flag, new, old)

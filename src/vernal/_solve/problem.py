@@ -1,7 +1,6 @@
 """The program of `solve`: a solver of Optimistix on what a trainer fits."""
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -163,14 +162,15 @@ def in_parameters(end: End, trainer: AbstractTrainer) -> End:
 
 @program
 def _in_parameters(end: End, trainer: AbstractTrainer) -> End:
-    old, of = progress_of(trainer), partial(from_free_coordinates, trainer)
-    params, latent = of(end.params, end.latent)
+    old = progress_of(trainer)
+    params, latent = from_free_coordinates(trainer, end.params, end.latent)
+    forward = lambda free: from_free_coordinates(trainer, free, None)[0]
     is_new = old.is_validated | (end.best_loss < old.best_loss)
     return end._replace(
         params=params,
         latent=latent,
-        best=choose(is_new, of(end.best, None)[0], old.best),
-        stumble=of(end.stumble, None)[0],
+        best=choose(is_new, forward(end.best), old.best),
+        stumble=forward(end.stumble),
     )
 
 
