@@ -164,7 +164,8 @@ def in_turns(work: Work, rounds: int) -> list[list[float]]:
     programs = [prepare() for prepare in work.sides()]
     first, second = [program() for program in programs]
     if work.alike:  # later steps may differ by the rounding of the first
-        np.testing.assert_allclose(second[:10], first[:10], rtol=1e-3)
+        steps = 10 if device() else 100  # an accelerator rounds products more
+        np.testing.assert_allclose(second[:steps], first[:steps], rtol=1e-3)
     times = [math.ceil(SHORTEST_ROUND / seconds(program)) for program in programs]
     # As `timeit` does: the collector's work grows with all that lives here.
     gc.collect()

@@ -159,11 +159,8 @@ def at_the_minimum(name):
     if name == "few counts":
         return rates(1e4)
     if name in ("residuals, float32", "bounds"):  # which move no minimum
-        known, cast = (
-            at_the_minimum("residuals").model,
-            lambda x, to: x.astype(to.dtype),
-        )
-        return trainer.replace(model=jax.tree.map(cast, known, trainer.model))
+        known, cast = at_the_minimum("residuals"), lambda x, to: x.astype(to.dtype)
+        return trainer.replace(model=jax.tree.map(cast, known.model, trainer.model))
     solver = optx.BFGS(1e-8, 1e-8) if name == "counts" else LM
     return trainer.whiten(batch).solve(solver, batch, max_steps=1024).trainer
 
