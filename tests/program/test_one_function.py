@@ -191,6 +191,39 @@ def test_all_else_is_left_to_the_other_way(name):
     assert as_one_function(fn, jnp.asarray(NUMBERS)) is None
 
 
+# Left and right sides, and whether XLA can do their product from one function: it has
+# a library for matrices of eight rows, and terms, and columns.
+PRODUCTS = {
+    "vectors": ((30,), (30,), True),
+    "matrix and vector": ((8, 12), (12,), True),
+    "vector and matrix": ((12,), (12, 8), True),
+    "column and row": ((9, 1), (1, 9), True),
+    "tiny": ((7, 4), (4, 2), True),
+    "many tiny": ((9, 3, 3), (9, 3, 3), True),
+    "many with vectors": ((5, 8, 3), (5, 3, 1), True),
+    "eight rows": ((8, 2), (2, 2), False),
+    "eight terms": ((2, 8), (8, 2), False),
+    "eight columns": ((2, 2), (2, 8), False),
+    "many of eight rows": ((3, 8, 2), (3, 2, 2), False),
+}
+
+
+@pytest.mark.as_compiled
+@pytest.mark.parametrize("name", list(PRODUCTS))
+def test_products(name):
+    *sides, is_possible = PRODUCTS[name]
+    left, right = (jnp.asarray(RNG.normal(size=side)) for side in sides)
+
+    def loop(x):
+        body = lambda _, c: 0.5 * c + 1e-3 * jnp.sum((left * c) @ jnp.sin(right) + c)
+        return lax.fori_loop(0, 3, body, x)
+
+    one = jnp.array(1.0)
+    assert (as_one_function(loop, one) is not None) == is_possible
+    if is_possible:
+        np.testing.assert_allclose(as_one(loop)(one), jax.jit(loop)(one), rtol=1e-5)
+
+
 @pytest.mark.seams
 def test_arguments_that_are_not_used():
     """XLA ends the process at one: large, empty, boolean, a key, or closed over."""

@@ -35,6 +35,7 @@ MOST_BYTES = 2**16
 # it cannot do from one function.
 _MOST_REDUCED = 2**12
 _MOST_MULTIPLIED = 64
+_LONGEST_SIDE = 7
 
 _LOOPS = frozenset({"scan", "while"})
 
@@ -137,13 +138,15 @@ def _is_allowed(eqn: Any) -> bool:
 def _is_tiny_product(
     numbers: Any, left: tuple[int, ...], right: tuple[int, ...]
 ) -> bool:
-    """Whether a product is one with a vector, or of tiny matrices."""
+    """Whether a product is that of vectors, or of a vector, or of tiny matrices."""
     (contracted, _), (mapped, _) = numbers
     inner = math.prod(left[axis] for axis in contracted)
     each = inner * math.prod(left[axis] for axis in mapped)
     rows, columns = (math.prod(shape) // max(each, 1) for shape in (left, right))
-    is_tiny = min(rows, columns) <= 1 or rows * columns * inner <= _MOST_MULTIPLIED
-    return is_tiny and max(math.prod(left), math.prod(right)) < _MOST_REDUCED
+    sizes = rows, columns, inner
+    is_tiny = max(sizes) <= _LONGEST_SIDE and math.prod(sizes) <= _MOST_MULTIPLIED
+    is_small = max(map(math.prod, (left, right))) < _MOST_REDUCED
+    return is_small and (is_tiny or min(sizes) <= 1)
 
 
 def _written(jaxpr: Any, of_loops: list[int]) -> int:
