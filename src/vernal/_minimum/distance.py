@@ -1,5 +1,6 @@
 """How far a trainer is from the minimum of what it fits."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -44,6 +45,7 @@ from .edm import (
     curved,
     distance_of,
     of_products,
+    rounding_of,
     spectral,
     triangle,
     unknown,
@@ -99,8 +101,14 @@ def measure(
         found = _of_residuals(residuals, here, fall, loss)
         return _with_held(found, is_held)
     loss = lambda flat: _wide(score(at(flat), batch, key).loss)
-    limit = TOLERANCE if kind == "nll" else TOLERANCE * jnp.fmax(fall, 0)
-    return _with_held(_of_loss(traced(loss, here.flat), here, limit), is_held)
+
+    def tolerance(value: Array) -> Any:
+        if kind == "nll":
+            return TOLERANCE
+        # The scale of a loss is not known: how far it fell, and its rounding, have one.
+        return jnp.fmax(TOLERANCE * fall, rounding_of(value))
+
+    return _with_held(_of_loss(traced(loss, here.flat), here, tolerance), is_held)
 
 
 def _with_held(local: Local, is_held: Any) -> Local:
@@ -227,12 +235,12 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
     loss = 0.5 * jnp.sum(jnp.square(vector)) if loss is None else loss
     data_count = jnp.count_nonzero(vector)
     degrees = jnp.maximum(data_count - flat.size, 1).astype(loss.dtype)
-    limit = TOLERANCE * 2 * loss / degrees
+    tolerance = TOLERANCE * 2 * loss / degrees
     product = lambda v: pull(push(v))
-    return of_products(loss, pull(vector), product, here.solve, limit)
+    return of_products(loss, pull(vector), product, here.solve, tolerance)
 
 
-def _of_loss(loss: Flat, here: _Here, limit: Any) -> Local:
+def _of_loss(loss: Flat, here: _Here, tolerance: Callable[[Array], Any]) -> Local:
     flat = here.flat
     value = loss(flat)
     try:
@@ -243,8 +251,9 @@ def _of_loss(loss: Flat, here: _Here, limit: Any) -> Local:
         return unknown(flat)
     slope = gradient(loss, flat, mode)
     if flat.size > MOST_PARAMETERS:
-        return of_products(value, slope, product, here.solve, limit)
-    return curved(value, slope, columns(product, flat), here.point(), limit)
+        return of_products(value, slope, product, here.solve, tolerance(value))
+    hessian, point = columns(product, flat), here.point()
+    return curved(value, slope, hessian, point, tolerance(value))
 
 
 def _wide(array: Any) -> Any:

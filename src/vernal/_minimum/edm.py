@@ -15,6 +15,7 @@ from .._tree import element_name
 # A loss that can fall by this fraction of its scatter is at its minimum.
 TOLERANCE = 1e-3
 
+# A table shows no difference below about so many times that: a fifth of an error bar.
 _WORTH_A_NOTE = 20
 
 # Rounding leaves a singular value that is zero at this many machine epsilons.
@@ -31,7 +32,8 @@ class Distance(NamedTuple):
     r"""How far a point is from a minimum, in units of what is minimised.
 
     - `edm`: $\frac12 g^\top F^{-1} g$, NaN where it is not known.
-    - `limit`: the largest `edm` of a minimum.
+    - `tolerance`: the largest `edm` of a minimum, beside the rounding of the loss.
+    - `rounding`: how far the loss can fall unseen, since it is rounded.
     - `is_saddle`: whether the point cannot be a minimum: the loss curves downwards, is
         flat in every direction, or has derivatives that are not finite.
     - `is_complete`: whether `edm` is more than a lower bound.
@@ -40,20 +42,42 @@ class Distance(NamedTuple):
     """
 
     edm: Float[Array | np.ndarray, ""]
-    limit: Float[Array | np.ndarray, ""]
+    tolerance: Float[Array | np.ndarray, ""]
+    rounding: Float[Array | np.ndarray, ""]
     is_saddle: Bool[Array | np.ndarray, ""]
     is_complete: Bool[Array | np.ndarray, ""]
     direction: Float[Array | np.ndarray, " D"]
 
     @property
-    def is_minimum(self) -> bool:
-        """Whether the loss cannot fall any further. For numbers on the host."""
-        return bool(self.is_complete and self.edm <= self.limit and not self.is_saddle)
+    def is_far(self) -> bool:
+        """Whether a table would show the difference. For numbers on the host."""
+        return bool(self.edm > _WORTH_A_NOTE * self.tolerance)
+
+    @property
+    def noise(self) -> Any:
+        """The largest fall of the loss that means nothing. For numbers on the host."""
+        return np.fmax(self.tolerance, self.rounding)
 
     @property
     def is_short(self) -> bool:
         """Whether the loss can fall further. For numbers on the host."""
-        return bool(self.edm > self.limit or self.is_saddle)
+        return bool(self.edm > self.noise or self.is_far or self.is_saddle)
+
+    @property
+    def is_minimum(self) -> bool:
+        """Whether the loss cannot fall any further. For numbers on the host."""
+        is_known = self.is_complete and not np.isnan(self.edm)
+        return bool(is_known and not self.is_short)
+
+    @property
+    def remedy(self) -> str:
+        """What helps where rounding hides the minimum. For numbers on the host."""
+        if not (self.is_far and self.edm <= self.rounding):
+            return ""
+        return (
+            f"The loss is rounded, in {self.edm.dtype}, by more than that: compute in "
+            "float64, or leave constants out of it."
+        )
 
 
 class Triangle(NamedTuple):
@@ -65,7 +89,8 @@ class Triangle(NamedTuple):
         units of their scales.
     - `loss`: half the sum of squares, NaN if a derivative is not finite.
     - `size`: the number of residuals that are not zero.
-    - `rounding`: the distance that rounding may hide.
+    - `rounding`: how far the loss can fall unseen.
+    - `spacing`: the distance that the spacing of the parameters may hide.
     - `exact`: the distance that counts as zero without scatter.
     - `has_fallen`: whether the loss has fallen on the way.
     - `scale`: the norms of the columns of the Jacobian.
@@ -77,6 +102,7 @@ class Triangle(NamedTuple):
     loss: Float[Array, ""]
     size: Int[Array, ""]
     rounding: Float[Array, ""]
+    spacing: Float[Array, ""]
     exact: Float[Array, ""]
     has_fallen: Bool[Array, ""]
     scale: Float[Array, " D"]
@@ -103,6 +129,7 @@ class Spectral(NamedTuple):
     loss: Float[Array | np.ndarray, ""]
     size: Any
     rounding: Any
+    spacing: Any
     exact: Any
     has_fallen: Any
     is_held: Any = False
@@ -111,15 +138,16 @@ class Spectral(NamedTuple):
 class Curved(NamedTuple):
     """The gradient and the Hessian at a point, in units of the Hessian's diagonal.
 
-    `turn` and `loss` are as in `Triangle`; `limit` is that of the distance, `scale` the
-    root of the diagonal.
+    `turn`, `loss` and `rounding` are as in `Triangle`; `tolerance` is as in `Distance`,
+    `scale` the root of the diagonal.
     """
 
     slope: Float[Array, " L"]
     hessian: Float[Array, "L L"]
     turn: Float[Array, "D L"] | None
     loss: Float[Array, ""]
-    limit: Float[Array, ""]
+    rounding: Float[Array, ""]
+    tolerance: Float[Array, ""]
     scale: Float[Array, " D"]
     is_held: Any = False
 
@@ -140,10 +168,9 @@ class Point(NamedTuple):
     eps: Float[np.ndarray, " D"]
     basis: Float[Array, "D L"] | None = None
 
-    def rounding(self, loss: Any, scale: Any) -> Any:
-        """Estimates the distance that rounding may hide, of the loss and parameters."""
-        of_params = 0.5 * ((16 * self.eps * (self.flat * scale)) ** 2).sum()
-        return 4 * jnp.finfo(loss.dtype).eps * abs(loss) + of_params
+    def spacing(self, scale: Any) -> Any:
+        """Estimates the distance that the spacing of the parameters may hide."""
+        return 0.5 * ((16 * self.eps * (self.flat * scale)) ** 2).sum()
 
     def exact(self, scale: Any) -> Any:
         """Returns the distance that counts as zero without scatter."""
@@ -155,6 +182,11 @@ class Point(NamedTuple):
         if self.basis is None:
             return None
         return scale[:, None] * self.basis / own[None, :]
+
+
+def rounding_of(loss: Any) -> Any:
+    """Estimates how far a loss can fall unseen, since it is rounded."""
+    return 4 * jnp.finfo(loss.dtype).eps * abs(loss)
 
 
 def triangle(
@@ -185,7 +217,8 @@ def triangle(
         loss=loss,
         # Missing data have residuals of zero.
         size=jnp.count_nonzero(residuals),
-        rounding=point.rounding(loss, scale),
+        rounding=rounding_of(loss),
+        spacing=point.spacing(scale),
         exact=point.exact(scale),
         has_fallen=jnp.asarray(fall > 0),
         scale=scale,
@@ -197,9 +230,9 @@ def curved(
     gradient: Any,
     hessian: Any,
     point: Point,
-    limit: Any,
+    tolerance: Any,
 ) -> Curved:
-    """Scales a Hessian; `limit` is that of the distance, without rounding.
+    """Scales a Hessian; `tolerance` is without the spacing of the parameters.
 
     Arrays of NumPy stay on the host, where nothing is compiled.
     """
@@ -212,7 +245,7 @@ def curved(
         return of.where(root > 0, root, 1)
 
     scale = own = units(hessian)
-    rounding = point.rounding(loss, scale)
+    spacing = point.spacing(scale)
     if point.basis is not None:
         hessian = multiply(multiply(point.basis.T, hessian), point.basis)
         gradient = multiply(point.basis.T, gradient)
@@ -224,7 +257,8 @@ def curved(
         hessian=hessian,
         turn=point.turn(scale, own),
         loss=of.where(is_finite, loss, np.asarray(np.nan, loss.dtype)),
-        limit=of.fmax(limit, rounding),
+        rounding=rounding_of(loss),
+        tolerance=of.fmax(tolerance, spacing),
         scale=scale,
     )
 
@@ -266,9 +300,8 @@ def spectral(
         is_kept = roots > _noise(len(roots), loss.dtype) * roots[0]
         left, roots, right = np.linalg.svd(free / own, full_matrices=False)
         inner, turn = left.T @ np.where(is_kept, inner, 0), point.turn(1 / scale, own)
-    rounding, exact = point.rounding(loss, 1 / scale), point.exact(1 / scale)
-    ends = (loss, size, rounding, exact, False)
-    return Spectral(roots, inner, right, turn, *ends)
+    ends = point.spacing(1 / scale), point.exact(1 / scale), False
+    return Spectral(roots, inner, right, turn, loss, size, rounding_of(loss), *ends)
 
 
 def _noise(size: int, dtype: Any) -> float:
@@ -297,14 +330,14 @@ def _of_spectral(local: Spectral) -> Distance:
     step = -local.right.T @ (along / np.where(is_kept, values, 1))
 
     degrees = max(local.size - np.sum(is_kept), 1)
-    limit = np.fmax(TOLERANCE * 2 * loss / degrees, local.rounding)
+    tolerance = np.fmax(TOLERANCE * 2 * loss / degrees, local.spacing)
     # Without scatter only the spacing of the parameters sets a scale.
     if loss - edm <= 0.1 * edm:
-        limit = np.fmax(limit, local.exact)
+        tolerance = np.fmax(tolerance, local.exact)
     # Far from the data a model may underflow, and no residual depends on a parameter.
     is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
     is_flat = is_flat and not local.is_held
-    return _distance(edm, limit, is_flat, local, step)
+    return _distance(edm, tolerance, is_flat, local, step)
 
 
 def _of_curved(local: Curved) -> Distance:
@@ -322,18 +355,20 @@ def _of_curved(local: Curved) -> Distance:
     # Rounding makes less than this of a zero.
     curves_down = values[0] < -(eps**0.5) * largest
     is_saddle = (largest == 0 and is_flat and not local.is_held) or curves_down
-    return _distance(edm, local.limit, is_saddle, local, -vectors @ (along / curvature))
+    step = -vectors @ (along / curvature)
+    return _distance(edm, local.tolerance, is_saddle, local, step)
 
 
 def _distance(
-    edm: Any, limit: Any, is_saddle: Any, local: Any, step: np.ndarray
+    edm: Any, tolerance: Any, is_saddle: Any, local: Any, step: np.ndarray
 ) -> Distance:
     dtype = local.loss.dtype
     step = step if local.turn is None else local.turn @ step
     length = np.linalg.norm(step)
     return Distance(
         np.asarray(edm, dtype),
-        np.asarray(limit, dtype),
+        np.asarray(tolerance, dtype),
+        np.asarray(local.rounding, dtype),
         np.asarray(is_saddle),
         np.asarray(True),
         (step / length if length > 0 else step).astype(dtype),
@@ -345,7 +380,7 @@ def of_products(
     gradient: Float[Array, " D"],
     product: Callable[[Array], Array],
     precondition: Callable[[Array], Array],
-    limit: Any,
+    tolerance: Any,
 ) -> Distance:
     """Finds the distance by conjugate gradients, from below, without a matrix.
 
@@ -382,7 +417,8 @@ def of_products(
     length = jnp.linalg.norm(step)
     return Distance(
         jnp.where(jnp.isfinite(loss), edm, jnp.nan),
-        jnp.fmax(limit, 4 * eps * jnp.abs(loss)),
+        jnp.asarray(tolerance, loss.dtype),
+        rounding_of(loss),
         is_saddle,
         now <= 1e-6 * size,
         -step / jnp.where(length > 0, length, 1),
@@ -392,7 +428,7 @@ def of_products(
 def unknown(like: Array | np.ndarray) -> Distance:
     """Returns a distance that is not known, in the dtype of the parameters."""
     nan, no = np.asarray(np.nan, like.dtype), np.asarray(False)
-    return Distance(nan, nan, no, no, np.zeros(like.shape, like.dtype))
+    return Distance(nan, nan, nan, no, no, np.zeros(like.shape, like.dtype))
 
 
 def truth_p_values(
@@ -409,7 +445,7 @@ def truth_p_values(
     from scipy.special import betainc
 
     edm = float(distance.edm)
-    if not edm > _WORTH_A_NOTE * distance.limit:
+    if not distance.is_far:
         return 1.0, 1.0
     known = float(chi_squared_p_value(2 * edm, directions))
     if squares is None:
@@ -431,15 +467,12 @@ def chi_squared_p_value(value: Any, degrees: Any) -> Any:
 
 
 def edm_note(distance: Distance, params: Params) -> str | None:
-    """Returns a note for a table if a trainer is not at a minimum.
-
-    A fit has converged if `edm` is below a thousandth of the scatter. A table shows no
-    difference below about twenty times that: a fifth of an error bar.
-    """
-    if not distance.edm > _WORTH_A_NOTE * distance.limit:
+    """Returns a note for a table if a trainer is not at a minimum."""
+    if not distance.is_far:
         return None
     where = along(np.asarray(distance.direction, float), params)
-    return f"not at a minimum: edm {distance.edm:.3g}{where}"
+    remedy = f". {distance.remedy.rstrip('.')}" if distance.remedy else ""
+    return f"not at a minimum: edm {distance.edm:.3g}{where}{remedy}"
 
 
 def along(direction: np.ndarray, params: Params) -> str:

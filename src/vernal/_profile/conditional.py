@@ -39,6 +39,9 @@ from .._tree import ravel, unravel
 # How far the likelihood may be above a minimum; a last step goes on from there.
 _TOLERANCE = 1e-9
 
+# However coarsely it is rounded: this is a fifth of an error bar.
+_MOST_ROUNDED = 0.02
+
 _MOST_DAMPING = 1e6
 
 # Squared lengths, in standard errors.
@@ -272,7 +275,8 @@ def _minimum(
         is_far = (state.tried == 0) & ~(is_lower & (step.edm < _FAR))
         to = jnp.where(is_far, onto(flat), step.to)
         latent = jnp.where(is_far, jnp.inf, step.latent)
-        limit = jnp.maximum(_TOLERANCE, rounding + spacing)
+        hidden = jnp.minimum(rounding, _MOST_ROUNDED) + spacing
+        limit = jnp.maximum(_TOLERANCE, hidden)
         is_done = is_lower & step.is_known & (damping == 0) & (step.edm <= limit)
         step = step._replace(to=to, latent=latent)
         return _State(lowest, form, rest, damping, step, state.tried + 1, is_done)

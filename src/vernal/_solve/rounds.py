@@ -112,7 +112,7 @@ class Rounds:
             self._found, left = now, left - now.steps
             fall = np.inf if before is None else before.last - now.last
             if now.is_settled or now.reason in IS_OVER:
-                goes_on = now.reason in _GOES_ON and fall > now.distance.limit
+                goes_on = now.reason in _GOES_ON and fall > now.distance.noise
             else:
                 goes_on = bool(fall > 0)
             if not (left and now.steps and goes_on):
@@ -139,7 +139,7 @@ class Rounds:
                     kept = self._found = self._run(left)
                 break
             now, left = self._descend(left, self._short, float(kept.end.first))
-            if not now.last <= kept.last + now.distance.limit:
+            if not now.last <= kept.last + now.distance.noise:
                 best, state, loss = now.end.best, now.end.best_state, now.end.best_loss
                 end = kept.end._replace(best=best, best_state=state, best_loss=loss)
                 now = kept._replace(end=end)
@@ -174,7 +174,7 @@ class Rounds:
                 steps = self._short
             elif steps < self._long:
                 steps = min(_LONGER * steps, self._long)
-            elif not fall > now.distance.limit:
+            elif not fall > now.distance.noise:
                 return now, left
             if not self._whiten(now.end.params):
                 return now, left
