@@ -451,3 +451,25 @@ def test_which_of_optax_mix_elements():
         moved = moved_by_others(transforms)
     mixing = {name for name, far in zip(every, moved, strict=True) if far}
     assert mixing == {"muon", "galore", "centralize"}
+
+
+class InUnits(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y, unit = batch
+        return (model["a"] / unit + model["b"] * x - y) / 0.1
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e21, 2e30])
+def test_a_whitened_fit_on_a_bound_in_any_units(unit):
+    """The other parameter ends where it is best beside the bound."""
+    x = np.linspace(0, 1, 30, dtype=np.float32)
+    noise = np.random.default_rng(0).normal(scale=0.1, size=30)
+    y = (1 + 2 * x + noise).astype(np.float32)
+    model = {"a": jnp.asarray(unit, jnp.float32), "b": jnp.float32(1.0)}
+    data = x, y, np.float32(unit)
+    trainer = InUnits(model, bounds={"b": (0, 1.9)})
+    result = trainer.whiten(data, optimiser=optax.adam(0.05)).fit(data, 2_000)
+    assert result.model["b"] == np.float32(1.9)
+    np.testing.assert_allclose(
+        result.model["a"] / unit, np.mean(y - 1.9 * x), rtol=1e-4
+    )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import lmfit
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import optimistix as optx
 import pytest
@@ -462,3 +463,38 @@ def test_a_result_answers():
     assert result.params is result.trainer.params
     ours, theirs = result.standard_errors(data()), trainer.standard_errors(data())
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+
+
+class Line(vn.Trainer):
+    """The data say nothing of `c`."""
+
+    def residuals(self, model, batch):
+        x, y = batch
+        return (model["a"] + model["b"] * x + 0 * model["c"] - y) / 0.1
+
+
+class LineNll(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(Line.residuals(self, model, batch)))
+
+
+PRIORS_OF_C = {
+    "none": None,
+    "normal": {"c": vn.Normal(0.3, 2.0)},
+    "other": {"c": dist.Gamma(2.0, 3.0)},
+}
+
+
+@pytest.mark.parametrize("prior", PRIORS_OF_C)
+@pytest.mark.parametrize("cls", [Line, LineNll])
+def test_what_a_prior_alone_constrains_takes_no_degree_of_freedom(cls, prior):
+    x = np.linspace(0, 1, 30)
+    y = 1 + 2 * x + 0.1 * np.random.default_rng(0).normal(size=30)
+    model = {k: jnp.asarray(v) for k, v in {"a": 1.0, "b": 1.0, "c": 0.3}.items()}
+    trainer = cls(model, priors=PRIORS_OF_C[prior])
+    trainer = trainer.solve(optx.BFGS(1e-8, 1e-8), (x, y)).trainer
+    report = trainer.report((x, y), data_count=30)
+    chi_squared = np.linalg.lstsq(np.vander(x, 2) / 0.1, y / 0.1)[1][0]
+    assert report.degrees_of_freedom == 28
+    np.testing.assert_allclose(report.aic, chi_squared + 4, rtol=1e-6)
+    np.testing.assert_allclose(report.bic, chi_squared + 2 * np.log(30), rtol=1e-6)

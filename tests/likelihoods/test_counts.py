@@ -257,3 +257,23 @@ def test_a_stray_count_hides_no_distance():
     assert result.edm > 1
     assert result.stop_reason is vn.StopReason.MAX_STEPS
     assert "not at a minimum" in result.trainer.table(batch)
+
+
+@pytest.mark.parametrize("kind", ["nll", "residuals", "scoring"])
+@pytest.mark.parametrize("count", [1e-30, 1e-20, 1e-12, 1e-8, 1.0])
+def test_expected_counts_that_are_tiny_have_derivatives(count, kind):
+    """Those of a peak's tails, whose squares underflow in single precision."""
+
+    def value(scale, dtype):
+        rate = scale * jnp.asarray(count, dtype)
+        counts = jnp.asarray(count, dtype)
+        found = vn.likelihoods.Poisson(rate, counts)
+        if kind == "scoring":
+            return found.scoring_residuals()
+        return getattr(found, kind)()
+
+    for scale in (0.3, 0.9, 1.05, 4.0):
+        for order in (jax.grad, lambda f: jax.grad(jax.grad(f))):
+            of = lambda dtype, o=order, s=scale: o(lambda x: value(x, dtype))(dtype(s))
+            narrow, wide = of(jnp.float32), of(jnp.float64)
+            np.testing.assert_allclose(narrow, wide, rtol=2e-4, atol=1e-5 * count**0.5)

@@ -20,6 +20,7 @@ KEY = jax.random.key(7)
 IDLE = optx.GradientDescent(1e-14, 1e-30, 1e-30)
 LM = optx.LevenbergMarquardt(1e-8, 1e-8)
 BFGS = optx.BFGS(1e-8, 1e-8)
+LM_32 = optx.LevenbergMarquardt(1e-6, 1e-6)
 
 
 def peak(*values, dtype=np.float64):
@@ -242,10 +243,11 @@ def test_a_plateau_is_no_minimum():
         def residuals(self, model, batch):
             return jnp.exp(model["a"] * x) - 1.0
 
-    result = Far({"a": jnp.asarray(-1e4)}).solve(LM, None)
+    result = Far({"a": jnp.asarray(-1e4)}).solve(LM, x)
     assert result.stop_reason is REASON.STALLED
     assert result.edm == 0
     assert "flat" in result.explain()
+    assert result.trainer.table(x).endswith("flat here, or curves downwards")
 
 
 class Edge(vn.Trainer):
@@ -439,6 +441,90 @@ def test_in_half_precision(dtype, cls):
     vector = np.asarray(1.0 - LINE[0])
     # A straight line has all of it as its distance.
     np.testing.assert_allclose(result.edm, 0.5 * vector @ vector, rtol=1e-2)
+
+
+def rate_of(model):
+    x = jnp.linspace(0, 1, 100, dtype=jnp.float32)
+    return jnp.float32(1e5) * (model["a"] + model["b"] * x)
+
+
+class Counts(vn.Trainer):
+    """A Poisson likelihood without its constants, which is 1e8 for 1e5 counts each."""
+
+    def nll(self, model, counts):
+        rate = rate_of(model)
+        return jnp.sum(rate - counts * jnp.log(rate))
+
+
+class AllOfCounts(vn.Trainer):
+    def residuals(self, model, counts):
+        return vn.likelihoods.Poisson(rate_of(model), counts)
+
+
+def counts_from(start):
+    return {"a": jnp.float32(start), "b": jnp.float32(0.8)}
+
+
+@pytest.mark.parametrize("start", [0.7, 0.85, 0.95, 1.2])
+def test_rounding_of_the_loss_does_not_hide_a_distance(start):
+    truth = rate_of({"a": 1.0, "b": 0.5})
+    counts = np.random.default_rng(0).poisson(truth).astype(np.float32)
+    solver = optx.BFGS(1e-6, 1e-6)
+    best = AllOfCounts(counts_from(1.0)).solve(LM_32, counts).trainer
+    errors = best.standard_errors(counts)
+    result = Counts(counts_from(start)).solve(solver, counts)
+    off = {k: (result.model[k] - best.model[k]) / errors[k] for k in "ab"}
+    note = result.trainer.table(counts).splitlines()[-1]
+    if result.stop_reason is REASON.CONVERGED:
+        assert max(map(abs, off.values())) < 0.25
+        assert "minimum" not in note
+        return
+    remedy = "The loss is rounded, in float32, by more than that: compute in float64"
+    assert result.stop_reason is REASON.STALLED
+    assert remedy in result.explain()
+    assert remedy in note
+    with pytest.raises(ValueError, match="is not at a minimum"):
+        result.trainer.intervals(solver, counts)
+
+
+def test_rounding_of_the_loss_hides_most_starts():
+    """So that the test above has a case of each kind."""
+    truth = rate_of({"a": 1.0, "b": 0.5})
+    counts = np.random.default_rng(0).poisson(truth).astype(np.float32)
+    trainers = [Counts(counts_from(a)) for a in np.linspace(0.7, 1.2, 9)]
+    found = vn.fit_many(trainers, counts, 100, solver=optx.BFGS(1e-6, 1e-6))
+    assert {REASON.CONVERGED, REASON.STALLED} == set(found.stop_reasons)
+    is_near = np.asarray(found.edms) < 0.02
+    assert [r is REASON.CONVERGED for r in found.stop_reasons] == list(is_near)
+
+
+class Mass(vn.Trainer):
+    """A mass in kilogram: the second derivative is zero in single precision."""
+
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(((model["mass"] / 2e30 - batch) / 0.1) ** 2)
+
+
+BFGS_32 = optx.BFGS(1e-6, 1e-6)
+OF_HESSIANS = {
+    "solve": lambda t, batch: t.solve(BFGS_32, batch),
+    "fit_many": lambda t, batch: vn.fit_many([t, t], batch, 9, solver=BFGS_32),
+    "standard_errors": lambda t, batch: t.standard_errors(batch),
+    "table": lambda t, batch: t.table(batch),
+    "whiten": lambda t, batch: t.whiten(batch),
+    "fisher": lambda t, batch: t.fisher(batch),
+    "intervals": lambda t, batch: t.intervals(BFGS_32, batch),
+}
+
+
+@pytest.mark.parametrize("name", OF_HESSIANS)
+def test_a_second_derivative_that_underflows_is_refused(name):
+    batch = jnp.asarray([0.9, 1.0, 1.2], jnp.float32)
+    trainer = Mass({"mass": jnp.float32(2e30)})
+    with pytest.raises(ValueError, match=r"'mass' is 2e\+30.*larger unit.*float64"):
+        OF_HESSIANS[name](trainer, batch)
+    double = Mass({"mass": jnp.asarray(2e30)}), batch.astype(float)
+    assert np.isfinite(double[0].standard_errors(double[1])["mass"])
 
 
 @pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])

@@ -332,3 +332,43 @@ def test_a_diagnosis_follows_the_code():
     assert "`residuals` is NaN" in explain_non_finite(trainer, np.arange(3.0))
     book.run("S = 1.0")
     assert "its gradient are finite" in explain_non_finite(trainer, np.arange(3.0))
+
+
+class Zeroed(vn.Trainer):
+    """One NaN in `x` spoils the gradient of `slope` alone: `where` does not help."""
+
+    def residuals(self, model, batch):
+        x, y = batch
+        left = model["slope"] * x + model["offset"] - y
+        return jnp.where(jnp.isfinite(x), left, 0.0)
+
+
+def test_what_no_step_has_moved_is_named():
+    x, y = np.linspace(0.0, 10.0, 50), np.linspace(1.0, 21.0, 50)
+    bad = np.where(np.arange(50) == 5, np.nan, x)
+    start = {"slope": jnp.array(1.0), "offset": jnp.array(0.0)}
+    zeroed = lambda: Zeroed(start, optax.adam(0.1), nan_policy=vn.ZeroNans())
+    said = r"at each of the 40 steps{}, which .*: {}\. .*batch\[0\].* \[5\]"
+    with pytest.warns(UserWarning, match="`fit`.*" + said.format("", "slope")):
+        result = zeroed().fit((bad, y), 40)
+    assert result.model["slope"] == 1
+    both = np.stack([x, bad]), np.stack([y, y])
+    which = said.format(" of member 1", "slope")
+    with pytest.warns(UserWarning, match="`fit_many`.*" + which):
+        vn.fit_many([zeroed(), zeroed()], both, 40, data_axis=0)
+    # The loss may be what is never finite, and a bad step alone is nothing to say.
+    spoilt = np.where(np.arange(50) == 5, np.nan, y)
+    with pytest.warns(UserWarning, match="all the same: loss, offset, slope"):
+        zeroed().fit((x, spoilt), 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bad_step_among_good_ones_is_not_warned_of():
+    class Once(Zeroed):
+        def transform_grads(self, grads, model):
+            is_bad = self.step_count == 2
+            return jax.tree.map(lambda g: jnp.where(is_bad, jnp.nan, g), grads)
+
+    start = {"slope": jnp.array(1.0), "offset": jnp.array(0.0)}
+    trainer = Once(start, optax.adam(0.1), nan_policy=vn.ZeroNans())
+    trainer.fit((np.linspace(0.0, 10.0, 50), np.linspace(1.0, 21.0, 50)), 5)

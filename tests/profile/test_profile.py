@@ -139,3 +139,36 @@ def test_where_the_solver_finds_no_minimum_is_said():
     with pytest.warns(UserWarning, match="found no minimum at std = "):
         found = trainer.profile(LM, batch, "std", [3.0, 0.1], max_steps=1)
     assert not found.converged.all()
+
+
+class InUnits(vn.Trainer):
+    """A straight line, whose first parameter is in other units than the second."""
+
+    def residuals(self, model, batch):
+        x, y, unit = batch
+        return (model["a"] / unit + model["b"] * x - y) / 0.1
+
+
+@pytest.mark.parametrize(
+    "bounds", [None, {"b": (0, 5)}, {"b": (0, 1.9)}], ids=["free", "wide", "held"]
+)
+@pytest.mark.parametrize("unit", [1e-25, 1e25, 2e30])
+def test_units_do_not_matter(unit, bounds):
+    """In single precision, whose numbers end at 3e38: squares would overflow."""
+    x = np.linspace(0, 1, 30, dtype=np.float32)
+    noise = np.random.default_rng(0).normal(scale=0.1, size=30)
+    y = (1 + 2 * x + noise).astype(np.float32)
+    solver = optx.LevenbergMarquardt(1e-6, 1e-6)
+
+    def found(unit):
+        model = {"a": jnp.asarray(unit, jnp.float32), "b": jnp.float32(1.0)}
+        data = x, y, np.float32(unit)
+        trainer = InUnits(model, bounds=bounds).whiten(data).solve(solver, data).trainer
+        of_a = trainer.profile(solver, data, "a", np.array([0.95, 1.05]) * unit)
+        of_b = trainer.profile(solver, data, "b", [1.8, 1.85])
+        ends = trainer.intervals(solver, data, "a")["a"]
+        assert of_a.converged.all()
+        assert of_b.converged.all()
+        return [*of_a.delta, *of_b.delta, *(np.asarray(ends) / unit)]
+
+    np.testing.assert_allclose(found(unit), found(1.0), rtol=1e-3, atol=1e-4)

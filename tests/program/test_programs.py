@@ -274,6 +274,46 @@ KINDS = {
         "settings.factor",
         "settings.__getattr__ = lambda name: {'factor': 2.0}[name]",
     ),
+    "an attribute of an empty namespace": (
+        "C = types.SimpleNamespace()",
+        "getattr(C, 'scale', 1.0)",
+        "C.scale = 2.0",
+    ),
+    "an attribute of a function without any": (
+        "def f(): pass",
+        "getattr(f, 'scale', 1.0)",
+        "f.scale = 2.0",
+    ),
+    "an attribute of a function that is compiled": (
+        "@jax.jit\ndef f(x):\n    return f.scale * x\nf.scale = 1.0",
+        "f(1.0)",
+        "f.scale = 2.0",
+    ),
+    "an attribute that gets another name": (
+        "class C: pass\nc = C()\nc.one = True",
+        "1.0 if hasattr(c, 'one') else 2.0",
+        "del c.one\nc.two = True",
+    ),
+    "a class attribute that gets another name": (
+        "class C:\n    one = True",
+        "1.0 if hasattr(C, 'one') else 2.0",
+        "del C.one\nC.two = True",
+    ),
+    "a method of a dictionary": (
+        "d = {'scale': 1.0}\nget = d.get",
+        "get('scale')",
+        "d['scale'] = 2.0",
+    ),
+    "the values of a dictionary": (
+        "d = {'scale': 1.0}\nvalues = d.values()",
+        "max(values)",
+        "d['scale'] = 2.0",
+    ),
+    "a class that a function makes": (
+        "C = dataclasses.make_dataclass('C', [('scale', float, 1.0)])",
+        "C.scale",
+        "C.scale = 2.0",
+    ),
     "an array of objects": ("a = np.array([1.0, None])", "a[0]", "a[0] = 2.0"),
     "an object that computes its attributes": (
         "class C:\n    __slots__ = ('d',)\n    def __getattr__(self, name):\n"
@@ -314,6 +354,78 @@ def test_a_model_that_reads(kind):
     count = len(book["traces"])
     assert curvature(book["trainer"]()) == curvature(trainer) == pytest.approx(20.0)
     assert len(book["traces"]) == count
+
+
+# Static values that are equal for Python, and lead to 5 and to 20.
+EQUAL = {
+    "a number and a truth value": ("1", "True", "2.0 if s is True else 1.0"),
+    "numbers of two types": ("1", "1.0", "2.0 if isinstance(s, float) else 1.0"),
+    "within a tuple": ("(1,)", "(True,)", "2.0 if s[0] is True else 1.0"),
+    "zeros of two signs": ("0.0", "-0.0", "2.0 if str(s) == '-0.0' else 1.0"),
+    "a field that is not compared": ("Band(1.0)", "Band(2.0)", "s.width"),
+}
+BAND = """
+@dataclasses.dataclass(frozen=True)
+class Band:
+    width: float = dataclasses.field(compare=False)
+
+class M(eqx.Module):
+    w: jax.Array
+    s: Any = eqx.field(static=True)
+    def __call__(self, x):
+        s = self.s
+        return {} * self.w * x
+"""
+
+
+@pytest.mark.parametrize("kind", EQUAL)
+def test_static_values_that_are_equal(kind):
+    *values, expression = EQUAL[kind]
+    book = Notebook(BAND.format(f"({expression})"))
+    made = []
+    for value, expected in zip(values, (5.0, 20.0), strict=True):
+        book.run(f"own = M(jnp.ones(()), {value})")
+        made.append(book["trainer"](book["own"]))
+        assert curvature(made[-1]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"model\.s: static, was"):
+        vn.fit_many(made, X, 1)
+
+
+# What can change is known by its identity, though it is equal to another one.
+RATE = """
+@dataclasses.dataclass(unsafe_hash=True)
+class Rate:
+    value: float
+    def __call__(self, x):
+        return self.value * x
+
+class M(eqx.Module):
+    w: jax.Array
+    rate: Any
+    def __call__(self, x):
+        return self.rate(self.w * x)
+
+one, other = Rate(1.0), Rate(1.0)
+"""
+
+
+def test_equal_objects_that_change():
+    book = Notebook(RATE)
+    make = lambda name: book["trainer"](book["M"](jnp.ones(()), book[name]))
+    trainers = make("one"), make("other")
+    assert [curvature(t) for t in trainers] == pytest.approx([5.0, 5.0])
+    assert trainers[1].model.rate is book["other"]
+    book.run("other.value = 2.0")
+    assert [curvature(t) for t in trainers] == pytest.approx([5.0, 20.0])
+    book.run("one.value = 2.0\nother.value = 1.0")
+    assert [curvature(t) for t in trainers] == pytest.approx([20.0, 5.0])
+
+
+def test_more_objects_than_are_followed():
+    book = Notebook("many = [{i: [j] for i in range(50)} for j in range(500)]")
+    book.run(MODEL.format("len(many) / 500"))
+    with pytest.warns(UserWarning, match="reads more than 20,000 objects"):
+        assert curvature(book["trainer"]()) == pytest.approx(5.0)
 
 
 METHODS = """

@@ -1,5 +1,6 @@
 """Objects compared by value, as strictly as a compiled program needs."""
 
+import dataclasses
 import dis
 import functools
 import hashlib
@@ -9,6 +10,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
+
+from .._pickling import is_library, packed
 
 # Python's `==` is too generous for what decides a compilation: `1 == 1.0 == True`,
 # `-0.0 == 0.0`, and `nan` differs from itself.
@@ -78,7 +81,52 @@ def value_key(obj: Any) -> Hashable:
         hash(obj)
     except TypeError:
         return Same(obj)
+    if _is_of_user(obj):
+        if _can_change(obj):
+            return Same(obj)
+        if dataclasses.is_dataclass(obj):
+            # `==` leaves out the fields with `compare=False`.
+            values = (getattr(obj, field.name) for field in dataclasses.fields(obj))
+            return type(obj), tuple(map(value_key, values))
     return type(obj), obj
+
+
+def _is_of_user(obj: Any) -> bool:
+    """Whether an object is an instance of a class of the user's."""
+    return hasattr(obj, "__dict__") and not (
+        isinstance(obj, type | types.ModuleType | types.FunctionType)
+        or is_library(type(obj))
+    )
+
+
+def _can_change(obj: Any) -> bool:
+    """Whether an attribute can be set: then equal objects may differ later."""
+    return type(obj).__setattr__ is object.__setattr__
+
+
+class StaticData:
+    """The static data in the structure of a tree, whose own `==` is too generous."""
+
+    __slots__ = ("_key", "_structure")
+
+    def __init__(self, structure: Any):
+        self._structure, self._key = structure, Hashed(_static_key(structure))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StaticData) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __reduce__(self) -> Any:
+        return StaticData, (packed(self._structure),)
+
+
+def _static_key(structure: Any) -> Hashable:
+    data = structure.node_data()
+    if data is None:
+        return None
+    return content_key(data[1]), tuple(map(_static_key, structure.children()))
 
 
 def content_key(obj: Any) -> Hashable:

@@ -5,13 +5,14 @@ import dis
 import functools
 import sys
 import types
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
+from .._boundary import warn
 from .._pickling import (
     content_of,
     is_library,
@@ -33,7 +34,7 @@ from .watch import (
     keys_and_values,
     look_at_array,
     made_of,
-    values_of,
+    values_and_keys,
     watches_of_names,
     without,
 )
@@ -42,6 +43,13 @@ from .watch import (
 # entered: it is known by its identity and its length.
 _MOST_OBJECTS = 20_000
 _MOST_ELEMENTS = 1_024
+
+_TOO_MANY = (
+    "Beside its arguments the code of a fit reads more than "
+    f"{_MOST_OBJECTS:,} objects. Later changes of some of them go unseen: compiled "
+    "programs keep what they had. Call `vn.forget()` after such a change. A list of "
+    f"more than {_MOST_ELEMENTS:,} elements, or an array, is one object."
+)
 
 # Libraries whose objects change by themselves and configure no computation.
 _RESTLESS = frozenset(
@@ -93,6 +101,8 @@ class _Walk:
                 # also where the module has none of that name yet.
                 for scope in self.modules:
                     self.names(scope, sorted({*self.words, "__getattr__"}))
+        if self.todo:
+            warn(_TOO_MANY)
         for scope, names in self.scopes.values():
             self.watches += watches_of_names(scope, names)
         return Reads(Hashed(tuple(self.tokens)), self.watches)
@@ -216,7 +226,7 @@ class _Walk:
         if is_library and not (fn.__closure__ or fn.__dict__):
             return
         self.hold(made_of, fn, ("code", "defaults", "kwdefaults"), _is_content)
-        self.todo.append(fn.__dict__ or None)
+        self.todo.append(fn.__dict__)
         for cell in fn.__closure__ or ():
             # A cell may be empty.
             self.hold(content_of, cell, ("content",)[: len(content_of(cell))])
@@ -240,8 +250,9 @@ class _Walk:
         self.tokens.append(Only(kind))
         if is_library(kind):
             return
-        look = lambda kind: (kind.__mro__, *vars(kind).values())
-        self.hold(look, kind, lambda kind: ("", *vars(kind)), _is_member)
+        look = lambda kind: (kind.__mro__, *values_and_keys(vars(kind)))
+        names = lambda kind: ("", *_names_twice(vars(kind)))
+        self.hold(look, kind, names, _is_member)
         self.todo.append(type(kind))
 
     def module(self, module: types.ModuleType) -> None:
@@ -283,7 +294,7 @@ class _Walk:
             wrapped = getattr(obj, "__wrapped__", None)
             self.tokens.append(Only(obj) if wrapped is None else kind)
             self.todo.append(wrapped)
-            if wrapped is not None and kind.__name__.startswith("custom_"):
+            if wrapped is not None:
                 self.attributes(obj)
         else:
             self.tokens.append(kind if _is_plain(kind) else Only(obj))
@@ -301,8 +312,9 @@ class _Walk:
             found = object.__getattribute__(obj, "__dict__")
         except AttributeError:
             found = None
-        if type(found) is dict and (found or not is_library(type(obj))):
-            self.hold(values_of, found, tuple)
+        if type(found) is dict:
+            # One that is empty may be filled.
+            self.hold(values_and_keys, found, _names_twice)
         slots = _slots(type(obj))
         if slots:
             look = lambda obj: tuple([getattr(obj, name, None) for name in slots])
@@ -310,11 +322,19 @@ class _Walk:
         return bool(found or slots)
 
 
+_CONTAINERS = dict | list | tuple | set | frozenset | collections.deque | np.ndarray
+_VIEWS = tuple(map(type, ({}.keys(), {}.values(), {}.items())))
+
+
 def _parts(obj: Any) -> tuple[Any, ...] | None:
     """Returns the parts of an object that never changes, `None` for other objects."""
     kind = type(obj)
     if kind is types.MethodType:
         return obj.__func__, obj.__self__
+    if kind is types.BuiltinMethodType and isinstance(obj.__self__, _CONTAINERS):
+        return obj.__name__, obj.__self__
+    if kind in _VIEWS:
+        return (obj.mapping,)
     if kind in (staticmethod, classmethod):
         return (obj.__func__,)
     if kind is property:
@@ -324,14 +344,19 @@ def _parts(obj: Any) -> tuple[Any, ...] | None:
     return None
 
 
+def _names_twice(held: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    """Returns the names of values, and those of the names themselves."""
+    return (*held, *(("name", name) for name in held))
+
+
 def _is_content(name: str, value: Any) -> bool:
     return name != "code"
 
 
-def _is_member(name: str, value: Any) -> bool:
+def _is_member(name: Any, value: Any) -> bool:
     """Whether a name of a class's namespace is code or configuration."""
-    if not name:
-        return True
+    if not name or isinstance(name, tuple):
+        return not name
     if not (name.startswith("__") and name.endswith("__")):
         return name != "_abc_impl"
     return hasattr(type(value), "__get__")

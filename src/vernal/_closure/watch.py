@@ -4,7 +4,14 @@ import operator
 import threading
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,8 +188,8 @@ def without(hidden: set[Hashable], look: Look, names_of: Names) -> tuple[Look, N
     )
 
 
-def values_of(held: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(held.values())
+def values_and_keys(held: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*held.values(), *held)
 
 
 def keys_and_values(held: Any) -> tuple[Any, ...]:

@@ -99,16 +99,22 @@ def fit(
         end.raise_if_asked(result, diagnosis.advised)
         if str(diagnosis):
             warn(f"{end.warning} {diagnosis}")
-    elif (scores := result.history.validation).size and not np.isfinite(scores).any():
-        warn(
-            "`validation`: no score was finite, so that `best` is no better than the "
-            "model that the fit began with. Check the batch, and `evaluate`."
-        )
+    else:
+        run.warn_of_bad(result)
+        _warn_of_scores(result.history.validation)
     history = result.history
     with subject.context():
         warn_of_no_data(subject.entrance, history.loss, run.ended_at(result))
         warn_of_no_data("validation", history.validation, run.validated_at(result))
     return result
+
+
+def _warn_of_scores(scores: np.ndarray) -> None:
+    if scores.size and not np.isfinite(scores).any():
+        warn(
+            "`validation`: no score was finite, so that `best` is no better than the "
+            "model that the fit began with. Check the batch, and `evaluate`."
+        )
 
 
 def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._boundary import debugged, is_debugged
+from .._boundary import debugged, is_debugged, warn
 from .._data import Minibatches, Source, Stream, Whole
 from .._devices import Peers, fingerprint, leaf_fingerprints
 from .._loop import (
@@ -36,6 +36,7 @@ from .._step import (
     config_of,
     diagnosed,
     last_bad_step,
+    nan_columns,
     progress_of,
     with_progress,
     with_some_best,
@@ -343,11 +344,40 @@ class FitRun:
         return self._recorder.history()
 
     @property
+    def _bad_steps(self) -> np.ndarray:
+        """How many steps were bad, of each member, and of each column of its report."""
+        bad = self._subject.on_host(progress_of(self.trainer).nan_counts) - self._counts
+        return bad[..., 0, :]
+
+    @property
     def _is_all_skipped(self) -> np.ndarray:
         """Whether each step, of each member, had a bad value and was not accepted."""
-        bad = self._subject.on_host(progress_of(self.trainer).nan_counts) - self._counts
-        is_bad = bad[..., 0, :].sum(axis=-1) >= max(self.taken, 1)
+        is_bad = self._bad_steps.sum(axis=-1) >= max(self.taken, 1)
         return np.asarray(is_bad & ~self._has_accepted)
+
+    def warn_of_bad(self, result: Any) -> None:
+        """Warns of what was bad at every step, though steps were accepted."""
+        is_bad = self._bad_steps >= max(self.taken, 1)
+        found = np.argwhere(is_bad & np.expand_dims(self._has_accepted, -1))
+        if not found.size:
+            return
+        *member, _ = map(int, found[0])
+        index = member[0] if member else ()
+        trainer = self._subject.picked(result, index)
+        names = np.asarray(nan_columns(trainer))[is_bad[index]]
+        batch = self._subject.seen(self._last_source(trainer), index)
+        warn(
+            f"`{self._subject.entrance}`: not finite at each of the {self.taken:,} "
+            f"steps{f' of member {index}' if member else ''}, which the NaN policy "
+            f"took all the same: {', '.join(names)}. Such a gradient moves nothing. "
+            + " ".join(bad_data(batch))
+        )
+
+    def _last_source(self, trainer: AbstractTrainer) -> Whole[Any] | Minibatches:
+        """Returns where the batch of the last bad step comes from."""
+        if isinstance(self._source, Stream):
+            return dict(self._last).get(last_bad_step(trainer), Whole(None))
+        return self._source
 
     def diagnosis(self, end: BadEnd) -> Diagnosis:
         """Finds out why a fit ended at a non-finite value.
@@ -356,10 +386,8 @@ class FitRun:
         steps the fit may have diverged by itself: then it checks only the data.
         """
         index, trainer = end.index, end.trainer
-        source, step = self._source, last_bad_step(trainer)
-        if isinstance(source, Stream):
-            source = dict(self._last).get(step, Whole(None))
-        batch = self._subject.seen(source, index)
+        step = last_bad_step(trainer)
+        batch = self._subject.seen(self._last_source(trainer), index)
         with self._subject.context():
             is_asked = trainer.nan_policy.raises or is_debugged()
             if is_asked or not self._has_accepted[index]:

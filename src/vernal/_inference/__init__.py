@@ -17,7 +17,7 @@ from .fisher import (
     has_likelihood,
     require_likelihood,
 )
-from .laplace import ErrorKind, checked_kind
+from .laplace import ErrorKind, checked_kind, laplace
 from .propagate import draw, propagate
 from .report import report
 from .table import table

@@ -22,6 +22,7 @@ from .._curvature import (
     traced,
 )
 from .._data import as_batch
+from .._minimum import require_units
 from .._policy import all_finite
 from .._program import program
 from .._projection import Block, find_blocks
@@ -32,6 +33,7 @@ from .._step import (
     explain_non_finite,
     live,
     negative_log_likelihood,
+    nll_of_data,
     prior_count,
     pushed,
     real_residuals,
@@ -50,6 +52,7 @@ _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
     "spectrum": (scoring_residuals, spectrum_of, "residuals"),
     "deviance": (real_residuals, jacobian_of, "residuals"),
     "nll": (negative_log_likelihood, expansion_of, "nll"),
+    "nll of data": (nll_of_data, expansion_of, "nll"),
     "loss": (lambda *args: score(*args).loss, expansion_of, "loss"),
 }
 
@@ -98,6 +101,7 @@ def derive(
         blocks = (tuple(range(len(jax.tree.leaves(params)))),)
     else:
         blocks = find_blocks(params, selectors, "blocks")
+    require_units(trainer, _KINDS[kind][2])
     holds = holds and bounds_of(trainer) is not None
     args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac, holds
     return run_derive(*args)

@@ -25,6 +25,7 @@ from .._minimum import (
 from .._projection import DenseWhitening
 from .._step import AbstractTrainer, DataKind, prior_count, priors_of, template_of
 from .._tree import as_parameters, by_path
+from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
 from .laplace import NULLS, ErrorKind, Laplace, laplace
 from .whiten import of_spectrum, reduced
@@ -290,6 +291,15 @@ def _rank(whitening: DenseWhitening) -> int:
     return int(np.count_nonzero(np.asarray(whitening.roots) > 0))
 
 
+def _positive_count(hessian: Any, rtol: float) -> int:
+    """Counts the directions along which a Hessian curves upwards."""
+    matrix = np.asarray(hessian, float)
+    scale = np.sqrt(np.abs(np.diag(matrix)))
+    scale = np.where(scale > 0, scale, 1)
+    values = np.linalg.eigvalsh(matrix / scale / scale[:, None])
+    return int(np.count_nonzero(values > rtol * np.abs(values).max()))
+
+
 def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
     (expansion,), _, value, held, *_ = here.derived
     params = as_parameters(trainer.params)
@@ -299,6 +309,11 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         return hessian_distance(*parts, trainer.projector)
 
     away, penalty = _distance(trainer, batch, "nll", distance), _penalty(trainer)
+    rank = _rank(here.whitening)
+    if penalty is not None:
+        # Directions that a prior alone constrains take no degree of freedom.
+        of_data = derive(trainer, batch, "nll of data", None, Passes(), holds=True)
+        rank = _positive_count(of_data.found[0].hessian, here.eps)
     return Around(
         whitening=here.whitening,
         deviance=2 * float(value) - (penalty or 0.0),
@@ -306,7 +321,7 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         data_count=None,
         distance=away,
         held=np.asarray(held),
-        rank=_rank(here.whitening),
+        rank=rank,
         kind=here.kind,
         penalty=penalty,
         truth_p_values=_truth_p_values(away, here.whitening, None),

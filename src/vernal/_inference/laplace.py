@@ -55,17 +55,20 @@ def laplace(
     what: str,
     jac: Mode | None,
     kind: ErrorKind | None,
+    *,
+    holds: bool = True,
 ) -> Laplace:
     """Approximates the likelihood at the current point, by the program of `whiten`.
 
-    Errors call the result `what`.
+    Errors call the result `what`. Unless it `holds` what is pushed against its bound,
+    the bounds are not looked at.
     """
     require_likelihood(trainer, what)
     kind = checked_kind(trainer, kind)
     passes, params = Passes(jac=jac), as_parameters(trainer.params)
     if "residuals" not in defined(trainer):
-        return _observed(trainer, batch, passes)
-    derived = derive(trainer, batch, "jacobian", None, passes, holds=True)
+        return _observed(trainer, batch, passes, holds)
+    derived = derive(trainer, batch, "jacobian", None, passes, holds)
     parts = reduced(derived.found[0], derived.value)
     spectra = (parts.spectrum,)
     (spectrum,), eps = checked_spectra(trainer, batch, spectra, derived.is_finite)
@@ -73,7 +76,7 @@ def laplace(
         kind,
         derived,
         expected=lambda: of_spectrum(spectrum, params, NULLS, "", eps),
-        observed=lambda: _observed(trainer, batch, passes).whitening,
+        observed=lambda: _observed(trainer, batch, passes, holds).whitening,
         scores=lambda: scores_of(trainer, batch, passes, derived),
     )
     return Laplace(whitening, derived, parts, spectrum, eps, kind)
@@ -103,9 +106,11 @@ def checked_kind(trainer: AbstractTrainer, kind: Any) -> ErrorKind | None:
     return kind
 
 
-def _observed(trainer: AbstractTrainer, batch: Any, passes: Passes) -> Laplace:
+def _observed(
+    trainer: AbstractTrainer, batch: Any, passes: Passes, holds: bool
+) -> Laplace:
     """Approximates a likelihood by its Hessian."""
-    derived = derive(trainer, batch, "nll", None, passes, holds=True)
+    derived = derive(trainer, batch, "nll", None, passes, holds)
     hessian = derived.found[0].hessian
     name = "`nll`" if "nll" in defined(trainer) else "the squared `residuals`"
     what = f"The curvature of {name}"

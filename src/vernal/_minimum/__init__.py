@@ -11,6 +11,7 @@ from .distance import (
     hessian_distance,
     measure,
     measure_jacobian,
+    require_units,
     settled,
     spectral_distance,
     what_falls,

@@ -468,6 +468,8 @@ def chi_squared_p_value(value: Any, degrees: Any) -> Any:
 
 def edm_note(distance: Distance, params: Params) -> str | None:
     """Returns a note for a table if a trainer is not at a minimum."""
+    if distance.is_saddle:
+        return "not at a minimum: the loss is flat here, or curves downwards"
     if not distance.is_far:
         return None
     where = along(np.asarray(distance.direction, float), params)

@@ -54,5 +54,7 @@ def is_library(kind: type) -> bool:
         found = is_library_module(name, sys.modules.get(name))
         # A class made by `exec` in a namespace without `__name__` says "builtins" too.
         found = found and not (name == "builtins" and is_of_python(kind))
+        # One that `types` has made for its caller says "types".
+        found = found and (name != "types" or vars(types).get(kind.__name__) is kind)
         _library_kinds[kind] = found
     return found

@@ -322,6 +322,9 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
     basis = jnp.vstack([moves, last])
     response = matmul(held.along, matrix.T)
     bounds = None if bounds_of(space.trainer) is None else space.limits()
+    # A matrix of squares, such as a covariance, may overflow in the parameters' units.
+    scale = space.metric.scale
+    scaled = matrix / scale[:, None]
 
     def newton(form: Form, damping: Array, flat: Array) -> _Step:
         # What the data do not constrain has a small curvature: it follows the others.
@@ -331,7 +334,7 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
         form = matmul(basis.T, matmul(form, basis))
         curvature, right = form[:size, :size] + across, form[:size, size:]
         if bounds is not None:
-            right = jnp.column_stack([right, matmul(inside, matrix.T)])
+            right = jnp.column_stack([right, matmul(inside, scaled.T)])
         solved = _solve(curvature, right)
         moves, latent = -matmul(solved[:, :3].T, matrix.T), -solved[:, 2]
         to, now = flat + moves[2], response + moves[:2]
@@ -339,8 +342,8 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
             edm = -0.5 * jnp.sum(latent * right[:, 2])
             to = jnp.where(held.flags, held.goal, to)
             return _Step(to, now, latent, edm, jnp.array(True))
-        spread = matmul(matrix, solved[:, 3:])
-        to, now, force, is_known = _within(bounds, held, (to, now), spread)
+        spread = matmul(scaled, solved[:, 3:])
+        to, now, force, is_known = _within(bounds, held, (to, now), spread, scale)
         latent = latent + matmul(solved[:, 3:], force)
         edm = 0.5 * jnp.vdot(latent, matmul(curvature, latent))
         return _Step(to, now, latent, edm, is_known)
@@ -353,11 +356,13 @@ def _within(
     held: Held,
     free: tuple[Array, Array],
     spread: Float[Array, "D D"],
+    scale: Float[Array, " D"],
 ) -> tuple[Array, Array, Array, Array]:
     """Holds elements at the bounds that a step would cross.
 
-    Returns where the step ends and the response there, the slopes that keep these
-    elements at their bounds, and whether it is known which they are.
+    `spread` is how far they move for a slope, each in units of its `scale`. Returns
+    where the step ends and the response there, the slopes that keep these elements at
+    their bounds, and whether it is known which they are.
     """
     (low, high), (beyond, response) = bounds, free
     errors = jnp.where(held.flags, 1, jnp.sqrt(jnp.diag(spread)))[:, None]
@@ -367,12 +372,12 @@ def _within(
         both = fixed[:, None] & fixed[None, :]
         unit = jnp.eye(beyond.size, dtype=beyond.dtype)
         inner = jnp.where(both, spread / errors / errors.T, unit)
-        given = jnp.column_stack([goal - beyond, -response.T]) / errors
+        given = jnp.column_stack([goal - beyond, -response.T]) / scale[:, None] / errors
         return _solve(inner, jnp.where(fixed[:, None], given, 0)) / errors
 
     def again(carry: Any) -> Any:
         count, fixed, goal, force, _ = carry
-        to = beyond + matmul(spread, force[:, 0])
+        to = beyond + scale * matmul(spread, force[:, 0])
         is_other = ~fixed & ~held.flags
         is_under, is_over = is_other & (to < low), is_other & (to > high)
         is_inward = jnp.where(goal == low, force[:, 0] < 0, force[:, 0] > 0)
@@ -384,7 +389,7 @@ def _within(
     force, none = jnp.zeros((beyond.size, 3), beyond.dtype), jnp.zeros(low.size, bool)
     start = 0, none, held.goal, force, jnp.array(False)
     _, fixed, goal, force, is_known = jax.lax.while_loop(goes_on, again, start)
-    moves = matmul(spread, force)
+    moves = scale[:, None] * matmul(spread, force)
     to = jnp.where(fixed | held.flags, goal, beyond + moves[:, 0])
     return jnp.clip(to, low, high), response + moves[:, 1:].T, force[:, 0], is_known
 

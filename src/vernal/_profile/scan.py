@@ -12,7 +12,7 @@ import numpy as np
 from .._boundary import refuse_program
 from .._curvature import Mode, checked_mode
 from .._data import as_batch
-from .._inference import Passes, around, require_likelihood
+from .._inference import Passes, around, laplace, require_likelihood
 from .._minimum import edm_note, what_falls
 from .._projection import DenseWhitening
 from .._solve import (
@@ -40,6 +40,8 @@ _LOWER = 5e-3
 
 # Two minima that differ by less, beside rounding, are the same.
 _SAME = 1e-6
+
+_WHAT = "A profile of the likelihood"
 
 # The room of the program.
 _ROOM = 256
@@ -77,7 +79,7 @@ class Scan:
         """Checks that the trainer is at a minimum, and finds its curvature there."""
         refuse_program(name, trainer, batch)
         encoded, _ = checked_solver(solver, options.max_steps, "max_steps")
-        require_likelihood(trainer, "A profile of the likelihood")
+        require_likelihood(trainer, _WHAT)
         _require_same(trainer, solver)
         batch, jac = as_batch(batch), checked_mode(options.jac)
         trainer = in_free_coordinates(trainer)
@@ -110,7 +112,7 @@ class Scan:
 
     def unit(self, index: int) -> float:
         """Returns the latter, or a scale where the data do not constrain it."""
-        return float(np.linalg.norm(self._matrix[index]))
+        return float(np.linalg.norm(self._matrix[index].astype(float)))
 
     def falls(self, index: int) -> bool:
         """Whether an element falls as its free coordinate rises."""
@@ -253,7 +255,7 @@ def _metric(
     Returns their errors too, with what is at its bound held there, and the scale of
     the error bars.
     """
-    here = around(trainer, batch, "A profile of the likelihood", jac)
+    here = around(trainer, batch, _WHAT, jac)
     if here.data is not None and here.data.is_robust:
         raise TypeError(
             f"`{name}` follows a likelihood, and a robust loss is none: by how much it "
@@ -273,19 +275,29 @@ def _metric(
             "of the residuals, and these are all zero. Leave it out."
         )
     metric, errors = here.whitening, here.whitening.errors_of_the_data()
-    if bounds_of(trainer) is not None:
-        # An element that is held at its bound may have to leave it.
-        found = whitened_without_signs(trainer, batch, None, Passes(jac=jac))
-        if found is not None:
-            (whitening,) = found.projector.whitenings
-            assert isinstance(whitening, DenseWhitening)
-            metric = whitening
+    if np.any(here.held):
+        metric = _without_bounds(trainer, batch, jac) or metric
     dtype = widest((ravel_dtype(trainer.params), metric.dtype))
     # On the host, where nothing is compiled.
     scaled = jax.device_put(np.asarray(metric.scale) * scale)
     metric = eqx.tree_at(lambda w: w.scale, metric, scaled)
     metric = jax.tree.map(lambda x: x.astype(dtype), metric)
     return metric, scale * np.asarray(errors, float), scale
+
+
+def _without_bounds(
+    trainer: AbstractTrainer, batch: Any, jac: Mode | None
+) -> DenseWhitening | None:
+    """Whitens all parameters: one that is held at its bound may have to leave it."""
+    try:
+        return laplace(trainer, batch, _WHAT, jac, None, holds=False).whitening
+    except ValueError:  # the likelihood may curve downwards there
+        found = whitened_without_signs(trainer, batch, None, Passes(jac=jac))
+        if found is None:
+            return None
+        (whitening,) = found.projector.whitenings
+        assert isinstance(whitening, DenseWhitening)
+        return whitening
 
 
 def _require_same(trainer: AbstractTrainer, solver: Any) -> None:

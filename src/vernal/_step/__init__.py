@@ -43,6 +43,7 @@ from .model_template import ModelTemplate
 from .nan_report import (
     error_if_stopped,
     last_bad_step,
+    nan_columns,
     nan_report,
     non_finite_error,
     raise_if_non_finite,
@@ -55,6 +56,7 @@ from .objective import (
     live,
     metric_shapes,
     negative_log_likelihood,
+    nll_of_data,
     prior_count,
     real_residuals,
     real_residuals_and_kind,

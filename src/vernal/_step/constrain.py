@@ -118,7 +118,8 @@ def project(
     def body(state: _Pivoting) -> _Pivoting:
         point, forces = solved(state.active, state.bounds)
         # An element stays on its bound if the multiplier pushes inwards.
-        pull = times(forces, jax.tree.map(jnp.square, scales))
+        # Twice, since the square of a scale may overflow.
+        pull = times(times(forces, scales), scales)
         probe = cast_like(jax.tree.map(jnp.subtract, point, pull), params)
         bounds = clip(probe)
         # An element that leaves its bound becomes free before it can meet the other.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._closure import Closure, refuse_static_arrays
+from .._closure import Closure, StaticData, refuse_static_arrays
 from .._constraints import Bijections, Ties
 from .._pickling import PlainMethods, Portable
 from .._tree import is_inexact, strong
@@ -29,6 +29,7 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
     """Where the parameters are free coordinates, the maps to the model's own."""
     kinds: tuple[str, ...] = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
+    statics: StaticData = eqx.field(static=True)
 
     def __init__(
         self, model: Any, owners: Sequence[int | None], ties: Ties | None = None
@@ -40,6 +41,7 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         - `ties`: the leaves that follow others.
         """
         leaves, self.structure = jax.tree.flatten(model)
+        self.statics = StaticData(self.structure)
         self.ties, self.bijections = ties, None
         for index in () if ties is None else ties.indices:
             leaves[index] = strong(leaves[index])

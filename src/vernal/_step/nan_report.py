@@ -15,11 +15,12 @@ def nan_report(trainer: AbstractTrainer) -> dict[str, NanCount]:
     totals, firsts, _ = jax.device_get(progress_of(trainer).nan_counts)
     return {
         name: NanCount(int(total), int(first) if first >= 0 else None)
-        for name, total, first in zip(_columns(trainer), totals, firsts, strict=True)
+        for name, total, first in zip(nan_columns(trainer), totals, firsts, strict=True)
     }
 
 
-def _columns(trainer: AbstractTrainer) -> tuple[str, ...]:
+def nan_columns(trainer: AbstractTrainer) -> tuple[str, ...]:
+    """Returns the names of what a report counts."""
     names = paths(trainer.params)
     free = lambda name: f"<{name}>" if name in names else name
     return (free("loss"), *names, free("update"))
@@ -57,6 +58,6 @@ def non_finite_error(
     """Names what was not finite at the last bad step."""
     *_, lasts = jax.device_get(progress_of(trainer).nan_counts)
     step = int(lasts.max())
-    columns = zip(_columns(trainer), lasts, strict=True)
+    columns = zip(nan_columns(trainer), lasts, strict=True)
     bad = [name for name, last in columns if last == step]
     return NonFiniteError(step, bad, nan_report(trainer), result, explanation)

@@ -111,20 +111,27 @@ def metric_shapes(trainer: AbstractTrainer, batch: Any) -> dict[str, Any]:
 def negative_log_likelihood(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Float[Array, ""]:
-    """Evaluates `nll` if it is defined, else that of `residuals`.
+    """Evaluates what `nll_of_data` does, with the priors."""
+    model = trainer.model if model is None else model
+    return _with_priors(trainer, nll_of_data(trainer, batch, key, model), model)
+
+
+def nll_of_data(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
+) -> Float[Array, ""]:
+    """Evaluates `nll` if it is defined, else that of `residuals`, without priors.
 
     Of arrays it is half the sum of their squares.
     """
     model = trainer.model if model is None else model
     if "nll" in defined(trainer):
-        nll = _as_scalar(trainer, "nll", _call(trainer, "nll", model, batch, key))
-        return _with_priors(trainer, nll, model)
+        return _as_scalar(trainer, "nll", _call(trainer, "nll", model, batch, key))
     terms = residual_terms(trainer, batch, key, model)
     first, *others = (_nll_of(trainer, term) for term in terms)
     for other in others:
         dtype = widest((first.dtype, other.dtype))
         first = first.astype(dtype) + other.astype(dtype)
-    return _with_priors(trainer, first, model)
+    return first
 
 
 def _nll_of(trainer: AbstractTrainer, term: Term) -> Float[Array, ""]:

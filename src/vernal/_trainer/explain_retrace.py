@@ -5,7 +5,7 @@ from typing import Any
 
 import equinox as eqx
 
-from .._closure import Closure
+from .._closure import Closure, value_key
 from .describe import abstract, describe, describe_content, short_text, word
 
 _NOTHING = (
@@ -118,11 +118,21 @@ def _said(old: str, new: str) -> str:
 
 
 def _is_same(old: Any, new: Any) -> bool:
-    """Whether two static values are one to JAX, which compares them by `==`."""
+    """Whether two static values are one to JAX, and to vernal: `1` is not `True`."""
+    if old is new:
+        return True
     try:
-        return old is new or bool(old == new)
+        return bool(old == new) and _key(old) == _key(new)
     except (TypeError, ValueError):
         return False
+
+
+def _key(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return None
+    return value_key(value)
 
 
 def _array_differences(old: Any, new: Any) -> list[str]:
