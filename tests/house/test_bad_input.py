@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas
 import pytest
 
 import vernal as vn
@@ -47,6 +48,10 @@ def updated(grads, state=None, **extra):
     optimiser = rules({"slope": optax.adam(0.1)}, default=SGD)
     state = optimiser.init(line()) if state is None else state
     return optimiser.update(grads, state, **extra)
+
+
+class Keyed(vn.Trainer):
+    def loss(self, model, batch, *, key): ...
 
 
 class Wrong(vn.NanPolicy):
@@ -294,9 +299,24 @@ TABLE = {
         "`optimiser` is a ParamOptimiser, and `projector`.*precondition",
     ),
     "a model without floats": (
-        lambda: LineFit({"n": jnp.arange(3)}, SGD),
+        lambda: LineFit({"name": "nothing"}, SGD),
         ValueError,
         "`model` has no parameter to train: there is no array of floats",
+    ),
+    "a model of integers": (
+        lambda: LineFit({"n": jnp.arange(3)}, SGD),
+        ValueError,
+        "`model` has no parameter to train: 'n' is of int.*make it an array of floats",
+    ),
+    "a key that is not given": (
+        lambda: Keyed(gaussian(), SGD),
+        TypeError,
+        "missing a required argument: 'key'. Give `key=` to the trainer",
+    ),
+    "a table with names": (
+        lambda: LineFit(gaussian(), SGD).fit(pandas.DataFrame({"x": [1.0]}), 1),
+        TypeError,
+        "`data` is a DataFrame.*to_numpy",
     ),
     "a model of Python floats": (
         lambda: LineFit({"x": 1.0}, SGD),

@@ -475,3 +475,27 @@ def test_what_is_degenerate_is_followed_to_the_ends():
         low, high = found["map"][name]
         assert low < 1e-100
         assert high > 1e100
+
+
+class Degenerate(vn.Trainer):
+    """Of two pairs of parameters only the product, or the sum, is measured."""
+
+    def residuals(self, model, batch):
+        x, y = batch
+        line = model["gain"] * model["slope"] * x + model["sky"] + model["bias"]
+        return (line - y) / 0.1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_not_measured_has_no_ends(dtype):
+    """Far away large numbers cancel, and the likelihood is lower by rounding."""
+    x = np.linspace(0, 10, 50)
+    y = 2 * x + 1 + 0.1 * np.random.default_rng(0).normal(size=50)
+    start = {"gain": 1.0, "slope": 1.0, "sky": 0.0, "bias": 0.3}
+    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
+    data, solver = (
+        (x.astype(dtype), y.astype(dtype)),
+        optx.LevenbergMarquardt(1e-6, 1e-6),
+    )
+    found = Degenerate(model).solve(solver, data).trainer.intervals(solver, data)
+    assert found == dict.fromkeys(start, (-np.inf, np.inf))

@@ -52,8 +52,9 @@ def refuse_meaning(leaf: Any, where: str, loss: str) -> None:
     """
     if isinstance(leaf, np.ma.MaskedArray):
         remedy = (
-            "Leave those data out (`y.compressed()`, and `x[~y.mask]` of all else), or "
-            "give them no weight: `y.filled(0)` with an infinite sigma."
+            "Leave those data out (`y.compressed()`, and `x[~y.mask]` of all else); or "
+            "fill them (`y.filled(0)`) and give the mask to a likelihood, by "
+            "`where=~y.mask`."
             if np.ma.is_masked(leaf)
             else "Nothing is masked in this one: give `y.data`."
         )

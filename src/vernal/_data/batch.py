@@ -114,6 +114,12 @@ def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> An
 
 
 def _converted(leaf: Any, where: str) -> Any:
+    if hasattr(leaf, "columns") and not hasattr(leaf, "sharding"):
+        raise TypeError(
+            f"{where} is a {type(leaf).__name__}, whose columns would lose their "
+            "names. Give a dictionary of arrays: "
+            "`{str(name): df[name].to_numpy() for name in df.columns}`."
+        )
     try:
         return np.asarray(leaf)
     except Exception as error:

@@ -76,7 +76,10 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
 
     @property
     def best(self) -> Model:
-        """The model with the lowest loss that was scored.
+        """The model with the lowest loss that was scored, since the trainer was made.
+
+        Losses of all data compare. For other data, or other batches, make a new
+        trainer of this model: `type(trainer)(result.model, optimiser)`.
 
         **Raises:**
 

@@ -13,7 +13,7 @@ from .._step import AbstractTrainer
 from .conditional import Points
 from .elements import find_elements
 from .own_values import values_of
-from .scan import Options, Scan, Start, is_lower
+from .scan import Options, Scan, Start
 from .search import search
 
 Interval = tuple[float, float]
@@ -134,7 +134,7 @@ def _check(scan: Scan, ends: dict[str, _End]) -> None:
     """Refuses a lower minimum; warns of ends that were not found."""
     base = scan.base.nll
     label, end = min(ends.items(), key=lambda pair: pair[1].lowest.nll)
-    if is_lower(end.lowest.nll, base):
+    if scan.is_lower(end.lowest):
         error: Any = ValueError(
             f"On the way to {label} the likelihood is higher than at the minimum "
             f"({end.lowest.nll:.6g} against {base:.6g} as its negative logarithm): it "

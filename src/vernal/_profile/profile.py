@@ -16,7 +16,7 @@ from .._step import AbstractTrainer
 from .conditional import Points, run_models
 from .elements import find_element, find_elements
 from .own_values import coordinates_of, values_of
-from .scan import Options, Scan, Start, is_lower
+from .scan import Options, Scan, Start
 
 Model = TypeVar("Model", covariant=True, default=Any)
 
@@ -119,7 +119,7 @@ def along(
         first, end = end, end + len(axes[name].free)
         own = jax.tree.map(lambda x, i=first, j=end: x[i:j], points)
         found[name] = _profile(scan, name, index, axes[name].values, own)
-        _warn_of(found[name], is_lower(own.nll, scan.base.nll))
+        _warn_of(found[name], scan.is_lower(own))
     return found
 
 

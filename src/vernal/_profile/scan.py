@@ -1,5 +1,6 @@
 """`Scan`: minima with some elements held, wherever a profile asks for them."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -93,6 +94,7 @@ class Scan:
         self._wide = np.asarray(metric.errors_of_the_data(), float)
         # On the host, where nothing is compiled.
         known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
+        self._scale = known.scale.astype(float)
         self._matrix = known.scale[:, None] * known.vectors * known.roots[None, :]
         self._flat = np.concatenate([np.ravel(x) for x in leaves], dtype=metric.dtype)
         self.high = np.full(self._flat.shape, np.inf)
@@ -129,6 +131,18 @@ class Scan:
     def _along(self, elements: tuple[int, ...]) -> np.ndarray:
         """Returns the shortest latent moves by which each element goes by one."""
         return np.linalg.pinv(self._matrix[list(elements)]).T
+
+    def is_lower(self, points: Points) -> Any:
+        """Whether the likelihood is lower than at the minimum, beyond rounding.
+
+        That of parameters that are far from zero, and cancel each other, counts too.
+        """
+        eps, minimum = np.finfo(self._flat.dtype).eps, float(self.base.nll)
+        units = points.flat.astype(float) / self._scale
+        away = eps * np.linalg.norm(units, axis=-1)
+        cancelled = away * math.sqrt(2 * abs(minimum)) + away**2 / 2
+        noise = 64 * eps * abs(minimum) + cancelled
+        return points.nll < minimum - _LOWER - noise
 
     def model(self, flat: np.ndarray) -> Any:
         """Returns the model with these parameters."""
@@ -313,9 +327,3 @@ def _require_same(trainer: AbstractTrainer, solver: Any) -> None:
             f"`solver` minimises `{falls}`, and the profile is of the likelihood, by "
             f"`{kind}`. Give {least}, or a class that defines `{kind}` alone."
         )
-
-
-def is_lower(nll: Any, minimum: Any) -> Any:
-    """Whether the likelihood is lower than at the minimum, beyond rounding."""
-    eps = np.finfo(minimum.dtype).eps
-    return nll < minimum - _LOWER - 64 * eps * np.abs(minimum)

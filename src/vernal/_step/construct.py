@@ -53,7 +53,13 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
         name: ("model", "batch", *keyed, *(stateful if name == "loss" else ()))
         for name in methods
     }
-    takes_methods(type(trainer), called | _HOOKS, type(trainer).__name__)
+    try:
+        takes_methods(type(trainer), called | _HOOKS, type(trainer).__name__)
+    except TypeError as error:
+        given = {"key": key, "state": state}
+        missing = (k for k, v in given.items() if v is None and f"'{k}'" in str(error))
+        hint = "".join(f" Give `{name}=` to the trainer." for name in missing)
+        raise TypeError(f"{error}{hint}") from None
     if state is None:
         return
     if "loss" not in methods:
@@ -158,10 +164,20 @@ def find_trained(
                 else f"all of its parameters ({known}) are frozen or Python floats, "
                 "which are trained where `train` or a rule names them."
                 if known
+                else f"{_of_integers(model)}: make it an array of floats."
+                if _of_integers(model)
                 else "there is no array of floats in it, such as `jnp.array(1.0)`."
             )
         )
     return tuple(owners)
+
+
+def _of_integers(model: PyTree) -> str:
+    """Names the first array of a model that has no floats; empty if it has none."""
+    for path, leaf in by_path(model).by_name().items():
+        if eqx.is_array(leaf) and not is_inexact(leaf):
+            return f"{path!r} is of {leaf.dtype}"
+    return ""
 
 
 def constraints(

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
+import jax
 
-from .._closure import Closure, value_key
+from .._closure import Closure, content_key
 from .describe import abstract, describe, describe_content, short_text, word
 
 _NOTHING = (
@@ -46,6 +47,10 @@ def explain_retrace(old: Any, new: Any) -> str:
     starts with "Nothing differs".
     """
     lines = dict.fromkeys(_line(*found) for found in _differences(old, new, set()))
+    if not lines and jax.tree.structure(old) != jax.tree.structure(new):
+        # A trainer compares the static fields of its model more strictly than JAX.
+        strictly = _differences(old, new, set(), is_strict=True)
+        lines = dict.fromkeys(_line(*found) for found in strictly)
     return "\n".join(lines) or _NOTHING
 
 
@@ -63,7 +68,9 @@ def _line(steps: tuple[tuple[str, str], ...], text: str) -> str:
     return ": ".join(filter(None, (".".join(path), text.lstrip(": "))))
 
 
-def _differences(old: Any, new: Any, met: set[Any]) -> Iterator[tuple[Any, str]]:
+def _differences(
+    old: Any, new: Any, met: set[Any], is_strict: bool = False
+) -> Iterator[tuple[Any, str]]:
     """Yields the differences of two trees that were not `met` yet, outer ones first.
 
     A difference is a pair of the steps that lead there, and a text. A step is a name,
@@ -89,13 +96,13 @@ def _differences(old: Any, new: Any, met: set[Any]) -> Iterator[tuple[Any, str]]
         met.add((one, other))
     for name in one.static | other.static:
         before, after = one.static.get(name, _ABSENT), other.static.get(name, _ABSENT)
-        if not _is_same(before, after):
+        if not (_is_equal if is_strict else _is_same)(before, after):
             what = " static," if name else " its structure"
             texts = short_text(before), short_text(after)
             yield ((name, ""),), what + _said(*texts)
     for name in one.parts | other.parts:
         before, after = one.parts.get(name, _ABSENT), other.parts.get(name, _ABSENT)
-        for steps, text in _differences(before, after, met):
+        for steps, text in _differences(before, after, met, is_strict):
             yield ((name, one.function), *steps), text
 
 
@@ -118,21 +125,16 @@ def _said(old: str, new: str) -> str:
 
 
 def _is_same(old: Any, new: Any) -> bool:
-    """Whether two static values are one to JAX, and to vernal: `1` is not `True`."""
-    if old is new:
-        return True
+    """Whether two static values are one to JAX, which compares them by `==`."""
     try:
-        return bool(old == new) and _key(old) == _key(new)
+        return old is new or bool(old == new)
     except (TypeError, ValueError):
         return False
 
 
-def _key(value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError:
-        return None
-    return value_key(value)
+def _is_equal(old: Any, new: Any) -> bool:
+    """Whether two static values are one to a trainer: `1` is not `True`."""
+    return _is_same(old, new) and content_key(old) == content_key(new)
 
 
 def _array_differences(old: Any, new: Any) -> list[str]:
