@@ -21,7 +21,7 @@ from .._pickling import (
     is_of_python,
     module_of,
 )
-from .equality import Hashed, is_atom, value_key
+from .equality import Hashed, StaticData, is_atom, value_key
 from .skeleton import Group, Skeleton, Static, all_parts
 from .watch import (
     MOST_BYTES,
@@ -172,6 +172,8 @@ class _Walk:
             self.module(obj)
         elif kind is jtu.PyTreeDef:
             self.structure(obj)
+        elif kind is StaticData:
+            self.tokens.append(obj)  # of a structure, which is walked to as well
         elif kind is Skeleton:
             self.skeleton(obj)
         elif (parts := _parts(obj)) is not None:
@@ -225,8 +227,9 @@ class _Walk:
         self.tokens.append((fn.__code__, len(fn.__closure__ or ())))
         if is_library and not (fn.__closure__ or fn.__dict__):
             return
-        self.hold(made_of, fn, ("code", "defaults", "kwdefaults"), _is_content)
-        self.todo.append(fn.__dict__)
+        names = "code", "defaults", "kwdefaults", "is plain"
+        self.hold(made_of, fn, names, _is_content)
+        self.todo.append(fn.__dict__ or None)
         for cell in fn.__closure__ or ():
             # A cell may be empty.
             self.hold(content_of, cell, ("content",)[: len(content_of(cell))])

@@ -197,4 +197,5 @@ def keys_and_values(held: Any) -> tuple[Any, ...]:
 
 
 def made_of(fn: types.FunctionType) -> tuple[Any, ...]:
-    return fn.__code__, fn.__defaults__, fn.__kwdefaults__
+    # An empty dictionary of attributes may be filled.
+    return fn.__code__, fn.__defaults__, fn.__kwdefaults__, not fn.__dict__
