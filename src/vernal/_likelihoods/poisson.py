@@ -121,10 +121,12 @@ class Poisson(Portable, AbstractLikelihood):
         is_unused = (self.rate <= 0) | (self.counts == 0)
         rate = jnp.where(is_unused, 1, self.rate)
         counts = jnp.where(self.counts > 0, self.counts, 1)
-        # Derivatives of a quotient divide by squares, which must not underflow.
+        # Derivatives of a quotient divide by squares, which must not underflow. Factors,
+        # since XLA makes one quotient of two, whose denominator would underflow too.
         total = jax.lax.stop_gradient(rate + counts)
-        unit = jnp.where(total < jnp.finfo(rate.dtype).tiny ** 0.25, total, 1)
-        rate, counts = rate / unit, counts / unit
+        is_tiny = total < jnp.finfo(rate.dtype).tiny ** 0.25
+        factor = jnp.where(is_tiny, 1 / total, 1)
+        rate, counts = rate * factor, counts * factor
         difference, total = rate - counts, rate + counts
         is_near = abs(difference) < _NEAR * total
         # After Loader, "Fast and accurate computation of binomial probabilities"
@@ -135,7 +137,7 @@ class Poisson(Portable, AbstractLikelihood):
         far_rate = jnp.where(is_near, 2 * counts, rate)
         deviance = 2 * (far_rate - counts - counts * jnp.log(far_rate / counts))
         far = jnp.sign(far_rate - counts) * jnp.sqrt(deviance)
-        return jnp.sqrt(unit) * jnp.where(is_near, near, far)
+        return jnp.where(is_near, near, far) / jnp.sqrt(factor)
 
     def _within_support(self, value: Float[Array, "..."]) -> Float[Array, "..."]:
         is_impossible = (self.rate < 0) | ((self.rate == 0) & (self.counts > 0))
