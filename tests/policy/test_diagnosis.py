@@ -348,7 +348,7 @@ def test_what_no_step_has_moved_is_named():
     bad = np.where(np.arange(50) == 5, np.nan, x)
     start = {"slope": jnp.array(1.0), "offset": jnp.array(0.0)}
     zeroed = lambda: Zeroed(start, optax.adam(0.1), nan_policy=vn.ZeroNans())
-    said = r"at each of the 40 steps{}, which .*: {}\. .*batch\[0\].* \[5\]"
+    said = r"not finite at any of the steps \(40{}\).*: {}\. .*batch\[0\].* \[5\]"
     with pytest.warns(UserWarning, match="`fit`.*" + said.format("", "slope")):
         result = zeroed().fit((bad, y), 40)
     assert result.model["slope"] == 1
@@ -358,8 +358,21 @@ def test_what_no_step_has_moved_is_named():
         vn.fit_many([zeroed(), zeroed()], both, 40, data_axis=0)
     # The loss may be what is never finite, and a bad step alone is nothing to say.
     spoilt = np.where(np.arange(50) == 5, np.nan, y)
-    with pytest.warns(UserWarning, match="all the same: loss, offset, slope"):
+    with pytest.warns(UserWarning, match="took them: loss, offset, slope"):
         zeroed().fit((x, spoilt), 3)
+
+
+def test_a_member_that_stops_early_is_named_too():
+    x, y = np.linspace(0.0, 10.0, 50), np.linspace(1.0, 21.0, 50)
+    bad = np.where(np.arange(50) == 5, np.nan, x)
+    start = {"slope": jnp.array(2.0), "offset": jnp.array(0.0)}
+    make = lambda rate: Zeroed(start, optax.sgd(rate), nan_policy=vn.ZeroNans())
+    data = np.stack([x, bad]), np.stack([y, y])
+    stop = vn.Converged(rtol=1e-3, patience=2)
+    with pytest.warns(UserWarning, match=r"`fit_many`.*of member 1\).*: slope"):
+        many = vn.fit_many([make(1e-5), make(1e-2)], data, 500, data_axis=0, stop=stop)
+    counts = many.trainers.step_count
+    assert counts[1] < counts[0]
 
 
 @pytest.mark.filterwarnings("error")

@@ -391,6 +391,58 @@ def test_static_values_that_are_equal(kind):
         vn.fit_many(made, X, 1)
 
 
+# Static values made anew, which are equal: nothing differs.
+ANEW = {
+    "a slice": "slice(0, 3)",
+    "an ordered dictionary": "collections.OrderedDict(a=1)",
+    "a proxy": "types.MappingProxyType({'a': 1})",
+    "a frozen dataclass": "Band(1.0)",
+    "a dataclass with a field that is not set": "Unset(1)",
+    "a dataclass with a dictionary": "Cached(1)",
+    "a dataclass that is its own parent": "Node.make()",
+    "text of a class": "Text('a')",
+    "what has a hash": "Own(1)",
+    "a module": "eqx.nn.Lambda(jnp.sin)",
+}
+OF_ANEW = """
+import collections
+@dataclasses.dataclass(frozen=True)
+class Unset:
+    n: int
+    c: Any = dataclasses.field(init=False, compare=False, repr=False)
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    n: int
+    c: dict = dataclasses.field(default_factory=dict, compare=False)
+@dataclasses.dataclass(frozen=True)
+class Node:
+    n: int
+    parent: Any = dataclasses.field(default=None, compare=False)
+    @classmethod
+    def make(cls):
+        node = cls(1)
+        object.__setattr__(node, "parent", (node,))
+        return node
+class Text(str): pass
+class Own:
+    def __init__(self, n): self.n = n
+    def __eq__(self, other): return type(self) is type(other) and self.n == other.n
+    def __hash__(self): return hash(self.n)
+"""
+
+
+@pytest.mark.parametrize("kind", ANEW)
+def test_static_values_made_anew(kind):
+    book = Notebook(BAND.format("1.0"), OF_ANEW)
+    made = []
+    for _ in range(2):
+        book.run(f"own = M(jnp.ones(()), {ANEW[kind]})")
+        made.append(book["trainer"](book["own"]))
+        assert curvature(made[-1]) == pytest.approx(5.0)
+    assert len(book["traces"]) == 1
+    assert len(vn.fit_many(made, X, 1).best_losses) == 2
+
+
 # What can change is known by its identity, though it is equal to another one.
 RATE = """
 @dataclasses.dataclass(unsafe_hash=True)

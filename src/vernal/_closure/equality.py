@@ -81,27 +81,36 @@ def value_key(obj: Any) -> Hashable:
         hash(obj)
     except TypeError:
         return Same(obj)
-    if _is_of_user(obj):
-        if _can_change(obj):
-            return Same(obj)
-        if dataclasses.is_dataclass(obj):
-            # `==` leaves out the fields with `compare=False`.
-            values = (getattr(obj, field.name) for field in dataclasses.fields(obj))
-            return type(obj), tuple(map(value_key, values))
+    if _is_users_dataclass(obj):
+        if type(obj).__setattr__ is object.__setattr__:
+            return Same(obj)  # equal ones may differ later
+        return type(obj), obj, strict_key(obj)
     return type(obj), obj
 
 
-def _is_of_user(obj: Any) -> bool:
-    """Whether an object is an instance of a class of the user's."""
-    return hasattr(obj, "__dict__") and not (
-        isinstance(obj, type | types.ModuleType | types.FunctionType)
-        or is_library(type(obj))
+def _is_users_dataclass(obj: Any) -> bool:
+    return dataclasses.is_dataclass(obj) and not (
+        isinstance(obj, type) or is_library(type(obj))
     )
 
 
-def _can_change(obj: Any) -> bool:
-    """Whether an attribute can be set: then equal objects may differ later."""
-    return type(obj).__setattr__ is object.__setattr__
+def strict_key(obj: Any) -> Hashable:
+    """Returns a key for what `==` is too generous to tell apart in static data.
+
+    It is the same for other objects of one class, which are left to `==`.
+    """
+    kind = type(obj)
+    if is_atom(obj):
+        return value_key(obj)
+    if kind in (tuple, list):
+        return kind, tuple(map(strict_key, obj))
+    if kind is dict:
+        return kind, tuple(map(strict_key, obj.items()))
+    if _is_users_dataclass(obj):
+        # Fields may be left out of `==`, not set, or lead back here.
+        values = (getattr(obj, field.name, None) for field in dataclasses.fields(obj))
+        return kind, tuple(value_key(x) if is_atom(x) else None for x in values)
+    return kind
 
 
 class StaticData:
@@ -118,6 +127,9 @@ class StaticData:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def __repr__(self) -> str:
+        return "StaticData"
+
     def __reduce__(self) -> Any:
         return StaticData, (packed(self._structure),)
 
@@ -126,7 +138,7 @@ def _static_key(structure: Any) -> Hashable:
     data = structure.node_data()
     if data is None:
         return None
-    return content_key(data[1]), tuple(map(_static_key, structure.children()))
+    return strict_key(data[1]), tuple(map(_static_key, structure.children()))
 
 
 def content_key(obj: Any) -> Hashable:

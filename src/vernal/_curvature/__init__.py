@@ -7,6 +7,7 @@ chooses forward or reverse mode, `singular` decomposes a Jacobian and `linalg` a
 
 from .eigen import decompose, eigen_projection
 from .flat import (
+    Expansion,
     checked_batch_size,
     expansion_of,
     gauss_newton_matrix,

@@ -165,12 +165,12 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         if distance.edm > 0:
             much = f"about {distance.edm:.3g} (edm)"
             said.append(f"The loss could still fall by {much}{where}.")
-            said.append(distance.remedy)
+            said += [f"{distance.remedy}."] if distance.remedy else []
         elif not distance.is_saddle:
             said.append("The loss could still fall by less than can be measured.")
         if distance.is_saddle:
             said.append("It is flat here, or curves downwards: start from elsewhere.")
-        return " ".join(filter(None, said))
+        return " ".join(said)
 
     @property
     def _trainer(self) -> Any:

@@ -105,6 +105,7 @@ class FitRun:
         self._subject, self._checkpointer, self.peers = subject, checkpointer, peers
         trainer, self._source, self._monitor = inputs
         self._counts = subject.on_host(progress_of(trainer).nan_counts)
+        self._first_steps = subject.on_host(progress_of(trainer).step_count)
         self.is_whole, self.is_resumed = True, False
         self._recorder = Recorder(self._no_history)
         self._monitor_state = subject.first_monitor_state(self._monitor, trainer)
@@ -357,7 +358,9 @@ class FitRun:
 
     def warn_of_bad(self, result: Any) -> None:
         """Warns of what was bad at every step, though steps were accepted."""
-        is_bad = self._bad_steps >= max(self.taken, 1)
+        now = self._subject.on_host(progress_of(self.trainer).step_count)
+        steps = np.asarray(now - self._first_steps)
+        is_bad = self._bad_steps >= np.maximum(steps, 1)[..., None]
         found = np.argwhere(is_bad & np.expand_dims(self._has_accepted, -1))
         if not found.size:
             return
@@ -367,10 +370,14 @@ class FitRun:
         names = np.asarray(nan_columns(trainer))[is_bad[index]]
         batch = self._subject.seen(self._last_source(trainer), index)
         warn(
-            f"`{self._subject.entrance}`: not finite at each of the {self.taken:,} "
-            f"steps{f' of member {index}' if member else ''}, which the NaN policy "
-            f"took all the same: {', '.join(names)}. Such a gradient moves nothing. "
-            + " ".join(bad_data(batch))
+            " ".join(
+                [
+                    f"`{self._subject.entrance}`: not finite at any of the steps "
+                    f"({int(steps[index])}{f' of member {index}' if member else ''}), "
+                    f"though the NaN policy took them: {', '.join(names)}.",
+                    *bad_data(batch),
+                ]
+            )
         )
 
     def _last_source(self, trainer: AbstractTrainer) -> Whole[Any] | Minibatches:

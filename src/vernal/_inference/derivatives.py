@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from .._boundary import is_traced
 from .._constraints import flat_flags, held_at
 from .._curvature import (
+    Expansion,
     Mode,
     Subject,
     checked_batch_size,
@@ -22,7 +23,7 @@ from .._curvature import (
     traced,
 )
 from .._data import as_batch
-from .._minimum import require_units
+from .._minimum import underflows
 from .._policy import all_finite
 from .._program import program
 from .._projection import Block, find_blocks
@@ -43,7 +44,7 @@ from .._step import (
     step_key,
     stripped,
 )
-from .._tree import as_parameters
+from .._tree import as_parameters, by_path
 
 # Kinds of derivatives: what is differentiated, how, and its name in messages.
 _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
@@ -101,10 +102,33 @@ def derive(
         blocks = (tuple(range(len(jax.tree.leaves(params)))),)
     else:
         blocks = find_blocks(params, selectors, "blocks")
-    require_units(trainer, _KINDS[kind][2])
     holds = holds and bounds_of(trainer) is not None
     args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac, holds
-    return run_derive(*args)
+    derived = run_derive(*args)
+    if _KINDS[kind][1] is expansion_of and not is_traced(derived, params):
+        for block, expansion in zip(blocks, derived.found, strict=True):
+            _require_units(trainer, block, expansion, _KINDS[kind][2])
+    return derived
+
+
+def _require_units(
+    trainer: AbstractTrainer, block: Block, expansion: Expansion, name: str
+) -> None:
+    """Refuses second derivatives that are zero because of a parameter's unit."""
+    leaves = list(by_path(trainer.params).by_name().items())
+    own = [leaves[index] for index in block]
+    flat = np.concatenate([np.asarray(leaf, float).ravel() for _, leaf in own])
+    lost = underflows(np.diagonal(np.asarray(expansion.hessian)), flat)
+    if not lost.any():
+        return
+    sizes = np.cumsum([leaf.size for _, leaf in own])
+    first = int(np.argmax(lost))
+    path = own[int(np.searchsorted(sizes, first, side="right"))][0]
+    raise ValueError(
+        f"The second derivative of `{name}` by {path!r}, which is {flat[first]:.3g}, "
+        f"is zero in {expansion.hessian.dtype}: it has the square of that unit below. "
+        "Fit it in a larger unit, as a number near one; or use float64."
+    )
 
 
 def linearised(

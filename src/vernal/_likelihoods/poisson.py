@@ -121,8 +121,8 @@ class Poisson(Portable, AbstractLikelihood):
         is_unused = (self.rate <= 0) | (self.counts == 0)
         rate = jnp.where(is_unused, 1, self.rate)
         counts = jnp.where(self.counts > 0, self.counts, 1)
-        # Derivatives of a quotient divide by squares, which must not underflow. Factors,
-        # since XLA makes one quotient of two, whose denominator would underflow too.
+        # The derivative of a quotient divides by a square, which must not underflow.
+        # XLA would join two quotients, with the same effect, but not two products.
         total = jax.lax.stop_gradient(rate + counts)
         is_tiny = total < jnp.finfo(rate.dtype).tiny ** 0.25
         factor = jnp.where(is_tiny, 1 / total, 1)

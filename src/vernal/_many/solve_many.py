@@ -13,7 +13,7 @@ from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import AbstractPlacement, same_inputs
-from .._minimum import distance_of, require_units, settled, what_falls
+from .._minimum import distance_of, settled
 from .._policy import StopReason
 from .._program import program
 from .._solve import (
@@ -26,7 +26,6 @@ from .._solve import (
     choose,
     find_bad,
     in_parameters,
-    is_least_squares,
     is_suspect,
     progress_at,
     run_solver,
@@ -116,7 +115,6 @@ def solve_many(
     with same_inputs(subject.entrance, place) as require_same, place.context():
         encoded, rows = checked_solver(solver, steps, "steps")
         batch = subject.prepare(data)
-        require_units(trainer, what_falls(trainer, is_least_squares(solver)))
         options: dict[str, Any] = {"steps": steps, "jac": jac, "group": group}
         options |= {"solver": (solver, encoded), "data_axis": subject.data_axis}
         like = subject.template(trainer), subject.row(batch)

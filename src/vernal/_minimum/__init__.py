@@ -11,7 +11,6 @@ from .distance import (
     hessian_distance,
     measure,
     measure_jacobian,
-    require_units,
     settled,
     spectral_distance,
     what_falls,
@@ -26,5 +25,6 @@ from .edm import (
     distance_of,
     edm_note,
     truth_p_values,
+    underflows,
     unknown,
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._boundary import Params, is_traced
+from .._boundary import Params
 from .._constraints import flat_flags, held_at
 from .._curvature import (
     Flat,
@@ -36,7 +36,7 @@ from .._step import (
     score,
     scoring_residuals,
 )
-from .._tree import as_parameters, by_path, ravel, ravel_dtype, unravel, widest
+from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import (
     TOLERANCE,
     Distance,
@@ -57,9 +57,6 @@ _SUBJECT = Subject("what is minimised", is_quiet=True)
 MOST_PARAMETERS = 512
 _MOST_ELEMENTS = 2**25
 
-# How far a second derivative stays above the smallest number, as a root.
-_MARGIN = 0.1
-
 
 def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
     """Returns what is minimised: `"residuals"`, `"nll"` or `"loss"`."""
@@ -69,24 +66,6 @@ def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
     if is_least_squares or (methods == ("residuals",) and is_squares):
         return "residuals"
     return "loss" if "loss" in methods else "nll"
-
-
-def require_units(trainer: AbstractTrainer, kind: str) -> None:
-    """Refuses a parameter whose second derivatives would underflow to zero.
-
-    `kind` is what `what_falls` returns. Derivatives of `residuals` are not squared.
-    """
-    if kind == "residuals" or is_traced(trainer.params):
-        return
-    for path, leaf in by_path(trainer.params).by_name().items():
-        dtype = widest((leaf.dtype, jnp.dtype("float32")))
-        largest = np.abs(np.asarray(leaf, float)).max(initial=0)
-        if np.isfinite(largest) and largest > _MARGIN / jnp.finfo(dtype).tiny ** 0.5:
-            raise ValueError(
-                f"The parameter {path!r} is {largest:.3g}. The second derivative of "
-                f"`{kind}` has the square of its unit below, which is zero in {dtype}. "
-                "Fit it in a larger unit, as a number near one; or use float64."
-            )
 
 
 def measure(

@@ -76,7 +76,7 @@ class Distance(NamedTuple):
             return ""
         return (
             f"The loss is rounded, in {self.edm.dtype}, by more than that: compute in "
-            "float64, or leave constants out of it."
+            "float64, or leave constants out of it"
         )
 
 
@@ -189,6 +189,15 @@ def rounding_of(loss: Any) -> Any:
     return 4 * jnp.finfo(loss.dtype).eps * abs(loss)
 
 
+def underflows(diagonal: Any, flat: Any) -> Any:
+    """Says of each parameter whether its second derivative was lost by its unit.
+
+    It has the square of the unit below, such as of a kilogram for the mass of a star.
+    """
+    tiny = jnp.finfo(diagonal.dtype).tiny
+    return (abs(diagonal) < tiny) & (abs(flat) > 0.1 / tiny**0.5)
+
+
 def triangle(
     jacobian: Float[Array, "N D"],
     residuals: Float[Array, " N"],
@@ -246,12 +255,13 @@ def curved(
 
     scale = own = units(hessian)
     spacing = point.spacing(scale)
+    is_lost = of.any(underflows(of.diagonal(hessian), point.flat))
     if point.basis is not None:
         hessian = multiply(multiply(point.basis.T, hessian), point.basis)
         gradient = multiply(point.basis.T, gradient)
         own = units(hessian)
     slope, hessian = gradient / own, hessian / own[None, :] / own[:, None]
-    is_finite = of.all(of.isfinite(slope)) & of.all(of.isfinite(hessian))
+    is_finite = of.all(of.isfinite(slope)) & of.all(of.isfinite(hessian)) & ~is_lost
     return Curved(
         slope=slope,
         hessian=hessian,
@@ -473,7 +483,7 @@ def edm_note(distance: Distance, params: Params) -> str | None:
     if not distance.is_far:
         return None
     where = along(np.asarray(distance.direction, float), params)
-    remedy = f". {distance.remedy.rstrip('.')}" if distance.remedy else ""
+    remedy = f". {distance.remedy}" if distance.remedy else ""
     return f"not at a minimum: edm {distance.edm:.3g}{where}{remedy}"
 
 

@@ -9,10 +9,9 @@ from .._curvature import Mode, checked_mode
 from .._data import as_batch
 from .._devices import placement, same_inputs
 from .._fit import FitResult
-from .._minimum import require_units, what_falls
 from .._policy import StopReason
 from .._step import AbstractTrainer, non_finite_error, warn_of_no_data
-from .problem import SOLVERS, Problem, checked_solver, is_least_squares
+from .problem import SOLVERS, Problem, checked_solver
 from .rounds import Rounds
 
 _IN_A_PROGRAM = (
@@ -50,7 +49,6 @@ def solve(
         batch = as_batch(batch)
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
-        require_units(trainer, what_falls(trainer, is_least_squares(solver)))
         # After `whiten` there is a program of the Jacobian already.
         is_shared = trainer.projector is not None
         problem = Problem(batch, encoded, rows, checked_mode(options.jac), is_shared)

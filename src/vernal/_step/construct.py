@@ -155,6 +155,7 @@ def find_trained(
     tied = () if ties is None else ties.indices
     owners = [None if i in tied else owner for i, owner in enumerate(owners)]
     if all(owner is None for owner in owners):
+        of_integers = _of_integers(model)
         known = ", ".join(map(repr, paths(model)[:5]))
         raise ValueError(
             "`model` has no parameter to train: "
@@ -164,8 +165,8 @@ def find_trained(
                 else f"all of its parameters ({known}) are frozen or Python floats, "
                 "which are trained where `train` or a rule names them."
                 if known
-                else f"{_of_integers(model)}: make it an array of floats."
-                if _of_integers(model)
+                else f"{of_integers}: make it an array of floats."
+                if of_integers
                 else "there is no array of floats in it, such as `jnp.array(1.0)`."
             )
         )

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from .._closure import Closure, content_key
+from .._closure import Closure, strict_key
 from .describe import abstract, describe, describe_content, short_text, word
 
 _NOTHING = (
@@ -134,7 +134,7 @@ def _is_same(old: Any, new: Any) -> bool:
 
 def _is_equal(old: Any, new: Any) -> bool:
     """Whether two static values are one to a trainer: `1` is not `True`."""
-    return _is_same(old, new) and content_key(old) == content_key(new)
+    return _is_same(old, new) and strict_key(old) == strict_key(new)
 
 
 def _array_differences(old: Any, new: Any) -> list[str]:

@@ -454,8 +454,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         by how much the loss could still fall. A solver's own verdict is checked: the
         reason is `CONVERGED` only where `edm` is below a thousandth of the scatter (the
         reduced chi-squared for `residuals`, one for `nll`, the fall so far for `loss`),
-        or below what rounding of the loss hides, up to a fifth of an error bar; else
-        `STALLED`. The history has the loss that the solver
+        or below what rounding of the loss hides, up to a fifth of an error bar along
+        each direction; else `STALLED`. The history has the loss that the solver
         reported at each step, before the step. The moments of an optimiser start
         afresh. If the solver ends at a non-finite value, a warning says where that
         comes from: the data, a parameter, a method.
