@@ -74,9 +74,11 @@ class Distance(NamedTuple):
         """What helps where rounding hides the minimum. For numbers on the host."""
         if not (self.is_far and self.edm <= self.rounding):
             return ""
+        dtype = self.edm.dtype
+        wider = "" if dtype == np.float64 else "compute in float64, or "
         return (
-            f"The loss is rounded, in {self.edm.dtype}, by more than that: compute in "
-            "float64, or leave constants out of it"
+            f"The loss is rounded, in {dtype}, by more than that: {wider}leave "
+            "constants out of it"
         )
 
 
