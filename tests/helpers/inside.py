@@ -18,7 +18,7 @@ from vernal._fit import (
 from vernal._fit.pace import Pace as Pace
 from vernal._inference.expansion import around as around
 from vernal._inference.propagate import run_propagate as run_propagate
-from vernal._loop import small as small
+from vernal._loop import blocks as blocks, small as small
 from vernal._loop.chunk import run_chunk as run_chunk
 from vernal._loop.single_step import run_step as run_step
 from vernal._many import many_trainers as many_trainers

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -126,16 +127,25 @@ def held_best(progress: Progress) -> Best:
     return Best(progress.best, progress.best_state, progress.best_loss)
 
 
-def ranked(progress: Progress, score: Float[Array, ""]) -> Best:
-    """Returns the best, given the score of the current parameters, if any is kept."""
+def ranked(
+    progress: Progress, score: Float[Array, ""], copies: Bool[Array, ""] | None = None
+) -> Best:
+    """Returns the best, given the score of the current parameters, if any is kept.
+
+    Unless it `copies`, a lower score is all that is kept of it.
+    """
     if progress.best is None:
         return held_best(progress)
-    return chosen(
-        jnp.isfinite(score) & (score < progress.best_loss),
+    is_lower = jnp.isfinite(score) & (score < progress.best_loss)
+    best = chosen(
+        is_lower if copies is None else is_lower & copies,
         lambda: Best(progress.params, progress.state, score),
         lambda: held_best(progress),
         reads=held_best(progress),
     )
+    if copies is None:
+        return best
+    return best._replace(loss=lax.select(is_lower, score, progress.best_loss))
 
 
 def count_non_finite(

@@ -283,19 +283,25 @@ _FEW = 64
 
 
 def advance_bare(
-    trainer: AbstractTrainer, batch: Any, begin: Progress, *, ranks: bool = True
+    trainer: AbstractTrainer,
+    batch: Any,
+    begin: Progress,
+    *,
+    ranks: bool = True,
+    copies: Bool[Array, ""] | None = None,
 ) -> tuple[Progress, Outcome, Bool[Array, ""]]:
     """Takes a step as `advance` does, if all is finite, without a guard around it.
 
     Also returns whether anything is not finite that was at the beginning of a block of
     such steps: then nothing else that it returns counts. It does not look at the
     parameters, and at large arrays in the state of the optimiser. What is not finite
-    there stays so: `has_turned_bad` finds it after some steps.
+    there stays so: `has_turned_bad` finds it after some steps. `copies` is as for
+    `ranked`.
     """
     old = progress_of(trainer)
     loss, grads, metrics, state, value = _scored(trainer, batch)
     measured = loss.astype(old.best_loss.dtype)
-    best = ranked(old, measured) if ranks else held_best(old)
+    best = ranked(old, measured, copies) if ranks else held_best(old)
     moved = _move(trainer, grads, loss, state, value)
     # The policy is shown a step that is finite, whose gradients it leaves alone.
     shown = jax.tree.map(lambda g: jnp.zeros((), g.dtype), grads)
