@@ -22,8 +22,8 @@ from .task import Chunk, LoopState, Taken, Task, monitored, recorded
 # How many steps a block has at most.
 _SIZE = 128
 
-# A step that lowers the loss copies the best, by one thread: a large one is copied once
-# in a block, of fewer steps, while every step lowers it.
+# A step that lowers the loss copies the best, on a CPU by one thread. From this size,
+# in bytes, on it is copied once in a block, of fewer steps, while each step lowers it.
 _LARGE_BEST, _SIZE_OF_LARGE = 2**20, 32
 
 # The size in bytes of the largest state of which there is room for a second copy.
