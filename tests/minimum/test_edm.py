@@ -547,6 +547,36 @@ def test_a_large_unit_alone_is_no_fault():
     np.testing.assert_allclose(errors["n"] / 1e20, 0.005, rtol=1e-3)
 
 
+class Offsets(vn.Trainer):
+    """Has a large density, known by its prior alone or held at its bound."""
+
+    def nll(self, model, batch):
+        scale, counts = batch
+        left = model["n"] / 1e20 * scale + model["c"] - counts
+        return 0.5 * jnp.sum((left / 0.01) ** 2)
+
+
+WITHOUT_CURVATURE = {
+    "held": (1.0, {"bounds": {"n": (2e20, 3e20)}}, np.nan),
+    "by its prior": (0.0, {"priors": {"n": vn.Normal(2e20, 1e18)}}, 1e18),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_CURVATURE)
+def test_no_curvature_of_a_large_unit_is_no_fault(case):
+    scale, options, expected = WITHOUT_CURVATURE[case]
+    # One datum measures it, and would have it below its bound.
+    scales = np.float32([scale, 0.0, 0.0, 0.0])
+    batch = scales, np.float32([1.0, 1.01, 0.99, 1.02])
+    model = {"n": jnp.float32(2e20), "c": jnp.float32(0.0)}
+    result = Offsets(model, **options).solve(BFGS_32, batch)
+    assert result.stop_reason is REASON.CONVERGED
+    report = result.report(batch)
+    errors = {row.name: row.error for row in report.parameters}
+    np.testing.assert_allclose(errors["c"], 0.005, rtol=1e-3)
+    np.testing.assert_allclose(errors["n"], expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
 def test_units_do_not_matter(unit):
     start = {"a": jnp.asarray(0.5 / unit, jnp.float32), "b": jnp.zeros((), jnp.float32)}

@@ -34,7 +34,6 @@ from .watch import (
     keys_and_values,
     look_at_array,
     made_of,
-    values_and_keys,
     watches_of_names,
     without,
 )
@@ -253,7 +252,7 @@ class _Walk:
         self.tokens.append(Only(kind))
         if is_library(kind):
             return
-        look = lambda kind: (kind.__mro__, *values_and_keys(vars(kind)))
+        look = lambda kind: (kind.__mro__, *keys_and_values(vars(kind)))
         names = lambda kind: ("", *_names_twice(vars(kind)))
         self.hold(look, kind, names, _is_member)
         self.todo.append(type(kind))
@@ -317,7 +316,7 @@ class _Walk:
             found = None
         if type(found) is dict:
             # One that is empty may be filled.
-            self.hold(values_and_keys, found, _names_twice)
+            self.hold(keys_and_values, found, _names_twice)
         slots = _slots(type(obj))
         if slots:
             look = lambda obj: tuple([getattr(obj, name, None) for name in slots])
@@ -348,8 +347,8 @@ def _parts(obj: Any) -> tuple[Any, ...] | None:
 
 
 def _names_twice(held: Mapping[str, Any]) -> tuple[Hashable, ...]:
-    """Returns the names of values, and those of the names themselves."""
-    return (*held, *(("name", name) for name in held))
+    """Returns the names of what `keys_and_values` returns."""
+    return (*(("name", name) for name in held), *held)
 
 
 def _is_content(name: str, value: Any) -> bool:

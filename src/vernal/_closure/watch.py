@@ -4,14 +4,7 @@ import operator
 import threading
 import types
 import weakref
-from collections.abc import (
-    Callable,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,10 +179,6 @@ def without(hidden: set[Hashable], look: Look, names_of: Names) -> tuple[Look, N
         lambda owner: tuple([value for _, value in pairs(owner)]),
         lambda owner: [name for name, _ in pairs(owner)],
     )
-
-
-def values_and_keys(held: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*held.values(), *held)
 
 
 def keys_and_values(held: Any) -> tuple[Any, ...]:

@@ -114,7 +114,7 @@ def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> An
 
 
 def _converted(leaf: Any, where: str) -> Any:
-    if hasattr(leaf, "columns") and not hasattr(leaf, "sharding"):
+    if hasattr(leaf, "columns"):
         raise TypeError(
             f"{where} is a {type(leaf).__name__}, whose columns would lose their "
             "names. Give a dictionary of arrays: "

@@ -369,16 +369,15 @@ class FitRun:
         trainer = self._subject.picked(result, index)
         names = np.asarray(nan_columns(trainer))[is_bad[index]]
         batch = self._subject.seen(self._last_source(trainer), index)
-        warn(
-            " ".join(
-                [
-                    f"`{self._subject.entrance}`: not finite at any of the steps "
-                    f"({int(steps[index])}{f' of member {index}' if member else ''}), "
-                    f"though the NaN policy took them: {', '.join(names)}.",
-                    *bad_data(batch),
-                ]
-            )
+        with self._subject.context():
+            data = bad_data(batch)
+        of_member = f" of member {index}" if member else ""
+        said = (
+            f"`{self._subject.entrance}`: not finite at any of the steps "
+            f"({int(steps[index])}{of_member}), though the NaN policy took them: "
+            f"{', '.join(names)}."
         )
+        warn(" ".join([said, *data]))
 
     def _last_source(self, trainer: AbstractTrainer) -> Whole[Any] | Minibatches:
         """Returns where the batch of the last bad step comes from."""

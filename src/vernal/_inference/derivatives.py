@@ -105,30 +105,37 @@ def derive(
     holds = holds and bounds_of(trainer) is not None
     args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac, holds
     derived = run_derive(*args)
-    if _KINDS[kind][1] is expansion_of and not is_traced(derived, params):
+    # The data alone need not constrain a parameter that has a prior.
+    if kind in ("nll", "loss") and not is_traced(derived, params):
         for block, expansion in zip(blocks, derived.found, strict=True):
-            _require_units(trainer, block, expansion, _KINDS[kind][2])
+            _require_units(trainer, block, expansion, derived.held, kind)
     return derived
 
 
 def _require_units(
-    trainer: AbstractTrainer, block: Block, expansion: Expansion, name: str
+    trainer: AbstractTrainer, block: Block, expansion: Expansion, held: Any, name: str
 ) -> None:
-    """Refuses second derivatives that are zero because of a parameter's unit."""
-    leaves = list(by_path(trainer.params).by_name().items())
-    own = [leaves[index] for index in block]
-    flat = np.concatenate([np.asarray(leaf, float).ravel() for _, leaf in own])
-    lost = underflows(np.diagonal(np.asarray(expansion.hessian)), flat)
-    if not lost.any():
-        return
-    sizes = np.cumsum([leaf.size for _, leaf in own])
-    first = int(np.argmax(lost))
-    path = own[int(np.searchsorted(sizes, first, side="right"))][0]
-    raise ValueError(
-        f"The second derivative of `{name}` by {path!r}, which is {flat[first]:.3g}, "
-        f"is zero in {expansion.hessian.dtype}: it has the square of that unit below. "
-        "Fit it in a larger unit, as a number near one; or use float64."
-    )
+    """Refuses second derivatives that are zero because of a parameter's unit.
+
+    Those of an element that is `held` at its bound are zero anyway.
+    """
+    leaves = by_path(trainer.params).by_name()
+    ends = np.cumsum([leaf.size for leaf in leaves.values()])[:-1]
+    kept = np.split(~np.asarray(held), ends)
+    paths, own = zip(*(list(leaves.items())[index] for index in block), strict=True)
+    ends = np.cumsum([leaf.size for leaf in own])[:-1]
+    diagonal = np.diagonal(np.asarray(expansion.hessian))
+    pieces = zip(block, paths, own, np.split(diagonal, ends), strict=True)
+    for index, path, leaf, piece in pieces:
+        flat = np.asarray(leaf, float).ravel()
+        lost = underflows(piece, flat) & kept[index]
+        if lost.any():
+            raise ValueError(
+                f"The second derivative of `{name}` by {path!r}, which is "
+                f"{flat[lost][0]:.3g}, is zero in {piece.dtype}: it has the square of "
+                "that unit below. Fit it in a larger unit, as a number near one; or "
+                "use float64."
+            )
 
 
 def linearised(

@@ -22,8 +22,8 @@ from .task import Chunk, LoopState, Taken, Task, monitored, recorded
 # How many steps a block has at most.
 _SIZE = 128
 
-# A step that lowers the loss copies the best, on a CPU by one thread. From this size,
-# in bytes, on it is copied once in a block, of fewer steps, while each step lowers it.
+# On a CPU one thread copies the best, at each step that lowers the loss. From this size
+# on, in bytes, it is copied once in a block while all steps do: blocks of fewer steps.
 _LARGE_BEST, _SIZE_OF_LARGE = 2**20, 32
 
 # The size in bytes of the largest state of which there is room for a second copy.
@@ -74,10 +74,11 @@ def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None
 
 
 def _copies_late(task: Task, state: LoopState) -> bool:
-    """Whether the best is so large that it is worth not to copy it at each step."""
+    """Whether it is worth not to copy the best at each step: a large one, on a CPU."""
+    if jax.default_backend() != "cpu" or task.monitor.validates:
+        return False
     best = state.progress.best, state.progress.best_state
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(best))
-    return size >= _LARGE_BEST and not task.monitor.validates
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(best)) >= _LARGE_BEST
 
 
 class _Point(NamedTuple):
@@ -137,7 +138,7 @@ def run_blocks(
         return blocks._replace(now=now)
 
     def run_fresh(blocks: _Blocks) -> _Blocks:
-        """Takes blocks until the best is none that was not copied."""
+        """Takes blocks until the best is not stale."""
         if blocks.is_stale is None:
             return run(blocks)
         again = lambda blocks: run(blocks._replace(is_stale=no))
@@ -197,8 +198,7 @@ def _block(bare: Bare, task: Task, blocks: _Blocks, end: Int[Array, ""]) -> _Blo
     blocks = blocks._replace(begin=begin, now=now, chunk=chunk, is_bad=is_bad)
     if late is not None:
         is_steady, is_stale = late
-        goes_back = is_bad | is_stale
-        is_steady &= ~goes_back
+        is_steady &= ~(is_bad | is_stale)
         blocks = blocks._replace(is_steady=is_steady, is_stale=is_stale & ~is_bad)
     if task.guard == "never":  # the program with guards looks for the step
         return blocks

@@ -257,7 +257,8 @@ def curved(
 
     scale = own = units(hessian)
     spacing = point.spacing(scale)
-    is_lost = of.any(underflows(of.diagonal(hessian), point.flat))
+    # What is held at a bound, or does nothing, has no gradient either.
+    is_lost = of.any(underflows(of.diagonal(hessian), point.flat) & (gradient != 0))
     if point.basis is not None:
         hessian = multiply(multiply(point.basis.T, hessian), point.basis)
         gradient = multiply(point.basis.T, gradient)

@@ -138,7 +138,7 @@ def _is_allowed(eqn: Any) -> bool:
 def _is_tiny_product(
     numbers: Any, left: tuple[int, ...], right: tuple[int, ...]
 ) -> bool:
-    """Whether a product is that of vectors, or of a vector, or of tiny matrices."""
+    """Whether a product has a vector, or no sum, or is one of tiny matrices."""
     (contracted, _), (mapped, _) = numbers
     inner = math.prod(left[axis] for axis in contracted)
     each = inner * math.prod(left[axis] for axis in mapped)
