@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, final
 
+import numpy as np
+
 from .._boundary import PyTree
 from .._data import Minibatches, Source, Whole, as_batch, as_source
 from .._devices import ANYWHERE, AbstractPlacement
@@ -17,7 +19,7 @@ from .._loop import (
     run_chunk_in_place,
 )
 from .._policy import AT_NON_FINITE, StopReason
-from .._step import AbstractTrainer, nan_report, progress_of
+from .._step import AbstractTrainer, data_mark, nan_report, own_fields, progress_of
 from .._storage import History
 from .arrival import checked_end
 from .result import FitResult
@@ -41,6 +43,9 @@ class OneTrainer(AbstractSubject):
 
     def source(self, data: Any) -> Source:
         return self.place.source(as_source(data))
+
+    def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
+        return np.asarray(data_mark(source, own_fields(trainer)))
 
     def prepare(self, batch: Any) -> Any:
         return self.place.share(as_batch(batch, "data"))

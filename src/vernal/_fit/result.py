@@ -76,10 +76,12 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
 
     @property
     def best(self) -> Model:
-        """The model with the lowest loss that was scored, since the trainer was made.
+        """The model with the lowest loss that was scored on these data.
 
-        Losses of all data compare. For other data, or other batches, make a new
-        trainer of this model: `type(trainer)(result.model, optimiser)`.
+        Fits and solves of equal data, one after the other, have one best. It begins
+        anew with other data or another `validation`, and where the arrays in your own
+        fields of the trainer change. Batches of a [`vernal.Stream`][], and of
+        [`vernal.Trainer.step`][], are taken for parts of the same data.
 
         **Raises:**
 

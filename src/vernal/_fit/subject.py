@@ -16,7 +16,13 @@ from .._data import Minibatches, Source, Whole
 from .._devices import AbstractPlacement
 from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Rows, Task
 from .._policy import StopReason
-from .._step import AbstractTrainer, non_finite_error, progress_of, with_progress
+from .._step import (
+    AbstractTrainer,
+    begun_on,
+    non_finite_error,
+    progress_of,
+    with_progress,
+)
 from .._storage import History
 
 
@@ -60,6 +66,10 @@ class AbstractSubject(abc.ABC):
     @abc.abstractmethod
     def source(self, data: Any) -> Source:
         """Makes a source of batches of the data that the user gave."""
+
+    @abc.abstractmethod
+    def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
+        """Marks the data that each trainer is scored on."""
 
     @abc.abstractmethod
     def prepare(self, batch: Any) -> Any:
@@ -152,6 +162,14 @@ class AbstractSubject(abc.ABC):
     def count(self, trainer: AbstractTrainer) -> int:
         """Returns how many steps were taken."""
         return int(self.on_host(trainer.step_count).max())
+
+    def begun(
+        self, trainer: AbstractTrainer, scored: Source, by_validation: bool
+    ) -> AbstractTrainer:
+        """Returns the trainer without a best that was scored on other data."""
+        marks = self.marks(trainer, scored)
+        progress = begun_on(progress_of(trainer), marks, by_validation, self.on_host)
+        return with_progress(trainer, progress)
 
     def is_over(self, *flags: Any) -> bool:
         """Whether no trainer goes on: one of its flags is set."""

@@ -8,7 +8,6 @@ from jaxtyping import Array
 from .._data import Minibatches
 from .._devices import AbstractPlacement
 from .._program import program
-from .._step import with_comparable_best
 from .blocks import bare_step, run_blocks
 from .small import run_small_loop
 from .task import Chunk, Ended, LoopState, Taken, Task, run_loop, take_one
@@ -18,15 +17,14 @@ def chunk_of_one(
     task: Task, state: LoopState, place: AbstractPlacement
 ) -> tuple[Chunk, Ended]:
     """Takes steps up to the count `goal`, or until it stops or the rows are full."""
-    start = with_comparable_best(state.progress, task.monitor.validates)
-    step = start.step_count
+    start, step = state.progress, state.progress.step_count
 
     def take(state: LoopState, batch: Any, is_due: Array) -> Taken:
         if isinstance(task.source, Minibatches):
             batch = place.pin_batch(batch)
         return place.pin(take_one(task, state, batch, is_due))
 
-    begun = task.begin(state._replace(progress=start), task.shapes(start, step), step)
+    begun = task.begin(state, task.shapes(start, step), step)
     chunk = _taken(take, task, begun, step, is_split=place.mesh is not None)
     # The next chunk is the same program if it finds everything where this one did.
     chunk = place.pin(chunk)

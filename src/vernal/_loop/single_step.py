@@ -9,12 +9,13 @@ from jaxtyping import Array, Bool, Float
 from .._devices import ANYWHERE, AbstractPlacement
 from .._program import program
 from .._step import (
+    ONE_BATCH_AT_A_TIME,
     AbstractTrainer,
     Progress,
     advance,
     progress_of,
+    stepped_on,
     tree_norm,
-    with_comparable_best,
     with_progress,
 )
 
@@ -44,7 +45,7 @@ def run_step(
 ) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
     old = progress_of(trainer)
-    start = with_progress(trainer, with_comparable_best(old, False))
+    start = with_progress(trainer, stepped_on(old, ONE_BATCH_AT_A_TIME))
     progress, outcome = advance(start, batch)
     norm = tree_norm(outcome.grads).astype(outcome.loss.dtype)
     blank = lambda x: jnp.where(old.stopped, jnp.full_like(x, _blank(x)), x)

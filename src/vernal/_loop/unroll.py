@@ -9,7 +9,8 @@ import jax
 import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, UInt32
 
 from .._boundary import entrance, whole_number
 from .._data import Minibatches, Stream, Whole, as_batch
@@ -20,14 +21,16 @@ from .._step import (
     Progress,
     TrainerT,
     advance,
+    data_mark,
     error_if_stopped,
     live_if,
     no_optimiser,
+    own_fields,
     progress_of,
     raise_if_non_finite,
     ranked,
     require_precision,
-    with_comparable_best,
+    stepped_on,
     with_progress,
 )
 
@@ -103,7 +106,8 @@ def unroll(
     if steps == 0:
         return trainer, jnp.zeros(0, trainer.best_loss.dtype)
     length = _segment_near_root(steps) if segment is None else segment
-    progress, losses = _run(trainer, source, steps, length)
+    mark = jax.device_put(np.uint32(data_mark(source, own_fields(trainer))))
+    progress, losses = _run(trainer, source, mark, steps, length)
     return _raised_if_bad(trainer, with_progress(trainer, progress)), losses
 
 
@@ -141,11 +145,15 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
 
 @program
 def _run(
-    trainer: AbstractTrainer, source: Whole[Any] | Minibatches, steps: int, segment: int
+    trainer: AbstractTrainer,
+    source: Whole[Any] | Minibatches,
+    mark: UInt32[Array, ""],
+    steps: int,
+    segment: int,
 ) -> tuple[Progress, Float[Array, " steps"]]:
     """Takes the steps that come before the trainer stops."""
     old = progress_of(trainer)
-    start = with_comparable_best(old, False)
+    start = stepped_on(old, mark)
 
     def step(carry: tuple[Progress, Any], _: None) -> tuple[Any, Float[Array, ""]]:
         progress, cursor = carry

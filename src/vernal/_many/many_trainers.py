@@ -7,12 +7,21 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._data import Minibatches, Source, Whole, as_batch, as_source
+from .._data import Minibatches, Source, Stream, Whole, as_batch, as_source
 from .._devices import AbstractPlacement
 from .._fit import AbstractSubject, BadEnd
 from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
 from .._policy import AT_NON_FINITE, StopReason
-from .._step import AbstractTrainer, config_of, progress_of, with_progress
+from .._step import (
+    ONE_BATCH_AT_A_TIME,
+    AbstractTrainer,
+    config_of,
+    in_source,
+    marks_of_rows,
+    own_fields,
+    progress_of,
+    with_progress,
+)
 from .._storage import History
 from .data_axis import axes_of, members_first
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
@@ -54,6 +63,15 @@ class ManyTrainers(AbstractSubject):
         if isinstance(source, Minibatches):
             return self.place.put_whole(source)
         return source
+
+    def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
+        own, same = map(own_fields, apart(config_of(trainer), self.config))
+        if isinstance(source, Stream):
+            return np.full(self.size, ONE_BATCH_AT_A_TIME)
+        rows, shared = None, in_source(source)
+        if isinstance(source, Whole):
+            rows, shared = apart(shared, self.flags(shared))
+        return np.asarray(marks_of_rows((rows, own), (shared, same), self.size))
 
     def prepare(self, batch: Any) -> Any:
         return self._with_rows(batch, "data")

@@ -24,7 +24,6 @@ from .._loop import (
     take_one,
 )
 from .._program import program
-from .._step import with_comparable_best
 
 Flags = tuple[bool, ...]
 
@@ -131,8 +130,7 @@ def _turned(chunk: Chunk, fn: Callable[[Array], Array]) -> Chunk:
 def _run_group(
     task: Task, state: LoopState, spread: Spread, step: Int[Array, ""]
 ) -> Chunk:
-    validates, parts = task.monitor.validates, (task.trainer, task.monitor)
-    progress = jax.vmap(lambda p: with_comparable_best(p, validates))(state.progress)
+    parts, progress = (task.trainer, task.monitor), state.progress
     rows, shared = apart(parts, (*spread.config, *spread.monitor))
     # One branch for all members. An accelerator would wait for the host at it.
     members = "members" if jax.default_backend() == "cpu" else None
@@ -158,7 +156,7 @@ def _run_group(
         name: jax.ShapeDtypeStruct((spread.group, *shape.shape), shape.dtype)
         for name, shape in shapes.items()
     }
-    start = task.begin(state._replace(progress=progress), shapes, step)
+    start = task.begin(state, shapes, step)
     chunk = run_small_loop(take, task, start, step)
     return run_loop(take, task, start, step) if chunk is None else chunk
 

@@ -60,7 +60,7 @@ def run_round(
     infinite = jnp.full((), jnp.inf, jnp.result_type(float))
     none = jnp.full_like(infinite, jnp.nan)
     state: Any = here.state
-    begin = Start(latent, here.params, state, infinite, jnp.array(False), none)
+    begin = Start(latent, here.params, state, infinite, none)
     end = run_solver(here, projector, begin, problem, goal)
     ended = ravel(end.params, flat.dtype)
     return ended, space.nll(ended), end

@@ -89,7 +89,6 @@ class Start(NamedTuple):
     best: PyTree
     state: PyTree
     loss: Float[Array, ""]
-    is_validated: Bool[Array, ""]
     first: Float[Array, ""]
     """The loss where the first of several rounds began, NaN in the first."""
 
@@ -102,7 +101,6 @@ class Start(NamedTuple):
             old.best,
             old.best_state,
             old.best_loss,
-            old.is_validated,
             jnp.full_like(old.best_loss, jnp.nan),
         )
 
@@ -145,7 +143,6 @@ def progress_at(
         best=end.best,
         best_state=end.best_state,
         best_loss=end.best_loss,
-        is_validated=no,
         nan_counts=nan_counts,
         step_count=end.step_count,
         stopped=no,
@@ -165,7 +162,7 @@ def _in_parameters(end: End, trainer: AbstractTrainer) -> End:
     old = progress_of(trainer)
     params, latent = from_free_coordinates(trainer, end.params, end.latent)
     forward = lambda free: from_free_coordinates(trainer, free, None)[0]
-    is_new = old.is_validated | (end.best_loss < old.best_loss)
+    is_new = end.best_loss < old.best_loss
     return end._replace(
         params=params,
         latent=latent,
@@ -274,10 +271,8 @@ def run_solver(
         stats["failed"],
         stats["done"],
     ]
-    # The score of a validation does not compare with a loss.
-    held_loss = jnp.where(held.is_validated, jnp.inf, held.loss)
-    all_best, all_best_loss = better(best_params, best_loss, held.best, held_loss)
-    is_new = all_best_loss < held_loss
+    all_best, all_best_loss = better(best_params, best_loss, held.best, held.loss)
+    is_new = all_best_loss < held.loss
     first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
     last = jnp.where(is_finite, last, best_loss)
     kind, local = what_falls(trainer, not is_minimiser), None

@@ -224,7 +224,6 @@ class Rounds:
             best=end.best,
             state=end.best_state,
             loss=end.best_loss,
-            is_validated=jnp.zeros_like(self._held.is_validated),
             first=end.first,
         )
 

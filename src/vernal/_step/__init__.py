@@ -13,6 +13,7 @@ from .abstract_trainer import (
     in_free_coordinates,
     is_constrained,
     overrides,
+    own_fields,
     prepared_config,
     priors_of,
     progress_of,
@@ -34,6 +35,14 @@ from .construct import (
     initial_opt_state,
     no_optimiser,
     refuse_own_projector,
+)
+from .data_mark import (
+    ONE_BATCH_AT_A_TIME,
+    begun_on,
+    data_mark,
+    in_source,
+    marks_of_rows,
+    stepped_on,
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
 from .held import pushed
@@ -73,7 +82,6 @@ from .progress import (
     held_best,
     initial_progress,
     ranked,
-    with_comparable_best,
     with_some_best,
     without_best,
 )

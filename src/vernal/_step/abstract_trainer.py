@@ -113,6 +113,7 @@ class AbstractTrainer(
         A step scores the parameters that it starts from, so the last iterate of a fit
         is not scored before the next step. In a fit with `validation` it is the model
         with the lowest score there; after a fit with `best=False`, the model itself.
+        The losses are those of one set of data: see [`vernal.FitResult.best`][].
         """
         return self._template.join(self._progress.best)
 
@@ -174,6 +175,12 @@ def with_progress(trainer: TrainerT, progress: Progress, **fields: Any) -> Train
 def config_of(trainer: TrainerT) -> TrainerT:
     """Returns the trainer without its progress: what a fit does not change."""
     return changed(trainer, _progress=None)
+
+
+def own_fields(trainer: AbstractTrainer) -> dict[str, Any]:
+    """Returns the fields that the class of a trainer adds."""
+    common = AbstractTrainer.__annotations__
+    return {name: x for name, x in vars(trainer).items() if name not in common}
 
 
 def template_of(trainer: AbstractTrainer) -> ModelTemplate:

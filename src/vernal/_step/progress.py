@@ -8,7 +8,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from .._boundary import PyTree
 from .._pickling import PlainMethods
@@ -17,6 +17,9 @@ from .._program import chosen
 MOST_STEPS = 2**31 - 1
 """Steps are counted in 32 bits."""
 
+UNKNOWN_DATA = 0
+"""The mark of data before a first step, and in files of earlier versions."""
+
 
 class Progress(PlainMethods, eqx.Module):
     """All that a fit changes of a trainer. The rest of a trainer is configuration.
@@ -24,8 +27,9 @@ class Progress(PlainMethods, eqx.Module):
     With a projector the optimiser moves `latent`; without one it moves `params`, and
     `latent` is `None`. The rows of `nan_counts` are the totals, the first steps and the
     last steps (-1 for none); its columns are the loss, each leaf, and the update.
-    `is_validated`: whether `best_loss` is the score of a validation. Within a fit that
-    keeps no best, `best` and `best_state` are `None`.
+    `is_validated`: whether `best_loss` is the score of a validation. `scored_on`: the
+    mark of the data that it is a score of. Within a fit that keeps no best, `best` and
+    `best_state` are `None`.
     """
 
     params: PyTree
@@ -40,6 +44,7 @@ class Progress(PlainMethods, eqx.Module):
     nan_counts: Int[Array, "*members 3 columns"]
     step_count: Int[Array, "*members"]
     stopped: Bool[Array, "*members"]
+    scored_on: UInt32[Array, "*members"]
 
 
 def initial_progress(
@@ -66,31 +71,7 @@ def initial_progress(
         nan_counts=jax.device_put(np.repeat(no_counts, columns, axis=1)),
         step_count=jax.device_put(np.int32(0)),
         stopped=jax.device_put(np.bool_(False)),
-    )
-
-
-def with_comparable_best(progress: Progress, by_validation: bool) -> Progress:
-    """Drops a best that was scored otherwise: losses and validations do not compare.
-
-    That of a trainer that has stopped stays.
-    """
-    if progress.best is None:
-        return progress
-    is_other = (progress.is_validated != by_validation) & ~progress.stopped
-    best = chosen(
-        is_other,
-        lambda: Best(
-            progress.params, progress.state, jnp.full_like(progress.best_loss, jnp.inf)
-        ),
-        lambda: held_best(progress),
-        reads=held_best(progress),
-    )
-    return dataclasses.replace(
-        progress,
-        best=best.params,
-        best_state=best.state,
-        best_loss=best.loss,
-        is_validated=progress.is_validated ^ is_other,
+        scored_on=jax.device_put(np.uint32(UNKNOWN_DATA)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from .._data import Source, Stream, Whole
 from .._pickling import digest_of
 from .._step import AbstractTrainer, defined, priors_of
-from .._tree import checksum, to_arrays
+from .._tree import checksums
 
 # Of arrays with more bytes only a sample is compared.
 _MAX_BYTES = 2**26
@@ -18,7 +18,8 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     """Returns checksums of the class, the priors and the data of a fit, for JSON."""
     kind, data = type(trainer), None
     if not isinstance(source, Stream):
-        data = _checksums(source.batch if isinstance(source, Whole) else source.arrays)
+        arrays = source.batch if isinstance(source, Whole) else source.arrays
+        data = checksums(arrays, _MAX_BYTES)
     methods = {name: _digest(getattr(kind, name)) for name in defined(trainer)}
     return {
         "class": kind.__name__,
@@ -37,18 +38,11 @@ def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
     others = {
         path: [
             type(prior.decode()).__name__,
-            *sorted(_checksums(prior).values(), key=str),
+            *sorted(checksums(prior, _MAX_BYTES).values(), key=str),
         ]
         for path, prior in priors.others.items()
     }
-    return others | _checksums(priors.normal)
-
-
-def _checksums(tree: Any) -> dict[str, Any]:
-    return {
-        path: [str(leaf.kind), checksum(leaf.array, _MAX_BYTES)]
-        for path, leaf in to_arrays(tree).items()
-    }
+    return others | checksums(priors.normal, _MAX_BYTES)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

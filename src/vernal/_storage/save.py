@@ -80,9 +80,9 @@ def load(
         `jax.ShapeDtypeStruct`, as `equinox.filter_eval_shape` makes them.
     - `reset`: for a trainer, what to start afresh instead of restoring: `"opt_state"`
         (the moments; the optimiser may then be another), `"best"`, `"nan_report"`,
-        `"policy_state"`, `"state"`, `"step_count"`. Reset the best where the data, the
-        loss or the priors are others than before, with whose losses theirs cannot be
-        compared.
+        `"policy_state"`, `"state"`, `"step_count"`. Reset the best where the loss
+        or the priors are others than before. Where the data are, the best begins anew
+        by itself.
 
     **Returns:**
 

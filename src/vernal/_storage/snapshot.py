@@ -42,7 +42,7 @@ T = TypeVar("T")
 _RESETTABLE = {
     "opt_state": ("opt_state",),
     "policy_state": ("policy_state",),
-    "best": ("best", "best_state", "best_loss", "is_validated"),
+    "best": ("best", "best_state", "best_loss", "is_validated", "scored_on"),
     "nan_report": ("nan_counts",),
     "state": ("state",),
     "step_count": ("step_count",),
@@ -104,8 +104,8 @@ def require_restorable(
 ) -> tuple[str, ...]:
     """Checks that a snapshot fits a trainer, from the kinds of its leaves alone.
 
-    It returns the fields that are not restored: those of `reset`, and the state of a
-    NaN policy if the snapshot has that of another policy.
+    It returns the fields that are not restored: those of `reset`, the state of a NaN
+    policy if the snapshot has that of another policy, and what the snapshot lacks.
     """
     own = kinds(snapshot(trainer) | initial_hyperparams(trainer))
     changed = _changed_hyperparams(saved, own)
@@ -122,6 +122,9 @@ def require_restorable(
     saved, own = without(saved, _INITIAL), without(own, _INITIAL)
     if beneath(saved, "policy_state") != beneath(own, "policy_state"):
         fields.add("policy_state")
+    if "scored_on" not in saved:
+        # Files of earlier versions do not say.
+        fields.add("scored_on")
     require_alike_kinds(without(saved, *fields), without(own, *fields), source)
     return tuple(fields)
 

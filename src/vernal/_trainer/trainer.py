@@ -346,8 +346,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             non-finite where all of the parameters are zero).
         - `every`: records only every n-th step. This holds for the loss too.
         - `validation`: a pair `(batch, n)`: after every `n` steps `evaluate` scores the
-            model on that batch, and `best` is the model with the lowest score. To use
-            another batch, forget the old best: `replace(model=trainer.model)`.
+            model on that batch, and `best` is the model with the lowest score.
+            Another batch begins with another best.
         - `stop`: [`vernal.Converged`][], [`vernal.Patience`][] or your own
             [`vernal.StopCriterion`][]. It starts afresh in each fit.
         - `best`: whether to keep the best model, which takes memory for one more copy

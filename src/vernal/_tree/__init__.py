@@ -12,6 +12,7 @@ from .named_arrays import (
     NamedArray,
     as_kind,
     checksum,
+    checksums,
     from_arrays,
     is_key,
     is_part,

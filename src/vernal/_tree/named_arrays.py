@@ -291,3 +291,11 @@ def checksum(array: Any, max_bytes: int | None = None) -> int | None:
         # Odd, so as not to meet the same place of each row of two, four or eight.
         array = array.reshape(-1)[:: -(-array.nbytes // max_bytes) | 1]
     return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
+
+
+def checksums(tree: PyTree, max_bytes: int) -> dict[str, list[Any]]:
+    """Returns the kind and the checksum of each leaf that can be saved, by path."""
+    return {
+        path: [str(leaf.kind), checksum(leaf.array, max_bytes)]
+        for path, leaf in to_arrays(tree).items()
+    }

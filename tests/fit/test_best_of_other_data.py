@@ -1,0 +1,190 @@
+"""A best is of the data that the last fit saw: losses of other data do not compare."""
+
+import pickle
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from models import LineFit, line, line_batch
+
+X, Y = line_batch()
+NEXT = X, Y + 30 * jnp.sin(X)
+"""Data that no line fits as well as the first ones."""
+SOLVER = optx.BFGS(rtol=1e-8, atol=1e-8)
+HALVES = {"key": jax.random.key(0)}
+
+
+class Scaled(LineFit):
+    sigma: jax.Array
+
+    def __init__(self, model, optimiser, *, sigma):
+        self.sigma = jnp.asarray(sigma)
+        super().__init__(model, optimiser)
+
+    def loss(self, model, batch):
+        return super().loss(model, batch) / self.sigma
+
+
+def quiet(trainer, data, steps=40, **options):
+    return trainer.fit(data, steps, progress=False, **options)
+
+
+def fitted():
+    return quiet(LineFit(line(), optax.adam(0.05)), (X, Y), 300).trainer
+
+
+def stepped(trainer, data):
+    for _ in range(5):
+        trainer, _ = trainer.step(data)
+    return trainer
+
+
+WAYS = {
+    "fit": lambda trainer, data: quiet(trainer, data).trainer,
+    "fit(validation=)": lambda trainer, data: (
+        quiet(trainer, (X, Y), validation=(data, 1)).trainer
+    ),
+    "fit(Minibatches)": lambda trainer, data: (
+        quiet(trainer, vn.Minibatches(data, 4, **HALVES)).trainer
+    ),
+    "fit(Stream)": lambda trainer, data: (
+        quiet(trainer, vn.Stream(lambda step: iter([data] * 99))).trainer
+    ),
+    "solve": lambda trainer, data: trainer.solve(SOLVER, data).trainer,
+    "step": stepped,
+    "unroll": lambda trainer, data: vn.unroll(trainer, data, 5)[0],
+    "compiled unroll": lambda trainer, data: jax.jit(
+        lambda trainer, data: vn.unroll(trainer, data, 5)[0]
+    )(trainer, data),
+    "fit_many": lambda trainer, data: quiet_many([trainer] * 2, data).trainer(1),
+    "fit_many(solver=)": lambda trainer, data: vn.fit_many(
+        [trainer], data, 99, solver=SOLVER
+    ).trainer(0),
+}
+
+
+def quiet_many(trainers, data, steps=40, **options):
+    return vn.fit_many(trainers, data, steps, progress=False, **options)
+
+
+def on(trainer, data):
+    return trainer.loss(trainer.best, data)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_best_of_other_data_is_dropped(way):
+    before = fitted()
+    after = WAYS[way](before, NEXT)
+    assert after.best_loss > 10 * before.best_loss
+    assert on(after, NEXT) <= 1.01 * on(before, NEXT)
+    if "Minibatches" not in way:
+        np.testing.assert_allclose(after.best_loss, on(after, NEXT), rtol=1e-12)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.startswith("fit(")])
+def test_and_so_is_that_of_another_way(way):
+    """The loss of four points, or of another sum, is lower than that of all."""
+    before = WAYS[way](fitted(), (X, Y))
+    after = before.solve(SOLVER, (X, Y)).trainer
+    np.testing.assert_allclose(after.best_loss, on(after, (X, Y)), rtol=1e-12)
+    assert after.best_loss <= on(before, (X, Y))
+
+
+KEPT = {
+    "the same": lambda trainer: quiet(trainer, (X, Y)),
+    "equal": lambda trainer: quiet(trainer, (X + 0, np.asarray(Y))),
+    "with other policies": lambda trainer: quiet(
+        trainer.replace(nan_policy=vn.SkipStep()), (X, Y)
+    ),
+    "solve": lambda trainer: trainer.solve(optx.BFGS(1.0, 1.0), (X, Y), max_steps=1),
+    "pickled": lambda trainer: quiet(pickle.loads(pickle.dumps(trainer)), (X, Y)),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_a_best_of_the_same_data_is_kept(case):
+    before = quiet(departing(fitted()), (X, Y)).trainer
+    later = KEPT[case](before)
+    assert later.best_loss == before.best_loss < later.history.loss.min()
+
+
+def departing(trainer):
+    """The next steps go away from the minimum."""
+    return trainer.replace(optimiser=optax.sgd(-0.1))
+
+
+def test_a_file_knows_its_data(tmp_path):
+    before = quiet(departing(fitted()), (X, Y)).trainer
+    vn.save(tmp_path / "file", before)
+    loaded = vn.load(tmp_path / "file", LineFit(line(), optax.sgd(-0.1)))
+    assert quiet(loaded, (X, Y)).best_loss == before.best_loss
+    assert quiet(loaded, NEXT).best_loss > 10 * before.best_loss
+
+
+def test_no_step_drops_nothing():
+    before = fitted()
+    assert quiet(before, NEXT, 0).best_loss == before.best_loss
+
+
+def test_a_trainer_that_has_stopped_keeps_its_best():
+    before = quiet(departing(fitted()), (X, Y)).trainer
+    with pytest.warns(UserWarning, match="not finite"):
+        stopped = quiet(before, (X * jnp.nan, Y)).trainer
+    best = stopped.best_loss
+    for way in ("fit", "step", "unroll"):
+        assert WAYS[way](stopped, (X, Y)).best_loss == best
+
+
+def test_each_of_many_has_data_of_its_own():
+    trainers = [LineFit(line(), optax.adam(0.05))] * 3
+    first = jnp.stack([Y, Y + 1, 2 * Y])
+    second = first.at[1].set(NEXT[1])
+    options = {"data_axis": (None, 0)}
+    before = quiet_many(trainers, (X, first), 200, **options).trainers
+    before = quiet_many(departing(before), (X, first), **options)
+    after = quiet_many(before.trainers, (X, second), **options)
+    same = after.best_losses == before.best_losses
+    assert same.tolist() == [True, False, True]
+    other = after.trainer(1)
+    np.testing.assert_allclose(other.best_loss, on(other, (X, second[1])), rtol=1e-12)
+    alone = before.trainer(2), (X, first[2])
+    assert quiet(*alone).best_loss == before.best_losses[2]
+
+
+def test_one_of_many_that_share_their_data_goes_on_alone():
+    before = quiet_many([LineFit(line(), optax.adam(0.05))] * 2, (X, Y), 300).trainers
+    before = quiet_many(departing(before), (X, Y))
+    assert quiet(before.trainer(1), (X, Y)).best_loss == before.best_losses[1]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_an_own_field_counts_as_data(many):
+    def run(trainer):
+        if not many:
+            return quiet(trainer, (X, Y), 20).trainer
+        return quiet_many([trainer] * 2, (X, Y), 20).trainer(1)
+
+    before = run(Scaled(line(), optax.sgd(0.01), sigma=100.0))
+    before = run(departing(before).replace(optimiser=optax.sgd(-1.0)))
+    assert run(before).best_loss == before.best_loss
+    other = eqx.tree_at(lambda trainer: trainer.sigma, before, jnp.asarray(1.0))
+    assert run(other).best_loss > 10 * before.best_loss
+
+
+@pytest.mark.parametrize("size", [10, 2**22 + 1])
+def test_large_data_are_sampled(size):
+    class Mean(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.mean(jnp.square(model["a"] - batch))
+
+    data = jnp.arange(size, dtype=jnp.float32) / size
+    start = Mean({"a": jnp.float32(0.6)}, optax.sgd(-0.1))
+    before = quiet(start, data, 3)
+    assert quiet(before.trainer, data + 0, 3).best_loss == before.best_loss
+    assert quiet(before.trainer, 2 * data, 3).best_loss > 2 * before.best_loss
