@@ -132,6 +132,38 @@ def test_other_methods_are_told(name):
     assert told(X, X, one, other) == said
 
 
+class Scaled(vn.Trainer):
+    loss = squares
+    sigma: jax.Array
+
+    def __init__(self, wave=X, order=2, sigma=1.0, tied=2.0):
+        self.sigma = jnp.asarray(sigma)
+        model = {"a": jnp.asarray(2.0), "b": jnp.asarray(tied), "wave": wave}
+        model |= {"order": order, "kind": "sine"}
+        super().__init__(model, optax.sgd(1e-3), train=["a", "b"], ties={"b": "a"})
+
+
+PARTS = {
+    "the same": ({}, []),
+    "what follows a parameter": ({"tied": 3.0}, []),
+    "a frozen array": (
+        {"wave": X + 1},
+        ["with another value of 'wave', which is not trained"],
+    ),
+    "a number": (
+        {"order": 3},
+        ["with another value of 'order', which is not trained"],
+    ),
+    "a field": ({"sigma": 2.0}, ["with another field `sigma` of the trainer"]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_other_parts_are_told(name):
+    changes, said = PARTS[name]
+    assert told(X, X, Scaled(), Scaled(**changes)) == said
+
+
 def likely(self, model, batch):
     """Half the sum of squares."""
     return 0.5 * squares(self, model, batch)
@@ -215,6 +247,19 @@ def test_a_directory_that_is_used_again(tmp_path):
     with pytest.warns(UserWarning, match=text) as got:
         fit(tmp_path, 25, X, made(loss=cubes))
     assert "with another `loss` and of other data" in str(got[0].message)
+
+
+def test_a_best_of_other_data_is_dropped(tmp_path):
+    """The model fits the first data exactly, and the second ones not so well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fit(tmp_path, 10, 2 * X).best_loss == 0
+    with pytest.warns(UserWarning, match="of other data"):
+        result = fit(tmp_path, 20, 3 * X + 1)
+    assert result.best_loss == result.history.loss[10:].min() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fit(tmp_path, 30, 3 * X + 1).best_loss <= result.best_loss
 
 
 def test_many_trainers(tmp_path):

@@ -61,10 +61,6 @@ def fit(
                 checkpointer = stack.enter_context(
                     open_checkpointer(options.checkpoint, *identity, peers)
                 )
-            if steps and not subject.is_over(trainer.stopped):
-                validation = monitor.validation
-                scored = source if validation is None else Whole(validation.batch)
-                trainer = subject.begun(trainer, scored, monitor.validates)
             inputs = Inputs(trainer, source, monitor)
             run = FitRun(subject, inputs, options, peers, checkpointer)
             if peers.are_many:

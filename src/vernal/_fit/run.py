@@ -104,11 +104,13 @@ class FitRun:
         """Resumes the fit of the newest checkpoint, if there is one."""
         self._subject, self._checkpointer, self.peers = subject, checkpointer, peers
         trainer, self._source, self._monitor = inputs
+        self._steps = options.steps
         self._counts = subject.on_host(progress_of(trainer).nan_counts)
         self._first_steps = subject.on_host(progress_of(trainer).step_count)
         self.is_whole, self.is_resumed = True, False
         self._recorder = Recorder(self._no_history)
         self._monitor_state = subject.first_monitor_state(self._monitor, trainer)
+        trainer = self._begun(trainer, 0)
         placed = subject.placed(trainer)
         first = subject.count(placed)
         if checkpointer is not None:
@@ -150,11 +152,20 @@ class FitRun:
         self.is_resumed = True
         self._recorder.extend(history)
         self._monitor_state = subject.placed_state(monitor_state)
+        restored = self._begun(restored, subject.count(restored) - first)
         projector = subject.place.home(restored.projector)
         trainer = with_progress(trainer, progress_of(restored), projector=projector)
         placed = subject.placed(restored)
         checkpointer.mark_as_written(placed)
         return trainer, placed
+
+    def _begun(self, trainer: AbstractTrainer, taken: int) -> AbstractTrainer:
+        """Returns the trainer without a best of other data, if there are steps left."""
+        if taken >= self._steps or self._subject.is_over(trainer.stopped):
+            return trainer
+        validation = self._monitor.validation
+        scored = self._source if validation is None else Whole(validation.batch)
+        return self._subject.begun(trainer, scored, validation is not None)
 
     def _hold(self, trainer: AbstractTrainer, placed: Any) -> None:
         """Goes on with a trainer, given as the user knows it and as it was placed.

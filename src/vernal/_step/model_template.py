@@ -1,5 +1,6 @@
 """A model taken apart: trained parameters, frozen arrays, and what is not an array."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,16 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         leaves = [next(sources[kind]) for kind in self.kinds]
         if self.ties is not None:
             leaves = self.ties.set(leaves, self.structure)
+        return self.structure.unflatten(leaves)
+
+    @property
+    def untrained(self) -> Any:
+        """The leaves that are neither trained nor follow others, `None` elsewhere."""
+        frozen, others = iter(self.frozen), iter(self.others.decode())
+        sources = {"trained": itertools.repeat(None), "frozen": frozen, "other": others}
+        leaves = [next(sources[kind]) for kind in self.kinds]
+        for index in () if self.ties is None else self.ties.indices:
+            leaves[index] = None
         return self.structure.unflatten(leaves)
 
     def trained(self, model: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .._data import Source, Stream, Whole
 from .._pickling import digest_of
-from .._step import AbstractTrainer, defined, priors_of
+from .._step import AbstractTrainer, defined, own_fields, priors_of, template_of
 from .._tree import checksums
 
 # Of arrays with more bytes only a sample is compared.
@@ -15,7 +15,7 @@ _MAX_BYTES = 2**26
 
 
 def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
-    """Returns checksums of the class, the priors and the data of a fit, for JSON."""
+    """Returns checksums of all that a fit is of beside its parameters, for JSON."""
     kind, data = type(trainer), None
     if not isinstance(source, Stream):
         arrays = source.batch if isinstance(source, Whole) else source.arrays
@@ -26,6 +26,8 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
         # Another version of Python compiles the same text to other code.
         "methods": {"python": "{}.{}".format(*sys.version_info), **methods},
         "priors": _of_priors(trainer),
+        "model": checksums(template_of(trainer).untrained, _MAX_BYTES),
+        "fields": checksums(own_fields(trainer), _MAX_BYTES),
         "data": data,
     }
 
@@ -57,13 +59,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
     # Checkpoints of earlier versions do not say.
     if old.get("priors", new["priors"]) != new["priors"]:
         yield "with other `priors`"
-    before, now = old["data"], new["data"]
+    if (path := _other(old.get("model"), new["model"])) is not None:
+        yield f"with another value of {path!r}, which is not trained"
+    if (path := _other(old.get("fields"), new["fields"])) is not None:
+        yield f"with another field `{path}` of the trainer"
+    if (path := _other(old["data"], new["data"])) is not None:
+        yield "of other data (`data` differs" + (f" at {path!r})" if path else ")")
+
+
+def _other(before: Any, now: Any) -> str | None:
+    """Finds the path of an array that differs, if both are known."""
     if before is None or now is None:
-        return
-    for path in (*now, *before):
-        if not _is_same(before.get(path), now.get(path)):
-            yield "of other data (`data` differs" + (f" at {path!r})" if path else ")")
-            return
+        return None
+    paths = (p for p in (*now, *before) if not _is_same(before.get(p), now.get(p)))
+    return next(paths, None)
 
 
 def _is_same(old: Any, new: Any) -> bool:
