@@ -1,7 +1,8 @@
 """The estimated distance to the minimum (Minuit's EDM).
 
-`distance` measures the surroundings of a trainer within a compiled program, `edm` has
-the formulas and finds the distance on the host.
+`distance` measures the surroundings of a trainer, `local` holds them as a compiled
+program returns them, `formulas` finds the distance from them on the host, and `edm` is
+what it says.
 """
 
 from .distance import (
@@ -16,15 +17,12 @@ from .distance import (
     what_falls,
 )
 from .edm import (
-    Curved,
     Distance,
-    Local,
-    Triangle,
     along,
     chi_squared_p_value,
-    distance_of,
     edm_note,
     truth_p_values,
-    underflows,
     unknown,
 )
+from .formulas import distance_of
+from .local import Curved, Local, Triangle, underflows

@@ -37,19 +37,9 @@ from .._step import (
     scoring_residuals,
 )
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
-from .edm import (
-    TOLERANCE,
-    Distance,
-    Local,
-    Point,
-    curved,
-    distance_of,
-    of_products,
-    rounding_of,
-    spectral,
-    triangle,
-    unknown,
-)
+from .edm import TOLERANCE, Distance, unknown
+from .formulas import distance_of, of_products
+from .local import Local, Point, curved, rounding_of, spectral, triangle
 
 _SUBJECT = Subject("what is minimised", is_quiet=True)
 

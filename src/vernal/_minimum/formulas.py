@@ -1,0 +1,154 @@
+"""The formulas of the estimated distance to the minimum."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .edm import TOLERANCE, Distance, unknown
+from .local import (
+    ROUNDING,
+    Curved,
+    Spectral,
+    Triangle,
+    noise_of_zero,
+    rounding_of,
+)
+
+# Conjugate gradients take at most this many products.
+_MOST_PRODUCTS = 64
+
+
+def distance_of(local: Any) -> Distance:
+    """Finds the distance from a `Local` by NumPy.
+
+    The matrices are small, and a program would compile for each shape.
+    """
+    local = jax.device_get(local)
+    if isinstance(local, Distance):
+        return local
+    if not np.isfinite(local.loss):
+        distance = unknown(np.zeros(0, local.loss.dtype))
+        return distance._replace(is_saddle=np.asarray(True))
+    if isinstance(local, Curved):
+        return _of_curved(local)
+    return _of_spectral(_by_svd(local) if isinstance(local, Triangle) else local)
+
+
+def _by_svd(local: Triangle) -> Spectral:
+    factor = local.factor.astype(float)
+    left, values, right = np.linalg.svd(factor[:-1, :-1])
+    inner = left.T @ factor[:-1, -1]
+    return Spectral(values, inner, right, *local[1:-2], local.is_held)
+
+
+def _of_spectral(local: Spectral) -> Distance:
+    r"""Finds the distance by singular values.
+
+    With the orthonormal columns $Q$ that span those of $J$ it is
+    $\frac12 \lVert Q^\top r \rVert^2$.
+    """
+    values, loss = local.values, local.loss
+    noise = noise_of_zero(len(values), loss.dtype)
+    is_kept = (values > noise * values[0]) & (values > 0)
+    along = np.where(is_kept, local.inner, 0)
+    edm = 0.5 * np.sum(np.square(along))
+    step = -local.right.T @ (along / np.where(is_kept, values, 1))
+
+    degrees = max(local.size - np.sum(is_kept), 1)
+    tolerance = np.fmax(TOLERANCE * 2 * loss / degrees, local.spacing)
+    # Without scatter only the spacing of the parameters sets a scale.
+    if loss - edm <= 0.1 * edm:
+        tolerance = np.fmax(tolerance, local.exact)
+    # Far from the data a model may underflow, and no residual depends on a parameter.
+    is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
+    is_flat = is_flat and not local.is_held
+    return _distance(edm, tolerance, is_flat, local, step)
+
+
+def _of_curved(local: Curved) -> Distance:
+    """Finds the distance by the eigenvalues of the scaled Hessian."""
+    slope, hessian = local.slope.astype(float), local.hessian.astype(float)
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    eps, largest = np.finfo(local.hessian.dtype).eps, np.abs(values).max()
+    is_kept = np.abs(values) > max(ROUNDING, len(values)) * eps * largest
+    along = np.where(is_kept, vectors.T @ slope, 0)
+    curvature = np.where(is_kept, np.abs(values), 1)
+    edm, is_flat = 0.5 * np.sum(np.square(along) / curvature), not slope.any()
+    if largest == 0 and not is_flat:
+        # Without curvature, as for a sum of absolute values, it is not known.
+        edm = np.nan
+    # Rounding makes less than this of a zero.
+    curves_down = values[0] < -(eps**0.5) * largest
+    is_saddle = (largest == 0 and is_flat and not local.is_held) or curves_down
+    step = -vectors @ (along / curvature)
+    return _distance(edm, local.tolerance, is_saddle, local, step)
+
+
+def _distance(
+    edm: Any, tolerance: Any, is_saddle: Any, local: Any, step: np.ndarray
+) -> Distance:
+    dtype = local.loss.dtype
+    step = step if local.turn is None else local.turn @ step
+    length = np.linalg.norm(step)
+    return Distance(
+        np.asarray(edm, dtype),
+        np.asarray(tolerance, dtype),
+        np.asarray(local.rounding, dtype),
+        np.asarray(is_saddle),
+        np.asarray(True),
+        (step / length if length > 0 else step).astype(dtype),
+    )
+
+
+def of_products(
+    loss: Float[Array, ""],
+    gradient: Float[Array, " D"],
+    product: Callable[[Array], Array],
+    precondition: Callable[[Array], Array],
+    tolerance: Any,
+) -> Distance:
+    """Finds the distance by conjugate gradients, from below, without a matrix.
+
+    `product` multiplies with the curvature, `precondition` with a rough inverse.
+    """
+    eps = float(jnp.finfo(gradient.dtype).eps)
+    first = precondition(gradient)
+    size = jnp.vdot(gradient, first)
+
+    def goes_on(carry: Any) -> Array:
+        count, _, _, _, now, _, is_saddle = carry
+        is_left = (now > 1e-6 * size) & jnp.isfinite(now)
+        return (count < _MOST_PRODUCTS) & is_left & ~is_saddle
+
+    def iterate(carry: Any) -> Any:
+        count, step, rest, heading, now, edm, _ = carry
+        image = product(heading)
+        curved = jnp.vdot(heading, image)
+        scale = jnp.linalg.norm(heading) * jnp.linalg.norm(image)
+        is_saddle = curved < -(eps**0.5) * scale
+        is_flat = curved <= eps * scale
+        length = jnp.where(is_flat, 0, now / jnp.where(is_flat, 1, curved))
+        step = step + length * heading
+        new = rest - length * image
+        solved = precondition(new)
+        then = jnp.where(is_flat, 0, jnp.vdot(new, solved))
+        edm = edm + 0.5 * length * now
+        heading = solved + then / now * heading
+        return count + 1, step, new, heading, then, edm, is_saddle
+
+    zero, no = jnp.zeros_like(gradient), jnp.array(False)
+    start = (0, zero, gradient, first, size, jnp.zeros_like(size), no)
+    _, step, _, _, now, edm, is_saddle = jax.lax.while_loop(goes_on, iterate, start)
+    length = jnp.linalg.norm(step)
+    return Distance(
+        jnp.where(jnp.isfinite(loss), edm, jnp.nan),
+        jnp.asarray(tolerance, loss.dtype),
+        rounding_of(loss),
+        is_saddle,
+        now <= 1e-6 * size,
+        -step / jnp.where(length > 0, length, 1),
+    )
