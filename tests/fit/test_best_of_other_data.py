@@ -177,14 +177,89 @@ def test_an_own_field_counts_as_data(many):
     assert run(other).best_loss > 10 * before.best_loss
 
 
-@pytest.mark.parametrize("size", [10, 2**22 + 1])
-def test_large_data_are_sampled(size):
-    class Mean(vn.Trainer):
-        def loss(self, model, batch):
-            return jnp.mean(jnp.square(model["a"] - batch))
+class Mean(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.mean(jnp.square(model["a"] - batch["d"]))
 
-    data = jnp.arange(size, dtype=jnp.float32) / size
+
+def means(data, other, **options):
+    """Leaves the minimum for the best, and goes on with other data."""
     start = Mean({"a": jnp.float32(0.6)}, optax.sgd(-0.1))
     before = quiet(start, data, 3)
-    assert quiet(before.trainer, data + 0, 3).best_loss == before.best_loss
-    assert quiet(before.trainer, 2 * data, 3).best_loss > 2 * before.best_loss
+    same = jax.tree.map(lambda x: x + 0, data)
+    assert quiet(before.trainer, same, 3).best_loss == before.best_loss
+    after = quiet(before.trainer, other, 3)
+    assert after.best_loss == after.history.loss.min()
+
+
+@pytest.mark.parametrize("shape", [(10,), (2**22 // 3 + 1, 3)])
+def test_one_number_in_many_counts(shape):
+    """Large arrays are summed up on their device."""
+    data = jnp.zeros(shape, jnp.float32)
+    other = data.reshape(-1).at[-2].set(1e6).reshape(shape)
+    means({"d": data}, {"d": other})
+
+
+def test_a_sum_sees_the_places_of_numbers():
+    data = jnp.arange(2**22 + 2, dtype=jnp.float32)
+    means({"d": data / data.size}, {"d": jnp.flip(data) / data.size})
+
+
+def test_a_member_that_has_stopped_keeps_its_model():
+    """It has no other; a loss of other data it has not."""
+
+    class Fourth(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.mean((model["a"] - batch) ** 4)
+
+    data = jnp.stack([jnp.full(4, 1e3), jnp.full(4, 2.0)])
+    trainers = [Fourth({"a": jnp.float32(0)}, optax.sgd(1e-2))] * 2
+    before = quiet_many(trainers, data, 30, data_axis=0)
+    assert before.trainers.stopped.tolist() == [True, False]
+    after = quiet_many(before.trainers, data + 1, 5, data_axis=0)
+    assert after.trainer(0).best["a"] == 0
+    assert after.best_losses[0] == jnp.inf
+    assert after.best_index == 1
+
+
+def test_what_a_callback_returns_is_looked_at():
+    def polish(trainer, history):
+        return trainer.solve(SOLVER, NEXT).trainer if len(history) == 50 else None
+
+    data = vn.Minibatches(NEXT, 4, **HALVES)
+    start = LineFit(line(), optax.adam(0.05))
+    mixed = quiet(start, data, 200, chunk=10, callback=polish)
+    after = mixed.trainer.solve(SOLVER, NEXT).trainer
+    np.testing.assert_allclose(after.best_loss, on(after, NEXT), rtol=1e-12)
+
+
+FIELDS = {
+    "fit(Stream)": WAYS["fit(Stream)"],
+    "many streams": lambda trainer, data: quiet_many(
+        [trainer] * 2, vn.Stream(lambda step: iter([data] * 99))
+    ).trainer(0),
+}
+
+
+@pytest.mark.parametrize("way", FIELDS)
+def test_an_own_field_counts_where_data_are_not_known(way):
+    before = FIELDS[way](Scaled(line(), optax.sgd(0.01), sigma=100.0), (X, Y))
+    other = eqx.tree_at(lambda trainer: trainer.sigma, before, jnp.asarray(1.0))
+    assert FIELDS[way](other, (X, Y)).best_loss > 10 * before.best_loss
+
+
+def test_names_that_look_alike_are_told_apart():
+    """A key with a dot, and a key within a key: one has a row for each member."""
+
+    class Twice(vn.Trainer):
+        def loss(self, model, batch):
+            return (model["a"] - batch["p.q"] - batch["p"]["q"]) ** 2
+
+    def run(trainers, shared):
+        data = {"p.q": jnp.zeros(2), "p": {"q": jnp.asarray(shared)}}
+        axes = {"p.q": 0, "p": {"q": None}}
+        return quiet_many(trainers, data, 200, data_axis=axes)
+
+    before = run([Twice({"a": jnp.asarray(0.0)}, optax.sgd(0.1))] * 2, 1.0)
+    after = run(before.trainers, 9.0)
+    assert [after.trainer(i).best["a"] > 8 for i in range(2)] == [True, True]

@@ -80,8 +80,9 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
 
         Fits and solves of equal data, one after the other, have one best. It begins
         anew with other data or another `validation`, and where the arrays in your own
-        fields of the trainer change. Batches of a [`vernal.Stream`][], and of
-        [`vernal.Trainer.step`][], are taken for parts of the same data.
+        fields of the trainer change. Batches that are not known beforehand are taken
+        for parts of the same data: those of a [`vernal.Stream`][], of
+        [`vernal.Trainer.step`][], and of [`vernal.unroll`][] in a program of yours.
 
         **Raises:**
 

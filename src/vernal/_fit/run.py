@@ -161,7 +161,7 @@ class FitRun:
 
     def _begun(self, trainer: AbstractTrainer, taken: int) -> AbstractTrainer:
         """Returns the trainer without a best of other data, if there are steps left."""
-        if taken >= self._steps or self._subject.is_over(trainer.stopped):
+        if taken >= self._steps:
             return trainer
         validation = self._monitor.validation
         scored = self._source if validation is None else Whole(validation.batch)
@@ -316,6 +316,7 @@ class FitRun:
             self._monitor_state = self._subject.first_monitor_state(
                 self._monitor, answer
             )
+        answer = self._begun(answer, self.taken)
         self._hold(answer, self._subject.placed(answer))
         self.stopped = self._is_over()
 

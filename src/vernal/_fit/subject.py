@@ -164,12 +164,24 @@ class AbstractSubject(abc.ABC):
         return int(self.on_host(trainer.step_count).max())
 
     def begun(
-        self, trainer: AbstractTrainer, scored: Source, by_validation: bool
+        self,
+        trainer: AbstractTrainer,
+        scored: Source,
+        by_validation: bool = False,
+        is_solved: bool = False,
     ) -> AbstractTrainer:
-        """Returns the trainer without a best that was scored on other data."""
-        marks = self.marks(trainer, scored)
-        progress = begun_on(progress_of(trainer), marks, by_validation, self.on_host)
-        return with_progress(trainer, progress)
+        """Returns the trainer without a best that was scored on other data.
+
+        A fit leaves a trainer that has stopped as it is, unless `is_solved`.
+        """
+        marks, stopped = self.marks(trainer, scored), self.on_host(trainer.stopped)
+        stopped = stopped & (not is_solved)
+        if stopped.all():
+            return trainer
+        begun = begun_on(
+            progress_of(trainer), marks, by_validation, stopped, self.on_host
+        )
+        return with_progress(trainer, begun)
 
     def is_over(self, *flags: Any) -> bool:
         """Whether no trainer goes on: one of its flags is set."""

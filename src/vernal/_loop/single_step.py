@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from .._devices import ANYWHERE, AbstractPlacement
 from .._program import program
 from .._step import (
-    ONE_BATCH_AT_A_TIME,
+    BATCH_BY_BATCH,
     AbstractTrainer,
     Progress,
     advance,
@@ -45,7 +45,7 @@ def run_step(
 ) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
     old = progress_of(trainer)
-    start = with_progress(trainer, stepped_on(old, ONE_BATCH_AT_A_TIME))
+    start = with_progress(trainer, stepped_on(old, BATCH_BY_BATCH))
     progress, outcome = advance(start, batch)
     norm = tree_norm(outcome.grads).astype(outcome.loss.dtype)
     blank = lambda x: jnp.where(old.stopped, jnp.full_like(x, _blank(x)), x)

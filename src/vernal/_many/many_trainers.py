@@ -7,13 +7,12 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._data import Minibatches, Source, Stream, Whole, as_batch, as_source
+from .._data import Minibatches, Source, Whole, as_batch, as_source
 from .._devices import AbstractPlacement
 from .._fit import AbstractSubject, BadEnd
 from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
 from .._policy import AT_NON_FINITE, StopReason
 from .._step import (
-    ONE_BATCH_AT_A_TIME,
     AbstractTrainer,
     config_of,
     in_source,
@@ -66,8 +65,6 @@ class ManyTrainers(AbstractSubject):
 
     def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
         own, same = map(own_fields, apart(config_of(trainer), self.config))
-        if isinstance(source, Stream):
-            return np.full(self.size, ONE_BATCH_AT_A_TIME)
         rows, shared = None, in_source(source)
         if isinstance(source, Whole):
             rows, shared = apart(shared, self.flags(shared))

@@ -119,7 +119,7 @@ def solve_many(
         options |= {"solver": (solver, encoded), "data_axis": subject.data_axis}
         like = subject.template(trainer), subject.row(batch)
         require_same(trainer, batch, like, **options)
-        trainer = subject.begun(trainer, Whole(batch), False)
+        trainer = subject.begun(trainer, Whole(batch), is_solved=True)
         flags = (*subject.config, *subject.flags(batch))
         members = _Members(subject.placed(trainer), flags, group, place)
         problem = Problem(batch, encoded, rows, checked_mode(jac))

@@ -49,7 +49,7 @@ def solve(
         batch = as_batch(batch)
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
-        trainer = OneTrainer(place).begun(trainer, Whole(batch), False)
+        trainer = OneTrainer(place).begun(trainer, Whole(batch), is_solved=True)
         # After `whiten` there is a program of the Jacobian already.
         is_shared = trainer.projector is not None
         problem = Problem(batch, encoded, rows, checked_mode(options.jac), is_shared)

@@ -37,7 +37,7 @@ from .construct import (
     refuse_own_projector,
 )
 from .data_mark import (
-    ONE_BATCH_AT_A_TIME,
+    BATCH_BY_BATCH,
     begun_on,
     data_mark,
     in_source,

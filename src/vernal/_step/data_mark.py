@@ -14,14 +14,11 @@ from jaxtyping import Array, UInt32
 from .._boundary import PyTree
 from .._data import Minibatches, Source, Stream
 from .._program import chosen
-from .._tree import checksum, checksums, is_part, to_arrays
-from .progress import UNKNOWN_DATA, Best, Progress, held_best
+from .._tree import LeafSum, leaf_sums, row_sums
+from .progress import UNKNOWN, Best, Progress, held_best
 
-ONE_BATCH_AT_A_TIME = 1
-"""The mark of batches that Python hands over one by one: these compare."""
-
-# Of arrays with more bytes only a sample is looked at, which takes a few milliseconds.
-_MAX_BYTES = 2**24
+# Stands for batches that Python hands over one by one: these compare.
+_ONE_BY_ONE = "one by one", 1
 
 
 def data_mark(source: Source, fields: Mapping[str, Any]) -> int:
@@ -29,17 +26,16 @@ def data_mark(source: Source, fields: Mapping[str, Any]) -> int:
 
     This is the source of its batches, and the fields that a class adds to a trainer.
     """
-    seen = in_source(source), fields
-    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(seen))
-    if isinstance(source, Stream) or is_traced:
-        return ONE_BATCH_AT_A_TIME
-    return _mark(checksums(seen, _MAX_BYTES))
+    seen = in_source(source)
+    seen = _ONE_BY_ONE if _is_traced(seen) else seen
+    (mark,) = _marks(leaf_sums((seen, {} if _is_traced(fields) else fields)), 1)
+    return mark
 
 
 def in_source(source: Source) -> Any:
-    """Returns what the batches of a source are made of, `None` for a stream."""
+    """Returns what the batches of a source are made of."""
     if isinstance(source, Stream):
-        return None
+        return _ONE_BY_ONE
     if isinstance(source, Minibatches):
         return {"minibatches of": source.arrays, "size": source.size}
     return source.batch
@@ -51,66 +47,69 @@ def marks_of_rows(rows: PyTree, shared: PyTree, members: int) -> list[int]:
     `rows` and `shared` are pairs as `data_mark` makes of a source and its fields, with
     `None` for all that the other one has.
     """
-    common, own = checksums(shared, _MAX_BYTES), to_arrays(rows)
-    if not own:
-        return [_mark(common)] * members
-    kinds = {p: str(x.kind._replace(shape=x.kind.shape[1:])) for p, x in own.items()}
-    sums = {path: _sums_of_rows(leaf.array) for path, leaf in own.items()}
-    of_member = lambda i: {path: [kinds[path], sums[path][i]] for path in own}
-    return [_mark(common | of_member(i)) for i in range(members)]
+    return _marks(leaf_sums(shared) + row_sums(rows), members)
 
 
-def _sums_of_rows(array: Array) -> list[int | None]:
-    if is_part(array):
-        return [None] * len(array)
-    return [checksum(row, _MAX_BYTES) for row in np.asarray(array)]
+def _is_traced(tree: PyTree) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _mark(sums: Mapping[str, Any]) -> int:
-    found = zlib.crc32(repr(sorted(sums.items())).encode())
-    return max(found, ONE_BATCH_AT_A_TIME + 1)
+def _marks(sums: list[LeafSum], members: int) -> list[int]:
+    sums = sorted(sums, key=lambda leaf: (leaf.path, leaf.kind))
+    names = zlib.crc32(repr([leaf[:2] for leaf in sums]).encode())
+    columns = [np.broadcast_to(np.asarray(leaf.total), members) for leaf in sums]
+    table = np.stack(columns, axis=1) if columns else np.zeros((members, 0))
+    rows = table.astype(np.uint32)
+    return [max(zlib.crc32(row.tobytes(), names), 1) for row in rows]
+
+
+BATCH_BY_BATCH = _marks(leaf_sums((_ONE_BY_ONE, {})), 1)[0]
+"""The mark of the batches of single steps."""
 
 
 def begun_on(
     progress: Progress,
-    marks: np.ndarray,
+    marks: Any,
     by_validation: bool,
+    stopped: Any,
     on_host: Callable[[Array], np.ndarray],
 ) -> Progress:
     """Returns the progress for a fit that scores on data with these marks.
 
-    A best of other data, or that was scored otherwise, is dropped.
+    A best of other data, or that was scored otherwise, is dropped. Of a member that has
+    `stopped` only its loss is: it has no other best.
     """
     known, validated = map(on_host, (progress.scored_on, progress.is_validated))
-    is_other = (known != UNKNOWN_DATA) & (known != marks) | (validated != by_validation)
-    progress = dataclasses.replace(
-        progress,
-        is_validated=jax.device_put(np.full(known.shape, by_validation)),
-        scored_on=jax.device_put(np.asarray(marks, known.dtype)),
-    )
+    is_other = (known != UNKNOWN) & (known != marks) | (validated != by_validation)
+    marked = jax.device_put(np.asarray(marks, known.dtype))
     if not is_other.any():
-        return progress
+        return dataclasses.replace(progress, scored_on=marked)
     infinite = np.full(known.shape, np.inf, progress.best_loss.dtype)
-    best = Best(progress.params, progress.state, jax.device_put(infinite))
-    if not is_other.all():
-        best = jax.tree.map(
-            lambda new, old: jnp.where(_beside(is_other, new), new, old),
-            best,
-            held_best(progress),
-        )
+    new = Best(progress.params, progress.state, jax.device_put(infinite))
+    old = held_best(progress)._replace(loss=new.loss)
+    best = _chosen(is_other, _chosen(is_other & stopped, old, new), held_best(progress))
     return dataclasses.replace(
-        progress, best=best.params, best_state=best.state, best_loss=best.loss
+        progress,
+        best=best.params,
+        best_state=best.state,
+        best_loss=best.loss,
+        is_validated=jax.device_put(np.full(known.shape, by_validation)),
+        scored_on=marked,
     )
 
 
-def _beside(flags: np.ndarray, rows: Array) -> np.ndarray:
-    return flags.reshape(-1, *[1] * (rows.ndim - 1))
+def _chosen(flags: Any, new: Best, old: Best) -> Best:
+    """Takes the new rows where they are flagged."""
+    if flags.all() or not flags.any():
+        return new if flags.any() else old
+    beside = lambda x: flags.reshape(-1, *[1] * (x.ndim - 1))
+    return jax.tree.map(lambda x, y: jnp.where(beside(x), x, y), new, old)
 
 
 def stepped_on(progress: Progress, mark: int | UInt32[Array, ""]) -> Progress:
     """Does the same within a program, of one trainer, unless that has stopped."""
     mark, known = jnp.asarray(mark, jnp.uint32), progress.scored_on
-    is_other = (known != UNKNOWN_DATA) & (known != mark) | progress.is_validated
+    is_other = (known != UNKNOWN) & (known != mark) | progress.is_validated
     is_other &= ~progress.stopped
     best = chosen(
         is_other,

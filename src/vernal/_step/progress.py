@@ -17,8 +17,8 @@ from .._program import chosen
 MOST_STEPS = 2**31 - 1
 """Steps are counted in 32 bits."""
 
-UNKNOWN_DATA = 0
-"""The mark of data before a first step, and in files of earlier versions."""
+UNKNOWN = 0
+"""The mark of data before the first step, and in files of earlier versions."""
 
 
 class Progress(PlainMethods, eqx.Module):
@@ -71,7 +71,7 @@ def initial_progress(
         nan_counts=jax.device_put(np.repeat(no_counts, columns, axis=1)),
         step_count=jax.device_put(np.int32(0)),
         stopped=jax.device_put(np.bool_(False)),
-        scored_on=jax.device_put(np.uint32(UNKNOWN_DATA)),
+        scored_on=jax.device_put(np.uint32(UNKNOWN)),
     )
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._tree import Kind, NamedArray, is_part
+from .._tree import Kind, NamedArray, is_part, weighted_sum, words
 from .npy import is_extended
 
 FORMAT = 2
@@ -127,15 +126,7 @@ def _is_large(array: Any) -> bool:
 
 @jax.jit
 def _weighted_sum(array: Array) -> Array:
-    """Returns the sum of the words of an array, each times its place, on its device."""
-    if jnp.iscomplexobj(array):
-        array = jnp.stack([array.real, array.imag])
-    if array.dtype == bool:
-        array = array.astype(jnp.uint8)
-    word = min(array.dtype.itemsize, 4)
-    words = lax.bitcast_convert_type(array, f"uint{8 * word}").ravel()
-    places = 2 * lax.iota(jnp.uint32, words.size) + 1
-    return jnp.sum(words.astype(jnp.uint32) * places, dtype=jnp.uint32)
+    return weighted_sum(words(array))
 
 
 def _checksum(array: Any) -> int:

@@ -8,10 +8,7 @@ from typing import Any
 from .._data import Source, Stream, Whole
 from .._pickling import digest_of
 from .._step import AbstractTrainer, defined, own_fields, priors_of, template_of
-from .._tree import checksums
-
-# Of arrays with more bytes only a sample is compared.
-_MAX_BYTES = 2**26
+from .._tree import leaf_sums
 
 
 def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
@@ -19,15 +16,15 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     kind, data = type(trainer), None
     if not isinstance(source, Stream):
         arrays = source.batch if isinstance(source, Whole) else source.arrays
-        data = checksums(arrays, _MAX_BYTES)
+        data = _sums(arrays)
     methods = {name: _digest(getattr(kind, name)) for name in defined(trainer)}
     return {
         "class": kind.__name__,
         # Another version of Python compiles the same text to other code.
         "methods": {"python": "{}.{}".format(*sys.version_info), **methods},
         "priors": _of_priors(trainer),
-        "model": checksums(template_of(trainer).untrained, _MAX_BYTES),
-        "fields": checksums(own_fields(trainer), _MAX_BYTES),
+        "model": _sums(template_of(trainer).untrained),
+        "fields": _sums(own_fields(trainer)),
         "data": data,
     }
 
@@ -40,11 +37,15 @@ def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
     others = {
         path: [
             type(prior.decode()).__name__,
-            *sorted(checksums(prior, _MAX_BYTES).values(), key=str),
+            *sorted(_sums(prior).values(), key=str),
         ]
         for path, prior in priors.others.items()
     }
-    return others | checksums(priors.normal, _MAX_BYTES)
+    return others | _sums(priors.normal)
+
+
+def _sums(tree: Any) -> dict[str, Any]:
+    return {path: [str(kind), total] for path, kind, total in leaf_sums(tree)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -78,7 +79,7 @@ def _other(before: Any, now: Any) -> str | None:
 def _is_same(old: Any, new: Any) -> bool:
     if old is None or new is None:
         return False
-    # A process that has a part of an array only has no checksum of it.
+    # Earlier versions had no checksum where a process has only a part of an array.
     return old[0] == new[0] and (None in (old[1], new[1]) or old[1] == new[1])
 
 

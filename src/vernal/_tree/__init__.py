@@ -2,20 +2,27 @@
 
 `paths` lists parameters, `named_tree` all leaves, by path; `selectors` choose among
 them; `structure` compares and casts trees; `ravel` joins parameters into one vector;
-`named_arrays` has the leaves as they are saved in files; `small` groups small trees.
+`named_arrays` has the leaves as they are saved in files, `checksums` knows them again;
+`small` groups small trees.
 """
 
+from .checksums import (
+    LeafSum,
+    checksum,
+    is_part,
+    leaf_sums,
+    row_sums,
+    weighted_sum,
+    words,
+)
 from .named_arrays import (
     Kind,
     LoadError,
     MismatchError,
     NamedArray,
     as_kind,
-    checksum,
-    checksums,
     from_arrays,
     is_key,
-    is_part,
     require_alike_kinds,
     require_keepable,
     to_arrays,

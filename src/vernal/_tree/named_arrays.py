@@ -2,7 +2,6 @@
 
 import enum
 import numbers
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -269,33 +268,3 @@ def _as_key(path: str, data: np.ndarray | jax.Array, like: Any, source: str) -> 
         )
     placed = data if isinstance(data, jax.Array) else jax.device_put(data)
     return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(one))
-
-
-def is_part(leaf: Any) -> bool:
-    """Whether a leaf is an array of which this process has only a part."""
-    return isinstance(leaf, jax.Array) and not (
-        leaf.is_fully_addressable or leaf.is_fully_replicated
-    )
-
-
-def checksum(array: Any, max_bytes: int | None = None) -> int | None:
-    """Returns a checksum of an array; `None` if this process has only a part of it.
-
-    Of an array of more than `max_bytes` only a sample is looked at.
-    """
-    if is_part(array):
-        return None
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = array.addressable_data(0)
-    if max_bytes is not None and array.nbytes > max_bytes:
-        # Odd, so as not to meet the same place of each row of two, four or eight.
-        array = array.reshape(-1)[:: -(-array.nbytes // max_bytes) | 1]
-    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
-
-
-def checksums(tree: PyTree, max_bytes: int) -> dict[str, list[Any]]:
-    """Returns the kind and the checksum of each leaf that can be saved, by path."""
-    return {
-        path: [str(leaf.kind), checksum(leaf.array, max_bytes)]
-        for path, leaf in to_arrays(tree).items()
-    }

@@ -1,0 +1,104 @@
+"""Checksums of arrays, by which equal data are known again."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt32
+
+from .._boundary import PyTree
+from .named_arrays import Kind, to_arrays
+
+# Arrays with more bytes are summed up on their device.
+_LARGE = 2**24
+
+
+def is_part(leaf: Any) -> bool:
+    """Whether a leaf is an array of which this process has only a part."""
+    return isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    )
+
+
+def checksum(array: Any) -> int | None:
+    """Returns a checksum of an array; `None` if this process has only a part of it."""
+    if is_part(array):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = array.addressable_data(0)
+    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).tobytes())
+
+
+class LeafSum(NamedTuple):
+    """A leaf that is known by a checksum; with rows, one for each."""
+
+    path: str
+    kind: Kind
+    total: Any
+
+
+def leaf_sums(tree: PyTree) -> list[LeafSum]:
+    """Returns the checksum of each leaf that can be saved.
+
+    All processes that have a part of an array must call this.
+    """
+    return [
+        LeafSum(p, leaf.kind, _sum(leaf.array)) for p, leaf in to_arrays(tree).items()
+    ]
+
+
+def row_sums(tree: PyTree) -> list[LeafSum]:
+    """Returns the same of arrays with rows: for each row, as if it were an array."""
+    return [
+        LeafSum(path, kind._replace(shape=kind.shape[1:]), _sums(array))
+        for path, (kind, array) in to_arrays(tree).items()
+    ]
+
+
+def _sum(array: Any) -> int | None:
+    is_on_device = is_part(array) or array.nbytes > _LARGE
+    return int(_mixed_sum(jnp.asarray(array))) if is_on_device else checksum(array)
+
+
+def _sums(array: Any) -> UInt32[np.ndarray, " rows"]:
+    rows = len(array)
+    if is_part(array):
+        whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+        return np.asarray(jax.device_put(_mixed_sums(array), whole))
+    if array.nbytes > _LARGE * rows:
+        return np.asarray(_mixed_sums(jnp.asarray(array)))
+    host = np.ascontiguousarray(np.asarray(array)).reshape(rows, array[:1].size)
+    return np.array([zlib.crc32(row.tobytes()) for row in host], np.uint32)
+
+
+def words(array: Array) -> Array:
+    """Returns the bits of an array as a vector of unsigned integers."""
+    if jnp.iscomplexobj(array):
+        array = jnp.stack([array.real, array.imag])
+    if array.dtype == bool:
+        array = array.astype(jnp.uint8)
+    word = min(array.dtype.itemsize, 4)
+    bits = lax.bitcast_convert_type(array, f"uint{8 * word}").ravel()
+    return bits.astype(jnp.uint32)
+
+
+def weighted_sum(bits: UInt32[Array, " words"]) -> UInt32[Array, ""]:
+    """Sums words up, each times its place."""
+    places = 2 * lax.iota(jnp.uint32, bits.size) + 1
+    return jnp.sum(bits * places, dtype=jnp.uint32)
+
+
+@jax.jit
+def _mixed_sum(array: Array) -> UInt32[Array, ""]:
+    bits = words(array)
+    # As in MurmurHash: the last bits of many floating-point numbers are zero.
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return weighted_sum(bits)
+
+
+_mixed_sums = jax.jit(jax.vmap(_mixed_sum))
