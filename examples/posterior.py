@@ -5,7 +5,7 @@ orders of magnitude. Whitened at the best fit, the posterior is nearly a ball of
 one, so a sampler needs no mass matrix, and no warm-up to find one.
 
 `trainer.objective` returns the negative log-likelihood in that space as a pure
-function. NumPyro and BlackJAX sample it as it is, and `projector.to_params` maps the
+function. NumPyro and BlackJAX sample it as it is, and `trainer.params_at` maps the
 samples back. If only the slope and the level are fitted, the posterior is a Gaussian
 that is known exactly. The script compares both samplers with it, and then with the
 Fisher errors of the whole model.
@@ -92,9 +92,9 @@ def posterior(trainer, batch):
     solver = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
     trainer = trainer.whiten(batch).solve(solver, batch).trainer.whiten(batch)
     potential, start = trainer.objective(batch)
-    to_params = jax.vmap(trainer.projector.to_params)
+    params_at = jax.vmap(trainer.params_at)
     draws = {
-        name: jnp.stack(jax.tree.leaves(to_params(sample(potential, start))), axis=1)
+        name: jnp.stack(jax.tree.leaves(params_at(sample(potential, start))), axis=1)
         for name, sample in SAMPLERS.items()
     }
     return trainer, draws

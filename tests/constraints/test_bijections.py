@@ -399,6 +399,16 @@ def trainer_of(bijection, start, optimiser=None, **options):
     return Fit(model(start), optimiser, bounds={"a.x": bijection}, **options)
 
 
+def metric(free=False):
+    """The projector of a trainer with a bijection of `a.x`, or without."""
+    bounds = {"a.x": Positive()} if free else None
+    return Fit(model(1.0), bounds=bounds).whiten(batch_of(jnp.ones(()))).projector
+
+
+def natural(free=False):
+    return optax.chain(vn.precondition(metric(free)), optax.sgd(0.5))
+
+
 SIMPLEX = [0.4, 0.3, 0.3]
 REFUSED = {
     "a start that it does not return": (
@@ -424,6 +434,22 @@ REFUSED = {
             projector=vn.EigenProjector.from_fisher(jnp.eye(2), model(1.0)),
         ),
         r"Use `trainer.whiten\(batch\)`",
+    ),
+    "a metric of the parameters": (
+        lambda batch: trainer_of(Positive(), 1.0, natural()),
+        "moves the free coordinates of 'a.x'",
+    ),
+    "such a metric, later": (
+        lambda batch: trainer_of(Positive(), 1.0).replace(optimiser=natural()),
+        "moves the free coordinates of 'a.x'",
+    ),
+    "a metric of free coordinates": (
+        lambda batch: Fit(model(1.0), natural(free=True)),
+        "of free coordinates, .* this one has none",
+    ),
+    "a projector of free coordinates": (
+        lambda batch: Fit(model(1.0), projector=metric(free=True)),
+        "of free coordinates, .* this one has none",
     ),
     "another model": (
         lambda batch: trainer_of(Simplex(), SIMPLEX).replace(model=model([0.0, 1, 1])),
@@ -528,6 +554,40 @@ def test_a_hook_constrains_the_parameters():
     )
     with pytest.raises(ValueError, match="and `projector` couples them"):
         trainer.whiten(batch, optimiser=optax.adam(0.1))
+
+
+def test_natural_gradients_are_those_of_free_coordinates():
+    """In its metric the first step at a rate of one is that of Gauss and Newton."""
+    first, batch = pair("an interval", optax.adam(0.1))
+    projector = first.whiten(batch).projector
+    optimiser = optax.chain(vn.precondition(projector), optax.sgd(1.0))
+    natural, _ = first.replace(optimiser=optimiser).step(batch)
+    whitened, _ = first.whiten(batch, optimiser=optax.sgd(1.0)).step(batch)
+    for leaf, other in zip(
+        *(jax.tree.leaves(t.params) for t in (natural, whitened)), strict=True
+    ):
+        np.testing.assert_allclose(leaf, other, rtol=1e-9)
+
+
+@pytest.mark.parametrize("is_whitened", [False, True])
+@pytest.mark.parametrize("name", ["an array", "an interval", "an order"])
+def test_a_vector_of_the_objective_has_its_parameters(name, is_whitened):
+    trainer, batch = pair(name)
+    if is_whitened:
+        trainer = trainer.solve(LM, batch).trainer.whiten(batch)
+    _, start = trainer.objective(batch)
+    points = np.asarray(start) + 0.01 * np.random.default_rng(0).normal(size=(50, start.size))
+    params = jax.vmap(trainer.params_at)(points)
+    here = trainer.params_at(start)
+    for leaf, own in zip(*map(jax.tree.leaves, (here, trainer.params)), strict=True):
+        np.testing.assert_allclose(leaf, own, rtol=1e-12)
+    # Their spread is that of the errors, a hundred times smaller.
+    if is_whitened:
+        errors = trainer.standard_errors(batch)["a"]["x"]
+        spread = np.std(params["a"]["x"], axis=0)
+        np.testing.assert_allclose(spread, 0.01 * errors, rtol=0.3)
+    with pytest.raises(ValueError, match="shape"):
+        trainer.params_at(points)
 
 
 def test_the_objective_is_the_density_of_the_parameters():

@@ -21,5 +21,11 @@ from .laplace import ErrorKind, checked_kind, laplace
 from .propagate import draw, propagate
 from .report import report
 from .table import table
-from .uncertainty import KnownErrors, errors_or_nan, objective, standard_errors
-from .whiten import OF_WHITEN, whitened
+from .uncertainty import (
+    KnownErrors,
+    errors_or_nan,
+    objective,
+    params_at,
+    standard_errors,
+)
+from .whiten import OF_WHITEN, whitened, whitens_free

@@ -24,6 +24,7 @@ from .._step import (
     bijections_of,
     bounds_of,
     defined,
+    from_free_coordinates,
     in_free_coordinates,
     live,
     negative_log_likelihood,
@@ -193,10 +194,7 @@ def _potential(
     point: PyTree,
 ) -> Float[Array, ""]:
     """Computes the negative log-likelihood at a latent point."""
-    if projector is None:
-        params = unravel(point, trainer.params)
-    else:
-        params = projector.to_params(point)
+    params = _at(trainer, projector, point)
     # The present version, since it may be called without a program.
     with version_of((trainer, batch)).context():
         key, bounds = step_key(trainer), bounds_of(trainer)
@@ -210,6 +208,28 @@ def _potential(
         # In a latent space rounding moves what is on a bound.
         errors = None if projector is None else projector.standard_errors()
         return jnp.where(bounds.contain(params, errors), value, jnp.inf)
+
+
+def _at(
+    trainer: AbstractTrainer, projector: EigenProjector | None, point: PyTree
+) -> Params:
+    if projector is None:
+        return unravel(point, trainer.params)
+    return projector.to_params(point)
+
+
+def params_at(trainer: AbstractTrainer, point: PyTree) -> Params:
+    """Implements `Trainer.params_at`."""
+    inner, bounds = in_free_coordinates(trainer), bounds_of(trainer)
+    if inner.projector is None and jnp.shape(point) != (ravel_size(inner.params),):
+        raise ValueError(
+            f"`vector` has the shape {jnp.shape(point)}, but must have one number for "
+            f"each of the {ravel_size(inner.params)} that `objective` is a function "
+            "of. For many vectors, use `jax.vmap(trainer.params_at)`."
+        )
+    free = _at(inner, inner.projector, point)
+    params, _ = from_free_coordinates(trainer, free, None)
+    return params if bounds is None else bounds.clip(params)
 
 
 def objective(

@@ -25,7 +25,7 @@ from .._projection import (
     whiten,
     whiten_spectrum,
 )
-from .._step import AbstractTrainer, defined, in_free_coordinates
+from .._step import AbstractTrainer, bijections_of, defined, in_free_coordinates
 from .._tree import as_parameters, ravel_dtype, widest
 from .derivatives import Passes, derive, require_finite
 from .fisher import Blocks, as_selectors, by_selector, has_likelihood, matrices
@@ -47,13 +47,22 @@ def whitened(
     nulls = NullPolicy(**{"on_null": "prior", **options})
     nulls.check_rank_kind(blocks)
     nulls.check()
+    is_free = whitens_free(trainer)
     trainer = in_free_coordinates(trainer)
     if blocks is None:
         found, whiten_one = _decomposed(trainer, batch, None, passes)
         whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")
-        return make_projector(whitening, trainer.params, "`batch`")
+        return make_projector(whitening, trainer.params, "`batch`", is_free)
     found, whiten_one = _decomposed(trainer, batch, blocks, passes)
-    return make_block_projector(found, trainer.params, nulls, whiten_one)
+    return make_block_projector(found, trainer.params, nulls, whiten_one, is_free)
+
+
+def whitens_free(trainer: AbstractTrainer) -> bool:
+    """Whether free coordinates of bijections are whitened, and not parameters."""
+    if bijections_of(trainer) is not None:
+        return True
+    # In the rounds of a solve the trainer is in free coordinates already.
+    return trainer.projector is not None and trainer.projector.is_of_free
 
 
 def _decomposed(

@@ -58,6 +58,12 @@ class AbstractProjector(Portable, eqx.Module):
     _whitenings: tuple[AbstractWhitening, ...]
     _blocks: tuple[Block, ...] = eqx.field(static=True)
     _structure: Any = eqx.field(static=True)
+    _is_of_free: bool = eqx.field(static=True, default=False)
+
+    @property
+    def is_of_free(self) -> bool:
+        """Whether it maps the free coordinates of bijections, and not parameters."""
+        return self._is_of_free
 
     @property
     def _held(self) -> tuple[AbstractWhitening, ...]:
@@ -203,7 +209,8 @@ class AbstractProjector(Portable, eqx.Module):
         if self.has_names:
             structure = jax.tree.structure(nest_blocks(origin, self._blocks))
         origin = jax.lax.stop_gradient(origin)
-        return type(self)(origin, self._whitenings, self._blocks, structure)
+        parts = origin, self._whitenings, self._blocks, structure
+        return type(self)(*parts, self._is_of_free)
 
     @checked
     def to_params(self, latent: PyTree) -> Params:

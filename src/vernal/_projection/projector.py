@@ -288,7 +288,7 @@ class EigenProjector(AbstractProjector):
 
 
 def make_projector(
-    whitening: AbstractWhitening, params: Params, name: str
+    whitening: AbstractWhitening, params: Params, name: str, is_of_free: bool = False
 ) -> EigenProjector:
     """Makes a projector whose latent space is one vector.
 
@@ -299,7 +299,7 @@ def make_projector(
     _refuse_empty((whitening,), name)
     origin = jax.lax.stop_gradient(as_parameters(params))
     every = tuple(range(len(jax.tree.leaves(origin))))
-    return EigenProjector(origin, (whitening,), (every,), VECTOR)
+    return EigenProjector(origin, (whitening,), (every,), VECTOR, is_of_free)
 
 
 def make_block_projector(
@@ -307,13 +307,14 @@ def make_block_projector(
     params: Params,
     nulls: NullPolicy,
     whiten: Callable[[Any, Params, NullPolicy, str], AbstractWhitening],
+    is_of_free: bool = False,
 ) -> EigenProjector:
     """Makes a projector with a whitening for each block; see `whiten_blocks`."""
     origin = jax.lax.stop_gradient(as_parameters(params))
     blocks, whitenings = whiten_blocks(given, origin, nulls, whiten)
     _refuse_empty(whitenings, "`blocks`")
     structure = jax.tree.structure(nest_blocks(origin, blocks))
-    return EigenProjector(origin, whitenings, blocks, structure)
+    return EigenProjector(origin, whitenings, blocks, structure, is_of_free)
 
 
 def _from_matrix(

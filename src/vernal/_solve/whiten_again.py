@@ -9,10 +9,17 @@ import numpy as np
 from jaxtyping import Array
 
 from .._curvature import matmul, on_device
-from .._inference import Passes, curvature, fisher, has_likelihood, whitened
+from .._inference import (
+    Passes,
+    curvature,
+    fisher,
+    has_likelihood,
+    whitened,
+    whitens_free,
+)
 from .._minimum import MOST_PARAMETERS
 from .._projection import DenseWhitening, EigenProjector, Unchanged
-from .._step import AbstractTrainer, reproject
+from .._step import AbstractTrainer, changed, reproject
 from .._tree import paths, ravel_size
 from .problem import Problem
 
@@ -88,7 +95,9 @@ def whitened_without_signs(
     make = EigenProjector.from_fisher if blocks is None else EigenProjector.from_blocks
     try:
         found = jax.tree.map(_without_signs, matrix(trainer, batch, blocks, passes))
-        return reproject(trainer, make(found, trainer.params, on_null="prior"), None)
+        made = make(found, trainer.params, on_null="prior")
+        made = changed(made, _is_of_free=whitens_free(trainer))
+        return reproject(trainer, made, None)
     except (TypeError, ValueError):
         # There is none, or it is not finite either.
         return None

@@ -1,12 +1,9 @@
 """`constrain` where a projector or a preconditioner couples the parameters."""
 
-import contextlib
 import functools as ft
-import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -16,7 +13,6 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int
 
 from .._boundary import PyTree
-from .._closure import Closure
 from .._projection import EigenProjector, Unchanged
 from .._tree import by_path, cast_like, paths, require_alike
 from .abstract_trainer import (
@@ -27,6 +23,7 @@ from .abstract_trainer import (
     template_of,
 )
 from .objective import live
+from .preconditioners import preconditioners
 
 Clip = Callable[[PyTree], PyTree]
 """A function from parameters to constrained parameters."""
@@ -181,11 +178,11 @@ def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
 
     - `ValueError`: if a `precondition` couples what `constrain` changes.
     """
-    preconditioners = _preconditioners(trainer.optimiser)
-    if trainer.projector is None and not preconditioners:
+    metrics = preconditioners(trainer.optimiser)
+    if trainer.projector is None and not metrics:
         return None
     touched = _touched(clip, trainer.params)
-    for projector in preconditioners:
+    for projector in metrics:
         if names := sorted(touched & _mixed(projector)):
             raise ValueError(
                 f"{_name(trainer)} changes {', '.join(map(repr, names[:5]))}, and "
@@ -312,37 +309,3 @@ def _mixed(projector: EigenProjector) -> set[str]:
         if not isinstance(whitening, Unchanged) and whitening.latent_size > 1
         for index in block
     }
-
-
-def _preconditioners(optimiser: Any) -> list[EigenProjector]:
-    """Returns the projectors of the `precondition`s in an optimiser."""
-    found: list[EigenProjector] = []
-    waiting, seen = [optimiser], {}
-    while waiting:
-        part = waiting.pop()
-        if id(part) in seen:
-            continue
-        seen[id(part)] = part
-        kind = type(part)
-        if kind is EigenProjector:
-            found.append(part)
-        elif kind is Closure:
-            waiting.append(part.decode())
-        elif kind is types.FunctionType:
-            waiting += map(_contents, part.__closure__ or ())
-        elif kind is types.MethodType:
-            waiting.append(part.__self__)
-        elif kind is ft.partial:
-            waiting += [part.func, *part.args]
-        elif issubclass(kind, eqx.Module | dict):
-            waiting += (part if issubclass(kind, dict) else vars(part)).values()
-        elif issubclass(kind, tuple | list):
-            waiting += part
-    return found
-
-
-def _contents(cell: types.CellType) -> Any:
-    # The cell of a name that is not bound yet is empty.
-    with contextlib.suppress(ValueError):
-        return cell.cell_contents
-    return None

@@ -28,6 +28,7 @@ from .abstract_trainer import AbstractTrainer
 from .model import check_state
 from .model_template import ModelTemplate
 from .objective import METHODS, defined
+from .preconditioners import check_coordinates
 
 _HOOKS = {
     "evaluate": ("model", "batch"),
@@ -205,13 +206,22 @@ def constraints(
     )
 
 
-def refuse_own_projector(projector: EigenProjector | None, argument: str) -> None:
-    """Refuses a projector of the user's where there are bijections."""
-    if projector is not None:
+def refuse_own_projector(
+    projector: EigenProjector | None, bijections: Bijections | None
+) -> None:
+    """Refuses a user's projector where there are bijections, or one made with them."""
+    if not isinstance(projector, EigenProjector):
+        return
+    if bijections is not None:
         raise ValueError(
-            f"`{argument}` is of the parameters, and with a bijection in `bounds` the "
+            "`projector` is of the parameters, and with a bijection in `bounds` the "
             "fit moves free coordinates. Use `trainer.whiten(batch)`, which whitens "
             "these."
+        )
+    if projector.is_of_free:
+        raise ValueError(
+            "`projector` is of free coordinates, made by a trainer with a bijection in "
+            "`bounds`, and this one has none. Use `trainer.whiten(batch)`."
         )
 
 
@@ -294,11 +304,14 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
             )
 
 
-def check_ruled(optimiser: Any, params: PyTree, free: PyTree) -> None:
-    """Refuses a trained parameter that no rule would move.
+def check_ruled(
+    optimiser: Any, params: PyTree, free: PyTree, bijections: Bijections | None
+) -> None:
+    """Refuses a parameter that no rule would move, or one in other coordinates.
 
-    `free` are its free coordinates, the parameters themselves without a bijection.
+    `free` are the free coordinates, the parameters themselves without a bijection.
     """
+    check_coordinates(optimiser, bijections)
     if not isinstance(optimiser, ParamOptimiser):
         return
     owners = optimiser.owners(params, filtered=True)

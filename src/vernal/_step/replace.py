@@ -99,7 +99,7 @@ def replaced_fields(
     if optimiser is not None:
         transform = as_transform(optimiser, "optimiser")
         refuse_names_in_latent_space(trainer.projector, transform)
-        check_ruled(transform, params, free)
+        check_ruled(transform, params, free, bijections_of(trainer))
         fresh = initial_opt_state(transform, params, latent)
         new["opt_state"] = carried_over(trainer, params, latent, fresh)
     policy = trainer.nan_policy
@@ -168,7 +168,7 @@ def reproject(
     projector, latent = fit_projector(
         projector, free, transform, constrained=constrained
     )
-    check_ruled(transform, params, free)
+    check_ruled(transform, params, free, bijections_of(trainer))
     if projector is not None and bounds is None:
         # With bounds, rounding would move them off.
         free = to_params(projector, latent)

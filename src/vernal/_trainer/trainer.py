@@ -34,6 +34,7 @@ from .._inference import (
     draw,
     fisher,
     objective,
+    params_at,
     propagate,
     report,
     standard_errors,
@@ -214,8 +215,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         if self._priors is not None:
             params = self._priors.required(self._template.join(params), params)
         free = params
+        refuse_own_projector(projector, self._bijections)
         if self._bijections is not None:
-            refuse_own_projector(projector, "projector")
             free = self._bijections.required(params)
         self.projector, latent = fit_projector(
             projector,
@@ -223,7 +224,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             self.optimiser,
             constrained=is_constrained(self),
         )
-        check_ruled(self.optimiser, params, free)
+        check_ruled(self.optimiser, params, free, self._bijections)
         latent = latent if free is params else free
         self._progress = initial_progress(
             params,
@@ -604,8 +605,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             names: the result then has no optimiser, and can `solve`.
         """
         require_precision(self)
-        if self._bijections is not None:
-            refuse_own_projector(projector, "projector")
+        refuse_own_projector(projector, self._bijections)
         return reproject(self, projector, optimiser)
 
     @entrance
@@ -1032,12 +1032,34 @@ class Trainer(AbstractTrainer[Model, Batch]):
         The pair `(fn, start)`: a pure function of the latent vector, or, without a
         projector, of the flat vector in the order of
         `jax.flatten_util.ravel_pytree(trainer.params)`, with bijections that of the
-        free coordinates; and the current vector.
+        free coordinates; and the current vector. [`vernal.Trainer.params_at`][] has
+        the parameters at a vector.
 
         **Raises:** as [`vernal.Trainer.fisher`][].
         """
         require_precision(self)
         return objective(self, batch)
+
+    def params_at(self, vector: PyTree) -> PyTree:
+        """Returns the parameters at a vector that `objective` is a function of.
+
+        ```python
+        samples = jax.vmap(trainer.params_at)(vectors)
+        ```
+
+        **Arguments:**
+
+        - `vector`: what [`vernal.Trainer.objective`][] takes, such as one sample.
+
+        **Returns:**
+
+        The trained parameters, a tree like `params`, within their bounds.
+
+        **Raises:**
+
+        - `ValueError`: if the vector has another shape than the current one.
+        """
+        return params_at(self, vector)
 
     # Diagnosis and change.
 
