@@ -42,8 +42,9 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     - `history`: what was recorded, with a column for each member:
         `history.loss[row, i]`. After a member has ended, its column is NaN.
     - `stop_reasons`: why the fit of each ended.
-    - `edms`: after a solve, how far the loss of each could still fall, as `edm` of a
-        [`vernal.FitResult`][]; NaN after a fit.
+    - `edms`: how far the loss of each could still fall, as `edm` of a
+        [`vernal.FitResult`][]: after a solve, and of each member whose fit `stop`
+        ended. NaN where it is not known.
     """
 
     trainers: TrainerT
