@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from typing_extensions import TypeVar
 
-from .._boundary import PyTree, entrance, whole_number
+from .._boundary import PyTree, boolean, entrance, whole_number
 from .._curvature import Mode
 from .._data import as_batch
 from .._inference import ErrorKind, KnownErrors
@@ -43,8 +43,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         `history.loss[row, i]`. After a member has ended, its column is NaN.
     - `stop_reasons`: why the fit of each ended.
     - `edms`: how far the loss of each could still fall, as `edm` of a
-        [`vernal.FitResult`][]: after a solve, and of each member whose fit `stop`
-        ended. NaN where it is not known.
+        [`vernal.FitResult`][]: after a solve, and of each member whose fit
+        [`vernal.Converged`][] ended. NaN where it is not known.
     """
 
     trainers: TrainerT
@@ -105,7 +105,12 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
     @entrance
     def errors(
-        self, data: Any, *, jac: Mode | None = None, kind: ErrorKind | None = None
+        self,
+        data: Any,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+        kind: ErrorKind | None = None,
     ) -> PyTree:
         """Returns the standard errors of all members, in one compiled program.
 
@@ -113,6 +118,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         - `data`: all of the data, one batch, as for [`vernal.fit_many`][]: each member
             has its own part along the `data_axis` of the fit.
+        - `scale_errors`: as for [`vernal.Trainer.report`][]: those of each member by
+            its own reduced chi-squared.
         - `jac`: as for [`vernal.Trainer.fisher`][].
         - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
@@ -120,15 +127,19 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         A tree like `params`. The errors of a member are NaN if its residuals or their
         derivatives are not finite, or the Hessian of its `nll` has a negative
-        eigenvalue; this harms no other member. There is a warning if one of them is
+        eigenvalue, or with `scale_errors` it has no more data than free parameters;
+        this harms no other member. There is a warning if one of them is
         far from its minimum, as of [`vernal.Trainer.standard_errors`][].
 
         **Raises:**
 
         - `TypeError`: if the class defines only `loss`.
-        - `ValueError`: if an axis of `data` is not as long as there are members.
+        - `ValueError`: if an axis of `data` is not as long as there are members; if
+            `scale_errors` finds no scatter in any member, or a scale that is known, as
+            of [`vernal.Trainer.report`][].
         """
-        return self._errors(data, jac, kind).own
+        is_scaled = boolean(scale_errors, "scale_errors")
+        return self._errors(data, is_scaled, jac, kind).own
 
     @entrance
     def report(
@@ -137,6 +148,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         data: Any,
         *,
         scale_errors: bool = False,
+        data_count: int | None = None,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> Report:
@@ -146,12 +158,13 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         - `index`: the member.
         - `data`, `jac`, `kind`: as for `errors`.
-        - `scale_errors`: as for [`vernal.Trainer.report`][].
+        - `scale_errors`, `data_count`: as for [`vernal.Trainer.report`][].
         """
         trainer = self.trainer(index)
         batch, flags = self._rows_of(data)
         own = member(batch, flags, range(len(self))[index])
-        report = trainer.report(own, scale_errors=scale_errors, jac=jac, kind=kind)
+        scaled = {"scale_errors": scale_errors, "data_count": data_count}
+        report = trainer.report(own, **scaled, jac=jac, kind=kind)
         return dataclasses.replace(report, stop_reason=self.stop_reasons[index])
 
     @entrance
@@ -159,6 +172,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         self,
         data: Any = None,
         *,
+        scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> str:
@@ -168,7 +182,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         **Arguments:**
 
-        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
+        - `data`, `scale_errors`, `jac`, `kind`: as for `errors`; without data there are
+            no errors.
 
         **Returns:**
 
@@ -177,7 +192,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         of what is held at its bound.
         """
         losses = np.asarray(self.best_losses)
-        columns = self._by_element(data, jac, kind)
+        columns = self._by_element(data, scale_errors, jac, kind)
         return as_table(*columns, self._heads(), losses, self.stop_reasons)
 
     @entrance
@@ -185,6 +200,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         self,
         data: Any = None,
         *,
+        scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> dict[str, Any]:
@@ -192,7 +208,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         **Arguments:**
 
-        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
+        - `data`, `scale_errors`, `jac`, `kind`: as for `errors`; without data there are
+            no errors.
 
         **Returns:**
 
@@ -202,7 +219,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
         the other key is `"<edm>"`.)
         """
-        values, errors, _ = self._by_element(data, jac, kind)
+        values, errors, _ = self._by_element(data, scale_errors, jac, kind)
         return as_columns(
             values,
             errors,
@@ -216,6 +233,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         self,
         data: Any = None,
         *,
+        scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> Any:
@@ -223,13 +241,15 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         **Arguments:**
 
-        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
+        - `data`, `scale_errors`, `jac`, `kind`: as for `errors`; without data there are
+            no errors.
 
         **Raises:**
 
         - `ImportError`: if pandas is not installed.
         """
-        frame = pandas().DataFrame(self.to_dict(data, jac=jac, kind=kind))
+        options = {"scale_errors": scale_errors, "jac": jac, "kind": kind}
+        frame = pandas().DataFrame(self.to_dict(data, **options))
         return frame.rename_axis("member")
 
     def _rows_of(self, data: Any) -> tuple[Any, Flags]:
@@ -237,26 +257,36 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return members_first(batch, self._data_axis, len(self), "data")
 
     def _errors(
-        self, data: Any, jac: Mode | None, kind: ErrorKind | None
+        self,
+        data: Any,
+        scale_errors: bool,
+        jac: Mode | None,
+        kind: ErrorKind | None,
     ) -> KnownErrors:
         batch, flags = self._rows_of(data)
         args = self.trainers, batch, flags, self._group, jac, kind
         found = errors_of_each(*args)
+        found = found.scaled(self.trainers, kind) if scale_errors else found
         member_of = lambda index: (self.trainer(index), member(batch, flags, index))
-        warn_if_any_is_far(found, member_of, jac, kind)
+        warn_if_any_is_far(found, member_of, jac, kind, scale_errors)
         return found
 
     def _by_element(
-        self, data: Any, jac: Mode | None, kind: ErrorKind | None
+        self,
+        data: Any,
+        scale_errors: bool,
+        jac: Mode | None,
+        kind: ErrorKind | None,
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Returns a column for each element: its values, errors, and bounds met."""
+        is_scaled = boolean(scale_errors, "scale_errors")
         values, errors, met = by_element(self.params), {}, {}
         if names := tied_words(self.trainers):
             models = eqx.filter_vmap(lambda trainer: trainer.model)(self.trainers)
             tied = by_path(models).by_name()
             values |= by_element({path: tied[path] for path in names})
         if data is not None:
-            found = self._errors(data, jac, kind)
+            found = self._errors(data, is_scaled, jac, kind)
             errors = by_element(found.own) | by_element(found.tied)
         if bounds_of(self.trainers) is not None:
             met = by_element(eqx.filter_vmap(bounds_met)(self.trainers))
