@@ -192,6 +192,24 @@ def test_scaled_errors_far_from_the_minimum_warn():
         result.errors(data, scale_errors=True)
 
 
+HINTS = {
+    "models": r"`result\.trainer\(i\)\.model`. All of them .* `result\.trainers`",
+    "model": r"`result\.trainer\(i\)\.model`",
+    "standard_errors": r"`result\.trainer\(i\)\.standard_errors`",
+    "stop_reason": r"one for each member: `result\.stop_reasons`",
+    "edm": r"`result\.edms`",
+    "best_loss": r"`result\.best_losses`",
+    "nonsense": r"no attribute 'nonsense'\.$",
+    "__nonsense__": r"no attribute '__nonsense__'\.$",
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_name_that_is_missing_is_shown_where_it_lives(name):
+    with pytest.raises(AttributeError, match=HINTS[name]):
+        getattr(solved(), name)
+
+
 def test_errors_compile_once():
     traces = 0
 

@@ -1,7 +1,7 @@
 """How many fits ended."""
 
 import dataclasses
-from typing import Any, Generic, final
+from typing import TYPE_CHECKING, Any, Generic, final
 
 import equinox as eqx
 import jax
@@ -53,6 +53,23 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     edms: Float[np.ndarray, " members"]
     _data_axis: Any = None
     _group: int = eqx.field(static=True, default=0)
+
+    if not TYPE_CHECKING:  # for checkers every name would be one
+
+        def __getattr__(self, name: str) -> Any:
+            # For what is not found. Pickling asks before there are trainers.
+            told = f"`ManyResult` has no attribute {name!r}."
+            kind, known = type(self.__dict__.get("trainers")), dir(self)
+            plural = [x for x in (f"{name}s", f"{name}es") if x in known]
+            single = [x for x in (name, name.removesuffix("s")) if hasattr(kind, x)]
+            if plural:
+                told += f" It has one for each member: `result.{plural[0]}`."
+            elif single and not name.startswith("_"):
+                told += (
+                    f" The trainer of a member has: `result.trainer(i).{single[0]}`. "
+                    "All of them are stacked in `result.trainers`."
+                )
+            raise AttributeError(told, name=name, obj=self)
 
     def __len__(self) -> int:
         return len(self.stop_reasons)
