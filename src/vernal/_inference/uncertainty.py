@@ -33,11 +33,15 @@ from .._step import (
     step_key,
     stripped,
     template_of,
-    tied_words,
 )
 from .._tree import as_parameters, by_path, is_inexact, ravel, ravel_size, unravel
 from .derivatives import Derived, Passes, derive
-from .elements import elements_of, held_elements, whitening_of_elements
+from .elements import (
+    elements_of,
+    held_elements,
+    tied_with_errors,
+    whitening_of_elements,
+)
 from .expansion import (
     NO_SCATTER,
     Fall,
@@ -47,7 +51,7 @@ from .expansion import (
     require_scatter,
     warn_if_far,
 )
-from .fisher import require_likelihood
+from .fisher import require_elements, require_likelihood
 from .laplace import (
     NULLS,
     ErrorKind,
@@ -136,7 +140,7 @@ class KnownErrors(NamedTuple):
     """Standard errors, NaN where there are none.
 
     - `own`: those of the parameters.
-    - `tied`: those of tied parameters, by path.
+    - `tied`: those of tied parameters that are real, by path.
     - `fall`: how far chi-squared could still fall.
     - `scatter`: that of `residuals`, `None` without any.
     """
@@ -172,6 +176,7 @@ def errors_or_nan(
     There are none if derivatives are not finite, or the loss curves downwards.
     """
     require_likelihood(trainer, "A standard error")
+    require_elements(trainer, "A standard error")
     trainer, passes = in_free_coordinates(trainer), Passes(jac=jac)
     scatter = None
     if "residuals" not in defined(trainer):
@@ -200,7 +205,7 @@ def errors_or_nan(
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
     own = unravel(known, as_parameters(elements_of(trainer)))
     fall = fall._replace(chi_squared=jnp.where(is_good, fall.chi_squared, jnp.nan))
-    if not (names := tied_words(trainer)):
+    if not (names := tied_with_errors(trainer, trainer.model)):
         return KnownErrors(own, {}, fall, scatter)
     scale = jnp.where(held, 0, whitening.scale)
     moved = eqx.tree_at(lambda w: w.scale, whitening, scale)
