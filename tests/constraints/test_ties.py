@@ -133,6 +133,50 @@ def test_a_tie_by_several_and_of_arrays():
     np.testing.assert_allclose(result.model["a"], 2, atol=1e-6)
 
 
+class Rotated(vn.Trainer):
+    def residuals(self, model, batch):
+        return (
+            model["k"] * batch - 2 * batch + jnp.sum(jnp.abs(model["z"])) + model["w"]
+        )
+
+
+COMPLEX = {
+    "a number": lambda model: jax.lax.complex(model["k"], 1.0),
+    "an array": lambda model: jax.lax.complex(
+        jnp.stack([model["k"], 1 - model["k"]]), jnp.array([1.0, 0.0])
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPLEX)
+@pytest.mark.parametrize("has_real", [False, True])
+def test_what_is_complex_and_tied_has_a_row_without_an_error(case, has_real):
+    follow = COMPLEX[case]
+    model = {"k": jnp.array(0.3), "w": jnp.array(0.6)}
+    ties = {"z": follow} | ({"w": lambda model: 2 * model["k"]} if has_real else {})
+    trainer = Rotated({**model, "z": follow(model)}, ties=ties)
+    x = jnp.linspace(0.0, 3.0, 9)
+    fits = vn.fit_many([trainer] * 2, x, 30, solver=LM)
+    end = fits.trainer(0)
+    report, columns = end.report(x), fits.to_dict(x)
+    value = np.asarray(end.model["z"])
+    names = [name for name in columns if name.startswith("z")]
+    assert len(names) == value.size
+    for name, expected in zip(names, value.flat, strict=True):
+        row = report[name]
+        assert (row.value, row.status) == (expected, "tied to a function")
+        assert np.isnan(row.error)
+        line = next(x for x in end.table(x).splitlines() if x.startswith(name))
+        assert line.split(maxsplit=2)[1:] == [f"{expected:.6g}", row.status]
+        assert columns[name][0] == expected
+        assert f"error[{name}]" not in columns
+        assert f"{expected:.6g}" in fits.table(x)
+    for name in ("k", "w"):
+        np.testing.assert_allclose(columns[f"error[{name}]"][0], report[name].error)
+    if has_real:
+        np.testing.assert_allclose(report["w"].error, 2 * report["k"].error)
+
+
 def test_a_tuple_ties_several_and_a_python_float_can_be_tied():
     ties = {("b.width", "c.width"): "a.width", "b.scale": "a.width"}
     trainer = PeakFit(START, ties=ties)

@@ -373,6 +373,15 @@ def test_many_on_devices(name):
         assert one.stop_reasons[3] is vn.StopReason.NON_FINITE
 
 
+def test_many_that_converged_on_devices_are_not_checked():
+    trainers, options = starts(count=4), {"stop": vn.Converged(0.9, 2)}
+    one = vn.fit_many(trainers, BATCH, 9, **options)
+    assert one.stop_reasons == (vn.StopReason.STALLED,) * 4
+    many = vn.fit_many(trainers, BATCH, 9, mesh=mesh_of(4), **options)
+    assert many.stop_reasons == (vn.StopReason.CONVERGED,) * 4
+    assert np.isnan(many.edms).all()
+
+
 @functools.cache
 def solved(**options):
     trainers = [GaussianFit(t.model) for t in starts(count=16)]

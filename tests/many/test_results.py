@@ -13,6 +13,7 @@ import vernal as vn
 from models import Gaussian, GaussianFit
 
 X, LM = np.linspace(-5.0, 5.0, 40), optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
+BFGS = optx.BFGS(1e-8, 1e-8)
 SIZE, BROKEN = 12, (3, 7)
 AXES = (None, 0, None)
 
@@ -82,6 +83,133 @@ def test_tables_have_errors_of_the_kind_asked_for(kind):
     np.testing.assert_array_equal(again, reverse.mean)
 
 
+class Counted(vn.Trainer):
+    """What has a mask, and data enough without it."""
+
+    def residuals(self, model, batch):
+        x, y, where = batch
+        return vn.likelihoods.Gaussian(model(x), y, jnp.asarray(1.0), where=where)
+
+
+class TiedPeak(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y, _ = batch
+        return model["peak"](x) - y
+
+
+def masked():
+    x, y, _ = spectra()
+    widths = np.array([40, 15, 10, 2, *[40] * (SIZE - 4)])
+    return x, np.where(np.isnan(y), y[0], y), abs(np.arange(40) - 21) < widths[:, None]
+
+
+TWICE = {"ties": {"peak.power": lambda model: 4 * model["peak"].std}}
+# How to make a member, its data and their axes, and how to compute.
+SCALED = {
+    "residuals": (lambda m: GaussianFit(m), spectra(), AXES, {}),
+    "in groups": (lambda m: GaussianFit(m), spectra(), AXES, {"batch": 4}),
+    "observed": (lambda m: GaussianFit(m), spectra(), AXES, {"kind": "observed"}),
+    "masked": (lambda m: Counted(m), masked(), (None, 0, 0), {}),
+    "tied": (lambda m: TiedPeak({"peak": m}, **TWICE), spectra(), AXES, {}),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_the_errors_of_each_are_scaled_by_its_own_scatter(case):
+    of_model, data, axes, options = SCALED[case]
+    kind = {"kind": options["kind"]} if "kind" in options else {}
+    trainers = [of_model(peak(0.3, 1.2, 4.0))] * SIZE
+    group = {"batch": options.get("batch"), "solver": LM, "data_axis": axes}
+    result = vn.fit_many(trainers, data, 50, **group)
+    columns = result.to_dict(data, scale_errors=True, **kind)
+    frame = result.to_dataframe(data, scale_errors=True, **kind)
+    names = [name for name in columns if name.startswith("error[")]
+    assert len(names) == 3
+    own = jax.tree.leaves(result.errors(data, scale_errors=True, **kind))
+    np.testing.assert_array_equal(own[0], columns[names[0]])
+    rows = result.table(data, scale_errors=True, **kind).splitlines()
+    for index in range(SIZE):
+        found = [columns[name][index] for name in names]
+        np.testing.assert_array_equal(found, frame.loc[index, names])
+        # Not finite, or as many data as parameters.
+        if index in ((3,) if case == "masked" else BROKEN):
+            assert np.isnan(found).all()
+            continue
+        report = result.report(index, data, scale_errors=True, **kind)
+        theirs = [row.error for row in report.parameters]
+        np.testing.assert_allclose(found, theirs, rtol=1e-6)
+        assert report.error_scale != 1
+        assert rows[2 + index].count("±") == 3
+
+
+def test_a_scale_that_is_not_there_is_refused_as_for_one():
+    class Counts(vn.Trainer):
+        def residuals(self, model, batch):
+            x, y, _ = batch
+            return vn.likelihoods.Poisson(jnp.exp(model(x)), jnp.round(y))
+
+    class Few(GaussianFit):
+        def residuals(self, model, batch):
+            return super().residuals(model, batch)[:3]
+
+    class Robust(vn.Trainer):
+        def residuals(self, model, batch):
+            return vn.likelihoods.Robust(model(batch[0]) - batch[1], "cauchy", 1.0)
+
+    x, y, sigma = spectra()
+    batch = x, np.abs(y[0]), sigma
+    prior = {"priors": {"mean": vn.Normal(0.0, 1.0)}}
+    cases = {
+        "sandwich": (GaussianFit, {}, {"kind": "sandwich"}),
+        "robust": (Robust, {}, {}),
+        "priors": (GaussianFit, prior, {}),
+        "counts": (Counts, {}, {}),
+        "nll": (Likelihood, {}, {}),
+        "few": (Few, {}, {}),
+    }
+    for case, (kind, options, how) in cases.items():
+        trainer = kind(peak(0.2, 1.1, 3.8), **options)
+        result = vn.fit_many(
+            [trainer] * 2, batch, 2, solver=LM if case != "nll" else BFGS
+        )
+        with pytest.raises(ValueError, match="scale_errors") as one:
+            result.trainer(0).table(batch, scale_errors=True, **how)
+        with pytest.raises(ValueError, match="scale_errors") as many:
+            result.table(batch, scale_errors=True, **how)
+        assert str(many.value) == str(one.value), case
+        with pytest.raises(ValueError, match="scale_errors"):
+            result.errors(batch, scale_errors=True, **how)
+
+
+def test_scaled_errors_far_from_the_minimum_warn():
+    # Error bars so large that the known ones are no reason to warn.
+    x, y, sigma = spectra()
+    data = x, y[4:6], 1e6 * sigma
+    trainers = [GaussianFit(peak(0.2, 1.1, 3.8), optax.sgd(1e-9))] * 2
+    result = vn.fit_many(trainers, data, 1, data_axis=AXES, progress=False)
+    result.errors(data)
+    with pytest.warns(UserWarning, match="member 0 are asked for far from"):
+        result.errors(data, scale_errors=True)
+
+
+HINTS = {
+    "models": r"`result\.trainer\(i\)\.model`. All of them .* `result\.trainers`",
+    "model": r"`result\.trainer\(i\)\.model`",
+    "standard_errors": r"`result\.trainer\(i\)\.standard_errors`",
+    "stop_reason": r"one for each member: `result\.stop_reasons`",
+    "edm": r"`result\.edms`",
+    "best_loss": r"`result\.best_losses`",
+    "nonsense": r"no attribute 'nonsense'\.$",
+    "__nonsense__": r"no attribute '__nonsense__'\.$",
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_name_that_is_missing_is_shown_where_it_lives(name):
+    with pytest.raises(AttributeError, match=HINTS[name]):
+        getattr(solved(), name)
+
+
 def test_errors_compile_once():
     traces = 0
 
@@ -96,6 +224,7 @@ def test_errors_compile_once():
     once = traces
     result.table(spectra())
     result.to_dict(spectra())
+    result.errors(spectra(), scale_errors=True)
     assert traces == once
 
 
@@ -200,6 +329,8 @@ def test_the_report_of_one():
     theirs = result.trainer(1).report(one(1))
     assert ours.stop_reason is vn.StopReason.CONVERGED
     assert ours.chi_squared == theirs.chi_squared
+    fewer = result.report(1, spectra(), data_count=30)
+    assert (fewer.data_count, fewer.degrees_of_freedom) == (30, 27)
     assert result.report(-1, spectra())["std"].value == result.params.std[-1]
     with pytest.raises(ValueError, match="40 NaNs"):
         result.report(3, spectra())

@@ -1,6 +1,7 @@
 """Errors of the model's own elements, from those of free coordinates."""
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ from .._boundary import PyTree
 from .._constraints import Bijections
 from .._curvature import column_norms
 from .._projection import DenseWhitening
-from .._step import AbstractTrainer, template_of
+from .._step import AbstractTrainer, template_of, tied_words
 from .._tree import as_parameters, by_path, ravel, unravel
 
 
@@ -73,3 +74,9 @@ def held_elements(
     return jnp.concatenate(
         [none(x) if path in bijections.maps else own for (path, x), own in pairs]
     )
+
+
+def tied_with_errors(trainer: AbstractTrainer, model: Any) -> list[str]:
+    """Lists the tied parameters that have a standard error: complex ones have none."""
+    leaves = by_path(model).by_name()
+    return [p for p in tied_words(trainer) if not jnp.iscomplexobj(leaves[p])]

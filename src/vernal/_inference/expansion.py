@@ -88,29 +88,10 @@ class Around(NamedTuple):
         """Returns the factor of errors whose scale is the scatter of the residuals."""
         if not boolean(scale_errors, "scale_errors"):
             return 1.0
-        if self.kind == "sandwich":
-            raise ValueError(
-                '`scale_errors` and `kind="sandwich"`, which robust losses have by '
-                "default, both take the scale of the errors from the scatter of the "
-                "data. Give one of them."
-            )
-        if self.penalty is not None:
-            raise ValueError(
-                "`scale_errors` would scale the widths of the `priors` too, which are "
-                "known. Scale the residuals by their scatter, and leave it out."
-            )
-        if self.data is not None and self.data.has_scale:
-            raise ValueError(
-                "`scale_errors` takes the scale of the errors from the scatter of the "
-                "residuals, and the likelihoods of these data know their scale. Take "
-                'the errors from the scatter of the data: `kind="sandwich"`.'
-            )
+        has_scale = self.data is not None and self.data.has_scale
+        require_scatter(self.kind, self.penalty is not None, has_scale)
         if self.reduced_chi_squared is None:
-            raise ValueError(
-                "`scale_errors` takes the scale of the errors from the scatter of "
-                "`residuals`, and there is none: define `residuals`, and give more "
-                "data than free parameters. Or leave `scale_errors` out."
-            )
+            raise ValueError(NO_SCATTER)
         return math.sqrt(self.reduced_chi_squared)
 
     def of_elements(self, trainer: AbstractTrainer) -> "OfElements":
@@ -121,6 +102,34 @@ class Around(NamedTuple):
         is_fixed = (known == 0) & (template_of(trainer).bijections is not None)
         is_held = held_elements(trainer, self.held) | is_fixed
         return OfElements(np.where(is_held, np.nan, known), whitening)
+
+
+def require_scatter(kind: ErrorKind, has_priors: bool, has_scale: bool) -> None:
+    """Refuses `scale_errors` if a scale is known, or taken from the scatter already."""
+    if kind == "sandwich":
+        raise ValueError(
+            '`scale_errors` and `kind="sandwich"`, which robust losses have by '
+            "default, both take the scale of the errors from the scatter of the "
+            "data. Give one of them."
+        )
+    if has_priors:
+        raise ValueError(
+            "`scale_errors` would scale the widths of the `priors` too, which are "
+            "known. Scale the residuals by their scatter, and leave it out."
+        )
+    if has_scale:
+        raise ValueError(
+            "`scale_errors` takes the scale of the errors from the scatter of the "
+            "residuals, and the likelihoods of these data know their scale. Take "
+            'the errors from the scatter of the data: `kind="sandwich"`.'
+        )
+
+
+NO_SCATTER = (
+    "`scale_errors` takes the scale of the errors from the scatter of `residuals`, and "
+    "there is none: define `residuals`, and give more data than free parameters. Or "
+    "leave `scale_errors` out."
+)
 
 
 class OfElements(NamedTuple):

@@ -14,7 +14,7 @@ from .._boundary import one_of
 from .._curvature import matmul
 from .._data import as_batch
 from .._step import AbstractTrainer, bijections_of, defined, in_free_coordinates
-from .._tree import as_parameters, ravel_dtype
+from .._tree import as_parameters, paths, ravel_dtype, ravel_size
 from .derivatives import Passes, derive, require_finite
 
 FisherKind = Literal["expected", "observed"]
@@ -86,6 +86,17 @@ def require_likelihood(trainer: AbstractTrainer, what: str) -> None:
             "`loss`: error bars from a mean, or from a sum with a penalty, would be "
             "wrong. Define `residuals` or `nll` beside it. (To whiten the parameters, "
             "`curvature` will do.)"
+        )
+
+
+def require_elements(trainer: AbstractTrainer, what: str) -> None:
+    """Refuses to compute `what` of parameters that have no elements."""
+    params = as_parameters(trainer.params)
+    if not ravel_size(params):
+        named = map(repr, paths(params))
+        raise ValueError(
+            f"{what} is of the elements of the parameters, and those that `train` "
+            f"chooses have none: {', '.join(named)}. Train others."
         )
 
 

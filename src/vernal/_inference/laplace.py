@@ -14,7 +14,7 @@ from .._projection import DenseWhitening, NullPolicy
 from .._step import AbstractTrainer, defined, prior_count
 from .._tree import as_parameters
 from .derivatives import Derived, Passes, derive, require_finite
-from .fisher import require_likelihood, require_residuals
+from .fisher import require_elements, require_likelihood, require_residuals
 from .whiten import (
     Reduced,
     checked_spectra,
@@ -64,6 +64,7 @@ def laplace(
     the bounds are not looked at.
     """
     require_likelihood(trainer, what)
+    require_elements(trainer, what)
     kind = checked_kind(trainer, kind)
     passes, params = Passes(jac=jac), as_parameters(trainer.params)
     if "residuals" not in defined(trainer):

@@ -7,6 +7,7 @@ import numpy as np
 from .._report import ParameterRow, parameter_rows
 from .._step import AbstractTrainer, template_of
 from .._tree import by_path, element_name, named_leaves
+from .elements import tied_with_errors
 from .expansion import Around, OfElements
 from .propagate import propagated
 
@@ -19,13 +20,14 @@ def rows(
 ) -> Iterator[ParameterRow]:
     """Yields a row for each element; without the surroundings, there are no errors.
 
-    The error of what is tied to others is that of a function of them. The parameters of
+    The error of what is tied to others is that of a function of them; what is complex
+    has none. The parameters of
     the trainer may be free coordinates.
     """
     free = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
     ties, bijections = template_of(trainer).ties, template_of(trainer).bijections
     words = {} if ties is None else ties.words
-    errors, fixed = None, set()
+    model, errors, fixed = trainer.model, None, set()
     if here is not None:
         around, own = here
         # Without scatter the scale is zero, and an infinite error stays infinite.
@@ -38,12 +40,12 @@ def rows(
             for path in (() if bijections is None else bijections.maps)
             for index in np.flatnonzero(np.isnan(errors[path]))
         }
-        if words:
-            tied = lambda model: {p: by_path(model).by_name()[p] for p in words}
+        if real := tied_with_errors(trainer, model):
+            tied = lambda model: {p: by_path(model).by_name()[p] for p in real}
             _, found = propagated(trainer, tied, around, scale)
-            known = {path: np.asarray(found[path], float) for path in words}
+            known = {path: np.asarray(found[path], float) for path in real}
             # What follows only elements that are held has no error either.
             is_held = lambda e: (e == 0) & around.held.any()
             errors |= {p: np.where(is_held(e), np.nan, e) for p, e in known.items()}
-    for row in parameter_rows(trainer.model, free, errors, words, most):
+    for row in parameter_rows(model, free, errors, words, most):
         yield row._replace(status="fixed") if row.name in fixed else row

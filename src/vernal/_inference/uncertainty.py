@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import Params, PyTree, boolean, is_traced, refuse_program
 from .._closure import Closure
@@ -21,6 +22,7 @@ from .._program import Version, version_of
 from .._projection import DenseWhitening, EigenProjector, whiten_spectrum
 from .._step import (
     AbstractTrainer,
+    DataKind,
     bijections_of,
     bounds_of,
     defined,
@@ -28,16 +30,29 @@ from .._step import (
     in_free_coordinates,
     live,
     negative_log_likelihood,
+    priors_of,
     step_key,
     stripped,
     template_of,
-    tied_words,
 )
 from .._tree import as_parameters, by_path, is_inexact, ravel, ravel_size, unravel
 from .derivatives import Derived, Passes, derive
-from .elements import elements_of, held_elements, whitening_of_elements
-from .expansion import Fall, expanded, may_be_far, possible_fall, warn_if_far
-from .fisher import require_likelihood
+from .elements import (
+    elements_of,
+    held_elements,
+    tied_with_errors,
+    whitening_of_elements,
+)
+from .expansion import (
+    NO_SCATTER,
+    Fall,
+    expanded,
+    may_be_far,
+    possible_fall,
+    require_scatter,
+    warn_if_far,
+)
+from .fisher import require_elements, require_likelihood
 from .laplace import (
     NULLS,
     ErrorKind,
@@ -94,17 +109,64 @@ def _refuse(*_: Any) -> Any:
     )
 
 
+class Scatter(NamedTuple):
+    """What there is to know of the scatter of residuals.
+
+    - `squares`: the sum of their squares.
+    - `data`: what they are.
+    - `rank`: the number of directions that they constrain.
+    """
+
+    squares: Float[Array, "..."]
+    data: DataKind
+    rank: Int[Array, "..."]
+
+    def error_scales(
+        self, trainer: AbstractTrainer, kind: ErrorKind | None
+    ) -> Float[np.ndarray, " members"]:
+        """Returns the root of each member's reduced chi-squared, NaN without any."""
+        of_any = lambda flags: bool(np.any(flags))
+        if kind is None and of_any(self.data.is_robust):
+            kind = "sandwich"
+        has_priors, has_scale = priors_of(trainer) is not None, self.data.has_scale
+        require_scatter(kind or "expected", has_priors, of_any(has_scale))
+        degrees = np.asarray(self.data.size) - np.asarray(self.rank)
+        if not of_any(degrees > 0):
+            raise ValueError(NO_SCATTER)
+        squares = np.asarray(self.squares, float)
+        return np.sqrt(squares / np.where(degrees > 0, degrees, np.nan))
+
+
 class KnownErrors(NamedTuple):
     """Standard errors, NaN where there are none.
 
     - `own`: those of the parameters.
-    - `tied`: those of tied parameters, by path.
+    - `tied`: those of tied parameters that are real, by path.
     - `fall`: how far chi-squared could still fall.
+    - `scatter`: that of `residuals`, `None` without any.
     """
 
     own: Params
     tied: dict[str, Array]
     fall: Fall
+    scatter: Scatter | None
+
+    def scaled(self, trainer: AbstractTrainer, kind: ErrorKind | None) -> "KnownErrors":
+        """Multiplies the errors of each member by the scatter of its residuals."""
+        if self.scatter is None:
+            raise ValueError(NO_SCATTER)
+        scales = self.scatter.error_scales(trainer, kind)
+
+        def scaled(errors: Array) -> Array:
+            known = np.asarray(errors)
+            factor = scales.astype(known.dtype).reshape(-1, *[1] * (known.ndim - 1))
+            # Without scatter it is zero, and an infinite error stays infinite.
+            is_known = np.isfinite(known)
+            finite = factor * np.where(is_known, known, 0)
+            return jax.device_put(np.where(is_known, finite, known))
+
+        own, tied = jax.tree.map(scaled, (self.own, self.tied))
+        return self._replace(own=own, tied=tied)
 
 
 def errors_or_nan(
@@ -115,11 +177,14 @@ def errors_or_nan(
     There are none if derivatives are not finite, or the loss curves downwards.
     """
     require_likelihood(trainer, "A standard error")
+    require_elements(trainer, "A standard error")
     trainer, passes = in_free_coordinates(trainer), Passes(jac=jac)
+    scatter = None
     if "residuals" not in defined(trainer):
         whitening, derived, is_good, fall = _by_hessian(trainer, batch, passes)
     else:
         expected, derived, is_good, fall = _by_jacobian(trainer, batch, passes)
+        scatter = _scatter(derived, expected)
 
         def observed() -> DenseWhitening:
             nonlocal is_good
@@ -141,8 +206,8 @@ def errors_or_nan(
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
     own = unravel(known, as_parameters(elements_of(trainer)))
     fall = fall._replace(chi_squared=jnp.where(is_good, fall.chi_squared, jnp.nan))
-    if not (names := tied_words(trainer)):
-        return KnownErrors(own, {}, fall)
+    if not (names := tied_with_errors(trainer, trainer.model)):
+        return KnownErrors(own, {}, fall, scatter)
     scale = jnp.where(held, 0, whitening.scale)
     moved = eqx.tree_at(lambda w: w.scale, whitening, scale)
     tied = lambda model: {p: by_path(model).by_name()[p] for p in names}
@@ -151,7 +216,14 @@ def errors_or_nan(
     # What follows only elements that are held has no error.
     is_still = lambda e: (e == 0) & jnp.any(held)
     clear = lambda e: jnp.where(is_good & ~is_still(e), e, jnp.nan)
-    return KnownErrors(own, jax.tree.map(clear, found), fall)
+    return KnownErrors(own, jax.tree.map(clear, found), fall, scatter)
+
+
+def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:
+    assert derived.deviances is not None
+    assert derived.data is not None
+    squares = jnp.sum(jnp.square(derived.deviances))
+    return Scatter(squares, derived.data, jnp.sum(whitening.roots > 0))
 
 
 # LAPACK may not return if there is a NaN: what is not finite is replaced.

@@ -19,6 +19,7 @@ from .._projection import (
     DenseWhitening,
     EigenProjector,
     NullPolicy,
+    find_blocks,
     jacobian_rtol,
     make_block_projector,
     make_projector,
@@ -28,7 +29,14 @@ from .._projection import (
 from .._step import AbstractTrainer, bijections_of, defined, in_free_coordinates
 from .._tree import as_parameters, ravel_dtype, widest
 from .derivatives import Passes, derive, require_finite
-from .fisher import Blocks, as_selectors, by_selector, has_likelihood, matrices
+from .fisher import (
+    Blocks,
+    as_selectors,
+    by_selector,
+    has_likelihood,
+    matrices,
+    require_elements,
+)
 
 WhitenOne = Callable[[Any, Params, NullPolicy, str], DenseWhitening]
 
@@ -49,10 +57,12 @@ def whitened(
     nulls.check()
     is_free = whitens_free(trainer)
     trainer = in_free_coordinates(trainer)
+    require_elements(trainer, "A projector")
     if blocks is None:
         found, whiten_one = _decomposed(trainer, batch, None, passes)
         whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")
         return make_projector(whitening, trainer.params, "`batch`", is_free)
+    blocks = _with_elements(trainer, as_selectors(blocks))
     found, whiten_one = _decomposed(trainer, batch, blocks, passes)
     return make_block_projector(found, trainer.params, nulls, whiten_one, is_free)
 
@@ -63,6 +73,25 @@ def whitens_free(trainer: AbstractTrainer) -> bool:
         return True
     # In the rounds of a solve the trainer is in free coordinates already.
     return trainer.projector is not None and trainer.projector.is_of_free
+
+
+def _with_elements(
+    trainer: AbstractTrainer, selectors: tuple[Any, ...] | None
+) -> tuple[Any, ...]:
+    """Leaves out the blocks without elements, in which there is nothing to whiten."""
+    params, selectors = as_parameters(trainer.params), selectors or ()
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    if all(sizes):
+        return selectors
+    blocks = find_blocks(params, selectors, "blocks")
+    pairs = zip(selectors, blocks, strict=True)
+    kept = tuple(own for own, block in pairs if any(sizes[i] for i in block))
+    if not kept:
+        raise ValueError(
+            f"`blocks`: none of {', '.join(map(repr, selectors))} has elements. Give "
+            "the block of a parameter that has."
+        )
+    return kept
 
 
 def _decomposed(

@@ -19,6 +19,7 @@ from .._inference import (
     errors_or_nan,
     how_far,
 )
+from .._minimum import share_p_value
 from .._program import program
 from .._step import AbstractTrainer, Progress, config_of, progress_of, with_progress
 from .mapped_chunk import Flags, apart, in_groups
@@ -76,20 +77,23 @@ def warn_if_any_is_far(
     member_of: Callable[[int], tuple[AbstractTrainer, Any]],
     jac: Mode | None,
     kind: ErrorKind | None,
+    scale_errors: bool,
 ) -> None:
     """Warns of errors that are asked for far from the minimum of a member.
 
     `member_of` returns the trainer of a member, and its batch.
     """
-    is_suspect = found.fall.truth_p_value <= NO_ACCIDENT
-    suspects = [int(index) for index in np.flatnonzero(is_suspect)]
+    p_value = found.fall.truth_p_value
+    if scale_errors and (scatter := found.scatter) is not None:
+        p_value = share_p_value(*found.fall, scatter.squares, scatter.data.size)
+    suspects = [int(index) for index in np.flatnonzero(p_value <= NO_ACCIDENT)]
     for index in suspects:
         trainer, batch = member_of(index)
         try:
             here = around(trainer, batch, "A standard error", jac, kind)
         except ValueError:  # on the verge of having no errors, by rounding
             continue
-        if not (far := how_far(trainer, here, scale_errors=False)):
+        if not (far := how_far(trainer, here, scale_errors)):
             continue
         others = [str(other) for other in suspects if other > index]
         shown = ", ".join(others[:_MOST_NAMED]) + ", …" * (len(others) > _MOST_NAMED)

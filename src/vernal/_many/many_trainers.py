@@ -22,6 +22,7 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
+from .arrival import checked_ends
 from .data_axis import axes_of, members_first
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
 from .result import ManyResult
@@ -139,7 +140,9 @@ class ManyTrainers(AbstractSubject):
         return shown | ({"stopped": str(over)} if over else {})
 
     def checked(self, result: Any, source: Source) -> Any:
-        return result
+        if self.place.mesh is not None or not isinstance(source, Whole):
+            return result
+        return checked_ends(result, source.batch, self.flags(source.batch), self.group)
 
     def result(
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]

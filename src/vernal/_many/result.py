@@ -1,7 +1,7 @@
 """How many fits ended."""
 
 import dataclasses
-from typing import Any, Generic, final
+from typing import TYPE_CHECKING, Any, Generic, final
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from typing_extensions import TypeVar
 
-from .._boundary import PyTree, entrance, whole_number
+from .._boundary import PyTree, boolean, entrance, whole_number
 from .._curvature import Mode
 from .._data import as_batch
 from .._inference import ErrorKind, KnownErrors
@@ -42,8 +42,9 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     - `history`: what was recorded, with a column for each member:
         `history.loss[row, i]`. After a member has ended, its column is NaN.
     - `stop_reasons`: why the fit of each ended.
-    - `edms`: after a solve, how far the loss of each could still fall, as `edm` of a
-        [`vernal.FitResult`][]; NaN after a fit.
+    - `edms`: how far the loss of each could still fall, as `edm` of a
+        [`vernal.FitResult`][]: after a solve, and of each member whose fit
+        [`vernal.Converged`][] ended. NaN where it is not known.
     """
 
     trainers: TrainerT
@@ -52,6 +53,23 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     edms: Float[np.ndarray, " members"]
     _data_axis: Any = None
     _group: int = eqx.field(static=True, default=0)
+
+    if not TYPE_CHECKING:  # for checkers every name would be one
+
+        def __getattr__(self, name: str) -> Any:
+            # For what is not found. Pickling asks before there are trainers.
+            told = f"`ManyResult` has no attribute {name!r}."
+            kind, known = type(self.__dict__.get("trainers")), dir(self)
+            plural = [x for x in (f"{name}s", f"{name}es") if x in known]
+            single = [x for x in (name, name.removesuffix("s")) if hasattr(kind, x)]
+            if plural:
+                told += f" It has one for each member: `result.{plural[0]}`."
+            elif single and not name.startswith("_"):
+                told += (
+                    f" The trainer of a member has: `result.trainer(i).{single[0]}`. "
+                    "All of them are stacked in `result.trainers`."
+                )
+            raise AttributeError(told, name=name, obj=self)
 
     def __len__(self) -> int:
         return len(self.stop_reasons)
@@ -104,7 +122,12 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
     @entrance
     def errors(
-        self, data: Any, *, jac: Mode | None = None, kind: ErrorKind | None = None
+        self,
+        data: Any,
+        *,
+        scale_errors: bool = False,
+        jac: Mode | None = None,
+        kind: ErrorKind | None = None,
     ) -> PyTree:
         """Returns the standard errors of all members, in one compiled program.
 
@@ -112,6 +135,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         - `data`: all of the data, one batch, as for [`vernal.fit_many`][]: each member
             has its own part along the `data_axis` of the fit.
+        - `scale_errors`: as for [`vernal.Trainer.report`][]: those of each member by
+            its own reduced chi-squared.
         - `jac`: as for [`vernal.Trainer.fisher`][].
         - `kind`: as for [`vernal.Trainer.standard_errors`][].
 
@@ -119,15 +144,19 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         A tree like `params`. The errors of a member are NaN if its residuals or their
         derivatives are not finite, or the Hessian of its `nll` has a negative
-        eigenvalue; this harms no other member. There is a warning if one of them is
+        eigenvalue, or with `scale_errors` it has no more data than free parameters;
+        this harms no other member. There is a warning if one of them is
         far from its minimum, as of [`vernal.Trainer.standard_errors`][].
 
         **Raises:**
 
         - `TypeError`: if the class defines only `loss`.
-        - `ValueError`: if an axis of `data` is not as long as there are members.
+        - `ValueError`: if an axis of `data` is not as long as there are members; if
+            `scale_errors` finds no scatter in any member, or a scale that is known, as
+            of [`vernal.Trainer.report`][].
         """
-        return self._errors(data, jac, kind).own
+        is_scaled = boolean(scale_errors, "scale_errors")
+        return self._errors(data, is_scaled, jac, kind).own
 
     @entrance
     def report(
@@ -136,6 +165,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         data: Any,
         *,
         scale_errors: bool = False,
+        data_count: int | None = None,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> Report:
@@ -145,12 +175,13 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         - `index`: the member.
         - `data`, `jac`, `kind`: as for `errors`.
-        - `scale_errors`: as for [`vernal.Trainer.report`][].
+        - `scale_errors`, `data_count`: as for [`vernal.Trainer.report`][].
         """
         trainer = self.trainer(index)
         batch, flags = self._rows_of(data)
         own = member(batch, flags, range(len(self))[index])
-        report = trainer.report(own, scale_errors=scale_errors, jac=jac, kind=kind)
+        scaled = {"scale_errors": scale_errors, "data_count": data_count}
+        report = trainer.report(own, **scaled, jac=jac, kind=kind)
         return dataclasses.replace(report, stop_reason=self.stop_reasons[index])
 
     @entrance
@@ -158,6 +189,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         self,
         data: Any = None,
         *,
+        scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> str:
@@ -167,7 +199,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         **Arguments:**
 
-        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
+        - `data`, `scale_errors`, `jac`, `kind`: as for `errors`; without data there are
+            no errors.
 
         **Returns:**
 
@@ -176,7 +209,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         of what is held at its bound.
         """
         losses = np.asarray(self.best_losses)
-        columns = self._by_element(data, jac, kind)
+        columns = self._by_element(data, scale_errors, jac, kind)
         return as_table(*columns, self._heads(), losses, self.stop_reasons)
 
     @entrance
@@ -184,6 +217,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         self,
         data: Any = None,
         *,
+        scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> dict[str, Any]:
@@ -191,7 +225,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         **Arguments:**
 
-        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
+        - `data`, `scale_errors`, `jac`, `kind`: as for `errors`; without data there are
+            no errors.
 
         **Returns:**
 
@@ -201,7 +236,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
         the other key is `"<edm>"`.)
         """
-        values, errors, _ = self._by_element(data, jac, kind)
+        values, errors, _ = self._by_element(data, scale_errors, jac, kind)
         return as_columns(
             values,
             errors,
@@ -215,6 +250,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         self,
         data: Any = None,
         *,
+        scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
     ) -> Any:
@@ -222,13 +258,15 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         **Arguments:**
 
-        - `data`, `jac`, `kind`: as for `errors`; without data there are no errors.
+        - `data`, `scale_errors`, `jac`, `kind`: as for `errors`; without data there are
+            no errors.
 
         **Raises:**
 
         - `ImportError`: if pandas is not installed.
         """
-        frame = pandas().DataFrame(self.to_dict(data, jac=jac, kind=kind))
+        options = {"scale_errors": scale_errors, "jac": jac, "kind": kind}
+        frame = pandas().DataFrame(self.to_dict(data, **options))
         return frame.rename_axis("member")
 
     def _rows_of(self, data: Any) -> tuple[Any, Flags]:
@@ -236,26 +274,36 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return members_first(batch, self._data_axis, len(self), "data")
 
     def _errors(
-        self, data: Any, jac: Mode | None, kind: ErrorKind | None
+        self,
+        data: Any,
+        scale_errors: bool,
+        jac: Mode | None,
+        kind: ErrorKind | None,
     ) -> KnownErrors:
         batch, flags = self._rows_of(data)
         args = self.trainers, batch, flags, self._group, jac, kind
         found = errors_of_each(*args)
+        found = found.scaled(self.trainers, kind) if scale_errors else found
         member_of = lambda index: (self.trainer(index), member(batch, flags, index))
-        warn_if_any_is_far(found, member_of, jac, kind)
+        warn_if_any_is_far(found, member_of, jac, kind, scale_errors)
         return found
 
     def _by_element(
-        self, data: Any, jac: Mode | None, kind: ErrorKind | None
+        self,
+        data: Any,
+        scale_errors: bool,
+        jac: Mode | None,
+        kind: ErrorKind | None,
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Returns a column for each element: its values, errors, and bounds met."""
+        is_scaled = boolean(scale_errors, "scale_errors")
         values, errors, met = by_element(self.params), {}, {}
         if names := tied_words(self.trainers):
             models = eqx.filter_vmap(lambda trainer: trainer.model)(self.trainers)
             tied = by_path(models).by_name()
             values |= by_element({path: tied[path] for path in names})
         if data is not None:
-            found = self._errors(data, jac, kind)
+            found = self._errors(data, is_scaled, jac, kind)
             errors = by_element(found.own) | by_element(found.tied)
         if bounds_of(self.trainers) is not None:
             met = by_element(eqx.filter_vmap(bounds_met)(self.trainers))

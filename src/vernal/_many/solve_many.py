@@ -13,7 +13,7 @@ from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import AbstractPlacement, same_inputs
-from .._minimum import distance_of, settled
+from .._minimum import settled
 from .._policy import StopReason
 from .._program import program
 from .._solve import (
@@ -44,6 +44,7 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
+from .arrival import distances_of
 from .many_trainers import ManyTrainers
 from .mapped_chunk import Flags, apart, in_groups
 from .one_by_one import solve_each
@@ -200,9 +201,8 @@ def _solve(
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
         )
     )
-    local = jax.device_get(jax.tree.map(whole, end.local))
-    rows = range(len(numbers))
-    distances = [distance_of(jax.tree.map(lambda x, i=i: x[i], local)) for i in rows]
+    local = jax.tree.map(whole, end.local)
+    distances = distances_of(local, range(len(numbers)))
     reasons = [settled(REASONS[i], d) for i, d in zip(numbers, distances, strict=True)]
     suspect = np.array(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]

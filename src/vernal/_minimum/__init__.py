@@ -21,6 +21,7 @@ from .edm import (
     along,
     chi_squared_p_value,
     edm_note,
+    share_p_value,
     truth_p_values,
     unknown,
 )

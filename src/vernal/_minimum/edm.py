@@ -85,20 +85,25 @@ def truth_p_values(
     The second holds for errors of any scale: the share that $2\,\mathrm{edm}$ has in
     the `squares` of residuals, a sum and its count, has the distribution of beta.
     """
-    # A dependency of JAX.
-    from scipy.special import betainc
-
     edm = float(distance.edm)
     if not distance.is_far:
         return 1.0, 1.0
     known = float(chi_squared_p_value(2 * edm, directions))
     if squares is None:
         return known, known
-    total, count = squares
-    if count <= directions:
-        return known, 1.0
-    rest = min(max(1 - 2 * edm / total, 0.0), 1.0)
-    return known, float(betainc((count - directions) / 2, directions / 2, rest))
+    return known, float(share_p_value(2 * edm, directions, *squares))
+
+
+def share_p_value(fall: Any, directions: Any, total: Any, count: Any) -> Any:
+    """Returns the probability that chi-squared falls by a larger share of `total`."""
+    # A dependency of JAX.
+    from scipy.special import betainc
+
+    fall, total = np.asarray(fall, float), np.asarray(total, float)
+    free = np.asarray(count) - directions
+    rest = np.clip(1 - fall / np.where(total > 0, total, np.nan), 0, 1)
+    found = betainc(np.maximum(free, 1) / 2, np.asarray(directions) / 2, rest)
+    return np.where(free > 0, found, 1.0)
 
 
 def chi_squared_p_value(value: Any, degrees: Any) -> Any:

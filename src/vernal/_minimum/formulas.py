@@ -53,7 +53,7 @@ def _of_spectral(local: Spectral) -> Distance:
     """
     values, loss = local.values, local.loss
     noise = noise_of_zero(len(values), loss.dtype)
-    is_kept = (values > noise * values[0]) & (values > 0)
+    is_kept = (values > noise * values.max(initial=0)) & (values > 0)
     along = np.where(is_kept, local.inner, 0)
     edm = 0.5 * np.sum(np.square(along))
     step = -local.right.T @ (along / np.where(is_kept, values, 1))
@@ -73,7 +73,7 @@ def _of_curved(local: Curved) -> Distance:
     """Finds the distance by the eigenvalues of the scaled Hessian."""
     slope, hessian = local.slope.astype(float), local.hessian.astype(float)
     values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
-    eps, largest = np.finfo(local.hessian.dtype).eps, np.abs(values).max()
+    eps, largest = np.finfo(local.hessian.dtype).eps, np.abs(values).max(initial=0)
     is_kept = np.abs(values) > max(ROUNDING, len(values)) * eps * largest
     along = np.where(is_kept, vectors.T @ slope, 0)
     curvature = np.where(is_kept, np.abs(values), 1)
@@ -82,7 +82,7 @@ def _of_curved(local: Curved) -> Distance:
         # Without curvature, as for a sum of absolute values, it is not known.
         edm = np.nan
     # Rounding makes less than this of a zero.
-    curves_down = values[0] < -(eps**0.5) * largest
+    curves_down = values.min(initial=0) < -(eps**0.5) * largest
     is_saddle = (largest == 0 and is_flat and not local.is_held) or curves_down
     step = -vectors @ (along / curvature)
     return _distance(edm, local.tolerance, is_saddle, local, step)

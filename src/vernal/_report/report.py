@@ -62,8 +62,8 @@ class Report:
     - `error_scale`: the factor of all errors, 1 without `scale_errors`.
     - `parameters`: a row for each element, with `name`, `value`, `error`, `status` and
         `is_free`. The error is infinite if the data do not constrain the element, and
-        NaN if it is not free. The status says what else there is to know, such as
-        "frozen"; often it is empty.
+        NaN if it is not free, or complex and tied. The status says what else there is
+        to know, such as "frozen"; often it is empty.
     - `correlation_matrix`: the correlations of the free elements, in the order of
         `parameters`; NaN where an error is infinite.
 

@@ -66,7 +66,7 @@ def parameter_rows(
             own = None if errors is None else errors[leaf.path]
             yield from _elements(leaf, own, most)
         elif leaf.path in tied:
-            own = None if errors is None else errors[leaf.path]
+            own = None if errors is None else errors.get(leaf.path)
             for row in _elements(leaf, own, most):
                 yield row._replace(status=tied[leaf.path], is_free=False)
         elif leaf.unfitted:

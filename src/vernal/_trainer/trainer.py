@@ -631,7 +631,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Arguments:**
 
-        - `batch`, `blocks`, `batch_size`, `jac`: as for [`vernal.Trainer.fisher`][].
+        - `batch`, `blocks`, `batch_size`, `jac`: as for [`vernal.Trainer.fisher`][]. A
+            block without elements is left out.
         - `optimiser`: as for [`vernal.Trainer.reproject`][].
         - `**options`: as for [`vernal.EigenProjector.from_fisher`][]; with `blocks`, as
             for [`vernal.EigenProjector.from_blocks`][]. By default `on_null` is
@@ -644,7 +645,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Raises:**
 
         - `ValueError`: if the derivatives are not finite, or a Hessian has a negative
-            eigenvalue; under `jax.jit`, an error when the program runs.
+            eigenvalue; under `jax.jit`, an error when the program runs. If no parameter
+            has an element.
         """
         refuse_unknown(options, OF_WHITEN, "whiten")
         require_precision(self)

@@ -1,0 +1,121 @@
+"""Whether many trainers are at their minima, at the end of a fit."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._boundary import PyTree
+from .._devices import ANYWHERE
+from .._minimum import (
+    Distance,
+    Local,
+    distance_of,
+    has_jacobian,
+    has_minimum,
+    measure,
+    settled,
+    what_falls,
+)
+from .._policy import StopReason
+from .._program import program
+from .._step import (
+    AbstractTrainer,
+    Progress,
+    config_of,
+    in_free_coordinates,
+    progress_of,
+    step_key,
+    stripped,
+    with_progress,
+)
+from .._storage import History
+from .mapped_chunk import Flags, apart, in_groups
+from .result import ManyResult
+from .stack import stacked
+
+
+class _Members(NamedTuple):
+    """The stacked trainers, and which leaves of them and of the batch have rows."""
+
+    trainers: AbstractTrainer
+    flags: Flags
+    group: int
+
+
+def checked_ends(
+    result: ManyResult[Any], batch: Any, flags: Flags, group: int
+) -> ManyResult[Any]:
+    """Checks of each member that `Converged` ended that it has arrived at a minimum.
+
+    `flags` says which leaves of the batch have a row for each member.
+    """
+    reasons, edms = list(result.stop_reasons), result.edms.copy()
+    over = [i for i, reason in enumerate(reasons) if reason is StopReason.CONVERGED]
+    if not over or not has_minimum(result.trainers):
+        return result
+    trainers, own, _ = stacked(result.trainers)
+    group = _group(trainers, batch, flags, group)
+    falls = jnp.asarray(_falls(result.history, np.asarray(trainers.step_count)))
+    members = _Members(trainers, (*own, *flags), group)
+    local = _measure(members, batch, what_falls(trainers), falls)
+    distances = distances_of(local, over)
+    for index, distance in zip(over, distances, strict=True):
+        reasons[index] = settled(reasons[index], distance)
+        edms[index] = distance.edm
+    return dataclasses.replace(result, stop_reasons=tuple(reasons), edms=edms)
+
+
+def distances_of(local: Any, indices: Any) -> list[Distance]:
+    """Finds the distances of the members with these indices, on the host."""
+    local = jax.device_get(local)
+    return [distance_of(jax.tree.map(lambda x, i=i: x[i], local)) for i in indices]
+
+
+@program
+def _measure(
+    members: _Members, batch: Any, kind: str, falls: Float[Array, " members"]
+) -> Local:
+    trainers, flags, group = members
+    config, progress = config_of(trainers), progress_of(trainers)
+    rows, shared = apart((config, batch), flags)
+
+    def of_one(own: tuple[PyTree, Progress, Array]) -> Local:
+        rows, progress, fall = own
+        config, batch = eqx.combine(rows, shared)
+        trainer = in_free_coordinates(with_progress(config, progress))
+        args = stripped(trainer), trainer.projector, batch, step_key(trainer)
+        return measure(*args, kind, fall)
+
+    return in_groups(jax.vmap(of_one), (rows, progress, falls), group, ANYWHERE)
+
+
+def _group(trainers: Any, batch: Any, flags: Flags, group: int) -> int:
+    """Returns how many members to measure at a time.
+
+    A fit needs no matrices; here those of all members are in memory together.
+    """
+    size = len(trainers.step_count)
+    count = lambda tree: sum(map(np.size, jax.tree.leaves(tree)))
+    rows, shared = apart(batch, flags)
+    data = count(rows) // size + count(shared)
+    params = count(trainers.params) // size
+    fits = lambda n: n == 1 or has_jacobian(n * data, params)
+    return next(n for n in range(group, 0, -1) if size % n == 0 and fits(n))
+
+
+def _falls(history: History, counts: np.ndarray) -> np.ndarray:
+    """Returns how far the recorded loss of each member fell.
+
+    It has no loss after its end, at a step of its own.
+    """
+    losses = history.loss
+    rows = np.searchsorted(history.steps, counts)
+    if not len(losses):
+        return np.zeros(len(counts), losses.dtype)
+    last = np.take_along_axis(losses, np.maximum(rows - 1, 0)[None], axis=0)[0]
+    return np.where(rows > 0, losses[0] - last, 0).astype(losses.dtype)
