@@ -63,9 +63,10 @@ def propagate(
         names = [repr(element_name(params, int(index))) for index in indices[:5]]
         more = f" and {indices.size - 5} more" if indices.size > 5 else ""
         warn(
-            f"`propagate`: `fn` depends on {', '.join(names)}{more}, held at the bound, "
-            "and on what is free. The error is that of the free alone, and may be too "
-            "small. `trainer.intervals(solver, batch)` has errors of what is held."
+            f"`propagate`: `fn` depends on {', '.join(names)}{more}, held at its "
+            "bound, and on what is free. The error is that of the free alone, and may "
+            "be too small. `trainer.intervals(solver, batch)` has errors of what is "
+            "held."
         )
     return value, error
 
@@ -73,7 +74,7 @@ def propagate(
 def propagated(
     trainer: AbstractTrainer, fn: Callable[[Any], PyTree], here: Around, scale: float
 ) -> tuple[PyTree, PyTree, Bool[Array, " D"] | None]:
-    """Evaluates a function of the model, and its standard errors, as `run_propagate`."""
+    """Evaluates a function of the model, and its errors, as `run_propagate` does."""
     args = stripped(trainer), Closure.encode(fn), here.whitening, jnp.asarray(scale)
     return run_propagate(*args, jnp.asarray(here.held) if here.held.any() else None)
 
