@@ -76,6 +76,8 @@ def beyond(
         points, losses, slopes = found
         pushes = inward * slopes
         is_held = (inward != 0) & (pushes[0] > 0)
+        if not is_held.any():
+            return None
         is_as_low = (losses <= losses[0] + noise)[:, None] & np.isfinite(pushes)
         for index in np.flatnonzero(is_held):
             push = np.where(is_as_low[:, index], pushes[:, index], np.inf)
