@@ -53,8 +53,10 @@ def beyond(
     bounds = bounds_of(trainer)
     if bounds is None or not isinstance(local, Triangle | Curved):
         return None
-    local, inward = jax.device_get(local), _inward(bounds, trainer.params)
-    if local.turn is not None or not np.isfinite(local.loss) or not inward.any():
+    if not (inward := _inward(bounds, trainer.params)).any():
+        return None
+    local = jax.device_get(local)
+    if local.turn is not None or not np.isfinite(local.loss):
         return None
     if not (idle := _idle(local, inward == 0)):
         return None
