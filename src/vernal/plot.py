@@ -294,8 +294,8 @@ def band(
     vernal.plot.band(trainer, lambda model: model(x), batch, x, ax=axes)
     ```
 
-    The error is that of [`vernal.Trainer.propagate`][]. Where it is infinite, there is
-    no band.
+    The error is that of [`vernal.Trainer.propagate`][]. Where it is infinite or NaN,
+    there is no band.
 
     **Arguments:**
 

@@ -576,7 +576,9 @@ def test_a_vector_of_the_objective_has_its_parameters(name, is_whitened):
     if is_whitened:
         trainer = trainer.solve(LM, batch).trainer.whiten(batch)
     _, start = trainer.objective(batch)
-    points = np.asarray(start) + 0.01 * np.random.default_rng(0).normal(size=(50, start.size))
+    points = np.asarray(start) + 0.01 * np.random.default_rng(0).normal(
+        size=(50, start.size)
+    )
     params = jax.vmap(trainer.params_at)(points)
     here = trainer.params_at(start)
     for leaf, own in zip(*map(jax.tree.leaves, (here, trainer.params)), strict=True):

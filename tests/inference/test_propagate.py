@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import inside
@@ -142,6 +143,99 @@ def test_what_the_data_do_not_constrain():
     assert error["nothing"] == 0
     with pytest.raises(ValueError, match=r"2 of 4 directions.*dead.*a.*b"):
         tangle().draw(jax.random.key(0), 3, jnp.ones(4))
+
+
+class Held(vn.Trainer):
+    """Whose minimum has `low` and the first of `pair` below their bounds."""
+
+    def residuals(self, model, batch):
+        values = jnp.stack([model["low"], *model["pair"], model["free"]])
+        return jnp.concatenate([2.0 * (values - batch), jnp.zeros(2)])
+
+    @staticmethod
+    def made(kind, tied=lambda m: m["free"]):
+        model = {"low": 0.0, "pair": np.array([1.0, 3.0]), "free": 4.0, "tied": 0.0}
+        bounds = {"low": (0, None), "pair": ([1.0, 0.0], None)}
+        model = jax.tree.map(jnp.asarray, model)
+        return kind(model, bounds=bounds, ties={"tied": tied})
+
+
+class HeldLikelihood(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(Held.residuals(self, model, batch) ** 2)
+
+
+HELD_DATA = jnp.array([-1.0, 0.5, 3.0, 4.0])
+
+
+@jax.custom_vjp
+def only_backward(x):
+    return x
+
+
+only_backward.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+# Functions, their errors, and the held elements that make these too small.
+OF_HELD = {
+    "held alone": (lambda m: m["low"], np.nan, []),
+    "held at zero slope": (lambda m: m["low"] * m["free"], np.nan, []),
+    "two held": (lambda m: m["low"] + m["pair"][0], np.nan, []),
+    "free alone": (lambda m: m["free"] + m["pair"][1], 0.5**0.5, []),
+    "nothing": (lambda m: -0.0 * m["low"] + 1.0, 0.0, []),
+    "a number": (lambda m: 3.0, 0.0, []),
+    "both": (lambda m: m["low"] - m["free"], 0.5, ["'low'"]),
+    "all": (
+        lambda m: m["low"] + jnp.sum(m["pair"]),
+        0.5,
+        ["'low'", r"'pair\[0\]'"],
+    ),
+    "each its own": (
+        lambda m: jnp.stack([m["low"], 2 * m["free"], m["pair"][0] + m["free"]]),
+        [np.nan, 1.0, 0.5],
+        [r"'pair\[0\]'"],
+    ),
+    "many": (lambda m: jnp.arange(9.0) * m["low"], [0.0, *[np.nan] * 8], []),
+    "backward": (
+        lambda m: only_backward(jnp.stack([m["low"], m["low"] + m["free"]])),
+        [np.nan, 0.5],
+        ["'low'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [Held, HeldLikelihood])
+@pytest.mark.parametrize("name", OF_HELD)
+def test_what_is_held_at_a_bound_has_no_error(kind, name):
+    fn, expected, named = OF_HELD[name]
+    trainer = Held.made(kind)
+    if named:
+        match = rf"`fn` depends on {', '.join(named)}, held .*intervals"
+        with pytest.warns(UserWarning, match=match):
+            _, error = trainer.propagate(fn, HELD_DATA)
+    else:
+        _, error = trainer.propagate(fn, HELD_DATA)
+    np.testing.assert_allclose(error, expected, rtol=1e-12)
+    assert not np.any(np.signbit(error))
+
+
+# A function that another parameter is tied to, its error, and the cell of a table.
+TIED = {
+    "held": (lambda m: 2 * m["low"], np.nan, "  0  "),
+    "both": (lambda m: m["low"] + m["free"], 0.5, "  4.00 ± 0.50  "),
+    "nothing": (lambda m: jnp.ones(()), 0.0, "  1 ± 0  "),
+}
+
+
+@pytest.mark.parametrize("kind", [Held, HeldLikelihood])
+@pytest.mark.parametrize("name", TIED)
+def test_what_is_tied_to_what_is_held_has_no_error(kind, name):
+    fn, expected, cell = TIED[name]
+    trainer = Held.made(kind, tied=fn)
+    error = trainer.report(HELD_DATA)["tied"].error
+    np.testing.assert_allclose(error, expected, rtol=1e-12)
+    many = vn.fit_many([trainer] * 2, HELD_DATA, 9, solver=optx.BFGS(1e-8, 1e-8))
+    head, _, row, _ = many.table(HELD_DATA).splitlines()
+    assert cell in row[head.index("tied (") - 2 : head.index("best loss")]
 
 
 def test_errors_are_scaled_by_the_scatter():

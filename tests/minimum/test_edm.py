@@ -247,7 +247,7 @@ def test_a_plateau_is_no_minimum():
     assert result.stop_reason is REASON.STALLED
     assert result.edm == 0
     assert "flat" in result.explain()
-    assert result.trainer.table(x).endswith("flat here, or curves downwards")
+    assert result.trainer.table(x).endswith("flat here: start from elsewhere")
 
 
 class Edge(vn.Trainer):

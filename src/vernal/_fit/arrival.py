@@ -9,6 +9,7 @@ import numpy as np
 from .._data import Source, Whole, as_batch
 from .._minimum import (
     Distance,
+    beyond,
     distance_of,
     has_minimum,
     measure,
@@ -40,8 +41,11 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
     losses = result.history.loss
     fall = np.asarray(losses[0] - losses[-1] if len(losses) else 0, losses.dtype)
     trainer = in_free_coordinates(trainer)
-    args = stripped(trainer), trainer.projector, source.batch, what_falls(trainer)
-    distance = distance_of(_measure(*args, jnp.asarray(fall)))
+    bare, batch, kind = stripped(trainer), source.batch, what_falls(trainer)
+    local = _measure(bare, trainer.projector, batch, kind, jnp.asarray(fall))
+    distance = distance_of(local)
+    if lower := beyond(bare, batch, kind, local, distance):
+        distance = lower.distance
     reason = settled(result.stop_reason, distance)
     return dataclasses.replace(result, stop_reason=reason, _distance=distance)
 

@@ -10,7 +10,7 @@ from typing_extensions import TypeVar
 
 from .._boundary import PyTree
 from .._curvature import Mode
-from .._minimum import Distance, along
+from .._minimum import Distance, along, saddle_words
 from .._pickling import Portable
 from .._policy import StopReason
 from .._report import Report
@@ -153,7 +153,8 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         ```
 
         The numbers are the direction of the minimum, as far as it can be seen from
-        here, with each parameter in units of its own scale.
+        here, with each parameter in units of its own scale. Where the loss curves
+        downwards, they are the direction in which it does.
         """
         distance = self._distance
         if distance is None or not np.isfinite(distance.edm):
@@ -163,16 +164,16 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         is_short = self.stop_reason is not StopReason.CONVERGED
         direction = np.asarray(distance.direction, float)
         params = in_free_coordinates(self._trainer).params
-        where = along(direction, params) if is_short else ""
         said = [str(self.stop_reason)]
+        if distance.is_saddle:
+            return f"{said[0]} The loss {saddle_words(distance, params)}."
+        where = along(direction, params) if is_short else ""
         if distance.edm > 0:
             much = f"about {distance.edm:.3g} (edm)"
             said.append(f"The loss could still fall by {much}{where}.")
             said += [f"{distance.remedy}."] if distance.remedy else []
-        elif not distance.is_saddle:
+        else:
             said.append("The loss could still fall by less than can be measured.")
-        if distance.is_saddle:
-            said.append("It is flat here, or curves downwards: start from elsewhere.")
         return " ".join(said)
 
     @property

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._boundary import (
     PyTree,
@@ -15,6 +15,7 @@ from .._boundary import (
     prng_key,
     refuse_program,
     takes,
+    warn,
     whole_number,
 )
 from .._closure import Closure
@@ -56,15 +57,26 @@ def propagate(
     here = around(trainer, batch, "A propagated error", jac, kind)
     scale = here.error_scale(scale_errors)
     warn_if_far(trainer, here, "propagate", scale_errors)
-    return propagated(trainer, fn, here, scale)
+    value, error, pinned = propagated(trainer, fn, here, scale)
+    if pinned is not None and (indices := np.flatnonzero(pinned)).size:
+        params = as_parameters(trainer.params)
+        names = [repr(element_name(params, int(index))) for index in indices[:5]]
+        more = f" and {indices.size - 5} more" if indices.size > 5 else ""
+        warn(
+            f"`propagate`: `fn` depends on {', '.join(names)}{more}, held at its "
+            "bound, and on what is free. The error is that of the free alone, and may "
+            "be too small. `trainer.intervals(solver, batch)` has errors of what is "
+            "held."
+        )
+    return value, error
 
 
 def propagated(
     trainer: AbstractTrainer, fn: Callable[[Any], PyTree], here: Around, scale: float
-) -> tuple[PyTree, PyTree]:
-    """Evaluates a function of the model, and its standard errors."""
-    closure = Closure.encode(fn)
-    return run_propagate(stripped(trainer), closure, here.whitening, jnp.asarray(scale))
+) -> tuple[PyTree, PyTree, Bool[Array, " D"] | None]:
+    """Evaluates a function of the model, and its errors, as `run_propagate` does."""
+    args = stripped(trainer), Closure.encode(fn), here.whitening, jnp.asarray(scale)
+    return run_propagate(*args, jnp.asarray(here.held) if here.held.any() else None)
 
 
 @program
@@ -73,7 +85,13 @@ def run_propagate(
     closure: Closure,
     whitening: DenseWhitening,
     factor: Float[Array, ""],
-) -> tuple[PyTree, PyTree]:
+    held: Bool[Array, " D"] | None = None,
+) -> tuple[PyTree, PyTree, Bool[Array, " D"] | None]:
+    """Evaluates a function and its errors, and finds what makes these too small.
+
+    That is each `held` element of an output which depends on free ones too; of held
+    ones alone it has no error. In `whitening` the scales of held elements are zero.
+    """
     fn, params = closure.decode(), as_parameters(trainer.params)
     of_model = lambda flat: _checked(fn(live(trainer, unravel(flat, params)).model))
     flat = ravel(params)
@@ -88,7 +106,13 @@ def run_propagate(
     # The same threshold as for the errors of the parameters themselves.
     is_unbounded = null > whitening.resolution * whole
     error = jnp.where(is_unbounded, jnp.inf, factor.astype(known.dtype) * known)
-    return value, unravel(error, value)
+    if held is None:
+        return value, unravel(error, value), None
+    is_moved = whole != 0
+    follows = _follow_by_direction if mode == "fwd" else _follow_by_output
+    is_pinned, pinned = follows(outputs, flat, held, is_moved)
+    error = jnp.where(is_pinned & ~is_moved, jnp.nan, error)
+    return value, unravel(error, value), pinned
 
 
 def _weights(roots: Float[Array, "*D"]) -> Float[Array, "3 *D"]:
@@ -131,6 +155,46 @@ def _by_output(
         return size * jnp.linalg.norm(parts, axis=1)
 
     return jax.lax.map(of_one, jnp.arange(like.size)).T
+
+
+_Follows = tuple[Bool[Array, " M"], Bool[Array, " D"]]
+
+
+def _follow_by_direction(
+    outputs: Flat,
+    flat: Float[Array, " D"],
+    held: Bool[Array, " D"],
+    is_moved: Bool[Array, " M"],
+) -> _Follows:
+    """Finds the outputs of held elements, and the held elements of moved outputs."""
+    _, push = jax.linearize(outputs, flat)
+
+    def add(is_pinned: Array, index: Array) -> tuple[Array, Array]:
+        image = push(jax.nn.one_hot(index, flat.size, dtype=flat.dtype))
+        follows = (image != 0) & held[index]
+        return is_pinned | follows, jnp.any(follows & is_moved)
+
+    none = jnp.zeros(is_moved.shape, bool)
+    return jax.lax.scan(add, none, jnp.arange(flat.size))
+
+
+def _follow_by_output(
+    outputs: Flat,
+    flat: Float[Array, " D"],
+    held: Bool[Array, " D"],
+    is_moved: Bool[Array, " M"],
+) -> _Follows:
+    """Finds the same, an output at a time."""
+    pull, like = transposed_product(outputs, flat), outputs(flat)
+
+    def add(pinned: Array, index: Array) -> tuple[Array, Array]:
+        slope = pull(jax.nn.one_hot(index, like.size, dtype=like.dtype))
+        follows = (slope != 0) & held
+        return pinned | (follows & is_moved[index]), jnp.any(follows)
+
+    none = jnp.zeros(held.shape, bool)
+    pinned, is_pinned = jax.lax.scan(add, none, jnp.arange(like.size))
+    return is_pinned, pinned
 
 
 def _checked(value: PyTree) -> PyTree:

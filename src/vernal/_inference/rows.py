@@ -42,10 +42,7 @@ def rows(
         }
         if real := tied_with_errors(trainer, model):
             tied = lambda model: {p: by_path(model).by_name()[p] for p in real}
-            _, found = propagated(trainer, tied, around, scale)
-            known = {path: np.asarray(found[path], float) for path in real}
-            # What follows only elements that are held has no error either.
-            is_held = lambda e: (e == 0) & around.held.any()
-            errors |= {p: np.where(is_held(e), np.nan, e) for p, e in known.items()}
+            _, found, _ = propagated(trainer, tied, around, scale)
+            errors |= {path: np.asarray(found[path], float) for path in real}
     for row in parameter_rows(model, free, errors, words, most):
         yield row._replace(status="fixed") if row.name in fixed else row

@@ -212,10 +212,9 @@ def errors_or_nan(
     moved = eqx.tree_at(lambda w: w.scale, whitening, scale)
     tied = lambda model: {p: by_path(model).by_name()[p] for p in names}
     closure, one = Closure.encode(tied), jnp.ones(())
-    _, found = run_propagate(stripped(trainer), closure, moved, one)
-    # What follows only elements that are held has no error.
-    is_still = lambda e: (e == 0) & jnp.any(held)
-    clear = lambda e: jnp.where(is_good & ~is_still(e), e, jnp.nan)
+    still = None if bounds_of(trainer) is None else held
+    _, found, _ = run_propagate(stripped(trainer), closure, moved, one, still)
+    clear = lambda e: jnp.where(is_good, e, jnp.nan)
     return KnownErrors(own, jax.tree.map(clear, found), fall, scatter)
 
 

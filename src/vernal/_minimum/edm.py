@@ -25,7 +25,9 @@ class Distance(NamedTuple):
         flat in every direction, or has derivatives that are not finite.
     - `is_complete`: whether `edm` is more than a lower bound.
     - `direction`: the direction of the minimum, of length one, with each parameter in
-        units of its scale.
+        units of its scale. Where the loss curves downwards, it does so along it.
+    - `is_plateau`: whether the loss is flat here, and lower across: `direction` leads
+        there, in the units of the parameters.
     """
 
     edm: Float[Array | np.ndarray, ""]
@@ -34,6 +36,7 @@ class Distance(NamedTuple):
     is_saddle: Bool[Array | np.ndarray, ""]
     is_complete: Bool[Array | np.ndarray, ""]
     direction: Float[Array | np.ndarray, " D"]
+    is_plateau: Any = False
 
     @property
     def is_far(self) -> bool:
@@ -118,12 +121,23 @@ def chi_squared_p_value(value: Any, degrees: Any) -> Any:
 def edm_note(distance: Distance, params: Params) -> str | None:
     """Returns a note for a table if a trainer is not at a minimum."""
     if distance.is_saddle:
-        return "not at a minimum: the loss is flat here, or curves downwards"
+        return f"not at a minimum: the loss {saddle_words(distance, params)}"
     if not distance.is_far:
         return None
     where = along(np.asarray(distance.direction, float), params)
     remedy = f". {distance.remedy}" if distance.remedy else ""
     return f"not at a minimum: edm {distance.edm:.3g}{where}{remedy}"
+
+
+def saddle_words(distance: Distance, params: Params) -> str:
+    """Says why a point that `is_saddle` is none of a minimum, and what helps."""
+    direction = np.asarray(distance.direction, float)
+    where = along(direction, params).removeprefix(", ")
+    if distance.is_plateau:
+        return f"is flat here, and lower across, {where}: start there"
+    if not where:
+        return "is flat here: start from elsewhere"
+    return f"curves downwards {where}: start from elsewhere"
 
 
 def along(direction: np.ndarray, params: Params) -> str:

@@ -85,7 +85,15 @@ def _of_curved(local: Curved) -> Distance:
     curves_down = values.min(initial=0) < -(eps**0.5) * largest
     is_saddle = (largest == 0 and is_flat and not local.is_held) or curves_down
     step = -vectors @ (along / curvature)
+    if curves_down:
+        step = _downhill(vectors[:, 0], slope)
     return _distance(edm, local.tolerance, is_saddle, local, step)
+
+
+def _downhill(direction: Any, slope: Any) -> np.ndarray:
+    """Turns a direction downhill; without a slope, its largest element is positive."""
+    sign = -np.sign(direction @ slope) or np.sign(direction[abs(direction).argmax()])
+    return sign * direction
 
 
 def _distance(
@@ -137,12 +145,15 @@ def of_products(
         solved = precondition(new)
         then = jnp.where(is_flat, 0, jnp.vdot(new, solved))
         edm = edm + 0.5 * length * now
-        heading = solved + then / now * heading
+        # Along the heading of a saddle it curves downwards.
+        heading = jnp.where(is_saddle, heading, solved + then / now * heading)
         return count + 1, step, new, heading, then, edm, is_saddle
 
     zero, no = jnp.zeros_like(gradient), jnp.array(False)
     start = (0, zero, gradient, first, size, jnp.zeros_like(size), no)
-    _, step, _, _, now, edm, is_saddle = jax.lax.while_loop(goes_on, iterate, start)
+    end = jax.lax.while_loop(goes_on, iterate, start)
+    _, step, _, heading, now, edm, is_saddle = end
+    step = jnp.where(is_saddle, heading, step)
     length = jnp.linalg.norm(step)
     return Distance(
         jnp.where(jnp.isfinite(loss), edm, jnp.nan),

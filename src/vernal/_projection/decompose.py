@@ -36,8 +36,9 @@ _REMEDY = {
     "cov": "Such a matrix belongs to no covariance. If it is the inverse of a Hessian, "
     "its point is not a minimum: use `gauss_newton`, whose matrix has no negative "
     "eigenvalue anywhere.",
-    "hessian": "This point is not a minimum. Fit first; or define `residuals`, whose "
-    "Fisher matrix has no negative eigenvalue anywhere.",
+    "hessian": "This point is not a minimum. Fit first; or, if a fit ended here, start "
+    "it elsewhere, and see `result.explain()`. Or define `residuals`, whose Fisher "
+    "matrix has no negative eigenvalue anywhere.",
 }
 
 

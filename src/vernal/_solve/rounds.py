@@ -9,7 +9,17 @@ import numpy as np
 from .._devices import AbstractPlacement
 from .._fit import FitResult
 from .._inference import linearised
-from .._minimum import Distance, Local, distance_of, measure_jacobian, settled, unknown
+from .._minimum import (
+    Distance,
+    Local,
+    Lower,
+    beyond,
+    distance_of,
+    measure_jacobian,
+    settled,
+    unknown,
+    what_falls,
+)
 from .._policy import StopReason
 from .._projection import EigenProjector
 from .._step import (
@@ -26,7 +36,7 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
-from .._tree import ravel, ravel_size
+from .._tree import cast_like, ravel, ravel_size, unravel
 from .problem import (
     IS_OVER,
     REASONS,
@@ -35,6 +45,7 @@ from .problem import (
     Start,
     find_bad_alone,
     in_parameters,
+    is_least_squares,
     is_suspect,
     progress_at,
     run,
@@ -106,7 +117,34 @@ class Rounds:
             self._found = self._run(max_steps)
 
     def _find_held(self, left: int, whitens: bool) -> None:
-        """Solves until it is known which parameters are held at their bounds."""
+        """Solves until nothing is held at a bound that it could leave farther off."""
+        before = np.inf
+        while True:
+            left = self._settle(left, whitens)
+            now, lower = self._found, self._beyond()
+            if now is None or lower is None:
+                return
+            if not (left and now.last < before):
+                reason = settled(now.reason, lower.distance)
+                self._found = now._replace(distance=lower.distance, reason=reason)
+                return
+            before = now.last
+            params = unravel(jnp.asarray(lower.point), now.end.params)
+            if not (whitens and self._whiten(params)):
+                at = None if now.projector is None else now.projector.to_latent(params)
+                self._begin(params, now.projector, cast_like(at, now.end.latent))
+
+    def _beyond(self) -> Lower | None:
+        """Finds a lower point across a plateau, on which the last round ended."""
+        now, problem = self._found, self._problem
+        if now is None or now.reason in IS_OVER:
+            return None
+        kind = what_falls(self._placed, is_least_squares(problem.encoded.decode()))
+        trainer = live(self._stripped, now.end.params)
+        return beyond(trainer, problem.batch, kind, now.end.local, now.distance)
+
+    def _settle(self, left: int, whitens: bool) -> int:
+        """Solves until it is known what is held; returns how many steps are left."""
         while True:
             before, now = self._found, self._run(left)
             self._found, left = now, left - now.steps
@@ -116,7 +154,7 @@ class Rounds:
             else:
                 goes_on = bool(fall > 0)
             if not (left and now.steps and goes_on):
-                return
+                return left
             if not (whitens and self._whiten(now.end.params)):
                 self._begin(now.end.params, now.projector, now.end.latent)
 

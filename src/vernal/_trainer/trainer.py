@@ -816,7 +816,11 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Returns:**
 
         The value, and a tree like it with the standard errors. An error is infinite if
-        `fn` depends on a direction that the data do not constrain.
+        `fn` depends on a direction that the data do not constrain. It is NaN where `fn`
+        depends only on parameters that are held at their bounds, which have no error;
+        where it depends on free ones too, it is that of the free ones, with a warning:
+        [`vernal.Trainer.intervals`][] knows those of what is held. It is zero where
+        `fn` depends on no parameter.
 
         **Raises:** as [`vernal.Trainer.report`][]; and a `TypeError` if `fn` returns
         anything but real floating-point numbers.
@@ -839,7 +843,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         That is a normal distribution of the parameters around the current ones, with
         the covariance of [`vernal.Trainer.standard_errors`][]. It is cut off at bounds,
-        and what is held at one stays there. It warns as the latter does.
+        and what is held at one stays there, without scatter. It warns as
+        [`vernal.Trainer.standard_errors`][] does.
 
         ```python
         models = trainer.draw(jax.random.key(0), 1_000, batch)
