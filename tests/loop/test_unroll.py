@@ -102,7 +102,10 @@ def test_it_takes_the_steps_of_a_trainer(steps, segment):
     assert isinstance(after, GaussianFit)
     assert found.shape == (steps,)
     np.testing.assert_allclose(found, losses, rtol=1e-12)
-    close(after._progress, expected._progress, rtol=1e-12)
+    # The batch of a single step may be any.
+    mark = expected._progress.scored_on
+    same = eqx.tree_at(lambda t: t._progress.scored_on, after, mark)
+    close(same._progress, expected._progress, rtol=1e-12)
 
 
 @pytest.mark.seams
