@@ -157,6 +157,7 @@ RIGHT = {
     "scales": {"slope": 2.0},
     "selector": "slope",
     "size": 2,
+    "vector": jnp.ones(2),
     "second": "offset",
     "solver": SOLVER,
     "source": [BATCH, BATCH],

@@ -55,9 +55,10 @@ def test_a_warm_call_traces_nothing_and_moves_few_numbers(run, monkeypatch):
     for name in ("eval_shape", "device_put", "make_jaxpr", "jit"):
         counted(name)
     RUNS[run](trainer, batch)
-    # A fit puts two numbers onto the device: `every`, and for each chunk where it ends.
+    # A fit puts two numbers onto the device, `every` and the mark of its data, and for
+    # each chunk where it ends.
     chunks = {"step": 0, "fit": 2, "stream": 10}[run]
-    assert counts == ({"device_put": 1 + chunks} if chunks else {})
+    assert counts == ({"device_put": 2 + chunks} if chunks else {})
 
 
 def test_a_warm_step_flattens_the_trainer_once(monkeypatch):

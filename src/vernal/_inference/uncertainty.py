@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._boundary import Params, PyTree, boolean, is_traced, refuse_program
+from .._boundary import (
+    Params,
+    PyTree,
+    boolean,
+    in_few_words,
+    is_traced,
+    refuse_meaning,
+    refuse_program,
+)
 from .._closure import Closure
 from .._curvature import (
     Mode,
@@ -292,12 +300,17 @@ def _at(
 def params_at(trainer: AbstractTrainer, point: PyTree) -> Params:
     """Implements `Trainer.params_at`."""
     inner, bounds = in_free_coordinates(trainer), bounds_of(trainer)
-    if inner.projector is None and jnp.shape(point) != (ravel_size(inner.params),):
-        raise ValueError(
-            f"`vector` has the shape {jnp.shape(point)}, but must have one number for "
-            f"each of the {ravel_size(inner.params)} that `objective` is a function "
-            "of. For many vectors, use `jax.vmap(trainer.params_at)`."
-        )
+    refuse_meaning(point, "`vector` is", "its mask would be lost")
+    if inner.projector is None:
+        like = ravel(as_parameters(inner.params))
+        shape = getattr(point, "shape", None)
+        if not is_inexact(point) or shape != like.shape:
+            what = in_few_words(point) if shape is None else f"of the shape {shape}"
+            raise ValueError(
+                f"`vector` is {what}, but must be an array of floats of the shape "
+                f"{like.shape}, as `objective` takes it. For many vectors, use "
+                "`jax.vmap(trainer.params_at)`."
+            )
     free = _at(inner, inner.projector, point)
     params, _ = from_free_coordinates(trainer, free, None)
     return params if bounds is None else bounds.clip(params)
