@@ -13,7 +13,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 
 from vernal._fit.arrival import _measure
-from vernal._minimum.edm import distance_of
+from vernal._minimum import distance_of
 from vernal._step import stripped
 
 from .measure import Program, Sides, Work
