@@ -1,5 +1,6 @@
 """The page of the benchmarks is what their writer makes of their figures."""
 
+import importlib
 import importlib.util
 import json
 
@@ -10,6 +11,12 @@ SPEC = importlib.util.spec_from_file_location(
 )
 page = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(page)
+
+
+def test_the_works_find_what_they_time(monkeypatch):
+    """They time parts of vernal too, which may have moved."""
+    monkeypatch.syspath_prepend(ROOT)
+    assert callable(importlib.import_module("tests.benchmarks.__main__").main)
 
 
 def test_the_page_is_written_from_its_figures():
