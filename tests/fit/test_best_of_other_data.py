@@ -10,6 +10,7 @@ import optax
 import optimistix as optx
 import pytest
 
+import inside
 import vernal as vn
 from models import LineFit, line, line_batch
 
@@ -163,6 +164,24 @@ def test_one_of_many_that_share_their_data_goes_on_alone():
     assert quiet(before.trainer(1), (X, Y)).best_loss == before.best_losses[1]
 
 
+class Shifted(vn.Trainer):
+    def loss(self, model, batch):
+        return (model["a"] - batch["d"] - {"near": 0, "far": 9}[batch["where"]]) ** 2
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_word_in_the_data_counts(many):
+    def run(trainer, where):
+        data = {"d": jnp.asarray(1.0), "where": where}
+        if not many:
+            return quiet(trainer, data, 200).trainer
+        return quiet_many([trainer] * 2, data, 200).trainer(1)
+
+    before = run(Shifted({"a": jnp.asarray(0.0)}, optax.sgd(0.1)), "near")
+    assert run(departing(before), "near").best_loss <= before.best_loss
+    assert run(before, "far").best["a"] > 9
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_an_own_field_counts_as_data(many):
     def run(trainer):
@@ -198,6 +217,15 @@ def test_one_number_in_many_counts(shape):
     data = jnp.zeros(shape, jnp.float32)
     other = data.reshape(-1).at[-2].set(1e6).reshape(shape)
     means({"d": data}, {"d": other})
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int4", "float8_e4m3fn", "complex64"])
+def test_large_arrays_of_any_dtype_are_summed_up(dtype):
+    data = jnp.zeros(2**25, dtype)
+    zero, one = (jnp.asarray(x).astype(dtype) for x in (0, 1))
+    same, other = data.at[0].set(zero), data.at[7].set(one)
+    sums = [inside.leaf_sums({"d": x}) for x in (data, same, other)]
+    assert sums[0] == sums[1] != sums[2]
 
 
 def test_a_sum_sees_the_places_of_numbers():

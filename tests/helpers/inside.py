@@ -38,6 +38,7 @@ from vernal._step.diagnosis import (
     bad_data as bad_data,
     explain_non_finite as explain_non_finite,
 )
+from vernal._tree import leaf_sums as leaf_sums
 
 # Modules whose names are those of functions, too; as of others, tests replace parts.
 errors_of_many = importlib.import_module("vernal._many.errors")

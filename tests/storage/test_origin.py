@@ -57,6 +57,7 @@ def stream(step):
 OTHERS = {
     "values": (X, X + 1, "(`data` differs)"),
     "one value": (DATA, DATA | {"x": X.at[3].add(1e-6)}, "at 'x')"),
+    "a word": ({"x": X, "word": "a"}, {"x": X, "word": "b"}, "at 'word')"),
     "deep within": (DATA, DATA | {"more": [X, None, 3.0]}, "at 'more.0')"),
     "a number": (DATA, DATA | {"more": [2 * X, None, 4.0]}, "at 'more.2')"),
     "more": (X, jnp.ones(1), "(`data` differs)"),

@@ -12,6 +12,7 @@ from jaxtyping import Array, UInt32
 
 from .._boundary import PyTree
 from .named_arrays import Kind, to_arrays
+from .named_tree import by_path
 
 # Arrays with more bytes are summed up on their device.
 _LARGE = 2**24
@@ -42,13 +43,17 @@ class LeafSum(NamedTuple):
 
 
 def leaf_sums(tree: PyTree) -> list[LeafSum]:
-    """Returns the checksum of each leaf that can be saved.
+    """Returns the checksum of each leaf that can be saved, and of each text.
 
     All processes that have a part of an array must call this.
     """
-    return [
-        LeafSum(p, leaf.kind, _sum(leaf.array)) for p, leaf in to_arrays(tree).items()
+    texts = [
+        LeafSum(path, Kind((), "text"), zlib.crc32(leaf.encode()))
+        for path, leaf in by_path(tree).items()
+        if isinstance(leaf, str)
     ]
+    named = to_arrays(tree).items()
+    return [LeafSum(path, kind, _sum(array)) for path, (kind, array) in named] + texts
 
 
 def row_sums(tree: PyTree) -> list[LeafSum]:
@@ -60,8 +65,8 @@ def row_sums(tree: PyTree) -> list[LeafSum]:
 
 
 def _sum(array: Any) -> int | None:
-    is_on_device = is_part(array) or array.nbytes > _LARGE
-    return int(_mixed_sum(jnp.asarray(array))) if is_on_device else checksum(array)
+    is_large = isinstance(array, jax.Array) and array.nbytes > _LARGE
+    return int(_mixed_sum(array)) if is_large or is_part(array) else checksum(array)
 
 
 def _sums(array: Any) -> UInt32[np.ndarray, " rows"]:
@@ -69,8 +74,8 @@ def _sums(array: Any) -> UInt32[np.ndarray, " rows"]:
     if is_part(array):
         whole = NamedSharding(array.sharding.mesh, PartitionSpec())
         return np.asarray(jax.device_put(_mixed_sums(array), whole))
-    if array.nbytes > _LARGE * rows:
-        return np.asarray(_mixed_sums(jnp.asarray(array)))
+    if isinstance(array, jax.Array) and array.nbytes > _LARGE * rows:
+        return np.asarray(_mixed_sums(array))
     host = np.ascontiguousarray(np.asarray(array)).reshape(rows, array[:1].size)
     return np.array([zlib.crc32(row.tobytes()) for row in host], np.uint32)
 
@@ -81,6 +86,10 @@ def words(array: Array) -> Array:
         array = jnp.stack([array.real, array.imag])
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
+    info = jnp.finfo if jnp.issubdtype(array.dtype, jnp.inexact) else jnp.iinfo
+    if info(array.dtype).bits < 8:
+        # They have no words of their own; each is one of these numbers.
+        array = array.astype(jnp.float32)
     word = min(array.dtype.itemsize, 4)
     bits = lax.bitcast_convert_type(array, f"uint{8 * word}").ravel()
     return bits.astype(jnp.uint32)
