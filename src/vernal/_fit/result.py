@@ -162,11 +162,11 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
             why = " Its derivatives there are not finite." if is_stalled else ""
             return f"{self.stop_reason}{why}"
         is_short = self.stop_reason is not StopReason.CONVERGED
-        direction = np.asarray(distance.direction, float)
         params = in_free_coordinates(self._trainer).params
         said = [str(self.stop_reason)]
         if distance.is_saddle:
             return f"{said[0]} The loss {saddle_words(distance, params)}."
+        direction = np.asarray(distance.direction, float)
         where = along(direction, params) if is_short else ""
         if distance.edm > 0:
             much = f"about {distance.edm:.3g} (edm)"

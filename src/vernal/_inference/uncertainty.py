@@ -305,7 +305,8 @@ def params_at(trainer: AbstractTrainer, point: PyTree) -> Params:
         like = ravel(as_parameters(inner.params))
         shape = getattr(point, "shape", None)
         if not is_inexact(point) or shape != like.shape:
-            what = in_few_words(point) if shape is None else f"of the shape {shape}"
+            is_array = hasattr(point, "dtype")
+            what = f"{point.dtype}{shape}" if is_array else in_few_words(point)
             raise ValueError(
                 f"`vector` is {what}, but must be an array of floats of the shape "
                 f"{like.shape}, as `objective` takes it. For many vectors, use "
