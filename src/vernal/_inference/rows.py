@@ -21,8 +21,7 @@ def rows(
     """Yields a row for each element; without the surroundings, there are no errors.
 
     The error of what is tied to others is that of a function of them; what is complex
-    has none. The parameters of
-    the trainer may be free coordinates.
+    has none. The parameters of the trainer may be free coordinates.
     """
     free = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
     ties, bijections = template_of(trainer).ties, template_of(trainer).bijections

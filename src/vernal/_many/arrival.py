@@ -1,16 +1,13 @@
 """Whether many trainers are at their minima, at the end of a fit."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._boundary import PyTree
-from .._devices import ANYWHERE
 from .._minimum import (
     Distance,
     Local,
@@ -23,28 +20,12 @@ from .._minimum import (
 )
 from .._policy import StopReason
 from .._program import program
-from .._step import (
-    AbstractTrainer,
-    Progress,
-    config_of,
-    in_free_coordinates,
-    progress_of,
-    step_key,
-    stripped,
-    with_progress,
-)
+from .._step import AbstractTrainer, in_free_coordinates, step_key, stripped
 from .._storage import History
-from .mapped_chunk import Flags, apart, in_groups
+from .mapped_chunk import Flags, apart
+from .members import Members
 from .result import ManyResult
 from .stack import stacked
-
-
-class _Members(NamedTuple):
-    """The stacked trainers, and which leaves of them and of the batch have rows."""
-
-    trainers: AbstractTrainer
-    flags: Flags
-    group: int
 
 
 def checked_ends(
@@ -61,7 +42,7 @@ def checked_ends(
     trainers, own, _ = stacked(result.trainers)
     group = _group(trainers, batch, flags, group)
     falls = jnp.asarray(_falls(result.history, np.asarray(trainers.step_count)))
-    members = _Members(trainers, (*own, *flags), group)
+    members = Members(trainers, (*own, *flags), group)
     local = _measure(members, batch, what_falls(trainers), falls)
     distances = distances_of(local, over)
     for index, distance in zip(over, distances, strict=True):
@@ -78,20 +59,14 @@ def distances_of(local: Any, indices: Any) -> list[Distance]:
 
 @program
 def _measure(
-    members: _Members, batch: Any, kind: str, falls: Float[Array, " members"]
+    members: Members, batch: Any, kind: str, falls: Float[Array, " members"]
 ) -> Local:
-    trainers, flags, group = members
-    config, progress = config_of(trainers), progress_of(trainers)
-    rows, shared = apart((config, batch), flags)
-
-    def of_one(own: tuple[PyTree, Progress, Array]) -> Local:
-        rows, progress, fall = own
-        config, batch = eqx.combine(rows, shared)
-        trainer = in_free_coordinates(with_progress(config, progress))
+    def of_one(trainer: AbstractTrainer, batch: Any, fall: Array) -> Local:
+        trainer = in_free_coordinates(trainer)
         args = stripped(trainer), trainer.projector, batch, step_key(trainer)
         return measure(*args, kind, fall)
 
-    return in_groups(jax.vmap(of_one), (rows, progress, falls), group, ANYWHERE)
+    return members.map(of_one, batch, falls)
 
 
 def _group(trainers: Any, batch: Any, flags: Flags, group: int) -> int:

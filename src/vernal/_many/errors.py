@@ -1,15 +1,12 @@
 """The standard errors of many members, in one program."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
-import jax
 import numpy as np
 
-from .._boundary import PyTree, warn
+from .._boundary import warn
 from .._curvature import Mode, checked_mode
-from .._devices import ANYWHERE
 from .._inference import (
     NO_ACCIDENT,
     ErrorKind,
@@ -21,20 +18,13 @@ from .._inference import (
 )
 from .._minimum import share_p_value
 from .._program import program
-from .._step import AbstractTrainer, Progress, config_of, progress_of, with_progress
-from .mapped_chunk import Flags, apart, in_groups
+from .._step import AbstractTrainer
+from .mapped_chunk import Flags
+from .members import Members
 from .stack import stacked
 
 # How many members a warning names.
 _MOST_NAMED = 8
-
-
-class _Members(NamedTuple):
-    """The stacked trainers, and which leaves of them and of the batch have rows."""
-
-    trainers: AbstractTrainer
-    flags: Flags
-    group: int
 
 
 def errors_of_each(
@@ -52,24 +42,16 @@ def errors_of_each(
     """
     kind = checked_kind(trainers, kind)
     trainers, own, size = stacked(trainers)
-    members = _Members(trainers, (*own, *flags), group or size)
+    members = Members(trainers, (*own, *flags), group or size)
     return _errors(members, batch, checked_mode(jac), kind)
 
 
 @program
 def _errors(
-    members: _Members, batch: Any, jac: Mode | None, kind: ErrorKind | None
+    members: Members, batch: Any, jac: Mode | None, kind: ErrorKind | None
 ) -> KnownErrors:
-    trainers, flags, group = members
-    config, progress = config_of(trainers), progress_of(trainers)
-    rows, shared = apart((config, batch), flags)
-
-    def of_one(own: tuple[PyTree, Progress]) -> Any:
-        rows, progress = own
-        config, batch = eqx.combine(rows, shared)
-        return errors_or_nan(with_progress(config, progress), batch, jac, kind)
-
-    return in_groups(jax.vmap(of_one), (rows, progress), group, ANYWHERE)
+    of_one = lambda trainer, batch: errors_or_nan(trainer, batch, jac, kind)
+    return members.map(of_one, batch)
 
 
 def warn_if_any_is_far(

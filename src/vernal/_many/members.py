@@ -1,0 +1,33 @@
+"""Stacked trainers, with a function of each by itself, in one program."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+
+from .._boundary import PyTree
+from .._devices import ANYWHERE
+from .._step import AbstractTrainer, config_of, progress_of, with_progress
+from .mapped_chunk import Flags, apart, in_groups
+
+
+class Members(NamedTuple):
+    """The stacked trainers, and which leaves of them and of the batch have rows."""
+
+    trainers: AbstractTrainer
+    flags: Flags
+    group: int
+
+    def map(self, fn: Callable[..., Any], batch: Any, *rows: PyTree) -> Any:
+        """Calls `fn(trainer, batch, *rows)` for each, a group at a time."""
+        config, progress = config_of(self.trainers), progress_of(self.trainers)
+        config, shared = apart((config, batch), self.flags)
+
+        def of_one(own: tuple[PyTree, ...]) -> Any:
+            config, progress, *rows = own
+            config, batch = eqx.combine(config, shared)
+            return fn(with_progress(config, progress), batch, *rows)
+
+        own = config, progress, *rows
+        return in_groups(jax.vmap(of_one), own, self.group, ANYWHERE)
