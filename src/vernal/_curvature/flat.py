@@ -16,11 +16,10 @@ from .linalg import matmul
 from .modes import (
     Flat,
     Subject,
-    choose_mode,
     columns,
     gauss_newton_products,
     gradient,
-    hessian_product,
+    hessian_matrix,
     jacobian_matrix,
     traced,
 )
@@ -84,7 +83,7 @@ def jacobian_of(
 ) -> Float[Array, "N D"]:
     """Computes the result of `jacobian`."""
     fn, flat = flat_residuals(residuals, params)
-    return jacobian_matrix(fn, flat, choose_mode(fn, flat, subject), batch_size)
+    return jacobian_matrix(fn, flat, subject, batch_size)
 
 
 def spectrum_of(
@@ -94,16 +93,14 @@ def spectrum_of(
     fn, flat = flat_residuals(residuals, params)
     if batch_size is not None:
         return of_products(fn, flat, batch_size, subject)
-    return of_jacobian(jacobian_matrix(fn, flat, choose_mode(fn, flat, subject)))
+    return of_jacobian(jacobian_matrix(fn, flat, subject))
 
 
-def hessian_matrix(
+def hessian_of(
     fn: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "D D"]:
     """Computes the result of `hessian`."""
-    of_flat, flat = flat_fn(fn, params)
-    matrix = columns(hessian_product(of_flat, flat, subject), flat, batch_size)
-    return (matrix + matrix.T) / 2
+    return hessian_matrix(*flat_fn(fn, params), subject, batch_size)
 
 
 class Expansion(NamedTuple):
@@ -117,10 +114,9 @@ def expansion_of(
     fn: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Expansion:
     """Computes the Hessian, and the gradient that was needed for it."""
-    hessian = hessian_matrix(fn, params, batch_size, subject)
-    of_flat, flat = flat_fn(fn, params)
-    mode = choose_mode(of_flat, flat, subject._replace(is_quiet=True), ("bwd", "fwd"))
-    return Expansion(hessian, gradient(of_flat, flat, mode))
+    at_flat = flat_fn(fn, params)
+    hessian = hessian_matrix(*at_flat, subject, batch_size)
+    return Expansion(hessian, gradient(*at_flat, subject._replace(is_quiet=True)))
 
 
 def gauss_newton_matrix(
@@ -135,8 +131,7 @@ def gauss_newton_matrix(
         push, pull = products
         matrix = columns(lambda v: pull(push(v)), flat, batch_size)
     else:
-        mode = choose_mode(fn, flat, subject)
-        jac = jacobian_matrix(fn, flat, mode, batch_size)
+        jac = jacobian_matrix(fn, flat, subject, batch_size)
         matrix = matmul(jac.T, jac)
     # Residuals of higher precision do not make the parameters more precise.
     return ((matrix + matrix.T) / 2).astype(flat.dtype)

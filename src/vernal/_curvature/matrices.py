@@ -12,12 +12,12 @@ from .flat import (
     TreeFn,
     checked_batch_size,
     gauss_newton_matrix,
-    hessian_matrix,
+    hessian_of,
     jacobian_of,
 )
 from .modes import Mode, Subject, checked_mode
 
-_hessian = program(hessian_matrix)
+_hessian = program(hessian_of)
 _gauss_newton = program(gauss_newton_matrix)
 _jacobian = program(jacobian_of)
 

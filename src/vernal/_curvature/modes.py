@@ -95,24 +95,30 @@ def choose_mode(
         return pull(value)
 
     ways = {"fwd": lambda x, tangent: jax.jvp(fn, (x,), (tangent,))[1], "bwd": pull}
-    chosen = order if subject.jac is None else (subject.jac,)
-    return cast(Mode, first_possible({m: ways[m] for m in chosen}, point, subject))
+    mapped = {mode: _mapped(ways[mode]) for mode in order}
+    return cast(Mode, first_possible(mapped, point, subject)[0])
+
+
+def _mapped(product: Callable[[PyTree, PyTree], Any]) -> Callable[[PyTree], Any]:
+    """Maps a product with tangents: a `custom_vjp` fails only where it is used."""
+    many = lambda point: jax.tree.map(lambda x: x[None], point)
+    return lambda point: jax.vmap(product, (None, 0))(point, many(point))
 
 
 def first_possible(
-    ways: Mapping[str, Callable[[PyTree, PyTree], Any]], point: PyTree, subject: Subject
-) -> str:
-    """Finds the first of several ways to differentiate that JAX can trace.
+    ways: Mapping[str, Callable[[PyTree], Any]], point: PyTree, subject: Subject
+) -> tuple[str, Callable[[PyTree], Any]]:
+    """Finds the first of several functions that JAX can trace, and returns it traced.
 
-    Each is a function of a point and a tangent, and is mapped over tangents: the
-    derivative of a `custom_vjp` fails only where it is used. A warning, once for each
-    subject, says which way is used if it is not the first.
+    Each has a derivative in it, and a name that ends with the mode of the first one. A
+    warning, once for each subject, says which one is used if it is not the first.
     """
     failures: dict[str, Exception] = {}
-    for way, derivative in ways.items():
+    for way, fn in ways.items():
+        if subject.jac is not None and not way.endswith(subject.jac):
+            continue
         try:
-            many = jax.tree.map(lambda x: x[None], point)
-            jax.eval_shape(jax.vmap(derivative, (None, 0)), point, many)
+            found = traced(fn, point)
         except RefusedError:
             raise
         # JAX and its libraries raise several kinds, and promise none.
@@ -121,7 +127,7 @@ def first_possible(
             continue
         if failures and not subject.is_quiet:
             _warn(subject.name, way, failures)
-        return way
+        return way, found
     said = "; ".join(f"{_WORDS[w]}: {_first_line(e)}" for w, e in failures.items())
     asked = f' with `jac="{subject.jac}"`' if subject.jac else ""
     error = TypeError(
@@ -167,11 +173,11 @@ def columns(
     return jax.lax.map(image, jnp.arange(size), batch_size=min(batch_size, size))
 
 
-def gradient(fn: Flat, flat: Float[Array, " D"], mode: Mode) -> Float[Array, " D"]:
-    """Computes the gradient of a scalar function."""
-    if mode == "bwd":
-        return jax.grad(fn)(flat)
-    return columns(_pushed(fn, flat), flat)
+def gradient(fn: Flat, flat: Float[Array, " D"], subject: Subject) -> Array:
+    """Computes the gradient of a scalar function, in reverse mode if possible."""
+    forward = lambda x: columns(_pushed(fn, x), x)
+    ways = {"bwd": lambda x: jax.grad(fn)(x), "fwd": forward}
+    return first_possible(ways, flat, subject)[1](flat)
 
 
 def _pushed(fn: Flat, x: Array) -> Flat:
@@ -183,13 +189,19 @@ def _pushed(fn: Flat, x: Array) -> Flat:
 
 
 def jacobian_matrix(
-    fn: Flat, flat: Float[Array, " D"], mode: Mode, batch_size: int | None = None
+    fn: Flat,
+    flat: Float[Array, " D"],
+    subject: Subject,
+    batch_size: int | None = None,
 ) -> Float[Array, "N D"]:
-    """Computes the Jacobian: columns in forward mode, rows in reverse mode."""
-    if mode == "fwd":
-        return columns(jax.linearize(fn, flat)[1], flat, batch_size).T
-    like = jnp.zeros_like(fn(flat))
-    return columns(transposed_product(fn, flat), like, batch_size)
+    """Computes the Jacobian: columns in forward mode, if possible, or else rows."""
+
+    def reverse(x: Array) -> Array:
+        like = jnp.zeros_like(fn(x))
+        return columns(transposed_product(fn, x), like, batch_size)
+
+    forward = lambda x: columns(jax.linearize(fn, x)[1], x, batch_size).T
+    return first_possible({"fwd": forward, "bwd": reverse}, flat, subject)[1](flat)
 
 
 def transposed_product(fn: Flat, x: Array) -> Flat:
@@ -198,26 +210,42 @@ def transposed_product(fn: Flat, x: Array) -> Flat:
     return lambda cotangent: pull(cotangent)[0]
 
 
+def hessian_matrix(
+    fn: Flat,
+    flat: Float[Array, " D"],
+    subject: Subject,
+    batch_size: int | None = None,
+) -> Float[Array, "D D"]:
+    """Computes the Hessian of a scalar function, and makes it symmetric."""
+    ways = {
+        way: lambda x, product=product: columns(product(x), x, batch_size)
+        for way, product in _hessian_products(fn).items()
+    }
+    matrix = first_possible(ways, flat, subject)[1](flat)
+    return (matrix + matrix.T) / 2
+
+
 def hessian_product(
     fn: Flat, flat: Float[Array, " D"], subject: Subject
 ) -> Callable[[Array], Array]:
     """Returns the product of a Hessian with vectors; all else is computed first."""
-
-    def grad(mode: Mode) -> Flat:
-        return lambda x: gradient(fn, x, mode)
-
-    products: dict[str, Callable[[Array], Flat]] = {
-        "fwd-bwd": lambda x: jax.linearize(grad("bwd"), x)[1],
-        # A Hessian is its own transpose.
-        "bwd-bwd": lambda x: transposed_product(grad("bwd"), x),
-        "fwd-fwd": lambda x: _pushed(grad("fwd"), x),
-    }
+    products = _hessian_products(fn)
     ways = {
-        way: lambda x, tangent, product=product: product(x)(tangent)
+        way: _mapped(lambda x, tangent, product=product: product(x)(tangent))
         for way, product in products.items()
-        if subject.jac is None or way.endswith(subject.jac)
     }
-    return products[first_possible(ways, flat, subject)](flat)
+    return products[first_possible(ways, flat, subject)[0]](flat)
+
+
+def _hessian_products(fn: Flat) -> dict[str, Callable[[Array], Flat]]:
+    """Returns several ways to the product of a Hessian at a point with vectors."""
+    forward = lambda x: columns(_pushed(fn, x), x)
+    return {
+        "fwd-bwd": lambda x: jax.linearize(jax.grad(fn), x)[1],
+        # A Hessian is its own transpose.
+        "bwd-bwd": lambda x: transposed_product(jax.grad(fn), x),
+        "fwd-fwd": lambda x: _pushed(forward, x),
+    }
 
 
 def gauss_newton_products(

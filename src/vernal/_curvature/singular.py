@@ -62,7 +62,8 @@ def of_products(
     products = gauss_newton_products(fn, flat) if subject.jac is None else None
     if products is None:
         if choose_mode(fn, flat, subject) == "fwd":
-            return of_jacobian(jacobian_matrix(fn, flat, "fwd", batch_size))
+            forward = subject._replace(jac="fwd")
+            return of_jacobian(jacobian_matrix(fn, flat, forward, batch_size))
         pull = transposed_product(fn, flat)
         return of_jacobian(_triangle_by_rows(pull, fn(flat), flat, batch_size))
 

@@ -18,15 +18,10 @@ from .._minimum import (
 )
 from .._policy import StopReason
 from .._program import program
-from .._step import AbstractTrainer, in_free_coordinates, step_key, stripped
+from .._step import AbstractTrainer, in_free_coordinates, stripped
 from .result import FitResult
 
-
-@program
-def _measure(
-    trainer: AbstractTrainer, projector: Any, batch: Any, kind: str, fall: Any
-) -> Any:
-    return measure(trainer, projector, batch, step_key(trainer), kind, fall)
+_measure = program(measure)
 
 
 def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, Any]:

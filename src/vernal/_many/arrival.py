@@ -20,7 +20,7 @@ from .._minimum import (
 )
 from .._policy import StopReason
 from .._program import program
-from .._step import AbstractTrainer, in_free_coordinates, step_key, stripped
+from .._step import AbstractTrainer, in_free_coordinates, stripped
 from .._storage import History
 from .mapped_chunk import Flags, apart
 from .members import Members
@@ -63,8 +63,7 @@ def _measure(
 ) -> Local:
     def of_one(trainer: AbstractTrainer, batch: Any, fall: Array) -> Local:
         trainer = in_free_coordinates(trainer)
-        args = stripped(trainer), trainer.projector, batch, step_key(trainer)
-        return measure(*args, kind, fall)
+        return measure(stripped(trainer), trainer.projector, batch, kind, fall)
 
     return members.map(of_one, batch, falls)
 

@@ -12,6 +12,7 @@ from .distance import (
     hessian_distance,
     measure,
     measure_jacobian,
+    minimised,
     settled,
     spectral_distance,
     what_falls,

@@ -1,13 +1,13 @@
 """How far a trainer is from the minimum of what it fits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params
 from .._constraints import flat_flags, held_at
@@ -15,10 +15,9 @@ from .._curvature import (
     Flat,
     Spectrum,
     Subject,
-    choose_mode,
-    columns,
     gauss_newton_products,
     gradient,
+    hessian_matrix,
     hessian_product,
     jacobian_matrix,
     traced,
@@ -35,11 +34,15 @@ from .._step import (
     pushed,
     score,
     scoring_residuals,
+    step_key,
 )
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import TOLERANCE, Distance, unknown
 from .formulas import distance_of, of_products
 from .local import Local, Point, curved, rounding_of, spectral, triangle
+
+LossAt = Callable[[Params], Float[Array, ""]]
+"""A loss as a function of a tree of parameters."""
 
 _SUBJECT = Subject("what is minimised", is_quiet=True)
 
@@ -58,27 +61,40 @@ def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
     return "loss" if "loss" in methods else "nll"
 
 
+def minimised(trainer: AbstractTrainer, batch: Any, kind: str) -> LossAt:
+    """Returns what falls, of the `kind` of `what_falls`, as a function of parameters.
+
+    Squares of residuals fall as the negative log-likelihood does.
+    """
+    key = step_key(trainer)
+
+    def value(params: Params) -> Array:
+        at_params = live(trainer, params)
+        if kind == "residuals":
+            return negative_log_likelihood(at_params, batch, key)
+        return score(at_params, batch, key).loss
+
+    return value
+
+
 def measure(
     trainer: AbstractTrainer,
     projector: EigenProjector | None,
     batch: Any,
-    key: PRNGKeyArray | None,
     kind: str,
     fall: Any,
+    held: Mapping[str, Bool[Array, "..."]] | None = None,
 ) -> Local:
     """Measures what `distance_of` needs, within a compiled program.
 
     The trainer is bare; directions that its `projector` dropped are not free. `kind` is
     what `what_falls` returns, and `fall` is how far the loss fell on the way here.
+    `held` are the elements that are pushed against their bounds, if that is known.
     """
-    params = as_parameters(trainer.params)
+    params, key = as_parameters(trainer.params), step_key(trainer)
     here = _Here(_wide(ravel(params)), params, projector)
-    loss_at = lambda params: (
-        negative_log_likelihood(live(trainer, params), batch, key)
-        if kind == "residuals"
-        else score(live(trainer, params), batch, key).loss
-    )
-    held = pushed(trainer, loss_at)
+    value = minimised(trainer, batch, kind)
+    held = pushed(trainer, value) if held is None else held
     is_held = jnp.all(flat_flags(held, params))
     at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
     if kind == "residuals":
@@ -87,7 +103,7 @@ def measure(
         residuals, loss = traced(residuals, here.flat), None
         if met:
             # The residuals of scoring have no bound where that of counts is small.
-            loss = _wide(loss_at(params))
+            loss = _wide(value(params))
         found = _of_residuals(residuals, here, fall, loss)
         return _with_held(found, is_held)
     loss = lambda flat: _wide(score(at(flat), batch, key).loss)
@@ -213,10 +229,9 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
     vector = residuals(flat)
     if has_jacobian(vector.size, flat.size):
         try:
-            mode = choose_mode(residuals, flat, _SUBJECT)
+            jacobian = jacobian_matrix(residuals, flat, _SUBJECT)
         except TypeError:
             return unknown(flat)
-        jacobian = jacobian_matrix(residuals, flat, mode)
         return triangle(jacobian, vector, here.point(), fall, loss)
     products = gauss_newton_products(residuals, flat)
     if products is None:
@@ -234,16 +249,15 @@ def _of_loss(loss: Flat, here: _Here, tolerance: Callable[[Array], Any]) -> Loca
     flat = here.flat
     value = loss(flat)
     try:
-        mode = choose_mode(loss, flat, _SUBJECT, ("bwd", "fwd"))
-        product = hessian_product(loss, flat, _SUBJECT)
+        slope = gradient(loss, flat, _SUBJECT)
+        if flat.size > MOST_PARAMETERS:
+            product = hessian_product(loss, flat, _SUBJECT)
+            return of_products(value, slope, product, here.solve, tolerance(value))
+        hessian = hessian_matrix(loss, flat, _SUBJECT)
     except TypeError:
         # No mode has second derivatives.
         return unknown(flat)
-    slope = gradient(loss, flat, mode)
-    if flat.size > MOST_PARAMETERS:
-        return of_products(value, slope, product, here.solve, tolerance(value))
-    hessian, point = columns(product, flat), here.point()
-    return curved(value, slope, hessian, point, tolerance(value))
+    return curved(value, slope, hessian, here.point(), tolerance(value))
 
 
 def _wide(array: Any) -> Any:

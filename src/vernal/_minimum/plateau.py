@@ -12,17 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._constraints import Bounds
-from .._curvature import Subject, choose_mode, gradient, traced
+from .._curvature import Subject, gradient, traced
 from .._program import program
 from .._step import (
     AbstractTrainer,
     bounds_of,
-    live,
-    negative_log_likelihood,
-    score,
-    step_key,
 )
 from .._tree import as_parameters, by_path, ravel, unravel
+from .distance import minimised
 from .edm import Distance
 from .local import Curved, Triangle, noise_of_zero
 
@@ -136,23 +133,17 @@ def _look(
 
     `None` if there is no gradient.
     """
-    params, bounds, key = trainer.params, bounds_of(trainer), step_key(trainer)
+    params, bounds = trainer.params, bounds_of(trainer)
     assert bounds is not None
-
-    def loss(flat: Array) -> Array:
-        at_flat = live(trainer, unravel(flat, params))
-        if kind == "residuals":
-            return negative_log_likelihood(at_flat, batch, key)
-        return score(at_flat, batch, key).loss
-
+    value = minimised(trainer, batch, kind)
+    loss = traced(lambda flat: value(unravel(flat, params)), points[0])
     subject = Subject("what is minimised", is_quiet=True)
-    try:
-        mode = choose_mode(traced(loss, points[0]), points[0], subject, ("bwd", "fwd"))
-    except TypeError:
-        return None
 
     def within(point: Array) -> tuple[Array, Array, Array]:
         flat = ravel(bounds.clip(unravel(point, params)))
-        return flat, loss(flat), gradient(loss, flat, mode)
+        return flat, loss(flat), gradient(loss, flat, subject)
 
-    return jax.lax.map(within, points)
+    try:
+        return jax.lax.map(within, points)
+    except TypeError:
+        return None

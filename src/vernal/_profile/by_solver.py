@@ -13,7 +13,7 @@ from .._policy import StopReason
 from .._program import program
 from .._projection import make_projector
 from .._solve import IS_OVER, REASONS, End, Problem, Start, run_solver
-from .._step import AbstractTrainer, defined, live, step_key, with_bounds
+from .._step import AbstractTrainer, defined, live, with_bounds
 from .._tree import ravel, unravel
 from .conditional import Held, Space
 
@@ -72,7 +72,7 @@ def run_distance(space: Space, held: Held, flat: Float[Any, " D"]) -> Local:
     here = _held_there(space, held, flat)
     # The tolerance of a loss is a fraction of what it is given: of an error bar here.
     unit = space.error_scale**2
-    return measure(here, None, space.batch, step_key(here), "loss", unit)
+    return measure(here, None, space.batch, "loss", unit)
 
 
 def _held_there(space: Space, held: Held, flat: Float[Any, " D"]) -> AbstractTrainer:

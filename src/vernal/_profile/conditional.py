@@ -15,9 +15,8 @@ from .._curvature import (
     Mode,
     Subject,
     choose_mode,
-    columns,
     gradient,
-    hessian_product,
+    hessian_matrix,
     jacobian_matrix,
     matmul,
     traced,
@@ -184,27 +183,29 @@ def _expansion(space: Space) -> Callable[[Array], Form]:
     own = lambda flat: of(space.at(flat), batch, key).astype(dtype)
     fn = traced(lambda flat: own(flat) / space.error_scale, flat)
     zero = jnp.zeros(matrix.shape[1], dtype)
-    order = ("fwd", "bwd") if is_squares else ("bwd", "fwd")
-    mode = choose_mode(fn, flat, subject, order)
 
-    def expand(flat: Array) -> Form:
-        if is_squares:
-            if mode == "fwd":
-                value, push = jax.linearize(fn, flat)
-                rows = jax.vmap(push)(matrix.T)
-            else:
-                jacobian = jacobian_matrix(fn, flat, mode)
-                value, rows = fn(flat), matmul(jacobian, matrix).T
-            # All products at once: those with a vector take long to compile.
-            rows = jnp.vstack([rows, value])
-            return matmul(rows, rows.T)
+    def of_squares(flat: Array) -> Form:
+        if mode == "fwd":
+            value, push = jax.linearize(fn, flat)
+            rows = jax.vmap(push)(matrix.T)
+        else:
+            jacobian = jacobian_matrix(fn, flat, subject._replace(jac=mode))
+            value, rows = fn(flat), matmul(jacobian, matrix).T
+        # All products at once: those with a vector take long to compile.
+        rows = jnp.vstack([rows, value])
+        return matmul(rows, rows.T)
+
+    def of_loss(flat: Array) -> Form:
         near = lambda latent: fn(flat + matmul(matrix, latent))
-        hessian = columns(hessian_product(near, zero, subject), zero)
-        slope, value = gradient(near, zero, mode), near(zero)
+        hessian = hessian_matrix(near, zero, subject)
+        slope, value = gradient(near, zero, subject), near(zero)
         last = jnp.append(slope, 2 * value)
         return jnp.column_stack([jnp.vstack([hessian, slope]), last])
 
-    return expand
+    if not is_squares:
+        return of_loss
+    mode = choose_mode(fn, flat, subject)
+    return of_squares
 
 
 class _Step(NamedTuple):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._boundary import PyTree, whole_number
 from .._closure import Closure
 from .._curvature import Mode, Subject, choose_mode, gradient, traced
-from .._minimum import Local, has_jacobian, measure, what_falls
+from .._minimum import Local, has_jacobian, measure, minimised, what_falls
 from .._policy import StopReason, all_finite
 from .._program import program
 from .._projection import EigenProjector
@@ -200,14 +200,8 @@ def run_solver(
     # The dtype of the loss, unless the trainer was made while `jax_enable_x64` was off.
     key, dtype = step_key(trainer), jnp.result_type(float)
 
-    is_minimiser = isinstance(solver, optx.AbstractMinimiser)
-
-    def value(params: PyTree) -> Array:
-        at_params = live(trainer, params)
-        if is_minimiser:
-            return score(at_params, batch, key).loss
-        return 0.5 * jnp.sum(jnp.square(real_residuals(at_params, batch, key)))
-
+    kind = what_falls(trainer, is_least_squares(solver))
+    value = minimised(trainer, batch, kind)
     box = Box.around(trainer, value)
 
     def to_free(point: PyTree) -> PyTree:
@@ -275,14 +269,13 @@ def run_solver(
     is_new = all_best_loss < held.loss
     first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
     last = jnp.where(is_finite, last, best_loss)
-    kind, local = what_falls(trainer, not is_minimiser), None
+    local, held_then = None, pushed(at_end, value)
     if box is not None or not (
         is_shared and kind == "residuals" and _has_jacobian(at_end, batch, key)
     ):
-        local = measure(at_end, projector, batch, key, kind, first - last)
+        local = measure(at_end, projector, batch, kind, first - last, held_then)
     end_params, is_settled = at_end.params, jnp.array(True)
     if box is not None:
-        held_then = pushed(at_end, value)
         end_params, is_settled = box.ended(to_free(point), end_params, held_then, local)
         point = None if projector is None else projector.to_latent(end_params)
     return End(
@@ -325,14 +318,13 @@ def find_bad(
     """Returns whether the loss, and the gradient of each leaf, is not finite."""
     key = step_key(trainer)
 
-    def scored(flat: Array) -> Array:
+    def at_flat(flat: Array) -> Array:
         return score(live(trainer, unravel(flat, params)), batch, key).loss
 
     flat = ravel(params)
+    scored = traced(at_flat, flat)
     try:
-        order = ("bwd", "fwd")
-        mode = choose_mode(traced(scored, flat), flat, Subject("", None, True), order)
-        slope = gradient(scored, flat, mode)
+        slope = gradient(scored, flat, Subject("", is_quiet=True))
     except TypeError:
         # Without derivatives only the loss can be checked.
         slope = jnp.zeros_like(flat)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
-from .._curvature import Subject, choose_mode, gradient, traced
+from .._curvature import Subject, gradient, traced
 from .._tree import ravel, unravel
 from .abstract_trainer import AbstractTrainer, bounds_of
 
@@ -22,11 +22,12 @@ def pushed(
     bounds, params = bounds_of(trainer), trainer.params
     if bounds is None:
         return {}
-    fn, flat = lambda flat: value(unravel(flat, params)), ravel(params)
+    flat = ravel(params)
+    fn = traced(lambda flat: value(unravel(flat, params)), flat)
     subject = Subject(f"What `{type(trainer).__name__}` minimises", is_quiet=True)
     try:
-        mode = choose_mode(traced(fn, flat), flat, subject, ("bwd", "fwd"))
+        slopes = unravel(gradient(fn, flat, subject), params)
     except TypeError:
         # Without derivatives nothing is known to be pushed.
-        return bounds.pushed(params, jax.tree.map(jnp.zeros_like, params))
-    return bounds.pushed(params, unravel(gradient(fn, flat, mode), params))
+        slopes = jax.tree.map(jnp.zeros_like, params)
+    return bounds.pushed(params, slopes)
