@@ -116,7 +116,7 @@ def test_any_density_is_a_prior_of_a_minimiser_and_of_the_errors():
     model = {"ab": jnp.zeros(2), "c": jnp.asarray(0.4)}
     priors = {"c": Gamma(30.0, 40.0), "ab": Joint()}
     trainer = Linear(model, priors=priors)
-    with pytest.raises(ValueError, match=r"LevenbergMarquardt.*is not normal"):
+    with pytest.raises(ValueError, match=r"LevenbergMarquardt.*is no `vn.Normal`"):
         trainer.solve(SOLVERS["LevenbergMarquardt"], BATCH)
     result = trainer.solve(SOLVERS["BFGS"], BATCH)
     assert result.stop_reason is vn.StopReason.CONVERGED

@@ -254,3 +254,65 @@ def test_a_function_of_the_step_that_returns_one_batch(batch):
     trainer = LineFit(line(), optax.adam(0.1))
     with pytest.raises(TypeError, match="iterable of all batches from that step on"):
         trainer.fit(vn.Stream(lambda step: batch), 3)
+
+
+class Wide(vn.Trainer):
+    """Its steps take longer than it takes to fill a batch."""
+
+    def loss(self, model, batch):
+        hidden = jnp.tanh(batch @ model["in"])
+        return jnp.mean(jnp.square(hidden @ model["out"] - 1))
+
+
+def wide():
+    weights = np.random.default_rng(1).normal(size=(64, 256)) / 8
+    model = {"in": jnp.asarray(weights), "out": jnp.zeros(256)}
+    return Wide(model, vn.ParamOptimiser({"**": optax.sgd(1e-2)}))
+
+
+def by_fit(batches):
+    return wide().fit(vn.Stream(batches), 10).history.loss
+
+
+def by_step(batches):
+    trainer, losses = wide(), []
+    for batch in batches:
+        trainer, info = trainer.step(batch)
+        losses.append(info.loss)
+    return np.asarray(losses)
+
+
+@pytest.mark.parametrize("run", [by_fit, by_step])
+def test_a_loader_may_fill_one_array_again_and_again(run):
+    """Also while the step before is still computing."""
+    rows = 2048
+
+    def batches(is_shared):
+        rng, shared = np.random.default_rng(0), np.empty((rows, 64))
+        for _ in range(10):
+            batch = shared if is_shared else np.empty_like(shared)
+            batch[:] = rng.normal(size=batch.shape)
+            yield batch
+            # What it holds after the step was asked for is of no matter.
+            shared[:] = np.nan
+
+    np.testing.assert_array_equal(run(batches(True)), run(batches(False)))
+
+
+def test_what_is_copied_was_there_when_it_was_given():
+    """The device is busy, and would copy later."""
+    busy = jax.jit(lambda x: jnp.linalg.matrix_power(x, 20))
+    array = np.ones(1_000_000)
+    model = {"a": jnp.ones(2), "table": np.ones(1_000_000)}
+    running = busy(jnp.eye(700))
+    trainer = Plain(model, vn.ParamOptimiser({"a": optax.sgd(0.1)}))
+    held = vn.Minibatches(array, 10, key=jax.random.key(0))
+    array[:], model["table"][:] = 9, 9
+    np.testing.assert_array_equal(held.arrays, 1)
+    np.testing.assert_array_equal(trainer.model["table"], 1)
+    jax.block_until_ready(running)
+
+
+class Plain(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.sum(model["a"] ** 2)

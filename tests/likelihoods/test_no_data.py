@@ -113,7 +113,6 @@ SOUND = {
     # Then the prior alone is the answer.
     "a prior": lambda: Fit(priors={"slope": vn.Normal(1.0, 1.0)}).fit(NONE, 5),
     "a validation": lambda: Fit().fit((X, Y, X < 5), 5, validation=((X, Y, X < 5), 2)),
-    "none is due": lambda: Fit().fit((X, Y, X < 5), 5, validation=(NONE, 7)),
     "one batch of two": lambda: Fit().fit(vn.Stream([(X, Y, X < 5), NONE]), 2),
 }
 

@@ -328,3 +328,19 @@ def test_what_code_reads_from_an_optimiser_is_its_fields():
     first = made(0.9)
     assert reads(first).key == reads(first).key
     assert reads(first).key != reads(made(0.8)).key
+
+
+def test_what_takes_no_more_than_the_gradients():
+    """Optax says of SAM that it takes any argument, and it takes none."""
+    sam = optax.contrib.sam(
+        optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    )
+    params = {"a": jnp.asarray([1.0, 2.0])}
+    loss = lambda params, target: jnp.sum((params["a"] - target) ** 2)
+    found = vn.fit(loss, params, sam, jnp.asarray(3.0), 6).model
+    state = sam.init(params)
+    for _ in range(6):
+        grads = jax.grad(loss)(params, 3.0)
+        updates, state = sam.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(found["a"], params["a"], rtol=1e-6)

@@ -33,6 +33,7 @@ def by_hand(trainer, count, every, batch=HELD_OUT):
 # The validation.
 
 
+@pytest.mark.filterwarnings("ignore:`validation`. it was not due")
 @pytest.mark.parametrize("every", [1, 3, 20, 21])
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 def test_scores_are_of_the_model_after_so_many_steps(every, chunk):
@@ -106,6 +107,7 @@ def test_validations_of_batches(data):
     np.testing.assert_array_equal(result.history.validation_steps, [4, 8, 12])
 
 
+@pytest.mark.filterwarnings("ignore:`validation`. it was not due")
 @pytest.mark.parametrize("cut", [1, 4, 6, 11])
 def test_two_fits_with_a_validation_are_one(cut):
     options = {"validation": (HELD_OUT, 3), "record": "slope"}
@@ -141,6 +143,17 @@ def test_a_score_that_is_not_finite_is_never_the_best():
         result = trainer.fit(BATCH, 4, validation=(jnp.array(0.0), 1))
     assert np.isinf(result.trainer.best_loss)
     assert result.history.validation[1] == -np.inf
+
+
+def test_a_validation_that_is_never_due_is_told():
+    options = {"validation": (BATCH, 100)}
+    with pytest.warns(UserWarning, match="`validation`: it was not due within the 4"):
+        result = TRAINER.fit(BATCH, 4, **options)
+    assert same(result.best, TRAINER.model)
+    with pytest.warns(UserWarning, match="not due"):
+        vn.fit_many([TRAINER, TRAINER.replace(model=line(2.0))], BATCH, 4, **options)
+    # A part of a longer fit, in which it is due, has nothing to tell.
+    result.trainer.fit(BATCH, 96, **options)
 
 
 # The criteria.

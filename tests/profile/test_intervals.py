@@ -256,7 +256,7 @@ def test_any_prior_is_part_of_the_likelihood(name):
         np.testing.assert_allclose(delta, float(value) - float(least), rtol=1e-6)
         assert np.abs(np.asarray(slope)[[0, 2]]).max() < 0.1
     alone = Curve("decay", without.model, priors={"": prior})
-    with pytest.raises(ValueError, match=r"LevenbergMarquardt.*is not normal"):
+    with pytest.raises(ValueError, match=r"LevenbergMarquardt.*is no `vn.Normal`"):
         alone.intervals(LM, batch)
 
 

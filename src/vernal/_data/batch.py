@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._boundary import is_cut, is_deleted, narrowed, refuse_foreign, spelled
-from .._tree import LONG_DOUBLES
+from .._tree import LONG_DOUBLES, copied
 
 # A shorter list may be meant as a tree.
 _LONG = 8
@@ -89,10 +89,9 @@ def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> An
         return leaf.item()
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         return _copied(leaf, where)
-    if not isinstance(leaf, type) and hasattr(leaf, "__array__"):
+    is_array = hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__")
+    if is_array and not isinstance(leaf, type):
         return _copied(_converted(leaf, where), where)
-    if not isinstance(leaf, type) and hasattr(leaf, "__dlpack__"):
-        return jnp.array(jnp.from_dlpack(leaf))
     refuse_foreign(leaf, where)
     if isinstance(leaf, range):
         raise _list_of_numbers(leaf, where)
@@ -142,8 +141,7 @@ def _copied(leaf: Any, where: str) -> jax.Array:
             "have. Subtract a reference, and then turn it into float64: "
             "`(x - x[0]).astype(float)`."
         )
-    # A copy: JAX may otherwise share the memory of an array that is changed later.
-    return jnp.array(narrowed(leaf, where))
+    return copied(narrowed(leaf, where))
 
 
 def _refuse_lists(batch: Any, argument: str, keys: tuple[Any, ...]) -> None:

@@ -101,7 +101,10 @@ def fit(
             warn(f"{end.warning} {diagnosis}")
     else:
         run.warn_of_bad(result)
-        _warn_of_scores(result.history.validation)
+        if run.taken and validation is not None:
+            losses = subject.on_host(run.trainer.best_loss)
+            is_scored = bool(np.isfinite(losses).any())
+            _warn_of_scores(result.history.validation, run.taken, is_scored)
     history = result.history
     with subject.context():
         warn_of_no_data(subject.entrance, history.loss, run.ended_at(result))
@@ -109,8 +112,14 @@ def fit(
     return result
 
 
-def _warn_of_scores(scores: np.ndarray) -> None:
-    if scores.size and not np.isfinite(scores).any():
+def _warn_of_scores(scores: np.ndarray, steps: int, is_scored: bool) -> None:
+    if not scores.size and not is_scored:
+        warn(
+            f"`validation`: it was not due within the {steps} steps of this fit, so "
+            "that `best` is the model that the fit began with. Validate more often: "
+            "`validation=(batch, every)`."
+        )
+    elif scores.size and not np.isfinite(scores).any():
         warn(
             "`validation`: no score was finite, so that `best` is no better than the "
             "model that the fit began with. Check the batch, and `evaluate`."

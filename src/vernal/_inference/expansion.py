@@ -189,8 +189,7 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
 
     def distance() -> Distance:
         # On the host, where nothing is compiled.
-        with np.errstate(over="ignore"):
-            squares = np.asarray(of_each.sum(), parts.squares.dtype)
+        squares = np.asarray(of_each.sum())
         sums = spectrum, parts.slope, squares, data_count + rows, held
         return spectral_distance(*sums, params, trainer.projector)
 

@@ -120,14 +120,19 @@ def _refuse(*_: Any) -> Any:
 class Scatter(NamedTuple):
     """What there is to know of the scatter of residuals.
 
-    - `squares`: the sum of their squares.
+    - `norm`: the root of the sum of their squares, which may be too small for them.
     - `data`: what they are.
     - `rank`: the number of directions that they constrain.
     """
 
-    squares: Float[Array, "..."]
+    norm: Float[Array, "..."]
     data: DataKind
     rank: Int[Array, "..."]
+
+    @property
+    def squares(self) -> Float[np.ndarray, "..."]:
+        """The sum of the squares. For numbers on the host."""
+        return np.square(np.asarray(self.norm, float))
 
     def error_scales(
         self, trainer: AbstractTrainer, kind: ErrorKind | None
@@ -141,8 +146,7 @@ class Scatter(NamedTuple):
         degrees = np.asarray(self.data.size) - np.asarray(self.rank)
         if not of_any(degrees > 0):
             raise ValueError(NO_SCATTER)
-        squares = np.asarray(self.squares, float)
-        return np.sqrt(squares / np.where(degrees > 0, degrees, np.nan))
+        return np.sqrt(self.squares / np.where(degrees > 0, degrees, np.nan))
 
 
 class KnownErrors(NamedTuple):
@@ -229,8 +233,9 @@ def errors_or_nan(
 def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:
     assert derived.deviances is not None
     assert derived.data is not None
-    squares = jnp.sum(jnp.square(derived.deviances))
-    return Scatter(squares, derived.data, jnp.sum(whitening.roots > 0))
+    unit = positive(jnp.max(jnp.abs(derived.deviances), initial=0))
+    norm = unit * jnp.linalg.norm(derived.deviances / unit)
+    return Scatter(norm, derived.data, jnp.sum(whitening.roots > 0))
 
 
 # LAPACK may not return if there is a NaN: what is not finite is replaced.

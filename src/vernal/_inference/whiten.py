@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params
-from .._curvature import Spectrum, matmul, of_jacobian
+from .._curvature import Spectrum, matmul, of_jacobian, positive
 from .._data import as_batch
 from .._policy import all_finite
 from .._projection import (
@@ -139,13 +139,11 @@ def _label(what: str, name: str) -> str:
 class Reduced(NamedTuple):
     """Residuals and their Jacobian, reduced to the size of the parameters.
 
-    - `slope`: the gradient of half the sum of squares, in units of the spectrum.
-    - `squares`: the sum of squares.
+    `slope` is the gradient of half the sum of squares, in units of the spectrum.
     """
 
     spectrum: Spectrum
     slope: Float[Array, " D"]
-    squares: Float[Array, ""]
 
 
 @jax.jit
@@ -155,8 +153,10 @@ def reduced(jac: Float[Array, "N D"], residuals: Float[Array, "..."]) -> Reduced
     dtype = spectrum.values.dtype
     vector = jax.lax.stop_gradient(residuals.ravel()).astype(dtype)
     jac = jax.lax.stop_gradient(jac).astype(dtype)
-    slope = matmul(vector, jac) * spectrum.scale
-    return Reduced(spectrum, slope, jnp.sum(jnp.square(vector)))
+    # Divided, since products of small residuals with small derivatives may be zero.
+    unit = positive(jnp.max(jnp.abs(vector), initial=0))
+    slope = matmul(vector / unit, jac) * spectrum.scale * unit
+    return Reduced(spectrum, slope)
 
 
 def _spectra(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._boundary import spelled_leaves
+from .._boundary import spelled_leaves, warn
 from .._data import Minibatches, Stream
 from .._step import (
     AbstractTrainer,
@@ -181,6 +181,14 @@ def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -
             "there is no `data_axis`: each would fit all of the data, and all would "
             "end alike. For a row for each give `data_axis=0`, or a tree of axes such "
             "as `data_axis=(None, 0)`; to fit all of the data, `fit` one trainer."
+        )
+    # Of several arrays with as many rows each row may be a datum.
+    if len(rows) == 1 and len(rows[0][1]) > 1:
+        where, shape = rows[0]
+        warn(
+            f"{where} has the shape {shape}, with a row for each of the {size} "
+            "trainers, but there is no `data_axis`: each fits all rows. For a row for "
+            "each give `data_axis=0`, or a tree of axes such as `data_axis=(None, 0)`."
         )
 
 

@@ -64,8 +64,13 @@ class Distance(NamedTuple):
         """What helps where rounding hides the minimum. For numbers on the host."""
         if not (self.is_far and self.edm <= self.rounding):
             return ""
-        dtype = self.edm.dtype
+        dtype = self.direction.dtype
         wider = "" if dtype == np.float64 else "compute in float64, or "
+        if self.edm < np.finfo(dtype).tiny:
+            return (
+                f"The squares of the residuals are below the smallest number of "
+                f"{dtype}: {wider}fit in larger units"
+            )
         return (
             f"The loss is rounded, in {dtype}, by more than that: {wider}leave "
             "constants out of it"

@@ -41,8 +41,12 @@ def distance_of(local: Any) -> Distance:
 def _by_svd(local: Triangle) -> Spectral:
     factor = local.factor.astype(float)
     left, values, right = np.linalg.svd(factor[:-1, :-1])
-    inner = left.T @ factor[:-1, -1]
-    return Spectral(values, inner, right, *local[1:-2], local.is_held)
+    inner, loss = left.T @ factor[:-1, -1], local.loss
+    if loss < np.finfo(loss.dtype).tiny:
+        # Squares that are too small for their dtype are none for a double.
+        loss = 0.5 * np.sum(np.square(factor[:, -1]))
+    found = local._replace(loss=loss)
+    return Spectral(values, inner, right, *found[1:-2], local.is_held)
 
 
 def _of_spectral(local: Spectral) -> Distance:
@@ -52,7 +56,7 @@ def _of_spectral(local: Spectral) -> Distance:
     $\frac12 \lVert Q^\top r \rVert^2$.
     """
     values, loss = local.values, local.loss
-    noise = noise_of_zero(len(values), loss.dtype)
+    noise = noise_of_zero(len(values), local.rounding.dtype)
     is_kept = (values > noise * values.max(initial=0)) & (values > 0)
     along = np.where(is_kept, local.inner, 0)
     edm = 0.5 * np.sum(np.square(along))
@@ -99,16 +103,15 @@ def _downhill(direction: Any, slope: Any) -> np.ndarray:
 def _distance(
     edm: Any, tolerance: Any, is_saddle: Any, local: Any, step: np.ndarray
 ) -> Distance:
-    dtype = local.loss.dtype
     step = step if local.turn is None else local.turn @ step
     length = np.linalg.norm(step)
     return Distance(
-        np.asarray(edm, dtype),
-        np.asarray(tolerance, dtype),
-        np.asarray(local.rounding, dtype),
+        np.asarray(edm, float),
+        np.asarray(tolerance, float),
+        np.asarray(local.rounding),
         np.asarray(is_saddle),
         np.asarray(True),
-        (step / length if length > 0 else step).astype(dtype),
+        (step / length if length > 0 else step).astype(local.rounding.dtype),
     )
 
 

@@ -121,8 +121,12 @@ class Point(NamedTuple):
 
 
 def rounding_of(loss: Any) -> Any:
-    """Estimates how far a loss can fall unseen, since it is rounded."""
-    return 4 * jnp.finfo(loss.dtype).eps * abs(loss)
+    """Estimates how far a loss can fall unseen, since it is rounded.
+
+    Below the smallest number of its dtype it is zero.
+    """
+    info = jnp.finfo(loss.dtype)
+    return 4 * info.eps * abs(loss) + info.tiny
 
 
 def underflows(diagonal: Any, flat: Any) -> Any:
@@ -146,6 +150,8 @@ def triangle(
     `loss` is by default half the sum of squares.
     """
     scale = own = column_norms(jacobian)
+    # What does nothing has no spacing that would matter: its norm is 1 by convention.
+    known = jnp.where(jnp.any(jacobian != 0, axis=0), scale, 0)
     free = jacobian
     if point.basis is not None:
         free = matmul(jacobian, point.basis)
@@ -163,8 +169,8 @@ def triangle(
         # Missing data have residuals of zero.
         size=jnp.count_nonzero(residuals),
         rounding=rounding_of(loss),
-        spacing=point.spacing(scale),
-        exact=point.exact(scale),
+        spacing=point.spacing(known),
+        exact=point.exact(known),
         has_fallen=jnp.asarray(fall > 0),
         scale=scale,
     )
@@ -190,7 +196,7 @@ def curved(
         return of.where(root > 0, root, 1)
 
     scale = own = units(hessian)
-    spacing = point.spacing(scale)
+    spacing = point.spacing(of.where(of.diagonal(hessian) != 0, scale, 0))
     # What is held at a bound, or does nothing, has no gradient either.
     is_lost = of.any(underflows(of.diagonal(hessian), point.flat) & (gradient != 0))
     if point.basis is not None:
@@ -218,7 +224,7 @@ def spectral(
     `slope` is the gradient in units of the spectrum, `squares` the sum of the squares
     of `size` residuals.
     """
-    loss = np.asarray(0.5 * squares)
+    dtype = spectrum.values.dtype
     scale, values, vectors = (np.asarray(x, float) for x in spectrum)
     roots, right = np.sqrt(np.maximum(values, 0)), vectors.T
     inner = right @ np.asarray(slope, float) / np.where(roots > 0, roots, np.inf)
@@ -228,11 +234,15 @@ def spectral(
         free = roots[:, None] * right @ (basis / scale[:, None])
         own = np.linalg.norm(free, axis=0)
         own = np.where(own > 0, own, 1)
-        is_kept = roots > noise_of_zero(len(roots), loss.dtype) * roots[0]
+        is_kept = roots > noise_of_zero(len(roots), dtype) * roots[0]
         left, roots, right = np.linalg.svd(free / own, full_matrices=False)
         inner, turn = left.T @ np.where(is_kept, inner, 0), point.turn(1 / scale, own)
-    ends = point.spacing(1 / scale), point.exact(1 / scale), False
-    return Spectral(roots, inner, right, turn, loss, size, rounding_of(loss), *ends)
+    known = np.where(np.square(vectors) @ values > 0, 1 / scale, 0)
+    ends = point.spacing(known), point.exact(known), False
+    loss = np.asarray(0.5 * squares)
+    with np.errstate(over="ignore"):
+        rounding = rounding_of(loss.astype(dtype))
+    return Spectral(roots, inner, right, turn, loss, size, rounding, *ends)
 
 
 def noise_of_zero(size: int, dtype: Any) -> float:

@@ -1,6 +1,8 @@
 """Optax transformations as pytrees whose rates are leaves."""
 
+import inspect
 import numbers
+from collections.abc import Callable
 from typing import Any, final
 
 import optax
@@ -64,8 +66,17 @@ class Transform(AbstractTransform):
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        """Calls the encoded transformation."""
-        return self.decode().update(updates, state, params, **extra)
+        """Calls the encoded transformation, with those of the extra it takes."""
+        update = self.decode().update
+        return update(updates, state, params, **_taken(update, extra))
+
+
+def _taken(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that a function takes: not each of Optax's takes any."""
+    known = inspect.signature(update).parameters
+    if any(known[name].kind is inspect.Parameter.VAR_KEYWORD for name in known):
+        return extra
+    return {name: value for name, value in extra.items() if name in known}
 
 
 def as_transform(tx: Any, where: str) -> AbstractTransform:

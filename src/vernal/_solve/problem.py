@@ -363,10 +363,12 @@ def require_squares(trainer: AbstractTrainer, solver: Any) -> None:
     """Refuses a least-squares solver where a prior is no sum of squares."""
     priors = priors_of(trainer)
     if is_least_squares(solver) and priors is not None and priors.others:
+        path, prior = next(iter(priors.others.items()))
         raise ValueError(
             f"`solver` is a {type(solver).__name__}, which minimises a sum of squares, "
-            f"and the prior of {next(iter(priors.others))!r} is not normal, which is "
-            "none. Use a minimiser, such as `optx.BFGS(1e-8, 1e-8)`, or `vn.Normal`."
+            f"and the prior of {path!r} is no `vn.Normal`, which has a residual for "
+            f"each element, but a {type(prior.decode()).__name__}. Use a minimiser, "
+            "such as `optx.BFGS(1e-8, 1e-8)`, which takes any prior."
         )
 
 

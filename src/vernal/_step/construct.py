@@ -305,11 +305,16 @@ def refuse_names_in_latent_space(projector: Any, optimiser: Any) -> None:
 
 
 def check_ruled(
-    optimiser: Any, params: PyTree, free: PyTree, bijections: Bijections | None
+    optimiser: Any,
+    params: PyTree,
+    free: PyTree,
+    bijections: Bijections | None,
+    otherwise: str = "leave it out of `train`",
 ) -> None:
     """Refuses a parameter that no rule would move, or one in other coordinates.
 
-    `free` are the free coordinates, the parameters themselves without a bijection.
+    `free` are the free coordinates, the parameters themselves without a bijection;
+    `otherwise` is what a user can do beside giving a rule.
     """
     check_coordinates(optimiser, bijections)
     if not isinstance(optimiser, ParamOptimiser):
@@ -320,7 +325,7 @@ def check_ruled(
     if idle:
         raise ValueError(
             f"`optimiser` has no rule for {', '.join(map(repr, idle[:5]))}, which is "
-            "trained. Give it one, or a `default`; or leave it out of `train`."
+            f"trained. Give it one, or a `default`; or {otherwise}."
         )
     of_free = owners if free is params else optimiser.owners(free, filtered=True)
     for name, owner, other in zip(names, owners, of_free, strict=True):

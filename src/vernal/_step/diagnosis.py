@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from .._boundary import PyTree, debugged, is_debugged, spelled_leaves
 from .._data import Minibatches, as_batch
@@ -118,19 +118,26 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     return Diagnosis((), (), (found, *_bad_update(trainer, batch)))
 
 
-def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
-    """Whether the residuals that are minimised are those of no datum."""
+def of_no_loss(trainer: AbstractTrainer, batch: Any) -> tuple[int, np.ndarray] | None:
+    """Returns how many residuals are minimised, and the largest one.
+
+    `None` if there is more than residuals in the loss, or they cannot be evaluated.
+    """
     if defined(trainer) != ("residuals",) or priors_of(trainer) is not None:
-        return False
+        return None
     with contextlib.suppress(Exception):  # of the user's code: it is no answer
-        return int(_data_left(*_at_step(trainer, batch))) == 0
-    return False
+        count, largest = _data_left(*_at_step(trainer, batch))
+        return int(count), np.asarray(largest)
+    return None
 
 
 # One program, for as many members as there are.
 @program
-def _data_left(trainer: AbstractTrainer, batch: Any) -> int | Int[Array, ""]:
-    return real_residuals_and_kind(trainer, batch, step_key(trainer))[1].size
+def _data_left(
+    trainer: AbstractTrainer, batch: Any
+) -> tuple[int | Int[Array, ""], Float[Array, ""]]:
+    residuals, data = real_residuals_and_kind(trainer, batch, step_key(trainer))
+    return data.size, jnp.max(jnp.abs(residuals), initial=0)
 
 
 def bad_data(batch: Any) -> tuple[str, ...]:

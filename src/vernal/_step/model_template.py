@@ -6,13 +6,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._closure import Closure, StaticData, refuse_static_arrays
 from .._constraints import Bijections, Ties
 from .._pickling import PlainMethods, Portable
-from .._tree import is_inexact, strong
+from .._tree import copied, is_inexact, strong
 
 
 class ModelTemplate(Portable, PlainMethods, eqx.Module):
@@ -50,10 +49,7 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         self.kinds = tuple(map(_kind, leaves, owners))
         pairs = list(zip(leaves, self.kinds, strict=True))
         of = lambda kind: [leaf for leaf, own in pairs if own == kind]
-        self.frozen = tuple(
-            leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
-            for leaf in of("frozen")
-        )
+        self.frozen = tuple(map(copied, of("frozen")))
         self.others = Closure.encode(tuple(of("other")))
 
     def join(self, params: Any) -> Any:

@@ -13,7 +13,7 @@ from .._boundary import PyTree
 from .._optimiser import ParamOptimiser, as_transform
 from .._policy import NanPolicy
 from .._projection import EigenProjector
-from .._tree import cast_alike, is_alike, parameters, strong
+from .._tree import by_path, cast_alike, is_alike, parameters, strong
 from .abstract_trainer import (
     AbstractTrainer,
     TrainerT,
@@ -99,7 +99,7 @@ def replaced_fields(
     if optimiser is not None:
         transform = as_transform(optimiser, "optimiser")
         refuse_names_in_latent_space(trainer.projector, transform)
-        check_ruled(transform, params, free, bijections_of(trainer))
+        _check_rules(trainer, transform, params, free)
         fresh = initial_opt_state(transform, params, latent)
         new["opt_state"] = carried_over(trainer, params, latent, fresh)
     policy = trainer.nan_policy
@@ -115,6 +115,35 @@ def replaced_fields(
         "_template": parts,
         "_progress": dataclasses.replace(old, **new),
     }
+
+
+def _check_rules(
+    trainer: AbstractTrainer, optimiser: Any, params: PyTree, free: PyTree
+) -> None:
+    """Refuses rules that would train other leaves of the model than are trained."""
+    other = f"make a new trainer, `{type(trainer).__name__}(trainer.model, ...)`"
+    check_ruled(optimiser, params, free, bijections_of(trainer), other)
+    if not isinstance(optimiser, ParamOptimiser):
+        return
+    model, parts, old = trainer.model, template_of(trainer), trainer.optimiser
+    owners = optimiser.owners(model)
+    if not isinstance(old, ParamOptimiser):
+        return
+    # Where the old rules own a leaf, it was left out by `train`, and is again.
+    left_out = old.owners(model, filtered=True)
+    tied = () if parts.ties is None else parts.ties.indices
+    names = [path for path, _ in by_path(model).items()]
+    thawed = [
+        names[index]
+        for index, kind in enumerate(parts.kinds)
+        if kind != "trained" and index not in tied
+        if owners[index] is not None and left_out[index] is None
+    ]
+    if thawed:
+        raise ValueError(
+            f"`optimiser` has a rule for {', '.join(map(repr, thawed[:5]))}, which is "
+            f"not trained, and which leaves are stays. To train it, {other}."
+        )
 
 
 def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:
@@ -168,7 +197,7 @@ def reproject(
     projector, latent = fit_projector(
         projector, free, transform, constrained=constrained
     )
-    check_ruled(transform, params, free, bijections_of(trainer))
+    _check_rules(trainer, transform, params, free)
     if projector is not None and bounds is None:
         # With bounds, rounding would move them off.
         free = to_params(projector, latent)

@@ -1139,12 +1139,20 @@ class Trainer(AbstractTrainer[Model, Batch]):
         of `nan_report` are kept; the best is kept unless the model changes. A trainer
         that has stopped can go on. In a stacked trainer, each member is changed.
 
+        Which leaves of the model are trained stays. To freeze or thaw some, make a new
+        trainer: `Fit(trainer.model, optimiser)`.
+
         **Arguments:**
 
         - `model`: a model of the same structure, with other values.
         - `optimiser`: another optimiser, or the same one with another rate.
         - `nan_policy`: another policy.
         - `state`: a state of the same structure, with other values.
+
+        **Raises:**
+
+        - `ValueError`: if `model` has another structure or other shapes; or if rules
+            of `optimiser` leave out a parameter, or name what is not trained.
         """
         require_precision(self)
         return changed(

@@ -130,14 +130,26 @@ def _cast(new: Any, old: Any) -> Array:
     return lax.convert_element_type(new, old.dtype)
 
 
+def copied(leaf: Any) -> jax.Array:
+    """Returns an array of JAX, with memory of its own if `leaf` is one of NumPy.
+
+    `jnp.array` may share that memory at first, and copy it once the device is free: by
+    then a loader may have filled it with the next batch.
+    """
+    return (
+        jax.device_put(np.array(leaf))
+        if isinstance(leaf, np.ndarray)
+        else jnp.asarray(leaf)
+    )
+
+
 def strong(leaf: Any) -> jax.Array:
     """Returns `leaf` as an array that is not weakly typed.
 
     A weakly typed array, such as `jnp.array(1.0)`, turns strong in the first step, and
     the second step would then be compiled again.
     """
-    # A copy: JAX may otherwise share the memory of an array that is changed later.
-    array = jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
+    array = copied(leaf)
     if not is_weak(array):
         return array
     if isinstance(array, jax.core.Tracer):
