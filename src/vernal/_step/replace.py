@@ -101,7 +101,7 @@ def replaced_fields(
         refuse_names_in_latent_space(trainer.projector, transform)
         check_ruled(transform, params, free, bijections_of(trainer))
         fresh = initial_opt_state(transform, params, latent)
-        new["opt_state"] = carried_over(trainer, params, latent, fresh)
+        new["opt_state"] = carried_over(trainer, transform, params, latent, fresh)
     policy = trainer.nan_policy
     if nan_policy is not None:
         check_arguments(nan_policy, None, None)

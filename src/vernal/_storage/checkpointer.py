@@ -8,6 +8,7 @@ import jax
 
 from .._boundary import PyTree, warn
 from .._devices import Peers
+from .._optimiser import Maker, as_makers, state_makers
 from .._step import AbstractTrainer, progress_of
 from .._tree import NamedArray, from_arrays, to_arrays
 from .checkpoint_directory import claim
@@ -79,6 +80,8 @@ class Checkpointer:
         self._timer = CheckpointTimer(checkpoints.every)
         self._initial: dict[str, NamedArray] = {}
         """The hyperparameters that the program begins with."""
+        self._made_by: list[Maker] = []
+        """What made the state of its optimiser."""
         self._written = None
         """The progress that the newest checkpoint holds."""
 
@@ -122,6 +125,7 @@ class Checkpointer:
         """
         # A callback may set others later.
         self._initial = initial_hyperparams(trainer)
+        self._made_by = [*state_makers(trainer.optimiser)]
         own = {_FIT: monitor_state}
         expected = snapshot(trainer) | to_arrays(own)
         read = lambda step, description: self._read_arrays(
@@ -160,7 +164,8 @@ class Checkpointer:
         expected: Mapping[str, NamedArray],
     ) -> dict[str, NamedArray]:
         written = {path: leaf.kind for path, leaf in leaves(description).items()}
-        require_restorable(without(written, _FIT), trainer, self._source)
+        state, made_by = without(written, _FIT), description.get("made_by")
+        require_restorable(state, trainer, self._source, made_by=as_makers(made_by))
         # Leaves that are not restored may lie anywhere.
         anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         sharding = lambda path: (
@@ -199,7 +204,8 @@ class Checkpointer:
         with self._explained():
             own = to_arrays({_FIT: monitor_state})
             add = lambda: self._log.append(history)
-            extra = {"log": self._peers.run(add, "a checkpoint"), **self._identity}
+            extra = {**self._identity, "made_by": self._made_by}
+            extra["log"] = self._peers.run(add, "a checkpoint")
             self._store.write(step, snapshot(trainer) | self._initial | own, extra)
         self.mark_as_written(trainer)
         self._timer.restart(step)
