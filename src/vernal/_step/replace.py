@@ -107,7 +107,8 @@ def replaced_fields(
         check_arguments(nan_policy, None, None)
         policy = nan_policy
         fresh = jax.tree.map(strong, policy.init(params))
-        if not is_alike(old.policy_state, fresh):
+        is_other = _classes(policy) != _classes(trainer.nan_policy)
+        if is_other or not is_alike(old.policy_state, fresh):
             new["policy_state"] = fresh
     return {
         "optimiser": transform,
@@ -115,6 +116,12 @@ def replaced_fields(
         "_template": parts,
         "_progress": dataclasses.replace(old, **new),
     }
+
+
+def _classes(policy: NanPolicy) -> list[Any]:
+    """Names the classes of a policy and of those that it is composed of."""
+    inner = [part for part in vars(policy).values() if isinstance(part, NanPolicy)]
+    return [type(policy).__qualname__, *map(_classes, inner)]
 
 
 def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:

@@ -210,8 +210,8 @@ class Checkpointer:
             warn(
                 f"{self._source}: a callback had changed {', '.join(map(repr, lost))} "
                 "of the trainer, which a checkpoint cannot hold. This fit goes on with "
-                "what the program gives. Let the callback change arrays and numbers, "
-                "or change it again."
+                "what the program gives. Keep what changes in arrays and numbers, or "
+                "let the callback change it at each call."
             )
 
     def require_columns(self, like: History) -> None:
