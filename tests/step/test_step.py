@@ -564,6 +564,28 @@ def test_replace_keeps_the_state_of_a_policy_of_the_same_kind():
     assert not alone.step(bad)[0].stopped
 
 
+class CountSteps(vn.NanPolicy):
+    """Counts steps in a state that looks like that of `StopAfter`."""
+
+    def init(self, params):
+        return jnp.array(0, jnp.int32)
+
+    def apply(self, loss, grads, state):
+        return grads, vn.Verdict(True, False), state + 1
+
+
+AROUND = {"alone": lambda own: own, "composed": lambda own: vn.SkipStep() | own}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_replace_tells_policies_with_states_that_look_alike(name):
+    around = AROUND[name]
+    trainer = LineFit(line(), optax.sgd(0.1), nan_policy=around(CountSteps()))
+    trainer = trainer.step(BATCH)[0].step(BATCH)[0].step(BATCH)[0]
+    other = trainer.replace(nan_policy=around(vn.StopAfter(3)))
+    assert not other.step((BATCH[0], BATCH[1] * jnp.nan))[0].stopped
+
+
 def test_replace_changes_what_is_frozen_too():
     trainer = LineFit(line(), optax.sgd(0.1), train="slope")
     assert trainer.replace(model=line(1.0, 5.0)).model.offset == 5

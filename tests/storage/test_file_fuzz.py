@@ -236,6 +236,10 @@ HEADERS = {
         h | {"leaves": h["leaves"][1:] + h["leaves"][1:2]}
     ),
     "one leaf less": lambda h: h | {"leaves": h["leaves"][:-1]},
+    "makers of a number": lambda h: h | {"made_by": 3},
+    "makers of text": lambda h: h | {"made_by": ["scale_by_adam"]},
+    "makers without a rule": lambda h: h | {"made_by": [["scale_by_adam"]]},
+    "makers of numbers": lambda h: h | {"made_by": [[0, 1]]},
     "no text": lambda h: b"",
     "half a text": lambda h: json.dumps(h).encode()[:-20],
     "text after it": lambda h: json.dumps(h).encode() + b"{}",

@@ -113,9 +113,10 @@ class FitRun:
         trainer = self._begun(trainer, 0)
         placed = subject.placed(trainer)
         first = subject.count(placed)
+        self._hold(trainer, placed)
         if checkpointer is not None:
             trainer, placed = self._restored(checkpointer, trainer, placed)
-        self._hold(trainer, placed)
+            self._hold(trainer, placed)
         self._keeps_best = options.best
         self._move_to(self._state)
         is_seen = checkpointer is not None or options.callback is not None
@@ -145,8 +146,8 @@ class FitRun:
     ) -> tuple[AbstractTrainer, Any]:
         """Returns the trainer of the newest checkpoint, as `_hold` takes it."""
         subject, first = self._subject, self._subject.count(placed)
-        found = checkpointer.restore(placed, first, self._monitor_state)
-        restored, monitor_state, history = found
+        found = checkpointer.restore(placed, self.trainer, first, self._monitor_state)
+        restored, known, monitor_state, history = found
         if history is None:
             return trainer, placed
         self.is_resumed = True
@@ -154,7 +155,7 @@ class FitRun:
         self._monitor_state = subject.placed_state(monitor_state)
         restored = self._begun(restored, subject.count(restored) - first)
         projector = subject.place.home(restored.projector)
-        trainer = with_progress(trainer, progress_of(restored), projector=projector)
+        trainer = with_progress(known, progress_of(restored), projector=projector)
         placed = subject.placed(restored)
         checkpointer.mark_as_written(placed)
         return trainer, placed

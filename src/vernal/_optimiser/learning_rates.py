@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from .._boundary import PyTree
 from .._projection import EigenProjector
 from .._tree import by_path, paths, uniquely_named
 from .groups import Group, Leaves
+from .makers import Cells, cells, maker
 from .param_optimiser import ParamOptimiser, rule_groups
 from .partition import partition_groups
 from .transform import Transform
@@ -79,9 +80,6 @@ class Factor:
 _UNKNOWN = Factor(None)
 _ZERO = Factor(0.0, has_rate=True)
 
-# What is in the cells of a transformation's function.
-Cells = Mapping[str, Any]
-
 
 def _through(update: Any, state: Any, factors: Any, params: Any) -> Any:
     """Returns the factors after one transformation."""
@@ -90,30 +88,16 @@ def _through(update: Any, state: Any, factors: Any, params: Any) -> Any:
         return _through(owner.decode().update, state, factors, params)
     if isinstance(owner, ParamOptimiser):
         return _by_rule(owner, state, factors, params)
-    name = _maker(update)
+    name = maker(update)
     if name in _AROUND_OTHERS:
-        return _AROUND_OTHERS[name](_cells(update), state, factors, params)
+        return _AROUND_OTHERS[name](cells(update), state, factors, params)
     if name in _OF_GRADIENTS:
-        return jax.tree.map(_OF_GRADIENTS[name](_cells(update), state), factors)
+        return jax.tree.map(_OF_GRADIENTS[name](cells(update), state), factors)
     return _unknown(factors)
 
 
 def _unknown(factors: Any) -> Any:
     return jax.tree.map(lambda _: _UNKNOWN, factors)
-
-
-def _maker(fn: Any) -> str:
-    """Names the function that made this one, by its code: wrappers copy names."""
-    code = getattr(fn, "__code__", None)
-    if code is None:
-        return ""
-    package = fn.__globals__.get("__name__", "").split(".")[0]
-    return f"{package}.{code.co_qualname.split('.<locals>')[0]}"
-
-
-def _cells(fn: Any) -> Cells:
-    contents = (cell.cell_contents for cell in fn.__closure__ or ())
-    return dict(zip(fn.__code__.co_freevars, contents, strict=True))
 
 
 def _number(value: Any) -> float | None:
@@ -140,7 +124,7 @@ def _to_norm(cells: Cells, state: Any) -> Callable[[Factor], Factor]:
 
 
 def _function(cells: Cells, state: Any) -> Callable[[Factor], Factor]:
-    is_known = _maker(cells["f"]) == "vernal.precondition"
+    is_known = maker(cells["f"]) == "vernal.precondition"
     return lambda factor: factor if is_known else _UNKNOWN
 
 

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from .._boundary import PyTree
+from .._optimiser import other_maker, state_makers
 from .._tree import cast_like, is_alike, is_inexact
 from .abstract_trainer import AbstractTrainer
 from .construct import initial_opt_state
@@ -102,16 +103,22 @@ def _differs(a: Array, b: Array) -> Any:
 
 
 def carried_over(
-    trainer: AbstractTrainer, params: PyTree, latent: PyTree, fresh: PyTree
+    trainer: AbstractTrainer,
+    optimiser: Any,
+    params: PyTree,
+    latent: PyTree,
+    fresh: PyTree,
 ) -> PyTree:
     """Returns the state with which a new optimiser continues, at the given point.
 
     That is the state of the trainer's optimiser, with what the user has changed, if its
     structure, shapes and dtypes are those of `fresh`, the first state of the new
-    optimiser; otherwise it is `fresh`.
+    optimiser, and it has the same meaning; otherwise it is `fresh`.
     """
     old = trainer.opt_state
     if not _fits(old, fresh):
+        return fresh
+    if other_maker(state_makers(trainer.optimiser), state_makers(optimiser)):
         return fresh
     now = user_set(fresh)
     if not jax.tree.leaves(now):

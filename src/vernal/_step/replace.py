@@ -101,13 +101,14 @@ def replaced_fields(
         refuse_names_in_latent_space(trainer.projector, transform)
         _check_rules(trainer, transform, params, free)
         fresh = initial_opt_state(transform, params, latent)
-        new["opt_state"] = carried_over(trainer, params, latent, fresh)
+        new["opt_state"] = carried_over(trainer, transform, params, latent, fresh)
     policy = trainer.nan_policy
     if nan_policy is not None:
         check_arguments(nan_policy, None, None)
         policy = nan_policy
         fresh = jax.tree.map(strong, policy.init(params))
-        if not is_alike(old.policy_state, fresh):
+        is_other = _classes(policy) != _classes(trainer.nan_policy)
+        if is_other or not is_alike(old.policy_state, fresh):
             new["policy_state"] = fresh
     return {
         "optimiser": transform,
@@ -144,6 +145,12 @@ def _check_rules(
             f"`optimiser` has a rule for {', '.join(map(repr, thawed[:5]))}, which is "
             f"not trained, and which leaves are stays. To train it, {other}."
         )
+
+
+def _classes(policy: NanPolicy) -> list[Any]:
+    """Names the classes of a policy and of those that it is composed of."""
+    inner = [part for part in vars(policy).values() if isinstance(part, NanPolicy)]
+    return [type(policy).__qualname__, *map(_classes, inner)]
 
 
 def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:

@@ -8,8 +8,10 @@ import jax
 
 from .._boundary import PyTree, warn
 from .._devices import Peers
-from .._step import AbstractTrainer, progress_of
+from .._optimiser import Maker, as_makers, state_makers
+from .._step import AbstractTrainer, TrainerT, progress_of
 from .._tree import NamedArray, from_arrays, to_arrays
+from .changed_config import Beginning
 from .checkpoint_directory import claim
 from .checkpoint_format import leaves
 from .checkpoint_search import find_newest_whole
@@ -32,6 +34,9 @@ from .snapshot import (
 
 # The name before the paths of what belongs to the fit, and not to the trainer.
 _FIT = "fit"
+
+# The name before the paths of what a callback has changed of the configuration.
+_CONFIG = "config"
 
 
 @contextlib.contextmanager
@@ -79,6 +84,10 @@ class Checkpointer:
         self._timer = CheckpointTimer(checkpoints.every)
         self._initial: dict[str, NamedArray] = {}
         """The hyperparameters that the program begins with."""
+        self._beginning: Beginning | None = None
+        """The configuration that the program begins with."""
+        self._made_by: list[Maker] = []
+        """What made the state of its optimiser."""
         self._written = None
         """The progress that the newest checkpoint holds."""
 
@@ -113,24 +122,32 @@ class Checkpointer:
         return f"`checkpoint`: {self._folder}"
 
     def restore(
-        self, trainer: AbstractTrainer, first: int, monitor_state: PyTree
-    ) -> tuple[Any, PyTree, History | None]:
+        self,
+        trainer: AbstractTrainer,
+        known: TrainerT,
+        first: int,
+        monitor_state: PyTree,
+    ) -> tuple[Any, TrainerT, PyTree, History | None]:
         """Puts the newest checkpoint that is whole into a trainer, if there is one.
 
-        `first` is how many steps the trainer has taken. The history is `None` if there
-        is no checkpoint.
+        `known` is the trainer as the user knows it, which is returned with the
+        configuration of the checkpoint. `first` is how many steps the trainer has
+        taken. The history is `None` if there is no checkpoint.
         """
         # A callback may set others later.
         self._initial = initial_hyperparams(trainer)
+        self._beginning = beginning = Beginning(known)
+        self._made_by = [*state_makers(trainer.optimiser)]
         own = {_FIT: monitor_state}
         expected = snapshot(trainer) | to_arrays(own)
+        expected |= _under_config(beginning.arrays)
         read = lambda step, description: self._read_arrays(
             step, description, trainer, expected
         )
         found = find_newest_whole(self._store, self._log, read, self._folder)
         if found is None:
             self._log.clear()
-            return trainer, monitor_state, None
+            return trainer, known, monitor_state, None
         if found.step < first:
             raise ValueError(
                 f"{self._source} holds a fit at step {found.step}, and the trainer is "
@@ -143,14 +160,20 @@ class Checkpointer:
                 "them."
             )
         self._warn_of_another_fit(found.description)
+        self._warn_of_lost(found.description)
         self._log.resume(found.description, found.history)
         self._timer.last_step = found.step
         written = beneath(found.arrays, _FIT)
         is_same = found.description["stop"] == self._identity["stop"]
         if is_same and kinds(written) == kinds(to_arrays(own)):
             monitor_state = from_arrays(written, own, self._source)[_FIT]
-        restored = restore(without(found.arrays, _FIT), trainer, self._source)
-        return restored, monitor_state, found.history
+        state = without(found.arrays, _FIT, _CONFIG)
+        restored = restore(state, trainer, self._source)
+        now = beneath(found.arrays, _CONFIG)
+        now = {path.removeprefix(f"{_CONFIG}."): leaf for path, leaf in now.items()}
+        changes = now, found.description.get("before", {}), self._source
+        restored, known = (beginning.applied(x, *changes) for x in (restored, known))
+        return restored, known, monitor_state, found.history
 
     def _read_arrays(
         self,
@@ -160,11 +183,14 @@ class Checkpointer:
         expected: Mapping[str, NamedArray],
     ) -> dict[str, NamedArray]:
         written = {path: leaf.kind for path, leaf in leaves(description).items()}
-        require_restorable(without(written, _FIT), trainer, self._source)
-        # Leaves that are not restored may lie anywhere.
+        state, made_by = without(written, _FIT, _CONFIG), description.get("made_by")
+        require_restorable(state, trainer, self._source, made_by=as_makers(made_by))
+        # Leaves that are not restored, or are NumPy's, may lie anywhere.
         anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         sharding = lambda path: (
-            expected[path].array.sharding if path in expected else anywhere
+            getattr(expected[path].array, "sharding", anywhere)
+            if path in expected
+            else anywhere
         )
         return self._store.read_arrays(step, description, sharding)
 
@@ -176,6 +202,16 @@ class Checkpointer:
                 f"{self._source} was written by a fit {' and '.join(odd)}. This fit "
                 "takes over its state and its history, with what this program gives. "
                 "If that is not on purpose, give each fit its own directory."
+            )
+
+    def _warn_of_lost(self, description: Mapping[str, Any]) -> None:
+        lost = description.get("lost") if self._peers.is_first else None
+        if lost:
+            warn(
+                f"{self._source}: a callback had changed {', '.join(map(repr, lost))} "
+                "of the trainer, which a checkpoint cannot hold. This fit goes on with "
+                "what the program gives. Keep what changes in arrays and numbers, or "
+                "let the callback change it at each call."
             )
 
     def require_columns(self, like: History) -> None:
@@ -197,9 +233,19 @@ class Checkpointer:
         if progress_of(trainer) is self._written:
             return
         with self._explained():
-            own = to_arrays({_FIT: monitor_state})
+            arrays = snapshot(trainer) | self._initial
+            arrays |= to_arrays({_FIT: monitor_state})
+            extra = {**self._identity, "made_by": self._made_by}
+            if self._beginning is not None:
+                now, before, lost = self._beginning.changes(trainer)
+                arrays |= _under_config(now)
+                extra |= {"before": before, "lost": lost}
             add = lambda: self._log.append(history)
-            extra = {"log": self._peers.run(add, "a checkpoint"), **self._identity}
-            self._store.write(step, snapshot(trainer) | self._initial | own, extra)
+            extra["log"] = self._peers.run(add, "a checkpoint")
+            self._store.write(step, arrays, extra)
         self.mark_as_written(trainer)
         self._timer.restart(step)
+
+
+def _under_config(leaves: Mapping[str, NamedArray]) -> dict[str, NamedArray]:
+    return {f"{_CONFIG}.{path}": leaf for path, leaf in leaves.items()}

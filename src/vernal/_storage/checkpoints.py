@@ -22,9 +22,11 @@ class Checkpoints:
     steps that are left: to the same bits as if nothing had happened. Parameters,
     moments, counts, the best, the projector and the history come from the directory;
     the configuration (the model, rates, policies, the key, the data) comes from the
-    program. A directory is for one fit: a checkpoint holds checksums of the data, of
-    the methods and own fields of the trainer, and of what of the model is not trained,
-    and a fit with others warns.
+    program. The arrays and numbers that a callback has changed of it, such as a rate,
+    come from the directory too, where the program begins with the same values as
+    before; a warning names what else it has changed. A directory is for one fit: a
+    checkpoint holds checksums of the data, of the methods and own fields of the
+    trainer, and of what of the model is not trained, and a fit with others warns.
 
     Needs `pip install vernal[checkpoint]`, which is
     [Orbax](https://orbax.readthedocs.io).

@@ -10,11 +10,11 @@ import json
 import os
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jax.core import Tracer
 from jax.experimental.multihost_utils import process_allgather
 
 from .._boundary import has_been_deleted, is_deleted
+from .._optimiser import Maker, as_makers
 from .._tree import Kind, LoadError, NamedArray, as_kind, is_part
 from .atomic import open_to_replace
 from .npy import (
@@ -59,15 +60,28 @@ class NewerFormatError(LoadError):
     """A file was written by a later version of vernal, in a format not known yet."""
 
 
-def write_file(path: str | os.PathLike[str], arrays: Mapping[str, NamedArray]) -> None:
+class Content(NamedTuple):
+    """What is in a file."""
+
+    arrays: dict[str, NamedArray]
+    made_by: list[Maker] | None
+    """What made the state of an optimiser that is in it, if the file says so."""
+
+
+def write_file(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, NamedArray],
+    made_by: Sequence[Maker] | None = None,
+) -> None:
     """Writes a file, or leaves the one that was there as it was.
 
-    Of several processes all must call it, and the first one writes.
+    Of several processes all must call it, and the first one writes. `made_by` is as in
+    `Content`.
     """
     for name, leaf in arrays.items():
         _require_values(name, leaf.array)
     members = {name: _member(name, n) for n, name in enumerate(arrays)}
-    header = _make_header(arrays, members)
+    header = _make_header(arrays, members, made_by)
     whole = {name: _whole(leaf.array) for name, leaf in arrays.items()}
     if jax.process_index() > 0:
         return
@@ -95,7 +109,11 @@ def _member(name: str, number: int) -> str:
     return f"leaves/{number}.npy"
 
 
-def _make_header(arrays: Mapping[str, NamedArray], members: Mapping[str, str]) -> bytes:
+def _make_header(
+    arrays: Mapping[str, NamedArray],
+    members: Mapping[str, str],
+    made_by: Sequence[Maker] | None,
+) -> bytes:
     """Returns the header, and checks that it can be read again."""
     leaves = []
     for name, leaf in arrays.items():
@@ -108,6 +126,8 @@ def _make_header(arrays: Mapping[str, NamedArray], members: Mapping[str, str]) -
         "written_by": f"vernal {version('vernal')}",
         "leaves": leaves,
     }
+    if made_by is not None:
+        header["made_by"] = made_by
     text = json.dumps(header).encode()
     for entry, name in zip(json.loads(text)["leaves"], arrays, strict=True):
         if entry["path"] != name:
@@ -133,7 +153,7 @@ def _whole(array: Any) -> Any:
 
 
 @contextlib.contextmanager
-def open_file(path: str | os.PathLike[str]) -> Iterator[dict[str, NamedArray]]:
+def open_file(path: str | os.PathLike[str]) -> Iterator[Content]:
     """Opens a file that `write_file` wrote.
 
     Within the block each array is read when NumPy asks for it.
@@ -160,8 +180,8 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[dict[str, NamedArray]]:
                 "that is."
             )
         with _reported_damage(target):
-            arrays = _list_arrays(file, target)
-        yield arrays
+            content = _listed(file, target)
+        yield content
 
 
 @contextlib.contextmanager
@@ -181,7 +201,7 @@ def _reported_damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _list_arrays(file: BufferedReader, path: Path) -> dict[str, NamedArray]:
+def _listed(file: BufferedReader, path: Path) -> Content:
     entries, ends = list_members(file)
     if not entries or entries[0].orig_filename != _HEADER or entries[0].header_offset:
         raise ValueError("its header is not at its beginning")
@@ -215,7 +235,7 @@ def _list_arrays(file: BufferedReader, path: Path) -> dict[str, NamedArray]:
         arrays[name] = NamedArray(kind, lazy)
     if len(arrays) != len(entries) - 1 or len(arrays) != len(leaves):
         raise ValueError("its header does not list what is in it")
-    return arrays
+    return Content(arrays, as_makers(header.get("made_by")))
 
 
 def _checked_dtype(kind: Kind, array: StoredArray) -> np.dtype:

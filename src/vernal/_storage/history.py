@@ -132,7 +132,7 @@ class History(Portable, eqx.Module):
         - `LoadError`: as [`vernal.load`][].
         """
         file_path(path, "path")
-        with open_file(path) as arrays:
+        with open_file(path) as (arrays, _):
             columns = {name: np.asarray(leaf.array) for name, leaf in arrays.items()}
         if not columns.keys() >= set(COLUMNS):
             raise MismatchError(

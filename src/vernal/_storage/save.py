@@ -1,15 +1,16 @@
 """`save` and `load`: a trainer, or any pytree, in one file."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
 
 from .._boundary import PyTree, file_path, refuse_traced, undebugged
+from .._optimiser import state_makers
 from .._step import AbstractTrainer, TrainerT
-from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
-from .file import open_file, write_file
+from .._tree import MismatchError, from_arrays, require_keepable, to_arrays
+from .file import Content, open_file, write_file
 from .snapshot import initial_hyperparams, restore, snapshot
 
 T = TypeVar("T")
@@ -23,7 +24,9 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     best, the projector. It has no configuration (the frozen part of the model, rates,
     policies, the key): that comes from the program that loads the file. Hyperparameters
     in the state, as `optax.inject_hyperparams` keeps them, are in the file with their
-    initial values: where the program has others, the program's are taken. Of any other
+    initial values: where the program has others, the program's are taken. The names of
+    the functions that made the optimiser, such as `scale_by_adam`, are in its header,
+    so that `load` refuses moments of another one that look alike. Of any other
     pytree, the file has every array (of numbers, dates or text), PRNG key and Python
     number, members of an `IntEnum` included. Strings, functions and other objects are
     left out: they come from the program too.
@@ -57,12 +60,14 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """
     file_path(path, "path")
     refuse_traced("save", tree)
+    made_by = None
     if isinstance(tree, AbstractTrainer):
         arrays = snapshot(tree) | initial_hyperparams(tree)
+        made_by = [*state_makers(tree.optimiser)]
     else:
         require_keepable(tree, "tree")
         arrays = to_arrays(tree)
-    write_file(path, arrays)
+    write_file(path, arrays, made_by)
 
 
 @undebugged
@@ -96,8 +101,10 @@ def load(
     - `DamagedFileError`: if it is no longer whole, or its content is not what its
         header says. Reading takes no more memory than the file has.
     - `NewerFormatError`: if it was written by a later version of vernal.
-    - `MismatchError`: if `like` is another tree; it names the leaves that differ. These
-        four are subclasses of `LoadError`, a subclass of `ValueError`.
+    - `MismatchError`: if `like` is another tree; it names the leaves that differ. Or if
+        its optimiser has a state that looks like the saved one and is of another
+        transformation; it names both. These four are subclasses of `LoadError`, a
+        subclass of `ValueError`.
     - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
     file_path(path, "path")
@@ -108,19 +115,19 @@ def load(
             f'`reset` is {reset!r}, but must be names such as `("opt_state",)`.'
         )
     source = f"`path`: {os.fspath(path)}"
-    with open_file(path) as arrays:
+    with open_file(path) as content:
         if isinstance(like, AbstractTrainer):
-            return _restored(arrays, like, source, names)
+            return _restored(content, like, source, names)
         if reset:
             raise ValueError(
                 "`reset` is for trainers, and `like` is not one. Replace its leaves "
                 "after loading instead, with `equinox.tree_at`."
             )
-        return from_arrays(arrays, like, source)
+        return from_arrays(content.arrays, like, source)
 
 
 def _restored(
-    arrays: Mapping[str, NamedArray],
+    content: Content,
     like: TrainerT,
     source: str,
     reset: Sequence[str],
@@ -131,7 +138,7 @@ def _restored(
             "frozen part of its model would stay so. Make it outside of `eval_shape`."
         )
     try:
-        return restore(arrays, like, source, reset)
+        return restore(content.arrays, like, source, reset, content.made_by)
     except MismatchError as error:
         if "opt_state" not in reset:
             error.add_note(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from .._boundary import PyTree, nearest_names
+from .._optimiser import Maker, other_maker, state_makers
 from .._step import (
     AbstractTrainer,
     Progress,
@@ -101,11 +102,13 @@ def require_restorable(
     trainer: AbstractTrainer,
     source: str,
     reset: Iterable[str] = (),
+    made_by: Iterable[Maker] | None = None,
 ) -> tuple[str, ...]:
     """Checks that a snapshot fits a trainer, from the kinds of its leaves alone.
 
-    It returns the fields that are not restored: those of `reset`, the state of a NaN
-    policy if the snapshot has that of another policy, and what the snapshot lacks.
+    `made_by` is what made the state of its optimiser, if that is known. It returns the
+    fields that are not restored: those of `reset`, the state of a NaN policy if the
+    snapshot has that of another policy, and what the snapshot lacks.
     """
     own = kinds(snapshot(trainer) | initial_hyperparams(trainer))
     changed = _changed_hyperparams(saved, own)
@@ -126,7 +129,24 @@ def require_restorable(
         # Files of earlier versions do not say.
         fields.add("scored_on")
     require_alike_kinds(without(saved, *fields), without(own, *fields), source)
+    if made_by is not None and "opt_state" not in fields:
+        _require_same_meaning(made_by, trainer, source)
     return tuple(fields)
+
+
+def _require_same_meaning(
+    made_by: Iterable[Maker], trainer: AbstractTrainer, source: str
+) -> None:
+    """Refuses a state that looks like that of the optimiser and is of another one."""
+    if (found := other_maker(made_by, state_makers(trainer.optimiser))) is None:
+        return
+    there, here = found
+    rule = f" of the rule {here.rule!r}" if here.rule else ""
+    raise MismatchError(
+        f"{source} holds the state of another optimiser{rule}: of `{there.name}`, not "
+        f"of `{here.name}`. The two look alike, and their numbers need not mean the "
+        "same. Make the optimiser as it was."
+    )
 
 
 def restore(
@@ -134,12 +154,13 @@ def restore(
     trainer: AbstractTrainer,
     source: str,
     reset: Iterable[str] = (),
+    made_by: Iterable[Maker] | None = None,
 ) -> Any:
     """Puts a snapshot, and `initial_hyperparams` if saved, into a trainer like its own.
 
     Raises a `MismatchError` if the model or the optimiser is another.
     """
-    fields = require_restorable(kinds(saved), trainer, source, reset)
+    fields = require_restorable(kinds(saved), trainer, source, reset, made_by)
     saved = _with_own_hyperparams(saved, trainer)
     like = _state(trainer)
     for name in fields:

@@ -1133,11 +1133,15 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         The state of an optimiser or a policy, with the counts of schedules, is kept if
         that of the new one has the same structure, shapes and dtypes; otherwise it
-        starts afresh. Hyperparameters in the state, those of
-        `optax.inject_hyperparams`, become the new optimiser's wherever these differ
-        from the ones that the old optimiser began with. The step count and the counts
-        of `nan_report` are kept; the best is kept unless the model changes. A trainer
-        that has stopped can go on. In a stacked trainer, each member is changed.
+        starts afresh. So it does with a policy of another class, and where the numbers
+        in a state mean something else to the new optimiser: the states of `optax.adam`
+        and `optax.adamax` look alike, and have squares of gradients in one, their
+        largest values in the other. Another rate, schedule, decay or `b1` changes no
+        meaning. Hyperparameters in the state, those of `optax.inject_hyperparams`,
+        become the new optimiser's wherever these differ from the ones that the old
+        optimiser began with. The step count and the counts of `nan_report` are kept;
+        the best is kept unless the model changes. A trainer that has stopped can go on.
+        In a stacked trainer, each member is changed.
 
         Which leaves of the model are trained stays. To freeze or thaw some, make a new
         trainer: `Fit(trainer.model, optimiser)`.

@@ -1,0 +1,146 @@
+"""By which functions a transformation was made, and so what its state means."""
+
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from .._closure import Skeleton
+from .param_optimiser import ParamOptimiser
+from .rule_names import rule_name
+from .transform import Transform
+
+# What is in the cells of a transformation's function.
+Cells = Mapping[str, Any]
+
+# The states of these have the same meaning: averages of gradients, and of their squares
+# or of the squares of their distance from that average.
+_SAME_STATE = {
+    "scale_by_radam": "scale_by_adam",
+    "scale_by_yogi": "scale_by_adam",
+    "scale_by_acprop": "scale_by_belief",
+}
+
+
+class Maker(NamedTuple):
+    """The function that made a transformation which has a state."""
+
+    rule: str
+    """The rule that it is for; `""` for all parameters."""
+    name: str
+
+    @property
+    def meaning(self) -> str:
+        """The same for two whose states mean the same if they look the same."""
+        return _SAME_STATE.get(self.name, self.name)
+
+
+def maker(fn: Any) -> str:
+    """Names the function that made this one, by its code: wrappers copy names."""
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return ""
+    package = fn.__globals__.get("__name__", "").split(".")[0]
+    return f"{package}.{code.co_qualname.split('.<locals>')[0]}"
+
+
+def cells(fn: Any) -> Cells:
+    """Returns what a function has captured, by name."""
+    contents = (cell.cell_contents for cell in fn.__closure__ or ())
+    return dict(zip(fn.__code__.co_freevars, contents, strict=True))
+
+
+def state_makers(tx: Any) -> Iterator[Maker]:
+    """Lists what of an optimiser has a state, wrappers of transformations aside."""
+    if isinstance(tx, ParamOptimiser):
+        names = [*map(rule_name, tx.selectors.decode()), "default", "first"]
+        rules = *tx.transforms, tx.default, tx.first
+        for rule, own in zip(names, rules, strict=True):
+            yield from (Maker(one.rule or rule, one.name) for one in state_makers(own))
+    elif isinstance(tx, Transform):
+        # To find them takes a trace of each `init`: a thousand rules may be alike.
+        skeleton = tx.closure.skeleton
+        if skeleton not in _KNOWN:
+            _KNOWN[skeleton] = tuple(state_makers(tx.decode()))
+        yield from _KNOWN[skeleton]
+    elif tx is not None and (inner := list(_inner(tx))):
+        for one in inner:
+            yield from state_makers(one)
+    elif tx is not None and _has_state(tx):
+        # The package is left out: a script may be imported as a module later.
+        yield Maker("", maker(tx.update).partition(".")[2])
+
+
+_KNOWN: weakref.WeakKeyDictionary[Skeleton, tuple[Maker, ...]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _inner(tx: optax.GradientTransformation) -> Iterator[optax.GradientTransformation]:
+    """Yields the transformations that one is made of."""
+    owner = _owner(tx)
+    if isinstance(owner, Transform | ParamOptimiser):
+        yield owner
+    elif owner is not None:
+        held = _transformations(getattr(owner, "__dict__", {}))
+        # An object may hold the transformation that its own methods make.
+        yield from (one for one in held if _owner(one) is not owner)
+    elif (name := maker(tx.update)) == "optax.chain":
+        fns = cells(tx.init)["init_fns"], cells(tx.update)["update_fns"]
+        yield from map(optax.GradientTransformation, *fns)
+    elif name == "optax.inject_hyperparams":
+        yield _injected(cells(tx.init))
+    elif name:
+        yield from _transformations(cells(tx.update))
+
+
+def _owner(tx: optax.GradientTransformation) -> Any:
+    return getattr(tx.update, "__self__", None)
+
+
+def _transformations(held: Any) -> Iterator[optax.GradientTransformation]:
+    if isinstance(held, optax.GradientTransformation):
+        yield held
+    elif isinstance(held, Mapping | tuple | list):
+        values: Iterable[Any] = held.values() if isinstance(held, Mapping) else held
+        for value in values:
+            yield from _transformations(value)
+
+
+def _injected(held: Cells) -> optax.GradientTransformation:
+    """Makes what `optax.inject_hyperparams` makes at first."""
+    scheduled = {name: fn(fn.init()) for name, fn in held["sched_hps"].items()}
+    values = {**held["other_hps"], **held["numeric_hps"], **scheduled}
+    return held["inner_factory"](**values)
+
+
+def _has_state(tx: optax.GradientTransformation) -> bool:
+    if maker(tx.init) == "optax.init_empty_state":
+        return False
+    try:
+        state = jax.eval_shape(tx.init, jax.ShapeDtypeStruct((), "float32"))
+    except Exception:  # A function of a user may want parameters of its own names.
+        return True
+    return bool(jax.tree.leaves(state))
+
+
+def as_makers(written: Any) -> list[Maker] | None:
+    """Reads what was written of makers as JSON, if anything was."""
+    if written is None:
+        return None
+    found = [Maker(*pair) for pair in written]
+    if not all(isinstance(text, str) for pair in found for text in pair):
+        raise ValueError(f"the makers of its optimiser are {written!r}")
+    return found
+
+
+def other_maker(
+    old: Iterable[Maker], new: Iterable[Maker]
+) -> tuple[Maker, Maker] | None:
+    """Finds the first pair of makers whose states have different meanings."""
+    nothing = Maker("", "nothing")
+    pairs = itertools.zip_longest(old, new, fillvalue=nothing)
+    return next((pair for pair in pairs if pair[0].meaning != pair[1].meaning), None)
