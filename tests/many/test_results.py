@@ -403,9 +403,11 @@ def test_equal_trainers_of_one_batch_are_refused():
     with jax.numpy_rank_promotion("allow"):
         vn.fit_many([one], (x, ys), 2, progress=False)
         vn.fit_many([one, one], (x, ys[0]), 2, progress=False)
-        # It is more likely that each was meant to have a row.
+        vn.fit_many([one, other], (x, ys), 2, progress=False)
+        # Of more than there are coordinates each was more likely meant to have a row.
+        four, more = [one, other, other, other], jnp.concatenate([ys, ys])
         with pytest.warns(UserWarning, match=r"`data\[1\]` has .* give `data_axis=0`"):
-            vn.fit_many([one, other], (x, ys), 2, progress=False)
+            vn.fit_many(four, (x, more), 2, progress=False)
         # As many data as trainers.
-        vn.fit_many([one, other], (x[:2], ys[:, 0]), 2, progress=False)
-        vn.fit_many([one, other], (ys, ys), 2, progress=False)
+        vn.fit_many(four, (x[:4], more[:, 0]), 2, progress=False)
+        vn.fit_many(four, (more, more), 2, progress=False)

@@ -23,6 +23,8 @@ from .mapped_chunk import Flags
 
 T = TypeVar("T")
 
+_MOST_COORDINATES = 3
+
 
 def stacked(given: Any) -> tuple[Any, Flags, int]:
     """Makes one trainer of many.
@@ -182,8 +184,9 @@ def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -
             "end alike. For a row for each give `data_axis=0`, or a tree of axes such "
             "as `data_axis=(None, 0)`; to fit all of the data, `fit` one trainer."
         )
-    # Of several arrays with as many rows each row may be a datum.
-    if len(rows) == 1 and len(rows[0][1]) > 1:
+    # Of several arrays with as many rows each row may be a datum, and few rows may be
+    # coordinates.
+    if len(rows) == 1 and len(rows[0][1]) > 1 and size > _MOST_COORDINATES:
         where, shape = rows[0]
         warn(
             f"{where} has the shape {shape}, with a row for each of the {size} "

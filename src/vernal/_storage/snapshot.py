@@ -145,7 +145,8 @@ def _require_same_meaning(
     raise MismatchError(
         f"{source} holds the state of another optimiser{rule}: of `{there.name}`, not "
         f"of `{here.name}`. The two look alike, and their numbers need not mean the "
-        "same. Make the optimiser as it was."
+        "same. Make the optimiser as it was; or load without its state: "
+        '`reset="opt_state"`.'
     )
 
 
