@@ -128,9 +128,10 @@ class Stream(ManyBatches):
     """One batch a step from your own loader.
 
     Python reads the loader, and the next fit goes on where the last one left it. A fit
-    that its NaN policy stops may have read a batch or two beyond that step. Batches of
-    one structure and shape share one compilation. Each new shape compiles once, and so
-    does each new value of a leaf that is not an array, such as an integer.
+    that its NaN policy or `stop` ends may have read a batch or two beyond that step,
+    which the next fit does not see. Batches of one structure and shape share one
+    compilation. Each new shape compiles once, and so does each new value of a leaf that
+    is not an array, such as an integer.
 
     !!! example
 
