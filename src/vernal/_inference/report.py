@@ -35,7 +35,8 @@ def report(
     chi, own = here.chi_squared, here.of_elements(trainer)
     aic, bic = None, None
     if here.data is None or not here.data.is_robust:
-        aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
+        counts = here.data_count, here.fitted_count
+        aic, bic = criteria(here.deviance, *counts, is_scaled)
     return Report(
         chi_squared=chi,
         data_count=here.data_count,
