@@ -43,6 +43,7 @@ class Around(NamedTuple):
     - `data_count`: the number of data, `None` if it is not known.
     - `distance`: how far the point is from a minimum, `None` where there is none.
     - `held`: which elements are held at their bounds: they are not free.
+    - `zero_count`: how many data have residuals of zero, whatever the parameters.
     - `fitted_count`: the number of directions that the data constrain, those that they
         share with priors in part.
     - `kind`: which matrix the errors come from.
@@ -57,6 +58,7 @@ class Around(NamedTuple):
     data_count: int | None
     distance: Distance | None
     held: Bool[np.ndarray, " D"]
+    zero_count: int
     fitted_count: int | float
     kind: ErrorKind
     penalty: float | None
@@ -93,7 +95,13 @@ class Around(NamedTuple):
         require_scatter(self.kind, self.penalty is not None, has_scale)
         if self.reduced_chi_squared is None:
             raise ValueError(NO_SCATTER)
+        self.warn_of_zeros()
         return math.sqrt(self.reduced_chi_squared)
+
+    def warn_of_zeros(self) -> None:
+        """Warns if residuals may be of missing data, and count."""
+        if self.data_count and may_be_masked(self.zero_count, self.data_count):
+            warn(zeros_text(self.zero_count, self.data_count))
 
     def of_elements(self, trainer: AbstractTrainer) -> "OfElements":
         """Returns the errors of the model's own elements."""
@@ -131,6 +139,35 @@ NO_SCATTER = (
     "there is none: define `residuals`, and give more data than free parameters. Or "
     "leave `scale_errors` out."
 )
+
+
+def may_be_masked(zeros: Any, data_count: Any) -> Any:
+    """Whether residuals are zero more often than by accident, and not all of them."""
+    return (zeros >= 2) & (100 * zeros >= data_count) & (zeros < data_count)
+
+
+def zeros_text(zeros: int, data_count: int, where: str = "") -> str:
+    """Says what residuals of zero do to a fit, and what helps."""
+    return (
+        f"{zeros} of {data_count} residuals{where} are exactly zero, whatever the "
+        "parameters, and count as data. If they stand for missing data, reduced "
+        "chi-squared and the errors of `scale_errors` are too small: let `residuals` "
+        "return a likelihood with a mask, "
+        "`vn.likelihoods.Gaussian(model, data, where=mask)`, or leave those data out. "
+        "Or tell `report` the number of data, `data_count=`."
+    )
+
+
+@jax.jit
+def zeros_of(
+    jacobian: Float[Array, "N D"], residuals: Float[Array, " N"], missing: Any
+) -> Int[Array, ""]:
+    """Counts the data with residuals of zero, whatever the parameters.
+
+    Those of the `missing` ones are so too.
+    """
+    is_still = (residuals == 0) & ~jnp.any(jacobian != 0, axis=1)
+    return jnp.count_nonzero(is_still) - missing
 
 
 class OfElements(NamedTuple):
@@ -201,6 +238,10 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
     if here.kind != "expected":
         expected = of_spectrum(spectrum, params, NULLS, "", here.eps)
     of_priors = derived.found[0][-rows:] if rows else None
+    zero_count = 0
+    if not of_data.all():
+        own = (part[: of_data.size] for part in (derived.found[0], derived.deviances))
+        zero_count = int(zeros_of(*own, of_data.size - data_count))
     # Missing data have residuals of zero.
     squares = float(of_each.sum()), int(np.count_nonzero(of_each))
     scattered = None if derived.data.has_scale else squares
@@ -211,6 +252,7 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
         data_count=data_count,
         distance=away,
         held=np.asarray(held),
+        zero_count=zero_count,
         fitted_count=_fitted_count(expected, of_priors),
         kind=here.kind,
         penalty=_penalty(trainer),
@@ -346,6 +388,7 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         data_count=None,
         distance=away,
         held=np.asarray(held),
+        zero_count=0,
         fitted_count=_fitted_count(here.whitening, of_priors),
         kind=here.kind,
         penalty=penalty,

@@ -16,6 +16,7 @@ from .._boundary import (
     is_traced,
     refuse_meaning,
     refuse_program,
+    warn,
 )
 from .._closure import Closure
 from .._curvature import (
@@ -56,9 +57,12 @@ from .expansion import (
     Fall,
     expanded,
     may_be_far,
+    may_be_masked,
     possible_fall,
     require_scatter,
     warn_if_far,
+    zeros_of,
+    zeros_text,
 )
 from .fisher import require_elements, require_likelihood
 from .laplace import (
@@ -123,11 +127,13 @@ class Scatter(NamedTuple):
     - `squares`: the sum of their squares.
     - `data`: what they are.
     - `rank`: the number of directions that they constrain.
+    - `zeros`: how many data have residuals of zero, whatever the parameters.
     """
 
     squares: Float[Array, "..."]
     data: DataKind
     rank: Int[Array, "..."]
+    zeros: Int[Array, "..."]
 
     def error_scales(
         self, trainer: AbstractTrainer, kind: ErrorKind | None
@@ -141,8 +147,18 @@ class Scatter(NamedTuple):
         degrees = np.asarray(self.data.size) - np.asarray(self.rank)
         if not of_any(degrees > 0):
             raise ValueError(NO_SCATTER)
+        self._warn_of_zeros()
         squares = np.asarray(self.squares, float)
         return np.sqrt(squares / np.where(degrees > 0, degrees, np.nan))
+
+    def _warn_of_zeros(self) -> None:
+        """Warns of the first member of which residuals may be of missing data."""
+        zeros, sizes = np.broadcast_arrays(self.zeros, self.data.size)
+        suspects = np.flatnonzero(may_be_masked(zeros, sizes))
+        if suspects.size:
+            first, others = suspects[0], suspects.size - 1
+            where = f" of member {first}" + f" (and of {others} more)" * bool(others)
+            warn(zeros_text(int(zeros[first]), int(sizes[first]), where))
 
 
 class KnownErrors(NamedTuple):
@@ -230,7 +246,9 @@ def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:
     assert derived.deviances is not None
     assert derived.data is not None
     squares = jnp.sum(jnp.square(derived.deviances))
-    return Scatter(squares, derived.data, jnp.sum(whitening.roots > 0))
+    missing = derived.deviances.size - derived.data.size
+    zeros = zeros_of(derived.found[0], derived.deviances, missing)
+    return Scatter(squares, derived.data, jnp.sum(whitening.roots > 0), zeros)
 
 
 # LAPACK may not return if there is a NaN: what is not finite is replaced.
