@@ -85,10 +85,14 @@ def test_chi_squared_and_the_count_are_those_of_the_data(kind):
     model = {"ab": jnp.asarray(mode[:2]), "c": jnp.asarray(mode[2])}
     report = KINDS[kind](model, priors=PRIORS).report(BATCH)
     chi_squared = np.sum((MATRIX @ mode - TARGET) ** 2)
+    fisher = MATRIX.T @ MATRIX
+    both = fisher + np.diag([*np.broadcast_to(STD, 2) ** -2.0, 0])
+    fitted = np.trace(fisher @ np.linalg.inv(both))
     if kind == "residuals":
         np.testing.assert_allclose(report.chi_squared, chi_squared, rtol=1e-6)
-        assert (report.data_count, report.degrees_of_freedom) == (10, 7)
-    np.testing.assert_allclose(report.aic, chi_squared + 6, rtol=1e-6)
+        assert report.data_count == 10
+        np.testing.assert_allclose(report.degrees_of_freedom, 10 - fitted, rtol=1e-9)
+    np.testing.assert_allclose(report.aic, chi_squared + 2 * fitted, rtol=1e-6)
     assert report.edm < 1e-8
 
 

@@ -34,8 +34,8 @@ from .._step import (
     explain_non_finite,
     live,
     negative_log_likelihood,
-    nll_of_data,
     prior_count,
+    prior_rows,
     pushed,
     real_residuals,
     real_residuals_and_kind,
@@ -53,7 +53,7 @@ _KINDS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
     "spectrum": (scoring_residuals, spectrum_of, "residuals"),
     "deviance": (real_residuals, jacobian_of, "residuals"),
     "nll": (negative_log_likelihood, expansion_of, "nll"),
-    "nll of data": (nll_of_data, expansion_of, "nll"),
+    "priors": (prior_rows, jacobian_of, "priors"),
     "loss": (lambda *args: score(*args).loss, expansion_of, "loss"),
 }
 

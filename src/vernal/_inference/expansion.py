@@ -22,13 +22,13 @@ from .._minimum import (
     truth_p_values,
     what_falls,
 )
-from .._projection import DenseWhitening
+from .._projection import ROUNDING, DenseWhitening
 from .._step import AbstractTrainer, DataKind, prior_count, priors_of, template_of
 from .._tree import as_parameters, by_path
 from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
 from .laplace import NULLS, ErrorKind, Laplace, laplace
-from .whiten import of_spectrum, reduced
+from .whiten import of_spectrum
 
 # A distance from the minimum that is less probable than this is no accident.
 NO_ACCIDENT = 1e-6
@@ -43,7 +43,9 @@ class Around(NamedTuple):
     - `data_count`: the number of data, `None` if it is not known.
     - `distance`: how far the point is from a minimum, `None` where there is none.
     - `held`: which elements are held at their bounds: they are not free.
-    - `rank`: the number of directions that the data constrain.
+    - `zero_count`: how many data have residuals of zero, whatever the parameters.
+    - `fitted_count`: the number of directions that the data constrain, those that they
+        share with priors in part.
     - `kind`: which matrix the errors come from.
     - `penalty`: twice the negative logarithm of the priors, `None` without any.
     - `truth_p_values`: how probable it is that the truth is as far from the minimum,
@@ -56,7 +58,8 @@ class Around(NamedTuple):
     data_count: int | None
     distance: Distance | None
     held: Bool[np.ndarray, " D"]
-    rank: int
+    zero_count: int
+    fitted_count: int | float
     kind: ErrorKind
     penalty: float | None
     truth_p_values: tuple[float, float]
@@ -74,9 +77,9 @@ class Around(NamedTuple):
         return int(np.count_nonzero(~self.held))
 
     @property
-    def degrees_of_freedom(self) -> int | None:
+    def degrees_of_freedom(self) -> int | float | None:
         """The number of data less that of directions."""
-        return None if self.data_count is None else self.data_count - self.rank
+        return None if self.data_count is None else self.data_count - self.fitted_count
 
     @property
     def reduced_chi_squared(self) -> float | None:
@@ -92,7 +95,13 @@ class Around(NamedTuple):
         require_scatter(self.kind, self.penalty is not None, has_scale)
         if self.reduced_chi_squared is None:
             raise ValueError(NO_SCATTER)
+        self.warn_of_zeros()
         return math.sqrt(self.reduced_chi_squared)
+
+    def warn_of_zeros(self) -> None:
+        """Warns if residuals may be of missing data, and count."""
+        if self.data_count and may_be_masked(self.zero_count, self.data_count):
+            warn(zeros_text(self.zero_count, self.data_count))
 
     def of_elements(self, trainer: AbstractTrainer) -> "OfElements":
         """Returns the errors of the model's own elements."""
@@ -130,6 +139,35 @@ NO_SCATTER = (
     "there is none: define `residuals`, and give more data than free parameters. Or "
     "leave `scale_errors` out."
 )
+
+
+def may_be_masked(zeros: Any, data_count: Any) -> Any:
+    """Whether residuals are zero more often than by accident, and not all of them."""
+    return (zeros >= 2) & (100 * zeros >= data_count) & (zeros < data_count)
+
+
+def zeros_text(zeros: int, data_count: int, where: str = "") -> str:
+    """Says what residuals of zero do to a fit, and what helps."""
+    return (
+        f"{zeros} of {data_count} residuals{where} are exactly zero, whatever the "
+        "parameters, and count as data. If they stand for missing data, reduced "
+        "chi-squared and the errors of `scale_errors` are too small: let `residuals` "
+        "return a likelihood with a mask, "
+        "`vn.likelihoods.Gaussian(model, data, where=mask)`, or leave those data out. "
+        "Or tell `report` the number of data, `data_count=`."
+    )
+
+
+@jax.jit
+def zeros_of(
+    jacobian: Float[Array, "N D"], residuals: Float[Array, " N"], missing: Any
+) -> Int[Array, ""]:
+    """Counts the data with residuals of zero, whatever the parameters.
+
+    Those of the `missing` ones are so too.
+    """
+    is_still = (residuals == 0) & ~jnp.any(jacobian != 0, axis=1)
+    return jnp.count_nonzero(is_still) - missing
 
 
 class OfElements(NamedTuple):
@@ -186,6 +224,7 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
     params, held = as_parameters(trainer.params), derived.held
     of_each = np.square(np.asarray(derived.deviances, float))
     rows, data_count = prior_count(trainer), int(derived.data.size)
+    of_data = of_each[: of_each.size - rows]
 
     def distance() -> Distance:
         # On the host, where nothing is compiled.
@@ -193,23 +232,27 @@ def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around
         sums = spectrum, parts.slope, squares, data_count + rows, held
         return spectral_distance(*sums, params, trainer.projector)
 
-    away, of_data = _distance(trainer, batch, "residuals", distance), here.whitening
-    if rows or here.kind != "expected":
-        # Directions that a prior alone constrains take no degree of freedom.
-        both = derived.found[0], derived.value
-        own = (part[: len(part) - rows] for part in both)
-        of_data = of_spectrum(reduced(*own).spectrum, params, NULLS, "", here.eps)
+    away = _distance(trainer, batch, "residuals", distance)
+    expected = here.whitening
+    if here.kind != "expected":
+        expected = of_spectrum(spectrum, params, NULLS, "", here.eps)
+    of_priors = derived.found[0][-rows:] if rows else None
+    zero_count = 0
+    if not of_data.all():
+        own = (part[: of_data.size] for part in (derived.found[0], derived.deviances))
+        zero_count = int(zeros_of(*own, of_data.size - data_count))
     # Missing data have residuals of zero.
     squares = float(of_each.sum()), int(np.count_nonzero(of_each))
     scattered = None if derived.data.has_scale else squares
     return Around(
         whitening=here.whitening,
-        deviance=float(of_each[: of_each.size - rows].sum()),
+        deviance=float(of_data.sum()),
         data=derived.data,
         data_count=data_count,
         distance=away,
         held=np.asarray(held),
-        rank=_rank(of_data),
+        zero_count=zero_count,
+        fitted_count=_fitted_count(expected, of_priors),
         kind=here.kind,
         penalty=_penalty(trainer),
         truth_p_values=_truth_p_values(away, here.whitening, scattered),
@@ -299,13 +342,28 @@ def _rank(whitening: DenseWhitening) -> int:
     return int(np.count_nonzero(np.asarray(whitening.roots) > 0))
 
 
-def _positive_count(hessian: Any, rtol: float) -> int:
-    """Counts the directions along which a Hessian curves upwards."""
-    matrix = np.asarray(hessian, float)
-    scale = np.sqrt(np.abs(np.diag(matrix)))
-    scale = np.where(scale > 0, scale, 1)
-    values = np.linalg.eigvalsh(matrix / scale / scale[:, None])
-    return int(np.count_nonzero(values > rtol * np.abs(values).max()))
+def _fitted_count(
+    whitening: DenseWhitening, of_priors: Float[Array, "rows D"] | None
+) -> int | float:
+    r"""Returns $\mathrm{tr}\, F_d (F_d + F_p)^+$, an integer without priors.
+
+    With the map $P$ that whitens the sum, and the Jacobian $R$ of the rows of priors,
+    it is the rank less the shares of the priors, the eigenvalues of
+    $R P P^\top R^\top$, which have no units.
+    """
+    rank = _rank(whitening)
+    if of_priors is None:
+        return rank
+    parts = of_priors, whitening.scale, whitening.vectors, whitening.roots
+    rows, scale, vectors, roots = (np.asarray(part, float) for part in parts)
+    latent = rows * scale @ (vectors * np.maximum(roots, 0))
+    shares = np.linalg.eigvalsh(latent @ latent.T)
+    # What the data do not see at all takes no degree of freedom, whatever the rounding.
+    nearest = np.round(shares)
+    noise = max(len(scale), ROUNDING) * float(jnp.finfo(whitening.dtype).eps)
+    shares = np.where(abs(shares - nearest) < noise, nearest, shares)
+    # If a likelihood curves downwards, priors alone hold the direction.
+    return float(rank - np.minimum(shares, 1).sum())
 
 
 def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
@@ -317,11 +375,11 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         return hessian_distance(*parts, trainer.projector)
 
     away, penalty = _distance(trainer, batch, "nll", distance), _penalty(trainer)
-    rank = _rank(here.whitening)
+    of_priors = None
     if penalty is not None:
-        # Directions that a prior alone constrains take no degree of freedom.
-        of_data = derive(trainer, batch, "nll of data", None, Passes(), holds=True)
-        rank = _positive_count(of_data.found[0].hessian, here.eps)
+        # Free of the curvature of bijections, which a Hessian of the data alone has.
+        derived = derive(trainer, batch, "priors", None, Passes(), holds=True)
+        of_priors = derived.found[0]
     return Around(
         whitening=here.whitening,
         deviance=2 * float(value) - (penalty or 0.0),
@@ -329,7 +387,8 @@ def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         data_count=None,
         distance=away,
         held=np.asarray(held),
-        rank=rank,
+        zero_count=0,
+        fitted_count=_fitted_count(here.whitening, of_priors),
         kind=here.kind,
         penalty=penalty,
         truth_p_values=_truth_p_values(away, here.whitening, None),

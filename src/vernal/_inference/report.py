@@ -29,13 +29,17 @@ def report(
     trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A report", jac, kind)
     if data_count is not None:
-        here = here._replace(data_count=data_count)
+        here = here._replace(data_count=data_count, zero_count=0)
     scale = here.error_scale(is_scaled)
+    if not is_scaled and here.chi_squared is not None:
+        # They make the p-value too large, too.
+        here.warn_of_zeros()
     distance, degrees = here.distance, here.degrees_of_freedom
     chi, own = here.chi_squared, here.of_elements(trainer)
     aic, bic = None, None
     if here.data is None or not here.data.is_robust:
-        aic, bic = criteria(here.deviance, here.data_count, here.rank, is_scaled)
+        counts = here.data_count, here.fitted_count
+        aic, bic = criteria(here.deviance, *counts, is_scaled)
     return Report(
         chi_squared=chi,
         data_count=here.data_count,

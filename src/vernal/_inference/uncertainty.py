@@ -16,6 +16,7 @@ from .._boundary import (
     is_traced,
     refuse_meaning,
     refuse_program,
+    warn,
 )
 from .._closure import Closure
 from .._curvature import (
@@ -56,9 +57,12 @@ from .expansion import (
     Fall,
     expanded,
     may_be_far,
+    may_be_masked,
     possible_fall,
     require_scatter,
     warn_if_far,
+    zeros_of,
+    zeros_text,
 )
 from .fisher import require_elements, require_likelihood
 from .laplace import (
@@ -123,11 +127,13 @@ class Scatter(NamedTuple):
     - `norm`: the root of the sum of their squares, which may be too small for them.
     - `data`: what they are.
     - `rank`: the number of directions that they constrain.
+    - `zeros`: how many data have residuals of zero, whatever the parameters.
     """
 
     norm: Float[Array, "..."]
     data: DataKind
     rank: Int[Array, "..."]
+    zeros: Int[Array, "..."]
 
     @property
     def squares(self) -> Float[np.ndarray, "..."]:
@@ -146,7 +152,17 @@ class Scatter(NamedTuple):
         degrees = np.asarray(self.data.size) - np.asarray(self.rank)
         if not of_any(degrees > 0):
             raise ValueError(NO_SCATTER)
+        self._warn_of_zeros()
         return np.sqrt(self.squares / np.where(degrees > 0, degrees, np.nan))
+
+    def _warn_of_zeros(self) -> None:
+        """Warns of the first member of which residuals may be of missing data."""
+        zeros, sizes = np.broadcast_arrays(self.zeros, self.data.size)
+        suspects = np.flatnonzero(may_be_masked(zeros, sizes))
+        if suspects.size:
+            first, others = suspects[0], suspects.size - 1
+            where = f" of member {first}" + f" (and of {others} more)" * bool(others)
+            warn(zeros_text(int(zeros[first]), int(sizes[first]), where))
 
 
 class KnownErrors(NamedTuple):
@@ -235,7 +251,9 @@ def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:
     assert derived.data is not None
     unit = positive(jnp.max(jnp.abs(derived.deviances), initial=0))
     norm = unit * jnp.linalg.norm(derived.deviances / unit)
-    return Scatter(norm, derived.data, jnp.sum(whitening.roots > 0))
+    missing = derived.deviances.size - derived.data.size
+    zeros = zeros_of(derived.found[0], derived.deviances, missing)
+    return Scatter(norm, derived.data, jnp.sum(whitening.roots > 0), zeros)
 
 
 # LAPACK may not return if there is a NaN: what is not finite is replaced.

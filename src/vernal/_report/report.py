@@ -12,7 +12,7 @@ from .._minimum import chi_squared_p_value
 from .._policy import StopReason
 from .._tree import UnknownPathError
 from .rows import ParameterRow
-from .written import as_html, as_text
+from .written import as_html, as_text, number
 
 
 class Correlation(NamedTuple):
@@ -40,11 +40,14 @@ class Report:
         (`where=`) not at all.
     - `free_count`: the number of free parameters, element by element.
     - `degrees_of_freedom`: $N - k$, where $k$ counts the directions that the data
-        constrain. This is `free_count`, unless a parameter is unconstrained.
+        constrain. This is `free_count`, unless a parameter is unconstrained or has a
+        prior: see below. With `priors` it need not be whole.
     - `reduced_chi_squared`: $\chi^2 / (N - k)$.
     - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
         and the residuals are in units of their error bars. For the deviance of counts
-        below ten or so it is rough.
+        below ten or so it is rough. With `priors` the truth is taken to be drawn from
+        them; then $\chi^2$ has the mean $N - k$, and where data and priors share a
+        direction a scatter somewhat smaller than this distribution.
     - `aic`, `bic`: Akaike's and the Bayesian information criterion, `None` for a robust
         loss, which is no likelihood, and the latter also without data; with $L$ as
         below,
@@ -67,6 +70,17 @@ class Report:
     - `correlation_matrix`: the correlations of the free elements, in the order of
         `parameters`; NaN where an error is infinite.
 
+    With `priors`, $k$ is the effective number of parameters, the trace of the smoother:
+
+    $$k = \operatorname{tr} F_d (F_d + F_p)^+$$
+
+    with the curvature $F_d$ of the negative log-likelihood of the data, and $F_p$ of
+    that of the priors. A direction that the data see better than its prior counts as
+    nearly one, and one that the prior dominates as nearly none. Elements held at their
+    bounds count for nothing. See Spiegelhalter et al., *Bayesian measures of model
+    complexity and fit*, Journal of the Royal Statistical Society B 64 (2002), 583, and
+    Hastie and Tibshirani, *Generalized Additive Models* (1990).
+
     For `residuals` $-2 \log L = \chi^2$: without the constant
     $\sum_i \log 2 \pi \sigma_i^2$, which is the same for all models of the same data.
     With `scale_errors` the error bars are not known. Then the highest likelihood over
@@ -81,7 +95,7 @@ class Report:
     chi_squared: float | Any
     data_count: int | Any
     free_count: int
-    degrees_of_freedom: int | Any
+    degrees_of_freedom: int | float | Any
     reduced_chi_squared: float | Any
     p_value: float | Any
     aic: float | Any
@@ -165,7 +179,7 @@ class Report:
         chi = self.chi_squared
         shown = "" if chi is None else f"chi_squared={chi:.6g}, "
         dof = self.degrees_of_freedom
-        shown += "" if dof is None else f"degrees_of_freedom={dof}, "
+        shown += "" if dof is None else f"degrees_of_freedom={number(dof)}, "
         return f"Report({shown}free_count={self.free_count})"
 
     def _repr_html_(self) -> str:
@@ -191,7 +205,7 @@ def pandas() -> Any:
     return pandas
 
 
-def p_value(chi_squared: float | None, degrees: int | None) -> float | None:
+def p_value(chi_squared: float | None, degrees: int | float | None) -> float | None:
     """Returns the probability of a larger chi-squared, if it has a distribution."""
     if chi_squared is None or degrees is None or degrees <= 0:
         return None
@@ -199,11 +213,11 @@ def p_value(chi_squared: float | None, degrees: int | None) -> float | None:
 
 
 def criteria(
-    deviance: float, data_count: int | None, rank: int, is_scaled: bool
+    deviance: float, data_count: int | None, fitted_count: int | float, is_scaled: bool
 ) -> tuple[float, float | None]:
     """Returns AIC and BIC; `is_scaled` says whether the error bars are not known."""
     if is_scaled and data_count:
         ratio = deviance / data_count
         deviance = data_count * math.log(ratio) if ratio > 0 else -math.inf
-    bic = deviance + rank * math.log(data_count) if data_count else None
-    return deviance + 2 * rank, bic
+    bic = deviance + fitted_count * math.log(data_count) if data_count else None
+    return deviance + 2 * fitted_count, bic

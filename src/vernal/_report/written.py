@@ -73,9 +73,14 @@ def _facts(report: Any) -> Iterator[tuple[str, str]]:
     }
     for name, value in facts.items():
         if value is not None and not math.isnan(value):
-            yield name, str(value) if isinstance(value, int) else f"{value:.6g}"
+            yield name, number(value)
     if report.error_kind == "sandwich":
         yield "errors", "from the scatter of the data (sandwich)"
+
+
+def number(value: int | float) -> str:
+    """Writes an integer in full, and another number with six digits."""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
 def _cells(row: ParameterRow) -> tuple[str, str, str, str]:

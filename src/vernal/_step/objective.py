@@ -111,12 +111,12 @@ def metric_shapes(trainer: AbstractTrainer, batch: Any) -> dict[str, Any]:
 def negative_log_likelihood(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Float[Array, ""]:
-    """Evaluates what `nll_of_data` does, with the priors."""
+    """Evaluates what `_nll_of_data` does, with the priors."""
     model = trainer.model if model is None else model
-    return _with_priors(trainer, nll_of_data(trainer, batch, key, model), model)
+    return _with_priors(trainer, _nll_of_data(trainer, batch, key, model), model)
 
 
-def nll_of_data(
+def _nll_of_data(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Float[Array, ""]:
     """Evaluates `nll` if it is defined, else that of `residuals`, without priors.
@@ -185,6 +185,13 @@ def scoring_residuals(
 
 def _array_of(term: Term) -> Array:
     return term.residuals() if isinstance(term, AbstractLikelihood) else term
+
+
+def prior_rows(trainer: AbstractTrainer, *_: Any) -> Float[Array, " rows"]:
+    """Evaluates the rows of the priors, which there are."""
+    priors = priors_of(trainer)
+    assert priors is not None
+    return priors.rows(trainer.model)
 
 
 def _with_rows(trainer: AbstractTrainer, arrays: list[Array]) -> Float[Array, " N"]:
