@@ -316,3 +316,27 @@ def test_what_is_copied_was_there_when_it_was_given():
 class Plain(vn.Trainer):
     def loss(self, model, batch):
         return jnp.sum(model["a"] ** 2)
+
+
+class Exported:
+    """An array of another library, which gives its memory and nothing else."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_another_library(make, dtype):
+    if make is np.asarray and dtype == "bfloat16":
+        pytest.skip("NumPy does not export it")
+    array = make([1.0, 2.0]).astype(dtype)
+    held = vn.Minibatches(Exported(array), 1, key=jax.random.key(0)).arrays
+    assert held.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(held, float), [1, 2])

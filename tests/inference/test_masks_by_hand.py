@@ -68,7 +68,6 @@ CALLS = {
     "draw": (lambda kind: solved(kind).draw(jax.random.key(0), 3, BATCH, **SCALED), ""),
     "profile": (lambda kind: solved(kind).profile(LM, BATCH, "a", **SCALED), ""),
     "intervals": (lambda kind: solved(kind).intervals(LM, BATCH, **SCALED), ""),
-    "p-value": (lambda kind: solved(kind).report(BATCH).p_value, ""),
     "many": (
         lambda kind: many(kind)[0].errors(many(kind)[1], **SCALED),
         r" of member 0 \(and of 1 more\)",

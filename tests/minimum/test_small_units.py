@@ -1,5 +1,7 @@
 """Residuals whose squares are too small for float32: nothing may count as a minimum."""
 
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -103,3 +105,23 @@ def test_a_parameter_without_effect_hides_no_distance(width):
     model = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
     batch = jnp.asarray(2 + 0.1 * NOISE, jnp.float32)
     assert "not at a minimum" in Faint(model).table(batch)
+
+
+class Exact(vn.Trainer):
+    def residuals(self, model, batch):
+        return model["a"] - 1
+
+
+def test_a_model_that_is_right_is_not_told():
+    """Its residuals are small beside what the model adds to them."""
+    a = jnp.asarray(1.0, jnp.float32)
+
+    class Nearly(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["a"] * jnp.asarray([1.0, 0.0], "float32") - batch
+
+    batch = jnp.asarray([1.0, 1e-25], jnp.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Nearly({"a": a}, optax.sgd(0.0)).fit(batch, 3)
+        Exact({"a": a}, optax.sgd(0.0)).fit(batch, 3)

@@ -232,10 +232,41 @@ def test_the_rule_is_named(tmp_path):
         vn.load(tmp_path / "file", Bowl(START, new))
 
 
-def test_a_transformation_of_a_user(tmp_path):
-    require_refused(optax.trace(0.5), own(0.5), ("trace", "own"), tmp_path)
-    (tmp_path / "again").mkdir()
-    require_kept(own(0.5), own(0.6), tmp_path / "again")
+def of_itself(rate):
+    """Its `update` has the whole of it in a cell, and an empty one."""
+    adam = optax.adam(rate)
+
+    def update(updates, state, params=None):
+        if tx is None:
+            return later
+        return adam.update(updates, state, params)
+
+    tx = optax.GradientTransformation(adam.init, update)
+    if rate < 0:
+        later = None
+    return tx
+
+
+# What a user has written may be renamed or wrapped: nothing is known of its state.
+USERS = {
+    "of another name": (optax.trace(0.5), own(0.5)),
+    "its own": (own(0.5), own(0.6)),
+    "around one of Optax": (optax.adam(0.1), of_itself(0.1)),
+    "around another": (of_itself(0.1), optax.adamax(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_a_transformation_of_a_user(name, tmp_path):
+    require_kept(*USERS[name], tmp_path)
+
+
+def test_a_rule_without_leaves_is_no_other(tmp_path):
+    """Its state is empty."""
+    old = vn.ParamOptimiser({"w": optax.adam(0.1), "b": optax.adam(0.1)})
+    rules = {"w": optax.adam(0.1), "b": optax.adam(0.1), "**": optax.sgd(0.1, 0.9)}
+    vn.save(tmp_path / "file", moved(old))
+    vn.load(tmp_path / "file", Bowl(START, vn.ParamOptimiser(rules)))
 
 
 @pytest.mark.loose_dtypes

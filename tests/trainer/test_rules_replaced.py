@@ -18,13 +18,6 @@ def rules(*names, **options):
 # The arguments of a trainer that trains the slope, other rules, and what is said.
 REFUSED = {
     "thawed": (rules(*ONE), {}, rules(*BOTH), "'offset', which is not trained"),
-    "thawed by a default": (
-        rules(*ONE),
-        {},
-        rules(*ONE, default=ADAM),
-        "'offset', which is not trained",
-    ),
-    "thawed by all": (rules(*ONE), {}, rules("**"), "'offset', which is not trained"),
     "another one": (rules(*ONE), {}, rules("offset"), "no rule for 'slope'"),
     "frozen": (
         ADAM,
@@ -58,6 +51,9 @@ ALLOWED = {
     ),
     "rules for a plain one": (ADAM, {"train": ONE}, rules("**")),
     "a plain one": (rules(*ONE), {}, ADAM),
+    # As where a trainer is made: these are for the leaves that are there.
+    "a default": (rules(*ONE), {"train": ONE}, rules(*ONE, default=ADAM)),
+    "all": (rules(*ONE), {}, rules("**")),
     "what is tied": (rules(*ONE), {"ties": {"offset": "slope"}}, rules("**")),
 }
 

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._boundary import is_cut, is_deleted, narrowed, refuse_foreign, spelled
-from .._tree import LONG_DOUBLES, copied
+from .._tree import LONG_DOUBLES, owned
 
 # A shorter list may be meant as a tree.
 _LONG = 8
@@ -89,9 +89,10 @@ def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> An
         return leaf.item()
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         return _copied(leaf, where)
-    is_array = hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__")
-    if is_array and not isinstance(leaf, type):
+    if not isinstance(leaf, type) and hasattr(leaf, "__array__"):
         return _copied(_converted(leaf, where), where)
+    if not isinstance(leaf, type) and hasattr(leaf, "__dlpack__"):
+        return owned(np.asarray(jnp.from_dlpack(leaf)))
     refuse_foreign(leaf, where)
     if isinstance(leaf, range):
         raise _list_of_numbers(leaf, where)
@@ -141,7 +142,7 @@ def _copied(leaf: Any, where: str) -> jax.Array:
             "have. Subtract a reference, and then turn it into float64: "
             "`(x - x[0]).astype(float)`."
         )
-    return copied(narrowed(leaf, where))
+    return owned(narrowed(leaf, where))
 
 
 def _refuse_lists(batch: Any, argument: str, keys: tuple[Any, ...]) -> None:

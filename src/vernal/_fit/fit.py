@@ -116,8 +116,8 @@ def _warn_of_scores(scores: np.ndarray, steps: int, is_scored: bool) -> None:
     if not scores.size and not is_scored:
         warn(
             f"`validation`: it was not due within the {steps} steps of this fit, so "
-            "that `best` is the model that the fit began with. Validate more often: "
-            "`validation=(batch, every)`."
+            "that `best` is the model that the fit began with. Take more steps, or "
+            "validate more often: `validation=(batch, every)`."
         )
     elif scores.size and not np.isfinite(scores).any():
         warn(

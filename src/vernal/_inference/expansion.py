@@ -154,7 +154,7 @@ def zeros_text(zeros: int, data_count: int, where: str = "") -> str:
         "chi-squared and the errors of `scale_errors` are too small: let `residuals` "
         "return a likelihood with a mask, "
         "`vn.likelihoods.Gaussian(model, data, where=mask)`, or leave those data out. "
-        "Or tell `report` the number of data, `data_count=`."
+        "`report` can be told the number of data instead: `data_count=`."
     )
 
 

@@ -31,9 +31,6 @@ def report(
     if data_count is not None:
         here = here._replace(data_count=data_count, zero_count=0)
     scale = here.error_scale(is_scaled)
-    if not is_scaled and here.chi_squared is not None:
-        # They make the p-value too large, too.
-        here.warn_of_zeros()
     distance, degrees = here.distance, here.degrees_of_freedom
     chi, own = here.chi_squared, here.of_elements(trainer)
     aic, bic = None, None

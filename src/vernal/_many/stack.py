@@ -184,9 +184,11 @@ def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -
             "end alike. For a row for each give `data_axis=0`, or a tree of axes such "
             "as `data_axis=(None, 0)`; to fit all of the data, `fit` one trainer."
         )
-    # Of several arrays with as many rows each row may be a datum, and few rows may be
-    # coordinates.
-    if len(rows) == 1 and len(rows[0][1]) > 1 and size > _MOST_COORDINATES:
+    # Of several arrays with as many rows each row may be a datum, few rows may be
+    # coordinates, and an array alone an image.
+    shapes = {np.shape(leaf) for leaf in jax.tree.leaves(data)}
+    is_one_each = len(rows) == 1 and rows[0][1][1:] in shapes - {()}
+    if is_one_each and size > _MOST_COORDINATES:
         where, shape = rows[0]
         warn(
             f"{where} has the shape {shape}, with a row for each of the {size} "

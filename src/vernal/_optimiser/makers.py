@@ -1,6 +1,5 @@
 """By which functions a transformation was made, and so what its state means."""
 
-import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ class Maker(NamedTuple):
     rule: str
     """The rule that it is for; `""` for all parameters."""
     name: str
+    """Its name in Optax; `""` for a user's own, which may be renamed or wrapped."""
 
     @property
     def meaning(self) -> str:
@@ -49,8 +49,16 @@ def maker(fn: Any) -> str:
 
 def cells(fn: Any) -> Cells:
     """Returns what a function has captured, by name."""
-    contents = (cell.cell_contents for cell in fn.__closure__ or ())
-    return dict(zip(fn.__code__.co_freevars, contents, strict=True))
+    pairs = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in pairs if _is_filled(cell)}
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def state_makers(tx: Any) -> Iterator[Maker]:
@@ -70,8 +78,8 @@ def state_makers(tx: Any) -> Iterator[Maker]:
         for one in inner:
             yield from state_makers(one)
     elif tx is not None and _has_state(tx):
-        # The package is left out: a script may be imported as a module later.
-        yield Maker("", maker(tx.update).partition(".")[2])
+        package, _, name = maker(tx.update).partition(".")
+        yield Maker("", name if package == "optax" else "")
 
 
 _KNOWN: weakref.WeakKeyDictionary[Skeleton, tuple[Maker, ...]] = (
@@ -81,19 +89,19 @@ _KNOWN: weakref.WeakKeyDictionary[Skeleton, tuple[Maker, ...]] = (
 
 def _inner(tx: optax.GradientTransformation) -> Iterator[optax.GradientTransformation]:
     """Yields the transformations that one is made of."""
-    owner = _owner(tx)
+    owner, name = _owner(tx), maker(tx.update)
     if isinstance(owner, Transform | ParamOptimiser):
         yield owner
-    elif owner is not None:
-        held = _transformations(getattr(owner, "__dict__", {}))
+    elif type(owner).__module__.startswith(("optax.", "vernal.")):
+        held = _transformations(vars(owner))
         # An object may hold the transformation that its own methods make.
         yield from (one for one in held if _owner(one) is not owner)
-    elif (name := maker(tx.update)) == "optax.chain":
+    elif name == "optax.chain":
         fns = cells(tx.init)["init_fns"], cells(tx.update)["update_fns"]
         yield from map(optax.GradientTransformation, *fns)
     elif name == "optax.inject_hyperparams":
         yield _injected(cells(tx.init))
-    elif name:
+    elif name.startswith(("optax.", "vernal.")):
         yield from _transformations(cells(tx.update))
 
 
@@ -140,7 +148,11 @@ def as_makers(written: Any) -> list[Maker] | None:
 def other_maker(
     old: Iterable[Maker], new: Iterable[Maker]
 ) -> tuple[Maker, Maker] | None:
-    """Finds the first pair of makers whose states have different meanings."""
-    nothing = Maker("", "nothing")
-    pairs = itertools.zip_longest(old, new, fillvalue=nothing)
-    return next((pair for pair in pairs if pair[0].meaning != pair[1].meaning), None)
+    """Finds the first pair of makers whose states have different meanings.
+
+    Those of another number of transformations do not look alike anyway.
+    """
+    old, new = [*old], [*new]
+    pairs = zip(old, new, strict=True) if len(old) == len(new) else ()
+    is_other = lambda one, two: one.name and two.name and one.meaning != two.meaning
+    return next((pair for pair in pairs if is_other(*pair)), None)

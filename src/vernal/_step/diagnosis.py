@@ -32,6 +32,7 @@ from .objective import (
     defined,
     live,
     negative_log_likelihood,
+    real_residuals,
     real_residuals_and_kind,
     residual_terms,
     residuals_as_returned,
@@ -118,26 +119,45 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     return Diagnosis((), (), (found, *_bad_update(trainer, batch)))
 
 
-def of_no_loss(trainer: AbstractTrainer, batch: Any) -> tuple[int, np.ndarray] | None:
-    """Returns how many residuals are minimised, and the largest one.
-
-    `None` if there is more than residuals in the loss, or they cannot be evaluated.
-    """
+def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
+    """Whether the residuals that are minimised are those of no datum."""
     if defined(trainer) != ("residuals",) or priors_of(trainer) is not None:
+        return False
+    with contextlib.suppress(Exception):  # of the user's code: it is no answer
+        return int(_data_left(*_at_step(trainer, batch))) == 0
+    return False
+
+
+def too_small(trainer: AbstractTrainer, batch: Any) -> np.ndarray | None:
+    """Returns the largest residual, if the squares of all are too small to compute.
+
+    They may be that small at a minimum: so must be what the model adds to them.
+    """
+    if "residuals" not in defined(trainer):
         return None
     with contextlib.suppress(Exception):  # of the user's code: it is no answer
-        count, largest = _data_left(*_at_step(trainer, batch))
-        return int(count), np.asarray(largest)
+        largest, moved = map(np.asarray, _sizes(*_at_step(trainer, batch)))
+        limit = float(jnp.finfo(largest.dtype).tiny) ** 0.5
+        return largest if 0 < largest < limit and moved < limit else None
     return None
 
 
 # One program, for as many members as there are.
 @program
-def _data_left(
+def _data_left(trainer: AbstractTrainer, batch: Any) -> int | Int[Array, ""]:
+    return real_residuals_and_kind(trainer, batch, step_key(trainer))[1].size
+
+
+@program
+def _sizes(
     trainer: AbstractTrainer, batch: Any
-) -> tuple[int | Int[Array, ""], Float[Array, ""]]:
-    residuals, data = real_residuals_and_kind(trainer, batch, step_key(trainer))
-    return data.size, jnp.max(jnp.abs(residuals), initial=0)
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the largest residual, and how far the parameters move any."""
+    key, params = step_key(trainer), trainer.params
+    of = lambda params: real_residuals(live(trainer, params), batch, key)
+    residuals, moves = jax.jvp(of, (params,), (params,))
+    largest = lambda x: jnp.max(jnp.abs(x), initial=0)
+    return largest(residuals), largest(moves)
 
 
 def bad_data(batch: Any) -> tuple[str, ...]:

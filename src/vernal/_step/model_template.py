@@ -11,7 +11,7 @@ import numpy as np
 from .._closure import Closure, StaticData, refuse_static_arrays
 from .._constraints import Bijections, Ties
 from .._pickling import PlainMethods, Portable
-from .._tree import copied, is_inexact, strong
+from .._tree import is_inexact, owned, strong
 
 
 class ModelTemplate(Portable, PlainMethods, eqx.Module):
@@ -49,7 +49,7 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         self.kinds = tuple(map(_kind, leaves, owners))
         pairs = list(zip(leaves, self.kinds, strict=True))
         of = lambda kind: [leaf for leaf, own in pairs if own == kind]
-        self.frozen = tuple(map(copied, of("frozen")))
+        self.frozen = tuple(map(owned, of("frozen")))
         self.others = Closure.encode(tuple(of("other")))
 
     def join(self, params: Any) -> Any:

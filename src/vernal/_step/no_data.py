@@ -8,7 +8,7 @@ import numpy as np
 
 from .._boundary import warn
 from .abstract_trainer import AbstractTrainer
-from .diagnosis import of_no_loss
+from .diagnosis import lacks_data, too_small
 
 # Losses below it are worth a look, whatever their dtype and that of the residuals.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -31,18 +31,14 @@ def warn_of_no_data(
     for found in np.argwhere(is_small):
         index = int(found[0]) if is_small.ndim else ()
         which = f" of member {index}" if is_small.ndim else ""
-        left = of_no_loss(*ended(index))
-        if left is None:
-            continue
-        count, largest = left
-        if not count:
+        if lacks_data(*ended(index)):
             warn(
                 f"`{where}`: no datum{which} is left, so that any model fits: "
                 "`where` of the likelihood is false for all. It is true for each datum "
                 "that is there, unlike the mask of a masked array."
             )
             return
-        if 0 < largest < float(jnp.finfo(largest.dtype).tiny) ** 0.5:
+        if (largest := too_small(*ended(index))) is not None:
             warn(
                 f"`{where}`: the residuals{which} are {largest:.2g} at most, and their "
                 f"squares are zero in {largest.dtype}, so that any model fits. Fit in "

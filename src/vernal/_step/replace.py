@@ -133,12 +133,13 @@ def _check_rules(
     # Where the old rules own a leaf, it was left out by `train`, and is again.
     left_out = old.owners(model, filtered=True)
     tied = () if parts.ties is None else parts.ties.indices
-    names = [path for path, _ in by_path(model).items()]
+    named = [*map(_is_named, optimiser.selectors.decode()), False]
+    paths = [path for path, _ in by_path(model).items()]
     thawed = [
-        names[index]
-        for index, kind in enumerate(parts.kinds)
+        paths[index]
+        for index, (kind, owner) in enumerate(zip(parts.kinds, owners, strict=True))
         if kind != "trained" and index not in tied
-        if owners[index] is not None and left_out[index] is None
+        if owner is not None and named[owner] and left_out[index] is None
     ]
     if thawed:
         raise ValueError(
@@ -151,6 +152,12 @@ def _classes(policy: NanPolicy) -> list[Any]:
     """Names the classes of a policy and of those that it is composed of."""
     inner = [part for part in vars(policy).values() if isinstance(part, NanPolicy)]
     return [type(policy).__qualname__, *map(_classes, inner)]
+
+
+def _is_named(selector: Any) -> bool:
+    """Whether a selector names leaves, rather than those that are there."""
+    atoms = selector if isinstance(selector, tuple) else (selector,)
+    return all(isinstance(atom, str) and "*" not in atom for atom in atoms)
 
 
 def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:

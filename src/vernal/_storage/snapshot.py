@@ -145,7 +145,7 @@ def _require_same_meaning(
     raise MismatchError(
         f"{source} holds the state of another optimiser{rule}: of `{there.name}`, not "
         f"of `{here.name}`. The two look alike, and their numbers need not mean the "
-        "same. Make the optimiser as it was; or load without its state: "
+        "same. Make the optimiser as it was. `load` can also leave its state out, with "
         '`reset="opt_state"`.'
     )
 

@@ -130,17 +130,13 @@ def _cast(new: Any, old: Any) -> Array:
     return lax.convert_element_type(new, old.dtype)
 
 
-def copied(leaf: Any) -> jax.Array:
+def owned(leaf: Any) -> jax.Array:
     """Returns an array of JAX, with memory of its own if `leaf` is one of NumPy.
 
     `jnp.array` may share that memory at first, and copy it once the device is free: by
     then a loader may have filled it with the next batch.
     """
-    return (
-        jax.device_put(np.array(leaf))
-        if isinstance(leaf, np.ndarray)
-        else jnp.asarray(leaf)
-    )
+    return jnp.asarray(np.array(leaf) if isinstance(leaf, np.ndarray) else leaf)
 
 
 def strong(leaf: Any) -> jax.Array:
@@ -149,7 +145,7 @@ def strong(leaf: Any) -> jax.Array:
     A weakly typed array, such as `jnp.array(1.0)`, turns strong in the first step, and
     the second step would then be compiled again.
     """
-    array = copied(leaf)
+    array = owned(leaf)
     if not is_weak(array):
         return array
     if isinstance(array, jax.core.Tracer):
