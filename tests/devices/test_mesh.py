@@ -221,7 +221,7 @@ def test_nothing_goes_to_the_host_within_a_chunk(mesh):
     trainer, stop = GaussianFit(gaussian(), ADAM), vn.Converged(0.0, 99)
     batch = jax.device_put(BATCH)
     options = {"mesh": mesh, "stop": stop, "validation": (batch, 5)}
-    trainer.fit(BATCH, 2, **options)
+    trainer.fit(BATCH, 5, **options)
     with jax.transfer_guard("disallow"):
         trainer.fit(BATCH, 50, **options)
     text = str(jax.make_jaxpr(lambda t, b: t.step(b, mesh=mesh))(trainer, BATCH))
