@@ -175,9 +175,12 @@ def columns(
 
 def gradient(fn: Flat, flat: Float[Array, " D"], subject: Subject) -> Array:
     """Computes the gradient of a scalar function, in reverse mode if possible."""
-    forward = lambda x: columns(_pushed(fn, x), x)
-    ways = {"bwd": lambda x: jax.grad(fn)(x), "fwd": forward}
+    ways = {"bwd": lambda x: jax.grad(fn)(x), "fwd": _forward_gradient(fn)}
     return first_possible(ways, flat, subject)[1](flat)
+
+
+def _forward_gradient(fn: Flat) -> Flat:
+    return lambda x: columns(_pushed(fn, x), x)
 
 
 def _pushed(fn: Flat, x: Array) -> Flat:
@@ -239,12 +242,11 @@ def hessian_product(
 
 def _hessian_products(fn: Flat) -> dict[str, Callable[[Array], Flat]]:
     """Returns several ways to the product of a Hessian at a point with vectors."""
-    forward = lambda x: columns(_pushed(fn, x), x)
     return {
         "fwd-bwd": lambda x: jax.linearize(jax.grad(fn), x)[1],
         # A Hessian is its own transpose.
         "bwd-bwd": lambda x: transposed_product(jax.grad(fn), x),
-        "fwd-fwd": lambda x: _pushed(forward, x),
+        "fwd-fwd": lambda x: _pushed(_forward_gradient(fn), x),
     }
 
 

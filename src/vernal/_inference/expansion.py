@@ -95,13 +95,9 @@ class Around(NamedTuple):
         require_scatter(self.kind, self.penalty is not None, has_scale)
         if self.reduced_chi_squared is None:
             raise ValueError(NO_SCATTER)
-        self.warn_of_zeros()
-        return math.sqrt(self.reduced_chi_squared)
-
-    def warn_of_zeros(self) -> None:
-        """Warns if residuals may be of missing data, and count."""
         if self.data_count and may_be_masked(self.zero_count, self.data_count):
             warn(zeros_text(self.zero_count, self.data_count))
+        return math.sqrt(self.reduced_chi_squared)
 
     def of_elements(self, trainer: AbstractTrainer) -> "OfElements":
         """Returns the errors of the model's own elements."""

@@ -14,10 +14,7 @@ from jaxtyping import Array, Float
 from .._constraints import Bounds
 from .._curvature import Subject, gradient, traced
 from .._program import program
-from .._step import (
-    AbstractTrainer,
-    bounds_of,
-)
+from .._step import AbstractTrainer, bounds_of
 from .._tree import as_parameters, by_path, ravel, unravel
 from .distance import minimised
 from .edm import Distance
