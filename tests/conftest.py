@@ -114,9 +114,9 @@ def seldom_explained(monkeypatch):
     """One bad fit in many is explained: for each, programs are compiled."""
     import inside  # the annotations are to be checked before vernal is imported
 
-    explain, seen = inside.run.diagnosed, itertools.count()
+    explain, seen = inside.remarks.diagnosed, itertools.count()
 
     def sometimes(*args):
-        return inside.run.Diagnosis() if next(seen) % 40 else explain(*args)
+        return inside.remarks.Diagnosis() if next(seen) % 40 else explain(*args)
 
-    monkeypatch.setattr(inside.run, "diagnosed", sometimes)
+    monkeypatch.setattr(inside.remarks, "diagnosed", sometimes)

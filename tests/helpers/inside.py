@@ -13,6 +13,7 @@ from vernal._devices.placement import placement as placement
 from vernal._fit import (
     one_trainer as one_trainer,
     progress_bar as progress_bar,
+    remarks as remarks,
     run as run,
 )
 from vernal._fit.pace import Pace as Pace

@@ -24,7 +24,9 @@ def no_small_loops():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small, "MOST_READ", -1)
-        patch.setattr(inside.run, "diagnosed", lambda *_: inside.run.Diagnosis())
+        patch.setattr(
+            inside.remarks, "diagnosed", lambda *_: inside.remarks.Diagnosis()
+        )
         vn.forget()
         yield
     vn.forget()

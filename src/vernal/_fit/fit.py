@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._boundary import UNROLL, refuse_program, warn
+from .._boundary import UNROLL, refuse_program
 from .._data import Source, Stream, StreamExhaustedError, Whole
 from .._devices import Decision, Peers, leaf_fingerprints
 from .._policy import StopReason
@@ -16,13 +16,13 @@ from .._step import (
     check_elementwise,
     no_optimiser,
     priors_of,
-    warn_of_no_data,
 )
 from .._storage import History, open_checkpointer, origin
 from .feed import DataExhausted
 from .options import FitKeywords, FitOptions
 from .pace import Pace
 from .progress_bar import ProgressBar
+from .remarks import remark
 from .run import FitRun, Inputs
 from .subject import AbstractSubject
 
@@ -94,36 +94,8 @@ def fit(
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
     result = run.ended(reason)
-    if run.taken and (end := subject.bad_end(result)):
-        diagnosis = run.diagnosis(end)
-        end.raise_if_asked(result, diagnosis.advised)
-        if str(diagnosis):
-            warn(f"{end.warning} {diagnosis}")
-    else:
-        run.warn_of_bad(result)
-        if run.taken and validation is not None:
-            losses = subject.on_host(run.trainer.best_loss)
-            is_scored = bool(np.isfinite(losses).any())
-            _warn_of_scores(result.history.validation, run.taken, is_scored)
-    history = result.history
-    with subject.context():
-        warn_of_no_data(subject.entrance, history.loss, run.ended_at(result))
-        warn_of_no_data("validation", history.validation, run.validated_at(result))
+    remark(run.course(), result)
     return result
-
-
-def _warn_of_scores(scores: np.ndarray, steps: int, is_scored: bool) -> None:
-    if not scores.size and not is_scored:
-        warn(
-            f"`validation`: it was not due within the {steps} steps of this fit, so "
-            "that `best` is the model that the fit began with. Take more steps, or "
-            "validate more often: `validation=(batch, every)`."
-        )
-    elif scores.size and not np.isfinite(scores).any():
-        warn(
-            "`validation`: no score was finite, so that `best` is no better than the "
-            "model that the fit began with. Check the batch, and `evaluate`."
-        )
 
 
 def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:

@@ -5,15 +5,15 @@ import dataclasses
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import numpy as np
 
-from .._boundary import debugged, is_debugged, warn
-from .._data import Minibatches, Source, Stream, Whole
+from .._boundary import debugged
+from .._data import Minibatches, Source, Whole
 from .._devices import Peers, fingerprint, leaf_fingerprints
 from .._loop import (
     MOST_ROWS,
@@ -30,13 +30,8 @@ from .._policy import StopReason
 from .._program import are_on_one_cpu, is_refused, is_switched_on
 from .._step import (
     AbstractTrainer,
-    Diagnosis,
     advance,
-    bad_data,
     config_of,
-    diagnosed,
-    last_bad_step,
-    nan_columns,
     progress_of,
     with_progress,
     with_some_best,
@@ -46,7 +41,8 @@ from .._storage import Checkpointer, History, Recorder
 from .._tree import require_alike
 from .feed import Feed
 from .options import Callback, FitOptions
-from .subject import AbstractSubject, BadEnd
+from .remarks import Course
+from .subject import AbstractSubject
 
 # The size in bytes above which a state is updated in place, which takes one copy when
 # a fit begins.
@@ -369,69 +365,20 @@ class FitRun:
         is_bad = self._bad_steps.sum(axis=-1) >= max(self.taken, 1)
         return np.asarray(is_bad & ~self._has_accepted)
 
-    def warn_of_bad(self, result: Any) -> None:
-        """Warns of what was bad at every step, though steps were accepted."""
+    def course(self) -> Course:
+        """Returns what this fit took, for what is said of its result."""
         now = self._subject.on_host(progress_of(self.trainer).step_count)
-        steps = np.asarray(now - self._first_steps)
-        is_bad = self._bad_steps >= np.maximum(steps, 1)[..., None]
-        found = np.argwhere(is_bad & np.expand_dims(self._has_accepted, -1))
-        if not found.size:
-            return
-        *member, _ = map(int, found[0])
-        index = member[0] if member else ()
-        trainer = self._subject.picked(result, index)
-        names = np.asarray(nan_columns(trainer))[is_bad[index]]
-        batch = self._subject.seen(self._last_source(trainer), index)
-        with self._subject.context():
-            data = bad_data(batch)
-        of_member = f" of member {index}" if member else ""
-        said = (
-            f"`{self._subject.entrance}`: not finite at any of the steps "
-            f"({int(steps[index])}{of_member}), though the NaN policy took them: "
-            f"{', '.join(names)}."
+        return Course(
+            self._subject,
+            self.trainer,
+            self._source,
+            dict(self._last),
+            self._monitor,
+            np.asarray(now - self._first_steps),
+            self.taken,
+            self._bad_steps,
+            self._has_accepted,
         )
-        warn(" ".join([said, *data]))
-
-    def _last_source(self, trainer: AbstractTrainer) -> Whole[Any] | Minibatches:
-        """Returns where the batch of the last bad step comes from."""
-        if isinstance(self._source, Stream):
-            return dict(self._last).get(last_bad_step(trainer), Whole(None))
-        return self._source
-
-    def diagnosis(self, end: BadEnd) -> Diagnosis:
-        """Finds out why a fit ended at a non-finite value.
-
-        It evaluates the model if no step was accepted, or for an error. After accepted
-        steps the fit may have diverged by itself: then it checks only the data.
-        """
-        index, trainer = end.index, end.trainer
-        step = last_bad_step(trainer)
-        batch = self._subject.seen(self._last_source(trainer), index)
-        with self._subject.context():
-            is_asked = trainer.nan_policy.raises or is_debugged()
-            if is_asked or not self._has_accepted[index]:
-                return diagnosed(trainer, batch)
-            data = bad_data(batch)
-            return Diagnosis((f"At step {step}:", *data) if data else ())
-
-    def ended_at(self, result: Any) -> Callable[[Any], tuple[AbstractTrainer, Any]]:
-        """Returns a function of an index: a trainer of a result, and its last batch."""
-        source = self._source
-        if isinstance(source, Stream):
-            source = self._last[-1][1] if self._last else Whole(None)
-        return self._with(source, result)
-
-    def validated_at(self, result: Any) -> Callable[[Any], tuple[AbstractTrainer, Any]]:
-        """Returns what `ended_at` does, with the batch of the validation."""
-        validation = self._monitor.validation
-        batch = None if validation is None else validation.batch
-        return self._with(Whole(batch), result)
-
-    def _with(
-        self, source: Whole[Any] | Minibatches, result: Any
-    ) -> Callable[[Any], tuple[AbstractTrainer, Any]]:
-        subject = self._subject
-        return lambda i: (subject.picked(result, i), subject.seen(source, i))
 
     def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
         """Yields why the fit of each trainer ended: by default for `reason`."""
