@@ -279,6 +279,15 @@ def test_a_rate_that_was_set_by_hand_stays(change, file):
     assert new.opt_state.hyperparams == {"learning_rate": 0.2, "momentum": 0.5}
 
 
+@pytest.mark.parametrize("go_on", [fit, walk])
+def test_a_number_may_take_the_place_of_a_rate(go_on):
+    """As in Optax's own examples: `state.hyperparams["learning_rate"] = 0.025`."""
+    trainer = go_on(Bowl(tree(), sgd()), 4)
+    trainer.opt_state.hyperparams["learning_rate"] = 0.025
+    trainer = go_on(trainer, 3)
+    np.testing.assert_allclose(values(trainer), by_hand((4, 0.1, 0.5), (3, 0.025, 0.5)))
+
+
 def lowered(trainer, history):
     """Halves the rate at step 4 by hand, and at step 8 by another optimiser."""
     if int(trainer.step_count) == 4:

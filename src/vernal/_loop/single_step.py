@@ -44,7 +44,8 @@ def run_step(
     trainer: AbstractTrainer, batch: Any, place: AbstractPlacement = ANYWHERE
 ) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
-    old = progress_of(trainer)
+    # In an optimiser's state there may be a number that a user has put there.
+    old = jax.tree.map(jnp.asarray, progress_of(trainer))
     start = with_progress(trainer, stepped_on(old, BATCH_BY_BATCH))
     progress, outcome = advance(start, batch)
     norm = tree_norm(outcome.grads).astype(outcome.loss.dtype)

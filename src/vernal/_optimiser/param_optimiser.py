@@ -91,7 +91,7 @@ class ParamOptimiser(AbstractTransform):
             raise TypeError(
                 f"`rules` is of type `{type(rules).__name__}`, but must map selectors "
                 'to Optax transformations: `{"power": optax.adam(1e-2)}`. For one '
-                "transformation of everything, use `default=`."
+                "transformation of everything: `ParamOptimiser({}, default=...)`."
             )
         for selector in rules:
             list(atoms(selector, "rules"))
