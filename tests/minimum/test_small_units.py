@@ -125,3 +125,41 @@ def test_a_model_that_is_right_is_not_told():
         warnings.simplefilter("error")
         Nearly({"a": a}, optax.sgd(0.0)).fit(batch, 3)
         Exact({"a": a}, optax.sgd(0.0)).fit(batch, 3)
+
+
+# Without residuals: what a user squares.
+
+
+class Squares(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.mean(Spectrum.residuals(self, model, batch) ** 2)
+
+
+class Likelihood(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(Spectrum.residuals(self, model, batch) ** 2)
+
+
+GO_ON = {
+    "fit": lambda t, batch: t.fit(batch, 3),
+    "solve": lambda t, batch: t.solve(optx.BFGS(1e-6, 1e-6), batch),
+    "fit_many": lambda t, batch: vn.fit_many([t, t], batch, 3),
+}
+
+
+@pytest.mark.parametrize("kind", [Squares, Likelihood])
+@pytest.mark.parametrize("name", GO_ON)
+def test_a_loss_that_is_zero_in_these_units_is_told(name, kind):
+    start = trainer(SMALL)
+    with pytest.warns(UserWarning, match=f"`{name}`.*: the loss is .*e-5., which is"):
+        GO_ON[name](kind(start.model, optax.sgd(0.0)), data(SMALL))
+
+
+@pytest.mark.parametrize("name", GO_ON)
+def test_a_loss_of_zero_at_the_truth_is_not_told(name):
+    start = trainer(1.0)
+    x = jnp.asarray(X, jnp.float32)
+    exact = x, start.residuals(start.model, (x, jnp.zeros_like(x)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GO_ON[name](Squares(start.model, optax.sgd(0.0)), exact)

@@ -128,18 +128,36 @@ def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
     return False
 
 
-def too_small(trainer: AbstractTrainer, batch: Any) -> np.ndarray | None:
-    """Returns the largest residual, if the squares of all are too small to compute.
-
-    They may be that small at a minimum: so must be what the model adds to them.
-    """
-    if "residuals" not in defined(trainer):
-        return None
+def too_small(trainer: AbstractTrainer, batch: Any) -> str:
+    """Says how small are the numbers whose loss is zero; empty if they are not."""
+    of = _small_residuals if "residuals" in defined(trainer) else _small_loss
     with contextlib.suppress(Exception):  # of the user's code: it is no answer
-        largest, moved = map(np.asarray, _sizes(*_at_step(trainer, batch)))
-        limit = float(jnp.finfo(largest.dtype).tiny) ** 0.5
-        return largest if 0 < largest < limit and moved < limit else None
-    return None
+        return of(*_at_step(trainer, batch))
+    return ""
+
+
+def _small_residuals(trainer: AbstractTrainer, batch: Any) -> str:
+    """They may be that small at a minimum: so must be what the model adds to them."""
+    largest, moved = map(np.asarray, _sizes(trainer, batch))
+    limit = float(jnp.finfo(largest.dtype).tiny) ** 0.5
+    if not (0 < largest < limit and moved < limit):
+        return ""
+    found = f"the residuals are {largest:.2g} at most"
+    return f"{found}, and their squares are zero in {largest.dtype}"
+
+
+def _small_loss(trainer: AbstractTrainer, batch: Any) -> str:
+    """What a user squares is not seen, but its loss in float64 is."""
+    args = trainer, batch, step_key(trainer)
+    with jax.enable_x64(True):
+        loss = float(_loss(*jax.tree.map(_doubled, args)))
+    is_lost = float(_loss(*args)) == 0 < abs(loss) < float(jnp.finfo(np.float32).tiny)
+    return f"the loss is {loss:.2g}, which is zero in float32" if is_lost else ""
+
+
+def _doubled(leaf: Any) -> Any:
+    is_single = getattr(leaf, "dtype", None) in (np.float32, np.complex64)
+    return leaf.astype(np.promote_types(leaf.dtype, np.float64)) if is_single else leaf
 
 
 # One program, for as many members as there are.

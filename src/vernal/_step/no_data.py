@@ -38,10 +38,9 @@ def warn_of_no_data(
                 "that is there, unlike the mask of a masked array."
             )
             return
-        if (largest := too_small(*ended(index))) is not None:
+        if small := too_small(*ended(index)):
             warn(
-                f"`{where}`: the residuals{which} are {largest:.2g} at most, and their "
-                f"squares are zero in {largest.dtype}, so that any model fits. Fit in "
-                "larger units, or divide the residuals by their errors."
+                f"`{where}`{which}: {small}, so that any model fits. Fit in larger "
+                "units, or divide what is squared by its error."
             )
             return
