@@ -19,7 +19,14 @@ from .._loop import (
     run_chunk_in_place,
 )
 from .._policy import AT_NON_FINITE, StopReason
-from .._step import AbstractTrainer, data_mark, nan_report, own_fields, progress_of
+from .._step import (
+    AbstractTrainer,
+    data_mark,
+    nan_report,
+    noted,
+    progress_of,
+    scored_parts,
+)
 from .._storage import History
 from .arrival import checked_end
 from .result import FitResult
@@ -45,7 +52,7 @@ class OneTrainer(AbstractSubject):
         return self.place.source(as_source(data))
 
     def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
-        return np.asarray(data_mark(source, own_fields(trainer)))
+        return np.asarray(data_mark(source, scored_parts(trainer)))
 
     def prepare(self, batch: Any) -> Any:
         return self.place.share(as_batch(batch, "data"))
@@ -90,7 +97,7 @@ class OneTrainer(AbstractSubject):
     def result(
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> FitResult[Any, Any]:
-        return FitResult(self.home(trainer), history, reasons[0])
+        return FitResult(noted(self.home(trainer)), history, reasons[0])
 
     def checked(self, result: Any, source: Source) -> Any:
         return checked_end(result, source) if self.place.mesh is None else result

@@ -32,6 +32,8 @@ from .._step import (
     AbstractTrainer,
     advance,
     config_of,
+    is_of_other_code,
+    noted,
     progress_of,
     with_progress,
     with_some_best,
@@ -157,7 +159,7 @@ class FitRun:
         return trainer, placed
 
     def _begun(self, trainer: AbstractTrainer, taken: int) -> AbstractTrainer:
-        """Returns the trainer without a best of other data, if there are steps left."""
+        """Returns the trainer without a best of other data, if steps are left."""
         if taken >= self._steps:
             return trainer
         validation = self._monitor.validation
@@ -187,6 +189,10 @@ class FitRun:
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
+        if not self._in_place and is_of_other_code(self.trainer):
+            # A callback may have changed what the loss reads.
+            trainer = self._begun(self.trainer, self.taken)
+            self._hold(trainer, self._subject.placed(trainer))
         goal = self.taken + count
         try:
             while self.taken < goal and not self.stopped:
@@ -247,6 +253,7 @@ class FitRun:
         """Takes over the results of chunks that began at the step `start`."""
         subject = self._subject
         self._move_to(state)
+        noted(self.trainer)
         kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
             self._has_accepted |= subject.on_host(ended.has_accepted)

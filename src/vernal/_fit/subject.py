@@ -19,6 +19,7 @@ from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
     begun_on,
+    is_of_other_code,
     non_finite_error,
     progress_of,
     with_progress,
@@ -170,7 +171,7 @@ class AbstractSubject(abc.ABC):
         by_validation: bool = False,
         is_solved: bool = False,
     ) -> AbstractTrainer:
-        """Returns the trainer without a best that was scored on other data.
+        """Returns the trainer without a best of other data, or of other code.
 
         A fit leaves a trainer that has stopped as it is, unless `is_solved`.
         """
@@ -178,8 +179,9 @@ class AbstractSubject(abc.ABC):
         stopped = stopped & (not is_solved)
         if stopped.all():
             return trainer
+        is_other = is_of_other_code(trainer)
         begun = begun_on(
-            progress_of(trainer), marks, by_validation, stopped, self.on_host
+            progress_of(trainer), marks, by_validation, stopped, is_other, self.on_host
         )
         return with_progress(trainer, begun)
 

@@ -25,11 +25,11 @@ from .._step import (
     error_if_stopped,
     live_if,
     no_optimiser,
-    own_fields,
     progress_of,
     raise_if_non_finite,
     ranked,
     require_precision,
+    scored_parts,
     stepped_on,
     with_progress,
 )
@@ -106,7 +106,7 @@ def unroll(
     if steps == 0:
         return trainer, jnp.zeros(0, trainer.best_loss.dtype)
     length = _segment_near_root(steps) if segment is None else segment
-    mark = jax.device_put(np.uint32(data_mark(source, own_fields(trainer))))
+    mark = jax.device_put(np.uint32(data_mark(source, scored_parts(trainer))))
     progress, losses = _run(trainer, source, mark, steps, length)
     return _raised_if_bad(trainer, with_progress(trainer, progress)), losses
 

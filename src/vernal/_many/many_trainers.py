@@ -17,8 +17,9 @@ from .._step import (
     config_of,
     in_source,
     marks_of_rows,
-    own_fields,
+    noted,
     progress_of,
+    scored_parts,
     with_progress,
 )
 from .._storage import History
@@ -65,7 +66,7 @@ class ManyTrainers(AbstractSubject):
         return source
 
     def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
-        own, same = map(own_fields, apart(config_of(trainer), self.config))
+        own, same = map(scored_parts, apart(config_of(trainer), self.config))
         rows, shared = None, in_source(source)
         if isinstance(source, Whole):
             rows, shared = apart(shared, self.flags(shared))
@@ -154,7 +155,7 @@ class ManyTrainers(AbstractSubject):
         columns = [(leaf,) * self.size for leaf in jax.tree.leaves(arrays)]
         repeated = jax.tree.structure(arrays).unflatten(stack(columns))
         config = eqx.combine(rows, repeated, others)
-        stacked = with_progress(config, progress_of(trainer))
+        stacked = noted(with_progress(config, progress_of(trainer)))
         edms = np.full(self.size, np.nan)
         own = self.data_axis, self.group
         return ManyResult(stacked, history, tuple(reasons), edms, *own)

@@ -31,6 +31,7 @@ from .._step import (
     in_free_coordinates,
     initial_opt_state,
     live,
+    noted,
     progress_of,
     stripped,
     with_progress,
@@ -309,4 +310,4 @@ class Rounds:
         progress = progress_at(end, old, opt_state, counts)
         history = History(np.arange(start, start + len(losses)), losses)
         trainer = with_progress(self._trainer, progress, projector=projector)
-        return FitResult(trainer, history, reason, found.distance)
+        return FitResult(noted(trainer), history, reason, found.distance)

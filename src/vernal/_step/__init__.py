@@ -86,6 +86,13 @@ from .progress import (
     without_best,
 )
 from .replace import member_axes, replaced_fields, reproject
+from .scored_by import (
+    hook_digests,
+    is_of_other_code,
+    method_digests,
+    noted,
+    scored_parts,
+)
 from .step import (
     Outcome,
     advance,

@@ -21,14 +21,14 @@ from .progress import UNKNOWN, Best, Progress, held_best
 _ONE_BY_ONE = "one by one", 1
 
 
-def data_mark(source: Source, fields: Mapping[str, Any]) -> int:
+def data_mark(source: Source, parts: Mapping[str, Any]) -> int:
     """Returns a number for all that the losses of a fit depend on beside the model.
 
-    This is the source of its batches, and the fields that a class adds to a trainer.
+    This is the source of its batches, and the parts of a trainer that score them.
     """
     seen = in_source(source)
     seen = _ONE_BY_ONE if _is_traced(seen) else seen
-    (mark,) = _marks(leaf_sums((seen, {} if _is_traced(fields) else fields)), 1)
+    (mark,) = _marks(leaf_sums((seen, {} if _is_traced(parts) else parts)), 1)
     return mark
 
 
@@ -44,9 +44,12 @@ def in_source(source: Source) -> Any:
 def marks_of_rows(rows: PyTree, shared: PyTree, members: int) -> list[int]:
     """Returns the mark of each of many members, each of which has a row.
 
-    `rows` and `shared` are pairs as `data_mark` makes of a source and its fields, with
-    `None` for all that the other one has.
+    `rows` and `shared` are pairs as `data_mark` makes of a source and its parts, with
+    `None` for the arrays that the other one has.
     """
+    rows = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else None, rows
+    )
     return _marks(leaf_sums(shared) + row_sums(rows), members)
 
 
@@ -72,15 +75,17 @@ def begun_on(
     marks: Any,
     by_validation: bool,
     stopped: Any,
+    is_of_other_code: bool,
     on_host: Callable[[Array], np.ndarray],
 ) -> Progress:
     """Returns the progress for a fit that scores on data with these marks.
 
-    A best of other data, or that was scored otherwise, is dropped. Of a member that has
-    `stopped` only its loss is: it has no other best.
+    A best of other data, or code, or that was scored otherwise, is dropped. Of a member
+    that has `stopped` only its loss is: it has no other best.
     """
     known, validated = map(on_host, (progress.scored_on, progress.is_validated))
-    is_other = (known != UNKNOWN) & (known != marks) | (validated != by_validation)
+    is_other = (known != UNKNOWN) & ((known != marks) | is_of_other_code)
+    is_other |= validated != by_validation
     marked = jax.device_put(np.asarray(marks, known.dtype))
     if not is_other.any():
         return dataclasses.replace(progress, scored_on=marked)

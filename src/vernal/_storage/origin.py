@@ -1,13 +1,18 @@
 """What a fit is of, by which a checkpoint of another fit is noticed."""
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .._data import Source, Stream, Whole
-from .._pickling import digest_of
-from .._step import AbstractTrainer, defined, own_fields, priors_of, template_of
+from .._step import (
+    AbstractTrainer,
+    hook_digests,
+    method_digests,
+    own_fields,
+    priors_of,
+    template_of,
+)
 from .._tree import leaf_sums
 
 
@@ -17,11 +22,14 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     if not isinstance(source, Stream):
         arrays = source.batch if isinstance(source, Whole) else source.arrays
         data = _sums(arrays)
-    methods = {name: _digest(getattr(kind, name)) for name in defined(trainer)}
     return {
         "class": kind.__name__,
         # Another version of Python compiles the same text to other code.
-        "methods": {"python": "{}.{}".format(*sys.version_info), **methods},
+        "methods": {
+            "python": "{}.{}".format(*sys.version_info),
+            **method_digests(trainer),
+        },
+        "hooks": hook_digests(trainer),
         "priors": _of_priors(trainer),
         "model": _sums(template_of(trainer).untrained),
         "fields": _sums(own_fields(trainer)),
@@ -54,6 +62,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
         yield f"of the class `{old['class']}`"
     before, now = old["methods"], new["methods"]
     if before["python"] == now["python"]:
+        # Checkpoints of earlier versions do not say.
+        before, now = before | old.get("hooks", new["hooks"]), now | new["hooks"]
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 yield f"with another `{name}`"
@@ -81,13 +91,3 @@ def _is_same(old: Any, new: Any) -> bool:
         return False
     # Earlier versions had no checksum where a process has only a part of an array.
     return old[0] == new[0] and (None in (old[1], new[1]) or old[1] == new[1])
-
-
-def _digest(method: Any) -> str | None:
-    fn = inspect.unwrap(method)
-    if (code := getattr(fn, "__code__", None)) is None:
-        return None
-    first, *others = code.co_consts or (None,)
-    if first is not None and first == fn.__doc__:
-        code = code.replace(co_consts=(None, *others))
-    return digest_of(code).hex()
