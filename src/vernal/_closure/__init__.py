@@ -6,7 +6,7 @@ finds what code reads beside its arguments, and `watch` whether that has changed
 """
 
 from .closure import Closure
-from .equality import Hashed, StaticData, is_atom, strict_key, value_key
+from .equality import Hashed, Same, StaticData, is_atom, strict_key, value_key
 from .reads import reads
 from .skeleton import Skeleton
 from .static_fields import refuse_static_arrays

@@ -1,7 +1,7 @@
 """Static fields of a model, which are compared to find compiled programs."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -9,21 +9,31 @@ import jax
 import numpy as np
 
 
-def refuse_static_arrays(model: Any) -> None:
-    """Refuses a model with an array in a static field, and names the field."""
+def refuse_static_arrays(
+    tree: Any, what: str = "`model`", only: Container[str] | None = None
+) -> None:
+    """Refuses an array in a static field of a tree of modules, and names the field.
+
+    **Arguments:**
+
+    - `what`: the name of the tree in an error.
+    - `only`: the names of its own fields that are looked at, if not of all.
+    """
     is_module = lambda node: isinstance(node, eqx.Module)
-    for path, value in _static_fields(model, ()):
+    for path, value in _static_fields(tree, (), only):
         leaves = jax.tree.leaves(value, is_leaf=is_module)
         if any(isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves):
             raise TypeError(
-                f"`model`: the static field {'.'.join(path)!r} holds an array. What is "
+                f"{what}: the static field {'.'.join(path)!r} holds an array. What is "
                 "static is compared to find compiled programs, and arrays do not "
-                "compare as one value. Drop `static=True`, and freeze the array by a "
-                "rule `None` or by `train`; or make it a tuple."
+                "compare as one value. Drop `static=True` (in a model, freeze the "
+                "array by a rule `None` or by `train`); or make it a tuple."
             )
 
 
-def _static_fields(node: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
+def _static_fields(
+    node: Any, path: tuple[str, ...], only: Container[str] | None = None
+) -> Iterator[tuple[Any, Any]]:
     """Yields the path and the value of each static field in a tree of modules."""
     if isinstance(node, dict):
         parts = [(str(key), value, False) for key, value in node.items()]
@@ -32,6 +42,7 @@ def _static_fields(node: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any]
         parts = [
             (field.name, getattr(node, field.name, None), field.metadata.get("static"))
             for field in dataclasses.fields(node)
+            if only is None or field.name in only
         ]
     elif isinstance(node, tuple | list):
         parts = [(str(index), value, False) for index, value in enumerate(node)]

@@ -79,10 +79,12 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         """The model with the lowest loss that was scored on these data.
 
         Fits and solves of equal data, one after the other, have one best. It begins
-        anew with other data or another `validation`, and where the arrays in your own
-        fields of the trainer change. Batches that are not known beforehand are taken
-        for parts of the same data: those of a [`vernal.Stream`][], of
-        [`vernal.Trainer.step`][], and of [`vernal.unroll`][] in a program of yours.
+        anew where its loss no longer compares: with other data, another `validation`,
+        other code, and other values that the loss depends on (your own fields, leaves
+        that are not trained, bounds, priors). Batches that are not known beforehand are
+        taken for parts of the same data: those of a [`vernal.Stream`][], of
+        [`vernal.Trainer.step`][], and of [`vernal.unroll`][] in a program of yours. A
+        `step` sees no change of code either.
 
         **Raises:**
 

@@ -41,12 +41,13 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
         )
     if not given:
         raise ValueError("`trainers` is empty: there is nothing to fit.")
-    leaves, structures = [], []
+    leaves, structures, known = [], [], dict[int, Array]()
     for index, trainer in enumerate(given):
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
         require_precision(trainer)
         own, structure = jax.tree.flatten((config_of(trainer), progress_of(trainer)))
+        own = [_as_jax(leaf, known) for leaf in own]
         leaves.append(own)
         structures.append(structure)
         if structure != structures[0] or not all(map(_are_alike, own, leaves[0])):
@@ -63,6 +64,13 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
     ]
     config, progress = structures[0].unflatten(together)
     return with_progress(config, progress), tuple(flags), len(given)
+
+
+def _as_jax(leaf: Any, known: dict[int, Array]) -> Any:
+    """Converts an array of NumPy, such as a field of a class; a shared one once."""
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return leaf
+    return known.get(id(leaf)) or known.setdefault(id(leaf), jnp.asarray(leaf))
 
 
 def _is_own(column: Sequence[Any]) -> bool:

@@ -11,7 +11,17 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._closure import Hashed, Reads, Skeleton, Slot, is_atom, kept, reads, value_key
+from .._closure import (
+    Hashed,
+    Reads,
+    Same,
+    Skeleton,
+    Slot,
+    is_atom,
+    kept,
+    reads,
+    value_key,
+)
 from .host import calls_host, with_host_errors
 from .shelves import Shelves
 
@@ -83,7 +93,20 @@ def _statics(leaves: list[Any]) -> tuple[Any, ...]:
         return ()
     # `isinstance` is slow for `jax.Array`, which is an abstract class.
     _array_types.update({type(x) for x in leaves if isinstance(x, _ARRAYS)})
-    return tuple(x for x in leaves if type(x) not in _array_types)
+    return tuple(_hashable(x) for x in leaves if type(x) not in _array_types)
+
+
+def _hashable(leaf: Any) -> Any:
+    """Has a leaf without a hash, such as a set, compared by its identity."""
+    try:
+        hash(leaf)
+    except TypeError:
+        return Same(leaf)
+    return leaf
+
+
+def _own(leaf: Any) -> Any:
+    return leaf.obj if type(leaf) is Same else leaf
 
 
 class _Call(NamedTuple):
@@ -96,7 +119,7 @@ class _Call(NamedTuple):
 
     def joined(self, arrays: list[Any]) -> Any:
         """Puts the arguments together; `arrays` has `None` for each static one."""
-        rest = iter(self.statics)
+        rest = map(_own, self.statics)
         leaves = [next(rest) if x is None else x for x in arrays]
         return self.structure.unflatten(leaves)
 
@@ -159,7 +182,7 @@ class _Record:
         self.version = version
 
     def _read(self) -> Reads:
-        found = reads(self.call.structure, *self.call.statics)
+        found = reads(self.call.structure, *map(_own, self.call.statics))
         _changes.look(found)
         return found
 

@@ -27,6 +27,7 @@ from .constrain import check_elementwise
 from .construct import (
     check_arguments,
     check_class,
+    check_own_fields,
     check_priors,
     check_ruled,
     constraints,

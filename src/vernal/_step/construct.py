@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._boundary import ObjectiveWarning, PyTree, prng_key, takes_methods, warn
+from .._closure import refuse_static_arrays
 from .._constraints import Bijections, Bounds, Priors, Ties, as_bounds, as_priors
 from .._optimiser import ParamOptimiser
 from .._policy import NanPolicy
@@ -24,7 +25,7 @@ from .._tree import (
     ravel_size,
     resolve,
 )
-from .abstract_trainer import AbstractTrainer
+from .abstract_trainer import AbstractTrainer, own_fields
 from .model import check_state
 from .model_template import ModelTemplate
 from .objective import METHODS, defined
@@ -70,6 +71,12 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
             "`(scalar, state)`."
         )
     check_state(state)
+
+
+def check_own_fields(trainer: AbstractTrainer) -> None:
+    """Checks the static fields that a class adds to a trainer."""
+    own = own_fields(trainer)
+    refuse_static_arrays(trainer, f"`{type(trainer).__name__}`", own)
 
 
 # The classes that a warning was given for, once each.

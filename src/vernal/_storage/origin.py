@@ -7,6 +7,7 @@ from typing import Any
 from .._data import Source, Stream, Whole
 from .._step import (
     AbstractTrainer,
+    bounds_of,
     hook_digests,
     method_digests,
     own_fields,
@@ -31,6 +32,7 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
         },
         "hooks": hook_digests(trainer),
         "priors": _of_priors(trainer),
+        "bounds": _sums(bounds_of(trainer)),
         "model": _sums(template_of(trainer).untrained),
         "fields": _sums(own_fields(trainer)),
         "data": data,
@@ -67,9 +69,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 yield f"with another `{name}`"
-    # Checkpoints of earlier versions do not say.
-    if old.get("priors", new["priors"]) != new["priors"]:
-        yield "with other `priors`"
+    for name in ("priors", "bounds"):
+        if old.get(name, new[name]) != new[name]:
+            yield f"with other `{name}`"
     if (path := _other(old.get("model"), new["model"])) is not None:
         yield f"with another value of {path!r}, which is not trained"
     if (path := _other(old.get("fields"), new["fields"])) is not None:

@@ -57,6 +57,7 @@ from .._step import (
     changed,
     check_arguments,
     check_class,
+    check_own_fields,
     check_priors,
     check_ruled,
     checked_model,
@@ -233,6 +234,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
             jax.tree.map(strong, nan_policy.init(params)),
             jax.tree.map(strong, state),
         )
+
+    def __check_init__(self) -> None:
+        check_own_fields(self)
 
     # What a subclass may override.
 
