@@ -186,13 +186,20 @@ def restore(
 def _require_within(trainer: AbstractTrainer, source: str) -> None:
     """Refuses parameters outside of the bounds and priors of the script."""
     progress = progress_of(trainer)
-    if (priors := priors_of(trainer)) is not None:
-        # The last update of a fit may have left their support, and its best has not.
-        best = template_of(trainer).join(progress.best)
-        priors.required(best, progress.best)
-    if (bounds := bounds_of(trainer)) is not None:
-        bounds.required(progress.params)
-        bounds.required(progress.best)
+    priors, bounds = priors_of(trainer), bounds_of(trainer)
+    try:
+        if priors is not None:
+            # The last update of a fit may have left their support; its best has not.
+            best = template_of(trainer).join(progress.best)
+            priors.required(best, progress.best)
+        if bounds is not None:
+            bounds.required(progress.params)
+            bounds.required(progress.best)
+    except ValueError as error:
+        raise MismatchError(
+            f"{source} has a fit at parameters that this program does not allow. "
+            f"{error} Or give the bounds and priors that it was saved with."
+        ) from error
     bijections, projector = bijections_of(trainer), trainer.projector
     if bijections is None:
         return
