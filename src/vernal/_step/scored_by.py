@@ -22,9 +22,9 @@ from .objective import defined
 # What a class may override, and what then decides which parameters a fit ends at.
 _HOOKS = "constrain", "evaluate"
 
-# The code of a trainer as it was when its best was scored, by the id of its mark: an
-# array, which lives as long as the trainer does. A version is of one process, so that
-# a file cannot hold it.
+# The code of a trainer as it was when its best was scored, by the id of its mark, as
+# long as that array lives: with the trainer, and with what is made of it. A version is
+# of one process, so that no file can hold it.
 _noted: dict[int, tuple[weakref.ref[Any], Version]] = {}
 
 
@@ -68,13 +68,13 @@ def _digest(trainer: AbstractTrainer, name: str) -> str | None:
 def noted(trainer: TrainerT) -> TrainerT:
     """Returns a trainer whose best has been scored, and notes its code."""
     mark = progress_of(trainer).scored_on
-    place, version = id(mark), version_of(stripped(trainer))
-    _noted[place] = weakref.ref(mark, lambda _: _noted.pop(place, None)), version
+    if (place := id(mark)) not in _noted:
+        gone = weakref.ref(mark, lambda _: _noted.pop(place, None))
+        _noted[place] = gone, version_of(stripped(trainer))
     return trainer
 
 
 def is_of_other_code(trainer: AbstractTrainer) -> bool:
     """Whether the code of a trainer is another than its best was scored by."""
-    mark = progress_of(trainer).scored_on
-    alive, version = _noted.get(id(mark), (lambda: None, None))
-    return alive() is mark and version is not version_of(stripped(trainer))
+    _, version = _noted.get(id(progress_of(trainer).scored_on), (None, None))
+    return version is not None and version is not version_of(stripped(trainer))
