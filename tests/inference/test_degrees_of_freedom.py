@@ -1,6 +1,5 @@
 """Degrees of freedom: what data and priors share counts in part."""
 
-import functools
 import re
 
 import jax
@@ -202,19 +201,14 @@ BATCH = LINE, LINE.sum(axis=1) + np.random.default_rng(6).normal(size=20)
 POSITIVE = biject_to(constraints.positive)
 
 
-@functools.cache
-def solved(kind, prior, is_bijected=False):
-    options = {"bounds": {"x": POSITIVE}} if is_bijected else {}
-    options["priors"] = {"x": PRIORS[prior]}
-    trainer = KINDS[kind]({"x": jnp.ones(2)}, **options)
-    return trainer.solve(BFGS, BATCH)
-
-
 @pytest.mark.parametrize("is_bijected", [False, True])
 @pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_priors_of_any_kind_count_by_their_curvature(kind, prior, is_bijected):
-    result = solved(kind, prior, is_bijected)
+def test_priors_of_any_kind_count_by_their_curvature(prior, is_bijected):
+    # In turn: each kind has priors with and without a bijection.
+    kind = list(KINDS)[(list(PRIORS).index(prior) + is_bijected) % 2]
+    bounds = {"x": POSITIVE} if is_bijected else {}
+    options = {"priors": {"x": PRIORS[prior]}, "bounds": bounds}
+    result = KINDS[kind]({"x": jnp.ones(2)}, **options).solve(BFGS, BATCH)
     penalty = lambda x: -jnp.sum(PRIORS[prior].log_prob(x))
     curvature = np.asarray(jax.hessian(penalty)(result.model["x"]))
     degrees = result.report(BATCH, data_count=20).degrees_of_freedom
