@@ -397,7 +397,7 @@ for data in 1.0, float("nan"):
 
 
 @functools.cache
-def run_on_terminal(code, columns=120):
+def run_on_terminal(code, columns=80):
     """Runs a script whose standard error is a terminal: its output, its error."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, columns))

@@ -253,8 +253,12 @@ COLUMNS = {
 }
 MANY = {
     "residuals": (Decay, LM, {}, {}),
-    "a prior": (Decay, LM, {"priors": {"rate": vn.Normal(0.5, 0.1)}}, {}),
-    "bounds": (Decay, LM, {"bounds": {"rate": (0.0, 2.0)}}, {}),
+    "a prior and bounds": (
+        Decay,
+        LM,
+        {"priors": {"rate": vn.Normal(0.5, 0.1)}, "bounds": {"size": (0.0, 9.0)}},
+        {},
+    ),
     "observed": (Decay, LM, {}, {"kind": "observed"}),
     "sandwich": (Decay, LM, {}, {"kind": "sandwich"}),
     "nll": (Quadratic, optx.BFGS(1e-8, 1e-8), {}, {}),

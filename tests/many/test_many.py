@@ -426,20 +426,16 @@ def spectra():
     return x, np.stack([y, 1.1 * y, y + 0.02, np.full_like(y, np.nan)]), sigma
 
 
-@functools.cache
-def solved_alone(name):
-    x, many_y, sigma = spectra()
-    solve = functools.partial(GaussianFit(gaussian()).solve, SOLVERS[name])
-    return [solve((x, y, sigma), max_steps=50) for y in many_y]
-
-
-@pytest.mark.parametrize("batch", marked(pytest.mark.seams, [None, 2], None))
-@pytest.mark.parametrize("name", SOLVERS)
+# Those of BFGS some at a time; `test_some_at_a_time_of_what_has_no_elements` is of LM.
+@pytest.mark.seams
+@pytest.mark.parametrize(("name", "batch"), [("LM", None), ("BFGS", 2)])
 def test_a_solver_for_each(name, batch):
     trainers = [GaussianFit(gaussian()) for _ in range(4)]
     options = {"data_axis": (None, 0, None), "solver": SOLVERS[name], "batch": batch}
     result = many(trainers, spectra(), 50, **options)
-    for index, alone in enumerate(solved_alone(name)):
+    x, many_y, sigma = spectra()
+    for index, y in enumerate(many_y):
+        alone = trainers[0].solve(SOLVERS[name], (x, y, sigma), max_steps=50)
         own = result.trainer(index)
         assert result.stop_reasons[index] is alone.stop_reason
         close(own.params, alone.trainer.params, rtol=1e-6)

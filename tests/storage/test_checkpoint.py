@@ -164,10 +164,16 @@ def in_one_part(name):
     return one_way(name, 50)
 
 
-@pytest.mark.parametrize("name", WAYS)
+OFTEN = 1, datetime.timedelta(microseconds=1)
+
+
 @pytest.mark.parametrize(
-    "every",
-    [1, pytest.param(25, marks=pytest.mark.seams), datetime.timedelta(microseconds=1)],
+    ("name", "every"),
+    [
+        *(pytest.param(name, 25, marks=pytest.mark.seams) for name in WAYS),
+        *(("rules", every) for every in OFTEN),
+        *(("large", every) for every in OFTEN),
+    ],
 )
 def test_in_two_parts(name, every, tmp_path):
     checkpoints = vn.Checkpoints(tmp_path, every, keep=1)
