@@ -119,11 +119,14 @@ def require_part(history, expected):
 def test_any_file(name, whole, expected, tmp_path):
     """The fit goes on to the same bits, or says what is in its way.
 
-    To Orbax one file is like another: each of its own meets every third damage.
+    Orbax sees that one of its files is damaged: each meets every third damage, and the
+    one that it may not see.
     """
     own = [file for file in files(whole) if file.parts[0] != "steps"]
     others = [file for file in files(whole) if file.parts[0] == "steps"]
-    for number, file in enumerate(own + others[list(DAMAGES).index(name) % 3 :: 3]):
+    if name != "flipped":
+        others = others[list(DAMAGES).index(name) % 3 :: 3]
+    for number, file in enumerate(own + others):
         copy = shutil.copytree(whole, tmp_path / str(number))
         DAMAGES[name](copy / file)
         if name == "folder" and file.name in ("vernal.json", "lock"):
