@@ -3,12 +3,10 @@
 import functools
 import os
 import pty
-import signal
 import subprocess
 import sys
 import termios
 import textwrap
-import time
 import types
 
 import equinox as eqx
@@ -348,39 +346,6 @@ def test_an_error_in_a_callback_is_the_users():
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         LineFit(line(), ADAM).fit(BATCH, 10, callback=callback)
-
-
-INTERRUPTED = """
-import jax.numpy as jnp, numpy as np, optax, vernal as vn
-
-def callback(trainer, history):
-    print("chunk", flush=True)
-
-result = vn.fit(
-    lambda m, b: jnp.sum(jnp.sin(m * b) ** 2), jnp.ones(50_000), optax.sgd(1e-9),
-    jnp.arange(50_000.0), 10**8, progress=False, callback=callback,
-)
-assert result.stop_reason is vn.StopReason.INTERRUPTED
-assert len(result.history) == int(result.trainer.step_count) > 0
-np.testing.assert_array_equal(result.history.steps, np.arange(len(result.history)))
-print("kept", flush=True)
-"""
-
-
-def test_ctrl_c():
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        for _ in range(3):
-            assert process.stdout.readline().strip() == "chunk"
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    assert rest.splitlines()[-1] == "kept"
 
 
 # The progress bar.
