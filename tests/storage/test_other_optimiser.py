@@ -183,7 +183,8 @@ def require_kept(old, new, folder):
     vn.save(folder / "file", trainer)
     loaded = vn.load(folder / "file", Bowl(START, new))
     assert same(loaded.opt_state, trainer.opt_state)
-    assert moved(new, folder / "steps", 6).step_count == 6
+    resumed = moved(new, folder / "steps")
+    assert same(resumed.opt_state, trainer.opt_state)
 
 
 @pytest.mark.loose_dtypes
