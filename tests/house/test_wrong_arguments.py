@@ -382,5 +382,5 @@ def test_there_is_something_to_walk():
     assert len(TARGETS) > 60
     assert not LEFT_OUT - {name for name, _ in public()}
     cases = [case for name in TARGETS for case in variations(name)]
-    assert len(cases) > 8_000
+    assert len(cases) > 7_000
     assert {what for what, *_ in cases} >= set(WRONG)
