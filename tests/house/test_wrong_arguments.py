@@ -5,6 +5,7 @@ and it names the argument. What JAX, Optax or NumPy say of their own arguments h
 nobody. The functions, and the names of their arguments, are found by introspection.
 """
 
+import collections
 import functools
 import inspect
 import itertools
@@ -55,7 +56,7 @@ def user_function(*args):
 WRITTEN = eqx.tree_pformat
 
 # What is wrong nearly everywhere. A call that takes one of them anyway may. Neighbours
-# are alike: of each parameter every second is tried, and the others of the next.
+# are alike: a parameter that many functions have meets every second in each of them.
 WRONG = {
     "None": None,
     "an integer": 3,
@@ -247,6 +248,9 @@ def methods(name, instance):
 
 
 TARGETS = {name: fn for name, fn in public() if name not in LEFT_OUT}
+SHARED = collections.Counter(
+    name for fn in TARGETS.values() for name in inspect.signature(fn).parameters
+)
 
 
 def right(name):
@@ -285,7 +289,8 @@ def variations(name):
     given, first = right(name), list(TARGETS).index(name)
     for number, (parameter, value) in enumerate(given.items(), first):
         is_slow = f"{name}.{parameter}" in SLOW
-        for what, wrong in [*WRONG.items()][number % 2 :: 2]:
+        step = 2 if SHARED[parameter] > 4 else 1
+        for what, wrong in [*WRONG.items()][number % step :: step]:
             if not (is_slow and compiles(wrong)):
                 yield what, (parameter,), given | {parameter: wrong}
         for what in WITHIN:
