@@ -6,7 +6,6 @@ import pty
 import subprocess
 import sys
 import termios
-import textwrap
 import types
 
 import equinox as eqx
@@ -362,12 +361,12 @@ for data in 1.0, float("nan"):
 
 
 @functools.cache
-def run_on_terminal(code, columns=80):
-    """Runs a script whose standard error is a terminal: its output, its error."""
+def run_on_terminal(columns):
+    """Runs `BARRED` with a terminal for its standard error: its output, its error."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, columns))
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", BARRED],
         stdout=subprocess.PIPE,
         stderr=follower,
     )
@@ -387,7 +386,7 @@ def run_on_terminal(code, columns=80):
 
 @pytest.mark.seams
 def test_a_bar_that_says_that_it_compiles():
-    output, shown = run_on_terminal(BARRED)
+    output, shown = run_on_terminal(80)
     assert output == ""
     first, *_, last = shown.strip().split("\r")
     assert first.startswith("compiling")
@@ -401,7 +400,7 @@ def test_a_bar_that_says_that_it_compiles():
 
 def test_what_compiling_took_is_no_rate():
     """Of one slow step out of 30 nothing is told of the time that is left."""
-    _, shown = run_on_terminal(BARRED)
+    _, shown = run_on_terminal(80)
     first = next(bar for bar in shown.split("\r") if " 1/30 " in bar)
     assert "<?, ?it/s, loss=0," in first
 
@@ -409,7 +408,7 @@ def test_what_compiling_took_is_no_rate():
 @pytest.mark.parametrize("columns", [80, 0])
 def test_a_narrow_terminal_has_room_for_all_of_it(columns):
     """Also one that does not know how wide it is."""
-    _, shown = run_on_terminal(BARRED, columns)
+    _, shown = run_on_terminal(columns)
     last = shown.rstrip().split("\r")[-1]
     assert "non-finite=30, loss=nan, best=inf]" in last
     assert len(last) <= 80
