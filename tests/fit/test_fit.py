@@ -3,12 +3,9 @@
 import functools
 import os
 import pty
-import signal
 import subprocess
 import sys
 import termios
-import textwrap
-import time
 import types
 
 import equinox as eqx
@@ -350,39 +347,6 @@ def test_an_error_in_a_callback_is_the_users():
         LineFit(line(), ADAM).fit(BATCH, 10, callback=callback)
 
 
-INTERRUPTED = """
-import jax.numpy as jnp, numpy as np, optax, vernal as vn
-
-def callback(trainer, history):
-    print("chunk", flush=True)
-
-result = vn.fit(
-    lambda m, b: jnp.sum(jnp.sin(m * b) ** 2), jnp.ones(50_000), optax.sgd(1e-9),
-    jnp.arange(50_000.0), 10**8, progress=False, callback=callback,
-)
-assert result.stop_reason is vn.StopReason.INTERRUPTED
-assert len(result.history) == int(result.trainer.step_count) > 0
-np.testing.assert_array_equal(result.history.steps, np.arange(len(result.history)))
-print("kept", flush=True)
-"""
-
-
-def test_ctrl_c():
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        for _ in range(3):
-            assert process.stdout.readline().strip() == "chunk"
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    assert rest.splitlines()[-1] == "kept"
-
-
 # The progress bar.
 
 BARRED = """
@@ -397,12 +361,12 @@ for data in 1.0, float("nan"):
 
 
 @functools.cache
-def run_on_terminal(code, columns=120):
-    """Runs a script whose standard error is a terminal: its output, its error."""
+def run_on_terminal(columns):
+    """Runs `BARRED` with a terminal for its standard error: its output, its error."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, columns))
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", BARRED],
         stdout=subprocess.PIPE,
         stderr=follower,
     )
@@ -422,7 +386,7 @@ def run_on_terminal(code, columns=120):
 
 @pytest.mark.seams
 def test_a_bar_that_says_that_it_compiles():
-    output, shown = run_on_terminal(BARRED)
+    output, shown = run_on_terminal(80)
     assert output == ""
     first, *_, last = shown.strip().split("\r")
     assert first.startswith("compiling")
@@ -436,7 +400,7 @@ def test_a_bar_that_says_that_it_compiles():
 
 def test_what_compiling_took_is_no_rate():
     """Of one slow step out of 30 nothing is told of the time that is left."""
-    _, shown = run_on_terminal(BARRED)
+    _, shown = run_on_terminal(80)
     first = next(bar for bar in shown.split("\r") if " 1/30 " in bar)
     assert "<?, ?it/s, loss=0," in first
 
@@ -444,7 +408,7 @@ def test_what_compiling_took_is_no_rate():
 @pytest.mark.parametrize("columns", [80, 0])
 def test_a_narrow_terminal_has_room_for_all_of_it(columns):
     """Also one that does not know how wide it is."""
-    _, shown = run_on_terminal(BARRED, columns)
+    _, shown = run_on_terminal(columns)
     last = shown.rstrip().split("\r")[-1]
     assert "non-finite=30, loss=nan, best=inf]" in last
     assert len(last) <= 80

@@ -1,4 +1,4 @@
-"""Faults on purpose: a thousand runs that draw theirs, and one in a million steps."""
+"""Faults on purpose: hundreds of runs that draw theirs, and one in a million steps."""
 
 import functools as ft
 import operator
@@ -146,15 +146,15 @@ def policy(text):
 COMBINATIONS = [
     (text, name)
     for name, texts in {
-        "adam": ("zero", "raise", "zero | skip", "skip | after 2"),
-        "momentum": ("stop", "after 2", "zero | raise", "after 3 | skip"),
-        "rmsprop": ("raise", "after 1", "zero | after 2", "skip | stop"),
-        "rules": ("skip", "stop", "skip | after 2", "zero | skip | after 3"),
-        "window": ("raise", "zero", "after 2 | zero", "skip | after 3"),
+        "adam": ("zero", "raise", "zero | skip"),
+        "momentum": ("stop", "after 2", "zero | raise"),
+        "rmsprop": ("after 1", "zero | after 2", "skip | stop"),
+        "rules": ("skip", "skip | after 2", "zero | skip | after 3"),
+        "window": ("zero", "after 2 | zero", "skip | after 3"),
     }.items()
     for text in texts
 ]
-RUNS = 1_000
+RUNS = 405
 CHUNKS = (STEPS, 5, STEPS, 3)  # a fault may be at any place of a chunk
 EACH = RUNS // len(COMBINATIONS)
 

@@ -197,10 +197,9 @@ def agree(found, expected):
 @pytest.mark.parametrize("work", WORK)
 def test_the_same_under_each_flag(work):
     expected = work()
-    for flags in (strict, debugged):
-        with flags():
-            found = work()
-        agree(found, expected)
+    with strict(), debugged():
+        found = work()
+    agree(found, expected)
 
 
 # Where all is traced anew, and where each operation is compiled by itself.

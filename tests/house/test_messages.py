@@ -506,7 +506,7 @@ def test_functions_of_other_forms_are_taken(callback):
 
 PRESSED = """
 import os, signal, threading, time
-import jax.numpy as jnp, optax, vernal as vn
+import jax.numpy as jnp, numpy as np, optax, vernal as vn
 
 def press(times):
     for _ in range(times):
@@ -527,6 +527,7 @@ def pressed(times):
     )
     assert result.stop_reason is vn.StopReason.INTERRUPTED
     assert len(result.history) == int(result.trainer.step_count) > 0
+    np.testing.assert_array_equal(result.history.steps, np.arange(len(result.history)))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     print("kept", flush=True)
 

@@ -72,7 +72,7 @@ AT_THE_TRUTH = {
 @pytest.mark.parametrize("name", AT_THE_TRUTH)
 def test_errors_are_forecast_at_the_truth(name):
     """Its probability is uniform, so that a warning there is one of a million."""
-    drawn = [AT_THE_TRUTH[name]() for _ in range(200)]
+    drawn = [AT_THE_TRUTH[name]() for _ in range(100)]
     found = [inside.around(*own, "It").truth_p_values[1] for own in drawn]
     # Of these a warning would be most probable.
     for index in np.argsort(found)[:10]:
@@ -253,8 +253,12 @@ COLUMNS = {
 }
 MANY = {
     "residuals": (Decay, LM, {}, {}),
-    "a prior": (Decay, LM, {"priors": {"rate": vn.Normal(0.5, 0.1)}}, {}),
-    "bounds": (Decay, LM, {"bounds": {"rate": (0.0, 2.0)}}, {}),
+    "a prior and bounds": (
+        Decay,
+        LM,
+        {"priors": {"rate": vn.Normal(0.5, 0.1)}, "bounds": {"size": (0.0, 9.0)}},
+        {},
+    ),
     "observed": (Decay, LM, {}, {"kind": "observed"}),
     "sandwich": (Decay, LM, {}, {"kind": "sandwich"}),
     "nll": (Quadratic, optx.BFGS(1e-8, 1e-8), {}, {}),

@@ -87,7 +87,6 @@ CALLS = {
 def test_a_mask_by_hand_counts_with_a_word_and_no_other(name):
     call, where = CALLS[name]
     call(ByWhere)
-    call(Left)
     many(ByHand), solved(ByHand)
     told = f"^20 of 30 residuals{where} are exactly zero.*`data_count=`"
     with pytest.warns(UserWarning, match=told) as said:

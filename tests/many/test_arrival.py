@@ -65,12 +65,11 @@ CASES = {
     "residuals, own data": (lambda rate: make(Squares, rate), True, {}),
     "residuals, one at a time": (lambda rate: make(Squares, rate), True, {"batch": 1}),
     "nll": (lambda rate: make(Likelihood, rate), True, {}),
-    "loss": (lambda rate: make(Loss, 9 * rate), False, {}),
     "a bound": (lambda rate: make(Squares, rate, bounds=BOUNDS), True, {}),
     "a bijection": (lambda rate: make(Squares, rate, bounds=POSITIVE), True, {}),
     "a projector": (lambda rate: whitened(Squares, rate), True, {}),
     "a direction": (lambda rate: dropped(Likelihood, rate), True, {}),
-    "some losses": (lambda rate: make(Loss, 9 * rate), True, {"every": 7}),
+    "loss, some of it": (lambda rate: make(Loss, 9 * rate), True, {"every": 7}),
 }
 
 

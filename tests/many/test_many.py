@@ -85,12 +85,13 @@ def mixed():
 
 
 VARIED = {
-    "starts": lambda: starts(),
-    "rates": lambda: [LineFit(line(), optax.adam(r)) for r in (1e-3, 1e-2, 0.1)],
-    "rules": lambda: starts(vn.ParamOptimiser(RULES)),
-    "scales": lambda: [
-        LineFit(line(), vn.ParamOptimiser(RULES).with_scale({"slope": scale}))
-        for scale in (0.1, 1.0, 2.0)
+    "starts and rates": lambda: [
+        LineFit(line(slope), optax.adam(rate))
+        for slope, rate in zip(SLOPES, (1e-3, 1e-2, 0.1, 0.1), strict=True)
+    ],
+    "rules and scales": lambda: [
+        LineFit(line(slope), vn.ParamOptimiser(RULES).with_scale({"slope": scale}))
+        for slope, scale in zip(SLOPES, (0.1, 1.0, 2.0, 1.0), strict=True)
     ],
     "keys": lambda: [
         Noisy(line(), ADAM, key=jax.random.key(seed), state=jnp.array(seed))
@@ -105,7 +106,9 @@ VARIED = {
 
 
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("name", marked(pytest.mark.seams, VARIED, "rules", "keys"))
+@pytest.mark.parametrize(
+    "name", marked(pytest.mark.seams, VARIED, "rules and scales", "keys")
+)
 def test_each_is_as_it_were_alone(name):
     trainers = VARIED[name]()
     data = jnp.array(0.2) if name == "mixed" else BATCH
@@ -426,20 +429,16 @@ def spectra():
     return x, np.stack([y, 1.1 * y, y + 0.02, np.full_like(y, np.nan)]), sigma
 
 
-@functools.cache
-def solved_alone(name):
-    x, many_y, sigma = spectra()
-    solve = functools.partial(GaussianFit(gaussian()).solve, SOLVERS[name])
-    return [solve((x, y, sigma), max_steps=50) for y in many_y]
-
-
-@pytest.mark.parametrize("batch", marked(pytest.mark.seams, [None, 2], None))
-@pytest.mark.parametrize("name", SOLVERS)
+# Those of BFGS some at a time; `test_some_at_a_time_of_what_has_no_elements` is of LM.
+@pytest.mark.seams
+@pytest.mark.parametrize(("name", "batch"), [("LM", None), ("BFGS", 2)])
 def test_a_solver_for_each(name, batch):
     trainers = [GaussianFit(gaussian()) for _ in range(4)]
     options = {"data_axis": (None, 0, None), "solver": SOLVERS[name], "batch": batch}
     result = many(trainers, spectra(), 50, **options)
-    for index, alone in enumerate(solved_alone(name)):
+    x, many_y, sigma = spectra()
+    for index, y in enumerate(many_y):
+        alone = trainers[0].solve(SOLVERS[name], (x, y, sigma), max_steps=50)
         own = result.trainer(index)
         assert result.stop_reasons[index] is alone.stop_reason
         close(own.params, alone.trainer.params, rtol=1e-6)

@@ -440,7 +440,7 @@ def test_static_values_made_anew(kind):
         made.append(book["trainer"](book["own"]))
         assert curvature(made[-1]) == pytest.approx(5.0)
     assert len(book["traces"]) == 1
-    assert len(vn.fit_many(made, X, 1).best_losses) == 2
+    assert len(vn.fit_many(made, X, 0).best_losses) == 2
 
 
 # What can change is known by its identity, though it is equal to another one.

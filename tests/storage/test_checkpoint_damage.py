@@ -117,8 +117,16 @@ def require_part(history, expected):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_any_file(name, whole, expected, tmp_path):
-    """The fit goes on to the same bits, or says what is in its way."""
-    for number, file in enumerate(files(whole)):
+    """The fit goes on to the same bits, or says what is in its way.
+
+    Orbax sees that one of its files is damaged: each meets every third damage, and the
+    one that it may not see.
+    """
+    own = [file for file in files(whole) if file.parts[0] != "steps"]
+    others = [file for file in files(whole) if file.parts[0] == "steps"]
+    if name != "flipped":
+        others = others[list(DAMAGES).index(name) % 3 :: 3]
+    for number, file in enumerate(own + others):
         copy = shutil.copytree(whole, tmp_path / str(number))
         DAMAGES[name](copy / file)
         if name == "folder" and file.name in ("vernal.json", "lock"):
