@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool
 
-from .._boundary import PyTree
+from .._boundary import PyTree, refuse_foreign, spelled_leaves
 from .._tree import is_split, joinable, shape_and_dtype
 
 T = TypeVar("T")
@@ -130,7 +130,12 @@ def debug_nan_check(grads: T) -> T:
     **Returns:**
 
     `grads` itself.
+
+    **Raises:**
+
+    - `TypeError`: if a leaf is a masked array, a quantity with a unit, or the like.
     """
+    _require_plain(grads)
     leaves = filter(_is_inexact, jax.tree.leaves(grads))
     flags = [jnp.any(jnp.isnan(leaf)) for leaf in leaves]
     eqx.debug.breakpoint_if(ft.reduce(operator.or_, flags, jnp.array(False)))
@@ -151,7 +156,15 @@ def zero_nan_check(grads: T) -> T:
     **Returns:**
 
     A pytree of the same structure.
+
+    **Raises:** as [`vernal.debug_nan_check`][].
     """
+    _require_plain(grads)
     return jax.tree.map(
         lambda x: jnp.where(jnp.isnan(x), 0, x) if _is_inexact(x) else x, grads
     )
+
+
+def _require_plain(grads: PyTree) -> None:
+    for where, leaf in spelled_leaves("grads", grads):
+        refuse_foreign(leaf, where)
