@@ -142,7 +142,7 @@ def by_scipy(name):
                 lambda x: at(*x)[1],
                 bounds=(low, high),
                 **dict.fromkeys(("xtol", "ftol", "gtol"), 1e-15),
-                max_nfev=1000,
+                max_nfev=400,
             )
             lbfgsb = scipy.optimize.minimize(
                 value,
