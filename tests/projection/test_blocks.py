@@ -1,5 +1,6 @@
 """`EigenProjector.from_blocks`: where things are, and fits in such a latent space."""
 
+import functools
 from collections.abc import Mapping
 
 import equinox as eqx
@@ -333,6 +334,7 @@ def doubled():
     return Doubled(gaussian(), jnp.asarray(0.0), jnp.asarray(2.0))
 
 
+@functools.cache
 def minimum():
     """The loss, and the model's curve, of the problem without what is degenerate."""
     trainer = GaussianFit(gaussian()).whiten(batch(), optimiser=optax.sgd(0.7))
@@ -358,8 +360,7 @@ def dense(on_null):
     )
 
 
-@pytest.mark.parametrize("make", [dense, one_block])
-@pytest.mark.parametrize("on_null", ["drop", "prior"])
+@pytest.mark.parametrize(("make", "on_null"), [(dense, "prior"), (one_block, "drop")])
 def test_a_degenerate_fit_reaches_the_same_minimum(make, on_null):
     loss, curve = minimum()
     result = make(on_null).fit(batch(), 60)
