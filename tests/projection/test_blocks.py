@@ -256,10 +256,11 @@ def test_rules_of_every_kind(kind):
     optimiser = rules(RULES["paths"], WRAPPED[kind])
     even = rules({"flux": 0.1, "optics": 0.1, "layers": 0.1}, WRAPPED[kind])
     trainer = Quadratic(telescope(), optimiser, projector=projector)
-    found = trainer.fit(BATCH, 4).trainer
-    expected = Quadratic(telescope(), even).fit(BATCH, 4).trainer
+    expected = Quadratic(telescope(), even)
+    for _ in range(4):
+        trainer, expected = trainer.step(BATCH)[0], expected.step(BATCH)[0]
     np.testing.assert_allclose(
-        ravel_pytree(found.params)[0], ravel_pytree(expected.params)[0], rtol=1e-7
+        ravel_pytree(trainer.params)[0], ravel_pytree(expected.params)[0], rtol=1e-7
     )
 
 
