@@ -179,3 +179,12 @@ def test_a_fit_that_ends_on_it_has_stopped_short(name):
     told = "The loss is flat here, and lower across, along [" in result.explain()
     assert told == (name in HELD)
     assert not told or result.stop_reason is vn.StopReason.STALLED
+
+
+def test_where_the_loss_is_not_finite_nothing_is_looked_for():
+    """One of the parameters starts on its bound."""
+    index, measured = data("two waves")
+    batch = index, jnp.full_like(measured, jnp.nan)
+    result = Fit("two waves").solve(SOLVERS["LevenbergMarquardt"], batch)
+    assert result.stop_reason is vn.StopReason.NON_FINITE
+    assert "flat" not in result.explain()
