@@ -142,7 +142,7 @@ def by_scipy(name):
                 lambda x: at(*x)[1],
                 bounds=(low, high),
                 **dict.fromkeys(("xtol", "ftol", "gtol"), 1e-15),
-                max_nfev=1000,
+                max_nfev=400,
             )
             lbfgsb = scipy.optimize.minimize(
                 value,
@@ -176,13 +176,19 @@ def is_minimum(name, x):
     return is_pushed and np.linalg.norm(along) < 1e-3 * size
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", PROBLEMS)
+# Of many parameters by one of the solvers: each has a program of every problem.
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [(name, "LevenbergMarquardt") for name in PROBLEMS]
+    + [(name, "BFGS") for name in of_size(SIZES[0])],
+)
 def test_solvers_end_where_scipy_does(name, solver):
     problem = PROBLEMS[name]
     own = starts(problem)
     costs = by_scipy(name)
     for where, start in own.items():
+        if not np.isfinite(linearised(name, start)[0]).all():
+            continue  # a peak on the bound of its width, which is zero
         result, x = solved(name, start, solver)
         cost = float(result.trainer.best_loss)
         assert np.all((x >= problem.low) & (x <= problem.high)), where

@@ -16,41 +16,39 @@ ALWAYS, LATE = 2**40, 0  # from what size of the best on it is copied late
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_small_loops():
-    """The loops of these models would be compiled as one function, without blocks."""
+def each():
+    """The fits that copy each best. All others of this file copy it late.
+
+    The loops of these models would be compiled as one function, without blocks.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small, "MOST_READ", -1)
         patch.setattr(blocks, "_SIZE_OF_LARGE", 7)
         vn.forget()
-        yield
-    vn.forget()
-
-
-@pytest.fixture
-def from_size(monkeypatch):
-    """Returns the function that sets from which size on the best is copied late."""
-
-    def set_size(size):
+        patch.setattr(blocks, "_LARGE_BEST", ALWAYS)
+        fits = {case: run(case) for case in CASES}
         vn.forget()
-        monkeypatch.setattr(blocks, "_LARGE_BEST", size)
-
-    return set_size
+        patch.setattr(blocks, "_LARGE_BEST", LATE)
+        yield fits
+    vn.forget()
 
 
 class Fit(vn.Trainer):
     """A sum of squares with a term that rises and falls, and NaN at some steps."""
 
-    swing: float = 0.0
-    bad: tuple = ()
+    swing: jax.Array
+    bad: jax.Array
 
     def __init__(self, swing, bad, *args, **options):
-        self.swing, self.bad = swing, bad
+        # Arrays of one shape, for which a program is compiled but once.
+        self.swing = jnp.asarray(swing)
+        self.bad = jnp.full(6, -1).at[: len(bad)].set(jnp.asarray(bad, int))
         super().__init__(*args, **options)
 
     def loss(self, model, batch):
         count = self.step_count
         value = jnp.square(model["w"] - batch.mean()).sum()
-        is_bad = jnp.isin(count, jnp.asarray(self.bad or (-1,), count.dtype))
+        is_bad = (count == self.bad.astype(count.dtype)).any()
         noise = self.swing * jnp.sin(2.0 * count.astype(value.dtype))
         return jnp.where(is_bad, jnp.nan, value + noise)
 
@@ -85,11 +83,8 @@ def run(case, steps=STEPS, trainer=None):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_best_is_that_of_a_fit_that_copies_each(case, from_size):
-    from_size(ALWAYS)
-    each = run(case)
-    from_size(LATE)
-    late = run(case)
+def test_the_best_is_that_of_a_fit_that_copies_each(case, each):
+    each, late = each[case], run(case)
     assert late.stop_reason == each.stop_reason
     assert late.trainer.nan_report() == each.trainer.nan_report()
     np.testing.assert_array_equal(late.history.steps, each.history.steps)
@@ -99,8 +94,7 @@ def test_the_best_is_that_of_a_fit_that_copies_each(case, from_size):
 
 
 @pytest.mark.parametrize("case", sorted(CASES.keys() - {"converges"}))
-def test_a_fit_in_parts_is_one_fit(case, from_size):
-    from_size(LATE)
+def test_a_fit_in_parts_is_one_fit(case):
     whole = run(case)
     for cut in (1, 7, 30):
         parts = run(case, STEPS - cut, run(case, cut).trainer)

@@ -120,11 +120,15 @@ def of_peak_nearby():
     return by_jacobian(GaussianFit(peak(*NEAR)), data())
 
 
-@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize(
-    "dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.seams)]
+    ("space", "dtype"),
+    [
+        pytest.param("parameters", jnp.float64, marks=pytest.mark.seams),
+        ("whitened", jnp.float32),
+        pytest.param("blocks", jnp.float64, marks=pytest.mark.seams),
+    ],
 )
-def test_of_residuals(dtype, space):
+def test_of_residuals(space, dtype):
     batch = data(dtype)
     trainer = SPACES[space](GaussianFit(peak(*NEAR, dtype=dtype)), batch)
     result = trainer.solve(IDLE, batch, max_steps=1)
@@ -212,8 +216,9 @@ class Valley(vn.Trainer):
         return jnp.stack([10 * (y - x**2), 1 - x])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("solver", [LM, BFGS], ids=["LM", "BFGS"])
+@pytest.mark.parametrize(
+    ("solver", "dtype"), [(LM, jnp.float32), (BFGS, jnp.float64)], ids=["LM", "BFGS"]
+)
 def test_without_scatter_rounding_decides(solver, dtype):
     result = Valley({"xy": jnp.asarray([-1.2, 1.0], dtype)}).solve(solver, None)
     assert result.stop_reason is REASON.CONVERGED
@@ -304,8 +309,6 @@ def test_single_precision_arrives_whatever_the_tolerance():
     result = vn.fit_many([t.whiten(batch) for t in trainers], batch, 99, solver=BFGS)
     assert set(result.stop_reasons) == {REASON.CONVERGED}
     assert np.all(result.edms < 1e-3)
-    alone = trainers[3].whiten(batch).solve(BFGS, batch, max_steps=99)
-    assert alone.stop_reason is REASON.CONVERGED
 
 
 def test_a_fit_that_converged_is_checked():
@@ -431,8 +434,9 @@ def test_no_data_at_all_are_no_minimum():
         offset().solve(LM, nothing)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("cls", [Offset, OffsetNll])
+@pytest.mark.parametrize(
+    ("dtype", "cls"), [(jnp.float16, Offset), (jnp.bfloat16, OffsetNll)]
+)
 def test_in_half_precision(dtype, cls):
     batch = jax.tree.map(lambda x: x.astype(dtype), LINE)
     start = {"a": jnp.ones((), dtype), "b": jnp.ones((), dtype)}

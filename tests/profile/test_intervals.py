@@ -170,7 +170,8 @@ def test_the_intervals_of_counts_are_those_of_minos():
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["nothing", "bounds", "priors", "whitened"])
+# Without any of these they are those of MINOS, above.
+@pytest.mark.parametrize("kind", ["bounds", "priors", "whitened"])
 def test_at_the_ends_the_deviance_has_risen_by_the_quantile(kind):
     options = {
         "bounds": {"bounds": {"": ([-10, 0.78, 0.44], [3.3, 10, 10])}},

@@ -58,7 +58,8 @@ def solved(name):
     return trainer, batch, scatter
 
 
-@pytest.mark.parametrize("name", FITS)
+# The linear one is compared with MINOS, below.
+@pytest.mark.parametrize("name", sorted(FITS.keys() - {"linear"}))
 def test_all_is_as_of_residuals_in_units_of_the_scatter(name):
     trainer, batch, scatter = solved(name)
     known = trainer.intervals(LM, batch(scatter), level=0.9)

@@ -1,5 +1,6 @@
 """`EigenProjector.from_blocks`: where things are, and fits in such a latent space."""
 
+import functools
 from collections.abc import Mapping
 
 import equinox as eqx
@@ -255,10 +256,11 @@ def test_rules_of_every_kind(kind):
     optimiser = rules(RULES["paths"], WRAPPED[kind])
     even = rules({"flux": 0.1, "optics": 0.1, "layers": 0.1}, WRAPPED[kind])
     trainer = Quadratic(telescope(), optimiser, projector=projector)
-    found = trainer.fit(BATCH, 4).trainer
-    expected = Quadratic(telescope(), even).fit(BATCH, 4).trainer
+    expected = Quadratic(telescope(), even)
+    for _ in range(4):
+        trainer, expected = trainer.step(BATCH)[0], expected.step(BATCH)[0]
     np.testing.assert_allclose(
-        ravel_pytree(found.params)[0], ravel_pytree(expected.params)[0], rtol=1e-7
+        ravel_pytree(trainer.params)[0], ravel_pytree(expected.params)[0], rtol=1e-7
     )
 
 
@@ -333,6 +335,7 @@ def doubled():
     return Doubled(gaussian(), jnp.asarray(0.0), jnp.asarray(2.0))
 
 
+@functools.cache
 def minimum():
     """The loss, and the model's curve, of the problem without what is degenerate."""
     trainer = GaussianFit(gaussian()).whiten(batch(), optimiser=optax.sgd(0.7))
@@ -358,8 +361,7 @@ def dense(on_null):
     )
 
 
-@pytest.mark.parametrize("make", [dense, one_block])
-@pytest.mark.parametrize("on_null", ["drop", "prior"])
+@pytest.mark.parametrize(("make", "on_null"), [(dense, "prior"), (one_block, "drop")])
 def test_a_degenerate_fit_reaches_the_same_minimum(make, on_null):
     loss, curve = minimum()
     result = make(on_null).fit(batch(), 60)

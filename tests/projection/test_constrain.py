@@ -54,7 +54,6 @@ def excess(model, batch, low, high):
 
 
 CASES = {
-    "two, seed 1": (2, 1, 0.0, INF, np.float64, optax.sgd(0.5), 60),
     "eight": (8, 2, 0.0, INF, np.float64, optax.sgd(0.5), 200),
     "both sides": (8, 1, -0.1, 0.1, np.float64, optax.sgd(0.5), 200),
     "float32": (8, 2, 0.0, INF, np.float32, optax.sgd(0.5), 200),
@@ -78,7 +77,6 @@ def test_a_whitened_fit_ends_at_the_constrained_optimum(name):
 
 SPLIT = {"a": jnp.zeros(2), "b": {"c": jnp.zeros(())}, "d": None}
 SPLIT_CASES = {
-    "dense": {},
     "blocks": {"blocks": ("a", "b.c")},
     "mixed block": {"blocks": (("a", "b.c"),)},
 }

@@ -50,9 +50,15 @@ def pulled_back(projector, gradient):
     return jax.vjp(projector.to_params, jnp.zeros_like(gradient["a"]))[1](gradient)[0]
 
 
+# In single precision those whose directions are hard to tell apart, or to see.
+HARD = ("geometric", "clustered", "dominated", "low rank")
+
+
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, jnp.float64) for name in SPECTRA] + [(name, jnp.float32) for name in HARD],
+)
 def test_laws(name, dtype):
     spectrum = SPECTRA[name]
     matrix, eps = matrix_of(spectrum, dtype), float(jnp.finfo(dtype).eps)
@@ -163,7 +169,7 @@ class Field(vn.Trainer):
 
 
 def test_thousands_of_parameters():
-    size = 20_000
+    size = 5_000
     design = jax.random.normal(jax.random.key(0), (30, size)) / size**0.5 * 50
     batch = design, jnp.linspace(-1, 1, 30)
     model = {"map": jnp.zeros(size)}

@@ -193,7 +193,6 @@ SOME = {("a.x", "b.2"): 2, "a.z": 4}
 SINGULAR = {("flux", "position"): 1, "optics": 5}
 
 CASES = {
-    "fisher": of_fisher(telescope, fisher(), D),
     "units": of_fisher(nested, fisher(units=9), D),
     "mixed dtypes": of_fisher(mixed, fisher(), D),
     "dropped": of_fisher(plain, fisher(5), 5),
@@ -204,13 +203,11 @@ CASES = {
     "covariance": of_covariance(nested, fisher(), D),
     "covariance dropped": of_covariance(telescope, fisher(5), 5),
     "covariance prior": of_covariance(plain, fisher(5), 5, on_null="prior"),
-    "blocks": of_blocks(telescope, fisher(), APART),
     "blocks of mixed dtypes": of_blocks(mixed, fisher(), APART),
     "some blocks": of_blocks(nested, fisher(), SOME),
     "a bare array as a block": of_blocks(bare, fisher(), {"": D}),
     "blocks dropped": of_blocks(telescope, unseen(0, 1, 6), SINGULAR),
     "blocks prior": of_blocks(telescope, unseen(0, 1, 6), SINGULAR, on_null="prior"),
-    "matvec": of_matvec(telescope, fisher(units=0), 5),
     "matvec scaled": of_matvec(telescope, fisher(), 5, UNITS),
     "matvec of mixed dtypes": of_matvec(mixed, fisher(units=0), 5),
     "matvec of every direction": of_matvec(plain, fisher(units=0), D),
@@ -306,7 +303,7 @@ class Made:
         return self.projector.at(jax.tree.map(jnp.zeros_like, self.params))
 
 
-def table(*more):
+def table(*more, rows=TABLE):
     """The table, with marks: those of single precision may have more."""
     return [
         pytest.param(
@@ -314,13 +311,17 @@ def table(*more):
             id=f"{name}, {dtype.__name__}",
             marks=[*marks(name, dtype), *(more if dtype == jnp.float32 else ())],
         )
-        for name, dtype in TABLE
+        for name, dtype in rows
     ]
 
 
 @pytest.fixture(params=table(), scope="module")
 def made(request):
-    name, dtype = request.param
+    return made_of(*request.param)
+
+
+@functools.cache
+def made_of(name, dtype):
     case = CASES[name]
     params = case.tree(dtype)
     return Made(case, dtype, params, case.make(case.given(dtype), params))
@@ -347,6 +348,14 @@ def assert_same_kind(found, expected):
 
 
 # --- the laws ---
+
+
+# One of each way to be made, and of each kind of tree, where much is compiled.
+some = pytest.mark.parametrize(
+    "made",
+    table(rows=[(name, jnp.float64) for name in IN_SINGLE_PRECISION]),
+    indirect=True,
+)
 
 
 # Single precision forgives least.
@@ -453,6 +462,7 @@ def test_standard_errors_are_those_of_p_p_transpose(made):
     np.testing.assert_allclose(found[is_finite], rows[is_finite], rtol=100 * made.eps)
 
 
+@some
 def test_no_gradient_flows_into_its_arrays(made):
     def everything(projector):
         params = projector.to_params(made.latent())
@@ -473,6 +483,7 @@ def test_no_gradient_flows_into_its_arrays(made):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
 
 
+@some
 def test_it_goes_through_jit_and_vmap(made):
     projector = made.projector
     assert eqx.tree_equal(jax.jit(lambda p: p)(projector), projector)

@@ -119,9 +119,9 @@ def test_one_bad_member_of_many_harms_no_other():
     np.testing.assert_allclose(result.trainer(2).model["rate"], 0.7, rtol=1e-6)
 
 
+# With `DirectAdjoint` both modes are possible, as of any model.
 ADJOINTS = {
     "RecursiveCheckpoint": diffrax.RecursiveCheckpointAdjoint(),
-    "Direct": diffrax.DirectAdjoint(),
     "Forward": diffrax.ForwardMode(),
     "Backsolve": diffrax.BacksolveAdjoint(),
 }
@@ -129,7 +129,7 @@ ADJOINTS = {
 
 @pytest.mark.parametrize("name", ADJOINTS)
 @pytest.mark.filterwarnings("ignore:.*cannot be differentiated")
-def test_diffrax_with_each_of_its_adjoints(name):
+def test_diffrax_with_adjoints_of_one_mode(name):
     # Its ten steps.
     truth = TRUTH["size"] * STARTS * (1 - 0.2 * TRUTH["rate"] / STARTS) ** 10
     result = Integrated(start(), ADJOINTS[name]).solve(LM, truth)
@@ -157,7 +157,6 @@ def test_dogleg_of_many():
     result = vn.fit_many(trainers, Y, 60, solver=solver)
     assert set(result.stop_reasons) == {vn.StopReason.CONVERGED}
     np.testing.assert_allclose(result.trainers.params["rate"], 0.7, rtol=1e-6)
-    assert trainers[0].solve(solver, Y).stop_reason is vn.StopReason.CONVERGED
 
 
 class Guarded(Fit):
