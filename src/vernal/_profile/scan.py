@@ -269,7 +269,9 @@ def _metric(
     Returns their errors too, with what is at its bound held there, and the scale of
     the error bars.
     """
-    here = around(trainer, batch, _WHAT, jac)
+    # A robust loss is refused, whether its data scatter or not.
+    kind = "expected" if "residuals" in defined(trainer) else None
+    here = around(trainer, batch, _WHAT, jac, kind)
     if here.data is not None and here.data.is_robust:
         raise TypeError(
             f"`{name}` follows a likelihood, and a robust loss is none: by how much it "

@@ -694,7 +694,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         A tree like the parameters.
 
         **Raises:** as [`vernal.Trainer.fisher`][], and as [`vernal.Trainer.report`][]
-        if `scale_errors` finds no scatter; and a `TypeError` if it is differentiated.
+        if `scale_errors` finds no scatter; a `ValueError` if the sandwich finds none, as
+        there are no more data than free parameters, or the model predicts them exactly;
+        and a `TypeError` if it is differentiated.
 
         For the sandwich see Huber, *The behavior of maximum likelihood estimates under
         nonstandard conditions*, Proceedings of the Fifth Berkeley Symposium (1967), and
