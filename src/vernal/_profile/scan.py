@@ -28,6 +28,7 @@ from .._step import (
     bounds_of,
     defined,
     in_free_coordinates,
+    prior_ends,
     stripped,
     template_of,
 )
@@ -283,6 +284,7 @@ def _metric(
         raise ValueError(
             f"`{name}`: the trainer is {note}. A profile begins at the minimum: "
             "`trainer.solve(solver, batch).trainer` is there."
+            + prior_ends(trainer, is_near=True)
         )
     scale = here.error_scale(scale_errors)
     if scale == 0:
