@@ -96,7 +96,7 @@ class Scan:
         # On the host, where nothing is compiled.
         known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
         self._scale = known.scale.astype(float)
-        self._matrix = known.scale[:, None] * known.vectors * known.roots[None, :]
+        self._matrix = known.vectors.astype(float) * known.roots.astype(float)
         self._flat = np.concatenate([np.ravel(x) for x in leaves], dtype=metric.dtype)
         self.high = np.full(self._flat.shape, np.inf)
         self.low = -self.high
@@ -115,7 +115,7 @@ class Scan:
 
     def unit(self, index: int) -> float:
         """Returns the latter, or a scale where the data do not constrain it."""
-        return float(np.linalg.norm(self._matrix[index].astype(float)))
+        return float(self._scale[index] * np.linalg.norm(self._matrix[index]))
 
     def falls(self, index: int) -> bool:
         """Whether an element falls as its free coordinate rises."""
@@ -130,7 +130,7 @@ class Scan:
         return rows
 
     def _along(self, elements: tuple[int, ...]) -> np.ndarray:
-        """Returns the shortest latent moves by which each element goes by one."""
+        """Returns the shortest latent moves by which each element goes by its scale."""
         return np.linalg.pinv(self._matrix[list(elements)]).T
 
     def is_lower(self, points: Points) -> Any:
