@@ -221,8 +221,148 @@ def test_the_scale_is_taken_from_the_scatter_once():
             getattr(trainer, method)(*args, data(), scale_errors=True, kind="sandwich")
 
 
+class Masked(vn.Trainer):
+    """A line, of which some data are there; `x`, `y` and they are the batch."""
+
+    def residuals(self, model, batch):
+        x, y, there = batch
+        return vn.likelihoods.Robust(model(x) - y, scale=SCALE, where=there)
+
+
+class MaskedPlain(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y, there = batch
+        return vn.likelihoods.Gaussian(model(x), y, where=there)
+
+
+class Counts(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y, there = batch
+        return vn.likelihoods.Poisson(model(x), y, where=there)
+
+
+def first(count):
+    return np.arange(60) < count
+
+
+EXACT = X, 2 * X + 1, first(60)
+# One datum alone says what the slope is.
+LEVER = np.where(np.arange(60) < 59, 0.0, 1.0), data(), first(60)
+HELD = {"bounds": {"offset": (None, -50.0)}}
+TIED = {"ties": {"offset": lambda model: model.slope - 1.0}}
+WIDE = {"priors": {"offset": vn.Normal(1.0, 1e4)}}
+KNOWN = {"priors": {"offset": vn.Normal(1.0, 0.01)}}
+NARROW = {"priors": {"offset": vn.Normal(1.0, 0.1), "slope": vn.Normal(2.0, 0.1)}}
+
+# A class, its options, and a batch.
+NO_SCATTER = {
+    "as many data": (Masked, {}, (X, data(), first(2))),
+    "fewer data": (Masked, {}, (X[::-1], data(), first(1))),
+    "of least squares": (MaskedPlain, {}, (X, data(), first(2))),
+    "one direction": (Masked, {}, LEVER),
+    "held": (Masked, HELD, (X[::-1], data(), first(1))),
+    "tied": (Masked, TIED, (X[::-1], data(), first(1))),
+    "a wide prior": (Masked, WIDE, (X, data(), first(2))),
+    "exact": (Masked, {}, EXACT),
+    "exact, with a prior": (Masked, NARROW, EXACT),
+    "exact least squares": (MaskedPlain, {}, EXACT),
+    "exact counts": (Counts, {}, EXACT),
+}
+ASKED = {
+    "standard_errors": lambda t, batch, **own: t.standard_errors(batch, **own),
+    "report": lambda t, batch, **own: t.report(batch, **own),
+    "table": lambda t, batch, **own: t.table(batch, **own),
+    "propagate": lambda t, batch, **own: t.propagate(lambda m: m.slope, batch, **own),
+    "draw": lambda t, batch, **own: t.draw(jax.random.key(0), 2, batch, **own),
+}
+
+
+@functools.cache
+def without_scatter(case):
+    kind, options, batch = NO_SCATTER[case]
+    trainer = kind(line(2.0, -60.0 if case == "held" else 1.0), **options)
+    if not case.startswith("exact"):
+        trainer = trainer.solve(optx.LevenbergMarquardt(1e-8, 1e-8), batch).trainer
+    return trainer, batch
+
+
+@pytest.mark.parametrize("case", NO_SCATTER)
+def test_without_scatter_there_are_no_errors(case):
+    trainer, batch = without_scatter(case)
+    for asked in ASKED.values():
+        with pytest.raises(ValueError, match=r"and there is none.*`kind=\"expected\"`"):
+            asked(trainer, batch, kind="sandwich")
+    # The remedy works, where each direction has data or a prior.
+    expected = trainer.standard_errors(batch, kind="expected")
+    assert not np.any(np.asarray(jax.tree.leaves(expected)) == 0)
+
+
+def test_where_it_is_missing_is_told():
+    trainer, batch = without_scatter("one direction")
+    with pytest.raises(ValueError, match=r"in 1 of 2 directions, along slope \("):
+        trainer.standard_errors(batch)
+    trainer, batch = without_scatter("exact")
+    with pytest.raises(ValueError, match=r"All residuals are zero\.$"):
+        trainer.standard_errors(batch)
+
+
+def test_a_program_says_it_too():
+    trainer, batch = without_scatter("as many data")
+    with pytest.raises(eqx.EquinoxRuntimeError, match="and there is none"):
+        eqx.filter_jit(lambda batch: trainer.standard_errors(batch))(batch)
+
+
+# What is scattered enough, with the rows of its priors.
+SCATTERED = {
+    "one more": ({}, 3, np.zeros((0, 2))),
+    "a narrow prior": (NARROW, 1, 10 * np.eye(2)),
+    "a prior of the other": (KNOWN, 2, np.array([[0.0, 100.0]])),
+    "priors alone": (NARROW, 0, 10 * np.eye(2)),
+}
+
+
+@pytest.mark.parametrize("case", SCATTERED)
+def test_of_few_data_it_is_whites_while_they_scatter(case):
+    options, count, priors = SCATTERED[case]
+    batch = X[::-1], data()[::-1], first(count)
+    trainer = MaskedPlain(line(2.0, 1.0), **options).solve(SOLVER, batch).trainer
+    rows, left = ROWS[::-1][:count], (trainer.model(X) - data())[::-1][:count]
+    bread = np.linalg.inv(rows.T @ rows + priors.T @ priors)
+    meat = rows.T @ (np.square(left)[:, None] * rows) + priors.T @ priors
+    known = np.sqrt(np.diag(bread @ meat @ bread))
+    errors = flat(trainer.standard_errors(batch, kind="sandwich"))
+    np.testing.assert_allclose(errors, known, rtol=1e-5)
+
+
+def test_a_member_without_scatter_has_no_errors_and_harms_no_other():
+    sets = data(2, (4,))
+    there = np.stack([first(count) for count in (60, 2, 3, 1)])
+    start = eqx.filter_vmap(lambda s: Masked(Line(s, s)))(jnp.full(4, 1.5))
+    solver, axes = optx.LevenbergMarquardt(1e-8, 1e-8), (None, 0, 0)
+    both = {"solver": solver, "data_axis": axes}
+    batch = X, sets, there
+    many = vn.fit_many(start, batch, 200, **both)
+    errors = flat(many.errors(batch))
+    assert np.isfinite(errors).all(axis=0).tolist() == [True, False, True, False]
+    assert np.isnan(errors[:, [1, 3]]).all()
+    assert many.failed == ()
+    for index in (0, 2):
+        own = X, sets[index], there[index]
+        alone = flat(many.trainer(index).standard_errors(own))
+        np.testing.assert_allclose(errors[:, index], alone, rtol=1e-6)
+    rows = many.table(batch).splitlines()
+    assert [row.count("± nan") for row in rows[2:]] == [0, 2, 0, 2]
+    assert np.isnan(many.to_dict(batch)["error[slope]"]).tolist() == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="and there is none"):
+        many.report(1, batch)
+    # The errors of Fisher are there, and if no member has any, that is an error.
+    assert np.isfinite(flat(many.errors(batch, kind="expected"))[:, 1]).all()
+    few = X, sets, np.stack([first(2)] * 4)
+    with pytest.raises(ValueError, match=r"and there is none.*`kind=\"expected\"`"):
+        vn.fit_many(start, few, 200, **both).errors(few)
+
+
 def test_exact_data_are_counted():
-    """Their scatter is zero, and so is the sandwich; the directions stay."""
-    report = Plain(line(2.0, 1.0)).report(2 * X + 1, kind="sandwich")
+    """Their scatter is zero; the directions stay."""
+    report = Plain(line(2.0, 1.0)).report(2 * X + 1, kind="observed")
     assert report.degrees_of_freedom == 58
-    np.testing.assert_allclose([row.error for row in report.parameters], 0, atol=1e-9)

@@ -1,5 +1,7 @@
 """`Trainer.profile`: the lowest likelihood along one element."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,37 +144,41 @@ def test_where_the_solver_finds_no_minimum_is_said():
 
 
 class InUnits(vn.Trainer):
-    """A straight line, whose first parameter is in other units than the second."""
+    """A straight line, whose parameters are in other units than each other."""
 
     def residuals(self, model, batch):
-        x, y, unit = batch
-        return (model["a"] / unit + model["b"] * x - y) / 0.1
+        x, y, (of_a, of_b) = batch
+        return (model["a"] / of_a + model["b"] / of_b * x - y) / 0.1
 
 
-WITHIN = {"free": None, "wide": {"b": (0, 5)}, "held": {"b": (0, 1.9)}}
+# In single precision numbers end at 3e38: squares would overflow, or ratios.
+UNITS = (1e-25, 1.0), (1e25, 1.0), (2e30, 1.0), (1e-20, 1e20), (1e25, 1e-25)
 
 
-@pytest.mark.parametrize(
-    ("unit", "within"),
-    [(1e-25, "free"), (1e25, "wide"), (2e30, "free"), (1e-25, "held"), (2e30, "held")],
-)
-def test_units_do_not_matter(unit, within):
-    """In single precision, whose numbers end at 3e38: squares would overflow."""
+@pytest.mark.parametrize("bound", [None, 5.0, 1.9], ids=["free", "wide", "held"])
+@pytest.mark.parametrize("units", UNITS)
+def test_units_do_not_matter(units, bound):
     x = np.linspace(0, 1, 30, dtype=np.float32)
     noise = np.random.default_rng(0).normal(scale=0.1, size=30)
     y = (1 + 2 * x + noise).astype(np.float32)
     solver = optx.LevenbergMarquardt(1e-6, 1e-6)
 
-    def found(unit):
-        model = {"a": jnp.asarray(unit, jnp.float32), "b": jnp.float32(1.0)}
-        data = x, y, np.float32(unit)
-        trainer = InUnits(model, bounds=WITHIN[within]).whiten(data)
-        trainer = trainer.solve(solver, data).trainer
-        of_a = trainer.profile(solver, data, "a", np.array([0.95, 1.05]) * unit)
-        of_b = trainer.profile(solver, data, "b", [1.8, 1.85])
-        ends = trainer.intervals(solver, data, "a")["a"]
-        assert of_a.converged.all()
-        assert of_b.converged.all()
-        return [*of_a.delta, *of_b.delta, *(np.asarray(ends) / unit)]
+    def found(of_a, of_b):
+        model = {"a": jnp.asarray(of_a, jnp.float32), "b": jnp.asarray(of_b, "float32")}
+        data = x, y, (np.float32(of_a), np.float32(of_b))
+        bounds = None if bound is None else {"b": (0, bound * of_b)}
+        trainer = InUnits(model, bounds=bounds).whiten(data).solve(solver, data).trainer
+        profile_of = lambda name, values: trainer.profile(solver, data, name, values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            of_each = (
+                profile_of("a", np.array([0.95, 1.05]) * of_a),
+                profile_of("b", np.array([1.8, 1.85]) * of_b),
+            )
+            ends = trainer.intervals(solver, data)
+        assert all(own.converged.all() for own in of_each)
+        deltas = np.concatenate([own.delta for own in of_each])
+        return [*deltas, *np.divide(ends["a"], of_a), *np.divide(ends["b"], of_b)]
 
-    np.testing.assert_allclose(found(unit), found(1.0), rtol=1e-3, atol=1e-4)
+    known = found(1.0, 1.0)
+    np.testing.assert_allclose(found(*units), known, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._boundary import PyTree, entrance, refuse_foreign
 from .._closure import Closure
@@ -15,6 +15,9 @@ from .._curvature import matmul
 from .._pickling import PlainMethods, Portable, module_of
 from .._tree import by_path, widest
 from .owned import as_wide, owned
+
+# So close to an end of its prior a parameter does not stop by accident.
+_NEAR = 1e-2
 
 
 class Normal(Portable, PlainMethods, eqx.Module):
@@ -105,6 +108,29 @@ class Priors(Portable, PlainMethods, eqx.Module):
                 raise ValueError(message.format(f", at {named[path]}"))
         return params
 
+    def allow(self, model: PyTree) -> Bool[Array, ""]:
+        """Whether a model is where none of the densities is zero."""
+        named = by_path(model).by_name()
+        flags = [
+            jnp.all(jnp.isfinite(_density(prior.decode(), named[path])))
+            for path, prior in self.others.items()
+        ]
+        return jnp.all(jnp.stack([jnp.array(True), *flags]))
+
+    def ends(self, model: PyTree, is_near: bool) -> dict[str, tuple[Any, Any]]:
+        """Returns the ends of each prior that has any, `None` for the other side.
+
+        With `is_near`, of those at an end of which an element is.
+        """
+        named, found = by_path(model).by_name(), {}
+        for path, closure in self.others.items():
+            prior = closure.decode()
+            ends = _ends(prior)
+            is_at_one = any(_is_near(named[path], end, prior) for end in ends)
+            if is_at_one if is_near else ends != (None, None):
+                found[path] = ends
+        return found
+
     def penalty(self, model: PyTree) -> Float[Array, ""]:
         """Returns the negative logarithm of the density.
 
@@ -188,20 +214,38 @@ def _density(prior: Any, value: Array) -> Array:
     where a fit may be held, and of what has no ends (an angle, a simplex), it is right.
     """
     density = prior.log_prob(value)
-    if _library(prior) != "numpyro":
+    low, high = _ends(prior)
+    if low is None and high is None:
         return density
-    support = prior.support
-    own = getattr(support, "base_constraint", support)
-    if type(own).__name__ == "_Circular":
-        return density
-    low, high = (getattr(own, f"{side}_bound", None) for side in ("lower", "upper"))
     is_within = jnp.ones_like(value, bool)
     if low is not None:
         is_within &= value >= low
     if high is not None:
         is_within &= value <= high
-    axes = tuple(range(value.ndim - support.event_dim, value.ndim))
+    axes = tuple(range(value.ndim - prior.support.event_dim, value.ndim))
     return jnp.where(jnp.all(is_within, axes), density, -jnp.inf)
+
+
+def _ends(prior: Any) -> tuple[Any, Any]:
+    """Returns the ends of the support of a distribution, `None` where none is told."""
+    if _library(prior) != "numpyro":
+        return None, None
+    own = getattr(prior.support, "base_constraint", prior.support)
+    if type(own).__name__ == "_Circular":
+        return None, None
+    low, high = (getattr(own, f"{side}_bound", None) for side in ("lower", "upper"))
+    return low, high
+
+
+def _is_near(value: Any, end: Any, prior: Any) -> bool:
+    """Whether an element is at an end of a prior, beside its standard deviation."""
+    if end is None:
+        return False
+    try:
+        width = np.sqrt(np.asarray(prior.variance, float))
+    except (AttributeError, NotImplementedError):
+        width = np.inf
+    return bool(np.any(abs(np.asarray(value, float) - np.asarray(end)) < _NEAR * width))
 
 
 def _library(prior: Any) -> str:

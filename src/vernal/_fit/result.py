@@ -14,7 +14,7 @@ from .._minimum import Distance, along, saddle_words
 from .._pickling import Portable
 from .._policy import StopReason
 from .._report import Report
-from .._step import in_free_coordinates
+from .._step import in_free_coordinates, prior_ends
 from .._storage import History
 
 TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
@@ -162,7 +162,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         if distance is None or not np.isfinite(distance.edm):
             is_stalled = self.stop_reason is StopReason.STALLED
             why = " Its derivatives there are not finite." if is_stalled else ""
-            return f"{self.stop_reason}{why}"
+            return f"{self.stop_reason}{why}{self._beside if is_stalled else ''}"
         is_short = self.stop_reason is not StopReason.CONVERGED
         params = in_free_coordinates(self._trainer).params
         said = [str(self.stop_reason)]
@@ -176,7 +176,12 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
             said += [f"{distance.remedy}."] if distance.remedy else []
         else:
             said.append("The loss could still fall by less than can be measured.")
-        return " ".join(said)
+        return " ".join(said) + (self._beside if is_short else "")
+
+    @property
+    def _beside(self) -> str:
+        """Says that a parameter is at an end of its prior, and what helps."""
+        return prior_ends(self._trainer, is_near=True)
 
     @property
     def _trainer(self) -> Any:

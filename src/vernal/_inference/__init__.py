@@ -3,8 +3,8 @@
 `fisher` has the Fisher matrix, `whiten` the projector at the current point,
 `uncertainty` standard errors and the likelihood for samplers, `table` and `report` what
 there is to read, `propagate` errors of functions of the model. `derivatives` is the
-compiled program beneath them, `laplace` the normal approximation that it makes, and
-`expansion` what else it says of one point.
+compiled program beneath them, `laplace` the normal approximation that it makes, with
+`sandwich` for data of unknown scatter, and `expansion` what else it says of one point.
 """
 
 from .derivatives import Passes, linearised
@@ -20,6 +20,7 @@ from .fisher import (
 from .laplace import ErrorKind, checked_kind, laplace
 from .propagate import draw, propagate
 from .report import report
+from .sandwich import NO_SANDWICH
 from .table import table
 from .uncertainty import (
     KnownErrors,

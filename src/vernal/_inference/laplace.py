@@ -3,18 +3,14 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from .._boundary import one_of
-from .._curvature import Mode, Spectrum, matmul, square_factor
+from .._curvature import Mode, Spectrum
 from .._projection import DenseWhitening, NullPolicy
-from .._step import AbstractTrainer, defined, prior_count
+from .._step import AbstractTrainer, defined
 from .._tree import as_parameters
 from .derivatives import Derived, Passes, derive, require_finite
 from .fisher import require_elements, require_likelihood, require_residuals
+from .sandwich import sandwich
 from .whiten import (
     Reduced,
     checked_spectra,
@@ -78,7 +74,9 @@ def laplace(
         derived,
         expected=lambda: of_spectrum(spectrum, params, NULLS, "", eps),
         observed=lambda: _observed(trainer, batch, passes, holds).whitening,
-        scores=lambda: scores_of(trainer, batch, passes, derived),
+        scattered=lambda maps: sandwich(trainer, batch, passes, derived, *maps).checked(
+            trainer
+        ),
     )
     return Laplace(whitening, derived, parts, spectrum, eps, kind)
 
@@ -89,14 +87,18 @@ def of_kind(
     *,
     expected: Callable[[], DenseWhitening],
     observed: Callable[[], DenseWhitening],
-    scores: Callable[[], Float[Array, "N D"]],
+    scattered: Callable[[tuple[DenseWhitening, DenseWhitening]], DenseWhitening],
 ) -> tuple[ErrorKind, DenseWhitening]:
-    """Chooses the kind of errors, by default the one that suits the data."""
+    """Chooses the kind of errors, by default the one that suits the data.
+
+    The sandwich is `scattered`, of the other two.
+    """
     if kind is None:
         is_robust = derived.data is not None and derived.data.is_robust
         kind = "sandwich" if is_robust else "expected"
-    whitening = expected() if kind == "expected" else observed()
-    return kind, _scattered(whitening, scores()) if kind == "sandwich" else whitening
+    if kind == "sandwich":
+        return kind, scattered((expected(), observed()))
+    return kind, expected() if kind == "expected" else observed()
 
 
 def checked_kind(trainer: AbstractTrainer, kind: Any) -> ErrorKind | None:
@@ -119,44 +121,3 @@ def _observed(
     params, rtol = as_parameters(trainer.params), hessian_rtol((hessian,))
     whitening = of_hessian(hessian, params, NULLS, "", name, rtol)
     return Laplace(whitening, derived, None, None, rtol, "observed")
-
-
-def scores_of(
-    trainer: AbstractTrainer, batch: Any, passes: Passes, derived: Derived
-) -> Float[Array, "N D"]:
-    """Returns the gradient of each datum's `nll`; of priors, rows of their information.
-
-    `derived` has the Jacobian of the scoring residuals. It is that of the deviance
-    residuals too if all data are normal.
-    """
-    if derived.data is not None and derived.data.has_scale:
-        derived = derive(trainer, batch, "deviance", None, passes, holds=True)
-    (jacobian,), residuals = derived.found, derived.deviances
-    assert residuals is not None
-    is_datum = jnp.arange(residuals.size) < residuals.size - prior_count(trainer)
-    weights = jnp.where(is_datum, residuals, 1).astype(jacobian.dtype)
-    return weights[:, None] * jacobian
-
-
-@jax.jit
-def _scattered(
-    whitening: DenseWhitening, scores: Float[Array, "N D"]
-) -> DenseWhitening:
-    r"""Replaces the covariance $H^{-1}$ by $H^{-1} S^\top S H^{-1}$, the sandwich.
-
-    With $H^{-1} = P P^\top$ its root is $P (S P)^\top$. Null directions stay.
-    """
-    is_null = whitening.roots < 0
-    known = whitening.vectors * jnp.where(is_null, 0, whitening.roots)[None, :]
-    # `S P` is without units, and none of its factors may overflow.
-    latent = matmul(scores.astype(known.dtype) * whitening.scale[None, :], known)
-    root = matmul(known, square_factor(latent).T)
-    vectors, roots, _ = jnp.linalg.svd(root)
-    return eqx.tree_at(
-        lambda w: (w.vectors, w.roots),
-        whitening,
-        (
-            jnp.where(is_null[None, :], whitening.vectors, vectors),
-            jnp.where(is_null, whitening.roots, roots),
-        ),
-    )

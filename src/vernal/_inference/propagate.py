@@ -31,7 +31,14 @@ from .._curvature import (
 )
 from .._program import program
 from .._projection import DenseWhitening
-from .._step import AbstractTrainer, bounds_of, in_free_coordinates, live, stripped
+from .._step import (
+    AbstractTrainer,
+    bounds_of,
+    in_free_coordinates,
+    live,
+    priors_of,
+    stripped,
+)
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around, warn_if_far
 from .laplace import ErrorKind
@@ -264,12 +271,22 @@ def run_draw(
         step = whitening.apply(factor.astype(latent.dtype) * latent)
         return unravel(flat + step.astype(flat.dtype), params)
 
-    if (bounds := bounds_of(trainer)) is not None:
-        latents = _within(lambda latent: bounds.contain(drawn(latent)), latents, again)
+    bounds, priors = bounds_of(trainer), priors_of(trainer)
+
+    def is_within(latent: Float[Array, " D"]) -> Bool[Array, ""]:
+        own, is_allowed = drawn(latent), jnp.array(True)
+        if bounds is not None:
+            is_allowed &= bounds.contain(own)
+        if priors is not None:
+            is_allowed &= priors.allow(live(trainer, own).model)
+        return is_allowed
+
+    if bounds is not None or (priors is not None and priors.others):
+        latents = _within(is_within, latents, again)
     return eqx.filter_vmap(lambda x: live(trainer, drawn(x)).model)(latents)
 
 
-# So often is a draw that is out of bounds drawn again.
+# So often is a draw that is not allowed drawn again.
 _MOST_TRIES = 1_000
 
 
@@ -278,7 +295,7 @@ def _within(
     latents: Float[Array, "count D"],
     key: PRNGKeyArray,
 ) -> Float[Array, "count D"]:
-    """Draws again what is out of bounds: a truncated normal distribution."""
+    """Draws again what is not within: a truncated normal distribution."""
     contained = jax.vmap(is_within)
 
     def draw_again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -291,5 +308,8 @@ def _within(
 
     goes_on = lambda carry: (carry[0] < _MOST_TRIES) & ~jnp.all(contained(carry[1]))
     _, latents = jax.lax.while_loop(goes_on, draw_again, (jnp.int32(0), latents))
-    message = "Nearly all models that are drawn are out of their `bounds`."
+    message = (
+        "Nearly all models that are drawn are out of their `bounds`, or where the "
+        "density of their `priors` is zero."
+    )
     return eqx.error_if(latents, ~jnp.all(contained(latents)), message)

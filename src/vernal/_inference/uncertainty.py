@@ -70,9 +70,9 @@ from .laplace import (
     ErrorKind,
     laplace,
     of_kind,
-    scores_of,
 )
 from .propagate import run_propagate
+from .sandwich import sandwich
 from .whiten import hessian_rtol, in_own_precision, of_spectrum, reduced
 
 
@@ -172,12 +172,14 @@ class KnownErrors(NamedTuple):
     - `tied`: those of tied parameters that are real, by path.
     - `fall`: how far chi-squared could still fall.
     - `scatter`: that of `residuals`, `None` without any.
+    - `lacks_scatter`: whether there are none as the data of a sandwich do not scatter.
     """
 
     own: Params
     tied: dict[str, Array]
     fall: Fall
     scatter: Scatter | None
+    lacks_scatter: Bool[Array, "..."]
 
     def scaled(self, trainer: AbstractTrainer, kind: ErrorKind | None) -> "KnownErrors":
         """Multiplies the errors of each member by the scatter of its residuals."""
@@ -202,12 +204,13 @@ def errors_or_nan(
 ) -> KnownErrors:
     """Computes the standard errors in a compiled program.
 
-    There are none if derivatives are not finite, or the loss curves downwards.
+    There are none if derivatives are not finite, or the loss curves downwards, or the
+    data of a sandwich do not scatter.
     """
     require_likelihood(trainer, "A standard error")
     require_elements(trainer, "A standard error")
     trainer, passes = in_free_coordinates(trainer), Passes(jac=jac)
-    scatter = None
+    scatter, lacks_scatter = None, jnp.zeros((), bool)
     if "residuals" not in defined(trainer):
         whitening, derived, is_good, fall = _by_hessian(trainer, batch, passes)
     else:
@@ -220,30 +223,32 @@ def errors_or_nan(
             is_good &= is_curved
             return whitening
 
-        def scores() -> Float[Array, "N D"]:
-            nonlocal is_good
-            found = scores_of(trainer, batch, passes, derived)
-            is_good &= all_finite(found)
-            return jnp.where(is_good, found, 0)
+        def scattered(maps: tuple[DenseWhitening, DenseWhitening]) -> DenseWhitening:
+            nonlocal is_good, lacks_scatter
+            found = sandwich(trainer, batch, passes, derived, *maps)
+            is_good &= found.is_finite
+            lacks_scatter = is_good & found.lacks_scatter
+            return found.whitening
 
-        _, whitening = of_kind(
-            kind, derived, expected=lambda: expected, observed=observed, scores=scores
-        )
+        makers = {"observed": observed, "scattered": scattered}
+        _, whitening = of_kind(kind, derived, expected=lambda: expected, **makers)
     errors, held = whitening_of_elements(trainer, whitening), derived.held
-    is_known = is_good & ~held_elements(trainer, held)
+    has_errors = is_good & ~lacks_scatter
+    is_known = has_errors & ~held_elements(trainer, held)
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
     own = unravel(known, as_parameters(elements_of(trainer)))
     fall = fall._replace(chi_squared=jnp.where(is_good, fall.chi_squared, jnp.nan))
     if not (names := tied_with_errors(trainer, trainer.model)):
-        return KnownErrors(own, {}, fall, scatter)
+        return KnownErrors(own, {}, fall, scatter, lacks_scatter)
     scale = jnp.where(held, 0, whitening.scale)
     moved = eqx.tree_at(lambda w: w.scale, whitening, scale)
     tied = lambda model: {p: by_path(model).by_name()[p] for p in names}
     closure, one = Closure.encode(tied), jnp.ones(())
     still = None if bounds_of(trainer) is None else held
     _, found, _ = run_propagate(stripped(trainer), closure, moved, one, still)
-    clear = lambda e: jnp.where(is_good, e, jnp.nan)
-    return KnownErrors(own, jax.tree.map(clear, found), fall, scatter)
+    clear = lambda e: jnp.where(has_errors, e, jnp.nan)
+    tied_errors = jax.tree.map(clear, found)
+    return KnownErrors(own, tied_errors, fall, scatter, lacks_scatter)
 
 
 def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:

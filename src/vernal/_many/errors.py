@@ -9,6 +9,7 @@ from .._boundary import warn
 from .._curvature import Mode, checked_mode
 from .._inference import (
     NO_ACCIDENT,
+    NO_SANDWICH,
     ErrorKind,
     KnownErrors,
     around,
@@ -43,7 +44,10 @@ def errors_of_each(
     kind = checked_kind(trainers, kind)
     trainers, own, size = stacked(trainers)
     members = Members(trainers, (*own, *flags), group or size)
-    return _errors(members, batch, checked_mode(jac), kind)
+    found = _errors(members, batch, checked_mode(jac), kind)
+    if np.all(found.lacks_scatter):
+        raise ValueError(NO_SANDWICH)
+    return found
 
 
 @program

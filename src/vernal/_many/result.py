@@ -144,16 +144,17 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         A tree like `params`. The errors of a member are NaN if its residuals or their
         derivatives are not finite, or the Hessian of its `nll` has a negative
-        eigenvalue, or with `scale_errors` it has no more data than free parameters;
-        this harms no other member. There is a warning if one of them is
-        far from its minimum, as of [`vernal.Trainer.standard_errors`][].
+        eigenvalue, or with `scale_errors` or the sandwich it has no more data than free
+        parameters, or with the latter data without scatter; this harms no other member.
+        There is a warning if one of them is far from its minimum, as of
+        [`vernal.Trainer.standard_errors`][].
 
         **Raises:**
 
         - `TypeError`: if the class defines only `loss`.
         - `ValueError`: if an axis of `data` is not as long as there are members; if
-            `scale_errors` finds no scatter in any member, or a scale that is known, as
-            of [`vernal.Trainer.report`][].
+            `scale_errors` or the sandwich finds no scatter in any member, or the former
+            a scale that is known, as of [`vernal.Trainer.report`][].
         """
         is_scaled = boolean(scale_errors, "scale_errors")
         return self._errors(data, is_scaled, jac, kind).own

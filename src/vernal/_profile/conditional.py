@@ -104,7 +104,7 @@ class Held(NamedTuple):
 
     @property
     def along(self) -> Float[Any, "*K 2 D"]:
-        """The shortest latent move by which each goes by one, and the other not."""
+        """The shortest latent move by which each goes by its scale, the other not."""
         return self.rows[..., 2:4, :]
 
     @property
@@ -121,7 +121,8 @@ class Held(NamedTuple):
 class Points(NamedTuple):
     """Minima, or where to begin.
 
-    - `rows`: the parameters, and how they move with each of the elements held.
+    - `rows`: the parameters; then how they move with each of the elements held, all in
+        units of the metric's scales, since a ratio of two units may overflow.
     - `nll`: the negative log-likelihood, with the priors.
     - `is_minimum`: whether it is the lowest where these are held.
     """
@@ -253,8 +254,8 @@ def _minimum(
     if bounds_of(space.trainer) is not None:
         clip = lambda flat: jnp.clip(flat, *space.limits())
     onto = lambda flat: clip(jnp.where(held.flags, held.goal, flat))
-    moved = jnp.sum(held.units * (held.goal - flat)[None, :], axis=1)
-    first = onto(flat + jnp.sum(moved[:, None] * response, axis=0))
+    moved = jnp.sum(held.units * ((held.goal - flat) / scale)[None, :], axis=1)
+    first = onto(flat + scale * jnp.sum(moved[:, None] * response, axis=0))
 
     def goes_on(state: _State) -> Array:
         is_hopeless = state.damping > _MOST_DAMPING
@@ -314,7 +315,9 @@ def _rest(state: _State, new: Form) -> Float[Array, "D D"]:
 
 def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
     """Returns the function that finds the next step, given what is held."""
-    matrix, size = space.metric.matrix(), held.goal.size
+    # A matrix of squares, such as a covariance, may overflow in the parameters' units.
+    scale, size = space.metric.scale, held.goal.size
+    matrix = space.metric.matrix() / scale[:, None]
     # Latent moves along which what is held moves; all others are those inside.
     across = matmul(held.along.T, matmul(held.units, matrix))
     inside = jnp.asarray(np.eye(size, dtype=matrix.dtype)) - across
@@ -323,9 +326,6 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
     basis = jnp.vstack([moves, last])
     response = matmul(held.along, matrix.T)
     bounds = None if bounds_of(space.trainer) is None else space.limits()
-    # A matrix of squares, such as a covariance, may overflow in the parameters' units.
-    scale = space.metric.scale
-    scaled = matrix / scale[:, None]
 
     def newton(form: Form, damping: Array, flat: Array) -> _Step:
         # What the data do not constrain has a small curvature: it follows the others.
@@ -335,15 +335,15 @@ def _newton(space: Space, held: Held) -> Callable[[Form, Array, Array], _Step]:
         form = matmul(basis.T, matmul(form, basis))
         curvature, right = form[:size, :size] + across, form[:size, size:]
         if bounds is not None:
-            right = jnp.column_stack([right, matmul(inside, scaled.T)])
+            right = jnp.column_stack([right, matmul(inside, matrix.T)])
         solved = _solve(curvature, right)
         moves, latent = -matmul(solved[:, :3].T, matrix.T), -solved[:, 2]
-        to, now = flat + moves[2], response + moves[:2]
+        to, now = flat + scale * moves[2], response + moves[:2]
         if bounds is None:
             edm = -0.5 * jnp.sum(latent * right[:, 2])
             to = jnp.where(held.flags, held.goal, to)
             return _Step(to, now, latent, edm, jnp.array(True))
-        spread = matmul(scaled, solved[:, 3:])
+        spread = matmul(matrix, solved[:, 3:])
         to, now, force, is_known = _within(bounds, held, (to, now), spread, scale)
         latent = latent + matmul(solved[:, 3:], force)
         edm = 0.5 * jnp.vdot(latent, matmul(curvature, latent))
@@ -373,7 +373,7 @@ def _within(
         both = fixed[:, None] & fixed[None, :]
         unit = jnp.eye(beyond.size, dtype=beyond.dtype)
         inner = jnp.where(both, spread / errors / errors.T, unit)
-        given = jnp.column_stack([goal - beyond, -response.T]) / scale[:, None] / errors
+        given = jnp.column_stack([(goal - beyond) / scale, -response.T]) / errors
         return _solve(inner, jnp.where(fixed[:, None], given, 0)) / errors
 
     def again(carry: Any) -> Any:
@@ -390,8 +390,8 @@ def _within(
     force, none = jnp.zeros((beyond.size, 3), beyond.dtype), jnp.zeros(low.size, bool)
     start = 0, none, held.goal, force, jnp.array(False)
     _, fixed, goal, force, is_known = jax.lax.while_loop(goes_on, again, start)
-    moves = scale[:, None] * matmul(spread, force)
-    to = jnp.where(fixed | held.flags, goal, beyond + moves[:, 0])
+    moves = matmul(spread, force)
+    to = jnp.where(fixed | held.flags, goal, beyond + scale * moves[:, 0])
     return jnp.clip(to, low, high), response + moves[:, 1:].T, force[:, 0], is_known
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from .._boundary import warn
-from .._step import AbstractTrainer
+from .._step import AbstractTrainer, prior_ends
 from .conditional import Points
 from .elements import find_elements
 from .own_values import values_of
@@ -150,4 +150,7 @@ def _check(scan: Scan, ends: dict[str, _End]) -> None:
         ("the solver found no minimum", [x for x in failed if x not in lost]),
     ):
         if labels:
-            warn(f"Profile likelihood: {what}, at {', '.join(labels[:4])}.")
+            warn(
+                f"Profile likelihood: {what}, at {', '.join(labels[:4])}."
+                + prior_ends(scan.trainer)
+            )

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from typing_extensions import TypeVar
 
 from .._boundary import warn
-from .._step import AbstractTrainer
+from .._step import AbstractTrainer, prior_ends
 from .conditional import Points, run_models
 from .elements import find_element, find_elements
 from .own_values import coordinates_of, values_of
@@ -119,7 +119,7 @@ def along(
         first, end = end, end + len(axes[name].free)
         own = jax.tree.map(lambda x, i=first, j=end: x[i:j], points)
         found[name] = _profile(scan, name, index, axes[name].values, own)
-        _warn_of(found[name], scan.is_lower(own))
+        _warn_of(found[name], scan.is_lower(own), prior_ends(scan.trainer))
     return found
 
 
@@ -199,7 +199,8 @@ def _checked(values: Any) -> np.ndarray:
     return array
 
 
-def _warn_of(found: Profile[Any], lower: np.ndarray) -> None:
+def _warn_of(found: Profile[Any], lower: np.ndarray, ends: str) -> None:
+    """Warns of what was not found; `ends` says that a prior may be the cause."""
     if lower.any():
         place = int(np.argmin(np.where(lower, found.losses, np.inf)))
         warn(
@@ -214,5 +215,5 @@ def _warn_of(found: Profile[Any], lower: np.ndarray) -> None:
             f"`profile`: the solver found no minimum at {found.name} = {few}: "
             "`profile.converged` says where. Raise `max_steps`, or lower the "
             "tolerances of the solver. If that does not help, the likelihood is flat "
-            "in another element there, or falls without end."
+            f"in another element there, or falls without end.{ends}"
         )

@@ -28,6 +28,7 @@ from .._step import (
     bounds_of,
     defined,
     in_free_coordinates,
+    prior_ends,
     stripped,
     template_of,
 )
@@ -95,7 +96,7 @@ class Scan:
         # On the host, where nothing is compiled.
         known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
         self._scale = known.scale.astype(float)
-        self._matrix = known.scale[:, None] * known.vectors * known.roots[None, :]
+        self._matrix = known.vectors.astype(float) * known.roots.astype(float)
         self._flat = np.concatenate([np.ravel(x) for x in leaves], dtype=metric.dtype)
         self.high = np.full(self._flat.shape, np.inf)
         self.low = -self.high
@@ -114,7 +115,7 @@ class Scan:
 
     def unit(self, index: int) -> float:
         """Returns the latter, or a scale where the data do not constrain it."""
-        return float(np.linalg.norm(self._matrix[index].astype(float)))
+        return float(self._scale[index] * np.linalg.norm(self._matrix[index]))
 
     def falls(self, index: int) -> bool:
         """Whether an element falls as its free coordinate rises."""
@@ -129,7 +130,7 @@ class Scan:
         return rows
 
     def _along(self, elements: tuple[int, ...]) -> np.ndarray:
-        """Returns the shortest latent moves by which each element goes by one."""
+        """Returns the shortest latent moves by which each element goes by its scale."""
         return np.linalg.pinv(self._matrix[list(elements)]).T
 
     def is_lower(self, points: Points) -> Any:
@@ -269,7 +270,9 @@ def _metric(
     Returns their errors too, with what is at its bound held there, and the scale of
     the error bars.
     """
-    here = around(trainer, batch, _WHAT, jac)
+    # A robust loss is refused, whether its data scatter or not.
+    kind = "expected" if "residuals" in defined(trainer) else None
+    here = around(trainer, batch, _WHAT, jac, kind)
     if here.data is not None and here.data.is_robust:
         raise TypeError(
             f"`{name}` follows a likelihood, and a robust loss is none: by how much it "
@@ -281,6 +284,7 @@ def _metric(
         raise ValueError(
             f"`{name}`: the trainer is {note}. A profile begins at the minimum: "
             "`trainer.solve(solver, batch).trainer` is there."
+            + prior_ends(trainer, is_near=True)
         )
     scale = here.error_scale(scale_errors)
     if scale == 0:

@@ -75,6 +75,7 @@ from .objective import (
     step_key,
 )
 from .precision import precision_of, require_precision
+from .prior_ends import prior_ends
 from .progress import (
     MOST_STEPS,
     Best,

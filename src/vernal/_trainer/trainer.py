@@ -698,7 +698,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         A tree like the parameters.
 
         **Raises:** as [`vernal.Trainer.fisher`][], and as [`vernal.Trainer.report`][]
-        if `scale_errors` finds no scatter; and a `TypeError` if it is differentiated.
+        if `scale_errors` finds no scatter; a `ValueError` if the sandwich finds none:
+        there are no more data than free parameters, or the model predicts them exactly;
+        and a `TypeError` if it is differentiated.
 
         For the sandwich see Huber, *The behavior of maximum likelihood estimates under
         nonstandard conditions*, Proceedings of the Fifth Berkeley Symposium (1967), and
@@ -848,9 +850,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """Draws models from Laplace's approximation of the likelihood.
 
         That is a normal distribution of the parameters around the current ones, with
-        the covariance of [`vernal.Trainer.standard_errors`][]. It is cut off at bounds,
-        and what is held at one stays there, without scatter. It warns as
-        [`vernal.Trainer.standard_errors`][] does.
+        the covariance of [`vernal.Trainer.standard_errors`][]. It is cut off at bounds
+        and where a prior is zero, and what is held at a bound stays there, without
+        scatter. It warns as [`vernal.Trainer.standard_errors`][] does.
 
         ```python
         models = trainer.draw(jax.random.key(0), 1_000, batch)
