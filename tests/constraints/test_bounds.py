@@ -203,6 +203,28 @@ def test_lbfgs_is_refused(linesearch):
         trainer.fit(line_batch(), 3, progress=False)
 
 
+SEARCHES = {
+    "L-BFGS": optax.lbfgs(),
+    "L-BFGS without one": optax.lbfgs(0.1, linesearch=None),
+    "by a rule": vn.ParamOptimiser({}, default=optax.lbfgs()),
+    "backtracking": optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15)
+    ),
+}
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_line_search_does_not_know_of_a_constraint(name):
+    class Clipped(LineFit):
+        def constrain(self, model):
+            return eqx.tree_at(lambda m: m.slope, model, jnp.minimum(model.slope, 1.0))
+
+    trainer = Clipped(line(), SEARCHES[name])
+    with pytest.warns(UserWarning, match=r"`constrain`.*line search.*`bounds`"):
+        trainer.fit(line_batch(), 3, progress=False)
+
+
 def test_a_whitened_fit_that_meets_no_bound_is_one_without():
     fits = [
         fit_of(Linear, START, bounds, True, steps=60).trainer.params

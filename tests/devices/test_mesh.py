@@ -72,6 +72,31 @@ def test_a_mesh_of_which_the_compiler_asks_for_types():
     close_on_one(many.trainer, one.trainer)
 
 
+ON_EXPLICIT = {
+    "fit": lambda t, data: t.fit(data, 9).trainer.params,
+    "Minibatches": lambda t, data: (
+        t.fit(vn.Minibatches(data, 8, key=jax.random.key(0)), 9).trainer.params
+    ),
+    "step": lambda t, data: t.step(data)[0].params,
+    "solve": lambda t, data: t.solve(LM, data).trainer.params,
+    "fisher": lambda t, data: t.fisher(data),
+    "fit_many": lambda t, data: vn.fit_many([t, t], data, 9).trainers.params,
+}
+LM = optx.LevenbergMarquardt(1e-8, 1e-8)
+
+
+@pytest.mark.parametrize("name", ON_EXPLICIT)
+def test_what_lies_on_a_mesh_with_types_is_computed_with_as_it_is(name):
+    """Without `mesh=`: where the user has put it, split or not."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
+    place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+    data = jax.tree.map(lambda leaf: leaf[:16], BATCH)
+    trainer = GaussianFit(place(gaussian(), P()), ADAM)
+    found = ON_EXPLICIT[name](trainer, place(data, P("rows")))
+    known = ON_EXPLICIT[name](GaussianFit(gaussian(), ADAM), data)
+    close(jax.device_get(found), jax.device_get(known), 1e-6)
+
+
 def test_many_leaves_of_which_some_are_split_explicitly():
     class Sum(vn.Trainer):
         def loss(self, model, batch):

@@ -262,6 +262,22 @@ def test_what_is_not_constrained_has_an_infinite_error():
     assert np.isinf(errors["dead"]).all()
 
 
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_constrained_has_an_error_in_any_dtype(dtype):
+    class Straight(vn.Trainer):
+        def residuals(self, model, batch):
+            return (model["a"] * batch[0] + model["b"] - batch[1]) / 0.1
+
+    x = jnp.linspace(0, 1, 500, dtype="float32")
+    model = {"a": jnp.asarray(2.0, "float32"), "b": jnp.asarray(1.0, "float32")}
+    known = Straight(model).standard_errors((x, 2 * x + 1))
+    less = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+    found = Straight(less).standard_errors((x, 2 * x + 1))
+    for name, error in known.items():
+        np.testing.assert_allclose(found[name].astype("float32"), error, rtol=0.02)
+
+
 def test_where_nothing_is_constrained_every_error_is_infinite():
     class Deaf(vn.Trainer):
         def residuals(self, model, batch):

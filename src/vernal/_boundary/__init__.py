@@ -1,9 +1,10 @@
 """What comes from a user: arguments checked, arrays refused, warnings, tracebacks.
 
 `arguments` checks values, `signatures` functions, `type_checks` annotations; `foreign`
-refuses arrays that JAX cannot use, and `precision` narrows those in 64 bits; `names`
-names the leaves of a tree; `frames` and `warnings` point to the user's code; `traced`
-and `debugging` see to what JAX is doing when a function is called.
+refuses arrays that JAX cannot use, `precision` narrows those in 64 bits, `explicit` has
+those on a mesh computed with; `names` names the leaves of a tree; `frames` and
+`warnings` point to the user's code; `traced` and `debugging` see to what JAX is doing
+when a function is called.
 """
 
 from .arguments import (
@@ -15,6 +16,7 @@ from .arguments import (
     whole_number,
 )
 from .debugging import debugged, is_debugged, undebugged
+from .explicit import is_explicit, without_axes
 from .foreign import (
     has_been_deleted,
     is_deleted,

@@ -8,12 +8,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 
 def is_explicit(leaf: Any) -> bool:
-    """Whether an array has such a type, with which few functions of JAX compute."""
+    """Whether an array has such a type, with which few functions of JAX compute.
+
+    Within `jax.set_mesh` they do, and take no other.
+    """
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     return (
         type(sharding) is NamedSharding
         and isinstance(sharding.mesh, Mesh)
         and AxisType.Explicit in sharding.mesh.axis_types
+        and jax.sharding.get_abstract_mesh().empty
     )
 
 

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._boundary import is_cut, is_deleted, narrowed, refuse_foreign, spelled
+from .._boundary import (
+    is_cut,
+    is_deleted,
+    is_explicit,
+    narrowed,
+    refuse_foreign,
+    spelled,
+    without_axes,
+)
 from .._tree import LONG_DOUBLES, owned
 
 # A shorter list may be meant as a tree.
@@ -70,7 +78,8 @@ def as_batch(batch: Any, argument: str = "batch") -> Any:
 
 
 def _is_ready(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not is_cut(leaf) and not is_deleted(leaf)
+    is_one = isinstance(leaf, jax.Array) and not is_cut(leaf) and not is_deleted(leaf)
+    return is_one and not is_explicit(leaf)
 
 
 def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> Any:
@@ -82,7 +91,8 @@ def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> An
         _refuse_lists(batch, argument, keys)
     if isinstance(leaf, jax.Array):
         refuse_foreign(leaf, where)
-        return narrowed(leaf, where)
+        leaf = narrowed(leaf, where)
+        return without_axes(leaf) if is_explicit(leaf) else leaf
     if isinstance(leaf, bool):
         return Flag(leaf)
     if isinstance(leaf, np.str_ | np.bytes_):

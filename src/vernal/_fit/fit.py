@@ -16,6 +16,7 @@ from .._step import (
     check_elementwise,
     no_optimiser,
     priors_of,
+    warn_of_line_search,
 )
 from .._storage import History, open_checkpointer, origin
 from .feed import DataExhausted
@@ -135,6 +136,7 @@ def _check_trainer(
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
     check_elementwise(trainer, lambda: subject.template(trainer))
+    warn_of_line_search(trainer)
     if subject.count(trainer) + steps > MOST_STEPS:
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "

@@ -23,7 +23,7 @@ from .abstract_trainer import (
     with_bounds,
     with_progress,
 )
-from .constrain import check_elementwise
+from .constrain import check_elementwise, warn_of_line_search
 from .construct import (
     check_arguments,
     check_class,

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int
 
-from .._boundary import PyTree
+from .._boundary import PyTree, warn
 from .._projection import EigenProjector, Unchanged
 from .._tree import by_path, cast_like, paths, require_alike
 from .abstract_trainer import (
@@ -228,6 +228,21 @@ def refuse_mixing(trainer: AbstractTrainer) -> None:
                 "`trainer.solve(optx.LBFGS(1e-8, 1e-8), batch)`, or an optimiser such "
                 "as Adam for what has bounds."
             )
+
+
+def warn_of_line_search(trainer: AbstractTrainer) -> None:
+    """Warns of an optimiser that does not know what `constrain` does of its steps."""
+    kinds = "ScaleByLBFGSState", "Linesearch"
+    is_one = lambda node: any(kind in type(node).__name__ for kind in kinds)
+    nodes = jax.tree.leaves(trainer.opt_state, is_leaf=is_one)
+    if overrides(trainer, "constrain") and any(map(is_one, nodes)):
+        warn(
+            "`constrain` changes the parameters after each update, which an L-BFGS or "
+            "a line search in `optimiser` does not know of: the fit may stop short of "
+            "the best point. For limits give `bounds` and use a solver, "
+            "`trainer.solve(optx.BFGS(1e-8, 1e-8), batch)`; for the rest an optimiser "
+            "such as Adam."
+        )
 
 
 def _name(trainer: AbstractTrainer) -> str:

@@ -9,10 +9,12 @@ import optax
 from .._boundary import (
     PyTree,
     is_deleted,
+    is_explicit,
     narrowed_model,
     refuse_foreign,
     require_numbers,
     spelled,
+    without_axes,
 )
 from .._pickling import module_of
 
@@ -56,7 +58,7 @@ def _refuse_holder(model: Any) -> None:
 
 def _is_odd(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array):
-        return is_deleted(leaf)
+        return is_deleted(leaf) or is_explicit(leaf)
     if isinstance(leaf, np.ndarray):
         return type(leaf) is not np.ndarray or leaf.dtype.type is np.void
     return not isinstance(leaf, type | np.generic | float | int | str)
@@ -74,7 +76,7 @@ def _as_array(leaf: Any, where: str) -> Any:
     # Arrays of text and of objects are labels, which are static.
     if not (type(leaf) is np.ndarray and leaf.dtype.kind in "OSU"):
         refuse_foreign(leaf, where)
-    return leaf
+    return without_axes(leaf) if is_explicit(leaf) else leaf
 
 
 def check_state(state: PyTree) -> None:
