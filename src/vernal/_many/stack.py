@@ -136,7 +136,8 @@ def _not_alike(first: Any, other: Any, index: int) -> ValueError:
     more = [f"and {len(lines) - 8} more."] if len(lines) > 8 else []
     return ValueError(
         f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
-        "of its arrays:\n" + "\n".join([*lines[:8], *more])
+        "of its arrays. Share what is not an array; let the numbers of an optimiser "
+        "be arrays, by `optax.inject_hyperparams`.\n" + "\n".join([*lines[:8], *more])
     )
 
 

@@ -86,7 +86,8 @@ class AbstractTrainer(
         it changes with others, it must clip each element to an interval: the clipping
         then becomes a projection in the metric of the projector, and the fit ends at
         the best point that the constraint allows. With a [`vernal.precondition`][] that
-        couples such elements an error is raised.
+        couples such elements an error is raised. An L-BFGS, or another line search,
+        knows nothing of it and stops elsewhere: a fit warns.
         """
         return model
 
