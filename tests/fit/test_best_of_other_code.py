@@ -1,6 +1,9 @@
 """A best is of the code, too, that scored it: losses of another do not compare."""
 
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -176,6 +179,87 @@ def test_what_a_loss_writes_to_is_no_other_code():
         result = before.fit(Y, 20)
         assert result.best_loss == before.best_loss < result.history.loss.min()
         before = result.trainer
+
+
+RESULTS = []
+
+
+class Plotted(Line):
+    own: Any = None
+
+    def plot(self):
+        return RESULTS[-1] if RESULTS else self.own.scale
+
+    def transform_grads(self, grads, model):
+        return jax.tree.map(lambda g: jnp.clip(g, -SETTINGS["clip"], 9.0), grads)
+
+
+def test_what_no_loss_reads_is_no_other_code(monkeypatch):
+    """A plot of the last result, a clipping of the gradients."""
+    monkeypatch.setitem(SETTINGS, "clip", 9.0)
+    near = Plotted(START, optax.adam(0.1)).fit(Y, 200).trainer
+    before = near.replace(optimiser=optax.sgd(-0.01)).fit(Y, 20).trainer
+    for clip in (8.0, 7.0):
+        monkeypatch.setitem(SETTINGS, "clip", clip)
+        monkeypatch.setitem(globals(), "RESULTS", [before])
+        result = before.fit(Y, 20)
+        assert result.best_loss == before.best_loss
+        before = result.trainer
+
+
+def test_patience_begins_anew_with_the_code():
+    def change(trainer, history):
+        if len(history) == 200:
+            set_global(trainer)
+
+    stop = vn.Patience(50)
+    trainer = OfAGlobal(START, optax.adam(0.1))
+    options = {"callback": change, "chunk": 50, "stop": stop}
+    result = trainer.fit(Y, 900, validation=(Y, 1), **options)
+    np.testing.assert_allclose(result.best_loss, 6.334, atol=2e-3)
+
+
+def test_members_know_by_what_they_were_scored():
+    many = WAYS["fit_many"](OfAGlobal(START, optax.adam(0.1)))
+    one = vn.ManyResult.trainer(vn.fit_many(many, Y, 1), 0)
+    alone = OfAGlobal(START, optax.adam(0.1)).fit(Y, 300).trainer
+    set_global(None)
+    assert one.fit(Y, 300).best_loss > 1
+    assert np.all(vn.fit_many([alone, alone], Y, 300).best_losses > 1)
+
+
+def test_a_trainer_that_an_object_of_its_own_holds_is_let_go_of():
+    class Context:
+        last = None
+
+    places = []
+    for _ in range(3):
+        context = Context()
+        context.name = "none"
+        trainer = OfAModule(optax.adam(0.1), Kind("none"))
+        trainer = eqx.tree_at(lambda t: t.own, trainer, context)
+        context.last = trainer.fit(Y, 3).trainer
+        places.append(weakref.ref(context))
+        del context, trainer
+        vn.forget()
+    jax.clear_caches()
+    gc.collect()
+    assert [place() for place in places] == [None] * 3
+
+
+SINGLE = {
+    "Stream": lambda t: t.fit(vn.Stream(lambda step: iter([Y] * 99)), 9).trainer,
+    "step": lambda t: t.step(Y)[0],
+    "unroll": lambda t: jax.jit(lambda t, y: vn.unroll(t, y, 3)[0])(t, Y),
+}
+
+
+@pytest.mark.parametrize("first", SINGLE)
+@pytest.mark.parametrize("second", SINGLE)
+def test_single_batches_compare(first, second):
+    near = Line(START, optax.adam(0.1)).fit(Y, 200).trainer
+    before = SINGLE[first](SINGLE[first](near.replace(optimiser=optax.sgd(-0.01))))
+    assert SINGLE[second](before).best_loss == before.best_loss
 
 
 # In a file: what a loss depends on beside the data, and is saved or can be compared.

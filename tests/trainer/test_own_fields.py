@@ -87,6 +87,12 @@ def test_a_change_within_an_object_is_seen():
     np.testing.assert_allclose(trainer.solve(BFGS, 2 * X).model["a"], 0.5, rtol=1e-5)
 
 
+def test_members_may_share_an_array_of_numpy():
+    model, shared = {"a": jnp.asarray(1.0)}, np.asarray([2.0])
+    many = vn.fit_many([ByArray(model, None, shared)] * 2, 2 * X, 50, solver=BFGS)
+    np.testing.assert_allclose(many.trainers.model["a"], [1.0, 1.0], rtol=1e-5)
+
+
 def test_arrays_of_numpy_may_differ_between_members():
     model = {"a": jnp.asarray(1.0)}
     trainers = [ByArray(model, None, np.asarray(gain)) for gain in (1.0, 4.0)]

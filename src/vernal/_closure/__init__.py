@@ -7,7 +7,7 @@ finds what code reads beside its arguments, and `watch` whether that has changed
 
 from .closure import Closure
 from .equality import Hashed, Same, StaticData, is_atom, strict_key, value_key
-from .reads import reads
+from .reads import reads, words_in
 from .skeleton import Skeleton
 from .static_fields import refuse_static_arrays
 from .watch import Reads, Slot, kept

@@ -383,6 +383,11 @@ def _slots(kind: type) -> tuple[str, ...]:
     )
 
 
+def words_in(code: types.CodeType) -> frozenset[str]:
+    """Returns all names in code, those of attributes among them."""
+    return _names_in(code)[1]
+
+
 @functools.lru_cache(maxsize=4096)
 def _names_in(
     code: types.CodeType,

@@ -26,8 +26,8 @@ def refuse_static_arrays(
             raise TypeError(
                 f"{what}: the static field {'.'.join(path)!r} holds an array. What is "
                 "static is compared to find compiled programs, and arrays do not "
-                "compare as one value. Drop `static=True` (in a model, freeze the "
-                "array by a rule `None` or by `train`); or make it a tuple."
+                "compare as one value. Drop `static=True`, and freeze an array of a "
+                "model by a rule `None` or by `train`; or make it a tuple."
             )
 
 

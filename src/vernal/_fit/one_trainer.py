@@ -51,8 +51,10 @@ class OneTrainer(AbstractSubject):
     def source(self, data: Any) -> Source:
         return self.place.source(as_source(data))
 
-    def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
-        return np.asarray(data_mark(source, scored_parts(trainer)))
+    def marks(
+        self, trainer: AbstractTrainer, source: Source, by_validation: bool
+    ) -> np.ndarray:
+        return np.asarray(data_mark(source, scored_parts(trainer, by_validation)))
 
     def prepare(self, batch: Any) -> Any:
         return self.place.share(as_batch(batch, "data"))

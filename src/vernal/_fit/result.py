@@ -81,10 +81,10 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         Fits and solves of equal data, one after the other, have one best. It begins
         anew where its loss no longer compares: with other data, another `validation`,
         other code, and other values that the loss depends on (your own fields, leaves
-        that are not trained, bounds, priors). Batches that are not known beforehand are
-        taken for parts of the same data: those of a [`vernal.Stream`][], of
-        [`vernal.Trainer.step`][], and of [`vernal.unroll`][] in a program of yours. A
-        `step` sees no change of code either.
+        that are not trained, bounds, normal priors). Batches that are not known
+        beforehand are taken for parts of the same data: those of a [`vernal.Stream`][],
+        of [`vernal.Trainer.step`][], and of [`vernal.unroll`][] in a program of yours.
+        The latter two see none of these changes.
 
         **Raises:**
 

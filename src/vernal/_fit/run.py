@@ -192,6 +192,9 @@ class FitRun:
         if not self._in_place and is_of_other_code(self.trainer):
             # A callback may have changed what the loss reads.
             trainer = self._begun(self.trainer, self.taken)
+            self._monitor_state = self._subject.first_monitor_state(
+                self._monitor, trainer
+            )
             self._hold(trainer, self._subject.placed(trainer))
         goal = self.taken + count
         try:

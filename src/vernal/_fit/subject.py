@@ -69,7 +69,9 @@ class AbstractSubject(abc.ABC):
         """Makes a source of batches of the data that the user gave."""
 
     @abc.abstractmethod
-    def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
+    def marks(
+        self, trainer: AbstractTrainer, source: Source, by_validation: bool
+    ) -> np.ndarray:
         """Marks the data that each trainer is scored on."""
 
     @abc.abstractmethod
@@ -175,7 +177,8 @@ class AbstractSubject(abc.ABC):
 
         A fit leaves a trainer that has stopped as it is, unless `is_solved`.
         """
-        marks, stopped = self.marks(trainer, scored), self.on_host(trainer.stopped)
+        marks = self.marks(trainer, scored, by_validation)
+        stopped = self.on_host(trainer.stopped)
         stopped = stopped & (not is_solved)
         if stopped.all():
             return trainer

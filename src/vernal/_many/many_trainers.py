@@ -14,6 +14,7 @@ from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
 from .._policy import AT_NON_FINITE, StopReason
 from .._step import (
     AbstractTrainer,
+    compared,
     config_of,
     in_source,
     marks_of_rows,
@@ -65,9 +66,14 @@ class ManyTrainers(AbstractSubject):
             return self.place.put_whole(source)
         return source
 
-    def marks(self, trainer: AbstractTrainer, source: Source) -> np.ndarray:
-        own, same = map(scored_parts, apart(config_of(trainer), self.config))
+    def marks(
+        self, trainer: AbstractTrainer, source: Source, by_validation: bool
+    ) -> np.ndarray:
         rows, shared = None, in_source(source)
+        own, same = (
+            compared(shared, scored_parts(half, by_validation))
+            for half in apart(config_of(trainer), self.config)
+        )
         if isinstance(source, Whole):
             rows, shared = apart(shared, self.flags(shared))
         return np.asarray(marks_of_rows((rows, own), (shared, same), self.size))

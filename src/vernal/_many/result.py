@@ -16,7 +16,7 @@ from .._inference import ErrorKind, KnownErrors
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
 from .._report import Report, pandas
-from .._step import bounds_of, tied_words
+from .._step import bounds_of, noted_as, tied_words
 from .._storage import History
 from .._trainer import Trainer
 from .._tree import by_path, element_name
@@ -80,7 +80,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"`index` is {index}, and there are {len(self)} members.")
         is_array = lambda leaf: isinstance(leaf, jax.Array)
-        return jax.tree.map(lambda x: x[index] if is_array(x) else x, self.trainers)
+        one = jax.tree.map(lambda x: x[index] if is_array(x) else x, self.trainers)
+        return noted_as(one, self.trainers)
 
     @property
     def losses(self) -> Float[np.ndarray, " members"]:

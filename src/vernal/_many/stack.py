@@ -13,6 +13,8 @@ from .._data import Minibatches, Stream
 from .._step import (
     AbstractTrainer,
     config_of,
+    is_of_other_code,
+    noted_as,
     progress_of,
     require_precision,
     with_progress,
@@ -63,14 +65,18 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
         for column, flag in zip(columns, is_stacked, strict=True)
     ]
     config, progress = structures[0].unflatten(together)
-    return with_progress(config, progress), tuple(flags), len(given)
+    others = next(filter(is_of_other_code, given), given[0])
+    trainers = noted_as(with_progress(config, progress), others)
+    return trainers, tuple(flags), len(given)
 
 
 def _as_jax(leaf: Any, known: dict[int, Array]) -> Any:
     """Converts an array of NumPy, such as a field of a class; a shared one once."""
     if not isinstance(leaf, np.ndarray | np.generic):
         return leaf
-    return known.get(id(leaf)) or known.setdefault(id(leaf), jnp.asarray(leaf))
+    if id(leaf) not in known:
+        known[id(leaf)] = jnp.asarray(leaf)
+    return known[id(leaf)]
 
 
 def _is_own(column: Sequence[Any]) -> bool:

@@ -40,6 +40,7 @@ from .construct import (
 from .data_mark import (
     BATCH_BY_BATCH,
     begun_on,
+    compared,
     data_mark,
     in_source,
     marks_of_rows,
@@ -93,6 +94,7 @@ from .scored_by import (
     is_of_other_code,
     method_digests,
     noted,
+    noted_as,
     scored_parts,
 )
 from .step import (

@@ -39,6 +39,7 @@ def warn_of_no_data(
             )
             return
         if small := too_small(*ended(index)):
+            which = f", member {index}" if is_small.ndim else ""
             warn(
                 f"`{where}`{which}: {small}, so that any model fits. Fit in larger "
                 "units, or divide what is squared by its error."

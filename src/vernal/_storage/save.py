@@ -85,9 +85,10 @@ def load(
         `jax.ShapeDtypeStruct`, as `equinox.filter_eval_shape` makes them.
     - `reset`: for a trainer, what to start afresh instead of restoring: `"opt_state"`
         (the moments; the optimiser may then be another), `"best"`, `"nan_report"`,
-        `"policy_state"`, `"state"`, `"step_count"`. Reset the best where the loss
-        or the priors are others than before. Where the data are, the best begins anew
-        by itself.
+        `"policy_state"`, `"state"`, `"step_count"`. Reset the best where functions
+        that the loss calls are others than before, or a prior that is not normal.
+        Where the data or the methods are, the best begins anew by itself, and so it
+        does under another version of Python.
 
     **Returns:**
 

@@ -197,8 +197,9 @@ def _require_within(trainer: AbstractTrainer, source: str) -> None:
             bounds.required(progress.best)
     except ValueError as error:
         raise MismatchError(
-            f"{source} has a fit at parameters that this program does not allow. "
-            f"{error} Or give the bounds and priors that it was saved with."
+            f"{source} has a fit at parameters that this program does not allow. Give "
+            "the bounds and priors that it was saved with, or begin from another "
+            f"start. {error}"
         ) from error
     bijections, projector = bijections_of(trainer), trainer.projector
     if bijections is None:

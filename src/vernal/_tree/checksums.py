@@ -1,5 +1,6 @@
 """Checksums of arrays, by which equal data are known again."""
 
+import weakref
 import zlib
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ from .named_tree import by_path
 
 # Arrays with more bytes are summed up on their device.
 _LARGE = 2**24
+
+# Of arrays with more bytes that cannot change the sum is kept, by their id, as long as
+# they live: each fit asks for that of its data and of all that is not trained.
+_WORTH_KEEPING = 2**14
+_kept: dict[int, tuple[weakref.ref[Any], int | None]] = {}
 
 
 def is_part(leaf: Any) -> bool:
@@ -65,6 +71,17 @@ def row_sums(tree: PyTree) -> list[LeafSum]:
 
 
 def _sum(array: Any) -> int | None:
+    is_one = isinstance(array, jax.Array) and array.nbytes >= _WORTH_KEEPING
+    if not is_one or is_part(array):  # all processes compute that of a part
+        return _new_sum(array)
+    place = id(array)
+    if place not in _kept:
+        gone = weakref.ref(array, lambda _: _kept.pop(place, None))
+        _kept[place] = gone, _new_sum(array)
+    return _kept[place][1]
+
+
+def _new_sum(array: Any) -> int | None:
     is_large = isinstance(array, jax.Array) and array.nbytes > _LARGE
     return int(_mixed_sum(array)) if is_large or is_part(array) else checksum(array)
 
