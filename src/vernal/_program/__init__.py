@@ -15,4 +15,4 @@ from .one_function import (
     is_switched_on,
 )
 from .prepared import prepared
-from .programs import Version, forget, program, version_of
+from .programs import Version, forget, hash_of_code, program, version_of

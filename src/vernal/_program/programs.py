@@ -231,6 +231,14 @@ def version_of(tree: Any) -> Version:
     return _Record.of(structure, _statics(leaves)).now()
 
 
+def hash_of_code(tree: Any) -> int:
+    """Returns a hash of all that the code of a tree reads, and is, as it is now."""
+    leaves, structure = jax.tree.flatten(tree)
+    record = _Record.of(structure, _statics(leaves))
+    record.now()
+    return hash(record.found.key)
+
+
 class Program(Generic[P, R]):
     """A compiled function, which `program` makes."""
 

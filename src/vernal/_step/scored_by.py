@@ -8,7 +8,7 @@ from typing import Any
 
 from .._closure import words_in
 from .._pickling import digest_of, is_library
-from .._program import version_of
+from .._program import hash_of_code
 from .abstract_trainer import (
     AbstractTrainer,
     TrainerT,
@@ -119,7 +119,7 @@ def _code(trainer: AbstractTrainer) -> int:
     """Returns a hash of what the code of a loss is, and reads, beside arrays."""
     read = _Members(tuple(_read(type(trainer))))
     others = template_of(trainer), bijections_of(trainer), priors_of(trainer)
-    return hash(version_of((read, own_fields(trainer), others)))
+    return hash_of_code((read, own_fields(trainer), others))
 
 
 def _read(kind: type) -> Iterator[Any]:
