@@ -227,16 +227,19 @@ _versions: weakref.WeakValueDictionary[Hashed, Version] = weakref.WeakValueDicti
 
 def version_of(tree: Any) -> Version:
     """Returns the version of a tree's code as it is now: static, for JAX."""
-    leaves, structure = jax.tree.flatten(tree)
-    return _Record.of(structure, _statics(leaves)).now()
+    return _record_of(tree).now()
 
 
 def hash_of_code(tree: Any) -> int:
     """Returns a hash of all that the code of a tree reads, and is, as it is now."""
-    leaves, structure = jax.tree.flatten(tree)
-    record = _Record.of(structure, _statics(leaves))
+    record = _record_of(tree)
     record.now()
     return hash(record.found.key)
+
+
+def _record_of(tree: Any) -> _Record:
+    leaves, structure = jax.tree.flatten(tree)
+    return _Record.of(structure, _statics(leaves))
 
 
 class Program(Generic[P, R]):

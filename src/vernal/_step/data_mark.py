@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -53,10 +54,8 @@ def marks_of_rows(rows: PyTree, shared: PyTree, members: int) -> list[int]:
     `rows` and `shared` are pairs as `data_mark` makes of a source and its parts, with
     `None` for the arrays that the other one has.
     """
-    rows = jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.Array) else None, rows
-    )
-    return _marks(leaf_sums(shared) + row_sums(rows), members)
+    sums = leaf_sums(shared) + row_sums(eqx.filter(rows, eqx.is_array))
+    return _marks(sums, members)
 
 
 def _is_traced(tree: PyTree) -> bool:

@@ -1,12 +1,11 @@
 """By what a best was scored, beside the data: losses of other code do not compare."""
 
 import inspect
-import operator
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .._closure import words_in
+from .._closure import Same, words_in
 from .._pickling import digest_of, is_library
 from .._program import hash_of_code
 from .abstract_trainer import (
@@ -97,27 +96,9 @@ def is_of_other_code(trainer: AbstractTrainer) -> bool:
     return known is not None and known[1] != _code(trainer)
 
 
-class _Members:
-    """Members of a class, which are the same if each of them is."""
-
-    def __init__(self, members: tuple[Any, ...]):
-        self.members = members
-
-    def __eq__(self, other: object) -> bool:
-        own = self.members
-        return (
-            isinstance(other, _Members)
-            and len(own) == len(other.members)
-            and all(map(operator.is_, own, other.members))
-        )
-
-    def __hash__(self) -> int:
-        return hash(tuple(map(id, self.members)))
-
-
 def _code(trainer: AbstractTrainer) -> int:
     """Returns a hash of what the code of a loss is, and reads, beside arrays."""
-    read = _Members(tuple(_read(type(trainer))))
+    read = tuple(map(Same, _read(type(trainer))))
     others = template_of(trainer), bijections_of(trainer), priors_of(trainer)
     return hash_of_code((read, own_fields(trainer), others))
 
