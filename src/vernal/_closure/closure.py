@@ -263,7 +263,7 @@ def _skeleton(encoder: _Encoder, obj: Any) -> Skeleton:
     skeleton = interned.get(key)
     if skeleton is None:
         recipe = _encoded_again, encoder.all_rates, encoder.within
-        skeleton = interned[key] = Skeleton(plan, hash(key), recipe)
+        skeleton = interned[key] = Skeleton(plan, recipe)
     return skeleton
 
 

@@ -113,19 +113,14 @@ def strict_key(obj: Any) -> Hashable:
     return kind
 
 
-class StaticData:
+class StaticData(Hashed):
     """The static data in the structure of a tree, whose own `==` is too generous."""
 
-    __slots__ = ("_key", "_structure")
+    __slots__ = ("_structure",)
 
     def __init__(self, structure: Any):
-        self._structure, self._key = structure, Hashed(_static_key(structure))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticData) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+        super().__init__(_static_key(structure))
+        self._structure = structure
 
     def __repr__(self) -> str:
         return "StaticData"
