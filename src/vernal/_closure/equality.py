@@ -20,16 +20,16 @@ from .._pickling import is_library, packed
 class Same:
     """Compares by identity. Holds its object, so that no other takes its id."""
 
-    __slots__ = ("obj",)
+    __slots__ = ("_hash", "obj")
 
     def __init__(self, obj: Any):
-        self.obj = obj
+        self.obj, self._hash = obj, id(obj)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Same) and self.obj is other.obj
 
     def __hash__(self) -> int:
-        return id(self.obj)
+        return self._hash
 
 
 class Hashed:
@@ -136,9 +136,7 @@ def _static_key(structure: Any) -> Hashable:
     return strict_key(data[1]), tuple(map(_static_key, structure.children()))
 
 
-def content_key(
-    obj: Any, of_one: Callable[[Any], Hashable] = value_key
-) -> Hashable:
+def content_key(obj: Any, of_one: Callable[[Any], Hashable] = value_key) -> Hashable:
     """Returns a key of what is in tuples, lists and dictionaries, from that of each.
 
     It is for those that nobody else can change, as `copied` makes them.
