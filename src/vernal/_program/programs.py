@@ -288,9 +288,7 @@ class Program(Generic[P, R]):
             return arrays, _Statics(statics) if has_statics else None
 
         enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
-        if not self._donates:
-            return jax.jit(enter)
-        return jax.jit(enter, donate_argnums=1)
+        return jax.jit(enter, donate_argnums=(1,) if self._donates else ())
 
     def _taken_apart(self, args: Any) -> tuple[_Record, list[Any], list[Any]]:
         """Returns the record of a call, the arrays that are kept, and the other ones.
