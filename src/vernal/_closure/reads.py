@@ -208,12 +208,10 @@ class _Walk:
         elif issubclass(kind, tuple):
             self.tokens.append(count)
             self.todo.extend(obj)
-        elif issubclass(kind, set | frozenset):
-            # Equal sets may have different orders.
-            if (id(obj), None) not in kept:
-                self.tokens.append(frozenset(map(value_key, obj)))
-            self.hold(look, obj, range(count))
         else:
+            if issubclass(kind, set | frozenset) and (id(obj), None) not in kept:
+                # Equal sets may have different orders.
+                self.tokens.append(frozenset(map(value_key, obj)))
             self.hold(look, obj, range(len(look(obj))))
         if not is_library(kind):
             self.todo.append(kind)
