@@ -232,12 +232,10 @@ def _data(leaf: Any) -> Any:
 
 def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
     """Turns an array into the kind of leaf that `like` is."""
-    is_placed = isinstance(array, jax.Array)  # Processes may have parts of it.
-    array = array if is_placed else np.asarray(array)
     if is_key(like):
         return _as_key(path, array, like, source)
-    if is_placed and isinstance(like, jax.Array):
-        return array
+    if isinstance(array, jax.Array) and isinstance(like, jax.Array):
+        return array  # Processes may have parts of it.
     array = np.asarray(array)
     if isinstance(like, jax.ShapeDtypeStruct):
         return jax.device_put(array, like.sharding)
@@ -259,12 +257,12 @@ def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
         ) from error
 
 
-def _as_key(path: str, data: np.ndarray | jax.Array, like: Any, source: str) -> Any:
+def _as_key(path: str, array: Any, like: Any, source: str) -> Any:
+    data = array if isinstance(array, jax.Array) else jax.device_put(np.asarray(array))
     one = like if isinstance(like, jax.Array) else jnp.empty((), like.dtype)
     if data.shape[-1:] != jax.random.key_data(one).shape[-1:]:
         raise MismatchError(
             f"{source} holds {path!r} as a key of {data.shape[-1]} words, which no "
             f"{like.dtype} has."
         )
-    placed = data if isinstance(data, jax.Array) else jax.device_put(data)
-    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(one))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(one))

@@ -70,14 +70,14 @@ def require_alike(
 
 
 def cast_alike(
-    tree: PyTree, like: PyTree, what: str, whose: str, remedy: str, hint: str = ""
+    tree: PyTree, like: PyTree, what: str, whose: str, remedy: str
 ) -> PyTree:
     """Casts a tree to the dtypes of another, after `require_alike`.
 
     If a leaf is of a kind that the other cannot hold, such as a float instead of an
     integer, a `TypeError` names the `remedy`, in which `{}` stands for the dtype.
     """
-    require_alike(tree, like, what, whose, hint)
+    require_alike(tree, like, what, whose)
     pairs = zip(by_path(tree).items(), jax.tree.leaves(like), strict=True)
     for (path, leaf), other in pairs:
         new, old = jnp.asarray(leaf), jnp.asarray(other)
