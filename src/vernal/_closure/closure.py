@@ -230,7 +230,14 @@ class Closure(Portable, PlainMethods, eqx.Module):
         The closure, from which `decode` builds the object again.
         """
         encoder = _Encoder(rates, within)
-        skeleton = _skeleton(encoder, obj)
+        root = encoder.walk(obj)
+        shells = cast(tuple[Shell, ...], tuple(encoder.shells))
+        plan = Plan(root, shells, tuple(encoder.cells))
+        key = Hashed(plan)
+        skeleton = interned.get(key)
+        if skeleton is None:
+            recipe = _encoded_again, rates, within
+            skeleton = interned[key] = Skeleton(plan, recipe)
         return cls(tuple(encoder.leaves), skeleton)
 
     def decode(self) -> Any:
@@ -241,27 +248,14 @@ class Closure(Portable, PlainMethods, eqx.Module):
         return self.skeleton.plan.build(self.leaves)
 
 
-def _skeleton(encoder: _Encoder, obj: Any) -> Skeleton:
-    root = encoder.walk(obj)
-    shells = cast(tuple[Shell, ...], tuple(encoder.shells))
-    plan = Plan(root, shells, tuple(encoder.cells))
-    key = Hashed(plan)
-    skeleton = interned.get(key)
-    if skeleton is None:
-        recipe = _encoded_again, encoder.all_rates, encoder.within
-        skeleton = interned[key] = Skeleton(plan, recipe)
-    return skeleton
-
-
 def _encoded_again(
     obj: Any, rates: frozenset[str], within: tuple[str, ...] | None
 ) -> Skeleton:
-    encoder = _Encoder(rates, within)
-    skeleton = _skeleton(encoder, obj)
-    if encoder.leaves:
+    closure = Closure.encode(obj, rates, within)
+    if closure.leaves:
         raise pickle.UnpicklingError(
-            f"What was pickled with {skeleton!r} has an array here that it had not "
-            "there. Pickles are for processes of one environment; to keep a trainer, "
-            "use `vernal.save`."
+            f"What was pickled with {closure.skeleton!r} has an array here that it had "
+            "not there. Pickles are for processes of one environment; to keep a "
+            "trainer, use `vernal.save`."
         )
-    return skeleton
+    return closure.skeleton
