@@ -89,18 +89,15 @@ class Shelves(Generic[V]):
             del self._shelves[kind]
         return value
 
-    def _items(self) -> list[tuple[Any, V]]:
-        return [x for shelf in self._shelves.values() for x in shelf.items()]
-
-    def values(self) -> list[V]:
-        """Returns all that is kept."""
+    def items(self) -> list[tuple[Any, V]]:
+        """Returns all that is kept, with its keys."""
         with self._lock:
-            return [value for _, value in self._items()]
+            return [x for shelf in self._shelves.values() for x in shelf.items()]
 
     def clear(self) -> None:
         """Drops everything."""
         with self._lock:
-            gone = self._items()
+            gone = self.items()
             for held in self._kinds, self._shelves, self._dropped:
                 held.clear()
         for each in gone:
