@@ -17,10 +17,6 @@ _asked: contextvars.ContextVar[tuple[bool, bool] | None] = contextvars.ContextVa
 )
 
 
-def _flags() -> tuple[bool, bool]:
-    return jax.config.jax_debug_nans, jax.config.jax_debug_infs  # pyright: ignore
-
-
 def undebugged(fn: Callable[P, R]) -> Callable[P, R]:
     """Switches the two flags off while a function runs.
 
@@ -30,7 +26,7 @@ def undebugged(fn: Callable[P, R]) -> Callable[P, R]:
 
     @ft.wraps(fn)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
-        flags = _flags()
+        flags = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # pyright: ignore
         if not any(flags):
             return fn(*args, **kwargs)
         with _switched((False, False), asked=flags):

@@ -190,10 +190,6 @@ def _is_of_jax(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
-def _is_array(leaf: Any) -> bool:
-    return _is_of_jax(leaf) or isinstance(leaf, np.ndarray | np.generic)
-
-
 def _is_kept(dtype: np.dtype) -> bool:
     """Whether arrays of a dtype of NumPy can be saved, as all those of JAX can."""
     return dtype.kind in "biufcmMSU" or dtype.isbuiltin == 2
@@ -218,7 +214,7 @@ def is_key(leaf: Any) -> bool:
 
 
 def _kind(leaf: Any) -> Kind:
-    if _is_array(leaf):
+    if hasattr(leaf, "dtype"):
         return Kind(tuple(leaf.shape), str(leaf.dtype))
     name = next(name for name, kind in _NUMBERS.items() if isinstance(leaf, kind))
     return Kind((), name)
@@ -227,7 +223,7 @@ def _kind(leaf: Any) -> Kind:
 def _data(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and is_key(leaf):
         return jax.random.key_data(leaf)
-    return leaf if _is_array(leaf) else np.asarray(leaf)
+    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
 
 
 def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
