@@ -40,11 +40,6 @@ class Watch(NamedTuple):
     names_of: Names
     """Returns the names that there are now."""
 
-    def slots(self) -> Iterator[tuple[Slot, Any]]:
-        """Yields each slot, and its value then."""
-        for name, value in zip(self.names, self.values, strict=True):
-            yield (id(self.owner), name), value
-
     def changed(self) -> Iterator[Slot]:
         """Yields the slots that have another value now."""
         try:

@@ -55,7 +55,8 @@ class _Changes:
         is_new = False
         for watch in found.watches:
             owner = _mark(watch.owner)
-            for slot, value in watch.slots():
+            for name, value in zip(watch.names, watch.values, strict=True):
+                slot = id(watch.owner), name
                 mark, last = _mark(value), self._last.get(slot)
                 self._last[slot] = owner, mark
                 # The id may have been that of another owner, which no longer exists.
