@@ -56,4 +56,4 @@ ATOMIC = importlib.util.find_spec("vernal._storage.atomic").origin
 
 def cache_size(program):
     """Counts the programs that are compiled for a function."""
-    return sum(x._cache_size() for x in program._compiled.values())
+    return sum(x._cache_size() for _, x in program._compiled.items())

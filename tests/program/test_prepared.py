@@ -34,7 +34,7 @@ def test_found_again_by_identity():
 
 def test_within_a_program_it_is_the_tree():
     one = owner()
-    (found,) = prepared(one)
+    found, _ = prepared(one, None)
     add = jax.jit(lambda tree: tree.value + 1)
     assert add(found) == add(one) == 2
 
@@ -46,8 +46,8 @@ def test_what_may_change_is_left_as_it_is(tree):
 
 def test_nothing_is_kept_alive():
     one = owner()
-    gone, (found,) = weakref.ref(one), prepared(one)
-    assert prepared(one)[0] is found
+    gone, (found, _) = weakref.ref(one), prepared(one, None)
+    assert prepared(one, None)[0] is found
     del one, found
     gc.collect()
     assert gone() is None

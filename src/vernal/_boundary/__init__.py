@@ -27,6 +27,7 @@ from .foreign import (
 from .frames import entrance, warn
 from .names import (
     dotted,
+    first_names,
     in_few_words,
     nearest_names,
     spelled,

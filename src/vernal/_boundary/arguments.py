@@ -38,9 +38,7 @@ def whole_number(
 
 def boolean(value: Any, name: str) -> bool:
     """Checks a boolean, of Python or of NumPy, or 0 or 1."""
-    if isinstance(value, bool | np.bool_) or (
-        isinstance(value, int) and value in (0, 1)
-    ):
+    if isinstance(value, int | np.bool_) and value in (0, 1):
         return bool(value)
     raise TypeError(
         f"`{name}` is {in_few_words(value)}, but must be `True` or `False`."
@@ -49,10 +47,7 @@ def boolean(value: Any, name: str) -> bool:
 
 def file_path(value: Any, name: str) -> Path:
     """Checks the path of a file or a directory."""
-    try:
-        path = os.fspath(value)
-    except TypeError:
-        path = None
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str):
         raise TypeError(
             f"`{name}` is {value!r}, but must be a path: a string or a `pathlib.Path`."

@@ -17,10 +17,6 @@ _asked: contextvars.ContextVar[tuple[bool, bool] | None] = contextvars.ContextVa
 )
 
 
-def _flags() -> tuple[bool, bool]:
-    return jax.config.jax_debug_nans, jax.config.jax_debug_infs  # pyright: ignore
-
-
 def undebugged(fn: Callable[P, R]) -> Callable[P, R]:
     """Switches the two flags off while a function runs.
 
@@ -30,15 +26,11 @@ def undebugged(fn: Callable[P, R]) -> Callable[P, R]:
 
     @ft.wraps(fn)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> R:
-        flags = _flags()
+        flags = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # pyright: ignore
         if not any(flags):
             return fn(*args, **kwargs)
-        token = _asked.set(flags)
-        try:
-            with jax.debug_nans(False), jax.debug_infs(False):
-                return fn(*args, **kwargs)
-        finally:
-            _asked.reset(token)
+        with _switched((False, False), asked=flags):
+            return fn(*args, **kwargs)
 
     return quiet
 
@@ -48,14 +40,17 @@ def is_debugged() -> bool:
     return _asked.get() is not None
 
 
-@contextlib.contextmanager
-def debugged() -> Iterator[None]:
+def debugged() -> contextlib.AbstractContextManager[None]:
     """Switches the flags back to what the user set, to run the user's code."""
     flags = _asked.get()
-    if flags is None:
-        yield
-        return
-    token = _asked.set(None)
+    return contextlib.nullcontext() if flags is None else _switched(flags, asked=None)
+
+
+@contextlib.contextmanager
+def _switched(
+    flags: tuple[bool, bool], asked: tuple[bool, bool] | None
+) -> Iterator[None]:
+    token = _asked.set(asked)
     try:
         with jax.debug_nans(flags[0]), jax.debug_infs(flags[1]):
             yield

@@ -35,9 +35,13 @@ def nearest_names(name: str, candidates: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.6)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
-    shown = ", ".join(map(repr, candidates[:8]))
-    more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
-    return f"There is {shown or 'nothing'}{more}."
+    return f"There is {first_names(candidates) or 'nothing'}."
+
+
+def first_names(names: Sequence[str], most: int = 8) -> str:
+    """Lists the first of some names, and says how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def in_few_words(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Functions as values: a closure split into array leaves and a comparable skeleton."""
 
-import copy
 import functools
 import pickle
 import types
@@ -14,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
-from .._pickling import PlainMethods, content_of, is_named, metadata
+from .._pickling import PlainMethods, Portable, content_of, is_named, metadata
 from .equality import Hashed, Same, content_key, copied, names_written, value_key
 from .reads import reads, scope_key
 from .skeleton import (
@@ -39,7 +38,6 @@ class _Encoder:
         self.leaves: list[Array] = []
         self.shells: list[Shell | None] = []
         self.cells: list[Part | None] = []
-        self.function_index: dict[int, int] = {}
         self.cell_index: dict[int, int] = {}
         self.met: dict[int, Part] = {}
         # Objects made on the way must outlive the walk, or their ids are reused.
@@ -59,8 +57,6 @@ class _Encoder:
             return self.leaf(jnp.asarray(obj))
         if isinstance(obj, str | int | float | type | types.ModuleType | None):
             return Static(value_key(obj), obj)
-        if type(obj) is types.FunctionType:
-            return self.function(obj)
         if type(obj) is np.ndarray:
             # A copy, which stays what it was compared as.
             return Static(value_key(obj), obj.copy())
@@ -69,6 +65,8 @@ class _Encoder:
         if (part := self.met.get(id(obj))) is not None:
             # E.g. the module that the methods `init` and `update` are both bound to.
             return part
+        if type(obj) is types.FunctionType:
+            return self.function(obj)
         self.alive.append(obj)
         self.open.add(id(obj))
         part = self.met[id(obj)] = self.group(obj, name)
@@ -80,10 +78,8 @@ class _Encoder:
 
     def group(self, obj: Any, name: str | None = None) -> Part:
         kind = type(obj)
-        if kind is tuple:
-            return Group(kind, self.parts(obj), tuple)
-        if kind is list and obj:
-            return Group(kind, self.parts(obj), list)
+        if kind is tuple or (kind is list and obj):
+            return Group(kind, self.parts(obj), kind)
         if kind is list:
             # An empty list configures nothing: it is there to be appended to by those
             # who hold this very list.
@@ -139,9 +135,8 @@ class _Encoder:
         contents = fn.__closure__, fn.__defaults__, fn.__kwdefaults__, fn.__dict__
         if not any(contents):
             return Static(key, fn)
-        if (index := self.function_index.get(id(fn))) is not None:
-            return Function(index)
-        index = self.function_index[id(fn)] = len(self.shells)
+        index = len(self.shells)
+        part = self.met[id(fn)] = Function(index)
         self.shells.append(None)
         self.alive.append(fn)
         met = len(self.leaves)
@@ -165,7 +160,7 @@ class _Encoder:
             fn if is_named(fn) and len(self.leaves) == met else None,
         )
         self.rates = outer_rates
-        return Function(index)
+        return part
 
     def cell(self, cell: types.CellType, name: str, is_written: bool) -> int:
         is_new = id(cell) not in self.cell_index
@@ -199,7 +194,7 @@ def _own_structure(treedef: Any) -> tuple[Any, Hashable]:
     return treedef, value_key(data)
 
 
-class Closure(PlainMethods, eqx.Module):
+class Closure(Portable, PlainMethods, eqx.Module):
     """An object made of functions, as a pytree of the arrays that they captured.
 
     Two closures built by the same code from equal values have equal skeletons, so
@@ -235,7 +230,14 @@ class Closure(PlainMethods, eqx.Module):
         The closure, from which `decode` builds the object again.
         """
         encoder = _Encoder(rates, within)
-        skeleton = _skeleton(encoder, obj)
+        root = encoder.walk(obj)
+        shells = cast(tuple[Shell, ...], tuple(encoder.shells))
+        plan = Plan(root, shells, tuple(encoder.cells))
+        key = Hashed(plan)
+        skeleton = interned.get(key)
+        if skeleton is None:
+            recipe = _encoded_again, rates, within
+            skeleton = interned[key] = Skeleton(plan, recipe)
         return cls(tuple(encoder.leaves), skeleton)
 
     def decode(self) -> Any:
@@ -245,37 +247,15 @@ class Closure(PlainMethods, eqx.Module):
         """
         return self.skeleton.plan.build(self.leaves)
 
-    def __copy__(self) -> "Closure":
-        return Closure(self.leaves, self.skeleton)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Closure":
-        return Closure(copy.deepcopy(self.leaves, memo), self.skeleton)
-
-    def __reduce__(self) -> Any:
-        return Closure, (self.leaves, self.skeleton)
-
-
-def _skeleton(encoder: _Encoder, obj: Any) -> Skeleton:
-    root = encoder.walk(obj)
-    shells = cast(tuple[Shell, ...], tuple(encoder.shells))
-    plan = Plan(root, shells, tuple(encoder.cells))
-    key = Hashed(plan)
-    skeleton = interned.get(key)
-    if skeleton is None:
-        recipe = _encoded_again, encoder.all_rates, encoder.within
-        skeleton = interned[key] = Skeleton(plan, hash(key), recipe)
-    return skeleton
-
 
 def _encoded_again(
     obj: Any, rates: frozenset[str], within: tuple[str, ...] | None
 ) -> Skeleton:
-    encoder = _Encoder(rates, within)
-    skeleton = _skeleton(encoder, obj)
-    if encoder.leaves:
+    closure = Closure.encode(obj, rates, within)
+    if closure.leaves:
         raise pickle.UnpicklingError(
-            f"What was pickled with {skeleton!r} has an array here that it had not "
-            "there. Pickles are for processes of one environment; to keep a trainer, "
-            "use `vernal.save`."
+            f"What was pickled with {closure.skeleton!r} has an array here that it had "
+            "not there. Pickles are for processes of one environment; to keep a "
+            "trainer, use `vernal.save`."
         )
-    return skeleton
+    return closure.skeleton

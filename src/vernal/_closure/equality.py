@@ -6,7 +6,7 @@ import functools
 import hashlib
 import operator
 import types
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,16 @@ from .._pickling import is_library, packed
 class Same:
     """Compares by identity. Holds its object, so that no other takes its id."""
 
-    __slots__ = ("obj",)
+    __slots__ = ("_hash", "obj")
 
     def __init__(self, obj: Any):
-        self.obj = obj
+        self.obj, self._hash = obj, id(obj)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Same) and self.obj is other.obj
 
     def __hash__(self) -> int:
-        return id(self.obj)
+        return self._hash
 
 
 class Hashed:
@@ -99,13 +99,13 @@ def strict_key(obj: Any) -> Hashable:
 
     It is the same for other objects of one class, which are left to `==`.
     """
+    return content_key(obj, _strict_key_of_one)
+
+
+def _strict_key_of_one(obj: Any) -> Hashable:
     kind = type(obj)
     if is_atom(obj):
         return value_key(obj)
-    if kind in (tuple, list):
-        return kind, tuple(map(strict_key, obj))
-    if kind is dict:
-        return kind, tuple(map(strict_key, obj.items()))
     if _is_users_dataclass(obj):
         # Fields may be left out of `==`, not set, or lead back here.
         values = (getattr(obj, field.name, None) for field in dataclasses.fields(obj))
@@ -113,19 +113,14 @@ def strict_key(obj: Any) -> Hashable:
     return kind
 
 
-class StaticData:
+class StaticData(Hashed):
     """The static data in the structure of a tree, whose own `==` is too generous."""
 
-    __slots__ = ("_key", "_structure")
+    __slots__ = ("_structure",)
 
     def __init__(self, structure: Any):
-        self._structure, self._key = structure, Hashed(_static_key(structure))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticData) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+        super().__init__(_static_key(structure))
+        self._structure = structure
 
     def __repr__(self) -> str:
         return "StaticData"
@@ -141,18 +136,16 @@ def _static_key(structure: Any) -> Hashable:
     return strict_key(data[1]), tuple(map(_static_key, structure.children()))
 
 
-def content_key(obj: Any) -> Hashable:
-    """Returns a key as `value_key` does, of what is in lists and dictionaries too.
+def content_key(obj: Any, of_one: Callable[[Any], Hashable] = value_key) -> Hashable:
+    """Returns a key of what is in tuples, lists and dictionaries, from that of each.
 
     It is for those that nobody else can change, as `copied` makes them.
     """
     kind = type(obj)
-    if kind in (tuple, list):
-        return kind, tuple(map(content_key, obj))
-    if kind is dict:
-        pairs = ((value_key(key), content_key(value)) for key, value in obj.items())
-        return kind, tuple(pairs)
-    return value_key(obj)
+    if kind in (tuple, list, dict):
+        items = obj.items() if kind is dict else obj
+        return kind, tuple(content_key(item, of_one) for item in items)
+    return of_one(obj)
 
 
 def copied(obj: Any) -> Any:

@@ -194,12 +194,10 @@ class _Walk:
             if array.dtype == object and array.size <= _MOST_ELEMENTS:
                 self.hold(lambda held: (*held.flat,), array, range(array.size))
             return
-        look, digest = look_at_array(array)
-        self.hold(look, array, ("content",), lambda name, value: False)
         is_whole = array.nbytes <= MOST_BYTES
         mark = (array.shape, array.dtype) if is_whole else Only(array)
-        is_kept = (id(array), "content") in kept
-        self.tokens.append((mark, type(array), None if is_kept else digest))
+        self.tokens.append((mark, type(array)))
+        self.hold(look_at_array(array), array, ("content",))
 
     def elements(self, obj: Any, look: Look) -> None:
         kind, count = type(obj), len(obj)
@@ -210,12 +208,10 @@ class _Walk:
         elif issubclass(kind, tuple):
             self.tokens.append(count)
             self.todo.extend(obj)
-        elif issubclass(kind, set | frozenset):
-            # Equal sets may have different orders.
-            if (id(obj), None) not in kept:
-                self.tokens.append(frozenset(map(value_key, obj)))
-            self.hold(look, obj, range(count))
         else:
+            if issubclass(kind, set | frozenset) and (id(obj), None) not in kept:
+                # Equal sets may have different orders.
+                self.tokens.append(frozenset(map(value_key, obj)))
             self.hold(look, obj, range(len(look(obj))))
         if not is_library(kind):
             self.todo.append(kind)
@@ -227,7 +223,7 @@ class _Walk:
         if is_library and not (fn.__closure__ or fn.__dict__):
             return
         names = "code", "defaults", "kwdefaults", "is plain"
-        self.hold(made_of, fn, names, _is_content)
+        self.hold(made_of, fn, names)
         self.todo.append(fn.__dict__ or None)
         for cell in fn.__closure__ or ():
             # A cell may be empty.
@@ -349,10 +345,6 @@ def _parts(obj: Any) -> tuple[Any, ...] | None:
 def _names_twice(held: Mapping[str, Any]) -> tuple[Hashable, ...]:
     """Returns the names of what `keys_and_values` returns."""
     return (*(("name", name) for name in held), *held)
-
-
-def _is_content(name: str, value: Any) -> bool:
-    return name != "code"
 
 
 def _is_member(name: Any, value: Any) -> bool:

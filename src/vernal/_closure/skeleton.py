@@ -124,20 +124,19 @@ def _kept_cell(part: Part | None) -> types.CellType | None:
     return value if isinstance(value, types.CellType) else None
 
 
-class Skeleton:
+class Skeleton(Hashed):
     """All of a closure but its arrays: hashable, compared by value, interned."""
 
-    __slots__ = ("__weakref__", "_hash", "_recipe", "plan")
+    __slots__ = ("__weakref__", "_recipe", "plan")
 
-    def __init__(self, plan: Plan, hashed: int, recipe: tuple[Any, ...]):
+    def __init__(self, plan: Plan, recipe: tuple[Any, ...]):
         """**Arguments:**
 
         - `plan`: how to build the object.
-        - `hashed`: the hash of the plan.
         - `recipe`: a function that encodes an object, and its further arguments.
         """
-        self.plan: Plan = plan
-        self._hash, self._recipe = hashed, recipe
+        super().__init__(plan)
+        self.plan, self._recipe = plan, recipe
 
     def __reduce__(self) -> Any:
         # The object, with marks for its leaves, which is encoded again.
@@ -145,16 +144,6 @@ class Skeleton:
         marks = {part.index: part for part in parts if isinstance(part, Leaf)}
         encode, *options = self._recipe
         return encode, (packed(self.plan.build(marks)), *options)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Skeleton)
-            and self._hash == other._hash
-            and self.plan == other.plan
-        )
 
     def __copy__(self) -> "Skeleton":
         return self

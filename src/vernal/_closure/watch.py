@@ -1,5 +1,6 @@
 """What objects held when they were looked at, and whether they still do."""
 
+import hashlib
 import operator
 import threading
 import types
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .equality import Hashed, value_key
+from .equality import Hashed, Same
 
 # NumPy arrays up to this size are compared as a whole, larger ones by a sample of
 # elements, evenly spread.
@@ -38,11 +39,6 @@ class Watch(NamedTuple):
     values: tuple[Any, ...]
     names_of: Names
     """Returns the names that there are now."""
-
-    def slots(self) -> Iterator[tuple[Slot, Any]]:
-        """Yields each slot, and its value then."""
-        for name, value in zip(self.names, self.values, strict=True):
-            yield (id(self.owner), name), value
 
     def changed(self) -> Iterator[Slot]:
         """Yields the slots that have another value now."""
@@ -109,23 +105,17 @@ class Kept:
 kept = Kept()
 
 
-class Only:
+class Only(Same):
     """As `Same`, but it does not keep its object alive where that can be avoided."""
 
-    __slots__ = ("_hash", "mark")
+    __slots__ = ()
 
     def __init__(self, obj: Any):
-        self._hash = id(obj)
         try:
-            self.mark = weakref.ref(obj)
+            super().__init__(weakref.ref(obj))
         except TypeError:
-            self.mark = obj
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Only) and self.mark is other.mark
-
-    def __hash__(self) -> int:
-        return self._hash
+            super().__init__(obj)
+        self._hash = id(obj)
 
 
 # What objects of some kinds hold.
@@ -142,16 +132,16 @@ def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
     return one.size == other.size and bool((one == other).all())
 
 
-_seen: weakref.WeakValueDictionary[Hashable, np.ndarray] = weakref.WeakValueDictionary()
+_seen: weakref.WeakValueDictionary[bytes, np.ndarray] = weakref.WeakValueDictionary()
 
 
-def look_at_array(array: np.ndarray) -> tuple[Look, Hashable]:
-    """Returns how to look at the content of an array, and a key of its content now."""
+def look_at_array(array: np.ndarray) -> Look:
+    """Returns how to look at the content of an array: a digest, while it is as now."""
     seen = _bytes(array).copy()
-    digest = value_key(seen)
+    digest = hashlib.blake2b(seen.tobytes()).digest()
     # Many programs may read one array.
     seen = _seen.setdefault(digest, seen)
-    return lambda array: (digest if _is_same(_bytes(array), seen) else None,), digest
+    return lambda array: (digest if _is_same(_bytes(array), seen) else None,)
 
 
 def watches_of_names(scope: dict[str, Any], names: Iterable[str]) -> Iterator[Watch]:

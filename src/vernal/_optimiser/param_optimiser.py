@@ -230,7 +230,7 @@ class ParamOptimiser(AbstractTransform):
 
         The pair `(trainable, frozen)`, each with `None` in the place of the other.
         """
-        return keep(model, [owner is not None for owner in self.owners(model)])
+        return keep(model, self.owners(model))
 
     def with_scale(self, scales: Mapping[Any, ArrayLike]) -> "ParamOptimiser":
         """Multiplies the updates of some rules by a factor, which is 1 unless set.

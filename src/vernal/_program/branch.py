@@ -14,25 +14,19 @@ T = TypeVar("T")
 _WORTH_A_WAIT = 2**24
 
 
-def _waits(reads: Any) -> bool:
-    """Whether a branch takes longer than both of its sides, which read these arrays.
-
-    An accelerator waits for the host at each branch, which is told where to go on.
-    """
-    if jax.default_backend() == "cpu":
-        return False
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(reads))
-    return size < _WORTH_A_WAIT
-
-
 def chosen(
     flag: Bool[Array, ""],
     if_true: Callable[[], T],
     if_false: Callable[[], T],
     reads: Any,
 ) -> T:
-    """Returns the result of one of two functions that do little but read `reads`."""
-    if not _waits(reads):
+    """Returns the result of one of two functions that do little but read `reads`.
+
+    An accelerator waits for the host at each branch, which is told where to go on. If
+    that takes longer than both functions, both are computed.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(reads))
+    if jax.default_backend() == "cpu" or size >= _WORTH_A_WAIT:
         return lax.cond(flag, if_true, if_false)
     pick = lambda new, old: lax.select(flag, new, old)
     return jax.tree.map(pick, if_true(), if_false())

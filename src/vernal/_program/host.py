@@ -6,7 +6,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jax.core import Tracer
 from jax.extend.core import Jaxpr
 
 _LOGGER = logging.getLogger("jax._src.callback")
@@ -49,24 +48,15 @@ def with_host_errors(
     _LOGGER.addFilter(quiet)
     try:
         result = jitted(*args)
-        return _whole(result) if waits() else result
+        return jax.block_until_ready(result) if waits() else result
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "_EquinoxRuntimeError: " in str(error):
-            eqx.filter_jit(_raises(error))()
+            _raise_as_equinox(error)
         raise
     finally:
         _LOGGER.removeFilter(quiet)
 
 
-def _whole(result: Any) -> Any:
-    """Waits for a result, unless it is traced."""
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(result)):
-        jax.block_until_ready(result)
-    return result
-
-
-def _raises(error: Exception) -> Callable[[], None]:
-    def again() -> None:
-        raise error
-
-    return again
+@eqx.filter_jit
+def _raise_as_equinox(error: Exception) -> None:
+    raise error

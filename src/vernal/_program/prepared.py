@@ -1,6 +1,5 @@
 """Arguments that stay the same from call to call, taken apart once."""
 
-import operator
 import weakref
 from typing import Any, NamedTuple
 
@@ -26,27 +25,24 @@ jax.tree_util.register_pytree_node(
 
 class _Known(NamedTuple):
     owner: weakref.ref[Any]
-    others: tuple[Any, ...]
+    other: Any
     prepared: list[Any]
-
-    def is_of(self, others: tuple[Any, ...]) -> bool:
-        return all(map(operator.is_, self.others, others))
 
 
 # Each as long as its owner lives.
 _known: dict[int, _Known] = {}
 
 
-def prepared(owner: Any, *others: Any) -> list[Any]:
-    """Prepares arguments of a program, which are found again by their identity.
+def prepared(owner: Any, other: Any) -> list[Any]:
+    """Prepares two arguments of a program, which are found again by their identity.
 
     A tree with a list or a dictionary, which may change, is returned as it is.
     """
     key = id(owner)
     known = _known.get(key)
-    if known is not None and known.owner() is owner and known.is_of(others):
+    if known is not None and known.owner() is owner and known.other is other:
         return known.prepared
-    trees = owner, *others
+    trees = owner, other
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
         # It must not outlive its program.
         return list(trees)
@@ -55,7 +51,7 @@ def prepared(owner: Any, *others: Any) -> list[Any]:
         for tree in trees
     ]
     forget = lambda _: _known.pop(key, None)
-    _known[key] = _Known(weakref.ref(owner, forget), others, found)
+    _known[key] = _Known(weakref.ref(owner, forget), other, found)
     return found
 
 

@@ -55,7 +55,8 @@ class _Changes:
         is_new = False
         for watch in found.watches:
             owner = _mark(watch.owner)
-            for slot, value in watch.slots():
+            for name, value in zip(watch.names, watch.values, strict=True):
+                slot = id(watch.owner), name
                 mark, last = _mark(value), self._last.get(slot)
                 self._last[slot] = owner, mark
                 # The id may have been that of another owner, which no longer exists.
@@ -288,9 +289,7 @@ class Program(Generic[P, R]):
             return arrays, _Statics(statics) if has_statics else None
 
         enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
-        if not self._donates:
-            return jax.jit(enter)
-        return jax.jit(enter, donate_argnums=1)
+        return jax.jit(enter, donate_argnums=(1,) if self._donates else ())
 
     def _taken_apart(self, args: Any) -> tuple[_Record, list[Any], list[Any]]:
         """Returns the record of a call, the arrays that are kept, and the other ones.

@@ -37,7 +37,6 @@ class Shelves(Generic[V]):
         self._on_drop = on_drop
         self._kinds: dict[Hashable, Hashable] = {}
         self._shelves: dict[Hashable, dict[Hashable, V]] = {}
-        self._missed: dict[Hashable, V] = {}
         # Their hashes, which keep nothing alive.
         self._dropped: dict[int, None] = {}
         # Garbage may be collected while it is held, and finalisers may call anything.
@@ -53,8 +52,6 @@ class Shelves(Generic[V]):
             return value
 
     def _shelf(self, kind: Hashable) -> dict[Hashable, V]:
-        if kind is _MISSED:
-            return self._missed
         shelf = self._shelves[kind] = self._shelves.pop(kind, {})
         return shelf
 
@@ -72,10 +69,11 @@ class Shelves(Generic[V]):
                 kind = _MISSED
             shelf, old = self._shelf(kind), []
             shelf[key], self._kinds[key] = value, kind
+            kinds = [each for each in self._shelves if each is not _MISSED]
             if len(shelf) > (MOST_MISSED if kind is _MISSED else MOST_OF_A_KIND):
                 old = [next(iter(shelf))]
-            elif len(self._shelves) > MOST_KINDS:
-                old = list(next(iter(self._shelves.values())))
+            elif len(kinds) > MOST_KINDS:
+                old = list(self._shelves[kinds[0]])
             gone = [(each, self._take_off(each)) for each in old]
         for each in gone:
             self._on_drop(*each)
@@ -86,26 +84,21 @@ class Shelves(Generic[V]):
         if len(self._dropped) > _MOST_DROPPED:
             del self._dropped[next(iter(self._dropped))]
         kind = self._kinds.pop(key)
-        shelf = self._missed if kind is _MISSED else self._shelves[kind]
-        value = shelf.pop(key)
-        if not shelf:
-            self._shelves.pop(kind, None)
+        value = self._shelves[kind].pop(key)
+        if not self._shelves[kind]:
+            del self._shelves[kind]
         return value
 
-    def _items(self) -> list[tuple[Any, V]]:
-        shelves = self._missed, *self._shelves.values()
-        return [item for shelf in shelves for item in shelf.items()]
-
-    def values(self) -> list[V]:
-        """Returns all that is kept."""
+    def items(self) -> list[tuple[Any, V]]:
+        """Returns all that is kept, with its keys."""
         with self._lock:
-            return [value for _, value in self._items()]
+            return [x for shelf in self._shelves.values() for x in shelf.items()]
 
     def clear(self) -> None:
         """Drops everything."""
         with self._lock:
-            gone = self._items()
-            for held in self._kinds, self._shelves, self._missed, self._dropped:
+            gone = self.items()
+            for held in self._kinds, self._shelves, self._dropped:
                 held.clear()
         for each in gone:
             self._on_drop(*each)

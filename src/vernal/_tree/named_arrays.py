@@ -190,10 +190,6 @@ def _is_of_jax(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
-def _is_array(leaf: Any) -> bool:
-    return _is_of_jax(leaf) or isinstance(leaf, np.ndarray | np.generic)
-
-
 def _is_kept(dtype: np.dtype) -> bool:
     """Whether arrays of a dtype of NumPy can be saved, as all those of JAX can."""
     return dtype.kind in "biufcmMSU" or dtype.isbuiltin == 2
@@ -218,7 +214,7 @@ def is_key(leaf: Any) -> bool:
 
 
 def _kind(leaf: Any) -> Kind:
-    if _is_array(leaf):
+    if hasattr(leaf, "dtype"):
         return Kind(tuple(leaf.shape), str(leaf.dtype))
     name = next(name for name, kind in _NUMBERS.items() if isinstance(leaf, kind))
     return Kind((), name)
@@ -227,17 +223,15 @@ def _kind(leaf: Any) -> Kind:
 def _data(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and is_key(leaf):
         return jax.random.key_data(leaf)
-    return leaf if _is_array(leaf) else np.asarray(leaf)
+    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
 
 
 def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
     """Turns an array into the kind of leaf that `like` is."""
-    is_placed = isinstance(array, jax.Array)  # Processes may have parts of it.
-    array = array if is_placed else np.asarray(array)
     if is_key(like):
         return _as_key(path, array, like, source)
-    if is_placed and isinstance(like, jax.Array):
-        return array
+    if isinstance(array, jax.Array) and isinstance(like, jax.Array):
+        return array  # Processes may have parts of it.
     array = np.asarray(array)
     if isinstance(like, jax.ShapeDtypeStruct):
         return jax.device_put(array, like.sharding)
@@ -259,12 +253,12 @@ def _as_before(path: str, array: Any, like: Any, source: str) -> Any:
         ) from error
 
 
-def _as_key(path: str, data: np.ndarray | jax.Array, like: Any, source: str) -> Any:
+def _as_key(path: str, array: Any, like: Any, source: str) -> Any:
+    data = array if isinstance(array, jax.Array) else jax.device_put(np.asarray(array))
     one = like if isinstance(like, jax.Array) else jnp.empty((), like.dtype)
     if data.shape[-1:] != jax.random.key_data(one).shape[-1:]:
         raise MismatchError(
             f"{source} holds {path!r} as a key of {data.shape[-1]} words, which no "
             f"{like.dtype} has."
         )
-    placed = data if isinstance(data, jax.Array) else jax.device_put(data)
-    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(one))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(one))

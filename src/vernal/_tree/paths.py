@@ -24,7 +24,6 @@ class Leaf(NamedTuple):
 
     path: str
     segments: tuple[str, ...]
-    keys: tuple[Any, ...]
     value: Any
 
     @property
@@ -90,28 +89,22 @@ def named_leaves(tree: Any) -> list[Leaf]:
 
     Raises a `ValueError` if two parameters have the same path.
     """
-    leaves = []
+    leaves: list[Leaf] = []
+    seen: dict[str, Any] = {}
     for keys, value in tree_leaves_with_path(tree, is_leaf=_is_absent):
         # `optax.masked` and `optax.partition` put it into a gap.
         value = None if isinstance(value, optax.MaskedNode) else value
         segments = tuple(dotted((key,)) for key in keys)
-        leaves.append(Leaf(".".join(segments), segments, keys, value))
-    _refuse_collisions(leaves)
+        leaf = Leaf(".".join(segments), segments, value)
+        leaves.append(leaf)
+        first = seen.setdefault(leaf.path, keys) if leaf.is_parameter else keys
+        if first is not keys:
+            raise ValueError(
+                f"Two parameters have the same path {leaf.path!r}: "
+                f"tree{keystr(first)} and tree{keystr(keys)}. Rename one of the keys: "
+                "a dot in a dictionary's key reads like a step down the tree."
+            )
     return leaves
-
-
-def _refuse_collisions(leaves: list[Leaf]) -> None:
-    seen: dict[str, Leaf] = {}
-    for leaf in leaves:
-        if leaf.is_parameter:
-            other = seen.setdefault(leaf.path, leaf)
-            if other is not leaf:
-                raise ValueError(
-                    f"Two parameters have the same path {leaf.path!r}: "
-                    f"tree{keystr(other.keys)} and tree{keystr(leaf.keys)}. "
-                    "Rename one of the keys: a dot in a dictionary's key reads like "
-                    "a step down the tree."
-                )
 
 
 def paths(tree: Any) -> tuple[str, ...]:

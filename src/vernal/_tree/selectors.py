@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from .._boundary import nearest_names, takes
+from .._boundary import first_names, nearest_names, takes
 from .paths import Leaf, UnknownPathError, is_float, is_inexact, named_leaves
 
 T = TypeVar("T")
@@ -31,32 +31,29 @@ class _Index:
 
     def __init__(self, leaves: list[Leaf]):
         self.leaves = leaves
-        self.exact: dict[str, list[int]] = {}
-        self.nodes: dict[str, list[int]] = {}
+        # The leaves at and beneath each path, and whether the path is the leaf's own.
+        self.places: dict[str, list[tuple[int, bool]]] = {}
         # Globs are compared with the same paths, in which inner dots are marked.
         self.glob_names: dict[str, set[str]] = {}
         for i, leaf in enumerate(leaves):
-            self.exact.setdefault(leaf.path, []).append(i)
-            if not leaf.segments:
-                self.glob_names[leaf.path] = {leaf.path}
-            for depth in range(1, len(leaf.segments) + 1):
+            # A tree that is a leaf itself has the empty path.
+            for depth in range(min(1, len(leaf.segments)), len(leaf.segments) + 1):
                 prefix = leaf.segments[:depth]
                 name = ".".join(prefix)
                 marked = ".".join(s.replace(".", _INNER_DOT) for s in prefix)
                 self.glob_names.setdefault(name, set()).add(marked)
-                if depth < len(leaf.segments):
-                    self.nodes.setdefault(name, []).append(i)
+                is_own = depth == len(leaf.segments)
+                self.places.setdefault(name, []).append((i, is_own))
 
     def match(self, atom: Any) -> Iterator[_Match]:
         if callable(atom):
             for i, leaf in enumerate(self.leaves):
                 if is_inexact(leaf.value) and bool(atom(leaf.path, leaf.value)):
                     yield _Match(i, (0, 0), False)
-        elif atom in self.exact or atom in self.nodes or "*" not in atom:
-            for i in self.exact.get(atom, ()):
-                yield _Match(i, (3, 0), True)
-            for i in self.nodes.get(atom, ()):
-                yield _Match(i, (2, atom.count(".")), False)
+        elif atom in self.places or "*" not in atom:
+            beneath = 2, atom.count(".")
+            for i, is_own in self.places.get(atom, ()):
+                yield _Match(i, (3, 0) if is_own else beneath, is_own)
         else:
             segments = atom.split(".")
             specificity = (1, sum("*" not in segment for segment in segments))
@@ -64,10 +61,8 @@ class _Index:
             pattern = re.compile(_glob_regex(segments), re.DOTALL)
             for name, marked in self.glob_names.items():
                 if any(map(pattern.fullmatch, marked)):
-                    for i in self.exact.get(name, ()):
-                        yield _Match(i, specificity, names_leaf)
-                    for i in self.nodes.get(name, ()):
-                        yield _Match(i, specificity, False)
+                    for i, is_own in self.places[name]:
+                        yield _Match(i, specificity, names_leaf and is_own)
 
 
 def _glob_regex(segments: list[str]) -> str:
@@ -169,7 +164,7 @@ def _refuse(
     if not isinstance(atom, str):
         raise UnknownPathError(
             f"`{argument}`: the predicate {name} is true of no parameter. The "
-            f"parameters are {_listing(index)}."
+            f"parameters are {first_names(_parameters(index)) or 'none'}."
         )
     matched = [index.leaves[match.leaf] for match in matches]
     if present := [leaf for leaf in matched if leaf.value is not None]:
@@ -225,15 +220,12 @@ def _is_attribute(tree: Any, path: str) -> bool:
     node = tree
     for segment in path.split("."):
         if isinstance(node, dict):
-            found = next((v for k, v in node.items() if str(k) == segment), None)
+            node = next((v for k, v in node.items() if str(k) == segment), None)
         elif isinstance(node, tuple | list) and segment.isdecimal():
-            found = node[int(segment)] if int(segment) < len(node) else None
+            node = node[int(segment)] if int(segment) < len(node) else None
         else:
-            found = getattr(node, segment, None)
-        if found is None:
-            return False
-        node = found
-    return True
+            node = getattr(node, segment, None)
+    return node is not None
 
 
 def _nearest(atom: str, index: _Index) -> str:
@@ -243,26 +235,21 @@ def _nearest(atom: str, index: _Index) -> str:
     same_tail = [p for p in parameters if p.rsplit(".", 1)[-1] == tail]
     if same_tail and not difflib.get_close_matches(atom, parameters, n=1):
         return f"Did you mean {' or '.join(map(repr, same_tail[:3]))}?"
-    return nearest_names(atom, [*parameters, *index.nodes])
+    nodes = [path for path, of in index.places.items() if not all(own for _, own in of)]
+    return nearest_names(atom, [*parameters, *nodes])
 
 
 def _parameters(index: _Index) -> list[str]:
     return [leaf.path for leaf in index.leaves if leaf.is_parameter]
 
 
-def _listing(index: _Index) -> str:
-    names = _parameters(index)
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(map(repr, names[:8])) + more if names else "none"
-
-
-def keep(tree: T, wanted: Sequence[bool]) -> tuple[T, T]:
-    """Splits a tree in two by a flag for each leaf, with `None` in the gaps."""
+def keep(tree: T, owners: Sequence[int | None]) -> tuple[T, T]:
+    """Splits a tree into the leaves with an owner and the rest, with `None` in gaps."""
     leaves, treedef = jax.tree.flatten(tree)
-    pairs = list(zip(leaves, wanted, strict=True))
+    pairs = list(zip(leaves, owners, strict=True))
     return (
-        treedef.unflatten([leaf if flag else None for leaf, flag in pairs]),
-        treedef.unflatten([None if flag else leaf for leaf, flag in pairs]),
+        treedef.unflatten([None if owner is None else leaf for leaf, owner in pairs]),
+        treedef.unflatten([leaf if owner is None else None for leaf, owner in pairs]),
     )
 
 
@@ -298,5 +285,4 @@ def split(tree: T, selector: Selector) -> tuple[T, T]:
     - `UnknownPathError`: if a selector matches nothing; it names the nearest paths.
     - `TypeError`: if a selector names a leaf that is not a parameter.
     """
-    owners = resolve(tree, [selector], argument="selector")
-    return keep(tree, [owner is not None for owner in owners])
+    return keep(tree, resolve(tree, [selector], argument="selector"))

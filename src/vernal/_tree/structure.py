@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from .._boundary import PyTree
 from .named_tree import by_path
+from .selectors import keep
 
 T = TypeVar("T")
 
@@ -51,32 +52,32 @@ def require_alike(
 
     An error calls the two `what` and `whose`, and ends with `hint`.
     """
-    if is_alike(tree, like, np.shape):
-        return
-    found, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    (leaves, found), (others, expected) = map(jax.tree.flatten, (tree, like))
     if found != expected:
         raise ValueError(
             f"{what} must have the structure of {whose}.\n"
             f"Found:    {found}\nExpected: {expected}"
         )
-    pairs = zip(by_path(tree).items(), jax.tree.leaves(like), strict=True)
-    for (path, leaf), other in pairs:
-        if np.shape(leaf) != np.shape(other):
+    for index, (shape, other) in enumerate(
+        zip(map(np.shape, leaves), map(np.shape, others), strict=True)
+    ):
+        if shape != other:
             raise ValueError(
-                f"{what} must have the shapes of {whose}: {path!r} has shape "
-                f"{np.shape(leaf)} instead of {np.shape(other)}.{hint}"
+                f"{what} must have the shapes of {whose}: "
+                f"{by_path(tree).names[index]!r} has shape {shape} instead of "
+                f"{other}.{hint}"
             )
 
 
 def cast_alike(
-    tree: PyTree, like: PyTree, what: str, whose: str, remedy: str, hint: str = ""
+    tree: PyTree, like: PyTree, what: str, whose: str, remedy: str
 ) -> PyTree:
     """Casts a tree to the dtypes of another, after `require_alike`.
 
     If a leaf is of a kind that the other cannot hold, such as a float instead of an
     integer, a `TypeError` names the `remedy`, in which `{}` stands for the dtype.
     """
-    require_alike(tree, like, what, whose, hint)
+    require_alike(tree, like, what, whose)
     pairs = zip(by_path(tree).items(), jax.tree.leaves(like), strict=True)
     for (path, leaf), other in pairs:
         new, old = jnp.asarray(leaf), jnp.asarray(other)
@@ -156,10 +157,4 @@ def strong(leaf: Any) -> jax.Array:
 
 def parameters(model: Any, owners: Sequence[int | None]) -> Any:
     """Picks the owned leaves of a model, as arrays, with `None` elsewhere."""
-    leaves, structure = jax.tree.flatten(model)
-    return structure.unflatten(
-        [
-            None if owner is None else strong(leaf)
-            for leaf, owner in zip(leaves, owners, strict=True)
-        ]
-    )
+    return jax.tree.map(strong, keep(model, owners)[0])
