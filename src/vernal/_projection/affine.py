@@ -119,8 +119,6 @@ class AbstractProjector(Portable, eqx.Module):
         `ravel_pytree` of the latent tree.
         """
         matrices = [whitening.matrix() for whitening in self._held]
-        if len(matrices) == 1:
-            return matrices[0]
         sizes = [whitening.latent_size for whitening in self._whitenings]
         columns = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
         shape = (ravel_size(self._origin), sum(sizes))
@@ -353,8 +351,6 @@ class AbstractProjector(Portable, eqx.Module):
         A matrix of shape `(D, D)`, in the order of `ravel_pytree`.
         """
         matrices = [whitening.covariance() for whitening in self._held]
-        if len(matrices) == 1:
-            return matrices[0]
         size = ravel_size(self._origin)
         return scatter(matrices, self._rows, self._rows, (size, size))
 

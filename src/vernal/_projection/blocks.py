@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +23,17 @@ from .._tree import (
     unravel,
     widest,
 )
-from .null_policy import NullPolicy
 from .whitening import AbstractWhitening, Unchanged
-
-T = TypeVar("T")
 
 Block = tuple[int, ...]
 """The indices of some leaves, in the order of `jax.tree.leaves`."""
 
 
-def find_blocks(
-    params: Params, selectors: Sequence[Any], argument: str
-) -> tuple[Block, ...]:
-    """Finds the leaves of the block of each selector.
+def find_blocks(params: Params, selectors: Sequence[Any]) -> tuple[Block, ...]:
+    """Finds the leaves of the block of each selector, of an argument `blocks`.
 
     Raises if a selector matches nothing, if two blocks share a parameter, or if one is
-    empty. An error calls the selectors `argument`.
+    empty.
     """
     names = paths(params)
     # With a block for each parameter, resolving each selector would be quadratic.
@@ -46,18 +41,18 @@ def find_blocks(
     owner: dict[int, Any] = {}
     blocks = []
     for selector in selectors:
-        wanted = list(atoms(selector, argument))
+        wanted = list(atoms(selector, "blocks"))
         if all(isinstance(atom, str) and atom in indices for atom in wanted):
             block = tuple(sorted({indices[atom] for atom in wanted}))
         else:
-            owners = resolve(params, [selector], argument=argument)
+            owners = resolve(params, [selector], argument="blocks")
             block = tuple(i for i, found in enumerate(owners) if found is not None)
         if not block:
-            raise ValueError(f"`{argument}`: the block {selector!r} selects nothing.")
+            raise ValueError(f"`blocks`: the block {selector!r} selects nothing.")
         for index in block:
             if index in owner:
                 raise ValueError(
-                    f"`{argument}`: the blocks {owner[index]!r} and {selector!r} share "
+                    f"`blocks`: {owner[index]!r} and {selector!r} share "
                     f"{names[index]!r}. A parameter belongs to one block."
                 )
             owner[index] = selector
@@ -177,46 +172,11 @@ def scatter(
     columns: Sequence[np.ndarray],
     shape: tuple[int, int],
 ) -> Float[Array, "rows columns"]:
-    """Puts the matrices of several blocks into one, at their rows and columns."""
+    """Puts the matrices of blocks into one, at their rows and columns."""
+    if len(matrices) == 1:
+        return matrices[0]
     dtype = widest(matrix.dtype for matrix in matrices)
     whole = jnp.zeros(shape, dtype)
     for down, across, matrix in zip(rows, columns, matrices, strict=True):
         whole = whole.at[np.ix_(down, across)].set(matrix.astype(dtype))
     return whole
-
-
-def whiten_blocks(
-    given: Mapping[Any, T],
-    params: Params,
-    nulls: NullPolicy,
-    whiten: Callable[[T, Params, NullPolicy, str], AbstractWhitening],
-) -> tuple[tuple[Block, ...], tuple[AbstractWhitening, ...]]:
-    """Finds the maps that whiten several blocks of `params`.
-
-    For each selector, `whiten` takes what is given, the parameters of the block, its
-    policy, and its name in errors. Returns the blocks, in the order of their first
-    leaves, and a map for each. A leaf without a selector is an unchanged block.
-    """
-    if not given:
-        raise ValueError(
-            '`blocks` is empty: it needs at least one matrix, such as `{"flux": fmat}`.'
-        )
-    if odd := [selector for selector in nulls.rank or () if selector not in given]:
-        raise ValueError(
-            f"`rank` has {odd[0]!r}, which is not a block. The blocks are "
-            f"{', '.join(map(repr, given))}."
-        )
-    selectors = tuple(given)
-    blocks = find_blocks(params, selectors, "blocks")
-    found: dict[Block, AbstractWhitening] = {}
-    for selector, block, own in zip(
-        selectors, blocks, leaves_by_path(params, blocks), strict=True
-    ):
-        name = f"`blocks[{selector!r}]`"
-        found[block] = whiten(given[selector], own, nulls.of_block(selector), name)
-    owned = {index for block in blocks for index in block}
-    for index, leaf in enumerate(jax.tree.leaves(params)):
-        if index not in owned:
-            found[index,] = Unchanged(leaf.shape, leaf.dtype)
-    order = tuple(sorted(found))
-    return order, tuple(found[block] for block in order)
