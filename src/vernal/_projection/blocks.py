@@ -2,25 +2,23 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
-from .._boundary import Params, PyTree
+from .._boundary import Params
 from .._tree import (
     atoms,
     joinable,
     named_leaves,
     paths,
-    ravel,
     resolve,
     shape_and_dtype,
-    unravel,
     widest,
 )
 from .whitening import AbstractWhitening, Unchanged
@@ -68,17 +66,6 @@ def leaves_by_path(
     return [OrderedDict((names[i], leaves[i]) for i in block) for block in blocks]
 
 
-def ravel_blocks(
-    params: Params, blocks: Sequence[Block], dtypes: Sequence[DTypeLike]
-) -> list[Float[Array, " _"]]:
-    """Joins the leaves of each block into one vector."""
-    leaves = jax.tree.leaves(params)
-    return [
-        ravel([leaves[index] for index in block], dtype)
-        for block, dtype in zip(blocks, dtypes, strict=True)
-    ]
-
-
 def on_each(
     fn: Callable[..., Array],
     whitenings: Sequence[AbstractWhitening],
@@ -106,18 +93,6 @@ def _kind_of_call(call: tuple[Any, ...]) -> Any:
     if isinstance(call[0], Unchanged) or not is_traced:
         return None
     return structure, *map(shape_and_dtype, leaves)
-
-
-def unravel_blocks(
-    flats: Sequence[Float[Array, " _"]], blocks: Sequence[Block], like: Params
-) -> Params:
-    """Undoes `ravel_blocks`; shapes and dtypes are those of `like`."""
-    leaves, structure = jax.tree.flatten(like)
-    for flat, block in zip(flats, blocks, strict=True):
-        own = unravel(flat, [leaves[index] for index in block])
-        for index, leaf in zip(block, own, strict=True):
-            leaves[index] = leaf
-    return structure.unflatten(leaves)
 
 
 def places(params: Params, blocks: Sequence[Block]) -> list[np.ndarray]:
@@ -150,20 +125,6 @@ def nest_blocks(params: Params, blocks: Sequence[Block]) -> OrderedDict[str, Any
             node[last] = firsts.get(count)
             count += 1
     return nested
-
-
-def arrange(tree: PyTree, like: PyTree) -> PyTree:
-    """Sorts the keys of nested dictionaries like those of `like`.
-
-    Keys without leaves in `like` may be missing.
-    """
-    is_nested = isinstance(tree, Mapping) and isinstance(like, OrderedDict)
-    if not (is_nested and tree.keys() <= like.keys()):
-        return tree
-    empty = lambda node: OrderedDict() if isinstance(node, OrderedDict) else None
-    return OrderedDict(
-        (key, arrange(tree.get(key, empty(node)), node)) for key, node in like.items()
-    )
 
 
 def scatter(
