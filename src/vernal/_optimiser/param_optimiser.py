@@ -27,7 +27,7 @@ from .._tree import (
 )
 from .groups import Group, is_placeholder, listed, make_groups, update_groups
 from .param_optimiser_state import Learned, ParamOptimiserState, known
-from .rule_names import parts_of, rule_name, rule_table, written
+from .rule_names import rule_name, rule_table, written
 from .transform import AbstractTransform, as_transform
 
 T = TypeVar("T")
@@ -209,14 +209,13 @@ class ParamOptimiser(AbstractTransform):
             grads, first = self.first.update(grads, first, values, **extra_of(paths))
         groups = rule_groups(self, owners, paths, state.groups)
         moved, states = update_groups(groups, grads, values, extra_of)
-        scales = (*self.scales, None)
-        scaled = {
-            path: _scaled(moved[path], scales[owner])
-            for path, owner in zip(paths, owners, strict=True)
-        }
+        for path, owner in zip(paths, owners, strict=True):
+            # The default, after the rules, has no scale.
+            if owner < len(self.scales):
+                moved[path] *= self.scales[owner].astype(moved[path].dtype)
         new = [
-            scaled[path] if path in scaled else _still(grad)
-            for path, grad in zip(tree.names, tree.leaves, strict=True)
+            moved[path] if path in moved else _still(grad)
+            for path, grad in tree.items()
         ]
         new_state = ParamOptimiserState(first, states, paths, shapes, owners)
         return tree.structure.unflatten(new), new_state
@@ -252,7 +251,7 @@ class ParamOptimiser(AbstractTransform):
             )
         names: dict[Any, int] = {}
         for index, selector in enumerate(self.selectors.decode()):
-            for name in (selector, *parts_of(selector)):
+            for name in (selector, *atoms(selector, "rules")):
                 names.setdefault(name, index)
         new = list(self.scales)
         for name, value in scales.items():
@@ -348,10 +347,6 @@ def _as_scale(value: ArrayLike) -> Array:
     if isinstance(value, jax.Array):
         return strong(value.astype(dtype))
     return jax.device_put(np.array(value, dtype))
-
-
-def _scaled(update: Array, scale: Array | None) -> Array:
-    return update if scale is None else update * scale.astype(update.dtype)
 
 
 def _still(grad: Any) -> Any:

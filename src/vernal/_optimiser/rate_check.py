@@ -53,7 +53,7 @@ def _has_no_sign(tx: optax.GradientTransformation) -> bool:
     return makers[-1:] == ["identity"] and all(map(_UNSIGNED.fullmatch, makers))
 
 
-def cells(fn: FunctionType) -> Cells:
+def cells(fn: Any) -> Cells:
     """Returns what a function has captured, by name."""
     pairs = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
     # A cell may be empty.
