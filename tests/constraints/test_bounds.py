@@ -364,11 +364,11 @@ def test_constrain_comes_before_the_bounds():
 
 
 BAD = {
-    "the wrong way round": ({"slope": (1, 0)}, "the wrong way round"),
-    "one value": ({"slope": (0.5, 0.5)}, "leave it one value.*`train`"),
+    "the wrong way round": ({"slope": (1, 0)}, "`low < high`"),
+    "one value": ({"slope": (0.5, 0.5)}, "`low < high`.*`train`"),
     "a start outside": ({"slope": (1, 2)}, "'slope' starts at 0.5, outside.*(1, 2)"),
     "of a shape": ({"slope": (np.full(3, -1.0), 1)}, "does not broadcast"),
-    "NaN": ({"slope": (0, np.nan)}, "NaN"),
+    "NaN": ({"slope": (0, np.nan)}, "nan.*`low < high`"),
     "no pair": ({"slope": 3}, "must be a pair"),
     "a triple": ({"slope": (0, 1, 2)}, "must be a pair"),
     "words": ({"slope": ("a", 2)}, "is no number"),

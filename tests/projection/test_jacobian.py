@@ -162,7 +162,7 @@ BAD = {
     "empty": (np.ones((0, D)), {}, ValueError, r"`jac` has shape \(0, 5\)"),
     "complex": (np.ones((N, D)) * 1j, {}, TypeError, "`jac` must be real"),
     "NaN": (np.full((N, D), np.nan), {}, ValueError, r"`jac`.*not finite.*\[0, 0\]"),
-    "rank": (prescribed(1), {"rank": 6}, ValueError, "`rank` must be between 1 and"),
+    "rank": (prescribed(1), {"rank": 6}, ValueError, "`rank` is 6, .* at most 5"),
     "rtol": (prescribed(1), {"rtol": 2.0}, ValueError, "`rtol`"),
     "null": (prescribed(1, nullity=2), {"rank": 4}, ValueError, "Only 3 of 5"),
     "nothing": (np.zeros((N, D)), {}, ValueError, "`jac` constrains no parameter"),
@@ -355,7 +355,7 @@ def test_no_gradient_flows_through_a_whitening(options):
 OPTIONS = {
     "on_null": ({"on_null": "dorp"}, ValueError, "`on_null` is 'dorp'"),
     "rtol": ({"rtol": 1.5}, ValueError, "`rtol`"),
-    "rank": ({"rank": 9}, ValueError, "`rank` must be between 1"),
+    "rank": ({"rank": 9}, ValueError, "`rank` is 9, .* at most 5"),
     "ranks": ({"rank": {"a": 1}}, TypeError, "`rank` must be a mapping"),
     "rank of blocks": ({"rank": 1, "blocks": BLOCKS}, TypeError, "`rank` must be a"),
 }

@@ -240,7 +240,7 @@ def product(*diagonal, below=0.0):
 
 BAD = {
     "rank 0": (lambda t: t, {"rank": 0}, ValueError, "`rank` is 0"),
-    "rank above": (lambda t: t, {"rank": 5}, ValueError, "only 4 directions"),
+    "rank above": (lambda t: t, {"rank": 5}, ValueError, "`rank` is 5, .* at most 4"),
     "rank half": (lambda t: t, {"rank": 1.5}, Exception, "rank"),
     "no function": (3, {}, Exception, "matvec"),
     "structure": (lambda t: {"b": t["a"]}, {}, ValueError, "structure"),

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from .._boundary import PyTree
+from .._boundary import PyTree, is_traced
 from .._closure import Closure
 from .._pickling import PlainMethods, Portable
 from .._program import program
@@ -83,7 +83,7 @@ class Bijections(Portable, PlainMethods, eqx.Module):
         for path, x in by_path(params).items():
             if path in self.maps:
                 _check(path, x, at[path], again[path], is_close[path])
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self, params))):
+        if is_traced(self, params):
             message = "A parameter is not what its bijection, of `bounds`, can return."
             return eqx.error_if(free, ~self.agrees(free, params), message)
         return free
@@ -165,11 +165,6 @@ def is_bijection(given: Any) -> bool:
 
 def as_bijection(given: Any, path: str, leaf: Array) -> Closure:
     """Makes a pytree of the bijection of one parameter, and checks its shapes."""
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        raise TypeError(
-            f"`bounds`: {path!r} is complex, and a bijection is of reals. Write it as "
-            "two real parameters."
-        )
     shape = leaf
     for names in (_INVERSE, _FORWARD):
         try:

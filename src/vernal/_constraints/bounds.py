@@ -10,11 +10,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool
 
-from .._boundary import PyTree
+from .._boundary import PyTree, is_traced
 from .._pickling import PlainMethods, Portable
 from .._tree import by_path, element_name
 from .bijections import Bijections, as_bijection, is_bijection
-from .owned import as_wide, owned, replaced
+from .owned import as_wide, owned, replaced, require_wide
 
 # In units of the standard error.
 _CLOSE, _ROUNDING = 1e-3, 1e-5
@@ -103,7 +103,7 @@ class Bounds(Portable, PlainMethods, eqx.Module):
         """Returns parameters that are within their intervals; refuses any others."""
         for path, _, leaf in self._intervals(params):
             _check(path, leaf, self.low.get(path), self.high.get(path))
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self, params))):
+        if is_traced(self, params):
             message = "A parameter is outside of its `bounds`."
             return eqx.error_if(params, ~self.contain(params), message)
         return params
@@ -163,56 +163,46 @@ def as_bounds(
     high: dict[str, Array] = {}
     for path, interval in owned(given, "bounds", model, reasons).items():
         leaf = trained[path]
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"`bounds`: {path!r} is complex, and bounds are of reals. Write it as "
+                "two real parameters."
+            )
         if is_bijection(interval):
             maps[path] = as_bijection(interval, path, leaf)
             continue
-        is_pair = isinstance(interval, tuple | list) and len(interval) == 2
-        if not is_pair:
+        if not (isinstance(interval, tuple | list) and len(interval) == 2):
             kind = interval if isinstance(interval, type) else type(interval)
             raise TypeError(
                 f"`bounds`: that of {path!r} is {interval!r} "
                 f"({'a class of' if kind is interval else 'of'} {kind.__module__}), "
-                "but must be a pair "
-                "`(low, high)` of numbers or arrays, with `None` for no bound; or a "
-                "bijection, such as a `vn.Bijection` or NumPyro's "
+                "but must be a pair `(low, high)` of numbers or arrays, with `None` "
+                "for no bound; or a bijection, such as a `vn.Bijection` or NumPyro's "
                 "`biject_to(constraint)`."
-            )
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"`bounds`: {path!r} is complex, and has no order. Write it as two "
-                "real parameters."
             )
         for side, value, unset in zip(
             (low, high), interval, (-np.inf, np.inf), strict=True
         ):
-            if value is not None:
-                side[path] = _as_bound(value, path, leaf)
-                is_known = not isinstance(side[path], Tracer)
-                if is_known and np.all(np.asarray(side[path]) == unset):
-                    del side[path]
+            if value is None:
+                continue
+            bound = _as_bound(value, path, leaf)
+            if is_traced(bound) or np.any(np.asarray(bound) != unset):
+                side[path] = bound
     bounds = Bounds(low, high) if low or high else None
     return bounds, Bijections(maps) if maps else None
 
 
 def _as_bound(value: Any, path: str, leaf: Array) -> Array:
-    if isinstance(value, bool | str):
-        raise TypeError(f"`bounds`: the bound {value!r} of {path!r} is no number.")
-    if not isinstance(value, jax.Array):
-        try:
-            value = np.asarray(value, leaf.dtype)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"`bounds`: the bound {value!r} of {path!r} is no number."
-            ) from None
     try:
-        fits = np.broadcast_shapes(value.shape, leaf.shape) == leaf.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`bounds`: a bound of {path!r} has shape {value.shape}, which does not "
-            f"broadcast to that of the parameter, {leaf.shape}."
-        )
+        if isinstance(value, bool | str):
+            raise TypeError
+        if not isinstance(value, jax.Array):
+            value = np.asarray(value, leaf.dtype)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"`bounds`: the bound {value!r} of {path!r} is no number."
+        ) from None
+    require_wide(value.shape, path, leaf, "`bounds`: a bound")
     return jnp.asarray(value, leaf.dtype)
 
 
@@ -227,17 +217,11 @@ def _check(path: str, leaf: Array, low: Array | None, high: Array | None) -> Non
     )
     show = lambda i: f"({least.flat[i]:.6g}, {most.flat[i]:.6g})"
     name = lambda i: repr(element_name({path: leaf}, int(i)))
-    for i in np.flatnonzero(np.isnan(least) | np.isnan(most))[:1]:
-        raise ValueError(f"`bounds`: those of {name(i)} are {show(i)}: NaN is none.")
-    for i in np.flatnonzero(least >= most)[:1]:
-        if least.flat[i] == most.flat[i]:
-            raise ValueError(
-                f"`bounds`: those of {name(i)}, {show(i)}, leave it one value. To "
-                "hold a parameter, leave it out of `train`."
-            )
+    # One that is NaN is not less either.
+    for i in np.flatnonzero(~(least < most))[:1]:
         raise ValueError(
-            f"`bounds`: those of {name(i)}, {show(i)}, are the wrong way round: "
-            "`(low, high)`."
+            f"`bounds`: those of {name(i)} are {show(i)}, but must be `(low, high)`, "
+            "with `low < high`. To hold a parameter, leave it out of `train`."
         )
     for i in np.flatnonzero((start < least) | (start > most))[:1]:
         raise ValueError(

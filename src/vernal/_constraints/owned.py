@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from .._boundary import PyTree
@@ -48,3 +49,16 @@ def replaced(tree: PyTree, new: Mapping[str, Array]) -> PyTree:
 def as_wide(array: Array, like: Array) -> Array:
     """Broadcasts an array to the shape of a parameter, under strict promotion too."""
     return jax.numpy.broadcast_to(array, like.shape)
+
+
+def require_wide(shape: tuple[int, ...], path: str, like: Array, what: str) -> None:
+    """Refuses a shape that does not broadcast to that of the parameter at `path`."""
+    try:
+        fits = np.broadcast_shapes(shape, like.shape) == like.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{what} of {path!r} has shape {shape}, which does not broadcast to that "
+            f"of the parameter, {like.shape}."
+        )

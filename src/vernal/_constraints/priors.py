@@ -14,7 +14,7 @@ from .._closure import Closure
 from .._curvature import matmul
 from .._pickling import PlainMethods, Portable, module_of
 from .._tree import by_path, widest
-from .owned import as_wide, owned
+from .owned import as_wide, owned, require_wide
 
 # So close to an end of its prior a parameter does not stop by accident.
 _NEAR = 1e-2
@@ -199,11 +199,7 @@ def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
             shape, dtype = _shape_of(prior.log_prob, leaf, path)
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"`priors`: {path!r} is complex, and a prior is of reals.")
-        if np.broadcast_shapes(shape, leaf.shape) != leaf.shape:
-            raise ValueError(
-                f"`priors`: that of {path!r} has shape {shape}, which does not "
-                f"broadcast to that of the parameter, {leaf.shape}."
-            )
+        require_wide(shape, path, leaf, "`priors`: that")
     return Priors(normal, others) if normal or others else None
 
 

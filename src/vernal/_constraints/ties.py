@@ -1,5 +1,6 @@
 """Parameters that follow others."""
 
+import graphlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -32,21 +33,15 @@ class Ties(Portable, PlainMethods, eqx.Module):
 
     sources: Closure
     rounds: tuple[tuple[int, ...], ...] = eqx.field(static=True)
-    tied: tuple[tuple[int, str], ...] = eqx.field(static=True)
-    """The index and the path of each tied leaf."""
-    followed: tuple[str, ...] = eqx.field(static=True)
-    """What each of them follows, in words."""
-
-    @property
-    def indices(self) -> tuple[int, ...]:
-        """The indices of the tied leaves."""
-        return tuple(index for index, _ in self.tied)
+    indices: tuple[int, ...] = eqx.field(static=True)
+    """The indices of the tied leaves."""
+    followed: tuple[tuple[str, str], ...] = eqx.field(static=True)
+    """The path of each tied leaf, and what it follows."""
 
     @property
     def words(self) -> dict[str, str]:
         """What a table says of each tied leaf, by path."""
-        pairs = zip(self.tied, self.followed, strict=True)
-        return {path: f"tied to {followed}" for (_, path), followed in pairs}
+        return {path: f"tied to {followed}" for path, followed in self.followed}
 
     def set(self, leaves: Sequence[Any], structure: Any) -> list[Any]:
         """Sets the tied leaves of a model."""
@@ -101,8 +96,8 @@ def as_ties(given: Any, model: PyTree) -> Ties | None:
     return Ties(
         sources=Closure.encode(sources),
         rounds=_in_order(reads, names),
-        tied=tuple((index, names[index]) for index in sources),
-        followed=tuple(map(in_words, sources.values())),
+        indices=tuple(sources),
+        followed=tuple((names[i], in_words(source)) for i, source in sources.items()),
     )
 
 
@@ -162,24 +157,19 @@ def _in_order(
     reads: dict[int, set[int]], names: Sequence[str]
 ) -> tuple[tuple[int, ...], ...]:
     """Sorts tied leaves into rounds; refuses a circle."""
-    rounds, left = [], dict(reads)
-    while left:
-        ready = tuple(i for i, sources in left.items() if not sources & left.keys())
-        if not ready:
-            circle = _circle(left)
-            raise ValueError(
-                "`ties` go round in a circle: "
-                + " follows ".join(repr(names[index]) for index in circle)
-                + ". Leave one of them free."
-            )
-        rounds.append(ready)
-        for index in ready:
-            del left[index]
+    sorter = graphlib.TopologicalSorter(
+        {index: sources & reads.keys() for index, sources in reads.items()}
+    )
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        circle = [repr(names[index]) for index in reversed(error.args[1])]
+        raise ValueError(
+            f"`ties` go round in a circle: {' follows '.join(circle)}. Leave one of "
+            "them free."
+        ) from None
+    rounds = []
+    while sorter:
+        rounds.append(sorter.get_ready())
+        sorter.done(*rounds[-1])
     return tuple(rounds)
-
-
-def _circle(left: dict[int, set[int]]) -> list[int]:
-    walk = [next(iter(left))]
-    while walk[-1] not in walk[:-1]:
-        walk.append(min(left[walk[-1]] & left.keys()))
-    return walk[walk.index(walk[-1]) :]

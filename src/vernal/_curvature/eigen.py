@@ -147,16 +147,12 @@ def eigen_projection(fmat: Matrix | None = None, cov: Matrix | None = None) -> A
     - `TypeError`: if the matrix is complex.
     """
     match fmat, cov:
-        case None, None:
-            raise ValueError("Must provide either `fmat` or `cov`; both are missing.")
-        case _, None:
+        case _, None if fmat is not None:
             name, given = "fmat", fmat
-        case None, _:
+        case None, _ if cov is not None:
             name, given = "cov", cov
         case _:
-            raise ValueError(
-                "`fmat` and `cov` are both given, and may disagree. Give one of them."
-            )
+            raise ValueError("Must provide either `fmat` or `cov`, and not both.")
     matrix = refuse_non_finite(as_real_square(given, name), name)
     diagonal = jnp.diag(matrix)
 

@@ -36,43 +36,32 @@ def checked_batch_size(batch_size: int | None) -> int | None:
     return whole_number(batch_size, "batch_size", least=1)
 
 
-def _real(value: Any, name: str) -> Array:
-    """Refuses a returned value that is not a real array."""
-    if not eqx.is_array(value) or not jnp.issubdtype(value.dtype, jnp.floating):
-        kind = value.dtype if eqx.is_array(value) else type(value).__name__
-        raise TypeError(
-            f"`{name}` must return a real floating-point array, but it returned {kind}."
-        )
-    return value
+def flat_fn(fn: TreeFn, params: Params, is_scalar: bool) -> tuple[Flat, Array]:
+    """Returns a function of a flat vector, traced, and the vector.
 
-
-def flat_fn(fn: TreeFn, params: Params) -> tuple[Flat, Array]:
-    """Returns a scalar function of a flat vector, traced, and the vector."""
+    It is a scalar function, or one that returns residuals.
+    """
+    name = "fn" if is_scalar else "residuals"
 
     def of_flat(flat: Array) -> Array:
-        value = _real(fn(unravel(flat, params)), "fn")
-        if value.shape != ():
+        value = fn(unravel(flat, params))
+        if not eqx.is_array(value) or not jnp.issubdtype(value.dtype, jnp.floating):
+            kind = value.dtype if eqx.is_array(value) else type(value).__name__
+            raise TypeError(
+                f"`{name}` must return a real floating-point array, but it returned "
+                f"{kind}."
+            )
+        if is_scalar and value.shape != ():
             raise ValueError(
                 f"`fn` must return a scalar, but it returned an array of shape "
                 f"{value.shape}. For a vector of residuals, use `gauss_newton`."
             )
-        return value
-
-    flat = ravel(params)
-    return traced(of_flat, flat), flat
-
-
-def flat_residuals(residuals: TreeFn, params: Params) -> tuple[Flat, Array]:
-    """Returns residuals as a function of a flat vector, traced, and the vector."""
-
-    def of_flat(flat: Array) -> Array:
-        value = _real(residuals(unravel(flat, params)), "residuals")
-        if value.ndim == 0:
+        if not is_scalar and value.shape == ():
             raise ValueError(
                 "`residuals` must return an array of residuals, one for each datum, "
                 "but it returned a scalar. For a scalar loss, use `hessian`."
             )
-        return value.ravel()
+        return value if is_scalar else value.ravel()
 
     flat = ravel(params)
     return traced(of_flat, flat), flat
@@ -82,7 +71,7 @@ def jacobian_of(
     residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "N D"]:
     """Computes the result of `jacobian`."""
-    fn, flat = flat_residuals(residuals, params)
+    fn, flat = flat_fn(residuals, params, is_scalar=False)
     return jacobian_matrix(fn, flat, subject, batch_size)
 
 
@@ -90,7 +79,7 @@ def spectrum_of(
     residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Spectrum:
     """Decomposes the Gauss-Newton matrix by the singular values of the Jacobian."""
-    fn, flat = flat_residuals(residuals, params)
+    fn, flat = flat_fn(residuals, params, is_scalar=False)
     if batch_size is not None:
         return of_products(fn, flat, batch_size, subject)
     return of_jacobian(jacobian_matrix(fn, flat, subject))
@@ -100,7 +89,7 @@ def hessian_of(
     fn: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "D D"]:
     """Computes the result of `hessian`."""
-    return hessian_matrix(*flat_fn(fn, params), subject, batch_size)
+    return hessian_matrix(*flat_fn(fn, params, is_scalar=True), subject, batch_size)
 
 
 class Expansion(NamedTuple):
@@ -114,7 +103,7 @@ def expansion_of(
     fn: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Expansion:
     """Computes the Hessian, and the gradient that was needed for it."""
-    at_flat = flat_fn(fn, params)
+    at_flat = flat_fn(fn, params, is_scalar=True)
     hessian = hessian_matrix(*at_flat, subject, batch_size)
     return Expansion(hessian, gradient(*at_flat, subject._replace(is_quiet=True)))
 
@@ -123,7 +112,7 @@ def gauss_newton_matrix(
     residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "D D"]:
     """Computes the result of `gauss_newton`."""
-    fn, flat = flat_residuals(residuals, params)
+    fn, flat = flat_fn(residuals, params, is_scalar=False)
     products = None
     if batch_size is not None and subject.jac is None:
         products = gauss_newton_products(fn, flat)

@@ -88,23 +88,22 @@ def refuse_non_finite(matrix: Inexact[Array, "N D"], name: str) -> Array:
 
 
 def descending(
-    matrix: Inexact[Array, "D D"], symmetrize: bool = True
+    matrix: Inexact[Array, "D D"],
 ) -> tuple[Float[Array, " D"], Inexact[Array, "D D"]]:
-    """Returns the eigenvalues, descending, and the eigenvectors as columns."""
-    vectors, values = jax.lax.linalg.eigh(matrix, symmetrize_input=symmetrize)
+    """Decomposes the symmetric part of a matrix.
+
+    Returns the eigenvalues, descending, and the eigenvectors as columns.
+    """
+    vectors, values = jax.lax.linalg.eigh(matrix)
     return values[::-1], vectors[:, ::-1]
 
 
 def equilibrated_eigh(
     matrix: Float[Array, "D D"], scale: Float[Array, " D"]
 ) -> tuple[Float[Array, " D"], Float[Array, "D D"]]:
-    """Decomposes the symmetric part of `matrix` divided by `scale` from both sides.
-
-    Returns the eigenvalues, descending, and the eigenvectors as columns.
-    """
+    """Decomposes, as `descending`, a matrix divided by `scale` from both sides."""
     # One side after the other: the product of two scales may overflow.
-    scaled = matrix / scale[:, None] / scale[None, :]
-    return descending((scaled + scaled.T) / 2, symmetrize=False)
+    return descending(matrix / scale[:, None] / scale[None, :])
 
 
 def matmul(left: Array, right: Array) -> Array:

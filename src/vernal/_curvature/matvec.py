@@ -10,7 +10,7 @@ from jaxtyping import Array
 from .._boundary import Params, checked, takes
 from .._program import program
 from .._tree import as_parameters, ravel, ravel_dtype, require_alike, unravel
-from .flat import TreeFn, flat_fn, flat_residuals
+from .flat import TreeFn, flat_fn
 from .modes import Subject, gauss_newton_products, hessian_product
 
 Product = Callable[[Array], Array]
@@ -36,11 +36,10 @@ class MatrixFree(eqx.Module):
 
     def flat(self) -> Product:
         """Returns the product with flat vectors; all else is computed first."""
+        at_flat = flat_fn(self.function, self.params, not self.is_gauss_newton)
         if not self.is_gauss_newton:
-            return hessian_product(
-                *flat_fn(self.function, self.params), Subject("`fn`")
-            )
-        products = gauss_newton_products(*flat_residuals(self.function, self.params))
+            return hessian_product(*at_flat, Subject("`fn`"))
+        products = gauss_newton_products(*at_flat)
         if products is None:
             raise TypeError(
                 "`residuals` can be differentiated in one mode alone, and "

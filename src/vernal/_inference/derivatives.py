@@ -101,7 +101,7 @@ def derive(
     if selectors is None:
         blocks = (tuple(range(len(jax.tree.leaves(params)))),)
     else:
-        blocks = find_blocks(params, selectors, "blocks")
+        blocks = find_blocks(params, selectors)
     holds = holds and bounds_of(trainer) is not None
     args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac, holds
     derived = run_derive(*args)

@@ -83,7 +83,7 @@ def _with_elements(
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     if all(sizes):
         return selectors
-    blocks = find_blocks(params, selectors, "blocks")
+    blocks = find_blocks(params, selectors)
     pairs = zip(selectors, blocks, strict=True)
     kept = tuple(own for own, block in pairs if any(sizes[i] for i in block))
     if not kept:

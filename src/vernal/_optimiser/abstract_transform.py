@@ -39,7 +39,7 @@ def _register(cls: type) -> None:
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     static = tuple(f.name for f in fields if f.metadata.get("static", False))
     names = tuple(f.name for f in fields if f.name not in static)
-    keys = tuple(map(jtu.GetAttrKey, names))
+    keys, every = tuple(map(jtu.GetAttrKey, names)), names + static
 
     # Not `vars` and `setattr`, which are slower for modules: every step takes a tree of
     # perhaps a thousand rules apart, and puts it together.
@@ -56,9 +56,7 @@ def _register(cls: type) -> None:
 
     def unflatten(aux: Any, children: Any) -> Any:
         module = new(cls)
-        for name, value in zip(names, children):  # noqa: B905
-            put(module, name, value)
-        for name, value in zip(static, aux):  # noqa: B905
+        for name, value in zip(every, (*children, *aux)):  # noqa: B905
             put(module, name, value)
         return module
 

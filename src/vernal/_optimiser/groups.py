@@ -124,12 +124,11 @@ class _Nameless(NamedTuple):
 
 def _nameless(group: Group, leaves: Leaves) -> _Nameless | None:
     tx = group.transform
-    if isinstance(tx, AbstractTransform):
-        closure = tx.closure if isinstance(tx, Transform) else None
-    else:
-        closure = Closure.encode(tx)
-    words = None if closure is None else _words(closure.skeleton)
-    if closure is None or words is None:
+    if isinstance(tx, AbstractTransform) and not isinstance(tx, Transform):
+        return None
+    closure = tx.closure if isinstance(tx, Transform) else Closure.encode(tx)
+    words = _words(closure.skeleton)
+    if words is None:
         return None
     avals = tuple(shape_and_dtype(leaves[name]) for name in group.members)
     return _Nameless(closure, words, avals)
@@ -212,6 +211,11 @@ def _explained(fn: Callable[..., Any], leaves: Any, *args: Any, **extra: Any) ->
             "leaf. A state must come from this transformation's own `init`. JAX says: "
             f"{error}"
         ) from error
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether it is what `optax.tree_map_params` puts in the place of parameters."""
+    return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def listed(paths: Any) -> str:

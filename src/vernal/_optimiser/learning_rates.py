@@ -14,9 +14,10 @@ from .._boundary import PyTree
 from .._projection import EigenProjector
 from .._tree import by_path, paths, uniquely_named
 from .groups import Group, Leaves
-from .makers import Cells, cells, maker
+from .makers import maker
 from .param_optimiser import ParamOptimiser, rule_groups
 from .partition import partition_groups
+from .rate_check import Cells, cells
 from .transform import Transform
 
 

@@ -9,11 +9,9 @@ import optax
 
 from .._closure import Skeleton
 from .param_optimiser import ParamOptimiser
+from .rate_check import Cells, cells
 from .rule_names import rule_name
 from .transform import Transform
-
-# What is in the cells of a transformation's function.
-Cells = Mapping[str, Any]
 
 # The states of these have the same meaning: averages of gradients, and of their squares
 # or of the squares of their distance from that average.
@@ -45,20 +43,6 @@ def maker(fn: Any) -> str:
         return ""
     package = fn.__globals__.get("__name__", "").split(".")[0]
     return f"{package}.{code.co_qualname.split('.<locals>')[0]}"
-
-
-def cells(fn: Any) -> Cells:
-    """Returns what a function has captured, by name."""
-    pairs = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in pairs if _is_filled(cell)}
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def state_makers(tx: Any) -> Iterator[Maker]:

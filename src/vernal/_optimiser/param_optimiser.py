@@ -25,9 +25,9 @@ from .._tree import (
     resolve,
     strong,
 )
-from .groups import Group, make_groups, update_groups
+from .groups import Group, is_placeholder, listed, make_groups, update_groups
 from .param_optimiser_state import Learned, ParamOptimiserState, known
-from .rule_names import parts_of, rule_name, rule_table, written
+from .rule_names import rule_name, rule_table, written
 from .transform import AbstractTransform, as_transform
 
 T = TypeVar("T")
@@ -153,8 +153,7 @@ class ParamOptimiser(AbstractTransform):
 
         - `params`: a whole model, a filtered one, or a dictionary.
         """
-        if type(params).__name__ == "_ParamsPlaceholder":
-            # `optax.tree_map_params` puts this in the place of all parameters.
+        if is_placeholder(params):
             first = None if self.first is None else self.first.init(params)
             groups = rule_groups(self, (), ())
             states = tuple(group.transform.init(params) for group in groups)
@@ -197,28 +196,26 @@ class ParamOptimiser(AbstractTransform):
                 "ParamOptimiser. Give what its `init` or its last `update` returned."
             )
         paths, shapes, owners = map(known, (state.paths, state.shapes, state.owners))
+        like = dict(zip(paths, shapes, strict=True))
         tree = by_path(updates)
-        grads = _own(tree, paths, "updates")
-        _check_shapes(grads, shapes, "updates")
+        grads = _own(tree, like, "updates")
         whole = values = None
         if params is not None:
             whole = by_path(params)
-            values = _own(whole, paths, "params")
-            _check_shapes(values, shapes, "params")
-        extra_of = _extra_of(extra, whole, paths)
+            values = _own(whole, like, "params")
+        extra_of = _extra_of(extra, whole, like)
         first = state.first
         if self.first is not None:
             grads, first = self.first.update(grads, first, values, **extra_of(paths))
         groups = rule_groups(self, owners, paths, state.groups)
         moved, states = update_groups(groups, grads, values, extra_of)
-        scales = (*self.scales, None)
-        scaled = {
-            path: _scaled(moved[path], scales[owner])
-            for path, owner in zip(paths, owners, strict=True)
-        }
+        for path, owner in zip(paths, owners, strict=True):
+            # The default, after the rules, has no scale.
+            if owner < len(self.scales):
+                moved[path] *= self.scales[owner].astype(moved[path].dtype)
         new = [
-            scaled[path] if path in scaled else _still(grad)
-            for path, grad in zip(tree.names, tree.leaves, strict=True)
+            moved[path] if path in moved else _still(grad)
+            for path, grad in tree.items()
         ]
         new_state = ParamOptimiserState(first, states, paths, shapes, owners)
         return tree.structure.unflatten(new), new_state
@@ -254,9 +251,8 @@ class ParamOptimiser(AbstractTransform):
             )
         names: dict[Any, int] = {}
         for index, selector in enumerate(self.selectors.decode()):
-            names.setdefault(selector, index)
-            for part in parts_of(selector):
-                names.setdefault(part, index)
+            for name in (selector, *atoms(selector, "rules")):
+                names.setdefault(name, index)
         new = list(self.scales)
         for name, value in scales.items():
             if name not in names:
@@ -270,8 +266,8 @@ class ParamOptimiser(AbstractTransform):
                     f"`scales`: the rule {name!r} freezes its parameters: there is no "
                     "update to scale."
                 )
-            is_number = isinstance(value, jax.Array | np.ndarray | np.generic | float)
-            if not (is_number or isinstance(value, int)) or jnp.shape(value) != ():
+            numbers = jax.Array | np.ndarray | np.generic | float | int
+            if not isinstance(value, numbers) or jnp.shape(value) != ():
                 raise ValueError(
                     f"`scales[{name!r}]` is {value!r}, but must be one number. For a "
                     "factor per element, see `vernal.precondition`."
@@ -307,7 +303,7 @@ def rule_groups(
 
 
 def _extra_of(
-    extra: Mapping[str, Any], params: NamedTree | None, paths: Sequence[str]
+    extra: Mapping[str, Any], params: NamedTree | None, shapes: Mapping[str, Any]
 ) -> Callable[[Sequence[str]], dict[str, Any]]:
     """Returns a function from the members of a group to its extra arguments."""
     given = dict(extra)
@@ -320,31 +316,28 @@ def _extra_of(
         given["value_fn"] = params.within(given["value_fn"])
     if "grad" not in given:
         return lambda members: given
-    grads = _own(by_path(given["grad"]), paths, "grad")
+    grads = _own(by_path(given["grad"]), shapes, "grad")
     own = lambda members: OrderedDict((name, grads[name]) for name in members)
     return lambda members: given | {"grad": own(members)}
 
 
-def _own(tree: NamedTree, paths: Sequence[str], name: str) -> OrderedDict[str, Any]:
+def _own(
+    tree: NamedTree, shapes: Mapping[str, Any], name: str
+) -> OrderedDict[str, Any]:
+    """Returns the trained leaves of a tree, given their shapes by path."""
     leaves = tree.by_name()
-    missing = [path for path in paths if path not in leaves]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    if missing := [path for path in shapes if path not in leaves]:
         raise ValueError(
-            f"`{name}` has no leaf at {', '.join(map(repr, missing[:3]))}{more}, which "
-            "the optimiser was initialised with. Give a tree like the one that `init` "
-            "was given."
+            f"`{name}` has no leaf at {listed(missing)}, which the optimiser was "
+            "initialised with. Give a tree like the one that `init` was given."
         )
-    return OrderedDict((path, leaves[path]) for path in paths)
-
-
-def _check_shapes(leaves: Mapping[str, Any], shapes: Any, name: str) -> None:
-    for (path, leaf), shape in zip(leaves.items(), shapes, strict=True):
-        if jnp.shape(leaf) != shape:
+    for path, shape in shapes.items():
+        if jnp.shape(leaves[path]) != shape:
             raise ValueError(
-                f"`{name}`: the leaf {path!r} has shape {jnp.shape(leaf)}, but the "
-                f"optimiser was initialised with shape {shape}."
+                f"`{name}`: the leaf {path!r} has shape {jnp.shape(leaves[path])}, but "
+                f"the optimiser was initialised with shape {shape}."
             )
+    return OrderedDict((path, leaves[path]) for path in shapes)
 
 
 def _as_scale(value: ArrayLike) -> Array:
@@ -354,10 +347,6 @@ def _as_scale(value: ArrayLike) -> Array:
     if isinstance(value, jax.Array):
         return strong(value.astype(dtype))
     return jax.device_put(np.array(value, dtype))
-
-
-def _scaled(update: Array, scale: Array | None) -> Array:
-    return update if scale is None else update * scale.astype(update.dtype)
 
 
 def _still(grad: Any) -> Any:

@@ -9,7 +9,7 @@ import optax
 
 from .._boundary import checked
 from .._tree import NamedTree, by_path, uniquely_named
-from .groups import Group, listed, make_groups, update_groups
+from .groups import Group, is_placeholder, listed, make_groups, update_groups
 from .transform import require_transformation
 
 
@@ -59,14 +59,12 @@ def partition(
     # Known by their code, which a type checker must not wrap.
     @no_type_check
     def init_fn(params: Any) -> optax.transforms.PartitionState:
-        tree = uniquely_named(params)
-        if not tree.leaves:
-            # `optax.tree_map_params` gives such a tree, and looks for it in the state.
+        if is_placeholder(params):
             states = [tx.init(params) for tx in transforms.values()]
         else:
-            leaves = tree.by_name()
+            tree = uniquely_named(params)
             groups = partition_groups(transforms, param_labels, params, tree.names)
-            states = [group.init(leaves) for group in groups]
+            states = [group.init(tree.by_name()) for group in groups]
         return _as_state(transforms, states)
 
     @no_type_check
@@ -76,15 +74,7 @@ def partition(
         params: Any = None,
         **extra: Any,
     ) -> tuple[Any, optax.transforms.PartitionState]:
-        names, leaves, structure = tree = uniquely_named(updates)
-        if not leaves:
-            new_states = []
-            for label, tx in transforms.items():
-                tx = optax.with_extra_args_support(tx)
-                inner = state.inner_states[label].inner_state
-                updates, new = tx.update(updates, inner, params, **extra)
-                new_states.append(new)
-            return updates, _as_state(transforms, new_states)
+        names, _, structure = tree = uniquely_named(updates)
         groups = partition_groups(transforms, param_labels, updates, names, state)
         given, values = dict(extra), None
         if params is not None:

@@ -1,5 +1,6 @@
 """Natural gradients inside Optax: `precondition`."""
 
+from itertools import zip_longest
 from typing import Any, no_type_check
 
 import jax
@@ -71,18 +72,13 @@ def precondition(
 def _check(updates: Any, like: Any) -> None:
     """Compares leaf by leaf: inside an optimiser a tree is a dictionary by path."""
     found, own = (
-        [(name, jnp.shape(leaf)) for name, leaf in by_path(tree).items()]
+        [f"{name!r} of shape {jnp.shape(leaf)}" for name, leaf in by_path(tree).items()]
         for tree in (updates, like)
     )
-    for (name, shape), (own_name, own_shape) in zip(found, own, strict=False):
-        if (name, shape) != (own_name, own_shape):
+    for gradient, parameter in zip_longest(found, own, fillvalue="nothing more"):
+        if gradient != parameter:
             raise ValueError(
-                f"`precondition` was made for {own_name!r} of shape {own_shape} where "
-                f"the gradients have {name!r} of shape {shape}. Make it from the "
-                "parameters that are trained, in the same order."
+                f"`precondition` was made for {parameter} where the gradients have "
+                f"{gradient}. Make it from the parameters that are trained, in the "
+                "same order."
             )
-    if len(found) != len(own):
-        raise ValueError(
-            f"`precondition` was made for {len(own)} parameters, but there are "
-            f"gradients of {len(found)}."
-        )

@@ -1,7 +1,7 @@
 """Checks the learning rates that an Optax transformation was given."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -10,6 +10,9 @@ import optax
 
 from .._boundary import takes
 from .._pickling import content_of
+
+# What is in the cells of a transformation's function.
+Cells = Mapping[str, Any]
 
 # Optax's names of rates and schedules in its closures.
 _RATES = ("learning_rate", "step_size", "step_size_fn")
@@ -44,19 +47,23 @@ def check_rates(tx: optax.GradientTransformation, where: str) -> None:
 
 def _has_no_sign(tx: optax.GradientTransformation) -> bool:
     """Whether Optax made a chain of parts without a rate, and `None` for the rate."""
-    parts = _held(tx.update).get("update_fns", ())
-    functions = [_held(part).get("tx", tx).update for part in parts]
+    parts = _of_optax(tx.update).get("update_fns", ())
+    functions = [_of_optax(part).get("tx", tx).update for part in parts]
     makers = [getattr(fn, "__qualname__", "").split(".")[0] for fn in functions]
     return makers[-1:] == ["identity"] and all(map(_UNSIGNED.fullmatch, makers))
 
 
-def _held(fn: Any) -> dict[str, Any]:
-    """Returns what a function of Optax has captured."""
-    if not (isinstance(fn, FunctionType) and _is_optax(fn)):
-        return {}
-    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+def cells(fn: Any) -> Cells:
+    """Returns what a function has captured, by name."""
+    pairs = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
     # A cell may be empty.
-    return {name: value for name, cell in cells for value in content_of(cell)}
+    return {name: value for name, cell in pairs for value in content_of(cell)}
+
+
+def _of_optax(fn: Any) -> Cells:
+    """Returns what a function of Optax has captured."""
+    is_own = isinstance(fn, FunctionType) and (fn.__module__ or "").startswith("optax.")
+    return cells(fn) if is_own else {}
 
 
 def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
@@ -64,22 +71,16 @@ def _rates(node: Any, seen: set[int]) -> Iterator[Any]:
     if id(node) in seen:
         return
     seen.add(id(node))
-    if isinstance(node, tuple | list):
-        for part in node:
+    if isinstance(node, tuple | list | dict):
+        for part in node.values() if isinstance(node, dict) else node:
             yield from _rates(part, seen)
-    elif isinstance(node, dict):
-        yield from _rates(list(node.values()), seen)
     else:
-        for name, value in _held(node).items():
+        for name, value in _of_optax(node).items():
             if name in _RATES:
                 yield value
             elif name in _OPTIONS and isinstance(value, dict):
                 yield from (value[rate] for rate in _RATES if rate in value)
             yield from _rates(value, seen)
-
-
-def _is_optax(fn: FunctionType) -> bool:
-    return (fn.__module__ or "").startswith("optax.")
 
 
 def _is_real(rate: Any) -> bool:

@@ -1,25 +1,16 @@
 """What rules and transformations are called, and the table of both."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
-from .._tree import aligned, named_leaves
+from .._tree import aligned, atoms, named_leaves
 from .transform import Transform
 
 # These wrap other transformations, and say nothing about what those do.
 _WRAPPERS = ("chain", "identity", "init_empty_state", "with_extra_args_support")
-
-
-def parts_of(selector: Any) -> Iterator[Any]:
-    """Lists the paths, globs and predicates of a selector."""
-    if isinstance(selector, tuple):
-        for part in selector:
-            yield from parts_of(part)
-    else:
-        yield selector
 
 
 def written(selector: Any) -> str:
@@ -33,7 +24,7 @@ def written(selector: Any) -> str:
 
 def rule_name(selector: Any) -> str:
     """Names a rule by its selector, without quotes and brackets."""
-    parts = parts_of(selector)
+    parts = atoms(selector, "rules")
     return ", ".join(x if isinstance(x, str) else written(x) for x in parts)
 
 

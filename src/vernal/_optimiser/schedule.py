@@ -19,15 +19,10 @@ Rate = int | float | np.number | Real[Array, ""] | Real[np.ndarray, ""]
 
 
 def _whole(value: Step, name: str, least: int) -> int:
-    if not (math.isfinite(value) and value == int(value)):
+    if not (math.isfinite(value) and value == int(value) >= least):
         raise ValueError(
-            f"`{name}` counts steps and must be a whole number, not {value}; "
-            "round it first."
-        )
-    if value < least:
-        raise ValueError(
-            f"`{name}` must be at least {least}, not {value}: a schedule counts its "
-            "steps from 0."
+            f"`{name}` is {value}, but counts steps, from 0: it must be a whole number "
+            f"of at least {least}."
         )
     return int(value)
 

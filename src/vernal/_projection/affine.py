@@ -21,17 +21,22 @@ from .._boundary import (
     undebugged,
 )
 from .._pickling import Portable
-from .._tree import as_parameters, ravel_size, require_alike, widest
+from .._tree import (
+    as_parameters,
+    by_path,
+    ravel,
+    ravel_size,
+    require_alike,
+    unravel,
+    widest,
+)
 from .blocks import (
     Block,
-    arrange,
     leaves_by_path,
     nest_blocks,
     on_each,
     places,
-    ravel_blocks,
     scatter,
-    unravel_blocks,
 )
 from .whitening import AbstractWhitening
 
@@ -101,7 +106,10 @@ class AbstractProjector(Portable, eqx.Module):
                 f"`latent` has shape {jnp.shape(latent)}, but the latent space of this "
                 f"projector is made of vectors of shape {like.shape}."
             )
-        latent = arrange(latent, like)
+        # In the order of the parameters, where JAX would sort the keys.
+        order, found = by_path(like).names, by_path(latent).by_name()
+        if found.keys() == set(order):
+            latent = self._structure.unflatten(found[path] for path in order)
         require_alike(latent, like, "`latent`", "this projector's latent space")
         return jax.tree.leaves(latent)
 
@@ -119,8 +127,6 @@ class AbstractProjector(Portable, eqx.Module):
         `ravel_pytree` of the latent tree.
         """
         matrices = [whitening.matrix() for whitening in self._held]
-        if len(matrices) == 1:
-            return matrices[0]
         sizes = [whitening.latent_size for whitening in self._whitenings]
         columns = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
         shape = (ravel_size(self._origin), sum(sizes))
@@ -235,7 +241,7 @@ class AbstractProjector(Portable, eqx.Module):
         ]
         move = lambda w, start, piece: start + w.apply(piece)
         moved = on_each(move, self._held, self._ravel(self.origin), pieces)
-        return unravel_blocks(moved, self._blocks, self._origin)
+        return self._unravel(moved)
 
     @checked
     def to_latent(self, params: Params) -> PyTree:
@@ -303,11 +309,24 @@ class AbstractProjector(Portable, eqx.Module):
     def _natural(self, grads: Params) -> Params:
         flats = self._ravel(grads)
         natural = on_each(lambda w, x: w.apply(w.transpose(x)), self._held, flats)
-        return unravel_blocks(natural, self._blocks, self._origin)
+        return self._unravel(natural)
 
     def _ravel(self, tree: Params) -> list[Float[Array, " _"]]:
-        dtypes = [whitening.dtype for whitening in self._whitenings]
-        return ravel_blocks(tree, self._blocks, dtypes)
+        """Joins the leaves of each block into one vector."""
+        leaves = jax.tree.leaves(tree)
+        return [
+            ravel([leaves[index] for index in block], whitening.dtype)
+            for block, whitening in zip(self._blocks, self._whitenings, strict=True)
+        ]
+
+    def _unravel(self, flats: list[Float[Array, " _"]]) -> Params:
+        """Undoes `_ravel`; shapes and dtypes are those of the origin."""
+        leaves, structure = jax.tree.flatten(self._origin)
+        for flat, block in zip(flats, self._blocks, strict=True):
+            own = unravel(flat, [leaves[index] for index in block])
+            for index, leaf in zip(block, own, strict=True):
+                leaves[index] = leaf
+        return structure.unflatten(leaves)
 
     def _checked(self, tree: Params, name: str) -> Params:
         arrays = as_parameters(tree, name)
@@ -353,8 +372,6 @@ class AbstractProjector(Portable, eqx.Module):
         A matrix of shape `(D, D)`, in the order of `ravel_pytree`.
         """
         matrices = [whitening.covariance() for whitening in self._held]
-        if len(matrices) == 1:
-            return matrices[0]
         size = ravel_size(self._origin)
         return scatter(matrices, self._rows, self._rows, (size, size))
 
@@ -372,4 +389,4 @@ class AbstractProjector(Portable, eqx.Module):
         A tree like the parameters.
         """
         errors = [whitening.standard_errors() for whitening in self._held]
-        return unravel_blocks(errors, self._blocks, self._origin)
+        return self._unravel(errors)

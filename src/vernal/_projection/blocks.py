@@ -2,43 +2,36 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
-from .._boundary import Params, PyTree
+from .._boundary import Params
 from .._tree import (
     atoms,
     joinable,
     named_leaves,
     paths,
-    ravel,
     resolve,
     shape_and_dtype,
-    unravel,
     widest,
 )
-from .null_policy import NullPolicy
 from .whitening import AbstractWhitening, Unchanged
-
-T = TypeVar("T")
 
 Block = tuple[int, ...]
 """The indices of some leaves, in the order of `jax.tree.leaves`."""
 
 
-def find_blocks(
-    params: Params, selectors: Sequence[Any], argument: str
-) -> tuple[Block, ...]:
-    """Finds the leaves of the block of each selector.
+def find_blocks(params: Params, selectors: Sequence[Any]) -> tuple[Block, ...]:
+    """Finds the leaves of the block of each selector, of an argument `blocks`.
 
     Raises if a selector matches nothing, if two blocks share a parameter, or if one is
-    empty. An error calls the selectors `argument`.
+    empty.
     """
     names = paths(params)
     # With a block for each parameter, resolving each selector would be quadratic.
@@ -46,18 +39,18 @@ def find_blocks(
     owner: dict[int, Any] = {}
     blocks = []
     for selector in selectors:
-        wanted = list(atoms(selector, argument))
+        wanted = list(atoms(selector, "blocks"))
         if all(isinstance(atom, str) and atom in indices for atom in wanted):
             block = tuple(sorted({indices[atom] for atom in wanted}))
         else:
-            owners = resolve(params, [selector], argument=argument)
+            owners = resolve(params, [selector], argument="blocks")
             block = tuple(i for i, found in enumerate(owners) if found is not None)
         if not block:
-            raise ValueError(f"`{argument}`: the block {selector!r} selects nothing.")
+            raise ValueError(f"`blocks`: the block {selector!r} selects nothing.")
         for index in block:
             if index in owner:
                 raise ValueError(
-                    f"`{argument}`: the blocks {owner[index]!r} and {selector!r} share "
+                    f"`blocks`: {owner[index]!r} and {selector!r} share "
                     f"{names[index]!r}. A parameter belongs to one block."
                 )
             owner[index] = selector
@@ -71,17 +64,6 @@ def leaves_by_path(
     """Lists the leaves of each block, by path."""
     names, leaves = paths(params), jax.tree.leaves(params)
     return [OrderedDict((names[i], leaves[i]) for i in block) for block in blocks]
-
-
-def ravel_blocks(
-    params: Params, blocks: Sequence[Block], dtypes: Sequence[DTypeLike]
-) -> list[Float[Array, " _"]]:
-    """Joins the leaves of each block into one vector."""
-    leaves = jax.tree.leaves(params)
-    return [
-        ravel([leaves[index] for index in block], dtype)
-        for block, dtype in zip(blocks, dtypes, strict=True)
-    ]
 
 
 def on_each(
@@ -111,18 +93,6 @@ def _kind_of_call(call: tuple[Any, ...]) -> Any:
     if isinstance(call[0], Unchanged) or not is_traced:
         return None
     return structure, *map(shape_and_dtype, leaves)
-
-
-def unravel_blocks(
-    flats: Sequence[Float[Array, " _"]], blocks: Sequence[Block], like: Params
-) -> Params:
-    """Undoes `ravel_blocks`; shapes and dtypes are those of `like`."""
-    leaves, structure = jax.tree.flatten(like)
-    for flat, block in zip(flats, blocks, strict=True):
-        own = unravel(flat, [leaves[index] for index in block])
-        for index, leaf in zip(block, own, strict=True):
-            leaves[index] = leaf
-    return structure.unflatten(leaves)
 
 
 def places(params: Params, blocks: Sequence[Block]) -> list[np.ndarray]:
@@ -157,66 +127,17 @@ def nest_blocks(params: Params, blocks: Sequence[Block]) -> OrderedDict[str, Any
     return nested
 
 
-def arrange(tree: PyTree, like: PyTree) -> PyTree:
-    """Sorts the keys of nested dictionaries like those of `like`.
-
-    Keys without leaves in `like` may be missing.
-    """
-    is_nested = isinstance(tree, Mapping) and isinstance(like, OrderedDict)
-    if not (is_nested and tree.keys() <= like.keys()):
-        return tree
-    empty = lambda node: OrderedDict() if isinstance(node, OrderedDict) else None
-    return OrderedDict(
-        (key, arrange(tree.get(key, empty(node)), node)) for key, node in like.items()
-    )
-
-
 def scatter(
     matrices: Sequence[Float[Array, "..."]],
     rows: Sequence[np.ndarray],
     columns: Sequence[np.ndarray],
     shape: tuple[int, int],
 ) -> Float[Array, "rows columns"]:
-    """Puts the matrices of several blocks into one, at their rows and columns."""
+    """Puts the matrices of blocks into one, at their rows and columns."""
+    if len(matrices) == 1:
+        return matrices[0]
     dtype = widest(matrix.dtype for matrix in matrices)
     whole = jnp.zeros(shape, dtype)
     for down, across, matrix in zip(rows, columns, matrices, strict=True):
         whole = whole.at[np.ix_(down, across)].set(matrix.astype(dtype))
     return whole
-
-
-def whiten_blocks(
-    given: Mapping[Any, T],
-    params: Params,
-    nulls: NullPolicy,
-    whiten: Callable[[T, Params, NullPolicy, str], AbstractWhitening],
-) -> tuple[tuple[Block, ...], tuple[AbstractWhitening, ...]]:
-    """Finds the maps that whiten several blocks of `params`.
-
-    For each selector, `whiten` takes what is given, the parameters of the block, its
-    policy, and its name in errors. Returns the blocks, in the order of their first
-    leaves, and a map for each. A leaf without a selector is an unchanged block.
-    """
-    if not given:
-        raise ValueError(
-            '`blocks` is empty: it needs at least one matrix, such as `{"flux": fmat}`.'
-        )
-    if odd := [selector for selector in nulls.rank or () if selector not in given]:
-        raise ValueError(
-            f"`rank` has {odd[0]!r}, which is not a block. The blocks are "
-            f"{', '.join(map(repr, given))}."
-        )
-    selectors = tuple(given)
-    blocks = find_blocks(params, selectors, "blocks")
-    found: dict[Block, AbstractWhitening] = {}
-    for selector, block, own in zip(
-        selectors, blocks, leaves_by_path(params, blocks), strict=True
-    ):
-        name = f"`blocks[{selector!r}]`"
-        found[block] = whiten(given[selector], own, nulls.of_block(selector), name)
-    owned = {index for block in blocks for index in block}
-    for index, leaf in enumerate(jax.tree.leaves(params)):
-        if index not in owned:
-            found[index,] = Unchanged(leaf.shape, leaf.dtype)
-    order = tuple(sorted(found))
-    return order, tuple(found[block] for block in order)

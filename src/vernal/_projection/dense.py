@@ -185,7 +185,7 @@ def whiten_spectrum(
     tolerance = (nulls.rtol or 0) * of.asarray(values)[0]
     rank, values = _choose_rank(values, tolerance, nulls, name)
     known = of.asarray(values)
-    if on_null == "raise" and rank is not None and rank < size:
+    if on_null == "raise" and rank < size:
         shown = "; ".join(
             " and ".join(f"{path} ({weight:+.3g})" for path, weight in null.items())
             for null in name_null_space(
@@ -196,14 +196,12 @@ def whiten_spectrum(
             f"{name} does not constrain {size - rank} of {size} directions: {shown}. "
             'Freeze a parameter of each, or use `on_null="drop"` or `"prior"`.'
         )
-    is_null = ~(known > tolerance)
-    if rank is not None:
-        is_null = of.arange(size) >= rank
+    is_null = of.arange(size) >= rank
     roots = of.sqrt(of.where(is_null, 1, known))
     roots = of.where(is_null, -1, 1 / roots if is_inverse else roots)
     kept = size if on_null == "prior" else rank
     dropped = np.zeros((size, 0), vectors.dtype)
-    if kept is not None and kept < size:
+    if kept < size:
         vectors, dropped = jax.lax.split(vectors, (kept, size - kept), axis=1)
     return DenseWhitening(
         scale=scale,
@@ -218,11 +216,8 @@ def whiten_spectrum(
 
 def _choose_rank(
     values: Float[Array, " D"], tolerance: Any, nulls: NullPolicy, name: str
-) -> tuple[int | None, Float[Array, " D"]]:
-    """Returns the number of directions that are not null, and the checked values.
-
-    The number is `None` where it depends on values that are not known.
-    """
+) -> tuple[Any, Float[Array, " D"]]:
+    """Returns the number of directions that are not null, and the checked values."""
     size, rank, is_traced = values.size, nulls.rank, isinstance(values, Tracer)
     known = values if is_traced else np.asarray(values)
     if rank is not None or (is_traced and nulls.on_null == "raise"):
@@ -240,13 +235,12 @@ def _choose_rank(
                 f"eigenvalues are above the tolerance of {tolerance}."
             ),
         )
-    if not is_traced:
-        return int(np.count_nonzero(known > tolerance)), values
-    if nulls.on_null == "prior":
-        return None, values
-    raise ValueError(
-        "`rank` must be given under `jax.jit` and `jax.vmap`, where the number of "
-        "null directions, and with it the shape of the latent space, cannot depend "
-        f"on values. For {name}, {size} keeps them all. Or use "
-        '`on_null="prior"`, which leaves the latent space its shape.'
-    )
+    if is_traced and nulls.on_null == "drop":
+        raise ValueError(
+            "`rank` must be given under `jax.jit` and `jax.vmap`, where the number of "
+            "null directions, and with it the shape of the latent space, cannot depend "
+            f"on values. For {name}, {size} keeps them all. Or use "
+            '`on_null="prior"`, which leaves the latent space its shape.'
+        )
+    is_kept = known > tolerance
+    return (jnp.sum(is_kept) if is_traced else np.count_nonzero(is_kept)), values

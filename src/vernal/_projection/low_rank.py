@@ -46,10 +46,6 @@ class LowRankWhitening(AbstractWhitening):
         return self.eigenvalues.shape[-1]
 
     @property
-    def is_null(self) -> Bool[Array, " rank"]:
-        return jnp.zeros(self.eigenvalues.shape, bool)
-
-    @property
     def spectrum(self) -> Float[Array, " rank"]:
         """The leading eigenvalues of the scaled matrix: the others are not known."""
         return self.eigenvalues
@@ -128,11 +124,7 @@ def whiten_matvec(
             f"`matvec` is {matvec!r}, but must be a function, such as "
             "`vn.gauss_newton_matvec(residuals, params)` returns."
         )
-    if whole_number(rank, "rank", least=1) > size:
-        raise ValueError(
-            f"`rank` is {rank}, but there are only {size} directions in the space of "
-            "the parameters."
-        )
+    whole_number(rank, "rank", least=1, most=size)
     prng_key(key)
     scales = _flat_scale(scale, params, dtype)
     # More than `rank`: the last ones converge last.

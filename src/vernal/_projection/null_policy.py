@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from .._boundary import whole_number
+from .._boundary import one_of, whole_number
 
 OnNull = Literal["drop", "raise", "prior"]
 
@@ -40,11 +40,7 @@ class NullPolicy:
 
     def check(self, size: int | None = None) -> None:
         """Checks the options; `rank` only where the number of directions is known."""
-        if self.on_null not in get_args(OnNull):
-            raise ValueError(
-                f'`on_null` is {self.on_null!r}, but must be "drop", "raise" or '
-                '"prior".'
-            )
+        one_of(self.on_null, get_args(OnNull), "on_null")
         if self.rtol is not None and not 0 <= self.rtol < 1:
             raise ValueError(
                 f"`rtol` must be at least 0 and less than 1, not {self.rtol}: it is a "
@@ -52,11 +48,7 @@ class NullPolicy:
             )
         if self.rank is None or size is None:
             return
-        if not 1 <= whole_number(self.rank, "rank") <= size:
-            raise ValueError(
-                f"`rank` must be between 1 and the number of parameters, {size}, not "
-                f"{self.rank}."
-            )
+        whole_number(self.rank, "rank", least=1, most=size)
         if self.rank < size and self.on_null == "raise":
             raise ValueError(
                 f"`rank={self.rank}` leaves {size - self.rank} null directions, but "

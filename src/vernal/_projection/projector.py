@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -11,11 +12,11 @@ from .._boundary import Params, checked, takes
 from .._curvature import Matrix
 from .._tree import as_parameters
 from .affine import VECTOR, AbstractProjector
-from .blocks import find_blocks, nest_blocks, places, whiten_blocks
+from .blocks import Block, find_blocks, leaves_by_path, nest_blocks, places
 from .decompose import Kind, check_jacobian, whiten, whiten_jacobian
 from .low_rank import whiten_matvec
 from .null_policy import NullPolicy, OnNull
-from .whitening import AbstractWhitening
+from .whitening import AbstractWhitening, Unchanged
 
 
 class EigenProjector(AbstractProjector):
@@ -143,7 +144,7 @@ class EigenProjector(AbstractProjector):
             return make_projector(whitening, origin, "`jac`")
         check_jacobian(jac, origin, "`jac`")
         selectors = tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
-        own = places(origin, find_blocks(origin, selectors, "blocks"))
+        own = places(origin, find_blocks(origin, selectors))
         given = {s: jac[:, index] for s, index in zip(selectors, own, strict=True)}
         return make_block_projector(given, origin, nulls, whiten_jacobian)
 
@@ -309,9 +310,34 @@ def make_block_projector(
     whiten: Callable[[Any, Params, NullPolicy, str], AbstractWhitening],
     is_of_free: bool = False,
 ) -> EigenProjector:
-    """Makes a projector with a whitening for each block; see `whiten_blocks`."""
+    """Makes a projector with a whitening for each block.
+
+    For each selector, `whiten` takes what is given, the parameters of the block, its
+    policy, and its name in errors. A leaf without a selector is an unchanged block.
+    """
+    if not given:
+        raise ValueError(
+            '`blocks` is empty: it needs at least one matrix, such as `{"flux": fmat}`.'
+        )
+    if odd := [selector for selector in nulls.rank or () if selector not in given]:
+        raise ValueError(
+            f"`rank` has {odd[0]!r}, which is not a block. The blocks are "
+            f"{', '.join(map(repr, given))}."
+        )
     origin = jax.lax.stop_gradient(as_parameters(params))
-    blocks, whitenings = whiten_blocks(given, origin, nulls, whiten)
+    blocks = find_blocks(origin, tuple(given))
+    leaves, owned = leaves_by_path(origin, blocks), set(chain.from_iterable(blocks))
+    found: dict[Block, AbstractWhitening] = {
+        (index,): Unchanged(leaf.shape, leaf.dtype)
+        for index, leaf in enumerate(jax.tree.leaves(origin))
+        if index not in owned
+    }
+    for selector, block, own in zip(given, blocks, leaves, strict=True):
+        name = f"`blocks[{selector!r}]`"
+        found[block] = whiten(given[selector], own, nulls.of_block(selector), name)
+    # By their first leaves.
+    blocks = tuple(sorted(found))
+    whitenings = tuple(found[block] for block in blocks)
     _refuse_empty(whitenings, "`blocks`")
     structure = jax.tree.structure(nest_blocks(origin, blocks))
     return EigenProjector(origin, whitenings, blocks, structure, is_of_free)
