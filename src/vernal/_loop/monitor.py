@@ -172,10 +172,7 @@ class Monitor(PlainMethods, eqx.Module):
 
         leave_it = lambda: (held_best(progress), score)
         best, score = lax.cond(is_due, score_it, leave_it)
-        progress = dataclasses.replace(
-            progress, best=best.params, best_state=best.state, best_loss=best.loss
-        )
-        return progress, score
+        return dataclasses.replace(progress, **best._asdict()), score
 
     def reason(self, state: MonitorState | None) -> StopReason | None:
         """Returns why the criterion has ended the fit, `None` if it has not."""

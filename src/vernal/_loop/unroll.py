@@ -212,16 +212,13 @@ def _differentiable_step(
     loss = live_if(seen.accepted, outcome.loss)
 
     def held() -> Progress:
-        best = ranked(old, loss)
         return dataclasses.replace(
             live_if(False, new),
             params=old.params,
             latent=old.latent,
             opt_state=old.opt_state,
             state=old.state,
-            best=best.params,
-            best_state=best.state,
-            best_loss=best.loss,
+            **ranked(old, loss)._asdict(),
         )
 
     return lax.cond(seen.accepted, lambda: new, held), loss

@@ -270,10 +270,8 @@ def _after(
     return dataclasses.replace(
         old,
         **moved._asdict(),
+        **best._asdict(),
         policy_state=policy_state,
-        best=best.params,
-        best_state=best.state,
-        best_loss=best.loss,
         step_count=old.step_count + count,
     )
 
