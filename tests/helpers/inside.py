@@ -35,10 +35,7 @@ from vernal._program.host import equations as equations
 from vernal._program.prepared import prepared as prepared
 from vernal._step import stripped as stripped
 from vernal._step.constrain import project as project
-from vernal._step.diagnosis import (
-    bad_data as bad_data,
-    explain_non_finite as explain_non_finite,
-)
+from vernal._step.diagnosis import bad_data as bad_data, diagnosed as diagnosed
 from vernal._tree import leaf_sums as leaf_sums
 
 # Modules whose names are those of functions, too; as of others, tests replace parts.

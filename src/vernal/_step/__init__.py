@@ -46,7 +46,7 @@ from .data_mark import (
     marks_of_rows,
     stepped_on,
 )
-from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
+from .diagnosis import Diagnosis, bad_data, diagnosed
 from .held import pushed
 from .hyperparams import beginning, settled
 from .model import checked_model

@@ -83,18 +83,12 @@ class Diagnosis(NamedTuple):
         return f"{self} {DATA_ADVICE}" if self.data else str(self)
 
 
-def explain_non_finite(trainer: AbstractTrainer, batch: Any) -> str:
+def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     """Says in sentences where a non-finite value comes from.
 
     Names the non-finite leaves of the batch, parameters and frozen arrays; then the
     trainer's method, or the gradient, which it evaluates in a program of its own. After
     a bad step, with the random key and the minibatch of that step.
-    """
-    return str(diagnosed(trainer, batch))
-
-
-def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
-    """Returns what `explain_non_finite` says, by origin.
 
     Under `jax_debug_nans` or `jax_debug_infs`, raises a `FloatingPointError` at the
     operation instead.
@@ -123,9 +117,8 @@ def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
     """Whether the residuals that are minimised are those of no datum."""
     if defined(trainer) != ("residuals",) or priors_of(trainer) is not None:
         return False
-    with contextlib.suppress(Exception):  # of the user's code: it is no answer
-        return int(_data_left(*_at_step(trainer, batch))) == 0
-    return False
+    left = _evaluated(*_at_step(trainer, batch), _data_left)
+    return left is not None and int(left) == 0
 
 
 def too_small(trainer: AbstractTrainer, batch: Any) -> str:
@@ -138,7 +131,7 @@ def too_small(trainer: AbstractTrainer, batch: Any) -> str:
 
 def _small_residuals(trainer: AbstractTrainer, batch: Any) -> str:
     """They may be that small at a minimum: so must be what the model adds to them."""
-    largest, moved = map(np.asarray, _sizes(trainer, batch))
+    largest, moved = map(np.asarray, _evaluate(trainer, batch, _sizes))
     limit = float(jnp.finfo(largest.dtype).tiny) ** 0.5
     if not (0 < largest < limit and moved < limit):
         return ""
@@ -160,18 +153,15 @@ def _doubled(leaf: Any) -> Any:
     return leaf.astype(np.promote_types(leaf.dtype, np.float64)) if is_single else leaf
 
 
-# One program, for as many members as there are.
-@program
-def _data_left(trainer: AbstractTrainer, batch: Any) -> int | Int[Array, ""]:
-    return real_residuals_and_kind(trainer, batch, step_key(trainer))[1].size
+def _data_left(trainer: AbstractTrainer, batch: Any, key: Any) -> int | Int[Array, ""]:
+    return real_residuals_and_kind(trainer, batch, key)[1].size
 
 
-@program
 def _sizes(
-    trainer: AbstractTrainer, batch: Any
+    trainer: AbstractTrainer, batch: Any, key: Any
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the largest residual, and how far the parameters move any."""
-    key, params = step_key(trainer), trainer.params
+    params = trainer.params
     of = lambda params: real_residuals(live(trainer, params), batch, key)
     residuals, moves = jax.jvp(of, (params,), (params,))
     largest = lambda x: jnp.max(jnp.abs(x), initial=0)
@@ -269,12 +259,8 @@ def _described(leaf: Any) -> str:
         (infinities, first_infinity, "infinity", "infinities"),
     ):
         if count:
-            where = _index(first, shape)
-            parts.append(
-                f"1 {one}, at {where}"
-                if count == 1
-                else f"{count} {many}, the first at {where}"
-            )
+            what = f"1 {one}, at" if count == 1 else f"{count} {many}, the first at"
+            parts.append(f"{what} {_index(first, shape)}")
     return f"has {', and '.join(parts)}" if parts else ""
 
 
