@@ -90,9 +90,8 @@ from .progress import (
 )
 from .replace import member_axes, replaced_fields, reproject
 from .scored_by import (
-    hook_digests,
+    digests,
     is_of_other_code,
-    method_digests,
     noted,
     noted_as,
     scored_parts,
