@@ -62,21 +62,22 @@ class Monitor(PlainMethods, eqx.Module):
             batch = as_batch(batch, "validation")
             every = min(whole_number(every, "validation[1]", least=1), MOST_STEPS)
             self.validation = Validation(batch, jax.device_put(np.int32(every)))
-        if stop is not None and not isinstance(stop, StopCriterion):
+        self.stop = stop
+        if stop is None:
+            return
+        if not isinstance(stop, StopCriterion):
             made = isinstance(stop, type) and issubclass(stop, StopCriterion)
             remedy = f" Did you mean `{stop.__name__}(...)`?" if made else ""
             raise TypeError(
                 f"`stop` is {stop!r}, but must be a StopCriterion, such as "
                 f"`vn.Converged(1e-8, 20)`.{remedy}"
             )
-        if stop is not None:
-            takes_methods(type(stop), _OF_CRITERION, "stop")
-        if stop is not None and stop.needs_validation and validation is None:
+        takes_methods(type(stop), _OF_CRITERION, "stop")
+        if stop.needs_validation and validation is None:
             raise ValueError(
                 f"`stop` is {stop!r}, which watches a validation, and there is none. "
                 "Pass `validation=(batch, every)`."
             )
-        self.stop = stop
 
     def placed(
         self, batch: Callable[[PyTree], PyTree], rest: Callable[[PyTree], PyTree]

@@ -15,7 +15,7 @@ from .._step import (
     AbstractTrainer,
     Outcome,
     metric_shapes,
-    template_of,
+    tied_words,
     tree_norm,
 )
 from .._tree import UnknownPathError, by_path, paths, resolve
@@ -166,8 +166,7 @@ def _selected(trainer: AbstractTrainer, selector: Any) -> list[str]:
     named = [path for (path, _), owner in both if owner is not None]
     kept = [path for path in named if path in trained]
     if not kept:
-        ties = template_of(trainer).ties
-        tied = {} if ties is None else ties.words
+        tied = tied_words(trainer)
         if named[0] in tied:
             raise ValueError(
                 f"`record`: {named[0]!r} is {tied[named[0]]}. Record what it follows."

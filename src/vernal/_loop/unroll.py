@@ -139,7 +139,7 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
     if isinstance(after.stopped, jax.core.Tracer):
         return error_if_stopped(after)
     if not before.stopped:
-        raise_if_non_finite(after, after)
+        raise_if_non_finite(after)
     return after
 
 

@@ -313,7 +313,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             return (error_if_stopped(trainer) if raises else trainer), info
         if not self.stopped and trainer.stopped:
             diagnosis = diagnosed(place.put(trainer), batch)
-            raise_if_non_finite(trainer, trainer, diagnosis.advised)
+            raise_if_non_finite(trainer, diagnosis.advised)
         return trainer, info
 
     @entrance
