@@ -46,7 +46,7 @@ from .data_mark import (
     marks_of_rows,
     stepped_on,
 )
-from .diagnosis import Diagnosis, bad_data, diagnosed
+from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .held import pushed
 from .hyperparams import beginning, settled
 from .model import checked_model
@@ -59,7 +59,6 @@ from .nan_report import (
     non_finite_error,
     raise_if_non_finite,
 )
-from .no_data import warn_of_no_data
 from .objective import (
     DataKind,
     defined,

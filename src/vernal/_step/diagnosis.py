@@ -1,4 +1,4 @@
-"""Where a non-finite value comes from: the data, the parameters, the model."""
+"""Where a value that is not finite comes from, and whether there are data at all."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from .._boundary import PyTree, debugged, is_debugged, spelled_leaves
+from .._boundary import PyTree, debugged, is_debugged, spelled_leaves, warn
 from .._data import Minibatches, as_batch
 from .._likelihoods import Poisson
 from .._policy import SKIP_ADVICE
@@ -42,6 +42,9 @@ from .objective import (
 
 # How many leaves are named.
 _MOST_NAMED = 4
+
+# Losses below it are worth a look, whatever their dtype and that of the residuals.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 DATA_ADVICE = (
     "Leave such data out of the batch (`vn.omit`), or mask them (`where=` of "
@@ -113,7 +116,40 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     return Diagnosis((), (), (found, *_bad_update(trainer, batch)))
 
 
-def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
+def warn_of_no_data(
+    where: str,
+    losses: np.ndarray,
+    ended: Callable[[Any], tuple[AbstractTrainer, Any]],
+) -> None:
+    """Warns if each loss, or each score, is zero though the model need not be right.
+
+    Either no datum is left, or the squares of all residuals are too small for their
+    dtype. `losses` have a row for each step, and a column for each of many trainers;
+    the first of these is named. `ended` returns a trainer and its batch, by index.
+    `where` is what the warning begins with.
+    """
+    # NaN follows the last step of one of many.
+    is_small = (losses < _TINY).any(axis=0) & ~(losses >= _TINY).any(axis=0)
+    for found in np.argwhere(is_small):
+        index = int(found[0]) if is_small.ndim else ()
+        which = f" of member {index}" if is_small.ndim else ""
+        if _lacks_data(*ended(index)):
+            warn(
+                f"`{where}`: no datum{which} is left, so that any model fits: "
+                "`where` of the likelihood is false for all. It is true for each datum "
+                "that is there, unlike the mask of a masked array."
+            )
+            return
+        if small := _too_small(*ended(index)):
+            which = f", member {index}" if is_small.ndim else ""
+            warn(
+                f"`{where}`{which}: {small}, so that any model fits. Fit in larger "
+                "units, or divide what is squared by its error."
+            )
+            return
+
+
+def _lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
     """Whether the residuals that are minimised are those of no datum."""
     if defined(trainer) != ("residuals",) or priors_of(trainer) is not None:
         return False
@@ -121,7 +157,7 @@ def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
     return left is not None and int(left) == 0
 
 
-def too_small(trainer: AbstractTrainer, batch: Any) -> str:
+def _too_small(trainer: AbstractTrainer, batch: Any) -> str:
     """Says how small are the numbers whose loss is zero; empty if they are not."""
     of = _small_residuals if "residuals" in defined(trainer) else _small_loss
     with contextlib.suppress(Exception):  # of the user's code: it is no answer
