@@ -24,7 +24,7 @@ from .options import FitKeywords, FitOptions
 from .pace import Pace
 from .progress_bar import ProgressBar
 from .remarks import remark
-from .run import FitRun, Inputs
+from .run import FitRun
 from .subject import Subject
 
 
@@ -62,7 +62,7 @@ def fit(
                 checkpointer = stack.enter_context(
                     open_checkpointer(options.checkpoint, *identity, peers)
                 )
-            inputs = Inputs(trainer, source, monitor)
+            inputs = trainer, source, monitor
             run = FitRun(subject, inputs, options, peers, checkpointer)
             if peers.are_many:
                 peers.require_same(run.described())

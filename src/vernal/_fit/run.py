@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -79,21 +79,13 @@ def _is_boolean(answer: Any) -> bool:
     return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
 
 
-class Inputs(NamedTuple):
-    """The trainer of a fit, the source of its batches, and its monitor."""
-
-    trainer: AbstractTrainer
-    source: Source
-    monitor: Monitor
-
-
 class FitRun:
     """A running fit: the trainer as it is now, and what was recorded so far."""
 
     def __init__(
         self,
         subject: Subject,
-        inputs: Inputs,
+        inputs: tuple[AbstractTrainer, Source, Monitor],
         options: FitOptions,
         peers: Peers,
         checkpointer: Checkpointer | None,

@@ -88,18 +88,5 @@ from .progress import (
     without_best,
 )
 from .replace import member_axes, replaced_fields, reproject
-from .scored_by import (
-    digests,
-    is_of_other_code,
-    noted,
-    noted_as,
-    scored_parts,
-)
-from .step import (
-    Outcome,
-    advance,
-    advance_bare,
-    has_turned_bad,
-    live_if,
-    tree_norm,
-)
+from .scored_by import digests, is_of_other_code, noted, noted_as, scored_parts
+from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm

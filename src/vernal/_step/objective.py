@@ -11,12 +11,7 @@ from .._boundary import PyTree
 from .._data import as_given
 from .._likelihoods import AbstractLikelihood, Gaussian, require_known
 from .._tree import cast_alike, is_inexact, widest
-from .abstract_trainer import (
-    AbstractTrainer,
-    priors_of,
-    progress_of,
-    with_progress,
-)
+from .abstract_trainer import AbstractTrainer, priors_of, progress_of, with_progress
 from .outer import warn_of_outer
 
 Term = Array | AbstractLikelihood

@@ -13,12 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._boundary import PyTree
 from .._curvature import in_reverse
-from .._policy import (
-    all_finite,
-    any_non_finite,
-    each_finite,
-    judged,
-)
+from .._policy import all_finite, any_non_finite, each_finite, judged
 from .._program import chosen
 from .._projection import EigenProjector
 from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
@@ -78,7 +73,8 @@ def _scored(
     value_and_grad = jax.value_and_grad(scored, has_aux=True)
     with in_reverse(f"The loss of `{type(trainer).__name__}`"):
         (_, found), grads = value_and_grad(progress_of(trainer).params)
-    grads = jax.tree.map(_descending, grads)
+    # JAX's gradient of a complex parameter is the conjugate of the ascent direction.
+    grads = jax.tree.map(jnp.conj, grads)
 
     def value(params: PyTree) -> Array:
         if bounds_of(trainer) is not None:
@@ -326,11 +322,6 @@ def tree_norm(tree: PyTree) -> Float[Array, ""]:
     default = jnp.result_type(float)
     wide = lambda leaf: leaf.astype(widest((leaf.dtype, default)))
     return optax.tree.norm(jax.tree.map(wide, tree)).astype(default)
-
-
-def _descending(grad: Array) -> Array:
-    # JAX's gradient of a complex parameter is the conjugate of the ascent direction.
-    return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
 
 
 def _move(
