@@ -11,10 +11,10 @@ from vernal._data.sources import as_source as as_source
 from vernal._devices import processes as processes
 from vernal._devices.placement import placement as placement
 from vernal._fit import (
-    one_trainer as one_trainer,
     progress_bar as progress_bar,
     remarks as remarks,
     run as run,
+    subject as subject,
 )
 from vernal._fit.pace import Pace as Pace
 from vernal._inference.expansion import around as around
@@ -35,10 +35,7 @@ from vernal._program.host import equations as equations
 from vernal._program.prepared import prepared as prepared
 from vernal._step import stripped as stripped
 from vernal._step.constrain import project as project
-from vernal._step.diagnosis import (
-    bad_data as bad_data,
-    explain_non_finite as explain_non_finite,
-)
+from vernal._step.diagnosis import bad_data as bad_data, diagnosed as diagnosed
 from vernal._tree import leaf_sums as leaf_sums
 
 # Modules whose names are those of functions, too; as of others, tests replace parts.

@@ -12,7 +12,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from inside import bad_data, explain_non_finite
+from inside import bad_data, diagnosed
 from models import GaussianFit, LineFit, Pair, gaussian, line
 from notebook import MODEL, Notebook
 
@@ -140,7 +140,7 @@ ORIGINS = {
 @pytest.mark.parametrize("name", ORIGINS)
 def test_the_origin_is_named(name):
     make, sentence = ORIGINS[name]
-    told = explain_non_finite(*make())
+    told = str(diagnosed(*make()))
     assert told.startswith(sentence)
     assert ("jnp.where" in told) == (name == "gradient")
 
@@ -150,15 +150,14 @@ def test_a_loss_that_cannot_be_evaluated_hides_nothing():
         def loss(self, model, batch):
             raise RuntimeError
 
-    told = explain_non_finite(Broken(line()), (np.ones(2), np.array([1.0, NAN])))
-    assert told == "`batch[1]` has 1 NaN, at [1]."
+    told = diagnosed(Broken(line()), (np.ones(2), np.array([1.0, NAN])))
+    assert str(told) == "`batch[1]` has 1 NaN, at [1]."
 
 
 def test_of_minibatches_the_place_is_that_in_all_of_the_data():
     data = vn.Minibatches(curve(y={150: NAN}), 10, key=jax.random.key(0))
-    assert "`batch[1]` has 1 NaN, at [150] of all the examples." in explain_non_finite(
-        fitted(), data
-    )
+    told = str(diagnosed(fitted(), data))
+    assert "`batch[1]` has 1 NaN, at [150] of all the examples." in told
 
 
 # What a fit says.
@@ -294,7 +293,7 @@ def test_in_a_program_nothing_can_be_said():
 
     @jax.jit
     def run(batch):
-        told.append(explain_non_finite(fitted(), batch))
+        told.append(str(diagnosed(fitted(), batch)))
         return batch
 
     run(curve())
@@ -329,9 +328,9 @@ def test_a_diagnosis_follows_the_code():
         MODEL.format("jax.lax.scan(body, 1.0, jnp.zeros(1))[0]"),
     )
     trainer = book["trainer"]()
-    assert "`residuals` is NaN" in explain_non_finite(trainer, np.arange(3.0))
+    assert "`residuals` is NaN" in str(diagnosed(trainer, np.arange(3.0)))
     book.run("S = 1.0")
-    assert "its gradient are finite" in explain_non_finite(trainer, np.arange(3.0))
+    assert "its gradient are finite" in str(diagnosed(trainer, np.arange(3.0)))
 
 
 class Zeroed(vn.Trainer):

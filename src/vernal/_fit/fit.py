@@ -24,12 +24,12 @@ from .options import FitKeywords, FitOptions
 from .pace import Pace
 from .progress_bar import ProgressBar
 from .remarks import remark
-from .run import FitRun, Inputs
-from .subject import AbstractSubject
+from .run import FitRun
+from .subject import Subject
 
 
 def fit(
-    subject: AbstractSubject,
+    subject: Subject,
     trainer: AbstractTrainer,
     data: Any,
     steps: int,
@@ -62,7 +62,7 @@ def fit(
                 checkpointer = stack.enter_context(
                     open_checkpointer(options.checkpoint, *identity, peers)
                 )
-            inputs = Inputs(trainer, source, monitor)
+            inputs = trainer, source, monitor
             run = FitRun(subject, inputs, options, peers, checkpointer)
             if peers.are_many:
                 peers.require_same(run.described())
@@ -95,7 +95,7 @@ def fit(
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
     result = run.ended(reason)
-    remark(run.course(), result)
+    remark(run, result)
     return result
 
 
@@ -130,9 +130,7 @@ def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
     return StopReason.STEPS_TAKEN
 
 
-def _check_trainer(
-    trainer: AbstractTrainer, subject: AbstractSubject, steps: int
-) -> None:
+def _check_trainer(trainer: AbstractTrainer, subject: Subject, steps: int) -> None:
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
     check_elementwise(trainer, lambda: subject.template(trainer))

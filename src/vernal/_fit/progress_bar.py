@@ -67,9 +67,6 @@ def is_interactive() -> bool:
     """Whether a user sees the bar: in a terminal or a notebook, not in a log file."""
     # Without a console there is no standard error.
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return is_terminal or _is_in_notebook()
-
-
-def _is_in_notebook() -> bool:
     ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    is_notebook = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    return is_terminal or is_notebook

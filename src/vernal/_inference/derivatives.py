@@ -31,7 +31,7 @@ from .._step import (
     AbstractTrainer,
     DataKind,
     bounds_of,
-    explain_non_finite,
+    diagnosed,
     live,
     negative_log_likelihood,
     prior_count,
@@ -236,7 +236,7 @@ def require_finite(
     )
     raise ValueError(
         f"{what} of `{type(trainer).__name__}` {fault}. "
-        + explain_non_finite(trainer, batch)
+        + str(diagnosed(trainer, batch))
         + (_TOO_LARGE if is_overflow else "")
     )
 

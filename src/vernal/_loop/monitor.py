@@ -62,21 +62,22 @@ class Monitor(PlainMethods, eqx.Module):
             batch = as_batch(batch, "validation")
             every = min(whole_number(every, "validation[1]", least=1), MOST_STEPS)
             self.validation = Validation(batch, jax.device_put(np.int32(every)))
-        if stop is not None and not isinstance(stop, StopCriterion):
+        self.stop = stop
+        if stop is None:
+            return
+        if not isinstance(stop, StopCriterion):
             made = isinstance(stop, type) and issubclass(stop, StopCriterion)
             remedy = f" Did you mean `{stop.__name__}(...)`?" if made else ""
             raise TypeError(
                 f"`stop` is {stop!r}, but must be a StopCriterion, such as "
                 f"`vn.Converged(1e-8, 20)`.{remedy}"
             )
-        if stop is not None:
-            takes_methods(type(stop), _OF_CRITERION, "stop")
-        if stop is not None and stop.needs_validation and validation is None:
+        takes_methods(type(stop), _OF_CRITERION, "stop")
+        if stop.needs_validation and validation is None:
             raise ValueError(
                 f"`stop` is {stop!r}, which watches a validation, and there is none. "
                 "Pass `validation=(batch, every)`."
             )
-        self.stop = stop
 
     def placed(
         self, batch: Callable[[PyTree], PyTree], rest: Callable[[PyTree], PyTree]
@@ -172,10 +173,7 @@ class Monitor(PlainMethods, eqx.Module):
 
         leave_it = lambda: (held_best(progress), score)
         best, score = lax.cond(is_due, score_it, leave_it)
-        progress = dataclasses.replace(
-            progress, best=best.params, best_state=best.state, best_loss=best.loss
-        )
-        return progress, score
+        return dataclasses.replace(progress, **best._asdict()), score
 
     def reason(self, state: MonitorState | None) -> StopReason | None:
         """Returns why the criterion has ended the fit, `None` if it has not."""

@@ -1,7 +1,7 @@
 """What a fit records of each step."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -11,13 +11,7 @@ from jaxtyping import Array
 from .._boundary import PyTree, nearest_names
 from .._optimiser import ParamOptimiser
 from .._pickling import PlainMethods
-from .._step import (
-    AbstractTrainer,
-    Outcome,
-    metric_shapes,
-    template_of,
-    tree_norm,
-)
+from .._step import AbstractTrainer, Outcome, metric_shapes, tied_words, tree_norm
 from .._tree import UnknownPathError, by_path, paths, resolve
 
 GRAD_NORM = "grad_norm"
@@ -85,7 +79,11 @@ class Record(PlainMethods, eqx.Module):
                 if name == LOSS and name not in known:
                     continue
                 if name not in known:
-                    raise _unknown(trainer, name, known) from None
+                    all_known = [*paths(trainer.params), *known, *_NORMS]
+                    raise UnknownPathError(
+                        f"`record`: {name!r} is neither a parameter nor a metric that "
+                        f"the loss returns. {nearest_names(str(name), all_known)}"
+                    ) from None
                 metrics.append(name)
         self.paths = tuple(dict.fromkeys(chosen))
         self.metrics = tuple(metrics)
@@ -166,8 +164,7 @@ def _selected(trainer: AbstractTrainer, selector: Any) -> list[str]:
     named = [path for (path, _), owner in both if owner is not None]
     kept = [path for path in named if path in trained]
     if not kept:
-        ties = template_of(trainer).ties
-        tied = {} if ties is None else ties.words
+        tied = tied_words(trainer)
         if named[0] in tied:
             raise ValueError(
                 f"`record`: {named[0]!r} is {tied[named[0]]}. Record what it follows."
@@ -194,13 +191,3 @@ def _rules(trainer: AbstractTrainer) -> Rules:
         for i, name in enumerate(names)
     ]
     return tuple(zip(numbered, members, strict=True))
-
-
-def _unknown(
-    trainer: AbstractTrainer, name: Any, metrics: Iterable[str]
-) -> UnknownPathError:
-    known = [*paths(trainer.params), *metrics, *_NORMS]
-    return UnknownPathError(
-        f"`record`: {name!r} is neither a parameter nor a metric that the loss "
-        f"returns. {nearest_names(str(name), known)}"
-    )

@@ -18,6 +18,7 @@ from .._step import (
     tree_norm,
     with_progress,
 )
+from .._tree import is_inexact
 
 
 class StepInfo(NamedTuple):
@@ -49,7 +50,8 @@ def run_step(
     start = with_progress(trainer, stepped_on(old, BATCH_BY_BATCH))
     progress, outcome = advance(start, batch)
     norm = tree_norm(outcome.grads).astype(outcome.loss.dtype)
-    blank = lambda x: jnp.where(old.stopped, jnp.full_like(x, _blank(x)), x)
+    blank_of = lambda x: jnp.full_like(x, jnp.nan if is_inexact(x) else 0)
+    blank = lambda x: jnp.where(old.stopped, blank_of(x), x)
     info = StepInfo(
         outcome.loss,
         blank(norm),
@@ -58,7 +60,3 @@ def run_step(
         jax.tree.map(blank, outcome.metrics),
     )
     return place.pin((progress, info))
-
-
-def _blank(like: Array) -> Any:
-    return jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0

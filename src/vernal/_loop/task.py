@@ -9,13 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .._data import Minibatches, Whole
-from .._step import (
-    AbstractTrainer,
-    Outcome,
-    Progress,
-    advance,
-    with_progress,
-)
+from .._step import AbstractTrainer, Outcome, Progress, advance, with_progress
 from .monitor import Monitor, MonitorState
 from .record import Record
 from .rows import Rows

@@ -139,7 +139,7 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
     if isinstance(after.stopped, jax.core.Tracer):
         return error_if_stopped(after)
     if not before.stopped:
-        raise_if_non_finite(after, after)
+        raise_if_non_finite(after)
     return after
 
 
@@ -212,16 +212,13 @@ def _differentiable_step(
     loss = live_if(seen.accepted, outcome.loss)
 
     def held() -> Progress:
-        best = ranked(old, loss)
         return dataclasses.replace(
             live_if(False, new),
             params=old.params,
             latent=old.latent,
             opt_state=old.opt_state,
             state=old.state,
-            best=best.params,
-            best_state=best.state,
-            best_loss=best.loss,
+            **ranked(old, loss)._asdict(),
         )
 
     return lax.cond(seen.accepted, lambda: new, held), loss

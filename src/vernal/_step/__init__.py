@@ -46,7 +46,7 @@ from .data_mark import (
     marks_of_rows,
     stepped_on,
 )
-from .diagnosis import Diagnosis, bad_data, diagnosed, explain_non_finite
+from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .held import pushed
 from .hyperparams import beginning, settled
 from .model import checked_model
@@ -59,7 +59,6 @@ from .nan_report import (
     non_finite_error,
     raise_if_non_finite,
 )
-from .no_data import warn_of_no_data
 from .objective import (
     DataKind,
     defined,
@@ -89,19 +88,5 @@ from .progress import (
     without_best,
 )
 from .replace import member_axes, replaced_fields, reproject
-from .scored_by import (
-    hook_digests,
-    is_of_other_code,
-    method_digests,
-    noted,
-    noted_as,
-    scored_parts,
-)
-from .step import (
-    Outcome,
-    advance,
-    advance_bare,
-    has_turned_bad,
-    live_if,
-    tree_norm,
-)
+from .scored_by import digests, is_of_other_code, noted, noted_as, scored_parts
+from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm

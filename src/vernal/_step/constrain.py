@@ -8,6 +8,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int
@@ -91,9 +92,7 @@ def project(
     masked = lambda tree, mask: jax.tree.map(
         lambda x, m: jnp.where(m, x, 0), tree, mask
     )
-    times = lambda tree, other: jax.tree.map(jnp.multiply, tree, other)
-    over = lambda tree, other: jax.tree.map(jnp.divide, tree, other)
-    add = lambda tree, other: jax.tree.map(jnp.add, tree, other)
+    over = optax.tree.div
 
     def solved(active: PyTree, bounds: PyTree) -> tuple[PyTree, PyTree]:
         """Holds the active elements at their bounds, and moves the others with them."""
@@ -102,13 +101,13 @@ def project(
             moved = projector.precondition(over(masked(scaled, active), scales))
             return masked(over(moved, scales), active)
 
-        gap = jax.tree.map(jnp.subtract, bounds, params)
+        gap = optax.tree.sub(bounds, params)
         tol = 16 * max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
         scaled, _ = jax.scipy.sparse.linalg.cg(
             product, masked(over(gap, scales), active), tol=tol, maxiter=200
         )
         forces = over(masked(scaled, active), scales)
-        free = add(params, projector.precondition(forces))
+        free = jax.tree.map(jnp.add, params, projector.precondition(forces))
         held = jax.tree.map(jnp.where, active, bounds, free)
         return cast_like(held, params), forces
 
@@ -116,8 +115,8 @@ def project(
         point, forces = solved(state.active, state.bounds)
         # An element stays on its bound if the multiplier pushes inwards.
         # Twice, since the square of a scale may overflow.
-        pull = times(times(forces, scales), scales)
-        probe = cast_like(jax.tree.map(jnp.subtract, point, pull), params)
+        pull = optax.tree.mul(optax.tree.mul(forces, scales), scales)
+        probe = cast_like(optax.tree.sub(point, pull), params)
         bounds = clip(probe)
         # An element that leaves its bound becomes free before it can meet the other.
         outside = jax.tree.map(
@@ -161,14 +160,8 @@ def _positive(error: Array) -> Array:
 
 def _first_alone(flags: PyTree) -> PyTree:
     """Keeps only the first flag that is set."""
-    leaves, structure = jax.tree.flatten(flags)
-    flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
-    first = flat & (jnp.arange(flat.size) == jnp.argmax(flat))
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = jnp.split(first, ends)
-    return structure.unflatten(
-        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    )
+    flat, unravel = ravel_pytree(flags)
+    return unravel(flat & (jnp.arange(flat.size) == jnp.argmax(flat)))
 
 
 def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:

@@ -96,13 +96,11 @@ def begun_on(
         return dataclasses.replace(progress, scored_on=marked)
     infinite = np.full(known.shape, np.inf, progress.best_loss.dtype)
     new = Best(progress.params, progress.state, jax.device_put(infinite))
-    old = held_best(progress)._replace(loss=new.loss)
+    old = held_best(progress)._replace(best_loss=new.best_loss)
     best = _chosen(is_other, _chosen(is_other & stopped, old, new), held_best(progress))
     return dataclasses.replace(
         progress,
-        best=best.params,
-        best_state=best.state,
-        best_loss=best.loss,
+        **best._asdict(),
         is_validated=jax.device_put(np.full(known.shape, by_validation)),
         scored_on=marked,
     )
@@ -131,9 +129,7 @@ def stepped_on(progress: Progress, mark: int | UInt32[Array, ""]) -> Progress:
     )
     return dataclasses.replace(
         progress,
-        best=best.params,
-        best_state=best.state,
-        best_loss=best.loss,
+        **best._asdict(),
         is_validated=progress.is_validated & ~is_other,
         scored_on=jnp.where(progress.stopped, known, mark),
     )

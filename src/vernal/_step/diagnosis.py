@@ -1,4 +1,4 @@
-"""Where a non-finite value comes from: the data, the parameters, the model."""
+"""Where a value that is not finite comes from, and whether there are data at all."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from .._boundary import PyTree, debugged, is_debugged, spelled_leaves
+from .._boundary import PyTree, debugged, is_debugged, spelled_leaves, warn
 from .._data import Minibatches, as_batch
 from .._likelihoods import Poisson
 from .._policy import SKIP_ADVICE
@@ -42,6 +42,9 @@ from .objective import (
 
 # How many leaves are named.
 _MOST_NAMED = 4
+
+# Losses below it are worth a look, whatever their dtype and that of the residuals.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 DATA_ADVICE = (
     "Leave such data out of the batch (`vn.omit`), or mask them (`where=` of "
@@ -83,18 +86,12 @@ class Diagnosis(NamedTuple):
         return f"{self} {DATA_ADVICE}" if self.data else str(self)
 
 
-def explain_non_finite(trainer: AbstractTrainer, batch: Any) -> str:
+def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     """Says in sentences where a non-finite value comes from.
 
     Names the non-finite leaves of the batch, parameters and frozen arrays; then the
     trainer's method, or the gradient, which it evaluates in a program of its own. After
     a bad step, with the random key and the minibatch of that step.
-    """
-    return str(diagnosed(trainer, batch))
-
-
-def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
-    """Returns what `explain_non_finite` says, by origin.
 
     Under `jax_debug_nans` or `jax_debug_infs`, raises a `FloatingPointError` at the
     operation instead.
@@ -119,16 +116,48 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     return Diagnosis((), (), (found, *_bad_update(trainer, batch)))
 
 
-def lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
+def warn_of_no_data(
+    where: str,
+    losses: np.ndarray,
+    ended: Callable[[Any], tuple[AbstractTrainer, Any]],
+) -> None:
+    """Warns if each loss, or each score, is zero though the model need not be right.
+
+    Either no datum is left, or the squares of all residuals are too small for their
+    dtype. `losses` have a row for each step, and a column for each of many trainers;
+    the first of these is named. `ended` returns a trainer and its batch, by index.
+    `where` is what the warning begins with.
+    """
+    # NaN follows the last step of one of many.
+    is_small = (losses < _TINY).any(axis=0) & ~(losses >= _TINY).any(axis=0)
+    for found in np.argwhere(is_small):
+        index = int(found[0]) if is_small.ndim else ()
+        which = f" of member {index}" if is_small.ndim else ""
+        if _lacks_data(*ended(index)):
+            warn(
+                f"`{where}`: no datum{which} is left, so that any model fits: "
+                "`where` of the likelihood is false for all. It is true for each datum "
+                "that is there, unlike the mask of a masked array."
+            )
+            return
+        if small := _too_small(*ended(index)):
+            which = f", member {index}" if is_small.ndim else ""
+            warn(
+                f"`{where}`{which}: {small}, so that any model fits. Fit in larger "
+                "units, or divide what is squared by its error."
+            )
+            return
+
+
+def _lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
     """Whether the residuals that are minimised are those of no datum."""
     if defined(trainer) != ("residuals",) or priors_of(trainer) is not None:
         return False
-    with contextlib.suppress(Exception):  # of the user's code: it is no answer
-        return int(_data_left(*_at_step(trainer, batch))) == 0
-    return False
+    left = _evaluated(*_at_step(trainer, batch), _data_left)
+    return left is not None and int(left) == 0
 
 
-def too_small(trainer: AbstractTrainer, batch: Any) -> str:
+def _too_small(trainer: AbstractTrainer, batch: Any) -> str:
     """Says how small are the numbers whose loss is zero; empty if they are not."""
     of = _small_residuals if "residuals" in defined(trainer) else _small_loss
     with contextlib.suppress(Exception):  # of the user's code: it is no answer
@@ -138,7 +167,7 @@ def too_small(trainer: AbstractTrainer, batch: Any) -> str:
 
 def _small_residuals(trainer: AbstractTrainer, batch: Any) -> str:
     """They may be that small at a minimum: so must be what the model adds to them."""
-    largest, moved = map(np.asarray, _sizes(trainer, batch))
+    largest, moved = map(np.asarray, _evaluate(trainer, batch, _sizes))
     limit = float(jnp.finfo(largest.dtype).tiny) ** 0.5
     if not (0 < largest < limit and moved < limit):
         return ""
@@ -160,18 +189,15 @@ def _doubled(leaf: Any) -> Any:
     return leaf.astype(np.promote_types(leaf.dtype, np.float64)) if is_single else leaf
 
 
-# One program, for as many members as there are.
-@program
-def _data_left(trainer: AbstractTrainer, batch: Any) -> int | Int[Array, ""]:
-    return real_residuals_and_kind(trainer, batch, step_key(trainer))[1].size
+def _data_left(trainer: AbstractTrainer, batch: Any, key: Any) -> int | Int[Array, ""]:
+    return real_residuals_and_kind(trainer, batch, key)[1].size
 
 
-@program
 def _sizes(
-    trainer: AbstractTrainer, batch: Any
+    trainer: AbstractTrainer, batch: Any, key: Any
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the largest residual, and how far the parameters move any."""
-    key, params = step_key(trainer), trainer.params
+    params = trainer.params
     of = lambda params: real_residuals(live(trainer, params), batch, key)
     residuals, moves = jax.jvp(of, (params,), (params,))
     largest = lambda x: jnp.max(jnp.abs(x), initial=0)
@@ -269,12 +295,8 @@ def _described(leaf: Any) -> str:
         (infinities, first_infinity, "infinity", "infinities"),
     ):
         if count:
-            where = _index(first, shape)
-            parts.append(
-                f"1 {one}, at {where}"
-                if count == 1
-                else f"{count} {many}, the first at {where}"
-            )
+            what = f"1 {one}, at" if count == 1 else f"{count} {many}, the first at"
+            parts.append(f"{what} {_index(first, shape)}")
     return f"has {', and '.join(parts)}" if parts else ""
 
 

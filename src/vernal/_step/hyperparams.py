@@ -107,18 +107,16 @@ def carried_over(
     optimiser: Any,
     params: PyTree,
     latent: PyTree,
-    fresh: PyTree,
 ) -> PyTree:
     """Returns the state with which a new optimiser continues, at the given point.
 
     That is the state of the trainer's optimiser, with what the user has changed, if its
-    structure, shapes and dtypes are those of `fresh`, the first state of the new
-    optimiser, and it has the same meaning; otherwise it is `fresh`.
+    structure, shapes and dtypes are those of the first state of the new optimiser, and
+    it has the same meaning; otherwise it is that first state.
     """
-    old = trainer.opt_state
-    if not _fits(old, fresh):
-        return fresh
-    if other_maker(state_makers(trainer.optimiser), state_makers(optimiser)):
+    old, fresh = trainer.opt_state, initial_opt_state(optimiser, params, latent)
+    makers = state_makers(trainer.optimiser), state_makers(optimiser)
+    if not _fits(old, fresh) or other_maker(*makers):
         return fresh
     now = user_set(fresh)
     if not jax.tree.leaves(now):

@@ -40,20 +40,16 @@ def checked_model(model: T) -> T:
             "swapped? The model comes first: `Trainer(model, optimiser)`."
         )
     if module_of(type(model)).startswith("vernal") or hasattr(model, "_progress"):
-        _refuse_holder(model)
+        for attribute, (what, remedy) in _HOLDERS.items():
+            if hasattr(model, attribute):
+                raise TypeError(
+                    f"`model` is {what}, `{type(model).__name__}`, rather than the "
+                    f"model that it holds. Give `{remedy}`."
+                )
     if any(map(_is_odd, jax.tree.leaves(model))):
         convert = lambda keys, leaf: _as_array(leaf, spelled("model", keys))
         model = jax.tree_util.tree_map_with_path(convert, model)
     return narrowed_model(model)
-
-
-def _refuse_holder(model: Any) -> None:
-    for attribute, (what, remedy) in _HOLDERS.items():
-        if hasattr(model, attribute):
-            raise TypeError(
-                f"`model` is {what}, `{type(model).__name__}`, rather than the model "
-                f"that it holds. Give `{remedy}`."
-            )
 
 
 def _is_odd(leaf: Any) -> bool:

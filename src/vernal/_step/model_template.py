@@ -1,7 +1,7 @@
 """A model taken apart: trained parameters, frozen arrays, and what is not an array."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -56,22 +56,21 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         """Puts the model together again around the parameters."""
         if self.bijections is not None:
             params = self.bijections.forward(params)
-        sources = {
-            "trained": iter(jax.tree.leaves(params)),
-            "frozen": iter(self.frozen),
-            "other": iter(self.others.decode()),
-        }
-        leaves = [next(sources[kind]) for kind in self.kinds]
+        leaves = self._leaves(jax.tree.leaves(params))
         if self.ties is not None:
             leaves = self.ties.set(leaves, self.structure)
         return self.structure.unflatten(leaves)
 
+    def _leaves(self, trained: Iterable[Any]) -> list[Any]:
+        parts = {"trained": trained, "frozen": self.frozen}
+        parts["other"] = self.others.decode()
+        sources = {kind: iter(leaves) for kind, leaves in parts.items()}
+        return [next(sources[kind]) for kind in self.kinds]
+
     @property
     def untrained(self) -> Any:
         """The leaves that are neither trained nor follow others, `None` elsewhere."""
-        frozen, others = iter(self.frozen), iter(self.others.decode())
-        sources = {"trained": itertools.repeat(None), "frozen": frozen, "other": others}
-        leaves = [next(sources[kind]) for kind in self.kinds]
+        leaves = self._leaves(itertools.repeat(None))
         for index in () if self.ties is None else self.ties.indices:
             leaves[index] = None
         return self.structure.unflatten(leaves)

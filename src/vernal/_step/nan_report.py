@@ -38,11 +38,11 @@ def is_at_bad_step(trainer: AbstractTrainer) -> bool:
 
 
 def raise_if_non_finite(
-    trainer: AbstractTrainer, result: Any, explanation: str = SKIP_ADVICE
+    trainer: AbstractTrainer, explanation: str = SKIP_ADVICE
 ) -> None:
     """Raises if the last step was bad, under a policy that raises."""
     if trainer.stopped and trainer.nan_policy.raises and is_at_bad_step(trainer):
-        raise non_finite_error(trainer, result, explanation)
+        raise non_finite_error(trainer, trainer, explanation)
 
 
 def error_if_stopped(trainer: TrainerT) -> TrainerT:
@@ -53,7 +53,7 @@ def error_if_stopped(trainer: TrainerT) -> TrainerT:
 
 
 def non_finite_error(
-    trainer: AbstractTrainer, result: Any, explanation: str = SKIP_ADVICE
+    trainer: AbstractTrainer, result: Any, explanation: str
 ) -> NonFiniteError:
     """Names what was not finite at the last bad step."""
     *_, lasts = jax.device_get(progress_of(trainer).nan_counts)

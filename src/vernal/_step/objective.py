@@ -11,12 +11,7 @@ from .._boundary import PyTree
 from .._data import as_given
 from .._likelihoods import AbstractLikelihood, Gaussian, require_known
 from .._tree import cast_alike, is_inexact, widest
-from .abstract_trainer import (
-    AbstractTrainer,
-    priors_of,
-    progress_of,
-    with_progress,
-)
+from .abstract_trainer import AbstractTrainer, priors_of, progress_of, with_progress
 from .outer import warn_of_outer
 
 Term = Array | AbstractLikelihood
@@ -111,27 +106,22 @@ def metric_shapes(trainer: AbstractTrainer, batch: Any) -> dict[str, Any]:
 def negative_log_likelihood(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> Float[Array, ""]:
-    """Evaluates what `_nll_of_data` does, with the priors."""
-    model = trainer.model if model is None else model
-    return _with_priors(trainer, _nll_of_data(trainer, batch, key, model), model)
-
-
-def _nll_of_data(
-    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
-) -> Float[Array, ""]:
-    """Evaluates `nll` if it is defined, else that of `residuals`, without priors.
+    """Evaluates `nll` if it is defined, else that of `residuals`, with the priors.
 
     Of arrays it is half the sum of their squares.
     """
     model = trainer.model if model is None else model
     if "nll" in defined(trainer):
-        return _as_scalar(trainer, "nll", _call(trainer, "nll", model, batch, key))
-    terms = residual_terms(trainer, batch, key, model)
-    first, *others = (_nll_of(trainer, term) for term in terms)
-    for other in others:
-        dtype = widest((first.dtype, other.dtype))
-        first = first.astype(dtype) + other.astype(dtype)
-    return first
+        value = _as_scalar(trainer, "nll", _call(trainer, "nll", model, batch, key))
+    else:
+        terms = residual_terms(trainer, batch, key, model)
+        value, *others = (_nll_of(trainer, term) for term in terms)
+        for other in others:
+            dtype = widest((value.dtype, other.dtype))
+            value = value.astype(dtype) + other.astype(dtype)
+    if (priors := priors_of(trainer)) is not None:
+        value = value + priors.penalty(model).astype(value.dtype)
+    return value
 
 
 def _nll_of(trainer: AbstractTrainer, term: Term) -> Float[Array, ""]:
@@ -139,15 +129,6 @@ def _nll_of(trainer: AbstractTrainer, term: Term) -> Float[Array, ""]:
         return _as_scalar(trainer, "residuals", term.nll())
     squares = jnp.square(jnp.abs(term) if _is_complex(term) else term)
     return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
-
-
-def _with_priors(
-    trainer: AbstractTrainer, value: Float[Array, ""], model: Any
-) -> Float[Array, ""]:
-    priors = priors_of(trainer)
-    if priors is None:
-        return value
-    return value + priors.penalty(model).astype(value.dtype)
 
 
 def real_residuals(
@@ -185,6 +166,12 @@ def scoring_residuals(
 
 def _array_of(term: Term) -> Array:
     return term.residuals() if isinstance(term, AbstractLikelihood) else term
+
+
+def _count(term: Term) -> int | Int[Array, ""]:
+    if isinstance(term, AbstractLikelihood):
+        return term.count()
+    return term.size * (2 if _is_complex(term) else 1)
 
 
 def prior_rows(trainer: AbstractTrainer, *_: Any) -> Float[Array, " rows"]:
@@ -230,16 +217,10 @@ def real_residuals_and_kind(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
 ) -> tuple[Float[Array, " N"], DataKind]:
     """Evaluates `real_residuals`, and says what the data are."""
-    count: int | Int[Array, ""] = 0
     terms = residual_terms(trainer, batch, key)
     likelihoods = [term for term in terms if isinstance(term, AbstractLikelihood)]
-    for term in terms:
-        if isinstance(term, AbstractLikelihood):
-            count = count + term.count()
-        else:
-            count = count + sum(part.size for part in _real_parts(jnp.ravel(term)))
     kind = DataKind(
-        count,
+        sum(map(_count, terms)),
         is_robust=any(term.is_robust for term in likelihoods),
         has_scale=any(not isinstance(term, Gaussian) for term in likelihoods),
     )

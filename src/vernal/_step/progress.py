@@ -96,11 +96,11 @@ def with_some_best(progress: Progress) -> Progress:
 
 
 class Best(NamedTuple):
-    """The parameters of the lowest score, and the score."""
+    """The part of a progress that a lower score changes."""
 
-    params: PyTree
-    state: PyTree
-    loss: Float[Array, ""]
+    best: PyTree
+    best_state: PyTree
+    best_loss: Float[Array, ""]
 
 
 def held_best(progress: Progress) -> Best:
@@ -126,7 +126,8 @@ def ranked(
     )
     if copies is None:
         return best
-    return best._replace(loss=lax.select(is_lower, score, progress.best_loss))
+    best_loss = lax.select(is_lower, score, progress.best_loss)
+    return best._replace(best_loss=best_loss)
 
 
 def count_non_finite(

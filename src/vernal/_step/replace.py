@@ -100,8 +100,7 @@ def replaced_fields(
         transform = as_transform(optimiser, "optimiser")
         refuse_names_in_latent_space(trainer.projector, transform)
         _check_rules(trainer, transform, params, free)
-        fresh = initial_opt_state(transform, params, latent)
-        new["opt_state"] = carried_over(trainer, transform, params, latent, fresh)
+        new["opt_state"] = carried_over(trainer, transform, params, latent)
     policy = trainer.nan_policy
     if nan_policy is not None:
         check_arguments(nan_policy, None, None)

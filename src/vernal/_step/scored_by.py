@@ -36,7 +36,7 @@ def scored_parts(
 
     Of the code it has only that of the trainer's own methods.
     """
-    priors, hooks = priors_of(trainer), hook_digests(trainer)
+    priors, (methods, hooks) = priors_of(trainer), digests(trainer)
     if not by_validation:
         hooks.pop("evaluate", None)
     return {
@@ -45,19 +45,18 @@ def scored_parts(
         "bounds": bounds_of(trainer),
         # Others may have their numbers in another order in each process.
         "priors": None if priors is None else priors.normal,
-        "code": method_digests(trainer) | hooks,
+        "code": methods | hooks,
     }
 
 
-def method_digests(trainer: AbstractTrainer) -> dict[str, str | None]:
-    """Returns a digest of the code of each method that a loss comes from."""
-    return {name: _digest(trainer, name) for name in defined(trainer)}
+Digests = dict[str, str | None]
 
 
-def hook_digests(trainer: AbstractTrainer) -> dict[str, str | None]:
-    """Returns a digest of the code of each hook that a class overrides."""
-    own = [name for name in _HOOKS if overrides(trainer, name)]
-    return {name: _digest(trainer, name) for name in own}
+def digests(trainer: AbstractTrainer) -> tuple[Digests, Digests]:
+    """Returns digests of the code that a loss comes from, and of the class's hooks."""
+    hooks = [name for name in _HOOKS if overrides(trainer, name)]
+    of = lambda names: {name: _digest(trainer, name) for name in names}
+    return of(defined(trainer)), of(hooks)
 
 
 def _digest(trainer: AbstractTrainer, name: str) -> str | None:

@@ -13,12 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._boundary import PyTree
 from .._curvature import in_reverse
-from .._policy import (
-    all_finite,
-    any_non_finite,
-    each_finite,
-    judged,
-)
+from .._policy import all_finite, any_non_finite, each_finite, judged
 from .._program import chosen
 from .._projection import EigenProjector
 from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
@@ -33,7 +28,7 @@ from .abstract_trainer import (
     progress_of,
 )
 from .constrain import clip_of, coupled, project, refuse_mixing
-from .objective import live, score, step_key
+from .objective import Scored, live, score, step_key
 from .progress import Best, Progress, count_non_finite, held_best, ranked
 
 T = TypeVar("T")
@@ -61,37 +56,25 @@ class _Moved(NamedTuple):
     state: PyTree
 
 
-class _Settled(NamedTuple):
-    """What is known of a step once its values were checked."""
+def _scored(
+    trainer: AbstractTrainer, batch: Any
+) -> tuple[Scored, PyTree, Callable[[PyTree], Array]]:
+    """Scores the current parameters.
 
-    accepted: Bool[Array, ""]
-    stop: Bool[Array, ""]
-    nan_counts: Int[Array, "3 columns"]
-    policy_state: PyTree
-
-
-class _Scored(NamedTuple):
-    """The loss at the current parameters, and what came with it."""
-
-    loss: Float[Array, ""]
-    grads: PyTree
-    metrics: dict[str, Any]
-    state: PyTree
-    value: Callable[[PyTree], Array]
-    """The loss at other parameters, of the same batch and key."""
-
-
-def _scored(trainer: AbstractTrainer, batch: Any) -> _Scored:
+    Returns the score, its gradients, and the loss as a function of other parameters, of
+    the same batch and key.
+    """
     key = step_key(trainer)
 
-    def scored(params: PyTree) -> tuple[Array, tuple[dict[str, Any], PyTree]]:
-        loss, metrics, state = score(live(trainer, params), batch, key)
-        return loss, (metrics, state)
+    def scored(params: PyTree) -> tuple[Array, Scored]:
+        found = score(live(trainer, params), batch, key)
+        return found.loss, found
 
     value_and_grad = jax.value_and_grad(scored, has_aux=True)
     with in_reverse(f"The loss of `{type(trainer).__name__}`"):
-        (loss, (metrics, state)), grads = value_and_grad(progress_of(trainer).params)
-    grads = jax.tree.map(_descending, grads)
+        (_, found), grads = value_and_grad(progress_of(trainer).params)
+    # JAX's gradient of a complex parameter is the conjugate of the ascent direction.
+    grads = jax.tree.map(jnp.conj, grads)
 
     def value(params: PyTree) -> Array:
         if bounds_of(trainer) is not None:
@@ -102,7 +85,7 @@ def _scored(trainer: AbstractTrainer, batch: Any) -> _Scored:
             )
         return scored(params)[0]
 
-    return _Scored(loss, grads, metrics, state, value)
+    return found, grads, value
 
 
 def advance(
@@ -126,7 +109,7 @@ def advance(
     """
     old = progress_of(trainer)
     is_on = ~old.stopped
-    loss, grads, metrics, state, value = _scored(trainer, batch)
+    (loss, metrics, state), grads, value = _scored(trainer, batch)
     measured = _if(is_on, loss.astype(old.best_loss.dtype), jnp.nan)
     best = ranked(old, measured) if ranks else held_best(old)
 
@@ -143,11 +126,11 @@ def advance(
     )
     held = _Moved(old.params, old.latent, old.opt_state, old.state)
 
-    def as_it_is() -> _Settled:
-        flags = jnp.array(True), jnp.asarray(verdict.stop)
-        return _Settled(*flags, old.nan_counts, policy_state)
+    # Whether it is accepted and whether to stop, the counts, the state of the policy.
+    def as_it_is() -> tuple[Any, ...]:
+        return jnp.array(True), verdict.stop, old.nan_counts, policy_state
 
-    def looked_at() -> _Settled:
+    def looked_at() -> tuple[Any, ...]:
         # Some states have infinities from the start, such as a best value.
         is_good = ~is_taken | (
             all_finite((moved.params, moved.latent))
@@ -158,33 +141,30 @@ def advance(
 
         # The policy does not see the update. If that is bad, the policy is shown a step
         # with a non-finite loss instead, and decides whether the fit continues.
-        def judge_again() -> tuple[Bool[Array, ""], PyTree]:
+        def judge_again() -> tuple[Any, PyTree]:
             # Under `vmap` both branches run: a good step is shown as a good one.
             shown = jnp.where(is_good, jnp.zeros_like(loss), jnp.nan)
             blank = jax.tree.map(lambda g: jnp.where(is_good, 0, g), grads)
             _, again, state = judged(policy, shown, blank, old.policy_state)
-            return jnp.asarray(again.stop), state
+            return again.stop, state
 
-        stop, new_state = chosen(
-            is_good,
-            lambda: (jnp.asarray(verdict.stop), policy_state),
-            judge_again,
-            reads=grads,
-        )
+        as_judged = lambda: (verdict.stop, policy_state)
+        stop, new_state = chosen(is_good, as_judged, judge_again, reads=grads)
         keep = lambda new, old: lax.select(is_on, new, old)
         new_state = jax.tree.map(keep, new_state, old.policy_state)
-        return _Settled(is_taken & is_good, stop, counts, new_state)
+        return is_taken & is_good, stop, counts, new_state
 
     is_fine = is_taken & all_finite((loss, grads, moved))
     is_as_it_is = _of_all(is_fine, members)
     settled = chosen(is_as_it_is, as_it_is, looked_at, reads=moved)
-    accepted = _once(settled.accepted)
+    accepted, stop, nan_counts, new_policy_state = settled
+    accepted = _once(accepted)
     moved = _chosen(accepted, moved, held, members)
     count = is_on.astype(old.step_count.dtype)
     new = dataclasses.replace(
-        _after(old, moved, best, settled.policy_state, count),
-        nan_counts=settled.nan_counts,
-        stopped=old.stopped | settled.stop,
+        _after(old, moved, best, new_policy_state, count),
+        nan_counts=nan_counts,
+        stopped=old.stopped | stop,
     )
     return new, Outcome(measured, grads, accepted, metrics)
 
@@ -270,10 +250,8 @@ def _after(
     return dataclasses.replace(
         old,
         **moved._asdict(),
+        **best._asdict(),
         policy_state=policy_state,
-        best=best.params,
-        best_state=best.state,
-        best_loss=best.loss,
         step_count=old.step_count + count,
     )
 
@@ -299,7 +277,7 @@ def advance_bare(
     `ranked`.
     """
     old = progress_of(trainer)
-    loss, grads, metrics, state, value = _scored(trainer, batch)
+    (loss, metrics, state), grads, value = _scored(trainer, batch)
     measured = loss.astype(old.best_loss.dtype)
     best = ranked(old, measured, copies) if ranks else held_best(old)
     moved = _move(trainer, grads, loss, state, value)
@@ -344,11 +322,6 @@ def tree_norm(tree: PyTree) -> Float[Array, ""]:
     default = jnp.result_type(float)
     wide = lambda leaf: leaf.astype(widest((leaf.dtype, default)))
     return optax.tree.norm(jax.tree.map(wide, tree)).astype(default)
-
-
-def _descending(grad: Array) -> Array:
-    # JAX's gradient of a complex parameter is the conjugate of the ascent direction.
-    return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
 
 
 def _move(

@@ -8,8 +8,7 @@ from .._data import Source, Stream, Whole
 from .._step import (
     AbstractTrainer,
     bounds_of,
-    hook_digests,
-    method_digests,
+    digests,
     own_fields,
     priors_of,
     template_of,
@@ -19,18 +18,15 @@ from .._tree import leaf_sums
 
 def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     """Returns checksums of all that a fit is of beside its parameters, for JSON."""
-    kind, data = type(trainer), None
+    (methods, hooks), data = digests(trainer), None
     if not isinstance(source, Stream):
         arrays = source.batch if isinstance(source, Whole) else source.arrays
         data = _sums(arrays)
     return {
-        "class": kind.__name__,
+        "class": type(trainer).__name__,
         # Another version of Python compiles the same text to other code.
-        "methods": {
-            "python": "{}.{}".format(*sys.version_info),
-            **method_digests(trainer),
-        },
-        "hooks": hook_digests(trainer),
+        "methods": {"python": "{}.{}".format(*sys.version_info), **methods},
+        "hooks": hooks,
         "priors": _of_priors(trainer),
         "bounds": _sums(bounds_of(trainer)),
         "model": _sums(template_of(trainer).untrained),

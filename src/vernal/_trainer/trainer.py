@@ -23,7 +23,7 @@ from .._constraints import Bijections, Bounds, Priors, as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
-from .._fit import FitKeywords, FitResult, OneTrainer, fit
+from .._fit import FitKeywords, FitResult, Subject, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
@@ -313,7 +313,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             return (error_if_stopped(trainer) if raises else trainer), info
         if not self.stopped and trainer.stopped:
             diagnosis = diagnosed(place.put(trainer), batch)
-            raise_if_non_finite(trainer, trainer, diagnosis.advised)
+            raise_if_non_finite(trainer, diagnosis.advised)
         return trainer, info
 
     @entrance
@@ -396,7 +396,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `ValueError`: if there is a `validation` with `best=False`.
         """
         require_precision(self)
-        subject = OneTrainer(placement(self, mesh, sharding))
+        subject = Subject(placement(self, mesh, sharding))
         keywords: FitKeywords = {
             "record": record,
             "every": every,
