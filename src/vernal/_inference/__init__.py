@@ -7,7 +7,7 @@ compiled program beneath them, `laplace` the normal approximation that it makes,
 `sandwich` for data of unknown scatter, and `expansion` what else it says of one point.
 """
 
-from .derivatives import Passes, linearised
+from .derivatives import Passes, derive
 from .expansion import NO_ACCIDENT, around, how_far
 from .fisher import (
     Blocks,

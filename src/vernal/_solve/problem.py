@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 
     `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
     differentiation, `None` for the one that works. If its Jacobian `is_shared`, it is
-    left to `linearised`, whose program other methods share.
+    left to `derive`, whose program other methods share.
     """
 
     batch: Any

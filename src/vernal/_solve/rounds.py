@@ -8,7 +8,7 @@ import numpy as np
 
 from .._devices import AbstractPlacement
 from .._fit import FitResult
-from .._inference import linearised
+from .._inference import Passes, derive
 from .._minimum import (
     Distance,
     Local,
@@ -268,14 +268,19 @@ class Rounds:
 
     def _linearised(self, end: End) -> Local:
         """Measures the surroundings of the end by the Jacobian there."""
-        batch, jac = self._problem.batch, self._problem.jac
+        trainer, batch = live(self._placed, end.params), self._problem.batch
+        passes = Passes(jac=self._problem.jac)
         try:
-            found = linearised(live(self._placed, end.params), batch, jac)
+            # The program of `whiten` and `standard_errors`.
+            found = derive(trainer, batch, "jacobian", None, passes, holds=True)
         except TypeError:
             # The solver needs the gradient of the loss alone.
             return unknown(ravel(end.params))
-        fall = end.first - end.last
-        return measure_jacobian(*found, end.params, self._projector, fall)
+        (jacobian,), fall = found.found, end.first - end.last
+        assert found.deviances is not None
+        residuals = found.value, found.deviances
+        at_end = found.held, end.params, self._projector, fall
+        return measure_jacobian(jacobian, residuals, *at_end)
 
     def diagnosis(self) -> Diagnosis:
         """Finds out why the values at the end are not finite."""
