@@ -65,12 +65,7 @@ from .expansion import (
     zeros_text,
 )
 from .fisher import require_elements, require_likelihood
-from .laplace import (
-    NULLS,
-    ErrorKind,
-    laplace,
-    of_kind,
-)
+from .laplace import NULLS, ErrorKind, kind_of, laplace
 from .propagate import run_propagate
 from .sandwich import sandwich
 from .whiten import hessian_rtol, in_own_precision, of_spectrum, reduced
@@ -214,24 +209,16 @@ def errors_or_nan(
     if "residuals" not in defined(trainer):
         whitening, derived, is_good, fall = _by_hessian(trainer, batch, passes)
     else:
-        expected, derived, is_good, fall = _by_jacobian(trainer, batch, passes)
-        scatter = _scatter(derived, expected)
-
-        def observed() -> DenseWhitening:
-            nonlocal is_good
+        whitening, derived, is_good, fall = _by_jacobian(trainer, batch, passes)
+        expected, scatter = whitening, _scatter(derived, whitening)
+        if (kind := kind_of(kind, derived.data)) != "expected":
             whitening, _, is_curved, _ = _by_hessian(trainer, batch, passes)
             is_good &= is_curved
-            return whitening
-
-        def scattered(maps: tuple[DenseWhitening, DenseWhitening]) -> DenseWhitening:
-            nonlocal is_good, lacks_scatter
-            found = sandwich(trainer, batch, passes, derived, *maps)
+        if kind == "sandwich":
+            found = sandwich(trainer, batch, passes, derived, expected, whitening)
             is_good &= found.is_finite
             lacks_scatter = is_good & found.lacks_scatter
-            return found.whitening
-
-        makers = {"observed": observed, "scattered": scattered}
-        _, whitening = of_kind(kind, derived, expected=lambda: expected, **makers)
+            whitening = found.whitening
     errors, held = whitening_of_elements(trainer, whitening), derived.held
     has_errors = is_good & ~lacks_scatter
     is_known = has_errors & ~held_elements(trainer, held)
