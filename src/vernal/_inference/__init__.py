@@ -1,8 +1,8 @@
 """What the data say of the parameters.
 
 `fisher` has the Fisher matrix, `whiten` the projector at the current point,
-`uncertainty` standard errors and the likelihood for samplers, `table` and `report` what
-there is to read, `propagate` errors of functions of the model. `derivatives` is the
+`uncertainty` standard errors and the likelihood for samplers, `report` what there is to
+read, `propagate` errors of functions of the model. `derivatives` is the
 compiled program beneath them, `laplace` the normal approximation that it makes, with
 `sandwich` for data of unknown scatter, and `expansion` what else it says of one point.
 """
@@ -17,11 +17,10 @@ from .fisher import (
     has_likelihood,
     require_likelihood,
 )
-from .laplace import ErrorKind, checked_kind, laplace
+from .laplace import ErrorKind, ErrorOptions, checked_kind, laplace
 from .propagate import draw, propagate
-from .report import report
+from .report import report, table
 from .sandwich import NO_SANDWICH
-from .table import table
 from .uncertainty import (
     KnownErrors,
     errors_or_nan,

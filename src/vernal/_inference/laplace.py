@@ -21,6 +21,15 @@ from .whiten import (
 
 ErrorKind = Literal["expected", "observed", "sandwich"]
 
+
+class ErrorOptions(NamedTuple):
+    """The options that `Trainer.report` shares with all that has errors."""
+
+    scale_errors: bool
+    jac: Mode | None
+    kind: ErrorKind | None
+
+
 # Directions that the data do not constrain are kept, and marked.
 NULLS = NullPolicy(on_null="prior")
 

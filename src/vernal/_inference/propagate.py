@@ -41,16 +41,14 @@ from .._step import (
 )
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around, warn_if_far
-from .laplace import ErrorKind
+from .laplace import ErrorOptions
 
 
 def propagate(
     trainer: AbstractTrainer,
     fn: Callable[[Any], PyTree],
     batch: Any,
-    scale_errors: bool,
-    jac: Mode | None,
-    kind: ErrorKind | None,
+    options: ErrorOptions,
 ) -> tuple[PyTree, PyTree]:
     """Implements `Trainer.propagate`."""
     refuse_program("propagate", trainer, batch)
@@ -61,9 +59,9 @@ def propagate(
         )
     takes(fn, 1, "fn", "fn(model)")
     trainer = in_free_coordinates(trainer)
-    here = around(trainer, batch, "A propagated error", jac, kind)
-    scale = here.error_scale(scale_errors)
-    warn_if_far(trainer, here, "propagate", scale_errors)
+    here = around(trainer, batch, "A propagated error", options.jac, options.kind)
+    scale = here.error_scale(options.scale_errors)
+    warn_if_far(trainer, here, "propagate", options.scale_errors)
     value, error, pinned = propagated(trainer, fn, here, scale)
     if pinned is not None and (indices := np.flatnonzero(pinned)).size:
         params = as_parameters(trainer.params)
@@ -211,12 +209,11 @@ def draw(
     key: PRNGKeyArray,
     count: int,
     batch: Any,
-    scale_errors: bool,
-    jac: Mode | None,
-    kind: ErrorKind | None,
+    options: ErrorOptions,
 ) -> PyTree:
     """Implements `Trainer.draw`."""
     refuse_program("draw", trainer, key, batch)
+    scale_errors, jac, kind = options
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A draw from the likelihood", jac, kind)

@@ -65,20 +65,17 @@ from .expansion import (
     zeros_text,
 )
 from .fisher import require_elements, require_likelihood
-from .laplace import NULLS, ErrorKind, kind_of, laplace
+from .laplace import NULLS, ErrorKind, ErrorOptions, kind_of, laplace
 from .propagate import run_propagate
 from .sandwich import sandwich
 from .whiten import hessian_rtol, in_own_precision, of_spectrum, reduced
 
 
 def standard_errors(
-    trainer: AbstractTrainer,
-    batch: Any,
-    scale_errors: bool,
-    jac: Mode | None,
-    kind: ErrorKind | None,
+    trainer: AbstractTrainer, batch: Any, options: ErrorOptions
 ) -> Params:
     """Implements `Trainer.standard_errors`."""
+    scale_errors, jac, kind = options
     if boolean(scale_errors, "scale_errors"):
         refuse_program("standard_errors(scale_errors=True)", trainer, batch)
     if is_traced(trainer, batch):
