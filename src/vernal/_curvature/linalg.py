@@ -95,16 +95,23 @@ def descending(
     return values[::-1], vectors[:, ::-1]
 
 
-def equilibrated_eigh(
-    matrix: Float[Array, "D D"], scale: Float[Array, " D"]
-) -> tuple[Float[Array, " D"], Float[Array, "D D"]]:
-    """Decomposes the symmetric part of `matrix` divided by `scale` from both sides.
+def positive(sizes: Array) -> Array:
+    """Replaces zeros by ones."""
+    return jnp.where(sizes > 0, sizes, 1)
 
-    Returns the eigenvalues, descending, and the eigenvectors as columns.
+
+def equilibrated_eigh(
+    matrix: Float[Array, "D D"],
+) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
+    """Decomposes the symmetric part of a matrix, scaled to a unit diagonal.
+
+    Returns the scale, which is the root of the diagonal, the eigenvalues, descending,
+    and the eigenvectors as columns.
     """
+    scale = jnp.sqrt(positive(jnp.abs(jnp.diag(matrix))))
     # One side after the other: the product of two scales may overflow.
     scaled = matrix / scale[:, None] / scale[None, :]
-    return descending((scaled + scaled.T) / 2, symmetrize=False)
+    return scale, *descending((scaled + scaled.T) / 2, symmetrize=False)
 
 
 def matmul(left: Array, right: Array) -> Array:

@@ -19,12 +19,7 @@ from .._boundary import (
     warn,
 )
 from .._closure import Closure
-from .._curvature import (
-    Mode,
-    Spectrum,
-    equilibrated_eigh,
-    positive,
-)
+from .._curvature import Mode, Spectrum, equilibrated_eigh, positive
 from .._data import as_batch
 from .._policy import all_finite
 from .._program import Version, version_of
@@ -268,8 +263,7 @@ def _by_hessian(trainer: AbstractTrainer, batch: Any, passes: Passes) -> _Known:
     is_good &= jnp.all(jnp.diag(hessian) >= 0)
     eye = jnp.eye(ravel_size(params), dtype=hessian.dtype)
     hessian = jnp.where(is_good, hessian, eye)
-    scale = jnp.sqrt(positive(jnp.diag(hessian)))
-    values, vectors = equilibrated_eigh(hessian, scale)
+    scale, values, vectors = equilibrated_eigh(hessian)
     rtol = hessian_rtol((hessian,))
     is_good &= values[-1] >= -rtol * values[0]
     spectrum, nulls = Spectrum(1 / scale, values, vectors), NULLS.or_rtol(rtol)

@@ -95,9 +95,7 @@ def _noise(given: Matrix, matrix: Float[Array, "N D"]) -> float:
 def _decompose(
     matrix: Float[Array, "D D"], is_inverse: bool
 ) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
-    diagonal = jnp.diag(matrix)
-    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    values, vectors = equilibrated_eigh(matrix, scale)
+    scale, values, vectors = equilibrated_eigh(matrix)
     return 1 / scale if is_inverse else scale, values, vectors
 
 
