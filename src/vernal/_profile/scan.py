@@ -211,13 +211,14 @@ class Scan:
     def _held(
         self, elements: Sequence[Sequence[int]], values: Sequence[Sequence[float]]
     ) -> Held:
-        rows = np.zeros((len(elements), 5, self._flat.size), self._flat.dtype)
-        along = functools.cache(self._along)
-        for row, own, at in zip(rows, map(tuple, elements), values, strict=True):
-            row[range(len(own)), own] = 1
-            row[2 : 2 + len(own)] = along(own)
-            row[4, list(own)] = at
-        return Held(rows)
+        size, find_along = self._flat.size, functools.cache(self._along)
+        units, along = np.zeros((2, len(elements), 2, size), self._flat.dtype)
+        goal = np.zeros_like(units[:, 0])
+        for row, (own, at) in enumerate(zip(map(tuple, elements), values, strict=True)):
+            units[row, range(len(own)), own] = 1
+            along[row, : len(own)] = find_along(own)
+            goal[row, list(own)] = at
+        return Held(units, along, goal)
 
     def _run(
         self,
@@ -228,9 +229,9 @@ class Scan:
     ) -> None:
         """Runs the program for some points, each in a row of its own."""
         begin, parents = self._room(_ROOM), np.arange(_ROOM, dtype=np.int32)
-        tasks, shape = list(rows), (_ROOM, *held.rows.shape[1:])
-        own = np.zeros(shape, held.rows.dtype)
-        own[: len(tasks)] = held.rows[tasks]
+        tasks, count = list(rows), np.int32(len(rows))
+        # The rows that are left are not looked at.
+        own = jax.tree.map(lambda x: x[np.resize(tasks, _ROOM)], held)
         for task, row in rows.items():
             start = starts[task]
             if not isinstance(start, int):
@@ -239,8 +240,7 @@ class Scan:
                 parents[row] = rows[start]
             else:
                 begin.rows[row] = found.rows[start]
-        count = np.int32(len(tasks))
-        new = run_points(self._space, Held(own), parents, begin, count)
+        new = run_points(self._space, own, parents, begin, count)
         for whole, part in zip(found, jax.device_get(new), strict=True):
             whole[tasks] = part[: len(tasks)]
 
