@@ -231,16 +231,8 @@ class Rounds:
         reason = settled(why, distance)
         is_done = why is not StopReason.MAX_STEPS and reason is StopReason.CONVERGED
         is_over = is_done or reason is StopReason.NON_FINITE or not count
-        return _Round(
-            end,
-            self._projector,
-            distance,
-            reason,
-            int(count),
-            float(last),
-            bool(is_settled),
-            is_over,
-        )
+        known = int(count), float(last), bool(is_settled), is_over
+        return _Round(end, self._projector, distance, reason, *known)
 
     def _whiten(self, params: Any, is_damped: bool = False) -> bool:
         """Begins at these parameters in a space whitened there, if there is one."""
