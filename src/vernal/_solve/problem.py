@@ -96,13 +96,8 @@ class Start(NamedTuple):
     def of(cls, trainer: AbstractTrainer) -> "Start":
         """Takes out of a trainer what `stripped` leaves out."""
         old = progress_of(trainer)
-        return cls(
-            old.latent,
-            old.best,
-            old.best_state,
-            old.best_loss,
-            jnp.full_like(old.best_loss, jnp.nan),
-        )
+        first = jnp.full_like(old.best_loss, jnp.nan)
+        return cls(old.latent, old.best, old.best_state, old.best_loss, first)
 
 
 class End(NamedTuple):
