@@ -11,13 +11,15 @@ from .derivatives import Passes, derive
 from .expansion import NO_ACCIDENT, around, how_far
 from .fisher import (
     Blocks,
+    ErrorKind,
     FisherKind,
+    checked_kind,
     curvature,
     fisher,
     has_likelihood,
     require_likelihood,
 )
-from .laplace import ErrorKind, ErrorOptions, checked_kind, laplace
+from .laplace import ErrorOptions, laplace
 from .propagate import draw, propagate
 from .report import report, table
 from .sandwich import NO_SANDWICH

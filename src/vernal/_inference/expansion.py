@@ -27,7 +27,8 @@ from .._step import AbstractTrainer, DataKind, prior_count, priors_of, template_
 from .._tree import as_parameters, by_path
 from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
-from .laplace import ErrorKind, Laplace, laplace
+from .fisher import ErrorKind
+from .laplace import Laplace, laplace
 
 # A distance from the minimum that is less probable than this is no accident.
 NO_ACCIDENT = 1e-6

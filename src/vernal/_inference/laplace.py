@@ -1,14 +1,13 @@
 """The normal approximation of the likelihood around a point: Laplace's."""
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from .._boundary import one_of
 from .._curvature import Mode, Spectrum
 from .._projection import DenseWhitening, NullPolicy
 from .._step import AbstractTrainer, DataKind, defined
 from .._tree import as_parameters
 from .derivatives import Derived, Passes, derive, require_finite
-from .fisher import require_elements, require_likelihood, require_residuals
+from .fisher import ErrorKind, checked_kind, require_elements, require_likelihood
 from .sandwich import sandwich
 from .whiten import (
     Reduced,
@@ -18,8 +17,6 @@ from .whiten import (
     of_spectrum,
     reduced,
 )
-
-ErrorKind = Literal["expected", "observed", "sandwich"]
 
 
 class ErrorOptions(NamedTuple):
@@ -91,14 +88,6 @@ def kind_of(kind: ErrorKind | None, data: DataKind | None) -> ErrorKind:
     if kind is not None:
         return kind
     return "sandwich" if data is not None and data.is_robust else "expected"
-
-
-def checked_kind(trainer: AbstractTrainer, kind: Any) -> ErrorKind | None:
-    """Checks the argument `kind`."""
-    if kind is not None:
-        one_of(kind, get_args(ErrorKind), "kind")
-    require_residuals(trainer, kind)
-    return kind
 
 
 def _observed(

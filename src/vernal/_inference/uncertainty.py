@@ -59,8 +59,8 @@ from .expansion import (
     zeros_of,
     zeros_text,
 )
-from .fisher import require_elements, require_likelihood
-from .laplace import NULLS, ErrorKind, ErrorOptions, kind_of, laplace
+from .fisher import ErrorKind, require_elements, require_likelihood
+from .laplace import NULLS, ErrorOptions, kind_of, laplace
 from .propagate import run_propagate
 from .sandwich import sandwich
 from .whiten import hessian_rtol, in_own_precision, of_spectrum, reduced
