@@ -21,6 +21,7 @@ from .linalg import (
     equilibrated_eigh,
     matmul,
     on_device,
+    positive,
     refuse,
     refuse_non_finite,
 )
@@ -41,4 +42,4 @@ from .modes import (
     traced,
     transposed_product,
 )
-from .singular import Spectrum, column_norms, of_jacobian, positive, square_factor
+from .singular import Spectrum, column_norms, of_jacobian, square_factor

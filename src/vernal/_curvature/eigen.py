@@ -97,8 +97,7 @@ def _project(
     matrix: Float[Array, "D D"], is_fisher: bool
 ) -> tuple[Float[Array, "D D"], Float[Array, " D"], Float[Array, ""]]:
     """Returns the projection, the eigenvalues, and how large rounding makes a zero."""
-    scale = jnp.sqrt(jnp.diag(matrix))
-    values, vectors = equilibrated_eigh(matrix, scale)
+    scale, values, vectors = equilibrated_eigh(matrix)
     eps = float(jnp.finfo(values.dtype).eps)
     tolerance = max(10.0, values.size**0.5) * eps * values[0]
     # Errors name the direction of a null column, so none may be infinite.

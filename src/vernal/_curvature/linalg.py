@@ -98,12 +98,21 @@ def descending(
     return values[::-1], vectors[:, ::-1]
 
 
+def positive(sizes: Array) -> Array:
+    """Replaces zeros by ones."""
+    return jnp.where(sizes > 0, sizes, 1)
+
+
 def equilibrated_eigh(
-    matrix: Float[Array, "D D"], scale: Float[Array, " D"]
-) -> tuple[Float[Array, " D"], Float[Array, "D D"]]:
-    """Decomposes, as `descending`, a matrix divided by `scale` from both sides."""
+    matrix: Float[Array, "D D"],
+) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
+    """Decomposes the symmetric part of a matrix, scaled to a unit diagonal.
+
+    Returns the scale, which is the root of the diagonal, and what `descending` does.
+    """
+    scale = jnp.sqrt(positive(jnp.abs(jnp.diag(matrix))))
     # One side after the other: the product of two scales may overflow.
-    return descending(matrix / scale[:, None] / scale[None, :])
+    return scale, *descending(matrix / scale[:, None] / scale[None, :])
 
 
 def matmul(left: Array, right: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._tree import widest
-from .linalg import equilibrated_eigh, matmul
+from .linalg import equilibrated_eigh, matmul, positive
 from .modes import (
     Subject,
     choose_mode,
@@ -83,11 +83,6 @@ def of_products(
     return _of_gram(rows / units[None, :], units, triangle)
 
 
-def positive(sizes: Array) -> Array:
-    """Replaces zeros by ones."""
-    return jnp.where(sizes > 0, sizes, 1)
-
-
 def column_norms(matrix: Float[Array, "N D"]) -> Float[Array, " D"]:
     """Computes the norms of columns; that of a column of zeros is 1.
 
@@ -107,8 +102,7 @@ def _of_gram(
     If its eigenvalues are not accurate, `triangle` computes the factor $R$ of the
     columns from their norms.
     """
-    norms = jnp.sqrt(positive(jnp.diag(gram)))
-    values, vectors = equilibrated_eigh(gram, norms)
+    norms, values, vectors = equilibrated_eigh(gram)
 
     def by_singular_values() -> tuple[Array, Array]:
         _, singular, rows = jnp.linalg.svd(triangle(norms))

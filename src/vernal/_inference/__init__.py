@@ -1,27 +1,28 @@
 """What the data say of the parameters.
 
 `fisher` has the Fisher matrix, `whiten` the projector at the current point,
-`uncertainty` standard errors and the likelihood for samplers, `table` and `report` what
-there is to read, `propagate` errors of functions of the model. `derivatives` is the
+`uncertainty` standard errors and the likelihood for samplers, `report` what there is to
+read, `propagate` errors of functions of the model. `derivatives` is the
 compiled program beneath them, `laplace` the normal approximation that it makes, with
 `sandwich` for data of unknown scatter, and `expansion` what else it says of one point.
 """
 
-from .derivatives import Passes, linearised
+from .derivatives import Passes, derive
 from .expansion import NO_ACCIDENT, around, how_far
 from .fisher import (
     Blocks,
+    ErrorKind,
     FisherKind,
+    checked_kind,
     curvature,
     fisher,
     has_likelihood,
     require_likelihood,
 )
-from .laplace import ErrorKind, checked_kind, laplace
+from .laplace import ErrorOptions, laplace
 from .propagate import draw, propagate
-from .report import report
+from .report import report, table
 from .sandwich import NO_SANDWICH
-from .table import table
 from .uncertainty import (
     KnownErrors,
     errors_or_nan,

@@ -138,24 +138,6 @@ def _require_units(
             )
 
 
-def linearised(
-    trainer: AbstractTrainer, batch: Any, jac: Mode | None
-) -> tuple[Float[Array, "N D"], tuple[Array, Array], Bool[Array, " D"]]:
-    """Returns the Jacobian of the scoring residuals, residuals, and what is held.
-
-    The residuals are those of scoring, and those whose squares are minimised.
-
-    It shares the program of `whiten` and `standard_errors`, and holds elements at their
-    bounds as these do.
-    """
-    every = (tuple(range(len(jax.tree.leaves(trainer.params)))),)
-    holds = bounds_of(trainer) is not None
-    args = stripped(trainer), as_batch(batch), "jacobian", every, None, jac, holds
-    derived = run_derive(*args)
-    assert derived.deviances is not None
-    return derived.found[0], (derived.value, derived.deviances), derived.held
-
-
 @program
 def run_derive(
     trainer: AbstractTrainer,

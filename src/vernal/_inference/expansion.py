@@ -27,8 +27,8 @@ from .._step import AbstractTrainer, DataKind, prior_count, priors_of, template_
 from .._tree import as_parameters, by_path
 from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
-from .laplace import NULLS, ErrorKind, Laplace, laplace
-from .whiten import of_spectrum
+from .fisher import ErrorKind
+from .laplace import Laplace, laplace
 
 # A distance from the minimum that is less probable than this is no accident.
 NO_ACCIDENT = 1e-6
@@ -202,67 +202,70 @@ def around(
 
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
     """Finds out what the derivatives say of the surroundings."""
-    found = (_of_residuals if here.spectrum else _of_nll)(trainer, batch, here)
-    if not found.held.any():
-        return found
-    # Neither a draw nor a propagated error moves what is held.
-    scale = jnp.where(found.held, 0, found.whitening.scale)
-    whitening = eqx.tree_at(lambda w: w.scale, found.whitening, scale)
-    return found._replace(whitening=whitening)
-
-
-def _of_residuals(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
-    derived, parts, spectrum = here.derived, here.reduced, here.spectrum
-    assert parts is not None
-    assert spectrum is not None
-    assert derived.deviances is not None
-    assert derived.data is not None
-    params, held = as_parameters(trainer.params), derived.held
-    of_each = np.square(np.asarray(derived.deviances, float))
-    rows, data_count = prior_count(trainer), int(derived.data.size)
-    of_data = of_each[: of_each.size - rows]
-
-    def distance() -> Distance:
-        # On the host, where nothing is compiled.
-        squares = np.asarray(of_each.sum())
-        sums = spectrum, parts.slope, squares, data_count + rows, held
-        return spectral_distance(*sums, params, trainer.projector)
-
-    away = _distance(trainer, batch, "residuals", distance)
-    expected = here.whitening
-    if here.kind != "expected":
-        expected = of_spectrum(spectrum, params, NULLS, "", here.eps)
-    of_priors = derived.found[0][-rows:] if rows else None
-    zero_count = 0
-    if not of_data.all():
-        own = (part[: of_data.size] for part in (derived.found[0], derived.deviances))
-        zero_count = int(zeros_of(*own, of_data.size - data_count))
-    # Missing data have residuals of zero.
-    squares = float(of_each.sum()), int(np.count_nonzero(of_each))
-    scattered = None if derived.data.has_scale else squares
+    derived, priors = here.derived, priors_of(trainer)
+    distance, whitening = _distance(trainer, batch, here), here.whitening
+    penalty = None if priors is None else 2 * float(priors.penalty(trainer.model))
+    of_priors, data_count, zero_count, squares = None, None, 0, None
+    if derived.data is None:
+        deviance = 2 * float(derived.value) - (penalty or 0.0)
+        if priors is not None:
+            # Free of the curvature of bijections, which a Hessian of the data has.
+            found = derive(trainer, batch, "priors", None, Passes(), holds=True)
+            of_priors = found.found[0]
+    else:
+        assert derived.deviances is not None
+        of_each = np.square(np.asarray(derived.deviances, float))
+        rows, data_count = prior_count(trainer), int(derived.data.size)
+        of_data = of_each[: of_each.size - rows]
+        deviance = float(of_data.sum())
+        of_priors = derived.found[0][-rows:] if rows else None
+        if not of_data.all():
+            own = derived.found[0][: of_data.size], derived.deviances[: of_data.size]
+            zero_count = int(zeros_of(*own, of_data.size - data_count))
+        if not derived.data.has_scale:
+            # Missing data have residuals of zero.
+            squares = float(of_each.sum()), int(np.count_nonzero(of_each))
+    p_values = 1.0, 1.0
+    if distance is not None:
+        p_values = truth_p_values(distance, _rank(whitening), squares)
+    if (held := np.asarray(derived.held)).any():
+        # Neither a draw nor a propagated error moves what is held.
+        scale = jnp.where(held, 0, whitening.scale)
+        whitening = eqx.tree_at(lambda w: w.scale, whitening, scale)
     return Around(
-        whitening=here.whitening,
-        deviance=float(of_data.sum()),
+        whitening=whitening,
+        deviance=deviance,
         data=derived.data,
         data_count=data_count,
-        distance=away,
-        held=np.asarray(held),
+        distance=distance,
+        held=held,
         zero_count=zero_count,
-        fitted_count=_fitted_count(expected, of_priors),
+        fitted_count=_fitted_count(here.expected, of_priors),
         kind=here.kind,
-        penalty=_penalty(trainer),
-        truth_p_values=_truth_p_values(away, here.whitening, scattered),
+        penalty=penalty,
+        truth_p_values=p_values,
     )
 
 
-def _truth_p_values(
-    distance: Distance | None,
-    whitening: DenseWhitening,
-    squares: tuple[float, int] | None,
-) -> tuple[float, float]:
-    if distance is None:
-        return 1.0, 1.0
-    return truth_p_values(distance, _rank(whitening), squares)
+def _distance(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Distance | None:
+    """Returns the distance to the minimum of what is fitted, `None` without one."""
+    falls, derived = what_falls(trainer), here.derived
+    # A loss with a penalty has no known scale.
+    if falls == "loss" or not has_minimum(trainer):
+        return None
+    if falls != ("nll" if derived.data is None else "residuals"):
+        return distance_here(trainer, batch, falls)
+    # On the host, where nothing is compiled.
+    at = derived.held, as_parameters(trainer.params), trainer.projector
+    if derived.data is None:
+        hessian, gradient = derived.found[0]
+        return hessian_distance(derived.value, gradient, hessian, *at)
+    assert here.spectrum is not None
+    assert here.reduced is not None
+    squares = np.square(np.asarray(derived.deviances, float)).sum()
+    size = int(derived.data.size) + prior_count(trainer)
+    sums = here.spectrum, here.reduced.slope, np.asarray(squares), size
+    return spectral_distance(*sums, *at)
 
 
 def may_be_far(here: Laplace) -> bool:
@@ -360,48 +363,3 @@ def _fitted_count(
     shares = np.where(abs(shares - nearest) < noise, nearest, shares)
     # If a likelihood curves downwards, priors alone hold the direction.
     return float(rank - np.minimum(shares, 1).sum())
-
-
-def _of_nll(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
-    (expansion,), _, value, held, *_ = here.derived
-    params = as_parameters(trainer.params)
-
-    def distance() -> Distance:
-        parts = value, expansion.gradient, expansion.hessian, held, params
-        return hessian_distance(*parts, trainer.projector)
-
-    away, penalty = _distance(trainer, batch, "nll", distance), _penalty(trainer)
-    of_priors = None
-    if penalty is not None:
-        # Free of the curvature of bijections, which a Hessian of the data alone has.
-        derived = derive(trainer, batch, "priors", None, Passes(), holds=True)
-        of_priors = derived.found[0]
-    return Around(
-        whitening=here.whitening,
-        deviance=2 * float(value) - (penalty or 0.0),
-        data=None,
-        data_count=None,
-        distance=away,
-        held=np.asarray(held),
-        zero_count=0,
-        fitted_count=_fitted_count(here.whitening, of_priors),
-        kind=here.kind,
-        penalty=penalty,
-        truth_p_values=_truth_p_values(away, here.whitening, None),
-    )
-
-
-def _penalty(trainer: AbstractTrainer) -> float | None:
-    priors = priors_of(trainer)
-    return None if priors is None else 2 * float(priors.penalty(trainer.model))
-
-
-def _distance(
-    trainer: AbstractTrainer, batch: Any, kind: str, known: Any
-) -> Distance | None:
-    """Returns the distance to the minimum of what is fitted, `None` without one."""
-    falls = what_falls(trainer)
-    # A loss with a penalty has no known scale.
-    if falls == "loss" or not has_minimum(trainer):
-        return None
-    return known() if falls == kind else distance_here(trainer, batch, falls)

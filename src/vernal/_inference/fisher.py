@@ -18,6 +18,7 @@ from .._tree import as_parameters, paths, ravel_dtype, ravel_size
 from .derivatives import Passes, derive, require_finite
 
 FisherKind = Literal["expected", "observed"]
+ErrorKind = Literal["expected", "observed", "sandwich"]
 Blocks = str | Callable[[str, Any], Any] | Sequence[Any] | Mapping[Any, Any]
 
 
@@ -31,17 +32,18 @@ def fisher(
     """Implements `Trainer.fisher`."""
     require_likelihood(trainer, "A Fisher matrix")
     _refuse_resized(trainer, "fisher")
-    kind = None if kind is None else one_of(kind, get_args(FisherKind), "kind")
-    require_residuals(trainer, kind)
+    kind = checked_kind(trainer, kind, FisherKind)
     is_observed = kind == "observed" or "residuals" not in defined(trainer)
     name = "nll" if is_observed else "fisher"
     return matrices(trainer, batch, name, blocks, passes)
 
 
-def require_residuals(trainer: AbstractTrainer, kind: str | None) -> None:
-    """Refuses a `kind` of errors that an `nll` alone does not have."""
+def checked_kind(trainer: AbstractTrainer, kind: Any, kinds: Any = ErrorKind) -> Any:
+    """Checks the argument `kind`; refuses one that an `nll` alone does not have."""
+    if kind is not None:
+        one_of(kind, get_args(kinds), "kind")
     if kind in (None, "observed") or "residuals" in defined(trainer):
-        return
+        return kind
     raise TypeError(
         f'`kind` is "{kind}", which needs what each datum contributes, and '
         f"`{type(trainer).__name__}` defines `nll`, which is the sum. Define "

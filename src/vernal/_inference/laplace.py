@@ -1,15 +1,13 @@
 """The normal approximation of the likelihood around a point: Laplace's."""
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from .._boundary import one_of
 from .._curvature import Mode, Spectrum
 from .._projection import DenseWhitening, NullPolicy
-from .._step import AbstractTrainer, defined
+from .._step import AbstractTrainer, DataKind, defined
 from .._tree import as_parameters
 from .derivatives import Derived, Passes, derive, require_finite
-from .fisher import require_elements, require_likelihood, require_residuals
+from .fisher import ErrorKind, checked_kind, require_elements, require_likelihood
 from .sandwich import sandwich
 from .whiten import (
     Reduced,
@@ -20,7 +18,14 @@ from .whiten import (
     reduced,
 )
 
-ErrorKind = Literal["expected", "observed", "sandwich"]
+
+class ErrorOptions(NamedTuple):
+    """The options that `Trainer.report` shares with all that has errors."""
+
+    scale_errors: bool
+    jac: Mode | None
+    kind: ErrorKind | None
+
 
 # Directions that the data do not constrain are kept, and marked.
 NULLS = NullPolicy(on_null="prior")
@@ -30,18 +35,18 @@ class Laplace(NamedTuple):
     """A normal distribution of the parameters, and the derivatives that it is made of.
 
     - `whitening`: its covariance is that of the parameters.
+    - `expected`: that of the expected Fisher matrix; of an `nll`, the same.
     - `derived`: the derivatives of `residuals`, or of `nll`.
     - `reduced`, `spectrum`: of the Jacobian, the latter in the dtype of the parameters;
         `None` for an `nll`.
-    - `eps`: the coarsest epsilon.
     - `kind`: which matrix the covariance comes from.
     """
 
     whitening: DenseWhitening
+    expected: DenseWhitening
     derived: Derived
     reduced: Reduced | None
     spectrum: Spectrum | None
-    eps: float
     kind: ErrorKind
 
 
@@ -69,44 +74,20 @@ def laplace(
     parts = reduced(derived.found[0], derived.value)
     spectra = (parts.spectrum,)
     (spectrum,), eps = checked_spectra(trainer, batch, spectra, derived.is_finite)
-    kind, whitening = of_kind(
-        kind,
-        derived,
-        expected=lambda: of_spectrum(spectrum, params, NULLS, "", eps),
-        observed=lambda: _observed(trainer, batch, passes, holds).whitening,
-        scattered=lambda maps: sandwich(trainer, batch, passes, derived, *maps).checked(
-            trainer
-        ),
-    )
-    return Laplace(whitening, derived, parts, spectrum, eps, kind)
-
-
-def of_kind(
-    kind: ErrorKind | None,
-    derived: Derived,
-    *,
-    expected: Callable[[], DenseWhitening],
-    observed: Callable[[], DenseWhitening],
-    scattered: Callable[[tuple[DenseWhitening, DenseWhitening]], DenseWhitening],
-) -> tuple[ErrorKind, DenseWhitening]:
-    """Chooses the kind of errors, by default the one that suits the data.
-
-    The sandwich is `scattered`, of the other two.
-    """
-    if kind is None:
-        is_robust = derived.data is not None and derived.data.is_robust
-        kind = "sandwich" if is_robust else "expected"
+    expected = whitening = of_spectrum(spectrum, params, NULLS, "", eps)
+    if (kind := kind_of(kind, derived.data)) != "expected":
+        whitening = _observed(trainer, batch, passes, holds).whitening
     if kind == "sandwich":
-        return kind, scattered((expected(), observed()))
-    return kind, expected() if kind == "expected" else observed()
+        found = sandwich(trainer, batch, passes, derived, expected, whitening)
+        whitening = found.checked(trainer)
+    return Laplace(whitening, expected, derived, parts, spectrum, kind)
 
 
-def checked_kind(trainer: AbstractTrainer, kind: Any) -> ErrorKind | None:
-    """Checks the argument `kind`."""
+def kind_of(kind: ErrorKind | None, data: DataKind | None) -> ErrorKind:
+    """Chooses the kind of errors, by default the one that suits the data."""
     if kind is not None:
-        one_of(kind, get_args(ErrorKind), "kind")
-    require_residuals(trainer, kind)
-    return kind
+        return kind
+    return "sandwich" if data is not None and data.is_robust else "expected"
 
 
 def _observed(
@@ -120,4 +101,4 @@ def _observed(
     require_finite((hessian,), derived.is_finite, what, trainer, batch)
     params, rtol = as_parameters(trainer.params), hessian_rtol((hessian,))
     whitening = of_hessian(hessian, params, NULLS, "", name, rtol)
-    return Laplace(whitening, derived, None, None, rtol, "observed")
+    return Laplace(whitening, whitening, derived, None, None, "observed")

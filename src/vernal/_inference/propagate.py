@@ -41,16 +41,14 @@ from .._step import (
 )
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around, warn_if_far
-from .laplace import ErrorKind
+from .laplace import ErrorOptions
 
 
 def propagate(
     trainer: AbstractTrainer,
     fn: Callable[[Any], PyTree],
     batch: Any,
-    scale_errors: bool,
-    jac: Mode | None,
-    kind: ErrorKind | None,
+    options: ErrorOptions,
 ) -> tuple[PyTree, PyTree]:
     """Implements `Trainer.propagate`."""
     refuse_program("propagate", trainer, batch)
@@ -61,9 +59,9 @@ def propagate(
         )
     takes(fn, 1, "fn", "fn(model)")
     trainer = in_free_coordinates(trainer)
-    here = around(trainer, batch, "A propagated error", jac, kind)
-    scale = here.error_scale(scale_errors)
-    warn_if_far(trainer, here, "propagate", scale_errors)
+    here = around(trainer, batch, "A propagated error", options.jac, options.kind)
+    scale = here.error_scale(options.scale_errors)
+    warn_if_far(trainer, here, "propagate", options.scale_errors)
     value, error, pinned = propagated(trainer, fn, here, scale)
     if pinned is not None and (indices := np.flatnonzero(pinned)).size:
         params = as_parameters(trainer.params)
@@ -116,8 +114,7 @@ def run_propagate(
     if held is None:
         return value, unravel(error, value), None
     is_moved = whole != 0
-    follows = _follow_by_direction if mode == "fwd" else _follow_by_output
-    is_pinned, pinned = follows(outputs, flat, held, is_moved)
+    is_pinned, pinned = _pinned(mode, outputs, flat, held, is_moved)
     error = jnp.where(is_pinned & ~is_moved, jnp.nan, error)
     return value, unravel(error, value), pinned
 
@@ -164,44 +161,30 @@ def _by_output(
     return jax.lax.map(of_one, jnp.arange(like.size)).T
 
 
-_Follows = tuple[Bool[Array, " M"], Bool[Array, " D"]]
-
-
-def _follow_by_direction(
+def _pinned(
+    mode: Mode,
     outputs: Flat,
     flat: Float[Array, " D"],
     held: Bool[Array, " D"],
     is_moved: Bool[Array, " M"],
-) -> _Follows:
+) -> tuple[Bool[Array, " M"], Bool[Array, " D"]]:
     """Finds the outputs of held elements, and the held elements of moved outputs."""
-    _, push = jax.linearize(outputs, flat)
+    if mode == "fwd":
+        like, image = flat, jax.linearize(outputs, flat)[1]
+        own, across = held, is_moved
+    else:
+        like, image = outputs(flat), transposed_product(outputs, flat)
+        own, across = is_moved, held
 
-    def add(is_pinned: Array, index: Array) -> tuple[Array, Array]:
-        image = push(jax.nn.one_hot(index, flat.size, dtype=flat.dtype))
-        follows = (image != 0) & held[index]
-        return is_pinned | follows, jnp.any(follows & is_moved)
+    def add(found: Array, of_one: tuple[Array, Array]) -> tuple[Array, Array]:
+        index, is_own = of_one
+        depends = image(jax.nn.one_hot(index, like.size, dtype=like.dtype)) != 0
+        return found | (depends & is_own), jnp.any(depends & across)
 
-    none = jnp.zeros(is_moved.shape, bool)
-    return jax.lax.scan(add, none, jnp.arange(flat.size))
-
-
-def _follow_by_output(
-    outputs: Flat,
-    flat: Float[Array, " D"],
-    held: Bool[Array, " D"],
-    is_moved: Bool[Array, " M"],
-) -> _Follows:
-    """Finds the same, an output at a time."""
-    pull, like = transposed_product(outputs, flat), outputs(flat)
-
-    def add(pinned: Array, index: Array) -> tuple[Array, Array]:
-        slope = pull(jax.nn.one_hot(index, like.size, dtype=like.dtype))
-        follows = (slope != 0) & held
-        return pinned | (follows & is_moved[index]), jnp.any(follows)
-
-    none = jnp.zeros(held.shape, bool)
-    pinned, is_pinned = jax.lax.scan(add, none, jnp.arange(like.size))
-    return is_pinned, pinned
+    none = jnp.zeros(across.shape, bool)
+    found = jax.lax.scan(add, none, (jnp.arange(like.size), own))
+    is_pinned, pinned = found if mode == "fwd" else found[::-1]
+    return is_pinned, pinned & held
 
 
 def _checked(value: PyTree) -> PyTree:
@@ -226,12 +209,11 @@ def draw(
     key: PRNGKeyArray,
     count: int,
     batch: Any,
-    scale_errors: bool,
-    jac: Mode | None,
-    kind: ErrorKind | None,
+    options: ErrorOptions,
 ) -> PyTree:
     """Implements `Trainer.draw`."""
     refuse_program("draw", trainer, key, batch)
+    scale_errors, jac, kind = options
     key, count = prng_key(key), whole_number(count, "count", least=1, most=2**31 - 1)
     trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A draw from the likelihood", jac, kind)

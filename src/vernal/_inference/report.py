@@ -1,33 +1,38 @@
-"""The report of a trainer."""
+"""The report and the table of a trainer."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from .._boundary import boolean, refuse_program, whole_number
-from .._curvature import Mode
 from .._minimum import edm_note
-from .._report import Report, criteria, p_value
-from .._step import AbstractTrainer, in_free_coordinates
-from .expansion import around
-from .laplace import ErrorKind
-from .rows import rows
+from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
+from .._step import AbstractTrainer, in_free_coordinates, template_of
+from .._tree import aligned, by_path, element_name, named_leaves
+from .elements import tied_with_errors
+from .expansion import Around, OfElements, around
+from .laplace import ErrorOptions
+from .propagate import propagated
+
+# The most rows that one array has in a table.
+_MOST_ROWS = 64
 
 
 def report(
     trainer: AbstractTrainer,
     batch: Any,
-    scale_errors: bool,
     data_count: int | None,
-    jac: Mode | None,
-    kind: ErrorKind | None,
+    options: ErrorOptions,
 ) -> Report:
     """Implements `Trainer.report`."""
     refuse_program("report", trainer, batch)
-    is_scaled = boolean(scale_errors, "scale_errors")
+    is_scaled = boolean(options.scale_errors, "scale_errors")
     if data_count is not None:
         data_count = whole_number(data_count, "data_count", least=1)
     trainer = in_free_coordinates(trainer)
-    here = around(trainer, batch, "A report", jac, kind)
+    here = around(trainer, batch, "A report", options.jac, options.kind)
     if data_count is not None:
         here = here._replace(data_count=data_count, zero_count=0)
     scale = here.error_scale(is_scaled)
@@ -51,7 +56,59 @@ def report(
         error_kind=here.kind,
         stop_reason=None,
         error_scale=scale,
-        parameters=tuple(rows(trainer, (here, own), scale)),
+        parameters=tuple(_rows(trainer, (here, own), scale)),
         correlation_matrix=own.correlations(),
         note=None if distance is None else edm_note(distance, trainer.params),
     )
+
+
+def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
+    """Implements `Trainer.table`."""
+    refuse_program("table", trainer, batch)
+    scale_errors = boolean(options.scale_errors, "scale_errors")
+    trainer, here, note, scale = in_free_coordinates(trainer), None, None, 1.0
+    if batch is not None:
+        here = around(trainer, batch, "A standard error", options.jac, options.kind)
+        scale = here.error_scale(scale_errors)
+        if here.distance is not None:
+            note = edm_note(here.distance, trainer.params)
+    head = "parameter", "value", "standard error" if here else ""
+    known = None if here is None else (here, here.of_elements(trainer))
+    cells = (row.cells() for row in _rows(trainer, known, scale, _MOST_ROWS))
+    text = aligned([head, *cells])
+    return text if note is None else f"{text}\n{note}"
+
+
+def _rows(
+    trainer: AbstractTrainer,
+    here: tuple[Around, OfElements] | None,
+    scale: float,
+    most: int | None = None,
+) -> Iterator[ParameterRow]:
+    """Yields a row for each element; without the surroundings, there are no errors.
+
+    The error of what is tied to others is that of a function of them; what is complex
+    has none. The parameters of the trainer may be free coordinates.
+    """
+    free = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
+    ties, bijections = template_of(trainer).ties, template_of(trainer).bijections
+    words = {} if ties is None else ties.words
+    model, errors, fixed = trainer.model, None, set()
+    if here is not None:
+        around, own = here
+        # Without scatter the scale is zero, and an infinite error stays infinite.
+        is_known = np.isfinite(own.errors)
+        scaled = scale * np.where(is_known, own.errors, 0)
+        errors = own._replace(errors=np.where(is_known, scaled, own.errors))
+        errors = errors.by_path(trainer)
+        fixed = {
+            element_name({path: errors[path]}, int(index))
+            for path in (() if bijections is None else bijections.maps)
+            for index in np.flatnonzero(np.isnan(errors[path]))
+        }
+        if real := tied_with_errors(trainer, model):
+            tied = lambda model: {p: by_path(model).by_name()[p] for p in real}
+            _, found, _ = propagated(trainer, tied, around, scale)
+            errors |= {path: np.asarray(found[path], float) for path in real}
+    for row in parameter_rows(model, free, errors, words, most):
+        yield row._replace(status="fixed") if row.name in fixed else row

@@ -58,16 +58,12 @@ class Sandwich(NamedTuple):
                 return "All residuals are zero."
             least = np.asarray(self.direction, float)
             where = along(least, as_parameters(trainer.params))
-            return f"It is missing in {self.missing} of {self.rank} directions{where}."
+            rank = np.count_nonzero(np.asarray(self.whitening.roots) >= 0)
+            return f"It is missing in {self.missing} of {rank} directions{where}."
 
         lacks = self.lacks_scatter
         roots = refuse(self.whitening.roots, lacks, NO_SANDWICH, detail)
         return eqx.tree_at(lambda w: w.roots, self.whitening, roots)
-
-    @property
-    def rank(self) -> int:
-        """The number of directions that are known. For numbers on the host."""
-        return int(np.count_nonzero(np.asarray(self.whitening.roots) >= 0))
 
 
 def sandwich(

@@ -19,12 +19,7 @@ from .._boundary import (
     warn,
 )
 from .._closure import Closure
-from .._curvature import (
-    Mode,
-    Spectrum,
-    equilibrated_eigh,
-    positive,
-)
+from .._curvature import Mode, Spectrum, equilibrated_eigh, positive
 from .._data import as_batch
 from .._policy import all_finite
 from .._program import Version, version_of
@@ -64,26 +59,18 @@ from .expansion import (
     zeros_of,
     zeros_text,
 )
-from .fisher import require_elements, require_likelihood
-from .laplace import (
-    NULLS,
-    ErrorKind,
-    laplace,
-    of_kind,
-)
+from .fisher import ErrorKind, require_elements, require_likelihood
+from .laplace import NULLS, ErrorOptions, kind_of, laplace
 from .propagate import run_propagate
 from .sandwich import sandwich
 from .whiten import hessian_rtol, in_own_precision, of_spectrum, reduced
 
 
 def standard_errors(
-    trainer: AbstractTrainer,
-    batch: Any,
-    scale_errors: bool,
-    jac: Mode | None,
-    kind: ErrorKind | None,
+    trainer: AbstractTrainer, batch: Any, options: ErrorOptions
 ) -> Params:
     """Implements `Trainer.standard_errors`."""
+    scale_errors, jac, kind = options
     if boolean(scale_errors, "scale_errors"):
         refuse_program("standard_errors(scale_errors=True)", trainer, batch)
     if is_traced(trainer, batch):
@@ -214,24 +201,16 @@ def errors_or_nan(
     if "residuals" not in defined(trainer):
         whitening, derived, is_good, fall = _by_hessian(trainer, batch, passes)
     else:
-        expected, derived, is_good, fall = _by_jacobian(trainer, batch, passes)
-        scatter = _scatter(derived, expected)
-
-        def observed() -> DenseWhitening:
-            nonlocal is_good
+        whitening, derived, is_good, fall = _by_jacobian(trainer, batch, passes)
+        expected, scatter = whitening, _scatter(derived, whitening)
+        if (kind := kind_of(kind, derived.data)) != "expected":
             whitening, _, is_curved, _ = _by_hessian(trainer, batch, passes)
             is_good &= is_curved
-            return whitening
-
-        def scattered(maps: tuple[DenseWhitening, DenseWhitening]) -> DenseWhitening:
-            nonlocal is_good, lacks_scatter
-            found = sandwich(trainer, batch, passes, derived, *maps)
+        if kind == "sandwich":
+            found = sandwich(trainer, batch, passes, derived, expected, whitening)
             is_good &= found.is_finite
             lacks_scatter = is_good & found.lacks_scatter
-            return found.whitening
-
-        makers = {"observed": observed, "scattered": scattered}
-        _, whitening = of_kind(kind, derived, expected=lambda: expected, **makers)
+            whitening = found.whitening
     errors, held = whitening_of_elements(trainer, whitening), derived.held
     has_errors = is_good & ~lacks_scatter
     is_known = has_errors & ~held_elements(trainer, held)
@@ -284,8 +263,7 @@ def _by_hessian(trainer: AbstractTrainer, batch: Any, passes: Passes) -> _Known:
     is_good &= jnp.all(jnp.diag(hessian) >= 0)
     eye = jnp.eye(ravel_size(params), dtype=hessian.dtype)
     hessian = jnp.where(is_good, hessian, eye)
-    scale = jnp.sqrt(positive(jnp.diag(hessian)))
-    values, vectors = equilibrated_eigh(hessian, scale)
+    scale, values, vectors = equilibrated_eigh(hessian)
     rtol = hessian_rtol((hessian,))
     is_good &= values[-1] >= -rtol * values[0]
     spectrum, nulls = Spectrum(1 / scale, values, vectors), NULLS.or_rtol(rtol)

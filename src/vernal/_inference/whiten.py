@@ -58,13 +58,12 @@ def whitened(
     is_free = whitens_free(trainer)
     trainer = in_free_coordinates(trainer)
     require_elements(trainer, "A projector")
-    if blocks is None:
-        found, whiten_one = _decomposed(trainer, batch, None, passes)
-        whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")
-        return make_projector(whitening, trainer.params, "`batch`", is_free)
-    blocks = _with_elements(trainer, as_selectors(blocks))
+    blocks = None if blocks is None else _with_elements(trainer, as_selectors(blocks))
     found, whiten_one = _decomposed(trainer, batch, blocks, passes)
-    return make_block_projector(found, trainer.params, nulls, whiten_one, is_free)
+    if blocks is not None:
+        return make_block_projector(found, trainer.params, nulls, whiten_one, is_free)
+    whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")
+    return make_projector(whitening, trainer.params, "`batch`", is_free)
 
 
 def whitens_free(trainer: AbstractTrainer) -> bool:

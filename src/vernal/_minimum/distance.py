@@ -107,14 +107,8 @@ def measure(
         found = _of_residuals(residuals, here, fall, loss)
         return _with_held(found, is_held)
     loss = lambda flat: _wide(score(at(flat), batch, key).loss)
-
-    def tolerance(value: Array) -> Any:
-        if kind == "nll":
-            return TOLERANCE
-        # The scale of a loss is not known: how far it fell, and its rounding, have one.
-        return jnp.fmax(TOLERANCE * fall, rounding_of(value))
-
-    return _with_held(_of_loss(traced(loss, here.flat), here, tolerance), is_held)
+    fall = None if kind == "nll" else fall
+    return _with_held(_of_loss(traced(loss, here.flat), here, fall), is_held)
 
 
 def _with_held(local: Local, is_held: Any) -> Local:
@@ -227,6 +221,7 @@ class _Here(NamedTuple):
 def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
     flat = here.flat
     vector = residuals(flat)
+    loss = 0.5 * jnp.sum(jnp.square(vector)) if loss is None else loss
     if has_jacobian(vector.size, flat.size):
         try:
             jacobian = jacobian_matrix(residuals, flat, _SUBJECT)
@@ -237,7 +232,6 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
     if products is None:
         return unknown(flat)
     push, pull = products
-    loss = 0.5 * jnp.sum(jnp.square(vector)) if loss is None else loss
     data_count = jnp.count_nonzero(vector)
     degrees = jnp.maximum(data_count - flat.size, 1).astype(loss.dtype)
     tolerance = TOLERANCE * 2 * loss / degrees
@@ -245,19 +239,23 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
     return of_products(loss, pull(vector), product, here.solve, tolerance)
 
 
-def _of_loss(loss: Flat, here: _Here, tolerance: Callable[[Array], Any]) -> Local:
+def _of_loss(loss: Flat, here: _Here, fall: Any) -> Local:
+    """Measures the surroundings; the `fall` is `None` if the loss has a scale."""
     flat = here.flat
-    value = loss(flat)
+    value, tolerance = loss(flat), TOLERANCE
+    if fall is not None:
+        # How far it fell has one, and its rounding.
+        tolerance = jnp.fmax(TOLERANCE * fall, rounding_of(value))
     try:
         slope = gradient(loss, flat, _SUBJECT)
         if flat.size > MOST_PARAMETERS:
             product = hessian_product(loss, flat, _SUBJECT)
-            return of_products(value, slope, product, here.solve, tolerance(value))
+            return of_products(value, slope, product, here.solve, tolerance)
         hessian = hessian_matrix(loss, flat, _SUBJECT)
     except TypeError:
         # No mode has second derivatives.
         return unknown(flat)
-    return curved(value, slope, hessian, here.point(), tolerance(value))
+    return curved(value, slope, hessian, here.point(), tolerance)
 
 
 def _wide(array: Any) -> Any:

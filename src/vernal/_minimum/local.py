@@ -143,12 +143,9 @@ def triangle(
     residuals: Float[Array, " N"],
     point: Point,
     fall: Any,
-    loss: Any = None,
+    loss: Any,
 ) -> Triangle:
-    """Reduces residuals and their Jacobian by a QR; `fall` is how far the loss fell.
-
-    `loss` is by default half the sum of squares.
-    """
+    """Reduces residuals and their Jacobian by a QR; `fall` is how far the loss fell."""
     scale = own = column_norms(jacobian)
     # What does nothing has no spacing that would matter: its norm is 1 by convention.
     known = jnp.where(jnp.any(jacobian != 0, axis=0), scale, 0)
@@ -160,7 +157,6 @@ def triangle(
     # LAPACK may not return if there is a NaN.
     is_finite = jnp.all(jnp.isfinite(together))
     together = jnp.where(is_finite, together, 0)
-    loss = 0.5 * jnp.sum(jnp.square(residuals)) if loss is None else loss
     loss = jnp.where(is_finite, loss, jnp.nan)
     return Triangle(
         factor=square_factor(together),

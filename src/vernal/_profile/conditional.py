@@ -93,24 +93,16 @@ class Space(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Which elements are held, two at most, and where: zero where there is none."""
+    """Which elements are held, two at most, and where: zero where there is none.
 
-    rows: Float[Any, "*K 5 D"]
+    - `units`: their unit vectors.
+    - `along`: the shortest latent move by which each goes by its scale, the other not.
+    - `goal`: their values, at their places.
+    """
 
-    @property
-    def units(self) -> Float[Any, "*K 2 D"]:
-        """Their unit vectors."""
-        return self.rows[..., :2, :]
-
-    @property
-    def along(self) -> Float[Any, "*K 2 D"]:
-        """The shortest latent move by which each goes by its scale, the other not."""
-        return self.rows[..., 2:4, :]
-
-    @property
-    def goal(self) -> Float[Any, "*K D"]:
-        """Their values, at their places; zeros elsewhere."""
-        return self.rows[..., 4, :]
+    units: Float[Any, "*K 2 D"]
+    along: Float[Any, "*K 2 D"]
+    goal: Float[Any, "*K D"]
 
     @property
     def flags(self) -> Bool[Any, "*K D"]:
@@ -153,7 +145,7 @@ def run_points(
     expand, at = _expansion(space), jax.lax.dynamic_index_in_dim
 
     def next_one(index: Array, points: Points) -> Points:
-        own = Held(at(held.rows, index, keepdims=False))
+        own = jax.tree.map(lambda x: at(x, index, keepdims=False), held)
         begin = at(points.rows, at(parents, index, keepdims=False), keepdims=False)
         found = _minimum(space, expand, own, begin)
         put = jax.lax.dynamic_update_index_in_dim

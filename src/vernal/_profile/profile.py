@@ -142,6 +142,7 @@ def _profile(
     free = scan.base.flat[index]
     is_at_bound = free in (scan.low[index], scan.high[index])
     value, slope = values_of(scan.trainer, index, np.array([free], float))
+    error = abs(float(slope[0])) * float(scan.errors[index])
     return Profile(
         name=name,
         values=values,
@@ -149,7 +150,7 @@ def _profile(
         converged=points.is_minimum,
         value=float(value[0]),
         # On a bound the likelihood is no parabola.
-        error=np.nan if is_at_bound else abs(float(slope[0])) * scan.error(index),
+        error=np.nan if is_at_bound else error,
         minimum=float(scan.base.nll),
         _trainer=scan.trainer,
         _flat=points.flat,
@@ -174,7 +175,7 @@ def _axis(scan: Scan, name: str, index: int, given: np.ndarray | None) -> _Axis:
 
 
 def _default(scan: Scan, name: str, index: int) -> np.ndarray:
-    free, error = float(scan.base.flat[index]), scan.wide_error(index)
+    free, error = float(scan.base.flat[index]), scan.wide_errors[index]
     if not np.isfinite(error):
         raise ValueError(
             f"`values`: the data do not constrain {name!r} here, so that three "

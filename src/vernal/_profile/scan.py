@@ -1,5 +1,6 @@
 """`Scan`: minima with some elements held, wherever a profile asks for them."""
 
+import functools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ class Scan:
     """A trainer at a minimum, whose elements are held at one value after the other.
 
     - `base`: the minimum.
+    - `errors`: the standard errors of all elements, as reports have them.
+    - `wide_errors`: those if none of the bounds were there.
     - `low`, `high`: the bounds of all elements, infinite where there is none.
     """
 
@@ -86,13 +89,13 @@ class Scan:
         batch, jac = as_batch(batch), checked_mode(options.jac)
         trainer = in_free_coordinates(trainer)
         found = _metric(name, trainer, batch, jac, options.scale_errors)
-        metric, self._errors, scale = found
+        metric, self.errors, scale = found
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jax.device_put(np.int32(options.max_steps))
         most = jax.device_put(np.int32(min(options.max_steps, _MOST_STEPS)))
         bare, scale = stripped(trainer), jax.device_put(metric.dtype.type(scale))
         self._space = Space(bare, batch, jac, metric, most, scale)
-        self._wide = np.asarray(metric.errors_of_the_data(), float)
+        self.wide_errors = np.asarray(metric.errors_of_the_data(), float)
         # On the host, where nothing is compiled.
         known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
         self._scale = known.scale.astype(float)
@@ -105,16 +108,8 @@ class Scan:
         found = self.points([()], [()], list(self._room(1).rows))
         self.base: Points = jax.tree.map(lambda x: x[0], found)
 
-    def error(self, index: int) -> float:
-        """Returns the standard error of an element, as reports have it."""
-        return float(self._errors[index])
-
-    def wide_error(self, index: int) -> float:
-        """Returns the standard error if none of the bounds were there."""
-        return float(self._wide[index])
-
     def unit(self, index: int) -> float:
-        """Returns the latter, or a scale where the data do not constrain it."""
+        """Returns the wide error, or a scale where the data do not constrain it."""
         return float(self._scale[index] * np.linalg.norm(self._matrix[index]))
 
     def falls(self, index: int) -> bool:
@@ -165,6 +160,31 @@ class Scan:
         The solver takes over where Newton steps do not lead to a minimum.
         """
         held = self._held(elements, values)
+        found = self._newton(held, starts)
+        if template_of(self.trainer).bijections is not None and all(elements):
+            # Near the edge of a bijection the likelihood is flat in the coordinate: a
+            # point that begins there stays, though it may be better elsewhere.
+            from_base = [self.start(self._flat, own) for own in elements]
+            again = self._newton(held, from_base)
+            same = _SAME + 64 * np.finfo(found.nll.dtype).eps * np.abs(found.nll)
+            least = np.where(found.is_minimum, -same, same)
+            is_better = again.is_minimum & (again.nll < found.nll + least)
+            for whole, part in zip(found, again, strict=True):
+                whole[is_better] = part[is_better]
+        for task in map(int, np.flatnonzero(~found.is_minimum)):
+            own: Held = jax.tree.map(lambda x, i=task: x[i], held)
+            start = starts[task]
+            before = found.flat[start] if isinstance(start, int) else start[0]
+            for flat in found.flat[task].copy(), before:
+                args = self._space, self._problem, own, flat, self._goal
+                solved = by_solver(*args)
+                found.flat[task], found.nll[task], found.is_minimum[task] = solved
+                if found.is_minimum[task]:
+                    break
+        return found
+
+    def _newton(self, held: Held, starts: Sequence[Start]) -> Points:
+        """Finds minima by Newton steps, each after that at which it begins."""
         children: dict[int, list[int]] = {}
         ready: deque[int] = deque()
         for task, start in enumerate(starts):
@@ -180,38 +200,7 @@ class Scan:
                 rows[task] = len(rows)
                 ready += children.get(task, ())
             self._run(held, starts, rows, found)
-        if template_of(self.trainer).bijections is not None and all(elements):
-            self._from_minimum(held, elements, found)
-        for task in map(int, np.flatnonzero(~found.is_minimum)):
-            own: Held = jax.tree.map(lambda x, i=task: x[i], held)
-            start = starts[task]
-            before = found.flat[start] if isinstance(start, int) else start[0]
-            for flat in found.flat[task].copy(), before:
-                args = self._space, self._problem, own, flat, self._goal
-                solved = by_solver(*args)
-                found.flat[task], found.nll[task], found.is_minimum[task] = solved
-                if found.is_minimum[task]:
-                    break
         return found
-
-    def _from_minimum(
-        self, held: Held, elements: Sequence[Sequence[int]], found: Points
-    ) -> None:
-        """Begins at the minimum too, and keeps what is lower.
-
-        Near the edge of a bijection the likelihood is flat in the coordinate: a point
-        that begins there stays, though it may be better elsewhere.
-        """
-        starts = [self.start(self._flat, own) for own in elements]
-        again = self._room(len(starts))
-        for first in range(0, len(starts), _ROOM):
-            tasks = range(first, min(first + _ROOM, len(starts)))
-            self._run(held, starts, {x: x - first for x in tasks}, again)
-        same = _SAME + 64 * np.finfo(found.nll.dtype).eps * np.abs(found.nll)
-        least = np.where(found.is_minimum, -same, same)
-        is_better = again.is_minimum & (again.nll < found.nll + least)
-        for whole, part in zip(found, again, strict=True):
-            whole[is_better] = part[is_better]
 
     def _room(self, count: int) -> Points:
         """Makes room for points, which begin at the minimum."""
@@ -222,15 +211,14 @@ class Scan:
     def _held(
         self, elements: Sequence[Sequence[int]], values: Sequence[Sequence[float]]
     ) -> Held:
-        rows = np.zeros((len(elements), 5, self._flat.size), self._flat.dtype)
-        known: dict[tuple[int, ...], np.ndarray] = {}
-        for row, own, at in zip(rows, map(tuple, elements), values, strict=True):
-            if own not in known:
-                known[own] = self._along(own)
-            row[range(len(own)), own] = 1
-            row[2 : 2 + len(own)] = known[own]
-            row[4, list(own)] = at
-        return Held(rows)
+        size, find_along = self._flat.size, functools.cache(self._along)
+        units, along = np.zeros((2, len(elements), 2, size), self._flat.dtype)
+        goal = np.zeros_like(units[:, 0])
+        for row, (own, at) in enumerate(zip(map(tuple, elements), values, strict=True)):
+            units[row, range(len(own)), own] = 1
+            along[row, : len(own)] = find_along(own)
+            goal[row, list(own)] = at
+        return Held(units, along, goal)
 
     def _run(
         self,
@@ -241,9 +229,9 @@ class Scan:
     ) -> None:
         """Runs the program for some points, each in a row of its own."""
         begin, parents = self._room(_ROOM), np.arange(_ROOM, dtype=np.int32)
-        tasks, shape = list(rows), (_ROOM, *held.rows.shape[1:])
-        own = np.zeros(shape, held.rows.dtype)
-        own[: len(tasks)] = held.rows[tasks]
+        tasks, count = list(rows), np.int32(len(rows))
+        # The rows that are left are not looked at.
+        own = jax.tree.map(lambda x: x[np.resize(tasks, _ROOM)], held)
         for task, row in rows.items():
             start = starts[task]
             if not isinstance(start, int):
@@ -252,8 +240,7 @@ class Scan:
                 parents[row] = rows[start]
             else:
                 begin.rows[row] = found.rows[start]
-        count = np.int32(len(tasks))
-        new = run_points(self._space, Held(own), parents, begin, count)
+        new = run_points(self._space, own, parents, begin, count)
         for whole, part in zip(found, jax.device_get(new), strict=True):
             whole[tasks] = part[: len(tasks)]
 

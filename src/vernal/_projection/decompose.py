@@ -112,8 +112,7 @@ def _decompose(
     is indefinite, however small they are.
     """
     diagonal = jnp.diag(matrix)
-    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    values, vectors = equilibrated_eigh(matrix, scale)
+    scale, values, vectors = equilibrated_eigh(matrix)
     largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
     is_bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
     return Spectrum(1 / scale if is_inverse else scale, values, vectors), is_bad

@@ -142,11 +142,10 @@ class Report:
 
         `parameters` is a dictionary by name.
         """
-        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        found = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
+        del found["correlation_matrix"], found["note"]
         reason = None if self.stop_reason is None else str(self.stop_reason)
-        return {
-            **numbers,
-            "error_kind": self.error_kind,
+        return found | {
             "stop_reason": reason,
             "parameters": {
                 row.name: {"value": row.value, "error": row.error, "status": row.status}
@@ -184,13 +183,6 @@ class Report:
 
     def _repr_html_(self) -> str:
         return as_html(self)
-
-
-_NUMBERS = (
-    *("chi_squared", "data_count", "free_count", "degrees_of_freedom"),
-    *("reduced_chi_squared", "p_value", "aic", "bic"),
-    *("prior_penalty", "edm", "error_scale"),
-)
 
 
 def pandas() -> Any:

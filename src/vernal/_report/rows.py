@@ -34,10 +34,8 @@ class ParameterRow(NamedTuple):
         return self.name, value, ", ".join(filter(None, (error, self.status)))
 
 
-def status(leaf: Leaf, is_free: bool, value: Any, error: float | None) -> str:
-    """Says what there is to know of an element beside its value and its error."""
-    if not is_free:
-        return leaf.unfitted
+def _status(value: Any, error: float | None) -> str:
+    """Says what there is to know of a free element beside its value and its error."""
     if error is None:
         return ""
     if math.isinf(error):
@@ -62,18 +60,16 @@ def parameter_rows(
     array of more than `most` elements has a gap.
     """
     for leaf in named_leaves(model):
+        own = None if errors is None else errors.get(leaf.path)
         if leaf.path in free:
-            own = None if errors is None else errors[leaf.path]
             yield from _elements(leaf, own, most)
         elif leaf.path in tied:
-            own = None if errors is None else errors.get(leaf.path)
             for row in _elements(leaf, own, most):
                 yield row._replace(status=tied[leaf.path], is_free=False)
         elif leaf.unfitted:
             is_one = np.size(leaf.value) == 1
             value = np.asarray(leaf.value).item() if is_one else None
-            said = status(leaf, False, value, None)
-            yield ParameterRow(leaf.path, value, math.nan, said)
+            yield ParameterRow(leaf.path, value, math.nan, leaf.unfitted)
 
 
 def _elements(
@@ -91,10 +87,9 @@ def _elements(
             continue
         name, value = element_name({leaf.path: values}, index), values.flat[index]
         error = None if errors is None else float(errors.flat[index])
-        said = status(leaf, True, value, error)
         own = math.nan if error is None else error
-        is_held = error is not None and math.isnan(error)
-        yield ParameterRow(name, value.item(), own, said, is_free=not is_held)
+        is_free = error is None or not math.isnan(error)
+        yield ParameterRow(name, value.item(), own, _status(value, error), is_free)
 
 
 def written(value: Any, error: float) -> tuple[str, str]:

@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 
     `encoded` is the solver, and `rows` the room for its losses. `jac` is the mode of
     differentiation, `None` for the one that works. If its Jacobian `is_shared`, it is
-    left to `linearised`, whose program other methods share.
+    left to `derive`, whose program other methods share.
     """
 
     batch: Any
@@ -96,13 +96,8 @@ class Start(NamedTuple):
     def of(cls, trainer: AbstractTrainer) -> "Start":
         """Takes out of a trainer what `stripped` leaves out."""
         old = progress_of(trainer)
-        return cls(
-            old.latent,
-            old.best,
-            old.best_state,
-            old.best_loss,
-            jnp.full_like(old.best_loss, jnp.nan),
-        )
+        first = jnp.full_like(old.best_loss, jnp.nan)
+        return cls(old.latent, old.best, old.best_state, old.best_loss, first)
 
 
 class End(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 
 from .._devices import AbstractPlacement
 from .._fit import FitResult
-from .._inference import linearised
+from .._inference import Passes, derive
 from .._minimum import (
     Distance,
     Local,
@@ -231,16 +231,8 @@ class Rounds:
         reason = settled(why, distance)
         is_done = why is not StopReason.MAX_STEPS and reason is StopReason.CONVERGED
         is_over = is_done or reason is StopReason.NON_FINITE or not count
-        return _Round(
-            end,
-            self._projector,
-            distance,
-            reason,
-            int(count),
-            float(last),
-            bool(is_settled),
-            is_over,
-        )
+        known = int(count), float(last), bool(is_settled), is_over
+        return _Round(end, self._projector, distance, reason, *known)
 
     def _whiten(self, params: Any, is_damped: bool = False) -> bool:
         """Begins at these parameters in a space whitened there, if there is one."""
@@ -268,14 +260,19 @@ class Rounds:
 
     def _linearised(self, end: End) -> Local:
         """Measures the surroundings of the end by the Jacobian there."""
-        batch, jac = self._problem.batch, self._problem.jac
+        trainer, batch = live(self._placed, end.params), self._problem.batch
+        passes = Passes(jac=self._problem.jac)
         try:
-            found = linearised(live(self._placed, end.params), batch, jac)
+            # The program of `whiten` and `standard_errors`.
+            found = derive(trainer, batch, "jacobian", None, passes, holds=True)
         except TypeError:
             # The solver needs the gradient of the loss alone.
             return unknown(ravel(end.params))
-        fall = end.first - end.last
-        return measure_jacobian(*found, end.params, self._projector, fall)
+        (jacobian,), fall = found.found, end.first - end.last
+        assert found.deviances is not None
+        residuals = found.value, found.deviances
+        at_end = found.held, end.params, self._projector, fall
+        return measure_jacobian(jacobian, residuals, *at_end)
 
     def diagnosis(self) -> Diagnosis:
         """Finds out why the values at the end are not finite."""

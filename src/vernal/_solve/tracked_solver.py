@@ -102,7 +102,7 @@ class _Tracked(optx.AbstractIterativeSolver):
         loss = jnp.where(seen.is_seen, seen.loss, state.best_loss)
         best, best_loss = better(seen.point, loss, state.best, state.best_loss)
         # A non-finite trial point is harmless; a non-finite iterate is not.
-        is_iterate = _same(seen.point, y) | _same(seen.point, new_y)
+        is_iterate = eqx.tree_equal(seen.point, y) | eqx.tree_equal(seen.point, new_y)
         is_lost = seen.is_seen & is_iterate & ~jnp.isfinite(loss)
         new_state = TrackedState(
             inner=inner,
@@ -172,11 +172,6 @@ def tracked(
         atol=solver.atol,
         norm=solver.norm,
     )
-
-
-def _same(point: PyTree, other: PyTree) -> Bool[Array, ""]:
-    equal = jax.tree.map(lambda x, y: jnp.all(x == y), point, other)
-    return jax.tree.reduce(jnp.logical_and, equal, jnp.array(True))
 
 
 def better(

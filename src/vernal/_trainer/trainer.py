@@ -28,6 +28,7 @@ from .._inference import (
     OF_WHITEN,
     Blocks,
     ErrorKind,
+    ErrorOptions,
     FisherKind,
     Passes,
     curvature,
@@ -708,7 +709,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         (1982).
         """
         require_precision(self)
-        return standard_errors(self, batch, scale_errors, jac, kind)
+        return standard_errors(self, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
     def table(
@@ -737,7 +738,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """
         if batch is not None:
             require_precision(self)
-        return table(self, batch, scale_errors, jac, kind)
+        return table(self, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
     def report(
@@ -785,7 +786,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             the scatter already (`priors`, counts, the sandwich).
         """
         require_precision(self)
-        return report(self, batch, scale_errors, data_count, jac, kind)
+        options = ErrorOptions(scale_errors, jac, kind)
+        return report(self, batch, data_count, options)
 
     @entrance
     def propagate(
@@ -834,7 +836,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         anything but real floating-point numbers.
         """
         require_precision(self)
-        return propagate(self, fn, batch, scale_errors, jac, kind)
+        return propagate(self, fn, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
     def draw(
@@ -876,7 +878,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         directions which the data do not constrain, if there are any.
         """
         require_precision(self)
-        return draw(self, key, count, batch, scale_errors, jac, kind)
+        options = ErrorOptions(scale_errors, jac, kind)
+        return draw(self, key, count, batch, options)
 
     @overload
     def profile(
