@@ -289,7 +289,7 @@ class FitRun:
                 )
             if not _is_boolean(answer) and answer is not None:
                 self._go_on_with(answer)
-        if self._checkpointer is not None and self._checkpointer.is_terminating:
+        if self._checkpointer is not None and self._checkpointer.is_terminating():
             reason = reason or StopReason.TERMINATED
         if self.peers.is_interrupted:
             self.peers.handles_interrupt = True

@@ -14,11 +14,13 @@ from .._report import written
 from .._step import AbstractTrainer, bounds_of
 from .._tree import aligned, by_path, element_name
 
+Columns = dict[str, np.ndarray]
+
 # The most rows and columns of a table.
 _MOST_MEMBERS, _MOST_COLUMNS = 1_000, 12
 
 
-def by_element(tree: Any) -> dict[str, np.ndarray]:
+def by_element(tree: Any) -> Columns:
     """Returns a column for each element of stacked parameters, by its name."""
     columns = {}
     for path, leaf in by_path(tree).items():
@@ -29,9 +31,7 @@ def by_element(tree: Any) -> dict[str, np.ndarray]:
     return columns
 
 
-def as_columns(
-    values: dict[str, np.ndarray], errors: dict[str, np.ndarray], **others: Any
-) -> dict[str, Any]:
+def as_columns(values: Columns, errors: Columns, **others: Any) -> dict[str, Any]:
     """Joins columns; another one with the name of a parameter has it in brackets."""
     columns: dict[str, Any] = {}
     for name, column in values.items():
@@ -45,9 +45,9 @@ def as_columns(
 
 
 def as_table(
-    values: dict[str, np.ndarray],
-    errors: dict[str, np.ndarray],
-    met: dict[str, np.ndarray],
+    values: Columns,
+    errors: Columns,
+    met: Columns,
     words: dict[str, str],
     losses: np.ndarray,
     reasons: Sequence[StopReason],
@@ -89,9 +89,7 @@ def bounds_met(trainer: AbstractTrainer) -> PyTree:
     return jax.tree.map(is_on, params, *bounds.limits(params))
 
 
-def _held(
-    errors: dict[str, np.ndarray], met: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _held(errors: Columns, met: Columns) -> Columns:
     """Finds what is held at its bound: it alone has no error in its member."""
     if not errors or not met:
         return {}

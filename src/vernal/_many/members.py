@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from .._boundary import PyTree
-from .._devices import ANYWHERE
+from .._devices import ANYWHERE, AbstractPlacement
 from .._step import AbstractTrainer, config_of, progress_of, with_progress
 from .mapped_chunk import Flags, apart, in_groups
 
@@ -18,6 +18,7 @@ class Members(NamedTuple):
     trainers: AbstractTrainer
     flags: Flags
     group: int
+    place: AbstractPlacement = ANYWHERE
 
     def map(self, fn: Callable[..., Any], batch: Any, *rows: PyTree) -> Any:
         """Calls `fn(trainer, batch, *rows)` for each, a group at a time."""
@@ -30,4 +31,4 @@ class Members(NamedTuple):
             return fn(with_progress(config, progress), batch, *rows)
 
         own = config, progress, *rows
-        return in_groups(jax.vmap(of_one), own, self.group, ANYWHERE)
+        return in_groups(jax.vmap(of_one), own, self.group, self.place)

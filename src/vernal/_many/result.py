@@ -19,8 +19,8 @@ from .._report import Report, pandas
 from .._step import bounds_of, noted_as, tied_words
 from .._storage import History
 from .._trainer import Trainer
-from .._tree import by_path, element_name
-from .columns import as_columns, as_table, bounds_met, by_element
+from .._tree import by_path
+from .columns import Columns, as_columns, as_table, bounds_met, by_element
 from .data_axis import members_first
 from .errors import errors_of_each, warn_if_any_is_far
 from .mapped_chunk import Flags, member
@@ -212,7 +212,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         """
         losses = np.asarray(self.best_losses)
         columns = self._by_element(data, scale_errors, jac, kind)
-        return as_table(*columns, self._heads(), losses, self.stop_reasons)
+        return as_table(*columns, losses, self.stop_reasons)
 
     @entrance
     def to_dict(
@@ -238,7 +238,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
         the other key is `"<edm>"`.)
         """
-        values, errors, _ = self._by_element(data, scale_errors, jac, kind)
+        values, errors, *_ = self._by_element(data, scale_errors, jac, kind)
         return as_columns(
             values,
             errors,
@@ -296,31 +296,26 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         scale_errors: bool,
         jac: Mode | None,
         kind: ErrorKind | None,
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Returns a column for each element: its values, errors, and bounds met."""
+    ) -> tuple[Columns, Columns, Columns, dict[str, str]]:
+        """Returns a column for each element: its values, errors, and bounds met.
+
+        The last is what there is to say of a column beside its name.
+        """
         is_scaled = boolean(scale_errors, "scale_errors")
-        values, errors, met = by_element(self.params), {}, {}
-        if names := tied_words(self.trainers):
+        values, errors, met, words = by_element(self.params), {}, {}, {}
+        if tied := tied_words(self.trainers):
             models = eqx.filter_vmap(lambda trainer: trainer.model)(self.trainers)
-            tied = by_path(models).by_name()
-            values |= by_element({path: tied[path] for path in names})
+            leaves = by_path(models).by_name()
+            for path, text in tied.items():
+                columns = by_element({path: leaves[path]})
+                values |= columns
+                words |= dict.fromkeys(columns, text)
         if data is not None:
             found = self._errors(data, is_scaled, jac, kind)
             errors = by_element(found.own) | by_element(found.tied)
         if bounds_of(self.trainers) is not None:
             met = by_element(eqx.filter_vmap(bounds_met)(self.trainers))
-        return values, errors, met
-
-    def _heads(self) -> dict[str, str]:
-        """Returns the heads of columns that say more than a name."""
-        words = tied_words(self.trainers)
-        models = self.trainer(0).model
-        leaves = by_path(models).by_name()
-        return {
-            element_name({path: leaves[path]}, index): text
-            for path, text in words.items()
-            for index in range(np.size(leaves[path]))
-        }
+        return values, errors, met, words
 
     def nan_report(self, index: int) -> dict[str, NanCount]:
         """What was not finite in one member, as [`vernal.Trainer.nan_report`][]."""

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
-from .._devices import AbstractPlacement, same_inputs
+from .._devices import same_inputs
 from .._minimum import settled
 from .._policy import StopReason
 from .._program import program
@@ -32,8 +31,6 @@ from .._solve import (
 )
 from .._step import (
     AbstractTrainer,
-    Progress,
-    config_of,
     count_non_finite,
     diagnosed,
     in_free_coordinates,
@@ -46,7 +43,7 @@ from .._step import (
 from .._storage import History
 from .arrival import distances_of
 from .many_trainers import ManyTrainers
-from .mapped_chunk import Flags, apart, in_groups
+from .members import Members
 from .one_by_one import solve_each
 from .result import ManyResult
 
@@ -56,25 +53,9 @@ class _Ends(NamedTuple):
     opt_state: PyTree
 
 
-class _Members(NamedTuple):
-    """The stacked trainers, and which leaves of them and of the batch have rows."""
-
-    trainers: AbstractTrainer
-    flags: Flags
-    group: int
-    place: AbstractPlacement
-
-
 @program
-def _run(members: _Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
-    trainers, flags, group, place = members
-    config, progress = config_of(trainers), progress_of(trainers)
-    rows, shared = apart((config, problem.batch), flags)
-
-    def solve_one(own: tuple[PyTree, Progress]) -> _Ends:
-        rows, progress = own
-        config, batch = eqx.combine(rows, shared)
-        trainer = with_progress(config, progress)
+def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
+    def solve_one(trainer: AbstractTrainer, batch: Any) -> _Ends:
         inner = in_free_coordinates(trainer)
         args = (stripped(inner), inner.projector, Start.of(inner))
         end = run_solver(*args, problem._replace(batch=batch), goal)
@@ -82,25 +63,15 @@ def _run(members: _Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
         opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
         return _Ends(end, opt_state)
 
-    ends = in_groups(jax.vmap(solve_one), (rows, progress), group, place)
-    return place.pin_rows(ends)
+    return members.place.pin_rows(members.map(solve_one, problem.batch))
 
 
 @program
 def _find_bad(
-    members: _Members, params: PyTree, batch: Any
+    members: Members, params: PyTree, batch: Any
 ) -> Bool[Array, "members columns"]:
-    trainers, flags, _, _ = members
-    config, progress = config_of(trainers), progress_of(trainers)
-    rows, shared = apart((config, batch), flags)
-
-    def of_one(
-        rows: PyTree, progress: Progress, params: PyTree
-    ) -> Bool[Array, " columns"]:
-        config, batch = eqx.combine(rows, shared)
-        return find_bad(stripped(with_progress(config, progress)), params, batch)
-
-    return jax.vmap(of_one)(rows, progress, params)
+    of_one = lambda trainer, batch, params: find_bad(stripped(trainer), params, batch)
+    return members.map(of_one, batch, params)
 
 
 def solve_many(
@@ -122,7 +93,7 @@ def solve_many(
         require_same(trainer, batch, like, **options)
         trainer = subject.begun(trainer, Whole(batch), is_solved=True)
         flags = (*subject.config, *subject.flags(batch))
-        members = _Members(subject.placed(trainer), flags, group, place)
+        members = Members(subject.placed(trainer), flags, group, place)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
         solved, history, reasons, edms = _solve(members, problem, steps)
     result = subject.result(solved, history, reasons)
@@ -138,7 +109,7 @@ def solve_many(
 
 
 def _run_round(
-    members: _Members, problem: Problem, steps: int
+    members: Members, problem: Problem, steps: int
 ) -> tuple[_Ends, list[int]]:
     """Runs the solver once; returns also the members that met an error."""
     goal, trainers = jax.device_put(np.int32(steps)), members.trainers
@@ -177,7 +148,7 @@ def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
 
 
 def _solve(
-    members: _Members, problem: Problem, max_steps: int
+    members: Members, problem: Problem, max_steps: int
 ) -> tuple[AbstractTrainer, History, list[StopReason], np.ndarray]:
     """Solves; returns the trainers, a history, and why and how near each ended."""
     trainers, _, _, place = members

@@ -1,7 +1,7 @@
 """What a callback has changed of the configuration with which a fit began."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -23,16 +23,6 @@ from .._tree import (
 )
 
 
-class Changes(NamedTuple):
-    """The leaves that are others than at the beginning of a fit, by path."""
-
-    now: dict[str, NamedArray]
-    before: dict[str, list[Any]]
-    """The kind and the checksum that each of them had, for JSON."""
-    lost: list[str]
-    """The paths of those that cannot be saved, such as functions."""
-
-
 class Beginning:
     """The configuration with which a program begins a fit."""
 
@@ -40,25 +30,28 @@ class Beginning:
         self._config = _config(trainer)
         self.arrays: dict[str, NamedArray] = to_arrays(self._config)
 
-    def changes(self, trainer: AbstractTrainer) -> Changes:
+    def changes(
+        self, trainer: AbstractTrainer
+    ) -> tuple[dict[str, NamedArray], dict[str, list[Any]], list[str]]:
         """Finds what is another in the trainer that the fit has now.
 
-        All processes that have a part of an array must call this.
+        Returns the leaves, by path; the kind and the checksum that each of them had,
+        for JSON; and the paths of those that cannot be saved, such as functions. All
+        processes that have a part of an array must call this.
         """
-        config, found = _config(trainer), Changes({}, {}, [])
+        config, now, before, lost = _config(trainer), {}, {}, []
         for path, leaf in to_arrays(config).items():
             old = self.arrays.get(path)
             if old is None or leaf.array is old.array:
                 continue
-            before = _mark(old)
-            if _mark(leaf) != before:
-                found.now[path], found.before[path] = leaf, before
+            if _mark(leaf) != (mark := _mark(old)):
+                now[path], before[path] = leaf, mark
         pairs = zip(by_path(config).items(), jax.tree.leaves(self._config), strict=True)
         for (path, leaf), old in pairs:
-            is_text = isinstance(leaf, str) and isinstance(old, str)
-            if path not in self.arrays and leaf is not old:
-                found.lost.extend([] if is_text and leaf == old else [path])
-        return found
+            is_same = leaf is old or (isinstance(leaf, str) and leaf == old)
+            if path not in self.arrays and not is_same:
+                lost.append(path)
+        return now, before, lost
 
     def applied(
         self,

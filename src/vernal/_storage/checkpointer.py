@@ -1,7 +1,9 @@
 """Writes checkpoints while a fit is under way, and restores from them."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,12 +18,11 @@ from .checkpoint_directory import claim
 from .checkpoint_format import leaves
 from .checkpoint_search import find_newest_whole
 from .checkpoint_store import CheckpointStore, silenced_orbax
-from .checkpoint_timer import CheckpointTimer
 from .checkpoints import Checkpoints
 from .history import History
 from .history_log import HistoryLog
 from .origin import differences
-from .sigterm import DeferredSigterm
+from .sigterm import deferred_sigterm
 from .snapshot import (
     beneath,
     initial_hyperparams,
@@ -57,11 +58,11 @@ def open_checkpointer(
     own = lambda: claim(folder) if peers.is_first else None
     with contextlib.ExitStack() as stack:
         # It ends the process at the end, when everything is written.
-        sigterm = stack.enter_context(DeferredSigterm())
+        is_terminating = stack.enter_context(deferred_sigterm())
         stack.enter_context(peers.run(own, "a directory") or contextlib.nullcontext())
         stack.enter_context(silenced_orbax())
         identity = {"stop": stop, "made_of": made_of}
-        checkpointer = Checkpointer(checkpoints, identity, peers, sigterm)
+        checkpointer = Checkpointer(checkpoints, identity, peers, is_terminating)
         stack.callback(checkpointer.close)
         yield checkpointer
 
@@ -74,14 +75,18 @@ class Checkpointer:
         checkpoints: Checkpoints,
         identity: Mapping[str, Any],
         peers: Peers,
-        sigterm: DeferredSigterm,
+        is_terminating: Callable[[], bool],
     ):
-        """`identity` has `stop` and `made_of`, as `open_checkpointer` takes them."""
+        """`identity` has `stop` and `made_of`, as `open_checkpointer` takes them.
+
+        `is_terminating` says whether SIGTERM was received, so that the fit is to end.
+        """
         self._folder, self._identity = checkpoints.directory, identity
-        self._peers, self._sigterm = peers, sigterm
+        self._peers, self.is_terminating = peers, is_terminating
         self._store = CheckpointStore(self._folder, checkpoints.keep, peers)
         self._log = HistoryLog(self._folder, writes=peers.is_first)
-        self._timer = CheckpointTimer(checkpoints.every)
+        self._every = checkpoints.every
+        self._last_step, self._last_time = 0, time.monotonic()
         self._initial: dict[str, NamedArray] = {}
         """The hyperparameters that the program begins with."""
         self._beginning: Beginning | None = None
@@ -91,14 +96,14 @@ class Checkpointer:
         self._written = None
         """The progress that the newest checkpoint holds."""
 
-    @property
-    def is_terminating(self) -> bool:
-        """Whether SIGTERM was received, so that the fit is to end."""
-        return self._sigterm.is_received
-
     def is_due(self, step: int) -> bool:
         """Whether it is time to write, and the last write is done."""
-        return self._timer.is_due(step) and not self._store.is_writing
+        every = self._every
+        if isinstance(every, datetime.timedelta):
+            is_time = time.monotonic() - self._last_time >= every.total_seconds()
+        else:
+            is_time = step // every > self._last_step // every
+        return is_time and not self._store.is_writing
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -162,7 +167,7 @@ class Checkpointer:
         self._warn_of_another_fit(found.description)
         self._warn_of_lost(found.description)
         self._log.resume(found.description, found.history)
-        self._timer.last_step = found.step
+        self._last_step = found.step
         written = beneath(found.arrays, _FIT)
         is_same = found.description["stop"] == self._identity["stop"]
         if is_same and kinds(written) == kinds(to_arrays(own)):
@@ -244,7 +249,7 @@ class Checkpointer:
             extra["log"] = self._peers.run(add, "a checkpoint")
             self._store.write(step, arrays, extra)
         self.mark_as_written(trainer)
-        self._timer.restart(step)
+        self._last_step, self._last_time = step, time.monotonic()
 
 
 def _under_config(leaves: Mapping[str, NamedArray]) -> dict[str, NamedArray]:

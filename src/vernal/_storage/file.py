@@ -10,11 +10,11 @@ import json
 import os
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +22,6 @@ from jax.core import Tracer
 from jax.experimental.multihost_utils import process_allgather
 
 from .._boundary import has_been_deleted, is_deleted
-from .._optimiser import Maker, as_makers
 from .._tree import Kind, LoadError, NamedArray, as_kind, is_part
 from .atomic import open_to_replace
 from .npy import (
@@ -60,28 +59,18 @@ class NewerFormatError(LoadError):
     """A file was written by a later version of vernal, in a format not known yet."""
 
 
-class Content(NamedTuple):
-    """What is in a file."""
-
-    arrays: dict[str, NamedArray]
-    made_by: list[Maker] | None
-    """What made the state of an optimiser that is in it, if the file says so."""
-
-
 def write_file(
-    path: str | os.PathLike[str],
-    arrays: Mapping[str, NamedArray],
-    made_by: Sequence[Maker] | None = None,
+    path: str | os.PathLike[str], arrays: Mapping[str, NamedArray], **more: Any
 ) -> None:
     """Writes a file, or leaves the one that was there as it was.
 
-    Of several processes all must call it, and the first one writes. `made_by` is as in
-    `Content`.
+    Of several processes all must call it, and the first one writes. `more` is added to
+    the header.
     """
     for name, leaf in arrays.items():
         _require_values(name, leaf.array)
     members = {name: _member(name, n) for n, name in enumerate(arrays)}
-    header = _make_header(arrays, members, made_by)
+    header = _make_header(arrays, members, more)
     whole = {name: _whole(leaf.array) for name, leaf in arrays.items()}
     if jax.process_index() > 0:
         return
@@ -112,7 +101,7 @@ def _member(name: str, number: int) -> str:
 def _make_header(
     arrays: Mapping[str, NamedArray],
     members: Mapping[str, str],
-    made_by: Sequence[Maker] | None,
+    more: Mapping[str, Any],
 ) -> bytes:
     """Returns the header, and checks that it can be read again."""
     leaves = []
@@ -125,9 +114,8 @@ def _make_header(
         "format": _FORMAT if any("member" in entry for entry in leaves) else 1,
         "written_by": f"vernal {version('vernal')}",
         "leaves": leaves,
+        **more,
     }
-    if made_by is not None:
-        header["made_by"] = made_by
     text = json.dumps(header).encode()
     for entry, name in zip(json.loads(text)["leaves"], arrays, strict=True):
         if entry["path"] != name:
@@ -153,8 +141,10 @@ def _whole(array: Any) -> Any:
 
 
 @contextlib.contextmanager
-def open_file(path: str | os.PathLike[str]) -> Iterator[Content]:
-    """Opens a file that `write_file` wrote.
+def open_file(
+    path: str | os.PathLike[str],
+) -> Iterator[tuple[dict[str, NamedArray], Mapping[str, Any]]]:
+    """Opens a file that `write_file` wrote, and gives its arrays and its header.
 
     Within the block each array is read when NumPy asks for it.
     """
@@ -179,13 +169,13 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[Content]:
                 f"`path`: {target} is not a file that `vernal.save` wrote. Name one "
                 "that is."
             )
-        with _reported_damage(target):
+        with reported_damage(target):
             content = _listed(file, target)
         yield content
 
 
 @contextlib.contextmanager
-def _reported_damage(path: Path) -> Iterator[None]:
+def reported_damage(path: Path) -> Iterator[None]:
     """Raises that a file is damaged, whatever error its bytes cause."""
     try:
         yield
@@ -201,7 +191,9 @@ def _reported_damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _listed(file: BufferedReader, path: Path) -> Content:
+def _listed(
+    file: BufferedReader, path: Path
+) -> tuple[dict[str, NamedArray], Mapping[str, Any]]:
     entries, ends = list_members(file)
     if not entries or entries[0].orig_filename != _HEADER or entries[0].header_offset:
         raise ValueError("its header is not at its beginning")
@@ -235,30 +227,24 @@ def _listed(file: BufferedReader, path: Path) -> Content:
         arrays[name] = NamedArray(kind, lazy)
     if len(arrays) != len(entries) - 1 or len(arrays) != len(leaves):
         raise ValueError("its header does not list what is in it")
-    return Content(arrays, as_makers(header.get("made_by")))
+    return arrays, header
 
 
 def _checked_dtype(kind: Kind, array: StoredArray) -> np.dtype:
     """Returns the dtype of an array, or raises if it is not that of the header."""
+    dtype, shape = array.dtype, array.shape
     if kind.is_key:
-        is_alike = array.dtype == np.uint32 and array.shape[:-1] == kind.shape
-        if is_alike and len(array.shape) == len(kind.shape) + 1:
-            return array.dtype
-    elif array.shape == kind.shape:
-        if kind.is_number:
-            number = np.dtype(kind.dtype)
-            is_integer = kind.dtype == "int" and array.dtype in _INTEGERS
-            if is_integer or array.dtype == number:
-                return array.dtype
-        else:
-            dtype = np.dtype(kind.dtype)
-            if array.dtype == dtype:
-                return dtype
-            # Early versions wrote numbers of another byte order as integers too.
-            as_integers = is_extended(dtype) or not dtype.isnative
-            if as_integers and array.dtype == np.dtype(f"u{dtype.itemsize}"):
-                return dtype
-    raise ValueError(f"its header has {kind}, and an array {array.dtype}{array.shape}")
+        if dtype == np.uint32 and shape and shape[:-1] == kind.shape:
+            return dtype
+    elif shape == kind.shape:
+        named = np.dtype(kind.dtype)
+        if dtype == named or (kind.dtype == "int" and dtype in _INTEGERS):
+            return dtype
+        # Early versions wrote numbers of another byte order as integers too.
+        as_integers = is_extended(named) or not named.isnative
+        if as_integers and dtype == np.dtype(f"u{named.itemsize}"):
+            return named
+    raise ValueError(f"its header has {kind}, and an array {dtype}{shape}")
 
 
 class _LazyArray:
@@ -271,5 +257,5 @@ class _LazyArray:
         self._array, self._dtype = array, dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        with _reported_damage(self._path):
+        with reported_damage(self._path):
             return read_array(self._file, self._array).view(self._dtype)

@@ -7,10 +7,10 @@ from typing import TypeVar
 import jax
 
 from .._boundary import PyTree, file_path, refuse_traced, undebugged
-from .._optimiser import state_makers
+from .._optimiser import Maker, as_makers, state_makers
 from .._step import AbstractTrainer, TrainerT
-from .._tree import MismatchError, from_arrays, require_keepable, to_arrays
-from .file import Content, open_file, write_file
+from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
+from .file import open_file, reported_damage, write_file
 from .snapshot import initial_hyperparams, restore, snapshot
 
 T = TypeVar("T")
@@ -60,14 +60,12 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """
     file_path(path, "path")
     refuse_traced("save", tree)
-    made_by = None
     if isinstance(tree, AbstractTrainer):
         arrays = snapshot(tree) | initial_hyperparams(tree)
-        made_by = [*state_makers(tree.optimiser)]
+        write_file(path, arrays, made_by=[*state_makers(tree.optimiser)])
     else:
         require_keepable(tree, "tree")
-        arrays = to_arrays(tree)
-    write_file(path, arrays, made_by)
+        write_file(path, to_arrays(tree))
 
 
 @undebugged
@@ -108,7 +106,7 @@ def load(
         subclass of `ValueError`.
     - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
-    file_path(path, "path")
+    target = file_path(path, "path")
     names = (reset,) if isinstance(reset, str) else reset
     is_sequence = isinstance(names, Sequence)
     if not is_sequence or not all(isinstance(name, str) for name in names):
@@ -116,22 +114,25 @@ def load(
             f'`reset` is {reset!r}, but must be names such as `("opt_state",)`.'
         )
     source = f"`path`: {os.fspath(path)}"
-    with open_file(path) as content:
+    with open_file(path) as (arrays, header):
+        with reported_damage(target):
+            made_by = as_makers(header.get("made_by"))
         if isinstance(like, AbstractTrainer):
-            return _restored(content, like, source, names)
+            return _restored(arrays, like, source, names, made_by)
         if reset:
             raise ValueError(
                 "`reset` is for trainers, and `like` is not one. Replace its leaves "
                 "after loading instead, with `equinox.tree_at`."
             )
-        return from_arrays(content.arrays, like, source)
+        return from_arrays(arrays, like, source)
 
 
 def _restored(
-    content: Content,
+    arrays: dict[str, NamedArray],
     like: TrainerT,
     source: str,
     reset: Sequence[str],
+    made_by: list[Maker] | None,
 ) -> TrainerT:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
         raise ValueError(
@@ -139,7 +140,7 @@ def _restored(
             "frozen part of its model would stay so. Make it outside of `eval_shape`."
         )
     try:
-        return restore(content.arrays, like, source, reset, content.made_by)
+        return restore(arrays, like, source, reset, made_by)
     except MismatchError as error:
         if "opt_state" not in reset:
             error.add_note(
