@@ -254,7 +254,6 @@ def partitioned(txs, scales, kind=Gaussian):
     )
 
 
-@pytest.mark.seams
 def test_gradients_through_one_rule_for_each_leaf():
     txs = optax.adam(0.01), optax.sgd(1e-4, momentum=0.9), optax.sgd(1e-4)
 

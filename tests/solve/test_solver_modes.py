@@ -167,7 +167,6 @@ class Guarded(Fit):
         return eqx.error_if(vector, model["rate"] < 0, "the rate is negative")
 
 
-@pytest.mark.seams
 def test_an_error_of_one_member_is_its_own():
     trainers = [Guarded(start(rate)) for rate in (0.3, -1.0, 0.5)]
     with pytest.warns(UserWarning, match="1 of 3 .* member 1: the rate is negative"):
