@@ -93,11 +93,17 @@ TRANSFORMS = {
     "finite": lambda: optax.apply_if_finite(optax.rmsprop(1e-2), 2),
     "nested": lambda: vn.partition({"q": optax.adam(1e-2)}, "q"),
 }
+# Such as sum over leaves, or not.
+AS_FOR_USERS = ("adam", "global norm", "lamb")
+AS_FOR_ALL = [name for name in TRANSFORMS if name not in AS_FOR_USERS]
 
 
-@pytest.mark.as_compiled
 @pytest.mark.parametrize(
-    "name", marked(pytest.mark.seams, TRANSFORMS, "adam", "polyak", "inject", "finite")
+    "name",
+    [
+        *marked(pytest.mark.seams, AS_FOR_ALL, "polyak", "inject", "finite"),
+        *(pytest.param(name, marks=pytest.mark.as_compiled) for name in AS_FOR_USERS),
+    ],
 )
 def test_agrees_with_optax_to_the_bit(name):
     labels = LABELS if name == "adam" else lambda _: LABELS
