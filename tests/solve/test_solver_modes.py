@@ -149,7 +149,6 @@ def test_the_mode_can_be_asked_for():
         ReverseOnly(start()).solve(LM, Y, jac="fwd")
 
 
-@pytest.mark.seams
 def test_dogleg_of_many():
     rates = jnp.linspace(0.05, 2.0, 8)
     trainers = [Fit(start(rate)).whiten(Y) for rate in rates]
