@@ -336,6 +336,7 @@ def test_policy_and_norm_are_in_the_parameters_before_projection():
     assert held.nan_report()["mean"].total == 1
 
 
+@pytest.mark.seams
 def test_a_constraint_with_a_projector_is_encoded_again():
     class Positive(GaussianFit):
         def constrain(self, model):
