@@ -38,7 +38,7 @@ def in_place(monkeypatch):
         ("stream", mesh_of(2)),
         ("stops", None),
         ("stops", mesh_of(2)),
-        pytest.param("state", None, marks=AS_COMPILED),
+        ("state", None),
         pytest.param("state", mesh_of(2), marks=AS_COMPILED),
     ],
 )

@@ -50,9 +50,7 @@ def same_histories(ours, theirs):
         np.testing.assert_allclose(ours[name], column, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name", marked(pytest.mark.seams, FITS, "minibatches", "stream", "whitened")
-)
+@pytest.mark.parametrize("name", marked(pytest.mark.seams, FITS, "minibatches"))
 def test_a_fit_on_eight_devices(name):
     trainer, data, options = FITS[name]()
     one = trainer.fit(data, 30, **options)

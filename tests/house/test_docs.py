@@ -47,11 +47,8 @@ def test_name_of_a_public_module_has_a_docstring(name):
     assert (getattr(MODULES[module], name).__doc__ or "").strip()
 
 
-# What everyone runs first is compiled as for everyone.
 CODE_BLOCKS = [
-    pytest.param(page, marks=pytest.mark.as_compiled if page.parent == ROOT else ())
-    for page in PAGES
-    if "```python" in page.read_text(encoding="utf-8")
+    page for page in PAGES if "```python" in page.read_text(encoding="utf-8")
 ]
 
 

@@ -56,7 +56,7 @@ COMBINATIONS = [
         )
     )
 ]
-FITS = 420
+FITS = 280
 EACH = -(-FITS // len(COMBINATIONS))
 
 

@@ -15,7 +15,7 @@ import vernal as vn
 from models import Line, LineFit, line, line_batch, same
 
 # A schedule of Optax.
-pytestmark = [pytest.mark.seams, pytest.mark.loose_dtypes]
+pytestmark = pytest.mark.loose_dtypes
 
 
 class Count:
@@ -59,6 +59,7 @@ def make(cls, rate=0.1, start=0.5, scale=None):
     return cls(line(start), optimiser, nan_policy=vn.SkipStep() | vn.StopAfter(3))
 
 
+@pytest.mark.seams
 def test_one_compilation_for_a_fit_whatever_its_length(counted):
     cls, count = counted
     make(cls).fit(line_batch(), 1)
@@ -106,6 +107,7 @@ def test_something_is_compiled_for_what_differs(counted):
     assert all(a < b for a, b in itertools.pairwise(seen))
 
 
+@pytest.mark.seams
 def test_steps_compile_once(counted):
     cls, count = counted
     trainer = make(cls)
@@ -118,6 +120,7 @@ def test_steps_compile_once(counted):
     assert first <= 3
 
 
+@pytest.mark.seams
 def test_the_one_liner_with_a_lambda_built_anew():
     traces = []
 
@@ -137,6 +140,7 @@ def test_the_one_liner_with_a_lambda_built_anew():
     assert again.model.slope != other.model.slope
 
 
+@pytest.mark.seams
 def test_minibatches_compile_once(counted):
     cls, count = counted
     for seed in range(3):
@@ -155,6 +159,7 @@ def test_a_stream_compiles_once(counted):
     assert count.traces == first <= 2
 
 
+@pytest.mark.seams
 def test_compilations_by_equinox_own_count():
     """A trainer goes through a user's own jit without a retrace."""
 
@@ -171,6 +176,7 @@ def test_compilations_by_equinox_own_count():
     step(fitted, line_batch())
 
 
+@pytest.mark.seams
 def test_a_model_with_functions_and_floats_compiles_once():
     traces = []
 
@@ -198,6 +204,7 @@ def test_nothing_is_printed(capfd):
     assert out == err == ""
 
 
+@pytest.mark.seams
 def test_everything_can_be_printed():
     result = make(LineFit).fit(line_batch(), 3, record=("slope", "grad_norm"))
     for text in (repr(result), str(result), repr(result.trainer), str(result.trainer)):
@@ -206,6 +213,7 @@ def test_everything_can_be_printed():
     assert repr(vn.SkipStep() | vn.StopAfter(3)).count("StopAfter") == 1
 
 
+@pytest.mark.seams
 def test_the_same_inputs_give_the_same_bits():
     one, other = (
         make(LineFit).fit(line_batch(), 50),
@@ -215,6 +223,7 @@ def test_the_same_inputs_give_the_same_bits():
     np.testing.assert_array_equal(one.history.loss, other.history.loss)
 
 
+@pytest.mark.seams
 def test_nothing_is_donated():
     trainer, batch = make(LineFit), line_batch()
     before = jax.tree.map(np.array, eqx.filter(trainer, eqx.is_array))
@@ -229,6 +238,7 @@ def test_nothing_is_donated():
     assert first.best.slope.is_deleted() is False
 
 
+@pytest.mark.seams
 def test_state_keeps_structure_and_types():
     trainer = make(LineFit)
     after = trainer.fit(line_batch(), 5).trainer
@@ -237,6 +247,7 @@ def test_state_keeps_structure_and_types():
     assert kind(trainer) == kind(after)
 
 
+@pytest.mark.seams
 def test_a_chunk_runs_without_the_host():
     """Nothing but the last state and the rows crosses over, once a chunk."""
     trainer = make(LineFit).fit(line_batch(), 3).trainer
@@ -260,12 +271,14 @@ def test_the_work_of_a_compilation_does_not_grow_with_the_steps(count):
     assert len(traces) <= 2
 
 
+@pytest.mark.seams
 def test_a_deep_copy_is_the_same_trainer():
     trainer = make(LineFit)
     twin = copy.deepcopy(trainer)
     assert same(twin.fit(line_batch(), 3).trainer, trainer.fit(line_batch(), 3).trainer)
 
 
+@pytest.mark.seams
 def test_errors_can_be_pickled():
     error = vn.NonFiniteError(3, ["power"], {"power": vn.NanCount(1, 3)}, None)
     twin = pickle.loads(pickle.dumps(error))

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import vernal as vn
 from inside import cache_size, one_function, run_chunk, small, subject
+from marked import marked
 from models import close, same
 
 X = np.linspace(-1.0, 1.0, 24)
@@ -84,10 +85,11 @@ class Waves(Fit):
         return sum(one_loss(wave, batch) for wave in model.values())
 
 
-@pytest.mark.as_compiled
 @pytest.mark.loose_dtypes
 @pytest.mark.loose_ranks
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.float32, marks=pytest.mark.as_compiled), jnp.float64]
+)
 def test_fits_are_those_of_the_other_way(dtype, used, otherwise):
     data = jax.tree.map(lambda x: x.astype(dtype), DATA)
     wave = fit_of(dtype=dtype).model
@@ -112,8 +114,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.as_compiled
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", marked(pytest.mark.as_compiled, POLICIES, "count"))
 def test_a_fit_in_parts_is_one_fit(policy, used):
     """To the bit, wherever it is cut; nothing more is compiled for a bad step."""
     start = fit_of(nan_policy=POLICIES[policy])
@@ -128,7 +129,6 @@ def test_a_fit_in_parts_is_one_fit(policy, used):
     assert cache_size(run_chunk) == before + 1
 
 
-@pytest.mark.as_compiled
 def test_a_fit_that_monitors(used, otherwise):
     options = {"validation": (DATA, 5), "record": ("grad_norm", "b"), "every": 3}
     options |= {"stop": vn.Converged(1e-3, 4)}

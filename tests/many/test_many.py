@@ -106,9 +106,7 @@ VARIED = {
 
 
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize(
-    "name", marked(pytest.mark.seams, VARIED, "rules and scales", "keys")
-)
+@pytest.mark.parametrize("name", marked(pytest.mark.seams, VARIED, "keys"))
 def test_each_is_as_it_were_alone(name):
     trainers = VARIED[name]()
     data = jnp.array(0.2) if name == "mixed" else BATCH
@@ -430,8 +428,10 @@ def spectra():
 
 
 # Those of BFGS some at a time; `test_some_at_a_time_of_what_has_no_elements` is of LM.
-@pytest.mark.seams
-@pytest.mark.parametrize(("name", "batch"), [("LM", None), ("BFGS", 2)])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [("LM", None), pytest.param("BFGS", 2, marks=pytest.mark.seams)],
+)
 def test_a_solver_for_each(name, batch):
     trainers = [GaussianFit(gaussian()) for _ in range(4)]
     options = {"data_axis": (None, 0, None), "solver": SOLVERS[name], "batch": batch}

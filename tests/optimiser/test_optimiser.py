@@ -26,8 +26,6 @@ from models import (
     zoo,
 )
 
-pytestmark = pytest.mark.seams
-
 
 def gradients(params, seed=0):
     leaves, structure = jax.tree.flatten(params)
@@ -104,18 +102,22 @@ def test_members_apart_are_clipped_apart():
     np.testing.assert_allclose(norm(two), 0.1 * 2**0.5)
 
 
+@pytest.mark.seams
 @pytest.mark.loose_dtypes
-@pytest.mark.as_compiled
 @pytest.mark.parametrize(
     ("make", "form"),
     [
         (lambda: optax.adam(1e-2), "default"),
-        (lambda: optax.adamw(1e-2, weight_decay=0.1), "all"),
+        pytest.param(
+            lambda: optax.adamw(1e-2, weight_decay=0.1),
+            "all",
+            marks=pytest.mark.as_compiled,
+        ),
         (
             lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 3), momentum=0.9),
             "default",
         ),
-        (lambda: optax.lamb(1e-2), "glob"),
+        pytest.param(lambda: optax.lamb(1e-2), "glob", marks=pytest.mark.as_compiled),
         (
             lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(1e-2)),
             "glob",
@@ -142,6 +144,7 @@ def test_frozen_default_and_first():
     np.testing.assert_array_equal(ours["e"], tree()["e"] - grads["e"])
 
 
+@pytest.mark.seams
 @pytest.mark.as_compiled
 def test_first_sees_all_that_is_trained_and_nothing_else():
     first = optax.clip_by_global_norm(1.0)
@@ -202,7 +205,9 @@ def test_a_line_search_is_closed_over_what_the_rule_does_not_move():
 
 
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("inside", ["rule", "chain"])
+@pytest.mark.parametrize(
+    "inside", [pytest.param("rule", marks=pytest.mark.seams), "chain"]
+)
 def test_a_line_search_beside_other_rules(inside):
     batch = gaussian_batch()
     rules = {("mean", "std"): LBFGS, "power": optax.sgd(1e-3)}
@@ -213,6 +218,7 @@ def test_a_line_search_beside_other_rules(inside):
     assert result.history.loss[-1] < 1e-3 < result.history.loss[0]
 
 
+@pytest.mark.seams
 def test_value_reaches_a_transformation_that_asks_for_it():
     batch = line_batch()
     both = {"slope": optax.polyak_sgd(), "offset": optax.sgd(0.1)}
@@ -256,6 +262,7 @@ def test_arguments_of_the_value_function_are_passed_on():
     )
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize("form", ["whole", "filtered", "dict", "zoo"])
 def test_models_of_every_form(form):
     model = {
@@ -314,6 +321,7 @@ def rules():
     return vn.ParamOptimiser({"slope": optax.adam(0.1), "offset": optax.sgd(0.1)})
 
 
+@pytest.mark.seams
 def test_to_optax_it_is_one_of_its_own():
     optimiser = rules()
     assert isinstance(optimiser, optax.GradientTransformationExtraArgs)
@@ -325,6 +333,7 @@ def test_to_optax_it_is_one_of_its_own():
     assert same(chained, halved)
 
 
+@pytest.mark.seams
 def test_in_optimistix():
     x, y = line_batch()
     fn = lambda model, args: jnp.mean((model(x) - y) ** 2)
@@ -400,6 +409,7 @@ def test_a_tuple_rule_is_named_by_any_member(name):
     assert same(ours, tree())
 
 
+@pytest.mark.seams
 def test_a_scale_can_be_mapped_and_differentiated():
     batch = line_batch()
     trainer = LineFit(line(), vn.ParamOptimiser({"slope": optax.sgd(0.1)}))
@@ -421,6 +431,7 @@ def test_a_scale_can_be_mapped_and_differentiated():
     )
 
 
+@pytest.mark.seams
 def test_a_low_precision_update_stays_so():
     optimiser = vn.ParamOptimiser({"w": optax.sgd(0.1)}).with_scale({"w": 2.0})
     params = {"w": jnp.ones(2, jnp.bfloat16)}
@@ -428,6 +439,7 @@ def test_a_low_precision_update_stays_so():
     assert updates["w"].dtype == jnp.bfloat16
 
 
+@pytest.mark.seams
 def test_other_rates_and_scales_trace_nothing():
     traces = []
 
@@ -455,6 +467,7 @@ def test_other_rates_and_scales_trace_nothing():
     assert len(traces) == 2
 
 
+@pytest.mark.seams
 def test_a_window_in_a_rule():
     rules = {
         "slope": vn.window(optax.sgd(0.1), start=2, stop=4),
@@ -516,11 +529,13 @@ def test_summary_of_a_partial_predicate():
     assert "slope" in optimiser.summary(line())
 
 
+@pytest.mark.seams
 def test_printing():
     assert repr(rules()).startswith("ParamOptimiser(")
     assert "<function" not in repr(rules())
 
 
+@pytest.mark.seams
 def test_the_state_keeps_its_kind():
     """One thousand rules or one: dtypes, weak types and structure never change."""
     params = {

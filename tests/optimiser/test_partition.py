@@ -12,11 +12,12 @@ import optax
 import pytest
 
 import vernal as vn
+from marked import marked
 from vernal._optimiser import groups as _groups
 from vernal._optimiser.groups import make_groups, update_groups
 from vernal._optimiser.transform import Transform
 
-pytestmark = [pytest.mark.seams, pytest.mark.loose_dtypes]
+pytestmark = pytest.mark.loose_dtypes
 
 
 class Layer(eqx.Module):
@@ -92,10 +93,18 @@ TRANSFORMS = {
     "finite": lambda: optax.apply_if_finite(optax.rmsprop(1e-2), 2),
     "nested": lambda: vn.partition({"q": optax.adam(1e-2)}, "q"),
 }
+# Such as sum over leaves, or not.
+AS_FOR_USERS = ("adam", "global norm", "lamb")
+AS_FOR_ALL = [name for name in TRANSFORMS if name not in AS_FOR_USERS]
 
 
-@pytest.mark.as_compiled
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *marked(pytest.mark.seams, AS_FOR_ALL, "polyak", "inject", "finite"),
+        *(pytest.param(name, marks=pytest.mark.as_compiled) for name in AS_FOR_USERS),
+    ],
+)
 def test_agrees_with_optax_to_the_bit(name):
     labels = LABELS if name == "adam" else lambda _: LABELS
     transforms = {
@@ -118,7 +127,9 @@ def test_one_group_with_a_line_search():
     assert_same_bits(run(ours, value_fn=loss), run(theirs, value_fn=loss))
 
 
-@pytest.mark.parametrize("own", [("x", "y"), ("y", "x")])
+@pytest.mark.parametrize(
+    "own", [pytest.param(("x", "y"), marks=pytest.mark.seams), ("y", "x")]
+)
 def test_a_line_search_on_a_part_of_the_model(own):
     params = {"p": jnp.asarray([1.0, 2.0]), "q": {"r": jnp.ones(3), "t": jnp.ones(1)}}
 
@@ -149,6 +160,7 @@ def test_a_line_search_on_a_part_of_the_model(own):
     assert jnp.array_equal(params["q"]["t"], jnp.ones(1))
 
 
+@pytest.mark.seams
 def test_optax_own_tests(monkeypatch):
     pytest.importorskip("absl")
     combining = pytest.importorskip("optax.transforms._combining_test")
@@ -163,6 +175,7 @@ def test_optax_own_tests(monkeypatch):
     assert not result.errors + result.failures, result.errors + result.failures
 
 
+@pytest.mark.seams
 def test_optax_finds_parameters_in_the_state():
     importlib.import_module("optax.tree_utils")
     params = {"p": jnp.ones(2), "q": jnp.ones(3)}
@@ -207,6 +220,7 @@ def test_leaves_are_seen_by_path_in_order():
     assert list(seen[1]) == ["['a']['b']", "['a.b']"]
 
 
+@pytest.mark.seams
 def test_a_callable_module_of_labels_is_a_tree():
     layer = Layer(jnp.ones((2, 2)), jnp.ones(2), "one")
     tx = vn.partition(
@@ -229,6 +243,7 @@ def test_bound_methods_and_partials_of_labels_are_functions():
         assert vn.partition({"x": optax.sgd(0.1)}, fn).init(PARAMS)
 
 
+@pytest.mark.seams
 def test_bare_array_and_empty_trees():
     tx = vn.partition({"x": optax.adam(0.1)}, "x")
     array = jnp.ones(3)
@@ -280,6 +295,7 @@ def test_errors_of_a_transformation_itself_are_left_alone():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
+@pytest.mark.seams
 def test_a_whole_model_as_parameters():
     model = {"p": jnp.ones(2), "activation": jax.nn.relu}
     grads = {"p": jnp.ones(2), "activation": None}
@@ -288,6 +304,7 @@ def test_a_whole_model_as_parameters():
     assert updates["activation"] is None
 
 
+@pytest.mark.seams
 def test_rates_are_leaves_when_encoded():
     def make(rate):
         return Transform.of(
@@ -372,7 +389,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("by", ["partition", "rules"])
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", marked(pytest.mark.seams, SHARED, "adam", "inject"))
 def test_a_shared_trace_makes_the_same_program(name, by, monkeypatch):
     tx = make_pairs(SHARED[name], by=by)
     shared, shared_out = program(tx, value_fn=loss)
@@ -385,6 +402,7 @@ def test_a_shared_trace_makes_the_same_program(name, by, monkeypatch):
     assert jax.tree.leaves(shared_out) == jax.tree.leaves(alone_out)
 
 
+@pytest.mark.seams
 def test_a_shared_window(monkeypatch):
     # Its branches are the same, but JAX prints them once where it met them once.
     tx = make_pairs(lambda rate: vn.window(optax.adam(rate), 1, 3), by="rules")
@@ -393,6 +411,7 @@ def test_a_shared_window(monkeypatch):
     assert_same_bits(shared, run(tx, PAIRS))
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize(("by", "least"), [("partition", 3), ("rules", 2)])
 def test_groups_of_a_kind_are_traced_once(by, least, traces):
     # A float of Optax's own is a constant of the program, a rate of ours is a leaf.

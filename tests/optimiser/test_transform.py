@@ -11,10 +11,11 @@ import optax.contrib
 import pytest
 
 import vernal as vn
+from marked import marked
 from vernal._closure.reads import reads
 from vernal._optimiser.transform import AbstractTransform, Transform, as_transform
 
-pytestmark = [pytest.mark.seams, pytest.mark.loose_dtypes]
+pytestmark = pytest.mark.loose_dtypes
 
 # Two dtypes at once, so that each alias is compiled once for both.
 PARAMS = {
@@ -34,6 +35,13 @@ def single_loss(params):
 value_and_grad = jax.jit(jax.value_and_grad(loss))
 
 
+# Of each kind some: for XLA a rate is an argument here, and there a constant; the bits
+# of Adan and of the optimistic Adam differ without its optimisation.
+AS_FOR_USERS = {"adafactor", "adam", "adan", "lamb", "muon", "optimistic_adam"}
+AS_FOR_USERS |= {"prodigy", "rprop", "sgd"}
+ON_OLDEST = {"adafactor", "adam", "dadapt_adamw", "lbfgs", "momo", "muon", "sgd"}
+
+
 def aliases():
     """Every transformation of Optax that a learning rate is enough for."""
     for module in (optax, optax.contrib):
@@ -45,7 +53,9 @@ def aliases():
             if "learning_rate" not in parameters or name in ("noisy_sgd", "sophia"):
                 continue
             if all(p.default is not p.empty or p.kind == p.VAR_KEYWORD for p in rest):
-                yield pytest.param(fn, id=f"{module.__name__}.{name}")
+                marks = [pytest.mark.as_compiled] if name in AS_FOR_USERS else []
+                marks += [pytest.mark.seams] if name in ON_OLDEST else []
+                yield pytest.param(fn, id=f"{module.__name__}.{name}", marks=marks)
 
 
 def of(tx):
@@ -83,7 +93,6 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.as_compiled
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("alias", [*aliases()])
 def test_agrees_with_optax_to_the_bit(alias):
@@ -91,6 +100,7 @@ def test_agrees_with_optax_to_the_bit(alias):
     assert_same_bits(run(tx), run(of(tx)))
 
 
+@pytest.mark.seams
 def test_the_two_that_need_more_than_a_rate():
     params = {"w": PARAMS["w"]}
     noisy = optax.noisy_sgd(1e-2, key=jax.random.key(0))
@@ -117,8 +127,9 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.as_compiled
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name", marked(pytest.mark.as_compiled, SCHEDULES, "exponential", "onecycle")
+)
 def test_schedules_agree_to_the_bit(name):
     make = SCHEDULES[name]
     tx = optax.sgd(make(0.1))
@@ -127,6 +138,7 @@ def test_schedules_agree_to_the_bit(name):
     assert len(set(others.values())) == len(SCHEDULES)
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize(
     "name", ["constant", "linear", "exponential", "cosine", "piecewise"]
 )
@@ -136,6 +148,7 @@ def test_a_schedule_with_another_rate_shares(name):
     assert not eqx.tree_equal(a, b)
 
 
+@pytest.mark.seams
 def test_what_shares_one_compilation():
     @jax.jit
     @eqx.debug.assert_max_traces(max_traces=1)
@@ -149,6 +162,7 @@ def test_what_shares_one_compilation():
     np.testing.assert_allclose(fast["w"], 10 * slow["w"], rtol=1e-6)
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize(
     ("a", "b"),
     [
@@ -216,6 +230,7 @@ COMPOSED = {
 }
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize("name", COMPOSED)
 def test_compositions_survive_and_share(name):
     make = COMPOSED[name]
@@ -232,6 +247,7 @@ def test_compositions_survive_and_share(name):
     )
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize(
     "tx",
     [
@@ -246,6 +262,7 @@ def test_what_cannot_be_converted_still_works(tx):
     )
 
 
+@pytest.mark.seams
 def test_rates_keep_dtypes():
     params = {"h": jnp.ones(2, jnp.bfloat16), "f": jnp.ones(2, jnp.float32)}
     for tx in (of(optax.adam(0.1)), of(optax.sgd(SCHEDULES["linear"](0.1)))):
@@ -258,6 +275,7 @@ def test_rates_keep_dtypes():
         assert many["f"].shape == (2, 2)
 
 
+@pytest.mark.seams
 def test_the_face_towards_optax():
     tx = of(optax.adam(1e-2))
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
@@ -289,6 +307,7 @@ def test_the_face_towards_optax():
     assert jax.tree.leaves(tx)[0] == -1e-2
 
 
+@pytest.mark.seams
 def test_gradients_with_respect_to_a_rate():
     def moved(rate):
         tx = of(optax.sgd(rate))

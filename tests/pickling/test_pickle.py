@@ -135,7 +135,7 @@ OPTIMISERS = {
 # Optax compares these by their identity, whoever copies them.
 BY_IDENTITY = ("inject_schedule", "multi_steps")
 # One of each way in which Optax keeps what it is given.
-OF_OPTAX = ("chain", "schedule", "masked", "inject", *BY_IDENTITY, "groups")
+OF_OPTAX = ("chain", "schedule", "masked", *BY_IDENTITY)
 
 
 def scalars():

@@ -217,7 +217,6 @@ def test_under_jit():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.seams
 def test_under_vmap():
     spectra = jnp.stack([jnp.linspace(4.0, 1.0, 6), jnp.linspace(9.0, 2.0, 6)])
     many = eqx.filter_vmap(lambda values: make(jnp.diag(values), rank=2))(spectra)

@@ -230,10 +230,14 @@ AS_FOR_USERS = [
 ]
 
 
+def is_for_users(name, dtype):
+    return (name, dtype) in AS_FOR_USERS
+
+
 def marks(name, dtype):
     if "mixed" in name:
         yield pytest.mark.loose_dtypes
-    if (name, dtype) in AS_FOR_USERS:
+    if is_for_users(name, dtype):
         yield pytest.mark.as_compiled
 
 
@@ -304,12 +308,12 @@ class Made:
 
 
 def table(*more, rows=TABLE):
-    """The table, with marks: those of single precision may have more."""
+    """The table, with marks: those that are compiled as for users may have more."""
     return [
         pytest.param(
             (name, dtype),
             id=f"{name}, {dtype.__name__}",
-            marks=[*marks(name, dtype), *(more if dtype == jnp.float32 else ())],
+            marks=[*marks(name, dtype), *(more if is_for_users(name, dtype) else ())],
         )
         for name, dtype in rows
     ]

@@ -105,7 +105,6 @@ def test_a_process_from_far_too_little_noise():
     assert gradient(result, Process.nll, batch) < 0.1
 
 
-@pytest.mark.seams
 def test_the_rounds_compile_once_and_draw_the_same_numbers():
     traces = 0
 

@@ -68,9 +68,8 @@ LEAST_SQUARES = {
     ),
 }
 SOLVERS = MINIMISERS | LEAST_SQUARES
-# One of each base class in Optimistix, of each kind of state, and of what solves.
-APART = ("LBFGS", "NonlinearCG", "NelderMead", "BestSoFar", "ParamOptimiser")
-APART += ("IndirectLevenbergMarquardt", "BestSoFar squares")
+# Of the kinds of state; those of other tests are BFGS and Levenberg-Marquardt.
+APART = ("LBFGS", "NelderMead", "ParamOptimiser", "BestSoFar squares")
 # Solvers that do not arrive in the steps that a test has time for.
 SLOW = {"NonlinearCG", "NelderMead", "ParamOptimiser"}
 

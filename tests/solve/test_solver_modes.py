@@ -149,7 +149,6 @@ def test_the_mode_can_be_asked_for():
         ReverseOnly(start()).solve(LM, Y, jac="fwd")
 
 
-@pytest.mark.seams
 def test_dogleg_of_many():
     rates = jnp.linspace(0.05, 2.0, 8)
     trainers = [Fit(start(rate)).whiten(Y) for rate in rates]
@@ -167,7 +166,6 @@ class Guarded(Fit):
         return eqx.error_if(vector, model["rate"] < 0, "the rate is negative")
 
 
-@pytest.mark.seams
 def test_an_error_of_one_member_is_its_own():
     trainers = [Guarded(start(rate)) for rate in (0.3, -1.0, 0.5)]
     with pytest.warns(UserWarning, match="1 of 3 .* member 1: the rate is negative"):

@@ -22,11 +22,10 @@ from models import (
     zoo,
 )
 
-pytestmark = pytest.mark.seams
-
 BATCH = line_batch()
 
 
+@pytest.mark.seams
 @pytest.mark.as_compiled
 def test_a_step_is_that_of_optax_by_hand():
     optimiser = optax.adam(0.1)
@@ -91,6 +90,7 @@ def test_residuals_are_half_a_chi_squared():
     np.testing.assert_allclose(info.loss, expected, rtol=1e-14)
 
 
+@pytest.mark.seams
 def test_complex_residuals():
     class Wave(vn.Trainer):
         def residuals(self, model, batch):
@@ -134,6 +134,7 @@ def test_residuals_are_a_likelihood_and_a_likelihood_is_a_loss(names, loss):
     assert cls(jnp.asarray(4.0), optax.sgd(0.1)).step(None)[1].loss == loss
 
 
+@pytest.mark.seams
 def test_metrics_come_along():
     class Told(LineFit):
         def loss(self, model, batch):
@@ -166,6 +167,7 @@ class Live(LineFit):
         return super().loss(self.model, batch), told
 
 
+@pytest.mark.seams
 def test_within_the_loss_the_trainer_is_live():
     result = Live(line(), optax.sgd(0.1)).fit(BATCH, 4, record=("step", "own", "given"))
     history = result.history
@@ -176,6 +178,7 @@ def test_within_the_loss_the_trainer_is_live():
     assert same(result.model, reference.model)
 
 
+@pytest.mark.seams
 def test_each_step_has_its_own_key():
     class Noisy(vn.Trainer):
         def residuals(self, model, batch, key):
@@ -192,6 +195,7 @@ def test_each_step_has_its_own_key():
 # Which parameters.
 
 
+@pytest.mark.seams
 @pytest.mark.parametrize(
     ("options", "trained"),
     [
@@ -222,6 +226,7 @@ def test_only_what_is_trained_moves(options, trained):
     assert list(trainer.nan_report()) == ["loss", *trained, "update"]
 
 
+@pytest.mark.seams
 def test_a_float_is_trained_where_it_is_named():
     trainer = Pull(zoo(), optax.sgd(0.1), train=("number", "scalar"))
     new, _ = trainer.step(jnp.asarray(0.0))
@@ -289,6 +294,7 @@ def whitened(trainer_type, optimiser, **options):
     return trainer_type(gaussian(), optimiser, projector=projector, **options), batch
 
 
+@pytest.mark.seams
 def test_a_fit_in_the_latent_space_is_one_by_hand():
     trainer, batch = whitened(GaussianFit, optax.adam(0.05))
     projector, optimiser = trainer.projector, optax.adam(0.05)
@@ -330,6 +336,7 @@ def test_policy_and_norm_are_in_the_parameters_before_projection():
     assert held.nan_report()["mean"].total == 1
 
 
+@pytest.mark.seams
 def test_a_constraint_with_a_projector_is_encoded_again():
     class Positive(GaussianFit):
         def constrain(self, model):
@@ -378,6 +385,7 @@ def test_dtypes_and_weak_types_stay(optimiser):
 # A trainer is a pytree.
 
 
+@pytest.mark.seams
 def test_steps_in_the_transformations_of_jax():
     trainer = LineFit(line(), optax.adam(0.1))
     steps = 4
@@ -408,6 +416,7 @@ def test_steps_in_the_transformations_of_jax():
     assert np.all(many.step_count == steps)
 
 
+@pytest.mark.seams
 def test_a_gradient_through_steps_with_respect_to_the_data():
     trainer = LineFit(line(), optax.sgd(0.1))
 
@@ -421,7 +430,9 @@ def test_a_gradient_through_steps_with_respect_to_the_data():
     np.testing.assert_allclose(jax.grad(after)(0.0), 0.2 + 0.8 * 0.2, rtol=1e-12)
 
 
-@pytest.mark.parametrize("policy", [vn.SkipStep(), vn.StopFit()])
+@pytest.mark.parametrize(
+    "policy", [vn.SkipStep(), pytest.param(vn.StopFit(), marks=pytest.mark.seams)]
+)
 def test_derivatives_of_a_step_that_is_not_taken(policy):
     """A normalised gradient has no derivative at zero, in which it is taken there."""
     bad = (BATCH[0], BATCH[1] * jnp.nan)
@@ -470,6 +481,7 @@ def test_a_step_that_is_not_taken_moves_by_zeros():
     assert same(new.opt_state, trainer.opt_state)
 
 
+@pytest.mark.seams
 def test_a_line_search_ends_at_once_where_the_step_is_not_taken():
     seen = []
 
@@ -529,6 +541,7 @@ def test_a_stopped_trainer_stays():
 # Replacing.
 
 
+@pytest.mark.seams
 def test_replace_keeps_what_fits():
     trainer = LineFit(line(), optax.adam(0.1)).fit(BATCH, 5).trainer
     slower = trainer.replace(optimiser=optax.adam(0.01))
@@ -641,6 +654,7 @@ class Weighted(vn.Trainer):
         return self.weight * jnp.mean(jnp.abs(model(x) - y) ** self.power)
 
 
+@pytest.mark.seams
 def test_fields_of_ones_own():
     trainer = Weighted(line(), optax.sgd(0.1), weight=0.5)
     new = trainer.fit(BATCH, 3).trainer
@@ -655,6 +669,7 @@ def test_fields_of_ones_own():
     np.testing.assert_allclose(grad(0.5), 4.85, rtol=1e-6)
 
 
+@pytest.mark.seams
 def test_generic_arguments():
     class Typed(vn.Trainer[Line, tuple]):
         def loss(self, model, batch):
@@ -663,6 +678,7 @@ def test_generic_arguments():
     assert Typed(line(), optax.sgd(0.1)).step(BATCH)[1].loss > 0
 
 
+@pytest.mark.seams
 def test_a_bare_array_is_a_model():
     trainer = vn.fit(
         lambda m, b: jnp.sum((m - b) ** 2),

@@ -119,13 +119,14 @@ def require_part(history, expected):
 def test_any_file(name, whole, expected, tmp_path):
     """The fit goes on to the same bits, or says what is in its way.
 
-    Orbax sees that one of its files is damaged: each meets every third damage, and the
-    one that it may not see.
+    Orbax sees that one of its files is damaged: each meets one damage, and that which
+    it may not see.
     """
     own = [file for file in files(whole) if file.parts[0] != "steps"]
     others = [file for file in files(whole) if file.parts[0] == "steps"]
     if name != "flipped":
-        others = others[list(DAMAGES).index(name) % 3 :: 3]
+        seen = [damage for damage in DAMAGES if damage != "flipped"]
+        others = others[seen.index(name) :: len(seen)]
     for number, file in enumerate(own + others):
         copy = shutil.copytree(whole, tmp_path / str(number))
         DAMAGES[name](copy / file)
