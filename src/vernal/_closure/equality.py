@@ -38,7 +38,8 @@ class Hashed:
     __slots__ = ("_hash", "value")
 
     def __init__(self, value: Hashable):
-        self.value, self._hash = value, hash(value)
+        self.value: Hashable = value
+        self._hash = hash(value)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (

@@ -136,7 +136,8 @@ class Skeleton(Hashed):
         - `recipe`: a function that encodes an object, and its further arguments.
         """
         super().__init__(plan)
-        self.plan, self._recipe = plan, recipe
+        self.plan: Plan = plan
+        self._recipe = recipe
 
     def __reduce__(self) -> Any:
         # The object, with marks for its leaves, which is encoded again.
