@@ -11,7 +11,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike
 
-from .._boundary import boolean, nearest_names, refuse_foreign, whole_number
+from .._boundary import (
+    boolean,
+    first_names,
+    nearest_names,
+    refuse_foreign,
+    whole_number,
+)
 from .._closure import Closure
 from .._tree import (
     NamedTree,
@@ -25,7 +31,7 @@ from .._tree import (
     resolve,
     strong,
 )
-from .groups import Group, is_placeholder, listed, make_groups, update_groups
+from .groups import Group, is_placeholder, make_groups, update_groups
 from .param_optimiser_state import Learned, ParamOptimiserState, known
 from .rule_names import rule_name, rule_table, written
 from .transform import AbstractTransform, as_transform
@@ -328,7 +334,7 @@ def _own(
     leaves = tree.by_name()
     if missing := [path for path in shapes if path not in leaves]:
         raise ValueError(
-            f"`{name}` has no leaf at {listed(missing)}, which the optimiser was "
+            f"`{name}` has no leaf at {first_names(missing)}, which the optimiser was "
             "initialised with. Give a tree like the one that `init` was given."
         )
     for path, shape in shapes.items():
