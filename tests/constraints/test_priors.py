@@ -362,23 +362,36 @@ def test_a_parameter_may_be_held_where_a_density_ends():
         np.testing.assert_allclose(own["ab"], expected, rtol=1e-6)
 
 
-# A prior, a parameter that it allows, and one that it does not, if there is any.
+# What makes a prior, a parameter that it allows, and one that it does not, if any.
 ENDS = {
-    "an interval": (dist.Uniform(1.0, 2.0), [1.5, 2.0], [1.5, 2.1]),
-    "all of an array": (dist.Uniform(1.0, 2.0).expand([2]).to_event(1), [1, 2], [0, 2]),
-    "an angle": (dist.VonMises(3.0, 2.0, validate_args=False), [3.0, 3.5], None),
+    "an interval": (lambda: dist.Uniform(1.0, 2.0), [1.5, 2.0], [1.5, 2.1]),
+    "all of an array": (
+        lambda: dist.Uniform(1.0, 2.0).expand([2]).to_event(1),
+        [1, 2],
+        [0, 2],
+    ),
+    "an angle": (
+        lambda: dist.VonMises(3.0, 2.0, validate_args=False),
+        [3.0, 3.5],
+        None,
+    ),
     "a simplex": (
-        dist.Dirichlet(jnp.ones(2), validate_args=False),
+        lambda: dist.Dirichlet(jnp.ones(2), validate_args=False),
         [0.3, 0.7 + 1e-5],
         None,
     ),
-    "several": (dist.MultivariateNormal(jnp.zeros(2), jnp.eye(2)), [5.0, -5.0], None),
+    "several": (
+        lambda: dist.MultivariateNormal(jnp.zeros(2), jnp.eye(2)),
+        [5.0, -5.0],
+        None,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_a_density_ends_where_its_support_has_ends(name):
-    prior, good, bad = ENDS[name]
+    prior_of, good, bad = ENDS[name]
+    prior = prior_of()
     make = lambda ab: Linear(
         {"ab": jnp.asarray(ab, float), "c": jnp.zeros(())}, priors={"ab": prior}
     )

@@ -203,9 +203,9 @@ def test_at_the_ends_the_deviance_has_risen_by_the_quantile(kind):
 
 
 PRIORS = {
-    "of each element": dist.Gamma(6.0, jnp.asarray([2.0, 7.0, 20.0])),
-    "with a long tail": dist.StudentT(2.0, jnp.asarray([2.5, 1.2, 0.8]), 0.05),
-    "of all elements": dist.MultivariateNormal(
+    "of each element": lambda: dist.Gamma(6.0, jnp.asarray([2.0, 7.0, 20.0])),
+    "with a long tail": lambda: dist.StudentT(2.0, jnp.asarray([2.5, 1.2, 0.8]), 0.05),
+    "of all elements": lambda: dist.MultivariateNormal(
         jnp.asarray([2.7, 0.7, 0.6]), 0.01 * (jnp.eye(3) + 0.5)
     ),
 }
@@ -225,7 +225,8 @@ def with_priors():
     """Intervals and errors of each, and profiles of one element of each."""
     without, batch = problem("decay")
     model, bounds = dict.fromkeys(PRIORS, without.model), {"**": (1e-3, None)}
-    trainer = Decays(model, priors=PRIORS, bounds=bounds)
+    priors = {name: make() for name, make in PRIORS.items()}
+    trainer = Decays(model, priors=priors, bounds=bounds)
     trainer = trainer.solve(BFGS, batch).trainer
     ends = trainer.intervals(BFGS, batch, level=0.9)
     values = {f"{name}[1]": [0.6, 1.0] for name in PRIORS}
@@ -236,7 +237,7 @@ def with_priors():
 
 @pytest.mark.parametrize("name", PRIORS)
 def test_any_prior_is_part_of_the_likelihood(name):
-    prior = PRIORS[name]
+    prior = PRIORS[name]()
     without, batch, models, ends, errors, profiles = with_priors()
 
     @jax.jit
