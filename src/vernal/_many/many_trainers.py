@@ -1,14 +1,15 @@
 """A fit of many trainers at once."""
 
 import dataclasses
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import equinox as eqx
 import jax
 import numpy as np
 
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._fit import BadEnd, Subject
+from .._devices import AbstractPlacement
+from .._fit import AbstractSubject, BadEnd
 from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
 from .._policy import AT_NON_FINITE, StopReason
 from .._step import (
@@ -32,18 +33,21 @@ from .stack import first_rows, stack
 
 @final
 @dataclasses.dataclass(frozen=True)
-class ManyTrainers(Subject):
+class ManyTrainers(AbstractSubject):
     """A fit of many trainers at once, stacked to one, `group` at a time.
 
     `config` flags the leaves of their configuration that have a row for each.
     """
 
+    place: AbstractPlacement
     size: int
     group: int
     config: Flags
     data_axis: Any
 
-    entrance: ClassVar[str] = "fit_many"
+    @property
+    def entrance(self) -> str:
+        return "fit_many"
 
     @property
     def shape(self) -> tuple[int, ...]:

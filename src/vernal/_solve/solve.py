@@ -8,7 +8,7 @@ from .._boundary import boolean, refuse_program, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole, as_batch
 from .._devices import placement, same_inputs
-from .._fit import FitResult, Subject
+from .._fit import FitResult, OneTrainer
 from .._policy import StopReason
 from .._step import AbstractTrainer, non_finite_error, warn_of_no_data
 from .problem import SOLVERS, Problem, checked_solver
@@ -49,7 +49,7 @@ def solve(
         batch = as_batch(batch)
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
-        trainer = Subject(place).begun(trainer, Whole(batch), is_solved=True)
+        trainer = OneTrainer(place).begun(trainer, Whole(batch), is_solved=True)
         # After `whiten` there is a program of the Jacobian already.
         is_shared = trainer.projector is not None
         problem = Problem(batch, encoded, rows, checked_mode(options.jac), is_shared)
