@@ -470,3 +470,10 @@ def test_line_searches_of_many_groups():
     params = {"p": jnp.asarray([0.3]), "q": jnp.asarray([0.4])}
     new, _ = run(tx, params, 3, value_fn=loss)
     assert loss(new) < 0.5 * loss(params)
+
+
+def test_of_an_empty_tree_it_is_that_of_optax():
+    rules, labels = {"x": optax.adam(0.1), "y": optax.sgd(0.1)}, {"a": "x"}
+    state = vn.partition(rules, labels).init({})
+    expected = optax.partition(rules, lambda tree: tree).init({})
+    assert jax.tree.structure(state) == jax.tree.structure(expected)

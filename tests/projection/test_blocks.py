@@ -398,3 +398,11 @@ def test_blocks_by_name_with_a_parameter_that_is_dead():
     result = trainer.fit(batch(), 200)
     np.testing.assert_allclose(result.history.loss[-1], minimum()[0], rtol=1e-9)
     assert result.trainer.model.dead == 2
+
+
+def test_no_leaf_of_a_latent_tree_takes_the_place_of_another():
+    params = {"a": jnp.ones(2), "b": {"c": jnp.ones(2)}}
+    projector = from_blocks({"a": jnp.eye(2), "b.c": jnp.eye(2)}, params)
+    twice = {**params, "b.c": jnp.full(2, 7.0)}
+    with pytest.raises(ValueError, match="`latent`"):
+        projector.to_params(twice)

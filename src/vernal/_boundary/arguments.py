@@ -47,7 +47,10 @@ def boolean(value: Any, name: str) -> bool:
 
 def file_path(value: Any, name: str) -> Path:
     """Checks the path of a file or a directory."""
-    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
     if not isinstance(path, str):
         raise TypeError(
             f"`{name}` is {value!r}, but must be a path: a string or a `pathlib.Path`."

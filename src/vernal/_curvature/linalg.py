@@ -110,7 +110,7 @@ def equilibrated_eigh(
 
     Returns the scale, which is the root of the diagonal, and what `descending` does.
     """
-    scale = jnp.sqrt(positive(jnp.abs(jnp.diag(matrix))))
+    scale = jnp.sqrt(positive(jnp.diag(matrix)))
     # One side after the other: the product of two scales may overflow.
     return scale, *descending(matrix / scale[:, None] / scale[None, :])
 

@@ -9,7 +9,7 @@ import optax
 
 from .._boundary import checked
 from .._tree import NamedTree, by_path, uniquely_named
-from .groups import Group, is_placeholder, listed, make_groups, update_groups
+from .groups import Group, listed, make_groups, update_groups
 from .transform import require_transformation
 
 
@@ -59,12 +59,14 @@ def partition(
     # Known by their code, which a type checker must not wrap.
     @no_type_check
     def init_fn(params: Any) -> optax.transforms.PartitionState:
-        if is_placeholder(params):
+        tree = uniquely_named(params)
+        if not tree.leaves:
+            # `optax.tree_map_params` gives such a tree, and looks for it in the state.
             states = [tx.init(params) for tx in transforms.values()]
         else:
-            tree = uniquely_named(params)
+            leaves = tree.by_name()
             groups = partition_groups(transforms, param_labels, params, tree.names)
-            states = [group.init(tree.by_name()) for group in groups]
+            states = [group.init(leaves) for group in groups]
         return _as_state(transforms, states)
 
     @no_type_check
@@ -74,7 +76,15 @@ def partition(
         params: Any = None,
         **extra: Any,
     ) -> tuple[Any, optax.transforms.PartitionState]:
-        names, _, structure = tree = uniquely_named(updates)
+        names, leaves, structure = tree = uniquely_named(updates)
+        if not leaves:
+            new_states = []
+            for label, tx in transforms.items():
+                tx = optax.with_extra_args_support(tx)
+                inner = state.inner_states[label].inner_state
+                updates, new = tx.update(updates, inner, params, **extra)
+                new_states.append(new)
+            return updates, _as_state(transforms, new_states)
         groups = partition_groups(transforms, param_labels, updates, names, state)
         given, values = dict(extra), None
         if params is not None:

@@ -107,8 +107,9 @@ class AbstractProjector(Portable, eqx.Module):
                 f"projector is made of vectors of shape {like.shape}."
             )
         # In the order of the parameters, where JAX would sort the keys.
-        order, found = by_path(like).names, by_path(latent).by_name()
-        if found.keys() == set(order):
+        order, given = by_path(like).names, by_path(latent)
+        if sorted(given.names) == sorted(order):
+            found = given.by_name()
             latent = self._structure.unflatten(found[path] for path in order)
         require_alike(latent, like, "`latent`", "this projector's latent space")
         return jax.tree.leaves(latent)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._curvature import equilibrated_eigh, matmul, on_device
+from .._curvature import matmul, on_device
 from .._inference import (
     Passes,
     curvature,
@@ -105,6 +105,8 @@ def whitened_without_signs(
 
 def _without_signs(matrix: Array) -> Array:
     """Takes the absolute values of the eigenvalues of the scaled matrix."""
-    scale, values, vectors = equilibrated_eigh(matrix)
-    scaled = matmul(vectors * jnp.abs(values)[None, :], vectors.T)
-    return scaled * scale[None, :] * scale[:, None]
+    scale = jnp.sqrt(jnp.abs(jnp.diag(matrix)))
+    scale = jnp.where(scale > 0, scale, 1)
+    rows, columns = scale[:, None], scale[None, :]
+    values, vectors = jnp.linalg.eigh(matrix / columns / rows)
+    return matmul(vectors * jnp.abs(values)[None, :], vectors.T) * columns * rows

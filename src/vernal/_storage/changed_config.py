@@ -48,7 +48,9 @@ class Beginning:
                 now[path], before[path] = leaf, mark
         pairs = zip(by_path(config).items(), jax.tree.leaves(self._config), strict=True)
         for (path, leaf), old in pairs:
-            is_same = leaf is old or (isinstance(leaf, str) and leaf == old)
+            is_same = leaf is old or (
+                isinstance(leaf, str) and isinstance(old, str) and leaf == old
+            )
             if path not in self.arrays and not is_same:
                 lost.append(path)
         return now, before, lost

@@ -120,11 +120,16 @@ def read_array(file: BufferedReader, array: StoredArray) -> np.ndarray:
 
 def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
     """Writes an array of a dtype that NumPy has."""
-    header = np.lib.format.header_data_from_array_1_0(array)
-    in_order = array.T if header["fortran_order"] else array
-    flat = np.ascontiguousarray(in_order).reshape(-1)
+    is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+    text = (
+        f"{{'descr': {array.dtype.str!r}, 'fortran_order': {is_fortran}, "
+        f"'shape': {array.shape}, }}"
+    )
+    begin = len(_MAGIC) + 2
+    text += " " * (-(begin + len(text) + 1) % _ALIGNMENT) + "\n"
+    flat = np.ascontiguousarray(array.T if is_fortran else array).reshape(-1)
     with archive.open(name, "w", force_zip64=True) as member:
-        np.lib.format.write_array_header_1_0(member, header)
+        member.write(_MAGIC + struct.pack("<H", len(text)) + text.encode())
         if flat.nbytes:
             member.write(flat.view(np.uint8).data)
 
