@@ -241,7 +241,7 @@ def test_projection_says_what_is_wrong_and_where(matrix, message):
 def test_projection_takes_one_matrix():
     with pytest.raises(ValueError, match="either"):
         vn.eigen_projection()
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="both given"):
         vn.eigen_projection(jnp.eye(2), jnp.eye(2))
 
 

@@ -311,7 +311,8 @@ TABLE = {
     "a key that is not given": (
         lambda: Keyed(gaussian(), SGD),
         TypeError,
-        "missing a required .*argument: 'key'. Give `key=` to the trainer",
+        "missing a required (keyword-only )?argument: 'key'. "
+        "Give `key=` to the trainer",
     ),
     "a table with names": (
         lambda: LineFit(gaussian(), SGD).fit(pandas.DataFrame({"x": [1.0]}), 1),

@@ -146,12 +146,16 @@ def eigen_projection(fmat: Matrix | None = None, cov: Matrix | None = None) -> A
     - `TypeError`: if the matrix is complex.
     """
     match fmat, cov:
-        case _, None if fmat is not None:
+        case None, None:
+            raise ValueError("Must provide either `fmat` or `cov`; both are missing.")
+        case _, None:
             name, given = "fmat", fmat
-        case None, _ if cov is not None:
+        case None, _:
             name, given = "cov", cov
         case _:
-            raise ValueError("Must provide either `fmat` or `cov`, and not both.")
+            raise ValueError(
+                "`fmat` and `cov` are both given, and may disagree. Give one of them."
+            )
     matrix = refuse_non_finite(as_real_square(given, name), name)
     diagonal = jnp.diag(matrix)
 

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from .._boundary import Params
+from .._boundary import Params, is_traced
 from .._curvature import Spectrum, matmul, of_jacobian, positive
 from .._data import as_batch
 from .._policy import all_finite
@@ -188,7 +187,7 @@ def checked_spectra(
     """Refuses spectra that are not finite; returns what `_spectra` does."""
     what = "The Jacobian of `residuals`"
     require_finite(spectra, is_finite, what, trainer, batch)
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(spectra)):
+    if is_traced(spectra):
         message = f"{what} of `{type(trainer).__name__}` is not finite."
         spectra = eqx.error_if(spectra, ~all_finite(spectra), message)
     return in_own_precision(spectra, as_parameters(trainer.params))

@@ -240,11 +240,11 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
 
 
 def _of_loss(loss: Flat, here: _Here, fall: Any) -> Local:
-    """Measures the surroundings; the `fall` is `None` if the loss has a scale."""
+    """Measures the surroundings; `fall` is `None` for an `nll`: its scale is known."""
     flat = here.flat
     value, tolerance = loss(flat), TOLERANCE
     if fall is not None:
-        # How far it fell has one, and its rounding.
+        # The scale of a loss is not known: its fall, and its rounding, have one.
         tolerance = jnp.fmax(TOLERANCE * fall, rounding_of(value))
     try:
         slope = gradient(loss, flat, _SUBJECT)

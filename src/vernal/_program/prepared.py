@@ -4,7 +4,8 @@ import weakref
 from typing import Any, NamedTuple
 
 import jax
-from jax.core import Tracer
+
+from .._boundary import is_traced
 
 
 class _Prepared:
@@ -43,7 +44,7 @@ def prepared(owner: Any, other: Any) -> list[Any]:
     if known is not None and known.owner() is owner and known.other is other:
         return known.prepared
     trees = owner, other
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+    if is_traced(*trees):
         # It must not outlive its program.
         return list(trees)
     found = [

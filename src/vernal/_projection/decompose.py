@@ -62,35 +62,24 @@ def whiten(
     eps = _noise(given, matrix)
     nulls = nulls.or_rtol(size * eps)
     nulls.check(size)
-    matrix = refuse_non_finite(matrix, bare)
+    matrix = _refuse_bad_rows(refuse_non_finite(matrix, bare), kind, name, params)
 
     dtype = widest((matrix.dtype, ravel_dtype(params)))
     is_inverse = kind != "cov"
-    spectrum, is_bad = _decompose(matrix.astype(dtype), is_inverse)
-    # NumPy compiles nothing; here each operation would be compiled by itself.
-    of = jnp if isinstance(is_bad, Tracer) else np
-    known, bad_rows = of.asarray(spectrum.values), of.asarray(is_bad)
+    scale, values, vectors = _decompose(matrix.astype(dtype), is_inverse)
+    known = values if isinstance(values, Tracer) else np.asarray(values)
     tolerance = (nulls.rtol or 0) * known[0]
-
-    def detail() -> str:
-        if bad_rows.any():
-            index = int(np.argmax(bad_rows))
-            element = np.asarray(matrix)[index, index]
-            return f"On the diagonal {element_name(params, index)} has {element}."
-        lowest = list_parameters(params, np.asarray(spectrum.vectors)[:, -1])
-        return (
-            f"The lowest is {known[-1]}, beyond the tolerance of {tolerance}; its "
-            f"direction involves {lowest}."
-        )
-
     values = refuse(
-        spectrum.values,
-        bad_rows.any() | (known[-1] < -tolerance),
+        values,
+        known[-1] < -tolerance,
         f"{name} is indefinite: scaled to a unit diagonal it has a negative "
         f"eigenvalue. {_REMEDY[kind]}",
-        detail,
+        lambda: (
+            f"The lowest is {known[-1]}, beyond the tolerance of {tolerance}; its "
+            f"direction involves {list_parameters(params, np.asarray(vectors)[:, -1])}."
+        ),
     )
-    spectrum = spectrum._replace(values=values)
+    spectrum = Spectrum(scale, values, vectors)
     return whiten_spectrum(spectrum, params, nulls, eps, name, is_inverse=is_inverse)
 
 
@@ -105,17 +94,36 @@ def _noise(given: Matrix, matrix: Float[Array, "N D"]) -> float:
 @functools.partial(jax.jit, static_argnums=1)
 def _decompose(
     matrix: Float[Array, "D D"], is_inverse: bool
-) -> tuple[Spectrum, Bool[Array, " D"]]:
-    """Decomposes a scaled matrix, and finds the rows that no scale can repair.
-
-    In these the diagonal is negative, or zero where another element is not: the matrix
-    is indefinite, however small they are.
-    """
-    diagonal = jnp.diag(matrix)
+) -> tuple[Float[Array, " D"], Float[Array, " D"], Float[Array, "D D"]]:
     scale, values, vectors = equilibrated_eigh(matrix)
+    return 1 / scale if is_inverse else scale, values, vectors
+
+
+def _refuse_bad_rows(
+    matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
+) -> Float[Array, "D D"]:
+    """Refuses rows that no scale can repair, before the costly decomposition."""
+    bad = _is_bad_row(matrix)
+
+    def first() -> str:
+        index = int(np.flatnonzero(bad)[0])
+        element = np.asarray(matrix)[index, index]
+        return f"The first is that of {element_name(params, index)}: {element}."
+
+    return refuse(
+        matrix,
+        bad,
+        f"{name} is indefinite: it has an element on its diagonal that is negative, "
+        f"or zero in a row that is not. {_REMEDY[kind]}",
+        first,
+    )
+
+
+@jax.jit
+def _is_bad_row(matrix: Float[Array, "D D"]) -> Bool[Array, " D"]:
+    diagonal = jnp.diag(matrix)
     largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
-    is_bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
-    return Spectrum(1 / scale if is_inverse else scale, values, vectors), is_bad
+    return (diagonal < 0) | ((diagonal == 0) & (largest > 0))
 
 
 def whiten_jacobian(

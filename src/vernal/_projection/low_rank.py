@@ -46,6 +46,10 @@ class LowRankWhitening(AbstractWhitening):
         return self.eigenvalues.shape[-1]
 
     @property
+    def is_null(self) -> Bool[Array, " rank"]:
+        return jnp.zeros(self.eigenvalues.shape, bool)
+
+    @property
     def spectrum(self) -> Float[Array, " rank"]:
         """The leading eigenvalues of the scaled matrix: the others are not known."""
         return self.eigenvalues

@@ -26,14 +26,14 @@ class AbstractWhitening(eqx.Module):
         """The shape of the latent array."""
 
     @property
+    @abc.abstractmethod
     def rank(self) -> Any:
         """The number of directions that are not null; an array if values decide."""
-        return self.latent_size
 
     @property
+    @abc.abstractmethod
     def is_null(self) -> Bool[Array, "*members D"]:
-        """Which directions of `spectrum` are null: the last ones, if there are any."""
-        return jnp.zeros(self.spectrum.shape, bool)
+        """Which directions of `spectrum` are null: the last ones."""
 
     @property
     @abc.abstractmethod
@@ -93,6 +93,14 @@ class Unchanged(AbstractWhitening):
         return self.shape
 
     @property
+    def rank(self) -> int:
+        return self.latent_size
+
+    @property
+    def is_null(self) -> Bool[Array, "*members D"]:
+        return jnp.zeros(self.latent_size, bool)
+
+    @property
     def spectrum(self) -> Float[Array, "*members D"]:
         return jnp.ones(self.latent_size, self.dtype)
 
@@ -102,7 +110,8 @@ class Unchanged(AbstractWhitening):
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, "..."]:
         return vector.reshape(self.latent_shape)
 
-    invert = transpose
+    def invert(self, vector: Float[Array, " D"]) -> Float[Array, "..."]:
+        return vector.reshape(self.latent_shape)
 
     def matrix(self) -> Float[Array, "D latent"]:
         return jnp.eye(self.latent_size, dtype=self.dtype)

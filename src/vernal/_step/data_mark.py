@@ -7,12 +7,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from .._boundary import PyTree
+from .._boundary import PyTree, is_traced
 from .._data import Minibatches, Source, Stream
 from .._program import chosen
 from .._tree import LeafSum, leaf_sums, row_sums
@@ -28,9 +27,9 @@ def data_mark(source: Source, parts: Mapping[str, Any]) -> int:
     This is the source of its batches, and the parts of a trainer that score them.
     """
     seen = in_source(source)
-    seen = _ONE_BY_ONE if _is_traced(seen) else seen
+    seen = _ONE_BY_ONE if is_traced(seen) else seen
     parts = compared(seen, parts)
-    (mark,) = _marks(leaf_sums((seen, {} if _is_traced(parts) else parts)), 1)
+    (mark,) = _marks(leaf_sums((seen, {} if is_traced(parts) else parts)), 1)
     return mark
 
 
@@ -56,10 +55,6 @@ def marks_of_rows(rows: PyTree, shared: PyTree, members: int) -> list[int]:
     """
     sums = leaf_sums(shared) + row_sums(eqx.filter(rows, eqx.is_array))
     return _marks(sums, members)
-
-
-def _is_traced(tree: PyTree) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _marks(sums: list[LeafSum], members: int) -> list[int]:

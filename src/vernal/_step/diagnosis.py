@@ -9,10 +9,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from .._boundary import PyTree, debugged, is_debugged, spelled_leaves, warn
+from .._boundary import (
+    PyTree,
+    debugged,
+    is_debugged,
+    is_traced,
+    spelled_leaves,
+    warn,
+)
 from .._data import Minibatches, as_batch
 from .._likelihoods import Poisson
 from .._policy import SKIP_ADVICE
@@ -96,7 +102,7 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     Under `jax_debug_nans` or `jax_debug_infs`, raises a `FloatingPointError` at the
     operation instead.
     """
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves((trainer.params, batch))):
+    if is_traced(trainer.params, batch):
         return Diagnosis((), (), ("Outside of `jax.jit` it can be said where from.",))
     data, model = bad_data(batch), _bad_model(trainer)
     trainer = _at_bad_step(trainer)
