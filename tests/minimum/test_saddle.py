@@ -1,5 +1,6 @@
 """At a saddle: along what the loss curves downwards."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +74,158 @@ def test_the_direction_of_downward_curvature_is_named(name):
     assert result.explain() == f"{result.stop_reason} The loss {words}."
     with pytest.raises(ValueError, match=r"Fit first; or, if .* elsewhere"):
         result.report(batch)
+
+
+PLACES = jnp.linspace(-6.0, 6.0, 61)
+
+
+def bell(centre):
+    return jnp.exp(-0.5 * (PLACES.astype(centre.dtype) - centre) ** 2)
+
+
+# A symmetric model, the truth, and a start at which its squares are not lowest.
+SYMMETRIC = {
+    "two stars": (
+        lambda x: x[1] * (bell(x[0] / 2) + bell(-x[0] / 2)),
+        [2.0, 3.0],
+        [0.0, 2.0],
+    ),
+    "a square": (
+        lambda x: x[1] + x[0] ** 2 * PLACES.astype(x.dtype),
+        [1.5, 3.0],
+        [0.0, 2.0],
+    ),
+    "two lines at one place": (
+        lambda x: x[0] * bell(x[2]) + x[1] * bell(x[3]) + x[4],
+        [2.0, 1.0, -1.5, 1.0, 0.3],
+        [1.0, 1.0, 0.1, 0.1, 0.0],
+    ),
+    "a product": (
+        lambda x: x[0] * x[1] * PLACES.astype(x.dtype) + x[2],
+        [2.0, 1.0, 0.5],
+        [0.0, 0.0, 0.0],
+    ),
+}
+# The truth is a symmetric point, or the data do not know of a parameter.
+LOWEST = {
+    "two stars in one": (SYMMETRIC["two stars"][0], [0.0, 3.0], [0.0, 2.0]),
+    "idle": (lambda x: x[1] + 0 * x[0] * bell(x[1]), [1.0, 3.0], [2.0, 2.0]),
+    "degenerate": (lambda x: (x[0] - x[1]) * bell(x[2]), [3.0, 1.0, 0.4], [1.0, 0, 0]),
+}
+PRIORS = {"": vn.Normal(0.5, 5.0)}
+KINDS = {"float64": (jnp.float64, None), "float32, priors": (jnp.float32, PRIORS)}
+SOLVERS = {"BFGS": BFGS, "LevenbergMarquardt": optx.LevenbergMarquardt(1e-9, 1e-9)}
+STOP = vn.Converged(1e-7, 20)
+
+
+class Symmetric(vn.Trainer):
+    name: str
+
+    def __init__(self, name, dtype=jnp.float64, beside=0.0, **options):
+        start = jnp.asarray({**SYMMETRIC, **LOWEST}[name][2], dtype)
+        super().__init__(start.at[-2].add(beside), optax.adam(0.02), **options)
+        self.name = name
+
+    def residuals(self, model, batch):
+        fn = {**SYMMETRIC, **LOWEST}[self.name][0]
+        return (fn(model) - batch) / jnp.asarray(0.05, model.dtype)
+
+
+def measured(name, dtype=jnp.float64):
+    fn, truth, _ = {**SYMMETRIC, **LOWEST}[name]
+    noise = 0.05 * np.random.default_rng(0).normal(size=PLACES.size)
+    return (fn(jnp.asarray(truth)) + noise).astype(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "priors"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_a_solve_leaves_a_symmetric_start(name, solver, priors, dtype):
+    trainer = Symmetric(name, dtype, priors=priors)
+    result = trainer.solve(SOLVERS[solver], measured(name, dtype))
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    # As low as the noise allows: the start is at thousands.
+    assert 2 * result.best_loss < 1.5 * PLACES.size
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_a_whitened_solve_does(name):
+    batch = measured(name)
+    trainer = Symmetric(name, priors=PRIORS).whiten(batch)
+    result = trainer.solve(SOLVERS["LevenbergMarquardt"], batch)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    assert 2 * result.best_loss < 1.5 * PLACES.size
+
+
+class Squared(vn.Trainer):
+    """Lowest at 3, of which it knows nothing at 0. Beyond `reach` it is an error."""
+
+    reach: float
+    unit: float
+
+    def __init__(self, reach=np.inf, unit=1.0, **options):
+        super().__init__({"a": jnp.zeros(()), "c": jnp.zeros(())}, **options)
+        self.reach, self.unit = reach, unit
+
+    def residuals(self, model, batch):
+        a = model["a"] / self.unit
+        a = eqx.error_if(a, abs(a) > self.reach, "too far")
+        return a**2 * X + model["c"] - batch
+
+
+NEAR = {
+    "an error farther off": ({"reach": 10.0}, 3.0),
+    "an end of the bounds": ({"bounds": {"a": (-9, 0)}}, 3.0),
+    "no room within the bounds": ({"bounds": {"a": (0, 0.5)}}, 0.5),
+    "a small unit": ({"unit": 1e-5}, 3.0),
+    "a large unit": ({"unit": 1e5}, 3.0),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("case", NEAR)
+def test_it_goes_no_farther_than_it_may(case, solver):
+    options, answer = NEAR[case]
+    trainer = Squared(**options)
+    result = trainer.solve(SOLVERS[solver], 9 * X + 1, max_steps=1_000)
+    found = abs(float(result.model["a"])) / trainer.unit
+    np.testing.assert_allclose(found, answer, rtol=1e-6)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+
+
+@pytest.mark.parametrize("steps", range(2, 9))
+def test_without_steps_left_it_has_not_converged(steps):
+    name = "two lines at one place"
+    result = Symmetric(name).solve(BFGS, measured(name), max_steps=steps)
+    is_low = 2 * result.best_loss < 1.5 * PLACES.size
+    assert is_low or result.stop_reason is not vn.StopReason.CONVERGED
+
+
+def test_a_fit_says_along_what_the_loss_falls():
+    name = "two lines at one place"
+    result = Symmetric(name).fit(measured(name), 3_000, stop=STOP, progress=False)
+    assert result.stop_reason is vn.StopReason.STALLED
+    assert "curves downwards along [" in result.explain()
+
+
+WAYS = {"stop": {"stop": STOP}, "BFGS": {"solver": BFGS}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_of_many_that_is_not_at_a_minimum_has_stalled(way):
+    """One begins at the symmetric point, and ends there; the other beside it."""
+    name = "two lines at one place"
+    trainers = Symmetric(name), Symmetric(name, beside=0.5)
+    many = vn.fit_many(trainers, measured(name), 3_000, **WAYS[way])
+    assert many.stop_reasons[0] is vn.StopReason.STALLED
+    assert 2 * many.best_losses[1] < 1.5 * PLACES.size < many.best_losses[0]
+
+
+@pytest.mark.parametrize(("dtype", "priors"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", LOWEST)
+def test_a_minimum_with_an_idle_direction_is_one(name, solver, priors, dtype):
+    trainer = Symmetric(name, dtype, priors=priors)
+    result = trainer.solve(SOLVERS[solver], measured(name, dtype))
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    assert 2 * result.best_loss < 1.5 * PLACES.size

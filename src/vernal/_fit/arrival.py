@@ -9,9 +9,9 @@ import numpy as np
 from .._data import Source, Whole, as_batch
 from .._minimum import (
     Distance,
-    beyond,
     distance_of,
     has_minimum,
+    lower_point,
     measure,
     settled,
     what_falls,
@@ -39,7 +39,7 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
     bare, batch, kind = stripped(trainer), source.batch, what_falls(trainer)
     local = _measure(bare, trainer.projector, batch, kind, jnp.asarray(fall))
     distance = distance_of(local)
-    if lower := beyond(bare, batch, kind, local, distance):
+    if lower := lower_point(bare, batch, kind, local, distance):
         distance = lower.distance
     reason = settled(result.stop_reason, distance)
     return dataclasses.replace(result, stop_reason=reason, _distance=distance)

@@ -1,6 +1,7 @@
 """Whether many trainers are at their minima, at the end of a fit."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from .._minimum import (
     distance_of,
     has_jacobian,
     has_minimum,
+    lower_point,
     measure,
     settled,
     what_falls,
@@ -43,18 +45,35 @@ def checked_ends(
     group = _group(trainers, batch, flags, group)
     falls = jnp.asarray(_falls(result.history, np.asarray(trainers.step_count)))
     members = Members(trainers, (*own, *flags), group)
-    local = _measure(members, batch, what_falls(trainers), falls)
-    distances = distances_of(local, over)
+    kind = what_falls(trainers)
+    local = _measure(members, batch, kind, falls)
+    distances = distances_of(members, batch, kind, local, over)
     for index, distance in zip(over, distances, strict=True):
         reasons[index] = settled(reasons[index], distance)
         edms[index] = distance.edm
     return dataclasses.replace(result, stop_reasons=tuple(reasons), edms=edms)
 
 
-def distances_of(local: Any, indices: Any) -> list[Distance]:
-    """Finds the distances of the members with these indices, on the host."""
-    local = jax.device_get(local)
-    return [distance_of(jax.tree.map(lambda x, i=i: x[i], local)) for i in indices]
+def distances_of(
+    members: Members, batch: Any, kind: str, local: Any, indices: Iterable[int]
+) -> list[Distance]:
+    """Finds the distances of the members with these indices, on the host.
+
+    `local` is what `measure` found of all of them, for this `kind`.
+    """
+    place, found, local = members.place, [], jax.device_get(local)
+    trainers, batch = place.home(members.trainers), place.home(batch)
+    members = members._replace(trainers=trainers)
+    for index in indices:
+        own = jax.tree.map(lambda x, i=index: x[i], local)
+        distance = distance_of(own)
+        if distance.is_minimum:
+            trainer, data = members.one(batch, index)
+            trainer = stripped(in_free_coordinates(trainer))
+            if lower := lower_point(trainer, data, kind, own, distance):
+                distance = lower.distance
+        found.append(distance)
+    return found
 
 
 @program

@@ -9,7 +9,7 @@ import jax
 from .._boundary import PyTree
 from .._devices import ANYWHERE, AbstractPlacement
 from .._step import AbstractTrainer, config_of, progress_of, with_progress
-from .mapped_chunk import Flags, apart, in_groups
+from .mapped_chunk import Flags, apart, in_groups, member
 
 
 class Members(NamedTuple):
@@ -32,3 +32,10 @@ class Members(NamedTuple):
 
         own = config, progress, *rows
         return in_groups(jax.vmap(of_one), own, self.group, self.place)
+
+    def one(self, batch: Any, index: int) -> tuple[AbstractTrainer, Any]:
+        """Returns one of the trainers, and its batch."""
+        progress = jax.tree.map(lambda x: x[index], progress_of(self.trainers))
+        own = config_of(self.trainers), batch
+        config, batch = member(own, self.flags, index)
+        return with_progress(config, progress), batch

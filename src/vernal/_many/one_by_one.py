@@ -13,21 +13,15 @@ from .._policy import StopReason
 from .._solve import REASONS, End, Problem, Start, in_parameters, run, run_solver
 from .._step import (
     AbstractTrainer,
-    config_of,
     in_free_coordinates,
     initial_opt_state,
-    progress_of,
     stripped,
-    with_progress,
 )
-from .mapped_chunk import Flags, member
+from .members import Members
 
 
 def solve_each(
-    trainers: AbstractTrainer,
-    flags: Flags,
-    problem: Problem,
-    goal: Int[Array, ""],
+    members: Members, problem: Problem, goal: Int[Array, ""]
 ) -> tuple[End, PyTree, list[int]]:
     """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
 
@@ -35,10 +29,9 @@ def solve_each(
     indices of those that met an error.
     """
     ends, errors = [], {}
-    for index in range(trainers.step_count.shape[0]):
-        progress = jax.tree.map(lambda x, i=index: x[i], progress_of(trainers))
-        config, batch = member((config_of(trainers), problem.batch), flags, index)
-        trainer, alone = with_progress(config, progress), problem._replace(batch=batch)
+    for index in range(members.trainers.step_count.shape[0]):
+        trainer, batch = members.one(problem.batch, index)
+        alone = problem._replace(batch=batch)
         inner = in_free_coordinates(trainer)
         args = stripped(inner), inner.projector, Start.of(inner), alone, goal
         try:

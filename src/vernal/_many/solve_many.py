@@ -12,7 +12,7 @@ from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import same_inputs
-from .._minimum import settled
+from .._minimum import settled, what_falls
 from .._policy import StopReason
 from .._program import program
 from .._solve import (
@@ -25,6 +25,7 @@ from .._solve import (
     choose,
     find_bad,
     in_parameters,
+    is_least_squares,
     is_suspect,
     progress_at,
     run_solver,
@@ -112,13 +113,13 @@ def _run_round(
     members: Members, problem: Problem, steps: int
 ) -> tuple[_Ends, list[int]]:
     """Runs the solver once; returns also the members that met an error."""
-    goal, trainers = jax.device_put(np.int32(steps)), members.trainers
+    goal = jax.device_put(np.int32(steps))
     try:
         return jax.block_until_ready(_run(members, problem, goal)), []
     except RuntimeError:
         if members.place.mesh is not None:
             raise
-        end, state, broken = solve_each(trainers, members.flags, problem, goal)
+        end, state, broken = solve_each(members, problem, goal)
         return _Ends(end, state), broken
 
 
@@ -172,8 +173,12 @@ def _solve(
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
         )
     )
+    progress = progress_at(end, old, opt_state, old.nan_counts)
+    ended = members._replace(trainers=with_progress(trainers, progress))
     local = jax.tree.map(whole, end.local)
-    distances = distances_of(local, range(len(numbers)))
+    kind = what_falls(trainers, is_least_squares(problem.encoded.decode()))
+    every = range(len(numbers))
+    distances = distances_of(ended, problem.batch, kind, local, every)
     reasons = [settled(REASONS[i], d) for i, d in zip(numbers, distances, strict=True)]
     suspect = np.array(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
@@ -191,7 +196,7 @@ def _solve(
         bad = np.column_stack([bad, np.array(lost) & ~is_named])
         lasts = jnp.asarray(starts + np.maximum(steps - 1, 0))
         counts = jax.vmap(count_non_finite)(counts, jnp.asarray(bad), lasts)
-    progress = progress_at(end, old, opt_state, counts)
+    progress = dataclasses.replace(progress, nan_counts=counts)
     row = np.arange(int(steps.max()))
     # A member that has ended has no more losses.
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)

@@ -2,7 +2,8 @@
 
 `distance` measures the surroundings of a trainer, `local` holds them as a compiled
 program returns them, `formulas` finds the distance from them on the host, and `edm` is
-what it says. `plateau` looks for lower points where something is held at its bound.
+what it says. `lower` looks for lower points where directions are `idle`: beside a
+`saddle`, and across a `plateau`.
 """
 
 from .distance import (
@@ -28,5 +29,6 @@ from .edm import (
     unknown,
 )
 from .formulas import distance_of
+from .idle import Lower
 from .local import Curved, Local, Triangle, underflows
-from .plateau import Lower, beyond
+from .lower import lower_point

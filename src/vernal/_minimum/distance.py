@@ -30,6 +30,7 @@ from .._step import (
     live,
     negative_log_likelihood,
     overrides,
+    prior_count,
     priors_of,
     pushed,
     score,
@@ -95,7 +96,7 @@ def measure(
     here = _Here(_wide(ravel(params)), params, projector)
     value = minimised(trainer, batch, kind)
     held = pushed(trainer, value) if held is None else held
-    is_held = jnp.all(flat_flags(held, params))
+    flags = flat_flags(held, params)
     at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
     if kind == "residuals":
         met: set[type] = set()
@@ -104,18 +105,19 @@ def measure(
         if met:
             # The residuals of scoring have no bound where that of counts is small.
             loss = _wide(value(params))
-        found = _of_residuals(residuals, here, fall, loss)
-        return _with_held(found, is_held)
+        count = prior_count(trainer)
+        found = _of_residuals(residuals, here, fall, loss, count)
+        return _with_held(found, flags)
     loss = lambda flat: _wide(score(at(flat), batch, key).loss)
     fall = None if kind == "nll" else fall
-    return _with_held(_of_loss(traced(loss, here.flat), here, fall), is_held)
+    return _with_held(_of_loss(traced(loss, here.flat), here, fall), flags)
 
 
-def _with_held(local: Local, is_held: Any) -> Local:
-    """Says of a point whether all parameters are held, so that it may be flat."""
+def _with_held(local: Local, held: Any) -> Local:
+    """Says of a point what is held: where that is all, it may be flat."""
     if isinstance(local, Distance):
-        return local._replace(is_saddle=local.is_saddle & ~is_held)
-    return local._replace(is_held=is_held)
+        return local._replace(is_saddle=local.is_saddle & ~jnp.all(held))
+    return local._replace(held=held)
 
 
 def has_jacobian(data: int, size: int) -> bool:
@@ -131,16 +133,19 @@ def measure_jacobian(
     params: Params,
     projector: EigenProjector | None,
     fall: Any,
+    priors: int,
 ) -> Local:
     """Measures what `measure` does from a Jacobian that is there already.
 
-    `residuals` are those of scoring, and those whose squares are minimised.
+    `residuals` are those of scoring, and those whose squares are minimised; the last
+    ones, so many as `priors`, are of priors.
     """
     here = _Here(_wide(ravel(params)), params, projector)
     vector, deviances = (_wide(part).ravel() for part in residuals)
     loss = 0.5 * jnp.sum(jnp.square(deviances))
-    found = triangle(_wide(jacobian), vector, here.point(), fall, loss)
-    return _with_held(found, jnp.all(held))
+    point = here.point()
+    found = triangle(_wide(jacobian), vector, point, fall, loss, priors)
+    return _with_held(found, held)
 
 
 def spectral_distance(
@@ -154,7 +159,7 @@ def spectral_distance(
 ) -> Distance:
     """Finds the distance by a decomposed Jacobian of `size` residuals, on the host."""
     found = spectral(spectrum, slope, squares, size, _on_host(params, projector))
-    return distance_of(_with_held(found, bool(np.all(held))))
+    return distance_of(_with_held(found, np.asarray(held)))
 
 
 def hessian_distance(
@@ -169,7 +174,7 @@ def hessian_distance(
     loss, gradient, matrix = map(_wide, map(np.asarray, (value, slope, hessian)))
     point = _on_host(params, projector)
     found = curved(loss, gradient, matrix, point, TOLERANCE)
-    return distance_of(_with_held(found, bool(np.all(held))))
+    return distance_of(_with_held(found, np.asarray(held)))
 
 
 def _on_host(params: Params, projector: EigenProjector | None) -> Point:
@@ -218,7 +223,9 @@ class _Here(NamedTuple):
         return ravel(natural, ravel_dtype(self.params))
 
 
-def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
+def _of_residuals(
+    residuals: Flat, here: _Here, fall: Any, loss: Any, priors: int
+) -> Local:
     flat = here.flat
     vector = residuals(flat)
     loss = 0.5 * jnp.sum(jnp.square(vector)) if loss is None else loss
@@ -227,7 +234,7 @@ def _of_residuals(residuals: Flat, here: _Here, fall: Any, loss: Any) -> Local:
             jacobian = jacobian_matrix(residuals, flat, _SUBJECT)
         except TypeError:
             return unknown(flat)
-        return triangle(jacobian, vector, here.point(), fall, loss)
+        return triangle(jacobian, vector, here.point(), fall, loss, priors)
     products = gauss_newton_products(residuals, flat)
     if products is None:
         return unknown(flat)

@@ -45,8 +45,8 @@ def _by_svd(local: Triangle) -> Spectral:
     if loss < np.finfo(loss.dtype).tiny:
         # Squares that are too small for their dtype are none for a double.
         loss = 0.5 * np.sum(np.square(factor[:, -1]))
-    found = local._replace(loss=loss)
-    return Spectral(values, inner, right, *found[1:-2], local.is_held)
+    known = local.size, local.rounding, local.spacing, local.exact, local.has_fallen
+    return Spectral(values, inner, right, local.turn, loss, *known, local.held)
 
 
 def _of_spectral(local: Spectral) -> Distance:
@@ -69,7 +69,7 @@ def _of_spectral(local: Spectral) -> Distance:
         tolerance = np.fmax(tolerance, local.exact)
     # Far from the data a model may underflow, and no residual depends on a parameter.
     is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
-    is_flat = is_flat and not local.is_held
+    is_flat = is_flat and not np.all(local.held)
     return _distance(edm, tolerance, is_flat, local, step)
 
 
@@ -87,7 +87,7 @@ def _of_curved(local: Curved) -> Distance:
         edm = np.nan
     # Rounding makes less than this of a zero.
     curves_down = values.min(initial=0) < -(eps**0.5) * largest
-    is_saddle = (largest == 0 and is_flat and not local.is_held) or curves_down
+    is_saddle = (largest == 0 and is_flat and not np.all(local.held)) or curves_down
     step = -vectors @ (along / curvature)
     if curves_down:
         step = _downhill(vectors[:, 0], slope)

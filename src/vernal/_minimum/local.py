@@ -30,7 +30,8 @@ class Triangle(NamedTuple):
     - `exact`: the distance that counts as zero without scatter.
     - `has_fallen`: whether the loss has fallen on the way.
     - `scale`: the norms of the columns of the Jacobian.
-    - `is_held`: whether all parameters are held at their bounds.
+    - `priors`: the rows of the Jacobian that are those of priors.
+    - `held`: which parameters are held at their bounds.
     """
 
     factor: Float[Array, "L+1 L+1"]
@@ -42,7 +43,8 @@ class Triangle(NamedTuple):
     exact: Float[Array, ""]
     has_fallen: Bool[Array, ""]
     scale: Float[Array, " D"]
-    is_held: Any = False
+    priors: Float[Array, "P D"]
+    held: Any = False
 
     @property
     def slope(self) -> Float[Array, " L"]:
@@ -68,7 +70,7 @@ class Spectral(NamedTuple):
     spacing: Any
     exact: Any
     has_fallen: Any
-    is_held: Any = False
+    held: Any = False
 
 
 class Curved(NamedTuple):
@@ -85,7 +87,7 @@ class Curved(NamedTuple):
     rounding: Float[Array, ""]
     tolerance: Float[Array, ""]
     scale: Float[Array, " D"]
-    is_held: Any = False
+    held: Any = False
 
 
 Local = Triangle | Spectral | Curved | Distance
@@ -144,8 +146,12 @@ def triangle(
     point: Point,
     fall: Any,
     loss: Any,
+    priors: int,
 ) -> Triangle:
-    """Reduces residuals and their Jacobian by a QR; `fall` is how far the loss fell."""
+    """Reduces residuals and their Jacobian by a QR; `fall` is how far the loss fell.
+
+    The last rows, so many as `priors`, are of priors.
+    """
     scale = own = column_norms(jacobian)
     # What does nothing has no spacing that would matter: its norm is 1 by convention.
     known = jnp.where(jnp.any(jacobian != 0, axis=0), scale, 0)
@@ -169,6 +175,7 @@ def triangle(
         exact=point.exact(known),
         has_fallen=jnp.asarray(fall > 0),
         scale=scale,
+        priors=jacobian[jacobian.shape[0] - priors :],
     )
 
 

@@ -13,8 +13,8 @@ from .._minimum import (
     Distance,
     Local,
     Lower,
-    beyond,
     distance_of,
+    lower_point,
     measure_jacobian,
     settled,
     unknown,
@@ -32,6 +32,7 @@ from .._step import (
     initial_opt_state,
     live,
     noted,
+    prior_count,
     progress_of,
     stripped,
     with_progress,
@@ -108,21 +109,12 @@ class Rounds:
 
     def go(self, max_steps: int, rewhiten: bool) -> None:
         """Solves until it converges, gets no further, or has taken its steps."""
-        self._most = max_steps
+        self._most = left = max_steps
         whitens = rewhiten and can_whiten(self._placed)
-        if bounds_of(self._placed) is not None:
-            self._find_held(max_steps, whitens)
-        elif whitens:
-            self._search(max_steps)
-        else:
-            self._found = self._run(max_steps)
-
-    def _find_held(self, left: int, whitens: bool) -> None:
-        """Solves until nothing is held at a bound that it could leave farther off."""
         before = np.inf
         while True:
-            left = self._settle(left, whitens)
-            now, lower = self._found, self._beyond()
+            left = self._attempt(left, whitens)
+            now, lower = self._found, self._lower_point()
             if now is None or lower is None:
                 return
             if not (left and now.last < before):
@@ -135,14 +127,23 @@ class Rounds:
                 at = None if now.projector is None else now.projector.to_latent(params)
                 self._begin(params, now.projector, cast_like(at, now.end.latent))
 
-    def _beyond(self) -> Lower | None:
-        """Finds a lower point across a plateau, on which the last round ended."""
+    def _attempt(self, left: int, whitens: bool) -> int:
+        """Solves from where it is; returns how many steps are left."""
+        if bounds_of(self._placed) is not None:
+            return self._settle(left, whitens)
+        if whitens:
+            return self._search(left)
+        self._found = self._run(left)
+        return left - self._found.steps
+
+    def _lower_point(self) -> Lower | None:
+        """Finds a point below the end of the last round, to which no slope leads."""
         now, problem = self._found, self._problem
         if now is None or now.reason in IS_OVER:
             return None
         kind = what_falls(self._placed, is_least_squares(problem.encoded.decode()))
         trainer = live(self._stripped, now.end.params)
-        return beyond(trainer, problem.batch, kind, now.end.local, now.distance)
+        return lower_point(trainer, problem.batch, kind, now.end.local, now.distance)
 
     def _settle(self, left: int, whitens: bool) -> int:
         """Solves until it is known what is held; returns how many steps are left."""
@@ -159,13 +160,14 @@ class Rounds:
             if not (whitens and self._whiten(now.end.params)):
                 self._begin(now.end.params, now.projector, now.end.latent)
 
-    def _search(self, left: int) -> None:
+    def _search(self, left: int) -> int:
         """Solves from the given space on, and at most twice more from the start.
 
         A space goes stale on the way from a start far away. A solver that descends in
         it ends in a curved valley of the loss, along which it crawls: the second
         attempt whitens often from the beginning. Where nothing helps, as where a model
-        is flat, the third begins with shorter steps. The lowest end counts.
+        is flat, the third begins with shorter steps. The lowest end counts. Returns how
+        many steps are left.
         """
         kept, left = self._descend(left, self._long, None)
         for is_damped in (False, True):
@@ -176,6 +178,7 @@ class Rounds:
                     # There is no other space.
                     self._begin(kept.end.params, kept.projector, kept.end.latent)
                     kept = self._found = self._run(left)
+                    left -= kept.steps
                 break
             now, left = self._descend(left, self._short, float(kept.end.first))
             if not now.last <= kept.last + now.distance.noise:
@@ -186,6 +189,7 @@ class Rounds:
         if kept.projector is self._damped and self._whiten(kept.end.params):
             end = kept.end._replace(latent=self._held.latent)
             self._found = kept._replace(end=end, projector=self._projector)
+        return left
 
     def _descend(
         self, left: int, steps: int, before: float | None
@@ -225,7 +229,8 @@ class Rounds:
         end = run(self._stripped, self._projector, self._held, self._problem, goal)
         copied = end.losses, end.steps, end.reason, end.last, end.is_settled
         losses, count, why, last, is_settled = jax.device_get(copied)
-        distance = distance_of(end.local or self._linearised(end))
+        end = end._replace(local=end.local or self._linearised(end))
+        distance = distance_of(end.local)
         self._losses.append(losses[:count])
         why = REASONS[why]
         reason = settled(why, distance)
@@ -272,7 +277,8 @@ class Rounds:
         assert found.deviances is not None
         residuals = found.value, found.deviances
         at_end = found.held, end.params, self._projector, fall
-        return measure_jacobian(jacobian, residuals, *at_end)
+        count = prior_count(trainer)
+        return measure_jacobian(jacobian, residuals, *at_end, count)
 
     def diagnosis(self) -> Diagnosis:
         """Finds out why the values at the end are not finite."""
