@@ -236,9 +236,14 @@ class Saddle(vn.Trainer):
 
 
 def test_a_saddle_is_no_minimum():
-    result = Saddle({"x": jnp.asarray(1.0), "y": jnp.asarray(0.0)}).solve(BFGS, None)
-    assert result.model["y"] == 0
-    assert result.stop_reason is REASON.STALLED
+    trainer = Saddle({"x": jnp.asarray(1.0), "y": jnp.asarray(0.0)}, optax.adam(0.1))
+    fit = trainer.fit(None, 1_000, stop=vn.Converged(1e-7, 20), progress=False)
+    assert fit.model["y"] == 0
+    assert fit.stop_reason is REASON.STALLED
+    # A solver goes on from beside it.
+    result = trainer.solve(BFGS, None)
+    np.testing.assert_allclose(abs(result.model["y"]), 0.5**0.5, rtol=1e-6)
+    assert result.stop_reason is REASON.CONVERGED
 
 
 def test_a_plateau_is_no_minimum():

@@ -11,6 +11,7 @@ import pytest
 import vernal as vn
 
 BFGS = optx.BFGS(1e-9, 1e-9)
+STOP = vn.Converged(1e-7, 20)
 # Takes steps that move nothing.
 IDLE = optx.GradientDescent(1e-14, 1e-30, 1e-30)
 X = jnp.linspace(0.0, 1.0, 40)
@@ -70,10 +71,21 @@ class Fit(vn.Trainer):
 @pytest.mark.parametrize("name", SADDLES)
 def test_the_direction_of_downward_curvature_is_named(name):
     words, batch = SADDLES[name][2], 2 * X + 1 + NOISE
-    result = Fit(name).solve(IDLE if name == "many" else BFGS, batch)
+    trainer = Fit(name)
+    if name == "many":
+        result = trainer.solve(IDLE, batch)
+    else:
+        result = trainer.fit(batch, 3_000, stop=STOP, progress=False)
     assert result.explain() == f"{result.stop_reason} The loss {words}."
     with pytest.raises(ValueError, match=r"Fit first; or, if .* elsewhere"):
         result.report(batch)
+
+
+@pytest.mark.parametrize("name", ["jitter", "mixed"])
+def test_a_solve_goes_on_from_there(name):
+    result = Fit(name).solve(BFGS, 2 * X + 1 + NOISE)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    assert "curves" not in result.explain()
 
 
 PLACES = jnp.linspace(-6.0, 6.0, 61)
@@ -115,7 +127,6 @@ LOWEST = {
 PRIORS = {"": vn.Normal(0.5, 5.0)}
 KINDS = {"float64": (jnp.float64, None), "float32, priors": (jnp.float32, PRIORS)}
 SOLVERS = {"BFGS": BFGS, "LevenbergMarquardt": optx.LevenbergMarquardt(1e-9, 1e-9)}
-STOP = vn.Converged(1e-7, 20)
 
 
 class Symmetric(vn.Trainer):

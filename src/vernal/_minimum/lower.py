@@ -38,6 +38,7 @@ def lower_point(
     if point is None:
         return None
     step = (point - around.point).astype(float)
+    step = step if is_plateau else step * local.scale
     found = distance._replace(
         is_saddle=np.asarray(True),
         is_plateau=np.asarray(is_plateau),

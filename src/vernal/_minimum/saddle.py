@@ -1,7 +1,8 @@
 """Lower points beside a saddle, to which no slope of the data leads.
 
 Where a model is symmetric, as in the separation of two stars that is zero, its squares
-may have a maximum. Gauss-Newton's curvature is never negative, and does not show it.
+may be largest. The curvature of Gauss and Newton is never negative, and does not show
+it.
 """
 
 from typing import Any
@@ -25,21 +26,12 @@ def beside(around: Around, local: Triangle | Curved) -> Float[np.ndarray, " D"] 
 
     From here to there it falls all the way.
     """
-    is_free = ~np.broadcast_to(local.held, around.point.shape)
-    if not (idle := idle_directions(local, around.point, is_free)):
+    if (found := _steepest(around, local)) is None:
         return None
-    directions = np.asarray(idle, around.point.dtype)
-    inputs = around.trainer, jnp.asarray(directions), around.batch, around.kind
-    if (curvature := jax.device_get(_curvature(*inputs))) is None:
-        return None
-    if not np.isfinite(curvature).all():
-        return None
-    values, vectors = np.linalg.eigh(curvature.astype(float))
-    if not values[0] < 0:
-        return None
+    curvature, direction = found
     # At this length the fall is noticed, if it is that of a parabola.
-    length = np.sqrt(2 * around.noise / -values[0])
-    if (seen := around.look_along(length * vectors[:, 0] @ directions)) is None:
+    length = np.sqrt(2 * around.noise / -curvature)
+    if (seen := around.look_along(length * direction)) is None:
         return None
     here, lowest, found = seen.losses[0], seen.losses[0], None
     for side in np.split(np.arange(1, len(seen.losses)), 2):
@@ -51,6 +43,27 @@ def beside(around: Around, local: Triangle | Curved) -> Float[np.ndarray, " D"] 
         if losses[last] < lowest:
             lowest, found = losses[last], seen.points[side[last - 1]]
     return found
+
+
+def _steepest(around: Around, local: Triangle | Curved) -> Any:
+    """Finds where the loss curves downwards most: how much, and the direction.
+
+    `None` if it does so nowhere.
+    """
+    if isinstance(local, Curved):
+        directions, curvature = np.diag(1 / local.scale), local.hessian
+    else:
+        is_free = ~np.broadcast_to(local.held, around.point.shape)
+        if not (idle := idle_directions(local, around.point, is_free)):
+            return None
+        directions = np.asarray(idle, around.point.dtype)
+        inputs = around.trainer, jnp.asarray(directions), around.batch, around.kind
+        curvature = jax.device_get(_curvature(*inputs))
+    if curvature is None or not np.isfinite(curvature).all():
+        return None
+    values, vectors = np.linalg.eigh(curvature.astype(float))
+    lowest = vectors[:, 0] * np.sign(vectors[abs(vectors[:, 0]).argmax(), 0])
+    return (values[0], lowest @ directions) if values[0] < 0 else None
 
 
 @program
