@@ -3,6 +3,7 @@ import functools
 import gc
 import itertools
 import re
+import signal
 from pathlib import Path
 
 import jax
@@ -15,6 +16,10 @@ import annotations
 # Programs are many objects that live long. To look through them takes a tenth of the
 # time by default. The tests of what is let go of collect by themselves.
 gc.set_threshold(50_000, 20, 20)
+
+# A shell has what it starts in the background ignore Ctrl-C, which some tests press.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Both precisions are tested from one process: float32 arrays are asked for by dtype.
 jax.config.update("jax_enable_x64", True)
