@@ -15,6 +15,7 @@ from .._minimum import (
     distance_of,
     has_jacobian,
     has_minimum,
+    is_idle,
     lower_point,
     measure,
     settled,
@@ -61,19 +62,19 @@ def distances_of(
 
     `local` is what `measure` found of all of them, for this `kind`.
     """
-    place, found, local = members.place, [], jax.device_get(local)
-    trainers, batch = place.home(members.trainers), place.home(batch)
-    members = members._replace(trainers=trainers)
-    for index in indices:
-        own = jax.tree.map(lambda x, i=index: x[i], local)
-        distance = distance_of(own)
-        if distance.is_minimum:
-            trainer, data = members.one(batch, index)
-            trainer = stripped(in_free_coordinates(trainer))
-            if lower := lower_point(trainer, data, kind, own, distance):
-                distance = lower.distance
-        found.append(distance)
-    return found
+    local = jax.device_get(local)
+    at = {i: jax.tree.map(lambda x, i=i: x[i], local) for i in indices}
+    found = {i: distance_of(own) for i, own in at.items()}
+    idle = [i for i, d in found.items() if d.is_minimum and is_idle(at[i])]
+    if idle:
+        home = members.place.home
+        members, batch = members._replace(trainers=home(members.trainers)), home(batch)
+    for index in idle:
+        trainer, data = members.one(batch, index)
+        trainer = stripped(in_free_coordinates(trainer))
+        if lower := lower_point(trainer, data, kind, at[index], found[index]):
+            found[index] = lower.distance
+    return list(found.values())
 
 
 @program

@@ -29,6 +29,6 @@ from .edm import (
     unknown,
 )
 from .formulas import distance_of
-from .idle import Lower
+from .idle import Lower, is_idle
 from .local import Curved, Local, Triangle, underflows
 from .lower import lower_point

@@ -39,12 +39,12 @@ def distance_of(local: Any) -> Distance:
 
 
 def _by_svd(local: Triangle) -> Spectral:
-    factor = local.factor.astype(float)
-    left, values, right = np.linalg.svd(factor[:-1, :-1])
-    inner, loss = left.T @ factor[:-1, -1], local.loss
+    rows = np.vstack([local.factor, local.priors]).astype(float)
+    left, values, right = np.linalg.svd(rows[:, :-1], full_matrices=False)
+    inner, loss = left.T @ rows[:, -1], local.loss
     if loss < np.finfo(loss.dtype).tiny:
         # Squares that are too small for their dtype are none for a double.
-        loss = 0.5 * np.sum(np.square(factor[:, -1]))
+        loss = 0.5 * np.sum(np.square(rows[:, -1]))
     known = local.size, local.rounding, local.spacing, local.exact, local.has_fallen
     return Spectral(values, inner, right, local.turn, loss, *known, local.held)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._curvature import Subject, gradient, traced
 from .._program import program
@@ -31,9 +31,9 @@ class Lower(NamedTuple):
 class Seen(NamedTuple):
     """Points within the bounds, and the loss and its gradient at each."""
 
-    points: Float[Array | np.ndarray, "P D"]
-    losses: Float[Array | np.ndarray, " P"]
-    slopes: Float[Array | np.ndarray, "P D"]
+    points: Any
+    losses: Any
+    slopes: Any
 
 
 class Around(NamedTuple):
@@ -51,7 +51,9 @@ class Around(NamedTuple):
     def point(self) -> Float[np.ndarray, " D"]:
         return np.asarray(ravel(as_parameters(self.trainer.params)))
 
-    def look(self, start: np.ndarray, steps: np.ndarray, along: np.ndarray) -> Any:
+    def look(
+        self, start: np.ndarray, steps: np.ndarray, along: np.ndarray
+    ) -> Seen | None:
         """Returns what is `Seen` at a point and at steps from it.
 
         No step is longer than 4 if the model has an error farther off. `None` if it has
@@ -68,7 +70,7 @@ class Around(NamedTuple):
                 pass
         return None
 
-    def look_along(self, direction: np.ndarray) -> Any:
+    def look_along(self, direction: np.ndarray) -> Seen | None:
         """Looks along a direction, first to one side and then to the other.
 
         A step of 1 is the whole of it.
@@ -79,7 +81,7 @@ class Around(NamedTuple):
 @program
 def _look(
     trainer: AbstractTrainer, points: Float[Array, "P D"], batch: Any, kind: str
-) -> Any:
+) -> Seen | None:
     params, bounds = trainer.params, bounds_of(trainer)
     value = minimised(trainer, batch, kind)
     loss = traced(lambda flat: value(unravel(flat, params)), points[0])
@@ -97,26 +99,33 @@ def _look(
 
 
 def idle_directions(
-    local: Triangle | Curved, point: Float[np.ndarray, " D"], is_free: np.ndarray
-) -> list[Float[np.ndarray, " D"]]:
+    local: Triangle | Curved, is_free: Bool[np.ndarray, " D"] | None = None
+) -> Float[np.ndarray, "K D"]:
     """Returns directions of free elements along which the loss is flat.
 
     Of residuals, they are those along which the data have no slope, whatever the
-    priors say.
+    priors say. All that are not held are free by default.
     """
-    is_triangle = isinstance(local, Triangle)
-    matrix = local.factor[:-1, :-1] if is_triangle else local.hessian
-    noise = noise_of_zero(is_free.size, matrix.dtype)
-    matrix = matrix.astype(float)
-    if is_triangle:
+    matrix = local.factor[:, :-1] if isinstance(local, Triangle) else local.hessian
+    size = len(local.scale)
+    noise, matrix = noise_of_zero(size, matrix.dtype), matrix.astype(float)
+    if isinstance(local, Triangle):
         # What changes no residual beyond its rounding has a slope of rounding errors.
-        reach = local.scale.astype(float) * np.maximum(abs(point), 1)
+        slopes = np.linalg.norm(matrix, axis=0) * local.scale
+        reach = slopes * np.maximum(abs(local.flat), 1)
         matrix = np.where(reach > noise * np.sqrt(2 * local.loss), matrix, 0)
-        if local.priors.size:
-            rows = local.priors.astype(float) / local.scale
-            matrix = matrix.T @ matrix - rows.T @ rows
-    _, values, right = np.linalg.svd(matrix[:, is_free])
-    is_idle = values <= noise * values.max(initial=0)
-    directions = np.zeros((int(np.sum(is_idle)), is_free.size))
-    directions[:, is_free] = right[is_idle] / local.scale[is_free]
-    return list(directions[:_MOST_DIRECTIONS])
+    if is_free is None:
+        is_free = ~np.broadcast_to(local.held, size)
+    has_slope = matrix.any(axis=0)
+    _, values, right = np.linalg.svd(matrix[:, is_free & has_slope])
+    together = right[values <= noise * values.max(initial=0)]
+    directions = np.zeros((len(together), size))
+    directions[:, is_free & has_slope] = together
+    alone = np.eye(size)[is_free & ~has_slope]
+    return np.vstack([alone, directions])[:_MOST_DIRECTIONS] / local.scale
+
+
+def is_idle(local: Any) -> bool:
+    """Whether there is a direction in which residuals have no slope."""
+    is_whole = isinstance(local, Triangle) and local.turn is None
+    return is_whole and len(idle_directions(local)) > 0

@@ -19,8 +19,10 @@ _EXACT = 1e-8
 class Triangle(NamedTuple):
     """Residuals and their Jacobian at a point, reduced to a matrix of few rows.
 
-    - `factor`: the factor $R$ of the columns of the Jacobian, each divided by its
-        norm, and of the residuals as the last column.
+    - `factor`: the factor $R$ of the columns of the Jacobian of the data, each divided
+        by the norm that it has with the priors, and of their residuals as the last
+        column.
+    - `priors`: the rows of the priors, in the same units.
     - `turn`: the matrix that turns a step in these units into one of the parameters in
         units of their scales.
     - `loss`: half the sum of squares, NaN if a derivative is not finite.
@@ -30,11 +32,12 @@ class Triangle(NamedTuple):
     - `exact`: the distance that counts as zero without scatter.
     - `has_fallen`: whether the loss has fallen on the way.
     - `scale`: the norms of the columns of the Jacobian.
-    - `priors`: the rows of the Jacobian that are those of priors.
+    - `flat`: the parameters.
     - `held`: which parameters are held at their bounds.
     """
 
     factor: Float[Array, "L+1 L+1"]
+    priors: Float[Array, "P L+1"]
     turn: Float[Array, "D L"] | None
     loss: Float[Array, ""]
     size: Int[Array, ""]
@@ -43,13 +46,14 @@ class Triangle(NamedTuple):
     exact: Float[Array, ""]
     has_fallen: Bool[Array, ""]
     scale: Float[Array, " D"]
-    priors: Float[Array, "P D"]
+    flat: Float[Array | np.ndarray, " D"]
     held: Any = False
 
     @property
     def slope(self) -> Float[Array, " L"]:
         """The gradient, in units of the columns."""
-        return matmul(self.factor[:-1, :-1].T, self.factor[:-1, -1])
+        rows = jnp.vstack([self.factor, self.priors])
+        return matmul(rows[:, :-1].T, rows[:, -1])
 
 
 class Spectral(NamedTuple):
@@ -164,8 +168,10 @@ def triangle(
     is_finite = jnp.all(jnp.isfinite(together))
     together = jnp.where(is_finite, together, 0)
     loss = jnp.where(is_finite, loss, jnp.nan)
+    count = len(together) - priors
     return Triangle(
-        factor=square_factor(together),
+        factor=square_factor(together[:count]),
+        priors=together[count:],
         turn=point.turn(scale, own),
         loss=loss,
         # Missing data have residuals of zero.
@@ -175,7 +181,7 @@ def triangle(
         exact=point.exact(known),
         has_fallen=jnp.asarray(fall > 0),
         scale=scale,
-        priors=jacobian[jacobian.shape[0] - priors :],
+        flat=point.flat,
     )
 
 

@@ -19,7 +19,7 @@ def across(
     It looks along directions in which the loss is flat, and from there away from the
     bound: `inward` is the sign of the way in for each element at a bound.
     """
-    for direction in idle_directions(local, around.point, inward == 0):
+    for direction in idle_directions(local, inward == 0):
         # A unit is the size of the parameter that moves most, at least 1.
         direction /= np.max(abs(direction) / np.maximum(abs(around.point), 1))
         if (seen := around.look_along(direction)) is None:

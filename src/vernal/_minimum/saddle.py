@@ -17,53 +17,70 @@ from .._program import program
 from .._step import AbstractTrainer
 from .._tree import ravel, unravel
 from .distance import minimised
-from .idle import Around, idle_directions
+from .idle import STEPS, Around, idle_directions
 from .local import Curved, Triangle
+
+# A fall is noticed within so many times the distance at which that of a parabola is.
+_NEAR = 8
 
 
 def beside(around: Around, local: Triangle | Curved) -> Float[np.ndarray, " D"] | None:
     """Finds a lower point along the direction in which the loss curves downwards most.
 
-    From here to there it falls all the way.
+    From each point that is looked at on the way to the next the loss falls.
     """
-    if (found := _steepest(around, local)) is None:
+    if (steepest := _steepest(around, local)) is None:
         return None
-    curvature, direction = found
-    # At this length the fall is noticed, if it is that of a parabola.
+    curvature, direction = steepest
     length = np.sqrt(2 * around.noise / -curvature)
     if (seen := around.look_along(length * direction)) is None:
         return None
-    here, lowest, found = seen.losses[0], seen.losses[0], None
+    lowest = 0
     for side in np.split(np.arange(1, len(seen.losses)), 2):
-        losses = np.append(here, seen.losses[side])
-        first = int(np.argmax(~(abs(losses - here) <= around.noise)))
-        if not losses[first] < here:
-            continue
-        last = first + int(np.argmin(np.append(np.diff(losses[first:]) < 0, False)))
-        if losses[last] < lowest:
-            lowest, found = losses[last], seen.points[side[last - 1]]
-    return found
+        way = np.append(0, side)
+        end = way[_end_of_fall(seen.losses[way], around.noise)]
+        lowest = end if seen.losses[end] < seen.losses[lowest] else lowest
+    return seen.points[lowest] if lowest else None
 
 
-def _steepest(around: Around, local: Triangle | Curved) -> Any:
+def _end_of_fall(losses: np.ndarray, noise: float) -> int:
+    """Returns the last of the points up to which the loss falls, 0 if it does not."""
+    near = losses[: 1 + int(np.sum(STEPS <= _NEAR))]
+    first = int(np.argmax(~(abs(near - losses[0]) <= noise)))
+    if not losses[first] < losses[0]:
+        return 0
+    return first + int(np.argmin(np.append(np.diff(losses[first:]) < 0, False)))
+
+
+def _steepest(
+    around: Around, local: Triangle | Curved
+) -> tuple[float, Float[np.ndarray, " D"]] | None:
     """Finds where the loss curves downwards most: how much, and the direction.
 
-    `None` if it does so nowhere.
+    `None` if it does so nowhere, beyond rounding.
     """
     if isinstance(local, Curved):
         directions, curvature = np.diag(1 / local.scale), local.hessian
     else:
-        is_free = ~np.broadcast_to(local.held, around.point.shape)
-        if not (idle := idle_directions(local, around.point, is_free)):
+        directions = idle_directions(local)
+        placed = jnp.asarray(directions.astype(local.flat.dtype))
+        inputs = around.trainer, placed, around.batch, around.kind
+        if not len(placed) or (found := _curvature(*inputs)) is None:
             return None
-        directions = np.asarray(idle, around.point.dtype)
-        inputs = around.trainer, jnp.asarray(directions), around.batch, around.kind
-        curvature = jax.device_get(_curvature(*inputs))
-    if curvature is None or not np.isfinite(curvature).all():
+        # An element without any slope has no unit but that of its own curvature.
+        curvature = jax.device_get(found)
+        is_alone = np.count_nonzero(directions, axis=1) == 1
+        units = np.sqrt(np.where(is_alone, abs(np.diagonal(curvature)), 1))
+        units = np.where(units > 0, units, 1)[:, None]
+        directions, curvature = directions / units, curvature / units / units.T
+    if not (curvature.size and np.isfinite(curvature).all()):
         return None
     values, vectors = np.linalg.eigh(curvature.astype(float))
+    rounding = float(jnp.finfo(around.point.dtype).eps) ** 0.5
+    if not values[0] < -rounding * max(abs(values).max(), 1):
+        return None
     lowest = vectors[:, 0] * np.sign(vectors[abs(vectors[:, 0]).argmax(), 0])
-    return (values[0], lowest @ directions) if values[0] < 0 else None
+    return values[0], lowest @ directions
 
 
 @program

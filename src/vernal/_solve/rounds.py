@@ -111,15 +111,23 @@ class Rounds:
         """Solves until it converges, gets no further, or has taken its steps."""
         self._most = left = max_steps
         whitens = rewhiten and can_whiten(self._placed)
-        before = np.inf
+        before, kept = np.inf, None
         while True:
-            left = self._attempt(left, whitens)
+            try:
+                left = self._attempt(left, whitens)
+            except RuntimeError:
+                if kept is None:
+                    raise
+                # The way from the lower point led where the model has an error.
+                self._found = kept
+                return
             now, lower = self._found, self._lower_point()
             if now is None or lower is None:
                 return
+            reason = settled(now.reason, lower.distance)
+            kept = now._replace(distance=lower.distance, reason=reason)
             if not (left and now.last < before):
-                reason = settled(now.reason, lower.distance)
-                self._found = now._replace(distance=lower.distance, reason=reason)
+                self._found = kept
                 return
             before = now.last
             params = unravel(jnp.asarray(lower.point), now.end.params)
