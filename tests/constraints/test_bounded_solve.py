@@ -219,3 +219,33 @@ def test_a_bound_attracts_no_fit():
     end = solved("watson, 9", start, "LevenbergMarquardt")[0]
     assert stuck > 1.2 * known
     np.testing.assert_allclose(end.best_loss, known, rtol=1e-6)
+
+
+PLACES = jnp.linspace(-5.0, 5.0, 60)
+
+
+class Line(vn.Trainer):
+    """A line of unknown extra width; the truth has none, and there no slope by it."""
+
+    def residuals(self, model, batch):
+        variance = model["width"] ** 2 + 1.0
+        line = model["flux"] / jnp.sqrt(variance) * jnp.exp(-0.5 * PLACES**2 / variance)
+        return (line - batch) / 0.05
+
+
+@pytest.mark.parametrize("bounds", [(-3.0, 3.0), (-1.0, None)])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_where_there_is_no_slope_no_bound_is_close(solver, bounds):
+    noise = 0.05 * np.random.default_rng(1).normal(size=(3, 60))
+    batches = np.exp(-0.5 * np.asarray(PLACES) ** 2) + noise
+    start = {"flux": jnp.array(0.8), "width": jnp.array(0.7)}
+    trainer = Line(start, bounds={"width": bounds})
+    many = vn.fit_many(
+        [trainer] * 3, jnp.asarray(batches), 500, data_axis=0, solver=SOLVERS[solver]
+    )
+    for index, batch in enumerate(batches):
+        alone = trainer.solve(SOLVERS[solver], jnp.asarray(batch))
+        for ended in (alone.trainer, many.trainer(index)):
+            squares = jnp.sum(ended.residuals(ended.model, batch) ** 2)
+            np.testing.assert_allclose(squares / 2, ended.best_loss, rtol=1e-6)
+            assert abs(ended.model["width"]) < 0.9

@@ -30,5 +30,5 @@ from .edm import (
 )
 from .formulas import distance_of
 from .idle import Lower, is_idle
-from .local import Curved, Local, Triangle, underflows
+from .local import Curved, Local, Triangle, rounding_of, underflows
 from .lower import lower_point

@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._constraints import Bounds, held_at
-from .._minimum import Curved, Local, Triangle
+from .._minimum import Curved, Local, Triangle, rounding_of
 from .._step import AbstractTrainer, bounds_of, pushed
 from .._tree import by_path, ravel, unravel
+from .tracked_solver import choose
 
 
 class Box(NamedTuple):
@@ -62,12 +63,14 @@ class Box(NamedTuple):
         params: PyTree,
         held: Mapping[str, Bool[Array, "..."]],
         local: Local | None,
+        value: Callable[[PyTree], Float[Array, ""]],
     ) -> tuple[PyTree, Bool[Array, ""]]:
         """Returns where a solve ended, and whether it has found what is held.
 
         A solver whose steps beyond a bound are refused comes closer and closer to it.
         Elements that are close, and that a Newton step would move beyond their bounds,
-        are moved there.
+        are moved there, unless the loss rises: at a symmetric point, where slopes
+        vanish, a bound far away counts as close.
 
         **Arguments:**
 
@@ -75,12 +78,16 @@ class Box(NamedTuple):
         - `params`: the same within the bounds.
         - `held`: which elements are pushed against their bounds there.
         - `local`: the surroundings of `params`.
+        - `value`: what is minimised.
         """
         outside, moved = self.bounds.outside(free), params
         same = [(held[p] == at) & (at | ~outside[p]) for p, at in self.held.items()]
         if isinstance(local, (Triangle, Curved)):
             goal = unravel(ravel(params) - local.slope / local.scale, params)
             errors = unravel(1 / local.scale, params)
-            moved = self.bounds.snap(params, self.bounds.clip(goal), errors)
+            near = self.bounds.snap(params, self.bounds.clip(goal), errors)
+            before = value(params)
+            is_as_low = value(near) <= before + rounding_of(before)
+            moved = choose(is_as_low, near, params)
         same += jax.tree.leaves(jax.tree.map(jnp.equal, moved, params))
         return moved, jnp.all(jnp.stack([jnp.all(flags) for flags in same]))

@@ -271,7 +271,8 @@ def run_solver(
         local = measure(at_end, projector, batch, kind, first - last, held_then)
     end_params, is_settled = at_end.params, jnp.array(True)
     if box is not None:
-        end_params, is_settled = box.ended(to_free(point), end_params, held_then, local)
+        args = to_free(point), end_params, held_then, local, value
+        end_params, is_settled = box.ended(*args)
         point = None if projector is None else projector.to_latent(end_params)
     return End(
         params=end_params,
