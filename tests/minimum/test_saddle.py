@@ -129,6 +129,7 @@ LOWEST = {
         [0.6, 0.4, 0.0],
     ),
 }
+MODELS = {**SYMMETRIC, **LOWEST}
 PRIORS = {"": vn.Normal(0.5, 5.0)}
 KINDS = {"float64": (jnp.float64, None), "float32, priors": (jnp.float32, PRIORS)}
 SOLVERS = {"BFGS": BFGS, "LevenbergMarquardt": optx.LevenbergMarquardt(1e-9, 1e-9)}
@@ -138,17 +139,17 @@ class Symmetric(vn.Trainer):
     name: str
 
     def __init__(self, name, dtype=jnp.float64, beside=0.0, **options):
-        start = jnp.asarray({**SYMMETRIC, **LOWEST}[name][2], dtype)
+        start = jnp.asarray(MODELS[name][2], dtype)
         super().__init__(start.at[-2].add(beside), optax.adam(0.02), **options)
         self.name = name
 
     def residuals(self, model, batch):
-        fn = {**SYMMETRIC, **LOWEST}[self.name][0]
+        fn = MODELS[self.name][0]
         return (fn(model) - batch) / jnp.asarray(0.05, model.dtype)
 
 
 def measured(name, dtype=jnp.float64):
-    fn, truth, _ = {**SYMMETRIC, **LOWEST}[name]
+    fn, truth, _ = MODELS[name]
     noise = 0.05 * np.random.default_rng(0).normal(size=PLACES.size)
     return (fn(jnp.asarray(truth)) + noise).astype(dtype)
 

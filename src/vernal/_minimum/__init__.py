@@ -29,6 +29,6 @@ from .edm import (
     unknown,
 )
 from .formulas import distance_of
-from .idle import Lower, is_idle
+from .idle import is_idle
 from .local import Curved, Local, Triangle, rounding_of, underflows
-from .lower import lower_point
+from .lower import Lower, lower_point

@@ -12,20 +12,12 @@ from .._program import program
 from .._step import AbstractTrainer, bounds_of
 from .._tree import as_parameters, ravel, unravel
 from .distance import minimised
-from .edm import Distance
 from .local import Curved, Triangle, noise_of_zero
 
 # The steps to one side. Within half a turn, in either direction, there is a power of
 # two at which a cosine has changed sign.
 STEPS = 2.0 ** np.arange(-40, 24)
 _MOST_DIRECTIONS = 16
-
-
-class Lower(NamedTuple):
-    """A lower point, which no slope leads to, and the distance that knows of it."""
-
-    point: Float[np.ndarray, " D"]
-    distance: Distance
 
 
 class Seen(NamedTuple):

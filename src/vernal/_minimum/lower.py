@@ -1,19 +1,26 @@
 """Lower points that a minimiser does not see, since the data have no slope there."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from .._constraints import Bounds
 from .._step import AbstractTrainer, bounds_of
-from .._tree import by_path, ravel_size
+from .._tree import by_path
 from .edm import Distance
-from .idle import Around, Lower
+from .idle import Around
 from .local import Curved, Triangle
 from .plateau import across
 from .saddle import beside
+
+
+class Lower(NamedTuple):
+    """A lower point, which no slope leads to, and the distance that knows of it."""
+
+    point: Float[np.ndarray, " D"]
+    distance: Distance
 
 
 def lower_point(
@@ -30,10 +37,11 @@ def lower_point(
     local = jax.device_get(local)
     if local.turn is not None or not np.isfinite(local.loss):
         return None
-    inward = _inward(bounds_of(trainer), trainer.params)
     around = Around(trainer, batch, kind, float(distance.noise))
     point, is_plateau = beside(around, local), False
-    if point is None and np.any(local.held):
+    bounds = bounds_of(trainer)
+    if point is None and bounds is not None and np.any(local.held):
+        inward = _inward(bounds, trainer.params)
         point, is_plateau = across(around, local, inward), True
     if point is None:
         return None
@@ -47,10 +55,8 @@ def lower_point(
     return Lower(point, found)
 
 
-def _inward(bounds: Bounds | None, params: Any) -> Int[np.ndarray, " D"]:
+def _inward(bounds: Bounds, params: Any) -> Int[np.ndarray, " D"]:
     """Returns the sign of the way in for each element at a bound, 0 for others."""
-    if bounds is None:
-        return np.zeros(ravel_size(params), int)
     signs = []
     for path, leaf in by_path(params).items():
         x = np.asarray(leaf)

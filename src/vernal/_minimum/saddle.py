@@ -63,9 +63,11 @@ def _steepest(
         directions, curvature = np.diag(1 / local.scale), local.hessian
     else:
         directions = idle_directions(local)
+        if not len(directions):
+            return None
         placed = jnp.asarray(directions.astype(local.flat.dtype))
-        inputs = around.trainer, placed, around.batch, around.kind
-        if not len(placed) or (found := _curvature(*inputs)) is None:
+        found = _curvature(around.trainer, placed, around.batch, around.kind)
+        if found is None:
             return None
         # An element without any slope has no unit but that of its own curvature.
         curvature = jax.device_get(found)
