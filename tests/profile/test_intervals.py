@@ -450,6 +450,17 @@ def test_a_jump_is_an_end_unless_it_is_not_there_from_close_by(is_lost):
         np.testing.assert_allclose(found, 30, rtol=1e-9)
 
 
+@pytest.mark.parametrize("end", [1e-20, 1e-10, 3e-3])
+def test_an_end_far_closer_than_the_error_is_found(end):
+    at = ended(search(1.0, math.inf, 1e-12), lambda at: (at / end) ** 2 - 1)
+    np.testing.assert_allclose(at, end, rtol=1e-6)
+
+
+def test_an_end_that_is_not_found_is_not_there():
+    at = ended(search(1.0, math.inf, 1e-12), lambda at: 0.1 if at > 1e-60 else -1.0)
+    assert math.isnan(at)
+
+
 class Product(vn.Trainer):
     """The data know the product of two."""
 

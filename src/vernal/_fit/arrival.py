@@ -13,6 +13,7 @@ from .._minimum import (
     has_minimum,
     lower_point,
     measure,
+    second_look,
     settled,
     what_falls,
 )
@@ -38,7 +39,7 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
     trainer = in_free_coordinates(trainer)
     bare, batch, kind = stripped(trainer), source.batch, what_falls(trainer)
     local = _measure(bare, trainer.projector, batch, kind, jnp.asarray(fall))
-    distance = distance_of(local)
+    distance = second_look(bare, batch, kind, local, distance_of(local))
     if lower := lower_point(bare, batch, kind, local, distance):
         distance = lower.distance
     reason = settled(result.stop_reason, distance)
@@ -48,5 +49,6 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
 def distance_here(trainer: AbstractTrainer, batch: Any, kind: str) -> Distance:
     """Finds how far a trainer is from a minimum; `kind` is that of `what_falls`."""
     trainer = in_free_coordinates(trainer)
-    args = stripped(trainer), trainer.projector, as_batch(batch), kind, jnp.zeros(())
-    return distance_of(_measure(*args))
+    bare, batch = stripped(trainer), as_batch(batch)
+    local = _measure(bare, trainer.projector, batch, kind, jnp.zeros(()))
+    return second_look(bare, batch, kind, local, distance_of(local))

@@ -11,19 +11,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import boolean, warn
 from .._curvature import Mode, matmul
+from .._data import as_batch
 from .._fit import distance_here
 from .._minimum import (
     Distance,
     along,
     chi_squared_p_value,
+    distance_of,
     has_minimum,
     hessian_distance,
-    spectral_distance,
+    measure_spectrum,
+    second_look,
     truth_p_values,
     what_falls,
 )
 from .._projection import ROUNDING, DenseWhitening
-from .._step import AbstractTrainer, DataKind, prior_count, priors_of, template_of
+from .._step import (
+    AbstractTrainer,
+    DataKind,
+    in_free_coordinates,
+    prior_count,
+    priors_of,
+    stripped,
+    template_of,
+)
 from .._tree import as_parameters, by_path
 from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
@@ -265,7 +276,9 @@ def _distance(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Distance |
     squares = np.square(np.asarray(derived.deviances, float)).sum()
     size = int(derived.data.size) + prior_count(trainer)
     sums = here.spectrum, here.reduced.slope, np.asarray(squares), size
-    return spectral_distance(*sums, *at)
+    local = measure_spectrum(*sums, *at)
+    bare, batch = stripped(in_free_coordinates(trainer)), as_batch(batch)
+    return second_look(bare, batch, falls, local, distance_of(local))
 
 
 def may_be_far(here: Laplace) -> bool:

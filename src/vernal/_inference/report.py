@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .._boundary import boolean, refuse_program, whole_number
-from .._minimum import edm_note
+from .._minimum import edm_note, slope_note
 from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
 from .._step import AbstractTrainer, in_free_coordinates, template_of
 from .._tree import aligned, by_path, element_name, named_leaves
@@ -58,8 +58,17 @@ def report(
         error_scale=scale,
         parameters=tuple(_rows(trainer, (here, own), scale)),
         correlation_matrix=own.correlations(),
-        note=None if distance is None else edm_note(distance, trainer.params),
+        note=_note(trainer, here),
     )
+
+
+def _note(trainer: AbstractTrainer, here: Around) -> str | None:
+    """Returns what a table has to say of the minimum."""
+    if here.distance is None:
+        return None
+    about = here.distance, trainer.params
+    of_slopes = slope_note(*about) if here.kind == "expected" else None
+    return edm_note(*about) or of_slopes
 
 
 def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
@@ -70,8 +79,7 @@ def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
     if batch is not None:
         here = around(trainer, batch, "A standard error", options.jac, options.kind)
         scale = here.error_scale(scale_errors)
-        if here.distance is not None:
-            note = edm_note(here.distance, trainer.params)
+        note = _note(trainer, here)
     head = "parameter", "value", "standard error" if here else ""
     known = None if here is None else (here, here.of_elements(trainer))
     cells = (row.cells() for row in _rows(trainer, known, scale, _MOST_ROWS))

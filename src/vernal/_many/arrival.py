@@ -18,6 +18,7 @@ from .._minimum import (
     is_idle,
     lower_point,
     measure,
+    second_look,
     settled,
     what_falls,
 )
@@ -65,14 +66,16 @@ def distances_of(
     local = jax.device_get(local)
     at = {i: jax.tree.map(lambda x, i=i: x[i], local) for i in indices}
     found = {i: distance_of(own) for i, own in at.items()}
-    idle = [i for i, d in found.items() if d.is_minimum and is_idle(at[i])]
-    if idle:
+    is_odd = lambda i, d: d.is_leap or (d.is_minimum and is_idle(at[i]))
+    odd = [i for i, distance in found.items() if is_odd(i, distance)]
+    if odd:
         home = members.place.home
         members, batch = members._replace(trainers=home(members.trainers)), home(batch)
-    for index in idle:
+    for index in odd:
         trainer, data = members.one(batch, index)
-        trainer = stripped(in_free_coordinates(trainer))
-        if lower := lower_point(trainer, data, kind, at[index], found[index]):
+        here = stripped(in_free_coordinates(trainer)), data, kind, at[index]
+        found[index] = second_look(*here, found[index])
+        if lower := lower_point(*here, found[index]):
             found[index] = lower.distance
     return list(found.values())
 

@@ -3,7 +3,7 @@
 `distance` measures the surroundings of a trainer, `local` holds them as a compiled
 program returns them, `formulas` finds the distance from them on the host, and `edm` is
 what it says. `lower` looks for lower points where directions are `idle`: beside a
-`saddle`, and across a `plateau`.
+`saddle`, and across a `plateau`; `second_look` for minima where they nearly are.
 """
 
 from .distance import (
@@ -13,9 +13,9 @@ from .distance import (
     hessian_distance,
     measure,
     measure_jacobian,
+    measure_spectrum,
     minimised,
     settled,
-    spectral_distance,
     what_falls,
 )
 from .edm import (
@@ -25,6 +25,7 @@ from .edm import (
     edm_note,
     saddle_words,
     share_p_value,
+    slope_note,
     truth_p_values,
     unknown,
 )
@@ -32,3 +33,4 @@ from .formulas import distance_of
 from .idle import is_idle
 from .local import Curved, Local, Triangle, rounding_of, underflows
 from .lower import Lower, lower_point
+from .second_look import second_look

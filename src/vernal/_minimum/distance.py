@@ -92,25 +92,41 @@ def measure(
     what `what_falls` returns, and `fall` is how far the loss fell on the way here.
     `held` are the elements that are pushed against their bounds, if that is known.
     """
+    if kind != "residuals":
+        return by_hessian(trainer, projector, batch, kind, fall, held)
     params, key = as_parameters(trainer.params), step_key(trainer)
     here = _Here(_wide(ravel(params)), params, projector)
     value = minimised(trainer, batch, kind)
     held = pushed(trainer, value) if held is None else held
-    flags = flat_flags(held, params)
     at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
-    if kind == "residuals":
-        met: set[type] = set()
-        residuals = lambda flat: _wide(scoring_residuals(at(flat), batch, key, met))
-        residuals, loss = traced(residuals, here.flat), None
-        if met:
-            # The residuals of scoring have no bound where that of counts is small.
-            loss = _wide(value(params))
-        count = prior_count(trainer)
-        found = _of_residuals(residuals, here, fall, loss, count)
-        return _with_held(found, flags)
-    loss = lambda flat: _wide(score(at(flat), batch, key).loss)
-    fall = None if kind == "nll" else fall
-    return _with_held(_of_loss(traced(loss, here.flat), here, fall), flags)
+    met: set[type] = set()
+    residuals = lambda flat: _wide(scoring_residuals(at(flat), batch, key, met))
+    residuals, loss = traced(residuals, here.flat), None
+    if met:
+        # The residuals of scoring have no bound where that of counts is small.
+        loss = _wide(value(params))
+    found = _of_residuals(residuals, here, fall, loss, prior_count(trainer))
+    return _with_held(found, flat_flags(held, params))
+
+
+def by_hessian(
+    trainer: AbstractTrainer,
+    projector: EigenProjector | None,
+    batch: Any,
+    kind: str,
+    fall: Any,
+    held: Mapping[str, Bool[Array, "..."]] | None = None,
+) -> Local:
+    """Measures what `measure` does, of residuals too, by the second derivatives."""
+    params = as_parameters(trainer.params)
+    here = _Here(_wide(ravel(params)), params, projector)
+    value = minimised(trainer, batch, kind)
+    held = pushed(trainer, value) if held is None else held
+    loss = lambda flat: _wide(value(held_at(unravel(flat, params), held)))
+    # The scale of squares, and of an `nll`, is known.
+    fall = fall if kind == "loss" else None
+    found = _of_loss(traced(loss, here.flat), here, fall)
+    return _with_held(found, flat_flags(held, params))
 
 
 def _with_held(local: Local, held: Any) -> Local:
@@ -148,7 +164,7 @@ def measure_jacobian(
     return _with_held(found, held)
 
 
-def spectral_distance(
+def measure_spectrum(
     spectrum: Spectrum,
     slope: Float[Array, " D"],
     squares: Float[np.ndarray, ""],
@@ -156,10 +172,10 @@ def spectral_distance(
     held: Bool[Array, " D"],
     params: Params,
     projector: EigenProjector | None,
-) -> Distance:
-    """Finds the distance by a decomposed Jacobian of `size` residuals, on the host."""
+) -> Local:
+    """Measures by a decomposed Jacobian of `size` residuals, on the host."""
     found = spectral(spectrum, slope, squares, size, _on_host(params, projector))
-    return distance_of(_with_held(found, np.asarray(held)))
+    return _with_held(found, np.asarray(held))
 
 
 def hessian_distance(

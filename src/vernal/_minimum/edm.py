@@ -28,6 +28,8 @@ class Distance(NamedTuple):
         units of its scale. Where the loss curves downwards, it does so along it.
     - `is_plateau`: whether the loss is flat here, and lower across: `direction` leads
         there, in the units of the parameters.
+    - `is_leap`: whether residuals have hardly any slope along `direction`, so that
+        their curvature may be the smallest part of that of the loss.
     """
 
     edm: Float[Array | np.ndarray, ""]
@@ -37,6 +39,7 @@ class Distance(NamedTuple):
     is_complete: Bool[Array | np.ndarray, ""]
     direction: Float[Array | np.ndarray, " D"]
     is_plateau: Any = False
+    is_leap: Any = False
 
     @property
     def is_far(self) -> bool:
@@ -132,6 +135,17 @@ def edm_note(distance: Distance, params: Params) -> str | None:
     where = along(np.asarray(distance.direction, float), params)
     remedy = f". {distance.remedy}" if distance.remedy else ""
     return f"not at a minimum: edm {distance.edm:.3g}{where}{remedy}"
+
+
+def slope_note(distance: Distance, params: Params) -> str | None:
+    """Returns a note for errors by slopes, if there are hardly any at the minimum."""
+    if distance.is_short or not distance.is_leap:
+        return None
+    where = along(np.asarray(distance.direction, float), params)
+    return (
+        f"residuals have hardly any slope here{where}, and errors by slopes are too "
+        'large: give `kind="observed"`, or call `intervals`'
+    )
 
 
 def saddle_words(distance: Distance, params: Params) -> str:

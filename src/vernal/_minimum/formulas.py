@@ -46,7 +46,8 @@ def _by_svd(local: Triangle) -> Spectral:
         # Squares that are too small for their dtype are none for a double.
         loss = 0.5 * np.sum(np.square(rows[:, -1]))
     known = local.size, local.rounding, local.spacing, local.exact, local.has_fallen
-    return Spectral(values, inner, right, local.turn, loss, *known, local.held)
+    here = local.scale, local.flat, local.held
+    return Spectral(values, inner, right, local.turn, loss, *known, *here)
 
 
 def _of_spectral(local: Spectral) -> Distance:
@@ -70,7 +71,12 @@ def _of_spectral(local: Spectral) -> Distance:
     # Far from the data a model may underflow, and no residual depends on a parameter.
     is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
     is_flat = is_flat and not np.all(local.held)
-    return _distance(edm, tolerance, is_flat, local, step)
+    found = _distance(edm, tolerance, is_flat, local, step)
+    # A step that is longer than a parameter may lead nowhere.
+    size = abs(np.asarray(local.flat, float) * local.scale)
+    moved = step if local.turn is None else local.turn @ step
+    is_leap = found.is_short and bool(is_flat or np.any(abs(moved) > size))
+    return found._replace(is_leap=is_leap)
 
 
 def _of_curved(local: Curved) -> Distance:

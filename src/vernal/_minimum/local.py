@@ -62,6 +62,7 @@ class Spectral(NamedTuple):
     - `values`: the singular values.
     - `inner`: the products of the residuals with the left singular vectors.
     - `right`: the right singular vectors, as rows.
+    - `scale`: the norms of the columns of the Jacobian.
     """
 
     values: Float[np.ndarray, " K"]
@@ -74,6 +75,8 @@ class Spectral(NamedTuple):
     spacing: Any
     exact: Any
     has_fallen: Any
+    scale: Any
+    flat: Any
     held: Any = False
 
 
@@ -247,7 +250,7 @@ def spectral(
         left, roots, right = np.linalg.svd(free / own, full_matrices=False)
         inner, turn = left.T @ np.where(is_kept, inner, 0), point.turn(1 / scale, own)
     known = np.where(np.square(vectors) @ values > 0, 1 / scale, 0)
-    ends = point.spacing(known), point.exact(known), False
+    ends = point.spacing(known), point.exact(known), False, 1 / scale, point.flat
     loss = np.asarray(0.5 * squares)
     with np.errstate(over="ignore"):
         rounding = rounding_of(loss.astype(dtype))

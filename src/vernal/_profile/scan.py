@@ -273,6 +273,9 @@ def _metric(
             "`trainer.solve(solver, batch).trainer` is there."
             + prior_ends(trainer, is_near=True)
         )
+    if here.distance is not None and here.distance.is_leap:
+        # Errors without the curvature of the model are too large by any factor.
+        here = around(trainer, batch, _WHAT, jac, "observed")
     scale = here.error_scale(scale_errors)
     if scale == 0:
         raise ValueError(

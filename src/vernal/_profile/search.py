@@ -23,8 +23,8 @@ def search(
     rounding error is `noise`.
 
     Returns the distance: `farthest` if the bound is there, infinite if the likelihood
-    does not fall so far, and NaN if it is not finite before it does, or only seemed to
-    have fallen.
+    does not fall so far, and NaN if it is not finite before it does, only seemed to
+    have fallen, or the points do not suffice.
     """
     before, low, high = (0.0, -root), (0.0, -root), (math.inf, math.inf)
     # Halved where one stays twice (the Illinois rule).
@@ -61,9 +61,16 @@ def search(
         if math.isfinite(above) and tried < _INTERPOLATIONS:
             t = (low[0] * above - high[0] * below) / (above - below)
         if not low[0] < t < high[0]:
-            t = (low[0] + high[0]) / 2 if low[0] > 0 else high[0] / _LONGEST
-    if not math.isfinite(high[1]):
+            t = _halfway(low[0], high[0])
+    if not math.isfinite(high[1]) or high[0] - low[0] > _TOLERANCE * high[0]:
         return math.nan
     # Beyond a jump others may have been lost, on the way from far away.
     is_jump = high[1] - low[1] > root / 2
     return math.nan if is_jump and (yield high[0]) <= 0 else t
+
+
+def _halfway(low: float, high: float) -> float:
+    """Returns a number between two, of which one may be far smaller."""
+    if low == 0:
+        return high / _LONGEST
+    return (low + high) / 2 if high < _LONGEST * low else math.sqrt(low * high)

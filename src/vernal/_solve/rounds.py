@@ -16,6 +16,7 @@ from .._minimum import (
     distance_of,
     lower_point,
     measure_jacobian,
+    second_look,
     settled,
     unknown,
     what_falls,
@@ -146,12 +147,17 @@ class Rounds:
 
     def _lower_point(self) -> Lower | None:
         """Finds a point below the end of the last round, to which no slope leads."""
-        now, problem = self._found, self._problem
+        now = self._found
         if now is None or now.reason in IS_OVER:
             return None
+        return lower_point(*self._surroundings(now.end)[:-1], now.distance)
+
+    def _surroundings(self, end: End) -> tuple[Any, Any, str, Any, Distance]:
+        """Returns what `second_look` and `lower_point` need to know of an end."""
+        problem = self._problem
         kind = what_falls(self._placed, is_least_squares(problem.encoded.decode()))
-        trainer = live(self._stripped, now.end.params)
-        return lower_point(trainer, problem.batch, kind, now.end.local, now.distance)
+        trainer = live(self._stripped, end.params)
+        return trainer, problem.batch, kind, end.local, distance_of(end.local)
 
     def _settle(self, left: int, whitens: bool) -> int:
         """Solves until it is known what is held; returns how many steps are left."""
@@ -238,7 +244,7 @@ class Rounds:
         copied = end.losses, end.steps, end.reason, end.last, end.is_settled
         losses, count, why, last, is_settled = jax.device_get(copied)
         end = end._replace(local=end.local or self._linearised(end))
-        distance = distance_of(end.local)
+        distance = second_look(*self._surroundings(end))
         self._losses.append(losses[:count])
         why = REASONS[why]
         reason = settled(why, distance)

@@ -1,0 +1,201 @@
+"""Minima of symmetric models, where residuals have no slope."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+from scipy.optimize import brentq
+from scipy.stats import chi2
+
+import vernal as vn
+
+PLACES = np.linspace(-5.0, 5.0, 60)
+NOISE = 0.05
+STOP = vn.Converged(1e-9, 30)
+SOLVERS = {
+    "BFGS": optx.BFGS(1e-8, 1e-8),
+    "LevenbergMarquardt": optx.LevenbergMarquardt(1e-8, 1e-8),
+}
+
+
+def width(height, width, x):
+    """A line as broad as the instrument, and its own width."""
+    variance = width**2 + 1
+    return height / variance**0.5 * math.exp(-0.5) ** (x**2 / variance)
+
+
+def tilt(height, tilt, x):
+    """A plane that is seen at an angle."""
+    return height + jnp.cos(tilt) * x
+
+
+def phase(height, phase, x):
+    """The symmetric point is not zero."""
+    return height + jnp.cos(phase - 3) * jnp.sin(x)
+
+
+def stars(height, half, x):
+    """Two stars, which are one."""
+    bell = lambda place: math.exp(-0.5) ** ((x - place) ** 2)
+    return height * (bell(half) + bell(-half)) / 2
+
+
+# A model, its second parameter at the symmetric point, the seed of the data. With other
+# seeds the data are best fitted elsewhere.
+MODELS = {
+    "width": (width, 0.0, 1),
+    "tilt": (tilt, 0.0, 0),
+    "phase": (phase, 3.0, 1),
+    "stars": (stars, 0.0, 1),
+}
+PRIORS = {"height": vn.Normal(1.0, 0.5)}
+KINDS = {"float64": (jnp.float64, None), "float32, priors": (jnp.float32, PRIORS)}
+
+
+class Symmetric(vn.Trainer):
+    name: str
+
+    def __init__(self, name, dtype=jnp.float64, **options):
+        start = {"height": 0.9, "shape": MODELS[name][1] + 0.7}
+        start = {key: jnp.asarray(value, dtype) for key, value in start.items()}
+        super().__init__(start, optax.adam(0.02), **options)
+        self.name = name
+
+    def residuals(self, model, batch):
+        x = jnp.asarray(PLACES, batch.dtype)
+        fitted = MODELS[self.name][0](model["height"], model["shape"], x)
+        return (fitted - batch) / jnp.asarray(NOISE, batch.dtype)
+
+
+def measured(name, dtype=jnp.float64, seed=None):
+    fn, best, own = MODELS[name]
+    noise = np.random.default_rng(own if seed is None else seed).normal(size=60)
+    return jnp.asarray(fn(1.0, best, PLACES) + NOISE * noise, dtype)
+
+
+def loss_by_hand(name, priors, dtype=jnp.float64):
+    fn, data = MODELS[name][0], np.asarray(measured(name, dtype), float)
+
+    def loss(params):
+        squares = jnp.sum(((fn(*params, PLACES) - data) / NOISE) ** 2)
+        return 0.5 * (squares + (((params[0] - 1) / 0.5) ** 2 if priors else 0))
+
+    return loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_minimum_without_slopes_is_one(name, solver, kind):
+    dtype, priors = KINDS[kind]
+    trainer, batch = Symmetric(name, dtype, priors=priors), measured(name, dtype)
+    result = trainer.solve(SOLVERS[solver], batch)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    assert result.edm < 1e-3
+
+    best, loss = MODELS[name][1], loss_by_hand(name, priors, dtype)
+    np.testing.assert_allclose(result.model["shape"], best, atol=1e-3)
+    slope = jax.grad(loss)(jnp.asarray([result.model["height"], best], float))
+    np.testing.assert_allclose(slope, 0, atol=1e-4 if dtype == jnp.float64 else 0.1)
+
+    report = result.report(batch)
+    assert "hardly any slope here, along shape (" in report.note
+    assert report["shape"].error > 10
+    report, point = result.report(batch, kind="observed"), result.model.values()
+    hessian = jax.hessian(loss)(jnp.asarray(list(point), float))
+    errors = [report["height"].error, report["shape"].error]
+    by_hand = np.sqrt(np.diag(np.linalg.inv(hessian)))
+    np.testing.assert_allclose(errors, by_hand, rtol=2e-2)
+    assert report.note is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_intervals_there_are_those_by_hand(name):
+    solver, batch = SOLVERS["LevenbergMarquardt"], measured(name)
+    trainer = Symmetric(name).solve(solver, batch).trainer
+    low, high = trainer.intervals(solver, batch)["shape"]
+    fn, best, _ = MODELS[name]
+
+    def least(shape):
+        unit, rest = (np.asarray(fn(h, shape, PLACES)) for h in (1.0, 0.0))
+        unit, rest = unit - rest, batch - rest
+        return (rest @ rest - (unit @ rest) ** 2 / (unit @ unit)) / NOISE**2
+
+    goal = least(best) + chi2.ppf(0.683, 1)
+    end = brentq(lambda shape: least(shape) - goal, best, best + 1.5)
+    np.testing.assert_allclose((low, high), (2 * best - end, end), rtol=1e-5)
+
+
+def test_fits_of_one_and_of_many_arrive_there():
+    seeds = (1, 3, 5)
+    each = [measured("width", seed=seed) for seed in seeds]
+    result = Symmetric("width").fit(each[0], 3000, stop=STOP, progress=False)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    assert abs(float(result.model["shape"])) < 1e-3
+    trainers, batch = [Symmetric("width") for _ in seeds], jnp.stack(each)
+    for options in (
+        {"solver": SOLVERS["LevenbergMarquardt"]},
+        {"stop": STOP, "progress": False},
+    ):
+        many = vn.fit_many(trainers, batch, 3000, data_axis=0, **options)
+        assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
+        assert (many.edms < 1e-3).all()
+
+
+def test_an_angle_beside_a_parameter_at_its_bound():
+    bounds = {"height": (0.0, 1.0), "shape": (-3.0, 3.0)}
+    model = {"height": jnp.asarray(1.0), "shape": jnp.asarray(0.0)}
+    trainer, batch = Product(model, bounds=bounds), jnp.asarray(1.1 * PLACES)
+    # The residuals have no slope at all, where one is held and the other is zero.
+    for start in (0.0, 0.5):
+        begun = trainer.replace(model={**model, "shape": jnp.asarray(start)})
+        result = begun.solve(SOLVERS["LevenbergMarquardt"], batch)
+        assert result.stop_reason is vn.StopReason.CONVERGED
+        np.testing.assert_allclose(result.model["shape"], 0, atol=1e-6)
+
+
+class Product(vn.Trainer):
+    """A slope as it is seen at an angle."""
+
+    def residuals(self, model, batch):
+        return (model["height"] * jnp.cos(model["shape"]) * PLACES - batch) / NOISE
+
+
+class Fleeing(vn.Trainer):
+    """A line far from the data, which the first of them only drives farther away."""
+
+    def residuals(self, model, batch):
+        x = jnp.asarray(PLACES, batch.dtype)
+        return (jnp.exp(-0.5 * (x - model) ** 2) - batch) / jnp.asarray(0.05)
+
+
+def test_what_flees_the_data_is_at_no_minimum():
+    batch = jnp.zeros(60).at[0].set(-0.2)
+    trainer = Fleeing(jnp.asarray(-14.0))
+    # The loss is convex there, and the step of Newton gains nothing.
+    loss = lambda model: 0.5 * jnp.sum(trainer.residuals(model, batch) ** 2)
+    slope, curvature = jax.grad(loss)(-14.0), jax.hessian(loss)(-14.0)
+    assert 0 < 0.5 * slope**2 / curvature < 1e-9
+    result = trainer.solve(SOLVERS["LevenbergMarquardt"], batch)
+    assert result.stop_reason is vn.StopReason.STALLED
+
+
+class Refusing(Symmetric):
+    """Its model has an error close by."""
+
+    def residuals(self, model, batch):
+        is_bad = (model["shape"] < -1e-3) & (model["height"] < 2)
+        model = eqx.error_if(model, is_bad, "negative")
+        return super().residuals(model, batch)
+
+
+def test_where_nothing_can_be_seen_the_answer_is_that_of_gauss_and_newton():
+    start = {"height": jnp.asarray(1.0), "shape": jnp.asarray(1e-9)}
+    trainer, batch = Refusing("width").replace(model=start), measured("width")
+    result = trainer.solve(SOLVERS["LevenbergMarquardt"], batch)
+    assert result.stop_reason is vn.StopReason.STALLED
