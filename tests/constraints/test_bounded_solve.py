@@ -173,7 +173,25 @@ def is_minimum(name, x):
     free = jac[:, ~(at_low | at_high)] / norms[~(at_low | at_high)]
     along = free @ np.linalg.lstsq(free, residuals, rcond=1e-12)[0]
     is_pushed = np.all(slope[at_low] > -1e-6) and np.all(slope[at_high] < 1e-6)
-    return is_pushed and np.linalg.norm(along) < 1e-3 * size
+    if not is_pushed or np.linalg.norm(along) < 1e-3 * size:
+        return is_pushed
+    # The difference of two rates that are equal has no slope, but a curvature.
+    return fall_by_hessian(name, x, ~(at_low | at_high)) < 1e-6 * size**2
+
+
+def fall_by_hessian(name, x, is_free):
+    """How far a step of Newton falls, if the loss curves upwards."""
+
+    def slope(x):
+        residuals, jac = linearised(name, x)
+        return (jac.T @ residuals)[is_free]
+
+    steps = np.diag(1e-5 * np.maximum(np.abs(x), 1e-3))[is_free]
+    rows = [(slope(x + h) - slope(x - h)) / (2 * h.max()) for h in steps]
+    hessian = (np.array(rows) + np.transpose(rows)) / 2
+    curves_up = np.linalg.eigvalsh(hessian).min() > 0
+    fall = 0.5 * slope(x) @ np.linalg.solve(hessian, slope(x))
+    return fall if curves_up else np.inf
 
 
 # Of many parameters by one of the solvers: each has a program of every problem.
