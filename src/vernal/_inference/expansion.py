@@ -15,6 +15,7 @@ from .._data import as_batch
 from .._fit import distance_here
 from .._minimum import (
     Distance,
+    Local,
     along,
     chi_squared_p_value,
     distance_of,
@@ -29,7 +30,6 @@ from .._projection import ROUNDING, DenseWhitening
 from .._step import (
     AbstractTrainer,
     DataKind,
-    in_free_coordinates,
     prior_count,
     priors_of,
     stripped,
@@ -61,6 +61,8 @@ class Around(NamedTuple):
     - `penalty`: twice the negative logarithm of the priors, `None` without any.
     - `truth_p_values`: how probable it is that the truth is as far from the minimum,
         with errors as they are said to be, and with errors of any scale.
+    - `local`: the residuals and their Jacobian, by which `distance` was found, if it
+        was.
     """
 
     whitening: DenseWhitening
@@ -74,6 +76,7 @@ class Around(NamedTuple):
     kind: ErrorKind
     penalty: float | None
     truth_p_values: tuple[float, float]
+    local: Local | None
 
     @property
     def chi_squared(self) -> float | None:
@@ -211,10 +214,20 @@ def around(
     return expanded(trainer, batch, laplace(trainer, batch, what, jac, kind))
 
 
+def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
+    """Looks again at a point that only seems to be no minimum, by `second_look`."""
+    if here.distance is None or here.local is None:
+        return here
+    bare, batch = stripped(trainer), as_batch(batch)
+    falls = what_falls(trainer)
+    distance = second_look(bare, batch, falls, here.local, here.distance)
+    return here._replace(distance=distance)
+
+
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
     """Finds out what the derivatives say of the surroundings."""
     derived, priors = here.derived, priors_of(trainer)
-    distance, whitening = _distance(trainer, batch, here), here.whitening
+    (distance, local), whitening = _distance(trainer, batch, here), here.whitening
     penalty = None if priors is None else 2 * float(priors.penalty(trainer.model))
     of_priors, data_count, zero_count, squares = None, None, 0, None
     if derived.data is None:
@@ -255,30 +268,35 @@ def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         kind=here.kind,
         penalty=penalty,
         truth_p_values=p_values,
+        local=local,
     )
 
 
-def _distance(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Distance | None:
-    """Returns the distance to the minimum of what is fitted, `None` without one."""
+def _distance(
+    trainer: AbstractTrainer, batch: Any, here: Laplace
+) -> tuple[Distance | None, Local | None]:
+    """Returns the distance to the minimum of what is fitted, `None` without one.
+
+    And the residuals and their Jacobian, if they are of what is fitted.
+    """
     falls, derived = what_falls(trainer), here.derived
     # A loss with a penalty has no known scale.
     if falls == "loss" or not has_minimum(trainer):
-        return None
+        return None, None
     if falls != ("nll" if derived.data is None else "residuals"):
-        return distance_here(trainer, batch, falls)
+        return distance_here(trainer, batch, falls), None
     # On the host, where nothing is compiled.
     at = derived.held, as_parameters(trainer.params), trainer.projector
     if derived.data is None:
         hessian, gradient = derived.found[0]
-        return hessian_distance(derived.value, gradient, hessian, *at)
+        return hessian_distance(derived.value, gradient, hessian, *at), None
     assert here.spectrum is not None
     assert here.reduced is not None
     squares = np.square(np.asarray(derived.deviances, float)).sum()
     size = int(derived.data.size) + prior_count(trainer)
     sums = here.spectrum, here.reduced.slope, np.asarray(squares), size
     local = measure_spectrum(*sums, *at)
-    bare, batch = stripped(in_free_coordinates(trainer)), as_batch(batch)
-    return second_look(bare, batch, falls, local, distance_of(local))
+    return distance_of(local), local
 
 
 def may_be_far(here: Laplace) -> bool:

@@ -12,7 +12,7 @@ from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
 from .._step import AbstractTrainer, in_free_coordinates, template_of
 from .._tree import aligned, by_path, element_name, named_leaves
 from .elements import tied_with_errors
-from .expansion import Around, OfElements, around
+from .expansion import Around, OfElements, around, seen_again
 from .laplace import ErrorOptions
 from .propagate import propagated
 
@@ -32,7 +32,7 @@ def report(
     if data_count is not None:
         data_count = whole_number(data_count, "data_count", least=1)
     trainer = in_free_coordinates(trainer)
-    here = around(trainer, batch, "A report", options.jac, options.kind)
+    here = _around(trainer, batch, "A report", options)
     if data_count is not None:
         here = here._replace(data_count=data_count, zero_count=0)
     scale = here.error_scale(is_scaled)
@@ -62,6 +62,13 @@ def report(
     )
 
 
+def _around(
+    trainer: AbstractTrainer, batch: Any, what: str, options: ErrorOptions
+) -> Around:
+    here = around(trainer, batch, what, options.jac, options.kind)
+    return seen_again(trainer, batch, here)
+
+
 def _note(trainer: AbstractTrainer, here: Around) -> str | None:
     """Returns what a table has to say of the minimum."""
     if here.distance is None:
@@ -77,7 +84,7 @@ def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
     scale_errors = boolean(options.scale_errors, "scale_errors")
     trainer, here, note, scale = in_free_coordinates(trainer), None, None, 1.0
     if batch is not None:
-        here = around(trainer, batch, "A standard error", options.jac, options.kind)
+        here = _around(trainer, batch, "A standard error", options)
         scale = here.error_scale(scale_errors)
         note = _note(trainer, here)
     head = "parameter", "value", "standard error" if here else ""

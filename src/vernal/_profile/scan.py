@@ -14,7 +14,7 @@ import numpy as np
 from .._boundary import refuse_program
 from .._curvature import Mode, checked_mode
 from .._data import as_batch
-from .._inference import Passes, around, laplace, require_likelihood
+from .._inference import Passes, around, laplace, require_likelihood, seen_again
 from .._minimum import edm_note, what_falls
 from .._projection import DenseWhitening
 from .._solve import (
@@ -259,7 +259,7 @@ def _metric(
     """
     # A robust loss is refused, whether its data scatter or not.
     kind = "expected" if "residuals" in defined(trainer) else None
-    here = around(trainer, batch, _WHAT, jac, kind)
+    here = seen_again(trainer, batch, around(trainer, batch, _WHAT, jac, kind))
     if here.data is not None and here.data.is_robust:
         raise TypeError(
             f"`{name}` follows a likelihood, and a robust loss is none: by how much it "
