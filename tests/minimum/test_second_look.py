@@ -114,12 +114,19 @@ def test_a_minimum_without_slopes_is_one(name, solver, kind):
     assert report.note is None
 
 
+@pytest.mark.parametrize("is_exact", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_intervals_there_are_those_by_hand(name):
+def test_intervals_there_are_those_by_hand(name, is_exact):
     solver, batch = SOLVERS["LevenbergMarquardt"], measured(name)
-    trainer = Symmetric(name).solve(solver, batch).trainer
+    (fn, best, _), trainer = MODELS[name], Symmetric(name)
+    if is_exact:
+        start = {"height": jnp.asarray(0.9), "shape": jnp.asarray(best)}
+        trainer = trainer.replace(model=start)
+    trainer = trainer.solve(solver, batch).trainer
     low, high = trainer.intervals(solver, batch)["shape"]
-    fn, best, _ = MODELS[name]
+    # By default a profile goes to three errors.
+    values = trainer.profile(solver, batch, "shape").values
+    assert 1 < (values[-1] - best) / (high - best) < 10
 
     def least(shape):
         unit, rest = (np.asarray(fn(h, shape, PLACES)) for h in (1.0, 0.0))
@@ -152,11 +159,18 @@ def test_an_angle_beside_a_parameter_at_its_bound():
     model = {"height": jnp.asarray(1.0), "shape": jnp.asarray(0.0)}
     trainer, batch = Product(model, bounds=bounds), jnp.asarray(1.1 * PLACES)
     # The residuals have no slope at all, where one is held and the other is zero.
+    solver = SOLVERS["LevenbergMarquardt"]
     for start in (0.0, 0.5):
         begun = trainer.replace(model={**model, "shape": jnp.asarray(start)})
-        result = begun.solve(SOLVERS["LevenbergMarquardt"], batch)
+        result = begun.solve(solver, batch)
         assert result.stop_reason is vn.StopReason.CONVERGED
         np.testing.assert_allclose(result.model["shape"], 0, atol=1e-6)
+        ends = result.trainer.intervals(solver, batch)["shape"]
+        # The height stays at its bound.
+        tilts = np.cos([0.0, *ends])
+        squares = (PLACES @ PLACES) * ((tilts - 1.1) / NOISE) ** 2
+        rises = squares[1:] - squares[0]
+        np.testing.assert_allclose(rises, chi2.ppf(0.683, 1), rtol=1e-5)
 
 
 class Product(vn.Trainer):

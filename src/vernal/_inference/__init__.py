@@ -8,7 +8,7 @@ compiled program beneath them, `laplace` the normal approximation that it makes,
 """
 
 from .derivatives import Passes, derive
-from .expansion import NO_ACCIDENT, around, how_far, seen_again
+from .expansion import NO_ACCIDENT, Around, around, how_far, seen_again
 from .fisher import (
     Blocks,
     ErrorKind,

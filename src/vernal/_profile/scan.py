@@ -1,5 +1,6 @@
 """`Scan`: minima with some elements held, wherever a profile asks for them."""
 
+import contextlib
 import functools
 import math
 from collections import deque
@@ -14,7 +15,15 @@ import numpy as np
 from .._boundary import refuse_program
 from .._curvature import Mode, checked_mode
 from .._data import as_batch
-from .._inference import Passes, around, laplace, require_likelihood, seen_again
+from .._inference import (
+    Around,
+    ErrorKind,
+    Passes,
+    around,
+    laplace,
+    require_likelihood,
+    seen_again,
+)
 from .._minimum import edm_note, what_falls
 from .._projection import DenseWhitening
 from .._solve import (
@@ -273,9 +282,10 @@ def _metric(
             "`trainer.solve(solver, batch).trainer` is there."
             + prior_ends(trainer, is_near=True)
         )
-    if here.distance is not None and here.distance.is_leap:
-        # Errors without the curvature of the model are too large by any factor.
-        here = around(trainer, batch, _WHAT, jac, "observed")
+    if kind is not None and _lacks_slopes(here):
+        # The curvature of the model may be all there is, and is no unit at a saddle.
+        with contextlib.suppress(ValueError):
+            here = around(trainer, batch, _WHAT, jac, "observed")
     scale = here.error_scale(scale_errors)
     if scale == 0:
         raise ValueError(
@@ -284,7 +294,7 @@ def _metric(
         )
     metric, errors = here.whitening, here.whitening.errors_of_the_data()
     if np.any(here.held):
-        metric = _without_bounds(trainer, batch, jac) or metric
+        metric = _without_bounds(trainer, batch, jac, here.kind) or metric
     dtype = widest((ravel_dtype(trainer.params), metric.dtype))
     # On the host, where nothing is compiled.
     scaled = jax.device_put(np.asarray(metric.scale) * scale)
@@ -293,12 +303,18 @@ def _metric(
     return metric, scale * np.asarray(errors, float), scale
 
 
+def _lacks_slopes(here: Around) -> bool:
+    """Whether there is a direction in which residuals have hardly any slope."""
+    is_leap = here.distance is not None and here.distance.is_leap
+    return bool(is_leap or np.isinf(here.whitening.errors_of_the_data()).any())
+
+
 def _without_bounds(
-    trainer: AbstractTrainer, batch: Any, jac: Mode | None
+    trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind
 ) -> DenseWhitening | None:
     """Whitens all parameters: one that is held at its bound may have to leave it."""
     try:
-        return laplace(trainer, batch, _WHAT, jac, None, holds=False).whitening
+        return laplace(trainer, batch, _WHAT, jac, kind, holds=False).whitening
     except ValueError:  # the likelihood may curve downwards there
         found = whitened_without_signs(trainer, batch, None, Passes(jac=jac))
         if found is None:
