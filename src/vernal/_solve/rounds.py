@@ -150,14 +150,14 @@ class Rounds:
         now = self._found
         if now is None or now.reason in IS_OVER:
             return None
-        return lower_point(*self._surroundings(now.end)[:-1], now.distance)
+        return lower_point(*self._surroundings(now.end), now.distance)
 
-    def _surroundings(self, end: End) -> tuple[Any, Any, str, Any, Distance]:
+    def _surroundings(self, end: End) -> tuple[AbstractTrainer, Any, str, Any]:
         """Returns what `second_look` and `lower_point` need to know of an end."""
         problem = self._problem
         kind = what_falls(self._placed, is_least_squares(problem.encoded.decode()))
         trainer = live(self._stripped, end.params)
-        return trainer, problem.batch, kind, end.local, distance_of(end.local)
+        return trainer, problem.batch, kind, end.local
 
     def _settle(self, left: int, whitens: bool) -> int:
         """Solves until it is known what is held; returns how many steps are left."""
@@ -244,7 +244,7 @@ class Rounds:
         copied = end.losses, end.steps, end.reason, end.last, end.is_settled
         losses, count, why, last, is_settled = jax.device_get(copied)
         end = end._replace(local=end.local or self._linearised(end))
-        distance = second_look(*self._surroundings(end))
+        distance = second_look(*self._surroundings(end), distance_of(end.local))
         self._losses.append(losses[:count])
         why = REASONS[why]
         reason = settled(why, distance)
