@@ -56,7 +56,7 @@ def user_function(*args):
 WRITTEN = eqx.tree_pformat
 
 # What is wrong nearly everywhere. A call that takes one of them anyway may. Neighbours
-# are alike: a parameter that many functions have meets every third in each of them.
+# are alike: a parameter that many functions have meets every second in each of them.
 WRONG = {
     "None": None,
     "an integer": 3,
@@ -289,7 +289,7 @@ def variations(name):
     given, first = right(name), list(TARGETS).index(name)
     for number, (parameter, value) in enumerate(given.items(), first):
         is_slow = f"{name}.{parameter}" in SLOW
-        step = 3 if SHARED[parameter] > 4 else 1
+        step = 2 if SHARED[parameter] > 4 else 1
         for what, wrong in [*WRONG.items()][number % step :: step]:
             if not (is_slow and compiles(wrong)):
                 yield what, (parameter,), given | {parameter: wrong}
