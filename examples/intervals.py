@@ -8,7 +8,7 @@ and its derivatives. In the picture Δχ² of the rate leaves the parabola of it
 error, and the regions of both parameters are not ellipses.
 
 *Coverage.* An interval of 68.3 % should contain the truth in 68.3 % of all
-experiments. In 2,000 simulated ones a curve of this kind is measured until it has
+experiments. In 1,500 simulated ones a curve of this kind is measured until it has
 begun to level off, and the level is asked for. The value plus and minus its standard
 error contains the true level far too often, and lies below it whenever it does not.
 The intervals by profile likelihood are right.
@@ -32,7 +32,7 @@ import vernal.plot
 jax.config.update("jax_enable_x64", True)
 HERE = Path(__file__).parent
 LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
-LEVEL, EXPERIMENTS = 0.683, 2_000
+LEVEL, EXPERIMENTS = 0.683, 1_500
 TRUTH, DAYS, NOISE = jnp.array([1.0, 0.35]), jnp.linspace(0.3, 4.0, 8), 0.06
 
 

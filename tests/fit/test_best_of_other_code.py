@@ -130,8 +130,11 @@ def _two(trainer):
     return trainer if trainer.best_loss.ndim else [trainer, trainer]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("way", ["fit", "solve"])
+@pytest.mark.parametrize(
+    ("change", "way"),
+    [(change, "fit") for change in CHANGES if change != "a global"]
+    + [("a function", "solve"), ("a static field", "solve")],
+)
 def test_a_best_of_other_code_is_dropped(change, way):
     check(*CHANGES[change], WAYS[way])
 
@@ -233,7 +236,7 @@ def test_a_trainer_that_an_object_of_its_own_holds_is_let_go_of():
         last = None
 
     places = []
-    for _ in range(3):
+    for _ in range(2):
         context = Context()
         context.name = "none"
         trainer = OfAModule(optax.adam(0.1), Kind("none"))
@@ -244,7 +247,7 @@ def test_a_trainer_that_an_object_of_its_own_holds_is_let_go_of():
         vn.forget()
     jax.clear_caches()
     gc.collect()
-    assert [place() for place in places] == [None] * 3
+    assert [place() for place in places] == [None] * 2
 
 
 SINGLE = {
@@ -254,8 +257,10 @@ SINGLE = {
 }
 
 
-@pytest.mark.parametrize("first", SINGLE)
-@pytest.mark.parametrize("second", SINGLE)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("Stream", "step"), ("step", "unroll"), ("unroll", "Stream")],
+)
 def test_single_batches_compare(first, second):
     near = Line(START, optax.adam(0.1)).fit(Y, 200).trainer
     before = SINGLE[first](SINGLE[first](near.replace(optimiser=optax.sgd(-0.01))))

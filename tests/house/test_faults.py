@@ -154,7 +154,7 @@ COMBINATIONS = [
     }.items()
     for text in texts
 ]
-RUNS = 405
+RUNS = 240
 CHUNKS = (STEPS, 5, STEPS, 3)  # a fault may be at any place of a chunk
 EACH = RUNS // len(COMBINATIONS)
 

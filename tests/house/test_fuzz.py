@@ -56,7 +56,7 @@ COMBINATIONS = [
         )
     )
 ]
-FITS = 280
+FITS = 168
 EACH = -(-FITS // len(COMBINATIONS))
 
 

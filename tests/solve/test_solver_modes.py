@@ -70,6 +70,7 @@ class Integrated(Fit):
         super().__init__(model, **options)
         self.adjoint = adjoint
 
+    @eqx.filter_jit  # traced once, however often it is differentiated
     def curve(self, model):
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, rate: -rate * y),

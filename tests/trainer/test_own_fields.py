@@ -50,13 +50,12 @@ class Config:
     gain: float = 2.0
 
 
-OWN = {"a number": 1.5, "a list": [1, 2.5, "a"], "a dictionary": {"order": 1}}
+# Several in one: a trainer is compiled for each.
+OWN = {"a dictionary": {"order": 1, "list": [1, 2.5, "a"]}}
 LEAVES = {
-    "text": "linear",
+    "objects": ("linear", {1, 2}, Config()),
     "a NumPy array": np.ones(3),
     "a NumPy number": np.float64(2.0),
-    "a set": {1, 2},
-    "a dataclass": Config(),
 }
 WAYS = {
     "step": lambda ts: ts[0].step(2 * X),
