@@ -247,9 +247,7 @@ def count(fn):
 
 @pytest.mark.loose_dtypes
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_step_compiles_anew_exactly_if_a_difference_is_told(name, monkeypatch):
-    # A tracer says at length that it cannot be waited for.
-    monkeypatch.setattr(jax, "block_until_ready", lambda tree: tree)
+def test_a_step_compiles_anew_exactly_if_a_difference_is_told(name):
     old, new, line = TRAINERS[name]
     told, batch = vn.explain_retrace(old, new), fresh()
     # To trace the step is enough, which is all that is counted.

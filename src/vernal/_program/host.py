@@ -8,6 +8,8 @@ import equinox as eqx
 import jax
 from jax.extend.core import Jaxpr
 
+from .._boundary import is_traced
+
 _LOGGER = logging.getLogger("jax._src.callback")
 
 
@@ -48,7 +50,10 @@ def with_host_errors(
     _LOGGER.addFilter(quiet)
     try:
         result = jitted(*args)
-        return jax.block_until_ready(result) if waits() else result
+        # A tracer says at length that it cannot be waited for.
+        if waits() and not is_traced(result):
+            jax.block_until_ready(result)
+        return result
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if "_EquinoxRuntimeError: " in str(error):
             _raise_as_equinox(error)

@@ -135,7 +135,8 @@ def warn_of_no_data(
     `where` is what the warning begins with.
     """
     # NaN follows the last step of one of many.
-    is_small = (losses < _TINY).any(axis=0) & ~(losses >= _TINY).any(axis=0)
+    sizes = abs(losses)
+    is_small = (sizes < _TINY).any(axis=0) & ~(sizes >= _TINY).any(axis=0)
     for found in np.argwhere(is_small):
         index = int(found[0]) if is_small.ndim else ()
         which = f" of member {index}" if is_small.ndim else ""
