@@ -165,9 +165,14 @@ def at_the_minimum(name):
     return trainer.whiten(batch).solve(solver, batch, max_steps=1024).trainer
 
 
+# The errors of each, and at each other entrance some of them.
+ASKED = [(name, "standard_errors") for name in FAR_AWAY]
+ASKED += [(name, "propagate") for name in ("residuals", "counts", "a fit cut short")]
+ASKED += [(name, "draw") for name in ("residuals, float32", "a prior", "bounds")]
+
+
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("entrance", ENTRANCES)
-@pytest.mark.parametrize("name", FAR_AWAY)
+@pytest.mark.parametrize(("name", "entrance"), ASKED)
 def test_far_away_there_is_a_warning(name, entrance):
     trainer, batch = FAR_AWAY[name]
     message = f"`{entrance}` is asked for {FAR}.*(size|rate).*trainer.solve"
@@ -253,13 +258,12 @@ COLUMNS = {
 }
 MANY = {
     "residuals": (Decay, LM, {}, {}),
-    "a prior and bounds": (
+    "a prior and bounds, observed": (
         Decay,
         LM,
         {"priors": {"rate": vn.Normal(0.5, 0.1)}, "bounds": {"size": (0.0, 9.0)}},
-        {},
+        {"kind": "observed"},
     ),
-    "observed": (Decay, LM, {}, {"kind": "observed"}),
     "sandwich": (Decay, LM, {}, {"kind": "sandwich"}),
     "nll": (Quadratic, optx.BFGS(1e-8, 1e-8), {}, {}),
 }
