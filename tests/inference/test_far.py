@@ -257,7 +257,6 @@ COLUMNS = {
     "to_dict": lambda result, data, **options: result.to_dict(data, **options),
 }
 MANY = {
-    "residuals": (Decay, LM, {}, {}),
     "a prior and bounds, observed": (
         Decay,
         LM,

@@ -85,10 +85,6 @@ def mixed():
 
 
 VARIED = {
-    "starts and rates": lambda: [
-        LineFit(line(slope), optax.adam(rate))
-        for slope, rate in zip(SLOPES, (1e-3, 1e-2, 0.1, 0.1), strict=True)
-    ],
     "rules and scales": lambda: [
         LineFit(line(slope), vn.ParamOptimiser(RULES).with_scale({"slope": scale}))
         for slope, scale in zip(SLOPES, (0.1, 1.0, 2.0, 1.0), strict=True)
@@ -295,7 +291,7 @@ def test_one_that_is_not_finite_harms_no_other(policy):
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, vn.ZeroNans()])
-@pytest.mark.parametrize("bad", ["a.....", "..l...", ".bb...", ".....u", "aaaaaa"])
+@pytest.mark.parametrize("bad", ["..l...", ".bb...", ".....u", "aaaaaa"])
 def test_others_are_the_same_to_the_bit(policy, bad):
     """Whether one is bad or not, though they share the branches of a step."""
     good = walk(policy, "......", "......", "......")

@@ -106,7 +106,6 @@ def masked():
 TWICE = {"ties": {"peak.power": lambda model: 4 * model["peak"].std}}
 # How to make a member, its data and their axes, and how to compute.
 SCALED = {
-    "residuals": (lambda m: GaussianFit(m), spectra(), AXES, {}),
     "observed, in groups": (
         lambda m: GaussianFit(m),
         spectra(),
