@@ -257,12 +257,14 @@ COLUMNS = {
     "to_dict": lambda result, data, **options: result.to_dict(data, **options),
 }
 MANY = {
-    "a prior and bounds, observed": (
+    "residuals": (Decay, LM, {}, {}),
+    "a prior and bounds": (
         Decay,
         LM,
         {"priors": {"rate": vn.Normal(0.5, 0.1)}, "bounds": {"size": (0.0, 9.0)}},
-        {"kind": "observed"},
+        {},
     ),
+    "observed": (Decay, LM, {}, {"kind": "observed"}),
     "sandwich": (Decay, LM, {}, {"kind": "sandwich"}),
     "nll": (Quadratic, optx.BFGS(1e-8, 1e-8), {}, {}),
 }

@@ -106,12 +106,9 @@ def masked():
 TWICE = {"ties": {"peak.power": lambda model: 4 * model["peak"].std}}
 # How to make a member, its data and their axes, and how to compute.
 SCALED = {
-    "observed, in groups": (
-        lambda m: GaussianFit(m),
-        spectra(),
-        AXES,
-        {"kind": "observed", "batch": 4},
-    ),
+    "residuals": (lambda m: GaussianFit(m), spectra(), AXES, {}),
+    "in groups": (lambda m: GaussianFit(m), spectra(), AXES, {"batch": 4}),
+    "observed": (lambda m: GaussianFit(m), spectra(), AXES, {"kind": "observed"}),
     "masked": (lambda m: Counted(m), masked(), (None, 0, 0), {}),
     "tied": (lambda m: TiedPeak({"peak": m}, **TWICE), spectra(), AXES, {}),
 }
