@@ -30,7 +30,7 @@ SOLVERS = {
 
 # Problems share programs with those of more parameters: the elements that they lack are
 # their own residuals, and zero, where no solver ever moves them.
-SIZES = (4, 12)
+SIZES = (3, 12)
 
 
 @functools.cache
@@ -251,8 +251,10 @@ class Line(vn.Trainer):
         return (line - batch) / 0.05
 
 
-@pytest.mark.parametrize("bounds", [(-3.0, 3.0), (-1.0, None)])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("solver", "bounds"),
+    [("LevenbergMarquardt", (-3.0, 3.0)), ("BFGS", (-1.0, None))],
+)
 def test_where_there_is_no_slope_no_bound_is_close(solver, bounds):
     noise = 0.05 * np.random.default_rng(1).normal(size=(3, 60))
     batches = np.exp(-0.5 * np.asarray(PLACES) ** 2) + noise

@@ -44,14 +44,12 @@ BLOCKS = {
 }
 
 
-# Each kind and each choice of blocks is whitened in either way, and then fitted in one.
+# Each kind, each choice of blocks and either way to whiten.
 CHOSEN = [
     (Squares, "alone", None),
     (Squares, "with another", 1),
-    (Likelihood, "with another", None),
     (Likelihood, "of a predicate", 1),
     (Loss, "of a predicate", None),
-    (Loss, "alone", 1),
 ]
 
 

@@ -169,7 +169,7 @@ def test_a_scale_that_is_not_there_is_refused_as_for_one():
     }
     for case, (kind, options, how) in cases.items():
         trainer = kind(peak(0.2, 1.1, 3.8), optax.sgd(1e-9), **options)
-        result = vn.fit_many([trainer] * 2, batch, 1)
+        result = vn.fit_many([trainer] * 2, batch, 0)
         with pytest.raises(ValueError, match="scale_errors") as one:
             result.trainer(0).table(batch, scale_errors=True, **how)
         with pytest.raises(ValueError, match="scale_errors") as many:
