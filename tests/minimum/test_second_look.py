@@ -199,6 +199,25 @@ def test_what_flees_the_data_is_at_no_minimum():
     assert result.stop_reason is vn.StopReason.STALLED
 
 
+class FleeingALevel(vn.Trainer):
+    """The same, and a level that the data know."""
+
+    def residuals(self, model, batch):
+        x = jnp.asarray(PLACES, batch.dtype)
+        line = jnp.exp(-0.5 * (x - model["place"]) ** 2)
+        return (model["level"] + line - batch) / jnp.asarray(NOISE, batch.dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_nor_is_it_beside_what_the_data_know(dtype):
+    batch = jnp.zeros(60, dtype).at[0].set(-0.2)
+    level, solver = jnp.asarray(-0.2 / 60, dtype), SOLVERS["LevenbergMarquardt"]
+    for place in (-11.0, -12.0, -13.0, -14.0):
+        start = {"level": level, "place": jnp.asarray(place, dtype)}
+        result = FleeingALevel(start).solve(solver, batch)
+        assert result.stop_reason is not vn.StopReason.CONVERGED
+
+
 class Refusing(Symmetric):
     """Its model has an error close by."""
 

@@ -28,8 +28,8 @@ class Distance(NamedTuple):
         units of its scale. Where the loss curves downwards, it does so along it.
     - `is_plateau`: whether the loss is flat here, and lower across: `direction` leads
         there, in the units of the parameters.
-    - `is_leap`: whether residuals have hardly any slope along `direction`, so that
-        their curvature may be the smallest part of that of the loss.
+    - `is_leap`: whether the step to the minimum is longer than a parameter, as where
+        residuals have hardly any slope. After a `second_look`: whether they have none.
     """
 
     edm: Float[Array | np.ndarray, ""]

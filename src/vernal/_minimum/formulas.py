@@ -35,10 +35,11 @@ def distance_of(local: Any) -> Distance:
         return distance._replace(is_saddle=np.asarray(True))
     if isinstance(local, Curved):
         return _of_curved(local)
-    return _of_spectral(_by_svd(local) if isinstance(local, Triangle) else local)
+    return _of_spectral(by_svd(local) if isinstance(local, Triangle) else local)
 
 
-def _by_svd(local: Triangle) -> Spectral:
+def by_svd(local: Triangle) -> Spectral:
+    """Decomposes residuals and their Jacobian, on the host."""
     rows = np.vstack([local.factor, local.priors]).astype(float)
     left, values, right = np.linalg.svd(rows[:, :-1], full_matrices=False)
     inner, loss = left.T @ rows[:, -1], local.loss
@@ -72,11 +73,11 @@ def _of_spectral(local: Spectral) -> Distance:
     is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
     is_flat = is_flat and not np.all(local.held)
     found = _distance(edm, tolerance, is_flat, local, step)
+    if local.turn is not None or not found.is_short:
+        return found
     # A step that is longer than a parameter may lead nowhere.
     size = abs(np.asarray(local.flat, float) * local.scale)
-    moved = step if local.turn is None else local.turn @ step
-    is_leap = found.is_short and bool(is_flat or np.any(abs(moved) > size))
-    return found._replace(is_leap=is_leap)
+    return found._replace(is_leap=bool(is_flat or np.any(abs(step) > size)))
 
 
 def _of_curved(local: Curved) -> Distance:

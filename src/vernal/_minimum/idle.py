@@ -17,7 +17,7 @@ from .local import Curved, Triangle, noise_of_zero
 # The steps to one side. Within half a turn, in either direction, there is a power of
 # two at which a cosine has changed sign.
 STEPS = 2.0 ** np.arange(-40, 24)
-_MOST_DIRECTIONS = 16
+MOST_DIRECTIONS = 16
 
 
 class Seen(NamedTuple):
@@ -114,7 +114,7 @@ def idle_directions(
     directions = np.zeros((len(together), size))
     directions[:, is_free & has_slope] = together
     alone = np.eye(size)[is_free & ~has_slope]
-    return np.vstack([alone, directions])[:_MOST_DIRECTIONS] / local.scale
+    return np.vstack([alone, directions])[:MOST_DIRECTIONS] / local.scale
 
 
 def is_idle(local: Any) -> bool:

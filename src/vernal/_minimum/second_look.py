@@ -9,14 +9,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from .._program import program
 from .._step import AbstractTrainer
 from .distance import by_hessian
 from .edm import Distance
-from .formulas import distance_of
-from .idle import Around
-from .local import Curved
+from .formulas import by_svd, distance_of
+from .idle import MOST_DIRECTIONS, STEPS, Around
+from .local import Curved, Spectral, Triangle, noise_of_zero
+
+# A rise is noticed within so many times the distance at which that of a parabola is.
+_NEAR = 8
 
 _by_hessian = program(by_hessian)
 
@@ -26,38 +30,56 @@ def second_look(
 ) -> Distance:
     """Looks by the second derivatives at where squares only seem to fall further.
 
-    If these say that it is a minimum, and the loss rises to both sides of it, that is
-    the answer. The trainer is stripped; `kind` is that of `what_falls`, `local` and
-    `distance` are what `measure` and `distance_of` found.
+    If these say that it is a minimum, and the loss rises where the slopes of residuals
+    do not show it, that is the answer. The trainer is stripped; `kind` is that of
+    `what_falls`, `local` and `distance` are what `measure` and `distance_of` found.
     """
-    if not distance.is_leap or local.turn is not None:
+    if not distance.is_leap:
         return distance
     curved = jax.device_get(_by_hessian(trainer, None, batch, kind, None))
     found = distance_of(curved)._replace(tolerance=distance.tolerance, is_leap=True)
     if not (isinstance(curved, Curved) and found.is_minimum):
         return distance
-    around = Around(trainer, batch, kind, float(distance.noise))
-    if distance.direction.any():
-        ways = distance.direction[None, :].astype(float) / np.asarray(local.scale)
-    else:
-        size = len(curved.scale)
-        ways = np.eye(size)[~np.broadcast_to(curved.held, size)]
-    if not all(_rises(around, way, curved) for way in ways):
+    hidden = _hidden(jax.device_get(local), curved)
+    if not 0 < len(hidden) <= MOST_DIRECTIONS:
         return distance
-    direction = np.sum(ways * curved.scale, axis=0)
-    direction = (direction / np.linalg.norm(direction)).astype(found.direction.dtype)
-    return found._replace(direction=direction)
+    around = Around(trainer, batch, kind, float(distance.noise))
+    if not all(_rises(around, bar / curved.scale) for bar in hidden):
+        return distance
+    direction = hidden[0] / np.linalg.norm(hidden[0])
+    return found._replace(direction=direction.astype(found.direction.dtype))
 
 
-def _rises(around: Around, way: np.ndarray, curved: Curved) -> bool:
-    """Whether the loss rises to both sides, as far as it is seen to change."""
-    scaled = way * curved.scale
-    curvature = scaled @ curved.hessian.astype(float) @ scaled
-    if not curvature > 0:
-        return False
-    seen = around.look_along(way / np.sqrt(curvature))
+def _hidden(local: Triangle | Spectral, curved: Curved) -> Float[np.ndarray, "K D"]:
+    """Returns the directions in which residuals have hardly any slope.
+
+    Each is an error bar long, in units of the Hessian; none if that is singular.
+    """
+    is_free = np.diagonal(curved.hessian) > 0
+    hessian = curved.hessian[is_free][:, is_free].astype(float)
+    values, vectors = np.linalg.eigh(hessian)
+    noise = noise_of_zero(len(values), curved.hessian.dtype)
+    if not values.min(initial=np.inf) > noise * values.max(initial=0):
+        return np.zeros((0, len(is_free)))
+    bars = vectors / np.sqrt(values)
+    found = by_svd(local) if isinstance(local, Triangle) else local
+    rows = found.values[:, None] * found.right * (found.scale / curved.scale)
+    _, slopes, right = np.linalg.svd(rows[:, is_free] @ bars)
+    # What slopes add to the rise is not noticed so close.
+    is_hidden = np.pad(slopes, (0, len(right) - len(slopes))) < 1 / _NEAR
+    hidden = np.zeros((np.count_nonzero(is_hidden), len(is_free)))
+    hidden[:, is_free] = right[is_hidden] @ bars.T
+    return hidden[::-1]
+
+
+def _rises(around: Around, bar: Float[np.ndarray, " D"]) -> bool:
+    """Whether the loss rises to both sides, about where a parabola would."""
+    seen = around.look_along(np.sqrt(2 * around.noise) * bar)
     if seen is None:
         return False
-    sides = np.split(seen.losses[1:] - seen.losses[0], 2)
-    noticed = [side[np.argmax(~(abs(side) <= around.noise))] for side in sides]
-    return bool(np.all(np.asarray(noticed) > around.noise))
+    near = int(np.sum(STEPS <= _NEAR))
+    for side in np.split(seen.losses[1:] - seen.losses[0], 2):
+        first = np.argmax(~(abs(side[:near]) <= around.noise))
+        if not side[first] > around.noise:
+            return False
+    return True

@@ -24,7 +24,7 @@ def search(
 
     Returns the distance: `farthest` if the bound is there, infinite if the likelihood
     does not fall so far, and NaN if it is not finite before it does, only seemed to
-    have fallen, or the points do not suffice.
+    have fallen, or is not found by the points that are allowed.
     """
     before, low, high = (0.0, -root), (0.0, -root), (math.inf, math.inf)
     # Halved where one stays twice (the Illinois rule).
