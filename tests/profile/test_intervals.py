@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 import optimistix as optx
 import pytest
 import scipy.optimize
+import scipy.stats
 from numpyro.distributions import biject_to, constraints
 
 import vernal as vn
@@ -456,9 +457,55 @@ def test_an_end_far_closer_than_the_error_is_found(end):
     np.testing.assert_allclose(at, end, rtol=1e-6)
 
 
+def test_an_end_far_beyond_the_error_is_found_or_is_nowhere():
+    slowly = lambda at: math.sqrt(1e-9 * at) - 1
+    at = ended(search(1.0, math.inf, 1e-12), slowly)
+    np.testing.assert_allclose(at, 1e9, rtol=1e-5)
+    at = ended(search(1.0, math.inf, 1e-12), lambda at: at / (2 + 2 * at) - 1)
+    assert at == math.inf
+
+
 def test_an_end_that_is_not_found_is_not_there():
     at = ended(search(1.0, math.inf, 1e-12), lambda at: 0.1 if at > 1e-60 else -1.0)
     assert math.isnan(at)
+
+
+BINS = np.linspace(0.0, 5.0, 50)
+
+
+class Background(vn.Trainer):
+    """Counts of a line, far from whose centre there is next to nothing."""
+
+    def residuals(self, model, batch):
+        bins = jnp.asarray(BINS, model["line"].dtype)
+        line = jnp.exp(-0.5 * ((bins - 2.2) / 0.3) ** 2)
+        return vn.likelihoods.Poisson(model["line"] * line + model["level"], batch)
+
+
+@pytest.mark.parametrize("width", ["float64", "float32"])
+def test_a_level_of_counts_that_is_zero_has_its_limit(width):
+    """Its expected Fisher matrix has nothing to do with the slope on the bound."""
+    batch = np.zeros(BINS.size, width)
+    batch[[18, 20, 21, 22, 24]] = 2
+    bounds = {"level": (0, None), "line": (0, None)}
+    start = {"line": jnp.asarray(1.0, width), "level": jnp.asarray(0.5, width)}
+    trainer = Background(start, bounds=bounds).solve(LM, batch).trainer
+    assert trainer.model["level"] == 0
+
+    def least(level):
+        line = np.exp(-0.5 * ((BINS - 2.2) / 0.3) ** 2)
+        of = lambda height: height * line + level
+        nll = lambda height: np.sum(of(height) - batch * np.log(of(height)))
+        found = scipy.optimize.minimize_scalar(nll, bounds=(0.01, 20), method="bounded")
+        return 2 * found.fun
+
+    goal = least(1e-12) + scipy.stats.chi2.ppf(0.9, 1)
+    end = scipy.optimize.brentq(lambda level: least(level) - goal, 1e-6, 1)
+    low, high = trainer.intervals(LM, batch, "level", 0.9)["level"]
+    assert low == 0
+    np.testing.assert_allclose(high, end, rtol=1e-3)
+    # By default a profile goes as far as the likelihood falls as by three errors.
+    np.testing.assert_allclose(trainer.profile(LM, batch, "level").delta[-1], 9, 1e-2)
 
 
 class Product(vn.Trainer):

@@ -15,6 +15,7 @@ from .._boundary import warn
 from .._step import AbstractTrainer, prior_ends
 from .conditional import Points, run_models
 from .elements import find_element, find_elements
+from .intervals import crossings
 from .own_values import coordinates_of, values_of
 from .scan import Options, Scan, Start
 
@@ -175,6 +176,17 @@ def _axis(scan: Scan, name: str, index: int, given: np.ndarray | None) -> _Axis:
 
 
 def _default(scan: Scan, name: str, index: int) -> np.ndarray:
+    free, ends = scan.base.flat[index], (np.nan, np.nan)
+    if free in (scan.low[index], scan.high[index]):
+        # On a bound the likelihood is no parabola, and its curvature is no scale.
+        ends = crossings(scan, {name: index}, _WIDTH**2)[name]
+    if not np.isfinite(ends).all():
+        ends = _three_errors(scan, name, index)
+    ends, _ = values_of(scan.trainer, index, np.asarray(ends))
+    return np.linspace(ends.min(), ends.max(), _COUNT)
+
+
+def _three_errors(scan: Scan, name: str, index: int) -> np.ndarray:
     free, error = float(scan.base.flat[index]), scan.wide_errors[index]
     if not np.isfinite(error):
         raise ValueError(
@@ -182,9 +194,7 @@ def _default(scan: Scan, name: str, index: int) -> np.ndarray:
             "standard errors are no range. Give `values`."
         )
     reach = np.array([-_WIDTH * error, _WIDTH * error])
-    ends = np.clip(free + reach, scan.low[index], scan.high[index])
-    ends, _ = values_of(scan.trainer, index, ends)
-    return np.linspace(ends.min(), ends.max(), _COUNT)
+    return np.clip(free + reach, scan.low[index], scan.high[index])
 
 
 def _checked(values: Any) -> np.ndarray:

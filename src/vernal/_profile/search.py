@@ -3,7 +3,7 @@
 import math
 from collections.abc import Generator
 
-# In standard errors.
+# In standard errors. Beyond, the likelihood must still fall.
 _FARTHEST = 2.0**18
 _LONGEST = 8.0
 
@@ -23,7 +23,7 @@ def search(
     rounding error is `noise`.
 
     Returns the distance: `farthest` if the bound is there, infinite if the likelihood
-    does not fall so far, and NaN if it is not finite before it does, only seemed to
+    falls no farther, and NaN if it is not finite before it does, only seemed to
     have fallen, or is not found by the points that are allowed.
     """
     before, low, high = (0.0, -root), (0.0, -root), (math.inf, math.inf)
@@ -46,7 +46,8 @@ def search(
         else:
             high = t, excess
         if math.isinf(high[0]):
-            if t >= _FARTHEST:
+            rise = (low[1] + root) ** 2 - (before[1] + root) ** 2
+            if t >= _FARTHEST and rise <= max(_TOLERANCE, noise):
                 return math.inf
             # On the line through the last two.
             rise = (low[1] - before[1]) / (low[0] - before[0])

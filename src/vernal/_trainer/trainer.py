@@ -943,8 +943,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
             [`vernal.split`][]); by default all elements, but those that a bijection
             couples to others.
         - `values`: the values of that element; of several, a dictionary of them by
-            name. By default 21, as far as three standard errors on either side, within
-            the bounds; with a bijection, those of its free coordinate.
+            name. By default 21, within the bounds, as far as three standard errors on
+            either side, with a bijection those of its free coordinate; on a bound, as
+            far as the likelihood falls by as much.
         - `scale_errors`: for residuals whose error bars are not known: takes for them
             the root of the reduced chi-squared at the minimum, so that the errors are
             those of [`vernal.Trainer.report`][] with it.
