@@ -1,5 +1,6 @@
 """Minima of symmetric models, where residuals have no slope."""
 
+import functools
 import math
 
 import equinox as eqx
@@ -78,19 +79,27 @@ def measured(name, dtype=jnp.float64, seed=None):
     return jnp.asarray(fn(1.0, best, PLACES) + NOISE * noise, dtype)
 
 
-def loss_by_hand(name, priors, dtype=jnp.float64):
+@functools.cache
+def derivatives_by_hand(name, kind):
+    """The gradient and the Hessian of what is minimised, as a function."""
+    dtype, priors = KINDS[kind]
     fn, data = MODELS[name][0], np.asarray(measured(name, dtype), float)
 
     def loss(params):
         squares = jnp.sum(((fn(*params, PLACES) - data) / NOISE) ** 2)
         return 0.5 * (squares + (((params[0] - 1) / 0.5) ** 2 if priors else 0))
 
-    return loss
+    return jax.jit(lambda params: (jax.grad(loss)(params), jax.hessian(loss)(params)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "solver", "kind"),
+    [
+        *((name, "LevenbergMarquardt", kind) for name in MODELS for kind in KINDS),
+        ("width", "BFGS", "float32, priors"),
+        ("phase", "BFGS", "float64"),
+    ],
+)
 def test_a_minimum_without_slopes_is_one(name, solver, kind):
     dtype, priors = KINDS[kind]
     trainer, batch = Symmetric(name, dtype, priors=priors), measured(name, dtype)
@@ -98,19 +107,19 @@ def test_a_minimum_without_slopes_is_one(name, solver, kind):
     assert result.stop_reason is vn.StopReason.CONVERGED
     assert result.edm < 1e-3
 
-    best, loss = MODELS[name][1], loss_by_hand(name, priors, dtype)
+    best, by_hand = MODELS[name][1], derivatives_by_hand(name, kind)
     np.testing.assert_allclose(result.model["shape"], best, atol=1e-3)
-    slope = jax.grad(loss)(jnp.asarray([result.model["height"], best], float))
+    slope, _ = by_hand(np.array([result.model["height"], best], float))
     np.testing.assert_allclose(slope, 0, atol=1e-4 if dtype == jnp.float64 else 0.1)
 
     report = result.report(batch)
     assert "hardly any slope here, along shape (" in report.note
     assert report["shape"].error > 10
     report, point = result.report(batch, kind="observed"), result.model.values()
-    hessian = jax.hessian(loss)(jnp.asarray(list(point), float))
+    _, hessian = by_hand(np.array([*point], float))
     errors = [report["height"].error, report["shape"].error]
-    by_hand = np.sqrt(np.diag(np.linalg.inv(hessian)))
-    np.testing.assert_allclose(errors, by_hand, rtol=2e-2)
+    expected = np.sqrt(np.diag(np.linalg.inv(hessian)))
+    np.testing.assert_allclose(errors, expected, rtol=2e-2)
     assert report.note is None
 
 

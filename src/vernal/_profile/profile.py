@@ -179,7 +179,7 @@ def _default(scan: Scan, name: str, index: int) -> np.ndarray:
     free, ends = scan.base.flat[index], (np.nan, np.nan)
     if free in (scan.low[index], scan.high[index]):
         # On a bound the likelihood is no parabola, and its curvature is no scale.
-        ends = crossings(scan, {name: index}, _WIDTH**2)[name]
+        ends = crossings(scan, {name: index}, float(_WIDTH**2))[name]
     if not np.isfinite(ends).all():
         ends = _three_errors(scan, name, index)
     ends, _ = values_of(scan.trainer, index, np.asarray(ends))
