@@ -102,8 +102,8 @@ SYMMETRIC = {
         [2.0, 3.0],
         [0.0, 2.0],
     ),
-    "a square": (
-        lambda x: x[1] + x[0] ** 2 * PLACES.astype(x.dtype),
+    "one that overflows far away": (
+        lambda x: x[1] + jnp.expm1(x[0] ** 2) * (PLACES.astype(x.dtype) + 7),
         [1.5, 3.0],
         [0.0, 2.0],
     ),

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .._curvature import Subject, gradient, traced
 from .._program import program
@@ -19,6 +19,9 @@ from .local import Curved, Triangle, noise_of_zero
 STEPS = 2.0 ** np.arange(-40, 24)
 MOST_DIRECTIONS = 16
 
+# A change is noticed within so many times the distance at which that of a parabola is.
+NEAR = 8
+
 
 class Seen(NamedTuple):
     """Points within the bounds, and the loss and its gradient at each."""
@@ -26,6 +29,12 @@ class Seen(NamedTuple):
     points: Any
     losses: Any
     slopes: Any
+
+    @property
+    def ways(self) -> list[Int[np.ndarray, " K"]]:
+        """The indices of the start, and of the steps to one side or to the other."""
+        sides = np.split(np.arange(1, len(self.losses)), 2)
+        return [np.append(0, side) for side in sides]
 
 
 class Around(NamedTuple):
@@ -115,6 +124,16 @@ def idle_directions(
     directions[:, is_free & has_slope] = together
     alone = np.eye(size)[is_free & ~has_slope]
     return np.vstack([alone, directions])[:MOST_DIRECTIONS] / local.scale
+
+
+def first_noticed(losses: Float[np.ndarray, " K"], noise: float) -> int:
+    """Returns the index of the first loss that differs from the one at no step.
+
+    It is 0 if none does so nearby. The steps are `STEPS`, in units of the distance at
+    which the change of a parabola is noticed.
+    """
+    near = losses[: 1 + int(np.sum(STEPS <= NEAR))]
+    return int(np.argmax(~(abs(near - losses[0]) <= noise)))
 
 
 def is_idle(local: Any) -> bool:

@@ -17,11 +17,8 @@ from .._program import program
 from .._step import AbstractTrainer
 from .._tree import ravel, unravel
 from .distance import minimised
-from .idle import STEPS, Around, idle_directions
+from .idle import Around, first_noticed, idle_directions
 from .local import Curved, Triangle
-
-# A fall is noticed within so many times the distance at which that of a parabola is.
-_NEAR = 8
 
 
 def beside(around: Around, local: Triangle | Curved) -> Float[np.ndarray, " D"] | None:
@@ -36,8 +33,7 @@ def beside(around: Around, local: Triangle | Curved) -> Float[np.ndarray, " D"] 
     if (seen := around.look_along(length * direction)) is None:
         return None
     lowest = 0
-    for side in np.split(np.arange(1, len(seen.losses)), 2):
-        way = np.append(0, side)
+    for way in seen.ways:
         end = way[_end_of_fall(seen.losses[way], around.noise)]
         lowest = end if seen.losses[end] < seen.losses[lowest] else lowest
     return seen.points[lowest] if lowest else None
@@ -45,11 +41,11 @@ def beside(around: Around, local: Triangle | Curved) -> Float[np.ndarray, " D"] 
 
 def _end_of_fall(losses: np.ndarray, noise: float) -> int:
     """Returns the last of the points up to which the loss falls, 0 if it does not."""
-    near = losses[: 1 + int(np.sum(STEPS <= _NEAR))]
-    first = int(np.argmax(~(abs(near - losses[0]) <= noise)))
+    first = first_noticed(losses, noise)
     if not losses[first] < losses[0]:
         return 0
-    return first + int(np.argmin(np.append(np.diff(losses[first:]) < 0, False)))
+    falls = losses[first + 1 :] < losses[first:-1]
+    return first + int(np.argmin(np.append(falls, False)))
 
 
 def _steepest(

@@ -16,11 +16,8 @@ from .._step import AbstractTrainer
 from .distance import by_hessian
 from .edm import Distance
 from .formulas import by_svd, distance_of
-from .idle import MOST_DIRECTIONS, STEPS, Around
+from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
 from .local import Curved, Spectral, Triangle, noise_of_zero
-
-# A rise is noticed within so many times the distance at which that of a parabola is.
-_NEAR = 8
 
 _by_hessian = program(by_hessian)
 
@@ -66,7 +63,7 @@ def _hidden(local: Triangle | Spectral, curved: Curved) -> Float[np.ndarray, "K 
     rows = found.values[:, None] * found.right * (found.scale / curved.scale)
     _, slopes, right = np.linalg.svd(rows[:, is_free] @ bars)
     # What slopes add to the rise is not noticed so close.
-    is_hidden = np.pad(slopes, (0, len(right) - len(slopes))) < 1 / _NEAR
+    is_hidden = np.pad(slopes, (0, len(right) - len(slopes))) < 1 / NEAR
     hidden = np.zeros((np.count_nonzero(is_hidden), len(is_free)))
     hidden[:, is_free] = right[is_hidden] @ bars.T
     return hidden[::-1]
@@ -77,9 +74,5 @@ def _rises(around: Around, bar: Float[np.ndarray, " D"]) -> bool:
     seen = around.look_along(np.sqrt(2 * around.noise) * bar)
     if seen is None:
         return False
-    near = int(np.sum(STEPS <= _NEAR))
-    for side in np.split(seen.losses[1:] - seen.losses[0], 2):
-        first = np.argmax(~(abs(side[:near]) <= around.noise))
-        if not side[first] > around.noise:
-            return False
-    return True
+    ways = [seen.losses[way] for way in seen.ways]
+    return all(way[first_noticed(way, around.noise)] > way[0] for way in ways)
