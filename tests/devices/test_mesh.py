@@ -423,7 +423,7 @@ def test_many_solved_on_devices():
 # Checkpoints.
 
 
-@pytest.mark.parametrize("widths", [(8, 2), (8, None), (None, 8)])
+@pytest.mark.parametrize("widths", [(8, 8), (8, 2), (8, None), (None, 8)])
 def test_a_fit_goes_on_with_other_devices(tmp_path, widths):
     trainer, data, options = FITS["minibatches"]()
     meshes = [None if width is None else mesh_of(width) for width in widths]
@@ -483,7 +483,9 @@ def test_chunks_on_devices_compile_once(width):
     close_on_one(parts.trainer.params, alone().params)
 
 
-@pytest.mark.parametrize("spec", [P(None, None), P(("data", "model"))])
+@pytest.mark.parametrize(
+    "spec", [P("model", None), P(None, None), P(("data", "model"))]
+)
 def test_chunks_of_split_leaves_compile_once(spec):
     trainer = Chain(chain(1), optax.adam(1e-2))
     vn.forget()

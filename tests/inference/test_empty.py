@@ -44,12 +44,14 @@ BLOCKS = {
 }
 
 
-# Each kind, each choice of blocks and either way to whiten.
+# Each kind and each choice of blocks is whitened in either way, and then fitted in one.
 CHOSEN = [
     (Squares, "alone", None),
     (Squares, "with another", 1),
+    (Likelihood, "with another", None),
     (Likelihood, "of a predicate", 1),
     (Loss, "of a predicate", None),
+    (Loss, "alone", 1),
 ]
 
 

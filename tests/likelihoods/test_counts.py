@@ -210,7 +210,7 @@ def test_many_have_the_errors_of_each(solved):
         solver=SOLVERS["LevenbergMarquardt"],
         data_axis=(None, 0),
     )
-    for kind in (None, "sandwich"):
+    for kind in (None, "observed", "sandwich"):
         found = values(many.errors((X, stack), kind=kind))
         for index in range(3):
             own = many.trainer(index)

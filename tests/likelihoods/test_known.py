@@ -95,14 +95,8 @@ def test_each_entrance_refuses_them(entrance):
         ENTRANCES[entrance](Fit("jitter"))
 
 
-@pytest.mark.parametrize(
-    ("told", "likelihood"),
-    [
-        ("a fraction of the mean", "Gaussian"),
-        ("in a program", "Robust"),
-        *(("jitter", likelihood) for likelihood in LIKELIHOODS),
-    ],
-)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("told", FITTED)
 def test_each_likelihood_refuses_them(told, likelihood):
     with pytest.raises(ValueError, match=r"depends on the parameters.*stop_gradient"):
         Fit(told, likelihoods=(likelihood,)).fit(DATA, 3)
@@ -111,13 +105,11 @@ def test_each_likelihood_refuses_them(told, likelihood):
         Fit(told, likelihoods=(likelihood,), bounds=bounds).fit(DATA, 3)
 
 
-# Also where one function of the user returns them beside the prediction. The other
-# entrances compute in the ways of these.
-TAKEN = ("fit", "solve", "solve by residuals", "whiten", "fisher", "fit_many", "unroll")
+# Also where one function of the user returns them beside the prediction.
 
 
 @pytest.mark.filterwarnings("ignore:.*far from the minimum")
-@pytest.mark.parametrize("entrance", TAKEN)
+@pytest.mark.parametrize("entrance", ENTRANCES)
 def test_each_entrance_takes_known_ones(entrance):
     ENTRANCES[entrance](Fit("held", "in one loop"))
 

@@ -46,9 +46,8 @@ ENTRANCES = {
         vn.Minibatches(data, 5, key=jax.random.key(0)), 5
     ),
     "fit, stream": lambda data: Fit().fit(vn.Stream([data] * 6), 5),
-    "fit, bounds, every third loss": lambda data: Fit(bounds={"slope": (0, None)}).fit(
-        data, 5, every=3
-    ),
+    "fit, every third loss": lambda data: Fit().fit(data, 5, every=3),
+    "fit, bounds": lambda data: Fit(bounds={"slope": (0, None)}).fit(data, 5),
     "fit, whitened": lambda data: (
         Fit().whiten((X, Y, X < 5), optimiser=optax.adam(0.1)).fit(data, 5)
     ),

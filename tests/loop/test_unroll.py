@@ -87,9 +87,9 @@ def require_slope(fn, at, step, rtol):
 # The steps are those of a trainer.
 
 
-# Segments of every kind for one number of steps; for others, as they are, longer than
-# the steps, or such as leave a rest.
-LENGTHS = [(12, segment) for segment in (None, 0, 1)]
+# Segments of every kind for one number of steps; for others, as they are or such
+# as leave a rest.
+LENGTHS = [(12, segment) for segment in (None, 0, 1, 100)]
 LENGTHS += [pytest.param(12, 3, marks=pytest.mark.as_compiled)]
 LENGTHS += [(1, None), (2, 3), (7, 3)]
 
@@ -545,14 +545,15 @@ def through_walls(policy):
 
 
 POLICIES = {
+    "skipped": (vn.SkipStep(), "++-+-++--++"),
     "stopped": (vn.StopFit(), "++---------"),
     "stopped later": (vn.SkipStep() | vn.StopAfter(2), "++-+-++----"),
 }
 
 
-# Those that are skipped alone are part of the latter.
 @pytest.mark.parametrize(
-    ("name", "mapped"), [("stopped", True), ("stopped later", False)]
+    ("name", "mapped"),
+    [("skipped", False), ("stopped", True), ("stopped later", False)],
 )
 def test_nothing_flows_into_a_step_that_is_not_taken(name, mapped):
     policy, expected = POLICIES[name]

@@ -85,6 +85,10 @@ def mixed():
 
 
 VARIED = {
+    "starts and rates": lambda: [
+        LineFit(line(slope), optax.adam(rate))
+        for slope, rate in zip(SLOPES, (1e-3, 1e-2, 0.1, 0.1), strict=True)
+    ],
     "rules and scales": lambda: [
         LineFit(line(slope), vn.ParamOptimiser(RULES).with_scale({"slope": scale}))
         for slope, scale in zip(SLOPES, (0.1, 1.0, 2.0, 1.0), strict=True)
@@ -114,8 +118,7 @@ def test_each_is_as_it_were_alone(name):
     require_alone(result, alone(trainers, lambda _: data, record=record), rtol)
 
 
-# One at a time is in `test_data_sets`.
-@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("batch", [1, 2, 4])
 def test_some_at_a_time(batch):
     options = {"record": "slope", "every": 3, "validation": (BATCH, 4)}
     whole, parts = many(starts(), **options), many(starts(), batch=batch, **options)
@@ -193,14 +196,15 @@ def curves_alone():
 
 
 @pytest.mark.parametrize(
-    ("axes", "arrange", "batch"),
+    ("axes", "arrange"),
     [
-        ((None, 0), lambda x, y: (x, y), None),
-        (0, lambda x, y: (jnp.stack([x] * 3), y), 1),
-        ((None, 1), lambda x, y: (x, y.T), None),
-        ((None, -1), lambda x, y: (x, y.T), 1),
+        ((None, 0), lambda x, y: (x, y)),
+        (0, lambda x, y: (jnp.stack([x] * 3), y)),
+        ((None, 1), lambda x, y: (x, y.T)),
+        ((None, -1), lambda x, y: (x, y.T)),
     ],
 )
+@pytest.mark.parametrize("batch", [None, 1])
 def test_data_sets(axes, arrange, batch):
     data = arrange(*curves())
     result = many(starts()[:3], data, data_axis=axes, batch=batch)
@@ -320,8 +324,9 @@ def test_one_that_has_converged_waits_for_the_others():
             assert not np.isnan(column[: counts[index]]).any()
             assert np.isnan(column[counts[index] :]).all()
         assert result.losses[index] == result.history.loss[counts[index] - 1, index]
-    parts = many(trainers, steps=2000, stop=stop, record="slope", batch=1)
-    np.testing.assert_allclose(parts.history.loss, result.history.loss, rtol=1e-9)
+    for batch in 1, 3:
+        parts = many(trainers, steps=2000, stop=stop, record="slope", batch=batch)
+        np.testing.assert_allclose(parts.history.loss, result.history.loss, rtol=1e-9)
 
 
 def test_a_policy_that_raises_does_so_at_the_end():

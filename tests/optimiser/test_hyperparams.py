@@ -121,7 +121,8 @@ def loaded(trainer, file):
 OF_OPTAX = ("plain", "named chain", "masked", "finite", "inject in inject")
 OF_OPTAX += ("optax.partition", "rules")
 # In a file a state is the same tree: some of each kind.
-LOADED = ("plain", "named chain", "inject in inject", "rules", "rule in a chain")
+LOADED = ("plain", "named chain", "masked", "inject in inject", "vn.partition")
+LOADED += ("window", "rules", "default", "rule in a chain")
 
 
 @pytest.mark.parametrize(

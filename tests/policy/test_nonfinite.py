@@ -115,7 +115,7 @@ def no_breakpoint(monkeypatch):
 # of the compositions by steps alone.
 WALKED = [(case, "step") for case in CASES]
 WALKED += [(case, "fit") for case in CASES[:10]]
-WALKED += [(CASES[i], "scan") for i in (0, 7)] + [(CASES[i], "vmap") for i in (2, 7)]
+WALKED += [(CASES[i], walk) for i in (0, 2, 7) for walk in ("scan", "vmap")]
 
 
 @pytest.mark.parametrize(
