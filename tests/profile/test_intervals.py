@@ -470,6 +470,39 @@ def test_an_end_that_is_not_found_is_not_there():
     assert math.isnan(at)
 
 
+@jax.custom_vjp
+def once(slope):
+    """A line whose derivative has none."""
+    return slope * X
+
+
+def backwards(_, gradient):
+    like = jax.ShapeDtypeStruct((), gradient.dtype)
+    total = lambda gradient: np.asarray(np.sum(gradient * X))
+    return (jax.pure_callback(total, like, gradient, vmap_method="sequential"),)
+
+
+once.defvjp(lambda slope: (once(slope), None), backwards)
+
+
+class Once(vn.Trainer):
+    """It does not know of the second parameter."""
+
+    def residuals(self, model, batch):
+        return (once(model["slope"]) + 0 * model["idle"] - batch) / 0.1
+
+
+def test_an_idle_parameter_of_a_model_without_second_derivatives():
+    start = {"slope": jnp.asarray(1.0), "idle": jnp.asarray(1.0)}
+    batch = 2 * X + 0.1 * np.cos(20 * X)
+    trainer = Once(start).solve(LM, batch, jac="bwd").trainer
+    found = trainer.intervals(LM, batch, jac="bwd")
+    best, error = (X @ batch) / (X @ X), 0.1 / np.sqrt(X @ X)
+    goal = best + np.array([-1, 1]) * error * scipy.stats.norm.ppf((1 + 0.683) / 2)
+    np.testing.assert_allclose(found["slope"], goal, rtol=1e-6)
+    assert found["idle"] == (-math.inf, math.inf)
+
+
 BINS = np.linspace(0.0, 5.0, 50)
 
 

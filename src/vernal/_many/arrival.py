@@ -74,9 +74,10 @@ def distances_of(
     for index in odd:
         trainer, data = members.one(batch, index)
         here = stripped(in_free_coordinates(trainer)), data, kind, at[index]
-        if found[index].is_leap:
-            found[index] = second_look(*here, found[index])
-        elif lower := lower_point(*here, found[index]):
+        found[index] = second_look(*here, found[index])
+        if not found[index].is_minimum:
+            continue
+        if lower := lower_point(*here, found[index]):
             found[index] = lower.distance
     return list(found.values())
 

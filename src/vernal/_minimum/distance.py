@@ -92,41 +92,54 @@ def measure(
     what `what_falls` returns, and `fall` is how far the loss fell on the way here.
     `held` are the elements that are pushed against their bounds, if that is known.
     """
-    if kind != "residuals":
-        return by_hessian(trainer, projector, batch, kind, fall, held)
-    params, key = as_parameters(trainer.params), step_key(trainer)
+    params, value = as_parameters(trainer.params), minimised(trainer, batch, kind)
     here = _Here(_wide(ravel(params)), params, projector)
-    value = minimised(trainer, batch, kind)
     held = pushed(trainer, value) if held is None else held
-    at = lambda flat: live(trainer, held_at(unravel(flat, params), held))
-    met: set[type] = set()
+    if kind == "residuals":
+        found = _by_jacobian(trainer, batch, here, value, held, fall)
+    else:
+        # The scale of an `nll` is known.
+        found = _by_hessian(here, value, held, fall if kind == "loss" else None)
+    return _with_held(found, flat_flags(held, params))
+
+
+def measure_hessian(trainer: AbstractTrainer, batch: Any, kind: str) -> Local:
+    """Measures the surroundings by second derivatives, those of squares too.
+
+    In units of the likelihood, with all directions free.
+    """
+    params, value = as_parameters(trainer.params), minimised(trainer, batch, kind)
+    here, held = _Here(_wide(ravel(params)), params, None), pushed(trainer, value)
+    found = _by_hessian(here, value, held, None)
+    return _with_held(found, flat_flags(held, params))
+
+
+def _by_jacobian(
+    trainer: AbstractTrainer,
+    batch: Any,
+    here: "_Here",
+    value: LossAt,
+    held: Mapping[str, Bool[Array, "..."]],
+    fall: Any,
+) -> Local:
+    at = lambda flat: live(trainer, held_at(unravel(flat, here.params), held))
+    key, met = step_key(trainer), set[type]()
     residuals = lambda flat: _wide(scoring_residuals(at(flat), batch, key, met))
     residuals, loss = traced(residuals, here.flat), None
     if met:
         # The residuals of scoring have no bound where that of counts is small.
-        loss = _wide(value(params))
-    found = _of_residuals(residuals, here, fall, loss, prior_count(trainer))
-    return _with_held(found, flat_flags(held, params))
+        loss = _wide(value(here.params))
+    return _of_residuals(residuals, here, fall, loss, prior_count(trainer))
 
 
-def by_hessian(
-    trainer: AbstractTrainer,
-    projector: EigenProjector | None,
-    batch: Any,
-    kind: str,
+def _by_hessian(
+    here: "_Here",
+    value: LossAt,
+    held: Mapping[str, Bool[Array, "..."]],
     fall: Any,
-    held: Mapping[str, Bool[Array, "..."]] | None = None,
 ) -> Local:
-    """Measures what `measure` does, of residuals too, by the second derivatives."""
-    params = as_parameters(trainer.params)
-    here = _Here(_wide(ravel(params)), params, projector)
-    value = minimised(trainer, batch, kind)
-    held = pushed(trainer, value) if held is None else held
-    loss = lambda flat: _wide(value(held_at(unravel(flat, params), held)))
-    # The scale of squares, and of an `nll`, is known.
-    fall = fall if kind == "loss" else None
-    found = _of_loss(traced(loss, here.flat), here, fall)
-    return _with_held(found, flat_flags(held, params))
+    loss = lambda flat: _wide(value(held_at(unravel(flat, here.params), held)))
+    return _of_loss(traced(loss, here.flat), here, fall)
 
 
 def _with_held(local: Local, held: Any) -> Local:

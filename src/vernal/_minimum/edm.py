@@ -138,13 +138,13 @@ def edm_note(distance: Distance, params: Params) -> str | None:
 
 
 def slope_note(distance: Distance, params: Params) -> str | None:
-    """Returns a note for errors by slopes, if there are hardly any at the minimum."""
+    """Returns a note for errors from slopes, if there are hardly any at the minimum."""
     if distance.is_short or not distance.is_leap:
         return None
     where = along(np.asarray(distance.direction, float), params)
     return (
-        f"residuals have hardly any slope here{where}, and errors by slopes are too "
-        'large: give `kind="observed"`, or call `intervals`'
+        f"residuals have hardly any slope here{where}, and errors that come from "
+        'slopes are too large: give `kind="observed"`, or call `intervals`'
     )
 
 

@@ -13,13 +13,13 @@ from jaxtyping import Float
 
 from .._program import program
 from .._step import AbstractTrainer
-from .distance import by_hessian
+from .distance import measure_hessian
 from .edm import Distance
 from .formulas import by_svd, distance_of
 from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
 from .local import Curved, Spectral, Triangle, noise_of_zero
 
-_by_hessian = program(by_hessian)
+_measure = program(measure_hessian)
 
 
 def second_look(
@@ -33,7 +33,7 @@ def second_look(
     """
     if not distance.is_leap:
         return distance
-    curved = jax.device_get(_by_hessian(trainer, None, batch, kind, None))
+    curved = jax.device_get(_measure(trainer, batch, kind))
     found = distance_of(curved)._replace(tolerance=distance.tolerance, is_leap=True)
     if not (isinstance(curved, Curved) and found.is_minimum):
         return distance

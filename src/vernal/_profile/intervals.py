@@ -146,7 +146,7 @@ def _check(scan: Scan, ends: dict[str, _End]) -> None:
     lost = [label for label, end in ends.items() if math.isnan(end.value)]
     failed = [label for label, end in ends.items() if not end.last.is_minimum]
     for what, labels in (
-        ("no crossing was found, as at a jump or where it is not finite", lost),
+        ("no crossing was found, where it jumps or is not finite", lost),
         ("the solver found no minimum", [x for x in failed if x not in lost]),
     ):
         if labels:

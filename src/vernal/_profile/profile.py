@@ -141,7 +141,6 @@ def _profile(
     scan: Scan, name: str, index: int, values: np.ndarray, points: Points
 ) -> Profile[Any]:
     free = scan.base.flat[index]
-    is_at_bound = free in (scan.low[index], scan.high[index])
     value, slope = values_of(scan.trainer, index, np.array([free], float))
     error = abs(float(slope[0])) * float(scan.errors[index])
     return Profile(
@@ -151,7 +150,7 @@ def _profile(
         converged=points.is_minimum,
         value=float(value[0]),
         # On a bound the likelihood is no parabola.
-        error=np.nan if is_at_bound else error,
+        error=np.nan if scan.is_on_bound(index) else error,
         minimum=float(scan.base.nll),
         _trainer=scan.trainer,
         _flat=points.flat,
@@ -176,8 +175,8 @@ def _axis(scan: Scan, name: str, index: int, given: np.ndarray | None) -> _Axis:
 
 
 def _default(scan: Scan, name: str, index: int) -> np.ndarray:
-    free, ends = scan.base.flat[index], (np.nan, np.nan)
-    if free in (scan.low[index], scan.high[index]):
+    ends = np.nan, np.nan
+    if scan.is_on_bound(index):
         # On a bound the likelihood is no parabola, and its curvature is no scale.
         ends = crossings(scan, {name: index}, float(_WIDTH**2))[name]
     if not np.isfinite(ends).all():

@@ -117,6 +117,10 @@ class Scan:
         found = self.points([()], [()], list(self._room(1).rows))
         self.base: Points = jax.tree.map(lambda x: x[0], found)
 
+    def is_on_bound(self, index: int) -> bool:
+        """Whether an element is on one of its bounds at the minimum."""
+        return bool(self.base.flat[index] in (self.low[index], self.high[index]))
+
     def unit(self, index: int) -> float:
         """Returns the wide error, or a scale where the data do not constrain it."""
         return float(self._scale[index] * np.linalg.norm(self._matrix[index]))
@@ -283,8 +287,9 @@ def _metric(
             + prior_ends(trainer, is_near=True)
         )
     if kind is not None and _lacks_slopes(here):
-        # The curvature of the model may be all there is, and is no unit at a saddle.
-        with contextlib.suppress(ValueError):
+        # The curvature of the model may be all there is. It is no unit at a saddle, and
+        # a model may have none, by a rule of its own for its derivatives.
+        with contextlib.suppress(ValueError, TypeError):
             here = around(trainer, batch, _WHAT, jac, "observed")
     scale = here.error_scale(scale_errors)
     if scale == 0:

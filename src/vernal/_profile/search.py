@@ -23,8 +23,8 @@ def search(
     rounding error is `noise`.
 
     Returns the distance: `farthest` if the bound is there, infinite if the likelihood
-    falls no farther, and NaN if it is not finite before it does, only seemed to
-    have fallen, or is not found by the points that are allowed.
+    falls no farther, and NaN if it is not finite before it does, only seemed to have
+    fallen, or the place is not found by as many points as are allowed.
     """
     before, low, high = (0.0, -root), (0.0, -root), (math.inf, math.inf)
     # Halved where one stays twice (the Illinois rule).
@@ -46,8 +46,8 @@ def search(
         else:
             high = t, excess
         if math.isinf(high[0]):
-            rise = (low[1] + root) ** 2 - (before[1] + root) ** 2
-            if t >= _FARTHEST and rise <= max(_TOLERANCE, noise):
+            fall = (low[1] + root) ** 2 - (before[1] + root) ** 2
+            if t >= _FARTHEST and fall <= max(_TOLERANCE, noise):
                 return math.inf
             # On the line through the last two.
             rise = (low[1] - before[1]) / (low[0] - before[0])

@@ -944,8 +944,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             couples to others.
         - `values`: the values of that element; of several, a dictionary of them by
             name. By default 21, within the bounds, as far as three standard errors on
-            either side, with a bijection those of its free coordinate; on a bound, as
-            far as the likelihood falls by as much.
+            either side, with a bijection those of its free coordinate; from a bound, to
+            where the likelihood has fallen as it does at three standard errors.
         - `scale_errors`: for residuals whose error bars are not known: takes for them
             the root of the reduced chi-squared at the minimum, so that the errors are
             those of [`vernal.Trainer.report`][] with it.
