@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from jax.experimental import io_callback
 from jax.sharding import PartitionSpec
 
 import vernal as vn
@@ -257,6 +258,12 @@ class Loop(vn.Trainer):
         return jax.lax.while_loop(lambda c: c[0] < 3, body, (0, model.offset))[1] ** 2
 
 
+class Logs(vn.Trainer):
+    def loss(self, model, batch):
+        io_callback(lambda slope: None, None, model.slope)
+        return model.slope**2
+
+
 class Named(vn.Trainer):
     def loss(self, model, batch):
         return model.slope**2, {"slope": jnp.asarray(0.0), "grad_norm": model.offset}
@@ -365,6 +372,10 @@ TABLE = {
     "a loop of unknown length": (
         lambda: Loop(line(), optax.adam(0.1)).step(BATCH),
         r'The loss of `Loop`.*lax\.scan.*jac="fwd"',
+    ),
+    "a loss that calls Python": (
+        lambda: Logs(line(), optax.adam(0.1)).step(BATCH),
+        r"The loss of `Logs`.*IO callbacks.*`jax\.debug\.callback`",
     ),
     "a metric called like a parameter": (
         lambda: fit(Named(line(), SGD), record="slope"),

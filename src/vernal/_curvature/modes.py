@@ -62,20 +62,30 @@ def traced(fn: Callable[[PyTree], PyTree], point: PyTree) -> Callable[[PyTree], 
     return cast(Any, eqx.filter_closure_convert(fn, point))
 
 
+_REMEDIES = {
+    "Reverse-mode differentiation does not work": (
+        "Give the loop a length that is known, by `jax.lax.scan` or a "
+        "`jax.lax.fori_loop` between Python numbers; or use "
+        '`trainer.solve(solver, batch, jac="fwd")`.'
+    ),
+    "IO callbacks do not support JVP": "To print or to log, use `jax.debug.callback`.",
+}
+
+
 @contextlib.contextmanager
 def in_reverse(name: str) -> Iterator[None]:
-    """Adds a remedy to the error if a function has only forward mode."""
+    """Adds a remedy to the error if a function has no reverse mode."""
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith("Reverse-mode differentiation does not work"):
-            raise
-        raise TypeError(
-            f"{name} cannot be differentiated in reverse mode, which a step takes. "
-            f"JAX says: {_first_line(error)}. Give the loop a length that is known, by "
-            "`jax.lax.scan` or a `jax.lax.fori_loop` between Python numbers; or use "
-            '`trainer.solve(solver, batch, jac="fwd")`.'
-        ) from error
+        said = _first_line(error)
+        for start, remedy in _REMEDIES.items():
+            if said.startswith(start):
+                raise TypeError(
+                    f"{name} cannot be differentiated in reverse mode, which a step "
+                    f"takes. JAX says: {said}. {remedy}"
+                ) from error
+        raise
 
 
 def choose_mode(
