@@ -470,6 +470,34 @@ def test_an_end_that_is_not_found_is_not_there():
     assert math.isnan(at)
 
 
+class Centre(vn.Trainer):
+    def residuals(self, model, batch):
+        line = 40 * jnp.exp(-0.5 * ((batch[0] - model["at"]) / batch[1]) ** 2)
+        return line - batch[2]
+
+
+@pytest.mark.parametrize("spacings", [3, 30, 300, 3000, 30_000])
+def test_a_value_of_few_digits_has_its_interval(spacings):
+    """In single precision numbers at 50 are 3.8e-6 apart: none is at the end."""
+    apart = np.spacing(np.float32(50))
+    noise = np.random.default_rng(spacings).normal(size=(5, 100))
+    # So broad that the error is so many times the spacing.
+    width = spacings * apart * 40 / 0.42
+    x = (50 + width * np.linspace(-4, 4, 100)).astype(np.float32)
+    found = {}
+    for dtype in (np.float32, np.float64):
+        at, data = jnp.asarray(50, dtype), x.astype(dtype)
+        own = dtype(width)
+        line = 40 * np.exp(-0.5 * ((x.astype(float) - 50) / width) ** 2)
+        for row in noise:
+            batch = data, own, (line + row).astype(np.float32).astype(dtype)
+            fit = Centre({"at": at}).solve(LM, batch)
+            ends = fit.trainer.intervals(LM, batch)["at"]
+            found.setdefault(dtype, []).append(np.asarray(ends, float) - 50)
+    single, double = found[np.float32], found[np.float64]
+    np.testing.assert_allclose(single, double, rtol=0, atol=2 * apart)
+
+
 @jax.custom_vjp
 def once(slope):
     """A line whose derivative has none."""

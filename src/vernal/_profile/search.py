@@ -63,7 +63,8 @@ def search(
             t = (low[0] * above - high[0] * below) / (above - below)
         if not low[0] < t < high[0]:
             t = _halfway(low[0], high[0])
-    if not math.isfinite(high[1]) or high[0] - low[0] > _TOLERANCE * high[0]:
+    is_found = high[0] - low[0] <= max(_TOLERANCE, noise) * high[0]
+    if not (is_found and math.isfinite(high[1])):
         return math.nan
     # Beyond a jump others may have been lost, on the way from far away.
     is_jump = high[1] - low[1] > root / 2
