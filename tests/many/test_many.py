@@ -399,6 +399,71 @@ def test_a_callback_sees_all_of_them():
     assert set(result.stop_reasons) == {vn.StopReason.CALLBACK}
 
 
+class Weighted(vn.Trainer):
+    weights: jax.Array
+
+    def __init__(self, *args, weights, **options):
+        super().__init__(*args, **options)
+        self.weights = weights
+
+    def residuals(self, model, batch):
+        x, y = batch
+        found = model["at"][0] + model["at"][1] * x + model["at"][2] * x**2
+        return (found - y) * jnp.mean(self.weights)
+
+
+# As many members as there are numbers in what they share.
+AT = tuple(jnp.array([start, 0.0, 0.0]) for start in (1.0, 2.0, 3.0))
+SHARED = {
+    "a field": {},
+    "bounds": {"bounds": {"at": (-5.0, jnp.array([3.5, 2.0, 2.0]))}},
+    "priors": {
+        "priors": {"at": vn.Normal(jnp.arange(3.0), jnp.array([0.3, 0.2, 0.1]))}
+    },
+    "a projector": {
+        "projector": vn.EigenProjector.from_fisher(4 * jnp.eye(3), {"at": AT[0]})
+    },
+}
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_in_a_callback_each_member_has_what_all_share(shared):
+    options = {"weights": jnp.array([1.0, 2.0, 6.0]), **SHARED[shared]}
+    made = [Weighted({"at": at}, optax.sgd(0.01), **options) for at in AT]
+    scores = []
+
+    smaller = lambda t: t.replace(model={"at": 0.9 * t.model["at"]})
+
+    def callback(trainers, history):
+        if len(history.loss) > 3:
+            return None
+        score = lambda one: one.evaluate(one.model, BATCH)
+        scores.append(eqx.filter_vmap(score)(trainers))
+        return smaller(trainers)
+
+    result = many(made, steps=6, chunk=3, callback=callback)
+    for index, trainer in enumerate(made):
+        half = trainer.fit(BATCH, 3).trainer
+        close(scores[0][index], half.evaluate(half.model, BATCH), rtol=1e-12)
+        whole = smaller(half).fit(BATCH, 3).trainer
+        close(result.trainer(index).params, whole.params, rtol=1e-10)
+    assert result.trainers.weights.shape == (3, 3)
+
+
+def test_what_all_share_stays_one_in_a_callback():
+    weights = jnp.array([1.0, 2.0, 6.0])
+    made = [Weighted({"at": at}, optax.sgd(0.01), weights=weights) for at in AT]
+    change = lambda factor: (
+        lambda trainers, _: eqx.tree_at(
+            lambda t: t.weights, trainers, trainers.weights * factor
+        )
+    )
+    result = many(made, steps=6, chunk=6, callback=change(2))
+    close(result.trainers.weights, jnp.stack([2 * weights] * 3))
+    with pytest.raises(ValueError, match="'weights' is another for each member"):
+        many(made, steps=6, chunk=3, callback=change(jnp.arange(3.0)[:, None]))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_with_projectors(shared):
     batch = gaussian_batch()

@@ -96,6 +96,14 @@ class OneTrainer(AbstractSubject):
                 shown[name] = f"{history[name][-1]:.6g}"
         return shown | {"best": f"{float(trainer.best_loss):.6g}"}
 
+    def handed_out(self, trainer: AbstractTrainer) -> AbstractTrainer:
+        return trainer
+
+    def taken_back(
+        self, answer: AbstractTrainer, given: AbstractTrainer, held: AbstractTrainer
+    ) -> AbstractTrainer:
+        return answer
+
     def result(
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> FitResult[Any, Any]:

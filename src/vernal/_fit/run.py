@@ -276,7 +276,8 @@ class FitRun:
         reason = None
         if callback is not None:
             seen = self._recorder.history(is_final=False)
-            call = lambda: callback(self.trainer, seen)
+            given = self._subject.handed_out(self.trainer)
+            call = lambda: callback(given, seen)
             with debugged():
                 answer, all_answers = self.peers.run_and_gather(
                     call, self._summary, "a callback"
@@ -289,7 +290,7 @@ class FitRun:
                     "another, or none. It must return the same on all."
                 )
             if not _is_boolean(answer) and answer is not None:
-                self._go_on_with(answer)
+                self._go_on_with(answer, given)
         if self._checkpointer is not None and self._checkpointer.is_terminating():
             reason = reason or StopReason.TERMINATED
         if self.peers.is_interrupted:
@@ -302,14 +303,15 @@ class FitRun:
         is_trainer = type(answer) is type(self.trainer)
         return leaf_fingerprints(answer) if self.peers.are_many and is_trainer else None
 
-    def _go_on_with(self, answer: Any) -> None:
+    def _go_on_with(self, answer: Any, given: AbstractTrainer) -> None:
         if type(answer) is not type(self.trainer):
             raise TypeError(
                 f"`callback` returned an object of type `{type(answer).__name__}`. It "
                 "may return `None`, `True` to end the fit, or a trainer to go on with."
             )
         what = "the trainer that `callback` returned"
-        require_alike(answer, self.trainer, what, "the one it was given")
+        require_alike(answer, given, what, "the one it was given")
+        answer = self._subject.taken_back(answer, given, self.trainer)
         if progress_of(answer).params is not progress_of(self.trainer).params:
             # A monitor state belongs to the parameters that it was made of.
             self._monitor_state = self._subject.first_monitor_state(

@@ -134,6 +134,19 @@ class AbstractSubject(abc.ABC):
         """Returns what a progress bar shows."""
 
     @abc.abstractmethod
+    def handed_out(self, trainer: AbstractTrainer) -> Any:
+        """Returns a trainer as a callback, and a result, has it."""
+
+    @abc.abstractmethod
+    def taken_back(
+        self, answer: AbstractTrainer, given: AbstractTrainer, held: AbstractTrainer
+    ) -> Any:
+        """Returns what a callback made of the trainer that it was `given`.
+
+        The answer is as the fit has `held` that trainer.
+        """
+
+    @abc.abstractmethod
     def result(
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> Any:

@@ -24,11 +24,12 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
+from .._tree import by_path
 from .arrival import checked_ends
 from .data_axis import axes_of, members_first
 from .mapped_chunk import Flags, Spread, apart, member, run_many, run_many_in_place
 from .result import ManyResult
-from .stack import first_rows, stack
+from .stack import first_rows, is_same, stack
 
 
 @final
@@ -151,17 +152,41 @@ class ManyTrainers(AbstractSubject):
             return result
         return checked_ends(result, source.batch, self.flags(source.batch), self.group)
 
-    def result(
-        self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
-    ) -> ManyResult[Any]:
-        trainer = self.home(trainer)
+    def handed_out(self, trainer: AbstractTrainer) -> Any:
         rows, shared = apart(config_of(trainer), self.config)
-        is_array = lambda leaf: isinstance(leaf, jax.Array)
-        arrays, others = eqx.partition(shared, is_array)
+        arrays, others = eqx.partition(shared, eqx.is_array)
         columns = [(leaf,) * self.size for leaf in jax.tree.leaves(arrays)]
         repeated = jax.tree.structure(arrays).unflatten(stack(columns))
         config = eqx.combine(rows, repeated, others)
-        stacked = noted(with_progress(config, progress_of(trainer)))
+        return with_progress(config, progress_of(trainer))
+
+    def taken_back(
+        self, answer: AbstractTrainer, given: AbstractTrainer, held: AbstractTrainer
+    ) -> Any:
+        config = config_of(answer)
+        before, shared = (jax.tree.leaves(config_of(of)) for of in (given, held))
+        columns = by_path(config).items(), before, shared, self.config
+        leaves = []
+        for (path, leaf), old, one, has_rows in zip(*columns, strict=True):
+            if has_rows or not eqx.is_array(leaf):
+                leaves.append(leaf)
+            elif leaf is old:
+                leaves.append(one)
+            elif is_same(leaf):
+                leaves.append(first_rows(leaf))
+            else:
+                raise ValueError(
+                    f"`callback` returned a trainer whose array {path!r} is another "
+                    "for each member, and all members share it. Give each trainer an "
+                    "array of its own when the fit begins."
+                )
+        config = jax.tree.structure(config).unflatten(leaves)
+        return with_progress(config, progress_of(answer))
+
+    def result(
+        self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
+    ) -> ManyResult[Any]:
+        stacked = noted(self.handed_out(self.home(trainer)))
         edms = np.full(self.size, np.nan)
         own = self.data_axis, self.group
         return ManyResult(stacked, history, tuple(reasons), edms, *own)

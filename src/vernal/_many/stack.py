@@ -191,7 +191,7 @@ def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -
         return
     config = zip(jax.tree.leaves(config_of(trainers)), flags, strict=True)
     own = [leaf for leaf, flag in config if flag]
-    if all(map(_is_same, [*own, *jax.tree.leaves(progress_of(trainers))])):
+    if all(map(is_same, [*own, *jax.tree.leaves(progress_of(trainers))])):
         where, shape = rows[0]
         raise ValueError(
             f"`trainers` are {size} equal ones, and {where} has the shape {shape}, but "
@@ -212,7 +212,8 @@ def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -
         )
 
 
-def _is_same(rows: Array) -> bool:
+def is_same(rows: Array) -> bool:
+    """Whether all rows of an array are alike."""
     if not isinstance(rows, jax.Array):
         return True
     if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
