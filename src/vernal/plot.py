@@ -43,7 +43,7 @@ from ._profile import Profile, plane, probability
 from ._projection import EigenProjector
 from ._report import Report
 from ._solve import Solver
-from ._step import require_precision
+from ._step import require_one
 from ._storage import History
 from ._trainer import Trainer
 from ._tree import element_name, ravel_size
@@ -430,7 +430,7 @@ def contour(
     if not levels:
         raise ValueError("`levels` is empty: there is no contour to draw.")
     shares = sorted({probability(level, "levels") for level in levels})
-    require_precision(trainer)
+    require_one(trainer, "contour")
     quantiles = [-2 * math.log1p(-share) for share in shares]
     names, most = (first, second), quantiles[-1]
     found = plane(trainer, solver, batch, names, most, scale_errors)

@@ -1,6 +1,7 @@
 """`fit_many`: each member is what it would be alone."""
 
 import functools
+import inspect
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
+import vernal.plot
 from marked import marked
 from models import (
     GaussianFit,
@@ -397,6 +399,54 @@ def test_a_callback_sees_all_of_them():
     result = many(starts(), chunk=3, callback=callback)
     assert seen == [((4,), (3, 4)), ((4,), (6, 4))]
     assert set(result.stop_reasons) == {vn.StopReason.CALLBACK}
+
+
+FOR_ONE = {
+    **{
+        name: lambda t, name=name: getattr(t, name)(BATCH)
+        for name in (
+            "step",
+            "fisher",
+            "curvature",
+            "whiten",
+            "standard_errors",
+            "table",
+            "report",
+            "objective",
+        )
+    },
+    "fit": lambda t: t.fit(BATCH, 2),
+    "solve": lambda t: t.solve(LM, BATCH),
+    "reproject": lambda t: t.reproject(None),
+    "propagate": lambda t: t.propagate(lambda model: model.slope, BATCH),
+    "draw": lambda t: t.draw(BATCH, jax.random.key(0), 2),
+    "profile": lambda t: t.profile(LM, BATCH, "slope"),
+    "intervals": lambda t: t.intervals(LM, BATCH),
+    "params_at": lambda t: t.params_at(jnp.zeros(2)),
+    "nan_report": lambda t: t.nan_report(),
+    "learning_rates": lambda t: t.learning_rates(),
+    "unroll": lambda t: vn.unroll(t, BATCH, 2),
+    "contour": lambda t: vernal.plot.contour(t, LM, BATCH, "slope", "offset"),
+}
+# What is for one and for many, and what users write.
+FOR_BOTH = "replace", "residuals", "nll", "loss", "evaluate", "constrain"
+
+
+def test_what_is_for_one_is_listed():
+    methods = {name for name, _ in inspect.getmembers(vn.Trainer, inspect.isfunction)}
+    methods = {name for name in methods if not name.startswith("_")}
+    assert methods - {*FOR_BOTH, "transform_grads"} == {*FOR_ONE} - {
+        "unroll",
+        "contour",
+    }
+
+
+@pytest.mark.own_words
+@pytest.mark.parametrize("name", FOR_ONE)
+def test_what_is_for_one_refuses_a_stacked_trainer(name):
+    match = f"`{name}`: this `LineFit` is stacked, with 4 members"
+    with pytest.raises(TypeError, match=match):
+        FOR_ONE[name](whole().trainers)
 
 
 class Weighted(vn.Trainer):

@@ -28,7 +28,7 @@ from .._step import (
     progress_of,
     raise_if_non_finite,
     ranked,
-    require_precision,
+    require_one,
     scored_parts,
     stepped_on,
     with_progress,
@@ -96,7 +96,7 @@ def unroll(
     """
     if not isinstance(trainer, AbstractTrainer):
         raise TypeError(f"`trainer` is {trainer!r}, but must be a `vernal.Trainer`.")
-    require_precision(trainer)
+    require_one(trainer, "unroll")
     steps = whole_number(steps, "steps", least=0, most=MOST_STEPS)
     if segment is not None:
         segment = whole_number(segment, "segment", least=0)

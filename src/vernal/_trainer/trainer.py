@@ -79,6 +79,7 @@ from .._step import (
     refuse_own_projector,
     replaced_fields,
     reproject,
+    require_one,
     require_precision,
     score,
     step_key,
@@ -292,7 +293,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
-        require_precision(self)
+        require_one(self, "step")
         if self.optimiser is None:
             raise no_optimiser(self)
         place = placement(self, mesh, sharding)
@@ -396,7 +397,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`: if `record` names something that does not exist.
         - `ValueError`: if there is a `validation` with `best=False`.
         """
-        require_precision(self)
+        require_one(self, "fit")
         subject = OneTrainer(placement(self, mesh, sharding))
         keywords: FitKeywords = {
             "record": record,
@@ -477,7 +478,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         An error raised while the solver runs, such as by `eqx.error_if`, has the result
         up to there as its attribute `result`.
         """
-        require_precision(self)
+        require_one(self, "solve")
         options = SolveOptions(max_steps, rewhiten, jac)
         return solve(self, solver, batch, options, mesh)
 
@@ -551,7 +552,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             is `"expected"` and the class defines `nll` alone.
         - `UnknownPathError`, `ValueError`: if a block matches nothing, or two overlap.
         """
-        require_precision(self)
+        require_one(self, "fisher")
         return fisher(self, batch, blocks, Passes(batch_size, jac), kind)
 
     @overload
@@ -587,7 +588,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Arguments:** and **Returns:** as [`vernal.Trainer.fisher`][].
         """
-        require_precision(self)
+        require_one(self, "curvature")
         return curvature(self, batch, blocks, Passes(batch_size, jac))
 
     @entrance
@@ -609,7 +610,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             [`vernal.ParamOptimiser`][] cannot go into a space where parameters have no
             names: the result then has no optimiser, and can `solve`.
         """
-        require_precision(self)
+        require_one(self, "reproject")
         refuse_own_projector(projector, self._bijections)
         return reproject(self, projector, optimiser)
 
@@ -654,7 +655,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             has an element.
         """
         refuse_unknown(options, OF_WHITEN, "whiten")
-        require_precision(self)
+        require_one(self, "whiten")
         projector = whitened(self, batch, blocks, Passes(batch_size, jac), options)
         return reproject(self, projector, optimiser)
 
@@ -708,7 +709,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         White, *Maximum likelihood estimation of misspecified models*, Econometrica 50
         (1982).
         """
-        require_precision(self)
+        require_one(self, "standard_errors")
         return standard_errors(self, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
@@ -737,7 +738,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         fitted are listed too: Python floats and ints, integer arrays of few elements.
         """
         if batch is not None:
-            require_precision(self)
+            require_one(self, "table")
         return table(self, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
@@ -785,7 +786,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             not more of them than parameters; or if the scale is known, or taken from
             the scatter already (`priors`, counts, the sandwich).
         """
-        require_precision(self)
+        require_one(self, "report")
         options = ErrorOptions(scale_errors, jac, kind)
         return report(self, batch, data_count, options)
 
@@ -835,7 +836,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Raises:** as [`vernal.Trainer.report`][]; and a `TypeError` if `fn` returns
         anything but real floating-point numbers.
         """
-        require_precision(self)
+        require_one(self, "propagate")
         return propagate(self, fn, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
@@ -877,7 +878,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Raises:** as [`vernal.Trainer.report`][]; and a `ValueError` that names the
         directions which the data do not constrain, if there are any.
         """
-        require_precision(self)
+        require_one(self, "draw")
         options = ErrorOptions(scale_errors, jac, kind)
         return draw(self, key, count, batch, options)
 
@@ -969,7 +970,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `ValueError`: if `scale_errors` finds no scatter or a known scale, as
             [`vernal.Trainer.report`][]; or if all residuals are zero.
         """
-        require_precision(self)
+        require_one(self, "profile")
         options = ProfileOptions(max_steps, jac, scale_errors)
         return profile(self, solver, batch, name, values, options)
 
@@ -1023,7 +1024,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             higher on the way than at the minimum. The error has the model there as its
             attribute `model`: fit again from it.
         """
-        require_precision(self)
+        require_one(self, "intervals")
         options = ProfileOptions(max_steps, jac, scale_errors)
         return intervals(self, solver, batch, names, level, options)
 
@@ -1056,7 +1057,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Raises:** as [`vernal.Trainer.fisher`][].
         """
-        require_precision(self)
+        require_one(self, "objective")
         return objective(self, batch)
 
     def params_at(self, vector: PyTree) -> PyTree:
@@ -1078,6 +1079,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `ValueError`: if the vector has another shape than the current one.
         """
+        require_one(self, "params_at")
         return params_at(self, vector)
 
     # Diagnosis and change.
@@ -1093,6 +1095,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         finite. (If a parameter has one of these names, the other key is `"<loss>"` or
         `"<update>"`.)
         """
+        require_one(self, "nan_report")
         refuse_traced("nan_report", self._progress.nan_counts)
         return nan_report(self)
 
@@ -1119,6 +1122,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `ValueError`: if there is no optimiser.
         """
+        require_one(self, "learning_rates")
         if self.optimiser is None:
             raise no_optimiser(self)
         refuse_traced("learning_rates", self)
