@@ -378,6 +378,43 @@ def test_it_compiles_once_and_for_all_values():
     assert count == second
 
 
+@pytest.mark.parametrize("ends", ["criterion", "solver", "one alone"])
+def test_members_that_ended_at_different_steps_go_on(ends):
+    if ends == "criterion":
+        first = many(starts(), steps=200, stop=vn.Converged(1e-2, 3))
+        given = [first.trainer(index) for index in range(4)]
+    elif ends == "solver":
+        given = [trainer.solve(SOLVERS["BFGS"], BATCH).trainer for trainer in starts()]
+    else:
+        given = [starts()[0].fit(BATCH, 3).trainer, *starts()[1:]]
+    counts = [int(trainer.step_count) for trainer in given]
+    assert len({*counts}) > 1
+    result = many(given, steps=5, record="slope")
+    for index, trainer in enumerate(given):
+        alone = trainer.fit(BATCH, 5, record="slope")
+        for name in ("params", "opt_state", "best", "best_loss"):
+            found, own = (
+                getattr(of, name) for of in (result.trainer(index), alone.trainer)
+            )
+            close(found, own, rtol=1e-10)
+        close(result.history["slope"][:, index], alone.history["slope"], rtol=1e-10)
+    np.testing.assert_array_equal(result.trainers.step_count, max(counts) + 5)
+    np.testing.assert_array_equal(result.history.steps, max(counts) + np.arange(5))
+
+
+def test_a_member_that_has_stopped_stays_where_it_is():
+    bad = eqx.tree_at(
+        lambda t: t._progress.params.slope, starts()[0], jnp.array(jnp.nan)
+    )
+    stopped = bad.fit(BATCH, 9, progress=False).trainer
+    assert stopped.stopped
+    result = many([stopped, starts()[1].fit(BATCH, 4).trainer], steps=3)
+    np.testing.assert_array_equal(result.trainers.step_count, [stopped.step_count, 7])
+    revived = stopped.replace(model=line(1.0), nan_policy=vn.SkipStep())
+    result = many([revived, *(t.replace(nan_policy=vn.SkipStep()) for t in starts())])
+    close(result.trainer(0).params, revived.fit(BATCH, 20).trainer.params, rtol=1e-10)
+
+
 def test_checkpoints(tmp_path):
     options = {"record": "slope", "validation": (BATCH, 4)}
     keep = lambda: {**options, "checkpoint": vn.Checkpoints(tmp_path, every=5)}
@@ -620,11 +657,6 @@ def test_a_solver_in_the_space_of_each():
             ),
             TypeError,
             "`data` is Minibatches, which all trainers share",
-        ),
-        (
-            lambda: many([starts()[0].fit(BATCH, 3).trainer, *starts()]),
-            ValueError,
-            r"different steps \(0, 3\)",
         ),
         (lambda: many(starts(), solver=LM, every=2), TypeError, "`every` is for a fit"),
         (lambda: vn.fit_many(starts(), BATCH, 9, solver=3), TypeError, "`solver` is"),

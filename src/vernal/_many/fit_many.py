@@ -14,7 +14,7 @@ from .._trainer import Trainer
 from .many_trainers import ManyTrainers
 from .result import ManyResult
 from .solve_many import solve_many
-from .stack import require_one_step, require_some_difference, stacked
+from .stack import at_one_step, require_some_difference, stacked
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
 
@@ -54,7 +54,8 @@ def fit_many(
     **Arguments:**
 
     - `trainers`: a sequence of trainers; or a stacked one, whose arrays have a row for
-        each, as `eqx.filter_vmap(make)(keys)` returns it.
+        each, as `eqx.filter_vmap(make)(keys)` returns it. Those that an earlier fit
+        ended at different steps all go on from the last of these.
     - `data`: as for [`vernal.Trainer.fit`][]. All see the same batch at a step.
     - `steps`: the number of steps to take; with a solver, the largest number.
     - `data_axis`: the axis of the arrays in `data` along which each trainer finds its
@@ -81,9 +82,9 @@ def fit_many(
     **Raises:**
 
     - `ValueError`: if there are no trainers, or they differ in more than the values of
-        arrays, or stand at different steps; if the length of an axis is not the number
-        of trainers, or `batch` does not divide that number; if all trainers are equal,
-        and the data seem to have a row for each, without a `data_axis`.
+        arrays; if the length of an axis is not the number of trainers, or `batch` does
+        not divide that number; if all trainers are equal, and the data seem to have a
+        row for each, without a `data_axis`.
     - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][], once all are over.
     """
     given = trainers, data, options.get("validation")
@@ -110,8 +111,7 @@ def fit_many(
         return solve_many(many, together, data, solver, steps, jac)
     if jac is not None:
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
-    require_one_step(together)
-    return fit(many, together, data, steps, options)
+    return fit(many, at_one_step(together), data, steps, options)
 
 
 def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:

@@ -1,5 +1,6 @@
 """Many trainers as one, whose arrays have a row for each."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -164,15 +165,15 @@ def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
     return trainer, tuple(isinstance(leaf, jax.Array) for leaf in config), size
 
 
-def require_one_step(stacked: Any) -> None:
+def at_one_step(stacked: Any) -> Any:
+    """Has all that go on stand at the step of the last: one that ended early waited."""
     counts, stopped = map(np.asarray, (stacked.step_count, stacked.stopped))
-    # One that has stopped may be behind the others, but not ahead of them.
-    found = sorted({*counts[~stopped].tolist(), counts.max().item()})
-    if len(found) > 1 and not stopped.all():
-        raise ValueError(
-            f"`trainers` stand at different steps ({', '.join(map(str, found))}), and "
-            "those that go on must stand at one. Fit each to the same step first."
-        )
+    together = np.where(stopped, counts, counts.max())
+    if np.array_equal(together, counts):
+        return stacked
+    progress = progress_of(stacked)
+    progress = dataclasses.replace(progress, step_count=jax.device_put(together))
+    return with_progress(stacked, progress)
 
 
 def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -> None:

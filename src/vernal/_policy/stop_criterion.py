@@ -141,6 +141,9 @@ class Converged(StopCriterion):
     before them, $L_0$, to below $L_0 - \\max(r |L_0|, a)$, with the tolerances $r$ and
     $a$. Small decreases add up. Steps that were not accepted do not count.
 
+    Let `patience` be longer than the optimiser waits before it first moves a parameter
+    (`vernal.window`, `vernal.delay`, `optax.MultiSteps`).
+
     This is for a loss without noise. With minibatches the loss falls and rises: watch
     a validation instead, with [`vernal.Patience`][].
     """
