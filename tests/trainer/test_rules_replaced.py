@@ -1,5 +1,6 @@
 """`replace(optimiser=...)`: which leaves of the model are trained stays."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -66,6 +67,59 @@ def test_the_same_leaves_may_have_other_rules(case):
     assert not same(fitted.model.slope, trainer.model.slope)
     if "ties" not in options:
         assert same(fitted.model.offset, trainer.model.offset)
+
+
+DECAYING = optax.adam(optax.exponential_decay(0.1, 10, 0.5))
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+# Other rules, and the parameters whose states begin afresh.
+CHANGED = {
+    "another transformation": ({"slope": DECAYING, "offset": MOMENTUM}, ["offset"]),
+    "one that waits": ({"slope": DECAYING, "offset": vn.window(ADAM, 3)}, ["offset"]),
+    "another rate": ({"slope": DECAYING, "offset": optax.adam(0.3)}, []),
+    "another order": ({"offset": ADAM, "slope": DECAYING}, []),
+    "both": ({"offset": MOMENTUM, "slope": MOMENTUM}, ["slope", "offset"]),
+    "one rule": ({BOTH: DECAYING}, ["slope", "offset"]),
+}
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("case", CHANGED)
+def test_each_rule_keeps_its_own_state(case, is_stacked):
+    optimiser = vn.ParamOptimiser({"slope": DECAYING, "offset": ADAM})
+    other, is_fresh = CHANGED[case]
+    made = [LineFit(line(x), optimiser).fit(line_batch(), 5).trainer for x in (0.1, 1)]
+    news = [trainer.replace(optimiser=vn.ParamOptimiser(other)) for trainer in made]
+    if is_stacked:
+        many = vn.fit_many(made, line_batch(), 0).trainers
+        many = many.replace(optimiser=vn.ParamOptimiser(other))
+        given = jax.tree.map(
+            lambda *rows: jnp.stack(rows), *(n.opt_state for n in news)
+        )
+        assert same(many.opt_state, given)
+        return
+    for trainer, new in zip(made, news, strict=True):
+        owners = dict(zip(new.opt_state.paths, new.opt_state.owners, strict=True))
+        for index, path in enumerate(BOTH):
+            own, old = (
+                new.opt_state.groups[owners[path]],
+                trainer.opt_state.groups[index],
+            )
+            assert same(own, old) == (path not in is_fresh)
+        if not is_fresh and case != "another rate":
+            on, as_before = (t.fit(line_batch(), 5).trainer for t in (new, trainer))
+            assert same(on.params, as_before.params)
+
+
+def test_so_does_what_comes_first():
+    first = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
+    optimiser = vn.ParamOptimiser({"slope": ADAM, "offset": ADAM}, first=first)
+    trainer = LineFit(line(), optimiser).fit(line_batch(), 5).trainer
+    other = vn.ParamOptimiser({"slope": ADAM, "offset": MOMENTUM}, first=first)
+    new = trainer.replace(optimiser=other)
+    assert same(new.opt_state.first, trainer.opt_state.first)
+    new = trainer.replace(optimiser=vn.ParamOptimiser({"slope": ADAM, "offset": ADAM}))
+    assert new.opt_state.first is None
+    assert same(new.opt_state.groups, trainer.opt_state.groups)
 
 
 def test_of_many_too():

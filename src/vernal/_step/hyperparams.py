@@ -1,5 +1,8 @@
 """Numbers in an optimiser's state that a user sets, such as a learning rate."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from .._boundary import PyTree
-from .._optimiser import other_maker, state_makers
+from .._optimiser import ParamOptimiser, other_maker, state_makers
 from .._tree import cast_like, is_alike, is_inexact
 from .abstract_trainer import AbstractTrainer
 from .construct import initial_opt_state
@@ -112,17 +115,57 @@ def carried_over(
 
     That is the state of the trainer's optimiser, with what the user has changed, if its
     structure, shapes and dtypes are those of the first state of the new optimiser, and
-    it has the same meaning; otherwise it is that first state.
+    it has the same meaning; otherwise it is that first state. Each rule of a
+    `ParamOptimiser` has a state of its own.
     """
-    old, fresh = trainer.opt_state, initial_opt_state(optimiser, params, latent)
-    makers = state_makers(trainer.optimiser), state_makers(optimiser)
-    if not _fits(old, fresh) or other_maker(*makers):
+    first = lambda tx: initial_opt_state(tx, params, latent)
+    old, new = trainer.optimiser, optimiser
+    before = functools.cache(lambda: first(old))
+    if not (isinstance(old, ParamOptimiser) and isinstance(new, ParamOptimiser)):
+        return _continued((old, trainer.opt_state, before), (new, first(new)))
+    states, fresh = trainer.opt_state, first(new)
+    members = _members(states)
+    groups = []
+    for index, (own, state) in enumerate(
+        zip(_members(fresh), fresh.groups, strict=True)
+    ):
+        if own in members:
+            place = members.index(own)
+            begun = lambda place=place: before().groups[place]
+            was = _rule(old, place), states.groups[place], begun
+            state = _continued(was, (_rule(new, index), state))
+        groups.append(state)
+    was = old.first, states.first, lambda: before().first
+    joint = _continued(was, (new.first, fresh.first))
+    return dataclasses.replace(fresh, first=joint, groups=tuple(groups))
+
+
+def _members(state: Any) -> list[tuple[Any, ...]]:
+    """Lists the parameters of each rule, with their shapes."""
+    all_of_them = list(zip(state.paths, state.shapes, state.owners, strict=True))
+    return [
+        tuple(member for *member, owner in all_of_them if owner == index)
+        for index in range(len(state.groups))
+    ]
+
+
+def _rule(optimiser: ParamOptimiser, index: int) -> Any:
+    return (*optimiser.transforms, optimiser.default)[index]
+
+
+def _continued(
+    old: tuple[Any, PyTree, Callable[[], PyTree]], new: tuple[Any, PyTree]
+) -> PyTree:
+    """Returns the state of an old transformation, if a new one can go on with it.
+
+    The old one is given with its state now, and with a function to its first state; the
+    new one with its first state, which is returned otherwise.
+    """
+    (was, state, before), (tx, fresh) = old, new
+    if not _fits(state, fresh) or other_maker(state_makers(was), state_makers(tx)):
         return fresh
     now = user_set(fresh)
-    if not jax.tree.leaves(now):
-        return old
-    before = user_set(initial_opt_state(trainer.optimiser, params, latent))
-    return settled(old, before, now)
+    return settled(state, user_set(before()), now) if jax.tree.leaves(now) else state
 
 
 def _fits(old: PyTree, new: PyTree) -> bool:

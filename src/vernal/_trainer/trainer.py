@@ -1149,11 +1149,13 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         The state of an optimiser or a policy, with the counts of schedules, is kept if
         that of the new one has the same structure, shapes and dtypes; otherwise it
-        starts afresh. So it does with a policy of another class, and where the numbers
-        in a state mean something else to the new optimiser: the states of `optax.adam`
-        and `optax.adamax` look alike, and have squares of gradients in one, their
-        largest values in the other. Another rate, schedule, decay or `b1` changes no
-        meaning. Hyperparameters in the state, those of `optax.inject_hyperparams`,
+        starts afresh. In a [`vernal.ParamOptimiser`][] that is so for each rule, which
+        keeps its state if it has the same parameters as before. A state also starts
+        afresh with a policy of another class, and where the numbers in it mean
+        something else to the new optimiser: the states of `optax.adam` and
+        `optax.adamax` look alike, and have squares of gradients in one, their largest
+        values in the other. Another rate, schedule, decay or `b1` changes no meaning.
+        Hyperparameters in the state, those of `optax.inject_hyperparams`,
         become the new optimiser's wherever these differ from the ones that the old
         optimiser began with. The step count and the counts of `nan_report` are kept;
         the best is kept unless the model changes. A trainer that has stopped can go on.
