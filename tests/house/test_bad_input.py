@@ -477,7 +477,12 @@ TABLE = {
     "a callback's other optimiser": (
         lambda: fit(callback=lambda t, h: t.replace(optimiser=optax.adam(0.1))),
         ValueError,
-        "`callback` returned must have the structure",
+        "another `optimiser`.*return `True`",
+    ),
+    "a callback's other policy": (
+        lambda: fit(callback=lambda t, h: t.replace(nan_policy=vn.StopAfter(3))),
+        ValueError,
+        "another `nan_policy`.*return `True`",
     ),
     # Data.
     "a generator without a stream": (

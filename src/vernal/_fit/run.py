@@ -309,6 +309,14 @@ class FitRun:
                 f"`callback` returned an object of type `{type(answer).__name__}`. It "
                 "may return `None`, `True` to end the fit, or a trainer to go on with."
             )
+        for name in "optimiser", "nan_policy", "projector":
+            new, old = (jax.tree.structure(getattr(x, name)) for x in (answer, given))
+            if new != old:
+                raise ValueError(
+                    f"`callback` returned a trainer with another `{name}`. It may "
+                    "change the numbers of a fit, but not its program. To go on with "
+                    "that trainer, return `True`, which ends the fit, and fit it then."
+                )
         what = "the trainer that `callback` returned"
         require_alike(answer, given, what, "the one it was given")
         answer = self._subject.taken_back(answer, given, self.trainer)
