@@ -123,8 +123,7 @@ def test_a_minimum_without_slopes_is_one(name, solver, kind):
     assert report.note is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "kind"), [*zip(MODELS, 2 * [*KINDS], strict=True)])
 def test_exactly_there_a_report_says_what_slopes_do_not_show(name, kind):
     dtype, priors = KINDS[kind]
     start = {"away": 0.0, "others": {"idle": 1.0}, "priors": priors}

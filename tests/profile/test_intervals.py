@@ -476,11 +476,11 @@ class Centre(vn.Trainer):
         return line - batch[2]
 
 
-@pytest.mark.parametrize("spacings", [3, 30, 300, 3000, 30_000])
+@pytest.mark.parametrize("spacings", [3, 30, 300, 3000])
 def test_a_value_of_few_digits_has_its_interval(spacings):
     """In single precision numbers at 50 are 3.8e-6 apart: none is at the end."""
     apart = np.spacing(np.float32(50))
-    noise = np.random.default_rng(spacings).normal(size=(5, 100))
+    noise = np.random.default_rng(spacings).normal(size=(3, 100))
     # So broad that the error is so many times the spacing.
     width = spacings * apart * 40 / 0.42
     x = (50 + width * np.linspace(-4, 4, 100)).astype(np.float32)
