@@ -24,7 +24,6 @@ from .._minimum import (
     measure_spectrum,
     second_look,
     truth_p_values,
-    unseen_curvature,
     what_falls,
 )
 from .._projection import ROUNDING, DenseWhitening
@@ -101,12 +100,6 @@ class Around(NamedTuple):
         """Chi-squared for each degree of freedom, if there is any."""
         degrees, chi_squared = self.degrees_of_freedom or 0, self.chi_squared
         return None if chi_squared is None or degrees <= 0 else chi_squared / degrees
-
-    @property
-    def is_loose(self) -> bool:
-        """Whether an element that is free is unconstrained."""
-        errors = np.asarray(self.whitening.errors_of_the_data())
-        return bool(np.isinf(errors[~self.held]).any())
 
     def error_scale(self, scale_errors: bool) -> float:
         """Returns the factor of errors whose scale is the scatter of the residuals."""
@@ -226,18 +219,9 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
     if here.distance is None or here.local is None:
         return here
     bare, batch = stripped(trainer), as_batch(batch)
-    about = bare, batch, what_falls(trainer), here.local
-    return here._replace(distance=second_look(*about, here.distance))
-
-
-def looked_through(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
-    """Asks the second derivatives of what the slopes leave unconstrained."""
-    here = seen_again(trainer, batch, here)
-    is_asked = here.kind == "expected" and here.local is not None and here.is_loose
-    if here.distance is None or not (is_asked and here.distance.is_minimum):
-        return here
-    about = stripped(trainer), as_batch(batch), what_falls(trainer), here.local
-    return here._replace(distance=unseen_curvature(*about, here.distance))
+    falls = what_falls(trainer)
+    distance = second_look(bare, batch, falls, here.local, here.distance)
+    return here._replace(distance=distance)
 
 
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:

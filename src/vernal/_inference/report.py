@@ -12,7 +12,7 @@ from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
 from .._step import AbstractTrainer, in_free_coordinates, template_of
 from .._tree import aligned, by_path, element_name, named_leaves
 from .elements import tied_with_errors
-from .expansion import Around, OfElements, around, looked_through
+from .expansion import Around, OfElements, around, seen_again
 from .laplace import ErrorOptions
 from .propagate import propagated
 
@@ -66,7 +66,7 @@ def _around(
     trainer: AbstractTrainer, batch: Any, what: str, options: ErrorOptions
 ) -> Around:
     here = around(trainer, batch, what, options.jac, options.kind)
-    return looked_through(trainer, batch, here)
+    return seen_again(trainer, batch, here)
 
 
 def _note(trainer: AbstractTrainer, here: Around) -> str | None:

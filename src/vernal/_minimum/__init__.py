@@ -33,4 +33,4 @@ from .formulas import distance_of
 from .idle import is_idle
 from .local import Curved, Local, Triangle, rounding_of, underflows
 from .lower import Lower, lower_point
-from .second_look import second_look, unseen_curvature
+from .second_look import second_look

@@ -34,39 +34,17 @@ def second_look(
     if not distance.is_leap:
         return distance
     curved = jax.device_get(_measure(trainer, batch, kind))
-    found, hidden = _without_slopes(distance, local, curved)
+    found = distance_of(curved)._replace(tolerance=distance.tolerance, is_leap=True)
+    if not (isinstance(curved, Curved) and found.is_minimum):
+        return distance
+    hidden = _hidden(jax.device_get(local), curved)
     if not 0 < len(hidden) <= MOST_DIRECTIONS:
         return distance
     around = Around(trainer, batch, kind, float(distance.noise))
     if not all(_rises(around, bar / curved.scale) for bar in hidden):
         return distance
-    return found
-
-
-def unseen_curvature(
-    trainer: AbstractTrainer, batch: Any, kind: str, local: Any, distance: Distance
-) -> Distance:
-    """Marks a minimum as without slopes, where second derivatives show more of it.
-
-    For a minimum at which slopes leave a direction unconstrained.
-    """
-    curved = jax.device_get(_measure(trainer, batch, kind))
-    found, hidden = _without_slopes(distance, local, curved)
-    return found if len(hidden) else distance
-
-
-def _without_slopes(
-    distance: Distance, local: Any, curved: Any
-) -> tuple[Distance, Float[np.ndarray, "K D"]]:
-    """Returns what the second derivatives say of a minimum, and what slopes hide."""
-    found = distance_of(curved)._replace(tolerance=distance.tolerance, is_leap=True)
-    hidden = np.zeros((0, found.direction.size))
-    if isinstance(curved, Curved) and found.is_minimum:
-        hidden = _hidden(jax.device_get(local), curved)
-    if not len(hidden):
-        return found, hidden
     direction = hidden[0] / np.linalg.norm(hidden[0])
-    return found._replace(direction=direction.astype(found.direction.dtype)), hidden
+    return found._replace(direction=direction.astype(found.direction.dtype))
 
 
 def _hidden(local: Triangle | Spectral, curved: Curved) -> Float[np.ndarray, "K D"]:

@@ -311,7 +311,8 @@ def _metric(
 def _lacks_slopes(here: Around) -> bool:
     """Whether there is a direction in which residuals have hardly any slope."""
     is_leap = here.distance is not None and here.distance.is_leap
-    return bool(is_leap or here.is_loose)
+    errors = np.asarray(here.whitening.errors_of_the_data())
+    return bool(is_leap or np.isinf(errors[~here.held]).any())
 
 
 def _without_bounds(
