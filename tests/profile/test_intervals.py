@@ -465,6 +465,14 @@ def test_an_end_far_beyond_the_error_is_found_or_is_nowhere():
     assert at == math.inf
 
 
+@pytest.mark.parametrize("noise", [1e-4, 1e-2, 0.5])
+def test_an_end_is_found_as_well_as_rounding_allows(noise):
+    """In steps of the parameter, over which the likelihood rises by more than noise."""
+    steep = lambda at: 50 * round(at / 1e-3) * 1e-3 - 1
+    at = ended(search(1.0, math.inf, noise), steep)
+    np.testing.assert_allclose(at, 0.02, atol=max(1.1e-3, noise / 50))
+
+
 def test_an_end_that_is_not_found_is_not_there():
     at = ended(search(1.0, math.inf, 1e-12), lambda at: 0.1 if at > 1e-60 else -1.0)
     assert math.isnan(at)

@@ -164,6 +164,7 @@ class FitRun:
         Unless arrays are split, the user gets the same configuration back.
         """
         self._config, is_split = config_of(placed), self._subject.place.splits
+        self._given: Any = None
         self.trainer: AbstractTrainer = (
             placed if is_split else with_progress(trainer, progress_of(placed))
         )
@@ -276,7 +277,9 @@ class FitRun:
         reason = None
         if callback is not None:
             seen = self._recorder.history(is_final=False)
-            given = self._subject.handed_out(self.trainer)
+            if self._given is None:  # made once: members may share large arrays
+                self._given = config_of(self._subject.handed_out(self.trainer))
+            given = with_progress(self._given, progress_of(self.trainer))
             call = lambda: callback(given, seen)
             with debugged():
                 answer, all_answers = self.peers.run_and_gather(

@@ -143,7 +143,7 @@ class AbstractSubject(abc.ABC):
     ) -> Any:
         """Returns what a callback made of the trainer that it was `given`.
 
-        The answer is as the fit has `held` that trainer.
+        What all members share is there once, as in the trainer that is `held`.
         """
 
     @abc.abstractmethod

@@ -5,6 +5,7 @@ from typing import Any, final
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._data import Minibatches, Source, Whole, as_batch, as_source
@@ -154,7 +155,8 @@ class ManyTrainers(AbstractSubject):
 
     def handed_out(self, trainer: AbstractTrainer) -> Any:
         rows, shared = apart(config_of(trainer), self.config)
-        arrays, others = eqx.partition(shared, eqx.is_array)
+        is_array = lambda leaf: isinstance(leaf, jax.Array)
+        arrays, others = eqx.partition(shared, is_array)
         columns = [(leaf,) * self.size for leaf in jax.tree.leaves(arrays)]
         repeated = jax.tree.structure(arrays).unflatten(stack(columns))
         config = eqx.combine(rows, repeated, others)
@@ -163,6 +165,9 @@ class ManyTrainers(AbstractSubject):
     def taken_back(
         self, answer: AbstractTrainer, given: AbstractTrainer, held: AbstractTrainer
     ) -> Any:
+        is_foreign = lambda leaf: isinstance(leaf, np.ndarray | np.generic)
+        convert = lambda leaf: jnp.asarray(leaf) if is_foreign(leaf) else leaf
+        answer = jax.tree.map(convert, answer)
         config = config_of(answer)
         before, shared = (jax.tree.leaves(config_of(of)) for of in (given, held))
         columns = by_path(config).items(), before, shared, self.config

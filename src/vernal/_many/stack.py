@@ -214,9 +214,10 @@ def require_some_difference(trainers: Any, flags: Flags, data: Any, size: int) -
 
 
 def is_same(rows: Array) -> bool:
-    """Whether all rows of an array are alike."""
+    """Whether all rows of an array are alike; a NaN is like another."""
     if not isinstance(rows, jax.Array):
         return True
     if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
         rows = jax.random.key_data(rows)
-    return bool(jnp.all(rows == rows[:1]))
+    first = rows[:1]
+    return bool(jnp.all((rows == first) | ((rows != rows) & (first != first))))

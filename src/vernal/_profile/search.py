@@ -9,6 +9,8 @@ _LONGEST = 8.0
 
 _TOLERANCE = 1e-6
 _MOST_POINTS = 48
+# An end is known as well as the likelihood is rounded, and at worst to this fraction.
+_COARSEST = 1e-2
 # Where interpolation is slow, halving is not.
 _INTERPOLATIONS = 16
 
@@ -28,7 +30,7 @@ def search(
     """
     before, low, high = (0.0, -root), (0.0, -root), (math.inf, math.inf)
     # Halved where one stays twice (the Illinois rule).
-    weight = {"low": 1.0, "high": 1.0}
+    weight, finest = {"low": 1.0, "high": 1.0}, min(noise, _COARSEST)
     last, t = "low", min(root, farthest)
     for tried in range(1, _MOST_POINTS + 1):
         excess = yield t
@@ -55,7 +57,7 @@ def search(
             t = min(low[0] - low[1] / rise, longest) if rise > 0 else longest
             t = min(t, farthest)
             continue
-        if high[0] - low[0] <= noise * high[0]:
+        if high[0] - low[0] <= finest * high[0]:
             break
         below, above = weight["low"] * low[1], weight["high"] * high[1]
         t = math.nan
@@ -63,7 +65,7 @@ def search(
             t = (low[0] * above - high[0] * below) / (above - below)
         if not low[0] < t < high[0]:
             t = _halfway(low[0], high[0])
-    is_found = high[0] - low[0] <= max(_TOLERANCE, noise) * high[0]
+    is_found = high[0] - low[0] <= max(_TOLERANCE, finest) * high[0]
     if not (is_found and math.isfinite(high[1])):
         return math.nan
     # Beyond a jump others may have been lost, on the way from far away.
