@@ -484,6 +484,14 @@ def test_what_is_for_one_refuses_a_stacked_trainer(name):
         FOR_ONE[name](whole().trainers)
 
 
+def test_a_callback_that_returns_what_it_was_given_changes_nothing():
+    options = {"steps": 100, "chunk": 4, "stop": vn.Converged(1e-2, 9)}
+    plain = many(starts(), **options)
+    result = many(starts(), callback=lambda trainers, _: trainers, **options)
+    assert same(result.trainers, plain.trainers)
+    assert vn.StopReason.CONVERGED in plain.stop_reasons
+
+
 class Weighted(vn.Trainer):
     weights: jax.Array
 

@@ -166,8 +166,9 @@ class ManyTrainers(AbstractSubject):
         self, answer: AbstractTrainer, given: AbstractTrainer, held: AbstractTrainer
     ) -> Any:
         is_foreign = lambda leaf: isinstance(leaf, np.ndarray | np.generic)
-        convert = lambda leaf: jnp.asarray(leaf) if is_foreign(leaf) else leaf
-        answer = jax.tree.map(convert, answer)
+        if any(map(is_foreign, jax.tree.leaves(answer))):
+            convert = lambda leaf: jnp.asarray(leaf) if is_foreign(leaf) else leaf
+            answer = jax.tree.map(convert, answer)
         config = config_of(answer)
         before, shared = (jax.tree.leaves(config_of(of)) for of in (given, held))
         columns = by_path(config).items(), before, shared, self.config

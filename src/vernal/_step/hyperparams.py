@@ -124,13 +124,12 @@ def carried_over(
     if not (isinstance(old, ParamOptimiser) and isinstance(new, ParamOptimiser)):
         return _continued((old, trainer.opt_state, before), (new, first(new)))
     states, fresh = trainer.opt_state, first(new)
-    members = _members(states)
+    places = {own: place for place, own in enumerate(_members(states))}
     groups = []
     for index, (own, state) in enumerate(
         zip(_members(fresh), fresh.groups, strict=True)
     ):
-        if own in members:
-            place = members.index(own)
+        if (place := places.get(own)) is not None:
             begun = lambda place=place: before().groups[place]
             was = _rule(old, place), states.groups[place], begun
             state = _continued(was, (_rule(new, index), state))
@@ -142,11 +141,10 @@ def carried_over(
 
 def _members(state: Any) -> list[tuple[Any, ...]]:
     """Lists the parameters of each rule, with their shapes."""
-    all_of_them = list(zip(state.paths, state.shapes, state.owners, strict=True))
-    return [
-        tuple(member for *member, owner in all_of_them if owner == index)
-        for index in range(len(state.groups))
-    ]
+    found: list[list[Any]] = [[] for _ in state.groups]
+    for *member, owner in zip(state.paths, state.shapes, state.owners, strict=True):
+        found[owner] += member
+    return list(map(tuple, found))
 
 
 def _rule(optimiser: ParamOptimiser, index: int) -> Any:
