@@ -74,7 +74,7 @@ from .objective import (
     scoring_residuals,
     step_key,
 )
-from .precision import precision_of, require_one, require_precision
+from .precision import precision_of, refuse_stacked, require_one, require_precision
 from .prior_ends import prior_ends
 from .progress import (
     MOST_STEPS,

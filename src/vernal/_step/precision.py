@@ -13,6 +13,11 @@ from .abstract_trainer import AbstractTrainer
 def require_one(trainer: AbstractTrainer, name: str) -> None:
     """Refuses a stacked trainer in what is for one, and one of another precision."""
     require_precision(trainer)
+    refuse_stacked(trainer, name)
+
+
+def refuse_stacked(trainer: AbstractTrainer, name: str) -> None:
+    """Refuses a trainer of many, whose numbers would be taken for those of one."""
     if trainer.step_count.ndim:
         size, kind = len(trainer.step_count), type(trainer).__name__
         raise TypeError(

@@ -77,6 +77,7 @@ from .._step import (
     prepared_config,
     raise_if_non_finite,
     refuse_own_projector,
+    refuse_stacked,
     replaced_fields,
     reproject,
     require_one,
@@ -1079,7 +1080,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `ValueError`: if the vector has another shape than the current one.
         """
-        require_one(self, "params_at")
+        refuse_stacked(self, "params_at")
         return params_at(self, vector)
 
     # Diagnosis and change.
@@ -1095,7 +1096,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         finite. (If a parameter has one of these names, the other key is `"<loss>"` or
         `"<update>"`.)
         """
-        require_one(self, "nan_report")
+        refuse_stacked(self, "nan_report")
         refuse_traced("nan_report", self._progress.nan_counts)
         return nan_report(self)
 
@@ -1122,7 +1123,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `ValueError`: if there is no optimiser.
         """
-        require_one(self, "learning_rates")
+        refuse_stacked(self, "learning_rates")
         if self.optimiser is None:
             raise no_optimiser(self)
         refuse_traced("learning_rates", self)
