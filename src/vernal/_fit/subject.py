@@ -135,15 +135,15 @@ class AbstractSubject(abc.ABC):
 
     @abc.abstractmethod
     def handed_out(self, trainer: AbstractTrainer) -> Any:
-        """Returns a trainer as a callback, and a result, has it."""
+        """Returns a trainer as the user is given it: many have a row of every array."""
 
     @abc.abstractmethod
     def taken_back(
         self, answer: AbstractTrainer, given: AbstractTrainer, held: AbstractTrainer
     ) -> Any:
-        """Returns what a callback made of the trainer that it was `given`.
+        """Undoes `handed_out` for the trainer that a callback returned.
 
-        What all members share is there once, as in the trainer that is `held`.
+        It was `given` one. In the one that is `held`, what members share is there once.
         """
 
     @abc.abstractmethod

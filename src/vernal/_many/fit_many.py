@@ -54,8 +54,9 @@ def fit_many(
     **Arguments:**
 
     - `trainers`: a sequence of trainers; or a stacked one, whose arrays have a row for
-        each, as `eqx.filter_vmap(make)(keys)` returns it. Those that an earlier fit
-        ended at different steps all go on from the last of these.
+        each, as `eqx.filter_vmap(make)(keys)` returns it. Those that stand at different
+        steps, as where `Converged` has ended them, go on from the step of the last, as
+        if the others had waited. One that a NaN has stopped stays where it is.
     - `data`: as for [`vernal.Trainer.fit`][]. All see the same batch at a step.
     - `steps`: the number of steps to take; with a solver, the largest number.
     - `data_axis`: the axis of the arrays in `data` along which each trainer finds its

@@ -166,7 +166,7 @@ def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
 
 
 def at_one_step(stacked: Any) -> Any:
-    """Has all that go on stand at the step of the last: one that ended early waited."""
+    """Counts all that go on from the step of the last, as if the others had waited."""
     counts, stopped = map(np.asarray, (stacked.step_count, stacked.stopped))
     together = np.where(stopped, counts, counts.max())
     if np.array_equal(together, counts):

@@ -1,4 +1,4 @@
-"""Numbers in an optimiser's state that a user sets, such as a learning rate."""
+"""The state with which another optimiser goes on, and what of it a user sets."""
 
 import dataclasses
 import functools
