@@ -508,23 +508,26 @@ PRESSED = """
 import os, signal, threading, time
 import jax.numpy as jnp, numpy as np, optax, vernal as vn
 
-def press(times):
-    for _ in range(times):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.02)
-
 def pressed(times):
-    started = []
+    started, over = [], threading.Event()
+
+    def press():
+        for _ in range(times):
+            if not over.is_set():  # on a busy machine it may be late
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.02)
 
     def callback(trainer, history):
         if not started:
-            started.append(threading.Thread(target=press, args=[times], daemon=True))
+            started.append(threading.Thread(target=press, daemon=True))
             started[0].start()
 
     result = vn.fit(
         lambda m, b: jnp.sum(jnp.sin(m * b) ** 2), jnp.ones(50_000), optax.sgd(1e-9),
         jnp.arange(50_000.0), 10**8, callback=callback,
     )
+    over.set()
+    started[0].join()
     assert result.stop_reason is vn.StopReason.INTERRUPTED
     assert len(result.history) == int(result.trainer.step_count) > 0
     np.testing.assert_array_equal(result.history.steps, np.arange(len(result.history)))
