@@ -49,5 +49,6 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
 def distance_here(trainer: AbstractTrainer, batch: Any, kind: str) -> Distance:
     """Finds how far a trainer is from a minimum; `kind` is that of `what_falls`."""
     trainer = in_free_coordinates(trainer)
-    args = stripped(trainer), trainer.projector, as_batch(batch), kind, jnp.zeros(())
-    return distance_of(_measure(*args))
+    bare, batch = stripped(trainer), as_batch(batch)
+    local = _measure(bare, trainer.projector, batch, kind, jnp.zeros(()))
+    return second_look(bare, batch, kind, local, distance_of(local))

@@ -6,8 +6,9 @@ from .._curvature import Mode, Spectrum
 from .._projection import DenseWhitening, NullPolicy
 from .._step import AbstractTrainer, DataKind, defined
 from .._tree import as_parameters
-from .derivatives import Derived, Passes, derive, require_finite
+from .derivatives import Derived, Passes, derive
 from .fisher import ErrorKind, checked_kind, require_elements, require_likelihood
+from .observed import observed
 from .sandwich import sandwich
 from .whiten import (
     Reduced,
@@ -94,11 +95,8 @@ def _observed(
     trainer: AbstractTrainer, batch: Any, passes: Passes, holds: bool
 ) -> Laplace:
     """Approximates a likelihood by its Hessian."""
-    derived = derive(trainer, batch, "nll", None, passes, holds)
+    derived, name = observed(trainer, batch, passes, holds)
     hessian = derived.found[0].hessian
-    name = "`nll`" if "nll" in defined(trainer) else "the squared `residuals`"
-    what = f"The curvature of {name}"
-    require_finite((hessian,), derived.is_finite, what, trainer, batch)
     params, rtol = as_parameters(trainer.params), hessian_rtol((hessian,))
     whitening = of_hessian(hessian, params, NULLS, "", name, rtol)
     return Laplace(whitening, whitening, derived, None, None, "observed")

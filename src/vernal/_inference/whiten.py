@@ -36,6 +36,7 @@ from .fisher import (
     matrices,
     require_elements,
 )
+from .observed import observed
 
 WhitenOne = Callable[[Any, Params, NullPolicy, str], DenseWhitening]
 
@@ -101,7 +102,10 @@ def _decomposed(
         spectra, eps = _spectra(trainer, batch, selectors, passes)
         return by_selector(selectors, spectra), partial(of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
-    found = matrices(trainer, batch, kind, blocks, passes, holds=True)
+    if blocks is None and kind == "nll":
+        found = observed(trainer, batch, passes, holds=True)[0].found[0].hessian
+    else:
+        found = matrices(trainer, batch, kind, blocks, passes, holds=True)
     rtol = hessian_rtol(jax.tree.leaves(found))
     return found, partial(of_hessian, kind=f"`{kind}`", rtol=rtol)
 

@@ -66,7 +66,7 @@ def distances_of(
     local = jax.device_get(local)
     at = {i: jax.tree.map(lambda x, i=i: x[i], local) for i in indices}
     found = {i: distance_of(own) for i, own in at.items()}
-    is_odd = lambda i, d: d.is_leap or (d.is_minimum and is_idle(at[i]))
+    is_odd = lambda i, d: d.is_leap or d.is_unclear or (d.is_minimum and is_idle(at[i]))
     odd = [i for i, distance in found.items() if is_odd(i, distance)]
     if odd:
         home = members.place.home

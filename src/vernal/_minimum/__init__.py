@@ -4,6 +4,7 @@
 program returns them, `formulas` finds the distance from them on the host, and `edm` is
 what it says. `lower` looks for lower points where directions are `idle`: beside a
 `saddle`, and across a `plateau`; `second_look` for minima where they nearly are.
+`leftover` tells curvature from the gradient that a fit leaves.
 """
 
 from .distance import (
@@ -16,6 +17,7 @@ from .distance import (
     measure_spectrum,
     minimised,
     settled,
+    surroundings,
     what_falls,
 )
 from .edm import (
@@ -31,6 +33,7 @@ from .edm import (
 )
 from .formulas import distance_of
 from .idle import is_idle
+from .leftover import MOST_STEPS, leftover, moved, step_to_minimum
 from .local import Curved, Local, Triangle, rounding_of, underflows
 from .lower import Lower, lower_point
 from .second_look import second_look

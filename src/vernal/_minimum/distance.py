@@ -40,7 +40,7 @@ from .._step import (
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import TOLERANCE, Distance, unknown
 from .formulas import distance_of, of_products
-from .local import Local, Point, curved, rounding_of, spectral, triangle
+from .local import Curved, Local, Point, curved, rounding_of, spectral, triangle
 
 LossAt = Callable[[Params], Float[Array, ""]]
 """A loss as a function of a tree of parameters."""
@@ -200,10 +200,20 @@ def hessian_distance(
     projector: EigenProjector | None,
 ) -> Distance:
     """Finds the distance by the derivatives of an `nll`, on the host."""
-    loss, gradient, matrix = map(_wide, map(np.asarray, (value, slope, hessian)))
-    point = _on_host(params, projector)
-    found = curved(loss, gradient, matrix, point, TOLERANCE)
+    found = surroundings(value, slope, hessian, params, projector)
     return distance_of(_with_held(found, np.asarray(held)))
+
+
+def surroundings(
+    value: Float[Array, ""],
+    slope: Float[Array, " D"],
+    hessian: Float[Array, "D D"],
+    params: Params,
+    projector: EigenProjector | None = None,
+) -> Curved:
+    """Makes a `Curved` of the derivatives of an `nll`, on the host."""
+    loss, gradient, matrix = map(_wide, map(np.asarray, (value, slope, hessian)))
+    return curved(loss, gradient, matrix, _on_host(params, projector), TOLERANCE)
 
 
 def _on_host(params: Params, projector: EigenProjector | None) -> Point:

@@ -30,6 +30,7 @@ class Distance(NamedTuple):
         there, in the units of the parameters.
     - `is_leap`: whether the step to the minimum is longer than a parameter, as where
         residuals have hardly any slope. After a `second_look`: whether they have none.
+    - `is_unclear`: whether the gradient may account for some of the curvature.
     """
 
     edm: Float[Array | np.ndarray, ""]
@@ -40,6 +41,7 @@ class Distance(NamedTuple):
     direction: Float[Array | np.ndarray, " D"]
     is_plateau: Any = False
     is_leap: Any = False
+    is_unclear: Any = False
 
     @property
     def is_far(self) -> bool:

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .edm import TOLERANCE, Distance, unknown
+from .leftover import leftover
 from .local import (
-    ROUNDING,
     Curved,
     Spectral,
     Triangle,
@@ -85,7 +85,8 @@ def _of_curved(local: Curved) -> Distance:
     slope, hessian = local.slope.astype(float), local.hessian.astype(float)
     values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
     eps, largest = np.finfo(local.hessian.dtype).eps, np.abs(values).max(initial=0)
-    is_kept = np.abs(values) > max(ROUNDING, len(values)) * eps * largest
+    noise = noise_of_zero(len(values), local.hessian.dtype)
+    is_kept = np.abs(values) > noise * largest
     along = np.where(is_kept, vectors.T @ slope, 0)
     curvature = np.where(is_kept, np.abs(values), 1)
     edm, is_flat = 0.5 * np.sum(np.square(along) / curvature), not slope.any()
@@ -98,7 +99,9 @@ def _of_curved(local: Curved) -> Distance:
     step = -vectors @ (along / curvature)
     if curves_down:
         step = _downhill(vectors[:, 0], slope)
-    return _distance(edm, local.tolerance, is_saddle, local, step)
+    found = _distance(edm, local.tolerance, is_saddle, local, step)
+    left = leftover(values, vectors.T @ slope, vectors, noise, np)
+    return found._replace(is_unclear=bool(left.is_unclear))
 
 
 def _downhill(direction: Any, slope: Any) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Minima that the curvature of Gauss and Newton does not show.
+"""Minima that the derivatives at a point do not show.
 
 Where a model is symmetric, as in the width of a line that is zero, its residuals have
 no slope. Close by, their slope and their curvature are small alike, and the distance
-that is made of the two is not.
+that is made of the two is not. And where a model is degenerate, the loss may seem to
+curve downwards beside the minimum: see `leftover`.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from .distance import measure_hessian
 from .edm import Distance
 from .formulas import by_svd, distance_of
 from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
+from .leftover import MOST_STEPS, moved, step_to_minimum
 from .local import Curved, Spectral, Triangle, noise_of_zero
 
 _measure = program(measure_hessian)
@@ -28,9 +30,12 @@ def second_look(
     """Looks by the second derivatives at where squares only seem to fall further.
 
     If these say that it is a minimum, and the loss rises where the slopes of residuals
-    do not show it, that is the answer. The trainer is stripped; `kind` is that of
+    do not show it, that is the answer. Where an `nll` only seems to curve downwards, it
+    looks closer to the minimum. The trainer is stripped; `kind` is that of
     `what_falls`, `local` and `distance` are what `measure` and `distance_of` found.
     """
+    if kind == "nll" and distance.is_unclear and distance.is_saddle:
+        return _closer(trainer, batch, jax.device_get(local), distance)
     if not distance.is_leap:
         return distance
     curved = jax.device_get(_measure(trainer, batch, kind))
@@ -45,6 +50,25 @@ def second_look(
         return distance
     direction = hidden[0] / np.linalg.norm(hidden[0])
     return found._replace(direction=direction.astype(found.direction.dtype))
+
+
+def _closer(
+    trainer: AbstractTrainer, batch: Any, local: Curved, distance: Distance
+) -> Distance:
+    """Looks whether the loss curves downwards closer to the minimum, too."""
+    for _ in range(MOST_STEPS):
+        if (step := step_to_minimum(local)) is None:
+            return distance
+        trainer = moved(trainer, step)
+        local = jax.device_get(_measure(trainer, batch, "nll"))
+        if not isinstance(local, Curved):
+            return distance
+        found = distance_of(local)
+        if not found.is_saddle:
+            return distance._replace(
+                is_saddle=np.array(False), direction=found.direction
+            )
+    return distance
 
 
 def _hidden(local: Triangle | Spectral, curved: Curved) -> Float[np.ndarray, "K D"]:

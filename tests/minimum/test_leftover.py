@@ -1,0 +1,166 @@
+"""Degenerate models: a fit ends beside the minimum, and its gradient has curvature."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+from scipy.optimize import minimize
+
+import vernal as vn
+
+PLACES = np.linspace(0.1, 1.0, 30)
+NOISE = 0.05
+TRUTH = {"a": 1.3, "b": 0.8, "c": 0.5}
+LOOSE, TIGHT = optx.BFGS(1e-3, 1e-3), optx.BFGS(1e-6, 1e-6)
+
+# A model of which `a` and `b` are degenerate, and the same with as many parameters as
+# the data constrain, the last one `c`; `None` if that is degenerate as well.
+DEGENERATE = {
+    "product": (lambda a, b, c, x: a * b * x + c, lambda p, x: p[0] * x + p[1]),
+    "ratio": (lambda a, b, c, x: a / b * x + c, lambda p, x: p[0] * x + p[1]),
+    "phases": (
+        lambda a, b, c, x: c * jnp.sin(a + b + 6 * x),
+        lambda p, x: p[1] * jnp.sin(p[0] + 6 * x),
+    ),
+    "three": (lambda a, b, c, x: a * b * c * x, None),
+}
+ALIKE = {
+    "quadratic": lambda a, b, c, x: a + b * (1 + x) + c * (1 + x) ** 2,
+    "decay": lambda a, b, c, x: a * jnp.exp(-b * x) + c,
+    "saturation": lambda a, b, c, x: a * x / (b + x) + c,
+}
+
+
+class Named(vn.Trainer):
+    name: str
+
+    def __init__(self, model, name):
+        super().__init__(model)
+        self.name = name
+
+
+class Likelihood(Named):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(misfit(self.name, model, batch)))
+
+
+class Squares(Named):
+    def residuals(self, model, batch):
+        return misfit(self.name, model, batch)
+
+
+def misfit(name, model, batch):
+    fn = DEGENERATE[name][0] if name in DEGENERATE else ALIKE[name]
+    x = jnp.asarray(PLACES, batch.dtype)
+    fitted = fn(model["a"], model["b"], model["c"], x)
+    return (fitted - batch) / jnp.asarray(NOISE, batch.dtype)
+
+
+def start(seed, dtype):
+    values = np.random.default_rng(100 + seed).uniform(0.7, 1.4, 3)
+    return {key: jnp.asarray(v, dtype) for key, v in zip("abc", values, strict=True)}
+
+
+def measured(name, dtype, seed=0, size=1.0):
+    fn = DEGENERATE[name][0] if name in DEGENERATE else ALIKE[name]
+    noise = np.random.default_rng(seed).normal(size=len(PLACES))
+    return jnp.asarray(fn(**TRUTH, x=PLACES) + size * NOISE * noise, dtype)
+
+
+def error_of_c(name, batch):
+    """The error of `c` of a model with no parameter too many, at its minimum."""
+    alone = DEGENERATE[name][1]
+
+    @jax.jit
+    def nll(p):
+        return 0.5 * jnp.sum(jnp.square((alone(p, PLACES) - batch) / NOISE))
+
+    end = minimize(nll, [1.5, 0.6], jac=jax.grad(nll), tol=1e-10)
+    return np.sqrt(np.linalg.inv(jax.hessian(nll)(jnp.asarray(end.x)))[1, 1])
+
+
+CASES = [(Likelihood, name, jnp.float64) for name in DEGENERATE]
+CASES += [(Likelihood, "ratio", jnp.float32), (Squares, "product", jnp.float64)]
+
+
+@pytest.mark.parametrize(("kind", "name", "dtype"), CASES)
+def test_what_is_degenerate_has_no_errors(kind, name, dtype):
+    known = DEGENERATE[name][1] is not None
+    data = jnp.stack([measured(name, dtype, seed) for seed in range(3)])
+    members = [kind(start(seed, dtype), name) for seed in range(3)]
+    many = vn.fit_many(members, data, 500, data_axis=0, solver=TIGHT)
+    assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
+    errors = many.errors(data, kind="observed")
+    for index, (member, batch) in enumerate(zip(members, data, strict=True)):
+        result = member.solve(LOOSE, batch)
+        assert result.stop_reason is vn.StopReason.CONVERGED
+        report = result.report(batch, kind="observed")
+        assert report.note is None
+        found = {row.name: row.error for row in report.parameters}
+        of_member = {key: float(column[index]) for key, column in errors.items()}
+        right = error_of_c(name, np.asarray(batch, float)) if known else np.inf
+        for own in (found, of_member):
+            assert own["a"] == own["b"] == np.inf
+            np.testing.assert_allclose(own["c"], right, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_is_nearly_so_has_those_of_its_minimum(name, dtype):
+    batch = measured(name, jnp.float64, size=0.3)
+
+    @jax.jit
+    def nll(p):
+        model = dict(zip("abc", p, strict=True))
+        return 0.5 * jnp.sum(jnp.square(misfit(name, model, batch)))
+
+    options = {"jac": jax.grad(nll), "method": "BFGS", "options": {"gtol": 1e-9}}
+    end = jnp.asarray(minimize(nll, [1.3, 0.8, 0.5], **options).x)
+    right = np.sqrt(np.diag(np.linalg.inv(jax.hessian(nll)(end))))
+    trainer = Likelihood(start(0, dtype), name)
+    batch = batch.astype(dtype)
+    result = trainer.solve(TIGHT, batch, max_steps=2_000)
+    # By this the errors come out wrong, where they are not those of the minimum.
+    off = {key: x * (1 + 1e-5) for key, x in result.model.items()}
+    for found in (result.trainer, result.trainer.replace(model=off)):
+        errors = found.standard_errors(batch)
+        np.testing.assert_allclose(list(errors.values()), right, rtol=0.05)
+
+
+def test_a_saddle_is_none_of_it():
+    class Saddle(vn.Trainer):
+        def nll(self, model, batch):
+            a, b = model["a"], model["b"]
+            return 0.5 * (batch * (a + b) ** 2 - 1e-3 * (a - b) ** 2 + (a - b) ** 4)
+
+    # A little beside, so that a gradient is left.
+    model = {"a": jnp.array(1e-5), "b": jnp.array(1e-5)}
+    trainer = Saddle(model)
+    for method in (trainer.report, trainer.standard_errors, trainer.whiten):
+        with pytest.raises(ValueError, match="indefinite"):
+            method(1.0)
+
+
+@pytest.mark.parametrize("name", ["product", "ratio"])
+def test_it_is_whitened_without_what_is_degenerate(name):
+    batch = measured(name, jnp.float64)
+    trainer = Likelihood(start(1, jnp.float64), name)
+    trainer = trainer.solve(LOOSE, batch).trainer
+    projector = trainer.whiten(batch, on_null="drop").projector
+    assert projector.latent_size == 2
+
+
+def test_an_error_of_the_model_beside_the_minimum_is_none_of_the_errors():
+    class Guarded(Likelihood):
+        def nll(self, model, batch):
+            loss = super().nll(model, batch)
+            return eqx.error_if(loss, loss < here - 1e-12, "too good")
+
+    batch = measured("product", jnp.float64)
+    end = Likelihood(start(0, jnp.float64), "product").solve(LOOSE, batch).trainer
+    here = float(end.nll(end.model, batch))
+    trainer = Guarded(end.model, "product")
+    with pytest.raises(ValueError, match="indefinite"):
+        trainer.standard_errors(batch)
