@@ -29,7 +29,7 @@ class Leftover(NamedTuple):
         to a minimum in all other directions.
     """
 
-    step: Float[Array | np.ndarray, " L"]
+    step: Any
     is_unclear: Bool[Array | np.ndarray, ""]
 
 

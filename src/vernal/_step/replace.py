@@ -28,6 +28,7 @@ from .abstract_trainer import (
     template_of,
     to_params,
 )
+from .carried_over import carried_over
 from .constrain import check_elementwise
 from .construct import (
     check_arguments,
@@ -36,7 +37,6 @@ from .construct import (
     initial_opt_state,
     refuse_names_in_latent_space,
 )
-from .hyperparams import carried_over
 from .model import check_state, checked_model
 from .model_template import ModelTemplate
 

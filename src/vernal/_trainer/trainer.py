@@ -686,7 +686,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `kind`: the matrix that they come from:
             - `"expected"`, `"observed"`: the inverse of the Fisher matrix, as for
                 [`vernal.Trainer.fisher`][]. They are right if the data have the
-                likelihood that is fitted, and their error bars are right.
+                likelihood that is fitted, and their error bars are right. Where
+                the gradient that a fit leaves may account for some of the curvature,
+                the Hessian is taken closer to the minimum.
             - `"sandwich"`: $H^{-1} S^\top S H^{-1}$, with the Hessian $H$ and the
                 gradient of each datum's negative log-likelihood as a row of $S$. It
                 takes the scatter from the data themselves, which need not have the
