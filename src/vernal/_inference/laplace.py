@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 from .._curvature import Mode, Spectrum
 from .._projection import DenseWhitening, NullPolicy
 from .._step import AbstractTrainer, DataKind, defined
-from .._tree import as_parameters
+from .._tree import as_parameters, ravel_size
 from .derivatives import Derived, Passes, derive
 from .fisher import ErrorKind, checked_kind, require_elements, require_likelihood
-from .observed import observed
+from .observed import error_bar, observed
 from .sandwich import sandwich
 from .whiten import (
     Reduced,
@@ -77,7 +77,8 @@ def laplace(
     (spectrum,), eps = checked_spectra(trainer, batch, spectra, derived.is_finite)
     expected = whitening = of_spectrum(spectrum, params, NULLS, "", eps)
     if (kind := kind_of(kind, derived.data)) != "expected":
-        whitening = _observed(trainer, batch, passes, holds).whitening
+        bar = error_bar(derived, ravel_size(params))
+        whitening = _observed(trainer, batch, passes, holds, bar).whitening
     if kind == "sandwich":
         found = sandwich(trainer, batch, passes, derived, expected, whitening)
         whitening = found.checked(trainer)
@@ -92,10 +93,14 @@ def kind_of(kind: ErrorKind | None, data: DataKind | None) -> ErrorKind:
 
 
 def _observed(
-    trainer: AbstractTrainer, batch: Any, passes: Passes, holds: bool
+    trainer: AbstractTrainer,
+    batch: Any,
+    passes: Passes,
+    holds: bool,
+    bar: Any = 1.0,
 ) -> Laplace:
-    """Approximates a likelihood by its Hessian."""
-    derived, name = observed(trainer, batch, passes, holds)
+    """Approximates a likelihood by its Hessian; `bar` is as in `observed`."""
+    derived, name = observed(trainer, batch, passes, holds, bar)
     hessian = derived.found[0].hessian
     params, rtol = as_parameters(trainer.params), hessian_rtol((hessian,))
     whitening = of_hessian(hessian, params, NULLS, "", name, rtol)

@@ -19,9 +19,8 @@ from .._boundary import (
     warn,
 )
 from .._closure import Closure
-from .._curvature import Mode, Spectrum, equilibrated_eigh, matmul, positive
+from .._curvature import Mode, Spectrum, equilibrated_eigh, positive
 from .._data import as_batch
-from .._minimum import leftover, moved
 from .._policy import all_finite
 from .._program import Version, version_of
 from .._projection import DenseWhitening, EigenProjector, whiten_spectrum
@@ -62,6 +61,7 @@ from .expansion import (
 )
 from .fisher import ErrorKind, require_elements, require_likelihood
 from .laplace import NULLS, ErrorOptions, kind_of, laplace
+from .observed import error_bar, observed
 from .propagate import run_propagate
 from .sandwich import sandwich
 from .whiten import hessian_rtol, in_own_precision, of_spectrum, reduced
@@ -161,8 +161,6 @@ class KnownErrors(NamedTuple):
     - `fall`: how far chi-squared could still fall.
     - `scatter`: that of `residuals`, `None` without any.
     - `lacks_scatter`: whether there are none as the data of a sandwich do not scatter.
-    - `closer`: parameters closer to the minimum, where the curvature is clear of the
-        gradient, and `is_unclear`: whether it is not so here. See `leftover`.
     """
 
     own: Params
@@ -170,8 +168,6 @@ class KnownErrors(NamedTuple):
     fall: Fall
     scatter: Scatter | None
     lacks_scatter: Bool[Array, "..."]
-    closer: Params
-    is_unclear: Bool[Array, "..."]
 
     def scaled(self, trainer: AbstractTrainer, kind: ErrorKind | None) -> "KnownErrors":
         """Multiplies the errors of each member by the scatter of its residuals."""
@@ -201,18 +197,16 @@ def errors_or_nan(
     """
     require_likelihood(trainer, "A standard error")
     require_elements(trainer, "A standard error")
-    own, trainer, passes = trainer, in_free_coordinates(trainer), Passes(jac=jac)
+    trainer, passes = in_free_coordinates(trainer), Passes(jac=jac)
     scatter, lacks_scatter = None, jnp.zeros((), bool)
-    closer, is_unclear = trainer.params, jnp.zeros((), bool)
     if "residuals" not in defined(trainer):
-        known, closer, is_unclear = _by_hessian(trainer, batch, passes)
-        whitening, derived, is_good, fall = known
+        whitening, derived, is_good, fall = _by_hessian(trainer, batch, passes, 1.0)
     else:
         whitening, derived, is_good, fall = _by_jacobian(trainer, batch, passes)
         expected, scatter = whitening, _scatter(derived, whitening)
         if (kind := kind_of(kind, derived.data)) != "expected":
-            known, closer, is_unclear = _by_hessian(trainer, batch, passes)
-            whitening, _, is_curved, _ = known
+            bar = error_bar(derived, ravel_size(as_parameters(trainer.params)))
+            whitening, _, is_curved, _ = _by_hessian(trainer, batch, passes, bar)
             is_good &= is_curved
         if kind == "sandwich":
             found = sandwich(trainer, batch, passes, derived, expected, whitening)
@@ -223,20 +217,19 @@ def errors_or_nan(
     has_errors = is_good & ~lacks_scatter
     is_known = has_errors & ~held_elements(trainer, held)
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
-    further = from_free_coordinates(own, closer, None)[0], is_unclear
     own = unravel(known, as_parameters(elements_of(trainer)))
     fall = fall._replace(chi_squared=jnp.where(is_good, fall.chi_squared, jnp.nan))
     if not (names := tied_with_errors(trainer, trainer.model)):
-        return KnownErrors(own, {}, fall, scatter, lacks_scatter, *further)
+        return KnownErrors(own, {}, fall, scatter, lacks_scatter)
     scale = jnp.where(held, 0, whitening.scale)
-    moved = eqx.tree_at(lambda w: w.scale, whitening, scale)
+    free = eqx.tree_at(lambda w: w.scale, whitening, scale)
     tied = lambda model: {p: by_path(model).by_name()[p] for p in names}
     closure, one = Closure.encode(tied), jnp.ones(())
     still = None if bounds_of(trainer) is None else held
-    _, found, _ = run_propagate(stripped(trainer), closure, moved, one, still)
+    _, found, _ = run_propagate(stripped(trainer), closure, free, one, still)
     clear = lambda e: jnp.where(has_errors, e, jnp.nan)
     tied_errors = jax.tree.map(clear, found)
-    return KnownErrors(own, tied_errors, fall, scatter, lacks_scatter, *further)
+    return KnownErrors(own, tied_errors, fall, scatter, lacks_scatter)
 
 
 def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:
@@ -265,9 +258,9 @@ def _by_jacobian(trainer: AbstractTrainer, batch: Any, passes: Passes) -> _Known
 
 
 def _by_hessian(
-    trainer: AbstractTrainer, batch: Any, passes: Passes
-) -> tuple[_Known, Params, Bool[Array, ""]]:
-    derived = derive(trainer, batch, "nll", None, passes, holds=True)
+    trainer: AbstractTrainer, batch: Any, passes: Passes, bar: Any
+) -> _Known:
+    derived, _ = observed(trainer, batch, passes, True, bar)
     (expansion,), params = derived.found, as_parameters(trainer.params)
     hessian = expansion.hessian
     is_good = derived.is_finite & all_finite(hessian)
@@ -275,15 +268,11 @@ def _by_hessian(
     eye = jnp.eye(ravel_size(params), dtype=hessian.dtype)
     hessian = jnp.where(is_good, hessian, eye)
     scale, values, vectors = equilibrated_eigh(hessian)
-    rtol, slope = hessian_rtol((hessian,)), expansion.gradient / scale
-    left = leftover(values, matmul(vectors.T, slope), vectors, rtol, jnp)
-    is_unclear = is_good & left.is_unclear
-    closer = moved(trainer, jnp.where(is_unclear, left.step / scale, 0)).params
+    rtol = hessian_rtol((hessian,))
     is_good &= values[-1] >= -rtol * values[0]
     spectrum, nulls = Spectrum(1 / scale, values, vectors), NULLS.or_rtol(rtol)
     whitening = whiten_spectrum(spectrum, params, nulls, rtol, "")
-    fall = possible_fall(whitening, expansion.gradient, 1)
-    return (whitening, derived, is_good, fall), closer, is_unclear
+    return whitening, derived, is_good, possible_fall(whitening, expansion.gradient, 1)
 
 
 def _potential(

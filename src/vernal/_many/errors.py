@@ -17,9 +17,9 @@ from .._inference import (
     errors_or_nan,
     how_far,
 )
-from .._minimum import MOST_STEPS, share_p_value
+from .._minimum import share_p_value
 from .._program import program
-from .._step import AbstractTrainer, live
+from .._step import AbstractTrainer
 from .mapped_chunk import Flags
 from .members import Members
 from .stack import stacked
@@ -44,13 +44,7 @@ def errors_of_each(
     kind = checked_kind(trainers, kind)
     trainers, own, size = stacked(trainers)
     members = Members(trainers, (*own, *flags), group or size)
-    jac = checked_mode(jac)
-    found = _errors(members, batch, jac, kind)
-    for _ in range(MOST_STEPS):
-        if not np.any(found.is_unclear):
-            break
-        closer = live(members.trainers, found.closer)
-        found = _errors(members._replace(trainers=closer), batch, jac, kind)
+    found = _errors(members, batch, checked_mode(jac), kind)
     if np.all(found.lacks_scatter):
         raise ValueError(NO_SANDWICH)
     return found

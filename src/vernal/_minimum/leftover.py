@@ -10,70 +10,83 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from .._step import AbstractTrainer, bounds_of, live
 from .._tree import as_parameters, ravel, unravel
 from .edm import TOLERANCE
-from .local import Curved, noise_of_zero
+from .local import Curved, noise_of_zero, rounding_of
 
 # How many steps a look at the minimum takes: each squares what is left.
-MOST_STEPS = 4
+MOST_STEPS = 6
+
+# Curvature is clear if it is above so many times what may come of the gradient.
+_MARGIN = 30
 
 
 class Leftover(NamedTuple):
-    """The step to the minimum, as far as curvature is clear.
+    """What there is between a point and the minimum.
 
-    - `step`: in the units of the slope.
-    - `is_unclear`: whether there is curvature that the gradient may account for, close
-        to a minimum in all other directions.
+    - `step`: the step there along clear curvature, in the units of the slope.
+    - `length`: its length in error bars.
+    - `is_unclear`: whether the gradient may account for some of the curvature, close to
+        the minimum.
+    - `loss`: the loss here.
     """
 
     step: Any
-    is_unclear: Bool[Array | np.ndarray, ""]
+    length: Float[Any, ""]
+    is_unclear: Bool[Any, ""]
+    loss: Float[Any, ""]
+
+    def is_closer_than(self, other: "Leftover") -> Bool[Any, ""]:
+        """Whether another step would be shorter, or is not needed."""
+        is_lower = self.loss <= other.loss + rounding_of(other.loss)
+        return is_lower & (~self.is_unclear | (self.length < other.length))
 
 
 def leftover(
     values: Float[Any, " L"],
     along: Float[Any, " L"],
     vectors: Float[Any, "L L"],
+    loss: Float[Any, ""],
     noise: float,
+    bar: Any,
     of: Any,
 ) -> Leftover:
-    r"""Finds which curvature of an `nll` is clear of its gradient.
+    r"""Finds which curvature of a likelihood is clear of its gradient.
 
-    Curvature $\lambda$, in units of the diagonal of the Hessian, is clear if it is
-    above $\sqrt{2\,\mathrm{edm}}$ of the directions that are more curved: in error
-    bars, the length of the step to their minimum. So much may come of it, if the model
-    is not linear within an error bar.
+    A step of length $\sqrt{2\,\mathrm{edm}}$, in error bars, changes the curvature in
+    any direction, in units of the diagonal of the Hessian, by about as much, and by
+    more if the model is far from linear within an error bar. Curvature is clear if it
+    is well above that, for the step along all directions that are more curved.
 
     `values` are the eigenvalues, `along` is the slope in the space of the eigenvectors,
-    and `noise` the rounding of the largest. `of` is `numpy` or `jax.numpy`.
+    and `noise` the rounding of the largest. `bar` is the size of the data's error bars,
+    1 if they are known. `of` is `numpy` or `jax.numpy`.
     """
     order = of.argsort(-of.abs(values))
     values, along, vectors = values[order], along[order], vectors[:, order]
     sizes, rounding = of.abs(values), noise * of.max(of.abs(values), initial=0)
     units = of.where(sizes > rounding, sizes, 1)
     falls = of.square(of.where(sizes > rounding, along, 0)) / units
-    before = of.sqrt(of.cumsum(falls) - falls)
-    is_clear = of.cumsum(sizes <= of.maximum(before, rounding)) == 0
+    before = of.sqrt(of.cumsum(falls) - falls) / bar
+    is_clear = of.cumsum(sizes <= of.maximum(_MARGIN * before, rounding)) == 0
+    length = of.sqrt(of.sum(of.where(is_clear, falls, 0)))
     # What is zero has no clear direction until the rest is at its minimum.
-    is_hidden = ~is_clear & (before > rounding)
-    edm = 0.5 * of.sum(of.where(is_clear, falls, 0))
-    is_rising = ~of.any(is_clear & (values < 0))
-    is_unclear = of.any(is_hidden) & is_rising & (edm <= TOLERANCE)
-    return Leftover(-vectors @ of.where(is_clear, along / units, 0), is_unclear)
+    is_unclear = of.any(~is_clear & (before > rounding))
+    is_minimum = ~of.any(is_clear & (values < 0)) & (length**2 <= 2 * TOLERANCE)
+    step = -vectors @ of.where(is_clear, along / units, 0)
+    return Leftover(step, length, is_unclear & is_minimum, loss)
 
 
-def step_to_minimum(here: Curved) -> Float[np.ndarray, " D"] | None:
-    """Returns the step to the minimum, on the host, if there is unclear curvature."""
-    if here.turn is not None or not np.isfinite(here.loss):
-        return None
+def leftover_at(here: Curved, bar: float = 1.0) -> Leftover:
+    """Finds what is left at a point, on the host, in the units of the parameters."""
     slope, hessian = here.slope.astype(float), here.hessian.astype(float)
     values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
     noise = noise_of_zero(len(values), here.hessian.dtype)
-    found = leftover(values, vectors.T @ slope, vectors, noise, np)
-    return found.step / here.scale if found.is_unclear else None
+    found = leftover(values, vectors.T @ slope, vectors, here.loss, noise, bar, np)
+    return found._replace(step=found.step / here.scale)
 
 
 def moved(trainer: AbstractTrainer, step: Float[Any, " D"]) -> AbstractTrainer:

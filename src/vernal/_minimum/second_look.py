@@ -18,7 +18,7 @@ from .distance import measure_hessian
 from .edm import Distance
 from .formulas import by_svd, distance_of
 from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
-from .leftover import MOST_STEPS, moved, step_to_minimum
+from .leftover import MOST_STEPS, leftover_at, moved
 from .local import Curved, Spectral, Triangle, noise_of_zero
 
 _measure = program(measure_hessian)
@@ -35,7 +35,9 @@ def second_look(
     `what_falls`, `local` and `distance` are what `measure` and `distance_of` found.
     """
     if kind == "nll" and distance.is_unclear and distance.is_saddle:
-        return _closer(trainer, batch, jax.device_get(local), distance)
+        is_whole = local.turn is None
+        local = jax.device_get(local)
+        return _closer(trainer, batch, local, distance) if is_whole else distance
     if not distance.is_leap:
         return distance
     curved = jax.device_get(_measure(trainer, batch, kind))
@@ -56,18 +58,18 @@ def _closer(
     trainer: AbstractTrainer, batch: Any, local: Curved, distance: Distance
 ) -> Distance:
     """Looks whether the loss curves downwards closer to the minimum, too."""
+    left = leftover_at(local)
     for _ in range(MOST_STEPS):
-        if (step := step_to_minimum(local)) is None:
-            return distance
-        trainer = moved(trainer, step)
+        trainer = moved(trainer, left.step)
         local = jax.device_get(_measure(trainer, batch, "nll"))
-        if not isinstance(local, Curved):
-            return distance
         found = distance_of(local)
         if not found.is_saddle:
-            return distance._replace(
-                is_saddle=np.array(False), direction=found.direction
-            )
+            return distance._replace(is_saddle=np.array(False))
+        if not (isinstance(local, Curved) and found.is_unclear):
+            return distance
+        before, left = left, leftover_at(local)
+        if not left.is_closer_than(before):
+            return distance
     return distance
 
 
