@@ -106,6 +106,43 @@ def test_what_is_degenerate_has_no_errors(kind, name, dtype):
             np.testing.assert_allclose(own["c"], right, rtol=0.02)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_degenerate_may_be_no_more_than_noise(seed):
+    """Within its error bar the model is far from linear: the product is about zero."""
+    noise = np.random.default_rng(seed).normal(size=len(PLACES))
+    batch = jnp.asarray(0.5 + NOISE * noise)
+    for solver in (LOOSE, TIGHT):
+        end = Likelihood(start(seed, jnp.float64), "product").solve(solver, batch)
+        assert end.stop_reason is vn.StopReason.CONVERGED
+        errors = end.trainer.standard_errors(batch)
+        assert errors["a"] == errors["b"] == np.inf
+        np.testing.assert_allclose(errors["c"], error_of_c("product", batch), rtol=0.02)
+
+
+def test_a_program_has_the_same_errors():
+    batch = measured("ratio", jnp.float64)
+    end = Likelihood(start(0, jnp.float64), "ratio").solve(LOOSE, batch).trainer
+    own = end.standard_errors(batch)
+    found = eqx.filter_jit(lambda trainer, batch: trainer.standard_errors(batch))
+    for key, error in found(end, batch).items():
+        np.testing.assert_allclose(error, own[key], rtol=1e-6)
+
+
+def test_residuals_may_be_without_error_bars():
+    class Bare(Named):
+        def residuals(self, model, batch):
+            return 1e-3 * NOISE * misfit(self.name, model, batch)
+
+    batch = measured("product", jnp.float64)
+    solver = optx.LevenbergMarquardt(1e-4, 0)
+    end = Bare(start(0, jnp.float64), "product").solve(solver, batch)
+    assert end.stop_reason is vn.StopReason.CONVERGED
+    errors = end.trainer.standard_errors(batch, kind="observed", scale_errors=True)
+    expected = end.trainer.standard_errors(batch, scale_errors=True)
+    assert errors["a"] == errors["b"] == np.inf
+    np.testing.assert_allclose(errors["c"], expected["c"], rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("name", ALIKE)
 def test_what_is_nearly_so_has_those_of_its_minimum(name, dtype):

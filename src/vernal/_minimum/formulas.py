@@ -70,8 +70,8 @@ def _of_spectral(local: Spectral) -> Distance:
     if loss - edm <= 0.1 * edm:
         tolerance = np.fmax(tolerance, local.exact)
     # Far from the data a model may underflow, and no residual depends on a parameter.
-    is_flat = not is_kept.any() and not (loss == 0 and local.has_fallen)
-    is_flat = is_flat and not np.all(local.held)
+    is_exact = loss == 0 and (local.has_fallen or np.any(local.held))
+    is_flat = not (is_kept.any() or is_exact or np.all(local.held))
     found = _distance(edm, tolerance, is_flat, local, step)
     if local.turn is not None or not found.is_short:
         return found

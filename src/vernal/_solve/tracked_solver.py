@@ -61,8 +61,8 @@ class _Tracked(optx.AbstractIterativeSolver):
     solver: Any
     goal: Int[Array, ""]
     losses: Float[Array, " rows"]
-    rtol: float
-    atol: float
+    rtol: float | int
+    atol: float | int
     norm: Callable[[PyTree], Array]
 
     def init(
