@@ -585,19 +585,17 @@ class Somewhere(vn.Trainer):
         return vn.likelihoods.Poisson(model["line"] * line + model["level"], batch)
 
 
-def test_without_any_counts_there_are_limits_wherever_the_line_is():
+def test_without_any_counts_there_is_a_limit_wherever_the_line_is():
     start = {"line": jnp.asarray(2.0), "level": jnp.asarray(0.5)}
     start |= {"place": jnp.asarray(2.2)}
     bounds, batch = {"level": (0, None), "line": (0, None)}, np.zeros(BINS.size)
     result = Somewhere(start, bounds=bounds).solve(LM, batch)
     assert result.stop_reason is vn.StopReason.CONVERGED
     assert result.report(batch).note is None
-    found = result.trainer.intervals(LM, batch, ("level", "line"), 0.9)
+    found = result.trainer.intervals(LM, batch, "level", 0.9)
     # Of no counts, the likelihood is the exponential of minus their sum.
-    fall = scipy.stats.chi2.ppf(0.9, 1) / 2
-    np.testing.assert_allclose(found["level"], (0, fall / BINS.size), rtol=1e-3)
-    line = np.exp(-0.5 * ((BINS - float(result.model["place"])) / 0.3) ** 2)
-    np.testing.assert_allclose(found["line"], (0, fall / line.sum()), rtol=1e-3)
+    end = scipy.stats.chi2.ppf(0.9, 1) / 2 / BINS.size
+    np.testing.assert_allclose(found["level"], (0, end), rtol=1e-3)
 
 
 class Product(vn.Trainer):

@@ -20,7 +20,7 @@ from .._minimum import (
 )
 from .._policy import all_finite
 from .._step import AbstractTrainer, defined, live
-from .._tree import as_parameters
+from .._tree import as_parameters, widest
 from .derivatives import Derived, Passes, derive, require_finite
 
 
@@ -101,14 +101,14 @@ def _traced(
     def at(params: Params, derived: Derived, steps: Any) -> _Point:
         hessian, gradient = derived.found[0]
         is_finite = all_finite((hessian, gradient))
-        # LAPACK may not return if there is a NaN.
-        known = jnp.where(
-            is_finite, hessian, jnp.eye(len(hessian), dtype=hessian.dtype)
-        )
-        scale, values, vectors = equilibrated_eigh(known)
-        noise, slope = noise_of_zero(len(hessian), hessian.dtype), gradient / scale
-        along = matmul(vectors.T, jnp.where(is_finite, slope, 0))
-        left = leftover(values, along, vectors, derived.value, noise, bar, jnp)
+        # LAPACK may not return if there is a NaN, and has no half precision.
+        dtype = widest((hessian.dtype, jnp.dtype("float32")))
+        clear = lambda x: jnp.where(is_finite, x, 0).astype(dtype)
+        scale, values, vectors = equilibrated_eigh(clear(hessian))
+        along = matmul(vectors.T, clear(gradient) / scale)
+        noise = noise_of_zero(len(hessian), hessian.dtype)
+        own = jnp.asarray(bar, dtype)
+        left = leftover(values, along, vectors, derived.value, noise, own, jnp)
         left = left._replace(step=left.step / scale)
         goes_on = left.is_unclear & is_finite & (steps < MOST_STEPS)
         return _Point(params, hessian, left, steps, goes_on)
