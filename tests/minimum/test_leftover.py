@@ -36,8 +36,8 @@ ALIKE = {
 class Named(vn.Trainer):
     name: str
 
-    def __init__(self, model, name):
-        super().__init__(model)
+    def __init__(self, model, name, **options):
+        super().__init__(model, **options)
         self.name = name
 
 
@@ -172,12 +172,12 @@ def test_a_saddle_is_none_of_it():
             a, b = model["a"], model["b"]
             return 0.5 * (batch * (a + b) ** 2 - 1e-3 * (a - b) ** 2 + (a - b) ** 4)
 
-    # A little beside, so that a gradient is left.
-    model = {"a": jnp.array(1e-5), "b": jnp.array(1e-5)}
-    trainer = Saddle(model)
-    for method in (trainer.report, trainer.standard_errors, trainer.whiten):
-        with pytest.raises(ValueError, match="indefinite"):
-            method(1.0)
+    # A little beside, so that a gradient is left, of which the curvature is clear or not.
+    for beside in (1e-5, 1e-3):
+        trainer = Saddle({"a": jnp.array(beside), "b": jnp.array(beside)})
+        for method in (trainer.report, trainer.standard_errors, trainer.whiten):
+            with pytest.raises(ValueError, match="indefinite"):
+                method(1.0)
 
 
 @pytest.mark.parametrize("name", ["product", "ratio"])
@@ -198,6 +198,22 @@ def test_an_error_of_the_model_beside_the_minimum_is_none_of_the_errors():
     batch = measured("product", jnp.float64)
     end = Likelihood(start(0, jnp.float64), "product").solve(LOOSE, batch).trainer
     here = float(end.nll(end.model, batch))
-    trainer = Guarded(end.model, "product")
+    result = Guarded(start(0, jnp.float64), "product").solve(LOOSE, batch)
+    assert float(result.model["a"]) == float(end.model["a"])
     with pytest.raises(ValueError, match="indefinite"):
-        trainer.standard_errors(batch)
+        result.trainer.standard_errors(batch)
+
+
+@pytest.mark.parametrize("is_program", [False, True])
+def test_a_bound_beside_the_minimum_holds_nothing(is_program):
+    batch = measured("decay", jnp.float64)
+    end = Likelihood(start(0, jnp.float64), "decay").solve(TIGHT, batch)
+    right = end.trainer.standard_errors(batch)
+    # From here the step to the minimum leads beyond the bound.
+    model = end.model | {"b": end.model["b"] + 1e-3}
+    bounds = {"b": (float(model["b"]) - 1e-7, None)}
+    errors = lambda trainer, batch: trainer.standard_errors(batch)
+    errors = eqx.filter_jit(errors) if is_program else errors
+    found = errors(Likelihood(model, "decay", bounds=bounds), batch)
+    for key, error in found.items():
+        np.testing.assert_allclose(error, right[key], rtol=0.2)

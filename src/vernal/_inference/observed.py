@@ -71,7 +71,8 @@ def _on_host(
             found = derive(trainer, batch, "nll", None, passes, holds)
         except (RuntimeError, ValueError):  # an error of the model, or one of its units
             break
-        if not np.isfinite(found.found[0].hessian).all():
+        is_held_alike = np.array_equal(found.held, derived.held)
+        if not (is_held_alike and np.isfinite(found.found[0].hessian).all()):
             break
         before, left = left, left_at(found)
         if not left.is_closer_than(before):
@@ -114,10 +115,13 @@ def _traced(
         return _Point(params, hessian, left, steps, goes_on)
 
     def further(point: _Point) -> _Point:
-        there = moved(live(trainer, point.params), point.left.step)
+        # Of many, those that are done stay where the model has no error.
+        step = jnp.where(point.goes_on, point.left.step, 0)
+        there = moved(live(trainer, point.params), step)
         found = derive(there, batch, "nll", None, passes, holds)
         now = at(as_parameters(there.params), found, point.steps + 1)
         is_better = now.left.is_closer_than(point.left) & all_finite(now.hessian)
+        is_better &= jnp.all(found.held == derived.held)
         stay = point._replace(goes_on=jnp.zeros((), bool))
         return jax.tree.map(lambda a, b: jnp.where(is_better, a, b), now, stay)
 

@@ -40,7 +40,7 @@ class Leftover(NamedTuple):
     loss: Float[Any, ""]
 
     def is_closer_than(self, other: "Leftover") -> Bool[Any, ""]:
-        """Whether another step would be shorter, or is not needed."""
+        """Whether the loss is no higher, and the next step shorter or not needed."""
         is_lower = self.loss <= other.loss + rounding_of(other.loss)
         return is_lower & (~self.is_unclear | (self.length < other.length))
 
@@ -73,8 +73,9 @@ def leftover(
     before = of.sqrt(of.cumsum(falls) - falls) / bar
     is_clear = of.cumsum(sizes <= of.maximum(_MARGIN * before, rounding)) == 0
     length = of.sqrt(of.sum(of.where(is_clear, falls, 0)))
-    # What is zero has no clear direction until the rest is at its minimum.
-    is_unclear = of.any(~is_clear & (before > rounding))
+    # What is held, or does nothing, is exactly zero. Rounding leaves more of a zero, of
+    # which the direction is not clear until the rest is at its minimum.
+    is_unclear = of.any(~is_clear & (sizes > 0) & (before > rounding))
     is_minimum = ~of.any(is_clear & (values < 0)) & (length**2 <= 2 * TOLERANCE)
     step = -vectors @ of.where(is_clear, along / units, 0)
     return Leftover(step, length, is_unclear & is_minimum, loss)

@@ -58,17 +58,22 @@ def _closer(
     trainer: AbstractTrainer, batch: Any, local: Curved, distance: Distance
 ) -> Distance:
     """Looks whether the loss curves downwards closer to the minimum, too."""
-    left = leftover_at(local)
+    left, held = leftover_at(local), local.held
     for _ in range(MOST_STEPS):
         trainer = moved(trainer, left.step)
-        local = jax.device_get(_measure(trainer, batch, "nll"))
+        try:
+            local = jax.device_get(_measure(trainer, batch, "nll"))
+        except RuntimeError:  # an error of the model
+            return distance
         found = distance_of(local)
-        if not found.is_saddle:
-            return distance._replace(is_saddle=np.array(False))
-        if not (isinstance(local, Curved) and found.is_unclear):
+        if not (isinstance(local, Curved) and np.array_equal(local.held, held)):
             return distance
         before, left = left, leftover_at(local)
         if not left.is_closer_than(before):
+            return distance
+        if not found.is_saddle:
+            return distance._replace(is_saddle=np.array(False))
+        if not left.is_unclear:
             return distance
     return distance
 
