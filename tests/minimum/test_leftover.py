@@ -172,7 +172,7 @@ def test_a_saddle_is_none_of_it():
             a, b = model["a"], model["b"]
             return 0.5 * (batch * (a + b) ** 2 - 1e-3 * (a - b) ** 2 + (a - b) ** 4)
 
-    # A little beside, so that a gradient is left, of which the curvature is clear or not.
+    # A little beside: a gradient is left, of which the curvature is clear or not.
     for beside in (1e-5, 1e-3):
         trainer = Saddle({"a": jnp.array(beside), "b": jnp.array(beside)})
         for method in (trainer.report, trainer.standard_errors, trainer.whiten):
