@@ -128,6 +128,24 @@ def test_a_program_has_the_same_errors():
         np.testing.assert_allclose(error, own[key], rtol=1e-6)
 
 
+@pytest.mark.parametrize("is_program", [False, True])
+def test_data_may_be_of_another_precision(is_program):
+    class Mixed(vn.Trainer):
+        def residuals(self, model, batch):
+            x = jnp.asarray(PLACES, "float32")
+            return (model["a"] * x + model["c"]).astype(batch.dtype) - batch
+
+    batch = jnp.asarray(PLACES + 0.5 + NOISE * np.cos(40 * PLACES))
+    slope, level = np.polyfit(PLACES, batch, 1)
+    model = {"a": jnp.asarray(slope, "float32"), "c": jnp.asarray(level, "float32")}
+    errors = lambda trainer, batch: trainer.standard_errors(batch, kind="observed")
+    errors = eqx.filter_jit(errors) if is_program else errors
+    columns = np.stack([PLACES, np.ones_like(PLACES)], axis=1)
+    right = np.sqrt(np.diag(np.linalg.inv(columns.T @ columns)))
+    found = errors(Mixed(model), batch)
+    np.testing.assert_allclose([found["a"], found["c"]], right, rtol=1e-4)
+
+
 def test_residuals_may_be_without_error_bars():
     class Bare(Named):
         def residuals(self, model, batch):

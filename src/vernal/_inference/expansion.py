@@ -35,7 +35,7 @@ from .._step import (
     stripped,
     template_of,
 )
-from .._tree import as_parameters, by_path
+from .._tree import as_parameters, by_path, widest
 from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
 from .fisher import ErrorKind
@@ -333,8 +333,12 @@ def possible_fall(
     whitening: DenseWhitening, gradient: Float[Array, " D"], unit: Any
 ) -> Fall:
     r"""Computes $g^\top P P^\top g$ from a gradient in units of the parameters."""
-    along = matmul(whitening.scale / unit * gradient, whitening.vectors)
-    chi_squared = jnp.sum(jnp.square(along * jnp.maximum(whitening.roots, 0)))
+    # Residuals may be of another precision than the parameters.
+    dtype = widest((whitening.dtype, gradient.dtype))
+    parts = whitening.scale, unit, gradient, whitening.vectors, whitening.roots
+    scale, unit, gradient, vectors, roots = (jnp.asarray(x, dtype) for x in parts)
+    along = matmul(scale / unit * gradient, vectors)
+    chi_squared = jnp.sum(jnp.square(along * jnp.maximum(roots, 0)))
     return Fall(chi_squared, jnp.count_nonzero(whitening.roots > 0))
 
 
