@@ -207,16 +207,23 @@ def test_it_is_whitened_without_what_is_degenerate(name):
     assert projector.latent_size == 2
 
 
-def test_an_error_of_the_model_beside_the_minimum_is_none_of_the_errors():
+@pytest.mark.parametrize("is_error", [False, True])
+def test_what_the_model_does_beside_the_minimum_is_none_of_the_fit(is_error):
+    """It has an error there, or is not finite."""
+
     class Guarded(Likelihood):
         def nll(self, model, batch):
             loss = super().nll(model, batch)
-            return eqx.error_if(loss, loss < here - 1e-12, "too good")
+            is_lower = loss < here - 1e-12
+            if is_error:
+                return eqx.error_if(loss, is_lower, "too good")
+            return jnp.where(is_lower, jnp.nan, loss)
 
     batch = measured("product", jnp.float64)
     end = Likelihood(start(0, jnp.float64), "product").solve(LOOSE, batch).trainer
     here = float(end.nll(end.model, batch))
     result = Guarded(start(0, jnp.float64), "product").solve(LOOSE, batch)
+    assert result.stop_reason is vn.StopReason.STALLED
     assert float(result.model["a"]) == float(end.model["a"])
     with pytest.raises(ValueError, match="indefinite"):
         result.trainer.standard_errors(batch)

@@ -1,5 +1,6 @@
 """The second derivatives of a likelihood, at the minimum if that is close."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,9 @@ from .._step import AbstractTrainer, defined, live
 from .._tree import as_parameters, widest
 from .derivatives import Derived, Passes, derive, require_finite
 
+Look = Callable[[AbstractTrainer], Derived]
+"""Differentiates at the current point of a trainer."""
+
 
 def observed(
     trainer: AbstractTrainer,
@@ -36,25 +40,21 @@ def observed(
     Where the gradient may account for some of the curvature, the Hessian is that closer
     to the minimum: see `leftover`, which has `bar`. All else is of the current point.
     """
-    derived = derive(trainer, batch, "nll", None, passes, holds)
+    look = lambda trainer: derive(trainer, batch, "nll", None, passes, holds)
+    derived = look(trainer)
     (here,) = derived.found
     name = "`nll`" if "nll" in defined(trainer) else "the squared `residuals`"
     what = f"The curvature of {name}"
     require_finite((here.hessian,), derived.is_finite, what, trainer, batch)
-    look = _traced if is_traced(derived, trainer) else _on_host
-    hessian = look(trainer, batch, passes, holds, derived, bar)
+    closer = _traced if is_traced(derived, trainer) else _on_host
+    hessian = closer(trainer, look, derived, bar)
     return derived._replace(found=(Expansion(hessian, here.gradient),)), name
 
 
 def _on_host(
-    trainer: AbstractTrainer,
-    batch: Any,
-    passes: Passes,
-    holds: bool,
-    derived: Derived,
-    bar: Any,
+    trainer: AbstractTrainer, look: Look, derived: Derived, bar: Any
 ) -> Float[Array, "D D"]:
-    """Returns the Hessian closer to the minimum. It calls the program of `derive`."""
+    """Returns the Hessian closer to the minimum, by the program of `derive`."""
 
     def left_at(derived: Derived) -> Leftover:
         hessian, gradient = derived.found[0]
@@ -68,7 +68,7 @@ def _on_host(
             break
         trainer = moved(trainer, left.step)
         try:
-            found = derive(trainer, batch, "nll", None, passes, holds)
+            found = look(trainer)
         except (RuntimeError, ValueError):  # an error of the model, or one of its units
             break
         is_held_alike = np.array_equal(found.held, derived.held)
@@ -90,14 +90,9 @@ class _Point(NamedTuple):
 
 
 def _traced(
-    trainer: AbstractTrainer,
-    batch: Any,
-    passes: Passes,
-    holds: bool,
-    derived: Derived,
-    bar: Any,
+    trainer: AbstractTrainer, look: Look, derived: Derived, bar: Any
 ) -> Float[Array, "D D"]:
-    """Does the same within a program."""
+    """Does the same within a program, where an error of the model is raised."""
 
     def at(params: Params, derived: Derived, steps: Any) -> _Point:
         hessian, gradient = derived.found[0]
@@ -109,7 +104,7 @@ def _traced(
         along = matmul(vectors.T, clear(gradient) / scale)
         noise = noise_of_zero(len(hessian), hessian.dtype)
         own = jnp.asarray(bar, dtype)
-        left = leftover(values, along, vectors, derived.value, noise, own, jnp)
+        left = leftover(values, along, vectors, derived.value, noise, own)
         left = left._replace(step=left.step / scale)
         goes_on = left.is_unclear & is_finite & (steps < MOST_STEPS)
         return _Point(params, hessian, left, steps, goes_on)
@@ -118,7 +113,7 @@ def _traced(
         # Of many, those that are done stay where the model has no error.
         step = jnp.where(point.goes_on, point.left.step, 0)
         there = moved(live(trainer, point.params), step)
-        found = derive(there, batch, "nll", None, passes, holds)
+        found = look(there)
         now = at(as_parameters(there.params), found, point.steps + 1)
         is_better = now.left.is_closer_than(point.left) & all_finite(now.hessian)
         is_better &= jnp.all(found.held == derived.held)

@@ -100,7 +100,7 @@ def _of_curved(local: Curved) -> Distance:
     if curves_down:
         step = _downhill(vectors[:, 0], slope)
     found = _distance(edm, local.tolerance, is_saddle, local, step)
-    left = leftover(values, vectors.T @ slope, vectors, local.loss, noise, 1.0, np)
+    left = leftover(values, vectors.T @ slope, vectors, local.loss, noise, 1.0)
     return found._replace(is_unclear=bool(left.is_unclear))
 
 

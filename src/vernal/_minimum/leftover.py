@@ -52,7 +52,6 @@ def leftover(
     loss: Float[Any, ""],
     noise: float,
     bar: Any,
-    of: Any,
 ) -> Leftover:
     r"""Finds which curvature of a likelihood is clear of its gradient.
 
@@ -63,8 +62,9 @@ def leftover(
 
     `values` are the eigenvalues, `along` is the slope in the space of the eigenvectors,
     and `noise` the rounding of the largest. `bar` is the size of the data's error bars,
-    1 if they are known. `of` is `numpy` or `jax.numpy`.
+    1 if they are known. Arrays of NumPy stay on the host, where nothing is compiled.
     """
+    of: Any = np if isinstance(values, np.ndarray) else jnp
     order = of.argsort(-of.abs(values))
     values, along, vectors = values[order], along[order], vectors[:, order]
     sizes, rounding = of.abs(values), noise * of.max(of.abs(values), initial=0)
@@ -86,7 +86,7 @@ def leftover_at(here: Curved, bar: float = 1.0) -> Leftover:
     slope, hessian = here.slope.astype(float), here.hessian.astype(float)
     values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
     noise = noise_of_zero(len(values), here.hessian.dtype)
-    found = leftover(values, vectors.T @ slope, vectors, here.loss, noise, bar, np)
+    found = leftover(values, vectors.T @ slope, vectors, here.loss, noise, bar)
     return found._replace(step=found.step / here.scale)
 
 

@@ -66,7 +66,8 @@ def _closer(
         except RuntimeError:  # an error of the model
             return distance
         found = distance_of(local)
-        if not (isinstance(local, Curved) and np.array_equal(local.held, held)):
+        is_known = isinstance(local, Curved) and np.isfinite(local.loss)
+        if not (is_known and np.array_equal(local.held, held)):
             return distance
         before, left = left, leftover_at(local)
         if not left.is_closer_than(before):
