@@ -5,16 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import Params, is_traced
 from .._curvature import Expansion, equilibrated_eigh, matmul
 from .._minimum import (
     MOST_STEPS,
+    Curved,
     Leftover,
+    closer,
     leftover,
-    leftover_at,
     moved,
     noise_of_zero,
     surroundings,
@@ -42,86 +42,96 @@ def observed(
     """
     look = lambda trainer: derive(trainer, batch, "nll", None, passes, holds)
     derived = look(trainer)
-    (here,) = derived.found
     name = "`nll`" if "nll" in defined(trainer) else "the squared `residuals`"
+    if is_traced(derived, trainer):
+        return _traced(trainer, look, derived, bar), name
+    (here,) = derived.found
     what = f"The curvature of {name}"
     require_finite((here.hessian,), derived.is_finite, what, trainer, batch)
-    closer = _traced if is_traced(derived, trainer) else _on_host
-    hessian = closer(trainer, look, derived, bar)
-    return derived._replace(found=(Expansion(hessian, here.gradient),)), name
+    there = _closest(trainer, look, derived, bar)
+    hessian = here.hessian if there is trainer else look(there).found[0].hessian
+    return _with_hessian(derived, hessian), name
 
 
-def _on_host(
+def _with_hessian(derived: Derived, hessian: Float[Array, "D D"]) -> Derived:
+    expansion = Expansion(hessian, derived.found[0].gradient)
+    return derived._replace(found=(expansion,))
+
+
+def _closest(
     trainer: AbstractTrainer, look: Look, derived: Derived, bar: Any
-) -> Float[Array, "D D"]:
-    """Returns the Hessian closer to the minimum, by the program of `derive`."""
+) -> AbstractTrainer:
+    """Returns the trainer at the minimum, if curvature is not clear here."""
+    params = as_parameters(trainer.params)
 
-    def left_at(derived: Derived) -> Leftover:
+    def around(derived: Derived) -> Curved:
         hessian, gradient = derived.found[0]
-        params = as_parameters(trainer.params)
-        here = surroundings(derived.value, gradient, hessian, params)
-        return leftover_at(here, float(bar))
+        return surroundings(derived.value, gradient, hessian, derived.held, params)
 
-    left, (hessian, _) = left_at(derived), derived.found[0]
-    for _ in range(MOST_STEPS):
-        if not left.is_unclear:
-            break
-        trainer = moved(trainer, left.step)
-        try:
-            found = look(trainer)
-        except (RuntimeError, ValueError):  # an error of the model, or one of its units
-            break
-        is_held_alike = np.array_equal(found.held, derived.held)
-        if not (is_held_alike and np.isfinite(found.found[0].hessian).all()):
-            break
-        before, left = left, left_at(found)
-        if not left.is_closer_than(before):
-            break
-        hessian = found.found[0].hessian
-    return hessian
+    look_around = lambda there: around(look(there))
+    for there, _ in closer(trainer, around(derived), look_around, float(bar)):
+        trainer = there
+    return trainer
 
 
 class _Point(NamedTuple):
     params: Params
+    first: Derived
     hessian: Float[Array, "D D"]
     left: Leftover
     steps: Int[Array, ""]
     goes_on: Bool[Array, ""]
 
 
-def _traced(
-    trainer: AbstractTrainer, look: Look, derived: Derived, bar: Any
-) -> Float[Array, "D D"]:
-    """Does the same within a program, where an error of the model is raised."""
+def _traced(trainer: AbstractTrainer, look: Look, like: Derived, bar: Any) -> Derived:
+    """Does the same within a program, where an error of the model is raised.
 
-    def at(params: Params, derived: Derived, steps: Any) -> _Point:
-        hessian, gradient = derived.found[0]
-        is_finite = all_finite((hessian, gradient))
-        # LAPACK may not return if there is a NaN, and has no half precision.
-        dtype = widest((hessian.dtype, jnp.dtype("float32")))
-        clear = lambda x: jnp.where(is_finite, x, 0).astype(dtype)
-        scale, values, vectors = equilibrated_eigh(clear(hessian))
-        along = matmul(vectors.T, clear(gradient) / scale)
-        noise = noise_of_zero(len(hessian), hessian.dtype)
-        own = jnp.asarray(bar, dtype)
-        left = leftover(values, along, vectors, derived.value, noise, own)
-        left = left._replace(step=left.step / scale)
-        goes_on = left.is_unclear & is_finite & (steps < MOST_STEPS)
-        return _Point(params, hessian, left, steps, goes_on)
+    `like` has the shapes of the answer. That is found anew, so that the derivatives
+    have one place in the program.
+    """
 
     def further(point: _Point) -> _Point:
+        here, is_first = live(trainer, point.params), point.steps == 0
+        derived = look(here)
+        hessian, left, is_finite = _left_at(derived, bar)
+        first = _where(is_first, derived, point.first)
+        is_better = left.is_closer_than(point.left) & is_finite
+        is_better &= jnp.all(derived.held == first.held)
+        hessian = jnp.where(is_first | is_better, hessian, point.hessian)
+        goes_on = is_better & left.is_unclear & (point.steps < MOST_STEPS)
         # Of many, those that are done stay where the model has no error.
-        step = jnp.where(point.goes_on, point.left.step, 0)
-        there = moved(live(trainer, point.params), step)
-        found = look(there)
-        now = at(as_parameters(there.params), found, point.steps + 1)
-        is_better = now.left.is_closer_than(point.left) & all_finite(now.hessian)
-        is_better &= jnp.all(found.held == derived.held)
-        stay = point._replace(goes_on=jnp.zeros((), bool))
-        return jax.tree.map(lambda a, b: jnp.where(is_better, a, b), now, stay)
+        there = moved(here, jnp.where(goes_on, left.step, 0))
+        params = _where(goes_on, as_parameters(there.params), point.params)
+        return _Point(params, first, hessian, left, point.steps + 1, goes_on)
 
-    start = at(as_parameters(trainer.params), derived, jnp.zeros((), "int32"))
-    return jax.lax.while_loop(lambda point: point.goes_on, further, start).hessian
+    hessian, left, _ = _left_at(like, bar)
+    far = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), left)
+    first, hessian = jax.tree.map(jnp.zeros_like, (like, hessian))
+    params, steps = as_parameters(trainer.params), jnp.zeros((), "int32")
+    start = _Point(params, first, hessian, far, steps, jnp.ones((), bool))
+    end = jax.lax.while_loop(lambda point: point.goes_on, further, start)
+    return _with_hessian(end.first, end.hessian)
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _left_at(
+    derived: Derived, bar: Any
+) -> tuple[Float[Array, "D D"], Leftover, Bool[Array, ""]]:
+    """Finds what is left, in the units of the parameters, and whether all is finite."""
+    hessian, gradient = derived.found[0]
+    is_finite = all_finite((hessian, gradient))
+    # LAPACK may not return if there is a NaN, and has no half precision.
+    dtype = widest((hessian.dtype, jnp.dtype("float32")))
+    clear = lambda x: jnp.where(is_finite, x, 0).astype(dtype)
+    scale, values, vectors = equilibrated_eigh(clear(hessian))
+    along = matmul(vectors.T, clear(gradient) / scale)
+    noise = noise_of_zero(len(hessian), hessian.dtype)
+    own = jnp.asarray(bar, dtype)
+    left = leftover(values, along, vectors, derived.value, noise, own)
+    return hessian, left._replace(step=left.step / scale), is_finite
 
 
 def error_bar(derived: Derived, size: int) -> Float[Array, ""]:

@@ -200,20 +200,21 @@ def hessian_distance(
     projector: EigenProjector | None,
 ) -> Distance:
     """Finds the distance by the derivatives of an `nll`, on the host."""
-    found = surroundings(value, slope, hessian, params, projector)
-    return distance_of(_with_held(found, np.asarray(held)))
+    return distance_of(surroundings(value, slope, hessian, held, params, projector))
 
 
 def surroundings(
     value: Float[Array, ""],
     slope: Float[Array, " D"],
     hessian: Float[Array, "D D"],
+    held: Bool[Array, " D"],
     params: Params,
     projector: EigenProjector | None = None,
 ) -> Curved:
     """Makes a `Curved` of the derivatives of an `nll`, on the host."""
     loss, gradient, matrix = map(_wide, map(np.asarray, (value, slope, hessian)))
-    return curved(loss, gradient, matrix, _on_host(params, projector), TOLERANCE)
+    found = curved(loss, gradient, matrix, _on_host(params, projector), TOLERANCE)
+    return found._replace(held=np.asarray(held))
 
 
 def _on_host(params: Params, projector: EigenProjector | None) -> Point:

@@ -6,8 +6,10 @@ upwards or downwards along it, by about as much as the gradient that is left, an
 at the minimum not at all.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
@@ -15,7 +17,7 @@ from jaxtyping import Bool, Float
 from .._step import AbstractTrainer, bounds_of, live
 from .._tree import as_parameters, ravel, unravel
 from .edm import TOLERANCE
-from .local import Curved, noise_of_zero, rounding_of
+from .local import Curved, Local, noise_of_zero, rounding_of
 
 # How many steps a look at the minimum takes: each squares what is left.
 MOST_STEPS = 6
@@ -65,13 +67,16 @@ def leftover(
     1 if they are known. Arrays of NumPy stay on the host, where nothing is compiled.
     """
     of: Any = np if isinstance(values, np.ndarray) else jnp
-    order = of.argsort(-of.abs(values))
-    values, along, vectors = values[order], along[order], vectors[:, order]
-    sizes, rounding = of.abs(values), noise * of.max(of.abs(values), initial=0)
-    units = of.where(sizes > rounding, sizes, 1)
-    falls = of.square(of.where(sizes > rounding, along, 0)) / units
-    before = of.sqrt(of.cumsum(falls) - falls) / bar
-    is_clear = of.cumsum(sizes <= of.maximum(_MARGIN * before, rounding)) == 0
+    sizes = of.abs(values)
+    rounding = noise * of.max(sizes, initial=0)
+    is_known = sizes > rounding
+    units = of.where(is_known, sizes, 1)
+    falls = of.square(of.where(is_known, along, 0)) / units
+    # A row is of one direction, with a column for each other.
+    own, others = sizes[:, None], sizes[None, :]
+    before = of.sqrt(of.sum(of.where(others > own, falls[None, :], 0), axis=1)) / bar
+    is_in_doubt = sizes <= of.maximum(_MARGIN * before, rounding)
+    is_clear = ~of.any(is_in_doubt[None, :] & (others >= own), axis=1)
     length = of.sqrt(of.sum(of.where(is_clear, falls, 0)))
     # What is held, or does nothing, is exactly zero. Rounding leaves more of a zero, of
     # which the direction is not clear until the rest is at its minimum.
@@ -81,13 +86,43 @@ def leftover(
     return Leftover(step, length, is_unclear & is_minimum, loss)
 
 
-def leftover_at(here: Curved, bar: float = 1.0) -> Leftover:
+def _leftover_at(here: Curved, bar: float) -> Leftover:
     """Finds what is left at a point, on the host, in the units of the parameters."""
     slope, hessian = here.slope.astype(float), here.hessian.astype(float)
     values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
     noise = noise_of_zero(len(values), here.hessian.dtype)
     found = leftover(values, vectors.T @ slope, vectors, here.loss, noise, bar)
     return found._replace(step=found.step / here.scale)
+
+
+def closer(
+    trainer: AbstractTrainer,
+    here: Curved,
+    look: Callable[[AbstractTrainer], Local],
+    bar: float = 1.0,
+) -> Iterator[tuple[AbstractTrainer, Curved]]:
+    """Yields trainers closer to the minimum, while curvature is not clear there.
+
+    Each comes with its surroundings, at which it has a `look`; `here` are those of the
+    first. It ends where the model has an error.
+    """
+    left, held = _leftover_at(here, bar), here.held
+    for _ in range(MOST_STEPS):
+        if not left.is_unclear:
+            return
+        trainer = moved(trainer, left.step)
+        try:
+            here = jax.device_get(look(trainer))
+        except (RuntimeError, ValueError):  # an error of the model, or one of its units
+            return
+        # A model may be of another kind there, without second derivatives.
+        is_known = isinstance(here, Curved) and np.isfinite(here.loss)
+        if not (is_known and np.array_equal(here.held, held)):
+            return
+        before, left = left, _leftover_at(here, bar)
+        if not left.is_closer_than(before):
+            return
+        yield trainer, here
 
 
 def moved(trainer: AbstractTrainer, step: Float[Any, " D"]) -> AbstractTrainer:

@@ -18,7 +18,7 @@ from .distance import measure_hessian
 from .edm import Distance
 from .formulas import by_svd, distance_of
 from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
-from .leftover import MOST_STEPS, leftover_at, moved
+from .leftover import closer
 from .local import Curved, Spectral, Triangle, noise_of_zero
 
 _measure = program(measure_hessian)
@@ -35,9 +35,9 @@ def second_look(
     `what_falls`, `local` and `distance` are what `measure` and `distance_of` found.
     """
     if kind == "nll" and distance.is_unclear and distance.is_saddle:
-        is_whole = local.turn is None
-        local = jax.device_get(local)
-        return _closer(trainer, batch, local, distance) if is_whole else distance
+        if local.turn is not None or _is_saddle_closer(trainer, batch, local):
+            return distance
+        return distance._replace(is_saddle=np.array(False))
     if not distance.is_leap:
         return distance
     curved = jax.device_get(_measure(trainer, batch, kind))
@@ -54,29 +54,11 @@ def second_look(
     return found._replace(direction=direction.astype(found.direction.dtype))
 
 
-def _closer(
-    trainer: AbstractTrainer, batch: Any, local: Curved, distance: Distance
-) -> Distance:
-    """Looks whether the loss curves downwards closer to the minimum, too."""
-    left, held = leftover_at(local), local.held
-    for _ in range(MOST_STEPS):
-        trainer = moved(trainer, left.step)
-        try:
-            local = jax.device_get(_measure(trainer, batch, "nll"))
-        except RuntimeError:  # an error of the model
-            return distance
-        found = distance_of(local)
-        is_known = isinstance(local, Curved) and np.isfinite(local.loss)
-        if not (is_known and np.array_equal(local.held, held)):
-            return distance
-        before, left = left, leftover_at(local)
-        if not left.is_closer_than(before):
-            return distance
-        if not found.is_saddle:
-            return distance._replace(is_saddle=np.array(False))
-        if not left.is_unclear:
-            return distance
-    return distance
+def _is_saddle_closer(trainer: AbstractTrainer, batch: Any, local: Curved) -> bool:
+    """Whether the loss curves downwards closer to the minimum, too."""
+    look = lambda trainer: _measure(trainer, batch, "nll")
+    seen = closer(trainer, jax.device_get(local), look)
+    return all(distance_of(here).is_saddle for _, here in seen)
 
 
 def _hidden(local: Triangle | Spectral, curved: Curved) -> Float[np.ndarray, "K D"]:
