@@ -242,6 +242,35 @@ def test_a_chain_through_python_floats():
         assert not found["c"].weak_type
 
 
+def twice_in_a_scan(model):
+    doubled = lambda model, _: ({**model, "b": model["c"]}, None)
+    return 2 * jax.lax.scan(doubled, model, length=2)[0]["a"].width
+
+
+def twice_of_what_is_printed(model):
+    jax.debug.callback(lambda _: None, model)
+    return 2 * model["a"].width
+
+
+TWICE = {
+    "jit": jax.jit(TIES["c.width"]),
+    "a jitted method": eqx.filter_jit(TIES["c.width"]),
+    "jit within jit": jax.jit(lambda model: jax.jit(TIES["c.width"])(model)),
+    "checkpoint": jax.checkpoint(TIES["c.width"]),
+    "cond": lambda m: jax.lax.cond(m["a"].width > 9, *[TIES["c.width"]] * 2, m),
+    "scan": twice_in_a_scan,
+    "print": twice_of_what_is_printed,
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_what_a_function_is_given_and_does_not_read_makes_no_circle(name):
+    number = lambda x: jnp.asarray(x, jnp.float64)
+    model = jax.tree.map(number, START)
+    trainer = PeakFit(model, ties={"c.width": TWICE[name], "b.width": "c.width"})
+    assert widths(trainer.model) == [1.0, 2.0, 2.0]
+
+
 def test_what_cannot_be_recorded_or_followed_is_said():
     trainer = PeakFit(START, optax.adam(0.1), ties=TIES)
     with pytest.raises(ValueError, match=r"'b\.width' is tied to a\.width"):
@@ -258,6 +287,7 @@ BAD = {
         "circle",
     ),
     "to itself": ({"a.width": lambda m: 2 * m["a"].width}, "circle"),
+    "within jit": ({"a.width": jax.jit(lambda m: 2 * m["a"].width)}, "circle"),
     "an unknown name": ({"z.width": "a.width"}, "matches nothing"),
     "to an unknown name": ({"b.width": "a.with"}, "matches nothing"),
     "an expression": ({"b.width": "2*a.width"}, "give a function: `lambda"),

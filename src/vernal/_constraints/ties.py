@@ -1,13 +1,14 @@
 """Parameters that follow others."""
 
 import graphlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
 from .._boundary import PyTree, takes
@@ -143,14 +144,11 @@ def _read(
         raise ValueError(
             f"`ties`: what {path!r} is tied to cannot be evaluated: {error}"
         ) from error
-    (out,) = closed.jaxpr.outvars
-    needed = set() if isinstance(out, Literal) else {out}
-    for equation in reversed(closed.jaxpr.eqns):
-        if needed.intersection(equation.outvars):
-            needed |= {var for var in equation.invars if not isinstance(var, Literal)}
-    invars = zip(places, closed.jaxpr.invars, strict=True)
-    kind: Any = closed.out_avals[0]
-    return {index for index, var in invars if var in needed}, kind
+    # What is only printed is not read.
+    eqns = [equation for equation in closed.jaxpr.eqns if equation.outvars]
+    # Looks within functions that are jitted, which seem to read all of the model.
+    _, is_read = dce_jaxpr(closed.jaxpr.replace(eqns=eqns), [True])
+    return set(itertools.compress(places, is_read)), closed.out_avals[0]
 
 
 def _in_order(
