@@ -604,6 +604,15 @@ def test_replace_changes_what_is_frozen_too():
     assert trainer.replace(model=line(1.0, 5.0)).model.offset == 5
 
 
+@pytest.mark.parametrize("train", [None, "slope"])
+@pytest.mark.parametrize("name", ["model", "best"])
+def test_equinox_finds_the_leaves_of_a_model(name, train):
+    trainer = LineFit(line(), optax.sgd(0.1), train=train)
+    where = lambda trainer: getattr(trainer, name).slope
+    new = eqx.tree_at(where, trainer, jnp.asarray(3.0))
+    assert (where(new), where(trainer)) == (3, line().slope)
+
+
 def test_replace_with_a_projector():
     trainer, _ = whitened(GaussianFit, optax.adam(0.1))
     target = eqx.tree_at(lambda m: m.mean, gaussian(), jnp.asarray(0.7))

@@ -21,7 +21,8 @@ class Part(Protocol):
     def build(self, site: "Site") -> Any: ...
 
 
-Leaves = tuple[Any, ...] | dict[int, Any]
+# A tuple, a dictionary by index, or what stands for an empty tuple in a tree.
+Leaves = Any
 
 
 @dataclasses.dataclass(slots=True)

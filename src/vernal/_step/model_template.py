@@ -62,7 +62,9 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
         return self.structure.unflatten(leaves)
 
     def _leaves(self, trained: Iterable[Any]) -> list[Any]:
-        parts = {"trained": trained, "frozen": self.frozen}
+        # `equinox.tree_at` has leaves in the place of empty tuples.
+        frozen = self.frozen if "frozen" in self.kinds else ()
+        parts = {"trained": trained, "frozen": frozen}
         parts["other"] = self.others.decode()
         sources = {kind: iter(leaves) for kind, leaves in parts.items()}
         return [next(sources[kind]) for kind in self.kinds]
