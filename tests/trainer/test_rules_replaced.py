@@ -19,6 +19,12 @@ def rules(*names, **options):
 # The arguments of a trainer that trains the slope, other rules, and what is said.
 REFUSED = {
     "thawed": (rules(*ONE), {}, rules(*BOTH), "'offset', which is not trained"),
+    "in a nested tuple": (
+        rules(*ONE),
+        {},
+        vn.ParamOptimiser({("slope", ("offset",)): ADAM}),
+        "'offset', which is not trained",
+    ),
     "another one": (rules(*ONE), {}, rules("offset"), "no rule for 'slope'"),
     "frozen": (
         ADAM,

@@ -13,7 +13,7 @@ from .._boundary import PyTree
 from .._optimiser import ParamOptimiser, as_transform
 from .._policy import NanPolicy
 from .._projection import EigenProjector
-from .._tree import by_path, cast_alike, is_alike, parameters, strong
+from .._tree import atoms, by_path, cast_alike, is_alike, parameters, strong
 from .abstract_trainer import (
     AbstractTrainer,
     TrainerT,
@@ -155,8 +155,8 @@ def _classes(policy: NanPolicy) -> list[Any]:
 
 def _is_named(selector: Any) -> bool:
     """Whether a selector names leaves, rather than those that are there."""
-    atoms = selector if isinstance(selector, tuple) else (selector,)
-    return all(isinstance(atom, str) and "*" not in atom for atom in atoms)
+    parts = atoms(selector, "optimiser")
+    return all(isinstance(part, str) and "*" not in part for part in parts)
 
 
 def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:

@@ -1165,7 +1165,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         In a stacked trainer, each member is changed.
 
         Which leaves of the model are trained stays. To freeze or thaw some, make a new
-        trainer: `Fit(trainer.model, optimiser)`.
+        trainer: `Fit(trainer.model, optimiser)`. A rule for what `train` left out does
+        nothing, nor does one for a frozen leaf where the old optimiser has no rules.
 
         **Arguments:**
 
@@ -1177,7 +1178,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Raises:**
 
         - `ValueError`: if `model` has another structure or other shapes; or if rules
-            of `optimiser` leave out a parameter, or name what is not trained.
+            of `optimiser` leave out a parameter, or name what the old ones left out.
         """
         require_precision(self)
         return changed(
