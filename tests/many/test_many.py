@@ -43,6 +43,10 @@ def starts(optimiser=ADAM, kind=LineFit, **options):
     return [kind(line(slope), optimiser, **options) for slope in SLOPES]
 
 
+def bounded(low, high):
+    return LineFit(line(), ADAM, bounds={"slope": (low, high)})
+
+
 @functools.cache
 def whole():
     """What several tests come to by another way."""
@@ -640,6 +644,12 @@ def test_a_solver_in_the_space_of_each():
             ValueError,
             r"(?s)`trainers\[1\]` differs.*offset",
         ),
+        (
+            lambda: many([bounded(-9, 9), bounded(-9, None)]),
+            ValueError,
+            r"(?s)differs.*same sides.*1e30\.\nbounds\.high\.slope",
+        ),
+        (lambda: many([bounded(-9, 9), starts()[0]]), ValueError, "same sides"),
         (lambda: many(starts(), batch=3), ValueError, "does not divide.*1, 2, 4"),
         (lambda: many(starts(), batch=0), ValueError, "`batch` is 0"),
         (

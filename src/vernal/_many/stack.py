@@ -141,10 +141,18 @@ def _are_alike(leaf: Any, other: Any) -> bool:
 def _not_alike(first: Any, other: Any, index: int) -> ValueError:
     lines = explain_retrace(first, other).split("\n")
     more = [f"and {len(lines) - 8} more."] if len(lines) > 8 else []
+    remedy = (
+        "Share what is not an array; let the numbers of an optimiser be arrays, by "
+        "`optax.inject_hyperparams`."
+    )
+    if all(line.startswith(("bounds:", "bounds.")) for line in lines):
+        remedy = (
+            "Give all of them bounds on the same sides, of the same shapes; for none, "
+            "a number that is never met, such as -1e30 or 1e30."
+        )
     return ValueError(
         f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
-        "of its arrays. Share what is not an array; let the numbers of an optimiser "
-        "be arrays, by `optax.inject_hyperparams`.\n" + "\n".join([*lines[:8], *more])
+        f"of its arrays. {remedy}\n" + "\n".join([*lines[:8], *more])
     )
 
 
