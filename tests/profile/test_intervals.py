@@ -406,6 +406,16 @@ def test_what_is_refused(given, error, match):
         refused(dict(given))
 
 
+def test_a_parameter_without_elements_is_not_called_frozen():
+    class Fit(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["a"] - batch
+
+    model = {"a": jnp.array(1.0), "none": jnp.zeros(0)}
+    with pytest.raises(ValueError, match="'none' has no elements"):
+        Fit(model).intervals(LM, jnp.array(1.0), "none")
+
+
 def test_a_trainer_that_is_not_at_a_minimum_is_told_to_solve():
     batch = jnp.asarray(LINE), jnp.asarray(2 * LINE + np.cos(9 * LINE))
     with pytest.raises(ValueError, match=r"not at a minimum.*trainer\.solve"):

@@ -93,10 +93,10 @@ def _selected(trainer: AbstractTrainer, selector: Any, argument: str) -> list[in
         path = min(chosen)
         ties = template_of(trainer).ties
         tied = {} if ties is None else ties.words
-        why = (
-            f"is {tied[path]}, and moves with that: name what it follows"
-            if path in tied
-            else "is frozen: name one that is fitted"
-        )
+        why = "is frozen: name one that is fitted"
+        if path in tied:
+            why = f"is {tied[path]}, and moves with that: name what it follows"
+        elif path in by_path(trainer.params).names:
+            why = "has no elements: name a parameter that has some"
         raise ValueError(f"`{argument}`: {path!r} {why}.")
     return index
