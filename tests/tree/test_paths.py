@@ -206,6 +206,13 @@ def test_two_rules_as_specific_as_each_other(rules, leaf):
                 assert repr(atom) in str(error.value)
 
 
+def test_two_rules_that_name_a_parameter_are_shown_whole():
+    words = r"the rules \('scalar', \('wave', is_weight\)\) and 'scalar' .*both name it"
+    with pytest.raises(ValueError, match=words) as error:
+        owners(("scalar", ("wave", is_weight)), "scalar")
+    assert "exact path" not in str(error.value)
+
+
 def test_equal_rules_apart_are_no_conflict():
     assert owners("*.0.bias", "layers.1.*")["layers.1.bias"] == "layers.1.*"
 

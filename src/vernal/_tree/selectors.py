@@ -17,6 +17,9 @@ Selector = str | Callable[[str, Any], Any] | Sequence[Any]
 # separate two segments.
 _INNER_DOT = "\0"
 
+# How specific a selector is that is the path of a leaf.
+_BY_PATH = 3, 0
+
 
 class _Match(NamedTuple):
     """A leaf that a selector matches: how specifically, and whether by its own path."""
@@ -53,7 +56,7 @@ class _Index:
         elif atom in self.places or "*" not in atom:
             beneath = 2, atom.count(".")
             for i, is_own in self.places.get(atom, ()):
-                yield _Match(i, (3, 0) if is_own else beneath, is_own)
+                yield _Match(i, _BY_PATH if is_own else beneath, is_own)
         else:
             segments = atom.split(".")
             specificity = (1, sum("*" not in segment for segment in segments))
@@ -113,7 +116,7 @@ def resolve(
     """
     leaves = named_leaves(tree)
     index = _Index(leaves)
-    claims: list[list[tuple[tuple[int, int], int, Any]]] = [[] for _ in leaves]
+    claims: list[list[tuple[tuple[int, int], int]]] = [[] for _ in leaves]
     for rule, selector in enumerate(selectors):
         for atom in atoms(selector, argument):
             matches = list(index.match(atom))
@@ -122,38 +125,47 @@ def resolve(
             for match in matches:
                 value = leaves[match.leaf].value
                 if is_inexact(value) or (match.named and is_float(value)):
-                    claims[match.leaf].append((match.specificity, rule, atom))
+                    claims[match.leaf].append((match.specificity, rule))
                     found = True
                 elif filtered and value is None:
                     found = True
             if not found:
                 _refuse(tree, index, atom, matches, argument)
     return tuple(
-        _winner(leaf, claim, argument)
+        _winner(leaf, claim, selectors, argument)
         for leaf, claim in zip(leaves, claims, strict=True)
         if leaf.value is not None
     )
 
 
-def _winner(leaf: Leaf, claims: list[Any], argument: str) -> int | None:
+def _winner(
+    leaf: Leaf, claims: list[Any], selectors: Sequence[Any], argument: str
+) -> int | None:
     if not claims:
         return None
-    highest = max(specificity for specificity, _, _ in claims)
-    best = {rule: atom for spec, rule, atom in claims if spec == highest}
+    highest = max(specificity for specificity, _ in claims)
+    best = list(dict.fromkeys(rule for spec, rule in claims if spec == highest))
     if len(best) > 1:
-        first, second, *_ = best.values()
-        raise ValueError(
-            f"`{argument}`: the rules {_show(first)} and {_show(second)} are equally "
-            f"specific on {leaf.path!r}. Give that parameter a rule with its exact "
-            "path, or narrow one of the two."
+        first, second = (_show(selectors[rule]) for rule in best[:2])
+        remedy = (
+            ": both name it. Leave it out of one."
+            if highest == _BY_PATH
+            else ". Give that parameter a rule with its exact path, or narrow one of "
+            "the two."
         )
-    return next(iter(best))
+        raise ValueError(
+            f"`{argument}`: the rules {first} and {second} are equally specific on "
+            f"{leaf.path!r}{remedy}"
+        )
+    return best[0]
 
 
-def _show(atom: Any) -> str:
-    return (
-        repr(atom) if isinstance(atom, str) else getattr(atom, "__name__", repr(atom))
-    )
+def _show(selector: Any) -> str:
+    if isinstance(selector, str):
+        return repr(selector)
+    if isinstance(selector, tuple | list):
+        return f"({', '.join(map(_show, selector))})"
+    return getattr(selector, "__name__", repr(selector))
 
 
 def _refuse(
