@@ -127,6 +127,22 @@ def test_a_key_that_looks_like_a_glob_is_a_path():
     assert chosen(tree, "**") == ("**",)
 
 
+def test_an_empty_key_is_a_segment():
+    tree = {"": {"y": jnp.ones(1), "": jnp.ones(1)}, "a": {"": jnp.ones(1)}}
+    assert set(vn.paths(tree)) == {".y", ".", "a."}
+    for glob, expected in {
+        "*": {".y", ".", "a."},
+        "**": {".y", ".", "a."},
+        "*.*": {".y", ".", "a."},
+        "**.y": {".y"},
+        "*.y": {".y"},
+        "a.*": {"a."},
+        "a.**": {"a."},
+        "*.": {".", "a."},
+    }.items():
+        assert set(chosen(tree, glob)) == expected, glob
+
+
 def test_a_tree_that_is_one_array():
     assert vn.split(jnp.ones(2), "**")[1] is None
     assert vn.split(jnp.ones(2), "")[1] is None

@@ -74,12 +74,11 @@ def _glob_regex(segments: list[str]) -> str:
     for segment in segments:
         if segment == "**":
             # The joint moves inside, since zero segments have no dot.
-            pattern += r"(?:[^.]+\.)*" if joint == "" else r"(?:\.[^.]+)*"
+            pattern += r"(?:[^.]*\.)*" if joint == "" else r"(?:\.[^.]*)*"
             joint = joint and r"\."
         else:
-            literals = map(re.escape, segment.split("*"))
-            text = "[^.]*".join(literals) if segment != "*" else "[^.]+"
-            pattern += joint + text
+            # A key of a dictionary may be empty.
+            pattern += joint + "[^.]*".join(map(re.escape, segment.split("*")))
             joint = rf"[.{_INNER_DOT}]"
     if segments[-1] == "**" and joint == "":
         pattern += "[^.]*"
