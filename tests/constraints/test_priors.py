@@ -145,6 +145,8 @@ def test_a_prior_is_refused_where_its_weight_is_not_known():
     for data in (batches, vn.Stream([BATCH] * 4)):
         with pytest.raises(ValueError, match=r"`priors`.*all of the data"):
             trainer.fit(data, 4, progress=False)
+    with pytest.raises(ValueError, match=r"`priors`.*all of the data"):
+        vn.unroll(trainer, batches, 4)
 
 
 def test_directions_that_a_prior_alone_constrains_take_no_degree_of_freedom():

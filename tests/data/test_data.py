@@ -1,6 +1,7 @@
 """Where the batches come from."""
 
 import itertools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,43 @@ def test_looking_at_a_batch_does_not_use_it_up():
     second = first.trainer.fit(stream, 3, record="last")
     told = (first.history + second.history)["last"]
     np.testing.assert_allclose(told, 3 + 0.1 * np.arange(5), rtol=1e-12)
+
+
+def test_a_batch_of_which_no_step_was_taken_is_there_for_the_next_fit():
+    t = Told(line(), optax.adam(0.1))
+    stream = vn.Stream(list(itertools.islice(batches(), 3)))
+    with pytest.raises(vn.UnknownPathError, match="lost"):
+        t.fit(stream, 3, record="lost")
+    t.fit(stream, 0, record="last")
+    history = t.fit(pickle.loads(pickle.dumps(stream)), 3, record="last").history
+    np.testing.assert_allclose(history["last"], 3 + 0.1 * np.arange(3), rtol=1e-12)
+
+
+class AtStep(vn.StopCriterion):
+    def init(self, params):
+        return None
+
+    def apply(self, view, state):
+        return view.step_count >= 5, state
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 100])
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_the_last_batch_may_be_the_one_at_which_a_fit_ends(chunk, is_bad):
+    seen = list(itertools.islice(batches(), 5))
+    if is_bad:
+        seen[-1] = jax.tree.map(lambda x: x * np.nan, seen[-1])
+    t, options = LineFit(line(), optax.adam(0.1)), {"chunk": chunk}
+    if is_bad:
+        with pytest.warns(UserWarning, match="At step 4"):
+            result = t.fit(vn.Stream(seen), 9, **options)
+        assert result.stop_reason is vn.StopReason.NON_FINITE
+        raising = t.replace(nan_policy=vn.RaiseOnNan())
+        with pytest.raises(vn.NonFiniteError, match="step 4"):
+            raising.fit(vn.Stream(seen), 9, **options)
+    else:
+        result = t.fit(vn.Stream(seen), 9, stop=AtStep(), **options)
+        assert result.stop_reason is vn.StopReason.CRITERION
 
 
 def test_an_empty_stream_with_a_metric():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import termios
 import types
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -256,6 +257,60 @@ def test_a_callback_changes_the_trainer():
     assert np.all(np.diff(slopes[:5]) != 0)
     assert np.all(np.diff(slopes[4:]) == 0)
     assert int(result.trainer.step_count) == 10
+
+
+RETURNED = {
+    "itself": lambda trainer, history: trainer,
+    "made again": lambda trainer, history: jax.tree.map(lambda leaf: leaf, trainer),
+    "copied": lambda trainer, history: jax.tree.map(jnp.copy, trainer),
+}
+
+
+@pytest.mark.parametrize("returned", RETURNED)
+@pytest.mark.parametrize("is_many", [False, True])
+def test_a_criterion_goes_on_if_a_callback_changes_no_parameter(returned, is_many):
+    trainer, batch = LineFit(line(), optax.sgd(0.3)), line_batch()
+    for stop, validation in (
+        (vn.Converged(1e-4, 10), None),
+        (vn.Patience(5), (batch, 3)),
+    ):
+        options = {"stop": stop, "validation": validation, "chunk": 4}
+        fit = lambda callback, options=options: (
+            vn.fit_many([trainer] * 2, batch, 2_000, callback=callback, **options)
+            if is_many
+            else trainer.fit(batch, 2_000, callback=callback, **options)
+        )
+        plain, seen = fit(None), fit(RETURNED[returned])
+        assert plain.history.steps[-1] < 1_999
+        np.testing.assert_array_equal(seen.history.steps, plain.history.steps)
+
+
+class Weighted(LineFit):
+    weight: Any
+
+    def __init__(self, *args, weight):
+        super().__init__(*args)
+        self.weight = weight
+
+    def loss(self, model, batch):
+        return self.weight * super().loss(model, batch)
+
+
+def test_a_criterion_begins_anew_if_a_callback_changes_the_loss():
+    """The loss rises to a hundred times what it was, and falls from there."""
+    trainer = Weighted(line(), optax.sgd(1e-3), weight=jnp.asarray(1.0))
+
+    def heavier(trainer, history):
+        if trainer.step_count == 20:
+            return eqx.tree_at(lambda t: t.weight, trainer, jnp.asarray(100.0))
+
+    options = {"stop": vn.Converged(1e-3, 30), "chunk": 20}
+    result = trainer.fit(line_batch(), 60, callback=heavier, **options)
+    first = trainer.fit(line_batch(), 20).trainer
+    other = eqx.tree_at(lambda t: t.weight, first, jnp.asarray(100.0))
+    alone = other.fit(line_batch(), 40, stop=options["stop"])
+    assert result.stop_reason is alone.stop_reason
+    assert same(result.trainer.params, alone.trainer.params)
 
 
 def test_a_callback_that_goes_back_to_an_older_trainer():

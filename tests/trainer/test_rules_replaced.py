@@ -128,6 +128,45 @@ def test_so_does_what_comes_first():
     assert same(new.opt_state.groups, trainer.opt_state.groups)
 
 
+class Vector(vn.Trainer):
+    def residuals(self, model, batch):
+        return model["v"] - batch
+
+
+RATES = jnp.asarray([0.1, 0.2, 0.3])
+BY_ELEMENT = optax.chain(vn.precondition({"v": RATES / 2}), optax.sgd(1.0))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (optax.sgd(RATES), optax.sgd(RATES / 2)),
+        (optax.chain(vn.precondition({"v": RATES}), optax.sgd(1.0)), BY_ELEMENT),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 3])
+def test_an_array_of_all_members_may_be_as_long_as_they_are_many(size, before, after):
+    made = [Vector({"v": jnp.ones(3) * k}, before) for k in range(size)]
+    alone = [t.fit(0.0, 2).trainer.replace(optimiser=after) for t in made]
+    many = vn.fit_many(made, 0.0, 2).trainers.replace(optimiser=after)
+    right = jnp.stack([t.fit(0.0, 2).trainer.params["v"] for t in alone])
+    found = vn.fit_many(many, 0.0, 2).trainers.params["v"]
+    assert jnp.allclose(found, right, rtol=1e-12)
+
+
+def test_an_array_of_which_it_is_not_known_is_refused():
+    made = [Vector({"v": jnp.ones(3)}, optax.adam(0.1)) for _ in range(3)]
+    many = vn.fit_many(made, jnp.arange(3.0), 0, data_axis=0).trainers
+    with pytest.raises(ValueError, match=r"`optimiser`.*shape \(3,\).*3 members"):
+        many.replace(optimiser=optax.sgd(RATES))
+    # As those that are there: a row for each member.
+    made = [t.replace(optimiser=optax.sgd(1.0)) for t in made]
+    many = vn.fit_many(made, 0.0, 0).trainers.replace(optimiser=optax.sgd(RATES))
+    found = vn.fit_many(many, 0.0, 1).trainers.params["v"]
+    right = jnp.broadcast_to(1 - RATES[:, None], (3, 3))
+    assert jnp.allclose(found, right, rtol=1e-12)
+
+
 def test_of_many_too():
     many = vn.fit_many([LineFit(line(x), rules(*ONE)) for x in (0.1, 0.2)], 0.0, 0)
     with pytest.raises(ValueError, match="'offset', which is not trained"):

@@ -168,6 +168,8 @@ class Stream(ManyBatches):
             )
         self._source = source
         self._iterator: Iterator[Any] | None = None
+        self.unused: list[Any] = []
+        """The batch that a fit has read without taking a step, if there is one."""
 
     def __getstate__(self) -> dict[str, Any]:
         for held in (self._source, self._iterator):

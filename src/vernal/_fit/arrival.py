@@ -35,7 +35,8 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
     if not (is_over and isinstance(source, Whole) and has_minimum(trainer)):
         return result
     losses = result.history.loss
-    fall = np.asarray(losses[0] - losses[-1] if len(losses) else 0, losses.dtype)
+    known = losses[np.isfinite(losses)]
+    fall = np.asarray(known[0] - known[-1] if len(known) else 0, losses.dtype)
     trainer = in_free_coordinates(trainer)
     bare, batch, kind = stripped(trainer), source.batch, what_falls(trainer)
     local = _measure(bare, trainer.projector, batch, kind, jnp.asarray(fall))

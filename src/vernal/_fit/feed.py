@@ -35,6 +35,8 @@ class Feed:
         self._static_values: list[dict[str, Any]] = []
         if isinstance(source, Stream):
             self._iterator = source.open(step)
+            # A function of the step begins anew.
+            self._unused = [] if source.can_resume else source.unused
 
     @property
     def is_stream(self) -> bool:
@@ -56,7 +58,9 @@ class Feed:
             yield self.source, count
             return
         for _ in range(count):
-            yield Whole(self._next_batch.pop() if self._next_batch else self._read()), 1
+            batch = self._next_batch.pop() if self._next_batch else self._read()
+            self._unused.clear()
+            yield Whole(batch), 1
 
     def _read(self) -> Any:
         batch, shares = self._peers.run_and_gather(
@@ -72,11 +76,13 @@ class Feed:
         return batch
 
     def _read_own(self) -> Any:
-        batch = next(self._iterator, _EXHAUSTED)
-        if batch is _EXHAUSTED:
+        unused = self._unused
+        own = unused.pop() if unused else next(self._iterator, _EXHAUSTED)
+        if own is _EXHAUSTED:
             return _EXHAUSTED
-        batch = self._prepare(batch)
+        batch = self._prepare(own)
         self._warn_of_static_values(batch)
+        unused.append(own)
         return batch
 
     def _summary(self, batch: Any) -> str:

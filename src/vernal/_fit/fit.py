@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .._boundary import UNROLL, refuse_program
-from .._data import Source, Stream, StreamExhaustedError, Whole
+from .._data import Source, Stream, StreamExhaustedError
 from .._devices import Decision, Peers, leaf_fingerprints
 from .._policy import StopReason
 from .._step import (
@@ -15,7 +15,7 @@ from .._step import (
     AbstractTrainer,
     check_elementwise,
     no_optimiser,
-    priors_of,
+    require_all_data,
     warn_of_line_search,
 )
 from .._storage import History, open_checkpointer, origin
@@ -49,7 +49,7 @@ def fit(
             steps = options.steps
             _check_trainer(trainer, subject, steps)
             source = subject.source(data)
-            _check_priors(trainer, source)
+            require_all_data(trainer, source)
             monitor = subject.monitor(options.validation, options.stop)
             if peers.are_many:
                 trees = {"trainer": trainer, "data": data, "validation": validation}
@@ -82,8 +82,11 @@ def fit(
             empty = History(np.zeros(0, int), np.zeros(0))
             result = subject.cut_short(trainer, empty, StopReason.DATA_EXHAUSTED)
             raise StreamExhaustedError(0, steps, result) from None
-        result = run.cut_short(StopReason.DATA_EXHAUSTED)
-        raise StreamExhaustedError(run.taken, steps, result) from None
+        # The last batch may be the one at which the fit has ended.
+        reason = StopReason.DATA_EXHAUSTED
+        if not run.stopped:
+            result = run.cut_short(reason)
+            raise StreamExhaustedError(run.taken, steps, result) from None
     except Exception as error:
         # What was reached is not lost with whatever went wrong.
         if run is not None and not run.is_whole:
@@ -141,16 +144,6 @@ def _check_trainer(
         raise ValueError(
             f"`steps` is {steps}, and a trainer counts to {MOST_STEPS} at most. Take "
             "fewer."
-        )
-
-
-def _check_priors(trainer: AbstractTrainer, source: Source) -> None:
-    """Refuses priors with a part of the data at each step."""
-    if priors_of(trainer) is not None and not isinstance(source, Whole):
-        raise ValueError(
-            "`priors` need all of the data at each step: with a batch at a time they "
-            "would count in full for each. Fit the whole data, or write the prior into "
-            "`nll`, with its share for each batch."
         )
 
 

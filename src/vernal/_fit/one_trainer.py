@@ -112,6 +112,9 @@ class OneTrainer(AbstractSubject):
     def checked(self, result: Any, source: Source) -> Any:
         return checked_end(result, source) if self.place.mesh is None else result
 
+    def reasons(self, result: Any) -> tuple[StopReason, ...]:
+        return (result.stop_reason,)
+
     def bad_end(self, result: Any) -> BadEnd | None:
         reason = result.stop_reason
         if reason not in AT_NON_FINITE:

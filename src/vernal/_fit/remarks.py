@@ -8,6 +8,7 @@ import numpy as np
 from .._boundary import is_debugged, warn
 from .._data import Minibatches, Source, Stream, Whole
 from .._loop import Monitor
+from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
     Diagnosis,
@@ -64,6 +65,8 @@ def remark(course: Course, result: Any) -> None:
         _warn_of_bad_steps(course, result)
         if course.taken and validation is not None:
             _warn_of_scores(course, history.validation)
+    if StopReason.CONVERGED in subject.reasons(result):
+        _warn_of_noise(course)
     with subject.context():
         ended = _ended(course, course.last_source(), result)
         warn_of_no_data(subject.entrance, history.loss, ended)
@@ -124,6 +127,19 @@ def _warn_of_scores(course: Course, scores: np.ndarray) -> None:
         warn(
             "`validation`: no score was finite, so that `best` is no better than the "
             "model that the fit began with. Check the batch, and `evaluate`."
+        )
+
+
+def _warn_of_noise(course: Course) -> None:
+    """Warns of a fit that ended because the losses of single batches no longer fell."""
+    source = course.source
+    is_part = isinstance(source, Minibatches) and source.size < source.examples
+    if is_part or isinstance(source, Stream):
+        warn(
+            f"`{course.subject.entrance}`: `Converged` has ended it, but the loss of a "
+            "batch is no measure of the next one, and whether this is a minimum was "
+            "not checked. Watch a validation, `validation=(batch, every)` with "
+            "`stop=vn.Patience(n)`; or fit all of the data at each step."
         )
 
 

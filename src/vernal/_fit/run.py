@@ -10,6 +10,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import debugged
@@ -30,6 +31,7 @@ from .._policy import StopReason
 from .._program import are_on_one_cpu, is_refused, is_switched_on
 from .._step import (
     AbstractTrainer,
+    Progress,
     advance,
     config_of,
     is_of_other_code,
@@ -72,6 +74,21 @@ def _held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if caught:
         signal.raise_signal(signal.SIGINT)
+
+
+def _have_one_loss(progress: Progress, other: Progress) -> bool:
+    """Whether two have the same parameters, and are scored on the same."""
+    seen = lambda progress: jax.tree.leaves((progress.params, progress.scored_on))
+    pairs = list(zip(seen(progress), seen(other), strict=True))
+    if all(one is two for one, two in pairs):
+        return True
+    return all(one.dtype == two.dtype for one, two in pairs) and bool(_are_equal(pairs))
+
+
+@jax.jit
+def _are_equal(pairs: list[tuple[Any, Any]]) -> Any:
+    is_same = lambda one, two: (one == two) | ((one != one) & (two != two))
+    return jnp.all(jnp.stack([jnp.all(is_same(*pair)) for pair in pairs]))
 
 
 def _is_boolean(answer: Any) -> bool:
@@ -323,12 +340,12 @@ class FitRun:
         what = "the trainer that `callback` returned"
         require_alike(answer, given, what, "the one it was given")
         answer = self._subject.taken_back(answer, given, self.trainer)
-        if progress_of(answer).params is not progress_of(self.trainer).params:
-            # A monitor state belongs to the parameters that it was made of.
+        answer = self._begun(answer, self.taken)
+        if not _have_one_loss(progress_of(answer), progress_of(self.trainer)):
+            # Scores before and after do not compare.
             self._monitor_state = self._subject.first_monitor_state(
                 self._monitor, answer
             )
-        answer = self._begun(answer, self.taken)
         self._hold(answer, self._subject.placed(answer))
         self.stopped = self._is_over()
 

@@ -157,6 +157,10 @@ class AbstractSubject(abc.ABC):
         """Checks that a fit which has converged is at a minimum."""
 
     @abc.abstractmethod
+    def reasons(self, result: Any) -> tuple[StopReason, ...]:
+        """Returns why the fit of each trainer ended."""
+
+    @abc.abstractmethod
     def bad_end(self, result: Any) -> BadEnd | None:
         """Finds a trainer that ended at non-finite values and is worth a message.
 

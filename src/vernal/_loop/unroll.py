@@ -28,6 +28,7 @@ from .._step import (
     progress_of,
     raise_if_non_finite,
     ranked,
+    require_all_data,
     require_one,
     scored_parts,
     stepped_on,
@@ -91,6 +92,7 @@ def unroll(
     **Raises:**
 
     - `TypeError`: if `batch` is a [`vernal.Stream`][].
+    - `ValueError`: if the trainer has priors and `batch` is `Minibatches`.
     - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][]; in compiled code an
         error of Equinox.
     """
@@ -103,6 +105,7 @@ def unroll(
     if trainer.optimiser is None:
         raise no_optimiser(trainer)
     source = _source(batch)
+    require_all_data(trainer, source)
     if steps == 0:
         return trainer, jnp.zeros(0, trainer.best_loss.dtype)
     length = _segment_near_root(steps) if segment is None else segment

@@ -197,6 +197,9 @@ class ManyTrainers(AbstractSubject):
         own = self.data_axis, self.group
         return ManyResult(stacked, history, tuple(reasons), edms, *own)
 
+    def reasons(self, result: Any) -> tuple[StopReason, ...]:
+        return result.stop_reasons
+
     def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:
         reasons, raises = result.stop_reasons, result.trainers.nan_policy.raises
         bad = [i for i, reason in enumerate(reasons) if reason in AT_NON_FINITE]

@@ -51,6 +51,9 @@ _SUBJECT = Subject("what is minimised", is_quiet=True)
 MOST_PARAMETERS = 512
 _MOST_ELEMENTS = 2**25
 
+# A mean of squares over less than ten million data cannot resolve this fraction of it.
+_UNSEEN = 1e-7
+
 
 def what_falls(trainer: AbstractTrainer, is_least_squares: bool = False) -> str:
     """Returns what is minimised: `"residuals"`, `"nll"` or `"loss"`."""
@@ -291,8 +294,10 @@ def _of_loss(loss: Flat, here: _Here, fall: Any) -> Local:
     flat = here.flat
     value, tolerance = loss(flat), TOLERANCE
     if fall is not None:
-        # The scale of a loss is not known: its fall, and its rounding, have one.
-        tolerance = jnp.fmax(TOLERANCE * fall, rounding_of(value))
+        # The scale of a loss is not known: its fall, and its rounding, have one. A fit
+        # that goes on at the minimum has no fall.
+        least = jnp.fmax(rounding_of(value), _UNSEEN * abs(value))
+        tolerance = jnp.fmax(TOLERANCE * fall, least)
     try:
         slope = gradient(loss, flat, _SUBJECT)
         if flat.size > MOST_PARAMETERS:

@@ -1,7 +1,6 @@
 """Trainers with another model, optimiser, policy or projector."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -159,38 +158,43 @@ def _is_named(selector: Any) -> bool:
     return all(isinstance(part, str) and "*" not in part for part in parts)
 
 
-def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:
-    """Returns the `in_axes` by which `vmap` takes each member of a stacked trainer."""
-    size = len(trainer.step_count)
-    # Arrays that all members share may have no rows.
-    return lambda x: 0 if eqx.is_array(x) and x.shape[:1] == (size,) else None
-
-
 def _replace_each(
     trainer: AbstractTrainer, model: Any, optimiser: Any, nan_policy: Any, state: PyTree
 ) -> dict[str, Any]:
     """Returns the fields for each member of a stacked trainer."""
-    size, own = len(trainer.step_count), member_axes(trainer)
     if optimiser is not None:
         optimiser = as_transform(optimiser, "optimiser")
-    rows = eqx.if_array(0)
-    found = eqx.filter_vmap(replaced_fields, in_axes=(own, rows, own, own, rows))(
-        trainer, model, optimiser, nan_policy, state
-    )
-    for name, new in {"optimiser": optimiser, "nan_policy": nan_policy}.items():
-        old = getattr(trainer, name)
-        found[name] = old if new is None else _with_rows(new, old, size)
+    config = {"optimiser": optimiser, "nan_policy": nan_policy}
+    for name, new in config.items():
+        config[name] = None if new is None else _with_rows(new, trainer, name)
+    found = eqx.filter_vmap(replaced_fields)(trainer, model, *config.values(), state)
+    for name, new in config.items():
+        found[name] = getattr(trainer, name) if new is None else new
     if model is None:
         found["_template"] = template_of(trainer)
     return found
 
 
-def _with_rows(new: Any, old: Any, size: int) -> Any:
-    """Gives a new configuration a row for each member, if the old one has rows."""
-    leaves = jax.tree.leaves(old)
-    have = [leaf.shape[:1] == (size,) for leaf in leaves if eqx.is_array(leaf)]
-    rows = lambda x: x if x.shape[:1] == (size,) else jnp.stack([x] * size)
-    return jax.tree.map(rows, new) if all(have) else new
+def _with_rows(new: Any, trainer: AbstractTrainer, name: str) -> Any:
+    """Gives a new configuration a row for each member, unless it has them already."""
+    size, old = len(trainer.step_count), getattr(trainer, name)
+    shapes, before = (
+        [leaf.shape for leaf in jax.tree.leaves(config) if eqx.is_array(leaf)]
+        for config in (new, old)
+    )
+    is_like = jax.tree.structure(new) == jax.tree.structure(old)
+    if is_like and shapes == before:
+        return new
+    is_of_one = is_like and shapes == [shape[1:] for shape in before]
+    if shapes and all(shape[:1] == (size,) for shape in shapes) and not is_of_one:
+        raise ValueError(
+            f"`{name}` has an array of shape {shapes[0]}, and the trainer has {size} "
+            "members: a row for each, or the same for all? Arrays of the one before "
+            "do not tell. Replace it in each of a list of trainers, and fit these: "
+            f"`[result.trainer(i).replace({name}=...) for i in range(len(result))]`."
+        )
+    rows = lambda x: jnp.stack([x] * size) if eqx.is_array(x) else x
+    return jax.tree.map(rows, new)
 
 
 def reproject(

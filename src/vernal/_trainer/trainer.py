@@ -279,6 +279,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
     ) -> tuple[SelfT, StepInfo]:
         """Takes one compiled step.
 
+        To donate a new trainer to a program of your own, copy it first, by
+        `jax.tree.map(jnp.copy, trainer)`: its best are its parameters themselves.
+
         **Arguments:**
 
         - `batch`: the batch that the loss is called with, any pytree.
@@ -1162,7 +1165,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         become the new optimiser's wherever these differ from the ones that the old
         optimiser began with. The step count and the counts of `nan_report` are kept;
         the best is kept unless the model changes. A trainer that has stopped can go on.
-        In a stacked trainer, each member is changed.
+        In a stacked trainer, each member is changed. There, an optimiser or a policy
+        whose arrays all have the shapes of those before has a row for each member.
 
         Which leaves of the model are trained stays. To freeze or thaw some, make a new
         trainer: `Fit(trainer.model, optimiser)`. A rule for what `train` left out does
@@ -1178,7 +1182,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Raises:**
 
         - `ValueError`: if `model` has another structure or other shapes; or if rules
-            of `optimiser` leave out a parameter, or name what the old ones left out.
+            of `optimiser` leave out a parameter, or name what the old ones left out;
+            or if arrays may be those of each member or of all.
         """
         require_precision(self)
         return changed(

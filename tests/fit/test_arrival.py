@@ -1,0 +1,71 @@
+"""Whether a fit that has converged is at a minimum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vernal as vn
+
+X = np.linspace(-1, 1, 20)
+Y = np.exp(1.3 * X) + 0.05 * np.cos(30 * X)
+STOP = vn.Converged(1e-6, 50)
+
+
+class Decay(vn.Trainer):
+    """A loss without a known scale, which is NaN before a step."""
+
+    def loss(self, model, batch):
+        fitted = model["a"] * jnp.exp(model["k"] * X)
+        loss = jnp.mean((fitted - jnp.asarray(Y)) ** 2)
+        return jnp.where(self.step_count < batch, jnp.nan, loss)
+
+
+def start():
+    model = {"a": jnp.asarray(1.0), "k": jnp.asarray(0.0)}
+    return Decay(model, optax.adam(0.05), nan_policy=vn.SkipStep())
+
+
+def fit(trainer, batch=0, stop=STOP):
+    return trainer.fit(jnp.asarray(batch), 20_000, stop=stop)
+
+
+GOES_ON = {
+    "at the minimum": lambda: fit(fit(start()).trainer),
+    "close by": lambda: fit(start().fit(jnp.asarray(0), 220).trainer),
+    "after a bad step": lambda: fit(start(), 1),
+}
+
+
+@pytest.mark.parametrize("case", GOES_ON)
+def test_a_fit_that_goes_on_is_at_a_minimum_too(case):
+    """It has no fall of its loss, by which to measure what is left, or no first one."""
+    assert GOES_ON[case]().stop_reason is vn.StopReason.CONVERGED
+
+
+def test_a_fit_that_is_too_slow_is_not():
+    slow = start().replace(optimiser=optax.adam(1e-6))
+    result = fit(slow, stop=vn.Converged(1e-2, 10))
+    assert result.stop_reason is vn.StopReason.STALLED
+
+
+class Exponential(vn.Trainer):
+    def residuals(self, model, batch):
+        return (model["a"] * jnp.exp(model["k"] * batch[0]) - batch[1]) / 0.05
+
+
+@pytest.mark.parametrize("is_many", [False, True])
+def test_of_single_batches_it_is_not_known(is_many):
+    model = {"a": jnp.asarray(1.0), "k": jnp.asarray(0.0)}
+    trainer = Exponential(model, optax.adam(1e-3))
+    data = jnp.asarray(X), jnp.asarray(Y)
+    fit = lambda batches: (
+        vn.fit_many([trainer] * 2, batches, 2_000, stop=vn.Converged(0.5, 5))
+        if is_many
+        else trainer.fit(batches, 2_000, stop=vn.Converged(0.5, 5))
+    )
+    with pytest.warns(UserWarning, match=r"`Converged` has ended it.*not checked"):
+        fit(vn.Minibatches(data, 5, key=jax.random.key(0)))
+    with pytest.warns(UserWarning, match=r"`Converged` has ended it.*not checked"):
+        fit(vn.Stream([data] * 2_000))
