@@ -143,6 +143,7 @@ def test_the_matrices_of_large_members_are_not_in_memory_together(
         assert arrival._group(trainers, of, (flag,), batch) == together
 
 
+@pytest.mark.filterwarnings("ignore:.*`Converged` has ended it")
 def test_minibatches_and_hooks_are_not_checked():
     class Hooked(Squares):
         def constrain(self, params):
