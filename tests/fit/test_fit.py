@@ -285,6 +285,19 @@ def test_a_criterion_goes_on_if_a_callback_changes_no_parameter(returned, is_man
         np.testing.assert_array_equal(seen.history.steps, plain.history.steps)
 
 
+@pytest.mark.parametrize("value", [0.5, 1, np.float64(0.5), jnp.float16(0.5)])
+@pytest.mark.parametrize("stop", [None, vn.Converged(1e-9, 99)])
+def test_what_a_callback_changes_keeps_its_dtype(value, stop):
+    def moved(trainer, history):
+        return eqx.tree_at(lambda t: t.params.slope, trainer, value)
+
+    trainer, batch = LineFit(line(), optax.adam(0.1)), line_batch()
+    result = trainer.fit(batch, 4, callback=moved, chunk=2, stop=stop)
+    assert result.model.slope.dtype == trainer.model.slope.dtype
+    assert not result.model.slope.weak_type
+    assert float(result.model.slope) == float(value)
+
+
 class Weighted(LineFit):
     weight: Any
 

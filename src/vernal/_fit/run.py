@@ -42,7 +42,7 @@ from .._step import (
     without_best,
 )
 from .._storage import Checkpointer, History, Recorder
-from .._tree import require_alike
+from .._tree import cast_alike, require_alike
 from .feed import Feed
 from .options import Callback, FitOptions
 from .remarks import Course
@@ -80,9 +80,7 @@ def _have_one_loss(progress: Progress, other: Progress) -> bool:
     """Whether two have the same parameters, and are scored on the same."""
     seen = lambda progress: jax.tree.leaves((progress.params, progress.scored_on))
     pairs = list(zip(seen(progress), seen(other), strict=True))
-    if all(one is two for one, two in pairs):
-        return True
-    return all(one.dtype == two.dtype for one, two in pairs) and bool(_are_equal(pairs))
+    return all(one is two for one, two in pairs) or bool(_are_equal(pairs))
 
 
 @jax.jit
@@ -338,7 +336,12 @@ class FitRun:
                     "that trainer, return `True`, which ends the fit, and fit it then."
                 )
         what = "the trainer that `callback` returned"
-        require_alike(answer, given, what, "the one it was given")
+        whose = "the one it was given"
+        require_alike(answer, given, what, whose)
+        progress = cast_alike(
+            progress_of(answer), progress_of(given), what, whose, "Keep the dtypes."
+        )
+        answer = with_progress(answer, progress)
         answer = self._subject.taken_back(answer, given, self.trainer)
         answer = self._begun(answer, self.taken)
         if not _have_one_loss(progress_of(answer), progress_of(self.trainer)):
