@@ -44,6 +44,13 @@ def test_a_fit_that_goes_on_is_at_a_minimum_too(case):
     assert GOES_ON[case]().stop_reason is vn.StopReason.CONVERGED
 
 
+def test_a_member_that_skipped_its_first_step_is_too():
+    batch = jnp.asarray([0, 1, 200], "int32")
+    options = {"stop": vn.Converged(1e-2, 10), "data_axis": 0}
+    result = vn.fit_many([start()] * 3, batch, 20_000, **options)
+    assert result.stop_reasons == (vn.StopReason.CONVERGED,) * 3
+
+
 def test_a_fit_that_is_too_slow_is_not():
     slow = start().replace(optimiser=optax.adam(1e-6))
     result = fit(slow, stop=vn.Converged(1e-2, 10))

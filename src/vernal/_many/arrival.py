@@ -117,5 +117,7 @@ def _falls(history: History, counts: np.ndarray) -> np.ndarray:
     rows = np.searchsorted(history.steps, counts)
     if not len(losses):
         return np.zeros(len(counts), losses.dtype)
-    last = np.take_along_axis(losses, np.maximum(rows - 1, 0)[None], axis=0)[0]
-    return np.where(rows > 0, losses[0] - last, 0).astype(losses.dtype)
+    at = lambda row: np.take_along_axis(losses, row[None], axis=0)[0]
+    # A first step may have been skipped.
+    fall = at(np.isfinite(losses).argmax(axis=0)) - at(np.maximum(rows - 1, 0))
+    return np.where(rows > 0, fall, 0).astype(losses.dtype)
