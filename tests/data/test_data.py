@@ -168,8 +168,19 @@ def test_a_batch_of_which_no_step_was_taken_is_there_for_the_next_fit():
     with pytest.raises(vn.UnknownPathError, match="lost"):
         t.fit(stream, 3, record="lost")
     t.fit(stream, 0, record="last")
+    with pytest.raises(ValueError, match="evenly"):
+        t.fit(stream, 3, mesh=jax.make_mesh((7,), ("data",)))
     history = t.fit(pickle.loads(pickle.dumps(stream)), 3, record="last").history
     np.testing.assert_allclose(history["last"], 3 + 0.1 * np.arange(3), rtol=1e-12)
+
+
+def test_a_stream_that_an_earlier_version_pickled():
+    stream = vn.Stream(list(itertools.islice(batches(), 3)))
+    state = stream.__getstate__()
+    del state["unused"]
+    older = vn.Stream.__new__(vn.Stream)
+    older.__setstate__(state)
+    assert len(trainer().fit(older, 3).history) == 3
 
 
 class AtStep(vn.StopCriterion):

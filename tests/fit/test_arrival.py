@@ -57,6 +57,52 @@ def test_a_fit_that_is_too_slow_is_not():
     assert result.stop_reason is vn.StopReason.STALLED
 
 
+class BadAt(Decay):
+    def loss(self, model, batch):
+        loss = super().loss(model, 0)
+        return jnp.where(self.step_count == batch, jnp.nan, loss)
+
+
+@pytest.mark.parametrize("is_many", [False, True])
+def test_the_last_loss_that_is_known_need_not_be_finite(is_many):
+    trainer = BadAt(start().model, optax.adam(0.05), nan_policy=vn.SkipStep())
+    stop, batch = vn.Converged(1e-2, 10), jnp.asarray(10**6)
+    end = int(trainer.fit(batch, 20_000, stop=stop).trainer.step_count)
+    # The step before the end that was recorded.
+    every = 11
+    bad, options = jnp.asarray(end // every * every), {"stop": stop, "every": every}
+    if is_many:
+        result = vn.fit_many([trainer] * 2, bad, 20_000, **options)
+        assert set(result.stop_reasons) == {vn.StopReason.CONVERGED}
+    else:
+        result = trainer.fit(bad, 20_000, **options)
+        assert result.stop_reason is vn.StopReason.CONVERGED
+    assert np.isnan(result.history.loss[-1]).all()
+
+
+def test_a_criterion_of_the_user_may_watch_a_validation():
+    class Seen(vn.StopCriterion):
+        def init(self, params):
+            return None
+
+        def apply(self, view, state):
+            return view.is_validated, state
+
+        def reason(self, state):
+            return vn.StopReason.CONVERGED
+
+        @property
+        def needs_validation(self):
+            return True
+
+    model = {"a": jnp.asarray(1.0), "k": jnp.asarray(0.0)}
+    data = jnp.asarray(X), jnp.asarray(Y)
+    batches = vn.Minibatches(data, 5, key=jax.random.key(0))
+    trainer = Exponential(model, optax.adam(1e-3))
+    result = trainer.fit(batches, 9, stop=Seen(), validation=(data, 3))
+    assert result.stop_reason is vn.StopReason.CONVERGED
+
+
 class Exponential(vn.Trainer):
     def residuals(self, model, batch):
         return (model["a"] * jnp.exp(model["k"] * batch[0]) - batch[1]) / 0.05

@@ -285,6 +285,22 @@ def test_a_criterion_goes_on_if_a_callback_changes_no_parameter(returned, is_man
         np.testing.assert_array_equal(seen.history.steps, plain.history.steps)
 
 
+@pytest.mark.parametrize("has_mesh", [False, True])
+@pytest.mark.parametrize("is_many", [False, True])
+def test_what_a_callback_changes_may_lie_on_another_device(has_mesh, is_many):
+    device = jax.devices()[1]
+    moved = lambda trainer, history: jax.device_put(trainer, device)
+    mesh = jax.make_mesh((2,), ("data",)) if has_mesh else None
+    trainer, batch = LineFit(line(), optax.sgd(0.3)), line_batch()
+    options = {"mesh": mesh, "chunk": 2, "stop": vn.Converged(1e-9, 99)}
+    if is_many:
+        fit = lambda **more: vn.fit_many([trainer] * 2, batch, 6, **options, **more)
+    else:
+        fit = lambda **more: trainer.fit(batch, 6, **options, **more)
+    plain, seen = fit(), fit(callback=moved)
+    np.testing.assert_allclose(seen.history.loss, plain.history.loss, rtol=1e-12)
+
+
 @pytest.mark.parametrize("value", [0.5, 1, np.float64(0.5), jnp.float16(0.5)])
 @pytest.mark.parametrize("stop", [None, vn.Converged(1e-9, 99)])
 def test_what_a_callback_changes_keeps_its_dtype(value, stop):

@@ -182,6 +182,10 @@ class Stream(ManyBatches):
                 )
         return vars(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Earlier versions had no `unused`.
+        vars(self).update({"unused": []} | state)
+
     @property
     def can_resume(self) -> bool:
         """Whether the stream can be opened at any step."""

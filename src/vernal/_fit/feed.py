@@ -76,13 +76,13 @@ class Feed:
         return batch
 
     def _read_own(self) -> Any:
-        unused = self._unused
-        own = unused.pop() if unused else next(self._iterator, _EXHAUSTED)
-        if own is _EXHAUSTED:
-            return _EXHAUSTED
-        batch = self._prepare(own)
+        if not self._unused:
+            own = next(self._iterator, _EXHAUSTED)
+            if own is _EXHAUSTED:
+                return _EXHAUSTED
+            self._unused.append(own)
+        batch = self._prepare(self._unused[0])
         self._warn_of_static_values(batch)
-        unused.append(own)
         return batch
 
     def _summary(self, batch: Any) -> str:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from .._boundary import is_debugged, warn
 from .._data import Minibatches, Source, Stream, Whole
 from .._loop import Monitor
-from .._policy import StopReason
+from .._policy import Converged, StopReason
 from .._step import (
     AbstractTrainer,
     Diagnosis,
@@ -134,7 +135,10 @@ def _warn_of_noise(course: Course) -> None:
     """Warns of a fit that ended because the losses of single batches no longer fell."""
     source = course.source
     is_part = isinstance(source, Minibatches) and source.size < source.examples
-    if is_part or isinstance(source, Stream):
+    # A criterion of the user may watch a validation.
+    is_ours = lambda stop: isinstance(stop, Converged)
+    stops = jax.tree.leaves(course.monitor.stop, is_leaf=is_ours)
+    if any(map(is_ours, stops)) and (is_part or isinstance(source, Stream)):
         warn(
             f"`{course.subject.entrance}`: `Converged` has ended it, but the loss of a "
             "batch is no measure of the next one, and whether this is a minimum was "

@@ -80,7 +80,13 @@ def _have_one_loss(progress: Progress, other: Progress) -> bool:
     """Whether two have the same parameters, and are scored on the same."""
     seen = lambda progress: jax.tree.leaves((progress.params, progress.scored_on))
     pairs = list(zip(seen(progress), seen(other), strict=True))
-    return all(one is two for one, two in pairs) or bool(_are_equal(pairs))
+    if all(one is two for one, two in pairs):
+        return True
+    # A callback may have moved them to another device.
+    moved = lambda one, two: (
+        one if one.devices() == two.devices() else jax.device_put(one, two.sharding)
+    )
+    return bool(_are_equal([(moved(one, two), two) for one, two in pairs]))
 
 
 @jax.jit

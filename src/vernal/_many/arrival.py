@@ -117,7 +117,8 @@ def _falls(history: History, counts: np.ndarray) -> np.ndarray:
     rows = np.searchsorted(history.steps, counts)
     if not len(losses):
         return np.zeros(len(counts), losses.dtype)
+    # A step that was skipped may have none either.
+    known = np.isfinite(losses) & (np.arange(len(losses))[:, None] < rows)
     at = lambda row: np.take_along_axis(losses, row[None], axis=0)[0]
-    # A first step may have been skipped.
-    fall = at(np.isfinite(losses).argmax(axis=0)) - at(np.maximum(rows - 1, 0))
-    return np.where(rows > 0, fall, 0).astype(losses.dtype)
+    fall = at(known.argmax(axis=0)) - at(len(losses) - 1 - known[::-1].argmax(axis=0))
+    return np.where(known.any(axis=0), fall, 0).astype(losses.dtype)

@@ -88,6 +88,6 @@ from .progress import (
     with_some_best,
     without_best,
 )
-from .replace import replaced_fields, reproject
+from .replace import member_axes, replaced_fields, reproject
 from .scored_by import digests, is_of_other_code, noted, noted_as, scored_parts
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm

@@ -1,6 +1,7 @@
 """Trainers with another model, optimiser, policy or projector."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -158,6 +159,13 @@ def _is_named(selector: Any) -> bool:
     return all(isinstance(part, str) and "*" not in part for part in parts)
 
 
+def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:
+    """Returns the `in_axes` by which `vmap` takes each member of a stacked trainer."""
+    size = len(trainer.step_count)
+    # Arrays that all members share may have no rows.
+    return lambda x: 0 if eqx.is_array(x) and x.shape[:1] == (size,) else None
+
+
 def _replace_each(
     trainer: AbstractTrainer, model: Any, optimiser: Any, nan_policy: Any, state: PyTree
 ) -> dict[str, Any]:
@@ -167,7 +175,10 @@ def _replace_each(
     config = {"optimiser": optimiser, "nan_policy": nan_policy}
     for name, new in config.items():
         config[name] = None if new is None else _with_rows(new, trainer, name)
-    found = eqx.filter_vmap(replaced_fields)(trainer, model, *config.values(), state)
+    rows = eqx.if_array(0)
+    axes = member_axes(trainer), rows, rows, rows, rows
+    given = model, *config.values(), state
+    found = eqx.filter_vmap(replaced_fields, in_axes=axes)(trainer, *given)
     for name, new in config.items():
         found[name] = getattr(trainer, name) if new is None else new
     if model is None:

@@ -20,6 +20,7 @@ from .._step import (
     in_free_coordinates,
     initial_opt_state,
     initial_progress,
+    member_axes,
     priors_of,
     progress_of,
     settled,
@@ -260,10 +261,8 @@ def _initial_fields(
         return initial_progress(params, latent, opt_state, policy_state, state)
 
     if trainer.step_count.ndim:
-        size, rows = len(trainer.step_count), eqx.if_array(0)
-        # Within a fit, arrays that all members share have no rows.
-        has_rows = lambda x: eqx.is_array(x) and x.shape[:1] == (size,)
-        own = lambda x: 0 if has_rows(x) else None
-        initial = eqx.filter_vmap(initial, in_axes=(own, rows, rows, rows))
+        rows = eqx.if_array(0)
+        axes = member_axes(trainer), rows, rows, rows
+        initial = eqx.filter_vmap(initial, in_axes=axes)
     new = initial(trainer, params, latent, state)
     return {name: getattr(new, name) for name in fields}
