@@ -128,6 +128,23 @@ def test_a_program_has_the_same_errors():
         np.testing.assert_allclose(error, own[key], rtol=1e-6)
 
 
+def test_a_program_evaluates_the_model_once_at_a_minimum():
+    calls = []
+
+    class Told(Likelihood):
+        def nll(self, model, batch):
+            jax.debug.callback(lambda: calls.append(1))
+            return super().nll(model, batch)
+
+    batch = measured("decay", jnp.float64)
+    end = Likelihood(start(0, jnp.float64), "decay").solve(TIGHT, batch).model
+    errors = lambda trainer, batch: trainer.standard_errors(batch)
+    jax.block_until_ready(errors(Told(end, "decay"), batch))
+    outside = len(calls)
+    jax.block_until_ready(eqx.filter_jit(errors)(Told(end, "decay"), batch))
+    assert len(calls) == 2 * outside
+
+
 @pytest.mark.parametrize("is_program", [False, True])
 def test_data_may_be_of_another_precision(is_program):
     class Mixed(vn.Trainer):

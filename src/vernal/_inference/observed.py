@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -41,9 +42,11 @@ def observed(
     to the minimum: see `leftover`, which has `bar`. All else is of the current point.
     """
     look = lambda trainer: derive(trainer, batch, "nll", None, passes, holds)
-    derived = look(trainer)
     name = "`nll`" if "nll" in defined(trainer) else "the squared `residuals`"
-    if is_traced(derived, trainer):
+    is_within = is_traced(trainer, batch)
+    derived = eqx.filter_eval_shape(look, trainer) if is_within else look(trainer)
+    # A class may have traced values, too.
+    if is_within or is_traced(derived):
         return _traced(trainer, look, derived, bar), name
     (here,) = derived.found
     what = f"The curvature of {name}"
@@ -86,8 +89,7 @@ class _Point(NamedTuple):
 def _traced(trainer: AbstractTrainer, look: Look, like: Derived, bar: Any) -> Derived:
     """Does the same within a program, where an error of the model is raised.
 
-    `like` has the shapes of the answer. That is found anew, so that the derivatives
-    have one place in the program.
+    `like` has the shapes of the answer. The derivatives have one place in the program.
     """
 
     def further(point: _Point) -> _Point:
@@ -104,9 +106,10 @@ def _traced(trainer: AbstractTrainer, look: Look, like: Derived, bar: Any) -> De
         params = _where(goes_on, as_parameters(there.params), point.params)
         return _Point(params, first, hessian, left, point.steps + 1, goes_on)
 
-    hessian, left, _ = _left_at(like, bar)
-    far = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), left)
-    first, hessian = jax.tree.map(jnp.zeros_like, (like, hessian))
+    hessian, left, _ = eqx.filter_eval_shape(_left_at, like, bar)
+    far = jax.tree.map(lambda x: jnp.full(x.shape, jnp.inf, x.dtype), left)
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    first, hessian = jax.tree.map(zeros, (like, hessian))
     params, steps = as_parameters(trainer.params), jnp.zeros((), "int32")
     start = _Point(params, first, hessian, far, steps, jnp.ones((), bool))
     end = jax.lax.while_loop(lambda point: point.goes_on, further, start)
