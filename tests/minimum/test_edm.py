@@ -328,7 +328,8 @@ def test_a_fit_that_converged_is_checked():
     np.testing.assert_allclose(hasty.edm, by_jacobian(hasty.trainer, data()), rtol=1e-8)
     assert good.edm < 1e-3
     # Of minibatches there is no one loss.
-    some = fit(vn.Minibatches(data(), 20, key=KEY), vn.Converged(0.9, 2), 50)
+    with pytest.warns(UserWarning, match="not checked"):
+        some = fit(vn.Minibatches(data(), 20, key=KEY), vn.Converged(0.9, 2), 50)
     assert some.stop_reason is REASON.CONVERGED
     assert np.isnan(some.edm)
     assert np.isnan(fit(data(), None, 5).edm)
