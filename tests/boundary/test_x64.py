@@ -168,6 +168,8 @@ MATTERS = {
     "too small": np.linspace(1e-50, 2e-50, 8),
     "too large": np.linspace(1e300, 2e300, 8),
     "integers": np.arange(8) + 2**40,
+    "an integer": np.int64(1_700_000_000_000_000_000),
+    "an unsigned integer": np.uint64(2**63),
 }
 FINE = {
     "years": np.linspace(2010, 2024, 8),
@@ -203,6 +205,23 @@ def test_what_is_no_number_has_no_precision():
 class Ignore(vn.Trainer):
     def loss(self, model, batch):
         return model["a"] ** 2
+
+
+class Stateful(vn.Trainer):
+    def loss(self, model, batch, *, state):
+        return model["a"] ** 2, state
+
+
+class Held(Ignore):
+    held: dict
+
+    def __init__(self, held):
+        self.held = held
+        super().__init__({"a": jnp.asarray(1.0)}, optax.sgd(0.1))
+
+
+def stateful(state):
+    return Stateful({"a": jnp.asarray(1.0)}, optax.sgd(0.1), state=state)
 
 
 def heard(work, x64=False):
@@ -261,6 +280,14 @@ ENTRANCES = {
     "another model": lambda t, x: Ignore(
         {"a": jnp.asarray(1.0), "t": jnp.zeros(8)}, train="t"
     ).replace(model={"a": jnp.asarray(1.0), **x}),
+    "a number of the model": lambda t, x: Ignore(
+        {"a": jnp.asarray(1.0), "t": MATTERS["an integer"]}
+    ),
+    "a field": lambda t, x: Held(x),
+    "a number in a field": lambda t, x: Held({"t": MATTERS["an integer"]}),
+    "a state": lambda t, x: stateful(x),
+    "a number of a state": lambda t, x: stateful({"t": MATTERS["an integer"]}),
+    "another state": lambda t, x: stateful({"t": jnp.zeros(8)}).replace(state=x),
 }
 
 

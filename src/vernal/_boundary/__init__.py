@@ -40,7 +40,7 @@ from .precision import (
     is_wide,
     is_x64_on,
     narrowed,
-    narrowed_model,
+    narrowed_leaves,
     narrowed_tree,
     spacing,
 )

@@ -43,7 +43,7 @@ def is_cut(leaf: Any) -> bool:
     return (
         is_wide(getattr(leaf, "dtype", None))
         and not is_x64_on()
-        and isinstance(leaf, jax.Array | np.ndarray)
+        and isinstance(leaf, jax.Array | np.ndarray | np.generic)
         and not isinstance(leaf, Tracer)
     )
 
@@ -77,12 +77,12 @@ def narrowed_tree(tree: T) -> T:
     return jax.tree.map(lambda leaf: _cut(leaf) if is_one(leaf) else leaf, tree)
 
 
-def narrowed_model(model: T) -> T:
-    """Narrows the arrays of a model; warnings name them by their paths."""
-    if not any(is_cut(leaf) or _is_swapped(leaf) for leaf in jax.tree.leaves(model)):
-        return model
-    narrow = lambda keys, leaf: narrowed(leaf, spelled("model", keys))
-    return jax.tree_util.tree_map_with_path(narrow, model)
+def narrowed_leaves(tree: T, name: str) -> T:
+    """Narrows the arrays of a tree; warnings name them by their paths in `name`."""
+    if not any(is_cut(leaf) or _is_swapped(leaf) for leaf in jax.tree.leaves(tree)):
+        return tree
+    narrow = lambda keys, leaf: narrowed(leaf, spelled(name, keys))
+    return jax.tree_util.tree_map_with_path(narrow, tree)
 
 
 def _cut(leaf: Any) -> Any:

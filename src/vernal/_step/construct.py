@@ -8,7 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._boundary import ObjectiveWarning, PyTree, prng_key, takes_methods, warn
+from .._boundary import (
+    ObjectiveWarning,
+    PyTree,
+    narrowed_leaves,
+    prng_key,
+    takes_methods,
+    warn,
+)
 from .._closure import refuse_static_arrays
 from .._constraints import Bijections, Bounds, Priors, Ties, as_bounds, as_priors
 from .._optimiser import ParamOptimiser
@@ -74,9 +81,12 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
 
 
 def check_own_fields(trainer: AbstractTrainer) -> None:
-    """Checks the static fields that a class adds to a trainer."""
-    own = own_fields(trainer)
-    refuse_static_arrays(trainer, f"`{type(trainer).__name__}`", own)
+    """Checks the fields that a class adds to a trainer."""
+    own, kind = own_fields(trainer), type(trainer).__name__
+    refuse_static_arrays(trainer, f"`{kind}`", own)
+    for name, value in own.items():
+        # For its warnings alone.
+        narrowed_leaves(value, f"{kind}.{name}")
 
 
 # The classes that a warning was given for, once each.

@@ -10,7 +10,7 @@ from .._boundary import (
     PyTree,
     is_deleted,
     is_explicit,
-    narrowed_model,
+    narrowed_leaves,
     refuse_foreign,
     require_numbers,
     spelled,
@@ -49,7 +49,7 @@ def checked_model(model: T) -> T:
     if any(map(_is_odd, jax.tree.leaves(model))):
         convert = lambda keys, leaf: _as_array(leaf, spelled("model", keys))
         model = jax.tree_util.tree_map_with_path(convert, model)
-    return narrowed_model(model)
+    return narrowed_leaves(model, "model")
 
 
 def _is_odd(leaf: Any) -> bool:
@@ -76,6 +76,8 @@ def _as_array(leaf: Any, where: str) -> Any:
 
 
 def check_state(state: PyTree) -> None:
-    """Checks that every leaf of a loss's state is an array or a number."""
+    """Checks the leaves of a loss's state: arrays or numbers, which JAX can hold."""
     remedy = "Pick the arrays by `eqx.filter(state, eqx.is_array)`."
     require_numbers(state, "state", remedy)
+    # For its warnings alone.
+    narrowed_leaves(state, "state")
