@@ -1,6 +1,7 @@
 """Likelihoods that `residuals` may return: values, derivatives, masks."""
 
 import functools
+import math
 from decimal import Decimal, localcontext
 
 import jax
@@ -70,6 +71,81 @@ def test_robust_losses_are_those_of_scipy(loss, scale):
         loss=loss, f_scale=scale, max_nfev=1,
     )  # fmt: skip
     np.testing.assert_allclose(robust_nll(left, loss, scale), known.cost, rtol=1e-13)
+
+
+# By name: the loss of a squared residual z, and its first derivative.
+CLOSED = {
+    "soft_l1": (lambda z: 2 * ((1 + z).sqrt() - 1), lambda z: 1 / (1 + z).sqrt()),
+    "huber": (
+        lambda z: z if z <= 1 else 2 * z.sqrt() - 1,
+        lambda z: 1 / max(z, Decimal(1)).sqrt(),
+    ),
+    "cauchy": (lambda z: (1 + z).ln(), lambda z: 1 / (1 + z)),
+    "arctan": (lambda z: Decimal(math.atan(z)), lambda z: 1 / (1 + z * z)),
+}
+SIZES = 0, 1e-9, -1e-3, 0.04, 0.5, -1, 1.001, 3, -50, 1e4, 1e10, 6e15, -1e20, 1e30
+FARTHEST = {"float32": (1e34, 9.97e36), "float64": (1e150, -1e200, 1e300)}
+SCALES = 0.01, 0.3, 1.0, 20.0
+
+
+def closed_form(left, scale, loss):
+    """The residual of a robust loss, and the gradient of the loss, to 50 digits."""
+    with localcontext() as context:
+        context.prec = 50
+        left, scale = Decimal(float(left)), Decimal(float(scale))
+        square = (left / scale) ** 2
+        root = (CLOSED[loss][0](square)).sqrt().copy_sign(left)
+        return float(scale * root), float(left * CLOSED[loss][1](square))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_robust_losses_have_their_closed_form_at_any_distance(loss, name):
+    sizes = SIZES + FARTHEST[name]
+    pairs = np.array([(x, c) for x in sizes for c in SCALES], DTYPES[name])
+    left, scale = pairs.T
+
+    @jax.jit
+    def told(left, scale):
+        term = lambda left: Robust(left, loss, scale)
+        ones = jnp.ones_like(left)
+        slope = jax.grad(lambda left: term(left).nll())(left)
+        rows = lambda left: (term(left).residuals(), term(left).scoring_residuals())
+        (row, score), slopes = jax.jvp(rows, (left,), (ones,))
+        return row, slope, row * slopes[0], score * slopes[1]
+
+    row, *slopes = map(np.asarray, told(left, scale))
+    closed = np.array([closed_form(*pair, loss) for pair in pairs]).T
+    info = np.finfo(DTYPES[name])
+    # The smallest numbers are flushed to zero.
+    near = {"rtol": 60 * float(info.eps), "atol": 1e4 * float(info.tiny)}
+    np.testing.assert_allclose(row, closed[0], **near)
+    for slope in slopes:
+        np.testing.assert_allclose(slope, closed[1], **near)
+
+
+# Of half the loss by the residual, with the scale one.
+SECOND = {
+    "soft_l1": lambda z: (1 + z) ** -1.5,
+    "huber": lambda z: 1.0 * (z < 1),
+    "cauchy": lambda z: (1 - z) / (1 + z) ** 2,
+    "arctan": lambda z: (1 - 3 * z**2) / (1 + z**2) ** 2,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_second_derivatives_of_robust_losses(loss):
+    """At zero, and on either side of where they begin to differ."""
+    left = np.array([0.0, 1e-9, -0.02, 0.3, -0.999, 1.001, 4.0, -50.0, 1e4, 1e9])
+    slope = lambda x: jax.grad(lambda x: Robust(x[None], loss).nll())(x)
+    found = jax.jit(jax.vmap(jax.grad(slope)))(left)
+    np.testing.assert_allclose(found, SECOND[loss](left**2), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_residual_that_is_not_finite_is_seen(loss):
+    for bad in (np.inf, -np.inf, np.nan):
+        assert not np.isfinite(robust_nll(np.array([1.0, bad]), loss)), bad
 
 
 VECTOR = np.linspace(0.5, 3.0, 6)

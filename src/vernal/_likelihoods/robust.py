@@ -26,11 +26,15 @@ Scalar = Callable[[Array], Array]
 class _Kind(NamedTuple):
     r"""A robust loss $\rho(z)$ of a squared residual $z$.
 
-    - `ratio`: $\rho(z) / z$, smooth at zero.
-    - `weight`: $\rho'(z)$.
+    What is far is a function of $s = z^{1/4}$, since $z$ may overflow.
+
+    - `ratio`: $\rho(z) / z$ where $z \le 1$, smooth at zero.
+    - `root`: $\sqrt{\rho(s^4)}$ where $s > 1$.
+    - `weight`: $\sqrt{\rho'(s^4)}$ of any $s$.
     """
 
     ratio: Scalar
+    root: Scalar
     weight: Scalar
 
 
@@ -45,23 +49,26 @@ def _over(fn: Scalar, series: Scalar) -> Scalar:
     return ratio
 
 
-def _huber_ratio(z: Array) -> Array:
-    safe = jnp.where(z <= 1, 1, z)
-    return jnp.where(z <= 1, 1, (2 * jnp.sqrt(safe) - 1) / safe)
-
-
 _KINDS: dict[str, _Kind] = {
     "soft_l1": _Kind(
-        lambda z: 2 / (1 + jnp.sqrt(1 + z)), lambda z: 1 / jnp.sqrt(1 + z)
+        lambda z: 2 / (1 + jnp.sqrt(1 + z)),
+        lambda s: s * jnp.sqrt(2 * (jnp.sqrt(1 + s**-4) - s**-2)),
+        lambda s: (1 + jnp.minimum(s, 1 / s) ** 4) ** -0.25 / jnp.maximum(s, 1),
     ),
-    "huber": _Kind(_huber_ratio, lambda z: 1 / jnp.sqrt(jnp.maximum(z, 1))),
+    "huber": _Kind(
+        jnp.ones_like,
+        lambda s: s * jnp.sqrt(2 - s**-2),
+        lambda s: 1 / jnp.maximum(s, 1),
+    ),
     "cauchy": _Kind(
         _over(jnp.log1p, lambda z: 1 - z / 2 + z**2 / 3 - z**3 / 4 + z**4 / 5),
-        lambda z: 1 / (1 + z),
+        lambda s: jnp.sqrt(4 * jnp.log(s) + jnp.log1p(s**-4)),
+        lambda s: 1 / jnp.hypot(1.0, s**2),
     ),
     "arctan": _Kind(
         _over(jnp.arctan, lambda z: 1 - z**2 / 3 + z**4 / 5),
-        lambda z: 1 / (1 + z**2),
+        lambda s: jnp.sqrt(jnp.pi / 2 - jnp.arctan(s**-4)),
+        lambda s: 1 / jnp.hypot(1.0, s**4),
     ),
 }
 
@@ -149,18 +156,25 @@ class Robust(Portable, AbstractLikelihood):
         return 0.5 * jnp.sum(jnp.square(self.residuals()))
 
     def residuals(self) -> Float[Array, "..."]:
-        return self.left * jnp.sqrt(_KINDS[self.loss].ratio(self._squares()))
+        kind, unit = _KINDS[self.loss], self.left / self.scale
+        # True of NaN, too, so that a bad scale is seen.
+        beyond = ~(jnp.abs(unit) <= 1)
+        near = self.left * jnp.sqrt(kind.ratio(jnp.where(beyond, 0, unit) ** 2))
+        # What is infinite stays so, where a bounded loss would hide it.
+        is_far = beyond & jnp.isfinite(self.left)
+        root = _root(jnp.where(is_far, self.left, self.scale), self.scale)
+        far = jnp.sign(self.left) * self.scale * kind.root(root)
+        return jnp.where(is_far, far, near)
 
     def count(self) -> int | Int[Array, ""]:
         return count_of(self.where, self.left)
 
     def scoring_residuals(self) -> Float[Array, "..."]:
         # With weights that are held, as in iteratively reweighted least squares.
-        weight = _KINDS[self.loss].weight(self._squares())
-        return self.left * jnp.sqrt(jax.lax.stop_gradient(weight))
+        root = _root(*jax.lax.stop_gradient((self.left, self.scale)))
+        return self.left * _KINDS[self.loss].weight(root)
 
-    def _squares(self) -> Float[Array, "..."]:
-        squares = jnp.square(self.left / self.scale)
-        # One that overflows, or whose inverse underflows, would weigh nothing.
-        limits = jnp.finfo(squares.dtype)
-        return jnp.minimum(squares, limits.max * limits.eps)
+
+def _root(left: Array, scale: Array) -> Array:
+    # Not that of their ratio, which may overflow.
+    return jnp.sqrt(jnp.abs(left)) / jnp.sqrt(scale)
