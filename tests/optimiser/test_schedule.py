@@ -46,6 +46,14 @@ def test_delay_of_a_traced_rate():
     assert slope == 0.5
 
 
+@pytest.mark.loose_dtypes
+def test_delay_may_last_longer_than_any_fit():
+    with jax.enable_x64(False):
+        assert vn.delay(0.1, 2**40)(2**30) == 0
+        rate = vn.delay(0.1, 0, 2**40)(2**30)
+    np.testing.assert_allclose(rate, 0.1 / 2**10, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [

@@ -41,6 +41,17 @@ def test_sees_nothing_outside(start, stop):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, state.inner_state, ref))
 
 
+@pytest.mark.parametrize(
+    ("start", "stop", "acts"), [(0, 2**40, True), (2**40, None, False)]
+)
+def test_a_window_may_reach_beyond_any_fit(start, stop, acts):
+    with jax.enable_x64(False):
+        tx = vn.window(optax.sgd(1.0), start, stop)
+        updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    assert bool(jnp.any(updates != 0)) == acts
+    assert vn.window(optax.sgd(1.0), 2**40, 2**41)
+
+
 def test_a_bad_gradient_outside_leaves_no_trace():
     tx = vn.window(optax.adam(0.1), start=1)
     state = tx.init(PARAMS)

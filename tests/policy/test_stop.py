@@ -248,6 +248,28 @@ def test_patience_counts_validations_and_not_steps():
     assert "patience" in str(result.stop_reason)
 
 
+# More than is counted, without JAX's 64 bits.
+NEVER = {
+    "Converged": {"stop": vn.Converged(1e-3, 2**40)},
+    "Patience": {"stop": vn.Patience(2**40), "validation": (0.0, 1)},
+    "StopAfter": {},
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_a_patience_longer_than_any_fit(name):
+    with jax.enable_x64(False):
+        policy = vn.SkipStep() | vn.StopAfter(2**40 if name == "StopAfter" else 9)
+        trainer = Level(jnp.array(1.0), optax.sgd(0.1), nan_policy=policy)
+        result = trainer.fit(0.0, 3, **NEVER[name])
+    assert result.stop_reason is vn.StopReason.STEPS_TAKEN
+
+
+class Level(vn.Trainer):
+    def loss(self, model, batch):
+        return 0 * model + batch
+
+
 class Flat(vn.StopCriterion):
     """One of the user's own, with a state and an array in it."""
 

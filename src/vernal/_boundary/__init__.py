@@ -8,11 +8,13 @@ when a function is called.
 """
 
 from .arguments import (
+    MOST_STEPS,
     boolean,
     file_path,
     one_of,
     prng_key,
     refuse_unknown,
+    step_limit,
     whole_number,
 )
 from .debugging import debugged, is_debugged, undebugged

@@ -12,6 +12,9 @@ import numpy as np
 
 from .names import in_few_words, nearest_names
 
+MOST_STEPS = 2**31 - 1
+"""Steps are counted in 32 bits."""
+
 # The shapes of raw keys of JAX's generators: threefry, and the two of XLA.
 _RAW = ((2,), (4,))
 
@@ -34,6 +37,11 @@ def whole_number(
     if most is not None and number > most:
         raise ValueError(f"`{name}` is {number}, but must be at most {most}.")
     return number
+
+
+def step_limit(value: Any, name: str) -> int:
+    """Checks a number of steps to wait for, at least 1, and cuts what none reaches."""
+    return min(whole_number(value, name, least=1), MOST_STEPS)
 
 
 def boolean(value: Any, name: str) -> bool:

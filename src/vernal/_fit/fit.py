@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from .._boundary import UNROLL, refuse_program
+from .._boundary import MOST_STEPS, UNROLL, refuse_program
 from .._data import Source, Stream, StreamExhaustedError
 from .._devices import Decision, Peers, leaf_fingerprints
 from .._policy import StopReason
 from .._step import (
-    MOST_STEPS,
     AbstractTrainer,
     check_elementwise,
     no_optimiser,

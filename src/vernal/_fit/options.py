@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from .._boundary import boolean, takes, whole_number
+from .._boundary import boolean, step_limit, takes, whole_number
 from .._policy import StopCriterion
-from .._step import MOST_STEPS
 from .._storage import Checkpoints, History
 from .._tree import Selector
 
@@ -48,7 +47,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         self.steps = whole_number(self.steps, "steps", least=0)
-        self.every = min(whole_number(self.every, "every", least=1), MOST_STEPS)
+        self.every = step_limit(self.every, "every")
         self.progress = boolean(self.progress, "progress")
         self.best = boolean(self.best, "best")
         if not self.best and self.validation is not None:

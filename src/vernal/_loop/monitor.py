@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._boundary import PyTree, takes_methods, unaddressed, whole_number
+from .._boundary import PyTree, step_limit, takes_methods, unaddressed
 from .._data import as_batch
 from .._pickling import PlainMethods, build
 from .._policy import StepView, StopCriterion, StopReason, asked
 from .._step import (
-    MOST_STEPS,
     AbstractTrainer,
     Best,
     Outcome,
@@ -60,7 +59,7 @@ class Monitor(PlainMethods, eqx.Module):
         if validation is not None:
             batch, every = _pair(validation)
             batch = as_batch(batch, "validation")
-            every = min(whole_number(every, "validation[1]", least=1), MOST_STEPS)
+            every = step_limit(every, "validation[1]")
             self.validation = Validation(batch, jax.device_put(np.int32(every)))
         self.stop = stop
         if stop is None:

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from .._boundary import entrance, whole_number
+from .._boundary import MOST_STEPS, entrance, whole_number
 from .._data import Minibatches, Stream, Whole, as_batch
 from .._program import program
 from .._step import (
-    MOST_STEPS,
     AbstractTrainer,
     Progress,
     TrainerT,

@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Real
 
-from .._boundary import checked
+from .._boundary import MOST_STEPS, checked
 from .transform import require_transformation
 
 Step = int | float | np.integer | np.floating
@@ -59,13 +59,16 @@ def delay(lr: Rate, start: Step, length: Step = 1) -> optax.Schedule:
     - `ValueError`: if `start` or `length` is out of range or not whole, or if `lr` is
         not traced and not finite.
     """
-    begin = _whole(start, "start", least=0)
+    begin = min(_whole(start, "start", least=0), MOST_STEPS)
     steps = _whole(length, "length", least=1)
     if not isinstance(lr, Tracer) and not math.isfinite(lr):
         raise ValueError(
             f"`lr` must be finite, not {lr}: every update would be lost to it. Give "
             "the rate that is to be reached at the end."
         )
+    if steps > MOST_STEPS:
+        # As far as steps are counted, which is all that Optax takes.
+        lr, steps = lr * (MOST_STEPS / steps), MOST_STEPS
     return optax.linear_schedule(0.0, lr, steps, begin)  # pyright: ignore
 
 
@@ -110,6 +113,8 @@ def window(
             f"The window is empty or backwards: it starts at step {start} and stops "
             f"at step {stop}. Give a `stop` greater than `start`."
         )
+    start = min(start, MOST_STEPS)
+    stop = None if stop is None else min(stop, MOST_STEPS)
 
     # Known by their code, which a type checker must not wrap.
     @no_type_check

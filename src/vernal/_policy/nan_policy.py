@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .._boundary import PyTree, whole_number
+from .._boundary import PyTree, step_limit
 from .._pickling import Portable
 from .finite import all_finite
 
@@ -296,7 +296,7 @@ class StopAfter(NanPolicy):
 
         - `patience`: the number of bad steps in a row that ends the fit, at least 1.
         """
-        self.patience = whole_number(patience, "patience", least=1)
+        self.patience = step_limit(patience, "patience")
 
     def init(self, params: PyTree) -> Int[Array, ""]:
         """Counts the bad steps in a row from zero."""

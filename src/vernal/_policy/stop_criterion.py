@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._boundary import PyTree, whole_number
+from .._boundary import PyTree, step_limit
 from .._pickling import Portable
 from .stop_reason import StopReason
 
@@ -161,7 +161,7 @@ class Converged(StopCriterion):
             log-likelihood, 0.01 is far less than the data can resolve.
         """
         self.rtol = _tolerance(rtol, "rtol")
-        self.patience = whole_number(patience, "patience", least=1)
+        self.patience = step_limit(patience, "patience")
         self.atol = _tolerance(atol, "atol")
 
     def init(self, params: PyTree) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -201,7 +201,7 @@ class Patience(StopCriterion):
 
         - `n`: the number of validations, at least 1.
         """
-        self.n = whole_number(n, "n", least=1)
+        self.n = step_limit(n, "n")
 
     def init(self, params: PyTree) -> tuple[Float[Array, ""], Int[Array, ""]]:
         """Remembers the lowest score, and how many validations ago it was."""

@@ -78,7 +78,6 @@ from .objective import (
 from .precision import precision_of, refuse_stacked, require_one, require_precision
 from .prior_ends import prior_ends
 from .progress import (
-    MOST_STEPS,
     Best,
     Progress,
     count_non_finite,

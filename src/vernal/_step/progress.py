@@ -14,9 +14,6 @@ from .._boundary import PyTree
 from .._pickling import PlainMethods
 from .._program import chosen
 
-MOST_STEPS = 2**31 - 1
-"""Steps are counted in 32 bits."""
-
 UNKNOWN = 0
 """The mark of data before the first step, and in files of earlier versions."""
 
