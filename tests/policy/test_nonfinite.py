@@ -544,6 +544,20 @@ def test_zeroing_keeps_dtypes_infinities_and_gaps():
     assert out["none"] is None
 
 
+KINDS = ("float16", "float32", "float64", "complex64", "complex128", "longdouble")
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_zeroing_keeps_the_dtypes_of_numpy(x64):
+    grads = {kind: np.asarray([np.nan, np.inf, 2], kind) for kind in KINDS}
+    grads |= {f"{kind} scalar": np.dtype(kind).type(np.nan) for kind in KINDS}
+    with jax.enable_x64(x64):
+        out = vn.zero_nan_check(grads)
+    for name, leaf in grads.items():
+        assert out[name].dtype == leaf.dtype, name
+        np.testing.assert_array_equal(out[name], [0, np.inf, 2] if leaf.ndim else 0)
+
+
 def test_checking_returns_its_argument(no_breakpoint):
     grads = {"a": jnp.ones(2), "n": jnp.asarray(1), "none": None, "i": jnp.inf}
     assert vn.debug_nan_check(grads) is grads

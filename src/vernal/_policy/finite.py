@@ -160,9 +160,14 @@ def zero_nan_check(grads: T) -> T:
     **Raises:** as [`vernal.debug_nan_check`][].
     """
     _require_plain(grads)
-    return jax.tree.map(
-        lambda x: jnp.where(jnp.isnan(x), 0, x) if _is_inexact(x) else x, grads
-    )
+    return jax.tree.map(lambda x: _without_nan(x) if _is_inexact(x) else x, grads)
+
+
+def _without_nan(x: Any) -> Any:
+    # JAX would narrow an array of NumPy while `jax_enable_x64` is off.
+    if isinstance(x, np.ndarray | np.generic):
+        return np.where(np.isnan(x), np.zeros_like(x), x)
+    return jnp.where(jnp.isnan(x), 0, x)
 
 
 def _require_plain(grads: PyTree) -> None:
