@@ -27,6 +27,24 @@ def test_each_datum_with_a_bad_number_is_left_out():
     assert str(omitted).startswith("Left out 2 of 5 data, the first at [1]. Not finite")
 
 
+BESIDE = {
+    "a float": 2.0,
+    "an integer": 3,
+    "a boolean": False,
+    "text": np.str_("a"),
+    "a number of NumPy": np.float32(2.0),
+    "an array without an axis": jnp.asarray(2.0),
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("values", [[1.0, np.nan], [1.0, 2.0]])
+def test_what_belongs_to_no_datum_stays_as_it_is(values):
+    data, _ = vn.omit({"x": np.array(values), **BESIDE})
+    for name, leaf in BESIDE.items():
+        assert data[name] is leaf, name
+
+
 def test_nothing_is_left_out_of_finite_data():
     data, omitted = vn.omit((np.arange(5), Y[:2].repeat(3, 0)[:5]))
     assert omitted.count == 0

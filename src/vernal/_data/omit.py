@@ -74,10 +74,10 @@ def omit(batch: BatchT) -> tuple[BatchT, Omitted]:
         of the arrays before.
     """
     refuse_program("omit", batch)
-    batch = cast(BatchT, as_batch(batch))
+    arrays = cast(BatchT, as_batch(batch))
     named = {
         name: leaf
-        for name, leaf in spelled_leaves("batch", batch)
+        for name, leaf in spelled_leaves("batch", arrays)
         if isinstance(leaf, jax.Array)
     }
     kept, by_leaf = np.ones(_data_count(named), bool), {}
@@ -94,11 +94,10 @@ def omit(batch: BatchT) -> tuple[BatchT, Omitted]:
     omitted = Omitted(kept, by_leaf)
     if not kept.any():
         raise ValueError(f"`batch` has no finite datum. {omitted}")
-    if kept.all():
-        return batch, omitted
     is_of_data = lambda leaf: isinstance(leaf, jax.Array) and leaf.ndim > 0
-    of_kept = lambda leaf: leaf[np.flatnonzero(kept)] if is_of_data(leaf) else leaf
-    return jax.tree.map(of_kept, batch), omitted
+    left = lambda leaf: leaf if kept.all() else leaf[np.flatnonzero(kept)]
+    of_kept = lambda leaf, given: left(leaf) if is_of_data(leaf) else given
+    return jax.tree.map(of_kept, arrays, batch), omitted
 
 
 def _data_count(named: dict[str, Array]) -> int:
