@@ -365,6 +365,21 @@ def test_what_a_state_may_be():
         mean().replace(state=jnp.array(0))
 
 
+@pytest.mark.parametrize(("x64", "bits"), [(False, 32), (True, 64)])
+def test_a_whole_number_that_is_too_long(x64, bits):
+    """To begin with, or in the place of another; a shorter one is taken."""
+    long = 2 ** (bits - 1)
+    with jax.enable_x64(x64):
+        model = Line(jnp.asarray(1.0), jnp.asarray(0.0))
+        made = lambda number: Mean(model, optax.sgd(0.1), state=number)
+        first = made(long - 1)
+        assert first.state == long - 1
+        for use in (made, lambda number: first.replace(state=number)):
+            for number in (long, -long - 1):
+                with pytest.raises(ValueError, match=f"`state`.*{bits} bits.*a float"):
+                    use(number)
+
+
 def test_the_best_and_its_state_belong_together(tmp_path):
     trainer = mean().fit(BATCH, 10).trainer
     vn.save(tmp_path / "trainer", trainer)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -80,8 +81,12 @@ def require_numbers(tree: Any, argument: str, remedy: str) -> None:
                 f"a number. {remedy}"
             )
         refuse_foreign(leaf, where)
-        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
-            raise ValueError(f"{where} is {leaf}, which no integer of JAX can hold.")
+        limits = np.iinfo(jnp.result_type(int))
+        if isinstance(leaf, int) and not limits.min <= leaf <= limits.max:
+            raise ValueError(
+                f"{where} is {leaf}, which does not fit into the {limits.bits} bits of "
+                "JAX's integers. Give a float."
+            )
 
 
 def is_deleted(leaf: Any) -> bool:
