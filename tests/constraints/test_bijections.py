@@ -633,6 +633,36 @@ def test_a_file_of_more_bijections_is_refused(is_whitened, tmp_path):
     same_bits(vn.load(tmp_path / "one", one), part)
 
 
+class Peak(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        level = model["c"][0] + model["c"][1] * x
+        return (model["h"] * jnp.exp(-x / model["w"]) + level - y) / 0.1
+
+
+@pytest.mark.parametrize("rewhiten", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_bound_beside_a_bijection_holds_in_a_whitened_space(seed, rewhiten):
+    """The map of the free coordinates must not move it off by rounding."""
+    x, rng = jnp.linspace(0.0, 4.0, 40), np.random.default_rng(seed)
+    truth = 2 * np.exp(-x / 1.3) + 0.3 + 0.4 * x
+    batch = x, jnp.asarray(truth + 0.1 * rng.normal(size=40))
+    high = jnp.asarray(0.3 - 0.2 * rng.uniform(size=2))
+    start = {"h": jnp.asarray(1.6), "w": jnp.asarray(1.0), "c": high - 0.01}
+    bounds = {"c": (None, high), "w": Positive()}
+    trainer = Peak(start, bounds=bounds).whiten(batch)
+    result = trainer.solve(LM, batch, rewhiten=rewhiten)
+    assert jnp.all(result.model["c"] == high)
+    alone = Peak(result.model, bounds=bounds)
+    errors = result.trainer.standard_errors(batch)
+    expected = alone.standard_errors(batch)
+    assert jnp.all(jnp.isnan(expected["c"]))
+    for name, error in errors.items():
+        np.testing.assert_allclose(error, expected[name], rtol=1e-5)
+    drawn = result.trainer.draw(jax.random.key(0), 50, batch)
+    assert jnp.all(drawn["c"] == high[None, :])
+
+
 def test_what_is_tied_follows_the_parameter():
     ties = {"b.0": lambda model: 2 * model["a"]["x"]}
     trainer = trainer_of(Positive(), 1.0, ties=ties)

@@ -1,6 +1,7 @@
 """Whether a fit that has converged is at a minimum."""
 
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -55,6 +56,64 @@ def test_a_fit_that_is_too_slow_is_not():
     slow = start().replace(optimiser=optax.adam(1e-6))
     result = fit(slow, stop=vn.Converged(1e-2, 10))
     assert result.stop_reason is vn.StopReason.STALLED
+
+
+TIMES = jnp.linspace(0.0, 3.0, 30)
+GAINS = jnp.asarray([1 + 1j, 2, -1j])
+
+
+def waves(gains, rate):
+    turns = lax.complex(jnp.cos(rate * TIMES), jnp.sin(rate * TIMES))
+    return gains[:, None] * turns[None, :]
+
+
+class Waves(vn.Trainer):
+    """Complex gains, or their real and imaginary parts."""
+
+    def residuals(self, model, batch):
+        gains = model.get("gains")
+        if gains is None:
+            gains = lax.complex(model["re"], model["im"])
+        return 10 * (waves(gains, model["rate"]) - batch)
+
+
+class WavesByLoss(Waves):
+    def loss(self, model, batch):
+        return jnp.mean(jnp.square(jnp.abs(Waves.residuals(self, model, batch))))
+
+    residuals = None
+
+
+def real_and_complex(start):
+    rate = jnp.asarray(1.2)
+    real = {"re": jnp.full(3, start), "im": jnp.full(3, start), "rate": rate}
+    return real, {"gains": jnp.full(3, start * (1 + 1j)), "rate": rate}
+
+
+@pytest.mark.parametrize("kind", [Waves, WavesByLoss])
+@pytest.mark.parametrize(
+    ("rate", "rtol", "reason"),
+    [(1e-9, 1e-3, vn.StopReason.STALLED), (1e-5, 1e-9, vn.StopReason.CONVERGED)],
+)
+def test_complex_parameters_have_arrived_if_their_parts_have(kind, rate, rtol, reason):
+    batch, options = waves(GAINS, 1.3), {"stop": vn.Converged(rtol, 5)}
+    # A mean over 90 numbers, for half their sum.
+    optimiser = optax.sgd(rate * (45 if kind is WavesByLoss else 1))
+    bounds = {"rate": (0.0, 1.25)}
+
+    def fit(start):
+        trainers = [kind(m, optimiser, bounds=bounds) for m in real_and_complex(start)]
+        return trainers, [t.fit(batch, 5_000, **options) for t in trainers]
+
+    (_, one), (real, own) = fit(0.0)
+    (_, other), _ = fit(0.5)
+    assert own.stop_reason is real.stop_reason is reason
+    if reason is vn.StopReason.STALLED:
+        np.testing.assert_allclose(own.edm, real.edm, rtol=1e-6)
+        assert "gains.real[1] (+" in own.explain()
+    many = vn.fit_many([one, other], batch, 5_000, **options)
+    assert many.stop_reasons == (reason, reason)
+    np.testing.assert_allclose(many.edms[0], own.edm, rtol=1e-6, atol=1e-12)
 
 
 class BadAt(Decay):

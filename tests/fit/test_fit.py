@@ -356,6 +356,47 @@ def test_a_callback_that_goes_back_to_an_older_trainer():
     np.testing.assert_array_equal(result.history.loss[2:4], result.history.loss[4:])
 
 
+def clipped(trainer, history):
+    model = jax.tree.map(lambda x: jnp.clip(x, -1.5, 1.5), trainer.model)
+    return trainer.replace(model=model)
+
+
+@pytest.mark.parametrize("is_on_another_device", [False, True])
+def test_a_model_from_a_callback_does_not_begin_the_best_anew(is_on_another_device):
+    def callback(trainer, history):
+        answer = clipped(trainer, history)
+        return (
+            jax.device_put(answer, jax.devices()[1]) if is_on_another_device else answer
+        )
+
+    trainers = [LineFit(line(slope), optax.adam(0.1)) for slope in (50.0, 1.0, 20.0)]
+    batch, options = line_batch(), {"chunk": 20, "callback": callback}
+    result = trainers[1].fit(batch, 60, **options)
+    assert result.best_loss == result.history.loss.min()
+    np.testing.assert_allclose(LineFit.loss(None, result.best, batch), result.best_loss)
+    many = vn.fit_many(trainers, batch, 60, **options)
+    np.testing.assert_array_equal(many.best_losses, many.history.loss.min(axis=0))
+    assert same(many.trainer(1).best, many.best) == (many.best_index == 1)
+
+
+def test_what_is_not_trained_does():
+    model = {"line": line(), "shift": jnp.asarray(0.0)}
+
+    class Shifted(vn.Trainer):
+        def loss(self, model, batch):
+            x, y = batch
+            return jnp.mean((model["line"](x) + model["shift"] - y) ** 2)
+
+    def callback(trainer, history):
+        if trainer.step_count == 20:
+            return trainer.replace(model={**trainer.model, "shift": jnp.asarray(9.0)})
+
+    trainer = Shifted(model, optax.sgd(1e-3), train="line")
+    result = trainer.fit(line_batch(), 40, chunk=20, callback=callback)
+    assert result.best_loss == result.history.loss[20:].min()
+    assert result.history.loss[:20].max() < result.best_loss
+
+
 def test_a_callback_is_called_every_chunk_however_large_a_row():
     counts = []
     trainer = Pull(jnp.ones((1000, 700)), optax.sgd(0.1))

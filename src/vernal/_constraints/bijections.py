@@ -76,36 +76,25 @@ class Bijections(Portable, PlainMethods, eqx.Module):
                 found[path] = at[path] if is_same else own
         return replaced(new, found)
 
+    def of_mapped(self, free: PyTree, params: PyTree) -> PyTree:
+        """Returns parameters with the free coordinates of those that have a map."""
+        at = by_path(free).by_name()
+        return replaced(params, {path: at[path] for path in self.maps})
+
     def required(self, params: PyTree) -> PyTree:
         """Returns the free coordinates of parameters; refuses any that have none."""
-        free, again, is_close = _there_and_back(self, params)
+        free, again, close = _there_and_back(self, params)
         at = by_path(free).by_name()
         for path, x in by_path(params).items():
             if path in self.maps:
-                _check(path, x, at[path], again[path], is_close[path])
+                _check(path, x, at[path], again[path], close[path])
         if is_traced(self, params):
             message = "A parameter is not what its bijection, of `bounds`, can return."
-            return eqx.error_if(free, ~self.agrees(free, params), message)
+            is_good = [
+                close[path] & jnp.all(jnp.isfinite(at[path])) for path in self.maps
+            ]
+            return eqx.error_if(free, ~jnp.all(jnp.stack(is_good)), message)
         return free
-
-    def agrees(self, free: PyTree, params: PyTree, errors: PyTree | None = None) -> Any:
-        """Whether parameters have these free coordinates, up to rounding.
-
-        That of what has no bijection grows with the `errors`, of a latent space.
-        """
-        again, at = by_path(self.forward(free)).by_name(), by_path(free).by_name()
-        room, flags = {} if errors is None else by_path(errors).by_name(), []
-        for path, x in by_path(params).items():
-            if path in self.maps:
-                is_finite = jnp.all(jnp.isfinite(at[path]))
-                flags.append(_is_close(x, again[path]) & is_finite)
-            else:
-                # They may be NaN, after a fit.
-                size = jnp.abs(x) + room.get(path, 0)
-                flags.append(
-                    ~jnp.any(jnp.abs(again[path] - x) > tolerance_of(x) * size)
-                )
-        return jnp.all(jnp.stack(flags))
 
     def resized(self, free: PyTree, params: PyTree) -> tuple[str, ...]:
         """Lists the parameters with fewer or more coordinates than elements."""
@@ -154,7 +143,7 @@ def _there_and_back(
     free, before = bijections.inverse(params), by_path(params).by_name()
     again = by_path(bijections.forward(free)).by_name()
     again = {path: again[path] for path in bijections.maps}
-    return free, again, {path: _is_close(before[path], x) for path, x in again.items()}
+    return free, again, {path: is_close(before[path], x) for path, x in again.items()}
 
 
 def is_bijection(given: Any) -> bool:
@@ -203,12 +192,13 @@ def tolerance_of(value: Array) -> Array:
     return jnp.sqrt(jnp.finfo(value.dtype).eps).astype(value.dtype)
 
 
-def _is_close(value: Array, again: Array) -> Any:
+def is_close(value: Array, again: Array) -> Any:
+    """Whether a map has returned a value, up to rounding."""
     size = jnp.max(jnp.abs(value))
     return jnp.all(jnp.abs(again - value) <= tolerance_of(value) * size)
 
 
-def _check(path: str, value: Array, free: Array, again: Array, is_close: Any) -> None:
+def _check(path: str, value: Array, free: Array, again: Array, close: Any) -> None:
     if any(isinstance(x, Tracer) for x in (value, free, again)):
         return
     show = lambda x: np.array2string(np.asarray(x), precision=6, threshold=8)
@@ -219,7 +209,7 @@ def _check(path: str, value: Array, free: Array, again: Array, is_close: Any) ->
             "beyond. Start within; or give a pair `(low, high)`, if the answer may lie "
             "on the edge."
         )
-    if not is_close:
+    if not close:
         raise ValueError(
             f"`bounds`: {path!r} starts at {show(value)}, which its bijection does not "
             f"return: of its free coordinates that makes {show(again)}. Start there."

@@ -25,6 +25,8 @@ class Normal(Portable, PlainMethods, eqx.Module):
 
     $$\log p(x) = -\frac{(x - \mu)^2}{2 \sigma^2} - \log(\sigma \sqrt{2 \pi})$$
 
+    What is minimised has the first term only, as it has for residuals.
+
     **Attributes:**
 
     - `mean`, `std`: $\mu$ and $\sigma$, in the units of the parameter.

@@ -19,7 +19,7 @@ from .._minimum import (
 )
 from .._policy import StopReason
 from .._program import program
-from .._step import AbstractTrainer, in_free_coordinates, stripped
+from .._step import AbstractTrainer, in_real_coordinates, stripped
 from .result import FitResult
 
 _measure = program(measure)
@@ -37,7 +37,7 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
     losses = result.history.loss
     known = losses[np.isfinite(losses)]
     fall = np.asarray(known[0] - known[-1] if len(known) else 0, losses.dtype)
-    trainer = in_free_coordinates(trainer)
+    trainer = in_real_coordinates(trainer)
     bare, batch, kind = stripped(trainer), source.batch, what_falls(trainer)
     local = _measure(bare, trainer.projector, batch, kind, jnp.asarray(fall))
     distance = second_look(bare, batch, kind, local, distance_of(local))
@@ -49,7 +49,7 @@ def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, A
 
 def distance_here(trainer: AbstractTrainer, batch: Any, kind: str) -> Distance:
     """Finds how far a trainer is from a minimum; `kind` is that of `what_falls`."""
-    trainer = in_free_coordinates(trainer)
+    trainer = in_real_coordinates(trainer)
     bare, batch = stripped(trainer), as_batch(batch)
     local = _measure(bare, trainer.projector, batch, kind, jnp.zeros(()))
     return second_look(bare, batch, kind, local, distance_of(local))

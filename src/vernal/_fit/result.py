@@ -14,7 +14,7 @@ from .._minimum import Distance, along, saddle_words
 from .._pickling import Portable
 from .._policy import StopReason
 from .._report import Report
-from .._step import in_free_coordinates, prior_ends
+from .._step import in_real_coordinates, prior_ends
 from .._storage import History
 
 TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
@@ -164,7 +164,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
             why = " Its derivatives there are not finite." if is_stalled else ""
             return f"{self.stop_reason}{why}{self._beside if is_stalled else ''}"
         is_short = self.stop_reason is not StopReason.CONVERGED
-        params = in_free_coordinates(self._trainer).params
+        params = in_real_coordinates(self._trainer).params
         said = [str(self.stop_reason)]
         if distance.is_saddle:
             return f"{said[0]} The loss {saddle_words(distance, params)}."

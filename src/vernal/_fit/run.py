@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -36,7 +36,9 @@ from .._step import (
     config_of,
     is_of_other_code,
     noted,
+    noted_as,
     progress_of,
+    require_one_point,
     with_progress,
     with_some_best,
     without_best,
@@ -47,6 +49,8 @@ from .feed import Feed
 from .options import Callback, FitOptions
 from .remarks import Course
 from .subject import AbstractSubject
+
+T = TypeVar("T")
 
 # The size in bytes above which a state is updated in place, which takes one copy when
 # a fit begins.
@@ -79,20 +83,37 @@ def _held_back() -> Iterator[None]:
 def _have_one_loss(progress: Progress, other: Progress) -> bool:
     """Whether two have the same parameters, and are scored on the same."""
     seen = lambda progress: jax.tree.leaves((progress.params, progress.scored_on))
-    pairs = list(zip(seen(progress), seen(other), strict=True))
-    if all(one is two for one, two in pairs):
+    now, then = seen(progress), seen(other)
+    if all(one is two for one, two in zip(now, then, strict=True)):
         return True
-    # A callback may have moved them to another device.
+    pairs = zip(_beside(now, then), then, strict=True)
+    return bool(_are_equal(list(pairs)))
+
+
+def _beside(tree: T, others: T) -> T:
+    """Moves arrays to where others are: a callback may have moved them elsewhere."""
     moved = lambda one, two: (
         one if one.devices() == two.devices() else jax.device_put(one, two.sharding)
     )
-    return bool(_are_equal([(moved(one, two), two) for one, two in pairs]))
+    return jax.tree.map(moved, tree, others)
 
 
 @jax.jit
 def _are_equal(pairs: list[tuple[Any, Any]]) -> Any:
     is_same = lambda one, two: (one == two) | ((one != one) & (two != two))
     return jnp.all(jnp.stack([jnp.all(is_same(*pair)) for pair in pairs]))
+
+
+_BEST = "best", "best_state", "best_loss", "is_validated", "scored_on"
+
+
+@jax.jit
+def _best_of_both(progress: Progress, before: Progress) -> dict[str, Any]:
+    """Returns the fields of the best before, where that is lower, and else of now."""
+    new, old = ({name: vars(of)[name] for name in _BEST} for of in (progress, before))
+    is_lower = before.best_loss < progress.best_loss
+    rows = lambda x: jnp.expand_dims(is_lower, tuple(range(is_lower.ndim, x.ndim)))
+    return jax.tree.map(lambda x, y: jnp.where(rows(x), y, x), new, old)
 
 
 def _is_boolean(answer: Any) -> bool:
@@ -347,7 +368,14 @@ class FitRun:
         progress = cast_alike(
             progress_of(answer), progress_of(given), what, whose, "Keep the dtypes."
         )
+        best_loss = self._subject.on_host(progress.best_loss)
+        if self._keeps_best and not np.isfinite(best_loss).all():
+            before = _beside(progress_of(given), progress)
+            best = _best_of_both(progress, before)
+            progress = dataclasses.replace(progress, **best)
+            noted_as(with_progress(answer, progress), given)
         answer = with_progress(answer, progress)
+        require_one_point(answer)
         answer = self._subject.taken_back(answer, given, self.trainer)
         answer = self._begun(answer, self.taken)
         if not _have_one_loss(progress_of(answer), progress_of(self.trainer)):

@@ -24,7 +24,7 @@ from .._minimum import (
 )
 from .._policy import StopReason
 from .._program import program
-from .._step import AbstractTrainer, in_free_coordinates, stripped
+from .._step import AbstractTrainer, in_real_coordinates, stripped
 from .._storage import History
 from .mapped_chunk import Flags, apart
 from .members import Members
@@ -74,7 +74,7 @@ def distances_of(
         members, batch = members._replace(trainers=home(members.trainers)), home(batch)
     for index in odd:
         trainer, data = members.one(batch, index)
-        here = stripped(in_free_coordinates(trainer)), data, kind, at[index]
+        here = stripped(in_real_coordinates(trainer)), data, kind, at[index]
         found[index] = second_look(*here, found[index])
         if not found[index].is_minimum:
             continue
@@ -88,7 +88,7 @@ def _measure(
     members: Members, batch: Any, kind: str, falls: Float[Array, " members"]
 ) -> Local:
     def of_one(trainer: AbstractTrainer, batch: Any, fall: Array) -> Local:
-        trainer = in_free_coordinates(trainer)
+        trainer = in_real_coordinates(trainer)
         return measure(stripped(trainer), trainer.projector, batch, kind, fall)
 
     return members.map(of_one, batch, falls)

@@ -17,6 +17,7 @@ from .._step import (
     is_of_other_code,
     noted_as,
     progress_of,
+    require_one_point,
     require_precision,
     with_progress,
 )
@@ -36,7 +37,9 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
     """
     if isinstance(given, Trainer):
         require_precision(given)
-        return _as_stacked(given)
+        parts = _as_stacked(given)
+        require_one_point(given)
+        return parts
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(
             f"`trainers` is of type `{type(given).__name__}`, but must be a "
@@ -49,6 +52,7 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
         require_precision(trainer)
+        require_one_point(trainer)
         own, structure = jax.tree.flatten((config_of(trainer), progress_of(trainer)))
         own = [_as_jax(leaf, known) for leaf in own]
         leaves.append(own)

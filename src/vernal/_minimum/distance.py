@@ -232,15 +232,7 @@ def has_minimum(trainer: AbstractTrainer) -> bool:
     With random numbers, or hooks that change steps, it may end elsewhere.
     """
     has_hooks = overrides(trainer, "transform_grads") or overrides(trainer, "constrain")
-    return trainer.key is None and not has_hooks and _is_real(trainer.params)
-
-
-def _is_real(params: Params) -> bool:
-    try:
-        as_parameters(params)
-    except (TypeError, ValueError):
-        return False
-    return True
+    return trainer.key is None and not has_hooks
 
 
 class _Here(NamedTuple):

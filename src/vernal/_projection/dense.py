@@ -39,6 +39,10 @@ class DenseWhitening(AbstractWhitening):
     """Smaller components of a null direction count as zero."""
 
     @property
+    def units(self) -> Float[Array, " D"]:
+        return self.scale
+
+    @property
     def dtype(self) -> np.dtype:
         return self.scale.dtype
 

@@ -34,6 +34,10 @@ class LowRankWhitening(AbstractWhitening):
     """Whether the complement has no curvature."""
 
     @property
+    def units(self) -> Float[Array, " D"]:
+        return self.scale
+
+    @property
     def dtype(self) -> np.dtype:
         return self.scale.dtype
 

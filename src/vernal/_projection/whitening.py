@@ -17,6 +17,11 @@ class AbstractWhitening(eqx.Module):
 
     @property
     @abc.abstractmethod
+    def units(self) -> Float[Array, " D"]:
+        """The units in which the directions are orthonormal."""
+
+    @property
+    @abc.abstractmethod
     def dtype(self) -> np.dtype:
         """The dtype in which it computes."""
 
@@ -83,6 +88,10 @@ class Unchanged(AbstractWhitening):
 
     shape: tuple[int, ...] = eqx.field(static=True)
     kind: np.dtype = eqx.field(static=True)
+
+    @property
+    def units(self) -> Float[Array, " D"]:
+        return jnp.ones(self.latent_size, self.dtype)
 
     @property
     def dtype(self) -> np.dtype:

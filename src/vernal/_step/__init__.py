@@ -11,6 +11,7 @@ from .abstract_trainer import (
     config_of,
     from_free_coordinates,
     in_free_coordinates,
+    in_real_coordinates,
     is_constrained,
     overrides,
     own_fields,
@@ -75,7 +76,7 @@ from .objective import (
     scoring_residuals,
     step_key,
 )
-from .precision import precision_of, refuse_stacked, require_one, require_precision
+from .precision import precision_of, require_precision
 from .prior_ends import prior_ends
 from .progress import (
     Best,
@@ -90,3 +91,10 @@ from .progress import (
 from .replace import member_axes, replaced_fields, reproject
 from .scored_by import digests, is_of_other_code, noted, noted_as, scored_parts
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
+from .usable import (
+    note_one_point,
+    refuse_stacked,
+    require_one,
+    require_one_point,
+    strays_of,
+)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
 from .._boundary import ModuleMeta, PyTree
-from .._constraints import Bijections, Bounds, Priors
+from .._constraints import Bijections, Bounds, Priors, RealParts, real_parts
 from .._optimiser import ParamOptimiser
 from .._pickling import Portable, QuickMethods, build
 from .._policy import NanPolicy, StopFit
@@ -216,10 +217,28 @@ def in_free_coordinates(trainer: TrainerT) -> TrainerT:
     free, latent = progress.latent, None
     if trainer.projector is not None:
         free, latent = to_params(trainer.projector, free), free
+        # Rounding would move what is on a bound.
+        free = bijections.of_mapped(free, progress.params)
     template = changed(trainer._template, bijections=bijections)
     progress = changed(progress, params=free, latent=latent, best=free)
     fields = {"_bijections": None, "_template": template, "_progress": progress}
     return changed(trainer, **fields)
+
+
+def in_real_coordinates(trainer: TrainerT) -> TrainerT:
+    """Returns a trainer in free coordinates, whose complex ones are pairs of real ones.
+
+    It is for derivatives of its loss: its state is not that of its optimiser.
+    """
+    trainer = in_free_coordinates(trainer)
+    template, progress = trainer._template, trainer._progress
+    params = progress.params
+    if not any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
+        return trainer
+    maps = RealParts(template.bijections, jax.tree.structure(params))
+    template = changed(template, bijections=maps)
+    progress = changed(progress, params=real_parts(params))
+    return changed(trainer, _template=template, _progress=progress)
 
 
 def from_free_coordinates(

@@ -25,8 +25,9 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
     frozen: tuple[Any, ...]
     others: Closure
     ties: Ties | None
-    bijections: Bijections | None
-    """Where the parameters are free coordinates, the maps to the model's own."""
+    bijections: Bijections | Any
+    """Where the parameters are coordinates, the maps to the model's own: `RealParts`
+    for derivatives, else `Bijections`."""
     kinds: tuple[str, ...] = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
     statics: StaticData = eqx.field(static=True)

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from .._boundary import PyTree
 from .._optimiser import ParamOptimiser, as_transform
@@ -159,9 +160,9 @@ def _is_named(selector: Any) -> bool:
     return all(isinstance(part, str) and "*" not in part for part in parts)
 
 
-def member_axes(trainer: AbstractTrainer) -> Callable[[Any], int | None]:
+def member_axes(step_count: Int[Array, " members"]) -> Callable[[Any], int | None]:
     """Returns the `in_axes` by which `vmap` takes each member of a stacked trainer."""
-    size = len(trainer.step_count)
+    size = len(step_count)
     # Arrays that all members share may have no rows.
     return lambda x: 0 if eqx.is_array(x) and x.shape[:1] == (size,) else None
 
@@ -176,7 +177,7 @@ def _replace_each(
     for name, new in config.items():
         config[name] = None if new is None else _with_rows(new, trainer, name)
     rows = eqx.if_array(0)
-    axes = member_axes(trainer), rows, rows, rows, rows
+    axes = member_axes(trainer.step_count), rows, rows, rows, rows
     given = model, *config.values(), state
     found = eqx.filter_vmap(replaced_fields, in_axes=axes)(trainer, *given)
     for name, new in config.items():

@@ -17,13 +17,13 @@ from .._step import (
     beginning,
     bijections_of,
     bounds_of,
-    in_free_coordinates,
     initial_opt_state,
     initial_progress,
     member_axes,
     priors_of,
     progress_of,
     settled,
+    strays_of,
     template_of,
     with_progress,
 )
@@ -201,12 +201,7 @@ def _require_within(trainer: AbstractTrainer, source: str) -> None:
             "the bounds and priors that it was saved with, or begin from another "
             f"start. {error}"
         ) from error
-    bijections, projector = bijections_of(trainer), trainer.projector
-    if bijections is None:
-        return
-    free = in_free_coordinates(trainer).params
-    errors = None if projector is None else projector.standard_errors()
-    if not bijections.agrees(free, progress.params, errors):
+    if bijections_of(trainer) is not None and strays_of(trainer):
         raise MismatchError(
             f"{source} has free coordinates of another bijection than that in "
             "`bounds`. Load it with the bijection that it was saved with; to go on "
@@ -262,7 +257,7 @@ def _initial_fields(
 
     if trainer.step_count.ndim:
         rows = eqx.if_array(0)
-        axes = member_axes(trainer), rows, rows, rows
+        axes = member_axes(trainer.step_count), rows, rows, rows
         initial = eqx.filter_vmap(initial, in_axes=axes)
     new = initial(trainer, params, latent, state)
     return {name: getattr(new, name) for name in fields}

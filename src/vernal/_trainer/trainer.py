@@ -73,6 +73,7 @@ from .._step import (
     is_constrained,
     nan_report,
     no_optimiser,
+    note_one_point,
     precision_of,
     prepared_config,
     raise_if_non_finite,
@@ -312,6 +313,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             given = prepared_config(trainer) if is_same else trainer
             progress, info = run_step(given, batch, place)
         trainer = with_progress(trainer, progress)
+        note_one_point(trainer)
         raises = self.nan_policy.raises
         if not (raises or is_debugged()):
             return trainer, info
@@ -1040,7 +1042,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
         """Returns the negative log-likelihood as a function, for a sampler.
 
-        Priors are part of it, and it is infinite beyond bounds. With bijections it is
+        Priors are part of it (normal ones without the constant in their logarithm, as
+        `residuals` are), and it is infinite beyond bounds. With bijections it is
         the density of the parameters by their free coordinates: the logarithm of the
         change of volume is subtracted, so its minimum is not the best fit.
 
@@ -1164,9 +1167,10 @@ class Trainer(AbstractTrainer[Model, Batch]):
         Hyperparameters in the state, those of `optax.inject_hyperparams`,
         become the new optimiser's wherever these differ from the ones that the old
         optimiser began with. The step count and the counts of `nan_report` are kept;
-        the best is kept unless the model changes. A trainer that has stopped can go on.
-        In a stacked trainer, each member is changed. There, an optimiser or a policy
-        whose arrays all have the shapes of those before has a row for each member.
+        with a `model` the best begins anew, except that a fit keeps its own where a
+        callback does this. A trainer that has stopped can go on. In a stacked trainer,
+        each member is changed. There, an optimiser or a policy whose arrays all have
+        the shapes of those before has a row for each member.
 
         Which leaves of the model are trained stays. To freeze or thaw some, make a new
         trainer: `Fit(trainer.model, optimiser)`. A rule for what `train` left out does

@@ -1,0 +1,151 @@
+"""Parameters and the coordinates that the optimiser moves are one point, or refused."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import vernal as vn
+from models import line
+
+LM = optx.LevenbergMarquardt(1e-8, 1e-8)
+X = jnp.linspace(-1.0, 1.0, 20)
+BATCH = X, 2 * X + 0.3
+MESSAGE = r"`trainer.params` and `trainer.latent`.* differ in 'slope'\. .*replace"
+
+
+class Positive(vn.Bijection):
+    def forward(self, free):
+        return jnp.exp(free)
+
+    def inverse(self, value):
+        return jnp.log(value)
+
+
+class Fit(vn.Trainer):
+    weight: jax.Array
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight = jnp.array(10.0)
+
+    def residuals(self, model, batch):
+        x, y = batch
+        return self.weight * (model(x) - y)
+
+
+def made(bounds=None, blocks=None, is_whitened=True):
+    trainer = Fit(line(), optax.adam(0.1), bounds=bounds)
+    return trainer.whiten(BATCH, blocks=blocks) if is_whitened else trainer
+
+
+TRAINERS = {
+    "whitened": lambda: made(),
+    "in blocks": lambda: made(blocks=["slope"]),
+    "with a bijection": lambda: made({"slope": Positive()}, is_whitened=False),
+    "whitened, with a bijection": lambda: made({"slope": Positive()}),
+}
+
+
+def at(trainer, value):
+    return eqx.tree_at(lambda t: t.params.slope, trainer, jnp.asarray(value))
+
+
+USES = {
+    "fit": lambda t: t.fit(BATCH, 3, progress=False),
+    "solve": lambda t: t.solve(LM, BATCH),
+    "step": lambda t: t.step(BATCH),
+    "unroll": lambda t: vn.unroll(t, BATCH, 3),
+    "fit_many": lambda t: vn.fit_many([t, t], BATCH, 3, progress=False),
+    "solve_many": lambda t: vn.fit_many([t, t], BATCH, 50, solver=LM),
+    "whiten": lambda t: t.whiten(BATCH),
+    "reproject": lambda t: t.reproject(None),
+    "objective": lambda t: t.objective(BATCH),
+    "standard_errors": lambda t: t.standard_errors(BATCH),
+    "report": lambda t: t.report(BATCH),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_parameter_that_was_changed_alone_is_refused(kind):
+    moved = at(TRAINERS[kind](), 0.7)
+    for use in USES.values():
+        with pytest.raises(ValueError, match=MESSAGE):
+            use(moved)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_so_are_coordinates(kind):
+    trainer = TRAINERS[kind]()
+    latent = jax.tree.map(lambda x: x + 1, trainer.latent)
+    with pytest.raises(ValueError, match="are two points"):
+        USES["fit"](eqx.tree_at(lambda t: t.latent, trainer, latent))
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_so_is_the_answer_of_a_callback(kind):
+    trainer = TRAINERS[kind]()
+    run = {"every": 2, "chunk": 2, "progress": False}
+    with pytest.raises(ValueError, match=MESSAGE):
+        trainer.fit(BATCH, 6, callback=lambda t, _: at(t, 0.7), **run)
+    moved = lambda t, _: at(t, [0.7, 0.8])
+    with pytest.raises(ValueError, match=MESSAGE):
+        vn.fit_many([trainer, trainer], BATCH, 6, callback=moved, **run)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_stacked_trainers_are_looked_at_too(kind):
+    trainer = TRAINERS[kind]()
+    stacked = USES["fit_many"](trainer).trainers
+    again = vn.fit_many(stacked, BATCH, 3, progress=False).trainers
+    with pytest.raises(ValueError, match=MESSAGE):
+        vn.fit_many(at(again, [0.7, again.params.slope[1]]), BATCH, 3, progress=False)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_changes_both_goes_on(kind):
+    trainer = TRAINERS[kind]()
+    model = eqx.tree_at(lambda m: m.slope, trainer.model, jnp.array(0.7))
+    for _ in range(3):
+        trainer, _ = trainer.step(BATCH)
+    changed = {
+        "model": trainer.replace(model=model),
+        "field": eqx.tree_at(lambda t: t.weight, trainer, jnp.array(5.0)),
+        "copy": jax.tree.map(lambda x: x, trainer),
+        "compiled": eqx.filter_jit(lambda t: t.step(BATCH)[0])(trainer),
+        "rate": trainer.replace(optimiser=optax.adam(0.2)),
+    }
+    for other in changed.values():
+        for name in ("fit", "step", "reproject"):
+            USES[name](other)
+
+
+@pytest.mark.parametrize("is_bounded", [False, True])
+@pytest.mark.parametrize("condition", [1.0, 1e12, 1e20])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_is_no_change(dtype, condition, is_bounded):
+    rng, size = np.random.default_rng(0), 8
+    left = np.linalg.qr(rng.normal(size=(2 * size, size)))[0]
+    right = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    units = np.geomspace(1e-8, 1e8, size)
+    singular = np.geomspace(1, condition**-0.5, size)
+    matrix = (left * singular) @ right.T / units
+
+    class Linear(vn.Trainer):
+        def residuals(self, model, batch):
+            matrix, y = batch
+            return matrix @ model - y
+
+    batch = jnp.asarray(matrix, dtype), jnp.asarray(10 * np.sum(left, axis=1), dtype)
+    bounds = {"": (-0.5 * units, 0.5 * units)} if is_bounded else None
+    trainer = Linear(jnp.zeros(size, dtype), optax.adam(1.0), bounds=bounds)
+    trainer = trainer.whiten(batch, on_null="prior")
+    for rate in (0.01, 30.0):
+        trainer = trainer.replace(optimiser=optax.adam(rate))
+        for _ in range(3):
+            trainer = trainer.fit(batch, 100, progress=False).trainer
+            near = lambda x: x * (1 + 4 * jnp.finfo(dtype).eps)
+            eqx.tree_at(lambda t: t.params, trainer, replace_fn=near).step(batch)
