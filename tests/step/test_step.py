@@ -613,6 +613,16 @@ def test_equinox_finds_the_leaves_of_a_model(name, train):
     assert (where(new), where(trainer)) == (3, line().slope)
 
 
+@pytest.mark.parametrize("tie", ["slope", lambda model: 2 * model.slope])
+def test_equinox_finds_the_leaves_of_a_model_with_ties(tie):
+    trainer = LineFit(line(), optax.sgd(0.1), ties={"offset": tie})
+    moved = eqx.tree_at(lambda t: t.model.slope, trainer, jnp.asarray(3.0))
+    times = 1 if tie == "slope" else 2
+    assert (moved.model.slope, moved.model.offset) == (3, 3 * times)
+    with pytest.raises(TypeError, match="a tied parameter is not a leaf"):
+        eqx.tree_at(lambda t: t.model.offset, trainer, jnp.asarray(3.0))
+
+
 def test_replace_with_a_projector():
     trainer, _ = whitened(GaussianFit, optax.adam(0.1))
     target = eqx.tree_at(lambda m: m.mean, gaussian(), jnp.asarray(0.7))
@@ -634,6 +644,18 @@ def test_replace_by_a_model_of_another_kind(model):
     trainer = LineFit(line(), optax.adam(0.1))
     with pytest.raises((ValueError, TypeError), match=r"`model`"):
         trainer.replace(model=model())
+
+
+def test_replace_by_a_model_for_all_members():
+    trainers = [LineFit(line(slope), optax.adam(0.1)) for slope in (1.0, 2.0, 3.0)]
+    stacked = vn.fit_many(trainers, BATCH, 3, progress=False).trainers
+    moved = stacked.replace(model=line(7.0, 8.0))
+    assert moved.model.slope.tolist() == [7] * 3
+    rows = Line(jnp.arange(3.0), jnp.ones(3))
+    assert stacked.replace(model=rows).model.slope.tolist() == [0, 1, 2]
+    for odd in (Line(jnp.arange(3.0), jnp.asarray(0.0)), line(jnp.ones(2))):
+        with pytest.raises(ValueError, match=r"`model` has an array of shape .*row"):
+            stacked.replace(model=odd)
 
 
 @pytest.mark.loose_dtypes

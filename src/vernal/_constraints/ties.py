@@ -47,6 +47,11 @@ class Ties(Portable, PlainMethods, eqx.Module):
     def set(self, leaves: Sequence[Any], structure: Any) -> list[Any]:
         """Sets the tied leaves of a model."""
         found, sources = list(leaves), self.sources.decode()
+        if not all(eqx.is_array_like(found[index]) for index in self.indices):
+            # `equinox.tree_at` looks for leaves: what is tied is none of a trainer.
+            for index in self.indices:
+                found[index] = "a tied parameter"
+            return found
         for round_ in self.rounds:
             model = structure.unflatten(found)
             for index in round_:

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int
 
@@ -173,6 +174,8 @@ def _replace_each(
     """Returns the fields for each member of a stacked trainer."""
     if optimiser is not None:
         optimiser = as_transform(optimiser, "optimiser")
+    if model is not None:
+        model = _of_each(checked_model(model), trainer)
     config = {"optimiser": optimiser, "nan_policy": nan_policy}
     for name, new in config.items():
         config[name] = None if new is None else _with_rows(new, trainer, name)
@@ -185,6 +188,33 @@ def _replace_each(
     if model is None:
         found["_template"] = template_of(trainer)
     return found
+
+
+def _of_each(model: Any, trainer: AbstractTrainer) -> Any:
+    """Gives a model of one member, by its parameters, a row for each."""
+    parts = template_of(trainer)
+    if jax.tree.structure(model) != parts.structure:
+        return model  # which is refused for each
+    shapes, before = (
+        {path: np.shape(leaf) for path, leaf in by_path(tree).items()}
+        for tree in (parts.trained(model), trainer.params)
+    )
+    size = len(trainer.step_count)
+    if shapes == {path: shape[1:] for path, shape in before.items()}:
+        return _repeated(model, size)
+    for path, shape in before.items():
+        if shapes[path] != shape:
+            raise ValueError(
+                f"`model` has an array of shape {shapes[path]} at {path!r}, and the "
+                f"{size} members of the trainer have one of shape {shape}. Give all "
+                "arrays a row for each member, or give the model of one."
+            )
+    return model
+
+
+def _repeated(tree: Any, size: int) -> Any:
+    rows = lambda x: jnp.stack([x] * size) if eqx.is_array(x) else x
+    return jax.tree.map(rows, tree)
 
 
 def _with_rows(new: Any, trainer: AbstractTrainer, name: str) -> Any:
@@ -205,8 +235,7 @@ def _with_rows(new: Any, trainer: AbstractTrainer, name: str) -> Any:
             "do not tell. Replace it in each of a list of trainers, and fit these: "
             f"`[result.trainer(i).replace({name}=...) for i in range(len(result))]`."
         )
-    rows = lambda x: jnp.stack([x] * size) if eqx.is_array(x) else x
-    return jax.tree.map(rows, new)
+    return _repeated(new, size)
 
 
 def reproject(
