@@ -1169,8 +1169,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         optimiser began with. The step count and the counts of `nan_report` are kept;
         with a `model` the best begins anew, except that a fit keeps its own where a
         callback does this. A trainer that has stopped can go on. In a stacked trainer,
-        each member is changed. There, an optimiser or a policy whose arrays all have
-        the shapes of those before has a row for each member.
+        each member is changed. There, a model, an optimiser or a policy whose arrays
+        all have the shapes of those before has a row for each member.
 
         Which leaves of the model are trained stays. To freeze or thaw some, make a new
         trainer: `Fit(trainer.model, optimiser)`. A rule for what `train` left out does
