@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from .._curvature import matmul
 from .._step import AbstractTrainer, bounds_of, live
 from .._tree import as_parameters, ravel, unravel
 from .edm import TOLERANCE
@@ -66,12 +67,13 @@ def leftover(
     and `noise` the rounding of the largest. `bar` is the size of the data's error bars,
     1 if they are known. Arrays of NumPy stay on the host, where nothing is compiled.
     """
-    of: Any = np if isinstance(values, np.ndarray) else jnp
+    is_known = isinstance(values, np.ndarray)
+    of, multiply = (np, np.matmul) if is_known else (jnp, matmul)
     sizes = of.abs(values)
     rounding = noise * of.max(sizes, initial=0)
-    is_known = sizes > rounding
-    units = of.where(is_known, sizes, 1)
-    falls = of.square(of.where(is_known, along, 0)) / units
+    is_seen = sizes > rounding
+    units = of.where(is_seen, sizes, 1)
+    falls = of.square(of.where(is_seen, along, 0)) / units
     # A row is of one direction, with a column for each other.
     own, others = sizes[:, None], sizes[None, :]
     before = of.sqrt(of.sum(of.where(others > own, falls[None, :], 0), axis=1)) / bar
@@ -82,7 +84,7 @@ def leftover(
     # which the direction is not clear until the rest is at its minimum.
     is_unclear = of.any(~is_clear & (sizes > 0) & (before > rounding))
     is_minimum = ~of.any(is_clear & (values < 0)) & (length**2 <= 2 * TOLERANCE)
-    step = -vectors @ of.where(is_clear, along / units, 0)
+    step = multiply(-vectors, of.where(is_clear, along / units, 0))
     return Leftover(step, length, is_unclear & is_minimum, loss)
 
 
