@@ -379,6 +379,29 @@ def test_a_model_from_a_callback_does_not_begin_the_best_anew(is_on_another_devi
     assert same(many.trainer(1).best, many.best) == (many.best_index == 1)
 
 
+RESTARTS = {
+    "of the trainer": lambda trainer, model: trainer.model,
+    "of NumPy": lambda trainer, model: jax.tree.map(np.asarray, trainer.model),
+    "from before": lambda trainer, model: model,
+}
+
+
+@pytest.mark.parametrize("restart", RESTARTS)
+@pytest.mark.parametrize("is_many", [False, True])
+def test_nor_does_one_on_a_mesh(restart, is_many):
+    trainer, batch = LineFit(line(), optax.adam(0.1)), line_batch()
+    kept = line(jnp.zeros(4), jnp.zeros(4)) if is_many else line(0.0, 0.0)
+    back = lambda t, _: t.replace(model=RESTARTS[restart](t, kept))
+    options = {"mesh": jax.make_mesh((4,), ("data",)), "chunk": 3, "callback": back}
+    if is_many:
+        result = vn.fit_many([trainer] * 4, batch, 6, **options)
+        best_losses = result.best_losses
+    else:
+        result = trainer.fit(batch, 6, **options)
+        best_losses = result.best_loss
+    np.testing.assert_array_equal(best_losses, result.history.loss.min(axis=0))
+
+
 def test_what_is_not_trained_does():
     model = {"line": line(), "shift": jnp.asarray(0.0)}
 

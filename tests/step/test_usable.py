@@ -123,8 +123,48 @@ def test_what_changes_both_goes_on(kind):
             USES[name](other)
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_a_program_closes_over_is_not_taken_for_seen(kind):
+    moved = at(TRAINERS[kind](), 0.7)
+    jax.jit(lambda batch: moved.step(batch)[0].params)(BATCH)
+    with pytest.raises(ValueError, match=MESSAGE):
+        moved.fit(BATCH, 3, progress=False)
+
+
+def test_what_is_not_finite_is_not_taken_for_changed():
+    trainer = TRAINERS["with a bijection"]()
+    nowhere = lambda t: (t.params.slope, t.latent.slope)
+    eqx.tree_at(nowhere, trainer, (jnp.asarray(jnp.nan),) * 2).step(BATCH)
+
+
+def copied(trainer):
+    """Another object, which vernal looks at."""
+    return jax.tree.map(lambda x: x, trainer)
+
+
+def test_rounding_of_coordinates_is_no_change_of_what_they_map_to():
+    """Far from the origin of the projector, an exponential multiplies it."""
+    rng = np.random.default_rng(0)
+    matrix = jnp.asarray(rng.normal(size=(40, 24)), "float32")
+    start = {"a": jnp.ones(12, "float32"), "w": jnp.ones(12, "float32")}
+
+    class Mixed(vn.Trainer):
+        def residuals(self, model, batch):
+            both = jnp.concatenate([model["a"], model["w"]])
+            return batch @ both - jnp.sum(batch, axis=1)
+
+    trainer = Mixed(start, optax.adam(0.1), bounds={"w": Positive()})
+    trainer = trainer.whiten(matrix)
+    far = trainer.replace(model={**start, "a": start["a"] * 1e4})
+    for used in far, vn.fit_many([far] * 3, matrix, 3, progress=False).trainer(1):
+        copied(used).step(matrix)
+    off = eqx.tree_at(lambda t: t.params["w"], far, start["w"] * 1.5)
+    with pytest.raises(ValueError, match="differ in 'w'"):
+        off.step(matrix)
+
+
 @pytest.mark.parametrize("is_bounded", [False, True])
-@pytest.mark.parametrize("condition", [1.0, 1e12, 1e20])
+@pytest.mark.parametrize("condition", [1.0, 1e20])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rounding_is_no_change(dtype, condition, is_bounded):
     rng, size = np.random.default_rng(0), 8
@@ -145,7 +185,6 @@ def test_rounding_is_no_change(dtype, condition, is_bounded):
     trainer = trainer.whiten(batch, on_null="prior")
     for rate in (0.01, 30.0):
         trainer = trainer.replace(optimiser=optax.adam(rate))
-        for _ in range(3):
+        for _ in range(2):
             trainer = trainer.fit(batch, 100, progress=False).trainer
-            near = lambda x: x * (1 + 4 * jnp.finfo(dtype).eps)
-            eqx.tree_at(lambda t: t.params, trainer, replace_fn=near).step(batch)
+            copied(trainer).step(batch)

@@ -95,7 +95,8 @@ def omit(batch: BatchT) -> tuple[BatchT, Omitted]:
     if not kept.any():
         raise ValueError(f"`batch` has no finite datum. {omitted}")
     is_of_data = lambda leaf: isinstance(leaf, jax.Array) and leaf.ndim > 0
-    left = lambda leaf: leaf if kept.all() else leaf[np.flatnonzero(kept)]
+    rows = np.flatnonzero(kept)
+    left = lambda leaf: leaf if kept.all() else leaf[rows]
     of_kept = lambda leaf, given: left(leaf) if is_of_data(leaf) else given
     return jax.tree.map(of_kept, arrays, batch), omitted
 

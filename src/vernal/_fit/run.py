@@ -34,11 +34,12 @@ from .._step import (
     Progress,
     advance,
     config_of,
+    is_made,
     is_of_other_code,
     noted,
     noted_as,
     progress_of,
-    require_one_point,
+    refuse_two_points,
     with_progress,
     with_some_best,
     without_best,
@@ -104,16 +105,22 @@ def _are_equal(pairs: list[tuple[Any, Any]]) -> Any:
     return jnp.all(jnp.stack([jnp.all(is_same(*pair)) for pair in pairs]))
 
 
-_BEST = "best", "best_state", "best_loss", "is_validated", "scored_on"
+def _best_in(progress: Progress) -> dict[str, Any]:
+    names = "best", "best_state", "best_loss", "is_validated", "scored_on"
+    return {name: getattr(progress, name) for name in names}
+
+
+def _best_of_both(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Returns the best before, of `_best_in`, where that is lower, and else of now."""
+    # Computed where the fit is, and kept where the callback has put it.
+    return _beside(_lower(_beside(now, before), before), now)
 
 
 @jax.jit
-def _best_of_both(progress: Progress, before: Progress) -> dict[str, Any]:
-    """Returns the fields of the best before, where that is lower, and else of now."""
-    new, old = ({name: vars(of)[name] for name in _BEST} for of in (progress, before))
-    is_lower = before.best_loss < progress.best_loss
+def _lower(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    is_lower = before["best_loss"] < now["best_loss"]
     rows = lambda x: jnp.expand_dims(is_lower, tuple(range(is_lower.ndim, x.ndim)))
-    return jax.tree.map(lambda x, y: jnp.where(rows(x), y, x), new, old)
+    return jax.tree.map(lambda x, y: jnp.where(rows(x), y, x), now, before)
 
 
 def _is_boolean(answer: Any) -> bool:
@@ -368,14 +375,15 @@ class FitRun:
         progress = cast_alike(
             progress_of(answer), progress_of(given), what, whose, "Keep the dtypes."
         )
+        was_made = is_made(answer)
         best_loss = self._subject.on_host(progress.best_loss)
         if self._keeps_best and not np.isfinite(best_loss).all():
-            before = _beside(progress_of(given), progress)
-            best = _best_of_both(progress, before)
+            best = _best_of_both(_best_in(progress), _best_in(progress_of(given)))
             progress = dataclasses.replace(progress, **best)
             noted_as(with_progress(answer, progress), given)
         answer = with_progress(answer, progress)
-        require_one_point(answer)
+        if not was_made:
+            refuse_two_points(answer)
         answer = self._subject.taken_back(answer, given, self.trainer)
         answer = self._begun(answer, self.taken)
         if not _have_one_loss(progress_of(answer), progress_of(self.trainer)):

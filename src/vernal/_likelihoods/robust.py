@@ -30,12 +30,12 @@ class _Kind(NamedTuple):
 
     - `ratio`: $\rho(z) / z$ where $z \le 1$, smooth at zero.
     - `root`: $\sqrt{\rho(s^4)}$ where $s > 1$.
-    - `weight`: $\sqrt{\rho'(s^4)}$ of any $s$.
+    - `weight`: $\sqrt{\rho'(s^4)}$ of $w = \min(1, 1/s)$ and $t = \min(s, 1/s)$.
     """
 
     ratio: Scalar
     root: Scalar
-    weight: Scalar
+    weight: Callable[[Array, Array], Array]
 
 
 def _over(fn: Scalar, series: Scalar) -> Scalar:
@@ -53,22 +53,22 @@ _KINDS: dict[str, _Kind] = {
     "soft_l1": _Kind(
         lambda z: 2 / (1 + jnp.sqrt(1 + z)),
         lambda s: s * jnp.sqrt(2 * (jnp.sqrt(1 + s**-4) - s**-2)),
-        lambda s: (1 + jnp.minimum(s, 1 / s) ** 4) ** -0.25 / jnp.maximum(s, 1),
+        lambda w, t: w / jnp.sqrt(jnp.sqrt(1 + t**4)),
     ),
     "huber": _Kind(
         jnp.ones_like,
         lambda s: s * jnp.sqrt(2 - s**-2),
-        lambda s: 1 / jnp.maximum(s, 1),
+        lambda w, t: w,
     ),
     "cauchy": _Kind(
         _over(jnp.log1p, lambda z: 1 - z / 2 + z**2 / 3 - z**3 / 4 + z**4 / 5),
         lambda s: jnp.sqrt(4 * jnp.log(s) + jnp.log1p(s**-4)),
-        lambda s: 1 / jnp.hypot(1.0, s**2),
+        lambda w, t: w**2 / jnp.sqrt(1 + t**4),
     ),
     "arctan": _Kind(
         _over(jnp.arctan, lambda z: 1 - z**2 / 3 + z**4 / 5),
         lambda s: jnp.sqrt(jnp.pi / 2 - jnp.arctan(s**-4)),
-        lambda s: 1 / jnp.hypot(1.0, s**4),
+        lambda w, t: w**4 / jnp.sqrt(1 + t**8),
     ),
 }
 
@@ -172,7 +172,9 @@ class Robust(Portable, AbstractLikelihood):
     def scoring_residuals(self) -> Float[Array, "..."]:
         # With weights that are held, as in iteratively reweighted least squares.
         root = _root(*jax.lax.stop_gradient((self.left, self.scale)))
-        return self.left * _KINDS[self.loss].weight(root)
+        inverse = 1 / root
+        near, far = jnp.minimum(1, inverse), jnp.minimum(root, inverse)
+        return self.left * _KINDS[self.loss].weight(near, far)
 
 
 def _root(left: Array, scale: Array) -> Array:

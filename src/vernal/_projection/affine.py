@@ -271,20 +271,6 @@ class AbstractProjector(Portable, eqx.Module):
         latents = on_each(invert, self._held, points, starts)
         return self._structure.unflatten(latents)
 
-    @_compiled
-    def reach(self, params: Params) -> Params:
-        """Returns by how much each element may be off by rounding, over the precision.
-
-        A move is a sum along orthonormal directions, whose parts may cancel.
-        """
-        points, starts = self._ravel(params), self._ravel(self.origin)
-
-        def reach(w: AbstractWhitening, point: Array, start: Array) -> Array:
-            moves = jnp.abs(point - start) / w.units
-            return jnp.abs(start) + w.units * jnp.max(moves)
-
-        return self._unravel(on_each(reach, self._held, points, starts))
-
     @checked
     def pull_back(self, grads: Params) -> PyTree:
         r"""Returns $P^\top g$, the gradient with respect to the latent vector.

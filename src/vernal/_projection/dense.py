@@ -39,7 +39,7 @@ class DenseWhitening(AbstractWhitening):
     """Smaller components of a null direction count as zero."""
 
     @property
-    def units(self) -> Float[Array, " D"]:
+    def units(self) -> Float[Array, "*members D"]:
         return self.scale
 
     @property

@@ -34,7 +34,7 @@ class LowRankWhitening(AbstractWhitening):
     """Whether the complement has no curvature."""
 
     @property
-    def units(self) -> Float[Array, " D"]:
+    def units(self) -> Float[Array, "*members D"]:
         return self.scale
 
     @property

@@ -17,7 +17,7 @@ class AbstractWhitening(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def units(self) -> Float[Array, " D"]:
+    def units(self) -> Float[Array, "*members D"]:
         """The units in which the directions are orthonormal."""
 
     @property
@@ -90,7 +90,7 @@ class Unchanged(AbstractWhitening):
     kind: np.dtype = eqx.field(static=True)
 
     @property
-    def units(self) -> Float[Array, " D"]:
+    def units(self) -> Float[Array, "*members D"]:
         return jnp.ones(self.latent_size, self.dtype)
 
     @property

@@ -13,6 +13,8 @@ from .abstract_trainer import (
     in_free_coordinates,
     in_real_coordinates,
     is_constrained,
+    is_made,
+    note_made,
     overrides,
     own_fields,
     prepared_config,
@@ -92,8 +94,8 @@ from .replace import member_axes, replaced_fields, reproject
 from .scored_by import digests, is_of_other_code, noted, noted_as, scored_parts
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
 from .usable import (
-    note_one_point,
     refuse_stacked,
+    refuse_two_points,
     require_one,
     require_one_point,
     strays_of,

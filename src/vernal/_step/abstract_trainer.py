@@ -8,6 +8,7 @@ than methods, because a user's subclass may have fields of the same names.
 
 import abc
 from typing import TYPE_CHECKING, Any, Generic
+from weakref import WeakValueDictionary
 
 import equinox as eqx
 import jax
@@ -298,10 +299,28 @@ def is_constrained(trainer: AbstractTrainer) -> bool:
     return overrides(trainer, "constrain") or bounds_of(trainer) is not None
 
 
+# What vernal itself has made, whose parameters are where its coordinates say. By its
+# identity, since a module hashes by its arrays. What users change, as by
+# `equinox.tree_at`, is another object.
+_made = WeakValueDictionary[int, Progress]()
+
+
+def note_made(progress: Progress | None) -> None:
+    """Notes a progress that vernal has made, or looked at."""
+    if progress is not None and progress.latent is not None:
+        _made[id(progress)] = progress
+
+
+def is_made(trainer: AbstractTrainer) -> bool:
+    """Whether vernal has made, or looked at, the progress of a trainer."""
+    return _made.get(id(trainer._progress)) is trainer._progress
+
+
 def changed(module: ModuleT, **fields: Any) -> ModuleT:
     """Copies a module with other fields, without the `__init__` of its class.
 
     Flattening would do the same, but slower: this runs between the chunks of each fit.
     """
+    note_made(fields.get("_progress"))
     old = object.__getattribute__(module, "__dict__")
     return build(type(module), {**old, **fields})

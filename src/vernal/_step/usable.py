@@ -1,21 +1,25 @@
 """Whether a trainer can be used: one, of this precision, and at one point."""
 
 from typing import Any
-from weakref import WeakValueDictionary
 
 import equinox as eqx
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
 from .._boundary import PyTree, is_traced
-from .._constraints import Bijections, is_close, tolerance_of
+from .._constraints import Bijections, tolerance_of
 from .._program import program
 from .._projection import EigenProjector
 from .._tree import by_path
-from .abstract_trainer import AbstractTrainer, bijections_of, progress_of
+from .abstract_trainer import (
+    AbstractTrainer,
+    bijections_of,
+    is_made,
+    note_made,
+    progress_of,
+    to_params,
+)
 from .precision import require_precision
-from .progress import Progress
 from .replace import member_axes
 
 
@@ -38,16 +42,20 @@ def refuse_stacked(trainer: AbstractTrainer, name: str) -> None:
         )
 
 
-# What is known to be at one point, so that no step of a loop has to be waited for.
-_known = WeakValueDictionary[int, Progress]()
-
-
 def require_one_point(trainer: AbstractTrainer) -> None:
-    """Refuses parameters that were changed without the coordinates that a fit moves."""
-    progress = progress_of(trainer)
-    if _known.get(id(progress)) is progress:
-        return
+    """Refuses parameters that were changed without the coordinates that a fit moves.
+
+    What vernal has made is not looked at again.
+    """
+    if not is_made(trainer):
+        refuse_two_points(trainer)
+
+
+def refuse_two_points(trainer: AbstractTrainer) -> None:
+    """Refuses them, whoever made the trainer."""
     strays = strays_of(trainer)
+    if strays is None:
+        return
     if strays:
         shown = ", ".join(map(repr, strays[:5]))
         raise ValueError(
@@ -56,60 +64,85 @@ def require_one_point(trainer: AbstractTrainer) -> None:
             f"{shown}. One was changed without the other, as by `eqx.tree_at`. Change "
             "parameters by `trainer.replace(model=...)`, which changes both."
         )
-    note_one_point(trainer)
+    note_made(progress_of(trainer))
 
 
-def note_one_point(trainer: AbstractTrainer) -> None:
-    """Notes that the parameters of a trainer were made of its coordinates."""
-    progress = progress_of(trainer)
-    if progress.latent is not None:
-        _known[id(progress)] = progress
+# The room is large where parameters are far from the origin of a projector.
+_CLOSER = 4 / 3
 
 
-def strays_of(trainer: AbstractTrainer) -> list[str]:
+def strays_of(trainer: AbstractTrainer) -> list[str] | None:
     """Lists the parameters that are elsewhere than the coordinates say.
 
-    Within a program they are not known, and none is listed.
+    Returns `None` where that is not known: within a program, and where another process
+    has the arrays. Numbers are compared by NumPy, for which nothing is compiled.
     """
-    old = progress_of(trainer)
-    if old.latent is None or is_traced(old.latent, old.params):
-        return []
-    parts = trainer.projector, bijections_of(trainer), old.latent, old.params
-    flags = _strays(parts, old.step_count)
-    # In a function that JAX traces, so is the program.
-    if is_traced(flags):
-        return []
-    return [path for path, flag in flags.items() if np.any(flag)]
+    old, projector = progress_of(trainer), trainer.projector
+    bijections, rank = bijections_of(trainer), old.step_count.ndim
+    params, free = old.params, old.latent
+    if free is None or not _are_known((free, params)):
+        return None
+    axes = member_axes(old.step_count) if rank else None
+    each = lambda fn: eqx.filter_vmap(fn, in_axes=axes) if rank else fn
+    if projector is not None:
+        free = each(to_params)(projector, free)
+    again, back, mapped = free, params, frozenset[str]()
+    if bijections is not None:
+        again, back = each(_there_and_back)(bijections, free, params)
+        mapped = bijections.maps.keys()
+    # In a function that JAX traces, so is what it calls.
+    if not _are_known((again, back)):
+        return None
+    values, frees = map(_wide, (params, free))
+    rooms = list(map(abs, frees))
+    if projector is not None:
+        rooms = _reach(projector, frees, rank)
+    strays = []
+    columns = by_path(params).items(), values, _wide(again), frees, _wide(back), rooms
+    for (path, leaf), x, y, at, there, room in zip(*columns, strict=True):
+        tolerance = float(tolerance_of(leaf))
+        inner = tuple(range(rank, x.ndim))
+        # A map returns an array up to rounding of its largest element.
+        size = abs(x).max(inner, keepdims=True, initial=0) if path in mapped else abs(x)
+        with np.errstate(invalid="ignore"):
+            # After a fit, either may be NaN.
+            is_off = np.any(abs(x - y) > tolerance * size)
+            is_near = np.all(abs(at - there) <= tolerance**_CLOSER * room)
+        if is_off and not is_near:
+            strays.append(path)
+    return strays
 
 
 @program
-def _strays(
-    parts: tuple[Any, ...], step_count: Int[Array, "*members"]
-) -> dict[str, Bool[Array, "*members"]]:
-    if not step_count.ndim:
-        return _flags(*parts)
-    return eqx.filter_vmap(_flags, in_axes=member_axes(step_count))(*parts)
+def _there_and_back(
+    bijections: Bijections, free: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    return bijections.forward(free), bijections.inverse(params)
 
 
-def _flags(
-    projector: EigenProjector | None,
-    bijections: Bijections | None,
-    latent: PyTree,
-    params: PyTree,
-) -> dict[str, Bool[Array, ""]]:
-    """Returns which parameters are not those of a latent point, up to rounding."""
-    free, reaches = latent, {}
-    if projector is not None:
-        free = projector.to_params(latent)
-        reaches = by_path(projector.reach(free)).by_name()
-    again = free if bijections is None else bijections.forward(free)
-    maps = {} if bijections is None else bijections.maps
-    again, flags = by_path(again).by_name(), {}
-    for path, x in by_path(params).items():
-        if path in maps:
-            flags[path] = ~is_close(x, again[path])
-        else:
-            size = jnp.abs(x) + reaches.get(path, 0)
-            # After a fit, either may be NaN.
-            flags[path] = jnp.any(jnp.abs(again[path] - x) > tolerance_of(x) * size)
-    return flags
+def _are_known(tree: PyTree) -> bool:
+    is_here = lambda leaf: leaf.is_fully_addressable or leaf.is_fully_replicated
+    return not is_traced(tree) and all(map(is_here, jax.tree.leaves(tree)))
+
+
+def _wide(tree: PyTree) -> list[Any]:
+    kind = lambda leaf: complex if np.iscomplexobj(leaf) else float
+    return [np.asarray(leaf).astype(kind(leaf)) for leaf in jax.tree.leaves(tree)]
+
+
+def _reach(projector: EigenProjector, frees: list[Any], rank: int) -> list[Any]:
+    """Returns the size of the terms that are summed for each element.
+
+    Rounding is this times the precision. A move is a sum along directions that are
+    orthonormal in the units of a whitening, and its terms may cancel.
+    """
+    starts, found = _wide(projector.origin), list(frees)
+    for whitening, block in zip(projector.whitenings, projector.blocks, strict=True):
+        units = np.asarray(whitening.units).astype(float)
+        moves = [abs(frees[i] - starts[i]) for i in block]
+        moves = [move.reshape(*move.shape[:rank], -1) for move in moves]
+        ends = np.cumsum([move.shape[-1] for move in moves])[:-1]
+        most = (np.concatenate(moves, -1) / units).max(-1, keepdims=True, initial=0)
+        for i, reach in zip(block, np.split(most * units, ends, axis=-1), strict=True):
+            found[i] = abs(starts[i]) + reach.reshape(frees[i].shape)
+    return found

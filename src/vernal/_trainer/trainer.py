@@ -73,7 +73,7 @@ from .._step import (
     is_constrained,
     nan_report,
     no_optimiser,
-    note_one_point,
+    note_made,
     precision_of,
     prepared_config,
     raise_if_non_finite,
@@ -238,6 +238,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             jax.tree.map(strong, nan_policy.init(params)),
             jax.tree.map(strong, state),
         )
+        note_made(self._progress)
 
     def __check_init__(self) -> None:
         check_own_fields(self)
@@ -313,7 +314,6 @@ class Trainer(AbstractTrainer[Model, Batch]):
             given = prepared_config(trainer) if is_same else trainer
             progress, info = run_step(given, batch, place)
         trainer = with_progress(trainer, progress)
-        note_one_point(trainer)
         raises = self.nan_policy.raises
         if not (raises or is_debugged()):
             return trainer, info
