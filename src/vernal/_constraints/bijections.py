@@ -83,17 +83,16 @@ class Bijections(Portable, PlainMethods, eqx.Module):
 
     def required(self, params: PyTree) -> PyTree:
         """Returns the free coordinates of parameters; refuses any that have none."""
-        free, again, close = _there_and_back(self, params)
+        free, again, is_close = _there_and_back(self, params)
         at = by_path(free).by_name()
         for path, x in by_path(params).items():
             if path in self.maps:
-                _check(path, x, at[path], again[path], close[path])
+                _check(path, x, at[path], again[path], is_close[path])
         if is_traced(self, params):
             message = "A parameter is not what its bijection, of `bounds`, can return."
-            is_good = [
-                close[path] & jnp.all(jnp.isfinite(at[path])) for path in self.maps
-            ]
-            return eqx.error_if(free, ~jnp.all(jnp.stack(is_good)), message)
+            are_finite = (jnp.all(jnp.isfinite(at[path])) for path in self.maps)
+            flags = [*is_close.values(), *are_finite]
+            return eqx.error_if(free, ~jnp.all(jnp.stack(flags)), message)
         return free
 
     def resized(self, free: PyTree, params: PyTree) -> tuple[str, ...]:
@@ -143,7 +142,7 @@ def _there_and_back(
     free, before = bijections.inverse(params), by_path(params).by_name()
     again = by_path(bijections.forward(free)).by_name()
     again = {path: again[path] for path in bijections.maps}
-    return free, again, {path: is_close(before[path], x) for path, x in again.items()}
+    return free, again, {path: _is_close(before[path], x) for path, x in again.items()}
 
 
 def is_bijection(given: Any) -> bool:
@@ -192,13 +191,12 @@ def tolerance_of(value: Array) -> Array:
     return jnp.sqrt(jnp.finfo(value.dtype).eps).astype(value.dtype)
 
 
-def is_close(value: Array, again: Array) -> Any:
-    """Whether a map has returned a value, up to rounding."""
+def _is_close(value: Array, again: Array) -> Any:
     size = jnp.max(jnp.abs(value))
     return jnp.all(jnp.abs(again - value) <= tolerance_of(value) * size)
 
 
-def _check(path: str, value: Array, free: Array, again: Array, close: Any) -> None:
+def _check(path: str, value: Array, free: Array, again: Array, is_close: Any) -> None:
     if any(isinstance(x, Tracer) for x in (value, free, again)):
         return
     show = lambda x: np.array2string(np.asarray(x), precision=6, threshold=8)
@@ -209,7 +207,7 @@ def _check(path: str, value: Array, free: Array, again: Array, close: Any) -> No
             "beyond. Start within; or give a pair `(low, high)`, if the answer may lie "
             "on the edge."
         )
-    if not close:
+    if not is_close:
         raise ValueError(
             f"`bounds`: {path!r} starts at {show(value)}, which its bijection does not "
             f"return: of its free coordinates that makes {show(again)}. Start there."

@@ -82,6 +82,7 @@ from .._step import (
     replaced_fields,
     reproject,
     require_one,
+    require_one_point,
     require_precision,
     score,
     step_key,
@@ -1190,6 +1191,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             or if arrays may be those of each member or of all.
         """
         require_precision(self)
+        if model is None:
+            require_one_point(self)
         return changed(
             self, **replaced_fields(self, model, optimiser, nan_policy, state)
         )
