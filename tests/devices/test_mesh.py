@@ -396,13 +396,26 @@ def test_many_on_devices(name):
         assert one.stop_reasons[3] is vn.StopReason.NON_FINITE
 
 
-def test_many_that_converged_on_devices_are_not_checked():
+def test_many_that_converged_on_devices_are_checked():
     trainers, options = starts(count=4), {"stop": vn.Converged(0.9, 2)}
     one = vn.fit_many(trainers, BATCH, 9, **options)
     assert one.stop_reasons == (vn.StopReason.STALLED,) * 4
-    many = vn.fit_many(trainers, BATCH, 9, mesh=mesh_of(4), **options)
-    assert many.stop_reasons == (vn.StopReason.CONVERGED,) * 4
-    assert np.isnan(many.edms).all()
+    for mesh, batch in (mesh_of(4), 4), (mesh_of(2), 2):
+        many = vn.fit_many(trainers, BATCH, 9, mesh=mesh, batch=batch, **options)
+        assert many.stop_reasons == one.stop_reasons
+        np.testing.assert_allclose(many.edms, one.edms, rtol=1e-9)
+    with_mesh = trainers[0].fit(BATCH, 9, mesh=mesh_of(4), **options)
+    assert with_mesh.stop_reason is vn.StopReason.STALLED
+    np.testing.assert_allclose(with_mesh.edm, one.edms[0], rtol=1e-9)
+
+
+def test_split_parameters_that_converged_are_not():
+    trainer = Sum({"x": jnp.arange(8.0)}, optax.adam(1e-3))
+    options = {"stop": vn.Converged(0.9, 2), "mesh": mesh_of(4, 2)}
+    with pytest.warns(UserWarning, match="was not checked, since devices"):
+        result = trainer.fit(1.0, 9, sharding={"x": P("model")}, **options)
+    assert result.stop_reason is vn.StopReason.CONVERGED
+    assert np.isnan(result.edm)
 
 
 def solved(**options):

@@ -25,12 +25,14 @@ from .result import FitResult
 _measure = program(measure)
 
 
-def checked_end(result: FitResult[Any, Any], source: Source) -> FitResult[Any, Any]:
+def checked_end(
+    result: FitResult[Any, Any], source: Source, trainer: AbstractTrainer
+) -> FitResult[Any, Any]:
     """Checks that a fit which `Converged` ended has arrived at a minimum.
 
-    That is known only where there is one loss: that of one batch.
+    That is known only where there is one loss: that of one batch. `trainer` is that of
+    the result, on the devices of the fit.
     """
-    trainer: AbstractTrainer = result.trainer
     is_over = result.stop_reason is StopReason.CONVERGED
     if not (is_over and isinstance(source, Whole) and has_minimum(trainer)):
         return result

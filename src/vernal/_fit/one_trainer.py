@@ -110,7 +110,10 @@ class OneTrainer(AbstractSubject):
         return FitResult(noted(self.home(trainer)), history, reasons[0])
 
     def checked(self, result: Any, source: Source) -> Any:
-        return checked_end(result, source) if self.place.mesh is None else result
+        if not self.is_here:
+            return result
+        with self.context():
+            return checked_end(result, source, self.placed(result.trainer))
 
     def reasons(self, result: Any) -> tuple[StopReason, ...]:
         return (result.stop_reason,)

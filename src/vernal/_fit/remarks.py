@@ -9,6 +9,7 @@ import numpy as np
 from .._boundary import is_debugged, warn
 from .._data import Minibatches, Source, Stream, Whole
 from .._loop import Monitor
+from .._minimum import has_minimum
 from .._policy import Converged, StopReason
 from .._step import (
     AbstractTrainer,
@@ -67,7 +68,7 @@ def remark(course: Course, result: Any) -> None:
         if course.taken and validation is not None:
             _warn_of_scores(course, history.validation)
     if StopReason.CONVERGED in subject.reasons(result):
-        _warn_of_noise(course)
+        _warn_of_no_check(course)
     with subject.context():
         ended = _ended(course, course.last_source(), result)
         warn_of_no_data(subject.entrance, history.loss, ended)
@@ -131,19 +132,27 @@ def _warn_of_scores(course: Course, scores: np.ndarray) -> None:
         )
 
 
-def _warn_of_noise(course: Course) -> None:
-    """Warns of a fit that ended because the losses of single batches no longer fell."""
-    source = course.source
+def _warn_of_no_check(course: Course) -> None:
+    """Warns of a fit that `Converged` has ended, and that nobody has checked."""
+    source, entrance = course.source, course.subject.entrance
     is_part = isinstance(source, Minibatches) and source.size < source.examples
     # A criterion of the user may watch a validation.
     is_ours = lambda stop: isinstance(stop, Converged)
     stops = jax.tree.leaves(course.monitor.stop, is_leaf=is_ours)
-    if any(map(is_ours, stops)) and (is_part or isinstance(source, Stream)):
+    if not any(map(is_ours, stops)):
+        return
+    if is_part or isinstance(source, Stream):
         warn(
-            f"`{course.subject.entrance}`: `Converged` has ended it, but the loss of a "
-            "batch is no measure of the next one, and whether this is a minimum was "
-            "not checked. Watch a validation, `validation=(batch, every)` with "
+            f"`{entrance}`: `Converged` has ended it, but the loss of a batch is no "
+            "measure of the next one, and whether this is a minimum was not checked. "
+            "Watch a validation, `validation=(batch, every)` with "
             "`stop=vn.Patience(n)`; or fit all of the data at each step."
+        )
+    elif not course.subject.is_here and has_minimum(course.trainer):
+        warn(
+            f"`{entrance}`: `Converged` has ended it, and whether this is a minimum "
+            "was not checked, since devices share parameters, or processes the mesh. "
+            "On one device a report says how far it is: `report(batch).edm`."
         )
 
 

@@ -156,6 +156,12 @@ class AbstractSubject(abc.ABC):
     def checked(self, result: Any, source: Source) -> Any:
         """Checks that a fit which has converged is at a minimum."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this process has all arrays, and each parameter is on one device."""
+        is_shared = self.place.mesh is not None and jax.process_count() > 1
+        return not (is_shared or self.place.splits)
+
     @abc.abstractmethod
     def reasons(self, result: Any) -> tuple[StopReason, ...]:
         """Returns why the fit of each trainer ended."""

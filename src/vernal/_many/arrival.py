@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._devices import AbstractPlacement
 from .._minimum import (
     Distance,
     Local,
@@ -24,7 +25,14 @@ from .._minimum import (
 )
 from .._policy import StopReason
 from .._program import program
-from .._step import AbstractTrainer, in_real_coordinates, stripped
+from .._step import (
+    AbstractTrainer,
+    config_of,
+    in_real_coordinates,
+    progress_of,
+    stripped,
+    with_progress,
+)
 from .._storage import History
 from .mapped_chunk import Flags, apart
 from .members import Members
@@ -33,20 +41,29 @@ from .stack import stacked
 
 
 def checked_ends(
-    result: ManyResult[Any], batch: Any, flags: Flags, group: int
+    result: ManyResult[Any],
+    batch: Any,
+    flags: Flags,
+    group: int,
+    place: AbstractPlacement,
 ) -> ManyResult[Any]:
     """Checks of each member that `Converged` ended that it has arrived at a minimum.
 
-    `flags` says which leaves of the batch have a row for each member.
+    `flags` says which leaves of the batch have a row for each member. The batch lies
+    where `place` puts it.
     """
     reasons, edms = list(result.stop_reasons), result.edms.copy()
     over = [i for i, reason in enumerate(reasons) if reason is StopReason.CONVERGED]
     if not over or not has_minimum(result.trainers):
         return result
     trainers, own, _ = stacked(result.trainers)
-    group = _group(trainers, batch, flags, group)
+    group = _group(trainers, batch, flags, group, place.size)
     falls = jnp.asarray(_falls(result.history, np.asarray(trainers.step_count)))
-    members = Members(trainers, (*own, *flags), group)
+    every = (True,) * len(jax.tree.leaves(progress_of(trainers)))
+    progress = place.put_rows(progress_of(trainers), every)
+    config = place.put_rows(config_of(trainers), own)
+    members = Members(with_progress(config, progress), (*own, *flags), group, place)
+    falls = place.put_rows(falls, (True,))
     kind = what_falls(trainers)
     local = _measure(members, batch, kind, falls)
     distances = distances_of(members, batch, kind, local, over)
@@ -94,8 +111,8 @@ def _measure(
     return members.map(of_one, batch, falls)
 
 
-def _group(trainers: Any, batch: Any, flags: Flags, group: int) -> int:
-    """Returns how many members to measure at a time.
+def _group(trainers: Any, batch: Any, flags: Flags, group: int, parts: int) -> int:
+    """Returns how many members to measure at a time, a multiple of `parts`.
 
     A fit needs no matrices; here those of all members are in memory together.
     """
@@ -104,8 +121,8 @@ def _group(trainers: Any, batch: Any, flags: Flags, group: int) -> int:
     rows, shared = apart(batch, flags)
     data = count(rows) // size + count(shared)
     params = count(trainers.params) // size
-    fits = lambda n: n == 1 or has_jacobian(n * data, params)
-    return next(n for n in range(group, 0, -1) if size % n == 0 and fits(n))
+    fits = lambda n: n == parts or has_jacobian(n * data, params)
+    return next(n for n in range(group, 0, -parts) if size % n == 0 and fits(n))
 
 
 def _falls(history: History, counts: np.ndarray) -> np.ndarray:

@@ -149,9 +149,11 @@ class ManyTrainers(AbstractSubject):
         return shown | ({"stopped": str(over)} if over else {})
 
     def checked(self, result: Any, source: Source) -> Any:
-        if self.place.mesh is not None or not isinstance(source, Whole):
+        if not (self.is_here and isinstance(source, Whole)):
             return result
-        return checked_ends(result, source.batch, self.flags(source.batch), self.group)
+        batch, flags = source.batch, self.flags(source.batch)
+        with self.context():
+            return checked_ends(result, batch, flags, self.group, self.place)
 
     def handed_out(self, trainer: AbstractTrainer) -> Any:
         rows, shared = apart(config_of(trainer), self.config)
