@@ -128,11 +128,19 @@ def test_only_what_converged_is_checked():
 
 
 @pytest.mark.parametrize(
-    ("data", "params", "batch", "together"),
-    [(100, 3, 12, 12), (100, 3, 6, 6), (2**20, 10, 12, 3), (2**25, 2, 12, 1)],
+    ("data", "params", "batch", "devices", "together"),
+    [
+        (100, 3, 12, 1, 12),
+        (100, 3, 6, 1, 6),
+        (2**20, 10, 12, 1, 3),
+        (2**25, 2, 12, 1, 1),
+        (100, 3, 12, 4, 12),
+        (2**20, 10, 12, 2, 2),
+        (2**25, 2, 12, 4, 4),
+    ],
 )
 def test_the_matrices_of_large_members_are_not_in_memory_together(
-    data, params, batch, together
+    data, params, batch, devices, together
 ):
     shape = jax.ShapeDtypeStruct
     trainers = SimpleNamespace(
@@ -140,7 +148,8 @@ def test_the_matrices_of_large_members_are_not_in_memory_together(
     )
     for rows, flag in (((), False), ((12,), True)):
         of = shape((*rows, data), float)
-        assert arrival._group(trainers, of, (flag,), batch) == together
+        found = arrival._group(trainers, of, (flag,), batch, devices)
+        assert found == together
 
 
 @pytest.mark.filterwarnings("ignore:.*`Converged` has ended it")
