@@ -115,6 +115,12 @@ def starts(optimiser=None):
     return [LineFit(model(slope), optimiser) for slope in SLOPES]
 
 
+REPLACED = {
+    "replaced": lambda trainer, history: trainer.replace(model=trainer.model),
+    "replaced by a new one": lambda trainer, history: trainer.replace(model=model(1.9)),
+}
+
+
 def answers(folder):
     """What must be the answer of one process."""
     options = {"validation": (DATA, 5), "stop": vn.Patience(50), "record": "slope"}
@@ -128,6 +134,10 @@ def answers(folder):
         "many": told(vn.fit_many(starts(optax.adam(0.1)), DATA, 30, **many)),
         "solved": told(vn.fit_many(starts(), DATA, 30, solver=LM, mesh=MESH)),
     }
+    # A callback may replace the model, by one of the mesh or of this process.
+    for name, back in REPLACED.items():
+        replaced = fit(callback=back, chunk=10)
+        found[name] = told(replaced) | {"params": [float(replaced.best_loss)]}
     # The loss of a best of other data is lower.
     other = fit((X, 9 * X + 30), own=fit().trainer)
     found["other data"] = told(other) | {"params": [float(other.best_loss)]}

@@ -166,6 +166,22 @@ def test_rounding_of_coordinates_is_no_change_of_what_they_map_to():
         off.step(matrix)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64", "complex128"])
+def test_a_parameter_of_any_kind_beside_a_bijection_is_looked_at(dtype):
+    class Both(vn.Trainer):
+        def loss(self, model, batch):
+            size = jnp.abs(model["z"] - 1).astype(float)
+            return jnp.square(size) + jnp.square(model["w"] - batch)
+
+    start = {"z": jnp.asarray(2, dtype), "w": jnp.asarray(1.0)}
+    trainer = Both(start, optax.sgd(0.1), bounds={"w": Positive()})
+    copied(trainer).step(2.0)
+    for name in "z", "w":
+        moved = eqx.tree_at(lambda t, n=name: t.params[n], trainer, 3 * start[name])
+        with pytest.raises(ValueError, match=f"differ in '{name}'"):
+            moved.step(2.0)
+
+
 @pytest.mark.parametrize("is_bounded", [False, True])
 @pytest.mark.parametrize("condition", [1.0, 1e20])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

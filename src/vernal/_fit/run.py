@@ -92,10 +92,15 @@ def _have_one_loss(progress: Progress, other: Progress) -> bool:
 
 
 def _beside(tree: T, others: T) -> T:
-    """Moves arrays to where others are: a callback may have moved them elsewhere."""
-    moved = lambda one, two: (
-        one if one.devices() == two.devices() else jax.device_put(one, two.sharding)
-    )
+    """Moves arrays to where others are: a callback may have moved them elsewhere.
+
+    What several processes share stays.
+    """
+
+    def moved(one: jax.Array, two: jax.Array) -> jax.Array:
+        stays = one.devices() == two.devices() or not one.is_fully_addressable
+        return one if stays else jax.device_put(one, two.sharding)
+
     return jax.tree.map(moved, tree, others)
 
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import PyTree, is_traced
-from .._constraints import Bijections, tolerance_of
+from .._constraints import Bijections
 from .._program import program
 from .._projection import EigenProjector
 from .._tree import by_path
@@ -88,7 +89,7 @@ def strays_of(trainer: AbstractTrainer) -> list[str] | None:
         free = each(to_params)(projector, free)
     again, back, mapped = free, params, frozenset[str]()
     if bijections is not None:
-        again, back = each(_there_and_back)(bijections, free, params)
+        again, back = each(_both_ways)(bijections, free, params)
         mapped = bijections.maps.keys()
     # In a function that JAX traces, so is what it calls.
     if not _are_known((again, back)):
@@ -100,7 +101,7 @@ def strays_of(trainer: AbstractTrainer) -> list[str] | None:
     strays = []
     columns = by_path(params).items(), values, _wide(again), frees, _wide(back), rooms
     for (path, leaf), x, y, at, there, room in zip(*columns, strict=True):
-        tolerance = float(tolerance_of(leaf))
+        tolerance = float(jnp.finfo(leaf.dtype).eps) ** 0.5
         inner = tuple(range(rank, x.ndim))
         # A map returns an array up to rounding of its largest element.
         size = abs(x).max(inner, keepdims=True, initial=0) if path in mapped else abs(x)
@@ -114,7 +115,7 @@ def strays_of(trainer: AbstractTrainer) -> list[str] | None:
 
 
 @program
-def _there_and_back(
+def _both_ways(
     bijections: Bijections, free: PyTree, params: PyTree
 ) -> tuple[PyTree, PyTree]:
     return bijections.forward(free), bijections.inverse(params)
