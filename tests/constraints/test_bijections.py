@@ -14,16 +14,9 @@ from flowjax import bijections as flowjax
 from numpyro.distributions import biject_to, constraints
 
 import vernal as vn
+from models import Positive
 
 LM = optx.LevenbergMarquardt(1e-10, 1e-10)
-
-
-class Positive(vn.Bijection):
-    def forward(self, free):
-        return jnp.exp(free)
-
-    def inverse(self, value):
-        return jnp.log(value)
 
 
 class Between(vn.Bijection):

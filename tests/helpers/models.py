@@ -21,6 +21,14 @@ class Line(eqx.Module):
         return self.slope * x + self.offset
 
 
+class Positive(vn.Bijection):
+    def forward(self, free):
+        return jnp.exp(free)
+
+    def inverse(self, value):
+        return jnp.log(value)
+
+
 class Gaussian(eqx.Module):
     mean: jax.Array
     std: jax.Array

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import vernal as vn
-from models import Gaussian, GaussianFit, gaussian_batch
+from models import Gaussian, GaussianFit, Positive, gaussian_batch
 
 FLOATS = {
     "np.mean": np.mean(np.asarray([1.0, 2.0])),
@@ -219,14 +219,6 @@ def test_print_says_what_happens_to_each():
     ]
     trainer, _ = trainer.step(0.0)
     assert repr(trainer) == "Fit(dict, 2 parameters, step_count=1, best_loss=3.25)"
-
-
-class Positive(vn.Bijection):
-    def forward(self, free):
-        return jnp.exp(free)
-
-    def inverse(self, value):
-        return jnp.log(value)
 
 
 def test_print_shows_bounds_ties_and_priors():

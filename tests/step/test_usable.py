@@ -9,20 +9,12 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from models import line
+from models import Positive, line
 
 LM = optx.LevenbergMarquardt(1e-8, 1e-8)
 X = jnp.linspace(-1.0, 1.0, 20)
 BATCH = X, 2 * X + 0.3
 MESSAGE = r"`trainer.params` and `trainer.latent`.* differ in 'slope'\. .*replace"
-
-
-class Positive(vn.Bijection):
-    def forward(self, free):
-        return jnp.exp(free)
-
-    def inverse(self, value):
-        return jnp.log(value)
 
 
 class Fit(vn.Trainer):

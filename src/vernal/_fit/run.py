@@ -381,14 +381,10 @@ class FitRun:
             progress_of(answer), progress_of(given), what, whose, "Keep the dtypes."
         )
         was_made = is_made(answer)
-        best_loss = self._subject.on_host(progress.best_loss)
-        if self._keeps_best and not np.isfinite(best_loss).all():
-            best = _best_of_both(_best_in(progress), _best_in(progress_of(given)))
-            progress = dataclasses.replace(progress, **best)
-            noted_as(with_progress(answer, progress), given)
         answer = with_progress(answer, progress)
         if not was_made:
             refuse_two_points(answer)
+        answer = self._with_own_best(answer, given)
         answer = self._subject.taken_back(answer, given, self.trainer)
         answer = self._begun(answer, self.taken)
         if not _have_one_loss(progress_of(answer), progress_of(self.trainer)):
@@ -398,6 +394,16 @@ class FitRun:
             )
         self._hold(answer, self._subject.placed(answer))
         self.stopped = self._is_over()
+
+    def _with_own_best(self, answer: Any, given: AbstractTrainer) -> Any:
+        """Returns an answer with the best of this fit, where it has none."""
+        progress = progress_of(answer)
+        best_loss = self._subject.on_host(progress.best_loss)
+        if not self._keeps_best or np.isfinite(best_loss).all():
+            return answer
+        best = _best_of_both(_best_in(progress), _best_in(progress_of(given)))
+        progress = dataclasses.replace(progress, **best)
+        return noted_as(with_progress(answer, progress), given)
 
     @property
     def checkpoint_is_due(self) -> bool:
