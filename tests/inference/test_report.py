@@ -284,6 +284,36 @@ def test_without_scatter_what_is_not_constrained_stays_so():
     assert report["idle"].status == "unconstrained"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "is_idle", "method", "is_noted"),
+    [
+        *((jnp.float32, False, method, True) for method in ("residuals", "nll")),
+        *((jnp.float32, True, method, False) for method in ("residuals", "nll")),
+        *((jnp.float64, False, method, False) for method in ("residuals", "nll")),
+    ],
+)
+def test_what_rounding_hides_has_a_note(dtype, is_idle, method, is_noted):
+    """Two curves that differ by less than 32 bits show, unless one does nothing."""
+    x = jnp.linspace(0, 1, 200, dtype=dtype)
+
+    def residuals(self, model, batch):
+        other = 0.0 if is_idle else x + 1e-5 * x**2
+        return (model["a"] * x + model["b"] * other - batch) / 0.1
+
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(residuals(self, model, batch) ** 2)
+
+    methods = {"residuals": residuals, "nll": nll}
+    kind = type("Curves", (vn.Trainer,), {method: methods[method]})
+    trainer = kind({"a": jnp.ones((), dtype), "b": jnp.ones((), dtype)})
+    batch = 1 * x if is_idle else 2 * x + 1e-5 * x**2
+    report = trainer.report(batch)
+    is_known = dtype == jnp.float64 and not is_idle
+    assert np.isfinite(report["b"].error) == is_known
+    said = "rounding may hide" in str(report.note)
+    assert said == ("rounding may hide" in trainer.table(batch)) == is_noted
+
+
 class MeanLoss(vn.Trainer):
     def loss(self, model, batch):
         return jnp.mean(model(batch[0]) ** 2)

@@ -8,6 +8,7 @@ import numpy as np
 
 from .._boundary import boolean, refuse_program, whole_number
 from .._minimum import edm_note, slope_note
+from .._projection import DenseWhitening
 from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
 from .._step import AbstractTrainer, in_free_coordinates, template_of
 from .._tree import aligned, by_path, element_name, named_leaves
@@ -18,6 +19,9 @@ from .propagate import propagated
 
 # The most rows that one array has in a table.
 _MOST_ROWS = 64
+
+# The resolution of null directions in float64.
+_OF_FLOAT64 = math.sqrt(np.finfo(np.float64).eps)
 
 
 def report(
@@ -70,12 +74,27 @@ def _around(
 
 
 def _note(trainer: AbstractTrainer, here: Around) -> str | None:
-    """Returns what a table has to say of the minimum."""
+    """Returns what a table has to say of the minimum, and of its errors."""
+    of_rounding = _rounding_note(here.whitening)
     if here.distance is None:
-        return None
+        return of_rounding
     about = here.distance, trainer.params
     of_slopes = slope_note(*about) if here.kind == "expected" else None
-    return edm_note(*about) or of_slopes
+    return edm_note(*about) or of_slopes or of_rounding
+
+
+def _rounding_note(whitening: DenseWhitening) -> str | None:
+    """Returns a note if float64 may constrain what has an infinite error here."""
+    null = np.asarray(whitening.vectors, float)[:, np.asarray(whitening.is_null)]
+    # An element that does nothing is a null direction by itself, in any precision.
+    is_idle = np.square(null).sum(axis=1) > 1 - whitening.resolution
+    is_known = np.count_nonzero(is_idle) == null.shape[1]
+    if is_known or whitening.resolution <= _OF_FLOAT64:
+        return None
+    return (
+        "rounding may hide how well the data constrain what is unconstrained here: "
+        "compute in float64"
+    )
 
 
 def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
