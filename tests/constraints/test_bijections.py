@@ -602,12 +602,17 @@ def test_the_objective_is_the_density_of_the_parameters():
     np.testing.assert_allclose(potential(point), expected, rtol=1e-12)
 
 
-def test_a_file_of_another_bijection_is_refused(tmp_path):
-    trainer = trainer_of(Positive(), 1.0, optax.adam(0.1))
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_a_file_of_another_bijection_is_refused(is_stacked, tmp_path):
+    def make(bijection):
+        one = lambda x: trainer_of(bijection, x, optax.adam(0.1))
+        return eqx.filter_vmap(one)(jnp.asarray([1.0, 2.0])) if is_stacked else one(1.0)
+
+    trainer = make(Positive())
     vn.save(tmp_path / "one", trainer)
-    other = trainer_of(Between(0.0, 4.0), 1.0, optax.adam(0.1))
+    same_bits(vn.load(tmp_path / "one", trainer), trainer)
     with pytest.raises(vn.MismatchError, match="of another bijection"):
-        vn.load(tmp_path / "one", other)
+        vn.load(tmp_path / "one", make(Between(0.0, 4.0)))
 
 
 @pytest.mark.parametrize("is_whitened", [False, True])

@@ -313,6 +313,21 @@ def test_what_is_loaded_or_traced_is_within_the_bounds(tmp_path):
         jax.block_until_ready(make(jnp.array(-3.0)).params)
 
 
+@pytest.mark.parametrize("slope", [-3.0, 1.0])
+def test_each_member_that_is_loaded_is_within_the_bounds(slope, tmp_path):
+    slopes, bounds = jnp.asarray([0.5, slope, 2.0]), {"slope": (0, None)}
+    make = lambda start, **rest: LineFit(line(start), optax.adam(0.05), **rest)
+    narrow = eqx.filter_vmap(lambda x: make(x, bounds=bounds))(abs(slopes))
+    vn.save(tmp_path / "wide.vernal", eqx.filter_vmap(make)(slopes))
+    load = functools.partial(vn.load, tmp_path / "wide.vernal", narrow)
+    if slope > 0:
+        np.testing.assert_array_equal(load().model.slope, slopes)
+        return
+    match = r"member 1, has .* does not allow(?s:.)*'slope' starts at -3, outside"
+    with pytest.raises(vn.MismatchError, match=match):
+        load()
+
+
 def test_a_latent_objective_is_finite_on_the_bounds():
     batch = MATRIX.astype(np.float32), TARGET.astype(np.float32)
     start = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)

@@ -292,10 +292,18 @@ def positive(offset):
     return Linear(at(offset), optax.sgd(1e-3), priors={"c": Gamma(2.0, 1.0)})
 
 
+def anywhere(offset):
+    return Linear(at(offset), optax.sgd(1e-3), priors={"c": Anywhere()})
+
+
 def loaded(path, offset):
-    saved = Linear(at(offset), optax.sgd(1e-3), priors={"c": Anywhere()})
-    vn.save(path, saved)
+    vn.save(path, anywhere(offset))
     return vn.load(path, positive(1.0))
+
+
+def each_loaded(path, offset):
+    vn.save(path, eqx.filter_vmap(anywhere)(jnp.asarray([1.0, offset])))
+    return vn.load(path, eqx.filter_vmap(positive)(BOTH))
 
 
 class Anywhere(NamedTuple):
@@ -311,6 +319,7 @@ ENTRANCES = {
     "made": lambda _, c: positive(c),
     "replaced": lambda _, c: positive(1.0).replace(model=at(c)),
     "loaded": loaded,
+    "each loaded": each_loaded,
     "made under jit": lambda _, c: eqx.filter_jit(positive)(jnp.asarray(c)),
     "made under vmap": lambda _, c: eqx.filter_vmap(positive)(jnp.asarray([1.0, c])),
     "each replaced": lambda _, c: eqx.filter_vmap(positive)(BOTH).replace(

@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from .._boundary import PyTree, nearest_names
 from .._optimiser import Maker, other_maker, state_makers
@@ -178,9 +180,38 @@ def restore(
         state |= _initial_fields(trainer, state, fields)
     progress = Progress(**state)
     trainer = with_progress(trainer, progress, projector=projector)
-    if not progress.step_count.ndim:
+    if progress.step_count.ndim:
+        _require_each_within(trainer, source)
+    else:
         _require_within(trainer, source)
+    if bijections_of(trainer) is not None and strays_of(trainer):
+        raise MismatchError(
+            f"{source} has free coordinates of another bijection than that in "
+            "`bounds`. Load it with the bijection that it was saved with; to go on "
+            "with another one, make a new trainer of that model."
+        )
     return trainer
+
+
+def _require_each_within(trainer: AbstractTrainer, source: str) -> None:
+    """Refuses a member of a stacked trainer outside of its bounds and priors."""
+    if bounds_of(trainer) is None and priors_of(trainer) is None:
+        return
+    axes = member_axes(trainer.step_count)
+    flags = eqx.filter_vmap(_is_within, in_axes=(axes,))(trainer)
+    for index in np.flatnonzero(~np.asarray(flags)):
+        of_one = lambda x, i=index: x[i] if axes(x) == 0 else x
+        _require_within(jax.tree.map(of_one, trainer), f"{source}, member {index},")
+
+
+def _is_within(trainer: AbstractTrainer) -> Bool[Array, ""]:
+    """Whether parameters are within the bounds and priors of the script."""
+    progress, is_within = progress_of(trainer), jnp.array(True)
+    if (priors := priors_of(trainer)) is not None:
+        is_within &= priors.allow(template_of(trainer).join(progress.best))
+    if (bounds := bounds_of(trainer)) is not None:
+        is_within &= bounds.contain(progress.params) & bounds.contain(progress.best)
+    return is_within
 
 
 def _require_within(trainer: AbstractTrainer, source: str) -> None:
@@ -201,12 +232,6 @@ def _require_within(trainer: AbstractTrainer, source: str) -> None:
             "the bounds and priors that it was saved with, or begin from another "
             f"start. {error}"
         ) from error
-    if bijections_of(trainer) is not None and strays_of(trainer):
-        raise MismatchError(
-            f"{source} has free coordinates of another bijection than that in "
-            "`bounds`. Load it with the bijection that it was saved with; to go on "
-            "with another one, make a new trainer of that model."
-        )
 
 
 def _changed_hyperparams(
