@@ -6,11 +6,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import debugged
@@ -31,27 +30,21 @@ from .._policy import StopReason
 from .._program import are_on_one_cpu, is_refused, is_switched_on
 from .._step import (
     AbstractTrainer,
-    Progress,
     advance,
     config_of,
-    is_made,
     is_of_other_code,
     noted,
-    noted_as,
     progress_of,
-    refuse_two_points,
     with_progress,
     with_some_best,
     without_best,
 )
 from .._storage import Checkpointer, History, Recorder
-from .._tree import cast_alike, require_alike
+from .answer import checked_answer, have_one_loss, is_boolean, with_best_of
 from .feed import Feed
 from .options import Callback, FitOptions
 from .remarks import Course
 from .subject import AbstractSubject
-
-T = TypeVar("T")
 
 # The size in bytes above which a state is updated in place, which takes one copy when
 # a fit begins.
@@ -79,59 +72,6 @@ def _held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if caught:
         signal.raise_signal(signal.SIGINT)
-
-
-def _have_one_loss(progress: Progress, other: Progress) -> bool:
-    """Whether two have the same parameters, and are scored on the same."""
-    seen = lambda progress: jax.tree.leaves((progress.params, progress.scored_on))
-    now, then = seen(progress), seen(other)
-    if all(one is two for one, two in zip(now, then, strict=True)):
-        return True
-    pairs = zip(_beside(now, then), then, strict=True)
-    return bool(_are_equal(list(pairs)))
-
-
-def _beside(tree: T, others: T) -> T:
-    """Moves arrays to where others are: a callback may have moved them elsewhere.
-
-    What several processes share stays.
-    """
-
-    def moved(one: jax.Array, two: jax.Array) -> jax.Array:
-        stays = one.devices() == two.devices() or not one.is_fully_addressable
-        return one if stays else jax.device_put(one, two.sharding)
-
-    return jax.tree.map(moved, tree, others)
-
-
-@jax.jit
-def _are_equal(pairs: list[tuple[Any, Any]]) -> Any:
-    is_same = lambda one, two: (one == two) | ((one != one) & (two != two))
-    return jnp.all(jnp.stack([jnp.all(is_same(*pair)) for pair in pairs]))
-
-
-def _best_in(progress: Progress) -> dict[str, Any]:
-    names = "best", "best_state", "best_loss", "is_validated", "scored_on"
-    return {name: getattr(progress, name) for name in names}
-
-
-def _best_of_both(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """Returns the best before, of `_best_in`, where that is lower, and else of now."""
-    # Computed where the fit is, and kept where the callback has put it.
-    return _beside(_lower(_beside(now, before), before), now)
-
-
-@jax.jit
-def _lower(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    is_lower = before["best_loss"] < now["best_loss"]
-    rows = lambda x: jnp.expand_dims(is_lower, tuple(range(is_lower.ndim, x.ndim)))
-    return jax.tree.map(lambda x, y: jnp.where(rows(x), y, x), now, before)
-
-
-def _is_boolean(answer: Any) -> bool:
-    # A comparison often returns a boolean of NumPy or of JAX.
-    is_one = isinstance(answer, bool | np.bool_ | jax.Array)
-    return is_one and np.shape(answer) == () and np.asarray(answer).dtype == bool
 
 
 class FitRun:
@@ -339,14 +279,14 @@ class FitRun:
                 answer, all_answers = self.peers.run_and_gather(
                     call, self._summary, "a callback"
                 )
-            if _is_boolean(answer):
+            if is_boolean(answer):
                 reason = StopReason.CALLBACK if answer else None
             if any(one != all_answers[0] for one in all_answers):
                 raise ValueError(
                     "`callback` returned another trainer on one process than on "
                     "another, or none. It must return the same on all."
                 )
-            if not _is_boolean(answer) and answer is not None:
+            if not is_boolean(answer) and answer is not None:
                 self._go_on_with(answer, given)
         if self._checkpointer is not None and self._checkpointer.is_terminating():
             reason = reason or StopReason.TERMINATED
@@ -361,49 +301,19 @@ class FitRun:
         return leaf_fingerprints(answer) if self.peers.are_many and is_trainer else None
 
     def _go_on_with(self, answer: Any, given: AbstractTrainer) -> None:
-        if type(answer) is not type(self.trainer):
-            raise TypeError(
-                f"`callback` returned an object of type `{type(answer).__name__}`. It "
-                "may return `None`, `True` to end the fit, or a trainer to go on with."
-            )
-        for name in "optimiser", "nan_policy", "projector":
-            new, old = (jax.tree.structure(getattr(x, name)) for x in (answer, given))
-            if new != old:
-                raise ValueError(
-                    f"`callback` returned a trainer with another `{name}`. It may "
-                    "change the numbers of a fit, but not its program. To go on with "
-                    "that trainer, return `True`, which ends the fit, and fit it then."
-                )
-        what = "the trainer that `callback` returned"
-        whose = "the one it was given"
-        require_alike(answer, given, what, whose)
-        progress = cast_alike(
-            progress_of(answer), progress_of(given), what, whose, "Keep the dtypes."
-        )
-        was_made = is_made(answer)
-        answer = with_progress(answer, progress)
-        if not was_made:
-            refuse_two_points(answer)
-        answer = self._with_own_best(answer, given)
+        answer = checked_answer(answer, given)
+        best_loss = self._subject.on_host(progress_of(answer).best_loss)
+        if self._keeps_best and not np.isfinite(best_loss).all():
+            answer = with_best_of(answer, given)
         answer = self._subject.taken_back(answer, given, self.trainer)
         answer = self._begun(answer, self.taken)
-        if not _have_one_loss(progress_of(answer), progress_of(self.trainer)):
+        if not have_one_loss(progress_of(answer), progress_of(self.trainer)):
             # Scores before and after do not compare.
             self._monitor_state = self._subject.first_monitor_state(
                 self._monitor, answer
             )
         self._hold(answer, self._subject.placed(answer))
         self.stopped = self._is_over()
-
-    def _with_own_best(self, answer: Any, given: AbstractTrainer) -> Any:
-        """Returns an answer with the best of this fit, where it has none."""
-        progress = progress_of(answer)
-        best_loss = self._subject.on_host(progress.best_loss)
-        if not self._keeps_best or np.isfinite(best_loss).all():
-            return answer
-        best = _best_of_both(_best_in(progress), _best_in(progress_of(given)))
-        progress = dataclasses.replace(progress, **best)
-        return noted_as(with_progress(answer, progress), given)
 
     @property
     def checkpoint_is_due(self) -> bool:
