@@ -1,5 +1,9 @@
 """A best is of the data that the last fit saw: losses of other data do not compare."""
 
+import decimal
+import enum
+import fractions
+import functools
 import pickle
 
 import equinox as eqx
@@ -95,6 +99,88 @@ def test_and_so_is_that_of_another_way(way):
     after = before.solve(SOLVER, (X, Y)).trainer
     np.testing.assert_allclose(after.best_loss, on(after, (X, Y)), rtol=1e-12)
     assert after.best_loss <= on(before, (X, Y))
+
+
+class Night:
+    """Data of a user's own class, which JAX takes for a constant."""
+
+    def __init__(self, offset):
+        self.offset = offset
+
+    def __call__(self):
+        return self.offset
+
+
+class Sky(enum.Enum):
+    DARK, BRIGHT = 0.0, 50.0
+
+
+class Tagged(eqx.Module):
+    x: jax.Array
+    offset: float = eqx.field(static=True)
+
+
+class Offset(vn.Trainer):
+    def residuals(self, model, batch):
+        x, offset = (batch.x, batch.offset) if isinstance(batch, Tagged) else batch
+        number = offset() if callable(offset) else getattr(offset, "value", offset)
+        number = 50 * number if isinstance(number, bool) else float(number)
+        return model["slope"] * x - 2 * x + number
+
+
+# Of each kind of constant: data with a low loss, and with a high one.
+CONSTANTS = {
+    "bool": (False, True),
+    "bytes": (b"0", b"50"),
+    "decimal": (decimal.Decimal(0), decimal.Decimal(50)),
+    "fraction": (fractions.Fraction(0), fractions.Fraction(50)),
+    "member of an enumeration": tuple(Sky),
+    "function": (lambda: 0.0, lambda: 50.0),
+    "partial": (functools.partial(max, 0.0, 0.0), functools.partial(max, 0.0, 50.0)),
+    "method": (Night(0.0).__call__, Night(50.0).__call__),
+    "object": (Night(0.0), Night(50.0)),
+}
+BATCHES = {name: [(X, one) for one in both] for name, both in CONSTANTS.items()}
+BATCHES["static field"] = [Tagged(X, 0.0), Tagged(X, 50.0)]
+
+
+EAGER = {name: WAYS[name] for name in ("fit", "solve", "unroll")}
+EAGER |= {name: way for name, way in WAYS.items() if name.startswith("fit_many")}
+EAGER["fit(validation=)"] = lambda trainer, data: (
+    quiet(trainer, BATCHES["bool"][0], validation=(data, 1)).trainer
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, "fit") for name in BATCHES),
+        *((name, way) for name in ("bool", "object") for way in EAGER if way != "fit"),
+    ],
+)
+def test_a_constant_of_the_data_is_of_the_data(name, way):
+    low, high = BATCHES[name]
+    begin = Offset({"slope": jnp.ones(())}, optax.sgd(1e-3))
+    trainer = EAGER[way](begin, low)
+    assert EAGER[way](trainer, low).best_loss <= trainer.best_loss < 10
+    assert EAGER[way](trainer, high).best_loss > 1_000
+
+
+@pytest.mark.parametrize("way", ["fit", "solve", "unroll"])
+def test_an_object_that_changes_is_other_data(way):
+    night = Night(0.0)
+    trainer = WAYS["fit"](Offset({"slope": jnp.ones(())}, optax.sgd(1e-3)), (X, night))
+    night.offset = 50.0
+    assert EAGER[way](trainer, (X, night)).best_loss > 1_000
+
+
+def test_of_members_that_were_scored_on_other_objects_no_best_is_kept():
+    ways = BATCHES["object"]
+    trainers = [
+        WAYS["fit"](Offset({"slope": jnp.ones(())}, optax.sgd(1e-3)), x) for x in ways
+    ]
+    result = quiet_many(trainers, ways[1])
+    assert np.all(np.asarray(result.best_losses) > 1_000)
 
 
 KEPT = {

@@ -1,8 +1,9 @@
 """One batch: its leaves turned into arrays, or refused where that would lose sense."""
 
 import contextlib
+import enum
 from collections.abc import Iterable, Iterator
-from typing import Any, final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +30,14 @@ class ManyBatches:
     """The base of what gives batches to a fit, and is not a batch itself."""
 
 
-@final
-class Flag:
+class Flag(enum.Enum):
     """A boolean in a batch, which a compiled program does not mistake for 0 or 1.
 
     To Python `True == 1`, and programs are found by what is static in their arguments.
     """
 
-    def __init__(self, value: bool):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Flag) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return hash((Flag, self.value))
+    OFF = False
+    ON = True
 
     def __repr__(self) -> str:
         return repr(self.value)

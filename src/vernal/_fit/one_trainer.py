@@ -23,7 +23,7 @@ from .._step import (
     AbstractTrainer,
     data_mark,
     nan_report,
-    noted,
+    noted_as,
     progress_of,
     scored_parts,
 )
@@ -107,7 +107,7 @@ class OneTrainer(AbstractSubject):
     def result(
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> FitResult[Any, Any]:
-        return FitResult(noted(self.home(trainer)), history, reasons[0])
+        return FitResult(noted_as(self.home(trainer), trainer), history, reasons[0])
 
     def checked(self, result: Any, source: Source) -> Any:
         if not self.is_here:

@@ -32,6 +32,7 @@ from .._step import (
     AbstractTrainer,
     advance,
     config_of,
+    in_source,
     is_of_other_code,
     noted,
     progress_of,
@@ -88,7 +89,9 @@ class FitRun:
         """Resumes the fit of the newest checkpoint, if there is one."""
         self._subject, self._checkpointer, self.peers = subject, checkpointer, peers
         trainer, self._source, self._monitor = inputs
-        self._steps = options.steps
+        self._steps, validation = options.steps, self._monitor.validation
+        self._scored = self._source if validation is None else Whole(validation.batch)
+        self._seen = in_source(self._scored)
         self._counts = subject.on_host(progress_of(trainer).nan_counts)
         self._first_steps = subject.on_host(progress_of(trainer).step_count)
         self.is_whole, self.is_resumed = True, False
@@ -148,9 +151,8 @@ class FitRun:
         """Returns the trainer without a best of other data, if steps are left."""
         if taken >= self._steps:
             return trainer
-        validation = self._monitor.validation
-        scored = self._source if validation is None else Whole(validation.batch)
-        return self._subject.begun(trainer, scored, validation is not None)
+        is_validated = self._monitor.validation is not None
+        return self._subject.begun(trainer, self._scored, is_validated)
 
     def _hold(self, trainer: AbstractTrainer, placed: Any) -> None:
         """Goes on with a trainer, given as the user knows it and as it was placed.
@@ -176,7 +178,7 @@ class FitRun:
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
-        if not self._in_place and is_of_other_code(self.trainer):
+        if not self._in_place and is_of_other_code(self.trainer, self._seen):
             # A callback may have changed what the loss reads.
             trainer = self._begun(self.trainer, self.taken)
             self._monitor_state = self._subject.first_monitor_state(
@@ -243,7 +245,7 @@ class FitRun:
         """Takes over the results of chunks that began at the step `start`."""
         subject = self._subject
         self._move_to(state)
-        noted(self.trainer)
+        noted(self.trainer, self._seen)
         kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
             self._has_accepted |= subject.on_host(ended.has_accepted)

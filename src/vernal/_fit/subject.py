@@ -19,8 +19,10 @@ from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
     begun_on,
+    in_source,
     is_of_other_code,
     non_finite_error,
+    noted,
     progress_of,
     with_progress,
 )
@@ -205,11 +207,12 @@ class AbstractSubject(abc.ABC):
         stopped = stopped & (not is_solved)
         if stopped.all():
             return trainer
-        is_other = is_of_other_code(trainer)
+        seen = in_source(scored)
+        is_other = is_of_other_code(trainer, seen)
         begun = begun_on(
             progress_of(trainer), marks, by_validation, stopped, is_other, self.on_host
         )
-        return with_progress(trainer, begun)
+        return noted(with_progress(trainer, begun), seen)
 
     def is_over(self, *flags: Any) -> bool:
         """Whether no trainer goes on: one of its flags is set."""

@@ -10,7 +10,7 @@ import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from .._boundary import MOST_STEPS, entrance, whole_number
 from .._data import Minibatches, Stream, Whole, as_batch
@@ -22,8 +22,11 @@ from .._step import (
     advance,
     data_mark,
     error_if_stopped,
+    in_source,
+    is_of_other_code,
     live_if,
     no_optimiser,
+    noted,
     progress_of,
     raise_if_non_finite,
     ranked,
@@ -108,9 +111,12 @@ def unroll(
     if steps == 0:
         return trainer, jnp.zeros(0, trainer.best_loss.dtype)
     length = _segment_near_root(steps) if segment is None else segment
-    mark = jax.device_put(np.uint32(data_mark(source, scored_parts(trainer))))
-    progress, losses = _run(trainer, source, mark, steps, length)
-    return _raised_if_bad(trainer, with_progress(trainer, progress)), losses
+    seen = in_source(source)
+    mark = np.uint32(data_mark(source, scored_parts(trainer)))
+    marks = jax.device_put((mark, np.bool_(is_of_other_code(trainer, seen))))
+    progress, losses = _run(trainer, source, marks, steps, length)
+    after = noted(with_progress(trainer, progress), seen)
+    return _raised_if_bad(trainer, after), losses
 
 
 def _source(batch: Any) -> Whole[Any] | Minibatches:
@@ -149,13 +155,13 @@ def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
 def _run(
     trainer: AbstractTrainer,
     source: Whole[Any] | Minibatches,
-    mark: UInt32[Array, ""],
+    marks: tuple[UInt32[Array, ""], Bool[Array, ""]],
     steps: int,
     segment: int,
 ) -> tuple[Progress, Float[Array, " steps"]]:
     """Takes the steps that come before the trainer stops."""
     old = progress_of(trainer)
-    start = stepped_on(old, mark)
+    start = stepped_on(old, *marks)
 
     def step(carry: tuple[Progress, Any], _: None) -> tuple[Any, Float[Array, ""]]:
         progress, cursor = carry

@@ -19,7 +19,7 @@ from .._step import (
     config_of,
     in_source,
     marks_of_rows,
-    noted,
+    noted_as,
     progress_of,
     scored_parts,
     with_progress,
@@ -194,7 +194,7 @@ class ManyTrainers(AbstractSubject):
     def result(
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> ManyResult[Any]:
-        stacked = noted(self.handed_out(self.home(trainer)))
+        stacked = noted_as(self.handed_out(self.home(trainer)), trainer)
         edms = np.full(self.size, np.nan)
         own = self.data_axis, self.group
         return ManyResult(stacked, history, tuple(reasons), edms, *own)

@@ -14,7 +14,6 @@ from .._data import Minibatches, Stream
 from .._step import (
     AbstractTrainer,
     config_of,
-    is_of_other_code,
     noted_as,
     progress_of,
     require_one_point,
@@ -70,8 +69,7 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
         for column, flag in zip(columns, is_stacked, strict=True)
     ]
     config, progress = structures[0].unflatten(together)
-    others = next(filter(is_of_other_code, given), given[0])
-    trainers = noted_as(with_progress(config, progress), others)
+    trainers = noted_as(with_progress(config, progress), *given)
     return trainers, tuple(flags), len(given)
 
 

@@ -32,7 +32,7 @@ from .._step import (
     in_free_coordinates,
     initial_opt_state,
     live,
-    noted,
+    noted_as,
     prior_count,
     progress_of,
     stripped,
@@ -327,4 +327,6 @@ class Rounds:
         progress = progress_at(end, old, opt_state, counts)
         history = History(np.arange(start, start + len(losses)), losses)
         trainer = with_progress(self._trainer, progress, projector=projector)
-        return FitResult(noted(trainer), history, reason, found.distance)
+        return FitResult(
+            noted_as(trainer, self._trainer), history, reason, found.distance
+        )

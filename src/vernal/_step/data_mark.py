@@ -109,10 +109,13 @@ def _chosen(flags: Any, new: Best, old: Best) -> Best:
     return jax.tree.map(lambda x, y: jnp.where(beside(x), x, y), new, old)
 
 
-def stepped_on(progress: Progress, mark: int | UInt32[Array, ""]) -> Progress:
+def stepped_on(
+    progress: Progress, mark: int | UInt32[Array, ""], is_of_other_code: Any = False
+) -> Progress:
     """Does the same within a program, of one trainer, unless that has stopped."""
     mark, known = jnp.asarray(mark, jnp.uint32), progress.scored_on
-    is_other = (known != UNKNOWN) & (known != mark) | progress.is_validated
+    is_other = (known != UNKNOWN) & ((known != mark) | is_of_other_code)
+    is_other |= progress.is_validated
     is_other &= ~progress.stopped
     best = chosen(
         is_other,

@@ -1,4 +1,8 @@
-"""By what a best was scored, beside the data: losses of other code do not compare."""
+"""By what a best was scored: losses of other code, or other data, do not compare.
+
+The mark of `data_mark` knows arrays, numbers and text. What else the data have, such as
+functions or objects of the user's own, is known by what a program reads of it.
+"""
 
 import inspect
 import weakref
@@ -24,9 +28,10 @@ from .objective import METHODS, defined
 # What a class may override, and what then decides which parameters a fit ends at.
 _HOOKS = "constrain", "evaluate"
 
-# A hash of the code of a trainer as it was when its best was scored, by the id of its
-# mark, as long as that array lives. It is of one process, so that no file can hold it.
-_noted: dict[int, tuple[weakref.ref[Any], int]] = {}
+# A hash of the code by which a best was scored, as it was then, by the id of its mark,
+# as long as that array lives; `None` for many that differ. It is of one process, so
+# that no file can hold it.
+_noted: dict[int, tuple[weakref.ref[Any], int | None]] = {}
 
 
 def scored_parts(
@@ -69,37 +74,37 @@ def _digest(trainer: AbstractTrainer, name: str) -> str | None:
     return digest_of(code).hex()
 
 
-def noted(trainer: TrainerT) -> TrainerT:
-    """Returns a trainer whose best has been scored, and notes its code."""
-    if id(progress_of(trainer).scored_on) not in _noted:
-        _note(trainer, _code(trainer))
+def noted(trainer: TrainerT, seen: Any) -> TrainerT:
+    """Returns a trainer whose best is scored on what is `seen`, and notes its code."""
+    _note(trainer, _code(trainer, seen))
     return trainer
 
 
-def noted_as(trainer: TrainerT, other: AbstractTrainer) -> TrainerT:
-    """Returns a trainer whose best was scored with that of another one."""
-    if (known := _noted.get(id(progress_of(other).scored_on))) is not None:
-        _note(trainer, known[1])
+def noted_as(trainer: TrainerT, *others: AbstractTrainer) -> TrainerT:
+    """Returns a trainer whose best was scored with that of other ones."""
+    marks = (id(progress_of(other).scored_on) for other in others)
+    if codes := {_noted[mark][1] for mark in marks if mark in _noted}:
+        _note(trainer, codes.pop() if len(codes) == 1 else None)
     return trainer
 
 
-def _note(trainer: AbstractTrainer, code: int) -> None:
+def _note(trainer: AbstractTrainer, code: int | None) -> None:
     mark = progress_of(trainer).scored_on
     place = id(mark)
     _noted[place] = weakref.ref(mark, lambda _: _noted.pop(place, None)), code
 
 
-def is_of_other_code(trainer: AbstractTrainer) -> bool:
-    """Whether the code of a trainer is another than its best was scored by."""
+def is_of_other_code(trainer: AbstractTrainer, seen: Any) -> bool:
+    """Whether a best was scored by other code, or on other data, than is `seen` now."""
     known = _noted.get(id(progress_of(trainer).scored_on))
-    return known is not None and known[1] != _code(trainer)
+    return known is not None and known[1] != _code(trainer, seen)
 
 
-def _code(trainer: AbstractTrainer) -> int:
+def _code(trainer: AbstractTrainer, seen: Any) -> int:
     """Returns a hash of what the code of a loss is, and reads, beside arrays."""
     read = tuple(map(Same, _read(type(trainer))))
     others = template_of(trainer), bijections_of(trainer), priors_of(trainer)
-    return hash_of_code((read, own_fields(trainer), others))
+    return hash_of_code((read, own_fields(trainer), others, seen))
 
 
 def _read(kind: type) -> Iterator[Any]:

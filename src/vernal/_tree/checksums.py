@@ -1,7 +1,10 @@
 """Checksums of arrays, by which equal data are known again."""
 
+import enum
 import weakref
 import zlib
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +44,20 @@ def checksum(array: Any) -> int | None:
     return zlib.crc32(np.ascontiguousarray(jax.device_get(array)).tobytes())
 
 
+# What has the same text in each process, and is not saved as a number.
+_CONSTANTS = str | bytes | enum.Enum | Decimal | Fraction
+
+
+def _text(constant: Any) -> bytes:
+    match constant:
+        case str():
+            return constant.encode()
+        case bytes():
+            return constant
+        case _:
+            return f"{type(constant).__qualname__} {constant}".encode()
+
+
 class LeafSum(NamedTuple):
     """A leaf that is known by a checksum; with rows, one for each."""
 
@@ -50,14 +67,14 @@ class LeafSum(NamedTuple):
 
 
 def leaf_sums(tree: PyTree) -> list[LeafSum]:
-    """Returns the checksum of each leaf that can be saved, and of each text.
+    """Returns the checksum of each leaf that can be saved, and of each constant.
 
     All processes that have a part of an array must call this.
     """
     texts = [
-        LeafSum(path, Kind((), "text"), zlib.crc32(leaf.encode()))
+        LeafSum(path, Kind((), "text"), zlib.crc32(_text(leaf)))
         for path, leaf in by_path(tree).items()
-        if isinstance(leaf, str)
+        if isinstance(leaf, _CONSTANTS)
     ]
     named = to_arrays(tree).items()
     return [LeafSum(path, kind, _sum(array)) for path, (kind, array) in named] + texts
