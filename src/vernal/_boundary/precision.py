@@ -21,6 +21,16 @@ _SAMPLE = 256
 # Rounding matters where it is more than this part of the spread of the data.
 _FRACTION = 1e-3
 
+# A time, or another coordinate, has a finer scale: the steps between its neighbours.
+# Rounding matters where it is more than this part of them.
+_FRACTION_OF_STEP = 1e-2
+
+# Only of numbers so many times larger than their spread a reference can be subtracted.
+_FAR = 16
+
+# Fewer numbers may be in order by accident; no more than the last are looked at.
+_LEAST_IN_ORDER, _MOST_IN_ORDER = 8, 2**16
+
 _LARGEST = np.finfo(np.float32).max
 
 
@@ -57,7 +67,7 @@ def narrowed(leaf: Any, where: str) -> Any:
     """Returns an array in the precision and the byte order that JAX computes with.
 
     Warns, and calls it `where`, if its digits matter: if the spacing of float32 at the
-    data is more than a thousandth of their spread.
+    data is more than a thousandth of their spread, or a hundredth of their steps.
     """
     if _is_swapped(leaf):
         leaf = leaf.astype(leaf.dtype.newbyteorder("="))
@@ -107,17 +117,22 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
         if largest <= np.iinfo(f"{array.dtype.kind}4").max:
             return
         what = f"has numbers up to {largest}, which do not fit into 32 bits"
-    elif low == high or step <= _FRACTION * (high - low):
-        return
+    elif largest > _LARGEST:
+        otherwise = "use another unit"
+        what = f"has numbers up to {largest:.3g}, which are infinite in float32"
     else:
+        near = _step(array) if _is_far(largest, high - low) else np.nan
+        is_coarse = low < high and not step <= _FRACTION * (high - low)
+        if not (is_coarse or step > _FRACTION_OF_STEP * near):
+            return
+        shown = f"span {low:.10g} to {high:.10g}"
+        shown = shown if is_coarse else f"are in steps of {near:.2g}"
+        what = (
+            f"is rounded to float32, whose spacing there is {step:.2g}, while the data "
+            f"{shown}"
+        )
         if not _is_normal(largest):
             otherwise = "use another unit"
-        what = (
-            f"has numbers up to {largest:.3g}, which are infinite in float32"
-            if largest > _LARGEST
-            else f"is rounded to float32, whose spacing there is {step:.2g}, while the "
-            f"data span {low:.10g} to {high:.10g}"
-        )
     warn_once(
         f"{where} {what}. Turn on `jax_enable_x64`, by {REMEDY}; or {otherwise}.",
         PrecisionWarning,
@@ -134,8 +149,26 @@ def _is_fine(few: np.ndarray) -> bool:
     largest, spread = max(-low, high), high - low
     if few.dtype.kind in "iu":
         return largest < 2**31
-    is_small = largest * 2.0**-23 <= _FRACTION * spread
+    is_small = largest * 2.0**-23 <= _FRACTION * spread and not _is_far(largest, spread)
     return spread == 0 or (_is_normal(largest) and is_small)
+
+
+def _is_far(largest: Any, spread: Any) -> bool:
+    return bool(largest > _FAR * spread > 0)
+
+
+def _step(array: np.ndarray) -> float:
+    """Returns a short step between neighbours, NaN of what is not in order.
+
+    One in ten is shorter. Several series may follow each other.
+    """
+    few = array.reshape(-1)[:_MOST_IN_ORDER]
+    steps = np.diff(few[np.isfinite(few)])
+    ordered = max(np.count_nonzero(steps >= 0), np.count_nonzero(steps <= 0))
+    moves = abs(steps[steps != 0])
+    if moves.size < _LEAST_IN_ORDER or ordered < 0.9 * steps.size:
+        return np.nan
+    return float(np.quantile(moves, 0.1))
 
 
 def _is_normal(largest: Any) -> bool:
