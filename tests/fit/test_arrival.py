@@ -168,6 +168,28 @@ class Exponential(vn.Trainer):
 
 
 @pytest.mark.parametrize("is_many", [False, True])
+@pytest.mark.parametrize("rate", [1e-14, 3e-4])
+def test_minibatches_of_all_examples_are_one_batch(rate, is_many):
+    model = {"a": jnp.asarray(1.0), "k": jnp.asarray(0.0)}
+    trainer = Exponential(model, optax.sgd(rate))
+    data = jnp.asarray(X), jnp.asarray(Y)
+    batches = vn.Minibatches(data, len(X), key=jax.random.key(0))
+    found = []
+    for batch in (data, batches):
+        options = {"stop": vn.Converged(1e-9, 5), "progress": False}
+        if is_many:
+            result = vn.fit_many([trainer] * 2, batch, 4_000, **options)
+            found.append((result.stop_reasons[1], result.edms[1]))
+        else:
+            result = trainer.fit(batch, 4_000, **options)
+            found.append((result.stop_reason, result.edm))
+    (reason, edm), (of_batches, edm_of_batches) = found
+    assert reason is of_batches
+    assert (reason is vn.StopReason.STALLED) == (rate < 1e-6)
+    np.testing.assert_allclose(edm, edm_of_batches, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_many", [False, True])
 def test_of_single_batches_it_is_not_known(is_many):
     model = {"a": jnp.asarray(1.0), "k": jnp.asarray(0.0)}
     trainer = Exponential(model, optax.adam(1e-3))

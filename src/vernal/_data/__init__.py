@@ -7,4 +7,12 @@ takes its batches from.
 
 from .batch import as_batch, as_given
 from .omit import Omitted, omit
-from .sources import Minibatches, Source, Stream, StreamExhaustedError, Whole, as_source
+from .sources import (
+    Minibatches,
+    Source,
+    Stream,
+    StreamExhaustedError,
+    Whole,
+    as_source,
+    in_whole,
+)

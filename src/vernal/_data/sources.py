@@ -252,3 +252,10 @@ def as_source(data: Any) -> Source:
             "from it, wrap it: `fit(vn.Stream(data), steps)`."
         )
     return Whole(as_batch(data, "data"))
+
+
+def in_whole(source: Source) -> Source:
+    """Returns minibatches of all examples as one batch: they differ by their order."""
+    if isinstance(source, Minibatches) and source.size == source.examples:
+        return Whole(source.arrays)
+    return source

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from .._boundary import is_debugged, warn
-from .._data import Minibatches, Source, Stream, Whole
+from .._data import Minibatches, Source, Stream, Whole, in_whole
 from .._loop import Monitor
 from .._minimum import has_minimum
 from .._policy import Converged, StopReason
@@ -135,13 +135,12 @@ def _warn_of_scores(course: Course, scores: np.ndarray) -> None:
 def _warn_of_no_check(course: Course) -> None:
     """Warns of a fit that `Converged` has ended, and that nobody has checked."""
     source, entrance = course.source, course.subject.entrance
-    is_part = isinstance(source, Minibatches) and source.size < source.examples
     # A criterion of the user may watch a validation.
     is_ours = lambda stop: isinstance(stop, Converged)
     stops = jax.tree.leaves(course.monitor.stop, is_leaf=is_ours)
     if not any(map(is_ours, stops)):
         return
-    if is_part or isinstance(source, Stream):
+    if not isinstance(in_whole(source), Whole):
         warn(
             f"`{entrance}`: `Converged` has ended it, but the loss of a batch is no "
             "measure of the next one, and whether this is a minimum was not checked. "

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from .._boundary import debugged
-from .._data import Minibatches, Source, Whole
+from .._data import Minibatches, Source, Whole, in_whole
 from .._devices import Peers, fingerprint, leaf_fingerprints
 from .._loop import (
     MOST_ROWS,
@@ -406,7 +406,7 @@ class FitRun:
         """Makes the result of a fit that ended, by default for `reason`."""
         reasons = list(self._stop_reasons(reason))
         result = self._subject.result(self.trainer, self.history(), reasons)
-        return self._marked(self._subject.checked(result, self._source))
+        return self._marked(self._subject.checked(result, in_whole(self._source)))
 
     def cut_short(self, reason: StopReason) -> Any:
         result = self._subject.cut_short(self.trainer, self.history(), reason)

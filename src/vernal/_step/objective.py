@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._boundary import PyTree
-from .._data import Source, Whole, as_given
+from .._data import Source, Whole, as_given, in_whole
 from .._likelihoods import AbstractLikelihood, Gaussian, require_known
 from .._tree import cast_alike, is_inexact, widest
 from .abstract_trainer import AbstractTrainer, priors_of, progress_of, with_progress
@@ -282,7 +282,7 @@ def _check_residuals(trainer: AbstractTrainer, residuals: Array, batch: Any) -> 
 
 def require_all_data(trainer: AbstractTrainer, source: Source) -> None:
     """Refuses priors with a part of the data at each step."""
-    if priors_of(trainer) is not None and not isinstance(source, Whole):
+    if priors_of(trainer) is not None and not isinstance(in_whole(source), Whole):
         raise ValueError(
             "`priors` need all of the data at each step: with a batch at a time they "
             "would count in full for each. Fit the whole data, or write the prior into "
