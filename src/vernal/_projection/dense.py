@@ -39,14 +39,6 @@ class DenseWhitening(AbstractWhitening):
     """Smaller components of a null direction count as zero."""
 
     @property
-    def units(self) -> Float[Array, "*members D"]:
-        return self.scale
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.scale.dtype
-
-    @property
     def is_null(self) -> Bool[Array, "*members D"]:
         if self.has_prior:
             return self.roots < 0
@@ -62,10 +54,6 @@ class DenseWhitening(AbstractWhitening):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.roots.shape[-1:]
-
-    @property
-    def spectrum(self) -> Float[Array, "*members D"]:
-        return self.eigenvalues
 
     def apply(self, latent: Float[Array, " latent"]) -> Float[Array, " D"]:
         return self.scale * matmul(self.vectors, self.roots * latent)

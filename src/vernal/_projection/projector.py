@@ -328,7 +328,7 @@ def make_block_projector(
     blocks = find_blocks(origin, tuple(given))
     leaves, owned = leaves_by_path(origin, blocks), set(chain.from_iterable(blocks))
     found: dict[Block, AbstractWhitening] = {
-        (index,): Unchanged(leaf.shape, leaf.dtype)
+        (index,): Unchanged(leaf)
         for index, leaf in enumerate(jax.tree.leaves(origin))
         if index not in owned
     }
