@@ -1,6 +1,7 @@
 """One batch: its leaves turned into arrays, or refused where that would lose sense."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, final
 
@@ -30,20 +31,14 @@ class ManyBatches:
 
 
 @final
+@dataclasses.dataclass(frozen=True)
 class Flag:
     """A boolean in a batch, which a compiled program does not mistake for 0 or 1.
 
     To Python `True == 1`, and programs are found by what is static in their arguments.
     """
 
-    def __init__(self, value: bool):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Flag) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return hash((Flag, self.value))
+    value: bool
 
     def __repr__(self) -> str:
         return repr(self.value)
