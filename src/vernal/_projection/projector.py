@@ -291,12 +291,7 @@ class EigenProjector(AbstractProjector):
 def make_projector(
     whitening: AbstractWhitening, params: Params, name: str, is_of_free: bool = False
 ) -> EigenProjector:
-    """Makes a projector whose latent space is one vector.
-
-    **Raises:**
-
-    - `ValueError`: if nothing is left of what `name` stands for.
-    """
+    """Makes a projector whose latent space is one vector, which may not be empty."""
     _refuse_empty((whitening,), name)
     origin = jax.lax.stop_gradient(as_parameters(params))
     every = tuple(range(len(jax.tree.leaves(origin))))
