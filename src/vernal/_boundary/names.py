@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,10 +38,10 @@ def nearest_names(name: str, candidates: Sequence[str]) -> str:
     return f"There is {first_names(candidates) or 'nothing'}."
 
 
-def first_names(names: Sequence[str], most: int = 8) -> str:
+def first_names(names: Sequence[str], written: Callable[[str], str] = repr) -> str:
     """Lists the first of some names, and says how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(map(written, names[:8])) + more
 
 
 def in_few_words(value: Any) -> str:

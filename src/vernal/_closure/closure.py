@@ -212,22 +212,12 @@ class Closure(Portable, PlainMethods, eqx.Module):
         rates: frozenset[str] = frozenset(),
         within: tuple[str, ...] | None = None,
     ) -> "Closure":
-        """Separates an object into its arrays and the rest.
+        """Separates functions, containers and pytrees into their arrays and the rest.
 
-        **Arguments:**
-
-        - `obj`: functions, bound methods, partials, containers, pytrees and any mix
-            of them. Any other object is kept as it is: compared by type and value if
-            it can be hashed, by identity if it cannot.
-        - `rates`: names. A float in a variable or under a dictionary key of such a
-            name becomes a leaf too, and so does each float in a dictionary of that
-            name. Variables that functions write to by `nonlocal` are taken by value.
-        - `within`: packages. If given, `rates` holds in their functions alone: others
-            may look at a rate in Python.
-
-        **Returns:**
-
-        The closure, from which `decode` builds the object again.
+        A float in a variable or under a key that is named in `rates`, or in a
+        dictionary of that name, becomes a leaf too, and variables that functions write
+        to are taken by value. This holds in functions of the packages `within` alone,
+        if these are given: others may look at a rate in Python.
         """
         encoder = _Encoder(rates, within)
         root = encoder.walk(obj)

@@ -126,12 +126,8 @@ class _Walk:
     ) -> None:
         """Watches what an object holds, except what is kept there, and walks to it.
 
-        **Arguments:**
-
-        - `look`, `names`: what it holds, and under which names; a function of the
-            object if there may be new ones.
-        - `owner`: the object.
-        - `is_walked`: whether to walk to the value of a name.
+        `names` are those of what `look` returns, or a function of the owner if there
+        may be new ones. `is_walked` says whether to walk to the value of a name.
         """
         if (id(owner), None) in kept:
             self.tokens.append("kept")

@@ -131,11 +131,7 @@ class Skeleton(Hashed):
     __slots__ = ("__weakref__", "_recipe", "plan")
 
     def __init__(self, plan: Plan, recipe: tuple[Any, ...]):
-        """**Arguments:**
-
-        - `plan`: how to build the object.
-        - `recipe`: a function that encodes an object, and its further arguments.
-        """
+        """`recipe` is a function that encodes an object, and its further arguments."""
         super().__init__(plan)
         self.plan: Plan = plan
         self._recipe = recipe

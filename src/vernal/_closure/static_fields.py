@@ -14,10 +14,8 @@ def refuse_static_arrays(
 ) -> None:
     """Refuses an array in a static field of a tree of modules, and names the field.
 
-    **Arguments:**
-
-    - `what`: the name of the tree in an error.
-    - `only`: the names of its own fields that are looked at, if not of all.
+    An error calls the tree `what`. Of its own fields, only those in `only` are looked
+    at, if that is given.
     """
     is_module = lambda node: isinstance(node, eqx.Module)
     for path, value in _static_fields(tree, (), only):

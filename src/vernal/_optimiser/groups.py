@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import optax
 from jax.core import Tracer
 
+from .._boundary import first_names
 from .._closure import Closure, Skeleton
 from .._tree import shape_and_dtype
 from .schedule import window
@@ -220,6 +221,4 @@ def is_placeholder(params: Any) -> bool:
 
 def listed(paths: Any) -> str:
     """Names paths in an error: the first few, and how many more there are."""
-    paths = list(paths)
-    shown = ", ".join(f"`{path}`" for path in paths[:8])
-    return shown + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+    return first_names([*paths], "`{}`".format)

@@ -30,10 +30,11 @@ from .._tree import (
     parameters,
     resolve,
     strong,
+    written,
 )
 from .groups import Group, is_placeholder, make_groups, update_groups
 from .param_optimiser_state import Learned, ParamOptimiserState, known
-from .rule_names import rule_name, rule_table, written
+from .rule_names import rule_name, rule_table
 from .transform import AbstractTransform, as_transform
 
 T = TypeVar("T")

@@ -6,20 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from .._tree import aligned, atoms, named_leaves
+from .._tree import aligned, atoms, named_leaves, written
 from .transform import Transform
 
 # These wrap other transformations, and say nothing about what those do.
 _WRAPPERS = ("chain", "identity", "init_empty_state", "with_extra_args_support")
-
-
-def written(selector: Any) -> str:
-    """Writes a selector as Python does; a predicate by its name."""
-    if isinstance(selector, tuple):
-        return f"({', '.join(map(written, selector))})"
-    if isinstance(selector, str):
-        return repr(selector)
-    return getattr(selector, "__name__", repr(selector))
 
 
 def rule_name(selector: Any) -> str:

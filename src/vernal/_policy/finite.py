@@ -24,19 +24,6 @@ def _is_inexact(leaf: Any) -> bool:
     )
 
 
-def _join_small(leaves: Sequence[ArrayLike]) -> list[ArrayLike]:
-    """Joins small leaves, if there are many, into one vector for each dtype.
-
-    Leaves of the same shapes and dtypes are joined in the same way.
-    """
-    return [
-        jnp.concatenate([jnp.ravel(leaves[i]) for i in own])
-        if len(own) > 1
-        else leaves[own[0]]
-        for own in joinable(leaves, jnp.result_type)
-    ]
-
-
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in the inexact leaves of a tree is finite."""
     return ~any_non_finite(filter(_is_inexact, jax.tree.leaves(tree)))
@@ -81,8 +68,14 @@ def any_non_finite(
 
 
 def _parts(leaves: Iterable[ArrayLike]) -> list[Array]:
-    """Joins small leaves, and takes complex ones apart."""
-    whole = map(jnp.asarray, _join_small(list(leaves)))
+    """Joins small leaves, if there are many, and takes complex ones apart."""
+    leaves = list(leaves)
+    whole = [
+        jnp.concatenate([jnp.ravel(leaves[i]) for i in own])
+        if len(own) > 1
+        else jnp.asarray(leaves[own[0]])
+        for own in joinable(leaves, jnp.result_type)
+    ]
     parts = ([x.real, x.imag] if jnp.iscomplexobj(x) else [x] for x in whole)
     return list(itertools.chain(*parts))
 

@@ -135,19 +135,13 @@ class Version:
     )
 
     def __init__(self, call: _Call, hashed: int):
-        """**Arguments:**
-
-        - `hashed`: the hash; equal for versions of the same code.
-        """
+        """`hashed` is the hash: equal for versions of the same code."""
         self.call, self._hash = call, hashed
         self.generation = _changes.count
         self.is_traced = self.has_callbacks = False
 
     def __hash__(self) -> int:
         return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context in which JAX finds what it traced for this version."""

@@ -30,10 +30,7 @@ class Shelves(Generic[V]):
     """
 
     def __init__(self, on_drop: Callable[[Any, V], None]):
-        """**Arguments:**
-
-        - `on_drop`: called with each key and value that is dropped.
-        """
+        """`on_drop` is called with each key and value that is dropped."""
         self._on_drop = on_drop
         self._kinds: dict[Hashable, Hashable] = {}
         self._shelves: dict[Hashable, dict[Hashable, V]] = {}
@@ -58,9 +55,7 @@ class Shelves(Generic[V]):
     def put(self, key: Hashable, value: V, kind: Hashable) -> V:
         """Keeps a value. Drops the one of its kind, or the kind, used longest ago.
 
-        **Returns:**
-
-        The value that is kept: another one if another thread was faster.
+        Returns the value that is kept: another one if another thread was faster.
         """
         with self._lock:
             if (kept := self.get(key)) is not None:

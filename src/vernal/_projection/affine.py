@@ -146,12 +146,13 @@ class AbstractProjector(Portable, eqx.Module):
         leading ones are known.
         """
         if len(self._whitenings) == 1:
-            return self._held[0].spectrum
+            return self._held[0].eigenvalues
         return self._sorted()
 
     @_compiled
     def _sorted(self) -> Float[Array, "*members D"]:
-        values = jnp.concatenate([w.spectrum.astype(self._dtype) for w in self._held])
+        held = [w.eigenvalues.astype(self._dtype) for w in self._held]
+        values = jnp.concatenate(held)
         is_null = jnp.concatenate([w.is_null for w in self._held], axis=-1)
         return values[jnp.lexsort((-values, is_null))]
 

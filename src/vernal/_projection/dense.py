@@ -39,14 +39,6 @@ class DenseWhitening(AbstractWhitening):
     """Smaller components of a null direction count as zero."""
 
     @property
-    def units(self) -> Float[Array, "*members D"]:
-        return self.scale
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.scale.dtype
-
-    @property
     def is_null(self) -> Bool[Array, "*members D"]:
         if self.has_prior:
             return self.roots < 0
@@ -62,10 +54,6 @@ class DenseWhitening(AbstractWhitening):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.roots.shape[-1:]
-
-    @property
-    def spectrum(self) -> Float[Array, "*members D"]:
-        return self.eigenvalues
 
     def apply(self, latent: Float[Array, " latent"]) -> Float[Array, " D"]:
         return self.scale * matmul(self.vectors, self.roots * latent)
@@ -112,13 +100,13 @@ class DenseWhitening(AbstractWhitening):
         null = basis[:, np.asarray(self.is_null)]
         return name_null_space(params, null, self.resolution)
 
-    def _unbounded(self, null: Float[Array, "D nullity"]) -> Bool[Array, " D"]:
-        """Which elements contribute to any of these null directions."""
-        return jnp.linalg.norm(null, axis=1) > self.resolution
+    def _unbounded(self) -> Bool[Array, " D"]:
+        """Which elements contribute to any of the directions that were dropped."""
+        return jnp.linalg.norm(self.null_vectors, axis=1) > self.resolution
 
     def standard_errors(self) -> Float[Array, " D"]:
         errors = self.scale * jnp.linalg.norm(self._factor, axis=1)
-        return jnp.where(self._unbounded(self.null_vectors), jnp.inf, errors)
+        return jnp.where(self._unbounded(), jnp.inf, errors)
 
     def errors_of_the_data(self) -> Float[Array | np.ndarray, " D"]:
         """Returns the standard errors without a prior, on the host as a NumPy array."""
@@ -157,7 +145,7 @@ class DenseWhitening(AbstractWhitening):
         covariance = self.scale[:, None] * scaled * self.scale[None, :]
         if self.null_vectors.shape[-1] == 0:
             return covariance
-        unbounded = self._unbounded(self.null_vectors)
+        unbounded = self._unbounded()
         null = matmul(self.null_vectors, self.null_vectors.T)
         size = jnp.sqrt(jnp.diag(null))
         infinite = (

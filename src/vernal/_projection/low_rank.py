@@ -28,18 +28,11 @@ class LowRankWhitening(AbstractWhitening):
     scale: Float[Array, " D"]
     vectors: Float[Array, "D rank"]
     eigenvalues: Float[Array, " rank"]
+    """The leading ones: the others are not known."""
     curvature: Float[Array, ""]
     """The mean curvature $c$ of the complement, if it has any."""
     is_flat: Bool[Array, ""]
     """Whether the complement has no curvature."""
-
-    @property
-    def units(self) -> Float[Array, "*members D"]:
-        return self.scale
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.scale.dtype
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -52,11 +45,6 @@ class LowRankWhitening(AbstractWhitening):
     @property
     def is_null(self) -> Bool[Array, " rank"]:
         return jnp.zeros(self.eigenvalues.shape, bool)
-
-    @property
-    def spectrum(self) -> Float[Array, " rank"]:
-        """The leading eigenvalues of the scaled matrix: the others are not known."""
-        return self.eigenvalues
 
     def _times(self, vector: Float[Array, " D"], power: float) -> Float[Array, " D"]:
         r"""Multiplies by $c^p (I - V V^\top) + V \Lambda^p V^\top$."""
@@ -146,7 +134,11 @@ def whiten_matvec(
     if is_traced and iterations < most:
         found = find_leading(matvec, params, scales, key, rank, most)
     whitening = LowRankWhitening(
-        scales, found.vectors, _checked(found, rank), found.curvature, found.is_flat
+        scale=scales,
+        vectors=found.vectors,
+        eigenvalues=_checked(found, rank),
+        curvature=found.curvature,
+        is_flat=found.is_flat,
     )
     return jax.lax.stop_gradient(whitening)
 

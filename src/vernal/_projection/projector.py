@@ -291,12 +291,7 @@ class EigenProjector(AbstractProjector):
 def make_projector(
     whitening: AbstractWhitening, params: Params, name: str, is_of_free: bool = False
 ) -> EigenProjector:
-    """Makes a projector whose latent space is one vector.
-
-    **Raises:**
-
-    - `ValueError`: if nothing is left of what `name` stands for.
-    """
+    """Makes a projector whose latent space is one vector, which may not be empty."""
     _refuse_empty((whitening,), name)
     origin = jax.lax.stop_gradient(as_parameters(params))
     every = tuple(range(len(jax.tree.leaves(origin))))
@@ -328,7 +323,7 @@ def make_block_projector(
     blocks = find_blocks(origin, tuple(given))
     leaves, owned = leaves_by_path(origin, blocks), set(chain.from_iterable(blocks))
     found: dict[Block, AbstractWhitening] = {
-        (index,): Unchanged(leaf.shape, leaf.dtype)
+        (index,): Unchanged(leaf)
         for index, leaf in enumerate(jax.tree.leaves(origin))
         if index not in owned
     }

@@ -15,15 +15,15 @@ from .._boundary import Params
 class AbstractWhitening(eqx.Module):
     """A linear map $P$ from a latent array to flat vectors."""
 
-    @property
-    @abc.abstractmethod
-    def units(self) -> Float[Array, "*members D"]:
-        """The units in which the directions are orthonormal."""
+    scale: eqx.AbstractVar[Float[Array, "*members D"]]
+    """The units in which the directions are orthonormal."""
+    eigenvalues: eqx.AbstractVar[Float[Array, "*members D"]]
+    """Those of the scaled matrix, descending, and then the null ones."""
 
     @property
-    @abc.abstractmethod
     def dtype(self) -> np.dtype:
         """The dtype in which it computes."""
+        return self.scale.dtype
 
     @property
     @abc.abstractmethod
@@ -38,12 +38,7 @@ class AbstractWhitening(eqx.Module):
     @property
     @abc.abstractmethod
     def is_null(self) -> Bool[Array, "*members D"]:
-        """Which directions of `spectrum` are null: the last ones."""
-
-    @property
-    @abc.abstractmethod
-    def spectrum(self) -> Float[Array, "*members D"]:
-        """The eigenvalues of the scaled matrix, descending, and then the null ones."""
+        """Which of the eigenvalues are null: the last ones."""
 
     @abc.abstractmethod
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
@@ -89,8 +84,15 @@ class Unchanged(AbstractWhitening):
     shape: tuple[int, ...] = eqx.field(static=True)
     kind: np.dtype = eqx.field(static=True)
 
+    def __init__(self, like: Array):
+        self.shape, self.kind = like.shape, like.dtype
+
     @property
-    def units(self) -> Float[Array, "*members D"]:
+    def scale(self) -> Float[Array, "*members D"]:  # pyright: ignore
+        return jnp.ones(self.latent_size, self.dtype)
+
+    @property
+    def eigenvalues(self) -> Float[Array, "*members D"]:  # pyright: ignore
         return jnp.ones(self.latent_size, self.dtype)
 
     @property
@@ -108,10 +110,6 @@ class Unchanged(AbstractWhitening):
     @property
     def is_null(self) -> Bool[Array, "*members D"]:
         return jnp.zeros(self.latent_size, bool)
-
-    @property
-    def spectrum(self) -> Float[Array, "*members D"]:
-        return jnp.ones(self.latent_size, self.dtype)
 
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
         return jnp.ravel(latent)

@@ -139,7 +139,7 @@ def _reach(projector: EigenProjector, frees: list[Any], rank: int) -> list[Any]:
     """
     starts, found = _wide(projector.origin), list(frees)
     for whitening, block in zip(projector.whitenings, projector.blocks, strict=True):
-        units = np.asarray(whitening.units).astype(float)
+        units = np.asarray(whitening.scale).astype(float)
         moves = [abs(frees[i] - starts[i]) for i in block]
         moves = [move.reshape(*move.shape[:rank], -1) for move in moves]
         ends = np.cumsum([move.shape[-1] for move in moves])[:-1]

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import IO
 
+from .atomic import fcntl
 from .checkpoint_format import FORMAT, sealed, unsealed
 from .file import NewerFormatError
 
@@ -81,9 +82,7 @@ def _mark(marker: Path) -> None:
 
 
 def _lock_or_refuse(lock: IO[str], folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # On Windows two fits in one directory are not noticed.
+    if fcntl is None:  # On Windows two fits in one directory are not noticed.
         return
     try:
         # The kernel unlocks it when the process ends, however it ends.

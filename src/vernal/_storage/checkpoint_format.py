@@ -65,18 +65,11 @@ def layout(
 ) -> list[np.ndarray | jax.ShapeDtypeStruct]:
     """Returns the shapes of the arrays that were written, each with its sharding."""
     written = leaves(description)
-    small = np.zeros(max(description["bytes"], 1), np.uint8)
-    return [
-        small,
-        *(
-            jax.ShapeDtypeStruct(
-                written[path].data_shape,
-                written[path].data_dtype,
-                sharding=sharding(path),
-            )
-            for path in description["large"]
-        ),
+    large = [
+        jax.ShapeDtypeStruct(leaf.data_shape, leaf.data_dtype, sharding=sharding(path))
+        for path, leaf in ((path, written[path]) for path in description["large"])
     ]
+    return [np.zeros(max(description["bytes"], 1), np.uint8), *large]
 
 
 def unpack(description: Mapping[str, Any], written: list[Any]) -> dict[str, NamedArray]:

@@ -164,8 +164,8 @@ class Checkpointer:
                 f"state of step {found.step} is whole; the fit goes on from it without "
                 "them."
             )
-        self._warn_of_another_fit(found.description)
-        self._warn_of_lost(found.description)
+        if self._peers.is_first:
+            self._warn_of_others(found.description)
         self._log.resume(found.description, found.history)
         self._last_step = found.step
         written = beneath(found.arrays, _FIT)
@@ -199,19 +199,17 @@ class Checkpointer:
         )
         return self._store.read_arrays(step, description, sharding)
 
-    def _warn_of_another_fit(self, description: Mapping[str, Any]) -> None:
+    def _warn_of_others(self, description: Mapping[str, Any]) -> None:
+        """Warns if a checkpoint is of another fit, or lacks what a callback changed."""
         # Checkpoints of earlier versions do not say.
-        old = description.get("made_of") if self._peers.is_first else None
+        old = description.get("made_of")
         if odd := list(differences(old, self._identity["made_of"])) if old else []:
             warn(
                 f"{self._source} was written by a fit {' and '.join(odd)}. This fit "
                 "takes over its state and its history, with what this program gives. "
                 "If that is not on purpose, give each fit its own directory."
             )
-
-    def _warn_of_lost(self, description: Mapping[str, Any]) -> None:
-        lost = description.get("lost") if self._peers.is_first else None
-        if lost:
+        if lost := description.get("lost"):
             warn(
                 f"{self._source}: a callback had changed {', '.join(map(repr, lost))} "
                 "of the trainer, which a checkpoint cannot hold. This fit goes on with "

@@ -71,7 +71,8 @@ def write_file(
         _require_values(name, leaf.array)
     members = {name: _member(name, n) for n, name in enumerate(arrays)}
     header = _make_header(arrays, members, more)
-    whole = {name: _whole(leaf.array) for name, leaf in arrays.items()}
+    gather = lambda x: process_allgather(x, tiled=True) if is_part(x) else x
+    whole = {name: gather(leaf.array) for name, leaf in arrays.items()}
     if jax.process_index() > 0:
         return
     with open_to_replace(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -134,10 +135,6 @@ def _make_header(
 def _max_header_bytes(members: list[str]) -> int:
     """Returns the size of a header at most: a longer one was not written by `save`."""
     return 2**20 + sum(2**12 + 12 * len(name) for name in members)
-
-
-def _whole(array: Any) -> Any:
-    return process_allgather(array, tiled=True) if is_part(array) else array
 
 
 @contextlib.contextmanager

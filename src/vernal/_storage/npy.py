@@ -120,18 +120,9 @@ def read_array(file: BufferedReader, array: StoredArray) -> np.ndarray:
 
 def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
     """Writes an array of a dtype that NumPy has."""
-    is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    text = (
-        f"{{'descr': {array.dtype.str!r}, 'fortran_order': {is_fortran}, "
-        f"'shape': {array.shape}, }}"
-    )
-    begin = len(_MAGIC) + 2
-    text += " " * (-(begin + len(text) + 1) % _ALIGNMENT) + "\n"
-    flat = np.ascontiguousarray(array.T if is_fortran else array).reshape(-1)
+    plain = array.view(array.dtype.str)  # NumPy warns of what else a dtype may hold
     with archive.open(name, "w", force_zip64=True) as member:
-        member.write(_MAGIC + struct.pack("<H", len(text)) + text.encode())
-        if flat.nbytes:
-            member.write(flat.view(np.uint8).data)
+        np.lib.format.write_array(member, plain, (1, 0), allow_pickle=False)
 
 
 def numpy_view(array: np.ndarray) -> np.ndarray:

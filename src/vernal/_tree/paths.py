@@ -80,10 +80,6 @@ def is_float(leaf: Any) -> bool:
     return isinstance(leaf, float) and not isinstance(leaf, np.generic)
 
 
-def _is_absent(node: Any) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)
-
-
 def named_leaves(tree: Any) -> list[Leaf]:
     """Lists every leaf of a tree, `None` included, beside its path and its keys.
 
@@ -91,7 +87,8 @@ def named_leaves(tree: Any) -> list[Leaf]:
     """
     leaves: list[Leaf] = []
     seen: dict[str, Any] = {}
-    for keys, value in tree_leaves_with_path(tree, is_leaf=_is_absent):
+    is_absent = lambda node: node is None or isinstance(node, optax.MaskedNode)
+    for keys, value in tree_leaves_with_path(tree, is_leaf=is_absent):
         # `optax.masked` and `optax.partition` put it into a gap.
         value = None if isinstance(value, optax.MaskedNode) else value
         segments = tuple(dotted((key,)) for key in keys)

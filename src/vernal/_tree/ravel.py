@@ -15,13 +15,7 @@ from .named_tree import by_path
 
 
 def as_parameters(params: Params, name: str = "params") -> Params:
-    """Checks that every leaf is real and floating, and turns each into an array.
-
-    **Raises:**
-
-    - `TypeError`: if a leaf is of any other kind.
-    - `ValueError`: if there is no leaf.
-    """
+    """Checks that there are leaves, all real and floating, and makes each an array."""
     leaves = jax.tree.leaves(params)
     if not leaves:
         raise ValueError(

@@ -145,7 +145,7 @@ def _winner(
     highest = max(specificity for specificity, _ in claims)
     best = list(dict.fromkeys(rule for spec, rule in claims if spec == highest))
     if len(best) > 1:
-        first, second = (_show(selectors[rule]) for rule in best[:2])
+        first, second = (written(selectors[rule]) for rule in best[:2])
         remedy = (
             ": both name it. Leave it out of one."
             if highest == _BY_PATH
@@ -159,11 +159,12 @@ def _winner(
     return best[0]
 
 
-def _show(selector: Any) -> str:
+def written(selector: Any) -> str:
+    """Writes a selector as Python does; a predicate by its name."""
     if isinstance(selector, str):
         return repr(selector)
     if isinstance(selector, tuple | list):
-        return f"({', '.join(map(_show, selector))})"
+        return f"({', '.join(map(written, selector))})"
     return getattr(selector, "__name__", repr(selector))
 
 
@@ -171,7 +172,7 @@ def _refuse(
     tree: Any, index: _Index, atom: Any, matches: list[_Match], argument: str
 ) -> None:
     """Raises an error that says why a selector finds no parameter."""
-    name = _show(atom)
+    name = written(atom)
     if not isinstance(atom, str):
         raise UnknownPathError(
             f"`{argument}`: the predicate {name} is true of no parameter. The "
