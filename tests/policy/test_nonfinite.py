@@ -589,3 +589,80 @@ def test_a_policy_that_is_wrong(make, error, match):
 
 def test_patience_of_numpy():
     assert vn.StopAfter(np.int64(2)).patience == 2
+
+
+STOPS = {
+    "StopFit": vn.StopFit,
+    "RaiseOnNan": vn.RaiseOnNan,
+    "StopAfter": lambda: vn.SkipStep() | vn.StopAfter(1),
+}
+
+
+def lowered(trainer, history):
+    rates = {"a": 0.9 ** len(history), "b": 1.0}
+    return trainer.replace(optimiser=trainer.optimiser.with_scale(rates))
+
+
+def kept(trainer, history):
+    return trainer.replace(model=trainer.model, nan_policy=vn.StopFit())
+
+
+CHANGES = {"a rate": lowered, "a policy": kept, "nothing": lambda trainer, _: trainer}
+
+
+def by_rules(policy):
+    rules = {"a": optax.adam(0.1), "b": optax.sgd(0.1)}
+    return Walk(two(), vn.ParamOptimiser(rules), nan_policy=policy)
+
+
+@pytest.mark.parametrize("is_many", [False, True])
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "a policy"])
+@pytest.mark.parametrize("policy", STOPS)
+def test_a_callback_does_not_override_a_policy(policy, change, is_many):
+    trainer, batch = by_rules(STOPS[policy]()), script("..a.....")
+    options = {"chunk": 2, "callback": CHANGES[change], "progress": False}
+    fit = lambda: (
+        vn.fit_many([trainer] * 2, batch, 8, **options)
+        if is_many
+        else trainer.fit(batch, 8, **options)
+    )
+    if policy == "RaiseOnNan":
+        with pytest.raises(vn.NonFiniteError) as caught:
+            fit()
+        assert caught.value.step == 2
+        return
+    result = fit()
+    after = result.trainer(1) if is_many else result.trainer
+    assert (int(after.step_count), bool(after.stopped)) == (3, True)
+    assert result.failed == (0, 1) if is_many else result.stop_reason.is_failure
+
+
+def test_a_policy_stays_where_a_callback_replaces_it():
+    trainer, batch = by_rules(vn.StopFit()), script("..a.....")
+    result = trainer.fit(batch, 8, chunk=2, callback=kept, progress=False)
+    assert (int(result.trainer.step_count), bool(result.trainer.stopped)) == (3, True)
+
+
+@pytest.mark.parametrize("is_many", [False, True])
+def test_a_callback_may_begin_again_from_another_point(is_many):
+    trainer, batch = by_rules(vn.StopFit()), script("..a.....")
+
+    def again(trainer, history):
+        flags = np.asarray(trainer.stopped)
+        if not flags.any():
+            return None
+        begin = lambda now, new: jnp.where(
+            flags.reshape(flags.shape + (1,) * (now.ndim - flags.ndim)), new, now
+        )
+        other = jax.tree.map(lambda x: jnp.asarray(x) + 1, two())
+        return trainer.replace(model=jax.tree.map(begin, trainer.model, other))
+
+    options = {"chunk": 2, "callback": again, "progress": False}
+    if is_many:
+        good = eqx.tree_at(lambda t: t.model["b"], trainer, jnp.asarray(0.7, "f4"))
+        result = vn.fit_many([trainer, good], batch, 8, **options)
+        assert [int(x) for x in result.trainers.step_count] == [8, 8]
+    else:
+        result = trainer.fit(batch, 8, **options)
+        assert result.stop_reason is vn.StopReason.STEPS_TAKEN
+        assert int(result.trainer.step_count) == 8

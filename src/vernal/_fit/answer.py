@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from .._step import (
     AbstractTrainer,
@@ -53,6 +54,27 @@ def checked_answer(answer: Any, given: AbstractTrainer) -> Any:
     if not was_made:
         refuse_two_points(answer)
     return answer
+
+
+def still_stopped(answer: Any, given: AbstractTrainer) -> Any:
+    """Returns an answer that has stopped if the one before has, and stands there.
+
+    `replace` lets a trainer go on. In a callback, which may lower a rate after each
+    chunk, it overrides the NaN policy only where it begins from another point.
+    """
+    now, before = progress_of(answer), progress_of(given)
+    seen = (now.params, now.stopped), (before.params, before.stopped)
+    flags = _beside(_have_stopped(_beside(seen[0], seen[1]), seen[1]), now.stopped)
+    return with_progress(answer, dataclasses.replace(now, stopped=flags))
+
+
+@jax.jit
+def _have_stopped(now: tuple[Any, Array], before: tuple[Any, Array]) -> Array:
+    (params, flags), (old, was_stopped) = now, before
+    inner = lambda x: tuple(range(flags.ndim, x.ndim))
+    moved = jax.tree.map(lambda x, y: jnp.any(x != y, inner(x)), params, old)
+    is_moved = jnp.any(jnp.stack(jax.tree.leaves(moved)), axis=0)
+    return flags | (was_stopped & ~is_moved)
 
 
 def have_one_loss(progress: Progress, other: Progress) -> bool:

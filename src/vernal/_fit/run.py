@@ -41,7 +41,13 @@ from .._step import (
     without_best,
 )
 from .._storage import Checkpointer, History, Recorder
-from .answer import checked_answer, have_one_loss, is_boolean, with_best_of
+from .answer import (
+    checked_answer,
+    have_one_loss,
+    is_boolean,
+    still_stopped,
+    with_best_of,
+)
 from .feed import Feed
 from .options import Callback, FitOptions
 from .remarks import Course
@@ -304,6 +310,8 @@ class FitRun:
 
     def _go_on_with(self, answer: Any, given: AbstractTrainer) -> None:
         answer = checked_answer(answer, given)
+        if self._subject.on_host(given.stopped).any():
+            answer = still_stopped(answer, given)
         best_loss = self._subject.on_host(progress_of(answer).best_loss)
         if self._keeps_best and not np.isfinite(best_loss).all():
             answer = with_best_of(answer, given)

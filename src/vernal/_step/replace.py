@@ -218,24 +218,32 @@ def _repeated(tree: Any, size: int) -> Any:
 
 
 def _with_rows(new: Any, trainer: AbstractTrainer, name: str) -> Any:
-    """Gives a new configuration a row for each member, unless it has them already."""
+    """Gives a new configuration a row for each member, where it has none already.
+
+    Arrays of the configuration before have rows, as in `optimiser.with_scale(...)`.
+    """
     size, old = len(trainer.step_count), getattr(trainer, name)
-    shapes, before = (
-        [leaf.shape for leaf in jax.tree.leaves(config) if eqx.is_array(leaf)]
-        for config in (new, old)
-    )
-    is_like = jax.tree.structure(new) == jax.tree.structure(old)
-    if is_like and shapes == before:
-        return new
-    is_of_one = is_like and shapes == [shape[1:] for shape in before]
-    if shapes and all(shape[:1] == (size,) for shape in shapes) and not is_of_one:
+    (leaves, structure), (olds, before) = map(jax.tree.flatten, (new, old))
+    known = {id(leaf) for leaf in olds}
+    shapes = [leaf.shape if eqx.is_array(leaf) else None for leaf in olds]
+    shapes = shapes if structure == before else [None] * len(leaves)
+    pairs = [
+        (leaf, shape)
+        for leaf, shape in zip(leaves, shapes, strict=True)
+        if eqx.is_array(leaf) and id(leaf) not in known and leaf.shape != shape
+    ]
+    is_of_one = all(shape and leaf.shape == shape[1:] for leaf, shape in pairs)
+    if not is_of_one and all(leaf.shape[:1] == (size,) for leaf, _ in pairs):
         raise ValueError(
-            f"`{name}` has an array of shape {shapes[0]}, and the trainer has {size} "
-            "members: a row for each, or the same for all? Arrays of the one before "
-            "do not tell. Replace it in each of a list of trainers, and fit these: "
-            f"`[result.trainer(i).replace({name}=...) for i in range(len(result))]`."
+            f"`{name}` has an array of shape {pairs[0][0].shape}, and the trainer has "
+            f"{size} members: a row for each, or the same for all? Arrays of the one "
+            "before do not tell. Replace it in each of a list of trainers, and fit "
+            f"these: `[result.trainer(i).replace({name}=...) for i in "
+            "range(len(result))]`."
         )
-    return _repeated(new, size)
+    others = {id(leaf) for leaf, _ in pairs}
+    rows = lambda x: jnp.stack([x] * size) if id(x) in others else x
+    return jax.tree.map(rows, new)
 
 
 def reproject(

@@ -371,7 +371,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `progress`: whether to show a progress bar, in a terminal or a notebook.
         - `callback`: a function `(trainer, history)`, called on the host after every
             chunk of steps. It may return `True` to end the fit, or a trainer of the
-            same structure to go on with.
+            same structure to go on with. A fit that the NaN policy has ended goes on
+            only if that trainer has other parameters.
         - `chunk`: the number of steps between two calls. By default as many as take
             about half a second; up to two where a chunk begins slowly, with copies of
             a large model.
