@@ -584,9 +584,9 @@ def test_a_hook_that_makes_nan_is_named():
 
 def test_the_first_bad_member_is_named():
     pair = [made(), made(jnp.nan)]
-    assert vn.fit_many(pair, BATCH, 2, progress=False).stop_reasons[1].name == (
-        "NON_FINITE"
-    )
+    with pytest.warns(UserWarning, match=r"1 of 2 trainers \(1\).*Of member 1.*slope"):
+        result = vn.fit_many(pair, BATCH, 2, progress=False)
+    assert result.stop_reasons[1].name == "NON_FINITE"
     with pytest.warns(UserWarning, match="all 2 trainers.*Of member 0"):
         vn.fit_many(pair[1:] * 2, BATCH, 2, progress=False)
 

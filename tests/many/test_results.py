@@ -1,6 +1,7 @@
 """What a result of many tells: errors, tables, columns, and which members failed."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -245,6 +246,24 @@ def test_the_failed_ones():
         "2 of 12 failed: 3, 7 (non finite)"
     )
     assert solved(steps=1).failed == tuple(range(SIZE))
+
+
+@pytest.mark.parametrize("solver", [None, LM])
+def test_a_warning_names_members_of_bad_data(solver):
+    """Of the two, the one that went least far is looked at."""
+    trainers = [GaussianFit(peak(0.2, 1.1, 3.8), optax.adam(1e-3))] * SIZE
+    match = r"2 of 12 trainers \(3, 7\).*Of member 3: `batch\[1\]` has 40 NaNs"
+    with pytest.warns(UserWarning, match=match):
+        vn.fit_many(trainers, spectra(), 3, data_axis=AXES, solver=solver)
+
+
+def test_members_that_only_diverged_are_listed_without_a_warning():
+    rates = [1e-3, 1e30, 1e-3]
+    trainers = [GaussianFit(peak(0.2, 1.1, 3.8), optax.sgd(rate)) for rate in rates]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = vn.fit_many(trainers, one(0), 9, progress=False)
+    assert result.failed == (1,)
 
 
 @pytest.mark.parametrize("reason", vn.StopReason)

@@ -58,12 +58,13 @@ def remark(course: Course, result: Any) -> None:
     """Warns of what is wrong with a result, or raises an error if the policy does."""
     subject, history = course.subject, result.history
     validation = course.monitor.validation
-    if course.taken and (end := subject.bad_end(result)):
+    end = subject.bad_end(result) if course.taken else None
+    if end is not None:
         diagnosis = _diagnosis(course, end)
         end.raise_if_asked(result, diagnosis.advised)
         if str(diagnosis):
             warn(f"{end.warning} {diagnosis}")
-    else:
+    if end is None or not end.is_all:
         _warn_of_bad_steps(course, result)
         if course.taken and validation is not None:
             _warn_of_scores(course, history.validation)

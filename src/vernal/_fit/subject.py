@@ -39,6 +39,8 @@ class BadEnd(NamedTuple):
     warning: str
     which: str = ""
     """Which of many it is, for an error."""
+    is_all: bool = True
+    """Whether all of them did."""
 
     def raise_if_asked(self, result: Any, explanation: str) -> None:
         """Raises an error with the result, under a policy that raises."""
@@ -172,7 +174,7 @@ class AbstractSubject(abc.ABC):
     def bad_end(self, result: Any) -> BadEnd | None:
         """Finds a trainer that ended at non-finite values and is worth a message.
 
-        Of many trainers it is the first, if there is an error to raise or all ended so.
+        Of many trainers it is the first, if there is an error to raise.
         """
 
     @abc.abstractmethod

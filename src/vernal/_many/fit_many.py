@@ -78,7 +78,9 @@ def fit_many(
 
     **Returns:**
 
-    A [`vernal.ManyResult`][]. A warning names members that ended at non-finite values.
+    A [`vernal.ManyResult`][]. A warning names members that ended at non-finite values,
+    and of one of them the source, in its data, its parameters or its model. Members of
+    a fit that only diverged are `result.failed`, without a warning.
 
     **Raises:**
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._boundary import first_names
 from .._data import Minibatches, Source, Whole, as_batch, as_source
 from .._devices import AbstractPlacement
 from .._fit import AbstractSubject, BadEnd
@@ -205,18 +206,24 @@ class ManyTrainers(AbstractSubject):
     def bad_end(self, result: ManyResult[Any]) -> BadEnd | None:
         reasons, raises = result.stop_reasons, result.trainers.nan_policy.raises
         bad = [i for i, reason in enumerate(reasons) if reason in AT_NON_FINITE]
-        if not bad or (len(bad) < self.size and not raises):
+        if not bad:
             return None
-        # An error names the first that it is about.
+        # An error names the first that it is about; a warning the one that went least
+        # far, as bad data do.
         is_named = lambda index: reasons[index] is StopReason.NON_FINITE
-        index = next(filter(is_named, bad), bad[0]) if raises else bad[0]
+        steps = self.on_host(result.trainers.step_count)
+        least = min(bad, key=steps.__getitem__)
+        index = next(filter(is_named, bad), bad[0]) if raises else least
+        is_all, names = len(bad) == self.size, first_names([*map(str, bad)], str)
+        count = f"all {self.size}" if is_all else f"{len(bad)} of {self.size}"
+        named = "" if is_all else f" ({names})"
         warning = (
-            f"`fit_many`: all {self.size} trainers ended at values that are not "
+            f"`fit_many`: {count} trainers{named} ended at values that are not "
             f"finite. Of member {index}:"
         )
         which = f"That is member {index} of {self.size}. "
         trainer = self.picked(result, index)
-        return BadEnd(index, reasons[index], trainer, warning, which)
+        return BadEnd(index, reasons[index], trainer, warning, which, is_all)
 
     def picked(self, result: ManyResult[Any], index: Any) -> AbstractTrainer:
         return result.trainer(index)
