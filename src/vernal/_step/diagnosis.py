@@ -346,7 +346,28 @@ def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
         return f"{what} is {kind}."
     size = value.size if value.ndim == 1 else f"shape {value.shape}"
     found = f"{what} is {kind} first at {_index(first, value.shape)} of {size}."
-    return " ".join((found, *_impossible(trainer, batch)))
+    return " ".join((found, *(_impossible(trainer, batch) or _zeros(batch, value))))
+
+
+def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
+    """Names the leaves of a batch that are zero wherever a residual is not finite."""
+    alike = [
+        (where, leaf)
+        for where, leaf in spelled_leaves("batch", batch)
+        if isinstance(leaf, jax.Array) and leaf.size == residuals.size
+        if jnp.issubdtype(leaf.dtype, jnp.number)
+    ]
+    return tuple(
+        f"{where} is 0 there, which no error bar may be. (Of counts `sqrt(n)` is none: "
+        "return `vn.likelihoods.Poisson`.)"
+        for where, leaf in alike
+        if _is_zero_at_bad(leaf, residuals)
+    )
+
+
+@jax.jit
+def _is_zero_at_bad(leaf: Array, residuals: Array) -> Any:
+    return jnp.all((leaf.ravel() == 0) | jnp.isfinite(residuals.ravel()))
 
 
 def _impossible(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
