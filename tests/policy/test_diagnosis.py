@@ -145,6 +145,14 @@ def test_the_origin_is_named(name):
     assert ("jnp.where" in told) == (name == "gradient")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_squares_beyond_the_range_are_for_float32(dtype):
+    model = {"a": {"b": jnp.zeros((), dtype)}, "c": jnp.ones(2, dtype)}
+    told = str(diagnosed(Rooted(model), None))
+    assert "not its gradient in 'a.b'" in told
+    assert ("the range of float32" in told) == (dtype == "float32")
+
+
 class Counted(vn.Trainer):
     """Has error bars that are the roots of counts."""
 

@@ -62,6 +62,8 @@ _GRADIENT_REMEDY = (
     "hides a value which is not finite: its gradient still meets that value."
 )
 
+_SINGLE_REMEDY = " Look, too, for numbers whose square is beyond the range of float32."
+
 
 class Diagnosis(NamedTuple):
     """Sentences about what is not finite.
@@ -329,7 +331,10 @@ def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     if bad := _bad_result(trainer, batch, ""):
         return (bad,)
     if bad := _bad_paths(_evaluated(trainer, batch, _gradients)):
-        return f"the loss is finite, but not its gradient in {bad}.", _GRADIENT_REMEDY
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(trainer.params)}
+        is_single = bool(dtypes & {"float32", "complex64"})
+        remedy = _GRADIENT_REMEDY + _SINGLE_REMEDY * is_single
+        return f"the loss is finite, but not its gradient in {bad}.", remedy
     return ()
 
 
