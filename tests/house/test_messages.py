@@ -123,29 +123,29 @@ def test_unlike_trainers_are_told_by_their_first_differences():
     assert lines[-1].startswith("and ")
 
 
-def test_what_is_made_anew_for_each_trainer_is_told_to_be_made_once():
-    def made(name):
-        class Exp(vn.Bijection):
-            def forward(self, x):
-                return jnp.exp(x)
+def exponential():
+    class Exp(vn.Bijection):
+        def forward(self, x):
+            return jnp.exp(x)
 
-            def inverse(self, y):
-                return jnp.log(y)
+        def inverse(self, y):
+            return jnp.log(y)
 
-        one, other = lambda m: 2 * m.slope, lambda m: 3 * m.slope
-        options = {
-            "ties": ({"offset": one}, {"offset": other}),
-            "bounds": ({"slope": Exp()},) * 2,
-        }[name]
-        return [LineFit(line(1.0), optax.sgd(0.1), **{name: o}) for o in options]
+    return Exp()
 
-    told = "once, outside of the loop"
-    with pytest.raises(ValueError, match=rf"(?s){told}.*ties\.\d: is another"):
-        vn.fit_many(made("ties"), BATCH, 1)
-    anew = [made("bounds")[0] for _ in range(2)]
-    with pytest.raises(ValueError, match=rf"(?s){told}.*bijections.*is another"):
-        vn.fit_many(anew, BATCH, 1)
-    vn.fit_many(made("bounds"), BATCH, 1)
+
+MADE_ANEW = {
+    "ties": ({"offset": lambda m: 2 * m.slope}, {"offset": lambda m: 3 * m.slope}),
+    "bounds": ({"slope": exponential()}, {"slope": exponential()}),
+}
+
+
+@pytest.mark.parametrize("name", MADE_ANEW)
+def test_what_is_made_anew_for_each_trainer_is_told_to_be_made_once(name):
+    make = lambda own: LineFit(line(1.0), optax.sgd(0.1), **{name: own})
+    told = r"(?s)once, outside of the loop.*\n\w+\.\S+: is another"
+    with pytest.raises(ValueError, match=told):
+        vn.fit_many(list(map(make, MADE_ANEW[name])), BATCH, 1)
 
 
 def test_help_lists_the_public_names():

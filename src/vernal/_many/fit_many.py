@@ -63,7 +63,7 @@ def fit_many(
     - `data_axis`: the axis of the arrays in `data` along which each trainer finds its
         own, or a tree of such axes that is a prefix of `data`, `None` for what is
         shared: as `in_axes` of `jax.vmap`. It holds for the batch of a `validation`
-        too.
+        too. Stack a list of data sets for it: `np.stack(ys)`.
     - `solver`: a solver that replaces the fit, as in [`vernal.Trainer.solve`][] with
         `rewhiten=False`. `data` is then one batch, and `jac` is the only other option.
         A member that meets an error ends as `FAILED`, where it began, with a warning;
