@@ -356,18 +356,17 @@ def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
 
 def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
     """Names the leaves of a batch that are zero wherever a residual is not finite."""
-    alike = [
-        (where, leaf)
+    zeros = [
+        f"{where} is 0 there."
         for where, leaf in spelled_leaves("batch", batch)
         if isinstance(leaf, jax.Array) and leaf.size == residuals.size
-        if jnp.issubdtype(leaf.dtype, jnp.number)
+        if jnp.issubdtype(leaf.dtype, jnp.number) and _is_zero_at_bad(leaf, residuals)
     ]
-    return tuple(
-        f"{where} is 0 there, which no error bar may be. (Of counts `sqrt(n)` is none: "
-        "return `vn.likelihoods.Poisson`.)"
-        for where, leaf in alike
-        if _is_zero_at_bad(leaf, residuals)
+    remedy = (
+        "No error bar may be 0; for counts, return `vn.likelihoods.Poisson` instead of "
+        "error bars of `sqrt(n)`."
     )
+    return (*zeros[:_MOST_NAMED], remedy) if zeros else ()
 
 
 @jax.jit
