@@ -1,8 +1,11 @@
 """Kinds of bad input, each at every door that it may come through."""
 
+import dataclasses
 import functools
+from collections import UserDict
 from decimal import Decimal
 from fractions import Fraction
+from types import MappingProxyType
 
 import equinox as eqx
 import jax
@@ -37,6 +40,18 @@ class Stateful(vn.Trainer):
 
 def made(slope=0.5):
     return Residuals(Line(jnp.asarray(slope), jnp.asarray(slope)), SGD)
+
+
+@dataclasses.dataclass
+class Night:
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: np.ndarray
+    y: np.ndarray
 
 
 # Arrays that mean more than their numbers.
@@ -456,6 +471,26 @@ TABLE = {
         lambda: made().solve(SOLVER, list(range(9))),
         "`batch` is a list of 9 numbers",
     ),
+    "a long tuple": (
+        lambda: fit(data=((0.5,) * 23 + (1,), Y)),
+        r"`data\[0\]` is a tuple of 24 numbers.*`jnp.asarray",
+    ),
+    "a mapping": (
+        lambda: fit(data={"a": UserDict(x=X, y=Y)}),
+        r"`data\['a'\]` is a UserDict.*`dict\(data\['a'\]\)`",
+    ),
+    "a view of a dictionary": (
+        lambda: made().step(MappingProxyType({"x": X, "y": Y})),
+        r"`batch` is a mappingproxy.*`dict\(batch\)`",
+    ),
+    "a dataclass": (
+        lambda: fit(data=Night(X, Y)),
+        "`data` is a Night.*dictionary or an `eqx.Module`.*register_dataclass",
+    ),
+    "a frozen dataclass": (
+        lambda: fit(data=Frozen(X, Y)),
+        "`data` is a Frozen.*register_dataclass",
+    ),
     "a range": (
         lambda: fit(data=(range(80), Y)),
         r"`data\[0\]` is a range of 80 numbers",
@@ -561,6 +596,15 @@ def test_a_validation_without_a_finite_score_is_told_of(many):
     validation = (X, Y * np.nan), 1
     with pytest.warns(UserWarning, match="`validation`: no score was finite"):
         fit(trainer, BATCH, 2, validation=validation, progress=False)
+
+
+@pytest.mark.parametrize("numbers", [(0.5,) * 8, tuple(range(24))])
+def test_short_tuples_and_those_of_integers_are_taken(numbers):
+    class Taken(vn.Trainer):
+        def loss(self, model, batch):
+            return model * batch[len(batch) - 1]
+
+    assert Taken(jnp.asarray(1.0), SGD).fit(numbers, 1).history
 
 
 def test_a_batch_may_have_gaps():

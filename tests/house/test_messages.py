@@ -123,6 +123,31 @@ def test_unlike_trainers_are_told_by_their_first_differences():
     assert lines[-1].startswith("and ")
 
 
+def exponential():
+    class Exp(vn.Bijection):
+        def forward(self, x):
+            return jnp.exp(x)
+
+        def inverse(self, y):
+            return jnp.log(y)
+
+    return Exp()
+
+
+MADE_ANEW = {
+    "ties": ({"offset": lambda m: 2 * m.slope}, {"offset": lambda m: 3 * m.slope}),
+    "bounds": ({"slope": exponential()}, {"slope": exponential()}),
+}
+
+
+@pytest.mark.parametrize("name", MADE_ANEW)
+def test_what_is_made_anew_for_each_trainer_is_told_to_be_made_once(name):
+    make = lambda own: LineFit(line(1.0), optax.sgd(0.1), **{name: own})
+    told = r"(?s)once, outside of the loop.*\n\w+\.\S+: is another"
+    with pytest.raises(ValueError, match=told):
+        vn.fit_many(list(map(make, MADE_ANEW[name])), BATCH, 1)
+
+
 def test_help_lists_the_public_names():
     assert "Trainer" in vn.__all__
     assert all(getattr(vn, name) is not None for name in vn.__all__)

@@ -690,6 +690,48 @@ def test_what_cannot_be(make, error, match):
         make()
 
 
+X, Y = BATCH
+LISTS = {
+    "tuples": ([(X, Y)] * 4, {}),
+    "tuples, solved": ([(X, Y)] * 4, {"solver": LM}),
+    "arrays": ([Y] * 4, {}),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_of_data_sets_is_to_be_stacked(name):
+    data, options = LISTS[name]
+    trainers = starts(None if options else ADAM)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        many(trainers, data, **options)
+    assert "`data` is a list of 4" in caught.value.__notes__[-1]
+    assert "`data_axis=(None, 0)`" in caught.value.__notes__[-1]
+    for other in (data[:3], tuple(data), {"all": data}):
+        with pytest.raises((TypeError, ValueError, AttributeError)) as caught:
+            many(trainers, other, **options)
+        assert "`data` is a list" not in str(getattr(caught.value, "__notes__", ""))
+
+
+ROWS = {
+    "alike": (
+        [Y] * 4,
+        r"trainers, 4\. `data\[1\]` is a list\. Stack it .*`np\.stack\(",
+    ),
+    "ragged": (
+        [Y, Y[:5], Y, Y],
+        r"`data\[1\]` is a list\. Pad .*`np\.stack\(data\[1\]",
+    ),
+    "numbers": ([1.0, 2.0, 3.0, 4.0], r"shape \(\), .*`np\.stack\(data\[1\]\)`"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_list_of_rows_is_to_be_stacked(name):
+    rows, match = ROWS[name]
+    with pytest.raises(ValueError, match=match):
+        many(starts(), (X, rows), data_axis=(None, 0))
+
+
 def test_axes_that_disagree():
     stacked = eqx.filter_vmap(lambda slope: LineFit(line(slope), ADAM))(jnp.arange(3.0))
     longer = eqx.tree_at(lambda t: t._progress.params.slope, stacked, jnp.arange(4.0))

@@ -198,6 +198,7 @@ HINTS = {
     "stop_reason": r"one for each member: `result\.stop_reasons`",
     "edm": r"`result\.edms`",
     "best_loss": r"`result\.best_losses`",
+    "member": r"`result\.trainer\(i\)`",
     "nonsense": r"no attribute 'nonsense'\.$",
     "__nonsense__": r"no attribute '__nonsense__'\.$",
 }
@@ -207,6 +208,13 @@ HINTS = {
 def test_a_name_that_is_missing_is_shown_where_it_lives(name):
     with pytest.raises(AttributeError, match=HINTS[name]):
         getattr(solved(), name)
+
+
+def test_members_are_not_items():
+    assert len(solved()) == 12
+    for use in (lambda result: result[0], list):
+        with pytest.raises(TypeError, match=r"`result\.trainer\(0\)`"):
+            use(solved())
 
 
 def test_errors_compile_once():

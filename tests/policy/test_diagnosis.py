@@ -115,7 +115,7 @@ ORIGINS = {
     ),
     "residuals": (
         lambda: (fitted(), curve(sigma={5: 0.0})),
-        FINITE + "`residuals` is infinite first at [5] of 200.",
+        FINITE + "`residuals` is infinite first at [5] of 200. `batch[2]` is 0 there",
     ),
     "loss": (
         lambda: (Both(with_field("power", -1.0)), curve()),
@@ -143,6 +143,36 @@ def test_the_origin_is_named(name):
     told = str(diagnosed(*make()))
     assert told.startswith(sentence)
     assert ("jnp.where" in told) == (name == "gradient")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_squares_beyond_the_range_are_for_float32(dtype):
+    model = {"a": {"b": jnp.zeros((), dtype)}, "c": jnp.ones(2, dtype)}
+    told = str(diagnosed(Rooted(model), None))
+    assert "not its gradient in 'a.b'" in told
+    assert ("the range of float32" in told) == (dtype == "float32")
+
+
+class Counted(vn.Trainer):
+    """Has error bars that are the roots of counts."""
+
+    def residuals(self, model, batch):
+        counts = batch["n"].astype(float)
+        return (model["rate"] - counts) / jnp.sqrt(counts)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_zeros_where_residuals_are_not_finite_are_named(shape):
+    counts = jnp.array([2, 0, 3, 0, 1, 4]).reshape(shape)
+    others = {"x": jnp.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]), "one": jnp.zeros(())}
+    model = {"rate": jnp.array(2.0)}
+    told = str(diagnosed(Counted(model), {"n": counts, **others}))
+    assert "`batch['n']` is 0 there" in told
+    assert "vn.likelihoods.Poisson" in told
+    assert "'x'" not in told
+    # Nor are zeros what is wrong here.
+    told = str(diagnosed(Counted({"rate": jnp.array(NAN)}), {"n": counts, **others}))
+    assert "is 0 there" not in told
 
 
 def test_a_loss_that_cannot_be_evaluated_hides_nothing():

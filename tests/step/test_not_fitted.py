@@ -209,7 +209,7 @@ def test_print_says_what_happens_to_each():
 
     trainer = Fit(model, vn.ParamOptimiser(rules))
     assert str(trainer).splitlines() == [
-        "Fit(dict, 2 parameters, step_count=0, best_loss=inf)",
+        "Fit(dict, 2 parameters, 4 numbers, step_count=0, best_loss=inf)",
         "parameter  value",
         "─────────  ──────────  ───────────────────────",
         "a          float64[3]  trained by a, b",
@@ -218,7 +218,23 @@ def test_print_says_what_happens_to_each():
         "d          1           not fitted (int64)",
     ]
     trainer, _ = trainer.step(0.0)
-    assert repr(trainer) == "Fit(dict, 2 parameters, step_count=1, best_loss=3.25)"
+    line = "Fit(dict, 2 parameters, 4 numbers, step_count=1, best_loss=3.25)"
+    assert repr(trainer) == line
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        (((), ()), "2 parameters, step"),
+        (((100, 137), (3,)), "2 parameters, 13,703 numbers, step"),
+        (((0,),), "1 parameter, 0 numbers, step"),
+    ],
+)
+def test_numbers_are_counted_where_they_are_not_the_parameters(shapes, said):
+    make = lambda: Pull([jnp.ones(shape) for shape in shapes], optax.adam(0.1))
+    assert said in repr(make())
+    stacked = eqx.filter_vmap(make, axis_size=2)()
+    assert said.replace("step", "2 members, step") in repr(stacked)
 
 
 def test_print_shows_bounds_ties_and_priors():

@@ -8,10 +8,12 @@ import pickle
 import resource
 import zipfile
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -132,6 +134,46 @@ def test_each_of_many_can_start_anew(part, file):
             each = jax.tree.map(lambda x, i=index: x[i], getattr(loaded, name))
             assert same(each, getattr(alone, name)), name
     assert vn.fit_many(loaded, line_batch(), 3).trainers.step_count.shape == (2,)
+
+
+class Tied(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return model["slope"] * x + model["offset"] - y
+
+
+def tied(optimiser, high=9.0):
+    model = {"slope": jnp.array(0.5), "offset": jnp.array(1.0)}
+    ties = {"offset": lambda m: 2 * m["slope"]}
+    return Tied(model, optimiser, ties=ties, bounds={"slope": (-9.0, high)})
+
+
+LM = optx.LevenbergMarquardt(1e-8, 1e-8)
+
+
+@pytest.mark.parametrize("solver", [None, LM], ids=["fit", "solve"])
+@pytest.mark.parametrize("is_alike", [True, False])
+def test_many_are_loaded_into_one_that_is_stacked(solver, is_alike, file):
+    optimiser = optax.adam(0.1) if solver is None else None
+    options = {"data_axis": (None, 0)} | ({} if solver is None else {"solver": solver})
+    highs = (9.0,) * 3 if is_alike else (9.0, 8.0, 7.0)
+    trainers = [tied(optimiser, high) for high in highs]
+    x = np.linspace(0.0, 1.0, 9)
+    data = x, np.stack([2 * x + i for i in range(3)])
+    fitted = vn.fit_many(trainers, data, 20, **options).trainers
+    vn.save(file, fitted)
+    one = tied(optimiser)
+    with pytest.raises(vn.MismatchError, match=r"3 members.*`eqx\.filter_vmap\("):
+        vn.load(file, one)
+    if is_alike:
+        like = eqx.filter_vmap(lambda: one, axis_size=3)()
+    else:
+        like = vn.fit_many(trainers, data, 0 if solver is None else 1, **options)
+        like = like.trainers
+    loaded = vn.load(file, like)
+    assert same(loaded, fitted)
+    again, on = (vn.fit_many(x, data, 5, **options) for x in (loaded, fitted))
+    assert same(again.trainers, on.trainers)
 
 
 @pytest.mark.seams

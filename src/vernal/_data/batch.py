@@ -1,8 +1,9 @@
 """One batch: its leaves turned into arrays, or refused where that would lose sense."""
 
 import contextlib
+import dataclasses
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from .._tree import LONG_DOUBLES, owned
 
 # A shorter list may be meant as a tree.
 _LONG = 8
+_INEXACT = float | complex | np.inexact
 _NUMBERS = int | float | complex | np.number | np.bool_
 
 
@@ -53,9 +55,9 @@ def as_batch(batch: Any, argument: str = "batch") -> Any:
 
     So new ones compile nothing. Arrays of other libraries are copied. Integers, strings
     and functions stay as they are and are static: they may decide a shape or a branch.
-    Raises if a leaf is a source of batches, a loader, a long list of numbers, an array
-    of anything but numbers or one that has been deleted, or an object that cannot be
-    hashed.
+    Raises if a leaf is a source of batches, a loader, a long list of numbers or tuple
+    of floats, a mapping that JAX does not look into, an array of anything but numbers
+    or one that has been deleted, or an object that cannot be hashed.
     """
     if isinstance(batch, ManyBatches | Iterator):
         raise TypeError(
@@ -100,6 +102,11 @@ def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> An
     refuse_foreign(leaf, where)
     if isinstance(leaf, range):
         raise _list_of_numbers(leaf, where)
+    if isinstance(leaf, Mapping):
+        raise TypeError(
+            f"{where} is a {type(leaf).__name__}, which JAX does not look into. Give a "
+            f"dictionary: `dict({where.strip('`')})`."
+        )
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):
         raise TypeError(
@@ -109,10 +116,15 @@ def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> An
     try:
         hash(leaf)
     except TypeError:
+        remedy = "Leave it out, or give what can be hashed, such as a tuple of numbers."
+        if dataclasses.is_dataclass(leaf):
+            remedy = (
+                "Give a dictionary or an `eqx.Module`, or register its class: "
+                "`jax.tree_util.register_dataclass`."
+            )
         raise TypeError(
             f"{where} is a {type(leaf).__name__}, which is not an array and cannot be "
-            "hashed, so that no compiled program could be found by it. Leave it out, "
-            "or give what can be hashed, such as a tuple of numbers."
+            f"hashed, so that no compiled program could be found by it. {remedy}"
         ) from None
     return leaf
 
@@ -159,8 +171,11 @@ def _refuse_lists(batch: Any, argument: str, keys: tuple[Any, ...]) -> None:
 
 
 def _is_long_list(node: Any) -> bool:
-    is_long = type(node) is list and len(node) > _LONG
-    return is_long and all(isinstance(item, _NUMBERS) for item in node)
+    if type(node) not in (list, tuple) or len(node) <= _LONG:
+        return False
+    # A tuple of integers is static: it may be a shape.
+    is_data = type(node) is list or any(isinstance(x, _INEXACT) for x in node)
+    return is_data and all(isinstance(item, _NUMBERS) for item in node)
 
 
 def _list_of_numbers(leaf: Any, where: str) -> TypeError:

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import tree_leaves_with_path
 
-from .._boundary import spelled_leaves, whole_number
+from .._boundary import spelled, spelled_leaves, whole_number
 from .mapped_chunk import Flags
 
 
@@ -28,10 +29,24 @@ def members_first(
             raise ValueError(
                 f"`data_axis`: {where} has the shape {leaf.shape}, whose axis "
                 f"{axis} must be as long as there are trainers, {size}."
+                f"{_to_stack(batch, argument, where)}"
             )
         leaves.append(jnp.moveaxis(leaf, axis, 0))
     batch = jax.tree.structure(batch).unflatten(leaves)
     return batch, tuple(axis is not None for axis in axes)
+
+
+def _to_stack(batch: Any, argument: str, where: str) -> str:
+    """Says how to make an array of the list that a leaf is in, if it is in one."""
+    is_list = lambda node: isinstance(node, list)
+    for keys, node in tree_leaves_with_path(batch, is_leaf=is_list):
+        name = spelled(argument, keys).strip("`")
+        if is_list(node) and where.startswith(f"`{name}["):
+            is_ragged = len({jnp.shape(leaf) for leaf in jax.tree.leaves(node)}) > 1
+            first = "Pad what is shorter, mask that (`where=` of `vn.likelihoods`), and"
+            stack = f"{first} stack" if is_ragged else "Stack"
+            return f" `{name}` is a list. {stack} it to one array: `np.stack({name})`."
+    return ""
 
 
 def axes_of(batch: Any, data_axis: Any, argument: str) -> list[int | None]:

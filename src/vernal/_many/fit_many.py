@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar, Unpack
 
+import jax
 from jax.sharding import Mesh
 
 from .._boundary import UNROLL, entrance, refuse_program, refuse_unknown, whole_number
@@ -62,7 +63,7 @@ def fit_many(
     - `data_axis`: the axis of the arrays in `data` along which each trainer finds its
         own, or a tree of such axes that is a prefix of `data`, `None` for what is
         shared: as `in_axes` of `jax.vmap`. It holds for the batch of a `validation`
-        too.
+        too. Stack a list of data sets for it: `np.stack(ys)`.
     - `solver`: a solver that replaces the fit, as in [`vernal.Trainer.solve`][] with
         `rewhiten=False`. `data` is then one batch, and `jac` is the only other option.
         A member that meets an error ends as `FAILED`, where it began, with a warning;
@@ -105,16 +106,32 @@ def fit_many(
     place = placement(together, mesh)
     _check_spread(place, size, group)
     many = ManyTrainers(place, size, group, flags, data_axis)
-    if solver is not None:
-        if options:
-            raise TypeError(
-                f"`{next(iter(options))}` is for a fit, and with `solver` there is "
-                "none. Leave it out."
-            )
-        return solve_many(many, together, data, solver, steps, jac)
-    if jac is not None:
+    if solver is not None and options:
+        raise TypeError(
+            f"`{next(iter(options))}` is for a fit, and with `solver` there is none. "
+            "Leave it out."
+        )
+    if solver is None and jac is not None:
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
-    return fit(many, at_one_step(together), data, steps, options)
+    try:
+        if solver is not None:
+            return solve_many(many, together, data, solver, steps, jac)
+        return fit(many, at_one_step(together), data, steps, options)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        if data_axis is None and _is_one_each(data, size):
+            error.add_note(
+                f"`data` is a list of {size}, as many as there are trainers, and each "
+                "trainer is given all of it. If each should have one of them, stack "
+                "them: `data = (x, np.stack(ys))`, with `data_axis=(None, 0)`."
+            )
+        raise
+
+
+def _is_one_each(data: Any, size: int) -> bool:
+    """Whether data are a list that seems to have a data set for each trainer."""
+    if not isinstance(data, list) or len(data) != size:
+        return False
+    return all(jax.tree.structure(x) == jax.tree.structure(data[0]) for x in data)
 
 
 def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:

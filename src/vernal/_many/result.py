@@ -60,6 +60,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             # For what is not found. Pickling asks before there are trainers.
             told = f"`ManyResult` has no attribute {name!r}."
             kind, known = type(self.__dict__.get("trainers")), dir(self)
+            if name == "member":
+                told += " The trainer of one is `result.trainer(i)`."
             plural = [x for x in (f"{name}s", f"{name}es") if x in known]
             single = [x for x in (name, name.removesuffix("s")) if hasattr(kind, x)]
             if plural:
@@ -70,6 +72,13 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
                     "All of them are stacked in `result.trainers`."
                 )
             raise AttributeError(told, name=name, obj=self)
+
+        def __getitem__(self, index: Any) -> Any:
+            # Python asks for an item in a loop, too.
+            raise TypeError(
+                "`ManyResult` has no items. The trainer of a member is "
+                f"`result.trainer({index!r})`, which has the `model`."
+            )
 
     def __len__(self) -> int:
         return len(self.stop_reasons)

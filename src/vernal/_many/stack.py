@@ -152,6 +152,8 @@ def _not_alike(first: Any, other: Any, index: int) -> ValueError:
             "Give all of them bounds on the same sides, of the same shapes; for none, "
             "a number that is never met, such as -1e30 or 1e30."
         )
+    if any(line.endswith("than before") for line in lines):
+        remedy += " Define a function or a class once, outside of the loop."
     return ValueError(
         f"`trainers[{index}]` differs from `trainers[0]` in more than the values "
         f"of its arrays. {remedy}\n" + "\n".join([*lines[:8], *more])

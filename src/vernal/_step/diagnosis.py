@@ -62,6 +62,8 @@ _GRADIENT_REMEDY = (
     "hides a value which is not finite: its gradient still meets that value."
 )
 
+_SINGLE_REMEDY = " Look, too, for numbers whose square is beyond the range of float32."
+
 
 class Diagnosis(NamedTuple):
     """Sentences about what is not finite.
@@ -329,7 +331,10 @@ def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     if bad := _bad_result(trainer, batch, ""):
         return (bad,)
     if bad := _bad_paths(_evaluated(trainer, batch, _gradients)):
-        return f"the loss is finite, but not its gradient in {bad}.", _GRADIENT_REMEDY
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(trainer.params)}
+        is_single = bool(dtypes & {"float32", "complex64"})
+        remedy = _GRADIENT_REMEDY + _SINGLE_REMEDY * is_single
+        return f"the loss is finite, but not its gradient in {bad}.", remedy
     return ()
 
 
@@ -346,7 +351,27 @@ def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
         return f"{what} is {kind}."
     size = value.size if value.ndim == 1 else f"shape {value.shape}"
     found = f"{what} is {kind} first at {_index(first, value.shape)} of {size}."
-    return " ".join((found, *_impossible(trainer, batch)))
+    return " ".join((found, *(_impossible(trainer, batch) or _zeros(batch, value))))
+
+
+def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
+    """Names the leaves of a batch that are zero wherever a residual is not finite."""
+    zeros = [
+        f"{where} is 0 there."
+        for where, leaf in spelled_leaves("batch", batch)
+        if isinstance(leaf, jax.Array) and leaf.size == residuals.size
+        if jnp.issubdtype(leaf.dtype, jnp.number) and _is_zero_at_bad(leaf, residuals)
+    ]
+    remedy = (
+        "No error bar may be 0; for counts, return `vn.likelihoods.Poisson` instead of "
+        "error bars of `sqrt(n)`."
+    )
+    return (*zeros[:_MOST_NAMED], remedy) if zeros else ()
+
+
+@jax.jit
+def _is_zero_at_bad(leaf: Array, residuals: Array) -> Any:
+    return jnp.all((leaf.ravel() == 0) | jnp.isfinite(residuals.ravel()))
 
 
 def _impossible(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:

@@ -78,7 +78,9 @@ def load(
 
     - `path`: the file.
     - `like`: a trainer of the same model and optimiser, as the program makes it; its
-        rates, its NaN policy and its key may differ. Or a pytree of the same structure,
+        rates, its NaN policy and its key may differ. For `result.trainers` of
+        [`vernal.fit_many`][] stack one: `eqx.filter_vmap(lambda: trainer,
+        axis_size=50)()`. Or a pytree of the same structure,
         shapes and dtypes as the one that was saved; its arrays may be
         `jax.ShapeDtypeStruct`, as `equinox.filter_eval_shape` makes them.
     - `reset`: for a trainer, what to start afresh instead of restoring: `"opt_state"`
@@ -102,8 +104,8 @@ def load(
     - `NewerFormatError`: if it was written by a later version of vernal.
     - `MismatchError`: if `like` is another tree; it names the leaves that differ. Or if
         its optimiser has a state that looks like the saved one and is of another
-        transformation; it names both. These four are subclasses of `LoadError`, a
-        subclass of `ValueError`.
+        transformation; it names both. Or if `like` is one trainer, and the file has
+        many. These four are subclasses of `LoadError`, a subclass of `ValueError`.
     - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
     target = file_path(path, "path")
@@ -138,6 +140,15 @@ def _restored(
         raise ValueError(
             "`like` is a trainer without values, and its rates, its key and the "
             "frozen part of its model would stay so. Make it outside of `eval_shape`."
+        )
+    counts = arrays.get("step_count")
+    if counts is not None and counts.kind.shape and not like.step_count.ndim:
+        (size,) = counts.kind.shape
+        raise MismatchError(
+            f"{source} holds a trainer of {size} members, and `like` is one trainer. "
+            f"Stack it: `eqx.filter_vmap(lambda: like, axis_size={size})()`. Or, if "
+            "members differ in rates, bounds or frozen values, make all as they were: "
+            "`vn.fit_many(trainers, data, 0, ...).trainers`."
         )
     try:
         return restore(arrays, like, source, reset, made_by)

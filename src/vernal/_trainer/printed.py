@@ -1,6 +1,7 @@
 """What `print(trainer)` shows, and the short `repr` of tracebacks."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,9 +33,13 @@ def in_short(trainer: AbstractTrainer) -> str:
         progress = progress_of(trainer)
         node = template_of(trainer).structure.node_data()
         model = "array" if node is None else node[0].__name__
-        count = len(jax.tree.leaves(progress.params))
+        params, is_stacked = jax.tree.leaves(progress.params), progress.step_count.ndim
+        count = len(params)
         parts = [model, f"{count} parameter{'' if count == 1 else 's'}"]
-        if np.ndim(progress.step_count):
+        shapes = [leaf.shape[1:] if is_stacked else leaf.shape for leaf in params]
+        if (numbers := sum(map(math.prod, shapes))) != count:
+            parts.append(f"{numbers:,} number{'' if numbers == 1 else 's'}")
+        if is_stacked:
             parts.append(f"{len(progress.step_count)} members")
         parts.append(f"step_count={_value(progress.step_count)}")
         parts.append(f"best_loss={_value(progress.best_loss)}")
