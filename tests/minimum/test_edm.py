@@ -282,6 +282,21 @@ def test_a_solver_whose_tolerance_is_too_wide_stalls():
     assert str(result.stop_reason) == "Stopped short of a minimum."
     # The names, and the way down.
     assert "(edm), along power (+0." in result.explain()
+    assert "`result.trainer.whiten(batch)`" in result.explain()
+    whitened = result.trainer.whiten(data())
+    result = whitened.solve(optx.GradientDescent(1e-6, 1e-4, 1e-4), data(), max_steps=2)
+    assert "whiten" not in result.explain()
+
+
+def test_a_tolerance_that_is_larger_than_the_loss_is_told():
+    class Tiny(vn.Trainer):
+        def residuals(self, model, batch):
+            return 1e-12 * (jnp.exp(model["a"] * batch) - jnp.exp(2 * batch))
+
+    trainer = Tiny({"a": jnp.asarray(1.0)})
+    result = trainer.solve(LM, jnp.linspace(0.0, 1.0, 9))
+    assert result.stop_reason is REASON.STALLED
+    assert result.explain().endswith("give `atol=0`.")
 
 
 def test_a_jacobian_whose_squares_overflow_is_measured():

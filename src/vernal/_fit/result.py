@@ -4,6 +4,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Generic, final
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from typing_extensions import TypeVar
@@ -16,6 +18,9 @@ from .._policy import StopReason
 from .._report import Report
 from .._step import in_real_coordinates, prior_ends
 from .._storage import History
+
+# What users give as `atol`, at most.
+_USUAL_ATOL = 1e-6
 
 TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
 Model = TypeVar("Model", covariant=True, default=Any)
@@ -173,10 +178,25 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         if distance.edm > 0:
             much = f"about {distance.edm:.3g} (edm)"
             said.append(f"The loss could still fall by {much}{where}.")
-            said += [f"{distance.remedy}."] if distance.remedy else []
+            remedy = distance.remedy or (self._remedy if distance.is_short else "")
+            said += [f"{remedy}."] if remedy else []
         else:
             said.append("The loss could still fall by less than can be measured.")
         return " ".join(said) + (self._beside if is_short else "")
+
+    @property
+    def _remedy(self) -> str:
+        """Says what helps a solver that stopped too early."""
+        loss = float(self._trainer.best_loss)
+        if 0 < loss < _USUAL_ATOL:
+            return "If the solver has an `atol`, the loss is below it: give `atol=0`"
+        is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(self._trainer.params)))
+        if self._trainer.projector is not None or not is_real:
+            return ""
+        return (
+            "If parameters differ in scale, go on in a whitened space: "
+            "`result.trainer.whiten(batch)`"
+        )
 
     @property
     def _beside(self) -> str:
