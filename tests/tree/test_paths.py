@@ -397,3 +397,15 @@ def test_the_name_of_an_element_has_a_remedy(options, remedy):
 
     with pytest.raises(vn.UnknownPathError, match=f"is one element.*{remedy}"):
         Fit({"x": jnp.ones(3)}, **options)
+
+
+def test_a_property_that_raises_is_named_without_it():
+    class Fitted(eqx.Module):
+        x: jax.Array
+
+        @property
+        def area(self):
+            raise ValueError("not fitted yet")
+
+    with pytest.raises(TypeError, match="'area' is a static field or a property"):
+        vn.split(Fitted(jnp.ones(3)), "area")

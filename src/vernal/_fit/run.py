@@ -31,8 +31,8 @@ from .._program import are_on_one_cpu, is_refused, is_switched_on
 from .._step import (
     AbstractTrainer,
     advance,
+    code_of,
     config_of,
-    in_source,
     is_of_other_code,
     noted,
     progress_of,
@@ -97,7 +97,6 @@ class FitRun:
         trainer, self._source, self._monitor = inputs
         self._steps, validation = options.steps, self._monitor.validation
         self._scored = self._source if validation is None else Whole(validation.batch)
-        self._seen = in_source(self._scored)
         self._counts = subject.on_host(progress_of(trainer).nan_counts)
         self._first_steps = subject.on_host(progress_of(trainer).step_count)
         self.is_whole, self.is_resumed = True, False
@@ -160,6 +159,9 @@ class FitRun:
         is_validated = self._monitor.validation is not None
         return self._subject.begun(trainer, self._scored, is_validated)
 
+    def _code(self) -> int:
+        return code_of(self.trainer, self._scored)
+
     def _hold(self, trainer: AbstractTrainer, placed: Any) -> None:
         """Goes on with a trainer, given as the user knows it and as it was placed.
 
@@ -184,7 +186,7 @@ class FitRun:
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
-        if not self._in_place and is_of_other_code(self.trainer, self._seen):
+        if not self._in_place and is_of_other_code(self.trainer, self._code()):
             # A callback may have changed what the loss reads.
             trainer = self._begun(self.trainer, self.taken)
             self._monitor_state = self._subject.first_monitor_state(
@@ -251,7 +253,7 @@ class FitRun:
         """Takes over the results of chunks that began at the step `start`."""
         subject = self._subject
         self._move_to(state)
-        noted(self.trainer, self._seen)
+        noted(self.trainer, self._code())
         kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
             self._has_accepted |= subject.on_host(ended.has_accepted)

@@ -19,7 +19,7 @@ from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
     begun_on,
-    in_source,
+    code_of,
     is_of_other_code,
     non_finite_error,
     noted,
@@ -209,12 +209,12 @@ class AbstractSubject(abc.ABC):
         stopped = stopped & (not is_solved)
         if stopped.all():
             return trainer
-        seen = in_source(scored)
-        is_other = is_of_other_code(trainer, seen)
+        code = code_of(trainer, scored)
+        is_other = is_of_other_code(trainer, code)
         begun = begun_on(
             progress_of(trainer), marks, by_validation, stopped, is_other, self.on_host
         )
-        return noted(with_progress(trainer, begun), seen)
+        return noted(with_progress(trainer, begun), code)
 
     def is_over(self, *flags: Any) -> bool:
         """Whether no trainer goes on: one of its flags is set."""

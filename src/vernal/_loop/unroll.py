@@ -20,9 +20,9 @@ from .._step import (
     Progress,
     TrainerT,
     advance,
+    code_of,
     data_mark,
     error_if_stopped,
-    in_source,
     is_of_other_code,
     live_if,
     no_optimiser,
@@ -111,11 +111,11 @@ def unroll(
     if steps == 0:
         return trainer, jnp.zeros(0, trainer.best_loss.dtype)
     length = _segment_near_root(steps) if segment is None else segment
-    seen = in_source(source)
+    code = code_of(trainer, source)
     mark = np.uint32(data_mark(source, scored_parts(trainer)))
-    marks = jax.device_put((mark, np.bool_(is_of_other_code(trainer, seen))))
+    marks = jax.device_put((mark, np.bool_(is_of_other_code(trainer, code))))
     progress, losses = _run(trainer, source, marks, steps, length)
-    after = noted(with_progress(trainer, progress), seen)
+    after = noted(with_progress(trainer, progress), code)
     return _raised_if_bad(trainer, after), losses
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .._closure import Same, words_in
+from .._data import Source
 from .._pickling import digest_of, is_library
 from .._program import hash_of_code
 from .abstract_trainer import (
@@ -23,6 +24,7 @@ from .abstract_trainer import (
     progress_of,
     template_of,
 )
+from .data_mark import in_source
 from .objective import METHODS, defined
 
 # What a class may override, and what then decides which parameters a fit ends at.
@@ -74,9 +76,9 @@ def _digest(trainer: AbstractTrainer, name: str) -> str | None:
     return digest_of(code).hex()
 
 
-def noted(trainer: TrainerT, seen: Any) -> TrainerT:
-    """Returns a trainer whose best is scored on what is `seen`, and notes its code."""
-    _note(trainer, _code(trainer, seen))
+def noted(trainer: TrainerT, code: int) -> TrainerT:
+    """Returns a trainer, and notes the code by which its best is scored."""
+    _note(trainer, code)
     return trainer
 
 
@@ -94,17 +96,20 @@ def _note(trainer: AbstractTrainer, code: int | None) -> None:
     _noted[place] = weakref.ref(mark, lambda _: _noted.pop(place, None)), code
 
 
-def is_of_other_code(trainer: AbstractTrainer, seen: Any) -> bool:
-    """Whether a best was scored by other code, or on other data, than is `seen` now."""
+def is_of_other_code(trainer: AbstractTrainer, code: int) -> bool:
+    """Whether the best of a trainer is known to be scored by other code."""
     known = _noted.get(id(progress_of(trainer).scored_on))
-    return known is not None and known[1] != _code(trainer, seen)
+    return known is not None and known[1] != code
 
 
-def _code(trainer: AbstractTrainer, seen: Any) -> int:
-    """Returns a hash of what the code of a loss is, and reads, beside arrays."""
+def code_of(trainer: AbstractTrainer, source: Source) -> int:
+    """Returns a hash of what the code of a loss is, and reads, beside arrays.
+
+    It reads the trainer, and the source of its data.
+    """
     read = tuple(map(Same, _read(type(trainer))))
     others = template_of(trainer), bijections_of(trainer), priors_of(trainer)
-    return hash_of_code((read, own_fields(trainer), others, seen))
+    return hash_of_code((read, own_fields(trainer), others, in_source(source)))
 
 
 def _read(kind: type) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """Selectors: paths, nodes, globs and predicates that choose parameters of a tree."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -236,7 +237,8 @@ def _is_attribute(tree: Any, path: str) -> bool:
         elif isinstance(node, tuple | list) and segment.isdecimal():
             node = node[int(segment)] if int(segment) < len(node) else None
         else:
-            node = getattr(node, segment, None)
+            # A property is not computed: it may raise.
+            node = inspect.getattr_static(node, segment, None)
     return node is not None
 
 
