@@ -143,7 +143,7 @@ def _restored(
         )
     counts = arrays.get("step_count")
     if counts is not None and counts.kind.shape and not like.step_count.ndim:
-        (size,) = counts.kind.shape
+        size = counts.kind.shape[0]
         raise MismatchError(
             f"{source} holds a trainer of {size} members, and `like` is one trainer. "
             f"Stack it: `eqx.filter_vmap(lambda: like, axis_size={size})()`. Or, if "
