@@ -181,8 +181,12 @@ FINE = {
     "spectrum": np.linspace(3000, 9000, 8),
     "wavelengths about a line": np.linspace(5000, 5200, 2001),
     "temperatures": 300 + np.random.default_rng(0).normal(size=10_000),
+    "temperatures in order": np.sort(
+        300 + np.random.default_rng(0).normal(size=10_000)
+    ),
+    "a decay": 1000 + 50 * np.exp(-np.linspace(0, 9, 300)),
+    "a cumulative sum": 100 + np.cumsum(np.random.default_rng(0).random(2_000)) / 1_000,
     "a fine grid": np.linspace(0, 1, 1_000_000),
-    "steps at the end": np.r_[np.full(1_000, 1e4), np.linspace(1e4, 1.01e4, 8)],
     "SI": np.linspace(1e-6, 2e-6, 8),
     "about zero": np.linspace(-1e9, 1e9, 8),
     "constant": np.full(8, 0.1),

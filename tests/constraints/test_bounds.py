@@ -328,6 +328,24 @@ def test_each_member_that_is_loaded_is_within_the_bounds(slope, tmp_path):
         load()
 
 
+@pytest.mark.parametrize("members", [3, 4])
+def test_members_that_share_bounds_go_on_from_a_checkpoint(members, tmp_path):
+    """Also where there are as many members as elements."""
+
+    class Pull(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.sum((model["a"] - batch) ** 2)
+
+    low, model = jnp.asarray([0.0, 1.0, 2.0]), {"a": jnp.asarray([0.5, 1.5, 2.5])}
+    make = lambda rate: Pull(model, optax.sgd(rate), bounds={"a": (low, low + 1)})
+    trainers = [make(rate) for rate in np.linspace(0.1, 0.2, members)]
+    options = {"checkpoint": vn.Checkpoints(tmp_path), "progress": False}
+    vn.fit_many(trainers, jnp.asarray(9.0), 3, **options)
+    result = vn.fit_many(trainers, jnp.asarray(9.0), 60, **options)
+    expected = np.tile(np.asarray(low) + 1, (members, 1))
+    np.testing.assert_array_equal(result.trainers.model["a"], expected)
+
+
 def test_a_latent_objective_is_finite_on_the_bounds():
     batch = MATRIX.astype(np.float32), TARGET.astype(np.float32)
     start = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)

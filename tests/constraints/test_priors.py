@@ -292,6 +292,15 @@ def positive(offset):
     return Linear(at(offset), optax.sgd(1e-3), priors={"c": Gamma(2.0, 1.0)})
 
 
+def test_minibatches_of_all_data_are_all_of_them():
+    batch = jnp.asarray(MATRIX), jnp.asarray(TARGET)
+    trainer = positive(1.0)
+    whole = trainer.fit(batch, 50, progress=False)
+    batches = vn.Minibatches(batch, len(TARGET), key=jax.random.key(0))
+    result = trainer.fit(batches, 50, progress=False)
+    np.testing.assert_allclose(result.history.loss, whole.history.loss, rtol=1e-12)
+
+
 def anywhere(offset):
     return Linear(at(offset), optax.sgd(1e-3), priors={"c": Anywhere()})
 

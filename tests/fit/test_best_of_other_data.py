@@ -174,13 +174,38 @@ def test_an_object_that_changes_is_other_data(way):
     assert EAGER[way](trainer, (X, night)).best_loss > 1_000
 
 
-def test_of_members_that_were_scored_on_other_objects_no_best_is_kept():
-    ways = BATCHES["object"]
-    trainers = [
-        WAYS["fit"](Offset({"slope": jnp.ones(())}, optax.sgd(1e-3)), x) for x in ways
-    ]
-    result = quiet_many(trainers, ways[1])
-    assert np.all(np.asarray(result.best_losses) > 1_000)
+def test_each_member_knows_on_what_it_was_scored():
+    low, high = BATCHES["object"]
+    begin = Offset({"slope": jnp.ones(())}, optax.sgd(-1e-3))
+    trainers = [EAGER["fit"](begin, data) for data in (high, low)]
+    result = quiet_many(trainers, low)
+    kept, losses = trainers[1].best_loss, result.history.loss
+    assert result.best_losses[0] == losses[:, 0].min()
+    assert result.best_losses[1] == kept < losses[:, 1].min()
+    again = quiet(result.trainer(1), low)
+    assert again.best_loss == kept
+    assert quiet(result.trainer(1), high).best_loss > 1_000
+
+
+@pytest.mark.parametrize("way", ["fit(Minibatches)", "fit(validation=)", "step"])
+def test_a_member_keeps_its_best_beside_one_that_was_scored_otherwise(way):
+    before = quiet(departing(fitted()), (X, Y)).trainer
+    other = departing(WAYS[way](fitted(), (X, Y)))
+    result = quiet_many([before, other], (X, Y))
+    assert result.best_losses[0] == before.best_loss
+
+
+def test_what_a_callback_changes_in_an_object_and_no_loss_reads():
+    night = Night(0.0)
+    begin = Offset({"slope": jnp.ones(())}, optax.sgd(-1e-3))
+
+    def count(trainer, history):
+        night.seen = len(history)
+
+    result = quiet(begin, (X, night), 40, callback=count, chunk=4)
+    assert night.seen == 40
+    assert result.best_loss == result.history.loss[0]
+    assert quiet(result.trainer, (X, night)).best_loss == result.best_loss
 
 
 KEPT = {

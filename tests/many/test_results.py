@@ -210,13 +210,6 @@ def test_a_name_that_is_missing_is_shown_where_it_lives(name):
         getattr(solved(), name)
 
 
-def test_members_are_not_items():
-    assert len(solved()) == 12
-    for use in (lambda result: result[0], list):
-        with pytest.raises(TypeError, match=r"`result\.trainer\(0\)`"):
-            use(solved())
-
-
 def test_errors_compile_once():
     traces = 0
 
@@ -258,11 +251,28 @@ def test_the_failed_ones():
 
 @pytest.mark.parametrize("solver", [None, LM])
 def test_a_warning_names_members_of_bad_data(solver):
-    """Of the two, the one that went least far is looked at."""
+    """Of these, the one that ended first is looked at."""
     trainers = [GaussianFit(peak(0.2, 1.1, 3.8), optax.adam(1e-3))] * SIZE
     match = r"2 of 12 trainers \(3, 7\).*Of member 3: `batch\[1\]` has 40 NaNs"
     with pytest.warns(UserWarning, match=match):
         vn.fit_many(trainers, spectra(), 3, data_axis=AXES, solver=solver)
+
+
+def test_the_member_that_ended_first_is_looked_at():
+    class Late(GaussianFit):
+        def residuals(self, model, batch):
+            x, y, sigma, end = batch
+            late = jnp.where(self.step_count >= end, jnp.nan, 1.0)
+            return late * super().residuals(model, (x, y, sigma))
+
+    x, y, sigma = one(0)
+    ends, trainers = (
+        np.array([9, 2, 1], "i4"),
+        [Late(peak(0.2, 1.1, 3.8), optax.sgd(1e-9))],
+    )
+    batch = x, np.stack([y, y, y * np.nan]), sigma, ends
+    with pytest.warns(UserWarning, match=r"2 of 3 trainers \(1, 2\).*Of member 2"):
+        vn.fit_many(trainers * 3, batch, 5, data_axis=(None, 0, None, 0))
 
 
 def test_members_that_only_diverged_are_listed_without_a_warning():

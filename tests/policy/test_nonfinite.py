@@ -643,6 +643,14 @@ def test_a_policy_stays_where_a_callback_replaces_it():
     assert (int(result.trainer.step_count), bool(result.trainer.stopped)) == (3, True)
 
 
+def test_nor_where_a_parameter_is_nan():
+    trainer, batch = by_rules(vn.StopFit()), script("........")
+    bad = jnp.asarray(jnp.nan, jnp.float32)
+    trainer = eqx.tree_at(lambda t: t.model["b"], trainer, bad)
+    result = trainer.fit(batch, 8, chunk=2, callback=lowered, progress=False)
+    assert int(result.trainer.step_count) == 1
+
+
 @pytest.mark.parametrize("is_many", [False, True])
 def test_a_callback_may_begin_again_from_another_point(is_many):
     trainer, batch = by_rules(vn.StopFit()), script("..a.....")

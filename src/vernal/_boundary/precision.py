@@ -21,15 +21,13 @@ _SAMPLE = 256
 # Rounding matters where it is more than this part of the spread of the data.
 _FRACTION = 1e-3
 
-# A time, or another coordinate, has a finer scale: the steps between its neighbours.
-# Rounding matters where it is more than this part of them.
+# Of a time, or another coordinate in order, it matters where it is more than this part
+# of the steps, too; but not where it is less than that part of the spread.
 _FRACTION_OF_STEP = 1e-2
+_LEAST_FRACTION = 1e-5
 
-# Only of numbers so many times larger than their spread a reference can be subtracted.
-_FAR = 16
-
-# Fewer numbers may be in order by accident; no more than the last are looked at.
-_LEAST_IN_ORDER, _MOST_IN_ORDER = 8, 2**16
+# Fewer numbers may be in order by accident.
+_LEAST_IN_ORDER = 8
 
 _LARGEST = np.finfo(np.float32).max
 
@@ -121,8 +119,9 @@ def _warn_of_rounding(array: np.ndarray, where: str) -> None:
         otherwise = "use another unit"
         what = f"has numbers up to {largest:.3g}, which are infinite in float32"
     else:
-        near = _step(array) if _is_far(largest, high - low) else np.nan
-        is_coarse = low < high and not step <= _FRACTION * (high - low)
+        spread = high - low
+        is_coarse = spread > 0 and not step <= _FRACTION * spread
+        near = _step(array) if step > _LEAST_FRACTION * spread > 0 else np.nan
         if not (is_coarse or step > _FRACTION_OF_STEP * near):
             return
         shown = f"span {low:.10g} to {high:.10g}"
@@ -149,26 +148,27 @@ def _is_fine(few: np.ndarray) -> bool:
     largest, spread = max(-low, high), high - low
     if few.dtype.kind in "iu":
         return largest < 2**31
-    is_small = largest * 2.0**-23 <= _FRACTION * spread and not _is_far(largest, spread)
+    step = largest * 2.0**-23
+    is_small = step <= _LEAST_FRACTION * spread or (
+        step <= _FRACTION * spread and not _are_in_order(np.diff(few))
+    )
     return spread == 0 or (_is_normal(largest) and is_small)
 
 
-def _is_far(largest: Any, spread: Any) -> bool:
-    return bool(largest > _FAR * spread > 0)
+def _are_in_order(steps: np.ndarray) -> bool:
+    """Whether steps go up, or down: those of a few series, which follow each other."""
+    ordered = max(np.count_nonzero(steps >= 0), np.count_nonzero(steps <= 0))
+    return bool(ordered >= 0.9 * steps.size)
 
 
 def _step(array: np.ndarray) -> float:
-    """Returns a short step between neighbours, NaN of what is not in order.
-
-    One in ten is shorter. Several series may follow each other.
-    """
-    few = array.reshape(-1)[:_MOST_IN_ORDER]
-    steps = np.diff(few[np.isfinite(few)])
-    ordered = max(np.count_nonzero(steps >= 0), np.count_nonzero(steps <= 0))
+    """Returns the median step between neighbours, NaN of what is not in order."""
+    flat = array.reshape(-1)
+    steps = np.diff(flat[np.isfinite(flat)])
     moves = abs(steps[steps != 0])
-    if moves.size < _LEAST_IN_ORDER or ordered < 0.9 * steps.size:
+    if moves.size < _LEAST_IN_ORDER or not _are_in_order(steps):
         return np.nan
-    return float(np.quantile(moves, 0.1))
+    return float(np.median(moves))
 
 
 def _is_normal(largest: Any) -> bool:

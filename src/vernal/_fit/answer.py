@@ -72,7 +72,7 @@ def still_stopped(answer: Any, given: AbstractTrainer) -> Any:
 def _have_stopped(now: tuple[Any, Array], before: tuple[Any, Array]) -> Array:
     (params, flags), (old, was_stopped) = now, before
     inner = lambda x: tuple(range(flags.ndim, x.ndim))
-    moved = jax.tree.map(lambda x, y: jnp.any(x != y, inner(x)), params, old)
+    moved = jax.tree.map(lambda x, y: jnp.any(~_is_same(x, y), inner(x)), params, old)
     is_moved = jnp.any(jnp.stack(jax.tree.leaves(moved)), axis=0)
     return flags | (was_stopped & ~is_moved)
 
@@ -89,8 +89,11 @@ def have_one_loss(progress: Progress, other: Progress) -> bool:
 
 @jax.jit
 def _are_equal(pairs: list[tuple[Any, Any]]) -> Any:
-    is_same = lambda one, two: (one == two) | ((one != one) & (two != two))
-    return jnp.all(jnp.stack([jnp.all(is_same(*pair)) for pair in pairs]))
+    return jnp.all(jnp.stack([jnp.all(_is_same(*pair)) for pair in pairs]))
+
+
+def _is_same(one: Array, two: Array) -> Array:
+    return (one == two) | ((one != one) & (two != two))
 
 
 def with_best_of(answer: Any, given: AbstractTrainer) -> Any:

@@ -30,9 +30,11 @@ from .._policy import StopReason
 from .._program import are_on_one_cpu, is_refused, is_switched_on
 from .._step import (
     AbstractTrainer,
+    Scorer,
     advance,
     code_of,
     config_of,
+    data_code_of,
     is_of_other_code,
     noted,
     progress_of,
@@ -99,6 +101,7 @@ class FitRun:
         self._scored = self._source if validation is None else Whole(validation.batch)
         self._counts = subject.on_host(progress_of(trainer).nan_counts)
         self._first_steps = subject.on_host(progress_of(trainer).step_count)
+        self._data = data_code_of(self._scored)
         self.is_whole, self.is_resumed = True, False
         self._recorder = Recorder(self._no_history)
         self._monitor_state = subject.first_monitor_state(self._monitor, trainer)
@@ -159,9 +162,6 @@ class FitRun:
         is_validated = self._monitor.validation is not None
         return self._subject.begun(trainer, self._scored, is_validated)
 
-    def _code(self) -> int:
-        return code_of(self.trainer, self._scored)
-
     def _hold(self, trainer: AbstractTrainer, placed: Any) -> None:
         """Goes on with a trainer, given as the user knows it and as it was placed.
 
@@ -186,7 +186,7 @@ class FitRun:
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
-        if not self._in_place and is_of_other_code(self.trainer, self._code()):
+        if not self._in_place and is_of_other_code(self.trainer):
             # A callback may have changed what the loss reads.
             trainer = self._begun(self.trainer, self.taken)
             self._monitor_state = self._subject.first_monitor_state(
@@ -253,7 +253,9 @@ class FitRun:
         """Takes over the results of chunks that began at the step `start`."""
         subject = self._subject
         self._move_to(state)
-        noted(self.trainer, self._code())
+        # Between chunks only the code is looked at: a callback, or the loss itself, may
+        # change an object among the data in what no loss reads.
+        noted(self.trainer, Scorer(code_of(self.trainer), self._data))
         kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
             self._has_accepted |= subject.on_host(ended.has_accepted)
@@ -414,6 +416,9 @@ class FitRun:
 
     def ended(self, reason: StopReason) -> Any:
         """Makes the result of a fit that ended, by default for `reason`."""
+        data = data_code_of(self._scored)
+        if self.taken and data != self._data:
+            noted(self.trainer, Scorer(code_of(self.trainer), data))
         reasons = list(self._stop_reasons(reason))
         result = self._subject.result(self.trainer, self.history(), reasons)
         return self._marked(self._subject.checked(result, in_whole(self._source)))

@@ -19,11 +19,11 @@ from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
     begun_on,
-    code_of,
-    is_of_other_code,
+    is_scored_otherwise,
     non_finite_error,
     noted,
     progress_of,
+    scorer_of,
     with_progress,
 )
 from .._storage import History
@@ -174,7 +174,8 @@ class AbstractSubject(abc.ABC):
     def bad_end(self, result: Any) -> BadEnd | None:
         """Finds a trainer that ended at non-finite values and is worth a message.
 
-        Of many trainers it is the first, if there is an error to raise.
+        Of many trainers it is the first one, if there is an error to raise, or else the
+        one that ended first.
         """
 
     @abc.abstractmethod
@@ -209,12 +210,12 @@ class AbstractSubject(abc.ABC):
         stopped = stopped & (not is_solved)
         if stopped.all():
             return trainer
-        code = code_of(trainer, scored)
-        is_other = is_of_other_code(trainer, code)
+        scorer = scorer_of(trainer, scored)
+        is_other = is_scored_otherwise(trainer, scorer)
         begun = begun_on(
             progress_of(trainer), marks, by_validation, stopped, is_other, self.on_host
         )
-        return noted(with_progress(trainer, begun), code)
+        return noted(with_progress(trainer, begun), scorer)
 
     def is_over(self, *flags: Any) -> bool:
         """Whether no trainer goes on: one of its flags is set."""

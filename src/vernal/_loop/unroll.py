@@ -20,10 +20,9 @@ from .._step import (
     Progress,
     TrainerT,
     advance,
-    code_of,
     data_mark,
     error_if_stopped,
-    is_of_other_code,
+    is_scored_otherwise,
     live_if,
     no_optimiser,
     noted,
@@ -33,6 +32,7 @@ from .._step import (
     require_all_data,
     require_one,
     scored_parts,
+    scorer_of,
     stepped_on,
     with_progress,
 )
@@ -111,11 +111,11 @@ def unroll(
     if steps == 0:
         return trainer, jnp.zeros(0, trainer.best_loss.dtype)
     length = _segment_near_root(steps) if segment is None else segment
-    code = code_of(trainer, source)
+    scorer = scorer_of(trainer, source)
     mark = np.uint32(data_mark(source, scored_parts(trainer)))
-    marks = jax.device_put((mark, np.bool_(is_of_other_code(trainer, code))))
+    marks = jax.device_put((mark, np.bool_(is_scored_otherwise(trainer, scorer))))
     progress, losses = _run(trainer, source, marks, steps, length)
-    after = noted(with_progress(trainer, progress), code)
+    after = noted(with_progress(trainer, progress), scorer)
     return _raised_if_bad(trainer, after), losses
 
 

@@ -80,8 +80,8 @@ def fit_many(
     **Returns:**
 
     A [`vernal.ManyResult`][]. A warning names members that ended at non-finite values,
-    and of one of them the source, in its data, its parameters or its model. Members of
-    a fit that only diverged are `result.failed`, without a warning.
+    and of the first that ended the source, in its data, parameters or model. Members
+    of a fit that only diverged are `result.failed`, without a warning.
 
     **Raises:**
 
@@ -118,7 +118,9 @@ def fit_many(
             return solve_many(many, together, data, solver, steps, jac)
         return fit(many, at_one_step(together), data, steps, options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
-        if data_axis is None and _is_one_each(data, size):
+        # An error of a callback, or of data later on, has the result so far.
+        is_early = not hasattr(error, "result")
+        if is_early and data_axis is None and _is_one_each(data, size):
             error.add_note(
                 f"`data` is a list of {size}, as many as there are trainers, and each "
                 "trainer is given all of it. If each should have one of them, stack "

@@ -208,8 +208,8 @@ class ManyTrainers(AbstractSubject):
         bad = [i for i, reason in enumerate(reasons) if reason in AT_NON_FINITE]
         if not bad:
             return None
-        # An error names the first that it is about; a warning the one that went least
-        # far, as bad data do.
+        # An error names the first that it is about; a warning the one that ended first,
+        # as with bad data.
         is_named = lambda index: reasons[index] is StopReason.NON_FINITE
         steps = self.on_host(result.trainers.step_count)
         least = min(bad, key=steps.__getitem__)

@@ -16,7 +16,7 @@ from .._inference import ErrorKind, KnownErrors
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
 from .._report import Report, pandas
-from .._step import bounds_of, noted_as, tied_words
+from .._step import bounds_of, noted_as_member, tied_words
 from .._storage import History
 from .._trainer import Trainer
 from .._tree import by_path
@@ -73,13 +73,6 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
                 )
             raise AttributeError(told, name=name, obj=self)
 
-        def __getitem__(self, index: Any) -> Any:
-            # Python asks for an item in a loop, too.
-            raise TypeError(
-                "`ManyResult` has no items. The trainer of a member is "
-                f"`result.trainer({index!r})`, which has the `model`."
-            )
-
     def __len__(self) -> int:
         return len(self.stop_reasons)
 
@@ -90,7 +83,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             raise IndexError(f"`index` is {index}, and there are {len(self)} members.")
         is_array = lambda leaf: isinstance(leaf, jax.Array)
         one = jax.tree.map(lambda x: x[index] if is_array(x) else x, self.trainers)
-        return noted_as(one, self.trainers)
+        return noted_as_member(one, self.trainers, index)
 
     @property
     def losses(self) -> Float[np.ndarray, " members"]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._data import Whole
 from .._devices import AbstractPlacement
 from .._fit import FitResult
 from .._inference import Passes, derive
@@ -32,9 +33,10 @@ from .._step import (
     in_free_coordinates,
     initial_opt_state,
     live,
-    noted_as,
+    noted,
     prior_count,
     progress_of,
+    scorer_of,
     stripped,
     with_progress,
 )
@@ -327,6 +329,5 @@ class Rounds:
         progress = progress_at(end, old, opt_state, counts)
         history = History(np.arange(start, start + len(losses)), losses)
         trainer = with_progress(self._trainer, progress, projector=projector)
-        return FitResult(
-            noted_as(trainer, self._trainer), history, reason, found.distance
-        )
+        trainer = noted(trainer, scorer_of(trainer, Whole(self._problem.batch)))
+        return FitResult(trainer, history, reason, found.distance)

@@ -91,7 +91,19 @@ from .progress import (
     without_best,
 )
 from .replace import member_axes, replaced_fields, reproject
-from .scored_by import code_of, digests, is_of_other_code, noted, noted_as, scored_parts
+from .scored_by import (
+    Scorer,
+    code_of,
+    data_code_of,
+    digests,
+    is_of_other_code,
+    is_scored_otherwise,
+    noted,
+    noted_as,
+    noted_as_member,
+    scored_parts,
+    scorer_of,
+)
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
 from .usable import (
     refuse_stacked,

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Bool, UInt32
 
 from .._boundary import PyTree, is_traced
 from .._data import Minibatches, Source, Stream
@@ -75,7 +75,7 @@ def begun_on(
     marks: Any,
     by_validation: bool,
     stopped: Any,
-    is_of_other_code: bool,
+    is_scored_otherwise: bool | Bool[np.ndarray, " members"],
     on_host: Callable[[Array], np.ndarray],
 ) -> Progress:
     """Returns the progress for a fit that scores on data with these marks.
@@ -84,7 +84,7 @@ def begun_on(
     that has `stopped` only its loss is: it has no other best.
     """
     known, validated = map(on_host, (progress.scored_on, progress.is_validated))
-    is_other = (known != UNKNOWN) & ((known != marks) | is_of_other_code)
+    is_other = (known != UNKNOWN) & ((known != marks) | is_scored_otherwise)
     is_other |= validated != by_validation
     marked = jax.device_put(np.asarray(marks, known.dtype))
     if not is_other.any():
@@ -110,11 +110,11 @@ def _chosen(flags: Any, new: Best, old: Best) -> Best:
 
 
 def stepped_on(
-    progress: Progress, mark: int | UInt32[Array, ""], is_of_other_code: Any = False
+    progress: Progress, mark: int | UInt32[Array, ""], is_scored_otherwise: Any = False
 ) -> Progress:
     """Does the same within a program, of one trainer, unless that has stopped."""
     mark, known = jnp.asarray(mark, jnp.uint32), progress.scored_on
-    is_other = (known != UNKNOWN) & ((known != mark) | is_of_other_code)
+    is_other = (known != UNKNOWN) & ((known != mark) | is_scored_otherwise)
     is_other |= progress.is_validated
     is_other &= ~progress.stopped
     best = chosen(

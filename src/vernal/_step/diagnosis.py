@@ -355,7 +355,7 @@ def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
 
 
 def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
-    """Names the leaves of a batch that are zero wherever a residual is not finite."""
+    """Names the leaves of a batch that are zero just where residuals are not finite."""
     zeros = [
         f"{where} is 0 there."
         for where, leaf in spelled_leaves("batch", batch)
@@ -363,15 +363,16 @@ def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
         if jnp.issubdtype(leaf.dtype, jnp.number) and _is_zero_at_bad(leaf, residuals)
     ]
     remedy = (
-        "No error bar may be 0; for counts, return `vn.likelihoods.Poisson` instead of "
-        "error bars of `sqrt(n)`."
+        "If it is an error bar, it may not be 0: leave that datum out; or, if it is "
+        "the root of a count, return `vn.likelihoods.Poisson`."
     )
     return (*zeros[:_MOST_NAMED], remedy) if zeros else ()
 
 
 @jax.jit
 def _is_zero_at_bad(leaf: Array, residuals: Array) -> Any:
-    return jnp.all((leaf.ravel() == 0) | jnp.isfinite(residuals.ravel()))
+    is_zero = leaf.ravel() == 0
+    return jnp.all(is_zero != jnp.isfinite(residuals.ravel())) & ~jnp.all(is_zero)
 
 
 def _impossible(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:

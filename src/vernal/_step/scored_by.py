@@ -7,7 +7,10 @@ functions or objects of the user's own, is known by what a program reads of it.
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
 
 from .._closure import Same, words_in
 from .._data import Source
@@ -30,10 +33,21 @@ from .objective import METHODS, defined
 # What a class may override, and what then decides which parameters a fit ends at.
 _HOOKS = "constrain", "evaluate"
 
-# A hash of the code by which a best was scored, as it was then, by the id of its mark,
-# as long as that array lives; `None` for many that differ. It is of one process, so
-# that no file can hold it.
-_noted: dict[int, tuple[weakref.ref[Any], int | None]] = {}
+
+class Scorer(NamedTuple):
+    """What a best was scored by, as hashes that only this process would find again.
+
+    - `code`: that of the code of the loss, and of what it reads in the trainer.
+    - `data`: that of the data, beside arrays.
+    """
+
+    code: int
+    data: int
+
+
+# What scored a best, or that of each member, by the id of its mark, as long as that
+# array lives.
+_noted: dict[int, tuple[weakref.ref[Any], tuple[Scorer | None, ...]]] = {}
 
 
 def scored_parts(
@@ -76,40 +90,67 @@ def _digest(trainer: AbstractTrainer, name: str) -> str | None:
     return digest_of(code).hex()
 
 
-def noted(trainer: TrainerT, code: int) -> TrainerT:
-    """Returns a trainer, and notes the code by which its best is scored."""
-    _note(trainer, code)
+def scorer_of(trainer: AbstractTrainer, source: Source) -> Scorer:
+    """Returns what scores a trainer on a source of data, as it is now."""
+    return Scorer(code_of(trainer), data_code_of(source))
+
+
+def data_code_of(source: Source) -> int:
+    """Returns a hash of what data are beside arrays, and of what their code reads."""
+    return hash_of_code(in_source(source))
+
+
+def code_of(trainer: AbstractTrainer) -> int:
+    """Returns a hash of what the code of a loss is, and reads, beside arrays."""
+    read = tuple(map(Same, _read(type(trainer))))
+    others = template_of(trainer), bijections_of(trainer), priors_of(trainer)
+    return hash_of_code((read, own_fields(trainer), others))
+
+
+def noted(trainer: TrainerT, scorer: Scorer) -> TrainerT:
+    """Returns a trainer, and notes what scores its best."""
+    _note(trainer, (scorer,))
     return trainer
 
 
 def noted_as(trainer: TrainerT, *others: AbstractTrainer) -> TrainerT:
-    """Returns a trainer whose best was scored with that of other ones."""
-    marks = (id(progress_of(other).scored_on) for other in others)
-    if codes := {_noted[mark][1] for mark in marks if mark in _noted}:
-        _note(trainer, codes.pop() if len(codes) == 1 else None)
+    """Returns a trainer whose best was scored as those of others: its members."""
+    if any(scorers := [x for other in others for x in _scorers_of(other)]):
+        _note(trainer, tuple(scorers))
     return trainer
 
 
-def _note(trainer: AbstractTrainer, code: int | None) -> None:
+def noted_as_member(trainer: TrainerT, stacked: AbstractTrainer, i: int) -> TrainerT:
+    """Returns a trainer whose best was scored as that of a member of many."""
+    scorers = _scorers_of(stacked)
+    scorer = scorers[i if len(scorers) > 1 else 0]
+    return trainer if scorer is None else noted(trainer, scorer)
+
+
+def _note(trainer: AbstractTrainer, scorers: tuple[Scorer | None, ...]) -> None:
     mark = progress_of(trainer).scored_on
     place = id(mark)
-    _noted[place] = weakref.ref(mark, lambda _: _noted.pop(place, None)), code
+    _noted[place] = weakref.ref(mark, lambda _: _noted.pop(place, None)), scorers
 
 
-def is_of_other_code(trainer: AbstractTrainer, code: int) -> bool:
-    """Whether the best of a trainer is known to be scored by other code."""
+def _scorers_of(trainer: AbstractTrainer) -> tuple[Scorer | None, ...]:
+    """Returns what scored a best, if that is known; one may stand for all members."""
     known = _noted.get(id(progress_of(trainer).scored_on))
-    return known is not None and known[1] != code
+    return (None,) if known is None else known[1]
 
 
-def code_of(trainer: AbstractTrainer, source: Source) -> int:
-    """Returns a hash of what the code of a loss is, and reads, beside arrays.
+def is_of_other_code(trainer: AbstractTrainer) -> bool:
+    """Whether the best of a trainer was scored by other code than that of now."""
+    known = [scorer.code for scorer in _scorers_of(trainer) if scorer is not None]
+    return bool(known) and {code_of(trainer)} != {*known}
 
-    It reads the trainer, and the source of its data.
-    """
-    read = tuple(map(Same, _read(type(trainer))))
-    others = template_of(trainer), bijections_of(trainer), priors_of(trainer)
-    return hash_of_code((read, own_fields(trainer), others, in_source(source)))
+
+def is_scored_otherwise(
+    trainer: AbstractTrainer, scorer: Scorer
+) -> bool | Bool[np.ndarray, " members"]:
+    """Whether a best, or that of each member, was scored by something else."""
+    flags = np.array([known not in (None, scorer) for known in _scorers_of(trainer)])
+    return flags if flags.size > 1 else bool(flags.all())
 
 
 def _read(kind: type) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from .._optimiser import Maker, as_makers, state_makers
 from .._step import AbstractTrainer, TrainerT
 from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
 from .file import open_file, reported_damage, write_file
-from .snapshot import initial_hyperparams, restore, snapshot
+from .snapshot import initial_hyperparams, require_each_within, restore, snapshot
 
 T = TypeVar("T")
 
@@ -141,9 +141,10 @@ def _restored(
             "`like` is a trainer without values, and its rates, its key and the "
             "frozen part of its model would stay so. Make it outside of `eval_shape`."
         )
-    counts = arrays.get("step_count")
-    if counts is not None and counts.kind.shape and not like.step_count.ndim:
-        size = counts.kind.shape[0]
+    shape = arrays["step_count"].kind.shape if "step_count" in arrays else ()
+    is_trainer = any(path.split(".")[0] == "params" for path in arrays)
+    if is_trainer and len(shape) == 1 and not like.step_count.ndim:
+        (size,) = shape
         raise MismatchError(
             f"{source} holds a trainer of {size} members, and `like` is one trainer. "
             f"Stack it: `eqx.filter_vmap(lambda: like, axis_size={size})()`. Or, if "
@@ -151,7 +152,7 @@ def _restored(
             "`vn.fit_many(trainers, data, 0, ...).trainers`."
         )
     try:
-        return restore(arrays, like, source, reset, made_by)
+        trainer = restore(arrays, like, source, reset, made_by)
     except MismatchError as error:
         if "opt_state" not in reset:
             error.add_note(
@@ -159,3 +160,6 @@ def _restored(
                 '`reset=("opt_state",)` starts its moments again.'
             )
         raise
+    if trainer.step_count.ndim:
+        require_each_within(trainer, source)
+    return trainer

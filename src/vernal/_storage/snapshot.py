@@ -180,21 +180,17 @@ def restore(
         state |= _initial_fields(trainer, state, fields)
     progress = Progress(**state)
     trainer = with_progress(trainer, progress, projector=projector)
-    if progress.step_count.ndim:
-        _require_each_within(trainer, source)
-    else:
+    if not progress.step_count.ndim:
         _require_within(trainer, source)
-    if bijections_of(trainer) is not None and strays_of(trainer):
-        raise MismatchError(
-            f"{source} has free coordinates of another bijection than that in "
-            "`bounds`. Load it with the bijection that it was saved with; to go on "
-            "with another one, make a new trainer of that model."
-        )
     return trainer
 
 
-def _require_each_within(trainer: AbstractTrainer, source: str) -> None:
-    """Refuses a member of a stacked trainer outside of its bounds and priors."""
+def require_each_within(trainer: AbstractTrainer, source: str) -> None:
+    """Refuses a member of a stacked trainer outside of its bounds and priors.
+
+    All arrays have a row for each. In a fit of many, those that members share do not.
+    """
+    _require_one_point(trainer, source)
     if bounds_of(trainer) is None and priors_of(trainer) is None:
         return
     axes = member_axes(trainer.step_count)
@@ -232,6 +228,16 @@ def _require_within(trainer: AbstractTrainer, source: str) -> None:
             "the bounds and priors that it was saved with, or begin from another "
             f"start. {error}"
         ) from error
+    _require_one_point(trainer, source)
+
+
+def _require_one_point(trainer: AbstractTrainer, source: str) -> None:
+    if bijections_of(trainer) is not None and strays_of(trainer):
+        raise MismatchError(
+            f"{source} has free coordinates of another bijection than that in "
+            "`bounds`. Load it with the bijection that it was saved with; to go on "
+            "with another one, make a new trainer of that model."
+        )
 
 
 def _changed_hyperparams(

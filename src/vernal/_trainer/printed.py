@@ -33,10 +33,10 @@ def in_short(trainer: AbstractTrainer) -> str:
         progress = progress_of(trainer)
         node = template_of(trainer).structure.node_data()
         model = "array" if node is None else node[0].__name__
-        params, is_stacked = jax.tree.leaves(progress.params), progress.step_count.ndim
-        count = len(params)
+        params = jax.tree.leaves(progress.params)
+        count, is_stacked = len(params), np.ndim(progress.step_count)
         parts = [model, f"{count} parameter{'' if count == 1 else 's'}"]
-        shapes = [leaf.shape[1:] if is_stacked else leaf.shape for leaf in params]
+        shapes = [np.shape(leaf)[is_stacked:] for leaf in params]
         if (numbers := sum(map(math.prod, shapes))) != count:
             parts.append(f"{numbers:,} number{'' if numbers == 1 else 's'}")
         if is_stacked:

@@ -372,7 +372,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `callback`: a function `(trainer, history)`, called on the host after every
             chunk of steps. It may return `True` to end the fit, or a trainer of the
             same structure to go on with. A fit that the NaN policy has ended goes on
-            only if that trainer has other parameters.
+            only if that trainer has other parameters. To go on from the same ones, fit
+            again, from `result.trainer.replace(...)`.
         - `chunk`: the number of steps between two calls. By default as many as take
             about half a second; up to two where a chunk begins slowly, with copies of
             a large model.

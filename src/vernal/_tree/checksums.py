@@ -51,9 +51,11 @@ _CONSTANTS = str | bytes | enum.Enum | Decimal | Fraction
 def _text(constant: Any) -> bytes:
     match constant:
         case str():
-            return constant.encode()
+            return constant.encode(errors="surrogatepass")
         case bytes():
             return constant
+        case enum.Enum():
+            return f"{type(constant).__qualname__}.{constant.name}".encode()
         case _:
             return f"{type(constant).__qualname__} {constant}".encode()
 
