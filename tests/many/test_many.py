@@ -712,6 +712,20 @@ def test_a_list_of_data_sets_is_to_be_stacked(name):
         assert "`data` is a list" not in str(getattr(caught.value, "__notes__", ""))
 
 
+def test_an_error_of_a_callback_says_nothing_of_the_data():
+    def broken(trainer, history):
+        raise ValueError("mine")
+
+    class Sum(vn.Trainer):
+        def loss(self, model, batch):
+            return (model - jnp.sum(jnp.stack(batch))) ** 2
+
+    trainers = [Sum(jnp.asarray(x), optax.sgd(0.1)) for x in (1.0, 2.0)]
+    with pytest.raises(ValueError, match="mine") as caught:
+        many(trainers, [X, Y], callback=broken)
+    assert "`data` is a list" not in str(getattr(caught.value, "__notes__", ""))
+
+
 ROWS = {
     "alike": (
         [Y] * 4,

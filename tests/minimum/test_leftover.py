@@ -85,6 +85,12 @@ CASES = [(Likelihood, name, jnp.float64) for name in DEGENERATE]
 CASES += [(Likelihood, "ratio", jnp.float32), (Squares, "product", jnp.float64)]
 
 
+HIDDEN = (
+    "rounding may hide how well the data constrain what is unconstrained here: compute "
+    "in float64"
+)
+
+
 @pytest.mark.parametrize(("kind", "name", "dtype"), CASES)
 def test_what_is_degenerate_has_no_errors(kind, name, dtype):
     known = DEGENERATE[name][1] is not None
@@ -97,7 +103,9 @@ def test_what_is_degenerate_has_no_errors(kind, name, dtype):
         result = member.solve(LOOSE, batch)
         assert result.stop_reason is vn.StopReason.CONVERGED
         report = result.report(batch, kind="observed")
-        assert report.note is None
+        # In float64 rounding hides nothing.
+        notes = (None,) if dtype == jnp.float64 else (None, HIDDEN)
+        assert report.note in notes
         found = {row.name: row.error for row in report.parameters}
         of_member = {key: float(column[index]) for key, column in errors.items()}
         right = error_of_c(name, np.asarray(batch, float)) if known else np.inf

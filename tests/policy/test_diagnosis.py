@@ -294,12 +294,13 @@ def test_steps_that_were_all_skipped_are_not_taken(name):
         assert again.stop_reason is vn.StopReason.ALL_SKIPPED
 
 
-def test_of_many_each_has_its_own_reason_and_the_warning_is_for_all():
+def test_of_many_each_has_its_own_reason_and_a_warning_names_them():
     x, y, sigma = curve()
     both = [fitted(vn.SkipStep())] * 2
     axes = None, 0, None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 trainers \(1\).*member 1: `batch\[1\]` has 1 NaN"
+    ):
         result = vn.fit_many(both, (x, np.stack([y, BAD[1]]), sigma), 5, data_axis=axes)
     own = vn.StopReason.STEPS_TAKEN, vn.StopReason.ALL_SKIPPED
     assert result.stop_reasons == own

@@ -118,9 +118,9 @@ def fit_many(
             return solve_many(many, together, data, solver, steps, jac)
         return fit(many, at_one_step(together), data, steps, options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
-        # An error of a callback, or of data later on, has the result so far.
-        is_early = not hasattr(error, "result")
-        if is_early and data_axis is None and _is_one_each(data, size):
+        # Once a step was taken, it is an error of something else, as of a callback.
+        is_first = not len(getattr(getattr(error, "result", None), "history", ()))
+        if is_first and data_axis is None and _is_one_each(data, size):
             error.add_note(
                 f"`data` is a list of {size}, as many as there are trainers, and each "
                 "trainer is given all of it. If each should have one of them, stack "
