@@ -202,10 +202,15 @@ def test_what_a_callback_changes_in_an_object_and_no_loss_reads():
     def count(trainer, history):
         night.seen = len(history)
 
-    result = quiet(begin, (X, night), 40, callback=count, chunk=4)
-    assert night.seen == 40
-    assert result.best_loss == result.history.loss[0]
-    assert quiet(result.trainer, (X, night)).best_loss == result.best_loss
+    def count_and_go_on(trainer, history):
+        count(trainer, history)
+        return trainer.replace(optimiser=trainer.optimiser)
+
+    for callback in (count, count_and_go_on):
+        result = quiet(begin, (X, night), 40, callback=callback, chunk=4)
+        assert night.seen == 40
+        assert result.best_loss == result.history.loss[0]
+        assert quiet(result.trainer, (X, night)).best_loss == result.best_loss
 
 
 KEPT = {

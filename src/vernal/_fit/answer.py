@@ -63,8 +63,8 @@ def still_stopped(answer: Any, given: AbstractTrainer) -> Any:
     chunk, it overrides the NaN policy only where it begins from another point.
     """
     now, before = progress_of(answer), progress_of(given)
-    seen = (now.params, now.stopped), (before.params, before.stopped)
-    flags = _beside(_have_stopped(_beside(seen[0], seen[1]), seen[1]), now.stopped)
+    own, old = ((x.params, x.stopped) for x in (now, before))
+    flags = _beside(_have_stopped(_beside(own, old), old), now.stopped)
     return with_progress(answer, dataclasses.replace(now, stopped=flags))
 
 

@@ -189,7 +189,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         """Says what helps a solver that stopped too early."""
         loss = float(self._trainer.best_loss)
         if 0 < loss < _USUAL_ATOL:
-            return "If the solver has an `atol`, the loss is below it: give `atol=0`"
+            return "The `atol` of a solver may be larger than this loss: give `atol=0`"
         is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(self._trainer.params)))
         if self._trainer.projector is not None or not is_real:
             return ""

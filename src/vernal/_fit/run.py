@@ -160,7 +160,16 @@ class FitRun:
         if taken >= self._steps:
             return trainer
         is_validated = self._monitor.validation is not None
-        return self._subject.begun(trainer, self._scored, is_validated)
+        scorer = self._scorer_of(trainer)
+        return self._subject.begun(trainer, self._scored, scorer, is_validated)
+
+    def _scorer_of(self, trainer: AbstractTrainer) -> Scorer:
+        """Returns what scores a trainer in this fit.
+
+        Only its code is looked at again: a callback, or the loss itself, may change an
+        object among the data in what no loss reads.
+        """
+        return Scorer(code_of(trainer), self._data)
 
     def _hold(self, trainer: AbstractTrainer, placed: Any) -> None:
         """Goes on with a trainer, given as the user knows it and as it was placed.
@@ -253,9 +262,7 @@ class FitRun:
         """Takes over the results of chunks that began at the step `start`."""
         subject = self._subject
         self._move_to(state)
-        # Between chunks only the code is looked at: a callback, or the loss itself, may
-        # change an object among the data in what no loss reads.
-        noted(self.trainer, Scorer(code_of(self.trainer), self._data))
+        noted(self.trainer, self._scorer_of(self.trainer))
         kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
             self._has_accepted |= subject.on_host(ended.has_accepted)
@@ -416,9 +423,10 @@ class FitRun:
 
     def ended(self, reason: StopReason) -> Any:
         """Makes the result of a fit that ended, by default for `reason`."""
-        data = data_code_of(self._scored)
-        if self.taken and data != self._data:
-            noted(self.trainer, Scorer(code_of(self.trainer), data))
+        if self.taken:
+            # For the next fit, whatever changed in an object among the data.
+            self._data = data_code_of(self._scored)
+            noted(self.trainer, self._scorer_of(self.trainer))
         reasons = list(self._stop_reasons(reason))
         result = self._subject.result(self.trainer, self.history(), reasons)
         return self._marked(self._subject.checked(result, in_whole(self._source)))

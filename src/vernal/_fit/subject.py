@@ -18,12 +18,12 @@ from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Rows, Task
 from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
+    Scorer,
     begun_on,
     is_scored_otherwise,
     non_finite_error,
     noted,
     progress_of,
-    scorer_of,
     with_progress,
 )
 from .._storage import History
@@ -198,10 +198,11 @@ class AbstractSubject(abc.ABC):
         self,
         trainer: AbstractTrainer,
         scored: Source,
+        scorer: Scorer,
         by_validation: bool = False,
         is_solved: bool = False,
     ) -> AbstractTrainer:
-        """Returns the trainer without a best of other data, or of other code.
+        """Returns the trainer without a best of other data, or of another scorer.
 
         A fit leaves a trainer that has stopped as it is, unless `is_solved`.
         """
@@ -210,7 +211,6 @@ class AbstractSubject(abc.ABC):
         stopped = stopped & (not is_solved)
         if stopped.all():
             return trainer
-        scorer = scorer_of(trainer, scored)
         is_other = is_scored_otherwise(trainer, scorer)
         begun = begun_on(
             progress_of(trainer), marks, by_validation, stopped, is_other, self.on_host

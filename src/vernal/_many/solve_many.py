@@ -37,6 +37,7 @@ from .._step import (
     in_free_coordinates,
     initial_opt_state,
     progress_of,
+    scorer_of,
     stripped,
     warn_of_no_data,
     with_progress,
@@ -92,7 +93,9 @@ def solve_many(
         options |= {"solver": (solver, encoded), "data_axis": subject.data_axis}
         like = subject.template(trainer), subject.row(batch)
         require_same(trainer, batch, like, **options)
-        trainer = subject.begun(trainer, Whole(batch), is_solved=True)
+        whole = Whole(batch)
+        scorer = scorer_of(trainer, whole)
+        trainer = subject.begun(trainer, whole, scorer, is_solved=True)
         flags = (*subject.config, *subject.flags(batch))
         members = Members(subject.placed(trainer), flags, group, place)
         problem = Problem(batch, encoded, rows, checked_mode(jac))

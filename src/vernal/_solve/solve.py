@@ -10,7 +10,7 @@ from .._data import Whole, as_batch
 from .._devices import placement, same_inputs
 from .._fit import FitResult, OneTrainer
 from .._policy import StopReason
-from .._step import AbstractTrainer, non_finite_error, warn_of_no_data
+from .._step import AbstractTrainer, non_finite_error, scorer_of, warn_of_no_data
 from .problem import SOLVERS, Problem, checked_solver
 from .rounds import Rounds
 
@@ -49,7 +49,9 @@ def solve(
         batch = as_batch(batch)
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
-        trainer = OneTrainer(place).begun(trainer, Whole(batch), is_solved=True)
+        whole = Whole(batch)
+        scorer = scorer_of(trainer, whole)
+        trainer = OneTrainer(place).begun(trainer, whole, scorer, is_solved=True)
         # After `whiten` there is a program of the Jacobian already.
         is_shared = trainer.projector is not None
         problem = Problem(batch, encoded, rows, checked_mode(options.jac), is_shared)
