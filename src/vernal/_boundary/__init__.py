@@ -1,10 +1,10 @@
 """What comes from a user: arguments checked, arrays refused, warnings, tracebacks.
 
 `arguments` checks values, `signatures` functions, `type_checks` annotations; `foreign`
-refuses arrays that JAX cannot use, `precision` narrows those in 64 bits, `explicit` has
-those on a mesh computed with; `names` names the leaves of a tree; `frames` and
-`warnings` point to the user's code; `traced` and `debugging` see to what JAX is doing
-when a function is called.
+refuses arrays that JAX cannot use, `precision` narrows those in 64 bits, `rounding`
+warns where that matters, `explicit` has those on a mesh computed with; `names` names
+the leaves of a tree; `frames` and `warnings` point to the user's code; `traced` and
+`debugging` see to what JAX is doing when a function is called.
 """
 
 from .arguments import (
@@ -37,15 +37,16 @@ from .names import (
     unaddressed,
 )
 from .precision import (
-    REMEDY,
     is_cut,
     is_wide,
     is_x64_on,
     narrowed,
     narrowed_leaves,
     narrowed_tree,
-    spacing,
+    rounded_integers,
+    warn_of_single_leaves,
 )
+from .rounding import REMEDY, spacing
 from .signatures import takes, takes_methods
 from .traced import UNROLL, RefusedError, is_traced, refuse_program, refuse_traced
 from .type_checks import ModuleMeta, Params, PyTree, checked

@@ -38,6 +38,7 @@ from .._step import (
     is_of_other_code,
     noted,
     progress_of,
+    warn_of_rounded_data,
     with_progress,
     with_some_best,
     without_best,
@@ -124,6 +125,8 @@ class FitRun:
         with subject.context():
             self._template = subject.template(placed)
             self._record = Record(self._template, options.record, self._peek)
+            seen = lambda: (self._template, self._peek())
+            warn_of_rounded_data(self._source, "data", seen)
         self._every = subject.number(options.every)
         self._has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.

@@ -40,6 +40,7 @@ from .._step import (
     scorer_of,
     stripped,
     warn_of_no_data,
+    warn_of_rounded_data,
     with_progress,
 )
 from .._storage import History
@@ -94,6 +95,7 @@ def solve_many(
         like = subject.template(trainer), subject.row(batch)
         require_same(trainer, batch, like, **options)
         whole = Whole(batch)
+        warn_of_rounded_data(whole, "data", lambda: like)
         scorer = scorer_of(trainer, whole)
         trainer = subject.begun(trainer, whole, scorer, is_solved=True)
         flags = (*subject.config, *subject.flags(batch))

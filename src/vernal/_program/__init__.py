@@ -3,9 +3,11 @@
 `programs` finds the program of a call, or compiles it again where its code has changed.
 `shelves` decides which compiled programs are kept. `prepared` prepares arguments.
 `one_function` makes small loops fast, `branch` what would wait for the host.
+`conversions` follows integers to where they become floats.
 """
 
 from .branch import chosen
+from .conversions import turned_into_floats
 from .host import calls_host
 from .one_function import (
     MOST_BYTES,

@@ -10,7 +10,13 @@ from .._data import Whole, as_batch
 from .._devices import placement, same_inputs
 from .._fit import FitResult, OneTrainer
 from .._policy import StopReason
-from .._step import AbstractTrainer, non_finite_error, scorer_of, warn_of_no_data
+from .._step import (
+    AbstractTrainer,
+    non_finite_error,
+    scorer_of,
+    warn_of_no_data,
+    warn_of_rounded_data,
+)
 from .problem import SOLVERS, Problem, checked_solver
 from .rounds import Rounds
 
@@ -50,6 +56,7 @@ def solve(
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
         whole = Whole(batch)
+        warn_of_rounded_data(whole, "batch", lambda: (trainer, batch))
         scorer = scorer_of(trainer, whole)
         trainer = OneTrainer(place).begun(trainer, whole, scorer, is_solved=True)
         # After `whiten` there is a program of the Jacobian already.

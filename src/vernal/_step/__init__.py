@@ -91,6 +91,7 @@ from .progress import (
     without_best,
 )
 from .replace import member_axes, replaced_fields, reproject
+from .rounded_data import warn_of_rounded_data
 from .scored_by import (
     Scorer,
     code_of,

@@ -15,6 +15,7 @@ from .._boundary import (
     prng_key,
     takes_methods,
     warn,
+    warn_of_single_leaves,
 )
 from .._closure import refuse_static_arrays
 from .._constraints import Bijections, Bounds, Priors, Ties, as_bounds, as_priors
@@ -87,6 +88,7 @@ def check_own_fields(trainer: AbstractTrainer) -> None:
     for name, value in own.items():
         # For its warnings alone.
         narrowed_leaves(value, f"{kind}.{name}")
+        warn_of_single_leaves(value, f"{kind}.{name}")
 
 
 # The classes that a warning was given for, once each.

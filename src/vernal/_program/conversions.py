@@ -1,0 +1,57 @@
+"""Which inputs of a function it turns into floats, as they are."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Var
+
+from .host import inner_jaxprs
+
+# What moves numbers, and changes none.
+_MOVES = frozenset(
+    (
+        *("broadcast_in_dim", "concatenate", "copy", "expand_dims", "pad", "reshape"),
+        *("optimization_barrier", "rev", "select_n", "slice", "split", "squeeze"),
+        *("stack", "tile", "transpose", "unstack"),
+    )
+)
+
+# They take places, too: only the first of what they take is moved.
+_TAKE = frozenset(("dynamic_slice", "gather"))
+
+
+def turned_into_floats(jaxpr: Jaxpr, inputs: list[Any]) -> set[int]:
+    """Returns which of the `inputs` are converted to a dtype of floats.
+
+    The sum, or the difference, of two is another number, and is not looked at.
+    """
+    found: set[int] = set()
+    _follow(jaxpr, {var: {i} for i, var in enumerate(inputs)}, found)
+    return found
+
+
+def _follow(jaxpr: Jaxpr, held: dict[Any, set[int]], found: set[int]) -> None:
+    """Adds the inputs that each variable holds to `held`, converted ones to `found`."""
+    of = lambda atom: held.get(atom, set()) if isinstance(atom, Var) else set()
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        moved = eqn.invars[:1] if name in _TAKE else eqn.invars
+        inside = set[int]().union(*map(of, moved))
+        if name == "convert_element_type" and _is_of_floats(eqn):
+            found |= inside
+        elif name in _MOVES | _TAKE | {"convert_element_type"}:
+            held.update(dict.fromkeys(eqn.outvars, inside))
+        for inner in inner_jaxprs(eqn):
+            # A function may take less than what its equation does, such as the index of
+            # a branch: what it takes comes last.
+            taken = zip(reversed(inner.invars), reversed(eqn.invars), strict=False)
+            within = {var: of(atom) for var, atom in taken}
+            _follow(inner, within, found)
+            given = zip(reversed(eqn.outvars), reversed(inner.outvars), strict=False)
+            for var, atom in given:
+                if isinstance(atom, Var) and (more := within.get(atom)):
+                    held[var] = of(var) | more
+
+
+def _is_of_floats(eqn: Any) -> bool:
+    return bool(jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact))

@@ -1,0 +1,60 @@
+"""A warning of data whose digits are lost in float32, though they were given so."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from .._boundary import (
+    REMEDY,
+    PrecisionWarning,
+    rounded_integers,
+    spelled_leaves,
+    warn_of_single_leaves,
+    warn_once,
+)
+from .._data import Minibatches, Source, Stream
+from .._program import turned_into_floats
+from .abstract_trainer import AbstractTrainer
+from .objective import live, score, step_key
+
+
+def warn_of_rounded_data(
+    source: Source, name: str, seen: Callable[[], tuple[AbstractTrainer, Any]]
+) -> None:
+    """Warns of coordinates in float32, and of integers that the model turns into it.
+
+    A difference of integers is exact, and so is an index: only those that become floats
+    as they are count. Of a stream nothing is looked at. `seen` returns a trainer, and a
+    batch of the data as it sees it, or their shapes.
+    """
+    if isinstance(source, Stream):
+        return
+    data = source.arrays if isinstance(source, Minibatches) else source.batch
+    warn_of_single_leaves(data, name)
+    if not (suspects := rounded_integers(data)):
+        return
+    trainer, batch = seen()
+    jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
+    is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    places = [i for i, leaf in enumerate(jax.tree.leaves(batch)) if is_array(leaf)]
+    inputs = jaxpr.invars[len(jaxpr.invars) - len(places) :]
+    lossy = {places[i] for i in turned_into_floats(jaxpr, inputs)}
+    named = list(spelled_leaves(name, data))
+    for i in sorted(lossy.intersection(suspects)):
+        where, leaf = named[i]
+        largest = np.max(np.abs(np.asarray(leaf).astype(float)))
+        warn_once(
+            f"{where} has integers up to {largest:.0f}, which the model turns into "
+            f"float32, whose spacing there is {np.spacing(np.float32(largest)):.3g}. "
+            "Subtract a reference while they are integers; or turn on "
+            f"`jax_enable_x64`, by {REMEDY}.",
+            PrecisionWarning,
+            (where, int(np.log10(largest))),
+        )
+
+
+def _scored(trainer: AbstractTrainer, batch: Any) -> Any:
+    return score(live(trainer, trainer.params), batch, step_key(trainer)).loss
