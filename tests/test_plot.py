@@ -815,6 +815,39 @@ def test_the_contours_of_a_line_are_ellipses():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("slope", "offset")
 
 
+class Valley(vn.Trainer):
+    """A straight line far from where its offset is, or a valley that is bent."""
+
+    def residuals(self, model, batch):
+        x, y = model["x"], model["y"]
+        if batch == "bent":
+            return jnp.stack([x - 1, (y - x**2) / 0.3])
+        at = batch[0] + jnp.linspace(0.0, 3.0, 20)
+        return (x + y * at - (1 + 2 * at) + 0.3 * jnp.cos(9 * at)) / 0.5
+
+
+@pytest.mark.parametrize("names", [("x", "y"), ("y", "x")])
+@pytest.mark.parametrize("batch", ["bent", (0.0,), (3.0,), (10.0,), (100.0,)])
+@pytest.mark.parametrize("levels", [(0.683, 0.954), 0.683, np.array([0.4, 0.997])])
+def test_a_contour_of_two_that_are_correlated_is_one_curve(names, batch, levels):
+    start = Valley({"x": jnp.asarray(1.0), "y": jnp.asarray(1.0)})
+    trainer = start.solve(SOLVER, batch).trainer
+    ax = vernal.plot.contour(trainer, SOLVER, batch, *names, levels=levels)
+
+    def deviance(first, second):
+        model = dict(zip(names, (first, second), strict=True))
+        return np.sum(np.square(trainer.residuals(model, batch)))
+
+    least = deviance(*(float(trainer.model[name]) for name in names))
+    (lines,) = ax.collections
+    for path, level in zip(lines.get_paths(), np.ravel(levels), strict=True):
+        assert np.count_nonzero(path.codes == path.MOVETO) == 1
+        first, *_, last = path.vertices
+        np.testing.assert_allclose(first, last, atol=1e-9)
+        rise = [deviance(*place) - least for place in path.vertices]
+        np.testing.assert_allclose(rise, -2 * np.log1p(-level), rtol=0.1)
+
+
 def test_contours_have_scaled_errors():
     trainer, (x, y, sigma) = linear()
     scatter = np.sqrt(trainer.report((x, y, sigma)).reduced_chi_squared)

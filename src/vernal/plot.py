@@ -396,7 +396,7 @@ def contour(
     first: str,
     second: str,
     *,
-    levels: Sequence[float] = (0.683, 0.954),
+    levels: Sequence[float] | np.ndarray | float = (0.683, 0.954),
     scale_errors: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
@@ -427,9 +427,9 @@ def contour(
     - as [`vernal.Trainer.intervals`][].
     - `ValueError`: if a level is not between 0 and 1.
     """
-    if not levels:
+    shares = sorted({probability(level, "levels") for level in np.ravel(levels)})
+    if not shares:
         raise ValueError("`levels` is empty: there is no contour to draw.")
-    shares = sorted({probability(level, "levels") for level in levels})
     require_one(trainer, "contour")
     quantiles = [-2 * math.log1p(-share) for share in shares]
     names, most = (first, second), quantiles[-1]
@@ -437,7 +437,7 @@ def contour(
     axes, _ = prepare(ax, (4.8, 4.0))
     (cross,) = axes.plot(*found.best, "+")
     # The root is nearly linear between two values.
-    root = np.sqrt(np.maximum(np.ma.masked_invalid(found.delta.T), 0))
+    root = np.sqrt(np.maximum(np.ma.masked_invalid(found.delta), 0))
     colour, edges = cross.get_color(), np.sqrt(quantiles)
     styles = [("-", "--", ":", "-.")[index % 4] for index in range(len(shares))]
     axes.contour(found.x, found.y, root, levels=edges, colors=colour, linestyles=styles)

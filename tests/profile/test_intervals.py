@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import equinox as eqx
 import iminuit
@@ -434,14 +435,18 @@ def test_a_solver_of_the_loss_is_refused():
         Both(gaussian()).intervals(BFGS, batch)
 
 
-def ended(looking, excess):
+def ended(looking, excess, is_minimum=lambda at: True):
     """Runs a search for where an excess is zero."""
     at = next(looking)
     try:
         while True:
-            at = looking.send(excess(at))
+            at = looking.send((excess(at), is_minimum(at)))
     except StopIteration as end:
         return end.value
+
+
+def searched(noise=1e-12, eps=2.0**-52):
+    return search(1.0, math.inf, noise, eps)
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
@@ -454,7 +459,7 @@ def test_a_jump_is_an_end_unless_it_is_not_there_from_close_by(is_lost):
         near.append(max(at, near[-1]))
         return -1.0
 
-    found = ended(search(1.0, math.inf, 1e-12), excess)
+    found = ended(searched(), excess)
     if is_lost:
         assert math.isnan(found)
     else:
@@ -463,15 +468,15 @@ def test_a_jump_is_an_end_unless_it_is_not_there_from_close_by(is_lost):
 
 @pytest.mark.parametrize("end", [1e-20, 1e-10, 3e-3])
 def test_an_end_far_closer_than_the_error_is_found(end):
-    at = ended(search(1.0, math.inf, 1e-12), lambda at: (at / end) ** 2 - 1)
+    at = ended(searched(), lambda at: (at / end) ** 2 - 1)
     np.testing.assert_allclose(at, end, rtol=1e-6)
 
 
 def test_an_end_far_beyond_the_error_is_found_or_is_nowhere():
     slowly = lambda at: math.sqrt(1e-9 * at) - 1
-    at = ended(search(1.0, math.inf, 1e-12), slowly)
+    at = ended(searched(), slowly)
     np.testing.assert_allclose(at, 1e9, rtol=1e-5)
-    at = ended(search(1.0, math.inf, 1e-12), lambda at: at / (2 + 2 * at) - 1)
+    at = ended(searched(), lambda at: at / (2 + 2 * at) - 1)
     assert at == math.inf
 
 
@@ -479,12 +484,12 @@ def test_an_end_far_beyond_the_error_is_found_or_is_nowhere():
 def test_an_end_is_found_as_well_as_rounding_allows(noise):
     """In steps of the parameter, over which the likelihood rises by more than noise."""
     steep = lambda at: 50 * round(at / 1e-3) * 1e-3 - 1
-    at = ended(search(1.0, math.inf, noise), steep)
+    at = ended(searched(noise), steep)
     np.testing.assert_allclose(at, 0.02, atol=max(1.1e-3, noise / 50))
 
 
 def test_an_end_that_is_not_found_is_not_there():
-    at = ended(search(1.0, math.inf, 1e-12), lambda at: 0.1 if at > 1e-60 else -1.0)
+    at = ended(searched(), lambda at: 0.1 if at > 1e-60 else -1.0)
     assert math.isnan(at)
 
 
@@ -606,6 +611,88 @@ def test_without_any_counts_there_is_a_limit_wherever_the_line_is():
     # Of no counts, the likelihood is the exponential of minus their sum.
     end = scipy.stats.chi2.ppf(0.9, 1) / 2 / BINS.size
     np.testing.assert_allclose(found["level"], (0, end), rtol=1e-3)
+
+
+@pytest.mark.parametrize("behind", [0.3, 0.9, 0.95])
+def test_what_lies_behind_a_barrier_is_not_reached(behind):
+    """The first place that is tried is beyond it, where the likelihood is high."""
+    at = ended(searched(), lambda at: behind - 1 if at > 0.9 else (at / 0.4) ** 2 - 1)
+    np.testing.assert_allclose(at, 0.4, rtol=1e-6)
+
+
+def test_far_away_what_only_rounding_tells_is_no_end():
+    saturated = lambda at: math.sqrt(0.7 * at / (1 + at)) - 1
+    beyond = lambda at: saturated(at) if at < 5e3 else 2.0
+    assert ended(searched(eps=2.0**-23), beyond) == math.inf
+    # Where it is not known to be the minimum, it is none of the likelihood either.
+    assert ended(searched(), beyond, lambda at: at < 5e3) == math.inf
+    np.testing.assert_allclose(ended(searched(), beyond), 5e3, rtol=1e-4)
+    # A likelihood that has hardly begun to fall may fall yet.
+    quartic = lambda at: (at / 4) ** 2 - 1
+    at = ended(searched(), quartic, lambda at: at < 2)
+    np.testing.assert_allclose(at, 4, rtol=1e-6)
+
+
+TIMES = np.arange(8.0)
+SCATTER = {
+    "8": (10 * np.exp(-TIMES / 8), (0.4, -0.6, 0.2, -0.1, 0.3, -0.2, 0.5, -0.3)),
+    "5": (10 * np.exp(-TIMES / 5), (-0.3, 0.5, 0.6, -0.4, -0.5, 0.3, 0.2, 0.1)),
+}
+
+
+class Offset(vn.Trainer):
+    def residuals(self, model, batch):
+        t, y = batch
+        curve = model["a"] * jnp.exp(-t / model["t"]) + model["c"]
+        return (curve - y) / 0.4
+
+
+def best_deviance(t, y):
+    """The least sum of squares with a decay time: all else is linear."""
+    columns = np.stack([-t * np.expm1(-TIMES / t), np.ones(8)], axis=1)
+    best = np.linalg.lstsq(columns, y, rcond=None)[0]
+    return np.sum(np.square((columns @ best - y) / 0.4))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("level", [0.5, 0.683, 0.9, 0.954, 0.99])
+@pytest.mark.parametrize("name", SCATTER)
+def test_a_decay_that_is_hardly_curved_has_a_lower_limit(name, level, dtype):
+    """Its error is of the size of its time: one error below, the time is negative."""
+    curve, scatter = SCATTER[name]
+    y = (curve + 0.6 * np.asarray(scatter)).astype(dtype)
+    start = {"a": 10.0, "t": 8.0, "c": 0.0}
+    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
+    data = TIMES.astype(dtype), y
+    solver = optx.LevenbergMarquardt(1e-5, 1e-5)
+    trainer = Offset(model).whiten(data).solve(solver, data).trainer
+    low, high = trainer.intervals(solver, data, "t", level)["t"]
+    best = float(trainer.model["t"])
+    least = best_deviance(best, y)
+    rise = lambda t: best_deviance(t, y) - least - scipy.stats.chi2.ppf(level, 1)
+    np.testing.assert_allclose(low, scipy.optimize.brentq(rise, 0.5, best), rtol=2e-4)
+    if rise(1e6) < 0:
+        assert high == math.inf
+    else:
+        right = scipy.optimize.brentq(rise, best, 1e6)
+        np.testing.assert_allclose(high, right, rtol=2e-4 if right < 100 else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_place_from_which_rounding_hides_the_way_is_no_minimum(dtype):
+    """Two parameters that cancel there are told apart by a square of the distance."""
+    far = 1e5 if dtype == np.float32 else 2e8
+    y = (SCATTER["8"][0] + 0.6 * np.asarray(SCATTER["8"][1])).astype(dtype)
+    start = {"a": 10.0, "t": 8.0, "c": 0.0}
+    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
+    data, solver = (TIMES.astype(dtype), y), optx.LevenbergMarquardt(1e-5, 1e-5)
+    trainer = Offset(model).whiten(data).solve(solver, data).trainer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        profile = trainer.profile(solver, data, "t", [10.0, far])
+    right = best_deviance(far, y) - best_deviance(float(trainer.model["t"]), y)
+    assert profile.converged[0]
+    assert not profile.converged[1] or abs(profile.delta[1] - right) < 0.05
 
 
 class Product(vn.Trainer):

@@ -135,6 +135,23 @@ def test_what_has_no_profile(name, values, error, match):
         trainer.profile(LM, batch, name, values)
 
 
+class Level(vn.Trainer):
+    def residuals(self, model, batch):
+        return vn.likelihoods.Poisson(jnp.broadcast_to(model["mu"], batch.shape), batch)
+
+
+def test_a_likelihood_of_zero_is_said_to_be_zero():
+    counts, start = jnp.asarray([2.0, 1.0]), {"mu": jnp.asarray(1.0)}
+    bounded = Level(start, bounds={"mu": (0, None)}).solve(LM, counts).trainer
+    # Without a warning: at the bound it is right.
+    found = bounded.profile(LM, counts, "mu")
+    assert found.values[0] == 0
+    assert found.delta[0] == np.inf
+    free = Level(start).solve(LM, counts).trainer
+    with pytest.warns(UserWarning, match="infinite at mu = 0: the likelihood is zero"):
+        free.profile(LM, counts, "mu", [0.0, 1.0])
+
+
 def test_where_the_solver_finds_no_minimum_is_said():
     batch = gaussian_batch()
     trainer = GaussianFit(gaussian()).solve(LM, batch).trainer

@@ -43,6 +43,9 @@ _MOST_ROUNDED = 0.02
 
 _MOST_DAMPING = 1e6
 
+# In units of the rounding of one number, that of a sum of squares.
+_ROUNDED = 64
+
 # Squared lengths, in standard errors.
 _SHORT = 0.1
 
@@ -388,8 +391,12 @@ def _within(
 
 
 def _solve(matrix: Array, right: Array) -> Array:
-    """Solves with a matrix that is positive; NaN if it is not."""
+    """Solves with a matrix that is positive; NaN if it is not, beyond rounding."""
     lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    # What is left of a square, where the others are the best, may be rounding alone.
+    left = jnp.diag(lower) ** 2 / jnp.diag(matrix)
+    is_seen = jnp.min(left) > _ROUNDED * jnp.finfo(matrix.dtype).eps
+    lower = jnp.where(is_seen, lower, jnp.nan)
     solve = partial(jax.lax.linalg.triangular_solve, lower, left_side=True, lower=True)
     return solve(solve(right), transpose_a=True)
 

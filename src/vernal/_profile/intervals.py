@@ -70,30 +70,18 @@ def crossings(
     sides = {}
     for sign, (name, index) in itertools.product((-1, 1), elements.items()):
         which = "lower" if (sign < 0) != scan.falls(index) else "upper"
-        label = f"the {which} end of {name!r}"
-        sides[label] = index, _side(scan, index, sign, quantile)
-    running = {label: next(side) for label, (_, side) in sides.items()}
-    ends: dict[str, _End] = {}
-    while running:
-        index = [(sides[label][0],) for label in running]
-        values = [(value,) for value, _ in running.values()]
-        found = scan.points(index, values, [start for _, start in running.values()])
-        for row, label in enumerate(list(running)):
-            try:
-                point = jax.tree.map(lambda x, i=row: x[i], found)
-                running[label] = sides[label][1].send(point)
-            except StopIteration as end:
-                ends[label] = end.value
-                del running[label]
-    _check(scan, {label: ends[label] for label in sides})
-    values = [ends[label].value for label in sides]
+        line = Line(scan.base, (index,), scan.unit(index))
+        sides[f"the {which} end of {name!r}"] = side(scan, line, sign, quantile)
+    ends = dict(zip(sides, searched(scan, list(sides.values())), strict=True))
+    _check(scan, ends)
+    values = [end.value for end in ends.values()]
     count = len(elements)
     return dict(
         zip(elements, zip(values[:count], values[count:], strict=True), strict=True)
     )
 
 
-class _End(NamedTuple):
+class End(NamedTuple):
     """How a search ended: the value, the lowest point on the way, and the last one."""
 
     value: float
@@ -101,22 +89,58 @@ class _End(NamedTuple):
     last: Points
 
 
-def _side(
-    scan: Scan, index: int, sign: int, quantile: float
-) -> Generator[tuple[float, Start], Points, _End]:
+class Line(NamedTuple):
+    """From where an element is moved, in which unit, and which others are held there.
+
+    The element is the last one of `held`.
+    """
+
+    base: Points
+    held: tuple[int, ...]
+    unit: float
+
+
+Try = tuple[tuple[int, ...], tuple[float, ...], Start]
+"""The elements that are held, at which values, and where the others begin."""
+
+
+def searched(scan: Scan, sides: Sequence[Generator[Try, Points, End]]) -> list[End]:
+    """Goes through searches side by side."""
+    running = {i: next(side) for i, side in enumerate(sides)}
+    ends: dict[int, End] = {}
+    while running:
+        found = scan.points(*zip(*running.values(), strict=True))
+        for row, i in enumerate(list(running)):
+            try:
+                point = jax.tree.map(lambda x, i=row: x[i], found)
+                running[i] = sides[i].send(point)
+            except StopIteration as end:
+                ends[i] = end.value
+                del running[i]
+    return [ends[i] for i in range(len(sides))]
+
+
+def side(
+    scan: Scan, line: Line, sign: int, quantile: float
+) -> Generator[Try, Points, End]:
     """Searches the lower (-1) or upper (1) side of an element.
 
-    It yields the value to try next and where the others begin, and is sent the point.
+    It yields what to try next, and is sent the point.
     """
-    base, unit, root = scan.base, sign * scan.unit(index), math.sqrt(quantile)
+    (base, held, unit), root = line, math.sqrt(quantile)
+    *others, index = held
+    beside, unit = tuple(map(float, base.flat[others])), sign * unit
     best, bound = float(base.flat[index]), (scan.low if sign < 0 else scan.high)[index]
     farthest = max((float(bound) - best) / unit, 0.0)
     eps = float(np.finfo(base.flat.dtype).eps)
-    looking = search(root, farthest, 16 * eps * (1 + abs(float(base.nll))))
-    places, lowest, t = {0.0: scan.start(base.flat, [index])}, base, next(looking)
+    noise = 16 * eps * (1 + abs(float(scan.base.nll)))
+    looking = search(root, farthest, noise, eps)
+    places, lowest, t = {0.0: scan.start(base.flat, held)}, base, next(looking)
+    value_at = lambda t: float(bound) if t >= farthest else best + unit * t
+    seen: dict[float, Points] = {}
     while True:
-        value = float(bound) if t >= farthest else best + unit * t
-        point = yield value, places[min(places, key=lambda place: abs(place - t))]
+        start = places[min(places, key=lambda place: abs(place - t))]
+        point = seen[t] = yield held, (*beside, value_at(t)), start
         lowest = min(lowest, point, key=lambda point: point.nll)
         excess = math.sqrt(max(2 * float(point.nll - base.nll), 0)) - root
         excess = excess if math.isfinite(excess) else math.inf
@@ -124,13 +148,14 @@ def _side(
         if excess < root:
             places[t] = point.rows
         try:
-            t = looking.send(excess)
+            t = looking.send((excess, bool(point.is_minimum)))
         except StopIteration as end:
-            value = value if math.isfinite(end.value) else sign * end.value
-            return _End(value, lowest, point)
+            t = end.value
+            value = value_at(t) if math.isfinite(t) else sign * t
+            return End(value, lowest, seen.get(t, point))
 
 
-def _check(scan: Scan, ends: dict[str, _End]) -> None:
+def _check(scan: Scan, ends: dict[str, End]) -> None:
     """Refuses a lower minimum; warns of ends that were not found."""
     base = scan.base.nll
     label, end = min(ends.items(), key=lambda pair: pair[1].lowest.nll)
@@ -144,10 +169,11 @@ def _check(scan: Scan, ends: dict[str, _End]) -> None:
         error.model = scan.model(end.lowest.flat)
         raise error
     lost = [label for label, end in ends.items() if math.isnan(end.value)]
-    failed = [label for label, end in ends.items() if not end.last.is_minimum]
+    is_failed = lambda end: math.isfinite(end.value) and not end.last.is_minimum
+    failed = [label for label, end in ends.items() if is_failed(end)]
     for what, labels in (
         ("no crossing was found, where it jumps or is not finite", lost),
-        ("the solver found no minimum", [x for x in failed if x not in lost]),
+        ("the solver found no minimum", failed),
     ):
         if labels:
             warn(

@@ -1,15 +1,16 @@
-"""The likelihood over a grid of two elements, for a picture."""
+"""The likelihood over a plane of two elements, for a picture."""
 
-import itertools
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from .._boundary import warn
 from .._step import AbstractTrainer
+from .conditional import Points
 from .elements import find_element
-from .intervals import crossings
+from .intervals import Line, crossings, searched, side
 from .own_values import values_of
 from .profile import chained
 from .scan import Options, Scan, Start
@@ -21,13 +22,23 @@ _MARGIN = 1.1
 # In standard errors, where the likelihood sets no end.
 _WIDTH = 5
 
+# A step between two rows, of the root of the rise; a sixteenth if it is a parabola.
+_COARSE = 0.2
+
+# The least rise that is left for the second element, of that for both.
+_LEAST = 1e-4
+
+# By how much of its interval an element may miss an end: between two rows it is not
+# seen how far the region reaches.
+_MISSED = 0.02
+
 
 class Plane(NamedTuple):
     r"""The names, values and best values of two elements, and $\Delta\chi^2$."""
 
     names: tuple[str, str]
-    x: Float[np.ndarray, " M"]
-    y: Float[np.ndarray, " N"]
+    x: Float[np.ndarray, "M N"]
+    y: Float[np.ndarray, "M N"]
     best: tuple[float, float]
     delta: Float[np.ndarray, "M N"]
 
@@ -48,37 +59,99 @@ def plane(
         raise ValueError(f"`first` and `second` are both {found[0][0]!r}.")
     options = Options(256, None, scale_errors)
     scan = Scan("contour", trainer, solver, batch, options)
-    ends = crossings(scan, dict(found), _MARGIN**2 * most)
-    (x, y), pair = (
-        [_values(scan, index, ends[name]) for name, index in found],
-        [index for _, index in found],
-    )
-    best = scan.base.flat[pair].astype(float)
-    # Along the first element, and from there to both sides along the second.
-    start = scan.start(scan.base.flat, pair[:1])
-    spine = scan.points(
-        [pair[:1]] * len(x), [(value,) for value in x], chained(x, best[0], start, 0)
-    )
-    starts: list[Start] = []
-    for flat in spine.flat:
-        starts += chained(y, float(flat[pair[1]]), scan.start(flat, pair), len(starts))
-    points = scan.points([pair] * len(starts), list(itertools.product(x, y)), starts)
-    delta = 2 * (points.nll.astype(float) - float(scan.base.nll))
-    names, shape = (found[0][0], found[1][0]), (len(x), len(y))
+    rise = _MARGIN**2 * most
+    ends = crossings(scan, dict(found), rise)
+    pair = [index for _, index in found]
+    spans = [_span(scan, index, ends[name]) for name, index in found]
+    # A valley that is bent is followed better along the one than along the other.
+    tried: list[tuple[float, tuple[int, int], _Valley]] = []
+    for order in ((0, 1), (1, 0)):
+        first, second = order
+        valley = _followed(scan, (pair[first], pair[second]), spans[first], rise)
+        tried.append((_coarseness(valley, spans[second], rise), order, valley))
+        if tried[-1][0] <= _COARSE:
+            break
+    coarse, order, (*values, delta) = min(tried, key=lambda one: one[0])
+    if math.isinf(coarse):
+        warn(
+            f"`contour`: the region of {found[0][0]!r} and {found[1][0]!r} turns back "
+            "along both, and only a part of it is drawn."
+        )
     own = [
-        values_of(scan.trainer, index, np.append(values, at))[0]
-        for index, values, at in zip(pair, (x, y), best, strict=True)
+        values_of(scan.trainer, index, np.append(values[i], scan.base.flat[index]))[0]
+        for index, i in zip(pair, order, strict=True)
     ]
-    (*x, first), (*y, second) = own
-    return Plane(names, np.array(x), np.array(y), (first, second), delta.reshape(shape))
+    x, y = (array[:-1].reshape(delta.shape) for array in own)
+    return Plane((found[0][0], found[1][0]), x, y, (own[0][-1], own[1][-1]), delta)
 
 
-def _values(scan: Scan, index: int, ends: tuple[float, float]) -> np.ndarray:
-    value, reach = float(scan.base.flat[index]), _WIDTH * scan.unit(index)
-    low, high = float(scan.low[index]), float(scan.high[index])
-    near = max(low, value - reach), min(high, value + reach)
-    least, most = (
-        end if math.isfinite(end) else other
-        for end, other in zip(ends, near, strict=True)
+class _Valley(NamedTuple):
+    """The values of two elements, the first along the rows, and the rise."""
+
+    first: Float[np.ndarray, "M N"]
+    second: Float[np.ndarray, "M N"]
+    delta: Float[np.ndarray, "M N"]
+
+
+def _coarseness(valley: _Valley, span: tuple[float, float], rise: float) -> float:
+    """Returns the largest step between rows, as a part of what all rows reach.
+
+    Infinite if the second element does not reach the ends of its interval.
+    """
+    (low, high), second = span, valley.second
+    if max(second.min() - low, high - second.max()) > _MISSED * (high - low):
+        return math.inf
+    steps = np.diff(np.sqrt(np.maximum(valley.delta, 0)), axis=0)
+    return float(np.nanmax(np.abs(steps), initial=0)) / math.sqrt(rise)
+
+
+def _followed(
+    scan: Scan, pair: tuple[int, int], span: tuple[float, float], rise: float
+) -> _Valley:
+    """Follows the valley along the first element, and from there along the second.
+
+    Each row goes as far as the likelihood does: a grid of the two elements would have
+    few points in the narrow valley of two that are correlated.
+    """
+    first, second = pair
+    minimum, base = float(scan.base.nll), scan.base.flat
+    x = np.linspace(*span, _COUNT)
+    spine = scan.points(
+        [[first]] * len(x),
+        [(value,) for value in x],
+        chained(x, float(base[first]), scan.start(base, [first]), 0),
     )
-    return np.linspace(least, most, _COUNT)
+    rows = [Points(*(part[i] for part in spine)) for i in range(len(x))]
+    unit = scan.unit_beside(second, first)
+    left = np.fmax(rise - 2 * (spine.nll.astype(float) - minimum), _LEAST * rise)
+    sides = [
+        side(scan, Line(row, (first, second), unit), sign, height)
+        for row, height in zip(rows, left, strict=True)
+        for sign in (-1, 1)
+    ]
+    ends = np.array([end.value for end in searched(scan, sides)]).reshape(-1, 2)
+    y, starts = np.empty((len(x), _COUNT)), list[Start]()
+    for row, point in enumerate(rows):
+        at = float(point.flat[second])
+        near = _within(scan, second, at, unit)
+        low, high = np.where(np.isfinite(ends[row]), ends[row], near)
+        share = np.linspace(-1, 1, _COUNT)
+        y[row] = at + share * np.where(share < 0, at - low, high - at)
+        start = scan.start(point.flat, pair)
+        starts += chained(y[row], at, start, len(starts))
+    x = np.broadcast_to(x[:, None], y.shape)
+    values = list(zip(x.flat, y.flat, strict=True))
+    points = scan.points([pair] * y.size, values, starts)
+    delta = 2 * (points.nll.astype(float) - minimum)
+    return _Valley(x, y, delta.reshape(y.shape))
+
+
+def _span(scan: Scan, index: int, ends: tuple[float, float]) -> tuple[float, float]:
+    near = _within(scan, index, float(scan.base.flat[index]), scan.unit(index))
+    low, high = np.where(np.isfinite(ends), ends, near)
+    return float(low), float(high)
+
+
+def _within(scan: Scan, index: int, value: float, unit: float) -> tuple[float, float]:
+    low, high = float(scan.low[index]), float(scan.high[index])
+    return max(low, value - _WIDTH * unit), min(high, value + _WIDTH * unit)

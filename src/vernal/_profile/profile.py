@@ -120,7 +120,10 @@ def along(
         first, end = end, end + len(axes[name].free)
         own = jax.tree.map(lambda x, i=first, j=end: x[i:j], points)
         found[name] = _profile(scan, name, index, axes[name].values, own)
-        _warn_of(found[name], scan.is_lower(own), prior_ends(scan.trainer))
+        limits = scan.low[index], scan.high[index]
+        is_bound = np.isin(axes[name].free, limits) & np.isposinf(own.nll)
+        lower, ends = scan.is_lower(own), prior_ends(scan.trainer)
+        _warn_of(found[name], lower, is_bound, ends)
     return found
 
 
@@ -209,8 +212,13 @@ def _checked(values: Any) -> np.ndarray:
     return array
 
 
-def _warn_of(found: Profile[Any], lower: np.ndarray, ends: str) -> None:
-    """Warns of what was not found; `ends` says that a prior may be the cause."""
+def _warn_of(
+    found: Profile[Any], lower: np.ndarray, is_bound: np.ndarray, ends: str
+) -> None:
+    """Warns of what was not found; `ends` says that a prior may be the cause.
+
+    At a bound (`is_bound`) a likelihood of zero is told by the values alone.
+    """
     if lower.any():
         place = int(np.argmin(np.where(lower, found.losses, np.inf)))
         warn(
@@ -219,11 +227,22 @@ def _warn_of(found: Profile[Any], lower: np.ndarray, ends: str) -> None:
             f"{found.minimum:.6g} as its negative logarithm): it is not the minimum. "
             f"Fit again from there, the model {place} of `profile.models`."
         )
-    if not found.converged.all():
-        few = ", ".join(f"{x:.6g}" for x in found.values[~found.converged][:4])
+    is_lost = ~found.converged & ~is_bound
+    at = lambda which: f"{found.name} = {_few(found.values[which])}"
+    is_zero = is_lost & np.isposinf(found.losses)
+    if is_zero.any():
         warn(
-            f"`profile`: the solver found no minimum at {found.name} = {few}: "
+            f"`profile`: the negative logarithm of the likelihood is infinite at "
+            f"{at(is_zero)}: the likelihood is zero there, or too small for its dtype."
+        )
+    if (is_lost & ~is_zero).any():
+        warn(
+            f"`profile`: the solver found no minimum at {at(is_lost & ~is_zero)}: "
             "`profile.converged` says where. Raise `max_steps`, or lower the "
             "tolerances of the solver. If that does not help, the likelihood is flat "
             f"in another element there, or falls without end.{ends}"
         )
+
+
+def _few(values: np.ndarray) -> str:
+    return ", ".join(f"{x:.6g}" for x in values[:4])

@@ -58,6 +58,9 @@ _WHAT = "A profile of the likelihood"
 # The room of the program.
 _ROOM = 256
 
+# The share of a variance that another element leaves is known to this.
+_LEAST_SHARE = 1e-12
+
 # Where more Newton steps than these are needed, the solver is better.
 _MOST_STEPS = 32
 
@@ -124,6 +127,14 @@ class Scan:
     def unit(self, index: int) -> float:
         """Returns the wide error, or a scale where the data do not constrain it."""
         return float(self._scale[index] * np.linalg.norm(self._matrix[index]))
+
+    def unit_beside(self, index: int, held: int) -> float:
+        """Returns the unit of an element while another one is held."""
+        rows = self._matrix[[index, held]]
+        matrix = rows @ rows.T
+        share = matrix[0, 1] ** 2 / (matrix[0, 0] * matrix[1, 1])
+        # Where the two are one by rounding, the unit is still a number.
+        return self.unit(index) * math.sqrt(max(1 - share, _LEAST_SHARE))
 
     def falls(self, index: int) -> bool:
         """Whether an element falls as its free coordinate rises."""

@@ -3,9 +3,16 @@
 import math
 from collections.abc import Generator
 
-# In standard errors. Beyond, the likelihood must still fall.
+# In standard errors. Farther away a likelihood that has ceased to fall is not followed.
 _FARTHEST = 2.0**18
 _LONGEST = 8.0
+
+# Where the likelihood falls less than a normal one by this factor, it may well have
+# fallen on the way, and risen again.
+_LESS = 0.7
+
+# It falls no farther if twice the distance adds less than this part of what is left.
+_FLAT = 0.05
 
 _TOLERANCE = 1e-6
 _MOST_POINTS = 48
@@ -16,24 +23,27 @@ _INTERPOLATIONS = 16
 
 
 def search(
-    root: float, farthest: float, noise: float
-) -> Generator[float, float, float]:
+    root: float, farthest: float, noise: float, eps: float
+) -> Generator[float, tuple[float, bool], float]:
     r"""Searches for the distance where $\sqrt{\Delta\chi^2}$ is `root`.
 
     Distances are in standard errors: where the likelihood is normal, the two are equal.
     It yields the distance to try next, and is sent the excess over `root` there, whose
-    rounding error is `noise`.
+    rounding error is `noise`, and whether it is that of a minimum. `eps` is the
+    precision of the parameters: far away it is not enough to tell a minimum.
 
     Returns the distance: `farthest` if the bound is there, infinite if the likelihood
-    falls no farther, and NaN if it is not finite before it does, only seemed to have
-    fallen, or the place is not found by as many points as are allowed.
+    falls no farther, as far as can be told, and NaN if it is not finite before it does,
+    only seemed to have fallen, or the place is not found by as many points as are
+    allowed.
     """
     before, low, high = (0.0, -root), (0.0, -root), (math.inf, math.inf)
+    deltas, limit = {0.0: 0.0}, min(_FARTHEST, 0.5 * eps**-0.5)
     # Halved where one stays twice (the Illinois rule).
     weight, finest = {"low": 1.0, "high": 1.0}, min(noise, _COARSEST)
     last, t = "low", min(root, farthest)
     for tried in range(1, _MOST_POINTS + 1):
-        excess = yield t
+        excess, is_minimum = yield t
         if abs(excess) <= max(_TOLERANCE, noise):
             return t
         side, other = ("low", "high") if excess <= 0 else ("high", "low")
@@ -43,14 +53,17 @@ def search(
         last = side
         if side == "low":
             before, low = low, (t, excess)
-            if t >= farthest:
+            if math.isinf(high[0]):
+                low, high = yield from _first_crossing(before, low, noise)
+            if math.isinf(high[0]) and t >= farthest:
                 return farthest
+            deltas[low[0]] = (low[1] + root) ** 2
         else:
             high = t, excess
+        is_beyond = t >= limit or (side == "high" and not is_minimum)
+        if is_beyond and _is_flat(deltas, root):
+            return math.inf
         if math.isinf(high[0]):
-            fall = (low[1] + root) ** 2 - (before[1] + root) ** 2
-            if t >= _FARTHEST and fall <= max(_TOLERANCE, noise):
-                return math.inf
             # On the line through the last two.
             rise = (low[1] - before[1]) / (low[0] - before[0])
             longest = _LONGEST * low[0]
@@ -70,7 +83,42 @@ def search(
         return math.nan
     # Beyond a jump others may have been lost, on the way from far away.
     is_jump = high[1] - low[1] > root / 2
-    return math.nan if is_jump and (yield high[0]) <= 0 else t
+    return math.nan if is_jump and (yield high[0])[0] <= 0 else t
+
+
+Place = tuple[float, float]
+"""A distance, and the excess there."""
+
+
+def _first_crossing(
+    low: Place, end: Place, noise: float
+) -> Generator[float, tuple[float, bool], tuple[Place, Place]]:
+    """Looks for a crossing between two places where the likelihood is high.
+
+    A decay time of 10 and one of -10 may both be, and none between them. Returns the
+    last place before the first crossing, and one behind it, infinite if there is none.
+    """
+    (start, below), (stop, above) = low, end
+    is_less = above - below < _LESS * (stop - start)
+    shares = (0.25, 0.5, 0.75) if is_less else (0.5,) if stop > 2 * start else ()
+    for share in shares:
+        t = start + share * (stop - start)
+        excess, _ = yield t
+        if excess > max(_TOLERANCE, noise):
+            return low, (t, excess)
+        low = t, excess
+    return end, (math.inf, math.inf)
+
+
+def _is_flat(deltas: dict[float, float], root: float) -> bool:
+    """Whether the likelihood has ceased to fall, where it is known how far it has."""
+    last = max(deltas)
+    if last < _LONGEST:
+        return False
+    before = max(t for t in deltas if t <= last / 2)
+    first = max((t for t in deltas if t <= before / 2), default=0.0)
+    fall, fell = deltas[last] - deltas[before], deltas[before] - deltas[first]
+    return fall <= max(fell, 0) and fall <= _FLAT * (root**2 - deltas[last])
 
 
 def _halfway(low: float, high: float) -> float:
