@@ -284,6 +284,14 @@ def test_a_normal_without_a_width_is_refused(args):
         vn.Normal(*args)
 
 
+def test_an_element_without_a_prior_has_a_wide_one():
+    """As the refusal of an infinite width says: it changes nothing of that element."""
+    with pytest.raises(ValueError, match="without a prior takes a `std` far larger"):
+        vn.Normal(np.zeros(2), np.array([0.1, np.inf]))
+    prior = vn.Normal(np.zeros(2), np.array([0.1, 1e6]))
+    assert abs(prior.log_prob(np.array([0.0, 3.0]))[1] - prior.log_prob(0.0)[1]) < 1e-11
+
+
 def at(offset):
     return {"ab": jnp.zeros(2), "c": jnp.asarray(offset)}
 

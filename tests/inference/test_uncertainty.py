@@ -1,6 +1,7 @@
 """What the data say: Fisher matrices, whitening, errors, tables, the likelihood."""
 
 import functools
+import math
 
 import equinox as eqx
 import jax
@@ -398,6 +399,16 @@ class Scaled(vn.Trainer):
         (99955.4, 367.0, ["99955", "367"]),
         (0.0, 1e-9, ["0e+00", "1.0e-09"]),
         (12.345, 0.0996, ["12.35", "0.10"]),
+        (2459012.3901, 0.1599, ["2459012.39", "0.16"]),
+        (-2459012.3901, 16.0, ["-2459012", "16"]),
+        (2459012.3901, 1.6e-5, ["2459012.390100", "0.000016"]),
+        (2459012.3901, 160.0, ["2.45901e+06", "1.6e+02"]),
+        (1e12, 1.0, ["1000000000000.0", "1.0"]),
+        (1e12, 1e-3, ["1.0000000000000000e+12", "1.0e-03"]),
+        (1e-20, 1e-22, ["1.000e-20", "1.0e-22"]),
+        (1.0, 2e12, ["1e+00", "2.0e+12"]),
+        (2459012.3901, math.inf, ["2459012.39", "unconstrained"]),
+        (1e12, math.inf, ["1e+12", "unconstrained"]),
     ],
 )
 def test_values_have_the_digits_of_their_errors(value, error, expected):

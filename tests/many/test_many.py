@@ -86,7 +86,7 @@ RULES = {"slope": optax.sgd(0.1, momentum=0.5), "offset": vn.window(ADAM, 3, 12)
 def mixed():
     """Leaves of several dtypes, and some that are no arrays of floats."""
     wave, small = jnp.asarray([1 + 2j, -1j]), jnp.asarray(2.0, "f4")
-    others = {"none": None, "count": jnp.asarray(3), "name": "mixed"}
+    others = {"none": None, "count": jnp.asarray([3]), "name": "mixed"}
     return {"scalar": jnp.asarray(1.5), "wave": wave, "small": small} | others
 
 
@@ -631,7 +631,11 @@ def test_a_solver_in_the_space_of_each():
     ("make", "error", "match"),
     [
         (lambda: many([]), ValueError, "`trainers` is empty"),
-        (lambda: many(starts()[0]), TypeError, "is one trainer.*filter_vmap"),
+        (
+            lambda: many(starts()[0]),
+            TypeError,
+            r"is one trainer.*filter_vmap.*`make\(key\)`",
+        ),
         (lambda: many({"a": 1}), TypeError, "`trainers` is of type `dict`"),
         (lambda: many([starts()[0], 3]), TypeError, r"`trainers\[1\]` is 3"),
         (

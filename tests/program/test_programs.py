@@ -315,6 +315,11 @@ KINDS = {
         "C.scale = 2.0",
     ),
     "an array of objects": ("a = np.array([1.0, None])", "a[0]", "a[0] = 2.0"),
+    "the mask of an array": (
+        "a = np.ma.masked_array([1.0, 2.0], mask=[0, 1])",
+        "float(a.max())",
+        "a.mask = [0, 0]",
+    ),
     "an object that computes its attributes": (
         "class C:\n    __slots__ = ('d',)\n    def __getattr__(self, name):\n"
         "        return self.d[name]\nc = C()\nc.d = {'s': 1.0}",

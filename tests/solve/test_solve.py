@@ -195,9 +195,12 @@ def test_running_out_of_steps_is_no_error():
     assert result.stop_reason is vn.StopReason.MAX_STEPS
     assert "max_steps" in str(result.stop_reason)
     assert len(result.history) == 3
+    told = "These were 3: `max_steps=` allows more, and `result.trainer.solve("
+    assert told in result.explain()
     on = result.trainer.solve(optx.BFGS(1e-8, 1e-8), data())
     assert on.stop_reason is vn.StopReason.CONVERGED
     assert on.history.steps[0] == 3
+    assert "max_steps" not in on.explain()
 
 
 class Root(vn.Trainer):

@@ -154,7 +154,7 @@ def test_integers_of_numpy_may_be_sizes():
         def loss(self, model, batch):
             return jnp.sum((jnp.ones(model.nested["x"]) - model.rate) ** 2)
 
-    _trainer, info = Fit(decay(np.int64(3)), optax.sgd(0.1)).step(0.0)
+    _trainer, info = Fit(decay(np.int64(3)), optax.sgd(0.1), train="rate").step(0.0)
     np.testing.assert_allclose(info.loss, 3.0)
 
 
@@ -194,6 +194,73 @@ def test_what_is_not_fitted_is_listed(name):
 @pytest.mark.parametrize("name", UNLISTED)
 def test_what_is_no_number_to_fit_is_not_listed(name):
     assert listed(decay(UNLISTED[name])) == [None, None, None]
+
+
+# Single integers
+
+SINGLE = {
+    "array": lambda: jnp.array(70),
+    "int16 of NumPy": lambda: np.array(70, np.int16),
+    "np.int64": lambda: np.int64(70),
+}
+MEANT = {
+    "Python int": 70,
+    "unsigned": np.uint8(70),
+    "boolean": jnp.array(True),
+    "key": jax.random.PRNGKey(0),
+    "a list": jnp.array([70]),
+    "a span of time": np.timedelta64(70, "s"),
+    "float": jnp.array(70.0),
+}
+DEFAULT = vn.ParamOptimiser({"rate": optax.sgd(0.1)}, default=optax.sgd(0.1))
+HELD = vn.ParamOptimiser({"**": None, "rate": optax.sgd(0.1)}, default=optax.sgd(0.1))
+ONLY = vn.ParamOptimiser({"rate": optax.sgd(0.1)})
+STRICT = vn.ParamOptimiser({"rate": optax.sgd(0.1)}, strict=True)
+
+
+def pull():
+    """A class of its own, which nothing was told of."""
+    return type("Pulled", (Pull,), {})
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("optimiser", [None, optax.sgd(0.1), DEFAULT])
+def test_a_single_integer_is_told_once(name, optimiser):
+    kind = pull()
+    told = (
+        r"`model`: 'nested\.x' is not fitted: integers are constants.*jnp.array\(70.0"
+    )
+    with pytest.warns(UserWarning, match=told) as seen:
+        made_twice(kind, SINGLE[name], optimiser)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+def made_twice(kind, value, optimiser):
+    trainer = kind(decay(value()), optimiser)
+    kind(decay(value()), optimiser)
+    trainer.replace(model=decay(value()))
+
+
+def test_all_single_integers_are_in_one_warning():
+    model = Decay(jnp.asarray(2.0), [np.int64(1)] * 7)
+    with pytest.warns(UserWarning, match=r"'nested\.4', \.\.\. are not fitted") as seen:
+        pull()(model)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_what_is_meant_as_it_is_is_not_told(name):
+    pull()(decay(MEANT[name]))
+
+
+@pytest.mark.parametrize("optimiser", [HELD, ONLY, STRICT])
+def test_what_rules_leave_out_is_not_told(optimiser):
+    pull()(decay(np.int64(70)), optimiser)
+
+
+def test_what_train_leaves_out_is_not_told():
+    pull()(decay(jnp.array(70)), train="rate")
 
 
 # print(trainer)
@@ -294,3 +361,20 @@ def test_a_stacked_trainer_and_a_traced_one_can_be_printed():
     told = []
     eqx.filter_jit(lambda t: told.extend((str(t), repr(t))))(make(jnp.asarray(1.0)))
     assert all("step_count=int32[]" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.float64(2459012.39), "2459012.39"),
+        (np.float32(2459012.39), "2459012.5"),
+        (np.float64(1e12), "1e+12"),
+        (np.float64(1e-20), "1e-20"),
+        (np.float64(1234.5678), "1234.57"),
+        (np.float64(np.inf), "inf"),
+    ],
+)
+def test_print_shows_the_digits_of_large_numbers(value, expected):
+    lines = str(Pull(decay(value), ONLY)).splitlines()
+    row = next(line for line in lines if line.startswith("nested.x"))
+    assert row.split()[:2] == ["nested.x", expected]

@@ -123,6 +123,9 @@ class Only(Same):
 
 def _bytes(array: np.ndarray) -> np.ndarray:
     """Returns the bytes of an array; of a large one, those of a sample."""
+    if isinstance(array, np.ma.MaskedArray):
+        parts = np.asarray(array.data), np.ma.getmaskarray(array)
+        return np.concatenate([_bytes(part) for part in parts])
     if array.nbytes > MOST_BYTES:
         array = array.flat[:: array.size // _SAMPLE + 1]
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -39,7 +39,8 @@ class Normal(Portable, PlainMethods, eqx.Module):
     def __init__(self, mean: ArrayLike, std: ArrayLike):
         """**Arguments:**
 
-        - `mean`, `std`: numbers, or arrays that broadcast to the parameter.
+        - `mean`, `std`: numbers, or arrays that broadcast to the parameter. Where an
+            element of it has no prior, give a `std` far larger than its error.
 
         **Raises:**
 
@@ -56,7 +57,13 @@ class Normal(Portable, PlainMethods, eqx.Module):
             return
         for value, name in ((self.mean, "mean"), (self.std, "std")):
             if not np.isfinite(value).all():
-                raise ValueError(f"`{name}` is {value}, but must be finite.")
+                remedy = (
+                    " An element without a prior takes a `std` far larger than its "
+                    "error, such as 1e6 times that."
+                    if name == "std" and np.size(value) > 1
+                    else ""
+                )
+                raise ValueError(f"`{name}` is {value}, but must be finite.{remedy}")
         if not (np.asarray(self.std) > 0).all():
             raise ValueError(f"`std` is {std}, but must be positive.")
 

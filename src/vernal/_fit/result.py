@@ -167,10 +167,10 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         if distance is None or not np.isfinite(distance.edm):
             is_stalled = self.stop_reason is StopReason.STALLED
             why = " Its derivatives there are not finite." if is_stalled else ""
-            return f"{self.stop_reason}{why}{self._beside if is_stalled else ''}"
+            return f"{self._ended}{why}{self._beside if is_stalled else ''}"
         is_short = self.stop_reason is not StopReason.CONVERGED
         params = in_real_coordinates(self._trainer).params
-        said = [str(self.stop_reason)]
+        said = [self._ended]
         if distance.is_saddle:
             return f"{said[0]} The loss {saddle_words(distance, params)}."
         direction = np.asarray(distance.direction, float)
@@ -183,6 +183,16 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         else:
             said.append("The loss could still fall by less than can be measured.")
         return " ".join(said) + (self._beside if is_short else "")
+
+    @property
+    def _ended(self) -> str:
+        """Says why the fit ended, and what helps if that was for want of steps."""
+        if self.stop_reason is not StopReason.MAX_STEPS:
+            return str(self.stop_reason)
+        return (
+            f"{self.stop_reason} These were {len(self.history.loss)}: `max_steps=` "
+            "allows more, and `result.trainer.solve(solver, batch)` goes on from here."
+        )
 
     @property
     def _remedy(self) -> str:

@@ -12,7 +12,7 @@ from .._boundary import PyTree
 from .._policy import StopReason
 from .._report import written
 from .._step import AbstractTrainer, bounds_of
-from .._tree import aligned, by_path, element_name
+from .._tree import aligned, by_path, element_name, short_number
 
 Columns = dict[str, np.ndarray]
 
@@ -69,13 +69,13 @@ def as_table(
             continue
         at_bound = {name for name, flags in held.items() if flags[index]}
         own = [
-            f"{values[n][index]:.6g} (at its bound)"
+            f"{short_number(values[n][index])} (at its bound)"
             if n in at_bound
             # What is tied to that alone has no error either.
             else _cell(values[n][index], errors.get(n), index, n in words and at_bound)
             for n in names
         ]
-        end = f"{losses[index]:.6g}", reasons[index].in_short
+        end = short_number(losses[index]), reasons[index].in_short
         rows.append([str(index), *own, *("…" for _ in rest), *end])
     return "\n".join([aligned(rows), *_failures(reasons)])
 
@@ -110,7 +110,7 @@ def _shown(size: int) -> Iterator[int | None]:
 
 def _cell(value: Any, errors: np.ndarray | None, index: int, is_still: Any) -> str:
     if errors is None or (is_still and math.isnan(errors[index])):
-        return f"{value:.6g}"
+        return short_number(value)
     error = float(errors[index])
     text, shown = written(float(value), error)
     if math.isinf(error):

@@ -28,6 +28,10 @@ T = TypeVar("T")
 
 _MOST_COORDINATES = 3
 
+_STACKED = (
+    "`eqx.filter_vmap(make)(keys)`, where `make(key)` returns the trainer of one start."
+)
+
 
 def stacked(given: Any) -> tuple[Any, Flags, int]:
     """Makes one trainer of many.
@@ -42,7 +46,7 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(
             f"`trainers` is of type `{type(given).__name__}`, but must be a "
-            "sequence of trainers, or a stacked one: `eqx.filter_vmap(make)(keys)`."
+            f"sequence of trainers, or a stacked one: {_STACKED}"
         )
     if not given:
         raise ValueError("`trainers` is empty: there is nothing to fit.")
@@ -164,7 +168,7 @@ def _as_stacked(trainer: AbstractTrainer) -> tuple[Any, Flags, int]:
     if trainer.step_count.ndim != 1:
         raise TypeError(
             "`trainers` is one trainer. Give a sequence of them, or a stacked one: "
-            "`eqx.filter_vmap(make)(keys)`."
+            f"{_STACKED}"
         )
     size = len(trainer.step_count)
     for path, leaf in by_path(trainer).items():

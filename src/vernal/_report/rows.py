@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._boundary import spacing
-from .._tree import Leaf, element_name, named_leaves
+from .._tree import Leaf, element_name, named_leaves, short_number
+
+# As many as a date in days has, with its errors of hundredths of a second.
+_MOST_CHARACTERS = 16
 
 
 class ParameterRow(NamedTuple):
@@ -41,7 +44,7 @@ def _status(value: Any, error: float | None) -> str:
     if math.isinf(error):
         return "unconstrained"
     if math.isnan(error):
-        return f"at its bound ({value:.6g})"
+        return f"at its bound ({short_number(value)})"
     if 0 < error < (apart := spacing(value, value.dtype)):
         return f"below the spacing of {value.dtype} ({apart:.2g})"
     return ""
@@ -100,13 +103,16 @@ def written(value: Any, error: float) -> tuple[str, str]:
     if value is None:
         return "…", ""
     if not math.isfinite(error) or isinstance(value, complex):
-        return f"{value:.6g}", ""
+        return short_number(value), ""
     if not (error > 0 and math.isfinite(value)):
-        return f"{value:.6g}", f"{error:.2g}"
+        return short_number(value), f"{error:.2g}"
     # Rounded first: the two digits of 0.0996 are those of 0.10.
     last = math.floor(math.log10(float(f"{error:.1e}"))) - 1
-    if 1e-4 <= max(abs(value), error) < 1e6:
-        decimals = max(-last, 0)
-        return f"{value:.{decimals}f}", f"{error:.{decimals}f}"
+    decimals, size = max(-last, 0), max(abs(value), error)
+    if size >= 1e-4:
+        fixed = f"{value:.{decimals}f}"
+        # A large number too, if it has no zeros in the place of digits.
+        if size < 1e6 or (last <= 0 and len(fixed) <= _MOST_CHARACTERS):
+            return fixed, f"{error:.{decimals}f}"
     first = math.floor(math.log10(abs(value))) if value else last
     return f"{value:.{max(first - last, 0)}e}", f"{error:.1e}"

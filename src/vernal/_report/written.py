@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .._tree import aligned
+from .._tree import aligned, short_number
 from .rows import ParameterRow
 
 Section = list[tuple[str, ...]]
@@ -79,8 +79,8 @@ def _facts(report: Any) -> Iterator[tuple[str, str]]:
 
 
 def number(value: int | float) -> str:
-    """Writes an integer in full, and another number with six digits."""
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+    """Writes an integer in full, and another number with six digits or ten."""
+    return str(value) if isinstance(value, int) else short_number(value)
 
 
 def _cells(row: ParameterRow) -> tuple[str, str, str, str]:

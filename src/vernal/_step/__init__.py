@@ -52,6 +52,7 @@ from .data_mark import (
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .held import pushed
 from .hyperparams import beginning, settled
+from .integers import warn_of_integers
 from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (

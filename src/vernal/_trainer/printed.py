@@ -20,7 +20,7 @@ from .._step import (
     progress_of,
     template_of,
 )
-from .._tree import aligned, named_leaves
+from .._tree import aligned, named_leaves, short_number
 
 _MOST_ROWS = 64
 
@@ -106,7 +106,7 @@ def _value(leaf: Any) -> str:
     if isinstance(leaf, int):
         return str(leaf)
     if isinstance(leaf, float | complex):
-        return f"{leaf:.6g}"
+        return short_number(leaf)
     kind = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     if np.size(leaf) != 1 or isinstance(leaf, jax.core.Tracer):
         return kind
@@ -115,4 +115,5 @@ def _value(leaf: Any) -> str:
     except Exception:  # Deleted, or on a device of another process.
         return kind
     # Integers in full.
-    return str(number) if jnp.issubdtype(leaf.dtype, jnp.integer) else f"{number:.6g}"
+    is_integer = jnp.issubdtype(leaf.dtype, jnp.integer)
+    return str(number) if is_integer else short_number(number)

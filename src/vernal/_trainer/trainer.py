@@ -86,6 +86,7 @@ from .._step import (
     require_precision,
     score,
     step_key,
+    warn_of_integers,
     with_progress,
 )
 from .._storage import Checkpoints, History
@@ -211,6 +212,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         )
         tied = as_ties(ties, model)
         owners = find_trained(model, self.optimiser, train, projector, tied)
+        if train is None and projector is None:
+            warn_of_integers(type(self), model, self.optimiser, tied)
         params = parameters(model, owners)
         self._template = ModelTemplate(model, owners, tied)
         self._bounds, self._bijections, self._priors = constraints(

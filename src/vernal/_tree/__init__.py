@@ -61,4 +61,4 @@ from .structure import (
     shape_and_dtype,
     strong,
 )
-from .text_table import aligned
+from .text_table import aligned, short_number

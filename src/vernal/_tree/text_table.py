@@ -2,6 +2,14 @@
 
 from collections.abc import Sequence
 
+# From here on six digits leave out what differs between numbers such as dates.
+_LARGE = 1e4
+
+
+def short_number(value: float | complex) -> str:
+    """Writes a number with six digits, and a large one with ten."""
+    return f"{value:.10g}" if abs(value) >= _LARGE else f"{value:.6g}"
+
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Aligns rows of text in columns, with a line below the first row."""
