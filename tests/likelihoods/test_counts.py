@@ -1,6 +1,7 @@
 """Counts, fitted by their Poisson likelihood, against iminuit and closed forms."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+import scipy.special
+import scipy.stats
 from iminuit import Minuit
 from iminuit.cost import poisson_chi2
 
@@ -277,3 +280,57 @@ def test_expected_counts_that_are_tiny_have_derivatives(kind):
         # In units of the size that such a derivative has.
         unit = counts if kind == "nll" else counts**0.5
         np.testing.assert_allclose(narrow / unit, wide / unit, rtol=2e-4, atol=1e-5)
+
+
+RATES = [1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 100.0, 299.0, 301.0, 1e4]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_moments_of_the_deviance(rate):
+    """By a sum over all counts that have a chance."""
+    spread = 40 * math.sqrt(rate) + 40
+    n = np.arange(max(math.floor(rate - spread), 0), math.ceil(rate + spread))
+    chance = scipy.stats.poisson.pmf(n, rate)
+    deviance = 2 * (rate - n + scipy.special.xlogy(n, n / rate))
+    mean = np.sum(chance * deviance)
+    variance = np.sum(chance * (deviance - mean) ** 2)
+    there = np.array([True, True, False])
+    rates = jnp.asarray([rate, rate, 7.0])
+    found = vn.likelihoods.Poisson(rates, rates, where=there).deviance_moments()
+    np.testing.assert_allclose(found, (2 * mean, 2 * variance), rtol=1e-3)
+
+
+class Exponential(vn.Trainer):
+    def residuals(self, model, batch):
+        x, counts = batch
+        return vn.likelihoods.Poisson(jnp.exp(model["a"] + model["b"] * x), counts)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rate", [0.1, 1.0, 3.0, 10.0, 100.0])
+def test_a_model_that_is_right_has_any_p_value(rate, dtype):
+    """Of few counts the deviance is no chi-squared: 95 % of right models would fail."""
+    x = np.linspace(-1, 1, 400).astype(dtype)
+    rng = np.random.default_rng(1)
+    start = {"a": jnp.asarray(np.log(rate), dtype), "b": jnp.asarray(0.3, dtype)}
+    trainer, found = Exponential(start), []
+    solver = optx.LevenbergMarquardt(1e-4, 1e-4)
+    for _ in range(40):
+        counts = rng.poisson(rate * np.exp(0.3 * x)).astype(dtype)
+        solved = trainer.solve(solver, (x, counts)).trainer
+        found.append(solved.report((x, counts)).p_value)
+    assert 0.3 < np.median(found) < 0.7
+    assert np.mean(np.array(found) < 0.05) < 0.2
+    if rate >= 1:
+        # With fewer counts the fit takes most of the scatter.
+        assert scipy.stats.kstest(found, "uniform").pvalue > 1e-3
+
+
+def test_a_count_of_data_below_that_of_parameters_is_refused():
+    x = np.linspace(-1, 1, 50)
+    counts = np.round(5 * np.exp(0.3 * x))
+    start = {"a": jnp.asarray(1.0), "b": jnp.asarray(0.0)}
+    solver = optx.LevenbergMarquardt(1e-8, 1e-8)
+    trainer = Exponential(start).solve(solver, (x, counts)).trainer
+    with pytest.raises(ValueError, match="`data_count` is 1, but the data constrain 2"):
+        trainer.report((x, counts), data_count=1)

@@ -9,8 +9,20 @@ import numpy as np
 from .._boundary import boolean, refuse_program, whole_number
 from .._minimum import edm_note, slope_note
 from .._projection import DenseWhitening
-from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
-from .._step import AbstractTrainer, in_free_coordinates, template_of
+from .._report import (
+    ParameterRow,
+    Report,
+    criteria,
+    deviance_p_value,
+    p_value,
+    parameter_rows,
+)
+from .._step import (
+    AbstractTrainer,
+    deviance_moments,
+    in_free_coordinates,
+    template_of,
+)
 from .._tree import aligned, by_path, element_name, named_leaves
 from .elements import tied_with_errors
 from .expansion import Around, OfElements, around, seen_again
@@ -38,6 +50,11 @@ def report(
     trainer = in_free_coordinates(trainer)
     here = _around(trainer, batch, "A report", options)
     if data_count is not None:
+        if data_count < here.fitted_count:
+            raise ValueError(
+                f"`data_count` is {data_count}, but the data constrain "
+                f"{here.fitted_count:.4g} directions: there are at least as many data."
+            )
         here = here._replace(data_count=data_count, zero_count=0)
     scale = here.error_scale(is_scaled)
     distance, degrees = here.distance, here.degrees_of_freedom
@@ -52,7 +69,7 @@ def report(
         free_count=here.free_count,
         degrees_of_freedom=degrees,
         reduced_chi_squared=here.reduced_chi_squared,
-        p_value=p_value(chi, degrees),
+        p_value=_p_value(trainer, batch, here),
         aic=aic,
         bic=bic,
         prior_penalty=here.penalty,
@@ -64,6 +81,13 @@ def report(
         correlation_matrix=own.correlations(),
         note=_note(trainer, here),
     )
+
+
+def _p_value(trainer: AbstractTrainer, batch: Any, here: Around) -> float | None:
+    chi, count, degrees = here.chi_squared, here.data_count, here.degrees_of_freedom
+    if chi is None or count is None or here.data is None or not here.data.has_scale:
+        return p_value(chi, degrees)
+    return deviance_p_value(chi, count, degrees, deviance_moments(trainer, batch))
 
 
 def _around(

@@ -9,6 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._boundary import entrance
 from .._pickling import Portable
+from .counts import deviance_moments
 from .likelihood import (
     AbstractLikelihood,
     as_alike,
@@ -34,8 +35,9 @@ class Poisson(Portable, AbstractLikelihood):
     $$-\log L = \sum_i \mu_i - n_i + n_i \log \frac{n_i}{\mu_i}$$
 
     without the constant $\log n_i!$ and so on: it is zero for $\mu = n$. Twice that is
-    Cash's statistic, which takes the place of $\chi^2$ in reports; for counts above ten
-    or so it is distributed as $\chi^2$. The expected Fisher matrix is
+    Cash's statistic, which takes the place of $\chi^2$ in reports. For few counts it is
+    not distributed as $\chi^2$: the p-value of a report is by its own mean and
+    variance. The expected Fisher matrix is
     $J^\top \mathrm{diag}(1 / \mu) J$, with the Jacobian $J$ of the rates.
 
     **Attributes:**
@@ -98,6 +100,12 @@ class Poisson(Portable, AbstractLikelihood):
         # A rate that underflows carries no information.
         std = jnp.sqrt(jnp.where(rate == 0, 1, rate))
         return self._within_support((self.rate - self.counts) / std)
+
+    def deviance_moments(self) -> tuple[float, float]:
+        """Returns, on the host, the mean and the variance of the deviance."""
+        rate = np.asarray(self.rate, float)
+        is_there = True if self.where is None else np.asarray(self.where)
+        return deviance_moments(rate[np.broadcast_to(is_there, rate.shape)])
 
     def impossible(self) -> str:
         """Says, on the host, which data have no likelihood; empty if all have one."""

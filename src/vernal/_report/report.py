@@ -44,10 +44,14 @@ class Report:
         prior: see below. With `priors` it need not be whole.
     - `reduced_chi_squared`: $\chi^2 / (N - k)$.
     - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
-        and the residuals are in units of their error bars. For the deviance of counts
-        below ten or so it is rough. With `priors` the truth is taken to be drawn from
-        them; then $\chi^2$ has the mean $N - k$, and where data and priors share a
-        direction a scatter somewhat smaller than this distribution.
+        and the residuals are in units of their error bars. For counts, the deviance is
+        compared with its own mean and variance, as a gamma distribution, which is that
+        of $\chi^2$ for large ones: see Kaastra, Astronomy & Astrophysics 605 (2017),
+        A51. With less than a count for each datum it is too near to 0.5: the fit takes
+        most of the scatter. `None` where there are fewer counts than a fit needs. With
+        `priors` the truth is taken to be drawn from them; then $\chi^2$ has the mean
+        $N - k$, and where data and priors share a direction a scatter somewhat smaller
+        than this distribution.
     - `aic`, `bic`: Akaike's and the Bayesian information criterion, `None` for a robust
         loss, which is no likelihood, and the latter also without data; with $L$ as
         below,
@@ -202,6 +206,22 @@ def p_value(chi_squared: float | None, degrees: int | float | None) -> float | N
     if chi_squared is None or degrees is None or degrees <= 0:
         return None
     return float(chi_squared_p_value(chi_squared, degrees))
+
+
+def deviance_p_value(
+    deviance: float, data_count: int, degrees: Any, moments: tuple[float, float]
+) -> float | None:
+    """Returns the probability of a larger deviance of counts, by its `moments`.
+
+    The distribution is that of a multiple of chi-squared with this mean and variance,
+    less what the fit takes of them.
+    """
+    mean, variance = moments
+    mean, variance = mean - (data_count - degrees), variance * degrees / data_count
+    if not (degrees > 0 and mean > 0):
+        return None
+    unit = variance / (2 * mean)
+    return float(chi_squared_p_value(deviance / unit, mean / unit))
 
 
 def criteria(

@@ -49,7 +49,13 @@ from .data_mark import (
     marks_of_rows,
     stepped_on,
 )
-from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
+from .diagnosis import (
+    Diagnosis,
+    bad_data,
+    deviance_moments,
+    diagnosed,
+    warn_of_no_data,
+)
 from .held import pushed
 from .hyperparams import beginning, settled
 from .integers import warn_of_integers

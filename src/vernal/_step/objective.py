@@ -168,7 +168,7 @@ def _array_of(term: Term) -> Array:
     return term.residuals() if isinstance(term, AbstractLikelihood) else term
 
 
-def _count(term: Term) -> int | Int[Array, ""]:
+def count_of(term: Term) -> int | Int[Array, ""]:
     if isinstance(term, AbstractLikelihood):
         return term.count()
     return term.size * (2 if _is_complex(term) else 1)
@@ -220,7 +220,7 @@ def real_residuals_and_kind(
     terms = residual_terms(trainer, batch, key)
     likelihoods = [term for term in terms if isinstance(term, AbstractLikelihood)]
     kind = DataKind(
-        sum(map(_count, terms)),
+        sum(map(count_of, terms)),
         is_robust=any(term.is_robust for term in likelihoods),
         has_scale=any(not isinstance(term, Gaussian) for term in likelihoods),
     )

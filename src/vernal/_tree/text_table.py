@@ -6,7 +6,7 @@ from collections.abc import Sequence
 _LARGE = 1e4
 
 
-def short_number(value: float | complex) -> str:
+def short_number(value: int | float | complex) -> str:
     """Writes a number with six digits, and a large one with ten."""
     return f"{value:.10g}" if abs(value) >= _LARGE else f"{value:.6g}"
 
