@@ -1,5 +1,6 @@
 """Every mistake gets an error that names the argument or the path, and the remedy."""
 
+import dataclasses
 import functools
 import re
 
@@ -302,6 +303,11 @@ TABLE = {
         lambda: LineFit({"name": "nothing"}, SGD),
         ValueError,
         "`model` has no parameter to train: there is no array of floats",
+    ),
+    "a dataclass alone": (
+        lambda: LineFit(dataclasses.make_dataclass("Plain", ["x"])(jnp.ones(2)), SGD),
+        ValueError,
+        "no parameter.*look into the dataclass `Plain`: make it an `eqx.Module`",
     ),
     "a model of integers": (
         lambda: LineFit({"n": jnp.arange(3)}, SGD),

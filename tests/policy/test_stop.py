@@ -378,6 +378,21 @@ def test_checkpoints_remember_how_patient_they_have_been(tmp_path):
 # What goes wrong.
 
 
+class Labelled(vn.StopCriterion):
+    reason: str
+
+    def init(self, params):
+        return None
+
+    def apply(self, view, state):
+        return True, state
+
+
+def test_a_field_that_hides_a_method_is_refused_where_it_is_made():
+    with pytest.raises(TypeError, match="`reason` of `Labelled` is 'far', but is a"):
+        Labelled("far")
+
+
 class Forgetful(vn.StopCriterion):
     answer: object = eqx.field(static=True)
 

@@ -89,7 +89,8 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         that are not trained, bounds, normal priors). Batches that are not known
         beforehand are taken for parts of the same data: those of a [`vernal.Stream`][],
         of [`vernal.Trainer.step`][], and of [`vernal.unroll`][] in a program of yours.
-        The latter two see none of these changes.
+        The latter two see none of these changes. So a fit after a `step` begins its
+        best anew, and so does a `step` after a fit.
 
         **Raises:**
 

@@ -58,6 +58,14 @@ class StopCriterion(Portable, eqx.Module):
     ```
     """
 
+    def __check_init__(self) -> None:
+        if not callable(self.reason):
+            raise TypeError(
+                f"`reason` of `{type(self).__name__}` is {self.reason!r}, but is a "
+                "method of every `StopCriterion`, which returns a `vn.StopReason`. "
+                "Give the field another name."
+            )
+
     @abc.abstractmethod
     def init(self, params: PyTree) -> PyTree:
         """Makes the state that the criterion carries from step to step.

@@ -39,8 +39,8 @@ def by_solver(
             break
     is_minimum, is_seen = reason is StopReason.CONVERGED, np.isfinite(lowest)
     kinds, has_map = defined(space.trainer), template_of(space.trainer).bijections
-    # Slopes tell two parameters that nearly cancel apart, second derivatives do not.
-    # They leave out the curvature of a map, which is all that there is near its edge.
+    # Second derivatives do not tell two parameters that nearly cancel apart, as slopes
+    # do. But slopes leave out the curvature of a map, all that there is at its edge.
     is_seen &= "residuals" not in kinds or has_map is not None
     if not is_minimum and is_seen and "loss" not in kinds:
         whole = distance_of(run_distance(space, held, flat))

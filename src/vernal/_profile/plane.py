@@ -68,8 +68,9 @@ def plane(
     for order in ((0, 1), (1, 0)):
         first, second = order
         valley = _followed(scan, (pair[first], pair[second]), spans[first], rise)
-        tried.append((_coarseness(valley, spans[second], rise), order, valley))
-        if tried[-1][0] <= _COARSE:
+        coarse = _coarseness(valley, ends[found[second][0]], rise)
+        tried.append((coarse, order, valley))
+        if coarse <= _COARSE:
             break
     coarse, order, (*values, delta) = min(tried, key=lambda one: one[0])
     if math.isinf(coarse):
@@ -93,13 +94,14 @@ class _Valley(NamedTuple):
     delta: Float[np.ndarray, "M N"]
 
 
-def _coarseness(valley: _Valley, span: tuple[float, float], rise: float) -> float:
+def _coarseness(valley: _Valley, ends: tuple[float, float], rise: float) -> float:
     """Returns the largest step between rows, as a part of what all rows reach.
 
     Infinite if the second element does not reach the ends of its interval.
     """
-    (low, high), second = span, valley.second
-    if max(second.min() - low, high - second.max()) > _MISSED * (high - low):
+    low, high = valley.second.min(), valley.second.max()
+    gaps = np.array([low - ends[0], ends[1] - high])
+    if (gaps[np.isfinite(gaps)] > _MISSED * (high - low)).any():
         return math.inf
     steps = np.diff(np.sqrt(np.maximum(valley.delta, 0)), axis=0)
     return float(np.nanmax(np.abs(steps), initial=0)) / math.sqrt(rise)

@@ -1,5 +1,6 @@
 """Checks the arguments of a trainer, and finds its parameters."""
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -188,9 +189,20 @@ def find_trained(
                 else f"{of_integers}: make it an array of floats."
                 if of_integers
                 else "there is no array of floats in it, such as `jnp.array(1.0)`."
+                + _of_dataclasses(model)
             )
         )
     return tuple(owners)
+
+
+def _of_dataclasses(model: PyTree) -> str:
+    """Says what helps where JAX does not look into a dataclass; empty if it does."""
+    kinds = [type(x) for x in jax.tree.leaves(model) if dataclasses.is_dataclass(x)]
+    return "".join(
+        f" JAX does not look into the dataclass `{kind.__name__}`: make it an "
+        "`eqx.Module`, or register it by `jax.tree_util.register_dataclass`."
+        for kind in kinds[:1]
+    )
 
 
 def _of_integers(model: PyTree) -> str:

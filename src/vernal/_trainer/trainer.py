@@ -1028,8 +1028,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         A dictionary from the names of elements to `(low, high)`, values of the
         parameter. An end is the bound where the interval reaches it, infinite where the
-        likelihood never falls so far, and NaN, with a warning, where it is not found,
-        as where the likelihood is not finite before it does, or jumps.
+        likelihood never falls so far, as the precision can tell, and NaN, with a
+        warning, where it is not found, as where the likelihood is not finite before it
+        does, or jumps.
 
         **Raises:**
 

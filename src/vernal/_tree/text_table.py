@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 # From here on six digits leave out what differs between numbers such as dates.
 _LARGE = 1e4
 
 
 def short_number(value: int | float | complex) -> str:
-    """Writes a number with six digits, and a large one with ten."""
-    return f"{value:.10g}" if abs(value) >= _LARGE else f"{value:.6g}"
+    """Writes a number with six digits, and a large one with ten: those it has."""
+    if not abs(value) >= _LARGE:
+        return f"{value:.6g}"
+    with np.errstate(over="ignore"):
+        is_single = np.complex64(value) == value
+    return f"{value:.8g}" if is_single else f"{value:.10g}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
