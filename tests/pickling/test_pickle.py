@@ -307,7 +307,6 @@ class _Table(eqx.Module):
 
 
 @pytest.mark.seams
-@pytest.mark.filterwarnings("ignore:.*integers are constants")
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     model = MODELS[name]()

@@ -227,7 +227,6 @@ def test_only_what_is_trained_moves(options, trained):
 
 
 @pytest.mark.seams
-@pytest.mark.filterwarnings("ignore:.*integers are constants")
 def test_a_float_is_trained_where_it_is_named():
     trainer = Pull(zoo(), optax.sgd(0.1), train=("number", "scalar"))
     new, _ = trainer.step(jnp.asarray(0.0))

@@ -82,7 +82,6 @@ def test_what_can_be_recorded(record, names):
     assert all(len(values) == 2 for values in history.records.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*integers are constants")
 def test_nodes_and_arrays_of_any_shape_and_dtype():
     trainer = Pull(zoo(), optax.sgd(0.1))
     history = trainer.fit(
@@ -133,7 +132,6 @@ def test_rows_are_taken_of_a_column(name):
         TRAINER.fit(BATCH, 2).history[name]
 
 
-@pytest.mark.filterwarnings("ignore:.*integers are constants")
 def test_an_empty_history_joins_on_either_side():
     trainer = Pull(zoo(), optax.sgd(0.1))
     record = ("layers", "wave", "scalar", "grad_norm")
@@ -223,7 +221,6 @@ def norm(leaves):
     return np.sqrt(sum(np.sum(np.abs(np.asarray(leaf)) ** 2) for leaf in leaves))
 
 
-@pytest.mark.filterwarnings("ignore:.*integers are constants")
 def test_norms_of_each_rule():
     optimiser = vn.ParamOptimiser(RULES, default=optax.sgd(0.3))
     trainer = Pull(zoo(), optimiser)
