@@ -427,7 +427,8 @@ def contour(
     - as [`vernal.Trainer.intervals`][].
     - `ValueError`: if a level is not between 0 and 1.
     """
-    shares = sorted({probability(level, "levels") for level in np.ravel(levels)})
+    given = levels if isinstance(levels, Iterable) else (levels,)
+    shares = sorted({probability(level, "levels") for level in given})
     if not shares:
         raise ValueError("`levels` is empty: there is no contour to draw.")
     require_one(trainer, "contour")

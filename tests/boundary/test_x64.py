@@ -340,7 +340,7 @@ def test_a_table_marks_errors_below_the_spacing(dtype, value, told):
         def residuals(self, model, batch):
             return (model["t"] - batch).astype(jnp.float64) / 0.01
 
-    model = {"t": jnp.asarray([value], dtype), "n": jnp.asarray(1)}
+    model = {"t": jnp.asarray([value], dtype), "n": jnp.asarray([1])}
     row = Fit(model).table(jnp.zeros(4)).splitlines()[3]
     assert row.startswith("t[0]")
     assert row.endswith(f"  {told}")

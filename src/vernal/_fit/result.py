@@ -173,7 +173,7 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         params = in_real_coordinates(self._trainer).params
         said = [self._ended]
         if distance.is_saddle:
-            return f"{said[0]} The loss {saddle_words(distance, params)}."
+            return f"{self.stop_reason} The loss {saddle_words(distance, params)}."
         direction = np.asarray(distance.direction, float)
         where = along(direction, params) if is_short else ""
         if distance.edm > 0:

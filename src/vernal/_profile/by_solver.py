@@ -13,7 +13,7 @@ from .._policy import StopReason
 from .._program import program
 from .._projection import make_projector
 from .._solve import IS_OVER, REASONS, End, Problem, Start, run_solver
-from .._step import AbstractTrainer, defined, live, template_of, with_bounds
+from .._step import AbstractTrainer, defined, live, with_bounds
 from .._tree import ravel, unravel
 from .conditional import Held, Space
 
@@ -38,11 +38,9 @@ def by_solver(
         if end.is_settled or reason in IS_OVER or not has_fallen:
             break
     is_minimum, is_seen = reason is StopReason.CONVERGED, np.isfinite(lowest)
-    kinds, has_map = defined(space.trainer), template_of(space.trainer).bijections
-    # Second derivatives do not tell two parameters that nearly cancel apart, as slopes
-    # do. But slopes leave out the curvature of a map, all that there is at its edge.
-    is_seen &= "residuals" not in kinds or has_map is not None
-    if not is_minimum and is_seen and "loss" not in kinds:
+    if not is_minimum and is_seen and "loss" not in defined(space.trainer):
+        # Gauss-Newton leaves out the curvature of a map, which is all that there is
+        # near its edge.
         whole = distance_of(run_distance(space, held, flat))
         is_minimum = whole.is_minimum and not whole.is_unclear
     return flat, lowest, is_minimum

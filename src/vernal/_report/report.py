@@ -216,9 +216,11 @@ def deviance_p_value(
     The distribution is that of a multiple of chi-squared with this mean and variance,
     less what the fit takes of them.
     """
+    if not degrees > 0:
+        return None
     mean, variance = moments
     mean, variance = mean - (data_count - degrees), variance * degrees / data_count
-    if not (degrees > 0 and mean > 0):
+    if not mean > 0:
         return None
     unit = variance / (2 * mean)
     return float(chi_squared_p_value(deviance / unit, mean / unit))

@@ -1,6 +1,7 @@
 """Plain-text tables."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +9,7 @@ import numpy as np
 _LARGE = 1e4
 
 
-def short_number(value: int | float | complex) -> str:
+def short_number(value: Any) -> str:
     """Writes a number with six digits, and a large one with ten: those it has."""
     if not abs(value) >= _LARGE:
         return f"{value:.6g}"
