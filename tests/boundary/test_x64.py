@@ -329,10 +329,10 @@ def test_it_can_be_made_an_error_or_silenced():
 @pytest.mark.parametrize(
     ("dtype", "value", "told"),
     [
-        (np.float32, BJD, "5.0e-03, below the spacing of float32 (0.25)"),
+        (np.float32, BJD, "0.0050, below the spacing of float32 (0.25)"),
         (jnp.bfloat16, 300.0, "0.0050, below the spacing of bfloat16 (2)"),
         (np.float32, 1.0, "0.0050"),
-        (np.float64, BJD, "5.0e-03"),
+        (np.float64, BJD, "0.0050"),
     ],
 )
 def test_a_table_marks_errors_below_the_spacing(dtype, value, told):
