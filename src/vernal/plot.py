@@ -5,7 +5,7 @@ They need matplotlib. `import vernal` does not import this module; write
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
