@@ -5,7 +5,7 @@ They need matplotlib. `import vernal` does not import this module; write
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -414,7 +414,7 @@ def contour(
     - `trainer`: a [`vernal.Trainer`][], at a minimum.
     - `solver`, `batch`: as for [`vernal.Trainer.profile`][].
     - `first`, `second`: the names of the elements on the axes.
-    - `levels`: the probabilities of the regions.
+    - `levels`: the probabilities of the regions, or that of one.
     - `scale_errors`: as for [`vernal.Trainer.profile`][].
     - `ax`: the axes to draw on; by default those of a new figure.
 
@@ -427,7 +427,7 @@ def contour(
     - as [`vernal.Trainer.intervals`][].
     - `ValueError`: if a level is not between 0 and 1.
     """
-    given = levels if isinstance(levels, Iterable) else (levels,)
+    given = levels if isinstance(levels, Sequence) else np.atleast_1d(levels)
     shares = sorted({probability(level, "levels") for level in given})
     if not shares:
         raise ValueError("`levels` is empty: there is no contour to draw.")

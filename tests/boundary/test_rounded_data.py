@@ -79,7 +79,10 @@ def told(kind, t, work, x64=False):
 
 
 def fit(trainer, data):
-    trainer.fit(data, 2).trainer.fit(data, 2)
+    """Fits twice, and solves: the same data are `data`, and then `batch`."""
+    trainer = trainer.fit(data, 2).trainer.fit(data, 2).trainer
+    if "residuals" in dir(trainer):
+        trainer.solve(optx.BFGS(1e-2, 1e-2), data)
 
 
 ROUTES = {

@@ -627,6 +627,10 @@ def test_far_away_what_only_rounding_tells_is_no_end():
     # Where it is not known to be the minimum, it is none of the likelihood either.
     assert ended(searched(), beyond, lambda at: at < 5e3) == math.inf
     np.testing.assert_allclose(ended(searched(), beyond), 5e3, rtol=1e-4)
+    # A crossing that is known stays, whatever is tried before it.
+    doubtful = lambda at: not 5e3 < at < 2e4
+    found = ended(searched(), beyond, doubtful)
+    np.testing.assert_allclose(found, 5e3, rtol=1e-4)
     # A likelihood that has hardly begun to fall may fall yet.
     quartic = lambda at: (at / 4) ** 2 - 1
     at = ended(searched(), quartic, lambda at: at < 2)
@@ -678,7 +682,7 @@ def test_a_decay_that_is_hardly_curved_has_a_lower_limit(name, level, dtype):
         np.testing.assert_allclose(high, right, rtol=2e-4 if right < 100 else 0.02)
 
 
-@pytest.mark.parametrize("dtype", [np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_place_from_which_rounding_hides_the_way_is_no_minimum(dtype):
     """Two parameters that cancel there are told apart by a square of the distance."""
     far = 1e5 if dtype == np.float32 else 2e8

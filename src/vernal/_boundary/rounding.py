@@ -81,6 +81,19 @@ def warn_of_single(array: np.ndarray, where: str) -> None:
         )
 
 
+def warn_of_rounded_integers(array: np.ndarray, where: str) -> None:
+    """Warns of integers that a model turns into float32."""
+    largest = max(abs(float(end)) for end in _range(array))
+    warn_once(
+        f"{where} has integers up to {largest:.0f}, which the model turns into "
+        f"float32, whose spacing there is {spacing(largest, np.float32):.3g}. Subtract "
+        f"a reference while they are integers; or turn on `jax_enable_x64`, by "
+        f"{REMEDY}.",
+        PrecisionWarning,
+        _subject(where, largest),
+    )
+
+
 def is_rounded_as_float(array: np.ndarray) -> bool:
     """Whether integers tell less from each other once they are in float32."""
     if array.size < 2 or float(abs(_sample(array)).max()) < _EXACT:

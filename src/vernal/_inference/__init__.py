@@ -5,6 +5,7 @@
 read, `propagate` errors of functions of the model. `derivatives` is the
 compiled program beneath them, `laplace` the normal approximation that it makes, with
 `sandwich` for data of unknown scatter, and `expansion` what else it says of one point.
+`counts` has the mean and the variance of a deviance.
 """
 
 from .derivatives import Passes, derive

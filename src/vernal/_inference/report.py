@@ -17,13 +17,9 @@ from .._report import (
     p_value,
     parameter_rows,
 )
-from .._step import (
-    AbstractTrainer,
-    deviance_moments,
-    in_free_coordinates,
-    template_of,
-)
+from .._step import AbstractTrainer, in_free_coordinates, template_of
 from .._tree import aligned, by_path, element_name, named_leaves
+from .counts import deviance_moments
 from .elements import tied_with_errors
 from .expansion import Around, OfElements, around, seen_again
 from .laplace import ErrorOptions

@@ -13,7 +13,7 @@ from .._policy import StopReason
 from .._program import program
 from .._projection import make_projector
 from .._solve import IS_OVER, REASONS, End, Problem, Start, run_solver
-from .._step import AbstractTrainer, defined, live, with_bounds
+from .._step import AbstractTrainer, defined, live, template_of, with_bounds
 from .._tree import ravel, unravel
 from .conditional import Held, Space
 
@@ -30,17 +30,23 @@ def by_solver(
     """
     # Where it is not finite, no solver moves.
     lowest, reason = float(space.nll(jnp.asarray(flat))), StopReason.NON_FINITE
+    is_falling = False
     for _ in range(_MOST_ROUNDS if np.isfinite(lowest) else 0):
         found = run_round(space, problem, held, flat, goal)
         flat, nll, end = jax.device_get(found)
         has_fallen, lowest = nll < lowest, float(nll)
-        reason = settled(REASONS[end.reason], distance_of(end.local))
+        distance = distance_of(end.local)
+        is_falling = bool(distance.edm > distance.tolerance)
+        reason = settled(REASONS[end.reason], distance)
         if end.is_settled or reason in IS_OVER or not has_fallen:
             break
     is_minimum, is_seen = reason is StopReason.CONVERGED, np.isfinite(lowest)
+    if template_of(space.trainer).bijections is None:
+        # Slopes see a fall between two parameters that nearly cancel, which second
+        # derivatives do not. At the edge of a map they leave out all its curvature.
+        is_seen &= not is_falling
     if not is_minimum and is_seen and "loss" not in defined(space.trainer):
-        # Gauss-Newton leaves out the curvature of a map, which is all that there is
-        # near its edge.
+        # Without any slope the curvature is in what Gauss-Newton leaves out.
         whole = distance_of(run_distance(space, held, flat))
         is_minimum = whole.is_minimum and not whole.is_unclear
     return flat, lowest, is_minimum

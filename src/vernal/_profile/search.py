@@ -41,7 +41,7 @@ def search(
     deltas, limit = {0.0: 0.0}, min(_FARTHEST, 0.5 * eps**-0.5)
     # Halved where one stays twice (the Illinois rule).
     weight, finest = {"low": 1.0, "high": 1.0}, min(noise, _COARSEST)
-    last, t = "low", min(root, farthest)
+    last, t, is_crossed = "low", min(root, farthest), False
     for tried in range(1, _MOST_POINTS + 1):
         excess, is_minimum = yield t
         if abs(excess) <= max(_TOLERANCE, noise):
@@ -60,8 +60,9 @@ def search(
             deltas[low[0]] = (low[1] + root) ** 2
         else:
             high = t, excess
-        is_beyond = t >= limit or (side == "high" and not is_minimum)
-        if is_beyond and _is_flat(deltas, root):
+            is_crossed |= is_minimum and t < limit
+        is_doubtful = not is_crossed and (side == "high" or t >= limit)
+        if is_doubtful and _is_flat(deltas, root):
             return math.inf
         if math.isinf(high[0]):
             # On the line through the last two.
@@ -116,7 +117,7 @@ def _is_flat(deltas: dict[float, float], root: float) -> bool:
     if last < _LONGEST:
         return False
     before = max(t for t in deltas if t <= last / 2)
-    first = max((t for t in deltas if t <= before / 2), default=0.0)
+    first = max(t for t in deltas if t <= before / 2)
     fall, fell = deltas[last] - deltas[before], deltas[before] - deltas[first]
     return fall <= max(fell, 0) and fall <= _FLAT * (root**2 - deltas[last])
 

@@ -49,13 +49,7 @@ from .data_mark import (
     marks_of_rows,
     stepped_on,
 )
-from .diagnosis import (
-    Diagnosis,
-    bad_data,
-    deviance_moments,
-    diagnosed,
-    warn_of_no_data,
-)
+from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .held import pushed
 from .hyperparams import beginning, settled
 from .integers import warn_of_integers
@@ -71,6 +65,7 @@ from .nan_report import (
 )
 from .objective import (
     DataKind,
+    count_of,
     defined,
     evaluate,
     live,
@@ -81,6 +76,7 @@ from .objective import (
     real_residuals,
     real_residuals_and_kind,
     require_all_data,
+    residual_terms,
     score,
     scoring_residuals,
     step_key,

@@ -197,12 +197,14 @@ def find_trained(
 
 def _of_dataclasses(model: PyTree) -> str:
     """Says what helps where JAX does not look into a dataclass; empty if it does."""
-    kinds = [type(x) for x in jax.tree.leaves(model) if dataclasses.is_dataclass(x)]
-    return "".join(
-        f" JAX does not look into the dataclass `{kind.__name__}`: make it an "
-        "`eqx.Module`, or register it by `jax.tree_util.register_dataclass`."
-        for kind in kinds[:1]
-    )
+    for leaf in jax.tree.leaves(model):
+        if dataclasses.is_dataclass(leaf):
+            return (
+                f" JAX does not look into the dataclass `{type(leaf).__name__}`: make "
+                "it an `eqx.Module`, or register it by "
+                "`jax.tree_util.register_dataclass`."
+            )
+    return ""
 
 
 def _of_integers(model: PyTree) -> str:

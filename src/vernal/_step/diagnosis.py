@@ -35,7 +35,6 @@ from .abstract_trainer import (
 )
 from .nan_report import is_at_bad_step
 from .objective import (
-    count_of,
     defined,
     live,
     negative_log_likelihood,
@@ -374,26 +373,6 @@ def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
 def _is_zero_at_bad(leaf: Array, residuals: Array) -> Any:
     is_zero = leaf.ravel() == 0
     return jnp.all(is_zero != jnp.isfinite(residuals.ravel())) & ~jnp.all(is_zero)
-
-
-def deviance_moments(trainer: AbstractTrainer, batch: Any) -> tuple[float, float]:
-    """Returns the mean and the variance of the deviance of data, some of them counts.
-
-    That of all others is a chi-squared, with one degree of freedom for each datum.
-    """
-    means, variances = 0.0, 0.0
-    terms, sizes = _evaluate(*_at_step(trainer, batch), _terms_and_sizes)
-    for term, size in zip(terms, sizes, strict=True):
-        mean, variance = float(size), 2 * float(size)
-        if isinstance(term, Poisson):
-            mean, variance = term.deviance_moments()
-        means, variances = means + mean, variances + variance
-    return means, variances
-
-
-def _terms_and_sizes(trainer: AbstractTrainer, batch: Any, key: Any) -> Any:
-    terms = residual_terms(trainer, batch, key)
-    return terms, [count_of(term) for term in terms]
 
 
 def _impossible(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:

@@ -169,6 +169,7 @@ def _array_of(term: Term) -> Array:
 
 
 def count_of(term: Term) -> int | Int[Array, ""]:
+    """Returns the number of data of a term; complex ones count twice."""
     if isinstance(term, AbstractLikelihood):
         return term.count()
     return term.size * (2 if _is_complex(term) else 1)

@@ -8,12 +8,10 @@ import jax
 import numpy as np
 
 from .._boundary import (
-    REMEDY,
-    PrecisionWarning,
     rounded_integers,
     spelled_leaves,
+    warn_of_rounded_integers,
     warn_of_single_leaves,
-    warn_once,
 )
 from .._data import Minibatches, Source, Stream
 from .._program import turned_into_floats
@@ -45,15 +43,7 @@ def warn_of_rounded_data(
     named = list(spelled_leaves(name, data))
     for i in sorted(lossy.intersection(suspects)):
         where, leaf = named[i]
-        largest = np.max(np.abs(np.asarray(leaf).astype(float)))
-        warn_once(
-            f"{where} has integers up to {largest:.0f}, which the model turns into "
-            f"float32, whose spacing there is {np.spacing(np.float32(largest)):.3g}. "
-            "Subtract a reference while they are integers; or turn on "
-            f"`jax_enable_x64`, by {REMEDY}.",
-            PrecisionWarning,
-            (where, int(np.log10(largest))),
-        )
+        warn_of_rounded_integers(np.asarray(leaf), where)
 
 
 def _scored(trainer: AbstractTrainer, batch: Any) -> Any:
