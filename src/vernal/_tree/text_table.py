@@ -14,7 +14,7 @@ def short_number(value: Any) -> str:
     if not abs(value) >= _LARGE:
         return f"{value:.6g}"
     with np.errstate(over="ignore"):
-        is_single = np.complex64(value) == value
+        is_single = complex(np.complex64(value)) == complex(value)
     return f"{value:.8g}" if is_single else f"{value:.10g}"
 
 
