@@ -13,16 +13,16 @@ from .._report import (
     ParameterRow,
     Report,
     criteria,
-    deviance_p_value,
+    gamma_p_value,
     p_value,
     parameter_rows,
 )
 from .._step import AbstractTrainer, in_free_coordinates, template_of
 from .._tree import aligned, by_path, element_name, named_leaves
-from .counts import deviance_moments
+from .counts import OfCounts, expected_deviance, of_counts
 from .elements import tied_with_errors
-from .expansion import Around, OfElements, around, seen_again
-from .laplace import ErrorOptions
+from .expansion import Around, OfElements, expanded, seen_again
+from .laplace import ErrorOptions, Laplace, laplace
 from .propagate import propagated
 
 # The most rows that one array has in a table.
@@ -44,7 +44,7 @@ def report(
     if data_count is not None:
         data_count = whole_number(data_count, "data_count", least=1)
     trainer = in_free_coordinates(trainer)
-    here = _around(trainer, batch, "A report", options)
+    here, found, counts = _around(trainer, batch, "A report", options)
     if data_count is not None:
         if data_count < here.fitted_count:
             raise ValueError(
@@ -55,17 +55,22 @@ def report(
     scale = here.error_scale(is_scaled)
     distance, degrees = here.distance, here.degrees_of_freedom
     chi, own = here.chi_squared, here.of_elements(trainer)
-    aic, bic = None, None
+    aic, bic, expected, chance = None, None, None, p_value(chi, degrees)
     if here.data is None or not here.data.is_robust:
-        counts = here.data_count, here.fitted_count
-        aic, bic = criteria(here.deviance, *counts, is_scaled)
+        sizes = here.data_count, here.fitted_count
+        aic, bic = criteria(here.deviance, *sizes, is_scaled)
+    if counts is not None:
+        expected = expected_deviance(counts, found, here)
+        chance = gamma_p_value(here.deviance, *expected) if expected else None
     return Report(
         chi_squared=chi,
         data_count=here.data_count,
         free_count=here.free_count,
+        effective_count=here.fitted_count,
         degrees_of_freedom=degrees,
         reduced_chi_squared=here.reduced_chi_squared,
-        p_value=_p_value(trainer, batch, here),
+        expected_deviance=expected,
+        p_value=chance,
         aic=aic,
         bic=bic,
         prior_penalty=here.penalty,
@@ -75,26 +80,31 @@ def report(
         error_scale=scale,
         parameters=tuple(_rows(trainer, (here, own), scale)),
         correlation_matrix=own.correlations(),
-        note=_note(trainer, here),
+        note=_note(trainer, here, counts),
     )
-
-
-def _p_value(trainer: AbstractTrainer, batch: Any, here: Around) -> float | None:
-    chi, count, degrees = here.chi_squared, here.data_count, here.degrees_of_freedom
-    if chi is None or count is None or here.data is None or not here.data.has_scale:
-        return p_value(chi, degrees)
-    return deviance_p_value(chi, count, degrees, deviance_moments(trainer, batch))
 
 
 def _around(
     trainer: AbstractTrainer, batch: Any, what: str, options: ErrorOptions
-) -> Around:
-    here = around(trainer, batch, what, options.jac, options.kind)
-    return seen_again(trainer, batch, here)
+) -> tuple[Around, Laplace, OfCounts | None]:
+    """Looks around the current point, and at the data if some of them are counts."""
+    found = laplace(trainer, batch, what, options.jac, options.kind)
+    here = seen_again(trainer, batch, expanded(trainer, batch, found))
+    is_known = here.data is None or here.data.is_robust or not here.data.has_scale
+    return here, found, None if is_known else of_counts(trainer, batch)
 
 
-def _note(trainer: AbstractTrainer, here: Around) -> str | None:
-    """Returns what a table has to say of the minimum, and of its errors."""
+def _note(
+    trainer: AbstractTrainer, here: Around, counts: OfCounts | None
+) -> str | None:
+    """Returns what a table has to say of the fit and its errors, a line for each."""
+    is_sandwich = here.kind == "sandwich"
+    of_data = None if counts is None or is_sandwich else counts.note()
+    return "\n".join(filter(None, (_point_note(trainer, here), of_data))) or None
+
+
+def _point_note(trainer: AbstractTrainer, here: Around) -> str | None:
+    """Returns what there is to say of the minimum, or of rounding."""
     of_rounding = _rounding_note(here.whitening)
     if here.distance is None:
         return of_rounding
@@ -123,9 +133,9 @@ def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
     scale_errors = boolean(options.scale_errors, "scale_errors")
     trainer, here, note, scale = in_free_coordinates(trainer), None, None, 1.0
     if batch is not None:
-        here = _around(trainer, batch, "A standard error", options)
+        here, _, counts = _around(trainer, batch, "A standard error", options)
         scale = here.error_scale(scale_errors)
-        note = _note(trainer, here)
+        note = _note(trainer, here, counts)
     head = "parameter", "value", "standard error" if here else ""
     known = None if here is None else (here, here.of_elements(trainer))
     cells = (row.cells() for row in _rows(trainer, known, scale, _MOST_ROWS))

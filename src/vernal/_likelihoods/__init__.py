@@ -4,6 +4,7 @@
 `gaussian`, `poisson` and `robust` are the likelihoods.
 """
 
+from .counts import Moments
 from .gaussian import Gaussian
 from .likelihood import AbstractLikelihood, require_known
 from .poisson import Poisson

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from .._boundary import entrance
 from .._pickling import Portable
-from .counts import deviance_moments
+from .counts import Moments, deviance_moments
 from .likelihood import (
     AbstractLikelihood,
     as_alike,
@@ -101,11 +101,11 @@ class Poisson(Portable, AbstractLikelihood):
         std = jnp.sqrt(jnp.where(rate == 0, 1, rate))
         return self._within_support((self.rate - self.counts) / std)
 
-    def deviance_moments(self) -> tuple[float, float]:
-        """Returns, on the host, the mean and the variance of the deviance."""
-        rate = np.asarray(self.rate, float)
+    def deviance_moments(self) -> Moments:
+        """Returns, on the host, moments for each datum; zero for what is missing."""
+        # What is missing is as a count whose rate is zero: always zero.
         is_there = True if self.where is None else np.asarray(self.where)
-        return deviance_moments(rate[np.broadcast_to(is_there, rate.shape)])
+        return deviance_moments(np.where(is_there, np.asarray(self.rate, float), 0))
 
     def impossible(self) -> str:
         """Says, on the host, which data have no likelihood; empty if all have one."""

@@ -40,18 +40,22 @@ class Report:
         (`where=`) not at all.
     - `free_count`: the number of free parameters, element by element.
     - `degrees_of_freedom`: $N - k$, where $k$ counts the directions that the data
-        constrain. This is `free_count`, unless a parameter is unconstrained or has a
-        prior: see below. With `priors` it need not be whole.
+        constrain, `effective_count`.
+    - `effective_count`: $k$. This is `free_count`, unless a parameter is unconstrained
+        or has a prior: see below. With `priors` it need not be whole.
     - `reduced_chi_squared`: $\chi^2 / (N - k)$.
+    - `expected_deviance`: for counts, the mean and the standard deviation that the
+        deviance of such a fit has if the model is right: few counts scatter less than
+        $\chi^2$ does, and a fit takes its share. `None` for other data, and where there
+        are fewer than five counts for each parameter. See Kaastra, Astronomy &
+        Astrophysics 605 (2017), A51, and McCullagh, Journal of the American Statistical
+        Association 81 (1986), 104.
     - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
         and the residuals are in units of their error bars. For counts, the deviance is
-        compared with its own mean and variance, as a gamma distribution, which is that
-        of $\chi^2$ for large ones: see Kaastra, Astronomy & Astrophysics 605 (2017),
-        A51. With less than a count for each datum it is too near to 0.5: the fit takes
-        most of the scatter. `None` where there are fewer counts than a fit needs. With
-        `priors` the truth is taken to be drawn from them; then $\chi^2$ has the mean
-        $N - k$, and where data and priors share a direction a scatter somewhat smaller
-        than this distribution.
+        compared with `expected_deviance`, as a gamma distribution, which is that of
+        $\chi^2$ for large counts. With `priors` the truth is taken to be drawn from
+        them; then $\chi^2$ has the mean $N - k$, and where data and priors share a
+        direction a scatter somewhat smaller than this distribution.
     - `aic`, `bic`: Akaike's and the Bayesian information criterion, `None` for a robust
         loss, which is no likelihood, and the latter also without data; with $L$ as
         below,
@@ -99,8 +103,10 @@ class Report:
     chi_squared: float | Any
     data_count: int | Any
     free_count: int
+    effective_count: int | float
     degrees_of_freedom: int | float | Any
     reduced_chi_squared: float | Any
+    expected_deviance: tuple[float, float] | Any
     p_value: float | Any
     aic: float | Any
     bic: float | Any
@@ -208,22 +214,13 @@ def p_value(chi_squared: float | None, degrees: int | float | None) -> float | N
     return float(chi_squared_p_value(chi_squared, degrees))
 
 
-def deviance_p_value(
-    deviance: float, data_count: int, degrees: Any, moments: tuple[float, float]
-) -> float | None:
-    """Returns the probability of a larger deviance of counts, by its `moments`.
+def gamma_p_value(value: float, mean: float, std: float) -> float:
+    """Returns the probability of a larger value of a gamma distribution.
 
-    The distribution is that of a multiple of chi-squared with this mean and variance,
-    less what the fit takes of them.
+    That is the multiple of a chi-squared with this mean and standard deviation.
     """
-    if not degrees > 0:
-        return None
-    mean, variance = moments
-    mean, variance = mean - (data_count - degrees), variance * degrees / data_count
-    if not mean > 0:
-        return None
-    unit = variance / (2 * mean)
-    return float(chi_squared_p_value(deviance / unit, mean / unit))
+    unit = std**2 / (2 * mean)
+    return float(chi_squared_p_value(value / unit, mean / unit))
 
 
 def criteria(

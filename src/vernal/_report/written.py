@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .._tree import aligned, short_number
-from .rows import ParameterRow
+from .rows import ParameterRow, written
 
 Section = list[tuple[str, ...]]
 """The rows of a table; the first one is its head."""
@@ -57,12 +57,17 @@ def _sections(report: Any) -> Iterator[Section]:
 
 def _facts(report: Any) -> Iterator[tuple[str, str]]:
     is_scaled = report.error_scale != 1
+    expected = report.expected_deviance
+    name = "chi-squared" if expected is None else "deviance"
+    is_whole = report.effective_count == report.free_count
     facts = {
         "data": report.data_count,
         "free parameters": report.free_count,
+        "effective parameters": None if is_whole else report.effective_count,
         "degrees of freedom": report.degrees_of_freedom,
-        "chi-squared": report.chi_squared,
-        "reduced chi-squared": report.reduced_chi_squared,
+        name: report.chi_squared,
+        f"reduced {name}": report.reduced_chi_squared,
+        "expected deviance": expected,
         # Without error bars chi-squared has no distribution.
         "p-value": None if is_scaled else report.p_value,
         "AIC": report.aic,
@@ -72,7 +77,9 @@ def _facts(report: Any) -> Iterator[tuple[str, str]]:
         "errors multiplied by": report.error_scale if is_scaled else None,
     }
     for name, value in facts.items():
-        if value is not None and not math.isnan(value):
+        if isinstance(value, tuple):
+            yield name, " ± ".join(written(*value))
+        elif value is not None and not math.isnan(value):
             yield name, number(value)
     if report.error_kind == "sandwich":
         yield "errors", "from the scatter of the data (sandwich)"

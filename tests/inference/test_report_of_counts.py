@@ -1,0 +1,159 @@
+"""What a report says of counts: a deviance, and how large it is to be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+import scipy.stats
+
+import vernal as vn
+
+SOLVER = optx.LevenbergMarquardt(1e-4, 1e-4)
+
+
+class Exponential(vn.Trainer):
+    def residuals(self, model, batch):
+        x, counts = batch
+        return vn.likelihoods.Poisson(jnp.exp(model["a"] + model["b"] * x), counts)
+
+
+def simulated(rate, dtype, rng, size=400):
+    x = np.linspace(-1, 1, size).astype(dtype)
+    return x, rng.poisson(rate * np.exp(0.3 * x)).astype(dtype)
+
+
+def truth(rate, dtype=np.float64):
+    return {"a": jnp.asarray(np.log(rate), dtype), "b": jnp.asarray(0.3, dtype)}
+
+
+def reported(trainer, batch):
+    return trainer.solve(SOLVER, batch).trainer.report(batch)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rate", [0.1, 0.3, 1.0, 3.0, 10.0, 100.0])
+def test_a_model_that_is_right_has_any_p_value(rate, dtype):
+    """By chi-squared, 95 % of right models would fail at a mean of one count."""
+    rng, trainer = np.random.default_rng(1), Exponential(truth(rate, dtype))
+    batches = [simulated(rate, dtype, rng) for _ in range(40)]
+    found = [reported(trainer, batch).p_value for batch in batches]
+    assert np.mean(np.array(found) < 0.05) < 0.2
+    assert scipy.stats.kstest(found, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 3.0])
+def test_the_deviance_to_expect_is_that_of_simulations(rate):
+    """Its mean within its scatter, and what it scatters by."""
+    rng, trainer = np.random.default_rng(2), Exponential(truth(rate))
+    reports = [
+        reported(trainer, simulated(rate, np.float64, rng, 800)) for _ in range(60)
+    ]
+    pulls = [
+        (r.chi_squared - r.expected_deviance[0]) / r.expected_deviance[1]
+        for r in reports
+    ]
+    assert abs(np.mean(pulls)) < 4 / np.sqrt(len(pulls))
+    assert 0.7 < np.std(pulls) < 1.4
+
+
+def test_of_many_counts_it_is_that_of_chi_squared():
+    batch = simulated(1e6, np.float64, np.random.default_rng(3))
+    report = reported(Exponential(truth(1e6)), batch)
+    np.testing.assert_allclose(report.expected_deviance, (398, np.sqrt(796)), rtol=1e-4)
+    assert report.p_value == pytest.approx(
+        scipy.stats.chi2.sf(report.chi_squared, 398), rel=1e-3
+    )
+
+
+class Joint(vn.Trainer):
+    """Counts between data of other kinds, of which some are missing."""
+
+    def residuals(self, model, batch):
+        x, counts, where = batch
+        mean = model["a"] + 0 * x
+        rate = jnp.exp(model["a"] + model["b"] * x)
+        return [
+            jax.lax.complex(mean, mean) - 0.3,
+            vn.likelihoods.Poisson(rate, counts, where=where),
+            vn.likelihoods.Gaussian(mean, mean * 0.9, where=where),
+        ]
+
+
+def test_counts_beside_other_data():
+    """The moments of the parts add up, in the order of the rows."""
+    x, counts = simulated(0.5, np.float64, np.random.default_rng(4), 60)
+    where = np.arange(60) % 3 > 0
+    trainer, batch = Joint(truth(0.5)), (x, counts, where)
+    found = trainer.report(batch)
+    rate = np.exp(np.log(0.5) + 0.3 * x)[where]
+    moments = vn.likelihoods.Poisson(rate, rate).deviance_moments()
+    rows = np.zeros((2, 4 * 60))
+    rows[:, 120:180][:, where] = moments.covariance, moments.curvature
+    jacobian = np.zeros((240, 2))
+    jacobian[:60, 0] = jacobian[60:120, 0] = 1
+    columns = np.stack([np.ones(40), x[where]], axis=1)
+    jacobian[120:180][where] = np.sqrt(rate)[:, None] * columns
+    jacobian[180:][where, 0] = 0.1
+    inverse = np.linalg.inv(jacobian.T @ jacobian)
+    hat = jacobian @ inverse @ jacobian.T
+    mean = 120 + 40 + moments.mean.sum() - 2 - 0.5 * np.diag(hat) @ rows[1]
+    variance = 320 + moments.variance.sum() - rows[0] @ hat @ rows[0]
+    std = np.sqrt(variance * (200 - 2) / 200)
+    np.testing.assert_allclose(found.expected_deviance, (mean, std), rtol=1e-6)
+
+
+def test_with_priors_it_takes_the_share_of_the_data():
+    """Simulated with the truth drawn from the priors, as its p-value is."""
+    rng, found = np.random.default_rng(5), []
+    for _ in range(60):
+        slope = rng.normal(0.3, 0.2)
+        x = np.linspace(-1, 1, 300)
+        counts = rng.poisson(0.2 * np.exp(slope * x)).astype(float)
+        trainer = Exponential(truth(0.2), priors={"b": vn.Normal(0.3, 0.2)})
+        report = reported(trainer, (x, counts))
+        assert 1 < report.effective_count < 2
+        found.append(report.p_value)
+    assert scipy.stats.kstest(found, "uniform").pvalue > 1e-3
+
+
+def test_a_report_of_counts_speaks_of_the_deviance():
+    batch = simulated(3.0, np.float64, np.random.default_rng(6))
+    report = reported(Exponential(truth(3.0)), batch)
+    text = str(report)
+    mean, std = report.expected_deviance
+    assert f"expected deviance   {mean:.0f} ± {std:.0f}" in text
+    assert "reduced deviance" in text
+    assert "chi-squared" not in text
+    assert "effective parameters" not in text
+    assert report.to_dict()["expected_deviance"] == (mean, std)
+
+
+def test_effective_parameters_are_shown_beside_priors():
+    batch = simulated(3.0, np.float64, np.random.default_rng(6))
+    trainer = Exponential(truth(3.0), priors={"b": vn.Normal(0.3, 0.2)})
+    report = reported(trainer, batch)
+    assert report.free_count == 2
+    assert report.aic == pytest.approx(report.chi_squared + 2 * report.effective_count)
+    assert f"effective parameters  {report.effective_count:.3f}" in str(report)
+
+
+@pytest.mark.parametrize("kind", [None, "observed", "sandwich"])
+def test_data_that_are_not_whole_numbers_are_told(kind):
+    """Those of rates; a sandwich takes its errors from their scatter."""
+    x, counts = simulated(3.0, np.float64, np.random.default_rng(7))
+    trainer = Exponential(truth(3.0)).solve(SOLVER, (x, counts / 2)).trainer
+    text = str(trainer.report((x, counts / 2), kind=kind))
+    is_told = "data of `Poisson` are not whole numbers" in text
+    assert is_told == (kind != "sandwich")
+    assert is_told == ("whole" in trainer.table((x, counts / 2), kind=kind))
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_hardly_more_counts_than_parameters_have_no_p_value(count):
+    x, counts = np.linspace(-1, 1, 30), np.zeros(30)
+    counts[:count] = 1
+    report = Exponential(truth(max(count, 1e-3) / 30)).report((x, counts))
+    assert report.expected_deviance is None
+    assert report.p_value is None
+    assert "p-value" not in str(report)
