@@ -1,5 +1,6 @@
 """Which numbers of a model are parameters, and how the others are seen."""
 
+import dataclasses
 import enum
 
 import equinox as eqx
@@ -261,6 +262,53 @@ def test_what_rules_leave_out_is_not_told(optimiser):
 
 def test_what_train_leaves_out_is_not_told():
     pull()(decay(jnp.array(70)), train="rate")
+
+
+# Objects that JAX does not look into
+
+
+class Plain:
+    def __init__(self, value):
+        self.value = value
+
+
+Line = dataclasses.make_dataclass("Line", ["value", "name"], namespace={})
+OPAQUE = {
+    "dataclass": Line(jnp.array(1.0), "a"),
+    "nested": Line({"a": [jnp.ones(3)]}, "a"),
+    "object": Plain(jnp.array(1.0)),
+}
+CLEAR = {
+    "constants": Line(1.0, "a"),
+    "table of NumPy": Plain(np.ones(3)),
+    "indices": Plain(jnp.arange(3)),
+    "function": lambda x: x,
+    "module": eqx.nn.Linear(2, 1, key=jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+@pytest.mark.parametrize("optimiser", [None, DEFAULT])
+def test_arrays_that_jax_does_not_see_are_told_once(name, optimiser):
+    kind, told = pull(), r"the arrays in 'nested\.x' are not fitted: .* `(Line|Plain)`"
+    with pytest.warns(UserWarning, match=told) as seen:
+        made_twice(kind, lambda: OPAQUE[name], optimiser)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", CLEAR)
+def test_objects_without_such_arrays_are_not_told(name):
+    pull()(decay(CLEAR[name]))
+
+
+@pytest.mark.parametrize("optimiser", [HELD, ONLY, STRICT])
+def test_objects_that_rules_leave_out_are_not_told(optimiser):
+    pull()(decay(OPAQUE["object"]), optimiser)
+
+
+def test_objects_that_train_leaves_out_are_not_told():
+    pull()(decay(OPAQUE["object"]), train="rate")
 
 
 # print(trainer)

@@ -52,7 +52,6 @@ from .data_mark import (
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .held import pushed
 from .hyperparams import beginning, settled
-from .integers import warn_of_integers
 from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (
@@ -63,6 +62,7 @@ from .nan_report import (
     non_finite_error,
     raise_if_non_finite,
 )
+from .not_fitted import warn_of_constants
 from .objective import (
     DataKind,
     count_of,

@@ -86,7 +86,7 @@ from .._step import (
     require_precision,
     score,
     step_key,
-    warn_of_integers,
+    warn_of_constants,
     with_progress,
 )
 from .._storage import Checkpoints, History
@@ -213,7 +213,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         tied = as_ties(ties, model)
         owners = find_trained(model, self.optimiser, train, projector, tied)
         if train is None and projector is None:
-            warn_of_integers(type(self), model, self.optimiser, tied)
+            warn_of_constants(type(self), model, self.optimiser, tied)
         params = parameters(model, owners)
         self._template = ModelTemplate(model, owners, tied)
         self._bounds, self._bijections, self._priors = constraints(

@@ -1,0 +1,76 @@
+"""Warnings of constants in a model that are often meant to be fitted."""
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._boundary import PyTree, warn_once
+from .._constraints import Ties
+from .._optimiser import ParamOptimiser
+from .._tree import by_path, is_inexact
+
+
+def warn_of_constants(
+    kind: type, model: PyTree, optimiser: Any, ties: Ties | None
+) -> None:
+    """Warns, once for a class and what it finds, of constants that nobody holds.
+
+    These would be trained if they were arrays of floats: integers of no dimensions, and
+    objects with such arrays that JAX does not look into. Python integers, unsigned
+    ones, such as keys, and longer arrays are meant as they are.
+    """
+    integers = list(_unheld(model, optimiser, ties, _is_one_integer))
+    if integers:
+        known = ", ".join(map(repr, integers[:5])) + ", ..." * (len(integers) > 5)
+        is_one = len(integers) == 1
+        warn_once(
+            f"`model`: {known} {'is' if is_one else 'are'} not fitted: integers are "
+            "constants. To fit one, make it a float, as `jnp.array(70.0)`. To keep "
+            "one, make it a Python `int`, or name in `train=` what is fitted.",
+            UserWarning,
+            of=(warn_of_constants, weakref.ref(kind), tuple(integers)),
+        )
+    for path, leaf in _unheld(model, optimiser, ties, _is_opaque).items():
+        name = type(leaf).__name__
+        warn_once(
+            f"`model`: the arrays in {path!r} are not fitted: JAX does not look into a "
+            f"`{name}`. To fit them, make it an `eqx.Module`, or register it by "
+            "`jax.tree_util.register_dataclass`. To keep them, name in `train=` what "
+            "is fitted.",
+            UserWarning,
+            of=(warn_of_constants, weakref.ref(kind), path),
+        )
+
+
+def _unheld(
+    model: PyTree, optimiser: Any, ties: Ties | None, is_meant: Callable[[Any], bool]
+) -> dict[str, Any]:
+    """Returns the leaves that would be trained if they were floats, by path."""
+    leaves, structure = jax.tree.flatten(model)
+    places = [i for i, leaf in enumerate(leaves) if is_meant(leaf)]
+    if isinstance(optimiser, ParamOptimiser) and places:
+        floats = [np.zeros(()) if i in places else x for i, x in enumerate(leaves)]
+        owners: Any = [None] * len(leaves)
+        # Rules may refuse these floats, but there are none.
+        with contextlib.suppress(ValueError):
+            owners = optimiser.owners(structure.unflatten(floats))
+        places = [i for i in places if owners[i] is not None]
+    tied = () if ties is None else ties.indices
+    names = by_path(model).names
+    return {names[i]: leaves[i] for i in places if i not in tied}
+
+
+def _is_one_integer(leaf: Any) -> bool:
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    # Not a difference of times, which NumPy takes for a signed integer; the dtype of
+    # keys has no kind.
+    return is_array and leaf.shape == () and getattr(leaf.dtype, "kind", "") == "i"
+
+
+def _is_opaque(leaf: Any) -> bool:
+    own = jax.tree.leaves(getattr(leaf, "__dict__", None))
+    return any(isinstance(x, jax.Array) and is_inexact(x) for x in own)
