@@ -148,8 +148,8 @@ def _not_alike(first: Any, other: Any, index: int) -> ValueError:
     lines = explain_retrace(first, other).split("\n")
     more = [f"and {len(lines) - 8} more."] if len(lines) > 8 else []
     remedy = (
-        "Share what is not an array; let the numbers of an optimiser be arrays, by "
-        "`optax.inject_hyperparams`."
+        "Share what is not an array. Make a number in a field an array, as "
+        "`jnp.asarray(0.1)`, and those of an optimiser by `optax.inject_hyperparams`."
     )
     if all(line.startswith(("bounds:", "bounds.")) for line in lines):
         remedy = (
