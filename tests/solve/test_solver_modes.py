@@ -131,8 +131,9 @@ ADJOINTS = {
 @pytest.mark.parametrize("name", ADJOINTS)
 @pytest.mark.filterwarnings("ignore:.*cannot be differentiated")
 def test_diffrax_with_adjoints_of_one_mode(name):
-    # Its ten steps.
+    # Its ten steps. Without scatter, where a rough slope is zero is no minimum.
     truth = TRUTH["size"] * STARTS * (1 - 0.2 * TRUTH["rate"] / STARTS) ** 10
+    truth *= 1 + 1e-6 * (-1.0) ** np.arange(truth.size)
     result = Integrated(start(), ADJOINTS[name]).solve(LM, truth)
     assert result.stop_reason is vn.StopReason.CONVERGED
     # The adjoint of `BacksolveAdjoint` is solved as roughly.

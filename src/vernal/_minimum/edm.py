@@ -19,8 +19,10 @@ class Distance(NamedTuple):
     r"""How far a point is from a minimum, in units of what is minimised.
 
     - `edm`: $\frac12 g^\top F^{-1} g$, NaN where it is not known.
-    - `tolerance`: the largest `edm` of a minimum, beside the rounding of the loss.
+    - `tolerance`: the largest `edm` of a minimum, beside what numbers hide.
     - `rounding`: how far the loss can fall unseen, since it is rounded.
+    - `spacing`: the distance that the spacing of the parameters may hide; without any
+        scatter, one that is too small to matter.
     - `is_saddle`: whether the point cannot be a minimum: the loss curves downwards, is
         flat in every direction, or has derivatives that are not finite.
     - `is_complete`: whether `edm` is more than a lower bound.
@@ -36,6 +38,7 @@ class Distance(NamedTuple):
     edm: Float[Array | np.ndarray, ""]
     tolerance: Float[Array | np.ndarray, ""]
     rounding: Float[Array | np.ndarray, ""]
+    spacing: Float[Array | np.ndarray, ""]
     is_saddle: Bool[Array | np.ndarray, ""]
     is_complete: Bool[Array | np.ndarray, ""]
     direction: Float[Array | np.ndarray, " D"]
@@ -46,12 +49,12 @@ class Distance(NamedTuple):
     @property
     def is_far(self) -> bool:
         """Whether a table would show the difference. For numbers on the host."""
-        return bool(self.edm > _WORTH_A_NOTE * self.tolerance)
+        return bool(self.edm > max(_WORTH_A_NOTE * self.tolerance, self.spacing))
 
     @property
     def noise(self) -> Any:
         """The largest fall of the loss that means nothing. For numbers on the host."""
-        return np.fmax(self.tolerance, self.rounding)
+        return np.fmax(np.fmax(self.tolerance, self.rounding), self.spacing)
 
     @property
     def is_short(self) -> bool:
@@ -85,7 +88,7 @@ class Distance(NamedTuple):
 def unknown(like: Array | np.ndarray) -> Distance:
     """Returns a distance that is not known, in the dtype of the parameters."""
     nan, no = np.asarray(np.nan, like.dtype), np.asarray(False)
-    return Distance(nan, nan, nan, no, no, np.zeros(like.shape, like.dtype))
+    return Distance(nan, nan, nan, nan, no, no, np.zeros(like.shape, like.dtype))
 
 
 def truth_p_values(

@@ -18,6 +18,11 @@ from .local import (
     rounding_of,
 )
 
+# Residuals that scatter by a few spacings of the parameters have no scatter of their
+# own, and parameters that are off by many of them are exact. A decomposition leaves
+# some times the rounding of the loss.
+_FEW_ULPS, _MANY_ULPS, _ROUNDED = 4, 16, 16
+
 # Conjugate gradients take at most this many products.
 _MOST_PRODUCTS = 64
 
@@ -65,14 +70,17 @@ def _of_spectral(local: Spectral) -> Distance:
     step = -local.right.T @ (along / np.where(is_kept, values, 1))
 
     degrees = max(local.size - np.sum(is_kept), 1)
-    tolerance = np.fmax(TOLERANCE * 2 * loss / degrees, local.spacing)
-    # Without scatter only the spacing of the parameters sets a scale.
-    if loss - edm <= 0.1 * edm:
-        tolerance = np.fmax(tolerance, local.exact)
+    tolerance, spacing = TOLERANCE * 2 * loss / degrees, local.spacing
+    # What is left at the minimum is rounding, that of values and of the decomposition:
+    # without scatter only the precision of the parameters sets a scale.
+    least = values[is_kept].min(initial=np.inf)
+    unseen = _ROUNDED * local.rounding * max(values.max(initial=0) / least, 1)
+    if loss - edm <= max(unseen, _FEW_ULPS**2 * spacing):
+        spacing = np.fmax(_MANY_ULPS**2 * spacing, local.exact)
     # Far from the data a model may underflow, and no residual depends on a parameter.
     is_exact = loss == 0 and (local.has_fallen or np.any(local.held))
     is_flat = not (is_kept.any() or is_exact or np.all(local.held))
-    found = _distance(edm, tolerance, is_flat, local, step)
+    found = _distance(edm, (tolerance, spacing), is_flat, local, step)
     if local.turn is not None or not found.is_short:
         return found
     # A step that is longer than a parameter may lead nowhere.
@@ -99,7 +107,8 @@ def _of_curved(local: Curved) -> Distance:
     step = -vectors @ (along / curvature)
     if curves_down:
         step = _downhill(vectors[:, 0], slope)
-    found = _distance(edm, local.tolerance, is_saddle, local, step)
+    tolerances = local.tolerance, local.spacing
+    found = _distance(edm, tolerances, is_saddle, local, step)
     left = leftover(values, vectors.T @ slope, vectors, local.loss, noise, 1.0)
     return found._replace(is_unclear=bool(left.is_unclear))
 
@@ -111,14 +120,16 @@ def _downhill(direction: Any, slope: Any) -> np.ndarray:
 
 
 def _distance(
-    edm: Any, tolerance: Any, is_saddle: Any, local: Any, step: np.ndarray
+    edm: Any, tolerances: tuple[Any, Any], is_saddle: Any, local: Any, step: np.ndarray
 ) -> Distance:
+    tolerance, spacing = tolerances
     step = step if local.turn is None else local.turn @ step
     length = np.linalg.norm(step)
     return Distance(
         np.asarray(edm, float),
         np.asarray(tolerance, float),
         np.asarray(local.rounding),
+        np.asarray(spacing, float),
         np.asarray(is_saddle),
         np.asarray(True),
         (step / length if length > 0 else step).astype(local.rounding.dtype),
@@ -172,6 +183,7 @@ def of_products(
         jnp.where(jnp.isfinite(loss), edm, jnp.nan),
         jnp.asarray(tolerance, loss.dtype),
         rounding_of(loss),
+        jnp.zeros_like(loss),
         is_saddle,
         now <= 1e-6 * size,
         -step / jnp.where(length > 0, length, 1),

@@ -83,8 +83,8 @@ class Spectral(NamedTuple):
 class Curved(NamedTuple):
     """The gradient and the Hessian at a point, in units of the Hessian's diagonal.
 
-    `turn`, `loss` and `rounding` are as in `Triangle`; `tolerance` is as in `Distance`,
-    `scale` the root of the diagonal.
+    `turn`, `loss`, `rounding` and `spacing` are as in `Triangle`; `tolerance` is as in
+    `Distance`, `scale` the root of the diagonal.
     """
 
     slope: Float[Array, " L"]
@@ -93,6 +93,7 @@ class Curved(NamedTuple):
     loss: Float[Array, ""]
     rounding: Float[Array, ""]
     tolerance: Float[Array, ""]
+    spacing: Float[Array, ""]
     scale: Float[Array, " D"]
     held: Any = False
 
@@ -115,7 +116,7 @@ class Point(NamedTuple):
 
     def spacing(self, scale: Any) -> Any:
         """Estimates the distance that the spacing of the parameters may hide."""
-        return 0.5 * ((16 * self.eps * (self.flat * scale)) ** 2).sum()
+        return 0.5 * ((self.eps * (self.flat * scale)) ** 2).sum()
 
     def exact(self, scale: Any) -> Any:
         """Returns the distance that counts as zero without scatter."""
@@ -195,7 +196,7 @@ def curved(
     point: Point,
     tolerance: Any,
 ) -> Curved:
-    """Scales a Hessian; `tolerance` is without the spacing of the parameters.
+    """Scales a Hessian.
 
     Arrays of NumPy stay on the host, where nothing is compiled.
     """
@@ -223,7 +224,8 @@ def curved(
         turn=point.turn(scale, own),
         loss=of.where(is_finite, loss, np.asarray(np.nan, loss.dtype)),
         rounding=rounding_of(loss),
-        tolerance=of.fmax(tolerance, spacing),
+        tolerance=tolerance,
+        spacing=spacing,
         scale=scale,
     )
 

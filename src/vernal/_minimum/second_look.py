@@ -41,7 +41,9 @@ def second_look(
     if not distance.is_leap:
         return distance
     curved = jax.device_get(_measure(trainer, batch, kind))
-    found = distance_of(curved)._replace(tolerance=distance.tolerance, is_leap=True)
+    found = distance_of(curved)._replace(
+        tolerance=distance.tolerance, spacing=distance.spacing, is_leap=True
+    )
     if not (isinstance(curved, Curved) and found.is_minimum):
         return distance
     hidden = _hidden(jax.device_get(local), curved)

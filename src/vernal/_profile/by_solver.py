@@ -36,7 +36,8 @@ def by_solver(
         flat, nll, end = jax.device_get(found)
         has_fallen, lowest = nll < lowest, float(nll)
         distance = distance_of(end.local)
-        is_falling = bool(distance.edm > distance.tolerance)
+        hidden = np.fmax(distance.tolerance, distance.spacing)
+        is_falling = bool(distance.edm > hidden)
         reason = settled(REASONS[end.reason], distance)
         if end.is_settled or reason in IS_OVER or not has_fallen:
             break

@@ -244,7 +244,9 @@ def _minimum(
     """
     flat, response, dtype, size = begin[0], begin[1:], begin.dtype, begin.shape[1]
     eps, scale = float(jnp.finfo(dtype).eps), space.metric.scale
-    spacing = 0.5 * jnp.sum((16 * eps * flat / scale) ** 2)
+    # What is held is where it is meant to be.
+    apart = jnp.where(held.flags, 0, 16 * eps * flat / scale)
+    spacing = 0.5 * jnp.sum(apart**2)
     newton, clip = _newton(space, held), lambda flat: flat
     if bounds_of(space.trainer) is not None:
         clip = lambda flat: jnp.clip(flat, *space.limits())
@@ -272,7 +274,7 @@ def _minimum(
         is_far = (state.tried == 0) & ~(is_lower & (step.edm < _FAR))
         to = jnp.where(is_far, onto(flat), step.to)
         latent = jnp.where(is_far, jnp.inf, step.latent)
-        hidden = jnp.minimum(rounding, _MOST_ROUNDED) + spacing
+        hidden = jnp.minimum(rounding + spacing, _MOST_ROUNDED)
         limit = jnp.maximum(_TOLERANCE, hidden)
         is_done = is_lower & step.is_known & (damping == 0) & (step.edm <= limit)
         step = step._replace(to=to, latent=latent)
