@@ -97,7 +97,7 @@ def fit(
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
     result = run.ended(reason)
-    remark(run.course(), result)
+    remark(run, result)
     return result
 
 
