@@ -24,6 +24,7 @@ from .._loop import (
     take_one,
 )
 from .._program import program
+from .._tree import choose
 
 Flags = tuple[bool, ...]
 
@@ -163,9 +164,4 @@ def _run_group(
 
 def _held(taken: Taken, old: LoopState) -> Taken:
     """Takes back the step of each member that is over."""
-    is_over = old.is_over
-
-    def pick(new: Array, old: Array) -> Array:
-        return jnp.where(is_over.reshape(-1, *[1] * (new.ndim - 1)), old, new)
-
-    return taken._replace(state=jax.tree.map(pick, taken.state, old))
+    return taken._replace(state=choose(old.is_over, old, taken.state))

@@ -22,7 +22,6 @@ from .._solve import (
     Problem,
     Start,
     checked_solver,
-    choose,
     find_bad,
     in_parameters,
     is_least_squares,
@@ -44,6 +43,7 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
+from .._tree import choose
 from .arrival import distances_of
 from .many_trainers import ManyTrainers
 from .members import Members
