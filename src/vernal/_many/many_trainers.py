@@ -106,8 +106,6 @@ class ManyTrainers(AbstractSubject):
     def first_monitor_state(
         self, monitor: Monitor, trainer: AbstractTrainer
     ) -> MonitorState | None:
-        if monitor.is_idle:
-            return None
         return eqx.filter_vmap(monitor.init, axis_size=self.size)(progress_of(trainer))
 
     def template(self, trainer: AbstractTrainer) -> Any:
