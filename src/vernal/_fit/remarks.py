@@ -39,7 +39,7 @@ def remark(run: FitRun, result: Any) -> None:
             _warn_of_scores(run, history.validation)
     if StopReason.CONVERGED in subject.reasons(result):
         _warn_of_no_check(run)
-    with subject.context():
+    with subject.place.context():
         ended = _ended(run, run.last_source(), result)
         warn_of_no_data(subject.entrance, history.loss, ended)
         if validation is not None:
@@ -56,7 +56,7 @@ def _diagnosis(run: FitRun, end: BadEnd) -> Diagnosis:
     index, trainer = end.index, end.trainer
     step = last_bad_step(trainer)
     batch = run.subject.seen(run.source_at(step), index)
-    with run.subject.context():
+    with run.subject.place.context():
         is_asked = trainer.nan_policy.raises or is_debugged()
         if is_asked or not run.has_accepted[index]:
             return diagnosed(trainer, batch)
@@ -76,7 +76,7 @@ def _warn_of_bad_steps(run: FitRun, result: Any) -> None:
     trainer = run.subject.picked(result, index)
     names = np.asarray(nan_columns(trainer))[is_bad[index]]
     batch = run.subject.seen(run.source_at(last_bad_step(trainer)), index)
-    with run.subject.context():
+    with run.subject.place.context():
         data = bad_data(batch)
     of_member = f" of member {index}" if member else ""
     said = (

@@ -121,7 +121,7 @@ class FitRun:
             self._move_to(jax.tree.map(lambda leaf: leaf.copy(), self._state))
         steps = subject.count(placed)
         self._feed = Feed(self.source, steps, subject.prepare, peers)
-        with subject.context():
+        with subject.place.context():
             self._template = subject.template(placed)
             self._record = Record(self._template, options.record, self._peek)
             seen = lambda: (self._template, self._peek())

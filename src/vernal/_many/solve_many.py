@@ -109,7 +109,7 @@ def solve_many(
         end.raise_if_asked(result, diagnosis.advised_on_data)
         warn(f"{end.warning} {diagnosis}")
     ended = lambda i: (subject.picked(result, i), subject.seen(Whole(batch), i))
-    with subject.context():
+    with subject.place.context():
         warn_of_no_data(subject.entrance, history.loss, ended)
     return result
 
