@@ -31,7 +31,6 @@ from .construct import (
     check_arguments,
     check_class,
     check_own_fields,
-    check_priors,
     check_ruled,
     constraints,
     find_trained,

@@ -48,7 +48,7 @@ _HOOKS = {
 _OF_POLICY = {"init": ("params",), "apply": ("loss", "grads", "state")}
 
 
-def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
+def check_class(trainer: AbstractTrainer, key: Any, state: PyTree, priors: Any) -> None:
     """Checks that a trainer's class says what is fitted, and can be called for it."""
     methods = defined(trainer)
     if not methods:
@@ -71,6 +71,12 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
         missing = (k for k, v in given.items() if v is None and f"'{k}'" in str(error))
         hint = "".join(f" Give `{name}=` to the trainer." for name in missing)
         raise TypeError(f"{error}{hint}") from None
+    if priors is not None and "loss" in methods:
+        raise TypeError(
+            f"`priors` are for a likelihood, and `{type(trainer).__name__}` defines "
+            "`loss`: beside a mean, or a sum with another scale, they would be too "
+            "strong or too weak. Define `residuals` or `nll` instead of it."
+        )
     if state is None:
         return
     if "loss" not in methods:
@@ -116,16 +122,6 @@ def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
         ObjectiveWarning,
     )
     _warned.add(kind)
-
-
-def check_priors(trainer: AbstractTrainer, priors: Any) -> None:
-    """Refuses priors beside a loss, whose scale is arbitrary."""
-    if priors is not None and "loss" in defined(trainer):
-        raise TypeError(
-            f"`priors` are for a likelihood, and `{type(trainer).__name__}` defines "
-            "`loss`: beside a mean, or a sum with another scale, they would be too "
-            "strong or too weak. Define `residuals` or `nll` instead of it."
-        )
 
 
 def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:

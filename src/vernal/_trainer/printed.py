@@ -19,6 +19,7 @@ from .._step import (
     priors_of,
     progress_of,
     template_of,
+    tied_words,
 )
 from .._tree import aligned, named_leaves, short_number
 
@@ -55,8 +56,7 @@ def printed(trainer: AbstractTrainer) -> str:
 
 
 def _rows(trainer: AbstractTrainer) -> list[tuple[str, str, str]]:
-    trained, ties = _trained_by(trainer), template_of(trainer).ties
-    trained |= {} if ties is None else ties.words
+    trained = _trained_by(trainer) | tied_words(trainer)
     for path, words in _constrained(trainer):
         trained[path] = f"{trained.get(path, '')}, {words}".lstrip(", ")
     rows = []

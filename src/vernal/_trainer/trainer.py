@@ -19,7 +19,7 @@ from .._boundary import (
     refuse_traced,
     refuse_unknown,
 )
-from .._constraints import Bijections, Bounds, Priors, as_ties
+from .._constraints import as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
@@ -43,7 +43,7 @@ from .._inference import (
     whitened,
 )
 from .._loop import StepInfo, run_step
-from .._optimiser import ParamOptimiser, as_transform, learning_rates
+from .._optimiser import as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._profile import Options as ProfileOptions, Profile, intervals, profile
 from .._projection import EigenProjector
@@ -54,12 +54,10 @@ from .._step import (
     Batch,
     Model,
     ModelTemplate,
-    Progress,
     changed,
     check_arguments,
     check_class,
     check_own_fields,
-    check_priors,
     check_ruled,
     checked_model,
     constraints,
@@ -136,17 +134,6 @@ class Trainer(AbstractTrainer[Model, Batch]):
     - `optimiser`, `nan_policy`, `projector`, `key`: the arguments of those names.
     """
 
-    # See `AbstractTrainer` for the `Any`.
-    optimiser: ParamOptimiser | Any
-    nan_policy: NanPolicy
-    projector: EigenProjector | Any
-    key: PRNGKeyArray | None
-    _bounds: Bounds | None
-    _bijections: Bijections | None
-    _priors: Priors | None
-    _template: ModelTemplate
-    _progress: Progress
-
     @entrance
     def __init__(
         self,
@@ -201,8 +188,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             round in a circle; or if a frozen parameter has a bound or a prior.
         """
         check_arguments(nan_policy, projector, key)
-        check_class(self, key, state)
-        check_priors(self, priors)
+        check_class(self, key, state, priors)
         model = checked_model(model)
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
