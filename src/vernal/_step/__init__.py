@@ -50,7 +50,6 @@ from .data_mark import (
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .held import pushed
-from .hyperparams import beginning, settled
 from .integers import warn_of_integers
 from .model import checked_model
 from .model_template import ModelTemplate
@@ -80,6 +79,7 @@ from .objective import (
     scoring_residuals,
     step_key,
 )
+from .opt_state import beginning, settled
 from .precision import precision_of, require_precision
 from .prior_ends import prior_ends
 from .progress import (

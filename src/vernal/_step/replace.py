@@ -30,7 +30,6 @@ from .abstract_trainer import (
     template_of,
     to_params,
 )
-from .carried_over import carried_over
 from .constrain import check_elementwise
 from .construct import (
     check_arguments,
@@ -41,6 +40,7 @@ from .construct import (
 )
 from .model import check_state, checked_model
 from .model_template import ModelTemplate
+from .opt_state import carried_over
 
 
 def replaced_fields(
