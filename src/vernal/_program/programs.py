@@ -129,11 +129,6 @@ class _Call(NamedTuple):
 class Version:
     """A call, and its code at one time: what a program is compiled for."""
 
-    __slots__ = (
-        *("__weakref__", "_hash", "call"),
-        *("generation", "has_callbacks", "is_traced"),
-    )
-
     def __init__(self, call: _Call, hashed: int):
         """`hashed` is the hash: equal for versions of the same code."""
         self.call, self._hash = call, hashed
@@ -158,8 +153,6 @@ class _Statics:
 
 class _Record:
     """What the code of a call reads, and the version that follows from it."""
-
-    __slots__ = ("call", "found", "version")
 
     def __init__(self, call: _Call):
         self.call = call
