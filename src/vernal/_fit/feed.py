@@ -37,10 +37,6 @@ class Feed:
             # A function of the step begins anew.
             self._unused = [] if source.can_resume else source.unused
 
-    @property
-    def is_stream(self) -> bool:
-        return isinstance(self.source, Stream)
-
     def peek(self) -> Any:
         """Returns the next batch, or its shapes, without using it up."""
         source = self.source

@@ -129,7 +129,8 @@ class FitRun:
         self._every = subject.number(options.every)
         self.has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.
-        self._guard: Guard = "always" if self._feed.is_stream else "never"
+        self._is_stream = isinstance(self.source, Stream)
+        self._guard: Guard = "always" if self._is_stream else "never"
         self._may_be_one = is_switched_on()
         # The last steps and batches of a stream: a stop is noticed one step later.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
@@ -217,10 +218,10 @@ class FitRun:
         subject, start = self.subject, self.subject.count(self.trainer)
         config, state = self._config, self._state
         now, pending = start, list[tuple[Ended, Any, Any]]()
-        most_rows = 1 if self._feed.is_stream else MOST_ROWS
+        most_rows = 1 if self._is_stream else MOST_ROWS
         try:
             for source, steps in self._feed.sources(count):
-                if self._feed.is_stream:
+                if self._is_stream:
                     self._last.append((now, source))
                 now += steps
                 parts = config, source, self.monitor, self._record

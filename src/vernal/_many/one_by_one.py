@@ -22,7 +22,7 @@ from .members import Members
 
 def solve_each(
     members: Members, problem: Problem, goal: Int[Array, ""]
-) -> tuple[End, PyTree, list[int]]:
+) -> tuple[tuple[End, PyTree], list[int]]:
     """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
 
     Returns how each ended and the first states of their optimisers, stacked, and the
@@ -49,8 +49,7 @@ def solve_each(
             f"{len(errors)} of {len(ends)} members met an error, and are where they "
             f"began. That of member {first}: {message}"
         )
-    end, opt_state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
-    return end, opt_state, list(errors)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends), list(errors)
 
 
 def _unmoved(

@@ -1,7 +1,7 @@
 """A solver of Optimistix on many trainers at once."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,8 @@ from .members import Members
 from .one_by_one import solve_each
 from .result import ManyResult
 
-
-class _Ends(NamedTuple):
-    end: End
-    opt_state: PyTree
+_Ends = tuple[End, PyTree]
+"""How the solvers ended, and the first states of the optimisers."""
 
 
 @program
@@ -64,7 +62,7 @@ def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
         end = run_solver(*args, problem._replace(batch=batch), goal)
         end = in_parameters(end, trainer)
         opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
-        return _Ends(end, opt_state)
+        return end, opt_state
 
     return members.place.pin_rows(members.map(solve_one, problem.batch))
 
@@ -124,8 +122,7 @@ def _run_round(
     except RuntimeError:
         if members.place.mesh is not None:
             raise
-        end, state, broken = solve_each(members, problem, goal)
-        return _Ends(end, state), broken
+        return solve_each(members, problem, goal)
 
 
 def _open(end: End, broken: list[int], whole: Any) -> np.ndarray:
@@ -148,7 +145,7 @@ def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
             steps=end.steps + again.steps,
             first=end.first,
         )
-        return choose(is_open, _Ends(joined, opt_state), old)
+        return choose(is_open, (joined, opt_state), old)
 
     return jax.vmap(one)(old, new, is_open)
 
@@ -169,8 +166,8 @@ def _solve(
         progress = progress_at(end, old, opt_state, old.nan_counts)
         next_ = members._replace(trainers=with_progress(trainers, progress))
         again, newly_broken = _run_round(next_, problem, left)
-        has_fallen = open_ & np.asarray(whole(again.end.last) < whole(end.last))
-        end, opt_state = _joined(_Ends(end, opt_state), again, jnp.asarray(open_))
+        has_fallen = open_ & np.asarray(whole(again[0].last) < whole(end.last))
+        end, opt_state = _joined((end, opt_state), again, jnp.asarray(open_))
         broken = sorted({*broken, *newly_broken})
         open_ = has_fallen & _open(end, broken, whole)
     starts, losses, steps, numbers, in_vain = jax.device_get(

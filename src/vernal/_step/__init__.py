@@ -54,12 +54,11 @@ from .integers import warn_of_integers
 from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (
-    error_if_stopped,
     last_bad_step,
     nan_columns,
     nan_report,
     non_finite_error,
-    raise_if_non_finite,
+    raised_if_bad,
 )
 from .objective import (
     DataKind,

@@ -14,7 +14,6 @@ from typing_extensions import TypeVar
 from .._boundary import (
     PyTree,
     entrance,
-    is_debugged,
     narrowed_tree,
     refuse_traced,
     refuse_unknown,
@@ -62,7 +61,6 @@ from .._step import (
     checked_model,
     constraints,
     diagnosed,
-    error_if_stopped,
     find_trained,
     fit_projector,
     in_free_coordinates,
@@ -74,7 +72,7 @@ from .._step import (
     note_made,
     precision_of,
     prepared_config,
-    raise_if_non_finite,
+    raised_if_bad,
     refuse_own_projector,
     refuse_stacked,
     replaced_fields,
@@ -304,15 +302,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             given = prepared_config(trainer) if is_same else trainer
             progress, info = run_step(given, batch, place)
         trainer = with_progress(trainer, progress)
-        raises = self.nan_policy.raises
-        if not (raises or is_debugged()):
-            return trainer, info
-        if isinstance(info.stopped, jax.core.Tracer):
-            return (error_if_stopped(trainer) if raises else trainer), info
-        if not self.stopped and trainer.stopped:
-            diagnosis = diagnosed(place.put(trainer), batch)
-            raise_if_non_finite(trainer, diagnosis.advised)
-        return trainer, info
+        explanation = lambda: diagnosed(place.put(trainer), batch).advised
+        return raised_if_bad(self, trainer, explanation), info
 
     @entrance
     def fit(
