@@ -22,13 +22,13 @@ from .._step import (
     data_mark,
     is_scored_otherwise,
     live_if,
-    no_optimiser,
     noted,
     progress_of,
     raised_if_bad,
     ranked,
     require_all_data,
     require_one,
+    require_optimiser,
     scored_parts,
     scorer_of,
     stepped_on,
@@ -102,8 +102,7 @@ def unroll(
     steps = whole_number(steps, "steps", least=0, most=MOST_STEPS)
     if segment is not None:
         segment = whole_number(segment, "segment", least=0)
-    if trainer.optimiser is None:
-        raise no_optimiser(trainer)
+    require_optimiser(trainer)
     source = _source(batch)
     require_all_data(trainer, source)
     if steps == 0:

@@ -36,8 +36,8 @@ from .construct import (
     find_trained,
     fit_projector,
     initial_opt_state,
-    no_optimiser,
     refuse_own_projector,
+    require_optimiser,
 )
 from .data_mark import (
     BATCH_BY_BATCH,

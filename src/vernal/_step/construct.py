@@ -142,13 +142,14 @@ def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
         prng_key(key)
 
 
-def no_optimiser(trainer: AbstractTrainer) -> ValueError:
-    """Says what to do about a trainer that cannot take a step."""
-    name = type(trainer).__name__
-    return ValueError(
-        f"`{name}` has no optimiser. Give it one: `{name}(model, optax.adam(1e-2))` or "
-        "`trainer.replace(optimiser=...)`."
-    )
+def require_optimiser(trainer: AbstractTrainer) -> None:
+    """Refuses a trainer that cannot take a step."""
+    if trainer.optimiser is None:
+        name = type(trainer).__name__
+        raise ValueError(
+            f"`{name}` has no optimiser. Give it one: `{name}(model, "
+            "optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
+        )
 
 
 def find_trained(

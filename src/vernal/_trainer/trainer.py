@@ -68,7 +68,6 @@ from .._step import (
     initial_progress,
     is_constrained,
     nan_report,
-    no_optimiser,
     note_made,
     precision_of,
     prepared_config,
@@ -79,6 +78,7 @@ from .._step import (
     reproject,
     require_one,
     require_one_point,
+    require_optimiser,
     require_precision,
     score,
     step_key,
@@ -288,8 +288,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
         require_one(self, "step")
-        if self.optimiser is None:
-            raise no_optimiser(self)
+        require_optimiser(self)
         place = placement(self, mesh, sharding)
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program the user sets the mesh.
@@ -1116,8 +1115,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `ValueError`: if there is no optimiser.
         """
         refuse_stacked(self, "learning_rates")
-        if self.optimiser is None:
-            raise no_optimiser(self)
+        require_optimiser(self)
         refuse_traced("learning_rates", self)
         with precision_of(self):
             inner = in_free_coordinates(self)
