@@ -193,7 +193,6 @@ class FitRun:
         return self.subject.row(self._feed.peek())
 
     def shown(self) -> dict[str, str]:
-        """Returns what the progress bar shows."""
         return self.subject.shown(self.trainer, self.history())
 
     def take(self, count: int) -> None:
@@ -248,7 +247,6 @@ class FitRun:
                     self._settle(start, state, pending)
 
     def _run(self, task: Task, state: LoopState) -> tuple[Chunk, Ended]:
-        """Takes the steps of a chunk."""
         run = self.subject.run
         if self._may_be_one and are_on_one_cpu((task, state)):
             try:
@@ -339,7 +337,6 @@ class FitRun:
 
     @property
     def checkpoint_is_due(self) -> bool:
-        """Whether a checkpoint is due."""
         step = self.subject.count(self.trainer)
         return self._checkpointer is not None and self._checkpointer.is_due(step)
 

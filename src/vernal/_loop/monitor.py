@@ -106,7 +106,6 @@ class Monitor(PlainMethods, eqx.Module):
         return MonitorState(jax.device_put(none_yet), stop_state, no)
 
     def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
-        """Whether a validation is due after `count` steps."""
         if self.validation is None:
             return jnp.array(False)
         return count % self.validation.every == 0

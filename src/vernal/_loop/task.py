@@ -31,8 +31,6 @@ class LoopState(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The result of a chunk of steps."""
-
     state: LoopState
     rows: Rows
     scores: Rows | None
@@ -100,8 +98,6 @@ class Ended(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """The result of one step."""
-
     state: LoopState
     loss: Array
     values: dict[str, Array]

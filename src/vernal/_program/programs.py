@@ -296,7 +296,6 @@ class Program(Generic[P, R]):
         return self._of(record.now()).lower(first, rest)
 
     def forget(self) -> None:
-        """Drops the compiled programs."""
         self._compiled.clear()
 
 

@@ -256,12 +256,10 @@ def from_free_coordinates(
 
 
 def with_bounds(trainer: TrainerT, bounds: Bounds | None) -> TrainerT:
-    """Returns the trainer with other intervals for its parameters."""
     return changed(trainer, _bounds=bounds)
 
 
 def priors_of(trainer: AbstractTrainer) -> Priors | None:
-    """Returns the priors of the parameters, if there are any."""
     return trainer._priors
 
 
@@ -290,7 +288,6 @@ def prepared_config(trainer: Any) -> Any:
 
 
 def overrides(trainer: AbstractTrainer, hook: str) -> bool:
-    """Whether the class of a trainer overrides a hook."""
     return getattr(type(trainer), hook) is not getattr(AbstractTrainer, hook)
 
 

@@ -89,7 +89,6 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree, priors: Any) 
 
 
 def check_own_fields(trainer: AbstractTrainer) -> None:
-    """Checks the fields that a class adds to a trainer."""
     own, kind = own_fields(trainer), type(trainer).__name__
     refuse_static_arrays(trainer, f"`{kind}`", own)
     for name, value in own.items():
@@ -125,7 +124,6 @@ def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
 
 
 def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
-    """Checks the types of a trainer's arguments."""
     if not isinstance(nan_policy, NanPolicy):
         made = isinstance(nan_policy, type) and issubclass(nan_policy, NanPolicy)
         remedy = f"`{nan_policy.__name__}()`" if made else "`vn.SkipStep()`"

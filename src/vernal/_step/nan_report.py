@@ -36,7 +36,6 @@ def last_bad_step(trainer: AbstractTrainer) -> int:
 
 
 def is_at_bad_step(trainer: AbstractTrainer) -> bool:
-    """Whether the last step had a non-finite value."""
     return last_bad_step(trainer) == int(trainer.step_count) - 1 >= 0
 
 
