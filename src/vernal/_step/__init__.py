@@ -17,6 +17,7 @@ from .abstract_trainer import (
     note_made,
     overrides,
     own_fields,
+    precision_of,
     prepared_config,
     priors_of,
     progress_of,
@@ -79,7 +80,6 @@ from .objective import (
     step_key,
 )
 from .opt_state import beginning, settled
-from .precision import precision_of, require_precision
 from .prior_ends import prior_ends
 from .progress import (
     Best,
@@ -112,5 +112,6 @@ from .usable import (
     refuse_two_points,
     require_one,
     require_one_point,
+    require_precision,
     strays_of,
 )

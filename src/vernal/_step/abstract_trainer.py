@@ -7,6 +7,7 @@ than methods, because a user's subclass may have fields of the same names.
 # pyright: reportPrivateUsage=false
 
 import abc
+import contextlib
 from typing import TYPE_CHECKING, Any, Generic
 from weakref import WeakValueDictionary
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
-from .._boundary import ModuleMeta, PyTree
+from .._boundary import ModuleMeta, PyTree, is_x64_on
 from .._constraints import Bijections, Bounds, Priors, RealParts, real_parts
 from .._optimiser import ParamOptimiser
 from .._pickling import Portable, QuickMethods, build
@@ -279,6 +280,11 @@ def stripped(trainer: TrainerT) -> TrainerT:
         projector=None,
         _progress=changed(progress, **fields),
     )
+
+
+def precision_of(trainer: AbstractTrainer) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context that has the precision in which a trainer was made."""
+    return jax.enable_x64(is_x64_on() or trainer.best_loss.dtype == jnp.float64)
 
 
 def prepared_config(trainer: Any) -> Any:

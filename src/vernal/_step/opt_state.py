@@ -17,9 +17,8 @@ from jaxtyping import Array
 from .._boundary import PyTree
 from .._optimiser import ParamOptimiser, other_maker, state_makers
 from .._tree import cast_like, is_alike, is_inexact
-from .abstract_trainer import AbstractTrainer
+from .abstract_trainer import AbstractTrainer, precision_of
 from .construct import initial_opt_state
-from .precision import precision_of
 
 # The fields of Optax's states that a user gives the first value of. All else in a state
 # is computed from the parameters and the gradients.
