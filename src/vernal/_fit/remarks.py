@@ -1,6 +1,6 @@
 """What a fit says of its result: what was not finite and why, what nobody scored."""
 
-from collections.abc import Callable
+import functools as ft
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ from .._data import Minibatches, Whole, in_whole
 from .._minimum import has_minimum
 from .._policy import Converged, StopReason
 from .._step import (
-    AbstractTrainer,
     Diagnosis,
     bad_data,
     diagnosed,
@@ -39,12 +38,16 @@ def remark(run: FitRun, result: Any) -> None:
             _warn_of_scores(run, history.validation)
     if StopReason.CONVERGED in subject.reasons(result):
         _warn_of_no_check(run)
+
+    def ended(source: Whole[Any] | Minibatches, index: Any) -> Any:
+        return subject.picked(result, index), subject.seen(source, index)
+
     with subject.place.context():
-        ended = _ended(run, run.last_source(), result)
-        warn_of_no_data(subject.entrance, history.loss, ended)
+        here = ft.partial(ended, run.last_source())
+        warn_of_no_data(subject.entrance, history.loss, here)
         if validation is not None:
-            ended = _ended(run, Whole(validation.batch), result)
-            warn_of_no_data("validation", history.validation, ended)
+            there = ft.partial(ended, Whole(validation.batch))
+            warn_of_no_data("validation", history.validation, there)
 
 
 def _diagnosis(run: FitRun, end: BadEnd) -> Diagnosis:
@@ -124,11 +127,3 @@ def _warn_of_no_check(run: FitRun) -> None:
             "was not checked, since devices share parameters, or processes the mesh. "
             "On one device a report says how far it is: `report(batch).edm`."
         )
-
-
-def _ended(
-    run: FitRun, source: Whole[Any] | Minibatches, result: Any
-) -> Callable[[Any], tuple[AbstractTrainer, Any]]:
-    """Returns a function of an index: a trainer of a result, and its batch."""
-    subject = run.subject
-    return lambda i: (subject.picked(result, i), subject.seen(source, i))

@@ -110,7 +110,7 @@ def chunk_of_many(task: Task, state: LoopState, spread: Spread) -> tuple[Chunk, 
 
 
 run_many = program(chunk_of_many)
-run_many_in_place = program(chunk_of_many, donate="all-except-first")
+run_many_in_place = program(chunk_of_many, in_place=True)
 
 
 def _turned(chunk: Chunk, fn: Callable[[Array], Array]) -> Chunk:

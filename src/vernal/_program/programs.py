@@ -5,7 +5,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -27,7 +27,6 @@ from .shelves import Shelves
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Donate = Literal["none", "all-except-first"]
 
 # As in Equinox: everything else is static.
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -138,10 +137,6 @@ class Version:
     def __hash__(self) -> int:
         return self._hash
 
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context in which JAX finds what it traced for this version."""
-        return _generation(self.generation)
-
 
 @jax.tree_util.register_static
 class _Statics:
@@ -233,8 +228,8 @@ def _record_of(tree: Any) -> _Record:
 class Program(Generic[P, R]):
     """A compiled function, which `program` makes."""
 
-    def __init__(self, fn: Callable[P, R], donate: Donate):
-        self._fn, self._donates = fn, donate != "none"
+    def __init__(self, fn: Callable[P, R], in_place: bool):
+        self._fn, self._in_place = fn, in_place
         self._compiled: Shelves[Any] = Shelves(_drop)
         functools.update_wrapper(self, fn)
         _programs.append(self)
@@ -244,8 +239,8 @@ class Program(Generic[P, R]):
         version = record.now()
         jitted = self._of(version)
         # In a context JAX finds more slowly what it compiled.
-        context = version.context if version.generation else contextlib.nullcontext
-        with context():
+        number = version.generation
+        with _generation(number) if number else contextlib.nullcontext():
             waits = lambda: version.is_traced or version.has_callbacks
             result, statics = with_host_errors(waits, jitted, first, rest)
             if version.is_traced:
@@ -276,7 +271,7 @@ class Program(Generic[P, R]):
             return arrays, _Statics(statics) if has_statics else None
 
         enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
-        return jax.jit(enter, donate_argnums=(1,) if self._donates else ())
+        return jax.jit(enter, donate_argnums=(1,) if self._in_place else ())
 
     def _taken_apart(self, args: Any) -> tuple[_Record, list[Any], list[Any]]:
         """Returns the record of a call, the arrays that are kept, and the other ones.
@@ -287,7 +282,7 @@ class Program(Generic[P, R]):
         statics = _statics(leaves)
         if statics:
             leaves = [x if type(x) in _array_types else None for x in leaves]
-        count = structure.children()[0].num_leaves if self._donates else 0
+        count = structure.children()[0].num_leaves if self._in_place else 0
         return _Record.of(structure, statics), leaves[:count], leaves[count:]
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Any:
@@ -330,13 +325,14 @@ def _kind(call: _Call) -> frozenset[str]:
     return frozenset(names)
 
 
-def program(fn: Callable[P, R], donate: Donate = "none") -> Program[P, R]:
+def program(fn: Callable[P, R], in_place: bool = False) -> Program[P, R]:
     """Compiles a function as `equinox.filter_jit` does, and again whenever something
     has changed that the code of its arguments reads.
 
-    The compiled function takes positional arguments only.
+    The compiled function takes positional arguments only. With `in_place` it may
+    overwrite all but the first of them.
     """
-    return Program(fn, donate)
+    return Program(fn, in_place)
 
 
 _programs: list[Program[Any, Any]] = []
