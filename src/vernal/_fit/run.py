@@ -193,7 +193,7 @@ class FitRun:
         return self.subject.row(self._feed.peek())
 
     def shown(self) -> dict[str, str]:
-        return self.subject.shown(self.trainer, self.history())
+        return self.subject.shown(self.trainer, self._recorder.history())
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
@@ -346,7 +346,7 @@ class FitRun:
         if self._checkpointer is not None and is_possible:
             step = self.subject.count(self.trainer)
             self._checkpointer.write(
-                step, self.trainer, self._monitor_state, self.history()
+                step, self.trainer, self._monitor_state, self._recorder.history()
             )
 
     def described(self) -> dict[str, str]:
@@ -367,20 +367,11 @@ class FitRun:
         rows = {k: np.zeros((*shape, *v.shape), v.dtype) for k, v in shapes.items()}
         return History(np.zeros(0, int), loss, rows)
 
-    def history(self) -> History:
-        return self._recorder.history()
-
     @property
     def bad_steps(self) -> np.ndarray:
         """How many steps were bad, of each member, and of each column of its report."""
         bad = self.subject.on_host(progress_of(self.trainer).nan_counts) - self._counts
         return bad[..., 0, :]
-
-    @property
-    def _is_all_skipped(self) -> np.ndarray:
-        """Whether each step, of each member, had a bad value and was not accepted."""
-        is_bad = self.bad_steps.sum(axis=-1) >= max(self.taken, 1)
-        return np.asarray(is_bad & ~self.has_accepted)
 
     @property
     def steps_of_each(self) -> np.ndarray:
@@ -409,7 +400,9 @@ class FitRun:
         stopped, states = subject.on_host(progress.stopped), self._monitor_state
         if subject.shape:
             states = jax.device_get(jax.tree.map(subject.place.whole, states))
-        is_all_skipped = self._is_all_skipped
+        # Each step had a bad value, and none was accepted.
+        is_all_bad = self.bad_steps.sum(axis=-1) >= max(self.taken, 1)
+        is_all_skipped = np.asarray(is_all_bad & ~self.has_accepted)
         for index in np.ndindex(subject.shape):
             pick = lambda leaf, index=index: leaf[index] if index else leaf
             if stopped[index]:
@@ -429,11 +422,11 @@ class FitRun:
             self._data = data_code_of(self._scored)
             noted(self.trainer, self._scorer_of(self.trainer))
         reasons = list(self._stop_reasons(reason))
-        result = self.subject.result(self.trainer, self.history(), reasons)
+        result = self.subject.result(self.trainer, self._recorder.history(), reasons)
         return self._marked(self.subject.checked(result, in_whole(self.source)))
 
     def cut_short(self, reason: StopReason) -> Any:
-        result = self.subject.cut_short(self.trainer, self.history(), reason)
+        result = self.subject.cut_short(self.trainer, self._recorder.history(), reason)
         return self._marked(result)
 
     def _marked(self, result: Any) -> Any:
