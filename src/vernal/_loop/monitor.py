@@ -27,7 +27,6 @@ from .._step import (
     ranked,
 )
 from .._tree import strong, to_arrays
-from .rows import Rows
 
 _OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
 
@@ -109,12 +108,6 @@ class Monitor(PlainMethods, eqx.Module):
         if self.validation is None:
             return jnp.array(False)
         return count % self.validation.every == 0
-
-    def room(self, like: Array, step: Int[Array, ""], most: int) -> Rows | None:
-        """Makes rows for the scores from here on, if there is a validation."""
-        if self.validation is None:
-            return None
-        return Rows.empty(like, {}, step + 1, self.validation.every, most)
 
     def look(
         self,

@@ -70,7 +70,9 @@ class Task(NamedTuple):
         """Returns a chunk without steps: its rows are empty."""
         like, most = state.progress.best_loss, self.most_rows
         rows = Rows.empty(like, shapes, step, self.every, most)
-        scores, no = self.monitor.room(like, step, most), state.progress.stopped & False
+        scores, no = None, state.progress.stopped & False
+        if (validation := self.monitor.validation) is not None:
+            scores = Rows.empty(like, {}, step + 1, validation.every, most)
         return Chunk(state, rows, scores, no, no)
 
     def end(self, start: Chunk) -> Int[Array, ""]:
