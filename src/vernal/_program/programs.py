@@ -137,6 +137,10 @@ class Version:
     def __hash__(self) -> int:
         return self._hash
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context in which JAX finds what it traced for this version."""
+        return _generation(self.generation)
+
 
 @jax.tree_util.register_static
 class _Statics:
@@ -239,8 +243,8 @@ class Program(Generic[P, R]):
         version = record.now()
         jitted = self._of(version)
         # In a context JAX finds more slowly what it compiled.
-        number = version.generation
-        with _generation(number) if number else contextlib.nullcontext():
+        context = version.context if version.generation else contextlib.nullcontext
+        with context():
             waits = lambda: version.is_traced or version.has_callbacks
             result, statics = with_host_errors(waits, jitted, first, rest)
             if version.is_traced:
