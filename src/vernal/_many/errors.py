@@ -67,7 +67,7 @@ def warn_if_any_is_far(
 
     `member_of` returns the trainer of a member, and its batch.
     """
-    scale_errors, *how = options
+    scale_errors, jac, kind = options
     p_value = found.fall.truth_p_value
     if scale_errors and (scatter := found.scatter) is not None:
         p_value = share_p_value(*found.fall, scatter.squares, scatter.data.size)
@@ -75,7 +75,7 @@ def warn_if_any_is_far(
     for index in suspects:
         trainer, batch = member_of(index)
         try:
-            here = around(trainer, batch, "A standard error", *how)
+            here = around(trainer, batch, "A standard error", jac, kind)
         except ValueError:  # on the verge of having no errors, by rounding
             continue
         if not (far := how_far(trainer, here, scale_errors)):
