@@ -14,5 +14,6 @@ from .sources import (
     StreamExhaustedError,
     Whole,
     as_source,
+    batch_shapes,
     in_whole,
 )

@@ -254,6 +254,11 @@ def as_source(data: Any) -> Source:
     return Whole(as_batch(data, "data"))
 
 
+def batch_shapes(source: Whole[Any] | Minibatches, step: Int[Array, ""]) -> Any:
+    """Returns the shapes of a batch, without making one."""
+    return eqx.filter_eval_shape(source.next, source.start(step), step)[0]
+
+
 def in_whole(source: Source) -> Source:
     """Returns minibatches of all examples as one batch: they differ by their order."""
     if isinstance(source, Minibatches) and source.size == source.examples:

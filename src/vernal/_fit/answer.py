@@ -17,7 +17,7 @@ from .._step import (
     refuse_two_points,
     with_progress,
 )
-from .._tree import cast_alike, require_alike
+from .._tree import cast_alike, choose, require_alike
 
 T = TypeVar("T")
 
@@ -112,9 +112,7 @@ def _best_in(progress: Progress) -> dict[str, Any]:
 
 @jax.jit
 def _lower(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    is_lower = before["best_loss"] < now["best_loss"]
-    rows = lambda x: jnp.expand_dims(is_lower, tuple(range(is_lower.ndim, x.ndim)))
-    return jax.tree.map(lambda x, y: jnp.where(rows(x), y, x), now, before)
+    return choose(before["best_loss"] < now["best_loss"], before, now)
 
 
 def _beside(tree: T, others: T) -> T:

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 
 from .._boundary import spelled_leaves, warn
-from .._data import Minibatches, Source, Stream, Whole
+from .._data import Minibatches, Source, Stream, Whole, batch_shapes
 from .._devices import Peers
 from .._tree import to_arrays
 
@@ -38,16 +37,11 @@ class Feed:
             # A function of the step begins anew.
             self._unused = [] if source.can_resume else source.unused
 
-    @property
-    def is_stream(self) -> bool:
-        return isinstance(self.source, Stream)
-
     def peek(self) -> Any:
         """Returns the next batch, or its shapes, without using it up."""
         source = self.source
         if not isinstance(source, Stream):
-            zero = jax.device_put(np.int32(0))
-            return eqx.filter_eval_shape(source.next, source.start(zero), zero)[0]
+            return batch_shapes(source, jax.device_put(np.int32(0)))
         if not self._next_batch:
             self._next_batch.append(self._read())
         return self._next_batch[0]

@@ -13,8 +13,8 @@ from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
     check_elementwise,
-    no_optimiser,
     require_all_data,
+    require_optimiser,
     warn_of_line_search,
 )
 from .._storage import History, open_checkpointer, origin
@@ -97,7 +97,7 @@ def fit(
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
     result = run.ended(reason)
-    remark(run.course(), result)
+    remark(run, result)
     return result
 
 
@@ -135,8 +135,7 @@ def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
 def _check_trainer(
     trainer: AbstractTrainer, subject: AbstractSubject, steps: int
 ) -> None:
-    if trainer.optimiser is None:
-        raise no_optimiser(trainer)
+    require_optimiser(trainer)
     check_elementwise(trainer, lambda: subject.template(trainer))
     warn_of_line_search(trainer)
     if subject.count(trainer) + steps > MOST_STEPS:

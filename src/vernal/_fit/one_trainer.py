@@ -38,15 +38,8 @@ from .subject import AbstractSubject, BadEnd
 class OneTrainer(AbstractSubject):
     """A fit of one trainer."""
 
+    entrance = "fit"
     place: AbstractPlacement = ANYWHERE
-
-    @property
-    def entrance(self) -> str:
-        return "fit"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return ()
 
     def source(self, data: Any) -> Source:
         return self.place.source(as_source(data))
@@ -73,18 +66,12 @@ class OneTrainer(AbstractSubject):
     def placed_state(self, state: PyTree) -> Any:
         return self.place.put_state(state)
 
-    def template(self, trainer: AbstractTrainer) -> Any:
-        return trainer
-
-    def row(self, batch: Any) -> Any:
-        return batch
-
     def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
         return source.batch if isinstance(source, Whole) else source
 
     def run(self, task: Task, state: LoopState, in_place: bool) -> tuple[Chunk, Ended]:
         run = run_chunk_in_place if in_place else run_chunk
-        with self.context():
+        with self.place.context():
             return run(task, state, self.place)
 
     def shown(self, trainer: AbstractTrainer, history: History) -> dict[str, str]:
@@ -96,14 +83,6 @@ class OneTrainer(AbstractSubject):
                 shown[name] = f"{history[name][-1]:.6g}"
         return shown | {"best": f"{float(trainer.best_loss):.6g}"}
 
-    def handed_out(self, trainer: AbstractTrainer) -> AbstractTrainer:
-        return trainer
-
-    def taken_back(
-        self, answer: AbstractTrainer, given: AbstractTrainer, held: AbstractTrainer
-    ) -> AbstractTrainer:
-        return answer
-
     def result(
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> FitResult[Any, Any]:
@@ -112,7 +91,7 @@ class OneTrainer(AbstractSubject):
     def checked(self, result: Any, source: Source) -> Any:
         if not self.is_here:
             return result
-        with self.context():
+        with self.place.context():
             return checked_end(result, source, self.placed(result.trainer))
 
     def reasons(self, result: Any) -> tuple[StopReason, ...]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from .._boundary import debugged
-from .._data import Minibatches, Source, Whole, in_whole
+from .._data import Minibatches, Source, Stream, Whole, in_whole
 from .._devices import Peers, fingerprint, leaf_fingerprints
 from .._loop import (
     MOST_ROWS,
@@ -53,7 +53,6 @@ from .answer import (
 )
 from .feed import Feed
 from .options import Callback, FitOptions
-from .remarks import Course
 from .subject import AbstractSubject
 
 # The size in bytes above which a state is updated in place, which takes one copy when
@@ -96,16 +95,16 @@ class FitRun:
         checkpointer: Checkpointer | None,
     ):
         """Resumes the fit of the newest checkpoint, if there is one."""
-        self._subject, self._checkpointer, self.peers = subject, checkpointer, peers
-        trainer, self._source, self._monitor = inputs
-        self._steps, validation = options.steps, self._monitor.validation
-        self._scored = self._source if validation is None else Whole(validation.batch)
+        self.subject, self._checkpointer, self.peers = subject, checkpointer, peers
+        trainer, self.source, self.monitor = inputs
+        self._steps, validation = options.steps, self.monitor.validation
+        self._scored = self.source if validation is None else Whole(validation.batch)
         self._counts = subject.on_host(progress_of(trainer).nan_counts)
         self._first_steps = subject.on_host(progress_of(trainer).step_count)
         self._data = data_code_of(self._scored)
         self.is_whole, self.is_resumed = True, False
         self._recorder = Recorder(self._no_history)
-        self._monitor_state = subject.first_monitor_state(self._monitor, trainer)
+        self._monitor_state = subject.first_monitor_state(self.monitor, trainer)
         trainer = self._begun(trainer, 0)
         placed = subject.placed(trainer)
         first = subject.count(placed)
@@ -121,16 +120,17 @@ class FitRun:
             # The user's arrays are never overwritten, nor one array twice.
             self._move_to(jax.tree.map(lambda leaf: leaf.copy(), self._state))
         steps = subject.count(placed)
-        self._feed = Feed(self._source, steps, subject.prepare, peers)
-        with subject.context():
+        self._feed = Feed(self.source, steps, subject.prepare, peers)
+        with subject.place.context():
             self._template = subject.template(placed)
             self._record = Record(self._template, options.record, self._peek)
             seen = lambda: (self._template, self._peek())
-            warn_of_rounded_data(self._source, "data", seen)
+            warn_of_rounded_data(self.source, "data", seen)
         self._every = subject.number(options.every)
-        self._has_accepted = np.zeros(subject.shape, bool)
+        self.has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.
-        self._guard: Guard = "always" if self._feed.is_stream else "never"
+        self._is_stream = isinstance(self.source, Stream)
+        self._guard: Guard = "always" if self._is_stream else "never"
         self._may_be_one = is_switched_on()
         # The last steps and batches of a stream: a stop is noticed one step later.
         self._last: deque[tuple[int, Whole[Any] | Minibatches]] = deque(maxlen=2)
@@ -143,7 +143,7 @@ class FitRun:
         self, checkpointer: Checkpointer, trainer: AbstractTrainer, placed: Any
     ) -> tuple[AbstractTrainer, Any]:
         """Returns the trainer of the newest checkpoint, as `_hold` takes it."""
-        subject, first = self._subject, self._subject.count(placed)
+        subject, first = self.subject, self.subject.count(placed)
         found = checkpointer.restore(placed, self.trainer, first, self._monitor_state)
         restored, known, monitor_state, history = found
         if history is None:
@@ -162,9 +162,9 @@ class FitRun:
         """Returns the trainer without a best of other data, if steps are left."""
         if taken >= self._steps:
             return trainer
-        is_validated = self._monitor.validation is not None
+        is_validated = self.monitor.validation is not None
         scorer = self._scorer_of(trainer)
-        return self._subject.begun(trainer, self._scored, scorer, is_validated)
+        return self.subject.begun(trainer, self._scored, scorer, is_validated)
 
     def _scorer_of(self, trainer: AbstractTrainer) -> Scorer:
         """Returns what scores a trainer in this fit.
@@ -179,7 +179,7 @@ class FitRun:
 
         Unless arrays are split, the user gets the same configuration back.
         """
-        self._config, is_split = config_of(placed), self._subject.place.splits
+        self._config, is_split = config_of(placed), self.subject.place.splits
         self._given: Any = None
         self.trainer: AbstractTrainer = (
             placed if is_split else with_progress(trainer, progress_of(placed))
@@ -190,21 +190,20 @@ class FitRun:
         self._monitor_state = state.monitor_state
 
     def _peek(self) -> Any:
-        return self._subject.row(self._feed.peek())
+        return self.subject.row(self._feed.peek())
 
     def shown(self) -> dict[str, str]:
-        """Returns what the progress bar shows."""
-        return self._subject.shown(self.trainer, self.history())
+        return self.subject.shown(self.trainer, self._recorder.history())
 
     def take(self, count: int) -> None:
         """Takes `count` steps, unless the fit stops."""
         if not self._in_place and is_of_other_code(self.trainer):
             # A callback may have changed what the loss reads.
             trainer = self._begun(self.trainer, self.taken)
-            self._monitor_state = self._subject.first_monitor_state(
-                self._monitor, trainer
+            self._monitor_state = self.subject.first_monitor_state(
+                self.monitor, trainer
             )
-            self._hold(trainer, self._subject.placed(trainer))
+            self._hold(trainer, self.subject.placed(trainer))
         goal = self.taken + count
         try:
             while self.taken < goal and not self.stopped:
@@ -215,16 +214,16 @@ class FitRun:
             raise
 
     def _take(self, count: int) -> None:
-        subject, start = self._subject, self._subject.count(self.trainer)
+        subject, start = self.subject, self.subject.count(self.trainer)
         config, state = self._config, self._state
         now, pending = start, list[tuple[Ended, Any, Any]]()
-        most_rows = 1 if self._feed.is_stream else MOST_ROWS
+        most_rows = 1 if self._is_stream else MOST_ROWS
         try:
             for source, steps in self._feed.sources(count):
-                if self._feed.is_stream:
+                if self._is_stream:
                     self._last.append((now, source))
                 now += steps
-                parts = config, source, self._monitor, self._record
+                parts = config, source, self.monitor, self._record
                 goal, every = subject.number(now), self._every
                 task = Task(*parts, goal, every, most_rows, self._guard)
                 with _held_back() if self._in_place else contextlib.nullcontext():
@@ -248,8 +247,7 @@ class FitRun:
                     self._settle(start, state, pending)
 
     def _run(self, task: Task, state: LoopState) -> tuple[Chunk, Ended]:
-        """Takes the steps of a chunk."""
-        run = self._subject.run
+        run = self.subject.run
         if self._may_be_one and are_on_one_cpu((task, state)):
             try:
                 return run(task._replace(is_on_one_cpu=True), state, self._in_place)
@@ -263,12 +261,12 @@ class FitRun:
         self, start: int, state: LoopState, pending: list[tuple[Ended, Any, Any]]
     ) -> None:
         """Takes over the results of chunks that began at the step `start`."""
-        subject = self._subject
+        subject = self.subject
         self._move_to(state)
         noted(self.trainer, self._scorer_of(self.trainer))
         kept = [subject.recorded(ended.step_count, *of) for ended, *of in pending]
         for ended, *_ in pending:
-            self._has_accepted |= subject.on_host(ended.has_accepted)
+            self.has_accepted |= subject.on_host(ended.has_accepted)
             if subject.on_host(ended.needs_guard).any():
                 self._guard = "bad steps"
         self.taken += subject.count(self.trainer) - start
@@ -286,7 +284,7 @@ class FitRun:
         flags = [self.trainer.stopped]
         if self._monitor_state is not None:
             flags.append(self._monitor_state.is_over)
-        return self._subject.is_over(*flags)
+        return self.subject.is_over(*flags)
 
     def call(self, callback: Callback | None) -> StopReason | None:
         """Calls the callback, if there is one, and returns why to end, if at all."""
@@ -294,7 +292,7 @@ class FitRun:
         if callback is not None:
             seen = self._recorder.history(is_final=False)
             if self._given is None:  # made once: members may share large arrays
-                self._given = config_of(self._subject.handed_out(self.trainer))
+                self._given = config_of(self.subject.handed_out(self.trainer))
             given = with_progress(self._given, progress_of(self.trainer))
             call = lambda: callback(given, seen)
             with debugged():
@@ -324,34 +322,31 @@ class FitRun:
 
     def _go_on_with(self, answer: Any, given: AbstractTrainer) -> None:
         answer = checked_answer(answer, given)
-        if self._subject.on_host(given.stopped).any():
+        if self.subject.on_host(given.stopped).any():
             answer = still_stopped(answer, given)
-        best_loss = self._subject.on_host(progress_of(answer).best_loss)
+        best_loss = self.subject.on_host(progress_of(answer).best_loss)
         if self._keeps_best and not np.isfinite(best_loss).all():
             answer = with_best_of(answer, given)
-        answer = self._subject.taken_back(answer, given, self.trainer)
+        answer = self.subject.taken_back(answer, given, self.trainer)
         answer = self._begun(answer, self.taken)
         if not have_one_loss(progress_of(answer), progress_of(self.trainer)):
             # Scores before and after do not compare.
-            self._monitor_state = self._subject.first_monitor_state(
-                self._monitor, answer
-            )
-        self._hold(answer, self._subject.placed(answer))
+            self._monitor_state = self.subject.first_monitor_state(self.monitor, answer)
+        self._hold(answer, self.subject.placed(answer))
         self.stopped = self._is_over()
 
     @property
     def checkpoint_is_due(self) -> bool:
-        """Whether a checkpoint is due."""
-        step = self._subject.count(self.trainer)
+        step = self.subject.count(self.trainer)
         return self._checkpointer is not None and self._checkpointer.is_due(step)
 
     def write_checkpoint(self) -> None:
         """Writes a checkpoint, if the user wants any and all processes can."""
         is_possible = self.is_whole and not self.peers.is_disconnected
         if self._checkpointer is not None and is_possible:
-            step = self._subject.count(self.trainer)
+            step = self.subject.count(self.trainer)
             self._checkpointer.write(
-                step, self.trainer, self._monitor_state, self.history()
+                step, self.trainer, self._monitor_state, self._recorder.history()
             )
 
     def described(self) -> dict[str, str]:
@@ -360,64 +355,60 @@ class FitRun:
         program = step(self._template, self._peek())
         return {
             "class": type(self.trainer).__qualname__,
-            "stop": self._monitor.fingerprint,
+            "stop": self.monitor.fingerprint,
             "record": self._record.names,
             "program": fingerprint(f"{program[0]} {self._record}"),
         }
 
     def _no_history(self) -> History:
         shapes = self._record.shapes(self._template, self._peek)
-        shape = (0, *self._subject.shape)
+        shape = (0, *self.subject.shape)
         loss = np.zeros(shape, self.trainer.best_loss.dtype)
         rows = {k: np.zeros((*shape, *v.shape), v.dtype) for k, v in shapes.items()}
         return History(np.zeros(0, int), loss, rows)
 
-    def history(self) -> History:
-        return self._recorder.history()
-
     @property
-    def _bad_steps(self) -> np.ndarray:
+    def bad_steps(self) -> np.ndarray:
         """How many steps were bad, of each member, and of each column of its report."""
-        bad = self._subject.on_host(progress_of(self.trainer).nan_counts) - self._counts
+        bad = self.subject.on_host(progress_of(self.trainer).nan_counts) - self._counts
         return bad[..., 0, :]
 
     @property
-    def _is_all_skipped(self) -> np.ndarray:
-        """Whether each step, of each member, had a bad value and was not accepted."""
-        is_bad = self._bad_steps.sum(axis=-1) >= max(self.taken, 1)
-        return np.asarray(is_bad & ~self._has_accepted)
+    def steps_of_each(self) -> np.ndarray:
+        """How many steps each member has taken."""
+        now = self.subject.on_host(progress_of(self.trainer).step_count)
+        return np.asarray(now - self._first_steps)
 
-    def course(self) -> Course:
-        """Returns what this fit took, for what is said of its result."""
-        now = self._subject.on_host(progress_of(self.trainer).step_count)
-        return Course(
-            self._subject,
-            self.trainer,
-            self._source,
-            dict(self._last),
-            self._monitor,
-            np.asarray(now - self._first_steps),
-            self.taken,
-            self._bad_steps,
-            self._has_accepted,
-        )
+    def source_at(self, step: int) -> Whole[Any] | Minibatches:
+        """Returns where the batch of one of the last steps comes from."""
+        if isinstance(self.source, Stream):
+            return dict(self._last).get(step, Whole(None))
+        return self.source
+
+    def last_source(self) -> Whole[Any] | Minibatches:
+        """Returns where the batch of the last step comes from."""
+        if isinstance(self.source, Stream):
+            return self._last[-1][1] if self._last else Whole(None)
+        return self.source
 
     def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
         """Yields why the fit of each trainer ended: by default for `reason`."""
-        subject, progress = self._subject, progress_of(self.trainer)
+        subject, progress = self.subject, progress_of(self.trainer)
         last_bad = subject.on_host(progress.nan_counts)[..., -1, :].max(axis=-1)
         count = subject.on_host(progress.step_count)
         is_bad = (last_bad == count - 1) & (last_bad >= 0)
         stopped, states = subject.on_host(progress.stopped), self._monitor_state
         if subject.shape:
             states = jax.device_get(jax.tree.map(subject.place.whole, states))
-        is_all_skipped = self._is_all_skipped
+        # Each step had a bad value, and none was accepted.
+        is_all_bad = self.bad_steps.sum(axis=-1) >= max(self.taken, 1)
+        is_all_skipped = np.asarray(is_all_bad & ~self.has_accepted)
         for index in np.ndindex(subject.shape):
             pick = lambda leaf, index=index: leaf[index] if index else leaf
             if stopped[index]:
                 bad = is_bad[index]
                 yield StopReason.NON_FINITE if bad else StopReason.POLICY
-            elif (met := self._monitor.reason(jax.tree.map(pick, states))) is not None:
+            elif (met := self.monitor.reason(jax.tree.map(pick, states))) is not None:
                 yield met
             elif reason is StopReason.STEPS_TAKEN and is_all_skipped[index]:
                 yield StopReason.ALL_SKIPPED
@@ -431,11 +422,11 @@ class FitRun:
             self._data = data_code_of(self._scored)
             noted(self.trainer, self._scorer_of(self.trainer))
         reasons = list(self._stop_reasons(reason))
-        result = self._subject.result(self.trainer, self.history(), reasons)
-        return self._marked(self._subject.checked(result, in_whole(self._source)))
+        result = self.subject.result(self.trainer, self._recorder.history(), reasons)
+        return self._marked(self.subject.checked(result, in_whole(self.source)))
 
     def cut_short(self, reason: StopReason) -> Any:
-        result = self._subject.cut_short(self.trainer, self.history(), reason)
+        result = self.subject.cut_short(self.trainer, self._recorder.history(), reason)
         return self._marked(result)
 
     def _marked(self, result: Any) -> Any:

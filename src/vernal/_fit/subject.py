@@ -1,11 +1,10 @@
 """What a fit fits: one trainer, or many at once."""
 
 import abc
-import contextlib
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -56,15 +55,13 @@ class AbstractSubject(abc.ABC):
     # Not a module: each method of a module is made again when it is looked up.
     place: AbstractPlacement
 
-    @property
-    @abc.abstractmethod
-    def entrance(self) -> str:
-        """The name of the function that the user called."""
+    entrance: ClassVar[str]
+    """The name of the function that the user called."""
 
     @property
-    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The leading axes of each recorded value: one for the members of many."""
+        return ()
 
     # What goes to the devices.
 
@@ -100,10 +97,6 @@ class AbstractSubject(abc.ABC):
     def placed_state(self, state: PyTree) -> Any:
         """Puts what changes from step to step onto the devices of the fit."""
 
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context for the programs of the fit."""
-        return self.place.context()
-
     def monitor(self, validation: Any, stop: Any) -> Monitor:
         """Makes the monitor of the fit, on its devices."""
         monitor = Monitor(validation, stop)
@@ -115,13 +108,13 @@ class AbstractSubject(abc.ABC):
 
     # One of them, and a chunk of steps.
 
-    @abc.abstractmethod
     def template(self, trainer: AbstractTrainer) -> Any:
         """Returns a trainer with the names and the shapes of each."""
+        return trainer
 
-    @abc.abstractmethod
     def row(self, batch: Any) -> Any:
         """Returns what each trainer sees of a batch, or its shapes."""
+        return batch
 
     @abc.abstractmethod
     def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
@@ -137,11 +130,10 @@ class AbstractSubject(abc.ABC):
     def shown(self, trainer: AbstractTrainer, history: History) -> dict[str, str]:
         """Returns what a progress bar shows."""
 
-    @abc.abstractmethod
     def handed_out(self, trainer: AbstractTrainer) -> Any:
         """Returns a trainer as the user is given it: many have a row of every array."""
+        return trainer
 
-    @abc.abstractmethod
     def taken_back(
         self, answer: AbstractTrainer, given: AbstractTrainer, held: AbstractTrainer
     ) -> Any:
@@ -149,6 +141,7 @@ class AbstractSubject(abc.ABC):
 
         It was `given` one. In the one that is `held`, what members share is there once.
         """
+        return answer
 
     @abc.abstractmethod
     def result(

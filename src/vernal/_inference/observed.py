@@ -22,7 +22,7 @@ from .._minimum import (
 )
 from .._policy import all_finite
 from .._step import AbstractTrainer, defined, live
-from .._tree import as_parameters, widest
+from .._tree import as_parameters, choose, widest
 from .derivatives import Derived, Passes, derive, require_finite
 
 Look = Callable[[AbstractTrainer], Derived]
@@ -96,14 +96,14 @@ def _traced(trainer: AbstractTrainer, look: Look, like: Derived, bar: Any) -> De
         here, is_first = live(trainer, point.params), point.steps == 0
         derived = look(here)
         hessian, left, is_finite = _left_at(derived, bar)
-        first = _where(is_first, derived, point.first)
+        first = choose(is_first, derived, point.first)
         is_better = left.is_closer_than(point.left) & is_finite
         is_better &= jnp.all(derived.held == first.held)
         hessian = jnp.where(is_first | is_better, hessian, point.hessian)
         goes_on = is_better & left.is_unclear & (point.steps < MOST_STEPS)
         # Of many, those that are done stay where the model has no error.
         there = moved(here, jnp.where(goes_on, left.step, 0))
-        params = _where(goes_on, as_parameters(there.params), point.params)
+        params = choose(goes_on, as_parameters(there.params), point.params)
         return _Point(params, first, hessian, left, point.steps + 1, goes_on)
 
     hessian, left, _ = eqx.filter_eval_shape(_left_at, like, bar)
@@ -114,10 +114,6 @@ def _traced(trainer: AbstractTrainer, look: Look, like: Derived, bar: Any) -> De
     start = _Point(params, first, hessian, far, steps, jnp.ones((), bool))
     end = jax.lax.while_loop(lambda point: point.goes_on, further, start)
     return _with_hessian(end.first, end.hessian)
-
-
-def _where(condition: Any, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _left_at(

@@ -41,7 +41,7 @@ def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None
 
     A step that calls back to Python, to print or to raise, must not be taken twice.
     """
-    ranks = not task.monitor.validates
+    ranks = task.monitor.validation is None
     is_large = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > _LARGEST
     is_watched = not task.trainer.nan_policy.leaves_good_steps
     if task.guard == "always" or is_watched or is_large:
@@ -75,7 +75,7 @@ def bare_step(task: Task, state: LoopState, step: Int[Array, ""]) -> Bare | None
 
 def _copies_late(task: Task, state: LoopState) -> bool:
     """Whether it is worth not to copy the best at each step: a large one, on a CPU."""
-    if jax.default_backend() != "cpu" or task.monitor.validates:
+    if jax.default_backend() != "cpu" or task.monitor.validation is not None:
         return False
     best = state.progress.best, state.progress.best_state
     return sum(leaf.nbytes for leaf in jax.tree.leaves(best)) >= _LARGE_BEST
@@ -181,7 +181,7 @@ def _block(bare: Bare, task: Task, blocks: _Blocks, end: Int[Array, ""]) -> _Blo
             is_steady, is_stale = late
             lower = taken.state.progress.best_loss < state.progress.best_loss
             late = is_steady & lower, jnp.where(lower, ~copies, is_stale)
-        chunk = recorded(task, chunk, step, taken)._replace(state=None)
+        chunk = recorded(chunk, step, taken)._replace(state=None)
         return chunk, _Point(taken.state, cursor, step + 1), is_bad, late
 
     def goes_on(carry: tuple[Any, ...]) -> Array:
@@ -218,6 +218,6 @@ def _guarded(
     taken = take(state, batch, task.monitor.is_due(step + 1))
     return blocks._replace(
         now=_Point(taken.state, cursor, step + 1),
-        chunk=recorded(task, blocks.chunk, step, taken)._replace(state=None),
+        chunk=recorded(blocks.chunk, step, taken)._replace(state=None),
         bad_step=jnp.full_like(step, _UNKNOWN),
     )

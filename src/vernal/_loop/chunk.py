@@ -53,4 +53,4 @@ def _taken(
 run_chunk = program(chunk_of_one)
 
 # Uses the memory of the state again, whose arrays are gone afterwards.
-run_chunk_in_place = program(chunk_of_one, donate="all-except-first")
+run_chunk_in_place = program(chunk_of_one, in_place=True)

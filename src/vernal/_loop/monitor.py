@@ -27,7 +27,6 @@ from .._step import (
     ranked,
 )
 from .._tree import strong, to_arrays
-from .rows import Rows
 
 _OF_CRITERION = {"init": ("params",), "apply": ("view", "state"), "reason": ("state",)}
 
@@ -94,19 +93,9 @@ class Monitor(PlainMethods, eqx.Module):
         values = [np.asarray(x.array).tobytes() for x in to_arrays(self.stop).values()]
         return hashlib.sha256(b"|".join([text.encode(), *values])).hexdigest()
 
-    @property
-    def validates(self) -> bool:
-        """Whether there is a validation."""
-        return self.validation is not None
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is nothing to monitor."""
-        return self.validation is None and self.stop is None
-
     def init(self, progress: Progress) -> MonitorState | None:
         """Makes the first state, `None` if there is nothing to monitor."""
-        if self.is_idle:
+        if self.validation is None and self.stop is None:
             return None
         none_yet = np.asarray(np.inf, progress.best_loss.dtype)
         stop_state = None
@@ -116,16 +105,9 @@ class Monitor(PlainMethods, eqx.Module):
         return MonitorState(jax.device_put(none_yet), stop_state, no)
 
     def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
-        """Whether a validation is due after `count` steps."""
         if self.validation is None:
             return jnp.array(False)
         return count % self.validation.every == 0
-
-    def room(self, like: Array, step: Int[Array, ""], most: int) -> Rows | None:
-        """Makes rows for the scores from here on, if there is a validation."""
-        if self.validation is None:
-            return None
-        return Rows.empty(like, {}, step + 1, self.validation.every, most)
 
     def look(
         self,
@@ -139,10 +121,17 @@ class Monitor(PlainMethods, eqx.Module):
         Returns its progress, with the best by validation, and the new state. `is_due`
         is one answer for all of many trainers.
         """
-        progress = progress_of(trainer)
-        score = state.score
-        if self.validation is not None:
-            progress, score = self._validated(trainer, self.validation, is_due, score)
+        old, score = progress_of(trainer), state.score
+        progress = old
+        if (validation := self.validation) is not None:
+
+            def score_it() -> tuple[Best, Float[Array, ""]]:
+                new = evaluate(trainer, validation.batch).astype(state.score.dtype)
+                return ranked(old, new), new
+
+            leave_it = lambda: (held_best(old), state.score)
+            best, score = lax.cond(is_due, score_it, leave_it)
+            progress = dataclasses.replace(old, **best._asdict())
         if self.stop is None:
             return progress, MonitorState(score, None, state.is_over)
         view = StepView(
@@ -156,23 +145,6 @@ class Monitor(PlainMethods, eqx.Module):
         )
         is_over, stop_state = asked(self.stop, view, state.stop_state)
         return progress, MonitorState(score, stop_state, is_over)
-
-    @staticmethod
-    def _validated(
-        trainer: AbstractTrainer,
-        validation: Validation,
-        is_due: Bool[Array, ""],
-        score: Float[Array, ""],
-    ) -> tuple[Progress, Float[Array, ""]]:
-        progress = progress_of(trainer)
-
-        def score_it() -> tuple[Best, Float[Array, ""]]:
-            new = evaluate(trainer, validation.batch).astype(score.dtype)
-            return ranked(progress, new), new
-
-        leave_it = lambda: (held_best(progress), score)
-        best, score = lax.cond(is_due, score_it, leave_it)
-        return dataclasses.replace(progress, **best._asdict()), score
 
     def reason(self, state: MonitorState | None) -> StopReason | None:
         """Returns why the criterion has ended the fit, `None` if it has not."""

@@ -63,7 +63,6 @@ class Rows(PlainMethods, eqx.Module):
         return jnp.where(is_far, most, (self.first + self._room) * self.every)
 
     def put(self, step: Array, loss: Array, values: dict[str, Array]) -> "Rows":
-        """Writes a row, if one is due at this step."""
         number = jax.lax.div(step, self.every)
         is_due = number * self.every == step
         index = jnp.where(is_due, number - self.first, self._room)

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 from jaxtyping import Array, Int
 
+from .._data import batch_shapes
 from .._program import MOST_BYTES, as_one_function
 from .task import Chunk, LoopState, Taken, Task, run_loop
 
@@ -30,8 +30,7 @@ def run_small_loop(
 
 def _read(task: Task, start: Chunk, step: Int[Array, ""]) -> int:
     """Counts the bytes of the state and of a batch."""
-    source = task.source
-    batch = eqx.filter_eval_shape(source.next, source.start(step), step)[0]
+    batch = batch_shapes(task.source, step)
     is_array = lambda x: isinstance(x, jax.Array | jax.ShapeDtypeStruct)
     arrays = filter(is_array, jax.tree.leaves((start.state, batch)))
     return sum(x.size * x.dtype.itemsize for x in arrays)

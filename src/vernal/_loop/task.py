@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .._data import Minibatches, Whole
+from .._data import Minibatches, Whole, batch_shapes
 from .._step import AbstractTrainer, Outcome, Progress, advance, with_progress
 from .monitor import Monitor, MonitorState
 from .record import Record
@@ -32,8 +31,6 @@ class LoopState(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The result of a chunk of steps."""
-
     state: LoopState
     rows: Rows
     scores: Rows | None
@@ -64,8 +61,7 @@ class Task(NamedTuple):
 
     def shapes(self, progress: Progress, step: Int[Array, ""]) -> dict[str, Any]:
         """Returns the shapes of what is recorded of a step."""
-        source = self.source
-        batch = lambda: eqx.filter_eval_shape(source.next, source.start(step), step)[0]
+        batch = lambda: batch_shapes(self.source, step)
         return self.record.shapes(with_progress(self.trainer, progress), batch)
 
     def begin(
@@ -74,7 +70,9 @@ class Task(NamedTuple):
         """Returns a chunk without steps: its rows are empty."""
         like, most = state.progress.best_loss, self.most_rows
         rows = Rows.empty(like, shapes, step, self.every, most)
-        scores, no = self.monitor.room(like, step, most), state.progress.stopped & False
+        scores, no = None, state.progress.stopped & False
+        if (validation := self.monitor.validation) is not None:
+            scores = Rows.empty(like, {}, step + 1, validation.every, most)
         return Chunk(state, rows, scores, no, no)
 
     def end(self, start: Chunk) -> Int[Array, ""]:
@@ -102,8 +100,6 @@ class Ended(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """The result of one step."""
-
     state: LoopState
     loss: Array
     values: dict[str, Array]
@@ -119,7 +115,7 @@ def take_one(
 ) -> Taken:
     """Takes one step of one trainer, or of one of many, and monitors it."""
     trainer = with_progress(task.trainer, state.progress)
-    ranks = not task.monitor.validates
+    ranks = task.monitor.validation is None
     new, outcome = advance(trainer, batch, ranks=ranks, members=members)
     return monitored(task, state, new, outcome, is_due)
 
@@ -141,7 +137,7 @@ def monitored(
     return Taken(state, outcome.loss, values, outcome.accepted)
 
 
-def recorded(task: Task, chunk: Chunk, step: Int[Array, ""], taken: Taken) -> Chunk:
+def recorded(chunk: Chunk, step: Int[Array, ""], taken: Taken) -> Chunk:
     """Returns a chunk with one step more."""
     rows, scores = chunk.rows.put(step, taken.loss, taken.values), chunk.scores
     monitor_state = taken.state.monitor_state
@@ -168,7 +164,7 @@ def run_loop(
         chunk, cursor, step = carry
         batch, cursor = source.next(cursor, step)
         taken = take(chunk.state, batch, task.monitor.is_due(step + 1))
-        return recorded(task, chunk, step, taken), cursor, step + 1
+        return recorded(chunk, step, taken), cursor, step + 1
 
     def goes_on(carry: tuple[Any, ...]) -> Array:
         chunk, _, step = carry

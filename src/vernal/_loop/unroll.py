@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
@@ -21,16 +20,15 @@ from .._step import (
     TrainerT,
     advance,
     data_mark,
-    error_if_stopped,
     is_scored_otherwise,
     live_if,
-    no_optimiser,
     noted,
     progress_of,
-    raise_if_non_finite,
+    raised_if_bad,
     ranked,
     require_all_data,
     require_one,
+    require_optimiser,
     scored_parts,
     scorer_of,
     stepped_on,
@@ -104,8 +102,7 @@ def unroll(
     steps = whole_number(steps, "steps", least=0, most=MOST_STEPS)
     if segment is not None:
         segment = whole_number(segment, "segment", least=0)
-    if trainer.optimiser is None:
-        raise no_optimiser(trainer)
+    require_optimiser(trainer)
     source = _source(batch)
     require_all_data(trainer, source)
     if steps == 0:
@@ -116,7 +113,7 @@ def unroll(
     marks = jax.device_put((mark, np.bool_(is_scored_otherwise(trainer, scorer))))
     progress, losses = _run(trainer, source, marks, steps, length)
     after = noted(with_progress(trainer, progress), scorer)
-    return _raised_if_bad(trainer, after), losses
+    return raised_if_bad(trainer, after), losses
 
 
 def _source(batch: Any) -> Whole[Any] | Minibatches:
@@ -138,17 +135,6 @@ def _segment_near_root(steps: int) -> int:
     root = math.isqrt(steps)
     near = range(max(root // 2, 1), 2 * root + 1)
     return min(near, key=lambda length: (steps % length > 0, abs(length - root)))
-
-
-def _raised_if_bad(before: TrainerT, after: TrainerT) -> TrainerT:
-    """Raises as a step does."""
-    if not after.nan_policy.raises:
-        return after
-    if isinstance(after.stopped, jax.core.Tracer):
-        return error_if_stopped(after)
-    if not before.stopped:
-        raise_if_non_finite(after)
-    return after
 
 
 @program

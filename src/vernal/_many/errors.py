@@ -11,6 +11,7 @@ from .._inference import (
     NO_ACCIDENT,
     NO_SANDWICH,
     ErrorKind,
+    ErrorOptions,
     KnownErrors,
     around,
     checked_kind,
@@ -33,18 +34,17 @@ def errors_of_each(
     batch: Any,
     flags: Flags,
     group: int,
-    jac: Mode | None,
-    kind: ErrorKind | None,
+    options: ErrorOptions,
 ) -> KnownErrors:
     """Computes the standard errors of each member, NaN for a broken one.
 
     `flags` says which leaves of the batch have a row for each member; `group` members
     are computed at a time.
     """
-    kind = checked_kind(trainers, kind)
+    kind = checked_kind(trainers, options.kind)
     trainers, own, size = stacked(trainers)
     members = Members(trainers, (*own, *flags), group or size)
-    found = _errors(members, batch, checked_mode(jac), kind)
+    found = _errors(members, batch, checked_mode(options.jac), kind)
     if np.all(found.lacks_scatter):
         raise ValueError(NO_SANDWICH)
     return found
@@ -61,14 +61,13 @@ def _errors(
 def warn_if_any_is_far(
     found: KnownErrors,
     member_of: Callable[[int], tuple[AbstractTrainer, Any]],
-    jac: Mode | None,
-    kind: ErrorKind | None,
-    scale_errors: bool,
+    options: ErrorOptions,
 ) -> None:
     """Warns of errors that are asked for far from the minimum of a member.
 
     `member_of` returns the trainer of a member, and its batch.
     """
+    scale_errors, jac, kind = options
     p_value = found.fall.truth_p_value
     if scale_errors and (scatter := found.scatter) is not None:
         p_value = share_p_value(*found.fall, scatter.squares, scatter.data.size)

@@ -97,9 +97,10 @@ def fit_many(
     together, flags, size = stacked(trainers)
     group = size if batch is None else whole_number(batch, "batch", least=1)
     if size % group:
+        divisors = [str(n) for n in range(1, size + 1) if size % n == 0]
         raise ValueError(
             f"`batch` is {group}, which does not divide the {size} trainers evenly. "
-            f"Give one of {', '.join(map(str, _divisors(size)))}."
+            f"Give one of {', '.join(divisors)}."
         )
     if data_axis is None and size > 1:
         require_some_difference(together, flags, data, size)
@@ -145,7 +146,3 @@ def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:
             f"along the axis {place.mesh.axis_names[0]!r}. Make their number a "
             f"multiple of {place.size}, or give a smaller mesh."
         )
-
-
-def _divisors(size: int) -> list[int]:
-    return [n for n in range(1, size + 1) if size % n == 0]

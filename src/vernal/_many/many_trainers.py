@@ -42,15 +42,12 @@ class ManyTrainers(AbstractSubject):
     `config` flags the leaves of their configuration that have a row for each.
     """
 
+    entrance = "fit_many"
     place: AbstractPlacement
     size: int
     group: int
     config: Flags
     data_axis: Any
-
-    @property
-    def entrance(self) -> str:
-        return "fit_many"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,8 +103,6 @@ class ManyTrainers(AbstractSubject):
     def first_monitor_state(
         self, monitor: Monitor, trainer: AbstractTrainer
     ) -> MonitorState | None:
-        if monitor.is_idle:
-            return None
         return eqx.filter_vmap(monitor.init, axis_size=self.size)(progress_of(trainer))
 
     def template(self, trainer: AbstractTrainer) -> Any:
@@ -130,7 +125,7 @@ class ManyTrainers(AbstractSubject):
             place=self.place,
         )
         run = run_many_in_place if in_place else run_many
-        with self.context():
+        with self.place.context():
             return run(task, state, spread)
 
     def _monitor_flags(self, monitor: Monitor) -> Flags:
@@ -153,7 +148,7 @@ class ManyTrainers(AbstractSubject):
         if not (self.is_here and isinstance(source, Whole)):
             return result
         batch, flags = source.batch, self.flags(source.batch)
-        with self.context():
+        with self.place.context():
             return checked_ends(result, batch, flags, self.group, self.place)
 
     def handed_out(self, trainer: AbstractTrainer) -> Any:

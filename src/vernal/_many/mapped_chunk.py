@@ -24,6 +24,7 @@ from .._loop import (
     take_one,
 )
 from .._program import program
+from .._tree import choose
 
 Flags = tuple[bool, ...]
 
@@ -109,7 +110,7 @@ def chunk_of_many(task: Task, state: LoopState, spread: Spread) -> tuple[Chunk, 
 
 
 run_many = program(chunk_of_many)
-run_many_in_place = program(chunk_of_many, donate="all-except-first")
+run_many_in_place = program(chunk_of_many, in_place=True)
 
 
 def _turned(chunk: Chunk, fn: Callable[[Array], Array]) -> Chunk:
@@ -163,9 +164,4 @@ def _run_group(
 
 def _held(taken: Taken, old: LoopState) -> Taken:
     """Takes back the step of each member that is over."""
-    is_over = old.is_over
-
-    def pick(new: Array, old: Array) -> Array:
-        return jnp.where(is_over.reshape(-1, *[1] * (new.ndim - 1)), old, new)
-
-    return taken._replace(state=jax.tree.map(pick, taken.state, old))
+    return taken._replace(state=choose(old.is_over, old, taken.state))

@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 from .._boundary import PyTree, boolean, entrance, whole_number
 from .._curvature import Mode
 from .._data import as_batch
-from .._inference import ErrorKind, KnownErrors
+from .._inference import ErrorKind, ErrorOptions, KnownErrors
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
 from .._report import Report, pandas
@@ -161,7 +161,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             a scale that is known, as of [`vernal.Trainer.report`][].
         """
         is_scaled = boolean(scale_errors, "scale_errors")
-        return self._errors(data, is_scaled, jac, kind).own
+        return self._errors(data, ErrorOptions(is_scaled, jac, kind)).own
 
     @entrance
     def report(
@@ -214,7 +214,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         of what is held at its bound.
         """
         losses = np.asarray(self.best_losses)
-        columns = self._by_element(data, scale_errors, jac, kind)
+        columns = self._by_element(data, ErrorOptions(scale_errors, jac, kind))
         return as_table(*columns, losses, self.stop_reasons)
 
     @entrance
@@ -241,7 +241,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
         the other key is `"<edm>"`.)
         """
-        values, errors, *_ = self._by_element(data, scale_errors, jac, kind)
+        options = ErrorOptions(scale_errors, jac, kind)
+        values, errors, *_ = self._by_element(data, options)
         return as_columns(
             values,
             errors,
@@ -278,33 +279,23 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         batch = as_batch(data, "data")
         return members_first(batch, self._data_axis, len(self), "data")
 
-    def _errors(
-        self,
-        data: Any,
-        scale_errors: bool,
-        jac: Mode | None,
-        kind: ErrorKind | None,
-    ) -> KnownErrors:
+    def _errors(self, data: Any, options: ErrorOptions) -> KnownErrors:
         batch, flags = self._rows_of(data)
-        args = self.trainers, batch, flags, self._group, jac, kind
-        found = errors_of_each(*args)
-        found = found.scaled(self.trainers, kind) if scale_errors else found
+        found = errors_of_each(self.trainers, batch, flags, self._group, options)
+        if options.scale_errors:
+            found = found.scaled(self.trainers, options.kind)
         member_of = lambda index: (self.trainer(index), member(batch, flags, index))
-        warn_if_any_is_far(found, member_of, jac, kind, scale_errors)
+        warn_if_any_is_far(found, member_of, options)
         return found
 
     def _by_element(
-        self,
-        data: Any,
-        scale_errors: bool,
-        jac: Mode | None,
-        kind: ErrorKind | None,
+        self, data: Any, options: ErrorOptions
     ) -> tuple[Columns, Columns, Columns, dict[str, str]]:
         """Returns a column for each element: its values, errors, and bounds met.
 
         The last is what there is to say of a column beside its name.
         """
-        is_scaled = boolean(scale_errors, "scale_errors")
+        is_scaled = boolean(options.scale_errors, "scale_errors")
         values, errors, met, words = by_element(self.params), {}, {}, {}
         if tied := tied_words(self.trainers):
             models = eqx.filter_vmap(lambda trainer: trainer.model)(self.trainers)
@@ -314,7 +305,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
                 values |= columns
                 words |= dict.fromkeys(columns, text)
         if data is not None:
-            found = self._errors(data, is_scaled, jac, kind)
+            found = self._errors(data, options._replace(scale_errors=is_scaled))
             errors = by_element(found.own) | by_element(found.tied)
         if bounds_of(self.trainers) is not None:
             met = by_element(eqx.filter_vmap(bounds_met)(self.trainers))

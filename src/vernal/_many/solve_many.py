@@ -1,8 +1,11 @@
 """A solver of Optimistix on many trainers at once."""
 
 import dataclasses
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +25,12 @@ from .._solve import (
     Problem,
     Start,
     checked_solver,
-    choose,
     find_bad,
     in_parameters,
     is_least_squares,
     is_suspect,
     progress_at,
+    run,
     run_solver,
 )
 from .._step import (
@@ -44,29 +47,34 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
+from .._tree import choose
 from .arrival import distances_of
 from .many_trainers import ManyTrainers
 from .members import Members
-from .one_by_one import solve_each
 from .result import ManyResult
 
+_Ends = tuple[End, PyTree]
+"""How the solvers ended, and the first states of the optimisers."""
 
-class _Ends(NamedTuple):
-    end: End
-    opt_state: PyTree
+
+def _solve_one(
+    trainer: AbstractTrainer,
+    problem: Problem,
+    goal: Int[Array, ""],
+    solve: Callable[..., End],
+) -> _Ends:
+    inner = in_free_coordinates(trainer)
+    end = solve(stripped(inner), inner.projector, Start.of(inner), problem, goal)
+    end = in_parameters(end, trainer)
+    return end, initial_opt_state(trainer.optimiser, end.params, end.latent)
 
 
 @program
 def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
-    def solve_one(trainer: AbstractTrainer, batch: Any) -> _Ends:
-        inner = in_free_coordinates(trainer)
-        args = (stripped(inner), inner.projector, Start.of(inner))
-        end = run_solver(*args, problem._replace(batch=batch), goal)
-        end = in_parameters(end, trainer)
-        opt_state = initial_opt_state(trainer.optimiser, end.params, end.latent)
-        return _Ends(end, opt_state)
+    def of_one(trainer: AbstractTrainer, batch: Any) -> _Ends:
+        return _solve_one(trainer, problem._replace(batch=batch), goal, run_solver)
 
-    return members.place.pin_rows(members.map(solve_one, problem.batch))
+    return members.place.pin_rows(members.map(of_one, problem.batch))
 
 
 @program
@@ -109,7 +117,7 @@ def solve_many(
         end.raise_if_asked(result, diagnosis.advised_on_data)
         warn(f"{end.warning} {diagnosis}")
     ended = lambda i: (subject.picked(result, i), subject.seen(Whole(batch), i))
-    with subject.context():
+    with subject.place.context():
         warn_of_no_data(subject.entrance, history.loss, ended)
     return result
 
@@ -124,8 +132,60 @@ def _run_round(
     except RuntimeError:
         if members.place.mesh is not None:
             raise
-        end, state, broken = solve_each(members, problem, goal)
-        return _Ends(end, state), broken
+        return _solve_each(members, problem, goal)
+
+
+def _solve_each(
+    members: Members, problem: Problem, goal: Int[Array, ""]
+) -> tuple[_Ends, list[int]]:
+    """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
+
+    Returns also the members that met an error.
+    """
+    ends, errors = list[_Ends](), dict[int, RuntimeError]()
+
+    def run_or_stay(*args: Any) -> End:
+        try:
+            return jax.block_until_ready(run(*args))
+        except RuntimeError as error:
+            errors[len(ends)] = error
+            return _unmoved(*args)
+
+    for index in range(members.trainers.step_count.shape[0]):
+        trainer, batch = members.one(problem.batch, index)
+        alone = problem._replace(batch=batch)
+        ends.append(_solve_one(trainer, alone, goal, run_or_stay))
+    if errors:
+        first, error = next(iter(errors.items()))
+        found = re.search(r"EquinoxRuntimeError: (.+)", str(error))
+        message = found[1] if found else str(error).strip().splitlines()[0]
+        warn(
+            f"{len(errors)} of {len(ends)} members met an error, and are where they "
+            f"began. That of member {first}: {message}"
+        )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends), list(errors)
+
+
+def _unmoved(
+    trainer: AbstractTrainer, projector: Any, held: Start, problem: Problem, goal: Any
+) -> End:
+    """The end of a solver that has not taken a step."""
+    shapes = eqx.filter_eval_shape(run_solver, trainer, projector, held, problem, goal)
+    end: End = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return end._replace(
+        params=trainer.params,
+        latent=held.latent,
+        best=held.best,
+        best_state=held.state,
+        best_loss=jnp.asarray(held.loss, end.best_loss.dtype),
+        step_count=trainer.step_count,
+        reason=jnp.full_like(end.reason, REASONS.index(StopReason.FAILED)),
+        stumble=trainer.params,
+        local=jax.tree.map(
+            lambda x: jnp.full_like(x, jnp.nan if eqx.is_inexact_array(x) else 0),
+            end.local,
+        ),
+    )
 
 
 def _open(end: End, broken: list[int], whole: Any) -> np.ndarray:
@@ -148,7 +208,7 @@ def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
             steps=end.steps + again.steps,
             first=end.first,
         )
-        return choose(is_open, _Ends(joined, opt_state), old)
+        return choose(is_open, (joined, opt_state), old)
 
     return jax.vmap(one)(old, new, is_open)
 
@@ -169,8 +229,8 @@ def _solve(
         progress = progress_at(end, old, opt_state, old.nan_counts)
         next_ = members._replace(trainers=with_progress(trainers, progress))
         again, newly_broken = _run_round(next_, problem, left)
-        has_fallen = open_ & np.asarray(whole(again.end.last) < whole(end.last))
-        end, opt_state = _joined(_Ends(end, opt_state), again, jnp.asarray(open_))
+        has_fallen = open_ & np.asarray(whole(again[0].last) < whole(end.last))
+        end, opt_state = _joined((end, opt_state), again, jnp.asarray(open_))
         broken = sorted({*broken, *newly_broken})
         open_ = has_fallen & _open(end, broken, whole)
     starts, losses, steps, numbers, in_vain = jax.device_get(

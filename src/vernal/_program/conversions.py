@@ -37,9 +37,10 @@ def _follow(jaxpr: Jaxpr, held: dict[Any, set[int]], found: set[int]) -> None:
         name = eqn.primitive.name
         moved = eqn.invars[:1] if name in _TAKE else eqn.invars
         inside = set[int]().union(*map(of, moved))
-        if name == "convert_element_type" and _is_of_floats(eqn):
+        to = eqn.params["new_dtype"] if name == "convert_element_type" else None
+        if to is not None and jnp.issubdtype(to, jnp.inexact):
             found |= inside
-        elif name in _MOVES | _TAKE | {"convert_element_type"}:
+        elif to is not None or name in _MOVES | _TAKE:
             held.update(dict.fromkeys(eqn.outvars, inside))
         for inner in inner_jaxprs(eqn):
             # A function may take less than what its equation does, such as the index of
@@ -51,7 +52,3 @@ def _follow(jaxpr: Jaxpr, held: dict[Any, set[int]], found: set[int]) -> None:
             for var, atom in given:
                 if isinstance(atom, Var) and (more := within.get(atom)):
                     held[var] = of(var) | more
-
-
-def _is_of_floats(eqn: Any) -> bool:
-    return bool(jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact))

@@ -11,8 +11,6 @@ from .._boundary import is_traced
 class _Prepared:
     """The leaves and the structure of a tree. Within a program it is that tree."""
 
-    __slots__ = ("leaves", "structure")
-
     def __init__(self, tree: Any):
         self.leaves, self.structure = jax.tree.flatten(tree)
 

@@ -5,7 +5,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -27,7 +27,6 @@ from .shelves import Shelves
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Donate = Literal["none", "all-except-first"]
 
 # As in Equinox: everything else is static.
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -129,11 +128,6 @@ class _Call(NamedTuple):
 class Version:
     """A call, and its code at one time: what a program is compiled for."""
 
-    __slots__ = (
-        *("__weakref__", "_hash", "call"),
-        *("generation", "has_callbacks", "is_traced"),
-    )
-
     def __init__(self, call: _Call, hashed: int):
         """`hashed` is the hash: equal for versions of the same code."""
         self.call, self._hash = call, hashed
@@ -158,8 +152,6 @@ class _Statics:
 
 class _Record:
     """What the code of a call reads, and the version that follows from it."""
-
-    __slots__ = ("call", "found", "version")
 
     def __init__(self, call: _Call):
         self.call = call
@@ -240,8 +232,8 @@ def _record_of(tree: Any) -> _Record:
 class Program(Generic[P, R]):
     """A compiled function, which `program` makes."""
 
-    def __init__(self, fn: Callable[P, R], donate: Donate):
-        self._fn, self._donates = fn, donate != "none"
+    def __init__(self, fn: Callable[P, R], in_place: bool):
+        self._fn, self._in_place = fn, in_place
         self._compiled: Shelves[Any] = Shelves(_drop)
         functools.update_wrapper(self, fn)
         _programs.append(self)
@@ -283,7 +275,7 @@ class Program(Generic[P, R]):
             return arrays, _Statics(statics) if has_statics else None
 
         enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
-        return jax.jit(enter, donate_argnums=(1,) if self._donates else ())
+        return jax.jit(enter, donate_argnums=(1,) if self._in_place else ())
 
     def _taken_apart(self, args: Any) -> tuple[_Record, list[Any], list[Any]]:
         """Returns the record of a call, the arrays that are kept, and the other ones.
@@ -294,7 +286,7 @@ class Program(Generic[P, R]):
         statics = _statics(leaves)
         if statics:
             leaves = [x if type(x) in _array_types else None for x in leaves]
-        count = structure.children()[0].num_leaves if self._donates else 0
+        count = structure.children()[0].num_leaves if self._in_place else 0
         return _Record.of(structure, statics), leaves[:count], leaves[count:]
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> Any:
@@ -303,7 +295,6 @@ class Program(Generic[P, R]):
         return self._of(record.now()).lower(first, rest)
 
     def forget(self) -> None:
-        """Drops the compiled programs."""
         self._compiled.clear()
 
 
@@ -338,13 +329,14 @@ def _kind(call: _Call) -> frozenset[str]:
     return frozenset(names)
 
 
-def program(fn: Callable[P, R], donate: Donate = "none") -> Program[P, R]:
+def program(fn: Callable[P, R], in_place: bool = False) -> Program[P, R]:
     """Compiles a function as `equinox.filter_jit` does, and again whenever something
     has changed that the code of its arguments reads.
 
-    The compiled function takes positional arguments only.
+    The compiled function takes positional arguments only. With `in_place` it may
+    overwrite all but the first of them.
     """
-    return Program(fn, donate)
+    return Program(fn, in_place)
 
 
 _programs: list[Program[Any, Any]] = []

@@ -90,7 +90,6 @@ class Shelves(Generic[V]):
             return [x for shelf in self._shelves.values() for x in shelf.items()]
 
     def clear(self) -> None:
-        """Drops everything."""
         with self._lock:
             gone = self.items()
             for held in self._kinds, self._shelves, self._dropped:

@@ -18,5 +18,4 @@ from .problem import (
     run_solver,
 )
 from .solve import SolveOptions, solve
-from .tracked_solver import choose
 from .whiten_again import whitened_without_signs

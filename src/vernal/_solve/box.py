@@ -11,8 +11,7 @@ from .._boundary import PyTree
 from .._constraints import Bounds, held_at
 from .._minimum import Curved, Local, Triangle, rounding_of
 from .._step import AbstractTrainer, bounds_of, pushed
-from .._tree import by_path, ravel, unravel
-from .tracked_solver import choose
+from .._tree import by_path, choose, ravel, unravel
 
 
 class Box(NamedTuple):

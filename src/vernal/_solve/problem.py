@@ -31,9 +31,9 @@ from .._step import (
     score,
     step_key,
 )
-from .._tree import as_parameters, cast_like, ravel, ravel_size, unravel
+from .._tree import as_parameters, cast_like, choose, ravel, ravel_size, unravel
 from .box import Box
-from .tracked_solver import Seen, better, choose, keeps_score, tracked
+from .tracked_solver import Seen, better, keeps_score, tracked
 
 # The least number of losses to make room for, so that short solves share a program; and
 # the most.

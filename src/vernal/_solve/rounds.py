@@ -93,8 +93,6 @@ class _Round(NamedTuple):
 
 
 class Rounds:
-    """A running solve."""
-
     def __init__(
         self, trainer: AbstractTrainer, problem: Problem, place: AbstractPlacement
     ):

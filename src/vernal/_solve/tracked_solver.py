@@ -1,18 +1,16 @@
 """A solver of Optimistix that keeps what a fit keeps: the losses and the best."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import PyTree
 from .._policy import all_finite
-
-T = TypeVar("T")
+from .._tree import choose
 
 _SCORED = (optx.AbstractGaussNewton, optx.AbstractQuasiNewton)
 
@@ -180,8 +178,3 @@ def better(
     """Returns the point of the lower loss, and the loss, if both are finite."""
     is_better = (loss < best_loss) & all_finite((loss, point))
     return choose(is_better, (point, loss), (best, best_loss))
-
-
-def choose(is_first: Bool[Array, ""], first: T, second: T) -> T:
-    """Returns the first of two trees, or the second."""
-    return jax.tree.map(lambda x, y: jnp.where(is_first, x, y), first, second)

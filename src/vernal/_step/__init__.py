@@ -17,6 +17,7 @@ from .abstract_trainer import (
     note_made,
     overrides,
     own_fields,
+    precision_of,
     prepared_config,
     priors_of,
     progress_of,
@@ -31,14 +32,13 @@ from .construct import (
     check_arguments,
     check_class,
     check_own_fields,
-    check_priors,
     check_ruled,
     constraints,
     find_trained,
     fit_projector,
     initial_opt_state,
-    no_optimiser,
     refuse_own_projector,
+    require_optimiser,
 )
 from .data_mark import (
     BATCH_BY_BATCH,
@@ -51,16 +51,14 @@ from .data_mark import (
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .held import pushed
-from .hyperparams import beginning, settled
 from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (
-    error_if_stopped,
     last_bad_step,
     nan_columns,
     nan_report,
     non_finite_error,
-    raise_if_non_finite,
+    raised_if_bad,
 )
 from .not_fitted import warn_of_constants
 from .objective import (
@@ -81,7 +79,7 @@ from .objective import (
     scoring_residuals,
     step_key,
 )
-from .precision import precision_of, require_precision
+from .opt_state import beginning, settled
 from .prior_ends import prior_ends
 from .progress import (
     Best,
@@ -114,5 +112,6 @@ from .usable import (
     refuse_two_points,
     require_one,
     require_one_point,
+    require_precision,
     strays_of,
 )

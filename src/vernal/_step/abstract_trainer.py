@@ -7,6 +7,7 @@ than methods, because a user's subclass may have fields of the same names.
 # pyright: reportPrivateUsage=false
 
 import abc
+import contextlib
 from typing import TYPE_CHECKING, Any, Generic
 from weakref import WeakValueDictionary
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from typing_extensions import TypeVar
 
-from .._boundary import ModuleMeta, PyTree
+from .._boundary import ModuleMeta, PyTree, is_x64_on
 from .._constraints import Bijections, Bounds, Priors, RealParts, real_parts
 from .._optimiser import ParamOptimiser
 from .._pickling import Portable, QuickMethods, build
@@ -59,15 +60,15 @@ class AbstractTrainer(
 
     # `Any` stands for `None`: with `None` itself, type checkers would ask users for an
     # `assert` before each use.
-    optimiser: eqx.AbstractVar[ParamOptimiser | Any]
-    nan_policy: eqx.AbstractVar[NanPolicy]
-    projector: eqx.AbstractVar[EigenProjector | Any]
-    key: eqx.AbstractVar[PRNGKeyArray | None]
-    _bounds: eqx.AbstractVar[Bounds | None]
-    _bijections: eqx.AbstractVar[Bijections | None]
-    _priors: eqx.AbstractVar[Priors | None]
-    _template: eqx.AbstractVar[ModelTemplate]
-    _progress: eqx.AbstractVar[Progress]
+    optimiser: ParamOptimiser | Any
+    nan_policy: NanPolicy
+    projector: EigenProjector | Any
+    key: PRNGKeyArray | None
+    _bounds: Bounds | None
+    _bijections: Bijections | None
+    _priors: Priors | None
+    _template: ModelTemplate
+    _progress: Progress
 
     # Hooks that a subclass may override.
 
@@ -256,12 +257,10 @@ def from_free_coordinates(
 
 
 def with_bounds(trainer: TrainerT, bounds: Bounds | None) -> TrainerT:
-    """Returns the trainer with other intervals for its parameters."""
     return changed(trainer, _bounds=bounds)
 
 
 def priors_of(trainer: AbstractTrainer) -> Priors | None:
-    """Returns the priors of the parameters, if there are any."""
     return trainer._priors
 
 
@@ -283,6 +282,11 @@ def stripped(trainer: TrainerT) -> TrainerT:
     )
 
 
+def precision_of(trainer: AbstractTrainer) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context that has the precision in which a trainer was made."""
+    return jax.enable_x64(is_x64_on() or trainer.best_loss.dtype == jnp.float64)
+
+
 def prepared_config(trainer: Any) -> Any:
     """Returns the trainer for a program that is called again and again."""
     template, optimiser = prepared(trainer._template, trainer.optimiser)
@@ -290,7 +294,6 @@ def prepared_config(trainer: Any) -> Any:
 
 
 def overrides(trainer: AbstractTrainer, hook: str) -> bool:
-    """Whether the class of a trainer overrides a hook."""
     return getattr(type(trainer), hook) is not getattr(AbstractTrainer, hook)
 
 

@@ -88,7 +88,9 @@ def project(
     is_clipped = ft.reduce(jnp.logical_or, map(jnp.any, jax.tree.leaves(active)))
     if projector is None:
         return clipped, is_clipped
-    scales = jax.tree.map(_positive, projector.standard_errors())
+    # Of each element: any positive number will do.
+    scale = lambda e: jnp.where(jnp.isfinite(e) & (e > 0), e, jnp.ones_like(e))
+    scales = jax.tree.map(scale, projector.standard_errors())
     masked = lambda tree, mask: jax.tree.map(
         lambda x, m: jnp.where(m, x, 0), tree, mask
     )
@@ -139,7 +141,7 @@ def project(
     start = _Pivoting(active, clipped, params, ~is_clipped, jnp.asarray(0))
     goes_on = lambda state: ~state.is_over & (state.changes < _MOST_CHANGES)
     # The set of active elements has no derivative; the point has one.
-    fixed = lambda state: lax.stop_gradient(state)
+    fixed = lax.stop_gradient
     found = lax.while_loop(goes_on, lambda s: fixed(body(fixed(s))), fixed(start))
     point, _ = solved(found.active, clip(lax.stop_gradient(found.probe)))
     return clip(point), is_clipped
@@ -151,11 +153,6 @@ class _Pivoting(NamedTuple):
     probe: PyTree
     is_over: Bool[Array, ""]
     changes: Int[Array, ""]
-
-
-def _positive(error: Array) -> Array:
-    # A scale of the element: any positive number will do.
-    return jnp.where(jnp.isfinite(error) & (error > 0), error, jnp.ones_like(error))
 
 
 def _first_alone(flags: PyTree) -> PyTree:

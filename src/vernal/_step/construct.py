@@ -48,7 +48,7 @@ _HOOKS = {
 _OF_POLICY = {"init": ("params",), "apply": ("loss", "grads", "state")}
 
 
-def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
+def check_class(trainer: AbstractTrainer, key: Any, state: PyTree, priors: Any) -> None:
     """Checks that a trainer's class says what is fitted, and can be called for it."""
     methods = defined(trainer)
     if not methods:
@@ -71,6 +71,12 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
         missing = (k for k, v in given.items() if v is None and f"'{k}'" in str(error))
         hint = "".join(f" Give `{name}=` to the trainer." for name in missing)
         raise TypeError(f"{error}{hint}") from None
+    if priors is not None and "loss" in methods:
+        raise TypeError(
+            f"`priors` are for a likelihood, and `{type(trainer).__name__}` defines "
+            "`loss`: beside a mean, or a sum with another scale, they would be too "
+            "strong or too weak. Define `residuals` or `nll` instead of it."
+        )
     if state is None:
         return
     if "loss" not in methods:
@@ -83,7 +89,6 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree) -> None:
 
 
 def check_own_fields(trainer: AbstractTrainer) -> None:
-    """Checks the fields that a class adds to a trainer."""
     own, kind = own_fields(trainer), type(trainer).__name__
     refuse_static_arrays(trainer, f"`{kind}`", own)
     for name, value in own.items():
@@ -118,18 +123,7 @@ def _warn_of_differences(kind: type, methods: Sequence[str]) -> None:
     _warned.add(kind)
 
 
-def check_priors(trainer: AbstractTrainer, priors: Any) -> None:
-    """Refuses priors beside a loss, whose scale is arbitrary."""
-    if priors is not None and "loss" in defined(trainer):
-        raise TypeError(
-            f"`priors` are for a likelihood, and `{type(trainer).__name__}` defines "
-            "`loss`: beside a mean, or a sum with another scale, they would be too "
-            "strong or too weak. Define `residuals` or `nll` instead of it."
-        )
-
-
 def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
-    """Checks the types of a trainer's arguments."""
     if not isinstance(nan_policy, NanPolicy):
         made = isinstance(nan_policy, type) and issubclass(nan_policy, NanPolicy)
         remedy = f"`{nan_policy.__name__}()`" if made else "`vn.SkipStep()`"
@@ -146,13 +140,14 @@ def check_arguments(nan_policy: Any, projector: Any, key: Any) -> None:
         prng_key(key)
 
 
-def no_optimiser(trainer: AbstractTrainer) -> ValueError:
-    """Says what to do about a trainer that cannot take a step."""
-    name = type(trainer).__name__
-    return ValueError(
-        f"`{name}` has no optimiser. Give it one: `{name}(model, optax.adam(1e-2))` or "
-        "`trainer.replace(optimiser=...)`."
-    )
+def require_optimiser(trainer: AbstractTrainer) -> None:
+    """Refuses a trainer that cannot take a step."""
+    if trainer.optimiser is None:
+        name = type(trainer).__name__
+        raise ValueError(
+            f"`{name}` has no optimiser. Give it one: `{name}(model, "
+            "optax.adam(1e-2))` or `trainer.replace(optimiser=...)`."
+        )
 
 
 def find_trained(

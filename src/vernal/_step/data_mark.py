@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, UInt32
 from .._boundary import PyTree, is_traced
 from .._data import Minibatches, Source, Stream
 from .._program import chosen
-from .._tree import LeafSum, leaf_sums, row_sums
+from .._tree import LeafSum, choose, leaf_sums, row_sums
 from .progress import UNKNOWN, Best, Progress, held_best
 
 # Stands for batches that Python hands over one by one: these compare.
@@ -105,8 +105,7 @@ def _chosen(flags: Any, new: Best, old: Best) -> Best:
     """Takes the new rows where they are flagged."""
     if flags.all() or not flags.any():
         return new if flags.any() else old
-    beside = lambda x: flags.reshape(-1, *[1] * (x.ndim - 1))
-    return jax.tree.map(lambda x, y: jnp.where(beside(x), x, y), new, old)
+    return choose(flags, new, old)
 
 
 def stepped_on(

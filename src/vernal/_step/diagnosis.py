@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +25,7 @@ from .._program import program
 from .._tree import by_path, is_inexact
 from .abstract_trainer import (
     AbstractTrainer,
+    changed,
     overrides,
     priors_of,
     progress_of,
@@ -71,17 +71,15 @@ class Diagnosis(NamedTuple):
     **Attributes:**
 
     - `data`: about leaves of the batch.
-    - `model`: about parameters, and frozen arrays of the model.
-    - `results`: about what is computed from them.
+    - `others`: about the model, and about what is computed from both.
     """
 
     data: tuple[str, ...] = ()
-    model: tuple[str, ...] = ()
-    results: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """All of it, as sentences."""
-        return " ".join((*self.data, *self.model, *self.results))
+        return " ".join((*self.data, *self.others))
 
     @property
     def advised(self) -> str:
@@ -105,9 +103,12 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     operation instead.
     """
     if is_traced(trainer.params, batch):
-        return Diagnosis((), (), ("Outside of `jax.jit` it can be said where from.",))
+        return Diagnosis((), ("Outside of `jax.jit` it can be said where from.",))
     data, model = bad_data(batch), _bad_model(trainer)
-    trainer = _at_bad_step(trainer)
+    if is_at_bad_step(trainer):
+        progress = progress_of(trainer)
+        before = progress.step_count - 1
+        trainer = with_progress(trainer, changed(progress, step_count=before))
     bare, batch = _at_step(trainer, batch)
     if is_debugged():
         _raise_at_origin(bare, batch)
@@ -115,13 +116,14 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
     if results:
         results = (*_empty(batch), *results)
     if data or model:
-        return Diagnosis(data, model, tuple(f"{r[0].upper()}{r[1:]}" for r in results))
+        said = (f"{result[0].upper()}{result[1:]}" for result in results)
+        return Diagnosis(data, (*model, *said))
     if results:
         first, *rest = results
         first = f"The data and the parameters are finite: {first}"
-        return Diagnosis((), (), (first, *rest))
+        return Diagnosis((), (first, *rest))
     found = "The data, the parameters, the loss and its gradient are finite."
-    return Diagnosis((), (), (found, *_bad_update(trainer, batch)))
+    return Diagnosis((), (found, *_bad_update(trainer, batch)))
 
 
 def warn_of_no_data(
@@ -311,15 +313,6 @@ def _described(leaf: Any) -> str:
 
 def _index(flat: Any, shape: tuple[int, ...]) -> str:
     return str([int(i) for i in np.unravel_index(int(flat), shape)])
-
-
-def _at_bad_step(trainer: AbstractTrainer) -> Any:
-    """Returns the trainer as it was before its last step, if that was a bad one."""
-    if not is_at_bad_step(trainer):
-        return trainer
-    progress = progress_of(trainer)
-    before = eqx.tree_at(lambda p: p.step_count, progress, progress.step_count - 1)
-    return with_progress(trainer, before)
 
 
 def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:

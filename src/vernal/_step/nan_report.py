@@ -1,10 +1,13 @@
 """What was not finite during a fit, from the counts that each step keeps."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+from jax.core import Tracer
 
+from .._boundary import is_debugged
 from .._policy import SKIP_ADVICE, NanCount, NonFiniteError
 from .._tree import paths
 from .abstract_trainer import AbstractTrainer, TrainerT, progress_of, with_progress
@@ -33,23 +36,31 @@ def last_bad_step(trainer: AbstractTrainer) -> int:
 
 
 def is_at_bad_step(trainer: AbstractTrainer) -> bool:
-    """Whether the last step had a non-finite value."""
     return last_bad_step(trainer) == int(trainer.step_count) - 1 >= 0
 
 
-def raise_if_non_finite(
-    trainer: AbstractTrainer, explanation: str = SKIP_ADVICE
-) -> None:
-    """Raises if the last step was bad, under a policy that raises."""
-    if trainer.stopped and trainer.nan_policy.raises and is_at_bad_step(trainer):
-        raise non_finite_error(trainer, trainer, explanation)
+def raised_if_bad(
+    before: AbstractTrainer,
+    after: TrainerT,
+    explanation: Callable[[], str] = lambda: SKIP_ADVICE,
+) -> TrainerT:
+    """Returns a trainer after steps; raises if one was bad, under a policy that raises.
 
-
-def error_if_stopped(trainer: TrainerT) -> TrainerT:
-    """Raises when a compiled program runs; the error cannot name the step."""
-    message = "A value is not finite, and the policy is RaiseOnNan."
-    progress = eqx.error_if(progress_of(trainer), trainer.stopped, message)
-    return with_progress(trainer, progress)
+    Under JAX's flags for debugging the explanation itself raises, whatever the policy.
+    Within a compiled program the error, raised when it runs, cannot name the step.
+    """
+    raises = after.nan_policy.raises
+    if isinstance(after.stopped, Tracer):
+        if not raises:
+            return after
+        message = "A value is not finite, and the policy is RaiseOnNan."
+        progress = eqx.error_if(progress_of(after), after.stopped, message)
+        return with_progress(after, progress)
+    if (raises or is_debugged()) and not before.stopped and after.stopped:
+        explained = explanation()
+        if raises and is_at_bad_step(after):
+            raise non_finite_error(after, after, explained)
+    return after
 
 
 def non_finite_error(

@@ -127,7 +127,7 @@ def negative_log_likelihood(
 def _nll_of(trainer: AbstractTrainer, term: Term) -> Float[Array, ""]:
     if isinstance(term, AbstractLikelihood):
         return _as_scalar(trainer, "residuals", term.nll())
-    squares = jnp.square(jnp.abs(term) if _is_complex(term) else term)
+    squares = jnp.square(jnp.abs(term) if jnp.iscomplexobj(term) else term)
     return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
 
 
@@ -172,7 +172,7 @@ def count_of(term: Term) -> int | Int[Array, ""]:
     """Returns the number of data of a term; complex ones count twice."""
     if isinstance(term, AbstractLikelihood):
         return term.count()
-    return term.size * (2 if _is_complex(term) else 1)
+    return term.size * (2 if jnp.iscomplexobj(term) else 1)
 
 
 def prior_rows(trainer: AbstractTrainer, *_: Any) -> Float[Array, " rows"]:
@@ -198,7 +198,7 @@ def _with_rows(trainer: AbstractTrainer, arrays: list[Array]) -> Float[Array, " 
 
 
 def _real_parts(flat: Array) -> tuple[Array, ...]:
-    return (flat.real, flat.imag) if _is_complex(flat) else (flat,)
+    return (flat.real, flat.imag) if jnp.iscomplexobj(flat) else (flat,)
 
 
 class DataKind(NamedTuple):
@@ -318,10 +318,6 @@ def _as_metric(trainer: AbstractTrainer, name: Any, value: Any) -> Array:
         f"`{type(trainer).__name__}.loss` returned the metric {name!r} as a "
         f"{type(value).__name__}. A metric is an array or a number."
     )
-
-
-def _is_complex(value: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(value), jnp.complexfloating))
 
 
 def _as_scalar(trainer: AbstractTrainer, name: str, value: Any) -> Float[Array, ""]:

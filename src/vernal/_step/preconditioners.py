@@ -1,6 +1,5 @@
 """The projectors within an optimiser, as `precondition` holds them."""
 
-import contextlib
 import functools as ft
 import types
 from typing import Any
@@ -9,6 +8,7 @@ import equinox as eqx
 
 from .._closure import Closure
 from .._constraints import Bijections
+from .._pickling import content_of
 from .._projection import EigenProjector
 from .._tree import paths
 
@@ -51,7 +51,8 @@ def preconditioners(optimiser: Any) -> list[EigenProjector]:
         elif kind is Closure:
             waiting.append(part.decode())
         elif kind is types.FunctionType:
-            waiting += map(_contents, part.__closure__ or ())
+            for cell in part.__closure__ or ():
+                waiting += content_of(cell)
         elif kind is types.MethodType:
             waiting.append(part.__self__)
         elif kind is ft.partial:
@@ -61,10 +62,3 @@ def preconditioners(optimiser: Any) -> list[EigenProjector]:
         elif issubclass(kind, tuple | list):
             waiting += part
     return found
-
-
-def _contents(cell: types.CellType) -> Any:
-    # The cell of a name that is not bound yet is empty.
-    with contextlib.suppress(ValueError):
-        return cell.cell_contents
-    return None

@@ -101,7 +101,6 @@ class Best(NamedTuple):
 
 
 def held_best(progress: Progress) -> Best:
-    """Returns the best so far."""
     return Best(progress.best, progress.best_state, progress.best_loss)
 
 

@@ -30,7 +30,6 @@ from .abstract_trainer import (
     template_of,
     to_params,
 )
-from .carried_over import carried_over
 from .constrain import check_elementwise
 from .construct import (
     check_arguments,
@@ -41,6 +40,7 @@ from .construct import (
 )
 from .model import check_state, checked_model
 from .model_template import ModelTemplate
+from .opt_state import carried_over
 
 
 def replaced_fields(
@@ -53,11 +53,8 @@ def replaced_fields(
     """Returns the fields that `Trainer.replace` changes."""
     if trainer.step_count.ndim:
         return _replace_each(trainer, model, optimiser, nan_policy, state)
-    old, parts, transform = (
-        progress_of(trainer),
-        template_of(trainer),
-        trainer.optimiser,
-    )
+    old, parts = progress_of(trainer), template_of(trainer)
+    transform = trainer.optimiser
     new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
     params, latent, bounds = old.params, old.latent, bounds_of(trainer)
     free = in_free_coordinates(trainer).params
@@ -201,7 +198,8 @@ def _of_each(model: Any, trainer: AbstractTrainer) -> Any:
     )
     size = len(trainer.step_count)
     if shapes == {path: shape[1:] for path, shape in before.items()}:
-        return _repeated(model, size)
+        rows = lambda x: jnp.stack([x] * size) if eqx.is_array(x) else x
+        return jax.tree.map(rows, model)
     for path, shape in before.items():
         if shapes[path] != shape:
             raise ValueError(
@@ -210,11 +208,6 @@ def _of_each(model: Any, trainer: AbstractTrainer) -> Any:
                 "arrays a row for each member, or give the model of one."
             )
     return model
-
-
-def _repeated(tree: Any, size: int) -> Any:
-    rows = lambda x: jnp.stack([x] * size) if eqx.is_array(x) else x
-    return jax.tree.map(rows, tree)
 
 
 def _with_rows(new: Any, trainer: AbstractTrainer, name: str) -> Any:

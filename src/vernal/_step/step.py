@@ -16,7 +16,7 @@ from .._curvature import in_reverse
 from .._policy import all_finite, any_non_finite, each_finite, judged
 from .._program import chosen
 from .._projection import EigenProjector
-from .._tree import cast_alike, cast_like, is_inexact, require_alike, widest
+from .._tree import cast_alike, cast_like, choose, is_inexact, require_alike, widest
 from .abstract_trainer import (
     AbstractTrainer,
     bijections_of,
@@ -388,8 +388,7 @@ def _update(
             is_moved |= jnp.any(jnp.stack([jnp.any(x) for x in jax.tree.leaves(moves)]))
         if projector is not None:
             # The parameters stay on their bounds, where rounding would move them.
-            pick = lambda new, old: jnp.where(is_moved, new, old)
-            latent = jax.tree.map(pick, projector.to_latent(params), latent)
+            latent = choose(is_moved, projector.to_latent(params), latent)
         params = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), params)
     return _Moved(params, latent, cast_like(opt_state, old.opt_state), state)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._boundary import PyTree, is_traced
+from .._boundary import REMEDY, PyTree, is_traced, is_wide, is_x64_on
 from .._constraints import Bijections
 from .._program import program
 from .._projection import EigenProjector
@@ -20,7 +20,6 @@ from .abstract_trainer import (
     progress_of,
     to_params,
 )
-from .precision import require_precision
 from .replace import member_axes
 
 
@@ -29,6 +28,16 @@ def require_one(trainer: AbstractTrainer, name: str) -> None:
     require_precision(trainer)
     refuse_stacked(trainer, name)
     require_one_point(trainer)
+
+
+def require_precision(trainer: AbstractTrainer) -> None:
+    """Refuses a trainer that was made in float64 while JAX computes in float32."""
+    if is_wide(trainer.best_loss.dtype) and not is_x64_on():
+        raise ValueError(
+            f"`{type(trainer).__name__}` was made in float64, while `jax_enable_x64` "
+            "was on, and now it is off: JAX would compute in float32. Turn it on for "
+            f"all of it, by {REMEDY}; or make the trainer here."
+        )
 
 
 def refuse_stacked(trainer: AbstractTrainer, name: str) -> None:

@@ -21,8 +21,6 @@ Batch = TypeVar("Batch")
 
 
 class _FunctionTrainer(Trainer[Model, Batch]):
-    """The trainer of a loss that is a plain function."""
-
     function: Closure
 
     def __init__(self, function: Callable[..., Any], *args: Any, **options: Any):

@@ -19,6 +19,7 @@ from .._step import (
     priors_of,
     progress_of,
     template_of,
+    tied_words,
 )
 from .._tree import aligned, named_leaves, short_number
 
@@ -55,8 +56,7 @@ def printed(trainer: AbstractTrainer) -> str:
 
 
 def _rows(trainer: AbstractTrainer) -> list[tuple[str, str, str]]:
-    trained, ties = _trained_by(trainer), template_of(trainer).ties
-    trained |= {} if ties is None else ties.words
+    trained = _trained_by(trainer) | tied_words(trainer)
     for path, words in _constrained(trainer):
         trained[path] = f"{trained.get(path, '')}, {words}".lstrip(", ")
     rows = []
@@ -88,17 +88,15 @@ def _constrained(trainer: AbstractTrainer) -> Iterator[tuple[str, str]]:
 def _trained_by(trainer: AbstractTrainer) -> dict[str, str]:
     """Says of each trained parameter what trains it."""
     names = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
-    optimiser = trainer.optimiser
-    if not isinstance(optimiser, ParamOptimiser):
-        return dict.fromkeys(names, "trained")
-    try:
-        owners = optimiser.owners(trainer.params, filtered=True)
-    except Exception:  # A predicate may ask of a leaf what this one does not have.
-        return dict.fromkeys(names, "trained")
-    return {
-        name: "trained" if owner is None else f"trained by {optimiser.name_of(owner)}"
-        for name, owner in zip(names, owners, strict=True)
-    }
+    optimiser, trained = trainer.optimiser, dict.fromkeys(names, "trained")
+    if isinstance(optimiser, ParamOptimiser):
+        # A predicate may ask of a leaf what this one does not have.
+        with contextlib.suppress(Exception):
+            owners = optimiser.owners(trainer.params, filtered=True)
+            for name, owner in zip(names, owners, strict=True):
+                if owner is not None:
+                    trained[name] = f"trained by {optimiser.name_of(owner)}"
+    return trained
 
 
 def _value(leaf: Any) -> str:

@@ -14,12 +14,11 @@ from typing_extensions import TypeVar
 from .._boundary import (
     PyTree,
     entrance,
-    is_debugged,
     narrowed_tree,
     refuse_traced,
     refuse_unknown,
 )
-from .._constraints import Bijections, Bounds, Priors, as_ties
+from .._constraints import as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
@@ -43,7 +42,7 @@ from .._inference import (
     whitened,
 )
 from .._loop import StepInfo, run_step
-from .._optimiser import ParamOptimiser, as_transform, learning_rates
+from .._optimiser import as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._profile import Options as ProfileOptions, Profile, intervals, profile
 from .._projection import EigenProjector
@@ -54,17 +53,14 @@ from .._step import (
     Batch,
     Model,
     ModelTemplate,
-    Progress,
     changed,
     check_arguments,
     check_class,
     check_own_fields,
-    check_priors,
     check_ruled,
     checked_model,
     constraints,
     diagnosed,
-    error_if_stopped,
     find_trained,
     fit_projector,
     in_free_coordinates,
@@ -72,17 +68,17 @@ from .._step import (
     initial_progress,
     is_constrained,
     nan_report,
-    no_optimiser,
     note_made,
     precision_of,
     prepared_config,
-    raise_if_non_finite,
+    raised_if_bad,
     refuse_own_projector,
     refuse_stacked,
     replaced_fields,
     reproject,
     require_one,
     require_one_point,
+    require_optimiser,
     require_precision,
     score,
     step_key,
@@ -135,17 +131,6 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
     - `optimiser`, `nan_policy`, `projector`, `key`: the arguments of those names.
     """
-
-    # See `AbstractTrainer` for the `Any`.
-    optimiser: ParamOptimiser | Any
-    nan_policy: NanPolicy
-    projector: EigenProjector | Any
-    key: PRNGKeyArray | None
-    _bounds: Bounds | None
-    _bijections: Bijections | None
-    _priors: Priors | None
-    _template: ModelTemplate
-    _progress: Progress
 
     @entrance
     def __init__(
@@ -201,8 +186,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             round in a circle; or if a frozen parameter has a bound or a prior.
         """
         check_arguments(nan_policy, projector, key)
-        check_class(self, key, state)
-        check_priors(self, priors)
+        check_class(self, key, state, priors)
         model = checked_model(model)
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
@@ -304,8 +288,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
         require_one(self, "step")
-        if self.optimiser is None:
-            raise no_optimiser(self)
+        require_optimiser(self)
         place = placement(self, mesh, sharding)
         is_traced = isinstance(self.step_count, jax.core.Tracer)
         # Within a user's own program the user sets the mesh.
@@ -318,15 +301,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             given = prepared_config(trainer) if is_same else trainer
             progress, info = run_step(given, batch, place)
         trainer = with_progress(trainer, progress)
-        raises = self.nan_policy.raises
-        if not (raises or is_debugged()):
-            return trainer, info
-        if isinstance(info.stopped, jax.core.Tracer):
-            return (error_if_stopped(trainer) if raises else trainer), info
-        if not self.stopped and trainer.stopped:
-            diagnosis = diagnosed(place.put(trainer), batch)
-            raise_if_non_finite(trainer, diagnosis.advised)
-        return trainer, info
+        explanation = lambda: diagnosed(place.put(trainer), batch).advised
+        return raised_if_bad(self, trainer, explanation), info
 
     @entrance
     def fit(
@@ -1139,8 +1115,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `ValueError`: if there is no optimiser.
         """
         refuse_stacked(self, "learning_rates")
-        if self.optimiser is None:
-            raise no_optimiser(self)
+        require_optimiser(self)
         refuse_traced("learning_rates", self)
         with precision_of(self):
             inner = in_free_coordinates(self)

@@ -52,6 +52,7 @@ from .structure import (
     LIKE_STATE,
     cast_alike,
     cast_like,
+    choose,
     disagreements,
     is_alike,
     is_weak,

@@ -95,6 +95,16 @@ def cast_like(new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(_cast, new, old)
 
 
+def choose(flags: Any, first: T, second: T) -> T:
+    """Returns the first of two trees where a flag is set, or the second.
+
+    Where there are several flags, each is for a row of every leaf.
+    """
+    is_one = jnp.ndim(flags) == 0
+    of = lambda x: flags if is_one else flags.reshape(-1, *[1] * (x.ndim - 1))
+    return jax.tree.map(lambda x, y: jnp.where(of(x), x, y), first, second)
+
+
 def is_weak(array: Array) -> bool:
     """Whether the dtype of an array gives way to others; that of a key does not."""
     return getattr(array, "weak_type", False)
