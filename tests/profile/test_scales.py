@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
-import pytest
 import scipy.optimize
 import scipy.special
 
