@@ -159,3 +159,24 @@ def test_it_can_be_an_error_before_any_step():
         data = {"t": jnp.asarray(SECONDS), "y": jnp.zeros(N)}
         with pytest.raises(vn.PrecisionWarning, match="integers up to 1700003780"):
             Wave({"a": jnp.asarray(1.0)}, optax.sgd(1e-3)).fit(data, 10**6)
+
+
+TURNED = {
+    "negative": lambda t: (-t) * 1e-9,
+    "sorted": lambda t: jnp.sort(t) * 1e-9,
+    "clipped": lambda t: jnp.clip(t, 0) * 1e-9,
+    "largest": lambda t: jnp.max(t) * 1e-9 * jnp.ones(N),
+    "product of matrices": lambda t: (t[:, None] @ jnp.ones((1, 1)))[:, 0] * 1e-9,
+}
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize("name", TURNED)
+def test_integers_are_followed_through_what_moves_them(name):
+    class Turned(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["a"] * TURNED[name](batch["t"]) - batch["y"]
+
+    said = told(Turned, SECONDS, fit)
+    assert len(said) == 1
+    assert "float32" in said[0]

@@ -57,6 +57,24 @@ def test_the_deviance_to_expect_is_that_of_simulations(rate):
     assert 0.7 < np.std(pulls) < 1.4
 
 
+class Constant(vn.Trainer):
+    def residuals(self, model, batch):
+        return vn.likelihoods.Poisson(jnp.full(batch.shape, model["rate"]), batch)
+
+
+@pytest.mark.parametrize(("size", "rate"), [(2000, 0.01), (2000, 0.05), (200, 0.1)])
+def test_a_model_that_is_right_has_seldom_a_small_p_value(size, rate):
+    """What is left of the scatter is that of the few bins with two counts: skewed."""
+    rng, found = np.random.default_rng(5), []
+    for _ in range(300):
+        counts = rng.poisson(rate, size).astype(float)
+        trainer = Constant({"rate": jnp.asarray(counts.mean())})
+        found.append(trainer.report(counts).p_value)
+    found = np.array(found, float)
+    assert np.mean(found < 0.01) < 0.035
+    assert 0.01 < np.mean(found < 0.05) < 0.12
+
+
 def test_of_many_counts_it_is_that_of_chi_squared():
     batch = simulated(1e6, np.float64, np.random.default_rng(3))
     report = reported(Exponential(truth(1e6)), batch)
@@ -101,6 +119,14 @@ def test_counts_beside_other_data():
     variance = 320 + moments.variance.sum() - rows[0] @ hat @ rows[0]
     std = np.sqrt(variance * (200 - 2) / 200)
     np.testing.assert_allclose(found.expected_deviance, (mean, std), rtol=1e-6)
+    # The third moment, of normal data and of counts.
+    taken = hat @ rows[0]
+    own = taken[120:180][where]
+    of_counts = np.stack([own**0, -3 * own, 3 * own**2, -(own**3)]) * moments.cubes
+    third = 8 * 160 + 6 * (taken @ taken - own @ own) + of_counts.sum()
+    skewness = third * (200 - 2) / 200 / std**3
+    p_value = scipy.stats.pearson3.sf(found.chi_squared, skewness, mean, std)
+    np.testing.assert_allclose(found.p_value, p_value, rtol=1e-6)
 
 
 def test_with_priors_it_takes_the_share_of_the_data():
@@ -157,3 +183,13 @@ def test_hardly_more_counts_than_parameters_have_no_p_value(count):
     assert report.expected_deviance is None
     assert report.p_value is None
     assert "p-value" not in str(report)
+
+
+def test_a_count_of_data_that_cannot_be_theirs_is_refused():
+    x, counts = simulated(3.0, np.float64, np.random.default_rng(8), 50)
+    trainer = Exponential(truth(3.0))
+    assert trainer.report((x, counts), data_count=50).data_count == 50
+    with pytest.raises(ValueError, match="data_count` is 51, but there are 50 resid"):
+        trainer.report((x, counts), data_count=51)
+    with pytest.raises(ValueError, match=r"is for .*Poisson\(\.\.\., where"):
+        trainer.report((x, counts), data_count=40)

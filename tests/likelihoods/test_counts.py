@@ -302,6 +302,9 @@ def test_the_moments_of_the_deviance(rate):
         "covariance": math.sqrt(rate) * (above - below) / (2 * step),
         "curvature": rate * (above - 2 * mean + below) / step**2,
     }
+    pearson = (n - rate) / math.sqrt(rate)
+    powers = apart**3, apart**2 * pearson, apart * pearson**2, pearson**3
+    cubes = np.array([expect(rate, power) for power in powers])
     there = np.array([True, True, False])
     rates = jnp.asarray([rate, rate, 7.0])
     found = vn.likelihoods.Poisson(rates, rates, where=there).deviance_moments()
@@ -311,6 +314,10 @@ def test_the_moments_of_the_deviance(rate):
         own = getattr(found, name)
         np.testing.assert_allclose(own[:2], known, rtol=2e-3, atol=2e-5)
         assert own[2] == 0
+    known = np.zeros(4) if rate < 1e-12 else cubes
+    # The series has the leading terms alone.
+    np.testing.assert_allclose(found.cubes[:, 1], known, rtol=2e-2, atol=0.1)
+    assert not found.cubes[:, 2].any()
 
 
 def test_a_count_of_data_below_that_of_parameters_is_refused():

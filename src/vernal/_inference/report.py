@@ -13,7 +13,6 @@ from .._report import (
     ParameterRow,
     Report,
     criteria,
-    gamma_p_value,
     p_value,
     parameter_rows,
 )
@@ -46,11 +45,7 @@ def report(
     trainer = in_free_coordinates(trainer)
     here, found, counts = _around(trainer, batch, "A report", options)
     if data_count is not None:
-        if data_count < here.fitted_count:
-            raise ValueError(
-                f"`data_count` is {data_count}, but the data constrain "
-                f"{here.fitted_count:.4g} directions: there are at least as many data."
-            )
+        _check_count(data_count, here, counts)
         here = here._replace(data_count=data_count, zero_count=0)
     scale = here.error_scale(is_scaled)
     distance, degrees = here.distance, here.degrees_of_freedom
@@ -61,7 +56,7 @@ def report(
         aic, bic = criteria(here.deviance, *sizes, is_scaled)
     if counts is not None:
         expected = expected_deviance(counts, found, here)
-        chance = gamma_p_value(here.deviance, *expected) if expected else None
+        chance = None if expected is None else expected.p_value(here.deviance)
     return Report(
         chi_squared=chi,
         data_count=here.data_count,
@@ -69,7 +64,7 @@ def report(
         effective_count=here.fitted_count,
         degrees_of_freedom=degrees,
         reduced_chi_squared=here.reduced_chi_squared,
-        expected_deviance=expected,
+        expected_deviance=None if expected is None else expected[:2],
         p_value=chance,
         aic=aic,
         bic=bic,
@@ -82,6 +77,25 @@ def report(
         correlation_matrix=own.correlations(),
         note=_note(trainer, here, counts),
     )
+
+
+def _check_count(data_count: int, here: Around, counts: OfCounts | None) -> None:
+    """Refuses a number of data that cannot be theirs."""
+    if data_count < here.fitted_count:
+        raise ValueError(
+            f"`data_count` is {data_count}, but the data constrain "
+            f"{here.fitted_count:.4g} directions: there are at least as many data."
+        )
+    if here.data_count is not None and data_count > here.data_count:
+        raise ValueError(
+            f"`data_count` is {data_count}, but there are {here.data_count} residuals, "
+            "and no more data than these."
+        )
+    if counts is not None and data_count != here.data_count:
+        raise ValueError(
+            "`data_count` is for residuals of zero that stand for missing data. Give "
+            "`vn.likelihoods.Poisson(..., where=)` the mask, and leave it out."
+        )
 
 
 def _around(

@@ -4,7 +4,7 @@
 `gaussian`, `poisson` and `robust` are the likelihoods.
 """
 
-from .counts import Moments
+from .counts import Moments, normal_moments
 from .gaussian import Gaussian
 from .likelihood import AbstractLikelihood, require_known
 from .poisson import Poisson

@@ -11,17 +11,29 @@ _LEAST, _LARGEST, _STEPS = 1e-12, 300.0, 1024
 
 
 class Moments(NamedTuple):
-    r"""Of the deviance of each datum.
+    r"""Of the deviance $d$ and Pearson's residual $z$ of each datum.
 
-    - `mean`, `variance`: its mean $m$, and its variance.
-    - `covariance`: that with Pearson's residual of the same datum.
+    - `mean`, `variance`: the mean $m$ and the variance of $d$.
+    - `covariance`: that of $d$ and $z$.
     - `curvature`: $\mu\, d^2 m / d \mu^2$, with the rate $\mu$.
+    - `cubes`: the means of $(d - m)^3$, $(d - m)^2 z$, $(d - m) z^2$ and $z^3$.
     """
 
-    mean: Float[np.ndarray, "*N"]
-    variance: Float[np.ndarray, "*N"]
-    covariance: Float[np.ndarray, "*N"]
-    curvature: Float[np.ndarray, "*N"]
+    mean: Float[np.ndarray, " N"]
+    variance: Float[np.ndarray, " N"]
+    covariance: Float[np.ndarray, " N"]
+    curvature: Float[np.ndarray, " N"]
+    cubes: Float[np.ndarray, "4 N"]
+
+
+def normal_moments(count: int, rows: int) -> Moments:
+    """Returns the moments of normal data, of which some may be missing.
+
+    Which ones makes no difference, since the sums alone matter.
+    """
+    zeros, each = np.zeros(rows), np.full(rows, count / rows)
+    cubes = np.stack([8 * each, zeros, zeros + 2, zeros])
+    return Moments(each, 2 * each, zeros, zeros, cubes)
 
 
 def deviance_moments(rate: Any) -> Moments:
@@ -34,22 +46,22 @@ def deviance_moments(rate: Any) -> Moments:
     """
     rate = np.asarray(rate, float)
     large = np.maximum(rate, _LARGEST)
-    series = Moments(
-        mean=1 + 1 / (6 * large),
-        variance=2 + 2 / (3 * large),
-        covariance=-1 / (6 * large**1.5),
-        curvature=1 / (3 * large**2),
+    zero, root = np.zeros_like(rate), 1 / np.sqrt(large)
+    series = (
+        *(1 + root**2 / 6, 2 + 2 * root**2 / 3, -(root**3) / 6, root**4 / 3),
+        *(zero + 8, zero, zero + 2, root),
     )
     logs, table = _table()
     at = np.log(np.clip(rate, _LEAST, _LARGEST))
     few = [np.interp(at, logs, column) for column in table]
     is_few, is_tiny = rate < _LARGEST, rate < _LEAST
     chosen = (np.where(is_few, *pair) for pair in zip(few, series, strict=True))
-    return Moments(*(np.where(is_tiny, 0, column) for column in chosen))
+    found = [np.where(is_tiny, 0, column) for column in chosen]
+    return Moments(*found[:4], cubes=np.stack(found[4:]))
 
 
 @functools.cache
-def _table() -> tuple[Float[np.ndarray, " K"], Moments]:
+def _table() -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "8 K"]]:
     """Sums over all counts, for rates in equal steps of their logarithm."""
     from scipy.special import gammaln, xlogy
 
@@ -59,10 +71,7 @@ def _table() -> tuple[Float[np.ndarray, " K"], Moments]:
     deviance = 2 * (rate - n + xlogy(n, n / rate))
     expect = lambda values: np.sum(chance * values, axis=1)
     mean = expect(deviance)
-    apart, pearson = deviance - mean[:, None], (n - rate) / np.sqrt(rate)
-    return logs, Moments(
-        mean=mean,
-        variance=expect(apart**2),
-        covariance=expect(apart * pearson),
-        curvature=expect(apart * (pearson**2 - n / rate)) - 2,
-    )
+    d, z = deviance - mean[:, None], (n - rate) / np.sqrt(rate)
+    curvature = expect(d * (z**2 - n / rate)) - 2
+    cubes = expect(d**3), expect(d**2 * z), expect(d * z**2), expect(z**3)
+    return logs, np.stack([mean, expect(d**2), expect(d * z), curvature, *cubes])

@@ -105,7 +105,8 @@ class Poisson(Portable, AbstractLikelihood):
         """Returns, on the host, moments for each datum; zero for what is missing."""
         # What is missing is as a count whose rate is zero: always zero.
         is_there = True if self.where is None else np.asarray(self.where)
-        return deviance_moments(np.where(is_there, np.asarray(self.rate, float), 0))
+        rate = np.where(is_there, np.asarray(self.rate, float), 0)
+        return deviance_moments(rate.ravel())
 
     def impossible(self) -> str:
         """Says, on the host, which data have no likelihood; empty if all have one."""

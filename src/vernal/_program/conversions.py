@@ -7,14 +7,22 @@ from jax.extend.core import Jaxpr, Var
 
 from .host import inner_jaxprs
 
-# What moves numbers, and changes none.
+# What moves numbers, and changes no more than their sign.
 _MOVES = frozenset(
     (
         *("broadcast_in_dim", "concatenate", "copy", "expand_dims", "pad", "reshape"),
         *("optimization_barrier", "rev", "select_n", "slice", "split", "squeeze"),
-        *("stack", "tile", "transpose", "unstack"),
+        *("stack", "tile", "transpose", "unstack", "sort", "neg"),
+        *("clamp", "max", "min", "reduce_max", "reduce_min"),
     )
 )
+
+# What converts, by the parameter that says to which dtype: a product of matrices may
+# convert what it multiplies.
+_TO = {
+    "convert_element_type": "new_dtype",
+    "dot_general": "preferred_element_type",
+}
 
 # They take places, too: only the first of what they take is moved.
 _TAKE = frozenset(("dynamic_slice", "gather"))
@@ -37,10 +45,10 @@ def _follow(jaxpr: Jaxpr, held: dict[Any, set[int]], found: set[int]) -> None:
         name = eqn.primitive.name
         moved = eqn.invars[:1] if name in _TAKE else eqn.invars
         inside = set[int]().union(*map(of, moved))
-        to = eqn.params["new_dtype"] if name == "convert_element_type" else None
+        to = eqn.params[_TO[name]] if name in _TO else None
         if to is not None and jnp.issubdtype(to, jnp.inexact):
             found |= inside
-        elif to is not None or name in _MOVES | _TAKE:
+        elif name in _MOVES | _TAKE | {"convert_element_type"}:
             held.update(dict.fromkeys(eqn.outvars, inside))
         for inner in inner_jaxprs(eqn):
             # A function may take less than what its equation does, such as the index of

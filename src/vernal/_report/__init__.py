@@ -3,5 +3,5 @@
 Nothing here knows a trainer.
 """
 
-from .report import Report, criteria, gamma_p_value, p_value, pandas
+from .report import Report, criteria, p_value, pandas
 from .rows import ParameterRow, parameter_rows, written

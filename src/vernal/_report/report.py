@@ -52,10 +52,11 @@ class Report:
         Association 81 (1986), 104.
     - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
         and the residuals are in units of their error bars. For counts, the deviance is
-        compared with `expected_deviance`, as a gamma distribution, which is that of
-        $\chi^2$ for large counts. With `priors` the truth is taken to be drawn from
-        them; then $\chi^2$ has the mean $N - k$, and where data and priors share a
-        direction a scatter somewhat smaller than this distribution.
+        compared with `expected_deviance`, and with the skewness that it has: a shifted
+        gamma distribution, which is that of $\chi^2$ for large counts. With `priors`
+        the truth is taken to be drawn from them; then $\chi^2$ has the mean $N - k$,
+        and where data and priors share a direction a scatter somewhat smaller than this
+        distribution.
     - `aic`, `bic`: Akaike's and the Bayesian information criterion, `None` for a robust
         loss, which is no likelihood, and the latter also without data; with $L$ as
         below,
@@ -212,15 +213,6 @@ def p_value(chi_squared: float | None, degrees: int | float | None) -> float | N
     if chi_squared is None or degrees is None or degrees <= 0:
         return None
     return float(chi_squared_p_value(chi_squared, degrees))
-
-
-def gamma_p_value(value: float, mean: float, std: float) -> float:
-    """Returns the probability of a larger value of a gamma distribution.
-
-    That is the multiple of a chi-squared with this mean and standard deviation.
-    """
-    unit = std**2 / (2 * mean)
-    return float(chi_squared_p_value(value / unit, mean / unit))
 
 
 def criteria(

@@ -12,6 +12,9 @@ from .._tree import Leaf, element_name, named_leaves, short_number
 # As many as a date in days has, with its errors of hundredths of a second.
 _MOST_CHARACTERS = 16
 
+# After the first, of float64.
+_MOST_DIGITS = 15
+
 
 class ParameterRow(NamedTuple):
     """One element of a parameter.
@@ -109,10 +112,10 @@ def written(value: Any, error: float) -> tuple[str, str]:
     # Rounded first: the two digits of 0.0996 are those of 0.10.
     last = math.floor(math.log10(float(f"{error:.1e}"))) - 1
     decimals, size = max(-last, 0), max(abs(value), error)
-    if size >= 1e-4:
-        fixed = f"{value:.{decimals}f}"
-        # A large number too, if it has no zeros in the place of digits.
-        if size < 1e6 or (last <= 0 and len(fixed) <= _MOST_CHARACTERS):
-            return fixed, f"{error:.{decimals}f}"
+    fixed = f"{value:.{decimals}f}"
+    # A large number too, if it has no zeros in the place of digits.
+    if size >= 1e-4 and (size < 1e6 or last <= 0) and len(fixed) <= _MOST_CHARACTERS:
+        return fixed, f"{error:.{decimals}f}"
     first = math.floor(math.log10(abs(value))) if value else last
-    return f"{value:.{max(first - last, 0)}e}", f"{error:.1e}"
+    digits = min(max(first - last, 0), _MOST_DIGITS)
+    return f"{value:.{digits}e}", f"{error:.1e}"

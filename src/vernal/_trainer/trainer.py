@@ -18,7 +18,7 @@ from .._boundary import (
     refuse_traced,
     refuse_unknown,
 )
-from .._constraints import as_ties
+from .._constraints import Bijections, Bounds, Priors, as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
@@ -42,7 +42,7 @@ from .._inference import (
     whitened,
 )
 from .._loop import StepInfo, run_step
-from .._optimiser import as_transform, learning_rates
+from .._optimiser import ParamOptimiser, as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._profile import Options as ProfileOptions, Profile, intervals, profile
 from .._projection import EigenProjector
@@ -53,6 +53,7 @@ from .._step import (
     Batch,
     Model,
     ModelTemplate,
+    Progress,
     changed,
     check_arguments,
     check_class,
@@ -131,6 +132,17 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
     - `optimiser`, `nan_policy`, `projector`, `key`: the arguments of those names.
     """
+
+    # See `AbstractTrainer` for the `Any`.
+    optimiser: ParamOptimiser | Any
+    nan_policy: NanPolicy
+    projector: EigenProjector | Any
+    key: PRNGKeyArray | None
+    _bounds: Bounds | None
+    _bijections: Bijections | None
+    _priors: Priors | None
+    _template: ModelTemplate
+    _progress: Progress
 
     @entrance
     def __init__(
@@ -775,6 +787,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `ValueError`: if `scale_errors` finds no scatter: there are no `residuals`, or
             not more of them than parameters; or if the scale is known, or taken from
             the scatter already (`priors`, counts, the sandwich).
+        - `ValueError`: if there are not as many data as `data_count`, or not so few.
         """
         require_one(self, "report")
         options = ErrorOptions(scale_errors, jac, kind)
