@@ -20,9 +20,9 @@ from .._minimum import (
     chi_squared_p_value,
     distance_of,
     has_minimum,
-    hessian_distance,
     measure_spectrum,
     second_look,
+    surroundings,
     truth_p_values,
     what_falls,
 )
@@ -289,13 +289,12 @@ def _distance(
     at = derived.held, as_parameters(trainer.params), trainer.projector
     if derived.data is None:
         hessian, gradient = derived.found[0]
-        return hessian_distance(derived.value, gradient, hessian, *at), None
-    assert here.spectrum is not None
+        curved = surroundings(derived.value, gradient, hessian, *at)
+        return distance_of(curved), None
     assert here.reduced is not None
     squares = np.square(np.asarray(derived.deviances, float)).sum()
     size = int(derived.data.size) + prior_count(trainer)
-    sums = here.spectrum, here.reduced.slope, np.asarray(squares), size
-    local = measure_spectrum(*sums, *at)
+    local = measure_spectrum(*here.reduced, np.asarray(squares), size, *at)
     return distance_of(local), local
 
 
@@ -309,8 +308,7 @@ def may_be_far(here: Laplace) -> bool:
     if here.reduced is None:
         gradient, unit = here.derived.found[0].gradient, 1.0
     else:
-        assert here.spectrum is not None
-        gradient, unit = here.reduced.slope, here.spectrum.scale
+        gradient, unit = here.reduced.slope, here.reduced.spectrum.scale
     fall = possible_fall(here.whitening, gradient, unit)
     # What is not known is looked at.
     return not fall.truth_p_value > NO_ACCIDENT

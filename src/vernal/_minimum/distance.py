@@ -39,7 +39,7 @@ from .._step import (
 )
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import TOLERANCE, Distance, unknown
-from .formulas import distance_of, of_products
+from .formulas import of_products
 from .local import Curved, Local, Point, curved, rounding_of, spectral, triangle
 
 LossAt = Callable[[Params], Float[Array, ""]]
@@ -192,18 +192,6 @@ def measure_spectrum(
     """Measures by a decomposed Jacobian of `size` residuals, on the host."""
     found = spectral(spectrum, slope, squares, size, _on_host(params, projector))
     return _with_held(found, np.asarray(held))
-
-
-def hessian_distance(
-    value: Float[Array, ""],
-    slope: Float[Array, " D"],
-    hessian: Float[Array, "D D"],
-    held: Bool[Array, " D"],
-    params: Params,
-    projector: EigenProjector | None,
-) -> Distance:
-    """Finds the distance by the derivatives of an `nll`, on the host."""
-    return distance_of(surroundings(value, slope, hessian, held, params, projector))
 
 
 def surroundings(
