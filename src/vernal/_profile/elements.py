@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._boundary import nearest_names
-from .._step import AbstractTrainer, in_free_coordinates, template_of
+from .._step import AbstractTrainer, in_free_coordinates, tied_words
 from .._tree import (
     UnknownPathError,
     by_path,
@@ -91,9 +91,7 @@ def _selected(trainer: AbstractTrainer, selector: Any, argument: str) -> list[in
     index = [i for i, (path, _) in enumerate(places(trainer)) if path in chosen]
     if not index:
         path = min(chosen)
-        ties = template_of(trainer).ties
-        tied = {} if ties is None else ties.words
-        why = "is frozen: name one that is fitted"
+        tied, why = tied_words(trainer), "is frozen: name one that is fitted"
         if path in tied:
             why = f"is {tied[path]}, and moves with that: name what it follows"
         elif path in by_path(trainer.params).names:
