@@ -45,7 +45,7 @@ from .local import Curved, Local, Point, curved, rounding_of, spectral, triangle
 LossAt = Callable[[Params], Float[Array, ""]]
 """A loss as a function of a tree of parameters."""
 
-_SUBJECT = Subject("what is minimised", is_quiet=True)
+SUBJECT = Subject("what is minimised", is_quiet=True)
 
 # No matrix with more parameters, or more elements, is formed.
 MOST_PARAMETERS = 512
@@ -254,7 +254,7 @@ def _of_residuals(
     loss = 0.5 * jnp.sum(jnp.square(vector)) if loss is None else loss
     if has_jacobian(vector.size, flat.size):
         try:
-            jacobian = jacobian_matrix(residuals, flat, _SUBJECT)
+            jacobian = jacobian_matrix(residuals, flat, SUBJECT)
         except TypeError:
             return unknown(flat)
         return triangle(jacobian, vector, here.point(), fall, loss, priors)
@@ -279,11 +279,11 @@ def _of_loss(loss: Flat, here: _Here, fall: Any) -> Local:
         least = jnp.fmax(rounding_of(value), _UNSEEN * abs(value))
         tolerance = jnp.fmax(TOLERANCE * fall, least)
     try:
-        slope = gradient(loss, flat, _SUBJECT)
+        slope = gradient(loss, flat, SUBJECT)
         if flat.size > MOST_PARAMETERS:
-            product = hessian_product(loss, flat, _SUBJECT)
+            product = hessian_product(loss, flat, SUBJECT)
             return of_products(value, slope, product, here.solve, tolerance)
-        hessian = hessian_matrix(loss, flat, _SUBJECT)
+        hessian = hessian_matrix(loss, flat, SUBJECT)
     except TypeError:
         # No mode has second derivatives.
         return unknown(flat)
