@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree, is_traced
@@ -197,7 +196,7 @@ def _is_close(value: Array, again: Array) -> Any:
 
 
 def _check(path: str, value: Array, free: Array, again: Array, is_close: Any) -> None:
-    if any(isinstance(x, Tracer) for x in (value, free, again)):
+    if is_traced(value, free, again):
         return
     show = lambda x: np.array2string(np.asarray(x), precision=6, threshold=8)
     if not np.isfinite(free).all():

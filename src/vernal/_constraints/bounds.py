@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from .._boundary import PyTree, is_traced
@@ -208,7 +207,7 @@ def _as_bound(value: Any, path: str, leaf: Array) -> Array:
 
 def _check(path: str, leaf: Array, low: Array | None, high: Array | None) -> None:
     """Refuses bounds that are NaN or the wrong way round, and a start outside."""
-    if any(isinstance(x, Tracer) for x in (leaf, low, high)):
+    if is_traced(leaf, low, high):
         return
     start, least, most = np.broadcast_arrays(
         np.asarray(leaf),

@@ -6,10 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._boundary import PyTree, entrance, refuse_foreign
+from .._boundary import PyTree, entrance, is_traced, refuse_foreign
 from .._closure import Closure
 from .._curvature import matmul
 from .._pickling import PlainMethods, Portable, module_of
@@ -46,10 +45,8 @@ class Normal(Portable, PlainMethods, eqx.Module):
 
         - `ValueError`: if `std` is not positive, or one of them is not finite.
         """
-        self.mean, self.std = (
-            _as_floats(value, name) for value, name in ((mean, "mean"), (std, "std"))
-        )
-        if isinstance(self.std, Tracer) or isinstance(self.mean, Tracer):
+        self.mean, self.std = _as_floats(mean, "mean"), _as_floats(std, "std")
+        if is_traced(self.mean, self.std):
             is_proper = jnp.isfinite(self.mean).all() & (self.std > 0).all()
             message = "`mean` must be finite, and `std` finite and positive."
             is_bad = ~(is_proper & jnp.isfinite(self.std).all())
@@ -111,7 +108,7 @@ class Priors(Portable, PlainMethods, eqx.Module):
                 f"`priors`: the density of {path!r} is zero or not finite where it "
                 "starts{}. Start where its prior allows."
             )
-            if isinstance(is_allowed, Tracer):
+            if is_traced(is_allowed):
                 params = eqx.error_if(params, ~is_allowed, message.format(""))
             elif not is_allowed:
                 raise ValueError(message.format(f", at {named[path]}"))
