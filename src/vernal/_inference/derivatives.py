@@ -119,17 +119,16 @@ def _require_units(
 
     Those of an element that is `held` at its bound are zero anyway.
     """
-    leaves = by_path(trainer.params).by_name()
-    ends = np.cumsum([leaf.size for leaf in leaves.values()])[:-1]
+    named = by_path(trainer.params)
+    ends = np.cumsum([leaf.size for leaf in named.leaves])[:-1]
     kept = np.split(~np.asarray(held), ends)
-    paths, own = zip(*(list(leaves.items())[index] for index in block), strict=True)
-    ends = np.cumsum([leaf.size for leaf in own])[:-1]
-    diagonal = np.diagonal(np.asarray(expansion.hessian))
-    pieces = zip(block, paths, own, np.split(diagonal, ends), strict=True)
-    for index, path, leaf, piece in pieces:
-        flat = np.asarray(leaf, float).ravel()
+    ends = np.cumsum([named.leaves[index].size for index in block])[:-1]
+    diagonals = np.split(np.diagonal(np.asarray(expansion.hessian)), ends)
+    for index, piece in zip(block, diagonals, strict=True):
+        flat = np.asarray(named.leaves[index], float).ravel()
         lost = underflows(piece, flat) & kept[index]
         if lost.any():
+            path = named.names[index]
             raise ValueError(
                 f"The second derivative of `{name}` by {path!r}, which is "
                 f"{flat[lost][0]:.3g}, is zero in {piece.dtype}: it has the square of "
