@@ -101,9 +101,8 @@ class Priors(Portable, PlainMethods, eqx.Module):
 
         A normal prior allows all of them.
         """
-        named = by_path(model).by_name()
-        for path, prior in self.others.items():
-            is_allowed = jnp.all(jnp.isfinite(_density(prior.decode(), named[path])))
+        for path, density in self._densities(model).items():
+            is_allowed = jnp.all(jnp.isfinite(density))
             message = (
                 f"`priors`: the density of {path!r} is zero or not finite where it "
                 "starts{}. Start where its prior allows."
@@ -111,16 +110,13 @@ class Priors(Portable, PlainMethods, eqx.Module):
             if is_traced(is_allowed):
                 params = eqx.error_if(params, ~is_allowed, message.format(""))
             elif not is_allowed:
-                raise ValueError(message.format(f", at {named[path]}"))
+                start = by_path(model).by_name()[path]
+                raise ValueError(message.format(f", at {start}"))
         return params
 
     def allow(self, model: PyTree) -> Bool[Array, ""]:
         """Whether a model is where none of the densities is zero."""
-        named = by_path(model).by_name()
-        flags = [
-            jnp.all(jnp.isfinite(_density(prior.decode(), named[path])))
-            for path, prior in self.others.items()
-        ]
+        flags = [jnp.all(jnp.isfinite(x)) for x in self._densities(model).values()]
         return jnp.all(jnp.stack([jnp.array(True), *flags]))
 
     def ends(self, model: PyTree, is_near: bool) -> dict[str, tuple[Any, Any]]:
@@ -148,12 +144,14 @@ class Priors(Portable, PlainMethods, eqx.Module):
             0.5 * jnp.sum(jnp.square(_row(prior, named[path])))
             for path, prior in self.normal.items()
         ]
-        terms += [
-            -jnp.sum(_density(prior.decode(), named[path]))
-            for path, prior in self.others.items()
-        ]
+        terms += [-jnp.sum(x) for x in self._densities(model).values()]
         dtype = widest(term.dtype for term in terms)
         return jnp.sum(jnp.stack([term.astype(dtype) for term in terms]))
+
+    def _densities(self, model: PyTree) -> dict[str, Array]:
+        named = by_path(model).by_name()
+        priors = self.others.items()
+        return {path: _density(own.decode(), named[path]) for path, own in priors}
 
 
 def _row(prior: Normal, value: Array) -> Array:
