@@ -69,10 +69,8 @@ class Bijections(Portable, PlainMethods, eqx.Module):
         found = self._images(new, _INVERSE)
         for path, x in by_path(new).items():
             if path in self.maps:
-                is_same = x is before[path]
-                is_moved = jnp.any(x != before[path])
-                own = jnp.where(is_moved, found[path], at[path])
-                found[path] = at[path] if is_same else own
+                own = jnp.where(jnp.any(x != before[path]), found[path], at[path])
+                found[path] = at[path] if x is before[path] else own
         return replaced(new, found)
 
     def of_mapped(self, free: PyTree, params: PyTree) -> PyTree:
