@@ -228,7 +228,8 @@ def _warn_of(
             f"Fit again from there, the model {place} of `profile.models`."
         )
     is_lost = ~found.converged & ~is_bound
-    at = lambda which: f"{found.name} = {_few(found.values[which])}"
+    few = lambda which: ", ".join(f"{x:.6g}" for x in found.values[which][:4])
+    at = lambda which: f"{found.name} = {few(which)}"
     is_zero = is_lost & np.isposinf(found.losses)
     if is_zero.any():
         warn(
@@ -242,7 +243,3 @@ def _warn_of(
             "tolerances of the solver. If that does not help, the likelihood is flat "
             f"in another element there, or falls without end.{ends}"
         )
-
-
-def _few(values: np.ndarray) -> str:
-    return ", ".join(f"{x:.6g}" for x in values[:4])
