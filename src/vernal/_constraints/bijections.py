@@ -56,11 +56,9 @@ class Bijections(Portable, PlainMethods, eqx.Module):
     maps: dict[str, Closure]
 
     def forward(self, free: PyTree) -> PyTree:
-        """Returns the parameters that have these free coordinates."""
         return replaced(free, self._images(free, _FORWARD))
 
     def inverse(self, params: PyTree) -> PyTree:
-        """Returns the free coordinates of parameters."""
         return replaced(params, self._images(params, _INVERSE))
 
     def moved(self, free: PyTree, old: PyTree, new: PyTree) -> PyTree:

@@ -153,7 +153,6 @@ def flat_flags(
 def as_bounds(
     given: Any, model: PyTree, params: PyTree, reasons: Any
 ) -> tuple[Bounds | None, Bijections | None]:
-    """Makes the bounds that a user gives for the trained parameters of a model."""
     if given is None:
         return None, None
     trained = by_path(params).by_name()

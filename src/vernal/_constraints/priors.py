@@ -92,7 +92,6 @@ class Priors(Portable, PlainMethods, eqx.Module):
         return jnp.concatenate([row.astype(dtype) for row in rows])
 
     def count(self, model: PyTree) -> int:
-        """Returns the number of rows."""
         named = by_path(model).by_name()
         return sum(named[path].size for path in (*self.normal, *self.others))
 
@@ -180,7 +179,6 @@ def _local_rows(prior: Closure, value: Array) -> Array:
 
 
 def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
-    """Makes the priors that a user gives for the parameters of a model."""
     if given is None:
         return None
     normal: dict[str, Normal] = {}

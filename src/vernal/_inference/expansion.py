@@ -87,7 +87,6 @@ class Around(NamedTuple):
 
     @property
     def free_count(self) -> int:
-        """The number of elements that are free."""
         return int(np.count_nonzero(~self.held))
 
     @property
@@ -114,7 +113,6 @@ class Around(NamedTuple):
         return math.sqrt(self.reduced_chi_squared)
 
     def of_elements(self, trainer: AbstractTrainer) -> "OfElements":
-        """Returns the errors of the model's own elements."""
         whitening = whitening_of_elements(trainer, self.whitening)
         known = np.asarray(whitening.errors_of_the_data(), float)
         # A bijection may leave an element one value: the ones of a correlation matrix.
@@ -192,7 +190,6 @@ class OfElements(NamedTuple):
         return self.whitening.correlations_of_the_data(self.errors)[np.ix_(free, free)]
 
     def by_path(self, trainer: AbstractTrainer) -> dict[str, np.ndarray]:
-        """Returns the errors of each parameter."""
         leaves = by_path(elements_of(trainer)).by_name()
         ends = np.cumsum([leaf.size for leaf in leaves.values()])
         pieces = np.split(self.errors, ends[:-1])
@@ -225,7 +222,6 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
 
 
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
-    """Finds out what the derivatives say of the surroundings."""
     derived, priors = here.derived, priors_of(trainer)
     (distance, local), whitening = _distance(trainer, batch, here), here.whitening
     penalty = None if priors is None else 2 * float(priors.penalty(trainer.model))

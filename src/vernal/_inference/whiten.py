@@ -111,7 +111,6 @@ def _decomposed(
 
 
 def hessian_rtol(hessians: Sequence[Float[Array, "_ _"]]) -> float:
-    """Returns the default `rtol` for the eigenvalues of Hessians."""
     eps = float(jnp.finfo(hessians[0].dtype).eps)
     return max(*map(len, hessians), ROUNDING) * eps
 

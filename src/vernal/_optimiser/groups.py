@@ -39,7 +39,6 @@ class Group(NamedTuple):
         return kind((name, leaves[name]) for name in self.members)
 
     def init(self, leaves: Leaves) -> Any:
-        """Makes the first state."""
         return _explained(self.transform.init, self.own(leaves))
 
 

@@ -16,7 +16,6 @@ from .own_values import coupled, places
 
 
 def names_of(trainer: AbstractTrainer) -> list[str]:
-    """Lists the names of all elements."""
     params = trainer.params
     return [element_name(params, index) for index in range(ravel_size(params))]
 
@@ -58,7 +57,6 @@ def find_elements(
 
 
 def find_element(trainer: AbstractTrainer, name: Any, argument: str) -> tuple[str, int]:
-    """Finds one element."""
     if not isinstance(name, str):
         raise TypeError(
             f"`{argument}` is {name!r}, but must be the name of one element, such as "

@@ -108,7 +108,6 @@ class _Axis(NamedTuple):
 def along(
     scan: Scan, elements: dict[str, int], axes: dict[str, _Axis]
 ) -> dict[str, Profile[Any]]:
-    """Follows the likelihood along each element."""
     index, values, starts = [], [], []
     for name, own in elements.items():
         start, best = scan.start(scan.base.flat, [own]), float(scan.base.flat[own])

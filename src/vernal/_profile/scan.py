@@ -165,7 +165,6 @@ class Scan:
         return points.nll < minimum - _LOWER - noise
 
     def model(self, flat: np.ndarray) -> Any:
-        """Returns the model with these parameters."""
         return self._space.at(jnp.asarray(flat)).model
 
     @property

@@ -204,7 +204,6 @@ class Recorder:
         self._columns: dict[str, _Column] = {}
 
     def extend(self, history: History) -> None:
-        """Adds what was recorded since."""
         new = to_columns(history)
         if not self._columns:
             self._columns = {name: _Column(rows) for name, rows in new.items()}

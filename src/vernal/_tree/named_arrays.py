@@ -36,7 +36,6 @@ class Kind(NamedTuple):
 
     @property
     def is_key(self) -> bool:
-        """Whether it is the kind of PRNG keys."""
         return self.dtype.startswith("key<")
 
     @property
@@ -209,7 +208,6 @@ def _was_left_out(leaf: Any) -> bool:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of PRNG keys."""
     return _is_of_jax(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
