@@ -23,7 +23,7 @@ from .._curvature import (
     traced,
 )
 from .._data import as_batch
-from .._minimum import underflows
+from .._minimum import minimised, underflows
 from .._policy import all_finite
 from .._program import program
 from .._projection import Block, find_blocks
@@ -151,7 +151,10 @@ def run_derive(
     met: set[type] = set()
     if evaluate is scoring_residuals:
         evaluate = partial(evaluate, met=met)
-    held = _held(trainer, batch, kind) if holds else {}
+    held: dict[str, Array] = {}
+    if holds:
+        falls = minimised(trainer, batch, "loss" if kind == "loss" else "residuals")
+        held = pushed(trainer, falls)
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", jac)
     each = [_within(trainer, batch, block, evaluate, held) for block in blocks]
     found = tuple(derivative(fn, own, batch_size, subject) for fn, own in each)
@@ -165,16 +168,6 @@ def run_derive(
         if met:
             deviances, data = real_residuals_and_kind(trainer, batch, key)
     return Derived(found, all_finite(value), value, flags, deviances, data)
-
-
-def _held(trainer: AbstractTrainer, batch: Any, kind: str) -> dict[str, Array]:
-    """Finds the elements that are pushed against their bounds."""
-    key = step_key(trainer)
-    if kind == "loss":
-        value = lambda trainer: score(trainer, batch, key).loss
-    else:
-        value = lambda trainer: negative_log_likelihood(trainer, batch, key)
-    return pushed(trainer, lambda params: value(live(trainer, params)))
 
 
 def _within(
