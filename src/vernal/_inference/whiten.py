@@ -58,9 +58,9 @@ def whitened(
     is_free = whitens_free(trainer)
     trainer = in_free_coordinates(trainer)
     require_elements(trainer, "A projector")
-    blocks = None if blocks is None else _with_elements(trainer, as_selectors(blocks))
-    found, whiten_one = _decomposed(trainer, batch, blocks, passes)
-    if blocks is not None:
+    selectors = _with_elements(trainer, as_selectors(blocks))
+    found, whiten_one = _decomposed(trainer, batch, selectors, passes)
+    if selectors is not None:
         return make_block_projector(found, trainer.params, nulls, whiten_one, is_free)
     whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")
     return make_projector(whitening, trainer.params, "`batch`", is_free)
@@ -76,11 +76,11 @@ def whitens_free(trainer: AbstractTrainer) -> bool:
 
 def _with_elements(
     trainer: AbstractTrainer, selectors: tuple[Any, ...] | None
-) -> tuple[Any, ...]:
+) -> tuple[Any, ...] | None:
     """Leaves out the blocks without elements, in which there is nothing to whiten."""
-    params, selectors = as_parameters(trainer.params), selectors or ()
+    params = as_parameters(trainer.params)
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    if all(sizes):
+    if selectors is None or all(sizes):
         return selectors
     blocks = find_blocks(params, selectors)
     pairs = zip(selectors, blocks, strict=True)
@@ -94,18 +94,20 @@ def _with_elements(
 
 
 def _decomposed(
-    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+    trainer: AbstractTrainer,
+    batch: Any,
+    selectors: tuple[Any, ...] | None,
+    passes: Passes,
 ) -> tuple[Any, WhitenOne]:
     """Returns spectra or Hessians, by selector, and the function that whitens one."""
     if "residuals" in defined(trainer):
-        selectors = as_selectors(blocks)
         spectra, eps = _spectra(trainer, batch, selectors, passes)
         return by_selector(selectors, spectra), partial(of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
-    if blocks is None and kind == "nll":
+    if selectors is None and kind == "nll":
         found = observed(trainer, batch, passes, holds=True)[0].found[0].hessian
     else:
-        found = matrices(trainer, batch, kind, blocks, passes, holds=True)
+        found = matrices(trainer, batch, kind, selectors, passes, holds=True)
     rtol = hessian_rtol(jax.tree.leaves(found))
     return found, partial(of_hessian, kind=f"`{kind}`", rtol=rtol)
 
