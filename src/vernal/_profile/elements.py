@@ -56,12 +56,7 @@ def find_elements(
     return found
 
 
-def find_element(trainer: AbstractTrainer, name: Any, argument: str) -> tuple[str, int]:
-    if not isinstance(name, str):
-        raise TypeError(
-            f"`{argument}` is {name!r}, but must be the name of one element, such as "
-            '`"power"` or `"wfe[6]"`.'
-        )
+def find_element(trainer: AbstractTrainer, name: str, argument: str) -> tuple[str, int]:
     found = find_elements(trainer, name, argument)
     if len(found) > 1:
         raise ValueError(

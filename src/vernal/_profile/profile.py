@@ -81,8 +81,9 @@ def profile(
 ) -> Any:
     """Implements `Trainer.profile`."""
     is_one = isinstance(name, str)
-    elements = find_elements(trainer, name, "name")
-    if is_one:
+    if not is_one:
+        elements = find_elements(trainer, name, "name")
+    else:
         elements = dict([find_element(trainer, name, "name")])
         values = None if values is None else dict.fromkeys(elements, values)
     given = {} if values is None else values
