@@ -101,7 +101,14 @@ def _decomposed(
 ) -> tuple[Any, WhitenOne]:
     """Returns spectra or Hessians, by selector, and the function that whitens one."""
     if "residuals" in defined(trainer):
-        spectra, eps = _spectra(trainer, batch, selectors, passes)
+        batch = as_batch(batch)
+        is_whole = selectors is None and passes.batch_size is None
+        kind = "jacobian" if is_whole else "spectrum"
+        derived = derive(trainer, batch, kind, selectors, passes, holds=True)
+        spectra = derived.found
+        if is_whole:
+            spectra = (reduced(spectra[0], derived.value).spectrum,)
+        spectra, eps = checked_spectra(trainer, batch, spectra, derived.is_finite)
         return by_selector(selectors, spectra), partial(of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
     if selectors is None and kind == "nll":
@@ -162,34 +169,13 @@ def reduced(jac: Float[Array, "N D"], residuals: Float[Array, "..."]) -> Reduced
     return Reduced(spectrum, slope)
 
 
-def _spectra(
-    trainer: AbstractTrainer,
-    batch: Any,
-    selectors: tuple[Any, ...] | None,
-    passes: Passes,
-) -> tuple[tuple[Spectrum, ...], float]:
-    """Decomposes the Jacobians of the residuals.
-
-    Returns the spectra, in the dtype of the parameters, and the coarsest epsilon.
-    """
-    batch = as_batch(batch)
-    if selectors is None and passes.batch_size is None:
-        found = derive(trainer, batch, "jacobian", None, passes, holds=True)
-        (jac,), is_finite = found.found, found.is_finite
-        spectra = (reduced(jac, found.value).spectrum,)
-    else:
-        args = trainer, batch, "spectrum", selectors, passes
-        spectra, is_finite, *_ = derive(*args, holds=True)
-    return checked_spectra(trainer, batch, spectra, is_finite)
-
-
 def checked_spectra(
     trainer: AbstractTrainer,
     batch: Any,
     spectra: tuple[Spectrum, ...],
     is_finite: Bool[Array, ""],
 ) -> tuple[tuple[Spectrum, ...], float]:
-    """Refuses spectra that are not finite; returns what `_spectra` does."""
+    """Refuses spectra that are not finite; returns what `in_own_precision` does."""
     what = "The Jacobian of `residuals`"
     require_finite(spectra, is_finite, what, trainer, batch)
     if is_traced(spectra):
