@@ -12,7 +12,7 @@ from .._boundary import PyTree, entrance, is_traced, refuse_foreign
 from .._closure import Closure
 from .._curvature import matmul
 from .._pickling import PlainMethods, Portable, module_of
-from .._tree import by_path, widest
+from .._tree import by_path, ravel
 from .owned import as_wide, owned, require_wide
 
 # So close to an end of its prior a parameter does not stop by accident.
@@ -86,10 +86,9 @@ class Priors(Portable, PlainMethods, eqx.Module):
         another one they have the gradient, and the curvature where that is positive.
         """
         named = by_path(model).by_name()
-        rows = [_row(p, named[path]).ravel() for path, p in self.normal.items()]
+        rows = [_row(p, named[path]) for path, p in self.normal.items()]
         rows += [_local_rows(p, named[path]) for path, p in self.others.items()]
-        dtype = widest(row.dtype for row in rows)
-        return jnp.concatenate([row.astype(dtype) for row in rows])
+        return ravel(rows)
 
     def count(self, model: PyTree) -> int:
         named = by_path(model).by_name()
@@ -144,8 +143,7 @@ class Priors(Portable, PlainMethods, eqx.Module):
             for path, prior in self.normal.items()
         ]
         terms += [-jnp.sum(x) for x in self._densities(model).values()]
-        dtype = widest(term.dtype for term in terms)
-        return jnp.sum(jnp.stack([term.astype(dtype) for term in terms]))
+        return jnp.sum(ravel(terms))
 
     def _densities(self, model: PyTree) -> dict[str, Array]:
         named = by_path(model).by_name()
