@@ -154,7 +154,7 @@ def _followed(
 def _span(
     scan: Scan, index: int, value: float, unit: float, ends: Any
 ) -> tuple[float, float]:
-    """Returns the ends, and those in a few units where the likelihood sets none."""
+    """Returns the ends, a few units away where the likelihood sets none."""
     reach = np.array([-_WIDTH * unit, _WIDTH * unit])
     near = np.clip(value + reach, scan.low[index], scan.high[index])
     low, high = np.where(np.isfinite(ends), ends, near)
