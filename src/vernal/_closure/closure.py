@@ -76,7 +76,7 @@ class _Encoder:
     def parts(self, objs: Iterable[Any]) -> tuple[Part, ...]:
         return tuple(self.walk(obj) for obj in objs)
 
-    def group(self, obj: Any, name: str | None = None) -> Part:
+    def group(self, obj: Any, name: str | None) -> Part:
         kind = type(obj)
         if kind is tuple or (kind is list and obj):
             return Group(kind, self.parts(obj), kind)

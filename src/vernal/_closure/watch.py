@@ -17,6 +17,9 @@ from .equality import Hashed, Same
 MOST_BYTES = 2**20
 _SAMPLE = 4_096
 
+# So many slots that programs write to are known.
+_MOST_KEPT = 1_024
+
 # Raised where an object changes while it is looked at.
 _GONE = (KeyError, IndexError, AttributeError, RuntimeError, ValueError)
 
@@ -81,8 +84,7 @@ class Kept:
     A counter or a list of what was traced is not something a program is made from.
     """
 
-    def __init__(self, most: int = 1_024):
-        self._most = most
+    def __init__(self) -> None:
         self._owners: dict[Slot, Any] = {}
         self._lock = threading.RLock()
 
@@ -94,7 +96,7 @@ class Kept:
         with self._lock:
             # The owner is held, so that no other object takes its id.
             self._owners.update(dict.fromkeys(changed, watch.owner))
-            while len(self._owners) > self._most:
+            while len(self._owners) > _MOST_KEPT:
                 del self._owners[next(iter(self._owners))]
 
     def clear(self) -> None:

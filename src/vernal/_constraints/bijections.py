@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree, is_traced
@@ -57,11 +56,9 @@ class Bijections(Portable, PlainMethods, eqx.Module):
     maps: dict[str, Closure]
 
     def forward(self, free: PyTree) -> PyTree:
-        """Returns the parameters that have these free coordinates."""
         return replaced(free, self._images(free, _FORWARD))
 
     def inverse(self, params: PyTree) -> PyTree:
-        """Returns the free coordinates of parameters."""
         return replaced(params, self._images(params, _INVERSE))
 
     def moved(self, free: PyTree, old: PyTree, new: PyTree) -> PyTree:
@@ -70,10 +67,8 @@ class Bijections(Portable, PlainMethods, eqx.Module):
         found = self._images(new, _INVERSE)
         for path, x in by_path(new).items():
             if path in self.maps:
-                is_same = x is before[path]
-                is_moved = jnp.any(x != before[path])
-                own = jnp.where(is_moved, found[path], at[path])
-                found[path] = at[path] if is_same else own
+                own = jnp.where(jnp.any(x != before[path]), found[path], at[path])
+                found[path] = at[path] if x is before[path] else own
         return replaced(new, found)
 
     def of_mapped(self, free: PyTree, params: PyTree) -> PyTree:
@@ -197,7 +192,7 @@ def _is_close(value: Array, again: Array) -> Any:
 
 
 def _check(path: str, value: Array, free: Array, again: Array, is_close: Any) -> None:
-    if any(isinstance(x, Tracer) for x in (value, free, again)):
+    if is_traced(value, free, again):
         return
     show = lambda x: np.array2string(np.asarray(x), precision=6, threshold=8)
     if not np.isfinite(free).all():

@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from .._boundary import PyTree, is_traced
@@ -154,7 +153,6 @@ def flat_flags(
 def as_bounds(
     given: Any, model: PyTree, params: PyTree, reasons: Any
 ) -> tuple[Bounds | None, Bijections | None]:
-    """Makes the bounds that a user gives for the trained parameters of a model."""
     if given is None:
         return None, None
     trained = by_path(params).by_name()
@@ -208,7 +206,7 @@ def _as_bound(value: Any, path: str, leaf: Array) -> Array:
 
 def _check(path: str, leaf: Array, low: Array | None, high: Array | None) -> None:
     """Refuses bounds that are NaN or the wrong way round, and a start outside."""
-    if any(isinstance(x, Tracer) for x in (leaf, low, high)):
+    if is_traced(leaf, low, high):
         return
     start, least, most = np.broadcast_arrays(
         np.asarray(leaf),

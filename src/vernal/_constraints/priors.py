@@ -6,14 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._boundary import PyTree, entrance, refuse_foreign
+from .._boundary import PyTree, entrance, is_traced, refuse_foreign
 from .._closure import Closure
 from .._curvature import matmul
 from .._pickling import PlainMethods, Portable, module_of
-from .._tree import by_path, widest
+from .._tree import by_path, ravel
 from .owned import as_wide, owned, require_wide
 
 # So close to an end of its prior a parameter does not stop by accident.
@@ -46,10 +45,8 @@ class Normal(Portable, PlainMethods, eqx.Module):
 
         - `ValueError`: if `std` is not positive, or one of them is not finite.
         """
-        self.mean, self.std = (
-            _as_floats(value, name) for value, name in ((mean, "mean"), (std, "std"))
-        )
-        if isinstance(self.std, Tracer) or isinstance(self.mean, Tracer):
+        self.mean, self.std = _as_floats(mean, "mean"), _as_floats(std, "std")
+        if is_traced(self.mean, self.std):
             is_proper = jnp.isfinite(self.mean).all() & (self.std > 0).all()
             message = "`mean` must be finite, and `std` finite and positive."
             is_bad = ~(is_proper & jnp.isfinite(self.std).all())
@@ -89,13 +86,11 @@ class Priors(Portable, PlainMethods, eqx.Module):
         another one they have the gradient, and the curvature where that is positive.
         """
         named = by_path(model).by_name()
-        rows = [_row(p, named[path]).ravel() for path, p in self.normal.items()]
+        rows = [_row(p, named[path]) for path, p in self.normal.items()]
         rows += [_local_rows(p, named[path]) for path, p in self.others.items()]
-        dtype = widest(row.dtype for row in rows)
-        return jnp.concatenate([row.astype(dtype) for row in rows])
+        return ravel(rows)
 
     def count(self, model: PyTree) -> int:
-        """Returns the number of rows."""
         named = by_path(model).by_name()
         return sum(named[path].size for path in (*self.normal, *self.others))
 
@@ -104,26 +99,22 @@ class Priors(Portable, PlainMethods, eqx.Module):
 
         A normal prior allows all of them.
         """
-        named = by_path(model).by_name()
-        for path, prior in self.others.items():
-            is_allowed = jnp.all(jnp.isfinite(_density(prior.decode(), named[path])))
+        for path, density in self._densities(model).items():
+            is_allowed = jnp.all(jnp.isfinite(density))
             message = (
                 f"`priors`: the density of {path!r} is zero or not finite where it "
                 "starts{}. Start where its prior allows."
             )
-            if isinstance(is_allowed, Tracer):
+            if is_traced(is_allowed):
                 params = eqx.error_if(params, ~is_allowed, message.format(""))
             elif not is_allowed:
-                raise ValueError(message.format(f", at {named[path]}"))
+                start = by_path(model).by_name()[path]
+                raise ValueError(message.format(f", at {start}"))
         return params
 
     def allow(self, model: PyTree) -> Bool[Array, ""]:
         """Whether a model is where none of the densities is zero."""
-        named = by_path(model).by_name()
-        flags = [
-            jnp.all(jnp.isfinite(_density(prior.decode(), named[path])))
-            for path, prior in self.others.items()
-        ]
+        flags = [jnp.all(jnp.isfinite(x)) for x in self._densities(model).values()]
         return jnp.all(jnp.stack([jnp.array(True), *flags]))
 
     def ends(self, model: PyTree, is_near: bool) -> dict[str, tuple[Any, Any]]:
@@ -151,12 +142,13 @@ class Priors(Portable, PlainMethods, eqx.Module):
             0.5 * jnp.sum(jnp.square(_row(prior, named[path])))
             for path, prior in self.normal.items()
         ]
-        terms += [
-            -jnp.sum(_density(prior.decode(), named[path]))
-            for path, prior in self.others.items()
-        ]
-        dtype = widest(term.dtype for term in terms)
-        return jnp.sum(jnp.stack([term.astype(dtype) for term in terms]))
+        terms += [-jnp.sum(x) for x in self._densities(model).values()]
+        return jnp.sum(ravel(terms))
+
+    def _densities(self, model: PyTree) -> dict[str, Array]:
+        named = by_path(model).by_name()
+        priors = self.others.items()
+        return {path: _density(own.decode(), named[path]) for path, own in priors}
 
 
 def _row(prior: Normal, value: Array) -> Array:
@@ -185,7 +177,6 @@ def _local_rows(prior: Closure, value: Array) -> Array:
 
 
 def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
-    """Makes the priors that a user gives for the parameters of a model."""
     if given is None:
         return None
     normal: dict[str, Normal] = {}

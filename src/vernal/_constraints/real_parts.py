@@ -28,7 +28,6 @@ class RealParts(eqx.Module):
     """That of the complex parameters."""
 
     def forward(self, parts: PyTree) -> PyTree:
-        """Returns the parameters that have these parts."""
         join = lambda x: lax.complex(*x) if isinstance(x, _Parts) else x
         leaves = map(join, self.structure.flatten_up_to(parts))
         params = self.structure.unflatten(leaves)

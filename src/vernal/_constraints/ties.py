@@ -45,7 +45,6 @@ class Ties(Portable, PlainMethods, eqx.Module):
         return {path: f"tied to {followed}" for path, followed in self.followed}
 
     def set(self, leaves: Sequence[Any], structure: Any) -> list[Any]:
-        """Sets the tied leaves of a model."""
         found, sources = list(leaves), self.sources.decode()
         if not all(eqx.is_array_like(found[index]) for index in self.indices):
             # `equinox.tree_at` looks for leaves: what is tied is none of a trainer.
@@ -62,7 +61,6 @@ class Ties(Portable, PlainMethods, eqx.Module):
 
 
 def as_ties(given: Any, model: PyTree) -> Ties | None:
-    """Makes the ties that a user gives for a model."""
     if given is None:
         return None
     chosen, named = owned(given, "ties", model, lambda _: ""), by_path(model)

@@ -70,7 +70,6 @@ def flat_fn(fn: TreeFn, params: Params, is_scalar: bool) -> tuple[Flat, Array]:
 def jacobian_of(
     residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "N D"]:
-    """Computes the result of `jacobian`."""
     fn, flat = flat_fn(residuals, params, is_scalar=False)
     return jacobian_matrix(fn, flat, subject, batch_size)
 
@@ -88,7 +87,6 @@ def spectrum_of(
 def hessian_of(
     fn: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "D D"]:
-    """Computes the result of `hessian`."""
     return hessian_matrix(*flat_fn(fn, params, is_scalar=True), subject, batch_size)
 
 
@@ -111,7 +109,6 @@ def expansion_of(
 def gauss_newton_matrix(
     residuals: TreeFn, params: Params, batch_size: int | None, subject: Subject
 ) -> Float[Array, "D D"]:
-    """Computes the result of `gauss_newton`."""
     fn, flat = flat_fn(residuals, params, is_scalar=False)
     products = None
     if batch_size is not None and subject.jac is None:

@@ -15,7 +15,7 @@ from .flat import (
     hessian_of,
     jacobian_of,
 )
-from .modes import Mode, Subject, checked_mode
+from .modes import Mode, Subject
 
 _hessian = program(hessian_of)
 _gauss_newton = program(gauss_newton_matrix)
@@ -157,5 +157,5 @@ def _compute(
     """Checks the arguments, and runs the program `of`."""
     batch_size = checked_batch_size(batch_size)
     takes(function, 1, name, f"{name}(params)")
-    subject = Subject(f"`{name}`", checked_mode(jac))
+    subject = Subject(f"`{name}`", jac)
     return of(function, as_parameters(params), batch_size, subject)

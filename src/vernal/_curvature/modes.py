@@ -47,7 +47,6 @@ class Subject(NamedTuple):
 
 
 def checked_mode(jac: Any) -> Mode | None:
-    """Checks the argument `jac`."""
     if jac is not None and not (isinstance(jac, str) and jac in ("fwd", "bwd")):
         raise ValueError(
             f'`jac` is {jac!r}, but must be "fwd" (forward mode: a pass for each '

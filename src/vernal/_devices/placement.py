@@ -185,13 +185,13 @@ class OnMesh(AbstractPlacement):
         """Whether the user has put an array onto the mesh."""
         sharding = leaf.sharding
         # Within `jax.set_mesh` JAX itself makes arrays there.
-        if not leaf.committed or not isinstance(sharding, NamedSharding):
-            return False
-        if not isinstance(sharding.mesh, Mesh):
-            return False
-        names, devices = sharding.mesh.axis_names, sharding.mesh.devices
-        is_same = names == self.mesh.axis_names
-        return is_same and np.array_equal(devices, self.mesh.devices)
+        return (
+            leaf.committed
+            and isinstance(sharding, NamedSharding)
+            and isinstance(sharding.mesh, Mesh)
+            and sharding.mesh.axis_names == self.mesh.axis_names
+            and np.array_equal(sharding.mesh.devices, self.mesh.devices)
+        )
 
     @property
     def _sharers(self) -> str:

@@ -61,7 +61,6 @@ class Peers:
 
     @property
     def are_many(self) -> bool:
-        """Whether there is more than one process."""
         return self._session is not None
 
     @property

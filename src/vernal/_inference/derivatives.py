@@ -23,7 +23,7 @@ from .._curvature import (
     traced,
 )
 from .._data import as_batch
-from .._minimum import underflows
+from .._minimum import minimised, underflows
 from .._policy import all_finite
 from .._program import program
 from .._projection import Block, find_blocks
@@ -119,17 +119,16 @@ def _require_units(
 
     Those of an element that is `held` at its bound are zero anyway.
     """
-    leaves = by_path(trainer.params).by_name()
-    ends = np.cumsum([leaf.size for leaf in leaves.values()])[:-1]
+    named = by_path(trainer.params)
+    ends = np.cumsum([leaf.size for leaf in named.leaves])[:-1]
     kept = np.split(~np.asarray(held), ends)
-    paths, own = zip(*(list(leaves.items())[index] for index in block), strict=True)
-    ends = np.cumsum([leaf.size for leaf in own])[:-1]
-    diagonal = np.diagonal(np.asarray(expansion.hessian))
-    pieces = zip(block, paths, own, np.split(diagonal, ends), strict=True)
-    for index, path, leaf, piece in pieces:
-        flat = np.asarray(leaf, float).ravel()
+    ends = np.cumsum([named.leaves[index].size for index in block])[:-1]
+    diagonals = np.split(np.diagonal(np.asarray(expansion.hessian)), ends)
+    for index, piece in zip(block, diagonals, strict=True):
+        flat = np.asarray(named.leaves[index], float).ravel()
         lost = underflows(piece, flat) & kept[index]
         if lost.any():
+            path = named.names[index]
             raise ValueError(
                 f"The second derivative of `{name}` by {path!r}, which is "
                 f"{flat[lost][0]:.3g}, is zero in {piece.dtype}: it has the square of "
@@ -152,7 +151,10 @@ def run_derive(
     met: set[type] = set()
     if evaluate is scoring_residuals:
         evaluate = partial(evaluate, met=met)
-    held = _held(trainer, batch, kind) if holds else {}
+    held: dict[str, Array] = {}
+    if holds:
+        falls = minimised(trainer, batch, "loss" if kind == "loss" else "residuals")
+        held = pushed(trainer, falls)
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", jac)
     each = [_within(trainer, batch, block, evaluate, held) for block in blocks]
     found = tuple(derivative(fn, own, batch_size, subject) for fn, own in each)
@@ -166,16 +168,6 @@ def run_derive(
         if met:
             deviances, data = real_residuals_and_kind(trainer, batch, key)
     return Derived(found, all_finite(value), value, flags, deviances, data)
-
-
-def _held(trainer: AbstractTrainer, batch: Any, kind: str) -> dict[str, Array]:
-    """Finds the elements that are pushed against their bounds."""
-    key = step_key(trainer)
-    if kind == "loss":
-        value = lambda trainer: score(trainer, batch, key).loss
-    else:
-        value = lambda trainer: negative_log_likelihood(trainer, batch, key)
-    return pushed(trainer, lambda params: value(live(trainer, params)))
 
 
 def _within(

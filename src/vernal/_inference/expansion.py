@@ -20,9 +20,9 @@ from .._minimum import (
     chi_squared_p_value,
     distance_of,
     has_minimum,
-    hessian_distance,
     measure_spectrum,
     second_look,
+    surroundings,
     truth_p_values,
     what_falls,
 )
@@ -87,7 +87,6 @@ class Around(NamedTuple):
 
     @property
     def free_count(self) -> int:
-        """The number of elements that are free."""
         return int(np.count_nonzero(~self.held))
 
     @property
@@ -114,7 +113,6 @@ class Around(NamedTuple):
         return math.sqrt(self.reduced_chi_squared)
 
     def of_elements(self, trainer: AbstractTrainer) -> "OfElements":
-        """Returns the errors of the model's own elements."""
         whitening = whitening_of_elements(trainer, self.whitening)
         known = np.asarray(whitening.errors_of_the_data(), float)
         # A bijection may leave an element one value: the ones of a correlation matrix.
@@ -192,7 +190,6 @@ class OfElements(NamedTuple):
         return self.whitening.correlations_of_the_data(self.errors)[np.ix_(free, free)]
 
     def by_path(self, trainer: AbstractTrainer) -> dict[str, np.ndarray]:
-        """Returns the errors of each parameter."""
         leaves = by_path(elements_of(trainer)).by_name()
         ends = np.cumsum([leaf.size for leaf in leaves.values()])
         pieces = np.split(self.errors, ends[:-1])
@@ -225,7 +222,6 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
 
 
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
-    """Finds out what the derivatives say of the surroundings."""
     derived, priors = here.derived, priors_of(trainer)
     (distance, local), whitening = _distance(trainer, batch, here), here.whitening
     penalty = None if priors is None else 2 * float(priors.penalty(trainer.model))
@@ -289,13 +285,12 @@ def _distance(
     at = derived.held, as_parameters(trainer.params), trainer.projector
     if derived.data is None:
         hessian, gradient = derived.found[0]
-        return hessian_distance(derived.value, gradient, hessian, *at), None
-    assert here.spectrum is not None
+        curved = surroundings(derived.value, gradient, hessian, *at)
+        return distance_of(curved), None
     assert here.reduced is not None
     squares = np.square(np.asarray(derived.deviances, float)).sum()
     size = int(derived.data.size) + prior_count(trainer)
-    sums = here.spectrum, here.reduced.slope, np.asarray(squares), size
-    local = measure_spectrum(*sums, *at)
+    local = measure_spectrum(*here.reduced, np.asarray(squares), size, *at)
     return distance_of(local), local
 
 
@@ -309,8 +304,7 @@ def may_be_far(here: Laplace) -> bool:
     if here.reduced is None:
         gradient, unit = here.derived.found[0].gradient, 1.0
     else:
-        assert here.spectrum is not None
-        gradient, unit = here.reduced.slope, here.spectrum.scale
+        gradient, unit = here.reduced.slope, here.reduced.spectrum.scale
     fall = possible_fall(here.whitening, gradient, unit)
     # What is not known is looked at.
     return not fall.truth_p_value > NO_ACCIDENT

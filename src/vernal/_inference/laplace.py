@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from .._curvature import Mode, Spectrum
+from .._curvature import Mode
 from .._projection import DenseWhitening, NullPolicy
 from .._step import AbstractTrainer, DataKind, defined
 from .._tree import as_parameters, ravel_size
@@ -38,8 +38,8 @@ class Laplace(NamedTuple):
     - `whitening`: its covariance is that of the parameters.
     - `expected`: that of the expected Fisher matrix; of an `nll`, the same.
     - `derived`: the derivatives of `residuals`, or of `nll`.
-    - `reduced`, `spectrum`: of the Jacobian, the latter in the dtype of the parameters;
-        `None` for an `nll`.
+    - `reduced`: of the Jacobian, the spectrum in the dtype of the parameters; `None`
+        for an `nll`.
     - `kind`: which matrix the covariance comes from.
     """
 
@@ -47,7 +47,6 @@ class Laplace(NamedTuple):
     expected: DenseWhitening
     derived: Derived
     reduced: Reduced | None
-    spectrum: Spectrum | None
     kind: ErrorKind
 
 
@@ -75,6 +74,7 @@ def laplace(
     parts = reduced(derived.found[0], derived.value)
     spectra = (parts.spectrum,)
     (spectrum,), eps = checked_spectra(trainer, batch, spectra, derived.is_finite)
+    parts = parts._replace(spectrum=spectrum)
     expected = whitening = of_spectrum(spectrum, params, NULLS, "", eps)
     if (kind := kind_of(kind, derived.data)) != "expected":
         bar = error_bar(derived, ravel_size(params))
@@ -82,7 +82,7 @@ def laplace(
     if kind == "sandwich":
         found = sandwich(trainer, batch, passes, derived, expected, whitening)
         whitening = found.checked(trainer)
-    return Laplace(whitening, expected, derived, parts, spectrum, kind)
+    return Laplace(whitening, expected, derived, parts, kind)
 
 
 def kind_of(kind: ErrorKind | None, data: DataKind | None) -> ErrorKind:
@@ -104,4 +104,4 @@ def _observed(
     hessian = derived.found[0].hessian
     params, rtol = as_parameters(trainer.params), hessian_rtol((hessian,))
     whitening = of_hessian(hessian, params, NULLS, "", name, rtol)
-    return Laplace(whitening, whitening, derived, None, None, "observed")
+    return Laplace(whitening, whitening, derived, None, "observed")

@@ -30,7 +30,7 @@ from .._curvature import (
     transposed_product,
 )
 from .._program import program
-from .._projection import DenseWhitening
+from .._projection import DenseWhitening, written_directions
 from .._step import (
     AbstractTrainer,
     bounds_of,
@@ -221,14 +221,10 @@ def draw(
     held = {element_name(params, int(index)) for index in np.flatnonzero(here.held)}
     null = [row for row in here.whitening.null_space(params) if not row.keys() <= held]
     if null:
-        shown = "; ".join(
-            " and ".join(f"{name} ({weight:+.3g})" for name, weight in row.items())
-            for row in null
-        )
         raise ValueError(
             f"`batch` does not constrain {len(null)} of {here.free_count} "
-            f"directions, which nothing can be drawn from: {shown}. Freeze a parameter "
-            "of each (`train=`), or add a prior."
+            f"directions, which nothing can be drawn from: {written_directions(null)}. "
+            "Freeze a parameter of each (`train=`), or add a prior."
         )
     scale = here.error_scale(scale_errors)
     warn_if_far(trainer, here, "draw", scale_errors)

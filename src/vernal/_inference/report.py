@@ -16,7 +16,7 @@ from .._report import (
     p_value,
     parameter_rows,
 )
-from .._step import AbstractTrainer, in_free_coordinates, template_of
+from .._step import AbstractTrainer, in_free_coordinates, template_of, tied_words
 from .._tree import aligned, by_path, element_name, named_leaves
 from .counts import OfCounts, expected_deviance, of_counts
 from .elements import tied_with_errors
@@ -169,8 +169,7 @@ def _rows(
     has none. The parameters of the trainer may be free coordinates.
     """
     free = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
-    ties, bijections = template_of(trainer).ties, template_of(trainer).bijections
-    words = {} if ties is None else ties.words
+    bijections = template_of(trainer).bijections
     model, errors, fixed = trainer.model, None, set()
     if here is not None:
         around, own = here
@@ -188,5 +187,5 @@ def _rows(
             tied = lambda model: {p: by_path(model).by_name()[p] for p in real}
             _, found, _ = propagated(trainer, tied, around, scale)
             errors |= {path: np.asarray(found[path], float) for path in real}
-    for row in parameter_rows(model, free, errors, words, most):
+    for row in parameter_rows(model, free, errors, tied_words(trainer), most):
         yield row._replace(status="fixed") if row.name in fixed else row

@@ -58,9 +58,9 @@ def whitened(
     is_free = whitens_free(trainer)
     trainer = in_free_coordinates(trainer)
     require_elements(trainer, "A projector")
-    blocks = None if blocks is None else _with_elements(trainer, as_selectors(blocks))
-    found, whiten_one = _decomposed(trainer, batch, blocks, passes)
-    if blocks is not None:
+    selectors = _with_elements(trainer, as_selectors(blocks))
+    found, whiten_one = _decomposed(trainer, batch, selectors, passes)
+    if selectors is not None:
         return make_block_projector(found, trainer.params, nulls, whiten_one, is_free)
     whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")
     return make_projector(whitening, trainer.params, "`batch`", is_free)
@@ -76,11 +76,11 @@ def whitens_free(trainer: AbstractTrainer) -> bool:
 
 def _with_elements(
     trainer: AbstractTrainer, selectors: tuple[Any, ...] | None
-) -> tuple[Any, ...]:
+) -> tuple[Any, ...] | None:
     """Leaves out the blocks without elements, in which there is nothing to whiten."""
-    params, selectors = as_parameters(trainer.params), selectors or ()
+    params = as_parameters(trainer.params)
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    if all(sizes):
+    if selectors is None or all(sizes):
         return selectors
     blocks = find_blocks(params, selectors)
     pairs = zip(selectors, blocks, strict=True)
@@ -94,24 +94,32 @@ def _with_elements(
 
 
 def _decomposed(
-    trainer: AbstractTrainer, batch: Any, blocks: Blocks | None, passes: Passes
+    trainer: AbstractTrainer,
+    batch: Any,
+    selectors: tuple[Any, ...] | None,
+    passes: Passes,
 ) -> tuple[Any, WhitenOne]:
     """Returns spectra or Hessians, by selector, and the function that whitens one."""
     if "residuals" in defined(trainer):
-        selectors = as_selectors(blocks)
-        spectra, eps = _spectra(trainer, batch, selectors, passes)
+        batch = as_batch(batch)
+        is_whole = selectors is None and passes.batch_size is None
+        kind = "jacobian" if is_whole else "spectrum"
+        derived = derive(trainer, batch, kind, selectors, passes, holds=True)
+        spectra = derived.found
+        if is_whole:
+            spectra = (reduced(spectra[0], derived.value).spectrum,)
+        spectra, eps = checked_spectra(trainer, batch, spectra, derived.is_finite)
         return by_selector(selectors, spectra), partial(of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
-    if blocks is None and kind == "nll":
+    if selectors is None and kind == "nll":
         found = observed(trainer, batch, passes, holds=True)[0].found[0].hessian
     else:
-        found = matrices(trainer, batch, kind, blocks, passes, holds=True)
+        found = matrices(trainer, batch, kind, selectors, passes, holds=True)
     rtol = hessian_rtol(jax.tree.leaves(found))
     return found, partial(of_hessian, kind=f"`{kind}`", rtol=rtol)
 
 
 def hessian_rtol(hessians: Sequence[Float[Array, "_ _"]]) -> float:
-    """Returns the default `rtol` for the eigenvalues of Hessians."""
     eps = float(jnp.finfo(hessians[0].dtype).eps)
     return max(*map(len, hessians), ROUNDING) * eps
 
@@ -161,34 +169,13 @@ def reduced(jac: Float[Array, "N D"], residuals: Float[Array, "..."]) -> Reduced
     return Reduced(spectrum, slope)
 
 
-def _spectra(
-    trainer: AbstractTrainer,
-    batch: Any,
-    selectors: tuple[Any, ...] | None,
-    passes: Passes,
-) -> tuple[tuple[Spectrum, ...], float]:
-    """Decomposes the Jacobians of the residuals.
-
-    Returns the spectra, in the dtype of the parameters, and the coarsest epsilon.
-    """
-    batch = as_batch(batch)
-    if selectors is None and passes.batch_size is None:
-        found = derive(trainer, batch, "jacobian", None, passes, holds=True)
-        (jac,), is_finite = found.found, found.is_finite
-        spectra = (reduced(jac, found.value).spectrum,)
-    else:
-        args = trainer, batch, "spectrum", selectors, passes
-        spectra, is_finite, *_ = derive(*args, holds=True)
-    return checked_spectra(trainer, batch, spectra, is_finite)
-
-
 def checked_spectra(
     trainer: AbstractTrainer,
     batch: Any,
     spectra: tuple[Spectrum, ...],
     is_finite: Bool[Array, ""],
 ) -> tuple[tuple[Spectrum, ...], float]:
-    """Refuses spectra that are not finite; returns what `_spectra` does."""
+    """Refuses spectra that are not finite; returns what `in_own_precision` does."""
     what = "The Jacobian of `residuals`"
     require_finite(spectra, is_finite, what, trainer, batch)
     if is_traced(spectra):

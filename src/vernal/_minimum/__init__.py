@@ -11,7 +11,6 @@ from .distance import (
     MOST_PARAMETERS,
     has_jacobian,
     has_minimum,
-    hessian_distance,
     measure,
     measure_jacobian,
     measure_spectrum,

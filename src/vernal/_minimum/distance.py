@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float
 from .._boundary import Params
 from .._constraints import flat_flags, held_at
 from .._curvature import (
-    Flat,
     Spectrum,
     Subject,
     gauss_newton_products,
@@ -39,13 +38,13 @@ from .._step import (
 )
 from .._tree import as_parameters, ravel, ravel_dtype, unravel, widest
 from .edm import TOLERANCE, Distance, unknown
-from .formulas import distance_of, of_products
+from .formulas import of_products
 from .local import Curved, Local, Point, curved, rounding_of, spectral, triangle
 
 LossAt = Callable[[Params], Float[Array, ""]]
 """A loss as a function of a tree of parameters."""
 
-_SUBJECT = Subject("what is minimised", is_quiet=True)
+SUBJECT = Subject("what is minimised", is_quiet=True)
 
 # No matrix with more parameters, or more elements, is formed.
 MOST_PARAMETERS = 512
@@ -128,11 +127,26 @@ def _by_jacobian(
     at = lambda flat: live(trainer, held_at(unravel(flat, here.params), held))
     key, met = step_key(trainer), set[type]()
     residuals = lambda flat: _wide(scoring_residuals(at(flat), batch, key, met))
-    residuals, loss = traced(residuals, here.flat), None
-    if met:
-        # The residuals of scoring have no bound where that of counts is small.
-        loss = _wide(value(here.params))
-    return _of_residuals(residuals, here, fall, loss, prior_count(trainer))
+    residuals, flat = traced(residuals, here.flat), here.flat
+    vector = residuals(flat)
+    # The residuals of scoring have no bound where that of counts is small.
+    loss = _wide(value(here.params)) if met else 0.5 * jnp.sum(jnp.square(vector))
+    if has_jacobian(vector.size, flat.size):
+        try:
+            jacobian = jacobian_matrix(residuals, flat, SUBJECT)
+        except TypeError:
+            return unknown(flat)
+        priors = prior_count(trainer)
+        return triangle(jacobian, vector, here.point(), fall, loss, priors)
+    products = gauss_newton_products(residuals, flat)
+    if products is None:
+        return unknown(flat)
+    push, pull = products
+    data_count = jnp.count_nonzero(vector)
+    degrees = jnp.maximum(data_count - flat.size, 1).astype(loss.dtype)
+    tolerance = TOLERANCE * 2 * loss / degrees
+    product = lambda v: pull(push(v))
+    return of_products(loss, pull(vector), product, here.solve, tolerance)
 
 
 def _by_hessian(
@@ -141,8 +155,25 @@ def _by_hessian(
     held: Mapping[str, Bool[Array, "..."]],
     fall: Any,
 ) -> Local:
-    loss = lambda flat: _wide(value(held_at(unravel(flat, here.params), held)))
-    return _of_loss(traced(loss, here.flat), here, fall)
+    """Measures by second derivatives; `fall` is `None` where the scale is known."""
+    flat, params = here.flat, here.params
+    loss = traced(lambda x: _wide(value(held_at(unravel(x, params), held))), flat)
+    now, tolerance = loss(flat), TOLERANCE
+    if fall is not None:
+        # The scale of a loss is not known: its fall, and its rounding, have one. A fit
+        # that goes on at the minimum has no fall.
+        least = jnp.fmax(rounding_of(now), _UNSEEN * abs(now))
+        tolerance = jnp.fmax(TOLERANCE * fall, least)
+    try:
+        slope = gradient(loss, flat, SUBJECT)
+        if flat.size > MOST_PARAMETERS:
+            product = hessian_product(loss, flat, SUBJECT)
+            return of_products(now, slope, product, here.solve, tolerance)
+        hessian = hessian_matrix(loss, flat, SUBJECT)
+    except TypeError:
+        # No mode has second derivatives.
+        return unknown(flat)
+    return curved(now, slope, hessian, here.point(), tolerance)
 
 
 def _with_held(local: Local, held: Any) -> Local:
@@ -192,18 +223,6 @@ def measure_spectrum(
     """Measures by a decomposed Jacobian of `size` residuals, on the host."""
     found = spectral(spectrum, slope, squares, size, _on_host(params, projector))
     return _with_held(found, np.asarray(held))
-
-
-def hessian_distance(
-    value: Float[Array, ""],
-    slope: Float[Array, " D"],
-    hessian: Float[Array, "D D"],
-    held: Bool[Array, " D"],
-    params: Params,
-    projector: EigenProjector | None,
-) -> Distance:
-    """Finds the distance by the derivatives of an `nll`, on the host."""
-    return distance_of(surroundings(value, slope, hessian, held, params, projector))
 
 
 def surroundings(
@@ -256,50 +275,6 @@ class _Here(NamedTuple):
             return vector
         natural = self.projector.precondition(unravel(vector, self.params))
         return ravel(natural, ravel_dtype(self.params))
-
-
-def _of_residuals(
-    residuals: Flat, here: _Here, fall: Any, loss: Any, priors: int
-) -> Local:
-    flat = here.flat
-    vector = residuals(flat)
-    loss = 0.5 * jnp.sum(jnp.square(vector)) if loss is None else loss
-    if has_jacobian(vector.size, flat.size):
-        try:
-            jacobian = jacobian_matrix(residuals, flat, _SUBJECT)
-        except TypeError:
-            return unknown(flat)
-        return triangle(jacobian, vector, here.point(), fall, loss, priors)
-    products = gauss_newton_products(residuals, flat)
-    if products is None:
-        return unknown(flat)
-    push, pull = products
-    data_count = jnp.count_nonzero(vector)
-    degrees = jnp.maximum(data_count - flat.size, 1).astype(loss.dtype)
-    tolerance = TOLERANCE * 2 * loss / degrees
-    product = lambda v: pull(push(v))
-    return of_products(loss, pull(vector), product, here.solve, tolerance)
-
-
-def _of_loss(loss: Flat, here: _Here, fall: Any) -> Local:
-    """Measures the surroundings; `fall` is `None` for an `nll`: its scale is known."""
-    flat = here.flat
-    value, tolerance = loss(flat), TOLERANCE
-    if fall is not None:
-        # The scale of a loss is not known: its fall, and its rounding, have one. A fit
-        # that goes on at the minimum has no fall.
-        least = jnp.fmax(rounding_of(value), _UNSEEN * abs(value))
-        tolerance = jnp.fmax(TOLERANCE * fall, least)
-    try:
-        slope = gradient(loss, flat, _SUBJECT)
-        if flat.size > MOST_PARAMETERS:
-            product = hessian_product(loss, flat, _SUBJECT)
-            return of_products(value, slope, product, here.solve, tolerance)
-        hessian = hessian_matrix(loss, flat, _SUBJECT)
-    except TypeError:
-        # No mode has second derivatives.
-        return unknown(flat)
-    return curved(value, slope, hessian, here.point(), tolerance)
 
 
 def _wide(array: Any) -> Any:

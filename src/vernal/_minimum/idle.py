@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._curvature import Subject, gradient, traced
+from .._curvature import gradient, traced
 from .._program import program
 from .._step import AbstractTrainer, bounds_of
 from .._tree import as_parameters, ravel, unravel
-from .distance import minimised
+from .distance import SUBJECT, minimised
 from .local import Curved, Triangle, noise_of_zero
 
 # The steps to one side. Within half a turn, in either direction, there is a power of
@@ -86,12 +86,11 @@ def _look(
     params, bounds = trainer.params, bounds_of(trainer)
     value = minimised(trainer, batch, kind)
     loss = traced(lambda flat: value(unravel(flat, params)), points[0])
-    subject = Subject("what is minimised", is_quiet=True)
 
     def within(point: Array) -> Seen:
         if bounds is not None:
             point = ravel(bounds.clip(unravel(point, params)))
-        return Seen(point, loss(point), gradient(loss, point, subject))
+        return Seen(point, loss(point), gradient(loss, point, SUBJECT))
 
     try:
         return jax.lax.map(within, points)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._curvature import Subject, hessian_product, matmul, traced
+from .._curvature import hessian_product, matmul, traced
 from .._program import program
 from .._step import AbstractTrainer
 from .._tree import ravel, unravel
-from .distance import minimised
+from .distance import SUBJECT, minimised
 from .idle import Around, first_noticed, idle_directions
 from .local import Curved, Triangle
 
@@ -89,9 +89,8 @@ def _curvature(
     params, value = trainer.params, minimised(trainer, batch, kind)
     flat = ravel(params).astype(directions.dtype)
     loss = traced(lambda flat: value(unravel(flat, params)), flat)
-    subject = Subject("what is minimised", is_quiet=True)
     try:
-        product = hessian_product(loss, flat, subject)
+        product = hessian_product(loss, flat, SUBJECT)
     except TypeError:
         # No mode has second derivatives.
         return None

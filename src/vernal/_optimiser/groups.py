@@ -39,7 +39,6 @@ class Group(NamedTuple):
         return kind((name, leaves[name]) for name in self.members)
 
     def init(self, leaves: Leaves) -> Any:
-        """Makes the first state."""
         return _explained(self.transform.init, self.own(leaves))
 
 
@@ -105,7 +104,7 @@ def _is_by_name(node: Any, names: set[str]) -> bool:
 # The functions of these modules look at no name of a parameter. JAX's caches do not
 # hash the keys of a dictionary: a thousand groups of one leaf each would be a thousand
 # traces of everything that Optax calls, each one looked up among all the others.
-_NAMELESS = ("optax", "jax", "jaxlib", inspect.unwrap(window).__globals__["__name__"])
+_NAMELESS = ("optax", "jax", "jaxlib", window.__module__)
 
 
 class _Nameless(NamedTuple):

@@ -67,7 +67,6 @@ class Factor:
         return Factor(self.value * number, self.has_rate or has_rate)
 
     def normalised(self) -> "Factor":
-        """Returns the factor after the gradient is normalised."""
         # Zero stays zero: nothing is left of the gradient.
         if not self.value:
             return self

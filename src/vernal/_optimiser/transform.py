@@ -56,11 +56,9 @@ class Transform(AbstractTransform):
         return cls(closure)
 
     def decode(self) -> optax.GradientTransformationExtraArgs:
-        """Returns the encoded transformation."""
         return optax.with_extra_args_support(self.closure.decode())
 
     def init(self, params: Any) -> Any:
-        """Calls the encoded transformation."""
         return self.decode().init(params)
 
     def update(

@@ -78,7 +78,6 @@ def _default_names(
 
 
 def _elements(name: str, rows: np.ndarray, errors: dict[str, Any] | None) -> list[Line]:
-    """Lists the lines of one parameter."""
     shape = rows.shape[1:]
     found = np.ones(shape) if errors is None else _error(name, shape, errors)
     if np.iscomplexobj(rows):
@@ -134,7 +133,6 @@ def to_one_scale(lines: list[Line], has_errors: bool) -> tuple[str, list[Line]]:
 
 
 def largest(values: np.ndarray) -> float:
-    """Returns the largest finite size."""
     return float(np.max(np.abs(values[np.isfinite(values)]), initial=0))
 
 
@@ -144,7 +142,6 @@ def _range(values: np.ndarray) -> float:
 
 
 def _last(values: np.ndarray) -> float:
-    """The last finite value."""
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if finite.size else 0.0
 

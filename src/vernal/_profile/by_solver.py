@@ -61,7 +61,6 @@ def run_round(
     flat: Float[Any, " D"],
     goal: Int[Array, ""],
 ) -> tuple[Array, Array, End]:
-    """Runs the solver."""
     here = _held_there(space, held, flat)
     projector = make_projector(space.metric, here.params, "")
     latent = jnp.zeros(projector.latent_size, projector.latent_like.dtype)

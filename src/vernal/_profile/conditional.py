@@ -85,7 +85,6 @@ class Space(NamedTuple):
         return low, high
 
     def at(self, flat: Float[Array, " D"]) -> Any:
-        """Returns the trainer with these parameters."""
         return live(self.trainer, unravel(flat, self.trainer.params))
 
     def nll(self, flat: Float[Array, " D"]) -> Float[Array, ""]:
@@ -109,7 +108,6 @@ class Held(NamedTuple):
 
     @property
     def flags(self) -> Bool[Any, "*K D"]:
-        """Which elements are held."""
         return self.units.any(axis=-2)
 
 
@@ -128,7 +126,6 @@ class Points(NamedTuple):
 
     @property
     def flat(self) -> Float[Any, "*K D"]:
-        """The parameters."""
         return self.rows[..., 0, :]
 
 
@@ -405,7 +402,6 @@ def _solve(matrix: Array, right: Array) -> Array:
 
 @program
 def run_limits(space: Space) -> tuple[Array, Array]:
-    """Returns the bounds of all elements."""
     return space.limits()
 
 

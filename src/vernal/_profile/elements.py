@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._boundary import nearest_names
-from .._step import AbstractTrainer, in_free_coordinates, template_of
+from .._step import AbstractTrainer, in_free_coordinates, tied_words
 from .._tree import (
     UnknownPathError,
     by_path,
@@ -16,7 +16,6 @@ from .own_values import coupled, places
 
 
 def names_of(trainer: AbstractTrainer) -> list[str]:
-    """Lists the names of all elements."""
     params = trainer.params
     return [element_name(params, index) for index in range(ravel_size(params))]
 
@@ -57,13 +56,7 @@ def find_elements(
     return found
 
 
-def find_element(trainer: AbstractTrainer, name: Any, argument: str) -> tuple[str, int]:
-    """Finds one element."""
-    if not isinstance(name, str):
-        raise TypeError(
-            f"`{argument}` is {name!r}, but must be the name of one element, such as "
-            '`"power"` or `"wfe[6]"`.'
-        )
+def find_element(trainer: AbstractTrainer, name: str, argument: str) -> tuple[str, int]:
     found = find_elements(trainer, name, argument)
     if len(found) > 1:
         raise ValueError(
@@ -91,9 +84,7 @@ def _selected(trainer: AbstractTrainer, selector: Any, argument: str) -> list[in
     index = [i for i, (path, _) in enumerate(places(trainer)) if path in chosen]
     if not index:
         path = min(chosen)
-        ties = template_of(trainer).ties
-        tied = {} if ties is None else ties.words
-        why = "is frozen: name one that is fitted"
+        tied, why = tied_words(trainer), "is frozen: name one that is fitted"
         if path in tied:
             why = f"is {tied[path]}, and moves with that: name what it follows"
         elif path in by_path(trainer.params).names:

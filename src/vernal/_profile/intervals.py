@@ -42,7 +42,6 @@ def _own(scan: Scan, index: int, ends: Interval) -> Interval:
 
 
 def probability(value: Any, argument: str) -> float:
-    """Checks a probability between 0 and 1."""
     try:
         share = math.nan if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError):

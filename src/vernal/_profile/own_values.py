@@ -85,7 +85,6 @@ def run_coupled(trainer: AbstractTrainer) -> dict[str, Bool[Array, ""]]:
 def run_values(
     trainer: AbstractTrainer, path: str, place: Int[Any, ""], free: Float[Any, " K"]
 ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
-    """Returns an element at values of its coordinate, and the derivatives."""
     leaf = by_path(trainer.params).by_name()[path]
     forward, _ = _bijections(trainer).of_element(path, leaf, place)
     at = jnp.asarray(free, leaf.dtype)
@@ -102,7 +101,6 @@ def run_values(
 def run_coordinates(
     trainer: AbstractTrainer, path: str, place: Int[Any, ""], values: Float[Any, " K"]
 ) -> Float[Array, " K"]:
-    """Returns the coordinate of an element at its values; NaN if it has none."""
     leaf = by_path(trainer.params).by_name()[path]
     forward, inverse = _bijections(trainer).of_element(path, leaf, place)
 

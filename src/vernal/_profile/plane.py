@@ -62,7 +62,11 @@ def plane(
     rise = _MARGIN**2 * most
     ends = crossings(scan, dict(found), rise)
     pair = [index for _, index in found]
-    spans = [_span(scan, index, ends[name]) for name, index in found]
+    base = scan.base.flat
+    spans = [
+        _span(scan, index, float(base[index]), scan.unit(index), ends[name])
+        for name, index in found
+    ]
     # A valley that is bent is followed better along the one than along the other.
     tried: list[tuple[float, tuple[int, int], _Valley]] = []
     for order in ((0, 1), (1, 0)):
@@ -135,8 +139,7 @@ def _followed(
     y, starts = np.empty((len(x), _COUNT)), list[Start]()
     for row, point in enumerate(rows):
         at = float(point.flat[second])
-        near = _within(scan, second, at, unit)
-        low, high = np.where(np.isfinite(ends[row]), ends[row], near)
+        low, high = _span(scan, second, at, unit, ends[row])
         share = np.linspace(-1, 1, _COUNT)
         y[row] = at + share * np.where(share < 0, at - low, high - at)
         start = scan.start(point.flat, pair)
@@ -148,12 +151,11 @@ def _followed(
     return _Valley(x, y, delta.reshape(y.shape))
 
 
-def _span(scan: Scan, index: int, ends: tuple[float, float]) -> tuple[float, float]:
-    near = _within(scan, index, float(scan.base.flat[index]), scan.unit(index))
+def _span(
+    scan: Scan, index: int, value: float, unit: float, ends: Any
+) -> tuple[float, float]:
+    """Returns the ends, a few units away where the likelihood sets none."""
+    reach = np.array([-_WIDTH * unit, _WIDTH * unit])
+    near = np.clip(value + reach, scan.low[index], scan.high[index])
     low, high = np.where(np.isfinite(ends), ends, near)
     return float(low), float(high)
-
-
-def _within(scan: Scan, index: int, value: float, unit: float) -> tuple[float, float]:
-    low, high = float(scan.low[index]), float(scan.high[index])
-    return max(low, value - _WIDTH * unit), min(high, value + _WIDTH * unit)

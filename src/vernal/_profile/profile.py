@@ -81,8 +81,9 @@ def profile(
 ) -> Any:
     """Implements `Trainer.profile`."""
     is_one = isinstance(name, str)
-    elements = find_elements(trainer, name, "name")
-    if is_one:
+    if not is_one:
+        elements = find_elements(trainer, name, "name")
+    else:
         elements = dict([find_element(trainer, name, "name")])
         values = None if values is None else dict.fromkeys(elements, values)
     given = {} if values is None else values
@@ -108,7 +109,6 @@ class _Axis(NamedTuple):
 def along(
     scan: Scan, elements: dict[str, int], axes: dict[str, _Axis]
 ) -> dict[str, Profile[Any]]:
-    """Follows the likelihood along each element."""
     index, values, starts = [], [], []
     for name, own in elements.items():
         start, best = scan.start(scan.base.flat, [own]), float(scan.base.flat[own])
@@ -228,7 +228,8 @@ def _warn_of(
             f"Fit again from there, the model {place} of `profile.models`."
         )
     is_lost = ~found.converged & ~is_bound
-    at = lambda which: f"{found.name} = {_few(found.values[which])}"
+    few = lambda which: ", ".join(f"{x:.6g}" for x in found.values[which][:4])
+    at = lambda which: f"{found.name} = {few(which)}"
     is_zero = is_lost & np.isposinf(found.losses)
     if is_zero.any():
         warn(
@@ -242,7 +243,3 @@ def _warn_of(
             "tolerances of the solver. If that does not help, the likelihood is flat "
             f"in another element there, or falls without end.{ends}"
         )
-
-
-def _few(values: np.ndarray) -> str:
-    return ", ".join(f"{x:.6g}" for x in values[:4])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import refuse_program
-from .._curvature import Mode, checked_mode
+from .._curvature import Mode
 from .._data import as_batch
 from .._inference import (
     Around,
@@ -98,7 +98,7 @@ class Scan:
         encoded, _ = checked_solver(solver, options.max_steps, "max_steps")
         require_likelihood(trainer, _WHAT)
         _require_same(trainer, solver)
-        batch, jac = as_batch(batch), checked_mode(options.jac)
+        batch, jac = as_batch(batch), options.jac
         trainer = in_free_coordinates(trainer)
         found = _metric(name, trainer, batch, jac, options.scale_errors)
         metric, self.errors, scale = found
@@ -165,7 +165,6 @@ class Scan:
         return points.nll < minimum - _LOWER - noise
 
     def model(self, flat: np.ndarray) -> Any:
-        """Returns the model with these parameters."""
         return self._space.at(jnp.asarray(flat)).model
 
     @property

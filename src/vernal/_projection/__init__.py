@@ -11,5 +11,6 @@ from .blocks import Block, find_blocks
 from .decompose import ROUNDING, jacobian_rtol, whiten
 from .dense import DenseWhitening, whiten_spectrum
 from .null_policy import NullPolicy
+from .null_space import written_directions
 from .projector import EigenProjector, make_block_projector, make_projector
 from .whitening import Unchanged

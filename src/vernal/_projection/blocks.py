@@ -61,7 +61,6 @@ def find_blocks(params: Params, selectors: Sequence[Any]) -> tuple[Block, ...]:
 def leaves_by_path(
     params: Params, blocks: Sequence[Block]
 ) -> list[OrderedDict[str, Array]]:
-    """Lists the leaves of each block, by path."""
     names, leaves = paths(params), jax.tree.leaves(params)
     return [OrderedDict((names[i], leaves[i]) for i in block) for block in blocks]
 

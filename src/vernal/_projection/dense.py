@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from .._boundary import Params
 from .._curvature import Spectrum, matmul, on_device, refuse
 from .null_policy import NullPolicy
-from .null_space import name_null_space
+from .null_space import name_null_space, written_directions
 from .whitening import AbstractWhitening
 
 
@@ -178,14 +178,10 @@ def whiten_spectrum(
     rank, values = _choose_rank(values, tolerance, nulls, name)
     known = of.asarray(values)
     if on_null == "raise" and rank < size:
-        shown = "; ".join(
-            " and ".join(f"{path} ({weight:+.3g})" for path, weight in null.items())
-            for null in name_null_space(
-                params, np.asarray(vectors)[:, rank:], resolution
-            )
-        )
+        null = name_null_space(params, np.asarray(vectors)[:, rank:], resolution)
         raise ValueError(
-            f"{name} does not constrain {size - rank} of {size} directions: {shown}. "
+            f"{name} does not constrain {size - rank} of {size} directions: "
+            f"{written_directions(null)}. "
             'Freeze a parameter of each, or use `on_null="drop"` or `"prior"`.'
         )
     is_null = of.arange(size) >= rank

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._boundary import Params, prng_key, whole_number
+from .._boundary import Params, whole_number
 from .._curvature import matmul, refuse
 from .._tree import as_parameters, ravel, ravel_dtype, ravel_size, require_alike, widest
 from .lanczos import Leading, find_leading
@@ -115,13 +115,7 @@ def whiten_matvec(
     """Finds the map that whitens the leading directions; see `from_matvec`."""
     # No eigensolver works in half precision.
     size, dtype = ravel_size(params), widest((ravel_dtype(params), np.dtype("float32")))
-    if not callable(matvec):
-        raise TypeError(
-            f"`matvec` is {matvec!r}, but must be a function, such as "
-            "`vn.gauss_newton_matvec(residuals, params)` returns."
-        )
     whole_number(rank, "rank", least=1, most=size)
-    prng_key(key)
     scales = _flat_scale(scale, params, dtype)
     # More than `rank`: the last ones converge last.
     iterations = min(size, 2 * rank + 20)

@@ -25,7 +25,6 @@ class NullPolicy:
         return dataclasses.replace(self, rtol=default) if self.rtol is None else self
 
     def of_block(self, selector: Any) -> "NullPolicy":
-        """Returns the policy of one block."""
         return dataclasses.replace(self, rank=(self.rank or {}).get(selector))
 
     def check_rank_kind(self, blocks: Any) -> None:

@@ -1,5 +1,7 @@
 """Names of directions in the space of parameters."""
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 
 from .._boundary import Params
@@ -27,6 +29,14 @@ def list_parameters(params: Params, direction: np.ndarray) -> str:
     vector = direction.astype(float)
     names = list(name_direction(params, vector, 0.1 * float(np.max(abs(vector)))))
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def written_directions(directions: Iterable[Mapping[str, float]]) -> str:
+    """Writes directions in an error, each as the weights of its elements."""
+    return "; ".join(
+        " and ".join(f"{name} ({weight:+.3g})" for name, weight in direction.items())
+        for direction in directions
+    )
 
 
 def name_null_space(

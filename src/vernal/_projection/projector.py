@@ -139,10 +139,10 @@ class EigenProjector(AbstractProjector):
         origin = jax.lax.stop_gradient(as_parameters(params))
         nulls = NullPolicy(rtol, rank, on_null)
         nulls.check_rank_kind(blocks)
+        check_jacobian(jac, origin, "`jac`")
         if blocks is None:
             whitening = whiten_jacobian(jac, origin, nulls, "`jac`")
             return make_projector(whitening, origin, "`jac`")
-        check_jacobian(jac, origin, "`jac`")
         selectors = tuple(tuple(b) if isinstance(b, list) else b for b in blocks)
         own = places(origin, find_blocks(origin, selectors))
         given = {s: jac[:, index] for s, index in zip(selectors, own, strict=True)}

@@ -74,7 +74,6 @@ class AbstractWhitening(eqx.Module):
 
     @property
     def latent_size(self) -> int:
-        """The number of elements of the latent array."""
         return math.prod(self.latent_shape)
 
 
@@ -91,9 +90,7 @@ class Unchanged(AbstractWhitening):
     def scale(self) -> Float[Array, "*members D"]:  # pyright: ignore
         return jnp.ones(self.latent_size, self.dtype)
 
-    @property
-    def eigenvalues(self) -> Float[Array, "*members D"]:  # pyright: ignore
-        return jnp.ones(self.latent_size, self.dtype)
+    eigenvalues = scale  # pyright: ignore
 
     @property
     def dtype(self) -> np.dtype:
@@ -117,8 +114,7 @@ class Unchanged(AbstractWhitening):
     def transpose(self, vector: Float[Array, " D"]) -> Float[Array, "..."]:
         return vector.reshape(self.latent_shape)
 
-    def invert(self, vector: Float[Array, " D"]) -> Float[Array, "..."]:
-        return vector.reshape(self.latent_shape)
+    invert = transpose
 
     def matrix(self) -> Float[Array, "D latent"]:
         return jnp.eye(self.latent_size, dtype=self.dtype)

@@ -56,7 +56,6 @@ def pack(arrays: Mapping[str, NamedArray]) -> tuple[dict[str, Any], list[Any]]:
 
 
 def leaves(description: Mapping[str, Any]) -> dict[str, Leaf]:
-    """Returns the leaves that were written, by path."""
     return {path: Leaf(*fields) for path, *fields in description["leaves"]}
 
 

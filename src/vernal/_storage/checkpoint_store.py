@@ -87,7 +87,6 @@ class CheckpointStore:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a checkpoint is still being written."""
         return self._manager.is_saving_in_progress()
 
     def wait(self) -> None:

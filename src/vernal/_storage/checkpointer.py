@@ -192,11 +192,8 @@ class Checkpointer:
         require_restorable(state, trainer, self._source, made_by=as_makers(made_by))
         # Leaves that are not restored, or are NumPy's, may lie anywhere.
         anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        sharding = lambda path: (
-            getattr(expected[path].array, "sharding", anywhere)
-            if path in expected
-            else anywhere
-        )
+        own = {p: getattr(x.array, "sharding", anywhere) for p, x in expected.items()}
+        sharding = lambda path: own.get(path, anywhere)
         return self._store.read_arrays(step, description, sharding)
 
     def _warn_of_others(self, description: Mapping[str, Any]) -> None:

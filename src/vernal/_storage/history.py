@@ -58,10 +58,6 @@ class History(Portable, eqx.Module):
     ):
         """**Arguments:** see the attributes."""
         _check_column(steps, "steps")
-        scored = {"validation": validation, "validation_steps": validation_steps}
-        for name, column in scored.items():
-            if column is not None:
-                _check_column(column, name)
         if not isinstance(records, Mapping | None):
             raise TypeError(f"`records` is {records!r}, but must map names to arrays.")
         named = {f"records[{name!r}]": rows for name, rows in (records or {}).items()}
@@ -75,8 +71,10 @@ class History(Portable, eqx.Module):
         self.loss = loss
         self.records = dict(records or {})
         self.validation = loss[:0] if validation is None else validation
-        none = validation_steps is None
-        self.validation_steps = steps[:0] if none else validation_steps
+        has_scores = validation_steps is not None
+        self.validation_steps = validation_steps if has_scores else steps[:0]
+        for name in ("validation", "validation_steps"):
+            _check_column(getattr(self, name), name)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if not isinstance(name, str):
@@ -206,7 +204,6 @@ class Recorder:
         self._columns: dict[str, _Column] = {}
 
     def extend(self, history: History) -> None:
-        """Adds what was recorded since."""
         new = to_columns(history)
         if not self._columns:
             self._columns = {name: _Column(rows) for name, rows in new.items()}

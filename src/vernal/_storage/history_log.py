@@ -54,7 +54,6 @@ class HistoryLog:
             table.resume(Extent(*extent), len(next(iter(columns.values()))))
 
     def clear(self) -> None:
-        """Removes all rows."""
         for table in self._tables:
             table.resume(Extent(0, []), 0)
 

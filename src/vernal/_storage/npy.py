@@ -75,7 +75,6 @@ def locate(file: IO[bytes], entry: zipfile.ZipInfo, end: int) -> Member:
 
 
 def read_bytes(file: IO[bytes], member: Member) -> bytes:
-    """Reads a whole member."""
     file.seek(member.start)
     data = file.read(member.size)
     if len(data) != member.size or zlib.crc32(data) != member.crc:

@@ -64,7 +64,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         arrays = snapshot(tree) | initial_hyperparams(tree)
         write_file(path, arrays, made_by=[*state_makers(tree.optimiser)])
     else:
-        require_keepable(tree, "tree")
+        require_keepable(tree)
         write_file(path, to_arrays(tree))
 
 

@@ -81,7 +81,6 @@ def _state(trainer: AbstractTrainer) -> OrderedDict[str, PyTree]:
 
 
 def kinds(arrays: Mapping[str, NamedArray]) -> dict[str, Kind]:
-    """Returns the kind of each leaf."""
     return {path: leaf.kind for path, leaf in arrays.items()}
 
 

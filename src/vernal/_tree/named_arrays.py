@@ -36,7 +36,6 @@ class Kind(NamedTuple):
 
     @property
     def is_key(self) -> bool:
-        """Whether it is the kind of PRNG keys."""
         return self.dtype.startswith("key<")
 
     @property
@@ -113,10 +112,10 @@ def from_arrays(kept: Mapping[str, NamedArray], like: PyTree, source: str) -> Py
     return jax.tree.structure(like).unflatten(leaves)
 
 
-def require_keepable(tree: PyTree, argument: str) -> None:
-    """Refuses a tree with data that could not be saved, or only as something else."""
+def require_keepable(tree: PyTree) -> None:
+    """Refuses a `tree` with data that could not be saved, or only as something else."""
     for path, leaf in _named(tree):
-        where = f"`{argument}` has the leaf {path!r}," if path else f"`{argument}` is"
+        where = f"`tree` has the leaf {path!r}," if path else "`tree` is"
         refuse_meaning(leaf, where, "its mask would be lost")
         if isinstance(leaf, np.ndarray | np.generic):
             if not _is_kept(leaf.dtype) or leaf.dtype.type in LONG_DOUBLES:
@@ -209,7 +208,6 @@ def _was_left_out(leaf: Any) -> bool:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of PRNG keys."""
     return _is_of_jax(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 

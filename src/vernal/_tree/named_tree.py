@@ -17,11 +17,9 @@ class NamedTree(NamedTuple):
     structure: Any
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """Yields each leaf beside its name."""
         return zip(self.names, self.leaves, strict=True)
 
     def by_name(self) -> dict[str, Any]:
-        """Returns the leaves by name."""
         return dict(self.items())
 
     def within(self, fn: Callable[..., Any]) -> Callable[..., Any]:

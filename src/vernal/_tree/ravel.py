@@ -86,7 +86,6 @@ def unravel(flat: Float[Array, " D"], like: Params) -> Params:
 
 
 def ravel_size(params: Params) -> int:
-    """Returns the number of elements in all the leaves of `params`."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
