@@ -90,6 +90,15 @@ def test_the_member_is_named():
         many(data_axis=0)(data)
 
 
+def test_all_members_without_data_are_named():
+    masks = jnp.stack([jnp.full(X.shape, i % 2 == 1) for i in range(22)])
+    trainers = [Fit(3.0 + i) for i in range(22)]
+    axes = None, None, 0
+    told = "member 0 is left.* The loss of member 2, 4, .*16 and of 2 more is zero, too"
+    with pytest.warns(UserWarning, match=told):
+        vn.fit_many(trainers, (X, Y, masks), 3, data_axis=axes)
+
+
 def test_one_program_counts_the_data_of_all_members():
     """Where each has a loss of zero with data, as of an exact start."""
     traced = []

@@ -135,13 +135,14 @@ def warn_of_no_data(
 
     Either no datum is left, or the squares of all residuals are too small for their
     dtype. `losses` have a row for each step, and a column for each of many trainers;
-    the first of these is named. `ended` returns a trainer and its batch, by index.
+    those are named. `ended` returns a trainer and its batch, by index.
     `where` is what the warning begins with.
     """
     # NaN follows the last step of one of many.
     sizes = abs(losses)
     is_small = (sizes < _TINY).any(axis=0) & ~(sizes >= _TINY).any(axis=0)
-    for found in np.argwhere(is_small):
+    places = np.argwhere(is_small)
+    for found in places:
         index = int(found[0]) if is_small.ndim else ()
         which = f" of member {index}" if is_small.ndim else ""
         if _lacks_data(*ended(index)):
@@ -149,6 +150,7 @@ def warn_of_no_data(
                 f"`{where}`: no datum{which} is left, so that any model fits: "
                 "`where` of the likelihood is false for all. It is true for each datum "
                 "that is there, unlike the mask of a masked array."
+                + _of_others([i for i in places.ravel().tolist() if i != index])
             )
             return
         if small := _too_small(*ended(index)):
@@ -158,6 +160,15 @@ def warn_of_no_data(
                 "units, or divide what is squared by its error."
             )
             return
+
+
+def _of_others(members: list[int]) -> str:
+    """Names the other members whose loss is zero."""
+    if not members:
+        return ""
+    more = f" and of {len(members) - 8} more" if len(members) > 8 else ""
+    named = ", ".join(map(str, members[:8]))
+    return f" The loss of member {named}{more} is zero, too."
 
 
 def _lacks_data(trainer: AbstractTrainer, batch: Any) -> bool:
