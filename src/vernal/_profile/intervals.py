@@ -134,7 +134,8 @@ def side(
     farthest = max((float(bound) - best) / unit, 0.0)
     eps = float(np.finfo(base.flat.dtype).eps)
     noise = 16 * eps * (1 + abs(float(scan.base.nll)))
-    looking = search(root, farthest, noise, eps)
+    zero = -best / unit if best * unit < 0 else math.inf
+    looking = search(root, farthest, noise, eps, zero)
     places, lowest, t = {0.0: scan.start(base.flat, held)}, base, next(looking)
     value_at = lambda t: float(bound) if t >= farthest else best + unit * t
     seen: dict[float, Points] = {}
