@@ -363,6 +363,67 @@ def test_a_likelihood_that_is_not_finite_before_it_falls_has_no_end():
     assert math.isnan(high)
 
 
+class Fragile(vn.Trainer):
+    """It raises an error beyond a wall, and counts its calls outside of programs."""
+
+    concrete: list = eqx.field(static=True)
+
+    def __init__(self, *args, concrete, **options):
+        self.concrete = concrete
+        super().__init__(*args, **options)
+
+    def residuals(self, model, batch):
+        if not isinstance(model["slope"], jax.core.Tracer):
+            self.concrete.append(model)
+        x, y, wall = batch
+        slope = eqx.error_if(model["slope"], model["slope"] > wall, "too steep")
+        return (slope * x + model["offset"] - y) / 0.3
+
+
+def fragile(wall, dtype=float):
+    noise = 0.3 * np.random.default_rng(1).normal(size=LINE.shape)
+    batch = LINE, 2 * LINE + 1 + noise, wall
+    batch = tuple(jnp.asarray(x, dtype) for x in batch)
+    start = {name: jnp.asarray(1.0, dtype) for name in ("offset", "slope")}
+    solver, concrete = optx.LevenbergMarquardt(1e-6, 1e-6), []
+    trainer = Fragile(start, concrete=concrete).solve(solver, batch).trainer
+    concrete.clear()
+    return trainer, solver, batch
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_end_where_the_model_raises_an_error_is_nan(dtype):
+    trainer, solver, batch = fragile(9.0, dtype)
+    right = trainer.intervals(solver, batch, level=ONE)
+    (low, high), best = right["slope"], float(trainer.model["slope"])
+    near = *batch[:2], jnp.asarray(best + 0.5 * (high - best), dtype)
+    wall = r"at the upper end of 'slope'\. The model raised an error .*too steep"
+    with pytest.warns(UserWarning, match=wall):
+        found = trainer.intervals(solver, near, level=ONE)
+    assert math.isnan(found["slope"][1])
+    np.testing.assert_allclose(found["slope"][0], low, rtol=1e-5)
+    np.testing.assert_allclose(found["offset"], right["offset"], rtol=1e-5)
+    with pytest.warns(UserWarning, match=r"no minimum at slope = .*too steep"):
+        profile = trainer.profile(solver, near, "slope")
+    is_seen = profile.values < float(near[2])
+    assert (profile.converged == is_seen).all()
+    error = float(profile.error)
+    goal = np.square((profile.values - best) / error)[is_seen]
+    np.testing.assert_allclose(profile.delta[is_seen], goal, atol=1e-3)
+
+
+def test_in_a_second_call_the_model_runs_within_programs_alone():
+    trainer, solver, batch = fragile(9.0)
+    batch = *batch[:2], jnp.asarray(float(trainer.model["slope"]) + 0.01)
+    for _ in range(2):
+        trainer.concrete.clear()
+        with pytest.warns(UserWarning, match="upper end"):
+            trainer.intervals(solver, batch)
+        with pytest.warns(UserWarning, match="no minimum"):
+            trainer.profile(solver, batch, "slope")
+    assert not trainer.concrete
+
+
 # What is refused
 
 
@@ -743,7 +804,9 @@ class Distance(vn.Trainer):
     """A distance by its parallax, and a rate by its time, with the sign of either."""
 
     def residuals(self, model, batch):
-        return {name: (1 / x - batch[name]) / batch["error"] for name, x in model.items()}
+        return {
+            name: (1 / x - batch[name]) / batch["error"] for name, x in model.items()
+        }
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -179,5 +179,6 @@ def _check(scan: Scan, ends: dict[str, End]) -> None:
         if labels:
             warn(
                 f"Profile likelihood: {what}, at {', '.join(labels[:4])}."
+                + scan.error_note()
                 + prior_ends(scan.trainer)
             )

@@ -61,6 +61,9 @@ _ROOM = 256
 # The share of a variance that another element leaves is known to this.
 _LEAST_SHARE = 1e-12
 
+# What stands before the message of `equinox.error_if`.
+_EQUINOX = "EquinoxRuntimeError: "
+
 # Where more Newton steps than these are needed, the solver is better.
 _MOST_STEPS = 32
 
@@ -110,6 +113,8 @@ class Scan:
         self.wide_errors = np.asarray(metric.errors_of_the_data(), float)
         # On the host, where nothing is compiled.
         known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
+        # The last error of the model where elements were held.
+        self.raised: RuntimeError | None = None
         self._scale = known.scale.astype(float)
         self._matrix = known.vectors.astype(float) * known.roots.astype(float)
         self._flat = np.concatenate([np.ravel(x) for x in leaves], dtype=metric.dtype)
@@ -192,7 +197,8 @@ class Scan:
             again = self._newton(held, from_base)
             same = _SAME + 64 * np.finfo(found.nll.dtype).eps * np.abs(found.nll)
             least = np.where(found.is_minimum, -same, same)
-            is_better = again.is_minimum & (again.nll < found.nll + least)
+            # It is NaN where the model raised an error.
+            is_better = again.is_minimum & ~(again.nll >= found.nll + least)
             for whole, part in zip(found, again, strict=True):
                 whole[is_better] = part[is_better]
         for task in map(int, np.flatnonzero(~found.is_minimum)):
@@ -201,7 +207,11 @@ class Scan:
             before = found.flat[start] if isinstance(start, int) else start[0]
             for flat in found.flat[task].copy(), before:
                 args = self._space, self._problem, own, flat, self._goal
-                solved = by_solver(*args)
+                try:
+                    solved = by_solver(*args)
+                except RuntimeError as error:
+                    self._note(error, own)
+                    continue
                 found.flat[task], found.nll[task], found.is_minimum[task] = solved
                 if found.is_minimum[task]:
                     break
@@ -244,6 +254,28 @@ class Scan:
             goal[row, list(own)] = at
         return Held(units, along, goal)
 
+    def _note(self, error: RuntimeError, own: Held) -> None:
+        """Keeps an error of the model; raises any other, and one at the minimum."""
+        is_model = isinstance(error, jax.errors.JaxRuntimeError) or _EQUINOX in str(
+            error
+        )
+        is_memory = "RESOURCE_EXHAUSTED" in str(error)
+        if not is_model or is_memory or not own.flags.any():
+            raise error
+        self.raised = error
+
+    def error_note(self) -> str:
+        """Returns what there is to say of an error of the model."""
+        if self.raised is None:
+            return ""
+        text = str(self.raised).strip()
+        message = text.partition(_EQUINOX)[2] or text.rpartition("\n")[2]
+        return (
+            " The model raised an error at values that were tried "
+            f"({message.partition(chr(10))[0][:160]}): let it return NaN there, as "
+            "`diffeqsolve` of diffrax does with `throw=False`."
+        )
+
     def _run(
         self,
         held: Held,
@@ -251,7 +283,10 @@ class Scan:
         rows: dict[int, int],
         found: Points,
     ) -> None:
-        """Runs the program for some points, each in a row of its own."""
+        """Runs the program for some points, each in a row of its own.
+
+        Those at which the model raises an error are NaN.
+        """
         begin, parents = self._room(_ROOM), np.arange(_ROOM, dtype=np.int32)
         tasks, count = list(rows), np.int32(len(rows))
         # The rows that are left are not looked at.
@@ -264,7 +299,18 @@ class Scan:
                 parents[row] = rows[start]
             else:
                 begin.rows[row] = found.rows[start]
-        new = run_points(self._space, own, parents, begin, count)
+        try:
+            new = run_points(self._space, own, parents, begin, count)
+        except RuntimeError as error:
+            if len(tasks) == 1:
+                self._note(error, jax.tree.map(lambda x: x[0], own))
+                found.nll[tasks] = np.nan
+                return
+            half = len(tasks) // 2
+            for part in (tasks[:half], tasks[half:]):
+                places = {task: row for row, task in enumerate(part)}
+                self._run(held, starts, places, found)
+            return
         for whole, part in zip(found, jax.device_get(new), strict=True):
             whole[tasks] = part[: len(tasks)]
 
