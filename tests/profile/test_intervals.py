@@ -907,3 +907,39 @@ def test_what_is_not_measured_has_no_ends(dtype):
     )
     found = Degenerate(model).solve(solver, data).trainer.intervals(solver, data)
     assert found == dict.fromkeys(start, (-np.inf, np.inf))
+
+
+class Cubic(vn.Trainer):
+    """A polynomial of years, whose powers are hardly told apart in single precision."""
+
+    def residuals(self, model, batch):
+        x, y = batch
+        powers = [model[k] * x**k for k in range(4)]
+        return (powers[0] + powers[1] + powers[2] + powers[3] - y) / 0.3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ends_that_rounding_moves_are_nan(dtype):
+    x = np.arange(1959.0, 2021.0)
+    y = 316 + 0.75 * (x - 1959) + 0.0125 * (x - 1959) ** 2 + 0.3 * np.sin(1.3 * x)
+    data = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+    model = [jnp.asarray(0.0, dtype)] * 4
+    solver = optx.LevenbergMarquardt(1e-10, 1e-10)
+    trainer = Cubic(model).whiten(data).solve(solver, data).trainer
+    if dtype == np.float32:
+        with pytest.warns(
+            UserWarning, match=r"rounding may hide .* compute in float64"
+        ):
+            found = trainer.intervals(solver, data, level=ONE)
+        assert not np.isfinite(list(found.values())).any()
+        return
+    found = trainer.intervals(solver, data, level=ONE)
+    # By orthogonal polynomials of the same degree.
+    rows = np.stack([x**k for k in range(4)], axis=1) / 0.3
+    size = np.linalg.norm(rows, axis=0)
+    left, right = np.linalg.qr(rows / size)
+    back = np.linalg.inv(right)
+    best, error = back @ (left.T @ y / 0.3) / size, np.linalg.norm(back, axis=1) / size
+    ends = np.array(list(found.values()))
+    units = (ends - best[:, None]) / error[:, None]
+    np.testing.assert_allclose(units, np.broadcast_to([-1.0, 1.0], (4, 2)), atol=0.02)

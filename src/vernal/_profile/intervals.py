@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from .._boundary import warn
+from .._inference import ROUNDING
 from .._step import AbstractTrainer, prior_ends
 from .conditional import Points
 from .elements import find_elements
@@ -74,11 +75,28 @@ def crossings(
         sides[f"the {which} end of {name!r}"] = side(scan, line, sign, quantile)
     ends = dict(zip(sides, searched(scan, list(sides.values())), strict=True))
     _check(scan, ends)
-    values = [end.value for end in ends.values()]
-    count = len(elements)
+    values, count = [end.value for end in ends.values()], len(elements)
+    if hidden := _hidden(scan, [*elements.values()] * 2, values):
+        labels = [list(ends)[place] for place in hidden]
+        warn(f"Profile likelihood: {ROUNDING}, for {', '.join(labels[:4])}.")
+        values = [math.nan if i in hidden else x for i, x in enumerate(values)]
     return dict(
         zip(elements, zip(values[:count], values[count:], strict=True), strict=True)
     )
+
+
+def _hidden(scan: Scan, index: list[int], values: list[float]) -> list[int]:
+    """Returns the places of ends up to which rounding hides the way.
+
+    Numbers that nearly cancel do so less well at another value.
+    """
+    return [
+        place
+        for place, (i, x) in enumerate(zip(index, values, strict=True))
+        if scan.is_hidden[i]
+        and math.isfinite(x)
+        and x not in (scan.low[i], scan.high[i])
+    ]
 
 
 class End(NamedTuple):

@@ -20,6 +20,7 @@ from .._inference import (
     ErrorKind,
     Passes,
     around,
+    hidden_by_rounding,
     laplace,
     require_likelihood,
     seen_again,
@@ -84,6 +85,7 @@ class Scan:
 
     - `base`: the minimum.
     - `errors`: the standard errors of all elements, as reports have them.
+    - `is_hidden`: which of these are infinite, as rounding has it.
     - `wide_errors`: those if none of the bounds were there.
     - `low`, `high`: the bounds of all elements, infinite where there is none.
     """
@@ -104,7 +106,8 @@ class Scan:
         batch, jac = as_batch(batch), checked_mode(options.jac)
         trainer = in_free_coordinates(trainer)
         found = _metric(name, trainer, batch, jac, options.scale_errors)
-        metric, self.errors, scale = found
+        metric, self.errors, is_hidden, scale = found
+        self.is_hidden = np.isinf(self.errors) & is_hidden
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jax.device_put(np.int32(options.max_steps))
         most = jax.device_put(np.int32(min(options.max_steps, _MOST_STEPS)))
@@ -321,11 +324,11 @@ def _metric(
     batch: Any,
     jac: Mode | None,
     scale_errors: bool,
-) -> tuple[DenseWhitening, np.ndarray, float]:
+) -> tuple[DenseWhitening, np.ndarray, np.ndarray, float]:
     """Whitens all parameters; refuses a trainer that is not at a minimum.
 
-    Returns their errors too, with what is at its bound held there, and the scale of
-    the error bars.
+    Returns their errors too, with what is at its bound held there, which of these
+    rounding may hide, and the scale of the error bars.
     """
     # A robust loss is refused, whether its data scatter or not.
     kind = "expected" if "residuals" in defined(trainer) else None
@@ -355,6 +358,7 @@ def _metric(
             "of the residuals, and these are all zero. Leave it out."
         )
     metric, errors = here.whitening, here.whitening.errors_of_the_data()
+    is_hidden = hidden_by_rounding(metric)
     if np.any(here.held):
         metric = _without_bounds(trainer, batch, jac, here.kind) or metric
     dtype = widest((ravel_dtype(trainer.params), metric.dtype))
@@ -362,7 +366,7 @@ def _metric(
     scaled = jax.device_put(np.asarray(metric.scale) * scale)
     metric = eqx.tree_at(lambda w: w.scale, metric, scaled)
     metric = jax.tree.map(lambda x: x.astype(dtype), metric)
-    return metric, scale * np.asarray(errors, float), scale
+    return metric, scale * np.asarray(errors, float), is_hidden, scale
 
 
 def _lacks_slopes(here: Around) -> bool:
