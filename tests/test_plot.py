@@ -848,6 +848,51 @@ def test_a_contour_of_two_that_are_correlated_is_one_curve(names, batch, levels)
         np.testing.assert_allclose(rise, -2 * np.log1p(-level), rtol=0.1)
 
 
+class Open(vn.Trainer):
+    """The data know the sum, or the first, or a curve that is hardly bent."""
+
+    def residuals(self, model, batch):
+        kind, x, y = batch
+        first, second = model["first"], model["second"]
+        if kind == "sum":
+            return ((first + second) * x - y) / 0.1
+        if kind == "idle":
+            return (first * x + 0 * second - y) / 0.1
+        return (first * x / (1 + x / second) - y) / 0.1
+
+
+OPEN = {
+    "sum": "below in 'first', above in 'first', below in 'second', above in 'second':",
+    "idle": "open, below in 'second', above in 'second':",
+    "bent": "open, above in 'second':",
+}
+
+
+@pytest.mark.parametrize("kind", OPEN)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_region_that_is_open_is_said_and_drawn_so(kind, dtype):
+    x = np.linspace(1, 2, 10)
+    y = 6 * x / (1 + x / 100) if kind == "bent" else 6 * x
+    data = x, y + 0.1 * np.cos(9 * x)
+    batch = kind, *(jnp.asarray(each, dtype) for each in data)
+    start = {"first": 5.0, "second": 90.0 if kind == "bent" else 2.0}
+    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
+    solver = optx.LevenbergMarquardt(rtol=1e-6, atol=1e-6)
+    trainer = Open(model).solve(solver, batch).trainer
+    with pytest.warns(UserWarning, match=OPEN[kind]):
+        ax = vernal.plot.contour(trainer, solver, batch, "first", "second")
+    deviance = lambda a, b: np.sum(
+        np.square(trainer.residuals({"first": a, "second": b}, batch), dtype=float)
+    )
+    least = deviance(*trainer.model.values())
+    (lines,) = ax.collections
+    for path, level in zip(lines.get_paths(), (0.683, 0.954), strict=True):
+        for part in path.to_polygons(closed_only=False):
+            assert np.abs(part[0] - part[-1]).max() > 0.01
+        rise = [deviance(*place.astype(dtype)) - least for place in path.vertices]
+        np.testing.assert_allclose(rise, -2 * np.log1p(-level), rtol=0.1)
+
+
 def test_contours_have_scaled_errors():
     trainer, (x, y, sigma) = linear()
     scatter = np.sqrt(trainer.report((x, y, sigma)).reduced_chi_squared)

@@ -403,7 +403,9 @@ def contour(
     r"""Draws the regions of two parameters by profile likelihood.
 
     On each contour $\Delta\chi^2$ is a quantile of $\chi^2$ with two degrees of
-    freedom, with all other parameters at their best. The cross marks the minimum.
+    freedom, with all other parameters at their best. The cross marks the minimum. Of a
+    region that is open, as where the data know only a sum, a part is drawn, and a
+    warning names the sides.
 
     ```python
     vernal.plot.contour(trainer, solver, batch, "mean", "power")

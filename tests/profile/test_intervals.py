@@ -363,6 +363,67 @@ def test_a_likelihood_that_is_not_finite_before_it_falls_has_no_end():
     assert math.isnan(high)
 
 
+class Fragile(vn.Trainer):
+    """It raises an error beyond a wall, and counts its calls outside of programs."""
+
+    concrete: list = eqx.field(static=True)
+
+    def __init__(self, *args, concrete, **options):
+        self.concrete = concrete
+        super().__init__(*args, **options)
+
+    def residuals(self, model, batch):
+        if not isinstance(model["slope"], jax.core.Tracer):
+            self.concrete.append(model)
+        x, y, wall = batch
+        slope = eqx.error_if(model["slope"], model["slope"] > wall, "too steep")
+        return (slope * x + model["offset"] - y) / 0.3
+
+
+def fragile(wall, dtype=float):
+    noise = 0.3 * np.random.default_rng(1).normal(size=LINE.shape)
+    batch = LINE, 2 * LINE + 1 + noise, wall
+    batch = tuple(jnp.asarray(x, dtype) for x in batch)
+    start = {name: jnp.asarray(1.0, dtype) for name in ("offset", "slope")}
+    solver, concrete = optx.LevenbergMarquardt(1e-6, 1e-6), []
+    trainer = Fragile(start, concrete=concrete).solve(solver, batch).trainer
+    concrete.clear()
+    return trainer, solver, batch
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_end_where_the_model_raises_an_error_is_nan(dtype):
+    trainer, solver, batch = fragile(9.0, dtype)
+    right = trainer.intervals(solver, batch, level=ONE)
+    (low, high), best = right["slope"], float(trainer.model["slope"])
+    near = *batch[:2], jnp.asarray(best + 0.5 * (high - best), dtype)
+    wall = r"at the upper end of 'slope'\. The model raised an error .*too steep"
+    with pytest.warns(UserWarning, match=wall):
+        found = trainer.intervals(solver, near, level=ONE)
+    assert math.isnan(found["slope"][1])
+    np.testing.assert_allclose(found["slope"][0], low, rtol=1e-5)
+    np.testing.assert_allclose(found["offset"], right["offset"], rtol=1e-5)
+    with pytest.warns(UserWarning, match=r"no minimum at slope = .*too steep"):
+        profile = trainer.profile(solver, near, "slope")
+    is_seen = profile.values < float(near[2])
+    assert (profile.converged == is_seen).all()
+    error = float(profile.error)
+    goal = np.square((profile.values - best) / error)[is_seen]
+    np.testing.assert_allclose(profile.delta[is_seen], goal, atol=1e-3)
+
+
+def test_in_a_second_call_the_model_runs_within_programs_alone():
+    trainer, solver, batch = fragile(9.0)
+    batch = *batch[:2], jnp.asarray(float(trainer.model["slope"]) + 0.01)
+    for _ in range(2):
+        trainer.concrete.clear()
+        with pytest.warns(UserWarning, match="upper end"):
+            trainer.intervals(solver, batch)
+        with pytest.warns(UserWarning, match="no minimum"):
+            trainer.profile(solver, batch, "slope")
+    assert not trainer.concrete
+
+
 # What is refused
 
 
@@ -699,6 +760,102 @@ def test_a_place_from_which_rounding_hides_the_way_is_no_minimum(dtype):
     assert not profile.converged[1] or abs(profile.delta[1] - right) < 0.05
 
 
+def hyperbola(at, zero, error=1.0):
+    """The rise of a rate, where its inverse is `1 - at / zero` of what it is."""
+    inverse = 1 - at / zero
+    return abs(1 / inverse - 1) * zero / error if inverse else math.inf
+
+
+@pytest.mark.parametrize("error", [1e-6, 1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("zero", [1e-6, 1e-3, 0.1, 0.3, 0.9, 1.5])
+def test_a_pole_at_zero_is_not_leaped_over(zero, error):
+    """The error of a time of which the rate is known badly is no scale of its limit."""
+    tried = []
+
+    def excess(at):
+        tried.append(at)
+        return hyperbola(at, zero, error) - 1
+
+    at = ended(search(1.0, math.inf, 1e-12, 2.0**-52, zero), excess)
+    # There the rate has risen by its error.
+    end = zero * error / (zero + error)
+    np.testing.assert_allclose(zero - at, zero - end, rtol=1e-4)
+    assert len(tried) < 16
+
+
+@pytest.mark.parametrize("zero", [1e-20, 1e-9, 1e-3, 0.3, 0.9])
+@pytest.mark.parametrize("end", [1.0, 3.0, 40.0])
+def test_where_zero_is_no_barrier_an_end_beyond_it_is_the_same(zero, end):
+    found, counts = [], []
+    for own in (math.inf, zero):
+        tried = []
+
+        def excess(at, tried=tried):
+            tried.append(at)
+            return (at / end) ** 1.5 - 1
+
+        found += [ended(search(1.0, math.inf, 1e-12, 2.0**-52, own), excess)]
+        counts += [len(tried)]
+    assert found[0] == found[1]
+    assert counts[1] <= counts[0] + 2
+
+
+class Distance(vn.Trainer):
+    """A distance by its parallax, and a rate by its time, with the sign of either."""
+
+    def residuals(self, model, batch):
+        return {
+            name: (1 / x - batch[name]) / batch["error"] for name, x in model.items()
+        }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("error", [0.2, 3.0, 100.0])
+def test_a_distance_by_its_parallax_has_a_limit(error, dtype):
+    batch = {"near": 1.0, "behind": -1.0, "error": error}
+    batch = {name: jnp.asarray(x, dtype) for name, x in batch.items()}
+    model = {"near": jnp.asarray(1.0, dtype), "behind": jnp.asarray(-1.0, dtype)}
+    solver = optx.LevenbergMarquardt(1e-5, 1e-5)
+    found = Distance(model).intervals(solver, batch, level=ONE)
+    far = 1 / (1 - error) if error < 1 else math.inf
+    goal = np.array([1 / (1 + error), far])
+    np.testing.assert_allclose(found["near"], goal, rtol=2e-3)
+    np.testing.assert_allclose(found["behind"], -goal[::-1], rtol=2e-3)
+
+
+class Enzyme(vn.Trainer):
+    """Rates that are proportional to the concentration, nearly."""
+
+    def residuals(self, model, batch):
+        x, y = batch
+        return model["rate"] * x / (model["half"] + x) - y
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("curved", [2.0, 0.2, 0.02])
+def test_a_curve_that_is_hardly_bent_has_a_lower_limit(curved, dtype):
+    x = np.repeat([0.02, 0.06, 0.11, 0.22, 0.56, 1.1], 2).astype(dtype)
+    y = (300 * x + np.tile([1, -1], 6) - curved * x**2).astype(dtype)
+
+    def deviance(half):
+        shape = x.astype(float) / (half + x)
+        return np.sum(np.square((shape @ y) / (shape @ shape) * shape - y))
+
+    half = scipy.optimize.minimize_scalar(
+        lambda rate: deviance(1 / rate), bounds=(1e-9, 0.1), method="bounded"
+    )
+    best = 1 / half.x
+    start = {"rate": 300 * best, "half": best}
+    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
+    solver = optx.LevenbergMarquardt(1e-5, 1e-5)
+    trainer = Enzyme(model).whiten((x, y)).solve(solver, (x, y)).trainer
+    low, high = trainer.intervals(solver, (x, y), "half", level=ONE)["half"]
+    rise = lambda half: deviance(half) - deviance(best) - 1
+    end = scipy.optimize.brentq(rise, 1.0, best)
+    np.testing.assert_allclose(low, end, rtol=5e-3)
+    assert high == math.inf
+
+
 class Product(vn.Trainer):
     """The data know the product of two."""
 
@@ -750,3 +907,39 @@ def test_what_is_not_measured_has_no_ends(dtype):
     )
     found = Degenerate(model).solve(solver, data).trainer.intervals(solver, data)
     assert found == dict.fromkeys(start, (-np.inf, np.inf))
+
+
+class Cubic(vn.Trainer):
+    """A polynomial of years, whose powers are hardly told apart in single precision."""
+
+    def residuals(self, model, batch):
+        x, y = batch
+        powers = [model[k] * x**k for k in range(4)]
+        return (powers[0] + powers[1] + powers[2] + powers[3] - y) / 0.3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ends_that_rounding_moves_are_nan(dtype):
+    x = np.arange(1959.0, 2021.0)
+    y = 316 + 0.75 * (x - 1959) + 0.0125 * (x - 1959) ** 2 + 0.3 * np.sin(1.3 * x)
+    data = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+    model = [jnp.asarray(0.0, dtype)] * 4
+    solver = optx.LevenbergMarquardt(1e-10, 1e-10)
+    trainer = Cubic(model).whiten(data).solve(solver, data).trainer
+    if dtype == np.float32:
+        with pytest.warns(
+            UserWarning, match=r"rounding may hide .* compute in float64"
+        ):
+            found = trainer.intervals(solver, data, level=ONE)
+        assert not np.isfinite(list(found.values())).any()
+        return
+    found = trainer.intervals(solver, data, level=ONE)
+    # By orthogonal polynomials of the same degree.
+    rows = np.stack([x**k for k in range(4)], axis=1) / 0.3
+    size = np.linalg.norm(rows, axis=0)
+    left, right = np.linalg.qr(rows / size)
+    back = np.linalg.inv(right)
+    best, error = back @ (left.T @ y / 0.3) / size, np.linalg.norm(back, axis=1) / size
+    ends = np.array(list(found.values()))
+    units = (ends - best[:, None]) / error[:, None]
+    np.testing.assert_allclose(units, np.broadcast_to([-1.0, 1.0], (4, 2)), atol=0.02)

@@ -22,7 +22,7 @@ from .fisher import (
 )
 from .laplace import ErrorOptions, laplace
 from .propagate import draw, propagate
-from .report import report, table
+from .report import ROUNDING, hidden_by_rounding, report, table
 from .sandwich import NO_SANDWICH
 from .uncertainty import (
     KnownErrors,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from .._boundary import boolean, refuse_program, whole_number
 from .._minimum import edm_note, slope_note
@@ -26,6 +27,11 @@ from .propagate import propagated
 
 # The most rows that one array has in a table.
 _MOST_ROWS = 64
+
+ROUNDING = (
+    "rounding may hide how well the data constrain what is unconstrained here: compute "
+    "in float64"
+)
 
 # The resolution of null directions in float64.
 _OF_FLOAT64 = math.sqrt(np.finfo(np.float64).eps)
@@ -129,16 +135,17 @@ def _point_note(trainer: AbstractTrainer, here: Around) -> str | None:
 
 def _rounding_note(whitening: DenseWhitening) -> str | None:
     """Returns a note if float64 may constrain what has an infinite error here."""
+    return ROUNDING if hidden_by_rounding(whitening).any() else None
+
+
+def hidden_by_rounding(whitening: DenseWhitening) -> Bool[np.ndarray, " D"]:
+    """Returns which elements, if their errors are infinite, float64 may constrain."""
     null = np.asarray(whitening.vectors, float)[:, np.asarray(whitening.is_null)]
     # An element that does nothing is a null direction by itself, in any precision.
     is_idle = np.square(null).sum(axis=1) > 1 - whitening.resolution
     is_known = np.count_nonzero(is_idle) == null.shape[1]
-    if is_known or whitening.resolution <= _OF_FLOAT64:
-        return None
-    return (
-        "rounding may hide how well the data constrain what is unconstrained here: "
-        "compute in float64"
-    )
+    is_fine = is_known or whitening.resolution <= _OF_FLOAT64
+    return np.zeros_like(is_idle) if is_fine else ~is_idle
 
 
 def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:

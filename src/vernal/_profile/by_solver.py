@@ -29,7 +29,7 @@ def by_solver(
     Returns the parameters, the negative log-likelihood, and whether they are a minimum.
     """
     # Where it is not finite, no solver moves.
-    lowest, reason = float(space.nll(jnp.asarray(flat))), StopReason.NON_FINITE
+    lowest, reason = float(run_nll(space, flat)), StopReason.NON_FINITE
     is_falling = False
     for _ in range(_MOST_ROUNDS if np.isfinite(lowest) else 0):
         found = run_round(space, problem, held, flat, goal)
@@ -51,6 +51,12 @@ def by_solver(
         whole = distance_of(run_distance(space, held, flat))
         is_minimum = whole.is_minimum and not whole.is_unclear
     return flat, lowest, is_minimum
+
+
+@program
+def run_nll(space: Space, flat: Float[Any, " D"]) -> Float[Array, ""]:
+    """Returns the negative log-likelihood, of which a model may take long by itself."""
+    return space.nll(flat)
 
 
 @program

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from .._boundary import warn
+from .._inference import ROUNDING
 from .._step import AbstractTrainer, prior_ends
 from .conditional import Points
 from .elements import find_elements
@@ -73,11 +74,28 @@ def crossings(
         sides[f"the {which} end of {name!r}"] = side(scan, line, sign, quantile)
     ends = dict(zip(sides, searched(scan, list(sides.values())), strict=True))
     _check(scan, ends)
-    values = [end.value for end in ends.values()]
-    count = len(elements)
+    values, count = [end.value for end in ends.values()], len(elements)
+    if hidden := _hidden(scan, [*elements.values()] * 2, values):
+        labels = [list(ends)[place] for place in hidden]
+        warn(f"Profile likelihood: {ROUNDING}, for {', '.join(labels[:4])}.")
+        values = [math.nan if i in hidden else x for i, x in enumerate(values)]
     return dict(
         zip(elements, zip(values[:count], values[count:], strict=True), strict=True)
     )
+
+
+def _hidden(scan: Scan, index: list[int], values: list[float]) -> list[int]:
+    """Returns the places of ends up to which rounding hides the way.
+
+    Numbers that nearly cancel do so less well at another value.
+    """
+    return [
+        place
+        for place, (i, x) in enumerate(zip(index, values, strict=True))
+        if scan.is_hidden[i]
+        and math.isfinite(x)
+        and x not in (scan.low[i], scan.high[i])
+    ]
 
 
 class End(NamedTuple):
@@ -133,7 +151,8 @@ def side(
     farthest = max((float(bound) - best) / unit, 0.0)
     eps = float(np.finfo(base.flat.dtype).eps)
     noise = 16 * eps * (1 + abs(float(scan.base.nll)))
-    looking = search(root, farthest, noise, eps)
+    zero = -best / unit if best * unit < 0 else math.inf
+    looking = search(root, farthest, noise, eps, zero)
     places, lowest, t = {0.0: scan.start(base.flat, held)}, base, next(looking)
     value_at = lambda t: float(bound) if t >= farthest else best + unit * t
     seen: dict[float, Points] = {}
@@ -177,5 +196,6 @@ def _check(scan: Scan, ends: dict[str, End]) -> None:
         if labels:
             warn(
                 f"Profile likelihood: {what}, at {', '.join(labels[:4])}."
+                + scan.error_note()
                 + prior_ends(scan.trainer)
             )

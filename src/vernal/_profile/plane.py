@@ -10,7 +10,7 @@ from .._boundary import warn
 from .._step import AbstractTrainer
 from .conditional import Points
 from .elements import find_element
-from .intervals import Line, crossings, searched, side
+from .intervals import Interval, Line, crossings, searched, side
 from .own_values import values_of
 from .profile import chained
 from .scan import Options, Scan, Start
@@ -61,6 +61,7 @@ def plane(
     scan = Scan("contour", trainer, solver, batch, options)
     rise = _MARGIN**2 * most
     ends = crossings(scan, dict(found), rise)
+    _warn_of_open(scan, dict(found), ends)
     pair = [index for _, index in found]
     base = scan.base.flat
     spans = [
@@ -88,6 +89,23 @@ def plane(
     ]
     x, y = (array[:-1].reshape(delta.shape) for array in own)
     return Plane((found[0][0], found[1][0]), x, y, (own[0][-1], own[1][-1]), delta)
+
+
+def _warn_of_open(
+    scan: Scan, elements: dict[str, int], ends: dict[str, Interval]
+) -> None:
+    """Names the sides on which the region has no end."""
+    sides = [
+        f"{'below' if (sign < 0) != scan.falls(index) else 'above'} in {name!r}"
+        for name, index in elements.items()
+        for sign, end in zip((-1, 1), ends[name], strict=True)
+        if math.isinf(end)
+    ]
+    if sides:
+        warn(
+            f"`contour`: the region is open, {', '.join(sides)}: there its lines end "
+            "at the edge of what is drawn, and it goes on."
+        )
 
 
 class _Valley(NamedTuple):
@@ -120,13 +138,16 @@ def _followed(
     few points in the narrow valley of two that are correlated.
     """
     first, second = pair
-    minimum, base = float(scan.base.nll), scan.base.flat
+    minimum = float(scan.base.nll)
     x = np.linspace(*span, _COUNT)
-    spine = scan.points(
-        [[first]] * len(x),
-        [(value,) for value in x],
-        chained(x, float(base[first]), scan.start(base, [first]), 0),
-    )
+    spine = _spine(scan, first, x)
+    roots = np.sqrt(np.fmax(2 * (spine.nll.astype(float) - minimum), 0))
+    steps = np.abs(np.diff(np.nan_to_num(roots, posinf=0)))
+    if steps.max() > _COARSE * math.sqrt(rise):
+        # Half of the rows go to where it rises.
+        share = steps / steps.sum() + 1 / len(steps)
+        x = np.interp(np.linspace(0, 2, _COUNT), np.cumsum([0, *share]), x)
+        spine = _spine(scan, first, x)
     rows = [Points(*(part[i] for part in spine)) for i in range(len(x))]
     unit = scan.unit_beside(second, first)
     left = np.fmax(rise - 2 * (spine.nll.astype(float) - minimum), _LEAST * rise)
@@ -149,6 +170,13 @@ def _followed(
     points = scan.points([pair] * y.size, values, starts)
     delta = 2 * (points.nll.astype(float) - minimum)
     return _Valley(x, y, delta.reshape(y.shape))
+
+
+def _spine(scan: Scan, index: int, values: np.ndarray) -> Points:
+    """Finds the minima along one element."""
+    start, best = scan.start(scan.base.flat, [index]), float(scan.base.flat[index])
+    held = [(index,)] * len(values), [(value,) for value in values]
+    return scan.points(*held, chained(values, best, start, 0))
 
 
 def _span(

@@ -122,7 +122,8 @@ def along(
         found[name] = _profile(scan, name, index, axes[name].values, own)
         limits = scan.low[index], scan.high[index]
         is_bound = np.isin(axes[name].free, limits) & np.isposinf(own.nll)
-        lower, ends = scan.is_lower(own), prior_ends(scan.trainer)
+        lower = scan.is_lower(own)
+        ends = scan.error_note() + prior_ends(scan.trainer)
         _warn_of(found[name], lower, is_bound, ends)
     return found
 
@@ -215,7 +216,7 @@ def _checked(values: Any) -> np.ndarray:
 def _warn_of(
     found: Profile[Any], lower: np.ndarray, is_bound: np.ndarray, ends: str
 ) -> None:
-    """Warns of what was not found; `ends` says that a prior may be the cause.
+    """Warns of what was not found; `ends` says what else may be the cause.
 
     At a bound (`is_bound`) a likelihood of zero is told by the values alone.
     """

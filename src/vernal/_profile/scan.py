@@ -20,6 +20,7 @@ from .._inference import (
     ErrorKind,
     Passes,
     around,
+    hidden_by_rounding,
     laplace,
     require_likelihood,
     seen_again,
@@ -61,6 +62,9 @@ _ROOM = 256
 # The share of a variance that another element leaves is known to this.
 _LEAST_SHARE = 1e-12
 
+# What stands before the message of `equinox.error_if`.
+_EQUINOX = "EquinoxRuntimeError: "
+
 # Where more Newton steps than these are needed, the solver is better.
 _MOST_STEPS = 32
 
@@ -81,6 +85,7 @@ class Scan:
 
     - `base`: the minimum.
     - `errors`: the standard errors of all elements, as reports have them.
+    - `is_hidden`: which of these are infinite, as rounding has it.
     - `wide_errors`: those if none of the bounds were there.
     - `low`, `high`: the bounds of all elements, infinite where there is none.
     """
@@ -101,7 +106,8 @@ class Scan:
         batch, jac = as_batch(batch), options.jac
         trainer = in_free_coordinates(trainer)
         found = _metric(name, trainer, batch, jac, options.scale_errors)
-        metric, self.errors, scale = found
+        metric, self.errors, is_hidden, scale = found
+        self.is_hidden = np.isinf(self.errors) & is_hidden
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jax.device_put(np.int32(options.max_steps))
         most = jax.device_put(np.int32(min(options.max_steps, _MOST_STEPS)))
@@ -110,6 +116,8 @@ class Scan:
         self.wide_errors = np.asarray(metric.errors_of_the_data(), float)
         # On the host, where nothing is compiled.
         known, leaves = jax.device_get((metric, jax.tree.leaves(trainer.params)))
+        # The last error of the model where elements were held.
+        self.raised: RuntimeError | None = None
         self._scale = known.scale.astype(float)
         self._matrix = known.vectors.astype(float) * known.roots.astype(float)
         self._flat = np.concatenate([np.ravel(x) for x in leaves], dtype=metric.dtype)
@@ -191,7 +199,8 @@ class Scan:
             again = self._newton(held, from_base)
             same = _SAME + 64 * np.finfo(found.nll.dtype).eps * np.abs(found.nll)
             least = np.where(found.is_minimum, -same, same)
-            is_better = again.is_minimum & (again.nll < found.nll + least)
+            # It is NaN where the model raised an error.
+            is_better = again.is_minimum & ~(again.nll >= found.nll + least)
             for whole, part in zip(found, again, strict=True):
                 whole[is_better] = part[is_better]
         for task in map(int, np.flatnonzero(~found.is_minimum)):
@@ -200,7 +209,11 @@ class Scan:
             before = found.flat[start] if isinstance(start, int) else start[0]
             for flat in found.flat[task].copy(), before:
                 args = self._space, self._problem, own, flat, self._goal
-                solved = by_solver(*args)
+                try:
+                    solved = by_solver(*args)
+                except RuntimeError as error:
+                    self._note(error, own)
+                    continue
                 found.flat[task], found.nll[task], found.is_minimum[task] = solved
                 if found.is_minimum[task]:
                     break
@@ -243,6 +256,28 @@ class Scan:
             goal[row, list(own)] = at
         return Held(units, along, goal)
 
+    def _note(self, error: RuntimeError, own: Held) -> None:
+        """Keeps an error of the model; raises any other, and one at the minimum."""
+        is_model = isinstance(error, jax.errors.JaxRuntimeError) or _EQUINOX in str(
+            error
+        )
+        is_memory = "RESOURCE_EXHAUSTED" in str(error)
+        if not is_model or is_memory or not own.flags.any():
+            raise error
+        self.raised = error
+
+    def error_note(self) -> str:
+        """Returns what there is to say of an error of the model."""
+        if self.raised is None:
+            return ""
+        text = str(self.raised).strip()
+        message = text.partition(_EQUINOX)[2] or text.rpartition("\n")[2]
+        return (
+            " The model raised an error at values that were tried "
+            f"({message.partition(chr(10))[0][:160]}): let it return NaN there, as "
+            "`diffeqsolve` of diffrax does with `throw=False`."
+        )
+
     def _run(
         self,
         held: Held,
@@ -250,7 +285,10 @@ class Scan:
         rows: dict[int, int],
         found: Points,
     ) -> None:
-        """Runs the program for some points, each in a row of its own."""
+        """Runs the program for some points, each in a row of its own.
+
+        Those at which the model raises an error are NaN.
+        """
         begin, parents = self._room(_ROOM), np.arange(_ROOM, dtype=np.int32)
         tasks, count = list(rows), np.int32(len(rows))
         # The rows that are left are not looked at.
@@ -263,7 +301,18 @@ class Scan:
                 parents[row] = rows[start]
             else:
                 begin.rows[row] = found.rows[start]
-        new = run_points(self._space, own, parents, begin, count)
+        try:
+            new = run_points(self._space, own, parents, begin, count)
+        except RuntimeError as error:
+            if len(tasks) == 1:
+                self._note(error, jax.tree.map(lambda x: x[0], own))
+                found.nll[tasks] = np.nan
+                return
+            half = len(tasks) // 2
+            for part in (tasks[:half], tasks[half:]):
+                places = {task: row for row, task in enumerate(part)}
+                self._run(held, starts, places, found)
+            return
         for whole, part in zip(found, jax.device_get(new), strict=True):
             whole[tasks] = part[: len(tasks)]
 
@@ -274,11 +323,11 @@ def _metric(
     batch: Any,
     jac: Mode | None,
     scale_errors: bool,
-) -> tuple[DenseWhitening, np.ndarray, float]:
+) -> tuple[DenseWhitening, np.ndarray, np.ndarray, float]:
     """Whitens all parameters; refuses a trainer that is not at a minimum.
 
-    Returns their errors too, with what is at its bound held there, and the scale of
-    the error bars.
+    Returns their errors too, with what is at its bound held there, which of these
+    rounding may hide, and the scale of the error bars.
     """
     # A robust loss is refused, whether its data scatter or not.
     kind = "expected" if "residuals" in defined(trainer) else None
@@ -308,6 +357,7 @@ def _metric(
             "of the residuals, and these are all zero. Leave it out."
         )
     metric, errors = here.whitening, here.whitening.errors_of_the_data()
+    is_hidden = hidden_by_rounding(metric)
     if np.any(here.held):
         metric = _without_bounds(trainer, batch, jac, here.kind) or metric
     dtype = widest((ravel_dtype(trainer.params), metric.dtype))
@@ -315,7 +365,7 @@ def _metric(
     scaled = jax.device_put(np.asarray(metric.scale) * scale)
     metric = eqx.tree_at(lambda w: w.scale, metric, scaled)
     metric = jax.tree.map(lambda x: x.astype(dtype), metric)
-    return metric, scale * np.asarray(errors, float), scale
+    return metric, scale * np.asarray(errors, float), is_hidden, scale
 
 
 def _lacks_slopes(here: Around) -> bool:

@@ -14,6 +14,9 @@ _LESS = 0.7
 # It falls no farther if twice the distance adds less than this part of what is left.
 _FLAT = 0.05
 
+# So many errors of the inverse away, a pole at zero is seen.
+_BEFORE_ZERO = 8.0
+
 _TOLERANCE = 1e-6
 _MOST_POINTS = 48
 # An end is known as well as the likelihood is rounded, and at worst to this fraction.
@@ -23,14 +26,15 @@ _INTERPOLATIONS = 16
 
 
 def search(
-    root: float, farthest: float, noise: float, eps: float
+    root: float, farthest: float, noise: float, eps: float, zero: float = math.inf
 ) -> Generator[float, tuple[float, bool], float]:
     r"""Searches for the distance where $\sqrt{\Delta\chi^2}$ is `root`.
 
     Distances are in standard errors: where the likelihood is normal, the two are equal.
     It yields the distance to try next, and is sent the excess over `root` there, whose
     rounding error is `noise`, and whether it is that of a minimum. `eps` is the
-    precision of the parameters: far away it is not enough to tell a minimum.
+    precision of the parameters: far away it is not enough to tell a minimum. `zero` is
+    the distance where the parameter is zero, where many models have a pole.
 
     Returns the distance: `farthest` if the bound is there, infinite if the likelihood
     falls no farther, as far as can be told, and NaN if it is not finite before it does,
@@ -43,6 +47,11 @@ def search(
     weight, finest = {"low": 1.0, "high": 1.0}, min(noise, _COARSEST)
     last, t, is_crossed = "low", min(root, farthest), False
     for tried in range(1, _MOST_POINTS + 1):
+        if max(low[0], eps) < zero < t:
+            end = yield from _before_zero(root, low[0], zero, noise, eps)
+            if not math.isinf(end):
+                return end
+            zero = math.inf
         excess, is_minimum = yield t
         if abs(excess) <= max(_TOLERANCE, noise):
             return t
@@ -85,6 +94,38 @@ def search(
     # Beyond a jump others may have been lost, on the way from far away.
     is_jump = high[1] - low[1] > root / 2
     return math.nan if is_jump and (yield high[0])[0] <= 0 else t
+
+
+def _before_zero(
+    root: float, low: float, zero: float, noise: float, eps: float
+) -> Generator[float, tuple[float, bool], float]:
+    """Looks for an end between a low place and zero, instead of leaping over it.
+
+    A time of which the rate is known may have far less to go than its error: so this
+    goes by the distance of the inverse, which is infinite at zero. Returns infinity if
+    no end is found there.
+    """
+    to_inverse = lambda t: t / (1 - t / zero)
+    to_place = lambda inverse: inverse / (1 + inverse / zero)
+    far, rise, unit = _BEFORE_ZERO * max(root, to_inverse(low)), 0.0, 1.0
+    while (excess := (yield to_place(far))[0]) <= max(_TOLERANCE, noise):
+        before, rise = rise, excess + root
+        # So a likelihood rises that knows nothing of zero, or nothing at all.
+        if rise <= 2 * before or rise**2 <= noise:
+            return math.inf
+        # The error is not known where the likelihood is flat.
+        unit = far / rise
+        far *= min(_BEFORE_ZERO * root / rise, _FARTHEST)
+    looking = search(root, far / unit, noise, eps)
+    distance = next(looking)
+    while True:
+        sent = yield to_place(unit * distance)
+        try:
+            distance = looking.send(sent)
+        except StopIteration as end:
+            # It may have seemed high from where the others began.
+            is_end = end.value < far / unit
+            return to_place(unit * end.value) if is_end else math.inf
 
 
 Place = tuple[float, float]

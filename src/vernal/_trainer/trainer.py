@@ -1019,7 +1019,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         parameter. An end is the bound where the interval reaches it, infinite where the
         likelihood never falls so far, as the precision can tell, and NaN, with a
         warning, where it is not found, as where the likelihood is not finite before it
-        does, or jumps.
+        does, or jumps, where the model raises an error, or where float32 rounds too
+        much to tell it.
 
         **Raises:**
 
