@@ -12,8 +12,8 @@ from .._tree import Leaf, element_name, named_leaves, short_number
 # As many as a date in days has, with its errors of hundredths of a second.
 _MOST_CHARACTERS = 16
 
-# After the first, of float64.
-_MOST_DIGITS = 15
+# After the first: as float64 has, and one more.
+_MOST_DIGITS = 16
 
 
 class ParameterRow(NamedTuple):
