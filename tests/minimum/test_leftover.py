@@ -155,6 +155,117 @@ def test_a_program_evaluates_the_model_once_at_a_minimum():
     assert len(calls) == 2 * outside > 0
 
 
+class OnBackground(vn.Trainer):
+    """A product on a large background, of which the residuals are rounded by more."""
+
+    background: float
+
+    def __init__(self, model, background):
+        super().__init__(model)
+        self.background = background
+
+    def misfit(self, model, batch):
+        x = jnp.asarray(PLACES, batch.dtype)
+        fitted = self.background + model["a"] * model["b"] * x
+        return (fitted - batch) / jnp.asarray(NOISE, batch.dtype)
+
+
+class Cancelling(OnBackground):
+    def residuals(self, model, batch):
+        return self.misfit(model, batch)
+
+
+class CancellingLikelihood(OnBackground):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(self.misfit(model, batch)))
+
+
+LARGE = [(jnp.float64, 1e5), (jnp.float64, 1e7), (jnp.float32, 1e2)]
+
+
+@pytest.mark.parametrize(("dtype", "background"), LARGE)
+def test_where_large_numbers_cancel_rounding_has_no_curvature(dtype, background):
+    noise = np.random.default_rng(0).normal(size=(3, len(PLACES)))
+    data = jnp.asarray(background + PLACES + NOISE * noise, dtype)
+    start = {"a": jnp.asarray(0.7, dtype), "b": jnp.asarray(1.1, dtype)}
+    solver = optx.LevenbergMarquardt(1e-4, 1e-4)
+    members = [Cancelling(start, background) for _ in data]
+    many = vn.fit_many(members, data, 100, data_axis=0, solver=solver)
+    for kind in ("expected", "observed", "sandwich"):
+        columns = many.errors(data, kind=kind)
+        assert np.isinf([columns["a"], columns["b"]]).all()
+        end = members[0].solve(solver, data[0]).trainer
+        found = eqx.filter_jit(lambda t, b, kind=kind: t.standard_errors(b, kind=kind))
+        report = end.report(data[0], kind=kind)
+        for own in (end.standard_errors(data[0], kind=kind), found(end, data[0])):
+            assert own["a"] == own["b"] == np.inf
+        assert all(row.error == np.inf for row in report.parameters)
+        rows = end.table(data[0], kind=kind).splitlines()[2:4]
+        assert all(row.endswith("unconstrained") for row in rows)
+    # Of the likelihood, too.
+    end = CancellingLikelihood(end.model, background)
+    errors = end.standard_errors(data[0])
+    assert errors["a"] == errors["b"] == np.inf
+
+
+@pytest.mark.parametrize("start", [(2.0, 2.0), (5.0, 1.0), (70.0, -19.3)])
+def test_a_rounded_loss_hides_no_minimum(start):
+    """Supernovae: the constant of Hubble and the magnitude are degenerate."""
+    z = np.linspace(0.02, 0.1, 20)
+    distance = lambda z, q: 5 * jnp.log10(3e5 * z * (1 + (1 - q) * z / 2)) + 25
+
+    class Hubble(vn.Trainer):
+        def residuals(self, model, batch):
+            fitted = distance(z, model["q"]) - 5 * jnp.log10(model["h"]) + model["m"]
+            return (fitted - batch) / 0.1
+
+    batch = distance(z, -0.55) - 5 * np.log10(70.0) - 19.3 + 0.1 * np.sin(37 * z)
+    model = dict(zip("hmq", [*start, 0.0], strict=True))
+    trainer = Hubble({key: jnp.asarray(value) for key, value in model.items()})
+    solver = optx.LevenbergMarquardt(1e-6, 1e-6)
+    end = trainer.whiten(batch).solve(solver, batch).trainer
+    # By the one parameter of the shape, and one of the level.
+    q = float(end.model["q"])
+    slope = -5 / np.log(10) * (z / 2) / (1 + (1 - q) * z / 2) / 0.1
+    centred = slope - slope.mean()
+    left = np.asarray(end.residuals(end.model, batch))
+    known = {
+        "expected": 1 / np.linalg.norm(centred),
+        "sandwich": np.linalg.norm(centred * left) / np.sum(centred**2),
+    }
+    for kind in ("expected", "observed", "sandwich"):
+        errors = end.standard_errors(batch, kind=kind)
+        assert errors["h"] == errors["m"] == np.inf
+        right = known.get(kind, known["expected"])
+        np.testing.assert_allclose(errors["q"], right, rtol=0.02)
+
+
+def test_what_is_linear_and_nearly_degenerate_keeps_its_errors():
+    """Powers of years, of which the terms cancel: the curvature is no rounding."""
+    years = np.linspace(2000.0, 2024.0, 30)
+    rows = np.stack([np.ones(30), years, years**2], axis=1)
+
+    class Powers(vn.Trainer):
+        def nll(self, model, batch):
+            return 0.5 * jnp.sum(jnp.square((rows @ model - batch) / NOISE))
+
+    noise = np.random.default_rng(0).normal(size=30)
+    batch = 0.1 * (years - 2010.0) + 1e-3 * (years - 2010.0) ** 2 + NOISE * noise
+    # The best fit, rounded, but for what is left of the powers about the middle.
+    centred = years - 2010.0
+    best = np.polyfit(centred, batch, 2)
+    end = np.array(
+        [
+            best[2] - 2010.0 * best[1] + 2010.0**2 * best[0],
+            best[1] - 2 * 2010.0 * best[0],
+            best[0],
+        ]
+    )
+    errors = Powers(jnp.asarray(end)).standard_errors(batch)
+    inverse = np.linalg.inv(np.vander(centred, 3).T @ np.vander(centred, 3))
+    np.testing.assert_allclose(errors[2], NOISE * np.sqrt(inverse[0, 0]), rtol=0.02)
+
+
 @pytest.mark.parametrize("is_program", [False, True])
 def test_data_may_be_of_another_precision(is_program):
     class Mixed(vn.Trainer):

@@ -6,15 +6,17 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import Params, is_traced
-from .._curvature import Expansion, equilibrated_eigh, matmul
+from .._curvature import Expansion, equilibrated_eigh, matmul, on_device
 from .._minimum import (
     MOST_STEPS,
     Curved,
     Leftover,
     closer,
+    confirmed,
     leftover,
     moved,
     noise_of_zero,
@@ -51,9 +53,7 @@ def observed(
     (here,) = derived.found
     what = f"The curvature of {name}"
     require_finite((here.hessian,), derived.is_finite, what, trainer, batch)
-    there = _closest(trainer, look, derived, bar)
-    hessian = here.hessian if there is trainer else look(there).found[0].hessian
-    return _with_hessian(derived, hessian), name
+    return _with_hessian(derived, _closest(trainer, look, derived, bar)), name
 
 
 def _with_hessian(derived: Derived, hessian: Float[Array, "D D"]) -> Derived:
@@ -63,27 +63,30 @@ def _with_hessian(derived: Derived, hessian: Float[Array, "D D"]) -> Derived:
 
 def _closest(
     trainer: AbstractTrainer, look: Look, derived: Derived, bar: Any
-) -> AbstractTrainer:
-    """Returns the trainer at the minimum, if curvature is not clear here."""
-    params = as_parameters(trainer.params)
+) -> Float[Array, "D D"]:
+    """Returns the Hessian at the minimum, if curvature is not clear here."""
+    params, hessian = as_parameters(trainer.params), derived.found[0].hessian
 
     def around(derived: Derived) -> Curved:
         hessian, gradient = derived.found[0]
         return surroundings(derived.value, gradient, hessian, derived.held, params)
 
     look_around = lambda there: around(look(there))
-    for there, _ in closer(trainer, around(derived), look_around, float(bar)):
-        trainer = there
-    return trainer
+    for _, there in closer(trainer, around(derived), look_around, float(bar)):
+        units = np.asarray(there.scale, float)
+        found = there.hessian * units[:, None] * units[None, :]
+        hessian = on_device(found.astype(hessian.dtype))
+    return hessian
 
 
 class _Point(NamedTuple):
     params: Params
     first: Derived
-    hessian: Float[Array, "D D"]
-    left: Leftover
+    best: tuple[Params, Float[Array, "D D"], Leftover]
+    far: Float[Array, "D D"]
     steps: Int[Array, ""]
     goes_on: Bool[Array, ""]
+    is_far: Bool[Array, ""]
 
 
 def _traced(trainer: AbstractTrainer, look: Look, like: Derived, bar: Any) -> Derived:
@@ -97,23 +100,39 @@ def _traced(trainer: AbstractTrainer, look: Look, like: Derived, bar: Any) -> De
         derived = look(here)
         hessian, left, is_finite = _left_at(derived, bar)
         first = choose(is_first, derived, point.first)
-        is_better = left.is_closer_than(point.left) & is_finite
-        is_better &= jnp.all(derived.held == first.held)
-        hessian = jnp.where(is_first | is_better, hessian, point.hessian)
-        goes_on = is_better & left.is_unclear & (point.steps < MOST_STEPS)
+        is_known = is_finite & jnp.all(derived.held == first.held)
+        is_better = left.is_closer_than(point.best[2]) & is_known & ~point.is_far
+        best = choose(is_first | is_better, (point.params, hessian, left), point.best)
+        far = jnp.where(point.is_far & is_known, hessian, best[1])
+        is_next = is_better & left.is_unclear & (point.steps < MOST_STEPS)
+        is_far = ~is_next & best[2].is_unclear & is_known & ~point.is_far
+        goes_on = is_next | is_far
         # Of many, those that are done stay where the model has no error.
-        there = moved(here, jnp.where(goes_on, left.step, 0))
+        step = jnp.where(is_far, best[2].far, 1) * best[2].step
+        there = moved(live(trainer, best[0]), jnp.where(goes_on, step, 0))
         params = choose(goes_on, as_parameters(there.params), point.params)
-        return _Point(params, first, hessian, left, point.steps + 1, goes_on)
+        return _Point(params, first, best, far, point.steps + 1, goes_on, is_far)
 
     hessian, left, _ = eqx.filter_eval_shape(_left_at, like, bar)
-    far = jax.tree.map(lambda x: jnp.full(x.shape, jnp.inf, x.dtype), left)
+    most = jax.tree.map(lambda x: jnp.full(x.shape, jnp.inf, x.dtype), left)
     zeros = lambda x: jnp.zeros(x.shape, x.dtype)
     first, hessian = jax.tree.map(zeros, (like, hessian))
     params, steps = as_parameters(trainer.params), jnp.zeros((), "int32")
-    start = _Point(params, first, hessian, far, steps, jnp.ones((), bool))
+    yes, best = jnp.ones((), bool), (params, hessian, most)
+    start = _Point(params, first, best, hessian, steps, yes, ~yes)
     end = jax.lax.while_loop(lambda point: point.goes_on, further, start)
-    return _with_hessian(end.first, end.hessian)
+    _, hessian, left = end.best
+    return _with_hessian(end.first, _confirmed(hessian, end.far, left.far))
+
+
+def _confirmed(
+    hessian: Float[Array, "D D"], far: Float[Array, "D D"], steps: Any
+) -> Float[Array, "D D"]:
+    # LAPACK may not return if there is a NaN, and has no half precision.
+    is_finite, dtype = all_finite((hessian, far)), _decomposed_in(hessian)
+    clear = lambda x: jnp.where(is_finite, x, 0).astype(dtype)
+    found = confirmed(clear(hessian), clear(far), steps.astype(dtype))
+    return jnp.where(is_finite, found.astype(hessian.dtype), hessian)
 
 
 def _left_at(
@@ -123,7 +142,7 @@ def _left_at(
     hessian, gradient = derived.found[0]
     is_finite = all_finite((hessian, gradient))
     # LAPACK may not return if there is a NaN, and has no half precision.
-    dtype = widest((hessian.dtype, jnp.dtype("float32")))
+    dtype = _decomposed_in(hessian)
     clear = lambda x: jnp.where(is_finite, x, 0).astype(dtype)
     scale, values, vectors = equilibrated_eigh(clear(hessian))
     along = matmul(vectors.T, clear(gradient) / scale)
@@ -131,6 +150,10 @@ def _left_at(
     own = jnp.asarray(bar, dtype)
     left = leftover(values, along, vectors, derived.value, noise, own)
     return hessian, left._replace(step=left.step / scale), is_finite
+
+
+def _decomposed_in(hessian: Float[Array, "D D"]) -> Any:
+    return widest((hessian.dtype, jnp.dtype("float32")))
 
 
 def error_bar(derived: Derived, size: int) -> Float[Array, ""]:

@@ -35,16 +35,23 @@ class Leftover(NamedTuple):
     - `is_unclear`: whether the gradient may account for some of the curvature, close to
         the minimum.
     - `loss`: the loss here.
+    - `noise`: the largest change of the loss that means nothing.
+    - `far`: how many steps it is to as far from the minimum as a fit may end.
     """
 
     step: Any
     length: Float[Any, ""]
     is_unclear: Bool[Any, ""]
     loss: Float[Any, ""]
+    noise: Float[Any, ""]
+    far: Float[Any, ""]
 
     def is_closer_than(self, other: "Leftover") -> Bool[Any, ""]:
-        """Whether the loss is no higher, and the next step shorter or not needed."""
-        is_lower = self.loss <= other.loss + rounding_of(other.loss)
+        """Whether the loss is no higher, and the next step shorter or not needed.
+
+        Where large numbers cancel, the loss is rounded by more than its size says.
+        """
+        is_lower = self.loss <= other.loss + other.noise
         return is_lower & (~self.is_unclear | (self.length < other.length))
 
 
@@ -85,7 +92,11 @@ def leftover(
     is_unclear = of.any(~is_clear & (sizes > 0) & (before > rounding))
     is_minimum = ~of.any(is_clear & (values < 0)) & (length**2 <= 2 * TOLERANCE)
     step = multiply(-vectors, of.where(is_clear, along / units, 0))
-    return Leftover(step, length, is_unclear & is_minimum, loss)
+    least = of.asarray(TOLERANCE * bar**2, loss.dtype)
+    meaningless = of.maximum(least, rounding_of(loss))
+    far = (2 * TOLERANCE) ** 0.5 * bar / of.where(length > 0, length, 1)
+    ends = loss, meaningless, of.maximum(far, 1)
+    return Leftover(step, length, is_unclear & is_minimum, *ends)
 
 
 def _leftover_at(here: Curved, bar: float) -> Leftover:
@@ -106,25 +117,59 @@ def closer(
     """Yields trainers closer to the minimum, while curvature is not clear there.
 
     Each comes with its surroundings, at which it has a `look`; `here` are those of the
-    first. It ends where the model has an error.
+    first. It ends where the model has an error. If it comes no closer, the last is of
+    the same trainer, without the curvature that is not `confirmed`.
     """
-    left, held = _leftover_at(here, bar), here.held
+    held, left = here.held, _leftover_at(here, bar)
+
+    def look_at(there: AbstractTrainer) -> Curved | None:
+        try:
+            found = jax.device_get(look(there))
+        except (RuntimeError, ValueError):  # an error of the model, or one of its units
+            return None
+        # A model may be of another kind there, without second derivatives.
+        is_known = isinstance(found, Curved) and np.isfinite(found.loss)
+        return found if is_known and np.array_equal(found.held, held) else None
+
     for _ in range(MOST_STEPS):
         if not left.is_unclear:
             return
-        trainer = moved(trainer, left.step)
-        try:
-            here = jax.device_get(look(trainer))
-        except (RuntimeError, ValueError):  # an error of the model, or one of its units
+        there = moved(trainer, left.step)
+        if (found := look_at(there)) is None:
             return
-        # A model may be of another kind there, without second derivatives.
-        is_known = isinstance(here, Curved) and np.isfinite(here.loss)
-        if not (is_known and np.array_equal(here.held, held)):
-            return
-        before, left = left, _leftover_at(here, bar)
-        if not left.is_closer_than(before):
-            return
+        if not (new := _leftover_at(found, bar)).is_closer_than(left):
+            break
+        trainer, here, left = there, found, new
         yield trainer, here
+    if not left.is_unclear:
+        return
+    if (far := look_at(moved(trainer, left.far * left.step))) is not None:
+        units = far.scale / here.scale
+        other = far.hessian * units[:, None] * units[None, :]
+        yield trainer, here._replace(hessian=confirmed(here.hessian, other, left.far))
+
+
+def confirmed(hessian: Float[Any, "D D"], far: Float[Any, "D D"], steps: Any) -> Any:
+    """Returns a Hessian without the curvature that comes of the gradient alone.
+
+    A gradient of rounding errors cannot be made smaller. So the other Hessian is so
+    many `steps` away: by how much it differs for each, it does at the minimum. What is
+    nearly degenerate, and linear, does not differ.
+    """
+    is_known = isinstance(hessian, np.ndarray)
+    of, multiply = (np, np.matmul) if is_known else (jnp, matmul)
+    units = of.sqrt(of.abs(of.diagonal(hessian)))
+    units = of.where(units > 0, units, 1)
+    scaled = lambda matrix: matrix / units[:, None] / units[None, :]
+    values, vectors = of.linalg.eigh(scaled((hessian + hessian.T) / 2))
+    sizes, change = of.abs(values), multiply(scaled(far - hessian), vectors) / steps
+    there = values + of.sum(vectors * change, axis=0)
+    # Rounding makes less than this of a zero.
+    least = float(jnp.finfo(hessian.dtype).eps ** 0.5) * of.max(sizes, initial=0)
+    is_zero = (of.abs(there) < 0.5 * sizes) & (sizes <= least)
+    rest = multiply(vectors * of.where(is_zero, 0, values)[None, :], vectors.T)
+    rest = rest * units[:, None] * units[None, :]
+    return of.where(of.any(is_zero), rest, hessian).astype(hessian.dtype)
 
 
 def moved(trainer: AbstractTrainer, step: Float[Any, " D"]) -> AbstractTrainer:

@@ -687,7 +687,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
                 [`vernal.Trainer.fisher`][]. They are right if the data have the
                 likelihood that is fitted, and their error bars are right. Where
                 the gradient that a fit leaves may account for some of the curvature,
-                the Hessian is taken closer to the minimum.
+                the Hessian is taken closer to the minimum, without the curvature
+                that comes of rounding there.
             - `"sandwich"`: $H^{-1} S^\top S H^{-1}$, with the Hessian $H$ and the
                 gradient of each datum's negative log-likelihood as a row of $S$. It
                 takes the scatter from the data themselves, which need not have the
