@@ -180,3 +180,18 @@ def test_integers_are_followed_through_what_moves_them(name):
     said = told(Turned, SECONDS, fit)
     assert len(said) == 1
     assert "float32" in said[0]
+
+
+KEPT = {
+    "order": lambda t: jnp.argsort(t).astype(float),
+    "at most ten": lambda t: jnp.clip(t, 0, 10).astype(float),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_has_no_such_integers_is_not_told(name):
+    class Kept(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["a"] * KEPT[name](batch["t"]) - batch["y"]
+
+    assert told(Kept, SECONDS, fit) == []

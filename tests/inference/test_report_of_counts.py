@@ -32,7 +32,7 @@ def reported(trainer, batch):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("rate", [0.1, 0.3, 1.0, 3.0, 10.0, 100.0])
+@pytest.mark.parametrize("rate", [0.1, 0.3, 1.0, 100.0])
 def test_a_model_that_is_right_has_any_p_value(rate, dtype):
     """By chi-squared, 95 % of right models would fail at a mean of one count."""
     rng, trainer = np.random.default_rng(1), Exponential(truth(rate, dtype))
@@ -55,6 +55,27 @@ def test_the_deviance_to_expect_is_that_of_simulations(rate):
     ]
     assert abs(np.mean(pulls)) < 4 / np.sqrt(len(pulls))
     assert 0.7 < np.std(pulls) < 1.4
+
+
+class Line(vn.Trainer):
+    def residuals(self, model, batch):
+        x, counts = batch
+        shape = jnp.exp(-0.5 * jnp.square(x / 0.01))
+        rate = jnp.exp(model["a"]) * shape + jnp.exp(model["b"])
+        return vn.likelihoods.Poisson(rate, counts)
+
+
+def test_a_bright_line_on_next_to_nothing():
+    """A bin that takes a parameter for itself leaves no scatter."""
+    x, rng = np.linspace(-1, 1, 301), np.random.default_rng(9)
+    start = {"a": jnp.log(800.0), "b": jnp.log(0.03)}
+    rate = 800 * np.exp(-0.5 * (x / 0.01) ** 2) + 0.03
+    found = [reported(Line(start), (x, rng.poisson(rate) + 0.0)) for _ in range(100)]
+    pulls = [
+        (r.chi_squared - r.expected_deviance[0]) / r.expected_deviance[1] for r in found
+    ]
+    assert 0.85 < np.std(pulls) < 1.25
+    assert 0.01 < np.mean([r.p_value > 0.95 for r in found]) < 0.15
 
 
 class Constant(vn.Trainer):
@@ -116,15 +137,19 @@ def test_counts_beside_other_data():
     inverse = np.linalg.inv(jacobian.T @ jacobian)
     hat = jacobian @ inverse @ jacobian.T
     mean = 120 + 40 + moments.mean.sum() - 2 - 0.5 * np.diag(hat) @ rows[1]
-    variance = 320 + moments.variance.sum() - rows[0] @ hat @ rows[0]
-    std = np.sqrt(variance * (200 - 2) / 200)
+    # Normal data, of which some are missing, and counts: what the fit leaves of each.
+    is_there = np.ones(240, bool)
+    is_there[120:] = np.tile(where, 2)
+    is_count = np.arange(240) // 60 == 2
+    taken, left = hat @ rows[0], 1 - np.diag(hat)
+    variances, cubes = 2.0 * is_there, 8.0 * is_there + 6 * taken**2
+    own = taken[is_count & is_there]
+    variances[is_count & is_there] = moments.variance
+    weights = np.stack([own**0, -3 * own, 3 * own**2, -(own**3)])
+    cubes[is_count & is_there] = (weights * moments.cubes).sum(axis=0)
+    std = np.sqrt(left @ (variances - 2 * taken * rows[0] + taken**2))
     np.testing.assert_allclose(found.expected_deviance, (mean, std), rtol=1e-6)
-    # The third moment, of normal data and of counts.
-    taken = hat @ rows[0]
-    own = taken[120:180][where]
-    of_counts = np.stack([own**0, -3 * own, 3 * own**2, -(own**3)]) * moments.cubes
-    third = 8 * 160 + 6 * (taken @ taken - own @ own) + of_counts.sum()
-    skewness = third * (200 - 2) / 200 / std**3
+    skewness = left @ cubes / std**3
     p_value = scipy.stats.pearson3.sf(found.chi_squared, skewness, mean, std)
     np.testing.assert_allclose(found.p_value, p_value, rtol=1e-6)
 
@@ -169,10 +194,13 @@ def test_data_that_are_not_whole_numbers_are_told(kind):
     """Those of rates; a sandwich takes its errors from their scatter."""
     x, counts = simulated(3.0, np.float64, np.random.default_rng(7))
     trainer = Exponential(truth(3.0)).solve(SOLVER, (x, counts / 2)).trainer
-    text = str(trainer.report((x, counts / 2), kind=kind))
-    is_told = "data of `Poisson` are not whole numbers" in text
+    report = trainer.report((x, counts / 2), kind=kind)
+    is_told = "data of `Poisson` are not whole numbers" in str(report)
     assert is_told == (kind != "sandwich")
     assert is_told == ("whole" in trainer.table((x, counts / 2), kind=kind))
+    assert report.p_value is None
+    assert "p-value" not in str(report)
+    assert np.isnan(report.expected_deviance).all()
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
@@ -180,9 +208,11 @@ def test_hardly_more_counts_than_parameters_have_no_p_value(count):
     x, counts = np.linspace(-1, 1, 30), np.zeros(30)
     counts[:count] = 1
     report = Exponential(truth(max(count, 1e-3) / 30)).report((x, counts))
-    assert report.expected_deviance is None
+    assert np.isnan(report.expected_deviance).all()
     assert report.p_value is None
-    assert "p-value" not in str(report)
+    assert "reduced deviance" in str(report)
+    assert "expected deviance" not in str(report)
+    assert "fewer than 5 counts for each parameter" in str(report)
 
 
 def test_a_count_of_data_that_cannot_be_theirs_is_refused():
@@ -191,5 +221,5 @@ def test_a_count_of_data_that_cannot_be_theirs_is_refused():
     assert trainer.report((x, counts), data_count=50).data_count == 50
     with pytest.raises(ValueError, match="data_count` is 51, but there are 50 resid"):
         trainer.report((x, counts), data_count=51)
-    with pytest.raises(ValueError, match=r"is for .*Poisson\(\.\.\., where"):
+    with pytest.raises(ValueError, match=r"cannot stand .*Poisson\(\.\.\., where"):
         trainer.report((x, counts), data_count=40)

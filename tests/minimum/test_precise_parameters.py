@@ -75,6 +75,22 @@ def test_the_minimum_is_none_the_less_reached(name):
     assert "not at a minimum" not in result.trainer.table(batch)
 
 
+@pytest.mark.parametrize("off", [1.0, 10.0, 50.0])
+def test_a_parabola_of_dates(off):
+    """Its parameters nearly cancel: they are 1e10 times what the data are."""
+
+    class Parabola(vn.Trainer):
+        def residuals(self, model, batch):
+            t, y = batch
+            return (model["a"] + model["b"] * t + model["c"] * t**2 - y) / 0.1
+
+    t = np.linspace(2459000.0, 2459100.0, 100)
+    y = 1e-3 * (t - 2459050.0) ** 2 + 0.1 * np.random.default_rng(0).normal(size=100)
+    found = {"a": 1e-3 * 2459050.0**2 + off, "b": -2e-3 * 2459050.0, "c": 1e-3}
+    trainer = Parabola({name: jnp.asarray(value) for name, value in found.items()})
+    assert "not at a minimum" in trainer.table((t, y))
+
+
 @pytest.mark.parametrize("off", [0.1, 0.3])
 def test_ranges_from_the_centre_of_the_earth(off):
     """To three millimetres: 36 error bars are 1e-8 of a coordinate."""

@@ -282,6 +282,7 @@ CLEAR = {
     "constants": Line(1.0, "a"),
     "table of NumPy": Plain(np.ones(3)),
     "indices": Plain(jnp.arange(3)),
+    "keys of any kind": Plain({1: "x", "a": 2.0}),
     "function": lambda x: x,
     "module": eqx.nn.Linear(2, 1, key=jax.random.key(0)),
 }

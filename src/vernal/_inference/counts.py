@@ -8,7 +8,13 @@ import numpy as np
 from jaxtyping import Float
 
 from .._data import as_batch
-from .._likelihoods import AbstractLikelihood, Moments, Poisson, normal_moments
+from .._likelihoods import (
+    AbstractLikelihood,
+    Gaussian,
+    Moments,
+    Poisson,
+    normal_moments,
+)
 from .._program import program
 from .._step import AbstractTrainer, count_of, residual_terms, step_key, stripped
 from .expansion import Around
@@ -31,15 +37,20 @@ class OfCounts(NamedTuple):
     fractions: int
     counts: int
 
-    def note(self) -> str | None:
-        """Says which data are no counts, `None` if all are."""
-        if not self.fractions:
+    def note(self, is_sandwich: bool, is_expected: bool) -> str | None:
+        """Says which data are no counts, or that they are too few."""
+        if self.fractions and not is_sandwich:
+            return (
+                f"{self.fractions} of {self.counts} data of `Poisson` are not whole "
+                "numbers: these errors hold for counts, not for rates, or for counts "
+                "less a background. Fit the counts themselves, with the exposure and "
+                "the background in the model"
+            )
+        if self.fractions or is_expected:
             return None
         return (
-            f"{self.fractions} of {self.counts} data of `Poisson` are not whole "
-            "numbers, as counts are: the errors and the p-value are not those of "
-            "rates, nor of counts less a background. Fit the counts themselves, with "
-            "the exposure and the background in the model"
+            f"there are fewer than {_LEAST_COUNTS} counts for each parameter: the "
+            "deviance has no known distribution, and no p-value"
         )
 
 
@@ -47,7 +58,8 @@ def of_counts(trainer: AbstractTrainer, batch: Any) -> OfCounts | None:
     """Evaluates the moments of the deviance, `None` if no data are counts."""
     found, fractions, counts = [], 0, 0
     for term, size, rows in _terms(stripped(trainer), as_batch(batch)):
-        rate, moments = np.zeros(rows), normal_moments(int(size), int(rows))
+        present = _present(term, int(size), int(rows))
+        rate, moments = np.zeros(int(rows)), normal_moments(present)
         if isinstance(term, Poisson):
             moments, data = term.deviance_moments(), np.asarray(term.counts)
             rate = np.asarray(term.rate, float).ravel() * (moments.mean > 0)
@@ -66,6 +78,15 @@ def _terms(trainer: AbstractTrainer, batch: Any) -> list[tuple[Any, Any, Any]]:
     """Returns each likelihood or array, with its numbers of data and of rows."""
     terms = residual_terms(trainer, batch, step_key(trainer))
     return [(term, count_of(term), _row_count(term)) for term in terms]
+
+
+def _present(term: Any, size: int, rows: int) -> Float[np.ndarray, " rows"]:
+    """Returns one for each row of data, zero for what is missing."""
+    if not isinstance(term, Gaussian) or term.where is None:
+        return np.full(rows, size / rows)
+    where = np.ravel(term.where).astype(float)
+    # The real parts, then the imaginary ones.
+    return np.tile(where, rows // where.size)
 
 
 def _row_count(term: Any) -> int:
@@ -103,28 +124,29 @@ def expected_deviance(data: OfCounts, fit: Laplace, here: Around) -> Expected | 
     $$\sum_i m_i - k - \tfrac12 \sum_i A_{ii}\, \mu_i m_i''.$$
 
     The others are those of $\sum_i d_i - m_i - a_i z_i$ with $a = A c$, since a fit
-    takes what the deviance shares with the slopes of the likelihood. These are the
-    leading terms in the scatter of the parameters. See McCullagh, *The conditional
+    takes what the deviance shares with the slopes of the likelihood; of each datum the
+    fit leaves the share $1 - A_{ii}$. These are the leading terms in the scatter of
+    the parameters. See McCullagh, *The conditional
     distribution of goodness-of-fit statistics for discrete data*, Journal of the
     American Statistical Association 81 (1986), 104. There is none if there are hardly
     more counts than directions that they constrain.
     """
-    assert here.data_count is not None
     moments = data.moments
     jacobian = np.asarray(fit.derived.found[0], float)[: data.rate.size]
     parts = fit.expected.scale, fit.expected.vectors, fit.expected.roots
     scale, vectors, roots = (np.asarray(part, float) for part in parts)
     latent = jacobian @ (scale[:, None] * vectors * np.maximum(roots, 0))
     scatter = np.square(latent).sum(axis=1)
-    if data.rate.sum() < _LEAST_COUNTS * scatter[data.rate > 0].sum():
+    is_few = data.rate.sum() < _LEAST_COUNTS * scatter[data.rate > 0].sum()
+    if data.fractions or is_few:
         return None
     taken = latent @ (moments.covariance @ latent)
-    share = 1 - here.fitted_count / here.data_count
+    share = np.maximum(1 - scatter, 0)
     of_rates = 0.5 * scatter @ moments.curvature
     mean = moments.mean.sum() - here.fitted_count - of_rates
     second = moments.variance - 2 * taken * moments.covariance + taken**2
     weights = np.stack([taken**0, -3 * taken, 3 * taken**2, -(taken**3)])
-    variance, third = share * second.sum(), share * (weights * moments.cubes).sum()
+    variance, third = share @ second, share @ (weights * moments.cubes).sum(axis=0)
     if not (mean > 0 and variance > 0):
         return None
     return Expected(float(mean), math.sqrt(variance), float(third / variance**1.5))

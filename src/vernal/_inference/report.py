@@ -61,8 +61,9 @@ def report(
         sizes = here.data_count, here.fitted_count
         aic, bic = criteria(here.deviance, *sizes, is_scaled)
     if counts is not None:
-        expected = expected_deviance(counts, found, here)
-        chance = None if expected is None else expected.p_value(here.deviance)
+        known = expected_deviance(counts, found, here)
+        expected = (math.nan, math.nan) if known is None else (known.mean, known.std)
+        chance = None if known is None else known.p_value(here.deviance)
     return Report(
         chi_squared=chi,
         data_count=here.data_count,
@@ -70,7 +71,7 @@ def report(
         effective_count=here.fitted_count,
         degrees_of_freedom=degrees,
         reduced_chi_squared=here.reduced_chi_squared,
-        expected_deviance=None if expected is None else expected[:2],
+        expected_deviance=expected,
         p_value=chance,
         aic=aic,
         bic=bic,
@@ -81,7 +82,7 @@ def report(
         error_scale=scale,
         parameters=tuple(_rows(trainer, (here, own), scale)),
         correlation_matrix=own.correlations(),
-        note=_note(trainer, here, counts),
+        note=_note(trainer, here, counts, chance is not None),
     )
 
 
@@ -99,8 +100,9 @@ def _check_count(data_count: int, here: Around, counts: OfCounts | None) -> None
         )
     if counts is not None and data_count != here.data_count:
         raise ValueError(
-            "`data_count` is for residuals of zero that stand for missing data. Give "
-            "`vn.likelihoods.Poisson(..., where=)` the mask, and leave it out."
+            "`data_count` cannot stand beside counts, whose deviance is compared datum "
+            "by datum. Give the likelihood the mask of what is missing, as in "
+            "`vn.likelihoods.Poisson(..., where=)`, and leave it out."
         )
 
 
@@ -115,11 +117,11 @@ def _around(
 
 
 def _note(
-    trainer: AbstractTrainer, here: Around, counts: OfCounts | None
+    trainer: AbstractTrainer, here: Around, counts: OfCounts | None, is_expected: bool
 ) -> str | None:
-    """Returns what a table has to say of the fit and its errors, a line for each."""
+    """Returns what there is to say of the fit and its errors, a line for each."""
     is_sandwich = here.kind == "sandwich"
-    of_data = None if counts is None or is_sandwich else counts.note()
+    of_data = None if counts is None else counts.note(is_sandwich, is_expected)
     return "\n".join(filter(None, (_point_note(trainer, here), of_data))) or None
 
 
@@ -156,7 +158,7 @@ def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
     if batch is not None:
         here, _, counts = _around(trainer, batch, "A standard error", options)
         scale = here.error_scale(scale_errors)
-        note = _note(trainer, here, counts)
+        note = _note(trainer, here, counts, True)
     head = "parameter", "value", "standard error" if here else ""
     known = None if here is None else (here, here.of_elements(trainer))
     cells = (row.cells() for row in _rows(trainer, known, scale, _MOST_ROWS))

@@ -26,14 +26,11 @@ class Moments(NamedTuple):
     cubes: Float[np.ndarray, "4 N"]
 
 
-def normal_moments(count: int, rows: int) -> Moments:
-    """Returns the moments of normal data, of which some may be missing.
-
-    Which ones makes no difference, since the sums alone matter.
-    """
-    zeros, each = np.zeros(rows), np.full(rows, count / rows)
-    cubes = np.stack([8 * each, zeros, zeros + 2, zeros])
-    return Moments(each, 2 * each, zeros, zeros, cubes)
+def normal_moments(present: Float[np.ndarray, " N"]) -> Moments:
+    """Returns the moments of normal data, zero where they are missing."""
+    zeros = np.zeros_like(present)
+    cubes = np.stack([8 * present, zeros, 2 * present, zeros])
+    return Moments(present, 2 * present, zeros, zeros, cubes)
 
 
 def deviance_moments(rate: Any) -> Moments:

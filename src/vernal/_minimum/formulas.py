@@ -73,9 +73,8 @@ def _of_spectral(local: Spectral) -> Distance:
     tolerance, spacing = TOLERANCE * 2 * loss / degrees, local.spacing
     # What is left at the minimum is rounding, that of values and of the decomposition:
     # without scatter only the precision of the parameters sets a scale.
-    least = values[is_kept].min(initial=np.inf)
-    unseen = _ROUNDED * local.rounding * max(values.max(initial=0) / least, 1)
-    if loss - edm <= max(unseen, _FEW_ULPS**2 * spacing):
+    unseen = max(_ROUNDED * local.rounding, _FEW_ULPS**2 * spacing)
+    if loss - edm <= unseen:
         spacing = np.fmax(_MANY_ULPS**2 * spacing, local.exact)
     # Far from the data a model may underflow, and no residual depends on a parameter.
     is_exact = loss == 0 and (local.has_fallen or np.any(local.held))

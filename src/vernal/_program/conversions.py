@@ -7,13 +7,13 @@ from jax.extend.core import Jaxpr, Var
 
 from .host import inner_jaxprs
 
-# What moves numbers, and changes no more than their sign.
+# What moves numbers, or takes some of them, and changes no more than their sign.
 _MOVES = frozenset(
     (
         *("broadcast_in_dim", "concatenate", "copy", "expand_dims", "pad", "reshape"),
         *("optimization_barrier", "rev", "select_n", "slice", "split", "squeeze"),
-        *("stack", "tile", "transpose", "unstack", "sort", "neg"),
-        *("clamp", "max", "min", "reduce_max", "reduce_min"),
+        *("stack", "tile", "transpose", "unstack", "neg", "max", "reduce_max"),
+        *("reduce_min",),
     )
 )
 
@@ -50,6 +50,9 @@ def _follow(jaxpr: Jaxpr, held: dict[Any, set[int]], found: set[int]) -> None:
             found |= inside
         elif name in _MOVES | _TAKE | {"convert_element_type"}:
             held.update(dict.fromkeys(eqn.outvars, inside))
+        elif name == "sort":
+            # What is sorted along with others is not theirs.
+            held.update(zip(eqn.outvars, map(of, eqn.invars), strict=True))
         for inner in inner_jaxprs(eqn):
             # A function may take less than what its equation does, such as the index of
             # a branch: what it takes comes last.

@@ -45,11 +45,12 @@ class Report:
         or has a prior: see below. With `priors` it need not be whole.
     - `reduced_chi_squared`: $\chi^2 / (N - k)$.
     - `expected_deviance`: for counts, the mean and the standard deviation that the
-        deviance of such a fit has if the model is right: few counts scatter less than
-        $\chi^2$ does, and a fit takes its share. `None` for other data, and where there
-        are fewer than five counts for each parameter. See Kaastra, Astronomy &
-        Astrophysics 605 (2017), A51, and McCullagh, Journal of the American Statistical
-        Association 81 (1986), 104.
+        deviance has if the model is right, given the parameters that were fitted: few
+        counts scatter less than $\chi^2$ does, and a fit takes its share. NaN where
+        there are fewer than five counts for each parameter, or some are not whole
+        numbers; `None` for other data. See Kaastra, Astronomy & Astrophysics 605
+        (2017), A51, and McCullagh, Journal of the American Statistical Association 81
+        (1986), 104.
     - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
         and the residuals are in units of their error bars. For counts, the deviance is
         compared with `expected_deviance`, and with the skewness that it has: a shifted

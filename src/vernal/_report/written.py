@@ -77,10 +77,10 @@ def _facts(report: Any) -> Iterator[tuple[str, str]]:
         "errors multiplied by": report.error_scale if is_scaled else None,
     }
     for name, value in facts.items():
-        if isinstance(value, tuple):
-            yield name, " ± ".join(written(*value))
-        elif value is not None and not math.isnan(value):
-            yield name, number(value)
+        first = value[0] if isinstance(value, tuple) else value
+        if first is not None and not math.isnan(first):
+            is_pair = isinstance(value, tuple)
+            yield name, " ± ".join(written(*value)) if is_pair else number(value)
     if report.error_kind == "sandwich":
         yield "errors", "from the scatter of the data (sandwich)"
 

@@ -72,5 +72,8 @@ def _is_one_integer(leaf: Any) -> bool:
 
 
 def _is_opaque(leaf: Any) -> bool:
-    own = jax.tree.leaves(getattr(leaf, "__dict__", None))
+    own: list[Any] = []
+    # A dictionary of keys that cannot be sorted is no pytree.
+    with contextlib.suppress(ValueError):
+        own = jax.tree.leaves(getattr(leaf, "__dict__", None))
     return any(isinstance(x, jax.Array) and is_inexact(x) for x in own)

@@ -788,7 +788,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `ValueError`: if `scale_errors` finds no scatter: there are no `residuals`, or
             not more of them than parameters; or if the scale is known, or taken from
             the scatter already (`priors`, counts, the sandwich).
-        - `ValueError`: if there are not as many data as `data_count`, or not so few.
+        - `ValueError`: if `data_count` is more than there are residuals, or fewer than
+            the directions that they constrain; or, beside counts, another number.
         """
         require_one(self, "report")
         options = ErrorOptions(scale_errors, jac, kind)
