@@ -171,6 +171,9 @@ def _in_unit(
     value_at = lambda t: float(bound) if t >= farthest else best + unit * t
     seen: dict[float, Points] = {}
     while True:
+        if t in seen:
+            # Asked for again, from close by: not from where others were lost.
+            places = {place: rows for place, rows in places.items() if place < t}
         start = places[min(places, key=lambda place: abs(place - t))]
         point = seen[t] = yield held, (*beside, value_at(t)), start
         lowest = min(lowest, point, key=lambda point: point.nll)
