@@ -527,6 +527,18 @@ def test_a_jump_is_an_end_unless_it_is_not_there_from_close_by(is_lost):
         np.testing.assert_allclose(found, 30, rtol=1e-9)
 
 
+def test_what_is_high_from_far_away_alone_is_no_end():
+    near = [0.3]
+
+    def excess(at):
+        if at > 2 * near[-1]:
+            return 5.0
+        near.append(max(at, near[-1]))
+        return at / 4 - 1
+
+    np.testing.assert_allclose(ended(searched(), excess), 4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("end", [1e-20, 1e-10, 3e-3])
 def test_an_end_far_closer_than_the_error_is_found(end):
     at = ended(searched(), lambda at: (at / end) ** 2 - 1)
@@ -854,6 +866,26 @@ def test_a_curve_that_is_hardly_bent_has_a_lower_limit(curved, dtype):
     end = scipy.optimize.brentq(rise, 1.0, best)
     np.testing.assert_allclose(low, end, rtol=5e-3)
     assert high == math.inf
+
+
+def test_an_end_before_a_barrier_is_found_where_others_are_lost_on_the_way():
+    """A rate below zero is likely again, with a pole between two concentrations."""
+    x = np.geomspace(0.1, 5, 8)
+    y = np.array([0.545, -0.395, 1.054, -0.807, 1.648, 1.104, 3.122, 3.915])
+    model = {"half": jnp.asarray(8.0), "rate": jnp.asarray(10.0)}
+    solver = optx.LevenbergMarquardt(1e-8, 1e-8)
+    trainer = Enzyme(model).whiten((x, y)).solve(solver, (x, y)).trainer
+    low, high = trainer.intervals(solver, (x, y), "rate", level=0.9973)["rate"]
+
+    def least(rate):
+        deviance = lambda half: np.sum(np.square(rate * x / (half + x) - y))
+        return scipy.optimize.minimize_scalar(
+            deviance, bounds=(1e-3, 60), method="bounded", options={"xatol": 1e-9}
+        ).fun
+
+    goal = least(float(trainer.model["rate"])) + scipy.stats.chi2.ppf(0.9973, 1)
+    end = scipy.optimize.brentq(lambda rate: least(rate) - goal, 1, 10)
+    np.testing.assert_allclose((low, high), (end, math.inf), rtol=1e-4)
 
 
 class Product(vn.Trainer):

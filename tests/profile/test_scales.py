@@ -3,10 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
+import pytest
 import scipy.optimize
 import scipy.special
+import scipy.stats
 
 import vernal as vn
+import vernal.plot
 
 X = np.linspace(-5, 5, 40)
 RATE = lambda p, of=np: p["a"] * of.exp(-0.5 * ((X - p["c"]) / p["w"]) ** 2) + p["b"]
@@ -53,3 +56,45 @@ def test_a_background_at_its_bound_hides_no_rise():
     expected = [2 * (by_hand(b, counts) - least) for b in values]
     np.testing.assert_allclose(profile.delta, expected, rtol=1e-3)
     assert all(profile.converged)
+
+
+class Narrow(vn.Trainer):
+    """Counts of a line so narrow that beside it the rate is 1e-60."""
+
+    def residuals(self, model, batch):
+        line, counts = batch
+        return vn.likelihoods.Poisson(model["a"] * line + model["b"], counts)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_background_at_its_bound_has_a_limit(dtype):
+    """Its error there is 1e-30: in steps of that the likelihood seems to be flat."""
+    line, counts = np.exp(-0.5 * (X / 0.3) ** 2), np.zeros(X.size)
+    counts[17:23] = 1, 5, 9, 8, 4, 2
+
+    def least(b):
+        nll = lambda a: np.sum(a * line + b - scipy.special.xlogy(counts, a * line + b))
+        return 2 * scipy.optimize.minimize_scalar(nll, (5, 10), tol=1e-10).fun
+
+    def limit(rise):
+        away = lambda b: least(b) - least(0.0) - rise
+        return scipy.optimize.brentq(away, 0, 1)
+
+    batch = line.astype(dtype), counts.astype(dtype)
+    start = {"a": jnp.asarray(8, dtype), "b": jnp.asarray(0.1, dtype)}
+    solver = optx.LevenbergMarquardt(1e-6, 1e-6)
+    trainer = Narrow(start, bounds={"b": (0, None)}).whiten(batch)
+    trainer = trainer.solve(solver, batch).trainer
+    assert trainer.model["b"] == 0
+    for level in (0.683, 0.954):
+        low, high = trainer.intervals(solver, batch, "b", level)["b"]
+        assert low == 0
+        expected = limit(scipy.stats.chi2.ppf(level, 1))
+        np.testing.assert_allclose(high, expected, rtol=1e-4)
+    profile = trainer.profile(solver, batch, "b")
+    np.testing.assert_allclose(profile.values[[0, -1]], [0, limit(9.0)], rtol=1e-4)
+    assert all(profile.converged)
+    ax = vernal.plot.contour(trainer, solver, batch, "a", "b", levels=0.954)
+    (path,) = ax.collections[0].get_paths()
+    highest = limit(scipy.stats.chi2.ppf(0.954, 2))
+    np.testing.assert_allclose(path.vertices[:, 1].max(), highest, rtol=1e-2)

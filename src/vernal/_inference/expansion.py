@@ -301,11 +301,7 @@ def may_be_far(here: Laplace) -> bool:
     """
     if here.kind == "sandwich":
         return True
-    if here.reduced is None:
-        gradient, unit = here.derived.found[0].gradient, 1.0
-    else:
-        gradient, unit = here.reduced.slope, here.reduced.spectrum.scale
-    fall = possible_fall(here.whitening, gradient, unit)
+    fall = possible_fall(here.whitening, *here.slope)
     # What is not known is looked at.
     return not fall.truth_p_value > NO_ACCIDENT
 

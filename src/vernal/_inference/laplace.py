@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from jaxtyping import Array, Float
+
 from .._curvature import Mode
 from .._projection import DenseWhitening, NullPolicy
 from .._step import AbstractTrainer, DataKind, defined
@@ -48,6 +50,13 @@ class Laplace(NamedTuple):
     derived: Derived
     reduced: Reduced | None
     kind: ErrorKind
+
+    @property
+    def slope(self) -> tuple[Float[Array, " D"], Any]:
+        """The gradient of what falls, and the units that it is in."""
+        if self.reduced is None:
+            return self.derived.found[0].gradient, 1.0
+        return self.reduced.slope, self.reduced.spectrum.scale
 
 
 def laplace(

@@ -144,6 +144,20 @@ def side(
 
     It yields what to try next, and is sent the point.
     """
+    end = yield from _in_unit(scan, line, sign, quantile)
+    unit = scan.unit_by_slope(line.held[-1])
+    if not math.isinf(end.value) or unit <= line.unit:
+        return end
+    # It may have seemed flat, since no step was long enough.
+    again = yield from _in_unit(scan, line._replace(unit=unit), sign, quantile)
+    lowest = min(end.lowest, again.lowest, key=lambda point: point.nll)
+    return again._replace(lowest=lowest)
+
+
+def _in_unit(
+    scan: Scan, line: Line, sign: int, quantile: float
+) -> Generator[Try, Points, End]:
+    """Searches by steps in the unit of a line."""
     (base, held, unit), root = line, math.sqrt(quantile)
     *others, index = held
     beside, unit = tuple(map(float, base.flat[others])), sign * unit
@@ -157,6 +171,9 @@ def side(
     value_at = lambda t: float(bound) if t >= farthest else best + unit * t
     seen: dict[float, Points] = {}
     while True:
+        if t in seen:
+            # Asked for again, from close by: not from where others were lost.
+            places = {place: rows for place, rows in places.items() if place < t}
         start = places[min(places, key=lambda place: abs(place - t))]
         point = seen[t] = yield held, (*beside, value_at(t)), start
         lowest = min(lowest, point, key=lambda point: point.nll)

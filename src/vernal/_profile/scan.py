@@ -106,11 +106,13 @@ class Scan:
         batch, jac = as_batch(batch), options.jac
         trainer = in_free_coordinates(trainer)
         found = _metric(name, trainer, batch, jac, options.scale_errors)
-        metric, self.errors, is_hidden, scale = found
+        metric, self.errors, is_hidden, scale, slope = found
         self.is_hidden = np.isinf(self.errors) & is_hidden
         self._problem = Problem(batch, encoded, 1, jac)
         self._goal = jax.device_put(np.int32(options.max_steps))
         most = jax.device_put(np.int32(min(options.max_steps, _MOST_STEPS)))
+        # How fast twice the negative log-likelihood rises from a bound.
+        self._rise = 2 * abs(slope) / scale**2
         bare, scale = stripped(trainer), jax.device_put(metric.dtype.type(scale))
         self._space = Space(bare, batch, jac, metric, most, scale)
         self.wide_errors = np.asarray(metric.errors_of_the_data(), float)
@@ -143,6 +145,15 @@ class Scan:
         share = matrix[0, 1] ** 2 / (matrix[0, 0] * matrix[1, 1])
         # Where the two are one by rounding, the unit is still a number.
         return self.unit(index) * math.sqrt(max(1 - share, _LEAST_SHARE))
+
+    def unit_by_slope(self, index: int) -> float:
+        """Returns the scale of an element that is pushed against a bound, or zero.
+
+        A count of zero where the rate is zero has an error of zero: the likelihood is
+        linear in the rate, and no parabola.
+        """
+        rise = float(self._rise[index])
+        return 1 / rise if rise > 0 else 0.0
 
     def falls(self, index: int) -> bool:
         """Whether an element falls as its free coordinate rises."""
@@ -323,11 +334,11 @@ def _metric(
     batch: Any,
     jac: Mode | None,
     scale_errors: bool,
-) -> tuple[DenseWhitening, np.ndarray, np.ndarray, float]:
+) -> tuple[DenseWhitening, np.ndarray, np.ndarray, float, np.ndarray]:
     """Whitens all parameters; refuses a trainer that is not at a minimum.
 
     Returns their errors too, with what is at its bound held there, which of these
-    rounding may hide, and the scale of the error bars.
+    rounding may hide, the scale of the error bars, and the slopes of what is held.
     """
     # A robust loss is refused, whether its data scatter or not.
     kind = "expected" if "residuals" in defined(trainer) else None
@@ -357,15 +368,16 @@ def _metric(
             "of the residuals, and these are all zero. Leave it out."
         )
     metric, errors = here.whitening, here.whitening.errors_of_the_data()
-    is_hidden = hidden_by_rounding(metric)
+    is_hidden, slope = hidden_by_rounding(metric), np.zeros(here.held.shape)
     if np.any(here.held):
-        metric = _without_bounds(trainer, batch, jac, here.kind) or metric
+        free, slope = _without_bounds(trainer, batch, jac, here.kind)
+        metric, slope = free or metric, np.where(here.held, slope, 0)
     dtype = widest((ravel_dtype(trainer.params), metric.dtype))
     # On the host, where nothing is compiled.
     scaled = jax.device_put(np.asarray(metric.scale) * scale)
     metric = eqx.tree_at(lambda w: w.scale, metric, scaled)
     metric = jax.tree.map(lambda x: x.astype(dtype), metric)
-    return metric, scale * np.asarray(errors, float), is_hidden, scale
+    return metric, scale * np.asarray(errors, float), is_hidden, scale, slope
 
 
 def _lacks_slopes(here: Around) -> bool:
@@ -377,17 +389,22 @@ def _lacks_slopes(here: Around) -> bool:
 
 def _without_bounds(
     trainer: AbstractTrainer, batch: Any, jac: Mode | None, kind: ErrorKind
-) -> DenseWhitening | None:
-    """Whitens all parameters: one that is held at its bound may have to leave it."""
+) -> tuple[DenseWhitening | None, Any]:
+    """Whitens all parameters: one that is held at its bound may have to leave it.
+
+    Returns their slopes too, zero if they are not known.
+    """
     try:
-        return laplace(trainer, batch, _WHAT, jac, kind, holds=False).whitening
+        free = laplace(trainer, batch, _WHAT, jac, kind, holds=False)
     except ValueError:  # the likelihood may curve downwards there
         found = whitened_without_signs(trainer, batch, None, Passes(jac=jac))
         if found is None:
-            return None
+            return None, 0.0
         (whitening,) = found.projector.whitenings
         assert isinstance(whitening, DenseWhitening)
-        return whitening
+        return whitening, 0.0
+    slope, unit = (np.asarray(x, float) for x in free.slope)
+    return free.whitening, slope / unit
 
 
 def _require_same(trainer: AbstractTrainer, solver: Any) -> None:

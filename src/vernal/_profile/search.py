@@ -21,12 +21,19 @@ _TOLERANCE = 1e-6
 _MOST_POINTS = 48
 # An end is known as well as the likelihood is rounded, and at worst to this fraction.
 _COARSEST = 1e-2
+# So often others may be lost on the way from far away.
+_MORE = 3
 # Where interpolation is slow, halving is not.
 _INTERPOLATIONS = 16
 
 
 def search(
-    root: float, farthest: float, noise: float, eps: float, zero: float = math.inf
+    root: float,
+    farthest: float,
+    noise: float,
+    eps: float,
+    zero: float = math.inf,
+    more: int = _MORE,
 ) -> Generator[float, tuple[float, bool], float]:
     r"""Searches for the distance where $\sqrt{\Delta\chi^2}$ is `root`.
 
@@ -34,7 +41,8 @@ def search(
     It yields the distance to try next, and is sent the excess over `root` there, whose
     rounding error is `noise`, and whether it is that of a minimum. `eps` is the
     precision of the parameters: far away it is not enough to tell a minimum. `zero` is
-    the distance where the parameter is zero, where many models have a pole.
+    the distance where the parameter is zero, where many models have a pole. As often as
+    `more` it begins again if what was high is not, as seen from close by.
 
     Returns the distance: `farthest` if the bound is there, infinite if the likelihood
     falls no farther, as far as can be told, and NaN if it is not finite before it does,
@@ -93,7 +101,11 @@ def search(
         return math.nan
     # Beyond a jump others may have been lost, on the way from far away.
     is_jump = high[1] - low[1] > root / 2
-    return math.nan if is_jump and (yield high[0])[0] <= 0 else t
+    if not (is_jump and (yield high[0])[0] <= 0):
+        return t
+    # From now on they begin close by.
+    again = search(root, farthest, noise, eps, zero, more - 1)
+    return (yield from again) if more else math.nan
 
 
 def _before_zero(
