@@ -215,6 +215,14 @@ def test_hardly_more_counts_than_parameters_have_no_p_value(count):
     assert "fewer than 5 counts for each parameter" in str(report)
 
 
+def test_as_many_parameters_as_data_are_no_lack_of_counts():
+    batch = np.array([-1.0, 1.0]), np.array([900.0, 1100.0])
+    report = reported(Exponential(truth(900.0)), batch)
+    assert report.degrees_of_freedom == 0
+    assert report.p_value is None
+    assert report.note is None
+
+
 def test_a_count_of_data_that_cannot_be_theirs_is_refused():
     x, counts = simulated(3.0, np.float64, np.random.default_rng(8), 50)
     trainer = Exponential(truth(3.0))

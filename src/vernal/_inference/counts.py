@@ -37,8 +37,8 @@ class OfCounts(NamedTuple):
     fractions: int
     counts: int
 
-    def note(self, is_sandwich: bool, is_expected: bool) -> str | None:
-        """Says which data are no counts, or that they are too few."""
+    def note(self, is_sandwich: bool, is_few: bool) -> str | None:
+        """Says which data are no counts, or that they are too few for a p-value."""
         if self.fractions and not is_sandwich:
             return (
                 f"{self.fractions} of {self.counts} data of `Poisson` are not whole "
@@ -46,7 +46,7 @@ class OfCounts(NamedTuple):
                 "less a background. Fit the counts themselves, with the exposure and "
                 "the background in the model"
             )
-        if self.fractions or is_expected:
+        if self.fractions or not is_few:
             return None
         return (
             f"there are fewer than {_LEAST_COUNTS} counts for each parameter: the "
@@ -126,10 +126,10 @@ def expected_deviance(data: OfCounts, fit: Laplace, here: Around) -> Expected | 
     The others are those of $\sum_i d_i - m_i - a_i z_i$ with $a = A c$, since a fit
     takes what the deviance shares with the slopes of the likelihood; of each datum the
     fit leaves the share $1 - A_{ii}$. These are the leading terms in the scatter of
-    the parameters. See McCullagh, *The conditional
-    distribution of goodness-of-fit statistics for discrete data*, Journal of the
-    American Statistical Association 81 (1986), 104. There is none if there are hardly
-    more counts than directions that they constrain.
+    the parameters. See McCullagh, *The conditional distribution of goodness-of-fit
+    statistics for discrete data*, Journal of the American Statistical Association 81
+    (1986), 104. There is none if there are hardly more counts than directions that they
+    constrain, if some are not whole numbers, or if the fit leaves no scatter.
     """
     moments = data.moments
     jacobian = np.asarray(fit.derived.found[0], float)[: data.rate.size]

@@ -82,7 +82,8 @@ def report(
         error_scale=scale,
         parameters=tuple(_rows(trainer, (here, own), scale)),
         correlation_matrix=own.correlations(),
-        note=_note(trainer, here, counts, chance is not None),
+        # A fit of as many parameters as data has no p-value, however many counts.
+        note=_note(trainer, here, counts, chance is None and bool(degrees)),
     )
 
 
@@ -117,11 +118,11 @@ def _around(
 
 
 def _note(
-    trainer: AbstractTrainer, here: Around, counts: OfCounts | None, is_expected: bool
+    trainer: AbstractTrainer, here: Around, counts: OfCounts | None, is_few: bool
 ) -> str | None:
     """Returns what there is to say of the fit and its errors, a line for each."""
     is_sandwich = here.kind == "sandwich"
-    of_data = None if counts is None else counts.note(is_sandwich, is_expected)
+    of_data = None if counts is None else counts.note(is_sandwich, is_few)
     return "\n".join(filter(None, (_point_note(trainer, here), of_data))) or None
 
 
@@ -158,7 +159,7 @@ def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
     if batch is not None:
         here, _, counts = _around(trainer, batch, "A standard error", options)
         scale = here.error_scale(scale_errors)
-        note = _note(trainer, here, counts, True)
+        note = _note(trainer, here, counts, False)
     head = "parameter", "value", "standard error" if here else ""
     known = None if here is None else (here, here.of_elements(trainer))
     cells = (row.cells() for row in _rows(trainer, known, scale, _MOST_ROWS))

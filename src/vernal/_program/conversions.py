@@ -17,15 +17,15 @@ _MOVES = frozenset(
     )
 )
 
+# They take places, too: only the first of what they take is moved.
+_TAKE = frozenset(("dynamic_slice", "gather"))
+
 # What converts, by the parameter that says to which dtype: a product of matrices may
 # convert what it multiplies.
 _TO = {
     "convert_element_type": "new_dtype",
     "dot_general": "preferred_element_type",
 }
-
-# They take places, too: only the first of what they take is moved.
-_TAKE = frozenset(("dynamic_slice", "gather"))
 
 
 def turned_into_floats(jaxpr: Jaxpr, inputs: list[Any]) -> set[int]:
