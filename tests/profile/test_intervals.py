@@ -449,6 +449,7 @@ def refused(given):
         ({"names": "slpe"}, vn.UnknownPathError, "Did you mean 'slope'"),
         ({"names": ["slope", "slope[2]"]}, vn.UnknownPathError, r"slope\[2\]"),
         ({"names": []}, TypeError, "`names`"),
+        ({"names": [np.zeros(9)]}, TypeError, "`names` has the selector array"),
         ({"names": "slope", "options": {"train": "offset"}}, ValueError, "is frozen"),
         (
             {"names": "offset", "options": {"ties": {"offset": "slope"}}},

@@ -43,9 +43,8 @@ def find_elements(
         )
     found: dict[str, int] = {}
     for name in [given] if isinstance(given, str) else given:
-        own = (
-            [every.index(name)] if name in every else _selected(trainer, name, argument)
-        )
+        is_element = isinstance(name, str) and name in every
+        own = [every.index(name)] if is_element else _selected(trainer, name, argument)
         if mapped.intersection(own):
             raise ValueError(
                 f"`{argument}`: the bijection of {name!r} couples its elements, and a "

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -98,8 +99,8 @@ def atoms(selector: Any, argument: str) -> Iterator[Any]:
             yield from atoms(part, argument)
     else:
         raise TypeError(
-            f"`{argument}` has the selector {selector!r}, a "
-            f"{type(selector).__name__}. A selector is a path, a glob, a predicate "
+            f"`{argument}` has the selector {reprlib.repr(selector)}, of type "
+            f"`{type(selector).__name__}`. A selector is a path, a glob, a predicate "
             "`(path, leaf) -> bool`, or a tuple of these."
         )
 
