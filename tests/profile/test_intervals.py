@@ -1,5 +1,6 @@
 """`Trainer.intervals`: the numbers of MINOS, within bounds, with ties and priors."""
 
+import contextlib
 import functools
 import math
 import warnings
@@ -449,7 +450,7 @@ def refused(given):
         ({"names": "slpe"}, vn.UnknownPathError, "Did you mean 'slope'"),
         ({"names": ["slope", "slope[2]"]}, vn.UnknownPathError, r"slope\[2\]"),
         ({"names": []}, TypeError, "`names`"),
-        ({"names": [np.zeros(9)]}, TypeError, "`names` has the selector array"),
+        ({"names": [np.zeros(9)]}, TypeError, "selector of type `ndarray`"),
         ({"names": "slope", "options": {"train": "offset"}}, ValueError, "is frozen"),
         (
             {"names": "offset", "options": {"ties": {"offset": "slope"}}},
@@ -938,7 +939,11 @@ def test_what_is_not_measured_has_no_ends(dtype):
         (x.astype(dtype), y.astype(dtype)),
         optx.LevenbergMarquardt(1e-6, 1e-6),
     )
-    found = Degenerate(model).solve(solver, data).trainer.intervals(solver, data)
+    trainer = Degenerate(model).solve(solver, data).trainer
+    # In single precision it might be measured: the report says so too.
+    is_told = pytest.warns(UserWarning, match=r"float64, for the lower .* of 'slope'")
+    with is_told if dtype == np.float32 else contextlib.nullcontext():
+        found = trainer.intervals(solver, data)
     assert found == dict.fromkeys(start, (-np.inf, np.inf))
 
 

@@ -121,7 +121,7 @@ class Kinds(vn.Trainer):
         ("wve[0]", None, vn.UnknownPathError, r"Did you mean 'wfe\[0\]'"),
         ("dark", None, ValueError, "do not constrain 'dark'"),
         (3, None, TypeError, "name"),
-        ((np.zeros(9), "dark"), None, TypeError, r"`name` has the selector array"),
+        ((np.zeros(9), "dark"), None, TypeError, "selector of type `ndarray`"),
         (["wfe[0]"], [1.0], ValueError, "must be a dictionary by their names"),
         (["wfe[0]"], {"dark": [1.0]}, ValueError, r"names: 'wfe\[0\]'"),
         ("wfe[0]", [], ValueError, "`values`"),

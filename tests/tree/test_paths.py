@@ -258,7 +258,7 @@ def test_a_conflict_that_a_third_rule_settles_is_none():
         ("activation", TypeError, "'activation'"),
         ("name", TypeError, "'name' is a static field"),
         ("coun*", TypeError, "'count', an array of dtype int"),
-        (3, TypeError, r"`selector` has the selector 3, of type `int`"),
+        (3, TypeError, r"`selector` has the selector 3. A"),
         (("scalar", None), TypeError, "selector None"),
         ({"scalar": 1}, TypeError, "A selector is a path"),
     ],

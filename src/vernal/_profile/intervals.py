@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._boundary import warn
+from .._boundary import first_names, warn
 from .._inference import ROUNDING
 from .._step import AbstractTrainer, prior_ends
 from .conditional import Points
@@ -77,8 +77,9 @@ def crossings(
     values, count = [end.value for end in ends.values()], len(elements)
     if hidden := _hidden(scan, [*elements.values()] * 2, values):
         labels = [list(ends)[place] for place in hidden]
-        warn(f"Profile likelihood: {ROUNDING}, for {', '.join(labels[:4])}.")
-        values = [math.nan if i in hidden else x for i, x in enumerate(values)]
+        warn(f"Profile likelihood: {ROUNDING}, for {first_names(labels, str)}.")
+        is_lost = lambda place: place in hidden and math.isfinite(values[place])
+        values = [math.nan if is_lost(i) else x for i, x in enumerate(values)]
     return dict(
         zip(elements, zip(values[:count], values[count:], strict=True), strict=True)
     )
@@ -92,9 +93,7 @@ def _hidden(scan: Scan, index: list[int], values: list[float]) -> list[int]:
     return [
         place
         for place, (i, x) in enumerate(zip(index, values, strict=True))
-        if scan.is_hidden[i]
-        and math.isfinite(x)
-        and x not in (scan.low[i], scan.high[i])
+        if scan.is_hidden[i] and (math.isinf(x) or x not in (scan.low[i], scan.high[i]))
     ]
 
 
@@ -212,7 +211,7 @@ def _check(scan: Scan, ends: dict[str, End]) -> None:
     ):
         if labels:
             warn(
-                f"Profile likelihood: {what}, at {', '.join(labels[:4])}."
+                f"Profile likelihood: {what}, at {first_names(labels, str)}."
                 + scan.error_note()
                 + prior_ends(scan.trainer)
             )

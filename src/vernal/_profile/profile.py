@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from typing_extensions import TypeVar
 
-from .._boundary import warn
+from .._boundary import first_names, warn
 from .._step import AbstractTrainer, prior_ends
 from .conditional import Points, run_models
 from .elements import find_element, find_elements
@@ -229,8 +229,8 @@ def _warn_of(
             f"Fit again from there, the model {place} of `profile.models`."
         )
     is_lost = ~found.converged & ~is_bound
-    few = lambda which: ", ".join(f"{x:.6g}" for x in found.values[which][:4])
-    at = lambda which: f"{found.name} = {few(which)}"
+    few = lambda values: first_names(values, "{:.6g}".format)
+    at = lambda which: f"{found.name} = {few(found.values[which])}"
     is_zero = is_lost & np.isposinf(found.losses)
     if is_zero.any():
         warn(

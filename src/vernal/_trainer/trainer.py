@@ -1018,11 +1018,11 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Returns:**
 
         A dictionary from the names of elements to `(low, high)`, values of the
-        parameter. An end is the bound where the interval reaches it, infinite where the
-        likelihood never falls so far, as the precision can tell, and NaN, with a
-        warning, where it is not found, as where the likelihood is not finite before it
-        does, or jumps, where the model raises an error, or where float32 rounds too
-        much to tell it.
+        parameter. An end is the bound where the interval reaches it, and infinite where
+        the likelihood never falls so far; a warning says where float32 may hide that it
+        does. It is NaN, with a warning, where it is not found, as where the likelihood
+        is not finite before it does, or jumps, where the model raises an error, or
+        where float32 rounds too much to tell it.
 
         **Raises:**
 

@@ -3,13 +3,12 @@
 import difflib
 import inspect
 import re
-import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from .._boundary import first_names, nearest_names, takes
+from .._boundary import first_names, in_few_words, nearest_names, takes
 from .paths import Leaf, UnknownPathError, is_float, is_inexact, named_leaves
 
 T = TypeVar("T")
@@ -99,9 +98,8 @@ def atoms(selector: Any, argument: str) -> Iterator[Any]:
             yield from atoms(part, argument)
     else:
         raise TypeError(
-            f"`{argument}` has the selector {reprlib.repr(selector)}, of type "
-            f"`{type(selector).__name__}`. A selector is a path, a glob, a predicate "
-            "`(path, leaf) -> bool`, or a tuple of these."
+            f"`{argument}` has the selector {in_few_words(selector)}. A selector is a "
+            "path, a glob, a predicate `(path, leaf) -> bool`, or a tuple of these."
         )
 
 
