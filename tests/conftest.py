@@ -68,6 +68,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="check every annotation in vernal at every call, private ones too",
     )
+    parser.addoption(
+        "--every-other",
+        action="store_true",
+        help="of a test over several tables, run every other combination",
+    )
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -84,6 +89,42 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_configure(config):
     if config.getoption("--annotations"):
         annotations.install()
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--every-other"):
+        return
+    seen, places = {}, {}
+    for item in items:
+        tables = seen.setdefault(getattr(item, "function", item), {})
+        places[item] = [
+            (rows := tables.setdefault(names, {})).setdefault(row, len(rows))
+            for names, row in rows_of(item)
+        ]
+
+    def is_kept(item):
+        """Each row of a table stays, and of three tables each pair of rows."""
+        tables = seen[getattr(item, "function", item)].values()
+        return sum(len(x) > 1 for x in tables) < 2 or sum(places[item]) % 2 == 0
+
+    config.hook.pytest_deselected(items=[x for x in items if not is_kept(x)])
+    items[:] = filter(is_kept, items)
+
+
+def rows_of(item):
+    """Yields the names of each of a test's tables, and which row of it this is."""
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0]
+        if isinstance(names, str):
+            names = names.replace(" ", "").split(",")
+        yield tuple(names), tuple(id(item.callspec.params[name]) for name in names)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish():
+    """What is imported stays: there is nothing to collect of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
