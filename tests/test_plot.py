@@ -1,5 +1,6 @@
 """`vernal.plot`: what is on the pictures, and what they are not to do."""
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -879,7 +880,12 @@ def test_a_region_that_is_open_is_said_and_drawn_so(kind, dtype):
     model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
     solver = optx.LevenbergMarquardt(rtol=1e-6, atol=1e-6)
     trainer = Open(model).solve(solver, batch).trainer
-    with pytest.warns(UserWarning, match=OPEN[kind]):
+    is_doubtful = kind == "sum" and dtype == np.float32
+    also = pytest.warns(UserWarning, match="rounding may hide")
+    with (
+        also if is_doubtful else contextlib.nullcontext(),
+        pytest.warns(UserWarning, match=OPEN[kind]),
+    ):
         ax = vernal.plot.contour(trainer, solver, batch, "first", "second")
     deviance = lambda a, b: np.sum(
         np.square(trainer.residuals({"first": a, "second": b}, batch), dtype=float)
