@@ -147,10 +147,10 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         A tree like `params`; errors of tied parameters are in `table` and `to_dict`.
         The errors of a member are NaN if its residuals or their derivatives are not
-        finite, or the Hessian of its `nll` has a negative eigenvalue, or with
-        `scale_errors` or the sandwich it has no more data than free parameters, or with
-        the latter data without scatter; this harms no other member. There is a warning
-        if one of them is far from its minimum, as of
+        finite, or its model raises an error, or the Hessian of its `nll` has a negative
+        eigenvalue, or with `scale_errors` or the sandwich it has no more data than free
+        parameters, or with the latter data without scatter; this harms no other member.
+        There is a warning if one of them is far from its minimum, as of
         [`vernal.Trainer.standard_errors`][].
 
         **Raises:**

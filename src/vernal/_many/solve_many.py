@@ -1,7 +1,6 @@
 """A solver of Optimistix on many trainers at once."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from .._data import Whole
 from .._devices import same_inputs
 from .._minimum import settled, what_falls
 from .._policy import StopReason
-from .._program import program
+from .._program import program, words_of
 from .._solve import (
     IS_OVER,
     REASONS,
@@ -157,11 +156,9 @@ def _solve_each(
         ends.append(_solve_one(trainer, alone, goal, run_or_stay))
     if errors:
         first, error = next(iter(errors.items()))
-        found = re.search(r"EquinoxRuntimeError: (.+)", str(error))
-        message = found[1] if found else str(error).strip().splitlines()[0]
         warn(
             f"{len(errors)} of {len(ends)} members met an error, and are where they "
-            f"began. That of member {first}: {message}"
+            f"began. That of member {first}: {words_of(error)}"
         )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends), list(errors)
 
@@ -252,7 +249,15 @@ def _solve(
     # These met an error, not a non-finite value.
     suspect[broken] = False
     if suspect.any():
-        bad = np.asarray(whole(_find_bad(members, end.stumble, problem.batch)))
+        looked_at, params, batch = members, end.stumble, problem.batch
+        if broken:
+            # There the model would raise its error again: another stands in for them.
+            rows = np.arange(len(suspect))
+            rows[broken] = suspect.argmax()
+            rest, batch = members.one(batch, rows)
+            looked_at = members._replace(trainers=rest)
+            params = jax.tree.map(lambda x: x[rows], params)
+        bad = np.asarray(whole(_find_bad(looked_at, params, batch)))
         bad = bad & suspect[:, None]
         is_named = bad.any(axis=1)
         for index in np.flatnonzero(is_named):
