@@ -21,6 +21,7 @@ from .._minimum import (
     measure,
     second_look,
     settled,
+    unknown,
     what_falls,
 )
 from .._policy import StopReason
@@ -36,7 +37,7 @@ from .._step import (
 from .._storage import History
 from .mapped_chunk import Flags, apart
 from .members import Members
-from .result import ManyResult
+from .result import ManyResult, measured
 from .stack import stacked
 
 
@@ -52,7 +53,7 @@ def checked_ends(
     `flags` says which leaves of the batch have a row for each member. The batch lies
     where `place` puts it.
     """
-    reasons, edms = list(result.stop_reasons), result.edms.copy()
+    reasons = list(result.stop_reasons)
     over = [i for i, reason in enumerate(reasons) if reason is StopReason.CONVERGED]
     if not over or not has_minimum(result.trainers):
         return result
@@ -67,10 +68,13 @@ def checked_ends(
     kind = what_falls(trainers)
     local = _measure(members, batch, kind, falls)
     distances = distances_of(members, batch, kind, local, over)
-    for index, distance in zip(over, distances, strict=True):
+    found = dict(zip(over, distances, strict=True))
+    for index, distance in found.items():
         reasons[index] = settled(reasons[index], distance)
-        edms[index] = distance.edm
-    return dataclasses.replace(result, stop_reasons=tuple(reasons), edms=edms)
+    none = unknown(found[over[0]].direction)
+    distances = [found.get(index, none) for index in range(len(reasons))]
+    result = dataclasses.replace(result, stop_reasons=tuple(reasons))
+    return measured(result, distances)
 
 
 def distances_of(

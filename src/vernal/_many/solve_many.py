@@ -14,7 +14,7 @@ from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import same_inputs
-from .._minimum import settled, what_falls
+from .._minimum import Distance, settled, what_falls
 from .._policy import StopReason
 from .._program import program, words_of
 from .._solve import (
@@ -50,7 +50,7 @@ from .._tree import choose
 from .arrival import distances_of
 from .many_trainers import ManyTrainers
 from .members import Members
-from .result import ManyResult
+from .result import ManyResult, measured
 
 _Ends = tuple[End, PyTree]
 """How the solvers ended, and the first states of the optimisers."""
@@ -108,17 +108,16 @@ def solve_many(
         flags = (*subject.config, *subject.flags(batch))
         members = Members(subject.placed(trainer), flags, group, place)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
-        solved, history, reasons, edms = _solve(members, problem, steps)
-    result = subject.result(solved, history, reasons)
-    result = dataclasses.replace(result, edms=edms)
+        solved, history, reasons, distances = _solve(members, problem, steps)
+    result = measured(subject.result(solved, history, reasons), distances)
     if (end := subject.bad_end(result)) is not None:
         diagnosis = diagnosed(end.trainer, subject.seen(Whole(batch), end.index))
         end.raise_if_asked(result, diagnosis.advised_on_data)
         warn(f"{end.warning} {diagnosis}")
     ended = lambda i: (subject.picked(result, i), subject.seen(Whole(batch), i))
     with subject.place.context():
-        warn_of_no_data(subject.entrance, history.loss, ended)
-    return result
+        lacking = warn_of_no_data(subject.entrance, history.loss, ended)
+    return subject.without_data(result, lacking)
 
 
 def _run_round(
@@ -212,7 +211,7 @@ def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
 
 def _solve(
     members: Members, problem: Problem, max_steps: int
-) -> tuple[AbstractTrainer, History, list[StopReason], np.ndarray]:
+) -> tuple[AbstractTrainer, History, list[StopReason], list[Distance]]:
     """Solves; returns the trainers, a history, and why and how near each ended."""
     trainers, _, _, place = members
     whole, old = place.whole, progress_of(trainers)
@@ -271,5 +270,4 @@ def _solve(
     # A member that has ended has no more losses.
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
     history = History(row, kept)
-    edms = np.stack([distance.edm for distance in distances])
-    return with_progress(trainers, progress), history, reasons, edms
+    return with_progress(trainers, progress), history, reasons, distances
