@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import io_callback
 
 import vernal as vn
-from vernal._program import program, words_of
+from vernal._program import is_of_host, program, words_of
 from vernal._program.host import calls_host
 
 BATCH = np.arange(3.0)
@@ -151,6 +151,7 @@ def test_what_the_host_raises_is_a_runtime_error_in_each_call(kind, caplog):
             run(jnp.asarray(value))
         own = "" if kind == "error_if" else "OSError: "
         assert words_of(caught.value) == f"{own}the table ends at 1"
+        assert is_of_host(caught.value)
     assert not [r for r in caplog.records if r.name == "jax._src.callback"]
 
 
@@ -161,6 +162,7 @@ def test_an_error_in_the_making_of_a_program_is_as_it_was_raised():
     with pytest.raises(ValueError, match="INTERNAL affairs"):
         program(fail)(jnp.ones(()))
     assert words_of(KeyError("name")) == "'name'"
+    assert not is_of_host(jax.errors.JaxRuntimeError("INTERNAL: connection lost"))
 
 
 def test_what_is_not_an_array_comes_back_too():

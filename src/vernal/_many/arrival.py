@@ -87,7 +87,7 @@ def distances_of(
     local = jax.device_get(local)
     at = {i: jax.tree.map(lambda x, i=i: x[i], local) for i in indices}
     found = {i: distance_of(own) for i, own in at.items()}
-    seems_odd = lambda d: d.is_leap or d.is_saddle
+    seems_odd = lambda d: d.is_leap or (d.is_saddle and np.isfinite(d.edm))
     is_odd = lambda i, d: seems_odd(d) or (d.is_minimum and is_idle(at[i]))
     odd = [i for i, distance in found.items() if is_odd(i, distance)]
     if odd:

@@ -17,6 +17,7 @@ _LOGGER = logging.getLogger("jax._src.callback")
 _OF_XLA = re.compile("(INTERNAL|RESOURCE_EXHAUSTED|UNIMPLEMENTED|UNKNOWN): ")
 
 _EQUINOX = "EquinoxRuntimeError: "
+_OF_PYTHON = "Traceback (most recent call last)"
 
 
 def calls_host(traced: Any) -> bool:
@@ -73,6 +74,11 @@ def with_host_errors(
         _LOGGER.removeFilter(quiet)
 
 
+def is_of_host(error: Exception) -> bool:
+    """Whether an error of a program was raised by a function on the host."""
+    return any(mark in str(error) for mark in (_EQUINOX, _OF_PYTHON))
+
+
 def words_of(error: Exception) -> str:
     """Returns the first line of what a program's error has to say.
 
@@ -81,7 +87,7 @@ def words_of(error: Exception) -> str:
     """
     text = str(error).strip()
     said = text.partition(_EQUINOX)[2]
-    if not said and "Traceback (most recent call last)" in text:
+    if not said and _OF_PYTHON in text:
         said = text.rpartition('\n  File "')[2].partition("\n")[2]
     return (said or text).partition("\n")[0]
 
