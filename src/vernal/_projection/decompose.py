@@ -45,7 +45,8 @@ _REMEDY = {
 _LINEAR = (
     "What is minimised is linear in that element here. Where it has absolute values, "
     "the minimum is a kink, and there are no errors of this kind: use a smooth loss, "
-    "such as that of `vn.likelihoods.Robust`. Otherwise this is no minimum: fit first."
+    "such as that of `vn.likelihoods.Robust`. Otherwise this is no minimum. Fit first; "
+    "or, if a fit ended here, start it elsewhere, and see `result.explain()`."
 )
 
 
