@@ -402,6 +402,34 @@ correlations of at least 0.1
 std, power                    -0.577"""
 
 
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (0.0000123, "0.0012 %"),
+        (0.0431, "4.3 %"),
+        (0.994, "99 %"),
+        (0.9951, "100 %"),
+        (1.234, "120 %"),
+        (9.96, "1000 %"),
+        (16.4, "1600 %"),
+        (99.4, "9900 %"),
+        (99.6, "10000 %"),
+        (101.0, ""),
+    ],
+)
+@pytest.mark.parametrize("value", [1.0, -3e-30, 2e20])
+def test_a_relative_error_is_written_without_an_exponent(error, shown, value):
+    class Known(vn.Trainer):
+        def residuals(self, model, batch):
+            return (model["level"] - batch) / abs(value) / error
+
+    level = {"level": jnp.asarray(value)}
+    *_, line = str(Known(level).report(jnp.full(1, value))).splitlines()
+    assert line.startswith("level")
+    assert line.endswith(shown)
+    assert line.count("%") == bool(shown)
+
+
 def test_as_text_and_in_a_notebook():
     report = solved().report(data(), scale_errors=True)
     shown = str(report).splitlines()

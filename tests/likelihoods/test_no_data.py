@@ -99,6 +99,38 @@ def test_all_members_without_data_are_named():
         vn.fit_many(trainers, (X, Y, masks), 3, data_axis=axes)
 
 
+BEST = {
+    "fit_many": many(data_axis=0),
+    "solver": many(data_axis=0, solver=SOLVER),
+    "a validation": lambda data: vn.fit_many(
+        [Fit(2.0), Fit(1.0)],
+        tuple(jnp.stack([leaf, leaf]) for leaf in (X, Y, X < 5)),
+        5,
+        data_axis=0,
+        validation=(data, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEST)
+def test_a_member_without_data_is_not_the_best(case):
+    noisy = Y + 0.1 * jnp.cos(9 * X)
+    batches = (X, noisy, X < 5), NONE, (X, noisy, X < 5)
+    for which in (slice(0, 2), slice(1, 3)):
+        data = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches[which])
+        with pytest.warns(UserWarning, match="no datum of member . is left"):
+            result = BEST[case](data)
+        lost = 1 - which.start
+        assert result.best_losses[lost] == 0
+        assert result.best_index == 1 - lost
+        assert f"of member {1 - lost})" in repr(result)
+
+
+def test_an_exact_start_is_the_best():
+    data = jax.tree.map(lambda *x: jnp.stack(x), (X, Y, X < 5), (X, Y + 1, X < 5))
+    assert many(data_axis=0)(data).best_index == 0
+
+
 def test_one_program_counts_the_data_of_all_members():
     """Where each has a loss of zero with data, as of an exact start."""
     traced = []

@@ -1,6 +1,7 @@
 """What a result of many tells: errors, tables, columns, and which members failed."""
 
 import functools
+import pickle
 import warnings
 
 import jax
@@ -423,6 +424,70 @@ def test_what_is_tied_or_held_is_told_in_a_table():
     rows = result.report(0, (x, ys))
     np.testing.assert_allclose(columns["error[c]"][0], rows["c"].error, rtol=1e-6)
     np.testing.assert_array_equal(columns["c"], 2 * columns["b"])
+    # Only what has bounds has such a column.
+    assert [name for name in columns if "at_bound" in name] == ["at_bound[b]"]
+    np.testing.assert_array_equal(columns["at_bound[b]"], [False, True, False])
+    assert not any("at_bound" in name for name in result.to_dict())
+
+
+@pytest.mark.parametrize("side", [(None, 0.0), (0.0, 9.0)])
+def test_each_element_at_its_bound_has_a_column(side):
+    class Levels(vn.Trainer):
+        def residuals(self, model, batch):
+            return jnp.append(model["levels"], model["rest"]) - batch
+
+    model = {"levels": jnp.zeros(2), "rest": jnp.zeros(())}
+    ys = jnp.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])
+    trainers = [Levels(model, bounds={"levels": side})] * 2
+    result = vn.fit_many(trainers, ys, 30, data_axis=0, solver=LM)
+    frame = result.to_dataframe(ys)
+    held = frame[["at_bound[levels[0]]", "at_bound[levels[1]]"]].to_numpy()
+    np.testing.assert_array_equal(held, (ys[:, :2] > 0) == (side[0] is None))
+    assert "at_bound[rest]" not in frame
+
+
+def test_each_member_explains_its_end():
+    data, seen = spectra(), set()
+    starts = [peak(0.2, 1.1, 3.8), peak(1.4, 0.6, 2.0)] * (SIZE // 2)
+    result = vn.fit_many(
+        [GaussianFit(s) for s in starts], data, 3, data_axis=AXES, solver=LM
+    )
+    for index in range(SIZE):
+        alone = GaussianFit(starts[index]).solve
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            end = alone(LM, one(index), max_steps=3, rewhiten=False)
+        assert result.stop_reasons[index] is end.stop_reason
+        seen.add(end.stop_reason)
+        own = result.explain(index)
+        if end.stop_reason is vn.StopReason.MAX_STEPS:
+            assert "These were 3: `steps` of `fit_many`" in own
+            assert f"`result.trainer({index}).solve(solver, batch)`" in own
+        said = own.replace(f"result.trainer({index})", "result.trainer")
+        said = said.replace("`steps` of `fit_many` allows", "`max_steps=` allows")
+        number = lambda text: text.partition("about ")[2].partition(" ")[0]
+        assert said.replace(number(said), "") == (
+            end.explain().replace(number(end.explain()), "")
+        )
+    assert vn.StopReason.MAX_STEPS in seen
+    assert result.explain(-1) == result.explain(SIZE - 1).replace(
+        f"trainer({SIZE - 1})", "trainer(-1)"
+    )
+    with pytest.raises(IndexError, match="there are 12 members"):
+        result.explain(SIZE)
+    again = pickle.loads(pickle.dumps(result))
+    assert again.explain(0) == result.explain(0)
+
+
+def test_members_of_a_fit_explain_their_ends():
+    data, stop = one(0), vn.Converged(rtol=1e-2, patience=2)
+    trainers = [GaussianFit(peak(0.2, 1.1, 3.8), optax.adam(r)) for r in (0.1, 0.0)]
+    result = vn.fit_many(trainers, data, 60, stop=stop)
+    assert "The loss could still fall by about" in result.explain(0)
+    assert "along" in result.explain(1)
+    plain = vn.fit_many(trainers, data, 3)
+    assert plain.explain(0) == "All steps were taken."
+    assert vn.fit_many(trainers, data, 0).explain(1) == "All steps were taken."
 
 
 def test_equal_trainers_of_one_batch_are_refused():

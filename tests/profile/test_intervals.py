@@ -381,20 +381,46 @@ class Fragile(vn.Trainer):
         return (slope * x + model["offset"] - y) / 0.3
 
 
-def fragile(wall, dtype=float):
+def no_more(slope, wall):
+    if slope > wall:
+        raise OSError("too steep")
+    return slope
+
+
+@jax.custom_jvp
+def looked_up(slope, wall):
+    return jax.pure_callback(no_more, slope, slope, wall, vmap_method="sequential")
+
+
+looked_up.defjvp(lambda at, along: (looked_up(*at), along[0]))
+
+
+class OfATable(Fragile):
+    """It raises the error on the host."""
+
+    def residuals(self, model, batch):
+        x, y, wall = batch
+        slope = looked_up(model["slope"], wall)
+        return (slope * x + model["offset"] - y) / 0.3
+
+
+def fragile(wall, dtype=float, kind=Fragile):
     noise = 0.3 * np.random.default_rng(1).normal(size=LINE.shape)
     batch = LINE, 2 * LINE + 1 + noise, wall
     batch = tuple(jnp.asarray(x, dtype) for x in batch)
     start = {name: jnp.asarray(1.0, dtype) for name in ("offset", "slope")}
     solver, concrete = optx.LevenbergMarquardt(1e-6, 1e-6), []
-    trainer = Fragile(start, concrete=concrete).solve(solver, batch).trainer
+    trainer = kind(start, concrete=concrete).solve(solver, batch).trainer
     concrete.clear()
     return trainer, solver, batch
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_an_end_where_the_model_raises_an_error_is_nan(dtype):
-    trainer, solver, batch = fragile(9.0, dtype)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(Fragile, np.float32), (Fragile, np.float64), (OfATable, np.float64)],
+)
+def test_an_end_where_the_model_raises_an_error_is_nan(kind, dtype):
+    trainer, solver, batch = fragile(9.0, dtype, kind)
     right = trainer.intervals(solver, batch, level=ONE)
     (low, high), best = right["slope"], float(trainer.model["slope"])
     near = *batch[:2], jnp.asarray(best + 0.5 * (high - best), dtype)

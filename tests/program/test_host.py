@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import io_callback
 
 import vernal as vn
-from vernal._program import program
+from vernal._program import is_of_host, program, words_of
 from vernal._program.host import calls_host
 
 BATCH = np.arange(3.0)
@@ -115,6 +116,53 @@ def test_an_error_on_the_device_is_that_of_equinox_in_each_call(caplog):
             at_two.step(BATCH)
         assert type(caught.value).__name__ == "EquinoxRuntimeError"
     assert not [r for r in caplog.records if r.name == "jax._src.callback"]
+
+
+def looked_up(x):
+    if np.any(x > 1):
+        raise OSError("the table ends at 1\n  in both columns")
+    return np.asarray(x)
+
+
+def of_two_callbacks(x):
+    return jax.pure_callback(looked_up, x, jax.pure_callback(lambda x: x, x, x))
+
+
+RAISES = {
+    "pure_callback": lambda x: jax.pure_callback(looked_up, x, x),
+    "io_callback": lambda x: io_callback(looked_up, x, x),
+    "an ordered io_callback": lambda x: io_callback(looked_up, x, x, ordered=True),
+    "one after another": of_two_callbacks,
+    "error_if": lambda x: eqx.error_if(x, x > 1, "the table ends at 1\n  or so"),
+}
+
+
+@pytest.mark.parametrize("kind", RAISES)
+def test_what_the_host_raises_is_a_runtime_error_in_each_call(kind, caplog):
+    run = program(RAISES[kind])
+    for value in (5.0, 0.5, 5.0):
+        if value < 1:
+            assert run(jnp.asarray(value)) == value
+            continue
+        with (
+            caplog.at_level(logging.DEBUG, "jax._src.callback"),
+            pytest.raises(RuntimeError, match="the table ends at 1") as caught,
+        ):
+            run(jnp.asarray(value))
+        own = "" if kind == "error_if" else "OSError: "
+        assert words_of(caught.value) == f"{own}the table ends at 1"
+        assert is_of_host(caught.value)
+    assert not [r for r in caplog.records if r.name == "jax._src.callback"]
+
+
+def test_an_error_in_the_making_of_a_program_is_as_it_was_raised():
+    def fail(x):
+        raise ValueError("INTERNAL affairs: no.")
+
+    with pytest.raises(ValueError, match="INTERNAL affairs"):
+        program(fail)(jnp.ones(()))
+    assert words_of(KeyError("name")) == "'name'"
+    assert not is_of_host(jax.errors.JaxRuntimeError("INTERNAL: connection lost"))
 
 
 def test_what_is_not_an_array_comes_back_too():

@@ -168,9 +168,32 @@ class Guarded(Fit):
         return eqx.error_if(vector, model["rate"] < 0, "the rate is negative")
 
 
-def test_an_error_of_one_member_is_its_own():
-    trainers = [Guarded(start(rate)) for rate in (0.3, -1.0, 0.5)]
-    with pytest.warns(UserWarning, match="1 of 3 .* member 1: the rate is negative"):
+def not_negative(rate):
+    if np.any(rate < 0):
+        raise ValueError("the rate is negative")
+    return rate
+
+
+@jax.custom_jvp
+def checked(rate):
+    return jax.pure_callback(not_negative, rate, rate, vmap_method="expand_dims")
+
+
+checked.defjvp(lambda at, along: (checked(*at), along[0]))
+
+
+class Called(Fit):
+    """Raises on the host."""
+
+    def residuals(self, model, batch):
+        return super().residuals(model | {"rate": checked(model["rate"])}, batch)
+
+
+@pytest.mark.parametrize(("kind", "raised"), [(Guarded, ""), (Called, "ValueError: ")])
+def test_an_error_of_one_member_is_its_own(kind, raised):
+    trainers = [kind(start(rate)) for rate in (0.3, -1.0, 0.5)]
+    said = f"1 of 3 .* member 1: {raised}the rate is negative"
+    with pytest.warns(UserWarning, match=said):
         result = vn.fit_many(trainers, Y, 60, solver=LM)
     good = vn.StopReason.CONVERGED
     assert result.stop_reasons == (good, vn.StopReason.FAILED, good)
@@ -182,3 +205,25 @@ def test_an_error_of_one_member_is_its_own():
         trainers[1].solve(LM, Y)
     assert error.value.result.stop_reason is vn.StopReason.ERROR
     assert error.value.result.model["rate"] == -1.0
+
+
+@pytest.mark.parametrize("kind", [Guarded, Called])
+def test_an_error_of_one_member_beside_nan_of_another(kind):
+    rates, bounds = (0.3, -1.0, np.nan, 0.5), {"rate": (-9, 9)}
+    trainers = [kind(start(rate), bounds=bounds) for rate in rates]
+    with (
+        pytest.warns(UserWarning, match="member 1: .*the rate is negative"),
+        pytest.warns(UserWarning, match=r"1 of 4 trainers \(2\) ended at values"),
+    ):
+        result = vn.fit_many(trainers, Y, 60, solver=LM)
+    good, reasons = vn.StopReason.CONVERGED, vn.StopReason
+    assert result.stop_reasons == (good, reasons.FAILED, reasons.NON_FINITE, good)
+    assert result.nan_report(2)["rate"].total == 1
+    assert result.nan_report(1)["rate"].total == 0
+    error = trainers[0].replace(model=result.trainer(0).model).standard_errors(Y)
+    goal = np.where([True, False, False, True], error["rate"], np.nan)
+    np.testing.assert_allclose(result.errors(Y)["rate"], goal, rtol=1e-4)
+    with pytest.warns(UserWarning, match="1 of 1 members"):
+        broken = vn.fit_many(trainers[1:2], Y, 60, solver=LM)
+    with pytest.raises(RuntimeError, match="the rate is negative"):
+        broken.errors(Y)

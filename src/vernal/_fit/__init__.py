@@ -1,6 +1,7 @@
 """A fit on the host: what happens between the chunks of steps."""
 
 from .arrival import distance_here
+from .ending import Ending
 from .fit import fit
 from .one_trainer import OneTrainer
 from .options import OPTIONS, FitKeywords

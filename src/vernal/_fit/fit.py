@@ -96,9 +96,7 @@ def fit(
                 if run.taken:
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
-    result = run.ended(reason)
-    remark(run, result)
-    return result
+    return remark(run, run.ended(reason))
 
 
 def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:

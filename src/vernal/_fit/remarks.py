@@ -22,8 +22,11 @@ from .run import FitRun
 from .subject import BadEnd
 
 
-def remark(run: FitRun, result: Any) -> None:
-    """Warns of what is wrong with a result, or raises an error if the policy does."""
+def remark(run: FitRun, result: Any) -> Any:
+    """Warns of what is wrong with a result, or raises an error if the policy does.
+
+    Returns it; that of many knows the members without data.
+    """
     subject, history = run.subject, result.history
     validation = run.monitor.validation
     end = subject.bad_end(result) if run.taken else None
@@ -44,10 +47,11 @@ def remark(run: FitRun, result: Any) -> None:
 
     with subject.place.context():
         here = ft.partial(ended, run.last_source())
-        warn_of_no_data(subject.entrance, history.loss, here)
+        lacking = warn_of_no_data(subject.entrance, history.loss, here)
         if validation is not None:
             there = ft.partial(ended, Whole(validation.batch))
-            warn_of_no_data("validation", history.validation, there)
+            lacking += warn_of_no_data("validation", history.validation, there)
+    return subject.without_data(result, lacking) if lacking else result
 
 
 def _diagnosis(run: FitRun, end: BadEnd) -> Diagnosis:

@@ -4,23 +4,18 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Generic, final
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from typing_extensions import TypeVar
 
 from .._boundary import PyTree
 from .._curvature import Mode
-from .._minimum import Distance, along, saddle_words
+from .._minimum import Distance
 from .._pickling import Portable
 from .._policy import StopReason
 from .._report import Report
-from .._step import in_real_coordinates, prior_ends
 from .._storage import History
-
-# What users give as `atol`, at most.
-_USUAL_ATOL = 1e-6
+from .ending import Ending
 
 TrainerT = TypeVar("TrainerT", covariant=True, default=Any)
 Model = TypeVar("Model", covariant=True, default=Any)
@@ -164,55 +159,9 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         here, with each parameter in units of its own scale. Where the loss curves
         downwards, they are the direction in which it does.
         """
-        distance = self._distance
-        if distance is None or not np.isfinite(distance.edm):
-            is_stalled = self.stop_reason is StopReason.STALLED
-            why = " Its derivatives there are not finite." if is_stalled else ""
-            return f"{self._ended}{why}{self._beside if is_stalled else ''}"
-        is_short = self.stop_reason is not StopReason.CONVERGED
-        params = in_real_coordinates(self._trainer).params
-        said = [self._ended]
-        if distance.is_saddle:
-            return f"{self.stop_reason} The loss {saddle_words(distance, params)}."
-        direction = np.asarray(distance.direction, float)
-        where = along(direction, params) if is_short else ""
-        if distance.edm > 0:
-            much = f"about {distance.edm:.3g} (edm)"
-            said.append(f"The loss could still fall by {much}{where}.")
-            remedy = distance.remedy or (self._remedy if distance.is_short else "")
-            said += [f"{remedy}."] if remedy else []
-        else:
-            said.append("The loss could still fall by less than can be measured.")
-        return " ".join(said) + (self._beside if is_short else "")
-
-    @property
-    def _ended(self) -> str:
-        """Says why the fit ended, and what helps if that was for want of steps."""
-        if self.stop_reason is not StopReason.MAX_STEPS:
-            return str(self.stop_reason)
-        return (
-            f"{self.stop_reason} These were {len(self.history.loss)}: `max_steps=` "
-            "allows more, and `result.trainer.solve(solver, batch)` goes on from here."
-        )
-
-    @property
-    def _remedy(self) -> str:
-        """Says what helps a solver that stopped too early."""
-        loss = float(self._trainer.best_loss)
-        if 0 < loss < _USUAL_ATOL:
-            return "The `atol` of a solver may be larger than this loss: give `atol=0`"
-        is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(self._trainer.params)))
-        if self._trainer.projector is not None or not is_real:
-            return ""
-        return (
-            "If parameters differ in scale, go on in a whitened space: "
-            "`result.trainer.whiten(batch)`"
-        )
-
-    @property
-    def _beside(self) -> str:
-        """Says that a parameter is at an end of its prior, and what helps."""
-        return prior_ends(self._trainer, is_near=True)
+        steps = len(self.history.loss)
+        ending = Ending(self._trainer, self.stop_reason, self._distance, steps)
+        return ending.explain()
 
     @property
     def _trainer(self) -> Any:

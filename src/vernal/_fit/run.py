@@ -27,7 +27,7 @@ from .._loop import (
     Task,
 )
 from .._policy import StopReason
-from .._program import are_on_one_cpu, is_refused, is_switched_on
+from .._program import are_on_one_cpu, is_of_host, is_refused, is_switched_on
 from .._step import (
     AbstractTrainer,
     Scorer,
@@ -208,9 +208,10 @@ class FitRun:
         try:
             while self.taken < goal and not self.stopped:
                 self._take(goal - self.taken)
-        except jax.errors.JaxRuntimeError:
-            # Most likely the devices of another process no longer answer.
-            self.peers.is_disconnected = self.peers.are_many
+        except jax.errors.JaxRuntimeError as error:
+            if not is_of_host(error):
+                # Most likely the devices of another process no longer answer.
+                self.peers.is_disconnected = self.peers.are_many
             raise
 
     def _take(self, count: int) -> None:

@@ -171,6 +171,10 @@ class AbstractSubject(abc.ABC):
         one that ended first.
         """
 
+    def without_data(self, result: Any, members: list[int]) -> Any:
+        """Notes in a result of many which members have no data."""
+        return result
+
     @abc.abstractmethod
     def picked(self, result: Any, index: Any) -> AbstractTrainer:
         """Returns the trainer of a result with an index, as in `BadEnd`."""

@@ -21,6 +21,7 @@ from .._minimum import (
     moved,
     noise_of_zero,
     surroundings,
+    unrounded,
 )
 from .._policy import all_finite
 from .._step import AbstractTrainer, defined, live
@@ -64,7 +65,10 @@ def _with_hessian(derived: Derived, hessian: Float[Array, "D D"]) -> Derived:
 def _closest(
     trainer: AbstractTrainer, look: Look, derived: Derived, bar: Any
 ) -> Float[Array, "D D"]:
-    """Returns the Hessian at the minimum, if curvature is not clear here."""
+    """Returns the Hessian at the minimum, if curvature is not clear here.
+
+    What rounding alone curves downwards has none.
+    """
     params, hessian = as_parameters(trainer.params), derived.found[0].hessian
 
     def around(derived: Derived) -> Curved:
@@ -72,11 +76,14 @@ def _closest(
         return surroundings(derived.value, gradient, hessian, derived.held, params)
 
     look_around = lambda there: around(look(there))
-    for _, there in closer(trainer, around(derived), look_around, float(bar)):
-        units = np.asarray(there.scale, float)
-        found = there.hessian * units[:, None] * units[None, :]
-        hessian = on_device(found.astype(hessian.dtype))
-    return hessian
+    first = here = around(derived)
+    for nearer in closer(trainer, first, look_around, float(bar)):
+        trainer, here = nearer
+    if (here := unrounded(trainer, here, look_around)) is first:
+        return hessian
+    units = np.asarray(here.scale, float)
+    found = here.hessian * units[:, None] * units[None, :]
+    return on_device(found.astype(hessian.dtype))
 
 
 class _Point(NamedTuple):

@@ -21,6 +21,7 @@ from .._minimum import (
     measure,
     second_look,
     settled,
+    unknown,
     what_falls,
 )
 from .._policy import StopReason
@@ -36,7 +37,7 @@ from .._step import (
 from .._storage import History
 from .mapped_chunk import Flags, apart
 from .members import Members
-from .result import ManyResult
+from .result import ManyResult, measured
 from .stack import stacked
 
 
@@ -52,7 +53,7 @@ def checked_ends(
     `flags` says which leaves of the batch have a row for each member. The batch lies
     where `place` puts it.
     """
-    reasons, edms = list(result.stop_reasons), result.edms.copy()
+    reasons = list(result.stop_reasons)
     over = [i for i, reason in enumerate(reasons) if reason is StopReason.CONVERGED]
     if not over or not has_minimum(result.trainers):
         return result
@@ -67,10 +68,13 @@ def checked_ends(
     kind = what_falls(trainers)
     local = _measure(members, batch, kind, falls)
     distances = distances_of(members, batch, kind, local, over)
-    for index, distance in zip(over, distances, strict=True):
+    found = dict(zip(over, distances, strict=True))
+    for index, distance in found.items():
         reasons[index] = settled(reasons[index], distance)
-        edms[index] = distance.edm
-    return dataclasses.replace(result, stop_reasons=tuple(reasons), edms=edms)
+    none = unknown(found[over[0]].direction)
+    distances = [found.get(index, none) for index in range(len(reasons))]
+    result = dataclasses.replace(result, stop_reasons=tuple(reasons))
+    return measured(result, distances)
 
 
 def distances_of(
@@ -83,7 +87,7 @@ def distances_of(
     local = jax.device_get(local)
     at = {i: jax.tree.map(lambda x, i=i: x[i], local) for i in indices}
     found = {i: distance_of(own) for i, own in at.items()}
-    seems_odd = lambda d: d.is_leap or (d.is_saddle and d.is_unclear)
+    seems_odd = lambda d: d.is_leap or (d.is_saddle and np.isfinite(d.edm))
     is_odd = lambda i, d: seems_odd(d) or (d.is_minimum and is_idle(at[i]))
     odd = [i for i, distance in found.items() if is_odd(i, distance)]
     if odd:

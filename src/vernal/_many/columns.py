@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,28 @@ def by_element(tree: Any) -> Columns:
     return columns
 
 
-def as_columns(values: Columns, errors: Columns, **others: Any) -> dict[str, Any]:
+class Met(NamedTuple):
+    """Bounds, by the name of each element.
+
+    - `flags`: whether it is at one, in each member.
+    - `limited`: whether it has one.
+    """
+
+    flags: Columns
+    limited: Columns
+
+
+def as_columns(
+    values: Columns, errors: Columns, at_bound: Columns, **others: Any
+) -> dict[str, Any]:
     """Joins columns; another one with the name of a parameter has it in brackets."""
     columns: dict[str, Any] = {}
     for name, column in values.items():
         columns[name] = column
         if name in errors:
             columns[f"error[{name}]"] = errors[name]
+        if name in at_bound:
+            columns[f"at_bound[{name}]"] = at_bound[name]
     taken = set(columns)
     for name, column in others.items():
         columns[f"<{name}>" if name in taken else name] = column
@@ -47,7 +62,7 @@ def as_columns(values: Columns, errors: Columns, **others: Any) -> dict[str, Any
 def as_table(
     values: Columns,
     errors: Columns,
-    met: Columns,
+    met: Met,
     words: dict[str, str],
     losses: np.ndarray,
     reasons: Sequence[StopReason],
@@ -56,7 +71,7 @@ def as_table(
 
     `met` says which values are at a bound; `words` what there is to say of a column.
     """
-    held = _held(errors, met)
+    flags_of = held(errors, met)
     names = list(values)[:_MOST_COLUMNS]
     more = len(values) - len(names)
     rest = [f"{more} more"] if more else []
@@ -67,7 +82,7 @@ def as_table(
         if index is None:
             rows.append(["…"] * len(head))
             continue
-        at_bound = {name for name, flags in held.items() if flags[index]}
+        at_bound = {name for name, flags in flags_of.items() if flags[index]}
         own = [
             f"{short_number(values[n][index])} (at its bound)"
             if n in at_bound
@@ -80,22 +95,27 @@ def as_table(
     return "\n".join([aligned(rows), *_failures(reasons)])
 
 
-def bounds_met(trainer: AbstractTrainer) -> PyTree:
-    """Finds which elements of the parameters of a trainer are at a bound."""
+def bounds_met(trainer: AbstractTrainer) -> tuple[PyTree, PyTree]:
+    """Finds which elements of the parameters are at a bound, and which have one."""
     bounds, params = bounds_of(trainer), trainer.params
-    if bounds is None:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, bool), params)
+    assert bounds is not None
+    limits = bounds.limits(params)
     is_on = lambda x, low, high: (x <= low) | (x >= high)
-    return jax.tree.map(is_on, params, *bounds.limits(params))
+    has_one = lambda _, low, high: jnp.isfinite(low) | jnp.isfinite(high)
+    return jax.tree.map(is_on, params, *limits), jax.tree.map(has_one, params, *limits)
 
 
-def _held(errors: Columns, met: Columns) -> Columns:
-    """Finds what is held at its bound: it alone has no error in its member."""
-    if not errors or not met:
+def held(errors: Columns, met: Met) -> Columns:
+    """Finds what is held at its bound: it alone has no error in its member.
+
+    A column for each element that has a bound, if there are errors.
+    """
+    if not errors or not met.flags:
         return {}
-    lost = [np.isnan(errors[name]) & ~at for name, at in met.items()]
+    lost = [np.isnan(errors[name]) & ~at for name, at in met.flags.items()]
     is_broken = np.any(lost, axis=0)
-    return {n: np.isnan(errors[n]) & at & ~is_broken for n, at in met.items()}
+    limited = {n: at for n, at in met.flags.items() if met.limited[n].any()}
+    return {n: np.isnan(errors[n]) & at & ~is_broken for n, at in limited.items()}
 
 
 def _shown(size: int) -> Iterator[int | None]:

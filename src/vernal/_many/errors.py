@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import warn
@@ -44,7 +46,10 @@ def errors_of_each(
     kind = checked_kind(trainers, options.kind)
     trainers, own, size = stacked(trainers)
     members = Members(trainers, (*own, *flags), group or size)
-    found = _errors(members, batch, checked_mode(options.jac), kind)
+    try:
+        found = _errors(members, batch, checked_mode(options.jac), kind)
+    except RuntimeError:
+        found = _errors_apart(members, batch, checked_mode(options.jac), kind)
     if np.all(found.lacks_scatter):
         raise ValueError(NO_SANDWICH)
     return found
@@ -56,6 +61,29 @@ def _errors(
 ) -> KnownErrors:
     of_one = lambda trainer, batch: errors_or_nan(trainer, batch, jac, kind)
     return members.map(of_one, batch)
+
+
+def _errors_apart(
+    members: Members, batch: Any, jac: Mode | None, kind: ErrorKind | None
+) -> KnownErrors:
+    """Computes those of each by itself: NaN where the model raises an error."""
+    found, error = list[KnownErrors | None](), None
+    for index in range(members.trainers.step_count.shape[0]):
+        trainers, rows = members.one(batch, np.array([index]))
+        alone = members._replace(trainers=trainers, group=1)
+        try:
+            found.append(_errors(alone, rows, jac, kind))
+        except RuntimeError as raised:
+            found.append(None)
+            error = raised
+    known = next((one for one in found if one is not None), None)
+    if known is None:
+        assert error is not None
+        raise error
+    is_real = lambda x: np.issubdtype(x.dtype, np.inexact)
+    none = jax.tree.map(lambda x: np.full_like(x, np.nan if is_real(x) else 0), known)
+    joined = lambda *rows: jnp.concatenate(rows)
+    return jax.tree.map(joined, *(one or none for one in found))
 
 
 def warn_if_any_is_far(

@@ -220,6 +220,9 @@ class ManyTrainers(AbstractSubject):
         trainer = self.picked(result, index)
         return BadEnd(index, reasons[index], trainer, warning, which, is_all)
 
+    def without_data(self, result: ManyResult[Any], members: list[int]) -> Any:
+        return dataclasses.replace(result, _without_data=tuple(sorted({*members})))
+
     def picked(self, result: ManyResult[Any], index: Any) -> AbstractTrainer:
         return result.trainer(index)
 

@@ -55,8 +55,8 @@ def apart(tree: PyTree, flags: Sequence[bool]) -> tuple[Any, Any]:
     return eqx.partition(tree, jax.tree.structure(tree).unflatten(flags))
 
 
-def member(tree: PyTree, flags: Sequence[bool], index: int) -> Any:
-    """Picks one member of a tree whose flagged leaves have a row for each."""
+def member(tree: PyTree, flags: Sequence[bool], index: Any) -> Any:
+    """Picks one member, or many, of a tree whose flagged leaves have a row for each."""
     rows, shared = apart(tree, flags)
     return eqx.combine(jax.tree.map(lambda leaf: leaf[index], rows), shared)
 

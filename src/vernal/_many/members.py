@@ -33,8 +33,8 @@ class Members(NamedTuple):
         own = config, progress, *rows
         return in_groups(jax.vmap(of_one), own, self.group, self.place)
 
-    def one(self, batch: Any, index: int) -> tuple[AbstractTrainer, Any]:
-        """Returns one of the trainers, and its batch."""
+    def one(self, batch: Any, index: Any) -> tuple[AbstractTrainer, Any]:
+        """Returns one of the trainers, and its batch; stacked ones of many indices."""
         progress = jax.tree.map(lambda x: x[index], progress_of(self.trainers))
         own = config_of(self.trainers), batch
         config, batch = member(own, self.flags, index)

@@ -1,6 +1,7 @@
 """How many fits ended."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, final
 
 import equinox as eqx
@@ -12,7 +13,9 @@ from typing_extensions import TypeVar
 from .._boundary import PyTree, boolean, entrance, whole_number
 from .._curvature import Mode
 from .._data import as_batch
+from .._fit import Ending
 from .._inference import ErrorKind, ErrorOptions, KnownErrors
+from .._minimum import Distance
 from .._pickling import Portable
 from .._policy import NanCount, StopReason
 from .._report import Report, pandas
@@ -20,7 +23,7 @@ from .._step import bounds_of, noted_as_member, tied_words
 from .._storage import History
 from .._trainer import Trainer
 from .._tree import by_path
-from .columns import Columns, as_columns, as_table, bounds_met, by_element
+from .columns import Columns, Met, as_columns, as_table, bounds_met, by_element, held
 from .data_axis import members_first
 from .errors import errors_of_each, warn_if_any_is_far
 from .mapped_chunk import Flags, member
@@ -53,6 +56,9 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     edms: Float[np.ndarray, " members"]
     _data_axis: Any = None
     _group: int = eqx.field(static=True, default=0)
+    # With a row for each member.
+    _distances: Distance | None = None
+    _without_data: tuple[int, ...] = eqx.field(static=True, default=())
 
     if not TYPE_CHECKING:  # for checkers every name would be one
 
@@ -101,8 +107,14 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
     @property
     def best_index(self) -> int:
-        """The member with the lowest of all `best_losses`."""
-        return int(np.argmin(self.best_losses))
+        """The member with the lowest of all `best_losses`.
+
+        One of whose data no datum is left, of which a warning tells, is not it: any
+        model fits those.
+        """
+        losses = np.array(self.best_losses)
+        losses[list(self._without_data)] = np.inf
+        return int(np.argmin(losses))
 
     @property
     def best(self: "ManyResult[Trainer[Model, Any]]") -> Model:
@@ -147,10 +159,10 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         A tree like `params`; errors of tied parameters are in `table` and `to_dict`.
         The errors of a member are NaN if its residuals or their derivatives are not
-        finite, or the Hessian of its `nll` has a negative eigenvalue, or with
-        `scale_errors` or the sandwich it has no more data than free parameters, or with
-        the latter data without scatter; this harms no other member. There is a warning
-        if one of them is far from its minimum, as of
+        finite, or its model raises an error, or the Hessian of its `nll` has a negative
+        eigenvalue, or with `scale_errors` or the sandwich it has no more data than free
+        parameters, or with the latter data without scatter; this harms no other member.
+        There is a warning if one of them is far from its minimum, as of
         [`vernal.Trainer.standard_errors`][].
 
         **Raises:**
@@ -237,15 +249,17 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
         A dictionary of arrays with a number for each member, also of tied parameters:
         `"peak.flux"`, and with
-        `data` its error, `"error[peak.flux]"`; `"best_loss"`, `"edm"`, and
+        `data` its error, `"error[peak.flux]"`, and where it has bounds
+        `"at_bound[peak.flux]"`, whether it is held at one; `"best_loss"`, `"edm"`, and
         `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
         the other key is `"<edm>"`.)
         """
         options = ErrorOptions(scale_errors, jac, kind)
-        values, errors, *_ = self._by_element(data, options)
+        values, errors, met, _ = self._by_element(data, options)
         return as_columns(
             values,
             errors,
+            held(errors, met),
             best_loss=np.asarray(self.best_losses),
             edm=self.edms,
             stop_reason=[str(reason) for reason in self.stop_reasons],
@@ -290,13 +304,14 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
 
     def _by_element(
         self, data: Any, options: ErrorOptions
-    ) -> tuple[Columns, Columns, Columns, dict[str, str]]:
+    ) -> tuple[Columns, Columns, Met, dict[str, str]]:
         """Returns a column for each element: its values, errors, and bounds met.
 
         The last is what there is to say of a column beside its name.
         """
         is_scaled = boolean(options.scale_errors, "scale_errors")
-        values, errors, met, words = by_element(self.params), {}, {}, {}
+        values, errors, words = by_element(self.params), {}, {}
+        met = Met({}, {})
         if tied := tied_words(self.trainers):
             models = eqx.filter_vmap(lambda trainer: trainer.model)(self.trainers)
             leaves = by_path(models).by_name()
@@ -308,8 +323,23 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             found = self._errors(data, options._replace(scale_errors=is_scaled))
             errors = by_element(found.own) | by_element(found.tied)
         if bounds_of(self.trainers) is not None:
-            met = by_element(eqx.filter_vmap(bounds_met)(self.trainers))
+            flags = eqx.filter_vmap(bounds_met)(self.trainers)
+            met = Met(*map(by_element, flags))
         return values, errors, met, words
+
+    def explain(self, index: int) -> str:
+        """Says why the fit of one member ended, and what could still fall.
+
+        As [`vernal.FitResult.explain`][] does, where `edms` is known.
+        """
+        trainer, known = self.trainer(index), self._distances
+        distance = jax.tree.map(lambda x: x[index], known)
+        losses = self.history.loss
+        steps = int(np.count_nonzero(~np.isnan(losses[:, index]))) if len(losses) else 0
+        name = f"result.trainer({index})"
+        more = "`steps` of `fit_many` allows more"
+        ending = trainer, self.stop_reasons[index], distance, steps, name, more
+        return Ending(*ending).explain()
 
     def nan_report(self, index: int) -> dict[str, NanCount]:
         """What was not finite in one member, as [`vernal.Trainer.nan_report`][]."""
@@ -321,3 +351,17 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             f"ManyResult({len(self)} members, "
             f"best_loss={float(self.best_losses[best]):.6g} of member {best})"
         )
+
+
+def measured(result: ManyResult[Any], distances: Sequence[Distance]) -> ManyResult[Any]:
+    """Returns a result with the distance of each member to its minimum."""
+    size = max(distance.direction.size for distance in distances)
+
+    def filled(distance: Distance) -> Distance:
+        # That of what is not finite has no direction.
+        direction = np.zeros(size, distance.direction.dtype)
+        direction[: distance.direction.size] = distance.direction
+        return distance._replace(direction=direction)
+
+    rows = jax.tree.map(lambda *x: np.stack(x), *map(filled, distances))
+    return dataclasses.replace(result, edms=rows.edm, _distances=rows)

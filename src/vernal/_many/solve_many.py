@@ -1,7 +1,6 @@
 """A solver of Optimistix on many trainers at once."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,9 @@ from .._boundary import PyTree, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import same_inputs
-from .._minimum import settled, what_falls
+from .._minimum import Distance, settled, what_falls
 from .._policy import StopReason
-from .._program import program
+from .._program import program, words_of
 from .._solve import (
     IS_OVER,
     REASONS,
@@ -51,7 +50,7 @@ from .._tree import choose
 from .arrival import distances_of
 from .many_trainers import ManyTrainers
 from .members import Members
-from .result import ManyResult
+from .result import ManyResult, measured
 
 _Ends = tuple[End, PyTree]
 """How the solvers ended, and the first states of the optimisers."""
@@ -109,17 +108,16 @@ def solve_many(
         flags = (*subject.config, *subject.flags(batch))
         members = Members(subject.placed(trainer), flags, group, place)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
-        solved, history, reasons, edms = _solve(members, problem, steps)
-    result = subject.result(solved, history, reasons)
-    result = dataclasses.replace(result, edms=edms)
+        solved, history, reasons, distances = _solve(members, problem, steps)
+    result = measured(subject.result(solved, history, reasons), distances)
     if (end := subject.bad_end(result)) is not None:
         diagnosis = diagnosed(end.trainer, subject.seen(Whole(batch), end.index))
         end.raise_if_asked(result, diagnosis.advised_on_data)
         warn(f"{end.warning} {diagnosis}")
     ended = lambda i: (subject.picked(result, i), subject.seen(Whole(batch), i))
     with subject.place.context():
-        warn_of_no_data(subject.entrance, history.loss, ended)
-    return result
+        lacking = warn_of_no_data(subject.entrance, history.loss, ended)
+    return subject.without_data(result, lacking)
 
 
 def _run_round(
@@ -157,11 +155,9 @@ def _solve_each(
         ends.append(_solve_one(trainer, alone, goal, run_or_stay))
     if errors:
         first, error = next(iter(errors.items()))
-        found = re.search(r"EquinoxRuntimeError: (.+)", str(error))
-        message = found[1] if found else str(error).strip().splitlines()[0]
         warn(
             f"{len(errors)} of {len(ends)} members met an error, and are where they "
-            f"began. That of member {first}: {message}"
+            f"began. That of member {first}: {words_of(error)}"
         )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends), list(errors)
 
@@ -215,7 +211,7 @@ def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
 
 def _solve(
     members: Members, problem: Problem, max_steps: int
-) -> tuple[AbstractTrainer, History, list[StopReason], np.ndarray]:
+) -> tuple[AbstractTrainer, History, list[StopReason], list[Distance]]:
     """Solves; returns the trainers, a history, and why and how near each ended."""
     trainers, _, _, place = members
     whole, old = place.whole, progress_of(trainers)
@@ -252,7 +248,15 @@ def _solve(
     # These met an error, not a non-finite value.
     suspect[broken] = False
     if suspect.any():
-        bad = np.asarray(whole(_find_bad(members, end.stumble, problem.batch)))
+        looked_at, params, batch = members, end.stumble, problem.batch
+        if broken:
+            # There the model would raise its error again: another stands in for them.
+            rows = np.arange(len(suspect))
+            rows[broken] = suspect.argmax()
+            rest, batch = members.one(batch, rows)
+            looked_at = members._replace(trainers=rest)
+            params = jax.tree.map(lambda x: x[rows], params)
+        bad = np.asarray(whole(_find_bad(looked_at, params, batch)))
         bad = bad & suspect[:, None]
         is_named = bad.any(axis=1)
         for index in np.flatnonzero(is_named):
@@ -266,5 +270,4 @@ def _solve(
     # A member that has ended has no more losses.
     kept = np.where(row[:, None] < steps, losses.T[: len(row)], np.nan)
     history = History(row, kept)
-    edms = np.stack([distance.edm for distance in distances])
-    return with_progress(trainers, progress), history, reasons, edms
+    return with_progress(trainers, progress), history, reasons, distances

@@ -32,7 +32,15 @@ from .edm import (
 )
 from .formulas import distance_of
 from .idle import is_idle
-from .leftover import MOST_STEPS, Leftover, closer, confirmed, leftover, moved
+from .leftover import (
+    MOST_STEPS,
+    Leftover,
+    closer,
+    confirmed,
+    leftover,
+    moved,
+    unrounded,
+)
 from .local import Curved, Local, Triangle, noise_of_zero, rounding_of, underflows
 from .lower import Lower, lower_point
 from .second_look import second_look

@@ -33,6 +33,7 @@ class Distance(NamedTuple):
     - `is_leap`: whether the step to the minimum is longer than a parameter, as where
         residuals have hardly any slope. After a `second_look`: whether they have none.
     - `is_unclear`: whether the gradient may account for some of the curvature.
+    - `is_held`: whether an element is held at its bound.
     """
 
     edm: Float[Array | np.ndarray, ""]
@@ -45,6 +46,7 @@ class Distance(NamedTuple):
     is_plateau: Any = False
     is_leap: Any = False
     is_unclear: Any = False
+    is_held: Any = False
 
     @property
     def is_far(self) -> bool:
@@ -60,6 +62,12 @@ class Distance(NamedTuple):
     def is_short(self) -> bool:
         """Whether the loss can fall further. For numbers on the host."""
         return bool(self.edm > self.noise or self.is_far or self.is_saddle)
+
+    @property
+    def is_flat_at_bound(self) -> bool:
+        """Whether only what is held changes the loss. For numbers on the host."""
+        is_flat = not (self.is_plateau or np.any(self.direction))
+        return bool(self.is_saddle and self.is_held and is_flat)
 
     @property
     def is_minimum(self) -> bool:
@@ -134,7 +142,8 @@ def chi_squared_p_value(value: Any, degrees: Any) -> Any:
 def edm_note(distance: Distance, params: Params) -> str | None:
     """Returns a note for a table if a trainer is not at a minimum."""
     if distance.is_saddle:
-        return f"not at a minimum: the loss {saddle_words(distance, params)}"
+        said = f"not at a minimum: the loss {saddle_words(distance, params)}"
+        return f"perhaps {said}" if distance.is_flat_at_bound else said
     if not distance.is_far:
         return None
     where = along(np.asarray(distance.direction, float), params)
@@ -159,6 +168,11 @@ def saddle_words(distance: Distance, params: Params) -> str:
     where = along(direction, params).removeprefix(", ")
     if distance.is_plateau:
         return f"is flat here, and lower across, {where}: start there"
+    if distance.is_flat_at_bound:
+        return (
+            "is flat here in all that is not held at its bound: unless that bound is "
+            "the answer, start away from it"
+        )
     if not where:
         return "is flat here: start from elsewhere"
     return f"curves downwards {where}: start from elsewhere"

@@ -132,6 +132,7 @@ def _distance(
         np.asarray(is_saddle),
         np.asarray(True),
         (step / length if length > 0 else step).astype(local.rounding.dtype),
+        is_held=np.any(local.held),
     )
 
 

@@ -26,6 +26,10 @@ MOST_STEPS = 6
 # Curvature is clear if it is above so many times what may come of the gradient.
 _MARGIN = 30
 
+# So many spacings of a parameter away, numbers are rounded in another way. Those of
+# powers of two would have the same digits.
+_SPACINGS = (-211, -131, -97, -61, 67, 103, 137, 223)
+
 
 class Leftover(NamedTuple):
     """What there is between a point and the minimum.
@@ -120,17 +124,7 @@ def closer(
     first. It ends where the model has an error. If it comes no closer, the last is of
     the same trainer, without the curvature that is not `confirmed`.
     """
-    held, left = here.held, _leftover_at(here, bar)
-
-    def look_at(there: AbstractTrainer) -> Curved | None:
-        try:
-            found = jax.device_get(look(there))
-        except (RuntimeError, ValueError):  # an error of the model, or one of its units
-            return None
-        # A model may be of another kind there, without second derivatives.
-        is_known = isinstance(found, Curved) and np.isfinite(found.loss)
-        return found if is_known and np.array_equal(found.held, held) else None
-
+    left, look_at = _leftover_at(here, bar), lambda there: _seen(there, look, here.held)
     for _ in range(MOST_STEPS):
         if not left.is_unclear:
             return
@@ -147,6 +141,51 @@ def closer(
         units = far.scale / here.scale
         other = far.hessian * units[:, None] * units[None, :]
         yield trainer, here._replace(hessian=confirmed(here.hessian, other, left.far))
+
+
+def _seen(
+    there: AbstractTrainer, look: Callable[[AbstractTrainer], Local], held: Any
+) -> Curved | None:
+    """Returns the surroundings of a trainer, `None` if the model has none like these.
+
+    Its elements at a bound are those that are `held`.
+    """
+    try:
+        found = jax.device_get(look(there))
+    except (RuntimeError, ValueError):  # an error of the model, or one of its units
+        return None
+    # A model may be of another kind there, without second derivatives.
+    is_known = isinstance(found, Curved) and np.isfinite(found.loss)
+    return found if is_known and np.array_equal(found.held, held) else None
+
+
+def unrounded(
+    trainer: AbstractTrainer, here: Curved, look: Callable[[AbstractTrainer], Local]
+) -> Curved:
+    """Returns the surroundings without what rounding alone curves downwards.
+
+    Where large numbers cancel, as far out in the tail of a likelihood, rounding decides
+    the sign of a second derivative. It is then another a few spacings away.
+    """
+    hessian, diagonal = here.hessian, np.diagonal(here.hessian)
+    is_bad = (diagonal <= 0) & np.any(hessian != 0, axis=1)
+    if here.turn is not None or not is_bad.any():
+        return here
+    params = as_parameters(trainer.params)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params))
+    step = np.where(here.held, 0, eps * np.asarray(ravel(params)))
+    diagonals = [diagonal]
+    for count in _SPACINGS:
+        if found := _seen(moved(trainer, count * step), look, here.held):
+            units = np.square(found.scale / here.scale)
+            diagonals.append(units * np.diagonal(found.hessian))
+    size, spread = np.max(np.abs(diagonals), axis=0), np.ptp(diagonals, axis=0)
+    # What it has with others is a curvature of its own: that of a product is no noise.
+    is_alone = np.all(hessian**2 <= size[:, None] * size[None, :], axis=1)
+    is_zero = is_bad & is_alone & (spread > abs(diagonal) / 2)
+    if not is_zero.any():
+        return here
+    return here._replace(hessian=np.where(is_zero | is_zero[:, None], 0, hessian))
 
 
 def confirmed(hessian: Float[Any, "D D"], far: Float[Any, "D D"], steps: Any) -> Any:

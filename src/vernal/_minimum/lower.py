@@ -14,6 +14,7 @@ from .idle import Around
 from .local import Curved, Triangle
 from .plateau import across
 from .saddle import beside
+from .second_look import clear
 
 
 class Lower(NamedTuple):
@@ -39,6 +40,9 @@ def lower_point(
         return None
     around = Around(trainer, batch, kind, float(distance.noise))
     point, is_plateau = beside(around, local), False
+    if point is not None and isinstance(local, Curved):
+        here = clear(trainer, batch, kind, local)
+        point = point if here is local else beside(around, here)
     bounds = bounds_of(trainer)
     if point is None and bounds is not None and np.any(local.held):
         inward = _inward(bounds, trainer.params)

@@ -18,7 +18,7 @@ from .distance import measure_hessian
 from .edm import Distance
 from .formulas import by_svd, distance_of
 from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
-from .leftover import closer
+from .leftover import closer, unrounded
 from .local import Curved, Spectral, Triangle, noise_of_zero
 
 _measure = program(measure_hessian)
@@ -34,6 +34,12 @@ def second_look(
     looks closer to the minimum. The trainer is stripped; `kind` is that of
     `what_falls`, `local` and `distance` are what `measure` and `distance_of` found.
     """
+    if isinstance(local, Curved) and distance.is_saddle:
+        local = jax.device_get(local)
+        around = Around(trainer, batch, kind, float(distance.noise))
+        here = _without_kinks(around, clear(trainer, batch, kind, local))
+        if here is not local:
+            return distance_of(here)
     if kind == "nll" and distance.is_unclear and distance.is_saddle:
         if local.turn is not None or _is_saddle_closer(trainer, batch, local):
             return distance
@@ -54,6 +60,35 @@ def second_look(
         return distance
     direction = hidden[0] / np.linalg.norm(hidden[0])
     return found._replace(direction=direction.astype(found.direction.dtype))
+
+
+def clear(trainer: AbstractTrainer, batch: Any, kind: str, local: Curved) -> Curved:
+    """Returns the surroundings, on the host, without curvature of rounding alone.
+
+    The arguments are those of `second_look`.
+    """
+    look = lambda trainer: _measure(trainer, batch, kind)
+    return unrounded(trainer, local, look)
+
+
+def _without_kinks(around: Around, local: Curved) -> Curved:
+    """Returns the surroundings without elements in which the loss has its kink here.
+
+    Absolute values are linear on either side of their minimum, and their curvature is
+    exactly zero, beside the one that they share with a scale.
+    """
+    size = len(local.slope)
+    is_linear = (np.diagonal(local.hessian) == 0) & np.any(local.hessian != 0, axis=1)
+    kinks = np.flatnonzero(is_linear & (local.slope != 0))
+    if local.turn is not None or not 0 < len(kinks) <= MOST_DIRECTIONS:
+        return local
+    # So long that the slope makes it noticed.
+    lengths = np.sqrt(around.noise / 2) / np.abs(local.slope[kinks])
+    if not all(_rises(around, bar) for bar in lengths[:, None] * np.eye(size)[kinks]):
+        return local
+    is_kept = ~np.isin(np.arange(size), kinks)
+    rest = np.where(is_kept & is_kept[:, None], local.hessian, 0)
+    return local._replace(hessian=rest, slope=np.where(is_kept, local.slope, 0))
 
 
 def _is_saddle_closer(trainer: AbstractTrainer, batch: Any, local: Curved) -> bool:

@@ -26,6 +26,7 @@ from .._inference import (
     seen_again,
 )
 from .._minimum import edm_note, what_falls
+from .._program import words_of
 from .._projection import DenseWhitening
 from .._solve import (
     Problem,
@@ -61,9 +62,6 @@ _ROOM = 256
 
 # The share of a variance that another element leaves is known to this.
 _LEAST_SHARE = 1e-12
-
-# What stands before the message of `equinox.error_if`.
-_EQUINOX = "EquinoxRuntimeError: "
 
 # Where more Newton steps than these are needed, the solver is better.
 _MOST_STEPS = 32
@@ -269,11 +267,9 @@ class Scan:
 
     def _note(self, error: RuntimeError, own: Held) -> None:
         """Keeps an error of the model; raises any other, and one at the minimum."""
-        is_model = isinstance(error, jax.errors.JaxRuntimeError) or _EQUINOX in str(
-            error
-        )
+        of_model = jax.errors.JaxRuntimeError, eqx.EquinoxRuntimeError
         is_memory = "RESOURCE_EXHAUSTED" in str(error)
-        if not is_model or is_memory or not own.flags.any():
+        if not isinstance(error, of_model) or is_memory or not own.flags.any():
             raise error
         self.raised = error
 
@@ -281,11 +277,9 @@ class Scan:
         """Returns what there is to say of an error of the model."""
         if self.raised is None:
             return ""
-        text = str(self.raised).strip()
-        message = text.partition(_EQUINOX)[2] or text.rpartition("\n")[2]
         return (
             " The model raised an error at values that were tried "
-            f"({message.partition(chr(10))[0][:160]}): let it return NaN there, as "
+            f"({words_of(self.raised)[:160]}): let it return NaN there, as "
             "`diffeqsolve` of diffrax does with `throw=False`."
         )
 

@@ -8,7 +8,7 @@
 
 from .branch import chosen
 from .conversions import turned_into_floats
-from .host import calls_host
+from .host import calls_host, is_of_host, words_of
 from .one_function import (
     MOST_BYTES,
     are_on_one_cpu,

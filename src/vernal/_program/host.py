@@ -1,6 +1,7 @@
 """Programs that call functions on the host, and the errors that are raised there."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,12 @@ from jax.extend.core import Jaxpr
 from .._boundary import is_traced
 
 _LOGGER = logging.getLogger("jax._src.callback")
+
+# What XLA begins its errors with, whatever their type is.
+_OF_XLA = re.compile("(INTERNAL|RESOURCE_EXHAUSTED|UNIMPLEMENTED|UNKNOWN): ")
+
+_EQUINOX = "EquinoxRuntimeError: "
+_OF_PYTHON = "Traceback (most recent call last)"
 
 
 def calls_host(traced: Any) -> bool:
@@ -41,12 +48,14 @@ def inner_jaxprs(eqn: Any) -> list[Jaxpr]:
 def with_host_errors(
     waits: Callable[[], bool], jitted: Callable[..., Any], *args: Any
 ) -> Any:
-    """Runs a program; an error of `equinox.error_if` is raised as Equinox raises it.
+    """Runs a program, all of whose errors are a `RuntimeError`.
 
-    If `waits`, it is raised here, and not where a result is first looked at.
+    That of `equinox.error_if` is raised as Equinox raises it, any other of XLA, such as
+    of a callback, as JAX's own. If `waits`, it is raised here, and not where a result
+    is first looked at.
     """
     # JAX also writes to the log what it raises.
-    quiet = lambda record: record.getMessage() != "jax.pure_callback failed"
+    quiet = lambda record: not record.getMessage().endswith("callback failed")
     _LOGGER.addFilter(quiet)
     try:
         result = jitted(*args)
@@ -55,11 +64,32 @@ def with_host_errors(
             jax.block_until_ready(result)
         return result
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if "_EquinoxRuntimeError: " in str(error):
+        if f"_{_EQUINOX}" in str(error):
             _raise_as_equinox(error)
+        # Those of a program that JAX finds the quick way are a `ValueError`.
+        if isinstance(error, ValueError) and _OF_XLA.match(str(error)):
+            raise jax.errors.JaxRuntimeError(str(error)) from None
         raise
     finally:
         _LOGGER.removeFilter(quiet)
+
+
+def is_of_host(error: Exception) -> bool:
+    """Whether an error of a program was raised by a function on the host."""
+    return any(mark in str(error) for mark in (_EQUINOX, _OF_PYTHON))
+
+
+def words_of(error: Exception) -> str:
+    """Returns the first line of what a program's error has to say.
+
+    That of `equinox.error_if` is in a long text, and what a callback raised is at the
+    end of a traceback.
+    """
+    text = str(error).strip()
+    said = text.partition(_EQUINOX)[2]
+    if not said and _OF_PYTHON in text:
+        said = text.rpartition('\n  File "')[2].partition("\n")[2]
+    return (said or text).partition("\n")[0]
 
 
 @eqx.filter_jit

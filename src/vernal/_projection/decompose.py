@@ -41,6 +41,14 @@ _REMEDY = {
     "matrix has no negative eigenvalue anywhere.",
 }
 
+# Of a Hessian whose diagonal is exactly zero.
+_LINEAR = (
+    "What is minimised is linear in that element here. Where it has absolute values, "
+    "the minimum is a kink, and there are no errors of this kind: use a smooth loss, "
+    "such as that of `vn.likelihoods.Robust`. Otherwise this is no minimum. Fit first; "
+    "or, if a fit ended here, start it elsewhere, and see `result.explain()`."
+)
+
 
 def whiten(
     given: Matrix, params: Params, nulls: NullPolicy, name: str, kind: Kind
@@ -103,7 +111,10 @@ def _refuse_bad_rows(
     matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
 ) -> Float[Array, "D D"]:
     """Refuses rows that no scale can repair, before the costly decomposition."""
-    bad = _is_bad_row(matrix)
+    bad, remedy = _is_bad_row(matrix), _REMEDY[kind]
+    if kind == "hessian" and not isinstance(bad, Tracer) and np.any(bad):
+        elements = np.diagonal(matrix)[np.asarray(bad)]
+        remedy = remedy if elements.any() else _LINEAR
 
     def first() -> str:
         index = int(np.flatnonzero(bad)[0])
@@ -114,7 +125,7 @@ def _refuse_bad_rows(
         matrix,
         bad,
         f"{name} is indefinite: it has an element on its diagonal that is negative, "
-        f"or zero in a row that is not. {_REMEDY[kind]}",
+        f"or zero in a row that is not. {remedy}",
         first,
     )
 

@@ -93,8 +93,14 @@ def number(value: int | float) -> str:
 def _cells(row: ParameterRow) -> tuple[str, str, str, str]:
     relative = ""
     if row.value and abs(row.error) < _MOST_RELATIVE * abs(row.value):
-        relative = f"{100 * abs(row.error / row.value):.2g} %"
+        relative = _percent(abs(row.error / row.value))
     return (*row.cells(), relative)
+
+
+def _percent(share: float) -> str:
+    """Writes a share with two digits, a large one without an exponent."""
+    text = f"{100 * share:.2g}"
+    return f"{float(text):.0f} %" if 100 * share >= 99.5 else f"{text} %"
 
 
 def _shortened(rows: Sequence[ParameterRow]) -> Sequence[ParameterRow]:

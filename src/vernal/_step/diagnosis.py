@@ -130,19 +130,19 @@ def warn_of_no_data(
     where: str,
     losses: np.ndarray,
     ended: Callable[[Any], tuple[AbstractTrainer, Any]],
-) -> None:
+) -> list[int]:
     """Warns if each loss, or each score, is zero though the model need not be right.
 
     Either no datum is left, or the squares of all residuals are too small for their
     dtype. `losses` have a row for each step, and a column for each of many trainers;
     those are named. `ended` returns a trainer and its batch, by index.
-    `where` is what the warning begins with.
+    `where` is what the warning begins with. Returns which of many have no data.
     """
     # NaN follows the last step of one of many.
     sizes = abs(losses)
     is_small = (sizes < _TINY).any(axis=0) & ~(sizes >= _TINY).any(axis=0)
     places = np.argwhere(is_small)
-    for found in places:
+    for row, found in enumerate(places):
         index = int(found[0]) if is_small.ndim else ()
         which = f" of member {index}" if is_small.ndim else ""
         if _lacks_data(*ended(index)):
@@ -152,14 +152,16 @@ def warn_of_no_data(
                 "that is there, unlike the mask of a masked array."
                 + _of_others([i for i in places.ravel().tolist() if i != index])
             )
-            return
+            rest = places[row:].ravel().tolist()
+            return [i for i in rest if i == index or _lacks_data(*ended(i))]
         if small := _too_small(*ended(index)):
             which = f", member {index}" if is_small.ndim else ""
             warn(
                 f"`{where}`{which}: {small}, so that any model fits. Fit in larger "
                 "units, or divide what is squared by its error."
             )
-            return
+            return []
+    return []
 
 
 def _of_others(members: list[int]) -> str:

@@ -1,0 +1,82 @@
+"""Why a fit ended, and what could still fall, in words."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._minimum import Distance, along, saddle_words
+from .._policy import StopReason
+from .._step import in_real_coordinates, prior_ends
+
+# What users give as `atol`, at most.
+_USUAL_ATOL = 1e-6
+
+
+class Ending(NamedTuple):
+    """The end of a fit.
+
+    - `distance`: how far it is to the minimum, `None` where it is not known.
+    - `steps`: how many were recorded.
+    - `name`: what a user calls the trainer.
+    - `more`: what allows a solver more steps.
+    """
+
+    trainer: Any
+    stop_reason: StopReason
+    distance: Distance | None
+    steps: int
+    name: str = "result.trainer"
+    more: str = "`max_steps=` allows more"
+
+    def explain(self) -> str:
+        distance = self.distance
+        if distance is None or not np.isfinite(distance.edm):
+            is_stalled = self.stop_reason is StopReason.STALLED
+            why = " Its derivatives there are not finite." if is_stalled else ""
+            return f"{self._ended}{why}{self._beside if is_stalled else ''}"
+        is_short = self.stop_reason is not StopReason.CONVERGED
+        params = in_real_coordinates(self.trainer).params
+        said = [self._ended]
+        if distance.is_saddle:
+            return f"{self.stop_reason} The loss {saddle_words(distance, params)}."
+        direction = np.asarray(distance.direction, float)
+        where = along(direction, params) if is_short else ""
+        if distance.edm > 0:
+            much = f"about {distance.edm:.3g} (edm)"
+            said.append(f"The loss could still fall by {much}{where}.")
+            remedy = distance.remedy or (self._remedy if distance.is_short else "")
+            said += [f"{remedy}."] if remedy else []
+        else:
+            said.append("The loss could still fall by less than can be measured.")
+        return " ".join(said) + (self._beside if is_short else "")
+
+    @property
+    def _ended(self) -> str:
+        """Says why the fit ended, and what helps if that was for want of steps."""
+        if self.stop_reason is not StopReason.MAX_STEPS:
+            return str(self.stop_reason)
+        return (
+            f"{self.stop_reason} These were {self.steps}: {self.more}, and "
+            f"`{self.name}.solve(solver, batch)` goes on from here."
+        )
+
+    @property
+    def _remedy(self) -> str:
+        """Says what helps a solver that stopped too early."""
+        loss = float(self.trainer.best_loss)
+        if 0 < loss < _USUAL_ATOL:
+            return "The `atol` of a solver may be larger than this loss: give `atol=0`"
+        is_real = not any(map(jnp.iscomplexobj, jax.tree.leaves(self.trainer.params)))
+        if self.trainer.projector is not None or not is_real:
+            return ""
+        return (
+            "If parameters differ in scale, go on in a whitened space: "
+            f"`{self.name}.whiten(batch)`"
+        )
+
+    @property
+    def _beside(self) -> str:
+        """Says that a parameter is at an end of its prior, and what helps."""
+        return prior_ends(self.trainer, is_near=True)
