@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 
 from .._boundary import PyTree
 from .._curvature import Mode
-from .._minimum import Distance, along, saddle_words
+from .._minimum import Distance, along, endless_words, saddle_words
 from .._pickling import Portable
 from .._policy import StopReason
 from .._report import Report
@@ -174,6 +174,9 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         said = [self._ended]
         if distance.is_saddle:
             return f"{self.stop_reason} The loss {saddle_words(distance, params)}."
+        if distance.is_endless:
+            reason = str(self.stop_reason).removesuffix(".")
+            return f"{reason}{endless_words(distance, params)}."
         direction = np.asarray(distance.direction, float)
         where = along(direction, params) if is_short else ""
         if distance.edm > 0:

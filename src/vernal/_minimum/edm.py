@@ -33,6 +33,8 @@ class Distance(NamedTuple):
     - `is_leap`: whether the step to the minimum is longer than a parameter, as where
         residuals have hardly any slope. After a `second_look`: whether they have none.
     - `is_unclear`: whether the gradient may account for some of the curvature.
+    - `is_endless`: whether the loss only approaches its limit, without a minimum on the
+        way: `direction` leads there.
     """
 
     edm: Float[Array | np.ndarray, ""]
@@ -45,6 +47,7 @@ class Distance(NamedTuple):
     is_plateau: Any = False
     is_leap: Any = False
     is_unclear: Any = False
+    is_endless: Any = False
 
     @property
     def is_far(self) -> bool:
@@ -135,11 +138,28 @@ def edm_note(distance: Distance, params: Params) -> str | None:
     """Returns a note for a table if a trainer is not at a minimum."""
     if distance.is_saddle:
         return f"not at a minimum: the loss {saddle_words(distance, params)}"
-    if not distance.is_far:
+    if distance.is_endless or not distance.is_far:
         return None
     where = along(np.asarray(distance.direction, float), params)
     remedy = f". {distance.remedy}" if distance.remedy else ""
     return f"not at a minimum: edm {distance.edm:.3g}{where}{remedy}"
+
+
+def endless_note(distance: Distance, params: Params) -> str | None:
+    """Returns a note for a table if the loss has no minimum."""
+    if not distance.is_endless:
+        return None
+    words = endless_words(distance, params)
+    return f"no minimum: the loss only approaches its limit{words}"
+
+
+def endless_words(distance: Distance, params: Params) -> str:
+    """Says along which parameters there is no minimum, and what helps."""
+    where = along(np.asarray(distance.direction, float), params)
+    return (
+        f"{where}, and standard errors mean nothing there: give a prior or a bound, or "
+        "fit fewer parameters. `intervals` has the limit on the other side"
+    )
 
 
 def slope_note(distance: Distance, params: Params) -> str | None:

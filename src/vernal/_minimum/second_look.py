@@ -19,7 +19,7 @@ from .edm import Distance
 from .formulas import by_svd, distance_of
 from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
 from .leftover import closer
-from .local import Curved, Spectral, Triangle, noise_of_zero
+from .local import Curved, Local, Spectral, Triangle, noise_of_zero
 
 _measure = program(measure_hessian)
 
@@ -40,7 +40,7 @@ def second_look(
         return distance._replace(is_saddle=np.array(False))
     if not distance.is_leap:
         return distance
-    curved = jax.device_get(_measure(trainer, batch, kind))
+    curved = measure_by_hessian(trainer, batch, kind)
     found = distance_of(curved)._replace(
         tolerance=distance.tolerance, spacing=distance.spacing, is_leap=True
     )
@@ -54,6 +54,11 @@ def second_look(
         return distance
     direction = hidden[0] / np.linalg.norm(hidden[0])
     return found._replace(direction=direction.astype(found.direction.dtype))
+
+
+def measure_by_hessian(trainer: AbstractTrainer, batch: Any, kind: str) -> Local:
+    """Measures the surroundings by second derivatives, by the program of this look."""
+    return jax.device_get(_measure(trainer, batch, kind))
 
 
 def _is_saddle_closer(trainer: AbstractTrainer, batch: Any, local: Curved) -> bool:
