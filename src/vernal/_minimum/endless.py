@@ -29,11 +29,12 @@ _MOST_ELEMENTS = 8
 # Where to look, in such steps. Those up to two tell a slope from rounding errors. Two
 # steps ahead the slope at a minimum has changed its sign; that of an exponential, of a
 # tail of Gauss, or of a power has fallen to the least share of itself, or to the most.
-# The last is an error bar at the least distance of what has converged.
-_AHEAD = 0.25, 0.5, 1, 2, 8, (2 * TOLERANCE) ** -0.5
+# Where second derivatives vanish, as at the minimum of a sixth power, it does so later.
+_AHEAD = 0.25, 0.5, 1, 2, 8, 22
 _LEAST_LEFT, _MOST_LEFT = 0.003, 0.9
 
-# The share of what a parabola rises by, below which a loss does not rise.
+# The share of what a parabola rises by, or its slope, below which a loss does not rise:
+# a line leaves the floor of a bent valley.
 _NO_RISE = 0.05
 
 _ROUNDED = 16
