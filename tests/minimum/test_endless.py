@@ -1,4 +1,4 @@
-"""Losses that only approach their limit, and minima that are ones."""
+"""Losses that only approach a limit, and minima that are ones."""
 
 import functools
 
@@ -213,11 +213,13 @@ def test_a_solve_says_that_there_is_no_minimum(name):
     assert result.stop_reason.is_failure
     own, (element, side) = ENDLESS[name][2:]
     said = result.explain()
-    assert said.startswith("The loss has no minimum: it only approaches its limit, ")
+    assert said.startswith(f"{str(result.stop_reason)[:-1]}, along ")
     assert all(f"{one} (" in said for one in own)
 
     report = result.report(batch)
-    assert report.note.startswith("no minimum: the loss only approaches its limit, ")
+    assert report.note.startswith(
+        "no minimum this way: the loss only approaches a limit, "
+    )
     assert "standard errors mean nothing there" in report.note
     assert report.note.splitlines()[0] in result.table(batch)
     assert report.stop_reason is REASON.NO_MINIMUM

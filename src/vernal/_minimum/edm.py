@@ -33,7 +33,7 @@ class Distance(NamedTuple):
     - `is_leap`: whether the step to the minimum is longer than a parameter, as where
         residuals have hardly any slope. After a `second_look`: whether they have none.
     - `is_unclear`: whether the gradient may account for some of the curvature.
-    - `is_endless`: whether the loss only approaches its limit, without a minimum on the
+    - `is_endless`: whether the loss only approaches a limit, without a minimum on the
         way: `direction` leads there.
     """
 
@@ -146,19 +146,20 @@ def edm_note(distance: Distance, params: Params) -> str | None:
 
 
 def endless_note(distance: Distance, params: Params) -> str | None:
-    """Returns a note for a table if the loss has no minimum."""
+    """Returns a note for a table if the loss only approaches a limit."""
     if not distance.is_endless:
         return None
     words = endless_words(distance, params)
-    return f"no minimum: the loss only approaches its limit{words}"
+    return f"no minimum this way: the loss only approaches a limit{words}"
 
 
 def endless_words(distance: Distance, params: Params) -> str:
     """Says along which parameters there is no minimum, and what helps."""
     where = along(np.asarray(distance.direction, float), params)
     return (
-        f"{where}, and standard errors mean nothing there: give a prior or a bound, or "
-        "fit fewer parameters. `intervals` has the limit on the other side"
+        f"{where}, and standard errors mean nothing there: give a prior or a bound, "
+        "fit fewer parameters, or start from elsewhere. `intervals` has the limit on the "
+        "other side"
     )
 
 

@@ -1,4 +1,4 @@
-"""Losses without a minimum, which only approach their limit.
+"""Losses without a minimum on the way, which only approach a limit.
 
 The loss of classes that a line separates falls as the exponential of a slope, and so
 does that of a rate whose best value is zero, as the parameter goes to infinity. Its

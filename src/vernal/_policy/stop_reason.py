@@ -25,7 +25,7 @@ class StopReason(enum.Enum):
     NO_PATIENCE = "The validation has not improved, and `stop` has no more patience."
     CONVERGED = "Converged."
     STALLED = "Stopped short of a minimum."
-    NO_MINIMUM = "The loss has no minimum: it only approaches its limit."
+    NO_MINIMUM = "There is no minimum this way: the loss only approaches a limit."
     MAX_STEPS = "The solver took `max_steps` steps and has not converged."
     DIVERGED = "The solver diverged."
     FAILED = "The solver gave up: one of its steps had no solution."
