@@ -158,8 +158,8 @@ def endless_words(distance: Distance, params: Params) -> str:
     where = along(np.asarray(distance.direction, float), params)
     return (
         f"{where}, and standard errors mean nothing there: give a prior or a bound, "
-        "fit fewer parameters, or start from elsewhere. `intervals` has the limit on the "
-        "other side"
+        "fit fewer parameters, or start from elsewhere. `intervals` has the limit on "
+        "the other side"
     )
 
 

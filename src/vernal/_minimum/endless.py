@@ -16,7 +16,7 @@ from .._step import AbstractTrainer
 from .edm import TOLERANCE, Distance
 from .formulas import by_svd, distance_of
 from .idle import Around
-from .local import Curved, Local, Spectral, Triangle, noise_of_zero, rounding_of
+from .local import Curved, Spectral, Triangle, noise_of_zero, rounding_of
 from .second_look import measure_by_hessian
 
 # A step to a minimum at infinity is not much shorter than the parameter: that of an
@@ -98,14 +98,14 @@ class _Line(NamedTuple):
     step: float
 
 
-def _lines(local: Local) -> list[_Line]:
+def _lines(local: Triangle | Spectral | Curved) -> list[_Line]:
     """Returns lines of the elements whose step is not much shorter than they are.
 
     Along the first all of them take their steps, and the others follow, so that the
     loss rises least. Then comes a line for each.
     """
-    local = jax.device_get(local)
-    assert isinstance(local, Triangle | Spectral | Curved)
+    if not isinstance(local.scale, np.ndarray):
+        local = jax.device_get(local)
     values, right, inner = _decomposed(local)
     whitener = right.T / values
     bars, steps = np.linalg.norm(whitener, axis=1), -whitener @ inner
