@@ -88,6 +88,14 @@ def test_a_solve_goes_on_from_there(name):
     assert "curves" not in result.explain()
 
 
+def test_a_solver_without_steps_left_may_go_on():
+    result = Fit("mixed").solve(BFGS, X, max_steps=2)
+    assert result.stop_reason is vn.StopReason.MAX_STEPS
+    words = "y (+0.71), z (-0.71): it may do so on the way."
+    assert "`result.trainer.solve(solver, batch)` goes on" in result.explain()
+    assert result.explain().endswith(f"The loss curves downwards along {words}")
+
+
 PLACES = jnp.linspace(-6.0, 6.0, 61)
 
 

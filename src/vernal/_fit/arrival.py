@@ -10,6 +10,7 @@ from .._data import Source, Whole, as_batch
 from .._minimum import (
     Distance,
     distance_of,
+    endless,
     has_minimum,
     lower_point,
     measure,
@@ -45,6 +46,7 @@ def checked_end(
     distance = second_look(bare, batch, kind, local, distance_of(local))
     if lower := lower_point(bare, batch, kind, local, distance):
         distance = lower.distance
+    distance = endless(bare, batch, kind, local, distance)
     reason = settled(result.stop_reason, distance)
     return dataclasses.replace(result, stop_reason=reason, _distance=distance)
 
@@ -54,4 +56,5 @@ def distance_here(trainer: AbstractTrainer, batch: Any, kind: str) -> Distance:
     trainer = in_real_coordinates(trainer)
     bare, batch = stripped(trainer), as_batch(batch)
     local = _measure(bare, trainer.projector, batch, kind, jnp.zeros(()))
-    return second_look(bare, batch, kind, local, distance_of(local))
+    distance = second_look(bare, batch, kind, local, distance_of(local))
+    return endless(bare, batch, kind, local, distance)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._minimum import Distance, along, saddle_words
+from .._minimum import Distance, along, endless_words, saddle_words
 from .._policy import StopReason
 from .._step import in_real_coordinates, prior_ends
 
@@ -40,7 +40,12 @@ class Ending(NamedTuple):
         params = in_real_coordinates(self.trainer).params
         said = [self._ended]
         if distance.is_saddle:
-            return f"{self.stop_reason} The loss {saddle_words(distance, params)}."
+            is_on_way = self.stop_reason is StopReason.MAX_STEPS
+            remedy = ["it may do so on the way"] if is_on_way else []
+            return f"{said[0]} The loss {saddle_words(distance, params, *remedy)}."
+        if distance.is_endless:
+            reason = str(self.stop_reason).removesuffix(".")
+            return f"{reason}{endless_words(distance, params)}."
         direction = np.asarray(distance.direction, float)
         where = along(direction, params) if is_short else ""
         if distance.edm > 0:

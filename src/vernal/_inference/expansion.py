@@ -19,6 +19,7 @@ from .._minimum import (
     along,
     chi_squared_p_value,
     distance_of,
+    endless,
     has_minimum,
     measure_spectrum,
     second_look,
@@ -61,8 +62,8 @@ class Around(NamedTuple):
     - `penalty`: twice the negative logarithm of the priors, `None` without any.
     - `truth_p_values`: how probable it is that the truth is as far from the minimum,
         with errors as they are said to be, and with errors of any scale.
-    - `local`: the residuals and their Jacobian, by which `distance` was found, if it
-        was.
+    - `local`: the derivatives by which `distance` was found, if they are of what is
+        fitted.
     """
 
     whitening: DenseWhitening
@@ -212,12 +213,15 @@ def around(
 
 
 def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
-    """Looks again at a point that only seems to be no minimum, by `second_look`."""
+    """Looks again at a point that only seems to be no minimum, or to be one."""
     if here.distance is None or here.local is None:
         return here
     bare, batch = stripped(trainer), as_batch(batch)
     falls = what_falls(trainer)
-    distance = second_look(bare, batch, falls, here.local, here.distance)
+    distance = here.distance
+    if falls == "residuals":
+        distance = second_look(bare, batch, falls, here.local, distance)
+    distance = endless(bare, batch, falls, here.local, distance)
     return here._replace(distance=distance)
 
 
@@ -273,7 +277,7 @@ def _distance(
 ) -> tuple[Distance | None, Local | None]:
     """Returns the distance to the minimum of what is fitted, `None` without one.
 
-    And the residuals and their Jacobian, if they are of what is fitted.
+    And the derivatives that it comes from, if they are of what is fitted.
     """
     falls, derived = what_falls(trainer), here.derived
     # A loss with a penalty has no known scale.
@@ -286,7 +290,7 @@ def _distance(
     if derived.data is None:
         hessian, gradient = derived.found[0]
         curved = surroundings(derived.value, gradient, hessian, *at)
-        return distance_of(curved), None
+        return distance_of(curved), curved
     assert here.reduced is not None
     squares = np.square(np.asarray(derived.deviances, float)).sum()
     size = int(derived.data.size) + prior_count(trainer)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from .._boundary import boolean, refuse_program, whole_number
-from .._minimum import edm_note, slope_note
+from .._minimum import edm_note, endless_note, slope_note
 from .._projection import DenseWhitening
 from .._report import (
     ParameterRow,
@@ -133,7 +133,8 @@ def _point_note(trainer: AbstractTrainer, here: Around) -> str | None:
         return of_rounding
     about = here.distance, trainer.params
     of_slopes = slope_note(*about) if here.kind == "expected" else None
-    return edm_note(*about) or of_slopes or of_rounding
+    of_end = endless_note(*about)
+    return of_end or edm_note(*about) or of_slopes or of_rounding
 
 
 def _rounding_note(whitening: DenseWhitening) -> str | None:

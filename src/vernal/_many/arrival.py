@@ -14,10 +14,12 @@ from .._minimum import (
     Distance,
     Local,
     distance_of,
+    endless,
     has_jacobian,
     has_minimum,
     is_idle,
     lower_point,
+    may_be_endless,
     measure,
     second_look,
     settled,
@@ -88,7 +90,10 @@ def distances_of(
     at = {i: jax.tree.map(lambda x, i=i: x[i], local) for i in indices}
     found = {i: distance_of(own) for i, own in at.items()}
     seems_odd = lambda d: d.is_leap or (d.is_saddle and np.isfinite(d.edm))
-    is_odd = lambda i, d: seems_odd(d) or (d.is_minimum and is_idle(at[i]))
+    seems_lower = lambda i, d: d.is_minimum and is_idle(at[i])
+    is_odd = lambda i, d: (
+        seems_odd(d) or seems_lower(i, d) or may_be_endless(kind, at[i], d)
+    )
     odd = [i for i, distance in found.items() if is_odd(i, distance)]
     if odd:
         home = members.place.home
@@ -96,11 +101,10 @@ def distances_of(
     for index in odd:
         trainer, data = members.one(batch, index)
         here = stripped(in_real_coordinates(trainer)), data, kind, at[index]
-        found[index] = second_look(*here, found[index])
-        if not found[index].is_minimum:
-            continue
-        if lower := lower_point(*here, found[index]):
-            found[index] = lower.distance
+        distance = second_look(*here, found[index])
+        if distance.is_minimum and (lower := lower_point(*here, distance)):
+            distance = lower.distance
+        found[index] = endless(*here, distance)
     return list(found.values())
 
 

@@ -130,7 +130,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
     def failed(self) -> tuple[int, ...]:
         """The members whose parameters are not an answer.
 
-        Their fits broke off, or stopped short of a minimum: `stop_reasons` says why.
+        Their fits broke off, or stopped short of a minimum, or there is none:
+        `stop_reasons` says why.
         """
         reasons = enumerate(self.stop_reasons)
         return tuple(index for index, reason in reasons if reason.is_failure)

@@ -4,7 +4,8 @@
 program returns them, `formulas` finds the distance from them on the host, and `edm` is
 what it says. `lower` looks for lower points where directions are `idle`: beside a
 `saddle`, and across a `plateau`; `second_look` for minima where they nearly are.
-`leftover` tells curvature from the gradient that a fit leaves.
+`leftover` tells curvature from the gradient that a fit leaves, and `endless` a minimum
+from a limit that the loss approaches without end.
 """
 
 from .distance import (
@@ -24,12 +25,15 @@ from .edm import (
     along,
     chi_squared_p_value,
     edm_note,
+    endless_note,
+    endless_words,
     saddle_words,
     share_p_value,
     slope_note,
     truth_p_values,
     unknown,
 )
+from .endless import endless, may_be_endless
 from .formulas import distance_of
 from .idle import is_idle
 from .leftover import (

@@ -286,6 +286,8 @@ def settled(reason: StopReason, distance: Distance) -> StopReason:
     """Returns why a solver ended, given its distance to the minimum."""
     if reason is StopReason.NON_FINITE:
         return reason
+    if distance.is_endless:
+        return StopReason.NO_MINIMUM
     if distance.is_minimum:
         return StopReason.CONVERGED
     if reason is StopReason.CONVERGED and distance.is_short:

@@ -34,6 +34,8 @@ class Distance(NamedTuple):
         residuals have hardly any slope. After a `second_look`: whether they have none.
     - `is_unclear`: whether the gradient may account for some of the curvature.
     - `is_held`: whether an element is held at its bound.
+    - `is_endless`: whether the loss only approaches a limit, without a minimum on the
+        way: `direction` leads there.
     """
 
     edm: Float[Array | np.ndarray, ""]
@@ -47,6 +49,7 @@ class Distance(NamedTuple):
     is_leap: Any = False
     is_unclear: Any = False
     is_held: Any = False
+    is_endless: Any = False
 
     @property
     def is_far(self) -> bool:
@@ -144,11 +147,29 @@ def edm_note(distance: Distance, params: Params) -> str | None:
     if distance.is_saddle:
         said = f"not at a minimum: the loss {saddle_words(distance, params)}"
         return f"perhaps {said}" if distance.is_flat_at_bound else said
-    if not distance.is_far:
+    if distance.is_endless or not distance.is_far:
         return None
     where = along(np.asarray(distance.direction, float), params)
     remedy = f". {distance.remedy}" if distance.remedy else ""
     return f"not at a minimum: edm {distance.edm:.3g}{where}{remedy}"
+
+
+def endless_note(distance: Distance, params: Params) -> str | None:
+    """Returns a note for a table if the loss only approaches a limit."""
+    if not distance.is_endless:
+        return None
+    words = endless_words(distance, params)
+    return f"no minimum this way: the loss only approaches a limit{words}"
+
+
+def endless_words(distance: Distance, params: Params) -> str:
+    """Says along which parameters there is no minimum, and what helps."""
+    where = along(np.asarray(distance.direction, float), params)
+    return (
+        f"{where}, and standard errors mean nothing there: give a prior or a bound, "
+        "fit fewer parameters, or start from elsewhere. `intervals` has the limit on "
+        "the other side"
+    )
 
 
 def slope_note(distance: Distance, params: Params) -> str | None:
@@ -162,7 +183,9 @@ def slope_note(distance: Distance, params: Params) -> str | None:
     )
 
 
-def saddle_words(distance: Distance, params: Params) -> str:
+def saddle_words(
+    distance: Distance, params: Params, remedy: str = "start from elsewhere"
+) -> str:
     """Says why a point that `is_saddle` is none of a minimum, and what helps."""
     direction = np.asarray(distance.direction, float)
     where = along(direction, params).removeprefix(", ")
@@ -175,7 +198,7 @@ def saddle_words(distance: Distance, params: Params) -> str:
         )
     if not where:
         return "is flat here: start from elsewhere"
-    return f"curves downwards {where}: start from elsewhere"
+    return f"curves downwards {where}: {remedy}"
 
 
 def along(direction: np.ndarray, params: Params) -> str:

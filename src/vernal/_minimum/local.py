@@ -84,7 +84,7 @@ class Curved(NamedTuple):
     """The gradient and the Hessian at a point, in units of the Hessian's diagonal.
 
     `turn`, `loss`, `rounding` and `spacing` are as in `Triangle`; `tolerance` is as in
-    `Distance`, `scale` the root of the diagonal.
+    `Distance`, `scale` the root of the diagonal, `flat` are the parameters.
     """
 
     slope: Float[Array, " L"]
@@ -95,6 +95,7 @@ class Curved(NamedTuple):
     tolerance: Float[Array, ""]
     spacing: Float[Array, ""]
     scale: Float[Array, " D"]
+    flat: Float[Array | np.ndarray, " D"]
     held: Any = False
 
 
@@ -227,6 +228,7 @@ def curved(
         tolerance=tolerance,
         spacing=spacing,
         scale=scale,
+        flat=point.flat,
     )
 
 

@@ -19,7 +19,7 @@ from .edm import Distance
 from .formulas import by_svd, distance_of
 from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
 from .leftover import closer, unrounded
-from .local import Curved, Spectral, Triangle, noise_of_zero
+from .local import Curved, Local, Spectral, Triangle, noise_of_zero
 
 _measure = program(measure_hessian)
 
@@ -46,7 +46,7 @@ def second_look(
         return distance._replace(is_saddle=np.array(False))
     if not distance.is_leap:
         return distance
-    curved = jax.device_get(_measure(trainer, batch, kind))
+    curved = measure_by_hessian(trainer, batch, kind)
     found = distance_of(curved)._replace(
         tolerance=distance.tolerance, spacing=distance.spacing, is_leap=True
     )
@@ -89,6 +89,11 @@ def _without_kinks(around: Around, local: Curved) -> Curved:
     is_kept = ~np.isin(np.arange(size), kinks)
     rest = np.where(is_kept & is_kept[:, None], local.hessian, 0)
     return local._replace(hessian=rest, slope=np.where(is_kept, local.slope, 0))
+
+
+def measure_by_hessian(trainer: AbstractTrainer, batch: Any, kind: str) -> Local:
+    """Measures the surroundings by second derivatives, by the program of this look."""
+    return jax.device_get(_measure(trainer, batch, kind))
 
 
 def _is_saddle_closer(trainer: AbstractTrainer, batch: Any, local: Curved) -> bool:

@@ -25,6 +25,7 @@ class StopReason(enum.Enum):
     NO_PATIENCE = "The validation has not improved, and `stop` has no more patience."
     CONVERGED = "Converged."
     STALLED = "Stopped short of a minimum."
+    NO_MINIMUM = "There is no minimum this way: the loss only approaches a limit."
     MAX_STEPS = "The solver took `max_steps` steps and has not converged."
     DIVERGED = "The solver diverged."
     FAILED = "The solver gave up: one of its steps had no solution."
@@ -32,7 +33,7 @@ class StopReason(enum.Enum):
     @property
     def is_failure(self) -> bool:
         """Whether the parameters are not an answer: the fit broke off, or stopped short
-        of a minimum."""
+        of a minimum, or there is none."""
         return self in _FAILURES
 
     @property
@@ -54,6 +55,7 @@ _FAILURES = frozenset(
         StopReason.POLICY,
         StopReason.ERROR,
         StopReason.STALLED,
+        StopReason.NO_MINIMUM,
         StopReason.MAX_STEPS,
         StopReason.DIVERGED,
         StopReason.FAILED,

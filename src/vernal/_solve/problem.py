@@ -305,7 +305,8 @@ def is_suspect(reason: StopReason, in_vain: Any) -> bool:
     """Whether non-finite values may be why a solver ended so."""
     if reason is StopReason.MAX_STEPS:
         return bool(in_vain)
-    return reason not in (StopReason.CONVERGED, StopReason.STALLED)
+    ended_well = StopReason.CONVERGED, StopReason.STALLED, StopReason.NO_MINIMUM
+    return reason not in ended_well
 
 
 def find_bad(

@@ -15,6 +15,7 @@ from .._minimum import (
     Local,
     Lower,
     distance_of,
+    endless,
     lower_point,
     measure_jacobian,
     second_look,
@@ -307,6 +308,10 @@ class Rounds:
             none = History(np.zeros(0, int), np.zeros(0, old.best_loss.dtype))
             return FitResult(self._trainer, none, reason or StopReason.ERROR)
         found = self._found
+        if reason is None and found.reason is not StopReason.NON_FINITE:
+            distance = endless(*self._surroundings(found.end), found.distance)
+            why = settled(found.reason, distance)
+            found = found._replace(distance=distance, reason=why)
         end, projector = self._place.home((found.end, found.projector))
         losses, start = np.concatenate(self._losses), int(old.step_count)
         reason, counts = reason or found.reason, old.nan_counts

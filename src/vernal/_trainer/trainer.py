@@ -462,7 +462,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         reason is `CONVERGED` only where `edm` is below a thousandth of the scatter (the
         reduced chi-squared for `residuals`, one for `nll`, the fall so far for `loss`),
         or below what rounding of the loss hides, up to a fifth of an error bar along
-        each direction; else `STALLED`. The history has the loss that the solver
+        each direction; else `STALLED`, or `NO_MINIMUM` where the loss only approaches a
+        limit as a parameter runs off. The history has the loss that the solver
         reported at each step, before the step. The moments of an optimiser start
         afresh. If the solver ends at a non-finite value, a warning says where that
         comes from: the data, a parameter, a method.

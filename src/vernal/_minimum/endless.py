@@ -1,0 +1,166 @@
+"""Losses without a minimum on the way, which only approach a limit.
+
+The loss of classes that a line separates falls as the exponential of a slope, and so
+does that of a rate whose best value is zero, as the parameter goes to infinity. Its
+gradient and its curvature fall alike: the distance to the minimum becomes as small as
+one likes, and the error bar as long.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from .._step import AbstractTrainer
+from .edm import TOLERANCE, Distance
+from .formulas import by_svd, distance_of
+from .idle import Around
+from .local import Curved, Spectral, Triangle, noise_of_zero, rounding_of
+from .second_look import measure_by_hessian
+
+# A step to a minimum at infinity is not much shorter than the parameter: that of an
+# exponential is one, and of a power a share of it. The error bar is longer.
+_LEAST_STEP, _LEAST_BAR = 2.0**-13, 1
+
+# How many parameters are looked at one by one, those with the longest steps.
+_MOST_ELEMENTS = 8
+
+# Where to look, in such steps. Those up to two tell a slope from rounding errors. Two
+# steps ahead the slope at a minimum has changed its sign; that of an exponential, of a
+# tail of Gauss, or of a power has fallen to the least share of itself, or to the most.
+# Where second derivatives vanish, as at the minimum of a sixth power, it does so later.
+_AHEAD = 0.25, 0.5, 1, 2, 8, 22
+_LEAST_LEFT, _MOST_LEFT = 0.003, 0.9
+
+# The share of what a parabola rises by, or its slope, below which a loss does not rise:
+# a line leaves the floor of a bent valley.
+_NO_RISE = 0.05
+
+_ROUNDED = 16
+
+
+def endless(
+    trainer: AbstractTrainer, batch: Any, kind: str, local: Any, distance: Distance
+) -> Distance:
+    """Looks whether there is a minimum where the loss can hardly fall any further.
+
+    It looks ahead along the parameters whose step to the minimum is not much shorter
+    than they are: only there does this cost anything. The trainer is stripped; `kind`
+    is that of `what_falls`, `local` and `distance` are those of a `second_look`.
+    """
+    if not may_be_endless(kind, local, distance):
+        return distance
+    found = distance
+    if distance.is_leap:
+        # Towards infinity slopes of residuals vanish, and by these it leaps.
+        local = measure_by_hessian(trainer, batch, kind)
+        found = distance_of(local)._replace(
+            tolerance=distance.tolerance, spacing=distance.spacing, is_leap=True
+        )
+        if not (isinstance(local, Curved) and _is_low(kind, found)):
+            return distance
+    around = Around(trainer, batch, kind, float(found.noise))
+    for line in _lines(local):
+        if _falls_along(around, line):
+            ahead = line.bar * np.asarray(local.scale, float)
+            direction = (ahead / np.linalg.norm(ahead)).astype(found.direction.dtype)
+            return found._replace(direction=direction, is_endless=True)
+    return distance
+
+
+def may_be_endless(kind: str, local: Any, distance: Distance) -> bool:
+    """Whether a loss may have no minimum, and is worth a look."""
+    is_known = isinstance(local, Triangle | Spectral | Curved) and local.turn is None
+    if not is_known or distance.is_saddle:
+        return False
+    if distance.is_leap and kind == "residuals":
+        # A second look has seen that it rises around a minimum.
+        return not distance.is_minimum
+    return _is_low(kind, distance) and bool(_lines(local))
+
+
+def _is_low(kind: str, distance: Distance) -> bool:
+    """Whether the loss can hardly fall, as far as its derivatives tell."""
+    # The scale of a likelihood is known, however little its data scatter.
+    is_close = kind != "loss" and bool(distance.edm <= TOLERANCE)
+    return not distance.is_saddle and (distance.is_minimum or is_close)
+
+
+class _Line(NamedTuple):
+    """Along which elements may run away.
+
+    - `bar`: an error bar in its direction, in which the loss falls.
+    - `step`: the length of the step to the minimum, in error bars.
+    """
+
+    bar: Float[np.ndarray, " D"]
+    step: float
+
+
+def _lines(local: Triangle | Spectral | Curved) -> list[_Line]:
+    """Returns lines of the elements whose step is not much shorter than they are.
+
+    Along the first all of them take their steps, and the others follow, so that the
+    loss rises least. Then comes a line for each.
+    """
+    if not isinstance(local.scale, np.ndarray):
+        local = jax.device_get(local)
+    values, right, inner = _decomposed(local)
+    whitener = right.T / values
+    bars, steps = np.linalg.norm(whitener, axis=1), -whitener @ inner
+    size = abs(np.asarray(local.flat, float) * local.scale)
+    # Slopes of rounding errors lead nowhere.
+    eps = float(np.finfo(local.rounding.dtype).eps)
+    least = _ROUNDED * eps * np.sqrt(2 * abs(float(local.loss)))
+    is_clear = (abs(steps) > least * bars) & (bars > _LEAST_BAR * size)
+    shares = np.where(is_clear, abs(steps), 0) / np.where(size > 0, size, 1)
+    order = np.argsort(-shares, kind="stable")
+    found = order[: np.count_nonzero(shares > _LEAST_STEP)]
+    lines = []
+    for own in (found, *found[:_MOST_ELEMENTS, None]) if len(found) else ():
+        latent = np.linalg.pinv(whitener[own]) @ steps[own]
+        length = float(np.linalg.norm(latent))
+        lines.append(_Line(whitener @ latent / length / local.scale, length))
+    return lines
+
+
+def _decomposed(
+    local: Triangle | Spectral | Curved,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the singular values that count, as of a Jacobian, and what they go with.
+
+    These are the right vectors, as rows, and the products of the left with residuals.
+    """
+    noise = noise_of_zero(len(local.scale), local.rounding.dtype)
+    if isinstance(local, Curved):
+        hessian = local.hessian.astype(float)
+        squares, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+        is_kept = squares > noise * abs(squares).max(initial=0)
+        values, right = np.sqrt(squares[is_kept]), vectors.T[is_kept]
+        return values, right, right @ local.slope.astype(float) / values
+    local = by_svd(local) if isinstance(local, Triangle) else local
+    is_kept = local.values > noise * local.values.max(initial=0)
+    return local.values[is_kept], local.right[is_kept], local.inner[is_kept]
+
+
+def _falls_along(around: Around, line: _Line) -> bool:
+    """Whether the loss falls along a line as if towards a limit, and does not rise.
+
+    What a bound cuts off, or is not finite there, says nothing.
+    """
+    steps, point = line.step * np.array(_AHEAD), around.point
+    asked = np.vstack([point, point + steps[:, None] * line.bar]).astype(point.dtype)
+    seen = around.look(point, steps, line.bar)
+    if seen is None or not np.array_equal(seen.points, asked):
+        return False
+    losses, slopes = seen.losses.astype(float), seen.slopes.astype(float) @ line.bar
+    if not (np.isfinite(losses).all() and np.isfinite(slopes).all()):
+        return False
+    unseen = float(rounding_of(seen.losses[0]))
+    rises = losses[-1] - losses[0] > _NO_RISE * steps[-1] ** 2 / 2 + unseen
+    turns = slopes[1:] > _NO_RISE * steps
+    two = _AHEAD.index(2) + 1
+    falls = (np.diff(slopes[: two + 1]) > 0).all() and slopes[0] < 0
+    is_left = _LEAST_LEFT < slopes[two] / slopes[0] < _MOST_LEFT if falls else False
+    return bool(is_left and not (rises or turns.any()))
