@@ -1,6 +1,7 @@
 """What a result of many tells: errors, tables, columns, and which members failed."""
 
 import functools
+import itertools
 import pickle
 import warnings
 
@@ -336,7 +337,8 @@ def test_columns():
     result, data = solved(), spectra()
     columns, errors = result.to_dict(data), result.errors(data)
     names = ["mean", "error[mean]", "std", "error[std]", "power", "error[power]"]
-    assert list(columns) == [*names, "best_loss", "edm", "stop_reason"]
+    good = ["chi_squared", "data_count", "degrees_of_freedom"]
+    assert list(columns) == [*names, "best_loss", "edm", "stop_reason", *good]
     np.testing.assert_array_equal(columns["std"], result.params.std)
     np.testing.assert_array_equal(columns["error[std]"], errors.std)
     np.testing.assert_array_equal(columns["edm"], result.edms)
@@ -346,6 +348,49 @@ def test_columns():
     assert frame.index.name == "member"
     np.testing.assert_array_equal(frame["power"], result.params.power)
     assert frame.loc[list(BROKEN), "error[mean]"].isna().all()
+
+
+class Heights(vn.Trainer):
+    """Counts, or what scatters with an error of one or with long tails."""
+
+    def residuals(self, model, batch):
+        kind, y, where = batch
+        mu = jnp.broadcast_to(model["a"] + 0 * model["idle"], y.shape)
+        if kind == "counts":
+            return vn.likelihoods.Poisson(mu, y, where=where)
+        if kind == "robust":
+            return vn.likelihoods.Robust(mu - y, where=where)
+        return vn.likelihoods.Gaussian(mu, y, jnp.ones(()), where=where)
+
+
+# What the data are, and what is known beside them.
+GOODNESS = {
+    "counts": ("counts", {}),
+    "normal": ("normal", {}),
+    "robust": ("robust", {}),
+    "at a bound": ("normal", {"bounds": {"a": (None, 8.0)}}),
+    "priors": ("normal", {"priors": {"a": vn.Normal(2.0, 0.5)}}),
+}
+
+
+@pytest.mark.parametrize("name", GOODNESS)
+def test_how_good_each_is_stands_beside_it(name):
+    kind, options = GOODNESS[name]
+    counts = np.random.default_rng(1).poisson(9.0, (4, 20)).astype(float)
+    data = kind, counts, np.arange(20) < np.array([20, 15, 8, 3])[:, None]
+    model = {"a": jnp.asarray(8.0), "idle": jnp.asarray(1.0)}
+    axes = None, 0, 0
+    trainers = [Heights(model, **options)] * 4
+    result = vn.fit_many(trainers, data, 50, data_axis=axes, solver=LM)
+    columns = result.to_dict(data)
+    names = {"chi_squared", "data_count", "degrees_of_freedom"}
+    if name in ("robust", "priors"):
+        assert not names & columns.keys()
+        return
+    for index, own in itertools.product(range(4), names):
+        theirs = getattr(result.report(index, data), own)
+        np.testing.assert_allclose(columns[own][index], theirs, rtol=1e-12)
+    assert not names & result.to_dict().keys()
 
 
 def test_names_that_are_taken():

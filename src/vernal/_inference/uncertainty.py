@@ -169,6 +169,21 @@ class KnownErrors(NamedTuple):
     scatter: Scatter | None
     lacks_scatter: Bool[Array, "..."]
 
+    def goodness(self, trainer: AbstractTrainer) -> dict[str, np.ndarray]:
+        """Returns how good the fit of each member is, by the names of a report."""
+        # The rows of priors are among the residuals.
+        if self.scatter is None or priors_of(trainer) is not None:
+            return {}
+        if np.any(self.scatter.data.is_robust):
+            return {}
+        squares, rank = self.scatter.squares, np.asarray(self.scatter.rank)
+        count = np.broadcast_to(self.scatter.data.size, squares.shape)
+        return {
+            "chi_squared": squares,
+            "data_count": count,
+            "degrees_of_freedom": count - rank,
+        }
+
     def scaled(self, trainer: AbstractTrainer, kind: ErrorKind | None) -> "KnownErrors":
         """Multiplies the errors of each member by the scatter of its residuals."""
         if self.scatter is None:

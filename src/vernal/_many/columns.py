@@ -42,6 +42,22 @@ class Met(NamedTuple):
     limited: Columns
 
 
+class ByElement(NamedTuple):
+    """Columns by the names of elements.
+
+    - `values`, `errors`: those of the elements; the latter may be none.
+    - `met`: which values are at a bound.
+    - `words`: what there is to say of a column.
+    - `goodness`: columns beside them, which say how good a fit is.
+    """
+
+    values: Columns
+    errors: Columns
+    met: Met
+    words: dict[str, str]
+    goodness: Columns
+
+
 def as_columns(
     values: Columns, errors: Columns, at_bound: Columns, **others: Any
 ) -> dict[str, Any]:
@@ -60,17 +76,10 @@ def as_columns(
 
 
 def as_table(
-    values: Columns,
-    errors: Columns,
-    met: Met,
-    words: dict[str, str],
-    losses: np.ndarray,
-    reasons: Sequence[StopReason],
+    found: ByElement, losses: np.ndarray, reasons: Sequence[StopReason]
 ) -> str:
-    """Writes a row for each member, and a line about those that failed.
-
-    `met` says which values are at a bound; `words` what there is to say of a column.
-    """
+    """Writes a row for each member, and a line about those that failed."""
+    values, errors, met, words, _ = found
     flags_of = held(errors, met)
     names = list(values)[:_MOST_COLUMNS]
     more = len(values) - len(names)

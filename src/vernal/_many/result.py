@@ -23,7 +23,15 @@ from .._step import bounds_of, noted_as_member, tied_words
 from .._storage import History
 from .._trainer import Trainer
 from .._tree import by_path
-from .columns import Columns, Met, as_columns, as_table, bounds_met, by_element, held
+from .columns import (
+    ByElement,
+    Met,
+    as_columns,
+    as_table,
+    bounds_met,
+    by_element,
+    held,
+)
 from .data_axis import members_first
 from .errors import errors_of_each, warn_if_any_is_far
 from .mapped_chunk import Flags, member
@@ -227,8 +235,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         of what is held at its bound.
         """
         losses = np.asarray(self.best_losses)
-        columns = self._by_element(data, ErrorOptions(scale_errors, jac, kind))
-        return as_table(*columns, losses, self.stop_reasons)
+        found = self._by_element(data, ErrorOptions(scale_errors, jac, kind))
+        return as_table(found, losses, self.stop_reasons)
 
     @entrance
     def to_dict(
@@ -249,21 +257,23 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         **Returns:**
 
         A dictionary of arrays with a number for each member, also of tied parameters:
-        `"peak.flux"`, and with
-        `data` its error, `"error[peak.flux]"`, and where it has bounds
-        `"at_bound[peak.flux]"`, whether it is held at one; `"best_loss"`, `"edm"`, and
-        `"stop_reason"`, a list of sentences. (If a parameter has one of these names,
-        the other key is `"<edm>"`.)
+        `"peak.flux"`, and with `data` its error, `"error[peak.flux]"`, and where it has
+        bounds `"at_bound[peak.flux]"`, whether it is held at one; `"best_loss"`,
+        `"edm"`, and `"stop_reason"`, a list of sentences. With `data`, for `residuals`
+        that are not robust, and without priors, also `"chi_squared"`, `"data_count"`
+        and `"degrees_of_freedom"`, as in a [`vernal.Report`][]. (If a parameter has one
+        of these names, the other key is `"<edm>"`.)
         """
         options = ErrorOptions(scale_errors, jac, kind)
-        values, errors, met, _ = self._by_element(data, options)
+        found = self._by_element(data, options)
         return as_columns(
-            values,
-            errors,
-            held(errors, met),
+            found.values,
+            found.errors,
+            held(found.errors, found.met),
             best_loss=np.asarray(self.best_losses),
             edm=self.edms,
             stop_reason=[str(reason) for reason in self.stop_reasons],
+            **found.goodness,
         )
 
     @entrance
@@ -303,16 +313,11 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         warn_if_any_is_far(found, member_of, options)
         return found
 
-    def _by_element(
-        self, data: Any, options: ErrorOptions
-    ) -> tuple[Columns, Columns, Met, dict[str, str]]:
-        """Returns a column for each element: its values, errors, and bounds met.
-
-        The last is what there is to say of a column beside its name.
-        """
+    def _by_element(self, data: Any, options: ErrorOptions) -> ByElement:
+        """Returns a column for each element; without data there are no errors."""
         is_scaled = boolean(options.scale_errors, "scale_errors")
         values, errors, words = by_element(self.params), {}, {}
-        met = Met({}, {})
+        met, goodness = Met({}, {}), {}
         if tied := tied_words(self.trainers):
             models = eqx.filter_vmap(lambda trainer: trainer.model)(self.trainers)
             leaves = by_path(models).by_name()
@@ -323,10 +328,11 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         if data is not None:
             found = self._errors(data, options._replace(scale_errors=is_scaled))
             errors = by_element(found.own) | by_element(found.tied)
+            goodness = found.goodness(self.trainers)
         if bounds_of(self.trainers) is not None:
             flags = eqx.filter_vmap(bounds_met)(self.trainers)
             met = Met(*map(by_element, flags))
-        return values, errors, met, words
+        return ByElement(values, errors, met, words, goodness)
 
     def explain(self, index: int) -> str:
         """Says why the fit of one member ended, and what could still fall.
