@@ -38,7 +38,7 @@ from .._step import (
     is_of_other_code,
     noted,
     progress_of,
-    warn_of_rounded_data,
+    warn_of_suspect_data,
     with_progress,
     with_some_best,
     without_best,
@@ -125,7 +125,7 @@ class FitRun:
             self._template = subject.template(placed)
             self._record = Record(self._template, options.record, self._peek)
             seen = lambda: (self._template, self._peek())
-            warn_of_rounded_data(self.source, "data", seen)
+            warn_of_suspect_data(self.source, "data", self._template, seen)
         self._every = subject.number(options.every)
         self.has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.

@@ -42,7 +42,7 @@ from .._step import (
     scorer_of,
     stripped,
     warn_of_no_data,
-    warn_of_rounded_data,
+    warn_of_suspect_data,
     with_progress,
 )
 from .._storage import History
@@ -102,7 +102,7 @@ def solve_many(
         like = subject.template(trainer), subject.row(batch)
         require_same(trainer, batch, like, **options)
         whole = Whole(batch)
-        warn_of_rounded_data(whole, "data", lambda: like)
+        warn_of_suspect_data(whole, "data", trainer, lambda: like)
         scorer = scorer_of(trainer, whole)
         trainer = subject.begun(trainer, whole, scorer, is_solved=True)
         flags = (*subject.config, *subject.flags(batch))

@@ -3,7 +3,8 @@
 `programs` finds the program of a call, or compiles it again where its code has changed.
 `shelves` decides which compiled programs are kept. `prepared` prepares arguments.
 `one_function` makes small loops fast, `branch` what would wait for the host.
-`conversions` follows integers to where they become floats.
+`conversions` follows integers to where they become floats, `pairs` arrays to where all
+pairs of their elements are summed.
 """
 
 from .branch import chosen
@@ -16,5 +17,6 @@ from .one_function import (
     is_refused,
     is_switched_on,
 )
+from .pairs import sums_over_pairs
 from .prepared import prepared
 from .programs import Version, forget, hash_of_code, program, version_of

@@ -92,7 +92,6 @@ from .progress import (
     without_best,
 )
 from .replace import member_axes, replaced_fields, reproject
-from .rounded_data import warn_of_rounded_data
 from .scored_by import (
     Scorer,
     code_of,
@@ -107,6 +106,7 @@ from .scored_by import (
     scorer_of,
 )
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
+from .suspect_data import warn_of_suspect_data
 from .usable import (
     refuse_stacked,
     refuse_two_points,

@@ -4,10 +4,16 @@ import math
 import weakref
 from typing import Any
 
+import jax
+from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
 from .._boundary import spelled_leaves, warn_once
+from .._program import sums_over_pairs
 from .abstract_trainer import AbstractTrainer
+
+# The classes whose losses do not sum over pairs, with the shapes of their data.
+_fine: set[Any] = set()
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -63,3 +69,31 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
         UserWarning,
         of=(warn_of_outer, weakref.ref(type(trainer))),
     )
+
+
+def is_to_be_seen(trainer: AbstractTrainer, data: Any) -> bool:
+    """Whether a loss of data of these shapes may sum over pairs, as far as is known."""
+    has_loss = {"loss", "nll"}.intersection(dir(type(trainer)))
+    return bool(has_loss) and _known_by(trainer, data) not in _fine
+
+
+def warn_of_pairs(trainer: AbstractTrainer, data: Any, jaxpr: Jaxpr) -> None:
+    """Warns, once for a class, of a loss that sums over all pairs of data."""
+    if (size := sums_over_pairs(jaxpr)) is None:
+        _fine.add(_known_by(trainer, data))
+        return
+    kind = type(trainer)
+    warn_once(
+        f"The loss of `{kind.__name__}` sums over {size} x {size} pairs: an array of "
+        f"shape ({size}, 1) broadcasts against one of shape ({size},), so that each "
+        "datum is compared with each value of the model, and the fit and its errors "
+        "are wrong. Give them one shape, such as by `y[:, 0]`. If it is on purpose, "
+        "make the column of a vector, by `y[:, 0][:, None]`.",
+        UserWarning,
+        of=(warn_of_pairs, weakref.ref(kind)),
+    )
+
+
+def _known_by(trainer: AbstractTrainer, data: Any) -> Any:
+    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(data)]
+    return weakref.ref(type(trainer)), *shapes

@@ -1,4 +1,4 @@
-"""A warning of data whose digits are lost in float32, though they were given so."""
+"""Warnings of data whose digits are lost, or of which all pairs are summed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.extend.core import Jaxpr
 
 from .._boundary import (
     rounded_integers,
@@ -17,32 +18,46 @@ from .._data import Minibatches, Source, Stream
 from .._program import turned_into_floats
 from .abstract_trainer import AbstractTrainer
 from .objective import live, score, step_key
+from .outer import is_to_be_seen, warn_of_pairs
 
 
-def warn_of_rounded_data(
-    source: Source, name: str, seen: Callable[[], tuple[AbstractTrainer, Any]]
+def warn_of_suspect_data(
+    source: Source,
+    name: str,
+    trainer: AbstractTrainer,
+    seen: Callable[[], tuple[AbstractTrainer, Any]],
 ) -> None:
     """Warns of coordinates in float32, and of integers that the model turns into it.
 
     A difference of integers is exact, and so is an index: only those that become floats
-    as they are count. Of a stream nothing is looked at. `seen` returns a trainer, and a
-    batch of the data as it sees it, or their shapes.
+    as they are count. It warns, too, of a loss that sums over all pairs of two arrays.
+    Of a stream nothing is looked at. `seen` returns a trainer, and a batch of the data
+    as it sees it, or their shapes.
     """
     if isinstance(source, Stream):
         return
     data = source.arrays if isinstance(source, Minibatches) else source.batch
     warn_of_single_leaves(data, name)
-    if not (suspects := rounded_integers(data)):
+    suspects = rounded_integers(data)
+    if not suspects and not is_to_be_seen(trainer, data):
         return
     trainer, batch = seen()
     jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
+    warn_of_pairs(trainer, data, jaxpr)
+    if suspects:
+        _warn_of_rounded(suspects, jaxpr, batch, (name, data))
+
+
+def _warn_of_rounded(
+    suspects: list[int], jaxpr: Jaxpr, batch: Any, named: tuple[str, Any]
+) -> None:
     is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     places = [i for i, leaf in enumerate(jax.tree.leaves(batch)) if is_array(leaf)]
     inputs = jaxpr.invars[len(jaxpr.invars) - len(places) :]
     lossy = {places[i] for i in turned_into_floats(jaxpr, inputs)}
-    named = list(spelled_leaves(name, data))
+    leaves = list(spelled_leaves(*named))
     for i in sorted(lossy.intersection(suspects)):
-        where, leaf = named[i]
+        where, leaf = leaves[i]
         warn_of_rounded_integers(np.asarray(leaf), where)
 
 

@@ -1,0 +1,97 @@
+"""Whether a function sums over all pairs of two arrays that are as long."""
+
+import math
+from typing import Any
+
+from jax.extend.core import Jaxpr, Var
+
+from .host import inner_jaxprs
+
+# What has each element of its result from those at the same place.
+_ELEMENTWISE = frozenset(
+    (
+        *("add", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "select_n"),
+        *("integer_pow", "square", "pow", "sqrt", "rsqrt", "exp", "exp2", "expm1"),
+        *("log", "log1p", "logistic", "tanh", "erf", "erfc", "lgamma", "add_any"),
+        *("is_finite", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"),
+        *("convert_element_type", "copy", "stop_gradient"),
+    )
+)
+_RESHAPES = frozenset(("broadcast_in_dim", "reshape", "expand_dims"))
+
+# What is known of an array: a vector that has been given another axis, as a row or as a
+# column, another column, what belongs to pairs of these, or one number everywhere.
+_ROW, _MADE, _COLUMN, _PAIRS, _FILLED = "row", "made", "column", "pairs", "filled"
+
+
+def sums_over_pairs(jaxpr: Jaxpr) -> int | None:
+    """Returns how long two arrays are of which all pairs are summed, if there are any.
+
+    One is a column, of shape `(n, 1)`, and the other a vector, of shape `(n,)`, which
+    broadcasts against it. A column that has been made from a vector, by `x[:, None]`,
+    is one on purpose, and so are pairs that are compared with an array of all of them,
+    such as an image.
+    """
+    found: list[int] = []
+    _follow(jaxpr, {}, found)
+    return found[0] if found else None
+
+
+def _follow(jaxpr: Jaxpr, known: dict[Any, str], found: list[int]) -> None:
+    """Adds what is known of variables to `known`, and sums over pairs to `found`."""
+    for eqn in jaxpr.eqns:
+        own = [known.get(x) if isinstance(x, Var) else None for x in eqn.invars]
+        shapes, name = list(map(_shape, eqn.invars)), eqn.primitive.name
+        shape, kind = _shape(eqn.outvars[0]) if eqn.outvars else (), None
+        if name in _RESHAPES:
+            kind = _reshaped(own[0], shapes[0], shape)
+        elif name in _ELEMENTWISE:
+            kind = _of_elements(own, shapes, shape)
+        elif name == "reduce_sum" and own[0] == _PAIRS and shape == ():
+            found.append(max(shapes[0]))
+        if kind:
+            known[eqn.outvars[0]] = kind
+        for inner in inner_jaxprs(eqn):
+            # What a function takes, and what it returns, comes last.
+            taken = zip(reversed(inner.invars), reversed(own), strict=False)
+            within = {var: kind for var, kind in taken if kind}
+            _follow(inner, within, found)
+            given = zip(reversed(eqn.outvars), reversed(inner.outvars), strict=False)
+            known.update(
+                {v: within[x] for v, x in given if isinstance(x, Var) and x in within}
+            )
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
+
+
+def _reshaped(
+    own: str | None, before: tuple[int, ...], after: tuple[int, ...]
+) -> str | None:
+    if math.prod(before) == 1:
+        return _FILLED
+    if len(before) == 1:
+        return _ROW if after == (1, *before) else _MADE if after[1:] == (1,) else None
+    return _kind_of(own, before) if len(before) == len(after) == 2 else None
+
+
+def _kind_of(own: str | None, shape: tuple[int, ...]) -> str | None:
+    """What is known of an array, by its shape too."""
+    if math.prod(shape) == 1:
+        return _FILLED
+    return _COLUMN if own is None and shape[1:] == (1,) else own
+
+
+def _of_elements(
+    own: list[str | None], shapes: list[tuple[int, ...]], shape: tuple[int, ...]
+) -> str | None:
+    """Returns what is known of a result, given what is known of what it comes from."""
+    if len(shape) != 2:
+        return None
+    kinds = set(map(_kind_of, own, shapes)) - {_FILLED}
+    if kinds == {_ROW, _COLUMN} and shape[0] == shape[1]:
+        return _PAIRS
+    if _PAIRS in kinds and kinds <= {_PAIRS, _ROW, _COLUMN}:
+        return _PAIRS
+    return kinds.pop() if len(kinds) == 1 else None
