@@ -47,7 +47,7 @@ from .precision import (
     warn_of_single_leaves,
 )
 from .rounding import REMEDY, spacing, warn_of_rounded_integers
-from .signatures import takes, takes_methods
+from .signatures import refuse_taken, takes, takes_methods
 from .traced import UNROLL, RefusedError, is_traced, refuse_program, refuse_traced
 from .type_checks import ModuleMeta, Params, PyTree, checked
 from .warnings import ObjectiveWarning, PrecisionWarning, warn_once

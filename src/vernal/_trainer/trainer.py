@@ -15,6 +15,7 @@ from .._boundary import (
     PyTree,
     entrance,
     narrowed_tree,
+    refuse_taken,
     refuse_traced,
     refuse_unknown,
 )
@@ -189,8 +190,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Raises:**
 
-        - `TypeError`: if the class defines none of `loss`, `residuals`, `nll`, or an
-            argument is of the wrong kind.
+        - `TypeError`: if the class defines none of `loss`, `residuals`, `nll`, or has
+            a field of the name of a property, field or method of every trainer; or if
+            an argument is of the wrong kind.
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train; if the projector does not fit; if
             bounds are the wrong way round, or the start is outside of them, or is not
@@ -198,6 +200,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             round in a circle; or if a frozen parameter has a bound or a prior.
         """
         check_arguments(nan_policy, projector, key)
+        refuse_taken(type(self), Trainer)
         check_class(self, key, state, priors)
         model = checked_model(model)
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
