@@ -15,6 +15,7 @@ from .._boundary import (
     PyTree,
     entrance,
     narrowed_tree,
+    outside_mesh,
     refuse_taken,
     refuse_traced,
     refuse_unknown,
@@ -416,6 +417,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return fit(subject, self, data, steps, keywords)
 
     @entrance
+    @outside_mesh
     def solve(
         self: SelfT,
         solver: Solver,
@@ -508,6 +510,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         kind: FisherKind | None = None,
     ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
+    @outside_mesh
     def fisher(
         self,
         batch: Batch,
@@ -577,6 +580,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
+    @outside_mesh
     def curvature(
         self,
         batch: Batch,
@@ -595,6 +599,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return curvature(self, batch, blocks, Passes(batch_size, jac))
 
     @entrance
+    @outside_mesh
     def reproject(
         self: SelfT,
         projector: EigenProjector | None,
@@ -618,6 +623,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return reproject(self, projector, optimiser)
 
     @entrance
+    @outside_mesh
     def whiten(
         self: SelfT,
         batch: Batch,
@@ -663,6 +669,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return reproject(self, projector, optimiser)
 
     @entrance
+    @outside_mesh
     def standard_errors(
         self,
         batch: Batch,
@@ -719,6 +726,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return standard_errors(self, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
+    @outside_mesh
     def table(
         self,
         batch: Batch | None = None,
@@ -748,6 +756,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return table(self, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
+    @outside_mesh
     def report(
         self,
         batch: Batch,
@@ -799,6 +808,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return report(self, batch, data_count, options)
 
     @entrance
+    @outside_mesh
     def propagate(
         self,
         fn: Callable[[Model], Any],
@@ -848,6 +858,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return propagate(self, fn, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
+    @outside_mesh
     def draw(
         self,
         key: PRNGKeyArray,
@@ -915,6 +926,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         jac: Mode | None = None,
     ) -> dict[str, Profile[Model]]: ...
     @entrance
+    @outside_mesh
     def profile(
         self,
         solver: Solver,
@@ -983,6 +995,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return profile(self, solver, batch, name, values, options)
 
     @entrance
+    @outside_mesh
     def intervals(
         self,
         solver: Solver,
@@ -1039,6 +1052,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return intervals(self, solver, batch, names, level, options)
 
     @entrance
+    @outside_mesh
     def objective(
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
