@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from .._boundary import PyTree, prng_key, spelled_leaves, takes, whole_number
+from .._boundary import (
+    PyTree,
+    entrance,
+    prng_key,
+    spelled_leaves,
+    takes,
+    whole_number,
+)
 from .._pickling import Portable
 from .batch import ManyBatches, as_batch
 
@@ -55,6 +62,7 @@ class Minibatches(ManyBatches, Portable, eqx.Module):
     size: int = eqx.field(static=True)
     key: PRNGKeyArray
 
+    @entrance
     def __init__(self, arrays: PyTree, size: int, *, key: PRNGKeyArray):
         """**Arguments:**
 

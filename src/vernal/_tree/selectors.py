@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from .._boundary import first_names, in_few_words, nearest_names, takes
+from .._boundary import entrance, first_names, in_few_words, nearest_names, takes
 from .paths import Leaf, UnknownPathError, is_float, is_inexact, named_leaves
 
 T = TypeVar("T")
@@ -266,6 +266,7 @@ def keep(tree: T, owners: Sequence[int | None]) -> tuple[T, T]:
     )
 
 
+@entrance
 def split(tree: T, selector: Selector) -> tuple[T, T]:
     """Splits a pytree into the parameters that a selector chooses and the rest.
 
