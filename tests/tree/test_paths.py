@@ -455,3 +455,19 @@ def test_one_in_its_own_order_is_taken():
     ordered = collections.OrderedDict(ODD)
     assert len(vn.paths(ordered)) == 2
     assert int(Mean(ordered, optax.sgd(0.1)).fit(ordered, 2).trainer.step_count) == 2
+
+
+# Empty selectors
+
+
+EMPTY = {
+    "rules": lambda: vn.ParamOptimiser({"a": None, (): optax.sgd(0.1)}),
+    "bounds": lambda: Mean({"a": jnp.ones(4)}, bounds={(): (0, 1)}),
+    "ties": lambda: Mean({"a": jnp.ones(4)}, ties={((),): "a"}),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_selector_matches_nothing(name):
+    with pytest.raises(vn.UnknownPathError, match=f"`{name}`: .* is empty, and match"):
+        EMPTY[name]()

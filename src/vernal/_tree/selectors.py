@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -101,6 +101,16 @@ def atoms(selector: Any, argument: str) -> Iterator[Any]:
             f"`{argument}` has the selector {in_few_words(selector)}. A selector is a "
             "path, a glob, a predicate `(path, leaf) -> bool`, or a tuple of these."
         )
+
+
+def require_atoms(selectors: Iterable[Any], argument: str) -> None:
+    """Refuses what is no selector, and an empty tuple, which matches nothing."""
+    for selector in selectors:
+        if not list(atoms(selector, argument)):
+            raise UnknownPathError(
+                f"`{argument}`: the selector {written(selector)} is empty, and matches "
+                "nothing. Leave it out."
+            )
 
 
 def resolve(
