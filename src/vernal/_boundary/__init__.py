@@ -1,10 +1,10 @@
 """What comes from a user: arguments checked, arrays refused, warnings, tracebacks.
 
-`arguments` checks values, `signatures` functions, `type_checks` annotations; `foreign`
-refuses arrays that JAX cannot use, `precision` narrows those in 64 bits, `rounding`
-warns where that matters, `explicit` has those on a mesh computed with; `names` names
-the leaves of a tree; `frames` and `warnings` point to the user's code; `traced` and
-`debugging` see to what JAX is doing when a function is called.
+`arguments` checks values, `signatures` functions and classes, `type_checks`
+annotations; `foreign` refuses what JAX cannot use, `precision` narrows arrays in 64
+bits, `rounding` warns where that matters, `explicit` has those on a mesh computed with;
+`names` names the leaves of a tree; `frames` and `warnings` point to the user's code;
+`traced` and `debugging` see to what JAX is doing when a function is called.
 """
 
 from .arguments import (
