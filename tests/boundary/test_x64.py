@@ -153,6 +153,20 @@ def test_parts_in_float64_of_a_trainer_in_float32(name):
         assert {x.dtype.name for x in floats if isinstance(x, jax.Array)} == {"float32"}
 
 
+def test_minibatches_in_float64_of_a_trainer_in_float32():
+    times = BJD + np.linspace(0, 30, 8)
+    with jax.enable_x64(True):
+        data, precise = (
+            vn.Minibatches((x, X), 4, key=jax.random.key(0)) for x in (X, times)
+        )
+    with jax.enable_x64(False):
+        trainer = made()
+        fitted = trainer.fit(data, 3).trainer
+        assert fitted.params.slope.dtype == jnp.float32
+        with pytest.warns(vn.PrecisionWarning, match=r"`data\.arrays\[0\]`"):
+            trainer.fit(precise, 1)
+
+
 # Data that float32 does not hold
 
 BJD = 2459000.5

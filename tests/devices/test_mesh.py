@@ -81,6 +81,41 @@ ON_EXPLICIT = {
     "fit_many": lambda t, data: vn.fit_many([t, t], data, 9).trainers.params,
 }
 LM = optx.LevenbergMarquardt(1e-8, 1e-8)
+CONVERGED = {"stop": vn.Converged(1e-9, 5)}
+WITHIN_EXPLICIT = {
+    "solve, and go on": lambda t, data: (
+        t.whiten(data).solve(LM, data).trainer.fit(data, 3).trainer.params
+    ),
+    "a fit that converges": lambda t, data: t.fit(data, 900, **CONVERGED).edm[None],
+    "many that converge": lambda t, data: vn.fit_many([t], data, 900, **CONVERGED).edms,
+    "fit_many": lambda t, data: vn.fit_many([t, t], data, 30, solver=LM).errors(data),
+    "report": lambda t, data: t.report(data).chi_squared,
+    "table": lambda t, data: len(t.table(data)),
+    "propagate": lambda t, data: t.solve(LM, data).trainer.propagate(
+        lambda m: 2 * m.power, data
+    ),
+    "draw": lambda t, data: t.solve(LM, data).trainer.draw(jax.random.key(0), 3, data),
+    "objective": lambda t, data: t.objective(data)[1],
+    "intervals": lambda t, data: t.solve(LM, data).trainer.intervals(LM, data),
+}
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("name", WITHIN_EXPLICIT)
+def test_what_is_computed_within_a_mesh_with_types(name, is_there):
+    """Whether the parameters and the data lie there or not."""
+    data = jax.tree.map(lambda leaf: leaf[:16], BATCH)
+    compute = WITHIN_EXPLICIT[name]
+    known = compute(GaussianFit(gaussian(), ADAM), data)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        model, place = gaussian(), NamedSharding(mesh, P())
+        if is_there:
+            model, data = jax.device_put((model, data), place)
+        found = compute(GaussianFit(model, ADAM), data)
+        # JAX goes on with it there.
+        doubled = jax.tree.map(lambda x: 2 * x, found)
+    close(jax.device_get(doubled), jax.tree.map(lambda x: 2 * x, known), 1e-5)
 
 
 @pytest.mark.parametrize("name", ON_EXPLICIT)

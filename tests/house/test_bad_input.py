@@ -160,7 +160,7 @@ TABLE = {
     "a number as a selector": (
         lambda: rules({3: SGD}).init(line()),
         TypeError,
-        r"`rules`.*selector 3, a int",
+        r"`rules`.*selector 3\. A",
     ),
     "a number within one": (
         lambda: rules({("slope", 1): SGD}).init(line()),

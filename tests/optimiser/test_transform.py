@@ -247,6 +247,13 @@ def test_compositions_survive_and_share(name):
     )
 
 
+def test_lookahead_is_refused_by_name():
+    tx = optax.lookahead(optax.sgd(0.1), 3, 0.5)
+    for given in (tx, optax.chain(optax.clip(1.0), tx), optax.masked(tx, {"x": True})):
+        with pytest.raises(TypeError, match=r"`rules\['x'\]` is, .*optax\.lookahead"):
+            vn.ParamOptimiser({"x": given})
+
+
 @pytest.mark.seams
 @pytest.mark.parametrize(
     "tx",

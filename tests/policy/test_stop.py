@@ -389,7 +389,7 @@ class Labelled(vn.StopCriterion):
 
 
 def test_a_field_that_hides_a_method_is_refused_where_it_is_made():
-    with pytest.raises(TypeError, match="`reason` of `Labelled` is 'far', but is a"):
+    with pytest.raises(TypeError, match="`Labelled`: `reason` is a method of every"):
         Labelled("far")
 
 

@@ -1,7 +1,13 @@
 """Which numbers of a model are parameters, and how the others are seen."""
 
+import collections
 import dataclasses
 import enum
+import functools
+import logging
+import math
+import threading
+import types
 
 import equinox as eqx
 import jax
@@ -271,12 +277,68 @@ class Plain:
     def __init__(self, value):
         self.value = value
 
+    def method(self):
+        return self.value
 
+
+class Slotted:
+    __slots__ = ("empty", "value")
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Careful(Plain):
+    """Objects of the user whose attributes are not to be computed."""
+
+    @property
+    def large(self):
+        pytest.fail("a property was asked for")
+
+
+class MyDict(dict):
+    pass
+
+
+class MyTuple(tuple):
+    pass
+
+
+def circle(value):
+    one = Plain(value)
+    one.other = [Plain(one), one]
+    return one
+
+
+ARRAY = jnp.array(1.0)
 Line = dataclasses.make_dataclass("Line", ["value", "name"], namespace={})
+MODULE = r"make it an `eqx\.Module`, or register"
 OPAQUE = {
-    "dataclass": Line(jnp.array(1.0), "a"),
-    "nested": Line({"a": [jnp.ones(3)]}, "a"),
-    "object": Plain(jnp.array(1.0)),
+    "dataclass": (Line(ARRAY, "a"), "Line", MODULE),
+    "nested": (Line({"a": [jnp.ones(3)]}, "a"), "Line", MODULE),
+    "object": (Plain(ARRAY), "Plain", MODULE),
+    "object in objects": (Plain([Plain({1: ARRAY, "a": 2.0})]), "Plain", MODULE),
+    "module in an object": (Plain(Decay(ARRAY, {})), "Plain", MODULE),
+    "circle": (Plain([circle("a"), circle(ARRAY)]), "Plain", MODULE),
+    "slots": (Slotted(ARRAY), "Slotted", MODULE),
+    "properties": (Careful(ARRAY), "Careful", MODULE),
+    "bound method": (Plain(ARRAY).method, "Plain", MODULE),
+    "method of a module": (Decay(ARRAY, {}).__call__, "method", "give its module"),
+    "dictionary": (MyDict(a=ARRAY), "MyDict", "make it a `dict`"),
+    "proxy": (types.MappingProxyType({"a": ARRAY}), "mappingproxy", "make it a `dict`"),
+    "tuple": (MyTuple([ARRAY]), "MyTuple", "make it a `list`"),
+    "queue": (collections.deque([ARRAY]), "deque", "make it a `list`"),
+    "set": (frozenset([Plain(ARRAY)]), "frozenset", MODULE),
+    "array of objects": (
+        np.array([ARRAY, None], object),
+        "ndarray",
+        "make it a `list`",
+    ),
+    "partial": (
+        functools.partial(max, ARRAY),
+        "partial",
+        r"make it a `jax\.tree_util\.Partial`",
+    ),
 }
 CLEAR = {
     "constants": Line(1.0, "a"),
@@ -285,17 +347,39 @@ CLEAR = {
     "keys of any kind": Plain({1: "x", "a": 2.0}),
     "function": lambda x: x,
     "module": eqx.nn.Linear(2, 1, key=jax.random.key(0)),
+    "closure": lambda x: x * ARRAY,
+    "partial": functools.partial(max, 1.0),
+    "partial of JAX": jax.tree_util.Partial(max, jnp.ones(3)),
+    "compiled": jax.jit(lambda x: x * ARRAY),
+    "transformation": optax.adam(0.1),
+    "logger": logging.getLogger("a"),
+    "lock": threading.Lock(),
+    "Python's module": Plain(math),
+    "class": type("Constant", (), {"value": ARRAY}),
+    "circle": circle(1.0),
+    "dictionary": MyDict(a=1.0),
+    "array of objects": np.array([1.0, None], object),
+    "many": Plain([*range(10**6), ARRAY]),
 }
 
 
 @pytest.mark.parametrize("name", OPAQUE)
 @pytest.mark.parametrize("optimiser", [None, DEFAULT])
 def test_arrays_that_jax_does_not_see_are_told_once(name, optimiser):
-    kind, told = pull(), r"the arrays in 'nested\.x' are not fitted: .* `(Line|Plain)`"
+    kind, (value, of, remedy) = pull(), OPAQUE[name]
+    told = rf"the arrays in 'nested\.x' are not fitted: .* `{of}`.*, {remedy}"
     with pytest.warns(UserWarning, match=told) as seen:
-        made_twice(kind, lambda: OPAQUE[name], optimiser)
+        made_twice(kind, lambda: value, optimiser)
     assert len(seen) == 1
     assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", [name for name in OPAQUE if name[:5] != "array"])
+def test_arrays_that_jax_does_not_see_do_not_make_a_model(name):
+    value, of, remedy = OPAQUE[name]
+    told = f"no array of floats .* does not look into .*`{of}`: {remedy}"
+    with pytest.raises(ValueError, match=told):
+        pull()(value)
 
 
 @pytest.mark.parametrize("name", CLEAR)
@@ -305,11 +389,11 @@ def test_objects_without_such_arrays_are_not_told(name):
 
 @pytest.mark.parametrize("optimiser", [HELD, ONLY, STRICT])
 def test_objects_that_rules_leave_out_are_not_told(optimiser):
-    pull()(decay(OPAQUE["object"]), optimiser)
+    pull()(decay(Plain(ARRAY)), optimiser)
 
 
 def test_objects_that_train_leaves_out_are_not_told():
-    pull()(decay(OPAQUE["object"]), train="rate")
+    pull()(decay(Plain(ARRAY)), train="rate")
 
 
 # print(trainer)

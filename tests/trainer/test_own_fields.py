@@ -99,6 +99,113 @@ def test_arrays_of_numpy_may_differ_between_members():
     np.testing.assert_allclose(many.trainers.model["a"], [2.0, 0.5], rtol=1e-5)
 
 
+class Mixin:
+    stopped = False
+
+
+class Counted(Line):
+    step_count: Any = None
+
+
+class Told(Line):
+    @property
+    def model(self):
+        return super().model
+
+
+class Required(Line):
+    params: Any
+
+
+class Keyed(Line):
+    key: Any = None
+
+
+class Stepped(Line):
+    step: int = 3
+
+
+class Hooked(Line):
+    constrain: Any
+
+
+class Mixed(Mixin, Line):
+    pass
+
+
+class Policy(vn.NanPolicy):
+    init: Any = None
+
+    def apply(self, loss, grads, state):
+        return grads, vn.Verdict(True, False), state
+
+
+class Map(vn.Bijection):
+    forward: Any = None
+
+    def inverse(self, value):
+        return value
+
+
+class Likely(vn.likelihoods.AbstractLikelihood):
+    count: int = 3
+
+    def nll(self):
+        return jnp.asarray(0.0)
+
+    def residuals(self):
+        return jnp.zeros(3)
+
+    scoring_residuals = residuals
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "what"),
+    [
+        (Counted, "step_count", "property of every `Trainer`"),
+        (Told, "model", "property"),
+        (Required, "params", "property"),
+        (Keyed, "key", "field"),
+        (Stepped, "step", "method"),
+        (Hooked, "constrain", "method"),
+        (Mixed, "stopped", "property"),
+        (Policy, "init", "method of every `NanPolicy`"),
+        (Map, "forward", "method of every `Bijection`"),
+        (Likely, "count", "method of every `AbstractLikelihood`"),
+    ],
+)
+def test_a_name_of_the_base_class_is_taken(kind, name, what):
+    given = ({}, None, None) if issubclass(kind, vn.Trainer) else ()
+    with pytest.raises(TypeError, match=f"`{kind.__name__}`: `{name}` is a {what}"):
+        kind(*given)
+
+
+class Overriding(Line):
+    constrain = staticmethod(lambda model: model)
+
+    def fit(self, *args, **options):
+        return super().fit(*args, progress=False, **options)
+
+    def __repr__(self):
+        return "mine"
+
+
+class Raising(vn.NanPolicy):
+    raises: bool = True
+    leaves_good_steps = True
+
+    def init(self, params):
+        return None
+
+    def apply(self, loss, grads, state):
+        return grads, vn.Verdict(True, False), state
+
+
+def test_methods_may_be_overridden():
+    trainer = Overriding({"a": jnp.asarray(1.0)}, optax.adam(0.1), None)
+    assert repr(trainer.replace(nan_policy=Raising()).fit(2 * X, 3).trainer) == "mine"
+
+
 @pytest.mark.parametrize("array", [np.ones(2), jnp.ones(2), [np.ones(2)]])
 @pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
 def test_a_static_array_is_refused_at_once(array):

@@ -1,5 +1,8 @@
 """Paths, selectors and `split`."""
 
+import collections
+import enum
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -409,3 +412,62 @@ def test_a_property_that_raises_is_named_without_it():
 
     with pytest.raises(TypeError, match="'area' is a static field or a property"):
         vn.split(Fitted(jnp.ones(3)), "area")
+
+
+# Dictionaries whose keys do not compare
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Mean(vn.Trainer):
+    def loss(self, model, batch):
+        return sum(jnp.sum((x - 1.0) ** 2) for x in jax.tree.leaves((model, batch)))
+
+
+ODD = {Colour.RED: jnp.ones(4), Colour.BLUE: jnp.ones(4)}
+MEAN = Mean({"a": jnp.ones(4)}, optax.sgd(0.1))
+TAKES = {
+    r"model\['x'\]\[1\]": lambda odd: Mean({"x": [1.0, odd]}),
+    "data": lambda odd: MEAN.fit(odd, 2),
+    "batch": lambda odd: MEAN.step(odd),
+    r"validation\[0\]": lambda odd: MEAN.fit(1.0, 2, validation=(odd, 1)),
+    r"data\[0\]": lambda odd: vn.fit_many([MEAN], (odd,), 2),
+    "arrays": lambda odd: vn.Minibatches(odd, 2, key=jax.random.key(0)),
+    r"tree\[0\]": lambda odd: vn.paths([odd]),
+    "tree": lambda odd: vn.split(odd, "a"),
+    r"tree\['x'\]": lambda odd: vn.save("no.vernal", {"x": odd}),
+}
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_a_dictionary_that_jax_cannot_sort_is_named(name):
+    told = f"^`{name}` is a dictionary with keys of type `Colour`, which JAX cannot"
+    with pytest.raises(ValueError, match=told):
+        TAKES[name](ODD)
+    with pytest.raises(ValueError, match=f"`{name}` .* `int` and `str`.* Make them"):
+        TAKES[name]({1: jnp.ones(4), "a": jnp.ones(4)})
+
+
+def test_one_in_its_own_order_is_taken():
+    ordered = collections.OrderedDict(ODD)
+    assert len(vn.paths(ordered)) == 2
+    assert int(Mean(ordered, optax.sgd(0.1)).fit(ordered, 2).trainer.step_count) == 2
+
+
+# Empty selectors
+
+
+EMPTY = {
+    "rules": lambda: vn.ParamOptimiser({"a": None, (): optax.sgd(0.1)}),
+    "bounds": lambda: Mean({"a": jnp.ones(4)}, bounds={(): (0, 1)}),
+    "ties": lambda: Mean({"a": jnp.ones(4)}, ties={((),): "a"}),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_selector_matches_nothing(name):
+    with pytest.raises(vn.UnknownPathError, match=f"`{name}`: .* is empty, and match"):
+        EMPTY[name]()

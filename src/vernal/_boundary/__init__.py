@@ -1,10 +1,10 @@
 """What comes from a user: arguments checked, arrays refused, warnings, tracebacks.
 
-`arguments` checks values, `signatures` functions, `type_checks` annotations; `foreign`
-refuses arrays that JAX cannot use, `precision` narrows those in 64 bits, `rounding`
-warns where that matters, `explicit` has those on a mesh computed with; `names` names
-the leaves of a tree; `frames` and `warnings` point to the user's code; `traced` and
-`debugging` see to what JAX is doing when a function is called.
+`arguments` checks values, `signatures` functions and classes, `type_checks`
+annotations; `foreign` refuses what JAX cannot use, `precision` narrows arrays in 64
+bits, `rounding` warns where that matters, `explicit` has those on a mesh computed with;
+`names` names the leaves of a tree; `frames` and `warnings` point to the user's code;
+`traced` and `debugging` see to what JAX is doing when a function is called.
 """
 
 from .arguments import (
@@ -18,7 +18,7 @@ from .arguments import (
     whole_number,
 )
 from .debugging import debugged, is_debugged, undebugged
-from .explicit import is_explicit, without_axes
+from .explicit import is_explicit, outside_mesh, without_axes
 from .foreign import (
     has_been_deleted,
     is_deleted,
@@ -47,7 +47,7 @@ from .precision import (
     warn_of_single_leaves,
 )
 from .rounding import REMEDY, spacing, warn_of_rounded_integers
-from .signatures import takes, takes_methods
+from .signatures import refuse_taken, takes, takes_methods
 from .traced import UNROLL, RefusedError, is_traced, refuse_program, refuse_traced
 from .type_checks import ModuleMeta, Params, PyTree, checked
 from .warnings import ObjectiveWarning, PrecisionWarning, warn_once

@@ -1,7 +1,9 @@
-"""Arrays that mean more than JAX would compute with, or that it cannot use at all."""
+"""What JAX cannot use, or would drop: arrays that mean more, dictionaries."""
 
+import collections
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,3 +102,39 @@ def has_been_deleted(where: str) -> ValueError:
         f"{where} is an array that has been deleted: its memory was given to another "
         "one, by `donate_argnums` or `donate=`. Make it again, or do not donate it."
     )
+
+
+def unsorted(where: str, tree: Any) -> ValueError | None:
+    """Returns the error for a dictionary whose keys JAX cannot sort, if there is one.
+
+    An error calls the tree `where`.
+    """
+    todo, seen = [(where, tree)], set[int]()
+    for name, node in todo:
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, dict):
+            if not _is_sorted(node):
+                kinds = dict.fromkeys(f"`{type(key).__name__}`" for key in node)
+                return ValueError(
+                    f"`{name}` is a dictionary with keys of type "
+                    f"{' and '.join(kinds)}, which JAX cannot sort. Make them strings, "
+                    "or give a `collections.OrderedDict`."
+                )
+            todo += [(f"{name}[{key!r}]", value) for key, value in node.items()]
+        elif isinstance(node, tuple | list):
+            todo += [(f"{name}[{i}]", value) for i, value in enumerate(node)]
+        elif isinstance(node, eqx.Module):
+            todo += [(f"{name}.{key}", value) for key, value in vars(node).items()]
+    return None
+
+
+def _is_sorted(node: dict[Any, Any]) -> bool:
+    """Whether JAX can bring the keys in order, or leaves them in their own."""
+    if not isinstance(node, collections.OrderedDict):
+        try:
+            sorted(node)
+        except TypeError:
+            return False
+    return True

@@ -11,11 +11,14 @@ import jax
 
 from .arguments import refuse_unknown
 from .debugging import undebugged
-from .foreign import has_been_deleted, is_deleted
+from .foreign import has_been_deleted, is_deleted, unsorted
 from .names import spelled_leaves
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# What JAX says of a dictionary whose keys do not compare.
+_UNSORTED = "while sorting pytree dictionary keys"
 
 _LIBRARIES = frozenset(
     {
@@ -65,7 +68,7 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
             return fn(*args, **kwargs)
         except Exception as error:
             _refuse_misspelt(error, fn, kwargs)
-            if clearer := _deleted(error, fn, args, kwargs):
+            if clearer := _clearer(error, fn, args, kwargs):
                 raise clearer from None
             if getattr(jax.config, "jax_traceback_filtering", None) != "off":
                 users = _users(error.__traceback__)
@@ -84,17 +87,25 @@ def _refuse_misspelt(error: Exception, fn: Any, given: dict[str, Any]) -> None:
             refuse_unknown(given, [x for x in known if x != "self"], name)
 
 
-def _deleted(
+def _clearer(
     error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> ValueError | None:
-    """Returns an error that names the deleted array among the arguments, if any."""
-    if not isinstance(error, RuntimeError) or "has been deleted" not in str(error):
+    """Returns an error that names what JAX cannot use among the arguments, if any."""
+    if isinstance(error, RuntimeError) and "has been deleted" in str(error):
+        look = _deleted
+    elif isinstance(error, ValueError) and _UNSORTED in str(error):
+        look = unsorted
+    else:
         return None
     given = inspect.signature(fn).bind_partial(*args, **kwargs).arguments
-    for name, tree in given.items():
-        for where, leaf in spelled_leaves("trainer" if name == "self" else name, tree):
-            if isinstance(leaf, jax.Array) and is_deleted(leaf):
-                return has_been_deleted(where.replace("._progress", ""))
+    named = {"trainer" if k == "self" else k: x for k, x in given.items()}
+    return next(filter(None, map(look, named, named.values())), None)
+
+
+def _deleted(name: str, tree: Any) -> ValueError | None:
+    for where, leaf in spelled_leaves(name, tree):
+        if isinstance(leaf, jax.Array) and is_deleted(leaf):
+            return has_been_deleted(where.replace("._progress", ""))
     return None
 
 

@@ -1,8 +1,12 @@
-"""Functions and methods of a user, checked before they are called."""
+"""Functions, methods and classes of a user, checked before they are called."""
 
+import dataclasses
+import functools as ft
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+import equinox as eqx
 
 
 def takes(
@@ -48,3 +52,38 @@ def takes_methods(
             keywords = [word[:-1] for word in given if word.endswith("=")]
             form = f"{owner.__name__}.{method}({', '.join(given)})"
             takes(fn, is_bound + len(given) - len(keywords), name, form, keywords)
+
+
+def refuse_taken(kind: Any, base: Any, free: Collection[str] = ()) -> None:
+    """Refuses a user's class in which a name of vernal's `base` means something else.
+
+    A method may be overridden by what can be called; a property or a field only if its
+    name is in `free`.
+    """
+    for name, what in _names(base).items():
+        new, old = (getattr(x, name, None) for x in (kind, base))
+        fields, known = (x.__dataclass_fields__.get(name) for x in (kind, base))
+        is_field = fields is not known
+        if what == "method":
+            # Without a default, a field hides the method in instances alone.
+            is_taken = not callable(new) or (is_field and new is old)
+        else:
+            is_taken = name not in free and (is_field or new is not old)
+        if is_taken:
+            raise TypeError(
+                f"`{kind.__name__}`: `{name}` is a {what} of every `{base.__name__}`. "
+                "Give yours another name."
+            )
+
+
+@ft.cache
+def _names(base: Any) -> dict[str, str]:
+    """Returns what each name is that a class of vernal adds to a module."""
+    names = dict.fromkeys((x.name for x in dataclasses.fields(base)), "field")
+    for name in sorted(set(dir(base)) - set(dir(eqx.Module))):
+        attribute = getattr(base, name)
+        if isinstance(attribute, property):
+            names[name] = "property"
+        elif callable(attribute):
+            names[name] = "method"
+    return names

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._boundary import PyTree, is_traced
+from .._boundary import PyTree, is_traced, refuse_taken
 from .._closure import Closure
 from .._pickling import PlainMethods, Portable
 from .._program import program
@@ -40,6 +40,9 @@ class Bijection(Portable, eqx.Module):
 
     It is a pytree: other numbers in it compile nothing again.
     """
+
+    def __check_init__(self) -> None:
+        refuse_taken(type(self), Bijection)
 
     @abc.abstractmethod
     def forward(self, free: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._boundary import PyTree
-from .._tree import by_path, resolve
+from .._tree import by_path, require_atoms, resolve
 
 
 def owned(
@@ -26,6 +26,7 @@ def owned(
             "`'**.flux'`."
         )
     selectors, values = list(given), list(given.values())
+    require_atoms(selectors, argument)
     owners = resolve(model, selectors, argument=argument)
     found: dict[int, list[str]] = {rule: [] for rule in range(len(selectors))}
     for path, owner in zip(by_path(model).names, owners, strict=True):

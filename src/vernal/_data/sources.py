@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from .._boundary import PyTree, prng_key, spelled_leaves, takes, whole_number
+from .._boundary import (
+    PyTree,
+    entrance,
+    narrowed_leaves,
+    prng_key,
+    spelled_leaves,
+    takes,
+    whole_number,
+)
 from .._pickling import Portable
 from .batch import ManyBatches, as_batch
 
@@ -55,6 +63,7 @@ class Minibatches(ManyBatches, Portable, eqx.Module):
     size: int = eqx.field(static=True)
     key: PRNGKeyArray
 
+    @entrance
     def __init__(self, arrays: PyTree, size: int, *, key: PRNGKeyArray):
         """**Arguments:**
 
@@ -244,7 +253,12 @@ Source = Whole[Any] | Minibatches | Stream
 
 def as_source(data: Any) -> Source:
     """Returns the source of batches that `fit` was given, or makes one of a batch."""
-    if isinstance(data, Minibatches | Stream):
+    if isinstance(data, Minibatches):
+        # They may be in float64, made while `jax_enable_x64` was on.
+        arrays = narrowed_leaves(data.arrays, "data.arrays")
+        is_same = arrays is data.arrays
+        return data if is_same else eqx.tree_at(lambda d: d.arrays, data, arrays)
+    if isinstance(data, Stream):
         return data
     if isinstance(data, Iterator):
         raise TypeError(

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .._boundary import outside_mesh
 from .._data import Source, Whole, as_batch
 from .._minimum import (
     Distance,
@@ -26,6 +27,7 @@ from .result import FitResult
 _measure = program(measure)
 
 
+@outside_mesh
 def checked_end(
     result: FitResult[Any, Any], source: Source, trainer: AbstractTrainer
 ) -> FitResult[Any, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
-from .._boundary import RefusedError, refuse_foreign
+from .._boundary import RefusedError, refuse_foreign, refuse_taken
 from .._tree import is_inexact
 
 
@@ -31,6 +31,9 @@ class AbstractLikelihood(eqx.Module):
 
     is_robust: ClassVar[bool] = False
     known: ClassVar[tuple[str, str] | None] = None
+
+    def __check_init__(self) -> None:
+        refuse_taken(type(self), AbstractLikelihood)
 
     @abc.abstractmethod
     def nll(self) -> Float[Array, ""]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._boundary import outside_mesh
 from .._devices import AbstractPlacement
 from .._minimum import (
     Distance,
@@ -43,6 +44,7 @@ from .result import ManyResult, measured
 from .stack import stacked
 
 
+@outside_mesh
 def checked_ends(
     result: ManyResult[Any],
     batch: Any,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from typing_extensions import TypeVar
 
-from .._boundary import PyTree, boolean, entrance, whole_number
+from .._boundary import PyTree, boolean, entrance, outside_mesh, whole_number
 from .._curvature import Mode
 from .._data import as_batch
 from .._fit import Ending
@@ -145,6 +145,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return tuple(index for index, reason in reasons if reason.is_failure)
 
     @entrance
+    @outside_mesh
     def errors(
         self,
         data: Any,
@@ -185,6 +186,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return self._errors(data, ErrorOptions(is_scaled, jac, kind)).own
 
     @entrance
+    @outside_mesh
     def report(
         self,
         index: int,
@@ -211,6 +213,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return dataclasses.replace(report, stop_reason=self.stop_reasons[index])
 
     @entrance
+    @outside_mesh
     def table(
         self,
         data: Any = None,
@@ -239,6 +242,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         return as_table(found, losses, self.stop_reasons)
 
     @entrance
+    @outside_mesh
     def to_dict(
         self,
         data: Any = None,
@@ -277,6 +281,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         )
 
     @entrance
+    @outside_mesh
     def to_dataframe(
         self,
         data: Any = None,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from .._boundary import PyTree, warn
+from .._boundary import PyTree, outside_mesh, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import same_inputs
@@ -84,6 +84,7 @@ def _find_bad(
     return members.map(of_one, batch, params)
 
 
+@outside_mesh
 def solve_many(
     subject: ManyTrainers,
     trainer: AbstractTrainer,

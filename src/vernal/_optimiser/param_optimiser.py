@@ -28,6 +28,7 @@ from .._tree import (
     is_inexact,
     keep,
     parameters,
+    require_atoms,
     resolve,
     strong,
     written,
@@ -93,6 +94,7 @@ class ParamOptimiser(AbstractTransform):
         **Raises:**
 
         - `TypeError`: if a rule is not an Optax transformation.
+        - `UnknownPathError`: if a selector is an empty tuple.
         """
         if not isinstance(rules, Mapping):
             raise TypeError(
@@ -100,8 +102,7 @@ class ParamOptimiser(AbstractTransform):
                 'to Optax transformations: `{"power": optax.adam(1e-2)}`. For one '
                 "transformation of everything: `ParamOptimiser({}, default=...)`."
             )
-        for selector in rules:
-            list(atoms(selector, "rules"))
+        require_atoms(rules, "rules")
         self.selectors = Closure.encode(tuple(rules))
         self.transforms = tuple(
             None if tx is None else as_transform(tx, f"rules[{written(selector)}]")

@@ -37,6 +37,8 @@ _NEEDS_CONSTANTS = tuple(
     )
 )
 
+_LOOKAHEAD = {"lookahead.<locals>.init_fn", "lookahead.<locals>.update_fn"}
+
 
 @final
 class Transform(AbstractTransform):
@@ -51,6 +53,12 @@ class Transform(AbstractTransform):
         check_rates(tx, where)
         closure = Closure.encode(tx, RATE_NAMES, within=("optax",))
         names = closure.skeleton.function_names
+        if names >= _LOOKAHEAD:
+            raise TypeError(
+                f"`{where}` is, or has within it, `optax.lookahead`, whose parameters "
+                "are a pair of trees, which vernal does not have. Use the optimiser "
+                "within it alone."
+            )
         if any(found <= names for found in _NEEDS_CONSTANTS):
             closure = Closure.encode(tx)
         return cls(closure)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .._boundary import PyTree, step_limit
+from .._boundary import PyTree, refuse_taken, step_limit
 from .._pickling import Portable
 from .finite import all_finite
 
@@ -108,6 +108,9 @@ class NanPolicy(Portable, eqx.Module):
             return grads, vn.Verdict(accept=finite, stop=state < 1e-3), state
     ```
     """
+
+    def __check_init__(self) -> None:
+        refuse_taken(type(self), NanPolicy, free=("raises", "leaves_good_steps"))
 
     @abc.abstractmethod
     def init(self, params: PyTree) -> PyTree:

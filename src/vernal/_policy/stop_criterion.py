@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._boundary import PyTree, step_limit
+from .._boundary import PyTree, refuse_taken, step_limit
 from .._pickling import Portable
 from .stop_reason import StopReason
 
@@ -59,12 +59,7 @@ class StopCriterion(Portable, eqx.Module):
     """
 
     def __check_init__(self) -> None:
-        if not callable(self.reason):
-            raise TypeError(
-                f"`reason` of `{type(self).__name__}` is {self.reason!r}, but is a "
-                "method of every `StopCriterion`, which returns a `vn.StopReason`. "
-                "Give the field another name."
-            )
+        refuse_taken(type(self), StopCriterion, free=("needs_validation",))
 
     @abc.abstractmethod
     def init(self, params: PyTree) -> PyTree:

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._boundary import (
     ObjectiveWarning,
@@ -38,6 +39,7 @@ from .abstract_trainer import AbstractTrainer, own_fields
 from .model import check_state
 from .model_template import ModelTemplate
 from .objective import METHODS, defined
+from .opaque import holds_arrays, in_words
 from .preconditioners import check_coordinates
 
 _HOOKS = {
@@ -184,21 +186,20 @@ def find_trained(
                 else f"{of_integers}: make it an array of floats."
                 if of_integers
                 else "there is no array of floats in it, such as `jnp.array(1.0)`."
-                + _of_dataclasses(model)
+                + _of_opaque(model)
             )
         )
     return tuple(owners)
 
 
-def _of_dataclasses(model: PyTree) -> str:
-    """Says what helps where JAX does not look into a dataclass; empty if it does."""
+def _of_opaque(model: PyTree) -> str:
+    """Says what helps where JAX does not look into an object; empty if it does."""
     for leaf in jax.tree.leaves(model):
-        if dataclasses.is_dataclass(leaf):
-            return (
-                f" JAX does not look into the dataclass `{type(leaf).__name__}`: make "
-                "it an `eqx.Module`, or register it by "
-                "`jax.tree_util.register_dataclass`."
-            )
+        is_dataclass = dataclasses.is_dataclass(leaf)
+        if is_dataclass or holds_arrays(leaf, jax.Array | np.ndarray):
+            kind, remedy = in_words(leaf)
+            kind = f"the dataclass {kind}" if is_dataclass else f"a {kind}"
+            return f" JAX does not look into {kind}: {remedy}."
     return ""
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from .._boundary import PyTree, warn_once
 from .._constraints import Ties
 from .._optimiser import ParamOptimiser
-from .._tree import by_path, is_inexact
+from .._tree import by_path
+from .opaque import holds_arrays, in_words
 
 
 def warn_of_constants(
@@ -34,13 +35,12 @@ def warn_of_constants(
             UserWarning,
             of=(warn_of_constants, weakref.ref(kind), tuple(integers)),
         )
-    for path, leaf in _unheld(model, optimiser, ties, _is_opaque).items():
-        name = type(leaf).__name__
+    for path, leaf in _unheld(model, optimiser, ties, holds_arrays).items():
+        kind_of_leaf, remedy = in_words(leaf)
         warn_once(
             f"`model`: the arrays in {path!r} are not fitted: JAX does not look into a "
-            f"`{name}`. To fit them, make it an `eqx.Module`, or register it by "
-            "`jax.tree_util.register_dataclass`. To keep them, name in `train=` what "
-            "is fitted.",
+            f"{kind_of_leaf}. To fit them, {remedy}. To keep them, name in `train=` "
+            "what is fitted.",
             UserWarning,
             of=(warn_of_constants, weakref.ref(kind), path),
         )
@@ -69,11 +69,3 @@ def _is_one_integer(leaf: Any) -> bool:
     # Not a difference of times, which NumPy takes for a signed integer; the dtype of
     # keys has no kind.
     return is_array and leaf.shape == () and getattr(leaf.dtype, "kind", "") == "i"
-
-
-def _is_opaque(leaf: Any) -> bool:
-    own: list[Any] = []
-    # A dictionary of keys that cannot be sorted is no pytree.
-    with contextlib.suppress(ValueError):
-        own = jax.tree.leaves(getattr(leaf, "__dict__", None))
-    return any(isinstance(x, jax.Array) and is_inexact(x) for x in own)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import jax
 
-from .._boundary import PyTree, file_path, refuse_traced, undebugged
+from .._boundary import PyTree, entrance, file_path, refuse_traced
 from .._optimiser import Maker, as_makers, state_makers
 from .._step import AbstractTrainer, TrainerT
 from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
@@ -16,7 +16,7 @@ from .snapshot import initial_hyperparams, require_each_within, restore, snapsho
 T = TypeVar("T")
 
 
-@undebugged
+@entrance
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes a trainer, or any pytree, to one file.
 
@@ -68,7 +68,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         write_file(path, to_arrays(tree))
 
 
-@undebugged
+@entrance
 def load(
     path: str | os.PathLike[str], like: T, *, reset: str | Sequence[str] = ()
 ) -> T:

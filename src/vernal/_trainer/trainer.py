@@ -15,6 +15,8 @@ from .._boundary import (
     PyTree,
     entrance,
     narrowed_tree,
+    outside_mesh,
+    refuse_taken,
     refuse_traced,
     refuse_unknown,
 )
@@ -189,8 +191,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Raises:**
 
-        - `TypeError`: if the class defines none of `loss`, `residuals`, `nll`, or an
-            argument is of the wrong kind.
+        - `TypeError`: if the class defines none of `loss`, `residuals`, `nll`, or has
+            a field of the name of a property, field or method of every trainer; or if
+            an argument is of the wrong kind.
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train; if the projector does not fit; if
             bounds are the wrong way round, or the start is outside of them, or is not
@@ -198,6 +201,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             round in a circle; or if a frozen parameter has a bound or a prior.
         """
         check_arguments(nan_policy, projector, key)
+        refuse_taken(type(self), Trainer)
         check_class(self, key, state, priors)
         model = checked_model(model)
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
@@ -413,6 +417,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return fit(subject, self, data, steps, keywords)
 
     @entrance
+    @outside_mesh
     def solve(
         self: SelfT,
         solver: Solver,
@@ -506,6 +511,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         kind: FisherKind | None = None,
     ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
+    @outside_mesh
     def fisher(
         self,
         batch: Batch,
@@ -575,6 +581,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "_ _"]]: ...
     @entrance
+    @outside_mesh
     def curvature(
         self,
         batch: Batch,
@@ -593,6 +600,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return curvature(self, batch, blocks, Passes(batch_size, jac))
 
     @entrance
+    @outside_mesh
     def reproject(
         self: SelfT,
         projector: EigenProjector | None,
@@ -616,6 +624,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return reproject(self, projector, optimiser)
 
     @entrance
+    @outside_mesh
     def whiten(
         self: SelfT,
         batch: Batch,
@@ -661,6 +670,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return reproject(self, projector, optimiser)
 
     @entrance
+    @outside_mesh
     def standard_errors(
         self,
         batch: Batch,
@@ -717,6 +727,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return standard_errors(self, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
+    @outside_mesh
     def table(
         self,
         batch: Batch | None = None,
@@ -746,6 +757,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return table(self, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
+    @outside_mesh
     def report(
         self,
         batch: Batch,
@@ -797,6 +809,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return report(self, batch, data_count, options)
 
     @entrance
+    @outside_mesh
     def propagate(
         self,
         fn: Callable[[Model], Any],
@@ -846,6 +859,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return propagate(self, fn, batch, ErrorOptions(scale_errors, jac, kind))
 
     @entrance
+    @outside_mesh
     def draw(
         self,
         key: PRNGKeyArray,
@@ -913,6 +927,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         jac: Mode | None = None,
     ) -> dict[str, Profile[Model]]: ...
     @entrance
+    @outside_mesh
     def profile(
         self,
         solver: Solver,
@@ -981,6 +996,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return profile(self, solver, batch, name, values, options)
 
     @entrance
+    @outside_mesh
     def intervals(
         self,
         solver: Solver,
@@ -1037,6 +1053,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         return intervals(self, solver, batch, names, level, options)
 
     @entrance
+    @outside_mesh
     def objective(
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:

@@ -46,7 +46,7 @@ from .ravel import (
     unravel,
     widest,
 )
-from .selectors import Selector, atoms, keep, resolve, split, written
+from .selectors import Selector, atoms, keep, require_atoms, resolve, split, written
 from .small import is_split, joinable
 from .structure import (
     LIKE_STATE,

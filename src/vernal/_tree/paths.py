@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .._boundary import dotted
+from .._boundary import dotted, entrance
 
 
 class UnknownPathError(KeyError):
@@ -104,6 +104,7 @@ def named_leaves(tree: Any) -> list[Leaf]:
     return leaves
 
 
+@entrance
 def paths(tree: Any) -> tuple[str, ...]:
     """Lists the dotted path of every parameter of a pytree.
 

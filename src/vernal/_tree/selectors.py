@@ -3,12 +3,12 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from .._boundary import first_names, in_few_words, nearest_names, takes
+from .._boundary import entrance, first_names, in_few_words, nearest_names, takes
 from .paths import Leaf, UnknownPathError, is_float, is_inexact, named_leaves
 
 T = TypeVar("T")
@@ -101,6 +101,16 @@ def atoms(selector: Any, argument: str) -> Iterator[Any]:
             f"`{argument}` has the selector {in_few_words(selector)}. A selector is a "
             "path, a glob, a predicate `(path, leaf) -> bool`, or a tuple of these."
         )
+
+
+def require_atoms(selectors: Iterable[Any], argument: str) -> None:
+    """Refuses what is no selector, and an empty tuple, which matches nothing."""
+    for selector in selectors:
+        if not list(atoms(selector, argument)):
+            raise UnknownPathError(
+                f"`{argument}`: the selector {written(selector)} is empty, and matches "
+                "nothing. Leave it out."
+            )
 
 
 def resolve(
@@ -266,6 +276,7 @@ def keep(tree: T, owners: Sequence[int | None]) -> tuple[T, T]:
     )
 
 
+@entrance
 def split(tree: T, selector: Selector) -> tuple[T, T]:
     """Splits a pytree into the parameters that a selector chooses and the rest.
 
