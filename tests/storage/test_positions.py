@@ -124,22 +124,22 @@ REGROUPED = {
     "another group": (
         by_rules(lambda: {A: waiting(2), "c": waiting(9)}),
         by_rules(lambda: {"a": waiting(2), B: waiting(9)}),
-        "'opt_state.groups.0', the state of a rule for 'a', 'b' together.*: 'a'; 'b', ",
+        "'opt_state.groups.0', the numbers of a rule for just 'a', 'b'.*: 'a'; 'b', ",
     ),
     "exchanged": (
         by_rules(lambda: {A: waiting(2), "c": waiting(9)}),
         by_rules(lambda: {B: waiting(2), "a": waiting(9)}),
-        "the state of a rule for 'a', 'b' together. Here the rules are for: 'b', 'c'",
+        "the numbers of a rule for just 'a', 'b'. Here the rules are for: 'b', 'c'",
     ),
     "within a chain": (
         in_chain(MOVED["counts"][0]),
         in_chain(MOVED["counts"][1]),
-        "'opt_state.1.groups.0', the state of a rule for 'a' .* the order",
+        "'opt_state.1.groups.0', the numbers of a rule for just 'a'.* the order",
     ),
     "within a rule": (
         within("a", "b"),
         within("b", "a"),
-        "'opt_state.groups.0.groups.0', the state of a rule for 'a' ",
+        "'opt_state.groups.0.groups.0', the numbers of a rule for just 'a'",
     ),
     "other kinds": (
         by_rules(lambda: {A: optax.adam(0.1), "c": optax.adamax(0.1)}),
@@ -411,6 +411,26 @@ def test_files_of_before(tmp_path):
         vn.load(file, projected(Ba, "one"))
 
 
+@pytest.mark.loose_dtypes
+def test_rates_by_themselves(tmp_path):
+    """Of another tree than a trainer, rates are in the file, too."""
+    before, now = (
+        vn.ParamOptimiser({name: optax.sgd(rate) for name, rate in rules.items()})
+        for rules in ({"a": 0.1, "b": 0.01}, {"b": 0.01, "a": 0.1})
+    )
+    start = {"a": START["a"], "b": START["b"]}
+    for wrapped in (lambda x: x, lambda x: [Bowl(start, x)]):
+        old, new = map(wrapped, (before, now))
+        assert same(reloaded(tmp_path / "file", old, old), old)
+        with pytest.raises(
+            vn.MismatchError, match=r"scales\.0', the numbers of a rule"
+        ):
+            reloaded(tmp_path / "file", old, new)
+    written_otherwise = vn.ParamOptimiser({("a",): SGD, "b*": SGD})
+    vn.save(tmp_path / "file", before)
+    assert vn.load(tmp_path / "file", written_otherwise).name_of(1) == "b*"
+
+
 @pytest.mark.parametrize("is_ruled", [True, False])
 def test_without_a_state_any_optimiser_takes_over(is_ruled, tmp_path):
     optimisers = [vn.ParamOptimiser({"a": SGD, ("b", "c"): SGD}), SGD]
@@ -427,6 +447,6 @@ def test_a_state_by_itself(tmp_path):
     vn.save(tmp_path / "file", (START, state))
     assert same(vn.load(tmp_path / "file", (START, state)), (START, state))
     with pytest.raises(
-        vn.MismatchError, match=r"'1\.groups\.0', the state of a rule for 'a' "
+        vn.MismatchError, match=r"'1\.groups\.0', the numbers of a rule for just 'a'"
     ):
         vn.load(tmp_path / "file", (START, now.init(START)))

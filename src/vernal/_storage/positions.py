@@ -80,9 +80,16 @@ def as_meaning(header: Mapping[str, Any]) -> Meaning:
 
 
 def groups_in(tree: PyTree) -> dict[str, Members]:
-    """Lists the groups of each state of a `ParamOptimiser` in a tree, by its path."""
-    found = _nodes(tree, (ParamOptimiserState,))
-    return {path: state.members for path, state in found}
+    """Lists the groups of each state of a `ParamOptimiser` in a tree, by its path.
+
+    Of the optimisers themselves it lists the names of the rules.
+    """
+    names = lambda tx: [[tx.name_of(index)] for index in range(len(tx.transforms))]
+    found = _nodes(tree, (ParamOptimiserState, ParamOptimiser))
+    return {
+        path: names(node) if isinstance(node, ParamOptimiser) else node.members
+        for path, node in found
+    }
 
 
 def _nodes(
@@ -160,12 +167,16 @@ def require_same_groups(
     here: Mapping[str, Members],
     source: str,
 ) -> None:
-    """Refuses the state of a rule whose place here is that of another rule."""
+    """Refuses what belongs to a rule whose place here is that of another rule."""
     for path in there.keys() & here.keys():
         for index, place in enumerate(places(there[path], here[path])):
-            group = _joined(path, f"groups.{index}")
-            if place != index and list(_beneath(saved, group)):
-                raise _other_rules(group, there[path][index], here[path], source)
+            if place == index:
+                continue
+            group, rule = (_joined(path, f"{x}.{index}") for x in ("groups", "scales"))
+            # A rule may be written otherwise, but a group has what parameters it has.
+            odd = rule if place is not None and any(_beneath(saved, rule)) else group
+            if any(_beneath(saved, odd)):
+                raise _other_rules(odd, there[path][index], here[path], source)
 
 
 def _other_rules(
@@ -173,11 +184,11 @@ def _other_rules(
 ) -> MismatchError:
     rules = "; ".join(first_names(own) for own in here[:5] if own) or "no parameter"
     return MismatchError(
-        f"{source} holds, at {path!r}, the state of a rule for {first_names(members)} "
-        f"together. Here the rules are for: {rules}. Give each rule the parameters "
-        "that it had; rules within another transformation need the order that they "
-        "had, too. `load` can also leave the state of a trainer out, with "
-        '`reset="opt_state"`.'
+        f"{source} holds, at {path!r}, the numbers of a rule for just "
+        f"{first_names(members)}. Here the rules are for: {rules}. Give each rule the "
+        "parameters that it had; rules within another transformation or tree need the "
+        "order that they had, too. `load` can also leave the state of a trainer out, "
+        'with `reset="opt_state"`.'
     )
 
 
