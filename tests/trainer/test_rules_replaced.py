@@ -1,5 +1,6 @@
 """`replace(optimiser=...)`: which leaves of the model are trained stays."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -172,3 +173,56 @@ def test_of_many_too():
     with pytest.raises(ValueError, match="'offset', which is not trained"):
         many.trainers.replace(optimiser=rules(*BOTH))
     assert jnp.shape(many.trainers.replace(optimiser=rules(*ONE)).step_count) == (2,)
+
+
+SGD = {rate: optax.sgd(rate) for rate in (0.1, 0.001)}
+
+
+def with_optimiser(trainer, optimiser):
+    return eqx.tree_at(lambda t: t.optimiser, trainer, optimiser)
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"offset": SGD[0.001], "slope": SGD[0.1]},
+        {BOTH: SGD[0.1]},
+        {"slope": SGD[0.1], "offset": SGD[0.001], "**": SGD[0.1]},
+    ],
+    ids=["in another order", "of another number", "with one more"],
+)
+def test_rules_that_are_put_in_by_hand_are_refused(other):
+    optimiser = vn.ParamOptimiser({"slope": SGD[0.1], "offset": SGD[0.001]})
+    trainer, other = LineFit(line(), optimiser), vn.ParamOptimiser(other)
+    changed = with_optimiser(trainer, other)
+    for use in (
+        lambda: changed.fit(line_batch(), 1),
+        lambda: changed.step(line_batch()),
+        changed.learning_rates,
+        lambda: other.update(line(), trainer.opt_state, line()),
+    ):
+        with pytest.raises(ValueError, match="for `slope`; `offset`") as caught:
+            use()
+        assert "`trainer.replace(optimiser=...)`" in str(caught.value)
+    fitted, expected = (
+        t.replace(optimiser=other).fit(line_batch(), 3).trainer.params
+        for t in (changed, trainer)
+    )
+    assert same(fitted, expected)
+
+
+def test_rules_of_the_same_parameters_may_be_put_in_by_hand():
+    """Other rates, rules that are written otherwise, or a rule that is frozen."""
+    adam, other = optax.adam(0.1), optax.adam(0.2)
+    trainer = LineFit(line(), vn.ParamOptimiser({"slope": adam, "offset": adam}))
+    for rules, still in (
+        ({"slope": other, "offset": other}, []),
+        ({("slope",): other, "o*": other}, []),
+        ({"slope": None, "offset": other}, ["slope"]),
+    ):
+        changed = with_optimiser(trainer, vn.ParamOptimiser(rules))
+        fitted = changed.fit(line_batch(), 2).model
+        for name in BOTH:
+            same_as_before = same(getattr(fitted, name), getattr(line(), name))
+            assert same_as_before == (name in still)

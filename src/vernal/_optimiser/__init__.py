@@ -7,9 +7,10 @@ and `makers` by which functions of Optax they were made.
 """
 
 from .learning_rates import learning_rates
-from .makers import Maker, as_makers, other_maker, state_makers
+from .makers import Maker, as_makers, joins_parameters, other_maker, state_makers
 from .map_optimisers import map_optimisers
 from .param_optimiser import ParamOptimiser
+from .param_optimiser_state import ParamOptimiserState
 from .partition import partition
 from .precondition import precondition
 from .schedule import delay, window

@@ -15,7 +15,7 @@ from .._projection import EigenProjector
 from .._tree import by_path, paths, uniquely_named
 from .groups import Group, Leaves
 from .makers import maker
-from .param_optimiser import ParamOptimiser, rule_groups
+from .param_optimiser import ParamOptimiser, state_groups
 from .partition import partition_groups
 from .rate_check import Cells, cells
 from .transform import Transform
@@ -260,7 +260,7 @@ def _by_rule(optimiser: ParamOptimiser, state: Any, factors: Any, params: Any) -
     )
     if optimiser.first is not None:
         old = _through(optimiser.first.update, state.first, old, like)
-    groups = rule_groups(optimiser, state.owners, state.paths, state.groups)
+    groups = state_groups(optimiser, state, params)
     new = _in_groups(groups, old, like)
     # The default, after the rules, has no scale.
     scales = [*map(_number, optimiser.scales), 1.0]

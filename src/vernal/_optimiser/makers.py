@@ -1,7 +1,7 @@
 """By which functions a transformation was made, and so what its state means."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,13 +45,18 @@ def maker(fn: Any) -> str:
     return f"{package}.{code.co_qualname.split('.<locals>')[0]}"
 
 
-def state_makers(tx: Any) -> Iterator[Maker]:
-    """Lists what of an optimiser has a state, wrappers of transformations aside."""
+def state_makers(tx: Any, groups: Sequence[int] | None = None) -> Iterator[Maker]:
+    """Lists what of an optimiser has a state, wrappers of transformations aside.
+
+    Of a `ParamOptimiser` only these `groups` may be listed, in their order.
+    """
     if isinstance(tx, ParamOptimiser):
         names = [*map(rule_name, tx.selectors.decode()), "default", "first"]
         rules = *tx.transforms, tx.default, tx.first
-        for rule, own in zip(names, rules, strict=True):
-            yield from (Maker(one.rule or rule, one.name) for one in state_makers(own))
+        last = len(rules) - 1
+        for index in range(len(rules)) if groups is None else (*groups, last):
+            makers = state_makers(rules[index])
+            yield from (Maker(one.rule or names[index], one.name) for one in makers)
     elif isinstance(tx, Transform):
         # To find them takes a trace of each `init`: a thousand rules may be alike.
         skeleton = tx.closure.skeleton
@@ -64,6 +69,16 @@ def state_makers(tx: Any) -> Iterator[Maker]:
     elif tx is not None and _has_state(tx):
         package, _, name = maker(tx.update).partition(".")
         yield Maker("", name if package == "optax" else "")
+
+
+def joins_parameters(tx: Any) -> bool:
+    """Whether a part of an optimiser makes one vector of parameters, in their order."""
+    if isinstance(tx, ParamOptimiser):
+        return any(map(joins_parameters, (tx.first, tx.default, *tx.transforms)))
+    if isinstance(tx, Transform):
+        return joins_parameters(tx.decode())
+    is_one = tx is not None and maker(tx.update) == "optax.flatten"
+    return is_one or (tx is not None and any(map(joins_parameters, _inner(tx))))
 
 
 _KNOWN: weakref.WeakKeyDictionary[Skeleton, tuple[Maker, ...]] = (

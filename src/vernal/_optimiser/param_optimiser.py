@@ -33,8 +33,8 @@ from .._tree import (
     strong,
     written,
 )
-from .groups import Group, is_placeholder, make_groups, update_groups
-from .param_optimiser_state import Learned, ParamOptimiserState, known
+from .groups import Group, is_placeholder, listed, make_groups, update_groups
+from .param_optimiser_state import Learned, ParamOptimiserState, Rules, known
 from .rule_names import rule_name, rule_table
 from .transform import AbstractTransform, as_transform
 
@@ -148,6 +148,12 @@ class ParamOptimiser(AbstractTransform):
             owners.append(len(self.transforms) if has_default else None)
         return tuple(owners)
 
+    @property
+    def rules(self) -> Rules:
+        """What decides, of any model, which group a leaf belongs to."""
+        frozen = tuple(tx is None for tx in (*self.transforms, self.default))
+        return Rules((self.selectors.skeleton, frozen))
+
     def name_of(self, owner: int) -> str:
         """Names a group: by the selector of its rule, or `default`."""
         selectors = self.selectors.decode()
@@ -165,7 +171,7 @@ class ParamOptimiser(AbstractTransform):
             first = None if self.first is None else self.first.init(params)
             groups = rule_groups(self, (), ())
             states = tuple(group.transform.init(params) for group in groups)
-            static: Any = Learned(), Learned(), Learned()
+            static: Any = *(Learned() for _ in range(3)), self.rules
             return ParamOptimiserState(first, states, *static)
         found = self.owners(params, filtered=True)
         names, leaves, _ = by_path(parameters(params, found))
@@ -175,7 +181,7 @@ class ParamOptimiser(AbstractTransform):
         states = tuple(group.init(trained) for group in groups)
         first = None if self.first is None else self.first.init(trained)
         shapes = tuple(jnp.shape(leaf) for leaf in leaves)
-        return ParamOptimiserState(first, states, names, shapes, owners)
+        return ParamOptimiserState(first, states, names, shapes, owners, self.rules)
 
     def update(
         self,
@@ -215,7 +221,7 @@ class ParamOptimiser(AbstractTransform):
         first = state.first
         if self.first is not None:
             grads, first = self.first.update(grads, first, values, **extra_of(paths))
-        groups = rule_groups(self, owners, paths, state.groups)
+        groups = state_groups(self, state, updates)
         moved, states = update_groups(groups, grads, values, extra_of)
         for path, owner in zip(paths, owners, strict=True):
             # The default, after the rules, has no scale.
@@ -225,7 +231,9 @@ class ParamOptimiser(AbstractTransform):
             moved[path] if path in moved else _still(grad)
             for path, grad in tree.items()
         ]
-        new_state = ParamOptimiserState(first, states, paths, shapes, owners)
+        new_state = ParamOptimiserState(
+            first, states, paths, shapes, owners, state.rules
+        )
         return tree.structure.unflatten(new), new_state
 
     def split(self, model: T) -> tuple[T, T]:
@@ -308,6 +316,33 @@ def rule_groups(
     if optimiser.default is not None:
         rules.append(optimiser.default)
     return make_groups(rules, owners, paths, states)
+
+
+def state_groups(
+    optimiser: ParamOptimiser, state: ParamOptimiserState, like: Any
+) -> list[Group]:
+    """Makes the groups of a state, for a tree like the parameters.
+
+    Refuses the state of other rules, by which parameters would move at other rates.
+    """
+    paths, owners = known(state.paths), known(state.owners)
+    if state.rules.key != optimiser.rules.key:
+        names, own = by_path(like).names, optimiser.owners(like, filtered=True)
+        found = dict(zip(names, own, strict=True))
+        frozen = [i for i, tx in enumerate(optimiser.transforms) if tx is None]
+        expected = [None if owner in frozen else owner for owner in owners]
+        count = len(rule_groups(optimiser, (), ()))
+        if len(state.groups) != count or [*map(found.get, paths)] != expected:
+            groups = "; ".join(listed(members) for members in state.members if members)
+            rules = "; ".join(f"`{optimiser.name_of(i)}`" for i in range(count))
+            raise ValueError(
+                f"The state of the optimiser is that of other rules: for {groups}. "
+                f"Its rules, in their order, are now {rules}. Give a trainer another "
+                "optimiser by `trainer.replace(optimiser=...)`, not by `eqx.tree_at`: "
+                "it keeps the state of each rule. In a loop of your own, begin with "
+                "what `init` returns."
+            )
+    return rule_groups(optimiser, owners, paths, state.groups)
 
 
 def _extra_of(

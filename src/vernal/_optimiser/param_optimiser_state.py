@@ -1,5 +1,6 @@
 """The state of a `ParamOptimiser`."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +10,8 @@ class ParamOptimiserState(eqx.Module):
     """The state of a [`vernal.ParamOptimiser`][].
 
     `groups` has the state of each rule, in order, and then that of the default.
-    `paths` are those of the trained parameters, `owners` the group of each.
+    `paths` are those of the trained parameters, `owners` the group of each. `rules` are
+    those of the optimiser that made it.
     """
 
     first: Any
@@ -18,6 +20,32 @@ class ParamOptimiserState(eqx.Module):
     paths: Any = eqx.field(static=True)
     shapes: Any = eqx.field(static=True)
     owners: Any = eqx.field(static=True)
+    rules: "Rules" = eqx.field(static=True)
+
+    @property
+    def members(self) -> list[list[str]]:
+        """The paths of each group's parameters."""
+        found: list[list[str]] = [[] for _ in self.groups]
+        for path, owner in zip(known(self.paths), known(self.owners), strict=True):
+            found[owner].append(path)
+        return found
+
+
+class Rules:
+    """The rules of an optimiser, without the transformations.
+
+    All are equal: rules that are written otherwise may have the same parameters, and
+    then a state of the one is a state of the other.
+    """
+
+    def __init__(self, key: Hashable):
+        self.key = key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rules)
+
+    def __hash__(self) -> int:
+        return hash(Rules)
 
 
 class Learned:

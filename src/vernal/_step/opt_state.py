@@ -125,7 +125,8 @@ def carried_over(
     first = lambda tx: initial_opt_state(tx, params, latent)
     old, new = trainer.optimiser, optimiser
     before = functools.cache(lambda: first(old))
-    if not (isinstance(old, ParamOptimiser) and isinstance(new, ParamOptimiser)):
+    both = isinstance(old, ParamOptimiser) and isinstance(new, ParamOptimiser)
+    if not both or trainer.opt_state.rules.key != old.rules.key:
         return _continued((old, trainer.opt_state, before), (new, first(new)))
     states, fresh = trainer.opt_state, first(new)
     places = {own: place for place, own in enumerate(_members(states))}

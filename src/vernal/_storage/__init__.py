@@ -3,7 +3,8 @@
 `save` and `history` write one file, by `file`, `npy` and `atomic`. `checkpointer` is
 what a fit calls: it has claimed a `checkpoint_directory`, where `checkpoint_store`
 writes through Orbax and `history_log` appends rows, and `checkpoint_search` finds what
-is whole. `snapshot` lists what of a trainer is kept.
+is whole. `snapshot` lists what of a trainer is kept, `positions` finds where in another
+one its rules and parameters are.
 """
 
 from .checkpointer import Checkpointer, open_checkpointer

@@ -10,9 +10,8 @@ import jax
 
 from .._boundary import PyTree, warn
 from .._devices import Peers
-from .._optimiser import Maker, as_makers, state_makers
 from .._step import AbstractTrainer, TrainerT, progress_of
-from .._tree import NamedArray, from_arrays, to_arrays
+from .._tree import MismatchError, NamedArray, from_arrays, to_arrays
 from .changed_config import Beginning
 from .checkpoint_directory import claim
 from .checkpoint_format import leaves
@@ -22,6 +21,7 @@ from .checkpoints import Checkpoints
 from .history import History
 from .history_log import HistoryLog
 from .origin import differences
+from .positions import as_meaning, in_place, meaning_of
 from .sigterm import deferred_sigterm
 from .snapshot import (
     beneath,
@@ -91,8 +91,6 @@ class Checkpointer:
         """The hyperparameters that the program begins with."""
         self._beginning: Beginning | None = None
         """The configuration that the program begins with."""
-        self._made_by: list[Maker] = []
-        """What made the state of its optimiser."""
         self._written = None
         """The progress that the newest checkpoint holds."""
 
@@ -142,7 +140,6 @@ class Checkpointer:
         # A callback may set others later.
         self._initial = initial_hyperparams(trainer)
         self._beginning = beginning = Beginning(known)
-        self._made_by = [*state_makers(trainer.optimiser)]
         own = {_FIT: monitor_state}
         expected = snapshot(trainer) | to_arrays(own)
         expected |= _under_config(beginning.arrays)
@@ -173,9 +170,17 @@ class Checkpointer:
         if is_same and kinds(written) == kinds(to_arrays(own)):
             monitor_state = from_arrays(written, own, self._source)[_FIT]
         state = without(found.arrays, _FIT, _CONFIG)
+        meaning = as_meaning(found.description)
+        state = in_place(state, trainer, meaning, self._source)
         restored = restore(state, trainer, self._source)
         now = beneath(found.arrays, _CONFIG)
         now = {path.removeprefix(f"{_CONFIG}."): leaf for path, leaf in now.items()}
+        if (odd := [*beneath(now, "optimiser")]) and meaning.is_elsewhere(trainer):
+            raise MismatchError(
+                f"{self._source}: a callback had changed {odd[0]!r}, and the rules of "
+                "the optimiser have another order now, by which that is another "
+                "rule's. Give them the order that they had."
+            )
         changes = now, found.description.get("before", {}), self._source
         restored, known = (beginning.applied(x, *changes) for x in (restored, known))
         return restored, known, monitor_state, found.history
@@ -188,11 +193,14 @@ class Checkpointer:
         expected: Mapping[str, NamedArray],
     ) -> dict[str, NamedArray]:
         written = {path: leaf.kind for path, leaf in leaves(description).items()}
-        state, made_by = without(written, _FIT, _CONFIG), description.get("made_by")
-        require_restorable(state, trainer, self._source, made_by=as_makers(made_by))
+        state, meaning = without(written, _FIT, _CONFIG), as_meaning(description)
+        names = in_place({p: p for p in state}, trainer, meaning, self._source)
+        state = {path: state[name] for path, name in names.items()}
+        require_restorable(state, trainer, self._source, meaning=meaning)
         # Leaves that are not restored, or are NumPy's, may lie anywhere.
         anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         own = {p: getattr(x.array, "sharding", anywhere) for p, x in expected.items()}
+        own |= {name: own.get(path, anywhere) for path, name in names.items()}
         sharding = lambda path: own.get(path, anywhere)
         return self._store.read_arrays(step, description, sharding)
 
@@ -235,7 +243,7 @@ class Checkpointer:
         with self._explained():
             arrays = snapshot(trainer) | self._initial
             arrays |= to_arrays({_FIT: monitor_state})
-            extra = {**self._identity, "made_by": self._made_by}
+            extra = {**self._identity, **meaning_of(trainer)._asdict()}
             if self._beginning is not None:
                 now, before, lost = self._beginning.changes(trainer)
                 arrays |= _under_config(now)

@@ -2,16 +2,32 @@
 
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
 from .._boundary import PyTree, entrance, file_path, refuse_traced
-from .._optimiser import Maker, as_makers, state_makers
 from .._step import AbstractTrainer, TrainerT
 from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
 from .file import open_file, reported_damage, write_file
-from .snapshot import initial_hyperparams, require_each_within, restore, snapshot
+from .positions import (
+    BEGUN,
+    OPT_STATE,
+    Meaning,
+    as_meaning,
+    groups_in,
+    in_place,
+    meaning_of,
+    require_order,
+    require_same_groups,
+)
+from .snapshot import (
+    initial_hyperparams,
+    require_each_within,
+    restore,
+    snapshot,
+    without,
+)
 
 T = TypeVar("T")
 
@@ -26,10 +42,11 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     in the state, as `optax.inject_hyperparams` keeps them, are in the file with their
     initial values: where the program has others, the program's are taken. The names of
     the functions that made the optimiser, such as `scale_by_adam`, are in its header,
-    so that `load` refuses moments of another one that look alike. Of any other
-    pytree, the file has every array (of numbers, dates or text), PRNG key and Python
-    number, members of an `IntEnum` included. Strings, functions and other objects are
-    left out: they come from the program too.
+    so that `load` refuses moments of another one that look alike, and so are the
+    parameters of each rule of a `ParamOptimiser`, whose state follows them. Of any
+    other pytree, the file has every array (of numbers, dates or text), PRNG key and
+    Python number, members of an `IntEnum` included. Strings, functions and other
+    objects are left out: they come from the program too.
 
     ```python
     vn.save("fit.vernal", result.trainer)
@@ -62,10 +79,12 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     refuse_traced("save", tree)
     if isinstance(tree, AbstractTrainer):
         arrays = snapshot(tree) | initial_hyperparams(tree)
-        write_file(path, arrays, made_by=[*state_makers(tree.optimiser)])
+        write_file(path, arrays, **meaning_of(tree)._asdict())
     else:
         require_keepable(tree)
-        write_file(path, to_arrays(tree))
+        groups = groups_in(tree)
+        more: dict[str, Any] = {"groups": groups} if groups else {}
+        write_file(path, to_arrays(tree), **more)
 
 
 @entrance
@@ -104,8 +123,9 @@ def load(
     - `NewerFormatError`: if it was written by a later version of vernal.
     - `MismatchError`: if `like` is another tree; it names the leaves that differ. Or if
         its optimiser has a state that looks like the saved one and is of another
-        transformation; it names both. Or if `like` is one trainer, and the file has
-        many. These four are subclasses of `LoadError`, a subclass of `ValueError`.
+        transformation; it names both. Or if a rule's state is for other parameters, or
+        a projector has them in another order. Or if `like` is one trainer, and the file
+        has many. These four are subclasses of `LoadError`, a subclass of `ValueError`.
     - `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
     """
     target = file_path(path, "path")
@@ -118,14 +138,16 @@ def load(
     source = f"`path`: {os.fspath(path)}"
     with open_file(path) as (arrays, header):
         with reported_damage(target):
-            made_by = as_makers(header.get("made_by"))
+            meaning = as_meaning(header)
         if isinstance(like, AbstractTrainer):
-            return _restored(arrays, like, source, names, made_by)
+            return _restored(arrays, like, source, names, meaning)
         if reset:
             raise ValueError(
                 "`reset` is for trainers, and `like` is not one. Replace its leaves "
                 "after loading instead, with `equinox.tree_at`."
             )
+        require_order(arrays, like, source)
+        require_same_groups(arrays, meaning.groups or {}, groups_in(like), source)
         return from_arrays(arrays, like, source)
 
 
@@ -134,7 +156,7 @@ def _restored(
     like: TrainerT,
     source: str,
     reset: Sequence[str],
-    made_by: list[Maker] | None,
+    meaning: Meaning,
 ) -> TrainerT:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
         raise ValueError(
@@ -152,7 +174,10 @@ def _restored(
             "`vn.fit_many(trainers, data, 0, ...).trainers`."
         )
     try:
-        trainer = restore(arrays, like, source, reset, made_by)
+        if OPT_STATE in reset:
+            arrays = without(arrays, OPT_STATE, BEGUN)
+        arrays = in_place(arrays, like, meaning, source)
+        trainer = restore(arrays, like, source, reset, meaning)
     except MismatchError as error:
         if "opt_state" not in reset:
             error.add_note(

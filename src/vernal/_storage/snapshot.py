@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from .._boundary import PyTree, nearest_names
-from .._optimiser import Maker, other_maker, state_makers
+from .._optimiser import other_maker, state_makers
 from .._step import (
     AbstractTrainer,
     Progress,
@@ -38,6 +38,7 @@ from .._tree import (
     strong,
     to_arrays,
 )
+from .positions import BEGUN, OPT_STATE, Meaning, positions
 
 T = TypeVar("T")
 
@@ -52,7 +53,9 @@ _RESETTABLE = {
 }
 
 # The name before the paths of the hyperparameters that an optimiser began with.
-_INITIAL = "begun"
+_INITIAL = BEGUN
+
+_UNKNOWN = Meaning()
 
 
 def snapshot(trainer: AbstractTrainer) -> dict[str, NamedArray]:
@@ -103,13 +106,13 @@ def require_restorable(
     trainer: AbstractTrainer,
     source: str,
     reset: Iterable[str] = (),
-    made_by: Iterable[Maker] | None = None,
+    meaning: Meaning = _UNKNOWN,
 ) -> tuple[str, ...]:
     """Checks that a snapshot fits a trainer, from the kinds of its leaves alone.
 
-    `made_by` is what made the state of its optimiser, if that is known. It returns the
-    fields that are not restored: those of `reset`, the state of a NaN policy if the
-    snapshot has that of another policy, and what the snapshot lacks.
+    The state of each rule is `in_place`. It returns the fields that are not restored:
+    those of `reset`, the state of a NaN policy if the snapshot has that of another
+    policy, and what the snapshot lacks.
     """
     own = kinds(snapshot(trainer) | initial_hyperparams(trainer))
     changed = _changed_hyperparams(saved, own)
@@ -130,16 +133,19 @@ def require_restorable(
         # Files of earlier versions do not say.
         fields.add("scored_on")
     require_alike_kinds(without(saved, *fields), without(own, *fields), source)
-    if made_by is not None and "opt_state" not in fields:
-        _require_same_meaning(made_by, trainer, source)
+    if OPT_STATE not in fields:
+        _require_same_meaning(meaning, trainer, source)
     return tuple(fields)
 
 
 def _require_same_meaning(
-    made_by: Iterable[Maker], trainer: AbstractTrainer, source: str
+    meaning: Meaning, trainer: AbstractTrainer, source: str
 ) -> None:
     """Refuses a state that looks like that of the optimiser and is of another one."""
-    if (found := other_maker(made_by, state_makers(trainer.optimiser))) is None:
+    if meaning.made_by is None:
+        return
+    makers = state_makers(trainer.optimiser, meaning.rules(trainer))
+    if (found := other_maker(meaning.made_by, makers)) is None:
         return
     there, here = found
     rule = f" of the rule {here.rule!r}" if here.rule else ""
@@ -156,13 +162,14 @@ def restore(
     trainer: AbstractTrainer,
     source: str,
     reset: Iterable[str] = (),
-    made_by: Iterable[Maker] | None = None,
+    meaning: Meaning = _UNKNOWN,
 ) -> Any:
     """Puts a snapshot, and `initial_hyperparams` if saved, into a trainer like its own.
 
-    Raises a `MismatchError` if the model or the optimiser is another.
+    The state of each rule is `in_place`. Raises a `MismatchError` if the model or the
+    optimiser is another.
     """
-    fields = require_restorable(kinds(saved), trainer, source, reset, made_by)
+    fields = require_restorable(kinds(saved), trainer, source, reset, meaning)
     saved = _with_own_hyperparams(saved, trainer)
     like = _state(trainer)
     for name in fields:
@@ -175,6 +182,12 @@ def restore(
             state["opt_state"], before[_INITIAL], own[_INITIAL]
         )
     projector = state.pop("projector")
+    if "nan_counts" in state:
+        # A column for each parameter, between those of the loss and of the update.
+        columns = positions(saved, to_arrays(like), "params")
+        if columns != sorted(columns):
+            order = np.array([0, *(1 + i for i in columns), 1 + len(columns)])
+            state["nan_counts"] = state["nan_counts"][..., order]
     if fields:
         state |= _initial_fields(trainer, state, fields)
     progress = Progress(**state)
