@@ -73,8 +73,8 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
 
 def is_to_be_seen(trainer: AbstractTrainer, data: Any) -> bool:
     """Whether a loss of data of these shapes may sum over pairs, as far as is known."""
-    has_loss = {"loss", "nll"}.intersection(dir(type(trainer)))
-    return bool(has_loss) and _known_by(trainer, data) not in _fine
+    has_loss = any(hasattr(type(trainer), name) for name in ("loss", "nll"))
+    return has_loss and _known_by(trainer, data) not in _fine
 
 
 def warn_of_pairs(trainer: AbstractTrainer, data: Any, jaxpr: Jaxpr) -> None:
