@@ -38,7 +38,7 @@ def nearest_names(name: str, candidates: Sequence[str]) -> str:
     return f"There is {first_names(candidates) or 'nothing'}."
 
 
-def first_names(names: Sequence[str], written: Callable[[str], str] = repr) -> str:
+def first_names(names: Sequence[Any], written: Callable[[Any], str] = repr) -> str:
     """Lists the first of some names, and says how many more there are."""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(map(written, names[:8])) + more

@@ -229,7 +229,7 @@ def _warn_of(
             f"Fit again from there, the model {place} of `profile.models`."
         )
     is_lost = ~found.converged & ~is_bound
-    few = lambda values: first_names(values, "{:.6g}".format)
+    few = lambda values: first_names(values.tolist(), "{:.6g}".format)
     at = lambda which: f"{found.name} = {few(found.values[which])}"
     is_zero = is_lost & np.isposinf(found.losses)
     if is_zero.any():
