@@ -359,7 +359,7 @@ CLEAR = {
     "circle": circle(1.0),
     "dictionary": MyDict(a=1.0),
     "array of objects": np.array([1.0, None], object),
-    "many": Plain([*range(10**6), ARRAY]),
+    "many": Plain([*range(10**6), ARRAY, *range(10**6)]),
 }
 
 

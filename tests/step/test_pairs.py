@@ -120,6 +120,14 @@ ALONE = {
         SCALE,
         COLUMNS | {"z": SQUARE},
     ),
+    "a sum of such an image": (
+        lambda m, b: (
+            jnp.sum(m["net"](b["x"]) * b["y"])
+            - jnp.sum(b["z"] * jnp.log(m["net"](b["x"]) * b["y"]))
+        ),
+        SCALE,
+        COLUMNS | {"z": SQUARE},
+    ),
     "a covariance": (
         lambda m, b: off(m, b) @ b["c"] @ off(m, b),
         SCALE,
@@ -171,15 +179,18 @@ def test_nothing_is_said_of_others(name):
     assert not [x for x in caught if "pairs" in str(x.message)]
 
 
-def test_a_loss_is_looked_at_once():
+@pytest.mark.parametrize("y", [LINE, COLUMN])
+def test_a_loss_is_looked_at_once(y):
     traces = []
 
     def counted(m, batch):
         traces.append(1)
         return mean(m, batch)
 
-    trainer, batch = trainer_of(counted, SCALE), {"x": LINE, "y": LINE}
-    trainer.fit(batch, 1, progress=False)
+    trainer, batch = trainer_of(counted, SCALE), {"x": LINE, "y": y}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(batch, 1, progress=False)
     once = len(traces)
     trainer.fit(batch, 1, progress=False)
     assert len(traces) == once

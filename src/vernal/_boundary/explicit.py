@@ -9,6 +9,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from .frames import entrance
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -59,6 +61,11 @@ def outside_mesh(fn: Callable[P, R]) -> Callable[P, R]:
         return _mapped(result, is_there, ft.partial(_with_axes, around))
 
     return outside
+
+
+def unmeshed_entrance(fn: Callable[P, R]) -> Callable[P, R]:
+    """An `entrance` that is `outside_mesh`."""
+    return entrance(outside_mesh(fn))
 
 
 def _mapped(

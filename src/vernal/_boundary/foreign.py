@@ -3,7 +3,6 @@
 import collections
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,24 +108,15 @@ def unsorted(where: str, tree: Any) -> ValueError | None:
 
     An error calls the tree `where`.
     """
-    todo, seen = [(where, tree)], set[int]()
-    for name, node in todo:
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, dict):
-            if not _is_sorted(node):
-                kinds = dict.fromkeys(f"`{type(key).__name__}`" for key in node)
-                return ValueError(
-                    f"`{name}` is a dictionary with keys of type "
-                    f"{' and '.join(kinds)}, which JAX cannot sort. Make them strings, "
-                    "or give a `collections.OrderedDict`."
-                )
-            todo += [(f"{name}[{key!r}]", value) for key, value in node.items()]
-        elif isinstance(node, tuple | list):
-            todo += [(f"{name}[{i}]", value) for i, value in enumerate(node)]
-        elif isinstance(node, eqx.Module):
-            todo += [(f"{name}.{key}", value) for key, value in vars(node).items()]
+    is_one = lambda node: isinstance(node, dict) and not _is_sorted(node)
+    for name, node in spelled_leaves(where, tree, is_one):
+        if is_one(node):
+            kinds = dict.fromkeys(f"`{type(key).__name__}`" for key in node)
+            return ValueError(
+                f"{name} is a dictionary with keys of type {' and '.join(kinds)}, "
+                "which JAX cannot sort. Make them strings, or give a "
+                "`collections.OrderedDict`."
+            )
     return None
 
 

@@ -19,9 +19,11 @@ def spelled(name: str, keys: tuple[Any, ...]) -> str:
     return f"`{name}{keystr(keys)}`"
 
 
-def spelled_leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
+def spelled_leaves(
+    name: str, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Yields each leaf of a tree beside where it is, as `spelled` writes it."""
-    for keys, leaf in tree_leaves_with_path(tree):
+    for keys, leaf in tree_leaves_with_path(tree, is_leaf=is_leaf):
         yield spelled(name, keys), leaf
 
 

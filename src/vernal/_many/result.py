@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from typing_extensions import TypeVar
 
-from .._boundary import PyTree, boolean, entrance, outside_mesh, whole_number
+from .._boundary import PyTree, boolean, unmeshed_entrance, whole_number
 from .._curvature import Mode
 from .._data import as_batch
 from .._fit import Ending
@@ -144,8 +144,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         reasons = enumerate(self.stop_reasons)
         return tuple(index for index, reason in reasons if reason.is_failure)
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def errors(
         self,
         data: Any,
@@ -185,8 +184,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         is_scaled = boolean(scale_errors, "scale_errors")
         return self._errors(data, ErrorOptions(is_scaled, jac, kind)).own
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def report(
         self,
         index: int,
@@ -212,8 +210,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         report = trainer.report(own, **scaled, jac=jac, kind=kind)
         return dataclasses.replace(report, stop_reason=self.stop_reasons[index])
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def table(
         self,
         data: Any = None,
@@ -241,8 +238,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         found = self._by_element(data, ErrorOptions(scale_errors, jac, kind))
         return as_table(found, losses, self.stop_reasons)
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def to_dict(
         self,
         data: Any = None,
@@ -280,8 +276,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             **found.goodness,
         )
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def to_dataframe(
         self,
         data: Any = None,

@@ -6,11 +6,12 @@ gradient and its curvature fall alike: the distance to the minimum becomes as sm
 one likes, and the error bar as long.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from .._step import AbstractTrainer
 from .edm import TOLERANCE, Distance
@@ -49,7 +50,7 @@ def endless(
     than they are: only there does this cost anything. The trainer is stripped; `kind`
     is that of `what_falls`, `local` and `distance` are those of a `second_look`.
     """
-    if not may_be_endless(kind, local, distance):
+    if not _is_worth_it(kind, local, distance):
         return distance
     found = distance
     if distance.is_leap:
@@ -61,7 +62,7 @@ def endless(
         if not (isinstance(local, Curved) and _is_low(kind, found)):
             return distance
     around = Around(trainer, batch, kind, float(found.noise))
-    for line in _lines(local):
+    for line in _lines(local, found):
         if _falls_along(around, line):
             ahead = line.bar * np.asarray(local.scale, float)
             direction = (ahead / np.linalg.norm(ahead)).astype(found.direction.dtype)
@@ -71,13 +72,20 @@ def endless(
 
 def may_be_endless(kind: str, local: Any, distance: Distance) -> bool:
     """Whether a loss may have no minimum, and is worth a look."""
+    if not _is_worth_it(kind, local, distance):
+        return False
+    return distance.is_leap or len(_runaways(local, distance).found) > 0
+
+
+def _is_worth_it(kind: str, local: Any, distance: Distance) -> bool:
+    """Whether a loss may have no minimum, as far as is known without its elements."""
     is_known = isinstance(local, Triangle | Spectral | Curved) and local.turn is None
     if not is_known or distance.is_saddle:
         return False
     if distance.is_leap and kind == "residuals":
         # A second look has seen that it rises around a minimum.
         return not distance.is_minimum
-    return _is_low(kind, distance) and bool(_lines(local))
+    return _is_low(kind, distance)
 
 
 def _is_low(kind: str, distance: Distance) -> bool:
@@ -98,31 +106,46 @@ class _Line(NamedTuple):
     step: float
 
 
-def _lines(local: Triangle | Spectral | Curved) -> list[_Line]:
-    """Returns lines of the elements whose step is not much shorter than they are.
+class _Runaways(NamedTuple):
+    """The elements whose step is not much shorter than they are, the longest first."""
 
-    Along the first all of them take their steps, and the others follow, so that the
-    loss rises least. Then comes a line for each.
-    """
+    found: Int[np.ndarray, " F"]
+    whitener: Float[np.ndarray, "D K"]
+    steps: Float[np.ndarray, " D"]
+
+
+def _runaways(local: Triangle | Spectral | Curved, distance: Distance) -> _Runaways:
+    none = _Runaways(np.zeros(0, int), np.zeros((0, 0)), np.zeros(0))
+    # Slopes of rounding errors lead nowhere.
+    eps = float(np.finfo(local.rounding.dtype).eps)
+    least = _ROUNDED * eps * np.sqrt(2 * abs(float(local.loss)))
+    # No step is longer, in error bars: most fits end here, without a decomposition.
+    if np.sqrt(2 * distance.edm) <= least:
+        return none
     if not isinstance(local.scale, np.ndarray):
         local = jax.device_get(local)
     values, right, inner = _decomposed(local)
     whitener = right.T / values
     bars, steps = np.linalg.norm(whitener, axis=1), -whitener @ inner
     size = abs(np.asarray(local.flat, float) * local.scale)
-    # Slopes of rounding errors lead nowhere.
-    eps = float(np.finfo(local.rounding.dtype).eps)
-    least = _ROUNDED * eps * np.sqrt(2 * abs(float(local.loss)))
     is_clear = (abs(steps) > least * bars) & (bars > _LEAST_BAR * size)
     shares = np.where(is_clear, abs(steps), 0) / np.where(size > 0, size, 1)
     order = np.argsort(-shares, kind="stable")
     found = order[: np.count_nonzero(shares > _LEAST_STEP)]
-    lines = []
+    return _Runaways(found, whitener, steps)
+
+
+def _lines(local: Triangle | Spectral | Curved, distance: Distance) -> Iterator[_Line]:
+    """Yields lines of elements that may run away.
+
+    Along the first all of them take their steps, and the others follow, so that the
+    loss rises least. Then comes a line for each.
+    """
+    found, whitener, steps = _runaways(local, distance)
     for own in (found, *found[:_MOST_ELEMENTS, None]) if len(found) else ():
-        latent = np.linalg.pinv(whitener[own]) @ steps[own]
+        latent = np.linalg.lstsq(whitener[own], steps[own], rcond=None)[0]
         length = float(np.linalg.norm(latent))
-        lines.append(_Line(whitener @ latent / length / local.scale, length))
-    return lines
+        yield _Line(whitener @ latent / length / np.asarray(local.scale), length)
 
 
 def _decomposed(

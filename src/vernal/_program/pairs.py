@@ -23,18 +23,21 @@ _RESHAPES = frozenset(("broadcast_in_dim", "reshape", "expand_dims"))
 # column, another column, what belongs to pairs of these, or one number everywhere.
 _ROW, _MADE, _COLUMN, _PAIRS, _FILLED = "row", "made", "column", "pairs", "filled"
 
+# Among the lengths of what is summed: pairs that are meant.
+_COMPARED = -1
+
 
 def sums_over_pairs(jaxpr: Jaxpr) -> int | None:
     """Returns how long two arrays are of which all pairs are summed, if there are any.
 
     One is a column, of shape `(n, 1)`, and the other a vector, of shape `(n,)`, which
     broadcasts against it. A column that has been made from a vector, by `x[:, None]`,
-    is one on purpose, and so are pairs that are compared with an array of all of them,
-    such as an image.
+    is one on purpose, and so are all pairs if some meet an array of that shape
+    that is not of pairs itself, such as an image.
     """
     found: list[int] = []
     _follow(jaxpr, {}, found)
-    return found[0] if found else None
+    return found[0] if found and _COMPARED not in found else None
 
 
 def _follow(jaxpr: Jaxpr, known: dict[Any, str], found: list[int]) -> None:
@@ -47,6 +50,8 @@ def _follow(jaxpr: Jaxpr, known: dict[Any, str], found: list[int]) -> None:
             kind = _reshaped(own[0], shapes[0], shape)
         elif name in _ELEMENTWISE:
             kind = _of_elements(own, shapes, shape)
+            if _PAIRS in own and (None, shape) in zip(own, shapes, strict=True):
+                found.append(_COMPARED)
         elif name == "reduce_sum" and own[0] == _PAIRS and shape == ():
             found.append(max(shapes[0]))
         if kind:

@@ -1,7 +1,7 @@
 """Objects that JAX takes for leaves, and the arrays in them."""
 
-import collections
 import functools
+import gc
 import itertools
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,18 +16,18 @@ from .._tree import is_inexact
 # A look into an object ends after this many others, about a millisecond.
 _MOST_OBJECTS = 1_000
 
-# In functions, arrays are constants: many close over one.
+# In functions, arrays are constants: many close over one, or keep results.
 _CLOSED = (
     *(str, bytes, int, float, complex, type(None), type, types.ModuleType),
-    *(types.FunctionType, types.BuiltinFunctionType),
+    *(types.FunctionType, types.BuiltinFunctionType, types.GeneratorType),
+    type(functools.cache(lambda: None)),
 )
-_CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset, collections.deque)
 
 
 def holds_arrays(leaf: Any, kind: Any = jax.Array) -> bool:
     """Whether an object that JAX does not look into holds arrays of floats of a kind.
 
-    It looks into containers, `__dict__` and slots, and calls nothing of the user's.
+    It looks into all that the garbage collector does, and calls nothing of the user's.
     """
     if isinstance(leaf, jax.Array):
         return False
@@ -54,34 +54,7 @@ def _parts(obj: Any) -> Iterable[Any]:
         return ()
     if isinstance(obj, np.ndarray):
         return obj.flat if obj.dtype == object else ()
-    return itertools.chain(_items(obj), _fields(obj), _slots(obj))
-
-
-def _items(obj: Any) -> Iterable[Any]:
-    if isinstance(obj, dict):
-        return dict.values(obj)
-    if type(obj) is types.MappingProxyType:
-        return obj.values()
-    kinds = (kind for kind in _CONTAINERS if isinstance(obj, kind))
-    return itertools.chain(*(kind.__iter__(obj) for kind in kinds))
-
-
-def _fields(obj: Any) -> Iterable[Any]:
-    try:
-        return object.__getattribute__(obj, "__dict__").values()
-    except AttributeError:
-        return ()
-
-
-def _slots(obj: Any) -> Iterable[Any]:
-    """Yields the slots of an object; also what a bound method or a partial holds."""
-    for kind in type(obj).__mro__:
-        for slot in vars(kind).values():
-            if isinstance(slot, types.MemberDescriptorType):
-                try:
-                    yield slot.__get__(obj)
-                except AttributeError:  # it is empty
-                    continue
+    return gc.get_referents(obj)
 
 
 def in_words(leaf: Any) -> tuple[str, str]:

@@ -12,8 +12,8 @@ from .._boundary import spelled_leaves, warn_once
 from .._program import sums_over_pairs
 from .abstract_trainer import AbstractTrainer
 
-# The classes whose losses do not sum over pairs, with the shapes of their data.
-_fine: set[Any] = set()
+# The classes whose losses have been looked at, with the shapes of their data.
+_seen: set[Any] = set()
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -74,13 +74,13 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
 def is_to_be_seen(trainer: AbstractTrainer, data: Any) -> bool:
     """Whether a loss of data of these shapes may sum over pairs, as far as is known."""
     has_loss = any(hasattr(type(trainer), name) for name in ("loss", "nll"))
-    return has_loss and _known_by(trainer, data) not in _fine
+    return has_loss and _known_by(trainer, data) not in _seen
 
 
 def warn_of_pairs(trainer: AbstractTrainer, data: Any, jaxpr: Jaxpr) -> None:
     """Warns, once for a class, of a loss that sums over all pairs of data."""
+    _seen.add(_known_by(trainer, data))
     if (size := sums_over_pairs(jaxpr)) is None:
-        _fine.add(_known_by(trainer, data))
         return
     kind = type(trainer)
     warn_once(

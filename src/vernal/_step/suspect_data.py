@@ -42,7 +42,10 @@ def warn_of_suspect_data(
     if not suspects and not is_to_be_seen(trainer, data):
         return
     trainer, batch = seen()
-    jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
+    try:
+        jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
+    except Exception:  # what a fit meets, if it takes a step, it raises itself
+        return
     warn_of_pairs(trainer, data, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))

@@ -15,10 +15,10 @@ from .._boundary import (
     PyTree,
     entrance,
     narrowed_tree,
-    outside_mesh,
     refuse_taken,
     refuse_traced,
     refuse_unknown,
+    unmeshed_entrance,
 )
 from .._constraints import Bijections, Bounds, Priors, as_ties
 from .._curvature import Mode
@@ -416,8 +416,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         }
         return fit(subject, self, data, steps, keywords)
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def solve(
         self: SelfT,
         solver: Solver,
@@ -510,8 +509,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         jac: Mode | None = None,
         kind: FisherKind | None = None,
     ) -> dict[Any, Float[Array, "_ _"]]: ...
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def fisher(
         self,
         batch: Batch,
@@ -580,8 +578,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         batch_size: int | None = None,
         jac: Mode | None = None,
     ) -> dict[Any, Float[Array, "_ _"]]: ...
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def curvature(
         self,
         batch: Batch,
@@ -599,8 +596,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         require_one(self, "curvature")
         return curvature(self, batch, blocks, Passes(batch_size, jac))
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def reproject(
         self: SelfT,
         projector: EigenProjector | None,
@@ -623,8 +619,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         refuse_own_projector(projector, self._bijections)
         return reproject(self, projector, optimiser)
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def whiten(
         self: SelfT,
         batch: Batch,
@@ -669,8 +664,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         projector = whitened(self, batch, blocks, Passes(batch_size, jac), options)
         return reproject(self, projector, optimiser)
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def standard_errors(
         self,
         batch: Batch,
@@ -726,8 +720,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         require_one(self, "standard_errors")
         return standard_errors(self, batch, ErrorOptions(scale_errors, jac, kind))
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def table(
         self,
         batch: Batch | None = None,
@@ -756,8 +749,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
             require_one(self, "table")
         return table(self, batch, ErrorOptions(scale_errors, jac, kind))
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def report(
         self,
         batch: Batch,
@@ -808,8 +800,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         options = ErrorOptions(scale_errors, jac, kind)
         return report(self, batch, data_count, options)
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def propagate(
         self,
         fn: Callable[[Model], Any],
@@ -858,8 +849,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         require_one(self, "propagate")
         return propagate(self, fn, batch, ErrorOptions(scale_errors, jac, kind))
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def draw(
         self,
         key: PRNGKeyArray,
@@ -926,8 +916,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         max_steps: int = 256,
         jac: Mode | None = None,
     ) -> dict[str, Profile[Model]]: ...
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def profile(
         self,
         solver: Solver,
@@ -995,8 +984,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         options = ProfileOptions(max_steps, jac, scale_errors)
         return profile(self, solver, batch, name, values, options)
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def intervals(
         self,
         solver: Solver,
@@ -1052,8 +1040,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         options = ProfileOptions(max_steps, jac, scale_errors)
         return intervals(self, solver, batch, names, level, options)
 
-    @entrance
-    @outside_mesh
+    @unmeshed_entrance
     def objective(
         self, batch: Batch
     ) -> tuple[Callable[[PyTree], Float[Array, ""]], PyTree]:
