@@ -73,7 +73,7 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
 
 def is_new(trainer: AbstractTrainer, data: Any) -> bool:
     """Whether a class has a loss, and it is asked of data of these shapes first."""
-    if {"loss", "nll"}.isdisjoint(dir(type(trainer))):
+    if not any(hasattr(type(trainer), name) for name in ("loss", "nll")):
         return False
     shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(data)]
     known = weakref.ref(type(trainer)), *shapes
