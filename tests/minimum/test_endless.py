@@ -1,6 +1,7 @@
 """Losses that only approach a limit, and minima that are ones."""
 
 import functools
+import importlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -300,3 +301,24 @@ def test_a_healthy_fit_pays_nothing(monkeypatch):
     result = trainer.solve(solver, batch)
     assert result.stop_reason is REASON.CONVERGED
     assert result.report(batch).note is None
+
+
+def test_many_parameters_are_decomposed_once(monkeypatch):
+    def decomposed(local):
+        calls.append(1)
+        return whole(local)
+
+    # The name is also that of a function of the package.
+    module = importlib.import_module("vernal._minimum.endless")
+    calls, whole = [], module._decomposed
+    monkeypatch.setattr(module, "_decomposed", decomposed)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(60, 20)))
+
+    class Linear(vn.Trainer):
+        def residuals(self, model, y):
+            return x @ model - y
+
+    for tolerance in (1e-2, 1e-4, 1e-8):
+        calls.clear()
+        Linear(jnp.zeros(20)).solve(LM(tolerance, tolerance), jnp.sin(jnp.arange(60.0)))
+        assert len(calls) <= 1

@@ -108,9 +108,8 @@ def unsorted(where: str, tree: Any) -> ValueError | None:
 
     An error calls the tree `where`.
     """
-    is_one = lambda node: isinstance(node, dict) and not _is_sorted(node)
-    for name, node in spelled_leaves(where, tree, is_one):
-        if is_one(node):
+    for name, node in spelled_leaves(where, tree, _is_unsorted):
+        if _is_unsorted(node):
             kinds = dict.fromkeys(f"`{type(key).__name__}`" for key in node)
             return ValueError(
                 f"{name} is a dictionary with keys of type {' and '.join(kinds)}, "
@@ -120,11 +119,12 @@ def unsorted(where: str, tree: Any) -> ValueError | None:
     return None
 
 
-def _is_sorted(node: dict[Any, Any]) -> bool:
-    """Whether JAX can bring the keys in order, or leaves them in their own."""
-    if not isinstance(node, collections.OrderedDict):
-        try:
-            sorted(node)
-        except TypeError:
-            return False
-    return True
+def _is_unsorted(node: Any) -> bool:
+    """Whether it is a dictionary whose keys JAX would bring in order, and cannot."""
+    if not isinstance(node, dict) or isinstance(node, collections.OrderedDict):
+        return False
+    try:
+        sorted(node)
+    except TypeError:
+        return True
+    return False

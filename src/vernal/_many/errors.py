@@ -49,7 +49,10 @@ def errors_of_each(
     try:
         found = _errors(members, batch, checked_mode(options.jac), kind)
     except RuntimeError:
-        found = _errors_apart(members, batch, checked_mode(options.jac), kind)
+        apart = _errors_apart(members, batch, checked_mode(options.jac), kind)
+        if apart is None:
+            raise
+        found = apart
     if np.all(found.lacks_scatter):
         raise ValueError(NO_SANDWICH)
     return found
@@ -65,23 +68,21 @@ def _errors(
 
 def _errors_apart(
     members: Members, batch: Any, jac: Mode | None, kind: ErrorKind | None
-) -> KnownErrors:
+) -> KnownErrors | None:
     """Computes those of each by itself: NaN where the model raises an error."""
-    found, error = list[KnownErrors | None](), None
+    found = list[KnownErrors | None]()
     for index in range(members.trainers.step_count.shape[0]):
         trainers, rows = members.one(batch, np.array([index]))
         alone = members._replace(trainers=trainers, group=1)
         try:
             found.append(_errors(alone, rows, jac, kind))
-        except RuntimeError as raised:
+        except RuntimeError:
             found.append(None)
-            error = raised
-    known = next((one for one in found if one is not None), None)
-    if known is None:
-        assert error is not None
-        raise error
+    if not any(found):
+        return None
     is_real = lambda x: np.issubdtype(x.dtype, np.inexact)
-    none = jax.tree.map(lambda x: np.full_like(x, np.nan if is_real(x) else 0), known)
+    empty = lambda x: np.full_like(x, np.nan if is_real(x) else 0)
+    none = jax.tree.map(empty, next(filter(None, found)))
     joined = lambda *rows: jnp.concatenate(rows)
     return jax.tree.map(joined, *(one or none for one in found))
 

@@ -7,7 +7,7 @@ one likes, and the error bar as long.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,9 +62,9 @@ def endless(
         if not (isinstance(local, Curved) and _is_low(kind, found)):
             return distance
     around = Around(trainer, batch, kind, float(found.noise))
-    for line in _lines(local, found):
-        if _falls_along(around, line):
-            ahead = line.bar * np.asarray(local.scale, float)
+    for step, bar in _lines(local, found):
+        if _falls_along(around, step, bar):
+            ahead = bar * np.asarray(local.scale, float)
             direction = (ahead / np.linalg.norm(ahead)).astype(found.direction.dtype)
             return found._replace(direction=direction, is_endless=True)
     return distance
@@ -74,7 +74,7 @@ def may_be_endless(kind: str, local: Any, distance: Distance) -> bool:
     """Whether a loss may have no minimum, and is worth a look."""
     if not _is_worth_it(kind, local, distance):
         return False
-    return distance.is_leap or len(_runaways(local, distance).found) > 0
+    return distance.is_leap or len(_runaways(local, distance)[0]) > 0
 
 
 def _is_worth_it(kind: str, local: Any, distance: Distance) -> bool:
@@ -95,33 +95,19 @@ def _is_low(kind: str, distance: Distance) -> bool:
     return not distance.is_saddle and (distance.is_minimum or is_close)
 
 
-class _Line(NamedTuple):
-    """Along which elements may run away.
+def _runaways(
+    local: Triangle | Spectral | Curved, distance: Distance
+) -> tuple[Int[np.ndarray, " F"], Float[np.ndarray, "D K"], Float[np.ndarray, " D"]]:
+    """Returns the elements whose step is not much shorter than they are.
 
-    - `bar`: an error bar in its direction, in which the loss falls.
-    - `step`: the length of the step to the minimum, in error bars.
+    Those of the longest come first; beside them, what whitens all, and all steps.
     """
-
-    bar: Float[np.ndarray, " D"]
-    step: float
-
-
-class _Runaways(NamedTuple):
-    """The elements whose step is not much shorter than they are, the longest first."""
-
-    found: Int[np.ndarray, " F"]
-    whitener: Float[np.ndarray, "D K"]
-    steps: Float[np.ndarray, " D"]
-
-
-def _runaways(local: Triangle | Spectral | Curved, distance: Distance) -> _Runaways:
-    none = _Runaways(np.zeros(0, int), np.zeros((0, 0)), np.zeros(0))
     # Slopes of rounding errors lead nowhere.
     eps = float(np.finfo(local.rounding.dtype).eps)
     least = _ROUNDED * eps * np.sqrt(2 * abs(float(local.loss)))
     # No step is longer, in error bars: most fits end here, without a decomposition.
     if np.sqrt(2 * distance.edm) <= least:
-        return none
+        return np.zeros(0, int), np.zeros((0, 0)), np.zeros(0)
     if not isinstance(local.scale, np.ndarray):
         local = jax.device_get(local)
     values, right, inner = _decomposed(local)
@@ -131,21 +117,24 @@ def _runaways(local: Triangle | Spectral | Curved, distance: Distance) -> _Runaw
     is_clear = (abs(steps) > least * bars) & (bars > _LEAST_BAR * size)
     shares = np.where(is_clear, abs(steps), 0) / np.where(size > 0, size, 1)
     order = np.argsort(-shares, kind="stable")
-    found = order[: np.count_nonzero(shares > _LEAST_STEP)]
-    return _Runaways(found, whitener, steps)
+    return order[: np.count_nonzero(shares > _LEAST_STEP)], whitener, steps
 
 
-def _lines(local: Triangle | Spectral | Curved, distance: Distance) -> Iterator[_Line]:
-    """Yields lines of elements that may run away.
+def _lines(
+    local: Triangle | Spectral | Curved, distance: Distance
+) -> Iterator[tuple[float, Float[np.ndarray, " D"]]]:
+    """Yields lines along which elements may run away.
 
-    Along the first all of them take their steps, and the others follow, so that the
-    loss rises least. Then comes a line for each.
+    Each is the length of the step to the minimum, in error bars, and an error bar in
+    its direction, in which the loss falls. Along the first all of them take their
+    steps, and the others follow, so that the loss rises least. Then comes a line for
+    each.
     """
     found, whitener, steps = _runaways(local, distance)
     for own in (found, *found[:_MOST_ELEMENTS, None]) if len(found) else ():
         latent = np.linalg.lstsq(whitener[own], steps[own], rcond=None)[0]
         length = float(np.linalg.norm(latent))
-        yield _Line(whitener @ latent / length / np.asarray(local.scale), length)
+        yield length, whitener @ latent / length / np.asarray(local.scale)
 
 
 def _decomposed(
@@ -167,17 +156,17 @@ def _decomposed(
     return local.values[is_kept], local.right[is_kept], local.inner[is_kept]
 
 
-def _falls_along(around: Around, line: _Line) -> bool:
+def _falls_along(around: Around, step: float, bar: Float[np.ndarray, " D"]) -> bool:
     """Whether the loss falls along a line as if towards a limit, and does not rise.
 
     What a bound cuts off, or is not finite there, says nothing.
     """
-    steps, point = line.step * np.array(_AHEAD), around.point
-    asked = np.vstack([point, point + steps[:, None] * line.bar]).astype(point.dtype)
-    seen = around.look(point, steps, line.bar)
+    steps, point = step * np.array(_AHEAD), around.point
+    asked = np.vstack([point, point + steps[:, None] * bar]).astype(point.dtype)
+    seen = around.look(point, steps, bar)
     if seen is None or not np.array_equal(seen.points, asked):
         return False
-    losses, slopes = seen.losses.astype(float), seen.slopes.astype(float) @ line.bar
+    losses, slopes = seen.losses.astype(float), seen.slopes.astype(float) @ bar
     if not (np.isfinite(losses).all() and np.isfinite(slopes).all()):
         return False
     unseen = float(rounding_of(seen.losses[0]))

@@ -71,15 +71,19 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
     )
 
 
-def is_to_be_seen(trainer: AbstractTrainer, data: Any) -> bool:
-    """Whether a loss of data of these shapes may sum over pairs, as far as is known."""
-    has_loss = any(hasattr(type(trainer), name) for name in ("loss", "nll"))
-    return has_loss and _known_by(trainer, data) not in _seen
+def is_new(trainer: AbstractTrainer, data: Any) -> bool:
+    """Whether a class has a loss, and it is asked of data of these shapes first."""
+    if not any(hasattr(type(trainer), name) for name in ("loss", "nll")):
+        return False
+    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(data)]
+    known = weakref.ref(type(trainer)), *shapes
+    is_known = known in _seen
+    _seen.add(known)
+    return not is_known
 
 
-def warn_of_pairs(trainer: AbstractTrainer, data: Any, jaxpr: Jaxpr) -> None:
+def warn_of_pairs(trainer: AbstractTrainer, jaxpr: Jaxpr) -> None:
     """Warns, once for a class, of a loss that sums over all pairs of data."""
-    _seen.add(_known_by(trainer, data))
     if (size := sums_over_pairs(jaxpr)) is None:
         return
     kind = type(trainer)
@@ -92,8 +96,3 @@ def warn_of_pairs(trainer: AbstractTrainer, data: Any, jaxpr: Jaxpr) -> None:
         UserWarning,
         of=(warn_of_pairs, weakref.ref(kind)),
     )
-
-
-def _known_by(trainer: AbstractTrainer, data: Any) -> Any:
-    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(data)]
-    return weakref.ref(type(trainer)), *shapes

@@ -18,7 +18,7 @@ from .._data import Minibatches, Source, Stream
 from .._program import turned_into_floats
 from .abstract_trainer import AbstractTrainer
 from .objective import live, score, step_key
-from .outer import is_to_be_seen, warn_of_pairs
+from .outer import is_new, warn_of_pairs
 
 
 def warn_of_suspect_data(
@@ -38,15 +38,15 @@ def warn_of_suspect_data(
         return
     data = source.arrays if isinstance(source, Minibatches) else source.batch
     warn_of_single_leaves(data, name)
-    suspects = rounded_integers(data)
-    if not suspects and not is_to_be_seen(trainer, data):
+    suspects, has_new_shapes = rounded_integers(data), is_new(trainer, data)
+    if not suspects and not has_new_shapes:
         return
     trainer, batch = seen()
     try:
         jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
     except Exception:  # what a fit meets, if it takes a step, it raises itself
         return
-    warn_of_pairs(trainer, data, jaxpr)
+    warn_of_pairs(trainer, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))
 
