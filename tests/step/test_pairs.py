@@ -154,29 +154,40 @@ ENTRANCES = {
 }
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES)
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_sum_over_pairs_is_warned_of(name, entrance):
-    loss, net, batch = PAIRS[name]
-    trainer = trainer_of(loss, net)
+def heard(entrance, trainer, batch):
+    """The warnings of two calls."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            ENTRANCES[entrance](trainer, batch)
-    (said,) = (x for x in caught if "pairs" in str(x.message))
+            entrance(trainer, batch)
+    return [x for x in caught if "pairs" in str(x.message)]
+
+
+# Before its first step a fit has looked.
+LOOK = lambda trainer, batch: trainer.fit(batch, 0, progress=False)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_sum_over_pairs_is_warned_of(name):
+    loss, net, batch = PAIRS[name]
+    (said,) = heard(LOOK, trainer_of(loss, net), batch)
+    assert f"The loss of `Fit` sums over {N} x {N} pairs" in str(said.message)
+    assert said.filename == __file__
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_each_entrance_warns(entrance):
+    (said,) = heard(ENTRANCES[entrance], trainer_of(mean, SCALE, "loss"), COLUMNS)
     size = 3 if entrance == "minibatches" else N
-    assert f"The loss of `Fit` sums over {size} x {size} pairs" in str(said.message)
+    assert f"sums over {size} x {size} pairs" in str(said.message)
     assert said.filename == __file__
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_nothing_is_said_of_others(name):
     loss, net, batch = ALONE[name]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for kind in ("nll", "loss"):
-            ENTRANCES["fit"](trainer_of(loss, net, kind), batch)
-    assert not [x for x in caught if "pairs" in str(x.message)]
+    for kind in ("nll", "loss"):
+        assert not heard(LOOK, trainer_of(loss, net, kind), batch)
 
 
 @pytest.mark.parametrize("y", [LINE, COLUMN])
