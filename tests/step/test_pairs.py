@@ -205,3 +205,11 @@ def test_a_loss_is_looked_at_once(y):
     once = len(traces)
     trainer.fit(batch, 1, progress=False)
     assert len(traces) == once
+
+
+def test_another_model_of_the_same_class_is_looked_at():
+    kind = type(trainer_of(mean, SCALE))
+    of = lambda net: kind({"net": net}, optax.sgd(1e-3))
+    batch = {"x": FEATURES, "y": LINE}
+    assert not heard(LOOK, of(Net()), batch)
+    assert heard(LOOK, of(Net(1)), batch)

@@ -4,16 +4,12 @@ import math
 import weakref
 from typing import Any
 
-import jax
 from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
 from .._boundary import spelled_leaves, warn_once
 from .._program import sums_over_pairs
 from .abstract_trainer import AbstractTrainer
-
-# The classes whose losses have been looked at, with the shapes of their data.
-_seen: set[Any] = set()
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -69,17 +65,6 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
         UserWarning,
         of=(warn_of_outer, weakref.ref(type(trainer))),
     )
-
-
-def is_new(trainer: AbstractTrainer, data: Any) -> bool:
-    """Whether a class has a loss, and it is asked of data of these shapes first."""
-    if not any(hasattr(type(trainer), name) for name in ("loss", "nll")):
-        return False
-    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(data)]
-    known = weakref.ref(type(trainer)), *shapes
-    is_known = known in _seen
-    _seen.add(known)
-    return not is_known
 
 
 def warn_of_pairs(trainer: AbstractTrainer, jaxpr: Jaxpr) -> None:

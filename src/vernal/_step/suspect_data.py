@@ -1,5 +1,6 @@
 """Warnings of data whose digits are lost, or of which all pairs are summed."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,13 @@ from .._boundary import (
     warn_of_single_leaves,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import turned_into_floats
-from .abstract_trainer import AbstractTrainer
-from .objective import live, score, step_key
-from .outer import is_new, warn_of_pairs
+from .._program import hash_of_code, turned_into_floats
+from .abstract_trainer import AbstractTrainer, template_of
+from .objective import defined, live, score, step_key
+from .outer import warn_of_pairs
+
+# The classes whose losses have been looked at, with what the model is, and all shapes.
+_seen: set[Any] = set()
 
 
 def warn_of_suspect_data(
@@ -38,8 +42,8 @@ def warn_of_suspect_data(
         return
     data = source.arrays if isinstance(source, Minibatches) else source.batch
     warn_of_single_leaves(data, name)
-    suspects, has_new_shapes = rounded_integers(data), is_new(trainer, data)
-    if not suspects and not has_new_shapes:
+    suspects, has_new_loss = rounded_integers(data), _is_new(trainer, data)
+    if not suspects and not has_new_loss:
         return
     trainer, batch = seen()
     try:
@@ -49,6 +53,19 @@ def warn_of_suspect_data(
     warn_of_pairs(trainer, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))
+
+
+def _is_new(trainer: AbstractTrainer, data: Any) -> bool:
+    """Whether a trainer has a loss that was not looked at with these shapes yet."""
+    if not {"loss", "nll"}.intersection(defined(trainer)):
+        return False
+    leaves = jax.tree.leaves((trainer.params, data))
+    shapes = [getattr(leaf, "shape", ()) for leaf in leaves]
+    model = hash_of_code(template_of(trainer))
+    known = weakref.ref(type(trainer)), model, *shapes
+    is_known = known in _seen
+    _seen.add(known)
+    return not is_known
 
 
 def _warn_of_rounded(
