@@ -29,7 +29,8 @@ T = TypeVar("T")
 Members = Sequence[Sequence[str]]
 """The parameters of each group, in the order of the groups."""
 
-# The field of a snapshot with the optimiser's state, and the name of its beginning.
+# The field of a snapshot with the optimiser's state, and the name before the paths of
+# the hyperparameters that it began with.
 OPT_STATE, BEGUN = "opt_state", "begun"
 
 # In these, arrays are in the order of the leaves of one field.

@@ -52,9 +52,6 @@ _RESETTABLE = {
     "step_count": ("step_count",),
 }
 
-# The name before the paths of the hyperparameters that an optimiser began with.
-_INITIAL = BEGUN
-
 _UNKNOWN = Meaning()
 
 
@@ -71,7 +68,7 @@ def initial_hyperparams(trainer: AbstractTrainer) -> dict[str, NamedArray]:
 
     Saved beside a snapshot, they show which of them a program has changed since.
     """
-    return to_arrays({_INITIAL: beginning(trainer)})
+    return to_arrays({BEGUN: beginning(trainer)})
 
 
 def _state(trainer: AbstractTrainer) -> OrderedDict[str, PyTree]:
@@ -126,7 +123,7 @@ def require_restorable(
         fields |= set(_RESETTABLE[name])
     saved = {path: kind for path, kind in saved.items() if path not in changed}
     saved |= {path: kind for path, kind in own.items() if path in changed}
-    saved, own = without(saved, _INITIAL), without(own, _INITIAL)
+    saved, own = without(saved, BEGUN), without(own, BEGUN)
     if beneath(saved, "policy_state") != beneath(own, "policy_state"):
         fields.add("policy_state")
     if "scored_on" not in saved:
@@ -174,13 +171,11 @@ def restore(
     like = _state(trainer)
     for name in fields:
         del like[name]
-    state = from_arrays(without(saved, *fields, _INITIAL), like, source)
-    before, own = beneath(saved, _INITIAL), {_INITIAL: beginning(trainer)}
+    state = from_arrays(without(saved, *fields, BEGUN), like, source)
+    before, own = beneath(saved, BEGUN), {BEGUN: beginning(trainer)}
     if "opt_state" in state and before and kinds(before) == kinds(to_arrays(own)):
         before = from_arrays(before, own, source)
-        state["opt_state"] = settled(
-            state["opt_state"], before[_INITIAL], own[_INITIAL]
-        )
+        state["opt_state"] = settled(state["opt_state"], before[BEGUN], own[BEGUN])
     projector = state.pop("projector")
     if "nan_counts" in state:
         # A column for each parameter, between those of the loss and of the update.
@@ -257,8 +252,8 @@ def _changed_hyperparams(
 ) -> set[str]:
     """Returns the hyperparameters that only one of the two has, or of another kind."""
     changed = set()
-    for path in beneath(saved, _INITIAL) | beneath(own, _INITIAL):
-        in_state = f"opt_state{path.removeprefix(_INITIAL)}"
+    for path in beneath(saved, BEGUN) | beneath(own, BEGUN):
+        in_state = f"opt_state{path.removeprefix(BEGUN)}"
         # The first files do not have the initial values.
         is_known = (path in saved) == (in_state in saved)
         if is_known and any(saved.get(p) != own.get(p) for p in (path, in_state)):
