@@ -4,8 +4,7 @@
 together; `same_inputs` and `fingerprint` find out whether they were given the same.
 """
 
-from .abstract_placement import ANYWHERE, AbstractPlacement
 from .fingerprint import fingerprint, leaf_fingerprints
-from .placement import Sharding, placement
+from .placement import ANYWHERE, Placement, Sharding, placement
 from .processes import Decision, PeerError, Peers
 from .same_inputs import same_inputs

@@ -10,7 +10,7 @@ import equinox as eqx
 from .._program import Version, version_of
 from .._step import AbstractTrainer, advance, live, score, step_key
 from .fingerprint import fingerprint, leaf_fingerprints
-from .placement import AbstractPlacement
+from .placement import Placement
 from .processes import Peers
 
 # Larger arrays that a step returned are not copied from the devices for the next one.
@@ -24,7 +24,7 @@ _ALONE = contextlib.nullcontext(lambda *_, **others: None)
 
 
 def same_inputs(
-    entrance: str, place: AbstractPlacement
+    entrance: str, place: Placement
 ) -> contextlib.AbstractContextManager[Callable[..., None]]:
     """Gives a function that raises if another process has other inputs.
 

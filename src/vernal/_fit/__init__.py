@@ -3,7 +3,6 @@
 from .arrival import distance_here
 from .ending import Ending
 from .fit import fit
-from .one_trainer import OneTrainer
 from .options import OPTIONS, FitKeywords
 from .result import FitResult
-from .subject import AbstractSubject, BadEnd
+from .subject import BadEnd, Subject

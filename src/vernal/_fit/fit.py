@@ -24,11 +24,11 @@ from .pace import Pace
 from .progress_bar import ProgressBar
 from .remarks import remark
 from .run import FitRun
-from .subject import AbstractSubject
+from .subject import Subject
 
 
 def fit(
-    subject: AbstractSubject,
+    subject: Subject,
     trainer: AbstractTrainer,
     data: Any,
     steps: int,
@@ -130,9 +130,7 @@ def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
     return StopReason.STEPS_TAKEN
 
 
-def _check_trainer(
-    trainer: AbstractTrainer, subject: AbstractSubject, steps: int
-) -> None:
+def _check_trainer(trainer: AbstractTrainer, subject: Subject, steps: int) -> None:
     require_optimiser(trainer)
     check_elementwise(trainer, lambda: subject.template(trainer))
     warn_of_line_search(trainer)

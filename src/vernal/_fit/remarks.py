@@ -1,5 +1,6 @@
 """What a fit says of its result: what was not finite and why, what nobody scored."""
 
+import dataclasses
 import functools as ft
 from typing import Any
 
@@ -51,7 +52,9 @@ def remark(run: FitRun, result: Any) -> Any:
         if validation is not None:
             there = ft.partial(ended, Whole(validation.batch))
             lacking += warn_of_no_data("validation", history.validation, there)
-    return subject.without_data(result, lacking) if lacking else result
+    if not lacking:
+        return result
+    return dataclasses.replace(result, _without_data=tuple(sorted({*lacking})))
 
 
 def _diagnosis(run: FitRun, end: BadEnd) -> Diagnosis:

@@ -10,8 +10,7 @@ import numpy as np
 
 from .._boundary import first_names
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._devices import AbstractPlacement
-from .._fit import AbstractSubject, BadEnd
+from .._fit import BadEnd, Subject
 from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
 from .._policy import AT_NON_FINITE, StopReason
 from .._step import (
@@ -36,14 +35,13 @@ from .stack import first_rows, is_same, stack
 
 @final
 @dataclasses.dataclass(frozen=True)
-class ManyTrainers(AbstractSubject):
+class ManyTrainers(Subject):
     """A fit of many trainers at once, stacked to one, `group` at a time.
 
     `config` flags the leaves of their configuration that have a row for each.
     """
 
     entrance = "fit_many"
-    place: AbstractPlacement
     size: int
     group: int
     config: Flags
@@ -219,9 +217,6 @@ class ManyTrainers(AbstractSubject):
         which = f"That is member {index} of {self.size}. "
         trainer = self.picked(result, index)
         return BadEnd(index, reasons[index], trainer, warning, which, is_all)
-
-    def without_data(self, result: ManyResult[Any], members: list[int]) -> Any:
-        return dataclasses.replace(result, _without_data=tuple(sorted({*members})))
 
     def picked(self, result: ManyResult[Any], index: Any) -> AbstractTrainer:
         return result.trainer(index)

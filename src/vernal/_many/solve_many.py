@@ -118,7 +118,7 @@ def solve_many(
     ended = lambda i: (subject.picked(result, i), subject.seen(Whole(batch), i))
     with subject.place.context():
         lacking = warn_of_no_data(subject.entrance, history.loss, ended)
-    return subject.without_data(result, lacking)
+    return dataclasses.replace(result, _without_data=tuple(lacking))
 
 
 def _run_round(
