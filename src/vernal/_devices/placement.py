@@ -33,7 +33,9 @@ class Split(NamedTuple):
 class Placement(PlainMethods, eqx.Module):
     """Where the arrays of a fit lie, and how they get there and back: as they are."""
 
-    mesh: Mesh | None = eqx.field(static=True, default=None)
+    @property
+    def mesh(self) -> Mesh | None:
+        return None
 
     @property
     def size(self) -> int:
@@ -114,11 +116,15 @@ class OnMesh(Placement):
     see whole batches, and compute what they compute on one device.
     """
 
-    mesh: Mesh = eqx.field(static=True)
+    devices: Mesh = eqx.field(static=True)
     trained: tuple[tuple[str, Split | None], ...] = eqx.field(static=True, default=())
     """Each trained parameter by its path, where there is anything to be split."""
     frozen: tuple[Split | None, ...] = eqx.field(static=True, default=())
     """Each frozen array, in order."""
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.devices
 
     @property
     def axis(self) -> str:
@@ -325,21 +331,10 @@ def _check_spec(
     where = f"`sharding`: {path!r}, of shape {shape}, cannot be split by {spec}"
     if len(spec) > len(shape):
         raise ValueError(f"{where}, which has more entries than there are axes.")
-    used: list[str] = []
-    for length, entry in zip(shape, spec, strict=False):
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        for name in names:
-            if name not in mesh.axis_names:
-                known = ", ".join(map(repr, mesh.axis_names))
-                raise ValueError(f"{where}: the axes of the mesh are {known}.")
-        used += names
-        if len(used) > len(set(used)):
-            raise ValueError(f"{where}, which names an axis of the mesh twice.")
-        parts = int(np.prod([mesh.shape[name] for name in names], dtype=int))
-        if length % parts:
-            raise ValueError(
-                f"{where}: {parts} devices cannot share an axis of {length} evenly."
-            )
+    try:
+        NamedSharding(mesh, spec).shard_shape(shape)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def put(leaf: Any, sharding: NamedSharding) -> Any:

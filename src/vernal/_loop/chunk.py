@@ -1,6 +1,5 @@
 """A chunk of a fit: many steps in one program."""
 
-from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array
@@ -23,29 +22,18 @@ def chunk_of_one(task: Task, state: LoopState, place: Placement) -> tuple[Chunk,
         return place.pin(take_one(task, state, batch, is_due))
 
     begun = task.begin(state, task.shapes(start, step), step)
-    chunk = _taken(take, task, begun, step, is_split=place.mesh is not None)
+    is_split = place.mesh is not None
+    chunk = None if is_split else run_small_loop(take, task, begun, step)
+    if chunk is None:
+        bare = None if is_split else bare_step(task, state, step)
+        chunk = (
+            run_loop(take, task, begun, step)
+            if bare is None
+            else run_blocks(bare, take, task, begun, step)
+        )
     # The next chunk is the same program if it finds everything where this one did.
     chunk = place.pin(chunk)
     return chunk, Ended.of(chunk)
-
-
-def _taken(
-    take: Callable[[LoopState, Any, Array], Taken],
-    task: Task,
-    start: Chunk,
-    step: Array,
-    is_split: bool,
-) -> Chunk:
-    """Takes the steps in the fastest way that there is for them."""
-    if is_split:
-        return run_loop(take, task, start, step)
-    small = run_small_loop(take, task, start, step)
-    if small is not None:
-        return small
-    bare = bare_step(task, start.state, step)
-    if bare is None:
-        return run_loop(take, task, start, step)
-    return run_blocks(bare, take, task, start, step)
 
 
 run_chunk = program(chunk_of_one)
