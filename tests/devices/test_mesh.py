@@ -531,14 +531,13 @@ def test_chunks_on_devices_compile_once(width):
     close_on_one(parts.trainer.params, alone().params)
 
 
-@pytest.mark.parametrize(
-    "spec", [P("model", None), P(None, None), P(("data", "model"))]
-)
-def test_chunks_of_split_leaves_compile_once(spec):
-    trainer = Chain(chain(1), optax.adam(1e-2))
+def test_chunks_of_split_leaves_compile_once():
+    trainer = Chain(chain(3), optax.adam(1e-2))
+    specs = P("model", None), P(None, None), P(("data", "model"))
+    sharding = {f"{index}.weight": spec for index, spec in enumerate(specs)}
     vn.forget()
     before = cache_size(run_chunk)
-    options = {"mesh": mesh_of(4, 2), "sharding": {"*.weight": spec}, "chunk": 2}
+    options = {"mesh": mesh_of(4, 2), "sharding": sharding, "chunk": 2}
     trainer.fit(CHAIN, 6, callback=lambda t, h: None, **options)
     assert cache_size(run_chunk) == before + 1
 

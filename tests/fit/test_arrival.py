@@ -101,17 +101,17 @@ def test_complex_parameters_have_arrived_if_their_parts_have(kind, rate, rtol, r
     optimiser = optax.sgd(rate * (45 if kind is WavesByLoss else 1))
     bounds = {"rate": (0.0, 1.25)}
 
-    def fit(start):
-        trainers = [kind(m, optimiser, bounds=bounds) for m in real_and_complex(start)]
-        return trainers, [t.fit(batch, 5_000, **options) for t in trainers]
-
-    (_, one), (real, own) = fit(0.0)
-    (_, other), _ = fit(0.5)
+    make = lambda model: kind(model, optimiser, bounds=bounds)
+    trainers = [make(model) for model in real_and_complex(0.0)]
+    real, own = (trainer.fit(batch, 5_000, **options) for trainer in trainers)
     assert own.stop_reason is real.stop_reason is reason
     if reason is vn.StopReason.STALLED:
         np.testing.assert_allclose(own.edm, real.edm, rtol=1e-6)
         assert "gains.real[1] (+" in own.explain()
-    many = vn.fit_many([one, other], batch, 5_000, **options)
+    if kind is WavesByLoss:
+        return
+    other = make(real_and_complex(0.5)[1])
+    many = vn.fit_many([trainers[1], other], batch, 5_000, **options)
     assert many.stop_reasons == (reason, reason)
     np.testing.assert_allclose(many.edms[0], own.edm, rtol=1e-6, atol=1e-12)
 

@@ -41,17 +41,18 @@ def plain(**options):
     return LineFit(line(), ADAM, **options)
 
 
-MINIBATCHES = vn.Minibatches(BATCH, 4, key=jax.random.key(0))
+CHUNKS, STOP = {"chunk": 3, "callback": lambda *_: None}, vn.Converged(0.5, 3)
 
 # A trainer, its data, and options of the fit.
 FITS = {
-    "whole": lambda: (plain(), BATCH, {}),
-    "minibatches": lambda: (plain(), MINIBATCHES, {}),
     "stream": lambda: (plain(), vn.Stream([BATCH] * 20), {}),
-    "chunks": lambda: (plain(), BATCH, {"chunk": 3, "callback": lambda *_: None}),
-    "stop": lambda: (plain(), BATCH, {"stop": vn.Converged(0.5, 3)}),
+    "chunks that stop": lambda: (plain(), BATCH, CHUNKS | {"stop": STOP}),
     "bad steps": lambda: (Broken(line(), ADAM, nan_policy=vn.SkipStep()), BATCH, {}),
-    "state": lambda: (Counted(line(), ADAM, state=jnp.array(0)), BATCH, {}),
+    "state and minibatches": lambda: (
+        Counted(line(), ADAM, state=jnp.array(0)),
+        vn.Minibatches(BATCH, 4, key=jax.random.key(0)),
+        {},
+    ),
     "projector": lambda: (
         GaussianFit(gaussian(), ADAM).whiten(gaussian_batch()),
         gaussian_batch(),

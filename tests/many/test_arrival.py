@@ -58,15 +58,12 @@ class Positive(vn.Bijection):
         return jnp.log(jnp.expm1(value))
 
 
-BOUNDS, POSITIVE = {"a": (None, 0.8)}, {"b": Positive()}
+BOUNDS = {"a": (None, 0.8), "b": Positive()}
 # How to make a member of a rate, whether it has its own data, and options.
 CASES = {
     "residuals": (lambda rate: make(Squares, rate), False, {}),
-    "residuals, own data": (lambda rate: make(Squares, rate), True, {}),
     "residuals, one at a time": (lambda rate: make(Squares, rate), True, {"batch": 1}),
-    "nll": (lambda rate: make(Likelihood, rate), True, {}),
-    "a bound": (lambda rate: make(Squares, rate, bounds=BOUNDS), True, {}),
-    "a bijection": (lambda rate: make(Squares, rate, bounds=POSITIVE), True, {}),
+    "bounds": (lambda rate: make(Squares, rate, bounds=BOUNDS), True, {}),
     "a projector": (lambda rate: whitened(Squares, rate), True, {}),
     "a direction": (lambda rate: dropped(Likelihood, rate), True, {}),
     "loss, some of it": (lambda rate: make(Loss, 9 * rate), True, {"every": 7}),

@@ -81,9 +81,10 @@ def test_tables_have_errors_of_the_kind_asked_for(kind):
     report = result.report(good, data, kind=kind)
     assert report.error_kind == kind
     np.testing.assert_allclose(report["mean"].error, errors.mean[good], rtol=1e-6)
-    reverse = result.errors(data, kind=kind, jac="bwd")
-    again = result.to_dict(data, kind=kind, jac="bwd")["error[mean]"]
-    np.testing.assert_array_equal(again, reverse.mean)
+    if kind == "observed":
+        reverse = result.errors(data, kind=kind, jac="bwd")
+        again = result.to_dict(data, kind=kind, jac="bwd")["error[mean]"]
+        np.testing.assert_array_equal(again, reverse.mean)
 
 
 class Counted(vn.Trainer):
@@ -107,23 +108,30 @@ def masked():
 
 
 TWICE = {"ties": {"peak.power": lambda model: 4 * model["peak"].std}}
+SGD = optax.sgd(1e-9)
 # How to make a member, its data and their axes, and how to compute.
 SCALED = {
-    "residuals": (lambda m: GaussianFit(m), spectra(), AXES, {}),
-    "in groups": (lambda m: GaussianFit(m), spectra(), AXES, {"batch": 4}),
-    "observed": (lambda m: GaussianFit(m), spectra(), AXES, {"kind": "observed"}),
-    "masked": (lambda m: Counted(m), masked(), (None, 0, 0), {}),
-    "tied": (lambda m: TiedPeak({"peak": m}, **TWICE), spectra(), AXES, {}),
+    "residuals": (lambda m: GaussianFit(m, SGD), spectra(), AXES, {}),
+    "observed, in groups": (
+        lambda m: GaussianFit(m, SGD),
+        spectra(),
+        AXES,
+        {"batch": 4, "kind": "observed"},
+    ),
+    "masked": (lambda m: Counted(m, SGD), masked(), (None, 0, 0), {}),
+    "tied": (lambda m: TiedPeak({"peak": m}, SGD, **TWICE), spectra(), AXES, {}),
 }
 
 
+# They begin at the truth, which is as near as a minimum.
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize("case", SCALED)
 def test_the_errors_of_each_are_scaled_by_its_own_scatter(case):
     of_model, data, axes, options = SCALED[case]
     kind = {"kind": options["kind"]} if "kind" in options else {}
     trainers = [of_model(peak(0.3, 1.2, 4.0))] * SIZE
-    group = {"batch": options.get("batch"), "solver": LM, "data_axis": axes}
-    result = vn.fit_many(trainers, data, 50, **group)
+    group = {"batch": options.get("batch"), "data_axis": axes}
+    result = vn.fit_many(trainers, data, 0, **group)
     columns = result.to_dict(data, scale_errors=True, **kind)
     frame = result.to_dataframe(data, scale_errors=True, **kind)
     names = [name for name in columns if name.startswith("error[")]
@@ -155,23 +163,18 @@ def test_a_scale_that_is_not_there_is_refused_as_for_one():
         def residuals(self, model, batch):
             return super().residuals(model, batch)[:3]
 
-    class Robust(vn.Trainer):
-        def residuals(self, model, batch):
-            return vn.likelihoods.Robust(model(batch[0]) - batch[1], "cauchy", 1.0)
-
     x, y, sigma = spectra()
     batch = x, np.abs(y[0]), sigma
     prior = {"priors": {"mean": vn.Normal(0.0, 1.0)}}
     cases = {
         "sandwich": (GaussianFit, {}, {"kind": "sandwich"}),
-        "robust": (Robust, {}, {}),
         "priors": (GaussianFit, prior, {}),
         "counts": (Counts, {}, {}),
         "nll": (Likelihood, {}, {}),
         "few": (Few, {}, {}),
     }
     for case, (kind, options, how) in cases.items():
-        trainer = kind(peak(0.2, 1.1, 3.8), optax.sgd(1e-9), **options)
+        trainer = kind(peak(0.2, 1.1, 3.8), SGD, **options)
         result = vn.fit_many([trainer] * 2, batch, 0)
         with pytest.raises(ValueError, match="scale_errors") as one:
             result.trainer(0).table(batch, scale_errors=True, **how)
@@ -186,8 +189,8 @@ def test_scaled_errors_far_from_the_minimum_warn():
     # Error bars so large that the known ones are no reason to warn.
     x, y, sigma = spectra()
     data = x, y[4:6], 1e6 * sigma
-    trainers = [GaussianFit(peak(0.2, 1.1, 3.8), optax.sgd(1e-9))] * 2
-    result = vn.fit_many(trainers, data, 1, data_axis=AXES, progress=False)
+    trainers = [GaussianFit(peak(0.2, 1.1, 3.8), SGD)] * 2
+    result = vn.fit_many(trainers, data, 0, data_axis=AXES, progress=False)
     result.errors(data)
     with pytest.warns(UserWarning, match="member 0 are asked for far from"):
         result.errors(data, scale_errors=True)
@@ -235,9 +238,9 @@ def test_a_saddle_harms_no_other():
         def nll(self, model, batch):
             return 0.5 * batch * model**2
 
-    trainers = [Bowl(jnp.asarray(0.0)) for _ in range(3)]
+    trainers = [Bowl(jnp.asarray(0.0), SGD) for _ in range(3)]
     bowls = jnp.asarray([4.0, -1.0, 0.0])
-    result = vn.fit_many(trainers, bowls, 3, data_axis=0, solver=BFGS)
+    result = vn.fit_many(trainers, bowls, 0, data_axis=0)
     np.testing.assert_array_equal(result.errors(bowls), [0.5, np.nan, np.inf])
     assert "(unconstrained)" in result.table(bowls).splitlines()[4]
 
@@ -324,8 +327,7 @@ def test_a_long_table_is_cut():
         def residuals(self, model, batch):
             return model - batch
 
-    trainers = [Scaled(jnp.full(20, i)) for i in np.arange(3.0)]
-    result = vn.fit_many(trainers, jnp.ones(20), 9, solver=LM)
+    result = vn.fit_many([Scaled(jnp.ones(20), SGD)] * 3, jnp.ones(20), 0)
     assert result.failed == ()
     assert "failed" not in result.table()
     head, *_ = result.table(jnp.ones(20)).splitlines()
@@ -373,15 +375,18 @@ GOODNESS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize("name", GOODNESS)
 def test_how_good_each_is_stands_beside_it(name):
     kind, options = GOODNESS[name]
     counts = np.random.default_rng(1).poisson(9.0, (4, 20)).astype(float)
     data = kind, counts, np.arange(20) < np.array([20, 15, 8, 3])[:, None]
-    model = {"a": jnp.asarray(8.0), "idle": jnp.asarray(1.0)}
-    axes = None, 0, 0
-    trainers = [Heights(model, **options)] * 4
-    result = vn.fit_many(trainers, data, 50, data_axis=axes, solver=LM)
+    # Means are where most of these have their minima.
+    most = 8.0 if name == "at a bound" else np.inf
+    means = np.minimum(counts.mean(where=data[2], axis=1), most)
+    models = [{"a": jnp.asarray(mean), "idle": jnp.asarray(1.0)} for mean in means]
+    trainers = [Heights(model, SGD, **options) for model in models]
+    result = vn.fit_many(trainers, data, 0, data_axis=(None, 0, 0))
     columns = result.to_dict(data)
     names = {"chi_squared", "data_count", "degrees_of_freedom"}
     if name in ("robust", "priors"):
@@ -399,7 +404,7 @@ def test_names_that_are_taken():
             return model["edm"] * model["b"][0] - batch
 
     model = {"edm": jnp.asarray(1.0), "b": jnp.ones((1, 2))}
-    result = vn.fit_many([Fit(model)] * 3, jnp.ones(2), 9, solver=LM)
+    result = vn.fit_many([Fit(model, SGD)] * 3, jnp.ones(2), 0)
     names = list(result.to_dict())
     assert names == ["b[0,0]", "b[0,1]", "edm", "best_loss", "<edm>", "stop_reason"]
 
@@ -475,19 +480,20 @@ def test_what_is_tied_or_held_is_told_in_a_table():
     assert not any("at_bound" in name for name in result.to_dict())
 
 
-@pytest.mark.parametrize("side", [(None, 0.0), (0.0, 9.0)])
-def test_each_element_at_its_bound_has_a_column(side):
+def test_each_element_at_its_bound_has_a_column():
     class Levels(vn.Trainer):
         def residuals(self, model, batch):
-            return jnp.append(model["levels"], model["rest"]) - batch
+            return jnp.append(jnp.append(*model["levels"]), model["rest"]) - batch
 
-    model = {"levels": jnp.zeros(2), "rest": jnp.zeros(())}
-    ys = jnp.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])
-    trainers = [Levels(model, bounds={"levels": side})] * 2
+    model = {"levels": [jnp.zeros(2), jnp.zeros(2)], "rest": jnp.zeros(())}
+    ys = jnp.array([[1.0, -1.0, 1.0, -1.0, 0.0], [-1.0, 1.0, -1.0, 1.0, 0.0]])
+    bounds = {"levels.0": (None, 0.0), "levels.1": (0.0, 9.0)}
+    trainers = [Levels(model, bounds=bounds)] * 2
     result = vn.fit_many(trainers, ys, 30, data_axis=0, solver=LM)
     frame = result.to_dataframe(ys)
-    held = frame[["at_bound[levels[0]]", "at_bound[levels[1]]"]].to_numpy()
-    np.testing.assert_array_equal(held, (ys[:, :2] > 0) == (side[0] is None))
+    names = [f"at_bound[levels.{i}[{j}]]" for i in range(2) for j in range(2)]
+    held = np.column_stack([ys[:, :2] > 0, ys[:, 2:4] < 0])
+    np.testing.assert_array_equal(frame[names].to_numpy(), held)
     assert "at_bound[rest]" not in frame
 
 

@@ -1,14 +1,13 @@
 """What a fit says of its result: what was not finite and why, what nobody scored."""
 
 import dataclasses
-import functools as ft
 from typing import Any
 
 import jax
 import numpy as np
 
 from .._boundary import is_debugged, warn
-from .._data import Minibatches, Whole, in_whole
+from .._data import Whole, in_whole
 from .._minimum import has_minimum
 from .._policy import Converged, StopReason
 from .._step import (
@@ -42,16 +41,17 @@ def remark(run: FitRun, result: Any) -> Any:
             _warn_of_scores(run, history.validation)
     if StopReason.CONVERGED in subject.reasons(result):
         _warn_of_no_check(run)
-
-    def ended(source: Whole[Any] | Minibatches, index: Any) -> Any:
-        return subject.picked(result, index), subject.seen(source, index)
-
+    seen = {subject.entrance: (history.loss, run.source_at(None))}
+    if validation is not None:
+        seen["validation"] = history.validation, Whole(validation.batch)
+    lacking = []
     with subject.place.context():
-        here = ft.partial(ended, run.last_source())
-        lacking = warn_of_no_data(subject.entrance, history.loss, here)
-        if validation is not None:
-            there = ft.partial(ended, Whole(validation.batch))
-            lacking += warn_of_no_data("validation", history.validation, there)
+        for where, (losses, source) in seen.items():
+            ended = lambda index, source=source: (
+                subject.picked(result, index),
+                subject.seen(source, index),
+            )
+            lacking += warn_of_no_data(where, losses, ended)
     if not lacking:
         return result
     return dataclasses.replace(result, _without_data=tuple(sorted({*lacking})))

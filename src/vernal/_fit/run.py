@@ -380,17 +380,13 @@ class FitRun:
         now = self.subject.on_host(progress_of(self.trainer).step_count)
         return np.asarray(now - self._first_steps)
 
-    def source_at(self, step: int) -> Whole[Any] | Minibatches:
-        """Returns where the batch of one of the last steps comes from."""
-        if isinstance(self.source, Stream):
-            return dict(self._last).get(step, Whole(None))
-        return self.source
-
-    def last_source(self) -> Whole[Any] | Minibatches:
-        """Returns where the batch of the last step comes from."""
-        if isinstance(self.source, Stream):
-            return self._last[-1][1] if self._last else Whole(None)
-        return self.source
+    def source_at(self, step: int | None) -> Whole[Any] | Minibatches:
+        """Returns where the batch of a step comes from; `None` is the last one."""
+        if not isinstance(self.source, Stream):
+            return self.source
+        last = dict(self._last)
+        at = next(reversed(last), None) if step is None else step
+        return last.get(at, Whole(None))
 
     def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
         """Yields why the fit of each trainer ended: by default for `reason`."""
