@@ -189,17 +189,12 @@ def test_minibatches_of_all_examples_are_one_batch(rate, is_many):
     np.testing.assert_allclose(edm, edm_of_batches, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("is_many", [False, True])
-def test_of_single_batches_it_is_not_known(is_many):
+def test_of_single_batches_it_is_not_known():
     model = {"a": jnp.asarray(1.0), "k": jnp.asarray(0.0)}
     trainer = Exponential(model, optax.adam(1e-3))
-    data = jnp.asarray(X), jnp.asarray(Y)
-    fit = lambda batches: (
-        vn.fit_many([trainer] * 2, batches, 2_000, stop=vn.Converged(0.5, 5))
-        if is_many
-        else trainer.fit(batches, 2_000, stop=vn.Converged(0.5, 5))
-    )
+    data, stop = (jnp.asarray(X), jnp.asarray(Y)), vn.Converged(0.5, 5)
+    batches = vn.Minibatches(data, 5, key=jax.random.key(0))
     with pytest.warns(UserWarning, match=r"`Converged` has ended it.*not checked"):
-        fit(vn.Minibatches(data, 5, key=jax.random.key(0)))
+        vn.fit_many([trainer] * 2, batches, 2_000, stop=stop)
     with pytest.warns(UserWarning, match=r"`Converged` has ended it.*not checked"):
-        fit(vn.Stream([data] * 2_000))
+        trainer.fit(vn.Stream([data] * 2_000), 2_000, stop=stop)

@@ -139,6 +139,7 @@ def number_of(constant):
 
 # Of each kind of constant: one with a low loss, and one with a high loss.
 CONSTANTS = {
+    "word": ("0", "50"),
     "bool": (False, True),
     "bytes": (b"0", b"50"),
     "decimal": (decimal.Decimal(0), decimal.Decimal(50)),
@@ -166,7 +167,7 @@ EAGER["fit(validation=)"] = lambda trainer, data: (
     ("name", "way"),
     [
         *((name, "fit") for name in CONSTANTS),
-        *((name, way) for name in ("bool", "object") for way in EAGER if way != "fit"),
+        *(("object", way) for way in EAGER if way != "fit"),
     ],
 )
 def test_a_constant_of_the_data_is_of_the_data(name, way):
@@ -176,7 +177,7 @@ def test_a_constant_of_the_data_is_of_the_data(name, way):
     assert EAGER[way](trainer, HIGH[name]).best_loss > 1_000
 
 
-@pytest.mark.parametrize("way", ["fit", "solve", "unroll"])
+@pytest.mark.parametrize("way", ["fit", "unroll"])
 def test_an_object_that_changes_is_other_data(way):
     data = X, {"night": (night := Night(0.0))}
     trainer = WAYS["fit"](Offset({"slope": jnp.ones(())}, optax.sgd(1e-3)), data)
@@ -290,24 +291,6 @@ def test_one_of_many_that_share_their_data_goes_on_alone():
     assert quiet(before.trainer(1), (X, Y)).best_loss == before.best_losses[1]
 
 
-class Shifted(vn.Trainer):
-    def loss(self, model, batch):
-        return (model["a"] - batch["d"] - {"near": 0, "far": 9}[batch["where"]]) ** 2
-
-
-@pytest.mark.parametrize("many", [False, True])
-def test_a_word_in_the_data_counts(many):
-    def run(trainer, where):
-        data = {"d": jnp.asarray(1.0), "where": where}
-        if not many:
-            return quiet(trainer, data, 200).trainer
-        return quiet_many([trainer] * 2, data, 200).trainer(1)
-
-    before = run(Shifted({"a": jnp.asarray(0.0)}, optax.sgd(0.1)), "near")
-    assert run(departing(before), "near").best_loss <= before.best_loss
-    assert run(before, "far").best["a"] > 9
-
-
 @pytest.mark.parametrize("many", [False, True])
 def test_an_own_field_counts_as_data(many):
     def run(trainer):
@@ -347,10 +330,11 @@ def test_one_number_in_many_counts(shape):
 
 @pytest.mark.parametrize("dtype", ["bool", "int4", "float8_e4m3fn", "complex64"])
 def test_large_arrays_of_any_dtype_are_summed_up(dtype):
-    data = jnp.zeros(2**24 // jnp.dtype(dtype).itemsize + 8, dtype)
-    zero, one = (jnp.asarray(x).astype(dtype) for x in (0, 1))
-    same, other = data.at[0].set(zero), data.at[7].set(one)
-    sums = [inside.leaf_sums({"d": x}) for x in (data, same, other)]
+    dtype = jnp.dtype(dtype)
+    data = np.zeros(2**24 // dtype.itemsize + 8, dtype)
+    other = data.copy()
+    other[7] = 1
+    sums = [inside.leaf_sums({"d": jax.device_put(x)}) for x in (data, data, other)]
     assert sums[0] == sums[1] != sums[2]
 
 

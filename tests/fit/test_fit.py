@@ -265,24 +265,25 @@ RETURNED = {
 }
 
 
-@pytest.mark.parametrize("is_many", [False, True])
-def test_a_criterion_goes_on_if_a_callback_changes_no_parameter(is_many):
-    trainer, batch = LineFit(line(), optax.sgd(0.3)), line_batch()
-    for stop, validation in (
-        (vn.Converged(1e-4, 10), None),
-        (vn.Patience(5), (batch, 3)),
-    ):
-        options = {"stop": stop, "validation": validation, "chunk": 4}
-        fit = lambda callback, options=options: (
-            vn.fit_many([trainer] * 2, batch, 2_000, callback=callback, **options)
-            if is_many
-            else trainer.fit(batch, 2_000, callback=callback, **options)
-        )
-        plain = fit(None)
-        assert plain.history.steps[-1] < 1_999
-        for name, callback in RETURNED.items():
-            steps = fit(callback).history.steps
-            np.testing.assert_array_equal(steps, plain.history.steps, err_msg=name)
+@pytest.mark.parametrize(
+    ("is_many", "options"),
+    [
+        (False, {"stop": vn.Converged(1e-4, 10)}),
+        (True, {"stop": vn.Patience(5), "validation": (BATCH, 3)}),
+    ],
+)
+def test_a_criterion_goes_on_if_a_callback_changes_no_parameter(is_many, options):
+    trainer, options = LineFit(line(), optax.sgd(0.3)), options | {"chunk": 4}
+    fit = lambda callback: (
+        vn.fit_many([trainer] * 2, BATCH, 2_000, callback=callback, **options)
+        if is_many
+        else trainer.fit(BATCH, 2_000, callback=callback, **options)
+    )
+    plain = fit(None)
+    assert plain.history.steps[-1] < 1_999
+    for name, callback in RETURNED.items():
+        steps = fit(callback).history.steps
+        np.testing.assert_array_equal(steps, plain.history.steps, err_msg=name)
 
 
 @pytest.mark.parametrize("has_mesh", [False, True])
