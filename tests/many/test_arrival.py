@@ -41,10 +41,6 @@ def make(kind, rate, **options):
     return kind(model, optax.sgd(rate), **options)
 
 
-def whitened(kind, rate):
-    return make(kind, 10 * rate).whiten((X, YS[0]))
-
-
 def dropped(kind, rate):
     """A projector that leaves one direction alone, another for each member."""
     return make(kind, 10 * rate).whiten((X, rate * YS[0]), rank=1, on_null="drop")
@@ -64,7 +60,6 @@ CASES = {
     "residuals": (lambda rate: make(Squares, rate), False, {}),
     "residuals, one at a time": (lambda rate: make(Squares, rate), True, {"batch": 1}),
     "bounds": (lambda rate: make(Squares, rate, bounds=BOUNDS), True, {}),
-    "a projector": (lambda rate: whitened(Squares, rate), True, {}),
     "a direction": (lambda rate: dropped(Likelihood, rate), True, {}),
     "loss, some of it": (lambda rate: make(Loss, 9 * rate), True, {"every": 7}),
 }
