@@ -384,9 +384,10 @@ class FitRun:
         """Returns where the batch of a step comes from; `None` is the last one."""
         if not isinstance(self.source, Stream):
             return self.source
-        last = dict(self._last)
-        at = next(reversed(last), None) if step is None else step
-        return last.get(at, Whole(None))
+        for at, source in reversed(self._last):
+            if step in (None, at):
+                return source
+        return Whole(None)
 
     def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
         """Yields why the fit of each trainer ended: by default for `reason`."""
