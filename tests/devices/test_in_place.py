@@ -36,7 +36,6 @@ def in_place(monkeypatch):
     [
         ("minibatches", None),
         ("stream", mesh_of(2)),
-        ("stops", None),
         ("stops", mesh_of(2)),
         ("state", None),
         pytest.param("state", mesh_of(2), marks=AS_COMPILED),

@@ -59,6 +59,7 @@ def fit_of(swing=0.0, bad=(), rate=0.02):
     return Fit(swing, bad, model, optax.sgd(rate, momentum=0.5), **options)
 
 
+RECORDED = {"record": ("grad_norm",), "every": 4}
 # A loss that always falls, that swings, that turns bad: at the end of a block, too.
 CASES = {
     "falls": (fit_of, {}),
@@ -66,8 +67,7 @@ CASES = {
     "diverges": (lambda: fit_of(rate=1.2), {}),
     "is bad": (lambda: fit_of(bad=(0, 6, 7, 13, 14, 40)), {}),
     "swings and is bad": (lambda: fit_of(0.5, (3, 20, 21, 62)), {}),
-    "converges": (fit_of, {"stop": vn.Converged(rtol=1e-3, patience=3)}),
-    "is recorded": (lambda: fit_of(0.01), {"record": ("grad_norm",), "every": 4}),
+    "converges": (fit_of, RECORDED | {"stop": vn.Converged(rtol=1e-3, patience=3)}),
     "in chunks": (lambda: fit_of(0.1), {"chunk": 10}),
     "minibatches": (lambda: fit_of(0.1), {}),
 }
