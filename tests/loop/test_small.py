@@ -68,7 +68,6 @@ def otherwise(monkeypatch):
 
 # Each for a wave of its own, so that what one of them does is not seen by the others.
 RULES = {
-    "adam": optax.adam(0.05),
     "clipped": optax.chain(
         optax.clip_by_global_norm(0.1), optax.sgd(0.05, momentum=0.9)
     ),
