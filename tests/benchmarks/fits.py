@@ -16,7 +16,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import vernal as vn
-from vernal._fit import subject
+from vernal._fit import one_trainer
 
 from .measure import BOTH, Figure, Program, Sides, Work, least
 from .problems import (
@@ -233,7 +233,7 @@ def copies(size: int) -> tuple[float, str]:
         return called
 
     for name in ("run_chunk", "run_chunk_in_place"):
-        setattr(subject, name, spy(getattr(subject, name)))
+        setattr(one_trainer, name, spy(getattr(one_trainer, name)))
     problem.trainer().fit(problem.data, 2)
     scan, state = jax.jit(scan_by_hand(problem, 2)), problem.tx.init(problem.model)
     by_hand = scan.lower(problem.model, state, problem.data)

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import vernal as vn
-from inside import run_chunk, subject
+from inside import one_trainer, run_chunk
 from models import (
     GaussianFit,
     LineFit,
@@ -147,7 +147,7 @@ def test_it_takes_less_memory(monkeypatch):
         found.append(run_chunk.lower(*args).compile().memory_analysis())
         return run_chunk(*args)
 
-    monkeypatch.setattr(subject, "run_chunk", spy)
+    monkeypatch.setattr(one_trainer, "run_chunk", spy)
     trainer = Pull(jnp.zeros(size), ADAM)
     for best in (True, False):
         trainer.fit(jnp.ones(size), 1, progress=False, best=best)

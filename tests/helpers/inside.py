@@ -11,10 +11,10 @@ from vernal._data.sources import as_source as as_source
 from vernal._devices import processes as processes
 from vernal._devices.placement import placement as placement
 from vernal._fit import (
+    one_trainer as one_trainer,
     progress_bar as progress_bar,
     remarks as remarks,
     run as run,
-    subject as subject,
 )
 from vernal._fit.pace import Pace as Pace
 from vernal._inference.expansion import around as around

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import vernal as vn
-from inside import many_trainers, run_chunk, run_many, subject
+from inside import many_trainers, one_trainer, run_chunk, run_many
 
 MOST_ROWS = 16_384
 RULE = optax.adam(1e-3)
@@ -98,7 +98,7 @@ def test_a_step_costs_what_it_costs_by_hand(case, monkeypatch):
         def loss(self, model, batch):
             return loss(model, batch)
 
-    monkeypatch.setattr(subject, "run_chunk", functools.partial(show, run_chunk))
+    monkeypatch.setattr(one_trainer, "run_chunk", functools.partial(show, run_chunk))
     with pytest.raises(Compiled) as caught:
         Fit(params, RULE, **options).fit(batch, 1, progress=False)
     hand, ours = by_hand(problem), caught.value.args[0]

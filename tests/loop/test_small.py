@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import vernal as vn
-from inside import cache_size, one_function, run_chunk, small, subject
+from inside import cache_size, one_function, one_trainer, run_chunk, small
 from marked import marked
 from models import close, same
 
@@ -258,7 +258,7 @@ def test_the_mark_is_on_the_loop(monkeypatch):
         texts.append(run_chunk.lower(*args).as_text())
         return run_chunk(*args)
 
-    monkeypatch.setattr(subject, "run_chunk", spy)
+    monkeypatch.setattr(one_trainer, "run_chunk", spy)
     run(fit_of(), 1)
     marked = [line for line in texts[0].splitlines() if "xla_cpu_small_call" in line]
     assert len(marked) == 1

@@ -4,6 +4,7 @@
 together; `same_inputs` finds out whether they were given the same.
 """
 
-from .placement import ANYWHERE, Placement, Sharding, placement
+from .abstract_placement import ANYWHERE, AbstractPlacement
+from .placement import Sharding, placement
 from .processes import Decision, PeerError, Peers
 from .same_inputs import fingerprint, leaf_fingerprints, same_inputs

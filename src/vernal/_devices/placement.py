@@ -1,6 +1,5 @@
-"""Where the arrays of a fit lie: where they are, or on the devices of a mesh."""
+"""Where the arrays of a fit lie when there are several devices."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -14,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._boundary import PyTree, dotted, spelled
 from .._data import Source, Stream, Whole
-from .._pickling import PlainMethods
 from .._step import AbstractTrainer, config_of, progress_of, template_of, with_progress
 from .._tree import is_key, is_part, is_weak, named_leaves, resolve
+from .abstract_placement import ANYWHERE, AbstractPlacement
 
 WHOLE = PartitionSpec()
 
@@ -30,82 +29,8 @@ class Split(NamedTuple):
     spec: PartitionSpec
 
 
-class Placement(PlainMethods, eqx.Module):
-    """Where the arrays of a fit lie, and how they get there and back: as they are."""
-
-    @property
-    def mesh(self) -> Mesh | None:
-        return None
-
-    @property
-    def size(self) -> int:
-        """The number of parts of a batch, or of the members of many fits."""
-        return 1
-
-    @property
-    def splits(self) -> bool:
-        """Whether anything but batches is split."""
-        return False
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context for programs, in which no other mesh is set."""
-        mesh = self.mesh
-        return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-    def put(self, trainer: AbstractTrainer) -> Any:
-        """Puts a trainer onto the devices."""
-        return trainer
-
-    def put_state(self, state: PyTree) -> Any:
-        """Puts what steps change onto the devices."""
-        return state
-
-    def put_whole(self, tree: PyTree) -> Any:
-        """Puts a copy of a tree onto each of the devices."""
-        return tree
-
-    def put_rows(self, tree: PyTree, flags: Sequence[bool]) -> Any:
-        """Spreads the rows of the flagged leaves of a tree over the devices."""
-        return tree
-
-    def source(self, source: Source) -> Source:
-        """Puts the data of a fit onto the devices, unless they are a stream."""
-        return source
-
-    def batch(self, batch: PyTree, argument: str) -> Any:
-        """Splits a batch that every process has whole."""
-        return batch
-
-    def share(self, batch: PyTree) -> Any:
-        """Splits a batch of which every process has its own share."""
-        return batch
-
-    def pin(self, state: PyTree) -> Any:
-        """Does what `put_state` does, within a compiled program."""
-        return state
-
-    def pin_rows(self, tree: PyTree, axis: int = 0) -> Any:
-        """Spreads the rows of all leaves along an axis, within a compiled program."""
-        return tree
-
-    def pin_batch(self, batch: PyTree) -> Any:
-        """Splits a batch that is made within a compiled program."""
-        return batch
-
-    def home(self, state: PyTree) -> Any:
-        """Brings a state back to one device, unless some of it is split."""
-        return state
-
-    def whole(self, leaf: Any) -> Any:
-        """Gives every process the whole of an array."""
-        return leaf
-
-
-ANYWHERE = Placement()
-
-
 @final
-class OnMesh(Placement):
+class OnMesh(AbstractPlacement):
     """The devices of a fit, and which arrays they share.
 
     A batch is split along the first axis of the mesh. Of everything else each device
@@ -273,7 +198,9 @@ class OnMesh(Placement):
         return f"the {self.size} devices along the axis {self.axis!r}"
 
 
-def placement(trainer: AbstractTrainer, mesh: Any, sharding: Any = None) -> Placement:
+def placement(
+    trainer: AbstractTrainer, mesh: Any, sharding: Any = None
+) -> AbstractPlacement:
     """Makes the placement of a fit from what a user gave."""
     if mesh is None:
         if sharding is not None:

@@ -13,7 +13,7 @@ from .._boundary import PyTree, unaddressed
 from .._program import Version, version_of
 from .._step import AbstractTrainer, advance, live, score, step_key
 from .._tree import checksum, to_arrays
-from .placement import Placement
+from .placement import AbstractPlacement
 from .processes import Peers
 
 # Larger arrays that a step returned are not copied from the devices for the next one.
@@ -49,7 +49,7 @@ def _is_cheap(array: Any, max_bytes: int | None) -> bool:
 
 
 def same_inputs(
-    entrance: str, place: Placement
+    entrance: str, place: AbstractPlacement
 ) -> contextlib.AbstractContextManager[Callable[..., None]]:
     """Gives a function that raises if another process has other inputs.
 

@@ -3,6 +3,7 @@
 from .arrival import distance_here
 from .ending import Ending
 from .fit import fit
+from .one_trainer import OneTrainer
 from .options import OPTIONS, FitKeywords
 from .result import FitResult
-from .subject import BadEnd, Subject
+from .subject import AbstractSubject, BadEnd

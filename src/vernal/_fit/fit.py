@@ -24,11 +24,11 @@ from .pace import Pace
 from .progress_bar import ProgressBar
 from .remarks import remark
 from .run import FitRun
-from .subject import Subject
+from .subject import AbstractSubject
 
 
 def fit(
-    subject: Subject,
+    subject: AbstractSubject,
     trainer: AbstractTrainer,
     data: Any,
     steps: int,
@@ -130,7 +130,9 @@ def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
     return StopReason.STEPS_TAKEN
 
 
-def _check_trainer(trainer: AbstractTrainer, subject: Subject, steps: int) -> None:
+def _check_trainer(
+    trainer: AbstractTrainer, subject: AbstractSubject, steps: int
+) -> None:
     require_optimiser(trainer)
     check_elementwise(trainer, lambda: subject.template(trainer))
     warn_of_line_search(trainer)

@@ -53,7 +53,7 @@ from .answer import (
 )
 from .feed import Feed
 from .options import Callback, FitOptions
-from .subject import Subject
+from .subject import AbstractSubject
 
 # The size in bytes above which a state is updated in place, which takes one copy when
 # a fit begins.
@@ -88,7 +88,7 @@ class FitRun:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: AbstractSubject,
         inputs: tuple[AbstractTrainer, Source, Monitor],
         options: FitOptions,
         peers: Peers,

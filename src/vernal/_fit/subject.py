@@ -1,6 +1,6 @@
 """What a fit fits: one trainer, or many at once."""
 
-import dataclasses
+import abc
 import functools
 import math
 import operator
@@ -11,37 +11,21 @@ import numpy as np
 from jaxtyping import Array
 
 from .._boundary import PyTree
-from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._devices import Placement
-from .._loop import (
-    Chunk,
-    Ended,
-    LoopState,
-    Monitor,
-    MonitorState,
-    Rows,
-    Task,
-    run_chunk,
-    run_chunk_in_place,
-)
-from .._policy import AT_NON_FINITE, StopReason
+from .._data import Minibatches, Source, Whole
+from .._devices import AbstractPlacement
+from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Rows, Task
+from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
     Scorer,
     begun_on,
-    data_mark,
     is_scored_otherwise,
-    nan_report,
     non_finite_error,
     noted,
-    noted_as,
     progress_of,
-    scored_parts,
     with_progress,
 )
 from .._storage import History
-from .arrival import checked_end
-from .result import FitResult
 
 
 class BadEnd(NamedTuple):
@@ -65,15 +49,14 @@ class BadEnd(NamedTuple):
             raise non_finite_error(self.trainer, result, explanation)
 
 
-# Not a module: each method of a module is made again when it is looked up.
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What a fit fits: one trainer. That of many replaces what they do otherwise."""
+class AbstractSubject(abc.ABC):
+    """What a fit fits. Its arrays lie where `place` puts them."""
 
-    entrance: ClassVar[str] = "fit"
+    # Not a module: each method of a module is made again when it is looked up.
+    place: AbstractPlacement
+
+    entrance: ClassVar[str]
     """The name of the function that the user called."""
-    place: Placement
-    """Where its arrays lie."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,36 +65,37 @@ class Subject:
 
     # What goes to the devices.
 
+    @abc.abstractmethod
     def source(self, data: Any) -> Source:
         """Makes a source of batches of the data that the user gave."""
-        return self.place.source(as_source(data))
 
+    @abc.abstractmethod
     def marks(
         self, trainer: AbstractTrainer, source: Source, by_validation: bool
     ) -> np.ndarray:
         """Marks the data that each trainer is scored on."""
-        return np.asarray(data_mark(source, scored_parts(trainer, by_validation)))
 
+    @abc.abstractmethod
     def prepare(self, batch: Any) -> Any:
         """Converts and places a batch of a stream, for a step."""
-        return self.place.share(as_batch(batch, "data"))
 
+    @abc.abstractmethod
     def prepare_validation(self, batch: Any) -> Any:
-        """Places the batch of a validation."""
-        return self.place.batch(batch, "validation")
+        """Converts and places the batch of a validation."""
 
+    @abc.abstractmethod
     def first_monitor_state(
         self, monitor: Monitor, trainer: AbstractTrainer
     ) -> MonitorState | None:
-        return self.placed_state(monitor.init(progress_of(trainer)))
+        """Makes the first state of a monitor."""
 
+    @abc.abstractmethod
     def placed(self, trainer: AbstractTrainer) -> Any:
         """Puts a trainer onto the devices of the fit."""
-        return self.place.put(trainer)
 
+    @abc.abstractmethod
     def placed_state(self, state: PyTree) -> Any:
         """Puts what changes from step to step onto the devices of the fit."""
-        return self.place.put_state(state)
 
     def monitor(self, validation: Any, stop: Any) -> Monitor:
         """Makes the monitor of the fit, on its devices."""
@@ -132,27 +116,19 @@ class Subject:
         """Returns what each trainer sees of a batch, or its shapes."""
         return batch
 
+    @abc.abstractmethod
     def seen(self, source: Whole[Any] | Minibatches, index: Any) -> Any:
         """Returns what one trainer saw of a source: a batch, or all minibatches."""
-        return source.batch if isinstance(source, Whole) else source
 
+    @abc.abstractmethod
     def run(self, task: Task, state: LoopState, in_place: bool) -> tuple[Chunk, Ended]:
         """Takes the steps of a chunk; `in_place` allows it to overwrite the state."""
-        run = run_chunk_in_place if in_place else run_chunk
-        with self.place.context():
-            return run(task, state, self.place)
 
     # What comes back to the host.
 
+    @abc.abstractmethod
     def shown(self, trainer: AbstractTrainer, history: History) -> dict[str, str]:
         """Returns what a progress bar shows."""
-        bad = max(count.total for count in nan_report(trainer).values())
-        # First, as a narrow terminal has no room for the last.
-        shown = {"non-finite": str(bad)} if bad else {}
-        for name in ("loss", "validation"):
-            if len(history[name]):
-                shown[name] = f"{history[name][-1]:.6g}"
-        return shown | {"best": f"{float(trainer.best_loss):.6g}"}
 
     def handed_out(self, trainer: AbstractTrainer) -> Any:
         """Returns a trainer as the user is given it: many have a row of every array."""
@@ -167,18 +143,15 @@ class Subject:
         """
         return answer
 
+    @abc.abstractmethod
     def result(
         self, trainer: AbstractTrainer, history: History, reasons: list[StopReason]
     ) -> Any:
         """Makes the result of a fit, with a reason for each trainer."""
-        return FitResult(noted_as(self.home(trainer), trainer), history, reasons[0])
 
+    @abc.abstractmethod
     def checked(self, result: Any, source: Source) -> Any:
         """Checks that a fit which has converged is at a minimum."""
-        if not self.is_here:
-            return result
-        with self.place.context():
-            return checked_end(result, source, self.placed(result.trainer))
 
     @property
     def is_here(self) -> bool:
@@ -186,24 +159,21 @@ class Subject:
         is_shared = self.place.mesh is not None and jax.process_count() > 1
         return not (is_shared or self.place.splits)
 
+    @abc.abstractmethod
     def reasons(self, result: Any) -> tuple[StopReason, ...]:
         """Returns why the fit of each trainer ended."""
-        return (result.stop_reason,)
 
+    @abc.abstractmethod
     def bad_end(self, result: Any) -> BadEnd | None:
         """Finds a trainer that ended at non-finite values and is worth a message.
 
         Of many trainers it is the first one, if there is an error to raise, or else the
         one that ended first.
         """
-        reason = result.stop_reason
-        if reason not in AT_NON_FINITE:
-            return None
-        return BadEnd((), reason, self.picked(result, ()), f"`fit`: {reason}")
 
+    @abc.abstractmethod
     def picked(self, result: Any, index: Any) -> AbstractTrainer:
         """Returns the trainer of a result with an index, as in `BadEnd`."""
-        return self.placed(result.trainer)
 
     def home(self, trainer: AbstractTrainer) -> Any:
         """Brings a trainer back from the devices of the fit."""

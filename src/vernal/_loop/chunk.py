@@ -5,14 +5,16 @@ from typing import Any
 from jaxtyping import Array
 
 from .._data import Minibatches
-from .._devices import Placement
+from .._devices import AbstractPlacement
 from .._program import program
 from .blocks import bare_step, run_blocks
 from .small import run_small_loop
 from .task import Chunk, Ended, LoopState, Taken, Task, run_loop, take_one
 
 
-def chunk_of_one(task: Task, state: LoopState, place: Placement) -> tuple[Chunk, Ended]:
+def chunk_of_one(
+    task: Task, state: LoopState, place: AbstractPlacement
+) -> tuple[Chunk, Ended]:
     """Takes steps up to the count `goal`, or until it stops or the rows are full."""
     start, step = state.progress, state.progress.step_count
 

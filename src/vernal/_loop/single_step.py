@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._devices import ANYWHERE, Placement
+from .._devices import ANYWHERE, AbstractPlacement
 from .._program import program
 from .._step import (
     BATCH_BY_BATCH,
@@ -42,7 +42,7 @@ class StepInfo(NamedTuple):
 
 @program
 def run_step(
-    trainer: AbstractTrainer, batch: Any, place: Placement = ANYWHERE
+    trainer: AbstractTrainer, batch: Any, place: AbstractPlacement = ANYWHERE
 ) -> tuple[Progress, StepInfo]:
     """Takes one step, unless the trainer has stopped."""
     # In an optimiser's state there may be a number that a user has put there.

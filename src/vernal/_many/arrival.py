@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._boundary import outside_mesh
-from .._devices import Placement
+from .._devices import AbstractPlacement
 from .._minimum import (
     Distance,
     Local,
@@ -50,7 +50,7 @@ def checked_ends(
     batch: Any,
     flags: Flags,
     group: int,
-    place: Placement,
+    place: AbstractPlacement,
 ) -> ManyResult[Any]:
     """Checks of each member that `Converged` ended that it has arrived at a minimum.
 

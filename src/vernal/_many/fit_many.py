@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from .._boundary import UNROLL, entrance, refuse_program, refuse_unknown, whole_number
 from .._curvature import Mode
-from .._devices import Placement, placement
+from .._devices import AbstractPlacement, placement
 from .._fit import OPTIONS, FitKeywords, fit
 from .._solve import Solver
 from .._trainer import Trainer
@@ -137,7 +137,7 @@ def _is_one_each(data: Any, size: int) -> bool:
     return all(jax.tree.structure(x) == jax.tree.structure(data[0]) for x in data)
 
 
-def _check_spread(place: Placement, size: int, group: int) -> None:
+def _check_spread(place: AbstractPlacement, size: int, group: int) -> None:
     """Checks that all devices have equally many members of a group."""
     if place.mesh is not None and group % place.size:
         what = f"{size} trainers" if group == size else f"`batch`, {group} trainers,"

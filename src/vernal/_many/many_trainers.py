@@ -10,7 +10,8 @@ import numpy as np
 
 from .._boundary import first_names
 from .._data import Minibatches, Source, Whole, as_batch, as_source
-from .._fit import BadEnd, Subject
+from .._devices import AbstractPlacement
+from .._fit import AbstractSubject, BadEnd
 from .._loop import Chunk, Ended, LoopState, Monitor, MonitorState, Task
 from .._policy import AT_NON_FINITE, StopReason
 from .._step import (
@@ -35,13 +36,14 @@ from .stack import first_rows, is_same, stack
 
 @final
 @dataclasses.dataclass(frozen=True)
-class ManyTrainers(Subject):
+class ManyTrainers(AbstractSubject):
     """A fit of many trainers at once, stacked to one, `group` at a time.
 
     `config` flags the leaves of their configuration that have a row for each.
     """
 
     entrance = "fit_many"
+    place: AbstractPlacement
     size: int
     group: int
     config: Flags

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from .._boundary import PyTree
 from .._data import Whole
-from .._devices import ANYWHERE, Placement
+from .._devices import ANYWHERE, AbstractPlacement
 from .._loop import (
     Chunk,
     Ended,
@@ -42,7 +42,7 @@ class Spread(eqx.Module):
     config: Flags = eqx.field(static=True)
     monitor: Flags = eqx.field(static=True)
     source: Flags = eqx.field(static=True)
-    place: Placement = ANYWHERE
+    place: AbstractPlacement = ANYWHERE
 
     @property
     def flags(self) -> Flags:
@@ -61,7 +61,7 @@ def member(tree: PyTree, flags: Sequence[bool], index: Any) -> Any:
     return eqx.combine(jax.tree.map(lambda leaf: leaf[index], rows), shared)
 
 
-def in_groups(fn: Callable[[T], R], rows: T, group: int, place: Placement) -> R:
+def in_groups(fn: Callable[[T], R], rows: T, group: int, place: AbstractPlacement) -> R:
     """Calls a function with the rows of `group` members at a time; joins the results.
 
     Each device has its share in every group.

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from .._boundary import PyTree
-from .._devices import ANYWHERE, Placement
+from .._devices import ANYWHERE, AbstractPlacement
 from .._step import AbstractTrainer, config_of, progress_of, with_progress
 from .mapped_chunk import Flags, apart, in_groups, member
 
@@ -18,7 +18,7 @@ class Members(NamedTuple):
     trainers: AbstractTrainer
     flags: Flags
     group: int
-    place: Placement = ANYWHERE
+    place: AbstractPlacement = ANYWHERE
 
     def map(self, fn: Callable[..., Any], batch: Any, *rows: PyTree) -> Any:
         """Calls `fn(trainer, batch, *rows)` for each, a group at a time."""

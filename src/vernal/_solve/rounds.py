@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._data import Whole
-from .._devices import Placement
+from .._devices import AbstractPlacement
 from .._fit import FitResult
 from .._inference import Passes, derive
 from .._minimum import (
@@ -94,7 +94,9 @@ class _Round(NamedTuple):
 
 
 class Rounds:
-    def __init__(self, trainer: AbstractTrainer, problem: Problem, place: Placement):
+    def __init__(
+        self, trainer: AbstractTrainer, problem: Problem, place: AbstractPlacement
+    ):
         placed = in_free_coordinates(place.put(trainer))
         self._trainer, self._placed, self._place = trainer, placed, place
         self._problem, self._stripped = problem, stripped(placed)

@@ -8,7 +8,7 @@ from .._boundary import boolean, refuse_program, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole, as_batch
 from .._devices import placement, same_inputs
-from .._fit import FitResult, Subject
+from .._fit import FitResult, OneTrainer
 from .._policy import StopReason
 from .._step import (
     AbstractTrainer,
@@ -58,7 +58,7 @@ def solve(
         whole = Whole(batch)
         warn_of_suspect_data(whole, "batch", trainer, lambda: (trainer, batch))
         scorer = scorer_of(trainer, whole)
-        trainer = Subject(place).begun(trainer, whole, scorer, is_solved=True)
+        trainer = OneTrainer(place).begun(trainer, whole, scorer, is_solved=True)
         # After `whiten` there is a program of the Jacobian already.
         is_shared = trainer.projector is not None
         problem = Problem(batch, encoded, rows, checked_mode(options.jac), is_shared)

@@ -24,7 +24,7 @@ from .._constraints import Bijections, Bounds, Priors, as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
-from .._fit import FitKeywords, FitResult, Subject, fit
+from .._fit import FitKeywords, FitResult, OneTrainer, fit
 from .._inference import (
     OF_WHITEN,
     Blocks,
@@ -402,7 +402,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `ValueError`: if there is a `validation` with `best=False`.
         """
         require_one(self, "fit")
-        subject = Subject(placement(self, mesh, sharding))
+        subject = OneTrainer(placement(self, mesh, sharding))
         keywords: FitKeywords = {
             "record": record,
             "every": every,
