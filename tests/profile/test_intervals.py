@@ -756,18 +756,24 @@ def best_deviance(t, y):
     return np.sum(np.square((columns @ best - y) / 0.4))
 
 
+@functools.cache
+def decaying(name, dtype):
+    """A trainer at its minimum, the solver, and the data."""
+    curve, scatter = SCATTER[name]
+    y = (curve + 0.6 * np.asarray(scatter)).astype(dtype)
+    start = {"a": 10.0, "t": 8.0, "c": 0.0}
+    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
+    data, solver = (TIMES.astype(dtype), y), optx.LevenbergMarquardt(1e-5, 1e-5)
+    return Offset(model).whiten(data).solve(solver, data).trainer, solver, data
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("level", [0.5, 0.683, 0.9, 0.954, 0.99])
 @pytest.mark.parametrize("name", SCATTER)
 def test_a_decay_that_is_hardly_curved_has_a_lower_limit(name, level, dtype):
     """Its error is of the size of its time: one error below, the time is negative."""
-    curve, scatter = SCATTER[name]
-    y = (curve + 0.6 * np.asarray(scatter)).astype(dtype)
-    start = {"a": 10.0, "t": 8.0, "c": 0.0}
-    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
-    data = TIMES.astype(dtype), y
-    solver = optx.LevenbergMarquardt(1e-5, 1e-5)
-    trainer = Offset(model).whiten(data).solve(solver, data).trainer
+    trainer, solver, data = decaying(name, dtype)
+    _, y = data
     low, high = trainer.intervals(solver, data, "t", level)["t"]
     best = float(trainer.model["t"])
     least = best_deviance(best, y)
@@ -784,11 +790,8 @@ def test_a_decay_that_is_hardly_curved_has_a_lower_limit(name, level, dtype):
 def test_a_place_from_which_rounding_hides_the_way_is_no_minimum(dtype):
     """Two parameters that cancel there are told apart by a square of the distance."""
     far = 1e5 if dtype == np.float32 else 2e8
-    y = (SCATTER["8"][0] + 0.6 * np.asarray(SCATTER["8"][1])).astype(dtype)
-    start = {"a": 10.0, "t": 8.0, "c": 0.0}
-    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
-    data, solver = (TIMES.astype(dtype), y), optx.LevenbergMarquardt(1e-5, 1e-5)
-    trainer = Offset(model).whiten(data).solve(solver, data).trainer
+    trainer, solver, data = decaying("8", dtype)
+    _, y = data
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         profile = trainer.profile(solver, data, "t", [10.0, far])

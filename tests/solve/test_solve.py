@@ -60,7 +60,6 @@ MINIMISERS = {
 }
 LEAST_SQUARES = {
     "LevenbergMarquardt": lambda tol: optx.LevenbergMarquardt(tol, tol),
-    "GaussNewton": lambda tol: optx.GaussNewton(tol, tol),
     "Dogleg": lambda tol: optx.Dogleg(tol, tol),
     "BestSoFar squares": lambda tol: optx.BestSoFarLeastSquares(
         optx.LevenbergMarquardt(tol, tol)
@@ -404,9 +403,9 @@ class Hesitant(optx.BacktrackingArmijo):
         return step_size, accept & ~first_step, result, state
 
 
-@pytest.mark.parametrize("name", ["BFGS", "GaussNewton"])
-def test_a_search_that_rejects_the_first_point_finds_no_loss_of_zero(name):
-    solver = eqx.tree_at(lambda s: s.search, SOLVERS[name](1e-8), Hesitant())
+@pytest.mark.parametrize("kind", [optx.BFGS, optx.GaussNewton])
+def test_a_search_that_rejects_the_first_point_finds_no_loss_of_zero(kind):
+    solver = eqx.tree_at(lambda s: s.search, kind(1e-8, 1e-8), Hesitant())
     result = GaussianFit(peak(*START)).solve(solver, data(), max_steps=1)
     np.testing.assert_allclose(result.history.loss, [start_loss()], rtol=1e-12)
     np.testing.assert_allclose(result.trainer.best_loss, start_loss(), rtol=1e-12)
