@@ -207,7 +207,6 @@ def test_a_checker_on_one_method_or_class():
     trainer.whiten(jnp.ones(3)).solve(solver(), jnp.ones(3))
     models = [OneClass(jnp.ones(3), jnp.full(3, x)) for x in (0.0, 1.0)]
     trainers = [Sums(model, sgd()) for model in models]
-    vn.fit_many(trainers, jnp.ones(3), 2)
     vn.fit_many(trainers, jnp.ones((2, 3)), 9, data_axis=0, solver=solver())
     with pytest.raises(TypeCheckError, match="residuals"):
         trainer.step(jnp.ones((3, 1)))

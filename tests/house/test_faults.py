@@ -122,7 +122,6 @@ def rules():
 OPTIMISERS = {
     "adam": (adam, ()),
     "momentum": (momentum, ()),
-    "rmsprop": (rmsprop, ()),
     "rules": (rules, ("a",)),
     "window": (lambda: window(adam()), tuple(LEAVES)),
 }
@@ -146,9 +145,8 @@ def policy(text):
 COMBINATIONS = [
     (text, name)
     for name, texts in {
-        "adam": ("zero", "raise", "zero | skip"),
+        "adam": ("after 1", "raise", "zero | skip"),
         "momentum": ("stop", "after 2", "zero | raise"),
-        "rmsprop": ("after 1", "zero | after 2", "skip | stop"),
         "rules": ("skip", "skip | after 2", "zero | skip | after 3"),
         "window": ("zero", "after 2 | zero", "skip | after 3"),
     }.items()

@@ -56,7 +56,8 @@ def user_function(*args):
 WRITTEN = eqx.tree_pformat
 
 # What is wrong nearly everywhere. A call that takes one of them anyway may. Neighbours
-# are alike: a parameter that many functions have meets every second in each of them.
+# are alike: a parameter that three functions have meets every second in each of them,
+# every third if five have it, and every fourth if ten do.
 WRONG = {
     "None": None,
     "an integer": 3,
@@ -248,9 +249,11 @@ def methods(name, instance):
 
 
 TARGETS = {name: fn for name, fn in public() if name not in LEFT_OUT}
-SHARED = collections.Counter(
-    name for fn in TARGETS.values() for name in inspect.signature(fn).parameters
-)
+# The functions that have a parameter of this name.
+OWNERS = collections.defaultdict(list)
+for target, fn in TARGETS.items():
+    for parameter in inspect.signature(fn).parameters:
+        OWNERS[parameter].append(target)
 
 
 def right(name):
@@ -286,11 +289,12 @@ def compiles(wrong):
 
 def variations(name):
     """Yields what is wrong, of which parameters, and the arguments with it."""
-    given, first = right(name), list(TARGETS).index(name)
-    for number, (parameter, value) in enumerate(given.items(), first):
+    given = right(name)
+    for parameter, value in given.items():
         is_slow = f"{name}.{parameter}" in SLOW
-        step = 2 if SHARED[parameter] > 4 else 1
-        for what, wrong in [*WRONG.items()][number % step :: step]:
+        owners = OWNERS[parameter]
+        step = 1 + sum(len(owners) > least for least in (2, 4, 9))
+        for what, wrong in [*WRONG.items()][owners.index(name) % step :: step]:
             if not (is_slow and compiles(wrong)):
                 yield what, (parameter,), given | {parameter: wrong}
         for what in WITHIN:

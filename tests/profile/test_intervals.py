@@ -404,7 +404,7 @@ class OfATable(Fragile):
         return (slope * x + model["offset"] - y) / 0.3
 
 
-def fragile(wall, dtype=float, kind=Fragile):
+def fragile(wall, dtype, kind=Fragile):
     noise = 0.3 * np.random.default_rng(1).normal(size=LINE.shape)
     batch = LINE, 2 * LINE + 1 + noise, wall
     batch = tuple(jnp.asarray(x, dtype) for x in batch)
@@ -416,8 +416,7 @@ def fragile(wall, dtype=float, kind=Fragile):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [(Fragile, np.float32), (Fragile, np.float64), (OfATable, np.float64)],
+    ("kind", "dtype"), [(Fragile, np.float32), (OfATable, np.float64)]
 )
 def test_an_end_where_the_model_raises_an_error_is_nan(kind, dtype):
     trainer, solver, batch = fragile(9.0, dtype, kind)
@@ -440,8 +439,8 @@ def test_an_end_where_the_model_raises_an_error_is_nan(kind, dtype):
 
 
 def test_in_a_second_call_the_model_runs_within_programs_alone():
-    trainer, solver, batch = fragile(9.0)
-    batch = *batch[:2], jnp.asarray(float(trainer.model["slope"]) + 0.01)
+    trainer, solver, batch = fragile(9.0, np.float32)
+    batch = *batch[:2], trainer.model["slope"] + jnp.float32(0.01)
     for _ in range(2):
         trainer.concrete.clear()
         with pytest.warns(UserWarning, match="upper end"):
@@ -667,13 +666,12 @@ class Background(vn.Trainer):
         return vn.likelihoods.Poisson(model["line"] * line + model["level"], batch)
 
 
-@pytest.mark.parametrize("width", ["float64", "float32"])
-def test_a_level_of_counts_that_is_zero_has_its_limit(width):
+def test_a_level_of_counts_that_is_zero_has_its_limit():
     """Its expected Fisher matrix has nothing to do with the slope on the bound."""
-    batch = np.zeros(BINS.size, width)
+    batch = np.zeros(BINS.size, np.float32)
     batch[[18, 20, 21, 22, 24]] = 2
     bounds = {"level": (0, None), "line": (0, None)}
-    start = {"line": jnp.asarray(1.0, width), "level": jnp.asarray(0.5, width)}
+    start = {"line": jnp.float32(1), "level": jnp.float32(0.5)}
     trainer = Background(start, bounds=bounds).solve(LM, batch).trainer
     assert trainer.model["level"] == 0
 
@@ -702,13 +700,12 @@ class Somewhere(vn.Trainer):
 
 
 def test_without_any_counts_there_is_a_limit_wherever_the_line_is():
-    start = {"line": jnp.asarray(2.0), "level": jnp.asarray(0.5)}
-    start |= {"place": jnp.asarray(2.2)}
+    best = {"line": jnp.asarray(0.0), "level": jnp.asarray(0.0)}
+    best |= {"place": jnp.asarray(2.2)}
     bounds, batch = {"level": (0, None), "line": (0, None)}, np.zeros(BINS.size)
-    result = Somewhere(start, bounds=bounds).solve(LM, batch)
-    assert result.stop_reason is vn.StopReason.CONVERGED
-    assert result.report(batch).note.startswith("there are fewer than 5 counts")
-    found = result.trainer.intervals(LM, batch, "level", 0.9)
+    trainer = Somewhere(best, bounds=bounds)
+    assert trainer.report(batch).note.startswith("there are fewer than 5 counts")
+    found = trainer.intervals(LM, batch, "level", 0.9)
     # Of no counts, the likelihood is the exponential of minus their sum.
     end = scipy.stats.chi2.ppf(0.9, 1) / 2 / BINS.size
     np.testing.assert_allclose(found["level"], (0, end), rtol=1e-3)
@@ -759,18 +756,24 @@ def best_deviance(t, y):
     return np.sum(np.square((columns @ best - y) / 0.4))
 
 
+@functools.cache
+def decaying(name, dtype):
+    """A trainer at its minimum, the solver, and the data."""
+    curve, scatter = SCATTER[name]
+    y = (curve + 0.6 * np.asarray(scatter)).astype(dtype)
+    start = {"a": 10.0, "t": 8.0, "c": 0.0}
+    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
+    data, solver = (TIMES.astype(dtype), y), optx.LevenbergMarquardt(1e-5, 1e-5)
+    return Offset(model).whiten(data).solve(solver, data).trainer, solver, data
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("level", [0.5, 0.683, 0.9, 0.954, 0.99])
 @pytest.mark.parametrize("name", SCATTER)
 def test_a_decay_that_is_hardly_curved_has_a_lower_limit(name, level, dtype):
     """Its error is of the size of its time: one error below, the time is negative."""
-    curve, scatter = SCATTER[name]
-    y = (curve + 0.6 * np.asarray(scatter)).astype(dtype)
-    start = {"a": 10.0, "t": 8.0, "c": 0.0}
-    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
-    data = TIMES.astype(dtype), y
-    solver = optx.LevenbergMarquardt(1e-5, 1e-5)
-    trainer = Offset(model).whiten(data).solve(solver, data).trainer
+    trainer, solver, data = decaying(name, dtype)
+    _, y = data
     low, high = trainer.intervals(solver, data, "t", level)["t"]
     best = float(trainer.model["t"])
     least = best_deviance(best, y)
@@ -787,11 +790,8 @@ def test_a_decay_that_is_hardly_curved_has_a_lower_limit(name, level, dtype):
 def test_a_place_from_which_rounding_hides_the_way_is_no_minimum(dtype):
     """Two parameters that cancel there are told apart by a square of the distance."""
     far = 1e5 if dtype == np.float32 else 2e8
-    y = (SCATTER["8"][0] + 0.6 * np.asarray(SCATTER["8"][1])).astype(dtype)
-    start = {"a": 10.0, "t": 8.0, "c": 0.0}
-    model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
-    data, solver = (TIMES.astype(dtype), y), optx.LevenbergMarquardt(1e-5, 1e-5)
-    trainer = Offset(model).whiten(data).solve(solver, data).trainer
+    trainer, solver, data = decaying("8", dtype)
+    _, y = data
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         profile = trainer.profile(solver, data, "t", [10.0, far])
@@ -871,9 +871,9 @@ class Enzyme(vn.Trainer):
         return model["rate"] * x / (model["half"] + x) - y
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("curved", [2.0, 0.2, 0.02])
-def test_a_curve_that_is_hardly_bent_has_a_lower_limit(curved, dtype):
+def test_a_curve_that_is_hardly_bent_has_a_lower_limit(curved):
+    dtype = np.float32
     x = np.repeat([0.02, 0.06, 0.11, 0.22, 0.56, 1.1], 2).astype(dtype)
     y = (300 * x + np.tile([1, -1], 6) - curved * x**2).astype(dtype)
 
@@ -926,11 +926,14 @@ class Product(vn.Trainer):
 
 def test_what_is_degenerate_is_followed_to_the_ends():
     batch = 2 * jnp.exp(-X) + 0.4 + 0.05 * jnp.cos(20 * X)
-    start = {name: jnp.asarray(1.0) for name in ("first", "second", "sky")}
+    columns = np.stack([np.exp(-X), np.ones(X.size)], axis=1)
+    best = np.linalg.lstsq(columns, np.asarray(batch), rcond=None)[0]
+    best = dict(zip(("first", "sky"), map(jnp.asarray, best), strict=True))
+    best["second"] = jnp.asarray(1.0)
     positive, found = biject_to(constraints.positive), {}
     both = dict.fromkeys(("first", "second"), positive)
     for label, bounds in (("map", both), ("none", None)):
-        trainer = Product(start, bounds=bounds).solve(LM, batch).trainer
+        trainer = Product(best, bounds=bounds)
         values = [1e-3, 0.1, 1.0, 30.0, 1e3]
         profile = trainer.profile(LM, batch, "first", values)
         assert profile.converged.all()
@@ -961,10 +964,8 @@ def test_what_is_not_measured_has_no_ends(dtype):
     y = 2 * x + 1 + 0.1 * np.random.default_rng(0).normal(size=50)
     start = {"gain": 1.0, "slope": 1.0, "sky": 0.0, "bias": 0.3}
     model = {name: jnp.asarray(value, dtype) for name, value in start.items()}
-    data, solver = (
-        (x.astype(dtype), y.astype(dtype)),
-        optx.LevenbergMarquardt(1e-6, 1e-6),
-    )
+    data = x.astype(dtype), y.astype(dtype)
+    solver = optx.LevenbergMarquardt(1e-6, 1e-6)
     trainer = Degenerate(model).solve(solver, data).trainer
     # In single precision it might be measured: the report says so too.
     is_told = pytest.warns(UserWarning, match=r"float64, for the lower .* of 'slope'")

@@ -32,9 +32,11 @@ class Saturating(vn.Trainer):
 
 
 SATURATED = {"flat": jnp.asarray(2.0), "high": jnp.asarray(4.0)}
-BETWEEN = {"power": (2.0, None), "std": (0.7, 0.76)}
-# The power is far from its bound: with it all of these are one program.
-BELOW, HELD = ({"power": (0.0, None), "std": (None, high)} for high in (0.76, 0.6))
+# Of one structure, so that all of them are one program: at one end, held, at both.
+BELOW, HELD, BETWEEN = (
+    {"power": (low, None), "std": (None, high)}
+    for low, high in ((0.0, 0.76), (0.0, 0.6), (2.0, 0.76))
+)
 NARROW = Gaussian(*map(jnp.asarray, (0.5, 0.55, 2.1)))
 
 # The class, its model, its bounds, and what is fitted.

@@ -60,8 +60,6 @@ MINIMISERS = {
 }
 LEAST_SQUARES = {
     "LevenbergMarquardt": lambda tol: optx.LevenbergMarquardt(tol, tol),
-    "IndirectLevenbergMarquardt": lambda tol: optx.IndirectLevenbergMarquardt(tol, tol),
-    "GaussNewton": lambda tol: optx.GaussNewton(tol, tol),
     "Dogleg": lambda tol: optx.Dogleg(tol, tol),
     "BestSoFar squares": lambda tol: optx.BestSoFarLeastSquares(
         optx.LevenbergMarquardt(tol, tol)
@@ -92,28 +90,21 @@ def by_hand(trainer, solver, batch, max_steps):
     return to_params, optx.least_squares(residuals, solver, start, **options)
 
 
-# These two are in the parameters where they are what is the best so far.
-LATENT = {"BFGS", "LevenbergMarquardt"}
+# All others are in the parameters.
+LATENT = {"BFGS", "LBFGS", "LevenbergMarquardt"}
 
 
 @functools.cache
-def solved(name, is_latent=False):
+def solved(name):
     """A trainer and its result, before rounding decides the last steps."""
     trainer = GaussianFit(Peak(jnp.asarray(START[:2]), jnp.asarray(START[2])))
-    trainer = trainer.whiten(data()) if is_latent or name in LATENT else trainer
+    trainer = trainer.whiten(data()) if name in LATENT else trainer
     return trainer, trainer.solve(SOLVERS[name](1e-4), data(), max_steps=60)
 
 
 @pytest.mark.parametrize("name", marked(pytest.mark.seams, SOLVERS, *APART))
 def test_as_by_hand(name):
-    is_as_by_hand(name, *solved(name))
-
-
-def test_lbfgs_in_a_latent_space_as_by_hand():
-    is_as_by_hand("LBFGS", *solved("LBFGS", is_latent=True))
-
-
-def is_as_by_hand(name, trainer, result):
+    trainer, result = solved(name)
     to_params, expected = by_hand(trainer, SOLVERS[name](1e-4), data(), 60)
 
     steps = int(expected.stats["num_steps"])
@@ -147,15 +138,13 @@ def test_the_history_has_the_losses_and_the_best_is_none_of_them_above(name):
     assert result.trainer.best_loss <= np.min(losses[np.isfinite(losses)])
 
 
-# Each kind in both spaces, and each kind of solver.
 @pytest.mark.loose_dtypes
 @pytest.mark.parametrize(
     ("kind", "name", "whiten"),
     [
-        ("float32", "LBFGS", False),
         ("float32", "LevenbergMarquardt", True),
-        ("mixed", "LBFGS", True),
-        ("mixed", "NelderMead", False),
+        ("mixed", "LevenbergMarquardt", True),
+        ("mixed", "LBFGS", False),
     ],
 )
 def test_single_precision_and_mixed(kind, name, whiten):
@@ -168,14 +157,12 @@ def test_single_precision_and_mixed(kind, name, whiten):
     trainer = GaussianFit(model)
     trainer = trainer.whiten(batch) if whiten else trainer
     result = trainer.solve(SOLVERS[name](1e-4), batch)
-    if name != "NelderMead":  # which ends early where its tolerance is wide
-        assert result.stop_reason is vn.StopReason.CONVERGED
+    assert result.stop_reason is vn.StopReason.CONVERGED
     for new, old in zip(
         jax.tree.leaves(result.model), jax.tree.leaves(model), strict=True
     ):
         assert new.dtype == old.dtype
-    if name != "NelderMead":
-        np.testing.assert_allclose(jax.tree.leaves(result.model), TRUTH, atol=0.1)
+    np.testing.assert_allclose(jax.tree.leaves(result.model), TRUTH, atol=0.1)
 
 
 def test_fit_after_solve_after_fit():
@@ -317,7 +304,6 @@ def test_compiles_once():
 
     def solvers():
         return (
-            optx.BFGS(1e-8, 1e-8),
             optx.LevenbergMarquardt(1e-8, 1e-8),
             optx.OptaxMinimiser(optax.adam(1e-2), 1e-8, 1e-8),
         )
@@ -417,9 +403,9 @@ class Hesitant(optx.BacktrackingArmijo):
         return step_size, accept & ~first_step, result, state
 
 
-@pytest.mark.parametrize("name", ["BFGS", "GaussNewton"])
-def test_a_search_that_rejects_the_first_point_finds_no_loss_of_zero(name):
-    solver = eqx.tree_at(lambda s: s.search, SOLVERS[name](1e-8), Hesitant())
+@pytest.mark.parametrize("kind", [optx.BFGS, optx.GaussNewton])
+def test_a_search_that_rejects_the_first_point_finds_no_loss_of_zero(kind):
+    solver = eqx.tree_at(lambda s: s.search, kind(1e-8, 1e-8), Hesitant())
     result = GaussianFit(peak(*START)).solve(solver, data(), max_steps=1)
     np.testing.assert_allclose(result.history.loss, [start_loss()], rtol=1e-12)
     np.testing.assert_allclose(result.trainer.best_loss, start_loss(), rtol=1e-12)

@@ -60,7 +60,7 @@ known = Fit(
     priors={"slope": vn.Normal(0.0, 1.0)},
 )
 assert_type(known, Fit)
-assert_type(known.solve(lm, batch).model, Line)
+assert_type(known.model, Line)
 assert_type(vn.Normal(0, jnp.ones(2)).log_prob(1.0), Array)
 
 stepped, info = trainer.step(batch)
@@ -85,7 +85,8 @@ whitened = trainer.whiten(batch, optimiser=optax.adam(0.1))
 assert_type(whitened, Fit)
 assert_type(whitened.projector.matrix, Array | Any)
 assert_type(whitened.reproject(whitened.projector), Fit)
-assert_type(whitened.solve(lm, batch), vn.FitResult[Fit, Line])
+ended = whitened.solve(lm, batch)
+assert_type(ended, vn.FitResult[Fit, Line])
 assert_type(whitened.fisher(batch), Array)
 assert_type(trainer.fisher(batch, blocks=("slope",)), dict[Any, Array])
 assert_type(trainer.replace(model=line, optimiser=optax.sgd(0.1)), Fit)
@@ -101,7 +102,7 @@ assert_type(trainer.report(batch)["slope"].error, float)
 assert_type(trainer.report(batch).chi_squared, float | Any)
 assert_type(trainer.draw(jax.random.key(0), 3, batch), Line)
 value, error = trainer.propagate(lambda line: line.slope / line.offset, batch)
-solved = trainer.solve(lm, batch).trainer
+solved = ended.trainer
 assert_type(solved, Fit)
 assert_type(solved.intervals(lm, batch), dict[str, tuple[float, float]])
 assert_type(solved.profile(lm, batch, "slope", scale_errors=True), vn.Profile[Line])

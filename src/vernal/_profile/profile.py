@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, Generic, NamedTuple, final
+from typing import Any, Generic, final
 
 import jax
 import numpy as np
@@ -95,37 +95,22 @@ def profile(
     given = {own: _checked(each) for own, each in given.items()}
     scan = Scan("profile", trainer, solver, batch, options)
     axes = {x: _axis(scan, x, i, given.get(x)) for x, i in elements.items()}
-    found = along(scan, elements, axes)
-    return next(iter(found.values())) if is_one else found
-
-
-class _Axis(NamedTuple):
-    """The values of an element, and those of its free coordinate: often the same."""
-
-    values: Float[np.ndarray, " K"]
-    free: Float[np.ndarray, " K"]
-
-
-def along(
-    scan: Scan, elements: dict[str, int], axes: dict[str, _Axis]
-) -> dict[str, Profile[Any]]:
-    index, values, starts = [], [], []
-    for name, own in elements.items():
+    index, goals, starts = [], [], []
+    for own, (_, free) in zip(elements.values(), axes.values(), strict=True):
         start, best = scan.start(scan.base.flat, [own]), float(scan.base.flat[own])
-        starts += chained(axes[name].free, best, start, len(values))
-        index += [(own,)] * len(axes[name].free)
-        values += [(value,) for value in axes[name].free]
-    points, found, end = scan.points(index, values, starts), {}, 0
-    for name, index in elements.items():
-        first, end = end, end + len(axes[name].free)
+        starts += chained(free, best, start, len(goals))
+        index += [(own,)] * len(free)
+        goals += [(value,) for value in free]
+    points, found, end = scan.points(index, goals, starts), {}, 0
+    for name, (own_values, free) in axes.items():
+        first, end = end, end + len(free)
         own = jax.tree.map(lambda x, i=first, j=end: x[i:j], points)
-        found[name] = _profile(scan, name, index, axes[name].values, own)
-        limits = scan.low[index], scan.high[index]
-        is_bound = np.isin(axes[name].free, limits) & np.isposinf(own.nll)
-        lower = scan.is_lower(own)
+        found[name] = _profile(scan, name, elements[name], own_values, own)
+        limits = scan.low[elements[name]], scan.high[elements[name]]
+        is_bound = np.isin(free, limits) & np.isposinf(own.nll)
         ends = scan.error_note() + prior_ends(scan.trainer)
-        _warn_of(found[name], lower, is_bound, ends)
-    return found
+        _warn_of(found[name], scan.is_lower(own), is_bound, ends)
+    return next(iter(found.values())) if is_one else found
 
 
 def chained(values: np.ndarray, best: float, root: Start, first: int) -> list[Start]:
@@ -161,8 +146,13 @@ def _profile(
     )
 
 
-def _axis(scan: Scan, name: str, index: int, given: np.ndarray | None) -> _Axis:
-    """Checks values against the bounds; by default across three standard errors."""
+def _axis(
+    scan: Scan, name: str, index: int, given: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Checks values against the bounds; by default across three standard errors.
+
+    Returns also those of the free coordinate, which are often the same.
+    """
     values = _default(scan, name, index) if given is None else given
     low, high = float(scan.low[index]), float(scan.high[index])
     if (out := values[(values < low) | (values > high)]).size:
@@ -175,7 +165,7 @@ def _axis(scan: Scan, name: str, index: int, given: np.ndarray | None) -> _Axis:
         raise ValueError(
             f"`values`: the bijection of {name!r} does not return {out[0]:.6g}."
         )
-    return _Axis(values, free)
+    return values, free
 
 
 def _default(scan: Scan, name: str, index: int) -> np.ndarray:
@@ -184,20 +174,16 @@ def _default(scan: Scan, name: str, index: int) -> np.ndarray:
         # On a bound the likelihood is no parabola, and its curvature is no scale.
         ends = crossings(scan, {name: index}, float(_WIDTH**2))[name]
     if not np.isfinite(ends).all():
-        ends = _three_errors(scan, name, index)
+        free, error = float(scan.base.flat[index]), scan.wide_errors[index]
+        if not np.isfinite(error):
+            raise ValueError(
+                f"`values`: the data do not constrain {name!r} here, so that three "
+                "standard errors are no range. Give `values`."
+            )
+        reach = np.array([-_WIDTH * error, _WIDTH * error])
+        ends = np.clip(free + reach, scan.low[index], scan.high[index])
     ends, _ = values_of(scan.trainer, index, np.asarray(ends))
     return np.linspace(ends.min(), ends.max(), _COUNT)
-
-
-def _three_errors(scan: Scan, name: str, index: int) -> np.ndarray:
-    free, error = float(scan.base.flat[index]), scan.wide_errors[index]
-    if not np.isfinite(error):
-        raise ValueError(
-            f"`values`: the data do not constrain {name!r} here, so that three "
-            "standard errors are no range. Give `values`."
-        )
-    reach = np.array([-_WIDTH * error, _WIDTH * error])
-    return np.clip(free + reach, scan.low[index], scan.high[index])
 
 
 def _checked(values: Any) -> np.ndarray:

@@ -33,7 +33,7 @@ from .._step import (
 )
 from .._tree import as_parameters, cast_like, choose, ravel, ravel_size, unravel
 from .box import Box
-from .tracked_solver import Seen, better, keeps_score, tracked
+from .tracked_solver import Seen, better, keeps_score, track
 
 # The least number of losses to make room for, so that short solves share a program; and
 # the most.
@@ -60,6 +60,7 @@ class Problem(NamedTuple):
     is_shared: bool = False
 
 
+SOLVERS = optx.AbstractMinimiser, optx.AbstractLeastSquaresSolver
 Solver = (
     optx.AbstractMinimiser[Any, Any, Any]
     | optx.AbstractLeastSquaresSolver[Any, Any, Any, Any]
@@ -77,7 +78,19 @@ def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure,
             f"`{argument}` is {max_steps}, but at most {_MOST_ROWS} losses are kept. "
             "Solve several times, each time from the trainer of the last result."
         )
-    _require_solver(solver)
+    if isinstance(solver, type) and issubclass(solver, SOLVERS):
+        raise TypeError(
+            f"`solver` is the class `{solver.__name__}`. Give an instance: "
+            f"`{solver.__name__}(rtol=1e-8, atol=1e-8)`."
+        )
+    if not isinstance(solver, SOLVERS):
+        raise TypeError(
+            f"`solver` is of type `{type(solver).__name__}`, not a minimiser or a "
+            "least-squares solver of Optimistix. Give one, such as "
+            "`optx.BFGS(rtol=1e-8, atol=1e-8)` or "
+            "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
+            "is for `fit`."
+        )
     rows = max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length())
     return Closure.encode(solver), rows
 
@@ -189,7 +202,7 @@ def run_solver(
     projector and the start of the whole trainer.
     """
     batch, encoded, rows, jac, is_shared = problem
-    solver, latent = encoded.decode(), held.latent
+    solver, latent, name = encoded.decode(), held.latent, type(trainer).__name__
     _check_class(trainer, solver)
     as_parameters(trainer.params)
     # The dtype of the loss, unless the trainer was made while `jax_enable_x64` was off.
@@ -230,44 +243,43 @@ def run_solver(
     # Solvers mix their arguments with numbers of the default precision.
     start = trainer.params if projector is None else latent
     start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
-    solver = tracked(solver, goal, jnp.zeros(rows, dtype))
-    common: Any = {"has_aux": True, "max_steps": None, "throw": False}
-    if isinstance(solver, optx.AbstractMinimiser):
-        loss = traced(lambda point: scored(point, None)[0], start)
-        subject = Subject(f"The loss of `{type(trainer).__name__}`", jac)
-        options = {"autodiff_mode": choose_mode(loss, start, subject, ("bwd", "fwd"))}
-        ended = optx.minimise(scored, solver, start, options=options, **common)
+    own = lambda fn: traced(lambda point: fn(point, None)[0], start)
+    if is_least_squares(solver):
+        fn, subject = residuals, Subject(f"`residuals` of `{name}`", jac)
+        options = {"jac": choose_mode(own(fn), start, subject)}
     else:
-        vector = traced(lambda point: residuals(point, None)[0], start)
-        subject = Subject(f"`residuals` of `{type(trainer).__name__}`", jac)
-        options = {"jac": choose_mode(vector, start, subject)}
-        ended = optx.least_squares(residuals, solver, start, options=options, **common)
-    state, stats = ended.state, ended.stats
+        fn, subject = scored, Subject(f"The loss of `{name}`", jac)
+        mode = choose_mode(own(fn), start, subject, ("bwd", "fwd"))
+        options = {"autodiff_mode": mode}
+    room = jnp.zeros(rows, dtype)
+    ended, is_done, result = track(fn, solver, start, options, room, goal)
 
     # A solver reports the points that it has left, and not yet the last one.
-    if keeps_score(solver.solver):
-        last = state.inner.aux.loss
+    if keeps_score(solver):
+        last = ended.state.aux.loss
     else:
-        last = scored(ended.value, None)[1].loss
-    best, best_loss = better(ended.value, last, state.best, state.best_loss)
-    is_finite = all_finite((ended.value, last))
-    point = choose(is_finite, ended.value, best)
-    params, best_params = to_params(ended.value), to_params(best)
+        last = scored(ended.point, None)[1].loss
+    best, best_loss = better(ended.point, last, ended.best, ended.best_loss)
+    is_finite = all_finite((ended.point, last))
+    point = choose(is_finite, ended.point, best)
+    params, best_params = to_params(ended.point), to_params(best)
     at_end = live(trainer, choose(is_finite, params, best_params))
     why = [
-        ~is_finite | state.is_broken,
-        stats["diverged"],
-        stats["failed"],
-        stats["done"],
+        ~is_finite | ended.is_broken,
+        result == optx.RESULTS.nonlinear_divergence,
+        result != optx.RESULTS.successful,
+        is_done,
     ]
     all_best, all_best_loss = better(best_params, best_loss, held.best, held.loss)
     is_new = all_best_loss < held.loss
-    first = jnp.where(jnp.isnan(held.first), state.losses[0], held.first)
+    first = jnp.where(jnp.isnan(held.first), ended.losses[0], held.first)
     last = jnp.where(is_finite, last, best_loss)
     local, held_then = None, pushed(at_end, value)
-    if box is not None or not (
-        is_shared and kind == "residuals" and _has_jacobian(at_end, batch, key)
-    ):
+    is_left = is_shared and box is None and kind == "residuals"
+    if is_left:
+        vector = jax.eval_shape(lambda: real_residuals(at_end, batch, key))
+        is_left = has_jacobian(vector.size, ravel_size(trainer.params))
+    if not is_left:
         local = measure(at_end, projector, batch, kind, first - last, held_then)
     end_params, is_settled = at_end.params, jnp.array(True)
     if box is not None:
@@ -280,12 +292,12 @@ def run_solver(
         best=all_best,
         best_state=choose(is_new, trainer.state, held.state),
         best_loss=all_best_loss.astype(held.loss.dtype),
-        step_count=trainer.step_count + state.steps,
-        losses=state.losses,
-        steps=state.steps,
+        step_count=trainer.step_count + ended.steps,
+        losses=ended.losses,
+        steps=ended.steps,
         reason=jnp.argmax(jnp.stack([*why, jnp.array(True)])),
-        in_vain=~(best_loss < state.losses[0]),
-        stumble=choose(all_finite(ended.value), params, best_params),
+        in_vain=~(best_loss < ended.losses[0]),
+        stumble=choose(all_finite(ended.point), params, best_params),
         first=first,
         last=last,
         local=local,
@@ -294,11 +306,6 @@ def run_solver(
 
 
 run = program(run_solver)
-
-
-def _has_jacobian(trainer: AbstractTrainer, batch: Any, key: Any) -> bool:
-    vector = jax.eval_shape(lambda: real_residuals(trainer, batch, key))
-    return has_jacobian(vector.size, ravel_size(trainer.params))
 
 
 def is_suspect(reason: StopReason, in_vain: Any) -> bool:
@@ -337,25 +344,6 @@ def is_least_squares(solver: Any) -> bool:
     return isinstance(solver, optx.AbstractLeastSquaresSolver)
 
 
-SOLVERS = optx.AbstractMinimiser, optx.AbstractLeastSquaresSolver
-
-
-def _require_solver(solver: Any) -> None:
-    if isinstance(solver, SOLVERS):
-        return
-    if isinstance(solver, type) and issubclass(solver, SOLVERS):
-        raise TypeError(
-            f"`solver` is the class `{solver.__name__}`. Give an instance: "
-            f"`{solver.__name__}(rtol=1e-8, atol=1e-8)`."
-        )
-    raise TypeError(
-        f"`solver` is of type `{type(solver).__name__}`, not a minimiser or a "
-        "least-squares solver of Optimistix. Give one, such as `optx.BFGS(rtol=1e-8, "
-        "atol=1e-8)` or `optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax "
-        "transformation is for `fit`."
-    )
-
-
 def require_squares(trainer: AbstractTrainer, solver: Any) -> None:
     """Refuses a least-squares solver where a prior is no sum of squares."""
     priors = priors_of(trainer)
@@ -372,8 +360,7 @@ def require_squares(trainer: AbstractTrainer, solver: Any) -> None:
 def _check_class(trainer: AbstractTrainer, solver: Any) -> None:
     """Checks what depends on classes alone, once for each program."""
     name = type(trainer).__name__
-    is_minimiser = isinstance(solver, optx.AbstractMinimiser)
-    if not is_minimiser and "residuals" not in defined(trainer):
+    if is_least_squares(solver) and "residuals" not in defined(trainer):
         raise TypeError(
             f"`solver` is a {type(solver).__name__}, which minimises a sum of squares, "
             f"but `{name}` does not define `residuals`. Define it, or use a minimiser, "

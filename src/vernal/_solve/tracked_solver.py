@@ -1,9 +1,11 @@
 """A solver of Optimistix that keeps what a fit keeps: the losses and the best."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
@@ -38,10 +40,12 @@ class Seen(NamedTuple):
     is_seen: Bool[Array, ""]
 
 
-class TrackedState(eqx.Module):
-    """The state of a solver, with the losses and the best point so far."""
+class Tracked(NamedTuple):
+    """Where a solver is, and what it knows; the losses and the best point so far."""
 
-    inner: Any
+    point: PyTree
+    state: Any
+    seen: Seen
     steps: Int[Array, ""]
     losses: Float[Array, " rows"]
     best: PyTree
@@ -49,127 +53,67 @@ class TrackedState(eqx.Module):
     is_broken: Bool[Array, ""]
 
 
-class _Tracked(optx.AbstractIterativeSolver):
-    """Takes the steps of another solver, up to the count `goal`.
+def track(
+    fn: Callable[[PyTree, Any], tuple[Array, Seen]],
+    solver: Any,
+    start: PyTree,
+    options: dict[str, Any],
+    losses: Float[Array, " rows"],
+    goal: Int[Array, ""],
+) -> tuple[Tracked, Bool[Array, ""], optx.RESULTS]:
+    """Takes the steps of a solver, up to the count `goal`, within a compiled program.
 
-    The goal is an array, so that one program serves any number of steps. The auxiliary
-    output of the function must be a `Seen`.
+    The goal is an array, so that one program serves any number of steps. This is the
+    loop of Optimistix, which keeps neither losses nor a best, and which defines what
+    differentiates the solution: nobody does, and that takes long to trace. Returns also
+    whether the solver is done, and its own result.
     """
+    fn = eqx.filter_closure_convert(fn, start, None)
+    structs, tags = fn.out_struct, frozenset[object]()  # pyright: ignore
+    best_loss = jnp.full((), jnp.inf, losses.dtype)
+    # Not every solver looks at its first point before it moves on.
+    if not keeps_score(solver):
+        _, seen = fn(start, None)
+        _, best_loss = better(start, seen.loss, start, best_loss)
+    begin = solver.init(fn, start, None, options, *structs, tags)
+    arrays, others = eqx.partition(begin, eqx.is_array)
 
-    solver: Any
-    goal: Int[Array, ""]
-    losses: Float[Array, " rows"]
-    rtol: float | int
-    atol: float | int
-    norm: Callable[[PyTree], Array]
+    def ends(now: Tracked) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        state = eqx.combine(now.state, others)
+        return solver.terminate(fn, now.point, None, options, state, tags)
 
-    def init(
-        self,
-        fn: Any,
-        y: PyTree,
-        args: Any,
-        options: dict[str, Any],
-        f_struct: PyTree,
-        aux_struct: PyTree,
-        tags: frozenset[object],
-    ) -> TrackedState:
-        best_loss = jnp.full((), jnp.inf, self.losses.dtype)
-        # Not every solver looks at its first point before it moves on.
-        if not keeps_score(self.solver):
-            _, seen = fn(y, args)
-            _, best_loss = better(y, seen.loss, y, best_loss)
-        return TrackedState(
-            inner=self.solver.init(fn, y, args, options, f_struct, aux_struct, tags),
-            steps=jnp.zeros_like(self.goal),
-            losses=self.losses,
-            best=y,
-            best_loss=best_loss,
-            is_broken=jnp.array(False),
-        )
+    def goes_on(now: Tracked) -> Array:
+        is_done, result = ends(now)
+        is_over = now.is_broken | is_done | (now.steps >= goal)
+        return ~is_over & (result == optx.RESULTS.successful)
 
-    def step(
-        self,
-        fn: Any,
-        y: PyTree,
-        args: Any,
-        options: dict[str, Any],
-        state: TrackedState,
-        tags: frozenset[object],
-    ) -> tuple[PyTree, TrackedState, Seen]:
-        new_y, inner, seen = self.solver.step(fn, y, args, options, state.inner, tags)
-        loss = jnp.where(seen.is_seen, seen.loss, state.best_loss)
-        best, best_loss = better(seen.point, loss, state.best, state.best_loss)
+    def step(now: Tracked) -> Tracked:
+        state = eqx.combine(now.state, others)
+        point, state, seen = solver.step(fn, now.point, None, options, state, tags)
+        loss = jnp.where(seen.is_seen, seen.loss, now.best_loss)
+        best, best_loss = better(seen.point, loss, now.best, now.best_loss)
         # A non-finite trial point is harmless; a non-finite iterate is not.
-        is_iterate = eqx.tree_equal(seen.point, y) | eqx.tree_equal(seen.point, new_y)
-        is_lost = seen.is_seen & is_iterate & ~jnp.isfinite(loss)
-        new_state = TrackedState(
-            inner=inner,
-            steps=state.steps + 1,
-            losses=state.losses.at[state.steps].set(loss),
+        is_at = functools.partial(eqx.tree_equal, seen.point)
+        is_lost = seen.is_seen & (is_at(now.point) | is_at(point)) & ~jnp.isfinite(loss)
+        return Tracked(
+            point=point,
+            state=eqx.filter(state, eqx.is_array),
+            seen=seen,
+            steps=now.steps + 1,
+            losses=now.losses.at[now.steps].set(loss),
             best=best,
             best_loss=best_loss,
-            is_broken=is_lost | ~all_finite(new_y),
+            is_broken=is_lost | ~all_finite(point),
         )
-        return new_y, new_state, seen
 
-    def terminate(
-        self,
-        fn: Any,
-        y: PyTree,
-        args: Any,
-        options: dict[str, Any],
-        state: TrackedState,
-        tags: frozenset[object],
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        # `postprocess` reports failure: some versions go on in spite of it.
-        done, result = self.solver.terminate(fn, y, args, options, state.inner, tags)
-        is_over = state.is_broken | (state.steps >= self.goal)
-        failed = result != optx.RESULTS.successful
-        return done | failed | is_over, optx.RESULTS.successful
-
-    def postprocess(
-        self,
-        fn: Any,
-        y: PyTree,
-        aux: Seen,
-        args: Any,
-        options: dict[str, Any],
-        state: TrackedState,
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[PyTree, Seen, dict[str, Any]]:
-        inner = state.inner
-        done, own = self.solver.terminate(fn, y, args, options, inner, tags)
-        y, aux, _ = self.solver.postprocess(
-            fn, y, aux, args, options, inner, tags, result
-        )
-        failed = own != optx.RESULTS.successful
-        diverged = own == optx.RESULTS.nonlinear_divergence
-        return y, aux, {"done": done, "failed": failed, "diverged": diverged}
-
-
-class TrackedMinimiser(_Tracked, optx.AbstractMinimiser):
-    """A minimiser that keeps its losses and its best point."""
-
-
-class TrackedLeastSquares(_Tracked, optx.AbstractLeastSquaresSolver):
-    """A least-squares solver that keeps its losses and its best point."""
-
-
-def tracked(
-    solver: Any, goal: Int[Array, ""], losses: Float[Array, " rows"]
-) -> TrackedMinimiser | TrackedLeastSquares:
-    """Wraps a solver, to take at most `goal` steps."""
-    is_minimiser = isinstance(solver, optx.AbstractMinimiser)
-    kind = TrackedMinimiser if is_minimiser else TrackedLeastSquares
-    return kind(
-        solver=solver,
-        goal=goal,
-        losses=losses,
-        rtol=solver.rtol,
-        atol=solver.atol,
-        norm=solver.norm,
-    )
+    none = jnp.zeros_like(goal), losses, start, best_loss, ~all_finite(start)
+    unseen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structs[1])
+    last = jax.lax.while_loop(goes_on, step, Tracked(start, arrays, unseen, *none))
+    is_done, result = ends(last)
+    state = eqx.combine(last.state, others)
+    args = fn, last.point, last.seen, None, options, state, tags, result
+    point, seen, _ = solver.postprocess(*args)
+    return last._replace(point=point, state=state, seen=seen), is_done, result
 
 
 def better(
