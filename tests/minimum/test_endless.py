@@ -291,12 +291,12 @@ def test_each_of_many(is_solved):
 
 def test_a_healthy_fit_pays_nothing(monkeypatch):
     """Only what is suspect is looked at: that compiles a program."""
-    from vernal._minimum.idle import Around
+    from vernal._minimum.idle import Site
 
     def look(*_):
         raise AssertionError
 
-    monkeypatch.setattr(Around, "look", look)
+    monkeypatch.setattr(Site, "look", look)
     trainer, solver, batch = trainer_of("a line")
     result = trainer.solve(solver, batch)
     assert result.stop_reason is REASON.CONVERGED

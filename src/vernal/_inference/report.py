@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from .._boundary import boolean, refuse_program, whole_number
-from .._minimum import edm_note, endless_note, slope_note
+from .._minimum import edm_note, endless_words, slope_note
 from .._projection import DenseWhitening
 from .._report import (
     ParameterRow,
@@ -128,18 +128,15 @@ def _note(
 
 def _point_note(trainer: AbstractTrainer, here: Around) -> str | None:
     """Returns what there is to say of the minimum, or of rounding."""
-    of_rounding = _rounding_note(here.whitening)
+    of_rounding = ROUNDING if hidden_by_rounding(here.whitening).any() else None
     if here.distance is None:
         return of_rounding
     about = here.distance, trainer.params
+    if here.distance.is_endless:
+        limit = "no minimum this way: the loss only approaches a limit"
+        return limit + endless_words(*about)
     of_slopes = slope_note(*about) if here.kind == "expected" else None
-    of_end = endless_note(*about)
-    return of_end or edm_note(*about) or of_slopes or of_rounding
-
-
-def _rounding_note(whitening: DenseWhitening) -> str | None:
-    """Returns a note if float64 may constrain what has an infinite error here."""
-    return ROUNDING if hidden_by_rounding(whitening).any() else None
+    return edm_note(*about) or of_slopes or of_rounding
 
 
 def hidden_by_rounding(whitening: DenseWhitening) -> Bool[np.ndarray, " D"]:
