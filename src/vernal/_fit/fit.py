@@ -96,7 +96,8 @@ def fit(
                 if run.taken:
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
-    return remark(run, run.ended(reason))
+    result = run.ended(reason)
+    return subject.without_data(result, remark(run, result))
 
 
 def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:

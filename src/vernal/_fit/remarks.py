@@ -22,10 +22,10 @@ from .run import FitRun
 from .subject import BadEnd
 
 
-def remark(run: FitRun, result: Any) -> Any:
+def remark(run: FitRun, result: Any) -> list[int]:
     """Warns of what is wrong with a result, or raises an error if the policy does.
 
-    Returns it; that of many knows the members without data.
+    Returns the members of many that have no data.
     """
     subject, history = run.subject, result.history
     validation = run.monitor.validation
@@ -51,7 +51,7 @@ def remark(run: FitRun, result: Any) -> Any:
         if validation is not None:
             there = ft.partial(ended, Whole(validation.batch))
             lacking += warn_of_no_data("validation", history.validation, there)
-    return subject.without_data(result, lacking) if lacking else result
+    return lacking
 
 
 def _diagnosis(run: FitRun, end: BadEnd) -> Diagnosis:

@@ -154,10 +154,7 @@ def _curvature(
 
 
 def _across(
-    site: Site,
-    local: Triangle | Curved,
-    inward: Int[np.ndarray, " D"],
-    noise: float,
+    site: Site, local: Triangle | Curved, inward: Int[np.ndarray, " D"], noise: float
 ) -> Float[np.ndarray, " D"] | None:
     """Finds a lower point from which a parameter would not be pushed to its bound.
 
