@@ -108,14 +108,12 @@ CURVES = {
     "RecursiveCheckpointAdjoint": solved(diffrax.RecursiveCheckpointAdjoint()),
     "DirectAdjoint": solved(diffrax.DirectAdjoint()),
     "ForwardMode": solved(diffrax.ForwardMode()),
-    "BacksolveAdjoint": solved(diffrax.BacksolveAdjoint()),
 }
 ONE_WAY = {
     "while_loop": "fwd",
     "ForwardMode": "fwd",
     "custom_vjp": "bwd",
     "RecursiveCheckpointAdjoint": "bwd",
-    "BacksolveAdjoint": "bwd",
 }
 
 

@@ -44,7 +44,7 @@ BLOCKS = {
 }
 
 
-# Each kind and each choice of blocks is whitened in either way, and then fitted in one.
+# Each kind and each choice of blocks is whitened in either way, and squares are fitted.
 CHOSEN = [
     (Squares, "alone", None),
     (Squares, "with another", 1),
@@ -61,10 +61,12 @@ def test_a_block_without_elements_is_no_obstacle(kind, blocks, batch_size):
     options = {"batch_size": batch_size}
     optimiser = optax.sgd(0.1) if blocks == "with another" else RULES
     found = kind(MODEL, optimiser).whiten(X, blocks=given, **options)
+    # By the slopes of `a`; a loss is not halved.
+    error = (1 + X**2) ** -0.5 / (2**0.5 if kind is Loss else 1)
+    np.testing.assert_allclose(found.projector.standard_errors()["a"], error)
+    if kind is not Squares:
+        return
     without = kind(PARTS, optax.sgd(0.1)).whiten(X, blocks=known, **options)
-    np.testing.assert_allclose(
-        found.projector.standard_errors()["c"], without.projector.standard_errors()["c"]
-    )
     run = (lambda t: t.solve(BFGS, X)) if batch_size else (lambda t: t.fit(X, 20))
     ends = [run(trainer).model for trainer in (found, without)]
     for name in PARTS:
@@ -104,8 +106,10 @@ def test_what_has_no_elements_is_at_its_minimum(kind):
     trainer = kind(MODEL, optax.sgd(0.1), train="e")
     solver = LM if kind is Squares else BFGS
     options = {"stop": STOP, "progress": False}
-    many = vn.fit_many([trainer] * 2, X, 9, **options)
     for end in (trainer.solve(solver, X), trainer.fit(X, 9, **options)):
         assert (end.stop_reason, float(end.edm)) == (vn.StopReason.CONVERGED, 0)
+    if kind is Loss:
+        return
+    many = vn.fit_many([trainer] * 2, X, 9, **options)
     assert many.stop_reasons == (vn.StopReason.CONVERGED,) * 2
     np.testing.assert_array_equal(many.edms, 0)

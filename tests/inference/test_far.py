@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+import scipy.optimize
 import scipy.stats
 
 import inside
@@ -72,10 +73,10 @@ AT_THE_TRUTH = {
 @pytest.mark.parametrize("name", AT_THE_TRUTH)
 def test_errors_are_forecast_at_the_truth(name):
     """Its probability is uniform, so that a warning there is one of a million."""
-    drawn = [AT_THE_TRUTH[name]() for _ in range(100)]
+    drawn = [AT_THE_TRUTH[name]() for _ in range(60)]
     found = [inside.around(*own, "It").truth_p_values[1] for own in drawn]
     # Of these a warning would be most probable.
-    for index in np.argsort(found)[:10]:
+    for index in np.argsort(found)[:6]:
         trainer, batch = drawn[index]
         trainer.standard_errors(batch)
     # What is almost at the minimum counts as there.
@@ -240,10 +241,8 @@ def test_errors_are_not_differentiated(name):
     for fn in (*transformed, lambda x: jax.jvp(errors, (x,), (x,))):
         with pytest.raises(TypeError, match=r"differentiated.*trainer\.fisher"):
             fn(jnp.asarray(1.0))
-    constant = jax.grad(lambda x: x * errors(jax.lax.stop_gradient(x)))
-    np.testing.assert_allclose(
-        constant(jnp.asarray(2.0)), jax.jit(errors)(2.0), rtol=1e-10
-    )
+    constant, two = lambda x: x * errors(jax.lax.stop_gradient(x)), jnp.asarray(2.0)
+    np.testing.assert_allclose(jax.grad(constant)(two), errors(two), rtol=1e-10)
 
 
 COLUMNS = {
@@ -252,22 +251,31 @@ COLUMNS = {
     "to_dict": lambda result, data, **options: result.to_dict(data, **options),
 }
 MANY = {
-    "residuals": (Decay, LM, {}, {}),
+    "residuals": (Decay, {}, {}),
     "a prior and bounds": (
         Decay,
-        LM,
         {"priors": {"rate": vn.Normal(0.5, 0.1)}, "bounds": {"size": (0.0, 9.0)}},
         {},
     ),
-    "observed": (Decay, LM, {}, {"kind": "observed"}),
-    "sandwich": (Decay, LM, {}, {"kind": "sandwich"}),
-    "nll": (Quadratic, optx.BFGS(1e-8, 1e-8), {}, {}),
+    "observed": (Decay, {}, {"kind": "observed"}),
+    "sandwich": (Decay, {}, {"kind": "sandwich"}),
+    "nll": (Quadratic, {}, {}),
 }
+
+
+def best_of(kind, x, y, pull):
+    """The minimum, by SciPy; `pull` is the precision of the prior of the rate."""
+
+    def rows(p):
+        line = p[0] * x + p[1] if kind is Quadratic else p[0] * np.exp(-p[1] * x)
+        return np.append((line - y) / 0.1, pull * (p[1] - 0.5))
+
+    return model(*scipy.optimize.least_squares(rows, [2.0, 0.5], method="lm").x)
 
 
 @pytest.mark.parametrize("name", MANY)
 def test_a_member_that_is_far_away_is_named(name):
-    kind, solver, options, errors = MANY[name]
+    kind, options, errors = MANY[name]
     x, _, std = DATA
     if kind is Quadratic:
         x, y = x - 1.0, np.stack([2.0 * x - 1.5] * 4)
@@ -284,11 +292,12 @@ def test_a_member_that_is_far_away_is_named(name):
         with pytest.warns(UserWarning, match=message) as warned:
             ask(many, data, **errors)
         assert warned[0].filename == __file__
-    ends = vn.fit_many(away, data, 256, solver=solver, data_axis=axes)
-    there = [kind(ends.trainer(i).model, optax.sgd(1e-9), **options) for i in (0, 1)]
-    some = vn.fit_many(there + away[2:], data, 1, data_axis=axes)
+    best = [best_of(kind, x, row, 10.0 if options else 0.0) for row in y]
+    there = [kind(own, optax.sgd(1e-9), **options) for own in best]
+    some = vn.fit_many(there[:2] + away[2:], data, 1, data_axis=axes)
     with pytest.warns(UserWarning, match=r"member 2.*hold of 3\."):
         some.errors(data, **errors)
+    ends = vn.fit_many(there + away[4:], data, 1, data_axis=axes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for ask in COLUMNS.values():

@@ -16,7 +16,6 @@ import numpyro.distributions as dist
 import optax
 import optimistix as optx
 import pytest
-import scipy.stats
 
 import vernal as vn
 from models import Gaussian, GaussianFit, line
@@ -144,12 +143,6 @@ def test_the_numbers_are_those_of_iminuit(kind):
         near = 5e-3 if kind is Likelihood else 2e-2
         np.testing.assert_allclose(value, correlation[first, second], atol=near)
     assert report.edm < 1e-8
-
-
-def test_p_value():
-    report = solved().report(data())
-    expected = scipy.stats.chi2.sf(report.chi_squared, report.degrees_of_freedom)
-    np.testing.assert_allclose(report.p_value, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("step", [0.01, 0.1])
@@ -284,29 +277,27 @@ def test_without_scatter_what_is_not_constrained_stays_so():
     assert report["idle"].status == "unconstrained"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "is_idle", "method", "is_noted"),
-    [
-        *((jnp.float32, False, method, True) for method in ("residuals", "nll")),
-        *((jnp.float32, True, method, False) for method in ("residuals", "nll")),
-        *((jnp.float64, False, method, False) for method in ("residuals", "nll")),
-    ],
-)
-def test_what_rounding_hides_has_a_note(dtype, is_idle, method, is_noted):
-    """Two curves that differ by less than 32 bits show, unless one does nothing."""
-    x = jnp.linspace(0, 1, 200, dtype=dtype)
-
+class Curves(vn.Trainer):
     def residuals(self, model, batch):
-        other = 0.0 if is_idle else x + 1e-5 * x**2
-        return (model["a"] * x + model["b"] * other - batch) / 0.1
+        one, other = batch
+        return ((model["a"] - 1) * one + (model["b"] - 1) * other) / 0.1
 
+
+class CurvesNll(vn.Trainer):
     def nll(self, model, batch):
-        return 0.5 * jnp.sum(residuals(self, model, batch) ** 2)
+        return 0.5 * jnp.sum(Curves.residuals(self, model, batch) ** 2)
 
-    methods = {"residuals": residuals, "nll": nll}
-    kind = type("Curves", (vn.Trainer,), {method: methods[method]})
+
+@pytest.mark.parametrize("kind", [Curves, CurvesNll])
+@pytest.mark.parametrize(
+    ("dtype", "is_idle", "is_noted"),
+    [(np.float32, False, True), (np.float32, True, False), (np.float64, False, False)],
+)
+def test_what_rounding_hides_has_a_note(kind, dtype, is_idle, is_noted):
+    """Two curves that differ by less than 32 bits show, unless one does nothing."""
+    x = np.linspace(0, 1, 200, dtype=dtype)
     trainer = kind({"a": jnp.ones((), dtype), "b": jnp.ones((), dtype)})
-    batch = 1 * x if is_idle else 2 * x + 1e-5 * x**2
+    batch = x, np.zeros_like(x) if is_idle else x + 1e-5 * x**2
     report = trainer.report(batch)
     is_known = dtype == jnp.float64 and not is_idle
     assert np.isfinite(report["b"].error) == is_known
@@ -402,6 +393,12 @@ correlations of at least 0.1
 std, power                    -0.577"""
 
 
+class Level(vn.Trainer):
+    def residuals(self, model, batch):
+        y, std = batch
+        return (model["level"] - y) / std
+
+
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
@@ -419,12 +416,8 @@ std, power                    -0.577"""
 )
 @pytest.mark.parametrize("value", [1.0, -3e-30, 2e20])
 def test_a_relative_error_is_written_without_an_exponent(error, shown, value):
-    class Known(vn.Trainer):
-        def residuals(self, model, batch):
-            return (model["level"] - batch) / abs(value) / error
-
-    level = {"level": jnp.asarray(value)}
-    *_, line = str(Known(level).report(jnp.full(1, value))).splitlines()
+    batch = np.full(1, value), np.full(1, abs(value) * error)
+    *_, line = str(Level({"level": jnp.asarray(value)}).report(batch)).splitlines()
     assert line.startswith("level")
     assert line.endswith(shown)
     assert line.count("%") == bool(shown)
@@ -450,13 +443,6 @@ def test_as_text_and_in_a_notebook():
     page = Escaped(model).report(jnp.arange(3.0))._repr_html_()
     assert "<td>&lt;b&gt;</td>" in page
     assert "not at a minimum" not in page
-
-
-def test_away_from_a_minimum_it_says_so():
-    trainer = GaussianFit(peak(0.1, 1.1, 3.8))
-    last = str(trainer.report(data())).splitlines()[-1]
-    assert last.startswith("not at a minimum: edm 221, along mean (+0.77)")
-    assert trainer.table(data()).splitlines()[-1] == last
 
 
 def test_a_long_array_is_cut_in_the_text_alone():

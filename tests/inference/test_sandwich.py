@@ -73,6 +73,8 @@ def test_of_least_squares_it_is_whites():
     )
     # The scale of the residuals does not matter, as it does for those of Fisher.
     assert trainer.report(data()).error_kind == "expected"
+    with pytest.raises(ValueError, match="Give one of them"):
+        trainer.report(data(), scale_errors=True, kind="sandwich")
 
 
 # The first two derivatives of the loss, by the residual in units of the scale.
@@ -113,9 +115,8 @@ def test_of_a_robust_loss_it_is_hubers():
 
 
 def test_errors_are_the_scatter_of_simulated_fits():
-    """The inverse of either Fisher matrix is wrong by far more."""
-    sets, losses = data(1, (2000,)), ("soft_l1", "cauchy")
-    make = lambda s: Each(dict.fromkeys(losses, Line(s, s - 0.8)))
+    sets = data(1, (2000,))
+    make = lambda s: Each({"cauchy": Line(s, s - 0.8)})
     many = vn.fit_many(
         eqx.filter_vmap(make)(jnp.full(2000, 1.9)),
         sets,
@@ -124,16 +125,9 @@ def test_errors_are_the_scatter_of_simulated_fits():
         data_axis=0,
     )
     assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
-    kinds = "sandwich", "expected", "observed"
-    errors = {kind: many.errors(sets, kind=kind) for kind in kinds}
-    for loss in losses:
-        slopes = np.asarray(many.params[loss].slope)
-        scatter = 1.4826 * np.median(abs(slopes - np.median(slopes)))
-        right, *wrong = (
-            np.median(np.asarray(errors[kind][loss].slope)) / scatter for kind in kinds
-        )
-        assert 0.93 < right < 1.05
-        assert min(wrong) > 2
+    errors, slopes = (tree["cauchy"].slope for tree in (many.errors(sets), many.params))
+    scatter = 1.4826 * np.median(abs(slopes - np.median(slopes)))
+    assert 0.93 < np.median(errors) / scatter < 1.05
 
 
 @functools.cache
@@ -192,15 +186,6 @@ def test_a_prior_counts_as_a_measurement():
     np.testing.assert_allclose(errors["prior"].slope, known["prior"], rtol=1e-2)
 
 
-def test_a_broken_member_costs_its_own_errors_alone():
-    sets = data(2, (3,)).copy()
-    sets[1, 4] = np.nan
-    trainers = eqx.filter_vmap(lambda s: RobustFit(Line(s, s)))(jnp.full(3, 1.5))
-    many = vn.fit_many(trainers, sets, 60, solver=SOLVER, data_axis=0)
-    errors = np.stack([flat(many.errors(sets))]).reshape(2, 3)
-    assert np.isfinite(errors).all(axis=0).tolist() == [True, False, True]
-
-
 @pytest.mark.parametrize("method", ["profile", "intervals"])
 def test_a_robust_loss_has_no_likelihood_to_follow(method):
     trainer = solved()
@@ -208,17 +193,6 @@ def test_a_robust_loss_has_no_likelihood_to_follow(method):
         getattr(trainer, method)(SOLVER, data(), "slope")
     with pytest.raises(ValueError, match='kind="sandwich"'):
         trainer.report(data(), scale_errors=True)
-
-
-def test_the_scale_is_taken_from_the_scatter_once():
-    trainer = Plain(line()).solve(SOLVER, data()).trainer
-    for method, args in {
-        "report": (),
-        "propagate": (lambda model: model.slope,),
-        "draw": (jax.random.key(0), 2),
-    }.items():
-        with pytest.raises(ValueError, match="Give one of them"):
-            getattr(trainer, method)(*args, data(), scale_errors=True, kind="sandwich")
 
 
 class Masked(vn.Trainer):
@@ -249,7 +223,6 @@ EXACT = X, 2 * X + 1, first(60)
 # One datum alone says what the slope is.
 LEVER = np.where(np.arange(60) < 59, 0.0, 1.0), data(), first(60)
 HELD = {"bounds": {"offset": (None, -50.0)}}
-TIED = {"ties": {"offset": lambda model: model.slope - 1.0}}
 WIDE = {"priors": {"offset": vn.Normal(1.0, 1e4)}}
 KNOWN = {"priors": {"offset": vn.Normal(1.0, 0.01)}}
 NARROW = {"priors": {"offset": vn.Normal(1.0, 0.1), "slope": vn.Normal(2.0, 0.1)}}
@@ -261,7 +234,6 @@ NO_SCATTER = {
     "of least squares": (MaskedPlain, {}, (X, data(), first(2))),
     "one direction": (Masked, {}, LEVER),
     "held": (Masked, HELD, (X[::-1], data(), first(1))),
-    "tied": (Masked, TIED, (X[::-1], data(), first(1))),
     "a wide prior": (Masked, WIDE, (X, data(), first(2))),
     "exact": (Masked, {}, EXACT),
     "exact, with a prior": (Masked, NARROW, EXACT),
@@ -325,9 +297,11 @@ SCATTERED = {
 def test_of_few_data_it_is_whites_while_they_scatter(case):
     options, count, priors = SCATTERED[case]
     batch = X[::-1], data()[::-1], first(count)
-    trainer = MaskedPlain(line(2.0, 1.0), **options).solve(SOLVER, batch).trainer
-    rows, left = ROWS[::-1][:count], (trainer.model(X) - data())[::-1][:count]
-    bread = np.linalg.inv(rows.T @ rows + priors.T @ priors)
+    rows, known = ROWS[::-1][:count], priors.T @ priors
+    bread = np.linalg.inv(rows.T @ rows + known)
+    # All of the priors are about the same line.
+    best = bread @ (rows.T @ batch[1][:count] + known @ [2.0, 1.0])
+    trainer, left = MaskedPlain(line(*best), **options), rows @ best - batch[1][:count]
     meat = rows.T @ (np.square(left)[:, None] * rows) + priors.T @ priors
     known = np.sqrt(np.diag(bread @ meat @ bread))
     errors = flat(trainer.standard_errors(batch, kind="sandwich"))
@@ -350,6 +324,11 @@ def test_a_member_without_scatter_has_no_errors_and_harms_no_other():
         own = X, sets[index], there[index]
         alone = flat(many.trainer(index).standard_errors(own))
         np.testing.assert_allclose(errors[:, index], alone, rtol=1e-6)
+    # Nor has one whose data are not finite.
+    broken = np.where((np.arange(4) == 0)[:, None], np.nan, sets)
+    others = flat(many.errors((X, broken, there)))
+    assert np.isfinite(others).all(axis=0).tolist() == [False, False, True, False]
+    np.testing.assert_array_equal(others[:, 2], errors[:, 2])
     rows = many.table(batch).splitlines()
     assert [row.count("± nan") for row in rows[2:]] == [0, 2, 0, 2]
     assert np.isnan(many.to_dict(batch)["error[slope]"]).tolist() == [0, 1, 0, 1]

@@ -162,10 +162,10 @@ def test_a_report_has_cashs_statistic(solved):
         trainer.report(batch, scale_errors=True)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_a_fit_by_gradients_ends_there_too(dtype, solved):
-    trainer = Spectrum(model(dtype=dtype), optax.sgd(1.0)).whiten(data(dtype=dtype))
-    result = trainer.fit(data(dtype=dtype), 200, progress=False)
+def test_a_fit_by_gradients_ends_there_too(solved):
+    batch = data(dtype=np.float32)
+    trainer = Spectrum(model(dtype=jnp.float32), optax.sgd(1.0)).whiten(batch)
+    result = trainer.fit(batch, 200, progress=False)
     errors = values(solved[0].standard_errors(solved[1]))
     far = (values(result.model) - values(solved[0].model)) / errors
     assert abs(far).max() < 1e-2
@@ -213,7 +213,8 @@ def test_many_have_the_errors_of_each(solved):
         solver=SOLVERS["LevenbergMarquardt"],
         data_axis=(None, 0),
     )
-    for kind in (None, "observed", "sandwich"):
+    # A sandwich has the observed curvature in it.
+    for kind in (None, "sandwich"):
         found = values(many.errors((X, stack), kind=kind))
         for index in range(3):
             own = many.trainer(index)
@@ -271,15 +272,15 @@ def test_expected_counts_that_are_tiny_have_derivatives(kind):
     def value(scale, count):
         return getattr(vn.likelihoods.Poisson(scale * count, count), kind)()
 
-    for derivative in jax.grad(value), jax.grad(jax.grad(value)):
-        of = jax.jit(jax.vmap(derivative))
-        narrow, wide = (
-            np.asarray(of(scales.astype(dtype), counts.astype(dtype)))
-            for dtype in (np.float32, np.float64)
-        )
-        # In units of the size that such a derivative has.
-        unit = counts if kind == "nll" else counts**0.5
-        np.testing.assert_allclose(narrow / unit, wide / unit, rtol=2e-4, atol=1e-5)
+    both = lambda *args: (jax.grad(value)(*args), jax.grad(jax.grad(value))(*args))
+    of = jax.jit(jax.vmap(both))
+    narrow, wide = (
+        np.asarray(of(scales.astype(dtype), counts.astype(dtype)))
+        for dtype in (np.float32, np.float64)
+    )
+    # In units of the size that such a derivative has.
+    unit = counts if kind == "nll" else counts**0.5
+    np.testing.assert_allclose(narrow / unit, wide / unit, rtol=2e-4, atol=1e-5)
 
 
 RATES = [1e-30, 1e-9, 1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 100.0, 299.0, 301.0, 1e4]
@@ -318,18 +319,3 @@ def test_the_moments_of_the_deviance(rate):
     # The series has the leading terms alone.
     np.testing.assert_allclose(found.cubes[:, 1], known, rtol=2e-2, atol=0.1)
     assert not found.cubes[:, 2].any()
-
-
-def test_a_count_of_data_below_that_of_parameters_is_refused():
-    class Exponential(vn.Trainer):
-        def residuals(self, model, batch):
-            x, counts = batch
-            return vn.likelihoods.Poisson(jnp.exp(model["a"] + model["b"] * x), counts)
-
-    x = np.linspace(-1, 1, 50)
-    counts = np.round(5 * np.exp(0.3 * x))
-    start = {"a": jnp.asarray(1.0), "b": jnp.asarray(0.0)}
-    solver = optx.LevenbergMarquardt(1e-8, 1e-8)
-    trainer = Exponential(start).solve(solver, (x, counts)).trainer
-    with pytest.raises(ValueError, match="`data_count` is 1, but the data constrain 2"):
-        trainer.report((x, counts), data_count=1)

@@ -445,9 +445,11 @@ class PeakNll(vn.Trainer):
 def test_a_peak_far_from_all_data_is_no_minimum(cls):
     trainer = cls(peak(1e3, 1.0, 3.0))
     result = trainer.solve(BFGS, data())
-    many = vn.fit_many([trainer] * 2, data(), 50, solver=BFGS)
-    assert {result.stop_reason, *many.stop_reasons} == {REASON.STALLED}
+    assert result.stop_reason is REASON.STALLED
     assert "flat" in result.explain()
+    if cls is PeakNll:
+        many = vn.fit_many([trainer] * 2, data(), 50, solver=BFGS)
+        assert set(many.stop_reasons) == {REASON.STALLED}
 
 
 def test_no_data_at_all_are_no_minimum():

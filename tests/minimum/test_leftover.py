@@ -15,22 +15,19 @@ NOISE = 0.05
 TRUTH = {"a": 1.3, "b": 0.8, "c": 0.5}
 LOOSE, TIGHT = optx.BFGS(1e-3, 1e-3), optx.BFGS(1e-6, 1e-6)
 
-# A model of which `a` and `b` are degenerate, and the same with as many parameters as
-# the data constrain, the last one `c`; `None` if that is degenerate as well.
+# Models of which `a` and `b` are degenerate, in the last one `c` as well.
 DEGENERATE = {
-    "product": (lambda a, b, c, x: a * b * x + c, lambda p, x: p[0] * x + p[1]),
-    "ratio": (lambda a, b, c, x: a / b * x + c, lambda p, x: p[0] * x + p[1]),
-    "phases": (
-        lambda a, b, c, x: c * jnp.sin(a + b + 6 * x),
-        lambda p, x: p[1] * jnp.sin(p[0] + 6 * x),
-    ),
-    "three": (lambda a, b, c, x: a * b * c * x, None),
+    "product": lambda a, b, c, x: a * b * x + c,
+    "ratio": lambda a, b, c, x: a / b * x + c,
+    "phases": lambda a, b, c, x: c * jnp.sin(a + b + 6 * x),
+    "three": lambda a, b, c, x: a * b * c * x,
 }
 ALIKE = {
     "quadratic": lambda a, b, c, x: a + b * (1 + x) + c * (1 + x) ** 2,
     "decay": lambda a, b, c, x: a * jnp.exp(-b * x) + c,
     "saturation": lambda a, b, c, x: a * x / (b + x) + c,
 }
+MODELS = {**DEGENERATE, **ALIKE}
 
 
 class Named(vn.Trainer):
@@ -52,9 +49,8 @@ class Squares(Named):
 
 
 def misfit(name, model, batch):
-    fn = DEGENERATE[name][0] if name in DEGENERATE else ALIKE[name]
     x = jnp.asarray(PLACES, batch.dtype)
-    fitted = fn(model["a"], model["b"], model["c"], x)
+    fitted = MODELS[name](model["a"], model["b"], model["c"], x)
     return (fitted - batch) / jnp.asarray(NOISE, batch.dtype)
 
 
@@ -64,24 +60,23 @@ def start(seed, dtype):
 
 
 def measured(name, dtype, seed=0, size=1.0):
-    fn = DEGENERATE[name][0] if name in DEGENERATE else ALIKE[name]
     noise = np.random.default_rng(seed).normal(size=len(PLACES))
-    return jnp.asarray(fn(**TRUTH, x=PLACES) + size * NOISE * noise, dtype)
+    return jnp.asarray(MODELS[name](**TRUTH, x=PLACES) + size * NOISE * noise, dtype)
 
 
 def error_of_c(name, batch):
-    """The error of `c` of a model with no parameter too many, at its minimum."""
-    alone = DEGENERATE[name][1]
+    """That of the model with no parameter too many, which is linear."""
+    if name == "phases":
+        # The length of what two waves are multiplied by.
+        columns = np.stack([np.sin(6 * PLACES), np.cos(6 * PLACES)], axis=1)
+        slope = np.linalg.lstsq(columns, batch, rcond=None)[0]
+        slope /= np.linalg.norm(slope)
+    else:
+        columns, slope = np.vander(PLACES, 2), np.array([0.0, 1.0])
+    return NOISE * np.sqrt(slope @ np.linalg.inv(columns.T @ columns) @ slope)
 
-    @jax.jit
-    def nll(p):
-        return 0.5 * jnp.sum(jnp.square((alone(p, PLACES) - batch) / NOISE))
 
-    end = minimize(nll, [1.5, 0.6], jac=jax.grad(nll), tol=1e-10)
-    return np.sqrt(np.linalg.inv(jax.hessian(nll)(jnp.asarray(end.x)))[1, 1])
-
-
-CASES = [(Likelihood, name, jnp.float64) for name in DEGENERATE]
+CASES = [(Likelihood, name, jnp.float64) for name in DEGENERATE if name != "ratio"]
 CASES += [(Likelihood, "ratio", jnp.float32), (Squares, "product", jnp.float64)]
 
 
@@ -93,12 +88,13 @@ HIDDEN = (
 
 @pytest.mark.parametrize(("kind", "name", "dtype"), CASES)
 def test_what_is_degenerate_has_no_errors(kind, name, dtype):
-    known = DEGENERATE[name][1] is not None
     data = jnp.stack([measured(name, dtype, seed) for seed in range(3)])
     members = [kind(start(seed, dtype), name) for seed in range(3)]
-    many = vn.fit_many(members, data, 500, data_axis=0, solver=TIGHT)
-    assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
-    errors = many.errors(data, kind="observed")
+    errors = {}
+    if kind is Squares or dtype == jnp.float32:
+        many = vn.fit_many(members, data, 500, data_axis=0, solver=TIGHT)
+        assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
+        errors = many.errors(data, kind="observed")
     for index, (member, batch) in enumerate(zip(members, data, strict=True)):
         result = member.solve(LOOSE, batch)
         assert result.stop_reason is vn.StopReason.CONVERGED
@@ -106,10 +102,11 @@ def test_what_is_degenerate_has_no_errors(kind, name, dtype):
         # In float64 rounding hides nothing.
         notes = (None,) if dtype == jnp.float64 else (None, HIDDEN)
         assert report.note in notes
-        found = {row.name: row.error for row in report.parameters}
-        of_member = {key: float(column[index]) for key, column in errors.items()}
-        right = error_of_c(name, np.asarray(batch, float)) if known else np.inf
-        for own in (found, of_member):
+        found = [{row.name: row.error for row in report.parameters}]
+        if errors:
+            found += [{key: float(column[index]) for key, column in errors.items()}]
+        right = np.inf if name == "three" else error_of_c(name, np.asarray(batch))
+        for own in found:
             assert own["a"] == own["b"] == np.inf
             np.testing.assert_allclose(own["c"], right, rtol=0.02)
 
@@ -155,29 +152,24 @@ def test_a_program_evaluates_the_model_once_at_a_minimum():
     assert len(calls) == 2 * outside > 0
 
 
-class OnBackground(vn.Trainer):
+class Cancelling(vn.Trainer):
     """A product on a large background, of which the residuals are rounded by more."""
 
-    background: float
-
-    def __init__(self, model, background):
-        super().__init__(model)
-        self.background = background
-
-    def misfit(self, model, batch):
-        x = jnp.asarray(PLACES, batch.dtype)
-        fitted = self.background + model["a"] * model["b"] * x
-        return (fitted - batch) / jnp.asarray(NOISE, batch.dtype)
-
-
-class Cancelling(OnBackground):
     def residuals(self, model, batch):
-        return self.misfit(model, batch)
+        background, data = batch
+        x = jnp.asarray(PLACES, data.dtype)
+        fitted = background + model["a"] * model["b"] * x
+        return (fitted - data) / jnp.asarray(NOISE, data.dtype)
 
 
-class CancellingLikelihood(OnBackground):
+class CancellingLikelihood(vn.Trainer):
     def nll(self, model, batch):
-        return 0.5 * jnp.sum(jnp.square(self.misfit(model, batch)))
+        return 0.5 * jnp.sum(jnp.square(Cancelling.residuals(self, model, batch)))
+
+
+@eqx.filter_jit
+def in_a_program(trainer, batch, kind):
+    return trainer.standard_errors(batch, kind=kind)
 
 
 LARGE = [(jnp.float64, 1e5), (jnp.float64, 1e7), (jnp.float32, 1e2)]
@@ -187,46 +179,51 @@ LARGE = [(jnp.float64, 1e5), (jnp.float64, 1e7), (jnp.float32, 1e2)]
 def test_where_large_numbers_cancel_rounding_has_no_curvature(dtype, background):
     noise = np.random.default_rng(0).normal(size=(3, len(PLACES)))
     data = jnp.asarray(background + PLACES + NOISE * noise, dtype)
+    data, first = ((jnp.asarray(background, dtype), y) for y in (data, data[0]))
     start = {"a": jnp.asarray(0.7, dtype), "b": jnp.asarray(1.1, dtype)}
     solver = optx.LevenbergMarquardt(1e-4, 1e-4)
-    members = [Cancelling(start, background) for _ in data]
-    many = vn.fit_many(members, data, 100, data_axis=0, solver=solver)
-    for kind in ("expected", "observed", "sandwich"):
+    options = {"data_axis": (None, 0), "solver": solver}
+    many = vn.fit_many([Cancelling(start)] * 3, data, 100, **options)
+    end = Cancelling(start).solve(solver, first).trainer
+    for kind in ("observed", "sandwich"):
         columns = many.errors(data, kind=kind)
         assert np.isinf([columns["a"], columns["b"]]).all()
-        end = members[0].solve(solver, data[0]).trainer
-        found = eqx.filter_jit(lambda t, b, kind=kind: t.standard_errors(b, kind=kind))
-        report = end.report(data[0], kind=kind)
-        for own in (end.standard_errors(data[0], kind=kind), found(end, data[0])):
+        report, found = end.report(first, kind=kind), in_a_program(end, first, kind)
+        for own in (end.standard_errors(first, kind=kind), found):
             assert own["a"] == own["b"] == np.inf
         assert all(row.error == np.inf for row in report.parameters)
-        rows = end.table(data[0], kind=kind).splitlines()[2:4]
+        rows = end.table(first, kind=kind).splitlines()[2:4]
         assert all(row.endswith("unconstrained") for row in rows)
     # Of the likelihood, too.
-    end = CancellingLikelihood(end.model, background)
-    errors = end.standard_errors(data[0])
+    errors = CancellingLikelihood(end.model).standard_errors(first)
     assert errors["a"] == errors["b"] == np.inf
+
+
+Z = np.linspace(0.02, 0.1, 20)
+
+
+def distance(z, q):
+    return 5 * jnp.log10(3e5 * z * (1 + (1 - q) * z / 2)) + 25
+
+
+class Hubble(vn.Trainer):
+    """Supernovae: the constant of Hubble and the magnitude are degenerate."""
+
+    def residuals(self, model, batch):
+        fitted = distance(Z, model["q"]) - 5 * jnp.log10(model["h"]) + model["m"]
+        return (fitted - batch) / 0.1
 
 
 @pytest.mark.parametrize("start", [(2.0, 2.0), (5.0, 1.0), (70.0, -19.3)])
 def test_a_rounded_loss_hides_no_minimum(start):
-    """Supernovae: the constant of Hubble and the magnitude are degenerate."""
-    z = np.linspace(0.02, 0.1, 20)
-    distance = lambda z, q: 5 * jnp.log10(3e5 * z * (1 + (1 - q) * z / 2)) + 25
-
-    class Hubble(vn.Trainer):
-        def residuals(self, model, batch):
-            fitted = distance(z, model["q"]) - 5 * jnp.log10(model["h"]) + model["m"]
-            return (fitted - batch) / 0.1
-
-    batch = distance(z, -0.55) - 5 * np.log10(70.0) - 19.3 + 0.1 * np.sin(37 * z)
+    batch = distance(Z, -0.55) - 5 * np.log10(70.0) - 19.3 + 0.1 * np.sin(37 * Z)
     model = dict(zip("hmq", [*start, 0.0], strict=True))
     trainer = Hubble({key: jnp.asarray(value) for key, value in model.items()})
     solver = optx.LevenbergMarquardt(1e-6, 1e-6)
     end = trainer.whiten(batch).solve(solver, batch).trainer
     # By the one parameter of the shape, and one of the level.
     q = float(end.model["q"])
-    slope = -5 / np.log(10) * (z / 2) / (1 + (1 - q) * z / 2) / 0.1
+    slope = -5 / np.log(10) * (Z / 2) / (1 + (1 - q) * Z / 2) / 0.1
     centred = slope - slope.mean()
     left = np.asarray(end.residuals(end.model, batch))
     known = {
@@ -309,9 +306,10 @@ def test_what_is_nearly_so_has_those_of_its_minimum(name, dtype):
         model = dict(zip("abc", p, strict=True))
         return 0.5 * jnp.sum(jnp.square(misfit(name, model, batch)))
 
-    options = {"jac": jax.grad(nll), "method": "BFGS", "options": {"gtol": 1e-9}}
-    end = jnp.asarray(minimize(nll, [1.3, 0.8, 0.5], **options).x)
-    right = np.sqrt(np.diag(np.linalg.inv(jax.hessian(nll)(end))))
+    slope, options = jax.jit(jax.grad(nll)), {"gtol": 1e-9}
+    start_at = [1.3, 0.8, 0.5]
+    end = minimize(nll, start_at, jac=slope, method="BFGS", options=options).x
+    right = np.sqrt(np.diag(np.linalg.inv(jax.jit(jax.hessian(nll))(end))))
     trainer = Likelihood(start(0, dtype), name)
     batch = batch.astype(dtype)
     result = trainer.solve(TIGHT, batch, max_steps=2_000)

@@ -75,20 +75,28 @@ def test_the_minimum_is_none_the_less_reached(name):
     assert "not at a minimum" not in result.trainer.table(batch)
 
 
-@pytest.mark.parametrize("off", [1.0, 10.0, 50.0])
-def test_a_parabola_of_dates(off):
+class Parabola(vn.Trainer):
     """Its parameters nearly cancel: they are 1e10 times what the data are."""
 
-    class Parabola(vn.Trainer):
-        def residuals(self, model, batch):
-            t, y = batch
-            return (model["a"] + model["b"] * t + model["c"] * t**2 - y) / 0.1
+    def residuals(self, model, batch):
+        t, y = batch
+        return (model["a"] + model["b"] * t + model["c"] * t**2 - y) / 0.1
 
+
+@pytest.mark.parametrize("off", [1.0, 10.0, 50.0])
+def test_a_parabola_of_dates(off):
     t = np.linspace(2459000.0, 2459100.0, 100)
     y = 1e-3 * (t - 2459050.0) ** 2 + 0.1 * np.random.default_rng(0).normal(size=100)
     found = {"a": 1e-3 * 2459050.0**2 + off, "b": -2e-3 * 2459050.0, "c": 1e-3}
     trainer = Parabola({name: jnp.asarray(value) for name, value in found.items()})
     assert "not at a minimum" in trainer.table((t, y))
+
+
+class Position(vn.Trainer):
+    def residuals(self, model, batch):
+        satellites, ranges = batch
+        reach = jnp.linalg.norm(satellites - model["r"][None, :], axis=1)
+        return (reach + model["clock"] - ranges) / 3e-3
 
 
 @pytest.mark.parametrize("off", [0.1, 0.3])
@@ -100,13 +108,6 @@ def test_ranges_from_the_centre_of_the_earth(off):
     satellites = receiver + 2.2e7 * aim / np.linalg.norm(aim, axis=1, keepdims=True)
     ranges = np.linalg.norm(satellites - receiver, axis=1) + 30.0
     ranges += 3e-3 * rng.normal(size=12)
-
-    class Position(vn.Trainer):
-        def residuals(self, model, batch):
-            satellites, ranges = batch
-            reach = jnp.linalg.norm(satellites - model["r"][None, :], axis=1)
-            return (reach + model["clock"] - ranges) / 3e-3
-
     start = {"r": jnp.asarray(receiver + off), "clock": jnp.asarray(30.0)}
     assert "not at a minimum" in Position(start).table((satellites, ranges))
 

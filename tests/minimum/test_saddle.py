@@ -146,23 +146,30 @@ KINDS = {"float64": (jnp.float64, None), "float32, priors": (jnp.float32, PRIORS
 SOLVERS = {"BFGS": BFGS, "LevenbergMarquardt": optx.LevenbergMarquardt(1e-9, 1e-9)}
 
 
+def of_size(size):
+    """The models of so many parameters, which share programs."""
+    return [name for name, model in MODELS.items() if len(model[2]) == size]
+
+
 class Symmetric(vn.Trainer):
-    name: str
+    """The batch says which of the models of its size it is."""
 
     def __init__(self, name, dtype=jnp.float64, beside=0.0, **options):
         start = jnp.asarray(MODELS[name][2], dtype)
         super().__init__(start.at[-2].add(beside), optax.adam(0.02), **options)
-        self.name = name
 
     def residuals(self, model, batch):
-        fn = MODELS[self.name][0]
-        return (fn(model) - batch) / jnp.asarray(0.05, model.dtype)
+        index, data = batch
+        models = [MODELS[name][0] for name in of_size(model.size)]
+        fitted = jax.lax.switch(index, models, model)
+        return (fitted - data) / jnp.asarray(0.05, model.dtype)
 
 
 def measured(name, dtype=jnp.float64):
     fn, truth, _ = MODELS[name]
     noise = 0.05 * np.random.default_rng(0).normal(size=PLACES.size)
-    return (fn(jnp.asarray(truth)) + noise).astype(dtype)
+    index = of_size(len(truth)).index(name)
+    return jnp.asarray(index), (fn(jnp.asarray(truth)) + noise).astype(dtype)
 
 
 @pytest.mark.parametrize(("dtype", "priors"), KINDS.values(), ids=KINDS)
@@ -176,7 +183,7 @@ def test_a_solve_leaves_a_symmetric_start(name, solver, priors, dtype):
     assert 2 * result.best_loss < 1.5 * PLACES.size
 
 
-@pytest.mark.parametrize("name", SYMMETRIC)
+@pytest.mark.parametrize("name", ["two stars", "two lines at one place"])
 def test_a_whitened_solve_does(name):
     batch = measured(name)
     trainer = Symmetric(name, priors=PRIORS).whiten(batch)
@@ -188,12 +195,13 @@ def test_a_whitened_solve_does(name):
 class Squared(vn.Trainer):
     """Lowest at 3, of which it knows nothing at 0. Beyond `reach` it is an error."""
 
-    reach: float
-    unit: float
+    reach: jax.Array
+    unit: jax.Array
 
     def __init__(self, reach=np.inf, unit=1.0, **options):
         super().__init__({"a": jnp.zeros(()), "c": jnp.zeros(())}, **options)
-        self.reach, self.unit = reach, unit
+        # Arrays, so that all cases share a program.
+        self.reach, self.unit = jnp.asarray(reach), jnp.asarray(unit)
 
     def residuals(self, model, batch):
         a = model["a"] / self.unit
@@ -262,27 +270,18 @@ def test_a_minimum_with_an_idle_direction_is_one(name, solver, priors, dtype):
     assert 2 * result.best_loss < 1.5 * PLACES.size
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_rounding_is_no_curvature(dtype):
+def test_rounding_is_no_curvature():
     """Along a degenerate direction: no one has stalled, or went far away."""
-    name = "a curved model"
+    name, dtype = "a curved model", jnp.float32
     rng = np.random.default_rng(1)
     truth = np.asarray(LOWEST[name][0](jnp.asarray(LOWEST[name][1])))
     noise = 0.05 * rng.normal(size=(40, PLACES.size))
-    data = jnp.asarray(truth + noise, dtype)
+    index, data = measured(name)[0], jnp.asarray(truth + noise, dtype)
     starts = [Symmetric(name, dtype, beside=float(x)) for x in rng.normal(size=40)]
-    many = vn.fit_many(starts, data, 500, data_axis=0, solver=BFGS)
+    both = {"data_axis": (None, 0), "solver": BFGS}
+    many = vn.fit_many(starts, (index, data), 500, **both)
     assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
-    for index in range(0, 40, 4):
-        alone = starts[index].solve(BFGS, data[index])
+    for member in range(0, 40, 4):
+        alone = starts[member].solve(BFGS, (index, data[member]))
         assert np.max(abs(alone.model)) < 5
-        np.testing.assert_allclose(alone.best_loss, many.best_losses[index], rtol=1e-4)
-
-
-def test_nothing_to_move_is_at_its_minimum():
-    class Empty(vn.Trainer):
-        def nll(self, model, batch):
-            return jnp.sum(model["a"] ** 2) + 1.0
-
-    result = Empty({"a": jnp.zeros(0)}).solve(BFGS, None)
-    assert result.stop_reason is vn.StopReason.CONVERGED
+        np.testing.assert_allclose(alone.best_loss, many.best_losses[member], rtol=1e-4)

@@ -90,10 +90,7 @@ def gauss_newton(
 
     - `residuals`: a function from a tree like `params` to a real array of at least one
         dimension.
-    - `params`: the point, a pytree of real floating-point arrays, with `None` for all
-        that is not a parameter. $D$ is the number of all their elements.
-    - `batch_size`: the number of columns to compute at a time, to bound memory; all
-        of them at once by default.
+    - `params`, `batch_size`: as for [`vernal.hessian`][].
     - `jac`: the mode of differentiation, `"fwd"` (forward: a pass for each parameter)
         or `"bwd"` (reverse: a pass for each residual). By default forward mode, if that
         is possible.

@@ -201,10 +201,7 @@ def _pushed(fn: Flat, x: Array) -> Flat:
 
 
 def jacobian_matrix(
-    fn: Flat,
-    flat: Float[Array, " D"],
-    subject: Subject,
-    batch_size: int | None = None,
+    fn: Flat, flat: Float[Array, " D"], subject: Subject, batch_size: int | None = None
 ) -> Float[Array, "N D"]:
     """Computes the Jacobian: columns in forward mode, if possible, or else rows."""
 
@@ -223,10 +220,7 @@ def transposed_product(fn: Flat, x: Array) -> Flat:
 
 
 def hessian_matrix(
-    fn: Flat,
-    flat: Float[Array, " D"],
-    subject: Subject,
-    batch_size: int | None = None,
+    fn: Flat, flat: Float[Array, " D"], subject: Subject, batch_size: int | None = None
 ) -> Float[Array, "D D"]:
     """Computes the Hessian of a scalar function, and makes it symmetric."""
     ways = {

@@ -10,6 +10,7 @@ from .._boundary import outside_mesh
 from .._data import Source, Whole, as_batch
 from .._minimum import (
     Distance,
+    Site,
     distance_of,
     endless,
     has_minimum,
@@ -45,10 +46,11 @@ def checked_end(
     trainer = in_real_coordinates(trainer)
     bare, batch, kind = stripped(trainer), source.batch, what_falls(trainer)
     local = _measure(bare, trainer.projector, batch, kind, jnp.asarray(fall))
-    distance = second_look(bare, batch, kind, local, distance_of(local))
-    if lower := lower_point(bare, batch, kind, local, distance):
+    site = Site(bare, batch, kind)
+    distance = second_look(site, local, distance_of(local))
+    if lower := lower_point(site, local, distance):
         distance = lower.distance
-    distance = endless(bare, batch, kind, local, distance)
+    distance = endless(site, local, distance)
     reason = settled(result.stop_reason, distance)
     return dataclasses.replace(result, stop_reason=reason, _distance=distance)
 
@@ -58,5 +60,6 @@ def distance_here(trainer: AbstractTrainer, batch: Any, kind: str) -> Distance:
     trainer = in_real_coordinates(trainer)
     bare, batch = stripped(trainer), as_batch(batch)
     local = _measure(bare, trainer.projector, batch, kind, jnp.zeros(()))
-    distance = second_look(bare, batch, kind, local, distance_of(local))
-    return endless(bare, batch, kind, local, distance)
+    site = Site(bare, batch, kind)
+    distance = second_look(site, local, distance_of(local))
+    return endless(site, local, distance)

@@ -1,6 +1,7 @@
 """`fit`: what happens between the compiled chunks of steps."""
 
 import contextlib
+import dataclasses
 import time
 from typing import Any
 
@@ -96,7 +97,10 @@ def fit(
                 if run.taken:
                     error.add_note("The fit up to here is `.result` of this error.")
         raise
-    return remark(run, run.ended(reason))
+    result = run.ended(reason)
+    if not (lacking := remark(run, result)):
+        return result
+    return dataclasses.replace(result, _without_data=tuple(sorted({*lacking})))
 
 
 def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:

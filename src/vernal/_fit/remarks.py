@@ -1,6 +1,5 @@
 """What a fit says of its result: what was not finite and why, what nobody scored."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -22,10 +21,10 @@ from .run import FitRun
 from .subject import BadEnd
 
 
-def remark(run: FitRun, result: Any) -> Any:
+def remark(run: FitRun, result: Any) -> list[int]:
     """Warns of what is wrong with a result, or raises an error if the policy does.
 
-    Returns it; that of many knows the members without data.
+    Returns the members of many that have no data.
     """
     subject, history = run.subject, result.history
     validation = run.monitor.validation
@@ -52,9 +51,7 @@ def remark(run: FitRun, result: Any) -> Any:
                 subject.seen(source, index),
             )
             lacking += warn_of_no_data(where, losses, ended)
-    if not lacking:
-        return result
-    return dataclasses.replace(result, _without_data=tuple(sorted({*lacking})))
+    return lacking
 
 
 def _diagnosis(run: FitRun, end: BadEnd) -> Diagnosis:

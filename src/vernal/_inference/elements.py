@@ -1,6 +1,7 @@
 """Errors of the model's own elements, from those of free coordinates."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -76,7 +77,22 @@ def held_elements(
     )
 
 
-def tied_with_errors(trainer: AbstractTrainer, model: Any) -> list[str]:
-    """Lists the tied parameters that have a standard error: complex ones have none."""
+def tied_of(
+    trainer: AbstractTrainer, model: Any
+) -> Callable[[Any], dict[str, Array]] | None:
+    """Returns a function of the model: its tied parameters that have standard errors.
+
+    Complex ones have none. `None` if there are no others.
+    """
     leaves = by_path(model).by_name()
-    return [p for p in tied_words(trainer) if not jnp.iscomplexobj(leaves[p])]
+    names = [p for p in tied_words(trainer) if not jnp.iscomplexobj(leaves[p])]
+    of_model = lambda model: {p: by_path(model).by_name()[p] for p in names}
+    return of_model if names else None
+
+
+def scaled(errors: Any, scale: Any) -> np.ndarray:
+    """Multiplies errors, on the host: without scatter, infinite ones stay infinite."""
+    known = np.asarray(errors)
+    is_known = np.isfinite(known)
+    finite = np.asarray(scale, known.dtype) * np.where(is_known, known, 0)
+    return np.where(is_known, finite, known)

@@ -16,6 +16,7 @@ from .._fit import distance_here
 from .._minimum import (
     Distance,
     Local,
+    Site,
     along,
     chi_squared_p_value,
     distance_of,
@@ -216,13 +217,11 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
     """Looks again at a point that only seems to be no minimum, or to be one."""
     if here.distance is None or here.local is None:
         return here
-    bare, batch = stripped(trainer), as_batch(batch)
-    falls = what_falls(trainer)
-    distance = here.distance
+    distance, falls = here.distance, what_falls(trainer)
+    site = Site(stripped(trainer), as_batch(batch), falls)
     if falls == "residuals":
-        distance = second_look(bare, batch, falls, here.local, distance)
-    distance = endless(bare, batch, falls, here.local, distance)
-    return here._replace(distance=distance)
+        distance = second_look(site, here.local, distance)
+    return here._replace(distance=endless(site, here.local, distance))
 
 
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:

@@ -102,11 +102,7 @@ def kind_of(kind: ErrorKind | None, data: DataKind | None) -> ErrorKind:
 
 
 def _observed(
-    trainer: AbstractTrainer,
-    batch: Any,
-    passes: Passes,
-    holds: bool,
-    bar: Any = 1.0,
+    trainer: AbstractTrainer, batch: Any, passes: Passes, holds: bool, bar: Any = 1.0
 ) -> Laplace:
     """Approximates a likelihood by its Hessian; `bar` is as in `observed`."""
     derived, name = observed(trainer, batch, passes, holds, bar)

@@ -33,11 +33,7 @@ Look = Callable[[AbstractTrainer], Derived]
 
 
 def observed(
-    trainer: AbstractTrainer,
-    batch: Any,
-    passes: Passes,
-    holds: bool,
-    bar: Any = 1.0,
+    trainer: AbstractTrainer, batch: Any, passes: Passes, holds: bool, bar: Any = 1.0
 ) -> tuple[Derived, str]:
     """Computes the second derivatives of the likelihood, with its name in messages.
 

@@ -8,19 +8,13 @@ import numpy as np
 from jaxtyping import Bool
 
 from .._boundary import boolean, refuse_program, whole_number
-from .._minimum import edm_note, endless_note, slope_note
+from .._minimum import edm_note, endless_words, slope_note
 from .._projection import DenseWhitening
-from .._report import (
-    ParameterRow,
-    Report,
-    criteria,
-    p_value,
-    parameter_rows,
-)
+from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
 from .._step import AbstractTrainer, in_free_coordinates, template_of, tied_words
-from .._tree import aligned, by_path, element_name, named_leaves
+from .._tree import aligned, element_name, named_leaves
 from .counts import OfCounts, expected_deviance, of_counts
-from .elements import tied_with_errors
+from .elements import scaled, tied_of
 from .expansion import Around, OfElements, expanded, seen_again
 from .laplace import ErrorOptions, Laplace, laplace
 from .propagate import propagated
@@ -38,10 +32,7 @@ _OF_FLOAT64 = math.sqrt(np.finfo(np.float64).eps)
 
 
 def report(
-    trainer: AbstractTrainer,
-    batch: Any,
-    data_count: int | None,
-    options: ErrorOptions,
+    trainer: AbstractTrainer, batch: Any, data_count: int | None, options: ErrorOptions
 ) -> Report:
     """Implements `Trainer.report`."""
     refuse_program("report", trainer, batch)
@@ -128,18 +119,15 @@ def _note(
 
 def _point_note(trainer: AbstractTrainer, here: Around) -> str | None:
     """Returns what there is to say of the minimum, or of rounding."""
-    of_rounding = _rounding_note(here.whitening)
+    of_rounding = ROUNDING if hidden_by_rounding(here.whitening).any() else None
     if here.distance is None:
         return of_rounding
     about = here.distance, trainer.params
+    if here.distance.is_endless:
+        limit = "no minimum this way: the loss only approaches a limit"
+        return limit + endless_words(*about)
     of_slopes = slope_note(*about) if here.kind == "expected" else None
-    of_end = endless_note(*about)
-    return of_end or edm_note(*about) or of_slopes or of_rounding
-
-
-def _rounding_note(whitening: DenseWhitening) -> str | None:
-    """Returns a note if float64 may constrain what has an infinite error here."""
-    return ROUNDING if hidden_by_rounding(whitening).any() else None
+    return edm_note(*about) or of_slopes or of_rounding
 
 
 def hidden_by_rounding(whitening: DenseWhitening) -> Bool[np.ndarray, " D"]:
@@ -184,19 +172,14 @@ def _rows(
     model, errors, fixed = trainer.model, None, set()
     if here is not None:
         around, own = here
-        # Without scatter the scale is zero, and an infinite error stays infinite.
-        is_known = np.isfinite(own.errors)
-        scaled = scale * np.where(is_known, own.errors, 0)
-        errors = own._replace(errors=np.where(is_known, scaled, own.errors))
-        errors = errors.by_path(trainer)
+        errors = own._replace(errors=scaled(own.errors, scale)).by_path(trainer)
         fixed = {
             element_name({path: errors[path]}, int(index))
             for path in (() if bijections is None else bijections.maps)
             for index in np.flatnonzero(np.isnan(errors[path]))
         }
-        if real := tied_with_errors(trainer, model):
-            tied = lambda model: {p: by_path(model).by_name()[p] for p in real}
+        if (tied := tied_of(trainer, model)) is not None:
             _, found, _ = propagated(trainer, tied, around, scale)
-            errors |= {path: np.asarray(found[path], float) for path in real}
+            errors |= {path: np.asarray(x, float) for path, x in found.items()}
     for row in parameter_rows(model, free, errors, tied_words(trainer), most):
         yield row._replace(status="fixed") if row.name in fixed else row

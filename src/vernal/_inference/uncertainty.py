@@ -39,14 +39,9 @@ from .._step import (
     stripped,
     template_of,
 )
-from .._tree import as_parameters, by_path, is_inexact, ravel, ravel_size, unravel
+from .._tree import as_parameters, is_inexact, ravel, ravel_size, unravel
 from .derivatives import Derived, Passes, derive
-from .elements import (
-    elements_of,
-    held_elements,
-    tied_with_errors,
-    whitening_of_elements,
-)
+from .elements import elements_of, held_elements, scaled, tied_of, whitening_of_elements
 from .expansion import (
     NO_SCATTER,
     Fall,
@@ -83,10 +78,9 @@ def standard_errors(
     errors = jnp.asarray(whitening.errors_of_the_data())
     if not is_traced(trainer, batch, here) and (scale_errors or may_be_far(here)):
         found = expanded(trainer, batch, here)
-        scale = jnp.asarray(found.error_scale(scale_errors), errors.dtype)
+        scale = found.error_scale(scale_errors)
         warn_if_far(trainer, found, "standard_errors", scale_errors)
-        # Without scatter it is zero, and an infinite error stays infinite.
-        errors = jnp.where(jnp.isfinite(errors), scale * errors, errors)
+        errors = jax.device_put(scaled(errors, scale))
     if bounds_of(trainer) is not None:
         held = held_elements(trainer, here.derived.held)
         errors = jnp.where(held, jnp.nan, errors)
@@ -190,15 +184,11 @@ class KnownErrors(NamedTuple):
             raise ValueError(NO_SCATTER)
         scales = self.scatter.error_scales(trainer, kind)
 
-        def scaled(errors: Array) -> Array:
-            known = np.asarray(errors)
-            factor = scales.astype(known.dtype).reshape(-1, *[1] * (known.ndim - 1))
-            # Without scatter it is zero, and an infinite error stays infinite.
-            is_known = np.isfinite(known)
-            finite = factor * np.where(is_known, known, 0)
-            return jax.device_put(np.where(is_known, finite, known))
+        def of_each(errors: Array) -> Array:
+            factor = scales.reshape(-1, *[1] * (errors.ndim - 1))
+            return jax.device_put(scaled(errors, factor))
 
-        own, tied = jax.tree.map(scaled, (self.own, self.tied))
+        own, tied = jax.tree.map(of_each, (self.own, self.tied))
         return self._replace(own=own, tied=tied)
 
 
@@ -234,11 +224,10 @@ def errors_or_nan(
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
     own = unravel(known, as_parameters(elements_of(trainer)))
     fall = fall._replace(chi_squared=jnp.where(is_good, fall.chi_squared, jnp.nan))
-    if not (names := tied_with_errors(trainer, trainer.model)):
+    if (tied := tied_of(trainer, trainer.model)) is None:
         return KnownErrors(own, {}, fall, scatter, lacks_scatter)
     scale = jnp.where(held, 0, whitening.scale)
     free = eqx.tree_at(lambda w: w.scale, whitening, scale)
-    tied = lambda model: {p: by_path(model).by_name()[p] for p in names}
     closure, one = Closure.encode(tied), jnp.ones(())
     still = None if bounds_of(trainer) is None else held
     _, found, _ = run_propagate(stripped(trainer), closure, free, one, still)

@@ -14,6 +14,7 @@ from .._devices import AbstractPlacement
 from .._minimum import (
     Distance,
     Local,
+    Site,
     distance_of,
     endless,
     has_jacobian,
@@ -102,7 +103,8 @@ def distances_of(
         members, batch = members._replace(trainers=home(members.trainers)), home(batch)
     for index in odd:
         trainer, data = members.one(batch, index)
-        here = stripped(in_real_coordinates(trainer)), data, kind, at[index]
+        site = Site(stripped(in_real_coordinates(trainer)), data, kind)
+        here = site, at[index]
         distance = second_look(*here, found[index])
         if distance.is_minimum and (lower := lower_point(*here, distance)):
             distance = lower.distance

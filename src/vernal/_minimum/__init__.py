@@ -2,8 +2,8 @@
 
 `distance` measures the surroundings of a trainer, `local` holds them as a compiled
 program returns them, `formulas` finds the distance from them on the host, and `edm` is
-what it says. `lower` looks for lower points where directions are `idle`: beside a
-`saddle`, and across a `plateau`; `second_look` for minima where they nearly are.
+what it says. `lower` looks for lower points where directions are `idle`, `second_look`
+for minima where they nearly are.
 `leftover` tells curvature from the gradient that a fit leaves, and `endless` a minimum
 from a limit that the loss approaches without end.
 """
@@ -25,7 +25,6 @@ from .edm import (
     along,
     chi_squared_p_value,
     edm_note,
-    endless_note,
     endless_words,
     saddle_words,
     share_p_value,
@@ -35,7 +34,7 @@ from .edm import (
 )
 from .endless import endless, may_be_endless
 from .formulas import distance_of
-from .idle import is_idle
+from .idle import Site, is_idle
 from .leftover import (
     MOST_STEPS,
     Leftover,

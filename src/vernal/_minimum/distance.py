@@ -150,10 +150,7 @@ def _by_jacobian(
 
 
 def _by_hessian(
-    here: "_Here",
-    value: LossAt,
-    held: Mapping[str, Bool[Array, "..."]],
-    fall: Any,
+    here: "_Here", value: LossAt, held: Mapping[str, Bool[Array, "..."]], fall: Any
 ) -> Local:
     """Measures by second derivatives; `fall` is `None` where the scale is known."""
     flat, params = here.flat, here.params

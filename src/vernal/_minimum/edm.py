@@ -154,14 +154,6 @@ def edm_note(distance: Distance, params: Params) -> str | None:
     return f"not at a minimum: edm {distance.edm:.3g}{where}{remedy}"
 
 
-def endless_note(distance: Distance, params: Params) -> str | None:
-    """Returns a note for a table if the loss only approaches a limit."""
-    if not distance.is_endless:
-        return None
-    words = endless_words(distance, params)
-    return f"no minimum this way: the loss only approaches a limit{words}"
-
-
 def endless_words(distance: Distance, params: Params) -> str:
     """Says along which parameters there is no minimum, and what helps."""
     where = along(np.asarray(distance.direction, float), params)

@@ -13,12 +13,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from .._step import AbstractTrainer
 from .edm import TOLERANCE, Distance
-from .formulas import by_svd, distance_of
-from .idle import Around
+from .formulas import by_svd
+from .idle import Site
 from .local import Curved, Spectral, Triangle, noise_of_zero, rounding_of
-from .second_look import measure_by_hessian
+from .second_look import by_hessian
 
 # A step to a minimum at infinity is not much shorter than the parameter: that of an
 # exponential is one, and of a power a share of it. The error bar is longer.
@@ -41,29 +40,23 @@ _NO_RISE = 0.05
 _ROUNDED = 16
 
 
-def endless(
-    trainer: AbstractTrainer, batch: Any, kind: str, local: Any, distance: Distance
-) -> Distance:
+def endless(site: Site, local: Any, distance: Distance) -> Distance:
     """Looks whether there is a minimum where the loss can hardly fall any further.
 
     It looks ahead along the parameters whose step to the minimum is not much shorter
-    than they are: only there does this cost anything. The trainer is stripped; `kind`
-    is that of `what_falls`, `local` and `distance` are those of a `second_look`.
+    than they are: only there does this cost anything. `local` and `distance` are those
+    of a `second_look`.
     """
-    if not _is_worth_it(kind, local, distance):
+    if not _is_worth_it(site.kind, local, distance):
         return distance
     found = distance
     if distance.is_leap:
         # Towards infinity slopes of residuals vanish, and by these it leaps.
-        local = measure_by_hessian(trainer, batch, kind)
-        found = distance_of(local)._replace(
-            tolerance=distance.tolerance, spacing=distance.spacing, is_leap=True
-        )
-        if not (isinstance(local, Curved) and _is_low(kind, found)):
+        local, found = by_hessian(site, distance)
+        if not (isinstance(local, Curved) and _is_low(site.kind, found)):
             return distance
-    around = Around(trainer, batch, kind, float(found.noise))
     for step, bar in _lines(local, found):
-        if _falls_along(around, step, bar):
+        if _falls_along(site, step, bar):
             ahead = bar * np.asarray(local.scale, float)
             direction = (ahead / np.linalg.norm(ahead)).astype(found.direction.dtype)
             return found._replace(direction=direction, is_endless=True)
@@ -156,14 +149,14 @@ def _decomposed(
     return local.values[is_kept], local.right[is_kept], local.inner[is_kept]
 
 
-def _falls_along(around: Around, step: float, bar: Float[np.ndarray, " D"]) -> bool:
+def _falls_along(site: Site, step: float, bar: Float[np.ndarray, " D"]) -> bool:
     """Whether the loss falls along a line as if towards a limit, and does not rise.
 
     What a bound cuts off, or is not finite there, says nothing.
     """
-    steps, point = step * np.array(_AHEAD), around.point
+    steps, point = step * np.array(_AHEAD), site.point
     asked = np.vstack([point, point + steps[:, None] * bar]).astype(point.dtype)
-    seen = around.look(point, steps, bar)
+    seen = site.look(point, steps, bar)
     if seen is None or not np.array_equal(seen.points, asked):
         return False
     losses, slopes = seen.losses.astype(float), seen.slopes.astype(float) @ bar

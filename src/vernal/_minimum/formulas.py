@@ -10,13 +10,7 @@ from jaxtyping import Array, Float
 
 from .edm import TOLERANCE, Distance, unknown
 from .leftover import leftover
-from .local import (
-    Curved,
-    Spectral,
-    Triangle,
-    noise_of_zero,
-    rounding_of,
-)
+from .local import Curved, Spectral, Triangle, noise_of_zero, rounding_of
 
 # Residuals that scatter by a few spacings of the parameters have no scatter of their
 # own, and parameters that are off by many of them are exact. A decomposition leaves

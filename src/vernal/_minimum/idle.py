@@ -11,8 +11,8 @@ from .._curvature import gradient, traced
 from .._program import program
 from .._step import AbstractTrainer, bounds_of
 from .._tree import as_parameters, ravel, unravel
-from .distance import SUBJECT, minimised
-from .local import Curved, Triangle, noise_of_zero
+from .distance import SUBJECT, measure_hessian, minimised
+from .local import Curved, Local, Triangle, noise_of_zero
 
 # The steps to one side. Within half a turn, in either direction, there is a power of
 # two at which a cosine has changed sign.
@@ -37,20 +37,23 @@ class Seen(NamedTuple):
         return [np.append(0, side) for side in sides]
 
 
-class Around(NamedTuple):
-    """A stripped trainer at a point, and what it minimises: see `what_falls`.
+_measure = program(measure_hessian)
 
-    - `noise`: the largest change of the loss that means nothing.
-    """
+
+class Site(NamedTuple):
+    """A stripped trainer at a point, and what it minimises: see `what_falls`."""
 
     trainer: AbstractTrainer
     batch: Any
     kind: str
-    noise: float
 
     @property
     def point(self) -> Float[np.ndarray, " D"]:
         return np.asarray(ravel(as_parameters(self.trainer.params)))
+
+    def measure(self, trainer: AbstractTrainer) -> Local:
+        """Measures the surroundings of a trainer by second derivatives."""
+        return _measure(trainer, self.batch, self.kind)
 
     def look(
         self, start: np.ndarray, steps: np.ndarray, along: np.ndarray

@@ -191,11 +191,7 @@ def triangle(
 
 
 def curved(
-    loss: Any,
-    gradient: Any,
-    hessian: Any,
-    point: Point,
-    tolerance: Any,
+    loss: Any, gradient: Any, hessian: Any, point: Point, tolerance: Any
 ) -> Curved:
     """Scales a Hessian.
 

@@ -12,66 +12,58 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from .._program import program
-from .._step import AbstractTrainer
-from .distance import measure_hessian
 from .edm import Distance
 from .formulas import by_svd, distance_of
-from .idle import MOST_DIRECTIONS, NEAR, Around, first_noticed
+from .idle import MOST_DIRECTIONS, NEAR, Site, first_noticed
 from .leftover import closer, unrounded
 from .local import Curved, Local, Spectral, Triangle, noise_of_zero
 
-_measure = program(measure_hessian)
 
-
-def second_look(
-    trainer: AbstractTrainer, batch: Any, kind: str, local: Any, distance: Distance
-) -> Distance:
+def second_look(site: Site, local: Any, distance: Distance) -> Distance:
     """Looks by the second derivatives at where squares only seem to fall further.
 
     If these say that it is a minimum, and the loss rises where the slopes of residuals
     do not show it, that is the answer. Where an `nll` only seems to curve downwards, it
-    looks closer to the minimum. The trainer is stripped; `kind` is that of
-    `what_falls`, `local` and `distance` are what `measure` and `distance_of` found.
+    looks closer to the minimum. `local` and `distance` are what `measure` and
+    `distance_of` found.
     """
+    noise = float(distance.noise)
     if isinstance(local, Curved) and distance.is_saddle:
         local = jax.device_get(local)
-        around = Around(trainer, batch, kind, float(distance.noise))
-        here = _without_kinks(around, clear(trainer, batch, kind, local))
+        here = _without_kinks(site, clear(site, local), noise)
         if here is not local:
             return distance_of(here)
-    if kind == "nll" and distance.is_unclear and distance.is_saddle:
-        if local.turn is not None or _is_saddle_closer(trainer, batch, local):
+    if site.kind == "nll" and distance.is_unclear and distance.is_saddle:
+        if local.turn is not None or _is_saddle_closer(site, local):
             return distance
         return distance._replace(is_saddle=np.array(False))
     if not distance.is_leap:
         return distance
-    curved = measure_by_hessian(trainer, batch, kind)
-    found = distance_of(curved)._replace(
-        tolerance=distance.tolerance, spacing=distance.spacing, is_leap=True
-    )
+    curved, found = by_hessian(site, distance)
     if not (isinstance(curved, Curved) and found.is_minimum):
         return distance
     hidden = _hidden(jax.device_get(local), curved)
     if not 0 < len(hidden) <= MOST_DIRECTIONS:
         return distance
-    around = Around(trainer, batch, kind, float(distance.noise))
-    if not all(_rises(around, bar / curved.scale) for bar in hidden):
+    if not all(_rises(site, bar / curved.scale, noise) for bar in hidden):
         return distance
     direction = hidden[0] / np.linalg.norm(hidden[0])
     return found._replace(direction=direction.astype(found.direction.dtype))
 
 
-def clear(trainer: AbstractTrainer, batch: Any, kind: str, local: Curved) -> Curved:
-    """Returns the surroundings, on the host, without curvature of rounding alone.
-
-    The arguments are those of `second_look`.
-    """
-    look = lambda trainer: _measure(trainer, batch, kind)
-    return unrounded(trainer, local, look)
+def clear(site: Site, local: Curved) -> Curved:
+    """Returns the surroundings, on the host, without curvature of rounding alone."""
+    return unrounded(site.trainer, local, site.measure)
 
 
-def _without_kinks(around: Around, local: Curved) -> Curved:
+def by_hessian(site: Site, distance: Distance) -> tuple[Local, Distance]:
+    """Measures by second derivatives, on the scales of a distance that leaps."""
+    local = jax.device_get(site.measure(site.trainer))
+    tolerances = {"tolerance": distance.tolerance, "spacing": distance.spacing}
+    return local, distance_of(local)._replace(**tolerances, is_leap=True)
+
+
+def _without_kinks(site: Site, local: Curved, noise: float) -> Curved:
     """Returns the surroundings without elements in which the loss has its kink here.
 
     Absolute values are linear on either side of their minimum, and their curvature is
@@ -83,23 +75,18 @@ def _without_kinks(around: Around, local: Curved) -> Curved:
     if local.turn is not None or not 0 < len(kinks) <= MOST_DIRECTIONS:
         return local
     # So long that the slope makes it noticed.
-    lengths = np.sqrt(around.noise / 2) / np.abs(local.slope[kinks])
-    if not all(_rises(around, bar) for bar in lengths[:, None] * np.eye(size)[kinks]):
+    lengths = np.sqrt(noise / 2) / np.abs(local.slope[kinks])
+    bars = lengths[:, None] * np.eye(size)[kinks]
+    if not all(_rises(site, bar, noise) for bar in bars):
         return local
     is_kept = ~np.isin(np.arange(size), kinks)
     rest = np.where(is_kept & is_kept[:, None], local.hessian, 0)
     return local._replace(hessian=rest, slope=np.where(is_kept, local.slope, 0))
 
 
-def measure_by_hessian(trainer: AbstractTrainer, batch: Any, kind: str) -> Local:
-    """Measures the surroundings by second derivatives, by the program of this look."""
-    return jax.device_get(_measure(trainer, batch, kind))
-
-
-def _is_saddle_closer(trainer: AbstractTrainer, batch: Any, local: Curved) -> bool:
+def _is_saddle_closer(site: Site, local: Curved) -> bool:
     """Whether the loss curves downwards closer to the minimum, too."""
-    look = lambda trainer: _measure(trainer, batch, "nll")
-    seen = closer(trainer, jax.device_get(local), look)
+    seen = closer(site.trainer, jax.device_get(local), site.measure)
     return all(distance_of(here).is_saddle for _, here in seen)
 
 
@@ -125,10 +112,10 @@ def _hidden(local: Triangle | Spectral, curved: Curved) -> Float[np.ndarray, "K 
     return hidden[::-1]
 
 
-def _rises(around: Around, bar: Float[np.ndarray, " D"]) -> bool:
+def _rises(site: Site, bar: Float[np.ndarray, " D"], noise: float) -> bool:
     """Whether the loss rises to both sides, about where a parabola would."""
-    seen = around.look_along(np.sqrt(2 * around.noise) * bar)
+    seen = site.look_along(np.sqrt(2 * noise) * bar)
     if seen is None:
         return False
     ways = [seen.losses[way] for way in seen.ways]
-    return all(way[first_noticed(way, around.noise)] > way[0] for way in ways)
+    return all(way[first_noticed(way, noise)] > way[0] for way in ways)

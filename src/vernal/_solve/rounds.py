@@ -14,6 +14,7 @@ from .._minimum import (
     Distance,
     Local,
     Lower,
+    Site,
     distance_of,
     endless,
     lower_point,
@@ -153,12 +154,12 @@ class Rounds:
             return None
         return lower_point(*self._surroundings(now.end), now.distance)
 
-    def _surroundings(self, end: End) -> tuple[AbstractTrainer, Any, str, Any]:
+    def _surroundings(self, end: End) -> tuple[Site, Any]:
         """Returns what `second_look` and `lower_point` need to know of an end."""
         problem = self._problem
         kind = what_falls(self._placed, is_least_squares(problem.encoded.decode()))
         trainer = live(self._stripped, end.params)
-        return trainer, problem.batch, kind, end.local
+        return Site(trainer, problem.batch, kind), end.local
 
     def _settle(self, left: int, whitens: bool) -> int:
         """Solves until it is known what is held; returns how many steps are left."""
