@@ -314,6 +314,11 @@ KINDS = {
         "C.scale",
         "C.scale = 2.0",
     ),
+    "a class made by a call": (
+        "S = 1.0\nC = type('C', (eqx.Module,), {'read': lambda self: S})",
+        "C().read()",
+        "S = 2.0",
+    ),
     "an array of objects": ("a = np.array([1.0, None])", "a[0]", "a[0] = 2.0"),
     "the mask of an array": (
         "a = np.ma.masked_array([1.0, 2.0], mask=[0, 1])",

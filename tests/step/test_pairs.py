@@ -213,3 +213,12 @@ def test_another_model_of_the_same_class_is_looked_at():
     batch = {"x": FEATURES, "y": LINE}
     assert not heard(LOOK, of(Net()), batch)
     assert heard(LOOK, of(Net(1)), batch)
+
+
+def test_a_loss_whose_helper_has_changed_is_looked_at(monkeypatch):
+    trainer = trainer_of(mean, SCALE)
+    aligned = lambda m, b: m["net"](b["x"]) - b["y"][:, 0]
+    monkeypatch.setitem(globals(), "off", aligned)
+    assert not heard(LOOK, trainer, COLUMNS)
+    monkeypatch.undo()
+    assert heard(LOOK, trainer, COLUMNS)

@@ -16,13 +16,13 @@ from .._boundary import (
     warn_of_single_leaves,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import hash_of_code, turned_into_floats
+from .._program import Version, settle, turned_into_floats, version_of
 from .abstract_trainer import AbstractTrainer, template_of
 from .objective import defined, live, score, step_key
 from .outer import warn_of_pairs
 
-# The classes whose losses have been looked at, with what the model is, and all shapes.
-_seen: set[Any] = set()
+# The losses that have been looked at, each with a model and all shapes.
+_seen: weakref.WeakKeyDictionary[Version, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def warn_of_suspect_data(
@@ -42,7 +42,8 @@ def warn_of_suspect_data(
         return
     data = source.arrays if isinstance(source, Minibatches) else source.batch
     warn_of_single_leaves(data, name)
-    suspects, has_new_loss = rounded_integers(data), _is_new(trainer, data)
+    code = type(trainer), template_of(trainer)
+    suspects, has_new_loss = rounded_integers(data), _is_new(code, trainer, data)
     if not suspects and not has_new_loss:
         return
     trainer, batch = seen()
@@ -50,21 +51,22 @@ def warn_of_suspect_data(
         jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
     except Exception:  # what a fit meets, if it takes a step, it raises itself
         return
+    finally:
+        settle(code)
     warn_of_pairs(trainer, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))
 
 
-def _is_new(trainer: AbstractTrainer, data: Any) -> bool:
+def _is_new(code: Any, trainer: AbstractTrainer, data: Any) -> bool:
     """Whether a trainer has a loss that was not looked at with these shapes yet."""
     if not {"loss", "nll"}.intersection(defined(trainer)):
         return False
     leaves = jax.tree.leaves((trainer.params, data))
-    shapes = [getattr(leaf, "shape", ()) for leaf in leaves]
-    model = hash_of_code(template_of(trainer))
-    known = weakref.ref(type(trainer)), model, *shapes
-    is_known = known in _seen
-    _seen.add(known)
+    shapes = tuple([getattr(leaf, "shape", ()) for leaf in leaves])
+    seen = _seen.setdefault(version_of(code), set())
+    is_known = shapes in seen
+    seen.add(shapes)
     return not is_known
 
 
