@@ -222,3 +222,14 @@ def test_a_loss_whose_helper_has_changed_is_looked_at(monkeypatch):
     assert not heard(LOOK, trainer, COLUMNS)
     monkeypatch.undo()
     assert heard(LOOK, trainer, COLUMNS)
+
+
+def test_another_function_is_looked_at():
+    fit = lambda loss: (
+        lambda model, batch: vn.fit(
+            loss, model, optax.sgd(1e-3), batch, 0, progress=False
+        )
+    )
+    aligned = lambda m, b: jnp.mean((m["net"](b["x"]) - b["y"][:, 0]) ** 2)
+    assert not heard(fit(aligned), {"net": SCALE}, COLUMNS)
+    assert heard(fit(mean), {"net": SCALE}, COLUMNS)

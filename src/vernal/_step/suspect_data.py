@@ -1,6 +1,5 @@
 """Warnings of data whose digits are lost, or of which all pairs are summed."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +15,13 @@ from .._boundary import (
     warn_of_single_leaves,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import Version, settle, turned_into_floats, version_of
-from .abstract_trainer import AbstractTrainer, template_of
+from .._program import hash_of_code, settle, turned_into_floats
+from .abstract_trainer import AbstractTrainer, own_fields, template_of
 from .objective import defined, live, score, step_key
 from .outer import warn_of_pairs
 
-# The losses that have been looked at, each with a model and all shapes.
-_seen: weakref.WeakKeyDictionary[Version, set[Any]] = weakref.WeakKeyDictionary()
+# The losses that have been looked at: their code, what the model is, and all shapes.
+_seen: set[Any] = set()
 
 
 def warn_of_suspect_data(
@@ -42,9 +41,13 @@ def warn_of_suspect_data(
         return
     data = source.arrays if isinstance(source, Minibatches) else source.batch
     warn_of_single_leaves(data, name)
-    code = type(trainer), template_of(trainer)
-    suspects, has_new_loss = rounded_integers(data), _is_new(code, trainer, data)
-    if not suspects and not has_new_loss:
+    leaves = jax.tree.leaves((trainer.params, data))
+    shapes = [getattr(leaf, "shape", ()) for leaf in leaves]
+    code = type(trainer), own_fields(trainer), template_of(trainer)
+    mark = lambda: (hash_of_code(code), *shapes)
+    has_loss = not {"loss", "nll"}.isdisjoint(defined(trainer))
+    suspects = rounded_integers(data)
+    if not suspects and not (has_loss and mark() not in _seen):
         return
     trainer, batch = seen()
     try:
@@ -52,22 +55,12 @@ def warn_of_suspect_data(
     except Exception:  # what a fit meets, if it takes a step, it raises itself
         return
     finally:
+        # A loss that counts its traces is the same afterwards.
         settle(code)
+        _seen.add(mark())
     warn_of_pairs(trainer, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))
-
-
-def _is_new(code: Any, trainer: AbstractTrainer, data: Any) -> bool:
-    """Whether a trainer has a loss that was not looked at with these shapes yet."""
-    if not {"loss", "nll"}.intersection(defined(trainer)):
-        return False
-    leaves = jax.tree.leaves((trainer.params, data))
-    shapes = tuple([getattr(leaf, "shape", ()) for leaf in leaves])
-    seen = _seen.setdefault(version_of(code), set())
-    is_known = shapes in seen
-    seen.add(shapes)
-    return not is_known
 
 
 def _warn_of_rounded(
