@@ -110,11 +110,17 @@ class T(T):
 """
 
 
+@pytest.fixture(scope="module")
+def book():
+    """One for all: what several entrances call is compiled once for each factor."""
+    return Notebook(MODEL.format("SCALE"), OF_PARAMS)
+
+
 @pytest.mark.filterwarnings("ignore:.*far from the minimum")
 @pytest.mark.parametrize("entrance", ENTRANCES)
-def test_every_entrance(entrance):
+def test_every_entrance(entrance, book):
     call, expected = ENTRANCES[entrance]
-    book = Notebook("SCALE = 1.0", MODEL.format("SCALE"), OF_PARAMS)
+    book.run("SCALE = 1.0")
     trainer = book["trainer"]()
     assert call(trainer) == pytest.approx(expected(1.0), rel=1e-4)
     count = len(book["traces"])
