@@ -96,8 +96,8 @@ def test_3000_flipped_bits(content, file):
 
 
 def test_300_bytes_of_noise_in_a_trainer(tmp_path, file):
-    make = lambda: LineFit(line(), None)
-    vn.save(file, make())
+    trainer = LineFit(line(), None)
+    vn.save(file, trainer)
     content = file.read_bytes()
     random.seed(1)
     for _ in range(300):
@@ -106,7 +106,7 @@ def test_300_bytes_of_noise_in_a_trainer(tmp_path, file):
         damaged[begin : begin + random.randrange(1, 40)] = random.randbytes(20)
         file.write_bytes(damaged)
         with contextlib.suppress(vn.LoadError):
-            assert same(vn.load(file, make()), make())
+            assert same(vn.load(file, trainer), trainer)
 
 
 # Lies of the header.
