@@ -80,19 +80,19 @@ def test_every_truncation_is_an_error(content, file):
         assert type(outcome(file)) is expected, size
 
 
-def test_3000_flipped_bits(content, file):
+def test_1000_flipped_bits(content, file):
     random.seed(0)
     caught = 0
     file.write_bytes(content)
     with file.open("r+b", buffering=0) as raw:
-        for _ in range(3000):
+        for _ in range(1000):
             place, bit = random.randrange(len(content)), random.randrange(8)
             os.pwrite(raw.fileno(), bytes([content[place] ^ 1 << bit]), place)
             caught += outcome(file) is not None
             os.pwrite(raw.fileno(), content[place : place + 1], place)
     assert file.read_bytes() == content
     # The others are dates and attributes of the members.
-    assert caught > 2000
+    assert caught > 650
 
 
 def test_300_bytes_of_noise_in_a_trainer(tmp_path, file):

@@ -71,10 +71,10 @@ VARIANTS = {
     "name", marked(pytest.mark.seams, VARIANTS, "rules", "line search")
 )
 def test_steps_save_load_steps(name, file):
-    make = VARIANTS[name]
-    half = make().fit(BATCH, 5).trainer
+    made = VARIANTS[name]()
+    half = made.fit(BATCH, 5).trainer
     vn.save(file, half)
-    loaded = vn.load(file, make())
+    loaded = vn.load(file, made)
     assert same(loaded, half)
     assert same(loaded.fit(BATCH, 7).trainer, half.fit(BATCH, 7).trainer)
 
