@@ -20,7 +20,7 @@ from vernal._program.programs import program, version_of
 from vernal._program.shelves import MOST_KINDS, MOST_MISSED, Shelves
 
 X = jnp.arange(3.0)
-MOST, RECORDS = 4, 32
+MOST, RECORDS = 3, 32
 
 
 @pytest.fixture(autouse=True)
