@@ -15,12 +15,12 @@ import pytest
 import vernal as vn
 from inside import cache_size
 from vernal._loop.chunk import run_chunk
-from vernal._program import shelves as _shelves
-from vernal._program.programs import _MOST_RECORDS, program, version_of
+from vernal._program import programs as _programs, shelves as _shelves
+from vernal._program.programs import program, version_of
 from vernal._program.shelves import MOST_KINDS, MOST_MISSED, Shelves
 
 X = jnp.arange(3.0)
-MOST = 4
+MOST, RECORDS = 3, 32
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +221,7 @@ def shelved():
 
 
 def recorded():
-    own = [own_function_of(factor) for factor in range(2 * _MOST_RECORDS)]
+    own = [own_function_of(factor) for factor in range(2 * RECORDS)]
     return lambda number: version_of(own[number % len(own)])
 
 
@@ -230,7 +230,8 @@ def own_function_of(factor):
 
 
 @pytest.mark.parametrize("shared", [shelved, recorded])
-def test_threads_that_use_all_at_once(shared):
+def test_threads_that_use_all_at_once(shared, monkeypatch):
+    monkeypatch.setattr(_programs, "_MOST_RECORDS", RECORDS)
     use, errors = shared(), []
 
     def work(seed):

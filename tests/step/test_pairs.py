@@ -213,3 +213,23 @@ def test_another_model_of_the_same_class_is_looked_at():
     batch = {"x": FEATURES, "y": LINE}
     assert not heard(LOOK, of(Net()), batch)
     assert heard(LOOK, of(Net(1)), batch)
+
+
+def test_a_loss_whose_helper_has_changed_is_looked_at(monkeypatch):
+    trainer = trainer_of(mean, SCALE)
+    aligned = lambda m, b: m["net"](b["x"]) - b["y"][:, 0]
+    monkeypatch.setitem(globals(), "off", aligned)
+    assert not heard(LOOK, trainer, COLUMNS)
+    monkeypatch.undo()
+    assert heard(LOOK, trainer, COLUMNS)
+
+
+def test_another_function_is_looked_at():
+    fit = lambda loss: (
+        lambda model, batch: vn.fit(
+            loss, model, optax.sgd(1e-3), batch, 0, progress=False
+        )
+    )
+    aligned = lambda m, b: jnp.mean((m["net"](b["x"]) - b["y"][:, 0]) ** 2)
+    assert not heard(fit(aligned), {"net": SCALE}, COLUMNS)
+    assert heard(fit(mean), {"net": SCALE}, COLUMNS)

@@ -77,27 +77,29 @@ def test_every_truncation_is_an_error(content, file):
     for size in reversed(range(len(content))):
         os.truncate(file, size)
         expected = vn.ForeignFileError if size < 41 else vn.DamagedFileError
-        assert type(outcome(file)) is expected, size
+        error = outcome(file)
+        assert type(error) is expected, size
+        assert size < 41 or "cut short" in str(error)
 
 
-def test_3000_flipped_bits(content, file):
+def test_1000_flipped_bits(content, file):
     random.seed(0)
     caught = 0
     file.write_bytes(content)
     with file.open("r+b", buffering=0) as raw:
-        for _ in range(3000):
+        for _ in range(1000):
             place, bit = random.randrange(len(content)), random.randrange(8)
             os.pwrite(raw.fileno(), bytes([content[place] ^ 1 << bit]), place)
             caught += outcome(file) is not None
             os.pwrite(raw.fileno(), content[place : place + 1], place)
     assert file.read_bytes() == content
     # The others are dates and attributes of the members.
-    assert caught > 2000
+    assert caught > 650
 
 
 def test_300_bytes_of_noise_in_a_trainer(tmp_path, file):
-    make = lambda: LineFit(line(), None)
-    vn.save(file, make())
+    trainer = LineFit(line(), None)
+    vn.save(file, trainer)
     content = file.read_bytes()
     random.seed(1)
     for _ in range(300):
@@ -106,7 +108,7 @@ def test_300_bytes_of_noise_in_a_trainer(tmp_path, file):
         damaged[begin : begin + random.randrange(1, 40)] = random.randbytes(20)
         file.write_bytes(damaged)
         with contextlib.suppress(vn.LoadError):
-            assert same(vn.load(file, make()), make())
+            assert same(vn.load(file, trainer), trainer)
 
 
 # Lies of the header.

@@ -77,9 +77,7 @@ def test_thinned_histories_join_as_one(first):
     ],
 )
 def test_what_can_be_recorded(record, names):
-    history = TRAINER.fit(BATCH, 2, record=record).history
-    assert set(history.records) == names
-    assert all(len(values) == 2 for values in history.records.values())
+    assert set(TRAINER.fit(BATCH, 0, record=record).history.records) == names
 
 
 def test_nodes_and_arrays_of_any_shape_and_dtype():

@@ -203,10 +203,15 @@ PRIORS = {
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_other_priors_are_told(name, tmp_path):
+def test_other_priors_are_told(name):
     """The lowest loss so far is that of the priors before."""
     one, other, said = PRIORS[name]
     assert told(X, X, believed(one), believed(other)) == said
+
+
+@pytest.mark.parametrize("name", ["the same, of NumPyro", "another mean"])
+def test_a_checkpoint_of_other_priors(name, tmp_path):
+    one, other, said = PRIORS[name]
     fit(tmp_path, 5, X, believed(one))
     with warnings.catch_warnings(record=True) as got:
         warnings.simplefilter("always")

@@ -51,10 +51,13 @@ def is_library(kind: type) -> bool:
     found = _library_kinds.get(kind)
     if found is None:
         name = module_of(kind)
-        found = is_library_module(name, sys.modules.get(name))
-        # A class made by `exec` in a namespace without `__name__` says "builtins" too.
-        found = found and not (name == "builtins" and is_of_python(kind))
-        # One that `types` has made for its caller says "types".
-        found = found and (name != "types" or vars(types).get(kind.__name__) is kind)
+        module = sys.modules.get(name)
+        found = is_library_module(name, module)
+        # A class made by a call, such as `type("Fit", (Trainer,), {...})`, has the
+        # module of what made it, and one made by `exec` may have that of the builtins.
+        # Neither is there under its name.
+        is_doubtful = name == "builtins" or "." not in kind.__qualname__
+        if found and module is not None and is_of_python(kind) and is_doubtful:
+            found = vars(module).get(kind.__name__) is kind
         _library_kinds[kind] = found
     return found

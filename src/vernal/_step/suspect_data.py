@@ -1,6 +1,5 @@
 """Warnings of data whose digits are lost, or of which all pairs are summed."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,12 @@ from .._boundary import (
     warn_of_single_leaves,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import hash_of_code, turned_into_floats
-from .abstract_trainer import AbstractTrainer, template_of
+from .._program import hash_of_code, settle, turned_into_floats
+from .abstract_trainer import AbstractTrainer, own_fields, template_of
 from .objective import defined, live, score, step_key
 from .outer import warn_of_pairs
 
-# The classes whose losses have been looked at, with what the model is, and all shapes.
+# The losses that have been looked at: their code, what the model is, and all shapes.
 _seen: set[Any] = set()
 
 
@@ -42,30 +41,26 @@ def warn_of_suspect_data(
         return
     data = source.arrays if isinstance(source, Minibatches) else source.batch
     warn_of_single_leaves(data, name)
-    suspects, has_new_loss = rounded_integers(data), _is_new(trainer, data)
-    if not suspects and not has_new_loss:
+    leaves = jax.tree.leaves((trainer.params, data))
+    shapes = [getattr(leaf, "shape", ()) for leaf in leaves]
+    code = type(trainer), own_fields(trainer), template_of(trainer)
+    mark = lambda: (hash_of_code(code), *shapes)
+    has_loss = not {"loss", "nll"}.isdisjoint(defined(trainer))
+    suspects = rounded_integers(data)
+    if not suspects and not (has_loss and mark() not in _seen):
         return
     trainer, batch = seen()
     try:
         jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
     except Exception:  # what a fit meets, if it takes a step, it raises itself
         return
+    finally:
+        # A loss that counts its traces is the same afterwards.
+        settle(code)
+        _seen.add(mark())
     warn_of_pairs(trainer, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))
-
-
-def _is_new(trainer: AbstractTrainer, data: Any) -> bool:
-    """Whether a trainer has a loss that was not looked at with these shapes yet."""
-    if not {"loss", "nll"}.intersection(defined(trainer)):
-        return False
-    leaves = jax.tree.leaves((trainer.params, data))
-    shapes = [getattr(leaf, "shape", ()) for leaf in leaves]
-    model = hash_of_code(template_of(trainer))
-    known = weakref.ref(type(trainer)), model, *shapes
-    is_known = known in _seen
-    _seen.add(known)
-    return not is_known
 
 
 def _warn_of_rounded(

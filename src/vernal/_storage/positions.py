@@ -45,27 +45,26 @@ class Meaning(NamedTuple):
 
     made_by: list[Maker] | None = None
     """What made the state, rules without parameters aside."""
-    groups: dict[str, Members] | None = None
+    groups: dict[str, Members] = {}  # noqa: RUF012
     """The groups of each state of a `ParamOptimiser`, by its path."""
 
     def rules(self, trainer: AbstractTrainer) -> list[int] | None:
         """Lists the rules here of the groups there, as far as both are known."""
-        here = groups_in({OPT_STATE: trainer.opt_state})
-        if self.groups is None or OPT_STATE not in self.groups.keys() & here.keys():
+        here, there = _groups_of(trainer).get(OPT_STATE), self.groups.get(OPT_STATE)
+        if here is None or there is None:
             return None
-        there = self.groups[OPT_STATE]
-        found = zip(there, places(there, here[OPT_STATE]), strict=True)
+        found = zip(there, places(there, here), strict=True)
         return [place for members, place in found if members and place is not None]
 
     def is_elsewhere(self, trainer: AbstractTrainer) -> bool:
         """Whether a rule has another place here than it had there."""
-        here, there = groups_in({OPT_STATE: trainer.opt_state}), self.groups or {}
+        here, there = _groups_of(trainer), self.groups
         pairs = [(there[path], here[path]) for path in there.keys() & here.keys()]
         return any(places(old, own) != [*range(len(old))] for old, own in pairs)
 
 
 def meaning_of(trainer: AbstractTrainer) -> Meaning:
-    groups, tx = groups_in({OPT_STATE: trainer.opt_state}), trainer.optimiser
+    groups, tx = _groups_of(trainer), trainer.optimiser
     own = groups[OPT_STATE] if isinstance(tx, ParamOptimiser) else ()
     used = [index for index, members in enumerate(own) if members]
     return Meaning([*state_makers(tx, used)], groups)
@@ -73,11 +72,15 @@ def meaning_of(trainer: AbstractTrainer) -> Meaning:
 
 def as_meaning(header: Mapping[str, Any]) -> Meaning:
     """Reads it from a header, in which anything may be."""
-    groups = header.get("groups")
-    for members in () if groups is None else groups.values():
+    groups = header.get("groups", {})
+    for members in groups.values():
         if not all(isinstance(name, str) for own in members for name in own):
             raise ValueError(f"the groups of its optimiser are {groups!r}")
     return Meaning(as_makers(header.get("made_by")), groups)
+
+
+def _groups_of(trainer: AbstractTrainer) -> dict[str, Members]:
+    return groups_in({OPT_STATE: trainer.opt_state})
 
 
 def groups_in(tree: PyTree) -> dict[str, Members]:
@@ -131,7 +134,7 @@ def in_place(
     has_state = any(_beneath(saved, OPT_STATE))
     if pair and has_state and joins_parameters(trainer.optimiser):
         raise _other_order(*pair, "`optax.flatten`", source)
-    here, there = groups_in({OPT_STATE: trainer.opt_state}), dict(meaning.groups or {})
+    here, there = _groups_of(trainer), dict(meaning.groups)
     if not isinstance(trainer.optimiser, ParamOptimiser) or OPT_STATE not in there:
         require_same_groups(saved, there, here, source)
         return dict(saved)

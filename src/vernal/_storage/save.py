@@ -147,7 +147,7 @@ def load(
                 "after loading instead, with `equinox.tree_at`."
             )
         require_order(arrays, like, source)
-        require_same_groups(arrays, meaning.groups or {}, groups_in(like), source)
+        require_same_groups(arrays, meaning.groups, groups_in(like), source)
         return from_arrays(arrays, like, source)
 
 
