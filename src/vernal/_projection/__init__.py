@@ -1,10 +1,10 @@
 """Whitening: linear maps that make every direction of the parameters alike.
 
-`projector` has the users' `EigenProjector` and the ways to make one, `affine` what it
-does. It has a whitening for each of its blocks (`blocks`): `whitening` declares what
-that is, `dense` and `decompose` make one from a matrix or a Jacobian, `low_rank` and
-`lanczos` from products. `null_policy` and `null_space` are about the directions that
-the data do not constrain.
+`projector` has the users' `EigenProjector` and the ways to make one. It has a whitening
+for each of its blocks (`blocks`): `whitening` declares what that is, `dense` and
+`decompose` make one from a matrix or a Jacobian, `low_rank` and `lanczos` from
+products. `null_policy` and `null_space` are about the directions that the data do not
+constrain.
 """
 
 from .blocks import Block, find_blocks
