@@ -15,7 +15,7 @@ from .._closure import Closure
 from .._pickling import PlainMethods, Portable
 from .._program import program
 from .._tree import by_path, is_inexact
-from .owned import replaced
+from .owned import replaced, shape_of
 
 # What libraries call the two directions: `Bijection`, distreqx and Distrax; flowjax;
 # NumPyro.
@@ -153,13 +153,8 @@ def as_bijection(given: Any, path: str, leaf: Array) -> Closure:
     """Makes a pytree of the bijection of one parameter, and checks its shapes."""
     shape = leaf
     for names in (_INVERSE, _FORWARD):
-        try:
-            shape = jax.eval_shape(_method(given, names), shape)
-        except (TypeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"`bounds`: the bijection of {path!r} cannot be evaluated for shape "
-                f"{shape.shape}: {error}"
-            ) from error
+        method = _method(given, names)
+        shape = shape_of(method, shape, f"`bounds`: the bijection of {path!r}")
         if not is_inexact(shape) or not shape.size:
             raise ValueError(
                 f"`bounds`: the bijection of {path!r} returns {shape}, but must return "
