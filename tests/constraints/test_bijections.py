@@ -213,7 +213,7 @@ def mixed(model):
 
 @functools.cache
 def solved(dtype):
-    """The solution, its errors and those of mixtures, a report; and all by hand."""
+    """The solution, its errors and those of mixtures, a report; and that by hand."""
     tol, names = 1e-10, tuple(BIJECTIONS)
     if dtype == jnp.float32:
         tol, names = 1e-6, IN_SINGLE_PRECISION
@@ -225,7 +225,7 @@ def solved(dtype):
     both = lambda free: (parameters(free), mixed(parameters(free)))
     values, errors = other.trainer.propagate(both, batch)
     own = result.model, result.standard_errors(batch), of_mixed, result.report(batch)
-    return own, (values[0], *errors, other.report(batch))
+    return own, (values[0], *errors, other)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,10 @@ def test_a_solve_and_its_errors_are_those_by_hand(name, dtype):
         close(own["b"][0], other["b"][0])
     assert model["a"][name].dtype == dtype
     close(of_mixed[name], known[2][name])
-    again = known[3]
-    assert report.free_count == again.free_count
-    assert report.degrees_of_freedom == again.degrees_of_freedom
-    close(report.chi_squared, again.chi_squared)
+    by_hand = known[3]
+    assert report.free_count == sum(x.size for x in jax.tree.leaves(by_hand.model))
+    assert report.degrees_of_freedom == report.data_count - report.free_count
+    close(report.chi_squared, 2 * by_hand.best_loss)
     rows = [row for row in report.parameters if row.name.startswith(f"a.{name}")]
     error = np.ravel(known[1]["a"][name])
     close([row.error for row in rows], np.where(error == 0, np.nan, error))
@@ -485,10 +485,13 @@ def test_what_is_no_bijection_is_refused(given):
 def test_rules_and_line_searches_work_on_free_coordinates():
     batch = batch_of(BIJECTIONS["a simplex"][2])
     best = trainer_of(Simplex(), SIMPLEX).solve(LM, batch)
-    optimiser = vn.ParamOptimiser({"a.x": optax.lbfgs(), "b.0": optax.adam(1e-2)})
+    # It compiles in half the time that the default one needs.
+    search = optax.scale_by_backtracking_linesearch(15)
+    lbfgs = optax.lbfgs(linesearch=search)
+    optimiser = vn.ParamOptimiser({"a.x": lbfgs, "b.0": optax.adam(1e-2)})
     trainer = trainer_of(Simplex(), SIMPLEX, optimiser)
     with jax.numpy_dtype_promotion("standard"):
-        result = trainer.fit(batch, 400, progress=False)
+        result = trainer.fit(batch, 600, progress=False)
     np.testing.assert_allclose(result.best_loss, best.best_loss, rtol=1e-3)
     rates = trainer_of(Simplex(), SIMPLEX, optax.sgd(0.5)).learning_rates()
     assert rates == {"a.x": 0.5, "b.0": 0.5}
