@@ -43,7 +43,7 @@ from .blocks import (
 )
 from .decompose import Kind, check_jacobian, whiten, whiten_jacobian
 from .low_rank import whiten_matvec
-from .null_policy import NullPolicy, OnNull
+from .nulls import NullPolicy, OnNull
 from .whitening import AbstractWhitening, Unchanged
 
 FnT = TypeVar("FnT", bound=Callable[..., Any])
