@@ -63,7 +63,7 @@ class Triangle(vn.Bijection):
         return jnp.stack([jnp.log(value[0, 0]), value[1, 0], jnp.log(value[1, 1])])
 
 
-class AsOfFlowjax:
+class Plain:
     """A bijection with the methods of flowjax, and no pytree."""
 
     def transform(self, x):
@@ -73,25 +73,13 @@ class AsOfFlowjax:
         return jnp.log(y)
 
 
-class AsOfNumpyro:
-    def __call__(self, x):
-        return jnp.exp(x)
-
-    @property
-    def inv(self):
-        return jnp.log
-
-
 # Each bijection with a start, and the parameter behind the data.
 BIJECTIONS = {
     "a number": (Positive(), 1.0, 2.5),
-    "an array": (Positive(), [1.0, 1.0], [0.2, 4.0]),
     "an interval": (Between(-1.0, 4.0), [0.5, 1.0], [-0.6, 2.6]),
     "a simplex": (Simplex(), [0.4, 0.3, 0.3], [0.1, 0.7, 0.2]),
     "an order": (Ordered(), [-1.0, 0.0, 1.0], [0.3, 0.5, 2.0]),
     "a factor": (Triangle(), [[1.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [-0.5, 0.3]]),
-    "of flowjax": (AsOfFlowjax(), 1.0, 0.3),
-    "of numpyro": (AsOfNumpyro(), 1.0, 0.3),
 }
 
 
@@ -169,12 +157,12 @@ def coordinates(model):
     return {**model, "a": {name: inverse[name](x) for name, x in model["a"].items()}}
 
 
-def together(optimiser=None, dtype=jnp.float64, names=tuple(BIJECTIONS)):
+def together(optimiser=None):
     """A trainer with the bijections, the one by hand, and the data."""
-    array = lambda x: jnp.asarray(x, dtype)
-    own = {"a": {name: array(BIJECTIONS[name][1]) for name in names}, "b": [array(0)]}
-    bounds = {f"a.{name}": BIJECTIONS[name][0] for name in names}
-    batch = {name: batch_of(BIJECTIONS[name][2], dtype) for name in names}
+    starts = {name: jnp.asarray(start) for name, (_, start, _) in BIJECTIONS.items()}
+    own = {"a": starts, "b": [jnp.zeros(())]}
+    bounds = {f"a.{name}": bijection for name, (bijection, *_) in BIJECTIONS.items()}
+    batch = {name: batch_of(truth) for name, (*_, truth) in BIJECTIONS.items()}
     trainer = Together(own, optimiser, bounds=bounds)
     return trainer, ByHand(coordinates(own), optimiser), batch
 
@@ -211,9 +199,6 @@ def test_a_fit_is_that_of_free_coordinates_by_hand(name):
     np.testing.assert_allclose(recorded, expected[name], rtol=1e-9)
 
 
-IN_SINGLE_PRECISION = ("a number", "an interval", "a simplex")
-
-
 def mixed(model):
     """Of each parameter a sum of its elements and of the offset."""
     return {
@@ -224,52 +209,55 @@ def mixed(model):
 
 
 @functools.cache
-def solved(dtype):
-    """The solution, its errors and those of mixtures, a report; and all by hand."""
-    tol, names = 1e-10, tuple(BIJECTIONS)
-    if dtype == jnp.float32:
-        tol, names = 1e-6, IN_SINGLE_PRECISION
-    trainer, by_hand, batch = together(dtype=dtype, names=names)
-    solver = optx.LevenbergMarquardt(tol, tol)
-    result, other = (t.solve(solver, batch) for t in (trainer, by_hand))
+def solved():
+    """The solution, its errors and those of mixtures, a report; and that by hand."""
+    trainer, by_hand, batch = together()
+    result, other = (t.solve(LM, batch) for t in (trainer, by_hand))
     of_mixed = result.trainer.propagate(mixed, batch)[1]
     # The errors are those of the function of the free coordinates.
     both = lambda free: (parameters(free), mixed(parameters(free)))
     values, errors = other.trainer.propagate(both, batch)
     own = result.model, result.standard_errors(batch), of_mixed, result.report(batch)
-    return own, (values[0], *errors, other.report(batch))
+    return own, (values[0], *errors, other)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, jnp.float64) for name in BIJECTIONS]
-    + [(name, jnp.float32) for name in IN_SINGLE_PRECISION],
-)
-def test_a_solve_and_its_errors_are_those_by_hand(name, dtype):
-    digits = 1e-6 if dtype == jnp.float64 else 1e-3
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=digits, atol=1e-7)
-    (model, errors, of_mixed, report), known = solved(dtype)
+@pytest.mark.parametrize("name", BIJECTIONS)
+def test_a_solve_and_its_errors_are_those_by_hand(name):
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    (model, errors, of_mixed, report), known = solved()
     for own, other in ((model, known[0]), (errors, known[1])):
         close(own["a"][name], other["a"][name])
         close(own["b"][0], other["b"][0])
-    assert model["a"][name].dtype == dtype
     close(of_mixed[name], known[2][name])
-    again = known[3]
-    assert report.free_count == again.free_count
-    assert report.degrees_of_freedom == again.degrees_of_freedom
-    close(report.chi_squared, again.chi_squared)
+    by_hand = known[3]
+    assert report.free_count == sum(x.size for x in jax.tree.leaves(by_hand.model))
+    assert report.degrees_of_freedom == report.data_count - report.free_count
+    close(report.chi_squared, 2 * by_hand.best_loss)
     rows = [row for row in report.parameters if row.name.startswith(f"a.{name}")]
     error = np.ravel(known[1]["a"][name])
     close([row.error for row in rows], np.where(error == 0, np.nan, error))
     assert [row.status for row in rows] == ["fixed" if e == 0 else "" for e in error]
 
 
+def test_in_single_precision_a_solve_and_its_errors_are_the_same():
+    ends = []
+    for dtype, solver in (
+        (jnp.float64, LM),
+        (jnp.float32, optx.LevenbergMarquardt(1e-6, 1e-6)),
+    ):
+        bounds, batch = {"a.x": Simplex()}, batch_of([0.1, 0.7, 0.2], dtype)
+        result = Fit(model(SIMPLEX, dtype), bounds=bounds).solve(solver, batch)
+        ends.append((result.model["a"]["x"], result.standard_errors(batch)["a"]["x"]))
+        assert ends[-1][0].dtype == ends[-1][1].dtype == dtype
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3)
+
+
 def test_correlations_are_those_of_the_elements():
-    trainer, batch = pair("a simplex")
-    at = trainer.solve(LM, batch).trainer
-    correlations = {(c.first, c.second): c.value for c in at.report(batch).correlations}
-    names = [f"a.x[{i}]" for i in range(3)]
-    error = at.standard_errors(batch)["a"]["x"]
+    (_, errors, _, report), _ = solved()
+    correlations = {(c.first, c.second): c.value for c in report.correlations}
+    names = [f"a.a simplex[{i}]" for i in range(3)]
+    error = errors["a"]["a simplex"]
     # Fractions that sum to one: the variance of their sum is zero.
     covariance = np.diag(np.square(error))
     for i, first in enumerate(names):
@@ -302,7 +290,7 @@ def test_whitened_spaces_are_of_the_free_coordinates():
     same = by_hand.whiten(batch, optimiser=optax.adam(0.1))
     losses = [t.fit(batch, 40, progress=False).history.loss for t in (whitened, same)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
-    (expected, *_), _ = solved(jnp.float64)
+    (expected, *_), _ = solved()
     found = whitened.solve(optx.BFGS(1e-9, 1e-9), batch)
     assert found.stop_reason is vn.StopReason.CONVERGED
     for name in BIJECTIONS:
@@ -338,14 +326,13 @@ FACTOR = np.linalg.cholesky(CORRELATIONS)
 # Bijections of libraries, with a value that each can return.
 OF_LIBRARIES = {
     "numpyro simplex": (biject_to(constraints.simplex), [0.5, 0.3, 0.2]),
-    "numpyro interval": (biject_to(constraints.interval(0.0, 2.0)), [0.3, 1.9]),
-    "numpyro order": (biject_to(constraints.ordered_vector), [-1.0, 0.5, 2.0]),
     "numpyro correlations": (biject_to(constraints.corr_matrix), CORRELATIONS),
     "numpyro factor": (biject_to(constraints.lower_cholesky), FACTOR),
     "flowjax": (
         flowjax.Chain([flowjax.Exp((2,)), flowjax.Loc(jnp.array([1.0, 2.0]))]),
         [1.5, 7.0],
     ),
+    "no pytree": (Plain(), [0.3]),
 }
 
 
@@ -499,10 +486,13 @@ def test_what_is_no_bijection_is_refused(given):
 def test_rules_and_line_searches_work_on_free_coordinates():
     batch = batch_of(BIJECTIONS["a simplex"][2])
     best = trainer_of(Simplex(), SIMPLEX).solve(LM, batch)
-    optimiser = vn.ParamOptimiser({"a.x": optax.lbfgs(), "b.0": optax.adam(1e-2)})
+    # It compiles in half the time that the default one needs.
+    search = optax.scale_by_backtracking_linesearch(15)
+    lbfgs = optax.lbfgs(linesearch=search)
+    optimiser = vn.ParamOptimiser({"a.x": lbfgs, "b.0": optax.adam(1e-2)})
     trainer = trainer_of(Simplex(), SIMPLEX, optimiser)
     with jax.numpy_dtype_promotion("standard"):
-        result = trainer.fit(batch, 400, progress=False)
+        result = trainer.fit(batch, 600, progress=False)
     np.testing.assert_allclose(result.best_loss, best.best_loss, rtol=1e-3)
     rates = trainer_of(Simplex(), SIMPLEX, optax.sgd(0.5)).learning_rates()
     assert rates == {"a.x": 0.5, "b.0": 0.5}
@@ -563,7 +553,7 @@ def test_natural_gradients_are_those_of_free_coordinates():
 
 @pytest.mark.parametrize(
     ("name", "is_whitened"),
-    [("an array", False), ("an interval", True), ("an order", True)],
+    [("an interval", False), ("an order", True)],
 )
 def test_a_vector_of_the_objective_has_its_parameters(name, is_whitened):
     trainer, batch = pair(name)

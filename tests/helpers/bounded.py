@@ -247,23 +247,11 @@ PROBLEMS = {
     "biggs": Problem(
         biggs, (1.0, 2.0, 1.0, 1.0, 1.0, 1.0), (0, 0, 0, 1, 0, 0), (2, 8, 1, 7, 5, 5)
     ),
-    "watson, 6": Problem(
-        watson,
-        _same(6, 0),
-        (-0.015, -INF, -INF, -1.5, -INF, -1),
-        (INF, 0.9, 0.25, INF, 1, INF),
-    ),
     "watson, 9": Problem(
         watson,
         _same(9, 0),
         (-1e-5, 0, 0, 0, 0, -3, 0, -3, 0),
         (1e-5, 0.9, 0.1, 1, 1, 0, 4, 0, 2),
-    ),
-    "watson, 12": Problem(
-        watson,
-        _same(12, 0),
-        (-1, 0, -1, -1, -1, 0, -3, 0, -10, 0, -10, 0),
-        (0, 0.9, 0, 0.3, 0, 1, 0, 10, 0, 10, 0, 5),
     ),
     "trigonometric": Problem(
         trigonometric, _same(10, 0.1), _same(10, 0.05), _same(10, 0.2)

@@ -33,7 +33,7 @@ from vernal._profile.search import search as search
 from vernal._program import one_function as one_function
 from vernal._program.host import equations as equations
 from vernal._program.prepared import prepared as prepared
-from vernal._step import stripped as stripped
+from vernal._step import prior_ends as prior_ends, stripped as stripped
 from vernal._step.constrain import project as project
 from vernal._step.diagnosis import bad_data as bad_data, diagnosed as diagnosed
 from vernal._tree import leaf_sums as leaf_sums

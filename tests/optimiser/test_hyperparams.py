@@ -3,6 +3,8 @@
 The oracle is stochastic gradient descent with momentum, in three lines of NumPy.
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,6 @@ def every(model):
 
 NESTS = {
     "plain": sgd,
-    "chain": lambda **of: optax.chain(optax.clip(FAR), sgd(**of)),
     "named chain": lambda **of: optax.named_chain(
         ("clip", optax.clip(FAR)), ("x", sgd(**of))
     ),
@@ -140,7 +141,7 @@ def test_the_script_has_its_rates(name, change, file):
     trainer = walk(Bowl(tree(), make()), 3)
     np.testing.assert_allclose(values(trainer), by_hand((3, 0.1, 0.5)))
     changed = change(trainer, file)
-    for rate, momentum in ((0.2, 0.5), (0.1, 0.25), (0.05, 0.125)):
+    for rate, momentum in ((0.2, 0.5), (0.05, 0.25)):
         new = changed(make(rate=rate, momentum=momentum))
         # Nothing is compiled anew for it, and the moments go on.
         assert vn.explain_retrace(trainer, new).startswith("Nothing differs")
@@ -154,9 +155,8 @@ def test_the_script_has_its_rates(name, change, file):
     np.testing.assert_allclose(values(walk(back, 2)), by_hand((5, 0.1, 0.5)))
 
 
-@pytest.mark.parametrize("name", ["plain", "window in a rule"])
-def test_a_resumed_fit_has_the_rates_of_the_script(name, tmp_path):
-    make, checkpoints = NESTS[name], vn.Checkpoints(tmp_path / "run")
+def test_a_resumed_fit_has_the_rates_of_the_script(tmp_path):
+    make, checkpoints = NESTS["window in a rule"], vn.Checkpoints(tmp_path / "run")
     fit(Bowl(tree(), make()), 3, checkpoint=checkpoints)
     for steps, rate in ((5, 0.2), (6, 0.2), (7, 0.1)):
         trainer = fit(Bowl(tree(), make(rate=rate)), steps, checkpoint=checkpoints)
@@ -311,13 +311,17 @@ def lowered(trainer, history):
     return None
 
 
-@pytest.mark.parametrize("ends", [3, 5, 7, 9, 11])
+LOWERED = {"callback": lowered, "chunk": 2}
+whole_lowered = functools.cache(lambda: fit(Bowl(tree(), sgd()), 12, **LOWERED))
+
+
+# Before either change, between the two, and after both.
+@pytest.mark.parametrize("ends", [3, 5, 9])
 def test_a_callback_that_lowers_a_rate_is_heeded_after_a_resumption(ends, tmp_path):
-    options = {"callback": lowered, "chunk": 2}
-    whole = fit(Bowl(tree(), sgd()), 12, **options)
+    whole = whole_lowered()
     checkpoints = vn.Checkpoints(tmp_path / "run", 1)
-    fit(Bowl(tree(), sgd()), ends - ends % 2, checkpoint=checkpoints, **options)
-    parts = fit(Bowl(tree(), sgd()), 12, checkpoint=checkpoints, **options)
+    fit(Bowl(tree(), sgd()), ends - ends % 2, checkpoint=checkpoints, **LOWERED)
+    parts = fit(Bowl(tree(), sgd()), 12, checkpoint=checkpoints, **LOWERED)
     assert same(parts._progress, whole._progress)
     np.testing.assert_allclose(
         values(whole), by_hand((4, 0.1, 0.5), (4, 0.05, 0.5), (4, 0.025, 0.5))
@@ -354,7 +358,7 @@ def stacked(**of):
 
 def test_a_stacked_trainer_has_the_rates_of_the_script():
     trainers = vn.fit_many(stacked(), np.zeros(()), 3).trainers
-    new = trainers.replace(optimiser=sgd(rate=0.2), nan_policy=vn.StopAfter(3))
+    new = trainers.replace(optimiser=sgd(rate=0.2))
     result = vn.fit_many(new, np.zeros(()), 2)
     expected = by_hand((3, 0.1, 0.5), (2, 0.2, 0.5))[0] / START[0]
     scale = np.arange(1.0, 4.0)

@@ -204,16 +204,12 @@ def test_a_line_search_is_closed_over_what_the_rule_does_not_move():
     assert same(result.model.power, start.power)
 
 
+@pytest.mark.seams
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize(
-    "inside", [pytest.param("rule", marks=pytest.mark.seams), "chain"]
-)
-def test_a_line_search_beside_other_rules(inside):
+def test_a_line_search_beside_other_rules_in_a_chain():
     batch = gaussian_batch()
     rules = {("mean", "std"): LBFGS, "power": optax.sgd(1e-3)}
-    optimiser = vn.ParamOptimiser(rules)
-    if inside == "chain":
-        optimiser = optax.chain(optimiser, optax.identity())
+    optimiser = optax.chain(vn.ParamOptimiser(rules), optax.identity())
     result = GaussianFit(gaussian(), optimiser).fit(batch, 40)
     assert result.history.loss[-1] < 1e-3 < result.history.loss[0]
 
@@ -224,7 +220,6 @@ def test_value_reaches_a_transformation_that_asks_for_it():
     both = {"slope": optax.polyak_sgd(), "offset": optax.sgd(0.1)}
     for optimiser in (
         optax.polyak_sgd(),
-        vn.ParamOptimiser({"**": optax.polyak_sgd()}),
         optax.chain(vn.ParamOptimiser({"**": optax.polyak_sgd()}), optax.identity()),
         vn.ParamOptimiser({}, default=optax.polyak_sgd()),
         vn.ParamOptimiser(both),
@@ -255,8 +250,8 @@ def test_arguments_of_the_value_function_are_passed_on():
             params, state = step(*strong((params, state)))
         return params
 
-    ours = run(vn.ParamOptimiser({("a", "b"): optax.lbfgs()}))
-    theirs = run(optax.lbfgs())
+    ours = run(vn.ParamOptimiser({("a", "b"): LBFGS}))
+    theirs = run(LBFGS)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), ours, theirs
     )
@@ -326,7 +321,7 @@ def test_to_optax_it_is_one_of_its_own():
     optimiser = rules()
     assert isinstance(optimiser, optax.GradientTransformationExtraArgs)
     init, update = optimiser
-    assert init == optimiser.init or callable(update)
+    assert (init, update) == (optimiser.init, optimiser.update)
     assert jax.tree.leaves(optimiser)
     chained, _ = walk(optax.chain(optimiser, optax.scale(0.5)), line())
     halved, _ = walk(optimiser.with_scale({"slope": 0.5, "offset": 0.5}), line())

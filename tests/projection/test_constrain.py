@@ -57,7 +57,6 @@ CASES = {
     "eight": (8, 2, 0.0, INF, np.float64, optax.sgd(0.5), 200),
     "both sides": (8, 1, -0.1, 0.1, np.float64, optax.sgd(0.5), 200),
     "float32": (8, 2, 0.0, INF, np.float32, optax.sgd(0.5), 200),
-    "momentum": (8, 2, 0.0, INF, np.float64, optax.sgd(0.3, momentum=0.5), 300),
     "adam": (
         *(8, 3, 0.0, INF, np.float64),
         *(optax.adam(optax.exponential_decay(0.3, 100, 0.3)), 1000),
@@ -75,18 +74,15 @@ def test_a_whitened_fit_ends_at_the_constrained_optimum(name):
     assert abs(excess(result.model, batch, low, high)) < tolerance
 
 
-SPLIT = {"a": jnp.zeros(2), "b": {"c": jnp.zeros(())}, "d": None}
-SPLIT_CASES = {
-    "blocks": {"blocks": ("a", "b.c")},
-    "mixed block": {"blocks": (("a", "b.c"),)},
-}
+SPLIT = {"a": jnp.zeros(2), "b": {"c": jnp.zeros(())}, "d": None, "e": jnp.zeros(1)}
 
 
-@pytest.mark.parametrize("name", SPLIT_CASES)
-def test_whatever_the_blocks_and_the_leaves(name):
-    batch = problem(3, 4)
+def test_whatever_the_blocks_and_the_leaves():
+    """One block of two leaves, and one of its own."""
+    batch = problem(4, 4)
     trainer = Linear(SPLIT, low=-0.3, high=0.3)
-    whitened = trainer.whiten(batch, optimiser=optax.sgd(0.3), **SPLIT_CASES[name])
+    blocks = ("a", "b.c"), "e"
+    whitened = trainer.whiten(batch, optimiser=optax.sgd(0.3), blocks=blocks)
     result = whitened.fit(batch, 500)
     assert abs(excess(result.model, batch, -0.3, 0.3)) < 1e-9
 
@@ -243,7 +239,8 @@ def test_what_is_more_than_a_clip_is_refused_beside_a_projector(name):
 
     batch = problem(3, 0)
     trainer = Other(jnp.ones(3), optax.sgd(0.1))
-    trainer.step(batch)
+    if name == "a reflection":
+        trainer.step(batch)  # beside none it is taken
     with pytest.raises(ValueError, match=r"`constrain` does more than clip"):
         trainer.whiten(batch)
     fmat = Normalised(jnp.ones(3)).fisher(batch)  # the same, in one program for all

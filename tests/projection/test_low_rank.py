@@ -17,7 +17,6 @@ SPECTRA = {
     "clustered": np.concatenate([[10.0] * 4, np.linspace(3, 1, D - 4)]),
     "dominated": np.concatenate([[1e3], np.linspace(2, 1, D - 1)]),
     "low rank": np.concatenate([np.linspace(5, 1, 20), np.zeros(D - 20)]),
-    "all of them": np.linspace(4, 1, RANK),
     "one": np.array([3.0]),
 }
 
@@ -113,9 +112,9 @@ TALL_SPECTRA = {
 
 
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_few_directions_of_many_rows_are_orthonormal(dtype):
-    """The QR decomposition is that of a Gram matrix there."""
+def test_few_directions_of_many_rows_are_orthonormal():
+    """The QR decomposition is that of a Gram matrix there, in which digits are lost."""
+    dtype = jnp.float32
     params, eps = {"a": jnp.zeros(TALL, dtype)}, float(jnp.finfo(dtype).eps)
     for spectrum in TALL_SPECTRA.values():
         matvec = Diagonal(jnp.asarray(spectrum, dtype))
@@ -128,16 +127,9 @@ def test_few_directions_of_many_rows_are_orthonormal(dtype):
 
 @pytest.mark.seams
 def test_where_every_direction_is_found_it_is_the_inverse():
-    matrix = matrix_of(SPECTRA["all of them"])
+    matrix = matrix_of(np.linspace(4, 1, RANK))
     covariance = make(matrix).covariance()
     np.testing.assert_allclose(covariance, np.linalg.inv(matrix), atol=1e-12)
-
-
-def test_the_mean_of_a_small_complement_is_exact():
-    spectrum = np.linspace(5, 1, 20)
-    projector = make(matrix_of(spectrum), rank=8)
-    curvature = projector._whitenings[0].curvature
-    np.testing.assert_allclose(curvature, spectrum[8:].mean(), rtol=1e-12)
 
 
 def test_a_complement_without_curvature_has_no_bound():
@@ -182,8 +174,13 @@ def test_thousands_of_parameters():
     np.testing.assert_allclose(projector.eigenvalues.min(), 2500, rtol=0.2)
     trainer = Field(model, optax.sgd(0.5), projector=projector)
     losses = trainer.fit(batch, 30).history.loss
-    target = Field(model, optax.sgd(1e-5)).fit(batch, 30).history.loss
-    assert losses[-1] < 0.1 * target[-1]
+    # The same without a projector, at a rate that the stiff directions bear.
+    matrix, point = np.asarray(design), np.zeros(size)
+    for _ in range(30):
+        misfit = matrix @ point - np.asarray(batch[1])
+        target = 0.5 * (misfit @ misfit + 0.01 * point @ point)
+        point = point - 1e-5 * (matrix.T @ misfit + 0.01 * point)
+    assert losses[-1] < 0.1 * target
     with pytest.raises(ValueError, match="from_blocks"):
         Field(model, vn.ParamOptimiser({"map": optax.sgd(1.0)}), projector=projector)
 
@@ -218,14 +215,17 @@ def test_under_jit():
 
 
 def test_under_vmap():
-    spectra = jnp.stack([jnp.linspace(4.0, 1.0, 6), jnp.linspace(9.0, 2.0, 6)])
-    many = eqx.filter_vmap(lambda values: make(jnp.diag(values), rank=2))(spectra)
+    """Of a small complement the mean is exact."""
+    spectra = np.stack([np.linspace(4.0, 1.0, 6), np.linspace(9.0, 2.0, 6)])
+    make_one = lambda values: make(jnp.diag(values), rank=2)
+    many = eqx.filter_vmap(make_one)(jnp.asarray(spectra))
     assert many.latent_size == 6
+    curvature = spectra[:, 2:].mean(axis=1)
+    found = many.whitenings[0].curvature
+    np.testing.assert_allclose(found, curvature, rtol=1e-12)
     latent = eqx.filter_vmap(lambda p: p.to_latent({"a": jnp.ones(6)}))(many)
-    expected = [
-        make(jnp.diag(s), rank=2).to_latent({"a": jnp.ones(6)}) for s in spectra
-    ]
-    np.testing.assert_allclose(latent, jnp.stack(expected), rtol=1e-6)
+    whitened = np.column_stack([spectra[:, :2], *[curvature] * 4])
+    np.testing.assert_allclose(latent, np.sqrt(whitened), rtol=1e-6)
 
 
 PARAMS = {"a": jnp.zeros(4)}

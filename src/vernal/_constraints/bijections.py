@@ -1,11 +1,12 @@
-"""Parameters that are functions of free coordinates."""
+"""Parameters that are functions of others: of free coordinates, of their real parts."""
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -15,7 +16,7 @@ from .._closure import Closure
 from .._pickling import PlainMethods, Portable
 from .._program import program
 from .._tree import by_path, is_inexact
-from .owned import replaced
+from .owned import replaced, shape_of
 
 # What libraries call the two directions: `Bijection`, distreqx and Distrax; flowjax;
 # NumPyro.
@@ -132,6 +133,34 @@ class Bijections(Portable, PlainMethods, eqx.Module):
         return found
 
 
+class _Parts(NamedTuple):
+    real: Array
+    imag: Array
+
+
+class RealParts(eqx.Module):
+    """The map to complex parameters from their real and imaginary parts.
+
+    Then follow the maps of free coordinates, if there are any.
+    """
+
+    bijections: Bijections | None
+    structure: Any = eqx.field(static=True)
+    """That of the complex parameters."""
+
+    def forward(self, parts: PyTree) -> PyTree:
+        join = lambda x: lax.complex(*x) if isinstance(x, _Parts) else x
+        leaves = map(join, self.structure.flatten_up_to(parts))
+        params = self.structure.unflatten(leaves)
+        return params if self.bijections is None else self.bijections.forward(params)
+
+
+def real_parts(params: PyTree) -> PyTree:
+    """Returns parameters with two arrays, `real` and `imag`, for each complex one."""
+    part = lambda x: _Parts(x.real, x.imag) if jnp.iscomplexobj(x) else x
+    return jax.tree.map(part, params)
+
+
 @program
 def _there_and_back(
     bijections: Bijections, params: PyTree
@@ -153,13 +182,8 @@ def as_bijection(given: Any, path: str, leaf: Array) -> Closure:
     """Makes a pytree of the bijection of one parameter, and checks its shapes."""
     shape = leaf
     for names in (_INVERSE, _FORWARD):
-        try:
-            shape = jax.eval_shape(_method(given, names), shape)
-        except (TypeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"`bounds`: the bijection of {path!r} cannot be evaluated for shape "
-                f"{shape.shape}: {error}"
-            ) from error
+        method = _method(given, names)
+        shape = shape_of(method, shape, f"`bounds`: the bijection of {path!r}")
         if not is_inexact(shape) or not shape.size:
             raise ValueError(
                 f"`bounds`: the bijection of {path!r} returns {shape}, but must return "

@@ -13,7 +13,7 @@ from .._boundary import PyTree, is_traced
 from .._pickling import PlainMethods, Portable
 from .._tree import by_path, element_name
 from .bijections import Bijections, as_bijection, is_bijection
-from .owned import as_wide, owned, replaced, require_wide
+from .owned import owned, replaced, require_wide
 
 # In units of the standard error.
 _CLOSE, _ROUNDING = 1e-3, 1e-5
@@ -112,14 +112,16 @@ class Bounds(Portable, PlainMethods, eqx.Module):
         named = by_path(params)
         return tuple(
             named.structure.unflatten(
-                as_wide(side[path], x) if path in side else jnp.full_like(x, unset)
+                jnp.broadcast_to(side[path], x.shape)
+                if path in side
+                else jnp.full_like(x, unset)
                 for path, x in named.items()
             )
             for side, unset in ((self.low, -jnp.inf), (self.high, jnp.inf))
         )
 
     def _intervals(self, params: PyTree) -> list[tuple[str, _Interval, Array]]:
-        wide = lambda side, x: None if side is None else as_wide(side, x)
+        wide = lambda side, x: None if side is None else jnp.broadcast_to(side, x.shape)
         return [
             (path, _Interval(*(wide(s.get(path), x) for s in (self.low, self.high))), x)
             for path, x in by_path(params).items()

@@ -47,9 +47,14 @@ def replaced(tree: PyTree, new: Mapping[str, Array]) -> PyTree:
     return named.structure.unflatten([new.get(path, x) for path, x in named.items()])
 
 
-def as_wide(array: Array, like: Array) -> Array:
-    """Broadcasts an array to the shape of a parameter, under strict promotion too."""
-    return jax.numpy.broadcast_to(array, like.shape)
+def shape_of(fn: Callable[[Any], Any], like: Any, what: str) -> Any:
+    """Returns the shape and the dtype of what a user's function, `what`, returns."""
+    try:
+        return jax.eval_shape(fn, like)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{what} cannot be evaluated for shape {like.shape}: {error}"
+        ) from error
 
 
 def require_wide(shape: tuple[int, ...], path: str, like: Array, what: str) -> None:

@@ -13,7 +13,7 @@ from .._closure import Closure
 from .._curvature import matmul
 from .._pickling import PlainMethods, Portable, module_of
 from .._tree import by_path, ravel
-from .owned import as_wide, owned, require_wide
+from .owned import owned, require_wide, shape_of
 
 # So close to an end of its prior a parameter does not stop by accident.
 _NEAR = 1e-2
@@ -153,7 +153,8 @@ class Priors(Portable, PlainMethods, eqx.Module):
 
 def _row(prior: Normal, value: Array) -> Array:
     mean, std = (
-        as_wide(part.astype(value.dtype), value) for part in (prior.mean, prior.std)
+        jnp.broadcast_to(part.astype(value.dtype), value.shape)
+        for part in (prior.mean, prior.std)
     )
     return (value - mean) / std
 
@@ -186,7 +187,7 @@ def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
         leaf = jnp.asarray(leaves[path])
         if (known := _as_normal(prior)) is not None:
             normal[path] = known
-            shape, dtype = _shape_of(lambda x, p=known: _row(p, x), leaf, path)
+            density = lambda x, p=known: _row(p, x)
         else:
             if not callable(getattr(prior, "log_prob", None)):
                 raise TypeError(
@@ -195,11 +196,11 @@ def as_priors(given: Any, model: PyTree, reasons: Any) -> Priors | None:
                     "NumPyro or Distrax."
                 )
             prior = jax.tree.map(_as_array, prior)
-            others[path] = Closure.encode(prior)
-            shape, dtype = _shape_of(prior.log_prob, leaf, path)
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+            others[path], density = Closure.encode(prior), prior.log_prob
+        found = shape_of(density, leaf, f"`priors`: that of {path!r}")
+        if jnp.issubdtype(found.dtype, jnp.complexfloating):
             raise TypeError(f"`priors`: {path!r} is complex, and a prior is of reals.")
-        require_wide(shape, path, leaf, "`priors`: that")
+        require_wide(found.shape, path, leaf, "`priors`: that")
     return Priors(normal, others) if normal or others else None
 
 
@@ -259,17 +260,6 @@ def _as_normal(prior: Any) -> Normal | None:
         return None
     loc, scale = getattr(prior, "loc", None), getattr(prior, "scale", None)
     return None if loc is None or scale is None else Normal(loc, scale)
-
-
-def _shape_of(fn: Any, leaf: Array, path: str) -> tuple[tuple[int, ...], Any]:
-    try:
-        found = jax.eval_shape(fn, leaf)
-        return found.shape, found.dtype
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"`priors`: that of {path!r} cannot be evaluated for a parameter of shape "
-            f"{leaf.shape}: {error}"
-        ) from error
 
 
 def _as_array(leaf: Any) -> Any:

@@ -213,11 +213,6 @@ def _explained(fn: Callable[..., Any], leaves: Any, *args: Any, **extra: Any) ->
         ) from error
 
 
-def is_placeholder(params: Any) -> bool:
-    """Whether it is what `optax.tree_map_params` puts in the place of parameters."""
-    return type(params).__name__ == "_ParamsPlaceholder"
-
-
 def listed(paths: Any) -> str:
     """Names paths in an error: the first few, and how many more there are."""
     return first_names([*paths], "`{}`".format)

@@ -79,6 +79,7 @@ class Factor:
 
 _UNKNOWN = Factor(None)
 _ZERO = Factor(0.0, has_rate=True)
+_same, _lost = lambda factor: factor, lambda factor: _UNKNOWN
 
 
 def _through(update: Any, state: Any, factors: Any, params: Any) -> Any:
@@ -97,7 +98,7 @@ def _through(update: Any, state: Any, factors: Any, params: Any) -> Any:
 
 
 def _unknown(factors: Any) -> Any:
-    return jax.tree.map(lambda _: _UNKNOWN, factors)
+    return jax.tree.map(_lost, factors)
 
 
 def _number(value: Any) -> float | None:
@@ -114,18 +115,9 @@ def _times(number: Any, *, has_rate: bool = True) -> Callable[[Factor], Factor]:
     return lambda factor: factor.times(value, has_rate=has_rate)
 
 
-def _always(change: Callable[[Factor], Factor]) -> "_Change":
-    return lambda cells, state: change
-
-
 def _to_norm(cells: Cells, state: Any) -> Callable[[Factor], Factor]:
     scaled = _times(cells["scale_factor"], has_rate=False)
     return lambda factor: scaled(factor.normalised())
-
-
-def _function(cells: Cells, state: Any) -> Callable[[Factor], Factor]:
-    is_known = maker(cells["f"]) == "vernal.precondition"
-    return lambda factor: factor if is_known else _UNKNOWN
 
 
 _KEEP = """
@@ -143,11 +135,9 @@ _NORMALISE = """
 """
 _NORMALISE_SOME = "scale_by_radam scale_by_trust_ratio"
 
-# What a transformation does to a factor, given its cells and its state.
-_Change = Callable[[Cells, Any], Callable[[Factor], Factor]]
-
-# That of all others, those of a user among them, is not known.
-_OF_GRADIENTS: dict[str, _Change] = {
+# What a transformation does to a factor, given its cells and its state. That of all
+# others, those of a user among them, is not known.
+_OF_GRADIENTS: dict[str, Callable[[Cells, Any], Callable[[Factor], Factor]]] = {
     "optax.scale": lambda cells, _: _times(cells["step_size"]),
     "optax.scale_by_schedule": lambda cells, state: _times(
         cells["step_size_fn"](state.count)
@@ -156,12 +146,14 @@ _OF_GRADIENTS: dict[str, _Change] = {
         cells["alpha"], has_rate=False
     ),
     "optax.normalize_by_update_norm": _to_norm,
-    "optax.set_to_zero": _always(lambda _: _ZERO),
-    "optax.stateless": _function,
+    "optax.set_to_zero": lambda *_: lambda _: _ZERO,
+    "optax.stateless": lambda cells, _: (
+        _same if maker(cells["f"]) == "vernal.precondition" else _lost
+    ),
 } | {
-    f"optax.{name}": _always(change)
+    f"optax.{name}": lambda *_, change=change: change
     for names, change in (
-        (_KEEP, lambda factor: factor),
+        (_KEEP, _same),
         (_NORMALISE, Factor.normalised),
         (_NORMALISE_SOME, Factor.if_normal),
     )

@@ -73,12 +73,9 @@ def state_makers(tx: Any, groups: Sequence[int] | None = None) -> Iterator[Maker
 
 def joins_parameters(tx: Any) -> bool:
     """Whether a part of an optimiser makes one vector of parameters, in their order."""
-    if isinstance(tx, ParamOptimiser):
-        return any(map(joins_parameters, (tx.first, tx.default, *tx.transforms)))
-    if isinstance(tx, Transform):
-        return joins_parameters(tx.decode())
-    is_one = tx is not None and maker(tx.update) == "optax.flatten"
-    return is_one or (tx is not None and any(map(joins_parameters, _inner(tx))))
+    if tx is None:
+        return False
+    return maker(tx.update) == "optax.flatten" or any(map(joins_parameters, _inner(tx)))
 
 
 _KNOWN: weakref.WeakKeyDictionary[Skeleton, tuple[Maker, ...]] = (
@@ -86,11 +83,15 @@ _KNOWN: weakref.WeakKeyDictionary[Skeleton, tuple[Maker, ...]] = (
 )
 
 
-def _inner(tx: optax.GradientTransformation) -> Iterator[optax.GradientTransformation]:
-    """Yields the transformations that one is made of."""
+def _inner(tx: optax.GradientTransformation) -> Iterator[Any]:
+    """Yields the transformations that one is made of; `None` for a frozen rule."""
     owner, name = _owner(tx), maker(tx.update)
-    if isinstance(owner, Transform | ParamOptimiser):
+    if isinstance(owner, Transform | ParamOptimiser) and owner is not tx:
         yield owner
+    elif isinstance(owner, Transform):
+        yield owner.decode()
+    elif isinstance(owner, ParamOptimiser):
+        yield from (owner.first, owner.default, *owner.transforms)
     elif type(owner).__module__.startswith(("optax.", "vernal.")):
         held = _transformations(vars(owner))
         # An object may hold the transformation that its own methods make.

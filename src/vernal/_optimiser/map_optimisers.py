@@ -41,18 +41,14 @@ def map_optimisers(
     optimisers = _unpacked(optimisers)
     for name, tx in optimisers.items():
         require_transformation(tx, f"optimisers[{name!r}]")
-    if strict and params.keys() != optimisers.keys():
-        differences = (
-            f"{what}: {', '.join(repr(name) for name in names)}"
-            for what, names in (
-                ("without an optimiser", [n for n in params if n not in optimisers]),
-                ("without a parameter", [n for n in optimisers if n not in params]),
-            )
-            if names
-        )
+    without_one = [name for name in params if name not in optimisers]
+    idle = [name for name in optimisers if name not in params]
+    if strict and (without_one or idle):
+        listed = lambda names: ", ".join(map(repr, names)) or "none"
         raise ValueError(
             "With `strict=True` parameters and optimisers must have the same names. "
-            f"These are {'; '.join(differences)}."
+            f"These are without an optimiser: {listed(without_one)}; without a "
+            f"parameter: {listed(idle)}."
         )
     transforms = {name: optimisers.get(name, optax.set_to_zero()) for name in params}
     optim = partition(transforms, {name: name for name in params})

@@ -33,7 +33,7 @@ from .._tree import (
     strong,
     written,
 )
-from .groups import Group, is_placeholder, listed, make_groups, update_groups
+from .groups import Group, listed, make_groups, update_groups
 from .param_optimiser_state import Learned, ParamOptimiserState, Rules, known
 from .rule_names import rule_name, rule_table
 from .transform import AbstractTransform, as_transform
@@ -167,7 +167,7 @@ class ParamOptimiser(AbstractTransform):
 
         - `params`: a whole model, a filtered one, or a dictionary.
         """
-        if is_placeholder(params):
+        if type(params).__name__ == "_ParamsPlaceholder":  # of `optax.tree_map_params`
             first = None if self.first is None else self.first.init(params)
             groups = rule_groups(self, (), ())
             states = tuple(group.transform.init(params) for group in groups)

@@ -44,14 +44,10 @@ def precondition(
     """
     is_projector = isinstance(projector, EigenProjector)
     like = projector.origin if is_projector else projector
+    remedy = "Give an EigenProjector, or a tree of scales like the parameters."
     if not jax.tree.leaves(like):
-        raise ValueError(
-            "`projector` holds no array: give an EigenProjector, or a tree of scales "
-            "like the parameters."
-        )
-
+        raise ValueError(f"`projector` holds no array. {remedy}")
     if not is_projector:
-        remedy = "Give an EigenProjector, or a tree of scales like the parameters."
         require_numbers(projector, "projector", remedy)
 
     # Known by its code, which a type checker must not wrap.

@@ -94,12 +94,8 @@ def as_transform(tx: Any, where: str) -> AbstractTransform:
 
 def require_transformation(tx: Any, where: str) -> optax.GradientTransformation:
     """Returns `tx` itself; raises a `TypeError` if Optax could not use it."""
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(_not_a_transformation(tx, where))
-    return tx
-
-
-def _not_a_transformation(tx: Any, where: str) -> str:
+    if isinstance(tx, optax.GradientTransformation):
+        return tx
     if isinstance(tx, numbers.Real) and not isinstance(tx, bool):
         what, remedy = f"the number {tx}", f"Did you mean `optax.sgd({tx})`?"
     elif tx is None:
@@ -114,4 +110,4 @@ def _not_a_transformation(tx: Any, where: str) -> str:
     else:
         what = f"of type `{type(tx).__name__}`"
         remedy = "Give it one, e.g. `optax.adam(1e-3)`."
-    return f"`{where}` is {what}, not an Optax transformation. {remedy}"
+    raise TypeError(f"`{where}` is {what}, not an Optax transformation. {remedy}")

@@ -1,16 +1,14 @@
 """Whitening: linear maps that make every direction of the parameters alike.
 
-`projector` has the users' `EigenProjector` and the ways to make one, `affine` what it
-does. It has a whitening for each of its blocks (`blocks`): `whitening` declares what
-that is, `dense` and `decompose` make one from a matrix or a Jacobian, `low_rank` and
-`lanczos` from products. `null_policy` and `null_space` are about the directions that
-the data do not constrain.
+`projector` has the users' `EigenProjector` and the ways to make one. It has a whitening
+for each of its blocks (`blocks`): `whitening` declares what that is, `dense` and
+`decompose` make one from a matrix or a Jacobian, `low_rank` and `lanczos` from
+products. `nulls` is about the directions that the data do not constrain.
 """
 
 from .blocks import Block, find_blocks
 from .decompose import ROUNDING, jacobian_rtol, whiten
 from .dense import DenseWhitening, whiten_spectrum
-from .null_policy import NullPolicy
-from .null_space import written_directions
+from .nulls import NullPolicy, written_directions
 from .projector import EigenProjector, make_block_projector, make_projector
 from .whitening import Unchanged

@@ -22,8 +22,7 @@ from .._curvature import (
 )
 from .._tree import element_name, paths, ravel_dtype, ravel_size, widest
 from .dense import DenseWhitening, whiten_spectrum
-from .null_policy import NullPolicy
-from .null_space import list_parameters
+from .nulls import NullPolicy, list_parameters
 
 # Rounding leaves a zero below this many machine epsilons.
 ROUNDING = 64

@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params
 from .._curvature import Spectrum, matmul, on_device, refuse
-from .null_policy import NullPolicy
-from .null_space import name_null_space, written_directions
+from .nulls import NullPolicy, name_null_space, written_directions
 from .whitening import AbstractWhitening
 
 
