@@ -200,9 +200,10 @@ class _Both(NanPolicy):
 class AbstractStatelessPolicy(NanPolicy):
     """A policy that has nothing to remember."""
 
-    @abc.abstractmethod
     def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        """Returns the gradients to go on with, and the verdict."""
+        """Returns the gradients to go on with, and whether to: not after a bad step."""
+        finite = all_finite((loss, grads))
+        return grads, Verdict(accept=finite, stop=~finite)
 
     def init(self, params: PyTree) -> None:
         """Returns `None`: there is nothing to remember."""
@@ -248,9 +249,6 @@ class SkipStep(AbstractStatelessPolicy):
 class StopFit(AbstractStatelessPolicy):
     """Does not take a step that is not finite, and ends the fit. The default."""
 
-    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        return grads, _stop_unless(all_finite((loss, grads)))
-
 
 @final
 class RaiseOnNan(AbstractStatelessPolicy):
@@ -260,9 +258,6 @@ class RaiseOnNan(AbstractStatelessPolicy):
     the step and the paths. Within your own `jax.jit`, `step` raises a generic error
     through `equinox.error_if`.
     """
-
-    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        return grads, _stop_unless(all_finite((loss, grads)))
 
     @property
     def raises(self) -> bool:
@@ -275,13 +270,8 @@ class BreakOnNan(AbstractStatelessPolicy):
     """Opens a breakpoint at a step that is not finite, and then ends the fit."""
 
     def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        finite = all_finite((loss, grads))
-        eqx.debug.breakpoint_if(~finite)
-        return grads, _stop_unless(finite)
-
-
-def _stop_unless(finite: Bool[Array, ""]) -> Verdict:
-    return Verdict(accept=finite, stop=~finite)
+        eqx.debug.breakpoint_if(~all_finite((loss, grads)))
+        return super()._judge(loss, grads)
 
 
 @final
