@@ -14,12 +14,12 @@ from .._boundary import (
     spelled_leaves,
     warn_of_rounded_integers,
     warn_of_single_leaves,
+    warn_once,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import hash_of_code, turned_into_floats
+from .._program import hash_of_code, sums_over_pairs, turned_into_floats
 from .abstract_trainer import AbstractTrainer, template_of
 from .objective import defined, live, score, step_key
-from .outer import warn_of_pairs
 
 # The classes whose losses have been looked at, with what the model is, and all shapes.
 _seen: set[Any] = set()
@@ -50,7 +50,7 @@ def warn_of_suspect_data(
         jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
     except Exception:  # what a fit meets, if it takes a step, it raises itself
         return
-    warn_of_pairs(trainer, jaxpr)
+    _warn_of_pairs(trainer, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))
 
@@ -66,6 +66,22 @@ def _is_new(trainer: AbstractTrainer, data: Any) -> bool:
     is_known = known in _seen
     _seen.add(known)
     return not is_known
+
+
+def _warn_of_pairs(trainer: AbstractTrainer, jaxpr: Jaxpr) -> None:
+    """Warns, once for a class, of a loss that sums over all pairs of data."""
+    if (size := sums_over_pairs(jaxpr)) is None:
+        return
+    kind = type(trainer)
+    warn_once(
+        f"The loss of `{kind.__name__}` sums over {size} x {size} pairs: an array of "
+        f"shape ({size}, 1) broadcasts against one of shape ({size},), so that each "
+        "datum is compared with each value of the model, and the fit and its errors "
+        "are wrong. Give them one shape, such as by `y[:, 0]`. If it is on purpose, "
+        "make the column of a vector, by `y[:, 0][:, None]`.",
+        UserWarning,
+        of=(_warn_of_pairs, weakref.ref(kind)),
+    )
 
 
 def _warn_of_rounded(
