@@ -318,7 +318,7 @@ def wide():
 
 
 def by_fit(batches):
-    return wide().fit(vn.Stream(batches), 10).history.loss
+    return wide().fit(vn.Stream(batches), 6).history.loss
 
 
 def by_step(batches):
@@ -336,7 +336,7 @@ def test_a_loader_may_fill_one_array_again_and_again(run):
 
     def batches(is_shared):
         rng, shared = np.random.default_rng(0), np.empty((rows, 64))
-        for _ in range(10):
+        for _ in range(6):
             batch = shared if is_shared else np.empty_like(shared)
             batch[:] = rng.normal(size=batch.shape)
             yield batch

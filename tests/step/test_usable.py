@@ -73,9 +73,14 @@ USES = {
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_parameter_that_was_changed_alone_is_refused(kind):
     moved = at(TRAINERS[kind](), 0.7)
-    for use in USES.values():
-        with pytest.raises(ValueError, match=MESSAGE):
-            use(moved)
+    with pytest.raises(ValueError, match=MESSAGE):
+        USES["replace"](moved)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_it_is_refused_by_all(use):
+    with pytest.raises(ValueError, match=MESSAGE):
+        USES[use](at(TRAINERS["in blocks"](), 0.7))
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
