@@ -200,10 +200,9 @@ class _Both(NanPolicy):
 class AbstractStatelessPolicy(NanPolicy):
     """A policy that has nothing to remember."""
 
+    @abc.abstractmethod
     def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        """Returns the gradients to go on with, and whether to: not after a bad step."""
-        finite = all_finite((loss, grads))
-        return grads, Verdict(accept=finite, stop=~finite)
+        """Returns the gradients to go on with, and the verdict."""
 
     def init(self, params: PyTree) -> None:
         """Returns `None`: there is nothing to remember."""
@@ -249,6 +248,9 @@ class SkipStep(AbstractStatelessPolicy):
 class StopFit(AbstractStatelessPolicy):
     """Does not take a step that is not finite, and ends the fit. The default."""
 
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
+        return grads, _stop_unless(all_finite((loss, grads)))
+
 
 @final
 class RaiseOnNan(AbstractStatelessPolicy):
@@ -258,6 +260,9 @@ class RaiseOnNan(AbstractStatelessPolicy):
     the step and the paths. Within your own `jax.jit`, `step` raises a generic error
     through `equinox.error_if`.
     """
+
+    def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
+        return grads, _stop_unless(all_finite((loss, grads)))
 
     @property
     def raises(self) -> bool:
@@ -270,8 +275,13 @@ class BreakOnNan(AbstractStatelessPolicy):
     """Opens a breakpoint at a step that is not finite, and then ends the fit."""
 
     def _judge(self, loss: Array, grads: PyTree) -> tuple[PyTree, Verdict]:
-        eqx.debug.breakpoint_if(~all_finite((loss, grads)))
-        return super()._judge(loss, grads)
+        finite = all_finite((loss, grads))
+        eqx.debug.breakpoint_if(~finite)
+        return grads, _stop_unless(finite)
+
+
+def _stop_unless(finite: Bool[Array, ""]) -> Verdict:
+    return Verdict(accept=finite, stop=~finite)
 
 
 @final
