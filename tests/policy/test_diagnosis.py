@@ -143,14 +143,14 @@ def test_the_origin_is_named(name):
     told = str(diagnosed(*make()))
     assert told.startswith(sentence)
     assert ("jnp.where" in told) == (name == "gradient")
+    assert "the range of float32" not in told
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_squares_beyond_the_range_are_for_float32(dtype):
-    model = {"a": {"b": jnp.zeros((), dtype)}, "c": jnp.ones(2, dtype)}
+def test_squares_beyond_the_range_are_for_float32():
+    model = {"a": {"b": jnp.zeros((), "f4")}, "c": jnp.ones(2, "f4")}
     told = str(diagnosed(Rooted(model), None))
     assert "not its gradient in 'a.b'" in told
-    assert ("the range of float32" in told) == (dtype == "float32")
+    assert "the range of float32" in told
 
 
 class Counted(vn.Trainer):
@@ -257,22 +257,13 @@ def test_a_fit_that_went_astray_is_not_blamed_on_the_data():
 
 # No step was accepted.
 
+PATIENT = vn.SkipStep() | vn.StopAfter(4)
 SKIPPED = {
-    "skip": (vn.SkipStep(), BAD, 9, vn.StopReason.ALL_SKIPPED),
-    "skip, good": (vn.SkipStep(), curve(), 9, vn.StopReason.STEPS_TAKEN),
-    "zero": (vn.ZeroNans(), BAD, 9, vn.StopReason.STEPS_TAKEN),
-    "patient": (vn.SkipStep() | vn.StopAfter(4), BAD, 3, vn.StopReason.ALL_SKIPPED),
-    "too long": (vn.SkipStep() | vn.StopAfter(4), BAD, 9, vn.StopReason.NON_FINITE),
-    "one in five": (
-        vn.SkipStep(),
-        vn.Minibatches(BAD, 40, key=jax.random.key(0)),
-        9,
-        vn.StopReason.STEPS_TAKEN,
-    ),
+    "good": (curve(), 3, vn.StopReason.STEPS_TAKEN),
+    "too long": (BAD, 9, vn.StopReason.NON_FINITE),
     "a stream": (
-        vn.SkipStep(),
         vn.Stream(lambda step: iter([BAD] * 9)),
-        9,
+        3,
         vn.StopReason.ALL_SKIPPED,
     ),
 }
@@ -280,18 +271,19 @@ SKIPPED = {
 
 @pytest.mark.parametrize("name", SKIPPED)
 def test_steps_that_were_all_skipped_are_not_taken(name):
-    policy, data, steps, reason = SKIPPED[name]
-    result = fitted(policy).fit(data, steps)
-    assert result.stop_reason is reason
-    if name == "skip":
-        with pytest.warns(UserWarning, match="No step was accepted") as caught:
-            fitted(policy).fit(data, steps)
-        assert WORD in str(caught[0].message)
-        # Of what was before this fit it knows, and is not misled.
-        after = result.trainer.fit(curve(), 2)
-        assert after.stop_reason is vn.StopReason.STEPS_TAKEN
-        again = after.trainer.fit(BAD, 2)
-        assert again.stop_reason is vn.StopReason.ALL_SKIPPED
+    data, steps, reason = SKIPPED[name]
+    assert fitted(PATIENT).fit(data, steps).stop_reason is reason
+
+
+def test_of_what_was_before_a_fit_it_knows_and_is_not_misled():
+    with pytest.warns(UserWarning, match="No step was accepted") as caught:
+        result = fitted(PATIENT).fit(BAD, 3)
+    assert WORD in str(caught[0].message)
+    assert result.stop_reason is vn.StopReason.ALL_SKIPPED
+    after = result.trainer.fit(curve(), 2)
+    assert after.stop_reason is vn.StopReason.STEPS_TAKEN
+    again = after.trainer.fit(BAD, 2)
+    assert again.stop_reason is vn.StopReason.ALL_SKIPPED
 
 
 def test_of_many_each_has_its_own_reason_and_a_warning_names_them():
@@ -331,15 +323,9 @@ def test_in_a_program_nothing_can_be_said():
     assert "jax.jit" in told[0]
 
 
-SOLVERS = {
-    "least squares": optx.LevenbergMarquardt(1e-6, 1e-6),
-    "minimiser": optx.BFGS(1e-6, 1e-6),
-}
-
-
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-def test_a_solve_of_bad_data_warns_of_where_they_are(solver):
+def test_a_solve_of_bad_data_warns_of_where_they_are():
+    solver = optx.LevenbergMarquardt(1e-6, 1e-6)
     batch = curve(np.float32, y={17: NAN})
     with pytest.warns(UserWarning, match=r"`solve`.*`batch\[1\]` has 1 NaN, at \[17\]"):
         result = GaussianFit(gaussian()).solve(solver, batch)
@@ -389,7 +375,8 @@ def test_what_no_step_has_moved_is_named():
     # The loss may be what is never finite, and a bad step alone is nothing to say.
     spoilt = np.where(np.arange(50) == 5, np.nan, y)
     with pytest.warns(UserWarning, match="took them: loss, offset, slope"):
-        zeroed().fit((x, spoilt), 3)
+        result = zeroed().fit((x, spoilt), 3)
+    assert result.stop_reason is vn.StopReason.STEPS_TAKEN
 
 
 def test_a_member_that_stops_early_is_named_too():

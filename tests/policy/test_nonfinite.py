@@ -83,6 +83,10 @@ CASES = [
     (vn.BreakOnNan, "..a...", "++-   ", True),
     (lambda: vn.SkipStep() | vn.StopAfter(2), ".a.ab..", "+-+--  ", True),
     (lambda: vn.SkipStep() | vn.StopAfter(2), ".a.b.l", "+-+-+-", False),
+]
+
+# The same, told by the verdicts alone: each would be a program of its own.
+COMPOSED = [
     (lambda: vn.StopAfter(2) | vn.SkipStep(), "ai...", "--   ", True),
     (lambda: vn.SkipStep() | vn.StopFit(), ".a..", "+-  ", True),
     (lambda: vn.SkipStep() | vn.SkipStep() | vn.StopAfter(1), "..i.", "++- ", True),
@@ -111,11 +115,10 @@ def no_breakpoint(monkeypatch):
     return HITS
 
 
-# Compiling is slow: the transformations of JAX on some of the cases alone, and the last
-# of the compositions by steps alone.
+# Compiling is slow: the transformations of JAX on one of the cases alone.
 WALKED = [(case, "step") for case in CASES]
-WALKED += [(case, "fit") for case in CASES[:10]]
-WALKED += [(CASES[i], walk) for i in (0, 2, 7) for walk in ("scan", "vmap")]
+WALKED += [(case, "fit") for case in CASES if case[0] is not vn.BreakOnNan]
+WALKED += [(CASES[7], walk) for walk in ("scan", "vmap")]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +164,22 @@ def test_a_policy_step_by_step(case, walk, no_breakpoint):
     assert report["update"] == vn.NanCount(0, None)
 
 
-@pytest.mark.parametrize("walk", ["step", "fit"])
-def test_a_verdict_of_numbers_is_one_of_booleans(walk):
+@pytest.mark.parametrize("case", COMPOSED, ids=[case[1] for case in COMPOSED])
+def test_a_composition_by_its_verdicts(case):
+    make, steps, taken, stops = case
+    policy, told = make(), ""
+    state = policy.init(two())
+    for letter in steps[: len(taken.rstrip())]:
+        loss = jnp.asarray({"l": np.nan, "L": np.inf}.get(letter, 1.0))
+        bad = {"a": np.nan, "i": np.inf}.get(letter, 1.0)
+        grads = {"a": jnp.asarray([1.0, bad]), "b": jnp.asarray(1.0)}
+        _, verdict, state = policy.apply(loss, grads, state)
+        told += "+" if verdict.accept else "-"
+        assert bool(verdict.stop) == (stops and len(told) == len(taken.rstrip()))
+    assert told == taken.rstrip()
+
+
+def test_a_verdict_of_numbers_is_one_of_booleans():
     class Numbers(vn.NanPolicy):
         def init(self, params):
             return ()
@@ -176,30 +193,28 @@ def test_a_verdict_of_numbers_is_one_of_booleans(walk):
             )
 
     trainer = Walk(two(), optimiser(), nan_policy=Numbers())
-    after, _ = WALKS[walk](trainer, "..l.")
+    after, _ = by_fit(trainer, "..l.")
     assert int(after.step_count) == 3
     assert after.stopped
     assert after.nan_report()["loss"] == vn.NanCount(1, 2)
     assert after.nan_report()["update"] == vn.NanCount(0, None)
 
 
-@pytest.mark.parametrize("walk", ["step", "fit"])
-def test_an_observer_on_its_own_takes_every_step_that_the_guard_lets_through(walk):
+def test_an_observer_on_its_own_takes_every_step_that_the_guard_lets_through():
     """`StopAfter` alone accepts: it is the last guard that holds the parameters."""
     trainer = Walk(two(), optimiser(), nan_policy=vn.StopAfter(2))
-    after, _ = WALKS[walk](trainer, ".a.ai.")
+    after, _ = by_fit(trainer, ".a.ai.")
     assert int(after.step_count) == 5
-    reference, _ = by_step(trainer, "..")
+    reference, _ = by_fit(trainer, "..")
     close(after.model, reference.model, rtol=2e-6)
     report = after.nan_report()
     assert report["a"] == vn.NanCount(3, 1)
     assert report["update"] == vn.NanCount(3, 1)
 
 
-@pytest.mark.parametrize("walk", ["fit", "vmap"])
-def test_zeroed_entries_and_a_step_that_is_taken(walk):
+def test_zeroed_entries_and_a_step_that_is_taken():
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=vn.ZeroNans())
-    after, _ = WALKS[walk](trainer, "abil")
+    after, _ = by_fit(trainer, "abil")
     close(
         after.model,
         led_by([(0, 1), (1, 0), (0, 1), (1, 1)]),
@@ -285,7 +300,6 @@ def test_a_gradient_that_turns_the_second_moment_to_infinity():
         (vn.ZeroNans(), 5),
         (vn.SkipStep() | vn.StopAfter(1), 3),
         (vn.SkipStep() | vn.StopAfter(2), 5),
-        (vn.ZeroNans() | vn.StopAfter(1), 3),
     ],
 )
 def test_the_policy_hears_of_what_the_guard_held(policy, last):
@@ -329,19 +343,19 @@ def test_a_hook_that_makes_nan_of_gradients_or_models():
         assert result.history.loss[-1] < result.history.loss[0]
 
 
+BACKTRACKING = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10))
+
+
 @pytest.mark.loose_dtypes
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: vn.window(
-            optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10)), 3
-        ),
         lambda: optax.chain(
             optax.sgd(0.1), optax.contrib.reduce_on_plateau(accumulation_size=4)
         ),
-        lambda: vn.ParamOptimiser({"**": vn.window(optax.lbfgs(), start=3)}),
+        lambda: vn.ParamOptimiser({"**": vn.window(BACKTRACKING, start=3)}),
     ],
-    ids=["backtracking", "plateau", "rule"],
+    ids=["plateau", "rule"],
 )
 def test_a_state_that_is_infinite_by_design(make):
     """Some Optax states begin at infinity, and keep it for a while."""
@@ -401,10 +415,9 @@ def test_composed_with_others_it_still_raises():
     assert caught.value.paths == ("loss",)
 
 
-@pytest.mark.parametrize("jit", [jax.jit, eqx.filter_jit])
-def test_in_a_jit_of_ones_own_it_raises_as_well(jit):
+def test_in_a_jit_of_ones_own_it_raises_as_well():
     trainer = Walk(two(), optimiser(), nan_policy=vn.RaiseOnNan())
-    step = jit(lambda trainer, batch: trainer.step(batch))
+    step = jax.jit(lambda trainer, batch: trainer.step(batch))
     trainer, _ = step(trainer, script(".a"))
     with pytest.raises(Exception, match="RaiseOnNan"):
         jax.block_until_ready(step(trainer, script(".a")))
@@ -413,7 +426,7 @@ def test_in_a_jit_of_ones_own_it_raises_as_well(jit):
 # A breakpoint.
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("walk", ["step", "fit", "vmap"])
 def test_a_breakpoint_at_the_bad_step_alone(no_breakpoint, walk):
     trainer = Walk(two(), optimiser(), nan_policy=vn.BreakOnNan())
     after, _ = WALKS[walk](trainer, "..a")
@@ -448,10 +461,9 @@ class Halve(vn.NanPolicy):
         return grads, vn.Verdict(ok, factor < self.floor), {"factor": factor}
 
 
-@pytest.mark.parametrize("walk", ["fit", "vmap"])
-def test_a_policy_of_ones_own(walk):
+def test_a_policy_of_ones_own():
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=Halve())
-    after, _ = WALKS[walk](trainer, ".a.l.b..")
+    after, _ = by_fit(trainer, ".a.l.b..")
     assert int(after.step_count) == 6
     assert after.stopped
     close(after.model, led_by([(1, 1), (0.5, 0.5), (0.25, 0.25)]), rtol=2e-6)
@@ -473,21 +485,6 @@ def test_verdicts_of_plain_python_are_enough():
 
     trainer = Walk(two(), optax.sgd(0.1), nan_policy=Careless())
     assert not by_step(trainer, "...")[0].stopped
-
-
-# Gradients through a fit.
-
-
-def test_gradients_through_accepted_steps():
-    def after(start, batches):
-        trainer = Walk({"a": start, "b": two()["b"]}, optax.sgd(0.1))
-        for _ in range(2):
-            trainer, _ = trainer.step(batches)
-        return jnp.sum(trainer.model["a"])
-
-    start = two()["a"]
-    grad = jax.grad(after)(start, script(".."))
-    np.testing.assert_allclose(grad, [0.64, 0.64], rtol=1e-6)
 
 
 # Reports.
@@ -607,7 +604,7 @@ def kept(trainer, history):
     return trainer.replace(model=trainer.model, nan_policy=vn.StopFit())
 
 
-CHANGES = {"a rate": lowered, "a policy": kept, "nothing": lambda trainer, _: trainer}
+CHANGES = {"a rate": lowered, "nothing": lambda trainer, _: trainer}
 
 
 def by_rules(policy):
@@ -616,25 +613,25 @@ def by_rules(policy):
 
 
 @pytest.mark.parametrize("is_many", [False, True])
-@pytest.mark.parametrize("change", [name for name in CHANGES if name != "a policy"])
 @pytest.mark.parametrize("policy", STOPS)
-def test_a_callback_does_not_override_a_policy(policy, change, is_many):
+def test_a_callback_does_not_override_a_policy(policy, is_many):
     trainer, batch = by_rules(STOPS[policy]()), script("..a.....")
-    options = {"chunk": 2, "callback": CHANGES[change], "progress": False}
-    fit = lambda: (
-        vn.fit_many([trainer] * 2, batch, 8, **options)
-        if is_many
-        else trainer.fit(batch, 8, **options)
-    )
-    if policy == "RaiseOnNan":
-        with pytest.raises(vn.NonFiniteError) as caught:
-            fit()
-        assert caught.value.step == 2
-        return
-    result = fit()
-    after = result.trainer(1) if is_many else result.trainer
-    assert (int(after.step_count), bool(after.stopped)) == (3, True)
-    assert result.failed == (0, 1) if is_many else result.stop_reason.is_failure
+    for change in CHANGES.values():
+        options = {"chunk": 2, "callback": change, "progress": False}
+        fit = lambda options=options: (
+            vn.fit_many([trainer] * 2, batch, 8, **options)
+            if is_many
+            else trainer.fit(batch, 8, **options)
+        )
+        if policy == "RaiseOnNan":
+            with pytest.raises(vn.NonFiniteError) as caught:
+                fit()
+            assert caught.value.step == 2
+            continue
+        result = fit()
+        after = result.trainer(1) if is_many else result.trainer
+        assert (int(after.step_count), bool(after.stopped)) == (3, True)
+        assert result.failed == (0, 1) if is_many else result.stop_reason.is_failure
 
 
 def test_a_policy_stays_where_a_callback_replaces_it():

@@ -1,12 +1,14 @@
 """Knowing when to stop: the validation, the best that follows it, the criteria."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 import vernal as vn
 from models import LineFit, TwoFit, line, line_batch, same, script, two
@@ -19,14 +21,14 @@ TRAINER = LineFit(line(), optax.sgd(0.1))
 PATIENT = {"validation": (AWAY, 5), "stop": vn.Patience(3), "record": "slope"}
 
 
-def by_hand(trainer, count, every, batch=HELD_OUT):
-    """The validation as a loop of single steps comes to it."""
-    scores, models = [], []
-    for step in range(1, count + 1):
+@functools.cache
+def by_hand():
+    """The score and the model after each step, as a loop of single steps has them."""
+    trainer, scores, models = TRAINER, [], []
+    for _ in range(20):
         trainer, _ = trainer.step(BATCH)
-        if step % every == 0:
-            scores.append(float(LineFit.loss(trainer, trainer.model, batch)))
-            models.append(trainer.model)
+        scores.append(float(LineFit.loss(trainer, trainer.model, HELD_OUT)))
+        models.append(trainer.model)
     return np.array(scores), models
 
 
@@ -38,11 +40,13 @@ def by_hand(trainer, count, every, batch=HELD_OUT):
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 def test_scores_are_of_the_model_after_so_many_steps(every, chunk):
     result = TRAINER.fit(BATCH, 20, validation=(HELD_OUT, every), chunk=chunk)
-    scores, models = by_hand(TRAINER, 20, every)
+    scores, models = (after[every - 1 :: every] for after in by_hand())
     np.testing.assert_allclose(result.history.validation, scores, rtol=1e-12)
     steps = np.arange(every, 21, every)
     np.testing.assert_array_equal(result.history.validation_steps, steps)
     assert len(result.history.loss) == 20
+    # It changes nothing of the fit.
+    np.testing.assert_allclose(result.model.slope, by_hand()[1][-1].slope, rtol=1e-12)
     if len(scores):
         best = models[int(np.argmin(scores))]
         np.testing.assert_allclose(result.best.slope, best.slope, rtol=1e-12)
@@ -86,15 +90,6 @@ def test_the_default_scores_the_model_that_it_is_given():
     trainer = Keyed(line(5.0), optax.sgd(0.0), key=jax.random.key(0))
     result = trainer.fit(BATCH, 3, validation=(BATCH, 1))
     assert np.all(result.history.validation > result.history.loss + 0.1)
-
-
-def test_a_validation_changes_nothing_of_the_fit():
-    plain, watched = (
-        TRAINER.fit(BATCH, 20),
-        TRAINER.fit(BATCH, 20, validation=(HELD_OUT, 3), stop=vn.Patience(99)),
-    )
-    np.testing.assert_allclose(plain.model.slope, watched.model.slope, rtol=1e-14)
-    np.testing.assert_allclose(plain.history.loss, watched.history.loss, rtol=1e-14)
 
 
 @pytest.mark.parametrize("data", ["minibatches", "stream"])
@@ -191,10 +186,13 @@ def told(losses, room=24):
 TOLD = Told(jnp.array(1.0), optax.sgd(0.1), nan_policy=vn.SkipStep())
 
 
+# A slow fall adds up, within three steps to more than five, and to less.
+@example([100.0 - 2 * i for i in range(20)], (0.0, 3, 5.0))
+@example([100.0 - i for i in range(20)], (0.0, 3, 5.0))
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.floats(-100, 100), min_size=1, max_size=20),
-    st.sampled_from([(0.0, 1, 0.0), (0.1, 2, 0.0), (0.0, 3, 5.0), (0.5, 2, 1.0)]),
+    st.sampled_from([(0.1, 1, 0.0), (0.0, 3, 5.0), (0.5, 2, 1.0)]),
 )
 def test_convergence_is_what_it_says(losses, options):
     rtol, patience, atol = options
@@ -204,12 +202,6 @@ def test_convergence_is_what_it_says(losses, options):
     assert int(result.trainer.step_count) == expected
     if expected < len(losses):
         assert result.stop_reason is vn.StopReason.CONVERGED
-
-
-def test_a_slow_fall_is_no_convergence():
-    losses = 1 - 0.003 * np.arange(20)
-    assert len(TOLD.fit(told(losses), 20, stop=vn.Converged(0.01, 5)).history) == 20
-    assert len(TOLD.fit(told(losses), 20, stop=vn.Converged(0.02, 5)).history) == 6
 
 
 def test_steps_that_are_not_taken_are_no_convergence():
@@ -223,7 +215,7 @@ def test_steps_that_are_not_taken_are_no_convergence():
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(0, 9) | st.just(np.nan), min_size=1, max_size=20),
-    st.integers(1, 3),
+    st.sampled_from([1, 3]),
 )
 def test_patience_is_what_it_says(scores, n):
     batch = told([0.0, *scores])
@@ -248,20 +240,14 @@ def test_patience_counts_validations_and_not_steps():
     assert "patience" in str(result.stop_reason)
 
 
-# More than is counted, without JAX's 64 bits.
-NEVER = {
-    "Converged": {"stop": vn.Converged(1e-3, 2**40)},
-    "Patience": {"stop": vn.Patience(2**40), "validation": (0.0, 1)},
-    "StopAfter": {},
-}
-
-
-@pytest.mark.parametrize("name", NEVER)
-def test_a_patience_longer_than_any_fit(name):
+def test_a_patience_longer_than_any_fit():
+    """More than is counted, without JAX's 64 bits."""
+    never = 2**40
+    stop = vn.Converged(1e-3, never) | vn.Patience(never)
     with jax.enable_x64(False):
-        policy = vn.SkipStep() | vn.StopAfter(2**40 if name == "StopAfter" else 9)
+        policy = vn.SkipStep() | vn.StopAfter(never)
         trainer = Level(jnp.array(1.0), optax.sgd(0.1), nan_policy=policy)
-        result = trainer.fit(0.0, 3, **NEVER[name])
+        result = trainer.fit(0.0, 3, stop=stop, validation=(0.0, 1))
     assert result.stop_reason is vn.StopReason.STEPS_TAKEN
 
 
@@ -297,9 +283,8 @@ def test_a_criterion_of_ones_own():
     [
         # With a tolerance as wide as this, the minimum is still far away.
         (vn.Converged(0.99, 2) | Flat(jnp.array(1e9)), "CRITERION", 1),
-        (Flat(jnp.array(1e9)) | vn.Converged(0.99, 2), "CRITERION", 1),
         (vn.Converged(0.99, 2) | Flat(jnp.array(0.0)), "STALLED", 3),
-        (Flat(jnp.array(0.0)) | vn.Converged(0.99, 2), "STALLED", 3),
+        (vn.Patience(9) | Flat(jnp.array(1e9)) | vn.Converged(0.99, 2), "CRITERION", 1),
         (vn.Patience(9) | Flat(jnp.array(0.0)) | vn.Converged(0.99, 2), "STALLED", 3),
     ],
 )

@@ -74,18 +74,16 @@ def of_step(make, count):
     ("make", "most"), [(with_leaves, 15), (with_rules, 16), (with_blocks, 36)]
 )
 def test_a_step_has_a_fixed_number_of_operations_for_each_leaf(make, most):
-    few, more, many = (of_step(make, count) for count in (20, 24, 28))
+    few, more, many = (of_step(make, count) for count in (17, 18, 19))
     assert many - more == more - few
-    assert (many - more).total() <= 4 * most
+    assert (many - more).total() <= most
     # What is costly is there once for all of them.
     added = set(many - few)
     assert not added & {"dot_general", "reduce_max", "is_finite", "cond", "while"}
 
 
-@pytest.mark.parametrize("count", [3, 20])
-def test_blocks_in_a_program_are_those_outside_of_one(count):
-    projector = with_blocks(count).projector
-    params = model(count)
+def test_blocks_in_a_program_are_those_outside_of_one():
+    projector, params = with_blocks(20).projector, model(20)
     latent = jax.tree.map(jnp.cos, projector.to_latent(params))
     for fn, given in (
         (projector.to_params, latent),

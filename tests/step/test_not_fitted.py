@@ -261,15 +261,6 @@ def test_what_is_meant_as_it_is_is_not_told(name):
     pull()(decay(MEANT[name]))
 
 
-@pytest.mark.parametrize("optimiser", [HELD, ONLY, STRICT])
-def test_what_rules_leave_out_is_not_told(optimiser):
-    pull()(decay(np.int64(70)), optimiser)
-
-
-def test_what_train_leaves_out_is_not_told():
-    pull()(decay(jnp.array(70)), train="rate")
-
-
 # Objects that JAX does not look into
 
 
@@ -387,13 +378,12 @@ def test_objects_without_such_arrays_are_not_told(name):
     pull()(decay(CLEAR[name]))
 
 
-@pytest.mark.parametrize("optimiser", [HELD, ONLY, STRICT])
-def test_objects_that_rules_leave_out_are_not_told(optimiser):
-    pull()(decay(Plain(ARRAY)), optimiser)
-
-
-def test_objects_that_train_leaves_out_are_not_told():
-    pull()(decay(Plain(ARRAY)), train="rate")
+@pytest.mark.parametrize(
+    "options", [{"optimiser": x} for x in (HELD, ONLY, STRICT)] + [{"train": "rate"}]
+)
+def test_what_rules_or_train_leave_out_is_not_told(options):
+    for value in np.int64(70), jnp.array(70), Plain(ARRAY):
+        pull()(decay(value), **options)
 
 
 # print(trainer)

@@ -115,10 +115,6 @@ def test_other_residuals_are_not(name):
 
 
 ENTRANCES = {
-    "fit": lambda trainer, batch: trainer.fit(batch, 1),
-    "minibatches": lambda trainer, batch: trainer.fit(
-        vn.Minibatches(batch, 3, key=jax.random.key(0)), 1
-    ),
     "standard errors": lambda trainer, batch: trainer.standard_errors(batch),
     "many": lambda trainer, batch: vn.fit_many([trainer, trainer], batch, 1),
 }

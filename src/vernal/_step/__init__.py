@@ -40,17 +40,8 @@ from .construct import (
     refuse_own_projector,
     require_optimiser,
 )
-from .data_mark import (
-    BATCH_BY_BATCH,
-    begun_on,
-    compared,
-    data_mark,
-    in_source,
-    marks_of_rows,
-    stepped_on,
-)
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
-from .held import pushed
+from .edges import prior_ends, pushed
 from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (
@@ -80,7 +71,6 @@ from .objective import (
     step_key,
 )
 from .opt_state import beginning, settled
-from .prior_ends import prior_ends
 from .progress import (
     Best,
     Progress,
@@ -93,17 +83,24 @@ from .progress import (
 )
 from .replace import member_axes, replaced_fields, reproject
 from .scored_by import (
+    BATCH_BY_BATCH,
     Scorer,
+    begun_on,
     code_of,
+    compared,
     data_code_of,
+    data_mark,
     digests,
+    in_source,
     is_of_other_code,
     is_scored_otherwise,
+    marks_of_rows,
     noted,
     noted_as,
     noted_as_member,
     scored_parts,
     scorer_of,
+    stepped_on,
 )
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
 from .suspect_data import warn_of_suspect_data

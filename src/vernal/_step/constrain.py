@@ -61,9 +61,9 @@ def clip_of(trainer: AbstractTrainer, given: str) -> Clip:
 def project(
     clip: Clip, projector: EigenProjector | None, params: PyTree
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    r"""Projects parameters onto the bounds of `clip`.
+    r"""Projects parameters onto the bounds of `clip`, and says whether it moves them.
 
-    In the metric $F$ of the projector: returns the solution $z$ of
+    In the metric $F$ of the projector, `None` if nothing is coupled: the solution of
 
     $$\min_z\ (z - x)^\top F (z - x), \quad z \text{ within the bounds},$$
 
@@ -72,16 +72,6 @@ def project(
     elements on a bound. See Júdice and Pires, *A block principal pivoting algorithm for
     large-scale strictly monotone linear complementarity problems*, Computers &
     Operations Research 21 (1994).
-
-    **Arguments:**
-
-    - `clip`: clips each element to an interval.
-    - `projector`: has the metric; `None` if nothing is coupled.
-    - `params`: the point $x$.
-
-    **Returns:**
-
-    The point $z$, and whether it differs from $x$.
     """
     clipped = clip(params)
     active = jax.tree.map(jnp.not_equal, clipped, params)
@@ -164,9 +154,7 @@ def _first_alone(flags: PyTree) -> PyTree:
 def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
     """Returns the projector in whose metric `clip` must be a projection, if any.
 
-    **Raises:**
-
-    - `ValueError`: if a `precondition` couples what `constrain` changes.
+    Refuses a `precondition` that couples what `constrain` changes.
     """
     metrics = preconditioners(trainer.optimiser)
     if trainer.projector is None and not metrics:

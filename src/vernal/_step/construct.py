@@ -38,8 +38,8 @@ from .._tree import (
 from .abstract_trainer import AbstractTrainer, own_fields
 from .model import check_state
 from .model_template import ModelTemplate
+from .not_fitted import holds_arrays, in_words
 from .objective import METHODS, defined
-from .opaque import holds_arrays, in_words
 from .preconditioners import check_coordinates
 
 _HOOKS = {

@@ -4,11 +4,9 @@ import math
 import weakref
 from typing import Any
 
-from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
 from .._boundary import spelled_leaves, warn_once
-from .._program import sums_over_pairs
 from .abstract_trainer import AbstractTrainer
 
 
@@ -64,20 +62,4 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
         "`residuals.ravel()`.",
         UserWarning,
         of=(warn_of_outer, weakref.ref(type(trainer))),
-    )
-
-
-def warn_of_pairs(trainer: AbstractTrainer, jaxpr: Jaxpr) -> None:
-    """Warns, once for a class, of a loss that sums over all pairs of data."""
-    if (size := sums_over_pairs(jaxpr)) is None:
-        return
-    kind = type(trainer)
-    warn_once(
-        f"The loss of `{kind.__name__}` sums over {size} x {size} pairs: an array of "
-        f"shape ({size}, 1) broadcasts against one of shape ({size},), so that each "
-        "datum is compared with each value of the model, and the fit and its errors "
-        "are wrong. Give them one shape, such as by `y[:, 0]`. If it is on purpose, "
-        "make the column of a vector, by `y[:, 0][:, None]`.",
-        UserWarning,
-        of=(warn_of_pairs, weakref.ref(kind)),
     )

@@ -13,12 +13,12 @@ from .._boundary import (
     spelled_leaves,
     warn_of_rounded_integers,
     warn_of_single_leaves,
+    warn_once,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import hash_of_code, settle, turned_into_floats
+from .._program import hash_of_code, settle, sums_over_pairs, turned_into_floats
 from .abstract_trainer import AbstractTrainer, own_fields, template_of
 from .objective import defined, live, score, step_key
-from .outer import warn_of_pairs
 
 # The losses that have been looked at: their code, what the model is, and all shapes.
 _seen: set[Any] = set()
@@ -58,9 +58,25 @@ def warn_of_suspect_data(
         # A loss that counts its traces is the same afterwards.
         settle(code)
         _seen.add(mark())
-    warn_of_pairs(trainer, jaxpr)
+    _warn_of_pairs(trainer, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))
+
+
+def _warn_of_pairs(trainer: AbstractTrainer, jaxpr: Jaxpr) -> None:
+    """Warns, once for a class, of a loss that sums over all pairs of data."""
+    if (size := sums_over_pairs(jaxpr)) is None:
+        return
+    kind = type(trainer)
+    warn_once(
+        f"The loss of `{kind.__name__}` sums over {size} x {size} pairs: an array of "
+        f"shape ({size}, 1) broadcasts against one of shape ({size},), so that each "
+        "datum is compared with each value of the model, and the fit and its errors "
+        "are wrong. Give them one shape, such as by `y[:, 0]`. If it is on purpose, "
+        "make the column of a vector, by `y[:, 0][:, None]`.",
+        UserWarning,
+        of=(_warn_of_pairs, weakref.ref(kind)),
+    )
 
 
 def _warn_of_rounded(
