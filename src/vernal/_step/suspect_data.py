@@ -1,5 +1,6 @@
 """Warnings of data whose digits are lost, or of which all pairs are summed."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
