@@ -1,9 +1,16 @@
 """How many steps a chunk of a fit has."""
 
+import itertools
+import time
+
+import jax
 import numpy as np
+import optax
 import pytest
 
+import vernal as vn
 from inside import Pace
+from models import LineFit, line, line_batch
 
 # Seconds of a step, of what a chunk begins with, and of the compilation.
 MACHINES = {
@@ -57,3 +64,49 @@ def test_slow_steps_are_taken_one_by_one():
 
 def test_a_clock_that_stands_still_is_no_reason_to_take_all_steps():
     assert Pace().next(1, 0.0) == 100
+
+
+def test_a_fit_of_the_same_kind_begins_with_what_takes_a_quarter_of_a_second():
+    pace = Pace("of the same kind")
+    assert pace.first() == 1
+    pace.next(1, 3.0)  # which compiled
+    assert Pace("of the same kind").first() == 1
+    pace.next(9, 9e-3)
+    assert Pace("of the same kind").first() == 250
+    assert Pace("of another kind").first() == Pace().first() == 1
+
+
+def test_kinds_are_bounded_in_number():
+    for kind in range(2_000):
+        Pace(kind).next(100, 1e-3)
+    assert sum(Pace(kind).first() > 1 for kind in range(2_000)) <= 512
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Each look at it is a millisecond later."""
+    looks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(looks) / 1e3)
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.usefixtures("clock")
+def test_a_fit_again_takes_one_chunk_unless_it_is_of_another_kind():
+    def ends(trainer, data, **options):
+        seen = []
+        note = lambda _, history: seen.append(len(history.loss))
+        trainer.fit(data, 10, callback=note, **options)
+        return seen
+
+    trainer, data = LineFit(line(), optax.adam(0.1)), line_batch()
+    assert ends(trainer, data) == [1, 10]
+    assert ends(trainer, data) == [10]
+    assert ends(trainer, jax.tree.map(lambda x: x + 1, data)) == [10]
+    assert ends(trainer, data, chunk=4) == [4, 8, 10]
+    assert ends(trainer, line_batch(20)) == [1, 10]
+    assert ends(trainer.replace(optimiser=optax.sgd(1e-3)), data) == [1, 10]
+    assert ends(trainer, data, record=("grad_norm",)) == [1, 10]
+    assert ends(trainer, data, stop=vn.Converged(1e-9, 20)) == [1, 10]
+    assert ends(trainer, vn.Minibatches(data, 4, key=jax.random.key(0))) == [1, 10]
+    for _ in range(2):
+        assert ends(trainer, vn.Stream([data] * 10))[0] == 1

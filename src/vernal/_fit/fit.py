@@ -108,8 +108,10 @@ def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
     steps, chunk = options.steps, options.chunk
     if run.is_resumed and run.taken >= steps:
         return StopReason.TAKEN_BEFORE
-    # The first step may be slow, and has to be compiled.
-    size, pace, peers = chunk or 1, Pace(), run.peers
+    peers = run.peers
+    # Several processes take chunks of the same size.
+    pace = Pace(None if peers.are_many else run.kind())
+    size = chunk or pace.first()
     try:
         while run.taken < steps and not run.stopped:
             before, started = run.taken, time.perf_counter()

@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -27,7 +27,13 @@ from .._loop import (
     Task,
 )
 from .._policy import StopReason
-from .._program import are_on_one_cpu, is_of_host, is_refused, is_switched_on
+from .._program import (
+    are_on_one_cpu,
+    hash_of_code,
+    is_of_host,
+    is_refused,
+    is_switched_on,
+)
 from .._step import (
     AbstractTrainer,
     Scorer,
@@ -138,6 +144,14 @@ class FitRun:
         self.stopped = self._is_over()
         if checkpointer is not None:
             checkpointer.require_columns(self._no_history())
+
+    def kind(self) -> Hashable:
+        """Returns what is equal for fits whose steps take as long; of a stream none."""
+        if self._is_stream:
+            return None
+        parts = self._config, self.source, self.monitor, self._record
+        leaves = jax.tree.leaves((parts, self._state))
+        return hash_of_code(parts), *(getattr(leaf, "shape", ()) for leaf in leaves)
 
     def _restored(
         self, checkpointer: Checkpointer, trainer: AbstractTrainer, placed: Any

@@ -371,7 +371,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             again, from `result.trainer.replace(...)`.
         - `chunk`: the number of steps between two calls. By default as many as take
             about half a second; up to two where a chunk begins slowly, with copies of
-            a large model.
+            a large model. The first chunk has one step, or, of a fit like one before,
+            as many as take a quarter of a second.
         - `checkpoint`: a [`vernal.Checkpoints`][]: the fit writes its state there. The
             same program, started again after it was killed, takes the rest of its
             `steps` from there.
