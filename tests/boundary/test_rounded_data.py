@@ -197,3 +197,22 @@ def test_what_has_no_such_integers_is_not_told(name):
             return model["a"] * KEPT[name](batch["t"]) - batch["y"]
 
     assert told(Kept, SECONDS, look) == []
+
+
+AMPLITUDE = 1.0
+
+
+class Globally(vn.Trainer):
+    def residuals(self, model, batch):
+        return model["a"] * AMPLITUDE * jnp.sin(batch["t"] / 0.5) - batch["y"]
+
+
+@pytest.mark.filterwarnings("ignore:.*PrecisionWarning", "ignore:.*integers up to")
+def test_a_look_at_integers_takes_no_change_of_code_for_its_own(monkeypatch):
+    with jax.enable_x64(False):
+        data = {"t": jnp.asarray(SECONDS), "y": jnp.zeros(N)}
+        trainer, losses = Globally({"a": jnp.asarray(1.0)}, optax.sgd(0.0)), []
+        for amplitude in (1.0, 2.0, 4.0):
+            monkeypatch.setitem(globals(), "AMPLITUDE", amplitude)
+            losses += [*trainer.fit(data, 1, progress=False).history.loss]
+    np.testing.assert_allclose(np.divide(losses, losses[0]), [1, 4, 16], rtol=1e-5)

@@ -126,6 +126,27 @@ def test_as_by_hand(name):
         assert result.edm > 1e-3
 
 
+class Near(optx.OptaxMinimiser):
+    """Ends by the point that it is given, which those of Optimistix do not look at."""
+
+    def terminate(self, fn, y, args, options, state, tags):
+        return optx.max_norm(y) < 0.5, optx.RESULTS.successful
+
+
+class Pull(vn.Trainer):
+    def loss(self, model, batch):
+        return jnp.sum(model["a"] ** 2)
+
+
+def test_a_solver_that_looks_at_the_point_takes_as_many_steps_as_by_hand():
+    trainer, solver = Pull({"a": jnp.ones(2)}), Near(optax.sgd(0.1), 0.0, 0.0)
+    loss = lambda params, _: trainer.loss(params, None)
+    expected = optx.minimise(loss, solver, trainer.params)
+    result = trainer.solve(solver, jnp.zeros(()))
+    assert len(result.history) == int(expected.stats["num_steps"])
+    assert same(result.model["a"], expected.value["a"])
+
+
 @pytest.mark.parametrize("name", ["BFGS", "NelderMead", "LevenbergMarquardt"])
 def test_the_history_has_the_losses_and_the_best_is_none_of_them_above(name):
     trainer, result = solved(name)

@@ -258,10 +258,21 @@ def _check_spec(
     where = f"`sharding`: {path!r}, of shape {shape}, cannot be split by {spec}"
     if len(spec) > len(shape):
         raise ValueError(f"{where}, which has more entries than there are axes.")
-    try:
-        NamedSharding(mesh, spec).shard_shape(shape)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    used: list[str] = []
+    for length, entry in zip(shape, spec, strict=False):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        for name in names:
+            if name not in mesh.axis_names:
+                known = ", ".join(map(repr, mesh.axis_names))
+                raise ValueError(f"{where}: the axes of the mesh are {known}.")
+        used += names
+        if len(used) > len(set(used)):
+            raise ValueError(f"{where}, which names an axis of the mesh twice.")
+        parts = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+        if length % parts:
+            raise ValueError(
+                f"{where}: {parts} devices cannot share an axis of {length} evenly."
+            )
 
 
 def put(leaf: Any, sharding: NamedSharding) -> Any:

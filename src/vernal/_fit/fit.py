@@ -100,6 +100,7 @@ def fit(
     result = run.ended(reason)
     if not (lacking := remark(run, result)):
         return result
+    # Only a result of many has such members.
     return dataclasses.replace(result, _without_data=tuple(sorted({*lacking})))
 
 

@@ -41,14 +41,15 @@ def map_optimisers(
     optimisers = _unpacked(optimisers)
     for name, tx in optimisers.items():
         require_transformation(tx, f"optimisers[{name!r}]")
-    without_one = [name for name in params if name not in optimisers]
-    idle = [name for name in optimisers if name not in params]
-    if strict and (without_one or idle):
-        listed = lambda names: ", ".join(map(repr, names)) or "none"
+    without = {
+        "an optimiser": [name for name in params if name not in optimisers],
+        "a parameter": [name for name in optimisers if name not in params],
+    }
+    odd = [f"without {x}: {', '.join(map(repr, n))}" for x, n in without.items() if n]
+    if strict and odd:
         raise ValueError(
             "With `strict=True` parameters and optimisers must have the same names. "
-            f"These are without an optimiser: {listed(without_one)}; without a "
-            f"parameter: {listed(idle)}."
+            f"These are {'; '.join(odd)}."
         )
     transforms = {name: optimisers.get(name, optax.set_to_zero()) for name in params}
     optim = partition(transforms, {name: name for name in params})

@@ -96,20 +96,20 @@ def profile(
     scan = Scan("profile", trainer, solver, batch, options)
     axes = {x: _axis(scan, x, i, given.get(x)) for x, i in elements.items()}
     index, goals, starts = [], [], []
-    for own, (_, free) in zip(elements.values(), axes.values(), strict=True):
-        start, best = scan.start(scan.base.flat, [own]), float(scan.base.flat[own])
+    for x, (_, free) in axes.items():
+        i = elements[x]
+        start, best = scan.start(scan.base.flat, [i]), float(scan.base.flat[i])
         starts += chained(free, best, start, len(goals))
-        index += [(own,)] * len(free)
+        index += [(i,)] * len(free)
         goals += [(value,) for value in free]
     points, found, end = scan.points(index, goals, starts), {}, 0
-    for name, (own_values, free) in axes.items():
-        first, end = end, end + len(free)
-        own = jax.tree.map(lambda x, i=first, j=end: x[i:j], points)
-        found[name] = _profile(scan, name, elements[name], own_values, own)
-        limits = scan.low[elements[name]], scan.high[elements[name]]
-        is_bound = np.isin(free, limits) & np.isposinf(own.nll)
+    for x, (own_values, free) in axes.items():
+        i, first, end = elements[x], end, end + len(free)
+        own = jax.tree.map(lambda row, a=first, b=end: row[a:b], points)
+        found[x] = _profile(scan, x, i, own_values, own)
+        is_bound = np.isin(free, (scan.low[i], scan.high[i])) & np.isposinf(own.nll)
         ends = scan.error_note() + prior_ends(scan.trainer)
-        _warn_of(found[name], scan.is_lower(own), is_bound, ends)
+        _warn_of(found[x], scan.is_lower(own), is_bound, ends)
     return next(iter(found.values())) if is_one else found
 
 

@@ -38,6 +38,14 @@ class LowRankWhitening(AbstractWhitening):
     def latent_shape(self) -> tuple[int, ...]:
         return self.scale.shape[-1:]
 
+    @property
+    def rank(self) -> int:
+        return self.eigenvalues.shape[-1]
+
+    @property
+    def is_null(self) -> Bool[Array, " rank"]:
+        return jnp.zeros(self.eigenvalues.shape, bool)
+
     def _times(self, vector: Float[Array, " D"], power: float) -> Float[Array, " D"]:
         r"""Multiplies by $c^p (I - V V^\top) + V \Lambda^p V^\top$."""
         rest = self.curvature**power

@@ -31,14 +31,14 @@ class AbstractWhitening(eqx.Module):
         """The shape of the latent array."""
 
     @property
+    @abc.abstractmethod
     def rank(self) -> Any:
         """The number of directions that are not null; an array if values decide."""
-        return self.eigenvalues.shape[-1]
 
     @property
+    @abc.abstractmethod
     def is_null(self) -> Bool[Array, "*members D"]:
         """Which of the eigenvalues are null: the last ones."""
-        return jnp.zeros(self.eigenvalues.shape, bool)
 
     @abc.abstractmethod
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
@@ -103,6 +103,10 @@ class Unchanged(AbstractWhitening):
     @property
     def rank(self) -> int:
         return self.latent_size
+
+    @property
+    def is_null(self) -> Bool[Array, "*members D"]:
+        return jnp.zeros(self.latent_size, bool)
 
     def apply(self, latent: Float[Array, "..."]) -> Float[Array, " D"]:
         return jnp.ravel(latent)

@@ -51,6 +51,7 @@ class Tracked(NamedTuple):
     best: PyTree
     best_loss: Float[Array, ""]
     is_broken: Bool[Array, ""]
+    is_over: Bool[Array, ""]
 
 
 def track(
@@ -78,14 +79,14 @@ def track(
     begin = solver.init(fn, start, None, options, *structs, tags)
     arrays, others = eqx.partition(begin, eqx.is_array)
 
-    def ends(now: Tracked) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        state = eqx.combine(now.state, others)
-        return solver.terminate(fn, now.point, None, options, state, tags)
+    def ends(point: PyTree, arrays: Any) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        state = eqx.combine(arrays, others)
+        return solver.terminate(fn, point, None, options, state, tags)
 
-    def goes_on(now: Tracked) -> Array:
-        is_done, result = ends(now)
-        is_over = now.is_broken | is_done | (now.steps >= goal)
-        return ~is_over & (result == optx.RESULTS.successful)
+    def asked(now: Tracked, point: PyTree) -> Tracked:
+        is_done, result = ends(point, now.state)
+        is_over = is_done | (result != optx.RESULTS.successful)
+        return now._replace(is_over=is_over | now.is_broken | (now.steps >= goal))
 
     def step(now: Tracked) -> Tracked:
         state = eqx.combine(now.state, others)
@@ -95,7 +96,7 @@ def track(
         # A non-finite trial point is harmless; a non-finite iterate is not.
         is_at = functools.partial(eqx.tree_equal, seen.point)
         is_lost = seen.is_seen & (is_at(now.point) | is_at(point)) & ~jnp.isfinite(loss)
-        return Tracked(
+        new = Tracked(
             point=point,
             state=eqx.filter(state, eqx.is_array),
             seen=seen,
@@ -104,13 +105,17 @@ def track(
             best=best,
             best_loss=best_loss,
             is_broken=is_lost | ~all_finite(point),
+            is_over=now.is_over,
         )
+        # As Optimistix does, with the point before the step.
+        return asked(new, now.point)
 
-    none = jnp.zeros_like(goal), losses, start, best_loss, ~all_finite(start)
     unseen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structs[1])
-    last = jax.lax.while_loop(goes_on, step, Tracked(start, arrays, unseen, *none))
-    is_done, result = ends(last)
+    known = jnp.zeros_like(goal), losses, start, best_loss, ~all_finite(start)
+    first = asked(Tracked(start, arrays, unseen, *known, jnp.array(False)), start)
+    last = jax.lax.while_loop(lambda now: ~now.is_over, step, first)
     state = eqx.combine(last.state, others)
+    is_done, result = ends(last.point, last.state)
     args = fn, last.point, last.seen, None, options, state, tags, result
     point, seen, _ = solver.postprocess(*args)
     return last._replace(point=point, state=state, seen=seen), is_done, result

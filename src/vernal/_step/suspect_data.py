@@ -47,8 +47,8 @@ def warn_of_suspect_data(
     code = type(trainer), own_fields(trainer), template_of(trainer)
     mark = lambda: (hash_of_code(code), *shapes)
     has_loss = not {"loss", "nll"}.isdisjoint(defined(trainer))
-    suspects = rounded_integers(data)
-    if not suspects and not (has_loss and mark() not in _seen):
+    suspects, is_new = rounded_integers(data), has_loss and mark() not in _seen
+    if not suspects and not is_new:
         return
     trainer, batch = seen()
     try:
@@ -56,9 +56,11 @@ def warn_of_suspect_data(
     except Exception:  # what a fit meets, if it takes a step, it raises itself
         return
     finally:
-        # A loss that counts its traces is the same afterwards.
-        settle(code)
-        _seen.add(mark())
+        if is_new:
+            # A loss that counts its traces is the same afterwards. `mark` has just read
+            # the code: what differs now was written by the trace.
+            settle(code)
+            _seen.add(mark())
     _warn_of_pairs(trainer, jaxpr)
     if suspects:
         _warn_of_rounded(suspects, jaxpr, batch, (name, data))
