@@ -260,7 +260,8 @@ def _check_spec(
         raise ValueError(f"{where}, which has more entries than there are axes.")
     try:
         NamedSharding(mesh, spec).shard_shape(shape)
-    except ValueError as error:
+    # That an axis is named twice is no `ValueError` of JAX.
+    except Exception as error:
         raise ValueError(f"{where}: {error}") from error
 
 
