@@ -636,7 +636,7 @@ def test_mistakes(name):
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        (P("modle"), "modle"),
+        (P("modle"), "not found in mesh.*'data', 'model'"),
         (P("model"), "2 times.* size is 9"),
         (P(("data", "model")), "4 times.* size is 9"),
         (P(("model", "model")), "duplicate entries for `model`"),
