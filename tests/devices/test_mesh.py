@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import vernal as vn
 from inside import cache_size, placement, run_chunk, run_step
 from marked import marked
-from meshes import ADAM, BATCH, FITS, RULES, Drawn, Settled, mesh_of, starts
+from meshes import ADAM, BATCH, FITS, RULES, Drawn, Settled, mesh_of, starts, stream
 from models import (
     Gaussian,
     GaussianFit,
@@ -417,6 +417,7 @@ def curves(count=8):
 
 
 MANY = {
+    "stream": lambda: (starts(), vn.Stream(stream), {}),
     "keys and minibatches, in parts": lambda: (
         [
             Drawn(gaussian(), ADAM, key=jax.random.key(i), state=jnp.zeros(()))
@@ -444,6 +445,7 @@ MANY = {
 def test_many_on_devices(name):
     trainers, data, options = MANY[name]()
     one = vn.fit_many(trainers, data, 40, **options)
+    _, data, _ = MANY[name]()
     many = vn.fit_many(trainers, data, 40, mesh=mesh_of(4), **options)
     close_on_one(many.trainers, one.trainers)
     same_histories(many.history, one.history)
@@ -637,6 +639,7 @@ def test_mistakes(name):
         (P("modle"), "the axes of the mesh are 'data', 'model'"),
         (P("model"), "2 devices cannot share an axis of 9 evenly"),
         (P(("data", "model")), "4 devices cannot share"),
+        (P(("model", "model")), "which names an axis of the mesh twice"),
     ],
 )
 def test_leaves_that_cannot_be_split(spec, match):

@@ -269,6 +269,7 @@ RETURNED = {
     ("is_many", "options"),
     [
         (False, {"stop": vn.Converged(1e-4, 10)}),
+        (False, {"stop": vn.Patience(5), "validation": (BATCH, 3)}),
         (True, {"stop": vn.Patience(5), "validation": (BATCH, 3)}),
     ],
 )

@@ -16,6 +16,7 @@ import numpyro.distributions as dist
 import optax
 import optimistix as optx
 import pytest
+import scipy.stats
 
 import vernal as vn
 from models import Gaussian, GaussianFit, line
@@ -143,6 +144,9 @@ def test_the_numbers_are_those_of_iminuit(kind):
         near = 5e-3 if kind is Likelihood else 2e-2
         np.testing.assert_allclose(value, correlation[first, second], atol=near)
     assert report.edm < 1e-8
+    if kind is GaussianFit:
+        expected = scipy.stats.chi2.sf(2 * theirs.fval, X.size - 3)
+        np.testing.assert_allclose(report.p_value, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("step", [0.01, 0.1])

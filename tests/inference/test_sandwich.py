@@ -73,8 +73,14 @@ def test_of_least_squares_it_is_whites():
     )
     # The scale of the residuals does not matter, as it does for those of Fisher.
     assert trainer.report(data()).error_kind == "expected"
-    with pytest.raises(ValueError, match="Give one of them"):
-        trainer.report(data(), scale_errors=True, kind="sandwich")
+    twice = {"scale_errors": True, "kind": "sandwich"}
+    for ask in (
+        lambda: trainer.report(data(), **twice),
+        lambda: trainer.propagate(lambda model: model.slope, data(), **twice),
+        lambda: trainer.draw(jax.random.key(0), 2, data(), **twice),
+    ):
+        with pytest.raises(ValueError, match="Give one of them"):
+            ask()
 
 
 # The first two derivatives of the loss, by the residual in units of the scale.

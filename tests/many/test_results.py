@@ -171,11 +171,16 @@ def test_a_scale_that_is_not_there_is_refused_as_for_one():
         def residuals(self, model, batch):
             return super().residuals(model, batch)[:3]
 
+    class Robust(vn.Trainer):
+        def residuals(self, model, batch):
+            return vn.likelihoods.Robust(model(batch[0]) - batch[1], "cauchy", 1.0)
+
     x, y, sigma = spectra()
     batch = x, np.abs(y[0]), sigma
     prior = {"priors": {"mean": vn.Normal(0.0, 1.0)}}
     cases = {
         "sandwich": (GaussianFit, {}, {"kind": "sandwich"}),
+        "robust": (Robust, {}, {}),
         "priors": (GaussianFit, prior, {}),
         "counts": (Counts, {}, {}),
         "nll": (Likelihood, {}, {}),

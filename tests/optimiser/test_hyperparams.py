@@ -368,6 +368,9 @@ def test_a_stacked_trainer_has_the_rates_of_the_script():
     new = eqx.filter_vmap(replace)(trainers, jnp.asarray([0.1, 0.2, 0.3]))
     assert new.opt_state.hyperparams["learning_rate"].tolist() == [0.1, 0.2, 0.3]
     assert new.opt_state.hyperparams["momentum"].tolist() == [0.5] * 3
+    # Another policy, too.
+    patient = trainers.replace(nan_policy=vn.StopAfter(3))
+    assert isinstance(patient.nan_policy, vn.StopAfter)
 
 
 def test_a_sweep_of_any_hyperparameter():
