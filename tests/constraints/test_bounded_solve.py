@@ -273,3 +273,60 @@ def test_where_there_is_no_slope_no_bound_is_close(solver, bounds, are_many):
         squares = jnp.sum(ended.residuals(ended.model, batch) ** 2)
         np.testing.assert_allclose(squares / 2, ended.best_loss, rtol=1e-6)
         assert abs(ended.model["width"]) < 0.9
+
+
+ENERGIES = np.linspace(0.3, 10, 40)
+KNOWN = {"norm": 40.0, "index": 1.8, "column": 0.01, "sky": 0.8, "slope": 0.5}
+
+
+class Absorbed(vn.Trainer):
+    """A power law behind gas, and the sky. Without a source its index is anything."""
+
+    def residuals(self, model, batch):
+        source, sky = absorbed(model)
+        of = vn.likelihoods.Poisson
+        return of(source + sky, batch["on"]), of(3 * sky, batch["off"])
+
+
+def absorbed(model):
+    dimmed = jnp.exp(-2 * model["column"] * ENERGIES**-2.6)
+    sky = model["sky"] * (ENERGIES / 2) ** -model["slope"]
+    return model["norm"] * ENERGIES ** -model["index"] * dimmed, sky
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_long_step_in_a_whitened_space_ends_on_a_bound_for_good(dtype):
+    solver = optx.LevenbergMarquardt(1e-6, 1e-6)
+    bounds = {name: (0, None) for name in ("column", "norm", "sky")}
+    for seed in (1, 2, 20, 30):
+        draw = np.random.default_rng(seed)
+        source, sky = map(np.asarray, absorbed(KNOWN))
+        batch = {"on": draw.poisson(source + sky), "off": draw.poisson(3 * sky)}
+        start = {
+            "norm": 20 * 10 ** draw.uniform(-1, 1),
+            "index": draw.uniform(0, 3),
+            "column": draw.uniform(0, 1),
+            "sky": 2.5 * 10 ** draw.uniform(-1, 1),
+            "slope": draw.uniform(-1, 1),
+        }
+        model = {name: jnp.asarray(x, dtype) for name, x in start.items()}
+        trainer = Absorbed(model, bounds=bounds)
+        result = trainer.whiten(batch).solve(solver, batch)
+        best = by_scipy_from_the_truth(trainer, batch)
+        assert result.stop_reason is vn.StopReason.CONVERGED
+        assert result.trainer.best_loss == pytest.approx(best, abs=0.01), seed
+        ended = result.trainer.solve(solver, batch)  # it is in a space of its own
+        assert ended.stop_reason is vn.StopReason.CONVERGED
+
+
+def by_scipy_from_the_truth(trainer, batch):
+    names = list(KNOWN)
+    loss = jax.jit(lambda x: trainer.loss(dict(zip(names, x, strict=True)), batch))
+    low = [0 if name in ("column", "norm", "sky") else -5 for name in names]
+    ends = scipy.optimize.minimize(
+        jax.value_and_grad(loss),
+        np.array(list(KNOWN.values())),
+        jac=True,
+        bounds=[(x, None) for x in low],
+    )
+    return float(ends.fun)

@@ -34,7 +34,7 @@ from .edm import (
 )
 from .endless import endless, may_be_endless
 from .formulas import distance_of
-from .idle import Site, is_idle
+from .idle import Site, is_idle, leaves_idle
 from .leftover import (
     MOST_STEPS,
     Leftover,

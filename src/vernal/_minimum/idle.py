@@ -142,3 +142,11 @@ def is_idle(local: Any) -> bool:
     """Whether there is a direction in which residuals have no slope."""
     is_whole = isinstance(local, Triangle) and local.turn is None
     return is_whole and len(idle_directions(local)) > 0
+
+
+def leaves_idle(local: Any) -> bool:
+    """Whether what is held at its bound may have left another element idle."""
+    if not isinstance(local, Triangle | Curved) or local.turn is not None:
+        return False
+    local = jax.device_get(local)
+    return bool(np.any(local.held)) and len(idle_directions(local)) > 0

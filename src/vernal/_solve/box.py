@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
@@ -90,3 +91,16 @@ class Box(NamedTuple):
             moved = choose(is_as_low, near, params)
         same += jax.tree.leaves(jax.tree.map(jnp.equal, moved, params))
         return moved, jnp.all(jnp.stack([jnp.all(flags) for flags in same]))
+
+
+def creeps_to(bounds: Bounds | None, start: PyTree, end: PyTree) -> bool:
+    """Whether an element is next to a bound, by its distance from it at the start."""
+    assert bounds is not None
+    before, after = by_path(start).by_name(), by_path(end).by_name()
+    for side in (bounds.low, bounds.high):
+        for path, bound in side.items():
+            gap, far = (abs(np.asarray(at[path]) - bound) for at in (after, before))
+            least = np.finfo(gap.dtype).eps ** 0.5 * far
+            if np.any((gap > 0) & (gap < least) & np.isfinite(far)):
+                return True
+    return False

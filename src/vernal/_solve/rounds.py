@@ -17,6 +17,7 @@ from .._minimum import (
     Site,
     distance_of,
     endless,
+    leaves_idle,
     lower_point,
     measure_jacobian,
     second_look,
@@ -44,6 +45,7 @@ from .._step import (
 )
 from .._storage import History
 from .._tree import cast_like, ravel, ravel_size, unravel
+from .box import creeps_to
 from .problem import (
     IS_OVER,
     REASONS,
@@ -141,7 +143,9 @@ class Rounds:
     def _attempt(self, left: int, whitens: bool) -> int:
         """Solves from where it is; returns how many steps are left."""
         if bounds_of(self._placed) is not None:
-            return self._settle(left, whitens)
+            if whitens and self._found is None:
+                return self._settle_twice(left)
+            return self._settle(left, whitens, self._found)[1]
         if whitens:
             return self._search(left)
         self._found = self._run(left)
@@ -161,18 +165,58 @@ class Rounds:
         trainer = live(self._stripped, end.params)
         return Site(trainer, problem.batch, kind), end.local
 
-    def _settle(self, left: int, whitens: bool) -> int:
-        """Solves until it is known what is held; returns how many steps are left."""
+    def _settle_twice(self, left: int) -> int:
+        """Solves within bounds, and, if that ends badly, again from the start.
+
+        A long step in the whitened space may end on a bound where other parameters have
+        no effect, far from where they belong. So the solver takes the last quarter of
+        its steps, and those that are left, in the parameters themselves. The lower end
+        counts. Returns how many steps are left.
+        """
+        spare = left // 4
+        kept, unused = self._settle(left - spare, True, None)
+        start, end, left = self._placed.params, kept.end, spare + unused
+        creeps = creeps_to(bounds_of(self._placed), start, end.params)
+        is_lost = creeps or leaves_idle(end.local)
+        if not left or (kept.reason is StopReason.CONVERGED and not is_lost):
+            return left
+        self._begin(start, None, None)
+        now, left = self._settle(left, False, None)
+        if now.last < kept.last - now.distance.noise:
+            params, space = now.end.params, kept.projector
+            if space is not None and not self._whiten(params):
+                at = space.to_latent(params)
+                self._begin(params, space, cast_like(at, end.latent))
+            end = now.end._replace(latent=self._held.latent)
+            self._found = now._replace(end=end, projector=self._projector)
+            return left
+        best, state, loss = now.end.best, now.end.best_state, now.end.best_loss
+        end = end._replace(best=best, best_state=state, best_loss=loss)
+        self._found = kept = kept._replace(end=end)
+        if left and kept.reason is StopReason.MAX_STEPS:
+            self._begin(end.params, kept.projector, end.latent)
+            _, left = self._settle(left, True, kept)
+        return left
+
+    def _settle(
+        self, left: int, whitens: bool, before: _Round | None
+    ) -> tuple[_Round, int]:
+        """Solves until it is known what is held.
+
+        `before` is the round before, if this goes on from it. Returns the last round,
+        and how many steps are left.
+        """
         while True:
-            before, now = self._found, self._run(left)
-            self._found, left = now, left - now.steps
+            now = self._found = self._run(left)
+            left -= now.steps
             fall = np.inf if before is None else before.last - now.last
             if now.is_settled or now.reason in IS_OVER:
                 goes_on = now.reason in _GOES_ON and fall > now.distance.noise
             else:
                 goes_on = bool(fall > 0)
             if not (left and now.steps and goes_on):
-                return left
+                return now, left
+            before = now
             if not (whitens and self._whiten(now.end.params)):
                 self._begin(now.end.params, now.projector, now.end.latent)
 
