@@ -120,7 +120,7 @@ class Report:
     parameters: tuple[ParameterRow, ...]
     correlation_matrix: Float[np.ndarray, "D D"]
     note: str | None = None
-    """Where to go on, if it is not at a minimum, or why errors mislead."""
+    """Where to go on, if it is not at a minimum, or why its numbers mislead."""
 
     def __getitem__(self, name: str) -> ParameterRow:
         """Returns the row of one element, by its name."""
