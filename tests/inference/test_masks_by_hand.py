@@ -1,6 +1,7 @@
 """Residuals that are zero whatever the parameters count as data, and it is said."""
 
 import functools
+import re
 import warnings
 
 import jax
@@ -102,6 +103,56 @@ def test_told_the_number_of_data_a_report_is_right_and_silent():
         np.testing.assert_allclose(ours["b"].error, theirs["b"].error)
 
 
+def test_a_report_has_a_note_of_a_mask_by_hand():
+    told = r"^20 of 30 residuals are exactly zero.*p-value too large.*`data_count=`$"
+    for kind, is_said in ((ByHand, True), (ByWhere, False)):
+        result, data = many(kind)
+        alone, third = solved(kind).report(BATCH), result.report(2, data)
+        by_sandwich = solved(kind).report(BATCH, kind="sandwich")
+        for report in (alone, third, by_sandwich):
+            assert bool(report.note) is is_said
+            assert not is_said or re.search(told, report.note)
+            assert str(report).endswith(f"\n\n{report.note}") is is_said
+            assert "note" not in report.to_dict()
+        # All of its data are there.
+        assert result.report(1, data).note is None
+        # Its errors are right, and it has no p-value.
+        assert "zero" not in solved(kind).table(BATCH)
+    assert solved(ByHand).report(BATCH, data_count=10).note is None
+
+
+def test_the_note_comes_below_others():
+    trainer = ByHand({"a": jnp.array(0.0), "b": jnp.array(0.0)})
+    first, second = trainer.report(BATCH).note.splitlines()
+    assert first.startswith("not at a minimum")
+    assert second.startswith("20 of 30 residuals")
+
+
+class Exactly(vn.Trainer):
+    """The parameter has no effect on the second half of the data."""
+
+    def residuals(self, model, batch):
+        data, as_counts = batch
+        rate = jnp.where(np.arange(6) < 3, model["level"], 4.0)
+        return vn.likelihoods.Poisson(rate, data) if as_counts else rate - data
+
+
+# The data, whether they are counts, and whether a note is right.
+EXACT = {
+    "data that do not scatter": ([2.0, 2.0, 2.0, 4.0, 4.0, 4.0], False, False),
+    "others scatter": ([1.0, 2.0, 3.0, 4.0, 4.0, 4.0], False, True),
+    "counts": ([1.0, 2.0, 3.0, 4.0, 4.0, 4.0], True, False),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_a_note_of_zeros_is_of_data_that_scatter_about_them(case):
+    data, as_counts, is_said = EXACT[case]
+    batch = np.array(data), as_counts
+    note = Exactly({"level": jnp.array(2.0)}).report(batch).note
+    assert note is None if not is_said else note.startswith("3 of 6 residuals")
+
+
 def test_without_scaling_errors_of_a_mask_by_hand_are_right_and_silent():
     trainer = solved(ByHand)
     trainer.table(BATCH)
@@ -144,6 +195,7 @@ def test_data_that_are_met_exactly_are_data():
     report = Shift(level).report(batch, **SCALED)
     assert report.degrees_of_freedom == 5
     assert report.error_scale == pytest.approx(np.sqrt(2.25 / 5))
+    assert "zero" not in str(report)
 
 
 def test_a_prior_is_no_datum_that_is_missing():
@@ -151,3 +203,6 @@ def test_a_prior_is_no_datum_that_is_missing():
     trainer = Shift({"level": jnp.array(2.0)}, priors=uniform)
     report = trainer.report((np.arange(1.0, 9.0), np.ones(8, bool)))
     assert report.degrees_of_freedom == 7
+    assert "zero" not in str(report)
+    masked = trainer.report((np.arange(1.0, 9.0), np.arange(8) < 5))
+    assert "\n3 of 8 residuals are exactly zero" in masked.note

@@ -114,6 +114,18 @@ class Around(NamedTuple):
             warn(zeros_text(self.zero_count, self.data_count))
         return math.sqrt(self.reduced_chi_squared)
 
+    def zeros_note(self) -> str | None:
+        """Says that residuals may be of missing data, if chi-squared counts them."""
+        zeros, count = self.zero_count, self.data_count
+        # A count may be met exactly, and so are all data of a forecast.
+        has_scale = self.data is not None and self.data.has_scale
+        if has_scale or not (count and self.reduced_chi_squared):
+            return None
+        if not may_be_masked(zeros, count):
+            return None
+        harm = "reduced chi-squared is too small and the p-value too large"
+        return zeros_text(zeros, count, harm=harm).removesuffix(".")
+
     def of_elements(self, trainer: AbstractTrainer) -> "OfElements":
         whitening = whitening_of_elements(trainer, self.whitening)
         known = np.asarray(whitening.errors_of_the_data(), float)
@@ -156,13 +168,17 @@ def may_be_masked(zeros: Any, data_count: Any) -> Any:
     return (zeros >= 2) & (100 * zeros >= data_count) & (zeros < data_count)
 
 
-def zeros_text(zeros: int, data_count: int, where: str = "") -> str:
+def zeros_text(
+    zeros: int,
+    data_count: int,
+    where: str = "",
+    harm: str = "reduced chi-squared and the errors of `scale_errors` are too small",
+) -> str:
     """Says what residuals of zero do to a fit, and what helps."""
     return (
         f"{zeros} of {data_count} residuals{where} are exactly zero, whatever the "
-        "parameters, and count as data. If they stand for missing data, reduced "
-        "chi-squared and the errors of `scale_errors` are too small: let `residuals` "
-        "return a likelihood with a mask, "
+        f"parameters, and count as data. If they stand for missing data, {harm}: let "
+        "`residuals` return a likelihood with a mask, "
         "`vn.likelihoods.Gaussian(model, data, where=mask)`, or leave those data out. "
         "`report` can be told the number of data instead: `data_count=`."
     )

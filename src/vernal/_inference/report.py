@@ -74,7 +74,10 @@ def report(
         parameters=tuple(_rows(trainer, (here, own), scale)),
         correlation_matrix=own.correlations(),
         # A fit of as many parameters as data has no p-value, however many counts.
-        note=_note(trainer, here, counts, chance is None and bool(degrees)),
+        note=_joined(
+            _note(trainer, here, counts, chance is None and bool(degrees)),
+            here.zeros_note(),
+        ),
     )
 
 
@@ -114,7 +117,11 @@ def _note(
     """Returns what there is to say of the fit and its errors, a line for each."""
     is_sandwich = here.kind == "sandwich"
     of_data = None if counts is None else counts.note(is_sandwich, is_few)
-    return "\n".join(filter(None, (_point_note(trainer, here), of_data))) or None
+    return _joined(_point_note(trainer, here), of_data)
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "\n".join(filter(None, notes)) or None
 
 
 def _point_note(trainer: AbstractTrainer, here: Around) -> str | None:

@@ -12,7 +12,7 @@ import optax
 
 from .._boundary import PyTree
 from .._projection import EigenProjector
-from .._tree import by_path, paths, uniquely_named
+from .._tree import ByName, by_path, paths, uniquely_named
 from .groups import Group, Leaves
 from .makers import maker
 from .param_optimiser import ParamOptimiser, state_groups
@@ -41,7 +41,7 @@ def learning_rates(
             for index in block
         }
         rates = [of_leaf[index] for index in range(len(names))]
-    return dict(zip(names, rates, strict=True))
+    return ByName(zip(names, rates, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 from .._boundary import first_names, warn
 from .._inference import ROUNDING
 from .._step import AbstractTrainer, prior_ends
+from .._tree import ByName
 from .conditional import Points
 from .elements import find_elements
 from .own_values import values_of
@@ -33,7 +34,8 @@ def intervals(
     quantile = quantile_of(probability(level, "level"))
     scan = Scan("intervals", trainer, solver, batch, options)
     found = crossings(scan, elements, quantile)
-    return {name: _own(scan, elements[name], ends) for name, ends in found.items()}
+    own = {name: _own(scan, elements[name], ends) for name, ends in found.items()}
+    return ByName(own)
 
 
 def _own(scan: Scan, index: int, ends: Interval) -> Interval:

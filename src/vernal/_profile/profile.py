@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 
 from .._boundary import first_names, warn
 from .._step import AbstractTrainer, prior_ends
+from .._tree import ByName
 from .conditional import Points, run_models
 from .elements import find_element, find_elements
 from .intervals import crossings
@@ -110,7 +111,7 @@ def profile(
         is_bound = np.isin(free, (scan.low[i], scan.high[i])) & np.isposinf(own.nll)
         ends = scan.error_note() + prior_ends(scan.trainer)
         _warn_of(found[x], scan.is_lower(own), is_bound, ends)
-    return next(iter(found.values())) if is_one else found
+    return next(iter(found.values())) if is_one else ByName(found)
 
 
 def chained(values: np.ndarray, best: float, root: Start, first: int) -> list[Start]:

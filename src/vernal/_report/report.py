@@ -7,10 +7,9 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from jaxtyping import Float
 
-from .._boundary import nearest_names
 from .._minimum import chi_squared_p_value
 from .._policy import StopReason
-from .._tree import UnknownPathError
+from .._tree import unknown_name
 from .rows import ParameterRow
 from .written import as_html, as_text, number
 
@@ -120,15 +119,13 @@ class Report:
     parameters: tuple[ParameterRow, ...]
     correlation_matrix: Float[np.ndarray, "D D"]
     note: str | None = None
-    """Where to go on, if it is not at a minimum, or why errors mislead."""
+    """Where to go on, if it is not at a minimum, or why its numbers mislead."""
 
     def __getitem__(self, name: str) -> ParameterRow:
         """Returns the row of one element, by its name."""
         rows = {row.name: row for row in self.parameters}
         if name not in rows:
-            raise UnknownPathError(
-                f"The report has no row {name!r}. {nearest_names(name, list(rows))}"
-            )
+            raise unknown_name("The report has no row", name, rows)
         return rows[name]
 
     @property

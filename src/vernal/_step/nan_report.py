@@ -9,17 +9,17 @@ from jax.core import Tracer
 
 from .._boundary import is_debugged
 from .._policy import SKIP_ADVICE, NanCount, NonFiniteError
-from .._tree import paths
+from .._tree import ByName, paths
 from .abstract_trainer import AbstractTrainer, TrainerT, progress_of, with_progress
 
 
 def nan_report(trainer: AbstractTrainer) -> dict[str, NanCount]:
     """Implements `Trainer.nan_report`."""
     totals, firsts, _ = jax.device_get(progress_of(trainer).nan_counts)
-    return {
-        name: NanCount(int(total), int(first) if first >= 0 else None)
+    return ByName(
+        (name, NanCount(int(total), int(first) if first >= 0 else None))
         for name, total, first in zip(nan_columns(trainer), totals, firsts, strict=True)
-    }
+    )
 
 
 def nan_columns(trainer: AbstractTrainer) -> tuple[str, ...]:

@@ -777,10 +777,11 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `scale_errors`: for residuals whose error bars are not known: multiplies all
             errors by the root of the reduced chi-squared. Residuals that a mask by hand
             makes zero count as data, so that it is too small. If two of them or more,
-            and one in a hundred, are zero whatever the parameters, a warning says so.
+            and one in a hundred, are zero whatever the parameters, a warning says so,
+            and without `scale_errors` too the note of the report.
         - `data_count`: the number of data. By default that of the residuals; give it
             if some of these are priors or masked by hand, which also silences the
-            warning. For an `nll` it is not known, and BIC needs it.
+            warning and the note. For an `nll` it is not known, and BIC needs it.
         - `jac`: as for [`vernal.Trainer.fisher`][].
         - `kind`: as for [`vernal.Trainer.standard_errors`][].
 

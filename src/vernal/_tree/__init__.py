@@ -1,11 +1,12 @@
 """Trees of parameters: their leaves by name, compared, joined, saved.
 
 `paths` lists parameters, `named_tree` all leaves, by path; `selectors` choose among
-them; `structure` compares and casts trees; `ravel` joins parameters into one vector;
-`named_arrays` has the leaves as they are saved in files, `checksums` knows them again;
-`small` groups small trees.
+them; `by_name` has dictionaries that say which names are near; `structure` compares and
+casts trees; `ravel` joins parameters into one vector; `named_arrays` has the leaves as
+they are saved in files, `checksums` knows them again; `small` groups small trees.
 """
 
+from .by_name import ByName, unknown_name
 from .checksums import (
     LeafSum,
     checksum,
