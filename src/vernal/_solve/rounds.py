@@ -169,11 +169,11 @@ class Rounds:
         """Solves within bounds, and, if that ends badly, again from the start.
 
         A long step in the whitened space may end on a bound where other parameters have
-        no effect, far from where they belong. So the solver takes the last quarter of
-        its steps, and those that are left, in the parameters themselves. The lower end
-        counts. Returns how many steps are left.
+        no effect, far from where they belong. So the solver keeps a quarter of its
+        steps, for the parameters themselves. The lower end counts. Returns how many
+        steps are left.
         """
-        spare = left // 4
+        spare = left // 4 if left >= self._long else 0
         kept, unused = self._settle(left - spare, True, None)
         start, end, left = self._placed.params, kept.end, spare + unused
         creeps = creeps_to(bounds_of(self._placed), start, end.params)
@@ -181,7 +181,12 @@ class Rounds:
         if not left or (kept.reason is StopReason.CONVERGED and not is_lost):
             return left
         self._begin(start, None, None)
-        now, left = self._settle(left, False, None)
+        try:
+            now, left = self._settle(left, False, None)
+        except RuntimeError:
+            # That way led where the model has an error.
+            self._found = kept
+            return left
         if now.last < kept.last - now.distance.noise:
             params, space = now.end.params, kept.projector
             if space is not None and not self._whiten(params):
