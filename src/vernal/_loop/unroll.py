@@ -76,7 +76,7 @@ def unroll(
     **Arguments:**
 
     - `trainer`: a trainer with an optimiser. An optimiser with an open-ended loop, such
-        as a line search, has forward derivatives only.
+        as the zoom line search of `optax.lbfgs`, has forward derivatives only.
     - `batch`: one batch, any pytree, used whole at every step; or
         [`vernal.Minibatches`][].
     - `steps`: the number of steps. Each number compiles another program.
