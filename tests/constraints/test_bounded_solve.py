@@ -3,10 +3,12 @@
 import functools
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lmfit
 import numpy as np
+import optax
 import optimistix as optx
 import pytest
 import scipy.optimize
@@ -327,3 +329,27 @@ def deviance(model, batch):
     rates, counts = np.append(source + sky, 3 * sky), np.append(*batch.values())
     logs = scipy.special.xlogy(counts, counts / rates)
     return 2 * np.sum(rates - counts + logs)
+
+
+class Fragile(vn.Trainer):
+    """A valley so narrow that steps down its gradient leave for where it raises."""
+
+    def residuals(self, model, batch):
+        steep = eqx.error_if(model["steep"], abs(model["steep"]) > 10.0, "too far")
+        return jnp.array([1e3 * (steep - 1.0), model["positive"] - 2.0]) - batch
+
+
+def test_where_the_second_start_leads_to_an_error_the_first_end_counts():
+    start = {"steep": jnp.array(1.01), "positive": jnp.array(1.0)}
+    trainer = Fragile(start, bounds={"positive": (0, None)})
+    solver = optx.OptaxMinimiser(optax.sgd(1e-2), 1e-8, 1e-8)
+    batch = jnp.zeros(2)
+    with pytest.raises(RuntimeError, match="too far"):
+        trainer.solve(solver, batch, max_steps=128)
+    whitened = trainer.whiten(batch)
+    result = whitened.solve(solver, batch, max_steps=128)
+    assert result.stop_reason is not vn.StopReason.CONVERGED
+    # The first end has three quarters of the steps.
+    ended = result.trainer.residuals(result.model, batch)
+    np.testing.assert_allclose(ended, 0.99**96 * np.array([10.0, -1.0]), rtol=1e-6)
+    assert result.trainer.projector is not None

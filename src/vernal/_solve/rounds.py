@@ -95,6 +95,12 @@ class _Round(NamedTuple):
     is_settled: bool
     is_over: bool
 
+    def with_best_of(self, other: "_Round") -> "_Round":
+        """Returns this round with what is the best after another one."""
+        best, state, loss = other.end.best, other.end.best_state, other.end.best_loss
+        end = self.end._replace(best=best, best_state=state, best_loss=loss)
+        return self._replace(end=end)
+
 
 class Rounds:
     def __init__(
@@ -137,8 +143,7 @@ class Rounds:
             before = now.last
             params = unravel(jnp.asarray(lower.point), now.end.params)
             if not (whitens and self._whiten(params)):
-                at = None if now.projector is None else now.projector.to_latent(params)
-                self._begin(params, now.projector, cast_like(at, now.end.latent))
+                self._begin_within(now, params)
 
     def _attempt(self, left: int, whitens: bool) -> int:
         """Solves from where it is; returns how many steps are left."""
@@ -188,16 +193,11 @@ class Rounds:
             self._found = kept
             return left
         if now.last < kept.last - now.distance.noise:
-            params, space = now.end.params, kept.projector
-            if space is not None and not self._whiten(params):
-                at = space.to_latent(params)
-                self._begin(params, space, cast_like(at, end.latent))
-            end = now.end._replace(latent=self._held.latent)
-            self._found = now._replace(end=end, projector=self._projector)
+            if not self._whiten(now.end.params):
+                self._begin_within(kept, now.end.params)
+            self._found = self._moved(now)
             return left
-        best, state, loss = now.end.best, now.end.best_state, now.end.best_loss
-        end = end._replace(best=best, best_state=state, best_loss=loss)
-        self._found = kept = kept._replace(end=end)
+        self._found = kept = kept.with_best_of(now)
         if left and kept.reason is StopReason.MAX_STEPS:
             self._begin(end.params, kept.projector, end.latent)
             _, left = self._settle(left, True, kept)
@@ -247,13 +247,10 @@ class Rounds:
                 break
             now, left = self._descend(left, self._short, float(kept.end.first))
             if not now.last <= kept.last + now.distance.noise:
-                best, state, loss = now.end.best, now.end.best_state, now.end.best_loss
-                end = kept.end._replace(best=best, best_state=state, best_loss=loss)
-                now = kept._replace(end=end)
+                now = kept.with_best_of(now)
             kept = self._found = now
         if kept.projector is self._damped and self._whiten(kept.end.params):
-            end = kept.end._replace(latent=self._held.latent)
-            self._found = kept._replace(end=end, projector=self._projector)
+            self._found = self._moved(kept)
         return left
 
     def _descend(
@@ -313,6 +310,17 @@ class Rounds:
                 projector = self._damped = damped(projector)
             self._begin(params, projector, latent)
         return again is not None
+
+    def _moved(self, found: _Round) -> _Round:
+        """Returns a round in the space of the next one, which begins at its end."""
+        end = found.end._replace(latent=self._held.latent)
+        return found._replace(end=end, projector=self._projector)
+
+    def _begin_within(self, found: _Round, params: Any) -> None:
+        """Begins another round at these parameters, in the space of an earlier one."""
+        space = found.projector
+        at = None if space is None else space.to_latent(params)
+        self._begin(params, space, cast_like(at, found.end.latent))
 
     def _begin(self, params: Any, projector: Any, latent: Any) -> None:
         """Begins another round at these parameters."""
