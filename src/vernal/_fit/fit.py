@@ -111,7 +111,7 @@ def _go_on(run: FitRun, options: FitOptions, bar: ProgressBar) -> StopReason:
         return StopReason.TAKEN_BEFORE
     peers = run.peers
     # Several processes take chunks of the same size.
-    pace = Pace(None if peers.are_many else run.kind())
+    pace = Pace(None if chunk or peers.are_many else run.kind())
     size = chunk or pace.first()
     try:
         while run.taken < steps and not run.stopped:

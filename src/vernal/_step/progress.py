@@ -56,7 +56,11 @@ def initial_progress(
     columns = len(jax.tree.leaves(params)) + 2
     no_counts = np.array([[0], [-1], [-1]], np.int32)
     return Progress(
-        *(params, latent, opt_state, policy_state, state),
+        params=params,
+        latent=latent,
+        opt_state=opt_state,
+        policy_state=policy_state,
+        state=state,
         best=params,
         best_state=state,
         best_loss=jax.device_put(np.asarray(np.inf, jnp.result_type(float))),
