@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .._data import Minibatches, Whole, batch_shapes
-from .._step import AbstractTrainer, Outcome, Progress, advance, with_progress
+from .._step import (
+    AbstractTrainer,
+    Outcome,
+    Progress,
+    advance,
+    warn_of_pairs,
+    with_progress,
+)
 from .monitor import Monitor, MonitorState
 from .record import Record
 from .rows import Rows
@@ -60,9 +67,11 @@ class Task(NamedTuple):
     """Whether all arrays are there, so that small ones need not be shared."""
 
     def shapes(self, progress: Progress, step: Int[Array, ""]) -> dict[str, Any]:
-        """Returns the shapes of what is recorded of a step."""
-        batch = lambda: batch_shapes(self.source, step)
-        return self.record.shapes(with_progress(self.trainer, progress), batch)
+        """Looks at the loss; returns the shapes of what is recorded of a step."""
+        trainer = with_progress(self.trainer, progress)
+        batch = batch_shapes(self.source, step)
+        warn_of_pairs(trainer, batch)
+        return self.record.shapes(trainer, lambda: batch)
 
     def begin(
         self, state: LoopState, shapes: dict[str, Any], step: Int[Array, ""]

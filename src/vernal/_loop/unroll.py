@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from .._boundary import MOST_STEPS, entrance, whole_number
-from .._data import Minibatches, Stream, Whole, as_batch
+from .._data import Minibatches, Stream, Whole, as_batch, batch_shapes
 from .._program import program
 from .._step import (
     AbstractTrainer,
@@ -32,6 +32,7 @@ from .._step import (
     scored_parts,
     scorer_of,
     stepped_on,
+    warn_of_pairs,
     with_progress,
 )
 
@@ -148,6 +149,7 @@ def _run(
     """Takes the steps that come before the trainer stops."""
     old = progress_of(trainer)
     start = stepped_on(old, *marks)
+    warn_of_pairs(trainer, batch_shapes(source, start.step_count))
 
     def step(carry: tuple[Progress, Any], _: None) -> tuple[Any, Float[Array, ""]]:
         progress, cursor = carry

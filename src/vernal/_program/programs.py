@@ -217,11 +217,6 @@ def version_of(tree: Any) -> Version:
     return _record_of(tree).now()
 
 
-def settle(tree: Any) -> None:
-    """Marks what a tree's code has written to while it was traced, as no part of it."""
-    _record_of(tree).settle()
-
-
 def hash_of_code(tree: Any) -> int:
     """Returns a hash of all that the code of a tree reads, and is, as it is now."""
     record = _record_of(tree)

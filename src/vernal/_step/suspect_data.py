@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Jaxpr
 
 from .._boundary import (
@@ -17,12 +18,9 @@ from .._boundary import (
     warn_once,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import hash_of_code, settle, sums_over_pairs, turned_into_floats
-from .abstract_trainer import AbstractTrainer, own_fields, template_of
+from .._program import sums_over_pairs, turned_into_floats
+from .abstract_trainer import AbstractTrainer
 from .objective import defined, live, score, step_key
-
-# The losses that have been looked at: their code, what the model is, and all shapes.
-_seen: set[Any] = set()
 
 
 def warn_of_suspect_data(
@@ -34,41 +32,30 @@ def warn_of_suspect_data(
     """Warns of coordinates in float32, and of integers that the model turns into it.
 
     A difference of integers is exact, and so is an index: only those that become floats
-    as they are count. It warns, too, of a loss that sums over all pairs of two arrays.
-    Of a stream nothing is looked at. `seen` returns a trainer, and a batch of the data
-    as it sees it, or their shapes.
+    as they are count. Of a stream nothing is looked at. `seen` returns a trainer, and a
+    batch of the data as it sees it, or their shapes.
     """
     if isinstance(source, Stream):
         return
     data = source.arrays if isinstance(source, Minibatches) else source.batch
     warn_of_single_leaves(data, name)
-    leaves = jax.tree.leaves((trainer.params, data))
-    shapes = [getattr(leaf, "shape", ()) for leaf in leaves]
-    code = type(trainer), own_fields(trainer), template_of(trainer)
-    mark = lambda: (hash_of_code(code), *shapes)
-    has_loss = not {"loss", "nll"}.isdisjoint(defined(trainer))
-    suspects, is_new = rounded_integers(data), has_loss and mark() not in _seen
-    if not suspects and not is_new:
-        return
-    trainer, batch = seen()
-    try:
-        jaxpr = eqx.filter_make_jaxpr(_scored)(trainer, batch)[0].jaxpr
-    except Exception:  # what a fit meets, if it takes a step, it raises itself
-        return
-    finally:
-        if is_new:
-            # A loss that counts its traces is the same afterwards. `mark` has just read
-            # the code: what differs now was written by the trace.
-            settle(code)
-            _seen.add(mark())
-    _warn_of_pairs(trainer, jaxpr)
-    if suspects:
-        _warn_of_rounded(suspects, jaxpr, batch, (name, data))
+    if suspects := rounded_integers(data):
+        trainer, batch = seen()
+        if (jaxpr := _traced(trainer, batch)) is not None:
+            _warn_of_rounded(suspects, jaxpr, batch, (name, data))
 
 
-def _warn_of_pairs(trainer: AbstractTrainer, jaxpr: Jaxpr) -> None:
-    """Warns, once for a class, of a loss that sums over all pairs of data."""
-    if (size := sums_over_pairs(jaxpr)) is None:
+def warn_of_pairs(trainer: AbstractTrainer, batch: Any) -> None:
+    """Warns, once for a class, of a loss that sums over all pairs of data.
+
+    This traces the loss. So programs call it while they are traced themselves; under
+    `jax.disable_jit` nothing is.
+    """
+    is_traced = isinstance(trainer.step_count, Tracer)
+    if not is_traced or {"loss", "nll"}.isdisjoint(defined(trainer)):
+        return
+    jaxpr = _traced(trainer, batch)
+    if jaxpr is None or (size := sums_over_pairs(jaxpr)) is None:
         return
     kind = type(trainer)
     warn_once(
@@ -78,7 +65,7 @@ def _warn_of_pairs(trainer: AbstractTrainer, jaxpr: Jaxpr) -> None:
         "are wrong. Give them one shape, such as by `y[:, 0]`. If it is on purpose, "
         "make the column of a vector, by `y[:, 0][:, None]`.",
         UserWarning,
-        of=(_warn_of_pairs, weakref.ref(kind)),
+        of=(warn_of_pairs, weakref.ref(kind)),
     )
 
 
@@ -95,5 +82,11 @@ def _warn_of_rounded(
         warn_of_rounded_integers(np.asarray(leaf), where)
 
 
-def _scored(trainer: AbstractTrainer, batch: Any) -> Any:
-    return score(live(trainer, trainer.params), batch, step_key(trainer)).loss
+def _traced(trainer: AbstractTrainer, batch: Any) -> Jaxpr | None:
+    def loss(trainer: AbstractTrainer, batch: Any) -> Any:
+        return score(live(trainer, trainer.params), batch, step_key(trainer)).loss
+
+    try:
+        return eqx.filter_make_jaxpr(loss)(trainer, batch)[0].jaxpr
+    except Exception:  # what a fit meets, if it takes a step, it raises itself
+        return None
