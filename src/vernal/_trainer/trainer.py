@@ -183,7 +183,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `priors`: a dictionary from selectors to distributions, anything with
             `log_prob`: `{"slope": vn.Normal(0, 1)}`. They are part of the likelihood
             in all that is computed: what is minimised, its curvature, the errors. They
-            need `residuals` or `nll`, and all of the data at each step.
+            need `residuals` or `nll`, and all of the data at each step. A frozen
+            parameter's priors, and its bounds, count for nothing: so trainers that fit
+            other parameters can share them.
         - `key`: a PRNG key, for a loss that draws random numbers.
         - `state`: what the loss carries from step to step beside the parameters: an
             `equinox.nn.State`, or any pytree of arrays. A step that is not accepted
@@ -197,8 +199,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train; if the projector does not fit; if
             bounds are the wrong way round, or the start is outside of them, or is not
-            what a bijection can return; if ties go
-            round in a circle; or if a frozen parameter has a bound or a prior.
+            what a bijection can return; if ties go round in a circle; or if a tied
+            parameter has a bound, or a Python float that is not fitted has one.
         """
         check_arguments(nan_policy, projector, key)
         refuse_taken(type(self), Trainer)
