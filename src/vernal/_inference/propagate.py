@@ -31,6 +31,7 @@ from .._curvature import (
 )
 from .._program import program
 from .._projection import DenseWhitening, written_directions
+from .._report import Propagated
 from .._step import (
     AbstractTrainer,
     bounds_of,
@@ -49,7 +50,7 @@ def propagate(
     fn: Callable[[Any], PyTree],
     batch: Any,
     options: ErrorOptions,
-) -> tuple[PyTree, PyTree]:
+) -> Propagated:
     """Implements `Trainer.propagate`."""
     refuse_program("propagate", trainer, batch)
     if not callable(fn):
@@ -73,7 +74,7 @@ def propagate(
             "be too small. `trainer.intervals(solver, batch)` has errors of what is "
             "held."
         )
-    return value, error
+    return Propagated(value, error)
 
 
 def propagated(

@@ -48,7 +48,7 @@ from .._optimiser import ParamOptimiser, as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._profile import Options as ProfileOptions, Profile, intervals, profile
 from .._projection import EigenProjector
-from .._report import Report
+from .._report import Propagated, Report
 from .._solve import SolveOptions, Solver, solve
 from .._step import (
     AbstractTrainer,
@@ -813,13 +813,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> Propagated:
         r"""Returns a function of the model, and its standard error.
 
         ```python
         ratio = lambda model: model.a.flux / model.b.flux
         value, error = trainer.propagate(ratio, batch)
         curve, errors = trainer.propagate(lambda model: model(x), batch)
+        print(trainer.propagate(ratio, batch))  # 0.331 ± 0.012
         ```
 
         The error is $\sqrt{\mathrm{diag}(G C G^\top)}$, with the Jacobian $G$ of the
@@ -840,7 +841,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Returns:**
 
-        The value, and a tree like it with the standard errors. An error is infinite if
+        The value, and a tree like it with the standard errors: a pair, which prints as
+        lines, see [`vernal.Propagated`][]. An error is infinite if
         `fn` depends on a direction that the data do not constrain. It is NaN where `fn`
         depends only on parameters that are held at their bounds, which have no error;
         where it depends on free ones too, it is that of the free ones, with a warning:
