@@ -683,7 +683,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         parameter that the data do not constrain has an infinite error.
 
         It warns if the model is farther from the minimum than the truth of simulated
-        data would be. Within a compiled program nothing is said.
+        data would be, or where there is no minimum. Within a compiled program nothing
+        is said.
 
         **Arguments:**
 
