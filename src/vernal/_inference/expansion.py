@@ -326,9 +326,16 @@ def may_mislead(trainer: AbstractTrainer, here: Laplace) -> bool:
     # What is not known is looked at.
     if not fall.truth_p_value > NO_ACCIDENT:
         return True
-    sizes = abs(np.asarray(ravel(as_parameters(trainer.params))))
-    bars = here.whitening.errors_of_the_data()
-    return may_run_away(np.asarray(fall.chi_squared), bars, sizes)
+    return _may_be_endless(trainer, here.whitening, fall.chi_squared)
+
+
+def _may_be_endless(
+    trainer: AbstractTrainer, whitening: DenseWhitening, fall: Any
+) -> bool:
+    """Whether finite errors may be of a minimum at infinity, `fall` of chi-squared."""
+    sizes = abs(np.asarray(ravel(as_parameters(trainer.params)), float))
+    bars = whitening.errors_of_the_data()
+    return may_run_away(np.asarray(fall, float), bars, sizes)
 
 
 class Fall(NamedTuple):
@@ -388,8 +395,13 @@ def warn_if_misleading(
             f"`trainer.solve(solver, batch).trainer.{name}(...)`."
         )
         return
-    distance = seen_again(trainer, batch, here).distance
-    if distance is not None and distance.is_lost:
+    if (distance := here.distance) is None:
+        return
+    # Infinite errors say themselves that there is none.
+    is_odd = _may_be_endless(trainer, here.whitening, 2 * distance.edm)
+    if is_odd or distance.is_saddle:
+        distance = seen_again(trainer, batch, here).distance or distance
+    if distance.is_lost:
         warn(f"`{name}`: {minimum_note(distance, trainer.params)}.")
 
 
