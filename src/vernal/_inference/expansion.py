@@ -39,7 +39,7 @@ from .._step import (
     stripped,
     template_of,
 )
-from .._tree import as_parameters, by_path, ravel, widest
+from .._tree import as_parameters, by_path, widest
 from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
 from .fisher import ErrorKind
@@ -333,7 +333,8 @@ def _may_be_endless(
     trainer: AbstractTrainer, whitening: DenseWhitening, fall: Any
 ) -> bool:
     """Whether finite errors may be of a minimum at infinity, `fall` of chi-squared."""
-    sizes = abs(np.asarray(ravel(as_parameters(trainer.params)), float))
+    leaves = map(np.asarray, jax.tree.leaves(trainer.params))  # compiles nothing
+    sizes = abs(np.concatenate([leaf.ravel().astype(float) for leaf in leaves]))
     bars = whitening.errors_of_the_data()
     return may_run_away(np.asarray(fall, float), bars, sizes)
 
