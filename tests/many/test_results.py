@@ -12,7 +12,9 @@ import optax
 import optimistix as optx
 import pytest
 
+import inside
 import vernal as vn
+from lapack import calls_at_once
 from models import Gaussian, GaussianFit
 
 X, LM = np.linspace(-5.0, 5.0, 40), optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
@@ -73,6 +75,22 @@ def test_the_errors_of_each_are_its_own(made):
             continue
         own = result.trainer(index).standard_errors(one(index))
         np.testing.assert_allclose(found, jax.tree.leaves(own), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["expected", "sandwich"])
+def test_lapack_decomposes_one_stack_of_matrices_at_a_time(kind, monkeypatch):
+    # XLA may wait for ever where it decomposes two.
+    run, programs = inside.errors_of_many.run_errors, []
+
+    def watched(*args):
+        programs.append(run.lower(*args).compile().as_text())
+        return run(*args)
+
+    monkeypatch.setattr(inside.errors_of_many, "run_errors", watched)
+    solved().errors(spectra(), kind=kind)
+    (program,) = programs
+    assert "lapack_" in program
+    assert calls_at_once(program) == []
 
 
 @pytest.mark.parametrize("kind", ["observed", "sandwich"])

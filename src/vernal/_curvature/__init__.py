@@ -16,6 +16,7 @@ from .flat import (
 )
 from .linalg import (
     Matrix,
+    after,
     as_real_square,
     descending,
     equilibrated_eigh,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._tree import widest
 from .linalg import equilibrated_eigh, matmul, positive
@@ -103,17 +103,33 @@ def _of_gram(
     columns from their norms.
     """
     norms, values, vectors = equilibrated_eigh(gram)
+    is_accurate = values[-1] > _WELL_CONDITIONED * values[0]
 
     def by_singular_values() -> tuple[Array, Array]:
         _, singular, rows = jnp.linalg.svd(triangle(norms))
-        return jnp.square(singular), rows.T
+        pick = lambda own, better: jnp.where(is_accurate, own, better)
+        return pick(values, jnp.square(singular)), pick(vectors, rows.T)
 
-    values, vectors = jax.lax.cond(
-        values[-1] > _WELL_CONDITIONED * values[0],
-        lambda: (values, vectors),
-        by_singular_values,
-    )
+    found = lambda: (values, vectors)
+    values, vectors = jax.lax.cond(_of_all(is_accurate), found, by_singular_values)
     return Spectrum(1 / norms / units, values, vectors)
+
+
+@jax.custom_batching.custom_vmap
+def _of_all(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Returns a flag; under `jax.vmap`, whether that of all members is true.
+
+    So a branch stays one. As a selection both ways would be taken, for all members, and
+    at once: see `after`.
+    """
+    return flag
+
+
+@_of_all.def_vmap
+def _of_members(
+    _: int, __: list[bool], flags: Bool[Array, " members"]
+) -> tuple[Bool[Array, ""], bool]:
+    return jnp.all(flags), False
 
 
 def square_factor(rows: Float[Array, "N D"]) -> Float[Array, "D D"]:

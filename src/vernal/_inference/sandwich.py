@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._curvature import matmul, refuse, square_factor
+from .._curvature import after, matmul, refuse, square_factor
 from .._minimum import along
 from .._policy import all_finite
 from .._projection import DenseWhitening
@@ -103,7 +103,8 @@ def _sandwich(
     # The gradient of each datum's `nll`; of priors, rows of their information.
     weights = jnp.where(is_datum, residuals, 1).astype(jacobian.dtype)
     whitening = _scattered(observed, weights[:, None] * jacobian)
-    shares, directions = _shares(expected, scoring, is_datum)
+    later = after(scoring, whitening.roots)
+    shares, directions = _shares(expected, later, is_datum)
     sizes = matmul(jnp.abs(jacobian), jnp.abs(ravel(params)).astype(jacobian.dtype))
     eps = max(float(jnp.finfo(x.dtype).eps) for x in (residuals, expected.scale))
     largest = lambda x: jnp.max(jnp.where(is_datum, x, 0), initial=0)

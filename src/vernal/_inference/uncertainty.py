@@ -19,7 +19,7 @@ from .._boundary import (
     warn,
 )
 from .._closure import Closure
-from .._curvature import Mode, Spectrum, equilibrated_eigh, positive
+from .._curvature import Mode, Spectrum, after, equilibrated_eigh, positive
 from .._data import as_batch
 from .._policy import all_finite
 from .._program import Version, version_of
@@ -212,7 +212,9 @@ def errors_or_nan(
         expected, scatter = whitening, _scatter(derived, whitening)
         if (kind := kind_of(kind, derived.data)) != "expected":
             bar = error_bar(derived, ravel_size(as_parameters(trainer.params)))
-            whitening, _, is_curved, _ = _by_hessian(trainer, batch, passes, bar)
+            wait = lambda leaf: after(leaf, expected.roots)
+            later = live(trainer, jax.tree.map(wait, trainer.params))
+            whitening, _, is_curved, _ = _by_hessian(later, batch, passes, bar)
             is_good &= is_curved
         if kind == "sandwich":
             found = sandwich(trainer, batch, passes, derived, expected, whitening)

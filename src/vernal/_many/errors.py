@@ -47,7 +47,7 @@ def errors_of_each(
     trainers, own, size = stacked(trainers)
     members = Members(trainers, (*own, *flags), group or size)
     try:
-        found = _errors(members, batch, checked_mode(options.jac), kind)
+        found = run_errors(members, batch, checked_mode(options.jac), kind)
     except RuntimeError:
         apart = _errors_apart(members, batch, checked_mode(options.jac), kind)
         if apart is None:
@@ -59,7 +59,7 @@ def errors_of_each(
 
 
 @program
-def _errors(
+def run_errors(
     members: Members, batch: Any, jac: Mode | None, kind: ErrorKind | None
 ) -> KnownErrors:
     of_one = lambda trainer, batch: errors_or_nan(trainer, batch, jac, kind)
@@ -75,7 +75,7 @@ def _errors_apart(
         trainers, rows = members.one(batch, np.array([index]))
         alone = members._replace(trainers=trainers, group=1)
         try:
-            found.append(_errors(alone, rows, jac, kind))
+            found.append(run_errors(alone, rows, jac, kind))
         except RuntimeError:
             found.append(None)
     if not any(found):
