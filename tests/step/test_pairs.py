@@ -190,6 +190,19 @@ def test_each_entrance_warns(entrance):
     assert said.filename == __file__
 
 
+@pytest.mark.parametrize("entrance", ["one", "many"])
+def test_a_validation_is_looked_at(entrance):
+    def fit(trainer, batch):
+        fits = vn.fit_many if entrance == "many" else vn.Trainer.fit
+        who = [trainer, trainer] if entrance == "many" else trainer
+        fits(who, batch, 1, validation=(COLUMNS, 1), progress=False)
+
+    trainer = trainer_of(mean, SCALE, "loss")
+    (said,) = heard(fit, trainer, {"x": LINE, "y": LINE})
+    assert "The score of the validation of `Fit` sums over" in str(said.message)
+    assert said.filename == __file__
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_nothing_is_said_of_others(name):
     loss, net, batch = ALONE[name]

@@ -70,7 +70,8 @@ class Task(NamedTuple):
         """Looks at the loss; returns the shapes of what is recorded of a step."""
         trainer = with_progress(self.trainer, progress)
         batch = batch_shapes(self.source, step)
-        warn_of_pairs(trainer, batch)
+        validation = self.monitor.validation
+        warn_of_pairs(trainer, batch, validation and validation.batch)
         return self.record.shapes(trainer, lambda: batch)
 
     def begin(

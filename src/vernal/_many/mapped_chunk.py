@@ -150,8 +150,8 @@ def _run_group(
         taken = jax.vmap(take_member, axis_name=members)(rows, own_batch, state)
         return spread.place.pin_rows(_held(taken, state))
 
-    first, _, source = member((*parts, task.source), spread.flags, 0)
-    one = task._replace(trainer=first, source=source)
+    first, monitor, source = member((*parts, task.source), spread.flags, 0)
+    one = task._replace(trainer=first, monitor=monitor, source=source)
     shapes = one.shapes(jax.tree.map(lambda leaf: leaf[0], progress), step)
     shapes = {
         name: jax.ShapeDtypeStruct((spread.group, *shape.shape), shape.dtype)

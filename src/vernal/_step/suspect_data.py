@@ -20,7 +20,7 @@ from .._boundary import (
 from .._data import Minibatches, Source, Stream
 from .._program import sums_over_pairs, turned_into_floats
 from .abstract_trainer import AbstractTrainer
-from .objective import defined, live, score, step_key
+from .objective import defined, evaluate, live, score, step_key
 
 
 def warn_of_suspect_data(
@@ -41,31 +41,38 @@ def warn_of_suspect_data(
     warn_of_single_leaves(data, name)
     if suspects := rounded_integers(data):
         trainer, batch = seen()
-        if (jaxpr := _traced(trainer, batch)) is not None:
+        if (jaxpr := _traced(_loss, trainer, batch)) is not None:
             _warn_of_rounded(suspects, jaxpr, batch, (name, data))
 
 
-def warn_of_pairs(trainer: AbstractTrainer, batch: Any) -> None:
+def warn_of_pairs(trainer: AbstractTrainer, batch: Any, validation: Any = None) -> None:
     """Warns, once for a class, of a loss that sums over all pairs of data.
 
-    This traces the loss. So programs call it while they are traced themselves; under
-    `jax.disable_jit` nothing is.
+    Also of a score of the batch of `validation`, if there is one. This traces the loss.
+    So programs call it while they are traced themselves; under `jax.disable_jit`
+    nothing is.
     """
-    is_traced = isinstance(trainer.step_count, Tracer)
-    if not is_traced or {"loss", "nll"}.isdisjoint(defined(trainer)):
+    if not isinstance(trainer.step_count, Tracer):
         return
-    jaxpr = _traced(trainer, batch)
+    if not {"loss", "nll"}.isdisjoint(defined(trainer)):
+        _warn_of_pairs("loss", trainer, _traced(_loss, trainer, batch))
+    if validation is not None:
+        jaxpr = _traced(evaluate, trainer, validation)
+        _warn_of_pairs("score of the validation", trainer, jaxpr)
+
+
+def _warn_of_pairs(what: str, trainer: AbstractTrainer, jaxpr: Jaxpr | None) -> None:
     if jaxpr is None or (size := sums_over_pairs(jaxpr)) is None:
         return
     kind = type(trainer)
     warn_once(
-        f"The loss of `{kind.__name__}` sums over {size} x {size} pairs: an array of "
+        f"The {what} of `{kind.__name__}` sums over {size} x {size} pairs: an array of "
         f"shape ({size}, 1) broadcasts against one of shape ({size},), so that each "
         "datum is compared with each value of the model, and the fit and its errors "
         "are wrong. Give them one shape, such as by `y[:, 0]`. If it is on purpose, "
         "make the column of a vector, by `y[:, 0][:, None]`.",
         UserWarning,
-        of=(warn_of_pairs, weakref.ref(kind)),
+        of=(_warn_of_pairs, what, weakref.ref(kind)),
     )
 
 
@@ -82,11 +89,12 @@ def _warn_of_rounded(
         warn_of_rounded_integers(np.asarray(leaf), where)
 
 
-def _traced(trainer: AbstractTrainer, batch: Any) -> Jaxpr | None:
-    def loss(trainer: AbstractTrainer, batch: Any) -> Any:
-        return score(live(trainer, trainer.params), batch, step_key(trainer)).loss
+def _loss(trainer: AbstractTrainer, batch: Any) -> Any:
+    return score(live(trainer, trainer.params), batch, step_key(trainer)).loss
 
+
+def _traced(fn: Callable[..., Any], *args: Any) -> Jaxpr | None:
     try:
-        return eqx.filter_make_jaxpr(loss)(trainer, batch)[0].jaxpr
+        return eqx.filter_make_jaxpr(fn)(*args)[0].jaxpr
     except Exception:  # what a fit meets, if it takes a step, it raises itself
         return None
