@@ -6,7 +6,14 @@ from typing import Any, TypeVar, Unpack
 import jax
 from jax.sharding import Mesh
 
-from .._boundary import UNROLL, entrance, refuse_program, refuse_unknown, whole_number
+from .._boundary import (
+    UNROLL,
+    boolean,
+    entrance,
+    refuse_program,
+    refuse_unknown,
+    whole_number,
+)
 from .._curvature import Mode
 from .._devices import AbstractPlacement, placement
 from .._fit import OPTIONS, FitKeywords, fit
@@ -107,16 +114,18 @@ def fit_many(
     place = placement(together, mesh)
     _check_spread(place, size, group)
     many = ManyTrainers(place, size, group, flags, data_axis)
-    if solver is not None and options:
+    shows = boolean(options.get("progress", True), "progress")
+    of_fit = [name for name in options if name != "progress"]
+    if solver is not None and of_fit:
         raise TypeError(
-            f"`{next(iter(options))}` is for a fit, and with `solver` there is none. "
-            "Leave it out."
+            f"`{of_fit[0]}` is for a fit, and with `solver` there is none. Leave it "
+            "out."
         )
     if solver is None and jac is not None:
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
     try:
         if solver is not None:
-            return solve_many(many, together, data, solver, steps, jac)
+            return solve_many(many, together, data, solver, steps, jac, shows)
         return fit(many, at_one_step(together), data, steps, options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         # Once a step was taken, it is an error of something else, as of a callback.
