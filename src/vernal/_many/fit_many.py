@@ -72,9 +72,11 @@ def fit_many(
         shared: as `in_axes` of `jax.vmap`. It holds for the batch of a `validation`
         too. Stack a list of data sets for it: `np.stack(ys)`.
     - `solver`: a solver that replaces the fit, as in [`vernal.Trainer.solve`][] with
-        `rewhiten=False`. `data` is then one batch, and `jac` is the only other option.
-        A member that meets an error ends as `FAILED`, where it began, with a warning;
-        the others are then solved one by one.
+        `rewhiten=False`. `data` is then one batch, and `jac` and `progress` are the
+        only other options. On a CPU members of many parameters and data are solved for
+        one by one: together all take as many steps as the slowest. A member that meets
+        an error ends as `FAILED`, where it began, with a warning; the others are then
+        solved for one by one too.
     - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.
     - `batch`: the number of trainers to compute at a time, to bound memory. It must
         divide their number. By default all.
@@ -82,7 +84,7 @@ def fit_many(
         whose length must divide `batch`. Each device has a copy of the data that they
         share. In several processes each gives all trainers and all data.
     - `**options`: as for [`vernal.Trainer.fit`][]. A callback is given the stacked
-        trainer.
+        trainer. The progress bar of a solver counts the members that are done.
 
     **Returns:**
 

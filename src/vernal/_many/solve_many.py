@@ -57,7 +57,7 @@ from .stack import stack
 
 # About how many multiplications of a step take as long as its other work: the rows of a
 # Jacobian, times the square of the number of parameters.
-_MOST_TOGETHER = 2**21
+_MOST_TOGETHER = 2**19
 
 _Ends = tuple[End, PyTree]
 """How the solvers ended, and the first states of the optimisers."""
@@ -159,8 +159,12 @@ def _is_apart(members: Members, batch: Any) -> bool:
     """
     if members.place.mesh is not None or jax.default_backend() != "cpu":
         return False
-    one = eqx.filter_eval_shape(lambda: members.one(batch, 0))
-    size, data = ravel_size(one[0].params), ravel_size(one[1])
+    count = members.trainers.step_count.shape[0]
+    leaves = jax.tree.leaves(batch)
+    has_rows = members.flags[len(members.flags) - len(leaves) :]
+    pairs = zip(leaves, has_rows, strict=True)
+    data = sum(np.size(leaf) // (count if own else 1) for leaf, own in pairs)
+    size = ravel_size(members.trainers.params) // count
     return (data + size) * size**2 > _MOST_TOGETHER
 
 
