@@ -118,7 +118,9 @@ def solve_many(
         flags = (*subject.config, *subject.flags(batch))
         members = Members(subject.placed(trainer), flags, group, place)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
-        shown = shows and jax.process_index() == 0
+        devices = [] if place.mesh is None else place.mesh.devices.flat
+        first = min((one.process_index for one in devices), default=None)
+        shown = shows and first in (None, jax.process_index())
         with ProgressBar(subject.size, 0, shown=shown, unit=" members") as bar:
             solved, history, reasons, distances = _solve(members, problem, steps, bar)
     result = measured(subject.result(solved, history, reasons), distances)
