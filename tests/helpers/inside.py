@@ -33,6 +33,7 @@ from vernal._profile.search import search as search
 from vernal._program import one_function as one_function
 from vernal._program.host import equations as equations
 from vernal._program.prepared import prepared as prepared
+from vernal._solve import rounds as rounds
 from vernal._step import prior_ends as prior_ends, stripped as stripped
 from vernal._step.constrain import project as project
 from vernal._step.diagnosis import bad_data as bad_data, diagnosed as diagnosed
@@ -43,6 +44,7 @@ errors_of_many = importlib.import_module("vernal._many.errors")
 origin = importlib.import_module("vernal._storage.origin")
 reads = importlib.import_module("vernal._closure.reads")
 save = importlib.import_module("vernal._storage.save")
+solve_many = importlib.import_module("vernal._many.solve_many")
 
 # What `monkeypatch.setattr` replaces by its name.
 CHECKPOINT_FORMAT = "vernal._storage.checkpoint_format.FORMAT"

@@ -1,6 +1,6 @@
 """Intervals that parameters lie in."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 
 from .._boundary import PyTree, is_traced
 from .._pickling import PlainMethods, Portable
-from .._tree import by_path, element_name
+from .._tree import by_element, by_path, element_name
 from .bijections import Bijections, as_bijection, is_bijection
 from .owned import owned, replaced, require_wide
 
@@ -52,8 +52,7 @@ class Bounds(Portable, PlainMethods, eqx.Module):
 
     def clip(self, params: PyTree) -> PyTree:
         """Moves each element that is outside of its interval to the bound."""
-        clipped = {path: at.clip(x) for path, at, x in self._intervals(params)}
-        return replaced(params, clipped)
+        return replaced(params, self._each(_Interval.clip, params))
 
     def snap(self, params: PyTree, goal: PyTree, errors: PyTree) -> PyTree:
         """Moves elements to the bound that their goal is on, where they are close.
@@ -61,14 +60,13 @@ class Bounds(Portable, PlainMethods, eqx.Module):
         A step that is scaled, as Adam's are, would come close to a bound and never be
         on it. Close is within a thousandth of the standard error.
         """
-        goals, own = by_path(goal).by_name(), by_path(errors).by_name()
-        snapped = {}
-        for path, at, x in self._intervals(params):
-            target = goals[path]
-            is_close = jnp.abs(x - target) <= _CLOSE * own[path]
+
+        def snapped(at: _Interval, x: Array, target: Array, error: Array) -> Array:
+            is_close = jnp.abs(x - target) <= _CLOSE * error
             is_on = jnp.logical_or(*at.has_at(target))
-            snapped[path] = jnp.where(is_on & is_close, at.clip(target), x)
-        return replaced(params, snapped)
+            return jnp.where(is_on & is_close, at.clip(target), x)
+
+        return replaced(params, self._each(snapped, params, goal, errors))
 
     def contain(self, params: PyTree, errors: PyTree | None = None) -> Bool[Array, ""]:
         """Whether each element is within its interval.
@@ -84,19 +82,18 @@ class Bounds(Portable, PlainMethods, eqx.Module):
 
     def outside(self, params: PyTree) -> dict[str, Bool[Array, "..."]]:
         """Finds the elements that are outside of their intervals, by path."""
-        return {path: at.clip(x) != x for path, at, x in self._intervals(params)}
+        return self._each(lambda at, x: at.clip(x) != x, params)
 
     def pushed(self, params: PyTree, grads: PyTree) -> dict[str, Bool[Array, "..."]]:
         """Finds the elements at a bound where a lower loss is beyond it, by path."""
-        slopes, held = by_path(grads).by_name(), {}
-        for path, at, x in self._intervals(params):
+
+        def held(at: _Interval, x: Array, slope: Array) -> Array:
             at_low, at_high = at.has_at(x)
-            is_pushed = jnp.where(
-                slopes[path] > 0, at_low, at_high & (slopes[path] < 0)
-            )
+            is_pushed = jnp.where(slope > 0, at_low, at_high & (slope < 0))
             # An interval of one value holds its element whatever the slope.
-            held[path] = is_pushed | (at_low & at_high)
-        return held
+            return is_pushed | (at_low & at_high)
+
+        return self._each(held, params, grads)
 
     def required(self, params: PyTree) -> PyTree:
         """Returns parameters that are within their intervals; refuses any others."""
@@ -120,6 +117,16 @@ class Bounds(Portable, PlainMethods, eqx.Module):
             for side, unset in ((self.low, -jnp.inf), (self.high, jnp.inf))
         )
 
+    def _each(
+        self, fn: Callable[..., Array], params: PyTree, *others: PyTree
+    ) -> dict[str, Array]:
+        """Calls `fn(interval, x, *own)` for each parameter with bounds, by path."""
+        named = [by_path(other).by_name() for other in others]
+        intervals = self._intervals(params)
+        rows = [(at, x, *(own[path] for own in named)) for path, at, x in intervals]
+        names = [path for path, _, _ in intervals]
+        return dict(zip(names, by_element(fn, rows), strict=True))
+
     def _intervals(self, params: PyTree) -> list[tuple[str, _Interval, Array]]:
         wide = lambda side, x: None if side is None else jnp.broadcast_to(side, x.shape)
         return [
@@ -135,10 +142,9 @@ def held_at(
     """Holds elements, which have no derivative then, at their `values`."""
     named = by_path(params).by_name()
     at = named if values is None else by_path(values).by_name()
-    fixed = lambda path: jax.lax.stop_gradient(at[path])
-    return replaced(
-        params, {p: jnp.where(flags, fixed(p), named[p]) for p, flags in held.items()}
-    )
+    rows = [(flags, at[path], named[path]) for path, flags in held.items()]
+    pick = lambda flags, fixed, x: jnp.where(flags, jax.lax.stop_gradient(fixed), x)
+    return replaced(params, dict(zip(held, by_element(pick, rows), strict=True)))
 
 
 def flat_flags(

@@ -5,5 +5,6 @@ from .ending import Ending
 from .fit import fit
 from .one_trainer import OneTrainer
 from .options import OPTIONS, FitKeywords
+from .progress_bar import ProgressBar
 from .result import FitResult
 from .subject import AbstractSubject, BadEnd

@@ -16,7 +16,7 @@ class ProgressBar:
     The bar says "compiling" until the first step is taken.
     """
 
-    def __init__(self, steps: int, taken: int, *, shown: bool):
+    def __init__(self, steps: int, taken: int, *, shown: bool, unit: str = "it"):
         """`taken` of the `steps` were taken already, by a fit that is resumed."""
         self._bar, self._taken = None, taken
         self._is_compiling = True
@@ -25,8 +25,8 @@ class ProgressBar:
             from tqdm.auto import tqdm
 
             # `update` is called about twice a second, and each call should draw.
-            options = {"desc": "compiling", "miniters": 1, **_width()}
-            self._bar = tqdm(total=steps, initial=taken, **options)
+            options = {"desc": "compiling", "miniters": 1, "unit": unit}
+            self._bar = tqdm(total=steps, initial=taken, **options, **_width())
 
     def __enter__(self) -> "ProgressBar":
         return self

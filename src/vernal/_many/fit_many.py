@@ -6,7 +6,14 @@ from typing import Any, TypeVar, Unpack
 import jax
 from jax.sharding import Mesh
 
-from .._boundary import UNROLL, entrance, refuse_program, refuse_unknown, whole_number
+from .._boundary import (
+    UNROLL,
+    boolean,
+    entrance,
+    refuse_program,
+    refuse_unknown,
+    whole_number,
+)
 from .._curvature import Mode
 from .._devices import AbstractPlacement, placement
 from .._fit import OPTIONS, FitKeywords, fit
@@ -65,9 +72,11 @@ def fit_many(
         shared: as `in_axes` of `jax.vmap`. It holds for the batch of a `validation`
         too. Stack a list of data sets for it: `np.stack(ys)`.
     - `solver`: a solver that replaces the fit, as in [`vernal.Trainer.solve`][] with
-        `rewhiten=False`. `data` is then one batch, and `jac` is the only other option.
-        A member that meets an error ends as `FAILED`, where it began, with a warning;
-        the others are then solved one by one.
+        `rewhiten=False`. `data` is then one batch, and `jac` and `progress` are the
+        only other options. On a CPU members of many parameters and data are solved for
+        one by one: together all take as many steps as the slowest. A member that meets
+        an error ends as `FAILED`, where it began, with a warning; the others are then
+        solved for one by one too.
     - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.
     - `batch`: the number of trainers to compute at a time, to bound memory. It must
         divide their number. By default all.
@@ -75,7 +84,7 @@ def fit_many(
         whose length must divide `batch`. Each device has a copy of the data that they
         share. In several processes each gives all trainers and all data.
     - `**options`: as for [`vernal.Trainer.fit`][]. A callback is given the stacked
-        trainer.
+        trainer. The progress bar of a solver counts the members that are done.
 
     **Returns:**
 
@@ -107,16 +116,18 @@ def fit_many(
     place = placement(together, mesh)
     _check_spread(place, size, group)
     many = ManyTrainers(place, size, group, flags, data_axis)
-    if solver is not None and options:
+    shows = boolean(options.get("progress", True), "progress")
+    of_fit = [name for name in options if name != "progress"]
+    if solver is not None and of_fit:
         raise TypeError(
-            f"`{next(iter(options))}` is for a fit, and with `solver` there is none. "
-            "Leave it out."
+            f"`{of_fit[0]}` is for a fit, and with `solver` there is none. Leave it "
+            "out."
         )
     if solver is None and jac is not None:
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
     try:
         if solver is not None:
-            return solve_many(many, together, data, solver, steps, jac)
+            return solve_many(many, together, data, solver, steps, jac, shows)
         return fit(many, at_one_step(together), data, steps, options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         # Once a step was taken, it is an error of something else, as of a callback.

@@ -1,6 +1,7 @@
 """A solver of Optimistix on many trainers at once."""
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._boundary import PyTree, outside_mesh, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
 from .._devices import same_inputs
+from .._fit import ProgressBar
 from .._minimum import Distance, settled, what_falls
 from .._policy import StopReason
 from .._program import program, words_of
@@ -46,21 +48,26 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
-from .._tree import choose
+from .._tree import choose, ravel_size
 from .arrival import distances_of
 from .many_trainers import ManyTrainers
 from .members import Members
 from .result import ManyResult, measured
+from .stack import stack
+
+# About how many multiplications of a step take as long as its other work: the rows of a
+# Jacobian, times the square of the number of parameters.
+_MOST_TOGETHER = 2**19
 
 _Ends = tuple[End, PyTree]
 """How the solvers ended, and the first states of the optimisers."""
 
 
 def _solve_one(
-    trainer: AbstractTrainer,
     problem: Problem,
-    goal: Int[Array, ""],
     solve: Callable[..., End],
+    trainer: AbstractTrainer,
+    goal: Int[Array, ""],
 ) -> _Ends:
     inner = in_free_coordinates(trainer)
     end = solve(stripped(inner), inner.projector, Start.of(inner), problem, goal)
@@ -71,7 +78,8 @@ def _solve_one(
 @program
 def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
     def of_one(trainer: AbstractTrainer, batch: Any) -> _Ends:
-        return _solve_one(trainer, problem._replace(batch=batch), goal, run_solver)
+        alone = problem._replace(batch=batch)
+        return _solve_one(alone, run_solver, trainer, goal)
 
     return members.place.pin_rows(members.map(of_one, problem.batch))
 
@@ -92,8 +100,9 @@ def solve_many(
     solver: Any,
     steps: int,
     jac: Mode | None,
+    shows: bool,
 ) -> ManyResult[Any]:
-    """Implements `fit_many` with a solver."""
+    """Implements `fit_many` with a solver; `shows` asks for a progress bar."""
     place, group = subject.place, subject.group
     with same_inputs(subject.entrance, place) as require_same, place.context():
         encoded, rows = checked_solver(solver, steps, "steps")
@@ -109,7 +118,11 @@ def solve_many(
         flags = (*subject.config, *subject.flags(batch))
         members = Members(subject.placed(trainer), flags, group, place)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
-        solved, history, reasons, distances = _solve(members, problem, steps)
+        devices = [] if place.mesh is None else place.mesh.devices.flat
+        first = min((one.process_index for one in devices), default=None)
+        shown = shows and first in (None, jax.process_index())
+        with ProgressBar(subject.size, 0, shown=shown, unit=" members") as bar:
+            solved, history, reasons, distances = _solve(members, problem, steps, bar)
     result = measured(subject.result(solved, history, reasons), distances)
     if (end := subject.bad_end(result)) is not None:
         diagnosis = diagnosed(end.trainer, subject.seen(Whole(batch), end.index))
@@ -121,21 +134,78 @@ def solve_many(
     return dataclasses.replace(result, _without_data=tuple(lacking))
 
 
-def _run_round(
-    members: Members, problem: Problem, steps: int
+def _solve_all(
+    members: Members, problem: Problem, max_steps: int, bar: ProgressBar
 ) -> tuple[_Ends, list[int]]:
-    """Runs the solver once; returns also the members that met an error."""
-    goal = jax.device_put(np.int32(steps))
+    """Solves for all members; returns also those that met an error."""
+    if _is_apart(members, problem.batch):
+        return _solve_each(members, problem, max_steps, bar)
+
+    def run_all(trainers: AbstractTrainer, goal: Int[Array, ""]) -> _Ends:
+        now = members._replace(trainers=trainers)
+        return jax.block_until_ready(_run(now, problem, goal))
+
+    place = members.place
     try:
-        return jax.block_until_ready(_run(members, problem, goal)), []
+        return _in_rounds(run_all, members.trainers, max_steps, bar, place.whole), []
     except RuntimeError:
-        if members.place.mesh is not None:
+        if place.mesh is not None:
             raise
-        return _solve_each(members, problem, goal)
+        return _solve_each(members, problem, max_steps, bar)
+
+
+def _is_apart(members: Members, batch: Any) -> bool:
+    """Whether members are so large that each is solved for by itself.
+
+    Together they all take as many steps as the slowest of them.
+    """
+    if members.place.mesh is not None or jax.default_backend() != "cpu":
+        return False
+    count = members.trainers.step_count.shape[0]
+    leaves = jax.tree.leaves(batch)
+    has_rows = members.flags[len(members.flags) - len(leaves) :]
+    pairs = zip(leaves, has_rows, strict=True)
+    data = sum(np.size(leaf) // (count if own else 1) for leaf, own in pairs)
+    size = ravel_size(members.trainers.params) // count
+    return (data + size) * size**2 > _MOST_TOGETHER
+
+
+def _in_rounds(
+    run_round: Callable[[AbstractTrainer, Int[Array, ""]], _Ends],
+    trainers: AbstractTrainer,
+    max_steps: int,
+    bar: ProgressBar,
+    whole: Callable[[Any], Any],
+) -> _Ends:
+    """Solves, for one or for many, until it is known what is held at its bounds."""
+
+    def run(trainers: AbstractTrainer, left: int) -> tuple[_Ends, Any]:
+        end, opt_state = run_round(trainers, jax.device_put(np.int32(left)))
+        number, is_over = np.asarray(whole(end.reason)), map(REASONS.index, IS_OVER)
+        is_settled = np.asarray(whole(end.is_settled))
+        return (end, opt_state), ~is_settled & ~np.isin(number, [*is_over])
+
+    old = progress_of(trainers)
+    ends, is_open = run(trainers, max_steps)
+    bar.update(int((~is_open).sum()), dict)
+    while is_open.any():
+        end, opt_state = ends
+        left = max_steps - int(np.asarray(whole(end.steps))[is_open].max())
+        if left <= 0:
+            break
+        # Other elements are held at their bounds in the next round.
+        progress = progress_at(end, old, opt_state, old.nan_counts)
+        again, is_still_open = run(with_progress(trainers, progress), left)
+        falls = np.asarray(whole(again[0].last < whole(end.last)))
+        ends = _joined(ends, again, jnp.asarray(is_open))
+        was_open, is_open = is_open, is_open & falls & is_still_open
+        bar.update(int((was_open & ~is_open).sum()), dict)
+    bar.update(int(is_open.sum()), dict)
+    return ends
 
 
 def _solve_each(
-    members: Members, problem: Problem, goal: Int[Array, ""]
+    members: Members, problem: Problem, max_steps: int, bar: ProgressBar
 ) -> tuple[_Ends, list[int]]:
     """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
 
@@ -153,14 +223,17 @@ def _solve_each(
     for index in range(members.trainers.step_count.shape[0]):
         trainer, batch = members.one(problem.batch, index)
         alone = problem._replace(batch=batch)
-        ends.append(_solve_one(trainer, alone, goal, run_or_stay))
+        solve = ft.partial(_solve_one, alone, run_or_stay)
+        ends.append(_in_rounds(solve, trainer, max_steps, bar, members.place.whole))
     if errors:
         first, error = next(iter(errors.items()))
         warn(
             f"{len(errors)} of {len(ends)} members met an error, and are where they "
             f"began. That of member {first}: {words_of(error)}"
         )
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends), list(errors)
+    columns = zip(*map(jax.tree.leaves, ends), strict=True)
+    together = jax.tree.structure(ends[0]).unflatten(stack([*columns]))
+    return together, list(errors)
 
 
 def _unmoved(
@@ -178,6 +251,7 @@ def _unmoved(
         step_count=trainer.step_count,
         reason=jnp.full_like(end.reason, REASONS.index(StopReason.FAILED)),
         stumble=trainer.params,
+        is_settled=jnp.ones_like(end.is_settled),
         local=jax.tree.map(
             lambda x: jnp.full_like(x, jnp.nan if eqx.is_inexact_array(x) else 0),
             end.local,
@@ -185,15 +259,8 @@ def _unmoved(
     )
 
 
-def _open(end: End, broken: list[int], whole: Any) -> np.ndarray:
-    """Finds the members for which it is not known what is held at its bounds."""
-    settled, numbers = np.array(whole(end.is_settled)), np.asarray(whole(end.reason))
-    settled[broken] = True
-    return ~settled & ~np.isin(numbers, [REASONS.index(reason) for reason in IS_OVER])
-
-
 @jax.jit
-def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
+def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, "*members"]) -> _Ends:
     """Joins another round to what the open members did before."""
 
     def one(old: _Ends, new: _Ends, is_open: Array) -> _Ends:
@@ -207,29 +274,16 @@ def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
         )
         return choose(is_open, (joined, opt_state), old)
 
-    return jax.vmap(one)(old, new, is_open)
+    return (jax.vmap(one) if is_open.ndim else one)(old, new, is_open)
 
 
 def _solve(
-    members: Members, problem: Problem, max_steps: int
+    members: Members, problem: Problem, max_steps: int, bar: ProgressBar
 ) -> tuple[AbstractTrainer, History, list[StopReason], list[Distance]]:
     """Solves; returns the trainers, a history, and why and how near each ended."""
     trainers, _, _, place = members
     whole, old = place.whole, progress_of(trainers)
-    (end, opt_state), broken = _run_round(members, problem, max_steps)
-    open_ = _open(end, broken, whole)
-    while open_.any():
-        left = max_steps - int(np.max(np.asarray(whole(end.steps))[open_]))
-        if left <= 0:
-            break
-        # Other elements are held at their bounds in the next round.
-        progress = progress_at(end, old, opt_state, old.nan_counts)
-        next_ = members._replace(trainers=with_progress(trainers, progress))
-        again, newly_broken = _run_round(next_, problem, left)
-        has_fallen = open_ & np.asarray(whole(again[0].last) < whole(end.last))
-        end, opt_state = _joined((end, opt_state), again, jnp.asarray(open_))
-        broken = sorted({*broken, *newly_broken})
-        open_ = has_fallen & _open(end, broken, whole)
+    (end, opt_state), broken = _solve_all(members, problem, max_steps, bar)
     starts, losses, steps, numbers, in_vain = jax.device_get(
         jax.tree.map(
             whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)

@@ -1,6 +1,6 @@
 """Solvers that know of no bounds, on parameters that have some."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -50,12 +50,10 @@ class Box(NamedTuple):
         have a column of zeros, which some solvers divide by.
         """
         named = by_path(params).by_name()
-        still = {
-            p: self.held[p] | out for p, out in self.bounds.outside(params).items()
-        }
-        moved = lambda x: x - jax.lax.stop_gradient(x)
-        rows = [jnp.where(flags, moved(named[p]), 0) for p, flags in still.items()]
-        return jnp.concatenate([row.ravel().astype(rows[0].dtype) for row in rows])
+        outside = self.bounds.outside(params)
+        x = ravel([named[p] for p in outside])
+        held, out = (_flat(by[p] for p in outside) for by in (self.held, outside))
+        return jnp.where(held | out, x - jax.lax.stop_gradient(x), 0)
 
     def ended(
         self,
@@ -81,7 +79,9 @@ class Box(NamedTuple):
         - `value`: what is minimised.
         """
         outside, moved = self.bounds.outside(free), params
-        same = [(held[p] == at) & (at | ~outside[p]) for p, at in self.held.items()]
+        flags = self.held, held, outside
+        then, now, out = (_flat(by[p] for p in outside) for by in flags)
+        is_same = jnp.all((now == then) & (then | ~out))
         if isinstance(local, (Triangle, Curved)):
             goal = unravel(ravel(params) - local.slope / local.scale, params)
             errors = unravel(1 / local.scale, params)
@@ -89,8 +89,11 @@ class Box(NamedTuple):
             before = value(params)
             is_as_low = value(near) <= before + rounding_of(before)
             moved = choose(is_as_low, near, params)
-        same += jax.tree.leaves(jax.tree.map(jnp.equal, moved, params))
-        return moved, jnp.all(jnp.stack([jnp.all(flags) for flags in same]))
+        return moved, is_same & jnp.all(ravel(moved) == ravel(params))
+
+
+def _flat(flags: Iterable[Bool[Array, "..."]]) -> Bool[Array, " elements"]:
+    return jnp.concatenate([*map(jnp.ravel, flags)])
 
 
 def creeps_to(bounds: Bounds | None, start: PyTree, end: PyTree) -> bool:

@@ -34,7 +34,7 @@ from .._step import (
 )
 from .._tree import as_parameters, cast_like, choose, ravel, ravel_size, unravel
 from .box import Box
-from .tracked_solver import Seen, better, keeps_score, track
+from .tracked_solver import Seen, better, joins, keeps_score, track
 
 # The least number of losses to make room for, so that short solves share a program; and
 # the most.
@@ -214,10 +214,18 @@ def run_solver(
     value = minimised(trainer, batch, kind)
     box = Box.around(trainer, value)
 
+    # Solvers mix their arguments with numbers of the default precision.
+    inner = trainer.params if projector is None else latent
+    start = jax.tree.map(lambda leaf: leaf.astype(dtype), inner)
+    is_joined = joins(solver, start)
+    start = ravel(start) if is_joined else start
+
+    def apart(point: PyTree) -> PyTree:
+        return unravel(point, inner) if is_joined else cast_like(point, inner)
+
     def to_free(point: PyTree) -> PyTree:
-        if projector is None:
-            return cast_like(point, trainer.params)
-        return projector.to_params(cast_like(point, latent))
+        free = apart(point)
+        return free if projector is None else projector.to_params(free)
 
     def to_params(point: PyTree) -> PyTree:
         return to_free(point) if box is None else box.within(to_free(point))
@@ -242,9 +250,6 @@ def run_solver(
             vector = jnp.concatenate([vector, box.rows(to_free(point)).astype(dtype)])
         return vector, seen(loss, point)
 
-    # Solvers mix their arguments with numbers of the default precision.
-    start = trainer.params if projector is None else latent
-    start = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
     own = lambda fn: traced(lambda point: fn(point, None)[0], start)
     if is_least_squares(solver):
         fn, subject = residuals, Subject(f"`residuals` of `{name}`", jac)
@@ -284,13 +289,15 @@ def run_solver(
     if not is_left:
         local = measure(at_end, projector, batch, kind, first - last, held_then)
     end_params, is_settled = at_end.params, jnp.array(True)
+    end_latent = None if projector is None else apart(point)
     if box is not None:
         args = to_free(point), end_params, held_then, local, value
         end_params, is_settled = box.ended(*args)
-        point = None if projector is None else projector.to_latent(end_params)
+        if projector is not None:
+            end_latent = cast_like(projector.to_latent(end_params), latent)
     return End(
         params=end_params,
-        latent=None if projector is None else cast_like(point, latent),
+        latent=end_latent,
         best=all_best,
         best_state=choose(is_new, trainer.state, held.state),
         best_loss=all_best_loss.astype(held.loss.dtype),

@@ -212,15 +212,16 @@ class Rounds:
         and how many steps are left.
         """
         while True:
-            now = self._found = self._run(left)
+            now = self._taken(left)
             left -= now.steps
             fall = np.inf if before is None else before.last - now.last
-            if now.is_settled or now.reason in IS_OVER:
-                goes_on = now.reason in _GOES_ON and fall > now.distance.noise
-            else:
-                goes_on = bool(fall > 0)
-            if not (left and now.steps and goes_on):
-                return now, left
+            is_open = not now.is_settled and now.reason not in IS_OVER
+            # An open round ends beside the minimum, so nobody asks how far it is.
+            if not (is_open and left and now.steps and fall > 0):
+                now = self._found = self._seen(now)
+                falls = now.reason in _GOES_ON and fall > now.distance.noise
+                if not (now.is_settled and left and now.steps and falls):
+                    return now, left
             before = now
             if not (whitens and self._whiten(now.end.params)):
                 self._begin(now.end.params, now.projector, now.end.latent)
@@ -287,19 +288,31 @@ class Rounds:
 
     def _run(self, steps: int) -> _Round:
         """Solves in the space as it is."""
+        return self._seen(self._taken(steps))
+
+    def _taken(self, steps: int) -> _Round:
+        """Solves, and leaves open how far the minimum is, which may take longer."""
         goal = jax.device_put(np.int32(steps))
         end = run(self._stripped, self._projector, self._held, self._problem, goal)
         copied = end.losses, end.steps, end.reason, end.last, end.is_settled
         losses, count, why, last, is_settled = jax.device_get(copied)
+        self._losses.append(losses[:count])
+        distance = unknown(np.zeros(ravel_size(end.params), losses.dtype))
+        so_far = end, self._projector, distance, REASONS[why]
+        known = int(count), float(last), bool(is_settled), not count
+        self._found = _Round(*so_far, *known)
+        return self._found
+
+    def _seen(self, taken: _Round) -> _Round:
+        """Finds how far the minimum is from the end of a round."""
+        end = taken.end
         end = end._replace(local=end.local or self._linearised(end))
         distance = second_look(*self._surroundings(end), distance_of(end.local))
-        self._losses.append(losses[:count])
-        why = REASONS[why]
-        reason = settled(why, distance)
+        why, reason = taken.reason, settled(taken.reason, distance)
         is_done = why is not StopReason.MAX_STEPS and reason is StopReason.CONVERGED
-        is_over = is_done or reason is StopReason.NON_FINITE or not count
-        known = int(count), float(last), bool(is_settled), is_over
-        return _Round(end, self._projector, distance, reason, *known)
+        is_over = taken.is_over or is_done or reason is StopReason.NON_FINITE
+        seen = {"distance": distance, "reason": reason, "is_over": is_over}
+        return taken._replace(end=end, **seen)
 
     def _whiten(self, params: Any, is_damped: bool = False) -> bool:
         """Begins at these parameters in a space whitened there, if there is one."""

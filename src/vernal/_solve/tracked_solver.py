@@ -14,6 +14,9 @@ from .._boundary import PyTree
 from .._policy import all_finite
 from .._tree import choose
 
+# As many leaves as are fused rather than joined.
+_FEW = 16
+
 _SCORED = (optx.AbstractGaussNewton, optx.AbstractQuasiNewton)
 
 
@@ -26,6 +29,17 @@ def keeps_score(solver: Any) -> bool:
     """
     is_own = lambda part: type(part).__module__.startswith("optimistix.")
     return isinstance(solver, _SCORED) and is_own(solver) and is_own(solver.search)
+
+
+def joins(solver: Any, start: PyTree) -> bool:
+    """Whether a solver is given all numbers in one array, and not in the tree `start`.
+
+    Each leaf takes some tenths of a second to compile. A norm of the user's own, or a
+    transformation of Optax, may know the leaves.
+    """
+    if len(jax.tree.leaves(start)) <= _FEW or not keeps_score(solver):
+        return False
+    return solver.norm in (optx.max_norm, optx.rms_norm, optx.two_norm)
 
 
 class Seen(NamedTuple):

@@ -48,7 +48,7 @@ from .ravel import (
     widest,
 )
 from .selectors import Selector, atoms, keep, require_atoms, resolve, split, written
-from .small import is_split, joinable
+from .small import by_element, is_split, joinable
 from .structure import (
     LIKE_STATE,
     cast_alike,

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from .._boundary import PyTree
 
@@ -27,6 +29,30 @@ def joinable(trees: Sequence[PyTree], kind: Callable[[Any], Any]) -> list[list[i
             own = kind(tree)
         groups.setdefault(index if own is None else (own,), []).append(index)
     return list(groups.values())
+
+
+def by_element(fn: Callable[..., Array], rows: Sequence[Any]) -> list[Array]:
+    """Calls a function of elements for each row, and once for all that are joinable.
+
+    A row has its arguments: trees whose arrays are all of the same shape.
+    """
+    found: dict[int, Array] = {}
+    for own in joinable(rows, _kind_of_row):
+        if len(own) == 1:
+            found[own[0]] = fn(*rows[own[0]])
+            continue
+        join = lambda *leaves: jnp.concatenate([*map(jnp.ravel, leaves)])
+        result = fn(*jax.tree.map(join, *(rows[i] for i in own)))
+        like = [jax.tree.leaves(rows[i])[0] for i in own]
+        parts = jnp.split(result, np.cumsum([x.size for x in like])[:-1])
+        pairs = zip(own, parts, like, strict=True)
+        found |= {i: part.reshape(x.shape) for i, part, x in pairs}
+    return [found[i] for i in range(len(rows))]
+
+
+def _kind_of_row(row: Any) -> Any:
+    leaves, structure = jax.tree.flatten(row)
+    return structure, tuple(map(jnp.result_type, leaves))
 
 
 def is_split(leaf: Any) -> bool:
