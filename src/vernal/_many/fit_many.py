@@ -66,6 +66,8 @@ def fit_many(
         too. Stack a list of data sets for it: `np.stack(ys)`.
     - `solver`: a solver that replaces the fit, as in [`vernal.Trainer.solve`][] with
         `rewhiten=False`. `data` is then one batch, and `jac` is the only other option.
+        Members within bounds that end badly in whitened spaces begin again from the
+        start, in the parameters themselves; the lower end counts.
         A member that meets an error ends as `FAILED`, where it began, with a warning;
         the others are then solved one by one.
     - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.

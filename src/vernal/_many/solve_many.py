@@ -1,7 +1,7 @@
 """A solver of Optimistix on many trainers at once."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -23,10 +23,12 @@ from .._solve import (
     End,
     Problem,
     Start,
+    can_whiten,
     checked_solver,
     find_bad,
     in_parameters,
     is_least_squares,
+    is_lost,
     is_suspect,
     progress_at,
     run,
@@ -34,6 +36,8 @@ from .._solve import (
 )
 from .._step import (
     AbstractTrainer,
+    bounds_of,
+    config_of,
     count_non_finite,
     diagnosed,
     in_free_coordinates,
@@ -46,9 +50,10 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
-from .._tree import choose
+from .._tree import cast_like, choose
 from .arrival import distances_of
 from .many_trainers import ManyTrainers
+from .mapped_chunk import member
 from .members import Members
 from .result import ManyResult, measured
 
@@ -60,20 +65,31 @@ def _solve_one(
     trainer: AbstractTrainer,
     problem: Problem,
     goal: Int[Array, ""],
+    is_bare: bool,
     solve: Callable[..., End],
 ) -> _Ends:
+    """Solves for one in its space or, if it `is_bare`, in the parameters themselves."""
     inner = in_free_coordinates(trainer)
-    end = solve(stripped(inner), inner.projector, Start.of(inner), problem, goal)
+    space, held = inner.projector, Start.of(inner)
+    if is_bare:
+        held = held._replace(latent=None)
+    end = solve(stripped(inner), None if is_bare else space, held, problem, goal)
+    if is_bare:
+        latent = cast_like(space.to_latent(end.params), inner.latent)
+        end = end._replace(latent=latent)
     end = in_parameters(end, trainer)
     return end, initial_opt_state(trainer.optimiser, end.params, end.latent)
 
 
 @program
-def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
-    def of_one(trainer: AbstractTrainer, batch: Any) -> _Ends:
-        return _solve_one(trainer, problem._replace(batch=batch), goal, run_solver)
+def _run(
+    members: Members, problem: Problem, goals: Int[Array, " members"], is_bare: bool
+) -> _Ends:
+    def of_one(trainer: AbstractTrainer, batch: Any, goal: Array) -> _Ends:
+        one = problem._replace(batch=batch)
+        return _solve_one(trainer, one, goal, is_bare, run_solver)
 
-    return members.place.pin_rows(members.map(of_one, problem.batch))
+    return members.place.pin_rows(members.map(of_one, problem.batch, goals))
 
 
 @program
@@ -122,20 +138,26 @@ def solve_many(
 
 
 def _run_round(
-    members: Members, problem: Problem, steps: int
+    members: Members,
+    problem: Problem,
+    goals: Int[np.ndarray, " members"],
+    is_bare: bool,
 ) -> tuple[_Ends, list[int]]:
-    """Runs the solver once; returns also the members that met an error."""
-    goal = jax.device_put(np.int32(steps))
+    """Runs the solver once; returns also the members that met an error.
+
+    Each takes at most as many steps as its goal: of 0, it stays where it is.
+    """
+    placed = members.place.put_rows(jax.device_put(goals.astype(np.int32)), (True,))
     try:
-        return jax.block_until_ready(_run(members, problem, goal)), []
+        return jax.block_until_ready(_run(members, problem, placed, is_bare)), []
     except RuntimeError:
         if members.place.mesh is not None:
             raise
-        return _solve_each(members, problem, goal)
+        return _solve_each(members, problem, placed, is_bare)
 
 
 def _solve_each(
-    members: Members, problem: Problem, goal: Int[Array, ""]
+    members: Members, problem: Problem, goals: Int[Array, " members"], is_bare: bool
 ) -> tuple[_Ends, list[int]]:
     """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
 
@@ -153,8 +175,8 @@ def _solve_each(
     for index in range(members.trainers.step_count.shape[0]):
         trainer, batch = members.one(problem.batch, index)
         alone = problem._replace(batch=batch)
-        ends.append(_solve_one(trainer, alone, goal, run_or_stay))
-    if errors:
+        ends.append(_solve_one(trainer, alone, goals[index], is_bare, run_or_stay))
+    if errors and not is_bare:
         first, error = next(iter(errors.items()))
         warn(
             f"{len(errors)} of {len(ends)} members met an error, and are where they "
@@ -193,21 +215,103 @@ def _open(end: End, broken: list[int], whole: Any) -> np.ndarray:
 
 
 @jax.jit
-def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, " members"]) -> _Ends:
-    """Joins another round to what the open members did before."""
+def _joined(
+    old: _Ends, new: _Ends, is_new: Bool[Array, " members"], most: Int[Array, ""]
+) -> _Ends:
+    """Joins another round to `most` of the steps that its members took before."""
 
-    def one(old: _Ends, new: _Ends, is_open: Array) -> _Ends:
+    def one(old: _Ends, new: _Ends, is_new: Array) -> _Ends:
         (end, _), (again, opt_state) = old, new
-        row = jnp.arange(len(end.losses), dtype=end.steps.dtype)
-        later = again.losses[jnp.maximum(row - end.steps, 0)]
+        row, steps = jnp.arange(len(end.losses), dtype=end.steps.dtype), end.steps
+        steps = jnp.minimum(steps, most)
+        later = again.losses[jnp.maximum(row - steps, 0)]
         joined = again._replace(
-            losses=jnp.where(row < end.steps, end.losses, later),
-            steps=end.steps + again.steps,
+            losses=jnp.where(row < steps, end.losses, later),
+            steps=steps + again.steps,
             first=end.first,
         )
-        return choose(is_open, (joined, opt_state), old)
+        return choose(is_new, (joined, opt_state), old)
 
-    return jax.vmap(one)(old, new, is_open)
+    return jax.vmap(one)(old, new, is_new)
+
+
+def _settle(
+    members: Members,
+    problem: Problem,
+    goals: Int[np.ndarray, " members"],
+    is_bare: bool,
+) -> tuple[_Ends, list[int]]:
+    """Solves until it is known what is held; returns also who met an error."""
+    trainers, whole = members.trainers, members.place.whole
+    old = progress_of(trainers)
+    ends, broken = _run_round(members, problem, goals, is_bare)
+    open_ = _open(ends[0], broken, whole)
+    while True:
+        end, opt_state = ends
+        left = np.where(open_, goals - np.asarray(whole(end.steps)), 0)
+        if not left.any():
+            return ends, broken
+        # Other elements are held at their bounds in the next round.
+        progress = progress_at(end, old, opt_state, old.nan_counts)
+        next_ = members._replace(trainers=with_progress(trainers, progress))
+        again, newly_broken = _run_round(next_, problem, left, is_bare)
+        has_fallen = open_ & np.asarray(whole(again[0].last) < whole(end.last))
+        ends = _joined(ends, again, jnp.asarray(left > 0), goals.max())
+        broken = sorted({*broken, *newly_broken})
+        open_ = has_fallen & _open(ends[0], broken, whole)
+
+
+def _arrived(
+    members: Members, problem: Problem, ends: _Ends, indices: Iterable[int]
+) -> dict[int, tuple[StopReason, Distance]]:
+    """Finds why the members with these indices ended, and how near their minima."""
+    trainers, whole = members.trainers, members.place.whole
+    (end, opt_state), old = ends, progress_of(trainers)
+    progress = progress_at(end, old, opt_state, old.nan_counts)
+    ended = members._replace(trainers=with_progress(trainers, progress))
+    kind = what_falls(trainers, is_least_squares(problem.encoded.decode()))
+    local, numbers = jax.tree.map(whole, (end.local, end.reason))
+    distances = distances_of(ended, problem.batch, kind, local, indices)
+    why = [REASONS[number] for number in np.asarray(numbers)]
+    pairs = zip(indices, distances, strict=True)
+    return {i: (settled(why[i], distance), distance) for i, distance in pairs}
+
+
+def _lost(
+    members: Members, problem: Problem, end: End, reasons: list[StopReason]
+) -> Bool[np.ndarray, " members"]:
+    """Finds the members that ended badly in whitened spaces within bounds."""
+    config, bounds = config_of(members.trainers), bounds_of(members.trainers)
+    one = eqx.filter_eval_shape(lambda: members.one(problem.batch, 0)[0])
+    if bounds is None or not can_whiten(one):
+        return np.zeros(len(reasons), bool)
+    flags = members.flags[: len(jax.tree.leaves(config))]
+    own = jax.tree.leaves(bounds_of(jax.tree.structure(config).unflatten(flags)))
+    rows = progress_of(members.trainers).params, end.params, end.local
+    rows = jax.device_get(jax.tree.map(members.place.whole, rows))
+
+    def is_one(index: int) -> bool:
+        near = member(bounds, own, index)
+        return is_lost(near, *jax.tree.map(lambda x: x[index], rows))
+
+    well = StopReason.CONVERGED, StopReason.NO_MINIMUM
+    pairs = enumerate(reasons)
+    return np.array([reason not in well or is_one(i) for i, reason in pairs])
+
+
+def _start_again(
+    members: Members, problem: Problem, ends: _Ends, goals: Int[np.ndarray, " members"]
+) -> tuple[_Ends, list[int]]:
+    """Solves from the start, in the parameters themselves, those that have a goal."""
+    (end, opt_state), old = ends, progress_of(members.trainers)
+    progress = dataclasses.replace(
+        progress_at(end, old, opt_state, old.nan_counts),
+        params=old.params,
+        latent=old.latent,
+        step_count=old.step_count,
+    )
+    again = members._replace(trainers=with_progress(members.trainers, progress))
+    return _settle(again, problem, goals, True)
 
 
 def _solve(
@@ -216,32 +320,39 @@ def _solve(
     """Solves; returns the trainers, a history, and why and how near each ended."""
     trainers, _, _, place = members
     whole, old = place.whole, progress_of(trainers)
-    (end, opt_state), broken = _run_round(members, problem, max_steps)
-    open_ = _open(end, broken, whole)
-    while open_.any():
-        left = max_steps - int(np.max(np.asarray(whole(end.steps))[open_]))
-        if left <= 0:
-            break
-        # Other elements are held at their bounds in the next round.
-        progress = progress_at(end, old, opt_state, old.nan_counts)
-        next_ = members._replace(trainers=with_progress(trainers, progress))
-        again, newly_broken = _run_round(next_, problem, left)
-        has_fallen = open_ & np.asarray(whole(again[0].last) < whole(end.last))
-        end, opt_state = _joined((end, opt_state), again, jnp.asarray(open_))
-        broken = sorted({*broken, *newly_broken})
-        open_ = has_fallen & _open(end, broken, whole)
-    starts, losses, steps, numbers, in_vain = jax.device_get(
-        jax.tree.map(
-            whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
-        )
+    goals = np.full(old.step_count.shape, max_steps)
+    ends, broken = _settle(members, problem, goals, False)
+    found = _arrived(members, problem, ends, range(len(goals)))
+    lost = _lost(members, problem, ends[0], [why for why, _ in found.values()])
+    lost[broken] = False
+    if lost.any():
+        # As in `solve`, one that took all steps has half of them again.
+        most = max_steps - max_steps // 2
+        left = max_steps - np.minimum(np.asarray(whole(ends[0].steps)), most)
+        goals = np.where(lost, left, 0)
+        again, errors = _start_again(members, problem, ends, goals)
+        lost[errors] = False
+        new = _arrived(members, problem, again, np.flatnonzero(lost).tolist())
+        noise = np.full(len(lost), np.inf)
+        noise[lost] = [distance.noise for _, distance in new.values()]
+        lasts, lowest = (np.asarray(whole(x[0].last)) for x in (ends, again))
+        is_lower = lowest < lasts - noise
+        ends = _joined(ends, again, jnp.asarray(is_lower), most)
+        # Where one seems lost, more steps from the start may lead lower.
+        for index, (why, distance) in new.items():
+            before, known = found[index]
+            if is_lower[index]:
+                found[index] = why, distance
+            elif (before, why) == (StopReason.CONVERGED, StopReason.MAX_STEPS):
+                found[index] = why, known
+    end, opt_state = ends
+    starts, losses, steps, in_vain = jax.device_get(
+        jax.tree.map(whole, (old.step_count, end.losses, end.steps, end.in_vain))
     )
+    end = end._replace(step_count=old.step_count + end.steps)
     progress = progress_at(end, old, opt_state, old.nan_counts)
-    ended = members._replace(trainers=with_progress(trainers, progress))
-    local = jax.tree.map(whole, end.local)
-    kind = what_falls(trainers, is_least_squares(problem.encoded.decode()))
-    every = range(len(numbers))
-    distances = distances_of(ended, problem.batch, kind, local, every)
-    reasons = [settled(REASONS[i], d) for i, d in zip(numbers, distances, strict=True)]
+    reasons = [why for why, _ in found.values()]
+    distances = [distance for _, distance in found.values()]
     suspect = np.array(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )
