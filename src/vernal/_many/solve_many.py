@@ -256,7 +256,7 @@ def _settle(
         next_ = members._replace(trainers=with_progress(trainers, progress))
         again, newly_broken = _run_round(next_, problem, left, is_bare)
         has_fallen = open_ & np.asarray(whole(again[0].last) < whole(end.last))
-        ends = _joined(ends, again, jnp.asarray(left > 0), goals.max())
+        ends = _joined(ends, again, jnp.asarray(left > 0), int(goals.max()))
         broken = sorted({*broken, *newly_broken})
         open_ = has_fallen & _open(ends[0], broken, whole)
 
