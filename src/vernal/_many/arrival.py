@@ -42,7 +42,7 @@ from .._storage import History
 from .mapped_chunk import Flags, apart
 from .members import Members
 from .result import ManyResult, measured
-from .stack import stacked
+from .stack import on_host, stacked
 
 
 @outside_mesh
@@ -99,8 +99,8 @@ def distances_of(
     )
     odd = [i for i, distance in found.items() if is_odd(i, distance)]
     if odd:
-        home = members.place.home
-        members, batch = members._replace(trainers=home(members.trainers)), home(batch)
+        trainers, batch = on_host(members.place.home((members.trainers, batch)))
+        members = members._replace(trainers=trainers)
     for index in odd:
         trainer, data = members.one(batch, index)
         site = Site(stripped(in_real_coordinates(trainer)), data, kind)

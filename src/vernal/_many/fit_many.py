@@ -74,9 +74,11 @@ def fit_many(
     - `solver`: a solver that replaces the fit, as in [`vernal.Trainer.solve`][] with
         `rewhiten=False`. `data` is then one batch, and `jac` and `progress` are the
         only other options. On a CPU members of many parameters and data are solved for
-        one by one: together all take as many steps as the slowest. A member that meets
-        an error ends as `FAILED`, where it began, with a warning; the others are then
-        solved for one by one too.
+        one by one: together all take as many steps as the slowest. Members within
+        bounds that end badly in whitened spaces begin again from the start, in the
+        parameters themselves; the lower end counts. A member that meets an error ends
+        as `FAILED`, where it began, with a warning; the others are then solved for one
+        by one too.
     - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.
     - `batch`: the number of trainers to compute at a time, to bound memory. It must
         divide their number. By default all.

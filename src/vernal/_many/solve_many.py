@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -25,10 +25,12 @@ from .._solve import (
     End,
     Problem,
     Start,
+    can_whiten,
     checked_solver,
     find_bad,
     in_parameters,
     is_least_squares,
+    is_lost,
     is_suspect,
     progress_at,
     run,
@@ -36,6 +38,8 @@ from .._solve import (
 )
 from .._step import (
     AbstractTrainer,
+    bounds_of,
+    config_of,
     count_non_finite,
     diagnosed,
     in_free_coordinates,
@@ -48,9 +52,10 @@ from .._step import (
     with_progress,
 )
 from .._storage import History
-from .._tree import choose, ravel_size
+from .._tree import cast_like, choose, ravel_size
 from .arrival import distances_of
 from .many_trainers import ManyTrainers
+from .mapped_chunk import member
 from .members import Members
 from .result import ManyResult, measured
 from .stack import stack
@@ -66,22 +71,32 @@ _Ends = tuple[End, PyTree]
 def _solve_one(
     problem: Problem,
     solve: Callable[..., End],
+    is_bare: bool,
     trainer: AbstractTrainer,
     goal: Int[Array, ""],
 ) -> _Ends:
+    """Solves for one in its space or, if it `is_bare`, in the parameters themselves."""
     inner = in_free_coordinates(trainer)
-    end = solve(stripped(inner), inner.projector, Start.of(inner), problem, goal)
+    space, held = inner.projector, Start.of(inner)
+    if is_bare:
+        held = held._replace(latent=None)
+    end = solve(stripped(inner), None if is_bare else space, held, problem, goal)
+    if is_bare:
+        latent = cast_like(space.to_latent(end.params), inner.latent)
+        end = end._replace(latent=latent)
     end = in_parameters(end, trainer)
     return end, initial_opt_state(trainer.optimiser, end.params, end.latent)
 
 
 @program
-def _run(members: Members, problem: Problem, goal: Int[Array, ""]) -> _Ends:
-    def of_one(trainer: AbstractTrainer, batch: Any) -> _Ends:
+def _run(
+    members: Members, problem: Problem, goals: Int[Array, " members"], is_bare: bool
+) -> _Ends:
+    def of_one(trainer: AbstractTrainer, batch: Any, goal: Array) -> _Ends:
         alone = problem._replace(batch=batch)
-        return _solve_one(alone, run_solver, trainer, goal)
+        return _solve_one(alone, run_solver, is_bare, trainer, goal)
 
-    return members.place.pin_rows(members.map(of_one, problem.batch))
+    return members.place.pin_rows(members.map(of_one, problem.batch, goals))
 
 
 @program
@@ -134,24 +149,32 @@ def solve_many(
     return dataclasses.replace(result, _without_data=tuple(lacking))
 
 
-def _solve_all(
-    members: Members, problem: Problem, max_steps: int, bar: ProgressBar
+def _settle(
+    members: Members,
+    problem: Problem,
+    goals: Int[np.ndarray, " members"],
+    is_bare: bool,
+    bar: ProgressBar,
 ) -> tuple[_Ends, list[int]]:
-    """Solves for all members; returns also those that met an error."""
+    """Solves until it is known what is held; returns also who met an error.
+
+    Each takes at most as many steps as its goal: of 0, it stays where it is.
+    """
     if _is_apart(members, problem.batch):
-        return _solve_each(members, problem, max_steps, bar)
-
-    def run_all(trainers: AbstractTrainer, goal: Int[Array, ""]) -> _Ends:
-        now = members._replace(trainers=trainers)
-        return jax.block_until_ready(_run(now, problem, goal))
-
+        return _solve_each(members, problem, goals, is_bare, bar)
     place = members.place
+
+    def run_all(trainers: AbstractTrainer, goals: Int[Array, " members"]) -> _Ends:
+        now = members._replace(trainers=trainers)
+        placed = place.put_rows(goals, (True,))
+        return jax.block_until_ready(_run(now, problem, placed, is_bare))
+
     try:
-        return _in_rounds(run_all, members.trainers, max_steps, bar, place.whole), []
+        return _in_rounds(run_all, members.trainers, goals, bar, place.whole), []
     except RuntimeError:
         if place.mesh is not None:
             raise
-        return _solve_each(members, problem, max_steps, bar)
+        return _solve_each(members, problem, goals, is_bare, bar)
 
 
 def _is_apart(members: Members, batch: Any) -> bool:
@@ -171,41 +194,43 @@ def _is_apart(members: Members, batch: Any) -> bool:
 
 
 def _in_rounds(
-    run_round: Callable[[AbstractTrainer, Int[Array, ""]], _Ends],
+    run_round: Callable[[AbstractTrainer, Any], _Ends],
     trainers: AbstractTrainer,
-    max_steps: int,
+    goals: Int[np.ndarray, "*members"],
     bar: ProgressBar,
     whole: Callable[[Any], Any],
 ) -> _Ends:
     """Solves, for one or for many, until it is known what is held at its bounds."""
 
-    def run(trainers: AbstractTrainer, left: int) -> tuple[_Ends, Any]:
-        end, opt_state = run_round(trainers, jax.device_put(np.int32(left)))
-        number, is_over = np.asarray(whole(end.reason)), map(REASONS.index, IS_OVER)
-        is_settled = np.asarray(whole(end.is_settled))
-        return (end, opt_state), ~is_settled & ~np.isin(number, [*is_over])
+    def run(trainers: AbstractTrainer, goals: np.ndarray) -> tuple[_Ends, Any]:
+        ends = run_round(trainers, jax.device_put(goals.astype(np.int32)))
+        number, is_over = np.asarray(whole(ends[0].reason)), map(REASONS.index, IS_OVER)
+        is_settled = np.asarray(whole(ends[0].is_settled))
+        return ends, ~is_settled & ~np.isin(number, [*is_over])
 
-    old = progress_of(trainers)
-    ends, is_open = run(trainers, max_steps)
-    bar.update(int((~is_open).sum()), dict)
-    while is_open.any():
+    old, is_left = progress_of(trainers), np.ones(goals.shape, bool)
+    ends, is_open = run(trainers, goals)
+    while True:
         end, opt_state = ends
-        left = max_steps - int(np.asarray(whole(end.steps))[is_open].max())
-        if left <= 0:
-            break
+        left = np.where(is_open, goals - np.asarray(whole(end.steps)), 0)
+        bar.update(int((is_left & (left <= 0)).sum()), dict)
+        is_left = left > 0
+        if not is_left.any():
+            return ends
         # Other elements are held at their bounds in the next round.
         progress = progress_at(end, old, opt_state, old.nan_counts)
         again, is_still_open = run(with_progress(trainers, progress), left)
-        falls = np.asarray(whole(again[0].last < whole(end.last)))
-        ends = _joined(ends, again, jnp.asarray(is_open))
-        was_open, is_open = is_open, is_open & falls & is_still_open
-        bar.update(int((was_open & ~is_open).sum()), dict)
-    bar.update(int(is_open.sum()), dict)
-    return ends
+        falls = np.asarray(whole(again[0].last) < whole(end.last))
+        ends = _joined(ends, again, jnp.asarray(is_left), int(goals.max()))
+        is_open = is_left & falls & is_still_open
 
 
 def _solve_each(
-    members: Members, problem: Problem, max_steps: int, bar: ProgressBar
+    members: Members,
+    problem: Problem,
+    goals: Int[np.ndarray, " members"],
+    is_bare: bool,
+    bar: ProgressBar,
 ) -> tuple[_Ends, list[int]]:
     """Solves for each by itself. Under `jax.vmap` an `eqx.error_if` ends all of them.
 
@@ -220,12 +245,15 @@ def _solve_each(
             errors[len(ends)] = error
             return _unmoved(*args)
 
-    for index in range(members.trainers.step_count.shape[0]):
+    for index, goal in enumerate(goals):
         trainer, batch = members.one(problem.batch, index)
         alone = problem._replace(batch=batch)
-        solve = ft.partial(_solve_one, alone, run_or_stay)
-        ends.append(_in_rounds(solve, trainer, max_steps, bar, members.place.whole))
-    if errors:
+        solve, goal = (
+            ft.partial(_solve_one, alone, run_or_stay, is_bare),
+            np.array(goal),
+        )
+        ends.append(_in_rounds(solve, trainer, goal, bar, members.place.whole))
+    if errors and not is_bare:
         first, error = next(iter(errors.items()))
         warn(
             f"{len(errors)} of {len(ends)} members met an error, and are where they "
@@ -260,21 +288,74 @@ def _unmoved(
 
 
 @jax.jit
-def _joined(old: _Ends, new: _Ends, is_open: Bool[Array, "*members"]) -> _Ends:
-    """Joins another round to what the open members did before."""
+def _joined(
+    old: _Ends, new: _Ends, is_new: Bool[Array, "*members"], most: Int[Array, ""]
+) -> _Ends:
+    """Joins another round to `most` of the steps that its members took before."""
 
-    def one(old: _Ends, new: _Ends, is_open: Array) -> _Ends:
+    def one(old: _Ends, new: _Ends, is_new: Array) -> _Ends:
         (end, _), (again, opt_state) = old, new
-        row = jnp.arange(len(end.losses), dtype=end.steps.dtype)
-        later = again.losses[jnp.maximum(row - end.steps, 0)]
+        row, steps = jnp.arange(len(end.losses), dtype=end.steps.dtype), end.steps
+        steps = jnp.minimum(steps, most)
+        later = again.losses[jnp.maximum(row - steps, 0)]
         joined = again._replace(
-            losses=jnp.where(row < end.steps, end.losses, later),
-            steps=end.steps + again.steps,
+            losses=jnp.where(row < steps, end.losses, later),
+            steps=steps + again.steps,
             first=end.first,
         )
-        return choose(is_open, (joined, opt_state), old)
+        return choose(is_new, (joined, opt_state), old)
 
-    return (jax.vmap(one) if is_open.ndim else one)(old, new, is_open)
+    return (jax.vmap(one) if is_new.ndim else one)(old, new, is_new)
+
+
+def _arrived(
+    members: Members, problem: Problem, ends: _Ends, indices: Iterable[int]
+) -> dict[int, tuple[StopReason, Distance]]:
+    """Finds why the members with these indices ended, and how near their minima."""
+    trainers, whole = members.trainers, members.place.whole
+    (end, opt_state), old = ends, progress_of(trainers)
+    progress = progress_at(end, old, opt_state, old.nan_counts)
+    ended = members._replace(trainers=with_progress(trainers, progress))
+    kind = what_falls(trainers, is_least_squares(problem.encoded.decode()))
+    local, numbers = jax.tree.map(whole, (end.local, end.reason))
+    distances = distances_of(ended, problem.batch, kind, local, indices)
+    why = [REASONS[number] for number in np.asarray(numbers)]
+    pairs = zip(indices, distances, strict=True)
+    return {i: (settled(why[i], distance), distance) for i, distance in pairs}
+
+
+def _lost(
+    members: Members, problem: Problem, end: End, reasons: list[StopReason]
+) -> Bool[np.ndarray, " members"]:
+    """Finds the members that ended badly in whitened spaces within bounds."""
+    config, bounds = config_of(members.trainers), bounds_of(members.trainers)
+    one = eqx.filter_eval_shape(lambda: members.one(problem.batch, 0)[0])
+    if bounds is None or not can_whiten(one):
+        return np.zeros(len(reasons), bool)
+    flags = members.flags[: len(jax.tree.leaves(config))]
+    own = jax.tree.leaves(bounds_of(jax.tree.structure(config).unflatten(flags)))
+    rows = progress_of(members.trainers).params, end.params, end.local
+    rows = jax.device_get(jax.tree.map(members.place.whole, rows))
+
+    def is_one(index: int) -> bool:
+        near = member(bounds, own, index)
+        return is_lost(near, *jax.tree.map(lambda x: x[index], rows))
+
+    well = StopReason.CONVERGED, StopReason.NO_MINIMUM
+    pairs = enumerate(reasons)
+    return np.array([reason not in well or is_one(i) for i, reason in pairs])
+
+
+def _at_start(members: Members, ends: _Ends) -> Members:
+    """Returns the members where they began, with the best that they have found."""
+    (end, opt_state), old = ends, progress_of(members.trainers)
+    progress = dataclasses.replace(
+        progress_at(end, old, opt_state, old.nan_counts),
+        params=old.params,
+        latent=old.latent,
+        step_count=old.step_count,
+    )
+    return members._replace(trainers=with_progress(members.trainers, progress))
 
 
 def _solve(
@@ -283,19 +364,41 @@ def _solve(
     """Solves; returns the trainers, a history, and why and how near each ended."""
     trainers, _, _, place = members
     whole, old = place.whole, progress_of(trainers)
-    (end, opt_state), broken = _solve_all(members, problem, max_steps, bar)
-    starts, losses, steps, numbers, in_vain = jax.device_get(
-        jax.tree.map(
-            whole, (old.step_count, end.losses, end.steps, end.reason, end.in_vain)
-        )
+    goals = np.full(old.step_count.shape, max_steps)
+    ends, broken = _settle(members, problem, goals, False, bar)
+    found = _arrived(members, problem, ends, range(len(goals)))
+    lost = _lost(members, problem, ends[0], [why for why, _ in found.values()])
+    lost[broken] = False
+    if lost.any():
+        # As in `solve`, one that took all steps has half of them again.
+        most = max_steps - max_steps // 2
+        left = max_steps - np.minimum(np.asarray(whole(ends[0].steps)), most)
+        goals = np.where(lost, left, 0)
+        # The bar has counted them.
+        silent = ProgressBar(0, 0, shown=False)
+        again, errors = _settle(_at_start(members, ends), problem, goals, True, silent)
+        lost[errors] = False
+        new = _arrived(members, problem, again, np.flatnonzero(lost).tolist())
+        noise = np.full(len(lost), np.inf)
+        noise[lost] = [distance.noise for _, distance in new.values()]
+        lasts, lowest = (np.asarray(whole(x[0].last)) for x in (ends, again))
+        is_lower = lowest < lasts - noise
+        ends = _joined(ends, again, jnp.asarray(is_lower), most)
+        # Where one seems lost, more steps from the start may lead lower.
+        for index, (why, distance) in new.items():
+            before, known = found[index]
+            if is_lower[index]:
+                found[index] = why, distance
+            elif (before, why) == (StopReason.CONVERGED, StopReason.MAX_STEPS):
+                found[index] = why, known
+    end, opt_state = ends
+    starts, losses, steps, in_vain = jax.device_get(
+        jax.tree.map(whole, (old.step_count, end.losses, end.steps, end.in_vain))
     )
+    end = end._replace(step_count=old.step_count + end.steps)
     progress = progress_at(end, old, opt_state, old.nan_counts)
-    ended = members._replace(trainers=with_progress(trainers, progress))
-    local = jax.tree.map(whole, end.local)
-    kind = what_falls(trainers, is_least_squares(problem.encoded.decode()))
-    every = range(len(numbers))
-    distances = distances_of(ended, problem.batch, kind, local, every)
-    reasons = [settled(REASONS[i], d) for i, d in zip(numbers, distances, strict=True)]
+    reasons = [why for why, _ in found.values()]
+    distances = [distance for _, distance in found.values()]
     suspect = np.array(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )

@@ -124,6 +124,13 @@ def first_rows(tree: T) -> T:
     return structure.unflatten(first)
 
 
+def on_host(tree: T) -> T:
+    """Returns a tree with arrays of NumPy, a row of which costs next to nothing."""
+    is_plain = lambda x: isinstance(x, jax.Array) and not _is_for_jax_alone(x)
+    _onto_host(leaf for leaf in jax.tree.leaves(tree) if is_plain(leaf))
+    return jax.tree.map(lambda x: np.asarray(x) if is_plain(x) else x, tree)
+
+
 def _onto_host(arrays: Iterable[Array]) -> None:
     """Asks for arrays that are about to be read, all at once: a device is far away."""
     if jax.default_backend() != "cpu":

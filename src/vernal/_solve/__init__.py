@@ -1,5 +1,6 @@
 """Solvers of Optimistix."""
 
+from .box import is_lost
 from .problem import (
     IS_OVER,
     REASONS,
@@ -18,4 +19,4 @@ from .problem import (
     run_solver,
 )
 from .solve import SolveOptions, solve
-from .whiten_again import whitened_without_signs
+from .whiten_again import can_whiten, whitened_without_signs

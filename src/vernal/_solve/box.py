@@ -1,7 +1,7 @@
 """Solvers that know of no bounds, on parameters that have some."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,12 @@ from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._constraints import Bounds, held_at
-from .._minimum import Curved, Local, Triangle, rounding_of
+from .._minimum import Curved, Local, Triangle, leaves_idle, rounding_of
 from .._step import AbstractTrainer, bounds_of, pushed
 from .._tree import by_path, choose, ravel, unravel
+
+# The share of its distance at the start at which an element is next to a bound.
+_NEXT_TO = np.finfo(np.float32).eps ** 0.5
 
 
 class Box(NamedTuple):
@@ -96,14 +99,22 @@ def _flat(flags: Iterable[Bool[Array, "..."]]) -> Bool[Array, " elements"]:
     return jnp.concatenate([*map(jnp.ravel, flags)])
 
 
-def creeps_to(bounds: Bounds | None, start: PyTree, end: PyTree) -> bool:
+def is_lost(bounds: Bounds | None, start: PyTree, end: PyTree, local: Any) -> bool:
+    """Whether a solve in a whitened space may have ended far from the minimum.
+
+    A long step there may end on a bound where other parameters have no effect, or next
+    to one. `local` are the surroundings of the `end`.
+    """
+    return _creeps_to(bounds, start, end) or leaves_idle(local)
+
+
+def _creeps_to(bounds: Bounds | None, start: PyTree, end: PyTree) -> bool:
     """Whether an element is next to a bound, by its distance from it at the start."""
     assert bounds is not None
     before, after = by_path(start).by_name(), by_path(end).by_name()
     for side in (bounds.low, bounds.high):
         for path, bound in side.items():
             gap, far = (abs(np.asarray(at[path]) - bound) for at in (after, before))
-            least = np.finfo(gap.dtype).eps ** 0.5 * far
-            if np.any((gap > 0) & (gap < least) & np.isfinite(far)):
+            if np.any((gap > 0) & (gap < _NEXT_TO * far) & np.isfinite(far)):
                 return True
     return False

@@ -17,7 +17,6 @@ from .._minimum import (
     Site,
     distance_of,
     endless,
-    leaves_idle,
     lower_point,
     measure_jacobian,
     second_look,
@@ -45,7 +44,7 @@ from .._step import (
 )
 from .._storage import History
 from .._tree import cast_like, ravel, ravel_size, unravel
-from .box import creeps_to
+from .box import is_lost
 from .problem import (
     IS_OVER,
     REASONS,
@@ -174,53 +173,68 @@ class Rounds:
         """Solves within bounds, and, if that ends badly, again from the start.
 
         A long step in the whitened space may end on a bound where other parameters have
-        no effect, far from where they belong. So the solver keeps a quarter of its
-        steps, for the parameters themselves. The lower end counts. Returns how many
-        steps are left.
+        no effect, far from where they belong. So the solver keeps half of its steps for
+        the parameters themselves, unless there are few, and some of these to go on from
+        the lower of the two ends. Returns how many steps are left.
         """
-        spare = left // 4 if left >= self._long else 0
+        spare = left // 2 if left >= self._long else 0
         kept, unused = self._settle(left - spare, True, None)
-        start, end, left = self._placed.params, kept.end, spare + unused
-        creeps = creeps_to(bounds_of(self._placed), start, end.params)
-        is_lost = creeps or leaves_idle(end.local)
-        if not left or (kept.reason is StopReason.CONVERGED and not is_lost):
+        left, has_converged = spare + unused, kept.reason is StopReason.CONVERGED
+        if not left or (has_converged and not self._is_lost()):
             return left
-        self._begin(start, None, None)
+        self._begin(self._placed.params, None, None)
+        spare = 0 if has_converged else left // 4
         try:
-            now, left = self._settle(left, False, None)
+            now, unused = self._settle(left - spare, False, None)
         except RuntimeError:
             # That way led where the model has an error.
             self._found = kept
             return left
+        left = spare + unused
         if now.last < kept.last - now.distance.noise:
             if not self._whiten(now.end.params):
                 self._begin_within(kept, now.end.params)
-            self._found = self._moved(now)
-            return left
-        self._found = kept = kept.with_best_of(now)
-        if left and kept.reason is StopReason.MAX_STEPS:
-            self._begin(end.params, kept.projector, end.latent)
+            kept = self._moved(now)
+        else:
+            if has_converged and now.reason is StopReason.MAX_STEPS:
+                # More steps from the start may lead lower.
+                distance = kept.distance._replace(is_complete=np.array(False))
+                kept = kept._replace(distance=distance, reason=now.reason)
+            kept = kept.with_best_of(now)
+            self._begin(kept.end.params, kept.projector, kept.end.latent)
+        self._found = kept
+        is_done = kept.is_settled and kept.reason is StopReason.CONVERGED
+        if left and not is_done and kept.reason is not StopReason.NON_FINITE:
             _, left = self._settle(left, True, kept)
         return left
+
+    def _is_lost(self) -> bool:
+        """Whether the last round ended where a long step may have led."""
+        assert self._found is not None
+        end, start = self._found.end, self._placed.params
+        return is_lost(bounds_of(self._placed), start, end.params, end.local)
 
     def _settle(
         self, left: int, whitens: bool, before: _Round | None
     ) -> tuple[_Round, int]:
         """Solves until it is known what is held.
 
-        `before` is the round before, if this goes on from it. Returns the last round,
-        and how many steps are left.
+        `before` is the round before, if this goes on from it; from the start, it stops
+        where it seems lost in a whitened space. Returns the last round, and how many
+        steps are left.
         """
+        stops = whitens and before is None
         while True:
             now = self._taken(left)
             left -= now.steps
             fall = np.inf if before is None else before.last - now.last
             is_open = not now.is_settled and now.reason not in IS_OVER
+            is_lost = stops and self._is_lost()
             # An open round ends beside the minimum, so nobody asks how far it is.
-            if not (is_open and left and now.steps and fall > 0):
+            if is_lost or not (is_open and left and now.steps and fall > 0):
                 now = self._found = self._seen(now)
                 falls = now.reason in _GOES_ON and fall > now.distance.noise
-                if not (now.is_settled and left and now.steps and falls):
+                if is_lost or not (now.is_settled and left and now.steps and falls):
                     return now, left
             before = now
             if not (whitens and self._whiten(now.end.params)):
