@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import optax
 import pytest
+from jax._src import traceback_util
 from jax._src.interpreters import mlir
 
 import annotations
@@ -42,6 +43,11 @@ def context():
 
 
 mlir.make_ir_context = context
+
+
+# At each error JAX asks of each file on the stack whether it is one of its own, which
+# takes as long as a small fit.
+traceback_util.include_filename = functools.cache(traceback_util.include_filename)
 
 
 def let_promote(function):
