@@ -12,7 +12,10 @@ import pytest
 from jax._src import traceback_util
 from jax._src.interpreters import mlir
 
+import alike
 import annotations
+
+alike.install()
 
 # Programs are many objects that live long. To look through them takes a tenth of the
 # time by default. The tests of what is let go of collect by themselves.
@@ -149,6 +152,7 @@ def pytest_runtest_protocol(item, nextitem):
 def forget():
     """Lets go of programs in time: a process may map only so many into memory."""
     yield
+    alike.forget(most=1_000)
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
