@@ -7,12 +7,13 @@ import hashlib
 import importlib.util
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
+
+import scripts
 
 
 class Run(NamedTuple):
@@ -48,18 +49,16 @@ def prune(cache: Path, most: int = 100) -> None:
 
 def execute(script: Path) -> Run:
     """Runs a script in a process of its own, where a warning is an error."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", script, "--output", folder],
-            capture_output=True,
-            check=False,
-            text=True,
-            env={**os.environ, "MPLBACKEND": "Agg"},
-        )
-        if done.returncode or "Warning" in done.stderr:
-            raise RuntimeError(f"{script.name} failed:\n{done.stderr}")
-        picture = (Path(folder) / f"{script.stem}.png").read_bytes()
-    return Run(done.stdout, picture)
+    with tempfile.TemporaryDirectory() as name:
+        log, errors = Path(name) / "log", Path(name) / "errors"
+        options = {"log": log, "errors": errors, "strict": True}
+        done = scripts.started(script, "--output", name, **options)
+        done.join()
+        said = errors.read_text()
+        if done.exitcode or "Warning" in said:
+            raise RuntimeError(f"{script.name} failed:\n{said}")
+        picture = (Path(name) / f"{script.stem}.png").read_bytes()
+        return Run(log.read_text(), picture)
 
 
 def write(entry: Path, kept: Run) -> None:
@@ -149,7 +148,7 @@ def environment() -> tuple[object, ...]:
     """
     settings = ("EQX_", "JAX_", "XLA_")
     return (
-        code(Path(__file__).read_bytes()),
+        [code(Path(file).read_bytes()) for file in (__file__, scripts.__file__)],
         (sys.version, sys.platform, platform.machine()),
         sorted({f"{found.name} {found.version}" for found in distributions()}),
         sorted(pair for pair in os.environ.items() if pair[0].startswith(settings)),

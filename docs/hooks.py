@@ -10,6 +10,7 @@ import ast
 import html
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,11 @@ CACHE = ROOT / ".cache" / "examples"
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )
+
+
+def on_startup(**_: object) -> None:
+    """Lets the processes of the examples find what begins them."""
+    sys.path.append(str(ROOT / "docs"))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -9,9 +9,13 @@ from pathlib import Path
 import jax
 import optax
 import pytest
+from jax._src import traceback_util
 from jax._src.interpreters import mlir
 
+import alike
 import annotations
+
+alike.install()
 
 # Programs are many objects that live long. To look through them takes a tenth of the
 # time by default. The tests of what is let go of collect by themselves.
@@ -44,6 +48,11 @@ def context():
 mlir.make_ir_context = context
 
 
+# At each error JAX asks of each file on the stack whether it is one of its own, which
+# takes as long as a small fit.
+traceback_util.include_filename = functools.cache(traceback_util.include_filename)
+
+
 def let_promote(function):
     """Lets a function of Optax promote dtypes where the tests refuse it."""
 
@@ -71,7 +80,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-other",
         action="store_true",
-        help="of a test over several tables, run every other combination",
+        help="of a test over several tables, run every other combination, or fewer",
     )
 
 
@@ -105,7 +114,8 @@ def pytest_collection_modifyitems(config, items):
     def is_kept(item):
         """Each row of a table stays, and of three tables each pair of rows."""
         tables = seen[getattr(item, "function", item)].values()
-        return sum(len(x) > 1 for x in tables) < 2 or sum(places[item]) % 2 == 0
+        sizes = [len(rows) for rows in tables if len(rows) > 1]
+        return len(sizes) < 2 or sum(places[item]) % min(sizes) == 0
 
     config.hook.pytest_deselected(items=[x for x in items if not is_kept(x)])
     items[:] = filter(is_kept, items)
@@ -142,6 +152,7 @@ def pytest_runtest_protocol(item, nextitem):
 def forget():
     """Lets go of programs in time: a process may map only so many into memory."""
     yield
+    alike.forget(most=1_000)
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()

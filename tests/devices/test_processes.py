@@ -142,6 +142,8 @@ def test_processes_meet_before_they_compute_together(tmp_path):
             assert cases[name].startswith("PeerError: Process")
             assert f"the start of `{one}`" in cases[name]
             assert f"the start of `{other}`" in cases[name]
+    absent = "Process 1 of this `fit` has not answered within 1 seconds"
+    assert absent in both[0]["absent"]
 
 
 def test_two_processes_that_are_killed_lose_nothing(tmp_path):
@@ -157,8 +159,3 @@ def test_two_processes_that_are_killed_lose_nothing(tmp_path):
     ours, theirs = found("long", tmp_path)
     assert ours == theirs
     assert ours["killed"] == ours["whole"]
-
-
-def test_a_process_that_does_not_come(tmp_path):
-    first, _ = found("absent", tmp_path)
-    assert "Process 1 of this `fit` has not answered within 3 seconds" in first["told"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import alike
 import vernal as vn
 from inside import cache_size
 from vernal._loop.chunk import run_chunk
@@ -62,6 +63,7 @@ def own_program():
 
 
 def executables():
+    alike.forget()
     gc.collect()
     return len(jax.devices()[0].client.live_executables())
 
