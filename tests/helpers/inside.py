@@ -41,6 +41,7 @@ from vernal._tree import leaf_sums as leaf_sums
 
 # Modules whose names are those of functions, too; as of others, tests replace parts.
 errors_of_many = importlib.import_module("vernal._many.errors")
+rounds_of_many = importlib.import_module("vernal._many.rounds")
 origin = importlib.import_module("vernal._storage.origin")
 reads = importlib.import_module("vernal._closure.reads")
 save = importlib.import_module("vernal._storage.save")

@@ -8,7 +8,7 @@ import pytest
 import scipy.optimize
 
 import vernal as vn
-from inside import rounds, solve_many
+from inside import rounds, rounds_of_many, solve_many
 
 SIZE = 40
 LM = optx.LevenbergMarquardt(1e-10, 1e-10)
@@ -110,7 +110,7 @@ class Bar(solve_many.ProgressBar):
 
 
 def all_of_them(monkeypatch, most_together, **options):
-    monkeypatch.setattr(solve_many, "_MOST_TOGETHER", most_together)
+    monkeypatch.setattr(rounds_of_many, "_MOST_TOGETHER", most_together)
     monkeypatch.setattr(solve_many, "ProgressBar", Bar)
     Bar.seen = None
     # The first begins beside its minimum, and is done before the others.
@@ -120,7 +120,7 @@ def all_of_them(monkeypatch, most_together, **options):
 
 
 def test_large_members_are_solved_for_one_by_one(monkeypatch):
-    counts = counted(monkeypatch, solve_many, "run", "_run")
+    counts = counted(monkeypatch, rounds_of_many, "run", "_run")
     apart = all_of_them(monkeypatch, 0)
     assert counts["run"] > 3
     assert counts["_run"] == 0
