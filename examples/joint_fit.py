@@ -130,16 +130,21 @@ assert abs(ratio - 3 / 8) < 3 * error
 assert report.p_value > 0.01
 
 fine = jnp.linspace(656.0, 666.0, 400)
-figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True)
-for i, (ax, (x, y, sigma)) in enumerate(zip(axes, data, strict=True)):
+figure, axes = plt.subplot_mosaic("012;rrr", figsize=(9, 5), height_ratios=(3, 2))
+for i, (x, y, sigma) in enumerate(data):
+    ax = axes[str(i)]
+    ax.sharey(axes["0"])
     ax.errorbar(x, y, sigma, fmt=".", color="0.6", ms=3, lw=0.5)
     curve = lambda model, i=i: model(fine, model.exposures[i])
     with warnings.catch_warnings():
         # One flux is held at zero: that band is of all the others.
         warnings.filterwarnings("ignore", "`propagate`: `fn` depends on")
         vernal.plot.band(result.trainer, curve, data, fine, ax=ax)
-    ax.set(title=f"exposure {i + 1}", xlabel="wavelength (nm)")
-axes[0].set_ylabel("flux")
+    ax.set(title=f"exposure {i + 1}")
+axes["0"].set_ylabel("flux")
+places = [x for x, _, _ in data]
+vernal.plot.residuals(result.trainer, data, places, ax=axes["r"])
+axes["r"].set_xlabel("wavelength (nm)")
 parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
 parser.add_argument("--output", default="output", help="folder for the picture")
 output = Path(parser.parse_args().output)

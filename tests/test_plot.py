@@ -775,6 +775,107 @@ def test_what_has_no_band(options, match):
         vernal.plot.band(GaussianFit(gaussian()), **given)
 
 
+# --- residuals ---
+
+
+class Several(vn.Trainer):
+    def residuals(self, model, batch):
+        rate = jnp.full(6, model["rate"])
+        return {
+            "counts": vn.likelihoods.Poisson(rate, batch["counts"], where=batch["is"]),
+            "grid": (model["rate"] - batch["grid"]).reshape(2, 3),
+        }
+
+
+SEVERAL = {
+    "counts": jnp.array([3, 1, 4, 1, 5, 9]),
+    "is": jnp.arange(6) != 2,
+    "grid": jnp.arange(6.0),
+}
+
+
+def test_residuals_are_points_with_their_p_value():
+    trainer, batch = linear()
+    given, report = trainer.residuals(trainer.model, batch), trainer.report(batch)
+    ax = vernal.plot.residuals(trainer, batch)
+    assert ax.get_xlabel() == "index"
+    assert ax.get_legend() is None
+    (points, zero) = ax.lines
+    np.testing.assert_array_equal(points.get_xdata(), np.arange(16))
+    np.testing.assert_allclose(points.get_ydata(), given, rtol=1e-12)
+    assert points.get_linestyle() == "None"
+    assert zero.get_ydata() == [0, 0]
+    title = rf"$\chi^2$ = {report.chi_squared:.4g}, 14 degrees of freedom, p = "
+    assert ax.get_title() == title + f"{report.p_value:.2g}"
+    # Beside a place, in units of their scatter; what is drawn on keeps its title.
+    x = batch[0].tolist()
+    again = vernal.plot.residuals(trainer, batch, x, scale_errors=True, ax=ax)
+    assert again is ax
+    assert ax.get_title().startswith(title)
+    np.testing.assert_array_equal(ax.lines[2].get_xdata(), x)
+    root = np.sqrt(report.reduced_chi_squared)
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), given / root, rtol=1e-10)
+    scaled = vernal.plot.residuals(trainer, batch, scale_errors=True)
+    assert scaled.get_title().endswith("degrees of freedom")
+
+
+def test_residuals_of_several_likelihoods():
+    trainer = Several({"rate": jnp.asarray(3.0)})
+    x = {"counts": jnp.arange(10, 16), "grid": np.array([1.0, 2.0, 3.0])}
+    ax = vernal.plot.residuals(trainer, SEVERAL, x)
+    assert legend(ax) == ["residuals['counts']", "residuals['grid']"]
+    assert ax.get_title().startswith("deviance = ")
+    drawn = curves(ax)
+    terms = trainer.residuals(trainer.model, SEVERAL)
+    expected = np.asarray(terms["counts"].residuals())
+    found = drawn["residuals['counts']"].get_ydata()
+    # What is missing is not drawn.
+    assert np.isnan(found[2])
+    np.testing.assert_allclose(np.delete(found, 2), np.delete(expected, 2), rtol=1e-12)
+    grid = drawn["residuals['grid']"]
+    np.testing.assert_array_equal(grid.get_xdata(), [1, 2, 3, 1, 2, 3])
+    np.testing.assert_allclose(grid.get_ydata(), terms["grid"].ravel(), rtol=1e-12)
+    for bad, match in (
+        (jnp.arange(6), "an array of numbers for each of `residuals.'counts'.`, "),
+        ({"counts": x["counts"]}, "`x` is of type `dict`, but must have"),
+        (x | {"grid": "a word"}, "an array of numbers"),
+        (
+            x | {"grid": jnp.ones(2)},
+            r"shape \(2,\) for `residuals\['grid'\]`.*\(2, 3\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            vernal.plot.residuals(trainer, SEVERAL, bad)
+
+
+def test_complex_residuals_have_two_parts():
+    class Complex(vn.Trainer):
+        def residuals(self, model, batch):
+            return jax.lax.complex(model["a"] * batch, model["a"] - batch)
+
+    trainer, batch = Complex({"a": jnp.asarray(1.0)}), jnp.arange(4.0)
+    drawn = curves(vernal.plot.residuals(trainer, batch))
+    given = trainer.residuals(trainer.model, batch)
+    parts = {"residuals.real": given.real, "residuals.imag": given.imag}
+    for name, part in parts.items():
+        np.testing.assert_allclose(drawn[name].get_ydata(), part, rtol=1e-12)
+
+
+def test_without_residuals_there_is_no_picture_of_them():
+    with pytest.raises(TypeError, match="`LineFit` defines no `residuals`"):
+        vernal.plot.residuals(LINE, line_batch())
+
+
+def test_the_picture_of_robust_residuals_has_no_title():
+    class Robustly(vn.Trainer):
+        def residuals(self, model, batch):
+            return vn.likelihoods.Robust(model["a"] - batch, "soft_l1")
+
+    batch = jnp.asarray(np.random.default_rng(0).normal(size=40))
+    ax = vernal.plot.residuals(Robustly({"a": jnp.asarray(0.1)}), batch)
+    assert ax.get_title() == ""
+
+
 # --- profiles ---
 
 SOLVER = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)

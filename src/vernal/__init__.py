@@ -58,7 +58,7 @@ from ._policy import (
 from ._profile import Profile as Profile
 from ._program import forget as forget
 from ._projection import EigenProjector as EigenProjector
-from ._report import Report as Report
+from ._report import Propagated as Propagated, Report as Report
 from ._storage import (
     Checkpoints as Checkpoints,
     DamagedFileError as DamagedFileError,

@@ -1,4 +1,4 @@
-"""Pictures of a fit: its loss, its parameters, and their errors.
+"""Pictures of a fit: its loss, its parameters and their errors, its residuals.
 
 They need matplotlib. `import vernal` does not import this module; write
 `import vernal.plot`.
@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,13 +27,16 @@ from ._plot import (
     add_legend,
     as_history,
     as_label,
+    as_numbers,
     choose_scale,
     choose_ticks,
     collect_lines,
+    collect_points,
     draw_line,
     draw_lines,
     drawable,
     drawn,
+    goodness,
     largest,
     prepare,
     to_one_scale,
@@ -317,11 +319,8 @@ def band(
     - `ValueError`: if `x` is not a vector, or `fn` does not return one of its length.
     - as [`vernal.Trainer.propagate`][].
     """
-    is_key = jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
-    # A batch is a tree of more than one array.
-    is_tree = not is_key and len({np.shape(leaf) for leaf in jax.tree.leaves(x)}) > 1
-    places = np.zeros(0) if is_key or is_tree else np.asarray(x)
-    if places.ndim != 1 or places.dtype.kind not in "fiu" or not places.size:
+    places = as_numbers(x)
+    if places is None or places.ndim != 1 or not places.size:
         raise ValueError(f"`x` is {in_few_words(x)}, but must be a vector of numbers.")
     if not 0 < errors < math.inf:
         raise ValueError(
@@ -346,6 +345,64 @@ def band(
         alpha=0.25,
         linewidth=0,
     )
+    add_legend(axes)
+    return axes
+
+
+@drawn
+def residuals(
+    trainer: Trainer[Any, Any],
+    batch: Any,
+    x: Any = None,
+    *,
+    scale_errors: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws the residuals as points, and says how good the fit is.
+
+    ```python
+    vernal.plot.residuals(trainer, batch, x)
+    ```
+
+    The title of empty axes has chi-squared, or the deviance of counts, and the p-value
+    of [`vernal.Trainer.report`][]. The grey band is one error bar wide to both sides.
+    Of a likelihood the points are its deviance residuals, without missing data (where
+    it has a mask, `where`); of complex residuals, both parts.
+
+    **Arguments:**
+
+    - `trainer`: a [`vernal.Trainer`][] with `residuals`.
+    - `batch`: all of the data.
+    - `x`: where the residuals belong, an array that broadcasts to theirs; of several
+        arrays or likelihoods, such as `{"counts": ..., "image": ...}`, a tree like
+        that. By default the index of each.
+    - `scale_errors`: as for [`vernal.Trainer.report`][]: divides the residuals by the
+        root of the reduced chi-squared.
+    - `ax`: the axes to draw on; by default those of a new figure.
+
+    **Returns:**
+
+    The axes.
+
+    **Raises:**
+
+    - `TypeError`: if the class defines no `residuals`.
+    - `ValueError`: if `x` is not like the residuals.
+    - as [`vernal.Trainer.report`][].
+    """
+    require_one(trainer, "residuals")
+    points = collect_points(trainer, batch, x)
+    report = trainer.report(batch, scale_errors=scale_errors)
+    axes, is_new = prepare(ax, (6.4, 3.6))
+    for label, places, values in points:
+        heights = drawable(values / report.error_scale)
+        axes.plot(places, heights, ".", label=label or None)
+    if is_new:
+        axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+        axes.axhspan(-1, 1, color="0.5", alpha=0.15, linewidth=0, zorder=0)
+        axes.set(ylabel="residual", title=goodness(report))
+        if x is None:
+            axes.set_xlabel("index")
     add_legend(axes)
     return axes
 

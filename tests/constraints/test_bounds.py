@@ -408,14 +408,34 @@ def test_bad_bounds_are_refused(name):
 
 
 def test_bounds_of_what_is_not_fitted_are_refused():
-    with pytest.raises(ValueError, match="`bounds`: 'offset' is frozen"):
-        LineFit(line(), train="slope", bounds={"offset": (-2, 0)})
+    with pytest.raises(ValueError, match="`bounds`: 'b' is a Python float, which is"):
+        Linear({"a": jnp.ones(()), "b": 1.0}, bounds={"b": (0, 1)})
     with pytest.raises(ValueError, match=r"tied to slope.*what it follows"):
         LineFit(line(), ties={"offset": "slope"}, bounds={"offset": (-2, 0)})
     with pytest.raises(TypeError, match="`bounds`: '' is complex"):
         Linear(jnp.array([1 + 1j]), bounds={"": (0, 1)})
     # A selector that finds a free one too is meant for that.
     assert LineFit(line(), train="slope", bounds={"**": (-2, 2)}).params.slope == 0.5
+
+
+@pytest.mark.loose_dtypes  # of L-BFGS
+def test_bounds_of_a_frozen_parameter_wait_until_it_is_fitted():
+    shared = {"offset": (5, 9), "slope": (-2, 0.4)}
+    start = LineFit(line(), train="slope", bounds={"offset": shared["offset"]})
+    # It is as if there were none, also for what bounds refuse.
+    assert start.replace(optimiser=optax.lbfgs()).step(line_batch())
+    assert "within" not in str(start)
+    model = eqx.tree_at(lambda m: m.slope, line(), jnp.asarray(0.1))
+    one = LineFit(model, train="slope", bounds=shared)
+    alone = LineFit(model, train="slope", bounds={"slope": shared["slope"]})
+    solver = optx.BFGS(1e-8, 1e-8)
+    ends = [x.solve(solver, line_batch()).model.slope for x in (one, alone)]
+    assert ends[0] == ends[1] == 0.4
+    with pytest.raises(ValueError, match=r"'offset' starts at .* outside"):
+        LineFit(model, bounds=shared)
+    inside = eqx.tree_at(lambda m: m.offset, model, jnp.asarray(6.0))
+    both = LineFit(inside, bounds=shared).solve(solver, line_batch())
+    assert both.model.offset == 5
 
 
 def test_a_preconditioner_that_couples_a_bounded_parameter_is_refused():

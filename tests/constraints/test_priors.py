@@ -454,9 +454,17 @@ def test_under_jit_too_a_normal_needs_a_width(args):
         make(*map(jnp.asarray, args))
 
 
-def test_a_prior_of_a_frozen_parameter_is_refused():
-    with pytest.raises(ValueError, match="`priors`: 'offset' is frozen"):
-        LineLikelihood(line(), train="slope", priors={"offset": vn.Normal(0, 1)})
+def test_a_prior_of_a_frozen_parameter_waits_until_it_is_fitted():
+    known, batch, at = {"offset": vn.Normal(0, 1)}, line_batch(), jnp.ones(1)
+    one = LineLikelihood(line(), train="slope", priors=known)
+    alone = LineLikelihood(line(), train="slope")
+    assert one.objective(batch)[0](at) == alone.objective(batch)[0](at)
+    assert one.report(batch).prior_penalty is None
+    both = LineLikelihood(line(), priors=known)
+    assert both.report(batch).prior_penalty == 1
+    model = eqx.tree_at(lambda m: m.offset, line(), 1.0)
+    with pytest.raises(ValueError, match="`priors`: 'offset' is a Python float"):
+        LineLikelihood(model, train="slope", priors=known)
 
 
 class PeakFit(vn.Trainer):

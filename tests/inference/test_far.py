@@ -6,6 +6,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import optimistix as optx
 import pytest
@@ -179,6 +180,25 @@ def test_far_away_there_is_a_warning(name, entrance):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ENTRANCES[entrance](at_the_minimum(name), batch)
+
+
+class Symmetric(vn.Trainer):
+    """At zero the data have no slope, and their likelihood is lowest; a prior has."""
+
+    def residuals(self, model, batch):
+        return model["size"] ** 2 - batch
+
+
+@pytest.mark.parametrize("entrance", ["propagate", "draw"])
+def test_at_a_saddle_there_is_a_warning(entrance):
+    priors = {"size": dist.Cauchy(0.0, 1.0)}
+    trainer, batch = Symmetric({"size": jnp.zeros(())}, priors=priors), jnp.ones(9)
+    note = trainer.table(batch).splitlines()[-1]
+    assert note.startswith("not at a minimum: the loss curves downwards")
+    with pytest.warns(UserWarning, match="not at a minimum") as warned:
+        ENTRANCES[entrance](trainer, batch)
+    assert str(warned[0].message) == f"`{entrance}`: {note}."
+    assert warned[0].filename == __file__
 
 
 class Line(vn.Trainer):

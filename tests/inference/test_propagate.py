@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -97,6 +98,40 @@ def test_the_error_is_that_of_the_linear_function(kind, name):
     found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(error)])
     near = 1e-6 if name == "mixed" else 1e-10
     np.testing.assert_allclose(found, exact, rtol=near, atol=1e-14)
+
+
+def test_it_prints_as_lines():
+    trainer, batch = fitted(), data()
+    pair = trainer.propagate(lambda m: m.offset / m.slope, batch)
+    assert isinstance(pair, tuple)
+    assert pair == (pair.value, pair.error) == tuple(pair)
+    # A line for each element, with the digits that its error leaves.
+    value, error = np.array([12.3456, 0.0, 7.0]), np.array([0.0234, np.inf, np.nan])
+    print_ = lambda *args: str(vn.Propagated(*args)).splitlines()
+    assert print_(value[0], error[0]) == ["12.346 ± 0.023"]
+    assert print_(value, error) == [
+        "[0] = 12.346 ± 0.023",
+        "[1] = 0 (unconstrained)",
+        "[2] = 7 ± nan",
+    ]
+    tree = {"area": jnp.asarray(3.0), "of": (None, jnp.ones((1, 2)))}
+    assert print_(tree, jax.tree.map(lambda x: 0.1 * x, tree)) == [
+        "area      = 3.00 ± 0.30",
+        "of.1[0,0] = 1.00 ± 0.10",
+        "of.1[0,1] = 1.00 ± 0.10",
+    ]
+    assert print_(jnp.ones(1000), jnp.ones(1000))[7:] == [
+        "[7]   = 1.0 ± 1.0",
+        "991 more",
+        "[999] = 1.0 ± 1.0",
+    ]
+    assert print_(jnp.ones(0), jnp.ones(0)) == []
+
+
+def test_a_notebook_shows_the_lines():
+    shown = []
+    vn.Propagated(1.0, 0.1)._repr_pretty_(SimpleNamespace(text=shown.append), False)
+    assert shown == ["1.00 ± 0.10"]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

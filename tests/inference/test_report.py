@@ -456,8 +456,26 @@ def test_a_long_array_is_cut_in_the_text_alone():
 
     report = Many(jnp.ones(200)).report(jnp.arange(400.0))
     assert len(report.parameters) == 200
-    assert "136 more" in str(report)
+    assert "136 more, in `report.parameters`" in str(report)
     assert len(str(report).splitlines()) < 90
+
+
+def test_the_text_says_where_all_correlations_are():
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(12, 8)))
+
+    class Mixed(vn.Trainer):
+        def residuals(self, model, batch):
+            return matrix @ model - batch
+
+    report = Mixed(jnp.ones(8)).report(jnp.arange(12.0))
+    sizes = [abs(pair.value) for pair in report.correlations]
+    assert sizes == sorted(sizes, reverse=True)
+    more = sum(size >= 0.1 for size in sizes) - 12
+    assert more > 0
+    assert f"{more} more, in `report.correlations`  …" in str(report)
+    first, second, value = report.correlations[0]
+    assert f"{first}, {second}" in str(report)
+    assert f"{value:+.3f}" in str(report)
 
 
 def test_as_a_dictionary_and_a_frame():

@@ -3,6 +3,7 @@
 import functools
 import importlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -199,6 +200,20 @@ MINIMA = {
 }
 
 
+def draw(trainer, batch):
+    # Of what has an infinite error nothing can be drawn.
+    if np.isfinite(jax.tree.leaves(trainer.standard_errors(batch))).all():
+        trainer.draw(jax.random.key(0), 2, batch)
+
+
+# What has errors, and no place for a note.
+ERRORS = {
+    "standard_errors": lambda trainer, batch: trainer.standard_errors(batch),
+    "propagate": lambda trainer, batch: trainer.propagate(lambda model: model, batch),
+    "draw": draw,
+}
+
+
 @functools.cache
 def solved(name, dtype=np.float64):
     trainer, solver, batch = trainer_of(name, dtype)
@@ -223,6 +238,12 @@ def test_a_solve_says_that_there_is_no_minimum(name):
     assert report.note.splitlines()[0] in result.table(batch)
     assert report.stop_reason is REASON.NO_MINIMUM
 
+    for ask in ERRORS.values():
+        with pytest.warns(UserWarning, match=": no minimum this way") as warned:
+            ask(result.trainer, batch)
+        assert report.note.splitlines()[0] in str(warned[0].message)
+        assert warned[0].filename == __file__
+
     if element is None:
         return
     # The remedy that is named has a limit on the other side, and none on this one.
@@ -245,6 +266,8 @@ def test_a_minimum_is_none_at_infinity(name, dtype):
     assert result.stop_reason is not REASON.NO_MINIMUM
     if dtype == np.float64:
         assert "no minimum" not in result.table(batch)
+        for ask in ERRORS.values():
+            ask(result.trainer, batch)
 
 
 def test_a_limit_by_hand():
@@ -286,6 +309,13 @@ def test_each_of_many(is_solved):
     assert "0 (no minimum)" in many.table()
     own = exposure, counts
     assert "no minimum" in many.trainer(0).table(own)
+    message = "errors of member 0: There is no minimum .*mean nothing there"
+    with pytest.warns(UserWarning, match=message) as warned:
+        many.errors(data)
+    assert warned[0].filename == __file__
+    # Where the end is told, there is no warning.
+    assert many.to_dict(data)["stop_reason"][0] == str(REASON.NO_MINIMUM)
+    assert "0 (no minimum)" in many.table(data)
 
 
 def test_a_healthy_fit_pays_nothing(monkeypatch):

@@ -85,6 +85,23 @@ class Both(GaussianFit):
         return jnp.log(model.power)
 
 
+class Joint(vn.Trainer):
+    """Several likelihoods, by name."""
+
+    def residuals(self, model, batch):
+        rates = jnp.full(4, model["rate"])
+        return {
+            "light": {"first": model["a"] - batch, "second": jnp.sqrt(model["a"] - 5)},
+            "counts": vn.likelihoods.Poisson(rates, jnp.arange(4)),
+            "grid": (model["a"] / batch).reshape(2, 2),
+        }
+
+
+def joint(batch, a=6.0, rate=1.0):
+    model = {"a": jnp.full(4, a), "rate": jnp.asarray(rate)}
+    return Joint(model), jnp.asarray(batch)
+
+
 def rooted(value):
     return Rooted({"a": {"b": jnp.asarray(value)}, "c": jnp.ones(2), "d": None})
 
@@ -128,6 +145,25 @@ ORIGINS = {
     "gradient": (
         lambda: (rooted(0.0), None),
         FINITE + "the loss is finite, but not its gradient in 'a.b'.",
+    ),
+    "one of several": (
+        lambda: joint(np.ones(4), a=4.0),
+        FINITE + "`residuals['light']['second']` is NaN first at [0] of 4.",
+    ),
+    "one of several with a zero": (
+        lambda: joint([1.0, 1.0, 0.0, 1.0]),
+        FINITE + "`residuals['grid']` is infinite first at [1, 0] of shape (2, 2). "
+        "`batch` is 0 there.",
+    ),
+    "rates of several": (
+        lambda: joint(np.ones(4), rate=-1.0),
+        FINITE + "`residuals['counts']` is infinite first at [0] of 4. 4 of 4 rates "
+        "are negative, the first at [0].",
+    ),
+    "two of several": (
+        lambda: joint([1.0, NAN, 1.0, 1.0], a=6.0),
+        "`batch` has 1 NaN, at [1]. `residuals['grid']` is NaN first at [0, 1] of "
+        "shape (2, 2). `residuals['light']['first']` is NaN first at [1] of 4.",
     ),
     "nothing": (
         lambda: (rooted(1.0), None),

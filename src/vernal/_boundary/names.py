@@ -51,7 +51,8 @@ def in_few_words(value: Any) -> str:
     text = f"of type `{type(value).__name__}`"
     if value is None:
         return "None"
-    if jax.tree.leaves(value) != [value] or hasattr(value, "shape"):
+    leaves = jax.tree.leaves(value)
+    if len(leaves) != 1 or leaves[0] is not value or hasattr(value, "shape"):
         return text
     line = repr(value)
     return line if len(line) <= 60 and "\n" not in line else text

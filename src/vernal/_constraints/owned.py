@@ -12,12 +12,13 @@ from .._tree import by_path, require_atoms, resolve
 
 
 def owned(
-    given: Any, argument: str, model: PyTree, known: Callable[[str], str]
+    given: Any, argument: str, model: PyTree, known: Callable[[str], str | None]
 ) -> dict[str, Any]:
     """Returns what a mapping from selectors says of each leaf of a model, by path.
 
     The most specific selector wins. `known` says why a leaf cannot have such an entry,
-    or nothing. A selector that finds such leaves alone is refused.
+    or nothing; or it is `None`, and that of the leaf is left out. A selector that finds
+    leaves that cannot have one alone is refused.
     """
     if not isinstance(given, Mapping):
         raise TypeError(
@@ -34,9 +35,10 @@ def owned(
             found[owner].append(path)
     chosen: dict[str, Any] = {}
     for rule, paths in found.items():
-        fit = [path for path in paths if not known(path)]
-        if paths and not fit:
-            raise ValueError(f"`{argument}`: {paths[0]!r} is {known(paths[0])}")
+        reasons = {path: known(path) for path in paths}
+        if paths and all(reasons.values()):
+            raise ValueError(f"`{argument}`: {paths[0]!r} is {reasons[paths[0]]}")
+        fit = [path for path, reason in reasons.items() if reason == ""]
         chosen |= dict.fromkeys(fit, values[rule])
     return chosen
 

@@ -22,7 +22,9 @@ from .._minimum import (
     distance_of,
     endless,
     has_minimum,
+    may_run_away,
     measure_spectrum,
+    minimum_note,
     second_look,
     surroundings,
     truth_p_values,
@@ -37,7 +39,7 @@ from .._step import (
     stripped,
     template_of,
 )
-from .._tree import as_parameters, by_path, widest
+from .._tree import as_parameters, by_path, ravel, widest
 from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
 from .fisher import ErrorKind
@@ -313,8 +315,8 @@ def _distance(
     return distance_of(local), local
 
 
-def may_be_far(here: Laplace) -> bool:
-    """Whether a point may be so far from the minimum that it is worth a look.
+def may_mislead(trainer: AbstractTrainer, here: Laplace) -> bool:
+    """Whether a point may be far from a minimum, or have none: it is worth a look.
 
     By the whitening that is there. That of a sandwich is of another curvature.
     """
@@ -322,7 +324,18 @@ def may_be_far(here: Laplace) -> bool:
         return True
     fall = possible_fall(here.whitening, *here.slope)
     # What is not known is looked at.
-    return not fall.truth_p_value > NO_ACCIDENT
+    if not fall.truth_p_value > NO_ACCIDENT:
+        return True
+    return _may_be_endless(trainer, here.whitening, fall.chi_squared)
+
+
+def _may_be_endless(
+    trainer: AbstractTrainer, whitening: DenseWhitening, fall: Any
+) -> bool:
+    """Whether finite errors may be of a minimum at infinity, `fall` of chi-squared."""
+    sizes = abs(np.asarray(ravel(as_parameters(trainer.params)), float))
+    bars = whitening.errors_of_the_data()
+    return may_run_away(np.asarray(fall, float), bars, sizes)
 
 
 class Fall(NamedTuple):
@@ -369,15 +382,27 @@ def how_far(trainer: AbstractTrainer, here: Around, scale_errors: bool) -> str |
     )
 
 
-def warn_if_far(
-    trainer: AbstractTrainer, here: Around, name: str, scale_errors: bool
+def warn_if_misleading(
+    trainer: AbstractTrainer, batch: Any, here: Around, name: str, scale_errors: bool
 ) -> None:
-    """Warns that `name` is asked for farther from the minimum than the truth is."""
+    """Warns that `name` is asked for farther from the minimum than the truth is.
+
+    Or where there is no minimum, as `minimum_note` says it.
+    """
     if far := how_far(trainer, here, scale_errors):
         warn(
             f"`{name}` is asked for {far} Fit first: "
-            f"`trainer.solve(solver, batch).{name}(...)`."
+            f"`trainer.solve(solver, batch).trainer.{name}(...)`."
         )
+        return
+    if (distance := here.distance) is None:
+        return
+    # Infinite errors say themselves that there is none.
+    is_odd = _may_be_endless(trainer, here.whitening, 2 * distance.edm)
+    if is_odd or distance.is_saddle:
+        distance = seen_again(trainer, batch, here).distance or distance
+    if distance.is_lost:
+        warn(f"`{name}`: {minimum_note(distance, trainer.params)}.")
 
 
 def _rank(whitening: DenseWhitening) -> int:

@@ -31,6 +31,7 @@ from .._curvature import (
 )
 from .._program import program
 from .._projection import DenseWhitening, written_directions
+from .._report import Propagated
 from .._step import (
     AbstractTrainer,
     bounds_of,
@@ -40,7 +41,7 @@ from .._step import (
     stripped,
 )
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
-from .expansion import Around, around, warn_if_far
+from .expansion import Around, around, warn_if_misleading
 from .laplace import ErrorOptions
 
 
@@ -49,7 +50,7 @@ def propagate(
     fn: Callable[[Any], PyTree],
     batch: Any,
     options: ErrorOptions,
-) -> tuple[PyTree, PyTree]:
+) -> Propagated:
     """Implements `Trainer.propagate`."""
     refuse_program("propagate", trainer, batch)
     if not callable(fn):
@@ -61,7 +62,7 @@ def propagate(
     trainer = in_free_coordinates(trainer)
     here = around(trainer, batch, "A propagated error", options.jac, options.kind)
     scale = here.error_scale(options.scale_errors)
-    warn_if_far(trainer, here, "propagate", options.scale_errors)
+    warn_if_misleading(trainer, batch, here, "propagate", options.scale_errors)
     value, error, pinned = propagated(trainer, fn, here, scale)
     if pinned is not None and (indices := np.flatnonzero(pinned)).size:
         params = as_parameters(trainer.params)
@@ -73,7 +74,7 @@ def propagate(
             "be too small. `trainer.intervals(solver, batch)` has errors of what is "
             "held."
         )
-    return value, error
+    return Propagated(value, error)
 
 
 def propagated(
@@ -227,7 +228,7 @@ def draw(
             "Freeze a parameter of each (`train=`), or add a prior."
         )
     scale = here.error_scale(scale_errors)
-    warn_if_far(trainer, here, "draw", scale_errors)
+    warn_if_misleading(trainer, batch, here, "draw", scale_errors)
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
     normal, again = jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1)
     args = stripped(trainer), here.whitening, normal, jnp.asarray(scale)

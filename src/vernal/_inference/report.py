@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from .._boundary import boolean, refuse_program, whole_number
-from .._minimum import edm_note, endless_words, slope_note
+from .._minimum import minimum_note, slope_note
 from .._projection import DenseWhitening
 from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
 from .._step import AbstractTrainer, in_free_coordinates, template_of, tied_words
@@ -130,11 +130,8 @@ def _point_note(trainer: AbstractTrainer, here: Around) -> str | None:
     if here.distance is None:
         return of_rounding
     about = here.distance, trainer.params
-    if here.distance.is_endless:
-        limit = "no minimum this way: the loss only approaches a limit"
-        return limit + endless_words(*about)
     of_slopes = slope_note(*about) if here.kind == "expected" else None
-    return edm_note(*about) or of_slopes or of_rounding
+    return minimum_note(*about) or of_slopes or of_rounding
 
 
 def hidden_by_rounding(whitening: DenseWhitening) -> Bool[np.ndarray, " D"]:

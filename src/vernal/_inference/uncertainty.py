@@ -46,11 +46,11 @@ from .expansion import (
     NO_SCATTER,
     Fall,
     expanded,
-    may_be_far,
     may_be_masked,
+    may_mislead,
     possible_fall,
     require_scatter,
-    warn_if_far,
+    warn_if_misleading,
     zeros_of,
     zeros_text,
 )
@@ -76,10 +76,11 @@ def standard_errors(
     here = laplace(trainer, batch, "A standard error", jac, kind)
     whitening = whitening_of_elements(trainer, here.whitening)
     errors = jnp.asarray(whitening.errors_of_the_data())
-    if not is_traced(trainer, batch, here) and (scale_errors or may_be_far(here)):
+    is_known = not is_traced(trainer, batch, here)
+    if is_known and (scale_errors or may_mislead(trainer, here)):
         found = expanded(trainer, batch, here)
         scale = found.error_scale(scale_errors)
-        warn_if_far(trainer, found, "standard_errors", scale_errors)
+        warn_if_misleading(trainer, batch, found, "standard_errors", scale_errors)
         errors = jax.device_put(scaled(errors, scale))
     if bounds_of(trainer) is not None:
         held = held_elements(trainer, here.derived.held)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._boundary import PyTree
 from .._policy import StopReason
-from .._report import written
+from .._report import plus_minus
 from .._step import AbstractTrainer, bounds_of
 from .._tree import aligned, by_path, element_name, short_number
 
@@ -140,11 +140,7 @@ def _shown(size: int) -> Iterator[int | None]:
 def _cell(value: Any, errors: np.ndarray | None, index: int, is_still: Any) -> str:
     if errors is None or (is_still and math.isnan(errors[index])):
         return short_number(value)
-    error = float(errors[index])
-    text, shown = written(float(value), error)
-    if math.isinf(error):
-        return f"{text} (unconstrained)"
-    return f"{text} ± {shown or 'nan'}"
+    return plus_minus(float(value), float(errors[index]))
 
 
 def _failures(reasons: Sequence[StopReason]) -> Iterator[str]:

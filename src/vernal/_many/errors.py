@@ -20,7 +20,7 @@ from .._inference import (
     errors_or_nan,
     how_far,
 )
-from .._minimum import share_p_value
+from .._minimum import Distance, share_p_value
 from .._program import program
 from .._step import AbstractTrainer
 from .mapped_chunk import Flags
@@ -109,11 +109,33 @@ def warn_if_any_is_far(
             continue
         if not (far := how_far(trainer, here, scale_errors)):
             continue
-        others = [str(other) for other in suspects if other > index]
-        shown = ", ".join(others[:_MOST_NAMED]) + ", …" * (len(others) > _MOST_NAMED)
+        others = _of_others([other for other in suspects if other > index])
         warn(
-            f"The errors of member {index} are asked for {far} "
-            + f"The same may hold of {shown}. " * bool(others)
-            + "Fit on first: `vn.fit_many(result.trainers, data, steps)`."
+            f"The errors of member {index} are asked for {far} {others}Fit on first: "
+            "`vn.fit_many(result.trainers, data, steps)`."
         )
         return
+
+
+def warn_if_any_is_lost(
+    distances: Distance | None, explain: Callable[[int], str]
+) -> None:
+    """Warns of the members whose fit ended where there is no minimum.
+
+    `distances` are those at the ends, `None` where they are not known; `explain` says
+    how a member ended.
+    """
+    if distances is None:
+        return
+    at = lambda index: jax.tree.map(lambda x: x[index], distances)
+    lost = [index for index in range(len(distances.edm)) if at(index).is_lost]
+    if lost:
+        first, *others = lost
+        told = f"The errors of member {first}: {explain(first)} {_of_others(others)}"
+        warn(told.rstrip())
+
+
+def _of_others(members: list[int]) -> str:
+    shown = ", ".join(map(str, members[:_MOST_NAMED]))
+    shown += ", …" * (len(members) > _MOST_NAMED)
+    return f"The same may hold of {shown}. " * bool(members)

@@ -33,7 +33,7 @@ from .columns import (
     held,
 )
 from .data_axis import members_first
-from .errors import errors_of_each, warn_if_any_is_far
+from .errors import errors_of_each, warn_if_any_is_far, warn_if_any_is_lost
 from .mapped_chunk import Flags, member
 
 TrainerT = TypeVar(
@@ -172,7 +172,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         eigenvalue, or with `scale_errors` or the sandwich it has no more data than free
         parameters, or with the latter data without scatter; this harms no other member.
         There is a warning if one of them is far from its minimum, as of
-        [`vernal.Trainer.standard_errors`][].
+        [`vernal.Trainer.standard_errors`][], or ended where there is none.
 
         **Raises:**
 
@@ -182,7 +182,10 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             a scale that is known, as of [`vernal.Trainer.report`][].
         """
         is_scaled = boolean(scale_errors, "scale_errors")
-        return self._errors(data, ErrorOptions(is_scaled, jac, kind)).own
+        found = self._errors(data, ErrorOptions(is_scaled, jac, kind)).own
+        # A table, and the columns, say how each ended.
+        warn_if_any_is_lost(self._distances, self.explain)
+        return found
 
     @unmeshed_entrance
     def report(

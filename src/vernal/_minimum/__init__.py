@@ -26,13 +26,14 @@ from .edm import (
     chi_squared_p_value,
     edm_note,
     endless_words,
+    minimum_note,
     saddle_words,
     share_p_value,
     slope_note,
     truth_p_values,
     unknown,
 )
-from .endless import endless, may_be_endless
+from .endless import endless, may_be_endless, may_run_away
 from .formulas import distance_of
 from .idle import Site, is_idle, leaves_idle
 from .leftover import (

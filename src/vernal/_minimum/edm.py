@@ -73,6 +73,12 @@ class Distance(NamedTuple):
         return bool(self.is_saddle and self.is_held and is_flat)
 
     @property
+    def is_lost(self) -> bool:
+        """Whether there is no minimum that errors are of. For numbers on the host."""
+        is_saddle = self.is_saddle and not self.is_flat_at_bound
+        return bool(self.is_endless or (is_saddle and np.isfinite(self.edm)))
+
+    @property
     def is_minimum(self) -> bool:
         """Whether the loss cannot fall any further. For numbers on the host."""
         is_known = self.is_complete and not np.isnan(self.edm)
@@ -140,6 +146,14 @@ def chi_squared_p_value(value: Any, degrees: Any) -> Any:
 
     degrees = np.asarray(degrees, float)
     return np.where(degrees > 0, chdtrc(degrees, value), 1.0)
+
+
+def minimum_note(distance: Distance, params: Params) -> str | None:
+    """Returns a note if a trainer is not at a minimum, or there is none this way."""
+    if distance.is_endless:
+        limit = "no minimum this way: the loss only approaches a limit"
+        return limit + endless_words(distance, params)
+    return edm_note(distance, params)
 
 
 def edm_note(distance: Distance, params: Params) -> str | None:

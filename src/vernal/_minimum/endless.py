@@ -63,6 +63,17 @@ def endless(site: Site, local: Any, distance: Distance) -> Distance:
     return distance
 
 
+def may_run_away(fall: Any, bars: Any, sizes: Any) -> bool:
+    """Whether an element may run away, by its error bar and how far chi-squared falls.
+
+    Its step to the minimum is no longer than that many bars, the root of the fall.
+    """
+    # An infinite bar says itself that there is none.
+    bars = np.where(np.isfinite(bars), bars, 0).astype(float)
+    is_open = bars > _LEAST_BAR * sizes
+    return bool(np.any(is_open & (np.sqrt(fall) * bars > _LEAST_STEP * sizes)))
+
+
 def may_be_endless(kind: str, local: Any, distance: Distance) -> bool:
     """Whether a loss may have no minimum, and is worth a look."""
     if not _is_worth_it(kind, local, distance):

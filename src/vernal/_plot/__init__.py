@@ -1,9 +1,9 @@
 """Beneath `vernal.plot`: `axes` has scales and labels, `lines` draws parameters.
 
-`arguments` checks what a picture is drawn of.
+`residuals` evaluates these, and `arguments` checks what a picture is drawn of.
 """
 
-from .arguments import drawn
+from .arguments import as_numbers, drawn
 from .axes import (
     add_legend,
     as_label,
@@ -14,3 +14,4 @@ from .axes import (
     prepare,
 )
 from .lines import as_history, collect_lines, draw_lines, largest, to_one_scale
+from .residuals import collect_points, goodness

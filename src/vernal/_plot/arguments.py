@@ -6,6 +6,9 @@ import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 
 from .._boundary import checked, in_few_words
@@ -59,3 +62,14 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     parts = get_args(hint) if is_union else (hint,)
     found = tuple(get_origin(part) or part for part in parts)
     return found if all(kind in _REMEDIES for kind in found) else ()
+
+
+def as_numbers(value: Any) -> np.ndarray | None:
+    """Returns real numbers as an array, `None` for anything else."""
+    if jnp.issubdtype(getattr(value, "dtype", float), jax.dtypes.prng_key):
+        return None
+    try:
+        found = np.asarray(value)
+    except ValueError:  # of several shapes
+        return None
+    return found if found.dtype.kind in "fiu" else None

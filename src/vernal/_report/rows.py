@@ -119,3 +119,11 @@ def written(value: Any, error: float) -> tuple[str, str]:
     first = math.floor(math.log10(abs(value))) if value else last
     digits = min(max(first - last, 0), _MOST_DIGITS)
     return f"{value:.{digits}e}", f"{error:.1e}"
+
+
+def plus_minus(value: Any, error: float) -> str:
+    """Writes a value and its error in one cell."""
+    text, shown = written(value, error)
+    if math.isinf(error):
+        return f"{text} (unconstrained)"
+    return f"{text} ± {shown or 'nan'}"

@@ -51,7 +51,7 @@ def _sections(report: Any) -> Iterator[Section]:
     if pairs:
         shown = [(f"{a}, {b}", f"{value:+.3f}") for a, b, value in pairs[:_MOST_PAIRS]]
         more = len(pairs) - len(shown)
-        rest = [(f"{more} more", "…")] if more else []
+        rest = [(f"{more} more, in `report.correlations`", "…")] if more else []
         yield [(f"correlations of at least {_LEAST_CORRELATION}", ""), *shown, *rest]
 
 
@@ -109,5 +109,5 @@ def _shortened(rows: Sequence[ParameterRow]) -> Sequence[ParameterRow]:
     if gap <= 0:
         return rows
     half = _MOST_ROWS // 2
-    between = ParameterRow(f"{gap} more", None, math.nan, "")
+    between = ParameterRow(f"{gap} more, in `report.parameters`", None, math.nan, "")
     return [*rows[:half], between, *rows[half + gap :]]

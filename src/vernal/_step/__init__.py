@@ -66,6 +66,7 @@ from .objective import (
     real_residuals_and_kind,
     require_all_data,
     residual_terms,
+    residuals_by_place,
     score,
     scoring_residuals,
     step_key,

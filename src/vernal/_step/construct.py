@@ -219,14 +219,15 @@ def constraints(
     tied = {} if template.ties is None else template.ties.words
     named = by_path(model).by_name()
 
-    def unfit(path: str, of_tied: str) -> str:
+    def unfit(path: str, of_tied: str) -> str | None:
         if path in trained or (path in tied and not of_tied):
             return ""
         if path in tied:
             return f"{tied[path]}. {of_tied}"
         if is_float(named[path]):
             return "a Python float, which is not fitted. Write it as `jnp.array(1.0)`."
-        return "frozen, and has one value. Name it in `train`, or leave it out."
+        # Frozen: what it has waits for a trainer that fits it.
+        return None
 
     of_tied = "Give the bounds to what it follows."
     return (

@@ -40,8 +40,7 @@ from .objective import (
     negative_log_likelihood,
     real_residuals,
     real_residuals_and_kind,
-    residual_terms,
-    residuals_as_returned,
+    residuals_by_place,
     score,
     step_key,
 )
@@ -346,18 +345,33 @@ def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
 
 def _bad_result(trainer: AbstractTrainer, batch: Any, name: str) -> str:
     """Says whether a method's result is finite; without a name, the loss's."""
-    own = {"residuals": residuals_as_returned, "nll": negative_log_likelihood}
-    value = _evaluated(trainer, batch, own.get(name, _loss))
-    if value is None or not is_inexact(value) or not _described(value):
-        return ""
+    if name == "residuals":
+        return _bad_residuals(trainer, batch)
+    method = negative_log_likelihood if name == "nll" else _loss
     what = f"`{name}`" if name else "half the sum of squared `residuals`"
+    return _bad_value(what, _evaluated(trainer, batch, method))
+
+
+def _bad_residuals(trainer: AbstractTrainer, batch: Any) -> str:
+    """Says which of the arrays and likelihoods in `residuals` are not finite."""
+    found, said = _evaluated(trainer, batch, residuals_by_place) or {}, []
+    for where, (term, value) in found.items():
+        if bad := _bad_value(where, value):
+            why = term.impossible() if isinstance(term, Poisson) else ""
+            said.append(" ".join((bad, *([why] if why else _zeros(batch, value)))))
+    return " ".join(_abridged(said))
+
+
+def _bad_value(what: str, value: Any) -> str:
+    """Says whether a result is finite, and where it is not; empty if it is."""
+    if not is_inexact(value) or not _described(value):
+        return ""
     (nans, first_nan), (_, first_infinity) = jax.device_get(_counts(value))
     kind, first = ("NaN", first_nan) if nans else ("infinite", first_infinity)
     if not value.shape:
         return f"{what} is {kind}."
     size = value.size if value.ndim == 1 else f"shape {value.shape}"
-    found = f"{what} is {kind} first at {_index(first, value.shape)} of {size}."
-    return " ".join((found, *(_impossible(trainer, batch) or _zeros(batch, value))))
+    return f"{what} is {kind} first at {_index(first, value.shape)} of {size}."
 
 
 def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
@@ -379,13 +393,6 @@ def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
 def _is_zero_at_bad(leaf: Array, residuals: Array) -> Any:
     is_zero = leaf.ravel() == 0
     return jnp.all(is_zero != jnp.isfinite(residuals.ravel())) & ~jnp.all(is_zero)
-
-
-def _impossible(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
-    """Says which rates and counts no Poisson distribution has."""
-    terms = _evaluated(trainer, batch, residual_terms)
-    found = [term.impossible() for term in terms or () if isinstance(term, Poisson)]
-    return tuple(sentence for sentence in found if sentence)
 
 
 def _loss(trainer: AbstractTrainer, batch: Any, key: Any) -> Any:

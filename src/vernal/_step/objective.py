@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._boundary import PyTree
+from .._boundary import PyTree, spelled_leaves
 from .._data import Source, Whole, as_given, in_whole
 from .._likelihoods import AbstractLikelihood, Gaussian, require_known
 from .._tree import cast_alike, is_inexact, widest
@@ -232,10 +232,18 @@ def residual_terms(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any = None
 ) -> list[Term]:
     """Evaluates `residuals`: its arrays and likelihoods."""
+    return [term for _, term in _named_terms(trainer, batch, key, model)]
+
+
+def _named_terms(
+    trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any
+) -> list[tuple[str, Term]]:
+    """Evaluates `residuals`, and says where each array or likelihood is in it."""
     model = trainer.model if model is None else model
     returned = _call(trainer, "residuals", model, batch, key)
     is_likelihood = lambda x: isinstance(x, AbstractLikelihood)
-    terms = jax.tree.leaves(returned, is_leaf=is_likelihood)
+    named = list(spelled_leaves("residuals", returned, is_likelihood))
+    terms = [term for _, term in named]
     if not terms or not all(hasattr(x, "shape") or is_likelihood(x) for x in terms):
         raise TypeError(
             f"`{type(trainer).__name__}.residuals` returned a "
@@ -246,23 +254,20 @@ def residual_terms(
     for term in terms:
         _check_residuals(trainer, _array_of(term), batch)
     param, what = jax.tree.leaves(trainer.params)[0], f"`{type(trainer).__name__}`"
+    known = lambda term: require_known(
+        term, param, f"{what} returned a `{type(term).__name__}`"
+    )
     return [
-        require_known(term, param, f"{what} returned a `{type(term).__name__}`")
-        if isinstance(term, AbstractLikelihood)
-        else term
-        for term in terms
+        (where, known(term) if is_likelihood(term) else term) for where, term in named
     ]
 
 
-def residuals_as_returned(
+def residuals_by_place(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None
-) -> Array:
-    """Evaluates `residuals` and keeps their shape; several arrays become one vector."""
-    arrays = [_array_of(term) for term in residual_terms(trainer, batch, key)]
-    if len(arrays) == 1:
-        return arrays[0]
-    dtype = widest(array.dtype for array in arrays)
-    return jnp.concatenate([jnp.ravel(array).astype(dtype) for array in arrays])
+) -> dict[str, tuple[Term, Array]]:
+    """Evaluates `residuals`: what is where in it, and its array in its own shape."""
+    named = _named_terms(trainer, batch, key, None)
+    return {where: (term, _array_of(term)) for where, term in named}
 
 
 def _check_residuals(trainer: AbstractTrainer, residuals: Array, batch: Any) -> None:

@@ -48,7 +48,7 @@ from .._optimiser import ParamOptimiser, as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._profile import Options as ProfileOptions, Profile, intervals, profile
 from .._projection import EigenProjector
-from .._report import Report
+from .._report import Propagated, Report
 from .._solve import SolveOptions, Solver, solve
 from .._step import (
     AbstractTrainer,
@@ -183,7 +183,9 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `priors`: a dictionary from selectors to distributions, anything with
             `log_prob`: `{"slope": vn.Normal(0, 1)}`. They are part of the likelihood
             in all that is computed: what is minimised, its curvature, the errors. They
-            need `residuals` or `nll`, and all of the data at each step.
+            need `residuals` or `nll`, and all of the data at each step. A frozen
+            parameter's priors, and its bounds, count for nothing: so trainers that fit
+            other parameters can share them.
         - `key`: a PRNG key, for a loss that draws random numbers.
         - `state`: what the loss carries from step to step beside the parameters: an
             `equinox.nn.State`, or any pytree of arrays. A step that is not accepted
@@ -197,8 +199,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train; if the projector does not fit; if
             bounds are the wrong way round, or the start is outside of them, or is not
-            what a bijection can return; if ties go
-            round in a circle; or if a frozen parameter has a bound or a prior.
+            what a bijection can return; if ties go round in a circle; or if a tied
+            parameter has a bound, or a Python float that is not fitted has one.
         """
         check_arguments(nan_policy, projector, key)
         refuse_taken(type(self), Trainer)
@@ -681,7 +683,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         parameter that the data do not constrain has an infinite error.
 
         It warns if the model is farther from the minimum than the truth of simulated
-        data would be. Within a compiled program nothing is said.
+        data would be, or where there is no minimum. Within a compiled program nothing
+        is said.
 
         **Arguments:**
 
@@ -811,13 +814,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
         scale_errors: bool = False,
         jac: Mode | None = None,
         kind: ErrorKind | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> Propagated:
         r"""Returns a function of the model, and its standard error.
 
         ```python
         ratio = lambda model: model.a.flux / model.b.flux
         value, error = trainer.propagate(ratio, batch)
         curve, errors = trainer.propagate(lambda model: model(x), batch)
+        print(trainer.propagate(ratio, batch))  # 0.331 ± 0.012
         ```
 
         The error is $\sqrt{\mathrm{diag}(G C G^\top)}$, with the Jacobian $G$ of the
@@ -838,7 +842,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Returns:**
 
-        The value, and a tree like it with the standard errors. An error is infinite if
+        The value, and a tree like it with the standard errors: a pair, which prints as
+        lines, see [`vernal.Propagated`][]. An error is infinite if
         `fn` depends on a direction that the data do not constrain. It is NaN where `fn`
         depends only on parameters that are held at their bounds, which have no error;
         where it depends on free ones too, it is that of the free ones, with a warning:
