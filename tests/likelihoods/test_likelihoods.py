@@ -265,6 +265,29 @@ def test_precision_is_that_of_the_prediction(name):
     assert [leaf.dtype for leaf in jax.tree.leaves(shapes)] == [dtype] * 9
 
 
+HALVES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_of_a_prediction_rounds_no_data(name):
+    """Nor error bars, counts or sums, whose digits are those of float32 then."""
+    half = jnp.asarray(np.linspace(900.0, 1100.0, 400), HALVES[name])
+    mean = np.asarray(half, float)
+    data, std = (np.float32(mean + 0.3 + 0.01 * np.sin(mean)), np.float32(1e-2))
+    counts = np.where(mean < 1000, 70_001, 1003)
+    exact = {
+        "Gaussian": (Gaussian(half, data, std), 0.5 * ((mean - data) / std) ** 2),
+        "Poisson": (
+            Poisson(half, counts), mean - counts + counts * np.log(counts / mean)
+        ),
+        "Robust": (Robust(half, "huber", 0.1), 0.1 * (mean - 0.05)),
+    }  # fmt: skip
+    for kind, (term, each) in exact.items():
+        found = term.nll()
+        assert found.dtype == jnp.float32, kind
+        np.testing.assert_allclose(found, each.sum(), rtol=1e-5, err_msg=kind)
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0])
 @pytest.mark.parametrize("count", [0, 2])
 def test_what_is_impossible_is_not_finite(rate, count):

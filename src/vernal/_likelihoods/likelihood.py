@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from .._boundary import RefusedError, refuse_foreign, refuse_taken
-from .._tree import is_inexact
+from .._tree import at_least_single, is_inexact
 
 
 class AbstractLikelihood(eqx.Module):
@@ -92,7 +92,11 @@ def require_known(term: T, param: Array, what: str) -> T:
 
 
 def as_prediction(value: Any, name: str) -> Inexact[Array, "..."]:
-    """Returns what a model predicts as an array of floating-point numbers."""
+    """Returns what a model predicts as an array of floats, of float32 at least.
+
+    Data and error bars are cast to its dtype: half precision would round both, and
+    make counts above 65504 infinite.
+    """
     refuse_foreign(value, f"`{name}`")
     if not is_inexact(value):
         kind = getattr(value, "dtype", type(value).__name__)
@@ -100,7 +104,7 @@ def as_prediction(value: Any, name: str) -> Inexact[Array, "..."]:
             f"`{name}` is of {kind}, but must be an array of floating-point numbers: "
             "what the model predicts."
         )
-    return jnp.asarray(value)
+    return at_least_single(jnp.asarray(value))
 
 
 def as_alike(
