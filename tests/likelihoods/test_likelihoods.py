@@ -4,13 +4,16 @@ import functools
 import math
 from decimal import Decimal, localcontext
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from scipy.optimize import least_squares
 
+import vernal as vn
 from vernal.likelihoods import Gaussian, Poisson, Robust
 
 LOSSES = "soft_l1", "huber", "cauchy", "arctan"
@@ -286,6 +289,26 @@ def test_half_precision_of_a_prediction_rounds_no_data(name):
         found = term.nll()
         assert found.dtype == jnp.float32, kind
         np.testing.assert_allclose(found, each.sum(), rtol=1e-5, err_msg=kind)
+
+
+class OfHalf(vn.Trainer):
+    dtype: np.dtype = eqx.field(static=True)
+
+    def __init__(self, dtype):
+        self.dtype = np.dtype(dtype)
+        super().__init__({"a": jnp.array(500.0, jnp.float32)}, optax.sgd(1e-4))
+
+    def residuals(self, model, batch):
+        return (model["a"] - batch).astype(self.dtype)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_squares_of_half_precision_are_summed_in_float32(name):
+    batch = jnp.linspace(3.0, 5.0, 300, dtype=jnp.float32)
+    trainer = OfHalf(HALVES[name])
+    left = np.asarray((500 - batch).astype(HALVES[name]), float)
+    found = trainer.evaluate(trainer.model, batch), trainer.step(batch)[1].loss
+    np.testing.assert_allclose(found, 0.5 * np.sum(left**2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0])
