@@ -405,3 +405,29 @@ def test_a_scale_that_is_not_positive_is_seen(loss, scale):
     seen, masked, known = of_scales(loss, scales, there)
     assert np.isnan(seen)
     np.testing.assert_allclose(masked, known, rtol=1e-14)
+
+
+@jax.jit
+def of_error_bars(std, there):
+    mean, data = jnp.array([2.0, 3.0]), jnp.array([1.0, 5.0])
+    nll = lambda mean, where: Gaussian(mean, data, std, where=where).nll()
+    return nll(mean, None), jax.value_and_grad(nll)(mean, there)
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, -np.inf, np.nan])
+def test_an_error_bar_that_is_not_positive_is_seen(std):
+    """It would count as its absolute value; what is masked may have any."""
+    bars = np.array([0.5, std])
+    seen, masked = of_error_bars(bars, np.array([True, False]))
+    assert np.isnan(seen)
+    np.testing.assert_array_equal(masked[0], 2.0)
+    np.testing.assert_array_equal(masked[1], [4.0, 0.0])
+    told = Gaussian(ONES[:2], ONES[:2], bars).impossible()
+    what = "zero" if std == 0 else "negative" if std < 0 else ""
+    assert told == (
+        f"1 of 2 error bars (`std`) are {what}, the first at [1]." if what else ""
+    )
+
+
+def test_an_infinite_error_bar_weighs_nothing():
+    assert of_error_bars(np.array([0.5, np.inf]), np.array([True, True]))[0] == 2.0

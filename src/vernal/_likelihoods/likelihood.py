@@ -1,6 +1,7 @@
 """The interface of a likelihood."""
 
 import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
@@ -153,6 +154,22 @@ def present(where: Bool[Array, "..."] | None, value: Array, stand_in: int) -> Ar
     if where is None:
         return value
     return jnp.where(where, value, jnp.asarray(stand_in, value.dtype))
+
+
+def told_of(found: Mapping[str, Bool[Array, "..."]]) -> str:
+    """Says, on the host, which data are bad, and in what way; empty if none are."""
+    shown = []
+    for what, bad in found.items():
+        count, first = jax.device_get(_count_and_first(bad))
+        place = [int(i) for i in np.unravel_index(first, bad.shape)]
+        if count:
+            shown.append(f"{count} of {bad.size} {what}, the first at {place}.")
+    return " ".join(shown)
+
+
+@jax.jit
+def _count_and_first(bad: Bool[Array, "..."]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    return jnp.sum(bad), jnp.argmax(bad)
 
 
 def count_of(
