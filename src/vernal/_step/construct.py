@@ -13,6 +13,7 @@ import numpy as np
 from .._boundary import (
     ObjectiveWarning,
     PyTree,
+    is_traced,
     narrowed_leaves,
     prng_key,
     takes_methods,
@@ -23,7 +24,7 @@ from .._closure import refuse_static_arrays
 from .._constraints import Bijections, Bounds, Priors, Ties, as_bounds, as_priors
 from .._optimiser import ParamOptimiser
 from .._policy import NanPolicy
-from .._projection import EigenProjector
+from .._projection import EigenProjector, encode_near
 from .._tree import (
     UnknownPathError,
     by_path,
@@ -277,6 +278,12 @@ def fit_projector(
             f"at {', '.join(map(repr, odd[:5])) or 'their order'}. Make it from "
             "`trainer.params`."
         )
+    for path, leaf in by_path(projector.origin).items():
+        if not (is_traced(leaf) or np.isfinite(leaf).all()):
+            raise ValueError(
+                f"`projector` was made at parameters that are not finite in {path!r}. "
+                "Move it: `projector.at(params)`."
+            )
     if projector.latent_size < ravel_size(params):
         if constrained:
             raise ValueError(
@@ -287,12 +294,12 @@ def fit_projector(
             )
         # A point off the origin may lie where the latent space does not reach.
         projector = projector.at(params)
-    else:
-        origin = jax.tree.leaves(projector.origin)
-        projector = projector.at(
-            cast_like(jax.tree.structure(params).unflatten(origin), params)
-        )
-    return projector, _to_latent(projector, params)
+        return projector, _to_latent(projector, params)
+    origin = jax.tree.leaves(projector.origin)
+    projector = projector.at(
+        cast_like(jax.tree.structure(params).unflatten(origin), params)
+    )
+    return encode_near(projector, params)
 
 
 # As one program, where each operation would be compiled by itself.

@@ -613,7 +613,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:**
 
         - `projector`: the projector; `None` to continue in the parameters themselves.
-            With a bijection in `bounds` it must be `None`: see `whiten`.
+            With a bijection in `bounds` it must be `None`: see `whiten`. Its origin
+            moves to the current point if it is so far that rounding would be felt.
         - `optimiser`: an optimiser for that space. By default the present one; but a
             [`vernal.ParamOptimiser`][] cannot go into a space where parameters have no
             names: the result then has no optimiser, and can `solve`.
