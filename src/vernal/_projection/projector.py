@@ -126,9 +126,10 @@ class EigenProjector(Portable, eqx.Module):
 
         **Raises:**
 
-        - `ValueError`: if `fmat` is not a finite matrix of shape `(D, D)`, has a
-            negative eigenvalue beyond the threshold, or leaves a kept direction
-            unconstrained. Under `jax.jit`, an error when the program runs.
+        - `ValueError`: if `fmat` is not a finite symmetric matrix of shape `(D, D)`,
+            but for rounding, has a negative eigenvalue beyond the threshold, or leaves
+            a kept direction unconstrained. Under `jax.jit`, an error when the program
+            runs.
         - `TypeError`: if a parameter is complex or not an array of floats.
         """
         nulls = NullPolicy(rtol, rank, on_null)
