@@ -190,7 +190,28 @@ def whiten_jacobian(
     dtype = widest((jac.dtype, ravel_dtype(params), jnp.dtype("float32")))
     eps = _noise(given, jac)
     nulls = nulls.or_rtol(jacobian_rtol(size, eps))
-    return whiten_spectrum(_of_jacobian(jac.astype(dtype)), params, nulls, eps, name)
+    spectrum = _refuse_steep(_of_jacobian(jac.astype(dtype)), params, name)
+    return whiten_spectrum(spectrum, params, nulls, eps, name)
+
+
+def _refuse_steep(spectrum: Spectrum, params: Params, name: str) -> Spectrum:
+    """Refuses a column of a Jacobian whose standard error is zero in its dtype.
+
+    In units of zero it would count as a column of zeros.
+    """
+    scale = spectrum.scale
+    # NumPy compiles nothing.
+    known = scale if isinstance(scale, Tracer) else np.asarray(scale)
+    tiny = jnp.finfo(scale.dtype).tiny
+    bad = known < tiny
+    scale = refuse(
+        scale,
+        bad,
+        f"{name} has a column whose norm is beyond {1 / tiny:.1e}, so that the error "
+        f"is zero in {scale.dtype}. Use a smaller unit, or float64.",
+        lambda: f"The first is that of {element_name(params, int(np.argmax(bad)))}.",
+    )
+    return spectrum._replace(scale=scale)
 
 
 _of_jacobian = jax.jit(of_jacobian)

@@ -177,9 +177,9 @@ class EigenProjector(Portable, eqx.Module):
 
         **Raises:**
 
-        - `ValueError`: if `jac` is not a finite matrix with $D$ columns, or leaves a
-            kept direction unconstrained. Under `jax.jit`, an error when the program
-            runs.
+        - `ValueError`: if `jac` is not a finite matrix with $D$ columns, has one whose
+            standard error underflows, or leaves a kept direction unconstrained. Under
+            `jax.jit`, an error when the program runs.
         - `TypeError`: if `jac` or a parameter is complex.
         """
         origin = jax.lax.stop_gradient(as_parameters(params))
