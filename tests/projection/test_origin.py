@@ -45,6 +45,9 @@ MADE = {
     "projector=": lambda p: Sums(single(START), optax.sgd(0.1), projector=p),
     "reproject": lambda p: Sums(single(START), optax.sgd(0.1)).reproject(p),
 }
+MADE["replace"] = lambda p: Sums(p.origin, optax.sgd(0.1), projector=p).replace(
+    model=single(START)
+)
 ORIGINS = {
     "here": (1.0, 2.0),
     "zero": (0.0, 0.0),
@@ -67,6 +70,13 @@ def test_an_origin_moves_no_parameters(name, how, on):
 
 
 @pytest.mark.parametrize("how", MADE)
+def test_a_direction_that_was_dropped_stays_where_it_is(how):
+    origin = single({"a": 0.0, "b": 0.0})
+    projector = vn.EigenProjector.from_fisher(np.diag(np.float32([2, 0])), origin)
+    assert MADE[how](projector).params == single(START)
+
+
+@pytest.mark.parametrize("how", MADE)
 def test_an_origin_nearby_is_kept(how):
     trainer = MADE[how](at(1.5, 1.0))
     assert trainer.projector.origin == single({"a": 1.5, "b": 1.0})
@@ -81,7 +91,23 @@ def test_each_of_many_has_its_own_origin():
     np.testing.assert_allclose(moved["b"], [2.0, 2.0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", MADE)
+def test_a_model_for_each_of_many_is_kept():
+    batch = jnp.asarray(BATCH, jnp.float32)
+    starts = [MADE["projector="](at(x, -x).at(single(START))) for x in (1.0, 2.0)]
+    trainers = vn.fit_many(starts, batch, 3).trainers
+    far = trainers.replace(model=single({"a": 1e7, "b": 1e7}))
+    rows = single({"a": np.array([1.1, 1.2]), "b": np.array([2.3, 2.4])})
+    near = far.replace(model=rows)
+    shapes = lambda t: jax.tree.map(jnp.shape, jax.tree.leaves(t))
+    assert shapes(near) == shapes(trainers)
+    for name in "ab":
+        np.testing.assert_allclose(near.params[name], rows[name], rtol=1e-5)
+    again = vn.fit_many(near, batch, 300).trainers.params
+    for name, best in zip("ab", BEST, strict=True):
+        np.testing.assert_allclose(again[name], best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["projector=", "reproject"])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_an_origin_that_is_not_finite_is_refused(how, bad):
     with pytest.raises(ValueError, match=r"`projector`.* finite in 'b'.*projector\.at"):

@@ -665,7 +665,7 @@ class EigenProjector(Portable, eqx.Module):
 def encode_near(
     projector: EigenProjector, params: Params
 ) -> tuple[EigenProjector, PyTree]:
-    """Encodes parameters, with an origin there if its own would move them."""
+    """Encodes parameters, with an origin there if rounding would move them."""
     origin, latent = _near(projector, params)
     return projector.at(origin), latent
 

@@ -284,22 +284,27 @@ def fit_projector(
                 f"`projector` was made at parameters that are not finite in {path!r}. "
                 "Move it: `projector.at(params)`."
             )
-    if projector.latent_size < ravel_size(params):
-        if constrained:
-            raise ValueError(
-                "`constrain`, or `bounds`, leads out of the latent space of "
-                "`projector`, which has dropped directions that the data do not "
-                'constrain. Make the projector with `on_null="prior"`, or drop the '
-                "constraint."
-            )
-        # A point off the origin may lie where the latent space does not reach.
-        projector = projector.at(params)
-        return projector, _to_latent(projector, params)
+    if projector.latent_size < ravel_size(params) and constrained:
+        raise ValueError(
+            "`constrain`, or `bounds`, leads out of the latent space of "
+            "`projector`, which has dropped directions that the data do not "
+            'constrain. Make the projector with `on_null="prior"`, or drop the '
+            "constraint."
+        )
     origin = jax.tree.leaves(projector.origin)
     projector = projector.at(
         cast_like(jax.tree.structure(params).unflatten(origin), params)
     )
-    return encode_near(projector, params)
+    return encode(projector, params)
+
+
+def encode(projector: EigenProjector, params: PyTree) -> tuple[EigenProjector, PyTree]:
+    """Encodes parameters, with an origin there where its own would move them."""
+    if projector.latent_size == ravel_size(params):
+        return encode_near(projector, params)
+    # A point off the origin may lie where the latent space does not reach.
+    projector = projector.at(params)
+    return projector, _to_latent(projector, params)
 
 
 # As one program, where each operation would be compiled by itself.
