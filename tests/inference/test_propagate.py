@@ -286,6 +286,59 @@ def test_what_is_tied_to_what_is_held_has_no_error(kind):
         assert cells[f"{name} (tied to a function)"] == cell
 
 
+# Functions, which of their outputs have no error, and why.
+NOT_FINITE = {
+    "log of a negative": (
+        lambda m: jnp.log(-m.slope), True, r"`fn\(model\)` is NaN"
+    ),
+    "a root at zero": (
+        lambda m: {"r": jnp.sqrt(m.slope - 2.0), "s": m.slope},
+        {"r": True, "s": False},
+        r"the derivative of `fn\(model\)\['r'\]` is not finite\.",
+    ),
+    "a pole": (
+        lambda m: (m.slope, jnp.stack([m.offset, 1 / (m.slope - 2.0)])),
+        (False, np.array([False, True])),
+        r"`fn\(model\)\[1\]` is infinite, first at \[1\] of shape \(2,\)\.",
+    ),
+    "a norm at zero": (
+        lambda m: jnp.linalg.norm(jnp.stack([m.slope - 2.0, m.offset - 1.0])),
+        True,
+        r"the derivative of `fn\(model\)` is not finite",
+    ),
+    "two, of many": (
+        lambda m: [jnp.sqrt(X[:3] * (m.slope - 2.0)), 1 / (m.offset - 1.0)],
+        [np.array([True, True, True]), True],
+        r"`fn\(model\)\[0\]` is not finite, first at \[0\] of shape \(3,\); "
+        r"`fn\(model\)\[1\]` is infinite\.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_what_is_not_finite_has_no_error(name):
+    fn, lost, match = NOT_FINITE[name]
+    with pytest.warns(UserWarning, match=match) as caught:
+        _, error = fitted().propagate(fn, data())
+    assert len(caught) == 1
+    for own, is_lost in zip(*map(jax.tree.leaves, (error, lost)), strict=True):
+        np.testing.assert_array_equal(np.isnan(own), is_lost)
+        assert not np.isinf(own).any()
+
+
+def test_a_root_at_zero_of_what_is_unconstrained_has_no_error():
+    """An infinite error would say that the data do not constrain it."""
+    fn = lambda m: jnp.sqrt(m["a"] + m["b"] - 2.0) + m["dead"]
+    with pytest.warns(UserWarning, match="derivative"):
+        _, error = tangle().propagate(fn, jnp.ones(4))
+    assert np.isnan(error)
+
+
+def test_where_the_derivative_vanishes_the_error_is_zero():
+    fn = lambda m: jnp.stack([jnp.round(m.slope), (m.slope - 2.0) ** 2])
+    np.testing.assert_array_equal(fitted().propagate(fn, data())[1], 0)
+
+
 def test_errors_are_scaled_by_the_scatter():
     trainer = fitted()
     factor = np.sqrt(trainer.report(data()).reduced_chi_squared)
@@ -393,6 +446,21 @@ def test_functions_with_one_mode():
 def test_what_has_no_error(fn, error, match):
     with pytest.raises(error, match=match):
         fitted().propagate(fn, data())
+
+
+OF_NUMPY = {
+    "float": lambda m: float(m.slope),
+    "a function of NumPy": lambda m: np.sin(np.asarray(m.slope)),
+    "if": lambda m: m.slope if m.slope > 0 else m.offset,
+    "an index": lambda m: [1.0, 2.0][m.slope.astype(int)],
+}
+
+
+@pytest.mark.parametrize("name", OF_NUMPY)
+def test_a_function_that_is_not_of_jax_is_refused(name):
+    with pytest.raises(TypeError, match=r"`fn` asks for .*use `jax\.numpy`") as caught:
+        fitted().propagate(OF_NUMPY[name], data())
+    assert "jax" in type(caught.value.__cause__).__module__
 
 
 @pytest.mark.own_words

@@ -4,13 +4,16 @@ import functools
 import math
 from decimal import Decimal, localcontext
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from scipy.optimize import least_squares
 
+import vernal as vn
 from vernal.likelihoods import Gaussian, Poisson, Robust
 
 LOSSES = "soft_l1", "huber", "cauchy", "arctan"
@@ -265,6 +268,49 @@ def test_precision_is_that_of_the_prediction(name):
     assert [leaf.dtype for leaf in jax.tree.leaves(shapes)] == [dtype] * 9
 
 
+HALVES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_of_a_prediction_rounds_no_data(name):
+    """Nor error bars, counts or sums, whose digits are those of float32 then."""
+    half = jnp.asarray(np.linspace(900.0, 1100.0, 400), HALVES[name])
+    mean = np.asarray(half, float)
+    data, std = (np.float32(mean + 0.3 + 0.01 * np.sin(mean)), np.float32(1e-2))
+    counts = np.where(mean < 1000, 70_001, 1003)
+    exact = {
+        "Gaussian": (Gaussian(half, data, std), 0.5 * ((mean - data) / std) ** 2),
+        "Poisson": (
+            Poisson(half, counts), mean - counts + counts * np.log(counts / mean)
+        ),
+        "Robust": (Robust(half, "huber", 0.1), 0.1 * (mean - 0.05)),
+    }  # fmt: skip
+    for kind, (term, each) in exact.items():
+        found = term.nll()
+        assert found.dtype == jnp.float32, kind
+        np.testing.assert_allclose(found, each.sum(), rtol=1e-5, err_msg=kind)
+
+
+class OfHalf(vn.Trainer):
+    dtype: np.dtype = eqx.field(static=True)
+
+    def __init__(self, dtype):
+        self.dtype = np.dtype(dtype)
+        super().__init__({"a": jnp.array(500.0, jnp.float32)}, optax.sgd(1e-4))
+
+    def residuals(self, model, batch):
+        return (model["a"] - batch).astype(self.dtype)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_squares_of_half_precision_are_summed_in_float32(name):
+    batch = jnp.linspace(3.0, 5.0, 300, dtype=jnp.float32)
+    trainer = OfHalf(HALVES[name])
+    left = np.asarray((500 - batch).astype(HALVES[name]), float)
+    found = trainer.evaluate(trainer.model, batch), trainer.step(batch)[1].loss
+    np.testing.assert_allclose(found, 0.5 * np.sum(left**2), rtol=1e-5)
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0])
 @pytest.mark.parametrize("count", [0, 2])
 def test_what_is_impossible_is_not_finite(rate, count):
@@ -359,3 +405,29 @@ def test_a_scale_that_is_not_positive_is_seen(loss, scale):
     seen, masked, known = of_scales(loss, scales, there)
     assert np.isnan(seen)
     np.testing.assert_allclose(masked, known, rtol=1e-14)
+
+
+@jax.jit
+def of_error_bars(std, there):
+    mean, data = jnp.array([2.0, 3.0]), jnp.array([1.0, 5.0])
+    nll = lambda mean, where: Gaussian(mean, data, std, where=where).nll()
+    return nll(mean, None), jax.value_and_grad(nll)(mean, there)
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, -np.inf, np.nan])
+def test_an_error_bar_that_is_not_positive_is_seen(std):
+    """It would count as its absolute value; what is masked may have any."""
+    bars = np.array([0.5, std])
+    seen, masked = of_error_bars(bars, np.array([True, False]))
+    assert np.isnan(seen)
+    np.testing.assert_array_equal(masked[0], 2.0)
+    np.testing.assert_array_equal(masked[1], [4.0, 0.0])
+    told = Gaussian(ONES[:2], ONES[:2], bars).impossible()
+    what = "zero" if std == 0 else "negative" if std < 0 else ""
+    assert told == (
+        f"1 of 2 error bars (`std`) are {what}, the first at [1]." if what else ""
+    )
+
+
+def test_an_infinite_error_bar_weighs_nothing():
+    assert of_error_bars(np.array([0.5, np.inf]), np.array([True, True]))[0] == 2.0

@@ -211,6 +211,54 @@ def test_zeros_where_residuals_are_not_finite_are_named(shape):
     assert "is 0 there" not in told
 
 
+class Barred(vn.Trainer):
+    """Whose mean is right at once, so that an error bar of zero gives 0 / 0."""
+
+    def residuals(self, model, batch):
+        std = batch["std"] if "std" in batch else jnp.sqrt(batch["variance"])
+        where = batch.get("where")
+        mean = model * jnp.ones((2, 3))
+        return vn.likelihoods.Gaussian(mean, batch["y"], 2 * std, where=where)
+
+
+THERE = jnp.array([[True, True, True], [False, True, True]])
+BARS = {
+    "negative": ({"std": [[1, 1, 1], [1, -1, 1]]}, "1 of 6", "negative", "[1, 1]"),
+    "zero": ({"std": [[1, 0, 1], [1, 1, 1]]}, "1 of 6", "zero", "[0, 1]"),
+    "all zero": ({"std": np.zeros((2, 3))}, "6 of 6", "zero", "[0, 0]"),
+    "one zero": ({"std": 0.0}, "6 of 6", "zero", "[0, 0]"),
+    "of a column": ({"std": [[1], [-1]]}, "3 of 6", "negative", "[1, 0]"),
+    "a root": ({"variance": [[1, 1, 1], [0, 1, 1]]}, "1 of 6", "zero", "[1, 0]"),
+    "masked": (
+        {"std": [[1, 1, 1], [-1, 0, 1]], "where": THERE}, "1 of 6", "zero", "[1, 1]"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.loose_ranks
+@pytest.mark.parametrize("case", BARS)
+def test_error_bars_that_are_not_positive_are_named(case):
+    bars, count, what, place = BARS[case]
+    bars = {k: jnp.asarray(v, bool if k == "where" else float) for k, v in bars.items()}
+    name = next(iter(bars))
+    batch = {"y": jnp.ones((2, 3)), "x": jnp.arange(6.0), **bars}
+    told = str(diagnosed(Barred(jnp.ones(())), batch))
+    assert f"`residuals` is NaN first at {place} of shape (2, 3). {count} error" in told
+    assert f"error bars (`std`) are {what}, the first at {place}." in told
+    assert f"`batch['{name}']` is not positive there. Leave such data out" in told
+    assert told.count("there.") == 1
+    assert "mask them" in told
+
+
+def test_a_scale_that_is_not_positive_is_named():
+    class Robustly(vn.Trainer):
+        def residuals(self, model, batch):
+            return vn.likelihoods.Robust(model - batch, "huber", batch)
+
+    told = str(diagnosed(Robustly(jnp.ones(())), jnp.array([1.0, -1.0])))
+    assert "1 of 2 `scale` are not positive, the first at [1]." in told
+
+
 def test_a_loss_that_cannot_be_evaluated_hides_nothing():
     class Broken(LineFit):
         def loss(self, model, batch):

@@ -1,5 +1,7 @@
 """`EigenProjector` from a whole matrix: what is true of no other."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -399,3 +401,56 @@ def test_two_precisions_meet_under_strict_promotion():
         latent = projector.to_latent(mixed)
         assert projector.to_params(latent).flux.dtype == jnp.float32
     np.testing.assert_array_equal(projector.matrix, expected)
+
+
+# --- matrices that are not symmetric ---
+
+MAKERS = {
+    "fmat": vn.EigenProjector.from_fisher,
+    "cov": vn.EigenProjector.from_covariance,
+    "blocks[('flux', 'optics', 'position')]": lambda matrix, params: (
+        vn.EigenProjector.from_blocks({("flux", "optics", "position"): matrix}, params)
+    ),
+}
+LOPSIDED = {
+    "a Cholesky factor": np.linalg.cholesky,
+    "an upper triangle": np.triu,
+    "a lower triangle": np.tril,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("kind", LOPSIDED)
+def test_a_matrix_that_is_not_symmetric_is_refused(kind, name):
+    matrix = LOPSIDED[kind](np.asarray(fisher()))
+    told = rf"{re.escape(name)}` is not symmetric.*`L @ L\.T`.*of flux and optics\.wfe"
+    with pytest.raises(ValueError, match=told):
+        MAKERS[name](matrix, telescope())
+
+
+def test_a_matrix_that_is_not_symmetric_is_refused_in_a_program():
+    errors = lambda m: vn.EigenProjector.from_fisher(
+        m, telescope(), rank=D
+    ).standard_errors()
+    compiled = eqx.filter_jit(errors)
+    expected = jax.tree.leaves(errors(fisher()))
+    for ours, theirs in zip(jax.tree.leaves(compiled(fisher())), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    with pytest.raises(RuntimeError, match="`fmat` is not symmetric"):
+        compiled(jnp.triu(fisher()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [8, 100, 20_000])
+def test_rounding_in_products_makes_no_matrix_lopsided(rows, dtype):
+    """Those of weights and a Jacobian in bfloat16 are how a TPU multiplies."""
+    rng = np.random.default_rng(rows)
+    rounded = lambda x: np.asarray(jnp.asarray(x, dtype), np.float32)
+    for _ in range(10):
+        jac = rng.normal(rng.choice([0, 3]), 1, (rows, D)) * 10.0 ** rng.uniform(
+            -5, 5, D
+        )
+        weights = 10.0 ** rng.uniform(-2, 2, (rows, 1))
+        fmat = rounded(jac * weights).T @ rounded(jac)
+        assert np.any(fmat != fmat.T)
+        vn.EigenProjector.from_fisher(fmat, telescope(), on_null="prior", rtol=0.5)

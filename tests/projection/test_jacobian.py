@@ -1,5 +1,6 @@
 """Projectors and errors from a Jacobian have twice the digits of those from J^T J."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -379,3 +380,21 @@ def test_a_hessian_that_is_no_minimum():
         with pytest.raises(ValueError, match=match) as info:
             Saddle(tree(), train=("a", "b")).whiten(None, blocks=blocks)
         assert "fmat" not in str(info.value)
+
+
+@pytest.mark.parametrize("blocks", [None, ("steep", "other")])
+@pytest.mark.parametrize("size", [4e37, 1e38, 3e38])
+def test_a_column_whose_error_underflows_is_refused(size, blocks):
+    """It would count as one of zeros, which the data do not constrain."""
+    jac = np.array([[0, 2], [size, 0], [size, 0]], np.float32)
+    params = {"other": jnp.zeros((), "f4"), "steep": jnp.zeros((), "f4")}
+    make = lambda jac: vn.EigenProjector.from_jacobian(
+        jac[:, ::-1], params, blocks=blocks, on_null="prior"
+    ).standard_errors()
+    if size * 2**0.5 < 8e37:
+        np.testing.assert_allclose(make(jac)["steep"], 1 / size / 2**0.5, rtol=1e-5)
+        return
+    with pytest.raises(ValueError, match=r"beyond 8.5e.37.* zero in .*of steep"):
+        make(jac)
+    with pytest.raises(RuntimeError, match=r"beyond 8.5e.37"):
+        eqx.filter_jit(make)(jnp.asarray(jac))

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Inexact, Num
 
 from .._boundary import refuse_foreign
-from .._tree import widest
+from .._tree import at_least_single
 
 Matrix = Num[Array, "..."] | Num[np.ndarray, "..."]
 Flags = Bool[Array, "..."] | Bool[np.ndarray, "..."] | np.bool_
@@ -30,7 +30,7 @@ def as_square(matrix: Matrix, name: str) -> Inexact[Array, "D D"]:
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return array.astype(float)
     # No eigensolver works in half precision.
-    return array.astype(widest((array.dtype, jnp.dtype("float32"))))
+    return at_least_single(array)
 
 
 def on_device(array: Array | np.ndarray) -> Array:

@@ -1,6 +1,6 @@
 """Errors of functions of the model, and models drawn from the likelihood."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +14,7 @@ from .._boundary import (
     in_few_words,
     prng_key,
     refuse_program,
+    spelled_leaves,
     takes,
     warn,
     whole_number,
@@ -63,7 +64,21 @@ def propagate(
     here = around(trainer, batch, "A propagated error", options.jac, options.kind)
     scale = here.error_scale(options.scale_errors)
     warn_if_misleading(trainer, batch, here, "propagate", options.scale_errors)
-    value, error, pinned = propagated(trainer, fn, here, scale)
+    try:
+        value, error, pinned, steep = propagated(trainer, fn, here, scale)
+    except _OF_TRACERS as cause:
+        raise TypeError(
+            "`fn` asks for the number in a traced array, as `float`, `if` and the "
+            "functions of NumPy do. `propagate` differentiates it in a compiled "
+            "program: use `jax.numpy` in it, and `jnp.where` instead of `if`."
+        ) from cause
+    if odd := list(_odd(value, steep)):
+        more = f"; and so on for {len(odd) - 4} more" if len(odd) > 4 else ""
+        warn(
+            f"`propagate`: {'; '.join(odd[:4])}{more}. The error is NaN there: no "
+            "linear function is near. `trainer.draw` shows how such a function "
+            "scatters."
+        )
     if pinned is not None and (indices := np.flatnonzero(pinned)).size:
         params = as_parameters(trainer.params)
         names = [repr(element_name(params, int(index))) for index in indices[:5]]
@@ -77,9 +92,38 @@ def propagate(
     return Propagated(value, error)
 
 
+# What JAX raises where Python needs to know what is in an array.
+_OF_TRACERS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def _odd(value: PyTree, steep: PyTree) -> Iterator[str]:
+    """Says which outputs have no error since they, or their slopes, are not finite."""
+    leaves = zip(
+        spelled_leaves("fn(model)", value), jax.tree.leaves(steep), strict=True
+    )
+    for (where, leaf), is_steep in leaves:
+        array = np.asarray(leaf)
+        kinds = {
+            f"{where} is NaN": np.isnan(array),
+            f"{where} is infinite": np.isinf(array),
+            f"the derivative of {where} is not finite": np.asarray(is_steep),
+        }
+        for what, bad in kinds.items():
+            if bad.any():
+                first = np.argwhere(bad)[0].tolist()
+                yield what + (
+                    f", first at {first} of shape {bad.shape}" if first else ""
+                )
+                break
+
+
 def propagated(
     trainer: AbstractTrainer, fn: Callable[[Any], PyTree], here: Around, scale: float
-) -> tuple[PyTree, PyTree, Bool[Array, " D"] | None]:
+) -> tuple[PyTree, PyTree, Bool[Array, " D"] | None, PyTree]:
     """Evaluates a function of the model, and its errors, as `run_propagate` does."""
     args = stripped(trainer), Closure.encode(fn), here.whitening, jnp.asarray(scale)
     return run_propagate(*args, jnp.asarray(here.held) if here.held.any() else None)
@@ -92,11 +136,12 @@ def run_propagate(
     whitening: DenseWhitening,
     factor: Float[Array, ""],
     held: Bool[Array, " D"] | None = None,
-) -> tuple[PyTree, PyTree, Bool[Array, " D"] | None]:
+) -> tuple[PyTree, PyTree, Bool[Array, " D"] | None, PyTree]:
     """Evaluates a function and its errors, and finds what makes these too small.
 
     That is each `held` element of an output which depends on free ones too; of held
     ones alone it has no error. In `whitening` the scales of held elements are zero.
+    Last come the outputs whose derivative is not finite.
     """
     fn, params = closure.decode(), as_parameters(trainer.params)
     of_model = lambda flat: _checked(fn(live(trainer, unravel(flat, params)).model))
@@ -112,12 +157,15 @@ def run_propagate(
     # The same threshold as for the errors of the parameters themselves.
     is_unbounded = null > whitening.resolution * whole
     error = jnp.where(is_unbounded, jnp.inf, factor.astype(known.dtype) * known)
+    is_steep = ~jnp.isfinite(whole)
+    error = jnp.where(is_steep | ~jnp.isfinite(ravel(value)), jnp.nan, error)
+    flags = jax.tree.map(lambda x: x != 0, unravel(is_steep.astype(error.dtype), value))
     if held is None:
-        return value, unravel(error, value), None
+        return value, unravel(error, value), None, flags
     is_moved = whole != 0
     is_pinned, pinned = _pinned(mode, outputs, flat, held, is_moved)
     error = jnp.where(is_pinned & ~is_moved, jnp.nan, error)
-    return value, unravel(error, value), pinned
+    return value, unravel(error, value), pinned, flags
 
 
 def _weights(roots: Float[Array, "*D"]) -> Float[Array, "3 *D"]:

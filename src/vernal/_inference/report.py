@@ -183,7 +183,7 @@ def _rows(
             for index in np.flatnonzero(np.isnan(errors[path]))
         }
         if (tied := tied_of(trainer, model)) is not None:
-            _, found, _ = propagated(trainer, tied, around, scale)
+            _, found, *_ = propagated(trainer, tied, around, scale)
             errors |= {path: np.asarray(x, float) for path, x in found.items()}
     for row in parameter_rows(model, free, errors, tied_words(trainer), most):
         yield row._replace(status="fixed") if row.name in fixed else row

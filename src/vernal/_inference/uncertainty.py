@@ -233,7 +233,7 @@ def errors_or_nan(
     free = eqx.tree_at(lambda w: w.scale, whitening, scale)
     closure, one = Closure.encode(tied), jnp.ones(())
     still = None if bounds_of(trainer) is None else held
-    _, found, _ = run_propagate(stripped(trainer), closure, free, one, still)
+    _, found, *_ = run_propagate(stripped(trainer), closure, free, one, still)
     clear = lambda e: jnp.where(has_errors, e, jnp.nan)
     tied_errors = jax.tree.map(clear, found)
     return KnownErrors(own, tied_errors, fall, scatter, lacks_scatter)

@@ -14,6 +14,7 @@ from .likelihood import (
     as_prediction,
     count_of,
     present,
+    told_of,
 )
 
 
@@ -63,7 +64,8 @@ class Gaussian(Portable, AbstractLikelihood):
 
         - `mean`: what the model predicts.
         - `data`: an array of the same shape.
-        - `std`: their error bars; it broadcasts to that shape.
+        - `std`: their error bars; it broadcasts to that shape. The likelihood is NaN
+            where one is not positive.
         - `where`: which data there are, as booleans that broadcast to that shape. The
             others may be NaN, and so may their error bars; what the model predicts of
             them must be finite, and have finite derivatives.
@@ -85,10 +87,21 @@ class Gaussian(Portable, AbstractLikelihood):
         return 0.5 * jnp.sum(jnp.square(jnp.abs(self.residuals())))
 
     def residuals(self) -> Inexact[Array, "..."]:
-        return (self.mean - self.data) / self.std.astype(self.mean.dtype)
+        # A negative one would count as its absolute value.
+        std = jnp.where(self.std > 0, self.std, jnp.nan)
+        return (self.mean - self.data) / std.astype(self.mean.dtype)
 
     def count(self) -> int | Int[Array, ""]:
         return count_of(self.where, self.mean)
 
     def scoring_residuals(self) -> Inexact[Array, "..."]:
         return self.residuals()
+
+    def impossible(self) -> str:
+        """Says, on the host, which error bars are none; empty if all are positive."""
+        return told_of(
+            {
+                "error bars (`std`) are zero": self.std == 0,
+                "error bars (`std`) are negative": self.std < 0,
+            }
+        )

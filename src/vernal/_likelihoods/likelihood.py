@@ -1,6 +1,7 @@
 """The interface of a likelihood."""
 
 import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
@@ -11,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from .._boundary import RefusedError, refuse_foreign, refuse_taken
-from .._tree import is_inexact
+from .._tree import at_least_single, is_inexact
 
 
 class AbstractLikelihood(eqx.Module):
@@ -92,7 +93,11 @@ def require_known(term: T, param: Array, what: str) -> T:
 
 
 def as_prediction(value: Any, name: str) -> Inexact[Array, "..."]:
-    """Returns what a model predicts as an array of floating-point numbers."""
+    """Returns what a model predicts as an array of floats, of float32 at least.
+
+    Data and error bars are cast to its dtype: half precision would round both, and
+    make counts above 65504 infinite.
+    """
     refuse_foreign(value, f"`{name}`")
     if not is_inexact(value):
         kind = getattr(value, "dtype", type(value).__name__)
@@ -100,7 +105,7 @@ def as_prediction(value: Any, name: str) -> Inexact[Array, "..."]:
             f"`{name}` is of {kind}, but must be an array of floating-point numbers: "
             "what the model predicts."
         )
-    return jnp.asarray(value)
+    return at_least_single(jnp.asarray(value))
 
 
 def as_alike(
@@ -149,6 +154,22 @@ def present(where: Bool[Array, "..."] | None, value: Array, stand_in: int) -> Ar
     if where is None:
         return value
     return jnp.where(where, value, jnp.asarray(stand_in, value.dtype))
+
+
+def told_of(found: Mapping[str, Bool[Array, "..."]]) -> str:
+    """Says, on the host, which data are bad, and in what way; empty if none are."""
+    shown = []
+    for what, bad in found.items():
+        count, first = jax.device_get(_count_and_first(bad))
+        place = [int(i) for i in np.unravel_index(first, bad.shape)]
+        if count:
+            shown.append(f"{count} of {bad.size} {what}, the first at {place}.")
+    return " ".join(shown)
+
+
+@jax.jit
+def _count_and_first(bad: Bool[Array, "..."]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    return jnp.sum(bad), jnp.argmax(bad)
 
 
 def count_of(

@@ -17,6 +17,7 @@ from .likelihood import (
     as_prediction,
     count_of,
     present,
+    told_of,
 )
 
 # Below this distance of rate and count, relative to their sum, the series is accurate.
@@ -110,19 +111,14 @@ class Poisson(Portable, AbstractLikelihood):
 
     def impossible(self) -> str:
         """Says, on the host, which data have no likelihood; empty if all have one."""
-        rate, counts = np.asarray(self.rate), np.asarray(self.counts)
-        found = {
-            "`counts` are negative": counts < 0,
-            "rates are negative": rate < 0,
-            "rates are zero where there are counts": (rate == 0) & (counts > 0),
-        }
-        shown = [
-            f"{np.count_nonzero(bad)} of {bad.size} {what}, the first at "
-            f"{[int(i) for i in np.argwhere(bad)[0]]}."
-            for what, bad in found.items()
-            if bad.any()
-        ]
-        return " ".join(shown)
+        rate, counts = self.rate, self.counts
+        return told_of(
+            {
+                "`counts` are negative": counts < 0,
+                "rates are negative": rate < 0,
+                "rates are zero where there are counts": (rate == 0) & (counts > 0),
+            }
+        )
 
     def _of_positive(self) -> Float[Array, "..."]:
         """Computes the residuals where counts and rates are positive."""

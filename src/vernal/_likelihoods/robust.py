@@ -17,6 +17,7 @@ from .likelihood import (
     as_prediction,
     count_of,
     present,
+    told_of,
 )
 
 Loss = Literal["soft_l1", "huber", "cauchy", "arctan"]
@@ -175,6 +176,10 @@ class Robust(Portable, AbstractLikelihood):
         inverse = 1 / root
         near, far = jnp.minimum(1, inverse), jnp.minimum(root, inverse)
         return self.left * _KINDS[self.loss].weight(near, far)
+
+    def impossible(self) -> str:
+        """Says, on the host, which data have no scale; empty if all have one."""
+        return told_of({"`scale` are not positive": jnp.isnan(self.scale)})
 
 
 def _root(left: Array, scale: Array) -> Array:

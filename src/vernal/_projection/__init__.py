@@ -10,5 +10,10 @@ from .blocks import Block, find_blocks
 from .decompose import ROUNDING, jacobian_rtol, whiten
 from .dense import DenseWhitening, whiten_spectrum
 from .nulls import NullPolicy, written_directions
-from .projector import EigenProjector, make_block_projector, make_projector
+from .projector import (
+    EigenProjector,
+    encode_near,
+    make_block_projector,
+    make_projector,
+)
 from .whitening import Unchanged

@@ -27,6 +27,10 @@ from .nulls import NullPolicy, list_parameters
 # Rounding leaves a zero below this many machine epsilons.
 ROUNDING = 64
 
+# Of the roots of two diagonal elements. Rounding in products stays below it even in
+# bfloat16, the default of a TPU. A missing triangle is as large as the correlations.
+_MOST_LOPSIDED = 0.02
+
 Kind = Literal["fmat", "cov", "hessian"]
 
 _REMEDY = {
@@ -69,7 +73,11 @@ def whiten(
     eps = _noise(given, matrix)
     nulls = nulls.or_rtol(size * eps)
     nulls.check(size)
-    matrix = _refuse_bad_rows(refuse_non_finite(matrix, bare), kind, name, params)
+    matrix = refuse_non_finite(matrix, bare)
+    bad, lopsided = _faults(matrix, max(_MOST_LOPSIDED, eps**0.5))
+    matrix = _refuse_bad_rows(matrix, bad, kind, name, params)
+    if kind != "hessian":  # which vernal has made symmetric
+        matrix = _refuse_lopsided(matrix, lopsided, name, params)
 
     dtype = widest((matrix.dtype, ravel_dtype(params)))
     is_inverse = kind != "cov"
@@ -107,10 +115,14 @@ def _decompose(
 
 
 def _refuse_bad_rows(
-    matrix: Float[Array, "D D"], kind: Kind, name: str, params: Params
+    matrix: Float[Array, "D D"],
+    bad: Bool[Array, " D"],
+    kind: Kind,
+    name: str,
+    params: Params,
 ) -> Float[Array, "D D"]:
     """Refuses rows that no scale can repair, before the costly decomposition."""
-    bad, remedy = _is_bad_row(matrix), _REMEDY[kind]
+    remedy = _REMEDY[kind]
     if kind == "hessian" and not isinstance(bad, Tracer) and np.any(bad):
         elements = np.diagonal(matrix)[np.asarray(bad)]
         remedy = remedy if elements.any() else _LINEAR
@@ -129,11 +141,40 @@ def _refuse_bad_rows(
     )
 
 
-@jax.jit
-def _is_bad_row(matrix: Float[Array, "D D"]) -> Bool[Array, " D"]:
+def _refuse_lopsided(
+    matrix: Float[Array, "D D"],
+    lopsided: Bool[Array, "D D"],
+    name: str,
+    params: Params,
+) -> Float[Array, "D D"]:
+    def first() -> str:
+        i, j = np.argwhere(lopsided)[0].tolist()
+        names = element_name(params, i), element_name(params, j)
+        pair = float(matrix[i, j]), float(matrix[j, i])
+        return f"The first are those of {' and '.join(names)}: {pair[0]} and {pair[1]}."
+
+    return refuse(
+        matrix,
+        lopsided,
+        f"{name} is not symmetric. If it is a Cholesky factor, give `L @ L.T`; if it "
+        "is one triangle, fill in the other; if it is rounding, give half of the sum "
+        "with its transpose.",
+        first,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _faults(
+    matrix: Float[Array, "D D"], most: float
+) -> tuple[Bool[Array, " D"], Bool[Array, "D D"]]:
+    """Finds bad rows, and elements that differ from their mirror images."""
     diagonal = jnp.diag(matrix)
     largest = jnp.max(jnp.abs(matrix + matrix.T), axis=1)
-    return (diagonal < 0) | ((diagonal == 0) & (largest > 0))
+    is_bad = (diagonal < 0) | ((diagonal == 0) & (largest > 0))
+    roots = jnp.sqrt(diagonal)
+    # One root after the other: a product may overflow, or underflow.
+    limit = jnp.asarray(most, matrix.dtype) * roots[:, None] * roots[None, :]
+    return is_bad, jnp.abs(matrix - matrix.T) > limit
 
 
 def whiten_jacobian(
@@ -149,7 +190,28 @@ def whiten_jacobian(
     dtype = widest((jac.dtype, ravel_dtype(params), jnp.dtype("float32")))
     eps = _noise(given, jac)
     nulls = nulls.or_rtol(jacobian_rtol(size, eps))
-    return whiten_spectrum(_of_jacobian(jac.astype(dtype)), params, nulls, eps, name)
+    spectrum = _refuse_steep(_of_jacobian(jac.astype(dtype)), params, name)
+    return whiten_spectrum(spectrum, params, nulls, eps, name)
+
+
+def _refuse_steep(spectrum: Spectrum, params: Params, name: str) -> Spectrum:
+    """Refuses a column of a Jacobian whose standard error is zero in its dtype.
+
+    In units of zero it would count as a column of zeros.
+    """
+    scale = spectrum.scale
+    # NumPy compiles nothing.
+    known = scale if isinstance(scale, Tracer) else np.asarray(scale)
+    tiny = jnp.finfo(scale.dtype).tiny
+    bad = known < tiny
+    scale = refuse(
+        scale,
+        bad,
+        f"{name} has a column whose norm is beyond {1 / tiny:.1e}, so that the error "
+        f"is zero in {scale.dtype}. Use a smaller unit, or float64.",
+        lambda: f"The first is that of {element_name(params, int(np.argmax(bad)))}.",
+    )
+    return spectrum._replace(scale=scale)
 
 
 _of_jacobian = jax.jit(of_jacobian)

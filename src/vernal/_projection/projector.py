@@ -126,9 +126,10 @@ class EigenProjector(Portable, eqx.Module):
 
         **Raises:**
 
-        - `ValueError`: if `fmat` is not a finite matrix of shape `(D, D)`, has a
-            negative eigenvalue beyond the threshold, or leaves a kept direction
-            unconstrained. Under `jax.jit`, an error when the program runs.
+        - `ValueError`: if `fmat` is not a finite symmetric matrix of shape `(D, D)`,
+            but for rounding, has a negative eigenvalue beyond the threshold, or leaves
+            a kept direction unconstrained. Under `jax.jit`, an error when the program
+            runs.
         - `TypeError`: if a parameter is complex or not an array of floats.
         """
         nulls = NullPolicy(rtol, rank, on_null)
@@ -176,9 +177,9 @@ class EigenProjector(Portable, eqx.Module):
 
         **Raises:**
 
-        - `ValueError`: if `jac` is not a finite matrix with $D$ columns, or leaves a
-            kept direction unconstrained. Under `jax.jit`, an error when the program
-            runs.
+        - `ValueError`: if `jac` is not a finite matrix with $D$ columns, has one whose
+            standard error underflows, or leaves a kept direction unconstrained. Under
+            `jax.jit`, an error when the program runs.
         - `TypeError`: if `jac` or a parameter is complex.
         """
         origin = jax.lax.stop_gradient(as_parameters(params))
@@ -659,6 +660,39 @@ class EigenProjector(Portable, eqx.Module):
         """
         errors = [whitening.standard_errors() for whitening in self._held]
         return self._unravel(errors)
+
+
+def encode_near(
+    projector: EigenProjector, params: Params
+) -> tuple[EigenProjector, PyTree]:
+    """Encodes parameters, with an origin there if rounding would move them."""
+    origin, latent = _near(projector, params)
+    return projector.at(origin), latent
+
+
+@eqx.filter_jit
+def _near(projector: EigenProjector, params: Params) -> tuple[Params, PyTree]:
+    """Returns the origin to use, and the latent array from there.
+
+    Whatever is added to an origin far away has its spacing. It is felt where it is
+    coarser than that of the parameter, and than a ten thousandth of the scale.
+    """
+    latent = projector.to_latent(params)
+    moved = projector.to_params(latent)
+    scales = [whitening.scale for whitening in projector.whitenings]
+    scales = projector._unravel(scales)  # pyright: ignore[reportPrivateUsage]
+
+    def is_kept(new: Array, old: Array, start: Array, scale: Array) -> Array:
+        eps = float(jnp.finfo(old.dtype).eps)
+        shift = jnp.maximum(jnp.abs(new - old), eps * jnp.abs(start))
+        limit = jnp.maximum(8 * eps * jnp.abs(old), 1e-4 * scale)
+        return jnp.all(shift <= limit)
+
+    flags = jax.tree.map(is_kept, moved, params, projector.origin, scales)
+    is_near = jnp.all(jnp.stack(jax.tree.leaves(flags)))
+    either = lambda x, y: jax.tree.map(lambda x, y: jnp.where(is_near, x, y), x, y)
+    zeros = jax.tree.map(jnp.zeros_like, latent)
+    return either(projector.origin, params), either(latent, zeros)
 
 
 def make_projector(

@@ -13,6 +13,7 @@ import numpy as np
 from .._boundary import (
     ObjectiveWarning,
     PyTree,
+    is_traced,
     narrowed_leaves,
     prng_key,
     takes_methods,
@@ -23,7 +24,7 @@ from .._closure import refuse_static_arrays
 from .._constraints import Bijections, Bounds, Priors, Ties, as_bounds, as_priors
 from .._optimiser import ParamOptimiser
 from .._policy import NanPolicy
-from .._projection import EigenProjector
+from .._projection import EigenProjector, encode_near
 from .._tree import (
     UnknownPathError,
     by_path,
@@ -277,21 +278,32 @@ def fit_projector(
             f"at {', '.join(map(repr, odd[:5])) or 'their order'}. Make it from "
             "`trainer.params`."
         )
-    if projector.latent_size < ravel_size(params):
-        if constrained:
+    for path, leaf in by_path(projector.origin).items():
+        if not (is_traced(leaf) or np.isfinite(leaf).all()):
             raise ValueError(
-                "`constrain`, or `bounds`, leads out of the latent space of "
-                "`projector`, which has dropped directions that the data do not "
-                'constrain. Make the projector with `on_null="prior"`, or drop the '
-                "constraint."
+                f"`projector` was made at parameters that are not finite in {path!r}. "
+                "Move it: `projector.at(params)`."
             )
-        # A point off the origin may lie where the latent space does not reach.
-        projector = projector.at(params)
-    else:
-        origin = jax.tree.leaves(projector.origin)
-        projector = projector.at(
-            cast_like(jax.tree.structure(params).unflatten(origin), params)
+    if projector.latent_size < ravel_size(params) and constrained:
+        raise ValueError(
+            "`constrain`, or `bounds`, leads out of the latent space of "
+            "`projector`, which has dropped directions that the data do not "
+            'constrain. Make the projector with `on_null="prior"`, or drop the '
+            "constraint."
         )
+    origin = jax.tree.leaves(projector.origin)
+    projector = projector.at(
+        cast_like(jax.tree.structure(params).unflatten(origin), params)
+    )
+    return encode(projector, params)
+
+
+def encode(projector: EigenProjector, params: PyTree) -> tuple[EigenProjector, PyTree]:
+    """Encodes parameters, with an origin there where its own would move them."""
+    if projector.latent_size == ravel_size(params):
+        return encode_near(projector, params)
+    # A point off the origin may lie where the latent space does not reach.
+    projector = projector.at(params)
     return projector, _to_latent(projector, params)
 
 

@@ -19,7 +19,7 @@ from .._boundary import (
     warn,
 )
 from .._data import Minibatches, as_batch
-from .._likelihoods import Poisson
+from .._likelihoods import Gaussian, Poisson, Robust
 from .._policy import SKIP_ADVICE
 from .._program import program
 from .._tree import by_path, is_inexact
@@ -357,8 +357,10 @@ def _bad_residuals(trainer: AbstractTrainer, batch: Any) -> str:
     found, said = _evaluated(trainer, batch, residuals_by_place) or {}, []
     for where, (term, value) in found.items():
         if bad := _bad_value(where, value):
-            why = term.impossible() if isinstance(term, Poisson) else ""
-            said.append(" ".join((bad, *([why] if why else _zeros(batch, value)))))
+            is_known = isinstance(term, Gaussian | Poisson | Robust)
+            why = term.impossible() if is_known else ""
+            of_batch = _error_bars(batch, term) if why else _zeros(batch, value)
+            said.append(" ".join((bad, *([why] if why else []), *of_batch)))
     return " ".join(_abridged(said))
 
 
@@ -387,6 +389,38 @@ def _zeros(batch: Any, residuals: Array) -> tuple[str, ...]:
         "the root of a count, return `vn.likelihoods.Poisson`."
     )
     return (*zeros[:_MOST_NAMED], remedy) if zeros else ()
+
+
+def _error_bars(batch: Any, term: Any) -> tuple[str, ...]:
+    """Names the leaves of a batch that the bad error bars of a likelihood are from."""
+    if not isinstance(term, Gaussian):
+        return ()
+    named = [
+        f"{where} is not positive there."
+        for where, leaf in spelled_leaves("batch", batch)
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.number)
+        if _has_signs_of(leaf, term)
+    ]
+    remedy = (
+        "Leave such data out, or mask them (`where=`); or, if the error bars are roots "
+        "of counts, return `vn.likelihoods.Poisson`."
+    )
+    return (*named[:_MOST_NAMED], remedy)
+
+
+def _has_signs_of(leaf: Array, term: Gaussian) -> bool:
+    """Whether a leaf has the signs of the error bars: their roots have them, too."""
+    shape = term.std.shape
+    with contextlib.suppress(ValueError):  # of another shape
+        wide = leaf.reshape(shape) if leaf.size == term.std.size else leaf
+        return bool(_are_signs(jnp.broadcast_to(wide, shape), term.std, term.where))
+    return False
+
+
+@jax.jit
+def _are_signs(leaf: Array, std: Array, where: Array | None) -> Array:
+    is_same = jnp.sign(leaf).astype(std.dtype) == jnp.sign(std)
+    return jnp.all(is_same if where is None else is_same | ~where)
 
 
 @jax.jit

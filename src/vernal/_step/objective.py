@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .._boundary import PyTree, spelled_leaves
 from .._data import Source, Whole, as_given, in_whole
 from .._likelihoods import AbstractLikelihood, Gaussian, require_known
-from .._tree import cast_alike, is_inexact, widest
+from .._tree import at_least_single, cast_alike, is_inexact, widest
 from .abstract_trainer import AbstractTrainer, priors_of, progress_of, with_progress
 from .outer import warn_of_outer
 
@@ -127,6 +127,8 @@ def negative_log_likelihood(
 def _nll_of(trainer: AbstractTrainer, term: Term) -> Float[Array, ""]:
     if isinstance(term, AbstractLikelihood):
         return _as_scalar(trainer, "residuals", term.nll())
+    # A sum in half precision overflows at 65504, or has two digits.
+    term = at_least_single(term)
     squares = jnp.square(jnp.abs(term) if jnp.iscomplexobj(term) else term)
     return _as_scalar(trainer, "residuals", 0.5 * jnp.sum(squares))
 

@@ -34,6 +34,7 @@ from .constrain import check_elementwise
 from .construct import (
     check_arguments,
     check_ruled,
+    encode,
     fit_projector,
     initial_opt_state,
     refuse_names_in_latent_space,
@@ -57,7 +58,7 @@ def replaced_fields(
     transform = trainer.optimiser
     new: dict[str, Any] = {"stopped": jnp.zeros_like(old.stopped)}
     params, latent, bounds = old.params, old.latent, bounds_of(trainer)
-    free = in_free_coordinates(trainer).params
+    free, projector = in_free_coordinates(trainer).params, trainer.projector
     if model is not None:
         model = checked_model(model)
         if jax.tree.structure(model) != parts.structure:
@@ -81,10 +82,10 @@ def replaced_fields(
         bijections = bijections_of(trainer)
         free = params if bijections is None else bijections.required(params)
         latent = None if bijections is None else free
-        if trainer.projector is not None:
-            latent = trainer.projector.to_latent(free)
+        if projector is not None:
+            projector, latent = encode(projector, free)
             if bounds is None:
-                free = trainer.projector.to_params(latent)
+                free = projector.to_params(latent)
                 params, _ = from_free_coordinates(trainer, free, latent)
         infinite = jnp.full_like(old.best_loss, jnp.inf)
         new |= {"params": params, "latent": latent, "best": params}
@@ -111,6 +112,7 @@ def replaced_fields(
     return {
         "optimiser": transform,
         "nan_policy": policy,
+        "projector": projector,
         "_template": parts,
         "_progress": dataclasses.replace(old, **new),
     }
@@ -183,7 +185,12 @@ def _replace_each(
     for name, new in config.items():
         found[name] = getattr(trainer, name) if new is None else new
     if model is None:
-        found["_template"] = template_of(trainer)
+        found |= {"_template": template_of(trainer), "projector": trainer.projector}
+    elif trainer.projector is not None:
+        # Of which all members may share one.
+        found["projector"] = eqx.tree_at(
+            lambda p: p.whitenings, found["projector"], trainer.projector.whitenings
+        )
     return found
 
 

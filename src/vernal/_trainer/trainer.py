@@ -613,7 +613,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:**
 
         - `projector`: the projector; `None` to continue in the parameters themselves.
-            With a bijection in `bounds` it must be `None`: see `whiten`.
+            With a bijection in `bounds` it must be `None`: see `whiten`. Its origin
+            moves to the current point if it is so far that rounding would be felt.
         - `optimiser`: an optimiser for that space. By default the present one; but a
             [`vernal.ParamOptimiser`][] cannot go into a space where parameters have no
             names: the result then has no optimiser, and can `solve`.
@@ -847,11 +848,15 @@ class Trainer(AbstractTrainer[Model, Batch]):
         `fn` depends on a direction that the data do not constrain. It is NaN where `fn`
         depends only on parameters that are held at their bounds, which have no error;
         where it depends on free ones too, it is that of the free ones, with a warning:
-        [`vernal.Trainer.intervals`][] knows those of what is held. It is zero where
-        `fn` depends on no parameter.
+        [`vernal.Trainer.intervals`][] knows those of what is held. It is NaN, too,
+        where the function or its derivative is not finite, as that of a root at zero; a
+        warning names the output. It is zero where `fn` depends on no parameter, and
+        where its derivative vanishes, as that of a step, of rounding, or of a square at
+        zero: [`vernal.Trainer.draw`][] has the scatter.
 
         **Raises:** as [`vernal.Trainer.report`][]; and a `TypeError` if `fn` returns
-        anything but real floating-point numbers.
+        anything but real floating-point numbers, or uses NumPy, `float` or `if` on
+        traced arrays.
         """
         require_one(self, "propagate")
         return propagate(self, fn, batch, ErrorOptions(scale_errors, jac, kind))

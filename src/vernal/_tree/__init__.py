@@ -40,6 +40,7 @@ from .paths import (
 )
 from .ravel import (
     as_parameters,
+    at_least_single,
     element_name,
     ravel,
     ravel_dtype,

@@ -101,6 +101,12 @@ def element_name(params: Params, index: int) -> str:
     raise IndexError(f"No element {index} beyond the last.")
 
 
+def at_least_single(array: Array) -> Array:
+    """Casts an array of floats in half precision, or less, to float32."""
+    is_half = jnp.finfo(array.dtype).bits < 32
+    return array.astype(jnp.float32) if is_half else array
+
+
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
     """Returns the dtype that holds all of these, under strict promotion too."""
     with jax.numpy_dtype_promotion("standard"):
