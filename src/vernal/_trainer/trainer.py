@@ -1094,6 +1094,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `ValueError`: if the vector has another shape than the current one.
         """
+        require_precision(self)
         refuse_stacked(self, "params_at")
         return params_at(self, vector)
 
