@@ -407,6 +407,16 @@ def test_bad_bounds_are_refused(name):
         LineFit(line(), bounds=bounds)
 
 
+def test_a_bound_that_float32_does_not_reach_is_none():
+    with jax.enable_x64(False):
+        free = LineFit(line(dtype="float32"), bounds={"slope": (-1e300, 1e300)})
+        assert free._bounds is None
+        with pytest.raises(ValueError, match=r"'slope' are \(inf, inf\)"):
+            LineFit(line(dtype="float32"), bounds={"slope": (1e300, None)})
+        with pytest.raises(ValueError, match="`std` is inf, but must be finite"):
+            vn.Normal(0.0, 1e300)
+
+
 def test_bounds_of_what_is_not_fitted_are_refused():
     with pytest.raises(ValueError, match="`bounds`: 'offset' is frozen"):
         LineFit(line(), train="slope", bounds={"offset": (-2, 0)})

@@ -197,7 +197,9 @@ def _as_bound(value: Any, path: str, leaf: Array) -> Array:
         if isinstance(value, bool | str):
             raise TypeError
         if not isinstance(value, jax.Array):
-            value = np.asarray(value, leaf.dtype)
+            # What the dtype does not reach is infinite: no bound.
+            with np.errstate(over="ignore"):
+                value = np.asarray(value, leaf.dtype)
     except (TypeError, ValueError):
         raise TypeError(
             f"`bounds`: the bound {value!r} of {path!r} is no number."
