@@ -70,6 +70,7 @@ from .._step import (
     initial_opt_state,
     initial_progress,
     is_constrained,
+    is_made,
     nan_report,
     note_made,
     precision_of,
@@ -77,11 +78,12 @@ from .._step import (
     raised_if_bad,
     refuse_own_projector,
     refuse_stacked,
+    refuse_strays,
     replaced_fields,
     reproject,
     require_one,
-    require_one_point,
     require_optimiser,
+    require_parts,
     require_precision,
     score,
     step_key,
@@ -1196,11 +1198,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
             or if arrays may be those of each member or of all.
         """
         require_precision(self)
-        if model is None:
-            require_one_point(self)
-        return changed(
-            self, **replaced_fields(self, model, optimiser, nan_policy, state)
-        )
+        was_made = is_made(self)
+        if model is None and not was_made:
+            refuse_strays(self)
+        fields = replaced_fields(self, model, optimiser, nan_policy, state)
+        trainer = changed(self, **fields)
+        if not was_made:
+            require_parts(trainer)
+        return trainer
 
     def __repr__(self) -> str:
         """Returns one line: the class, the model, its progress. `print` shows more."""
