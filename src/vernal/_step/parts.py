@@ -98,7 +98,7 @@ def _is_like(name: str, old: Any, new: Any) -> bool:
             old = jax.tree.map(kept, old, new)
         return _tells_itself(old, new) or fits(old, new)
     if name == "best_loss":
-        return np.shape(old) == new.shape and eqx.is_inexact_array_like(old)
+        return is_inexact(old) and np.shape(old) == new.shape
     # Within a fit that keeps no best there is none.
     return is_alike(old, new) or (old is None and name.startswith("best"))
 
