@@ -890,7 +890,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         The models, stacked: one whose arrays have a row for each, frozen ones too.
 
         **Raises:** as [`vernal.Trainer.report`][]; and a `ValueError` that names the
-        directions which the data do not constrain, if there are any.
+        directions which the data do not constrain, if there are any, or says that
+        priors allow next to none of the models.
         """
         require_one(self, "draw")
         options = ErrorOptions(scale_errors, jac, kind)
