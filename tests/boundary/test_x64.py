@@ -79,6 +79,13 @@ def test_made_in_float64_and_used_in_float32(name):
         USES[name](trainer)
 
 
+def test_the_parameters_at_a_vector_in_float64():
+    with jax.enable_x64(True):
+        trainer, vector = made(), jnp.zeros(2)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="made in float64"):
+        trainer.params_at(vector)
+
+
 # Others end in what these call.
 APART = ("fit", "solve", "minimise", "fit_many", "whiten")
 

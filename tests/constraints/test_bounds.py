@@ -287,6 +287,50 @@ def test_draws_are_a_truncated_normal():
     assert not np.any(held.draw(jax.random.key(0), 5, data - 1)["flux"])
 
 
+class Correlated(vn.Trainer):
+    def residuals(self, model, batch):
+        return batch @ model["a"]
+
+
+def rejected(factor, low, high, count):
+    """Draws by rejection, of whole vectors."""
+    rng, kept = np.random.default_rng(1), np.zeros((0, len(low)))
+    while len(kept) < count:
+        drawn = rng.normal(size=(200_000, len(low))) @ factor.T
+        kept = np.r_[kept, drawn[np.all((low <= drawn) & (drawn <= high), axis=1)]]
+    return kept[:count]
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-20])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_draws_within_bounds_that_are_small_beside_the_errors(size, unit):
+    """With others, and those that rejection finds there are one distribution."""
+    factor = np.tril(np.random.default_rng(size).normal(size=(size, size)))
+    factor[1] = factor[0] + 0.02 * factor[1]  # the first two are much alike
+    low, high = -0.02 * np.arange(size), 0.03 * np.arange(1, size + 1)
+    trainer = Correlated(
+        {"a": jnp.zeros(size)}, bounds={"a": (low * unit, high * unit)}
+    )
+    batch = jnp.asarray(np.linalg.inv(factor) / unit)
+    drawn = np.asarray(trainer.draw(jax.random.key(0), 2_000, batch)["a"]) / unit
+    assert np.all((low <= drawn) & (drawn <= high))
+    known = rejected(factor, low, high, 2_000)
+    mixed = np.random.default_rng(2).normal(size=(size, 3))
+    for one, other in zip((drawn @ mixed).T, (known @ mixed).T, strict=True):
+        assert scipy.stats.ks_2samp(one, other).pvalue > 1e-3
+    for one, other in zip(drawn.T, known.T, strict=True):
+        assert scipy.stats.ks_2samp(one, other).pvalue > 1e-3
+
+
+def test_independent_draws_within_a_small_box_are_those_of_scipy():
+    low, high = np.array([0.0, -2.0, -0.03, -1e-4]), np.array([0.02, 0.01, 0.03, 4.0])
+    trainer = Correlated({"a": jnp.zeros(4)}, bounds={"a": (low, high)})
+    drawn = trainer.draw(jax.random.key(0), 2_000, jnp.eye(4))["a"]
+    for one, least, most in zip(np.asarray(drawn).T, low, high, strict=True):
+        known = scipy.stats.truncnorm(least, most)
+        assert scipy.stats.kstest(one, known.cdf).pvalue > 1e-3
+
+
 def test_on_a_bound_and_not_seen_by_the_data_is_not_held():
     model = {"flux": jnp.array(0.0), "unseen": jnp.array(0.2)}
     bounds = {"flux": (0, None), "unseen": (0.2, None)}
@@ -405,6 +449,16 @@ def test_bad_bounds_are_refused(name):
     bounds, message = BAD[name]
     with pytest.raises((TypeError, ValueError, KeyError), match=f"`bounds`.*{message}"):
         LineFit(line(), bounds=bounds)
+
+
+def test_a_bound_that_float32_does_not_reach_is_none():
+    with jax.enable_x64(False):
+        free = LineFit(line(dtype="float32"), bounds={"slope": (-1e300, 1e300)})
+        assert free._bounds is None
+        with pytest.raises(ValueError, match=r"'slope' are \(inf, inf\)"):
+            LineFit(line(dtype="float32"), bounds={"slope": (1e300, None)})
+        with pytest.raises(ValueError, match="`std` is inf, but must be finite"):
+            vn.Normal(0.0, 1e300)
 
 
 def test_bounds_of_what_is_not_fitted_are_refused():

@@ -52,6 +52,24 @@ def told(text):
     return f"The prior of 'a' ends at {text.replace('(', '[(]').replace(')', '[)]')}"
 
 
+def test_a_support_that_is_small_beside_the_errors_is_not_drawn_from():
+    """Whole models are tried for priors; within bounds it draws what is within."""
+
+    class Four(vn.Trainer):
+        def residuals(self, model, batch):
+            return model["a"] - batch
+
+    start, priors = {"a": jnp.zeros(4)}, {"a": dist.Uniform(-0.01, 0.01)}
+    for bounds in None, {"a": (-9, 9)}:
+        trainer = Four(start, priors=priors, bounds=bounds)
+        with pytest.raises(ValueError, match=r"of 9 models . are where .*`bounds`"):
+            trainer.draw(jax.random.key(0), 9, jnp.zeros(4))
+    trainer = Four(start, priors=priors, bounds={"a": (-0.01, 0.01)})
+    drawn = trainer.draw(jax.random.key(0), 9, jnp.zeros(4))["a"]
+    assert jnp.all(jnp.abs(drawn) <= 0.01)
+    assert 0.003 < jnp.std(drawn) < 0.009
+
+
 @pytest.mark.parametrize("case", ENDS)
 def test_near_its_end_each_prior_has_its_words(case):
     prior, bounds, text = ENDS[case]

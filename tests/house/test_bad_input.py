@@ -51,6 +51,14 @@ def updated(grads, state=None, **extra):
     return optimiser.update(grads, state, **extra)
 
 
+def residuals_of(method):
+    return type("Wrong", (vn.Trainer,), {"residuals": method})
+
+
+def _one_datum(self, model, batch):
+    return vn.likelihoods.Gaussian(model.slope, 1.0)
+
+
 class Keyed(vn.Trainer):
     def loss(self, model, batch, *, key): ...
 
@@ -375,6 +383,16 @@ TABLE = {
         lambda: fit(cls=type("R", (vn.Trainer,), {"residuals": lambda s, m, b: [1.0]})),
         TypeError,
         r"`R\.residuals` returned a list.*or a pytree of these",
+    ),
+    "a scalar for residuals": (
+        lambda: fit(cls=residuals_of(lambda self, m, b: m.slope)),
+        ValueError,
+        r"`Wrong\.residuals` returned a scalar.*define `nll`",
+    ),
+    "one datum in a likelihood": (
+        lambda: trainer(residuals_of(_one_datum)).step(BATCH),
+        ValueError,
+        r"`Wrong\.residuals` returned a scalar.*define `nll`",
     ),
     "a loss that is no function": (
         lambda: vn.fit(3.0, line(), SGD, None, 2),

@@ -291,8 +291,9 @@ def test_errors_of_a_transformation_itself_are_left_alone():
         raise ValueError("mine")
 
     tx = vn.partition({"x": optax.GradientTransformation(lambda _: (), fail)}, "x")
-    with pytest.raises(ValueError, match=r"^mine$"):
+    with pytest.raises(ValueError, match="mine") as caught:
         tx.update(PARAMS, tx.init(PARAMS))
+    assert str(caught.value) == "mine"
 
 
 @pytest.mark.seams
@@ -463,6 +464,18 @@ def test_an_error_in_a_shared_trace_has_the_path():
     state = tx.init({**PAIRS, "a": [jnp.ones(3)]} | {"b": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"`a` met trees that do not match"):
         jax.make_jaxpr(tx.update)(PAIRS, state, PAIRS)
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_an_error_of_a_transformation_has_a_note_of_its_parameters(is_traced):
+    """Some of Optax cannot take a parameter without axes, and do not say so."""
+
+    tx = vn.ParamOptimiser({"a": optax.sm3(0.1), "b": optax.sgd(0.1)})
+    params = {"a": jnp.asarray(1.0), "b": jnp.asarray(2.0)}
+    update = jax.make_jaxpr(tx.update) if is_traced else tx.update
+    with pytest.raises(IndexError) as caught:
+        update(params, tx.init(params))
+    assert "This is from the transformation of `a`." in caught.value.__notes__
 
 
 def test_line_searches_of_many_groups():

@@ -227,6 +227,13 @@ COMPOSED = {
     "named": lambda r: optax.named_chain(("a", optax.adam(r)), ("b", optax.clip(1.0))),
     "module": lambda r: optax.chain(optax.clip(1.0), Doubled(jnp.asarray(-r))),
     "transform": lambda r: optax.chain(optax.clip(1.0), of(optax.adam(r))),
+    # What has its functions in an object of a class of Optax.
+    "accumulated": lambda r: optax.chain(
+        optax.clip(1.0), optax.MultiSteps(optax.adam(r), 2).gradient_transformation()
+    ),
+    "skipping": lambda r: optax.MultiSteps(
+        optax.sgd(r), 2, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
 }
 
 
@@ -239,8 +246,8 @@ def test_compositions_survive_and_share(name):
     # The rate; that of Adam twice where it is composed; each that is injected.
     assert len(a.closure.leaves) in ((5,) if name == "inject" else (1, 2))
     objective, params = loss, PARAMS
-    if name in ("flatten", "lookahead"):
-        # Of these two, Optax's own state changes its dtype in a mixed tree.
+    if name in ("flatten", "lookahead", "accumulated", "skipping"):
+        # Of these, Optax's own state changes its dtype in a mixed tree.
         params, objective = {"w": PARAMS["w"]}, single_loss
     assert_same_bits(
         run(make(1e-2), params, 3, objective), run(a, params, 3, objective)
@@ -249,7 +256,9 @@ def test_compositions_survive_and_share(name):
 
 def test_lookahead_is_refused_by_name():
     tx = optax.lookahead(optax.sgd(0.1), 3, 0.5)
-    for given in (tx, optax.chain(optax.clip(1.0), tx), optax.masked(tx, {"x": True})):
+    accumulated = optax.MultiSteps(tx, 2).gradient_transformation()
+    masked = optax.masked(tx, {"x": True})
+    for given in (tx, optax.chain(optax.clip(1.0), tx), masked, accumulated):
         with pytest.raises(TypeError, match=r"`rules\['x'\]` is, .*optax\.lookahead"):
             vn.ParamOptimiser({"x": given})
 
@@ -258,7 +267,6 @@ def test_lookahead_is_refused_by_name():
 @pytest.mark.parametrize(
     "tx",
     [
-        optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
         optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.1, 0.0, 5)),
     ],
 )

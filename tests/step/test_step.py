@@ -182,7 +182,7 @@ def test_within_the_loss_the_trainer_is_live():
 def test_each_step_has_its_own_key():
     class Noisy(vn.Trainer):
         def residuals(self, model, batch, key):
-            return model + jax.random.normal(key)
+            return (model + jax.random.normal(key))[None]
 
     key = jax.random.key(7)
     trainer = Noisy(jnp.asarray(0.0), optax.sgd(0.0), key=key)

@@ -1,5 +1,6 @@
 """Parameters and the coordinates that the optimiser moves are one point, or refused."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -11,7 +12,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from models import Positive, line
+from models import LineFit, Positive, line
 
 LM = optx.LevenbergMarquardt(1e-8, 1e-8)
 X = jnp.linspace(-1.0, 1.0, 20)
@@ -209,3 +210,117 @@ def test_rounding_is_no_change(dtype, is_bounded):
             trainer = trainer.replace(optimiser=optax.adam(rate))
             trainer = trainer.fit(batch, 100, progress=False).trainer
             look_at(trainer)
+
+
+# Bounds
+
+BOUNDS = {"slope": (0.0, 2.0)}
+OUTSIDE = r"'slope' starts at -1, outside of its bounds \(0, 2\)"
+
+
+@pytest.mark.parametrize("use", ["fit", "fit_many", "report", "replace", "step"])
+def test_a_parameter_that_was_put_out_of_its_bounds_is_refused(use):
+    trainer = made(BOUNDS, is_whitened=False)
+    with pytest.raises(ValueError, match=OUTSIDE):
+        USES[use](at(trainer, -1.0))
+    USES[use](at(trainer, 2.0))
+
+
+def test_so_is_what_a_callback_or_a_member_has_there():
+    trainer = made(BOUNDS, is_whitened=False)
+    with pytest.raises(ValueError, match=OUTSIDE):
+        trainer.fit(BATCH, 6, callback=lambda t, _: at(t, -1.0), **RUN)
+    stacked = USES["fit_many"](trainer).trainers
+    with pytest.raises(ValueError, match=OUTSIDE):
+        vn.fit_many(at(stacked, [0.7, -1.0]), BATCH, 3, **RUN)
+
+
+def test_what_is_nowhere_is_within_its_bounds():
+    USES["step"](at(made(BOUNDS, is_whitened=False), jnp.nan))
+
+
+# Parts
+
+TOGETHER = r"`trainer\.{}` .*`trainer\.replace\(model=.*not by `eqx\.tree_at`"
+SKIP = vn.SkipStep() | vn.StopAfter(5)
+RULES = {"slope": optax.adam(0.1), "offset": optax.adam(0.1)}
+
+
+def put(where, value):
+    is_none = lambda x: x is None
+    return lambda t: eqx.tree_at(where, t, value, is_leaf=is_none)
+
+
+def each(fn):
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return lambda t: jax.tree.map(lambda x: fn(x) if is_float(x) else x, t)
+
+
+CHANGES = {
+    "another policy": ("policy_state", put(lambda t: t.nan_policy, SKIP)),
+    "another optimiser": (
+        "opt_state",
+        put(lambda t: t.optimiser, vn.ParamOptimiser(RULES)),
+    ),
+    "another shape": ("(opt_state|best)", lambda t: at(t, [0.7, 0.8])),
+    "an integer": ("params", lambda t: at(t, 1)),
+    "a number": ("params", put(lambda t: t.params.slope, 1.0)),
+    "text": ("params", put(lambda t: t.params.slope, "steep")),
+    "nothing": ("params", put(lambda t: t.params.slope, None)),
+    "numbers": ("params", each(lambda x: x.item() if x.ndim == 0 else x)),
+    "half precision": ("opt_state", each(lambda x: x.astype("float16"))),
+    "one more": ("is_validated", lambda t: jax.tree.map(lambda x: x + 1, t)),
+}
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.own_words
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_do_not_fit_are_refused(change):
+    optimiser = optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()
+    part, changed = CHANGES[change]
+    other = changed(Fit(line(), optimiser))
+    for use in "fit", "solve", "step", "fit_many", "report":
+        with pytest.raises(ValueError, match=TOGETHER.format(part)):
+            USES[use](other)
+
+
+@pytest.mark.own_words
+def test_a_replacement_mends_what_was_changed_apart():
+    trainer = made(is_whitened=False)
+    other = put(lambda t: t.nan_policy, SKIP)(trainer)
+    with pytest.raises(ValueError, match=TOGETHER.format("policy_state")):
+        other.replace(model=line())
+    USES["step"](other.replace(nan_policy=SKIP))
+
+
+@pytest.mark.own_words
+def test_the_replace_of_dataclasses_is_refused():
+    # With annotations, Python itself finds first that an argument is missing.
+    with pytest.raises(TypeError, match=r"use the method `replace`|'model'"):
+        dataclasses.replace(LineFit(line()))
+
+
+@pytest.mark.own_words
+@pytest.mark.loose_dtypes
+def test_what_fits_goes_on():
+    trainer = made(is_whitened=False)
+    count = lambda t: optax.tree.get(t.opt_state, "count")
+    for change in (
+        put(count, 3),
+        put(lambda t: t.optimiser, optax.adam(0.2)),
+        lambda t: jax.tree.map(np.asarray, t),
+        jax.device_get,
+        each(lambda x: x.astype("float32")),
+    ):
+        USES["fit"](change(trainer))
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_copy_of_another_precision_fits(x64):
+    with jax.enable_x64(False):
+        optimiser = optax.inject_hyperparams(optax.adam)(0.1)
+        trainer = Fit(line(dtype="float32"), optimiser)
+    with jax.enable_x64(x64):
+        USES["step"](jax.tree.map(lambda x: x, trainer))

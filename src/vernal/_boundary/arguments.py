@@ -89,6 +89,11 @@ def refuse_unknown(
     for name in options:
         if name not in known:
             nearest = nearest_names(name, known)
+            if name.startswith("_"):
+                nearest = (
+                    "`dataclasses.replace` gives fields as arguments, which they are "
+                    "not: use the method `replace`, or `eqx.tree_at`."
+                )
             raise TypeError(
                 f"`{function}` has no argument `{name}`. {nearest}"
             ) from None

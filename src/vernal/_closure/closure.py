@@ -1,5 +1,6 @@
 """Functions as values: a closure split into array leaves and a comparable skeleton."""
 
+import enum
 import functools
 import pickle
 import types
@@ -113,6 +114,9 @@ class _Encoder:
             return obj
         children, treedef = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
         if treedef == jtu.tree_structure(0):
+            if _is_what_it_holds(obj):
+                kind, held = type(obj), self.dictionary(vars(obj), None)
+                return Group(kind, (held,), lambda parts: _holding(kind, *parts))
             # Equal objects may read different values.
             return Static((value_key(obj), reads(obj).key), obj)
         try:
@@ -177,6 +181,23 @@ class _Encoder:
                 # A function within may have written to it.
                 self.cells[index] = self.cells[index] or part
         return index
+
+
+def _is_what_it_holds(obj: Any) -> bool:
+    """Whether it is an object of a class of Optax, as the one within `MultiSteps`.
+
+    Members of an enumeration are known by their identity.
+    """
+    kind = type(obj)
+    is_of_optax = kind.__module__.split(".")[0] == "optax"
+    is_plain = kind.__eq__ is object.__eq__ and hasattr(obj, "__dict__")
+    return is_of_optax and is_plain and not isinstance(obj, enum.Enum)
+
+
+def _holding(kind: type, held: dict[str, Any]) -> Any:
+    new = object.__new__(kind)
+    vars(new).update(held)
+    return new
 
 
 def _own_structure(treedef: Any) -> tuple[Any, Hashable]:

@@ -97,8 +97,9 @@ class Bounds(Portable, PlainMethods, eqx.Module):
 
     def required(self, params: PyTree) -> PyTree:
         """Returns parameters that are within their intervals; refuses any others."""
-        for path, _, leaf in self._intervals(params):
-            _check(path, leaf, self.low.get(path), self.high.get(path))
+        for path, leaf in by_path(params).items():
+            if path in self.low or path in self.high:
+                _check(path, leaf, self.low.get(path), self.high.get(path))
         if is_traced(self, params):
             message = "A parameter is outside of its `bounds`."
             return eqx.error_if(params, ~self.contain(params), message)
@@ -203,7 +204,9 @@ def _as_bound(value: Any, path: str, leaf: Array) -> Array:
         if isinstance(value, bool | str):
             raise TypeError
         if not isinstance(value, jax.Array):
-            value = np.asarray(value, leaf.dtype)
+            # What the dtype does not reach is infinite: no bound.
+            with np.errstate(over="ignore"):
+                value = np.asarray(value, leaf.dtype)
     except (TypeError, ValueError):
         raise TypeError(
             f"`bounds`: the bound {value!r} of {path!r} is no number."
@@ -212,7 +215,7 @@ def _as_bound(value: Any, path: str, leaf: Array) -> Array:
     return jnp.asarray(value, leaf.dtype)
 
 
-def _check(path: str, leaf: Array, low: Array | None, high: Array | None) -> None:
+def _check(path: str, leaf: Any, low: Any, high: Any) -> None:
     """Refuses bounds that are NaN or the wrong way round, and a start outside."""
     if is_traced(leaf, low, high):
         return

@@ -281,4 +281,5 @@ def _as_floats(value: Any, name: str) -> Array:
         )
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    return jnp.asarray(array, jnp.result_type(float))
+    with np.errstate(over="ignore"):  # of what is infinite its own error tells
+        return jnp.asarray(array, jnp.result_type(float))

@@ -14,7 +14,7 @@ from .._step import (
     is_made,
     noted_as,
     progress_of,
-    refuse_two_points,
+    refuse_strays,
     with_progress,
 )
 from .._tree import cast_alike, choose, require_alike
@@ -52,7 +52,7 @@ def checked_answer(answer: Any, given: AbstractTrainer) -> Any:
     was_made = is_made(answer)
     answer = with_progress(answer, progress)
     if not was_made:
-        refuse_two_points(answer)
+        refuse_strays(answer)
     return answer
 
 

@@ -44,6 +44,7 @@ from .._step import (
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
 from .expansion import Around, around, warn_if_misleading
 from .laplace import ErrorOptions
+from .truncated import Box, draw_within
 
 
 def propagate(
@@ -279,8 +280,24 @@ def draw(
     warn_if_misleading(trainer, batch, here, "draw", scale_errors)
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
     normal, again = jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1)
-    args = stripped(trainer), here.whitening, normal, jnp.asarray(scale)
-    return run_draw(*args, again)
+    bare, scale = stripped(trainer), jnp.asarray(scale)
+    models, latents, flags = run_draw(bare, here.whitening, normal, scale, again)
+    if flags is None or np.all(flags):
+        return models
+    if bounds_of(trainer) is not None:
+        # They are small beside the errors.
+        last = jax.random.fold_in(key, 2)
+        models, flags = run_draw_within(
+            bare, here.whitening, latents, flags, scale, last
+        )
+    if (kept := int(np.sum(flags))) < count:
+        raise ValueError(
+            f"`draw`: of {count} models {kept} are where the density of their `priors` "
+            f"is not zero, after {_MOST_TRIES:,} tries for each: the errors are large "
+            "beside that. Give `bounds` at the ends of the priors, within which it "
+            "draws; or sample the posterior, by `trainer.objective(batch)`."
+        )
+    return models
 
 
 @program
@@ -290,15 +307,10 @@ def run_draw(
     latents: Float[Array, "count D"],
     factor: Float[Array, ""],
     again: PRNGKeyArray,
-) -> PyTree:
-    params = as_parameters(trainer.params)
-    flat = ravel(params)
-
-    def drawn(latent: Float[Array, " D"]) -> PyTree:
-        step = whitening.apply(factor.astype(latent.dtype) * latent)
-        return unravel(flat + step.astype(flat.dtype), params)
-
+) -> tuple[PyTree, Float[Array, "count D"], Bool[Array, " count"] | None]:
+    """Draws models; returns their latents, and flags, if any may not be allowed."""
     bounds, priors = bounds_of(trainer), priors_of(trainer)
+    drawn = _drawn(trainer, whitening, factor)
 
     def is_within(latent: Float[Array, " D"]) -> Bool[Array, ""]:
         own, is_allowed = drawn(latent), jnp.array(True)
@@ -308,9 +320,59 @@ def run_draw(
             is_allowed &= priors.allow(live(trainer, own).model)
         return is_allowed
 
+    flags = None
     if bounds is not None or (priors is not None and priors.others):
-        latents = _within(is_within, latents, again)
-    return eqx.filter_vmap(lambda x: live(trainer, drawn(x)).model)(latents)
+        latents, flags = _within(is_within, latents, again)
+    models = eqx.filter_vmap(lambda x: live(trainer, drawn(x)).model)(latents)
+    return models, latents, flags
+
+
+@program
+def run_draw_within(
+    trainer: AbstractTrainer,
+    whitening: DenseWhitening,
+    latents: Float[Array, "count D"],
+    is_kept: Bool[Array, " count"],
+    factor: Float[Array, ""],
+    key: PRNGKeyArray,
+) -> tuple[PyTree, Bool[Array, " count"]]:
+    """Draws those again that are not kept, within the bounds.
+
+    It returns flags of those that the priors allow.
+    """
+    priors = priors_of(trainer)
+    params, bounds = as_parameters(trainer.params), bounds_of(trainer)
+    assert bounds is not None
+    drawn = _drawn(trainer, whitening, factor)
+    flat, dtype = ravel(params), whitening.roots.dtype
+    # A complex parameter has no bounds, on both of its parts.
+    both = lambda x: jax.lax.complex(x.real, x.real) if jnp.iscomplexobj(x) else x
+    sides = [ravel(jax.tree.map(both, side)) for side in bounds.limits(params)]
+    box = Box(*((side - flat).astype(dtype) for side in sides))
+
+    def of_one(latent: Array, is_kept: Array, key: PRNGKeyArray) -> tuple[PyTree, Any]:
+        new = draw_within(whitening, factor, box, key).astype(latent.dtype)
+        # Rounding may lead beyond a bound.
+        own = bounds.clip(drawn(jnp.where(is_kept, latent, new)))
+        model = live(trainer, own).model
+        return model, jnp.array(True) if priors is None else priors.allow(model)
+
+    keys = jax.random.split(key, len(latents))
+    return eqx.filter_vmap(of_one)(latents, is_kept, keys)
+
+
+def _drawn(
+    trainer: AbstractTrainer, whitening: DenseWhitening, factor: Float[Array, ""]
+) -> Callable[[Float[Array, " D"]], PyTree]:
+    """Returns a function from a latent vector to parameters."""
+    params = as_parameters(trainer.params)
+    flat = ravel(params)
+
+    def drawn(latent: Float[Array, " D"]) -> PyTree:
+        step = whitening.apply(factor.astype(latent.dtype) * latent)
+        return unravel(flat + step.astype(flat.dtype), params)
+
+    return drawn
 
 
 # So often is a draw that is not allowed drawn again.
@@ -321,8 +383,8 @@ def _within(
     is_within: Callable[[Array], Array],
     latents: Float[Array, "count D"],
     key: PRNGKeyArray,
-) -> Float[Array, "count D"]:
-    """Draws again what is not within: a truncated normal distribution."""
+) -> tuple[Float[Array, "count D"], Bool[Array, " count"]]:
+    """Draws again what is not within, and says what is: a truncated distribution."""
     contained = jax.vmap(is_within)
 
     def draw_again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -335,8 +397,4 @@ def _within(
 
     goes_on = lambda carry: (carry[0] < _MOST_TRIES) & ~jnp.all(contained(carry[1]))
     _, latents = jax.lax.while_loop(goes_on, draw_again, (jnp.int32(0), latents))
-    message = (
-        "Nearly all models that are drawn are out of their `bounds`, or where the "
-        "density of their `priors` is zero."
-    )
-    return eqx.error_if(latents, ~jnp.all(contained(latents)), message)
+    return latents, contained(latents)

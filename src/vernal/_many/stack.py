@@ -16,8 +16,8 @@ from .._step import (
     config_of,
     noted_as,
     progress_of,
-    require_one_point,
     require_precision,
+    require_sound,
     with_progress,
 )
 from .._trainer import Trainer, explain_retrace
@@ -41,7 +41,7 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
     if isinstance(given, Trainer):
         require_precision(given)
         parts = _as_stacked(given)
-        require_one_point(given)
+        require_sound(given)
         return parts
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(
@@ -55,7 +55,7 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`trainers[{index}]` is {trainer!r}, not a Trainer.")
         require_precision(trainer)
-        require_one_point(trainer)
+        require_sound(trainer)
         own, structure = jax.tree.flatten((config_of(trainer), progress_of(trainer)))
         own = [_as_jax(leaf, known) for leaf in own]
         leaves.append(own)

@@ -166,7 +166,7 @@ def _update_nameless(
     try:
         args, extra = _renamed((args, extra), names, aliases)
         return _renamed(update(*args, **extra), aliases, names)
-    except (TypeError, ValueError):
+    except Exception:
         # It is called again under its own names, which the error then has.
         return None
 
@@ -185,32 +185,42 @@ def _renamed(tree: Any, old: Sequence[str], new: Sequence[str]) -> Any:
 def _explained(fn: Callable[..., Any], leaves: Any, *args: Any, **extra: Any) -> Any:
     try:
         return fn(leaves, *args, **extra)
-    except AttributeError as error:
+    except Exception as error:
+        if clearer := _clearer(error, leaves):
+            raise clearer from error
+        if isinstance(leaves, Mapping):
+            error.add_note(f"This is from the transformation of {listed(leaves)}.")
+        raise
+
+
+def _clearer(error: Exception, leaves: Any) -> Exception | None:
+    """Returns an error that says what helps, if that is known."""
+    if isinstance(error, AttributeError):
         if not isinstance(error.obj, dict) or not isinstance(leaves, Mapping):
-            raise
+            return None
         likely = [p for p in leaves if error.name in p.split(".")] or [*leaves]
-        raise AttributeError(
+        return AttributeError(
             f"The transformation of {listed(leaves)} has a function (a mask, labels) "
             f"that asks the parameters for the attribute {error.name!r}. Within a rule "
             "it is given the rule's own leaves, in an ordered dictionary by path: ask "
             f"for `params[{likely[0]!r}]`, or use `jax.tree.map`."
-        ) from error
-    except (TypeError, ValueError) as error:
-        # Older releases of JAX do not export the class.
-        if type(error).__name__ == "TypePromotionError":
-            raise
-        frames = inspect.getinnerframes(error.__traceback__, context=0)  # pyright: ignore
-        if not any(frame.filename == inspect.getfile(jtu.tree_map) for frame in frames):
-            raise
-        raise ValueError(
-            f"The transformation of {listed(leaves)} met trees that do not match. It "
-            "sees its own leaves only, in a dictionary by path. Where its "
-            "configuration is a tree of the whole model's shape (a mask, labels), or "
-            "an extra argument is, give a function of the parameters instead, or such "
-            "a dictionary: a `collections.OrderedDict`, or a `dict` if it has one "
-            "leaf. A state must come from this transformation's own `init`. JAX says: "
-            f"{error}"
-        ) from error
+        )
+    # Older releases of JAX do not export the class of errors of promotion.
+    is_plain = type(error).__name__ != "TypePromotionError"
+    if not (isinstance(error, TypeError | ValueError) and is_plain):
+        return None
+    frames = inspect.getinnerframes(error.__traceback__, context=0)  # pyright: ignore
+    if not any(frame.filename == inspect.getfile(jtu.tree_map) for frame in frames):
+        return None
+    return ValueError(
+        f"The transformation of {listed(leaves)} met trees that do not match. It "
+        "sees its own leaves only, in a dictionary by path. Where its "
+        "configuration is a tree of the whole model's shape (a mask, labels), or "
+        "an extra argument is, give a function of the parameters instead, or such "
+        "a dictionary: a `collections.OrderedDict`, or a `dict` if it has one "
+        "leaf. A state must come from this transformation's own `init`. JAX says: "
+        f"{error}"
+    )
 
 
 def listed(paths: Any) -> str:

@@ -72,6 +72,7 @@ from .objective import (
     step_key,
 )
 from .opt_state import beginning, settled
+from .parts import require_parts
 from .progress import (
     Best,
     Progress,
@@ -107,9 +108,9 @@ from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_
 from .suspect_data import warn_of_pairs, warn_of_suspect_data
 from .usable import (
     refuse_stacked,
-    refuse_two_points,
+    refuse_strays,
     require_one,
-    require_one_point,
     require_precision,
+    require_sound,
     strays_of,
 )

@@ -310,7 +310,7 @@ _made = WeakValueDictionary[int, Progress]()
 
 def note_made(progress: Progress | None) -> None:
     """Notes a progress that vernal has made, or looked at."""
-    if progress is not None and progress.latent is not None:
+    if progress is not None:
         _made[id(progress)] = progress
 
 

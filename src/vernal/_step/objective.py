@@ -185,11 +185,6 @@ def prior_rows(trainer: AbstractTrainer, *_: Any) -> Float[Array, " rows"]:
 
 
 def _with_rows(trainer: AbstractTrainer, arrays: list[Array]) -> Float[Array, " N"]:
-    if len(arrays) == 1 and jnp.ndim(arrays[0]) == 0:
-        raise ValueError(
-            f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
-            "an array, with a residual for each datum; for a scalar, define `nll`."
-        )
     rows = [part for array in arrays for part in _real_parts(jnp.ravel(array))]
     if (priors := priors_of(trainer)) is not None:
         rows.append(priors.rows(trainer.model).astype(rows[0].dtype))
@@ -253,8 +248,14 @@ def _named_terms(
             "`(model(x) - y) / sigma`, a likelihood, such as "
             "`vn.likelihoods.Poisson(model(x), counts)`, or a pytree of these."
         )
-    for term in terms:
-        _check_residuals(trainer, _array_of(term), batch)
+    arrays = list(map(_array_of, terms))
+    if len(arrays) == 1 and jnp.ndim(arrays[0]) == 0:
+        raise ValueError(
+            f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
+            "an array, with a residual for each datum; for a scalar, define `nll`."
+        )
+    for array in arrays:
+        _check_residuals(trainer, array, batch)
     param, what = jax.tree.leaves(trainer.params)[0], f"`{type(trainer).__name__}`"
     known = lambda term: require_known(
         term, param, f"{what} returned a `{type(term).__name__}`"

@@ -165,12 +165,13 @@ def _continued(
     new one with its first state, which is returned otherwise.
     """
     (was, state, before), (tx, fresh) = old, new
-    if not _fits(state, fresh) or other_maker(state_makers(was), state_makers(tx)):
+    if not fits(state, fresh) or other_maker(state_makers(was), state_makers(tx)):
         return fresh
     now = _user_set(fresh)
     return settled(state, _user_set(before()), now) if jax.tree.leaves(now) else state
 
 
-def _fits(old: PyTree, new: PyTree) -> bool:
+def fits(old: PyTree, new: PyTree) -> bool:
+    """Whether the state of an optimiser is like another one: all but what users set."""
     # What a user sets may be an integer at first, and a float later.
     return is_alike(old, new, np.shape) and is_alike(_computed(old), _computed(new))

@@ -15,11 +15,13 @@ from .._tree import by_path
 from .abstract_trainer import (
     AbstractTrainer,
     bijections_of,
+    bounds_of,
     is_made,
     note_made,
     progress_of,
     to_params,
 )
+from .parts import require_parts
 from .replace import member_axes
 
 
@@ -27,12 +29,14 @@ def require_one(trainer: AbstractTrainer, name: str) -> None:
     """Refuses a stacked trainer in what is for one, and one that cannot be used."""
     require_precision(trainer)
     refuse_stacked(trainer, name)
-    require_one_point(trainer)
+    require_sound(trainer)
 
 
 def require_precision(trainer: AbstractTrainer) -> None:
     """Refuses a trainer that was made in float64 while JAX computes in float32."""
-    if is_wide(trainer.best_loss.dtype) and not is_x64_on():
+    # What users have put there need not be an array.
+    is_of_64_bits = is_wide(getattr(trainer.best_loss, "dtype", None))
+    if is_of_64_bits and not is_x64_on():
         raise ValueError(
             f"`{type(trainer).__name__}` was made in float64, while `jax_enable_x64` "
             "was on, and now it is off: JAX would compute in float32. Turn it on for "
@@ -42,7 +46,7 @@ def require_precision(trainer: AbstractTrainer) -> None:
 
 def refuse_stacked(trainer: AbstractTrainer, name: str) -> None:
     """Refuses a trainer of many, whose numbers would be taken for those of one."""
-    if trainer.step_count.ndim:
+    if np.ndim(trainer.step_count):
         size, kind = len(trainer.step_count), type(trainer).__name__
         raise TypeError(
             f"`{name}`: this `{kind}` is stacked, with {size} members, and `{name}` "
@@ -52,20 +56,19 @@ def refuse_stacked(trainer: AbstractTrainer, name: str) -> None:
         )
 
 
-def require_one_point(trainer: AbstractTrainer) -> None:
-    """Refuses parameters that were changed without the coordinates that a fit moves.
+def require_sound(trainer: AbstractTrainer) -> None:
+    """Refuses a trainer that was changed so that its parts do not fit each other.
 
     What vernal has made is not looked at again.
     """
     if not is_made(trainer):
-        refuse_two_points(trainer)
+        require_parts(trainer)
+        refuse_strays(trainer)
 
 
-def refuse_two_points(trainer: AbstractTrainer) -> None:
-    """Refuses them, whoever made the trainer."""
-    strays = strays_of(trainer)
-    if strays is None:
-        return
+def refuse_strays(trainer: AbstractTrainer) -> None:
+    """Refuses a point that is another in the coordinates, or outside of its bounds."""
+    strays, progress = strays_of(trainer), progress_of(trainer)
     if strays:
         shown = ", ".join(map(repr, strays[:5]))
         raise ValueError(
@@ -74,7 +77,27 @@ def refuse_two_points(trainer: AbstractTrainer) -> None:
             f"{shown}. One was changed without the other, as by `eqx.tree_at`. Change "
             "parameters by `trainer.replace(model=...)`, which changes both."
         )
-    note_made(progress_of(trainer))
+    _refuse_outside(trainer)
+    if strays is not None or progress.latent is None:
+        note_made(progress)
+
+
+def _refuse_outside(trainer: AbstractTrainer) -> None:
+    """Refuses parameters, or a best, outside of their bounds."""
+    progress, bounds = progress_of(trainer), bounds_of(trainer)
+    points = progress.params, progress.best
+    if bounds is None or not _are_known((bounds, points)):
+        return
+    if not progress.step_count.ndim:
+        for point in points:
+            bounds.required(point)
+        return
+    axes = member_axes(progress.step_count)
+    for index in range(len(progress.step_count)):
+        row = lambda x, i=index: np.asarray(x)[i] if axes(x) == 0 else x
+        own, *rows = jax.tree.map(row, (bounds, *points))
+        for point in rows:
+            own.required(point)
 
 
 # The room is large where parameters are far from the origin of a projector.
@@ -132,7 +155,8 @@ def _both_ways(
 
 def _are_known(tree: PyTree) -> bool:
     is_here = lambda leaf: leaf.is_fully_addressable or leaf.is_fully_replicated
-    return not is_traced(tree) and all(map(is_here, jax.tree.leaves(tree)))
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return not is_traced(tree) and all(map(is_here, arrays))
 
 
 def _wide(tree: PyTree) -> list[Any]:

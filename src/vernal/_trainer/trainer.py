@@ -70,6 +70,7 @@ from .._step import (
     initial_opt_state,
     initial_progress,
     is_constrained,
+    is_made,
     nan_report,
     note_made,
     precision_of,
@@ -77,11 +78,12 @@ from .._step import (
     raised_if_bad,
     refuse_own_projector,
     refuse_stacked,
+    refuse_strays,
     replaced_fields,
     reproject,
     require_one,
-    require_one_point,
     require_optimiser,
+    require_parts,
     require_precision,
     score,
     step_key,
@@ -898,7 +900,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         The models, stacked: one whose arrays have a row for each, frozen ones too.
 
         **Raises:** as [`vernal.Trainer.report`][]; and a `ValueError` that names the
-        directions which the data do not constrain, if there are any.
+        directions which the data do not constrain, if there are any, or says that
+        priors allow next to none of the models.
         """
         require_one(self, "draw")
         options = ErrorOptions(scale_errors, jac, kind)
@@ -1104,6 +1107,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         - `ValueError`: if the vector has another shape than the current one.
         """
+        require_precision(self)
         refuse_stacked(self, "params_at")
         return params_at(self, vector)
 
@@ -1205,11 +1209,14 @@ class Trainer(AbstractTrainer[Model, Batch]):
             or if arrays may be those of each member or of all.
         """
         require_precision(self)
-        if model is None:
-            require_one_point(self)
-        return changed(
-            self, **replaced_fields(self, model, optimiser, nan_policy, state)
-        )
+        was_made = is_made(self)
+        if model is None and not was_made:
+            refuse_strays(self)
+        fields = replaced_fields(self, model, optimiser, nan_policy, state)
+        trainer = changed(self, **fields)
+        if not was_made:
+            require_parts(trainer)
+        return trainer
 
     def __repr__(self) -> str:
         """Returns one line: the class, the model, its progress. `print` shows more."""
