@@ -381,3 +381,31 @@ def test_where_the_second_start_leads_to_an_error_the_first_end_counts():
     ended = result.trainer.residuals(result.model, batch)
     np.testing.assert_allclose(ended, 0.99**64 * np.array([10.0, -1.0]), rtol=1e-6)
     assert result.trainer.projector is not None
+
+
+@pytest.mark.parametrize("has_mesh", [False, True])
+def test_of_members_whose_second_start_leads_to_an_error_the_first_end_counts(has_mesh):
+    start = {"steep": jnp.array(1.01), "positive": jnp.array(1.0)}
+    trainer = Fragile(start, bounds={"positive": (0, None)}).whiten(jnp.zeros(2))
+    solver = optx.OptaxMinimiser(optax.sgd(1e-2), 1e-8, 1e-8)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("members",)) if has_mesh else None
+    options = {"data_axis": 0, "solver": solver, "mesh": mesh}
+    result = vn.fit_many([trainer] * 2, jnp.zeros((2, 2)), 128, **options)
+    ended = np.stack(
+        [
+            1e3 * (result.trainers.params["steep"] - 1),
+            result.trainers.params["positive"] - 2,
+        ]
+    )
+    known = 0.99**128 * np.array([[10.0], [-1.0]])
+    np.testing.assert_allclose(ended, np.tile(known, 2), rtol=1e-6)
+
+
+def test_a_member_without_a_step_left_does_not_begin_again():
+    start = {"steep": jnp.array(1.01), "positive": jnp.array(1.0)}
+    trainer = Fragile(start, bounds={"positive": (0, None)}).whiten(jnp.zeros(2))
+    solver = optx.LevenbergMarquardt(1e-8, 1e-8)
+    options = {"data_axis": 0, "solver": solver}
+    result = vn.fit_many([trainer] * 2, jnp.zeros((2, 2)), 1, **options)
+    # A solver that has taken no step knows no loss, and says zero.
+    np.testing.assert_allclose(result.trainers.best_loss, 50.5, rtol=1e-6)

@@ -310,15 +310,20 @@ def settle_twice(
     found = _arrived(members, problem, ends, range(len(goals)))
     lost = _lost(members, problem, ends[0], [why for why, _ in found.values()])
     lost[broken] = False
-    if not lost.any():
-        return ends, broken, found
     # As in `solve`, one that took all steps has half of them again.
     most = max_steps - max_steps // 2
     left = max_steps - np.minimum(np.asarray(whole(ends[0].steps)), most)
+    lost &= left > 0
+    if not lost.any():
+        return ends, broken, found
     goals = np.where(lost, left, 0)
     # The bar has counted them.
     silent = ProgressBar(0, 0, shown=False)
-    again, errors = _settle(_at_start(members, ends), problem, goals, True, silent)
+    try:
+        again, errors = _settle(_at_start(members, ends), problem, goals, True, silent)
+    except RuntimeError:
+        # On a mesh: that way led where the model has an error.
+        return ends, broken, found
     lost[errors] = False
     new = _arrived(members, problem, again, np.flatnonzero(lost).tolist())
     noise = np.full(len(lost), np.inf)
