@@ -15,7 +15,7 @@ from .._step import AbstractTrainer, bounds_of, pushed
 from .._tree import by_path, choose, ravel, unravel
 
 # The share of its distance at the start at which an element is next to a bound.
-_NEXT_TO = np.finfo(np.float32).eps ** 0.5
+_NEXT_TO = float(np.finfo(np.float32).eps) ** 0.5
 
 
 class Box(NamedTuple):
@@ -114,7 +114,9 @@ def _creeps_to(bounds: Bounds | None, start: PyTree, end: PyTree) -> bool:
     before, after = by_path(start).by_name(), by_path(end).by_name()
     for side in (bounds.low, bounds.high):
         for path, bound in side.items():
-            gap, far = (abs(np.asarray(at[path]) - bound) for at in (after, before))
+            gap, far = (
+                abs(np.asarray(at[path]) - np.asarray(bound)) for at in (after, before)
+            )
             if np.any((gap > 0) & (gap < _NEXT_TO * far) & np.isfinite(far)):
                 return True
     return False
