@@ -65,6 +65,38 @@ def test_a_fit_of_what_is_left_is_that_of_masked_data():
     assert reports[0].data_count == 3
 
 
+COV = np.cov(np.random.default_rng(0).normal(size=(5, 9)))
+BAD = COV.copy()
+BAD[3], BAD[:, 3] = np.nan, np.inf
+MATRICES = {
+    "a covariance": (COV, [0, 1, 3, 4]),
+    "in small units": (1e-20 * COV, [0, 1, 3, 4]),
+    "rounded": (COV + 1e-9 * np.triu(np.ones((5, 5))), [0, 1, 3, 4]),
+    "of complex data": (COV + 1j * (np.triu(COV) - np.tril(COV)), [0, 1, 3, 4]),
+    "of booleans": (COV + COV.T > 0, [0, 1, 3, 4]),
+    "of an unknown datum": (np.where(np.isnan(BAD), BAD, BAD.T), [0, 1, 4]),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_matrix_of_pairs_of_data_loses_rows_and_columns(name):
+    matrix, kept = MATRICES[name]
+    y = np.where(np.arange(5) == 2, np.nan, 1.0)
+    (y, found), omitted = vn.omit((y, matrix))
+    assert np.flatnonzero(omitted.kept).tolist() == kept
+    assert len(y) == len(kept)
+    np.testing.assert_allclose(found, matrix[np.ix_(kept, kept)], rtol=1e-6)
+
+
+def test_other_square_matrices_keep_their_columns():
+    table = np.random.default_rng(0).normal(size=(5, 5))
+    table[2, 4] = np.inf
+    keys = jax.random.split(jax.random.key(0), (5, 5))
+    (found, left), _ = vn.omit((table, keys))
+    np.testing.assert_allclose(found, np.delete(table, 2, 0), rtol=1e-6)
+    assert left.shape == (4, 5)
+
+
 SOURCE = vn.Minibatches(np.ones(3), 2, key=jax.random.key(0))
 FAULTS = {
     "lengths": ((np.ones(3), np.ones(4)), ValueError, "It is 3 in `batch.0.`, 4 in"),

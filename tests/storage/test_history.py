@@ -102,6 +102,9 @@ def test_lookup():
     history = TRAINER.fit(BATCH, 3, record="slope").history
     assert history["loss"] is history.loss
     assert history["steps"] is history.steps
+    assert "loss" in history
+    assert "nothing" not in history
+    assert 0 not in history
     assert isinstance(history.loss, np.ndarray)
     assert len(history) == 3
     with pytest.raises(vn.UnknownPathError, match=r"no 'slop'.*'slope'.*record="):

@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,14 +134,19 @@ def test_other_methods_are_told(name):
     assert told(X, X, one, other) == said
 
 
+class Named(eqx.Module):
+    name: str = eqx.field(static=True)
+
+
 class Scaled(vn.Trainer):
     loss = squares
     sigma: jax.Array
+    part: Named
 
-    def __init__(self, wave=X, order=2, sigma=1.0, tied=2.0):
-        self.sigma = jnp.asarray(sigma)
+    def __init__(self, wave=X, order=2, sigma=1.0, tied=2.0, law="a", part="b"):
+        self.sigma, self.part = jnp.asarray(sigma), Named(part)
         model = {"a": jnp.asarray(2.0), "b": jnp.asarray(tied), "wave": wave}
-        model |= {"order": order, "kind": "sine"}
+        model |= {"order": order, "kind": "sine", "law": Named(law)}
         super().__init__(model, optax.sgd(1e-3), train=["a", "b"], ties={"b": "a"})
 
 
@@ -154,6 +160,14 @@ PARTS = {
     "a number": (
         {"order": 3},
         ["with another value of 'order', which is not trained"],
+    ),
+    "a static field": (
+        {"law": "c"},
+        ["with another value of 'law.name', which is not trained"],
+    ),
+    "a static field of a field": (
+        {"part": "c"},
+        ["with another field `part.name` of the trainer"],
     ),
     "a field": ({"sigma": 2.0}, ["with another field `sigma` of the trainer"]),
 }

@@ -166,7 +166,9 @@ def moved(optimiser, folder=None, steps=3):
 def by_hand(optimiser):
     """A trainer in the midst of a fit, as far as a file shows."""
     add = lambda leaf: leaf + 1 if eqx.is_inexact_array(leaf) else leaf
-    return jax.tree.map(add, Bowl(START, optimiser))
+    trainer = Bowl(START, optimiser)
+    moves = lambda trainer: trainer._progress
+    return eqx.tree_at(moves, trainer, jax.tree.map(add, moves(trainer)))
 
 
 def require_refused(old, new, names, folder):

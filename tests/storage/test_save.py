@@ -150,6 +150,18 @@ def tied(optimiser, high=9.0):
 LM = optx.LevenbergMarquardt(1e-8, 1e-8)
 
 
+def test_only_one_of_two_is_whitened(file):
+    """It is said how to make the other."""
+    plain, white = trainer(), trainer().whiten(BATCH)
+    vn.save(file, white)
+    with pytest.raises(vn.MismatchError, match=r"give `like\.whiten\(batch\)`"):
+        vn.load(file, plain)
+    vn.load(file, plain.whiten(BATCH))
+    vn.save(file, plain)
+    with pytest.raises(vn.MismatchError, match="before `whiten`"):
+        vn.load(file, white)
+
+
 @pytest.mark.parametrize("solver", [None, LM], ids=["fit", "solve"])
 @pytest.mark.parametrize("is_alike", [True, False])
 def test_many_are_loaded_into_one_that_is_stacked(solver, is_alike, file):

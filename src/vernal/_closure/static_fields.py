@@ -9,6 +9,21 @@ import jax
 import numpy as np
 
 
+def plain_statics(tree: Any) -> dict[str, Any]:
+    """Returns the static fields of a tree of modules that have a plain value, by path.
+
+    Functions and objects are left out: another process cannot know them again.
+    """
+    found = {".".join(path): value for path, value in _static_fields(tree, ())}
+    return {path: value for path, value in found.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def refuse_static_arrays(
     tree: Any, what: str = "`model`", only: Container[str] | None = None
 ) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from .._boundary import entrance, refuse_program, spelled_leaves
-from .._tree import is_inexact
+from .._tree import is_inexact, is_key
 from .batch import as_batch
 
 BatchT = TypeVar("BatchT")
@@ -51,7 +51,9 @@ def omit(batch: BatchT) -> tuple[BatchT, Omitted]:
     print(omitted)
     ```
 
-    A datum is one index of the first axis. Where an array must keep its shape, as an
+    A datum is one index of the first axis; of a symmetric matrix with a row and a
+    column for each datum, such as their covariance, of both axes: there, a datum whose
+    variance is not finite goes first. Where an array must keep its shape, as an
     image, or the members of [`vernal.fit_many`][], mask what is missing instead: see
     `where` of [`vernal.likelihoods.Gaussian`][].
 
@@ -87,6 +89,10 @@ def omit(batch: BatchT) -> tuple[BatchT, Omitted]:
         is_finite = np.isfinite(np.asarray(leaf))
         if not leaf.ndim and not is_finite:
             raise ValueError(f"{name} is {leaf}, and belongs to no datum.")
+        if not is_finite.all() and _is_of_pairs(leaf):
+            # The column of a datum that goes says nothing of the others.
+            own = is_finite.diagonal()
+            is_finite = is_finite[:, own] & own[:, None]
         is_finite = is_finite.all(axis=tuple(range(1, leaf.ndim)))
         kept &= is_finite
         if not is_finite.all():
@@ -96,9 +102,24 @@ def omit(batch: BatchT) -> tuple[BatchT, Omitted]:
         raise ValueError(f"`batch` has no finite datum. {omitted}")
     is_of_data = lambda leaf: isinstance(leaf, jax.Array) and leaf.ndim > 0
     rows = np.flatnonzero(kept)
-    left = lambda leaf: leaf if kept.all() else leaf[rows]
+
+    def left(leaf: Array) -> Array:
+        if kept.all():
+            return leaf
+        return leaf[rows][:, rows] if _is_of_pairs(leaf) else leaf[rows]
+
     of_kept = lambda leaf, given: left(leaf) if is_of_data(leaf) else given
     return jax.tree.map(of_kept, arrays, batch), omitted
+
+
+def _is_of_pairs(leaf: Array) -> bool:
+    """Whether an array is a symmetric matrix, as a covariance of the data is."""
+    if leaf.ndim != 2 or leaf.shape[0] != leaf.shape[1] or is_key(leaf):
+        return False
+    matrix = np.asarray(leaf)
+    scale = np.max(np.abs(matrix), initial=0, where=np.isfinite(matrix))
+    # It may be rounded.
+    return np.allclose(matrix, matrix.conj().T, 0, 1e-6 * scale, equal_nan=True)
 
 
 def _data_count(named: dict[str, Array]) -> int:

@@ -41,7 +41,8 @@ _REMEDY = {
     "eigenvalue anywhere.",
     "hessian": "This point is not a minimum. Fit first; or, if a fit ended here, start "
     "it elsewhere, and see `result.explain()`. Or define `residuals`, whose Fisher "
-    "matrix has no negative eigenvalue anywhere.",
+    "matrix has no negative eigenvalue anywhere. `table()`, without a batch, shows the "
+    "values alone.",
 }
 
 # Of a Hessian whose diagonal is exactly zero.
@@ -49,7 +50,8 @@ _LINEAR = (
     "What is minimised is linear in that element here. Where it has absolute values, "
     "the minimum is a kink, and there are no errors of this kind: use a smooth loss, "
     "such as that of `vn.likelihoods.Robust`. Otherwise this is no minimum. Fit first; "
-    "or, if a fit ended here, start it elsewhere, and see `result.explain()`."
+    "or, if a fit ended here, start it elsewhere, and see `result.explain()`. "
+    "`table()`, without a batch, shows the values alone."
 )
 
 

@@ -67,8 +67,7 @@ def write_file(
     Of several processes all must call it, and the first one writes. `more` is added to
     the header.
     """
-    for name, leaf in arrays.items():
-        _require_values(name, leaf.array)
+    require_values(arrays)
     members = {name: _member(name, n) for n, name in enumerate(arrays)}
     header = _make_header(arrays, members, more)
     gather = lambda x: process_allgather(x, tiled=True) if is_part(x) else x
@@ -81,14 +80,16 @@ def write_file(
             write_array(archive, members[name], numpy_view(np.asarray(array)))
 
 
-def _require_values(name: str, array: Any) -> None:
-    if isinstance(array, jax.ShapeDtypeStruct | Tracer):
-        raise ValueError(
-            f"`tree`: the leaf {name!r} has no values ({array}). Save a tree of "
-            "arrays, outside of `jax.jit` and the like."
-        )
-    if isinstance(array, jax.Array) and is_deleted(array):
-        raise has_been_deleted(f"`tree`: the leaf {name!r}")
+def require_values(arrays: Mapping[str, NamedArray]) -> None:
+    """Refuses leaves that are traced, deleted, or only described."""
+    for name, (_, array) in arrays.items():
+        if isinstance(array, jax.ShapeDtypeStruct | Tracer):
+            raise ValueError(
+                f"`tree`: the leaf {name!r} has no values ({array}). Save a tree of "
+                "arrays, outside of `jax.jit` and the like."
+            )
+        if isinstance(array, jax.Array) and is_deleted(array):
+            raise has_been_deleted(f"`tree`: the leaf {name!r}")
 
 
 def _member(name: str, number: int) -> str:

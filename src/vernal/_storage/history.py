@@ -39,7 +39,7 @@ class History(Portable, eqx.Module):
     - `validation`: the scores of the validation; empty without one.
     - `validation_steps`: the number of steps taken before each score.
     - `records`: what else was recorded, by name. `history["name"]` is short for
-        `history.records["name"]`.
+        `history.records["name"]`, and `"name" in history` says whether it is there.
     """
 
     steps: np.ndarray
@@ -92,6 +92,9 @@ class History(Portable, eqx.Module):
             f"{nearest_names(name, [*self.records, *COLUMNS])} "
             f"To keep it, pass `record=({name!r},)` to `fit`."
         )
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in {*self.records, *COLUMNS}
 
     def to_dict(self) -> dict[str, np.ndarray]:
         """Returns all that was recorded, by name.

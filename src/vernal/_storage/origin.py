@@ -1,9 +1,11 @@
 """What a fit is of, by which a checkpoint of another fit is noticed."""
 
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .._closure import plain_statics
 from .._data import Source, Stream, Whole
 from .._step import (
     AbstractTrainer,
@@ -15,22 +17,35 @@ from .._step import (
 )
 from .._tree import leaf_sums
 
+STATIC = "static"
+"""The kind of a static field, among those of arrays."""
+
+_SAID = {
+    "model": "with another value of {!r}, which is not trained",
+    "model_statics": "with another value of {!r}, which is not trained",
+    "fields": "with another field `{}` of the trainer",
+    "field_statics": "with another field `{}` of the trainer",
+}
+
 
 def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     """Returns checksums of all that a fit is of beside its parameters, for JSON."""
     (methods, hooks), data = digests(trainer), None
+    model, fields = template_of(trainer).untrained, own_fields(trainer)
     if not isinstance(source, Stream):
         arrays = source.batch if isinstance(source, Whole) else source.arrays
-        data = _sums(arrays)
+        data = sums(arrays)
     return {
         "class": type(trainer).__name__,
         # Another version of Python compiles the same text to other code.
         "methods": {"python": "{}.{}".format(*sys.version_info), **methods},
         "hooks": hooks,
         "priors": _of_priors(trainer),
-        "bounds": _sums(bounds_of(trainer)),
-        "model": _sums(template_of(trainer).untrained),
-        "fields": _sums(own_fields(trainer)),
+        "bounds": sums(bounds_of(trainer)),
+        "model": sums(model),
+        "model_statics": sums_of_statics(model),
+        "fields": sums(fields),
+        "field_statics": sums_of_statics(fields),
         "data": data,
     }
 
@@ -43,15 +58,24 @@ def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
     others = {
         path: [
             type(prior.decode()).__name__,
-            *sorted(_sums(prior).values(), key=str),
+            *sorted(sums(prior).values(), key=str),
         ]
         for path, prior in priors.others.items()
     }
-    return others | _sums(priors.normal)
+    return others | sums(priors.normal)
 
 
-def _sums(tree: Any) -> dict[str, Any]:
+def sums(tree: Any) -> dict[str, Any]:
+    """Returns checksums of leaves, by path."""
     return {path: [str(kind), total] for path, kind, total in leaf_sums(tree)}
+
+
+def sums_of_statics(tree: Any) -> dict[str, Any]:
+    """Returns checksums of the static fields that have a plain value, by path."""
+    return {
+        path: [STATIC, zlib.crc32(ascii(value).encode())]
+        for path, value in plain_statics(tree).items()
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -68,10 +92,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
     for name in ("priors", "bounds"):
         if old.get(name, new[name]) != new[name]:
             yield f"with other `{name}`"
-    if (path := _other(old.get("model"), new["model"])) is not None:
-        yield f"with another value of {path!r}, which is not trained"
-    if (path := _other(old.get("fields"), new["fields"])) is not None:
-        yield f"with another field `{path}` of the trainer"
+    for name, said in _SAID.items():
+        if (path := _other(old.get(name), new[name])) is not None:
+            yield said.format(path)
     if (path := _other(old["data"], new["data"])) is not None:
         yield "of other data (`data` differs" + (f" at {path!r})" if path else ")")
 
@@ -86,6 +109,7 @@ def _other(before: Any, now: Any) -> str | None:
 
 def _is_same(old: Any, new: Any) -> bool:
     if old is None or new is None:
-        return False
+        # Other versions of a library may have fewer static fields.
+        return (old or new or [None])[0] == STATIC
     # Earlier versions had no checksum where a process has only a part of an array.
     return old[0] == new[0] and (None in (old[1], new[1]) or old[1] == new[1])

@@ -2,14 +2,21 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
-from .._boundary import PyTree, entrance, file_path, refuse_traced
+from .._boundary import (
+    PyTree,
+    entrance,
+    file_path,
+    first_names,
+    refuse_traced,
+    warn,
+)
 from .._step import AbstractTrainer, TrainerT
 from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
-from .file import open_file, reported_damage, write_file
+from .file import open_file, reported_damage, require_values, write_file
 from .positions import (
     BEGUN,
     OPT_STATE,
@@ -28,6 +35,7 @@ from .snapshot import (
     snapshot,
     without,
 )
+from .untrained import as_untrained, others, untrained
 
 T = TypeVar("T")
 
@@ -38,7 +46,9 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     Of a trainer, the file has all that a fit changes: parameters, moments, counts, the
     best, the projector. It has no configuration (the frozen part of the model, rates,
-    policies, the key): that comes from the program that loads the file. Hyperparameters
+    policies, the key): that comes from the program that loads the file. Checksums of
+    what of the model is not trained are in its header, so that `load` warns of others.
+    Hyperparameters
     in the state, as `optax.inject_hyperparams` keeps them, are in the file with their
     initial values: where the program has others, the program's are taken. The names of
     the functions that made the optimiser, such as `scale_by_adam`, are in its header,
@@ -79,11 +89,13 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     refuse_traced("save", tree)
     if isinstance(tree, AbstractTrainer):
         arrays = snapshot(tree) | initial_hyperparams(tree)
-        write_file(path, arrays, **meaning_of(tree)._asdict())
+        require_values(arrays)
+        more = meaning_of(tree)._asdict() | {"untrained": untrained(tree)}
+        write_file(path, arrays, **more)
     else:
         require_keepable(tree)
         groups = groups_in(tree)
-        more: dict[str, Any] = {"groups": groups} if groups else {}
+        more = {"groups": groups} if groups else {}
         write_file(path, to_arrays(tree), **more)
 
 
@@ -97,7 +109,9 @@ def load(
 
     - `path`: the file.
     - `like`: a trainer of the same model and optimiser, as the program makes it; its
-        rates, its NaN policy and its key may differ. For `result.trainers` of
+        rates, its NaN policy and its key may differ. What of its model is not trained
+        stays as it is here; a warning names what differs from the fit, static fields
+        with a plain value among it. For `result.trainers` of
         [`vernal.fit_many`][] stack one: `eqx.filter_vmap(lambda: trainer,
         axis_size=50)()`. Or a pytree of the same structure,
         shapes and dtypes as the one that was saved; its arrays may be
@@ -138,9 +152,11 @@ def load(
     source = f"`path`: {os.fspath(path)}"
     with open_file(path) as (arrays, header):
         with reported_damage(target):
-            meaning = as_meaning(header)
+            meaning, known = as_meaning(header), as_untrained(header)
         if isinstance(like, AbstractTrainer):
-            return _restored(arrays, like, source, names, meaning)
+            trainer = _restored(arrays, like, source, names, meaning)
+            _warn_of_others(others(known, untrained(like)), source)
+            return trainer
         if reset:
             raise ValueError(
                 "`reset` is for trainers, and `like` is not one. Replace its leaves "
@@ -149,6 +165,17 @@ def load(
         require_order(arrays, like, source)
         require_same_groups(arrays, meaning.groups, groups_in(like), source)
         return from_arrays(arrays, like, source)
+
+
+def _warn_of_others(paths: Sequence[str], source: str) -> None:
+    if paths:
+        warn(
+            f"{source} was written by a fit with other values of {first_names(paths)} "
+            "in the model than `like` has. What is not trained comes from `like`, not "
+            "from the file, so that the model may predict otherwise than it did. Make "
+            "`like` with the values of the fit. Its arrays can also be in the file of "
+            "a model: `vn.save(path, trainer.model)`, `vn.load(path, like.model)`."
+        )
 
 
 def _restored(

@@ -129,10 +129,35 @@ def require_restorable(
     if "scored_on" not in saved:
         # Files of earlier versions do not say.
         fields.add("scored_on")
+    _require_whitened_alike(saved, own, source)
     require_alike_kinds(without(saved, *fields), without(own, *fields), source)
     if OPT_STATE not in fields:
         _require_same_meaning(meaning, trainer, source)
     return tuple(fields)
+
+
+def _require_whitened_alike(
+    saved: Mapping[str, Kind], own: Mapping[str, Kind], source: str
+) -> None:
+    """Refuses a trainer that is whitened where the other is not.
+
+    Their coordinates, and with these the optimiser's moments, have other shapes.
+    """
+    if beneath(saved, "params") != beneath(own, "params"):
+        return
+    there, here = (bool(beneath(leaves, "projector")) for leaves in (saved, own))
+    if there and not here:
+        raise MismatchError(
+            f"{source} holds a trainer with a projector, as `whiten` makes one, and "
+            "the trainer here has none. Whiten it as the other was: to `load`, give "
+            "`like.whiten(batch)`. Its numbers come from what was saved."
+        )
+    if here and not there:
+        raise MismatchError(
+            f"{source} holds a trainer without a projector, and the one here has been "
+            "whitened. Take it as it was before `whiten`: to `load`, give `like` "
+            "itself, and whiten what it returns."
+        )
 
 
 def _require_same_meaning(
