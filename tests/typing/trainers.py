@@ -101,7 +101,7 @@ assert_type(trainer.standard_errors(batch, scale_errors=True), Line)
 assert_type(trainer.report(batch)["slope"].error, float)
 assert_type(trainer.report(batch).chi_squared, float | Any)
 assert_type(trainer.draw(jax.random.key(0), 3, batch), Line)
-value, error = trainer.propagate(lambda line: line.slope / line.offset, batch)
+value, error = trainer.propagate(lambda line: line.slope * line.offset, batch)
 assert_type(trainer.propagate(lambda line: line.slope, batch), vn.Propagated)
 solved = ended.trainer
 assert_type(solved, Fit)
