@@ -416,12 +416,23 @@ class Steep(vn.Trainer):
         return jnp.array([1e3 * model["steep"], 10 * (model["positive"] - 2.0)]) - batch
 
 
-def test_the_best_of_a_second_start_that_ends_higher_is_kept():
+@pytest.mark.parametrize("steps", [16, 128], ids=["higher", "not finite"])
+def test_the_best_of_a_second_start_that_ends_badly_is_kept(steps):
     start = {"steep": jnp.array(1e-12), "positive": jnp.array(1.0)}
     trainer = Steep(start, bounds={"positive": (0, None)}).whiten(jnp.zeros(2))
     # In the parameters it is next to the minimum after a step, and then diverges.
     solver = optx.OptaxMinimiser(optax.sgd(1e-2), 1e-8, 1e-8)
     options = {"data_axis": 0, "solver": solver}
-    many = vn.fit_many([trainer] * 2, jnp.zeros((2, 2)), 16, **options).trainers
+    many = vn.fit_many([trainer] * 2, jnp.zeros((2, 2)), steps, **options).trainers
     np.testing.assert_array_less(many.best_loss, 1e-8)
-    np.testing.assert_allclose(many.params["positive"], 2 - 0.99**16)
+    np.testing.assert_allclose(many.params["positive"], 2 - 0.99**steps)
+
+
+def test_a_second_start_that_diverges_leaves_the_first_end():
+    start = {"steep": jnp.array(1e-12), "positive": jnp.array(1.0)}
+    trainer = Steep(start, bounds={"positive": (0, None)}).whiten(jnp.zeros(2))
+    solver = optx.OptaxMinimiser(optax.sgd(1e-2), 1e-8, 1e-8)
+    result = trainer.solve(solver, jnp.zeros(2), max_steps=160)
+    assert result.stop_reason is vn.StopReason.MAX_STEPS
+    assert 1.5 < result.model["positive"] < 1.8
+    assert result.trainer.best_loss < 1e-8

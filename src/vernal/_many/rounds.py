@@ -337,9 +337,13 @@ def settle_twice(
     lost[errors] = False
     new = _arrived(members, problem, again, np.flatnonzero(lost).tolist())
     noise = np.full(len(lost), np.inf)
-    noise[lost] = [distance.noise for _, distance in new.values()]
+    # One that led to where nothing is finite does not count.
+    noise[lost] = [
+        np.inf if why is StopReason.NON_FINITE else distance.noise
+        for why, distance in new.values()
+    ]
     lasts, lowest = (np.asarray(whole(x[0].last)) for x in (ends, again))
-    is_lower = lowest < lasts - noise
+    is_lower = lowest + noise < lasts
     for index, (why, distance) in new.items():
         before, known = found[index]
         if is_lower[index]:
