@@ -409,3 +409,30 @@ def test_a_member_without_a_step_left_does_not_begin_again():
     result = vn.fit_many([trainer] * 2, jnp.zeros((2, 2)), 1, **options)
     # A solver that has taken no step knows no loss, and says zero.
     np.testing.assert_allclose(result.trainers.best_loss, 50.5, rtol=1e-6)
+
+
+class Steep(vn.Trainer):
+    def residuals(self, model, batch):
+        return jnp.array([1e3 * model["steep"], 10 * (model["positive"] - 2.0)]) - batch
+
+
+@pytest.mark.parametrize("steps", [16, 128], ids=["higher", "not finite"])
+def test_the_best_of_a_second_start_that_ends_badly_is_kept(steps):
+    start = {"steep": jnp.array(1e-12), "positive": jnp.array(1.0)}
+    trainer = Steep(start, bounds={"positive": (0, None)}).whiten(jnp.zeros(2))
+    # In the parameters it is next to the minimum after a step, and then diverges.
+    solver = optx.OptaxMinimiser(optax.sgd(1e-2), 1e-8, 1e-8)
+    options = {"data_axis": 0, "solver": solver}
+    many = vn.fit_many([trainer] * 2, jnp.zeros((2, 2)), steps, **options).trainers
+    np.testing.assert_array_less(many.best_loss, 1e-8)
+    np.testing.assert_allclose(many.params["positive"], 2 - 0.99**steps)
+
+
+def test_a_second_start_that_diverges_leaves_the_first_end():
+    start = {"steep": jnp.array(1e-12), "positive": jnp.array(1.0)}
+    trainer = Steep(start, bounds={"positive": (0, None)}).whiten(jnp.zeros(2))
+    solver = optx.OptaxMinimiser(optax.sgd(1e-2), 1e-8, 1e-8)
+    result = trainer.solve(solver, jnp.zeros(2), max_steps=160)
+    assert result.stop_reason is vn.StopReason.MAX_STEPS
+    assert 1.5 < result.model["positive"] < 1.8
+    assert result.trainer.best_loss < 1e-8

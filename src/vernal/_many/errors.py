@@ -128,7 +128,8 @@ def warn_if_any_is_lost(
     if distances is None:
         return
     at = lambda index: jax.tree.map(lambda x: x[index], distances)
-    lost = [index for index in range(len(distances.edm)) if at(index).is_lost]
+    suspects = np.flatnonzero(distances.is_endless | distances.is_saddle).tolist()
+    lost = [index for index in suspects if at(index).is_lost]
     if lost:
         first, *others = lost
         told = f"The errors of member {first}: {explain(first)} {_of_others(others)}"

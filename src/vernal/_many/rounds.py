@@ -50,6 +50,8 @@ from .stack import stack
 # Jacobian, times the square of the number of parameters.
 _MOST_TOGETHER = 2**19
 
+_BEST = "best", "best_state", "best_loss"
+
 Ends = tuple[End, PyTree]
 """How the solvers ended, and the first states of the optimisers."""
 
@@ -187,11 +189,9 @@ def _solve_each(
     for index, goal in enumerate(goals):
         trainer, batch = members.one(problem.batch, index)
         alone = problem._replace(batch=batch)
-        solve, goal = (
-            ft.partial(_solve_one, alone, run_or_stay, is_bare),
-            np.array(goal),
-        )
-        ends.append(_in_rounds(solve, trainer, goal, bar, members.place.whole))
+        solve = ft.partial(_solve_one, alone, run_or_stay, is_bare)
+        own = trainer, np.array(goal)
+        ends.append(_in_rounds(solve, *own, bar, members.place.whole))
     if errors and not is_bare:
         first, error = next(iter(errors.items()))
         warn(
@@ -228,12 +228,19 @@ def _unmoved(
 
 @jax.jit
 def _joined(
-    old: Ends, new: Ends, is_new: Bool[Array, "*members"], most: Int[Array, ""]
+    old: Ends,
+    new: Ends,
+    is_new: Bool[Array, "*members"],
+    most: Int[Array, ""],
+    has_run: Bool[Array, "*members"] | None = None,
 ) -> Ends:
-    """Joins another round to `most` of the steps that its members took before."""
+    """Joins another round to `most` of the steps that its members took before.
 
-    def one(old: Ends, new: Ends, is_new: Array) -> Ends:
-        (end, _), (again, opt_state) = old, new
+    Of those that have run, if they are not all that are new, the best is kept, too.
+    """
+
+    def one(old: Ends, new: Ends, is_new: Array, has_run: Array) -> Ends:
+        (end, before), (again, opt_state) = old, new
         row, steps = jnp.arange(len(end.losses), dtype=end.steps.dtype), end.steps
         steps = jnp.minimum(steps, most)
         later = again.losses[jnp.maximum(row - steps, 0)]
@@ -242,9 +249,12 @@ def _joined(
             steps=steps + again.steps,
             first=end.first,
         )
-        return choose(is_new, (joined, opt_state), old)
+        best = {name: getattr(again, name) for name in _BEST}
+        kept = choose(has_run, end._replace(**best), end)
+        return choose(is_new, (joined, opt_state), (kept, before))
 
-    return (jax.vmap(one) if is_new.ndim else one)(old, new, is_new)
+    has_run = is_new if has_run is None else has_run
+    return (jax.vmap(one) if is_new.ndim else one)(old, new, is_new, has_run)
 
 
 def _arrived(
@@ -327,9 +337,13 @@ def settle_twice(
     lost[errors] = False
     new = _arrived(members, problem, again, np.flatnonzero(lost).tolist())
     noise = np.full(len(lost), np.inf)
-    noise[lost] = [distance.noise for _, distance in new.values()]
+    # One that led to where nothing is finite does not count.
+    noise[lost] = [
+        np.inf if why is StopReason.NON_FINITE else distance.noise
+        for why, distance in new.values()
+    ]
     lasts, lowest = (np.asarray(whole(x[0].last)) for x in (ends, again))
-    is_lower = lowest < lasts - noise
+    is_lower = lowest + noise < lasts
     for index, (why, distance) in new.items():
         before, known = found[index]
         if is_lower[index]:
@@ -337,4 +351,5 @@ def settle_twice(
         elif (before, why) == (StopReason.CONVERGED, StopReason.MAX_STEPS):
             # More steps from the start may lead lower.
             found[index] = why, known
-    return _joined(ends, again, jnp.asarray(is_lower), most), broken, found
+    is_new, has_run = map(jnp.asarray, (is_lower, lost))
+    return _joined(ends, again, is_new, most, has_run), broken, found

@@ -191,7 +191,9 @@ class Rounds:
             self._found = kept
             return left
         left = spare + unused
-        if now.last < kept.last - now.distance.noise:
+        is_lower = now.last < kept.last - now.distance.noise
+        # One that led to where nothing is finite does not count.
+        if is_lower and now.reason is not StopReason.NON_FINITE:
             if not self._whiten(now.end.params):
                 self._begin_within(kept, now.end.params)
             kept = self._moved(now)
