@@ -113,13 +113,24 @@ def omit(batch: BatchT) -> tuple[BatchT, Omitted]:
 
 
 def _is_of_pairs(leaf: Array) -> bool:
-    """Whether an array is a symmetric matrix, as a covariance of the data is."""
-    if leaf.ndim != 2 or leaf.shape[0] != leaf.shape[1] or is_key(leaf):
+    """Whether an array is a symmetric matrix, as a covariance of the data is.
+
+    Its variances are positive, and no correlation is one, as in a constant array.
+    """
+    is_square = leaf.ndim == 2 and leaf.shape[0] == leaf.shape[1]
+    if not is_square or is_key(leaf) or leaf.dtype == bool:
         return False
     matrix = np.asarray(leaf)
     scale = np.max(np.abs(matrix), initial=0, where=np.isfinite(matrix))
     # It may be rounded.
-    return np.allclose(matrix, matrix.conj().T, 0, 1e-6 * scale, equal_nan=True)
+    if not np.allclose(matrix, matrix.conj().T, 0, 1e-6 * scale, equal_nan=True):
+        return False
+    variances = np.real(np.diagonal(matrix))
+    is_known = np.isfinite(variances)
+    roots = np.sqrt(np.where(is_known & (variances > 0), variances, np.nan))
+    correlations = np.abs(matrix) / roots[:, None] / roots[None, :]
+    is_one = (correlations >= 1) & ~np.eye(len(matrix), dtype=bool)
+    return not is_one.any() and bool(np.all(variances[is_known] > 0))
 
 
 def _data_count(named: dict[str, Array]) -> int:

@@ -686,7 +686,8 @@ def _near(projector: EigenProjector, params: Params) -> tuple[Params, PyTree]:
         eps = float(jnp.finfo(old.dtype).eps)
         shift = jnp.maximum(jnp.abs(new - old), eps * jnp.abs(start))
         limit = jnp.maximum(8 * eps * jnp.abs(old), 1e-4 * scale)
-        return jnp.all(shift <= limit)
+        # What is not finite is no reason to move.
+        return ~jnp.any(shift > limit)
 
     flags = jax.tree.map(is_kept, moved, params, projector.origin, scales)
     is_near = jnp.all(jnp.stack(jax.tree.leaves(flags)))

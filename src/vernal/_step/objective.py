@@ -252,7 +252,8 @@ def _named_terms(
     if len(arrays) == 1 and jnp.ndim(arrays[0]) == 0:
         raise ValueError(
             f"`{type(trainer).__name__}.residuals` returned a scalar. It must return "
-            "an array, with a residual for each datum; for a scalar, define `nll`."
+            "an array, with a residual for each datum: of one datum, "
+            "`jnp.atleast_1d(...)`. For a sum over data, define `nll`."
         )
     for array in arrays:
         _check_residuals(trainer, array, batch)
