@@ -70,7 +70,7 @@ def test_other_maps_and_priors_are_others():
 
 
 def test_many_with_a_bijection_each():
-    starts, data = (0.3, 0.6), np.asarray(0.9)
+    starts, data = (0.3, 0.6), np.asarray([0.9])
     each = [bounded("numpyro within", start) for start in starts]
     many = vn.fit_many(each, data, 5)
     for index, trainer in enumerate(each):
