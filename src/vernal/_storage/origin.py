@@ -110,6 +110,7 @@ def _other(before: Any, now: Any) -> str | None:
 def _is_same(old: Any, new: Any) -> bool:
     if old is None or new is None:
         # Other versions of a library may have fewer static fields.
-        return (old or new or [None])[0] == STATIC
+        known = old if new is None else new
+        return known is not None and known[0] == STATIC
     # Earlier versions had no checksum where a process has only a part of an array.
     return old[0] == new[0] and (None in (old[1], new[1]) or old[1] == new[1])
