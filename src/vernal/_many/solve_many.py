@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 from .._boundary import PyTree, outside_mesh, warn
 from .._curvature import Mode, checked_mode
 from .._data import Whole
-from .._devices import same_inputs
+from .._devices import Peers, same_inputs
 from .._fit import ProgressBar
 from .._minimum import Distance
 from .._policy import StopReason
@@ -75,9 +75,7 @@ def solve_many(
         flags = (*subject.config, *subject.flags(batch))
         members = Members(subject.placed(trainer), flags, group, place)
         problem = Problem(batch, encoded, rows, checked_mode(jac))
-        devices = [] if place.mesh is None else place.mesh.devices.flat
-        first = min((one.process_index for one in devices), default=None)
-        shown = shows and first in (None, jax.process_index())
+        shown = shows and Peers(place.mesh, subject.entrance).is_first
         with ProgressBar(subject.size, 0, shown=shown, unit=" members") as bar:
             solved, history, reasons, distances = _solve(members, problem, steps, bar)
     result = measured(subject.result(solved, history, reasons), distances)
