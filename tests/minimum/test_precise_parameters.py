@@ -129,3 +129,28 @@ def test_without_scatter_the_digits_of_the_solver_are_enough(bend, dtype):
         result = Curve(start).whiten((x, y)).solve(solver, (x, y))
         assert result.stop_reason is vn.StopReason.CONVERGED, result.edm
         np.testing.assert_allclose(result.model["a"], 70, rtol=1e-5)
+
+
+class Dip(vn.Trainer):
+    def residuals(self, model, batch):
+        day, flux = batch
+        dip = model["depth"] * jnp.exp(-0.5 * ((day - model["day"]) / 0.03) ** 2)
+        return (model["level"] - dip - flux) / 4e-4
+
+
+class DipNll(vn.Trainer):
+    def nll(self, model, batch):
+        return 0.5 * jnp.sum(jnp.square(Dip.residuals(self, model, batch)))
+
+
+@pytest.mark.parametrize("cls", [Dip, DipNll])
+@pytest.mark.parametrize("bounds", [None, {"level": (1.0, None)}])
+@pytest.mark.parametrize("off", [{"level": 1.001}, {"depth": 0.009}])
+def test_a_date_hides_no_distance_of_others(off, bounds, cls):
+    """Its hundred millionth part is a hundred error bars, of data without scatter."""
+    day = 2459000.0 + np.linspace(-0.14, 0.14, 360)
+    flux = 1 - 0.01 * np.exp(-0.5 * ((day - 2459000.0) / 0.03) ** 2)
+    model = {"level": 1.0, "depth": 0.01, "day": 2459000.0} | off
+    model = {name: jnp.asarray(value) for name, value in model.items()}
+    table = cls(model, bounds=bounds).table((day, flux))
+    assert "not at a minimum: edm" in table and f"along {[*off][0]}" in table

@@ -17,6 +17,9 @@ from .local import Curved, Spectral, Triangle, noise_of_zero, rounding_of
 # some times the rounding of the loss.
 _FEW_ULPS, _MANY_ULPS, _ROUNDED = 4, 16, 16
 
+# A part of the distance that is not worth a look.
+_NEXT_TO_NOTHING = 1e-2
+
 # Conjugate gradients take at most this many products.
 _MOST_PRODUCTS = 64
 
@@ -70,6 +73,8 @@ def _of_spectral(local: Spectral) -> Distance:
     unseen = max(_ROUNDED * local.rounding, _FEW_ULPS**2 * spacing)
     if loss - edm <= unseen:
         spacing = np.fmax(_MANY_ULPS**2 * spacing, local.exact)
+    unseen, roots = max(tolerance, local.rounding), np.where(is_kept, values, 0)
+    spacing = _hidden(edm, spacing, unseen, roots[:, None] * local.right, along, local)
     # Far from the data a model may underflow, and no residual depends on a parameter.
     is_exact = loss == 0 and (local.has_fallen or np.any(local.held))
     is_flat = not (is_kept.any() or is_exact or np.all(local.held))
@@ -100,10 +105,44 @@ def _of_curved(local: Curved) -> Distance:
     step = -vectors @ (along / curvature)
     if curves_down:
         step = _downhill(vectors[:, 0], slope)
-    tolerances = local.tolerance, local.spacing
-    found = _distance(edm, tolerances, is_saddle, local, step)
+    unseen, roots = max(local.tolerance, local.rounding), np.sqrt(curvature)
+    rows = np.where(is_kept, roots, 0)[:, None] * vectors.T
+    spacing = _hidden(edm, local.spacing, unseen, rows, along / roots, local)
+    found = _distance(edm, (local.tolerance, spacing), is_saddle, local, step)
     left = leftover(values, vectors.T @ slope, vectors, local.loss, noise, 1.0)
     return found._replace(is_unclear=bool(left.is_unclear))
+
+
+def _hidden(
+    edm: Any, spacing: Any, unseen: Any, rows: np.ndarray, ends: np.ndarray, local: Any
+) -> Any:
+    """Returns the `spacing`, or zero where it is that of parameters which are right.
+
+    A date of millions of days has a spacing that could hide any distance. It hides that
+    of the date, and what this does to others, but not theirs. `rows` times a step, plus
+    `ends`, have half the sum of squares that falls by `edm`.
+    """
+    if not unseen < edm <= spacing:
+        return spacing
+    # A dependency of JAX.
+    from scipy.linalg import null_space
+
+    shares = np.square(np.asarray(local.flat, float) * local.scale)
+    shares, order = spacing * shares / shares.sum(), np.argsort(shares)
+    limit = max(unseen, _NEXT_TO_NOTHING * edm)
+    coarse = order[np.cumsum(shares[order]) > limit]
+    if local.turn is None:
+        free, moved = np.delete(rows, coarse, axis=1), rows[:, coarse]
+    else:
+        turn = np.asarray(local.turn, float)
+        free, moved = rows @ null_space(turn[coarse]), rows @ np.linalg.pinv(turn)
+        moved = moved[:, coarse]
+    left, values, _ = np.linalg.svd(free, full_matrices=False)
+    noise = noise_of_zero(len(values), np.float64)
+    left = left[:, values > noise * values.max(initial=0)].T
+    rest = 0.5 * np.sum(np.square(left @ ends))
+    limit += np.square(left @ moved).sum(axis=0) @ shares[coarse]
+    return spacing if rest <= limit else 0.0
 
 
 def _downhill(direction: Any, slope: Any) -> np.ndarray:
