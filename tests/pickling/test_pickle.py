@@ -470,6 +470,19 @@ def test_code_that_a_hook_has_changed_is_not_kept_as_plain(tmp_path, monkeypatch
     assert not Path(kept).exists()
 
 
+def test_a_class_that_cloudpickle_has_made_makes_trainers():
+    class Own(vn.Trainer):
+        offset: float = 0.0
+
+        def residuals(self, model, batch):
+            return model(batch[0]) - batch[1] - self.offset
+
+    again = BY["cloudpickle"](Own(line(), optax.adam(0.1)))
+    for kind in (Own, type(again)):
+        new = kind(line(), optax.adam(0.1))
+        assert new.fit(line_batch(), 5).stop_reason is vn.StopReason.STEPS_TAKEN
+
+
 def test_float64_is_not_rounded_without_a_word():
     pickled = pickle.dumps(Fit(line(), optax.adam(0.1)))
     with jax.enable_x64(False), pytest.raises(ValueError, match="JAX_ENABLE_X64=1"):
