@@ -176,6 +176,24 @@ def test_arrays_that_are_gone_are_named():
             use()
 
 
+class Levels(vn.Trainer):
+    def residuals(self, model, batch):
+        return model[batch["of"]] - batch["y"]
+
+
+@pytest.mark.parametrize("of", [[0.0, 1.0, 1.0], [0.5, 1.0, np.nan]])
+def test_floats_as_an_index_are_named_if_they_are_whole(of):
+    batch = {"of": np.array(of), "y": np.array([0.5, 1.0, np.inf])}
+    trainer, told = Levels(jnp.zeros(2), SGD), []
+    for use in (trainer.step, trainer.report, lambda data: trainer.fit(data, 1)):
+        with pytest.raises(TypeError, match="Indexer must have integer") as caught:
+            use(batch)
+        told += [note for note in caught.value.__notes__ if "floats" in note]
+    names = ("batch", "batch", "data") if of[0] == 0 else ()
+    words = "Whole numbers, but floats: `{}['of']`. Use `.astype(int)`."
+    assert told == [words.format(name) for name in names]
+
+
 # Nothing to fit to.
 
 EMPTY = jnp.zeros(0), jnp.zeros(0)

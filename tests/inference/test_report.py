@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import pickle
+import re
 import sys
 
 import equinox as eqx
@@ -184,10 +185,12 @@ def test_of_an_nll_there_is_no_chi_squared():
         *(report.data_count, report.degrees_of_freedom, report.bic),
     )
     assert unknown == (None,) * 6
+    assert re.search(r"\nBIC +needs `data_count=`\n", str(report))
     np.testing.assert_allclose(report.aic, other.aic, rtol=1e-6)
     counted = Likelihood(solved().model).report(data(), data_count=60)
     np.testing.assert_allclose(counted.bic, other.bic, rtol=1e-6)
     assert counted.degrees_of_freedom == 57
+    assert "data_count=" not in str(counted)
 
 
 def test_complex_residuals_count_twice():
@@ -483,6 +486,8 @@ def test_as_a_dictionary_and_a_frame():
     written = json.loads(json.dumps(report.to_dict()))
     assert written["stop_reason"] == "Converged."
     assert written["degrees_of_freedom"] == 57
+    assert written["p_value"] == report.p_value
+    assert written["note"] is None
     assert written["parameters"]["std"]["error"] == report["std"].error
     assert written["correlations"][0][:2] == ["std", "power"]
     frame = report.to_dataframe()

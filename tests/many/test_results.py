@@ -370,7 +370,7 @@ def test_columns():
     result, data = solved(), spectra()
     columns, errors = result.to_dict(data), result.errors(data)
     names = ["mean", "error[mean]", "std", "error[std]", "power", "error[power]"]
-    good = ["chi_squared", "data_count", "degrees_of_freedom"]
+    good = ["chi_squared", "data_count", "degrees_of_freedom", "p_value"]
     assert list(columns) == [*names, "best_loss", "edm", "stop_reason", *good]
     np.testing.assert_array_equal(columns["std"], result.params.std)
     np.testing.assert_array_equal(columns["error[std]"], errors.std)
@@ -423,6 +423,10 @@ def test_how_good_each_is_stands_beside_it(name):
     if name in ("robust", "priors"):
         assert not names & columns.keys()
         return
+    # Of counts it is that of a report alone.
+    assert ("p_value" in columns) == (name != "counts")
+    if name != "counts":
+        names.add("p_value")
     for index, own in itertools.product(range(4), names):
         theirs = getattr(result.report(index, data), own)
         np.testing.assert_allclose(columns[own][index], theirs, rtol=1e-12)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import os
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ import cloudpickle
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -442,6 +444,43 @@ def test_other_versions_are_told():
     other = pickled.replace(digest, bytes(len(digest)))
     with pytest.raises(pickle.UnpicklingError, match=r"adam.*has other code.*version"):
         pickle.loads(other)
+
+
+HOOKED = """
+import optax
+
+def slow(rate: float):
+    update = lambda grads, state, params=None: (rate * grads, state)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+"""
+
+
+def test_code_that_a_hook_has_changed_is_not_kept_as_plain(tmp_path, monkeypatch):
+    (tmp_path / "hooked_by_test.py").write_text(HOOKED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    with jaxtyping.install_import_hook("hooked_by_test", "beartype.beartype"):
+        module = importlib.import_module("hooked_by_test")
+    trainer = Fit(line(), module.slow(0.5))
+    again = pickle.loads(pickle.dumps(trainer))
+    assert again.optimiser.update(3.0, optax.EmptyState())[0] == 1.5
+    # Jaxtyping keeps it in a file of another name.
+    kept = importlib.util.cache_from_source(module.__file__)
+    assert any(Path(kept).parent.iterdir())
+    assert not Path(kept).exists()
+
+
+def test_a_class_that_cloudpickle_has_made_makes_trainers():
+    class Own(vn.Trainer):
+        offset: float = 0.0
+
+        def residuals(self, model, batch):
+            return model(batch[0]) - batch[1] - self.offset
+
+    again = BY["cloudpickle"](Own(line(), optax.adam(0.1)))
+    for kind in (Own, type(again)):
+        new = kind(line(), optax.adam(0.1))
+        assert new.fit(line_batch(), 5).stop_reason is vn.StopReason.STEPS_TAKEN
 
 
 def test_float64_is_not_rounded_without_a_word():

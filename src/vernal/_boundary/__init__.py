@@ -37,6 +37,7 @@ from .names import (
     unaddressed,
 )
 from .precision import (
+    integers_at_hand,
     is_cut,
     is_wide,
     is_x64_on,

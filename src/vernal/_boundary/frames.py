@@ -2,12 +2,15 @@
 
 import functools as ft
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from .arguments import refuse_unknown
 from .debugging import undebugged
@@ -17,8 +20,9 @@ from .names import spelled_leaves
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What JAX says of a dictionary whose keys do not compare.
+# What JAX says of a dictionary whose keys do not compare, and of floats in brackets.
 _UNSORTED = "while sorting pytree dictionary keys"
+_NO_INDEX = "Indexer must have integer"
 
 _LIBRARIES = frozenset(
     {
@@ -70,6 +74,7 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
             _refuse_misspelt(error, fn, kwargs)
             if clearer := _clearer(error, fn, args, kwargs):
                 raise clearer from None
+            _advise(error, fn, args, kwargs)
             if getattr(jax.config, "jax_traceback_filtering", None) != "off":
                 users = _users(error.__traceback__)
                 error.__traceback__ = users or error.__traceback__
@@ -97,9 +102,33 @@ def _clearer(
         look = unsorted
     else:
         return None
-    given = inspect.signature(fn).bind_partial(*args, **kwargs).arguments
-    named = {"trainer" if k == "self" else k: x for k, x in given.items()}
+    named = _named(fn, args, kwargs)
     return next(filter(None, map(look, named, named.values())), None)
+
+
+def _named(fn: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    given = inspect.signature(fn).bind_partial(*args, **kwargs).arguments
+    return {"trainer" if k == "self" else k: x for k, x in given.items()}
+
+
+def _advise(error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Adds to an error of floats in brackets which of the data may be meant."""
+    if not (isinstance(error, TypeError) and _NO_INDEX in str(error)):
+        return
+    named = _named(fn, args, kwargs)
+    given = {name: named[name] for name in ("batch", "data") if name in named}
+    leaves = itertools.chain(*itertools.starmap(spelled_leaves, given.items()))
+    if found := [where for where, leaf in leaves if _is_whole(leaf)]:
+        advice = f"Whole numbers, but floats: {', '.join(found)}. Use `.astype(int)`."
+        if advice not in getattr(error, "__notes__", ()):
+            error.add_note(advice)
+
+
+def _is_whole(leaf: Any) -> bool:
+    if not (isinstance(leaf, np.ndarray) or getattr(leaf, "is_fully_addressable", 0)):
+        return False
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size > 0
+    return is_float and bool((np.asarray(leaf) == np.round(np.asarray(leaf))).all())
 
 
 def _deleted(name: str, tree: Any) -> ValueError | None:

@@ -94,12 +94,17 @@ def rounded_integers(tree: PyTree) -> list[int]:
     """Returns which leaves are integers that tell less from each other in float32."""
     if is_x64_on():
         return []
+    return [i for i, x in integers_at_hand(tree).items() if is_rounded_as_float(x)]
+
+
+def integers_at_hand(tree: PyTree) -> dict[int, np.ndarray]:
+    """Returns the leaves of integers that the host can look at, by their number."""
     is_one = lambda leaf: (
         getattr(getattr(leaf, "dtype", None), "kind", "") in ("i", "u")
         and _is_at_hand(leaf)
-        and is_rounded_as_float(np.asarray(leaf))
     )
-    return [i for i, leaf in enumerate(jax.tree.leaves(tree)) if is_one(leaf)]
+    leaves = enumerate(jax.tree.leaves(tree))
+    return {i: np.asarray(leaf) for i, leaf in leaves if is_one(leaf)}
 
 
 def _is_at_hand(leaf: Any) -> bool:

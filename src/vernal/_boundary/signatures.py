@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
+from typing_extensions import Format, get_annotations
 
 
 def takes(
@@ -60,10 +61,14 @@ def refuse_taken(kind: Any, base: Any, free: Collection[str] = ()) -> None:
     A method may be overridden by what can be called; a property or a field only if its
     name is in `free`.
     """
+    # Of a class that cloudpickle has made, the fields of its bases are others, too.
+    users = (one for one in kind.__mro__ if one not in base.__mro__)
+    look = ft.partial(get_annotations, format=Format.FORWARDREF)
+    written = frozenset[str]().union(*map(look, users))
     for name, what in _names(base).items():
         new, old = (getattr(x, name, None) for x in (kind, base))
         fields, known = (x.__dataclass_fields__.get(name) for x in (kind, base))
-        is_field = fields is not known
+        is_field = fields is not known and name in written
         if what == "method":
             # Without a default, a field hides the method in instances alone.
             is_taken = not callable(new) or (is_field and new is old)

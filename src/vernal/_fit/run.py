@@ -131,7 +131,7 @@ class FitRun:
             self._template = subject.template(placed)
             self._record = Record(self._template, options.record, self._peek)
             seen = lambda: (self._template, self._peek())
-            warn_of_suspect_data(self.source, "data", self._template, seen)
+            warn_of_suspect_data(self.source, "data", seen)
         self._every = subject.number(options.every)
         self.has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.

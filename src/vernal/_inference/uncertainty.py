@@ -21,6 +21,7 @@ from .._boundary import (
 from .._closure import Closure
 from .._curvature import Mode, Spectrum, after, equilibrated_eigh, positive
 from .._data import as_batch
+from .._minimum import chi_squared_p_value
 from .._policy import all_finite
 from .._program import Version, version_of
 from .._projection import DenseWhitening, EigenProjector, whiten_spectrum
@@ -173,11 +174,16 @@ class KnownErrors(NamedTuple):
             return {}
         squares, rank = self.scatter.squares, np.asarray(self.scatter.rank)
         count = np.broadcast_to(self.scatter.data.size, squares.shape)
-        return {
+        found = {
             "chi_squared": squares,
             "data_count": count,
             "degrees_of_freedom": count - rank,
         }
+        if np.any(self.scatter.data.has_scale):
+            # The deviance of counts has a distribution of its own.
+            return found
+        chance = chi_squared_p_value(squares, count - rank)
+        return found | {"p_value": np.where(count > rank, chance, np.nan)}
 
     def scaled(self, trainer: AbstractTrainer, kind: ErrorKind | None) -> "KnownErrors":
         """Multiplies the errors of each member by the scatter of its residuals."""

@@ -264,8 +264,9 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         bounds `"at_bound[peak.flux]"`, whether it is held at one; `"best_loss"`,
         `"edm"`, and `"stop_reason"`, a list of sentences. With `data`, for `residuals`
         that are not robust, and without priors, also `"chi_squared"`, `"data_count"`
-        and `"degrees_of_freedom"`, as in a [`vernal.Report`][]. (If a parameter has one
-        of these names, the other key is `"<edm>"`.)
+        and `"degrees_of_freedom"`, as in a [`vernal.Report`][]; if they are arrays or
+        `Gaussian`, also `"p_value"`, NaN without degrees of freedom. (If a parameter
+        has one of these names, the other key is `"<edm>"`.)
         """
         options = ErrorOptions(scale_errors, jac, kind)
         found = self._by_element(data, options)

@@ -69,7 +69,7 @@ def solve_many(
         like = subject.template(trainer), subject.row(batch)
         require_same(trainer, batch, like, **options)
         whole = Whole(batch)
-        warn_of_suspect_data(whole, "data", trainer, lambda: like)
+        warn_of_suspect_data(whole, "data", lambda: like)
         scorer = scorer_of(trainer, whole)
         trainer = subject.begun(trainer, whole, scorer, is_solved=True)
         flags = (*subject.config, *subject.flags(batch))

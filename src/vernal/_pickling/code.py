@@ -1,8 +1,10 @@
 """Functions in pickles: by their names, or by where their code is."""
 
+import copy
 import functools
 import hashlib
 import importlib
+import importlib.abc
 import pickle
 import sys
 import types
@@ -153,7 +155,13 @@ def content_of(cell: types.CellType) -> tuple[Any, ...]:
 def _codes_in(module: str) -> tuple[types.CodeType, ...]:
     """Returns all code within a module, none if its source cannot be found."""
     spec = getattr(sys.modules.get(module), "__spec__", None)
-    get_code = getattr(getattr(spec, "loader", None), "get_code", None)
+    loader = getattr(spec, "loader", None)
+    if isinstance(loader, importlib.abc.SourceLoader):
+        # What a hook, such as jaxtyping's, makes of a source must not be kept in the
+        # file of its plain code, where a process without the hook would find it.
+        loader = copy.copy(loader)
+        vars(loader)["set_data"] = lambda *_, **__: None
+    get_code = getattr(loader, "get_code", None)
     try:
         code = None if get_code is None else get_code(module)
     except (ImportError, OSError, SyntaxError):

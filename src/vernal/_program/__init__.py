@@ -3,13 +3,14 @@
 `programs` finds the program of a call, or compiles it again where its code has changed.
 `shelves` decides which compiled programs are kept. `prepared` prepares arguments.
 `one_function` makes small loops fast, `branch` what would wait for the host.
-`conversions` follows integers to where they become floats, `pairs` arrays to where all
-pairs of their elements are summed.
+`conversions` follows integers to where they become floats, `look_ups` to where they
+index an array, `pairs` arrays to where all pairs of their elements are summed.
 """
 
 from .branch import chosen
 from .conversions import turned_into_floats
 from .host import calls_host, is_of_host, words_of
+from .look_ups import LookUp, look_ups
 from .one_function import (
     MOST_BYTES,
     are_on_one_cpu,

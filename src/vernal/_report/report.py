@@ -152,7 +152,7 @@ class Report:
         `parameters` is a dictionary by name.
         """
         found = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-        del found["correlation_matrix"], found["note"]
+        del found["correlation_matrix"]
         reason = None if self.stop_reason is None else str(self.stop_reason)
         return found | {
             "stop_reason": reason,

@@ -71,18 +71,26 @@ def _facts(report: Any) -> Iterator[tuple[str, str]]:
         # Without error bars chi-squared has no distribution.
         "p-value": None if is_scaled else report.p_value,
         "AIC": report.aic,
-        "BIC": report.bic,
+        "BIC": _bic(report),
         "prior penalty": report.prior_penalty,
         "edm": report.edm,
         "errors multiplied by": report.error_scale if is_scaled else None,
     }
     for name, value in facts.items():
         first = value[0] if isinstance(value, tuple) else value
-        if first is not None and not math.isnan(first):
+        if isinstance(value, str):
+            yield name, value
+        elif first is not None and not math.isnan(first):
             is_pair = isinstance(value, tuple)
             yield name, " ± ".join(written(*value)) if is_pair else number(value)
     if report.error_kind == "sandwich":
         yield "errors", "from the scatter of the data (sandwich)"
+
+
+def _bic(report: Any) -> Any:
+    # How many data an `nll` has is not seen.
+    is_counted = report.aic is None or report.data_count is not None
+    return report.bic if is_counted else "needs `data_count=`"
 
 
 def number(value: int | float) -> str:

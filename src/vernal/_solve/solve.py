@@ -56,7 +56,7 @@ def solve(
         require_same(trainer, batch, solver=(solver, encoded), **options._asdict())
         batch = place.batch(batch, "batch")
         whole = Whole(batch)
-        warn_of_suspect_data(whole, "batch", trainer, lambda: (trainer, batch))
+        warn_of_suspect_data(whole, "batch", lambda: (trainer, batch))
         scorer = scorer_of(trainer, whole)
         trainer = OneTrainer(place).begun(trainer, whole, scorer, is_solved=True)
         # After `whiten` there is a program of the Jacobian already.

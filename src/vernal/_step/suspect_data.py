@@ -4,8 +4,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
-import jax
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Jaxpr
@@ -20,20 +18,20 @@ from .._boundary import (
 from .._data import Minibatches, Source, Stream
 from .._program import sums_over_pairs, turned_into_floats
 from .abstract_trainer import AbstractTrainer
-from .objective import defined, evaluate, live, score, step_key
+from .objective import defined, evaluate
+from .out_of_range import warn_of_look_ups
+from .traced_loss import inputs_of, loss_at, places_of_arrays, traced
 
 
 def warn_of_suspect_data(
-    source: Source,
-    name: str,
-    trainer: AbstractTrainer,
-    seen: Callable[[], tuple[AbstractTrainer, Any]],
+    source: Source, name: str, seen: Callable[[], tuple[AbstractTrainer, Any]]
 ) -> None:
     """Warns of coordinates in float32, and of integers that the model turns into it.
 
     A difference of integers is exact, and so is an index: only those that become floats
-    as they are count. Of a stream nothing is looked at. `seen` returns a trainer, and a
-    batch of the data as it sees it, or their shapes.
+    as they are count. It also warns of an index out of range. Of a stream nothing is
+    looked at. `seen` returns a trainer, and a batch of the data as it sees it, or their
+    shapes.
     """
     if isinstance(source, Stream):
         return
@@ -41,8 +39,9 @@ def warn_of_suspect_data(
     warn_of_single_leaves(data, name)
     if suspects := rounded_integers(data):
         trainer, batch = seen()
-        if (jaxpr := _traced(_loss, trainer, batch)) is not None:
+        if (jaxpr := traced(loss_at, trainer.params, trainer, batch)) is not None:
             _warn_of_rounded(suspects, jaxpr, batch, (name, data))
+    warn_of_look_ups(data, name, seen)
 
 
 def warn_of_pairs(trainer: AbstractTrainer, batch: Any, validation: Any = None) -> None:
@@ -55,9 +54,9 @@ def warn_of_pairs(trainer: AbstractTrainer, batch: Any, validation: Any = None) 
     if not isinstance(trainer.step_count, Tracer):
         return
     if not {"loss", "nll"}.isdisjoint(defined(trainer)):
-        _warn_of_pairs("loss", trainer, _traced(_loss, trainer, batch))
+        _warn_of_pairs("loss", trainer, traced(loss_at, trainer.params, trainer, batch))
     if validation is not None:
-        jaxpr = _traced(evaluate, trainer, validation)
+        jaxpr = traced(evaluate, trainer, validation)
         _warn_of_pairs("score of the validation", trainer, jaxpr)
 
 
@@ -79,22 +78,9 @@ def _warn_of_pairs(what: str, trainer: AbstractTrainer, jaxpr: Jaxpr | None) -> 
 def _warn_of_rounded(
     suspects: list[int], jaxpr: Jaxpr, batch: Any, named: tuple[str, Any]
 ) -> None:
-    is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-    places = [i for i, leaf in enumerate(jax.tree.leaves(batch)) if is_array(leaf)]
-    inputs = jaxpr.invars[len(jaxpr.invars) - len(places) :]
-    lossy = {places[i] for i in turned_into_floats(jaxpr, inputs)}
+    places = places_of_arrays(batch)
+    lossy = {places[i] for i in turned_into_floats(jaxpr, inputs_of(jaxpr, places))}
     leaves = list(spelled_leaves(*named))
     for i in sorted(lossy.intersection(suspects)):
         where, leaf = leaves[i]
         warn_of_rounded_integers(np.asarray(leaf), where)
-
-
-def _loss(trainer: AbstractTrainer, batch: Any) -> Any:
-    return score(live(trainer, trainer.params), batch, step_key(trainer)).loss
-
-
-def _traced(fn: Callable[..., Any], *args: Any) -> Jaxpr | None:
-    try:
-        return eqx.filter_make_jaxpr(fn)(*args)[0].jaxpr
-    except Exception:  # what a fit meets, if it takes a step, it raises itself
-        return None

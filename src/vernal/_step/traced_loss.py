@@ -1,0 +1,33 @@
+"""The loss of a trainer as equations, to be looked at."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax.extend.core import Jaxpr
+
+from .abstract_trainer import AbstractTrainer
+from .objective import live, score, step_key
+
+
+def loss_at(params: Any, trainer: AbstractTrainer, batch: Any) -> Any:
+    return score(live(trainer, params), batch, step_key(trainer)).loss
+
+
+def traced(fn: Callable[..., Any], *args: Any) -> Jaxpr | None:
+    try:
+        return eqx.filter_make_jaxpr(fn)(*args)[0].jaxpr
+    except Exception:  # what a fit meets, if it takes a step, it raises itself
+        return None
+
+
+def places_of_arrays(batch: Any) -> list[int]:
+    """Returns which leaves of a batch are inputs of a function that is traced."""
+    is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return [i for i, leaf in enumerate(jax.tree.leaves(batch)) if is_array(leaf)]
+
+
+def inputs_of(jaxpr: Jaxpr, places: list[int]) -> list[Any]:
+    """Returns the inputs that are the arrays of a batch, which comes last."""
+    return jaxpr.invars[len(jaxpr.invars) - len(places) :]
