@@ -145,6 +145,21 @@ def test_large_members_are_solved_for_one_by_one(monkeypatch):
     np.testing.assert_array_equal(lengths, apart.trainers.step_count)
 
 
+def test_ctrl_c_between_rounds_leaves_what_they_have(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds_of_many._Together, "answers", interrupted)
+    result = all_of_them(monkeypatch, np.inf)
+    assert set(result.stop_reasons) == {vn.StopReason.INTERRUPTED}
+    lasts = np.array([x[np.isfinite(x)][-1] for x in result.history.loss.T])
+    np.testing.assert_array_less(lasts, result.history.loss[0])
+    losses = np.asarray(result.best_losses)
+    for index, channels in enumerate(CHANNELS):
+        rows = RESPONSE @ bins_of(result.trainer(index)) - channels
+        assert rows @ rows / 2 == pytest.approx(losses[index], rel=1e-6)
+
+
 def test_a_bar_has_the_members_that_are_done(monkeypatch, capfd):
     monkeypatch.setattr("vernal._fit.progress_bar.is_interactive", lambda: True)
     all_of_them(monkeypatch, 0)
