@@ -120,12 +120,13 @@ def all_of_them(monkeypatch, most_together, **options):
 
 
 def test_large_members_are_solved_for_one_by_one(monkeypatch):
-    counts = counted(monkeypatch, rounds_of_many, "run", "_run")
+    counts = counted(monkeypatch, rounds_of_many, "_run")
+    alone = counted(monkeypatch, rounds, "run")
     apart = all_of_them(monkeypatch, 0)
-    assert counts["run"] > 3
+    assert alone["run"] > 3
     assert counts["_run"] == 0
     # After each round as many as are done: none, or the one that has taken it.
-    assert len(Bar.seen) == counts["run"]
+    assert len(Bar.seen) == alone["run"]
     assert set(Bar.seen) == {0, 1}
     assert sum(Bar.seen) == 3
     together = all_of_them(monkeypatch, np.inf)
@@ -142,6 +143,21 @@ def test_large_members_are_solved_for_one_by_one(monkeypatch):
     # No member has a loss after its end.
     lengths = np.isfinite(apart.history.loss).sum(axis=0)
     np.testing.assert_array_equal(lengths, apart.trainers.step_count)
+
+
+def test_ctrl_c_between_rounds_leaves_what_they_have(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds_of_many._Together, "answers", interrupted)
+    result = all_of_them(monkeypatch, np.inf)
+    assert set(result.stop_reasons) == {vn.StopReason.INTERRUPTED}
+    lasts = np.array([x[np.isfinite(x)][-1] for x in result.history.loss.T])
+    np.testing.assert_array_less(lasts, result.history.loss[0])
+    losses = np.asarray(result.best_losses)
+    for index, channels in enumerate(CHANNELS):
+        rows = RESPONSE @ bins_of(result.trainer(index)) - channels
+        assert rows @ rows / 2 == pytest.approx(losses[index], rel=1e-6)
 
 
 def test_a_bar_has_the_members_that_are_done(monkeypatch, capfd):

@@ -75,10 +75,11 @@ def fit_many(
         `rewhiten=False`. `data` is then one batch, and `jac` and `progress` are the
         only other options. On a CPU members of many parameters and data are solved for
         one by one: together all take as many steps as the slowest. Members within
-        bounds that end badly in whitened spaces begin again from the start, in the
-        parameters themselves; the lower end counts. A member that meets an error ends
-        as `FAILED`, where it began, with a warning; the others are then solved for one
-        by one too.
+        bounds decide as `solve` does: one that ends badly in a whitened space begins
+        again in the parameters themselves, and goes on from the lower end. A member
+        that meets an error ends as `FAILED`, where it began, with a warning; the others
+        are then solved for one by one too. Ctrl-C ends those that go on after the first
+        round, with what they have.
     - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.
     - `batch`: the number of trainers to compute at a time, to bound memory. It must
         divide their number. By default all.

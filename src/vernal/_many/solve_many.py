@@ -38,7 +38,7 @@ from .._storage import History
 from .many_trainers import ManyTrainers
 from .members import Members
 from .result import ManyResult, measured
-from .rounds import settle_twice
+from .rounds import settle
 
 
 @program
@@ -95,15 +95,15 @@ def _solve(
     """Solves; returns the trainers, a history, and why and how near each ended."""
     trainers, _, _, place = members
     whole, old = place.whole, progress_of(trainers)
-    ends, broken, found = settle_twice(members, problem, max_steps, bar)
+    ends, arrivals, broken = settle(members, problem, max_steps, bar)
     end, opt_state = ends
     starts, losses, steps, in_vain = jax.device_get(
         jax.tree.map(whole, (old.step_count, end.losses, end.steps, end.in_vain))
     )
     end = end._replace(step_count=old.step_count + end.steps)
     progress = progress_at(end, old, opt_state, old.nan_counts)
-    reasons = [why for why, _ in found.values()]
-    distances = [distance for _, distance in found.values()]
+    reasons = [why for why, _ in arrivals]
+    distances = [distance for _, distance in arrivals]
     suspect = np.array(
         [is_suspect(*pair) for pair in zip(reasons, in_vain, strict=True)]
     )

@@ -1,7 +1,7 @@
 """Many trainers as one, whose arrays have a row for each."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -129,6 +129,32 @@ def on_host(tree: T) -> T:
     is_plain = lambda x: isinstance(x, jax.Array) and not _is_for_jax_alone(x)
     _onto_host(leaf for leaf in jax.tree.leaves(tree) if is_plain(leaf))
     return jax.tree.map(lambda x: np.asarray(x) if is_plain(x) else x, tree)
+
+
+def on_device(tree: T) -> T:
+    """Returns a tree whose arrays of NumPy are those of JAX."""
+    is_plain = lambda x: isinstance(x, np.ndarray | np.generic)
+    return jax.tree.map(lambda x: jax.device_put(x) if is_plain(x) else x, tree)
+
+
+def with_rows(tree: T, rows: Mapping[int, T]) -> T:
+    """Returns a tree of stacked arrays, with other rows for some members."""
+    leaves, structure = jax.tree.flatten(on_host(tree))
+    columns = zip(*map(jax.tree.leaves, rows.values()), strict=True)
+    return on_device(
+        structure.unflatten(
+            _with_rows(leaf, np.array([*rows]), column)
+            for leaf, column in zip(leaves, columns, strict=True)
+        )
+    )
+
+
+def _with_rows(leaf: Any, index: np.ndarray, rows: Sequence[Any]) -> Any:
+    if not isinstance(leaf, np.ndarray):
+        return leaf.at[index].set(jnp.stack(rows))
+    leaf = leaf.copy()
+    leaf[index] = np.stack(rows)
+    return leaf
 
 
 def _onto_host(arrays: Iterable[Array]) -> None:

@@ -145,8 +145,7 @@ def is_idle(local: Any) -> bool:
 
 
 def leaves_idle(local: Any) -> bool:
-    """Whether what is held at its bound may have left another element idle."""
+    """Whether what is at its bound may have left another element idle."""
     if not isinstance(local, Triangle | Curved) or local.turn is not None:
         return False
-    local = jax.device_get(local)
-    return bool(np.any(local.held)) and len(idle_directions(local)) > 0
+    return len(idle_directions(jax.device_get(local))) > 0

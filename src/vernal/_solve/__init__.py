@@ -15,8 +15,8 @@ from .problem import (
     is_suspect,
     progress_at,
     require_squares,
-    run,
     run_solver,
 )
+from .rounds import Asked, Rounds
 from .solve import SolveOptions, solve
 from .whiten_again import can_whiten, whitened_without_signs

@@ -103,20 +103,17 @@ def is_lost(bounds: Bounds | None, start: PyTree, end: PyTree, local: Any) -> bo
     """Whether a solve in a whitened space may have ended far from the minimum.
 
     A long step there may end on a bound where other parameters have no effect, or next
-    to one. `local` are the surroundings of the `end`.
+    to one, by its distance at the start. `local` are the surroundings of the `end`.
     """
-    return _creeps_to(bounds, start, end) or leaves_idle(local)
-
-
-def _creeps_to(bounds: Bounds | None, start: PyTree, end: PyTree) -> bool:
-    """Whether an element is next to a bound, by its distance from it at the start."""
     assert bounds is not None
     before, after = by_path(start).by_name(), by_path(end).by_name()
+    is_met = False
     for side in (bounds.low, bounds.high):
         for path, bound in side.items():
             gap, far = (
                 abs(np.asarray(at[path]) - np.asarray(bound)) for at in (after, before)
             )
+            is_met |= bool(np.any(gap == 0))
             if np.any((gap > 0) & (gap < _NEXT_TO * far) & np.isfinite(far)):
                 return True
-    return False
+    return is_met and leaves_idle(local)

@@ -109,8 +109,13 @@ class Start(NamedTuple):
     @classmethod
     def of(cls, trainer: AbstractTrainer) -> "Start":
         """Takes out of a trainer what `stripped` leaves out."""
-        old = progress_of(trainer)
-        first = jnp.full_like(old.best_loss, jnp.nan)
+        return cls.at(progress_of(trainer))
+
+    @classmethod
+    def at(cls, old: Progress) -> "Start":
+        # NumPy compiles nothing.
+        none = np.full(old.best_loss.shape, np.nan, old.best_loss.dtype)
+        first = jax.device_put(none)
         return cls(old.latent, old.best, old.best_state, old.best_loss, first)
 
 
@@ -321,8 +326,12 @@ def is_suspect(reason: StopReason, in_vain: Any) -> bool:
     """Whether non-finite values may be why a solver ended so."""
     if reason is StopReason.MAX_STEPS:
         return bool(in_vain)
-    ended_well = StopReason.CONVERGED, StopReason.STALLED, StopReason.NO_MINIMUM
-    return reason not in ended_well
+    return reason not in (
+        StopReason.CONVERGED,
+        StopReason.STALLED,
+        StopReason.NO_MINIMUM,
+        StopReason.INTERRUPTED,
+    )
 
 
 def find_bad(

@@ -1,7 +1,9 @@
 """The rounds of a solve, between which its space is whitened."""
 
-from typing import Any, NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,7 @@ from .problem import (
     is_suspect,
     progress_at,
     run,
+    run_solver,
 )
 from .whiten_again import can_whiten, damped, whitened_again
 
@@ -74,6 +77,46 @@ _LONGER = 4
 
 # A round gains if the loss falls by this fraction of what the metric promised.
 _GAIN = 0.1
+
+
+T = TypeVar("T")
+
+
+class Asked(NamedTuple):
+    """What a solver is to do next, as `run` is given it."""
+
+    trainer: AbstractTrainer
+    projector: EigenProjector | None
+    held: Start
+    problem: Problem
+    goal: Any
+
+    def answer(self) -> End | RuntimeError:
+        """Solves; returns an error of the solver, or of the user's methods."""
+        try:
+            return jax.block_until_ready(run(*self))
+        except RuntimeError as error:
+            return error
+
+    def unmoved(self) -> End:
+        """Returns the end of a solver that has not taken a step."""
+        shapes = eqx.filter_eval_shape(run_solver, *self)
+        end: End = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        held = self.held
+        return end._replace(
+            params=self.trainer.params,
+            latent=held.latent,
+            best=held.best,
+            best_state=held.state,
+            best_loss=jnp.asarray(held.loss, end.best_loss.dtype),
+            step_count=self.trainer.step_count,
+            stumble=self.trainer.params,
+            local=None,
+        )
+
+
+Way = Generator[Asked, End, T]
+"""Decisions that ask for one round after the other, and are sent how each ended."""
 
 
 class _Round(NamedTuple):
@@ -102,8 +145,18 @@ class _Round(NamedTuple):
 
 
 class Rounds:
+    """The decisions of one solve: what to do next, given how each round ended.
+
+    It asks for a round after the other, so that those of many are run together.
+    """
+
     def __init__(
-        self, trainer: AbstractTrainer, problem: Problem, place: AbstractPlacement
+        self,
+        trainer: AbstractTrainer,
+        problem: Problem,
+        place: AbstractPlacement,
+        most: int,
+        rewhiten: bool,
     ):
         placed = in_free_coordinates(place.put(trainer))
         self._trainer, self._placed, self._place = trainer, placed, place
@@ -111,20 +164,36 @@ class Rounds:
         self._projector, self._held = placed.projector, Start.of(placed)
         self._found: _Round | None = None
         self._damped: EigenProjector | None = None
-        self._most = 0
+        self._most = most
+        self._way = self._go(rewhiten and can_whiten(placed))
         self._losses: list[np.ndarray] = []
         size = ravel_size(placed.params)
         self._short = max(_SHORT, _SHORT_EACH * size)
         self._long = max(_LONG, _LONG_EACH * size)
 
-    def go(self, max_steps: int, rewhiten: bool) -> None:
+    def next(
+        self, answer: End | RuntimeError | None = None
+    ) -> Asked | RuntimeError | None:
+        """Goes on with the answer to what was asked.
+
+        Returns what to do next; `None` at the end, or the error that ended it.
+        """
+        way = self._way
+        try:
+            if isinstance(answer, RuntimeError):
+                return way.throw(answer)
+            return next(way) if answer is None else way.send(answer)
+        except StopIteration:
+            return None
+        except RuntimeError as error:
+            return error
+
+    def _go(self, whitens: bool) -> Way[None]:
         """Solves until it converges, gets no further, or has taken its steps."""
-        self._most = left = max_steps
-        whitens = rewhiten and can_whiten(self._placed)
-        before, kept = np.inf, None
+        left, before, kept = self._most, np.inf, None
         while True:
             try:
-                left = self._attempt(left, whitens)
+                left = yield from self._attempt(left, whitens)
             except RuntimeError:
                 if kept is None:
                     raise
@@ -144,15 +213,15 @@ class Rounds:
             if not (whitens and self._whiten(params)):
                 self._begin_within(now, params)
 
-    def _attempt(self, left: int, whitens: bool) -> int:
+    def _attempt(self, left: int, whitens: bool) -> Way[int]:
         """Solves from where it is; returns how many steps are left."""
         if bounds_of(self._placed) is not None:
             if whitens and self._found is None:
-                return self._settle_twice(left)
-            return self._settle(left, whitens, self._found)[1]
+                return (yield from self._settle_twice(left))
+            return (yield from self._settle(left, whitens, self._found))[1]
         if whitens:
-            return self._search(left)
-        self._found = self._run(left)
+            return (yield from self._search(left))
+        self._found = yield from self._run(left)
         return left - self._found.steps
 
     def _lower_point(self) -> Lower | None:
@@ -169,45 +238,67 @@ class Rounds:
         trainer = live(self._stripped, end.params)
         return Site(trainer, problem.batch, kind), end.local
 
-    def _settle_twice(self, left: int) -> int:
+    def _settle_twice(self, left: int) -> Way[int]:
         """Solves within bounds, and, if that ends badly, again from the start.
 
         A long step in the whitened space may end on a bound where other parameters have
-        no effect, far from where they belong. So the solver keeps half of its steps for
-        the parameters themselves, unless there are few, and some of these to go on from
-        the lower of the two ends. Returns how many steps are left.
+        no effect, far from where they belong. So, unless there are few steps, it looks
+        after a quarter of them, and keeps half for the parameters themselves. Some of
+        these are to go on from the lower of the two ends. Returns how many are left.
         """
-        spare = left // 2 if left >= self._long else 0
-        kept, unused = self._settle(left - spare, True, None)
-        left, has_converged = spare + unused, kept.reason is StopReason.CONVERGED
-        if not left or (has_converged and not self._is_lost()):
+        half = left // 2
+        part = half // 2 if left >= self._long else left
+        kept, unused = yield from self._settle(part, True, None)
+        left -= part - unused
+        if kept.reason is StopReason.MAX_STEPS and left and not self._is_lost():
+            self._begin(kept.end.params, kept.projector, kept.end.latent)
+            kept, unused = yield from self._settle(part, True, kept)
+            left -= part - unused
+        has_converged = kept.reason is StopReason.CONVERGED
+        if has_converged and not self._is_lost():
             return left
+        # One that took all steps has half of them again.
+        is_over = not left
+        left = left or half
+        if not left:
+            return 0
         self._begin(self._placed.params, None, None)
-        spare = 0 if has_converged else left // 4
+        spare, count = 0 if has_converged else left // 4, len(self._losses)
+        # One that leads to an error, or to where nothing is finite, does not count.
+        now, is_lower, ran_out = None, False, False
         try:
-            now, unused = self._settle(left - spare, False, None)
+            now, unused = yield from self._settle(left - spare, False, None)
+            is_lower = now.last < kept.last - now.distance.noise
+            is_lower &= now.reason is not StopReason.NON_FINITE
+            ran_out = not is_lower and now.reason is StopReason.MAX_STEPS
         except RuntimeError:
-            # That way led where the model has an error.
-            self._found = kept
-            return left
-        left = spare + unused
-        is_lower = now.last < kept.last - now.distance.noise
-        # One that led to where nothing is finite does not count.
-        if is_lower and now.reason is not StopReason.NON_FINITE:
+            pass
+        if now and is_lower:
+            left = spare + unused
+            if is_over:
+                before = np.concatenate(self._losses[:count])
+                self._losses[:count] = [before[: len(before) - half]]
             if not self._whiten(now.end.params):
                 self._begin_within(kept, now.end.params)
             kept = self._moved(now)
         else:
-            if has_converged and now.reason is StopReason.MAX_STEPS:
-                # More steps from the start may lead lower.
-                distance = kept.distance._replace(is_complete=np.array(False))
-                kept = kept._replace(distance=distance, reason=now.reason)
-            kept = kept.with_best_of(now)
+            if now and has_converged and not is_over:
+                left = unused
+            else:
+                # The first way goes on as if there had been no other.
+                del self._losses[count:]
+                left = 0 if is_over else left
+            kept = kept.with_best_of(now) if now else kept
             self._begin(kept.end.params, kept.projector, kept.end.latent)
         self._found = kept
         is_done = kept.is_settled and kept.reason is StopReason.CONVERGED
         if left and not is_done and kept.reason is not StopReason.NON_FINITE:
-            _, left = self._settle(left, True, kept)
+            kept, left = yield from self._settle(left, True, kept)
+        if ran_out and kept.reason is StopReason.CONVERGED and self._is_lost():
+            # More steps from the start may lead lower.
+            distance = kept.distance._replace(is_complete=np.array(False))
+            why = StopReason.MAX_STEPS
+            self._found = kept._replace(distance=distance, reason=why)
         return left
 
     def _is_lost(self) -> bool:
@@ -218,7 +309,7 @@ class Rounds:
 
     def _settle(
         self, left: int, whitens: bool, before: _Round | None
-    ) -> tuple[_Round, int]:
+    ) -> Way[tuple[_Round, int]]:
         """Solves until it is known what is held.
 
         `before` is the round before, if this goes on from it; from the start, it stops
@@ -227,7 +318,7 @@ class Rounds:
         """
         stops = whitens and before is None
         while True:
-            now = self._taken(left)
+            now = yield from self._taken(left)
             left -= now.steps
             fall = np.inf if before is None else before.last - now.last
             is_open = not now.is_settled and now.reason not in IS_OVER
@@ -239,10 +330,10 @@ class Rounds:
                 if is_lost or not (now.is_settled and left and now.steps and falls):
                     return now, left
             before = now
-            if not (whitens and self._whiten(now.end.params)):
+            if not (whitens and not stops and self._whiten(now.end.params)):
                 self._begin(now.end.params, now.projector, now.end.latent)
 
-    def _search(self, left: int) -> int:
+    def _search(self, left: int) -> Way[int]:
         """Solves from the given space on, and at most twice more from the start.
 
         A space goes stale on the way from a start far away. A solver that descends in
@@ -251,7 +342,7 @@ class Rounds:
         is flat, the third begins with shorter steps. The lowest end counts. Returns how
         many steps are left.
         """
-        kept, left = self._descend(left, self._long, None)
+        kept, left = yield from self._descend(left, self._long, None)
         for is_damped in (False, True):
             if kept.is_over or not left:
                 break
@@ -259,10 +350,12 @@ class Rounds:
                 if not is_damped and kept.reason is StopReason.MAX_STEPS:
                     # There is no other space.
                     self._begin(kept.end.params, kept.projector, kept.end.latent)
-                    kept = self._found = self._run(left)
+                    kept = self._found = yield from self._run(left)
                     left -= kept.steps
                 break
-            now, left = self._descend(left, self._short, float(kept.end.first))
+            now, left = yield from self._descend(
+                left, self._short, float(kept.end.first)
+            )
             if not now.last <= kept.last + now.distance.noise:
                 now = kept.with_best_of(now)
             kept = self._found = now
@@ -272,7 +365,7 @@ class Rounds:
 
     def _descend(
         self, left: int, steps: int, before: float | None
-    ) -> tuple[_Round, int]:
+    ) -> Way[tuple[_Round, int]]:
         """Solves in rounds, the first of so many `steps`, each in a space of its own.
 
         `before` is the loss at the beginning, `None` in the space that was given.
@@ -281,7 +374,7 @@ class Rounds:
         promised: Any = 0
         while True:
             goal = min(left, steps)
-            now = self._found = self._run(goal)
+            now = self._found = yield from self._run(goal)
             left -= now.steps
             fall = np.nan if before is None else before - now.last
             if now.is_over or not left:
@@ -302,14 +395,13 @@ class Rounds:
                 return now, left
             before, promised = now.last, now.distance.edm
 
-    def _run(self, steps: int) -> _Round:
+    def _run(self, steps: int) -> Way[_Round]:
         """Solves in the space as it is."""
-        return self._seen(self._taken(steps))
+        return self._seen((yield from self._taken(steps)))
 
-    def _taken(self, steps: int) -> _Round:
+    def _taken(self, steps: int) -> Way[_Round]:
         """Solves, and leaves open how far the minimum is, which may take longer."""
-        goal = jax.device_put(np.int32(steps))
-        end = run(self._stripped, self._projector, self._held, self._problem, goal)
+        end = yield self._asked(steps)
         copied = end.losses, end.steps, end.reason, end.last, end.is_settled
         losses, count, why, last, is_settled = jax.device_get(copied)
         self._losses.append(losses[:count])
@@ -318,6 +410,10 @@ class Rounds:
         known = int(count), float(last), bool(is_settled), not count
         self._found = _Round(*so_far, *known)
         return self._found
+
+    def _asked(self, steps: int) -> Asked:
+        here = self._stripped, self._projector, self._held
+        return Asked(*here, self._problem, np.int32(steps))
 
     def _seen(self, taken: _Round) -> _Round:
         """Finds how far the minimum is from the end of a round."""
@@ -394,17 +490,9 @@ class Rounds:
         if self._found is None:
             none = History(np.zeros(0, int), np.zeros(0, old.best_loss.dtype))
             return FitResult(self._trainer, none, reason or StopReason.ERROR)
-        found = self._found
-        if reason is None and found.reason is not StopReason.NON_FINITE:
-            distance = endless(*self._surroundings(found.end), found.distance)
-            why = settled(found.reason, distance)
-            found = found._replace(distance=distance, reason=why)
+        found, losses = self._ended(reason)
         end, projector = self._place.home((found.end, found.projector))
-        losses, start = np.concatenate(self._losses), int(old.step_count)
-        reason, counts = reason or found.reason, old.nan_counts
-        if reason is StopReason.MAX_STEPS and len(losses) < self._most:
-            # It is the end of a round, after which nothing was gained.
-            reason = StopReason.STALLED
+        start, reason, counts = int(old.step_count), found.reason, old.nan_counts
         if is_suspect(reason, end.in_vain):
             # The solver does not say what it met.
             bad = find_bad_alone(self._stripped, end.stumble, self._problem.batch)
@@ -421,3 +509,39 @@ class Rounds:
         trainer = with_progress(self._trainer, progress, projector=projector)
         trainer = noted(trainer, scorer_of(trainer, Whole(self._problem.batch)))
         return FitResult(trainer, history, reason, found.distance)
+
+    def joined(
+        self, reason: StopReason | None
+    ) -> tuple[End, tuple[StopReason, Distance]]:
+        """Returns how all rounds ended, as one, in the space that was given.
+
+        Of a solve that has not come through a round, a `reason` says why.
+        """
+        if self._found is None:
+            distance = unknown(np.asarray(ravel(self._placed.params)))
+            return self._asked(0).unmoved(), (reason or StopReason.ERROR, distance)
+        found, losses = self._ended(reason)
+        end, space = found.end, self._placed.projector
+        if found.projector is not space:
+            latent = cast_like(space.to_latent(end.params), self._placed.latent)
+            end = end._replace(latent=latent)
+        room = np.pad(losses, (0, end.losses.size - len(losses)))
+        end = end._replace(
+            losses=room, steps=np.asarray(len(losses), end.steps.dtype), local=None
+        )
+        return end, (found.reason, found.distance)
+
+    def _ended(self, reason: StopReason | None) -> tuple[_Round, np.ndarray]:
+        """Returns the last round, with the `reason` if there is one, and all losses."""
+        assert self._found is not None
+        found, losses = self._found, np.concatenate(self._losses)
+        if reason is not None:
+            return found._replace(reason=reason), losses
+        if found.reason is not StopReason.NON_FINITE:
+            distance = endless(*self._surroundings(found.end), found.distance)
+            why = settled(found.reason, distance)
+            found = found._replace(distance=distance, reason=why)
+        if found.reason is StopReason.MAX_STEPS and len(losses) < self._most:
+            # It is the end of a round, after which nothing was gained.
+            found = found._replace(reason=StopReason.STALLED)
+        return found, losses

@@ -18,7 +18,7 @@ from .._step import (
     warn_of_suspect_data,
 )
 from .problem import SOLVERS, Problem, checked_solver
-from .rounds import Rounds
+from .rounds import Asked, Rounds
 
 _IN_A_PROGRAM = (
     "Within a compiled program, call `vn.unroll`; or, without bijections, minimise "
@@ -62,9 +62,13 @@ def solve(
         # After `whiten` there is a program of the Jacobian already.
         is_shared = trainer.projector is not None
         problem = Problem(batch, encoded, rows, checked_mode(options.jac), is_shared)
-        rounds = Rounds(trainer, problem, place)
+        rounds = Rounds(trainer, problem, place, options.max_steps, options.rewhiten)
         try:
-            rounds.go(options.max_steps, options.rewhiten)
+            asked = rounds.next()
+            while isinstance(asked, Asked):
+                asked = rounds.next(asked.answer())
+            if asked is not None:
+                raise asked
         except RuntimeError as error:
             # Most likely an `eqx.error_if`, of the solver or of the user's methods.
             if not hasattr(error, "result"):
