@@ -114,6 +114,6 @@ def is_lost(bounds: Bounds | None, start: PyTree, end: PyTree, local: Any) -> bo
                 abs(np.asarray(at[path]) - np.asarray(bound)) for at in (after, before)
             )
             is_met |= bool(np.any(gap == 0))
-            if np.any((gap > 0) & (gap < _NEXT_TO * far) & np.isfinite(far)):
+            if np.any((gap < _NEXT_TO * far) & np.isfinite(far)):
                 return True
     return is_met and leaves_idle(local)
