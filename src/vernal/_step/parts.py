@@ -13,6 +13,7 @@ from .._tree import by_path, is_alike, is_inexact, shape_and_dtype, strong
 from .abstract_trainer import (
     AbstractTrainer,
     bijections_of,
+    member_axes,
     priors_of,
     progress_of,
     template_of,
@@ -20,7 +21,6 @@ from .abstract_trainer import (
 from .construct import check_class, initial_opt_state
 from .opt_state import fits
 from .progress import Progress, initial_progress
-from .replace import member_axes
 
 
 def require_parts(trainer: AbstractTrainer) -> None:
