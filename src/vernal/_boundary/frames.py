@@ -85,7 +85,8 @@ def _refuse_misspelt(error: Exception, fn: Any, args: Any, given: Any) -> None:
     known = inspect.signature(fn).parameters
     if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
         return
-    name, kind = fn.__qualname__, type(args[0]) if args else None
+    name = fn.__qualname__
+    kind: Any = type(args[0]) if args else None
     if name.endswith(".__init__"):
         if kind.__init__.__qualname__ == name:
             # Rather than the class that it has it from.
