@@ -42,6 +42,7 @@ from vernal._tree import leaf_sums as leaf_sums
 # Modules whose names are those of functions, too; as of others, tests replace parts.
 errors_of_many = importlib.import_module("vernal._many.errors")
 rounds_of_many = importlib.import_module("vernal._many.rounds")
+opt_state = importlib.import_module("vernal._step.opt_state")
 origin = importlib.import_module("vernal._storage.origin")
 reads = importlib.import_module("vernal._closure.reads")
 save = importlib.import_module("vernal._storage.save")

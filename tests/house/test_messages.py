@@ -30,6 +30,18 @@ def fitted(optimiser=None):
 
 # Slips of the pen.
 
+
+class Weighted(LineFit):
+    weight: float = 1.0
+
+
+class Weighed(LineFit):
+    weight: float
+
+    def __init__(self, model, weight):
+        super().__init__(model, weight=weight)
+
+
 BFGS = optx.BFGS(1e-6, 1e-6)
 SLIPS = {
     "fit": (lambda t: t.fit(BATCH, n_steps=3), "`Trainer.fit` .*mean 'steps'"),
@@ -41,7 +53,16 @@ SLIPS = {
     "replace": (lambda t: t.replace(optimizer=None), "mean 'optimiser'"),
     "a trainer": (
         lambda t: LineFit(line(), optimizer=optax.sgd(0.1)),
-        "`Trainer` has no argument `optimizer`. Did you mean 'optimiser'",
+        "`LineFit` has no argument `optimizer`. Did you mean 'optimiser'",
+    ),
+    "a field": (
+        lambda t: Weighted(line(), weight=2.0),
+        "`Weighted` has no argument `weight`, which is a field of `Weighted`. Set it "
+        r"in an `__init__` of that class, by `self\.weight = weight` before",
+    ),
+    "a field, to the class above": (
+        lambda t: Weighed(line(), 2.0),
+        "`Trainer` has no argument `weight`, which is a field of `Weighed`",
     ),
     "fit, swapped": (lambda t: t.fit(3, BATCH), r"`data` is 3\. Give the data first"),
     "fit_many, swapped": (lambda t: vn.fit_many([t], 3, BATCH), "Give the data first"),

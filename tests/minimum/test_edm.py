@@ -470,6 +470,21 @@ def test_in_half_precision(dtype, cls):
     np.testing.assert_allclose(result.edm, 0.5 * vector @ vector, rtol=1e-2)
 
 
+class Slope(vn.Trainer):
+    def residuals(self, model, batch):
+        return model["a"] * batch - 2 * batch
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_many_spacings_in_half_precision_are_no_minimum(dtype):
+    """Without scatter, where a few of them are all that rounding leaves."""
+    batch, eps = jnp.linspace(0, 1, 10, dtype=dtype), float(jnp.finfo(dtype).eps)
+    for ulps in (2, 7):
+        trainer = Slope({"a": jnp.asarray(2 + 2 * ulps * eps, dtype)})
+        result = trainer.solve(IDLE, batch, max_steps=1)
+        assert (result.stop_reason is REASON.CONVERGED) is (ulps == 2)
+
+
 def rate_of(model):
     x = jnp.linspace(0, 1, 100, dtype=jnp.float32)
     return jnp.float32(1e5) * (model["a"] + model["b"] * x)

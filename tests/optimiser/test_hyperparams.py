@@ -238,6 +238,30 @@ CHANGES = {
     ),
     "prodigy": (optax.contrib.prodigy, {"estim_lr0": 1e-6}, {"estim_lr0": 1e-3}),
 }
+# The others of Optax's states in which a user sets a number.
+MORE = {
+    "dadapt": (
+        optax.contrib.dadapt_adamw,
+        {"estim_lr0": 1e-6},
+        {"estim_lr0": 1e-3},
+    ),
+    "momo": (
+        lambda bound: optax.contrib.momo(0.1, lower_bound=bound),
+        {"bound": 0.0},
+        {"bound": -1.0},
+    ),
+    "momo adam": (
+        lambda bound: optax.contrib.momo_adam(0.1, lower_bound=bound),
+        {"bound": 0.0},
+        {"bound": -1.0},
+    ),
+    # It takes the gradient of each datum, which a fit does not have.
+    "private": (
+        lambda seed: optax.contrib.differentially_private_aggregate(1.0, 0.1, seed),
+        {"seed": 1},
+        {"seed": 2},
+    ),
+}
 
 
 def by_key(trainer):
@@ -391,3 +415,73 @@ def test_many_that_are_resumed(tmp_path):
     expected = by_hand((3, 0.1, 0.5), (2, 0.2, 0.5))[0] / START[0]
     found = result.trainers.params["a"]
     np.testing.assert_allclose(found, expected * np.asarray([1.0, 2.0]))
+
+
+RULES = {
+    "no rule": lambda tx: tx,
+    "a rule": lambda tx: vn.ParamOptimiser({"a": tx}, default=optax.sgd(0.1)),
+    # To which an array of all members would look like another one.
+    "by shape": lambda tx: vn.ParamOptimiser(
+        {lambda path, leaf: jnp.ndim(leaf) == 0: tx}, default=optax.adam(0.1)
+    ),
+}
+
+
+def members(rule, make, of):
+    start = lambda a: Bowl({"a": a, "b": {"c": a}}, RULES[rule](make(**of)))
+    return eqx.filter_vmap(start)(np.arange(1.0, 4.0))
+
+
+initial_hyperparams = inside.save.initial_hyperparams
+
+
+def shared(trainer):
+    """What its optimiser began with, as earlier files have it: shared numbers once."""
+    begun = initial_hyperparams(trainer)
+    for path, leaf in begun.items():
+        kind = leaf.kind._replace(shape=leaf.kind.shape[1:])
+        begun[path] = leaf._replace(kind=kind, array=leaf.array[0])
+    return begun
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [(name, "a rule") for name in (*CHANGES, *MORE) if "adamw" not in name]
+    + [("adamw b1", rule) for rule in RULES],
+)
+def test_members_have_the_numbers_of_the_script(name, rule, file, monkeypatch):
+    make, old, new = (CHANGES | MORE)[name]
+    was, like = members(rule, make, old), members(rule, make, new)
+    # A hyperparameter with a schedule is set by each step.
+    scheduled = [f"['{key}']" for key, value in new.items() if callable(value)]
+    for is_old in (False, True):
+        if is_old:
+            monkeypatch.setattr(inside.save, "initial_hyperparams", shared)
+        vn.save(file, was)
+        assert same(vn.load(file, was)._progress, was._progress)
+        found, expected = by_key(vn.load(file, like)), by_key(like)
+        for key in expected:
+            if not key.endswith(tuple(scheduled)):
+                assert same(found[key], expected[key]), key
+
+
+@pytest.mark.loose_dtypes
+def test_many_with_every_such_state_are_resumed(tmp_path):
+    changes = {k: v for k, v in (CHANGES | MORE).items() if k != "private"}
+    rules = {name: make(**old) for name, (make, old, _) in changes.items()}
+    make = lambda start: Bowl(
+        dict.fromkeys(rules, jnp.asarray(start)), vn.ParamOptimiser(rules)
+    )
+    trainers = [make(1.0), make(2.0)]
+    whole = vn.fit_many(trainers, np.zeros(()), 4).trainers
+    for steps in (2, 4):
+        checkpoints = vn.Checkpoints(tmp_path / "run", 1)
+        result = vn.fit_many(trainers, np.zeros(()), steps, checkpoint=checkpoints)
+    assert same(result.trainers._progress, whole._progress)
+    # They are all those that the library knows of, but for two.
+    is_known = lambda node: type(node) in inside.opt_state._USER_SET
+    nodes = jax.tree.leaves(whole.opt_state, is_leaf=is_known)
+    left = {*inside.opt_state._USER_SET} - {*map(type, nodes)}
+    private = optax.contrib.DifferentiallyPrivateAggregateState
+    assert left <= {private, optax.InjectHyperparamsState}

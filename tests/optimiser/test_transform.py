@@ -378,3 +378,35 @@ def test_what_takes_no_more_than_the_gradients():
         updates, state = sam.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(found["a"], params["a"], rtol=1e-6)
+
+
+# In a loop XLA merges the rates of these with others where they are constants.
+MERGED = {
+    "adagrad": optax.adagrad,
+    "adadelta": optax.adadelta,
+    "accumulated": lambda r: optax.MultiSteps(
+        optax.adam(r), 3
+    ).gradient_transformation(),
+}
+
+
+@pytest.mark.as_compiled
+@pytest.mark.parametrize("name", MERGED)
+def test_a_fit_is_a_loop_of_optax_to_which_the_rate_is_given(name):
+    params = {"w": PARAMS["w"]}
+
+    @jax.jit
+    def by_hand(rate, params):
+        tx = MERGED[name](rate)
+
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(single_loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=25)[0][0]
+
+    objective = lambda params, batch: single_loss(params)
+    found = vn.fit(objective, params, MERGED[name](1e-2), 0.0, 25).model
+    assert_same_bits(found, by_hand(jnp.asarray(1e-2, jnp.float32), params))

@@ -778,3 +778,21 @@ def test_a_transformation_of_the_users_own_may_look_at_its_rate():
 
     result = vn.fit(lambda m, b: m**2, jnp.asarray(1.0), mine(0.25), None, 2)
     np.testing.assert_allclose(result.model, 0.25)
+
+
+class Wrapped(eqx.Module):
+    """Looks for its attributes in a dictionary, where a wrong name is a KeyError."""
+
+    inner: dict
+
+    def __getattr__(self, name):
+        return self.inner[name]
+
+    def __call__(self, x):
+        return self.slope * x
+
+
+def test_a_model_that_finds_its_attributes_itself():
+    model = Wrapped({"slope": jnp.asarray(1.0)})
+    trainer, _ = LineFit(model, optax.sgd(0.1)).step(BATCH)
+    assert trainer.replace(model=model).model.slope == 1.0

@@ -71,7 +71,7 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
         try:
             return fn(*args, **kwargs)
         except Exception as error:
-            _refuse_misspelt(error, fn, kwargs)
+            _refuse_misspelt(error, fn, args, kwargs)
             if clearer := _clearer(error, fn, args, kwargs):
                 raise clearer from None
             _advise(error, fn, args, kwargs)
@@ -83,13 +83,35 @@ def entrance(fn: Callable[P, R]) -> Callable[P, R]:
     return entered
 
 
-def _refuse_misspelt(error: Exception, fn: Any, given: dict[str, Any]) -> None:
+def _refuse_misspelt(error: Exception, fn: Any, args: Any, given: Any) -> None:
     """Refuses an argument that the function does not have, in place of Python."""
-    if isinstance(error, TypeError):
-        known = inspect.signature(fn).parameters
-        if not any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
-            name = fn.__qualname__.removesuffix(".__init__")
-            refuse_unknown(given, [x for x in known if x != "self"], name)
+    if not isinstance(error, TypeError):
+        return
+    known = inspect.signature(fn).parameters
+    if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values()):
+        return
+    name = fn.__qualname__
+    kind: Any = type(args[0]) if args else None
+    if name.endswith(".__init__"):
+        if kind.__init__.__qualname__ == name:
+            # Rather than the class that it has it from.
+            name = kind.__name__
+        name = name.removesuffix(".__init__")
+        _refuse_fields(kind, known, given, name)
+    refuse_unknown(given, [x for x in known if x != "self"], name)
+
+
+def _refuse_fields(kind: Any, known: Any, given: Any, name: str) -> None:
+    """Refuses arguments that are fields of a class, and says how they are set."""
+    fields = getattr(kind, "__dataclass_fields__", {})
+    odd = [x for x in given if x in fields and x not in known]
+    # `dataclasses.replace` gives the private ones, too.
+    if odd and not any(x.startswith("_") for x in given):
+        raise TypeError(
+            f"`{name}` has no argument `{odd[0]}`, which is a field of "
+            f"`{kind.__name__}`. Set it in an `__init__` of that class, by "
+            f"`self.{odd[0]} = {odd[0]}` before `super().__init__(model, ...)`."
+        ) from None
 
 
 def _clearer(

@@ -20,6 +20,10 @@ _FEW_ULPS, _MANY_ULPS, _ROUNDED = 4, 16, 16
 # A part of the distance that is not worth a look.
 _NEXT_TO_NOTHING = 1e-2
 
+# The square of a spacing, as a part of that of the parameter, above which many of them
+# are an error that counts: in half precision they are some per cent.
+_COARSE = 1e-9
+
 # Conjugate gradients take at most this many products.
 _MOST_PRODUCTS = 64
 
@@ -72,7 +76,9 @@ def _of_spectral(local: Spectral) -> Distance:
     # without scatter only the precision of the parameters sets a scale.
     unseen = max(_ROUNDED * local.rounding, _FEW_ULPS**2 * spacing)
     if loss - edm <= unseen:
-        spacing = np.fmax(_MANY_ULPS**2 * spacing, local.exact)
+        size = 0.5 * np.sum(np.square(np.asarray(local.flat, float) * local.scale))
+        ulps = _FEW_ULPS if spacing > _COARSE * size else _MANY_ULPS
+        spacing = np.fmax(ulps**2 * spacing, local.exact)
     unseen, roots = max(tolerance, local.rounding), np.where(is_kept, values, 0)
     spacing = _hidden(edm, spacing, unseen, roots[:, None] * local.right, along, local)
     # Far from the data a model may underflow, and no residual depends on a parameter.

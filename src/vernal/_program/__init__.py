@@ -20,4 +20,11 @@ from .one_function import (
 )
 from .pairs import sums_over_pairs
 from .prepared import prepared
-from .programs import Version, forget, hash_of_code, program, version_of
+from .programs import (
+    Version,
+    forget,
+    hash_of_code,
+    program,
+    version_of,
+    version_of_flat,
+)

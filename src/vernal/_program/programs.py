@@ -214,19 +214,20 @@ _versions: weakref.WeakValueDictionary[Hashed, Version] = weakref.WeakValueDicti
 
 def version_of(tree: Any) -> Version:
     """Returns the version of a tree's code as it is now: static, for JAX."""
-    return _record_of(tree).now()
+    return version_of_flat(*jax.tree.flatten(tree))
+
+
+def version_of_flat(leaves: list[Any], structure: Any) -> Version:
+    """Returns it of a tree that was taken apart already."""
+    return _Record.of(structure, _statics(leaves)).now()
 
 
 def hash_of_code(tree: Any) -> int:
     """Returns a hash of all that the code of a tree reads, and is, as it is now."""
-    record = _record_of(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    record = _Record.of(structure, _statics(leaves))
     record.now()
     return hash(record.found.key)
-
-
-def _record_of(tree: Any) -> _Record:
-    leaves, structure = jax.tree.flatten(tree)
-    return _Record.of(structure, _statics(leaves))
 
 
 class Program(Generic[P, R]):

@@ -14,6 +14,7 @@ from .abstract_trainer import (
     in_real_coordinates,
     is_constrained,
     is_made,
+    member_axes,
     note_made,
     overrides,
     own_fields,
@@ -83,7 +84,7 @@ from .progress import (
     with_some_best,
     without_best,
 )
-from .replace import member_axes, replaced_fields, reproject
+from .replace import replaced_fields, reproject
 from .scored_by import (
     BATCH_BY_BATCH,
     Scorer,

@@ -8,6 +8,7 @@ than methods, because a user's subclass may have fields of the same names.
 
 import abc
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic
 from weakref import WeakValueDictionary
 
@@ -291,6 +292,13 @@ def prepared_config(trainer: Any) -> Any:
     """Returns the trainer for a program that is called again and again."""
     template, optimiser = prepared(trainer._template, trainer.optimiser)
     return changed(trainer, optimiser=optimiser, _template=template)
+
+
+def member_axes(step_count: Int[Array, " members"]) -> Callable[[Any], int | None]:
+    """Returns the `in_axes` by which `vmap` takes each member of a stacked trainer."""
+    size = len(step_count)
+    # Arrays that all members share may have no rows.
+    return lambda x: 0 if eqx.is_array(x) and x.shape[:1] == (size,) else None
 
 
 def overrides(trainer: AbstractTrainer, hook: str) -> bool:

@@ -17,12 +17,12 @@ from .._boundary import (
     without_axes,
 )
 from .._pickling import module_of
+from .abstract_trainer import AbstractTrainer
 
 T = TypeVar("T")
 
-# What may be given instead of a model, and where it has the model, by an attribute.
+# What else may be given instead of a model, by an attribute, and where it has one.
 _HOLDERS = {
-    "_progress": ("a trainer", "trainer.model"),
     "stop_reason": ("a result", "result.model"),
     "stop_reasons": ("a result", "result.best"),
 }
@@ -39,17 +39,25 @@ def checked_model(model: T) -> T:
             "`model` is an Optax transformation. Were `model` and `optimiser` "
             "swapped? The model comes first: `Trainer(model, optimiser)`."
         )
-    if module_of(type(model)).startswith("vernal") or hasattr(model, "_progress"):
-        for attribute, (what, remedy) in _HOLDERS.items():
-            if hasattr(model, attribute):
-                raise TypeError(
-                    f"`model` is {what}, `{type(model).__name__}`, rather than the "
-                    f"model that it holds. Give `{remedy}`."
-                )
+    if found := _holder(model):
+        what, remedy = found
+        raise TypeError(
+            f"`model` is {what}, `{type(model).__name__}`, rather than the model that "
+            f"it holds. Give `{remedy}`."
+        )
     if any(map(_is_odd, jax.tree.leaves(model))):
         convert = lambda keys, leaf: _as_array(leaf, spelled("model", keys))
         model = jax.tree_util.tree_map_with_path(convert, model)
     return narrowed_leaves(model, "model")
+
+
+def _holder(model: Any) -> tuple[str, str] | None:
+    """Says what else than a model it is, by its type: a `__getattr__` may raise."""
+    if isinstance(model, AbstractTrainer):
+        return "a trainer", "trainer.model"
+    if module_of(type(model)).split(".")[0] != "vernal":
+        return None
+    return next((_HOLDERS[name] for name in _HOLDERS if hasattr(model, name)), None)
 
 
 def _is_odd(leaf: Any) -> bool:

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from .._boundary import PyTree
 from .._optimiser import ParamOptimiser, other_maker, state_makers
 from .._tree import cast_like, is_alike, is_inexact
-from .abstract_trainer import AbstractTrainer, precision_of
+from .abstract_trainer import AbstractTrainer, member_axes, precision_of
 from .construct import initial_opt_state
 
 # The fields of Optax's states that a user gives the first value of. All else in a state
@@ -71,10 +71,16 @@ def beginning(trainer: AbstractTrainer) -> PyTree:
     """Returns what the user set of a trainer's optimiser, as in its first state."""
     if not jax.tree.leaves(_user_set(trainer.opt_state)):
         return None
+    first = _first
+    if trainer.step_count.ndim:
+        first = eqx.filter_vmap(first, in_axes=(member_axes(trainer.step_count),))
     with precision_of(trainer):
-        return _user_set(
-            initial_opt_state(trainer.optimiser, trainer.params, trainer.latent)
-        )
+        return first(trainer)
+
+
+def _first(trainer: AbstractTrainer) -> PyTree:
+    params, latent = trainer.params, trainer.latent
+    return _user_set(initial_opt_state(trainer.optimiser, params, latent))
 
 
 def settled(state: PyTree, before: PyTree, now: PyTree) -> PyTree:

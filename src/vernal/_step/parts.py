@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from .._optimiser import ParamOptimiserState
-from .._program import Version, version_of
+from .._program import Version, version_of_flat
 from .._tree import by_path, is_alike, is_inexact, shape_and_dtype, strong
 from .abstract_trainer import (
     AbstractTrainer,
     bijections_of,
+    member_axes,
     priors_of,
     progress_of,
     template_of,
@@ -20,7 +21,6 @@ from .abstract_trainer import (
 from .construct import check_class, initial_opt_state
 from .opt_state import fits
 from .progress import Progress, initial_progress
-from .replace import member_axes
 
 
 def require_parts(trainer: AbstractTrainer) -> None:
@@ -29,8 +29,9 @@ def require_parts(trainer: AbstractTrainer) -> None:
     It looks at structures, shapes and dtypes alone, and computes nothing. What was
     found to fit is not looked at again.
     """
-    kinds = tuple(map(shape_and_dtype, jax.tree.leaves(trainer)))
-    known = _fitting.setdefault(version_of(trainer), set())
+    leaves, structure = jax.tree.flatten(trainer)
+    kinds = tuple(map(shape_and_dtype, leaves))
+    known = _fitting.setdefault(version_of_flat(leaves, structure), set())
     if kinds in known:
         return
     check_class(trainer, trainer.key, trainer.state, priors_of(trainer))

@@ -1,7 +1,6 @@
 """Trainers with another model, optimiser, policy or projector."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int
 
 from .._boundary import PyTree
 from .._optimiser import ParamOptimiser, as_transform
@@ -25,6 +23,7 @@ from .abstract_trainer import (
     from_free_coordinates,
     in_free_coordinates,
     is_constrained,
+    member_axes,
     priors_of,
     progress_of,
     template_of,
@@ -158,13 +157,6 @@ def _is_named(selector: Any) -> bool:
     """Whether a selector names leaves, rather than those that are there."""
     parts = atoms(selector, "optimiser")
     return all(isinstance(part, str) and "*" not in part for part in parts)
-
-
-def member_axes(step_count: Int[Array, " members"]) -> Callable[[Any], int | None]:
-    """Returns the `in_axes` by which `vmap` takes each member of a stacked trainer."""
-    size = len(step_count)
-    # Arrays that all members share may have no rows.
-    return lambda x: 0 if eqx.is_array(x) and x.shape[:1] == (size,) else None
 
 
 def _replace_each(

@@ -17,12 +17,12 @@ from .abstract_trainer import (
     bijections_of,
     bounds_of,
     is_made,
+    member_axes,
     note_made,
     progress_of,
     to_params,
 )
 from .parts import require_parts
-from .replace import member_axes
 
 
 def require_one(trainer: AbstractTrainer, name: str) -> None:

@@ -191,13 +191,15 @@ def restore(
     The state of each rule is `in_place`. Raises a `MismatchError` if the model or the
     optimiser is another.
     """
+    own = {BEGUN: beginning(trainer)}
+    saved = _in_rows(saved, to_arrays(own))
     fields = require_restorable(kinds(saved), trainer, source, reset, meaning)
     saved = _with_own_hyperparams(saved, trainer)
     like = _state(trainer)
     for name in fields:
         del like[name]
     state = from_arrays(without(saved, *fields, BEGUN), like, source)
-    before, own = beneath(saved, BEGUN), {BEGUN: beginning(trainer)}
+    before = beneath(saved, BEGUN)
     if "opt_state" in state and before and kinds(before) == kinds(to_arrays(own)):
         before = from_arrays(before, own, source)
         state["opt_state"] = settled(state["opt_state"], before[BEGUN], own[BEGUN])
@@ -284,6 +286,22 @@ def _changed_hyperparams(
         if is_known and any(saved.get(p) != own.get(p) for p in (path, in_state)):
             changed |= {path, in_state}
     return changed
+
+
+def _in_rows(
+    saved: Mapping[str, NamedArray], own: Mapping[str, NamedArray]
+) -> dict[str, NamedArray]:
+    """Gives first values a row for each member, as they have here.
+
+    Earlier files have one value where the members shared it.
+    """
+    rows = dict(saved)
+    for path in saved.keys() & own.keys():
+        (kind, array), shape = saved[path], own[path].kind.shape
+        if shape and kind.shape == shape[1:]:
+            array = np.stack([np.asarray(array)] * shape[0])
+            rows[path] = NamedArray(kind._replace(shape=shape), array)
+    return rows
 
 
 def _with_own_hyperparams(

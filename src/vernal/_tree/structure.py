@@ -22,7 +22,11 @@ LIKE_STATE = "Let `init` return {}, such as `jnp.zeros((), jnp.{})`."
 
 def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
     """Returns what a compiled program expects of a leaf."""
-    return np.shape(leaf), getattr(leaf, "dtype", type(leaf))
+    try:
+        # Of an array, at a tenth of the calls.
+        return leaf.shape, leaf.dtype
+    except AttributeError:
+        return np.shape(leaf), getattr(leaf, "dtype", type(leaf))
 
 
 def is_alike(
