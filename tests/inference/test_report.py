@@ -268,7 +268,8 @@ def test_the_scale_of_errors_in_any_unit(unit):
         report = trainer.report((x, unit * y), scale_errors=True)
         own = trainer.standard_errors((x, unit * y), scale_errors=True)
         np.testing.assert_allclose(own["rate"], report["rate"].error, rtol=1e-12)
-        return report["height"].error / unit, report["rate"].error
+        aic = report.aic - 2 * x.size * np.log(unit)
+        return report["height"].error / unit, report["rate"].error, aic
 
     np.testing.assert_allclose(errors(unit), errors(1.0), rtol=1e-8)
 

@@ -51,7 +51,7 @@ def report(
     aic, bic, expected, chance = None, None, None, p_value(chi, degrees)
     if here.data is None or not here.data.is_robust:
         sizes = here.data_count, here.fitted_count
-        aic, bic = criteria(here.deviance, *sizes, is_scaled)
+        aic, bic = criteria(here.deviance, here.norm, *sizes, is_scaled)
     if counts is not None:
         known = expected_deviance(counts, found, here)
         expected = (math.nan, math.nan) if known is None else (known.mean, known.std)

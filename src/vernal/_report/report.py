@@ -217,10 +217,19 @@ def p_value(chi_squared: float | None, degrees: int | float | None) -> float | N
 
 
 def criteria(
-    deviance: float, data_count: int | None, fitted_count: int | float, is_scaled: bool
+    deviance: float,
+    norm: float | None,
+    data_count: int | None,
+    fitted_count: int | float,
+    is_scaled: bool,
 ) -> tuple[float, float | None]:
-    """Returns AIC and BIC; `is_scaled` says whether the error bars are not known."""
-    if is_scaled and data_count:
+    """Returns AIC and BIC; `is_scaled` says whether the error bars are not known.
+
+    `norm` is the root of a deviance that underflows.
+    """
+    if is_scaled and data_count and norm:
+        deviance = data_count * (2 * math.log(norm) - math.log(data_count))
+    elif is_scaled and data_count:
         ratio = deviance / data_count
         deviance = data_count * math.log(ratio) if ratio > 0 else -math.inf
     bic = deviance + fitted_count * math.log(data_count) if data_count else None
