@@ -385,6 +385,13 @@ def test_spectrum_is_what_the_projector_knows():
     )
 
 
+def test_the_legend_of_a_spectrum_has_an_edge():
+    """Its markers are those of eigenvalues."""
+    projector = vn.EigenProjector.from_fisher(jnp.asarray(fisher()), PARAMS)
+    frame = vernal.plot.spectrum(projector).get_legend().get_frame()
+    assert frame.get_edgecolor()[:3] == (0.8, 0.8, 0.8)
+
+
 @pytest.mark.parametrize("on_null", ["drop", "prior"])
 def test_null_directions_lost_in_rounding_stand_at_the_bottom(on_null):
     projector = vn.EigenProjector.from_fisher(with_null(), PARAMS, on_null=on_null)

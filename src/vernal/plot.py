@@ -224,7 +224,8 @@ def spectrum(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
         axes.plot(index[is_lost], places, "v", ms=5, color="C1", label=label)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set(xlabel="direction", ylabel="eigenvalue of the scaled matrix")
-    add_legend(axes)
+    # Without an edge its markers look like eigenvalues.
+    add_legend(axes, edgecolor="0.8")
     return axes
 
 

@@ -336,6 +336,93 @@ OF_LIBRARIES = {
 }
 
 
+class Drawn(vn.Trainer):
+    """Rows of normal numbers, of variances of one."""
+
+    def nll(self, model, batch):
+        factor = jnp.linalg.cholesky(model["r"])
+        unit = jax.scipy.linalg.solve_triangular(factor, batch.T, lower=True)
+        logs = jnp.sum(jnp.log(jnp.diag(factor)))
+        return 0.5 * jnp.sum(jnp.square(unit)) + len(batch) * logs
+
+
+class Correlations(vn.Bijection):
+    """Rows of a triangle, whose squares sum to one, times its transpose."""
+
+    size: int = eqx.field(static=True)
+
+    def forward(self, free):
+        triangle = jnp.eye(self.size, dtype=free.dtype)
+        triangle = triangle.at[jnp.tril_indices(self.size, -1)].set(free)
+        rows = triangle / jnp.linalg.norm(triangle, axis=1, keepdims=True)
+        return jnp.matmul(rows, rows.T, precision="highest")
+
+    def inverse(self, value):
+        factor = jnp.linalg.cholesky(value)
+        factor = factor / jnp.diag(factor)[:, None]
+        return factor[jnp.tril_indices(self.size, -1)]
+
+
+@pytest.mark.parametrize(
+    ("bijection", "size", "dtype"),
+    [
+        (biject_to(constraints.corr_matrix), 3, jnp.float64),
+        *((Correlations(n), n, jnp.float64) for n in (2, 3, 6)),
+        *((Correlations(n), n, jnp.float32) for n in (2, 3, 6)),
+    ],
+)
+def test_the_ones_of_correlations_are_fixed(bijection, size, dtype):
+    """Rounding moves them by some 1e-18 for each error bar, and correlates them."""
+    rng = np.random.default_rng(29)
+    root = np.linalg.cholesky(0.5 * np.eye(size) + 0.5)
+    rows = rng.normal(size=(200, size)) @ root.T
+    batch, start = jnp.asarray(rows, dtype), jnp.asarray(np.corrcoef(rows.T), dtype)
+    trainer = Drawn({"r": start}, bounds={"r": bijection})
+    report = trainer.report(batch)
+    for i, j in np.ndindex(size, size):
+        row = report[f"r[{i},{j}]"]
+        assert row.status == ("fixed" if i == j else "")
+        assert np.isnan(row.error) if i == j else row.error > 0.01
+    assert len(report.correlation_matrix) == size * (size - 1)
+    errors = trainer.standard_errors(batch)["r"]
+    np.testing.assert_array_equal(np.diag(errors), 0)
+
+
+class Shifted(vn.Bijection):
+    """Each element in a unit of its own, from a zero of its own."""
+
+    zeros: jax.Array
+    units: jax.Array
+
+    def forward(self, free):
+        return self.zeros + self.units * free
+
+    def inverse(self, value):
+        return (value - self.zeros) / self.units
+
+
+MIXING = jnp.array([[1.0, 0.5, 0.2], [0.5, 1.0, 0.3], [0.2, 0.3, 1.0]])
+
+
+class Mixed(vn.Trainer):
+    def residuals(self, model, batch):
+        zeros, units = batch
+        return MIXING @ ((model["x"] - zeros) / units)
+
+
+# A date in days with an error below its spacing; large and small in one array.
+UNITS = {"a date": ([2.4e6, 0, 0], [1e-10, 1, 1]), "units": ([0.0] * 3, [1e-9, 1e9, 1])}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_small_errors_are_no_rounding(name):
+    batch = zeros, units = tuple(map(jnp.asarray, UNITS[name]))
+    trainer = Mixed({"x": zeros + 2 * units}, bounds={"x": Shifted(zeros, units)})
+    found = [row.error for row in trainer.report(batch).parameters]
+    expected = np.sqrt(np.diag(np.linalg.inv(MIXING @ MIXING)))
+    np.testing.assert_allclose(np.array(found) / units, expected, rtol=1e-5)
+
+
 class Measured(vn.Trainer):
     """The elements are measured themselves."""
 

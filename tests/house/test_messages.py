@@ -75,6 +75,16 @@ SLIPS = {
         lambda t: vn.fit_many([t], BATCH, 3, solver=optx.BFGS),
         "is the class `BFGS`",
     ),
+    "a solver without a start": (
+        lambda t: t.solve(optx.GoldenSearch(1e-8, 1e-8), BATCH),
+        r"is `GoldenSearch`.*has no start.*optx\.BFGS.*`bounds=`",
+    ),
+    "many, a solver without a start, wrapped": (
+        lambda t: vn.fit_many(
+            [t], BATCH, 3, solver=optx.BestSoFarMinimiser(optx.GoldenSearch(1, 1))
+        ),
+        "is `GoldenSearch`",
+    ),
     "not called": (
         lambda t: LineFit(line(), optax.adam),
         r"is the function `adam`.* Call it: `adam\(1e-3\)`",

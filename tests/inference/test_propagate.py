@@ -277,6 +277,12 @@ def test_what_is_tied_to_what_is_held_has_no_error(kind):
     report = trainer.report(HELD_DATA, data_count=4)
     for name, (_, expected, _) in TIED.items():
         np.testing.assert_allclose(report[name].error, expected, rtol=1e-12)
+    # As `propagate` warns: of these, that of both alone is too small.
+    told = "what is tied to others depends on 'low', held at its bound, and on what"
+    assert told in report.note
+    assert told in trainer.table(HELD_DATA)
+    alone = Held.made(kind, tied=TIED["held"][0])
+    assert told not in alone.table(HELD_DATA)
     if kind is HeldLikelihood:
         return
     many = vn.fit_many([trainer] * 2, HELD_DATA, 9, solver=optx.BFGS(1e-8, 1e-8))

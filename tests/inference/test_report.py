@@ -254,6 +254,29 @@ def test_without_degrees_of_freedom():
         trainer.report(few, scale_errors=True)
 
 
+class Decay(vn.Trainer):
+    def residuals(self, model, batch):
+        x, y = batch
+        return model["height"] * jnp.exp(-model["rate"] * x) - y
+
+
+@pytest.mark.parametrize("unit", [1e-155, 1e-160, 1e-200])
+def test_the_scale_of_errors_in_any_unit(unit):
+    """The squares of such residuals underflow."""
+    x = jnp.linspace(0.0, 5.0, 30)
+    y = jnp.exp(-0.7 * x) + 0.01 * jax.random.normal(jax.random.key(1), x.shape)
+
+    def errors(unit):
+        trainer = Decay({"height": jnp.asarray(unit), "rate": jnp.asarray(0.7)})
+        report = trainer.report((x, unit * y), scale_errors=True)
+        own = trainer.standard_errors((x, unit * y), scale_errors=True)
+        np.testing.assert_allclose(own["rate"], report["rate"].error, rtol=1e-12)
+        aic = report.aic - 2 * x.size * np.log(unit)
+        return report["height"].error / unit, report["rate"].error, aic
+
+    np.testing.assert_allclose(errors(unit), errors(1.0), rtol=1e-8)
+
+
 class Masked(vn.Trainer):
     def residuals(self, model, batch):
         data, is_there = batch

@@ -306,6 +306,10 @@ def test_the_moments_of_the_deviance(rate):
     pearson = (n - rate) / math.sqrt(rate)
     powers = apart**3, apart**2 * pearson, apart * pearson**2, pearson**3
     cubes = np.array([expect(rate, power) for power in powers])
+    # By one more count.
+    changes = np.diff(deviance(rate))
+    chances = rate * scipy.stats.poisson.pmf(n[:-1], rate)
+    jumps = np.array([np.sum(chances * changes**j) for j in (1, 2, 3, 4)])
     there = np.array([True, True, False])
     rates = jnp.asarray([rate, rate, 7.0])
     found = vn.likelihoods.Poisson(rates, rates, where=there).deviance_moments()
@@ -319,3 +323,6 @@ def test_the_moments_of_the_deviance(rate):
     # The series has the leading terms alone.
     np.testing.assert_allclose(found.cubes[:, 1], known, rtol=2e-2, atol=0.1)
     assert not found.cubes[:, 2].any()
+    known = np.zeros(4) if rate < 1e-12 else jumps
+    np.testing.assert_allclose(found.jumps[:, 1], known, rtol=5e-3, atol=2e-3)
+    assert not found.jumps[:, 2].any()

@@ -704,7 +704,7 @@ def test_without_any_counts_there_is_a_limit_wherever_the_line_is():
     best |= {"place": jnp.asarray(2.2)}
     bounds, batch = {"level": (0, None), "line": (0, None)}, np.zeros(BINS.size)
     trainer = Somewhere(best, bounds=bounds)
-    assert trainer.report(batch).note.startswith("there are fewer than 5 counts")
+    assert trainer.report(batch).note.startswith("there are too few counts")
     found = trainer.intervals(LM, batch, "level", 0.9)
     # Of no counts, the likelihood is the exponential of minus their sum.
     end = scipy.stats.chi2.ppf(0.9, 1) / 2 / BINS.size

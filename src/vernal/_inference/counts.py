@@ -21,7 +21,18 @@ from .expansion import Around
 from .laplace import Laplace
 
 # Of counts, for each direction that they constrain, for expansions in their scatter.
-_LEAST_COUNTS = 5
+# Rounding may take something from exactly so many.
+_LEAST_COUNTS = 5 * (1 - 1e-3)
+
+# A deviance that single counts move more than this is no smooth one: of simulations of
+# such data, p-values by its moments are off by half.
+_MOST_JUMPS = 1.5
+
+# A fit of fewer directions than this leaves the rates as they are known.
+_NO_DIRECTION = 0.01
+
+# Fewer counts than this, of known rates, are simulated: so many times for each sum.
+_SIMULATED_COUNTS, _SIMULATIONS = 10, 2_000
 
 
 class OfCounts(NamedTuple):
@@ -49,8 +60,8 @@ class OfCounts(NamedTuple):
         if self.fractions or not is_few:
             return None
         return (
-            f"there are fewer than {_LEAST_COUNTS} counts for each parameter: the "
-            "deviance has no known distribution, and no p-value"
+            "there are too few counts: the deviance has no known distribution, and no "
+            "p-value"
         )
 
 
@@ -96,20 +107,53 @@ def _row_count(term: Any) -> int:
 
 
 class Expected(NamedTuple):
-    """The distribution of the deviance of a fit, if the model is right."""
+    """The distribution of the deviance of a fit, if the model is right.
+
+    - `jumps`: how much single counts move it, beside its scatter.
+    - `rate`: that of each count, if they are few, and their rates not fitted to them.
+    """
 
     mean: float
     std: float
     skewness: float
+    jumps: float
+    rate: Float[np.ndarray, " N"] | None
 
-    def p_value(self, deviance: float) -> float:
+    def p_value(self, deviance: float) -> float | None:
         """Returns the probability of a larger one, by Pearson's third distribution.
 
-        That is a gamma distribution which is shifted: of normal data, chi-squared.
+        That is a gamma distribution which is shifted: of normal data, chi-squared. A
+        deviance that has few values is no such one. Of few counts of known rates it is
+        simulated; else its p-value is not known.
         """
         from scipy.stats import pearson3
 
+        if self.rate is not None:
+            return _simulated_p_value(self.rate, deviance)
+        if self.jumps > _MOST_JUMPS:
+            return None
         return float(pearson3.sf(deviance, self.skewness, self.mean, self.std))
+
+
+def _simulated_p_value(rate: Float[np.ndarray, " N"], deviance: float) -> float:
+    """Simulates each sum of counts in turn, so that small p-values have digits too."""
+    from scipy.special import xlogy
+    from scipy.stats import poisson
+
+    total, rng, found = rate.sum(), np.random.default_rng(0), 0.0
+    for size in range(int(poisson.isf(1e-9, total)) + 2):
+        shape = _SIMULATIONS, size
+        rows = np.sort(rng.choice(rate.size, shape, p=rate / total), axis=1)
+        # The second count of a row adds 2 log 2 - 1 log 1 to a sum of n log n.
+        order = np.arange(size)
+        first = np.where(np.diff(rows, prepend=-1, axis=1) > 0, order, 0)
+        nth = order - np.maximum.accumulate(first, axis=1) + 1
+        gained = xlogy(nth, nth) - xlogy(nth - 1, nth - 1) - np.log(rate[rows])
+        own = 2 * (total - size + gained.sum(axis=1))
+        # Equal ones have digits of float32.
+        chance = np.mean(own >= deviance - 1e-5 * abs(deviance))
+        found += float(poisson.pmf(size, total) * chance)
+    return min(found, 1.0)
 
 
 def expected_deviance(data: OfCounts, fit: Laplace, here: Around) -> Expected | None:
@@ -130,6 +174,12 @@ def expected_deviance(data: OfCounts, fit: Laplace, here: Around) -> Expected | 
     statistics for discrete data*, Journal of the American Statistical Association 81
     (1986), 104. There is none if there are hardly more counts than directions that they
     constrain, if some are not whole numbers, or if the fit leaves no scatter.
+
+    It has few values if single counts move it by as much as it scatters, as the few
+    bins with two counts do in sparse data. One more count of a datum moves its part by
+    $\Delta_i$, and the measure is $\sum_i \mu_i \langle \Delta_i^4 \rangle$ in units of
+    the squared variance. See Last, Peccati and Schulte, *Normal approximation on
+    Poisson spaces*, Probability Theory and Related Fields 165 (2016), 667.
     """
     moments = data.moments
     jacobian = np.asarray(fit.derived.found[0], float)[: data.rate.size]
@@ -137,8 +187,8 @@ def expected_deviance(data: OfCounts, fit: Laplace, here: Around) -> Expected | 
     scale, vectors, roots = (np.asarray(part, float) for part in parts)
     latent = jacobian @ (scale[:, None] * vectors * np.maximum(roots, 0))
     scatter = np.square(latent).sum(axis=1)
-    is_few = data.rate.sum() < _LEAST_COUNTS * scatter[data.rate > 0].sum()
-    if data.fractions or is_few:
+    constrained = scatter[data.rate > 0].sum()
+    if data.fractions or data.rate.sum() < _LEAST_COUNTS * constrained:
         return None
     taken = latent @ (moments.covariance @ latent)
     share = np.maximum(1 - scatter, 0)
@@ -149,4 +199,17 @@ def expected_deviance(data: OfCounts, fit: Laplace, here: Around) -> Expected | 
     variance, third = share @ second, share @ (weights * moments.cubes).sum(axis=0)
     if not (mean > 0 and variance > 0):
         return None
-    return Expected(float(mean), math.sqrt(variance), float(third / variance**1.5))
+    is_known = data.counts == here.data_count and constrained < _NO_DIRECTION
+    rate = data.rate if is_known and data.rate.sum() < _SIMULATED_COUNTS else None
+    jumps = share @ _jumps(data, taken) / variance**2
+    shape = float(third / variance**1.5), float(jumps)
+    return Expected(float(mean), math.sqrt(variance), *shape, rate)
+
+
+def _jumps(data: OfCounts, taken: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Returns the fourth powers of what one more count changes, times its rate."""
+    root = np.sqrt(data.rate)
+    own = -taken / np.where(root > 0, root, 1)
+    powers = np.stack([data.rate, *data.moments.jumps])
+    weights = np.stack([math.comb(4, j) * own ** (4 - j) for j in range(5)])
+    return (weights * powers).sum(axis=0)

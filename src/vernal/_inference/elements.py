@@ -8,12 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from .._boundary import PyTree
 from .._constraints import Bijections
 from .._curvature import column_norms
-from .._projection import DenseWhitening
+from .._projection import ROUNDING, DenseWhitening
 from .._step import AbstractTrainer, template_of, tied_words
 from .._tree import as_parameters, by_path, ravel, unravel
 
@@ -49,6 +49,7 @@ def _pushed(
     _, push = jax.linearize(elements, flat)
     columns = whitening.scale[:, None] * whitening.vectors
     moved = jax.vmap(push, in_axes=1, out_axes=1)(columns.astype(flat.dtype))
+    moved = _without_rounding(bijections, params, moved, whitening.roots)
     scale = column_norms(moved.T).astype(whitening.scale.dtype)
     return dataclasses.replace(
         whitening,
@@ -57,6 +58,33 @@ def _pushed(
         null_vectors=jnp.zeros((scale.size, 0), scale.dtype),
         eigenvalues=jnp.full_like(scale, jnp.nan),
     )
+
+
+def _without_rounding(
+    bijections: Bijections,
+    params: PyTree,
+    moved: Float[Array, "E D"],
+    roots: Float[Array, " D"],
+) -> Float[Array, "E D"]:
+    """Puts zero where an element of a bijection is moved by rounding alone.
+
+    As are the ones of a matrix of correlations. That is less than the spacing of the
+    element itself, and than rounding of what moves most in the same array: an element
+    far from zero, or one of a small array beside a large one, may have one of these.
+    """
+    elements, found, begin = by_path(bijections.forward(params)), [], 0
+    for path, leaf in elements.items():
+        rows = moved[begin : begin + leaf.size]
+        begin += leaf.size
+        if path in bijections.maps:
+            sizes = jnp.abs(rows) * jnp.abs(roots).astype(rows.dtype)[None, :]
+            largest = jnp.max(sizes, axis=0, keepdims=True, initial=0)
+            values = jnp.abs(leaf).astype(rows.dtype).reshape(-1, 1)
+            noise = ROUNDING * float(jnp.finfo(leaf.dtype).eps)
+            is_noise = sizes <= noise * jnp.minimum(values, largest)
+            rows = jnp.where(is_noise, 0, rows)
+        found.append(rows)
+    return jnp.concatenate(found)
 
 
 def held_elements(

@@ -48,12 +48,16 @@ from .laplace import Laplace, laplace
 # A distance from the minimum that is less probable than this is no accident.
 NO_ACCIDENT = 1e-6
 
+# Sums of squares below this may have lost digits.
+_LEAST_SQUARES = 1e-290
+
 
 class Around(NamedTuple):
     """What one evaluation of the derivatives says of the surroundings of a point.
 
     - `whitening`: the map that whitens the parameters.
     - `deviance`: twice the negative log-likelihood of the data.
+    - `norm`: its root, where the squares themselves may underflow; else `None`.
     - `data`: what `residuals` returned, `None` for an `nll`.
     - `data_count`: the number of data, `None` if it is not known.
     - `distance`: how far the point is from a minimum, `None` where there is none.
@@ -71,6 +75,7 @@ class Around(NamedTuple):
 
     whitening: DenseWhitening
     deviance: float
+    norm: float | None
     data: DataKind | None
     data_count: int | None
     distance: Distance | None
@@ -114,7 +119,9 @@ class Around(NamedTuple):
             raise ValueError(NO_SCATTER)
         if self.data_count and may_be_masked(self.zero_count, self.data_count):
             warn(zeros_text(self.zero_count, self.data_count))
-        return math.sqrt(self.reduced_chi_squared)
+        if self.norm is None:
+            return math.sqrt(self.reduced_chi_squared)
+        return self.norm / math.sqrt(self.degrees_of_freedom or 1)
 
     def zeros_note(self) -> str | None:
         """Says that residuals may be of missing data, if chi-squared counts them."""
@@ -246,7 +253,7 @@ def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
     derived, priors = here.derived, priors_of(trainer)
     (distance, local), whitening = _distance(trainer, batch, here), here.whitening
     penalty = None if priors is None else 2 * float(priors.penalty(trainer.model))
-    of_priors, data_count, zero_count, squares = None, None, 0, None
+    of_priors, data_count, zero_count, squares, norm = None, None, 0, None, None
     if derived.data is None:
         deviance = 2 * float(derived.value) - (penalty or 0.0)
         if priors is not None:
@@ -259,6 +266,8 @@ def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         rows, data_count = prior_count(trainer), int(derived.data.size)
         of_data = of_each[: of_each.size - rows]
         deviance = float(of_data.sum())
+        if deviance < _LEAST_SQUARES:
+            norm = _norm(np.asarray(derived.deviances, float)[: of_data.size])
         of_priors = derived.found[0][-rows:] if rows else None
         if not of_data.all():
             own = derived.found[0][: of_data.size], derived.deviances[: of_data.size]
@@ -276,6 +285,7 @@ def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
     return Around(
         whitening=whitening,
         deviance=deviance,
+        norm=norm,
         data=derived.data,
         data_count=data_count,
         distance=distance,
@@ -404,6 +414,13 @@ def warn_if_misleading(
         distance = seen_again(trainer, batch, here).distance or distance
     if distance.is_lost:
         warn(f"`{name}`: {minimum_note(distance, trainer.params)}.")
+
+
+def _norm(values: Float[np.ndarray, " N"]) -> float:
+    unit = np.max(abs(values), initial=0)
+    if not 0 < unit < math.inf:
+        return float(unit)
+    return float(unit * np.linalg.norm(values / unit))
 
 
 def _rank(whitening: DenseWhitening) -> int:

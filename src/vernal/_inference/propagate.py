@@ -80,17 +80,25 @@ def propagate(
             "linear function is near. `trainer.draw` shows how such a function "
             "scatters."
         )
-    if pinned is not None and (indices := np.flatnonzero(pinned)).size:
-        params = as_parameters(trainer.params)
-        names = [repr(element_name(params, int(index))) for index in indices[:5]]
-        more = f" and {indices.size - 5} more" if indices.size > 5 else ""
-        warn(
-            f"`propagate`: `fn` depends on {', '.join(names)}{more}, held at its "
-            "bound, and on what is free. The error is that of the free alone, and may "
-            "be too small. `trainer.intervals(solver, batch)` has errors of what is "
-            "held."
-        )
+    if text := pinned_text(trainer, pinned, "`fn`"):
+        warn(f"`propagate`: {text}.")
     return Propagated(value, error)
+
+
+def pinned_text(
+    trainer: AbstractTrainer, pinned: Bool[Array, " D"] | None, what: str
+) -> str | None:
+    """Says that errors are too small for what is held; `None` if they are not."""
+    if pinned is None or not (indices := np.flatnonzero(pinned)).size:
+        return None
+    params = as_parameters(trainer.params)
+    names = [repr(element_name(params, int(index))) for index in indices[:5]]
+    more = f" and {indices.size - 5} more" if indices.size > 5 else ""
+    return (
+        f"{what} depends on {', '.join(names)}{more}, held at its bound, and on what "
+        "is free. The error is that of the free alone, and may be too small. "
+        "`trainer.intervals(solver, batch)` has errors of what is held"
+    )
 
 
 # What JAX raises where Python needs to know what is in an array.

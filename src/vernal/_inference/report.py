@@ -17,7 +17,7 @@ from .counts import OfCounts, expected_deviance, of_counts
 from .elements import scaled, tied_of
 from .expansion import Around, OfElements, expanded, seen_again
 from .laplace import ErrorOptions, Laplace, laplace
-from .propagate import propagated
+from .propagate import pinned_text, propagated
 
 # The most rows that one array has in a table.
 _MOST_ROWS = 64
@@ -47,10 +47,11 @@ def report(
     scale = here.error_scale(is_scaled)
     distance, degrees = here.distance, here.degrees_of_freedom
     chi, own = here.chi_squared, here.of_elements(trainer)
+    tied, of_tied = _tied(trainer, here, scale)
     aic, bic, expected, chance = None, None, None, p_value(chi, degrees)
     if here.data is None or not here.data.is_robust:
         sizes = here.data_count, here.fitted_count
-        aic, bic = criteria(here.deviance, *sizes, is_scaled)
+        aic, bic = criteria(here.deviance, here.norm, *sizes, is_scaled)
     if counts is not None:
         known = expected_deviance(counts, found, here)
         expected = (math.nan, math.nan) if known is None else (known.mean, known.std)
@@ -71,11 +72,12 @@ def report(
         error_kind=here.kind,
         stop_reason=None,
         error_scale=scale,
-        parameters=tuple(_rows(trainer, (here, own), scale)),
+        parameters=tuple(_rows(trainer, own, tied, scale)),
         correlation_matrix=own.correlations(),
         # A fit of as many parameters as data has no p-value, however many counts.
         note=_joined(
             _note(trainer, here, counts, chance is None and bool(degrees)),
+            of_tied,
             here.zeros_note(),
         ),
     )
@@ -148,42 +150,54 @@ def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
     """Implements `Trainer.table`."""
     refuse_program("table", trainer, batch)
     scale_errors = boolean(options.scale_errors, "scale_errors")
-    trainer, here, note, scale = in_free_coordinates(trainer), None, None, 1.0
+    trainer, own, tied = in_free_coordinates(trainer), None, {}
+    note, scale = None, 1.0
     if batch is not None:
         here, _, counts = _around(trainer, batch, "A standard error", options)
         scale = here.error_scale(scale_errors)
-        note = _note(trainer, here, counts, False)
-    head = "parameter", "value", "standard error" if here else ""
-    known = None if here is None else (here, here.of_elements(trainer))
-    cells = (row.cells() for row in _rows(trainer, known, scale, _MOST_ROWS))
+        own, (tied, of_tied) = here.of_elements(trainer), _tied(trainer, here, scale)
+        note = _joined(_note(trainer, here, counts, False), of_tied)
+    head = "parameter", "value", "standard error" if own else ""
+    cells = (row.cells() for row in _rows(trainer, own, tied, scale, _MOST_ROWS))
     text = aligned([head, *cells])
     return text if note is None else f"{text}\n{note}"
 
 
+def _tied(
+    trainer: AbstractTrainer, here: Around, scale: float
+) -> tuple[dict[str, np.ndarray], str | None]:
+    """Returns the errors of what is tied to others, and what makes them too small.
+
+    They are those of a function of the others; what is complex has none.
+    """
+    if (tied := tied_of(trainer, trainer.model)) is None:
+        return {}, None
+    _, found, pinned, _ = propagated(trainer, tied, here, scale)
+    errors = {path: np.asarray(x, float) for path, x in found.items()}
+    return errors, pinned_text(trainer, pinned, "what is tied to others")
+
+
 def _rows(
     trainer: AbstractTrainer,
-    here: tuple[Around, OfElements] | None,
+    own: OfElements | None,
+    tied: dict[str, np.ndarray],
     scale: float,
     most: int | None = None,
 ) -> Iterator[ParameterRow]:
-    """Yields a row for each element; without the surroundings, there are no errors.
+    """Yields a row for each element; without their own errors, there are none.
 
-    The error of what is tied to others is that of a function of them; what is complex
-    has none. The parameters of the trainer may be free coordinates.
+    The parameters of the trainer may be free coordinates.
     """
     free = [leaf.path for leaf in named_leaves(trainer.params) if leaf.is_parameter]
     bijections = template_of(trainer).bijections
     model, errors, fixed = trainer.model, None, set()
-    if here is not None:
-        around, own = here
+    if own is not None:
         errors = own._replace(errors=scaled(own.errors, scale)).by_path(trainer)
         fixed = {
             element_name({path: errors[path]}, int(index))
             for path in (() if bijections is None else bijections.maps)
             for index in np.flatnonzero(np.isnan(errors[path]))
         }
-        if (tied := tied_of(trainer, model)) is not None:
-            _, found, *_ = propagated(trainer, tied, around, scale)
-            errors |= {path: np.asarray(x, float) for path, x in found.items()}
+        errors |= tied
     for row in parameter_rows(model, free, errors, tied_words(trainer), most):
         yield row._replace(status="fixed") if row.name in fixed else row

@@ -17,6 +17,8 @@ class Moments(NamedTuple):
     - `covariance`: that of $d$ and $z$.
     - `curvature`: $\mu\, d^2 m / d \mu^2$, with the rate $\mu$.
     - `cubes`: the means of $(d - m)^3$, $(d - m)^2 z$, $(d - m) z^2$ and $z^3$.
+    - `jumps`: $\mu$ times the means of $\Delta, \dots, \Delta^4$, with the change
+        $\Delta$ of $d$ by one more count; zero for other data.
     """
 
     mean: Float[np.ndarray, " N"]
@@ -24,13 +26,14 @@ class Moments(NamedTuple):
     covariance: Float[np.ndarray, " N"]
     curvature: Float[np.ndarray, " N"]
     cubes: Float[np.ndarray, "4 N"]
+    jumps: Float[np.ndarray, "4 N"]
 
 
 def normal_moments(present: Float[np.ndarray, " N"]) -> Moments:
     """Returns the moments of normal data, zero where they are missing."""
     zeros = np.zeros_like(present)
     cubes = np.stack([8 * present, zeros, 2 * present, zeros])
-    return Moments(present, 2 * present, zeros, zeros, cubes)
+    return Moments(present, 2 * present, zeros, zeros, cubes, np.stack([zeros] * 4))
 
 
 def deviance_moments(rate: Any) -> Moments:
@@ -47,6 +50,7 @@ def deviance_moments(rate: Any) -> Moments:
     series = (
         *(1 + root**2 / 6, 2 + 2 * root**2 / 3, -(root**3) / 6, root**4 / 3),
         *(zero + 8, zero, zero + 2, root),
+        *(zero, zero + 4, -16 * root**2, 48 * root**2),
     )
     logs, table = _table()
     at = np.log(np.clip(rate, _LEAST, _LARGEST))
@@ -54,11 +58,12 @@ def deviance_moments(rate: Any) -> Moments:
     is_few, is_tiny = rate < _LARGEST, rate < _LEAST
     chosen = (np.where(is_few, *pair) for pair in zip(few, series, strict=True))
     found = [np.where(is_tiny, 0, column) for column in chosen]
-    return Moments(*found[:4], cubes=np.stack(found[4:]))
+    cubes, jumps = np.stack(found[4:8]), np.stack(found[8:])
+    return Moments(*found[:4], cubes=cubes, jumps=jumps)
 
 
 @functools.cache
-def _table() -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "8 K"]]:
+def _table() -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "12 K"]]:
     """Sums over all counts, for rates in equal steps of their logarithm."""
     from scipy.special import gammaln, xlogy
 
@@ -71,4 +76,7 @@ def _table() -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, "8 K"]]:
     d, z = deviance - mean[:, None], (n - rate) / np.sqrt(rate)
     curvature = expect(d * (z**2 - n / rate)) - 2
     cubes = expect(d**3), expect(d**2 * z), expect(d * z**2), expect(z**3)
-    return logs, np.stack([mean, expect(d**2), expect(d * z), curvature, *cubes])
+    change = np.diff(deviance, axis=1)
+    jumps = [np.sum(rate * chance[:, :-1] * change**j, axis=1) for j in (1, 2, 3, 4)]
+    firsts = mean, expect(d**2), expect(d * z), curvature
+    return logs, np.stack([*firsts, *cubes, *jumps])

@@ -32,8 +32,8 @@ def drawable(values: np.ndarray) -> np.ndarray:
     return np.where(np.isinf(floats), floats, np.clip(floats, -_LARGEST, _LARGEST))
 
 
-def add_legend(axes: Axes) -> None:
-    """Adds a legend, if anything has a label."""
+def add_legend(axes: Axes, edgecolor: str = "none") -> None:
+    """Adds a legend, if anything has a label; beside markers it needs an edge."""
     names = axes.get_legend_handles_labels()[1]
     points = sum(np.size(line.get_xdata()) for line in axes.lines)
     if names:
@@ -42,7 +42,7 @@ def add_legend(axes: Axes) -> None:
             ncols=2 if len(names) > 6 else 1,
             frameon=True,
             framealpha=0.8,
-            edgecolor="none",
+            edgecolor=edgecolor,
         )
 
 

@@ -53,10 +53,13 @@ class Report:
     - `p_value`: the probability of a $\chi^2$ at least as large, if the model is right
         and the residuals are in units of their error bars. For counts, the deviance is
         compared with `expected_deviance`, and with the skewness that it has: a shifted
-        gamma distribution, which is that of $\chi^2$ for large counts. With `priors`
-        the truth is taken to be drawn from them; then $\chi^2$ has the mean $N - k$,
-        and where data and priors share a direction a scatter somewhat smaller than this
-        distribution.
+        gamma distribution, which is that of $\chi^2$ for large counts. Of a few counts
+        it is none, since each moves the deviance by as much as it scatters. Fewer than
+        ten are simulated if nothing is fitted to them, as with a signal at its bound
+        above a known background; else the p-value is `None`, and the note says so. With
+        `priors` the truth is taken to be drawn from them; then $\chi^2$ has the mean
+        $N - k$, and where data and priors share a direction a scatter somewhat smaller
+        than this distribution.
     - `aic`, `bic`: Akaike's and the Bayesian information criterion, `None` for a robust
         loss, which is no likelihood, and the latter also without data; with $L$ as
         below,
@@ -214,10 +217,19 @@ def p_value(chi_squared: float | None, degrees: int | float | None) -> float | N
 
 
 def criteria(
-    deviance: float, data_count: int | None, fitted_count: int | float, is_scaled: bool
+    deviance: float,
+    norm: float | None,
+    data_count: int | None,
+    fitted_count: int | float,
+    is_scaled: bool,
 ) -> tuple[float, float | None]:
-    """Returns AIC and BIC; `is_scaled` says whether the error bars are not known."""
-    if is_scaled and data_count:
+    """Returns AIC and BIC; `is_scaled` says whether the error bars are not known.
+
+    `norm` is the root of a deviance that underflows.
+    """
+    if is_scaled and data_count and norm:
+        deviance = data_count * (2 * math.log(norm) - math.log(data_count))
+    elif is_scaled and data_count:
         ratio = deviance / data_count
         deviance = data_count * math.log(ratio) if ratio > 0 else -math.inf
     bic = deviance + fitted_count * math.log(data_count) if data_count else None

@@ -92,6 +92,16 @@ def checked_solver(solver: Any, max_steps: int, argument: str) -> tuple[Closure,
             "`optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8)`; an Optax transformation "
             "is for `fit`."
         )
+    inner: Any = solver
+    while hasattr(inner, "solver"):  # such as `optx.BestSoFarMinimiser`
+        inner = inner.solver
+    if isinstance(inner, optx.GoldenSearch):
+        raise TypeError(
+            "`solver` is `GoldenSearch`, which looks for the minimum of one number "
+            "between two ends, and has no start. Give another minimiser, such as "
+            "`optx.BFGS(rtol=1e-8, atol=1e-8)`, and the ends as `bounds=` of the "
+            "trainer."
+        )
     rows = max(_LEAST_ROWS, 1 << (max_steps - 1).bit_length())
     return Closure.encode(solver), rows
 
