@@ -12,7 +12,7 @@ from .._data import Source, Whole, as_given, in_whole
 from .._likelihoods import AbstractLikelihood, Gaussian, require_known
 from .._tree import at_least_single, cast_alike, is_inexact, widest
 from .abstract_trainer import AbstractTrainer, priors_of, progress_of, with_progress
-from .outer import warn_of_outer
+from .outer import warn_of_flat_pairs, warn_of_outer
 
 Term = Array | AbstractLikelihood
 
@@ -257,6 +257,9 @@ def _named_terms(
         )
     for array in arrays:
         _check_residuals(trainer, array, batch)
+    count = sum(array.size for array in arrays)
+    sums = lambda batch: _sums(_call(trainer, "residuals", model, batch, key))
+    warn_of_flat_pairs(trainer, count, batch, sums)
     param, what = jax.tree.leaves(trainer.params)[0], f"`{type(trainer).__name__}`"
     known = lambda term: require_known(
         term, param, f"{what} returned a `{type(term).__name__}`"
@@ -264,6 +267,12 @@ def _named_terms(
     return [
         (where, known(term) if is_likelihood(term) else term) for where, term in named
     ]
+
+
+def _sums(returned: Any) -> list[Array]:
+    is_likelihood = lambda x: isinstance(x, AbstractLikelihood)
+    terms = jax.tree.leaves(returned, is_leaf=is_likelihood)
+    return [jnp.sum(_array_of(term)) for term in terms]
 
 
 def residuals_by_place(

@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jax.core import Tracer
@@ -21,6 +20,7 @@ from .._data import Minibatches, Source, Stream
 from .._program import sums_over_pairs, turned_into_floats
 from .abstract_trainer import AbstractTrainer
 from .objective import defined, evaluate, live, score, step_key
+from .outer import jaxpr_of, pairs_text
 
 
 def warn_of_suspect_data(
@@ -41,7 +41,7 @@ def warn_of_suspect_data(
     warn_of_single_leaves(data, name)
     if suspects := rounded_integers(data):
         trainer, batch = seen()
-        if (jaxpr := _traced(_loss, trainer, batch)) is not None:
+        if (jaxpr := jaxpr_of(_loss, trainer, batch)) is not None:
             _warn_of_rounded(suspects, jaxpr, batch, (name, data))
 
 
@@ -55,9 +55,9 @@ def warn_of_pairs(trainer: AbstractTrainer, batch: Any, validation: Any = None) 
     if not isinstance(trainer.step_count, Tracer):
         return
     if not {"loss", "nll"}.isdisjoint(defined(trainer)):
-        _warn_of_pairs("loss", trainer, _traced(_loss, trainer, batch))
+        _warn_of_pairs("loss", trainer, jaxpr_of(_loss, trainer, batch))
     if validation is not None:
-        jaxpr = _traced(evaluate, trainer, validation)
+        jaxpr = jaxpr_of(evaluate, trainer, validation)
         _warn_of_pairs("score of the validation", trainer, jaxpr)
 
 
@@ -66,11 +66,7 @@ def _warn_of_pairs(what: str, trainer: AbstractTrainer, jaxpr: Jaxpr | None) -> 
         return
     kind = type(trainer)
     warn_once(
-        f"The {what} of `{kind.__name__}` sums over {size} x {size} pairs: an array of "
-        f"shape ({size}, 1) broadcasts against one of shape ({size},), so that each "
-        "datum is compared with each value of the model, and the fit and its errors "
-        "are wrong. Give them one shape, such as by `y[:, 0]`. If it is on purpose, "
-        "make the column of a vector, by `y[:, 0][:, None]`.",
+        f"The {what} of `{kind.__name__}` sums over {pairs_text(size)}",
         UserWarning,
         of=(_warn_of_pairs, what, weakref.ref(kind)),
     )
@@ -91,10 +87,3 @@ def _warn_of_rounded(
 
 def _loss(trainer: AbstractTrainer, batch: Any) -> Any:
     return score(live(trainer, trainer.params), batch, step_key(trainer)).loss
-
-
-def _traced(fn: Callable[..., Any], *args: Any) -> Jaxpr | None:
-    try:
-        return eqx.filter_make_jaxpr(fn)(*args)[0].jaxpr
-    except Exception:  # what a fit meets, if it takes a step, it raises itself
-        return None
