@@ -18,6 +18,9 @@ Term = Array | AbstractLikelihood
 
 METHODS = ("loss", "residuals", "nll")
 
+# How many leaves of a batch a note of an error has.
+_MOST_SHAPES = 8
+
 
 class Scored(NamedTuple):
     """A loss, its metrics and the new state."""
@@ -92,7 +95,7 @@ def _taken_apart(
 
 def evaluate(trainer: AbstractTrainer, batch: Any) -> Float[Array, ""]:
     """Scores a trainer's model on a validation batch."""
-    value = trainer.evaluate(trainer.model, as_given(batch))
+    value = _noted(trainer.evaluate, trainer.model, batch)
     return _as_scalar(trainer, "evaluate", value)
 
 
@@ -323,10 +326,25 @@ def _call(
     key: PRNGKeyArray | None,
     **options: Any,
 ) -> Any:
-    method = getattr(trainer, name)
     if key is not None:
         options["key"] = key
-    return method(model, as_given(batch), **options)
+    return _noted(getattr(trainer, name), model, batch, **options)
+
+
+def _noted(method: Any, model: Any, batch: Any, **options: Any) -> Any:
+    """Calls a method of the user; notes at an error which shapes the batch has."""
+    given = as_given(batch)
+    try:
+        return method(model, given, **options)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        leaves = list(spelled_leaves("batch", given))[:_MOST_SHAPES]
+        known = [(where, getattr(leaf, "shape", None)) for where, leaf in leaves]
+        told = [f"{where} {shape}" for where, shape in known if shape is not None]
+        note = f"The shapes of the batch: {', '.join(told)}."
+        # By default `evaluate` calls another method.
+        if told and note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
 
 
 def _as_metric(trainer: AbstractTrainer, name: Any, value: Any) -> Array:
