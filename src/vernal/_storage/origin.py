@@ -5,8 +5,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
 from .._closure import plain_statics
 from .._data import Minibatches, Source, Stream, Whole
 from .._step import (
@@ -57,8 +55,7 @@ def _order(source: Source) -> dict[str, Any] | None:
     """Returns what the order of minibatches comes from, `None` without any."""
     if not isinstance(source, Minibatches):
         return None
-    key = jax.random.key_data(source.key)
-    return sums({"key": key}) | {"size": [STATIC, source.size]}
+    return sums({"key": source.key}) | {"size": [STATIC, source.size]}
 
 
 def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
