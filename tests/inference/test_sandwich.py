@@ -1,6 +1,7 @@
 """Sandwich errors: closed forms, simulated data, robust losses, masks."""
 
 import functools
+import re
 
 import equinox as eqx
 import jax
@@ -299,6 +300,10 @@ SCATTERED = {
 }
 
 
+OF_FEW_DATA = pytest.mark.filterwarnings("ignore:.*fewer than 5 data:UserWarning")
+
+
+@OF_FEW_DATA
 @pytest.mark.parametrize("case", SCATTERED)
 def test_of_few_data_it_is_whites_while_they_scatter(case):
     options, count, priors = SCATTERED[case]
@@ -314,6 +319,61 @@ def test_of_few_data_it_is_whites_while_they_scatter(case):
     np.testing.assert_allclose(errors, known, rtol=1e-5)
 
 
+class Beside(vn.Trainer):
+    """Two lines: one of all data, and one of three of them."""
+
+    def residuals(self, model, batch):
+        robust = lambda off: vn.likelihoods.Robust(off, scale=SCALE)
+        few = model["few"](X[:9:3]) - batch[:9:3]
+        return robust(model["many"](X) - batch), robust(few)
+
+
+@functools.cache
+def beside():
+    start = {"many": line(1.9, 1.1), "few": line(1.9, 1.1)}
+    return Beside(start).solve(SOLVER, data()).trainer
+
+
+OF_FEW = r"error of 'few\.slope' \(and of 1 more\).*fewer than 5 data.*\"expected\""
+WARNED = {
+    "standard_errors": lambda t, **own: t.standard_errors(data(), **own),
+    "propagate": lambda t, **own: t.propagate(
+        lambda m: m["few"].slope + m["many"].slope, data(), **own
+    ),
+    "draw": lambda t, **own: t.draw(jax.random.key(0), 2, data(), **own),
+    "errors": lambda t, **own: vn.fit_many([t, t], data(), 1, solver=SOLVER).errors(
+        data(), **own
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_an_error_of_few_data_is_warned_of(name):
+    where = "The errors of member 0: " if name == "errors" else f"`{name}`: "
+    with pytest.warns(UserWarning, match=f"^{where}the {OF_FEW}") as caught:
+        WARNED[name](beside())
+    assert len(caught) == 1
+    WARNED[name](beside(), kind="expected")
+
+
+def test_an_error_of_few_data_is_noted():
+    trainer = beside()
+    for told in (trainer.table(data()), trainer.report(data()).note):
+        assert re.search(OF_FEW, told)
+    # The other line, and what depends on it alone, has data enough.
+    trainer.propagate(lambda m: m["many"], data())
+    assert "fewer" not in trainer.table(data(), kind="expected")
+
+
+@pytest.mark.parametrize("count", [15, 60])
+def test_nothing_is_said_where_data_are_enough(count):
+    batch = X, data(), np.arange(60) % (60 // count) == 0
+    trainer = Masked(line(1.9, 1.1)).solve(SOLVER, batch).trainer
+    assert "fewer" not in trainer.table(batch)
+    trainer.standard_errors(batch)
+
+
+@OF_FEW_DATA
 def test_a_member_without_scatter_has_no_errors_and_harms_no_other():
     sets = data(2, (4,))
     there = np.stack([first(count) for count in (60, 2, 3, 1)])

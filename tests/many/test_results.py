@@ -406,7 +406,7 @@ GOODNESS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*far from the minimum")
+@pytest.mark.filterwarnings("ignore:.*(far from the minimum|fewer than 5 data)")
 @pytest.mark.parametrize("name", GOODNESS)
 def test_how_good_each_is_stands_beside_it(name):
     kind, options = GOODNESS[name]

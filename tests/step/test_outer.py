@@ -18,6 +18,10 @@ COLUMN, ROW = ONES[:, None], ONES[None, :]
 SIMPLE = lambda model, batch: model["a"] * batch["x"] - batch["y"]
 WIDE = lambda model, batch: model["a"] * batch["x"].sum(-1) - batch["y"]
 
+OFF = lambda model, batch: [model["a"] * batch["x"] - batch[y] for y in "yz"]
+THREE = {"x": ONES, "y": COLUMN, "z": COLUMN}
+ALL = (f"`Fit.residuals` has all {N} x {N} pairs",)
+
 # The residuals, the batch, and what is named.
 OUTER = {
     "column beside a vector": (SIMPLE, {"x": ONES, "y": COLUMN}, ("'y'", "'x'")),
@@ -51,6 +55,30 @@ OUTER = {
         (ONES, COLUMN),
         ("`batch[1]`", "`batch[0]`"),
     ),
+    "joined": (lambda m, b: jnp.concatenate(OFF(m, b)), THREE, ALL),
+    "side by side": (lambda m, b: jnp.hstack(OFF(m, b)), THREE, ALL),
+    "flat": (lambda m, b: SIMPLE(m, b).ravel() / 0.1, {"x": ONES, "y": COLUMN}, ALL),
+    "flat, of a network": (
+        lambda m, b: jnp.ravel(m["a"] * b["x"][:, :1] - b["y"]),
+        {"x": np.ones((N, 2)), "y": ONES},
+        ALL,
+    ),
+    "flat, beside others": (
+        lambda m, b: jnp.concatenate([SIMPLE(m, b).ravel(), m["a"] * ONES]),
+        {"x": ONES, "y": COLUMN},
+        ALL,
+    ),
+    "flat, in a dictionary": (
+        lambda m, b: {"y": SIMPLE(m, b).ravel(), "x": m["a"] * b["x"]},
+        {"x": ONES, "y": COLUMN},
+        ALL,
+    ),
+    "flat, of a robust loss": (
+        lambda m, b: vn.likelihoods.Robust(SIMPLE(m, b).ravel(), "huber"),
+        {"x": ONES, "y": COLUMN},
+        ALL,
+    ),
+    "each for itself": (OFF, THREE, ("returned an array", "'y'", "'x'")),
 }
 INNER = {
     "vectors": (SIMPLE, {"x": ONES, "y": ONES}),
@@ -72,8 +100,38 @@ INNER = {
         ONES,
     ),
     "on purpose": (
-        lambda model, batch: SIMPLE(model, batch).ravel(),
+        lambda m, b: (m["a"] * b["x"] - b["y"][:, 0][:, None]).ravel(),
         {"x": ONES, "y": COLUMN},
+    ),
+    "flat pixels": (
+        lambda m, b: (m["a"] * b["x"] * b["y"]).ravel() - b["z"],
+        {"x": ONES, "y": COLUMN, "z": np.ones(N * N)},
+    ),
+    "pixels of the trainer": (
+        lambda m, b: (m["a"] * b["x"] * b["y"] - np.ones((N, N))).ravel(),
+        {"x": ONES, "y": COLUMN},
+    ),
+    "two images of the trainer": (
+        lambda m, b: (
+            jnp.concatenate([m["a"] * b["x"] * b["y"]] * 2) - np.ones((2 * N, N))
+        ),
+        {"x": ONES, "y": COLUMN},
+    ),
+    "joined vectors": (
+        lambda m, b: jnp.concatenate(OFF(m, b)),
+        {"x": ONES, "y": ONES, "z": ONES},
+    ),
+    "joined columns": (
+        lambda m, b: jnp.concatenate(OFF(m, b)),
+        {"x": COLUMN, "y": COLUMN, "z": COLUMN},
+    ),
+    "blurred pixels": (
+        lambda m, b: jnp.ravel(ONES[None] @ (m["a"] * b["x"] * b["y"]) - b["x"]),
+        {"x": ONES, "y": COLUMN},
+    ),
+    "a covariance": (
+        lambda m, b: jnp.linalg.solve(np.eye(N), m["a"] * b["x"] - b["x"]),
+        {"x": ONES},
     ),
     "numbers and words": (
         lambda model, batch: SIMPLE(model, batch),
@@ -103,7 +161,7 @@ def test_outer_residuals_are_warned_of_once(name):
     assert warning.filename == __file__
     text = str(warning.message)
     assert all(part in text for part in ("`Fit.residuals`", "`y[:, 0]`", *named))
-    assert f"{N}, {N})" in text
+    assert f"{N}, {N})" in text or f"{N} x {N}" in text
 
 
 @pytest.mark.parametrize("name", INNER)

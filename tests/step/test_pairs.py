@@ -91,6 +91,7 @@ PAIRS = {
         SCALE,
         {"x": LINE, "y": np.round(COLUMN)},
     ),
+    "flat": (lambda m, b: jnp.mean(off(m, b).ravel() ** 2), SCALE, COLUMNS),
     "within a function": (jax.jit(mean), SCALE, COLUMNS),
 }
 ALONE = {

@@ -72,10 +72,16 @@ OTHERS = {
         "at 'k')",
     ),
 }
+ORDERS = {
+    "key": (vn.Minibatches(X, 4, key=jax.random.key(1)), "key"),
+    "size": (vn.Minibatches(X, 2, key=jax.random.key(0)), "size"),
+}
 THE_SAME = {
     "itself": (DATA, DATA),
     "of NumPy": (DATA, jax.tree.map(np.asarray, DATA)),
     "minibatches": (batches(X), batches(X + 0)),
+    "minibatches, then all": (batches(X), X),
+    "minibatches after all": (X, batches(X)),
     "a stream": (vn.Stream(stream), vn.Stream(lambda step: iter([X + 1] * 99))),
     "a stream, then data": (vn.Stream(stream), X),
     "nothing but words": ({"x": X, "word": "a"}, {"x": X, "word": "a"}),
@@ -100,6 +106,12 @@ def test_other_data_are_told(name):
     (text,) = told(old, new)
     assert text.startswith("of other data")
     assert text.endswith(said)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_another_order_is_told(name):
+    other, said = ORDERS[name]
+    assert told(batches(X), other) == [f"with another `{said}` of `Minibatches`"]
 
 
 @pytest.mark.parametrize("name", THE_SAME)
@@ -238,6 +250,13 @@ def test_checkpoints_of_earlier_versions_do_not_tell_of_priors():
     before = inside.origin.origin(believed(None), inside.as_source(X))
     del before["priors"]
     now = inside.origin.origin(believed(vn.Normal(1.0, 2.0)), inside.as_source(X))
+    assert list(inside.origin.differences(before, now)) == []
+
+
+def test_checkpoints_of_earlier_versions_do_not_tell_of_the_order():
+    before = inside.origin.origin(made(), batches(X))
+    del before["order"]
+    now = inside.origin.origin(made(), ORDERS["key"][0])
     assert list(inside.origin.differences(before, now)) == []
 
 

@@ -45,6 +45,7 @@ from .._step import (
     noted,
     progress_of,
     warn_of_suspect_data,
+    warn_of_training_layers,
     with_progress,
     with_some_best,
     without_best,
@@ -132,6 +133,8 @@ class FitRun:
             self._record = Record(self._template, options.record, self._peek)
             seen = lambda: (self._template, self._peek())
             warn_of_suspect_data(self.source, "data", seen)
+        if validation is not None:
+            warn_of_training_layers(self._template)
         self._every = subject.number(options.every)
         self.has_accepted = np.zeros(subject.shape, bool)
         # A fit without a bad step does without guards, and does not compile them.

@@ -23,7 +23,7 @@ from .fisher import (
 from .laplace import ErrorOptions, laplace
 from .propagate import draw, propagate
 from .report import ROUNDING, hidden_by_rounding, report, table
-from .sandwich import NO_SANDWICH
+from .sandwich import NO_SANDWICH, few_text
 from .uncertainty import (
     KnownErrors,
     errors_or_nan,

@@ -44,6 +44,7 @@ from .derivatives import Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements
 from .fisher import ErrorKind
 from .laplace import Laplace, laplace
+from .sandwich import few_text
 
 # A distance from the minimum that is less probable than this is no accident.
 NO_ACCIDENT = 1e-6
@@ -71,6 +72,7 @@ class Around(NamedTuple):
         with errors as they are said to be, and with errors of any scale.
     - `local`: the derivatives by which `distance` was found, if they are of what is
         fitted.
+    - `is_of_few`: as of a `Sandwich`, of what is not held.
     """
 
     whitening: DenseWhitening
@@ -86,6 +88,7 @@ class Around(NamedTuple):
     penalty: float | None
     truth_p_values: tuple[float, float]
     local: Local | None
+    is_of_few: Any
 
     @property
     def chi_squared(self) -> float | None:
@@ -296,6 +299,7 @@ def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
         penalty=penalty,
         truth_p_values=p_values,
         local=local,
+        is_of_few=np.asarray(here.is_of_few) & ~held,
     )
 
 
@@ -414,6 +418,14 @@ def warn_if_misleading(
         distance = seen_again(trainer, batch, here).distance or distance
     if distance.is_lost:
         warn(f"`{name}`: {minimum_note(distance, trainer.params)}.")
+
+
+def warn_if_of_few(
+    trainer: AbstractTrainer, here: Around, name: str, where: str = ""
+) -> None:
+    """Warns that `name` has errors of too few data; `where` says which they are."""
+    if few := few_text(here.is_of_few, trainer.params, where):
+        warn(f"`{name}`: {few}.")
 
 
 def _norm(values: Float[np.ndarray, " N"]) -> float:

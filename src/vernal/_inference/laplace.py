@@ -43,6 +43,7 @@ class Laplace(NamedTuple):
     - `reduced`: of the Jacobian, the spectrum in the dtype of the parameters; `None`
         for an `nll`.
     - `kind`: which matrix the covariance comes from.
+    - `is_of_few`: as of a `Sandwich`.
     """
 
     whitening: DenseWhitening
@@ -50,6 +51,7 @@ class Laplace(NamedTuple):
     derived: Derived
     reduced: Reduced | None
     kind: ErrorKind
+    is_of_few: Any = False
 
     @property
     def slope(self) -> tuple[Float[Array, " D"], Any]:
@@ -88,10 +90,11 @@ def laplace(
     if (kind := kind_of(kind, derived.data)) != "expected":
         bar = error_bar(derived, ravel_size(params))
         whitening = _observed(trainer, batch, passes, holds, bar).whitening
+    is_of_few = False
     if kind == "sandwich":
         found = sandwich(trainer, batch, passes, derived, expected, whitening)
-        whitening = found.checked(trainer)
-    return Laplace(whitening, expected, derived, parts, kind)
+        whitening, is_of_few = found.checked(trainer), found.is_of_few
+    return Laplace(whitening, expected, derived, parts, kind, is_of_few)
 
 
 def kind_of(kind: ErrorKind | None, data: DataKind | None) -> ErrorKind:

@@ -42,7 +42,7 @@ from .._step import (
     stripped,
 )
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
-from .expansion import Around, around, warn_if_misleading
+from .expansion import Around, around, warn_if_misleading, warn_if_of_few
 from .laplace import ErrorOptions
 from .truncated import Box, draw_within
 
@@ -73,6 +73,8 @@ def propagate(
             "functions of NumPy do. `propagate` differentiates it in a compiled "
             "program: use `jax.numpy` in it, and `jnp.where` instead of `if`."
         ) from cause
+    if here.is_of_few.any() and _depends(trainer, fn, here, scale, error):
+        warn_if_of_few(trainer, here, "propagate", ", on which `fn` depends,")
     if odd := list(_odd(value, steep)):
         more = f"; and so on for {len(odd) - 4} more" if len(odd) > 4 else ""
         warn(
@@ -136,6 +138,23 @@ def propagated(
     """Evaluates a function of the model, and its errors, as `run_propagate` does."""
     args = stripped(trainer), Closure.encode(fn), here.whitening, jnp.asarray(scale)
     return run_propagate(*args, jnp.asarray(here.held) if here.held.any() else None)
+
+
+def _depends(
+    trainer: AbstractTrainer,
+    fn: Callable[[Any], PyTree],
+    here: Around,
+    scale: float,
+    error: PyTree,
+) -> bool:
+    """Whether an error is another without that of parameters of too few data."""
+    scales = jnp.where(here.is_of_few, 0, here.whitening.scale)
+    without = eqx.tree_at(lambda w: w.scale, here.whitening, scales)
+    here = here._replace(whitening=without)
+    pairs = jax.tree.leaves((error, propagated(trainer, fn, here, scale)[1]))
+    half = len(pairs) // 2
+    is_same = lambda old, new: np.allclose(old, new, rtol=0.01, atol=0, equal_nan=True)
+    return not all(map(is_same, pairs[:half], pairs[half:]))
 
 
 @program
@@ -286,6 +305,7 @@ def draw(
         )
     scale = here.error_scale(scale_errors)
     warn_if_misleading(trainer, batch, here, "draw", scale_errors)
+    warn_if_of_few(trainer, here, "draw")
     shape, dtype = (count, here.whitening.latent_size), ravel_dtype(params)
     normal, again = jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1)
     bare, scale = stripped(trainer), jnp.asarray(scale)

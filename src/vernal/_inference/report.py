@@ -18,6 +18,7 @@ from .elements import scaled, tied_of
 from .expansion import Around, OfElements, expanded, seen_again
 from .laplace import ErrorOptions, Laplace, laplace
 from .propagate import pinned_text, propagated
+from .sandwich import few_text
 
 # The most rows that one array has in a table.
 _MOST_ROWS = 64
@@ -119,7 +120,8 @@ def _note(
     """Returns what there is to say of the fit and its errors, a line for each."""
     is_sandwich = here.kind == "sandwich"
     of_data = None if counts is None else counts.note(is_sandwich, is_few)
-    return _joined(_point_note(trainer, here), of_data)
+    of_few = few_text(here.is_of_few, trainer.params)
+    return _joined(_point_note(trainer, here), of_data, of_few)
 
 
 def _joined(*notes: str | None) -> str | None:

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._curvature import after, matmul, refuse, square_factor
+from .._curvature import after, matmul, positive, refuse, square_factor
 from .._minimum import along
 from .._policy import all_finite
 from .._projection import DenseWhitening
 from .._step import AbstractTrainer, prior_count
-from .._tree import as_parameters, ravel
+from .._tree import as_parameters, element_name, ravel
 from .derivatives import Derived, Passes, derive
 
 NO_SANDWICH = (
@@ -27,6 +27,9 @@ NO_SANDWICH = (
 # error would be too small by a factor of ten.
 _LEAST = 0.01
 
+# The fewest data for an error: that of n scatters by its own share of 1 / sqrt(2 n).
+_FEWEST = 5
+
 
 class Sandwich(NamedTuple):
     """A covariance, and what there is to know of the scatter that it is made of.
@@ -37,6 +40,7 @@ class Sandwich(NamedTuple):
     - `is_exact`: whether there are data, and all of them have residuals of zero, but
         for rounding.
     - `is_finite`: whether what it is made of is finite; else it is of zeros.
+    - `is_of_few`: the parameters whose error is of the scatter of very few data.
     """
 
     whitening: DenseWhitening
@@ -44,6 +48,7 @@ class Sandwich(NamedTuple):
     direction: Float[Array, " D"]
     is_exact: Bool[Array, ""]
     is_finite: Bool[Array, ""]
+    is_of_few: Bool[Array, " D"]
 
     @property
     def lacks_scatter(self) -> Bool[Array, ""]:
@@ -103,16 +108,21 @@ def _sandwich(
     # The gradient of each datum's `nll`; of priors, rows of their information.
     weights = jnp.where(is_datum, residuals, 1).astype(jacobian.dtype)
     whitening = _scattered(observed, weights[:, None] * jacobian)
-    later = after(scoring, whitening.roots)
-    shares, directions = _shares(expected, later, is_datum)
+    known, latent = _latent(expected, after(scoring, whitening.roots))
+    # Of equal errors a residual has left 1 - h of its variance, with the leverage h;
+    # a prior is known to the full.
+    left = jnp.where(is_datum, 1 - jnp.sum(jnp.square(latent), axis=1), 1)
+    left = jnp.maximum(left, 0)
+    shares, directions = _shares(expected, (known, latent), left)
+    is_of_few = _is_of_few((known, latent), left, is_datum)
+    is_of_few &= jnp.isfinite(jnp.asarray(expected.errors_of_the_data()))
     sizes = matmul(jnp.abs(jacobian), jnp.abs(ravel(params)).astype(jacobian.dtype))
     eps = max(float(jnp.finfo(x.dtype).eps) for x in (residuals, expected.scale))
     largest = lambda x: jnp.max(jnp.where(is_datum, x, 0), initial=0)
     is_exact = largest(jnp.abs(residuals).astype(sizes.dtype)) <= eps * largest(sizes)
     is_exact &= jnp.any(is_datum[:, None] & (scoring != 0))
-    return Sandwich(
-        whitening, jnp.sum(shares < _LEAST), directions[:, 0], is_exact, is_finite
-    )
+    missing, direction = jnp.sum(shares < _LEAST), directions[:, 0]
+    return Sandwich(whitening, missing, direction, is_exact, is_finite, is_of_few)
 
 
 def _scattered(
@@ -137,22 +147,49 @@ def _scattered(
 
 
 def _shares(
-    whitening: DenseWhitening, rows: Float[Array, "N D"], is_datum: Bool[Array, " N"]
+    whitening: DenseWhitening, parts: tuple[Array, Array], left: Float[Array, " N"]
 ) -> tuple[Float[Array, " D"], Float[Array, "D D"]]:
-    r"""Computes which share of their scatter the data have left, along directions.
+    """Computes which share of their scatter the data have left, along directions.
 
-    Of equal errors a residual has left $1 - h_i$ of its variance, with the leverage
-    $h_i$: none if parameters fit it exactly, as they do if there are no more data. A
-    prior is known to the full. The shares ascend, and those of what is null are one.
+    None if parameters fit them exactly, as they do if there are no more data. The
+    shares ascend, and those of what is null are one.
     """
-    known, latent = _latent(whitening, rows)
-    left = jnp.where(is_datum, 1 - jnp.sum(jnp.square(latent), axis=1), 1)
-    root = jnp.sqrt(jnp.maximum(left, 0))[:, None] * latent
+    known, latent = parts
+    root = jnp.sqrt(left)[:, None] * latent
     null = jnp.diag(whitening.roots < 0).astype(root.dtype)
     shares, vectors = jnp.linalg.eigh(matmul(root.T, root) + null)
     directions = matmul(known, vectors)
     size = jnp.linalg.norm(directions, axis=0)
     return shares, directions / jnp.where(size > 0, size, 1)[None, :]
+
+
+def _is_of_few(
+    parts: tuple[Array, Array], left: Float[Array, " N"], is_datum: Bool[Array, " N"]
+) -> Bool[Array, " D"]:
+    r"""Finds the parameters whose variance is a sum of very few squares.
+
+    With the part $w_i$ that the datum $i$ is expected to have of the sum, it is that of
+    $(\sum w_i)^2 / \sum w_i^2$ data, as Satterthwaite counts them.
+    """
+    known, latent = parts
+    weights = left[:, None] * jnp.square(matmul(latent, known.T))
+    weights /= positive(jnp.sum(weights, axis=0))[None, :]
+    squares = jnp.where(is_datum[:, None], jnp.square(weights), 0)
+    return jnp.sum(squares, axis=0) > 1 / _FEWEST
+
+
+def few_text(is_of_few: Any, params: Any, where: str = "") -> str | None:
+    """Says which errors are of the scatter of too few data, and what helps."""
+    if not (found := np.flatnonzero(is_of_few)).size:
+        return None
+    name, others = element_name(params, int(found[0])), found.size - 1
+    more = f" (and of {others} more)" * bool(others)
+    return (
+        f"the error of {name!r}{more}{where} is from the scatter of fewer than "
+        f"{_FEWEST} data (sandwich), and may be far too small or too large. For "
+        "residuals in units of their error bars, "
+        '`kind="expected"` has errors that need no scatter'
+    )
 
 
 def _latent(

@@ -52,6 +52,7 @@ from .expansion import (
     possible_fall,
     require_scatter,
     warn_if_misleading,
+    warn_if_of_few,
     zeros_of,
     zeros_text,
 )
@@ -82,6 +83,7 @@ def standard_errors(
         found = expanded(trainer, batch, here)
         scale = found.error_scale(scale_errors)
         warn_if_misleading(trainer, batch, found, "standard_errors", scale_errors)
+        warn_if_of_few(trainer, found, "standard_errors")
         errors = jax.device_put(scaled(errors, scale))
     if bounds_of(trainer) is not None:
         held = held_elements(trainer, here.derived.held)
@@ -157,6 +159,7 @@ class KnownErrors(NamedTuple):
     - `fall`: how far chi-squared could still fall.
     - `scatter`: that of `residuals`, `None` without any.
     - `lacks_scatter`: whether there are none as the data of a sandwich do not scatter.
+    - `is_of_few`: as of a `Sandwich`, of what is not held.
     """
 
     own: Params
@@ -164,6 +167,7 @@ class KnownErrors(NamedTuple):
     fall: Fall
     scatter: Scatter | None
     lacks_scatter: Bool[Array, "..."]
+    is_of_few: Bool[Array, "... D"]
 
     def goodness(self, trainer: AbstractTrainer) -> dict[str, np.ndarray]:
         """Returns how good the fit of each member is, by the names of a report."""
@@ -211,6 +215,7 @@ def errors_or_nan(
     require_elements(trainer, "A standard error")
     trainer, passes = in_free_coordinates(trainer), Passes(jac=jac)
     scatter, lacks_scatter = None, jnp.zeros((), bool)
+    is_of_few = jnp.zeros(ravel_size(as_parameters(trainer.params)), bool)
     if "residuals" not in defined(trainer):
         whitening, derived, is_good, fall = _by_hessian(trainer, batch, passes, 1.0)
     else:
@@ -226,15 +231,16 @@ def errors_or_nan(
             found = sandwich(trainer, batch, passes, derived, expected, whitening)
             is_good &= found.is_finite
             lacks_scatter = is_good & found.lacks_scatter
-            whitening = found.whitening
+            whitening, is_of_few = found.whitening, found.is_of_few
     errors, held = whitening_of_elements(trainer, whitening), derived.held
     has_errors = is_good & ~lacks_scatter
+    is_of_few &= has_errors & ~held
     is_known = has_errors & ~held_elements(trainer, held)
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
     own = unravel(known, as_parameters(elements_of(trainer)))
     fall = fall._replace(chi_squared=jnp.where(is_good, fall.chi_squared, jnp.nan))
     if (tied := tied_of(trainer, trainer.model)) is None:
-        return KnownErrors(own, {}, fall, scatter, lacks_scatter)
+        return KnownErrors(own, {}, fall, scatter, lacks_scatter, is_of_few)
     scale = jnp.where(held, 0, whitening.scale)
     free = eqx.tree_at(lambda w: w.scale, whitening, scale)
     closure, one = Closure.encode(tied), jnp.ones(())
@@ -242,7 +248,7 @@ def errors_or_nan(
     _, found, *_ = run_propagate(stripped(trainer), closure, free, one, still)
     clear = lambda e: jnp.where(has_errors, e, jnp.nan)
     tied_errors = jax.tree.map(clear, found)
-    return KnownErrors(own, tied_errors, fall, scatter, lacks_scatter)
+    return KnownErrors(own, tied_errors, fall, scatter, lacks_scatter, is_of_few)
 
 
 def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:

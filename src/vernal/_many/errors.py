@@ -18,11 +18,12 @@ from .._inference import (
     around,
     checked_kind,
     errors_or_nan,
+    few_text,
     how_far,
 )
 from .._minimum import Distance, share_p_value
 from .._program import program
-from .._step import AbstractTrainer
+from .._step import AbstractTrainer, in_free_coordinates
 from .mapped_chunk import Flags
 from .members import Members
 from .stack import stacked
@@ -115,6 +116,17 @@ def warn_if_any_is_far(
             "`vn.fit_many(result.trainers, data, steps)`."
         )
         return
+
+
+def warn_if_any_is_of_few(
+    found: KnownErrors, member_of: Callable[[int], tuple[AbstractTrainer, Any]]
+) -> None:
+    """Warns of members with an error from the scatter of very few data."""
+    if suspects := np.flatnonzero(np.any(found.is_of_few, axis=-1)).tolist():
+        first, *others = suspects
+        trainer = in_free_coordinates(member_of(first)[0])
+        text = few_text(found.is_of_few[first], trainer.params)
+        warn(f"The errors of member {first}: {text}. {_of_others(others)}".rstrip())
 
 
 def warn_if_any_is_lost(

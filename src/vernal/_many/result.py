@@ -33,7 +33,12 @@ from .columns import (
     held,
 )
 from .data_axis import members_first
-from .errors import errors_of_each, warn_if_any_is_far, warn_if_any_is_lost
+from .errors import (
+    errors_of_each,
+    warn_if_any_is_far,
+    warn_if_any_is_lost,
+    warn_if_any_is_of_few,
+)
 from .mapped_chunk import Flags, member
 
 TrainerT = TypeVar(
@@ -315,6 +320,7 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             found = found.scaled(self.trainers, options.kind)
         member_of = lambda index: (self.trainer(index), member(batch, flags, index))
         warn_if_any_is_far(found, member_of, options)
+        warn_if_any_is_of_few(found, member_of)
         return found
 
     def _by_element(self, data: Any, options: ErrorOptions) -> ByElement:

@@ -9,7 +9,7 @@ index an array, `pairs` arrays to where all pairs of their elements are summed.
 
 from .branch import chosen
 from .conversions import turned_into_floats
-from .host import calls_host, is_of_host, words_of
+from .host import calls_host, is_of_host, jaxpr_of, words_of
 from .look_ups import LookUp, look_ups
 from .one_function import (
     MOST_BYTES,

@@ -45,6 +45,14 @@ def inner_jaxprs(eqn: Any) -> list[Jaxpr]:
     return [leaf for leaf in leaves if isinstance(leaf, Jaxpr)]
 
 
+def jaxpr_of(fn: Callable[..., Any], *args: Any) -> Jaxpr | None:
+    """Traces a function, to be looked at; returns `None` if it raises an error."""
+    try:
+        return eqx.filter_make_jaxpr(fn)(*args)[0].jaxpr
+    except Exception:  # what a fit meets, if it takes a step, it raises itself
+        return None
+
+
 def with_host_errors(
     waits: Callable[[], bool], jitted: Callable[..., Any], *args: Any
 ) -> Any:

@@ -20,8 +20,10 @@ _ELEMENTWISE = frozenset(
 _RESHAPES = frozenset(("broadcast_in_dim", "reshape", "expand_dims"))
 
 # What is known of an array: a vector that has been given another axis, as a row or as a
-# column, another column, what belongs to pairs of these, or one number everywhere.
-_ROW, _MADE, _COLUMN, _PAIRS, _FILLED = "row", "made", "column", "pairs", "filled"
+# column, another column, or one number everywhere. What belongs to pairs of a row and a
+# column has the length of these.
+_ROW, _MADE, _COLUMN, _FILLED = "row", "made", "column", "filled"
+_Kind = str | int | None
 
 # Among the lengths of what is summed: pairs that are meant.
 _COMPARED = -1
@@ -32,28 +34,32 @@ def sums_over_pairs(jaxpr: Jaxpr) -> int | None:
 
     One is a column, of shape `(n, 1)`, and the other a vector, of shape `(n,)`, which
     broadcasts against it. A column that has been made from a vector, by `x[:, None]`,
-    is one on purpose, and so are all pairs if some meet an array of that shape
-    that is not of pairs itself, such as an image.
+    is one on purpose, and so are all pairs if some meet an array of their shape
+    that is not of pairs itself, such as an image. Pairs may be flat, and joined to
+    other arrays.
     """
     found: list[int] = []
     _follow(jaxpr, {}, found)
     return found[0] if found and _COMPARED not in found else None
 
 
-def _follow(jaxpr: Jaxpr, known: dict[Any, str], found: list[int]) -> None:
+def _follow(jaxpr: Jaxpr, known: dict[Any, str | int], found: list[int]) -> None:
     """Adds what is known of variables to `known`, and sums over pairs to `found`."""
     for eqn in jaxpr.eqns:
         own = [known.get(x) if isinstance(x, Var) else None for x in eqn.invars]
         shapes, name = list(map(_shape, eqn.invars)), eqn.primitive.name
         shape, kind = _shape(eqn.outvars[0]) if eqn.outvars else (), None
+        pairs = [x for x in own if isinstance(x, int)]
         if name in _RESHAPES:
             kind = _reshaped(own[0], shapes[0], shape)
         elif name in _ELEMENTWISE:
             kind = _of_elements(own, shapes, shape)
-            if _PAIRS in own and (None, shape) in zip(own, shapes, strict=True):
+            if pairs and (None, shape) in zip(own, shapes, strict=True):
                 found.append(_COMPARED)
-        elif name == "reduce_sum" and own[0] == _PAIRS and shape == ():
-            found.append(max(shapes[0]))
+        elif name == "concatenate" and pairs:
+            kind = pairs[0]
+        elif name == "reduce_sum" and pairs and shape == ():
+            found.append(pairs[0])
         if kind:
             known[eqn.outvars[0]] = kind
         for inner in inner_jaxprs(eqn):
@@ -71,9 +77,9 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return getattr(atom.aval, "shape", ())
 
 
-def _reshaped(
-    own: str | None, before: tuple[int, ...], after: tuple[int, ...]
-) -> str | None:
+def _reshaped(own: _Kind, before: tuple[int, ...], after: tuple[int, ...]) -> _Kind:
+    if isinstance(own, int) and after == (math.prod(before),):
+        return own
     if math.prod(before) == 1:
         return _FILLED
     if len(before) == 1:
@@ -81,7 +87,7 @@ def _reshaped(
     return _kind_of(own, before) if len(before) == len(after) == 2 else None
 
 
-def _kind_of(own: str | None, shape: tuple[int, ...]) -> str | None:
+def _kind_of(own: _Kind, shape: tuple[int, ...]) -> _Kind:
     """What is known of an array, by its shape too."""
     if math.prod(shape) == 1:
         return _FILLED
@@ -89,14 +95,15 @@ def _kind_of(own: str | None, shape: tuple[int, ...]) -> str | None:
 
 
 def _of_elements(
-    own: list[str | None], shapes: list[tuple[int, ...]], shape: tuple[int, ...]
-) -> str | None:
+    own: list[_Kind], shapes: list[tuple[int, ...]], shape: tuple[int, ...]
+) -> _Kind:
     """Returns what is known of a result, given what is known of what it comes from."""
-    if len(shape) != 2:
-        return None
     kinds = set(map(_kind_of, own, shapes)) - {_FILLED}
-    if kinds == {_ROW, _COLUMN} and shape[0] == shape[1]:
-        return _PAIRS
-    if _PAIRS in kinds and kinds <= {_PAIRS, _ROW, _COLUMN}:
-        return _PAIRS
-    return kinds.pop() if len(kinds) == 1 else None
+    if not kinds:
+        return _FILLED
+    if kinds == {_ROW, _COLUMN} and len(shape) == 2 and shape[0] == shape[1]:
+        return shape[0]
+    pairs = [kind for kind in kinds if isinstance(kind, int)]
+    if pairs and kinds <= {*pairs, _ROW, _COLUMN}:
+        return pairs[0]
+    return kinds.pop() if len(kinds) == 1 and len(shape) == 2 else None

@@ -43,6 +43,7 @@ from .construct import (
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .edges import prior_ends, pushed
+from .layers import warn_of_training_layers
 from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (

@@ -12,11 +12,14 @@ from .._data import Source, Whole, as_given, in_whole
 from .._likelihoods import AbstractLikelihood, Gaussian, require_known
 from .._tree import at_least_single, cast_alike, is_inexact, widest
 from .abstract_trainer import AbstractTrainer, priors_of, progress_of, with_progress
-from .outer import warn_of_outer
+from .outer import warn_of_flat_pairs, warn_of_outer
 
 Term = Array | AbstractLikelihood
 
 METHODS = ("loss", "residuals", "nll")
+
+# How many leaves of a batch a note of an error has.
+_MOST_SHAPES = 8
 
 
 class Scored(NamedTuple):
@@ -92,7 +95,7 @@ def _taken_apart(
 
 def evaluate(trainer: AbstractTrainer, batch: Any) -> Float[Array, ""]:
     """Scores a trainer's model on a validation batch."""
-    value = trainer.evaluate(trainer.model, as_given(batch))
+    value = _noted(trainer.evaluate, trainer.model, batch)
     return _as_scalar(trainer, "evaluate", value)
 
 
@@ -257,6 +260,9 @@ def _named_terms(
         )
     for array in arrays:
         _check_residuals(trainer, array, batch)
+    count = sum(array.size for array in arrays)
+    sums = lambda batch: _sums(_call(trainer, "residuals", model, batch, key))
+    warn_of_flat_pairs(trainer, count, batch, sums)
     param, what = jax.tree.leaves(trainer.params)[0], f"`{type(trainer).__name__}`"
     known = lambda term: require_known(
         term, param, f"{what} returned a `{type(term).__name__}`"
@@ -264,6 +270,12 @@ def _named_terms(
     return [
         (where, known(term) if is_likelihood(term) else term) for where, term in named
     ]
+
+
+def _sums(returned: Any) -> list[Array]:
+    is_likelihood = lambda x: isinstance(x, AbstractLikelihood)
+    terms = jax.tree.leaves(returned, is_leaf=is_likelihood)
+    return [jnp.sum(_array_of(term)) for term in terms]
 
 
 def residuals_by_place(
@@ -314,10 +326,25 @@ def _call(
     key: PRNGKeyArray | None,
     **options: Any,
 ) -> Any:
-    method = getattr(trainer, name)
     if key is not None:
         options["key"] = key
-    return method(model, as_given(batch), **options)
+    return _noted(getattr(trainer, name), model, batch, **options)
+
+
+def _noted(method: Any, model: Any, batch: Any, **options: Any) -> Any:
+    """Calls a method of the user; notes at an error which shapes the batch has."""
+    given = as_given(batch)
+    try:
+        return method(model, given, **options)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        leaves = list(spelled_leaves("batch", given))[:_MOST_SHAPES]
+        known = [(where, getattr(leaf, "shape", None)) for where, leaf in leaves]
+        told = [f"{where} {shape}" for where, shape in known if shape is not None]
+        note = f"The shapes of the batch: {', '.join(told)}."
+        # By default `evaluate` calls another method.
+        if told and note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
 
 
 def _as_metric(trainer: AbstractTrainer, name: Any, value: Any) -> Array:

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from .._boundary import PyTree, integers_at_hand, spelled_leaves, warn_once
-from .._program import LookUp, Version, look_ups, version_of
+from .._program import LookUp, Version, jaxpr_of, look_ups, version_of
 from .._tree import by_path, shape_and_dtype
 from .abstract_trainer import AbstractTrainer
-from .traced_loss import inputs_of, loss_at, places_of_arrays, traced
+from .traced_loss import inputs_of, loss_at, places_of_arrays
 
 
 def warn_of_look_ups(
@@ -64,7 +64,7 @@ def _look_ups(
     known = _known.setdefault(version_of((trainer, batch)), {})
     if kinds not in known:
         params, known[kinds] = trainer.params, frozenset()
-        jaxpr = traced(loss_at, params, trainer, batch)
+        jaxpr = jaxpr_of(loss_at, params, trainer, batch)
         if jaxpr is not None:
             own = jaxpr.invars[: len(jax.tree.leaves(params))]
             known[kinds] = look_ups(jaxpr, inputs_of(jaxpr, places), own)

@@ -2,11 +2,13 @@
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array
 
 from .._boundary import spelled_leaves, warn_once
+from .._program import jaxpr_of, sums_over_pairs
 from .abstract_trainer import AbstractTrainer
 
 
@@ -42,13 +44,17 @@ def _suspects(
     return (columns[0], None) if columns else None
 
 
+def _shapes(batch: Any) -> dict[str, tuple[int, ...]]:
+    leaves = spelled_leaves("batch", batch)
+    return {where: getattr(leaf, "shape", ()) for where, leaf in leaves}
+
+
 def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> None:
     """Warns, once for a class, of more residuals than there are data."""
     shape = residuals.shape
     if len(shape) < 2:
         return
-    leaves = spelled_leaves("batch", batch)
-    shapes = {where: getattr(leaf, "shape", ()) for where, leaf in leaves}
+    shapes = _shapes(batch)
     if (found := _suspects(shape, shapes)) is None:
         return
     one, other = found
@@ -58,8 +64,40 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
         f"and no datum has it: {one} has the shape {shapes[one]}{beside}. Arrays of "
         f"such shapes broadcast against each other, so that each datum is compared "
         "with each value of the model, and the fit and its errors are wrong. Give "
-        "them one shape, such as by `y[:, 0]`. If it is on purpose, return "
-        "`residuals.ravel()`.",
+        "them one shape, such as by `y[:, 0]`. If it is on purpose, make the column "
+        "of a vector, by `y[:, 0][:, None]`, and return `residuals.ravel()`.",
         UserWarning,
         of=(warn_of_outer, weakref.ref(type(trainer))),
+    )
+
+
+def warn_of_flat_pairs(
+    trainer: AbstractTrainer, count: int, batch: Any, sums: Callable[[Any], Any]
+) -> None:
+    """Warns, once for a class, of pairs that are joined to other residuals, or flat.
+
+    `count` is the number of residuals, and `sums` computes their sums from a batch.
+    That is traced again only if the batch has fewer numbers than there are residuals.
+    """
+    if count <= sum(map(math.prod, _shapes(batch).values())):
+        return
+    if (jaxpr := jaxpr_of(sums, batch)) is None:
+        return
+    if (size := sums_over_pairs(jaxpr)) is not None:
+        kind = type(trainer)
+        warn_once(
+            f"`{kind.__name__}.residuals` has all {pairs_text(size)}",
+            UserWarning,
+            of=(warn_of_outer, weakref.ref(kind)),
+        )
+
+
+def pairs_text(size: int) -> str:
+    """Says what all pairs of data come from, and what helps."""
+    return (
+        f"{size} x {size} pairs: an array of shape ({size}, 1) broadcasts against one "
+        f"of shape ({size},), so that each datum is compared with each value of the "
+        "model, and the fit and its errors are wrong. Give them one shape, such as by "
+        "`y[:, 0]`. If it is on purpose, make the column of a vector, by "
+        "`y[:, 0][:, None]`."
     )

@@ -16,11 +16,12 @@ from .._boundary import (
     warn_once,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import sums_over_pairs, turned_into_floats
+from .._program import jaxpr_of, sums_over_pairs, turned_into_floats
 from .abstract_trainer import AbstractTrainer
 from .objective import defined, evaluate
 from .out_of_range import warn_of_look_ups
-from .traced_loss import inputs_of, loss_at, places_of_arrays, traced
+from .outer import pairs_text
+from .traced_loss import inputs_of, loss_at, places_of_arrays
 
 
 def warn_of_suspect_data(
@@ -39,7 +40,7 @@ def warn_of_suspect_data(
     warn_of_single_leaves(data, name)
     if suspects := rounded_integers(data):
         trainer, batch = seen()
-        if (jaxpr := traced(loss_at, trainer.params, trainer, batch)) is not None:
+        if (jaxpr := jaxpr_of(loss_at, trainer.params, trainer, batch)) is not None:
             _warn_of_rounded(suspects, jaxpr, batch, (name, data))
     warn_of_look_ups(data, name, seen)
 
@@ -54,9 +55,11 @@ def warn_of_pairs(trainer: AbstractTrainer, batch: Any, validation: Any = None) 
     if not isinstance(trainer.step_count, Tracer):
         return
     if not {"loss", "nll"}.isdisjoint(defined(trainer)):
-        _warn_of_pairs("loss", trainer, traced(loss_at, trainer.params, trainer, batch))
+        _warn_of_pairs(
+            "loss", trainer, jaxpr_of(loss_at, trainer.params, trainer, batch)
+        )
     if validation is not None:
-        jaxpr = traced(evaluate, trainer, validation)
+        jaxpr = jaxpr_of(evaluate, trainer, validation)
         _warn_of_pairs("score of the validation", trainer, jaxpr)
 
 
@@ -65,11 +68,7 @@ def _warn_of_pairs(what: str, trainer: AbstractTrainer, jaxpr: Jaxpr | None) -> 
         return
     kind = type(trainer)
     warn_once(
-        f"The {what} of `{kind.__name__}` sums over {size} x {size} pairs: an array of "
-        f"shape ({size}, 1) broadcasts against one of shape ({size},), so that each "
-        "datum is compared with each value of the model, and the fit and its errors "
-        "are wrong. Give them one shape, such as by `y[:, 0]`. If it is on purpose, "
-        "make the column of a vector, by `y[:, 0][:, None]`.",
+        f"The {what} of `{kind.__name__}` sums over {pairs_text(size)}",
         UserWarning,
         of=(_warn_of_pairs, what, weakref.ref(kind)),
     )

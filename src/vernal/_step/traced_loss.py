@@ -1,9 +1,7 @@
 """The loss of a trainer as equations, to be looked at."""
 
-from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 from jax.extend.core import Jaxpr
 
@@ -13,13 +11,6 @@ from .objective import live, score, step_key
 
 def loss_at(params: Any, trainer: AbstractTrainer, batch: Any) -> Any:
     return score(live(trainer, params), batch, step_key(trainer)).loss
-
-
-def traced(fn: Callable[..., Any], *args: Any) -> Jaxpr | None:
-    try:
-        return eqx.filter_make_jaxpr(fn)(*args)[0].jaxpr
-    except Exception:  # what a fit meets, if it takes a step, it raises itself
-        return None
 
 
 def places_of_arrays(batch: Any) -> list[int]:

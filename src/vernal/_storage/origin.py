@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .._closure import plain_statics
-from .._data import Source, Stream, Whole
+from .._data import Minibatches, Source, Stream, Whole
 from .._step import (
     AbstractTrainer,
     bounds_of,
@@ -47,7 +47,15 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
         "fields": sums(fields),
         "field_statics": sums_of_statics(fields),
         "data": data,
+        "order": _order(source),
     }
+
+
+def _order(source: Source) -> dict[str, Any] | None:
+    """Returns what the order of minibatches comes from, `None` without any."""
+    if not isinstance(source, Minibatches):
+        return None
+    return sums({"key": source.key}) | {"size": [STATIC, source.size]}
 
 
 def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
@@ -97,6 +105,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
             yield said.format(path)
     if (path := _other(old["data"], new["data"])) is not None:
         yield "of other data (`data` differs" + (f" at {path!r})" if path else ")")
+    # Nor do those of earlier versions say.
+    if (path := _other(old.get("order"), new["order"])) is not None:
+        yield f"with another `{path}` of `Minibatches`"
 
 
 def _other(before: Any, now: Any) -> str | None:

@@ -257,7 +257,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         """Scores a model on the batch of `fit(validation=...)`: lower is better.
 
         By default the score is the loss. Override it if the loss does something that
-        is for training only:
+        is for training only, such as dropout: a warning names a layer that does.
 
         ```python
         def evaluate(self, model, batch):
@@ -704,7 +704,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             - `"sandwich"`: $H^{-1} S^\top S H^{-1}$, with the Hessian $H$ and the
                 gradient of each datum's negative log-likelihood as a row of $S$. It
                 takes the scatter from the data themselves, which need not have the
-                likelihood that is fitted, but must be independent, and many. A prior
+                likelihood that is fitted, but must be independent, and many: a warning
+                names parameters whose error is from fewer than five of them. A prior
                 counts as a measurement with its own error. It needs `residuals`.
 
             By default it is the sandwich for [`vernal.likelihoods.Robust`][], and else
