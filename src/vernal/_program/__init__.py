@@ -4,12 +4,13 @@
 `shelves` decides which compiled programs are kept. `prepared` prepares arguments.
 `one_function` makes small loops fast, `branch` what would wait for the host.
 `conversions` follows integers to where they become floats, `pairs` arrays to where all
-pairs of their elements are summed.
+pairs of their elements are summed, `means` sums to where they are divided.
 """
 
 from .branch import chosen
 from .conversions import turned_into_floats
 from .host import calls_host, is_of_host, words_of
+from .means import mean_over
 from .one_function import (
     MOST_BYTES,
     are_on_one_cpu,

@@ -105,7 +105,7 @@ from .scored_by import (
     stepped_on,
 )
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
-from .suspect_data import warn_of_pairs, warn_of_suspect_data
+from .suspect_data import warn_of_sums, warn_of_suspect_data
 from .usable import (
     refuse_stacked,
     refuse_strays,

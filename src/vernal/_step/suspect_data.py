@@ -1,4 +1,4 @@
-"""Warnings of data whose digits are lost, or of which all pairs are summed."""
+"""Warnings of data whose digits are lost, and of a sum over pairs, or a mean."""
 
 import weakref
 from collections.abc import Callable
@@ -18,9 +18,16 @@ from .._boundary import (
     warn_once,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import sums_over_pairs, turned_into_floats
+from .._program import mean_over, sums_over_pairs, turned_into_floats
 from .abstract_trainer import AbstractTrainer
-from .objective import defined, evaluate, live, score, step_key
+from .objective import (
+    defined,
+    evaluate,
+    live,
+    negative_log_likelihood,
+    score,
+    step_key,
+)
 
 
 def warn_of_suspect_data(
@@ -45,17 +52,22 @@ def warn_of_suspect_data(
             _warn_of_rounded(suspects, jaxpr, batch, (name, data))
 
 
-def warn_of_pairs(trainer: AbstractTrainer, batch: Any, validation: Any = None) -> None:
+def warn_of_sums(trainer: AbstractTrainer, batch: Any, validation: Any = None) -> None:
     """Warns, once for a class, of a loss that sums over all pairs of data.
 
-    Also of a score of the batch of `validation`, if there is one. This traces the loss.
-    So programs call it while they are traced themselves; under `jax.disable_jit`
-    nothing is.
+    Also of a score of the batch of `validation`, if there is one, and of an `nll` that
+    is a mean. This traces the loss. So programs call it while they are traced
+    themselves; under `jax.disable_jit` nothing is.
     """
     if not isinstance(trainer.step_count, Tracer):
         return
-    if not {"loss", "nll"}.isdisjoint(defined(trainer)):
-        _warn_of_pairs("loss", trainer, _traced(_loss, trainer, batch))
+    methods = defined(trainer)
+    if not {"loss", "nll"}.isdisjoint(methods):
+        jaxpr = _traced(_loss, trainer, batch)
+        _warn_of_pairs("loss", trainer, jaxpr)
+        if "nll" in methods:
+            own = _traced(_nll, trainer, batch) if "loss" in methods else jaxpr
+            _warn_of_mean(trainer, own, batch)
     if validation is not None:
         jaxpr = _traced(evaluate, trainer, validation)
         _warn_of_pairs("score of the validation", trainer, jaxpr)
@@ -76,12 +88,34 @@ def _warn_of_pairs(what: str, trainer: AbstractTrainer, jaxpr: Jaxpr | None) -> 
     )
 
 
+def _warn_of_mean(trainer: AbstractTrainer, jaxpr: Jaxpr | None, batch: Any) -> None:
+    if jaxpr is None or (size := mean_over(jaxpr, _inputs(jaxpr, batch)[0])) is None:
+        return
+    kind = type(trainer)
+    warn_once(
+        f"`nll` of `{kind.__name__}` is a mean over {size} data. A negative log-"
+        "likelihood is a sum over them: by a mean the errors are too large by the root "
+        "of that number, and priors weigh too much. Return `jnp.sum` in place of "
+        "`jnp.mean`. What is only minimised may be a mean: call that `loss`.",
+        UserWarning,
+        of=(_warn_of_mean, weakref.ref(kind)),
+    )
+
+
+def _inputs(jaxpr: Jaxpr, batch: Any) -> tuple[list[Any], list[int]]:
+    """Returns the variables of the arrays of a batch, and which of its leaves they are.
+
+    The batch comes last.
+    """
+    is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    places = [i for i, leaf in enumerate(jax.tree.leaves(batch)) if is_array(leaf)]
+    return jaxpr.invars[len(jaxpr.invars) - len(places) :], places
+
+
 def _warn_of_rounded(
     suspects: list[int], jaxpr: Jaxpr, batch: Any, named: tuple[str, Any]
 ) -> None:
-    is_array = lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-    places = [i for i, leaf in enumerate(jax.tree.leaves(batch)) if is_array(leaf)]
-    inputs = jaxpr.invars[len(jaxpr.invars) - len(places) :]
+    inputs, places = _inputs(jaxpr, batch)
     lossy = {places[i] for i in turned_into_floats(jaxpr, inputs)}
     leaves = list(spelled_leaves(*named))
     for i in sorted(lossy.intersection(suspects)):
@@ -91,6 +125,11 @@ def _warn_of_rounded(
 
 def _loss(trainer: AbstractTrainer, batch: Any) -> Any:
     return score(live(trainer, trainer.params), batch, step_key(trainer)).loss
+
+
+def _nll(trainer: AbstractTrainer, batch: Any) -> Any:
+    here = live(trainer, trainer.params)
+    return negative_log_likelihood(here, batch, step_key(trainer))
 
 
 def _traced(fn: Callable[..., Any], *args: Any) -> Jaxpr | None:
