@@ -751,6 +751,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         whether it is frozen or unconstrained. An error is marked if it is smaller than
         the spacing of the value's dtype. Values that look like parameters but are not
         fitted are listed too: Python floats and ints, integer arrays of few elements.
+        Where an `nll` curves downwards there are no errors, and a line says why.
         """
         if batch is not None:
             require_one(self, "table")
@@ -793,7 +794,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Returns:**
 
-        A [`vernal.Report`][].
+        A [`vernal.Report`][]. Where an `nll` curves downwards it has values alone, and
+        a note says why.
 
         **Raises:**
 
