@@ -5,6 +5,7 @@
 `one_function` makes small loops fast, `branch` what would wait for the host.
 `conversions` follows integers to where they become floats, `pairs` arrays to where all
 pairs of their elements are summed, `means` sums to where they are divided.
+`steep` finds where a function has no derivative.
 """
 
 from .branch import chosen
@@ -21,3 +22,4 @@ from .one_function import (
 from .pairs import sums_over_pairs
 from .prepared import prepared
 from .programs import Version, forget, hash_of_code, program, version_of
+from .steep import Steep, said_of_steep, steep
