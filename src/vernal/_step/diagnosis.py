@@ -51,6 +51,8 @@ _MOST_NAMED = 4
 # Losses below it are worth a look, whatever their dtype and that of the residuals.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
+ALL_FINITE = "The data, the parameters, the loss and its gradient are finite."
+
 DATA_ADVICE = (
     "Leave such data out of the batch (`vn.omit`), or mask them (`where=` of "
     "`vn.likelihoods`)."
@@ -128,8 +130,7 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
         first, *rest = results
         first = f"The data and the parameters are finite: {first}"
         return Diagnosis((), (first, *rest))
-    found = "The data, the parameters, the loss and its gradient are finite."
-    return Diagnosis((), (found, *_bad_update(trainer, batch)))
+    return Diagnosis((), (ALL_FINITE, *_bad_update(trainer, batch)))
 
 
 def warn_of_no_data(
@@ -380,6 +381,8 @@ def _bad_value(what: str, value: Any) -> str:
         return ""
     (nans, first_nan), (_, first_infinity) = jax.device_get(_counts(value))
     kind, first = ("NaN", first_nan) if nans else ("infinite", first_infinity)
+    if not value.shape and float(value.real) == -math.inf:
+        return f"{what} is minus infinity: check its sign."
     if not value.shape:
         return f"{what} is {kind}."
     size = value.size if value.ndim == 1 else f"shape {value.shape}"
