@@ -48,6 +48,9 @@ from .laplace import Laplace, laplace
 # A distance from the minimum that is less probable than this is no accident.
 NO_ACCIDENT = 1e-6
 
+# Squares of what is far off are infinite, and say so themselves.
+_QUIET = np.errstate(over="ignore", invalid="ignore")
+
 
 class Around(NamedTuple):
     """What one evaluation of the derivatives says of the surroundings of a point.
@@ -231,6 +234,7 @@ def around(
     return expanded(trainer, batch, laplace(trainer, batch, what, jac, kind))
 
 
+@_QUIET
 def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
     """Looks again at a point that only seems to be no minimum, or to be one."""
     if here.distance is None or here.local is None:
@@ -242,6 +246,7 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
     return here._replace(distance=endless(site, here.local, distance))
 
 
+@_QUIET
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
     derived, priors = here.derived, priors_of(trainer)
     (distance, local), whitening = _distance(trainer, batch, here), here.whitening
