@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from types import SimpleNamespace
 
 import equinox as eqx
@@ -213,34 +214,45 @@ def only_backward(x):
 
 only_backward.defvjp(lambda x: (x, None), lambda _, g: (g,))
 
-# Functions, their errors, and the held elements that make these too small.
+# Functions, their errors, the held elements that make these too small, and the first
+# output of held elements alone.
 OF_HELD = {
     "alone, at zero slope, two": (
         lambda m: (m["low"], m["low"] * m["free"], m["low"] + m["pair"][0]),
         [np.nan] * 3,
         [],
+        r"fn\(model\)\[0\]",
     ),
     "free alone, nothing, a number": (
         lambda m: (m["free"] + m["pair"][1], -0.0 * m["low"] + 1.0, 3.0),
         [0.5**0.5, 0.0, 0.0],
         [],
+        "",
     ),
-    "both": (lambda m: m["low"] - m["free"], 0.5, ["'low'"]),
+    "both": (lambda m: m["low"] - m["free"], 0.5, ["'low'"], ""),
     "all": (
         lambda m: m["low"] + jnp.sum(m["pair"]),
         0.5,
         ["'low'", r"'pair\[0\]'"],
+        "",
     ),
     "each its own": (
         lambda m: jnp.stack([m["low"], 2 * m["free"], m["pair"][0] + m["free"]]),
         [np.nan, 1.0, 0.5],
         [r"'pair\[0\]'"],
+        r"fn\(model\)`, first at \[0\] of shape \(3,\),",
     ),
-    "many": (lambda m: jnp.arange(9.0) * m["low"], [0.0, *[np.nan] * 8], []),
+    "many": (
+        lambda m: jnp.arange(9.0) * m["low"],
+        [0.0, *[np.nan] * 8],
+        [],
+        r"fn\(model\)`, first at \[1\] of shape \(9,\),",
+    ),
     "backward": (
         lambda m: only_backward(jnp.stack([m["low"], m["low"] + m["free"]])),
         [np.nan, 0.5],
         ["'low'"],
+        r"fn\(model\)`, first at \[0\] of shape \(2,\),",
     ),
 }
 
@@ -251,14 +263,20 @@ OF_HELD = {
     [*((Held, name) for name in OF_HELD), (HeldLikelihood, "each its own")],
 )
 def test_what_is_held_at_a_bound_has_no_error(kind, name):
-    fn, expected, named = OF_HELD[name]
+    fn, expected, named, alone = OF_HELD[name]
     trainer = Held.made(kind, tied=lambda m: m["free"])
-    if named:
-        match = rf"`fn` depends on {', '.join(named)}, held .*intervals"
-        with pytest.warns(UserWarning, match=match):
-            _, error = trainer.propagate(fn, HELD_DATA)
-    else:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         _, error = trainer.propagate(fn, HELD_DATA)
+    said = [str(one.message) for one in caught]
+    assert len(said) == bool(named) + bool(alone)
+    if named:
+        assert re.search(
+            rf"`fn` depends on {', '.join(named)}, held .*intervals", said[0]
+        )
+    if alone:
+        held = r"\(held here: 'low', 'pair\[0\]'\).*intervals"
+        assert re.search(rf"`{alone}`? depends only on .*{held}", said[-1])
     np.testing.assert_allclose(error, expected, rtol=1e-12)
     assert not np.any(np.signbit(error))
 

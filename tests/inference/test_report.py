@@ -592,3 +592,16 @@ def test_what_a_prior_alone_constrains_takes_no_degree_of_freedom(cls, prior):
     assert report.degrees_of_freedom == 28
     np.testing.assert_allclose(report.aic, chi_squared + 4, rtol=1e-6)
     np.testing.assert_allclose(report.bic, chi_squared + 2 * np.log(30), rtol=1e-6)
+
+
+class Far(vn.Trainer):
+    def residuals(self, model, batch):
+        return model["a"] * batch
+
+
+def test_squares_that_overflow_are_infinite_without_a_warning_of_numpy():
+    trainer, batch = Far({"a": jnp.array(1e200)}), jnp.arange(1.0, 5.0)
+    assert trainer.report(batch).chi_squared == np.inf
+    assert "not at a minimum" in trainer.table(batch)
+    many = vn.fit_many([trainer] * 2, batch, 1, solver=LM)
+    assert np.isinf(many.to_dict(batch)["chi_squared"]).all()

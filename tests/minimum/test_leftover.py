@@ -329,7 +329,7 @@ def test_a_saddle_is_none_of_it():
     # A little beside: a gradient is left, of which the curvature is clear or not.
     for beside in (1e-5, 1e-3):
         trainer = Saddle({"a": jnp.array(beside), "b": jnp.array(beside)})
-        for method in (trainer.report, trainer.standard_errors, trainer.whiten):
+        for method in (trainer.standard_errors, trainer.whiten):
             with pytest.raises(ValueError, match="indefinite"):
                 method(1.0)
 

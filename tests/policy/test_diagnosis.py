@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -182,10 +183,67 @@ def test_the_origin_is_named(name):
     assert "the range of float32" not in told
 
 
+class Losing(vn.Trainer):
+    """Has another loss of a zero, a one and data."""
+
+    fn: Any = eqx.field(static=True)
+
+    def __init__(self, fn, dtype="f8"):
+        self.fn = fn
+        super().__init__({"zero": jnp.zeros((), dtype), "one": jnp.ones((), dtype)})
+
+    def loss(self, model, batch):
+        return jnp.sum(self.fn(model["zero"], model["one"], batch))
+
+
+# Functions without a derivative somewhere, and how they are named.
+STEEP = {
+    "acos": (lambda o, i, x: jnp.arccos(jnp.clip(i, -1, 1)) * x, "`jnp.arccos` at 1"),
+    "asin": (lambda o, i, x: x * jnp.arcsin(-i), "`jnp.arcsin` at -1"),
+    "atan2": (
+        lambda o, i, x: i * jnp.arctan2(o, o * x),
+        "`jnp.arctan2` (or `jnp.angle`) at 0",
+    ),
+    "norm": (lambda o, i, x: i * jnp.linalg.norm(o * x), "`jnp.sqrt` (or a norm) at 0"),
+    "power": (lambda o, i, x: i + (o * x) ** 0.5, "a power, `**`, at 0"),
+    "behind a where": (
+        lambda o, i, x: i + jnp.where(o > 0, jnp.log(o * x), 0.0),
+        "`jnp.log` at 0",
+    ),
+    "a pole behind a where": (
+        lambda o, i, x: jnp.where(x > 2, i / (x - 2 * i), o),
+        "a division at 0",
+    ),
+    "after a root of data": (
+        lambda o, i, x: i * jnp.sqrt(x - x[0]) + jnp.arccos(i),
+        "`jnp.arccos` at 1",
+    ),
+    "after what is held": (
+        lambda o, i, x: jnp.sqrt(jax.lax.stop_gradient(o)) + jnp.arccosh(i),
+        "`jnp.arccosh` at 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_a_function_without_a_derivative_is_named(name):
+    fn, where = STEEP[name]
+    told = str(diagnosed(Losing(fn), jnp.array([2.0, 3.0])))
+    assert "not its gradient in" in told
+    assert f". The derivative of {where} is not finite. Keep its argument" in told
+
+
+def test_what_is_not_found_is_listed():
+    loop = lambda o, i, x: jax.lax.map(lambda x: jnp.sqrt(o * x), x)
+    told = str(diagnosed(Losing(loop), jnp.array([2.0, 3.0])))
+    assert "not its gradient in 'zero'. Look for `jnp.sqrt`" in told
+    assert "the range of float32" not in told
+
+
 def test_squares_beyond_the_range_are_for_float32():
-    model = {"a": {"b": jnp.zeros((), "f4")}, "c": jnp.ones(2, "f4")}
-    told = str(diagnosed(Rooted(model), None))
-    assert "not its gradient in 'a.b'" in told
+    steep = lambda o, i, x: i + 1e30 * jnp.sin(1e30 * o)
+    told = str(diagnosed(Losing(steep, "f4"), jnp.zeros(())))
+    assert "not its gradient in 'zero'" in told
     assert "the range of float32" in told
 
 

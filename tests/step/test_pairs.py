@@ -217,7 +217,7 @@ def test_a_loss_is_looked_at_once():
         traces.append(1)
         return mean(m, batch)
 
-    trainer, batch = trainer_of(counted, SCALE), {"x": LINE, "y": LINE}
+    trainer, batch = trainer_of(counted, SCALE, "loss"), {"x": LINE, "y": LINE}
     trainer.fit(batch, 1, progress=False)
     once = len(traces)
     trainer.fit(batch, 1, progress=False)

@@ -15,6 +15,7 @@ from .flat import (
     spectrum_of,
 )
 from .linalg import (
+    IndefiniteError,
     Matrix,
     after,
     as_real_square,

@@ -50,18 +50,26 @@ def as_real_square(matrix: Matrix, name: str) -> Float[Array, "D D"]:
     return array
 
 
+class IndefiniteError(ValueError):
+    """A matrix has negative eigenvalues, and belongs to no minimum."""
+
+
 def refuse(
-    array: Array, bad: Flags, message: str, detail: Callable[[], str] = str
+    array: Array,
+    bad: Flags,
+    message: str,
+    detail: Callable[[], str] = str,
+    error: type[ValueError] = ValueError,
 ) -> Array:
     """Returns `array`, or raises an error if any element of `bad` is true.
 
-    Known values raise a `ValueError` that ends in `detail()`. Traced values are checked
+    Known values raise an `error` that ends in `detail()`. Traced values are checked
     by `eqx.error_if` when the program runs, with the message alone.
     """
     if isinstance(bad, Tracer):
         return eqx.error_if(array, bad, message)
     if np.asarray(bad).any():
-        raise ValueError(" ".join([message, detail()]).rstrip())
+        raise error(" ".join([message, detail()]).rstrip())
     return array
 
 

@@ -8,10 +8,19 @@ import numpy as np
 
 from .._minimum import Distance, along, endless_words, saddle_words
 from .._policy import StopReason
-from .._step import in_real_coordinates, prior_ends
+from .._step import defined, in_real_coordinates, prior_ends
 
 # What users give as `atol`, at most.
 _USUAL_ATOL = 1e-6
+
+# A quarter of at least so many steps says how fast a loss falls. Near a minimum each
+# falls by a small part of the one before, and by hardly any of the whole fall.
+_LEAST_STEPS, _LEAST_LEFT, _LEAST_SHARE = 32, 0.5, 1e-3
+
+_NO_LOWEST = (
+    "has no lowest value: check its sign, and whether a term is missing, such as the "
+    "norm of a density"
+)
 
 
 class Ending(NamedTuple):
@@ -21,6 +30,7 @@ class Ending(NamedTuple):
     - `steps`: how many were recorded.
     - `name`: what a user calls the trainer.
     - `more`: what allows a solver more steps.
+    - `losses`: those of all steps, where they are known.
     """
 
     trainer: Any
@@ -29,8 +39,36 @@ class Ending(NamedTuple):
     steps: int
     name: str = "result.trainer"
     more: str = "`max_steps=` allows more"
+    losses: Any = ()
 
     def explain(self) -> str:
+        return " ".join(filter(None, (self._explained(), self._falling())))
+
+    def _falling(self) -> str:
+        """Says that the loss falls as if without end; a sum of squares does not."""
+        losses = np.asarray(self.losses, float)
+        if defined(self.trainer) == ("residuals",):
+            return ""
+        if np.isneginf(losses).any():
+            return f"The loss fell to minus infinity: it {_NO_LOWEST}."
+        size = len(losses) // 4
+        is_open = self.stop_reason is StopReason.MAX_STEPS and np.isfinite(losses).all()
+        if not is_open or len(losses) < _LEAST_STEPS:
+            return ""
+        then, before, now = losses[[-1 - 2 * size, -1 - size, -1]]
+        whole, distance = losses[0] - now, self.distance
+        # The slow way to a minimum that can be seen from here is another matter.
+        if distance is not None and not distance.is_saddle and distance.edm < whole:
+            return ""
+        is_steady = before - now > _LEAST_LEFT * (then - before) > 0
+        if not (is_steady and before - now > _LEAST_SHARE * whole):
+            return ""
+        return (
+            f"It still fell from {before:.6g} to {now:.6g} in the last {size} steps, "
+            f"hardly slower than before: perhaps it {_NO_LOWEST}."
+        )
+
+    def _explained(self) -> str:
         distance = self.distance
         if distance is None or not np.isfinite(distance.edm):
             is_stalled = self.stop_reason is StopReason.STALLED

@@ -159,9 +159,9 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         here, with each parameter in units of its own scale. Where the loss curves
         downwards, they are the direction in which it does.
         """
-        steps = len(self.history.loss)
-        ending = Ending(self._trainer, self.stop_reason, self._distance, steps)
-        return ending.explain()
+        losses = self.history.loss
+        ending = Ending(self._trainer, self.stop_reason, self._distance, len(losses))
+        return ending._replace(losses=losses).explain()
 
     @property
     def _trainer(self) -> Any:

@@ -28,9 +28,11 @@ from .._policy import all_finite
 from .._program import program
 from .._projection import Block, find_blocks
 from .._step import (
+    ALL_FINITE,
     AbstractTrainer,
     DataKind,
     bounds_of,
+    defined,
     diagnosed,
     live,
     negative_log_likelihood,
@@ -208,11 +210,21 @@ def require_finite(
     is_overflow = is_finite and not any(
         np.isnan(leaf).any() for leaf in jax.tree.leaves(found)
     )
+    told = str(diagnosed(trainer, batch))
+    # Squares of residuals do not fall without end.
+    is_open = told == ALL_FINITE and "residuals" not in defined(trainer)
     raise ValueError(
-        f"{what} of `{type(trainer).__name__}` {fault}. "
-        + str(diagnosed(trainer, batch))
+        f"{what} of `{type(trainer).__name__}` {fault}. {told}"
+        + (_RUN_OFF if is_open else "")
         + (_TOO_LARGE if is_overflow else "")
     )
+
+
+_RUN_OFF = (
+    " Only its second derivatives are not, as where parameters have run off since the "
+    "loss falls without end: if `result.history.loss` does, check its sign. "
+    "`table()`, without a batch, shows the values alone."
+)
 
 
 _TOO_LARGE = (

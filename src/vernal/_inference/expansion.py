@@ -52,6 +52,9 @@ NO_ACCIDENT = 1e-6
 # Sums of squares below this may have lost digits.
 _LEAST_SQUARES = 1e-290
 
+# Squares of what is far off are infinite, and say so themselves.
+_QUIET = np.errstate(over="ignore", invalid="ignore")
+
 
 class Around(NamedTuple):
     """What one evaluation of the derivatives says of the surroundings of a point.
@@ -241,6 +244,7 @@ def around(
     return expanded(trainer, batch, laplace(trainer, batch, what, jac, kind))
 
 
+@_QUIET
 def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
     """Looks again at a point that only seems to be no minimum, or to be one."""
     if here.distance is None or here.local is None:
@@ -252,6 +256,7 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
     return here._replace(distance=endless(site, here.local, distance))
 
 
+@_QUIET
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
     derived, priors = here.derived, priors_of(trainer)
     (distance, local), whitening = _distance(trainer, batch, here), here.whitening

@@ -84,6 +84,12 @@ def propagate(
         )
     if text := pinned_text(trainer, pinned, "`fn`"):
         warn(f"`propagate`: {text}.")
+    if still := _still(value, error, steep):
+        warn(
+            f"`propagate`: {still} depends only on what is held at its bound (held "
+            f"here: {_named(trainer, here.held)}). The error is NaN there. "
+            "`trainer.intervals(solver, batch)` has the limit on the other side."
+        )
     return Propagated(value, error)
 
 
@@ -91,16 +97,42 @@ def pinned_text(
     trainer: AbstractTrainer, pinned: Bool[Array, " D"] | None, what: str
 ) -> str | None:
     """Says that errors are too small for what is held; `None` if they are not."""
-    if pinned is None or not (indices := np.flatnonzero(pinned)).size:
+    if pinned is None or not pinned.any():
         return None
-    params = as_parameters(trainer.params)
-    names = [repr(element_name(params, int(index))) for index in indices[:5]]
-    more = f" and {indices.size - 5} more" if indices.size > 5 else ""
     return (
-        f"{what} depends on {', '.join(names)}{more}, held at its bound, and on what "
+        f"{what} depends on {_named(trainer, pinned)}, held at its bound, and on what "
         "is free. The error is that of the free alone, and may be too small. "
         "`trainer.intervals(solver, batch)` has errors of what is held"
     )
+
+
+def _named(trainer: AbstractTrainer, flags: Any) -> str:
+    """Names the elements for which a flag is true."""
+    indices, params = np.flatnonzero(flags), as_parameters(trainer.params)
+    names = [repr(element_name(params, int(index))) for index in indices[:5]]
+    more = f" and {indices.size - 5} more" if indices.size > 5 else ""
+    return ", ".join(names) + more
+
+
+def _still(value: PyTree, error: PyTree, steep: PyTree) -> str:
+    """Names the first output that is finite, as its slopes are, and has no error."""
+    leaves = zip(
+        spelled_leaves("fn(model)", value),
+        jax.tree.leaves(error),
+        jax.tree.leaves(steep),
+        strict=True,
+    )
+    for (where, leaf), own, is_steep in leaves:
+        is_known = np.isfinite(leaf) & ~np.asarray(is_steep)
+        if (still := np.isnan(own) & is_known).any():
+            return _placed(where, still)
+    return ""
+
+
+def _placed(where: str, flags: Any) -> str:
+    """Adds to a name the place of the first true flag."""
+    first = np.argwhere(flags)[0].tolist()
+    return where + (f", first at {first} of shape {flags.shape}," if first else "")
 
 
 # What JAX raises where Python needs to know what is in an array.

@@ -2,21 +2,39 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
 from .._boundary import boolean, refuse_program, whole_number
-from .._minimum import minimum_note, slope_note
+from .._curvature import IndefiniteError
+from .._minimum import (
+    Distance,
+    distance_of,
+    minimum_note,
+    saddle_words,
+    slope_note,
+    surroundings,
+    what_falls,
+)
 from .._projection import DenseWhitening
 from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
-from .._step import AbstractTrainer, in_free_coordinates, template_of, tied_words
-from .._tree import aligned, element_name, named_leaves
+from .._step import (
+    AbstractTrainer,
+    defined,
+    in_free_coordinates,
+    priors_of,
+    template_of,
+    tied_words,
+)
+from .._tree import aligned, as_parameters, element_name, named_leaves, short_number
 from .counts import OfCounts, expected_deviance, of_counts
-from .elements import scaled, tied_of
-from .expansion import Around, OfElements, expanded, seen_again
+from .derivatives import Passes
+from .elements import elements_of, held_elements, scaled, tied_of
+from .expansion import NO_SCATTER, Around, OfElements, expanded, seen_again
 from .laplace import ErrorOptions, Laplace, laplace
+from .observed import observed
 from .propagate import pinned_text, propagated
 from .sandwich import few_text
 
@@ -41,7 +59,11 @@ def report(
     if data_count is not None:
         data_count = whole_number(data_count, "data_count", least=1)
     trainer = in_free_coordinates(trainer)
-    here, found, counts = _around(trainer, batch, "A report", options)
+    try:
+        here, found, counts = _around(trainer, batch, "A report", options)
+    except IndefiniteError as error:
+        lost = _lost(trainer, batch, options, error)
+        return _report_of_values(trainer, lost, data_count)
     if data_count is not None:
         _check_count(data_count, here, counts)
         here = here._replace(data_count=data_count, zero_count=0)
@@ -153,14 +175,19 @@ def table(trainer: AbstractTrainer, batch: Any, options: ErrorOptions) -> str:
     refuse_program("table", trainer, batch)
     scale_errors = boolean(options.scale_errors, "scale_errors")
     trainer, own, tied = in_free_coordinates(trainer), None, {}
-    note, scale = None, 1.0
-    if batch is not None:
-        here, _, counts = _around(trainer, batch, "A standard error", options)
-        scale = here.error_scale(scale_errors)
-        own, (tied, of_tied) = here.of_elements(trainer), _tied(trainer, here, scale)
-        note = _joined(_note(trainer, here, counts, False), of_tied)
-    head = "parameter", "value", "standard error" if own else ""
-    cells = (row.cells() for row in _rows(trainer, own, tied, scale, _MOST_ROWS))
+    note, scale, held = None, 1.0, set[str]()
+    try:
+        if batch is not None:
+            here, _, counts = _around(trainer, batch, "A standard error", options)
+            scale = here.error_scale(scale_errors)
+            own = here.of_elements(trainer)
+            tied, of_tied = _tied(trainer, here, scale)
+            note = _joined(_note(trainer, here, counts, False), of_tied)
+    except IndefiniteError as error:
+        _, held, note = _lost(trainer, batch, options, error)
+    head = "parameter", "value", "" if batch is None else "standard error"
+    rows = _rows(trainer, own, tied, scale, _MOST_ROWS)
+    cells = (row.cells() for row in _marked(rows, held))
     text = aligned([head, *cells])
     return text if note is None else f"{text}\n{note}"
 
@@ -177,6 +204,88 @@ def _tied(
     _, found, pinned, _ = propagated(trainer, tied, here, scale)
     errors = {path: np.asarray(x, float) for path, x in found.items()}
     return errors, pinned_text(trainer, pinned, "what is tied to others")
+
+
+class _Lost(NamedTuple):
+    """What there is to say of a point where an `nll` has no errors.
+
+    - `distance`: how far it is from a minimum, `None` if something else is minimised.
+    - `held`: the names of the elements that are held at their bounds.
+    - `note`: why there are no errors, and what helps.
+    """
+
+    distance: Distance | None
+    held: set[str]
+    note: str
+
+
+def _lost(
+    trainer: AbstractTrainer, batch: Any, options: ErrorOptions, error: IndefiniteError
+) -> _Lost:
+    """Looks at a point at which an `nll` curves downwards; `residuals` have errors."""
+    if "residuals" in defined(trainer):
+        raise error
+    if options.scale_errors:
+        raise ValueError(NO_SCATTER) from error
+    # By the program that has just run.
+    derived, _ = observed(trainer, batch, Passes(jac=options.jac), holds=True)
+    params, (hessian, gradient) = as_parameters(trainer.params), derived.found[0]
+    at = derived.held, params, trainer.projector
+    flags, elements = held_elements(trainer, derived.held), elements_of(trainer)
+    held = {element_name(elements, int(i)) for i in np.flatnonzero(np.asarray(flags))}
+    distance, note = None, f"no errors: {error}"
+    if what_falls(trainer) == "nll":
+        distance = distance_of(surroundings(derived.value, gradient, hessian, *at))
+        if distance.is_saddle:
+            words = saddle_words(distance, params, _GO_ON)
+            note = f"no errors, as it is not at a minimum: the loss {words}"
+    return _Lost(distance, held, note)
+
+
+_GO_ON = (
+    "fit on, with more steps (`max_steps=`) if it took them all; or start from "
+    "elsewhere"
+)
+
+
+def _report_of_values(
+    trainer: AbstractTrainer, lost: _Lost, data_count: int | None
+) -> Report:
+    """Reports what there is without errors: no criterion is of this point."""
+    distance, priors = lost.distance, priors_of(trainer)
+    rows = tuple(_marked(_rows(trainer, None, {}, 1.0), lost.held))
+    size = sum(row.is_free for row in rows)
+    return Report(
+        chi_squared=None,
+        data_count=data_count,
+        free_count=size,
+        effective_count=size,
+        degrees_of_freedom=None,
+        reduced_chi_squared=None,
+        expected_deviance=None,
+        p_value=None,
+        aic=None,
+        bic=None,
+        prior_penalty=None
+        if priors is None
+        else 2 * float(priors.penalty(trainer.model)),
+        edm=math.nan if distance is None else float(distance.edm),
+        error_kind="observed",
+        stop_reason=None,
+        error_scale=1.0,
+        parameters=rows,
+        correlation_matrix=np.full((size, size), np.nan),
+        note=lost.note,
+    )
+
+
+def _marked(rows: Iterator[ParameterRow], held: set[str]) -> Iterator[ParameterRow]:
+    """Marks the elements that are held at their bounds."""
+    for row in rows:
+        if row.name in held:
+            status = f"at its bound ({short_number(row.value)})"
+            row = row._replace(status=status, is_free=False)
+        yield row
 
 
 def _rows(

@@ -124,7 +124,8 @@ class Scatter(NamedTuple):
     @property
     def squares(self) -> Float[np.ndarray, "..."]:
         """The sum of the squares. For numbers on the host."""
-        return np.square(np.asarray(self.norm, float))
+        with np.errstate(over="ignore"):
+            return np.square(np.asarray(self.norm, float))
 
     def error_scales(
         self, trainer: AbstractTrainer, kind: ErrorKind | None

@@ -16,7 +16,7 @@ from .._step import (
     progress_of,
     stepped_on,
     tree_norm,
-    warn_of_pairs,
+    warn_of_sums,
     with_progress,
 )
 from .._tree import is_inexact
@@ -49,7 +49,7 @@ def run_step(
     # In an optimiser's state there may be a number that a user has put there.
     old = jax.tree.map(jnp.asarray, progress_of(trainer))
     start = with_progress(trainer, stepped_on(old, BATCH_BY_BATCH))
-    warn_of_pairs(start, batch)
+    warn_of_sums(start, batch)
     progress, outcome = advance(start, batch)
     norm = tree_norm(outcome.grads).astype(outcome.loss.dtype)
     blank_of = lambda x: jnp.full_like(x, jnp.nan if is_inexact(x) else 0)

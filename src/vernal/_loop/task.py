@@ -13,7 +13,7 @@ from .._step import (
     Outcome,
     Progress,
     advance,
-    warn_of_pairs,
+    warn_of_sums,
     with_progress,
 )
 from .monitor import Monitor, MonitorState
@@ -71,7 +71,7 @@ class Task(NamedTuple):
         trainer = with_progress(self.trainer, progress)
         batch = batch_shapes(self.source, step)
         validation = self.monitor.validation
-        warn_of_pairs(trainer, batch, validation and validation.batch)
+        warn_of_sums(trainer, batch, validation and validation.batch)
         return self.record.shapes(trainer, lambda: batch)
 
     def begin(

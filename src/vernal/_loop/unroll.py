@@ -32,7 +32,7 @@ from .._step import (
     scored_parts,
     scorer_of,
     stepped_on,
-    warn_of_pairs,
+    warn_of_sums,
     with_progress,
 )
 
@@ -149,7 +149,7 @@ def _run(
     """Takes the steps that come before the trainer stops."""
     old = progress_of(trainer)
     start = stepped_on(old, *marks)
-    warn_of_pairs(trainer, batch_shapes(source, start.step_count))
+    warn_of_sums(trainer, batch_shapes(source, start.step_count))
 
     def step(carry: tuple[Progress, Any], _: None) -> tuple[Any, Float[Array, ""]]:
         progress, cursor = carry

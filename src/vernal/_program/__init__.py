@@ -4,13 +4,15 @@
 `shelves` decides which compiled programs are kept. `prepared` prepares arguments.
 `one_function` makes small loops fast, `branch` what would wait for the host.
 `conversions` follows integers to where they become floats, `look_ups` to where they
-index an array, `pairs` arrays to where all pairs of their elements are summed.
+index an array, `pairs` arrays to where all pairs of their elements are summed, `means`
+sums to where they are divided. `steep` finds where a function has no derivative.
 """
 
 from .branch import chosen
 from .conversions import turned_into_floats
 from .host import calls_host, is_of_host, jaxpr_of, words_of
 from .look_ups import LookUp, look_ups
+from .means import mean_over
 from .one_function import (
     MOST_BYTES,
     are_on_one_cpu,
@@ -28,3 +30,4 @@ from .programs import (
     version_of,
     version_of_flat,
 )
+from .steep import Steep, said_of_steep, steep

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._boundary import Params, refuse_foreign
 from .._curvature import (
+    IndefiniteError,
     Matrix,
     Spectrum,
     as_real_square,
@@ -39,10 +40,10 @@ _REMEDY = {
     "cov": "Such a matrix belongs to no covariance. If it is the inverse of a Hessian, "
     "its point is not a minimum: use `gauss_newton`, whose matrix has no negative "
     "eigenvalue anywhere.",
-    "hessian": "This point is not a minimum. Fit first; or, if a fit ended here, start "
-    "it elsewhere, and see `result.explain()`. Or define `residuals`, whose Fisher "
-    "matrix has no negative eigenvalue anywhere. `table()`, without a batch, shows the "
-    "values alone.",
+    "hessian": "This point is not a minimum. Fit first; or, if a fit ended here, give "
+    "it more steps (`max_steps=`) if it took them all, else start it elsewhere, and "
+    "see `result.explain()`. Or define `residuals`, whose Fisher matrix has no "
+    "negative eigenvalue anywhere. `table()`, without a batch, shows the values alone.",
 }
 
 # Of a Hessian whose diagonal is exactly zero.
@@ -95,6 +96,7 @@ def whiten(
             f"The lowest is {known[-1]}, beyond the tolerance of {tolerance}; its "
             f"direction involves {list_parameters(params, np.asarray(vectors)[:, -1])}."
         ),
+        IndefiniteError,
     )
     spectrum = Spectrum(scale, values, vectors)
     return whiten_spectrum(spectrum, params, nulls, eps, name, is_inverse=is_inverse)
@@ -140,6 +142,7 @@ def _refuse_bad_rows(
         f"{name} is indefinite: it has an element on its diagonal that is negative, "
         f"or zero in a row that is not. {remedy}",
         first,
+        IndefiniteError,
     )
 
 

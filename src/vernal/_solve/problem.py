@@ -30,7 +30,7 @@ from .._step import (
     real_residuals,
     score,
     step_key,
-    warn_of_pairs,
+    warn_of_sums,
 )
 from .._tree import as_parameters, cast_like, choose, ravel, ravel_size, unravel
 from .box import Box
@@ -221,7 +221,7 @@ def run_solver(
     solver, latent, name = encoded.decode(), held.latent, type(trainer).__name__
     _check_class(trainer, solver)
     as_parameters(trainer.params)
-    warn_of_pairs(trainer, batch)
+    warn_of_sums(trainer, batch)
     # The dtype of the loss, unless the trainer was made while `jax_enable_x64` was off.
     key, dtype = step_key(trainer), jnp.result_type(float)
 

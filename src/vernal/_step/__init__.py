@@ -41,7 +41,7 @@ from .construct import (
     refuse_own_projector,
     require_optimiser,
 )
-from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
+from .diagnosis import ALL_FINITE, Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .edges import prior_ends, pushed
 from .layers import warn_of_training_layers
 from .model import checked_model
@@ -107,7 +107,7 @@ from .scored_by import (
     stepped_on,
 )
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
-from .suspect_data import warn_of_pairs, warn_of_suspect_data
+from .suspect_data import warn_of_sums, warn_of_suspect_data
 from .usable import (
     refuse_stacked,
     refuse_strays,

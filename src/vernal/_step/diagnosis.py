@@ -21,7 +21,7 @@ from .._boundary import (
 from .._data import Minibatches, as_batch
 from .._likelihoods import Gaussian, Poisson, Robust
 from .._policy import SKIP_ADVICE
-from .._program import program
+from .._program import Steep, program, said_of_steep, steep
 from .._tree import by_path, is_inexact
 from .abstract_trainer import (
     AbstractTrainer,
@@ -51,14 +51,23 @@ _MOST_NAMED = 4
 # Losses below it are worth a look, whatever their dtype and that of the residuals.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
+ALL_FINITE = "The data, the parameters, the loss and its gradient are finite."
+
 DATA_ADVICE = (
     "Leave such data out of the batch (`vn.omit`), or mask them (`where=` of "
     "`vn.likelihoods`)."
 )
 
 _GRADIENT_REMEDY = (
-    "Look for `jnp.sqrt` or `jnp.linalg.norm` at zero, and for a `jnp.where` that "
-    "hides a value which is not finite: its gradient still meets that value."
+    "Look for `jnp.sqrt`, `jnp.linalg.norm`, `jnp.log`, `jnp.arctan2` or a power below "
+    "one at zero, for `jnp.arccos` or `jnp.arcsin` at 1 or -1, and for a `jnp.where` "
+    "that hides a value which is not finite: its gradient still meets that value."
+)
+
+_STEEP_REMEDY = (
+    "Keep its argument from that value: by a bound, by `jnp.clip` to a little less, or "
+    "by a `jnp.where` before it. One behind it does not help: the gradient still meets "
+    "that value."
 )
 
 _SINGLE_REMEDY = " Look, too, for numbers whose square is beyond the range of float32."
@@ -121,8 +130,7 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
         first, *rest = results
         first = f"The data and the parameters are finite: {first}"
         return Diagnosis((), (first, *rest))
-    found = "The data, the parameters, the loss and its gradient are finite."
-    return Diagnosis((), (found, *_bad_update(trainer, batch)))
+    return Diagnosis((), (ALL_FINITE, *_bad_update(trainer, batch)))
 
 
 def warn_of_no_data(
@@ -338,8 +346,11 @@ def _bad_results(trainer: AbstractTrainer, batch: Any) -> tuple[str, ...]:
     if bad := _bad_paths(_evaluated(trainer, batch, _gradients)):
         dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(trainer.params)}
         is_single = bool(dtypes & {"float32", "complex64"})
-        remedy = _GRADIENT_REMEDY + _SINGLE_REMEDY * is_single
-        return f"the loss is finite, but not its gradient in {bad}.", remedy
+        fault = f"the loss is finite, but not its gradient in {bad}."
+        found = _evaluated(trainer, batch, _steep)
+        if found and (where := said_of_steep(jax.device_get(found))):
+            return fault, f"The derivative of {where} is not finite.", _STEEP_REMEDY
+        return fault, _GRADIENT_REMEDY + _SINGLE_REMEDY * is_single
     return ()
 
 
@@ -370,6 +381,8 @@ def _bad_value(what: str, value: Any) -> str:
         return ""
     (nans, first_nan), (_, first_infinity) = jax.device_get(_counts(value))
     kind, first = ("NaN", first_nan) if nans else ("infinite", first_infinity)
+    if not value.shape and float(value.real) == -math.inf:
+        return f"{what} is minus infinity: check its sign."
     if not value.shape:
         return f"{what} is {kind}."
     size = value.size if value.ndim == 1 else f"shape {value.shape}"
@@ -444,6 +457,12 @@ def _constrained(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
 def _gradients(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
     loss = lambda params: score(live(trainer, params), batch, key).loss
     return jax.grad(loss)(trainer.params)
+
+
+def _steep(trainer: AbstractTrainer, batch: Any, key: Any) -> Steep:
+    loss = lambda params: score(live(trainer, params), batch, key).loss
+    function = jax.make_jaxpr(loss)(trainer.params)
+    return steep(function, jax.tree.leaves(trainer.params))
 
 
 def _raise_at_origin(trainer: AbstractTrainer, batch: Any) -> None:

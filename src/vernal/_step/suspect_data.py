@@ -1,4 +1,4 @@
-"""Warnings of data whose digits are lost, or of which all pairs are summed."""
+"""Warnings of data whose digits are lost, and of a sum over pairs, or a mean."""
 
 import weakref
 from collections.abc import Callable
@@ -16,9 +16,20 @@ from .._boundary import (
     warn_once,
 )
 from .._data import Minibatches, Source, Stream
-from .._program import jaxpr_of, sums_over_pairs, turned_into_floats
+from .._program import (
+    jaxpr_of,
+    mean_over,
+    sums_over_pairs,
+    turned_into_floats,
+)
 from .abstract_trainer import AbstractTrainer
-from .objective import defined, evaluate
+from .objective import (
+    defined,
+    evaluate,
+    live,
+    negative_log_likelihood,
+    step_key,
+)
 from .out_of_range import warn_of_look_ups
 from .outer import pairs_text
 from .traced_loss import inputs_of, loss_at, places_of_arrays
@@ -45,19 +56,22 @@ def warn_of_suspect_data(
     warn_of_look_ups(data, name, seen)
 
 
-def warn_of_pairs(trainer: AbstractTrainer, batch: Any, validation: Any = None) -> None:
+def warn_of_sums(trainer: AbstractTrainer, batch: Any, validation: Any = None) -> None:
     """Warns, once for a class, of a loss that sums over all pairs of data.
 
-    Also of a score of the batch of `validation`, if there is one. This traces the loss.
-    So programs call it while they are traced themselves; under `jax.disable_jit`
-    nothing is.
+    Also of a score of the batch of `validation`, if there is one, and of an `nll` that
+    is a mean. This traces the loss. So programs call it while they are traced
+    themselves; under `jax.disable_jit` nothing is.
     """
     if not isinstance(trainer.step_count, Tracer):
         return
-    if not {"loss", "nll"}.isdisjoint(defined(trainer)):
-        _warn_of_pairs(
-            "loss", trainer, jaxpr_of(loss_at, trainer.params, trainer, batch)
-        )
+    methods = defined(trainer)
+    if not {"loss", "nll"}.isdisjoint(methods):
+        jaxpr = jaxpr_of(loss_at, trainer.params, trainer, batch)
+        _warn_of_pairs("loss", trainer, jaxpr)
+        if "nll" in methods:
+            own = jaxpr_of(_nll, trainer, batch) if "loss" in methods else jaxpr
+            _warn_of_mean(trainer, own, batch)
     if validation is not None:
         jaxpr = jaxpr_of(evaluate, trainer, validation)
         _warn_of_pairs("score of the validation", trainer, jaxpr)
@@ -74,6 +88,23 @@ def _warn_of_pairs(what: str, trainer: AbstractTrainer, jaxpr: Jaxpr | None) -> 
     )
 
 
+def _warn_of_mean(trainer: AbstractTrainer, jaxpr: Jaxpr | None, batch: Any) -> None:
+    if jaxpr is None:
+        return
+    data = inputs_of(jaxpr, places_of_arrays(batch))
+    if (size := mean_over(jaxpr, data)) is None:
+        return
+    kind = type(trainer)
+    warn_once(
+        f"`nll` of `{kind.__name__}` is a mean over {size} data. A negative log-"
+        "likelihood is a sum over them: by a mean the errors are too large by the root "
+        "of that number, and priors weigh too much. Return `jnp.sum` in place of "
+        "`jnp.mean`. What is only minimised may be a mean: call that `loss`.",
+        UserWarning,
+        of=(_warn_of_mean, weakref.ref(kind)),
+    )
+
+
 def _warn_of_rounded(
     suspects: list[int], jaxpr: Jaxpr, batch: Any, named: tuple[str, Any]
 ) -> None:
@@ -83,3 +114,8 @@ def _warn_of_rounded(
     for i in sorted(lossy.intersection(suspects)):
         where, leaf = leaves[i]
         warn_of_rounded_integers(np.asarray(leaf), where)
+
+
+def _nll(trainer: AbstractTrainer, batch: Any) -> Any:
+    here = live(trainer, trainer.params)
+    return negative_log_likelihood(here, batch, step_key(trainer))

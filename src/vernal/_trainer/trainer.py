@@ -752,6 +752,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         whether it is frozen or unconstrained. An error is marked if it is smaller than
         the spacing of the value's dtype. Values that look like parameters but are not
         fitted are listed too: Python floats and ints, integer arrays of few elements.
+        Where an `nll` curves downwards there are no errors, and a line says why.
         """
         if batch is not None:
             require_one(self, "table")
@@ -794,7 +795,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Returns:**
 
-        A [`vernal.Report`][].
+        A [`vernal.Report`][]. Where an `nll` curves downwards it has values alone, and
+        a note says why.
 
         **Raises:**
 
@@ -849,9 +851,10 @@ class Trainer(AbstractTrainer[Model, Batch]):
         The value, and a tree like it with the standard errors: a pair, which prints as
         lines, see [`vernal.Propagated`][]. An error is infinite if
         `fn` depends on a direction that the data do not constrain. It is NaN where `fn`
-        depends only on parameters that are held at their bounds, which have no error;
-        where it depends on free ones too, it is that of the free ones, with a warning:
-        [`vernal.Trainer.intervals`][] knows those of what is held. It is NaN, too,
+        depends only on parameters that are held at their bounds, which have no error
+        (a warning says so); where it depends on free ones too, it is that of the free
+        ones, with a warning: [`vernal.Trainer.intervals`][] knows those of what is
+        held. It is NaN, too,
         where the function or its derivative is not finite, as that of a root at zero; a
         warning names the output. It is zero where `fn` depends on no parameter, and
         where its derivative vanishes, as that of a step, of rounding, or of a square at

@@ -1,0 +1,154 @@
+"""Whether a function is a mean over its data."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend.core import Jaxpr, Literal
+
+from .host import inner_jaxprs
+
+# What has a number for each of those that it takes, and nothing but that number.
+_PASSES = frozenset(
+    (
+        *("convert_element_type", "copy", "expand_dims", "neg", "reshape", "squeeze"),
+        "transpose",
+    )
+)
+_ADDS = frozenset(("add", "add_any", "sub"))
+
+# What calls its function otherwise than once, with all that it takes.
+_LOOPS = frozenset(("scan", "while", "shard_map"))
+
+# A sum of so few data, halved or quartered, may be no mean.
+_FEW = 4
+
+# The factors of a mean: half of it is one of squares.
+_OF_MEANS = 0.5, 1.0
+
+
+class _Sum(NamedTuple):
+    """A sum over `size` elements that depend on data, times a number.
+
+    The number is NaN where it is not known.
+    """
+
+    size: int
+    factor: float
+
+    def is_mean(self, sizes: set[int]) -> bool:
+        if self.size <= _FEW or self.size not in sizes:
+            return False
+        shares = (abs(self.factor) * self.size / own for own in _OF_MEANS)
+        return any(math.isclose(share, 1, rel_tol=1e-3) for share in shares)
+
+
+class _Known(NamedTuple):
+    """What is known of a variable.
+
+    - `is_data`: whether it depends on data.
+    - `sums`: the sums over data that it is the sum of, beside what else there is.
+    - `number`: its value, of a constant.
+    - `counted`: what it counts, if it is a number of elements for which a flag is true;
+        1 for the flags.
+    """
+
+    is_data: bool = False
+    sums: tuple[_Sum, ...] = ()
+    number: float | None = None
+    counted: int = 0
+
+
+def mean_over(jaxpr: Jaxpr, inputs: list[Any]) -> int | None:
+    """Returns over how many data a scalar is a mean, if it is one.
+
+    `inputs` are the data. It is one if all sums over them that it is made of, by
+    additions and constant factors alone, are divided by the number of what they sum:
+    the first lengths of an input, multiplied. What is summed beside it, such as a
+    penalty, need not be a mean. A mean over anything else, such as samples, is none.
+    """
+    shapes = [_shape(var) for var in inputs]
+    sizes = {math.prod(s[: i + 1]) for s in shapes for i in range(len(s))}
+    (found,) = _follow(jaxpr, dict.fromkeys(inputs, _Known(is_data=True)), sizes)
+    sums = found.sums
+    if not sums or not all(one.is_mean(sizes) for one in sums):
+        return None
+    return max(one.size for one in sums)
+
+
+def _follow(jaxpr: Jaxpr, known: dict[Any, _Known], sizes: set[int]) -> list[_Known]:
+    """Returns what is known of the results; adds that of other variables to `known`."""
+
+    def of(atom: Any) -> _Known:
+        if isinstance(atom, Literal):
+            value = atom.val
+            return _Known(number=float(value)) if _is_number(value) else _Known()
+        return known.get(atom, _Known())
+
+    for eqn in jaxpr.eqns:
+        own = list(map(of, eqn.invars))
+        inner, name = inner_jaxprs(eqn), eqn.primitive.name
+        is_call = len(inner) == 1 and len(inner[0].invars) == len(own)
+        if is_call and name not in _LOOPS:
+            found = _follow(
+                inner[0], dict(zip(inner[0].invars, own, strict=True)), sizes
+            )
+            known.update(zip(eqn.outvars, found, strict=False))
+            continue
+        is_data = any(one.is_data for one in own)
+        for var in eqn.outvars:
+            known[var] = _result(eqn, own, sizes)._replace(is_data=is_data)
+    return list(map(of, jaxpr.outvars))
+
+
+def _result(eqn: Any, own: list[_Known], sizes: set[int]) -> _Known:
+    """Returns what is known of the first result of an equation."""
+    name, shape = eqn.primitive.name, _shape(eqn.outvars[0])
+    if name in ("reduce_sum", "dot_general"):
+        return _summed(eqn, own, sizes)
+    if name in _PASSES:
+        is_flag = eqn.invars[0].aval.dtype == bool
+        return own[0]._replace(counted=1) if is_flag else own[0]
+    # One number beside an array, such as a baseline, is no sum of its elements.
+    pairs = zip(own, eqn.invars, strict=True)
+    parts = [k if _shape(x) == shape else k._replace(sums=()) for k, x in pairs]
+    sums = tuple(one for part in parts for one in part.sums)
+    if name in _ADDS:
+        return _Known(sums=sums)
+    if name == "max" and (count := max(part.counted for part in own)) > 1:
+        return _Known(counted=count)
+    if name not in ("mul", "div") or not sums:
+        return _Known()
+    factors = [k.number for k in own if k.number is not None]
+    if name == "div" and own[1].counted > 1:
+        factor = 1 / own[1].counted
+    elif not factors or (name == "div" and not own[1].number):
+        factor = math.nan
+    else:
+        factor = 1 / factors[-1] if name == "div" else factors[-1]
+    return _Known(sums=tuple(_Sum(one.size, one.factor * factor) for one in sums))
+
+
+def _summed(eqn: Any, own: list[_Known], sizes: set[int]) -> _Known:
+    """Returns what is known of a sum over some axes, or of a product of vectors."""
+    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    size = math.prod(before) // max(math.prod(after), 1)
+    # A product with a matrix is no sum over data.
+    is_sum = eqn.primitive.name == "reduce_sum" or after == ()
+    counted = size if own[0].counted == 1 and after == () else 0
+    # Nor is a sum over what each datum has.
+    if not is_sum or size == 1 or (after != () and size not in sizes):
+        return _Known(counted=counted)
+    if not any(one.is_data for one in own):
+        return _Known(counted=counted)
+    # A sum of sums, or of means, is no sum over data alone.
+    factor = math.nan if any(one.sums for one in own) else 1.0
+    return _Known(sums=(_Sum(size, factor),), counted=counted)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
+
+
+def _is_number(value: Any) -> bool:
+    return np.shape(value) == () and np.isrealobj(value)
