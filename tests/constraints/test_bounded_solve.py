@@ -332,11 +332,11 @@ def test_no_long_step_in_a_whitened_space_ends_on_a_bound_for_good():
         assert result.trainer.best_loss == pytest.approx(least / 2, abs=0.01)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_members_that_end_badly_in_a_whitened_space_begin_again(dtype):
+def test_members_that_end_badly_in_a_whitened_space_begin_again():
+    """In single precision; above, in double."""
     solver = optx.LevenbergMarquardt(1e-6, 1e-6)
     trainers, batches, least = zip(
-        *(absorbed_fit(s, dtype) for s in (1, 20, 30)), strict=True
+        *(absorbed_fit(s, np.float32) for s in (1, 20, 30)), strict=True
     )
     stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
     result = vn.fit_many(trainers, stacked, 256, data_axis=0, solver=solver)
