@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax._src import traceback_util
 from jax._src.interpreters import mlir
+from jax._src.lib import _jax
 
 import alike
 import annotations
@@ -98,6 +99,9 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_configure(config):
     if config.getoption("--annotations"):
         annotations.install()
+        # To keep the stack of each operation takes a thirtieth of the time. JAX shows
+        # it beside an error in a transformation; vernal asks for none.
+        _jax.set_tracebacks_enabled(False)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import types
 import typing
 
 import jaxtyping
@@ -13,8 +14,9 @@ __name__ = "beartype.annotations"
 
 _beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 _jaxtyped = jaxtyping.jaxtyped
-_other_axes = jaxtyping.jaxtyped("context")
 _is_on = True
+# By the code of a nested function: its annotations, and what checks them.
+_nested = {}
 
 
 def install():
@@ -47,30 +49,50 @@ def is_plain(checked) -> bool:
 
 def checks(fn):
     """Checks the annotations of a function at each call, while they are checked."""
-    checked = _beartype(fn)
+    return switched(fn, _beartype(fn))
+
+
+def checks_plain(fn):
+    """The same without jaxtyping, for what has no axes to compare."""
+    # Python itself calls this one, with a name, wherever there is a dot.
+    if fn.__name__ == "__getattribute__":
+        return fn
+    return switched(fn, checked_as_before(fn) if fn.__closure__ else _beartype(fn))
+
+
+def checked_as_before(fn):
+    """Checks a nested function by what beartype has made for another of its code.
+
+    To make it takes as long as to trace a small function, and a new one would be made
+    at each call of what is around it. This one is of an empty function, so that it
+    keeps nothing alive; `__beartype_func` is the function that it calls.
+    """
+    if fn.__defaults__ or fn.__kwdefaults__:
+        return _beartype(fn)
+    code, hints = fn.__code__, fn.__annotations__
+    known, made = _nested.get(code, (None, None))
+    if known != hints:
+        cells = tuple(types.CellType() for _ in fn.__closure__)
+        empty = types.FunctionType(code, fn.__globals__, closure=cells)
+        empty = functools.update_wrapper(empty, fn)
+        del empty.__wrapped__
+        made = _beartype(empty)
+        _nested[code] = hints, made
+    if made.__code__ is code:  # it has none
+        return fn
+    checked = types.FunctionType(made.__code__, made.__globals__)
+    checked.__kwdefaults__ = made.__kwdefaults__ | {"__beartype_func": fn}
+    return checked
+
+
+def switched(fn, checked):
+    """The function that is checked while annotations are."""
     if checked is fn:  # it has none
         return fn
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
         return (checked if _is_on else fn)(*args, **kwargs)
-
-    return call
-
-
-def checks_plain(fn):
-    """The same without jaxtyping: what it calls has its own axes nevertheless."""
-    checked = _beartype(fn)
-    # Python itself calls this one, with a name, wherever there is a dot.
-    if checked is fn or fn.__name__ == "__getattribute__":
-        return fn
-
-    @functools.wraps(fn)
-    def call(*args, **kwargs):
-        if not _is_on:
-            return fn(*args, **kwargs)
-        with _other_axes:
-            return checked(*args, **kwargs)
 
     return call
 

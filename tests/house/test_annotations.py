@@ -226,6 +226,8 @@ def many_values(params: Float[Array, " N"]) -> Float[Array, " D"]:
     return jnp.concatenate([params, params])
 
 
+# With `--annotations` more calls of jaxtyping's are around a function than users have.
+@pytest.mark.as_compiled
 def test_names_of_axes_do_not_meet_those_of_the_library():
     point = jnp.ones(3)
     np.testing.assert_array_equal(vn.hessian(leaning, point), 2 * np.eye(3))
