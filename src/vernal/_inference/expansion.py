@@ -237,7 +237,8 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
         return here
     distance, falls = here.distance, what_falls(trainer)
     site = Site(stripped(trainer), as_batch(batch), falls)
-    if falls == "residuals":
+    # The derivatives of an `nll` are those of a `second_look` already.
+    if falls == "residuals" or distance.is_steep or distance.is_flat:
         distance = second_look(site, here.local, distance)
     return here._replace(distance=endless(site, here.local, distance))
 
@@ -400,7 +401,7 @@ def warn_if_misleading(
         return
     # Infinite errors say themselves that there is none.
     is_odd = _may_be_endless(trainer, here.whitening, 2 * distance.edm)
-    if is_odd or distance.is_saddle:
+    if is_odd or distance.is_saddle or distance.is_steep:
         distance = seen_again(trainer, batch, here).distance or distance
     if distance.is_lost:
         warn(f"`{name}`: {minimum_note(distance, trainer.params)}.")
