@@ -26,6 +26,7 @@ from .._minimum import (
     measure_spectrum,
     minimum_note,
     second_look,
+    slope_note,
     surroundings,
     truth_p_values,
     what_falls,
@@ -389,7 +390,7 @@ def warn_if_misleading(
 ) -> None:
     """Warns that `name` is asked for farther from the minimum than the truth is.
 
-    Or where there is no minimum, as `minimum_note` says it.
+    Or where there is no minimum, or hardly any slope, in the words of a table.
     """
     if far := how_far(trainer, here, scale_errors):
         warn(
@@ -405,6 +406,8 @@ def warn_if_misleading(
         distance = seen_again(trainer, batch, here).distance or distance
     if distance.is_lost:
         warn(f"`{name}`: {minimum_note(distance, trainer.params)}.")
+    elif here.kind == "expected" and (note := slope_note(distance, trainer.params)):
+        warn(f"`{name}`: {note}.")
 
 
 def _rank(whitening: DenseWhitening) -> int:

@@ -33,7 +33,12 @@ from .columns import (
     held,
 )
 from .data_axis import members_first
-from .errors import errors_of_each, warn_if_any_is_far, warn_if_any_is_lost
+from .errors import (
+    errors_of_each,
+    warn_if_any_is_far,
+    warn_if_any_is_lost,
+    warn_if_any_lacks_slopes,
+)
 from .mapped_chunk import Flags, member
 
 TrainerT = TypeVar(
@@ -314,6 +319,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
             found = found.scaled(self.trainers, options.kind)
         member_of = lambda index: (self.trainer(index), member(batch, flags, index))
         warn_if_any_is_far(found, member_of, options)
+        about = found, member_of, options.kind
+        warn_if_any_lacks_slopes(self._distances, *about)
         return found
 
     def _by_element(self, data: Any, options: ErrorOptions) -> ByElement:
