@@ -18,7 +18,7 @@ Y = 1 + 2 * X + 0.3 * np.random.default_rng(4).laplace(size=25)
 
 
 def straight(model, _):
-    return 5 * jnp.sum((model["u"] - 1) ** 2) + model["v"]
+    return 5 * jnp.sum((model["u"] - 1) ** 2) + model["v"] + 100
 
 
 def empty_bin(model, counts):

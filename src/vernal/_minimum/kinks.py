@@ -13,11 +13,21 @@ from jaxtyping import Float
 
 from .edm import Distance
 from .formulas import distance_of, steep_part
-from .idle import MOST_DIRECTIONS, Seen, Site, first_noticed, idle_directions
+from .idle import (
+    MOST_DIRECTIONS,
+    STEPS,
+    Seen,
+    Site,
+    first_noticed,
+    idle_directions,
+)
 from .local import Curved, noise_of_zero
 
 # What is left of a sum of slopes that cancel.
 _CANCELLED = 1e-9
+
+# A line falls by the noise in a step of 1, and does not in one below this.
+_LEAST_STEP = 0.25
 
 
 def without_slopes(site: Site, local: Any, distance: Distance) -> Distance:
@@ -48,22 +58,39 @@ def without_slopes(site: Site, local: Any, distance: Distance) -> Distance:
         # The slope alone lets the loss fall by the noise in one such step.
         step *= noise / -(own @ step)
         turned = step if local.turn is None else local.turn @ step
-        if (seen := site.look_along(turned / local.scale)) is None:
+        way = turned / local.scale
+        if (seen := site.look_along(way)) is None:
             return distance
-        first, back = (way[first_noticed(seen.losses[way], noise)] for way in seen.ways)
-        if not first:
-            # What the slope promises is not there: it is rounding.
-            part = steep_part(local, noise, values, vectors)
-            return distance_of(local._replace(slope=local.slope - part))
-        if seen.losses[first] < seen.losses[0]:
-            return _falling(distance, turned) if found.is_steep else found
-        if seen.losses[back] < seen.losses[0]:
+        first, back = (int(x[first_noticed(seen.losses[x], noise)]) for x in seen.ways)
+        falls = seen.losses < seen.losses[0]
+        if falls[first] and not found.is_steep:
+            return found
+        if _goes_on(seen, first, way, noise):
+            return _falling(distance, turned)
+        if _goes_on(seen, back, -way, noise):
             return _falling(distance, -turned)
         if not np.isfinite(seen.slopes[first]).all():
             return distance
+        if not first or falls[first] or seen.slopes[first] @ way <= 0:
+            # What the slope promises is not there: it is rounding.
+            part = steep_part(local, noise, values, vectors)
+            return distance_of(local._replace(slope=local.slope - part))
         beside = np.where(local.held, 0, seen.slopes[first] / local.scale)
         slopes.append(beside if local.turn is None else local.turn.T @ beside)
     return distance
+
+
+def _goes_on(
+    seen: Seen, index: int, way: Float[np.ndarray, " D"], noise: float
+) -> bool:
+    """Whether the loss falls along a way to a point, and does so there, as a line.
+
+    Where large numbers cancel, rounding changes it at once, or its slope differs there.
+    """
+    is_slope = seen.slopes[index] @ way < -noise / 2
+    is_lower = seen.losses[index] < seen.losses[0]
+    near = np.append(0, np.tile(STEPS, 2))[index]
+    return bool(is_lower and is_slope and near >= _LEAST_STEP)
 
 
 def is_bottom(site: Site, local: Curved, noise: float) -> bool:
