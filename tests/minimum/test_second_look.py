@@ -118,6 +118,10 @@ def test_a_minimum_without_slopes_is_one(name, solver, kind):
     report = result.report(batch)
     assert "hardly any slope here, along shape (" in report.note
     assert report["shape"].error > 10
+    with pytest.warns(UserWarning, match="`standard_errors`: residuals have") as told:
+        result.trainer.standard_errors(batch)
+    assert report.note in str(told[0].message)
+    assert told[0].filename == __file__
     report, point = result.report(batch, kind="observed"), result.model.values()
     _, hessian = by_hand(np.array([*point], float))
     errors = [report["height"].error, report["shape"].error]

@@ -70,7 +70,8 @@ class Ending(NamedTuple):
 
     def _explained(self) -> str:
         distance = self.distance
-        if distance is None or not np.isfinite(distance.edm):
+        is_known = distance is not None and np.isfinite(distance.edm)
+        if distance is None or not (is_known or distance.is_steep):
             is_stalled = self.stop_reason is StopReason.STALLED
             why = " Its derivatives there are not finite." if is_stalled else ""
             return f"{self._ended}{why}{self._beside if is_stalled else ''}"

@@ -26,6 +26,7 @@ from .._minimum import (
     measure_spectrum,
     minimum_note,
     second_look,
+    slope_note,
     surroundings,
     truth_p_values,
     what_falls,
@@ -251,7 +252,8 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
         return here
     distance, falls = here.distance, what_falls(trainer)
     site = Site(stripped(trainer), as_batch(batch), falls)
-    if falls == "residuals":
+    # The derivatives of an `nll` are those of a `second_look` already.
+    if falls == "residuals" or distance.is_steep or distance.is_flat:
         distance = second_look(site, here.local, distance)
     return here._replace(distance=endless(site, here.local, distance))
 
@@ -407,7 +409,7 @@ def warn_if_misleading(
 ) -> None:
     """Warns that `name` is asked for farther from the minimum than the truth is.
 
-    Or where there is no minimum, as `minimum_note` says it.
+    Or where there is no minimum, or hardly any slope, in the words of a table.
     """
     if far := how_far(trainer, here, scale_errors):
         warn(
@@ -419,10 +421,12 @@ def warn_if_misleading(
         return
     # Infinite errors say themselves that there is none.
     is_odd = _may_be_endless(trainer, here.whitening, 2 * distance.edm)
-    if is_odd or distance.is_saddle:
+    if is_odd or distance.is_saddle or distance.is_steep:
         distance = seen_again(trainer, batch, here).distance or distance
     if distance.is_lost:
         warn(f"`{name}`: {minimum_note(distance, trainer.params)}.")
+    elif here.kind == "expected" and (note := slope_note(distance, trainer.params)):
+        warn(f"`{name}`: {note}.")
 
 
 def warn_if_of_few(

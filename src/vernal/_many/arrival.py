@@ -92,7 +92,9 @@ def distances_of(
     local = jax.device_get(local)
     at = {i: jax.tree.map(lambda x, i=i: x[i], local) for i in indices}
     found = {i: distance_of(own) for i, own in at.items()}
-    seems_odd = lambda d: d.is_leap or (d.is_saddle and np.isfinite(d.edm))
+    seems_odd = lambda d: (
+        d.is_leap or d.is_steep or (d.is_saddle and np.isfinite(d.edm))
+    )
     seems_lower = lambda i, d: d.is_minimum and is_idle(at[i])
     is_odd = lambda i, d: (
         seems_odd(d) or seems_lower(i, d) or may_be_endless(kind, at[i], d)

@@ -21,9 +21,9 @@ from .._inference import (
     few_text,
     how_far,
 )
-from .._minimum import Distance, share_p_value
+from .._minimum import Distance, share_p_value, slope_note
 from .._program import program
-from .._step import AbstractTrainer, in_free_coordinates
+from .._step import AbstractTrainer, in_free_coordinates, in_real_coordinates
 from .mapped_chunk import Flags
 from .members import Members
 from .stack import stacked
@@ -145,6 +145,30 @@ def warn_if_any_is_lost(
     if lost:
         first, *others = lost
         told = f"The errors of member {first}: {explain(first)} {_of_others(others)}"
+        warn(told.rstrip())
+
+
+def warn_if_any_lacks_slopes(
+    distances: Distance | None,
+    found: KnownErrors,
+    member_of: Callable[[int], tuple[AbstractTrainer, Any]],
+    kind: ErrorKind | None,
+) -> None:
+    """Warns of errors from slopes, if there are hardly any at the end of a member."""
+    scatter = found.scatter
+    if distances is None or scatter is None or kind not in (None, "expected"):
+        return
+    if kind is None and np.any(scatter.data.is_robust):
+        return
+    notes = dict[int, str]()
+    for index in np.flatnonzero(distances.is_leap).tolist():
+        at = jax.tree.map(lambda x, i=index: x[i], distances)
+        params = in_real_coordinates(member_of(index)[0]).params
+        if note := slope_note(at, params):
+            notes[index] = note
+    if notes:
+        first, *others = notes
+        told = f"The errors of member {first}: {notes[first]}. {_of_others(others)}"
         warn(told.rstrip())
 
 

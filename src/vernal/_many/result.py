@@ -38,6 +38,7 @@ from .errors import (
     warn_if_any_is_far,
     warn_if_any_is_lost,
     warn_if_any_is_of_few,
+    warn_if_any_lacks_slopes,
 )
 from .mapped_chunk import Flags, member
 
@@ -321,6 +322,8 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         member_of = lambda index: (self.trainer(index), member(batch, flags, index))
         warn_if_any_is_far(found, member_of, options)
         warn_if_any_is_of_few(found, member_of)
+        about = found, member_of, options.kind
+        warn_if_any_lacks_slopes(self._distances, *about)
         return found
 
     def _by_element(self, data: Any, options: ErrorOptions) -> ByElement:

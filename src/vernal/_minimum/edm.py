@@ -24,7 +24,8 @@ class Distance(NamedTuple):
     - `spacing`: the distance that the spacing of the parameters may hide; without any
         scatter, one that is too small to matter.
     - `is_saddle`: whether the point cannot be a minimum: the loss curves downwards, is
-        flat in every direction, or has derivatives that are not finite.
+        flat in every direction, falls along one without curvature, or has derivatives
+        that are not finite.
     - `is_complete`: whether `edm` is more than a lower bound.
     - `direction`: the direction of the minimum, of length one, with each parameter in
         units of its scale. Where the loss curves downwards, it does so along it.
@@ -36,6 +37,8 @@ class Distance(NamedTuple):
     - `is_held`: whether an element is held at its bound.
     - `is_endless`: whether the loss only approaches a limit, without a minimum on the
         way: `direction` leads there.
+    - `is_steep`: whether there is a slope without curvature: `edm` leaves it out. After
+        a `second_look`: whether the loss falls along it, or nobody knows.
     """
 
     edm: Float[Array | np.ndarray, ""]
@@ -50,6 +53,7 @@ class Distance(NamedTuple):
     is_unclear: Any = False
     is_held: Any = False
     is_endless: Any = False
+    is_steep: Any = False
 
     @property
     def is_far(self) -> bool:
@@ -59,7 +63,12 @@ class Distance(NamedTuple):
     @property
     def noise(self) -> Any:
         """The largest fall of the loss that means nothing. For numbers on the host."""
-        return np.fmax(np.fmax(self.tolerance, self.rounding), self.spacing)
+        return np.fmax(self.visible, self.spacing)
+
+    @property
+    def visible(self) -> Any:
+        """The least change of the loss that is one. For numbers on the host."""
+        return np.fmax(self.tolerance, self.rounding)
 
     @property
     def is_short(self) -> bool:
@@ -67,22 +76,28 @@ class Distance(NamedTuple):
         return bool(self.edm > self.noise or self.is_far or self.is_saddle)
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the loss is flat in each direction. For numbers on the host."""
+        has_way = self.is_plateau or np.any(self.direction)
+        return bool(self.is_saddle and not has_way)
+
+    @property
     def is_flat_at_bound(self) -> bool:
         """Whether only what is held changes the loss. For numbers on the host."""
-        is_flat = not (self.is_plateau or np.any(self.direction))
-        return bool(self.is_saddle and self.is_held and is_flat)
+        return bool(self.is_flat and self.is_held)
 
     @property
     def is_lost(self) -> bool:
         """Whether there is no minimum that errors are of. For numbers on the host."""
         is_saddle = self.is_saddle and not self.is_flat_at_bound
-        return bool(self.is_endless or (is_saddle and np.isfinite(self.edm)))
+        is_known = np.isfinite(self.edm) or self.is_steep
+        return bool(self.is_endless or (is_saddle and is_known))
 
     @property
     def is_minimum(self) -> bool:
         """Whether the loss cannot fall any further. For numbers on the host."""
         is_known = self.is_complete and not np.isnan(self.edm)
-        return bool(is_known and not self.is_short)
+        return bool(is_known and not (self.is_steep or self.is_short))
 
     @property
     def remedy(self) -> str:
@@ -204,6 +219,8 @@ def saddle_words(
         )
     if not where:
         return "is flat here: start from elsewhere"
+    if distance.is_steep:
+        return f"falls {where}, without curvature: fit on, or give a prior or a bound"
     return f"curves downwards {where}: {remedy}"
 
 

@@ -116,7 +116,33 @@ def _of_curved(local: Curved) -> Distance:
     spacing = _hidden(edm, local.spacing, unseen, rows, along / roots, local)
     found = _distance(edm, (local.tolerance, spacing), is_saddle, local, step)
     left = leftover(values, vectors.T @ slope, vectors, local.loss, noise, 1.0)
-    return found._replace(is_unclear=bool(left.is_unclear))
+    is_steep = bool(steep_part(local, found.visible, values, vectors).any())
+    return found._replace(is_unclear=bool(left.is_unclear), is_steep=is_steep)
+
+
+def steep_part(
+    local: Curved,
+    fall: Any,
+    values: Float[np.ndarray, " L"],
+    vectors: Float[np.ndarray, "L L"],
+) -> Float[np.ndarray, " L"]:
+    """Returns the part of the slope along which there is no curvature.
+
+    Curvature that rounding may hide bounds the fall from below: a part is zero if it
+    says less than `fall`. An element without any second derivative has no such unit.
+    `values` and `vectors` decompose the Hessian.
+    """
+    slope, noise = (
+        local.slope.astype(float),
+        noise_of_zero(len(values), local.hessian.dtype),
+    )
+    hidden = noise * np.abs(values).max(initial=0)
+    is_alone = ~np.any(local.hessian, axis=0)
+    part = vectors @ np.where(np.abs(values) > hidden, 0, vectors.T @ slope)
+    part = np.where(is_alone, 0, part)
+    if part @ part <= max(2 * hidden * fall, noise**2 * (slope @ slope)):
+        part = np.zeros_like(part)
+    return np.where(is_alone, slope, part)
 
 
 def _hidden(
@@ -189,6 +215,7 @@ def of_products(
     eps = float(jnp.finfo(gradient.dtype).eps)
     first = precondition(gradient)
     size = jnp.vdot(gradient, first)
+    hidden = jnp.fmax(jnp.asarray(tolerance, loss.dtype), rounding_of(loss))
 
     def goes_on(carry: Any) -> Array:
         count, _, _, _, now, _, is_saddle = carry
@@ -206,17 +233,22 @@ def of_products(
         step = step + length * heading
         new = rest - length * image
         solved = precondition(new)
+        # A slope without curvature says that it falls by more than rounding hides.
+        is_steep = is_flat & ~is_saddle & (now**2 > 2 * eps * scale * hidden)
         then = jnp.where(is_flat, 0, jnp.vdot(new, solved))
+        then = jnp.where(is_steep, jnp.nan, then)
         edm = edm + 0.5 * length * now
         # Along the heading of a saddle it curves downwards.
-        heading = jnp.where(is_saddle, heading, solved + then / now * heading)
+        is_way = is_saddle | is_steep
+        heading = jnp.where(is_way, heading, solved + then / now * heading)
         return count + 1, step, new, heading, then, edm, is_saddle
 
     zero, no = jnp.zeros_like(gradient), jnp.array(False)
     start = (0, zero, gradient, first, size, jnp.zeros_like(size), no)
     end = jax.lax.while_loop(goes_on, iterate, start)
     _, step, _, heading, now, edm, is_saddle = end
-    step = jnp.where(is_saddle, heading, step)
+    is_steep = jnp.isnan(now) & jnp.isfinite(edm)
+    step = jnp.where(is_saddle | is_steep, heading, step)
     length = jnp.linalg.norm(step)
     return Distance(
         jnp.where(jnp.isfinite(loss), edm, jnp.nan),
@@ -226,4 +258,5 @@ def of_products(
         is_saddle,
         now <= 1e-6 * size,
         -step / jnp.where(length > 0, length, 1),
+        is_steep=is_steep,
     )

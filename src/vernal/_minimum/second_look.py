@@ -15,6 +15,7 @@ from jaxtyping import Float
 from .edm import Distance
 from .formulas import by_svd, distance_of
 from .idle import MOST_DIRECTIONS, NEAR, Site, first_noticed
+from .kinks import is_bottom, without_slopes
 from .leftover import closer, unrounded
 from .local import Curved, Local, Spectral, Triangle, noise_of_zero
 
@@ -32,7 +33,13 @@ def second_look(site: Site, local: Any, distance: Distance) -> Distance:
         local = jax.device_get(local)
         here = _without_kinks(site, clear(site, local), noise)
         if here is not local:
-            return distance_of(here)
+            local, distance = here, distance_of(here)
+            if not distance.is_steep:
+                return distance
+        elif _is_flat(distance) and is_bottom(site, local, noise):
+            return distance._replace(is_saddle=np.array(False))
+    if distance.is_steep and not distance.is_saddle:
+        return without_slopes(site, local, distance)
     if site.kind == "nll" and distance.is_unclear and distance.is_saddle:
         if local.turn is not None or _is_saddle_closer(site, local):
             return distance
@@ -49,6 +56,11 @@ def second_look(site: Site, local: Any, distance: Distance) -> Distance:
         return distance
     direction = hidden[0] / np.linalg.norm(hidden[0])
     return found._replace(direction=direction.astype(found.direction.dtype))
+
+
+def _is_flat(distance: Distance) -> bool:
+    # Where derivatives are not finite, there is no direction either.
+    return distance.is_flat and bool(np.isfinite(distance.edm))
 
 
 def clear(site: Site, local: Curved) -> Curved:
