@@ -21,7 +21,7 @@ from .._solve import Solver
 from .._trainer import Trainer
 from .many_trainers import ManyTrainers
 from .result import ManyResult
-from .solve_many import solve_many
+from .solve_many import ManySolve, solve_many
 from .stack import at_one_step, require_some_difference, stacked
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
@@ -130,7 +130,8 @@ def fit_many(
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
     try:
         if solver is not None:
-            return solve_many(many, together, data, solver, steps, jac, shows)
+            asked = ManySolve(solver, steps, jac, shows)
+            return solve_many(many, together, data, asked)
         return fit(many, at_one_step(together), data, steps, options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         # Once a step was taken, it is an error of something else, as of a callback.
