@@ -77,7 +77,7 @@ def fit_many(
         one by one: together all take as many steps as the slowest. Members within
         bounds decide as `solve` does: one that ends badly in a whitened space begins
         again in the parameters themselves, and goes on from the lower end. A member
-        that meets an error ends as `FAILED`, where it began, with a warning; the others
+        that meets an error ends as `FAILED`, where it was, with a warning; the others
         are then solved for one by one too. Ctrl-C ends those that go on after the first
         round, with what they have.
     - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.

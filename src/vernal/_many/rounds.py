@@ -133,9 +133,10 @@ def settle(
     try:
         while left := {i: own for i, own in asked.items() if isinstance(own, Asked)}:
             answers = answers or together.answers(left)
-            new = {index: rounds[index].next(end) for index, end in answers.items()}
-            asked, answers = asked | new, {}
-            bar.update(sum(not isinstance(own, Asked) for own in new.values()), dict)
+            for index, end in answers.items():
+                asked[index] = rounds[index].next(end)
+            bar.update(sum(not isinstance(asked[i], Asked) for i in answers), dict)
+            answers = {}
     except KeyboardInterrupt:
         if place.mesh is not None:
             raise
@@ -145,7 +146,7 @@ def settle(
         if place.mesh is not None:
             raise error
         warn(
-            f"{len(errors)} of {size} members met an error, and are where they began. "
+            f"{len(errors)} of {size} members met an error, and stay where they were. "
             f"That of member {index}: {words_of(error)}"
         )
     rows = dict[int, End]()
