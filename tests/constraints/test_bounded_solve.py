@@ -451,7 +451,7 @@ class Scaled(vn.Trainer):
 
 
 @pytest.mark.parametrize("are_many", [False, True])
-def test_a_minimum_on_a_bound_counts_where_a_second_start_runs_out_of_steps(are_many):
+def test_a_minimum_on_a_bound_needs_no_second_start(are_many):
     start = {"height": 1.0, "rate": 1.5, "slope": 1e-4, "base": 100.0}
     start = {name: jnp.array(x) for name, x in start.items()}
     x = jnp.linspace(0, 3, 50)

@@ -247,7 +247,7 @@ class _Together:
         rows = on_host(self._members.place.home(ends))
         leaves, structure = jax.tree.flatten(rows)
         pick = lambda index: structure.unflatten(x[index] for x in leaves)
-        return {index: pick(index) for index in indices}
+        return on_device({index: pick(index) for index in indices})
 
     def _run(self, points: Point | None, goals: Int[np.ndarray, " members"]) -> End:
         members, rows = self._members, (points, on_device(goals.astype(np.int32)))

@@ -99,14 +99,11 @@ def _flat(flags: Iterable[Bool[Array, "..."]]) -> Bool[Array, " elements"]:
     return jnp.concatenate([*map(jnp.ravel, flags)])
 
 
-def is_lost(
-    bounds: Bounds, start: PyTree, end: PyTree, local: Any, is_sure: bool = False
-) -> bool:
+def is_lost(bounds: Bounds, start: PyTree, end: PyTree, local: Any) -> bool:
     """Whether a solve in a whitened space may have ended far from the minimum.
 
-    A long step there may end on a bound, or next to one, by its distance at the start.
-    `local` are the surroundings of the `end`. A bound that leaves all others their
-    effect is a likely minimum: it is not counted if it `is_sure`.
+    A long step there may end on a bound where other parameters have no effect, or next
+    to one, by its distance at the start. `local` are the surroundings of the `end`.
     """
     before, after = by_path(start).by_name(), by_path(end).by_name()
     is_met = False
@@ -116,7 +113,6 @@ def is_lost(
                 abs(np.asarray(at[path]) - np.asarray(bound)) for at in (after, before)
             )
             is_met |= bool(np.any(gap == 0))
-            is_near = (gap < _NEXT_TO * far) & np.isfinite(far)
-            if np.any(is_near & (gap > 0) if is_sure else is_near):
+            if np.any((gap > 0) & (gap < _NEXT_TO * far) & np.isfinite(far)):
                 return True
     return is_met and leaves_idle(local)

@@ -295,7 +295,7 @@ class Rounds:
         if left and not is_done and kept.reason is not StopReason.NON_FINITE:
             kept, left = yield from self._settle(left, True, kept)
         has_converged = kept.reason is StopReason.CONVERGED
-        if ran_out and has_converged and self._is_lost(is_sure=True):
+        if ran_out and has_converged and self._is_lost():
             # More steps from the start may lead lower.
             self._ran_out = True
             distance = kept.distance._replace(is_complete=np.array(False))
@@ -303,13 +303,13 @@ class Rounds:
             self._found = kept._replace(distance=distance, reason=why)
         return left
 
-    def _is_lost(self, is_sure: bool = False) -> bool:
+    def _is_lost(self) -> bool:
         """Whether the last round ended where a long step may have led."""
         assert self._found is not None
         bounds, end = bounds_of(self._placed), self._found.end
         assert bounds is not None
         start = self._placed.params
-        return is_lost(bounds, start, end.params, end.local, is_sure)
+        return is_lost(bounds, start, end.params, end.local)
 
     def _settle(
         self, left: int, whitens: bool, before: _Round | None
