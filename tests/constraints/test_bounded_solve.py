@@ -439,3 +439,34 @@ def test_a_second_start_that_diverges_leaves_the_first_end():
     assert result.stop_reason is vn.StopReason.MAX_STEPS
     assert 1.5 < result.model["positive"] < 1.8
     assert result.trainer.best_loss < 1e-8
+
+
+class Scaled(vn.Trainer):
+    """Parameters of unlike scales, of which a minimiser needs a whitened space."""
+
+    def residuals(self, model, batch):
+        x, y = batch
+        curve = model["height"] * jnp.exp(-model["rate"] * x) + 1e3 * model["slope"] * x
+        return (curve + 1e-3 * model["base"] - y) / 0.05
+
+
+@pytest.mark.parametrize("are_many", [False, True])
+def test_a_minimum_on_a_bound_needs_no_second_start(are_many):
+    start = {"height": 1.0, "rate": 1.5, "slope": 1e-4, "base": 100.0}
+    start = {name: jnp.array(x) for name, x in start.items()}
+    x = jnp.linspace(0, 3, 50)
+    batch = x, 2 * jnp.exp(-0.7 * x) + x - 0.3
+    trainer = Scaled(start, bounds={"base": (0, None)}).whiten(batch)
+    solver = optx.BFGS(1e-8, 1e-8)
+    if are_many:
+        many = vn.fit_many([trainer] * 2, batch, 128, solver=solver)
+        losses, [reason, _] = many.history.loss[:, 0], many.stop_reasons
+        losses, result = losses[np.isfinite(losses)], many.trainer(0)
+    else:
+        alone = trainer.solve(solver, batch, max_steps=128)
+        losses, reason, result = alone.history.loss, alone.stop_reason, alone.trainer
+    assert reason is vn.StopReason.CONVERGED
+    assert result.model["base"] == 0
+    # It has the steps and the losses of its own way.
+    assert result.step_count == len(losses) < 128
+    np.testing.assert_allclose(losses[-1], result.best_loss, rtol=1e-6)

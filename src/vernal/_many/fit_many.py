@@ -21,7 +21,7 @@ from .._solve import Solver
 from .._trainer import Trainer
 from .many_trainers import ManyTrainers
 from .result import ManyResult
-from .solve_many import solve_many
+from .solve_many import ManySolve, solve_many
 from .stack import at_one_step, require_some_difference, stacked
 
 TrainerT = TypeVar("TrainerT", bound=Trainer[Any, Any])
@@ -77,7 +77,7 @@ def fit_many(
         one by one: together all take as many steps as the slowest. Members within
         bounds decide as `solve` does: one that ends badly in a whitened space begins
         again in the parameters themselves, and goes on from the lower end. A member
-        that meets an error ends as `FAILED`, where it began, with a warning; the others
+        that meets an error ends as `FAILED`, where it was, with a warning; the others
         are then solved for one by one too. Ctrl-C ends those that go on after the first
         round, with what they have.
     - `jac`: as for [`vernal.Trainer.solve`][], with a solver only.
@@ -130,7 +130,8 @@ def fit_many(
         raise TypeError("`jac` is for a `solver`, and there is none. Leave it out.")
     try:
         if solver is not None:
-            return solve_many(many, together, data, solver, steps, jac, shows)
+            asked = ManySolve(solver, steps, jac, shows)
+            return solve_many(many, together, data, asked)
         return fit(many, at_one_step(together), data, steps, options)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         # Once a step was taken, it is an error of something else, as of a callback.

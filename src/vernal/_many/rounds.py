@@ -1,5 +1,6 @@
 """The rounds of solves of many: each decides as `solve` does, and all run together."""
 
+import functools as ft
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -72,13 +73,23 @@ class Point(NamedTuple):
 
 @program
 def _run(
-    members: Members, problem: Problem, points: Point, goals: Int[Array, " members"]
+    members: Members,
+    problem: Problem,
+    points: Point | None,
+    goals: Int[Array, " members"],
 ) -> End:
-    """Solves for each, with at most as many steps as its goal."""
+    """Solves for each, with at most as many steps as its goal.
 
-    def of_one(trainer: AbstractTrainer, batch: Any, point: Point, goal: Array) -> End:
-        space, params, held = point
-        inner = live(stripped(in_free_coordinates(trainer)), params)
+    Without points all begin where they are, and share what they share.
+    """
+
+    def of_one(
+        trainer: AbstractTrainer, batch: Any, point: Point | None, goal: Array
+    ) -> End:
+        inner = in_free_coordinates(trainer)
+        own = inner.projector, inner.params, Start.of(inner)
+        space, params, held = own if point is None else point
+        inner = live(stripped(inner), params)
         return run_solver(inner, space, held, problem._replace(batch=batch), goal)
 
     return members.place.pin_rows(members.map(of_one, problem.batch, points, goals))
@@ -122,9 +133,10 @@ def settle(
     try:
         while left := {i: own for i, own in asked.items() if isinstance(own, Asked)}:
             answers = answers or together.answers(left)
-            new = {index: rounds[index].next(end) for index, end in answers.items()}
-            asked, answers = asked | new, {}
-            bar.update(sum(not isinstance(own, Asked) for own in new.values()), dict)
+            for index, end in answers.items():
+                asked[index] = rounds[index].next(end)
+            bar.update(sum(not isinstance(asked[i], Asked) for i in answers), dict)
+            answers = {}
     except KeyboardInterrupt:
         if place.mesh is not None:
             raise
@@ -134,16 +146,17 @@ def settle(
         if place.mesh is not None:
             raise error
         warn(
-            f"{len(errors)} of {size} members met an error, and are where they began. "
+            f"{len(errors)} of {size} members met an error, and stay where they were. "
             f"That of member {index}: {words_of(error)}"
         )
     rows = dict[int, End]()
     for index, own in rounds.items():
         failed = StopReason.FAILED if index in errors else None
         reason = StopReason.INTERRUPTED if isinstance(asked[index], Asked) else failed
-        end, arrivals[index] = own.joined(reason)
-        rows[index] = on_device(end)
+        end, arrivals[index] = own.joined(reason, together.shapes)
+        rows[index] = end
     if first is None:
+        rows = {index: on_device(end) for index, end in rows.items()}
         columns = zip(*map(jax.tree.leaves, rows.values()), strict=True)
         joined = jax.tree.structure(rows[0]).unflatten(stack([*columns]))
     else:
@@ -158,14 +171,19 @@ class _Together:
     def __init__(self, members: Members, problem: Problem, most: int):
         self._members, self._problem, self._most = members, problem, most
         self._is_apart = _is_apart(members, problem)
-        home = members.place.home((members.trainers, problem.batch))
-        trainers, self._batch = on_host(home)
-        self._at_home = members._replace(trainers=trainers)
-        self._start = self._first_points()
+
+    @ft.cached_property
+    def _at_home(self) -> tuple[Members, Any]:
+        """The members and their data on the host, for those that go on."""
+        members = self._members
+        home = members.place.home((members.trainers, self._problem.batch))
+        trainers, batch = on_host(home)
+        return members._replace(trainers=trainers), batch
 
     def begun(self, index: int) -> Rounds:
         """Returns the rounds of a member."""
-        trainer, batch = on_device(self._at_home.one(self._batch, index))
+        members, batch = self._at_home
+        trainer, batch = on_device(members.one(batch, index))
         problem = self._problem._replace(batch=batch)
         is_bounded = bounds_of(trainer) is not None
         return Rounds(trainer, problem, ANYWHERE, self._most, is_bounded)
@@ -174,26 +192,43 @@ class _Together:
         """Runs the first round of all, unless members are run one by one."""
         if self._is_apart:
             return None
-        asked = self.begun(0).next()
-        assert isinstance(asked, Asked)
-        goals = np.full(len(self._members.trainers.step_count), asked.goal)
+        start, goal = None, self._most
+        if bounds_of(self._members.trainers) is not None:
+            start, goal = self._start, self._asked_first().goal
+        goals = np.full(len(self._members.trainers.step_count), goal)
         try:
-            return self._run(self._start, goals)
+            return self._run(start, goals)
         except RuntimeError:
             if self._members.place.mesh is not None:
                 raise
             self._is_apart = True
             return None
 
+    @ft.cached_property
+    def _shapes(self) -> End:
+        return self._asked_first().shapes()
+
+    def shapes(self) -> End:
+        """Returns the shapes of how one ends."""
+        return self._shapes
+
+    def _asked_first(self) -> Asked:
+        asked = self.begun(0).next()
+        assert isinstance(asked, Asked)
+        return asked
+
     def answers(self, asked: Mapping[int, Asked]) -> Mapping[int, End | RuntimeError]:
         """Runs what most ask for; the others wait."""
+        if self._is_apart:
+            index, one = next(iter(asked.items()))
+            return {index: one.answer()}
         kinds = {i: jax.tree.structure(own.projector) for i, own in asked.items()}
         most, _ = Counter(kinds.values()).most_common(1)[0]
         own = {i: asked[i] for i, kind in kinds.items() if kind == most}
         start, place = self._start, self._members.place
         if most != jax.tree.structure(start.space):
             start = Point(None, start.params, start.held._replace(latent=None))
-        if not self._is_apart and most == jax.tree.structure(start.space):
+        if most == jax.tree.structure(start.space):
             goals = np.zeros(len(self._members.trainers.step_count), np.int32)
             goals[[*own]] = [one.goal for one in own.values()]
             points = {i: Point.of(one) for i, one in own.items()}
@@ -210,23 +245,25 @@ class _Together:
     def picked(self, ends: End, indices: Iterable[int]) -> dict[int, End]:
         """Returns how some of them ended."""
         rows = on_host(self._members.place.home(ends))
-        pick = lambda index: jax.tree.map(lambda x: x[index], rows)
-        return {index: on_device(pick(index)) for index in indices}
+        leaves, structure = jax.tree.flatten(rows)
+        pick = lambda index: structure.unflatten(x[index] for x in leaves)
+        return on_device({index: pick(index) for index in indices})
 
-    def _run(self, points: Point, goals: Int[np.ndarray, " members"]) -> End:
+    def _run(self, points: Point | None, goals: Int[np.ndarray, " members"]) -> End:
         members, rows = self._members, (points, on_device(goals.astype(np.int32)))
         placed = _spread(rows, members.place)
         return jax.block_until_ready(_run(members, self._problem, *placed))
 
-    def _first_points(self) -> Point:
-        """Returns where all begin: a space that they share has a row for each, too."""
+    @ft.cached_property
+    def _start(self) -> Point:
+        """Where all begin: a space that they share has a row for each, too."""
         members, trainers = self._members, self._members.trainers
         progress, count = progress_of(trainers), len(trainers.step_count)
         if bijections_of(trainers) is not None:
             progress = _in_free_coordinates(members, self._problem.batch)
         config = jax.tree.structure(config_of(trainers))
         own = config.unflatten(members.flags[: config.num_leaves]).projector
-        at_home = self._at_home.trainers.projector
+        at_home = self._at_home[0].trainers.projector
         as_rows = lambda own, x, y: x if own else np.broadcast_to(y, (count, *y.shape))
         space = jax.tree.map(as_rows, own, trainers.projector, at_home)
         return Point(on_device(space), progress.params, Start.at(progress))

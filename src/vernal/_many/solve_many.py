@@ -1,7 +1,7 @@
 """A solver of Optimistix on many trainers at once."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +49,21 @@ def _find_bad(
     return members.map(of_one, batch, params)
 
 
+class ManySolve(NamedTuple):
+    """The solver of `fit_many`, and its options; `shows` asks for a progress bar."""
+
+    solver: Any
+    steps: int
+    jac: Mode | None
+    shows: bool
+
+
 @outside_mesh
 def solve_many(
-    subject: ManyTrainers,
-    trainer: AbstractTrainer,
-    data: Any,
-    solver: Any,
-    steps: int,
-    jac: Mode | None,
-    shows: bool,
+    subject: ManyTrainers, trainer: AbstractTrainer, data: Any, asked: ManySolve
 ) -> ManyResult[Any]:
-    """Implements `fit_many` with a solver; `shows` asks for a progress bar."""
+    """Implements `fit_many` with a solver."""
+    solver, steps, jac, shows = asked
     place, group = subject.place, subject.group
     with same_inputs(subject.entrance, place) as require_same, place.context():
         encoded, rows = checked_solver(solver, steps, "steps")

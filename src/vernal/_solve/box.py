@@ -99,13 +99,12 @@ def _flat(flags: Iterable[Bool[Array, "..."]]) -> Bool[Array, " elements"]:
     return jnp.concatenate([*map(jnp.ravel, flags)])
 
 
-def is_lost(bounds: Bounds | None, start: PyTree, end: PyTree, local: Any) -> bool:
+def is_lost(bounds: Bounds, start: PyTree, end: PyTree, local: Any) -> bool:
     """Whether a solve in a whitened space may have ended far from the minimum.
 
     A long step there may end on a bound where other parameters have no effect, or next
     to one, by its distance at the start. `local` are the surroundings of the `end`.
     """
-    assert bounds is not None
     before, after = by_path(start).by_name(), by_path(end).by_name()
     is_met = False
     for side in (bounds.low, bounds.high):
@@ -114,6 +113,6 @@ def is_lost(bounds: Bounds | None, start: PyTree, end: PyTree, local: Any) -> bo
                 abs(np.asarray(at[path]) - np.asarray(bound)) for at in (after, before)
             )
             is_met |= bool(np.any(gap == 0))
-            if np.any((gap < _NEXT_TO * far) & np.isfinite(far)):
+            if np.any((gap > 0) & (gap < _NEXT_TO * far) & np.isfinite(far)):
                 return True
     return is_met and leaves_idle(local)

@@ -1,6 +1,6 @@
 """The rounds of a solve, between which its space is whitened."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -98,9 +98,12 @@ class Asked(NamedTuple):
         except RuntimeError as error:
             return error
 
-    def unmoved(self) -> End:
+    def shapes(self) -> End:
+        """Returns the shapes of the end, for which all is traced."""
+        return eqx.filter_eval_shape(run_solver, *self)
+
+    def unmoved(self, shapes: End) -> End:
         """Returns the end of a solver that has not taken a step."""
-        shapes = eqx.filter_eval_shape(run_solver, *self)
         end: End = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         held = self.held
         return end._replace(
@@ -164,7 +167,7 @@ class Rounds:
         self._projector, self._held = placed.projector, Start.of(placed)
         self._found: _Round | None = None
         self._damped: EigenProjector | None = None
-        self._most = most
+        self._most, self._ran_out = most, False
         self._way = self._go(rewhiten and can_whiten(placed))
         self._losses: list[np.ndarray] = []
         size = ravel_size(placed.params)
@@ -282,20 +285,19 @@ class Rounds:
                 self._begin_within(kept, now.end.params)
             kept = self._moved(now)
         else:
-            if now and has_converged and not is_over:
-                left = unused
-            else:
-                # The first way goes on as if there had been no other.
-                del self._losses[count:]
-                left = 0 if is_over else left
+            # The first way goes on as if there had been no other.
+            del self._losses[count:]
+            left = 0 if is_over else left
             kept = kept.with_best_of(now) if now else kept
             self._begin(kept.end.params, kept.projector, kept.end.latent)
         self._found = kept
         is_done = kept.is_settled and kept.reason is StopReason.CONVERGED
         if left and not is_done and kept.reason is not StopReason.NON_FINITE:
             kept, left = yield from self._settle(left, True, kept)
-        if ran_out and kept.reason is StopReason.CONVERGED and self._is_lost():
+        has_converged = kept.reason is StopReason.CONVERGED
+        if ran_out and has_converged and self._is_lost():
             # More steps from the start may lead lower.
+            self._ran_out = True
             distance = kept.distance._replace(is_complete=np.array(False))
             why = StopReason.MAX_STEPS
             self._found = kept._replace(distance=distance, reason=why)
@@ -304,8 +306,10 @@ class Rounds:
     def _is_lost(self) -> bool:
         """Whether the last round ended where a long step may have led."""
         assert self._found is not None
-        end, start = self._found.end, self._placed.params
-        return is_lost(bounds_of(self._placed), start, end.params, end.local)
+        bounds, end = bounds_of(self._placed), self._found.end
+        assert bounds is not None
+        start = self._placed.params
+        return is_lost(bounds, start, end.params, end.local)
 
     def _settle(
         self, left: int, whitens: bool, before: _Round | None
@@ -511,15 +515,17 @@ class Rounds:
         return FitResult(trainer, history, reason, found.distance)
 
     def joined(
-        self, reason: StopReason | None
+        self, reason: StopReason | None, shapes: Callable[[], End]
     ) -> tuple[End, tuple[StopReason, Distance]]:
         """Returns how all rounds ended, as one, in the space that was given.
 
-        Of a solve that has not come through a round, a `reason` says why.
+        Of a solve that has not come through a round, a `reason` says why; its end has
+        these `shapes`.
         """
         if self._found is None:
             distance = unknown(np.asarray(ravel(self._placed.params)))
-            return self._asked(0).unmoved(), (reason or StopReason.ERROR, distance)
+            end = self._asked(0).unmoved(shapes())
+            return end, (reason or StopReason.ERROR, distance)
         found, losses = self._ended(reason)
         end, space = found.end, self._placed.projector
         if found.projector is not space:
@@ -541,7 +547,8 @@ class Rounds:
             distance = endless(*self._surroundings(found.end), found.distance)
             why = settled(found.reason, distance)
             found = found._replace(distance=distance, reason=why)
-        if found.reason is StopReason.MAX_STEPS and len(losses) < self._most:
+        has_left = len(losses) < self._most and not self._ran_out
+        if found.reason is StopReason.MAX_STEPS and has_left:
             # It is the end of a round, after which nothing was gained.
             found = found._replace(reason=StopReason.STALLED)
         return found, losses

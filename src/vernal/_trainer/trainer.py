@@ -459,7 +459,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
             [`vernal.Trainer.whiten`][] does by default, in the same blocks, with the
             mode `jac`. This replaces every latent space without dropped directions,
             also that of `from_fisher` or `from_covariance`.
-            `max_steps` counts all steps.
+            `max_steps` counts all steps but those that a second start within bounds
+            takes in vain.
         - `jac`: `"fwd"` or `"bwd"`, the mode of differentiation; by default the one
             that works.
         - `mesh`: devices that share the work, as for [`vernal.Trainer.fit`][].
