@@ -24,7 +24,6 @@ from .._step import (
     AbstractTrainer,
     defined,
     in_free_coordinates,
-    priors_of,
     template_of,
     tied_words,
 )
@@ -32,7 +31,14 @@ from .._tree import aligned, as_parameters, element_name, named_leaves, short_nu
 from .counts import OfCounts, expected_deviance, of_counts
 from .derivatives import Passes
 from .elements import elements_of, held_elements, scaled, tied_of
-from .expansion import NO_SCATTER, Around, OfElements, expanded, seen_again
+from .expansion import (
+    NO_SCATTER,
+    Around,
+    OfElements,
+    expanded,
+    penalty_of,
+    seen_again,
+)
 from .laplace import ErrorOptions, Laplace, laplace
 from .observed import observed
 from .propagate import pinned_text, propagated
@@ -252,7 +258,7 @@ def _report_of_values(
     trainer: AbstractTrainer, lost: _Lost, data_count: int | None
 ) -> Report:
     """Reports what there is without errors: no criterion is of this point."""
-    distance, priors = lost.distance, priors_of(trainer)
+    distance = lost.distance
     rows = tuple(_marked(_rows(trainer, None, {}, 1.0), lost.held))
     size = sum(row.is_free for row in rows)
     return Report(
@@ -266,9 +272,7 @@ def _report_of_values(
         p_value=None,
         aic=None,
         bic=None,
-        prior_penalty=None
-        if priors is None
-        else 2 * float(priors.penalty(trainer.model)),
+        prior_penalty=penalty_of(trainer),
         edm=math.nan if distance is None else float(distance.edm),
         error_kind="observed",
         stop_reason=None,
