@@ -9,11 +9,14 @@ from jaxtyping import Bool
 
 from .._boundary import boolean, refuse_program, whole_number
 from .._curvature import IndefiniteError
+from .._data import as_batch
 from .._minimum import (
     Distance,
+    Site,
     distance_of,
     minimum_note,
     saddle_words,
+    second_look,
     slope_note,
     surroundings,
     what_falls,
@@ -24,6 +27,7 @@ from .._step import (
     AbstractTrainer,
     defined,
     in_free_coordinates,
+    stripped,
     template_of,
     tied_words,
 )
@@ -241,7 +245,10 @@ def _lost(
     held = {element_name(elements, int(i)) for i in np.flatnonzero(np.asarray(flags))}
     distance, note = None, f"no errors: {error}"
     if what_falls(trainer) == "nll":
-        distance = distance_of(surroundings(derived.value, gradient, hessian, *at))
+        local = surroundings(derived.value, gradient, hessian, *at)
+        site = Site(stripped(trainer), as_batch(batch), "nll")
+        # At a kink, too, the loss only seems to curve downwards.
+        distance = second_look(site, local, distance_of(local))
         if distance.is_saddle:
             words = saddle_words(distance, params, _GO_ON)
             note = f"no errors, as it is not at a minimum: the loss {words}"
