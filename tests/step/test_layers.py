@@ -77,3 +77,15 @@ def test_a_score_with_dropout_is_warned_of(name, many):
 
 def test_without_a_validation_nothing_is_said():
     assert not heard(Noisy, DROPOUT)
+
+
+def test_a_parameter_of_the_name_of_a_share_is_no_layer():
+    class Line(eqx.Module):
+        p: jax.Array
+
+    class Fit(vn.Trainer):
+        def loss(self, model, batch):
+            return jnp.sum((model.p[0] + model.p[1] * batch) ** 2)
+
+    trainer = Fit(Line(jnp.ones(2)), optax.sgd(1e-3))
+    trainer.fit(X, 1, validation=(X, 1), progress=False)

@@ -108,6 +108,13 @@ SUMS = {
         lambda m, b: jnp.sum((b["y"] - jnp.mean(b["y"]) - m["a"] * b["x"]) ** 2),
         BATCH,
     ),
+    "a mean beside a loop over data": (
+        lambda m, b: (
+            jnp.mean(jnp.square(m["a"] * b["x"]))
+            + jax.lax.scan(lambda c, y: (c + (y - m["a"]) ** 2, None), 0.0, b["y"])[0]
+        ),
+        BATCH,
+    ),
     "a mean of data": (
         lambda m, b: (jnp.mean(b["y"]) - m["a"]) ** 2 / 2,
         BATCH,

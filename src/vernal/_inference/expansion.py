@@ -258,11 +258,17 @@ def seen_again(trainer: AbstractTrainer, batch: Any, here: Around) -> Around:
     return here._replace(distance=endless(site, here.local, distance))
 
 
+def penalty_of(trainer: AbstractTrainer) -> float | None:
+    """Returns twice the negative logarithm of the priors, `None` without any."""
+    priors = priors_of(trainer)
+    return None if priors is None else 2 * float(priors.penalty(trainer.model))
+
+
 @_QUIET
 def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
     derived, priors = here.derived, priors_of(trainer)
     (distance, local), whitening = _distance(trainer, batch, here), here.whitening
-    penalty = None if priors is None else 2 * float(priors.penalty(trainer.model))
+    penalty = penalty_of(trainer)
     of_priors, data_count, zero_count, squares, norm = None, None, 0, None, None
     if derived.data is None:
         deviance = 2 * float(derived.value) - (penalty or 0.0)

@@ -9,11 +9,14 @@ from jaxtyping import Bool
 
 from .._boundary import boolean, refuse_program, whole_number
 from .._curvature import IndefiniteError
+from .._data import as_batch
 from .._minimum import (
     Distance,
+    Site,
     distance_of,
     minimum_note,
     saddle_words,
+    second_look,
     slope_note,
     surroundings,
     what_falls,
@@ -24,7 +27,7 @@ from .._step import (
     AbstractTrainer,
     defined,
     in_free_coordinates,
-    priors_of,
+    stripped,
     template_of,
     tied_words,
 )
@@ -32,7 +35,14 @@ from .._tree import aligned, as_parameters, element_name, named_leaves, short_nu
 from .counts import OfCounts, expected_deviance, of_counts
 from .derivatives import Passes
 from .elements import elements_of, held_elements, scaled, tied_of
-from .expansion import NO_SCATTER, Around, OfElements, expanded, seen_again
+from .expansion import (
+    NO_SCATTER,
+    Around,
+    OfElements,
+    expanded,
+    penalty_of,
+    seen_again,
+)
 from .laplace import ErrorOptions, Laplace, laplace
 from .observed import observed
 from .propagate import pinned_text, propagated
@@ -235,7 +245,10 @@ def _lost(
     held = {element_name(elements, int(i)) for i in np.flatnonzero(np.asarray(flags))}
     distance, note = None, f"no errors: {error}"
     if what_falls(trainer) == "nll":
-        distance = distance_of(surroundings(derived.value, gradient, hessian, *at))
+        local = surroundings(derived.value, gradient, hessian, *at)
+        site = Site(stripped(trainer), as_batch(batch), "nll")
+        # At a kink, too, the loss only seems to curve downwards.
+        distance = second_look(site, local, distance_of(local))
         if distance.is_saddle:
             words = saddle_words(distance, params, _GO_ON)
             note = f"no errors, as it is not at a minimum: the loss {words}"
@@ -252,7 +265,7 @@ def _report_of_values(
     trainer: AbstractTrainer, lost: _Lost, data_count: int | None
 ) -> Report:
     """Reports what there is without errors: no criterion is of this point."""
-    distance, priors = lost.distance, priors_of(trainer)
+    distance = lost.distance
     rows = tuple(_marked(_rows(trainer, None, {}, 1.0), lost.held))
     size = sum(row.is_free for row in rows)
     return Report(
@@ -266,9 +279,7 @@ def _report_of_values(
         p_value=None,
         aic=None,
         bic=None,
-        prior_penalty=None
-        if priors is None
-        else 2 * float(priors.penalty(trainer.model)),
+        prior_penalty=penalty_of(trainer),
         edm=math.nan if distance is None else float(distance.edm),
         error_kind="observed",
         stop_reason=None,

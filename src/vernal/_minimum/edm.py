@@ -78,8 +78,9 @@ class Distance(NamedTuple):
     @property
     def is_flat(self) -> bool:
         """Whether the loss is flat in each direction. For numbers on the host."""
+        # Where derivatives are not finite, there is no direction either.
         has_way = self.is_plateau or np.any(self.direction)
-        return bool(self.is_saddle and not has_way)
+        return bool(self.is_saddle and np.isfinite(self.edm) and not has_way)
 
     @property
     def is_flat_at_bound(self) -> bool:

@@ -74,13 +74,13 @@ def _of_spectral(local: Spectral) -> Distance:
     tolerance, spacing = TOLERANCE * 2 * loss / degrees, local.spacing
     # What is left at the minimum is rounding, that of values and of the decomposition:
     # without scatter only the precision of the parameters sets a scale.
-    unseen = max(_ROUNDED * local.rounding, _FEW_ULPS**2 * spacing)
-    if loss - edm <= unseen:
+    if loss - edm <= max(_ROUNDED * local.rounding, _FEW_ULPS**2 * spacing):
         size = 0.5 * np.sum(np.square(np.asarray(local.flat, float) * local.scale))
         ulps = _FEW_ULPS if spacing > _COARSE * size else _MANY_ULPS
         spacing = np.fmax(ulps**2 * spacing, local.exact)
-    unseen, roots = max(tolerance, local.rounding), np.where(is_kept, values, 0)
-    spacing = _hidden(edm, spacing, unseen, roots[:, None] * local.right, along, local)
+    unseen, rows = max(tolerance, local.rounding), values[:, None] * local.right
+    rows = np.where(is_kept[:, None], rows, 0)
+    spacing = _hidden(edm, spacing, unseen, rows, along, local)
     # Far from the data a model may underflow, and no residual depends on a parameter.
     is_exact = loss == 0 and (local.has_fallen or np.any(local.held))
     is_flat = not (is_kept.any() or is_exact or np.all(local.held))
@@ -132,10 +132,8 @@ def steep_part(
     says less than `fall`. An element without any second derivative has no such unit.
     `values` and `vectors` decompose the Hessian.
     """
-    slope, noise = (
-        local.slope.astype(float),
-        noise_of_zero(len(values), local.hessian.dtype),
-    )
+    slope = local.slope.astype(float)
+    noise = noise_of_zero(len(values), local.hessian.dtype)
     hidden = noise * np.abs(values).max(initial=0)
     is_alone = ~np.any(local.hessian, axis=0)
     part = vectors @ np.where(np.abs(values) > hidden, 0, vectors.T @ slope)

@@ -36,7 +36,7 @@ def second_look(site: Site, local: Any, distance: Distance) -> Distance:
             local, distance = here, distance_of(here)
             if not distance.is_steep:
                 return distance
-        elif _is_flat(distance) and is_bottom(site, local, noise):
+        elif distance.is_flat and is_bottom(site, local, noise):
             return distance._replace(is_saddle=np.array(False))
     if distance.is_steep and not distance.is_saddle:
         return without_slopes(site, local, distance)
@@ -56,11 +56,6 @@ def second_look(site: Site, local: Any, distance: Distance) -> Distance:
         return distance
     direction = hidden[0] / np.linalg.norm(hidden[0])
     return found._replace(direction=direction.astype(found.direction.dtype))
-
-
-def _is_flat(distance: Distance) -> bool:
-    # Where derivatives are not finite, there is no direction either.
-    return distance.is_flat and bool(np.isfinite(distance.edm))
 
 
 def clear(site: Site, local: Curved) -> Curved:

@@ -43,6 +43,9 @@ class _Sum(NamedTuple):
         return any(math.isclose(share, 1, rel_tol=1e-3) for share in shares)
 
 
+_OTHER = _Sum(0, math.nan)
+
+
 class _Known(NamedTuple):
     """What is known of a variable.
 
@@ -64,8 +67,9 @@ def mean_over(jaxpr: Jaxpr, inputs: list[Any]) -> int | None:
 
     `inputs` are the data. It is one if all sums over them that it is made of, by
     additions and constant factors alone, are divided by the number of what they sum:
-    the first lengths of an input, multiplied. What is summed beside it, such as a
-    penalty, need not be a mean. A mean over anything else, such as samples, is none.
+    the first lengths of an input, multiplied. What is summed beside it without data,
+    such as a penalty, need not be a mean. A mean over anything else, such as samples,
+    is none.
     """
     shapes = [_shape(var) for var in inputs]
     sizes = {math.prod(s[: i + 1]) for s in shapes for i in range(len(s))}
@@ -114,7 +118,9 @@ def _result(eqn: Any, own: list[_Known], sizes: set[int]) -> _Known:
     parts = [k if _shape(x) == shape else k._replace(sums=()) for k, x in pairs]
     sums = tuple(one for part in parts for one in part.sums)
     if name in _ADDS:
-        return _Known(sums=sums)
+        # Data that are summed otherwise, such as by a loop.
+        other = [k for k in parts if k.is_data and not k.sums] if not shape else []
+        return _Known(sums=sums + (_OTHER,) * len(other))
     if name == "max" and (count := max(part.counted for part in own)) > 1:
         return _Known(counted=count)
     if name not in ("mul", "div") or not sums:

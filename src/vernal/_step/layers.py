@@ -32,6 +32,10 @@ def warn_of_training_layers(trainer: AbstractTrainer) -> None:
 
 
 def _is_in_training(node: Any) -> bool:
-    # Dropout of nothing, as attention has it by default, does nothing.
-    is_layer = isinstance(node, eqx.Module) and getattr(node, "p", None) != 0
-    return is_layer and getattr(node, "inference", None) is False
+    if not isinstance(node, eqx.Module):
+        return False
+    # Dropout of nothing, as attention has it by default, does nothing. A model may have
+    # a parameter `p`.
+    share = getattr(node, "p", None)
+    is_nothing = isinstance(share, int | float) and share == 0
+    return getattr(node, "inference", None) is False and not is_nothing

@@ -77,9 +77,12 @@ def warn_of_flat_pairs(
     """Warns, once for a class, of pairs that are joined to other residuals, or flat.
 
     `count` is the number of residuals, and `sums` computes their sums from a batch.
-    That is traced again only if the batch has fewer numbers than there are residuals.
+    That is traced again only if there are more residuals than numbers in the batch, and
+    as many as pairs along one of its axes.
     """
-    if count <= sum(map(math.prod, _shapes(batch).values())):
+    shapes = _shapes(batch).values()
+    has_pairs = any(n > 1 and n * n <= count for shape in shapes for n in shape)
+    if not has_pairs or count <= sum(map(math.prod, shapes)):
         return
     if (jaxpr := jaxpr_of(sums, batch)) is None:
         return

@@ -99,7 +99,8 @@ def _warn_of_mean(trainer: AbstractTrainer, jaxpr: Jaxpr | None, batch: Any) -> 
         f"`nll` of `{kind.__name__}` is a mean over {size} data. A negative log-"
         "likelihood is a sum over them: by a mean the errors are too large by the root "
         "of that number, and priors weigh too much. Return `jnp.sum` in place of "
-        "`jnp.mean`. What is only minimised may be a mean: call that `loss`.",
+        "`jnp.mean`. What is only minimised may be a mean: call that `loss`. If the "
+        "divisor is another number, such as a variance, divide before you sum.",
         UserWarning,
         of=(_warn_of_mean, weakref.ref(kind)),
     )
