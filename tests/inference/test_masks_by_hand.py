@@ -115,7 +115,7 @@ def test_a_report_has_a_note_of_a_mask_by_hand():
             assert bool(report.note) is is_said
             assert not is_said or re.search(told, report.note)
             assert str(report).endswith(f"\n\n{report.note}") is is_said
-            assert "note" not in report.to_dict()
+            assert report.to_dict()["note"] == report.note
         # All of its data are there.
         assert result.report(1, data).note is None
         # Its errors are right, and it has no p-value.

@@ -17,6 +17,9 @@ _USUAL_ATOL = 1e-6
 # falls by a small part of the one before, and by hardly any of the whole fall.
 _LEAST_STEPS, _LEAST_LEFT, _LEAST_SHARE = 32, 0.5, 1e-3
 
+# A smaller part of the loss is no fall: rounding, or steps that hardly move.
+_LEAST_FALL = 1e-6
+
 _NO_LOWEST = (
     "has no lowest value: check its sign, and whether a term is missing, such as the "
     "norm of a density"
@@ -61,7 +64,8 @@ class Ending(NamedTuple):
         if distance is not None and not distance.is_saddle and distance.edm < whole:
             return ""
         is_steady = before - now > _LEAST_LEFT * (then - before) > 0
-        if not (is_steady and before - now > _LEAST_SHARE * whole):
+        is_fall = whole > _LEAST_FALL * abs(losses[0])
+        if not (is_fall and is_steady and before - now > _LEAST_SHARE * whole):
             return ""
         return (
             f"It still fell from {before:.6g} to {now:.6g} in the last {size} steps, "

@@ -28,6 +28,9 @@ _LEAST_COUNTS = 5 * (1 - 1e-3)
 # such data, p-values by its moments are off by half.
 _MOST_JUMPS = 1.5
 
+# A datum with a larger rate has so many values that its jumps are small beside them.
+_SPARSE = 1.0
+
 # A fit of fewer directions than this leaves the rates as they are known.
 _NO_DIRECTION = 0.01
 
@@ -109,7 +112,7 @@ def _row_count(term: Any) -> int:
 class Expected(NamedTuple):
     """The distribution of the deviance of a fit, if the model is right.
 
-    - `jumps`: how much single counts move it, beside its scatter.
+    - `jumps`: how much single counts of sparse data move it, beside its scatter.
     - `rate`: that of each count, if they are few, and their rates not fitted to them.
     """
 
@@ -176,10 +179,11 @@ def expected_deviance(data: OfCounts, fit: Laplace, here: Around) -> Expected | 
     constrain, if some are not whole numbers, or if the fit leaves no scatter.
 
     It has few values if single counts move it by as much as it scatters, as the few
-    bins with two counts do in sparse data. One more count of a datum moves its part by
-    $\Delta_i$, and the measure is $\sum_i \mu_i \langle \Delta_i^4 \rangle$ in units of
-    the squared variance. See Last, Peccati and Schulte, *Normal approximation on
-    Poisson spaces*, Probability Theory and Related Fields 165 (2016), 667.
+    bins with two counts do in sparse data, of rates $\mu_i$ below one. One more count
+    of a datum moves its part by $\Delta_i$, and the measure is $\sum_i \mu_i \langle
+    \Delta_i^4 \rangle$ over these, in units of the squared variance. See Last, Peccati
+    and Schulte, *Normal approximation on Poisson spaces*, Probability Theory and
+    Related Fields 165 (2016), 667.
     """
     moments = data.moments
     jacobian = np.asarray(fit.derived.found[0], float)[: data.rate.size]
@@ -201,7 +205,8 @@ def expected_deviance(data: OfCounts, fit: Laplace, here: Around) -> Expected | 
         return None
     is_known = data.counts == here.data_count and constrained < _NO_DIRECTION
     rate = data.rate if is_known and data.rate.sum() < _SIMULATED_COUNTS else None
-    jumps = share @ _jumps(data, taken) / variance**2
+    is_sparse = data.rate < _SPARSE
+    jumps = (share * is_sparse) @ _jumps(data, taken) / variance**2
     shape = float(third / variance**1.5), float(jumps)
     return Expected(float(mean), math.sqrt(variance), *shape, rate)
 

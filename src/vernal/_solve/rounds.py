@@ -89,18 +89,21 @@ class Asked(NamedTuple):
     projector: EigenProjector | None
     held: Start
     problem: Problem
-    goal: Any
+    goal: int
 
     def answer(self) -> End | RuntimeError:
         """Solves; returns an error of the solver, or of the user's methods."""
         try:
-            return jax.block_until_ready(run(*self))
+            return jax.block_until_ready(run(*self._arguments()))
         except RuntimeError as error:
             return error
 
     def shapes(self) -> End:
         """Returns the shapes of the end, for which all is traced."""
-        return eqx.filter_eval_shape(run_solver, *self)
+        return eqx.filter_eval_shape(run_solver, *self._arguments())
+
+    def _arguments(self) -> Any:
+        return self._replace(goal=jax.device_put(np.int32(self.goal)))
 
     def unmoved(self, shapes: End) -> End:
         """Returns the end of a solver that has not taken a step."""
@@ -417,7 +420,7 @@ class Rounds:
 
     def _asked(self, steps: int) -> Asked:
         here = self._stripped, self._projector, self._held
-        return Asked(*here, self._problem, np.int32(steps))
+        return Asked(*here, self._problem, steps)
 
     def _seen(self, taken: _Round) -> _Round:
         """Finds how far the minimum is from the end of a round."""
