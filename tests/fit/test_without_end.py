@@ -21,10 +21,9 @@ class Fit(vn.Trainer):
         return sign * jnp.sum(apart) / 2
 
 
-def solved(sign, power, steps):
+def fit_of(sign, power):
     constants = jnp.array([sign, power])
-    trainer = Fit({"a": jnp.array(1.5), "constants": constants}, train="a")
-    return trainer.solve(SOLVER, X, max_steps=steps)
+    return Fit({"a": jnp.array(1.5), "constants": constants}, train="a")
 
 
 SOLVER = optx.GradientDescent(1e-3, rtol=1e-12, atol=1e-12)
@@ -42,11 +41,17 @@ SOLVER = optx.GradientDescent(1e-3, rtol=1e-12, atol=1e-12)
     ],
 )
 def test_a_solve_says_so(sign, power, steps, falls):
-    result = solved(sign, power, steps)
+    result = fit_of(sign, power).solve(SOLVER, X, max_steps=steps)
     told = result.explain()
     assert (f"perhaps {HINT}" in told) == falls
     if falls:
         assert f"to {float(result.history.loss[-1]):.6g} in the last 10 steps" in told
+
+
+def test_it_is_said_of_the_member_of_many_whose_loss_does():
+    both = [fit_of(sign, 2.0) for sign in (-1.0, 1.0)]
+    many = vn.fit_many(both, X, 40, solver=SOLVER)
+    assert [f"perhaps {HINT}" in many.explain(i) for i in range(2)] == [True, False]
 
 
 class Log(vn.Trainer):

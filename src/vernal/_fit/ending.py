@@ -30,19 +30,17 @@ class Ending(NamedTuple):
     """The end of a fit.
 
     - `distance`: how far it is to the minimum, `None` where it is not known.
-    - `steps`: how many were recorded.
+    - `losses`: those that were recorded.
     - `name`: what a user calls the trainer.
     - `more`: what allows a solver more steps.
-    - `losses`: those of all steps, where they are known.
     """
 
     trainer: Any
     stop_reason: StopReason
     distance: Distance | None
-    steps: int
+    losses: np.ndarray
     name: str = "result.trainer"
     more: str = "`max_steps=` allows more"
-    losses: Any = ()
 
     def explain(self) -> str:
         return " ".join(filter(None, (self._explained(), self._falling())))
@@ -106,7 +104,7 @@ class Ending(NamedTuple):
         if self.stop_reason is not StopReason.MAX_STEPS:
             return str(self.stop_reason)
         return (
-            f"{self.stop_reason} These were {self.steps}: {self.more}, and "
+            f"{self.stop_reason} These were {len(self.losses)}: {self.more}, and "
             f"`{self.name}.solve(solver, batch)` goes on from here."
         )
 

@@ -159,9 +159,8 @@ class FitResult(Portable, eqx.Module, Generic[TrainerT, Model]):
         here, with each parameter in units of its own scale. Where the loss curves
         downwards, they are the direction in which it does.
         """
-        losses = self.history.loss
-        ending = Ending(self._trainer, self.stop_reason, self._distance, len(losses))
-        return ending._replace(losses=losses).explain()
+        at_end = self._trainer, self.stop_reason, self._distance
+        return Ending(*at_end, self.history.loss).explain()
 
     @property
     def _trainer(self) -> Any:

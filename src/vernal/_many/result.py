@@ -355,10 +355,10 @@ class ManyResult(Portable, eqx.Module, Generic[TrainerT]):
         trainer, known = self.trainer(index), self._distances
         distance = jax.tree.map(lambda x: x[index], known)
         losses = self.history.loss
-        steps = int(np.count_nonzero(~np.isnan(losses[:, index]))) if len(losses) else 0
+        losses = losses[~np.isnan(losses[:, index]), index] if len(losses) else losses
         name = f"result.trainer({index})"
         more = "`steps` of `fit_many` allows more"
-        ending = trainer, self.stop_reasons[index], distance, steps, name, more
+        ending = trainer, self.stop_reasons[index], distance, losses, name, more
         return Ending(*ending).explain()
 
     def nan_report(self, index: int) -> dict[str, NanCount]:
