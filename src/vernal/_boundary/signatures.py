@@ -3,11 +3,11 @@
 import dataclasses
 import functools as ft
 import inspect
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
-from typing_extensions import Format, get_annotations
 
 
 def takes(
@@ -63,8 +63,7 @@ def refuse_taken(kind: Any, base: Any, free: Collection[str] = ()) -> None:
     """
     # Of a class that cloudpickle has made, the fields of its bases are others, too.
     users = (one for one in kind.__mro__ if one not in base.__mro__)
-    look = ft.partial(get_annotations, format=Format.FORWARDREF)
-    written = frozenset[str]().union(*map(look, users))
+    written = frozenset[str]().union(*map(_annotated, users))
     for name, what in _names(base).items():
         new, old = (getattr(x, name, None) for x in (kind, base))
         fields, known = (x.__dataclass_fields__.get(name) for x in (kind, base))
@@ -79,6 +78,17 @@ def refuse_taken(kind: Any, base: Any, free: Collection[str] = ()) -> None:
                 f"`{kind.__name__}`: `{name}` is a {what} of every `{base.__name__}`. "
                 "Give yours another name."
             )
+
+
+def _annotated(kind: type) -> Collection[str]:
+    """Returns the names that a class itself annotates."""
+    if sys.version_info >= (3, 14):
+        import annotationlib
+
+        # What they mean is not asked, and may not be known yet.
+        strings = annotationlib.Format.STRING
+        return annotationlib.get_annotations(kind, format=strings)
+    return inspect.get_annotations(kind)
 
 
 @ft.cache
