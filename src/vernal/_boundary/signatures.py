@@ -9,6 +9,9 @@ from typing import Any
 
 import equinox as eqx
 
+if sys.version_info >= (3, 14):
+    import annotationlib
+
 
 def takes(
     fn: Any, count: int, name: str, form: str, keywords: Iterable[str] = ()
@@ -83,8 +86,6 @@ def refuse_taken(kind: Any, base: Any, free: Collection[str] = ()) -> None:
 def _annotated(kind: type) -> Collection[str]:
     """Returns the names that a class itself annotates."""
     if sys.version_info >= (3, 14):
-        import annotationlib
-
         # What they mean is not asked, and may not be known yet.
         strings = annotationlib.Format.STRING
         return annotationlib.get_annotations(kind, format=strings)
