@@ -48,6 +48,16 @@ MEANS = {
         N,
     ),
     "jnp.nanmean": (lambda m, b: jnp.nanmean(of_each(m, b)), BATCH, N),
+    "jnp.average": (
+        lambda m, b: jnp.average(of_each(m, b), weights=b["x"]),
+        BATCH,
+        N,
+    ),
+    "vdot with weights": (
+        lambda m, b: jnp.vdot(b["x"], of_each(m, b)) / b["x"].sum(),
+        BATCH,
+        N,
+    ),
     "vmap": (
         lambda m, b: jnp.mean(
             jax.vmap(lambda x, y: of_each(m, {"x": x, "y": y}))(b["x"], b["y"])
@@ -94,6 +104,14 @@ SUMS = {
         {"x": X[:2], "y": X[:2]},
     ),
     "known errors": (lambda m, b: jnp.sum(squares(m, b)) / (2 * 0.1**2), BATCH),
+    "an average times its weight": (
+        lambda m, b: b["x"].sum() * jnp.average(of_each(m, b), weights=b["x"]),
+        BATCH,
+    ),
+    "divided by what is fitted": (
+        lambda m, b: jnp.sum(squares(m, b)) / jnp.sum(m["many"]),
+        BATCH,
+    ),
     "a mean of parameters": (
         lambda m, b: jnp.sum(of_each(m, b)) + jnp.mean(m["many"] ** 2),
         BATCH,

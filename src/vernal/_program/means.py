@@ -50,13 +50,15 @@ class _Known(NamedTuple):
     """What is known of a variable.
 
     - `is_data`: whether it depends on data.
+    - `is_fitted`: whether it depends on anything but data and constants.
     - `sums`: the sums over data that it is the sum of, beside what else there is.
     - `number`: its value, of a constant.
-    - `counted`: what it counts, if it is a number of elements for which a flag is true;
-        1 for the flags.
+    - `counted`: of how many elements it is the number for which a flag is true, or the
+        sum of their weights; 1 for the flags.
     """
 
     is_data: bool = False
+    is_fitted: bool = False
     sums: tuple[_Sum, ...] = ()
     number: float | None = None
     counted: int = 0
@@ -66,14 +68,16 @@ def mean_over(jaxpr: Jaxpr, inputs: list[Any]) -> int | None:
     """Returns over how many data a scalar is a mean, if it is one.
 
     `inputs` are the data. It is one if all sums over them that it is made of, by
-    additions and constant factors alone, are divided by the number of what they sum:
-    the first lengths of an input, multiplied. What is summed beside it without data,
-    such as a penalty, need not be a mean. A mean over anything else, such as samples,
-    is none.
+    additions and constant factors alone, are divided by the number of what they sum
+    (the first lengths of an input, multiplied), or by the sum of its weights. What is
+    summed beside it without data, such as a penalty, need not be a mean. A mean over
+    anything else, such as samples, is none.
     """
     shapes = [_shape(var) for var in inputs]
     sizes = {math.prod(s[: i + 1]) for s in shapes for i in range(len(s))}
-    (found,) = _follow(jaxpr, dict.fromkeys(inputs, _Known(is_data=True)), sizes)
+    known = dict.fromkeys(jaxpr.invars, _Known(is_fitted=True))
+    known |= dict.fromkeys(inputs, _Known(is_data=True))
+    (found,) = _follow(jaxpr, known, sizes)
     sums = found.sums
     if not sums or not all(one.is_mean(sizes) for one in sums):
         return None
@@ -99,9 +103,12 @@ def _follow(jaxpr: Jaxpr, known: dict[Any, _Known], sizes: set[int]) -> list[_Kn
             )
             known.update(zip(eqn.outvars, found, strict=False))
             continue
-        is_data = any(one.is_data for one in own)
+        of_what = {
+            "is_data": any(one.is_data for one in own),
+            "is_fitted": any(one.is_fitted for one in own),
+        }
         for var in eqn.outvars:
-            known[var] = _result(eqn, own, sizes)._replace(is_data=is_data)
+            known[var] = _result(eqn, own, sizes)._replace(**of_what)
     return list(map(of, jaxpr.outvars))
 
 
@@ -141,7 +148,8 @@ def _summed(eqn: Any, own: list[_Known], sizes: set[int]) -> _Known:
     size = math.prod(before) // max(math.prod(after), 1)
     # A product with a matrix is no sum over data.
     is_sum = eqn.primitive.name == "reduce_sum" or after == ()
-    counted = size if own[0].counted == 1 and after == () else 0
+    is_count = own[0].counted == 1 or not any(one.is_fitted for one in own)
+    counted = size if is_count and after == () else 0
     # Nor is a sum over what each datum has.
     if not is_sum or size == 1 or (after != () and size not in sizes):
         return _Known(counted=counted)
