@@ -28,7 +28,6 @@ from .._policy import all_finite
 from .._program import program
 from .._projection import Block, find_blocks
 from .._step import (
-    ALL_FINITE,
     AbstractTrainer,
     DataKind,
     bounds_of,
@@ -210,9 +209,9 @@ def require_finite(
     is_overflow = is_finite and not any(
         np.isnan(leaf).any() for leaf in jax.tree.leaves(found)
     )
-    told = str(diagnosed(trainer, batch))
+    told = diagnosed(trainer, batch)
     # Squares of residuals do not fall without end.
-    is_open = told == ALL_FINITE and "residuals" not in defined(trainer)
+    is_open = told.has_nothing and "residuals" not in defined(trainer)
     raise ValueError(
         f"{what} of `{type(trainer).__name__}` {fault}. {told}"
         + (_RUN_OFF if is_open else "")

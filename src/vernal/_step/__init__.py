@@ -41,7 +41,7 @@ from .construct import (
     refuse_own_projector,
     require_optimiser,
 )
-from .diagnosis import ALL_FINITE, Diagnosis, bad_data, diagnosed, warn_of_no_data
+from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .edges import prior_ends, pushed
 from .layers import warn_of_training_layers
 from .model import checked_model

@@ -44,6 +44,7 @@ from .objective import (
     score,
     step_key,
 )
+from .traced_loss import loss_at
 
 # How many leaves are named.
 _MOST_NAMED = 4
@@ -51,7 +52,7 @@ _MOST_NAMED = 4
 # Losses below it are worth a look, whatever their dtype and that of the residuals.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
-ALL_FINITE = "The data, the parameters, the loss and its gradient are finite."
+_ALL_FINITE = "The data, the parameters, the loss and its gradient are finite."
 
 DATA_ADVICE = (
     "Leave such data out of the batch (`vn.omit`), or mask them (`where=` of "
@@ -88,6 +89,11 @@ class Diagnosis(NamedTuple):
     def __str__(self) -> str:
         """All of it, as sentences."""
         return " ".join((*self.data, *self.others))
+
+    @property
+    def has_nothing(self) -> bool:
+        """Whether all that was looked at is finite."""
+        return self == Diagnosis((), (_ALL_FINITE,))
 
     @property
     def advised(self) -> str:
@@ -130,7 +136,7 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
         first, *rest = results
         first = f"The data and the parameters are finite: {first}"
         return Diagnosis((), (first, *rest))
-    return Diagnosis((), (ALL_FINITE, *_bad_update(trainer, batch)))
+    return Diagnosis((), (_ALL_FINITE, *_bad_update(trainer, batch)))
 
 
 def warn_of_no_data(
@@ -455,12 +461,11 @@ def _constrained(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
 
 
 def _gradients(trainer: AbstractTrainer, batch: Any, key: Any) -> PyTree:
-    loss = lambda params: score(live(trainer, params), batch, key).loss
-    return jax.grad(loss)(trainer.params)
+    return jax.grad(loss_at)(trainer.params, trainer, batch, key)
 
 
 def _steep(trainer: AbstractTrainer, batch: Any, key: Any) -> Steep:
-    loss = lambda params: score(live(trainer, params), batch, key).loss
+    loss = lambda params: loss_at(params, trainer, batch, key)
     function = jax.make_jaxpr(loss)(trainer.params)
     return steep(function, jax.tree.leaves(trainer.params))
 

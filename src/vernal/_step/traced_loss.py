@@ -9,8 +9,10 @@ from .abstract_trainer import AbstractTrainer
 from .objective import live, score, step_key
 
 
-def loss_at(params: Any, trainer: AbstractTrainer, batch: Any) -> Any:
-    return score(live(trainer, params), batch, step_key(trainer)).loss
+def loss_at(params: Any, trainer: AbstractTrainer, batch: Any, key: Any = None) -> Any:
+    """Returns the loss of a step; without a random key, of the next one."""
+    key = step_key(trainer) if key is None else key
+    return score(live(trainer, params), batch, key).loss
 
 
 def places_of_arrays(batch: Any) -> list[int]:
