@@ -5,11 +5,12 @@ kink it rises to both sides, and the gradient there is any between those beside 
 shortest says how far the minimum is.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from .edm import Distance
 from .formulas import distance_of, steep_part
@@ -30,40 +31,71 @@ _CANCELLED = 1e-9
 _LEAST_STEP = 0.25
 
 
+class _Bowl(NamedTuple):
+    """What curves at a point, and what does not."""
+
+    local: Curved
+    noise: float
+    values: Float[np.ndarray, " L"]
+    vectors: Float[np.ndarray, "L L"]
+
+    @property
+    def hidden(self) -> float:
+        """The curvature that rounding may hide."""
+        noise = noise_of_zero(len(self.values), self.local.hessian.dtype)
+        return noise * abs(self.values).max()
+
+    @property
+    def curvature(self) -> Float[np.ndarray, " L"]:
+        return np.maximum(abs(self.values), self.hidden or 1)
+
+    def steep(self, slope: Float[Array | np.ndarray, " L"]) -> Float[np.ndarray, " L"]:
+        """Returns the part of a slope along which there is no curvature."""
+        here = self.local._replace(slope=slope)
+        return steep_part(here, self.noise, self.values, self.vectors)
+
+    def between(
+        self, slopes: Sequence[Float[np.ndarray, " L"]]
+    ) -> tuple[Float[np.ndarray, " L"], Float[np.ndarray, " L"]]:
+        """Returns the shortest slope between some, and its steep part.
+
+        What is left of slopes that cancel each other is zero.
+        """
+        slope = _shortest(np.array(slopes), self.vectors / np.sqrt(self.curvature))
+        part = self.steep(slope)
+        is_zero = abs(part) <= _CANCELLED * np.max(np.abs(slopes), axis=0)
+        return np.where(is_zero, slope - part, slope), np.where(is_zero, 0, part)
+
+    def step(self, slope: Float[np.ndarray, " L"]) -> Float[np.ndarray, " L"]:
+        """Returns the step down by which the slope alone promises to fall by noise."""
+        step = -self.vectors @ (self.vectors.T @ slope / self.curvature)
+        return step * (self.noise / -(slope @ step))
+
+
 def without_slopes(site: Site, local: Any, distance: Distance) -> Distance:
     """Looks where a slope without curvature leads: see `Distance.is_steep`."""
     if not isinstance(local, Curved):
         return _along_heading(site, distance)
     local = jax.device_get(local)
     hessian, noise = local.hessian.astype(float), float(distance.visible)
-    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
-    hidden = noise_of_zero(len(values), local.hessian.dtype) * abs(values).max()
-    curvature = np.maximum(abs(values), hidden or 1)
+    bowl = _Bowl(local, noise, *np.linalg.eigh((hessian + hessian.T) / 2))
     slopes = [local.slope.astype(float)]
     for _ in range(MOST_DIRECTIONS):
-        slope = _shortest(np.array(slopes), vectors / np.sqrt(curvature))
-        here = local._replace(slope=slope)
-        part = steep_part(here, noise, values, vectors)
-        is_zero = abs(part) <= _CANCELLED * np.max(np.abs(slopes), axis=0)
-        here = here._replace(slope=np.where(is_zero, slope - part, slope))
-        found = distance_of(here)
-        if not hidden and not here.slope.any():
+        slope, part = bowl.between(slopes)
+        found = distance_of(local._replace(slope=slope))
+        if not bowl.hidden and not slope.any():
             return distance._replace(is_steep=False)
         if not found.is_steep and found.edm <= distance.noise:
             return found
         # First without curvature, where the rest of the slope leads nowhere near.
-        own = np.where(is_zero, 0, part) if found.is_steep else here.slope
-        along = vectors.T @ own
-        step = -vectors @ (along / curvature)
-        # The slope alone lets the loss fall by the noise in one such step.
-        step *= noise / -(own @ step)
+        step = bowl.step(part if found.is_steep else slope)
         turned = step if local.turn is None else local.turn @ step
         way = turned / local.scale
         if (seen := site.look_along(way)) is None:
             return distance
         first, back = (int(x[first_noticed(seen.losses[x], noise)]) for x in seen.ways)
-        falls = seen.losses < seen.losses[0]
-        if falls[first] and not found.is_steep:
+        falls = seen.losses[first] < seen.losses[0]
+        if falls and not found.is_steep:
             return found
         if _goes_on(seen, first, way, noise):
             return _falling(distance, turned)
@@ -71,12 +103,13 @@ def without_slopes(site: Site, local: Any, distance: Distance) -> Distance:
             return _falling(distance, -turned)
         if not np.isfinite(seen.slopes[first]).all():
             return distance
-        if not first or falls[first] or seen.slopes[first] @ way <= 0:
+        if not first or falls or seen.slopes[first] @ way <= 0:
             # What the slope promises is not there: it is rounding.
-            part = steep_part(local, noise, values, vectors)
+            part = bowl.steep(local.slope)
             return distance_of(local._replace(slope=local.slope - part))
-        beside = np.where(local.held, 0, seen.slopes[first] / local.scale)
-        slopes.append(beside if local.turn is None else local.turn.T @ beside)
+        # A kink: the slope beyond it is another that its gradient may be.
+        beyond = np.where(local.held, 0, seen.slopes[first] / local.scale)
+        slopes.append(beyond if local.turn is None else local.turn.T @ beyond)
     return distance
 
 
