@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from jax.scipy.special import gammaln
 from jax.scipy.stats import norm, t
 
 import vernal as vn
@@ -91,6 +92,19 @@ def students(model, x):
     return -jnp.sum(t.logpdf(x, 3, model["mean"], jnp.exp(model["log"])))
 
 
+def dispersed(model, counts):
+    """Negative binomial, written as in textbooks: large numbers cancel."""
+    size, mean = model["size"], model["mean"]
+    chance = size * jnp.log(size / (size + mean)) + counts * jnp.log(
+        mean / (size + mean)
+    )
+    return -jnp.sum(gammaln(counts + size) - gammaln(size) + chance)
+
+
+def tail(model, x):
+    return -jnp.sum(t.logpdf(x, model["nu"], 0.0, jnp.exp(model["log"])))
+
+
 def soft_box(model, middle):
     return jnp.exp(model["x"] - middle - 8) + jnp.exp(middle - 8 - model["x"])
 
@@ -101,6 +115,8 @@ NLLS = {
     "upper limits": limits,
     "all is censored": censored,
     "a rate of zero": rates,
+    "even counts": dispersed,
+    "no tail": tail,
     "classes that overlap": classes,
     "some limits": limits,
     "a faint star": rates,
@@ -119,6 +135,7 @@ MODELS = {
     "a decay time": decay,
     "a saturation": saturation,
     "a line": lambda model, x: model["a"] + model["b"] * x,
+    "an error bar 200 times as long": lambda model, x: model["a"] + model["b"] * x,
     "a polynomial": lambda model, x: jnp.polyval(model["c"], x),
     "a valley of squares": lambda model, x: jnp.stack(valley(model)),
     "without noise": decay,
@@ -170,6 +187,14 @@ ENDLESS = {
         # Beyond infinity the likelihood goes on, with negative values.
         (None, 0),
     ),
+    # Far out the slope is one of rounding errors, and the error bar alone tells.
+    "even counts": (
+        {"size": 3.0, "mean": 4.0},
+        (np.tile([3.0, 4, 5, 6, 4], 12),),
+        ["size"],
+        (None, 0),
+    ),
+    "no tail": ({"nu": 3.0, "log": 0.0}, (np.linspace(-1, 1, 60),), ["nu"], (None, 0)),
 }
 MINIMA = {
     "classes that overlap": (TWO, (X, (X > 0.3) & (abs(X - 1) > 0.2))),
@@ -186,6 +211,10 @@ MINIMA = {
     "Student": ({"mean": 0.0, "log": 0.0}, (SCATTER,)),
     "soft box": ({"x": 5.0}, (np.array(0.0),)),
     "a line": (TWO, (X, 0.01 * SCATTER, np.full(20, 0.01))),
+    "an error bar 200 times as long": (
+        TWO,
+        (X, SCATTER - SCATTER.mean() + 1e-3, np.ones(20)),
+    ),
     "a polynomial": ({"c": np.zeros(9)}, (X / 4 + 0.5, SCATTER, np.ones(20))),
     "a valley of squares": (
         {"x": -1.2, "y": 1.0},

@@ -3,15 +3,16 @@
 The loss of classes that a line separates falls as the exponential of a slope, and so
 does that of a rate whose best value is zero, as the parameter goes to infinity. Its
 gradient and its curvature fall alike: the distance to the minimum becomes as small as
-one likes, and the error bar as long.
+one likes, and the error bar as long. Where rounding hides the gradient, the error bar
+alone is left to tell: along it the loss does not rise.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from .edm import TOLERANCE, Distance
 from .formulas import by_svd
@@ -23,8 +24,15 @@ from .second_look import by_hessian
 # exponential is one, and of a power a share of it. The error bar is longer.
 _LEAST_STEP, _LEAST_BAR = 2.0**-13, 1
 
-# How many parameters are looked at one by one, those with the longest steps.
+# An error bar so many times as long as its parameter is rare at a minimum. A parameter
+# that is a smaller share of its bar is zero, with what rounding leaves of it.
+_OPEN_BAR, _ZERO = 100, 1e-8
+
+# How many parameters are looked at one by one, those with the longest steps or bars.
 _MOST_ELEMENTS = 8
+
+# Of how many parameters error bars are looked at without a step that is long.
+_MOST_BARS = 64
 
 # Where to look, in such steps. Those up to two tell a slope from rounding errors. Two
 # steps ahead the slope at a minimum has changed its sign; that of an exponential, of a
@@ -39,12 +47,16 @@ _NO_RISE = 0.05
 
 _ROUNDED = 16
 
+# Where to look along an error bar.
+_BARS = np.array([0.5, 1.0, 2.0, -0.5, -1.0, -2.0])
+
 
 def endless(site: Site, local: Any, distance: Distance) -> Distance:
     """Looks whether there is a minimum where the loss can hardly fall any further.
 
     It looks ahead along the parameters whose step to the minimum is not much shorter
-    than they are: only there does this cost anything. `local` and `distance` are those
+    than they are, and along error bars that are much longer than their parameter: only
+    there does this cost anything. `local` and `distance` are those
     of a `second_look`.
     """
     if not _is_worth_it(site.kind, local, distance):
@@ -55,12 +67,12 @@ def endless(site: Site, local: Any, distance: Distance) -> Distance:
         local, found = by_hessian(site, distance)
         if not (isinstance(local, Curved) and _is_low(site.kind, found)):
             return distance
-    for step, bar in _lines(local, found):
-        if _falls_along(site, step, bar):
-            ahead = bar * np.asarray(local.scale, float)
-            direction = (ahead / np.linalg.norm(ahead)).astype(found.direction.dtype)
-            return found._replace(direction=direction, is_endless=True)
-    return distance
+    bars = _bars_at(local, found)
+    if bars is None or (way := _way_without_end(site, bars, local.loss)) is None:
+        return distance
+    ahead = way * bars.scale
+    direction = (ahead / np.linalg.norm(ahead)).astype(found.direction.dtype)
+    return found._replace(direction=direction, is_endless=True)
 
 
 def may_run_away(fall: Any, bars: Any, sizes: Any) -> bool:
@@ -70,15 +82,26 @@ def may_run_away(fall: Any, bars: Any, sizes: Any) -> bool:
     """
     # An infinite bar says itself that there is none.
     bars = np.where(np.isfinite(bars), bars, 0).astype(float)
-    is_open = bars > _LEAST_BAR * sizes
-    return bool(np.any(is_open & (np.sqrt(fall) * bars > _LEAST_STEP * sizes)))
+    is_long = bars > _LEAST_BAR * sizes
+    may_run = is_long & (np.sqrt(fall) * bars > _LEAST_STEP * sizes)
+    return bool(np.any(may_run | _is_open(bars, sizes)))
+
+
+def _is_open(
+    bars: Float[np.ndarray, " D"], sizes: Float[np.ndarray, " D"]
+) -> Bool[np.ndarray, " D"]:
+    """Whether error bars are so long that the loss may not rise along them."""
+    return (bars > _OPEN_BAR * sizes) & (sizes > _ZERO * bars)
 
 
 def may_be_endless(kind: str, local: Any, distance: Distance) -> bool:
     """Whether a loss may have no minimum, and is worth a look."""
     if not _is_worth_it(kind, local, distance):
         return False
-    return distance.is_leap or len(_runaways(local, distance)[0]) > 0
+    if distance.is_leap:
+        return True
+    bars = _bars_at(local, distance)
+    return bars is not None and bool(len(bars.runaways) or len(bars.open))
 
 
 def _is_worth_it(kind: str, local: Any, distance: Distance) -> bool:
@@ -99,46 +122,71 @@ def _is_low(kind: str, distance: Distance) -> bool:
     return not distance.is_saddle and (distance.is_minimum or is_close)
 
 
-def _runaways(
-    local: Triangle | Spectral | Curved, distance: Distance
-) -> tuple[Int[np.ndarray, " F"], Float[np.ndarray, "D K"], Float[np.ndarray, " D"]]:
-    """Returns the elements whose step is not much shorter than they are.
+class _Bars(NamedTuple):
+    """The error bars of elements, beside their sizes and their steps to the minimum.
 
-    Those of the longest come first; beside them, what whitens all, and all steps.
+    A bar is the length of a row of `whitener`.
     """
+
+    whitener: Float[np.ndarray, "D K"]
+    lengths: Float[np.ndarray, " D"]
+    sizes: Float[np.ndarray, " D"]
+    steps: Float[np.ndarray, " D"]
+    scale: Float[np.ndarray, " D"]
+    least: float
+
+    @property
+    def runaways(self) -> Int[np.ndarray, " F"]:
+        """The elements whose step is not much shorter than they are, longest first."""
+        steps, sizes = abs(self.steps), np.where(self.sizes > 0, self.sizes, 1)
+        is_clear = steps > self.least * self.lengths
+        is_clear &= self.lengths > _LEAST_BAR * self.sizes
+        shares = np.where(is_clear, steps, 0) / sizes
+        order = np.argsort(-shares, kind="stable")
+        return order[: np.count_nonzero(shares > _LEAST_STEP)]
+
+    @property
+    def open(self) -> Int[np.ndarray, " F"]:
+        """The elements whose bars are so long that the loss may not rise along them."""
+        is_open = _is_open(self.lengths, self.sizes)
+        return np.argsort(-np.where(is_open, self.lengths, 0))[: is_open.sum()]
+
+    def lines(self) -> Iterator[tuple[float, Float[np.ndarray, " D"]]]:
+        """Yields lines along which elements may run away.
+
+        Each is the length of the step to the minimum, in error bars, and an error bar
+        in its direction, in which the loss falls. Along the first all of them take
+        their steps, and the others follow, so that the loss rises least. Then comes a
+        line for each.
+        """
+        found = self.runaways
+        for own in (found, *found[:_MOST_ELEMENTS, None]) if len(found) else ():
+            latent = np.linalg.lstsq(self.whitener[own], self.steps[own], rcond=None)[0]
+            length = float(np.linalg.norm(latent))
+            yield length, self.whitener @ latent / length / self.scale
+
+    def open_bars(self) -> Iterator[Float[np.ndarray, " D"]]:
+        """Yields open bars, with what the others do so that the loss rises least."""
+        for one in self.open[:_MOST_ELEMENTS]:
+            latent = self.whitener[one] / self.lengths[one]
+            yield self.whitener @ latent / self.scale
+
+
+def _bars_at(local: Triangle | Spectral | Curved, distance: Distance) -> _Bars | None:
+    """Returns the error bars at a point, unless there are many, and no long step."""
     # Slopes of rounding errors lead nowhere.
     eps = float(np.finfo(local.rounding.dtype).eps)
     least = _ROUNDED * eps * np.sqrt(2 * abs(float(local.loss)))
-    # No step is longer, in error bars: most fits end here, without a decomposition.
-    if np.sqrt(2 * distance.edm) <= least:
-        return np.zeros(0, int), np.zeros((0, 0)), np.zeros(0)
+    # No step is longer, in error bars: most fits end here.
+    if np.sqrt(2 * distance.edm) <= least and len(local.scale) > _MOST_BARS:
+        return None
     if not isinstance(local.scale, np.ndarray):
         local = jax.device_get(local)
     values, right, inner = _decomposed(local)
-    whitener = right.T / values
-    bars, steps = np.linalg.norm(whitener, axis=1), -whitener @ inner
-    size = abs(np.asarray(local.flat, float) * local.scale)
-    is_clear = (abs(steps) > least * bars) & (bars > _LEAST_BAR * size)
-    shares = np.where(is_clear, abs(steps), 0) / np.where(size > 0, size, 1)
-    order = np.argsort(-shares, kind="stable")
-    return order[: np.count_nonzero(shares > _LEAST_STEP)], whitener, steps
-
-
-def _lines(
-    local: Triangle | Spectral | Curved, distance: Distance
-) -> Iterator[tuple[float, Float[np.ndarray, " D"]]]:
-    """Yields lines along which elements may run away.
-
-    Each is the length of the step to the minimum, in error bars, and an error bar in
-    its direction, in which the loss falls. Along the first all of them take their
-    steps, and the others follow, so that the loss rises least. Then comes a line for
-    each.
-    """
-    found, whitener, steps = _runaways(local, distance)
-    for own in (found, *found[:_MOST_ELEMENTS, None]) if len(found) else ():
-        latent = np.linalg.lstsq(whitener[own], steps[own], rcond=None)[0]
-        length = float(np.linalg.norm(latent))
-        yield length, whitener @ latent / length / np.asarray(local.scale)
+    whitener, scale = right.T / values, np.asarray(local.scale, float)
+    lengths = np.linalg.norm(whitener, axis=1)
+    sizes = abs(np.asarray(local.flat, float) * scale)
+    return _Bars(whitener, lengths, sizes, -whitener @ inner, scale, least)
 
 
 def _decomposed(
@@ -158,6 +206,37 @@ def _decomposed(
     local = by_svd(local) if isinstance(local, Triangle) else local
     is_kept = local.values > noise * local.values.max(initial=0)
     return local.values[is_kept], local.right[is_kept], local.inner[is_kept]
+
+
+def _way_without_end(
+    site: Site, bars: _Bars, loss: Any
+) -> Float[np.ndarray, " D"] | None:
+    """Returns a step along which the loss falls to a limit, or stays where it is."""
+    for step, bar in bars.lines():
+        if _falls_along(site, step, bar):
+            return bar
+    # The scale of a likelihood is known. Squares may have another, of their scatter.
+    unit = 1.0 if site.kind == "nll" else min(1.0, np.sqrt(2 * abs(float(loss))))
+    for bar in bars.open_bars():
+        if _hardly_rises(site, unit * _BARS, bar):
+            return bar
+    return None
+
+
+def _hardly_rises(
+    site: Site, steps: Float[np.ndarray, " S"], bar: Float[np.ndarray, " D"]
+) -> bool:
+    """Whether the loss stays where it is along an error bar, to one side at least."""
+    asked = np.vstack([site.point, site.point + steps[:, None] * bar])
+    if (seen := site.look(site.point, steps, bar)) is None:
+        return False
+    is_there = (seen.points == asked.astype(seen.points.dtype)).all(axis=1)
+    changes = seen.losses.astype(float) - float(seen.losses[0])
+    most = _NO_RISE * steps**2 / 2
+    is_seen = most > _ROUNDED * float(rounding_of(seen.losses[0]))
+    stays = (is_there & (abs(changes) < np.append(0, most)))[1:] & is_seen
+    ahead, back = np.split(stays, 2)
+    return bool(ahead.all() or back.all())
 
 
 def _falls_along(site: Site, step: float, bar: Float[np.ndarray, " D"]) -> bool:
