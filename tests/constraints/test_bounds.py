@@ -591,3 +591,58 @@ def test_a_whitened_fit_on_a_bound_in_any_units(unit):
     np.testing.assert_allclose(
         result.model["a"] / unit, np.mean(y - 1.9 * x), rtol=1e-4
     )
+
+
+class Released(vn.Trainer):
+    """A line of three elements in some unit, of which one is let go of by a bound."""
+
+    unit: jax.Array
+    method: str
+
+    def __init__(self, start, unit, method, **options):
+        start = {"p": start[:2] * unit, "q": start[2] * unit}
+        super().__init__(start, **options)
+        self.unit, self.method = jnp.asarray(unit), method
+
+    def squares(self, model, batch):
+        matrix, y = batch
+        flat = jnp.append(model["p"], model["q"]) / self.unit
+        return (matrix @ flat - y) / (1 if self.method == "residuals" else jnp.sqrt(2))
+
+
+def _released(method):
+    def of(self, model, batch):
+        left = self.squares(model, batch)
+        return left if method == "residuals" else jnp.sum(left**2)
+
+    return type(f"By{method}", (Released,), {method: of})
+
+
+RULES = {"p": optax.sgd(0.1), "q": optax.sgd(0.1)}
+BY = {name: _released(name) for name in ("residuals", "nll", "loss")}
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("method", BY)
+def test_a_whitened_fit_leaves_the_bound_that_it_begins_on(method, unit, blocks):
+    """The space knows the unit of what is pushed against its bound at the start."""
+    rng, released = np.random.default_rng(5), 0
+    for _ in range(4):
+        matrix, truth = rng.normal(size=(12, 3)), rng.normal(size=3)
+        y = matrix @ truth + 0.1 * rng.normal(size=12)
+        low = truth + 0.2 - 0.3 * abs(rng.normal(size=3))
+        low[0] = -INF
+        start = np.where(np.isfinite(low), low, truth + 0.5)
+        known = scipy.optimize.lsq_linear(matrix, y, (low, [INF] * 3), tol=1e-14)
+        pushed = matrix.T @ (matrix @ start - y) > 0
+        released += np.any(pushed[1:] & (known.active_mask[1:] == 0))
+        low, batch = low * unit, (jnp.asarray(matrix), jnp.asarray(y))
+        bounds = {"p": (low[:2], None), "q": (low[2], None)}
+        trainer = BY[method](jnp.asarray(start), unit, method, bounds=bounds)
+        trainer = trainer.replace(optimiser=vn.ParamOptimiser(RULES))
+        own = {"blocks": RULES} if blocks else {"optimiser": RULES["p"]}
+        result = trainer.whiten(batch, **own).fit(batch, 1000, progress=False)
+        found = np.append(result.model["p"], result.model["q"]) / unit
+        np.testing.assert_allclose(found, known.x, atol=1e-5)
+    assert released

@@ -103,8 +103,9 @@ def derive(
         blocks = (tuple(range(len(jax.tree.leaves(params)))),)
     else:
         blocks = find_blocks(params, selectors)
-    holds = holds and bounds_of(trainer) is not None
-    args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac, holds
+    # One program for both: `whiten` holds nothing, and the errors after it do.
+    is_held = None if bounds_of(trainer) is None else np.asarray(holds)
+    args = stripped(trainer), as_batch(batch), kind, blocks, batch_size, jac, is_held
     derived = run_derive(*args)
     # The data alone need not constrain a parameter that has a prior.
     if kind in ("nll", "loss") and not is_traced(derived, params):
@@ -146,16 +147,17 @@ def run_derive(
     blocks: tuple[Block, ...],
     batch_size: int | None,
     jac: Mode | None,
-    holds: bool,
+    is_held: Bool[Array | np.ndarray, ""] | None,
 ) -> Derived:
     evaluate, derivative, name = _KINDS[kind]
     met: set[type] = set()
     if evaluate is scoring_residuals:
         evaluate = partial(evaluate, met=met)
     held: dict[str, Array] = {}
-    if holds:
+    if is_held is not None:
         falls = minimised(trainer, batch, "loss" if kind == "loss" else "residuals")
-        held = pushed(trainer, falls)
+        edges = pushed(trainer, falls)
+        held = {path: is_pushed & is_held for path, is_pushed in edges.items()}
     subject = Subject(f"`{name}` of `{type(trainer).__name__}`", jac)
     each = [_within(trainer, batch, block, evaluate, held) for block in blocks]
     found = tuple(derivative(fn, own, batch_size, subject) for fn, own in each)

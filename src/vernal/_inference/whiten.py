@@ -50,8 +50,13 @@ def whitened(
     blocks: Blocks | None,
     passes: Passes,
     options: Mapping[str, Any],
+    holds: bool = False,
 ) -> EigenProjector:
-    """Makes the projector of `Trainer.whiten`; `options` are for `NullPolicy`."""
+    """Makes the projector of `Trainer.whiten`; `options` are for `NullPolicy`.
+
+    If it `holds` what is pushed against its bound, the space is only for steps that
+    leave it there: its own direction has no length.
+    """
     nulls = NullPolicy(**{"on_null": "prior", **options})
     nulls.check_rank_kind(blocks)
     nulls.check()
@@ -59,7 +64,7 @@ def whitened(
     trainer = in_free_coordinates(trainer)
     require_elements(trainer, "A projector")
     selectors = _with_elements(trainer, as_selectors(blocks))
-    found, whiten_one = _decomposed(trainer, batch, selectors, passes)
+    found, whiten_one = _decomposed(trainer, batch, selectors, passes, holds)
     if selectors is not None:
         return make_block_projector(found, trainer.params, nulls, whiten_one, is_free)
     whitening = whiten_one(found, as_parameters(trainer.params), nulls, "")
@@ -98,13 +103,14 @@ def _decomposed(
     batch: Any,
     selectors: tuple[Any, ...] | None,
     passes: Passes,
+    holds: bool,
 ) -> tuple[Any, WhitenOne]:
     """Returns spectra or Hessians, by selector, and the function that whitens one."""
     if "residuals" in defined(trainer):
         batch = as_batch(batch)
         is_whole = selectors is None and passes.batch_size is None
         kind = "jacobian" if is_whole else "spectrum"
-        derived = derive(trainer, batch, kind, selectors, passes, holds=True)
+        derived = derive(trainer, batch, kind, selectors, passes, holds=holds)
         spectra = derived.found
         if is_whole:
             spectra = (reduced(spectra[0], derived.value).spectrum,)
@@ -112,9 +118,9 @@ def _decomposed(
         return by_selector(selectors, spectra), partial(of_spectrum, eps=eps)
     kind = "nll" if has_likelihood(trainer) else "loss"
     if selectors is None and kind == "nll":
-        found = observed(trainer, batch, passes, holds=True)[0].found[0].hessian
+        found = observed(trainer, batch, passes, holds=holds)[0].found[0].hessian
     else:
-        found = matrices(trainer, batch, kind, selectors, passes, holds=True)
+        found = matrices(trainer, batch, kind, selectors, passes, holds=holds)
     rtol = hessian_rtol(jax.tree.leaves(found))
     return found, partial(of_hessian, kind=f"`{kind}`", rtol=rtol)
 

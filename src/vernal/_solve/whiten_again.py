@@ -56,7 +56,7 @@ def whitened_again(
         )
     passes = Passes(_COLUMNS if is_large else None, problem.jac)
     try:
-        found = whitened(trainer, problem.batch, blocks, passes, {})
+        found = whitened(trainer, problem.batch, blocks, passes, {}, holds=True)
         again = reproject(trainer, found, None)
     except ValueError:
         again = whitened_without_signs(trainer, problem.batch, blocks, passes)
