@@ -125,7 +125,8 @@ def _is_low(kind: str, distance: Distance) -> bool:
 class _Bars(NamedTuple):
     """The error bars of elements, beside their sizes and their steps to the minimum.
 
-    A bar is the length of a row of `whitener`.
+    A bar is the length of a row of `whitener`. Steps of less than `least` bars are
+    rounding errors.
     """
 
     whitener: Float[np.ndarray, "D K"]
@@ -177,8 +178,9 @@ def _bars_at(local: Triangle | Spectral | Curved, distance: Distance) -> _Bars |
     # Slopes of rounding errors lead nowhere.
     eps = float(np.finfo(local.rounding.dtype).eps)
     least = _ROUNDED * eps * np.sqrt(2 * abs(float(local.loss)))
-    # No step is longer, in error bars: most fits end here.
-    if np.sqrt(2 * distance.edm) <= least and len(local.scale) > _MOST_BARS:
+    # No step is longer, in error bars: most fits of many parameters end here.
+    is_still = bool(np.sqrt(2 * distance.edm) <= least)
+    if is_still and len(local.scale) > _MOST_BARS:
         return None
     if not isinstance(local.scale, np.ndarray):
         local = jax.device_get(local)
@@ -186,7 +188,8 @@ def _bars_at(local: Triangle | Spectral | Curved, distance: Distance) -> _Bars |
     whitener, scale = right.T / values, np.asarray(local.scale, float)
     lengths = np.linalg.norm(whitener, axis=1)
     sizes = abs(np.asarray(local.flat, float) * scale)
-    return _Bars(whitener, lengths, sizes, -whitener @ inner, scale, least)
+    steps = np.zeros_like(lengths) if is_still else -whitener @ inner
+    return _Bars(whitener, lengths, sizes, steps, scale, least)
 
 
 def _decomposed(
