@@ -71,7 +71,7 @@ class Point(NamedTuple):
         return cls(asked.projector, asked.trainer.params, asked.held)
 
 
-@program
+@ft.partial(program, in_order=True)
 def _run(
     members: Members,
     problem: Problem,

@@ -1,5 +1,6 @@
 """A minimum with some elements held, by the solver that a user gives."""
 
+import functools
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ def run_nll(space: Space, flat: Float[Any, " D"]) -> Float[Array, ""]:
     return space.nll(flat)
 
 
-@program
+@functools.partial(program, in_order=True)
 def run_round(
     space: Space,
     problem: Problem,

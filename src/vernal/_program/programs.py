@@ -23,6 +23,7 @@ from .._closure import (
     value_key,
 )
 from .host import calls_host, with_host_errors
+from .in_order import options_in_order
 from .shelves import Shelves
 
 P = ParamSpec("P")
@@ -233,8 +234,8 @@ def hash_of_code(tree: Any) -> int:
 class Program(Generic[P, R]):
     """A compiled function, which `program` makes."""
 
-    def __init__(self, fn: Callable[P, R], in_place: bool):
-        self._fn, self._in_place = fn, in_place
+    def __init__(self, fn: Callable[P, R], in_place: bool, in_order: bool):
+        self._fn, self._in_place, self._in_order = fn, in_place, in_order
         self._compiled: Shelves[Any] = Shelves(_drop)
         functools.update_wrapper(self, fn)
         _programs.append(self)
@@ -276,7 +277,9 @@ class Program(Generic[P, R]):
             return arrays, _Statics(statics) if has_statics else None
 
         enter.__name__, enter.__qualname__ = self._fn.__name__, self._fn.__qualname__
-        return jax.jit(enter, donate_argnums=(1,) if self._in_place else ())
+        donated = (1,) if self._in_place else ()
+        options = options_in_order() if self._in_order else None
+        return jax.jit(enter, donate_argnums=donated, compiler_options=options)
 
     def _taken_apart(self, args: Any) -> tuple[_Record, list[Any], list[Any]]:
         """Returns the record of a call, the arrays that are kept, and the other ones.
@@ -330,14 +333,17 @@ def _kind(call: _Call) -> frozenset[str]:
     return frozenset(names)
 
 
-def program(fn: Callable[P, R], in_place: bool = False) -> Program[P, R]:
+def program(
+    fn: Callable[P, R], in_place: bool = False, in_order: bool = False
+) -> Program[P, R]:
     """Compiles a function as `equinox.filter_jit` does, and again whenever something
     has changed that the code of its arguments reads.
 
     The compiled function takes positional arguments only. With `in_place` it may
-    overwrite all but the first of them.
+    overwrite all but the first of them. What is `in_order` has the same bits at each
+    call on a CPU, too: see `options_in_order`.
     """
-    return Program(fn, in_place)
+    return Program(fn, in_place, in_order)
 
 
 _programs: list[Program[Any, Any]] = []

@@ -329,7 +329,7 @@ def run_solver(
     )
 
 
-run = program(run_solver)
+run = program(run_solver, in_order=True)
 
 
 def is_suspect(reason: StopReason, in_vain: Any) -> bool:
