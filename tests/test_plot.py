@@ -1,6 +1,7 @@
 """`vernal.plot`: what is on the pictures, and what they are not to do."""
 
 import contextlib
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -908,6 +909,16 @@ def test_a_profile_is_drawn_beside_the_parabola_of_the_error():
     heights = np.interp([1.9, 2.2], *parabola.get_data())
     np.testing.assert_allclose(heights, found.delta[[1, 0]], rtol=1e-3)
     assert ax.get_xlabel() == "slope"
+
+
+@pytest.mark.parametrize("known", [[1, 0, 0], [0, 1, 0], [1, 0, 1]])
+def test_a_value_alone_in_a_profile_has_its_marker(known):
+    trainer, batch = linear()
+    found = trainer.profile(SOLVER, batch, "slope", [1.9, 2.0, 2.2])
+    found = dataclasses.replace(found, converged=np.array(known, bool))
+    drawn = curves(vernal.plot.profile(found))["profile likelihood"]
+    assert (drawn.get_marker(), drawn.get_markevery()) == (".", None)
+    np.testing.assert_array_equal(np.isfinite(drawn.get_ydata()), found.converged)
 
 
 def test_the_contours_of_a_line_are_ellipses():

@@ -81,3 +81,10 @@ def test_linear_in_the_number_of_keys():
 
     calls(10)
     assert calls(160) < 5 * calls(40)
+
+
+def test_a_tuple_of_names_among_the_parameters():
+    rules = {("a", "b"): optax.adam(0.1), "c": optax.sgd(0.1)}
+    _, state = vn.map_optimisers({("a", "b"): 1.0, "c": 2.0}, rules)
+    _, expected = vn.map_optimisers({"a": 1.0, "b": 1.0, "c": 2.0}, rules)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)

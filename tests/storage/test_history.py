@@ -342,3 +342,14 @@ def test_norms_of_small_dtypes():
     batch = jnp.asarray(0.0, jnp.float16)
     history = trainer.fit(batch, 1, record="grad_norm").history
     np.testing.assert_allclose(history["grad_norm"], 400)
+
+
+def test_a_node_that_was_recorded_is_not_a_column():
+    class Nested(LineFit):
+        def loss(self, model, batch):
+            return super().loss(line(model["n"]["b"]), batch), {}
+
+    trainer = Nested({"n": {"b": jnp.array(1.0)}}, optax.sgd(0.1))
+    history = trainer.fit(BATCH, 2, record=("n",)).history
+    with pytest.raises(vn.UnknownPathError, match=r"'n', which is a node.* 'n\.b'"):
+        history["n"]

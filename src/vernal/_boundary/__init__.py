@@ -18,7 +18,13 @@ from .arguments import (
     whole_number,
 )
 from .debugging import debugged, is_debugged, undebugged
-from .explicit import is_explicit, outside_mesh, unmeshed_entrance, without_axes
+from .explicit import (
+    is_explicit,
+    off_mesh,
+    outside_mesh,
+    unmeshed_entrance,
+    without_axes,
+)
 from .foreign import (
     has_been_deleted,
     is_deleted,

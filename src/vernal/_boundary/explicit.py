@@ -13,6 +13,7 @@ from .frames import entrance
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 # The mesh that JAX has where none is set.
 _NO_MESH = Mesh(np.empty((), object), ())
@@ -39,6 +40,16 @@ def without_axes(leaf: Any) -> jax.Array:
     return jax.device_put(leaf, place)
 
 
+def off_mesh(trainer: T) -> T:
+    """Returns a trainer that was put on such a mesh, as a whole, without its axes.
+
+    One of its arrays tells: a step has no time to look at all of them.
+    """
+    if not is_explicit(getattr(trainer, "best_loss", None)):
+        return trainer
+    return _mapped(trainer, is_explicit, without_axes)
+
+
 def outside_mesh(fn: Callable[P, R]) -> Callable[P, R]:
     """Runs a function as if no mesh of explicit axes were set around it.
 
@@ -49,7 +60,7 @@ def outside_mesh(fn: Callable[P, R]) -> Callable[P, R]:
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
         around = jax.sharding.get_abstract_mesh()
         if AxisType.Explicit not in around.axis_types:
-            return fn(*args, **kwargs)
+            return fn(*map(off_mesh, args[:1]), *args[1:], **kwargs)
         try:
             context = jax.set_mesh(_NO_MESH)
         except ValueError:  # A program is being traced.

@@ -36,8 +36,10 @@ def map_optimisers(
     - `TypeError`: if an optimiser is not an Optax transformation.
     - `ValueError`: if `strict` and the names differ.
     """
+    # JAX does not sort a tuple of names beside a name.
+    params = _unpacked(params)
     require_numbers(params, "params", "Leave it out.")
-    params = jax.tree.map(_as_float, _unpacked(params))
+    params = jax.tree.map(_as_float, params)
     optimisers = _unpacked(optimisers)
     for name, tx in optimisers.items():
         require_transformation(tx, f"optimisers[{name!r}]")

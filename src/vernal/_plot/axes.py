@@ -52,7 +52,9 @@ def draw_line(
     """Draws one line, with a dot at a point that has a gap on either side."""
     finite = np.pad(np.isfinite(values), 1)
     alone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
-    dots = {"marker": ".", "markevery": alone.tolist()} if alone.size else {}
+    # A style with a marker of its own has one at each point.
+    bare = alone.size and "marker" not in style
+    dots = {"marker": ".", "markevery": alone.tolist()} if bare else {}
     return axes.plot(steps, drawable(values), **dots, **style)
 
 

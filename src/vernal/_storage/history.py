@@ -87,6 +87,14 @@ class History(Portable, eqx.Module):
             return self.records[name]
         if name in COLUMNS:
             return getattr(self, name)
+        below = [
+            path for path in self.records if path.startswith((f"{name}.", f"{name}["))
+        ]
+        if below:
+            raise UnknownPathError(
+                f"The history has no {name!r}, which is a node. Of its arrays it has "
+                f"{', '.join(map(repr, below))}."
+            )
         raise UnknownPathError(
             f"The history has no {name!r}. "
             f"{nearest_names(name, [*self.records, *COLUMNS])} "

@@ -15,6 +15,7 @@ from .._boundary import (
     PyTree,
     entrance,
     narrowed_tree,
+    off_mesh,
     refuse_taken,
     refuse_traced,
     refuse_unknown,
@@ -308,6 +309,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `NonFiniteError`: under the policy [`vernal.RaiseOnNan`][].
         """
         require_one(self, "step")
+        self = off_mesh(self)
         require_optimiser(self)
         place = placement(self, mesh, sharding)
         is_traced = isinstance(self.step_count, jax.core.Tracer)
@@ -407,6 +409,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `ValueError`: if there is a `validation` with `best=False`.
         """
         require_one(self, "fit")
+        self = off_mesh(self)
         subject = OneTrainer(placement(self, mesh, sharding))
         keywords: FitKeywords = {
             "record": record,
