@@ -155,10 +155,6 @@ def test_what_lies_on_a_mesh_with_types_is_computed_with_as_it_is(name):
     found = ON_EXPLICIT[name](trainer, place(data, P("rows")))
     known = ON_EXPLICIT[name](GaussianFit(gaussian(), ADAM), data)
     close(jax.device_get(found), jax.device_get(known), 1e-6)
-    if (
-        name == "fit_many"
-    ):  # JAX raises an error for a trainer that was put there as a whole.
-        return
     whole = place(GaussianFit(gaussian(), ADAM), P())
     found = ON_EXPLICIT[name](whole, place(data, P("rows")))
     close(jax.device_get(found), jax.device_get(known), 1e-6)

@@ -60,7 +60,9 @@ def outside_mesh(fn: Callable[P, R]) -> Callable[P, R]:
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
         around = jax.sharding.get_abstract_mesh()
         if AxisType.Explicit not in around.axis_types:
-            return fn(*map(off_mesh, args[:1]), *args[1:], **kwargs)
+            moved: Any = (*map(off_mesh, args[:1]), *args[1:])
+            args = moved
+            return fn(*args, **kwargs)
         try:
             context = jax.set_mesh(_NO_MESH)
         except ValueError:  # A program is being traced.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._boundary import spelled_leaves, warn
+from .._boundary import off_mesh, spelled_leaves, warn
 from .._data import Minibatches, Stream
 from .._step import (
     AbstractTrainer,
@@ -40,6 +40,7 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
     Returns it, which leaves of its configuration have a row for each, and their number.
     """
     if isinstance(given, Trainer):
+        given = off_mesh(given)
         require_precision(given)
         parts = _as_stacked(given)
         require_sound(given)
@@ -51,6 +52,7 @@ def stacked(given: Any) -> tuple[Any, Flags, int]:
         )
     if not given:
         raise ValueError("`trainers` is empty: there is nothing to fit.")
+    given = list(map(off_mesh, given))
     leaves, structures, known = [], [], dict[int, Array]()
     for index, trainer in enumerate(given):
         if not isinstance(trainer, Trainer):
