@@ -454,13 +454,14 @@ FOR_ONE = {
     "profile": lambda t: t.profile(LM, BATCH, "slope"),
     "intervals": lambda t: t.intervals(LM, BATCH),
     "params_at": lambda t: t.params_at(jnp.zeros(2)),
+    "evaluate": lambda t: t.evaluate(t.model, BATCH),
     "nan_report": lambda t: t.nan_report(),
     "learning_rates": lambda t: t.learning_rates(),
     "unroll": lambda t: vn.unroll(t, BATCH, 2),
     "contour": lambda t: vernal.plot.contour(t, LM, BATCH, "slope", "offset"),
 }
 # What is for one and for many, and what users write.
-FOR_BOTH = "replace", "residuals", "nll", "loss", "evaluate", "constrain"
+FOR_BOTH = "replace", "residuals", "nll", "loss", "constrain"
 
 
 def test_what_is_for_one_is_listed():

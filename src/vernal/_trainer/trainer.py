@@ -276,6 +276,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         A scalar.
         """
+        refuse_stacked(self, "evaluate")
         return score(self, batch, step_key(self), model).loss
 
     # What a trainer does.
