@@ -10,7 +10,7 @@ import scipy.optimize
 import vernal as vn
 from inside import rounds, rounds_of_many, solve_many
 
-SIZE = 40
+SIZE = 24
 LM = optx.LevenbergMarquardt(1e-10, 1e-10)
 BFGS = optx.BFGS(1e-10, 1e-10)
 
@@ -38,10 +38,10 @@ class Counted(vn.Trainer):
 
 
 def spectrum(kind=Spectrum, has_leaves=False, first=1.0):
-    bins = jnp.full(SIZE, 2.0).at[0].set(first)
+    bins = np.append(first, np.full(SIZE - 1, 2.0))
     if has_leaves:
-        return kind({"bins": [*bins]}, bounds={"bins.*": (0, None)})
-    return kind({"bins": bins}, bounds={"bins": (0, None)})
+        return kind({"bins": [*map(jnp.asarray, bins)]}, bounds={"bins.*": (0, None)})
+    return kind({"bins": jnp.asarray(bins)}, bounds={"bins": (0, None)})
 
 
 def bins_of(trainer):
@@ -54,14 +54,13 @@ def test_a_spectrum_is_that_of_scipy(has_leaves, solver):
     result = spectrum(has_leaves=has_leaves).solve(solver, CHANNELS[0], max_steps=999)
     assert result.stop_reason is vn.StopReason.CONVERGED
     best, _ = scipy.optimize.nnls(RESPONSE, CHANNELS[0])
-    assert 5 < np.count_nonzero(best == 0) < SIZE - 5
+    assert 3 < np.count_nonzero(best == 0) < SIZE - 3
     np.testing.assert_array_equal(bins_of(result.trainer) == 0, best == 0)
     np.testing.assert_allclose(bins_of(result.trainer), best, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("has_leaves", [False, True], ids=["array", "leaves"])
-def test_counts_have_the_spectrum_of_scipy(has_leaves):
-    result = spectrum(Counted, has_leaves).solve(LM, COUNTS, max_steps=999)
+def test_counts_have_the_spectrum_of_scipy():
+    result = spectrum(Counted).solve(LM, COUNTS, max_steps=999)
     assert result.stop_reason is vn.StopReason.CONVERGED
 
     def loss(bins):

@@ -15,7 +15,7 @@ import vernal as vn
 from marked import marked
 from models import Gaussian, GaussianFit, same
 
-X = jnp.linspace(-5.0, 5.0, 60)
+X = np.linspace(-5.0, 5.0, 60)
 TRUTH = (0.3, 1.2, 4.0)
 
 
@@ -35,16 +35,18 @@ class Peak(eqx.Module):
 
 @functools.cache
 def data(seed=0):
-    noise = 0.1 * jax.random.normal(jax.random.key(seed), X.shape)
-    return X, peak(*TRUTH)(X) + noise, jnp.full(X.shape, 0.1)
+    noise = 0.1 * np.random.default_rng(seed).normal(size=X.shape)
+    return X, curve(*TRUTH) + noise, np.full(X.shape, 0.1)
+
+
+def curve(mean, std, power):
+    return power * np.exp(-0.5 * ((X - mean) / std) ** 2)
 
 
 def start_loss():
     """Half the chi-squared where the fits start."""
-    x, y, sigma = map(np.asarray, data())
-    mean, std, power = START
-    model = power * np.exp(-0.5 * ((x - mean) / std) ** 2)
-    return 0.5 * np.sum(((model - y) / sigma) ** 2)
+    _, y, sigma = data()
+    return 0.5 * np.sum(((curve(*START) - y) / sigma) ** 2)
 
 
 START = (0.0, 1.0, 3.0)
@@ -254,7 +256,7 @@ def finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-NAN_DATA = (X, data()[1].at[7].set(jnp.nan), data()[2])
+NAN_DATA = (X, np.where(np.arange(60) == 7, np.nan, data()[1]), data()[2])
 STUMBLES = {
     "data": (GaussianFit, peak(*START), NAN_DATA, {"loss", "mean", "std", "power"}),
     "gradient": (Root, {"a": jnp.zeros(2), "b": jnp.ones(2)}, None, {"a"}),

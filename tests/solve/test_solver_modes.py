@@ -10,10 +10,10 @@ import pytest
 
 import vernal as vn
 
-T = jnp.linspace(0.1, 2.0, 12)
+T = np.linspace(0.1, 2.0, 12)
 TRUTH = {"rate": 0.7, "size": 1.5}
-STARTS = jnp.linspace(0.5, 1.5, 3)
-Y = TRUTH["size"] * jnp.exp(-TRUTH["rate"] * T)
+STARTS = np.linspace(0.5, 1.5, 3)
+Y = TRUTH["size"] * np.exp(-TRUTH["rate"] * T)
 LM = optx.LevenbergMarquardt(1e-10, 1e-10)
 BFGS = optx.BFGS(1e-10, 1e-10)
 
