@@ -168,9 +168,8 @@ class FromZero(Line):
 
 
 def line(kind, bijection, slope):
-    trainer = kind({"slope": jnp.array(0.3)}, bounds={"slope": bijection})
-    batch = X, jnp.sqrt(slope) * X if kind is FromZero else slope * X
-    return trainer.solve(LM, batch).trainer, batch
+    trainer = kind({"slope": jnp.array(slope)}, bounds={"slope": bijection})
+    return trainer, (X, jnp.sqrt(slope) * X if kind is FromZero else slope * X)
 
 
 def test_zero_is_a_value_as_any_other():
