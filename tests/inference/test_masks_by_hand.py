@@ -44,8 +44,8 @@ BATCH = X, Y, THERE
 
 @functools.cache
 def solved(kind):
-    start = {"a": jnp.array(0.0), "b": jnp.array(0.0)}
-    return kind(start).solve(LM, BATCH).trainer
+    slope, offset = np.polyfit(X[THERE], Y[THERE], 1)
+    return kind({"a": jnp.array(offset), "b": jnp.array(slope)})
 
 
 @functools.cache

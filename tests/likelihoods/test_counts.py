@@ -203,16 +203,12 @@ def test_counts_stand_beside_other_data_ties_and_priors(solved):
     assert f"prior penalty         {far**2:.6g}" in str(report)
 
 
-def test_many_have_the_errors_of_each(solved):
+def test_many_have_the_errors_of_each():
+    """At the truth, which is near enough to the minimum."""
     stack = np.stack([data(seed)[1] for seed in range(3)])
     stack[1, :5] = -1
-    many = vn.fit_many(
-        [Spectrum(model())] * 3,
-        (X, stack),
-        100,
-        solver=SOLVERS["LevenbergMarquardt"],
-        data_axis=(None, 0),
-    )
+    still = [Spectrum(model(), optax.sgd(1e-9))] * 3
+    many = vn.fit_many(still, (X, stack), 1, data_axis=(None, 0))
     # A sandwich has the observed curvature in it.
     for kind in (None, "sandwich"):
         found = values(many.errors((X, stack), kind=kind))

@@ -150,7 +150,7 @@ def test_a_likelihood_of_zero_is_said_to_be_zero():
     assert found.values[0] == 0
     assert found.delta[0] == np.inf
     with pytest.warns(UserWarning, match="infinite at mu = 0: the likelihood is zero"):
-        Level(best).profile(LM, counts, "mu", [0.0, 1.0])
+        Level(best, bounds={"mu": (-1, None)}).profile(LM, counts, "mu", found.values)
 
 
 def test_where_the_solver_finds_no_minimum_is_said():
