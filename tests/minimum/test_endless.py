@@ -299,6 +299,26 @@ def test_a_minimum_is_none_at_infinity(name, dtype):
             ask(result.trainer, batch)
 
 
+@pytest.mark.parametrize("name", ["loss", "residuals"])
+def test_a_weak_minimum_in_any_unit_is_one(name):
+    """The error bar is long because the unit is small, or because none was given."""
+    depth = 1e-3
+
+    def loss(self, model, batch):
+        return 1 - depth * jnp.exp(-((model["x"] - 0.01) ** 2))
+
+    def residuals(self, model, batch):
+        peak = jnp.exp(-0.5 * (X - model["x"] - 0.01) ** 2)
+        return depth * (peak - jnp.exp(-0.5 * (X - 0.02) ** 2) + batch)
+
+    kind = type("Weak", (vn.Trainer,), {name: {"loss": loss}.get(name, residuals)})
+    trainer = kind({"x": jnp.asarray(0.1)})
+    solver = optx.BFGS(1e-10, 1e-12) if name == "loss" else LM(1e-10, 1e-12)
+    result = trainer.solve(solver, 0.1 * SCATTER)
+    assert result.stop_reason is REASON.CONVERGED
+    assert "no minimum" not in result.explain()
+
+
 def test_a_limit_by_hand():
     """No counts in 50 hours: the upper end of a rate is where it has risen by 1/2."""
     result, solver, batch = solved("no counts")

@@ -56,8 +56,7 @@ def endless(site: Site, local: Any, distance: Distance) -> Distance:
 
     It looks ahead along the parameters whose step to the minimum is not much shorter
     than they are, and along error bars that are much longer than their parameter: only
-    there does this cost anything. `local` and `distance` are those
-    of a `second_look`.
+    there does this cost anything. `local` and `distance` are those of a `second_look`.
     """
     if not _is_worth_it(site.kind, local, distance):
         return distance
@@ -68,7 +67,7 @@ def endless(site: Site, local: Any, distance: Distance) -> Distance:
         if not (isinstance(local, Curved) and _is_low(site.kind, found)):
             return distance
     bars = _bars_at(local, found)
-    if bars is None or (way := _way_without_end(site, bars, local.loss)) is None:
+    if bars is None or (way := _way_without_end(site, bars, found.tolerance)) is None:
         return distance
     ahead = way * bars.scale
     direction = (ahead / np.linalg.norm(ahead)).astype(found.direction.dtype)
@@ -212,14 +211,16 @@ def _decomposed(
 
 
 def _way_without_end(
-    site: Site, bars: _Bars, loss: Any
+    site: Site, bars: _Bars, tolerance: Any
 ) -> Float[np.ndarray, " D"] | None:
     """Returns a step along which the loss falls to a limit, or stays where it is."""
     for step, bar in bars.lines():
         if _falls_along(site, step, bar):
             return bar
-    # The scale of a likelihood is known. Squares may have another, of their scatter.
-    unit = 1.0 if site.kind == "nll" else min(1.0, np.sqrt(2 * abs(float(loss))))
+    if site.kind == "loss":  # whose curvature makes no error bars
+        return None
+    # The scatter of residuals may be less than their error bars say.
+    unit = np.sqrt(min(1.0, float(tolerance) / TOLERANCE))
     for bar in bars.open_bars():
         if _hardly_rises(site, unit * _BARS, bar):
             return bar
