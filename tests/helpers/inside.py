@@ -30,7 +30,7 @@ from vernal._policy import any_non_finite as any_non_finite
 from vernal._profile import plane as plane
 from vernal._profile.conditional import run_points as run_points
 from vernal._profile.search import search as search
-from vernal._program import one_function as one_function
+from vernal._program import mapped_lapack as mapped_lapack, one_function as one_function
 from vernal._program.host import equations as equations
 from vernal._program.prepared import prepared as prepared
 from vernal._solve import rounds as rounds

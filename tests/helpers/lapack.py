@@ -1,4 +1,4 @@
-"""What LAPACK does in a compiled program at the same time."""
+"""What LAPACK does in a compiled program at the same time, and with many matrices."""
 
 import re
 
@@ -29,6 +29,17 @@ def calls_at_once(program):
         return any(map(is_call, bodies.get(name, {}).values()))
 
     return [pair for body in bodies.values() for pair in _unordered(body, is_call)]
+
+
+def stacks(program):
+    """Lists the calls with more than one matrix."""
+    calls = [line for line in program.splitlines() if "lapack_" in line]
+    shapes = [re.findall(r"\[(\d+(?:,\d+)*),\d+,\d+\]", call) for call in calls]
+    return [call for call, own in zip(calls, shapes, strict=True) if _is_stack(own)]
+
+
+def _is_stack(shapes):
+    return any(size != "1" for shape in shapes for size in shape.split(","))
 
 
 def _unordered(body, is_call):

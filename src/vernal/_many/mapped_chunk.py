@@ -1,5 +1,6 @@
 """Many fits in one program: a row for each of them, and one loop around all."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from .._boundary import PyTree
-from .._data import Whole
+from .._data import Whole, batch_shapes
 from .._devices import ANYWHERE, AbstractPlacement
 from .._loop import (
     Chunk,
@@ -23,7 +24,8 @@ from .._loop import (
     run_small_loop,
     take_one,
 )
-from .._program import program
+from .._program import may_hang, program
+from .._step import AbstractTrainer, loss_at, with_progress
 from .._tree import choose
 
 Flags = tuple[bool, ...]
@@ -85,6 +87,17 @@ def in_groups(fn: Callable[[T], R], rows: T, group: int, place: AbstractPlacemen
     return jax.tree.map(merge, lax.map(fn, groups))
 
 
+def at_once(
+    trainer: AbstractTrainer, batch: Any, group: int, place: AbstractPlacement
+) -> int:
+    """Returns how many members of a group to compute at once, by one of them.
+
+    Each device has a single one where many could wait for each other for ever.
+    """
+    hangs = may_hang(loss_at, trainer.params, trainer, batch)
+    return place.size if hangs else group
+
+
 def chunk_of_many(task: Task, state: LoopState, spread: Spread) -> tuple[Chunk, Ended]:
     """Does for many trainers what `chunk_of_one` does for one.
 
@@ -93,16 +106,21 @@ def chunk_of_many(task: Task, state: LoopState, spread: Spread) -> tuple[Chunk, 
     """
     step = jnp.max(state.progress.step_count)
     parts = task.trainer, task.monitor, task.source
+    trainer, _, source = member(parts, spread.flags, 0)
+    first = jax.tree.map(lambda leaf: leaf[0], state.progress)
+    one = with_progress(trainer, first), batch_shapes(source, step)
+    group = at_once(*one, spread.group, spread.place)
+    spread = dataclasses.replace(spread, group=group)
     rows, shared = apart(parts, spread.flags)
 
-    def run(group: tuple[PyTree, LoopState]) -> Chunk:
-        rows, state = group
+    def run(own: tuple[PyTree, LoopState]) -> Chunk:
+        rows, state = own
         trainer, monitor, source = eqx.combine(rows, shared)
         part = task._replace(trainer=trainer, monitor=monitor, source=source)
         chunk = _run_group(part, state, spread, step)
-        return _turned(chunk, lambda x: jnp.broadcast_to(x, (spread.group,)))
+        return _turned(chunk, lambda x: jnp.broadcast_to(x, (group,)))
 
-    chunk = in_groups(run, (rows, state), spread.group, spread.place)
+    chunk = in_groups(run, (rows, state), group, spread.place)
     _, *recorded = _turned(chunk, lambda x: x[0])
     # What goes to the host goes from one device.
     chunk = Chunk(spread.place.pin_rows(chunk.state), *spread.place.pin(recorded))

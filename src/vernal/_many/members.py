@@ -9,7 +9,7 @@ import jax
 from .._boundary import PyTree
 from .._devices import ANYWHERE, AbstractPlacement
 from .._step import AbstractTrainer, config_of, progress_of, with_progress
-from .mapped_chunk import Flags, apart, in_groups, member
+from .mapped_chunk import Flags, apart, at_once, in_groups, member
 
 
 class Members(NamedTuple):
@@ -23,6 +23,7 @@ class Members(NamedTuple):
     def map(self, fn: Callable[..., Any], batch: Any, *rows: PyTree) -> Any:
         """Calls `fn(trainer, batch, *rows)` for each, a group at a time."""
         config, progress = config_of(self.trainers), progress_of(self.trainers)
+        one = self.one(batch, 0)
         config, shared = apart((config, batch), self.flags)
 
         def of_one(own: tuple[PyTree, ...]) -> Any:
@@ -31,7 +32,8 @@ class Members(NamedTuple):
             return fn(with_progress(config, progress), batch, *rows)
 
         own = config, progress, *rows
-        return in_groups(jax.vmap(of_one), own, self.group, self.place)
+        group = at_once(*one, self.group, self.place)
+        return in_groups(jax.vmap(of_one), own, group, self.place)
 
     def one(self, batch: Any, index: Any) -> tuple[AbstractTrainer, Any]:
         """Returns one of the trainers, and its batch; stacked ones of many indices."""

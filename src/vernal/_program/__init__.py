@@ -5,13 +5,15 @@
 `one_function` makes small loops fast, `branch` what would wait for the host.
 `conversions` follows integers to where they become floats, `look_ups` to where they
 index an array, `pairs` arrays to where all pairs of their elements are summed, `means`
-sums to where they are divided. `steep` finds where a function has no derivative.
+sums to where they are divided. `steep` finds where a function has no derivative,
+`mapped_lapack` what JAX cannot map.
 """
 
 from .branch import chosen
 from .conversions import turned_into_floats
 from .host import calls_host, is_of_host, jaxpr_of, words_of
 from .look_ups import LookUp, look_ups
+from .mapped_lapack import may_hang
 from .means import mean_over
 from .one_function import (
     MOST_BYTES,

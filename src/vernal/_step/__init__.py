@@ -108,6 +108,7 @@ from .scored_by import (
 )
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
 from .suspect_data import warn_of_sums, warn_of_suspect_data
+from .traced_loss import loss_at
 from .usable import (
     refuse_stacked,
     refuse_strays,
