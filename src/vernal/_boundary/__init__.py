@@ -57,4 +57,4 @@ from .rounding import REMEDY, spacing, warn_of_rounded_integers
 from .signatures import refuse_taken, takes, takes_methods
 from .traced import UNROLL, RefusedError, is_traced, refuse_program, refuse_traced
 from .type_checks import ModuleMeta, Params, PyTree, checked
-from .warnings import ObjectiveWarning, PrecisionWarning, warn_once
+from .warnings import ObjectiveWarning, PrecisionWarning, warn_once, warn_once_of

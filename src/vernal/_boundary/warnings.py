@@ -1,6 +1,7 @@
 """Categories of warnings, and how to give each warning once."""
 
 import warnings
+import weakref
 
 from .frames import warn
 
@@ -40,3 +41,8 @@ def warn_once(message: str, category: type[Warning], of: object) -> None:
     if of not in _said:
         warn(message, category)
         _said.add(of)
+
+
+def warn_once_of(kind: type, message: str, *of: object) -> None:
+    """Warns once for each class, and for each value of `of`."""
+    warn_once(message, UserWarning, (weakref.ref(kind), *of))

@@ -1,5 +1,6 @@
 """Which inputs of a function it turns into floats, as they are."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,13 +29,13 @@ _TO = {
 }
 
 
-def turned_into_floats(jaxpr: Jaxpr, inputs: list[Any]) -> set[int]:
-    """Returns which of the `inputs` are converted to a dtype of floats.
+def turned_into_floats(jaxpr: Jaxpr, inputs: Mapping[Any, int]) -> set[int]:
+    """Returns the places of the `inputs` that are converted to a dtype of floats.
 
     The sum, or the difference, of two is another number, and is not looked at.
     """
     found: set[int] = set()
-    _follow(jaxpr, {var: {i} for i, var in enumerate(inputs)}, found)
+    _follow(jaxpr, {var: {place} for var, place in inputs.items()}, found)
     return found
 
 

@@ -1,6 +1,6 @@
 """Which axes of arrays the integers among the inputs of a function index."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ _LOOPS = frozenset(("scan", "while", "cond"))
 class LookUp(NamedTuple):
     """An axis of which integers pick elements, without a word of what is beyond it.
 
-    - `integers`: which of the inputs they are.
+    - `integers`: the place of the input that they are.
     - `low`, `high`: the least and the largest number that is within.
     - `size`: the length of the axis.
     - `arrays`: which inputs the array is, or is computed from.
@@ -73,7 +73,7 @@ class _Known(NamedTuple):
 
 
 def look_ups(
-    jaxpr: Jaxpr, integers: Sequence[Any], arrays: Sequence[Any]
+    jaxpr: Jaxpr, integers: Mapping[Any, int], arrays: Sequence[Any]
 ) -> frozenset[LookUp]:
     """Finds where inputs of integers, as they are or shifted, index arrays.
 
@@ -82,7 +82,7 @@ def look_ups(
     found; nor are those in loops, and of integers that are otherwise computed.
     """
     known = _Known(
-        {var: _Index(i) for i, var in enumerate(integers)},
+        {var: _Index(place) for var, place in integers.items()},
         {var: frozenset((i,)) for i, var in enumerate(arrays)},
     )
     found: set[LookUp] = set()

@@ -1,6 +1,7 @@
 """Whether a function is a mean over its data."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class _Known(NamedTuple):
     counted: int = 0
 
 
-def mean_over(jaxpr: Jaxpr, inputs: list[Any]) -> int | None:
+def mean_over(jaxpr: Jaxpr, inputs: Iterable[Any]) -> int | None:
     """Returns over how many data a scalar is a mean, if it is one.
 
     `inputs` are the data. It is one if all sums over them that it is made of, by

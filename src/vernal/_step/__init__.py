@@ -43,7 +43,6 @@ from .construct import (
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .edges import prior_ends, pushed
-from .layers import warn_of_training_layers
 from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (
@@ -53,7 +52,6 @@ from .nan_report import (
     non_finite_error,
     raised_if_bad,
 )
-from .not_fitted import warn_of_constants
 from .objective import (
     DataKind,
     count_of,
@@ -74,7 +72,6 @@ from .objective import (
     step_key,
 )
 from .opt_state import beginning, settled
-from .parts import require_parts
 from .progress import (
     Best,
     Progress,
@@ -108,10 +105,12 @@ from .scored_by import (
 )
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
 from .suspect_data import warn_of_sums, warn_of_suspect_data
+from .suspect_model import warn_of_constants, warn_of_training_layers
 from .usable import (
     refuse_stacked,
     refuse_strays,
     require_one,
+    require_parts,
     require_precision,
     require_sound,
     strays_of,

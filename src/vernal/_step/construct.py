@@ -37,11 +37,11 @@ from .._tree import (
     resolve,
 )
 from .abstract_trainer import AbstractTrainer, own_fields
+from .constrain import check_coordinates
 from .model import check_state
 from .model_template import ModelTemplate
-from .not_fitted import holds_arrays, in_words
 from .objective import METHODS, defined
-from .preconditioners import check_coordinates
+from .suspect_model import holds_arrays, in_words
 
 _HOOKS = {
     "evaluate": ("model", "batch"),

@@ -37,6 +37,7 @@ from .nan_report import is_at_bad_step
 from .objective import (
     defined,
     live,
+    loss_at,
     negative_log_likelihood,
     real_residuals,
     real_residuals_and_kind,
@@ -44,7 +45,6 @@ from .objective import (
     score,
     step_key,
 )
-from .traced_loss import loss_at
 
 # How many leaves are named.
 _MOST_NAMED = 4

@@ -70,6 +70,12 @@ def score(
     return Scored(_as_scalar(trainer, "loss", loss), named, state)
 
 
+def loss_at(params: Any, trainer: AbstractTrainer, batch: Any, key: Any = None) -> Any:
+    """Returns the loss of a step; without a random key, of the next one."""
+    key = step_key(trainer) if key is None else key
+    return score(live(trainer, params), batch, key).loss
+
+
 def _taken_apart(
     trainer: AbstractTrainer, returned: Any
 ) -> tuple[Any, dict[Any, Any], Any]:
