@@ -34,16 +34,17 @@ from .construct import (
     check_class,
     check_own_fields,
     check_ruled,
+    checked_model,
     constraints,
     find_trained,
     fit_projector,
     initial_opt_state,
+    initial_progress,
     refuse_own_projector,
     require_optimiser,
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .edges import prior_ends, pushed
-from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (
     last_bad_step,
@@ -77,7 +78,6 @@ from .progress import (
     Progress,
     count_non_finite,
     held_best,
-    initial_progress,
     ranked,
     with_some_best,
     without_best,

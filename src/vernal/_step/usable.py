@@ -13,7 +13,7 @@ from .._constraints import Bijections
 from .._optimiser import ParamOptimiserState
 from .._program import Version, program, version_of_flat
 from .._projection import EigenProjector
-from .._tree import by_path, is_alike, is_inexact, shape_and_dtype, strong
+from .._tree import by_path, is_alike, is_inexact, shape_and_dtype
 from .abstract_trainer import (
     AbstractTrainer,
     bijections_of,
@@ -26,9 +26,9 @@ from .abstract_trainer import (
     template_of,
     to_params,
 )
-from .construct import check_class, initial_opt_state
+from .construct import check_class, initial_progress
 from .opt_state import fits
-from .progress import Progress, initial_progress
+from .progress import Progress
 
 
 def require_one(trainer: AbstractTrainer, name: str) -> None:
@@ -135,9 +135,7 @@ def _begun(trainer: AbstractTrainer) -> Progress:
     latent = None if bijections is None else bijections.inverse(params)
     if trainer.projector is not None:
         latent = trainer.projector.to_latent(params if latent is None else latent)
-    opt_state = initial_opt_state(trainer.optimiser, params, latent)
-    policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
-    return initial_progress(params, latent, opt_state, policy_state, trainer.state)
+    return initial_progress(trainer, params, latent, trainer.state)
 
 
 def _is_like(name: str, old: Any, new: Any) -> bool:
