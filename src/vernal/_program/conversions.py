@@ -23,10 +23,7 @@ _TAKE = frozenset(("dynamic_slice", "gather"))
 
 # What converts, by the parameter that says to which dtype: a product of matrices may
 # convert what it multiplies.
-_TO = {
-    "convert_element_type": "new_dtype",
-    "dot_general": "preferred_element_type",
-}
+_TO = {"convert_element_type": "new_dtype", "dot_general": "preferred_element_type"}
 
 
 def turned_into_floats(jaxpr: Jaxpr, inputs: Mapping[Any, int]) -> set[int]:

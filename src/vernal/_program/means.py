@@ -90,8 +90,8 @@ def _follow(jaxpr: Jaxpr, known: dict[Any, _Known], sizes: set[int]) -> list[_Kn
 
     def of(atom: Any) -> _Known:
         if isinstance(atom, Literal):
-            value = atom.val
-            return _Known(number=float(value)) if _is_number(value) else _Known()
+            is_number = np.shape(atom.val) == () and np.isrealobj(atom.val)
+            return _Known(number=float(atom.val)) if is_number else _Known()
         return known.get(atom, _Known())
 
     for eqn in jaxpr.eqns:
@@ -163,7 +163,3 @@ def _summed(eqn: Any, own: list[_Known], sizes: set[int]) -> _Known:
 
 def _shape(atom: Any) -> tuple[int, ...]:
     return getattr(atom.aval, "shape", ())
-
-
-def _is_number(value: Any) -> bool:
-    return np.shape(value) == () and np.isrealobj(value)

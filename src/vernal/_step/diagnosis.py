@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._boundary import (
-    PyTree,
-    debugged,
-    is_debugged,
-    is_traced,
-    spelled_leaves,
-    warn,
-)
+from .._boundary import PyTree, debugged, is_debugged, is_traced, spelled_leaves, warn
 from .._data import Minibatches, as_batch
 from .._likelihoods import Gaussian, Poisson, Robust
 from .._policy import SKIP_ADVICE
@@ -140,9 +133,7 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
 
 
 def warn_of_no_data(
-    where: str,
-    losses: np.ndarray,
-    ended: Callable[[Any], tuple[AbstractTrainer, Any]],
+    where: str, losses: np.ndarray, ended: Callable[[Any], tuple[AbstractTrainer, Any]]
 ) -> list[int]:
     """Warns if each loss, or each score, is zero though the model need not be right.
 

@@ -15,8 +15,7 @@ from .._step import AbstractTrainer, TrainerT, progress_of
 from .._tree import MismatchError, NamedArray, from_arrays, to_arrays
 from .changed_config import Beginning
 from .checkpoint_directory import claim
-from .checkpoint_format import leaves
-from .checkpoint_store import CheckpointStore, silenced_orbax
+from .checkpoint_store import CheckpointStore, leaves, silenced_orbax
 from .checkpoints import Checkpoints
 from .file import DamagedFileError, NewerFormatError
 from .history import History

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from .._closure import plain_statics
-from .._data import Minibatches, Source, Stream, Whole
+from .._data import Minibatches, Source, Whole
 from .._step import (
     AbstractTrainer,
     bounds_of,
@@ -37,11 +37,13 @@ _SAID = {
 
 def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     """Returns checksums of all that a fit is of beside its parameters, for JSON."""
-    (methods, hooks), data = digests(trainer), None
+    (methods, hooks), data, order = digests(trainer), None, None
     model, fields = template_of(trainer).untrained, own_fields(trainer)
-    if not isinstance(source, Stream):
-        arrays = source.batch if isinstance(source, Whole) else source.arrays
-        data = sums(arrays)
+    if isinstance(source, Minibatches):
+        data = sums(source.arrays)
+        order = sums({"key": source.key}) | {"size": [_STATIC, source.size]}
+    elif isinstance(source, Whole):
+        data = sums(source.batch)
     return {
         "class": type(trainer).__name__,
         # Another version of Python compiles the same text to other code.
@@ -54,15 +56,8 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
         "fields": sums(fields),
         "field_statics": sums_of_statics(fields),
         "data": data,
-        "order": _order(source),
+        "order": order,
     }
-
-
-def _order(source: Source) -> dict[str, Any] | None:
-    """Returns what the order of minibatches comes from, `None` without any."""
-    if not isinstance(source, Minibatches):
-        return None
-    return sums({"key": source.key}) | {"size": [_STATIC, source.size]}
 
 
 def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
@@ -71,10 +66,7 @@ def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
         return {}
     # NumPyro's distributions have their numbers in another order in each process.
     others = {
-        path: [
-            type(prior.decode()).__name__,
-            *sorted(sums(prior).values(), key=str),
-        ]
+        path: [type(prior.decode()).__name__, *sorted(sums(prior).values(), key=str)]
         for path, prior in priors.others.items()
     }
     return others | sums(priors.normal)

@@ -32,8 +32,8 @@ def _flatten_with_keys(tree: ByName[Any]) -> tuple[Any, tuple[str, ...]]:
     return [(jax.tree_util.DictKey(name), tree[name]) for name in names], names
 
 
-def _unflatten(names: tuple[str, ...], values: Iterable[Any]) -> ByName[Any]:
-    return ByName(zip(names, values, strict=True))
-
-
-jax.tree_util.register_pytree_with_keys(ByName, _flatten_with_keys, _unflatten)
+jax.tree_util.register_pytree_with_keys(
+    ByName,
+    _flatten_with_keys,
+    lambda names, values: ByName(zip(names, values, strict=True)),
+)
