@@ -3,8 +3,9 @@
 `arguments` checks values, `signatures` functions and classes, `type_checks`
 annotations; `foreign` refuses what JAX cannot use, `precision` narrows arrays in 64
 bits, and warns where that matters, `explicit` has those on a mesh computed with;
-`names` names the leaves of a tree; `frames` points to the user's code;
-`traced` and `debugging` see to what JAX is doing when a function is called.
+`names` names the leaves of a tree; `of_objects` remembers what is known of one;
+`frames` points to the user's code; `traced` and `debugging` see to what JAX is doing
+when a function is called.
 """
 
 from .arguments import (
@@ -49,6 +50,7 @@ from .names import (
     spelled_leaves,
     unaddressed,
 )
+from .of_objects import OfObjects
 from .precision import (
     REMEDY,
     integers_at_hand,
