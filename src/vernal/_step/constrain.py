@@ -164,10 +164,11 @@ def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
     if trainer.projector is None and not metrics:
         return None
     touched = _touched(clip, trainer.params)
+    name = "`constrain`" if overrides(trainer, "constrain") else "`bounds`"
     for projector in metrics:
         if names := sorted(touched & _mixed(projector)):
             raise ValueError(
-                f"{_name(trainer)} changes {', '.join(map(repr, names[:5]))}, and "
+                f"{name} changes {', '.join(map(repr, names[:5]))}, and "
                 "`precondition` mixes that with other elements: the fit would not end "
                 "at the best point that the constraint allows. Give the projector to "
                 "the trainer instead, as `projector=`, where `constrain` is a "
@@ -276,10 +277,6 @@ def warn_of_line_search(trainer: AbstractTrainer) -> None:
             "`trainer.solve(optx.BFGS(1e-8, 1e-8), batch)`; for the rest an optimiser "
             "such as Adam."
         )
-
-
-def _name(trainer: AbstractTrainer) -> str:
-    return "`constrain`" if overrides(trainer, "constrain") else "`bounds`"
 
 
 def check_elementwise(

@@ -183,12 +183,9 @@ def _refuse_outside(trainer: AbstractTrainer) -> None:
     points = progress.params, progress.best
     if bounds is None or not _are_known((bounds, points)):
         return
-    if not progress.step_count.ndim:
-        for point in points:
-            bounds.required(point)
-        return
-    axes = member_axes(progress.step_count)
-    for index in range(len(progress.step_count)):
+    shape = progress.step_count.shape
+    axes = member_axes(progress.step_count) if shape else lambda _: None
+    for index in np.ndindex(shape):
         row = lambda x, i=index: np.asarray(x)[i] if axes(x) == 0 else x
         own, *rows = jax.tree.map(row, (bounds, *points))
         for point in rows:

@@ -107,7 +107,11 @@ def _differences(
         met.add((one, other))
     for name in one.static | other.static:
         before, after = one.static.get(name, _ABSENT), other.static.get(name, _ABSENT)
-        if not (_is_equal if is_strict else _is_same)(before, after):
+        is_one = _is_same(before, after)
+        if is_one and is_strict:
+            # To a trainer, `1` is not `True`.
+            is_one = strict_key(before) == strict_key(after)
+        if not is_one:
             what = " static," if name else " its structure"
             texts = _short_text(before), _short_text(after)
             yield ((name, ""),), what + _said(*texts)
@@ -138,11 +142,6 @@ def _is_same(old: Any, new: Any) -> bool:
         return old is new or bool(old == new)
     except (TypeError, ValueError):
         return False
-
-
-def _is_equal(old: Any, new: Any) -> bool:
-    """Whether two static values are one to a trainer: `1` is not `True`."""
-    return _is_same(old, new) and strict_key(old) == strict_key(new)
 
 
 def _array_differences(old: Any, new: Any) -> list[str]:

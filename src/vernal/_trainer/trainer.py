@@ -726,9 +726,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:**
 
         - `batch`: all of the data, for the standard errors; by default there are none.
-        - `scale_errors`: as for [`vernal.Trainer.report`][].
-        - `jac`: as for [`vernal.Trainer.fisher`][].
-        - `kind`: as for [`vernal.Trainer.standard_errors`][].
+        - `scale_errors`, `jac`, `kind`: as for [`vernal.Trainer.report`][].
 
         **Returns:**
 
@@ -826,9 +824,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `fn`: a function of the model, which returns real arrays: one, or any pytree
             of them.
         - `batch`: all of the data.
-        - `scale_errors`: as for [`vernal.Trainer.report`][].
-        - `jac`: as for [`vernal.Trainer.fisher`][].
-        - `kind`: as for [`vernal.Trainer.standard_errors`][].
+        - `scale_errors`, `jac`, `kind`: as for [`vernal.Trainer.report`][].
 
         **Returns:**
 
@@ -879,9 +875,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `key`: a PRNG key.
         - `count`: the number of models.
         - `batch`: all of the data.
-        - `scale_errors`: as for [`vernal.Trainer.report`][].
-        - `jac`: as for [`vernal.Trainer.fisher`][].
-        - `kind`: as for [`vernal.Trainer.standard_errors`][].
+        - `scale_errors`, `jac`, `kind`: as for [`vernal.Trainer.report`][].
 
         **Returns:**
 
