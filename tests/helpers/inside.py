@@ -49,7 +49,7 @@ save = importlib.import_module("vernal._storage.save")
 solve_many = importlib.import_module("vernal._many.solve_many")
 
 # What `monkeypatch.setattr` replaces by its name.
-CHECKPOINT_FORMAT = "vernal._storage.checkpoint_format.FORMAT"
+CHECKPOINT_FORMAT = "vernal._storage.checkpoint_store.FORMAT"
 READ_ARRAYS = "vernal._storage.checkpointer.Checkpointer._read_arrays"
 
 # The file of a module that runs without JAX.

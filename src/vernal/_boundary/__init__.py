@@ -2,9 +2,10 @@
 
 `arguments` checks values, `signatures` functions and classes, `type_checks`
 annotations; `foreign` refuses what JAX cannot use, `precision` narrows arrays in 64
-bits, `rounding` warns where that matters, `explicit` has those on a mesh computed with;
-`names` names the leaves of a tree; `frames` and `warnings` point to the user's code;
-`traced` and `debugging` see to what JAX is doing when a function is called.
+bits, and warns where that matters, `explicit` has those on a mesh computed with;
+`names` names the leaves of a tree; `of_objects` remembers what is known of one;
+`frames` points to the user's code; `traced` and `debugging` see to what JAX is doing
+when a function is called.
 """
 
 from .arguments import (
@@ -32,7 +33,14 @@ from .foreign import (
     refuse_meaning,
     require_numbers,
 )
-from .frames import entrance, warn
+from .frames import (
+    ObjectiveWarning,
+    PrecisionWarning,
+    entrance,
+    warn,
+    warn_once,
+    warn_once_of,
+)
 from .names import (
     dotted,
     first_names,
@@ -42,7 +50,9 @@ from .names import (
     spelled_leaves,
     unaddressed,
 )
+from .of_objects import OfObjects
 from .precision import (
+    REMEDY,
     integers_at_hand,
     is_cut,
     is_wide,
@@ -51,10 +61,10 @@ from .precision import (
     narrowed_leaves,
     narrowed_tree,
     rounded_integers,
+    spacing,
+    warn_of_rounded_integers,
     warn_of_single_leaves,
 )
-from .rounding import REMEDY, spacing, warn_of_rounded_integers
 from .signatures import refuse_taken, takes, takes_methods
 from .traced import UNROLL, RefusedError, is_traced, refuse_program, refuse_traced
 from .type_checks import ModuleMeta, Params, PyTree, checked
-from .warnings import ObjectiveWarning, PrecisionWarning, warn_once

@@ -1,5 +1,6 @@
 """Values that a user gives as arguments, checked."""
 
+import contextlib
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -55,21 +56,15 @@ def boolean(value: Any, name: str) -> bool:
 
 def file_path(value: Any, name: str) -> Path:
     """Checks the path of a file or a directory."""
-    try:
-        path = os.fspath(value)
-    except TypeError:
-        path = None
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str):
         raise TypeError(
             f"`{name}` is {value!r}, but must be a path: a string or a `pathlib.Path`."
         )
-    try:
-        is_name = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        is_name = False
-    if not is_name:
-        raise ValueError(f"`{name}` is {path!r}, which no file can be called.")
-    return Path(path)
+    with contextlib.suppress(UnicodeEncodeError):
+        if b"\0" not in os.fsencode(path):
+            return Path(path)
+    raise ValueError(f"`{name}` is {path!r}, which no file can be called.")
 
 
 def one_of(value: Any, names: Sequence[str], name: str) -> Any:

@@ -1,9 +1,10 @@
-"""Tracebacks and warnings that point to the user's code."""
+"""Tracebacks and warnings that point to the user's code, some given once."""
 
 import functools as ft
 import inspect
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -42,6 +43,27 @@ _LIBRARIES = frozenset(
 )
 
 
+class PrecisionWarning(UserWarning):
+    """Data lose digits that matter, because JAX computes in float32.
+
+    ```python
+    warnings.filterwarnings("ignore", category=vn.PrecisionWarning)
+    ```
+    """
+
+
+class ObjectiveWarning(UserWarning):
+    """A trainer's class defines `residuals` beside `loss` or `nll`.
+
+    A term that only one of them has, such as a prior, is missing from what the methods
+    that use another compute. If that is on purpose:
+
+    ```python
+    warnings.filterwarnings("ignore", category=vn.ObjectiveWarning)
+    ```
+    """
+
+
 def _is_users(frame: FrameType) -> bool:
     package, *_ = frame.f_globals.get("__name__", "").split(".")
     return package not in _LIBRARIES
@@ -53,6 +75,27 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame is not None and frame.f_back is not None and not _is_users(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+# The warnings that were given, and the filters at that time. Under other filters, as in
+# the next test of a suite, each is given again.
+_said: set[object] = set()
+_filters: list[object] = [None]
+
+
+def warn_once(message: str, category: type[Warning], of: object) -> None:
+    """Warns at the user's line of code, once for each value of `of`."""
+    if _filters[0] is not warnings.filters:
+        _filters[0] = warnings.filters
+        _said.clear()
+    if of not in _said:
+        warn(message, category)
+        _said.add(of)
+
+
+def warn_once_of(kind: type, message: str, *of: object) -> None:
+    """Warns once for each class, and for each value of `of`."""
+    warn_once(message, UserWarning, (weakref.ref(kind), *of))
 
 
 def entrance(fn: Callable[P, R]) -> Callable[P, R]:
@@ -97,21 +140,16 @@ def _refuse_misspelt(error: Exception, fn: Any, args: Any, given: Any) -> None:
             # Rather than the class that it has it from.
             name = kind.__name__
         name = name.removesuffix(".__init__")
-        _refuse_fields(kind, known, given, name)
+        fields = getattr(kind, "__dataclass_fields__", {})
+        odd = [x for x in given if x in fields and x not in known]
+        # `dataclasses.replace` gives the private ones, too.
+        if odd and not any(x.startswith("_") for x in given):
+            raise TypeError(
+                f"`{name}` has no argument `{odd[0]}`, which is a field of "
+                f"`{kind.__name__}`. Set it in an `__init__` of that class, by "
+                f"`self.{odd[0]} = {odd[0]}` before `super().__init__(model, ...)`."
+            ) from None
     refuse_unknown(given, [x for x in known if x != "self"], name)
-
-
-def _refuse_fields(kind: Any, known: Any, given: Any, name: str) -> None:
-    """Refuses arguments that are fields of a class, and says how they are set."""
-    fields = getattr(kind, "__dataclass_fields__", {})
-    odd = [x for x in given if x in fields and x not in known]
-    # `dataclasses.replace` gives the private ones, too.
-    if odd and not any(x.startswith("_") for x in given):
-        raise TypeError(
-            f"`{name}` has no argument `{odd[0]}`, which is a field of "
-            f"`{kind.__name__}`. Set it in an `__init__` of that class, by "
-            f"`self.{odd[0]} = {odd[0]}` before `super().__init__(model, ...)`."
-        ) from None
 
 
 def _clearer(

@@ -14,7 +14,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
-from .._pickling import PlainMethods, Portable, content_of, is_named, metadata
+from .._pickling import (
+    PlainMethods,
+    Portable,
+    build,
+    content_of,
+    is_named,
+    metadata,
+)
 from .equality import Hashed, Same, content_key, copied, names_written, value_key
 from .reads import reads, scope_key
 from .skeleton import (
@@ -116,7 +123,7 @@ class _Encoder:
         if treedef == jtu.tree_structure(0):
             if _is_what_it_holds(obj):
                 kind, held = type(obj), self.dictionary(vars(obj), None)
-                return Group(kind, (held,), lambda parts: _holding(kind, *parts))
+                return Group(kind, (held,), lambda parts: build(kind, *parts))
             # Equal objects may read different values.
             return Static((value_key(obj), reads(obj).key), obj)
         try:
@@ -192,12 +199,6 @@ def _is_what_it_holds(obj: Any) -> bool:
     is_of_optax = kind.__module__.split(".")[0] == "optax"
     is_plain = kind.__eq__ is object.__eq__ and hasattr(obj, "__dict__")
     return is_of_optax and is_plain and not isinstance(obj, enum.Enum)
-
-
-def _holding(kind: type, held: dict[str, Any]) -> Any:
-    new = object.__new__(kind)
-    vars(new).update(held)
-    return new
 
 
 def _own_structure(treedef: Any) -> tuple[Any, Hashable]:

@@ -18,27 +18,20 @@ from .equality import Hashed
 class Part(Protocol):
     """A part of a skeleton, which can build its object again."""
 
-    def build(self, site: "Site") -> Any: ...
+    def build(self, leaves: "Leaves", functions: "Functions") -> Any: ...
 
 
 # A tuple, a dictionary by index, or what stands for an empty tuple in a tree.
 Leaves = Any
-
-
-@dataclasses.dataclass(slots=True)
-class Site:
-    """What the parts of one skeleton are built from."""
-
-    leaves: Leaves
-    functions: list[types.FunctionType]
+Functions = list[types.FunctionType]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
     index: int
 
-    def build(self, site: Site) -> Any:
-        return site.leaves[self.index]
+    def build(self, leaves: Leaves, functions: Functions) -> Any:
+        return leaves[self.index]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +39,7 @@ class Static:
     key: Hashable
     value: Any = dataclasses.field(compare=False)
 
-    def build(self, site: Site) -> Any:
+    def build(self, leaves: Leaves, functions: Functions) -> Any:
         return self.value
 
 
@@ -54,8 +47,8 @@ class Static:
 class Function:
     index: int
 
-    def build(self, site: Site) -> Any:
-        return site.functions[self.index]
+    def build(self, leaves: Leaves, functions: Functions) -> Any:
+        return functions[self.index]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,8 +59,8 @@ class Group:
     parts: tuple[Part, ...]
     make: Callable[[list[Any]], Any] = dataclasses.field(compare=False)
 
-    def build(self, site: Site) -> Any:
-        return self.make([part.build(site) for part in self.parts])
+    def build(self, leaves: Leaves, functions: Functions) -> Any:
+        return self.make([part.build(leaves, functions) for part in self.parts])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,12 +84,14 @@ class Shell:
         closure = tuple(cells[i] for i in self.cells)
         return bare(self.code, self.scope, self.metadata, closure)
 
-    def fill(self, fn: types.FunctionType, site: Site) -> None:
+    def fill(
+        self, fn: types.FunctionType, leaves: Leaves, functions: Functions
+    ) -> None:
         if fn is self.original:
             return
-        fn.__defaults__ = self.defaults.build(site)
-        fn.__kwdefaults__ = self.kwdefaults.build(site)
-        fn.__dict__.update(self.attributes.build(site))
+        fn.__defaults__ = self.defaults.build(leaves, functions)
+        fn.__kwdefaults__ = self.kwdefaults.build(leaves, functions)
+        fn.__dict__.update(self.attributes.build(leaves, functions))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,13 +105,12 @@ class Plan:
     def build(self, leaves: Leaves) -> Any:
         cells = [_kept_cell(part) or types.CellType() for part in self.cells]
         functions = [shell.open(cells) for shell in self.shells]
-        site = Site(leaves, functions)
         for shell, fn in zip(self.shells, functions, strict=True):
-            shell.fill(fn, site)
+            shell.fill(fn, leaves, functions)
         for cell, part in zip(cells, self.cells, strict=True):
             if part is not None and _kept_cell(part) is None:
-                cell.cell_contents = part.build(site)
-        return self.root.build(site)
+                cell.cell_contents = part.build(leaves, functions)
+        return self.root.build(leaves, functions)
 
 
 def _kept_cell(part: Part | None) -> types.CellType | None:

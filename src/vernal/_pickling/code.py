@@ -22,10 +22,7 @@ class Stand:
     __slots__ = ("args", "make", "state")
 
     def __init__(self, make: Any, *args: Any):
-        """**Arguments:**
-
-        - `make`, `args`: a function of a module, and what to call it with.
-        """
+        """It is loaded as what a function of a module, `make`, returns for `args`."""
         self.make, self.args = make, args
         self.state: Any = None
 

@@ -42,12 +42,11 @@ class QuickMethods:
             value = object.__getattribute__(self, name)
             if type(value) is not types.MethodType or value.__self__ is not self:
                 return value
-            return value if name.startswith("__") else _bound(value.__func__, self)
-
-
-def _bound(fn: Any, module: Any) -> Any:
-    about = _about(fn) if type(fn) is types.FunctionType else _read(fn)
-    return build(_BoundMethod, {**about, "__func__": fn, "__self__": module})
+            if name.startswith("__"):
+                return value
+            fn: Any = value.__func__
+            about = _about(fn) if type(fn) is types.FunctionType else _read(fn)
+            return build(_BoundMethod, {**about, "__func__": fn, "__self__": self})
 
 
 def _read(fn: Any) -> dict[str, Any]:

@@ -3,18 +3,15 @@
 `programs` finds the program of a call, or compiles it again where its code has changed.
 `shelves` decides which compiled programs are kept. `prepared` prepares arguments.
 `one_function` makes small loops fast, `branch` what would wait for the host.
-`conversions` follows integers to where they become floats, `look_ups` to where they
-index an array, `pairs` arrays to where all pairs of their elements are summed, `means`
-sums to where they are divided. `steep` finds where a function has no derivative,
-`mapped_lapack` what JAX cannot map.
+`integers` follows integers to where they become floats, or index an array, and `sums`
+finds sums over all pairs of elements, and means. `steep` finds where a function has no
+derivative, `mapped_lapack` what JAX cannot map.
 """
 
 from .branch import chosen
-from .conversions import turned_into_floats
 from .host import calls_host, is_of_host, jaxpr_of, words_of
-from .look_ups import LookUp, look_ups
+from .integers import LookUp, look_ups, turned_into_floats
 from .mapped_lapack import may_hang
-from .means import mean_over
 from .one_function import (
     MOST_BYTES,
     are_on_one_cpu,
@@ -22,7 +19,6 @@ from .one_function import (
     is_refused,
     is_switched_on,
 )
-from .pairs import sums_over_pairs
 from .prepared import prepared
 from .programs import (
     Version,
@@ -33,3 +29,4 @@ from .programs import (
     version_of_flat,
 )
 from .steep import Steep, said_of_steep, steep
+from .sums import mean_over, sums_over_pairs

@@ -97,7 +97,10 @@ def as_one_function(fn: Callable[..., T], *args: Any) -> T | None:
     what the arguments are: it would put constants into the function in their place.
     """
     traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-    if not _is_small(traced.jaxpr):
+    of_loops: list[int] = []
+    _written(traced.jaxpr, of_loops)
+    is_fast = max(of_loops, default=0) <= MOST_BYTES
+    if not (is_fast and all(map(_is_allowed, equations(traced.jaxpr)))):
         return None
     given, count = [*traced.consts, *jax.tree.leaves(args)], len(traced.consts)
 
@@ -117,13 +120,6 @@ def _with_consts(traced: Any, consts: Sequence[Array]) -> Any:
         return traced.with_consts(consts)
     # Before JAX 0.12 its class is around that of a function without constants.
     return type(traced)(traced.jaxpr, consts)
-
-
-def _is_small(jaxpr: Any) -> bool:
-    of_loops: list[int] = []
-    _written(jaxpr, of_loops)
-    is_fast = max(of_loops, default=0) <= MOST_BYTES
-    return is_fast and all(map(_is_allowed, equations(jaxpr)))
 
 
 def _is_allowed(eqn: Any) -> bool:

@@ -1,11 +1,10 @@
 """Arguments that stay the same from call to call, taken apart once."""
 
-import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from .._boundary import is_traced
+from .._boundary import OfObjects, is_traced
 
 
 class _Prepared:
@@ -22,14 +21,8 @@ jax.tree_util.register_pytree_node(
 )
 
 
-class _Known(NamedTuple):
-    owner: weakref.ref[Any]
-    other: Any
-    prepared: list[Any]
-
-
-# Each as long as its owner lives.
-_known: dict[int, _Known] = {}
+# By the first of two arguments: the other one, and both as they were prepared.
+_known = OfObjects[tuple[Any, list[Any]]]()
 
 
 def prepared(owner: Any, other: Any) -> list[Any]:
@@ -37,10 +30,9 @@ def prepared(owner: Any, other: Any) -> list[Any]:
 
     A tree with a list or a dictionary, which may change, is returned as it is.
     """
-    key = id(owner)
-    known = _known.get(key)
-    if known is not None and known.owner() is owner and known.other is other:
-        return known.prepared
+    known = _known.get(owner)
+    if known is not None and known[0] is other:
+        return known[1]
     trees = owner, other
     if is_traced(*trees):
         # It must not outlive its program.
@@ -49,9 +41,7 @@ def prepared(owner: Any, other: Any) -> list[Any]:
         tree if _may_change(jax.tree.structure(tree)) else _Prepared(tree)
         for tree in trees
     ]
-    forget = lambda _: _known.pop(key, None)
-    _known[key] = _Known(weakref.ref(owner, forget), other, found)
-    return found
+    return _known.put(owner, (other, found))[1]
 
 
 def _may_change(structure: Any) -> bool:

@@ -34,17 +34,17 @@ from .construct import (
     check_class,
     check_own_fields,
     check_ruled,
+    checked_model,
     constraints,
     find_trained,
     fit_projector,
     initial_opt_state,
+    initial_progress,
     refuse_own_projector,
     require_optimiser,
 )
 from .diagnosis import Diagnosis, bad_data, diagnosed, warn_of_no_data
 from .edges import prior_ends, pushed
-from .layers import warn_of_training_layers
-from .model import checked_model
 from .model_template import ModelTemplate
 from .nan_report import (
     last_bad_step,
@@ -53,13 +53,13 @@ from .nan_report import (
     non_finite_error,
     raised_if_bad,
 )
-from .not_fitted import warn_of_constants
 from .objective import (
     DataKind,
     count_of,
     defined,
     evaluate,
     live,
+    loss_at,
     metric_shapes,
     negative_log_likelihood,
     prior_count,
@@ -74,13 +74,11 @@ from .objective import (
     step_key,
 )
 from .opt_state import beginning, settled
-from .parts import require_parts
 from .progress import (
     Best,
     Progress,
     count_non_finite,
     held_best,
-    initial_progress,
     ranked,
     with_some_best,
     without_best,
@@ -108,11 +106,12 @@ from .scored_by import (
 )
 from .step import Outcome, advance, advance_bare, has_turned_bad, live_if, tree_norm
 from .suspect_data import warn_of_sums, warn_of_suspect_data
-from .traced_loss import loss_at
+from .suspect_model import warn_of_constants, warn_of_training_layers
 from .usable import (
     refuse_stacked,
     refuse_strays,
     require_one,
+    require_parts,
     require_precision,
     require_sound,
     strays_of,

@@ -61,15 +61,15 @@ class AbstractTrainer(
 
     # `Any` stands for `None`: with `None` itself, type checkers would ask users for an
     # `assert` before each use.
-    optimiser: eqx.AbstractVar[ParamOptimiser | Any]
-    nan_policy: eqx.AbstractVar[NanPolicy]
-    projector: eqx.AbstractVar[EigenProjector | Any]
-    key: eqx.AbstractVar[PRNGKeyArray | None]
-    _bounds: eqx.AbstractVar[Bounds | None]
-    _bijections: eqx.AbstractVar[Bijections | None]
-    _priors: eqx.AbstractVar[Priors | None]
-    _template: eqx.AbstractVar[ModelTemplate]
-    _progress: eqx.AbstractVar[Progress]
+    optimiser: ParamOptimiser | Any
+    nan_policy: NanPolicy
+    projector: EigenProjector | Any
+    key: PRNGKeyArray | None
+    _bounds: Bounds | None
+    _bijections: Bijections | None
+    _priors: Priors | None
+    _template: ModelTemplate
+    _progress: Progress
 
     # Hooks that a subclass may override.
 

@@ -1,9 +1,11 @@
 """`constrain` where a projector or a preconditioner couples the parameters."""
 
 import functools as ft
+import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -14,6 +16,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int
 
 from .._boundary import PyTree, warn
+from .._closure import Closure
+from .._constraints import Bijections
+from .._pickling import content_of
 from .._projection import EigenProjector, Unchanged
 from .._tree import by_path, cast_like, paths, require_alike
 from .abstract_trainer import (
@@ -24,7 +29,6 @@ from .abstract_trainer import (
     template_of,
 )
 from .objective import live
-from .preconditioners import preconditioners
 
 Clip = Callable[[PyTree], PyTree]
 """A function from parameters to constrained parameters."""
@@ -160,10 +164,11 @@ def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
     if trainer.projector is None and not metrics:
         return None
     touched = _touched(clip, trainer.params)
+    name = "`constrain`" if overrides(trainer, "constrain") else "`bounds`"
     for projector in metrics:
         if names := sorted(touched & _mixed(projector)):
             raise ValueError(
-                f"{_name(trainer)} changes {', '.join(map(repr, names[:5]))}, and "
+                f"{name} changes {', '.join(map(repr, names[:5]))}, and "
                 "`precondition` mixes that with other elements: the fit would not end "
                 "at the best point that the constraint allows. Give the projector to "
                 "the trainer instead, as `projector=`, where `constrain` is a "
@@ -175,6 +180,57 @@ def coupled(trainer: AbstractTrainer, clip: Clip) -> EigenProjector | None:
     if projector is None or not touched & _mixed(projector):
         return None
     return projector
+
+
+def check_coordinates(optimiser: Any, bijections: Bijections | None) -> None:
+    """Refuses a `precondition` in other coordinates than those that a fit moves.
+
+    These are free coordinates where there is a bijection, and parameters elsewhere.
+    """
+    free = () if bijections is None else bijections.maps
+    for projector in preconditioners(optimiser):
+        moved = [name for name in paths(projector.origin) if name in free]
+        if moved and not projector.is_of_free:
+            raise ValueError(
+                "`optimiser` has a `precondition` by a projector of the parameters, "
+                f"and the fit moves the free coordinates of {moved[0]!r}, which has a "
+                "bijection in `bounds`. Take `trainer.whiten(batch).projector`, of a "
+                "trainer with these `bounds`."
+            )
+        if projector.is_of_free and not free:
+            raise ValueError(
+                "`optimiser` has a `precondition` by a projector of free coordinates, "
+                "made by a trainer with a bijection in `bounds`, and this one has "
+                "none. Take `trainer.whiten(batch).projector`, of a trainer without it."
+            )
+
+
+def preconditioners(optimiser: Any) -> list[EigenProjector]:
+    """Returns the projectors of the `precondition`s in an optimiser."""
+    found: list[EigenProjector] = []
+    waiting, seen = [optimiser], {}
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen[id(part)] = part
+        kind = type(part)
+        if kind is EigenProjector:
+            found.append(part)
+        elif kind is Closure:
+            waiting.append(part.decode())
+        elif kind is types.FunctionType:
+            for cell in part.__closure__ or ():
+                waiting += content_of(cell)
+        elif kind is types.MethodType:
+            waiting.append(part.__self__)
+        elif kind is ft.partial:
+            waiting += [part.func, *part.args]
+        elif issubclass(kind, eqx.Module | dict):
+            waiting += (part if issubclass(kind, dict) else vars(part)).values()
+        elif issubclass(kind, tuple | list):
+            waiting += part
+    return found
 
 
 # The states of Optax's transformations that move an element by the gradients of others,
@@ -221,10 +277,6 @@ def warn_of_line_search(trainer: AbstractTrainer) -> None:
             "`trainer.solve(optx.BFGS(1e-8, 1e-8), batch)`; for the rest an optimiser "
             "such as Adam."
         )
-
-
-def _name(trainer: AbstractTrainer) -> str:
-    return "`constrain`" if overrides(trainer, "constrain") else "`bounds`"
 
 
 def check_elementwise(

@@ -3,26 +3,34 @@
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from .._boundary import (
     ObjectiveWarning,
     PyTree,
+    is_deleted,
+    is_explicit,
     is_traced,
     narrowed_leaves,
     prng_key,
+    refuse_foreign,
+    require_numbers,
+    spelled,
     takes_methods,
     warn,
     warn_of_single_leaves,
+    without_axes,
 )
 from .._closure import refuse_static_arrays
 from .._constraints import Bijections, Bounds, Priors, Ties, as_bounds, as_priors
 from .._optimiser import ParamOptimiser
+from .._pickling import module_of
 from .._policy import NanPolicy
 from .._projection import EigenProjector, encode_near
 from .._tree import (
@@ -35,13 +43,16 @@ from .._tree import (
     paths,
     ravel_size,
     resolve,
+    strong,
 )
 from .abstract_trainer import AbstractTrainer, own_fields
-from .model import check_state
+from .constrain import check_coordinates
 from .model_template import ModelTemplate
-from .not_fitted import holds_arrays, in_words
 from .objective import METHODS, defined
-from .preconditioners import check_coordinates
+from .progress import UNKNOWN, Progress
+from .suspect_model import holds_arrays, in_words
+
+T = TypeVar("T")
 
 _HOOKS = {
     "evaluate": ("model", "batch"),
@@ -89,6 +100,76 @@ def check_class(trainer: AbstractTrainer, key: Any, state: PyTree, priors: Any) 
             "`(scalar, state)`."
         )
     check_state(state)
+
+
+# What else may be given instead of a model, by an attribute, and where it has one.
+_HOLDERS = {
+    "stop_reason": ("a result", "result.model"),
+    "stop_reasons": ("a result", "result.best"),
+}
+
+
+def checked_model(model: T) -> T:
+    """Checks the leaves of a model, and turns those of other libraries into arrays.
+
+    Raises if an array means more than its numbers, has no values or has been deleted,
+    or if the model is a trainer, a result or an optimiser.
+    """
+    if isinstance(model, optax.GradientTransformation):
+        raise TypeError(
+            "`model` is an Optax transformation. Were `model` and `optimiser` "
+            "swapped? The model comes first: `Trainer(model, optimiser)`."
+        )
+    if found := _holder(model):
+        what, remedy = found
+        raise TypeError(
+            f"`model` is {what}, `{type(model).__name__}`, rather than the model that "
+            f"it holds. Give `{remedy}`."
+        )
+    if any(map(_is_odd, jax.tree.leaves(model))):
+        convert = lambda keys, leaf: _as_array(leaf, spelled("model", keys))
+        model = jax.tree_util.tree_map_with_path(convert, model)
+    return narrowed_leaves(model, "model")
+
+
+def _holder(model: Any) -> tuple[str, str] | None:
+    """Says what else than a model it is, by its type: a `__getattr__` may raise."""
+    if isinstance(model, AbstractTrainer):
+        return "a trainer", "trainer.model"
+    if module_of(type(model)).split(".")[0] != "vernal":
+        return None
+    return next((_HOLDERS[name] for name in _HOLDERS if hasattr(model, name)), None)
+
+
+def _is_odd(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        return is_deleted(leaf) or is_explicit(leaf)
+    if isinstance(leaf, np.ndarray):
+        return type(leaf) is not np.ndarray or leaf.dtype.type is np.void
+    return not isinstance(leaf, type | np.generic | float | int | str)
+
+
+def _as_array(leaf: Any, where: str) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{where} has no values ({leaf}). Make the trainer within "
+            "`eqx.filter_eval_shape`, together with its model."
+        )
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | type)
+    if not is_array and hasattr(leaf, "__array__"):
+        leaf = np.asarray(leaf)
+    # Arrays of text and of objects are labels, which are static.
+    if not (type(leaf) is np.ndarray and leaf.dtype.kind in "OSU"):
+        refuse_foreign(leaf, where)
+    return without_axes(leaf) if is_explicit(leaf) else leaf
+
+
+def check_state(state: PyTree) -> None:
+    """Checks the leaves of a loss's state: arrays or numbers, which JAX can hold."""
+    remedy = "Pick the arrays by `eqx.filter(state, eqx.is_array)`."
+    require_numbers(state, "state", remedy)
+    # For its warnings alone.
+    narrowed_leaves(state, "state")
 
 
 def check_own_fields(trainer: AbstractTrainer) -> None:
@@ -377,6 +458,30 @@ def check_ruled(
                 "which has a bijection, than for its elements. Name the parameter, "
                 "rather than by a predicate on its leaf."
             )
+
+
+def initial_progress(
+    trainer: AbstractTrainer, params: PyTree, latent: PyTree, state: PyTree
+) -> Progress:
+    """Returns the progress of a trainer that has not taken a step."""
+    # NumPy makes these arrays, for which JAX would compile a program each.
+    columns = len(jax.tree.leaves(params)) + 2
+    no_counts = np.array([[0], [-1], [-1]], np.int32)
+    return Progress(
+        params=params,
+        latent=latent,
+        opt_state=initial_opt_state(trainer.optimiser, params, latent),
+        policy_state=jax.tree.map(strong, trainer.nan_policy.init(params)),
+        state=state,
+        best=params,
+        best_state=state,
+        best_loss=jax.device_put(np.asarray(np.inf, jnp.result_type(float))),
+        is_validated=jax.device_put(np.bool_(False)),
+        nan_counts=jax.device_put(np.repeat(no_counts, columns, axis=1)),
+        step_count=jax.device_put(np.int32(0)),
+        stopped=jax.device_put(np.bool_(False)),
+        scored_on=jax.device_put(np.uint32(UNKNOWN)),
+    )
 
 
 def initial_opt_state(optimiser: Any, params: PyTree, latent: PyTree) -> PyTree:

@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._boundary import (
-    PyTree,
-    debugged,
-    is_debugged,
-    is_traced,
-    spelled_leaves,
-    warn,
-)
+from .._boundary import PyTree, debugged, is_debugged, is_traced, spelled_leaves, warn
 from .._data import Minibatches, as_batch
 from .._likelihoods import Gaussian, Poisson, Robust
 from .._policy import SKIP_ADVICE
@@ -37,6 +30,7 @@ from .nan_report import is_at_bad_step
 from .objective import (
     defined,
     live,
+    loss_at,
     negative_log_likelihood,
     real_residuals,
     real_residuals_and_kind,
@@ -44,7 +38,6 @@ from .objective import (
     score,
     step_key,
 )
-from .traced_loss import loss_at
 
 # How many leaves are named.
 _MOST_NAMED = 4
@@ -140,9 +133,7 @@ def diagnosed(trainer: AbstractTrainer, batch: Any) -> Diagnosis:
 
 
 def warn_of_no_data(
-    where: str,
-    losses: np.ndarray,
-    ended: Callable[[Any], tuple[AbstractTrainer, Any]],
+    where: str, losses: np.ndarray, ended: Callable[[Any], tuple[AbstractTrainer, Any]]
 ) -> list[int]:
     """Warns if each loss, or each score, is zero though the model need not be right.
 

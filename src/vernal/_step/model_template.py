@@ -35,12 +35,7 @@ class ModelTemplate(Portable, PlainMethods, eqx.Module):
     def __init__(
         self, model: Any, owners: Sequence[int | None], ties: Ties | None = None
     ):
-        """**Arguments:**
-
-        - `model`: the model.
-        - `owners`: for each of its leaves, `None` if it is not trained.
-        - `ties`: the leaves that follow others.
-        """
+        """`owners` has `None` for each leaf of the model that is not trained."""
         leaves, self.structure = jax.tree.flatten(model)
         self.statics = StaticData(self.structure)
         self.ties, self.bijections = ties, None

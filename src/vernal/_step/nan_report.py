@@ -68,7 +68,7 @@ def non_finite_error(
 ) -> NonFiniteError:
     """Names what was not finite at the last bad step."""
     *_, lasts = jax.device_get(progress_of(trainer).nan_counts)
-    step = int(lasts.max())
+    step = last_bad_step(trainer)
     columns = zip(nan_columns(trainer), lasts, strict=True)
     bad = [name for name, last in columns if last == step]
     return NonFiniteError(step, bad, nan_report(trainer), result, explanation)

@@ -70,6 +70,12 @@ def score(
     return Scored(_as_scalar(trainer, "loss", loss), named, state)
 
 
+def loss_at(params: Any, trainer: AbstractTrainer, batch: Any, key: Any = None) -> Any:
+    """Returns the loss of a step; without a random key, of the next one."""
+    key = step_key(trainer) if key is None else key
+    return score(live(trainer, params), batch, key).loss
+
+
 def _taken_apart(
     trainer: AbstractTrainer, returned: Any
 ) -> tuple[Any, dict[Any, Any], Any]:
@@ -188,17 +194,15 @@ def prior_rows(trainer: AbstractTrainer, *_: Any) -> Float[Array, " rows"]:
 
 
 def _with_rows(trainer: AbstractTrainer, arrays: list[Array]) -> Float[Array, " N"]:
-    rows = [part for array in arrays for part in _real_parts(jnp.ravel(array))]
+    rows = list[Array]()
+    for flat in map(jnp.ravel, arrays):
+        rows += (flat.real, flat.imag) if jnp.iscomplexobj(flat) else (flat,)
     if (priors := priors_of(trainer)) is not None:
         rows.append(priors.rows(trainer.model).astype(rows[0].dtype))
     if len(rows) == 1:
         return rows[0]
     dtype = widest(row.dtype for row in rows)
     return jnp.concatenate([row.astype(dtype) for row in rows])
-
-
-def _real_parts(flat: Array) -> tuple[Array, ...]:
-    return (flat.real, flat.imag) if jnp.iscomplexobj(flat) else (flat,)
 
 
 class DataKind(NamedTuple):

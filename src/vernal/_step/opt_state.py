@@ -71,16 +71,11 @@ def beginning(trainer: AbstractTrainer) -> PyTree:
     """Returns what the user set of a trainer's optimiser, as in its first state."""
     if not jax.tree.leaves(_user_set(trainer.opt_state)):
         return None
-    first = _first
+    first = lambda of: _user_set(initial_opt_state(of.optimiser, of.params, of.latent))
     if trainer.step_count.ndim:
         first = eqx.filter_vmap(first, in_axes=(member_axes(trainer.step_count),))
     with precision_of(trainer):
         return first(trainer)
-
-
-def _first(trainer: AbstractTrainer) -> PyTree:
-    params, latent = trainer.params, trainer.latent
-    return _user_set(initial_opt_state(trainer.optimiser, params, latent))
 
 
 def settled(state: PyTree, before: PyTree, now: PyTree) -> PyTree:
@@ -116,10 +111,7 @@ def _differs(a: Array, b: Array) -> Any:
 
 
 def carried_over(
-    trainer: AbstractTrainer,
-    optimiser: Any,
-    params: PyTree,
-    latent: PyTree,
+    trainer: AbstractTrainer, optimiser: Any, params: PyTree, latent: PyTree
 ) -> PyTree:
     """Returns the state with which a new optimiser continues, at the given point.
 

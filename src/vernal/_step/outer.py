@@ -1,13 +1,12 @@
 """A warning of broadcasting that compares each datum with each model value."""
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array
 
-from .._boundary import spelled_leaves, warn_once
+from .._boundary import spelled_leaves, warn_once_of
 from .._program import jaxpr_of, sums_over_pairs
 from .abstract_trainer import AbstractTrainer
 
@@ -59,15 +58,15 @@ def warn_of_outer(trainer: AbstractTrainer, residuals: Array, batch: Any) -> Non
         return
     one, other = found
     beside = f" and {other} {shapes[other]}" if other else ""
-    warn_once(
+    warn_once_of(
+        type(trainer),
         f"`{type(trainer).__name__}.residuals` returned an array of shape {shape}, "
         f"and no datum has it: {one} has the shape {shapes[one]}{beside}. Arrays of "
         f"such shapes broadcast against each other, so that each datum is compared "
         "with each value of the model, and the fit and its errors are wrong. Give "
         "them one shape, such as by `y[:, 0]`. If it is on purpose, make the column "
         "of a vector, by `y[:, 0][:, None]`, and return `residuals.ravel()`.",
-        UserWarning,
-        of=(warn_of_outer, weakref.ref(type(trainer))),
+        warn_of_outer,
     )
 
 
@@ -84,15 +83,11 @@ def warn_of_flat_pairs(
     has_pairs = any(n > 1 and n * n <= count for shape in shapes for n in shape)
     if not has_pairs or count <= sum(map(math.prod, shapes)):
         return
-    if (jaxpr := jaxpr_of(sums, batch)) is None:
-        return
-    if (size := sums_over_pairs(jaxpr)) is not None:
+    jaxpr = jaxpr_of(sums, batch)
+    if jaxpr is not None and (size := sums_over_pairs(jaxpr)) is not None:
         kind = type(trainer)
-        warn_once(
-            f"`{kind.__name__}.residuals` has all {pairs_text(size)}",
-            UserWarning,
-            of=(warn_of_outer, weakref.ref(kind)),
-        )
+        text = f"`{kind.__name__}.residuals` has all {pairs_text(size)}"
+        warn_once_of(kind, text, warn_of_outer)
 
 
 def pairs_text(size: int) -> str:

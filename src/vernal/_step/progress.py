@@ -44,34 +44,6 @@ class Progress(PlainMethods, eqx.Module):
     scored_on: UInt32[Array, "*members"]
 
 
-def initial_progress(
-    params: PyTree,
-    latent: PyTree,
-    opt_state: PyTree,
-    policy_state: PyTree,
-    state: PyTree,
-) -> Progress:
-    """Returns the progress of a trainer that has not taken a step."""
-    # NumPy makes these arrays, for which JAX would compile a program each.
-    columns = len(jax.tree.leaves(params)) + 2
-    no_counts = np.array([[0], [-1], [-1]], np.int32)
-    return Progress(
-        params=params,
-        latent=latent,
-        opt_state=opt_state,
-        policy_state=policy_state,
-        state=state,
-        best=params,
-        best_state=state,
-        best_loss=jax.device_put(np.asarray(np.inf, jnp.result_type(float))),
-        is_validated=jax.device_put(np.bool_(False)),
-        nan_counts=jax.device_put(np.repeat(no_counts, columns, axis=1)),
-        step_count=jax.device_put(np.int32(0)),
-        stopped=jax.device_put(np.bool_(False)),
-        scored_on=jax.device_put(np.uint32(UNKNOWN)),
-    )
-
-
 def without_best(progress: Progress) -> Progress:
     """Returns the progress for a fit that keeps no best."""
     none_yet = jax.device_put(
@@ -127,9 +99,7 @@ def ranked(
 
 
 def count_non_finite(
-    counts: Int[Array, "3 columns"],
-    bad: Bool[Array, " columns"],
-    step: Int[Array, ""],
+    counts: Int[Array, "3 columns"], bad: Bool[Array, " columns"], step: Int[Array, ""]
 ) -> Int[Array, "3 columns"]:
     totals, first, last = counts
     return jnp.stack(

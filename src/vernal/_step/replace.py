@@ -33,12 +33,13 @@ from .constrain import check_elementwise
 from .construct import (
     check_arguments,
     check_ruled,
+    check_state,
+    checked_model,
     encode,
     fit_projector,
     initial_opt_state,
     refuse_names_in_latent_space,
 )
-from .model import check_state, checked_model
 from .model_template import ModelTemplate
 from .opt_state import carried_over
 

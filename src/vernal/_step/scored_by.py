@@ -6,7 +6,6 @@ such as functions or objects of the user's own, is known by what a program reads
 
 import dataclasses
 import inspect
-import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt32
 
-from .._boundary import PyTree, is_traced
+from .._boundary import OfObjects, PyTree, is_traced
 from .._closure import Same, words_in
 from .._data import Minibatches, Source, Stream
 from .._pickling import digest_of, is_library
@@ -167,9 +166,8 @@ class Scorer(NamedTuple):
     data: int
 
 
-# What scored a best, or that of each member, by the id of its mark, as long as that
-# array lives.
-_noted: dict[int, tuple[weakref.ref[Any], tuple[Scorer | None, ...]]] = {}
+# What scored a best, or that of each member, by its mark, as long as that array lives.
+_noted = OfObjects[tuple[Scorer | None, ...]]()
 
 
 def scored_parts(
@@ -231,14 +229,14 @@ def code_of(trainer: AbstractTrainer) -> int:
 
 def noted(trainer: TrainerT, scorer: Scorer) -> TrainerT:
     """Returns a trainer, and notes what scores its best."""
-    _note(trainer, (scorer,))
+    _noted.put(progress_of(trainer).scored_on, (scorer,))
     return trainer
 
 
 def noted_as(trainer: TrainerT, *others: AbstractTrainer) -> TrainerT:
     """Returns a trainer whose best was scored as those of others: its members."""
     if any(scorers := [x for other in others for x in _scorers_of(other)]):
-        _note(trainer, tuple(scorers))
+        _noted.put(progress_of(trainer).scored_on, tuple(scorers))
     return trainer
 
 
@@ -249,16 +247,9 @@ def noted_as_member(trainer: TrainerT, stacked: AbstractTrainer, i: int) -> Trai
     return trainer if scorer is None else noted(trainer, scorer)
 
 
-def _note(trainer: AbstractTrainer, scorers: tuple[Scorer | None, ...]) -> None:
-    mark = progress_of(trainer).scored_on
-    place = id(mark)
-    _noted[place] = weakref.ref(mark, lambda _: _noted.pop(place, None)), scorers
-
-
 def _scorers_of(trainer: AbstractTrainer) -> tuple[Scorer | None, ...]:
     """Returns what scored a best, if that is known; one may stand for all members."""
-    known = _noted.get(id(progress_of(trainer).scored_on))
-    return (None,) if known is None else known[1]
+    return _noted.get(progress_of(trainer).scored_on) or (None,)
 
 
 def is_of_other_code(trainer: AbstractTrainer) -> bool:

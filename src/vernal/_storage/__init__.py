@@ -2,9 +2,9 @@
 
 `save` and `history` write one file, by `file`, `npy` and `atomic`. `checkpointer` is
 what a fit calls: it has claimed a `checkpoint_directory`, where `checkpoint_store`
-writes through Orbax and `history_log` appends rows, and `checkpoint_search` finds what
-is whole. `snapshot` lists what of a trainer is kept, `positions` finds where in another
-one its rules and parameters are. `origin` and `untrained` have checksums of the rest.
+writes through Orbax and `history_log` appends rows. `snapshot` lists what of a trainer
+is kept, `positions` finds where in another one its rules and parameters are. `origin`
+has checksums of the rest.
 """
 
 from .checkpointer import Checkpointer, open_checkpointer

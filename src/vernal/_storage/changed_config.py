@@ -13,14 +13,7 @@ from .._step import (
     progress_of,
     with_progress,
 )
-from .._tree import (
-    NamedArray,
-    by_path,
-    from_arrays,
-    is_weak,
-    leaf_sums,
-    to_arrays,
-)
+from .._tree import NamedArray, by_path, from_arrays, is_weak, leaf_sums, to_arrays
 
 
 class Beginning:

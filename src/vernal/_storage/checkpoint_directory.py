@@ -1,13 +1,16 @@
 """The directory of a fit's checkpoints: it is recognised, and locked by one fit."""
 
 import contextlib
+import json
 import os
+import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .atomic import fcntl
-from .checkpoint_format import FORMAT, sealed, unsealed
 from .file import NewerFormatError
+
+FORMAT = 2
 
 _MARKER = "vernal.json"
 
@@ -79,6 +82,25 @@ def _mark(marker: Path) -> None:
         new = marker.with_suffix(".new")
         new.write_text(sealed({"format": FORMAT}))
         os.replace(new, marker)
+
+
+def sealed(content: Any) -> str:
+    """Returns something as JSON, with a checksum."""
+    text = json.dumps(content)
+    return json.dumps({"content": text, "crc": zlib.crc32(text.encode())})
+
+
+def unsealed(text: str | bytes) -> Any:
+    """Undoes `sealed`, or raises a `ValueError` if the text is damaged."""
+    try:
+        seal = json.loads(text)
+        content, crc = seal["content"], seal["crc"]
+        is_whole = zlib.crc32(content.encode()) == crc
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError("its description is damaged") from error
+    if not is_whole:
+        raise ValueError("the checksum of its description differs")
+    return json.loads(content)
 
 
 def _lock_or_refuse(lock: IO[str], folder: Path) -> None:

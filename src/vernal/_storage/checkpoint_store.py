@@ -1,17 +1,28 @@
-"""Checkpoints on disk, written and read by Orbax."""
+"""Checkpoints on disk: arrays, and a description with checksums, by Orbax."""
 
 import contextlib
 import json
 import logging
+import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from .._devices import Peers
-from .._tree import NamedArray
-from .checkpoint_directory import require_known
-from .checkpoint_format import layout, pack, sealed, unpack, unsealed
+from .._tree import Kind, NamedArray, is_part, weighted_sum, words
+from .checkpoint_directory import FORMAT, require_known, sealed, unsealed
+from .npy import is_extended
+
+# Arrays of fewer bytes are written together: Orbax takes longer to describe one than to
+# write it.
+_LARGE = 2**16
 
 # These loggers report what Orbax raises as an error too.
 _LOGGERS = ("absl", "asyncio")
@@ -136,3 +147,88 @@ def silenced_orbax() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(is_of_another)
+
+
+class Leaf(NamedTuple):
+    """A leaf, and the array that was written for it."""
+
+    shape: list[int]
+    dtype: str
+    data_shape: list[int]
+    data_dtype: str
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(tuple(self.shape), self.dtype)
+
+
+def pack(arrays: Mapping[str, NamedArray]) -> tuple[dict[str, Any], list[Any]]:
+    """Returns a description of arrays, and what to write: few arrays."""
+    large = {p: leaf.array for p, leaf in arrays.items() if _is_large(leaf.array)}
+    others = [leaf.array for path, leaf in arrays.items() if path not in large]
+    small = b"".join(np.asarray(x).tobytes() for x in jax.device_get(others))
+    description = {
+        "format": FORMAT,
+        "leaves": [
+            [path, *leaf.kind, leaf.array.shape, str(leaf.array.dtype)]
+            for path, leaf in arrays.items()
+        ],
+        "large": list(large),
+        "sums": [_checksum(array) for array in large.values()],
+        "bytes": len(small),
+        "crc": zlib.crc32(small),
+    }
+    # Orbax does not write an array without elements.
+    padded = np.frombuffer(small or bytes(1), np.uint8)
+    return description, [padded, *large.values()]
+
+
+def leaves(description: Mapping[str, Any]) -> dict[str, Leaf]:
+    return {path: Leaf(*fields) for path, *fields in description["leaves"]}
+
+
+def layout(
+    description: Mapping[str, Any], sharding: Callable[[str], Any]
+) -> list[np.ndarray | jax.ShapeDtypeStruct]:
+    """Returns the shapes of the arrays that were written, each with its sharding."""
+    written = leaves(description)
+    large = [
+        jax.ShapeDtypeStruct(leaf.data_shape, leaf.data_dtype, sharding=sharding(path))
+        for path, leaf in ((path, written[path]) for path in description["large"])
+    ]
+    return [np.zeros(max(description["bytes"], 1), np.uint8), *large]
+
+
+def unpack(description: Mapping[str, Any], written: list[Any]) -> dict[str, NamedArray]:
+    """Undoes `pack`, or raises a `ValueError` if a checksum differs."""
+    padded, *large = written
+    small = np.asarray(padded)[: description["bytes"]]
+    if zlib.crc32(small.tobytes()) != description["crc"]:
+        raise ValueError("the checksum differs")
+    if [_checksum(array) for array in large] != description["sums"]:
+        raise ValueError("the checksum of an array differs")
+    arrays, start = dict(zip(description["large"], large, strict=True)), 0
+    named = {}
+    for path, leaf in leaves(description).items():
+        if path not in arrays:
+            dtype, shape = jnp.dtype(leaf.data_dtype), leaf.data_shape
+            end = start + dtype.itemsize * math.prod(shape)
+            arrays[path] = small[start:end].view(dtype).reshape(shape)
+            start = end
+        named[path] = NamedArray(leaf.kind, arrays[path])
+    return named
+
+
+def _is_large(array: Any) -> bool:
+    # Orbax does not write all dtypes of one byte or less that NumPy lacks.
+    is_odd = is_extended(array.dtype) and array.dtype.itemsize == 1
+    return is_part(array) or (array.nbytes >= _LARGE and not is_odd)
+
+
+@jax.jit
+def _weighted_sum(array: Array) -> Array:
+    return weighted_sum(words(array))
+
+
+def _checksum(array: Any) -> int:
+    return int(_weighted_sum(array))

@@ -2,9 +2,10 @@
 
 import contextlib
 import datetime
+import errno
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,10 +15,9 @@ from .._step import AbstractTrainer, TrainerT, progress_of
 from .._tree import MismatchError, NamedArray, from_arrays, to_arrays
 from .changed_config import Beginning
 from .checkpoint_directory import claim
-from .checkpoint_format import leaves
-from .checkpoint_search import find_newest_whole
-from .checkpoint_store import CheckpointStore, silenced_orbax
+from .checkpoint_store import CheckpointStore, leaves, silenced_orbax
 from .checkpoints import Checkpoints
+from .file import DamagedFileError, NewerFormatError
 from .history import History
 from .history_log import HistoryLog
 from .origin import differences
@@ -38,6 +38,9 @@ _FIT = "fit"
 
 # The name before the paths of what a callback has changed of the configuration.
 _CONFIG = "config"
+
+# Errors in reading that do not mean that the file is damaged.
+_NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -143,10 +146,7 @@ class Checkpointer:
         own = {_FIT: monitor_state}
         expected = snapshot(trainer) | to_arrays(own)
         expected |= _under_config(beginning.arrays)
-        read = lambda step, description: self._read_arrays(
-            step, description, trainer, expected
-        )
-        found = find_newest_whole(self._store, self._log, read, self._folder)
+        found = self._newest_whole(trainer, expected)
         if found is None:
             self._log.clear()
             return trainer, known, monitor_state, None
@@ -184,6 +184,51 @@ class Checkpointer:
         changes = now, found.description.get("before", {}), self._source
         restored, known = (beginning.applied(x, *changes) for x in (restored, known))
         return restored, known, monitor_state, found.history
+
+    def _newest_whole(
+        self, trainer: AbstractTrainer, expected: Mapping[str, NamedArray]
+    ) -> "_Found | None":
+        """Returns the newest checkpoint that is whole, and sets later ones aside.
+
+        One whose history lacks rows comes after all that are whole: from those the same
+        rows are computed again.
+        """
+        steps = self._store.steps()
+        found: _Found | None = None
+        damage: dict[int, str] = {}
+        for step in steps:
+            try:
+                description = self._store.read_description(step)
+                history, lost = self._log.read(description)
+                if lost and found:
+                    continue
+                arrays = self._read_arrays(step, description, trainer, expected)
+            except (MismatchError, NewerFormatError, MemoryError):
+                raise
+            except Exception as error:  # Damaged bytes may cause any error.
+                if isinstance(error, OSError) and error.errno in _NOT_DAMAGE:
+                    raise
+                damage[step] = str(error)
+                continue
+            if found:
+                damage[found.step] = f"its history lacks {found.lost}"
+            found = _Found(step, description, arrays, history, lost)
+            if not lost:
+                break
+        if found is None and damage:
+            reasons = "; ".join(f"step {n}: {reason}" for n, reason in damage.items())
+            raise DamagedFileError(
+                f"{self._source}: none of the {len(steps)} checkpoints is whole "
+                f"({reasons}). Give another directory to begin again."
+            )
+        for step in sorted(damage, reverse=True):
+            if found and step > found.step:
+                warn(
+                    f"The checkpoint of step {step} in {self._folder} is not whole "
+                    f"({damage[step]}). It is in {self._store.set_aside(step)} now; "
+                    f"the fit goes on from that of step {found.step}."
+                )
+        return found
 
     def _read_arrays(
         self,
@@ -257,3 +302,14 @@ class Checkpointer:
 
 def _under_config(leaves: Mapping[str, NamedArray]) -> dict[str, NamedArray]:
     return {f"{_CONFIG}.{path}": leaf for path, leaf in leaves.items()}
+
+
+class _Found(NamedTuple):
+    """A checkpoint whose state is whole."""
+
+    step: int
+    description: Mapping[str, Any]
+    arrays: dict[str, NamedArray]
+    history: History
+    lost: str
+    """Names the rows that its history lacks; `""` for none."""

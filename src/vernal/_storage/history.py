@@ -238,15 +238,9 @@ class Recorder:
         if not self._columns:
             self.extend(self._empty())
         columns = {name: column.rows for name, column in self._columns.items()}
-        if not is_final:
-            columns = {name: _read_only(rows) for name, rows in columns.items()}
+        for rows in () if is_final else columns.values():
+            rows.flags.writeable = False
         return from_columns(columns)
-
-
-def _read_only(rows: np.ndarray) -> np.ndarray:
-    view = rows.view()
-    view.flags.writeable = False
-    return view
 
 
 class _Column:
@@ -268,4 +262,5 @@ class _Column:
 
     @property
     def rows(self) -> np.ndarray:
+        """A view, whose flags are its own."""
         return self._buffer[: self._length]

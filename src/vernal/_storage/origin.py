@@ -1,24 +1,31 @@
-"""What a fit is of, by which a checkpoint of another fit is noticed."""
+"""What a fit is of, by which a checkpoint, or a file, of another fit is noticed."""
 
+import json
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+
 from .._closure import plain_statics
-from .._data import Minibatches, Source, Stream, Whole
+from .._data import Minibatches, Source, Whole
 from .._step import (
     AbstractTrainer,
     bounds_of,
     digests,
+    member_axes,
     own_fields,
     priors_of,
     template_of,
 )
-from .._tree import leaf_sums
+from .._tree import is_part, leaf_sums, row_sums, to_arrays
 
-STATIC = "static"
+_STATIC = "static"
 """The kind of a static field, among those of arrays."""
+
+# A header with more checksums could be longer than that of a file may be.
+_MOST_BYTES = 2**19
 
 _SAID = {
     "model": "with another value of {!r}, which is not trained",
@@ -30,11 +37,13 @@ _SAID = {
 
 def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
     """Returns checksums of all that a fit is of beside its parameters, for JSON."""
-    (methods, hooks), data = digests(trainer), None
+    (methods, hooks), data, order = digests(trainer), None, None
     model, fields = template_of(trainer).untrained, own_fields(trainer)
-    if not isinstance(source, Stream):
-        arrays = source.batch if isinstance(source, Whole) else source.arrays
-        data = sums(arrays)
+    if isinstance(source, Minibatches):
+        data = sums(source.arrays)
+        order = sums({"key": source.key}) | {"size": [_STATIC, source.size]}
+    elif isinstance(source, Whole):
+        data = sums(source.batch)
     return {
         "class": type(trainer).__name__,
         # Another version of Python compiles the same text to other code.
@@ -47,15 +56,8 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
         "fields": sums(fields),
         "field_statics": sums_of_statics(fields),
         "data": data,
-        "order": _order(source),
+        "order": order,
     }
-
-
-def _order(source: Source) -> dict[str, Any] | None:
-    """Returns what the order of minibatches comes from, `None` without any."""
-    if not isinstance(source, Minibatches):
-        return None
-    return sums({"key": source.key}) | {"size": [STATIC, source.size]}
 
 
 def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
@@ -64,10 +66,7 @@ def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
         return {}
     # NumPyro's distributions have their numbers in another order in each process.
     others = {
-        path: [
-            type(prior.decode()).__name__,
-            *sorted(sums(prior).values(), key=str),
-        ]
+        path: [type(prior.decode()).__name__, *sorted(sums(prior).values(), key=str)]
         for path, prior in priors.others.items()
     }
     return others | sums(priors.normal)
@@ -81,7 +80,7 @@ def sums(tree: Any) -> dict[str, Any]:
 def sums_of_statics(tree: Any) -> dict[str, Any]:
     """Returns checksums of the static fields that have a plain value, by path."""
     return {
-        path: [STATIC, zlib.crc32(ascii(value).encode())]
+        path: [_STATIC, zlib.crc32(ascii(value).encode())]
         for path, value in plain_statics(tree).items()
     }
 
@@ -122,6 +121,50 @@ def _is_same(old: Any, new: Any) -> bool:
     if old is None or new is None:
         # Other versions of a library may have fewer static fields.
         known = old if new is None else new
-        return known is not None and known[0] == STATIC
+        return known is not None and known[0] == _STATIC
     # Earlier versions had no checksum where a process has only a part of an array.
     return old[0] == new[0] and (None in (old[1], new[1]) or old[1] == new[1])
+
+
+def untrained(trainer: AbstractTrainer) -> dict[str, list[Any]] | None:
+    """Returns checksums of what is not trained, by path; `None` if they are too many.
+
+    A leaf has several, one of which it shares with each that is the same, and none if
+    they depend on how it is split over processes.
+    """
+    tree = template_of(trainer).untrained
+    whole = jax.tree.map(lambda x: None if is_part(x) else x, tree)
+    marks: dict[str, list[Any]] = {path: [] for path in to_arrays(tree)}
+    found = sums(whole) | sums_of_statics(tree)
+    marks |= {path: [mark] for path, mark in found.items()}
+    if trainer.step_count.ndim:
+        # What all members share may have a row for each of them, or one for all.
+        axes = member_axes(trainer.step_count)
+        rows = jax.tree.map(lambda x: None if axes(x) is None else x, whole)
+        for path, kind, totals in row_sums(rows):
+            if (totals == totals[0]).all():
+                marks[path].append([str(kind), int(totals[0])])
+    return marks if len(json.dumps(marks)) <= _MOST_BYTES else None
+
+
+def as_untrained(header: Mapping[str, Any]) -> dict[str, list[Any]] | None:
+    """Reads it from a header, in which anything may be."""
+    marks = header.get("untrained")
+    return None if marks is None else {p: [*own] for p, own in marks.items()}
+
+
+def others(
+    old: dict[str, list[Any]] | None, new: dict[str, list[Any]] | None
+) -> list[str]:
+    """Lists the paths of what differs, if both are known."""
+    if old is None or new is None:
+        return []
+    return [path for path in old | new if not _is_one(old.get(path), new.get(path))]
+
+
+def _is_one(old: list[Any] | None, new: list[Any] | None) -> bool:
+    if old is None or new is None:
+        # A static field may be new, or have had a function.
+        marks = old or new or []
+        return all(isinstance(mark, list) and mark[:1] == [_STATIC] for mark in marks)
+    return not old or not new or any(mark in new for mark in old)

@@ -6,17 +6,11 @@ from typing import TypeVar
 
 import jax
 
-from .._boundary import (
-    PyTree,
-    entrance,
-    file_path,
-    first_names,
-    refuse_traced,
-    warn,
-)
+from .._boundary import PyTree, entrance, file_path, first_names, refuse_traced, warn
 from .._step import AbstractTrainer, TrainerT
 from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
 from .file import open_file, reported_damage, require_values, write_file
+from .origin import as_untrained, others, untrained
 from .positions import (
     BEGUN,
     OPT_STATE,
@@ -35,7 +29,6 @@ from .snapshot import (
     snapshot,
     without,
 )
-from .untrained import as_untrained, others, untrained
 
 T = TypeVar("T")
 

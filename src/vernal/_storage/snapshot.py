@@ -19,7 +19,7 @@ from .._step import (
     beginning,
     bijections_of,
     bounds_of,
-    initial_opt_state,
+    changed,
     initial_progress,
     member_axes,
     priors_of,
@@ -35,7 +35,6 @@ from .._tree import (
     NamedArray,
     from_arrays,
     require_alike_kinds,
-    strong,
     to_arrays,
 )
 from .positions import BEGUN, OPT_STATE, Meaning, positions
@@ -326,16 +325,9 @@ def _initial_fields(
     """Returns fields as those of a trainer that has not taken a step."""
     params, latent = restored["params"], restored["latent"]
     state = trainer.state if "state" in fields else restored["state"]
-
-    def initial(
-        trainer: AbstractTrainer, params: PyTree, latent: PyTree, state: PyTree
-    ) -> Progress:
-        opt_state = None
-        if "opt_state" in fields:
-            opt_state = initial_opt_state(trainer.optimiser, params, latent)
-        policy_state = jax.tree.map(strong, trainer.nan_policy.init(params))
-        return initial_progress(params, latent, opt_state, policy_state, state)
-
+    if "opt_state" not in fields:
+        trainer = changed(trainer, optimiser=None)
+    initial = initial_progress
     if trainer.step_count.ndim:
         rows = eqx.if_array(0)
         axes = member_axes(trainer.step_count), rows, rows, rows

@@ -1,13 +1,24 @@
 """Why a compiled function was compiled again: `explain_retrace`."""
 
-from collections.abc import Iterator
+import dataclasses
+import functools
+import itertools
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
+import numpy as np
+import optax
 
+from .._boundary import dotted, unaddressed
 from .._closure import Closure, strict_key
-from .describe import abstract, describe, describe_content, short_text, word
+from .._optimiser import Transform
+from .._pickling import content_of
+from .._step import ModelTemplate
+from .trainer import Trainer
 
 _NOTHING = (
     "Nothing differs: a compiled function takes both without compiling again. If it "
@@ -84,7 +95,7 @@ def _differences(
     if isinstance(old, Closure) and isinstance(new, Closure):
         yield from _closure_differences(old, new)
         return
-    one, other = describe(old), describe(new)
+    one, other = _describe(old), _describe(new)
     if not _is_same(one.key, other.key):
         yield (), _said(one.text(), other.text())
         if one.text() != other.text():
@@ -96,9 +107,13 @@ def _differences(
         met.add((one, other))
     for name in one.static | other.static:
         before, after = one.static.get(name, _ABSENT), other.static.get(name, _ABSENT)
-        if not (_is_equal if is_strict else _is_same)(before, after):
+        is_one = _is_same(before, after)
+        if is_one and is_strict:
+            # To a trainer, `1` is not `True`.
+            is_one = strict_key(before) == strict_key(after)
+        if not is_one:
             what = " static," if name else " its structure"
-            texts = short_text(before), short_text(after)
+            texts = _short_text(before), _short_text(after)
             yield ((name, ""),), what + _said(*texts)
     for name in one.parts | other.parts:
         before, after = one.parts.get(name, _ABSENT), other.parts.get(name, _ABSENT)
@@ -106,15 +121,12 @@ def _differences(
             yield ((name, one.function), *steps), text
 
 
-_ABSENT = word("absent")
-
-
 def _closure_differences(old: Closure, new: Closure) -> Iterator[tuple[Any, str]]:
     is_same = old.skeleton == new.skeleton
     leaves = zip(old.leaves, new.leaves, strict=False)
     if is_same and not any(_array_differences(*pair) for pair in leaves):
         return
-    before, after = (describe_content(x.decode(), {}) for x in (old, new))
+    before, after = (_describe_content(x.decode(), {}) for x in (old, new))
     yield from list(_differences(before, after, set())) or [((), _REST)]
 
 
@@ -132,14 +144,9 @@ def _is_same(old: Any, new: Any) -> bool:
         return False
 
 
-def _is_equal(old: Any, new: Any) -> bool:
-    """Whether two static values are one to a trainer: `1` is not `True`."""
-    return _is_same(old, new) and strict_key(old) == strict_key(new)
-
-
 def _array_differences(old: Any, new: Any) -> list[str]:
     """Returns how two arrays differ in what a program is compiled for."""
-    arrays = abstract(old), abstract(new)
+    arrays = _abstract(old), _abstract(new)
     is_placed = lambda array: getattr(array, "committed", False)
     # `None` is left to JAX.
     one, other = (x.sharding if is_placed(x) else None for x in (old, new))
@@ -154,3 +161,206 @@ def _array_differences(old: Any, new: Any) -> list[str]:
             texts.append(f": {name.replace('_', ' ')}{_said(before, after)}")
     places = (str(place or "left to JAX") for place in (one, other))
     return texts or [f": sharding{_said(*places)}"]
+
+
+@dataclasses.dataclass(eq=False)
+class _Described:
+    """What a value is, and what is within it, which may be described or not."""
+
+    key: Any
+    """Equal for what is the same."""
+    text: Callable[[], str]
+    """Says what it is. Called only for what differs."""
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    static: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields that JAX compares as a whole, by `==`."""
+    function: str = ""
+    """The name of the function that has the parts as variables."""
+
+    def __repr__(self) -> str:
+        return self.text()
+
+
+# What users know the fields of a trainer by.
+_PUBLIC = {
+    "_progress": "",
+    "_template": "model",
+    "_bounds": "bounds",
+    "_bijections": "bijections",
+    "_priors": "priors",
+}
+
+
+def _word(text: str, content: Any = None) -> _Described:
+    """Describes by one word, such as "frozen"."""
+    return _Described(text, lambda: text, {"": content})
+
+
+_ABSENT = _word("absent")
+
+
+def _describe(tree: Any) -> _Described:
+    """Describes a tree, of which JAX compares what is static by `==`."""
+    if isinstance(tree, _Described):
+        return tree
+    if eqx.is_array(tree):
+        return _word(f"an array ({_abstract(tree)})")
+    if tree is None or (parts := _children(tree)) is None:
+        is_number = isinstance(tree, int | float | complex)
+        return _Described(tree, lambda: "the static " * is_number + _short_text(tree))
+    match tree:
+        case Trainer():
+            # What users know the fields by.
+            parts = {_PUBLIC.get(name, name): part for name, part in parts.items()}
+            ties = getattr(parts["model"], "ties", None)
+            parts["ties"] = None if ties is None else ties.sources
+        case Transform():
+            parts = {"": tree.closure}
+        case ModelTemplate():
+            return _Described(ModelTemplate, lambda: "", {"": _marked(tree)})
+    text = lambda: f"a {_short_text(type(tree))}"
+    return _Described(type(tree), text, parts, _static(tree))
+
+
+def _describe_content(value: Any, met: dict[int, _Described]) -> Any:
+    """Describes all that a function has captured, which closures compare by value.
+
+    Arrays remain, and what was `met` before is described once.
+    """
+    value = _unwrapped(value)
+    if isinstance(value, jax.Array):
+        return value
+    if id(value) in met:
+        return met[id(value)]
+    contents = _contents(value)
+    # It holds the value, so that no other takes its id.
+    new = met[id(value)] = _Described(value, lambda: _short_text(value))
+    if isinstance(value, types.FunctionType) or _is_transformation(value):
+        functions = value if isinstance(value, tuple) else (value,)
+        new.function = _public_name(functions[-1])
+        new.key = [getattr(fn, "__code__", None) for fn in functions]
+        new.text = lambda: f"`{new.function}`"
+    elif contents:
+        new.key = type(value), *contents
+        new.text = lambda: f"({', '.join(map(_inner_text, new.parts.values()))})"
+    else:
+        new.key = Closure.encode(value).skeleton
+    new.parts |= {name: _describe_content(x, met) for name, x in contents.items()}
+    return new
+
+
+def _inner_text(part: Any) -> str:
+    part = _describe(part)
+    return "(…)" if part.parts and not part.function else part.text()
+
+
+# What is within.
+
+
+def _marked(parts: ModelTemplate) -> Any:
+    """Returns a model that says of each leaf what a trainer makes of it."""
+    contents = {
+        "trained": itertools.repeat(None),
+        "frozen": iter(parts.frozen),
+        "other": map(Closure.encode, parts.others.decode()),
+    }
+    return parts.structure.unflatten(
+        _word("static" if kind == "other" else kind, next(contents[kind]))
+        for kind in parts.kinds
+    )
+
+
+def _children(tree: Any) -> dict[str, Any] | None:
+    """Returns what is within a node, by name, and `None` for a leaf."""
+    flat, _ = jtu.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    is_leaf = len(flat) == 1 and flat[0][1] is tree
+    return None if is_leaf else {dotted(keys): child for keys, child in flat}
+
+
+def _static(tree: Any) -> dict[str, Any]:
+    if isinstance(tree, eqx.Module):
+        fields, held = dataclasses.fields(tree), vars(tree)
+        names = [field.name for field in fields if field.metadata.get("static")]
+        return {name: held[name] for name in names if name in held}
+    if isinstance(tree, dict | list | tuple | None):
+        return {}
+    node = jtu.tree_structure(tree, is_leaf=lambda x: x is not tree).node_data()
+    return {"": node and node[1]}
+
+
+def _contents(value: Any) -> dict[str, Any]:
+    """Returns what is within a function, a container or a node, by name."""
+    match value:
+        case types.FunctionType():
+            return _variables(value)
+        case types.MethodType():
+            return {"__func__": value.__func__, "__self__": value.__self__}
+        case functools.partial():
+            contents = {**dict(enumerate(value.args)), **value.keywords}
+        case _ if _is_transformation(value):
+            # The two share most variables, and those of `update` have better names.
+            contents = _contents(value.init) | _contents(value.update)
+            if "update_fns" in contents:
+                pairs = contents.pop("init_fns"), contents.pop("update_fns")
+                contents["content"] = [*map(optax.GradientTransformation, *pairs)]
+        case dict():
+            contents = value
+        case list() | tuple() if type(value) in (list, tuple):
+            # JAX cannot flatten a list that contains itself.
+            contents = dict(enumerate(value))
+        case _ if (children := _children(value)) is None:
+            return {}
+        case _:
+            contents = children | _static(value)
+    return {str(name): part for name, part in contents.items()}
+
+
+def _variables(fn: types.FunctionType) -> dict[str, Any]:
+    """Returns what a function has captured, its defaults and its attributes."""
+    code, defaults = fn.__code__, fn.__defaults__ or ()
+    # A cell may be empty.
+    cells = zip(code.co_freevars, map(content_of, fn.__closure__ or ()), strict=True)
+    found = {name: content[0] for name, content in cells if content}
+    arguments = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    found |= zip(arguments, defaults, strict=True)
+    return found | (fn.__kwdefaults__ or {}) | vars(fn)
+
+
+def _unwrapped(value: Any) -> Any:
+    """Returns what stands in Optax's wrapper, which does nothing by itself."""
+    fn = value.update if _is_transformation(value) else value
+    if getattr(fn, "__qualname__", "").startswith("with_extra_args_support."):
+        return _unwrapped(fn.__closure__[0].cell_contents)
+    return value
+
+
+def _is_transformation(value: Any) -> bool:
+    # Those of vernal have fields instead of the two functions.
+    is_of_optax = isinstance(value, optax.GradientTransformation)
+    return is_of_optax and not isinstance(value, eqx.Module)
+
+
+# Words.
+
+
+def _short_text(value: Any) -> str:
+    """Returns a short text of a value, on one line."""
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"`{_public_name(value)}`"
+    line = " ".join(unaddressed(repr(value)).split())
+    return line if len(line) <= 60 else f"{line[:59]}…"
+
+
+def _public_name(fn: Any) -> str:
+    """Returns its own name, or that of the library's function which made it."""
+    maker, *inner = fn.__qualname__.split(".<locals>.")
+    package = (getattr(fn, "__module__", None) or "").split(".")[0]
+    return inner[-1] if inner and package not in ("optax", "vernal", "jax") else maker
+
+
+def _abstract(array: Any) -> Any:
+    """Returns the type that JAX compiles for, with the dtypes that JAX has."""
+    try:
+        return jax.typeof(np.ma.getdata(array) if np.ma.isMA(array) else array)
+    except TypeError:
+        return types.SimpleNamespace(shape=array.shape, dtype=array.dtype)

@@ -21,7 +21,7 @@ from .._boundary import (
     refuse_unknown,
     unmeshed_entrance,
 )
-from .._constraints import Bijections, Bounds, Priors, as_ties
+from .._constraints import as_ties
 from .._curvature import Mode
 from .._data import Minibatches, Stream, as_batch
 from .._devices import ANYWHERE, Sharding, placement, same_inputs
@@ -45,7 +45,7 @@ from .._inference import (
     whitened,
 )
 from .._loop import StepInfo, run_step
-from .._optimiser import ParamOptimiser, as_transform, learning_rates
+from .._optimiser import as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._profile import Options as ProfileOptions, Profile, intervals, profile
 from .._projection import EigenProjector
@@ -56,7 +56,6 @@ from .._step import (
     Batch,
     Model,
     ModelTemplate,
-    Progress,
     changed,
     check_arguments,
     check_class,
@@ -68,7 +67,6 @@ from .._step import (
     find_trained,
     fit_projector,
     in_free_coordinates,
-    initial_opt_state,
     initial_progress,
     is_constrained,
     is_made,
@@ -137,17 +135,6 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
     - `optimiser`, `nan_policy`, `projector`, `key`: the arguments of those names.
     """
-
-    # See `AbstractTrainer` for the `Any`.
-    optimiser: ParamOptimiser | Any
-    nan_policy: NanPolicy
-    projector: EigenProjector | Any
-    key: PRNGKeyArray | None
-    _bounds: Bounds | None
-    _bijections: Bijections | None
-    _priors: Priors | None
-    _template: ModelTemplate
-    _progress: Progress
 
     @entrance
     def __init__(
@@ -233,20 +220,12 @@ class Trainer(AbstractTrainer[Model, Batch]):
         if self._bijections is not None:
             free = self._bijections.required(params)
         self.projector, latent = fit_projector(
-            projector,
-            params,
-            self.optimiser,
-            constrained=is_constrained(self),
+            projector, params, self.optimiser, constrained=is_constrained(self)
         )
         check_ruled(self.optimiser, params, free, self._bijections)
         latent = latent if free is params else free
-        self._progress = initial_progress(
-            params,
-            latent,
-            initial_opt_state(self.optimiser, params, latent),
-            jax.tree.map(strong, nan_policy.init(params)),
-            jax.tree.map(strong, state),
-        )
+        state = jax.tree.map(strong, state)
+        self._progress = initial_progress(self, params, latent, state)
         note_made(self._progress)
 
     def __check_init__(self) -> None:
@@ -747,9 +726,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         **Arguments:**
 
         - `batch`: all of the data, for the standard errors; by default there are none.
-        - `scale_errors`: as for [`vernal.Trainer.report`][].
-        - `jac`: as for [`vernal.Trainer.fisher`][].
-        - `kind`: as for [`vernal.Trainer.standard_errors`][].
+        - `scale_errors`, `jac`, `kind`: as for [`vernal.Trainer.report`][].
 
         **Returns:**
 
@@ -847,9 +824,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `fn`: a function of the model, which returns real arrays: one, or any pytree
             of them.
         - `batch`: all of the data.
-        - `scale_errors`: as for [`vernal.Trainer.report`][].
-        - `jac`: as for [`vernal.Trainer.fisher`][].
-        - `kind`: as for [`vernal.Trainer.standard_errors`][].
+        - `scale_errors`, `jac`, `kind`: as for [`vernal.Trainer.report`][].
 
         **Returns:**
 
@@ -900,9 +875,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         - `key`: a PRNG key.
         - `count`: the number of models.
         - `batch`: all of the data.
-        - `scale_errors`: as for [`vernal.Trainer.report`][].
-        - `jac`: as for [`vernal.Trainer.fisher`][].
-        - `kind`: as for [`vernal.Trainer.standard_errors`][].
+        - `scale_errors`, `jac`, `kind`: as for [`vernal.Trainer.report`][].
 
         **Returns:**
 

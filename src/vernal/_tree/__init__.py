@@ -1,12 +1,12 @@
 """Trees of parameters: their leaves by name, compared, joined, saved.
 
-`paths` lists parameters, `named_tree` all leaves, by path; `selectors` choose among
-them; `by_name` has dictionaries that say which names are near; `structure` compares and
+`paths` lists parameters by path, `by_name` all leaves, and has dictionaries that say
+which names are near; `selectors` choose among parameters; `structure` compares and
 casts trees; `ravel` joins parameters into one vector; `named_arrays` has the leaves as
 they are saved in files, `checksums` knows them again; `small` groups small trees.
 """
 
-from .by_name import ByName, unknown_name
+from .by_name import ByName, NamedTree, by_path, uniquely_named, unknown_name
 from .checksums import (
     LeafSum,
     checksum,
@@ -28,7 +28,6 @@ from .named_arrays import (
     require_keepable,
     to_arrays,
 )
-from .named_tree import NamedTree, by_path, uniquely_named
 from .paths import (
     LONG_DOUBLES,
     Leaf,

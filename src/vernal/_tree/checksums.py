@@ -1,7 +1,6 @@
 """Checksums of arrays, by which equal data are known again."""
 
 import enum
-import weakref
 import zlib
 from decimal import Decimal
 from fractions import Fraction
@@ -14,17 +13,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
-from .._boundary import PyTree
+from .._boundary import OfObjects, PyTree
+from .by_name import by_path
 from .named_arrays import Kind, to_arrays
-from .named_tree import by_path
 
 # Arrays with more bytes are summed up on their device.
 _LARGE = 2**24
 
-# Of arrays with more bytes that cannot change the sum is kept, by their id, as long as
-# they live: each fit asks for that of its data and of all that is not trained.
+# Of arrays with more bytes that cannot change the sum is kept, as long as they live:
+# each fit asks for that of its data and of all that is not trained.
 _WORTH_KEEPING = 2**14
-_kept: dict[int, tuple[weakref.ref[Any], int | None]] = {}
+_kept = OfObjects[int | None]()
 
 
 def is_part(leaf: Any) -> bool:
@@ -94,11 +93,8 @@ def _sum(array: Any) -> int | None:
     is_one = isinstance(array, jax.Array) and array.nbytes >= _WORTH_KEEPING
     if not is_one or is_part(array):  # all processes compute that of a part
         return _new_sum(array)
-    place = id(array)
-    if place not in _kept:
-        gone = weakref.ref(array, lambda _: _kept.pop(place, None))
-        _kept[place] = gone, _new_sum(array)
-    return _kept[place][1]
+    found = _kept.get(array)
+    return _kept.put(array, _new_sum(array)) if found is None else found
 
 
 def _new_sum(array: Any) -> int | None:

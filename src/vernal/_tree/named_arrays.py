@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._boundary import PyTree, is_wide, is_x64_on, refuse_meaning
-from .named_tree import by_path
+from .by_name import by_path
 from .paths import LONG_DOUBLES
 from .structure import disagreements
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from .._boundary import Params, dotted, is_deleted, refuse_foreign, spelled
-from .named_tree import by_path
+from .by_name import by_path
 
 
 def as_parameters(params: Params, name: str = "params") -> Params:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import equinox as eqx
 import jax
 
 from .._boundary import entrance, first_names, in_few_words, nearest_names, takes
@@ -48,6 +49,10 @@ class _Index:
                 self.glob_names.setdefault(name, set()).add(marked)
                 is_own = depth == len(leaf.segments)
                 self.places.setdefault(name, []).append((i, is_own))
+
+    @property
+    def parameters(self) -> list[str]:
+        return [leaf.path for leaf in self.leaves if leaf.is_parameter]
 
     def match(self, atom: Any) -> Iterator[_Match]:
         if callable(atom):
@@ -186,16 +191,19 @@ def _refuse(
     if not isinstance(atom, str):
         raise UnknownPathError(
             f"`{argument}`: the predicate {name} is true of no parameter. The "
-            f"parameters are {first_names(_parameters(index)) or 'none'}."
+            f"parameters are {first_names(index.parameters) or 'none'}."
         )
     matched = [index.leaves[match.leaf] for match in matches]
     if present := [leaf for leaf in matched if leaf.value is not None]:
         leaf = present[0]
         what = f"{name} names" if len(present) == 1 else f"{name} finds nothing but"
+        kind = f"a leaf of type {type(leaf.value).__name__}"
+        if hasattr(leaf.value, "dtype"):
+            kind = f"an array of dtype {leaf.value.dtype}"
         remedy = "Only arrays of floats can be trained: convert it, or leave it out."
         if is_float(leaf.value):
             remedy = f"A Python float is trained where its own path {leaf.path!r} is."
-        raise TypeError(f"`{argument}`: {what} {_describe(leaf)}. {remedy}")
+        raise TypeError(f"`{argument}`: {what} {leaf.path!r}, {kind}. {remedy}")
     if matches:
         raise UnknownPathError(
             f"`{argument}`: {name} is `None` in this tree, or masked: there is nothing "
@@ -208,7 +216,7 @@ def _refuse(
             "out."
         )
     path, bracket, _ = atom.partition("[")
-    if bracket and path in _parameters(index):
+    if bracket and path in index.parameters:
         remedy = _OF_ELEMENTS.get(argument, "Name the whole parameter.")
         raise UnknownPathError(
             f"`{argument}`: {name} is one element, and selectors choose whole "
@@ -232,12 +240,6 @@ _OF_ELEMENTS = {
 }
 
 
-def _describe(leaf: Leaf) -> str:
-    if hasattr(leaf.value, "dtype"):
-        return f"{leaf.path!r}, an array of dtype {leaf.value.dtype}"
-    return f"{leaf.path!r}, a leaf of type {type(leaf.value).__name__}"
-
-
 def _is_attribute(tree: Any, path: str) -> bool:
     node = tree
     for segment in path.split("."):
@@ -252,7 +254,7 @@ def _is_attribute(tree: Any, path: str) -> bool:
 
 
 def _nearest(atom: str, index: _Index) -> str:
-    parameters = _parameters(index)
+    parameters = index.parameters
     # If only the last segment is right, likeness of the whole path is a poor guide.
     tail = atom.rsplit(".", 1)[-1]
     same_tail = [p for p in parameters if p.rsplit(".", 1)[-1] == tail]
@@ -262,18 +264,10 @@ def _nearest(atom: str, index: _Index) -> str:
     return nearest_names(atom, [*parameters, *nodes])
 
 
-def _parameters(index: _Index) -> list[str]:
-    return [leaf.path for leaf in index.leaves if leaf.is_parameter]
-
-
 def keep(tree: T, owners: Sequence[int | None]) -> tuple[T, T]:
     """Splits a tree into the leaves with an owner and the rest, with `None` in gaps."""
-    leaves, treedef = jax.tree.flatten(tree)
-    pairs = list(zip(leaves, owners, strict=True))
-    return (
-        treedef.unflatten([None if owner is None else leaf for leaf, owner in pairs]),
-        treedef.unflatten([leaf if owner is None else None for leaf, owner in pairs]),
-    )
+    is_kept = [owner is not None for owner in owners]
+    return eqx.partition(tree, jax.tree.structure(tree).unflatten(is_kept))
 
 
 @entrance

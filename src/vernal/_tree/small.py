@@ -37,7 +37,11 @@ def by_element(fn: Callable[..., Array], rows: Sequence[Any]) -> list[Array]:
     A row has its arguments: trees whose arrays are all of the same shape.
     """
     found: dict[int, Array] = {}
-    for own in joinable(rows, _kind_of_row):
+    kind = lambda row: (
+        jax.tree.structure(row),
+        tuple(map(jnp.result_type, jax.tree.leaves(row))),
+    )
+    for own in joinable(rows, kind):
         if len(own) == 1:
             found[own[0]] = fn(*rows[own[0]])
             continue
@@ -48,11 +52,6 @@ def by_element(fn: Callable[..., Array], rows: Sequence[Any]) -> list[Array]:
         pairs = zip(own, parts, like, strict=True)
         found |= {i: part.reshape(x.shape) for i, part, x in pairs}
     return [found[i] for i in range(len(rows))]
-
-
-def _kind_of_row(row: Any) -> Any:
-    leaves, structure = jax.tree.flatten(row)
-    return structure, tuple(map(jnp.result_type, leaves))
 
 
 def is_split(leaf: Any) -> bool:

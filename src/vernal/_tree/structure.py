@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._boundary import PyTree
-from .named_tree import by_path
+from .by_name import by_path
 from .selectors import keep
 
 T = TypeVar("T")

@@ -1,11 +1,10 @@
-"""Warnings of constants in a model that are often meant to be fitted."""
+"""Warnings of constants in a model that are meant to be fitted, and of its layers."""
 
 import contextlib
 import functools
 import gc
 import itertools
 import types
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,11 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._boundary import PyTree, warn_once
+from .._boundary import PyTree, spelled_leaves, warn_once_of
 from .._constraints import Ties
 from .._optimiser import ParamOptimiser
 from .._tree import by_path, is_inexact
+from .abstract_trainer import AbstractTrainer
 
 
 def warn_of_constants(
@@ -32,21 +32,23 @@ def warn_of_constants(
     if integers:
         known = ", ".join(map(repr, integers[:5])) + ", ..." * (len(integers) > 5)
         is_one = len(integers) == 1
-        warn_once(
+        warn_once_of(
+            kind,
             f"`model`: {known} {'is' if is_one else 'are'} not fitted: integers are "
             "constants. To fit one, make it a float, as `jnp.array(70.0)`. To keep "
             "one, make it a Python `int`, or name in `train=` what is fitted.",
-            UserWarning,
-            of=(warn_of_constants, weakref.ref(kind), tuple(integers)),
+            warn_of_constants,
+            tuple(integers),
         )
     for path, leaf in _unheld(model, optimiser, ties, holds_arrays).items():
         kind_of_leaf, remedy = in_words(leaf)
-        warn_once(
+        warn_once_of(
+            kind,
             f"`model`: the arrays in {path!r} are not fitted: JAX does not look into a "
             f"{kind_of_leaf}. To fit them, {remedy}. To keep them, name in `train=` "
             "what is fitted.",
-            UserWarning,
-            of=(warn_of_constants, weakref.ref(kind), path),
+            warn_of_constants,
+            path,
         )
 
 
@@ -136,3 +138,35 @@ def in_words(leaf: Any) -> tuple[str, str]:
             "`jax.tree_util.register_dataclass`"
         )
     return f"`{type(owner).__name__}`", remedy
+
+
+def warn_of_training_layers(trainer: AbstractTrainer) -> None:
+    """Warns, once for a class, of dropout and the like in the score of a validation.
+
+    A class that defines `evaluate` knows what it does.
+    """
+    kind = type(trainer)
+    if kind.evaluate.__module__.split(".")[0] != __name__.split(".")[0]:
+        return
+    for where, layer in spelled_leaves("model", trainer.model, _is_in_training):
+        if _is_in_training(layer):
+            warn_once_of(
+                kind,
+                f"`validation`: the {type(layer).__name__} {where} is as in training "
+                "(`inference=False`), since the score is the loss: it is not that of "
+                "the model as you will use it, and `best` and `Patience` follow it. "
+                "Define `evaluate(self, model, batch)` in your trainer, with "
+                "`eqx.nn.inference_mode(model)`.",
+                warn_of_training_layers,
+            )
+            return
+
+
+def _is_in_training(node: Any) -> bool:
+    if not isinstance(node, eqx.Module):
+        return False
+    # Dropout of nothing, as attention has it by default, does nothing. A model may have
+    # a parameter `p`.
+    share = getattr(node, "p", None)
+    is_nothing = isinstance(share, int | float) and share == 0
+    return getattr(node, "inference", None) is False and not is_nothing

@@ -1,6 +1,6 @@
-"""Which axes of arrays the integers among the inputs of a function index."""
+"""Where the integers among the inputs of a function go: into floats, or an index."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +8,61 @@ from jax.extend.core import Jaxpr, Literal, Var
 from jax.lax import GatherScatterMode
 
 from .host import inner_jaxprs
+
+# What moves numbers, or takes some of them, and changes no more than their sign.
+_PASSES = frozenset(
+    (
+        *("broadcast_in_dim", "concatenate", "copy", "expand_dims", "pad", "reshape"),
+        *("optimization_barrier", "rev", "select_n", "slice", "split", "squeeze"),
+        *("stack", "tile", "transpose", "unstack", "neg", "max", "reduce_max"),
+        *("reduce_min",),
+    )
+)
+
+# They take places, too: only the first of what they take is moved.
+_TAKE = frozenset(("dynamic_slice", "gather"))
+
+# What converts, by the parameter that says to which dtype: a product of matrices may
+# convert what it multiplies.
+_TO = {"convert_element_type": "new_dtype", "dot_general": "preferred_element_type"}
+
+
+def turned_into_floats(jaxpr: Jaxpr, inputs: Mapping[Any, int]) -> set[int]:
+    """Returns the places of the `inputs` that are converted to a dtype of floats.
+
+    The sum, or the difference, of two is another number, and is not looked at.
+    """
+    found: set[int] = set()
+    _follow_numbers(jaxpr, {var: {place} for var, place in inputs.items()}, found)
+    return found
+
+
+def _follow_numbers(jaxpr: Jaxpr, held: dict[Any, set[int]], found: set[int]) -> None:
+    """Adds the inputs that each variable holds to `held`, converted ones to `found`."""
+    of = lambda atom: held.get(atom, set()) if isinstance(atom, Var) else set()
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        moved = eqn.invars[:1] if name in _TAKE else eqn.invars
+        inside = set[int]().union(*map(of, moved))
+        to = eqn.params[_TO[name]] if name in _TO else None
+        if to is not None and jnp.issubdtype(to, jnp.inexact):
+            found |= inside
+        elif name in _PASSES | _TAKE | {"convert_element_type"}:
+            held.update(dict.fromkeys(eqn.outvars, inside))
+        elif name == "sort":
+            # What is sorted along with others is not theirs.
+            held.update(zip(eqn.outvars, map(of, eqn.invars), strict=True))
+        for inner in inner_jaxprs(eqn):
+            # A function may take less than what its equation does, such as the index of
+            # a branch: what it takes comes last.
+            taken = zip(reversed(inner.invars), reversed(eqn.invars), strict=False)
+            within = {var: of(atom) for var, atom in taken}
+            _follow_numbers(inner, within, found)
+            given = zip(reversed(eqn.outvars), reversed(inner.outvars), strict=False)
+            for var, atom in given:
+                if isinstance(atom, Var) and (more := within.get(atom)):
+                    held[var] = of(var) | more
+
 
 # What moves integers, and keeps all of them.
 _MOVES = frozenset(
@@ -24,7 +79,7 @@ _LOOPS = frozenset(("scan", "while", "cond"))
 class LookUp(NamedTuple):
     """An axis of which integers pick elements, without a word of what is beyond it.
 
-    - `integers`: which of the inputs they are.
+    - `integers`: the place of the input that they are.
     - `low`, `high`: the least and the largest number that is within.
     - `size`: the length of the axis.
     - `arrays`: which inputs the array is, or is computed from.
@@ -73,7 +128,7 @@ class _Known(NamedTuple):
 
 
 def look_ups(
-    jaxpr: Jaxpr, integers: Sequence[Any], arrays: Sequence[Any]
+    jaxpr: Jaxpr, integers: Mapping[Any, int], arrays: Sequence[Any]
 ) -> frozenset[LookUp]:
     """Finds where inputs of integers, as they are or shifted, index arrays.
 
@@ -82,15 +137,15 @@ def look_ups(
     found; nor are those in loops, and of integers that are otherwise computed.
     """
     known = _Known(
-        {var: _Index(i) for i, var in enumerate(integers)},
+        {var: _Index(place) for var, place in integers.items()},
         {var: frozenset((i,)) for i, var in enumerate(arrays)},
     )
     found: set[LookUp] = set()
-    _follow(jaxpr, known, found)
+    _follow_indices(jaxpr, known, found)
     return frozenset(found)
 
 
-def _follow(jaxpr: Jaxpr, known: _Known, found: set[LookUp]) -> None:
+def _follow_indices(jaxpr: Jaxpr, known: _Known, found: set[LookUp]) -> None:
     for eqn in jaxpr.eqns:
         own = list(map(known.index_of, eqn.invars))
         arrays = tuple(sorted(known.arrays_of(*eqn.invars[:1])))
@@ -101,7 +156,7 @@ def _follow(jaxpr: Jaxpr, known: _Known, found: set[LookUp]) -> None:
         if (inner := _called(eqn)) is not None:
             within = _Known({}, {})
             known.tell(within, eqn.invars, inner.invars)
-            _follow(inner, within, found)
+            _follow_indices(inner, within, found)
             within.tell(known, inner.outvars, eqn.outvars)
         else:
             known.arrays.update(
