@@ -570,15 +570,3 @@ def test_what_is_no_checkpoint(tmp_path):
         trainer().fit(BATCH, 3, checkpoint=str(tmp_path))
     with pytest.raises(TypeError, match="a function of the step"):
         fit(3, tmp_path, data=vn.Stream([BATCH] * 3))
-
-
-def test_without_orbax(tmp_path):
-    script = f"""
-import sys
-sys.modules["orbax"] = sys.modules["orbax.checkpoint"] = None
-import vernal
-vernal.Checkpoints({str(tmp_path)!r})
-"""
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "ImportError: `Checkpoints` needs Orbax" in done.stderr
