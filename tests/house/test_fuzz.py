@@ -55,7 +55,7 @@ COMBINATIONS = [
         )
     )
 ]
-FITS = 168
+FITS = 120
 EACH = -(-FITS // len(COMBINATIONS))
 
 
