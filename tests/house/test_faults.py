@@ -152,7 +152,7 @@ COMBINATIONS = [
     }.items()
     for text in texts
 ]
-RUNS = 144
+RUNS = 240
 CHUNKS = (STEPS, 5, STEPS, 3)  # a fault may be at any place of a chunk
 EACH = RUNS // len(COMBINATIONS)
 

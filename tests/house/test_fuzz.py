@@ -55,7 +55,7 @@ COMBINATIONS = [
         )
     )
 ]
-FITS = 120
+FITS = 168
 EACH = -(-FITS // len(COMBINATIONS))
 
 
