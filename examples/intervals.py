@@ -8,7 +8,7 @@ and its derivatives. In the picture Δχ² of the rate leaves the parabola of it
 error, and the regions of both parameters are not ellipses.
 
 *Coverage.* An interval of 68.3 % should contain the truth in 68.3 % of all
-experiments. In 1,500 simulated ones a curve of this kind is measured until it has
+experiments. In 500 simulated ones a curve of this kind is measured until it has
 begun to level off, and the level is asked for. The value plus and minus its standard
 error contains the true level far too often, and lies below it whenever it does not.
 The intervals by profile likelihood are right.
@@ -32,7 +32,7 @@ import vernal.plot
 jax.config.update("jax_enable_x64", True)
 HERE = Path(__file__).parent
 LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
-LEVEL, EXPERIMENTS = 0.683, 1_500
+LEVEL, EXPERIMENTS = 0.683, 500
 TRUTH, DAYS, NOISE = jnp.array([1.0, 0.35]), jnp.linspace(0.3, 4.0, 8), 0.06
 
 
@@ -121,12 +121,12 @@ def coverage():
 def main(output):
     trainer, batch = boxbod()
     compare(trainer, batch)
-    print(f"\nA level of {LEVEL:.1%} asked for, in {EXPERIMENTS:,} experiments:")
+    print(f"\nA level of {LEVEL:.1%} asked for, in {EXPERIMENTS} experiments:")
     found = {}
     for name, covers, below in coverage():
         found[name] = covers
         print(f"  {name:10} contain the truth in {covers:.1%}, below it in {below:.1%}")
-    assert abs(found["intervals"] - LEVEL) < 0.02
+    assert abs(found["intervals"] - LEVEL) < 0.04  # two standard errors
     assert abs(found["errors"] - LEVEL) > 0.1
 
     plt.style.use(HERE / "style.mplstyle")

@@ -712,15 +712,19 @@ def test_arguments_of_another_kind(call):
 # --- what is imported ---
 
 
-def test_matplotlib_is_imported_for_pictures_alone():
+def test_what_is_optional_is_imported_for_its_purpose_alone():
     """Without it the error says what to install."""
     code = """
 import sys
+sys.modules["matplotlib"] = sys.modules["orbax"] = None
+sys.modules["orbax.checkpoint"] = None
 import vernal
-print('matplotlib' in sys.modules)
-sys.modules["matplotlib"] = None
 try:
     import vernal.plot
+except ImportError as error:
+    print(error)
+try:
+    vernal.Checkpoints("here")
 except ImportError as error:
     print(error)
 """
@@ -728,9 +732,9 @@ except ImportError as error:
         [sys.executable, "-c", code], capture_output=True, check=False, text=True
     )
     assert run.returncode == 0, run.stderr
-    is_imported, error = run.stdout.split("\n", 1)
-    assert is_imported == "False"
-    assert "`pip install vernal[plot]`" in error
+    pictures, checkpoints = run.stdout.splitlines()
+    assert "`pip install vernal[plot]`" in pictures
+    assert "`Checkpoints` needs Orbax: `pip install vernal[checkpoint]`" in checkpoints
 
 
 # --- a band ---

@@ -92,14 +92,14 @@ def look(trainer, data):
 ROUTES = {
     "fit": fit,
     "minibatches": lambda trainer, data: trainer.fit(
-        vn.Minibatches(data, N // 2, key=jax.random.key(0)), 2
+        vn.Minibatches(data, N // 2, key=jax.random.key(0)), 0
     ),
     "solve": lambda trainer, data: trainer.solve(optx.BFGS(1e-2, 1e-2), data),
-    "fit_many": lambda trainer, data: vn.fit_many([trainer, trainer], data, 2),
+    "fit_many": lambda trainer, data: vn.fit_many([trainer, trainer], data, 0),
     "fit_many, own data": lambda trainer, data: vn.fit_many(
         [trainer, trainer],
         jax.tree.map(lambda x: jnp.stack([x, x]), data),
-        2,
+        0,
         data_axis=0,
     ),
     "fit_many, solver": lambda trainer, data: vn.fit_many(

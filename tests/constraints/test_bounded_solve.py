@@ -6,7 +6,6 @@ import itertools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lmfit
 import numpy as np
 import optax
 import optimistix as optx
@@ -230,6 +229,8 @@ def test_solvers_end_where_scipy_does(name, solver):
 
 def test_a_bound_attracts_no_fit():
     """lmfit's transformation has no derivative on a bound: a fit stays there."""
+    import lmfit  # which takes long
+
     problem = PROBLEMS["watson, 9"]
     start = starts(problem)["on"]
     known = by_scipy("watson, 9").min()

@@ -203,12 +203,13 @@ def test_that_of_many_is_that_of_one():
         assert 17 < ours.degrees_of_freedom < 18
 
 
-CORRELATED = dist.MultivariateNormal(jnp.zeros(2), jnp.array([[0.04, 0.03], [0.03, 1]]))
 PRIORS = {
-    "normal": dist.Normal(jnp.array([0.5, 0.5]), 0.3),
-    "elements": dist.Gamma(3.0, jnp.array([2.0, 4.0])),
-    "correlated": CORRELATED,
-    "uniform": dist.Uniform(0.0, 9.0),
+    "normal": lambda: dist.Normal(np.array([0.5, 0.5]), 0.3),
+    "elements": lambda: dist.Gamma(3.0, np.array([2.0, 4.0])),
+    "correlated": lambda: dist.MultivariateNormal(
+        np.zeros(2), np.array([[0.04, 0.03], [0.03, 1]])
+    ),
+    "uniform": lambda: dist.Uniform(0.0, 9.0),
 }
 BATCH = LINE, LINE.sum(axis=1) + np.random.default_rng(6).normal(size=20)
 POSITIVE = biject_to(constraints.positive)
@@ -218,7 +219,7 @@ POSITIVE = biject_to(constraints.positive)
 def at_the_mode(prior):
     """The mode, by Newton's method, and the curvature of the prior there."""
     matrix, target = BATCH
-    penalty = lambda x: -jnp.sum(PRIORS[prior].log_prob(x))
+    penalty = lambda x: -jnp.sum(PRIORS[prior]().log_prob(x))
     both = lambda x: 0.5 * jnp.sum((matrix @ x - target) ** 2) + penalty(x)
     newton = lambda x: jnp.linalg.solve(jax.hessian(both)(x), jax.grad(both)(x))
     step, x = jax.jit(lambda x: x - newton(x)), jnp.ones(2)
@@ -233,7 +234,7 @@ def test_priors_of_any_kind_count_by_their_curvature(prior, is_bijected):
     # In turn: each kind has priors with and without a bijection.
     kind = list(KINDS)[(list(PRIORS).index(prior) + is_bijected) % 2]
     bounds = {"x": POSITIVE} if is_bijected else {}
-    options = {"priors": {"x": PRIORS[prior]}, "bounds": bounds}
+    options = {"priors": {"x": PRIORS[prior]()}, "bounds": bounds}
     mode, curvature = at_the_mode(prior)
     report = KINDS[kind]({"x": mode}, **options).report(BATCH, data_count=20)
     expected = 20 - smoother_trace(LINE, curvature)

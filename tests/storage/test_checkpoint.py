@@ -92,8 +92,8 @@ class Fork:
 def test_killed_many_times(tmp_path):
     """In the middle of anything: importing, restoring, stepping, writing."""
     rng, stepped, begun = random.Random(0), 0, 0
-    for kill in range(4):
-        if kill == 2:
+    for kill in range(3):
+        if kill == 1:
             process = Process(tmp_path)
             time.sleep(rng.uniform(0.5, 2.5))
             code = process.end()
@@ -105,7 +105,7 @@ def test_killed_many_times(tmp_path):
             time.sleep(rng.uniform(0.0, 1.0))
             code = process.end()
         assert code == -signal.SIGKILL
-    assert stepped == 3, "it was done too soon"
+    assert stepped == 2, "it was done too soon"
     assert begun > 5, "it began anew each time"
     assert Fork(tmp_path, pause=0).end(0) == 0
     expected = long_fit.fit()
@@ -570,15 +570,3 @@ def test_what_is_no_checkpoint(tmp_path):
         trainer().fit(BATCH, 3, checkpoint=str(tmp_path))
     with pytest.raises(TypeError, match="a function of the step"):
         fit(3, tmp_path, data=vn.Stream([BATCH] * 3))
-
-
-def test_without_orbax(tmp_path):
-    script = f"""
-import sys
-sys.modules["orbax"] = sys.modules["orbax.checkpoint"] = None
-import vernal
-vernal.Checkpoints({str(tmp_path)!r})
-"""
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "ImportError: `Checkpoints` needs Orbax" in done.stderr

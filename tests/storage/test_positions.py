@@ -10,6 +10,7 @@ import zipfile
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -155,6 +156,18 @@ def moved(optimiser, folder=None, steps=STEPS):
     return Bowl(START, optimiser()).fit(2.0, steps, checkpoint=checkpoint).trainer
 
 
+def aged(optimiser):
+    """As after some steps, and each number of its state is another one."""
+    trainer = Bowl(START, optimiser())
+    leaves, tree = jax.tree.flatten(trainer.opt_state)
+    for place, leaf in enumerate(leaves):
+        if jnp.issubdtype(leaf.dtype, np.number):
+            older = np.asarray(leaf) + np.asarray(place + 1, leaf.dtype)
+            leaves[place] = jnp.asarray(older)
+    state = jax.tree.unflatten(tree, leaves)
+    return eqx.tree_at(lambda t: t.opt_state, trainer, state)
+
+
 def many(optimiser, steps=STEPS):
     return vn.fit_many(
         [Bowl(START, optimiser())] * 2, jnp.asarray([2.0, 3.0]), steps, data_axis=0
@@ -175,7 +188,7 @@ def reloaded(file, saved, like):
 @pytest.mark.parametrize("case", MOVED)
 def test_a_file_has_the_state_of_a_rule_where_replace_has_it(case, tmp_path):
     before, now = MOVED[case]
-    trainer, file = moved(before), tmp_path / "file"
+    trainer, file = aged(before), tmp_path / "file"
     found = reloaded(file, trainer, Bowl(START, now()))
     assert same(found.opt_state, trainer.replace(optimiser=now()).opt_state)
     # And back again, from a file that has the new order.

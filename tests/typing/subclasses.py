@@ -175,7 +175,7 @@ fitted = hooked.fit(
 )
 assert_type(fitted, vn.FitResult[Hooked, Line])
 hooked.fit(vn.Stream(batches), 2, callback=watch_any, progress=False)
-hooked.fit(vn.Stream([data] * 2), 2, callback=lambda trainer, _: trainer, chunk=1)
+hooked.fit(vn.Stream([data]), 0, callback=lambda trainer, _: trainer, chunk=1)
 hooked.fit(
     vn.Minibatches(data, 4, key=key), 2, callback=lambda _, history: len(history) > 1
 )
@@ -185,7 +185,7 @@ assert_type(noisy.model, Line)
 assert_type(noisy.width, float)
 assert_type(noisy.step(data)[1].metrics, dict[str, Any])
 counting = Counting(line, adam, state=jnp.zeros((), int))
-assert_type(counting.fit(data, 2, progress=False).best, Line)
+assert_type(counting.fit(data, 0, progress=False).best, Line)
 assert_type(OfAnyBatch(line).whiten(data).model, Line)
 assert_type(OfAnything(line, train=lambda path, leaf: path == "slope").model, Any)
 
