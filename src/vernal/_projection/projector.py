@@ -41,7 +41,7 @@ from .blocks import (
     places,
     scatter,
 )
-from .decompose import Kind, check_jacobian, whiten, whiten_jacobian
+from .dense import Kind, check_jacobian, whiten, whiten_jacobian
 from .low_rank import whiten_matvec
 from .nulls import NullPolicy, OnNull
 from .whitening import AbstractWhitening, Unchanged
