@@ -13,8 +13,7 @@ from .._inference import ROUNDING
 from .._step import AbstractTrainer, prior_ends
 from .._tree import ByName
 from .conditional import Points
-from .elements import find_elements
-from .own_values import values_of
+from .elements import find_elements, values_of
 from .scan import Options, Scan, Start
 from .search import search
 
