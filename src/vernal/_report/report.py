@@ -23,7 +23,7 @@ class Correlation(NamedTuple):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Report:
     r"""What [`vernal.Trainer.report`][] returns: how good a fit is, and its parameters.
 
@@ -104,21 +104,21 @@ class Report:
 
     # `Any` stands for `None`: with `None` itself, type checkers would ask users for an
     # `assert` before each use.
-    chi_squared: float | Any
-    data_count: int | Any
+    chi_squared: float | Any = None
+    data_count: int | Any = None
     free_count: int
     effective_count: int | float
-    degrees_of_freedom: int | float | Any
-    reduced_chi_squared: float | Any
-    expected_deviance: tuple[float, float] | Any
-    p_value: float | Any
-    aic: float | Any
-    bic: float | Any
-    prior_penalty: float | Any
-    edm: float
+    degrees_of_freedom: int | float | Any = None
+    reduced_chi_squared: float | Any = None
+    expected_deviance: tuple[float, float] | Any = None
+    p_value: float | Any = None
+    aic: float | Any = None
+    bic: float | Any = None
+    prior_penalty: float | Any = None
+    edm: float = math.nan
     error_kind: str
-    stop_reason: StopReason | None
-    error_scale: float
+    stop_reason: StopReason | None = None
+    error_scale: float = 1.0
     parameters: tuple[ParameterRow, ...]
     correlation_matrix: Float[np.ndarray, "D D"]
     note: str | None = None
