@@ -40,9 +40,8 @@ from .._step import (
     template_of,
 )
 from .._tree import as_parameters, by_path, widest
-from .derivatives import Passes, derive
+from .derivatives import ErrorKind, Passes, derive
 from .elements import elements_of, held_elements, whitening_of_elements, with_held
-from .fisher import ErrorKind
 from .laplace import Laplace, laplace
 from .sandwich import few_text
 

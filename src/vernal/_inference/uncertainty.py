@@ -40,7 +40,14 @@ from .._step import (
     template_of,
 )
 from .._tree import as_parameters, is_inexact, ravel, ravel_size, unravel
-from .derivatives import Derived, Passes, derive
+from .derivatives import (
+    Derived,
+    ErrorKind,
+    Passes,
+    derive,
+    require_elements,
+    require_likelihood,
+)
 from .elements import (
     elements_of,
     held_elements,
@@ -62,7 +69,6 @@ from .expansion import (
     zeros_of,
     zeros_text,
 )
-from .fisher import ErrorKind, require_elements, require_likelihood
 from .laplace import NULLS, ErrorOptions, kind_of, laplace
 from .observed import error_bar, observed
 from .propagate import run_propagate

@@ -1,4 +1,4 @@
-"""Reports of fits: `report` has the numbers, `rows` the parameters, `written` the text.
+"""Reports of fits: `report` has all of it, `rows` the parameters.
 
 Nothing here knows a trainer.
 """
