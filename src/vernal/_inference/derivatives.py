@@ -85,8 +85,9 @@ class Derived(NamedTuple):
     is_finite: Bool[Array, ""]
     value: Array
     held: Bool[Array, " D"]
-    deviances: Float[Array, " N"] | None
-    data: DataKind | None
+    # `Any` stands for `None`.
+    deviances: Float[Array, " N"] | Any
+    data: DataKind | Any
 
 
 def derive(

@@ -275,7 +275,6 @@ def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
             found = derive(trainer, batch, "priors", None, Passes(), holds=True)
             of_priors = found.found[0]
     else:
-        assert derived.deviances is not None
         of_each = np.square(np.asarray(derived.deviances, float))
         rows, data_count = prior_count(trainer), int(derived.data.size)
         of_data = of_each[: of_each.size - rows]

@@ -261,8 +261,6 @@ def errors_or_nan(
 
 
 def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:
-    assert derived.deviances is not None
-    assert derived.data is not None
     unit = positive(jnp.max(jnp.abs(derived.deviances), initial=0))
     norm = unit * jnp.linalg.norm(derived.deviances / unit)
     missing = derived.deviances.size - derived.data.size
