@@ -155,10 +155,8 @@ def _cleared(arrays: tuple[Array, Array]) -> tuple[Bool[Array, ""], list[Array]]
 
     LAPACK may not return if there is a NaN, and has no half precision.
     """
-    is_finite, dtype = (
-        all_finite(arrays),
-        widest((arrays[0].dtype, jnp.dtype("float32"))),
-    )
+    is_finite = all_finite(arrays)
+    dtype = widest((arrays[0].dtype, jnp.dtype("float32")))
     return is_finite, [jnp.where(is_finite, x, 0).astype(dtype) for x in arrays]
 
 

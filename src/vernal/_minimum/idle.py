@@ -46,6 +46,11 @@ class Seen(NamedTuple):
         sides = np.split(np.arange(1, len(self.losses)), 2)
         return [np.append(0, side) for side in sides]
 
+    def turns(self, noise: float, most: float = NEAR) -> list[float]:
+        """Returns by how much the loss first changes to each side, beyond the noise."""
+        found = [self.losses[way] for way in self.ways]
+        return [float(x[first_noticed(x, noise, most)] - x[0]) for x in found]
+
 
 _measure = program(measure)
 
@@ -146,13 +151,15 @@ def idle_directions(
     return np.vstack([alone, directions])[:MOST_DIRECTIONS] / local.scale
 
 
-def first_noticed(losses: Float[np.ndarray, " K"], noise: float) -> int:
+def first_noticed(
+    losses: Float[np.ndarray, " K"], noise: float, most: float = NEAR
+) -> int:
     """Returns the index of the first loss that differs from the one at no step.
 
-    It is 0 if none does so nearby. The steps are `STEPS`, in units of the distance at
-    which the change of a parabola is noticed.
+    It is 0 if none does so up to the step `most`. The steps are `STEPS`, in units of
+    the distance at which the change of a parabola is noticed.
     """
-    near = losses[: 1 + int(np.sum(STEPS <= NEAR))]
+    near = losses[: 1 + int(np.sum(most >= STEPS))]
     return int(np.argmax(~(abs(near - losses[0]) <= noise)))
 
 

@@ -139,17 +139,7 @@ def _is_bottom(site: Site, local: Curved, noise: float) -> bool:
     ways = [] if local.turn is not None else idle_directions(local)
     if not 0 < len(ways) < MOST_DIRECTIONS:
         return False
-    return all(_rises_later(site.look_along(site.in_full(way)), noise) for way in ways)
-
-
-def _turns(seen: Seen, noise: float) -> list[float]:
-    """Returns by how much the loss first changes to each side, beyond the noise."""
-    changes = [seen.losses[way] - seen.losses[0] for way in seen.ways]
-    return [float(way[np.argmax(~(abs(way) <= noise))]) for way in changes]
-
-
-def _rises_later(seen: Seen | None, noise: float) -> bool:
-    return seen is not None and all(turn > 0 for turn in _turns(seen, noise))
+    return all(_rises(site, site.in_full(way), noise, np.inf) for way in ways)
 
 
 def _along_heading(site: Site, distance: Distance) -> Distance:
@@ -158,7 +148,7 @@ def _along_heading(site: Site, distance: Distance) -> Distance:
     seen = site.look_along(site.in_full(direction))
     if seen is None:
         return distance
-    turns = _turns(seen, float(distance.visible))
+    turns = seen.turns(float(distance.visible), np.inf)
     if min(turns) < 0:
         return _falling(distance, direction if turns[0] < 0 else -direction)
     return distance._replace(is_steep=False, is_complete=np.asarray(False))
@@ -220,7 +210,9 @@ def second_look(site: Site, local: Any, distance: Distance) -> Distance:
     hidden = _hidden(jax.device_get(local), curved)
     if not 0 < len(hidden) <= MOST_DIRECTIONS:
         return distance
-    if not all(_rises(site, bar / curved.scale, noise) for bar in hidden):
+    # So long that the rise of a parabola is noticed.
+    ways = np.sqrt(2 * noise) * hidden / curved.scale
+    if not all(_rises(site, way, noise) for way in ways):
         return distance
     direction = hidden[0] / np.linalg.norm(hidden[0])
     return found._replace(direction=direction.astype(found.direction.dtype))
@@ -245,9 +237,9 @@ def _without_kinks(site: Site, local: Curved, noise: float) -> Curved:
     if local.turn is not None or not 0 < len(kinks) <= MOST_DIRECTIONS:
         return local
     # So long that the slope makes it noticed.
-    lengths = np.sqrt(noise / 2) / np.abs(local.slope[kinks])
-    bars = lengths[:, None] * np.eye(size)[kinks]
-    if not all(_rises(site, bar, noise) for bar in bars):
+    lengths = noise / np.abs(local.slope[kinks].astype(float))
+    ways = lengths[:, None] * np.eye(size)[kinks]
+    if not all(_rises(site, way, noise) for way in ways):
         return local
     is_kept = ~np.isin(np.arange(size), kinks)
     rest = np.where(is_kept & is_kept[:, None], local.hessian, 0)
@@ -282,10 +274,9 @@ def _hidden(local: Triangle | Spectral, curved: Curved) -> Float[np.ndarray, "K 
     return hidden[::-1]
 
 
-def _rises(site: Site, bar: Float[np.ndarray, " D"], noise: float) -> bool:
-    """Whether the loss rises to both sides, about where a parabola would."""
-    seen = site.look_along(np.sqrt(2 * noise) * bar)
-    if seen is None:
-        return False
-    ways = [seen.losses[way] for way in seen.ways]
-    return all(way[first_noticed(way, noise)] > way[0] for way in ways)
+def _rises(
+    site: Site, way: Float[np.ndarray, " D"], noise: float, most: float = NEAR
+) -> bool:
+    """Whether the loss rises to both sides, at steps of a way up to the largest."""
+    seen = site.look_along(way)
+    return seen is not None and all(turn > 0 for turn in seen.turns(noise, most))

@@ -70,9 +70,8 @@ def crossings(
     ends = dict(zip(sides, searched(scan, list(sides.values())), strict=True))
     _check(scan, ends)
     values, hidden = [end.value for end in ends.values()], list[str]()
-    for place, (label, i) in enumerate(
-        zip(ends, [*elements.values()] * 2, strict=True)
-    ):
+    of_end = [*elements.values()] * 2
+    for place, (label, i) in enumerate(zip(ends, of_end, strict=True)):
         end = values[place]
         is_open = math.isinf(end) or end not in (scan.low[i], scan.high[i])
         # Numbers that nearly cancel do so less well at another value.
