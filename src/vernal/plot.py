@@ -359,7 +359,7 @@ def residuals(
     - as [`vernal.Trainer.report`][].
     """
     require_one(trainer, "residuals")
-    points = collect_points(trainer, batch, x)
+    points = list(collect_points(trainer, batch, x))
     report = trainer.report(batch, scale_errors=scale_errors)
     axes, is_new = prepare(ax, (6.4, 3.6))
     for label, places, values in points:

@@ -45,7 +45,7 @@ from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype,
 from .elements import with_held
 from .expansion import Around, around, warn_if_misleading, warn_if_of_few
 from .laplace import ErrorOptions
-from .truncated import Box, draw_within
+from .truncated import draw_within
 
 
 def propagate(
@@ -397,10 +397,10 @@ def run_draw_within(
     # A complex parameter has no bounds, on both of its parts.
     both = lambda x: jax.lax.complex(x.real, x.real) if jnp.iscomplexobj(x) else x
     sides = [ravel(jax.tree.map(both, side)) for side in bounds.limits(params)]
-    box = Box(*((side - flat).astype(dtype) for side in sides))
+    low, high = ((side - flat).astype(dtype) for side in sides)
 
     def of_one(latent: Array, is_kept: Array, key: PRNGKeyArray) -> tuple[PyTree, Any]:
-        new = draw_within(whitening, factor, box, key).astype(latent.dtype)
+        new = draw_within(whitening, factor, (low, high), key).astype(latent.dtype)
         # Rounding may lead beyond a bound.
         own = bounds.clip(drawn(jnp.where(is_kept, latent, new)))
         model = live(trainer, own).model
