@@ -205,16 +205,9 @@ def gauss_newton(
         or `"bwd"` (reverse: a pass for each residual). By default forward mode, if that
         is possible.
 
-    **Returns:**
-
-    A symmetric matrix of shape `(D, D)`, in the dtype of the ravelled parameters.
-
-    **Raises:**
-
-    - `ValueError`: if `residuals` returns a scalar, if `params` has no leaf, or if
-        `batch_size` is less than 1.
-    - `TypeError`: if `residuals` does not return a real array or cannot be
-        differentiated, or if a parameter is complex or not an array of floats.
+    **Returns:** and **Raises:** as [`vernal.hessian`][]; a `ValueError` if `residuals`
+    returns a scalar, a `TypeError` if it does not return a real array or cannot be
+    differentiated.
     """
     return _compute(_gauss_newton, residuals, "residuals", params, batch_size, jac)
 

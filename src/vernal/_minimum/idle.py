@@ -30,7 +30,7 @@ STEPS = 2.0 ** np.arange(-40, 24)
 MOST_DIRECTIONS = 16
 
 # A change is noticed within so many times the distance at which that of a parabola is.
-NEAR = 8
+NEAR = 8.0
 
 
 class Seen(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._boundary import nearest_names
-from .._constraints import Bijections, tolerance_of
+from .._constraints import tolerance_of
 from .._program import program
 from .._step import (
     AbstractTrainer,
@@ -73,17 +73,11 @@ def _maps(trainer: AbstractTrainer) -> dict[str, Any]:
     return {} if bijections is None else bijections.maps
 
 
-def _bijections(trainer: AbstractTrainer) -> Bijections:
-    bijections = template_of(trainer).bijections
-    assert bijections is not None
-    return bijections
-
-
 @program
 def run_coupled(trainer: AbstractTrainer) -> dict[str, Bool[Array, ""]]:
     """Finds out for each bijection whether it couples elements."""
-    bijections, leaves = _bijections(trainer), by_path(trainer.params).by_name()
-    found = {}
+    bijections: Any = template_of(trainer).bijections
+    leaves, found = by_path(trainer.params).by_name(), {}
     for path in bijections.maps:
         x, forward = leaves[path], bijections.flat_map(path, leaves[path])
         if jax.eval_shape(forward, x.ravel()).size != x.size:
@@ -103,7 +97,8 @@ def run_values(
     trainer: AbstractTrainer, path: str, place: Int[Any, ""], free: Float[Any, " K"]
 ) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
     leaf = by_path(trainer.params).by_name()[path]
-    forward, _ = _bijections(trainer).of_element(path, leaf, place)
+    bijections: Any = template_of(trainer).bijections
+    forward, _ = bijections.of_element(path, leaf, place)
     at = jnp.asarray(free, leaf.dtype)
     value, slope = jax.vmap(jax.value_and_grad(forward))(at)
     # A map may be NaN at infinity, where it has a limit or grows without one.
@@ -119,7 +114,8 @@ def run_coordinates(
     trainer: AbstractTrainer, path: str, place: Int[Any, ""], values: Float[Any, " K"]
 ) -> Float[Array, " K"]:
     leaf = by_path(trainer.params).by_name()[path]
-    forward, inverse = _bijections(trainer).of_element(path, leaf, place)
+    bijections: Any = template_of(trainer).bijections
+    forward, inverse = bijections.of_element(path, leaf, place)
 
     def one(value: Array) -> Array:
         free = inverse(value)
