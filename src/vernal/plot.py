@@ -1,6 +1,7 @@
 """Pictures of a fit: its loss, its parameters and their errors, its residuals.
 
-They need matplotlib. `import vernal` does not import this module; write
+Each function draws on the axes `ax`, by default those of a new figure, and returns
+them. They need matplotlib. `import vernal` does not import this module; write
 `import vernal.plot`.
 """
 
@@ -69,15 +70,6 @@ def history(history: History | FitResult[Any, Any], *, ax: Axes | None = None) -
     vernal.plot.history(trainer.fit(data, steps=500))
     ```
 
-    **Arguments:**
-
-    - `history`: a [`vernal.History`][], or a [`vernal.FitResult`][] that has one.
-    - `ax`: the axes to draw on; by default those of a new figure.
-
-    **Returns:**
-
-    The axes.
-
     **Raises:**
 
     - `ValueError`: if the history is empty.
@@ -138,6 +130,9 @@ def trajectories(
     vernal.plot.trajectories(result, "flux", "position", errors=errors)
     ```
 
+    More than 12 lines are labelled by array. Of an array with more than 200
+    elements, 200 are drawn, evenly spaced.
+
     **Arguments:**
 
     - `history`: a [`vernal.History`][], or a [`vernal.FitResult`][] that has one.
@@ -146,12 +141,6 @@ def trajectories(
         metrics: by default everything but the norm of the gradient is drawn.)
     - `errors`: a tree of standard errors, as [`vernal.Trainer.standard_errors`][]
         returns it. An element whose error is infinite is named and not drawn.
-    - `ax`: the axes to draw on; by default those of a new figure.
-
-    **Returns:**
-
-    The axes. More than 12 lines are labelled by array. Of an array with more than 200
-    elements, 200 are drawn, evenly spaced.
 
     **Raises:**
 
@@ -187,16 +176,7 @@ def spectrum(projector: EigenProjector, *, ax: Axes | None = None) -> Axes:
     Null directions have their own colour. Those whose eigenvalue is zero, negative or
     no larger than rounding are triangles at the bottom. A projector made by
     [`vernal.EigenProjector.from_matvec`][] knows only the leading eigenvalues, and
-    these are drawn.
-
-    **Arguments:**
-
-    - `projector`: a [`vernal.EigenProjector`][].
-    - `ax`: the axes to draw on; by default those of a new figure.
-
-    **Returns:**
-
-    The axes, with the condition number in the legend.
+    these are drawn. The legend has the condition number.
     """
     _refuse_batch(projector)
     rounding = float(jnp.finfo(projector.eigenvalues.dtype).eps)
@@ -237,16 +217,13 @@ def correlation(projector: EigenProjector | Report, *, ax: Axes | None = None) -
     constrain them, or not known. Between blocks
     ([`vernal.EigenProjector.from_blocks`][]) the correlation is zero by assumption.
 
+    Up to 40 elements are named one by one. If there are more, or the axes are too
+    small, arrays are named instead.
+
     **Arguments:**
 
     - `projector`: a [`vernal.EigenProjector`][]; or a [`vernal.Report`][], for its free
         elements.
-    - `ax`: the axes to draw on; by default those of a new figure.
-
-    **Returns:**
-
-    The axes. Up to 40 elements are named one by one. If there are more, or the axes are
-    too small, arrays are named instead.
     """
     if isinstance(projector, Report):
         names = [row.name for row in projector.parameters if row.is_free]
@@ -309,11 +286,6 @@ def band(
     - `errors`: the half-width of the band in standard errors.
     - `scale_errors`: as for [`vernal.Trainer.report`][].
     - `label`: the label of the line.
-    - `ax`: the axes to draw on; by default those of a new figure.
-
-    **Returns:**
-
-    The axes.
 
     **Raises:**
 
@@ -379,11 +351,6 @@ def residuals(
         that. By default the index of each.
     - `scale_errors`: as for [`vernal.Trainer.report`][]: divides the residuals by the
         root of the reduced chi-squared.
-    - `ax`: the axes to draw on; by default those of a new figure.
-
-    **Returns:**
-
-    The axes.
 
     **Raises:**
 
@@ -392,7 +359,7 @@ def residuals(
     - as [`vernal.Trainer.report`][].
     """
     require_one(trainer, "residuals")
-    points = collect_points(trainer, batch, x)
+    points = list(collect_points(trainer, batch, x))
     report = trainer.report(batch, scale_errors=scale_errors)
     axes, is_new = prepare(ax, (6.4, 3.6))
     for label, places, values in points:
@@ -418,15 +385,6 @@ def profile(profile: Profile[Any], *, ax: Axes | None = None) -> Axes:
     ```python
     vernal.plot.profile(trainer.profile(solver, batch, "power"))
     ```
-
-    **Arguments:**
-
-    - `profile`: a [`vernal.Profile`][].
-    - `ax`: the axes to draw on; by default those of a new figure.
-
-    **Returns:**
-
-    The axes.
     """
     axes, is_new = prepare(ax, (4.8, 3.6))
     order = np.argsort(profile.values)
@@ -476,11 +434,6 @@ def contour(
     - `first`, `second`: the names of the elements on the axes.
     - `levels`: the probabilities of the regions, or that of one.
     - `scale_errors`: as for [`vernal.Trainer.profile`][].
-    - `ax`: the axes to draw on; by default those of a new figure.
-
-    **Returns:**
-
-    The axes.
 
     **Raises:**
 

@@ -10,7 +10,7 @@ import numpy as np
 from matfree.decomp import tridiag_sym
 
 import vernal as vn
-from vernal._curvature.flat import gauss_newton_matrix
+from vernal._curvature.matrices import gauss_newton_matrix
 from vernal._curvature.modes import Subject
 
 from .measure import Figure, Program, Sides, Work, peak_megabytes

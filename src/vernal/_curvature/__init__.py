@@ -1,34 +1,42 @@
 """Derivatives, eigenvalues and singular values.
 
-`matrices` and `matvec` have the users' functions of a tree of parameters, `eigen` those
-of a matrix. Beneath them: `flat` differentiates with respect to a flat vector, `modes`
-chooses forward or reverse mode, `singular` decomposes a Jacobian and `linalg` a matrix.
+`matrices` has derivatives of functions of a tree of parameters, `eigen` the users'
+functions of a matrix. Beneath them: `linalg` decomposes a matrix or a Jacobian, `modes`
+chooses forward or reverse mode.
 """
 
 from .eigen import decompose, eigen_projection
-from .flat import (
-    Expansion,
-    checked_batch_size,
-    expansion_of,
-    gauss_newton_matrix,
-    jacobian_of,
-    spectrum_of,
-)
 from .linalg import (
     IndefiniteError,
     Matrix,
+    Spectrum,
     after,
     as_real_square,
+    column_norms,
     descending,
     equilibrated_eigh,
     matmul,
+    of_jacobian,
     on_device,
     positive,
     refuse,
     refuse_non_finite,
+    square_factor,
 )
-from .matrices import gauss_newton, hessian, jacobian
-from .matvec import MatrixFree, Product, gauss_newton_matvec, hessian_matvec
+from .matrices import (
+    Expansion,
+    MatrixFree,
+    checked_batch_size,
+    expansion_of,
+    gauss_newton,
+    gauss_newton_matrix,
+    gauss_newton_matvec,
+    hessian,
+    hessian_matvec,
+    jacobian,
+    jacobian_of,
+    spectrum_of,
+)
 from .modes import (
     Flat,
     Mode,
@@ -44,4 +52,3 @@ from .modes import (
     traced,
     transposed_product,
 )
-from .singular import Spectrum, column_norms, of_jacobian, square_factor

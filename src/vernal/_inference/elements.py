@@ -105,6 +105,12 @@ def held_elements(
     )
 
 
+def with_held(whitening: DenseWhitening, held: Any) -> DenseWhitening:
+    """Returns a map along which some of the coordinates do not move."""
+    scale = jnp.where(held, 0, whitening.scale)
+    return eqx.tree_at(lambda w: w.scale, whitening, scale)
+
+
 def tied_of(
     trainer: AbstractTrainer, model: Any
 ) -> Callable[[Any], dict[str, Array]] | None:

@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,9 +40,8 @@ from .._step import (
     template_of,
 )
 from .._tree import as_parameters, by_path, widest
-from .derivatives import Passes, derive
-from .elements import elements_of, held_elements, whitening_of_elements
-from .fisher import ErrorKind
+from .derivatives import ErrorKind, Passes, derive
+from .elements import elements_of, held_elements, whitening_of_elements, with_held
 from .laplace import Laplace, laplace
 from .sandwich import few_text
 
@@ -277,13 +275,13 @@ def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
             found = derive(trainer, batch, "priors", None, Passes(), holds=True)
             of_priors = found.found[0]
     else:
-        assert derived.deviances is not None
         of_each = np.square(np.asarray(derived.deviances, float))
         rows, data_count = prior_count(trainer), int(derived.data.size)
         of_data = of_each[: of_each.size - rows]
         deviance = float(of_data.sum())
         if deviance < _LEAST_SQUARES:
-            norm = _norm(np.asarray(derived.deviances, float)[: of_data.size])
+            # Unlike a sum of squares, it does not underflow.
+            norm = math.hypot(*np.asarray(derived.deviances, float)[: of_data.size])
         of_priors = derived.found[0][-rows:] if rows else None
         if not of_data.all():
             own = derived.found[0][: of_data.size], derived.deviances[: of_data.size]
@@ -293,11 +291,11 @@ def expanded(trainer: AbstractTrainer, batch: Any, here: Laplace) -> Around:
             squares = float(of_each.sum()), int(np.count_nonzero(of_each))
     p_values = 1.0, 1.0
     if distance is not None:
-        p_values = truth_p_values(distance, _rank(whitening), squares)
+        rank = int(np.count_nonzero(np.asarray(whitening.roots) > 0))
+        p_values = truth_p_values(distance, rank, squares)
     if (held := np.asarray(derived.held)).any():
         # Neither a draw nor a propagated error moves what is held.
-        scale = jnp.where(held, 0, whitening.scale)
-        whitening = eqx.tree_at(lambda w: w.scale, whitening, scale)
+        whitening = with_held(whitening, held)
     return Around(
         whitening=whitening,
         deviance=deviance,
@@ -443,18 +441,6 @@ def warn_if_of_few(
         warn(f"`{name}`: {few}.")
 
 
-def _norm(values: Float[np.ndarray, " N"]) -> float:
-    unit = np.max(abs(values), initial=0)
-    if not 0 < unit < math.inf:
-        return float(unit)
-    return float(unit * np.linalg.norm(values / unit))
-
-
-def _rank(whitening: DenseWhitening) -> int:
-    """Counts the directions that are constrained."""
-    return int(np.count_nonzero(np.asarray(whitening.roots) > 0))
-
-
 def _fitted_count(
     whitening: DenseWhitening, of_priors: Float[Array, "rows D"] | None
 ) -> int | float:
@@ -464,7 +450,7 @@ def _fitted_count(
     it is the rank less the shares of the priors, the eigenvalues of
     $R P P^\top R^\top$, which have no units.
     """
-    rank = _rank(whitening)
+    rank = int(np.count_nonzero(np.asarray(whitening.roots) > 0))
     if of_priors is None:
         return rank
     parts = of_priors, whitening.scale, whitening.vectors, whitening.roots

@@ -8,8 +8,15 @@ from .._curvature import Mode
 from .._projection import DenseWhitening, NullPolicy
 from .._step import AbstractTrainer, DataKind, defined
 from .._tree import as_parameters, ravel_size
-from .derivatives import Derived, Passes, derive
-from .fisher import ErrorKind, checked_kind, require_elements, require_likelihood
+from .derivatives import (
+    Derived,
+    ErrorKind,
+    Passes,
+    checked_kind,
+    derive,
+    require_elements,
+    require_likelihood,
+)
 from .observed import error_bar, observed
 from .sandwich import sandwich
 from .whiten import (

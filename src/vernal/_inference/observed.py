@@ -131,10 +131,8 @@ def _traced(trainer: AbstractTrainer, look: Look, like: Derived, bar: Any) -> De
 def _confirmed(
     hessian: Float[Array, "D D"], far: Float[Array, "D D"], steps: Any
 ) -> Float[Array, "D D"]:
-    # LAPACK may not return if there is a NaN, and has no half precision.
-    is_finite, dtype = all_finite((hessian, far)), _decomposed_in(hessian)
-    clear = lambda x: jnp.where(is_finite, x, 0).astype(dtype)
-    found = confirmed(clear(hessian), clear(far), steps.astype(dtype))
+    is_finite, (known, other) = _cleared((hessian, far))
+    found = confirmed(known, other, steps.astype(known.dtype))
     return jnp.where(is_finite, found.astype(hessian.dtype), hessian)
 
 
@@ -143,20 +141,23 @@ def _left_at(
 ) -> tuple[Float[Array, "D D"], Leftover, Bool[Array, ""]]:
     """Finds what is left, in the units of the parameters, and whether all is finite."""
     hessian, gradient = derived.found[0]
-    is_finite = all_finite((hessian, gradient))
-    # LAPACK may not return if there is a NaN, and has no half precision.
-    dtype = _decomposed_in(hessian)
-    clear = lambda x: jnp.where(is_finite, x, 0).astype(dtype)
-    scale, values, vectors = equilibrated_eigh(clear(hessian))
-    along = matmul(vectors.T, clear(gradient) / scale)
+    is_finite, (known, slope) = _cleared((hessian, gradient))
+    scale, values, vectors = equilibrated_eigh(known)
+    along = matmul(vectors.T, slope / scale)
     noise = noise_of_zero(len(hessian), hessian.dtype)
-    own = jnp.asarray(bar, dtype)
+    own = jnp.asarray(bar, known.dtype)
     left = leftover(values, along, vectors, derived.value, noise, own)
     return hessian, left._replace(step=left.step / scale), is_finite
 
 
-def _decomposed_in(hessian: Float[Array, "D D"]) -> Any:
-    return widest((hessian.dtype, jnp.dtype("float32")))
+def _cleared(arrays: tuple[Array, Array]) -> tuple[Bool[Array, ""], list[Array]]:
+    """Says whether arrays are finite, and puts zeros there if they are not.
+
+    LAPACK may not return if there is a NaN, and has no half precision.
+    """
+    is_finite = all_finite(arrays)
+    dtype = widest((arrays[0].dtype, jnp.dtype("float32")))
+    return is_finite, [jnp.where(is_finite, x, 0).astype(dtype) for x in arrays]
 
 
 def error_bar(derived: Derived, size: int) -> Float[Array, ""]:
@@ -165,8 +166,6 @@ def error_bar(derived: Derived, size: int) -> Float[Array, ""]:
     `residuals` may be without: their scatter, beside a model with so many elements as
     `size`, is smaller then.
     """
-    assert derived.deviances is not None
-    assert derived.data is not None
     degrees = max(derived.deviances.size - size, 1)
     scatter = jnp.sqrt(jnp.sum(jnp.square(derived.deviances)) / degrees)
     least = jnp.finfo(scatter.dtype).tiny ** 0.5

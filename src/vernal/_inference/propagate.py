@@ -42,9 +42,10 @@ from .._step import (
     stripped,
 )
 from .._tree import as_parameters, element_name, is_inexact, ravel, ravel_dtype, unravel
+from .elements import with_held
 from .expansion import Around, around, warn_if_misleading, warn_if_of_few
 from .laplace import ErrorOptions
-from .truncated import Box, draw_within
+from .truncated import draw_within
 
 
 def propagate(
@@ -116,23 +117,18 @@ def _named(trainer: AbstractTrainer, flags: Any) -> str:
 
 def _still(value: PyTree, error: PyTree, steep: PyTree) -> str:
     """Names the first output that is finite, as its slopes are, and has no error."""
-    leaves = zip(
-        spelled_leaves("fn(model)", value),
-        jax.tree.leaves(error),
-        jax.tree.leaves(steep),
-        strict=True,
-    )
-    for (where, leaf), own, is_steep in leaves:
+    parts = spelled_leaves("fn(model)", value), *map(jax.tree.leaves, (error, steep))
+    for (where, leaf), own, is_steep in zip(*parts, strict=True):
         is_known = np.isfinite(leaf) & ~np.asarray(is_steep)
         if (still := np.isnan(own) & is_known).any():
-            return _placed(where, still)
+            return _placed(where, still, ",")
     return ""
 
 
-def _placed(where: str, flags: Any) -> str:
+def _placed(where: str, flags: Any, end: str = "") -> str:
     """Adds to a name the place of the first true flag."""
     first = np.argwhere(flags)[0].tolist()
-    return where + (f", first at {first} of shape {flags.shape}," if first else "")
+    return where + (f", first at {first} of shape {flags.shape}{end}" if first else "")
 
 
 # What JAX raises where Python needs to know what is in an array.
@@ -145,10 +141,8 @@ _OF_TRACERS = (
 
 def _odd(value: PyTree, steep: PyTree) -> Iterator[str]:
     """Says which outputs have no error since they, or their slopes, are not finite."""
-    leaves = zip(
-        spelled_leaves("fn(model)", value), jax.tree.leaves(steep), strict=True
-    )
-    for (where, leaf), is_steep in leaves:
+    named = spelled_leaves("fn(model)", value)
+    for (where, leaf), is_steep in zip(named, jax.tree.leaves(steep), strict=True):
         array = np.asarray(leaf)
         kinds = {
             f"{where} is NaN": np.isnan(array),
@@ -157,10 +151,7 @@ def _odd(value: PyTree, steep: PyTree) -> Iterator[str]:
         }
         for what, bad in kinds.items():
             if bad.any():
-                first = np.argwhere(bad)[0].tolist()
-                yield what + (
-                    f", first at {first} of shape {bad.shape}" if first else ""
-                )
+                yield _placed(what, bad)
                 break
 
 
@@ -180,9 +171,7 @@ def _depends(
     error: PyTree,
 ) -> bool:
     """Whether an error is another without that of parameters of too few data."""
-    scales = jnp.where(here.is_of_few, 0, here.whitening.scale)
-    without = eqx.tree_at(lambda w: w.scale, here.whitening, scales)
-    here = here._replace(whitening=without)
+    here = here._replace(whitening=with_held(here.whitening, here.is_of_few))
     pairs = jax.tree.leaves((error, propagated(trainer, fn, here, scale)[1]))
     half = len(pairs) // 2
     is_same = lambda old, new: np.allclose(old, new, rtol=0.01, atol=0, equal_nan=True)
@@ -408,10 +397,10 @@ def run_draw_within(
     # A complex parameter has no bounds, on both of its parts.
     both = lambda x: jax.lax.complex(x.real, x.real) if jnp.iscomplexobj(x) else x
     sides = [ravel(jax.tree.map(both, side)) for side in bounds.limits(params)]
-    box = Box(*((side - flat).astype(dtype) for side in sides))
+    low, high = ((side - flat).astype(dtype) for side in sides)
 
     def of_one(latent: Array, is_kept: Array, key: PRNGKeyArray) -> tuple[PyTree, Any]:
-        new = draw_within(whitening, factor, box, key).astype(latent.dtype)
+        new = draw_within(whitening, factor, (low, high), key).astype(latent.dtype)
         # Rounding may lead beyond a bound.
         own = bounds.clip(drawn(jnp.where(is_kept, latent, new)))
         model = live(trainer, own).model

@@ -11,7 +11,6 @@ from .._boundary import boolean, refuse_program, whole_number
 from .._curvature import IndefiniteError
 from .._data import as_batch
 from .._minimum import (
-    Distance,
     Site,
     distance_of,
     minimum_note,
@@ -103,7 +102,6 @@ def report(
         prior_penalty=here.penalty,
         edm=math.nan if distance is None else float(distance.edm),
         error_kind=here.kind,
-        stop_reason=None,
         error_scale=scale,
         parameters=tuple(_rows(trainer, own, tied, scale)),
         correlation_matrix=own.correlations(),
@@ -150,24 +148,20 @@ def _note(
     trainer: AbstractTrainer, here: Around, counts: OfCounts | None, is_few: bool
 ) -> str | None:
     """Returns what there is to say of the fit and its errors, a line for each."""
-    is_sandwich = here.kind == "sandwich"
-    of_data = None if counts is None else counts.note(is_sandwich, is_few)
-    of_few = few_text(here.is_of_few, trainer.params)
-    return _joined(_point_note(trainer, here), of_data, of_few)
+    params, of_point, of_data = trainer.params, None, None
+    if here.distance is not None:
+        of_point = minimum_note(here.distance, params)
+        if of_point is None and here.kind == "expected":
+            of_point = slope_note(here.distance, params)
+    if of_point is None and hidden_by_rounding(here.whitening).any():
+        of_point = ROUNDING
+    if counts is not None:
+        of_data = counts.note(here.kind == "sandwich", is_few)
+    return _joined(of_point, of_data, few_text(here.is_of_few, params))
 
 
 def _joined(*notes: str | None) -> str | None:
     return "\n".join(filter(None, notes)) or None
-
-
-def _point_note(trainer: AbstractTrainer, here: Around) -> str | None:
-    """Returns what there is to say of the minimum, or of rounding."""
-    of_rounding = ROUNDING if hidden_by_rounding(here.whitening).any() else None
-    if here.distance is None:
-        return of_rounding
-    about = here.distance, trainer.params
-    of_slopes = slope_note(*about) if here.kind == "expected" else None
-    return minimum_note(*about) or of_slopes or of_rounding
 
 
 def hidden_by_rounding(whitening: DenseWhitening) -> Bool[np.ndarray, " D"]:
@@ -219,12 +213,12 @@ def _tied(
 class _Lost(NamedTuple):
     """What there is to say of a point where an `nll` has no errors.
 
-    - `distance`: how far it is from a minimum, `None` if something else is minimised.
+    - `edm`: how far it is from a minimum, NaN if something else is minimised.
     - `held`: the names of the elements that are held at their bounds.
     - `note`: why there are no errors, and what helps.
     """
 
-    distance: Distance | None
+    edm: float
     held: set[str]
     note: str
 
@@ -243,16 +237,17 @@ def _lost(
     at = derived.held, params, trainer.projector
     flags, elements = held_elements(trainer, derived.held), elements_of(trainer)
     held = {element_name(elements, int(i)) for i in np.flatnonzero(np.asarray(flags))}
-    distance, note = None, f"no errors: {error}"
+    edm, note = math.nan, f"no errors: {error}"
     if what_falls(trainer) == "nll":
         local = surroundings(derived.value, gradient, hessian, *at)
         site = Site(stripped(trainer), as_batch(batch), "nll")
         # At a kink, too, the loss only seems to curve downwards.
         distance = second_look(site, local, distance_of(local))
+        edm = float(distance.edm)
         if distance.is_saddle:
             words = saddle_words(distance, params, _GO_ON)
             note = f"no errors, as it is not at a minimum: the loss {words}"
-    return _Lost(distance, held, note)
+    return _Lost(edm, held, note)
 
 
 _GO_ON = (
@@ -265,25 +260,15 @@ def _report_of_values(
     trainer: AbstractTrainer, lost: _Lost, data_count: int | None
 ) -> Report:
     """Reports what there is without errors: no criterion is of this point."""
-    distance = lost.distance
     rows = tuple(_marked(_rows(trainer, None, {}, 1.0), lost.held))
     size = sum(row.is_free for row in rows)
     return Report(
-        chi_squared=None,
         data_count=data_count,
         free_count=size,
         effective_count=size,
-        degrees_of_freedom=None,
-        reduced_chi_squared=None,
-        expected_deviance=None,
-        p_value=None,
-        aic=None,
-        bic=None,
         prior_penalty=penalty_of(trainer),
-        edm=math.nan if distance is None else float(distance.edm),
+        edm=lost.edm,
         error_kind="observed",
-        stop_reason=None,
-        error_scale=1.0,
         parameters=rows,
         correlation_matrix=np.full((size, size), np.nan),
         note=lost.note,

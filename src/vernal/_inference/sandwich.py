@@ -88,7 +88,6 @@ def sandwich(
     if derived.data is not None and derived.data.has_scale:
         found = derive(trainer, batch, "deviance", None, passes, holds=True)
     (jacobian,), residuals = found.found, found.deviances
-    assert residuals is not None
     is_datum = np.arange(residuals.size) < residuals.size - prior_count(trainer)
     maps, parts = (expected, observed), (scoring, jacobian, residuals)
     return _sandwich(maps, parts, is_datum, as_parameters(trainer.params))

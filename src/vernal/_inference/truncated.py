@@ -1,7 +1,5 @@
 """Draws from a normal distribution that bounds cut off."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -13,20 +11,15 @@ from .._projection import DenseWhitening
 _SWEEPS = 100
 
 
-class Box(NamedTuple):
-    """The bounds of each element, as distances from the mean."""
-
-    low: Float[Array, " D"]
-    high: Float[Array, " D"]
-
-
 def draw_within(
     whitening: DenseWhitening,
     factor: Float[Array, ""],
-    box: Box,
+    box: tuple[Float[Array, " D"], Float[Array, " D"]],
     key: PRNGKeyArray,
 ) -> Float[Array, " latent"]:
     """Draws one latent vector whose parameters are within a box that has the mean.
+
+    The `box` is the bounds of each element, as distances from the mean.
 
     It moves along each axis of the latent space, and along what changes one parameter
     alone: the first mixes where the box is large beside the errors, the second where it

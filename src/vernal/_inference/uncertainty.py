@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +40,22 @@ from .._step import (
     template_of,
 )
 from .._tree import as_parameters, is_inexact, ravel, ravel_size, unravel
-from .derivatives import Derived, Passes, derive
-from .elements import elements_of, held_elements, scaled, tied_of, whitening_of_elements
+from .derivatives import (
+    Derived,
+    ErrorKind,
+    Passes,
+    derive,
+    require_elements,
+    require_likelihood,
+)
+from .elements import (
+    elements_of,
+    held_elements,
+    scaled,
+    tied_of,
+    whitening_of_elements,
+    with_held,
+)
 from .expansion import (
     NO_SCATTER,
     Fall,
@@ -56,7 +69,6 @@ from .expansion import (
     zeros_of,
     zeros_text,
 )
-from .fisher import ErrorKind, require_elements, require_likelihood
 from .laplace import NULLS, ErrorOptions, kind_of, laplace
 from .observed import error_bar, observed
 from .propagate import run_propagate
@@ -139,17 +151,14 @@ class Scatter(NamedTuple):
         degrees = np.asarray(self.data.size) - np.asarray(self.rank)
         if not of_any(degrees > 0):
             raise ValueError(NO_SCATTER)
-        self._warn_of_zeros()
-        return np.sqrt(self.squares / np.where(degrees > 0, degrees, np.nan))
-
-    def _warn_of_zeros(self) -> None:
-        """Warns of the first member of which residuals may be of missing data."""
+        # Residuals may be of missing data.
         zeros, sizes = np.broadcast_arrays(self.zeros, self.data.size)
         suspects = np.flatnonzero(may_be_masked(zeros, sizes))
         if suspects.size:
             first, others = suspects[0], suspects.size - 1
             where = f" of member {first}" + f" (and of {others} more)" * bool(others)
             warn(zeros_text(int(zeros[first]), int(sizes[first]), where))
+        return np.sqrt(self.squares / np.where(degrees > 0, degrees, np.nan))
 
 
 class KnownErrors(NamedTuple):
@@ -240,21 +249,18 @@ def errors_or_nan(
     known = jnp.where(is_known, errors.errors_of_the_data(), jnp.nan)
     own = unravel(known, as_parameters(elements_of(trainer)))
     fall = fall._replace(chi_squared=jnp.where(is_good, fall.chi_squared, jnp.nan))
-    if (tied := tied_of(trainer, trainer.model)) is None:
-        return KnownErrors(own, {}, fall, scatter, lacks_scatter, is_of_few)
-    scale = jnp.where(held, 0, whitening.scale)
-    free = eqx.tree_at(lambda w: w.scale, whitening, scale)
-    closure, one = Closure.encode(tied), jnp.ones(())
-    still = None if bounds_of(trainer) is None else held
-    _, found, *_ = run_propagate(stripped(trainer), closure, free, one, still)
-    clear = lambda e: jnp.where(has_errors, e, jnp.nan)
-    tied_errors = jax.tree.map(clear, found)
-    return KnownErrors(own, tied_errors, fall, scatter, lacks_scatter, is_of_few)
+    of_tied = {}
+    if (tied := tied_of(trainer, trainer.model)) is not None:
+        free = with_held(whitening, held)
+        closure, one = Closure.encode(tied), jnp.ones(())
+        still = None if bounds_of(trainer) is None else held
+        _, found, *_ = run_propagate(stripped(trainer), closure, free, one, still)
+        clear = lambda e: jnp.where(has_errors, e, jnp.nan)
+        of_tied = jax.tree.map(clear, found)
+    return KnownErrors(own, of_tied, fall, scatter, lacks_scatter, is_of_few)
 
 
 def _scatter(derived: Derived, whitening: DenseWhitening) -> Scatter:
-    assert derived.deviances is not None
-    assert derived.data is not None
     unit = positive(jnp.max(jnp.abs(derived.deviances), initial=0))
     norm = unit * jnp.linalg.norm(derived.deviances / unit)
     missing = derived.deviances.size - derived.data.size

@@ -27,14 +27,16 @@ from .._projection import (
 )
 from .._step import AbstractTrainer, bijections_of, defined, in_free_coordinates
 from .._tree import as_parameters, ravel_dtype, widest
-from .derivatives import Passes, derive, require_finite
-from .fisher import (
+from .derivatives import (
     Blocks,
+    Passes,
     as_selectors,
     by_selector,
+    derive,
     has_likelihood,
     matrices,
     require_elements,
+    require_finite,
 )
 from .observed import observed
 

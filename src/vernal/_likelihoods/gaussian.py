@@ -32,12 +32,6 @@ class Gaussian(Portable, AbstractLikelihood):
 
     without the constant of $\sigma$, which is not fitted: fits and derivatives refuse a
     `std` that depends on the parameters.
-
-    **Attributes:**
-
-    - `mean`: what the model predicts, $m$; complex numbers are two data each.
-    - `data`, `std`: the data $y$ and their error bars $\sigma$, in the same units.
-    - `where`: which data there are, `None` for all.
     """
 
     mean: Inexact[Array, "..."]
@@ -60,12 +54,12 @@ class Gaussian(Portable, AbstractLikelihood):
         *,
         where: ArrayLike | None = None,
     ):
-        """**Arguments:**
+        r"""**Arguments:**
 
-        - `mean`: what the model predicts.
-        - `data`: an array of the same shape.
-        - `std`: their error bars; it broadcasts to that shape. The likelihood is NaN
-            where one is not positive.
+        - `mean`: what the model predicts, $m$; complex numbers are two data each.
+        - `data`: the data $y$, an array of the same shape.
+        - `std`: their error bars $\sigma$; it broadcasts to that shape. The likelihood
+            is NaN where one is not positive.
         - `where`: which data there are, as booleans that broadcast to that shape. The
             others may be NaN, and so may their error bars; what the model predicts of
             them must be finite, and have finite derivatives.

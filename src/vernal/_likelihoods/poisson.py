@@ -41,12 +41,6 @@ class Poisson(Portable, AbstractLikelihood):
     variance. The expected Fisher matrix is
     $J^\top \mathrm{diag}(1 / \mu) J$, with the Jacobian $J$ of the rates.
 
-    **Attributes:**
-
-    - `rate`: what the model predicts, $\mu$: the expected counts, not their density.
-    - `counts`: $n$, not negative.
-    - `where`: which data there are, `None` for all.
-
     See Cash, *Parameter estimation in astronomy through application of the likelihood
     ratio*, The Astrophysical Journal 228 (1979), and Baker and Cousins, *Clarification
     of the use of chi-square and likelihood functions in fits to histograms*, Nuclear
@@ -61,11 +55,12 @@ class Poisson(Portable, AbstractLikelihood):
     def __init__(
         self, rate: ArrayLike, counts: ArrayLike, *, where: ArrayLike | None = None
     ):
-        """**Arguments:**
+        r"""**Arguments:**
 
-        - `rate`: the counts that the model expects. The likelihood of a negative rate
-            is zero, and its residual infinite: bound the parameters if need be.
-        - `counts`: an array of the same shape, of integers or floats.
+        - `rate`: the counts that the model expects, $\mu$, not their density. The
+            likelihood of a negative rate is zero, and its residual infinite: bound the
+            parameters if need be.
+        - `counts`: $n$, an array of the same shape, of integers or floats.
         - `where`: as for [`vernal.likelihoods.Gaussian`][].
 
         **Raises:**

@@ -95,14 +95,7 @@ class Robust(Portable, AbstractLikelihood):
 
     This is not the likelihood of the data. So their errors are those of the sandwich,
     from the scatter of the data themselves (see [`vernal.Trainer.standard_errors`][]),
-    and reports have no $\chi^2$.
-
-    **Attributes:**
-
-    - `left`: the residuals $r$.
-    - `loss`: the name of the loss.
-    - `scale`: $C$, from where on residuals count for less.
-    - `where`: which data there are, `None` for all.
+    and reports have no $\chi^2$. The residuals $r$ are its attribute `left`.
     """
 
     left: Float[Array, "..."]
@@ -129,8 +122,8 @@ class Robust(Portable, AbstractLikelihood):
 
         - `residuals`: prediction less data, in units of the error bars, or any others.
         - `loss`: the name of the loss.
-        - `scale`: in the units of `residuals`; it broadcasts to their shape. The loss
-            is NaN where it is not positive.
+        - `scale`: $C$, from where on residuals count for less, in their units; it
+            broadcasts to their shape. The loss is NaN where it is not positive.
         - `where`: which data there are, as booleans that broadcast to their shape. The
             other residuals may be NaN, but must have finite derivatives.
 

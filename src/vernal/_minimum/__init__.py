@@ -2,8 +2,8 @@
 
 `distance` measures the surroundings of a trainer, `local` holds them as a compiled
 program returns them, `formulas` finds the distance from them on the host, and `edm` is
-what it says. `lower` looks for lower points where directions are `idle`, `second_look`
-for minima where they nearly are.
+what it says. `idle` looks for lower points where the data have no slope, `second_look`
+for minima where they hardly have any.
 `leftover` tells curvature from the gradient that a fit leaves, and `endless` a minimum
 from a limit that the loss approaches without end.
 """
@@ -35,7 +35,7 @@ from .edm import (
 )
 from .endless import endless, may_be_endless, may_run_away
 from .formulas import distance_of
-from .idle import Site, is_idle, leaves_idle
+from .idle import Lower, Site, is_idle, leaves_idle, lower_point
 from .leftover import (
     MOST_STEPS,
     Leftover,
@@ -46,5 +46,4 @@ from .leftover import (
     unrounded,
 )
 from .local import Curved, Local, Triangle, noise_of_zero, rounding_of, underflows
-from .lower import Lower, lower_point
 from .second_look import second_look

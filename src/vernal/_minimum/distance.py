@@ -85,34 +85,24 @@ def measure(
     projector: EigenProjector | None,
     batch: Any,
     kind: str,
-    fall: Any,
+    fall: Any = None,
     held: Mapping[str, Bool[Array, "..."]] | None = None,
 ) -> Local:
     """Measures what `distance_of` needs, within a compiled program.
 
     The trainer is bare; directions that its `projector` dropped are not free. `kind` is
-    what `what_falls` returns, and `fall` is how far the loss fell on the way here.
-    `held` are the elements that are pushed against their bounds, if that is known.
+    what `what_falls` returns, and `fall` is how far the loss fell on the way here;
+    without it, second derivatives are measured, also of squares, on a scale that is
+    known. `held` are the elements that are pushed against their bounds, if known.
     """
     params, value = as_parameters(trainer.params), minimised(trainer, batch, kind)
     here = _Here(_wide(ravel(params)), params, projector)
     held = pushed(trainer, value) if held is None else held
-    if kind == "residuals":
+    if kind == "residuals" and fall is not None:
         found = _by_jacobian(trainer, batch, here, value, held, fall)
     else:
         # The scale of an `nll` is known.
         found = _by_hessian(here, value, held, fall if kind == "loss" else None)
-    return _with_held(found, flat_flags(held, params))
-
-
-def measure_hessian(trainer: AbstractTrainer, batch: Any, kind: str) -> Local:
-    """Measures the surroundings by second derivatives, those of squares too.
-
-    In units of the likelihood, with all directions free.
-    """
-    params, value = as_parameters(trainer.params), minimised(trainer, batch, kind)
-    here, held = _Here(_wide(ravel(params)), params, None), pushed(trainer, value)
-    found = _by_hessian(here, value, held, None)
     return _with_held(found, flat_flags(held, params))
 
 

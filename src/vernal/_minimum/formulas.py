@@ -110,7 +110,9 @@ def _of_curved(local: Curved) -> Distance:
     is_saddle = (largest == 0 and is_flat and not np.all(local.held)) or curves_down
     step = -vectors @ (along / curvature)
     if curves_down:
-        step = _downhill(vectors[:, 0], slope)
+        # Downhill; without a slope, its largest element is positive.
+        way = vectors[:, 0]
+        step = way * (-np.sign(way @ slope) or np.sign(way[abs(way).argmax()]))
     unseen, roots = max(local.tolerance, local.rounding), np.sqrt(curvature)
     rows = np.where(is_kept, roots, 0)[:, None] * vectors.T
     spacing = _hidden(edm, local.spacing, unseen, rows, along / roots, local)
@@ -173,12 +175,6 @@ def _hidden(
     rest = 0.5 * np.sum(np.square(left @ ends))
     limit += np.square(left @ moved).sum(axis=0) @ shares[coarse]
     return spacing if rest <= limit else 0.0
-
-
-def _downhill(direction: Any, slope: Any) -> np.ndarray:
-    """Turns a direction downhill; without a slope, its largest element is positive."""
-    sign = -np.sign(direction @ slope) or np.sign(direction[abs(direction).argmax()])
-    return sign * direction
 
 
 def _distance(

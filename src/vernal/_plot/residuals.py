@@ -1,7 +1,7 @@
 """Residuals as points, and how good a fit is in one line."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,23 +17,20 @@ from .axes import as_label
 _evaluate = program(residuals_by_place)
 
 
-class Points(NamedTuple):
-    """The residuals of one array or likelihood, NaN for missing data."""
+def collect_points(
+    trainer: Trainer[Any, Any], batch: Any, x: Any
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Evaluates `residuals`, which belong to `x`: a label, places and values for each.
 
-    label: str
-    x: np.ndarray
-    values: np.ndarray
-
-
-def collect_points(trainer: Trainer[Any, Any], batch: Any, x: Any) -> list[Points]:
-    """Evaluates `residuals`, of complex ones both parts; `x` is where they belong."""
+    Of complex ones there are both parts; missing data are NaN.
+    """
     if "residuals" not in defined(trainer):
         raise TypeError(
             f"`{type(trainer).__name__}` defines no `residuals`, which this is a "
             "picture of. Draw the model beside the data: `vernal.plot.band`."
         )
     found = _evaluate(stripped(trainer), as_batch(batch), step_key(trainer))
-    places, points = _places(x, found), list[Points]()
+    places = _places(x, found)
     for where, (term, array) in found.items():
         values, label = np.asarray(array), where.strip("`") * (len(found) > 1)
         if (mask := getattr(term, "where", None)) is not None:
@@ -43,9 +40,7 @@ def collect_points(trainer: Trainer[Any, Any], batch: Any, x: Any) -> list[Point
             label = label or "residuals"
             parts = {".real": np.real(values), ".imag": np.imag(values)}
         for suffix, part in parts.items():
-            own = as_label(label + suffix), places[where].ravel(), part.ravel()
-            points.append(Points(*own))
-    return points
+            yield as_label(label + suffix), places[where].ravel(), part.ravel()
 
 
 def _places(x: Any, terms: Mapping[str, Any]) -> dict[str, np.ndarray]:

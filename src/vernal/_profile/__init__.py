@@ -3,8 +3,8 @@
 `conditional` finds minima with some elements held, many in one compiled program;
 `by_solver` finds one where that fails. `scan` says where to begin, `search` looks for
 the value where the likelihood has fallen by so much, `elements` finds elements by
-their names, and `own_values` knows the values of those with a bijection. `profile` and
-`intervals` are what users call, `plane` is for a picture.
+their names, and the values of those with a bijection. `profile` and `intervals` are
+what users call, `plane` is for a picture.
 """
 
 from .intervals import intervals, probability

@@ -1,10 +1,26 @@
-"""Elements of the parameters, by the names that they have in reports."""
+"""Elements of the parameters, by the names that they have in reports.
+
+And the values of the model's own elements, where a trainer has free coordinates.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
 from .._boundary import nearest_names
-from .._step import AbstractTrainer, in_free_coordinates, tied_words
+from .._constraints import tolerance_of
+from .._program import program
+from .._step import (
+    AbstractTrainer,
+    in_free_coordinates,
+    stripped,
+    template_of,
+    tied_words,
+)
 from .._tree import (
     UnknownPathError,
     by_path,
@@ -12,7 +28,104 @@ from .._tree import (
     ravel_size,
     resolve,
 )
-from .own_values import coupled, places
+
+
+def places(trainer: AbstractTrainer) -> list[tuple[str, int]]:
+    """Lists the path of each element, and its place in that parameter."""
+    leaves = by_path(trainer.params).items()
+    return [(path, place) for path, x in leaves for place in range(x.size)]
+
+
+def coupled(trainer: AbstractTrainer) -> set[str]:
+    """Returns the parameters whose elements have no coordinate of their own."""
+    if template_of(trainer).bijections is None:
+        return set()
+    found = jax.device_get(run_coupled(stripped(trainer)))
+    return {path for path, is_coupled in found.items() if is_coupled}
+
+
+def values_of(
+    trainer: AbstractTrainer, index: int, free: Float[np.ndarray, " K"]
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+    """Returns an element at values of its free coordinate, and the derivatives."""
+    path, place = places(trainer)[index]
+    if path not in _maps(trainer):
+        return free, np.ones_like(free)
+    bare = stripped(trainer)
+    value, slope = jax.device_get(run_values(bare, path, np.int32(place), free))
+    return value.astype(float), slope
+
+
+def coordinates_of(
+    trainer: AbstractTrainer, index: int, values: Float[np.ndarray, " K"]
+) -> Float[np.ndarray, " K"]:
+    """Returns the free coordinate of an element at its values; NaN if it has none."""
+    path, place = places(trainer)[index]
+    if path not in _maps(trainer):
+        return values
+    args = stripped(trainer), path, np.int32(place), values
+    free = np.asarray(run_coordinates(*args), float)
+    return np.where(np.isfinite(free), free, np.nan)
+
+
+def _maps(trainer: AbstractTrainer) -> dict[str, Any]:
+    bijections = template_of(trainer).bijections
+    return {} if bijections is None else bijections.maps
+
+
+@program
+def run_coupled(trainer: AbstractTrainer) -> dict[str, Bool[Array, ""]]:
+    """Finds out for each bijection whether it couples elements."""
+    bijections: Any = template_of(trainer).bijections
+    leaves, found = by_path(trainer.params).by_name(), {}
+    for path in bijections.maps:
+        x, forward = leaves[path], bijections.flat_map(path, leaves[path])
+        if jax.eval_shape(forward, x.ravel()).size != x.size:
+            found[path] = jnp.array(True)
+            continue
+        # What is coupled is so almost everywhere.
+        draws = np.random.default_rng(0).normal(size=(3, x.size))
+        points = x.ravel()[None, :] + jnp.asarray(draws, x.dtype)
+        jacobian = jax.vmap(jax.jacfwd(forward))(points)
+        others = ~np.eye(x.size, dtype=bool)[None]
+        found[path] = jnp.any(others & (jacobian != 0))
+    return found
+
+
+@program
+def run_values(
+    trainer: AbstractTrainer, path: str, place: Int[Any, ""], free: Float[Any, " K"]
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+    leaf = by_path(trainer.params).by_name()[path]
+    bijections: Any = template_of(trainer).bijections
+    forward, _ = bijections.of_element(path, leaf, place)
+    at = jnp.asarray(free, leaf.dtype)
+    value, slope = jax.vmap(jax.value_and_grad(forward))(at)
+    # A map may be NaN at infinity, where it has a limit or grows without one.
+    far = float(jnp.finfo(leaf.dtype).max) ** 0.5 / 4
+    limit = jax.vmap(forward)(jnp.clip(at, -far, far))
+    way = jnp.sign(jax.grad(forward)(leaf.ravel()[place]))
+    limit = jnp.where(jnp.abs(limit) < far**0.5, limit, way * at)
+    return jnp.where(jnp.isinf(at) & jnp.isnan(value), limit, value), slope
+
+
+@program
+def run_coordinates(
+    trainer: AbstractTrainer, path: str, place: Int[Any, ""], values: Float[Any, " K"]
+) -> Float[Array, " K"]:
+    leaf = by_path(trainer.params).by_name()[path]
+    bijections: Any = template_of(trainer).bijections
+    forward, inverse = bijections.of_element(path, leaf, place)
+
+    def one(value: Array) -> Array:
+        free = inverse(value)
+        again, slope = jax.value_and_grad(forward)(free)
+        # Of a value near zero the rounding is that of the coordinate.
+        size = jnp.abs(value) + jnp.abs(slope) * (1 + jnp.abs(free))
+        is_same = jnp.abs(again - value) <= tolerance_of(value) * size
+        return jnp.where(is_same, free, jnp.nan)
+
+    return jax.vmap(one)(jnp.asarray(values, leaf.dtype))
 
 
 def names_of(trainer: AbstractTrainer) -> list[str]:

@@ -13,8 +13,7 @@ from .._inference import ROUNDING
 from .._step import AbstractTrainer, prior_ends
 from .._tree import ByName
 from .conditional import Points
-from .elements import find_elements
-from .own_values import values_of
+from .elements import find_elements, values_of
 from .scan import Options, Scan, Start
 from .search import search
 
@@ -31,17 +30,19 @@ def intervals(
 ) -> dict[str, Interval]:
     """Implements `Trainer.intervals`."""
     elements = find_elements(trainer, names, "names")
-    quantile = quantile_of(probability(level, "level"))
+    # SciPy takes long to import, and is there with JAX.
+    from scipy.special import erfinv
+
+    share = probability(level, "level")
     scan = Scan("intervals", trainer, solver, batch, options)
-    found = crossings(scan, elements, quantile)
-    own = {name: _own(scan, elements[name], ends) for name, ends in found.items()}
+    # The quantile of chi-squared of one degree of freedom.
+    found = crossings(scan, elements, 2 * float(erfinv(share)) ** 2)
+    own = {}
+    for name, index in elements.items():
+        ends, _ = values_of(scan.trainer, index, np.asarray(found[name]))
+        low, high = map(float, ends)
+        own[name] = (high, low) if scan.falls(index) else (low, high)
     return ByName(own)
-
-
-def _own(scan: Scan, index: int, ends: Interval) -> Interval:
-    """Returns the values of a parameter at the ends of its coordinate."""
-    low, high = map(float, values_of(scan.trainer, index, np.asarray(ends))[0])
-    return (high, low) if scan.falls(index) else (low, high)
 
 
 def probability(value: Any, argument: str) -> float:
@@ -57,14 +58,6 @@ def probability(value: Any, argument: str) -> float:
     return share
 
 
-def quantile_of(level: float) -> float:
-    r"""Returns the quantile of $\chi^2$ of one degree of freedom."""
-    # SciPy takes long to import, and is there with JAX.
-    from scipy.special import erfinv
-
-    return 2 * float(erfinv(level)) ** 2
-
-
 def crossings(
     scan: Scan, elements: dict[str, int], quantile: float
 ) -> dict[str, Interval]:
@@ -76,27 +69,19 @@ def crossings(
         sides[f"the {which} end of {name!r}"] = side(scan, line, sign, quantile)
     ends = dict(zip(sides, searched(scan, list(sides.values())), strict=True))
     _check(scan, ends)
-    values, count = [end.value for end in ends.values()], len(elements)
-    if hidden := _hidden(scan, [*elements.values()] * 2, values):
-        labels = [list(ends)[place] for place in hidden]
-        warn(f"Profile likelihood: {ROUNDING}, for {first_names(labels, str)}.")
-        is_lost = lambda place: place in hidden and math.isfinite(values[place])
-        values = [math.nan if is_lost(i) else x for i, x in enumerate(values)]
-    return dict(
-        zip(elements, zip(values[:count], values[count:], strict=True), strict=True)
-    )
-
-
-def _hidden(scan: Scan, index: list[int], values: list[float]) -> list[int]:
-    """Returns the places of ends up to which rounding hides the way.
-
-    Numbers that nearly cancel do so less well at another value.
-    """
-    return [
-        place
-        for place, (i, x) in enumerate(zip(index, values, strict=True))
-        if scan.is_hidden[i] and (math.isinf(x) or x not in (scan.low[i], scan.high[i]))
-    ]
+    values, hidden = [end.value for end in ends.values()], list[str]()
+    of_end = [*elements.values()] * 2
+    for place, (label, i) in enumerate(zip(ends, of_end, strict=True)):
+        end = values[place]
+        is_open = math.isinf(end) or end not in (scan.low[i], scan.high[i])
+        # Numbers that nearly cancel do so less well at another value.
+        if scan.is_hidden[i] and is_open:
+            hidden.append(label)
+            values[place] = math.nan if math.isfinite(end) else end
+    if hidden:
+        warn(f"Profile likelihood: {ROUNDING}, for {first_names(hidden, str)}.")
+    pairs = zip(values[: len(elements)], values[len(elements) :], strict=True)
+    return dict(zip(elements, pairs, strict=True))
 
 
 class End(NamedTuple):

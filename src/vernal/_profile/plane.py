@@ -9,9 +9,8 @@ from jaxtyping import Float
 from .._boundary import warn
 from .._step import AbstractTrainer
 from .conditional import Points
-from .elements import find_element
+from .elements import find_element, values_of
 from .intervals import Interval, Line, crossings, searched, side
-from .own_values import values_of
 from .profile import chained
 from .scan import Options, Scan, Start
 

@@ -15,9 +15,8 @@ from .._boundary import first_names, warn
 from .._step import AbstractTrainer, prior_ends
 from .._tree import ByName
 from .conditional import Points, run_models
-from .elements import find_element, find_elements
+from .elements import coordinates_of, find_element, find_elements, values_of
 from .intervals import crossings
-from .own_values import coordinates_of, values_of
 from .scan import Options, Scan, Start
 
 Model = TypeVar("Model", covariant=True, default=Any)

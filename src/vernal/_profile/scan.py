@@ -47,7 +47,7 @@ from .._step import (
 from .._tree import ravel_dtype, widest
 from .by_solver import by_solver
 from .conditional import Held, Points, Space, run_limits, run_points
-from .own_values import values_of
+from .elements import values_of
 
 # A likelihood that is lower by less than this is the same, beside rounding.
 _LOWER = 5e-3

@@ -41,7 +41,7 @@ from .blocks import (
     places,
     scatter,
 )
-from .decompose import Kind, check_jacobian, whiten, whiten_jacobian
+from .dense import Kind, check_jacobian, whiten, whiten_jacobian
 from .low_rank import whiten_matvec
 from .nulls import NullPolicy, OnNull
 from .whitening import AbstractWhitening, Unchanged
@@ -466,12 +466,10 @@ class EigenProjector(Portable, eqx.Module):
 
     @checked
     def at(self, params: Params) -> "EigenProjector":
-        """Returns a projector with the same matrix and another origin.
+        """Returns a projector with the same matrix and another origin, `params`.
 
-        **Arguments:**
-
-        - `params`: the new origin. Its structure may differ, as long as its leaves have
-            the same shapes in the same order.
+        Its structure may differ, as long as its leaves have the same shapes in the same
+        order.
         """
         origin = as_parameters(params)
         shapes = [leaf.shape for leaf in jax.tree.leaves(origin)]
@@ -490,16 +488,12 @@ class EigenProjector(Portable, eqx.Module):
 
     @checked
     def to_params(self, latent: PyTree) -> Params:
-        """Returns $x_0 + P u$ as a tree.
+        """Returns $x_0 + P u$ as a tree like the parameters, each leaf in its dtype.
 
         **Arguments:**
 
         - `latent`: the latent vector $u$, of shape `(latent_size,)`; after
             [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
-
-        **Returns:**
-
-        A tree like the parameters, each leaf in its dtype.
         """
         return self._moved(self._pieces(latent))
 
@@ -515,21 +509,12 @@ class EigenProjector(Portable, eqx.Module):
 
     @checked
     def to_latent(self, params: Params) -> PyTree:
-        r"""Returns the latent vector of a point, $P^+ (x - x_0)$.
+        r"""Returns the latent vector of a point $x$, $P^+ (x - x_0)$.
 
         Here $P^+ = P^\top F = \Lambda^{1/2} V^\top S^{-1}$. Where directions were
         dropped, this is a pseudo-inverse: `to_params` of the result is the nearest
         point that the latent space can reach, with each parameter measured in its own
         scale.
-
-        **Arguments:**
-
-        - `params`: the point $x$, a tree like the origin.
-
-        **Returns:**
-
-        A vector of shape `(latent_size,)`; after
-        [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
         """
         return self._latent_of(self._checked(params, "params"))
 
@@ -544,14 +529,7 @@ class EigenProjector(Portable, eqx.Module):
     def pull_back(self, grads: Params) -> PyTree:
         r"""Returns $P^\top g$, the gradient with respect to the latent vector.
 
-        **Arguments:**
-
-        - `grads`: the gradient $g$ with respect to the parameters, a tree like them.
-
-        **Returns:**
-
-        A vector of shape `(latent_size,)`; after
-        [`vernal.EigenProjector.from_blocks`][] a dictionary by parameter.
+        That with respect to the parameters is $g$, a tree like them.
         """
         return self._pulled_back(self._checked(grads, "grads"))
 
@@ -565,13 +543,8 @@ class EigenProjector(Portable, eqx.Module):
     def precondition(self, grads: Params) -> Params:
         r"""Returns $P P^\top g$, the natural gradient.
 
-        **Arguments:**
-
-        - `grads`: the gradient $g$ with respect to the parameters, a tree like them.
-
-        **Returns:**
-
-        A tree like the parameters, zero along directions that were dropped.
+        It is a tree like the parameters, as the gradient $g$ with respect to them, and
+        zero along directions that were dropped.
         """
         return self._natural(self._checked(grads, "grads"))
 
@@ -635,11 +608,8 @@ class EigenProjector(Portable, eqx.Module):
         r"""Returns the covariance of the parameters, $P P^\top = F^{-1}$.
 
         Elements to which a dropped direction contributes are $\pm\infty$. Those of
-        parameters without a block are NaN, since nothing is known of them.
-
-        **Returns:**
-
-        A matrix of shape `(D, D)`, in the order of `ravel_pytree`.
+        parameters without a block are NaN, since nothing is known of them. The order is
+        that of `ravel_pytree`.
         """
         matrices = [whitening.covariance() for whitening in self._held]
         size = ravel_size(self._origin)
@@ -649,14 +619,10 @@ class EigenProjector(Portable, eqx.Module):
     @checked
     @_compiled
     def standard_errors(self) -> Params:
-        """Returns the standard error of each parameter.
+        """Returns the standard error of each parameter, a tree like the parameters.
 
         It is the root of the diagonal of the covariance: infinite for a parameter that
         contributes to a dropped direction, NaN for one without a block.
-
-        **Returns:**
-
-        A tree like the parameters.
         """
         errors = [whitening.standard_errors() for whitening in self._held]
         return self._unravel(errors)

@@ -1,7 +1,9 @@
 """`Report`: what there is to say of a fit."""
 
 import dataclasses
+import html
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -9,9 +11,18 @@ from jaxtyping import Float
 
 from .._minimum import chi_squared_p_value
 from .._policy import StopReason
-from .._tree import unknown_name
-from .rows import ParameterRow
-from .written import as_html, as_text, number
+from .._tree import aligned, short_number, unknown_name
+from .rows import ParameterRow, written
+
+Section = list[tuple[str, ...]]
+"""The rows of a table; the first one is its head."""
+
+# The most rows of parameters and of correlations.
+_MOST_ROWS, _MOST_PAIRS = 64, 12
+_LEAST_CORRELATION = 0.1
+
+# An error of more times its value says nothing of a relative one.
+_MOST_RELATIVE = 100
 
 
 class Correlation(NamedTuple):
@@ -23,7 +34,7 @@ class Correlation(NamedTuple):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Report:
     r"""What [`vernal.Trainer.report`][] returns: how good a fit is, and its parameters.
 
@@ -104,21 +115,21 @@ class Report:
 
     # `Any` stands for `None`: with `None` itself, type checkers would ask users for an
     # `assert` before each use.
-    chi_squared: float | Any
-    data_count: int | Any
+    chi_squared: float | Any = None
+    data_count: int | Any = None
     free_count: int
     effective_count: int | float
-    degrees_of_freedom: int | float | Any
-    reduced_chi_squared: float | Any
-    expected_deviance: tuple[float, float] | Any
-    p_value: float | Any
-    aic: float | Any
-    bic: float | Any
-    prior_penalty: float | Any
-    edm: float
+    degrees_of_freedom: int | float | Any = None
+    reduced_chi_squared: float | Any = None
+    expected_deviance: tuple[float, float] | Any = None
+    p_value: float | Any = None
+    aic: float | Any = None
+    bic: float | Any = None
+    prior_penalty: float | Any = None
+    edm: float = math.nan
     error_kind: str
-    stop_reason: StopReason | None
-    error_scale: float
+    stop_reason: StopReason | None = None
+    error_scale: float = 1.0
     parameters: tuple[ParameterRow, ...]
     correlation_matrix: Float[np.ndarray, "D D"]
     note: str | None = None
@@ -184,7 +195,8 @@ class Report:
 
     def __str__(self) -> str:
         """Returns the report as plain text."""
-        return as_text(self)
+        text = "\n\n".join(aligned(section) for section in _sections(self))
+        return text if self.note is None else f"{text}\n\n{self.note}"
 
     def __repr__(self) -> str:
         chi = self.chi_squared
@@ -194,7 +206,91 @@ class Report:
         return f"Report({shown}free_count={self.free_count})"
 
     def _repr_html_(self) -> str:
-        return as_html(self)
+        tables = "".join(map(_table, _sections(self)))
+        note = "" if self.note is None else f"<p>{html.escape(self.note)}</p>"
+        return f"<div>{tables}{note}</div>"
+
+
+def _table(section: Section) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>"
+
+    head, *body = section
+    rows = "".join(row(cells, "td") for cells in body)
+    return f"<table><thead>{row(head, 'th')}</thead><tbody>{rows}</tbody></table>"
+
+
+def _sections(report: Report) -> Iterator[Section]:
+    reason = "" if report.stop_reason is None else str(report.stop_reason)
+    yield [("fit", reason), *_facts(report)]
+    heads = ("parameter", "value", "standard error", "relative")
+    yield [heads, *map(_cells, _shortened(report.parameters))]
+    pairs = [p for p in report.correlations if abs(p.value) >= _LEAST_CORRELATION]
+    if pairs:
+        shown = [(f"{a}, {b}", f"{value:+.3f}") for a, b, value in pairs[:_MOST_PAIRS]]
+        more = len(pairs) - len(shown)
+        rest = [(f"{more} more, in `report.correlations`", "…")] if more else []
+        yield [(f"correlations of at least {_LEAST_CORRELATION}", ""), *shown, *rest]
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    is_scaled = report.error_scale != 1
+    expected = report.expected_deviance
+    name = "chi-squared" if expected is None else "deviance"
+    is_whole = report.effective_count == report.free_count
+    # How many data an `nll` has is not seen.
+    is_counted = report.aic is None or report.data_count is not None
+    facts = {
+        "data": report.data_count,
+        "free parameters": report.free_count,
+        "effective parameters": None if is_whole else report.effective_count,
+        "degrees of freedom": report.degrees_of_freedom,
+        name: report.chi_squared,
+        f"reduced {name}": report.reduced_chi_squared,
+        "expected deviance": expected,
+        # Without error bars chi-squared has no distribution.
+        "p-value": None if is_scaled else report.p_value,
+        "AIC": report.aic,
+        "BIC": report.bic if is_counted else "needs `data_count=`",
+        "prior penalty": report.prior_penalty,
+        "edm": report.edm,
+        "errors multiplied by": report.error_scale if is_scaled else None,
+    }
+    for name, value in facts.items():
+        first = value[0] if isinstance(value, tuple) else value
+        if isinstance(value, str):
+            yield name, value
+        elif first is not None and not math.isnan(first):
+            is_pair = isinstance(value, tuple)
+            yield name, " ± ".join(written(*value)) if is_pair else number(value)
+    if report.error_kind == "sandwich":
+        yield "errors", "from the scatter of the data (sandwich)"
+
+
+def number(value: int | float) -> str:
+    """Writes an integer in full, and another number with six digits or ten."""
+    return str(value) if isinstance(value, int) else short_number(value)
+
+
+def _cells(row: ParameterRow) -> tuple[str, str, str, str]:
+    relative = ""
+    if row.value and abs(row.error) < _MOST_RELATIVE * abs(row.value):
+        percent = 100 * abs(row.error / row.value)
+        # With two digits, a large one without an exponent.
+        text = f"{percent:.2g}"
+        relative = f"{float(text):.0f} %" if percent >= 99.5 else f"{text} %"
+    return (*row.cells(), relative)
+
+
+def _shortened(rows: Sequence[ParameterRow]) -> Sequence[ParameterRow]:
+    """Leaves out the middle of many rows."""
+    gap = len(rows) - _MOST_ROWS
+    if gap <= 0:
+        return rows
+    half = _MOST_ROWS // 2
+    between = ParameterRow(f"{gap} more, in `report.parameters`", None, math.nan, "")
+    return [*rows[:half], between, *rows[half + gap :]]
 
 
 def pandas() -> Any:
