@@ -153,7 +153,7 @@ FIFTEEN = np.full(15, 0.1)
 # Where it begins, the batch, the parameters that run away, and the limit that intervals
 # find, of some: the lower or upper end of one of them.
 ENDLESS = {
-    "classes": (TWO, (X, X > 0.3), "ab", ("b", 0)),
+    "classes": (TWO, (X, X > 0.3), "ab", (None, 0)),
     "classes in the middle": (TWO, (X, X > 0), "b", ("b", 0)),
     "upper limits": (
         {"mean": 0.0},
@@ -235,12 +235,17 @@ def draw(trainer, batch):
         trainer.draw(jax.random.key(0), 2, batch)
 
 
-# What has errors, and no place for a note.
-ERRORS = {
-    "standard_errors": lambda trainer, batch: trainer.standard_errors(batch),
-    "propagate": lambda trainer, batch: trainer.propagate(lambda model: model, batch),
-    "draw": draw,
-}
+# What has errors, and no place for a note: of one `nll` and of residuals all of it.
+ERRORS = (
+    lambda trainer, batch: trainer.standard_errors(batch),
+    lambda trainer, batch: trainer.propagate(lambda model: model, batch),
+    draw,
+)
+WITH_ALL = {"classes", "a decay time", "classes that overlap", "a line"}
+
+
+def errors_of(name):
+    return ERRORS if name in WITH_ALL else ERRORS[:1]
 
 
 @functools.cache
@@ -267,7 +272,7 @@ def test_a_solve_says_that_there_is_no_minimum(name):
     assert report.note.splitlines()[0] in result.table(batch)
     assert report.stop_reason is REASON.NO_MINIMUM
 
-    for ask in ERRORS.values():
+    for ask in errors_of(name):
         with pytest.warns(UserWarning, match=": no minimum this way") as warned:
             ask(result.trainer, batch)
         assert report.note.splitlines()[0] in str(warned[0].message)
@@ -295,7 +300,7 @@ def test_a_minimum_is_none_at_infinity(name, dtype):
     assert result.stop_reason is not REASON.NO_MINIMUM
     if dtype == np.float64:
         assert "no minimum" not in result.table(batch)
-        for ask in ERRORS.values():
+        for ask in errors_of(name):
             ask(result.trainer, batch)
 
 

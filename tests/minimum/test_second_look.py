@@ -30,11 +30,6 @@ def width(height, width, x):
     return height / variance**0.5 * math.exp(-0.5) ** (x**2 / variance)
 
 
-def tilt(height, tilt, x):
-    """A plane that is seen at an angle."""
-    return height + jnp.cos(tilt) * x
-
-
 def phase(height, phase, x):
     """The symmetric point is not zero."""
     return height + jnp.cos(phase - 3) * jnp.sin(x)
@@ -50,7 +45,6 @@ def stars(height, half, x):
 # seeds the data are best fitted elsewhere.
 MODELS = {
     "width": (width, 0.0, 1),
-    "tilt": (tilt, 0.0, 0),
     "phase": (phase, 3.0, 1),
     "stars": (stars, 0.0, 1),
 }
@@ -96,7 +90,6 @@ def derivatives_by_hand(name, kind):
     ("name", "solver", "kind"),
     [
         ("width", "LevenbergMarquardt", "float64"),
-        ("tilt", "LevenbergMarquardt", "float32, priors"),
         ("phase", "LevenbergMarquardt", "float32, priors"),
         ("stars", "LevenbergMarquardt", "float64"),
         ("width", "BFGS", "float32, priors"),
