@@ -936,14 +936,17 @@ def test_the_contours_of_a_line_are_ellipses():
 
 
 class Valley(vn.Trainer):
-    """A straight line far from where its offset is, or a valley that is bent."""
-
     def residuals(self, model, batch):
-        x, y = model["x"], model["y"]
-        if batch == "bent":
-            return jnp.stack([x - 1, (y - x**2) / 0.3])
-        at = batch[0] + jnp.linspace(0.0, 3.0, 20)
-        return (x + y * at - (1 + 2 * at) + 0.3 * jnp.cos(9 * at)) / 0.5
+        return valley(model["x"], model["y"], batch, jnp)
+
+
+def valley(x, y, batch, lib=np):
+    """A straight line far from where its offset is, or a valley that is bent."""
+    if batch == "bent":
+        return lib.stack([x - 1, (y - x**2) / 0.3], axis=-1)
+    at = batch[0] + np.linspace(0.0, 3.0, 20)
+    line = x[..., None] + y[..., None] * at
+    return (line - (1 + 2 * at) + 0.3 * lib.cos(9 * at)) / 0.5
 
 
 @pytest.mark.parametrize("names", [("x", "y"), ("y", "x")])
@@ -955,16 +958,16 @@ def test_a_contour_of_two_that_are_correlated_is_one_curve(names, batch, levels)
     ax = vernal.plot.contour(trainer, SOLVER, batch, *names, levels=levels)
 
     def deviance(first, second):
-        model = dict(zip(names, (first, second), strict=True))
-        return np.sum(np.square(trainer.residuals(model, batch)))
+        place = dict(zip(names, map(np.asarray, (first, second)), strict=True))
+        return np.sum(np.square(valley(**place, batch=batch)), axis=-1)
 
-    least = deviance(*(float(trainer.model[name]) for name in names))
+    least = deviance(*(trainer.model[name] for name in names))
     (lines,) = ax.collections
     for path, level in zip(lines.get_paths(), np.ravel(levels), strict=True):
         assert np.count_nonzero(path.codes == path.MOVETO) == 1
         first, *_, last = path.vertices
         np.testing.assert_allclose(first, last, atol=1e-9)
-        rise = [deviance(*place) - least for place in path.vertices]
+        rise = deviance(*path.vertices.T) - least
         np.testing.assert_allclose(rise, -2 * np.log1p(-level), rtol=0.1)
 
 
@@ -972,13 +975,15 @@ class Open(vn.Trainer):
     """The data know the sum, or the first, or a curve that is hardly bent."""
 
     def residuals(self, model, batch):
-        kind, x, y = batch
-        first, second = model["first"], model["second"]
-        if kind == "sum":
-            return ((first + second) * x - y) / 0.1
-        if kind == "idle":
-            return (first * x + 0 * second - y) / 0.1
-        return (first * x / (1 + x / second) - y) / 0.1
+        return misfit(model["first"], model["second"], *batch)
+
+
+def misfit(first, second, kind, x, y):
+    if kind == "sum":
+        return ((first + second) * x - y) / 0.1
+    if kind == "idle":
+        return (first * x + 0 * second - y) / 0.1
+    return (first * x / (1 + x / second) - y) / 0.1
 
 
 OPEN = {
@@ -1006,15 +1011,15 @@ def test_a_region_that_is_open_is_said_and_drawn_so(kind, dtype):
         pytest.warns(UserWarning, match=OPEN[kind]),
     ):
         ax = vernal.plot.contour(trainer, solver, batch, "first", "second")
-    deviance = lambda a, b: np.sum(
-        np.square(trainer.residuals({"first": a, "second": b}, batch), dtype=float)
-    )
-    least = deviance(*trainer.model.values())
+    # Of the data as they are in that precision.
+    known = kind, *(np.asarray(each, float) for each in batch[1:])
+    deviance = lambda *at: np.sum(np.square(misfit(*at, *known)), axis=-1)
+    least = deviance(*(np.asarray(x, float) for x in trainer.model.values()))
     (lines,) = ax.collections
     for path, level in zip(lines.get_paths(), (0.683, 0.954), strict=True):
         for part in path.to_polygons(closed_only=False):
             assert np.abs(part[0] - part[-1]).max() > 0.01
-        rise = [deviance(*place.astype(dtype)) - least for place in path.vertices]
+        rise = deviance(*path.vertices.T[..., None]) - least
         np.testing.assert_allclose(rise, -2 * np.log1p(-level), rtol=0.1)
 
 

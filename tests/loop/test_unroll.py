@@ -1,5 +1,7 @@
 """`unroll`: the steps are those of a trainer, and derivatives flow through them."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,8 @@ import pytest
 
 import vernal as vn
 from models import (
-    Gaussian,
     GaussianFit,
+    Line,
     LineFit,
     TwoFit,
     close,
@@ -23,7 +25,7 @@ from models import (
     two,
 )
 
-BATCH, NAMES = gaussian_batch(), ("mean", "std", "power")
+BATCH = gaussian_batch()
 
 
 def by_step(trainer, batch, steps):
@@ -44,20 +46,17 @@ def rules():
     )
 
 
-def scaled(trainer, scales):
-    named = dict(zip(NAMES, scales, strict=True))
-    return trainer.replace(optimiser=trainer.optimiser.with_scale(named))
+# A line, each of whose parameters has a rule, and data that tell of both together.
+RULES = {"slope": optax.adam(0.01), "offset": optax.sgd(1e-4, momentum=0.9)}
+SCALES, APART = jnp.asarray([1.2, 0.8]), (BATCH[0] + 1, *BATCH[1:])
 
 
-# A prime number of steps is one segment by default: to compile that takes half the
-# time. Here there are three, and a step more.
-SCALES = jnp.asarray([1.2, 0.8, 1.1])
-
-
-def after_scales(scales):
-    """The last loss of a fit with one rule for each leaf."""
-    trainer = scaled(GaussianFit(gaussian(), rules()), scales)
-    return vn.unroll(trainer, BATCH, 10, segment=3)[1][-1]
+def after_scales(scales, steps=10, segment=3):
+    """The last loss. By default of three segments and a step more."""
+    named = dict(zip(RULES, scales, strict=True))
+    optimiser = vn.ParamOptimiser(RULES).with_scale(named)
+    trainer = GaussianFit(line(), optimiser)
+    return vn.unroll(trainer, APART, steps, segment=segment)[1][-1]
 
 
 value_and_gradient = jax.jit(jax.value_and_grad(after_scales))
@@ -220,14 +219,12 @@ def test_gradients_are_those_of_a_loop_by_hand():
 
 
 def test_gradients_through_one_rule_for_each_leaf():
-    txs = optax.adam(0.01), optax.sgd(1e-4, momentum=0.9), optax.sgd(1e-4)
-
     def hand(scales):
         """One transformation for each leaf, with Optax alone."""
-        pairs = zip(NAMES, txs, scales, strict=True)
-        each = {name: optax.chain(tx, optax.scale(by)) for name, tx, by in pairs}
-        optimiser = optax.partition(each, lambda _: Gaussian(*NAMES))
-        return by_hand(optimiser, gaussian(), BATCH, 10)[1][-1]
+        pairs = zip(RULES.items(), scales, strict=True)
+        each = {name: optax.chain(tx, optax.scale(by)) for (name, tx), by in pairs}
+        optimiser = optax.partition(each, lambda _: Line(*RULES))
+        return by_hand(optimiser, line(), APART, 10)[1][-1]
 
     expected = jax.jit(jax.grad(hand))(SCALES)
     assert np.all(np.abs(expected) > 1e-3)
@@ -340,15 +337,7 @@ def test_through_a_line_search_there_is_no_gradient():
 
 
 def test_second_derivatives_are_those_of_first_ones():
-    txs = {"slope": optax.adam(0.01), "offset": optax.sgd(1e-4)}
-    batch = (BATCH[0] + 1, *BATCH[1:])
-
-    def after(scales):
-        named = {"slope": scales[0], "offset": scales[1]}
-        optimiser = vn.ParamOptimiser(txs).with_scale(named)
-        trainer = GaussianFit(line(), optimiser)
-        return vn.unroll(trainer, batch, 6)[1][-1]
-
+    after = functools.partial(after_scales, steps=6, segment=None)
     # Along a direction that each entry of the second derivatives is part of. Reverse
     # over forward is in the next test, and forward over reverse in
     # `test_nothing_flows_into_a_step_that_is_not_taken`.

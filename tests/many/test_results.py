@@ -405,6 +405,8 @@ def test_how_good_each_is_stands_beside_it(name):
     if name != "counts":
         names.add("p_value")
     reports = [result.report(index, data) for index in range(4)]
+    own_errors = [report["a"].error for report in reports]
+    np.testing.assert_allclose(columns["error[a]"], own_errors, rtol=1e-6)
     for own in names:
         theirs = [getattr(report, own) for report in reports]
         np.testing.assert_allclose(columns[own], theirs, rtol=1e-12)

@@ -76,6 +76,7 @@ def test_the_direction_of_downward_curvature_is_named(name):
         result = trainer.solve(IDLE, batch)
     else:
         result = trainer.fit(batch, 3_000, stop=STOP, progress=False)
+        assert result.stop_reason is vn.StopReason.STALLED
     has_more = result.stop_reason is vn.StopReason.MAX_STEPS
     remedy = "it may do so on the way." if has_more else "start from elsewhere."
     assert result.explain().startswith(str(result.stop_reason))
