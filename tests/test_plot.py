@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -360,15 +361,26 @@ def with_null():
     return jnp.asarray(matrix)
 
 
-@functools.cache
-def of_matvec(rank=3, size=20):
-    values = jnp.linspace(size, 1.0, size)
+class Product(eqx.Module):
+    """With a matrix, which is an array: all share a program."""
+
+    matrix: jax.Array
+
+    def __call__(self, tree):
+        return {"a": self.matrix @ tree["a"]}
+
+
+SIZE = 20
+
+
+def of_matvec(matrix):
+    params, key = {"a": jnp.zeros(SIZE)}, jax.random.key(0)
     return vn.EigenProjector.from_matvec(
-        lambda tree: {"a": values * tree["a"]},
-        {"a": jnp.zeros(size)},
-        rank,
-        key=jax.random.key(0),
+        Product(jnp.asarray(matrix)), params, 3, key=key
     )
+
+
+LEADING = np.diag(np.linspace(SIZE, 1.0, SIZE))
 
 
 def test_spectrum_is_what_the_projector_knows():
@@ -447,7 +459,7 @@ def test_spectrum_of_blocks():
 
 
 def test_spectrum_of_matvec_has_the_leading_ones():
-    ax = vernal.plot.spectrum(of_matvec())
+    ax = vernal.plot.spectrum(of_matvec(LEADING))
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [20, 19, 18], rtol=1e-6)
     assert legend(ax) == ["3 leading of 20, condition number 1.11"]
 
@@ -496,14 +508,11 @@ def test_parameters_without_a_block_are_grey():
 
 
 def test_correlation_of_matvec():
-    ax = vernal.plot.correlation(of_matvec())
-    np.testing.assert_allclose(matrix_of(ax), np.eye(20), atol=1e-6)
-    flat = vn.EigenProjector.from_matvec(
-        lambda tree: {"a": jnp.ones(4) * jnp.sum(tree["a"])},
-        {"a": jnp.zeros(4)},
-        1,
-        key=jax.random.key(0),
-    )
+    ax = vernal.plot.correlation(of_matvec(LEADING))
+    np.testing.assert_allclose(matrix_of(ax), np.eye(SIZE), atol=1e-6)
+    # Three combinations are seen, of all elements.
+    rows = np.random.default_rng(0).normal(size=(3, SIZE))
+    flat = of_matvec(rows.T @ rows)
     assert np.ma.getmaskarray(matrix_of(vernal.plot.correlation(flat))).all()
 
 

@@ -337,7 +337,7 @@ def test_through_a_line_search_there_is_no_gradient():
 
 
 def test_second_derivatives_are_those_of_first_ones():
-    after = functools.partial(after_scales, steps=6, segment=None)
+    after = functools.partial(after_scales, steps=5, segment=None)
     # Along a direction that each entry of the second derivatives is part of. Reverse
     # over forward is in the next test, and forward over reverse in
     # `test_nothing_flows_into_a_step_that_is_not_taken`.
