@@ -322,7 +322,7 @@ def test_a_gradient_in_the_latent_space_of_a_projector():
 
 def test_through_a_line_search_there_is_no_gradient():
     def unrolled(shift):
-        search = optax.scale_by_backtracking_linesearch(5)
+        search = optax.scale_by_zoom_linesearch(max_linesearch_steps=5)
         descent = optax.chain(optax.sgd(1.0), search)
         trainer = LineFit(line(), vn.ParamOptimiser({"**": descent}))
         x, y = line_batch()
